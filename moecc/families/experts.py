@@ -33,6 +33,7 @@ class ExpertLayer:
       shared: the neurons of a shared expert, 0 if there is none.
       shared_gate: whether the shared expert has a sigmoid gate.
       bias: whether a bias takes part in the choice of experts.
+      logits_bias: whether a parameter is added to the router's logits.
       sequence_capacity: the most tokens of one sequence that an expert takes; 0 for no such bound.
     """
 
@@ -47,6 +48,7 @@ class ExpertLayer:
     shared: int = 0
     shared_gate: bool = False
     bias: bool = False
+    logits_bias: bool = False
     sequence_capacity: int = 0
 
     def without_slots(self) -> ExpertLayer:
@@ -93,8 +95,14 @@ def _layer_of(route: Node, slots: Node) -> ExpertLayer:
         shared=shared,
         shared_gate=gated,
         bias="bias" in attrs.using,
+        logits_bias=_is_biased(route.operands[0]),
         sequence_capacity=sequence_capacity_of(slots),
     )
+
+
+def _is_biased(logits: Value) -> bool:
+    node = logits.node
+    return node is not None and node.op.is_sum and any(v.is_param for v in node.operands)
 
 
 def _assigns_slots(entry: OpDef) -> bool:

@@ -213,6 +213,11 @@ def _sparse_reasons(
         slots = layers[number].loc
         for reason in _layer_reasons(kind, family):
             yield replace(reason, where=slots)
+        if kind.logits_bias and not (family.has_logits_bias and isinstance(source, family)):
+            hint = (
+                f"{FAMILY} can express it; or bias=choice, and a family with a bias of the choice"
+            )
+            yield Problem(f"{target} has no bias of the router's logits", slots, hint=hint)
     yield from _pattern_reasons(source, layers, family)
 
 
@@ -230,7 +235,9 @@ def _layer_reasons(layer: ExpertLayer, family: type[MoeConfig]) -> Iterator[Prob
         yield Problem(what, expected="1", found=f"{layer.scale:g}", hint=hint)
     if layer.bias and not family.has_routing_bias:
         what = f"{target} has no bias in the choice of experts"
-        yield Problem(what, hint="upcycle with balance-bias=false")
+        able = [n for n, f in MIXTURES.items() if f.has_routing_bias]
+        hint = f"upcycle with balance-bias=false, or write {either(able)}, or {FAMILY}"
+        yield Problem(what, hint=hint)
     if layer.slots != "ragged":
         what = f"{target} computes every choice; it has no capacity"
         yield Problem(what, expected="slots=ragged", found=f"slots={layer.slots}")

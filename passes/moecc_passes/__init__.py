@@ -175,6 +175,12 @@ def _upcycle() -> type[Pass]:
     return UpcyclePass
 
 
+def _zero_experts() -> type[Pass]:
+    from moecc_passes.resize.zero_experts import ZeroExpertsPass
+
+    return ZeroExpertsPass
+
+
 REGISTRY: dict[str, Callable[[], type[Pass] | PipelineTemplate]] = {
     "add-losses": _add_losses,
     "annotate-sharding": _annotate_sharding,
@@ -203,4 +209,5 @@ REGISTRY: dict[str, Callable[[], type[Pass] | PipelineTemplate]] = {
     "trace-values": _trace_values,
     "unroll-layers": _unroll_layers,
     "upcycle": _upcycle,
+    "zero-experts": _zero_experts,
 }

@@ -27,6 +27,7 @@ CHANGES: dict[tuple[str, str], tuple[str, str]] = {
     ("upcycle", "top-k"): ("3", ""),
     ("upcycle", "layers"): ("0", ""),
     ("upcycle", "granularity"): ("2", ""),
+    ("upcycle", "pad"): ("7", ""),
     ("upcycle", "split"): ("random", "experts=4"),
     ("upcycle", "shared"): ("0.5", ""),
     ("upcycle", "shared-gate"): ("none", "shared=0.5"),

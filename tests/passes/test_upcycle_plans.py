@@ -99,6 +99,9 @@ def test_what_is_not_refused_runs(experts: int, top_k: int, granularity: int, ga
         ({"granularity": 5, "top_k": 5, "experts": 5}, "expected: G among 1"),
         ({"granularity": 8, "top_k": 8}, "expected: G among 1, 2, 4"),
         ({"granularity": 2, "shared": 0.25}, "the 9 neurons do not divide into granularity=2"),
+        ({"granularity": 2, "shared": 0.25}, "hint: pad=1 adds neurons that add nothing"),
+        ({"experts": 5, "split": "index"}, "hint: pad=1 adds some that add nothing"),
+        ({"pad": 64}, "more neurons would be added than there are"),
     ],
 )
 def test_neurons_that_do_not_divide_are_refused(options: dict[str, Any], says: str) -> None:

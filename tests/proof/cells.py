@@ -70,6 +70,9 @@ METHODS = {
     "BTX": "upcycle{experts=4 router-std=1 sources=base,a,base,a rest=mean OPTIONS}",
     "LoRA": "upcycle{experts=4 router-std=1 sources=base,a,a,base OPTIONS}",
     "grow": "upcycle{experts=4 router-std=1 OPTIONS},grow",
+    "grow by bias": "upcycle{experts=4 router-std=1 OPTIONS},grow{chosen=same}",
+    "zero experts": "upcycle{experts=4 router-std=1 OPTIONS},zero-experts{count=2}",
+    "padded": "upcycle{experts=4 router-std=1 granularity=2 pad=7 OPTIONS}",
     "merge": "upcycle{experts=4 router-std=1 OPTIONS},grow,merge",
 }
 """Pipelines on dense sources; OPTIONS are those that lead to a family, ALL choose all experts."""
@@ -78,6 +81,8 @@ OVER_MIXTURES = {
     "prune": "prune{keep=3}",
     "merge": "merge",
     "grow": "grow",
+    "grow by bias": "grow{chosen=same}",
+    "zero experts": "zero-experts{count=2}",
     "to-dense, first": "to-dense",
     "to-dense, mean": "to-dense{how=mean}",
     "to-dense, concat": "to-dense{how=concat}",

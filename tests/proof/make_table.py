@@ -34,7 +34,8 @@ sigmoid gates and a shared expert, `phimoe` SparseMixer, which is exact under a 
 alone. `BTX` mixes the source with a model whose weights all differ, `LoRA` with the source under an
 adapter of rank 2 on every matrix. `all slices` is one copy in four slices, all of them chosen; the
 splits store each neuron once, too, and a token gets some of the four, which for `activation` follow
-from statistics.
+from statistics. `padded` are virtual groups of a width that is a multiple of 7. What a bias keeps
+from being chosen needs a family with such a bias.
 The golden checkpoints have random weights: what `≈` costs a trained model is not shown here.
 """
 

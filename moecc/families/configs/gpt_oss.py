@@ -44,6 +44,7 @@ class GptOssConfig(MoeConfig):
     sparse_style: ClassVar[str] = "all"
     has_expert_width: ClassVar[bool] = False
     renormalises: ClassVar[bool | None] = True
+    has_logits_bias: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, object]] = {
         **{key: value for key, value in MOE_DEFAULTS.items() if key != "norm_topk_prob"},
         "vocab_size": 201_088,

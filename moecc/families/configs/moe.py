@@ -60,6 +60,8 @@ class MoeConfig(DecoderConfig):
     shared_gate: ClassVar[bool] = True
     has_gate_scale: ClassVar[bool] = False
     has_routing_bias: ClassVar[bool] = False
+    # Whether a bias is added to the router's logits.
+    has_logits_bias: ClassVar[bool] = False
     # Whether transformers has a balance loss for the family, and its keys.
     has_balance_loss: ClassVar[bool] = True
     # The options of `upcycle`, besides the number of experts, that lead from a dense model here.

@@ -66,6 +66,17 @@ class Anatomy:
         """The router's matrix."""
         return next(p for p in self.params if p in self.routing[0].operands)
 
+    @property
+    def bias_of_choice(self) -> Value | None:
+        """The bias that takes part in the choice alone, if there is one."""
+        return next(iter(self.route.operands[1:]), None)
+
+    @property
+    def bias_of_logits(self) -> Value | None:
+        """A parameter that is added to the router's product, if there is one."""
+        added = {v for node in self.routing if node.op.is_sum for v in node.operands}
+        return next((param for param in self.params if param in added), None)
+
     def bias_factor(self, times: float) -> float:
         """Return what a bias of the choice is multiplied by where there are `times` the experts.
 
@@ -97,14 +108,15 @@ def anatomies(graph: Graph) -> list[Anatomy]:
     Raises:
       InputError: one cannot be built anew; all of them at once.
     """
-    found = [_of(layer) for layer in routed_layers(graph)]
+    found = [of_layer(layer) for layer in routed_layers(graph)]
     problems = [one for one in found if isinstance(one, Problem)]
     if problems:
         raise InputError(problems)
     return [one for one in found if isinstance(one, Anatomy)]
 
 
-def _of(layer: RoutedLayer) -> Anatomy | Problem:
+def of_layer(layer: RoutedLayer) -> Anatomy | Problem:
+    """Return the parts of a layer, or why it cannot be built anew."""
     route, router = layer.route, layer.router
     if route is None or router is None or layer.scorer is not route or not route.op.routes:
         what = "only experts that a token chooses by a router can be changed"

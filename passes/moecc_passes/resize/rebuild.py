@@ -12,6 +12,7 @@ from moecc.weights.arithmetic import Add, Scale
 from moecc.weights.expr import Expr
 from moecc.weights.movement import Stack
 from moecc_passes.resize.anatomy import EXPERT, Anatomy, members
+from moecc_passes.resize.dormant import Dormant
 
 Regroup = Callable[[list[Expr]], list[Expr]]
 """From the weights of the experts to those of the new experts."""
@@ -36,6 +37,7 @@ def resize(
     top_k: int,
     factor: float = 1.0,
     bias_factor: float = 1.0,
+    dormant: Dormant | None = None,
 ) -> None:
     """Replace the experts of a layer.
 
@@ -46,6 +48,7 @@ def resize(
       top_k: the experts that a token goes to.
       factor: what the experts' last matrix and a bias after it are multiplied by.
       bias_factor: what a bias that takes part in the choice alone is multiplied by.
+      dormant: which of the new experts no token goes to.
     """
     image: dict[Value, Value] = {}
     for param in part.params:
@@ -54,6 +57,8 @@ def resize(
             parts = [scaled(weight, factor) for weight in parts]
         elif param in part.route.operands:
             parts = [scaled(weight, bias_factor) for weight in parts]
+        if dormant is not None:
+            parts = dormant.changed(param, part.is_last(param), parts)
         sizes = [Axis(a.name, len(parts) if a.name == EXPERT else a.size) for a in param.type]
         position = param.type.names.index(EXPERT)
         weight = Stack(tuple(parts), EXPERT, position)

@@ -27,6 +27,9 @@ GATES_OF = {
 MOST_EXPERTS = 1 << 14
 """Each expert is a weight of its own on disk: a limit keeps a typo from taking hours."""
 
+MOST_PADDING = 1 << 12
+"""Kernels ask for multiples of 8 to 256."""
+
 _WHY = {
     "prototypes": "each prototype chooses by a softmax of its own",
     "hash": "a hash has no scores that gates could be made of",
@@ -171,6 +174,7 @@ def _decoders(item: UpcycleOptions) -> Iterator[Problem]:
 def _out_of_range(item: UpcycleOptions) -> list[Problem]:
     checks = (
         ("shared", 0 <= item.shared < 1, "0 <= shared < 1", item.shared),
+        ("pad", 0 <= item.pad <= MOST_PADDING, f"0 <= pad <= {MOST_PADDING}", item.pad),
         ("drop-ratio", 0 <= item.drop_ratio <= 1, "0 <= drop-ratio <= 1", item.drop_ratio),
         ("noise-std", item.noise_std >= 0, "noise-std >= 0", item.noise_std),
         ("router-std", item.router_std >= 0, "router-std >= 0", item.router_std),

@@ -16,7 +16,7 @@ from moecc.weights.expr import Expr, Source
 from moecc.weights.fits import Fitted
 from moecc.weights.movement import Index, Permute, Rename, Slice, Split, Stack
 from moecc.weights.orders import I32, Clusters, Permutation
-from moecc_passes.upcycle.lift import Division
+from moecc_passes.upcycle.lift import Division, padded
 from moecc_passes.upcycle.options import UpcycleOptions
 from moecc_passes.upcycle.router_init import repeated
 
@@ -42,11 +42,16 @@ def neuron_order(
       seed: of the conversion.
       slots: the key of the block's draws.
     """
-    neurons = Axis(block.inner, block.width)
+    padding = item.padding(block.width, shared)
     if item.split == "random":
+        neurons = Axis(block.inner, block.width + padding)
         return Permutation(TensorType(I32, (neurons,)), derive_key(seed, f"{slots}/split"))
     if item.split == "activation":
-        pairs = statistic(block, "hidden.pairs", neurons, Axis(OTHER, block.width), dtype="i32")
+        neurons, others = Axis(block.inner, block.width), Axis(OTHER, block.width)
+        pairs: Expr = statistic(block, "hidden.pairs", neurons, others, dtype="i32")
+        for axis in (block.inner, OTHER) if padding else ():
+            # What is added is never active.
+            pairs = padded(pairs, axis, padding, with_zeros=True)
         return Clusters(pairs, block.inner, shared, item.experts)
     return None
 
@@ -78,7 +83,7 @@ def _of_parts(block: FFNBlock, division: Division, embed: Axis) -> Expr:
     """Return the covariances with the mean size of each part's neurons."""
     inner = block.inner
     cross = statistic(block, "hidden.cross", embed, Axis(inner, block.width))
-    whole = division.ordered(Permute(cross, (inner, embed.name)))
+    whole = division.ordered(Permute(cross, (inner, embed.name)), is_last=True)
     parts = Slice(whole, inner, division.shared, division.dense) if division.shared else whole
     cut = Split(parts, inner, (("expert", division.slices), (inner, division.width)))
     return Moment("mean", cut, None, ("expert", embed.name))

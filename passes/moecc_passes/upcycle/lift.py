@@ -17,7 +17,7 @@ from moecc.types.tensor import Axis, TensorType
 from moecc.weights.arithmetic import Add, Moment, Mul, Scale, Select
 from moecc.weights.branches import read_from
 from moecc.weights.draws import Normal, Subset, derive_key
-from moecc.weights.expr import Expr
+from moecc.weights.expr import Expr, Full
 from moecc.weights.movement import Concat, Merge, Permute, Slice, Split, Tile
 from moecc.weights.orders import Take
 
@@ -35,6 +35,8 @@ class Division:
       copies: E, how often each slice is stored.
       width: the neurons of one expert.
       order: the order that the neurons are put in before they are divided; None for their own.
+      padding: the neurons that are added behind those of the dense block, before they are ordered;
+        they add nothing.
     """
 
     inner: str
@@ -43,6 +45,7 @@ class Division:
     copies: int
     width: int
     order: Expr | None = None
+    padding: int = 0
 
     @property
     def experts(self) -> int:
@@ -51,29 +54,44 @@ class Division:
 
     @property
     def dense(self) -> int:
-        """The neurons of the dense block."""
+        """The neurons of the dense block, and those that are added."""
         return self.shared + self.slices * self.width
 
-    def ordered(self, weight: Expr) -> Expr:
-        """Return a dense weight with its neurons in the order in which they are divided."""
-        if self.order is None or self.inner not in weight.type:
+    def ordered(self, weight: Expr, *, is_last: bool = False) -> Expr:
+        """Return a dense weight with its neurons in the order in which they are divided.
+
+        Args:
+          weight: the weight.
+          is_last: whether it is the last matrix, whose part for added neurons is zero; elsewhere
+            they are copies, so that the gradient of that part is not.
+        """
+        if self.inner not in weight.type:
             return weight
-        return Take(weight, self.inner, self.order)
+        if self.padding:
+            weight = padded(weight, self.inner, self.padding, with_zeros=is_last)
+        return weight if self.order is None else Take(weight, self.inner, self.order)
 
 
-def shared_part(weight: Expr, division: Division) -> Expr:
+def padded(weight: Expr, axis: str, count: int, *, with_zeros: bool) -> Expr:
+    """Return `weight` with `count` positions more of an axis: zeros, or copies of the first."""
+    more = Slice(weight, axis, 0, count)
+    return Concat((weight, Full(0.0, more.type) if with_zeros else more), axis)
+
+
+def shared_part(weight: Expr, division: Division, *, is_last: bool = False) -> Expr:
     """Return the part of a dense weight that belongs to the shared expert."""
     if division.inner not in weight.type:
         return weight
-    return Slice(division.ordered(weight), division.inner, 0, division.shared)
+    ordered = division.ordered(weight, is_last=is_last)
+    return Slice(ordered, division.inner, 0, division.shared)
 
 
-def lifted(weight: Expr, division: Division) -> Expr:
+def lifted(weight: Expr, division: Division, *, is_last: bool = False) -> Expr:
     """Return a dense weight lifted over a leading axis ``expert``; an output bias is repeated."""
     inner = division.inner
     if inner not in weight.type:
         return Tile(weight, "expert", division.experts)
-    weight = division.ordered(weight)
+    weight = division.ordered(weight, is_last=is_last)
     if division.shared:
         weight = Slice(weight, inner, division.shared, division.dense)
     if division.slices == 1:
@@ -84,10 +102,13 @@ def lifted(weight: Expr, division: Division) -> Expr:
     return Merge(Tile(first, "copy", division.copies), ("copy", "part"), "expert")
 
 
-def branched(weight: Expr, division: Division, models: Sequence[str]) -> Expr:
+def branched(
+    weight: Expr, division: Division, models: Sequence[str], *, is_last: bool = False
+) -> Expr:
     """Return a dense weight lifted over ``expert``, each copy from the model of its number."""
     one = replace(division, copies=1)
-    return Concat(tuple(lifted(read_from(weight, model), one) for model in models), "expert")
+    parts = (lifted(read_from(weight, model), one, is_last=is_last) for model in models)
+    return Concat(tuple(parts), "expert")
 
 
 def scaled(weight: Expr, factor: float) -> Expr:

@@ -35,6 +35,11 @@ class UpcycleOptions:
         "the neurons are divided among the experts, a part each, of which a token gets top-k: by "
         "number, at random, or by what is active together (CMoE; convert --capture)",
     ] = "none"
+    pad: Annotated[
+        int,
+        "0: neurons that do not divide are rejected; n: neurons that add nothing are added until "
+        "each expert has a multiple of n",
+    ] = 0
     shared: Annotated[float, "the share of the neurons that a shared expert keeps"] = 0.0
     shared_gate: Annotated[
         Literal["sigmoid", "none"],
@@ -126,6 +131,10 @@ class UpcycleOptions:
     def slices(self) -> int:
         """The parts that a dense block is cut into."""
         return self.experts if self.is_split else self.granularity
+
+    def padding(self, width: int, shared: int) -> int:
+        """Return how many neurons are added to a block of `width`, `shared` of which are shared."""
+        return -(width - shared) % (self.slices * self.pad) if self.pad else 0
 
     @property
     def is_fitted(self) -> bool:

@@ -36,17 +36,24 @@ def misfit(item: UpcycleOptions, block: FFNBlock) -> Problem | None:
             block.loc, f"shared={nearest / block.width:.10g}, say",
             f"{item.shared:g} of {block.width}",
         )  # fmt: skip
-    routed = block.width - whole
+    padding = item.padding(block.width, whole)
+    if padding > block.width:
+        return Problem(
+            "more neurons would be added than there are", block.loc,
+            f"at most {block.width}", str(padding), "a smaller pad, or fewer slices",
+        )  # fmt: skip
+    routed = block.width + padding - whole
     if item.is_split and routed % item.experts:
         return Problem(
             f"the {routed} neurons do not divide into parts", block.loc,
-            f"a divisor of {routed}", f"experts={item.experts}",
+            f"a divisor of {routed}", f"experts={item.experts}", "pad=1 adds some that add nothing",
         )  # fmt: skip
     if routed % item.granularity:
         fits = [g for g in range(1, item.top_k + 1) if _groups_fit(item, g, routed)]
         return Problem(
             f"the {routed} neurons do not divide into granularity={item.granularity} slices",
             block.loc, f"G among {', '.join(map(str, fits))}", str(item.granularity),
+            "pad=1 adds neurons that add nothing",
         )  # fmt: skip
     chosen = scale_factors(block, item.scale_placement, item.law.weight_scale)
     if isinstance(chosen, str):
@@ -127,13 +134,15 @@ def recipe(item: UpcycleOptions, block: FFNBlock, seed: int, texts: tuple[str, .
 
 def _division(item: UpcycleOptions, block: FFNBlock, seed: int) -> Division:
     shared = round(item.shared * block.width)
+    padding = item.padding(block.width, shared)
     return Division(
         inner=block.inner,
         shared=shared,
         slices=item.slices,
         copies=item.experts // item.slices,
-        width=(block.width - shared) // item.slices,
+        width=(block.width + padding - shared) // item.slices,
         order=neuron_order(item, block, shared, seed, _slots(block)),
+        padding=padding,
     )
 
 

@@ -46,11 +46,11 @@ class Recipe:
     shared_gate: str = "sigmoid"
     models: tuple[str, ...] = ()
 
-    def lifted(self, dense: Expr) -> Expr:
-        """Return a dense weight lifted over the experts."""
+    def lifted(self, dense: Expr, *, is_last: bool) -> Expr:
+        """Return a dense weight, that of the last matrix or another, lifted over the experts."""
         if self.models:
-            return branched(dense, self.division, self.models)
-        return lifted(dense, self.division)
+            return branched(dense, self.division, self.models, is_last=is_last)
+        return lifted(dense, self.division, is_last=is_last)
 
 
 def rewrite_block(graph: Graph, block: FFNBlock, recipe: Recipe) -> None:
@@ -64,7 +64,8 @@ def rewrite_block(graph: Graph, block: FFNBlock, recipe: Recipe) -> None:
     # All inputs of the block, constants included, are defined before its last node.
     builder = Builder(graph, loc=block.loc, origin="upcycle/lift", before=block.nodes[-1])
     rows, finish = recipe.router.emit(builder, block, _name(block.loc))
-    experts = {p: _expert_param(graph, p, names[p], recipe) for p in names}
+    last = block.down.operands[1]
+    experts = {p: _expert_param(graph, p, names[p], recipe, is_last=p is last) for p in names}
     output = finish(_experts(builder, block, recipe, {block.x: rows, **experts}))
     if recipe.division.shared:
         output = builder.add(output, _shared(builder, block, names, recipe))
@@ -106,10 +107,10 @@ def _name(loc: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.\-]", "_", loc) or "ffn"
 
 
-def _expert_param(graph: Graph, param: Value, name: str, recipe: Recipe) -> Value:
+def _expert_param(graph: Graph, param: Value, name: str, recipe: Recipe, *, is_last: bool) -> Value:
     """Add the experts' parameter for a dense one, under the dense one's name."""
     dense = _weight(param, name)
-    experts = recipe.perturb(name, dense, recipe.lifted(dense))
+    experts = recipe.perturb(name, dense, recipe.lifted(dense, is_last=is_last))
     experts = scaled(experts, recipe.factors.get(param, 1.0))
     axes = param.type.with_axes(_with_experts(param.type, recipe.division))
     return graph.param(graph.fresh(name), axes, experts, loc=param.loc)
@@ -155,8 +156,9 @@ def _shared(builder: Builder, block: FFNBlock, names: Mapping[Value, str], recip
             Axis(a.name, division.shared) if a.name == division.inner else a
             for a in param.type.axes
         ]
-        part = shared_part(_weight(param, names[param]), division)
-        if param is block.down.operands[1] and is_gated:
+        is_last = param is block.down.operands[1]
+        part = shared_part(_weight(param, names[param]), division, is_last=is_last)
+        if is_last and is_gated:
             part = scaled(part, 2.0)
         made[param] = graph.param(name, param.type.with_axes(sizes), part, loc=block.loc)
     # The experts' gates already add up the output bias, so it is not added here.

@@ -1,0 +1,84 @@
+"""Widths that do not divide: neurons that add nothing are added, and the function stays."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moecc.ir import equal
+
+from .dense_blocks import Dense, Tensors, relative, run, tokens, upcycled
+
+EXACT = 1e-12
+
+
+@given(
+    width=st.integers(5, 13),
+    slices=st.integers(1, 4),
+    pad=st.integers(1, 4),
+    shared=st.booleans(),
+    gated=st.booleans(),
+    biased=st.booleans(),
+    seed=st.integers(0, 3),
+)
+def test_the_function_stays(
+    width: int, slices: int, pad: int, shared: bool, gated: bool, biased: bool, seed: int
+) -> None:
+    dense = Dense(mlp=width, gated=gated, bias_in=biased, bias_out=biased)
+    options = {
+        "experts": 2 * slices, "top_k": slices, "granularity": slices, "pad": pad,
+        "shared": 1 / width if shared else 0.0,
+    }  # fmt: skip
+    added = -(width - shared) % (slices * pad)
+    if added > width:
+        return
+    graph = dense.graph()
+    tensors = Tensors(graph, seed)
+    after, result = upcycled(graph, seed, **options, router_std=1.0)
+    params = tensors.params(after)
+    up, down = params["layers.0.up"], params["layers.0.down"]
+    assert result.preserves is not None
+    assert result.preserves.kind == "reassociation"
+    assert up.shape[1] == down.shape[2] == (width + added - shared) / slices
+    assert (down == 0).all(1).sum() == 2 * added  # in each copy of the block
+    assert (up != 0).all()  # so that what is added learns
+    inputs = tokens(dense)
+    expected = run(graph, tensors.params(graph), inputs)["y"]
+    assert relative(run(after, params, inputs)["y"], expected) <= EXACT
+
+
+@pytest.mark.parametrize("split", ["index", "random"])
+def test_all_parts_of_a_split_are_the_block(split: str) -> None:
+    """Gates of one: each neuron counts once, wherever the added ones are."""
+    for width, experts, pad in product((7, 12), (2, 5), (1, 2)):
+        dense = Dense(mlp=width, bias_in=True)
+        graph = dense.graph()
+        tensors = Tensors(graph)
+        after, _ = upcycled(
+            graph, experts=experts, top_k=experts, gates="ones", split=split, pad=pad, shared=0.0
+        )
+        inputs = tokens(dense)
+        expected = run(graph, tensors.params(graph), inputs)["y"]
+        assert relative(run(after, tensors.params(after), inputs)["y"], expected) <= EXACT
+
+
+def test_each_neuron_is_stored_once() -> None:
+    graph = Dense(mlp=11).graph()
+    tensors = Tensors(graph)
+    after, _ = upcycled(graph, experts=4, top_k=2, gates="ones", split="random", pad=1)
+    made = tensors.params(after)["layers.0.down"]
+    columns = np.moveaxis(made, 0, 1).reshape(8, 12).T
+    dense = tensors.arrays["layers.0.down"].T
+    for column in dense:
+        assert (np.abs(columns - column).max(1) == 0).sum() == 1
+
+
+def test_widths_that_divide_are_left() -> None:
+    graph = Dense().graph()
+    plain, _ = upcycled(graph, granularity=2)
+    other, _ = upcycled(graph, granularity=2, pad=2)
+    assert equal(plain, other)
