@@ -112,7 +112,8 @@ class Lab:
             f"model.seed={seed}", f"data.seed={100 + seed}", *experiment.arms[arm], tokens=tokens,
         )  # fmt: skip
         facts = saved_steps(run)[-1].facts
-        held = self.held_out(run, tokens, 192 if experiment.task else 128)
+        rows = ("64", "32") if experiment.task else ("128", "16")
+        held = self.held_out(run, tokens, "--sequence", rows[0], "--batch", rows[1])
         if experiment.task:
             held["loss"] = 1 - held["accuracy"]
         return {
@@ -135,10 +136,9 @@ class Lab:
         )  # fmt: skip
         return sparse, self.task(experiment.task)
 
-    def held_out(self, run: Path, tokens: Path, sequence: int) -> dict[str, Any]:
+    def held_out(self, run: Path, tokens: Path, *more: str) -> dict[str, Any]:
         """Return what a run makes of all of the held-out text."""
-        text = said("evaluate", run, "--data", tokens / "heldout", "--sequence", sequence,
-                    "--batch", "16", "--format", "json")  # fmt: skip
+        text = said("evaluate", run, "--data", tokens / "heldout", "--format", "json", *more)
         found: dict[str, Any] = json.loads(text)["models"][0]["sets"]["heldout"]
         return found
 

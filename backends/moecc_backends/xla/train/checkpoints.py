@@ -63,12 +63,13 @@ class RunCheckpoints:
 
     def save(self, state: PyTree, at: Position, loss: float | None) -> list[Saved]:
         """Begin to save; return what is complete since. Raises MachineError."""
+        done = self.saver.wait()  # before tensors are made: of one save there is one copy
         tensors = self._tensors(state)
         facts = {
             "recipe": self.recipe, "tokens": at.tokens, "left_out": list(at.left_out),
             "loss": loss, "tensors": _listed(tensors),
         }  # fmt: skip
-        return self.saver.save(at.step, tensors, facts)
+        return [*done, *self.saver.save(at.step, tensors, facts)]
 
     def finished(self) -> list[Saved]:
         """Return what is complete since. Raises MachineError."""

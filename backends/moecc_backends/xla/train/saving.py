@@ -11,7 +11,8 @@ import re
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,14 @@ from moecc.errors import MachineError, MoeccError
 from moecc.support.extras import install_hint
 from moecc.train.events import Saved
 from moecc.train.run_folder import begin_step, finish_step, keep_steps
+from moecc_backends.xla.trace.typed_jax import PyTree
 from moecc_backends.xla.train.tensors import Tensors
 
 _SYSTEM = re.compile(r"([^:]+) \[os_error_code=")
 """The system's own words at the end of what tensorstore says."""
+
+_PIECE_BYTES = 32 << 20
+"""Pieces of about this size are encoded and written at the same time, two of them."""
 
 
 @dataclass
@@ -35,23 +40,27 @@ class _Pending:
 
     step: int
     started_seconds: float
-    thread: threading.Thread
+    thread: threading.Thread = field(init=False)
     saved: Saved | None = None
     error: BaseException | None = None
 
 
 class Saver:
-    """Writes checkpoints of a run, one at a time, while training goes on.
+    """Writes checkpoints of a run, one at a time; on accelerators while training goes on.
+
+    On CPUs training waits: what writes is what computes, and a copy of the state beside all that a
+    step needs would be the most memory that the process ever has.
 
     Args:
       run: the folder of the run.
       keep: how many steps are kept, besides the best.
+      beside: whether `save` returns before all is written; None: on accelerators.
 
     Raises:
       MachineError: Orbax is missing.
     """
 
-    def __init__(self, run: Path, keep: int) -> None:
+    def __init__(self, run: Path, keep: int, beside: bool | None = None) -> None:
         try:
             import orbax.checkpoint as orbax
         except ImportError:
@@ -61,18 +70,17 @@ class Saver:
         # What fails is raised, and reported once.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._arguments = orbax.args.PyTreeSave
-        self._checkpointer = orbax.AsyncCheckpointer(
-            orbax.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)
-        )
         self._run, self._keep = run, keep
+        self._beside = jax.default_backend() != "cpu" if beside is None else beside
+        self._checkpointer: PyTree = None
         self._pending: _Pending | None = None
 
     def save(self, step: int, tensors: Tensors, facts: Mapping[str, Any]) -> list[Saved]:
-        """Begin to write a step, once an earlier one is complete; return that one.
+        """Begin to write a step, once an earlier one is complete; return what is complete.
 
         Args:
           step: steps done.
-          tensors: the state, on the devices; they may be deleted when this returns.
+          tensors: the state; they may be deleted when this returns.
           facts: what ``step.json`` says.
 
         Raises:
@@ -84,14 +92,18 @@ class Saver:
             begin_step(self._run, step)
         _meet(f"moecc begins step {step}")
         folder = self._run / "steps" / str(step) / "state"
+        if self._checkpointer is None:
+            self._checkpointer = _checkpointer(_largest_bytes(tensors))
         try:
             self._checkpointer.save(folder.absolute(), args=self._arguments(tensors))
         except Exception as error:
             raise _failed(error, folder) from None
-        thread = threading.Thread(target=self._finish, args=(step, dict(facts)), daemon=True)
-        self._pending = _Pending(step, started, thread)
-        thread.start()
-        return done
+        self._pending = pending = _Pending(step, started)
+        pending.thread = threading.Thread(
+            target=self._finish, args=(pending, dict(facts)), daemon=True
+        )
+        pending.thread.start()
+        return done if self._beside else [*done, *self.wait()]
 
     def finished(self) -> list[Saved]:
         """Return the step that was completed since, if any. Raises as `save`."""
@@ -114,14 +126,13 @@ class Saver:
         """Wait, and let Orbax go; what fails now was not asked for any more."""
         if self._pending is not None:
             self._pending.thread.join()
-        self._checkpointer.close()
+        if self._checkpointer is not None:
+            self._checkpointer.close()
 
-    def _finish(self, step: int, facts: Mapping[str, Any]) -> None:
-        pending = self._pending
-        assert pending is not None, "a save is pending while it is finished"
+    def _finish(self, pending: _Pending, facts: Mapping[str, Any]) -> None:
         try:
             self._checkpointer.wait_until_finished()
-            pending.saved = self._completed(step, facts, pending.started_seconds)
+            pending.saved = self._completed(pending.step, facts, pending.started_seconds)
         except BaseException as error:
             pending.error = error
 
@@ -133,6 +144,31 @@ class Saver:
         keep_steps(self._run, self._keep)
         is_best = best is not None and best.number == step
         return Saved(step, done.folder, is_best, time.monotonic() - started)
+
+
+def _checkpointer(largest_bytes: int) -> PyTree:
+    """Return what writes arrays, of which `largest_bytes` are the most in one piece.
+
+    Without a bound Orbax encodes all of them at once, which is another copy of the state.
+    """
+    import orbax.checkpoint as orbax
+
+    handler = orbax.BasePyTreeCheckpointHandler(
+        save_concurrent_bytes=2 * max(largest_bytes, _PIECE_BYTES) + 1,
+        use_ocdbt=True, use_zarr3=True,
+    )  # fmt: skip
+    return orbax.AsyncCheckpointer(
+        orbax.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, handler_impl=handler)
+    )
+
+
+def _largest_bytes(tensors: Tensors) -> int:
+    """Return the bytes of the largest piece that a device holds of a tensor."""
+    pieces = (
+        prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+        for array in tensors.values()
+    )
+    return max(pieces, default=0)
 
 
 def _meet(what: str) -> None:

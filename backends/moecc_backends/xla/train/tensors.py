@@ -6,8 +6,9 @@ on devices become what their expressions say, each process reading what its devi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import jax
@@ -33,7 +34,13 @@ _COUNT = "moments.count"
 _ARRAY = "array"
 """What the array of a slot is called in the expressions of its tensors."""
 
+_GROUPS = 8
+"""Tensors to be saved are made in about so many groups."""
+
 Tensors = dict[str, jax.Array]
+
+_Parts = list[tuple[str, Expr | None, Sharding]]
+"""The tensors of an array: names, what they are of it, and where."""
 
 
 @dataclass(frozen=True)
@@ -83,22 +90,59 @@ def _slot(graph: Graph, path: tuple[PyTree, ...], leaf: jax.ShapeDtypeStruct) ->
 
 
 def to_tensors(slots: list[Slot]) -> Callable[[PyTree], Tensors]:
-    """Return a compiled function from a state to its tensors, by the names that are saved."""
+    """Return a function from a state to its tensors, by the names that are saved.
+
+    A tensor that is a whole array of the state is that array itself, which must not be donated
+    while it is read.  Of an accelerator the tensors are in the memory of its host, and were made
+    there a group at a time, so that a device has room for a group of them beside the state at most.
+    """
     made = [_tensors_of(slot) for slot in slots]
-    shardings = {key: where for parts in made for key, _, where in parts}
+    groups = [(group, _compiled([made[at] for at in group])) for group in _groups(slots)]
 
     def tensors(state: PyTree) -> Tensors:
-        found: Tensors = {}
-        for array, parts in zip(jax.tree.leaves(state), made, strict=True):
-            for key, expr, _ in parts:
-                found[key] = array if expr is None else _moved(expr, array)
+        leaves, found = jax.tree.leaves(state), {}
+        for group, compiled in groups:
+            found.update(compiled([leaves[at] for at in group]))
         return found
 
-    compiled: Callable[[PyTree], Tensors] = jax.jit(tensors, out_shardings=shardings)
+    return tensors
+
+
+def _compiled(made: list[_Parts]) -> Callable[[list[jax.Array]], Tensors]:
+    """Return a compiled function from some arrays of a state to their tensors."""
+    shardings = {key: _on_host(where) for parts in made for key, _, where in parts}
+
+    def tensors(arrays: list[jax.Array]) -> Tensors:
+        return {
+            key: array if expr is None else _moved(expr, array)
+            for array, parts in zip(arrays, made, strict=True)
+            for key, expr, _ in parts
+        }
+
+    compiled: Callable[[list[jax.Array]], Tensors] = jax.jit(tensors, out_shardings=shardings)
     return compiled
 
 
-def _tensors_of(slot: Slot) -> list[tuple[str, Expr | None, Sharding]]:
+def _groups(slots: list[Slot]) -> Iterator[list[int]]:
+    """Yield the leaves of a state in groups of a part of its bytes, or of one large leaf."""
+    sizes = [prod(slot.abstract.shape) * slot.abstract.dtype.itemsize for slot in slots]
+    group: list[int] = []
+    for at, size in enumerate(sizes):
+        if group and sum(sizes[i] for i in group) + size > sum(sizes) / _GROUPS:
+            yield group
+            group = []
+        group.append(at)
+    yield group
+
+
+def _on_host(where: Sharding) -> Sharding:
+    """Return `where` in the memory of the host, if that is not the memory of the device."""
+    if jax.default_backend() == "cpu":
+        return where
+    return where.with_memory_kind("pinned_host")
+
+
+def _tensors_of(slot: Slot) -> _Parts:
     if slot.is_empty:
         return []
     if slot.expr is None:
