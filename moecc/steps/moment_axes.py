@@ -13,6 +13,12 @@ FIRST, SECOND, ROW, COLUMN = "m", "v", "v_row", "v_col"
 COUNT = "count"
 """The number of updates, beside the moments."""
 
+
+def count_of(first_step: int) -> str:
+    """Return what the updates are counted as of parameters that are trained after so many steps."""
+    return f"{COUNT}.{first_step}" if first_step else COUNT
+
+
 FACTORED_FROM = 128
 """Adafactor factors the second moment of matrices with both sides as large, as optax does."""
 

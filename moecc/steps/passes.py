@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from moecc.ir.graph import Graph
@@ -52,6 +52,7 @@ class StepPasses:
       groups: token groups of a micro-batch; None for what the graph says.
       balanced: whether tokens take experts in turn, to time a step.
       fused: whether attention is one operation, whose scores are in no memory.
+      noise: options of ``specialize`` by which training is perturbed.
       losses: options of ``add-losses``; None where none are added.
       mesh: where it is laid on a mesh of its own collectives.
       rolled: whether equal layers are a scan.
@@ -66,6 +67,7 @@ class StepPasses:
     routed: bool = True
     bound: Bound | None = None
     groups: int | None = None
+    noise: dict[str, float] = field(default_factory=dict)
     losses: dict[str, object] | None = field(default_factory=dict)
     balanced: bool = False
     fused: bool = True
@@ -84,7 +86,7 @@ class StepPasses:
         if self.tied:
             yield "tie-head{only=true}"
         if self.routed:
-            yield specialize(self.mode, self.bound, self.groups)
+            yield specialize(self.mode, self.bound, self.groups, self.noise)
         if self.losses is not None:
             yield _pass("add-losses", self.losses)
         if self.balanced:
@@ -104,7 +106,9 @@ class StepPasses:
             yield _pass("roll-layers", options)
 
 
-def specialize(mode: str, bound: Bound | None, groups: int | None) -> str:
+def specialize(
+    mode: str, bound: Bound | None, groups: int | None, noise: Mapping[str, float] | None = None
+) -> str:
     """Return the pass that specialises a graph for `mode`."""
     options: dict[str, object] = {"mode": mode}
     if bound is not None:
@@ -113,6 +117,7 @@ def specialize(mode: str, bound: Bound | None, groups: int | None) -> str:
             options["convention"] = bound.convention
     if groups is not None:
         options["groups"] = groups
+    options |= noise or {}
     return _pass("specialize", options)
 
 

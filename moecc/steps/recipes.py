@@ -120,12 +120,31 @@ def _passes(
         routed=routed,
         bound=bound,
         groups=groups,
+        noise=_noise(recipe, routed=routed) if mode == "train" else {},
         losses=dict(losses) if routed or losses.get("attention-z-coef") else None,
         balanced=routed and recipe.routing.force_balance and mode == "train",
         mesh=mesh,
         rolled=run.rolled,
         remat=run.remat if mode == "train" else "none",
     )
+
+
+def _noise(recipe: Recipe, *, routed: bool) -> dict[str, float]:
+    """Return the options by which training is perturbed.
+
+    Raises:
+      InputError: there are some, and the model has no experts.
+    """
+    names = ("jitter", "dropout", "expert_dropout")
+    found = {n: float(value) for n in names if (value := getattr(recipe.routing, n))}
+    if found and not routed:
+        raise InputError(
+            "a model without experts is trained as it is",
+            where=", ".join(f"routing.{n}" for n in found), expected="0",
+            found=", ".join(map(str, found.values())),
+            hint="upcycle in model.pipeline makes experts",
+        )  # fmt: skip
+    return {n.replace("_", "-"): value for n, value in found.items()}
 
 
 def is_routed(graph: Graph) -> bool:

@@ -33,6 +33,7 @@ class ParamSettings:
       blocks: the dimensions along which each slice is a parameter by itself: layers, experts.
       over: the other dimensions that products sum over; empty for what is no matrix.
       is_table: whether it is a table of tokens, or makes logits.
+      first_step: how many steps are done before it is trained.
     """
 
     trained: bool
@@ -41,6 +42,7 @@ class ParamSettings:
     blocks: tuple[int, ...]
     over: tuple[int, ...]
     is_table: bool
+    first_step: int = 0
 
     @property
     def is_matrix(self) -> bool:
@@ -92,6 +94,7 @@ def _settings(
         tuple(names.index(n) for n in blocks),
         tuple(names.index(n) for n in over) if is_matrix else (),
         "vocab" in names,
+        0 if group is None else group.from_step,
     )
 
 

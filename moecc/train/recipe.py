@@ -120,6 +120,9 @@ class RoutingSection:
       balance: coefficient of the load-balance loss; negative for the paper's 0.01.
       z_loss: coefficient of the router z-loss; negative for the paper's 0.001.
       bias_rate: step of the loss-free balance bias; 0 without one.
+      jitter: training multiplies the router's input by 1 ± this.
+      dropout: of training, on what sublayers add and on the hidden values of dense ones.
+      expert_dropout: of training, on the hidden values of experts, which needs a capacity.
       force_balance: route evenly, whatever the router says: for timing alone.
     """
 
@@ -129,6 +132,9 @@ class RoutingSection:
     balance: float = -1.0
     z_loss: float = -1.0
     bias_rate: float = 0.0
+    jitter: float = 0.0
+    dropout: float = 0.0
+    expert_dropout: float = 0.0
     force_balance: bool = False
 
 
@@ -141,12 +147,14 @@ class ParameterGroup:
       rate: a factor on the learning rate.
       decay: the weight decay; negative for that of the optimiser.
       freeze: no gradient, no moments, no update.
+      from_step: trained after so many steps; until then as under `freeze`.
     """
 
     match: str
     rate: float = 1.0
     decay: float = -1.0
     freeze: bool = False
+    from_step: int = 0
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,9 @@ BOUNDS: dict[str, _Bound] = {
     "routing.capacity_factor": _ZERO,
     "routing.eval_capacity_factor": _ZERO,
     "routing.bias_rate": _ZERO,
+    "routing.jitter": _DECAY,
+    "routing.dropout": _DECAY,
+    "routing.expert_dropout": _DECAY,
     "optimizer.rate": _POSITIVE,
     "optimizer.warmup": _ZERO,
     "optimizer.decay_steps": _ZERO,
@@ -114,7 +117,7 @@ def faults(recipe: Recipe) -> Iterator[Fault]:
     yield from _data(recipe.data)
     yield from _groups(recipe.data, recipe.routing, recipe.run)
     yield from _schedule(recipe.optimizer, recipe.run)
-    yield from _parameter_groups(recipe.optimizer.groups)
+    yield from _parameter_groups(recipe.optimizer.groups, recipe.run.steps)
     yield from _run(recipe.run, recipe.data)
     yield from _mesh(recipe.mesh)
 
@@ -227,7 +230,7 @@ def _schedule(optimizer: OptimizerSection, run: RunSection) -> Iterator[Fault]:
                     f"at most steps = {run.steps}", str(together))  # fmt: skip
 
 
-def _parameter_groups(groups: tuple[ParameterGroup, ...]) -> Iterator[Fault]:
+def _parameter_groups(groups: tuple[ParameterGroup, ...], steps: int) -> Iterator[Fault]:
     seen: set[str] = set()
     for number, group in enumerate(groups):
         place: Path = ("optimizer", "groups", number)
@@ -237,9 +240,13 @@ def _parameter_groups(groups: tuple[ParameterGroup, ...]) -> Iterator[Fault]:
             yield Fault(((*place, "match"),), "an earlier group matches the same parameters",
                         found=group.match)  # fmt: skip
         seen.add(group.match)
-        if group.freeze and (group.rate != 1.0 or group.decay >= 0):
-            yield Fault(((*place, "freeze"), (*place, "rate"), (*place, "decay")),
-                        "frozen parameters have neither rate nor decay",
+        if not 0 <= group.from_step < max(steps, 1):
+            yield Fault(((*place, "from_step"),), "out of bounds", f"0 to {steps - 1}",
+                        str(group.from_step), "freeze = true never trains them")  # fmt: skip
+        if group.freeze and (group.rate != 1.0 or group.decay >= 0 or group.from_step):
+            keys = ("freeze", "rate", "decay", "from_step")
+            yield Fault(tuple((*place, key) for key in keys),
+                        "frozen parameters have neither rate nor decay nor a first step",
                         "freeze alone")  # fmt: skip
         elif group.rate <= 0:
             yield Fault(((*place, "rate"),), "out of bounds", _POSITIVE.expected,

@@ -11,6 +11,7 @@ from moecc_backends.reference.backend import ReferenceBackend
 from moecc.errors import InputError
 from moecc.ir import Graph, parse
 from moecc.ir.structure import clone, equal
+from moecc.ir.unroll import unrolled
 from moecc.model.open import open_model
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
@@ -19,7 +20,15 @@ from moecc.steps.remarks import training_remarks
 from moecc.testing.data import params_for
 from moecc.train.data.batches import open_batches
 from moecc.train.data.model_facts import ModelFacts
-from moecc.train.recipe import Corpus, DataSection, ModelSection, Objective, Recipe, RunSection
+from moecc.train.recipe import (
+    Corpus,
+    DataSection,
+    ModelSection,
+    Objective,
+    Recipe,
+    RoutingSection,
+    RunSection,
+)
 from moecc.train.tokens.make import Making, make_tokens
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -95,3 +104,23 @@ def test_a_tied_head_is_the_embedding() -> None:
     with pytest.raises(InputError, match="no hidden states"):
         run_pipeline(parse("moecc 1\ngraph g {\n  input %x : f32[a=2]\n  output y = %x\n}\n", "g"),
                      Pipeline.parse("tie-head"))  # fmt: skip
+
+
+def noisy(**routing: float) -> Recipe:
+    data = DataSection((Corpus("x"),), batch=4, seq=32)
+    bounded = RoutingSection(capacity_factor=1.25, **routing)
+    return Recipe(ModelSection("m"), data, RunSection(1), bounded)
+
+
+@pytest.mark.parametrize(("key", "layers"), [("jitter", 3), ("dropout", 6), ("expert_dropout", 3)])
+def test_training_alone_is_perturbed(key: str, layers: int) -> None:
+    graph = imported("llama_gqa", "upcycle{experts=4 top-k=2}")
+    plain, made = train_graph(graph, noisy()), train_graph(graph, noisy(**{key: 0.1}))
+    assert "key" not in plain.inputs
+    assert sum(node.op.name.startswith("random") for node in unrolled(made)) == layers
+    assert equal(eval_graph(graph, noisy(**{key: 0.1})), eval_graph(graph, noisy()))
+
+
+def test_a_model_without_experts_is_not_perturbed() -> None:
+    with pytest.raises(InputError, match=r"routing\.dropout, routing\.expert_dropout"):
+        train_graph(imported("llama_gqa", "cse"), noisy(dropout=0.1, expert_dropout=0.3))

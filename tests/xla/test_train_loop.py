@@ -31,6 +31,9 @@ class Counting:
         metrics = {"loss": jnp.float32(number), "tokens": 10, "guard.skipped": is_bad}
         return state if is_bad else (*state, number), metrics
 
+    def entered(self, state: Any, done: int) -> Any:
+        return state
+
     def model_params(self, state: Any) -> Any:
         return state
 

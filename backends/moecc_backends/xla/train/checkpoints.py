@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from moecc.checkpoint.run.layout import PARAMS, best_step, saved_steps
 from moecc.checkpoint.run.state import StateReader, array_key
@@ -27,7 +28,7 @@ class RunCheckpoints:
     Attributes:
       run: the folder.
       graph: the program's; the weights of its parameters are over tensors of the state.
-      abstract: the program's state, as shapes, types and shardings.
+      abstract: the program's state after so many steps, as shapes, types and shardings.
       start: makes the state before the first step, where nothing is saved yet.
       saver: writes.
       recipe: the digest of the recipe.
@@ -35,18 +36,21 @@ class RunCheckpoints:
 
     run: Path
     graph: Graph
-    abstract: PyTree
+    abstract: Callable[[int], PyTree]
     start: Callable[[], tuple[PyTree, Position]]
     saver: Saver
     recipe: str
 
-    @cached_property
-    def _slots(self) -> list[Slot]:
-        return slots_of(self.graph, self.abstract)
+    _known: tuple[PyTree, Callable[[PyTree], Tensors]] | None = field(init=False, default=None)
 
-    @cached_property
-    def _tensors(self) -> Callable[[PyTree], Tensors]:
-        return to_tensors(self._slots)
+    def _slots(self, step: int) -> list[Slot]:
+        return slots_of(self.graph, self.abstract(step))
+
+    def _tensors(self, state: PyTree, step: int) -> Tensors:
+        kind = jax.tree.structure(state)
+        if self._known is None or self._known[0] != kind:
+            self._known = (kind, to_tensors(self._slots(step)))
+        return self._known[1](state)
 
     def begin(self) -> tuple[PyTree, Position, float | None]:
         """Return state, position and best held-out loss of the last checkpoint, or the start.
@@ -57,14 +61,15 @@ class RunCheckpoints:
         steps = saved_steps(self.run)
         if not steps:
             return (*self.start(), None)
-        state = restore(self._slots, StateReader(steps[-1].state).read, self.abstract)
+        step = steps[-1].number
+        state = restore(self._slots(step), StateReader(steps[-1].state).read, self.abstract(step))
         best = best_step(steps)
         return state, position_of(steps[-1].facts), None if best is None else best.loss
 
     def save(self, state: PyTree, at: Position, loss: float | None) -> list[Saved]:
         """Begin to save; return what is complete since. Raises MachineError."""
         done = self.saver.wait()  # before tensors are made: of one save there is one copy
-        tensors = self._tensors(state)
+        tensors = self._tensors(state, at.step)
         facts = {
             "recipe": self.recipe, "tokens": at.tokens, "left_out": list(at.left_out),
             "loss": loss, "tensors": _listed(tensors),

@@ -47,6 +47,10 @@ class Program(Protocol):
         """Return state and metrics after one step; the state that is given is donated."""
         ...
 
+    def entered(self, state: State, done: int) -> State:
+        """Return a state as the step after so many takes it: more may be trained from there on."""
+        ...
+
     def model_params(self, state: State) -> Mapping[str, jax.Array]:
         """Return the parameters of the model in a state."""
         ...
@@ -160,6 +164,7 @@ class Loop:
             found = on_host(metrics)
             skipped, tokens = bool(found.pop(SKIPPED, 0)), int(scalar(found.pop(TOKENS)))
             self._at = self._at.after(0 if skipped else tokens)
+            self._state = self.program.entered(self._state, self._at.step)
             if skipped:
                 streak.append(number)
                 yield Skipped(self._at.step, found, number)

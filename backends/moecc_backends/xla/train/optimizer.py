@@ -22,6 +22,7 @@ from moecc.steps.moment_axes import (
     FIRST,
     ROW,
     SECOND,
+    count_of,
     moment_types,
     uses_muon,
 )
@@ -33,7 +34,7 @@ from moecc_backends.xla.trace.typed_jax import PyTree
 
 Arrays = Mapping[str, jax.Array]
 Moments = dict[str, PyTree]
-"""``{kind: {parameter: array}}``, and the count of updates."""
+"""``{kind: {parameter: array}}``, and the counts of updates."""
 
 CLIP_RMS = 1.0
 """Adafactor clips the update of a matrix at this root mean square (Shazeer and Stern 2018, §6)."""
@@ -77,13 +78,42 @@ class Optimizer:
             kind: {n: jnp.zeros(t.shape, params[n].dtype) for n, t in types.items()}
             for kind, types in self.moment_types.items()
         }
-        return {**zeros, COUNT: jnp.zeros((), jnp.int32)}
+        counts = (COUNT, *map(count_of, self._parts))
+        return {**zeros, **{count: jnp.zeros((), jnp.int32) for count in counts}}
 
     def directions(
         self, gradients: Arrays, moments: Moments, params: Arrays
     ) -> tuple[dict[str, jax.Array], Moments]:
-        """Return the directions in which parameters go, to be subtracted, and the moments after."""
-        return DIRECTIONS[self.section.name](self, gradients, moments, params)
+        """Return the directions in which parameters go, to be subtracted, and the moments after.
+
+        Parameters that are trained from a later step on have a count of updates of their own.
+        """
+        made: dict[str, jax.Array] = {}
+        after: Moments = {kind: {} for kind in self.moment_types}
+        for first, names in self._parts.items():
+            count = count_of(first)
+            own: Moments = {
+                kind: {n: a for n, a in moments[kind].items() if n in names}
+                for kind in self.moment_types
+            }
+            own = {kind: arrays for kind, arrays in own.items() if arrays}
+            found, moved = DIRECTIONS[self.section.name](
+                self, _some(gradients, names), {**own, COUNT: moments[count]}, params
+            )
+            made |= found
+            after[count] = moved.pop(COUNT)
+            for kind, arrays in moved.items():
+                after[kind] |= arrays
+        return made, {COUNT: moments[COUNT] + 1, **after}
+
+    @property
+    def _parts(self) -> dict[int, list[str]]:
+        """The parameters by the step from which they are trained."""
+        firsts = sorted({settings.first_step for settings in self.settings.values()})
+        return {
+            first: [n for n in self.types if self.settings[n].first_step == first]
+            for first in firsts
+        }
 
 
 Directions = Callable[[Optimizer, Arrays, Moments, Arrays], tuple[dict[str, jax.Array], Moments]]

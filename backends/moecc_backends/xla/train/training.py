@@ -31,8 +31,9 @@ from moecc_backends.xla.train.compile_cache import keep_compiled_programs
 from moecc_backends.xla.train.expert_spread import spread_of
 from moecc_backends.xla.train.feed import DeviceFeed
 from moecc_backends.xla.train.loop import Loop
+from moecc_backends.xla.train.phased import PhasedStep, make_phased_step
 from moecc_backends.xla.train.saving import Saver
-from moecc_backends.xla.train.step import TrainStep, make_train_step
+from moecc_backends.xla.train.step import TrainStep
 from moecc_backends.xla.train.tensors import load, slots_of, with_moments
 
 _REASONS = (None, Reason.TERMINATED, Reason.INTERRUPTED)
@@ -44,17 +45,22 @@ class XlaTraining:
 
     Attributes:
       job: what is trained.
-      program: its step.
+      program: its step, of each phase.
       saver: writes its checkpoints.
       watchdog: is informed of every step.
       writes: whether this process writes journals and reports.
     """
 
     job: TrainJob
-    program: TrainStep
+    program: PhasedStep
     saver: Saver
     watchdog: Watchdog
     writes: bool
+
+    @property
+    def first(self) -> TrainStep:
+        """The step that it begins with."""
+        return self.program.at(0)
 
     @property
     def devices(self) -> int:
@@ -65,18 +71,18 @@ class XlaTraining:
         """Run to the end, and yield what happens; see `moecc.train.job.Training.events`."""
         job, run = self.job, self.job.recipe.run
         checkpoints = RunCheckpoints(
-            job.run, self.program.graph, self.program.abstract_state, self._start, self.saver,
-            job.digest,
+            job.run, self.first.graph, lambda step: self.program.at(step).abstract_state,
+            self._start, self.saver, job.digest,
         )  # fmt: skip
         loop = Loop(
             self.program,
-            DeviceFeed(job.batches, self.program.abstract_batch),
+            DeviceFeed(job.batches, self.first.abstract_batch),
             checkpoints,
             run,
             lambda step: rate_at(job.recipe.optimizer, step, run.steps),
             lambda: agreed_reason(stop()),
             agreed_seconds,
-            spread_of(self.program.graph, self.program.where.whole),
+            spread_of(self.first.graph, self.first.where.whole),
         )
         for event in loop.events():
             self.watchdog.beat(type(event).__name__)
@@ -84,7 +90,7 @@ class XlaTraining:
 
     def _start(self) -> tuple[PyTree, Position]:
         """Return the state before the first step."""
-        program = self.program
+        program = self.first
         abstract = program.abstract_state
         params: Mapping[str, jax.ShapeDtypeStruct] = {**abstract["params"], **abstract["bias"]}
         with self.job.begin() as beginning:
@@ -143,11 +149,11 @@ def _own_folder(job: TrainJob) -> Iterator[None]:
         yield
 
 
-def _program(job: TrainJob) -> TrainStep:
+def _program(job: TrainJob) -> PhasedStep:
     devices = _devices(job.recipe.mesh)
     spec = step_spec(job.graph, job.recipe, devices[0].platform)
     judge = eval_graph(job.graph, job.recipe)
-    return make_train_step(train_graph(job.graph, job.recipe), spec, devices, judge)
+    return make_phased_step(train_graph(job.graph, job.recipe), spec, devices, judge)
 
 
 def _devices(section: MeshSection) -> list[jax.Device]:

@@ -1,0 +1,106 @@
+"""Routers are trained first: until a group begins it has no gradient, no moments and no update."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moecc.checkpoint.run.layout import saved_steps
+from moecc.checkpoint.run.state import StateReader
+from moecc.cli.main import main
+from moecc.steps.phases import phase_at, phases_of
+from moecc.train.recipe import OptimizerSection, ParameterGroup
+
+GROUPS = "[{match='router'}, {match='norm', freeze=true}, {match='*', from_step=3}]"
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def test_a_phase_freezes_what_begins_later() -> None:
+    section = OptimizerSection(
+        groups=(
+            ParameterGroup("router"),
+            ParameterGroup("norm", freeze=True),
+            ParameterGroup("moe", from_step=9),
+            ParameterGroup("*", from_step=3),
+        )
+    )
+    phases = phases_of(section)
+    assert [phase.first_step for phase in phases] == [0, 3, 9]
+    assert [[g.freeze for g in phase.section.groups] for phase in phases] == [
+        [False, True, True, True],
+        [False, True, True, False],
+        [False, True, False, False],
+    ]
+    assert [phase_at(phases, done) for done in (0, 2, 3, 8, 9, 99)] == [0, 0, 1, 1, 2, 2]
+    assert len(phases_of(OptimizerSection())) == 1
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("orbax.checkpoint")
+    from .tiny import make_recipe
+
+    folder = tmp_path_factory.mktemp("phases")
+    recipe = make_recipe(folder, "steps = 5\nsave_steps = 1\nkeep = 9")
+    words = ["train", str(recipe), "--out", str(folder / "run")]
+    assert main([*words, "--set", f"optimizer.groups={GROUPS}"]) == 0
+    return folder / "run"
+
+
+def names(run: Path, step: int, kind: str) -> set[str]:
+    saved = next(s for s in saved_steps(run) if s.number == step)
+    keys = json.loads((saved.state / "_METADATA").read_text())["tree_metadata"]
+    found = {".".join(ast.literal_eval(key)) for key in keys}
+    return {name.removeprefix(f"{kind}.") for name in found if name.startswith(f"{kind}.")}
+
+
+def tensor(run: Path, step: int, name: str) -> np.ndarray:
+    saved = next(s for s in saved_steps(run) if s.number == step)
+    return StateReader(saved.state).read(name)
+
+
+def test_what_begins_later_has_no_moments_before(run: Path) -> None:
+    assert {n.split(".")[-2] for n in names(run, 2, "moments.m")} == {"router"}
+    # A state is that of the step which follows.
+    assert EMBEDDING in names(run, 3, "moments.m")
+    assert not tensor(run, 3, f"moments.m.{EMBEDDING}").any()
+    assert tensor(run, 4, f"moments.m.{EMBEDDING}").any()
+    assert not any("norm" in n for n in names(run, 5, "moments.m"))
+    assert int(tensor(run, 5, "moments.count")) == 5
+    assert int(tensor(run, 5, "moments.count.3")) == 2
+
+
+def test_what_begins_later_stays_as_it_was_before(run: Path) -> None:
+    first, third, fourth = (tensor(run, step, f"params.{EMBEDDING}") for step in (1, 3, 4))
+    np.testing.assert_array_equal(first, third)
+    assert (third != fourth).any()
+    router = next(n for n in names(run, 1, "params") if "router" in n)
+    assert (tensor(run, 1, f"params.{router}") != tensor(run, 2, f"params.{router}")).any()
+
+
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 3])
+def test_a_run_goes_on_in_either_phase(run: Path, step: int, tmp_path: Path) -> None:
+    again = tmp_path / "run"
+    shutil.copytree(run, again)
+    for saved in saved_steps(again):
+        if saved.number > step:
+            shutil.rmtree(saved.folder)
+    assert main(["train", "--resume", str(again)]) == 0
+    assert (again / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
+
+
+def test_a_first_step_is_within_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        '[model]\nsource = "model"\n[data]\ntrain = [{ tokens = "tokens" }]\n'
+        "[[optimizer.groups]]\nmatch = 'moe'\nfrom_step = 20\n[run]\nsteps = 20\n"
+    )
+    assert main(["train", str(recipe), "--out", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().err
+    assert "optimizer.groups.0.from_step" in said
+    assert "0 to 19" in said
