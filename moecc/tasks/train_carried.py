@@ -1,12 +1,17 @@
-"""The moments of a source that is a run, for the model that a recipe's pipeline made of it."""
+"""The moments of a source, for the model that a recipe's pipeline made of it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import numpy as np
 
 from moecc.checkpoint.run.checkpoint import RunCheckpoint
 from moecc.checkpoint.run.layout import GRAPH, RECIPE
 from moecc.checkpoint.run.state import StateReader
+from moecc.checkpoint.trees.checkpoint import TreeCheckpoint
+from moecc.checkpoint.trees.moments import SavedMoments
 from moecc.errors import InputError
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
@@ -18,6 +23,11 @@ from moecc.train.recipe import OptimizerSection
 from moecc.train.recipe_text import parse_recipe, recipe_file
 from moecc.train.state import Canonical, Weights
 from moecc.types.arrays import Array
+from moecc.types.tensor import TensorType
+from moecc.weights.expr import sources
+
+Known = Mapping[str, Mapping[str, TensorType]]
+"""The types of moments by kind and tensor."""
 
 _PREFIX = SAVED.partition("{")[0]
 _RESET = 'model.moments = "reset" begins with zeros'
@@ -25,46 +35,75 @@ _RESET = 'model.moments = "reset" begins with zeros'
 
 @dataclass(frozen=True)
 class CarriedState:
-    """Moments over those of a run, and what reads its parameters and moments.
+    """Moments over those of a trained model, and what reads its parameters and moments.
 
     Attributes:
       moments: expressions by name, ``moments.m.NAME``.
-      checkpoint: of the run.
+      checkpoint: of the run, or of the program that trained it.
     """
 
     moments: Weights
-    checkpoint: RunCheckpoint
+    checkpoint: RunCheckpoint | TreeCheckpoint
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows of a parameter, or of what begins with ``moments.``."""
-        if name.startswith(_PREFIX):
+        if not name.startswith(_PREFIX):
+            return self.checkpoint.read(name, start, stop)
+        if isinstance(self.checkpoint, RunCheckpoint):
             return StateReader(self.checkpoint.step.state).read(name, start, stop)
-        return self.checkpoint.read(name, start, stop)
+        kind, _, tensor = name.removeprefix(_PREFIX).partition(".")
+        if kind == COUNT:
+            assert self.checkpoint.moments is not None, "it has been looked at"
+            return np.asarray(self.checkpoint.moments.count, np.int32)
+        return self.checkpoint.read_moment(kind, tensor, start, stop)
 
 
 def carried_from(source: Source, section: OptimizerSection) -> CarriedState:
-    """Return the moments of a model before its first step, where its source is a run.
+    """Return the moments of a model before its first step, where its source has some.
 
     Raises:
-      InputError: the source is no run, or was trained by another optimiser.
+      InputError: the source has none, or was trained by another optimiser.
     """
-    checkpoint = source.model.checkpoint
-    if not isinstance(checkpoint, RunCheckpoint):
+    checkpoint, graph = source.model.checkpoint, over_its_source(source.made)
+    if isinstance(checkpoint, RunCheckpoint):
+        known, count = _of_run(checkpoint, section)
+    elif isinstance(checkpoint, TreeCheckpoint) and checkpoint.moments is not None:
+        known, count = _of_tree(checkpoint, checkpoint.moments, graph, section)
+    else:
         raise InputError(
-            "only a run has moments to carry over", where="model.moments",
-            found=source.model.name, hint=_RESET,
+            "only a run, or a checkpoint of Orbax or T5X with its optimiser, has moments to carry "
+            "over", where="model.moments", found=source.model.name, hint=_RESET,
         )  # fmt: skip
+    return CarriedState(carried_moments(graph, section, known, count), checkpoint)
+
+
+def _of_run(checkpoint: RunCheckpoint, section: OptimizerSection) -> tuple[Known, int]:
     recipe = checkpoint.run / RECIPE
     before = parse_recipe(recipe_file(recipe), str(recipe), folder=checkpoint.run).optimizer
-    if before.name != section.name:
+    _require_same(before.name, section, str(checkpoint.run))
+    known = saved_moments(read_graph(str(checkpoint.run / GRAPH)), before)
+    return known, int(StateReader(checkpoint.step.state).read(f"{_PREFIX}{COUNT}"))
+
+
+def _of_tree(
+    checkpoint: TreeCheckpoint, found: SavedMoments, graph: Graph, section: OptimizerSection
+) -> tuple[Known, int]:
+    _require_same(found.optimizer, section, str(checkpoint.path))
+    weights = [p.weight for p in graph.params.values() if p.weight is not None]
+    types = {leaf.name: leaf.type for weight in weights for leaf in sources(weight)}
+    known = {
+        kind: {n: checkpoint.moment_type(kind, n, types[n]) for n in of if n in types}
+        for kind, of in found.of.items()
+    }
+    return known, found.count
+
+
+def _require_same(before: str, section: OptimizerSection, where: str) -> None:
+    if before != section.name:
         raise InputError(
             f"the source has no moments of {section.name}", where="model.moments",
-            found=f"{checkpoint.run} was trained by {before.name}", hint=_RESET,
+            found=f"{where} was trained by {before}", hint=_RESET,
         )  # fmt: skip
-    known = saved_moments(read_graph(str(checkpoint.run / GRAPH)), before)
-    count = int(StateReader(checkpoint.step.state).read(f"{_PREFIX}{COUNT}"))
-    graph = over_its_source(source.made)
-    return CarriedState(carried_moments(graph, section, known, count), checkpoint)
 
 
 def over_its_source(made: Canonical) -> Graph:

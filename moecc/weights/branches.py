@@ -6,8 +6,10 @@ an expression over the base becomes one over a branch by renaming its sources.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import reduce
+from math import gcd
 
 from moecc.weights.arithmetic import Add, Scale
 from moecc.weights.expr import Expr, Source, transform
@@ -51,7 +53,14 @@ def read_from(weight: Expr, branch: str) -> Expr:
 
 def mean_over(weight: Expr, branches: Sequence[str]) -> Expr:
     """Return the mean of `weight` over several branches, each as often as it is listed."""
-    read = [read_from(weight, branch) for branch in branches]
+    read = [read_from(weight, branch) for branch in _once(branches)]
     if len(set(read)) == 1:
         return read[0]
     return Scale(reduce(Add, read), 1 / len(read))
+
+
+def _once(branches: Sequence[str]) -> list[str]:
+    """Return the branches, each as few times as keeps their shares: of ``a, b, a, b`` one each."""
+    counts = Counter(branches)
+    least = gcd(*counts.values())
+    return [name for name, count in counts.items() for _ in range(count // least)]

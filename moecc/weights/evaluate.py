@@ -315,10 +315,12 @@ class Evaluator:
         return align(values, x.type.names, type.names)
 
     def _scale(self, e: Scale, box: Box) -> Array:
-        x = widen(self.block(e.x, box), e.type.dtype)
+        x = self.block(e.x, box)
+        wide = _widened(x, e.type.dtype)
         with self._overflow(e):
-            x *= x.dtype.type(e.factor)
-        return x
+            # What was widened is nobody else's.
+            own = None if wide is x else wide
+            return np.asarray(np.multiply(wide, wide.dtype.type(e.factor), out=own))
 
     def _cast(self, e: Cast, box: Box) -> Array:
         x = self.block(e.x, box)
@@ -344,9 +346,11 @@ class Evaluator:
         )
 
     def _add(self, e: Add, box: Box) -> Array:
-        a, b = self._wide(e, box)
+        (x, y), dtype = (self._operand(x, e.type, box) for x in e.operands), e.type.dtype
+        a, b = _widened(x, dtype), _widened(y, dtype)
+        out = a if a is not x and a.shape == extents(box) else None
         with self._overflow(e):
-            return np.asarray(a + b)
+            return np.asarray(np.add(a, b, out=out))
 
     def _mul(self, e: Mul, box: Box) -> Array:
         a, b = self._wide(e, box)
@@ -356,8 +360,8 @@ class Evaluator:
     def _minimum(self, e: Minimum, box: Box) -> Array:
         return np.asarray(np.minimum(*self._wide(e, box)))
 
-    def _wide(self, e: Add | Mul | Minimum, box: Box) -> tuple[Array, Array]:
-        a, b = (widen(self._operand(x, e.type, box), e.type.dtype) for x in e.operands)
+    def _wide(self, e: Mul | Minimum, box: Box) -> tuple[Array, Array]:
+        a, b = (_widened(self._operand(x, e.type, box), e.type.dtype) for x in e.operands)
         return a, b
 
     def _select(self, e: Select, box: Box) -> Array:
@@ -371,6 +375,11 @@ class Evaluator:
 
     def _overflow(self, e: Expr) -> _Overflow:
         return _Overflow(e)
+
+
+def _widened(values: Array, dtype: DType) -> Array:
+    """Return `values` in `dtype`: the very array if it has that type, else a new one."""
+    return values if values.dtype == dtype.numpy else widen(values, dtype)
 
 
 class _Overflow:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +19,7 @@ from moecc.checkpoint.source import TensorInfo
 from moecc.checkpoint.trees.find import METADATA
 from moecc.checkpoint.trees.maxtext import MARKS as MAXTEXT_MARKS
 from moecc.checkpoint.trees.maxtext import maxtext_pieces
+from moecc.checkpoint.trees.moments import SavedMoments, find_moments
 from moecc.checkpoint.trees.orbax import open_orbax
 from moecc.checkpoint.trees.t5 import MARKS as T5_MARKS
 from moecc.checkpoint.trees.t5 import t5_config, t5_pieces
@@ -27,6 +29,7 @@ from moecc.errors import InputError, nearest
 from moecc.support.closing import Closing
 from moecc.types.arrays import Array
 from moecc.types.dtypes import DTYPES, DType
+from moecc.types.tensor import TensorType
 
 MOST_KEPT_BYTES = 1 << 30
 """The size of the largest matrix that is read as a whole."""
@@ -85,6 +88,32 @@ class TreeCheckpoint(Closing):
             kept = self._kept.matrix = name, matrix
         return kept[1]
 
+    @cached_property
+    def moments(self) -> SavedMoments | None:
+        """The moments of the optimiser, if the tree has some of this model."""
+        below = self._tree.below((*T5_MARKS, *MAXTEXT_MARKS))
+        arrays = {p[:-1] if p[-1] == "value" else p: key for p, key in below.items()}
+        return find_moments(self._tree, arrays, self._pieces)
+
+    def moment_type(self, kind: str, name: str, type: TensorType) -> TensorType:
+        """Return the type of a moment of a tensor, whose own is `type`."""
+        assert self.moments is not None, "there are moments"
+        moment = self.moments.of[kind][name]
+        axes = [type.axes[axis] for axis in moment.axes]
+        return type.with_axes(axes).with_dtype(_dtype(self._tree, moment.piece.key))
+
+    def read_moment(self, kind: str, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """Return rows [start, stop) of the first axis of a moment of a tensor.
+
+        Raises:
+          InputError: its array cannot be read.
+          KeyError: there is no such moment.
+        """
+        assert self.moments is not None, "there are moments"
+        piece = self.moments.of[kind][name].piece
+        rows = piece.shape(self._tree.arrays.shape(piece.key))[0]
+        return piece.read(self._tree.arrays, start, rows if stop is None else stop)
+
     def companions(self) -> dict[str, Path | bytes]:
         """Return the files beside the config that an export copies."""
         return dict(self._companions)
@@ -134,10 +163,10 @@ def open_tree(path: Path, place: Path, *, needs_config: bool) -> TreeCheckpoint:
         config = read_json_object(path / CONFIG_NAME, limit_bytes=MAX_CONFIG_BYTES)
     problems = Problems()
     is_t5 = bool(tree.below(T5_MARKS))
-    if is_t5 and config.get("model_type", "t5") == "t5":
+    if is_t5 and config.get("model_type", "t5") in ("t5", "switch_transformers"):
         pieces = t5_pieces(tree, problems)
         shapes = {n: p.shape(tree.arrays.shape(p.key)) for n, p in pieces.items()}
-        config = config or t5_config(shapes)
+        config = config or t5_config(shapes, problems)
     elif config and tree.below(MAXTEXT_MARKS):
         pieces = maxtext_pieces(tree, config, problems)
     else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import sqrt
 
 from moecc.checkpoint.problems import Problems, quoted
@@ -22,7 +22,6 @@ _FOLDED = ("llama", "mistral", "mixtral")
 """Families whose queries MaxText stores divided by the root of the width of a head."""
 
 _LAYER = re.compile(r"layers(?:_(\d{1,5}))?", re.ASCII)
-_SCAN_AXIS = 1
 
 _VECTORS: Mapping[tuple[str, ...], str] = {
     ("pre_self_attention_layer_norm", "scale"): "input_layernorm.weight",
@@ -115,7 +114,7 @@ def _pieces(
             for name, piece in _layer(tuple(rest), key, rank - is_scanned, decoder):
                 for layer in layers:
                     whole = f"model.layers.{layer}.{name}"
-                    yield whole, _scanned(piece, layer) if is_scanned else piece
+                    yield whole, piece.of_layer(layer) if is_scanned else piece
 
 
 def _layer(
@@ -148,14 +147,3 @@ def _layer(
 
 def _sparse(decoder: _Decoder) -> str:
     return "block_sparse_moe" if decoder.family == "mixtral" else "mlp"
-
-
-def _scanned(piece: Piece, layer: int) -> Piece:
-    """Return the piece of one layer, of an array with an axis of layers."""
-
-    def moved(axis: int) -> int:
-        return axis + (axis >= _SCAN_AXIS)
-
-    at = {moved(axis): place for axis, place in (piece.at or {}).items()}
-    rows, columns = (tuple(map(moved, axes)) for axes in (piece.rows, piece.columns))
-    return replace(piece, rows=rows, columns=columns, at={**at, _SCAN_AXIS: layer})

@@ -97,7 +97,9 @@ def _as_float(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 def _leaves(tree: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Yield the arrays of the tree, and the descriptions of those that are elsewhere."""
-    if isinstance(tree, np.ndarray) or (isinstance(tree, dict) and tree.keys() >= _STORED):
+    if type(tree) is int and -(1 << 63) <= tree < 1 << 63:
+        yield path, np.asarray(tree)
+    elif isinstance(tree, np.ndarray) or (isinstance(tree, dict) and tree.keys() >= _STORED):
         yield path, tree
     elif isinstance(tree, dict) and len(path) < 64:
         for name, inner in tree.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,6 +88,16 @@ class Piece:
     limit: int | None = None
     halves: bool = False
     scale: float = 1.0
+
+    def of_layer(self, layer: int, axis: int = 1) -> Piece:
+        """Return the piece of one layer, of an array that has an axis of layers besides."""
+
+        def moved(old: int) -> int:
+            return old + (old >= axis)
+
+        at = {moved(old): place for old, place in (self.at or {}).items()}
+        rows, columns = (tuple(map(moved, axes)) for axes in (self.rows, self.columns))
+        return replace(self, rows=rows, columns=columns, at={**at, axis: layer})
 
     def shape(self, array: Sequence[int]) -> tuple[int, ...]:
         """Return the sizes of the tensor, of an array with these."""

@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from moecc.checkpoint.open import open_checkpoint
+from moecc.checkpoint.shards import natural
 from moecc.errors import InputError
 from moecc.families import import_checkpoint
 from moecc.ir import print_graph
@@ -36,7 +37,7 @@ NORMS = {
 
 
 def path_of(name: str) -> tuple[str, ...]:
-    """Return the path in T5X of a tensor of Hugging Face."""
+    """Return the path in T5X of a tensor of Hugging Face; experts of one matrix share one."""
     words = name.split(".")
     if words[0] == "shared":
         return ("token_embedder", "embedding")
@@ -53,7 +54,37 @@ def path_of(name: str) -> tuple[str, ...]:
     block = {"SelfAttention": own, "EncDecAttention": "encoder_decoder_attention"}
     if words[5] in block:
         return (stack, layer, block[words[5]], PARTS[words[6]], "kernel")
+    if words[6] == "router":
+        return (stack, layer, "mlp", "router", "router_weights", "w", "kernel")
+    if words[6] == "experts":
+        return (stack, layer, "mlp", "expert", words[8], "kernel")
     return (stack, layer, "mlp", words[6], "kernel")
+
+
+def arrays_of(golden: dict[str, Array]) -> dict[tuple[str, ...], Array]:
+    """Return the arrays of T5X of a golden model: kernels are turned, experts along axis 0."""
+    found: dict[tuple[str, ...], list[Array]] = {}
+    for name, tensor in golden.items():
+        path = path_of(name)
+        matrix = path[-1] in ("kernel", "rel_embedding")
+        found.setdefault(path, []).append(np.ascontiguousarray(tensor.T if matrix else tensor))
+    return {p: np.stack(a) if "expert" in p else a[0] for p, a in found.items()}
+
+
+def scanned(arrays: dict[tuple[str, ...], Array], stack: str, size: int) -> (
+    dict[tuple[str, ...], Array]
+):  # fmt: skip
+    """Return the arrays with the layers of a stack along axis 1, in blocks of `size`."""
+    made: dict[tuple[str, ...], Array] = {}
+    layers: dict[tuple[str, ...], dict[int, Array]] = {}
+    for path, array in arrays.items():
+        if path[0] != stack or not path[1].startswith("layers_"):
+            made[path] = array
+            continue
+        block, inside = divmod(int(path[1].removeprefix("layers_")), size)
+        words = (f"subblock_{inside}",) if size > 1 else ()
+        layers.setdefault((stack, stack, *words, *path[2:]), {})[block] = array
+    return made | {p: np.stack([a for _, a in sorted(of.items())], 1) for p, of in layers.items()}
 
 
 def packed(array: Array) -> Any:
@@ -62,27 +93,37 @@ def packed(array: Array) -> Any:
     return msgpack.ExtType(1, msgpack.packb(content, use_bin_type=True))
 
 
-def write(case: str, folder: Path, *, version: int = 3) -> dict[str, Array]:
+def write(
+    case: str,
+    folder: Path,
+    *,
+    version: int = 3,
+    scan: dict[str, int] | None = None,
+    state: dict[str, Any] | None = None,
+) -> dict[str, Array]:
     """Write a golden model as a step of T5X, and return its tensors."""
     golden = load_file(GOLDEN / case / "model.safetensors")
     copies = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
-    golden = {k: v for k, v in golden.items() if k not in copies}
+    golden = {k: golden[k] for k in sorted(golden, key=natural) if k not in copies}
     if np.array_equal(golden.get("lm_head.weight", ()), golden["shared.weight"]):
         del golden["lm_head.weight"]
     folder.mkdir(parents=True)
+    arrays = arrays_of(golden)
+    for stack, size in (scan or {}).items():
+        arrays = scanned(arrays, stack, size)
     target: dict[str, Any] = {}
-    for name, tensor in golden.items():
-        path = path_of(name)
-        matrix = path[-1] in ("kernel", "rel_embedding")
-        array = np.ascontiguousarray(tensor.T if matrix else tensor)
-        place = target
-        for word in path[:-1]:
-            place = place.setdefault(word, {})
-        place[path[-1]] = stored(folder, ("target", *path), array, version)
-    state = {"step": 3, "param_states": {"encoder": {"encoder_norm": {"scale": {"v": 0}}}}}
+    for path, array in arrays.items():
+        put(target, path, stored(folder, ("target", *path), array, version))
+    state = state or {"step": 3, "param_states": {"encoder": {"encoder_norm": {"scale": {"v": 0}}}}}
     tree = {"version": version, "optimizer": {"target": target, "state": state}}
     (folder / "checkpoint").write_bytes(msgpack.packb(tree, use_bin_type=True))
     return golden
+
+
+def put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    for word in path[:-1]:
+        tree = tree.setdefault(word, {})
+    tree[path[-1]] = value
 
 
 def stored(folder: Path, path: tuple[str, ...], array: Array, version: int) -> Any:
@@ -118,6 +159,62 @@ def test_the_tensors_are_those_of_hugging_face(case: str, version: int, tmp_path
             assert checkpoint.tensors[name].dtype.numpy == expected.dtype
             np.testing.assert_array_equal(checkpoint.read(name), expected)
             np.testing.assert_array_equal(checkpoint.read(name, 1, 3), expected[1:3])
+
+
+@pytest.mark.parametrize(
+    ("case", "scan"),
+    [
+        ("switch_half", {}),
+        ("switch_square_v4", {}),
+        ("switch_half", {"encoder": 2}),
+        ("t5_square", {"encoder": 1, "decoder": 1}),
+        ("t5_gated_untied", {"decoder": 1}),
+    ],
+)
+def test_experts_and_scanned_layers(case: str, scan: dict[str, int], tmp_path: Path) -> None:
+    golden = write(case, tmp_path / "checkpoint_300", scan=scan)
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.tensors.keys() == golden.keys()
+        for name, expected in golden.items():
+            np.testing.assert_array_equal(checkpoint.read(name), expected)
+            np.testing.assert_array_equal(checkpoint.read(name, 1, 3), expected[1:3])
+
+
+def test_the_config_of_a_mixture(tmp_path: Path) -> None:
+    write("switch_half", tmp_path / "checkpoint_300")
+    golden = json.loads((GOLDEN / "switch_half" / "config.json").read_text())
+    with open_checkpoint(tmp_path) as checkpoint:
+        found = dict(checkpoint.config)
+        graph = import_checkpoint(checkpoint)
+    assert sum(node.op.routes for node in graph) == 3
+    for key in ("relative_attention_max_distance", "expert_capacity", "router_jitter_noise"):
+        found.pop(key)
+    assert golden | found == golden | {"decoder_start_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "words"),
+    [
+        (("encoder", "layers_1", "mlp", "router", "router_weights", "w", "bias"), (4,),
+         "a router with a bias"),
+        (("encoder", "layers_1", "mlp", "expert", "wi_0", "kernel"), (4, 16, 20), "are not gated"),
+        (("encoder", "layers_1", "extra_mlp", "wi", "kernel"), (16, 20), "the extra sublayer"),
+        (("encoder", "layers_0", "mlp", "router", "router_weights", "w", "kernel"), (16, 4),
+         "experts in other layers"),
+    ],
+)  # fmt: skip
+def test_mixtures_that_transformers_has_not(
+    path: tuple[str, ...], shape: tuple[int, ...], words: str, tmp_path: Path
+) -> None:
+    step = tmp_path / "checkpoint_1"
+    write("switch_half", step)
+    file = step / "checkpoint"
+    tree = msgpack.unpackb(file.read_bytes(), strict_map_key=False)
+    array = stored(step, ("target", *path), np.zeros(shape, np.float32), 3)
+    put(tree["optimizer"]["target"], path, array)
+    file.write_bytes(msgpack.packb(tree, use_bin_type=True))
+    with pytest.raises(InputError, match=words):
+        open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("case", ["t5_relu_tied", "t5_gated_untied"])

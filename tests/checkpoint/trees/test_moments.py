@@ -1,0 +1,214 @@
+"""Moments of optimisers, as optax and T5X have them, read by the names of the model's tensors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from moecc.checkpoint.open import open_checkpoint
+from moecc.checkpoint.run.layout import saved_steps
+from moecc.checkpoint.run.state import StateReader
+from moecc.checkpoint.trees.checkpoint import TreeCheckpoint
+from moecc.cli.main import main
+from moecc.types.arrays import Array
+from tests.train.tiny import draw_weights, make_corpus, make_model
+
+from .test_orbax import GOLDEN, HERE, nested
+from .test_t5x import arrays_of, packed, put, scanned, stored, write
+
+ocp = pytest.importorskip("orbax.checkpoint")
+optax = pytest.importorskip("optax")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def opened(place: Path) -> TreeCheckpoint:
+    checkpoint = open_checkpoint(place)
+    assert isinstance(checkpoint, TreeCheckpoint)
+    return checkpoint
+
+
+def trained(arrays: dict[str, Array], optimizer: Any, steps: int = 2) -> dict[str, Any]:
+    """Return a training state after some steps on drawn gradients: all of it is optax's."""
+    import jax.numpy as jnp
+
+    params = nested({k: jnp.asarray(v, jnp.float32) for k, v in arrays.items()})
+    state, rng = optimizer.init(params), np.random.default_rng(0)
+    for _ in range(steps):
+        drawn = {k: jnp.asarray(rng.normal(size=a.shape), "float32") for k, a in arrays.items()}
+        _, state = optimizer.update(nested(drawn), state, params)
+    return {"params": params, "opt_state": state, "step": jnp.int32(steps)}
+
+
+@pytest.mark.parametrize("case", ["qwen3_square", "mixtral_bfloat16"])
+def test_adam_of_maxtext(case: str, tmp_path: Path) -> None:
+    """What the moments are of a tensor is what its gradient is of: turned, and scaled."""
+    arrays = load_file(HERE / f"{case}.safetensors")
+    state = trained(arrays, optax.adamw(1e-3))
+    ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).save(tmp_path / "0" / "items", state)
+    shutil.copy(GOLDEN / case / "config.json", tmp_path)
+    adam = state["opt_state"][0]
+    with opened(tmp_path) as checkpoint:
+        found = checkpoint.moments
+        assert found is not None
+        assert (found.optimizer, found.count) == ("adamw", 2)
+        for kind, tree, power in (("m", adam.mu, 1), ("v", adam.nu, 2)):
+            assert found.of[kind].keys() == checkpoint.tensors.keys()
+            # A checkpoint of the moments in place of the parameters reads as they should.
+            place = tmp_path / f"as-{kind}"
+            like = {"params": tree}
+            ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).save(place / "0" / "items", like)
+            shutil.copy(GOLDEN / case / "config.json", place)
+            with opened(place) as parameters:
+                for name in checkpoint.tensors:
+                    scale = parameters._pieces[name].scale
+                    expected = parameters.read(name) / np.float32(scale) ** (power + 1)
+                    read = checkpoint.read_moment(kind, name)
+                    np.testing.assert_allclose(read, expected, rtol=0 if scale == 1 else 1e-6)
+                    part = checkpoint.read_moment(kind, name, 1, 3)
+                    np.testing.assert_array_equal(part, read[1:3])
+
+
+def adafactor_of_t5x(arrays: dict[tuple[str, ...], Array]) -> dict[tuple[str, ...], Array]:
+    """Return the state that ``adafactor.py`` of t5x keeps of drawn squares of gradients.
+
+    Of two axes the row factor is the mean over the larger, the second of equal ones; of more, the
+    mean over all but the batch (experts, layers) and the axis of the model's width.
+    """
+    rng, made = np.random.default_rng(0), {}
+    for path, array in arrays.items():
+        squares = rng.random(array.shape).astype(np.float32)
+        empty = np.zeros(1, np.float32)
+        parts = {"v_row": empty, "v_col": empty, "v": squares, "m": empty}
+        width = {"wo": -1, "out": -1}.get(path[-2], 0)
+        if array.ndim == 2 and path[-1] in ("kernel", "embedding"):
+            d1, d0 = np.argsort(array.shape, kind="stable")
+            parts |= {"v": empty, "v_row": squares.mean(d0), "v_col": squares.mean(d1)}
+        elif array.ndim > 2:
+            axes = [a for a in range(array.ndim) if not _is_batch(a, path)]
+            row, column = axes if width == 0 else reversed(axes)
+            parts |= {"v": empty, "v_row": squares.mean(column), "v_col": squares.mean(row)}
+        made |= {(*path, kind): part for kind, part in parts.items()}
+        made[*path, "squares"] = squares
+    return made
+
+
+def _is_batch(axis: int, path: tuple[str, ...]) -> bool:
+    return (axis == 0 and "expert" in path) or (axis == 1 and path[0] == path[1])
+
+
+@pytest.mark.parametrize("scan", [{}, {"encoder": 2}])
+def test_adafactor_of_t5x(scan: dict[str, int], tmp_path: Path) -> None:
+    golden = write("switch_half", tmp_path / "checkpoint_1", scan=scan)
+    shutil.rmtree(tmp_path / "checkpoint_1")
+    arrays = arrays_of(golden)
+    for stack, size in scan.items():
+        arrays = scanned(arrays, stack, size)
+    kept = adafactor_of_t5x(arrays)
+    state: dict[str, Any] = {"step": packed(np.asarray(7, np.int32))}
+    for path, array in kept.items():
+        if path[-1] != "squares":
+            place = ("state", "param_states", *path)
+            (tmp_path / "checkpoint_2").mkdir(exist_ok=True)
+            put(state, place[1:], stored(tmp_path / "checkpoint_2", place, array, 3))
+    target = tmp_path / "whole"
+    write("switch_half", target, scan=scan, state=state)
+    for folder in (tmp_path / "checkpoint_2").iterdir():
+        shutil.move(folder, target / folder.name)
+    with opened(target) as checkpoint:
+        found = checkpoint.moments
+        assert found is not None
+        assert (found.optimizer, found.count) == ("adafactor", 7)
+        factored = {n for n, t in golden.items() if t.ndim == 2 and "relative" not in n}
+        assert found.of["v_row"].keys() == found.of["v_col"].keys() == factored
+        assert found.of["v"].keys() == golden.keys() - factored
+        for name in factored:
+            squares = piece_of(checkpoint, kept, name)
+            both = set()
+            for kind in ("v_row", "v_col"):
+                (axis,) = found.of[kind][name].axes
+                both.add(axis)
+                expected = squares.mean(1 - axis)
+                np.testing.assert_allclose(checkpoint.read_moment(kind, name), expected, rtol=1e-6)
+            assert both == {0, 1}
+
+
+def piece_of(checkpoint: TreeCheckpoint, kept: dict[tuple[str, ...], Array], name: str) -> Array:
+    """Return the squares of the gradient of a tensor, as the tensor is cut from its array."""
+    piece = checkpoint._pieces[name]
+    squares = kept[*piece.key.split(".")[1:], "squares"]
+    index = tuple((piece.at or {}).get(a, slice(None)) for a in range(squares.ndim))
+    left = [a for a in range(squares.ndim) if a not in (piece.at or {})]
+    turned = squares[index]
+    order = [left.index(a) for a in (*piece.rows, *piece.columns)]
+    return np.ascontiguousarray(turned.transpose(order))
+
+
+@pytest.mark.slow
+def test_training_goes_on_with_the_moments_of_another_program(tmp_path: Path) -> None:
+    model = draw_weights(make_model(tmp_path / "model", "qwen3_square", tie_word_embeddings=False))
+    make_corpus(tmp_path / "tokens")
+    arrays = as_maxtext(load_file(model / "model.safetensors"))
+    state = trained(arrays, optax.adamw(1e-3), steps=30)
+    place = tmp_path / "maxtext"
+    ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).save(place / "30" / "items", state)
+    shutil.copy(model / "config.json", place)
+    recipe = tmp_path / "recipe.toml"
+    text = """[model]\nsource = "maxtext"\nstart = "source"\nmoments = "{}"
+pipeline = "upcycle{{experts=2 top-k=2 layers=every:2}}"
+[data]\nbatch = 4\nseq = 32\ntrain = [{{ tokens = "tokens/train" }}]
+[optimizer]\nrate = 3e-3\n[run]\nsteps = 3\n"""
+    counts, losses = {}, {}
+    for moments in ("carry", "reset"):
+        recipe.write_text(text.format(moments))
+        out = tmp_path / moments
+        assert main(["train", str(recipe), "--out", str(out)]) == 0
+        reader = StateReader(saved_steps(out)[-1].state)
+        counts[moments] = int(reader.read("moments.count"))
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+        losses[moments] = [json.loads(line)["loss"] for line in lines if '"loss"' in line]
+    assert counts == {"carry": 33, "reset": 3}
+    assert losses["carry"][0] == losses["reset"][0]
+    assert losses["carry"][1] != losses["reset"][1]
+    assert main(["train", str(recipe), "--out", str(tmp_path / "other"), "--set",
+                 "optimizer.name=adafactor", "--set", "model.moments=carry"]) == 1  # fmt: skip
+
+
+def as_maxtext(tensors: dict[str, Array]) -> dict[str, Array]:
+    """Return a Qwen3 of one-layer arrays as MaxText has it, its layers one by one."""
+    made = {}
+    heads = {"q": "query", "k": "key", "v": "value"}
+    for name, tensor in tensors.items():
+        words = name.split(".")
+        if words[1] == "layers":
+            layer = f"params-decoder-layers_{words[2]}"
+            if words[3] == "mlp":
+                word = {"gate_proj": "wi_0", "up_proj": "wi_1", "down_proj": "wo"}[words[4]]
+                made[f"{layer}-mlp-{word}-kernel"] = tensor.T
+            elif words[4].endswith("_proj"):
+                dim = len(tensors[f"model.layers.{words[2]}.self_attn.q_norm.weight"])
+                word = words[4][0]
+                turned = tensor.T
+                shape = (-1, dim, turned.shape[1]) if word == "o" else (len(turned), -1, dim)
+                key = f"{layer}-self_attention-{heads.get(word, 'out')}-kernel"
+                made[key] = turned.reshape(shape)
+            else:
+                place = {
+                    "input_layernorm": "pre_self_attention_layer_norm",
+                    "post_attention_layernorm": "post_self_attention_layer_norm",
+                    "self_attn": f"self_attention-{'query' if words[4][0] == 'q' else 'key'}_norm",
+                }[words[3]]
+                made[f"{layer}-{place}-scale"] = tensor
+        else:
+            key = {
+                "model.embed_tokens.weight": "token_embedder-embedding",
+                "model.norm.weight": "decoder-decoder_norm-scale",
+                "lm_head.weight": "decoder-logits_dense-kernel",
+            }[name]
+            made[f"params-{key}"] = tensor.T if name == "lm_head.weight" else tensor
+    return {key: np.ascontiguousarray(array) for key, array in made.items()}
