@@ -100,14 +100,14 @@ def first_nonfinite(values: Array) -> int | None:
     if exponent is None:
         return _first(~np.isfinite(flat))
     bits = flat.view(exponent.dtype)
-    limit = exponent << exponent.dtype.type(1)
-    # Without the sign bit, a NaN or an infinity is at least the all-ones exponent.
-    work = np.empty(min(_BLOCK, bits.size), bits.dtype)
+    sign = exponent.dtype.type(1 << (8 * exponent.dtype.itemsize - 1))
+    signed = np.dtype(f"i{exponent.dtype.itemsize}")
+    # Without the sign bit, a NaN or an infinity is at least the all-ones exponent: as a signed
+    # number where it is positive, and where it is negative as an unsigned one.
     for at in range(0, bits.size, _BLOCK):
         block = bits[at : at + _BLOCK]
-        shifted = np.left_shift(block, 1, out=work[: block.size])
-        if shifted.max() >= limit:
-            return at + int(np.argmax(shifted >= limit))
+        if block.view(signed).max() >= exponent or block.max() >= exponent | sign:
+            return at + int(np.argmax(block & ~sign >= exponent))
     return None
 
 

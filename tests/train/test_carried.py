@@ -88,10 +88,13 @@ def test_moments_of_another_optimiser_are_rejected(dense: Path, capsys: Any) -> 
     assert not (dense / "other").exists()
 
 
-def test_only_a_run_has_moments(tmp_path: Path, capsys: Any) -> None:
+def test_a_folder_has_no_moments(tmp_path: Path, capsys: Any) -> None:
     recipe = make_recipe(tmp_path, "steps = 3")
     draw_weights(tmp_path / "model")
     given = ["--set", "model.start=source", "--set", "model.moments=carry"]
     words = ["train", str(recipe), "--out", str(tmp_path / "run"), *given]
     assert main(words) == 1
-    assert "only a run has moments" in capsys.readouterr().err
+    assert (
+        "only a run, or a checkpoint of Orbax or T5X with its optimiser, has moments"
+        in capsys.readouterr().err
+    )

@@ -112,7 +112,7 @@ def _count(tree: Tree, places: set[Path]) -> int:
 
 
 def _moment(tree: Tree, kind: str, piece: Piece, of: Mapping[str, str]) -> SavedMoment | None:
-    """Return the moment of a tensor; None where there is none, or a place is kept by a zero."""
+    """Return the moment of a tensor; None where a zero keeps its place, or nothing does."""
     key = of.get(piece.key)
     if key is None:
         return None
