@@ -58,7 +58,7 @@ def write_page(path: Path = PAGE) -> None:
     lines = read_results()
     path.write_text(page(lines), "utf-8")
     for experiment in declared().values():
-        if experiment.curves:
+        if experiment.curves and any(curves_of(experiment, lines).values()):
             draw_curves(experiment, lines, path.with_name(picture(experiment)))
 
 
@@ -132,6 +132,8 @@ def _curves(experiment: Experiment, lines: Sequence[Line]) -> Iterator[str]:
             means = (mean(float(curve[step - 1]) for curve in curves) for step in shown)
             yield f"| {arm} | " + " | ".join(f"{x:.3f}" for x in means) + " |"
     yield ""
+    if not any(curves_of(experiment, lines).values()):
+        return  # no seed has all arms yet
     seen = ", ".join(f"“{arm}”" for arm in experiment.arms)
     yield f"![Training loss by step of {seen}]({picture(experiment)})\n"
     yield from _early(experiment, lines)

@@ -36,6 +36,12 @@ def phase_at(phases: Sequence[Phase], steps: int) -> int:
     return bisect_right([phase.first_step for phase in phases], steps) - 1
 
 
+def section_at(section: OptimizerSection, steps: int) -> OptimizerSection:
+    """Return the optimiser's part of a recipe as the step after so many takes it."""
+    phases = phases_of(section)
+    return phases[phase_at(phases, steps)].section
+
+
 def _at(section: OptimizerSection, first: int) -> OptimizerSection:
     groups = (replace(g, freeze=g.freeze or g.from_step > first) for g in section.groups)
     return replace(section, groups=tuple(groups))

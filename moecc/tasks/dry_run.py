@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import prod
 
@@ -12,6 +12,7 @@ from moecc.ir.graph import Graph
 from moecc.ir.unroll import unrolled
 from moecc.plan.batches import Batch, length_variables
 from moecc.plan.candidates import Constraints
+from moecc.plan.estimate import Estimate
 from moecc.plan.machines import Machine, parse_machine
 from moecc.plan.meshes import plan_mesh
 from moecc.plan.search import search
@@ -19,7 +20,7 @@ from moecc.plan.strategy import OPTIMIZERS, step_config
 from moecc.plan.workload import Workload, workload
 from moecc.sharding.vias import LOCAL
 from moecc.steps.moment_axes import moment_types
-from moecc.steps.passes import MeshPasses, StepPasses, step_graph
+from moecc.steps.passes import StepPasses, step_graph
 from moecc.steps.recipes import eval_passes, train_passes
 from moecc.steps.settings import parameter_settings
 from moecc.support.parse_units import float_type
@@ -59,7 +60,7 @@ def dry_run(
         "data": _data(recipe, batches),
         "flops": _flops(recipe, graph, batches),
         "passes": {"train": str(training), "evaluate": str(eval_passes(graph, recipe))},
-        "plan": _plan(recipe, _planned_graph(graph, training), training.mesh, batches, where),
+        "plan": _plan(recipe, graph, batches, where),
     }
 
 
@@ -124,13 +125,38 @@ def _planned_graph(graph: Graph, training: StepPasses) -> Graph:
     return step_graph(graph, passes)
 
 
-def _plan(
-    recipe: Recipe, graph: Graph, on: MeshPasses | None, batches: Batches, machine: Machine
-) -> Facts:
-    """Return what a plan predicts of time and memory, of the step that would be run.
+def _plan(recipe: Recipe, graph: Graph, batches: Batches, machine: Machine) -> Facts:
+    """Return what a plan predicts of time and memory, as JSON values."""
+    found = planned_step(recipe, graph, dict(_lengths(graph, batches)), machine)
+    return {
+        "machine": machine.name,
+        "strategy": str(found.strategy),
+        "step_seconds": found.seconds,
+        "seconds": found.seconds * recipe.run.steps,
+        "tokens_per_second": _tokens(batches) / found.seconds,
+        "memory_bytes": found.memory.total,
+        "usable_bytes": machine.usable_bytes,
+    }
+
+
+def planned_step(
+    recipe: Recipe, graph: Graph, lengths: Mapping[str, int], machine: Machine
+) -> Estimate:
+    """Return what a plan predicts of the step that would be run.
 
     The mesh of a recipe leaves no way to the experts open, and shards no other weights over them.
+
+    Args:
+      recipe: the recipe.
+      graph: the canonical graph of the model, unrolled.
+      lengths: what the length variables of the graph stand for.
+      machine: what is planned for.
+
+    Raises:
+      InputError: it does not fit the machine.
     """
+    training = train_passes(graph, recipe)
+    on, planned = training.mesh, _planned_graph(graph, training)
     run, section = recipe.run, recipe.mesh
     optimizer = recipe.optimizer.name if recipe.optimizer.name in OPTIMIZERS else OPTIMIZERS[0]
     setting = step_config(
@@ -142,31 +168,19 @@ def _plan(
     constraints = Constraints(mesh, via, run.remat, dense, section.rules or None)
 
     def work_on(other: Machine, parts: int) -> Workload:
-        return _work(graph, batches, recipe.data.batch // parts)
+        batch = Batch(recipe.data.batch // parts, tuple(lengths.items()))
+        return workload(planned, batch)
 
     part = work_on(machine, run.micro_batches)
-    found = search(
+    return search(
         part, machine, setting, constraints, keep=0, work_on=work_on, spelling=as_setting
     ).best
-    return {
-        "machine": machine.name,
-        "strategy": str(found.strategy),
-        "step_seconds": found.seconds,
-        "seconds": found.seconds * run.steps,
-        "tokens_per_second": _tokens(batches) / found.seconds,
-        "memory_bytes": found.memory.total,
-        "usable_bytes": machine.usable_bytes,
-    }
 
 
 def as_setting(name: str, value: str) -> str:
     """Return a field and its value as `moecc train` takes them."""
     key = {"mesh": "mesh.mesh", "optimizer": "optimizer.name"}.get(name, f"run.{name}")
     return f"--set {key}={value}"
-
-
-def _work(graph: Graph, batches: Batches, sequences: int) -> Workload:
-    return workload(graph, Batch(sequences, tuple(_lengths(graph, batches))))
 
 
 def _lengths(graph: Graph, batches: Batches) -> Iterator[tuple[str, int]]:

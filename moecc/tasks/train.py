@@ -28,6 +28,8 @@ from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph
 from moecc.ir.printer import print_graph
 from moecc.model.open import Model, no_tensors, open_model, read_graph
+from moecc.steps.carried import saved_moments
+from moecc.steps.phases import section_at
 from moecc.steps.recipes import eval_graph, step_spec, train_graph
 from moecc.support.untyped import JsonDict
 from moecc.tasks.train_carried import carried_from
@@ -37,7 +39,7 @@ from moecc.train.data.batches import Batches, open_batches, resolved
 from moecc.train.data.model_facts import ModelFacts, facts_of
 from moecc.train.job import Beginning, TrainJob
 from moecc.train.lineage import lineage, source_files
-from moecc.train.recipe import Moments, Recipe
+from moecc.train.recipe import Moments, OptimizerSection, Recipe
 from moecc.train.recipe_text import (
     parse_recipe,
     recipe_differences,
@@ -131,6 +133,7 @@ def forked_run(recipe: Recipe, reference: str, out: Path) -> TrainJob:
         )  # fmt: skip
     graph = read_graph(str(run / GRAPH))
     check_output(out, inputs=[run])
+    _check_moments(graph, _begun_with(run).optimizer, recipe.optimizer, step.number)
     batches = _checked(recipe, graph, _facts_of_run(run, graph, recipe))
     recipe = resolved(recipe, batches)
     digest = recipe_digest(recipe)
@@ -150,6 +153,29 @@ def forked_run(recipe: Recipe, reference: str, out: Path) -> TrainJob:
     return TrainJob(
         out, recipe, digest, graph, batches, create, lambda: _beginning_again(recipe, graph)
     )
+
+
+def _check_moments(
+    graph: Graph, known: OptimizerSection, asked: OptimizerSection, step: int
+) -> None:
+    """Raise InputError if training goes on from `step` with moments that were not kept there."""
+    kept, wanted = (
+        {
+            (kind, name)
+            for kind, types in saved_moments(graph, section_at(section, step)).items()
+            for name in types
+        }
+        for section in (known, asked)
+    )
+    missing = sorted(name for _, name in wanted - kept)
+    if missing:
+        raise InputError(
+            "the run kept no such moments of what would be trained",
+            where="optimizer",
+            expected=f"the optimiser and the frozen groups that it had at step {step}",
+            found=f"{len(missing)} parameters, {missing[0]} first",
+            hint='model.source = "RUN" begins a run of its own, with moments = "carry" or none',
+        )
 
 
 def _checked(recipe: Recipe, graph: Graph, facts: ModelFacts) -> Batches:

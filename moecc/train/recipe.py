@@ -169,6 +169,8 @@ class OptimizerSection:
       decay_steps: the last steps, in which ``wsd`` decays.
       end_factor: the rate at the end of ``cosine`` and ``wsd``, over the highest.
       clip: the largest norm of all gradients together; 0 for none.
+      update_clip: the largest root mean square of an update of Adafactor, of a matrix by itself
+        (Shazeer and Stern 2018, §6; 0.1 in ST-MoE's study of stability, table 4).
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
@@ -183,6 +185,7 @@ class OptimizerSection:
     decay_steps: int = 0
     end_factor: float = 0.1
     clip: float = 1.0
+    update_clip: float = 1.0
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8

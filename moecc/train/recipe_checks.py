@@ -90,6 +90,7 @@ BOUNDS: dict[str, _Bound] = {
     "optimizer.decay_steps": _ZERO,
     "optimizer.end_factor": _PART,
     "optimizer.clip": _ZERO,
+    "optimizer.update_clip": _POSITIVE,
     "optimizer.b1": _DECAY,
     "optimizer.b2": _DECAY,
     "optimizer.eps": _POSITIVE,
@@ -212,6 +213,10 @@ def _schedule(optimizer: OptimizerSection, run: RunSection) -> Iterator[Fault]:
         hint = nearest(optimizer.name, OPTIMIZERS)
         yield Fault((keys["name"],), "no such optimiser", " | ".join(OPTIMIZERS),
                     optimizer.name, hint)  # fmt: skip
+    if optimizer.update_clip != 1.0 and optimizer.name != "adafactor":
+        clip: Path = ("optimizer", "update_clip")
+        yield Fault((clip, keys["name"]), "only adafactor clips the update of a matrix", "1.0",
+                    str(optimizer.update_clip), "clip bounds the gradients of all")  # fmt: skip
     if optimizer.warmup > run.steps:
         yield Fault((keys["warmup"], steps), "the warm-up is longer than the run",
                     f"at most steps = {run.steps}", str(optimizer.warmup))  # fmt: skip

@@ -83,6 +83,20 @@ def test_what_begins_later_stays_as_it_was_before(run: Path) -> None:
     assert (tensor(run, 1, f"params.{router}") != tensor(run, 2, f"params.{router}")).any()
 
 
+def test_a_fork_needs_the_moments_that_there_are(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = str(run.parent / "recipe.toml"), str(tmp_path / "fork")
+    words = ["train", recipe, "--out", out, "--set", "run.steps=4"]
+    assert main([*words, "--fork", f"{run}@2"]) == 1
+    said = capsys.readouterr().err
+    assert "kept no such moments" in said
+    assert "the frozen groups that it had at step 2" in said
+    assert not (tmp_path / "fork").exists()
+    groups = ["--set", f"optimizer.groups={GROUPS}"]
+    assert main([*words, *groups, "--fork", f"{run}@2"]) == 0
+
+
 @pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_run_goes_on_in_either_phase(run: Path, step: int, tmp_path: Path) -> None:
     again = tmp_path / "run"
@@ -92,15 +106,3 @@ def test_a_run_goes_on_in_either_phase(run: Path, step: int, tmp_path: Path) -> 
             shutil.rmtree(saved.folder)
     assert main(["train", "--resume", str(again)]) == 0
     assert (again / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
-
-
-def test_a_first_step_is_within_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text(
-        '[model]\nsource = "model"\n[data]\ntrain = [{ tokens = "tokens" }]\n'
-        "[[optimizer.groups]]\nmatch = 'moe'\nfrom_step = 20\n[run]\nsteps = 20\n"
-    )
-    assert main(["train", str(recipe), "--out", str(tmp_path / "run")]) == 1
-    said = capsys.readouterr().err
-    assert "optimizer.groups.0.from_step" in said
-    assert "0 to 19" in said

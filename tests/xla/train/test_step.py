@@ -151,6 +151,18 @@ def test_factored_moments_have_the_axes_that_optax_keeps(
     assert initial.v_col["head"].shape == types[COLUMN]["head"].shape
 
 
+def test_the_update_of_a_matrix_is_clipped_at_its_root_mean_square() -> None:
+    """Of Adafactor: to that of the matrix, times what the recipe says, times the rate."""
+    graph = bigram()
+    params = bigram_params(graph)
+    size = float(np.sqrt(np.mean(np.square(params["head"]))))
+    for clip in (0.1, 0.5):
+        step = bigram_step(graph, "adafactor", section={"update_clip": clip, "decay": 0.0})
+        state, _ = step.step(step.init(params), bigram_batch(), jax.random.key(0), 0.01)
+        moved = np.asarray(state["params"]["head"]) - params["head"]
+        assert np.sqrt(np.mean(np.square(moved))) == pytest.approx(0.01 * clip * size, rel=1e-3)
+
+
 def test_a_spike_and_what_is_not_finite_change_nothing_but_counters() -> None:
     graph, batch = bigram(), bigram_batch()
     guard = GuardSection(sigma=6.0, window=4)

@@ -36,9 +36,6 @@ Arrays = Mapping[str, jax.Array]
 Moments = dict[str, PyTree]
 """``{kind: {parameter: array}}``, and the counts of updates."""
 
-CLIP_RMS = 1.0
-"""Adafactor clips the update of a matrix at this root mean square (Shazeer and Stern 2018, §6)."""
-
 MUON_RMS = 0.2
 """Muon's updates are scaled to the root mean square of AdamW's (Liu et al. 2025, §2.2)."""
 
@@ -209,7 +206,7 @@ def _by_block(
     type, settings = optimizer.types[name], optimizer.settings[name]
     parts = (
         optax.scale_by_factored_rms(),
-        optax.clip_by_block_rms(CLIP_RMS),
+        optax.clip_by_block_rms(optimizer.section.update_clip),
         optax.scale_by_param_block_rms(),
     )
     chain = optax.chain(*parts)
