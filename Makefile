@@ -5,7 +5,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-chain proof-engines proof-fuzz proof-kills proof-learning proof-table docs site bench wheel clean fuzz
+.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-chain proof-engines proof-fuzz proof-jobs proof-kills proof-learning proof-table docs site bench wheel clean fuzz
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,10 @@ proof-engines: $(STAMP) ## engines compute what the sources do; MOECC_LLAMA_CPP_
 
 proof-table: $(STAMP) ## every source as every target by every method, written to docs/proof-table.md
 	$(BIN)/python -m tests.proof.make_table
+
+proof-jobs: $(STAMP) ## the five jobs of docs/jobs.md from a fresh clone; writes docs/proofs/jobs.json (ten minutes)
+	mkdir -p docs/proofs
+	$(BIN)/python -m tests.proof.jobs --out docs/proofs/jobs.json > /dev/null
 
 proof-kills: $(STAMP) ## end conversions at every call that changes the disk; writes docs/proofs/kills.json (20 minutes)
 	mkdir -p docs/proofs

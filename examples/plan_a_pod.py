@@ -4,7 +4,7 @@
 
 For each model the best plan with full rematerialisation is searched, its training step compiled for
 that machine ahead of time, and both are written side by side into a report, ``pods.md``, with a
-chart of each plan.  It needs no accelerator and no weights; ``pip install 'moecc[tpu,train]'`` has
+chart of each plan.  It needs no accelerator and no weights; ``pip install '.[tpu,train]'`` has
 the compiler.
 ``moecc plan`` and ``moecc compile`` do the same from the shell.
 """

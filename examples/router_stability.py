@@ -5,7 +5,7 @@
 A dense decoder of 4 layers is built, its second and fourth become ST-MoE layers of 8 experts, and
 the whole is trained from scratch on bytes, in bfloat16 with float32 routers.  The text is what
 ``help()`` knows about the language, in ``pydoc_data`` of the standard library.  Nothing is
-downloaded; needs ``pip install 'moecc[examples]'``.  A table, a figure and the numbers of every
+downloaded; needs ``pip install '.[examples]'``.  A table, a figure and the numbers of every
 step are written.
 
 What to expect, and what not: at a learning rate that is far too large, two of three routers without
@@ -50,7 +50,7 @@ try:
     from moecc_backends.xla.backend import function
     from router_figure import Measure, draw
 except ImportError as error:
-    print(f"error: needs {error.name}: pip install 'moecc[examples]'", file=sys.stderr)
+    print(f"error: needs {error.name}: pip install '.[examples]'", file=sys.stderr)
     sys.exit(MachineError.exit_code)
 
 # Norms of queries and keys keep attention logits small, so that it is the router that is tried.

@@ -89,7 +89,10 @@ class MachineError(MoeccError):
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
     """Return a "did you mean" hint for the closest of `choices`, or None."""
-    found = get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    known = list(choices)
+    # The beginning of a name is nearer than a short name with the same letters.
+    begun = [name for name in known if len(word) > 2 and name.startswith(word)]
+    found = begun[:1] or get_close_matches(word, known, n=1, cutoff=0.5)
     return f"did you mean {found[0]!r}?" if found else None
 
 

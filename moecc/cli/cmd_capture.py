@@ -10,6 +10,7 @@ import typer
 from moecc.cli import complete
 from moecc.cli.console import Format
 from moecc.cli.face import add_command
+from moecc.cli.heartbeat import Progress
 from moecc.cli.options import FormatOption, LoadFamiliesOption
 
 if TYPE_CHECKING:
@@ -93,4 +94,5 @@ def register(app: typer.Typer) -> None:
         CaptureRequest,
         capture,
         "Example: moecc capture SmolLM2-135M --text README.md --out captured",
+        progress=Progress.BAR,
     )

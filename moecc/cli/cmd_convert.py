@@ -11,6 +11,7 @@ import typer
 from moecc.cli import complete
 from moecc.cli.console import Format
 from moecc.cli.face import add_command
+from moecc.cli.heartbeat import Progress
 from moecc.cli.options import FormatOption, LoadOption, PaddingMaskOption, SourceArgument
 
 if TYPE_CHECKING:
@@ -127,12 +128,12 @@ def convert(request: ConvertRequest) -> None:
 
 
 def _say_of(model: Model, source: str) -> None:
-    from moecc.cli.console import say
+    from moecc.cli.console import warn
     from moecc.cli.files import say_weights
 
     say_weights(model, source)
     for text in model.warnings():
-        say(f"warning: {text}")
+        warn(text)
 
 
 def _written_type(name: str) -> DType | Storage:
@@ -144,7 +145,7 @@ def _written_type(name: str) -> DType | Storage:
 
 
 def _write(planned: Plan, request: ConvertRequest, max_shard_bytes: int) -> None:
-    from moecc.cli.console import Bar, say
+    from moecc.cli.console import Bar, say, warn
     from moecc.tasks.convert import write
 
     with Bar("writing") as bar:
@@ -157,12 +158,12 @@ def _write(planned: Plan, request: ConvertRequest, max_shard_bytes: int) -> None
         kept, total = done.written.kept_bytes, done.written.total_bytes
         say(f"continued: {kept:,} of {total:,} bytes of weights were complete")
     for text in done.written.spread:
-        say(f"warning: not finite: {text}")
+        warn(f"not finite: {text}")
     zeros = done.written.zeros
     for name in zeros[:_SHOWN]:
-        say(f"warning: all zero: {name}")
+        warn(f"all zero: {name}")
     if len(zeros) > _SHOWN:
-        say(f"warning: all zero: {len(zeros) - _SHOWN:,} more, in the manifest")
+        warn(f"all zero: {len(zeros) - _SHOWN:,} more, in the manifest")
 
 
 def plan_text(planned: Plan, out: str, dry_run: bool) -> str:
@@ -170,7 +171,7 @@ def plan_text(planned: Plan, out: str, dry_run: bool) -> str:
     from moecc.engines.verdicts import summary
     from moecc.support.text import count_text, size_text
 
-    facts, family = planned.facts, planned.graph.attrs.get("family")
+    facts, family = planned.facts, planned.graph.attrs.get("family") or "no family"
     rows = [
         f"{planned.model.name} ({family}) -> {out} ({planned.target})",
         f"  pipeline    {planned.pipeline}",
@@ -211,4 +212,5 @@ def register(app: typer.Typer) -> None:
         convert,
         "Example: moecc convert SmolLM2-135M smollm2-8x -p 'upcycle{experts=8 top-k=2}' "
         "--to mixtral --dtype bf16",
+        progress=Progress.BAR,
     )

@@ -11,6 +11,7 @@ import typer
 from moecc.cli import complete
 from moecc.cli.console import Format
 from moecc.cli.face import add_command
+from moecc.cli.heartbeat import Progress
 from moecc.cli.options import FormatOption, LoadFamiliesOption
 
 if TYPE_CHECKING:
@@ -103,4 +104,5 @@ def register(app: typer.Typer) -> None:
         EvaluateRequest,
         evaluate,
         "Example: moecc evaluate SmolLM2-135M run@best --data tokens/heldout",
+        progress=Progress.BAR,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -137,10 +138,11 @@ def inspection_text(data: JsonDict) -> str:
     # A model of images takes no tokens, and all of its sizes are fixed.
     one, length = ("token", f"of {lengths} tokens") if lengths else ("input", "of fixed length")
     counted = data["flops_per_sequence_counted"]
+    family = data["family"] or "no family"
     of_function = f"the blocks of a JAX function, `{data['function']}`"
     rows = [
         f"{data['source']}: "
-        + (of_function if data["function"] else f"{data['family']}, {data['layers']} layers")
+        + (of_function if data["function"] else f"{family}, {data['layers']} layers")
         + (stacks if data["stacks"] else "")
         + (f", {data['format']}, {data['dtype']}" if data["format"] else ", no weights"),
         *(f"  remark      {r}" for r in data["remarks"]),
@@ -168,9 +170,18 @@ def _ending(data: JsonDict) -> Iterator[str]:
 
 
 def _target_rows(targets: JsonDict) -> Iterator[str]:
+    """Yield a line for each target; those that are no target for the same reasons share theirs."""
+    said: dict[tuple[str, bool], list[str]] = {}
     for name, target in targets.items():
-        yield f"    {name:12} {_fit_text(target)}"
-        yield from (f"        {line}" for r in target["reasons"] for line in r.splitlines())
+        why = [f"        {line}" for r in target["reasons"] for line in r.splitlines()]
+        key = "\n".join([_fit_text(target), *why]), bool(target["fits"])
+        said.setdefault(key, []).append(name)
+    for (text, fits), names in said.items():
+        if len(names) == 1 or fits:
+            yield from (f"    {name:12} {text}" for name in names)
+        else:
+            shown = wrap(", ".join(names), 96, initial_indent="    ", subsequent_indent="    ")
+            yield "\n".join([*shown, f"        {text}"])
 
 
 def _fit_text(target: JsonDict) -> str:

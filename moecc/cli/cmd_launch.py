@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from moecc.cli.face import add_command
+from moecc.cli.heartbeat import Progress
 
 
 class How(StrEnum):
@@ -114,4 +115,5 @@ def register(app: typer.Typer) -> None:
         LaunchRequest,
         launch,
         "Example: moecc launch local -n 2 -- run smollm2-8x --outputs logits.npy",
+        progress=Progress.OWN,
     )

@@ -10,6 +10,7 @@ import typer
 
 from moecc.cli.console import Format
 from moecc.cli.face import add_command
+from moecc.cli.heartbeat import Progress
 from moecc.cli.options import FormatOption
 
 if TYPE_CHECKING:
@@ -131,4 +132,5 @@ def register(app: typer.Typer) -> None:
         TokensRequest,
         tokens,
         "Example: moecc tokens corpus.jsonl --tokenizer SmolLM2-135M --out tokens --hold-out 0.01",
+        progress=Progress.BAR,
     )

@@ -12,6 +12,7 @@ import typer
 from moecc.cli import complete
 from moecc.cli.console import Format
 from moecc.cli.face import add_command
+from moecc.cli.heartbeat import Progress
 from moecc.cli.options import FormatOption, PlanOption
 
 if TYPE_CHECKING:
@@ -224,4 +225,5 @@ def register(app: typer.Typer) -> None:
         TrainRequest,
         train,
         "Example: moecc train recipe:upcycle --out run --set model.source=SmolLM2-135M",
+        progress=Progress.OWN,
     )

@@ -6,7 +6,9 @@ import io
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import StrEnum
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
@@ -47,9 +49,44 @@ def write_utf8() -> None:
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
+_QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
+
+
+@contextmanager
+def quietly(quiet: bool) -> Iterator[None]:
+    """Leave out notes and progress within this context, if `quiet`; warnings and errors stay."""
+    token = _QUIET.set(quiet)
+    try:
+        yield
+    finally:
+        _QUIET.reset(token)
+
+
+def is_quiet() -> bool:
+    """Return whether only warnings and errors are wanted on stderr."""
+    return _QUIET.get()
+
+
 def say(text: str, *, prefix: str = "") -> None:
-    """Print a line to stderr, after `prefix`; escape sequences in `text` are shown, not obeyed."""
-    print(f"{prefix}{escaped(text)}", file=sys.stderr)
+    """Print a note to stderr, after `prefix`; escape sequences in `text` are shown, not obeyed."""
+    if not is_quiet():
+        _line(f"{prefix}{escaped(text)}")
+
+
+def warn(text: str) -> None:
+    """Print a warning to stderr."""
+    _line(f"warning: {escaped(text)}")
+
+
+def _line(text: str) -> None:
+    clear_line()
+    print(text, file=sys.stderr)
+
+
+def clear_line() -> None:
+    """Remove what a sign of life has left on the line of a terminal."""
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def report(kind: str, data: Mapping[str, object], human: Callable[[], str], format: Format) -> None:
@@ -61,6 +98,7 @@ def report(kind: str, data: Mapping[str, object], human: Callable[[], str], form
       human: returns the human-readable text.
       format: the chosen format.
     """
+    clear_line()
     if format is Format.json:
         print(json_text({"schema": f"moecc.{kind}/1", **data}, indent=2))
     else:
@@ -79,7 +117,7 @@ def show_error(error: MoeccError) -> None:
     """Print all problems of `error` to stderr."""
     red, plain = ("\033[31m", "\033[0m") if use_colour() else ("", "")
     for problem in error.problems:
-        say(str(problem), prefix=f"{red}error:{plain} ")
+        _line(f"{red}error:{plain} {escaped(str(problem))}")
 
 
 class Bar:
@@ -105,7 +143,7 @@ class Bar:
 
     def __call__(self, done: int, total: int) -> None:
         """Show that `done` of `total` are done."""
-        if not sys.stderr.isatty() or time.monotonic() - self._start < 1:
+        if not sys.stderr.isatty() or is_quiet() or time.monotonic() - self._start < 1:
             return
         self._shown = self._shown or self._open(total)
         progress, task = self._shown

@@ -13,20 +13,36 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
-from typing import TYPE_CHECKING, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, TypeVar, get_type_hints
 
 import typer
 
+from moecc.cli.console import quietly
+from moecc.cli.heartbeat import Heartbeat, Progress
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+_QUIET = inspect.Parameter(
+    "quiet",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[bool, typer.Option("--quiet", help="Only warnings and errors besides.")],
+)
 
 R = TypeVar("R", bound="DataclassInstance")
 
 
 def add_command(
-    app: typer.Typer, name: str, request: type[R], command: Callable[[R], int | None], epilog: str
+    app: typer.Typer,
+    name: str,
+    request: type[R],
+    command: Callable[[R], int | None],
+    epilog: str,
+    *,
+    progress: Progress = Progress.NONE,
 ) -> None:
-    """Add a command to `app`.
+    """Add a command to `app`; every one takes ``--quiet``.
 
     Args:
       app: the application.
@@ -34,15 +50,17 @@ def add_command(
       request: a dataclass; typer reads its fields.
       command: the function; its return value, unless None, is the exit code.
       epilog: an example, under the help.
+      progress: what it shows itself of how it goes.
     """
 
-    def face(**given: object) -> None:
-        code = command(request(**given))
+    def face(*, quiet: bool, **given: object) -> None:
+        with quietly(quiet), Heartbeat(name, progress, quiet=quiet):
+            code = command(request(**given))
         if code:
             raise typer.Exit(code)
 
     hints = get_type_hints(request, include_extras=True)
-    parameters = [_parameter(f, hints[f.name]) for f in fields(request)]
+    parameters = [*(_parameter(f, hints[f.name]) for f in fields(request)), _QUIET]
     face.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     face.__annotations__ = {}
     face.__doc__ = command.__doc__

@@ -17,13 +17,13 @@ def read_pipeline(text: str, files: Sequence[str] = ()) -> Pipeline:
     Raises:
       UsageError: all problems of the text.
     """
-    from moecc.cli.console import say
+    from moecc.cli.console import warn
     from moecc.model.user_passes import registry_with
     from moecc.pipeline.text import Pipeline
 
     pipeline = Pipeline.parse(text, registry_with(files))
     for warning in pipeline.warnings():
-        say(f"warning: {warning}")
+        warn(str(warning))
     return pipeline
 
 

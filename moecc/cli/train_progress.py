@@ -6,7 +6,7 @@ import sys
 import time
 from types import TracebackType
 
-from moecc.cli.console import say, use_colour
+from moecc.cli.console import is_quiet, say, use_colour
 from moecc.support.text import count_text
 from moecc.train.alarms import Watch
 from moecc.train.events import Evaluated, Event, Exported, Saved, Skipped, Stepped, Stopped
@@ -27,7 +27,7 @@ class TrainProgress:
     """
 
     def __init__(self, steps: int, *, quiet: bool = False) -> None:
-        self._steps, self._quiet = steps, quiet
+        self._steps, self._quiet = steps, quiet or is_quiet()
         self._is_live = sys.stderr.isatty() and use_colour()
         self._shown_seconds = -LINE_SECONDS
         self._tokens = 0

@@ -210,7 +210,8 @@ def _use(node: Node, value: Value) -> str:
         return "experts"
     if any(user.op.routes for result in node.results for user in result.users):
         return "router"
-    place = value.loc.rpartition(".")[2]
+    # A graph that was written by hand need not place its parameters.
+    place = (value.loc or node.loc).rpartition(".")[2]
     if place == "embed":
         return "embedding"
     return next((group for group in ("attention", "ffn", "head") if group in place), "other")

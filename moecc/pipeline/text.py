@@ -31,6 +31,9 @@ _SPACE = re.compile(r"\s*")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]*")
 _SET = (Piece("true"),)
 _BRACES = "options are in braces: upcycle{experts=8 top-k=2}"
+_EQUALS = "an option and its value are joined by =, without blanks: upcycle{experts=8 top-k=2}"
+_BETWEEN = "passes are separated by commas: upcycle{experts=8},dce"
+_CLOSED = "a pass with options is written upcycle{experts=8 top-k=2}"
 _BLANKS = "options are separated by blanks: upcycle{experts=8 top-k=2}"
 _COMMAS = re.compile(r",[a-z][a-z-]*=")
 _VALUE = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^\s{}"])+')
@@ -268,8 +271,15 @@ class _Parser:
     def expected(self, what: str) -> _SyntaxProblem:
         rest = self.text[self.at : self.at + 1]
         found = repr(printable(rest)) if rest else "the end of the text"
-        hint = _BRACES if rest == "(" else _BLANKS if self.after_comma() else None
-        return _SyntaxProblem(f"expected {what}, found {found}", self.at, hint)
+        return _SyntaxProblem(f"expected {what}, found {found}", self.at, self.way_out(rest))
+
+    def way_out(self, rest: str) -> str | None:
+        """Return how it is written, where `rest` stands for something that is written otherwise."""
+        if self.inside:
+            return _BLANKS if self.after_comma() else _EQUALS if rest in ("=", ":") else _CLOSED
+        if self.text[: self.at].rstrip().endswith("}"):
+            return _BETWEEN
+        return None if rest in ("", ",") else _BRACES
 
     def after_comma(self) -> bool:
         """Whether options seem to be separated by commas here."""

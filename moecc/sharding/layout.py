@@ -68,7 +68,8 @@ class Layout:
                 for rule in unknown
             )
         apart = not set(found.expert_axes) <= set(found.batch_axes)
-        return cls(mesh, experts, "whole", apart, rules)
+        dense = "split" if {"zero", "zero-expert"} & set(rules) else "whole"
+        return cls(mesh, experts, dense, apart, rules)
 
     @cached_property
     def names(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moecc.errors import UsageError
 from moecc.tasks.conversion import Plan as Plan
 from moecc.tasks.conversion import plan as plan
 from moecc.tasks.convert_gguf import is_file, write_gguf, write_gguf_file
@@ -139,10 +140,23 @@ def check_place(
     from moecc.checkpoint.outfile import check_output_file
     from moecc.checkpoint.run.checkpoint import inputs_of
 
+    _check_suffix(planned, Path(out))
     inputs = inputs_of(planned.model.checkpoint)
     check = check_output_file if is_file(planned, Path(out)) else check_output
     needed_bytes = planned.size_bytes
     check(Path(out), inputs=inputs, force=force, needed_bytes=needed_bytes, resume=resume)
+
+
+def _check_suffix(planned: Plan, out: Path) -> None:
+    """Raise UsageError for a folder that would be taken for a GGUF file."""
+    from moecc.checkpoint.gguf.storage import SUFFIX
+
+    if out.suffix == SUFFIX and not is_file(planned, out):
+        raise UsageError(
+            "a .gguf file is written for an architecture of llama.cpp", where=str(out),
+            expected="--to gguf:ARCH, for example gguf:llama", found=f"--to {planned.target}",
+            hint="or a folder, whose name does not end in .gguf",
+        )  # fmt: skip
 
 
 def _write_folder(folder: Path, planned: Plan, options: WriteOptions) -> WriteReport:

@@ -3,7 +3,7 @@
     from hypothesis import given
     from moecc.testing import graphs, laws
 
-The strategies need Hypothesis (``pip install 'moecc[testing]'``); the rest does not.
+The strategies need Hypothesis (``pip install '.[testing]'``); the rest does not.
 """
 
 from __future__ import annotations

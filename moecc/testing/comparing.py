@@ -253,6 +253,6 @@ def beyond(
         at = tuple(int(i) for i in np.unravel_index(worst, a.shape))
         bound = float(bounds[at])
         yield (
-            f"output {name}{list(at)}: expected {a[at]!r}, found {b[at]!r}, "
+            f"output {name}{list(at)}: expected {a[at].item()!r}, found {b[at].item()!r}, "
             f"allowed difference {bound:.3g} (seed {seed})"
         )

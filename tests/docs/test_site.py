@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.pages.browser import BROWSER, MISSING
+
+NEEDS_MKDOCS = pytest.mark.skipif(find_spec("mkdocs") is None, reason="needs the extra docs")
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
 
@@ -22,16 +26,39 @@ def test_the_index_and_the_site_name_every_page() -> None:
     assert set(re.findall(r": ([\w-]+\.md)$", site, re.MULTILINE)) == set(PAGES)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(find_spec("mkdocs") is None, reason="needs the extra docs")
-def test_the_site_is_built_and_loads_nothing(tmp_path: Path) -> None:
-    """Strictly: a link to a page, or to a place in one, that is not there is an error."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path)]
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the site, strictly: a link to a page, or to a place in one, that is not there fails."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.slow
+@NEEDS_MKDOCS
+def test_the_site_loads_nothing(site: Path) -> None:
     for page in PAGES:
-        text = (tmp_path / page).with_suffix(".html").read_text("utf-8")
+        text = (site / page).with_suffix(".html").read_text("utf-8")
         loaded = re.findall(
             r"<(?:script|link|img|iframe)[^>]*(?:src|href)=\"?(https?:[^\" >]*)", text
         )
         assert loaded == [], page
+
+
+@pytest.mark.slow
+@NEEDS_MKDOCS
+@pytest.mark.skipif(BROWSER is None, reason=MISSING)
+def test_its_search_works_from_disk(site: Path) -> None:
+    """In a browser that reaches no other host: a word is asked for, and pages are found."""
+    assert BROWSER is not None
+    command = [
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000",
+        f"--user-data-dir={site.parent / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--enable-logging=stderr", "--v=0", "--dump-dom", f"{site.as_uri()}/index.html?q=upcycle",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+    assert re.search(r"\d+ matching documents", done.stdout)
+    assert 'href="passes.html' in done.stdout

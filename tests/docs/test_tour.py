@@ -2,41 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from .pages import ROOT, Block, blocks_of
+from .pages import ROOT, blocks_of
+from .sessions import environment, fits, run_block
 
 SESSIONS = [ROOT / "README.md", ROOT / "docs" / "tour.md"]
-
-
-def commands(block: Block) -> list[tuple[str, list[str]]]:
-    """Return the commands of a session, each with the lines that it prints."""
-    found: list[tuple[str, list[str]]] = []
-    for line in block.text.splitlines():
-        if line.startswith("$ "):
-            found.append((line[2:], []))
-        elif line.startswith("> "):
-            command, printed = found.pop()
-            found.append((f"{command}\n{line[2:]}", printed))
-        else:
-            found[-1][1].append(line.rstrip())
-    return found
-
-
-def fits(expected: list[str], found: list[str]) -> bool:
-    """Whether lines are as expected, where ``…`` stands for anything, alone for any lines."""
-    text = "\n".join(["", *expected, ""])
-    pattern = "".join(
-        r"(?:.*\n)*?" if part == "…\n" else "[^\n]*" if part == "…" else re.escape(part)
-        for part in re.split(r"((?<=\n)…\n|…)", text)
-    )
-    return re.fullmatch(pattern, "\n".join(["", *found, ""])) is not None
+JOBS = ROOT / "docs" / "jobs.md"
 
 
 def test_what_fits() -> None:
@@ -48,25 +22,11 @@ def test_what_fits() -> None:
     assert not fits([], ["a"])
 
 
-@pytest.mark.parametrize("page", SESSIONS, ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", [*SESSIONS, pytest.param(JOBS, marks=pytest.mark.slow)], ids=lambda p: p.name
+)
 def test_sessions(page: Path, tmp_path: Path) -> None:
-    for name in ("tests", "examples"):
+    for name in ("tests", "examples", "docs", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
-    bin_folder = str(Path(sys.executable).parent)
-    environment = {
-        **os.environ,
-        "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
-        "NO_COLOR": "1",
-    }
     for block in blocks_of(page):
-        if block.info != "console":
-            continue
-        for command, expected in commands(block):
-            done = subprocess.run(
-                ["/bin/sh", "-c", f"{command}\n"],
-                cwd=tmp_path, env=environment, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-            found = [line.rstrip() for line in done.stdout.splitlines()]
-            shown = "\n".join([f"{block}: $ {command}", *found])
-            assert fits(expected, found), shown
+        run_block(block, tmp_path, environment())

@@ -1,0 +1,79 @@
+"""What a command says besides its artefact: signs of life, notes, and neither under --quiet."""
+
+from __future__ import annotations
+
+import io
+import threading
+from pathlib import Path
+
+import pytest
+
+from moecc.cli import heartbeat
+from moecc.cli.heartbeat import Heartbeat, Progress
+from moecc.cli.main import main
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+class Terminal(io.StringIO):
+    """A stream that somebody watches, and which says when it was written to."""
+
+    def __init__(self, watched: bool) -> None:
+        super().__init__()
+        self.written, self.watched = threading.Event(), watched
+
+    def isatty(self) -> bool:
+        return self.watched
+
+    def write(self, text: str) -> int:
+        self.written.set()
+        return super().write(text)
+
+
+def beat(monkeypatch: pytest.MonkeyPatch, watched: bool) -> str:
+    stream = Terminal(watched)
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setattr(heartbeat, "FIRST_SECONDS", 0.01)
+    monkeypatch.setattr(heartbeat, "LINE_SECONDS", (0.01, 60.0))
+    with Heartbeat("compile", Progress.NONE):
+        assert stream.written.wait(60)
+    return stream.getvalue()
+
+
+def test_a_terminal_has_a_line_that_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = beat(monkeypatch, watched=True)
+    assert shown.startswith("\r\033[Kcompile: 0 s so far\r")
+    assert shown.endswith("\r\033[K")
+
+
+def test_elsewhere_lines_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert beat(monkeypatch, watched=False) == "compile: 0 s so far\n"
+
+
+def test_quiet_and_commands_that_show_it_themselves_have_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(heartbeat, "LINE_SECONDS", (0.0, 60.0))
+    before = threading.active_count()
+    for made in (Heartbeat("x", Progress.NONE, quiet=True), Heartbeat("x", Progress.OWN)):
+        with made:
+            assert threading.active_count() == before
+
+
+def test_quiet_leaves_warnings_and_errors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, plan = str(GOLDEN / "llama_gqa"), str(tmp_path / "plan.json")
+    command = ["plan", source, "--machine", "cpu:8", "--sequence", "64", "--save", plan]
+    assert main([*command, "--quiet"]) == 0
+    said = capsys.readouterr()
+    assert "cpu:8" in said.out
+    assert said.err == ""
+    assert main([*command, "--force"]) == 0
+    assert "the plan is in" in capsys.readouterr().err
+    assert main([*command, "--quiet"]) == 1
+    assert "--force" in capsys.readouterr().err
+    warned = ["convert", source, str(tmp_path / "x"), "-p", "upcycle{experts=300}"]
+    assert main([*warned, "--to", "mixtral", "--dry-run", "--quiet"]) == 0
+    found = capsys.readouterr().err
+    assert found.startswith("warning: ")
