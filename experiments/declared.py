@@ -29,6 +29,7 @@ class Experiment:
       claims: what is said to hold: that the first arm has a lower held-out loss than the second.
       curves: how many steps of the training loss are kept; 0 for none.
       task: the task that arms are fine-tuned on, from the sparse model; empty for pre-training.
+      stacks: whether arms are the stacks of one encoder-decoder, whose routers are looked at.
       unit: what a result is: nats a byte, or of a task the share of wrong answers.
     """
 
@@ -39,6 +40,7 @@ class Experiment:
     claims: Mapping[str, tuple[str, str]]
     curves: int = 0
     task: str = ""
+    stacks: bool = False
     unit: str = "nats a byte"
 
     def only(self, claim: str) -> Experiment:
@@ -56,7 +58,7 @@ def declared(path: Path = HERE / "experiments.toml") -> dict[str, Experiment]:
         unknown = {arm for pair in claims.values() for arm in pair} - arms.keys()
         if unknown:
             raise ValueError(f"{path.name}: {key}: no arm is called {', '.join(sorted(unknown))}")
-        more = {name: table[name] for name in ("curves", "task", "unit") if name in table}
+        more = {name: table[name] for name in ("curves", "task", "stacks", "unit") if name in table}
         made[key] = Experiment(key, table["title"], table["source"], arms, claims, **more)
     return made
 

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from declared import HERE, RESULTS, SEEDS, Experiment, add_result, declared, read_results
@@ -40,6 +41,10 @@ PROOF = ("a", "experts help at equal tokens")
 
 SPARSE = "top-2"
 """The arm of (a) that is fine-tuned."""
+
+
+EXPLAINED = ("explained", "by_chance", "untrained")
+"""What `moecc specialise` says of the share of a choice that the token alone explains."""
 
 
 class CommandError(Exception):
@@ -104,6 +109,8 @@ class Lab:
 
     def arm(self, experiment: Experiment, arm: str, seed: int) -> dict[str, Any]:
         """Return the result of an arm."""
+        if experiment.stacks:
+            return self.stack(experiment, arm, seed)
         source, tokens = self.source(experiment, seed)
         began, worked = time.monotonic(), time.process_time()
         recipe = "finetune.toml" if experiment.task else "continue.toml"
@@ -124,6 +131,32 @@ class Lab:
             "recipe": facts["recipe"], "moecc": __version__,
             **({"curve": curve(run, experiment.curves)} if experiment.curves else {}),
         }  # fmt: skip
+
+    def stack(self, experiment: Experiment, name: str, seed: int) -> dict[str, Any]:
+        """Return where the routers of a stack send sentinels, the mean over its layers."""
+        began, worked = time.monotonic(), time.process_time()
+        run, tokens = self.spans(seed), self.tokens()
+        text = said("specialise", run, "--data", tokens / "heldout", "--sequence", "128",
+                    "--batch", "16", "--format", "json")  # fmt: skip
+        layers = [x for x in json.loads(text)["layers"] if x["layer"].startswith(name)]
+        facts = saved_steps(run)[-1].facts
+        return {
+            "experiment": experiment.key, "arm": name, "seed": seed,
+            "loss": mean(x["sentinel_entropy"] / x["even_entropy"] for x in layers),
+            "other": mean(x["other_entropy"] / x["even_entropy"] for x in layers),
+            **{key: mean(x[key] for x in layers) for key in EXPLAINED},
+            "held_out_tokens": layers[0]["tokens"], "steps": facts["step"],
+            "tokens": facts["tokens"],
+            "processor_seconds": round(time.process_time() - worked, 1),
+            "seconds": round(time.monotonic() - began, 1), "data": data_digest(run),
+            "recipe": facts["recipe"], "moecc": __version__,
+        }  # fmt: skip
+
+    def spans(self, seed: int) -> Path:
+        """Return the encoder-decoder of a seed."""
+        seeds = (f"model.seed={seed}", f"data.seed={seed}")
+        source = f"model.source={HERE / 'encoder_decoder'}"
+        return self.trained(f"spans-{seed}", "spans.toml", source, *seeds)
 
     def source(self, experiment: Experiment, seed: int) -> tuple[Path, Path]:
         """Return the model that arms go on from, and the tokens."""

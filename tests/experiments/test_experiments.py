@@ -100,6 +100,40 @@ def test_an_arm_is_trained_and_measured(tmp_path: Path) -> None:
     assert lab.arm(experiment, "carried", 1)["loss"] == found["loss"]
 
 
+@pytest.mark.slow
+def test_stacks_are_of_one_run(tmp_path: Path) -> None:
+    pytest.importorskip("orbax.checkpoint")
+    few = ("run.steps=2", "optimizer.warmup=0", "data.evaluate_batches=1", "data.batch=2",
+           "data.seq=64")  # fmt: skip
+    lab = run.Lab(tmp_path, tmp_path / "results", few)
+    experiment = declared.declared()["h"]
+    found = {arm: lab.arm(experiment, arm, 0) for arm in experiment.arms}
+    assert found["encoder"]["data"] == found["decoder"]["data"]
+    assert found["encoder"]["loss"] != found["decoder"]["loss"]
+    for line in found.values():
+        assert 0 < line["loss"] <= 1
+        assert 0 <= line["by_chance"] <= line["explained"] <= 1
+
+
+@pytest.mark.parametrize(("name", "file", "text", "expected"), [
+    ("subjectivity", "plot.tok.gt9.5000", "a plot\n\n", [("a plot", "o")]),
+    ("qc", "test.txt", "NUM:dist How far ?\n", [("How far ?", "n")]),
+    ("rte", "rte1_dev.xml", '<c><pair value="TRUE"><t>a b</t>\n<h>b</h></pair></c>',
+     [("b | a b", "y")]),
+])  # fmt: skip
+def test_tasks_are_texts_with_letters(
+    tmp_path: Path, name: str, file: str, text: str, expected: list[tuple[str, str]]
+) -> None:
+    tasks = importlib.import_module("tasks")
+    with pytest.raises(FileNotFoundError, match="is at https"):
+        list(tasks.records(name, tmp_path))
+    empty = "<c/>" if name == "rte" else ""
+    for one in tasks.TASKS[name].files:
+        (tmp_path / one).write_text(text if one == file else empty)
+    found = [(record["text"], record["label"]) for record in tasks.records(name, tmp_path)]
+    assert found == expected
+
+
 def test_curves_are_paired_by_seed_and_step(tmp_path: Path) -> None:
     experiment = declared.declared()["b"]
     lines = [
