@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moecc.analysis.head import LOGITS
 from moecc.backend import Backend
 from moecc.decoding.graphs import CAPACITY, DecodeGraphs
 from moecc.decoding.session import open_session
 from moecc.ir.graph import Graph, Value
-from moecc.steps.head import LOGITS
 from moecc.types.arrays import Array, Arrays
 from moecc.types.dtypes import DType
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moecc.analysis.head import LOGITS
 from moecc.errors import InputError
 from moecc.ir.attributes import RopeAttrs
 from moecc.ir.graph import Graph, Value
@@ -12,7 +13,6 @@ from moecc.ir.table.attention import LENGTH_SCALINGS
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.rewrite import P, fits
-from moecc.steps.head import LOGITS
 
 TOKENS, DECODER_TOKENS = "tokens", "decoder_tokens"
 CAPACITY = "C"

@@ -8,6 +8,9 @@ from typing import NamedTuple
 BLOCK = 128
 """Queries of a block.  Measured on a CPU (``benchmarks/attention.py``)."""
 
+TPU_BLOCKS = (512, 256, 128)
+"""Rows of a block of splash attention: the largest that divides a sequence."""
+
 MOST_SPANS = 8
 """Spans of queries with keys of their own, each written out; more take long to compile."""
 
@@ -58,3 +61,25 @@ def share_of_scores(queries: int, keys: int, *, causal: bool, window: int = 0) -
 def are_written_out(queries: int, *, causal: bool) -> bool:
     """Whether no block is in a loop, so that what two of them compute alike is computed once."""
     return all(run.blocks == 1 for run in spans(queries, queries, causal=causal))
+
+
+def tpu_block(size: int) -> int:
+    """Return the rows of a block of splash attention; `size` is a multiple of the smallest."""
+    return next(block for block in TPU_BLOCKS if size % block == 0)
+
+
+def share_of_tpu_blocks(queries: int, keys: int, *, causal: bool, window: int = 0) -> float:
+    """Return which share of all pairs of queries and keys splash attention computes.
+
+    It computes each block of which some query sees some key, and skips the others.
+    """
+    if not causal:
+        return 1.0
+    high, wide = tpu_block(queries), tpu_block(keys)
+    met = sum(
+        (min(start + high, keys) - 1) // wide
+        - (max(start - window + 1, 0) // wide if window else 0)
+        + 1
+        for start in range(0, queries, high)
+    )
+    return met * high * wide / (queries * keys)

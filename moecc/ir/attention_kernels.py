@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-BLOCK = 128
-"""The rows of the smallest block that the kernels of TPUs take."""
+from moecc.ir.attention_blocks import TPU_BLOCKS, share_of_scores, share_of_tpu_blocks
 
 CUDNN_WIDTH = 128
 """The widest heads that cuDNN's kernel has a gradient for."""
@@ -57,8 +56,8 @@ def _splash(facts: AttentionFacts) -> Iterator[str]:
         if word != "sinks":
             yield f"it takes no {word.replace('_', ' ')}"
     for what, size in (("queries", facts.queries), ("keys", facts.keys)):
-        if size % BLOCK:
-            yield f"{size} {what} are no multiple of {BLOCK}"
+        if size % TPU_BLOCKS[-1]:
+            yield f"{size} {what} are no multiple of {TPU_BLOCKS[-1]}"
     if facts.causal and facts.queries != facts.keys:
         yield "it hides keys from as many queries alone"
     if facts.width != facts.wide:
@@ -89,6 +88,18 @@ def _everything(facts: AttentionFacts) -> Iterator[str]:
     return iter(())
 
 
+def _all_scores(facts: AttentionFacts) -> float:
+    return 1.0
+
+
+def _spans_of_queries(facts: AttentionFacts) -> float:
+    return share_of_scores(facts.queries, facts.keys, causal=facts.causal, window=facts.window)
+
+
+def _blocks_of_tpus(facts: AttentionFacts) -> float:
+    return share_of_tpu_blocks(facts.queries, facts.keys, causal=facts.causal, window=facts.window)
+
+
 @dataclass(frozen=True)
 class AttentionKernel:
     """A row of the table.
@@ -100,6 +111,9 @@ class AttentionKernel:
       platform: the one that it is for; empty for all.
       needs_layout: whether its operands are laid out as usual.
       moves_scores: whether scores go through memory, in blocks or whole.
+      again: what its gradient computes again, in pairs of products; a gradient that has the scores
+        needs two pairs.
+      share: which share of the scores it computes.
     """
 
     name: str
@@ -108,6 +122,8 @@ class AttentionKernel:
     platform: str = ""
     needs_layout: bool = True
     moves_scores: bool = False
+    again: float = 0.0
+    share: Callable[[AttentionFacts], float] = _all_scores
 
     def reason(self, facts: AttentionFacts) -> str | None:
         """Return the first reason why `facts` rule it out, or None."""
@@ -120,11 +136,23 @@ class AttentionKernel:
 
 KERNELS = (
     AttentionKernel(
-        "splash", "blocks in VMEM, hidden ones skipped: JAX's Pallas kernel", _splash, "tpu"
+        "splash",
+        "blocks in VMEM, hidden ones skipped: JAX's Pallas kernel",
+        _splash,
+        "tpu",
+        # One kernel makes the gradient of queries, another those of keys and values: scores twice,
+        # and twice what the gradient of the result makes of them.
+        again=1.5,
+        share=_blocks_of_tpus,
     ),
-    AttentionKernel("cudnn", "cuDNN's fused attention, through jax.nn", _cudnn, "gpu"),
+    AttentionKernel("cudnn", "cuDNN's fused attention, through jax.nn", _cudnn, "gpu", again=0.5),
     AttentionKernel(
-        "blocks", "blocks of queries, with a gradient of its own", _everything, moves_scores=True
+        "blocks",
+        "blocks of queries, with a gradient of its own",
+        _everything,
+        moves_scores=True,
+        again=0.5,
+        share=_spans_of_queries,
     ),
     AttentionKernel(
         "plain", "product by product", _everything, needs_layout=False, moves_scores=True

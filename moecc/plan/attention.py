@@ -6,14 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from moecc.ir.attention_axes import Program, facts_of
-from moecc.ir.attention_blocks import are_written_out, share_of_scores
+from moecc.ir.attention_blocks import are_written_out
 from moecc.ir.attention_kernels import AttentionFacts, AttentionKernel
 from moecc.ir.attributes import AttentionAttrs
 from moecc.ir.graph import Node
 from moecc.plan.shapes import Shape, Shapes
-
-SCORES_AGAIN = 0.5
-"""What an attention's gradient computes again, in passes: of its two products that of scores."""
 
 FORWARD_AND_GRADIENT = 3.0
 """Passes of a training step that computes nothing again."""
@@ -57,25 +54,22 @@ def attention_of(
 def passes_of_products(kernel: AttentionKernel, facts: AttentionFacts, passes: float) -> float:
     """Return how often the products of an attention are computed.
 
-    Blocks of queries meet only keys that some of them see.  Their gradient makes scores again;
-    where the attention is rematerialised right before it, and blocks are in no loop, XLA finds that
-    both make the same ones.
+    A kernel that works in blocks meets only keys that some query sees, and its gradient makes
+    scores again; where the attention is rematerialised right before it, and blocks are in no loop,
+    XLA finds that both make the same ones.
 
     Args:
       kernel: what computes it.
       facts: what is known of it.
       passes: how often its arrays are gone through: 1 for inference, 3 and more for training.
     """
-    share = 1.0
-    if kernel.name == "blocks":
-        share = share_of_scores(facts.queries, facts.keys, causal=facts.causal, window=facts.window)
-    return (passes + _scores_again(kernel, facts, passes)) * share
+    return (passes + _scores_again(kernel, facts, passes)) * kernel.share(facts)
 
 
 def _scores_again(kernel: AttentionKernel, facts: AttentionFacts, passes: float) -> float:
-    if kernel.name == "plain" or passes < FORWARD_AND_GRADIENT:
+    if passes < FORWARD_AND_GRADIENT:
         return 0.0
     is_made_right_before = passes > FORWARD_AND_GRADIENT and kernel.name == "blocks"
     if is_made_right_before and are_written_out(facts.queries, causal=facts.causal):
         return 0.0
-    return SCORES_AGAIN
+    return kernel.again

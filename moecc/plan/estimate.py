@@ -13,10 +13,11 @@ from moecc.plan.attention import passes_of_products
 from moecc.plan.collectives import Transfer, seconds, sent_bytes
 from moecc.plan.machines import Machine, efficiency
 from moecc.plan.memory import Memory, memory, optimizer_bytes
+from moecc.plan.parts import Part, Step
 from moecc.plan.sharding import Sharded, Sharding, Values
 from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.traffic import part_transfers, sparse_rows
-from moecc.plan.workload import Part, Step, Workload
+from moecc.plan.workload import Workload
 from moecc.sharding.layout import Layout
 
 BOUNDS = ("compute", "hbm", "network")

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from moecc.ir.graph import Node, Value
 from moecc.plan.part_traffic import Moved, moved
+from moecc.plan.parts import Part, Step
 from moecc.plan.shapes import Shape
 from moecc.plan.sharding import Sharded
 from moecc.plan.strategy import StepConfig, Strategy
-from moecc.plan.workload import Part, Step
 from moecc.sharding.collectives import Sent, sent
 from moecc.sharding.routes import Slice, SparseLayer, Stage, route
 from moecc.sharding.vias import Via

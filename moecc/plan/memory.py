@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
+from moecc.analysis.head import CHUNK_BYTES, chunk_count
+from moecc.plan.parts import Layer, Weight
 from moecc.plan.shapes import Shape
 from moecc.plan.sharding import Sharding, Values
 from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.tiles import padded
-from moecc.plan.workload import Layer, Weight, Workload
+from moecc.plan.workload import Workload
 
 FACTORED_LEAST = 128
 """Adafactor keeps rows and columns of matrices whose two largest axes have at least so many
@@ -19,6 +21,10 @@ entries, and all entries of smaller ones (optax: ``min_dim_size_to_factor``)."""
 GAPS = {"tpu": 0.25}
 """What the compiler's heap loses between temporaries, as a share of those that are alive at a time,
 by kind of machine: the middle of what `benchmarks/plan_vs_xla.py` finds, 11 % to 51 %."""
+
+
+CHUNK_PARTS = 3
+"""Arrays of the size of the logits of a chunk: these, their exponentials and their gradient."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ def memory(
         buffers=max(
             _layer_bytes(work, local, config, strategy.remat, kind),
             # Gradients of layers come when the logits have gone.
-            _logits(work, local, config) - (stored * width if training else 0.0),
+            _head_bytes(work, local, config) - (stored * width if training else 0.0),
         ),
         # Tokens, and in training what they should be, of all micro-batches.
         inputs=4.0
@@ -225,7 +231,15 @@ def _gathered(weights: tuple[Weight, ...], local: Sharding) -> float:
     return sum(local.used(w) - local.stored(w) for w in weights)
 
 
-def _logits(work: Workload, local: Sharding, config: StepConfig) -> float:
-    """Return the bytes of the logits: in float32, or in training twice in a narrow type."""
-    sizes = map(local.elements, work.logits)
-    return max(sizes, default=0.0) * 4.0
+def _head_bytes(work: Workload, local: Sharding, config: StepConfig) -> float:
+    """Return what is alive while the head is computed: logits in float32, all or a chunk of them.
+
+    Chunks add up the gradients of the weights, in float32.
+    """
+    head = work.head
+    if head is None or not config.train:
+        return 4.0 * max(map(local.elements, work.logits), default=0.0)
+    logits = 4.0 * local.elements(head.logits)
+    weights = 4.0 * sum(map(local.used, head.weights))
+    count = chunk_count(logits, weights, CHUNK_BYTES) if head.is_cut else 1
+    return logits if count == 1 else weights + CHUNK_PARTS * logits / count

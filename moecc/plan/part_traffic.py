@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from moecc.ir.graph import Node, Value
+from moecc.plan.parts import Part, Step, Weight
 from moecc.plan.residuals import root_of
 from moecc.plan.shapes import Shape
 from moecc.plan.sharding import Sharded
-from moecc.plan.workload import Part, Step, Weight
 from moecc.sharding.collectives import TRANSPOSED, Sent
 from moecc.sharding.gradients import GradientSum
 from moecc.sharding.propagate import Ref, Reshard

@@ -9,8 +9,9 @@ from math import prod
 from typing import TypeVar
 
 from moecc.ir.graph import Node, Value
+from moecc.plan.parts import Weight
 from moecc.plan.shapes import Shape
-from moecc.plan.workload import Weight, Workload
+from moecc.plan.workload import Workload
 from moecc.sharding.gradients import Gradients, GradientSum
 from moecc.sharding.layout import Layout
 from moecc.sharding.propagate import Propagation

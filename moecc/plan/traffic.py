@@ -15,9 +15,10 @@ from moecc.plan.collectives import Transfer
 from moecc.plan.exchange_traffic import Work, exchange
 from moecc.plan.exchanges import Rows
 from moecc.plan.part_traffic import Moved, PartTraffic, traffic_of
+from moecc.plan.parts import Part
 from moecc.plan.sharding import Sharded, Sharding
 from moecc.plan.strategy import StepConfig, Strategy
-from moecc.plan.workload import Part, Workload
+from moecc.plan.workload import Workload
 from moecc.sharding.routes import Slice, SparseLayer
 from moecc.sharding.vias import Via, via
 

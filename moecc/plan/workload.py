@@ -18,133 +18,16 @@ from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.mesh import mesh_of
 from moecc.ir.table.slots import assigner
 from moecc.ir.traits import Cost, RowMove
-from moecc.plan.attention import PlannedAttention, attention_of
+from moecc.plan.attention import attention_of
 from moecc.plan.batches import Batch
-from moecc.plan.residuals import Residuals, residuals, root_of
+from moecc.plan.head import PlannedHead, head_of
+from moecc.plan.parts import Layer, Part, Step, Weight
+from moecc.plan.residuals import residuals, root_of
 from moecc.plan.sample import Sample, sample_of
 from moecc.plan.shapes import Shape, Shapes
 from moecc.plan.units import LAYER, Unit, layer_of, stack_of, times_again, units_of
 
 HEADS = ("head", "kv_head")
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A parameter: its name, its shape, and whether it is a part of experts."""
-
-    name: str
-    shape: Shape
-    of_experts: bool
-
-    @property
-    def elements(self) -> int:
-        """How many elements it has."""
-        return int(self.shape.elements)
-
-
-@dataclass(frozen=True)
-class Step:
-    """An operation that moves or multiplies something.
-
-    Attributes:
-      cost: what it costs.
-      moves: whether it takes tokens to experts, or back.
-      operands: the shapes of its operands.
-      results: the shapes of its results.
-      over: of a contraction, the axes that it sums over.
-      weights: the parameters among the operands, by position.
-      again: how often full rematerialisation computes it again.
-      saved_again: how often rematerialisation that saves attention and combine does.
-      source: the number of what its first operand is, by whatever name, in its part.
-      source_share: of an operand from another stack, one part for each layer of a unit; else 1.
-      exact_rows: by how much less rows there would be if a capacity did not pad them.
-      axes: those of all operands, each once.
-      attention: of an attention, what decides its kernel, and its scores.
-    """
-
-    cost: Cost
-    moves: RowMove | None
-    operands: tuple[Shape, ...]
-    results: tuple[Shape, ...]
-    over: tuple[str, ...]
-    weights: tuple[Weight | None, ...]
-    again: int
-    saved_again: int
-    source: int
-    source_share: float
-    exact_rows: float
-    axes: Shape
-    attention: PlannedAttention | None = None
-
-    @cached_property
-    def flops(self) -> float:
-        """Two for each multiplication of its products, of all devices together."""
-        return 2.0 * self.cost.products * self.axes.elements
-
-    def computed_again(self, remat: str) -> int:
-        """Return how often it is computed again for the backward pass, by what is kept."""
-        if remat == "full":
-            return self.again
-        return self.saved_again if remat == "save" else 0
-
-    @property
-    def has_rows(self) -> bool:
-        """Whether it works on the rows of experts."""
-        return any(name == "slot" for shape in self.operands for name, _ in shape)
-
-
-@dataclass(frozen=True)
-class Part:
-    """A run of equal sublayers.
-
-    Attributes:
-      name: ``layers.ffn``, ``encoder.layers.attention``, ``head``.
-      count: how many there are.
-      steps: the operations of one.
-      weights: the parameters of one that no earlier part has.
-      top_k: of experts: choices a token, 0 in a dense part.
-      in_layer: whether it is a part of a layer, which rematerialisation computes again.
-      onward: whether it is one of a loop in its unit, and computed once more for that.
-      nodes: the node of each step in the sample.
-    """
-
-    name: str
-    count: int
-    steps: tuple[Step, ...]
-    weights: tuple[Weight, ...]
-    top_k: int = 0
-    in_layer: bool = True
-    onward: bool = False
-    nodes: tuple[Node, ...] = field(default=(), compare=False, repr=False)
-
-    @cached_property
-    def is_sparse(self) -> bool:
-        """Whether tokens are sent to experts here."""
-        return any(step.moves is RowMove.TO_SLOTS for step in self.steps)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Equal layers.
-
-    Attributes:
-      name: ``layers``, ``encoder.layers``.
-      count: how many there are.
-      residuals: what the backward pass of one keeps.
-      inputs: the shapes of what one takes from the layer before.
-      is_first: whether it is the first of its unit, of which full rematerialisation keeps no more
-        than the input.
-      beside: what there is of earlier layers of its unit, computed again, when it is
-        differentiated: the inputs of those of a loop, what the others need; where all of it is
-        arrays, and where what is computed entry by entry is not.
-    """
-
-    name: str
-    count: int
-    residuals: Residuals
-    inputs: tuple[Shape, ...]
-    is_first: bool = True
-    beside: tuple[tuple[Shape, ...], tuple[Shape, ...]] = ((), ())
 
 
 @dataclass(frozen=True)
@@ -162,6 +45,7 @@ class Workload:
       sample: one part of each kind, as a graph of its own.
       params: the parameters of the sample, by name.
       params_by_kind: one of each shape, of experts or not.
+      head: what makes logits; None where there are none to train.
     """
 
     batch: Batch
@@ -174,6 +58,7 @@ class Workload:
     sample: Sample = field(compare=False)
     params: dict[str, Value] = field(compare=False)
     params_by_kind: dict[tuple[Shape, bool], Value] = field(compare=False)
+    head: PlannedHead | None = field(compare=False)
 
     def __repr__(self) -> str:
         return f"Workload({self.parameters} parameters, {self.batch})"
@@ -216,6 +101,7 @@ def workload(graph: Graph, batch: Batch) -> Workload:
         sample=sample,
         params=sample.graph.params,
         params_by_kind=reader.kinds(sample.graph.params.values()),
+        head=head_of(graph, reader.shape, reader.weight),
     )
 
 

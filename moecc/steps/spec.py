@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from moecc.analysis.head import CHUNK_BYTES
 from moecc.sharding.layout import Layout
 from moecc.train.recipe import GuardSection, OptimizerSection
 from moecc.types.dtypes import F32, DType
-
-CHUNK_BYTES = 64 << 20
-"""Logits of a chunk of tokens take about so much memory on a device, in float32."""
 
 
 @dataclass(frozen=True)

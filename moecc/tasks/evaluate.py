@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from moecc.analysis.head import LOGITS
 from moecc.backend import get_backend
 from moecc.ir.graph import Graph
 from moecc.model.open import Model, open_model
-from moecc.steps.head import LOGITS
 from moecc.steps.recipes import eval_graph
 from moecc.train.data.batches import open_batches
 from moecc.train.data.collate import collate

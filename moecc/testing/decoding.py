@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from moecc.analysis.head import LOGITS
 from moecc.backend import get_backend
 from moecc.decoding.batch import NOWHERE
 from moecc.decoding.graphs import CAPACITY, DecodeGraphs
 from moecc.decoding.session import PlainSession
 from moecc.ir.graph import Graph
-from moecc.steps.head import LOGITS
 from moecc.testing.comparing import TOLERANCE
 from moecc.types.arrays import Array, Arrays
 from moecc.types.dtypes import F64

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiers import examples, some
 
+from moecc.analysis.head import LOGITS
 from moecc.decoding.graphs import DecodeGraphs
 from moecc.errors import InputError
 from moecc.families import build
@@ -19,7 +20,6 @@ from moecc.ir.structure import clone
 from moecc.model.open import open_model
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.steps.head import LOGITS
 from moecc.tasks.check import check_pipeline
 from moecc.testing.configs import small_configs
 from moecc.testing.data import params_for

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,8 @@ from moecc_backends.xla.backend import function
 from moecc_backends.xla.kernels import query_blocks
 from moecc_backends.xla.kernels.attention_operands import AttentionArrays, AttentionRule
 from moecc_backends.xla.kernels.cudnn import cudnn_attention
-from moecc_backends.xla.kernels.splash import splash_attention
+from moecc_backends.xla.kernels.score_pairs import score_pairs_of
+from moecc_backends.xla.kernels.splash import splash_attention, splash_kernel
 from moecc_backends.xla.trace.options import Options
 from moecc_passes.fuse_attention.fuse_attention import FuseAttentionPass
 
@@ -190,6 +192,39 @@ def check_kernel(kernel: Kernel, rule: AttentionRule, arrays: AttentionArrays) -
 def test_splash_attention_in_the_interpreter(name: str) -> None:
     rule, sinks = KERNEL_FORMS[name]
     check_kernel(partial(splash_attention, interpret=True), rule, arrays_of(256, sinks=sinks))
+
+
+BLOCK_RULES = {
+    "causal": (2048, 2048, AttentionRule(1.0, causal=True)),
+    "small blocks": (384, 384, AttentionRule(1.0, causal=True)),
+    "window": (2048, 2048, AttentionRule(1.0, causal=True, window=300)),
+    "window of a block": (768, 768, AttentionRule(1.0, causal=True, window=256)),
+    "all": (512, 1024, AttentionRule(1.0)),
+}
+
+
+@pytest.mark.parametrize("name", some(BLOCK_RULES, "window", "all"))
+def test_splash_attention_meets_the_blocks_that_are_counted(name: str) -> None:
+    queries, keys, rule = BLOCK_RULES[name]
+    share = attention_blocks.share_of_tpu_blocks(
+        queries, keys, causal=rule.causal, window=rule.window
+    )
+    block = attention_blocks.tpu_block(queries) * attention_blocks.tpu_block(keys)
+    kernel = splash_kernel(rule, 4, queries, keys, True)
+    for info in (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info):
+        assert np.count_nonzero(info.block_mask) * block == share * queries * keys
+
+
+def test_what_splash_attention_computes_stands_in_the_program() -> None:
+    def loss(arrays: AttentionArrays) -> jax.Array:
+        rule = AttentionRule(1.0, causal=True)
+        return jnp.sum(splash_attention(rule, arrays, interpret=True))
+
+    arrays = arrays_of(384)
+    text = jax.jit(jax.grad(loss)).lower(arrays).as_text(debug_info=True)
+    pairs = {score_pairs_of(name) for name in re.findall(r'"([^"]*score_pairs[^"]*)"', text)}
+    # Blocks of 128: six of nine.
+    assert pairs == {6 * 128 * 128}
 
 
 @pytest.mark.parametrize("window", [0, 5])

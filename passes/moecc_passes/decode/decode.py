@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
+from moecc.analysis.head import LOGITS
 from moecc.errors import InputError
 from moecc.ir.graph import Graph
 from moecc.ir.verify import where
 from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark
 from moecc.rewrite.match import NearMiss, fits
 from moecc.rewrite.pattern import P
-from moecc.steps.head import LOGITS
 from moecc_passes.dce import DcePass
 from moecc_passes.decode.causality import problems
 from moecc_passes.decode.rewrite import Rewriter, check_sizes

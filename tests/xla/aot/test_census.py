@@ -214,6 +214,27 @@ def test_a_kernel_that_hides_its_products_is_told() -> None:
     assert census(program(body)).opaque == {"tpu_custom_call": 1}
 
 
+@pytest.mark.parametrize(
+    ("kernel", "products"),
+    [("splash_mha_fwd_residuals", 2), ("splash_mha_dq_residuals", 3), ("splash_mha_dkv_x", 4)],
+)
+def test_a_kernel_whose_scope_says_its_scores_is_counted(kernel: str, products: int) -> None:
+    # XLA writes what a kernel says of itself over several lines.
+    body = (
+        "  %p = f32[8,4] parameter(0)\n"
+        "  %hidden = s8[1,3,3] constant({...})\n"
+        "  %q = bf16[2,9,384,64] broadcast(%p)\n"
+        "  %k = bf16[2,3,384,64] broadcast(%p)\n"
+        "  ROOT %r = f32[8,4] custom-call(%hidden, %q, %k), "
+        'custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={\n'
+        '"xprof_metadata":"{\\"block_q\\": 128}"\n'
+        f'}}}}, metadata={{op_name="jit(f)/score_pairs_98304/{kernel}/pallas_call"}}'
+    )
+    found = census(program(body))
+    assert found.flops == 2 * products * 98304 * 2 * 9 * 64
+    assert not found.opaque
+
+
 def test_text_that_is_no_module_is_refused() -> None:
     with pytest.raises(InputError, match="ENTRY"):
         census("not a module")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moecc.analysis.head import LOGITS
 from moecc.ir.graph import Graph, Value
 from moecc.ir.structure import clone
 from moecc.model.inputs import default_inputs
@@ -16,7 +17,6 @@ from moecc.pipeline.passes import Context
 from moecc.pipeline.registry import installed
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.steps.head import LOGITS
 from moecc.steps.passes import StepPasses, step_graph
 from moecc.steps.spec import StepSpec
 from moecc.train.recipe import OptimizerSection, ParameterGroup

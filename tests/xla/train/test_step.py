@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moecc.analysis.head import check_trainable
 from moecc.errors import InputError, UsageError
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph
-from moecc.steps.head import check_trainable
 from moecc.steps.moment_axes import COLUMN, ROW
 from moecc.steps.spec import StepSpec
 from moecc.train.recipe import GuardSection, OptimizerSection

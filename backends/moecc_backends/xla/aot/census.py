@@ -15,6 +15,7 @@ from math import prod
 
 from moecc_backends.xla.aot.convolutions import convolution_flops
 from moecc_backends.xla.aot.hlo import Computation, Instruction, Module, parse_hlo
+from moecc_backends.xla.aot.pallas import pallas_flops
 
 KINDS = (
     "all-gather", "all-reduce", "all-to-all", "reduce-scatter", "ragged-all-to-all",
@@ -251,7 +252,10 @@ def _product(where: Computation, made: Instruction) -> Census:
         dims = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', made.attributes)
         along = tuple(map(int, re.findall(r"\d+", dims[1]))) if dims else ()
         return Census((), _dot_flops(where, made, along))
-    is_opaque = any(target.startswith(known) for known in _OPAQUE_TARGETS)
+    known = pallas_flops(where, made)
+    if known is not None:
+        return Census((), known)
+    is_opaque = any(target.startswith(kind) for kind in _OPAQUE_TARGETS)
     return Census((), 0, 0, Counter({target: 1} if is_opaque else {}))
 
 

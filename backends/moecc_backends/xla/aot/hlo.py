@@ -7,7 +7,7 @@ are taken apart; other attributes stay text, in which `Instruction.attribute` lo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -194,9 +194,8 @@ def parse_hlo(text: str) -> Module:
     """
     computations: dict[str, Computation] = {}
     entry, current = "", None
-    for line in text.splitlines():
-        # What kernels say of themselves goes on over lines that begin with a bracket, too.
-        if line.rstrip() == "}" or line.startswith("}, execution_thread"):
+    for line in _joined(text.splitlines()):
+        if _ends(line):
             current = None
         elif current is None:
             head = _HEAD.match(line)
@@ -209,6 +208,27 @@ def parse_hlo(text: str) -> Module:
         raise InputError("not the text of an HLO module: there is no ENTRY computation")
     partitions = _PARTITIONS.search(text[: text.find("\n")])
     return Module(computations, entry, int(partitions[1]) if partitions else 1)
+
+
+def _joined(lines: Iterable[str]) -> Iterator[str]:
+    """Yield lines; those of an instruction that goes on, as what kernels say does, as one."""
+    whole = ""
+    for line in lines:
+        if whole and not (_ends(line) or _INSTRUCTION.match(line)):
+            whole += line
+            continue
+        if whole:
+            yield whole
+            whole = ""
+        if _INSTRUCTION.match(line):
+            whole = line
+        else:
+            yield line
+
+
+def _ends(line: str) -> bool:
+    """Whether a computation ends with the line."""
+    return line.rstrip() == "}" or line.startswith("}, execution_thread")
 
 
 def _add(computation: Computation, line: str) -> None:

@@ -20,15 +20,14 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel im
     make_splash_mha,
 )
 
+from moecc.ir.attention_blocks import share_of_tpu_blocks, tpu_block
 from moecc_backends.xla.kernels.attention_operands import AttentionArrays, AttentionRule
+from moecc_backends.xla.kernels.score_pairs import score_pairs_scope
 from moecc_backends.xla.trace.context import VALUE
 from moecc_backends.xla.trace.device_view import DeviceView, varies
 from moecc_backends.xla.trace.typed_jax import PyTree, named, unchecked
 
 Arrays = tuple[jax.Array, ...]
-
-_BLOCKS = (512, 256, 128)
-"""Rows of a block: the largest that divides a sequence."""
 
 
 def splash_attention(
@@ -54,7 +53,7 @@ def splash_attention(
 
 
 @cache
-def _kernel(
+def splash_kernel(
     rule: AttentionRule, heads: int, queries: int, keys: int, interpret: bool
 ) -> splash_attention_kernel.SplashAttentionKernel:
     """Return the kernel of one sequence, which also returns logarithms of denominators."""
@@ -64,7 +63,7 @@ def _kernel(
         mask = splash_attention_mask.LocalMask(shape, (rule.window - 1, 0), 0)
     elif rule.causal:
         mask = splash_attention_mask.CausalMask(shape)
-    q, kv = (next(b for b in _BLOCKS if size % b == 0) for size in shape)
+    q, kv = map(tpu_block, shape)
     sizes = splash_attention_kernel.BlockSizes(
         block_q=q, block_kv=kv, block_kv_compute=kv,
         block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=kv, block_q_dq=q, block_kv_dq=kv,
@@ -81,6 +80,11 @@ def _kernel(
             interpret=interpret,
         )
     return kernel
+
+
+def _pairs(rule: AttentionRule, queries: int, keys: int) -> int:
+    share = share_of_tpu_blocks(queries, keys, causal=rule.causal, window=rule.window)
+    return round(share * queries * keys)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -103,7 +107,7 @@ def _forward(
     value: jax.Array,
     sinks: jax.Array | None,
 ) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
-    kernel = _kernel(rule, query.shape[1], query.shape[2], key.shape[2], interpret)
+    kernel = splash_kernel(rule, query.shape[1], query.shape[2], key.shape[2], interpret)
 
     def one(query: jax.Array, key: jax.Array, value: jax.Array, *sinks: jax.Array) -> Arrays:
         mixed, (denominators,) = kernel(query, key, value, None, *sinks)
@@ -111,7 +115,8 @@ def _forward(
 
     more = () if sinks is None else (sinks,)
     run = jax.vmap(one, (0, 0, 0, *(None for _ in more)))
-    mixed, denominators = _untracked(run, query, key, value, *more)
+    with score_pairs_scope(_pairs(rule, query.shape[2], key.shape[2])):
+        mixed, denominators = _untracked(run, query, key, value, *more)
     # Named, so that a policy of rematerialisation keeps them and the kernel runs once.
     mixed, denominators = named(mixed, VALUE), named(denominators, VALUE)
     return mixed, (query, key, value, sinks, mixed, denominators)
@@ -124,7 +129,7 @@ def _backward(
     d_mixed: jax.Array,
 ) -> tuple[jax.Array | None, ...]:
     query, key, value, sinks, mixed, denominators = residuals
-    kernel = _kernel(rule, query.shape[1], query.shape[2], key.shape[2], interpret)
+    kernel = splash_kernel(rule, query.shape[1], query.shape[2], key.shape[2], interpret)
     more = () if sinks is None else (sinks,)
 
     def one(
@@ -135,7 +140,8 @@ def _backward(
         return _gradient(kernel, kept, d_mixed)
 
     run = jax.vmap(one, (*(0 for _ in range(6)), *(None for _ in more)))
-    made = _untracked(run, query, key, value, mixed, denominators, d_mixed, *more)
+    with score_pairs_scope(_pairs(rule, query.shape[2], key.shape[2])):
+        made = _untracked(run, query, key, value, mixed, denominators, d_mixed, *more)
     d_sinks = None if sinks is None else jnp.sum(made[3], 0).astype(sinks.dtype)
     pairs = zip(made, (query, key, value), strict=False)
     return (*(d.astype(x.dtype) for d, x in pairs), d_sinks)

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moecc.analysis.head import check_trainable
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.routed import MASK
-from moecc.steps.head import check_trainable
 from moecc.steps.metrics import coefficients, finished
 from moecc.steps.micro import rows_together
 from moecc.steps.spec import StepSpec

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from moecc.analysis.head import LOGITS, Head, split_head
 from moecc.errors import InputError
 from moecc.ir.graph import Graph, Value
 from moecc.ir.mesh import Mesh
 from moecc.ir.routed import MASK
-from moecc.steps.head import LOGITS, Head, split_head
 from moecc.steps.totals import totals_of
 from moecc.types.dtypes import I32, KEY
 from moecc.types.tensor import TensorType

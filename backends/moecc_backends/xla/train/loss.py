@@ -15,8 +15,8 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 
+from moecc.analysis.head import VOCAB, Head, chunk_count
 from moecc.ir.graph import Node, Value
-from moecc.steps.head import VOCAB, Head
 from moecc.types.dtypes import DType
 from moecc_backends.xla.lower.function import lower_values
 from moecc_backends.xla.trace.context import DIRECT, Interceptor
@@ -89,7 +89,7 @@ class HeadLoss:
     ) -> tuple[jax.Array, Sums]:
         """Return the loss summed over the tokens of this device, and sums besides."""
         axes = tuple(n for n in self.head.logits.type.names if n != VOCAB)
-        count = self._chunks(targets.size, axes, weights)
+        count = self._chunks(targets.size, weights)
         if count == 1:
             return self.summed(weights, hidden, targets)
         pairs = zip(hidden, self.head.hidden, strict=True)
@@ -106,20 +106,15 @@ class HeadLoss:
             return frozenset()
         return frozenset[str]().union(*map(varies, arrays))
 
-    def _chunks(self, tokens: int, axes: tuple[str, ...], weights: Arrays) -> int:
-        """Return in how many chunks the tokens are cut.
-
-        Chunks add up their gradients of the weights in float32.  Where these take as much as all
-        logits do, because there are no more tokens than the width of the model, nothing is saved.
-        """
+    def _chunks(self, tokens: int, weights: Arrays) -> int:
+        """Return in how many chunks the tokens are cut."""
+        if not self.head.is_cut:
+            return 1
         vocab = self.head.logits.type[VOCAB]
-        if not self.head.nodes or any(n not in v.type for v in self.head.hidden for n in axes):
-            return 1
         assert isinstance(vocab.size, int), "the vocabulary is known"
-        size_bytes = 4 * tokens * vocab.size // self.lowering.fresh().shard_count(vocab)
-        if size_bytes <= sum(4 * weight.size for weight in weights):
-            return 1
-        return min(max(1, -(-size_bytes // self.chunk_bytes)), max(tokens, 1))
+        logits_bytes = 4 * tokens * vocab.size // self.lowering.fresh().shard_count(vocab)
+        weights_bytes = sum(4 * weight.size for weight in weights)
+        return min(chunk_count(logits_bytes, weights_bytes, self.chunk_bytes), max(tokens, 1))
 
     def summed(self, weights: Arrays, hidden: Arrays, targets: jax.Array) -> tuple[jax.Array, Sums]:
         """Return the loss of all tokens at once."""

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moecc.analysis.head import LOGITS, VOCAB, check_trainable
 from moecc.ir.graph import Graph
-from moecc.steps.head import LOGITS, VOCAB, check_trainable
 from moecc.train.scoring import RowScores
 from moecc.types.arrays import Arrays
 from moecc.types.dtypes import DType

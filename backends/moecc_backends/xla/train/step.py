@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from moecc.analysis.head import check_trainable
 from moecc.errors import InputError
 from moecc.ir.graph import Graph
 from moecc.steps.bias import bias_counts, moved
-from moecc.steps.head import check_trainable
 from moecc.steps.settings import ParamSettings, parameter_settings
 from moecc.steps.spec import StepSpec
 from moecc.train.recipe import OptimizerSection

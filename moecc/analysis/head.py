@@ -6,6 +6,7 @@ tokens at a time.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from moecc.errors import InputError
@@ -16,6 +17,10 @@ LOGITS = "logits"
 
 VOCAB = "vocab"
 """The axis of the logits that the softmax runs over."""
+
+
+CHUNK_BYTES = 64 << 20
+"""Logits of a chunk of tokens take about so much memory on a device, in float32."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +41,37 @@ class Head:
     weights: tuple[Value, ...]
     logits: Value
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether it may run over a chunk of tokens at a time."""
+        axes = [name for name in self.logits.type.names if name != VOCAB]
+        return bool(self.nodes) and all(n in v.type for v in self.hidden for n in axes)
+
+
+def chunk_count(logits_bytes: float, weights_bytes: float, chunk_bytes: int) -> int:
+    """Return in how many chunks the tokens of a head are cut.
+
+    Chunks add up their gradients of the weights in float32.  Where these take as much as all logits
+    do, because there are no more tokens than the width of the model, nothing is saved.
+
+    Args:
+      logits_bytes: of all logits on a device, in float32.
+      weights_bytes: of the weights of the head there, in float32.
+      chunk_bytes: of the logits of a chunk, about.
+    """
+    if logits_bytes <= weights_bytes:
+        return 1
+    return max(1, math.ceil(logits_bytes / chunk_bytes))
+
+
+def is_trainable(graph: Graph) -> bool:
+    """Whether `graph` has logits to train."""
+    return LOGITS in graph.output_names and VOCAB in graph.outputs[LOGITS].type
+
 
 def check_trainable(graph: Graph) -> None:
     """Raise InputError if `graph` has no logits to train."""
-    if LOGITS not in graph.output_names or VOCAB not in graph.outputs[LOGITS].type:
+    if not is_trainable(graph):
         raise InputError(
             "a training step needs logits",
             where=graph.name,
