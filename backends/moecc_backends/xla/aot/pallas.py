@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from moecc_backends.xla.aot.hlo import Computation, Instruction
 from moecc_backends.xla.kernels.score_pairs import score_pairs_of
 
@@ -9,6 +11,9 @@ _PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 """Products of the size of the scores of a kernel, by the beginning of its name: scores and values;
 in a gradient scores and their gradient, and with these the gradient of queries or of keys, and with
 the scores that of values."""
+
+_FLOATS = ("bf16", "f32")
+"""The types that these kernels compute in, as HLO spells them."""
 
 
 def pallas_flops(where: Computation, made: Instruction) -> int | None:
@@ -20,7 +25,8 @@ def pallas_flops(where: Computation, made: Instruction) -> int | None:
     pairs = score_pairs_of(made.source)
     if products is None or pairs is None:
         return None
-    operands = (where.operand(made, i).shapes[0].sizes for i in range(len(made.operands)))
-    # Queries are the first operand of four axes; those before say which blocks are skipped.
-    batch, heads, _, width = next(sizes for sizes in operands if len(sizes) == 4)
-    return 2 * products * pairs * batch * heads * width
+    operands = (where.operand(made, i).shapes[0] for i in range(len(made.operands)))
+    # Queries are the first numbers; the integers before say which blocks are skipped.  A batch of
+    # one sequence has no axis.
+    queries = next(shape.sizes for shape in operands if shape.dtype in _FLOATS)
+    return 2 * products * pairs * prod(queries[:-2]) * queries[-1]
