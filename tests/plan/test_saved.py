@@ -27,8 +27,9 @@ PIPELINE = "upcycle{experts=4 top-k=2}"
 
 def saved(folder: Path, *more: str, model: str = MODEL) -> Path:
     path = folder / "plan.json"
-    command = ["plan", model, "-p", PIPELINE, "--machine", "cpu:8", "--sequence", "64"]
-    assert main([*command, "--save", str(path), *more]) == 0
+    command = ["plan", model, "--machine", "cpu:8", "--sequence", "64"]
+    passes = () if "-p" in more else ("-p", PIPELINE)
+    assert main([*command, *passes, "--save", str(path), *more]) == 0
     return path
 
 
@@ -101,14 +102,14 @@ def test_a_run_that_begins_by_a_plan(tmp_path: Path) -> None:
     assert list(made.mesh.rules) == list(read_plan(str(path)).rules)
 
 
-def written_recipe(folder: Path, batch: int = 8) -> Path:
+def written_recipe(folder: Path, batch: int = 8, pipeline: str = PIPELINE) -> Path:
     draw_weights(make_model(folder / "model"))
     make_corpus(folder / "tokens")
     path = folder / "recipe.toml"
     path.write_text(f"""
 [model]
 source = "model"
-pipeline = "{PIPELINE}"
+pipeline = "{pipeline}"
 [data]
 batch = {batch}
 seq = 32
@@ -131,13 +132,15 @@ def test_plans_of_earlier_versions_are_read(tmp_path: Path) -> None:
 def test_three_accumulated_steps_on_eight_devices_by_the_command_of_a_template(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = written_recipe(tmp_path, batch=16)
-    more = ("--mesh", "data=2,expert=4", "--micro-batches", "2", "--reduce-dtype", "f32")
+    bounded = "upcycle{experts=4 top-k=2 slots=capacity capacity-factor=1.25}"
+    recipe = written_recipe(tmp_path, batch=16, pipeline=bounded)
+    more = ("--mesh", "data=2,expert=4", "--micro-batches", "2", "--reduce-dtype", "f32",
+            "--via", "capacity", "--dtype", "f32", "--remat", "none", "-p", bounded)  # fmt: skip
     model = str(tmp_path / "model")
     path = saved(tmp_path, *more, "--batch-tokens", "1024", model=model)
     capsys.readouterr()
     assert main(["compile", model, "--plan", str(path), "--format", "json"]) == 0
-    assert json.loads(capsys.readouterr().out)["batch"]["micro_batches"] == 2
+    compiled_is_planned(json.loads(capsys.readouterr().out))
     train = ["train", str(recipe), "--out", str(tmp_path / "run"), "--plan", str(path)]
     assert main(["launch", "template", "slurm", "--", *train]) == 0
     script = capsys.readouterr().out
@@ -149,6 +152,21 @@ def test_three_accumulated_steps_on_eight_devices_by_the_command_of_a_template(
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "done after 3 steps" in done.stdout + done.stderr
+
+
+def compiled_is_planned(found: dict[str, Any]) -> None:
+    """Check that plan and compiler agree: FLOPs, what is exchanged and added, arguments."""
+    planned = found["predicted"]
+    assert found["batch"]["micro_batches"] == 2
+    assert found["flops"] == planned["flops"]
+    assert found["memory"]["arguments_bytes"] == pytest.approx(planned["arguments_bytes"], rel=0.02)
+    each, expected = found["collectives"], planned["collectives"]
+    for op in ("all-to-all", "reduce-scatter"):
+        assert each[op]["bytes"] == expected[op]["bytes"]
+        assert each[op]["runs"] == expected[op]["count"]
+    assert each["all-reduce"]["bytes"] == pytest.approx(expected["all-reduce"]["bytes"], rel=0.02)
+    # XLA gathers once what is the same in both parts of a batch: the table of the embedding.
+    assert each["all-gather"]["runs"] == expected["all-gather"]["count"] - 2
 
 
 # --- bad input
