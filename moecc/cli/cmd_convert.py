@@ -12,7 +12,13 @@ from moecc.cli import complete
 from moecc.cli.console import Format
 from moecc.cli.face import add_command
 from moecc.cli.heartbeat import Progress
-from moecc.cli.options import FormatOption, LoadOption, PaddingMaskOption, SourceArgument
+from moecc.cli.options import (
+    FormatOption,
+    LoadOption,
+    PaddingMaskOption,
+    PipelineOption,
+    SourceArgument,
+)
 
 if TYPE_CHECKING:
     from moecc.checkpoint.gguf.storage import Storage
@@ -30,24 +36,16 @@ class ConvertRequest:
 
     source: SourceArgument
     out: Annotated[str, typer.Argument(metavar="OUT", help="The folder or .gguf file to write.")]
-    pipeline: Annotated[
-        str,
-        typer.Option(
-            "-p",
-            "--pipeline",
-            help="The passes; see moecc passes.",
-            autocompletion=complete.pipelines,
-        ),
-    ]
+    pipeline: PipelineOption = ""
     to: Annotated[
         str,
         typer.Option(
             "--to",
             metavar="FAMILY",
-            help="The family, auto, or gguf:ARCH.",
+            help="The family, gguf:ARCH, or auto.",
             autocompletion=complete.targets,
         ),
-    ]
+    ] = "auto"
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", help="The type to write, q8_0 in GGUF too; else as stored."),

@@ -68,7 +68,7 @@ def _memory(data: Report) -> str:
         if size
     ]
     figure = graph_objects.Figure(bars)
-    figure.update_layout(barmode="stack", legend=_BELOW | {"y": -0.6})
+    figure.update_layout(barmode="stack", legend=_BELOW | {"y": -0.8})
     figure.add_vline(x=limit / _GB, line_dash="dash", line_color=_GREY)
     figure.update_yaxes(visible=False)
     used = size_text(best["total_bytes"])
@@ -87,7 +87,7 @@ def _times(data: Report) -> str:
         for kind, values in _kinds(parts)
     ]  # fmt: skip
     figure = graph_objects.Figure(bars)
-    figure.update_layout(barmode="stack", legend=_BELOW)
+    figure.update_layout(barmode="stack", legend=_BELOW | {"y": -0.45})
     figure.update_yaxes(autorange="reversed", automargin=True)
     best = data["best"]
     title = f"{seconds_text(best['seconds'])}, {best['mfu']:.1%} of the peak"
@@ -156,7 +156,7 @@ def _cloud(via: str, some: Sequence[SummaryReport]) -> Scatter:
 
     return graph_objects.Scatter(
         x=[one["total_bytes"] / _GB for one in some], y=[one["seconds"] * 1e3 for one in some],
-        mode="markers", name=f"experts via {via}", marker={"size": 6, "opacity": 0.6},
+        mode="markers", name=f"experts via {via}", marker={"size": 6, "opacity": 0.85},
         hovertext=[_strategy(one) for one in some], hoverinfo="text",
     )  # fmt: skip
 

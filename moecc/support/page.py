@@ -24,7 +24,7 @@ h1 { font-size: 1.6rem; overflow-wrap: anywhere } h2 { font-size: 1.2rem; margin
 table { border-collapse: collapse; margin: 1rem 0; font-size: 14px }
 td, th { border-bottom: 1px solid var(--line); padding: .3rem .8rem .3rem 0; text-align: left;
   vertical-align: top }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 .alarm { color: var(--alarm) } code { background: var(--soft); padding: 0 .2rem }
 .figure, .wide { overflow-x: auto }
 """

@@ -40,10 +40,14 @@ def fits(expected: list[str], found: list[str]) -> bool:
 
 
 def environment(bin_folder: Path | None = None) -> dict[str, str]:
-    """Return the environment of a session: the commands of this interpreter first, no colours."""
+    """Return the environment of a session: the commands of this interpreter first, no colours.
+
+    The devices that tests force are not those of a reader.
+    """
     first = bin_folder or Path(sys.executable).parent
     path = f"{first}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "NO_COLOR": "1"}
+    kept = {name: text for name, text in os.environ.items() if name != "XLA_FLAGS"}
+    return {**kept, "PATH": path, "NO_COLOR": "1"}
 
 
 def run_block(block: Block, folder: Path, environ: Mapping[str, str]) -> None:
