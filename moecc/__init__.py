@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 from moecc.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from moecc.api.load_step import load_step as load_step
     from moecc.api.model import Model as Model
     from moecc.api.model import open as open
     from moecc.api.write_params import write_params as write_params
 
 _LATE = {
     "Model": "moecc.api.model",
+    "load_step": "moecc.api.load_step",
     "open": "moecc.api.model",
     "write_params": "moecc.api.write_params",
 }

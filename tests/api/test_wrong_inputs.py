@@ -91,6 +91,8 @@ API: dict[str, tuple[Call, type[MoeccError], str]] = {
     "an empty folder": (lambda m: moecc.open("empty"), InputError, "no config.json"),
     "a file of another kind": (lambda m: moecc.open("file"), InputError, "not a checkpoint"),
     "half a graph": (lambda m: moecc.open("bad.moe"), ParseError, "expected the name of the graph"),
+    "a step that is none": (lambda m: moecc.load_step(3), UsageError, "cannot be used"),
+    "a step that is missing": (lambda m: moecc.load_step("nowhere.bin"), InputError, "nowhere.bin"),
     "half a GGUF file": (lambda m: moecc.open("bad.gguf"), InputError, "in the middle"),
     "a preset that is missing": (lambda m: moecc.open("preset:smolm"), UsageError, "unknown pre"),
     "half a name of the hub": (lambda m: moecc.open("hf:x"), UsageError, "hf:ORG/NAME"),

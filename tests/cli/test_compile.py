@@ -168,11 +168,12 @@ def test_an_exported_program_gives_what_the_graph_gives(
 ) -> None:
     pytest.importorskip("flatbuffers")
     import numpy as np
-    from jax import export
     from moecc_backends.xla.backend import function
 
+    from moecc import load_step
     from moecc.ahead.prepare import prepare
     from moecc.ahead.request import Request
+    from moecc.errors import InputError
 
     out = tmp_path / "llama.bin"
     command = ("compile", LLAMA, "--machine", "cpu", "--step", "forward", *SMALL)
@@ -190,9 +191,13 @@ def test_an_exported_program_gives_what_the_graph_gives(
         if p.users
     }
     inputs = {"tokens": rng.integers(0, 37, (4, 16)).astype(np.int32)}
-    found: Any = export.deserialize(bytearray(out.read_bytes()))
-    assert found.platforms == ("cpu",)
-    logits = np.asarray(found.call(params, inputs)["logits"])
+    found: Any = load_step(out)
+    assert (found.platforms, found.devices) == (("cpu",), 1)
+    assert found.arguments[0].keys() == params.keys()
+    assert repr(found) == f"<moecc.LoadedStep cpu, 1 devices, {len(params) + 1} arrays>"
+    with pytest.raises(InputError, match="other arguments"):
+        found(params)
+    logits = np.asarray(found(params, inputs)["logits"])
     expected = np.asarray(function(graph)(params, inputs)["logits"])
     assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
 
@@ -203,9 +208,9 @@ def test_an_exported_training_step_takes_the_state(moecc: Moecc, tmp_path: Path)
     pytest.importorskip("flatbuffers")
     import jax
     import numpy as np
-    from jax import export
     from moecc_backends.xla.train.step import make_train_step
 
+    from moecc import load_step
     from moecc.ahead.prepare import prepare
     from moecc.ahead.request import Request
     from moecc.steps.spec import StepSpec
@@ -229,11 +234,9 @@ def test_an_exported_training_step_takes_the_state(moecc: Moecc, tmp_path: Path)
     spec = StepSpec({"B": 4, "S": 16}, F32, OptimizerSection("adafactor"))
     step = make_train_step(graph, spec, jax.devices()[:1])
     given = step.init(params), batch, jax.random.key(0), jax.numpy.float32(1e-3)
-    found: Any = export.deserialize(bytearray(out.read_bytes()))
+    found: Any = load_step(out)
     mesh = jax.make_mesh((2,), ("fsdp",), (jax.sharding.AxisType.Auto,))
-    places = jax.tree.unflatten(found.in_tree, found.in_shardings_jax(mesh))[0]
-    placed = jax.tree.map(lambda a, s: a if s is None else jax.device_put(a, s), given, places)
-    after, metrics = found.call(*placed)
+    after, metrics = found(*found.place(*given, mesh=mesh))
     state, told = step.function(*given)
     expected, together = state["params"], after["params"]
     assert float(metrics["loss"]) == pytest.approx(float(told["loss"]), rel=1e-5)

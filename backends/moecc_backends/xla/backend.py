@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 
+from moecc.ahead.loaded_step import LoadedStep
 from moecc.ahead.request import Job, Result
 from moecc.backend import Arrays
 from moecc.decoding.session import PlainSession, ReadOnce, Session
@@ -77,6 +78,12 @@ class XlaBackend:
         from moecc_backends.xla.aot.compiler import compile_ahead
 
         return compile_ahead(graph, job)
+
+    def load_step(self, data: bytes, where: str) -> LoadedStep:
+        """Return a program that `moecc compile --save` wrote. Raises InputError, MachineError."""
+        from moecc_backends.xla.aot.exported import load_step
+
+        return load_step(data, where)
 
     def train(self, job: TrainJob) -> AbstractContextManager[Training]:
         """Bring a run onto the devices; see `moecc.train.job`."""
