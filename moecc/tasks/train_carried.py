@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,7 +17,9 @@ from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.model.open import read_graph
 from moecc.steps.carried import SAVED, carried_moments, saved_moments
-from moecc.steps.moment_axes import COUNT
+from moecc.steps.moment_axes import COUNT, FIRST, count_of
+from moecc.steps.phases import phases_of, section_at
+from moecc.steps.settings import parameter_settings
 from moecc.tasks.train_source import Source
 from moecc.train.recipe import OptimizerSection
 from moecc.train.recipe_text import parse_recipe, recipe_file
@@ -40,17 +42,20 @@ class CarriedState:
     Attributes:
       moments: expressions by name, ``moments.m.NAME``.
       checkpoint: of the run, or of the program that trained it.
+      factors: by which moments are multiplied that were begun later than others, by their names.
     """
 
     moments: Weights
     checkpoint: RunCheckpoint | TreeCheckpoint
+    factors: Mapping[str, float] = field(default_factory=dict)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows of a parameter, or of what begins with ``moments.``."""
         if not name.startswith(_PREFIX):
             return self.checkpoint.read(name, start, stop)
         if isinstance(self.checkpoint, RunCheckpoint):
-            return StateReader(self.checkpoint.step.state).read(name, start, stop)
+            found = StateReader(self.checkpoint.step.state).read(name, start, stop)
+            return found * np.float32(self.factors[name]) if name in self.factors else found
         kind, _, tensor = name.removeprefix(_PREFIX).partition(".")
         if kind == COUNT:
             assert self.checkpoint.moments is not None, "it has been looked at"
@@ -65,8 +70,9 @@ def carried_from(source: Source, section: OptimizerSection) -> CarriedState:
       InputError: the source has none, or was trained by another optimiser.
     """
     checkpoint, graph = source.model.checkpoint, over_its_source(source.made)
+    factors: Mapping[str, float] = {}
     if isinstance(checkpoint, RunCheckpoint):
-        known, count = _of_run(checkpoint, section)
+        known, count, factors = _of_run(checkpoint, section)
     elif isinstance(checkpoint, TreeCheckpoint) and checkpoint.moments is not None:
         known, count = _of_tree(checkpoint, checkpoint.moments, graph, section)
     else:
@@ -74,15 +80,39 @@ def carried_from(source: Source, section: OptimizerSection) -> CarriedState:
             "only a run, or a checkpoint of Orbax or T5X with its optimiser, has moments to carry "
             "over", where="model.moments", found=source.model.name, hint=_RESET,
         )  # fmt: skip
-    return CarriedState(carried_moments(graph, section, known, count), checkpoint)
+    return CarriedState(carried_moments(graph, section, known, count), checkpoint, factors)
 
 
-def _of_run(checkpoint: RunCheckpoint, section: OptimizerSection) -> tuple[Known, int]:
+def _of_run(
+    checkpoint: RunCheckpoint, section: OptimizerSection
+) -> tuple[Known, int, Mapping[str, float]]:
     recipe = checkpoint.run / RECIPE
     before = parse_recipe(recipe_file(recipe), str(recipe), folder=checkpoint.run).optimizer
     _require_same(before.name, section, str(checkpoint.run))
-    known = saved_moments(read_graph(str(checkpoint.run / GRAPH)), before)
-    return known, int(StateReader(checkpoint.step.state).read(f"{_PREFIX}{COUNT}"))
+    graph, step = read_graph(str(checkpoint.run / GRAPH)), checkpoint.step
+    known = saved_moments(graph, section_at(before, step.number))
+    read, firsts = StateReader(step.state).read, {p.first_step for p in phases_of(before)}
+    counts = {n: int(read(f"{_PREFIX}{count_of(n)}")) for n in firsts if n <= step.number}
+    settings = parameter_settings(graph, before)
+    factors = {
+        SAVED.format(kind, name): factor
+        for kind, types in known.items()
+        for name in types
+        if (factor := _factor(before, kind, counts[settings[name].first_step], counts[0])) != 1
+    }
+    return known, counts[0], factors
+
+
+def _factor(section: OptimizerSection, kind: str, count: int, counted: int) -> float:
+    """Return what makes a mean of `count` updates one that is corrected as of `counted`.
+
+    A mean that began with zeros is divided by 1 - decay^count (Kingma and Ba 2015, §3), but for
+    Adafactor, which corrects none.
+    """
+    if section.name == "adafactor" or not 0 < count < counted:
+        return 1.0
+    decay = section.b1 if kind == FIRST else section.b2
+    return (1 - decay**counted) / (1 - decay**count)
 
 
 def _of_tree(

@@ -97,6 +97,31 @@ def test_a_fork_needs_the_moments_that_there_are(
     assert main([*words, *groups, "--fork", f"{run}@2"]) == 0
 
 
+@pytest.mark.parametrize("step", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_moments_that_began_later_are_carried_as_of_one_count(
+    run: Path, step: int, tmp_path: Path
+) -> None:
+    """At the same count of updates they make the same direction."""
+    out, folder = tmp_path / "next", run.parent
+    words = ["train", str(folder / "recipe.toml"), "--out", str(out)]
+    sets = (f"model.source={run}@{step}", "model.pipeline=", "model.start=source",
+            "model.moments=carry", "optimizer.rate=1e-12", "optimizer.groups=[]",
+            "run.steps=1", "data.evaluate=[]")  # fmt: skip
+    assert main([*words, *(w for one in sets for w in ("--set", one))]) == 0
+    b1, kept = 0.9, tensor(out, 1, f"moments.m.{EMBEDDING}")
+    assert int(tensor(out, 1, "moments.count")) == step + 1
+    gradient = kept
+    if step == 4:
+        before = tensor(run, 4, f"moments.m.{EMBEDDING}") * (1 - b1**4) / (1 - b1**1)
+        gradient = kept - b1 * before
+    # A batch is the same whatever was before, so that what is new of the mean is its gradient.
+    other = tmp_path / "other"
+    words[3] = str(other)
+    reset = [one.replace("carry", "reset") for one in sets]
+    assert main([*words, *(w for one in reset for w in ("--set", one))]) == 0
+    np.testing.assert_allclose(gradient, tensor(other, 1, f"moments.m.{EMBEDDING}"), atol=1e-6)
+
+
 @pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_run_goes_on_in_either_phase(run: Path, step: int, tmp_path: Path) -> None:
     again = tmp_path / "run"
