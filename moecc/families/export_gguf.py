@@ -7,8 +7,8 @@ and the rows of queries and keys put in the order of llama.cpp's rotary embeddin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from moecc.checkpoint.gguf.blocks import require_package
 from moecc.checkpoint.gguf.config_keys import config_keys, misfits
@@ -29,6 +29,7 @@ from moecc.errors import InputError, Problem, UsageError, nearest
 from moecc.families.configs import DecoderConfig, MoeConfig
 from moecc.families.experts import expert_layers
 from moecc.families.export import export_graph
+from moecc.families.listing import either
 from moecc.ir.graph import Graph
 from moecc.types.dtypes import F16, F32, F64, DType
 from moecc.types.tensor import tensor
@@ -84,11 +85,17 @@ def architecture_of(target: str) -> str | None:
     known = architectures()
     if name in known:
         return name
+    of_family = [f"{PREFIX}{n}" for n, row in _rows() if name == row.model_type]
     raise UsageError(
         f"unknown architecture of GGUF {name!r}",
         expected=f"one of {', '.join(known)}",
-        hint=nearest(name, known),
+        hint=f"{name} is {either(of_family)} there" if of_family else nearest(name, known),
     )
+
+
+def _rows() -> Iterator[tuple[str, GgufFamily]]:
+    yield from GGUF_FAMILIES.items()
+    yield from GGUF_MIXTURES.items()
 
 
 def architectures() -> tuple[str, ...]:
@@ -135,11 +142,18 @@ def _as_family(graph: Graph, names: Sequence[str]) -> tuple[DecoderConfig, list[
         try:
             export = export_graph(graph, name, layout="stacked")
         except InputError as error:
-            problems.extend(error.problems)
+            problems.extend(map(_of_folders, error.problems))
             continue
         assert isinstance(export.config, DecoderConfig), "GGUF is written for decoders"
         return export.config, export.tensors
     raise InputError(problems)
+
+
+def _of_folders(problem: Problem) -> Problem:
+    """Say of a hint at another family that it is none at another architecture of GGUF."""
+    if problem.hint is None or " can express " not in problem.hint:
+        return problem
+    return replace(problem, hint=f"in a folder, not in GGUF: {problem.hint}")
 
 
 def _turned(name: str, made: Expr, family: GgufFamily, config: DecoderConfig) -> Expr:
