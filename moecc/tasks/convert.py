@@ -73,9 +73,11 @@ def write(
       InputError: the output cannot be used; a weight is not finite; the source changed meanwhile.
       MachineError: the disk is too small, or a write failed.
     """
+    from moecc.checkpoint.manifest import file_records
     from moecc.checkpoint.outdir import output_folder
     from moecc.checkpoint.outfile import output_file
     from moecc.checkpoint.run.checkpoint import inputs_of
+    from moecc.checkpoint.several import files_of
     from moecc.families.export_gguf import GgufExport
 
     checkpoint = planned.model.checkpoint
@@ -88,13 +90,15 @@ def write(
         place, inputs=inputs_of(checkpoint), force=force, needed_bytes=planned.size_bytes,
         goes_on=earlier.goes_on if resume else None,
     ) as temporary, earlier.journal(temporary) as journal:  # fmt: skip
-        options = replace(options, journal=journal)
+        # First, so that what is then evaluated is in the cache of the system.
+        hashed = file_records(files_of(checkpoint))
+        options = replace(options, journal=journal, source_files=hashed)
         if isinstance(planned.export, GgufExport):
             fill = write_gguf_file if one_file else write_gguf
             written = fill(temporary, planned, options)
         else:
             written = _write_folder(temporary, planned, options)
-        # After all of it was read and hashed: the digests are those of what was converted.
+        # After all of it was hashed and read: the digests are those of what was converted.
         checkpoint.require_unchanged()
         if one_file:
             journal.synchronise()
@@ -182,7 +186,7 @@ def _write_folder(folder: Path, planned: Plan, options: WriteOptions) -> WriteRe
     receipt = receipt_of(planned, folder, options)
     write_durable(folder / RECEIPT_NAME, receipt.content())
     write_durable(folder / CARD_NAME, card(planned, receipt, options.words).encode())
-    write_durable(folder / MANIFEST_NAME, manifest(folder, planned, written))
+    write_durable(folder / MANIFEST_NAME, manifest(folder, planned, written, options.source_files))
     return written
 
 

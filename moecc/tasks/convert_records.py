@@ -6,7 +6,7 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from moecc.version import __version__
 
 if TYPE_CHECKING:
     from moecc.checkpoint.journal import Journal
+    from moecc.checkpoint.records import FileRecord
     from moecc.checkpoint.writer import WriteReport
     from moecc.engines.verdicts import Verdict
     from moecc.tasks.receipt import Receipt
@@ -41,6 +42,7 @@ class WriteOptions:
       verify: whether source and result are run and compared.
       progress: receives the bytes written so far, and all.
       journal: notes what is complete.
+      source_files: the digests of the source's files.
     """
 
     max_shard_bytes: int = MAX_SHARD_BYTES
@@ -48,6 +50,7 @@ class WriteOptions:
     verify: bool = False
     progress: Progress | None = None
     journal: Journal | None = None
+    source_files: Mapping[str, FileRecord] = field(default_factory=dict)
 
     @property
     def words(self) -> list[str]:
@@ -256,6 +259,7 @@ def manifest(
     folder: Path,
     planned: Plan,
     written: WriteReport,
+    source_files: Mapping[str, FileRecord],
     receipt: Mapping[str, object] | None = None,
 ) -> bytes:
     """Return the content of the manifest of what was written into `folder`."""
@@ -282,7 +286,7 @@ def manifest(
         pipeline=planned.pipeline.in_full(),
         seed=planned.seed,
         source=checkpoint.path.name,
-        source_files=file_records(files_of(checkpoint)),
+        source_files=source_files,
         family_from=str(planned.graph.attrs.get("family", "")),
         family_to=planned.target,
         dtype=planned.dtype_name,

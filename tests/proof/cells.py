@@ -185,7 +185,7 @@ def adapted_model(source: str) -> Checkpoint:
 def cells() -> list[Cell]:
     """Return all cells."""
     found = [
-        Cell(source, target, method, _passes(text, target))
+        Cell(source, target, method, passes_for(text, target))
         for source in DENSE
         for target in TARGETS
         for method, text in METHODS.items()
@@ -198,7 +198,8 @@ def cells() -> list[Cell]:
     return found
 
 
-def _passes(text: str, target: str) -> str:
+def passes_for(text: str, target: str) -> str:
+    """Return the pipeline of a method with the options that lead to a family."""
     options = str(getattr(CONFIGS[target], "upcycle_options", "top-k=2"))
     shared = options if "shared" in options else f"{options} shared=0.5"
     every = f"{re.sub(r'top-k=[0-9]+', '', options)} top-k=4"
