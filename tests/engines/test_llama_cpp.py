@@ -85,6 +85,10 @@ EXACT = [
     ("llama_gqa", "ernie4_5-moe", "upcycle{experts=4 router-std=1}"),
     ("llama_gqa", "ernie4_5-moe", "upcycle{shared=0.5 shared-gate=none layers=last:2}"),
     ("mistral_full_head_dim", "ernie4_5-moe", "upcycle{experts=4 router-std=1}"),
+    ("llama_gqa", "llama", "upcycle{experts=4 granularity=2 pad=7 router-std=1}"),
+    ("glm4_moe_square", "glm4moe", "zero-experts{count=2}"),
+    ("glm4_moe_plain_v4", "glm4moe", "grow{chosen=same}"),
+    ("llama_gqa", "ernie4_5-moe", "upcycle{experts=4 router-std=1},zero-experts{count=2}"),
 ]
 """Golden checkpoints, the architecture to write, and what is done first."""
 

@@ -172,6 +172,30 @@ def test_the_newer_targets(python: str, tmp_path: Path) -> None:
     check(python, [(source, f"{target} {options}") for source, target, options in cases], jobs)
 
 
+RESIZED = [
+    ("mixtral_gqa", "mixtral", "grow"),
+    ("llama_gqa", "mixtral", "upcycle{experts=4 granularity=2 pad=7 router-std=1}"),
+    ("llama_gqa", "ernie4_5_moe", "upcycle{experts=4 router-std=1},zero-experts{count=2}"),
+    ("ernie4_5_moe_range", "ernie4_5_moe", "grow{chosen=same}"),
+    ("glm4_moe_square", "glm4_moe", "zero-experts{count=2}"),
+    ("glm4_moe_plain_v4", "glm4_moe", "grow{times=3 chosen=same}"),
+]
+"""A source, a target, and passes that must keep the function."""
+
+
+@in_each_interpreter
+def test_experts_that_a_bias_keeps_from_being_chosen(python: str, tmp_path: Path) -> None:
+    jobs = []
+    for number, (source, target, passes) in enumerate(RESIZED):
+        folder = tmp_path / str(number)
+        with open_model(str(GOLDEN / source)) as model:
+            planned = plan(model, Pipeline.parse(passes), target, seed=1)
+            assert planned.preserves.kind == "reassociation"
+            write(planned, folder)
+        jobs.append({"folder": str(folder), "tokens": str(GOLDEN / source / "tokens.npy")})
+    check(python, [(source, passes) for source, _, passes in RESIZED], jobs)
+
+
 @in_each_interpreter
 def test_experts_that_differ_are_met_by_the_same_tokens(python: str, tmp_path: Path) -> None:
     """Among copies it would not show if a runtime mixed experts or router rows up."""
