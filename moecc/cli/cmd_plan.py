@@ -147,7 +147,7 @@ def _files(
     if request.svg is not None:
         from moecc.plan.chart import chart
 
-        yield request.svg, chart(data)
+        yield request.svg, chart(data, request.pipeline)
     if request.html is not None:
         from moecc.plan.page import plan_page
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from textwrap import wrap
 from xml.sax.saxutils import escape
 
 from moecc.plan.report_types import PartReport, Report
 from moecc.plan.search import seconds_text
 
-WIDTH, LEFT, RIGHT, ROW = 920, 250, 110, 26
+WIDTH, LEFT, RIGHT, ROW = 920, 250, 150, 26
+LEGEND_COLUMNS = 4
+LETTERS = 120
+"""How many of the smaller letters are in a line."""
 
 COLOURS = {
     "parameters": "#4c72b0",
@@ -24,28 +28,26 @@ COLOURS = {
 }
 
 
-def chart(data: Report) -> str:
+def chart(data: Report, pipeline: str = "") -> str:
     """Return an SVG of a plan.
 
     Args:
       data: what `moecc.plan.report.plan_json` returned.
+      pipeline: the passes that the model went through before.
     """
-    memory = list(_memory(data))
     parts = shown_parts(data)
-    times = list(_times(data, parts))
-    height = 188 + ROW * len(parts) + 40
-    body = [
-        _text(16, 28, f"{data['model']} on {data['machine']['name']}", size=17, weight="bold"),
-        _text(16, 50, subtitle(data), size=12),
-        _text(16, 84, "memory of a device", weight="bold"),
-        *memory,
-        _text(16, 176, "time of a step by part", weight="bold"),
-        *times,
-    ]
+    heading = [_text(16, 28, f"{data['model']} on {data['machine']['name']}", size=17, bold=True)]
+    lines = [subtitle(data), *(wrap(f"passes: {pipeline}", LETTERS) if pipeline else [])]
+    heading += [_text(16, 50 + 18 * n, line, size=12) for n, line in enumerate(lines)]
+    top = 32 + 18 * len(lines)
+    memory, below = _memory(data, top)
+    times, height = _times(data, parts, below + 14)
+    body = "\n".join([*heading, *memory, *times])
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
-        f'viewBox="0 0 {WIDTH} {height}" font-family="DejaVu Sans, Helvetica, Arial, sans-serif">\n'
-        f'<rect width="{WIDTH}" height="{height}" fill="white"/>\n' + "\n".join(body) + "\n</svg>\n"
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height:.0f}" '
+        f'viewBox="0 0 {WIDTH} {height:.0f}" '
+        'font-family="DejaVu Sans, Helvetica, Arial, sans-serif">\n'
+        f'<rect width="{WIDTH}" height="{height:.0f}" fill="white"/>\n{body}\n</svg>\n'
     )
 
 
@@ -65,9 +67,10 @@ def _text(
     text: str,
     *,
     size: int = 13,
-    weight: str = "normal",
+    bold: bool = False,
     anchor: str = "start",
 ) -> str:
+    weight = "bold" if bold else "normal"
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" font-weight="{weight}" '
         f'text-anchor="{anchor}" fill="#222">{escape(text)}</text>'
@@ -90,30 +93,37 @@ def _stack(y: float, scale: float, sizes: Iterable[tuple[str, float]]) -> Iterat
             x += size * scale
 
 
-def _memory(data: Report) -> Iterator[str]:
+def _memory(data: Report, top: float) -> tuple[list[str], float]:
+    """Return the memory of a device under `top`, and where it ends."""
     best, usable = data["best"], data["machine"]["usable_bytes"]
     kinds = best["memory_bytes"]
-    room = WIDTH - LEFT - RIGHT
-    scale = room / max(usable, best["total_bytes"])
-    yield _text(16, 110, f"{best['total_bytes'] / 1e9:.2f} GB of {usable / 1e9:.2f} GB")
-    yield from _stack(96, scale, kinds.items())
+    scale = (WIDTH - LEFT - RIGHT) / max(usable, best["total_bytes"])
     limit = LEFT + usable * scale
-    yield (
-        f'<line x1="{limit:.1f}" y1="90" x2="{limit:.1f}" y2="{90 + ROW}" stroke="#222" '
-        'stroke-dasharray="3 2"/>'
-    )
     shown = [(k, f"{k} {b / 1e9:.2f} GB") for k, b in kinds.items() if b >= 5e6]
-    yield from _legend(136, shown)
+    legend, below = _legend(top + 96, shown)
+    drawn = [
+        _text(16, top + 34, "memory of a device", bold=True),
+        _text(16, top + 68, f"{best['total_bytes'] / 1e9:.2f} GB"),
+        *_stack(top + 54, scale, kinds.items()),
+        f'<line x1="{limit:.1f}" y1="{top + 46}" x2="{limit:.1f}" y2="{top + 52 + ROW}" '
+        'stroke="#222" stroke-dasharray="3 2"/>',
+        _text(limit, top + 40, f"limit {usable / 1e9:.2f} GB", size=11, anchor="middle"),
+        *legend,
+    ]
+    return drawn, below
 
 
-def _legend(y: float, entries: Iterable[tuple[str, str]]) -> Iterator[str]:
-    x = 16.0
-    for kind, words in entries:
-        yield (
-            f'<rect x="{x:.1f}" y="{y - 10:.1f}" width="11" height="11" fill="{COLOURS[kind]}"/>'
+def _legend(y: float, entries: Sequence[tuple[str, str]]) -> tuple[list[str], float]:
+    """Return what colours mean, four in a row, and where it ends."""
+    drawn = []
+    for number, (kind, words) in enumerate(entries):
+        row, column = divmod(number, LEGEND_COLUMNS)
+        x, at = 16 + column * (WIDTH - 32) / LEGEND_COLUMNS, y + 20 * row
+        drawn.append(
+            f'<rect x="{x:.1f}" y="{at - 10:.1f}" width="11" height="11" fill="{COLOURS[kind]}"/>'
         )
-        yield _text(x + 16, y, words, size=12)
-        x += 36 + 7.2 * len(words)
+        drawn.append(_text(x + 16, at, words, size=12))
+    return drawn, y + 20 * (len(entries) // LEGEND_COLUMNS)
 
 
 def shown_parts(data: Report) -> list[PartReport]:
@@ -122,22 +132,24 @@ def shown_parts(data: Report) -> list[PartReport]:
     return [p for p in best["parts"] if p["seconds"]["total"] >= best["seconds"] * 2e-3]
 
 
-def _times(data: Report, parts: list[PartReport]) -> Iterator[str]:
+def _times(data: Report, parts: list[PartReport], top: float) -> tuple[list[str], float]:
+    """Return the time of a step by part under `top`, and the height of the picture."""
     best = data["best"]
     scale = (WIDTH - LEFT - RIGHT) / max(p["seconds"]["total"] for p in best["parts"])
-    y = 188.0
+    drawn, y = [_text(16, top + 16, "time of a step by part", bold=True)], top + 28
     for part in parts:
         times = part["seconds"]
-        times_ = (
+        stacked = (
             ("compute and memory", times["local"]),
             ("parameters in transit", max(0.0, times["hidden"] - times["local"])),
             ("waiting for data", times["waiting"]),
         )
         count = f" ({part['count']})" if part["count"] > 1 else ""
-        yield _text(16, y + 14, f"{part['name']}{count}", size=12)
-        yield from _stack(y, scale, times_)
-        end = LEFT + times["total"] * scale
         words = f"{seconds_text(times['total'])}, {part['bound']}"
-        yield _text(end + 6, y + 14, words, size=11)
+        drawn += [
+            _text(16, y + 14, f"{part['name']}{count}", size=12), *_stack(y, scale, stacked),
+            _text(LEFT + times["total"] * scale + 6, y + 14, words, size=11),
+        ]  # fmt: skip
         y += ROW
-    yield from _legend(y + 22, [(k, k) for k in list(COLOURS)[-3:]])
+    legend, below = _legend(y + 22, [(k, k) for k in list(COLOURS)[-3:]])
+    return [*drawn, *legend], below + 18

@@ -32,8 +32,9 @@ ELSEWHERE = ("tour.md", "jobs.md")
 FEW = (
     " --set run.steps=2 --set data.batch=2 --set data.seq=32 --set data.evaluate_batches=1"
     " --set optimizer.warmup=1 --set optimizer.decay_steps=1"
-    " --set 'model.pipeline=upcycle{experts=2 top-k=2}'"
 )
+SMALL = " --set 'model.pipeline=upcycle{experts=2 top-k=2}'"
+"""Of a recipe that upcycles, two experts."""
 NOT_HERE = re.compile(
     r"make |pip |python examples/|\. \.venv|moecc compile .*tpu:|moecc convert SOURCE .*# killed"
 )
@@ -42,7 +43,7 @@ NOT_HERE = re.compile(
 STANDS = {"$(python examples/downloads.py)": "SmolLM2-135M", "make install && ": "true # "}
 
 
-ALONE = {"sparse": "README.md", "smollm2-8x": "launch.md"}
+ALONE = {"sparse": "README.md", "smollm2-8x": "launch.md", "tokens": "runs.md"}
 """Stands that other pages make themselves."""
 
 
@@ -125,9 +126,11 @@ def stands(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "convert SmolLM2-135M smollm2-8x -p 'upcycle{experts=8 top-k=2}' --to mixtral",
         "tokens corpus.jsonl --tokenizer SmolLM2-135M --hold-out 0.1 --out text",
         "train recipe:upcycle --out RUN --set model.source=SmolLM2-135M"
-        f" --set data.train.0.tokens=text/train --set data.evaluate.0.tokens=text/heldout{FEW}",
+        " --set data.train.0.tokens=text/train --set data.evaluate.0.tokens=text/heldout"
+        f"{FEW}{SMALL}",
     ):
         run(folder, f"moecc {command}")
+    (folder / "tokens").symlink_to(folder / "text")
     return folder
 
 
@@ -184,6 +187,7 @@ def test_commands_run(page: Path, stands: Path, tmp_path: Path) -> None:
             continue
         is_error = "--warnings error" in line
         more = FEW if line.startswith("moecc train ") else ""
+        more += SMALL if "recipe:upcycle" in line else ""
         command = f"{variables}{line.partition('  #')[0].rstrip()}{more}"
         if is_error:
             command = f"! {command}"

@@ -13,6 +13,9 @@ from xml.etree import ElementTree
 import pytest
 
 from moecc.cli.main import main
+from moecc.model.open import open_model
+from moecc.plan.chart import chart
+from moecc.tasks.plan_step import StepRequest, plan_step
 
 MIXTRAL = ("plan", "preset:mixtral-8x7b", "--machine", "tpu:v5p:4x4x4")
 
@@ -279,3 +282,24 @@ def test_the_next_best_differ_in_kind(capsys: pytest.CaptureFixture[str]) -> Non
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     assert any(line.startswith("              buffers") for line in lines)
+
+
+@pytest.mark.parametrize("pipeline", ["", "upcycle{experts=8 top-k=2}," * 8 + "dce"])
+def test_the_words_of_the_picture_are_within_it(pipeline: str) -> None:
+    """A letter of this type is at most 0.62 of its size wide, on average."""
+    graph = open_model("preset:st-moe-32b").graph
+    report = plan_step(
+        graph, "preset:st-moe-32b", "tpu:v4:8x8x8", StepRequest(mesh="data=64,model=16")
+    )
+    root = ElementTree.fromstring(chart(report, pipeline))
+    width, height = float(root.get("width", 0)), float(root.get("height", 0))
+    texts = list(root.iter("{http://www.w3.org/2000/svg}text"))
+    for text in texts:
+        size, words = float(text.get("font-size", 0)), text.text or ""
+        half = text.get("text-anchor") == "middle"
+        end = float(text.get("x", 0)) + 0.62 * size * len(words) / (2 if half else 1)
+        assert end <= width, words
+        assert float(text.get("y", 0)) < height, words
+    said = [text.text or "" for text in texts]
+    assert any(words.startswith("limit ") for words in said)
+    assert ("passes: upcycle" in " ".join(said)) == bool(pipeline)
