@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from moecc.cli.console import Format
 from moecc.cli.face import add_command
+from moecc.cli.options import FormatOption
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,7 @@ class CleanRequest:
     out: Annotated[
         list[str], typer.Argument(metavar="OUT…", help="Outputs of conversions, written or not.")
     ]
+    format: FormatOption = Format.human
 
 
 def clean(request: CleanRequest) -> None:
@@ -28,14 +31,15 @@ def clean(request: CleanRequest) -> None:
     from pathlib import Path
 
     from moecc.checkpoint.clean import clean as cleaned
-    from moecc.cli.console import say
+    from moecc.cli.console import tell
 
-    for out in request.out:
-        done = cleaned(Path(out))
-        for line in done:
-            say(line)
-        if not done:
-            say(f"{out}: nothing was left beside it")
+    done = {out: cleaned(Path(out)) for out in request.out}
+    lines = [
+        line
+        for out, found in done.items()
+        for line in found or [f"{out}: nothing was left beside it"]
+    ]
+    tell("clean", {"outputs": done}, "\n".join(lines), request.format)
 
 
 def register(app: typer.Typer) -> None:

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from moecc.cli.console import Format
 from moecc.cli.face import add_command
+from moecc.cli.options import FormatOption
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,7 @@ class ReplayRequest:
     reproducer: Annotated[
         str, typer.Argument(metavar="REPRODUCER", help="A .moe file that a failure left.")
     ]
+    format: FormatOption = Format.human
 
 
 def replay(request: ReplayRequest) -> None:
@@ -24,13 +27,14 @@ def replay(request: ReplayRequest) -> None:
 
     The passes of your own that it needs are beside it, and are run.
     """
-    from moecc.cli.console import say
+    from moecc.cli.console import tell
     from moecc.tasks.replay import replay as repeat
     from moecc.version import __version__
 
     done = repeat(request.reproducer)
     since = "" if done.moecc == __version__ else f"; it failed in moecc {done.moecc}"
-    say(f"nothing fails: {done.pipeline}{since}")
+    data = {"fails": False, "pipeline": str(done.pipeline), "failed_in": done.moecc}
+    tell("replay", data, f"nothing fails: {done.pipeline}{since}", request.format)
 
 
 def register(app: typer.Typer) -> None:

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from moecc.cli.console import Format
 from moecc.cli.face import add_command
+from moecc.cli.options import FormatOption
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class ReportRequest:
         int, typer.Option("--sequence", metavar="N", min=2, help="Tokens of a sequence of it.")
     ] = 512
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False
+    format: FormatOption = Format.human
 
 
 def report(request: ReportRequest) -> None:
@@ -39,7 +42,7 @@ def report(request: ReportRequest) -> None:
     """
     from pathlib import Path
 
-    from moecc.cli.console import say
+    from moecc.cli.console import tell
     from moecc.cli.files import check_writable, write_whole
     from moecc.tasks.evaluate import EvaluationSpec
     from moecc.tasks.specialise import specialise
@@ -56,7 +59,8 @@ def report(request: ReportRequest) -> None:
                 found = specialise(path, request.data, spec)
                 specialised[run.name] = [layer.to_json() for layer in found]
     write_whole(request.html, report_page(runs, specialised).encode(), force=request.force)
-    say(f"written to {request.html}")
+    data = {"html": request.html, "runs": {run.name: run.facts for run in runs}}
+    tell("report", data, f"written to {request.html}", request.format)
 
 
 def register(app: typer.Typer) -> None:

@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moecc.cli import complete
+from moecc.cli.console import Format
 from moecc.cli.face import add_command
-from moecc.cli.options import InputsOption, LoadFamiliesOption, ModelArgument, WeightsOption
+from moecc.cli.options import (
+    FormatOption,
+    InputsOption,
+    LoadFamiliesOption,
+    ModelArgument,
+    WeightsOption,
+)
 from moecc.types.arrays import Array
 
 if TYPE_CHECKING:
@@ -47,6 +54,7 @@ class RunRequest:
     weights: WeightsOption = None
     load: LoadFamiliesOption = None
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False
+    format: FormatOption = Format.human
 
 
 def run(request: RunRequest) -> None:
@@ -94,13 +102,15 @@ def _inputs(file: str | None, graph: Graph) -> Arrays:
 def _write(result: Array, name: str, request: RunRequest) -> None:
     import numpy as np
 
-    from moecc.cli.console import say
+    from moecc.cli.console import tell
     from moecc.cli.files import write_whole
 
     buffer = io.BytesIO()
     np.save(buffer, result)
     write_whole(request.outputs, buffer.getvalue(), force=request.force)
-    say(f"{name} {list(result.shape)} written to {request.outputs}")
+    shape = list(result.shape)
+    data = {"output": name, "shape": shape, "dtype": result.dtype.name, "file": request.outputs}
+    tell("run", data, f"{name} {shape} written to {request.outputs}", request.format)
 
 
 def _output(graph: Graph, name: str) -> str:

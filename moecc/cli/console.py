@@ -105,6 +105,17 @@ def report(kind: str, data: Mapping[str, object], human: Callable[[], str], form
         print(escaped(human()))
 
 
+def tell(kind: str, data: Mapping[str, object], text: str, format: Format) -> None:
+    """Say what a command did whose artefact is elsewhere: to stderr, or as JSON on stdout.
+
+    Args: as `report`; `text` is for people.
+    """
+    if format is Format.json:
+        report(kind, data, str, format)
+    else:
+        say(text)
+
+
 def use_colour(stream: TextIO | None = None) -> bool:
     """Whether `stream` (stderr) is a terminal that supports colour."""
     stream = stream or sys.stderr

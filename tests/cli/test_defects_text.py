@@ -129,7 +129,9 @@ def test_10_a_crash_of_an_own_pass_names_its_line_and_can_be_replayed(
     assert "crashed: KeyError: 'no such key'" in again.err
     text = Path(found[1]).read_text()
     Path(found[1]).write_text(text.replace('"seed": 7', '"seed": 8'))
-    assert moecc("replay", found[1]).code == 0
+    done = moecc("replay", found[1], "--format", "json").json()
+    assert (done["schema"], done["fails"]) == ("moecc.replay/1", False)
+    assert {"pipeline", "failed_in"} < set(done)
 
 
 def test_10_a_crash_of_a_pass_of_moecc_is_a_bug_with_a_reproducer(

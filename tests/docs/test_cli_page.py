@@ -181,6 +181,18 @@ def test_compile(report: Any) -> None:
     compare(documented("compile", "key"), found)
 
 
+def test_clean_and_run(report: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (tmp_path / ".out.moecc-partial").mkdir()
+    found = report("clean", str(out), str(tmp_path / "other"))
+    assert set(found["outputs"]) == {str(out), str(tmp_path / "other")}
+    assert len(found["outputs"][str(out)]) == 1
+    compare(documented("clean", "key"), [found])
+    options = ["--outputs", str(tmp_path / "x.npy"), "--backend", "reference"]
+    made = report("run", str(GOLDEN / "llama_gqa"), *options)
+    compare(documented("run", "key"), [made])
+
+
 def test_schemas_are_those_of_the_page(report: Any) -> None:
     assert set(re.findall(r"`(moecc\.[\w-]+/\d+)`", PAGE)) == {
         "moecc.inspect/1",
@@ -198,6 +210,10 @@ def test_schemas_are_those_of_the_page(report: Any) -> None:
         "moecc.evaluate/1",
         "moecc.specialise/1",
         "moecc.capture/1",
+        "moecc.clean/1",
+        "moecc.replay/1",
+        "moecc.report/1",
+        "moecc.run/1",
     }
     assert report("passes")["schema"] == "moecc.passes/1"
     assert report("passes", "dce")["schema"] == "moecc.pass/1"

@@ -107,7 +107,8 @@ def stands(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stands")
     model = draw_weights(make_model(folder / "SmolLM2-135M", num_hidden_layers=4))
     _tokenizer().save(str(model / "tokenizer.json"))
-    (folder / "SOURCE").symlink_to(model)
+    for name in ("SOURCE", "MODEL"):
+        (folder / name).symlink_to(model)
     (folder / "text.txt").write_text((ROOT / "docs" / "tour.md").read_text("utf-8"))
     (folder / "notes").mkdir()
     (folder / "notes" / "a.txt").write_text("a note of some length\n" * 20)

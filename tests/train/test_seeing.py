@@ -96,10 +96,15 @@ def test_what_is_no_run_or_made_no_step_is_refused(run: Path, tmp_path: Path) ->
         read_run(run)
 
 
-def test_the_page_is_whole_and_loads_nothing(run: Path, tmp_path: Path) -> None:
+def test_the_page_is_whole_and_loads_nothing(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("plotly")
     page = tmp_path / "page.html"
-    assert main(["report", str(run), "--html", str(page)]) == 0
+    assert main(["report", str(run), "--html", str(page), "--format", "json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["schema"], told["html"]) == ("moecc.report/1", str(page))
+    assert [facts["steps"] for facts in told["runs"].values()] == ["1,200"]
     text = page.read_text("utf-8")
     without = re.sub(r"<script.*?</script>", "", text, flags=re.S)
     assert "<title>run &lt;1&gt;</title>" in text
