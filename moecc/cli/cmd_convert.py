@@ -48,7 +48,7 @@ class ConvertRequest:
     ] = "auto"
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="The type to write, q8_0 in GGUF too; else as stored."),
+        typer.Option("--dtype", help="The type to write, in GGUF q8_0, q4_k too; else as stored."),
     ] = None
     seed: Annotated[int, typer.Option("--seed", help="Of all random numbers.")] = 0
     experts: Annotated[

@@ -207,15 +207,15 @@ def check_type(dtype: DType | Storage | None, architecture: str | None) -> None:
         )
 
 
-QUANTISED: Mapping[str, Storage] = {"q8_0": BY_NAME["Q8_0"]}
-"""The blocks that moecc quantises to, by the names of ``--dtype``."""
+QUANTISED: Mapping[str, Storage] = {n.lower(): BY_NAME[n] for n in ("Q8_0", "Q4_K")}
+"""The blocks that are quantised to, by the names of ``--dtype``."""
 
 
 def stored_as(name: str, made: Expr, dtype: DType, storage: Storage | None) -> OutputTensor:
     """Return a tensor of a GGUF file in the type that llama.cpp wants of it.
 
     Vectors and routers are float32, as every converter writes them.  Rows that are no whole blocks
-    are written in half precision.
+    are written in smaller ones, those of q8_0, or in half precision.
 
     Args:
       name: its name in the file.
@@ -226,10 +226,10 @@ def stored_as(name: str, made: Expr, dtype: DType, storage: Storage | None) -> O
     shape = made.type.shape
     if len(shape) < 2 or ".ffn_gate_inp" in name:
         return OutputTensor(name, made, F32)
-    if storage is not None and shape[-1] % storage.block == 0:
-        return OutputTensor(name, made, F32, storage)
     if storage is not None:
-        return OutputTensor(name, made, F16)
+        fits = (one for one in (storage, QUANTISED["q8_0"]) if shape[-1] % one.block == 0)
+        blocks = next(fits, None)
+        return OutputTensor(name, made, F16 if blocks is None else F32, blocks)
     return OutputTensor(name, made, F32 if dtype is F64 or storage_of(dtype) is None else dtype)
 
 
@@ -243,11 +243,13 @@ def quantising_remarks(export: GgufExport, storage: Storage | None) -> list[str]
         return []
     require_package(storage)
     whole = [stored_as(name, made, F32, storage) for name, made in export.tensors]
-    halves = [t.name for t in whole if t.dtype is F16]
-    if not halves:
-        return []
-    name, blocks = storage.name.lower(), storage.block
+    others: dict[str, list[str]] = {}
+    for one in whole:
+        if one.storage is not storage and (one.storage is not None or one.dtype is F16):
+            kind = "f16" if one.storage is None else one.storage.name.lower()
+            others.setdefault(kind, []).append(one.name)
     return [
-        f"{len(halves)} matrices, the first {halves[0]}, are written in f16: their rows are no "
-        f"multiple of {blocks}, the block of {name}"
+        f"{len(names)} matrices, the first {names[0]}, are written in {kind}: their rows are no "
+        f"multiple of {storage.block}, the block of {storage.name.lower()}"
+        for kind, names in others.items()
     ]

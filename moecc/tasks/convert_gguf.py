@@ -18,7 +18,7 @@ _ONE = {"license": "license", "license_name": "license.name", "license_link": "l
 _SEVERAL = {"language": "languages", "datasets": "datasets"}
 """The keys of a model card, one value or several, and the metadata that say the same."""
 
-_FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
+_FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "q4_k": 14, "bf16": 32}
 """llama.cpp's numbers for what most of a file is stored in."""
 
 

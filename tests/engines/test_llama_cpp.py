@@ -7,6 +7,7 @@ llama-cpp-py-sync (tried with 0.11739).
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +20,17 @@ from shapes_in_gguf import CASES
 from shapes_in_gguf import write as write_shape
 
 from moecc.backend import get_backend
+from moecc.checkpoint.gguf.blocks import dequantise, quantise
 from moecc.checkpoint.gguf.families import GGUF_MIXTURES, GgufFamily
+from moecc.checkpoint.gguf.header import read_gguf_header
+from moecc.checkpoint.gguf.storage import BY_NAME
 from moecc.model.open import open_model
 from moecc.pipeline.text import Pipeline
 from moecc.tasks.continue_tokens import continue_tokens
 from moecc.tasks.convert import plan, write
 from moecc.tasks.generate import load_tokenizer
 from moecc.types.dtypes import F64
+from tests.train.tiny import draw_weights, make_model
 
 from .engine import ask, interpreter, needs
 
@@ -194,6 +199,38 @@ def test_what_llama_cpp_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.download
 @pytest.mark.slow
+def test_blocks_of_the_engine_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Q4_K is made by its library, is near what was quantised, and the engine reads it."""
+    code = "import llama_cpp_py_sync as m; print(m.__path__[0])"
+    done = subprocess.run([python(), "-c", code], capture_output=True, text=True, check=True)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / MODULE).symlink_to(done.stdout.strip())
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    values = np.random.default_rng(0).normal(size=(4, 512)).astype(np.float32)
+    kind = BY_NAME["Q4_K"]
+    back = dequantise(quantise(values, kind), kind).reshape(values.shape)
+    assert 0 < np.abs(back - values).mean() < 0.08
+    source, file = (
+        make_model(tmp_path / "source", hidden_size=256, head_dim=64),
+        tmp_path / "m.gguf",
+    )
+    with open_model(str(draw_weights(source))) as model:
+        passes = Pipeline.parse("upcycle{experts=4 router-std=1}")
+        write(plan(model, passes, "gguf:llama", dtype=kind), file)
+    stored = {n: t.storage.name for n, t in read_gguf_header(file).tensors.items()}
+    assert stored["blk.0.ffn_up_exps.weight"] == "Q4_K"
+    tokens = np.arange(12)[None]
+    np.save(tmp_path / "tokens.npy", tokens)
+    job = {"file": str(file), "tokens": str(tmp_path / "tokens.npy")}
+    assert ask(python(), PROBE, [job]) == [{}]
+    with open_model(str(file)) as model:
+        program = get_backend("reference").compile(model.graph)
+        expected = program.run(model.params(dtype=F64), {"tokens": tokens})["logits"]
+    # The engine quantises activations, too, to eight bits.
+    off = np.abs(np.load(f"{file}.logits.npy") - expected).max() / np.abs(expected).max()
+    assert off < 0.05
+
+
 def test_smollm2_continues_a_sentence_with_the_same_tokens(tmp_path: Path) -> None:
     cache = Path(os.environ.get("MOECC_CACHE", Path.home() / ".cache" / "moecc"))
     source = next(iter(sorted(cache.rglob("SmolLM2-135M-Instruct.Q4_1.gguf"))), None)

@@ -1,4 +1,4 @@
-"""Quantise and dequantise blocks with the `gguf` package, imported when first needed."""
+"""Quantise and dequantise blocks, with the `gguf` package, imported when first needed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from moecc.checkpoint.gguf.engine import BY_ENGINE, quantised, quantize_chunk
 from moecc.checkpoint.gguf.storage import Storage
 from moecc.errors import MachineError
 from moecc.support.extras import install_hint
@@ -37,8 +38,10 @@ def quantise(values: Array, storage: Storage) -> Array:
     """Return float32 elements [..., n], n whole blocks, as blocks [bytes].
 
     Raises:
-      MachineError: the `gguf` package is not installed.
+      MachineError: the package that makes them is not installed.
     """
+    if storage.name in BY_ENGINE:
+        return quantised(values, storage)
     quants, kind = _package(storage)
     flat = np.ascontiguousarray(values, np.float32).reshape(-1)
     raw = np.empty(flat.size // storage.block * storage.block_bytes, np.uint8)
@@ -54,6 +57,8 @@ def quantise(values: Array, storage: Storage) -> Array:
 def require_package(storage: Storage) -> None:
     """Raise MachineError unless blocks of `storage` can be made and read."""
     _package(storage)
+    if storage.name in BY_ENGINE:
+        quantize_chunk(storage)
 
 
 def _package(storage: Storage) -> tuple[Any, Any]:

@@ -18,6 +18,7 @@ from hypothesis.extra import numpy as arrays
 
 from moecc.checkpoint.gguf.blocks import dequantise, quantise
 from moecc.checkpoint.gguf.encode import Key, plan_file
+from moecc.checkpoint.gguf.engine import quantize_chunk
 from moecc.checkpoint.gguf.families import GGUF_FAMILIES, GGUF_MIXTURES
 from moecc.checkpoint.gguf.header import read_gguf_header
 from moecc.checkpoint.gguf.names import gguf_name, hugging_face_name
@@ -27,7 +28,7 @@ from moecc.checkpoint.gguf.tokenizer_keys import tokenizer_keys
 from moecc.checkpoint.manifest import verify_manifest
 from moecc.checkpoint.open import open_checkpoint
 from moecc.checkpoint.shards import Entry
-from moecc.errors import InputError, MoeccError, UsageError
+from moecc.errors import InputError, MachineError, MoeccError, UsageError
 from moecc.model.open import open_model
 from moecc.pipeline.text import Pipeline
 from moecc.tasks.convert import Plan, plan, write
@@ -178,6 +179,14 @@ def test_q8_0(small_model: Any, tmp_path: Path) -> None:
         gate = source.read("model.layers.1.mlp.gate_proj.weight")
     assert (np.abs(made - gate) <= np.abs(gate).max() / 127).all()
     assert (made == made[0]).all()
+
+
+def test_blocks_of_an_engine_that_is_missing(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("moecc.checkpoint.gguf.engine.PACKAGE", "no_such_package")
+    quantize_chunk.cache_clear()
+    with pytest.raises(MachineError, match=r"by the library of llama.cpp(.|\n)*--dtype q8_0"):
+        convert("llama_gqa", "gguf:llama", tmp_path / "m.gguf", dtype=BY_NAME["Q4_K"])
+    assert not (tmp_path / "m.gguf").exists()
 
 
 def test_bfloat16(tmp_path: Path) -> None:
