@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 from moecc.analysis.head import CHUNK_BYTES, chunk_count
+from moecc.plan.head import PlannedHead
 from moecc.plan.parts import Layer, Weight
 from moecc.plan.shapes import Shape
 from moecc.plan.sharding import Sharding, Values
@@ -104,7 +105,8 @@ def memory(
         optimizer=optimizer_bytes(work, config, local, kind) if training else 0.0,
         activations=_kept(work, local.values, strategy) * width if training else 0.0,
         buffers=max(
-            _layer_bytes(work, local, config, strategy.remat, kind),
+            _layer_bytes(work, local, config, strategy.remat, kind)
+            + _head_gradient(work, local, config),
             # Gradients of layers come when the logits have gone.
             _head_bytes(work, local, config) - (stored * width if training else 0.0),
         ),
@@ -239,7 +241,26 @@ def _head_bytes(work: Workload, local: Sharding, config: StepConfig) -> float:
     head = work.head
     if head is None or not config.train:
         return 4.0 * max(map(local.elements, work.logits), default=0.0)
+    logits, count = 4.0 * local.elements(head.logits), _chunks(head, local)
+    weights = 4.0 * sum(map(local.used, head.weights))
+    return logits if count == 1 else weights + CHUNK_PARTS * logits / count
+
+
+def _head_gradient(work: Workload, local: Sharding, config: StepConfig) -> float:
+    """Return what the gradient of the head's weights takes beyond its local shard.
+
+    It is made first, and compilers reduce it last: it is whole while layers are computed, and in
+    float32 where it was added up over chunks.
+    """
+    if work.head is None or not config.train:
+        return 0.0
+    width = config.dtype.itemsize_bytes
+    made = 4 if _chunks(work.head, local) > 1 else width
+    return sum(made * local.used(w) - width * local.stored(w) for w in work.head.weights)
+
+
+def _chunks(head: PlannedHead, local: Sharding) -> int:
+    """Return in how many chunks a device cuts its tokens."""
     logits = 4.0 * local.elements(head.logits)
     weights = 4.0 * sum(map(local.used, head.weights))
-    count = chunk_count(logits, weights, CHUNK_BYTES) if head.is_cut else 1
-    return logits if count == 1 else weights + CHUNK_PARTS * logits / count
+    return chunk_count(logits, weights, CHUNK_BYTES) if head.is_cut else 1
