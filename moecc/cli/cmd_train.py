@@ -13,7 +13,7 @@ from moecc.cli import complete
 from moecc.cli.console import Format
 from moecc.cli.face import add_command
 from moecc.cli.heartbeat import Progress
-from moecc.cli.options import FormatOption, PlanOption
+from moecc.cli.options import FormatOption, LoadOption, PlanOption
 
 if TYPE_CHECKING:
     from moecc.support.signals import Asked
@@ -65,6 +65,7 @@ class TrainRequest:
     wandb: Annotated[
         str | None, typer.Option("--wandb", metavar="PROJECT", help="Weights & Biases, too.")
     ] = None
+    load: LoadOption = None
     format: FormatOption = Format.human
 
 
@@ -114,16 +115,19 @@ def _job(request: TrainRequest) -> Iterator[TrainJob]:
 
     from moecc.cli.console import say
     from moecc.errors import UsageError
+    from moecc.model.user_passes import registry_with
     from moecc.tasks.train import forked_run, new_run, resumed_run
     from moecc.tasks.train_source import open_source
     from moecc.train.recipe_text import load_recipe
 
-    sets = [*_planned(request), *(request.set or [])]
+    sets, files = [*_planned(request), *(request.set or [])], request.load or []
+    if request.resume is not None or request.fork is not None:
+        registry_with(files)
     if request.resume is not None:
         if request.out is not None or request.fork is not None:
             raise UsageError("--resume goes on with a run where it is", hint="leave --out out")
         given = None if request.recipe is None else load_recipe(request.recipe, sets)
-        yield resumed_run(Path(request.resume), sets, given)
+        yield resumed_run(Path(request.resume), sets, given, files)
         return
     if request.recipe is None or request.out is None:
         raise UsageError(
@@ -134,7 +138,7 @@ def _job(request: TrainRequest) -> Iterator[TrainJob]:
     if request.fork is not None:
         yield forked_run(recipe, request.fork, out)
         return
-    with open_source(recipe) as source:
+    with open_source(recipe, files) as source:
         for remark in source.remarks:
             say(f"remark: {remark}")
         yield new_run(recipe, source, out)

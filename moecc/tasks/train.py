@@ -79,13 +79,19 @@ def new_run(recipe: Recipe, source: Source, out: Path) -> TrainJob:
     return TrainJob(out, recipe, digest, graph, batches, create, lambda: _beginning(recipe, source))
 
 
-def resumed_run(run: Path, sets: Sequence[str] = (), recipe: Recipe | None = None) -> TrainJob:
+def resumed_run(
+    run: Path,
+    sets: Sequence[str] = (),
+    recipe: Recipe | None = None,
+    files: Sequence[str] = (),
+) -> TrainJob:
     """Return the job of a run that goes on.
 
     Args:
       run: its folder.
       sets: values of its recipe to replace; only the mesh may be.
       recipe: one that the run is expected to have.
+      files: of the user, with the passes and families that it began with.
 
     Raises:
       InputError: it is no run, its recipe was changed, or another one is expected.
@@ -110,7 +116,7 @@ def resumed_run(run: Path, sets: Sequence[str] = (), recipe: Recipe | None = Non
     _check_data(run, batches)
     return TrainJob(
         run, found, recipe_digest(found), graph, batches, lambda: None,
-        lambda: _beginning_again(found, graph),
+        lambda: _beginning_again(found, graph, files),
     )  # fmt: skip
 
 
@@ -225,9 +231,11 @@ def _beginning(recipe: Recipe, source: Source) -> Iterator[Beginning]:
 
 
 @contextmanager
-def _beginning_again(recipe: Recipe, graph: Graph) -> Iterator[Beginning]:
+def _beginning_again(
+    recipe: Recipe, graph: Graph, files: Sequence[str] = ()
+) -> Iterator[Beginning]:
     """Open the source of a run that has no checkpoint yet. Raises InputError if it changed."""
-    with open_source(recipe) as source:
+    with open_source(recipe, files) as source:
         before, now = _types(graph), _types(source.made.graph)
         if before != now:
             odd = sorted(before.items() ^ now.items())[:4]

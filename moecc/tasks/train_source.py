@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from moecc.families import build
 from moecc.families.configs import parse_config
 from moecc.model.initialise import initialise
 from moecc.model.open import Model, open_model
+from moecc.model.user_passes import registry_with
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
@@ -44,15 +45,19 @@ class Source:
 
 
 @contextmanager
-def open_source(recipe: Recipe) -> Iterator[Source]:
+def open_source(recipe: Recipe, files: Sequence[str] = ()) -> Iterator[Source]:
     """Open the model of a recipe and run its pipeline.
+
+    Args:
+      recipe: the recipe.
+      files: of the user, with passes and families.
 
     Raises:
       InputError: the source is faulty, or a pass does not suit it.
       UsageError: the pipeline is faulty.
     """
     section = recipe.model
-    pipeline = Pipeline.parse(section.pipeline)
+    pipeline = Pipeline.parse(section.pipeline, registry_with(files))
     remarks: list[str] = []
     context = Context(seed=section.seed, remark=lambda r: remarks.append(str(r)))
     with _opened(section) as model:

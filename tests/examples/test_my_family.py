@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -19,6 +21,7 @@ from moecc.families.configs import LlamaConfig, parse
 from moecc.families.outside import Family, load_families
 from moecc.ir import parse as parse_graph
 from moecc.weights.expr import sources
+from tests.train.tiny import make_recipe
 
 ROOT = Path(__file__).parents[2]
 FILE = str(ROOT / "examples" / "my_family.py")
@@ -51,6 +54,31 @@ def logits(model: str, tmp_path: Path, *options: str) -> np.ndarray:
 def test_the_logits_are_those_of_transformers(tmp_path: Path) -> None:
     made = logits(str(OPT), tmp_path, "--load", FILE)
     np.testing.assert_allclose(made, np.load(OPT / "logits.npy"), atol=2e-7)
+
+
+@pytest.mark.slow
+def test_it_is_upcycled_and_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A pass of one's own, too; and a run that was stopped goes on."""
+    model = shutil.copytree(OPT, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(
+        json.dumps({**config, "vocab_size": 384, "max_position_embeddings": 64})
+    )
+    (tmp_path / "made").mkdir()
+    recipe = make_recipe(tmp_path / "made", "steps = 3")
+    sets = (
+        f"model.source={model}", "model.pipeline=upcycle{experts=2 top-k=2},my-pass",
+        "run.save_steps=1",
+    )  # fmt: skip
+    words = [word for one in sets for word in ("--set", one)]
+    run = ["train", str(recipe), "--out", str(tmp_path / "run"), *words]
+    assert main(run) != 0
+    assert "unknown pass 'my-pass'" in capsys.readouterr().err
+    load = ["--load", FILE, "--load", str(ROOT / "examples" / "my_pass.py")]
+    assert main([*run, *load]) == 0
+    assert main(["train", "--resume", str(tmp_path / "run"), *load]) == 0
+    out = str(tmp_path / "sparse")
+    assert main(["convert", str(tmp_path / "run"), out, "--to", "st_moe", *load]) == 0
 
 
 def test_it_is_written_as_itself_and_upcycled(
