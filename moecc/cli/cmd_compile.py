@@ -130,6 +130,7 @@ def compile_step(request: CompileRequest) -> int:
     job = ahead_request(request if request.plan is None else planned(request, request.plan))
     if request.save is not None:
         check_writable(request.save, force=request.force)
+    _require(job)
     with signals_raised():  # the worker must not outlive this process
         answer = compile_in_subprocess(job, request.time_limit)
     for remark in answer.data["remarks"]:
@@ -139,6 +140,16 @@ def compile_step(request: CompileRequest) -> int:
         say(f"the exported program is in {request.save}")
     _print(answer, request)
     return 0 if answer.data["fits"] else 1
+
+
+def _require(job: Request) -> None:
+    """Raise MachineError for all that is missing, the compiler of the machine included."""
+    from moecc.plan.own_machines import find_machine
+    from moecc.support.extras import require
+
+    own = {"tpu": ("tpu",), "gpu": ("gpu-aot",)}.get(find_machine(job.machine).kind, ())
+    step = ("train",) if job.step == "train" else ()
+    require("compiling", ("xla", *(["export"] if job.export else [])), (*step, *own))
 
 
 def ahead_request(request: CompileRequest) -> Request:

@@ -57,8 +57,10 @@ def generate(request: GenerateRequest) -> None:
     from moecc.cli.files import say_weights
     from moecc.families.outside import load_families
     from moecc.model.open import open_model
+    from moecc.support.extras import require
     from moecc.tasks.generate import generate_texts
 
+    require("generating", ("xla", "tokenizers"))
     load_families(request.load)
     how = _continuing(request)
     with open_model(request.model, weights=request.weights) as opened:

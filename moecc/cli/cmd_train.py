@@ -78,8 +78,11 @@ def train(request: TrainRequest) -> int:
     """
     from moecc.cli.console import report, say
     from moecc.steps.remarks import training_remarks
+    from moecc.support.extras import require
     from moecc.support.signals import signals_noted
 
+    if not request.dry_run:
+        require("training", ("train",))
     with ExitStack() as opened:
         job = opened.enter_context(_job(request))
         for remark in (*training_remarks(job.graph), *job.batches.remarks):

@@ -9,7 +9,7 @@ from moecc.plan.chart import COLOURS, shown_parts, subtitle
 from moecc.plan.report import parts_text
 from moecc.plan.report_types import PartReport, Report, SummaryReport
 from moecc.plan.search import seconds_text
-from moecc.support.page import figure_html, page, table
+from moecc.support.page import figure_html, page, require_figures, table
 from moecc.support.text import count_text, size_text
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def plan_page(data: Report, searched: Sequence[SummaryReport], pipeline: str = "
     Raises:
       MachineError: plotly is missing.
     """
+    require_figures()
     title = f"{data['model']} on {data['machine']['name']}"
     body = [
         f"<p>{subtitle(data)}</p>", _facts(data, pipeline), "<h2>Memory of a device</h2>",

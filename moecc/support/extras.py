@@ -2,7 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution, requires
+from importlib.util import find_spec
+
+from moecc.errors import MachineError
+
+_MODULES = {
+    "xla": ("jax",), "train": ("jax", "optax", "orbax", "tensorstore"),
+    "tokenizers": ("tokenizers",), "export": ("flatbuffers",), "report": ("plotly",),
+}  # fmt: skip
+"""What is imported of the packages of an extra."""
+
+
+def require(what: str, extras: Sequence[str], and_also: Sequence[str] = ()) -> None:
+    """Check that everything is installed, before the first of it is missed.
+
+    Args:
+      what: what needs it, ``training``.
+      extras: their names.
+      and_also: extras that are looked for later, and named here if any of the others is missing.
+
+    Raises:
+      MachineError: some of it is missing; all of it is named, with the command that installs it.
+    """
+    named = dict.fromkeys(name for extra in extras for name in _MODULES[extra])
+    missing = [name for name in named if find_spec(name) is None]
+    if missing:
+        hint = install_hint(*extras, *and_also)
+        raise MachineError(f"{what} needs {', '.join(missing)}", hint=hint)
 
 
 def install_hint(*extras: str) -> str:

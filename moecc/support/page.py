@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from moecc.errors import MachineError
-from moecc.support.extras import install_hint
+from moecc.support.extras import require
 from moecc.version import __version__
 
 if TYPE_CHECKING:
@@ -63,6 +62,8 @@ def page(
     Raises:
       MachineError: plotly is missing.
     """
+    if figures:
+        require_figures()
     scripts = [_plotly(), _THEME] if figures else []
     parts = [
         "<!doctype html>", '<html lang="en"><head><meta charset="utf-8">',
@@ -75,11 +76,14 @@ def page(
     return "\n".join(parts) + "\n"
 
 
+def require_figures() -> None:
+    """Raise MachineError if plotly, which draws figures, is missing."""
+    require("a page", ("report",))
+
+
 def _plotly() -> str:
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError:
-        raise MachineError("a page needs plotly", hint=install_hint("report")) from None
+    from plotly.offline import get_plotlyjs
+
     text: str = get_plotlyjs()
     return text
 

@@ -7,7 +7,7 @@ from html import escape
 
 import numpy as np
 
-from moecc.support.page import figure_html, page
+from moecc.support.page import figure_html, page, require_figures
 from moecc.support.untyped import Json
 from moecc.train.run_series import RunSeries, Series
 
@@ -38,6 +38,7 @@ def report_page(runs: Sequence[RunSeries], specialised: Mapping[str, Layers]) ->
     Raises:
       MachineError: plotly is missing.
     """
+    require_figures()
     title = " · ".join(run.name for run in runs)
     body = [_facts(runs), *_alarms(runs), *_curves(runs), *_held_out(runs), *_routers(runs),
             *_tables(specialised)]  # fmt: skip
