@@ -33,6 +33,9 @@ if find_spec("jaxlib") and [*map(int, version("jaxlib").split(".")[:2])] < [0, 1
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
 
+# What a command says does not depend on how busy the machine is.
+os.environ["MOECC_PROGRESS"] = "off"
+
 # Hundreds of child processes import moecc: they find its bytecode, and leave none in the tree.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parent.parent / ".pytest_cache" / "cache")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -9,6 +10,9 @@ from enum import Enum
 from types import TracebackType
 
 from moecc.cli.console import clear_line
+
+VARIABLE = "MOECC_PROGRESS"
+"""The environment variable by which scripts that compare what is said switch it ``off``."""
 
 FIRST_SECONDS = 1.0
 LINE_SECONDS = (10.0, 30.0, 60.0)
@@ -36,7 +40,8 @@ class Heartbeat:
         is_shown = progress is Progress.NONE or (
             progress is Progress.BAR and not sys.stderr.isatty()
         )
-        self._name, self._shown = name, is_shown and not quiet
+        is_wanted = not quiet and os.environ.get(VARIABLE) != "off"
+        self._name, self._shown = name, is_shown and is_wanted
         self._over = threading.Event()
         self._is_open = False
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)

@@ -32,6 +32,7 @@ class Terminal(io.StringIO):
 
 def beat(monkeypatch: pytest.MonkeyPatch, watched: bool) -> str:
     stream = Terminal(watched)
+    monkeypatch.delenv(heartbeat.VARIABLE, raising=False)
     monkeypatch.setattr("sys.stderr", stream)
     monkeypatch.setattr(heartbeat, "FIRST_SECONDS", 0.01)
     monkeypatch.setattr(heartbeat, "LINE_SECONDS", (0.01, 60.0))
@@ -54,8 +55,12 @@ def test_quiet_and_commands_that_show_it_themselves_have_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(heartbeat, "LINE_SECONDS", (0.0, 60.0))
+    monkeypatch.delenv(heartbeat.VARIABLE, raising=False)
     before = threading.active_count()
-    for made in (Heartbeat("x", Progress.NONE, quiet=True), Heartbeat("x", Progress.OWN)):
+    silent = [Heartbeat("x", Progress.NONE, quiet=True), Heartbeat("x", Progress.OWN)]
+    monkeypatch.setenv(heartbeat.VARIABLE, "off")
+    silent.append(Heartbeat("x", Progress.NONE))
+    for made in silent:
         with made:
             assert threading.active_count() == before
 

@@ -47,7 +47,7 @@ def environment(bin_folder: Path | None = None) -> dict[str, str]:
     first = bin_folder or Path(sys.executable).parent
     path = f"{first}{os.pathsep}{os.environ['PATH']}"
     kept = {name: text for name, text in os.environ.items() if name != "XLA_FLAGS"}
-    return {**kept, "PATH": path, "NO_COLOR": "1"}
+    return {**kept, "PATH": path, "NO_COLOR": "1", "MOECC_PROGRESS": "off"}
 
 
 def run_block(block: Block, folder: Path, environ: Mapping[str, str]) -> None:
