@@ -81,7 +81,7 @@ proof-fuzz: $(STAMP) ## a million hostile inputs and 5,000 commands; writes docs
 	mkdir -p docs/proofs
 	$(BIN)/python -m tests.fuzz.prove --work build/fuzz --out docs/proofs/fuzz.json > /dev/null
 
-proof-learning: $(STAMP) ## experts help at equal tokens: one experiment again, from nothing, on three seeds
+proof-learning: $(STAMP) ## dropping tokens in training costs: one experiment again, from nothing, on three seeds
 	$(BIN)/python experiments/run.py --proof
 
 site: $(STAMP) ## the documentation as a site in build/site, which loads nothing; links are checked
