@@ -140,7 +140,7 @@ def test_a_description_is_json() -> None:
     assert data["expert_layers"][0] == {
         "loc": "layers.0.ffn", "experts": 8, "top_k": 2, "gates": "renormalised", "scale": 1.0,
         "slots": "ragged", "groups": 1, "width": 14_336, "shared": 0, "shared_gate": False,
-        "bias": False, "sequence_capacity": 0,
+        "bias": False, "sequence_capacity": 0, "logits_bias": False,
     }  # fmt: skip
 
 
