@@ -12,6 +12,7 @@ import pytest
 
 from moecc.sharding.partitions import PARTITIONS
 from moecc.types.dtypes import F32
+from tests.support.tiers import few
 
 from .conftest import Done
 
@@ -267,14 +268,17 @@ def test_what_is_wrong_by_itself_is_told_at_once(
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [
-        (("--mesh", "data=3"), "different numbers of devices"),
-        (("--mesh", "data=4", "--batch-tokens", "96"), "data does not divide the batch"),
-        (("--mesh", "model=4", "--batch-tokens", "64"), "does not divide"),
-        (("--batch-tokens", "63"), "not whole sequences"),
-        (("--mesh", "data=4", "--via", "ring"), "cannot be reached via ring"),
-        (("--mesh", "data=4", "--slice"), "no experts whose rows"),
-    ],
+    few(
+        [
+            (("--mesh", "data=3"), "different numbers of devices"),
+            (("--mesh", "data=4", "--batch-tokens", "96"), "data does not divide the batch"),
+            (("--mesh", "model=4", "--batch-tokens", "64"), "does not divide"),
+            (("--batch-tokens", "63"), "not whole sequences"),
+            (("--mesh", "data=4", "--via", "ring"), "cannot be reached via ring"),
+            (("--mesh", "data=4", "--slice"), "no experts whose rows"),
+        ],
+        quick=2,
+    ),
 )
 def test_what_does_not_divide_is_told_with_what_would(
     moecc: Moecc, options: tuple[str, ...], says: str
@@ -286,14 +290,21 @@ def test_what_does_not_divide_is_told_with_what_would(
 
 @pytest.mark.parametrize(
     ("options", "code", "says"),
-    [
-        (("--machine", "cpu", "--via", "ring"), 1, "nothing goes via ring"),
-        (("--mesh", "data=2,expert=2", "--slice"), 1, "the mesh has no axis 'model'"),
-        (("--mesh", "data=4", "--via", "replicated"), 1, "cannot all have the same tokens"),
-        (("--mesh", "expert=4", "--via", "ragged", "--capacity-factor", "1.5"), 1, "ragged is for"),
-        (("--partition", "gspmd", "--via", "ring"), 2, "--partition explicit has every way"),
-        (("--partition", "gspmd", "--slice"), 2, "--partition explicit has every way"),
-    ],
+    few(
+        [
+            (("--machine", "cpu", "--via", "ring"), 1, "nothing goes via ring"),
+            (("--mesh", "data=2,expert=2", "--slice"), 1, "the mesh has no axis 'model'"),
+            (("--mesh", "data=4", "--via", "replicated"), 1, "cannot all have the same tokens"),
+            (
+                ("--mesh", "expert=4", "--via", "ragged", "--capacity-factor", "1.5"),
+                1,
+                "ragged is for",
+            ),
+            (("--partition", "gspmd", "--via", "ring"), 2, "--partition explicit has every way"),
+            (("--partition", "gspmd", "--slice"), 2, "--partition explicit has every way"),
+        ],
+        quick=2,
+    ),
 )
 def test_ways_to_the_experts_that_there_are_not(
     moecc: Moecc, options: tuple[str, ...], code: int, says: str

@@ -12,6 +12,7 @@ from moecc.ahead.request import Request
 from moecc.ahead.worker import would_fit_text
 from moecc.cli.main import main
 from moecc.tasks.dry_run import as_setting
+from tests.support.tiers import few
 
 LLAMA = "preset:llama-3.1-8b --machine"
 SMOL = "preset:smollm2-135m --machine"
@@ -41,7 +42,7 @@ def options_of(hint: str) -> list[str]:
     return alone.split(" or ") if alone else []
 
 
-@pytest.mark.parametrize("line", CASES)
+@pytest.mark.parametrize("line", few(CASES, quick=3))
 def test_every_option_that_is_named_fits(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     hint = hint_of(capsys, line)
     found = options_of(hint)
