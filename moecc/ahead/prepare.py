@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 
 from moecc.ahead.request import Job, Request
+from moecc.ahead.update import update_of
 from moecc.errors import InputError, UsageError
 from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph
@@ -93,6 +94,7 @@ def prepare(request: Request) -> PreparedJob:
     job = Job(
         machine, strategy.layout, _sizes(graph, batch, parts), setting, request.emit,
         request.export, request.partition,
+        update_of(request.optimizer, request.sets) if train else None,
     )  # fmt: skip
     estimate = Estimator(work, machine, setting).estimate(strategy)
     return PreparedJob(step, job, asked, estimate, bound, pipeline, tuple(remarks))

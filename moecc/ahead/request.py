@@ -12,6 +12,7 @@ from moecc.plan.strategy import StepConfig
 from moecc.sharding.layout import Layout
 from moecc.sharding.partitions import EXPLICIT
 from moecc.support.untyped import Json
+from moecc.train.recipe import OptimizerSection
 
 EMITS = ("stablehlo", "hlo")
 
@@ -43,6 +44,7 @@ class Request:
       export: whether an artefact of ``jax.export`` is.
       load: files with families and passes of the user's own.
       pipeline: passes that are run before those of the step.
+      sets: settings of the optimizer, ``optimizer.key=value``.
     """
 
     model: str
@@ -67,6 +69,7 @@ class Request:
     export: bool = False
     load: tuple[str, ...] = ()
     pipeline: str = ""
+    sets: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         """Return the request as JSON values."""
@@ -75,7 +78,7 @@ class Request:
     @classmethod
     def from_json(cls, data: Json) -> Request:
         """Return the request that `to_json` wrote."""
-        lists = {n: data[n] and tuple(data[n]) for n in ("lengths", "rules", "load")}
+        lists = {n: data[n] and tuple(data[n]) for n in ("lengths", "rules", "load", "sets")}
         return cls(**{**data, **lists})
 
 
@@ -91,6 +94,7 @@ class Job:
       emit: of `EMITS`, the program that is wanted besides.
       export: whether an artefact of ``jax.export`` is.
       partition: one of `PARTITIONS`.
+      update: the optimizer of a training step and its settings; None for the forward pass.
     """
 
     machine: Machine
@@ -100,6 +104,7 @@ class Job:
     emit: str | None = None
     export: bool = False
     partition: str = EXPLICIT
+    update: OptimizerSection | None = None
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,14 @@ class CompileRequest:
     optimizer: Annotated[
         Optimizer, typer.Option("--optimizer", help="Adafactor is factored, without momentum.")
     ] = Optimizer.adamw
+    set: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Of the optimizer, as in a recipe: optimizer.clip=0.",
+        ),
+    ] = None
     remat: Annotated[Remat | None, typer.Option("--remat", help="What is computed twice.")] = None
     dtype: ComputeTypeOption = "bf16"
     weight_dtype: WeightTypeOption = None
@@ -184,7 +192,17 @@ def ahead_request(request: CompileRequest) -> Request:
         export=request.save is not None,
         load=tuple(request.load or ()),
         pipeline=_pipeline(request),
+        sets=_checked_sets(request),
     )
+
+
+def _checked_sets(request: CompileRequest) -> tuple[str, ...]:
+    """Return the settings of the optimizer. Raises UsageError."""
+    from moecc.ahead.update import update_of
+
+    sets = tuple(request.set or ())
+    update_of(request.optimizer.value, sets)
+    return sets
 
 
 def _pipeline(request: CompileRequest) -> str:

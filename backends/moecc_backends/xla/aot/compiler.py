@@ -11,7 +11,6 @@ from moecc.ir.graph import Graph
 from moecc.sharding.partitions import GSPMD
 from moecc.steps.spec import StepSpec
 from moecc.support.extras import install_hint
-from moecc.train.recipe import OptimizerSection
 from moecc_backends.xla.aot.census import census
 from moecc_backends.xla.aot.program import (
     Compiled,
@@ -36,10 +35,9 @@ def compile_ahead(graph: Graph, job: Job) -> Result:
         raise MachineError("exporting needs flatbuffers", hint=install_hint("export"))
     layout = job.layout if job.partition == GSPMD else None
     given = job.config
-    update = OptimizerSection(given.optimizer) if given.train else None
     spec = StepSpec(
-        job.sizes, given.dtype, update, given.micro_batches, given.weight_dtype, given.reduce_dtype,
-        platform=job.machine.kind, layout=layout,
+        job.sizes, given.dtype, job.update, given.micro_batches, given.weight_dtype,
+        given.reduce_dtype, platform=job.machine.kind, layout=layout,
     )  # fmt: skip
     step = make_step(graph, spec, devices(job.machine))
     start = time.perf_counter()

@@ -1,0 +1,62 @@
+"""``moecc compile --set``: the constants of the update, and what is no constant of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moecc.ahead.prepare import prepare
+from moecc.ahead.request import Request
+from moecc.ahead.update import update_of
+from moecc.errors import UsageError
+
+from .conftest import Done
+
+LLAMA = str(Path(__file__).parent.parent / "golden" / "llama_gqa")
+Moecc = Callable[..., Done]
+
+
+def test_constants_are_those_of_a_recipe() -> None:
+    made = update_of("adafactor", ["optimizer.decay=0", "optimizer.clip = 0.5"])
+    assert (made.name, made.decay, made.clip) == ("adafactor", 0.0, 0.5)
+    request = Request(LLAMA, "cpu", batch_tokens=64, lengths=(16,), sets=("optimizer.b2=0.99",))
+    assert Request.from_json(request.to_json()) == request
+    update = prepare(request).job.update
+    assert update is not None
+    assert update.b2 == 0.99
+    assert prepare(Request(LLAMA, "cpu", "forward", 64, (16,))).job.update is None
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("optimizer.rate=0.1", "the rate is an argument of the step"),
+        ("optimizer.warmup=5", "the rate is an argument of the step"),
+        ("optimizer.name=muon", "--optimizer names it"),
+        ("optimizer.groups.0.decay=1", "moecc train"),
+        ("run.steps=5", "optimizer.clip, optimizer.update_clip"),
+        ("optimizer.rates=1", "rates"),
+        ("optimizer.decay=much", "--set optimizer.decay=much"),
+        ("optimizer.b1=2", "--set optimizer.b1=2"),
+        ("decay", "--set decay"),
+    ],
+)
+def test_what_is_no_constant_of_a_step_is_rejected(text: str, says: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        update_of("adamw", [text])
+    assert says in str(caught.value)
+
+
+@pytest.mark.slow
+def test_they_are_in_the_program(moecc: Moecc) -> None:
+    pytest.importorskip("optax")
+    small = ("--machine", "cpu", "--batch-tokens", "64", "--sequence", "16", "--emit", "stablehlo")
+    texts = []
+    for options in ((), ("--set", "optimizer.decay=0.25"), ("--set", "optimizer.decay=0.1")):
+        done = moecc("compile", LLAMA, *small, *options)
+        assert done.code == 0
+        texts.append(done.out)
+    assert texts[0] == texts[2]  # the default
+    assert texts[0] != texts[1]
