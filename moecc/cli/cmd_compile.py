@@ -168,10 +168,9 @@ def ahead_request(request: CompileRequest) -> Request:
     """
     from moecc.ahead.request import Request
 
-    names = None if request.rules is None else tuple(request.rules.split(","))
     return Request(
         model=request.model,
-        machine=_checked_machine(request, names),
+        machine=_checked_machine(request),
         step=request.step.value,
         batch_tokens=request.batch_tokens,
         lengths=_lengths(request.sequence),
@@ -183,7 +182,7 @@ def ahead_request(request: CompileRequest) -> Request:
         reduce_dtype=request.reduce_dtype and _type_name(request.reduce_dtype),
         mesh=request.mesh,
         dense_weights=_value(request.dense_weights),
-        rules=names,
+        rules=_rules(request),
         partition=request.partition.value,
         via=_value(request.via),
         sliced=request.slice,
@@ -253,7 +252,11 @@ def planned(request: CompileRequest, file: str) -> CompileRequest:
     )  # fmt: skip
 
 
-def _checked_machine(request: CompileRequest, rules: tuple[str, ...] | None) -> str:
+def _rules(request: CompileRequest) -> tuple[str, ...] | None:
+    return None if request.rules is None else tuple(request.rules.split(","))
+
+
+def _checked_machine(request: CompileRequest) -> str:
     # The compiling process parses both again; errors are reported before it is started.
     from moecc.errors import UsageError
     from moecc.plan.meshes import plan_mesh
@@ -263,7 +266,7 @@ def _checked_machine(request: CompileRequest, rules: tuple[str, ...] | None) -> 
         raise UsageError("no machine is named", expected="--machine M, or --plan FILE")
     find_machine(request.machine)
     if request.mesh is not None:
-        plan_mesh(request.mesh, rules)
+        plan_mesh(request.mesh, _rules(request))
     return request.machine
 
 

@@ -65,7 +65,15 @@ def test_machines_are_valid(block: Block, tmp_path: Path) -> None:
     assert find_machine(str(path)).devices
 
 
-@pytest.mark.parametrize("block", blocks("python"), ids=str)
+LONG = ("testing.md:15", "any-jax-model.md:9", "python.md:7")
+"""Blocks that train, draw many graphs or convert; they run in `make test-all`."""
+
+
+@pytest.mark.parametrize(
+    "block",
+    [pytest.param(b, marks=pytest.mark.slow) if str(b) in LONG else b for b in blocks("python")],
+    ids=str,
+)
 def test_python_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With jax in this process, since to import it costs most; else in one of its own.
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.tiers import few
+
 from .pages import ROOT, blocks_of
 from .sessions import environment, fits, run_block
 
@@ -22,9 +24,7 @@ def test_what_fits() -> None:
     assert not fits([], ["a"])
 
 
-@pytest.mark.parametrize(
-    "page", [*SESSIONS, pytest.param(JOBS, marks=pytest.mark.slow)], ids=lambda p: p.name
-)
+@pytest.mark.parametrize("page", few([*SESSIONS, JOBS]), ids=lambda p: p.name)
 def test_sessions(page: Path, tmp_path: Path) -> None:
     for name in ("tests", "examples", "docs", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)

@@ -15,6 +15,7 @@ from moecc.checkpoint.run.state import StateReader
 from moecc.cli.main import main
 from moecc.steps.phases import phase_at, phases_of
 from moecc.train.recipe import OptimizerSection, ParameterGroup
+from tests.support.tiers import few
 
 GROUPS = "[{match='router'}, {match='norm', freeze=true}, {match='*', from_step=3}]"
 EMBEDDING = "model.embed_tokens.weight"
@@ -83,6 +84,7 @@ def test_what_begins_later_stays_as_it_was_before(run: Path) -> None:
     assert (tensor(run, 1, f"params.{router}") != tensor(run, 2, f"params.{router}")).any()
 
 
+@pytest.mark.slow
 def test_a_fork_needs_the_moments_that_there_are(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,7 +99,7 @@ def test_a_fork_needs_the_moments_that_there_are(
     assert main([*words, *groups, "--fork", f"{run}@2"]) == 0
 
 
-@pytest.mark.parametrize("step", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", few([2, 4], quick=0))
 def test_moments_that_began_later_are_carried_as_of_one_count(
     run: Path, step: int, tmp_path: Path
 ) -> None:

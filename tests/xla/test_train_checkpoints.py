@@ -35,6 +35,8 @@ from moecc_backends.xla.train.saving import Saver  # noqa: E402
 from moecc_backends.xla.train.step import make_train_step  # noqa: E402
 from moecc_backends.xla.train.tensors import load  # noqa: E402
 
+from tests.support.tiers import few  # noqa: E402
+
 SIZES = {"B": 8, "S": 8}
 
 FLAT = "cse"
@@ -86,7 +88,7 @@ def canonical_arrays(store: Any, state: Any) -> dict[str, np.ndarray]:
     return {key: np.asarray(array) for key, array in store._tensors(state, 0).items()}
 
 
-@pytest.mark.parametrize(("update", "beside"), [("adamw", True), ("adafactor", False)])
+@pytest.mark.parametrize(("update", "beside"), few([("adamw", True), ("adafactor", False)]))
 def test_any_program_restores_what_any_other_saved(
     made: Canonical,
     model: Any,
@@ -146,7 +148,7 @@ def test_a_save_that_fails_is_an_error_of_the_machine_and_loses_nothing(
     store.saver.close()
 
 
-@pytest.mark.parametrize("passes", [FLAT, ROLLED])
+@pytest.mark.parametrize("passes", few([FLAT, ROLLED]))
 def test_what_is_saved_takes_at_most_one_copy_of_the_state(
     made: Canonical, model: Any, passes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
