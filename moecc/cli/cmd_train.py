@@ -85,7 +85,8 @@ def train(request: TrainRequest) -> int:
         require("training", ("train",))
     with ExitStack() as opened:
         job = opened.enter_context(_job(request))
-        for remark in (*training_remarks(job.graph), *job.batches.remarks):
+        planned = _check_plan(job, request)
+        for remark in (*training_remarks(job.graph), *job.batches.remarks, *planned):
             say(f"remark: {remark}")
         if request.dry_run:
             _report_dry_run(job, request)
@@ -154,6 +155,18 @@ def _planned(request: TrainRequest) -> list[str]:
     from moecc.plan.saved import read_plan
 
     return read_plan(request.plan).recipe_values(is_new=request.resume is None)
+
+
+def _check_plan(job: TrainJob, request: TrainRequest) -> list[str]:
+    """Return remarks on a saved plan. Raises InputError if it is of another model."""
+    if request.plan is None:
+        return []
+    from moecc.plan.saved import read_plan
+    from moecc.tasks.train_plan import check_plan, plan_remarks
+
+    plan = read_plan(request.plan)
+    check_plan(plan, job, request.plan)
+    return plan_remarks(plan, job)
 
 
 def _trainer() -> Trainer:

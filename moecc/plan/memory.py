@@ -11,7 +11,7 @@ from moecc.plan.parts import Layer, Weight
 from moecc.plan.shapes import Shape
 from moecc.plan.sharding import Sharding, Values
 from moecc.plan.strategy import StepConfig, Strategy
-from moecc.plan.tiles import padded
+from moecc.plan.tiles import TILE, padded, stacked
 from moecc.plan.workload import Workload
 
 FACTORED_LEAST = 128
@@ -133,7 +133,7 @@ def _stored(work: Workload, local: Sharding, kind: str) -> tuple[float, float]:
     """Return the entries of the parameters on one device, and of those of layers."""
 
     def total(weights: Iterable[tuple[Weight, int]]) -> float:
-        return sum(n * padded(local.stored_sizes(w).values(), kind) for w, n in weights)
+        return sum(padded(stacked(local.stored_sizes(w).values(), n), kind) for w, n in weights)
 
     known = local.sharded
     every = known.once(("stored", kind), lambda: total(work.weights))
@@ -145,24 +145,24 @@ def optimizer_bytes(work: Workload, config: StepConfig, local: Sharding, kind: s
     """Return the bytes of the optimizer's state on one device of a machine of `kind`."""
     key = ("optimizer", config.optimizer, kind)
     return local.sharded.once(
-        key, lambda: sum(n * _state(w, local, config, kind) for w, n in work.weights)
+        key, lambda: sum(_state(w, n, local, config, kind) for w, n in work.weights)
     )
 
 
-def _state(weight: Weight, local: Sharding, config: StepConfig, kind: str) -> float:
-    """Return the bytes of the optimizer's state of a parameter, in the type of the parameters.
+def _state(weight: Weight, count: int, local: Sharding, config: StepConfig, kind: str) -> float:
+    """Return the bytes of the optimizer's state of `count` equal parameters, in their type.
 
     AdamW keeps two moments.  Adafactor keeps, of the second, means over one of the two largest axes
     and over the other (Shazeer and Stern 2018), and here no first.
     """
     stored, wide = local.stored_sizes(weight), config.weight_dtype.itemsize_bytes
     if config.optimizer == "adamw":
-        return 2.0 * wide * padded(stored.values(), kind)
+        return 2.0 * wide * padded(stacked(stored.values(), count), kind)
     sizes = sorted(((size, name) for name, size in weight.shape), reverse=True)
     if len(sizes) < 2 or sizes[1][0] < FACTORED_LEAST:
-        return wide * padded(stored.values(), kind)
+        return wide * padded(stacked(stored.values(), count), kind)
     kept = ([size for n, size in stored.items() if n != name] for _, name in sizes[:2])
-    return sum(wide * padded(axes, kind) for axes in kept)
+    return sum(wide * padded(stacked(axes, count), kind) for axes in kept)
 
 
 def _kept(work: Workload, values: Values, strategy: Strategy) -> float:
@@ -206,7 +206,8 @@ def _layer_bytes(
     gathered = local.sharded.once(
         "gathered", lambda: max((_gathered(p.weights, local) for p in work.parts), default=0.0)
     )
-    return (layers + gathered) * width
+    summed = local.sharded.once(("summed", kind), lambda: _summed(work, local, kind))
+    return (layers + gathered + summed) * width
 
 
 def _layer(layer: Layer, values: Values, again: bool, fuses: bool) -> float:
@@ -231,6 +232,18 @@ def _layer(layer: Layer, values: Values, again: bool, fuses: bool) -> float:
 def _gathered(weights: tuple[Weight, ...], local: Sharding) -> float:
     """Return the elements of a part's parameters that are put together to be used."""
     return sum(local.used(w) - local.stored(w) for w in weights)
+
+
+def _summed(work: Workload, local: Sharding, kind: str) -> float:
+    """Return the elements beside a parameter that a TPU gathers by a sum, of the largest.
+
+    Shards whose rows fill no tiles are not put side by side: XLA adds up arrays that are zero but
+    for a shard, so that there are zeros, and the sum once more in the order that is used.
+    """
+    if kind != "tpu":
+        return 0.0
+    summed = (w for w, _ in work.weights if any(s % TILE[0] for s in local.cut_sizes(w)))
+    return max((2.0 * local.used(w) for w in summed), default=0.0)
 
 
 def _head_bytes(work: Workload, local: Sharding, config: StepConfig) -> float:

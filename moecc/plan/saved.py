@@ -60,6 +60,7 @@ class SavedPlan:
       via: how tokens reach experts.
       remat: what the backward pass computes again.
       sliced: whether devices along ``model`` send slices of rows.
+      parameters: of the model, with its passes; None where a plan does not say it.
     """
 
     model: str
@@ -79,6 +80,7 @@ class SavedPlan:
     via: str
     remat: str
     sliced: bool
+    parameters: int | None = None
 
     @property
     def mesh_text(self) -> str:
@@ -143,7 +145,10 @@ def read_plan(path: str) -> SavedPlan:
     ]  # fmt: skip
     if wrong:
         raise InputError(wrong)
-    return SavedPlan(**{**found, "rules": tuple(rules)})
+    count = data.get("parameters")
+    return SavedPlan(
+        **{**found, "rules": tuple(rules)}, parameters=count if isinstance(count, int) else None
+    )
 
 
 def _values(table: object, name: str, kinds: _Kinds, path: str, problems: Problems) -> JsonDict:

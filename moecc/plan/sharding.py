@@ -164,6 +164,11 @@ class Sharding:
         pairs = zip(weight.shape, type, strict=True)
         return {name: size / layout.size(axis.mesh) for (name, size), axis in pairs}
 
+    def cut_sizes(self, weight: Weight) -> list[float]:
+        """Return the sizes, as stored, of the axes along which a parameter is gathered for use."""
+        sizes, cut = self.stored_sizes(weight), set(self.stored_axes(weight))
+        return [sizes[a.name] for a in self.sharded.stored(weight) if cut & set(a.mesh)]
+
     def stored_axes(self, weight: Weight) -> tuple[str, ...]:
         """Return the mesh axes that cut a parameter for storage, which is gathered for use."""
         stored, used = self.sharded.stored(weight), self.sharded.used(weight)

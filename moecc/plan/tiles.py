@@ -25,5 +25,10 @@ def padded(sizes: Iterable[float], kind: str) -> float:
     )
 
 
+def stacked(sizes: Iterable[float], count: int) -> tuple[float, ...]:
+    """Return the sizes of `count` equal parameters of layers, which a program keeps as one."""
+    return (float(count), *sizes)
+
+
 def _whole(size: float, tile: int) -> int:
     return ceil(size / tile) * tile

@@ -121,7 +121,7 @@ def _flops(recipe: Recipe, graph: Graph, batches: Batches) -> Facts:
 
 def _planned_graph(graph: Graph, training: StepPasses) -> Graph:
     """Return the graph that is planned: in its mode, unrolled and on no mesh, as plans take it."""
-    passes = replace(training, documents=None, losses=None, mesh=None, rolled=False)
+    passes = replace(training, losses=None, mesh=None, rolled=False)
     return step_graph(graph, passes)
 
 

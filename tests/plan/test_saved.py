@@ -102,6 +102,50 @@ def test_a_run_that_begins_by_a_plan(tmp_path: Path) -> None:
     assert list(made.mesh.rules) == list(read_plan(str(path)).rules)
 
 
+OTHERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "more experts": (
+        ("-p", "upcycle{experts=8 top-k=2}"),
+        ("other passes", f"expected: {PIPELINE}, as model.pipeline is",
+         "a model with other parameters", "with upcycle{experts=8 top-k=2}"),
+    ),
+    "a forward step": (
+        ("-p", "upcycle{experts=4 top-k=1 gates=switch}", "--step", "forward"),
+        ("another step", "--step train", "other passes", "gates=switch"),
+    ),
+    "no passes": (("-p", ""), ("a model with other parameters", "with no passes")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_run_rejects_the_plan_of_another_model(
+    tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more, words = OTHERS[case]
+    recipe = written_recipe(tmp_path)
+    path = saved(tmp_path, *more, model=str(tmp_path / "model"))
+    capsys.readouterr()
+    run = tmp_path / "run"
+    assert main(["train", str(recipe), "--out", str(run), "--plan", str(path), "--dry-run"]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert all(word in said for word in words), said
+    assert str(path) in said
+    assert not run.exists()
+
+
+def test_a_plan_with_the_passes_of_a_converted_model_fits_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = written_recipe(tmp_path, pipeline="")
+    model, sparse = str(tmp_path / "model"), str(tmp_path / "sparse")
+    assert main(["convert", model, sparse, "-p", PIPELINE, "--to", "auto"]) == 0
+    path = saved(tmp_path, "--mesh", "data=8", "--batch-tokens", "2048", model=model)
+    capsys.readouterr()
+    command = ["train", str(recipe), "--set", f"model.source={sparse}", "--plan", str(path)]
+    assert main([*command, "--out", str(tmp_path / "run"), "--dry-run"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "other settings: dtype bf16, here f32; tokens of a batch 2048, here 256" in said
+
+
 def written_recipe(folder: Path, batch: int = 8, pipeline: str = PIPELINE) -> Path:
     draw_weights(make_model(folder / "model"))
     make_corpus(folder / "tokens")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecc.plan.tiles import padded
+from moecc.plan.tiles import padded, stacked
 
 
 def rooms(sizes: list[int]) -> list[int]:
@@ -40,3 +40,21 @@ def test_of_all_orders_the_one_that_pads_least(sizes: list[int]) -> None:
 def test_the_room_of_some_parameters(sizes: tuple[int, ...], expected: int) -> None:
     assert padded(sizes, "tpu") == expected
     assert padded(sizes, "gpu") == padded(sizes, "cpu") <= expected
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count", "expected"),
+    [
+        # As XLA lays out what 30 layers of SmolLM2 store of a parameter on one of 64 devices.
+        ((9, 1536), 30, 32 * 9 * 1536),
+        ((192, 9), 30, 32 * 9 * 256),
+        ((9, 576), 30, 32 * 9 * 640),
+        ((576,), 30, 32 * 640),
+        ((49152, 9), 1, 49152 * 16),
+    ],
+)
+def test_parameters_of_layers_are_padded_as_one(
+    sizes: tuple[int, ...], count: int, expected: int
+) -> None:
+    assert padded(stacked(sizes, count), "tpu") == expected
+    assert padded(stacked(sizes, count), "gpu") == count * padded(sizes, "gpu")
