@@ -13,6 +13,8 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 SEEDS = (0, 1, 2)
 
+_OPTIONAL = ("curves", "task", "stacks", "unit", "measures")
+
 Line = Mapping[str, Any]
 """A result: experiment, arm, seed, and what was measured."""
 
@@ -31,6 +33,7 @@ class Experiment:
       task: the task that arms are fine-tuned on, from the sparse model; empty for pre-training.
       stacks: whether arms are the stacks of one encoder-decoder, whose routers are looked at.
       unit: what a result is: nats a byte, or of a task the share of wrong answers.
+      measures: the claim without which the others are not measurable, or none.
     """
 
     key: str
@@ -42,6 +45,7 @@ class Experiment:
     task: str = ""
     stacks: bool = False
     unit: str = "nats a byte"
+    measures: str = ""
 
     def only(self, claim: str) -> Experiment:
         """Return the experiment with one of its claims, and the arms of that."""
@@ -58,7 +62,7 @@ def declared(path: Path = HERE / "experiments.toml") -> dict[str, Experiment]:
         unknown = {arm for pair in claims.values() for arm in pair} - arms.keys()
         if unknown:
             raise ValueError(f"{path.name}: {key}: no arm is called {', '.join(sorted(unknown))}")
-        more = {name: table[name] for name in ("curves", "task", "stacks", "unit") if name in table}
+        more = {name: table[name] for name in _OPTIONAL if name in table}
         made[key] = Experiment(key, table["title"], table["source"], arms, claims, **more)
     return made
 

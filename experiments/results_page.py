@@ -8,7 +8,7 @@ from statistics import mean
 
 from curves_figure import curves_of, draw_curves
 from declared import HERE, SEEDS, Experiment, Line, declared, read_results
-from verdicts import Effect, Verdict, effect_of
+from verdicts import Effect, Verdict, effect_of, verdict_of
 
 PAGE = HERE.parent / "docs" / "experiments.md"
 
@@ -89,7 +89,7 @@ def _claims(experiments: Iterable[Experiment], lines: Sequence[Line]) -> Iterato
             effect = effect_of(lines, experiment, claim)
             yield (
                 f"| {experiment.key} | {claim} | {_effect(effect, experiment.unit)} | "
-                f"{len(effect.values)} | {_verdict(effect)} |"
+                f"{len(effect.values)} | {_verdict(effect, verdict_of(lines, experiment, claim))} |"
             )
     yield ""
 
@@ -102,10 +102,10 @@ def _effect(effect: Effect, unit: str) -> str:
     return f"{effect.mean:+.4f}{half}{unit}".replace("-", "−")
 
 
-def _verdict(effect: Effect) -> str:
-    if effect.values and effect.verdict is Verdict.NOT_RUN:
+def _verdict(effect: Effect, verdict: Verdict) -> str:
+    if effect.values and verdict is Verdict.NOT_RUN:
         return f"fewer than {len(SEEDS)} seeds"
-    return effect.verdict.value
+    return verdict.value
 
 
 def _section(experiment: Experiment, lines: Sequence[Line]) -> Iterator[str]:

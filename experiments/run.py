@@ -43,6 +43,10 @@ SPARSE = "top-2"
 """The arm of (a) that is fine-tuned."""
 
 
+LIKELIER = "the likelier label"
+"""The arm of a task that learns nothing."""
+
+
 EXPLAINED = ("explained", "by_chance", "untrained")
 """What `moecc specialise` says of the share of a choice that the token alone explains."""
 
@@ -111,6 +115,8 @@ class Lab:
         """Return the result of an arm."""
         if experiment.stacks:
             return self.stack(experiment, arm, seed)
+        if arm == LIKELIER:
+            return self.likelier(experiment, seed)
         source, tokens = self.source(experiment, seed)
         began, worked = time.monotonic(), time.process_time()
         recipe = "finetune.toml" if experiment.task else "continue.toml"
@@ -130,6 +136,18 @@ class Lab:
             "seconds": round(time.monotonic() - began, 1), "data": data_digest(run),
             "recipe": facts["recipe"], "moecc": __version__,
             **({"curve": curve(run, experiment.curves)} if experiment.curves else {}),
+        }  # fmt: skip
+
+    def likelier(self, experiment: Experiment, seed: int) -> dict[str, Any]:
+        """Return the result of the label that most held-out records have, beside the first arm."""
+        run = self.work / f"{experiment.key}-{slug(next(iter(experiment.arms)))}-{seed}"
+        path = self.task(experiment.task) / "heldout" / "tokens.json"
+        counts = [label["count"] for label in json.loads(path.read_text("utf-8"))["labels"]]
+        return {
+            "experiment": experiment.key, "arm": LIKELIER, "seed": seed,
+            "loss": 1 - max(counts) / sum(counts), "held_out_tokens": sum(counts), "steps": 0,
+            "tokens": 0, "processor_seconds": 0.0, "seconds": 0.0, "data": data_digest(run),
+            "moecc": __version__,
         }  # fmt: skip
 
     def stack(self, experiment: Experiment, name: str, seed: int) -> dict[str, Any]:

@@ -20,6 +20,7 @@ class Verdict(Enum):
     OPPOSITE = "the opposite"
     NOT_SHOWN = "not shown"
     NOT_RUN = "not run"
+    NOT_MEASURABLE = "not measurable here"
 
 
 @dataclass(frozen=True)
@@ -68,3 +69,12 @@ def effect_of(lines: Sequence[Line], experiment: Experiment, claim: str) -> Effe
     """Return what was measured of a claim, over the seeds that both arms have on the same data."""
     first, second = (losses(lines, experiment.key, arm) for arm in experiment.claims[claim])
     return Effect(tuple(first[s] - second[s] for s in sorted(first.keys() & second.keys())))
+
+
+def verdict_of(lines: Sequence[Line], experiment: Experiment, claim: str) -> Verdict:
+    """Return what is said of a claim: nothing, where what it rests on does not show."""
+    found = effect_of(lines, experiment, claim).verdict
+    if not experiment.measures or Verdict.NOT_RUN is found:
+        return found
+    ground = effect_of(lines, experiment, experiment.measures).verdict
+    return found if ground is Verdict.SHOWN else Verdict.NOT_MEASURABLE

@@ -10,7 +10,9 @@ SELECTIVE = "f32"
 """The type of routers under selective precision."""
 
 
-def set_router_dtype(graph: Graph, router_dtype: str, dtype: DType) -> None:
+def set_router_dtype(
+    graph: Graph, router_dtype: str, dtype: DType, where: str = "--router-dtype"
+) -> None:
     """Let the routers of `graph` compute in the type of the run instead of in float32.
 
     Products that ask for float32 and the choices of experts change, in place; losses of the
@@ -20,6 +22,7 @@ def set_router_dtype(graph: Graph, router_dtype: str, dtype: DType) -> None:
       graph: the graph.
       router_dtype: ``f32``, or the name of `dtype`.
       dtype: the type of the run.
+      where: what asks for it, for messages.
 
     Raises:
       UsageError: another type is asked for.
@@ -29,7 +32,7 @@ def set_router_dtype(graph: Graph, router_dtype: str, dtype: DType) -> None:
     if router_dtype != dtype.name:
         raise UsageError(
             "routers compute in float32 or in the type of the run",
-            where="--router-dtype",
+            where=where,
             expected=f"{SELECTIVE} or {dtype.name}",
             found=router_dtype,
         )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from moecc.errors import InputError
 from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph
+from moecc.model.router_dtype import set_router_dtype
 from moecc.plan.batches import length_variables
 from moecc.plan.meshes import plan_mesh
 from moecc.sharding.layout import Layout
@@ -25,7 +26,7 @@ def train_graph(graph: Graph, recipe: Recipe) -> Graph:
     Raises:
       InputError: the recipe does not suit the graph.
     """
-    made = step_graph(graph, train_passes(graph, recipe))
+    made = _step_graph(graph, recipe, train_passes(graph, recipe))
     if recipe.routing.bias_rate and not bias_counts(made):
         raise InputError(
             "no layer has a balance bias that could be updated",
@@ -43,7 +44,14 @@ def eval_graph(graph: Graph, recipe: Recipe) -> Graph:
     Raises:
       InputError: the recipe does not suit the graph.
     """
-    return step_graph(graph, eval_passes(graph, recipe))
+    return _step_graph(graph, recipe, eval_passes(graph, recipe))
+
+
+def _step_graph(graph: Graph, recipe: Recipe, passes: StepPasses) -> Graph:
+    """Return the graph of a step, with routers in the type of the recipe."""
+    made, asked = step_graph(graph, passes), float_type(recipe.routing.router_dtype)
+    set_router_dtype(made, asked.name, float_type(recipe.run.dtype), where="routing.router_dtype")
+    return made
 
 
 def train_passes(graph: Graph, recipe: Recipe) -> StepPasses:

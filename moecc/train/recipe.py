@@ -123,6 +123,8 @@ class RoutingSection:
       jitter: training multiplies the router's input by 1 ± this.
       dropout: of training, on what sublayers add and on the hidden values of dense ones.
       expert_dropout: of training, on the hidden values of experts, which needs a capacity.
+      router_dtype: the type that routers compute in: ``f32``, or that of the run, which ST-MoE
+        found unstable in bf16 (§3.3).
       force_balance: route evenly, whatever the router says: for timing alone.
     """
 
@@ -135,6 +137,7 @@ class RoutingSection:
     jitter: float = 0.0
     dropout: float = 0.0
     expert_dropout: float = 0.0
+    router_dtype: str = "f32"
     force_balance: bool = False
 
 

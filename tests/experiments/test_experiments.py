@@ -52,6 +52,33 @@ def test_an_effect_is_paired_by_seed_and_its_interval_is_students() -> None:
     assert effect([1.5, 1.6, 1.7], [1.4, 1.5, 1.6], data="sha256:1").values == ()
 
 
+def test_what_learns_no_more_than_the_likelier_label_measures_nothing() -> None:
+    task = declared.declared()["t"]
+    claim = next(c for c in task.claims if c != task.measures)
+
+    def said(*wrong: float) -> Any:
+        lines = [
+            line(arm, seed, x + seed / 1000) | {"experiment": "t"}
+            for seed in range(3)
+            for arm, x in zip(("all", "all but the experts", run.LIKELIER), wrong, strict=True)
+        ]
+        return verdicts.verdict_of(lines, task, claim)
+
+    assert said(0.3, 0.2, 0.5) is verdicts.Verdict.SHOWN
+    assert said(0.5, 0.4, 0.5) is verdicts.Verdict.NOT_MEASURABLE
+    assert verdicts.verdict_of([], task, claim) is verdicts.Verdict.NOT_RUN
+
+
+def test_the_likelier_label_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "task-rte" / "heldout"
+    folder.mkdir(parents=True)
+    (folder / "tokens.json").write_text('{"labels": [{"count": 30}, {"count": 10}]}')
+    monkeypatch.setattr(run.Lab, "task", lambda self, name: tmp_path / f"task-{name}")
+    monkeypatch.setattr(run, "data_digest", lambda folder: folder.name)
+    found = run.Lab(tmp_path).arm(declared.declared()["t"], run.LIKELIER, 2)
+    assert (found["loss"], found["held_out_tokens"], found["data"]) == (0.25, 40, "t-all-2")
+
+
 def test_the_page_is_of_the_results() -> None:
     text = results_page.page(declared.read_results())
     assert results_page.PAGE.read_text("utf-8") == text, "run: make docs"

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
-from moecc.model.open import open_model
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
 from moecc.steps.recipes import train_graph
-from moecc.train.recipe_text import load_recipe
-from moecc.train.state import canonical
 
 from .chain import ROOT
-from .recipes import CASES, HEAD, row
+from .recipes import BOUNDS, CASES, HEAD, model_of, off, planned, row
 
 PROOF = ROOT / "docs" / "proofs" / "recipes.jsonl"
 
@@ -28,16 +24,27 @@ def test_every_recipe_is_compiled_for_both_machines() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_case_has_the_graph_of_a_step(name: str) -> None:
-    recipe = load_recipe(f"recipe:{CASES[name].recipe}", CASES[name].values)
-    with open_model(recipe.model.source, config_alone=True) as model:
-        graph = model.graph
-    run_pipeline(graph, Pipeline.parse(recipe.model.pipeline))
-    step = train_graph(canonical(graph).graph, recipe)
+    recipe, graph = model_of(CASES[name])
+    step = train_graph(graph, recipe)
     assert "logits" in step.output_names
     assert "segments" in step.inputs
 
 
+LINES = [json.loads(line) for line in PROOF.read_text("utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line["case"])
+def test_a_plan_is_within_the_bounds_of_what_was_compiled(line: dict[str, Any]) -> None:
+    beyond = {k: far for k, (_, far) in off(line).items() if abs(far or 0.0) > BOUNDS[k]}
+    assert beyond == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line["case"])
+def test_the_plans_of_the_proof_are_those_of_today(line: dict[str, Any]) -> None:
+    assert planned(CASES[line["case"]]) == line["planned"]
+
+
 def test_the_page_has_the_rows_of_the_proof() -> None:
     page = (ROOT / "docs" / "compiling.md").read_text("utf-8")
-    lines = [json.loads(line) for line in PROOF.read_text("utf-8").splitlines()]
-    assert "\n".join([*HEAD, *map(row, lines)]) in page
+    assert "\n".join([*HEAD, *map(row, LINES)]) in page

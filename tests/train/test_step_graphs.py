@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -124,3 +125,23 @@ def test_training_alone_is_perturbed(key: str, layers: int) -> None:
 def test_a_model_without_experts_is_not_perturbed() -> None:
     with pytest.raises(InputError, match=r"routing\.dropout, routing\.expert_dropout"):
         train_graph(imported("llama_gqa", "cse"), noisy(dropout=0.1, expert_dropout=0.3))
+
+
+def test_routers_compute_in_the_type_of_the_run_where_that_is_asked_for() -> None:
+    graph = imported("llama_gqa", "upcycle{experts=4 top-k=2}")
+
+    def asked(**routing: str) -> Recipe:
+        recipe = noisy()
+        run = replace(recipe.run, dtype="bfloat16")
+        return replace(recipe, run=run, routing=replace(recipe.routing, **routing))
+
+    def precise(made: Graph) -> set[str]:
+        return {
+            node.op.name for node in unrolled(made) if node.attrs.get("precision") == "f32"
+        }  # fmt: skip
+
+    for of_step in (train_graph, eval_graph):
+        plain, low = of_step(graph, asked()), of_step(graph, asked(router_dtype="bfloat16"))
+        assert precise(plain) == {"contract", "route"}
+        assert precise(low) == set()
+    assert equal(train_graph(graph, asked(router_dtype="f32")), train_graph(graph, asked()))
