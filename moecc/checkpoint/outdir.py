@@ -24,6 +24,8 @@ from moecc.errors import InputError, MachineError
 
 _SPACE_MARGIN_BYTES = 16 << 20
 
+_FULL = "give another folder, or --force to replace it once the new one is complete"
+
 
 @dataclass(frozen=True, slots=True)
 class OutputPlace:
@@ -45,6 +47,7 @@ def check_output(
     force: bool = False,
     needed_bytes: int = 0,
     resume: bool = False,
+    hint: str = _FULL,
 ) -> OutputPlace:
     """Check whether a folder may be written, before anything is; nothing is created.
 
@@ -54,6 +57,7 @@ def check_output(
       force: whether an existing folder may be replaced.
       needed_bytes: the size of the output.
       resume: whether a partial output is continued.
+      hint: what to do where the folder is not empty.
 
     Raises:
       InputError: it is a file, not empty, equal to or inside an input or vice versa, the
@@ -66,7 +70,7 @@ def check_output(
     if not folder.parent.is_dir():
         hint = f"make it first: mkdir -p {folder.parent}"
         problems.add("the parent of the output folder does not exist", where=str(out), hint=hint)
-    replaces = _check_existing(folder, out, force, problems)
+    replaces = _check_existing(folder, out, force, problems, hint)
     for source in inputs:
         check_apart(folder, Path(os.path.realpath(source)), out, source, problems)
     check_leftovers(folder, out, force, problems, resume=resume)
@@ -112,7 +116,7 @@ def output_folder(
 def _settled(folder: Path, out: Path, force: bool) -> OutputPlace:
     """Look once more at the destination, which no other writer changes from now on."""
     problems = Problems()
-    replaces = _check_existing(folder, out, force, problems)
+    replaces = _check_existing(folder, out, force, problems, _FULL)
     problems.raise_if_any(InputError)
     if os.path.lexists(folder):  # else the old output is the only complete one
         remove(replaced_of(folder))
@@ -126,7 +130,7 @@ def _open_up(folder: Path) -> None:
         raise os_problem(error, folder, "set the mode of") from None
 
 
-def _check_existing(folder: Path, out: Path, force: bool, problems: Problems) -> bool:
+def _check_existing(folder: Path, out: Path, force: bool, problems: Problems, full: str) -> bool:
     """Report why an existing output cannot be replaced; return whether it has content."""
     where = str(out)
     if not os.path.lexists(folder):
@@ -151,7 +155,7 @@ def _check_existing(folder: Path, out: Path, force: bool, problems: Problems) ->
             "the output folder is not empty",
             where=where,
             found=f"{len(content):,} entries, {content[0]!r} among them",
-            hint="give another folder, or --force to replace it once the new one is complete",
+            hint=full,
         )
     return bool(content)
 

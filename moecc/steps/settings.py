@@ -58,7 +58,7 @@ def parameter_settings(graph: Graph, section: OptimizerSection) -> dict[str, Par
     rolled norms and vectors of experts have two of.
 
     Raises:
-      InputError: a group matches nothing, or parts of a rolled parameter differ.
+      InputError: a group matches nothing, all is frozen, or parts of a rolled parameter differ.
     """
     free, groups = trainable(graph), parameter_groups(graph)
     chosen = _Chosen(section.groups)
@@ -70,6 +70,9 @@ def parameter_settings(graph: Graph, section: OptimizerSection) -> dict[str, Par
         problems += found[1]
         made[name] = _settings(value, free[name], found[0], section)
     problems += chosen.unmatched()
+    if made and not any(settings.trained for settings in made.values()):
+        hint = "moecc evaluate measures a model as it is"
+        problems.append(Problem("no parameter is trained", "optimizer.groups", hint=hint))
     if problems:
         raise InputError(problems)
     return made
@@ -163,10 +166,11 @@ class _Chosen:
         for number, group in enumerate(self.groups):
             hidden = any(group.match == other.match for other in self.groups[:number])
             if number not in self._matched and not hidden:
+                is_known = group.match in GROUPS
                 yield Problem(
                     "a group of parameters matches none", f"optimizer.groups[{number}].match",
                     f"a glob over names, or one of {', '.join(GROUPS)}", group.match,
-                    nearest(group.match, GROUPS),
+                    "the model has none of them" if is_known else nearest(group.match, GROUPS),
                 )  # fmt: skip
 
 

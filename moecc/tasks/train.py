@@ -6,9 +6,10 @@ or a device is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from moecc.checkpoint.outdir import check_output
@@ -29,8 +30,9 @@ from moecc.ir.graph import Graph
 from moecc.ir.printer import print_graph
 from moecc.model.open import Model, no_tensors, open_model, read_graph
 from moecc.steps.carried import saved_moments
-from moecc.steps.phases import section_at
+from moecc.steps.phases import phases_of, section_at
 from moecc.steps.recipes import eval_graph, step_spec, train_graph
+from moecc.steps.settings import parameter_settings
 from moecc.support.untyped import JsonDict
 from moecc.tasks.train_carried import carried_from
 from moecc.tasks.train_exports import check_export
@@ -53,6 +55,8 @@ from moecc.train.tokens.encoders import BYTES_DIGEST, tokenizer_digest
 
 TOKENIZER = "tokenizer.json"
 
+_FULL = "give another folder; moecc train --resume RUN goes on with a run"
+
 
 def new_run(recipe: Recipe, source: Source, out: Path) -> TrainJob:
     """Return the job of a new run.
@@ -61,9 +65,9 @@ def new_run(recipe: Recipe, source: Source, out: Path) -> TrainJob:
       InputError: recipe, model and data do not suit one another, or `out` cannot be used.
     """
     inputs = tuple(inputs_of(source.model.checkpoint))
-    check_output(out, inputs=inputs)
+    check_output(out, inputs=inputs, hint=_FULL)
     graph = source.made.graph
-    batches = _checked(recipe, graph, facts_of(source.model, train_graph(graph, recipe)))
+    batches = _checked(recipe, graph, partial(facts_of, source.model))
     recipe = resolved(recipe, batches)
     if recipe.model.moments is Moments.CARRY:
         carried_from(source, recipe.optimizer)
@@ -112,7 +116,7 @@ def resumed_run(
             hint=f"moecc train RECIPE --fork {run} --out FOLDER goes on with another recipe",
         )  # fmt: skip
     graph = read_graph(str(run / GRAPH))
-    batches = _checked(found, graph, _facts_of_run(run, graph, found))
+    batches = _checked(found, graph, partial(_facts_of_run, run, graph))
     _check_data(run, batches)
     return TrainJob(
         run, found, recipe_digest(found), graph, batches, lambda: None,
@@ -138,9 +142,9 @@ def forked_run(recipe: Recipe, reference: str, out: Path) -> TrainJob:
             expected=f"more than {step.number}, where {reference} is", found=str(recipe.run.steps),
         )  # fmt: skip
     graph = read_graph(str(run / GRAPH))
-    check_output(out, inputs=[run])
+    check_output(out, inputs=[run], hint=_FULL)
     _check_moments(graph, _begun_with(run).optimizer, recipe.optimizer, step.number)
-    batches = _checked(recipe, graph, _facts_of_run(run, graph, recipe))
+    batches = _checked(recipe, graph, partial(_facts_of_run, run, graph))
     recipe = resolved(recipe, batches)
     digest = recipe_digest(recipe)
 
@@ -184,13 +188,22 @@ def _check_moments(
         )
 
 
-def _checked(recipe: Recipe, graph: Graph, facts: ModelFacts) -> Batches:
-    """Return the batches of a recipe, once graphs and step are known to suit it."""
+def _checked(recipe: Recipe, graph: Graph, facts: Callable[[Graph], ModelFacts]) -> Batches:
+    """Return the batches of a recipe, once graphs and step are known to suit it.
+
+    Args:
+      recipe: the recipe.
+      graph: the model's.
+      facts: makes what batches have to know of the graph of a step.
+    """
+    step = train_graph(graph, recipe)
+    for phase in phases_of(recipe.optimizer):
+        parameter_settings(step, phase.section)
     eval_graph(graph, recipe)
     step_spec(graph, recipe)
     if recipe.run.export_steps:
         check_export(graph, recipe.run.export_to)
-    return open_batches(recipe.data, facts)
+    return open_batches(recipe.data, facts(step))
 
 
 def _stage(recipe: Recipe, digest: str, source: Source, batches: Batches) -> JsonDict:
@@ -251,11 +264,11 @@ def _types(graph: Graph) -> dict[str, str]:
     return {name: str(param.type) for name, param in graph.params.items()}
 
 
-def _facts_of_run(run: Path, graph: Graph, recipe: Recipe) -> ModelFacts:
+def _facts_of_run(run: Path, graph: Graph, step: Graph) -> ModelFacts:
     model = Model(graph, str(run))
     tokenizer = run / SOURCE / TOKENIZER
     digest = tokenizer_digest(tokenizer.read_bytes()) if tokenizer.is_file() else None
-    return replace(facts_of(model, train_graph(graph, recipe)), tokenizer_digest=digest)
+    return replace(facts_of(model, step), tokenizer_digest=digest)
 
 
 def _last_stage(run: Path) -> JsonDict:

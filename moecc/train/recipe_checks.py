@@ -226,7 +226,7 @@ def _schedule(optimizer: OptimizerSection, run: RunSection) -> Iterator[Fault]:
         clip: Path = ("optimizer", "update_clip")
         yield Fault((clip, keys["name"]), "only adafactor clips the update of a matrix", "1.0",
                     str(optimizer.update_clip), "clip bounds the gradients of all")  # fmt: skip
-    if optimizer.warmup > run.steps:
+    if optimizer.warmup > run.steps > 0:
         yield Fault((keys["warmup"], steps), "the warm-up is longer than the run",
                     f"at most steps = {run.steps}", str(optimizer.warmup))  # fmt: skip
     is_wsd = optimizer.schedule is Schedule.WSD

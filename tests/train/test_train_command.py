@@ -199,6 +199,9 @@ def test_data_that_changed_are_refused(folder: Path, call: Any, tmp_path: Path) 
     assert "train: the data changed since the run began" in err
 
 
+FROZEN = ("recipe.toml", "--out", "x", "--set", "model.pipeline=''", "--set")
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
@@ -206,7 +209,7 @@ def test_data_that_changed_are_refused(folder: Path, call: Any, tmp_path: Path) 
         (["recipe.toml"], 2, "RECIPE --out RUN, or --resume RUN"),
         (["--resume", "run", "--out", "x"], 2, "leave --out out"),
         (["--resume", "model"], 1, "not the folder of a run"),
-        (["recipe.toml", "--out", "run"], 1, "not empty"),
+        (["recipe.toml", "--out", "run"], 1, "--resume RUN goes on with a run"),
         (["recipe.toml", "--fork", "run@5", "--out", "x"], 1, "best, last, or one of the steps"),
         (["recipe.toml", "--fork", "run", "--out", "x"], 1, "as many steps already"),
         (["recipe.toml", "--out", "x", "--set", "mesh.mesh=data=3"], 1, "mesh"),
@@ -216,6 +219,9 @@ def test_data_that_changed_are_refused(folder: Path, call: Any, tmp_path: Path) 
         (["recipe.toml", "--out", "x", "--set", "data.trian=[]"], 2, "did you mean"),
         (["recipe.toml", "--out", "x", "--set", "model.source=small"], 1, "ids beyond the voc"),
         (["recipe.toml", "--out", "x", "--set", "data.train.0.tokens=other"], 1, "other tokenizer"),
+        ([*FROZEN, "optimizer.groups=[{match='*', freeze=true}]"], 1, "no parameter is trained"),
+        ([*FROZEN, "optimizer.groups=[{match='moe'}]"], 1, "the model has none of them"),
+        ([*FROZEN, "optimizer.groups=[{match='mo'}]"], 1, "did you mean 'moe'"),
     ],
 )
 def test_what_cannot_be_is_one_message(

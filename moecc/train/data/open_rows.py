@@ -130,7 +130,7 @@ class _Maker:
     def misfits(self) -> Iterator[Problem]:
         """Yield why the folders do not suit each other, the model or the objective."""
         yield from self._of_model()
-        for folder in self.folders.values():
+        for folder in {folder.path: folder for folder in self.folders.values()}.values():
             yield from self._of_tokenizer(folder)
             yield from self._of_kind(folder)
         yield from self._of_special()
