@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -35,6 +35,16 @@ class Disk:
     def append(self, descriptor: int, data: bytes) -> None:
         """Write at the end of a file that was opened to append."""
         os.write(descriptor, data)
+
+    def release(self, descriptor: int) -> None:
+        """Begin to bring what was written to the disk; what is there need not stay in memory.
+
+        Promises nothing about what is on the disk.
+        """
+        if not hasattr(os, "posix_fadvise"):
+            return
+        with suppress(OSError):  # it is an advice
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def sync(self, descriptor: int) -> None:
         """Return once a file, or the names in a folder, are on the disk."""

@@ -8,12 +8,21 @@ the final name is either absent or complete.
 from __future__ import annotations
 
 import os
+import threading
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from moecc.checkpoint.disk import CREATE, KEEP, disk
 from moecc.checkpoint.files import OPEN_DESCRIPTORS, DescriptorPool, os_problem
+
+RELEASED_BYTES = 32 << 20
+"""After so many bytes, the system may begin to write a file and forget what is written.
+
+Otherwise gigabytes wait in memory until the end, drive out what others keep there, and memory that
+was never used is far slower to fill than memory that was just released.
+"""
 
 _AGAIN = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 
@@ -23,6 +32,8 @@ class OutputFiles:
 
     def __init__(self, limit: int = OPEN_DESCRIPTORS) -> None:
         self._pool = DescriptorPool(limit, _open_again)
+        self._lock = threading.Lock()
+        self._waiting_bytes: Counter[Path] = Counter()
 
     def create(self, path: Path, size_bytes: int, head: bytes, *, keep: bool = False) -> None:
         """Create a file of its full size that begins with `head`.
@@ -50,6 +61,8 @@ class OutputFiles:
         with self._pool.lease(path) as descriptor:
             try:
                 _write_all(descriptor, data, offset)
+                if self._is_due(path, len(data)):
+                    disk().release(descriptor)
             except OSError as error:
                 raise os_problem(error, path, "write") from None
 
@@ -62,6 +75,15 @@ class OutputFiles:
     def close(self) -> None:
         """Close all files."""
         self._pool.close()
+
+    def _is_due(self, path: Path, nbytes: int) -> bool:
+        """Count what is written of a file; return whether it is time to release it."""
+        with self._lock:
+            self._waiting_bytes[path] += nbytes
+            is_due = self._waiting_bytes[path] >= RELEASED_BYTES
+            if is_due:
+                del self._waiting_bytes[path]
+            return is_due
 
     def _flush(self, path: Path) -> None:
         with self._pool.lease(path) as descriptor:

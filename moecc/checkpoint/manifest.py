@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,11 +14,19 @@ from moecc.checkpoint.files import (
     Identity,
     file_fault,
     open_regular,
-    read_into,
 )
 from moecc.checkpoint.frontmatter import CARD_NAME
 from moecc.checkpoint.gguf.header import read_gguf_header
 from moecc.checkpoint.gguf.storage import SUFFIX
+from moecc.checkpoint.hashing import (
+    CHUNK_BYTES,
+    HASH_THREADS,
+    chunk_buffer,
+    file_digest,
+    file_records,
+    hashed_beside,
+    range_digest,
+)
 from moecc.checkpoint.index import SHARD_SUFFIX
 from moecc.checkpoint.problems import Problems, quoted
 from moecc.checkpoint.records import (
@@ -50,36 +57,13 @@ __all__ = [
     "dump",
     "file_digest",
     "file_records",
+    "hashed_beside",
     "library_versions",
     "load",
     "seal",
     "verify_manifest",
     "weight_file_record",
 ]
-
-HASH_THREADS = 2
-_CHUNK_BYTES = 4 << 20
-_local = threading.local()
-
-
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a regular file, in hexadecimal, in constant memory.
-
-    Raises:
-      InputError: there is no such regular file.
-      MachineError: it cannot be read.
-    """
-    return _file_record(path).sha256
-
-
-def file_records(files: Mapping[str, Path] | Iterable[Path]) -> dict[str, FileRecord]:
-    """Return size and digest of files, by the given names or by file name; uses two threads.
-
-    Raises: as `file_digest`.
-    """
-    named = dict(files) if isinstance(files, Mapping) else {path.name: path for path in files}
-    with ThreadPoolExecutor(HASH_THREADS) as threads:
-        return dict(zip(named, threads.map(_file_record, named.values()), strict=True))
 
 
 def weight_file_record(path: Path) -> WeightFileRecord:
@@ -255,10 +239,10 @@ class _Verification:
 
     def _digest(self, info: TensorInfo) -> str | InputError:
         digest = hashlib.sha256()
-        buffer = _buffer()
+        buffer = chunk_buffer()
         try:
-            for done in range(0, info.nbytes, _CHUNK_BYTES):
-                part = buffer[: min(_CHUNK_BYTES, info.nbytes - done)]
+            for done in range(0, info.nbytes, CHUNK_BYTES):
+                part = buffer[: min(CHUNK_BYTES, info.nbytes - done)]
                 self.pool.read_into(info.file, self.identities[info.file], part, info.offset + done)
                 digest.update(part)
         except InputError as error:
@@ -286,37 +270,10 @@ def stored_name(info: TensorInfo) -> str:
     return info.storage.lower() or info.dtype.name
 
 
-def _buffer() -> memoryview:
-    """Return this thread's own buffer of one chunk."""
-    if not hasattr(_local, "buffer"):
-        _local.buffer = memoryview(bytearray(_CHUNK_BYTES))
-    buffer: memoryview = _local.buffer
-    return buffer
-
-
-def _file_record(path: Path) -> FileRecord:
-    descriptor, identity = open_regular(path)
-    try:
-        return FileRecord(identity.size_bytes, _range_digest(descriptor, identity.size_bytes, path))
-    finally:
-        os.close(descriptor)
-
-
 def _weight_record(path: Path, header: Header) -> WeightFileRecord:
     descriptor, identity = open_regular(path)
     try:
-        digest = _range_digest(descriptor, header.data_start_bytes, path)
+        digest = range_digest(descriptor, header.data_start_bytes, path)
     finally:
         os.close(descriptor)
     return WeightFileRecord(identity.size_bytes, digest)
-
-
-def _range_digest(descriptor: int, end_bytes: int, path: Path) -> str:
-    """Return the SHA-256 of the first bytes of a file."""
-    digest = hashlib.sha256()
-    buffer = _buffer()
-    for done in range(0, end_bytes, _CHUNK_BYTES):
-        part = buffer[: min(_CHUNK_BYTES, end_bytes - done)]
-        read_into(descriptor, part, done, path)
-        digest.update(part)
-    return digest.hexdigest()

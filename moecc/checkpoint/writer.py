@@ -41,8 +41,8 @@ from moecc.weights.movement import Tile
 from moecc.weights.rounding import first_nonfinite
 from moecc.weights.simplify import simplify
 
-BLOCK_BYTES = 4 << 20
-"""The block size of evaluation: a block should still be in the cache when it is hashed."""
+BLOCK_BYTES = 1 << 20
+"""The block size of evaluation: a block should still be in a core's cache when it is hashed."""
 
 KEPT_BYTES = 64 << 20
 """The most bytes that a thread keeps of one expert, of which copies stand one after the other."""

@@ -73,7 +73,7 @@ def write(
       InputError: the output cannot be used; a weight is not finite; the source changed meanwhile.
       MachineError: the disk is too small, or a write failed.
     """
-    from moecc.checkpoint.manifest import file_records
+    from moecc.checkpoint.hashing import hashed_beside
     from moecc.checkpoint.outdir import output_folder
     from moecc.checkpoint.outfile import output_file
     from moecc.checkpoint.run.checkpoint import inputs_of
@@ -89,10 +89,9 @@ def write(
     with (output_file if one_file else output_folder)(
         place, inputs=inputs_of(checkpoint), force=force, needed_bytes=planned.size_bytes,
         goes_on=earlier.goes_on if resume else None,
-    ) as temporary, earlier.journal(temporary) as journal:  # fmt: skip
-        # First, so that what is then evaluated is in the cache of the system.
-        hashed = file_records(files_of(checkpoint))
-        options = replace(options, journal=journal, source_files=hashed)
+    ) as temporary, earlier.journal(temporary) as journal, \
+            hashed_beside(files_of(checkpoint)) as source_files:  # fmt: skip
+        options = replace(options, journal=journal, source_files=source_files)
         if isinstance(planned.export, GgufExport):
             fill = write_gguf_file if one_file else write_gguf
             written = fill(temporary, planned, options)
@@ -186,7 +185,9 @@ def _write_folder(folder: Path, planned: Plan, options: WriteOptions) -> WriteRe
     receipt = receipt_of(planned, folder, options)
     write_durable(folder / RECEIPT_NAME, receipt.content())
     write_durable(folder / CARD_NAME, card(planned, receipt, options.words).encode())
-    write_durable(folder / MANIFEST_NAME, manifest(folder, planned, written, options.source_files))
+    write_durable(
+        folder / MANIFEST_NAME, manifest(folder, planned, written, options.source_files())
+    )
     return written
 
 

@@ -53,7 +53,9 @@ def write_gguf(folder: Path, planned: Plan, options: WriteOptions) -> WriteRepor
     words = ["--allow-nonfinite"] if options.allow_nonfinite else []
     write_durable(folder / RECEIPT_NAME, receipt.content())
     write_durable(folder / CARD_NAME, card(planned, receipt, words).encode())
-    write_durable(folder / MANIFEST_NAME, manifest(folder, planned, written, options.source_files))
+    write_durable(
+        folder / MANIFEST_NAME, manifest(folder, planned, written, options.source_files())
+    )
     return written
 
 
@@ -69,7 +71,7 @@ def write_gguf_file(folder: Path, planned: Plan, options: WriteOptions) -> Write
     written = _write_weights(folder, planned, options)
     receipt = receipt_of(planned, folder / FILE_NAME, options).to_json()
     write_durable(
-        folder / MANIFEST_NAME, manifest(folder, planned, written, options.source_files, receipt)
+        folder / MANIFEST_NAME, manifest(folder, planned, written, options.source_files(), receipt)
     )
     return written
 

@@ -6,7 +6,7 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +42,7 @@ class WriteOptions:
       verify: whether source and result are run and compared.
       progress: receives the bytes written so far, and all.
       journal: notes what is complete.
-      source_files: the digests of the source's files.
+      source_files: waits for the digests of the source's files, and returns them.
     """
 
     max_shard_bytes: int = MAX_SHARD_BYTES
@@ -50,7 +50,7 @@ class WriteOptions:
     verify: bool = False
     progress: Progress | None = None
     journal: Journal | None = None
-    source_files: Mapping[str, FileRecord] = field(default_factory=dict)
+    source_files: Callable[[], Mapping[str, FileRecord]] = dict
 
     @property
     def words(self) -> list[str]:

@@ -51,24 +51,17 @@ def round_to(values: Array, dtype: DType) -> Array:
     elif values.dtype.itemsize < 4:
         values = widen(values, F32)
     if dtype is BF16:
-        return _to_bf16(values.reshape(-1)).reshape(values.shape)
+        return _to_bf16(values)
     with np.errstate(over="ignore", invalid="ignore"):
         return values.astype(dtype.numpy)
 
 
 def _to_bf16(values: Array) -> Array:
-    """Round ``f32[n]`` to bf16 on the bits; a NaN stays a NaN."""
-    bits = values.view(np.uint32)
-    # Add half of the discarded part, less one if the last kept bit is 0: ties to even.
-    rounded = bits >> np.uint32(16)
-    rounded &= np.uint32(1)
-    rounded += np.uint32(0x7FFF)
-    rounded += bits
-    rounded >>= np.uint32(16)
-    made: Array = rounded.astype(np.uint16).view(BF16.numpy)
-    nan = np.isnan(values)
-    if nan.any():
-        made[nan] = np.nan
+    """Round f32 to bf16; a NaN becomes the positive quiet one, whatever its sign and payload."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        made = values.astype(BF16.numpy)
+    if first_nonfinite(made) is not None:
+        made[np.isnan(values)] = np.nan
     return made
 
 

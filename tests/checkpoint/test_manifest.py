@@ -2,6 +2,7 @@ import dataclasses
 import hashlib
 import json
 import random
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from moecc.checkpoint.manifest import (
     dump,
     file_digest,
     file_records,
+    hashed_beside,
     load,
     verify_manifest,
     weight_file_record,
@@ -110,6 +112,26 @@ def test_digests_are_those_of_hashlib(tmp_path):
     records = file_records([tmp_path / "a", tmp_path / "b"])
     assert records["a"] == FileRecord(9_000_001, hashlib.sha256(data).hexdigest())
     assert records["b"] == FileRecord(0, hashlib.sha256(b"").hexdigest())
+
+
+def test_hashing_beside_ends_with_what_it_is_beside(tmp_path):
+    with (tmp_path / "hours").open("wb") as file:
+        file.truncate(1 << 43)
+    with pytest.raises(KeyError), hashed_beside([tmp_path / "hours"]) as records:
+        raise KeyError
+    with pytest.raises(CancelledError):
+        records()
+
+
+def test_hashing_beside_waits_and_raises_where_it_is_asked(tmp_path):
+    (tmp_path / "a").write_bytes(b"moecc")
+    with hashed_beside({"one": tmp_path / "a"}) as records:
+        assert records() == {"one": FileRecord(5, hashlib.sha256(b"moecc").hexdigest())}
+    with (
+        hashed_beside([tmp_path / "absent"]) as records,
+        pytest.raises(InputError, match="No such"),
+    ):
+        records()
 
 
 def test_the_digest_of_a_missing_file_is_an_input_error(tmp_path):

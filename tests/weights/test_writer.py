@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from moecc.checkpoint import writer
+from moecc.checkpoint import durable, writer
+from moecc.checkpoint.disk import Disk, injected
 from moecc.checkpoint.safetensors import read_header
 from moecc.checkpoint.shards import Entry, natural, plan_shards
 from moecc.checkpoint.writer import OutputTensor, WriteReport, write_checkpoint
@@ -207,6 +208,32 @@ def test_every_file_is_synchronised(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(os, "fsync", fsync)
     written(tmp_path / "out", everything(), max_shard_bytes=9_000)
     assert sorted(flushed) == sorted(str(p) for p in (tmp_path / "out").iterdir())
+
+
+def test_the_system_may_forget_what_is_written_all_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Releasing(Disk):
+        waiting = most = released = 0
+
+        def write(self, descriptor: int, data: memoryview, offset: int) -> int:
+            done = super().write(descriptor, data, offset)
+            self.waiting += done
+            self.most = max(self.most, self.waiting)
+            return done
+
+        def release(self, descriptor: int) -> None:
+            super().release(descriptor)
+            self.waiting, self.released = 0, self.released + 1
+
+    plain = written(tmp_path / "plain", everything())
+    monkeypatch.setattr(durable, "RELEASED_BYTES", 4_000)
+    monkeypatch.setattr(writer, "BLOCK_BYTES", 1_000)
+    with injected(Releasing()) as disk:
+        assert written(tmp_path / "out", everything(), threads=1) == plain
+    assert isinstance(disk, Releasing)
+    assert disk.released > 3
+    assert disk.most < plain.total_bytes / 2
 
 
 def test_progress_ends_with_everything(tmp_path: Path) -> None:
