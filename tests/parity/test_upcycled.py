@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -95,15 +96,31 @@ def logits_of(python: str, jobs: list[dict[str, str]]) -> list[dict[str, Any]]:
     return reports
 
 
-def check(python: str, cases: list[tuple[str, str]], jobs: list[dict[str, str]]) -> None:
-    """Compare with the golden logits: each case is a source and what was done to it."""
+def check(
+    python: str, cases: list[tuple[str, str]], jobs: list[dict[str, str]], *, own: bool = False
+) -> None:
+    """Compare with the golden logits: each case is a source and what was done to it.
+
+    With `own`, where transformers itself is further off in float32 (olmo2_square_tied: 1.4e-6), it
+    must compute of what was written what it computes of the source, bit for bit.
+    """
     wrong = []
     for (source, done), job, report in zip(cases, jobs, logits_of(python, jobs), strict=True):
         golden, folder = GOLDEN / source / "logits.npy", Path(job["folder"])
         off = {n: relative(folder / f"{n}.npy", golden) for n in ("float64", "float32")}
-        if report or off["float64"] > DOUBLE or off["float32"] > SINGLE:
+        near = off["float32"] <= SINGLE or (own and as_of_the_source(python, source, job))
+        if report or off["float64"] > DOUBLE or not near:
             wrong.append(f"{source}, {done}: {report or off}")
     assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong)
+
+
+def as_of_the_source(python: str, source: str, job: dict[str, str]) -> bool:
+    """Whether transformers computes the same bits of a source and of what was written, in f32."""
+    written = Path(job["folder"])
+    copied = written.with_name(f"{written.name}-source")
+    shutil.copytree(GOLDEN / source, copied)
+    logits_of(python, [{"folder": str(copied), "tokens": job["tokens"]}])
+    return (copied / "float32.npy").read_bytes() == (written / "float32.npy").read_bytes()
 
 
 def relative(found: Path, expected: Path) -> float:
@@ -141,7 +158,7 @@ def test_every_decoder_written_again(python: str, tmp_path: Path) -> None:
             write(plan(model, Pipeline.parse(""), family_of(source)), tmp_path / source)
         tokens = GOLDEN / source / "tokens.npy"
         jobs.append({"folder": str(tmp_path / source), "tokens": str(tokens)})
-    check(python, cases, jobs)
+    check(python, cases, jobs, own=True)
 
 
 NEWER = [
