@@ -16,6 +16,7 @@ from moecc.cli.heartbeat import Progress
 from moecc.cli.options import FormatOption, LoadOption, PlanOption
 
 if TYPE_CHECKING:
+    from moecc.plan.saved import SavedPlan
     from moecc.support.signals import Asked
     from moecc.train.events import Reason, Stopped
     from moecc.train.job import Trainer, Training, TrainJob
@@ -84,8 +85,9 @@ def train(request: TrainRequest) -> int:
     if not request.dry_run:
         require("training", ("train",))
     with ExitStack() as opened:
-        job = opened.enter_context(_job(request))
-        planned = _check_plan(job, request)
+        plan = _saved_plan(request)
+        job = opened.enter_context(_job(request, plan))
+        planned = [] if plan is None else _check_plan(job, plan, str(request.plan))
         for remark in (*training_remarks(job.graph), *job.batches.remarks, *planned):
             say(f"remark: {remark}")
         if request.dry_run:
@@ -93,7 +95,7 @@ def train(request: TrainRequest) -> int:
             return 0
         asked = opened.enter_context(signals_noted())
         running = opened.enter_context(_trainer().train(job))
-        stopped = _watch(job, running, asked, request)
+        stopped = _watch(job, running, asked, request, plan)
     data = {"run": str(job.run), "step": stopped.step, "reason": stopped.reason.value}
     if running.writes:
         text = f"{job.run}: {stopped.reason.value} after {stopped.step:,} steps"
@@ -113,7 +115,7 @@ def _report_dry_run(job: TrainJob, request: TrainRequest) -> None:
 
 
 @contextmanager
-def _job(request: TrainRequest) -> Iterator[TrainJob]:
+def _job(request: TrainRequest, plan: SavedPlan | None) -> Iterator[TrainJob]:
     """Return what is asked for. Raises UsageError where that is not one of the three forms."""
     from pathlib import Path
 
@@ -124,7 +126,7 @@ def _job(request: TrainRequest) -> Iterator[TrainJob]:
     from moecc.tasks.train_source import open_source
     from moecc.train.recipe_text import load_recipe
 
-    sets, files = [*_planned(request), *(request.set or [])], request.load or []
+    sets, files = _sets(request, plan), request.load or []
     if request.resume is not None or request.fork is not None:
         registry_with(files)
     if request.resume is not None:
@@ -148,24 +150,24 @@ def _job(request: TrainRequest) -> Iterator[TrainJob]:
         yield new_run(recipe, source, out)
 
 
-def _planned(request: TrainRequest) -> list[str]:
-    """Return the values of a recipe that a saved plan decides. Raises InputError."""
-    if request.plan is None:
-        return []
+def _sets(request: TrainRequest, plan: SavedPlan | None) -> list[str]:
+    """Return the values of the recipe that a plan decides, and those that replace them."""
+    decided = [] if plan is None else plan.recipe_values(is_new=request.resume is None)
+    return [*decided, *(request.set or [])]
+
+
+def _saved_plan(request: TrainRequest) -> SavedPlan | None:
+    """Return the plan that is given. Raises InputError if it is none."""
     from moecc.plan.saved import read_plan
 
-    return read_plan(request.plan).recipe_values(is_new=request.resume is None)
+    return None if request.plan is None else read_plan(request.plan)
 
 
-def _check_plan(job: TrainJob, request: TrainRequest) -> list[str]:
+def _check_plan(job: TrainJob, plan: SavedPlan, path: str) -> list[str]:
     """Return remarks on a saved plan. Raises InputError if it is of another model."""
-    if request.plan is None:
-        return []
-    from moecc.plan.saved import read_plan
     from moecc.tasks.train_plan import check_plan, plan_remarks
 
-    plan = read_plan(request.plan)
-    check_plan(plan, job, request.plan)
+    check_plan(plan, job, path)
     return plan_remarks(plan, job)
 
 
@@ -178,7 +180,13 @@ def _trainer() -> Trainer:
     return backend
 
 
-def _watch(job: TrainJob, training: Training, asked: Asked, request: TrainRequest) -> Stopped:
+def _watch(
+    job: TrainJob,
+    training: Training,
+    asked: Asked,
+    request: TrainRequest,
+    plan: SavedPlan | None = None,
+) -> Stopped:
     """Run a training to its end, and show how it goes."""
     from signal import SIGINT
 
@@ -197,7 +205,9 @@ def _watch(job: TrainJob, training: Training, asked: Asked, request: TrainReques
     if training.writes:
         trackers = _trackers(job, request)
         events = tracked(exported(job, events), trackers, job.recipe.run.log_steps)
-    with TrainProgress(job.recipe.run.steps, quiet=not training.writes) as progress:
+    predicted = None if plan is None else plan.tokens_per_second
+    quiet = not training.writes
+    with TrainProgress(job.recipe.run.steps, quiet=quiet, predicted=predicted) as progress:
         for event in events:
             progress(event)
             if isinstance(event, Stopped):

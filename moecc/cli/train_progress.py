@@ -24,10 +24,11 @@ class TrainProgress:
     Args:
       steps: of the whole run.
       quiet: whether nothing is shown, as in all processes but the first.
+      predicted: tokens a second of a plan, of which the share that is reached is shown.
     """
 
-    def __init__(self, steps: int, *, quiet: bool = False) -> None:
-        self._steps, self._quiet = steps, quiet or is_quiet()
+    def __init__(self, steps: int, *, quiet: bool = False, predicted: float | None = None) -> None:
+        self._steps, self._quiet, self._predicted = steps, quiet or is_quiet(), predicted
         self._is_live = sys.stderr.isatty() and use_colour()
         self._shown_seconds = -LINE_SECONDS
         self._tokens = 0
@@ -73,7 +74,9 @@ class TrainProgress:
     def _stepped(self, event: Stepped) -> None:
         for alarm in self._watch(event.step, event.metrics):
             self._say(f"alarm: {alarm}")
-        tokens, self._tokens = event.tokens - self._tokens, event.tokens
+        # Of a run that goes on, the first step is not all that was done before.
+        before = self._tokens or event.tokens * (1 - 1 / max(event.step, 1))
+        tokens, self._tokens = event.tokens - before, event.tokens
         rate = tokens / max(event.seconds, 1e-9)
         weight = _FORGETTING if self._rate else 0.0
         self._rate = weight * self._rate + (1 - weight) * rate
@@ -88,13 +91,19 @@ class TrainProgress:
         left = _duration((self._steps - event.step) * self._step_seconds)
         text = (
             f"step {event.step:,} of {self._steps:,}  loss {shown}  "
-            f"{count_text(round(self._rate))} tokens/s  {left} left"
+            f"{count_text(round(self._rate))} tokens/s{self._share()}  {left} left"
         )
         if not self._is_live:
             say(text)
             return
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
         self._is_open = True
+
+    def _share(self) -> str:
+        """Return which share of a plan's tokens a second is reached, if there is a plan."""
+        if self._predicted is None:
+            return ""
+        return f" ({self._rate / self._predicted:.0%} of the plan)"
 
     def _say(self, text: str) -> None:
         self._end_line()

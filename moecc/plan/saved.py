@@ -61,6 +61,7 @@ class SavedPlan:
       remat: what the backward pass computes again.
       sliced: whether devices along ``model`` send slices of rows.
       parameters: of the model, with its passes; None where a plan does not say it.
+      tokens_per_second: that are predicted, of all devices; None where a plan does not say it.
     """
 
     model: str
@@ -81,6 +82,7 @@ class SavedPlan:
     remat: str
     sliced: bool
     parameters: int | None = None
+    tokens_per_second: float | None = None
 
     @property
     def mesh_text(self) -> str:
@@ -147,8 +149,18 @@ def read_plan(path: str) -> SavedPlan:
         raise InputError(wrong)
     count = data.get("parameters")
     return SavedPlan(
-        **{**found, "rules": tuple(rules)}, parameters=count if isinstance(count, int) else None
+        **{**found, "rules": tuple(rules)},
+        parameters=count if isinstance(count, int) else None,
+        tokens_per_second=_tokens_per_second(data),
     )
+
+
+def _tokens_per_second(data: JsonDict) -> float | None:
+    """Return what a plan predicts, if it does."""
+    batch, best = data.get("batch"), data["best"]
+    tokens, seconds = batch.get("tokens") if isinstance(batch, dict) else None, best.get("seconds")
+    known = all(isinstance(x, int | float) and x > 0 for x in (tokens, seconds))
+    return tokens / seconds if known else None
 
 
 def _values(table: object, name: str, kinds: _Kinds, path: str, problems: Problems) -> JsonDict:

@@ -12,6 +12,7 @@ import pytest
 
 from moecc.checkpoint.run.layout import LINEAGE_SCHEMA
 from moecc.cli.main import main
+from moecc.cli.train_progress import TrainProgress
 from moecc.errors import InputError
 from moecc.train.alarms import DEAD_STEPS, SATURATED_STEPS, Watch
 from moecc.train.events import Evaluated, Reason, Stepped, Stopped
@@ -151,3 +152,14 @@ def test_event_files_have_what_passed_by(tmp_path: Path) -> None:
     data = file.read_bytes()
     assert data.count(b"train/loss") == 2
     assert np.frombuffer(data[:8], np.uint64)[0] > 0
+
+
+def test_progress_says_which_share_of_a_plan_is_reached(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # A run that goes on after 1,000 steps of 512 tokens.
+    for predicted, share in ((2048.0, " (50% of the plan)"), (None, "")):
+        with TrainProgress(1001, predicted=predicted) as progress:
+            progress(Stepped(1001, {"loss": 1.5}, 1001 * 512, 0.5))
+        said = capsys.readouterr().err
+        assert said == f"step 1,001 of 1,001  loss 1.5000  1.0 K tokens/s{share}  0 s left\n"
