@@ -56,6 +56,7 @@ class Transfer(NamedTuple):
       times: how often a step does it, in one part.
       why: what for, in a few words.
       waits: whether computation has to wait for it; parameters and their gradients do not.
+      odd: whether it gathers shards with odd numbers of rows.
     """
 
     op: str
@@ -64,3 +65,12 @@ class Transfer(NamedTuple):
     times: float
     why: str
     waits: bool = True
+    odd: bool = False
+
+    def on(self, kind: str) -> Transfer:
+        """Return what a machine of `kind` makes of it.
+
+        XLA puts odd numbers of rows together on a TPU by a sum of arrays that are zero but for a
+        shard.
+        """
+        return self._replace(op="all_reduce") if self.odd and kind == "tpu" else self

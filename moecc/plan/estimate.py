@@ -284,7 +284,8 @@ class Estimator:
         sizes, reached = local.layout.sizes, efficiency("network")
         routes = local.sharded.once("routes", lambda: self.machine.network.routes(sizes))
         return tuple(
-            (t, t.times * seconds(t.op, routes[t.axes], t.tensor_bytes) / reached) for t in found
+            (t, t.times * seconds(t.op, routes[t.axes], t.tensor_bytes) / reached)
+            for t in (each.on(self.machine.kind) for each in found)
         )
 
     def _streams(self, strategy: Strategy, local: Sharding) -> Iterator[PartCost]:

@@ -11,7 +11,7 @@ from moecc.plan.parts import Layer, Weight
 from moecc.plan.shapes import Shape
 from moecc.plan.sharding import Sharding, Values
 from moecc.plan.strategy import StepConfig, Strategy
-from moecc.plan.tiles import TILE, padded, stacked
+from moecc.plan.tiles import padded, stacked
 from moecc.plan.workload import Workload
 
 FACTORED_LEAST = 128
@@ -104,7 +104,8 @@ def memory(
         copies=of_layers * width if width < wide else 0.0,
         optimizer=optimizer_bytes(work, config, local, kind) if training else 0.0,
         activations=_kept(work, local.values, strategy) * width if training else 0.0,
-        buffers=max(
+        buffers=_zeros(work, local, kind) * width
+        + max(
             _layer_bytes(work, local, config, strategy.remat, kind)
             + _head_gradient(work, local, config),
             # Gradients of layers come when the logits have gone.
@@ -206,8 +207,7 @@ def _layer_bytes(
     gathered = local.sharded.once(
         "gathered", lambda: max((_gathered(p.weights, local) for p in work.parts), default=0.0)
     )
-    summed = local.sharded.once(("summed", kind), lambda: _summed(work, local, kind))
-    return (layers + gathered + summed) * width
+    return (layers + gathered) * width
 
 
 def _layer(layer: Layer, values: Values, again: bool, fuses: bool) -> float:
@@ -234,29 +234,31 @@ def _gathered(weights: tuple[Weight, ...], local: Sharding) -> float:
     return sum(local.used(w) - local.stored(w) for w in weights)
 
 
-def _summed(work: Workload, local: Sharding, kind: str) -> float:
-    """Return the elements beside a parameter that a TPU gathers by a sum, of the largest.
+def _zeros(work: Workload, local: Sharding, kind: str) -> float:
+    """Return the elements that a TPU adds shards to where it gathers by a sum, of the largest."""
 
-    Shards whose rows fill no tiles are not put side by side: XLA adds up arrays that are zero but
-    for a shard, so that there are zeros, and the sum once more in the order that is used.
-    """
-    if kind != "tpu":
-        return 0.0
-    summed = (w for w, _ in work.weights if any(s % TILE[0] for s in local.cut_sizes(w)))
-    return max((2.0 * local.used(w) for w in summed), default=0.0)
+    def most() -> float:
+        odd = (w for w, _ in work.weights if local.sharded.is_odd(w))
+        return max(map(local.used, odd), default=0.0)
+
+    return local.sharded.once("zeros", most) if kind == "tpu" else 0.0
 
 
 def _head_bytes(work: Workload, local: Sharding, config: StepConfig) -> float:
     """Return what is alive while the head is computed: logits in float32, all or a chunk of them.
 
-    Chunks add up the gradients of the weights, in float32.
+    Its weights were gathered by then, and their gradient is made from the logits.  Chunks add up
+    the gradients of the weights, in float32.
     """
     head = work.head
     if head is None or not config.train:
         return 4.0 * max(map(local.elements, work.logits), default=0.0)
     logits, count = 4.0 * local.elements(head.logits), _chunks(head, local)
-    weights = 4.0 * sum(map(local.used, head.weights))
-    return logits if count == 1 else weights + CHUNK_PARTS * logits / count
+    if count > 1:
+        return 4.0 * sum(map(local.used, head.weights)) + CHUNK_PARTS * logits / count
+    width = config.dtype.itemsize_bytes
+    beside = width * _gathered(head.weights, local) + _head_gradient(work, local, config)
+    return max(logits, logits * width / 4 + beside)
 
 
 def _head_gradient(work: Workload, local: Sharding, config: StepConfig) -> float:

@@ -26,6 +26,7 @@ class Moved(NamedTuple):
       elements: of the tensor that it moves, on one device.
       why: what for, in a few words.
       of_rows: whether it moves rows of experts, of which there may be more than in the graph.
+      odd: whether it gathers shards with odd numbers of rows.
     """
 
     op: str
@@ -33,6 +34,7 @@ class Moved(NamedTuple):
     elements: float
     why: str
     of_rows: bool = False
+    odd: bool = False
 
 
 class Carried(NamedTuple):
@@ -114,7 +116,7 @@ class _Reader:
         for one in self.sharded.work.sample.resharded(stored, used):
             found = moved(self.sharded, one, weight.shape, "parameters")
             if found is not None:
-                yield found
+                yield found._replace(odd=self.sharded.is_odd(weight))
 
     def summed(self, weight: Weight, gathers: Iterable[Moved]) -> Iterator[Moved]:
         """Yield how a gradient is summed: scattered where it is stored in parts, else reduced."""

@@ -11,6 +11,7 @@ from typing import TypeVar
 from moecc.ir.graph import Node, Value
 from moecc.plan.parts import Weight
 from moecc.plan.shapes import Shape
+from moecc.plan.tiles import PACKED_ROWS
 from moecc.plan.workload import Workload
 from moecc.sharding.gradients import Gradients, GradientSum
 from moecc.sharding.layout import Layout
@@ -110,6 +111,13 @@ class Sharded(Memo):
         """Return the type of a parameter as it is stored."""
         return self.found.types[self.value(weight)]
 
+    def is_odd(self, weight: Weight) -> bool:
+        """Return whether a parameter is gathered for use from shards with odd numbers of rows."""
+        used = {m for a in self.used(weight) for m in a.mesh}
+        pairs = zip(weight.shape, self.stored(weight), strict=True)
+        cut = (s / self.layout.size(a.mesh) for (_, s), a in pairs if set(a.mesh) - used)
+        return any(size % PACKED_ROWS for size in cut)
+
     def summed(self, weight: Weight) -> set[str]:
         """Return the mesh axes over which the gradient of a parameter is summed."""
         return self.gradients.params.get(self.value(weight), set())
@@ -163,11 +171,6 @@ class Sharding:
         type, layout = self.sharded.stored(weight), self.layout
         pairs = zip(weight.shape, type, strict=True)
         return {name: size / layout.size(axis.mesh) for (name, size), axis in pairs}
-
-    def cut_sizes(self, weight: Weight) -> list[float]:
-        """Return the sizes, as stored, of the axes along which a parameter is gathered for use."""
-        sizes, cut = self.stored_sizes(weight), set(self.stored_axes(weight))
-        return [sizes[a.name] for a in self.sharded.stored(weight) if cut & set(a.mesh)]
 
     def stored_axes(self, weight: Weight) -> tuple[str, ...]:
         """Return the mesh axes that cut a parameter for storage, which is gathered for use."""

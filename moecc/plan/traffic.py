@@ -34,7 +34,7 @@ def part_transfers(
     def transfer(one: Moved, times: float, *, waits: bool = True) -> Transfer:
         elements = one.elements * local.rows if one.of_rows else one.elements
         size = elements * config.dtype.itemsize_bytes
-        return Transfer(one.op, one.axes, size, times, one.why, waits)
+        return Transfer(one.op, one.axes, size, times, one.why, waits, one.odd)
 
     for one in found.params:
         yield transfer(one, doing.gathers(part), waits=False)

@@ -24,6 +24,7 @@ from moecc.plan.estimate import Estimate, Estimator
 from moecc.plan.exchanges import Rows
 from moecc.plan.layouts import layouts
 from moecc.plan.machines import parse_machine
+from moecc.plan.memory import _zeros
 from moecc.plan.meshes import meshes, plan_mesh
 from moecc.plan.sharding import Sharding
 from moecc.plan.strategy import REMATS, StepConfig, Strategy
@@ -250,6 +251,22 @@ def test_parameters_of_layers_are_gathered_for_either_pass(remat: str) -> None:
     vectors = sum(n * w.elements for w, n in work.weights if len(w.shape.axes) == 1)
     layers = work.parameters - table.elements - vectors
     assert found.collectives["all_gather"]["tensor_bytes"] == 2 * (table.elements + 2 * layers)
+
+
+@pytest.mark.parametrize(("devices", "is_odd"), [(32, False), (64, True)])
+def test_a_tpu_adds_up_shards_with_odd_numbers_of_rows(devices: int, is_odd: bool) -> None:
+    """Of 576 columns a shard has 18 or 9; found by compiling both."""
+    work = work_of("smollm2-135m")
+    strategy = Strategy(Layout(plan_mesh(f"fsdp={devices}"), 0))
+    tpu, gpu = (estimate(work, strategy, kind) for kind in ("tpu:v5p:2x2x4", "gpu:h100:16"))
+    gathered = gpu.collectives["all_gather"]["tensor_bytes"]
+    assert ("all_gather" in tpu.collectives) != is_odd
+    sums = gpu.collectives["all_reduce"]["tensor_bytes"] + is_odd * gathered
+    assert tpu.collectives["all_reduce"]["tensor_bytes"] == sums
+    local = Sharding.of(strategy.layout, work)
+    table = max(local.used(w) for w, _ in work.weights)
+    assert _zeros(work, local, "tpu") == is_odd * table
+    assert _zeros(work, local, "gpu") == 0
 
 
 def test_layers_that_are_a_loop_in_their_unit_are_computed_again_for_it() -> None:
