@@ -82,11 +82,12 @@ def test_the_likelier_label_is_counted(tmp_path: Path, monkeypatch: pytest.Monke
 def test_the_page_is_of_the_results() -> None:
     text = results_page.page(declared.read_results())
     assert results_page.PAGE.read_text("utf-8") == text, "run: make docs"
-    lines = [line("dense", n, 1.5) | FACTS for n in range(3)]
-    lines += [line("top-2", n, 1.4 + n / 1000) | FACTS for n in range(3)]
+    lines = [line("dense", n, 1.5) | FACTS | {"recipe": f"dense {n}"} for n in range(3)]
+    lines += [line("top-2", n, 1.4 + n / 1000) | FACTS | {"recipe": f"{n}"} for n in range(3)]
     made = results_page.page(lines)
     assert f"| a | {CLAIM} | −0.0990 ± 0.0025 | 3 | reproduced |" in made
     assert "| dense | 1.5000, 1.5000, 1.5000 | 1.5000 | 150 | 307,200 | 60 s |" in made
+    assert "6 runs, 1.84 M tokens, 0.10 hours of processor time in all." in made
 
 
 FACTS = {"steps": 150, "tokens": 307200, "processor_seconds": 60.0}
