@@ -14,6 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from moecc.checkpoint.run.layout import saved_steps
 from moecc.cli.main import main
+from moecc.errors import InputError
+from moecc.model.open import open_model
 
 pytest.importorskip("jax")
 pytest.importorskip("orbax.checkpoint")
@@ -197,6 +199,14 @@ def test_data_that_changed_are_refused(folder: Path, call: Any, tmp_path: Path) 
     code, _, err = call("train", "--resume", run, "--set", f"data.train.0.tokens={tokens}")
     assert code == 1
     assert "train: the data changed since the run began" in err
+
+
+def test_a_checkpoint_that_training_removes_while_it_is_read(folder: Path) -> None:
+    run = killed(folder, 6, "read")
+    with open_model(str(run)) as model:
+        shutil.rmtree(run / "steps" / "6")
+        with pytest.raises(InputError, match="removed while it was read"):
+            dict(model.params())
 
 
 FROZEN = ("recipe.toml", "--out", "x", "--set", "model.pipeline=''", "--set")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moecc.checkpoint.trees.arrays import ZarrArrays
+from moecc.errors import InputError
 
 
 def array_key(*parts: str) -> str:
@@ -24,3 +25,11 @@ class StateReader(ZarrArrays):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
+
+    def _unreadable(self, key: str, error: Exception) -> InputError:
+        if self._folder.is_dir():
+            return super()._unreadable(key, error)
+        return InputError(
+            "the checkpoint was removed while it was read", where=str(self._folder),
+            hint="a run keeps its last run.keep checkpoints; try once more, or RUN@best",
+        )  # fmt: skip
