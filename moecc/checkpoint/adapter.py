@@ -15,6 +15,7 @@ from moecc.checkpoint.files import Identity, identify, require_unchanged
 from moecc.checkpoint.folder import SafetensorsFolder
 from moecc.checkpoint.frontmatter import read_card
 from moecc.checkpoint.jsonfile import read_json_object
+from moecc.checkpoint.modelcard import hub_repository
 from moecc.checkpoint.problems import Problems, quoted
 from moecc.checkpoint.safetensors import read_header
 from moecc.checkpoint.source import Checkpoint, TensorInfo
@@ -130,6 +131,16 @@ class AdaptedCheckpoint(Closing):
         name = f" of {of}" if isinstance(of, str) and of else ""
         return [f"a LoRA adapter{name}: {len(self._deltas) + len(self._whole)} tensors differ"]
 
+    def other_base(self) -> str | None:
+        """Return the model that the adapter says it is of, if this one has another name.
+
+        Names are compared without owner and folder; a model that was renamed has another one, too.
+        """
+        of = self._settings.get("base_model_name_or_path")
+        known = (self.base.path.name, hub_repository(self.base.path), _stated_name(self.base))
+        names = {_last(name) for name in known if name}
+        return of if isinstance(of, str) and of and _last(of) not in names else None
+
     def card(self) -> dict[str, tuple[str, ...]]:
         """Return what is kept of the adapter's card."""
         return read_card(self.path)
@@ -145,6 +156,15 @@ class AdaptedCheckpoint(Closing):
     def close(self) -> None:
         """Close the files of the adapter, not those of the model."""
         self._stored.close()
+
+
+def _stated_name(checkpoint: Checkpoint) -> str | None:
+    stated = checkpoint.config.get("_name_or_path")
+    return stated if isinstance(stated, str) else None
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].lower()
 
 
 class _Reading:

@@ -11,7 +11,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from moecc.checkpoint.adapter import AdaptedCheckpoint, is_adapter
+from moecc.checkpoint.lint import findings
 from moecc.checkpoint.open import open_checkpoint
+from moecc.checkpoint.several import SeveralCheckpoints
 from moecc.checkpoint.source import Checkpoint
 from moecc.errors import InputError
 from moecc.types.arrays import Array
@@ -105,3 +107,26 @@ def test_adapters_that_do_not_suit(
 ) -> None:
     with pytest.raises(InputError, match=message):
         AdaptedCheckpoint(base, adapter(tmp_path / "a", tensors, **settings))
+
+
+@pytest.mark.parametrize(
+    ("of", "other"),
+    [
+        ("somebody/Llama_GQA", None),
+        ("/models/llama_gqa/", None),
+        ("google/gemma-2b", "google/gemma-2b"),
+        (None, None),
+        ("", None),
+    ],
+)
+def test_an_adapter_that_names_another_model(
+    base: Checkpoint, tmp_path: Path, of: object, other: str | None
+) -> None:
+    """It fits all the same: a warning, since a model may have been renamed."""
+    folder = adapter(tmp_path / "a", pair(GATE, 24, 16), base_model_name_or_path=of)
+    with AdaptedCheckpoint(base, folder) as adapted:
+        assert adapted.other_base() == other
+        found = findings(SeveralCheckpoints(base, {"a": adapted}), None)
+    assert [line.startswith(f"--experts a: the adapter says it is of {of}") for line in found] == (
+        [True] if other else []
+    )
