@@ -53,6 +53,7 @@ class Method:
       branches: what ``--experts`` names besides: ``models`` or ``adapters``.
       is_timed: whether it takes turns with a raw copy.
       after: the method whose output is the source.
+      captured: of which locations statistics are taken first, of a few tokens.
     """
 
     passes: str
@@ -61,8 +62,10 @@ class Method:
     branches: str = ""
     is_timed: bool = False
     after: str = ""
+    captured: str = ""
 
 
+_LAST = "layers.8[0-4].*"
 _BRANCHES = "sources=base,a,b,c,base,a,b,c rest=mean"
 METHODS = {
     "copy": Method("upcycle{experts=8 top-k=2}", is_timed=True),
@@ -73,6 +76,12 @@ METHODS = {
     "drop": Method("upcycle{experts=8 top-k=2 init=drop}"),
     "index split": Method("upcycle{experts=8 top-k=2 split=index}", sources=5),
     "random split": Method("upcycle{experts=8 top-k=2 split=random}", sources=5),
+    "activation split": Method(
+        "upcycle{experts=8 top-k=2 split=activation router-init=ridge layers=last:5}",
+        to="ernie4_5_moe",
+        sources=5,
+        captured=_LAST,
+    ),
     "shared": Method("upcycle{experts=8 top-k=2 shared=0.5}", to="qwen2_moe", sources=2),
     "grow": Method("upcycle{experts=4 top-k=1},grow"),
     "gguf bf16": Method("upcycle{experts=8 top-k=2}", to="gguf:llama"),
@@ -236,6 +245,17 @@ class Sources:
         job = "source" if kind == "models" else "adapter"
         return self._made(self.work / f"{kind}-{name}", job, self.layers)
 
+    def captured(self, source: Path, where: str) -> Path:
+        """Return statistics of a few tokens."""
+        tokens, out = self.work / "tokens", self.work / "captured"
+        moecc = [sys.executable, "-m", "moecc"]
+        text = [__file__, "--tokenizer", "bytes", "--out", str(tokens)]
+        few = ["--batches", "1", "--batch", "1", "--sequence", "64"]
+        taken = [str(source), "--text", str(tokens), "--at", where, "--out", str(out), *few]
+        for command in ([*moecc, "tokens", *text], [*moecc, "capture", *taken]):
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return out
+
     def _made(self, folder: Path, job: str, layers: int) -> Path:
         if not folder.exists():
             subprocess.run(child(job, folder, layers), check=True)
@@ -255,6 +275,10 @@ def run(name: str, sources: Sources, pairs: int, *, keep: Path | None = None) ->
         branch = sources.branch(method.branches, letter)
         command += ["--experts", f"{letter}={branch}"]
         read += weights(branch)
+    if method.captured:
+        captured = sources.captured(source, method.captured)
+        command += ["--capture", str(captured)]
+        read += weights(captured)
     found = Measured(name, sum(p.stat().st_size for p in read))
     raw = sources.work / "raw"
     for pair in range(pairs if method.is_timed else 1):
