@@ -26,7 +26,7 @@ from moecc.checkpoint.gguf.rope import rotary_divisors
 from moecc.checkpoint.gguf.storage import BY_NAME, Storage
 from moecc.checkpoint.writer import OutputTensor
 from moecc.errors import InputError, Problem, UsageError, nearest
-from moecc.families.configs import DecoderConfig, MoeConfig
+from moecc.families.configs import CONFIGS, DecoderConfig, MoeConfig
 from moecc.families.experts import expert_layers
 from moecc.families.export import export_graph
 from moecc.families.listing import either
@@ -86,10 +86,12 @@ def architecture_of(target: str) -> str | None:
     if name in known:
         return name
     of_family = [f"{PREFIX}{n}" for n, row in _rows() if name == row.model_type]
+    of_family += [f"{PREFIX}{n}" for n, families in _DENSE_FAMILIES.items() if name in families]
+    hint = f"{name} is {either(of_family)} there" if of_family else nearest(name, known)
+    if not of_family and name in CONFIGS:
+        hint = f"no GGUF of a {name} is written; --to {name} writes a folder"
     raise UsageError(
-        f"unknown architecture of GGUF {name!r}",
-        expected=f"one of {', '.join(known)}",
-        hint=f"{name} is {either(of_family)} there" if of_family else nearest(name, known),
+        f"unknown architecture of GGUF {name!r}", expected=f"one of {', '.join(known)}", hint=hint
     )
 
 

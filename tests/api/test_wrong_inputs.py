@@ -252,6 +252,8 @@ COMMANDS: dict[str, tuple[int, str]] = {
     "convert dense": (2, "missing argument 'OUT'"),
     f"convert dense out -p {UPCYCLE} --to mixtrall": (2, "unknown target"),
     f"convert dense out -p {UPCYCLE} --to gguf:": (2, "unknown architecture of GGUF"),
+    f"convert dense out -p {UPCYCLE} --to gguf:st_moe": (2, "--to st_moe writes a folder"),
+    f"convert dense out -p {UPCYCLE} --to gguf:mistral": (2, "mistral is gguf:llama there"),
     f"convert dense out.gguf -p {UPCYCLE} --to auto": (2, "--to gguf:ARCH"),
     "plan dense --machine bad.toml": (1, "not TOML"),
     "plan dense --machine nowhere.toml": (1, "nowhere.toml"),

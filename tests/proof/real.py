@@ -112,6 +112,7 @@ def run(checkpoint: str, target: str, method: str, work: Path) -> dict[str, Any]
     subprocess.run(["rm", "-r", str(out)], check=True)
     return {
         **cell, "exit": 0, "promised": receipt["promised"]["kind"],
+        "because": receipt["promised"].get("reason", ""),
         "output": verified["output"], "inputs": verified["inputs"],
         "difference": verified["difference"]["max_relative"],
     }  # fmt: skip
