@@ -17,11 +17,14 @@ from moecc.types.tensor import Size, tensor
 
 @dataclass(frozen=True)
 class BertNames:
-    """The names of a layer's attention; the rest has the same names in each family.
+    """The names of a layer's tensors; the tables have the same names in each family.
 
     Attributes:
-      query, key, value, output: the projections.
-      norm: the norm of the sum.
+      query, key, value, output: the projections of attention.
+      norm: the norm of the sum with it.
+      layers: where the layers are.
+      up, down: the matrices of the feed-forward block.
+      ffn_norm: the norm of the sum with it.
     """
 
     query: str = "attention.self.query"
@@ -29,6 +32,10 @@ class BertNames:
     value: str = "attention.self.value"
     output: str = "attention.output.dense"
     norm: str = "attention.output.LayerNorm"
+    layers: str = "encoder.layer"
+    up: str = "intermediate.dense"
+    down: str = "output.dense"
+    ffn_norm: str = "output.LayerNorm"
 
 
 BERT_NAMES: Mapping[str, BertNames] = {
@@ -38,6 +45,17 @@ BERT_NAMES: Mapping[str, BertNames] = {
         "attention.attn.v",
         "attention.attn.o",
         "attention.LayerNorm",
+    ),
+    "distilbert": BertNames(
+        "attention.q_lin",
+        "attention.k_lin",
+        "attention.v_lin",
+        "attention.out_lin",
+        "sa_layer_norm",
+        "transformer.layer",
+        "ffn.lin1",
+        "ffn.lin2",
+        "output_layer_norm",
     ),
 }
 """By family; one that is not listed has the default names."""
@@ -145,16 +163,17 @@ class _Encoder:
 
     def layer(self, hidden: Value, layer: int, bias: Value | None, keep: Value | None) -> Value:
         """Emit one layer: each sublayer's result is added, and then the sum normalised."""
-        prefix, config = f"encoder.layer.{layer}.", self.config
+        names, config = self.names, self.config
+        prefix = f"{names.layers}.{layer}."
         with self.builder.at(f"layers.{layer}.attention"):
             found = self._attention(hidden, prefix, bias, keep)
             hidden = self.builder.add(found, hidden)
-            hidden = self.blocks.norm(hidden, f"{prefix}{self.names.norm}")
+            hidden = self.blocks.norm(hidden, f"{prefix}{names.norm}")
         with self.builder.at(f"layers.{layer}.ffn"):
-            up, down = f"{prefix}intermediate.dense", f"{prefix}output.dense"
+            up, down = f"{prefix}{names.up}", f"{prefix}{names.down}"
             width = config.intermediate_size
             found = self.blocks.two_layers(hidden, up, down, config.hidden_act, width)
-            return self.blocks.norm(self.builder.add(found, hidden), f"{prefix}output.LayerNorm")
+            return self.blocks.norm(self.builder.add(found, hidden), f"{prefix}{names.ffn_norm}")
 
     def _attention(self, x: Value, prefix: str, bias: Value | None, keep: Value | None) -> Value:
         blocks, config, names = self.blocks, self.config, self.names

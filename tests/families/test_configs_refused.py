@@ -252,7 +252,7 @@ def test_all_problems_at_once_and_nothing_that_follows_from_them() -> None:
 def test_unknown_families_are_named_with_the_nearest() -> None:
     assert "did you mean 'mixtral'?" in str(refusal({"model_type": "mixtrel"}))
     unknown = str(refusal({"model_type": "bloom"}))
-    assert "one of bert, dinov2, ernie4_5_moe, flex_olmo, gemma" in unknown
+    assert "one of bert, camembert, dinov2, distilbert, ernie4_5_moe, flex_olmo, gemma" in unknown
     assert "--load FILE.py" in unknown
     assert "as a .moe file" in unknown
     hint = "architectures says Qwen3ForCausalLM: model_type 'qwen3'"

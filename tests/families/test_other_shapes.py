@@ -38,6 +38,10 @@ SMALL = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
 }  # fmt: skip
 BERT = {**SMALL, "vocab_size": 20, "max_position_embeddings": 12}
+DISTILBERT: dict[str, Any] = {
+    "model_type": "distilbert", "vocab_size": 20, "dim": 16, "hidden_dim": 24, "n_layers": 2,
+    "n_heads": 4, "max_position_embeddings": 12,
+}  # fmt: skip
 IMAGES = {**SMALL, "image_size": 8, "patch_size": 4}
 WHISPER = {
     "d_model": 12, "encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 2,
@@ -52,7 +56,10 @@ CONFIGS: list[dict[str, Any]] = [
     {"model_type": "gpt_neox", **NEOX, "rotary_pct": 1.0, "use_parallel_residual": False},
     {"model_type": "gpt_neox", **NEOX, "attention_bias": False, "tie_word_embeddings": True},
     {"model_type": "roberta", **BERT, "pad_token_id": 3},
+    {"model_type": "xlm-roberta", **BERT},
+    {"model_type": "camembert", **BERT, "type_vocab_size": 1},
     {"model_type": "mpnet", **BERT},
+    {**DISTILBERT, "activation": "relu", "dropout": 0.2},
     {"model_type": "vit", **IMAGES, "image_size": [8, 12], "qkv_bias": False},
     {"model_type": "dinov2", **IMAGES},
     {"model_type": "dinov2", **IMAGES, "use_swiglu_ffn": True, "mlp_ratio": 2},
@@ -118,8 +125,9 @@ def test_an_upcycled_model_is_the_dense_one(keys: dict[str, Any]) -> None:
 
 
 def test_a_mask_hides_the_padding_of_encoders() -> None:
-    for name in ("roberta", "mpnet"):
-        checkpoint = random_checkpoint(parse_config({"model_type": name, **BERT}), seed=3)
+    roberta, mpnet = ({"model_type": name, **BERT} for name in ("roberta", "mpnet"))
+    for keys in (roberta, mpnet, DISTILBERT):
+        checkpoint = random_checkpoint(parse_config(keys), seed=3)
         graph = import_checkpoint(checkpoint, padding=True)
         params = {n: materialise(v.weight, checkpoint.read) for n, v in graph.params.items()}
         program = get_backend("reference").compile(graph)
@@ -139,6 +147,13 @@ def test_a_mask_hides_the_padding_of_encoders() -> None:
         ({"model_type": "bert", **BERT}, "bert.", "BertForMaskedLM", "cls.predictions.bias"),
         ({"model_type": "roberta", **BERT}, "roberta.", "RobertaForMaskedLM", "lm_head.bias"),
         ({"model_type": "mpnet", **BERT}, "mpnet.", "MPNetForMaskedLM", "lm_head.bias"),
+        (
+            {"model_type": "xlm-roberta", **BERT},
+            "roberta.",
+            "XLMRobertaForMaskedLM",
+            "lm_head.bias",
+        ),
+        (DISTILBERT, "distilbert.", "DistilBertForMaskedLM", "vocab_projector.bias"),
         ({"model_type": "vit", **IMAGES}, "vit.", "ViTForImageClassification", "classifier.bias"),
         ({"model_type": "dinov2", **IMAGES}, "dinov2.", "Dinov2ForImageClassification", "x.bias"),
     ],
@@ -206,6 +221,9 @@ def test_what_a_family_cannot_say_is_refused() -> None:
         ({"model_type": "roberta", **BERT, "pad_token_id": None}, "count from the id"),
         ({"model_type": "roberta", **BERT, "max_position_embeddings": 2}, "none for a token"),
         ({"model_type": "mpnet", **BERT, "relative_attention_num_buckets": 16}, "32 buckets"),
+        ({**DISTILBERT, "n_heads": 7}, "dim: the heads do not divide"),
+        ({**DISTILBERT, "hidden_dim": 0}, "hidden_dim"),
+        ({**DISTILBERT, "layer_norm_eps": 1e-5}, "computes with 1e-12"),
         ({"model_type": "vit", **IMAGES, "patch_size": 3}, "whole patches"),
         ({"model_type": "vit", **IMAGES, "patch_size": [4, 2]}, "square patches"),
         ({"model_type": "vit", **IMAGES, "image_size": [8, 8, 8]}, "height and width"),

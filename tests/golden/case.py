@@ -133,6 +133,14 @@ GPT_NEOX: dict[str, object] = {
     "max_position_embeddings": 64,
 }
 
+DISTILBERT: dict[str, object] = {
+    "vocab_size": 37,
+    "dim": 18,
+    "hidden_dim": 28,
+    "n_layers": 2,
+    "n_heads": 3,
+    "max_position_embeddings": 24,
+}
 ROBERTA: dict[str, object] = {**BERT, "pad_token_id": 1, "type_vocab_size": 1}
 IMAGES: dict[str, object] = {
     "hidden_size": 12,
@@ -166,6 +174,9 @@ WHISPER: dict[str, object] = {
 
 BASES = {
     "roberta": ROBERTA,
+    "xlm-roberta": ROBERTA,
+    "camembert": ROBERTA,
+    "distilbert": DISTILBERT,
     "mpnet": {**ROBERTA, "type_vocab_size": 2},
     "vit": IMAGES,
     "dinov2": IMAGES,
@@ -181,7 +192,9 @@ BASES = {
 }
 
 
-ENCODERS = ("bert", "roberta", "mpnet", "vit", "dinov2")
+ENCODERS = (
+    *("bert", "roberta", "xlm-roberta", "camembert", "mpnet", "distilbert", "vit", "dinov2"),
+)
 
 
 @dataclass(frozen=True)

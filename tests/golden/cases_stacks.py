@@ -77,6 +77,21 @@ STACKS: dict[str, Case] = {
             "type_vocab_size": 2,
         },
     ),
+    "xlm_roberta_gelu": Case("xlm-roberta", "a roberta under another name"),
+    "camembert_gelu": Case("camembert", "a roberta under another name"),
+    "distilbert_gelu": Case("distilbert", "keys and tensors of its own names, no token types"),
+    "distilbert_square": Case(
+        "distilbert",
+        "mlp = embed = vocab = positions = heads * head_dim, ReLU",
+        {
+            "vocab_size": 16,
+            "dim": 16,
+            "hidden_dim": 16,
+            "n_heads": 4,
+            "max_position_embeddings": 16,
+            "activation": "relu",
+        },
+    ),
     "mpnet_gelu": Case("mpnet", "biases by distance, shared by the layers"),
     "mpnet_square": Case(
         "mpnet",

@@ -37,7 +37,7 @@ MIXTURES = {"mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "granitemoe", "flex
 MIXTURES |= {"ernie4_5_moe", "olmoe", "gpt_oss", "phimoe"}
 NEWER = {"olmo2", "granite", "phi3", "smollm3", "gemma", "gemma2", "gemma3_text"}
 DECODERS = {"llama", "mistral", "qwen2", "qwen3"} | NEWER | MIXTURES
-ENCODERS = {"bert", "roberta", "mpnet", "vit", "dinov2"}
+ENCODERS = {"bert", "roberta", "xlm-roberta", "camembert", "mpnet", "distilbert", "vit", "dinov2"}
 FAMILIES = DECODERS | ENCODERS | {"t5", "switch_transformers", "whisper", "gpt2", "gpt_neox"}
 DECODER_CASES = [name for name in CASES if MANIFEST["cases"][name]["family"] in DECODERS]
 

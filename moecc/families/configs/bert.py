@@ -1,4 +1,4 @@
-"""bert, roberta and mpnet: encoders with norms after the sums, and biases everywhere."""
+"""bert, roberta and its namesakes, mpnet, distilbert: encoders with norms after the sums."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ class BertConfig(ModelConfig):
     )
     defaults: ClassVar[Mapping[str, object]] = BERT_DEFAULTS
     has_types: ClassVar[bool] = True
+    keys: ClassVar[Mapping[str, str]] = {}
 
     hidden_size: int
     intermediate_size: int
@@ -92,11 +93,13 @@ class BertConfig(ModelConfig):
             value = getattr(self, name)
             if not 1 <= value <= LARGEST_SIZES[name]:
                 expected = f"1 to {LARGEST_SIZES[name]:,}"
-                yield key_problem("not a usable size", expected, f"{value}", name)
+                key = self.keys.get(name, name)
+                yield key_problem("not a usable size", expected, f"{value}", key)
         if self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
             what = "the heads do not divide the width"
             expected = f"a multiple of {self.num_attention_heads}"
-            keys = ("hidden_size", "num_attention_heads")
+            fields = ("hidden_size", "num_attention_heads")
+            keys = tuple(self.keys.get(name, name) for name in fields)
             yield key_problem(what, expected, f"{self.hidden_size}", *keys)
         if not 0 <= self.position_offset < self.max_position_embeddings:
             what = "the table of positions has none for a token"
@@ -120,17 +123,17 @@ class BertConfig(ModelConfig):
         types = {"type_vocab_size": reader.size("type_vocab_size")} if cls.has_types else {}
         return {
             **super()._read(reader),
-            **{name: reader.size(name) for name in SIZES},
+            **{name: reader.size(cls.keys.get(name, name)) for name in SIZES},
             **types,
             "layer_norm_eps": reader.number("layer_norm_eps", least=0),
-            "hidden_act": read_activation(reader, "hidden_act"),
+            "hidden_act": read_activation(reader, cls.keys.get("hidden_act", "hidden_act")),
         }
 
     def _write(self) -> dict[str, object]:
         keys: dict[str, object] = {
-            **{name: getattr(self, name) for name in SIZES},
+            **{self.keys.get(name, name): getattr(self, name) for name in SIZES},
             "layer_norm_eps": self.layer_norm_eps,
-            "hidden_act": self.hidden_act,
+            self.keys.get("hidden_act", "hidden_act"): self.hidden_act,
             "position_embedding_type": "absolute",
         }
         return {**keys, "type_vocab_size": self.type_vocab_size} if self.has_types else keys
@@ -167,6 +170,24 @@ class RobertaConfig(BertConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class XlmRobertaConfig(RobertaConfig):
+    """An xlm-roberta: a roberta of many languages, under another name."""
+
+    model_type: ClassVar[str] = "xlm-roberta"
+    architecture: ClassVar[str] = "XLMRobertaModel"
+    defaults: ClassVar[Mapping[str, object]] = {**RobertaConfig.defaults, "vocab_size": 30_522}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CamembertConfig(RobertaConfig):
+    """A camembert: a roberta of French, under another name."""
+
+    model_type: ClassVar[str] = "camembert"
+    architecture: ClassVar[str] = "CamembertModel"
+    defaults: ClassVar[Mapping[str, object]] = {**RobertaConfig.defaults, "vocab_size": 30_522}
+
+
+@dataclass(frozen=True, kw_only=True)
 class MPNetConfig(BertConfig):
     """An mpnet: biases of the scores by distance, the same in all layers, and no token types."""
 
@@ -200,3 +221,48 @@ class MPNetConfig(BertConfig):
 
     def _write(self) -> dict[str, object]:
         return {**super()._write(), "relative_attention_num_buckets": self.relative_buckets}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistilBertConfig(BertConfig):
+    """A distilbert: a bert without token types and pooler, whose keys have names of their own."""
+
+    model_type: ClassVar[str] = "distilbert"
+    architecture: ClassVar[str] = "DistilBertModel"
+    head_prefix: ClassVar[str] = "distilbert."
+    has_pooler: ClassVar[bool] = False
+    has_types: ClassVar[bool] = False
+    kept_numbers: ClassVar[tuple[str, ...]] = ("initializer_range", "attention_dropout", "dropout")
+    keys: ClassVar[Mapping[str, str]] = {
+        "hidden_size": "dim",
+        "intermediate_size": "hidden_dim",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+        "hidden_act": "activation",
+    }
+    defaults: ClassVar[Mapping[str, object]] = {
+        **BERT_DEFAULTS,
+        "dim": 768,
+        "hidden_dim": 3072,
+        "n_layers": 6,
+        "n_heads": 12,
+        "activation": "gelu",
+        "attention_dropout": 0.1,
+        "dropout": 0.1,
+    }
+
+    type_vocab_size: int = 0
+
+    @classmethod
+    def _read(cls, reader: Reader) -> dict[str, object]:
+        # The table is stored, whatever it was made from, and heads are no part of the graph.
+        for key in ("sinusoidal_pos_embds", "qa_dropout", "seq_classif_dropout", "tie_weights_"):
+            reader.value(key)
+        if reader.value("layer_norm_eps") != BERT_DEFAULTS["layer_norm_eps"]:
+            what = "transformers computes with 1e-12 whatever the config says"
+            reader.refuse("layer_norm_eps", what, expected="1e-12")
+        return super()._read(reader)
+
+    def _write(self) -> dict[str, object]:
+        written = super()._write()
+        return {k: v for k, v in written.items() if k != "layer_norm_eps"}

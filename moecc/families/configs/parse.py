@@ -11,7 +11,14 @@ from moecc.checkpoint.jsonfile import read_json_object
 from moecc.errors import InputError, UsageError, described, nearest
 
 from .base import DecoderConfig
-from .bert import BertConfig, MPNetConfig, RobertaConfig
+from .bert import (
+    BertConfig,
+    CamembertConfig,
+    DistilBertConfig,
+    MPNetConfig,
+    RobertaConfig,
+    XlmRobertaConfig,
+)
 from .ernie4_5_moe import Ernie45MoeConfig
 from .gemma import Gemma2Config, Gemma3TextConfig, GemmaConfig
 from .glm4_moe import Glm4MoeConfig
@@ -75,7 +82,10 @@ CONFIGS: dict[str, type[ModelConfig]] = {
             SwitchTransformersConfig,
             BertConfig,
             RobertaConfig,
+            XlmRobertaConfig,
+            CamembertConfig,
             MPNetConfig,
+            DistilBertConfig,
             ViTConfig,
             Dinov2Config,
             WhisperConfig,
