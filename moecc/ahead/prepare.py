@@ -78,7 +78,7 @@ def prepare(request: Request) -> PreparedJob:
     parts = request.micro_batches
     batch = make_batch(graph, machine.devices, request.batch_tokens, request.lengths, parts)
     bound, remarks = _bounded(graph, request, train)
-    planned = planned_graph(graph)
+    planned = planned_graph(graph, train)
     work = workload(planned, batch)
     of_batch = cache(partial(workload, planned))
 
@@ -157,6 +157,7 @@ def _passes(
         bound=bound,
         groups=layout.shards["batch"],
         losses=losses if train and layout.experts else None,
+        weighted=train,
         mesh=MeshPasses(str(layout.mesh), layout.names, strategy.via, strategy.sliced)
         if is_explicit
         else None,

@@ -367,6 +367,11 @@ class HashExpertsAttrs(View):
     hash: Hash
     choice: str
 
+class WeightRowsAttrs(View):
+    """Attributes of ``weight_rows``."""
+    operations = frozenset({"weight_rows"})
+    precision: Precision
+
 class SlotAttrs(View):
     """Attributes of what assigns slots: those that all of them have."""
     operations = frozenset({"assign_slots", "expert_choice"})

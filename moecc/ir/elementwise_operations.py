@@ -9,6 +9,9 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from moecc.ir.attributes import (
+        Precision,
+    )
     from moecc.ir.graph import Value
 
 # fmt: off
@@ -134,3 +137,10 @@ class ElementwiseOperations(ABC):
     def equal(self, a: Value, b: Value, /, *, name: str | None = None) -> Value:
         """Whether a = b."""
         return self.value("equal", a, b, name=name)
+
+    def weight_rows(
+        self, rows: Value, row_gates: Value, /, *, precision: Precision = "f32",
+        name: str | None = None
+    ) -> Value:
+        """Each row times its gate, in the type of the rows."""
+        return self.value("weight_rows", rows, row_gates, name=name, precision=precision)

@@ -273,6 +273,9 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from moecc.ir.attributes import (
+        {imported},
+    )
     from moecc.ir.graph import Value
 
 # fmt: off

@@ -324,12 +324,6 @@ class Operations(ElementwiseOperations):
         """The tokens, each in the slots that its choices were given; an empty slot holds zeros."""
         return self.value("dispatch", x, experts, slots, name=name)
 
-    def combine(
-        self, rows: Value, experts: Value, slots: Value, gates: Value, /, *, name: str | None = None
-    ) -> Value:
-        """For each token the sum over its choices of gate times row; a dropped one adds nothing."""
-        return self.value("combine", rows, experts, slots, gates, name=name)
-
     def group_sum(self, x: Value, slots: Value, /, *, name: str | None = None) -> Value:
         """The sum over the tokens of each group that an ``assign_slots`` counts in."""
         return self.value("group_sum", x, slots, name=name)
@@ -366,3 +360,21 @@ class Operations(ElementwiseOperations):
             "hash_experts", ids, name=name, experts=experts, top_k=top_k, seed=seed, hash=hash,
             choice=choice
         )
+
+    def combine(
+        self, rows: Value, experts: Value, slots: Value, gates: Value, /, *, name: str | None = None
+    ) -> Value:
+        """For each token the sum over its choices of gate times row; a dropped one adds nothing."""
+        return self.value("combine", rows, experts, slots, gates, name=name)
+
+    def dispatch_gates(
+        self, gates: Value, experts: Value, slots: Value, /, *, name: str | None = None
+    ) -> Value:
+        """The gate of the choice that has each slot; an empty slot holds zero."""
+        return self.value("dispatch_gates", gates, experts, slots, name=name)
+
+    def combine_weighted(
+        self, rows: Value, experts: Value, slots: Value, /, *, name: str | None = None
+    ) -> Value:
+        """For each token the sum over its choices of their rows; a dropped one adds nothing."""
+        return self.value("combine_weighted", rows, experts, slots, name=name)

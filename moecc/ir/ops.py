@@ -198,6 +198,11 @@ class OpDef:
         return self.elementwise and self.linear == (0, 1) and not self.jointly
 
     @property
+    def is_weighting(self) -> bool:
+        """Whether it multiplies rows by a number each: a gradient multiplies them again."""
+        return self.is_scaling and not self.commutative
+
+    @property
     def routes(self) -> bool:
         """Whether tokens choose their experts by it."""
         return self.chooses and not self.assigns_slots

@@ -34,7 +34,7 @@ def remat_name(node: Node) -> str | None:
     if node.op.collective is Collective.BRINGS and node.operands[0].node is not None:
         before = remat_name(node.operands[0].node)
         return before if before in DEFAULT else None
-    if node.op.moves is not None:
+    if node.op.moves in _MOVED:
         return _MOVED[node.op.moves]
     if any(
         user.op.moves is RowMove.TO_TOKENS and user.operands[0] is value

@@ -140,9 +140,10 @@ class Collective(Enum):
 
 
 class RowMove(Enum):
-    """The direction in which an operation moves tokens: to the slots of experts, or back."""
+    """What an operation moves: tokens or their gates to the slots of experts, or rows back."""
 
     TO_SLOTS = "to slots"
+    GATES_TO_SLOTS = "gates to slots"
     TO_TOKENS = "to tokens"
 
 

@@ -83,28 +83,38 @@ def exchange(
         for one in sent(stage.source, stage.steps):
             found = moved(sharded, one, shape, _why(stage, way, one.op))
             back = moved(sharded, one, shape, "", transposed=True)
+            is_gate = stage.value == "gates"
             if found is not None:
-                yield Routed(found, step)
+                yield Routed(found._replace(of_gates=is_gate), step)
             if back is not None:
                 # Where all devices have all of a gradient, they take their part of it.
                 whole = stage.value == "added" and one.op == "all_gather"
-                named = back._replace(why=_why(stage, way, back.op))
+                named = back._replace(why=_why(stage, way, back.op), of_gates=is_gate)
                 yield Routed(named, None, one.mesh if whole else ())
     if way.tokens_everywhere:
-        yield from _gradient_of_rows(layer, steps[layer.dispatch.node].results[0], sharded)
+        yield from _gradients_of_rows(layer, steps, sharded)
 
 
-def _gradient_of_rows(layer: SparseLayer, shape: Shape, sharded: Sharded) -> Iterator[Routed]:
+def _gradients_of_rows(
+    layer: SparseLayer, steps: Mapping[Node, Step], sharded: Sharded
+) -> Iterator[Routed]:
     """Yield what brings together the gradients of rows, of which a device has its experts' own.
 
-    All devices of the experts dispatch all rows.  Slots of fixed number are gathered from those
-    that have their experts; as many as there are are packed otherwise on each device, and summed.
+    All devices of the experts dispatch all rows, and gates that go with them.  Slots of fixed
+    number are gathered from those that have their experts; as many as there are are packed
+    otherwise on each device, and summed.
     """
     mesh = tuple(m for m in layer.expert_mesh if m not in layer.exchanged)
     op = "all_gather" if layer.rows.ragged is None else "all_reduce"
-    found = moved(sharded, Sent(op, mesh, layer.rows, is_local=False), shape, "gradients of rows")
-    if found is not None:
-        yield Routed(found, None)
+    sent = [(layer.dispatch.node, layer.rows, False)]
+    if layer.gates is not None:
+        sent.append((layer.gates.dispatch.node, layer.gates.sent, True))
+    for node, type, is_gate in sent:
+        shape = steps[node].results[0]
+        one = Sent(op, mesh, type, is_local=False)
+        found = moved(sharded, one, shape, "gradients of rows")
+        if found is not None:
+            yield Routed(found._replace(of_gates=is_gate), None)
 
 
 def _subject(stage: Stage, layer: SparseLayer, steps: Mapping[Node, Step]) -> tuple[Step, Shape]:
@@ -114,6 +124,10 @@ def _subject(stage: Stage, layer: SparseLayer, steps: Mapping[Node, Step]) -> tu
         return steps[dispatch], steps[dispatch].operands[0]
     if stage.value == "rows":
         return steps[dispatch], steps[dispatch].results[0]
+    if stage.value == "gates":
+        assert layer.gates is not None, "they are sent"
+        sent = steps[layer.gates.dispatch.node]
+        return sent, sent.results[0]
     if stage.value == "added":
         return steps[combine], steps[combine].results[0]
     return steps[_maker(layer.combine.operands[0])], steps[combine].operands[0]

@@ -27,6 +27,7 @@ class Moved(NamedTuple):
       why: what for, in a few words.
       of_rows: whether it moves rows of experts, of which there may be more than in the graph.
       odd: whether it gathers shards with odd numbers of rows.
+      of_gates: whether it moves gates, which are float32 at least.
     """
 
     op: str
@@ -35,6 +36,7 @@ class Moved(NamedTuple):
     why: str
     of_rows: bool = False
     odd: bool = False
+    of_gates: bool = False
 
 
 class Carried(NamedTuple):
@@ -155,6 +157,8 @@ class _Reader:
             return False
         dispatch, combine = self.layer.dispatch.node, self.layer.combine.node
         ends: set[Ref] = {dispatch.result, combine.result}
+        if self.layer.gates is not None:
+            ends.add(self.layer.gates.dispatch.node.result)
         last: Ref = self.sharded.found.operands[combine][0]
         while isinstance(last, Reshard):
             ends |= {last, last.operand}

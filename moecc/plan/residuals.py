@@ -129,9 +129,14 @@ def _needs(node: Node) -> list[Value]:
 
 
 def _root(value: Value, own: set[Value]) -> Value:
-    while value in own and value.node is not None and value.node.op.alias:
+    while value in own and value.node is not None and _is_view(value.node):
         value = value.node.operands[0]
     return value
+
+
+def _is_view(node: Node) -> bool:
+    """Whether the result is made of the first operand again rather than kept."""
+    return node.op.alias or node.op.is_weighting
 
 
 def root_of(value: Value) -> Value:
@@ -192,7 +197,7 @@ def _flow(
         met = (*node.results, *(v for v in node.operands if not v.is_param))
         born = [v for v in dict.fromkeys(_root(v, own) for v in met) if v not in alive]
         alive.update(born)
-        done = [v for v in node.results if v in alive and not node.op.alias]
+        done = [v for v in node.results if v in alive and not _is_view(node)]
         alive.difference_update(done)
         freed = [v for v in freed_at.get(node, ()) if v in own]
         yield Flow(shapes(born), shapes(done), shapes(freed), fuses and node.op.gradient_in_place)

@@ -22,6 +22,8 @@ from moecc.plan.workload import Workload
 from moecc.sharding.routes import Slice, SparseLayer
 from moecc.sharding.vias import Via, via
 
+_GATE_BYTES = 4
+
 
 def part_transfers(
     part: Part, config: StepConfig, strategy: Strategy, local: Sharding
@@ -33,7 +35,7 @@ def part_transfers(
 
     def transfer(one: Moved, times: float, *, waits: bool = True) -> Transfer:
         elements = one.elements * local.rows if one.of_rows else one.elements
-        size = elements * config.dtype.itemsize_bytes
+        size = elements * max(config.dtype.itemsize_bytes, _GATE_BYTES * one.of_gates)
         return Transfer(one.op, one.axes, size, times, one.why, waits, one.odd)
 
     for one in found.params:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from moecc.ir.graph import Value
 from moecc.ir.sharding_rules import Given, sharded_results
 from moecc.ir.traits import RowMove
 from moecc.sharding.collectives import Step, steps
@@ -92,6 +93,14 @@ def moved(type: TensorType, spec: dict[str, tuple[str, ...]]) -> TensorType:
     return TensorType(type.dtype, tuple(axes))
 
 
+class SentGates(NamedTuple):
+    """Gates that go with the rows: what sends them, their type before that, and at the experts."""
+
+    dispatch: Site
+    sent: TensorType
+    entered: TensorType
+
+
 @dataclass(frozen=True)
 class SparseLayer:
     """How the values of a routed layer are sharded, from its tokens to what it adds to them.
@@ -104,6 +113,8 @@ class SparseLayer:
       entered: of the rows as the experts take them.
       made: of what the experts make of them, maybe a sum that is still to be carried out.
       leaving: of that as it is combined.
+      gates: what sends the gates with the rows, and their types there and as rows meet them; None
+        where tokens are weighted.
       added: of what is combined, its sum carried out.
     """
 
@@ -115,6 +126,7 @@ class SparseLayer:
     made: TensorType
     leaving: TensorType
     added: TensorType
+    gates: SentGates | None = None
 
     @property
     def expert_mesh(self) -> tuple[str, ...]:
@@ -140,24 +152,35 @@ def sparse_layer(sites: Iterable[Site], found: Propagation) -> SparseLayer | Non
         return None
     rows, back = dispatch.node.result, found.operands[combine.node][0]
     made = back.value if isinstance(back, Reshard) else back
-    brought = (r.target for r in found.reshards if r.operand is rows)
+    gates = moving.get(RowMove.GATES_TO_SLOTS)
     return SparseLayer(
         dispatch=dispatch,
         combine=combine,
         tokens=found.used(dispatch.node)[0],
         rows=found.types[rows],
-        entered=next(brought, found.types[rows]),
+        entered=_entered(rows, found),
         made=found.types[made],
         leaving=found.types[back],
         added=found.types[found.visible[combine.node.result]],
+        gates=None if gates is None else _sent(gates, found),
     )
+
+
+def _entered(rows: Value, found: Propagation) -> TensorType:
+    """Return the type of what is dispatched as the experts take it."""
+    return next((r.target for r in found.reshards if r.operand is rows), found.types[rows])
+
+
+def _sent(gates: Site, found: Propagation) -> SentGates:
+    made = gates.node.result
+    return SentGates(gates, found.types[made], _entered(made, found))
 
 
 class Stage(NamedTuple):
     """What a value of a layer goes through.
 
     Attributes:
-      value: what it is of the layer: ``tokens``, ``rows``, ``made`` or ``added``.
+      value: what it is of the layer: ``tokens``, ``rows``, ``gates``, ``made`` or ``added``.
       source: its type before.
       steps: the collectives.
     """
@@ -183,14 +206,25 @@ def route(layer: SparseLayer, way: Via, found: Propagation, part: Slice | None) 
         for t in (layer.rows, layer.entered, layer.made, layer.leaving)
     )
     to, back = to_experts(rows, entered, part), from_experts(made, leaving, part)
+    beside = _gates_there(layer, way)
     if part is None:
-        return [Stage("rows", rows, tuple(to)), Stage("made", made, tuple(back))]
+        return [Stage("rows", rows, tuple(to)), *beside, Stage("made", made, tuple(back))]
     return [
         Stage("tokens", layer.tokens, (part.shard,)),
         Stage("rows", part.of(rows), tuple(to)),
+        *beside,
         Stage("made", made, tuple(back)),
         Stage("added", part.of(layer.added), (part.gather,)),
     ]
+
+
+def _gates_there(layer: SparseLayer, way: Via) -> list[Stage]:
+    """Return what gates go through that are sent with rows; each copy of a device sends all."""
+    if layer.gates is None:
+        return []
+    types = (layer.gates.sent, layer.gates.entered)
+    sent, entered = (bounded(t) if way.is_bounded else t for t in types)
+    return [Stage("gates", sent, tuple(to_experts(sent, entered, None)))]
 
 
 def _gathering(layer: SparseLayer, way: Via, found: Propagation) -> list[Stage]:

@@ -52,6 +52,7 @@ class StepPasses:
       groups: token groups of a micro-batch; None for what the graph says.
       balanced: whether tokens take experts in turn, to time a step.
       fused: whether attention is one operation, whose scores are in no memory.
+      weighted: whether rows are weighted at their experts, as training steps have it.
       noise: options of ``specialize`` by which training is perturbed.
       losses: options of ``add-losses``; None where none are added.
       mesh: where it is laid on a mesh of its own collectives.
@@ -71,6 +72,7 @@ class StepPasses:
     losses: dict[str, object] | None = field(default_factory=dict)
     balanced: bool = False
     fused: bool = True
+    weighted: bool = False
     mesh: MeshPasses | None = None
     rolled: bool = True
     remat: str = "none"
@@ -93,6 +95,8 @@ class StepPasses:
             yield "force-balance"
         if self.fused:
             yield "fuse-attention"
+        if self.weighted and self.routed:
+            yield "weight-rows"
         yield "cse"
         if self.mesh is not None:
             yield from _on_mesh(self.mesh)
@@ -145,15 +149,19 @@ def run_passes(graph: Graph, passes: str) -> None:
     run_pipeline(graph, pipeline, context=Context(allow_unmatched=True))
 
 
-def planned_graph(graph: Graph) -> Graph:
+def planned_graph(graph: Graph, train: bool) -> Graph:
     """Return `graph`, which stays as it is, with what every step fuses: as a plan takes it.
 
     Rolled layers are left to the plan, which rejects them.
+
+    Args:
+      graph: the model's.
+      train: whether the step is one of training, which weights rows at their experts.
     """
     if any(node.body is not None for node in graph):
         return graph
     made = clone(graph)
-    run_passes(made, "fuse-attention")
+    run_passes(made, "fuse-attention,weight-rows" if train else "fuse-attention")
     return made
 
 

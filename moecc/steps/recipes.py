@@ -131,6 +131,7 @@ def _passes(
         noise=_noise(recipe, routed=routed) if mode == "train" else {},
         losses=dict(losses) if routed or losses.get("attention-z-coef") else None,
         balanced=routed and recipe.routing.force_balance and mode == "train",
+        weighted=mode == "train",
         mesh=mesh,
         rolled=run.rolled,
         remat=run.remat if mode == "train" else "none",

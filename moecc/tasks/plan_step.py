@@ -105,7 +105,7 @@ def plan_and_search(
 ) -> tuple[Report, list[SummaryReport]]:
     """Return the plan of a step, and all strategies that fit. Raises: as `plan_step`."""
     asked = _parsed(machine, request)
-    graph = planned_graph(graph)
+    graph = planned_graph(graph, asked.config.train)
 
     of_batch = cache(partial(workload, graph))
 

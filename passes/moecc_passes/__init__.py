@@ -175,6 +175,12 @@ def _upcycle() -> type[Pass]:
     return UpcyclePass
 
 
+def _weight_rows() -> type[Pass]:
+    from moecc_passes.weight_rows import WeightRowsPass
+
+    return WeightRowsPass
+
+
 def _zero_experts() -> type[Pass]:
     from moecc_passes.resize.zero_experts import ZeroExpertsPass
 
@@ -209,5 +215,6 @@ REGISTRY: dict[str, Callable[[], type[Pass] | PipelineTemplate]] = {
     "trace-values": _trace_values,
     "unroll-layers": _unroll_layers,
     "upcycle": _upcycle,
+    "weight-rows": _weight_rows,
     "zero-experts": _zero_experts,
 }

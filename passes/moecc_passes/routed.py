@@ -58,8 +58,28 @@ class RoutedLayer:
 
     @property
     def gates(self) -> Value:
-        """The weights of the rows."""
-        return self.combine.operands[3]
+        """The weights of the rows, by choice.
+
+        Raises:
+          InputError: rows are combined as they are, and no gates were dispatched to weight them.
+        """
+        *_, last = self.combine.operands
+        if last is not self.slots:
+            return last
+        sent = self.gate_dispatch
+        if sent is None:
+            raise InputError(
+                "a routed layer has no gates",
+                where=where(self.combine),
+                expected="combine, or rows weighted by what dispatch_gates makes",
+                found=str(self.combine.op),
+            )
+        return sent.operands[0]
+
+    @property
+    def gate_dispatch(self) -> Node | None:
+        """The node that sends the gates with the rows; None where none does."""
+        return _mover(self.slots, RowMove.GATES_TO_SLOTS)
 
     @property
     def experts(self) -> Value:

@@ -187,12 +187,14 @@ def _picks(f: Function) -> bool:
 
 @cache
 def moves(name: str) -> RowMove | None:
-    """Return whether tokens go to slots, or rows come back, by the axes of operands and result."""
+    """Return whether tokens or gates go to slots, or rows come back, by the axes of all."""
     f = Function(sample(name))
     if name == "ragged_all_to_all" or not f.node.results:
         return None
     slot = "slot" in f.node.results[0].type, any("slot" in t for t in f.types)
-    return {(True, False): RowMove.TO_SLOTS, (False, True): RowMove.TO_TOKENS}.get(slot)
+    of_choices = len(f.types) == 3 and f.types[0].names == f.types[2].names
+    to_slots = RowMove.GATES_TO_SLOTS if of_choices else RowMove.TO_SLOTS
+    return {(True, False): to_slots, (False, True): RowMove.TO_TOKENS}.get(slot)
 
 
 @cache

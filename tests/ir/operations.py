@@ -95,6 +95,9 @@ USES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "expert_choice": ("scores", {**_CAPACITY, "capacity_factor": 1.5}),
     "dispatch": ("x chosen slots", {}),
     "combine": ("rows chosen slots gates", {}),
+    "dispatch_gates": ("gates chosen slots", {}),
+    "weight_rows": ("rows row_gates", {}),
+    "combine_weighted": ("rows chosen slots", {}),
     "group_sum": ("x slots", {}),
     "fold_key": ("key", {"by": 3}),
     "random_uniform": ("key x", {}),
@@ -172,6 +175,7 @@ def applied(entry: OpDef, split: str = "", *, on_mesh: bool = False) -> Node:
     values: dict[str, Value] = {}
     wanted = set(names.split())
     wanted |= {"x", "chosen"} if wanted & {"slots", "rows", "ragged"} else set()
+    wanted |= {"gates"} if "row_gates" in wanted else set()
     for name, text in INPUTS.items():
         if name not in wanted:
             continue
@@ -183,6 +187,9 @@ def applied(entry: OpDef, split: str = "", *, on_mesh: bool = False) -> Node:
         values["slots"] = b.assign_slots(values["chosen"], **_CAPACITY, capacity_factor=2.0)
         if "rows" in wanted:
             values["rows"] = b.dispatch(values["x"], values["chosen"], values["slots"])
+        if "row_gates" in wanted:
+            given = (values[n] for n in ("gates", "chosen", "slots"))
+            values["row_gates"] = b.dispatch_gates(*given)
     if names == "ragged":
         slots = b.assign_slots(values["chosen"], tokens=("seq",), experts=4, groups=2)
         rows = b.dispatch(values["x"], values["chosen"], slots)

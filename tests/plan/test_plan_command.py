@@ -97,7 +97,7 @@ def test_the_best_is_the_fastest_and_others_say_why_they_lose(
     for other in found["others"][:2]:
         mesh = ",".join(f"{n}={s}" for n, s in other["mesh"].items())
         fixed = ["--mesh", mesh, "--remat", other["remat"]]
-        fixed += ["--dense-weights", other["dense_weights"]]
+        fixed += ["--dense-weights", other["dense_weights"], "--via", other["via"]]
         again = plan(capsys, *MIXTRAL[1:], *fixed)["best"]
         assert again["seconds"] == pytest.approx(other["seconds"])
 
@@ -232,8 +232,8 @@ def test_experts_that_choose_their_tokens_are_experts(capsys: pytest.CaptureFixt
     given = ("preset:dense-l", "--machine", "tpu:v6e:2x4", "-p", chosen, "--mesh", "expert=8")
     best = plan(capsys, *given, "--remat", "none", "--dense-weights", "split")["best"]
     assert best["via"] == "capacity"
-    # Rows of 24 layers go to their experts and back, and so do their gradients.
-    assert best["collectives"]["all_to_all"]["count"] == 24 * 4
+    # Rows of 24 layers go to their experts and back, their gates there, and so do gradients.
+    assert best["collectives"]["all_to_all"]["count"] == 24 * 6
 
 
 @pytest.mark.parametrize(

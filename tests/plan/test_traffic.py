@@ -96,10 +96,13 @@ def through(graph: Graph, pipeline: str) -> Sends | None:
 
 @pytest.mark.parametrize(("mesh", "rules"), MESHES)
 @pytest.mark.parametrize("slots", ["capacity", "ragged"])
+@pytest.mark.parametrize("weighted", [False, True])
 def test_a_plan_prices_what_passes_write_into_a_sparse_layer(
-    slots: str, mesh: str, rules: str
+    weighted: bool, slots: str, mesh: str, rules: str
 ) -> None:
     graph, compared = layer(slots, embed=32, mlp=64), 0
+    if weighted:
+        run_pipeline(graph, Pipeline.parse("weight-rows"))
     for case in cases():
         if (case.slots, case.mesh, case.rules) != (slots, mesh, rules) or "chunks" in case.way:
             continue

@@ -93,16 +93,16 @@ def _embedding(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -
     return rows.map(lambda d: np.where(mask, d, 0))
 
 
-@local("combine")
+@local("combine", "combine_weighted")
 def _combine(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> Array:
     """Return the contribution of this device's experts to each token."""
-    rows, experts, slots, gates = operands
+    rows, experts, slots, *gates = operands
     axis = node.operands[0].type["expert"]
     size = rows.size("expert")
     index = experts.data - mesh.part(at, axis.mesh) * size
     mine = (index >= 0) & (index < size)
     own = replace(slots, data=np.where(Array(mine, experts.axes).to(slots.axes), slots.data, -1))
-    return _one(_plain(node, [rows, replace(experts, data=index), own, gates], at, mesh))
+    return _one(_plain(node, [rows, replace(experts, data=index), own, *gates], at, mesh))
 
 
 @local("within_buffer")

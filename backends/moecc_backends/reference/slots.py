@@ -161,6 +161,33 @@ def dispatch(x: Array, experts: Array, slots: Array) -> Array:
     return Array(rows, ("group", "expert", "slot", *rest))
 
 
+@meaning("dispatch_gates")
+def dispatch_gates(gates: Array, experts: Array, slots: Array) -> Array:
+    """Return the gate of the choice in each slot; empty slots are as those of ``dispatch``."""
+    assignment = _assignment(slots)
+    (choice,) = (a for a in gates.axes if a not in assignment.tokens)
+    source = _by_token(gates, assignment.tokens, (choice,))
+    empty = poison(gates.data) if assignment.is_ragged else 0.0
+    made = np.full((*assignment.extents.shape, assignment.slots), empty)
+    for rank, (token, group, expert, slot) in _routes(experts, slots):
+        made[group, expert, slot] = source[token, rank]
+    return Array(made, ("group", "expert", "slot"))
+
+
+@meaning("weight_rows")
+def weight_rows(rows: Array, gates: Array, precision: str) -> Array:
+    """Return each row times its gate."""
+    return rows.map(lambda data: gates.to(rows.axes) * data)
+
+
+@meaning("combine_weighted")
+def combine_weighted(rows: Array, experts: Array, slots: Array) -> Array:
+    """Return each token's sum over its choices of their rows; a dropped one adds nothing."""
+    made = combine(rows, experts, slots, Array(np.ones(slots.data.shape), slots.axes))
+    assert isinstance(made, Array), "one result"
+    return made
+
+
 @meaning("combine")
 def combine(rows: Array, experts: Array, slots: Array, gates: Array) -> Array:
     """Return each token's sum over its choices of gate times row; a dropped one adds nothing."""

@@ -16,6 +16,7 @@ from moecc.ir.table import (
     reduction,
     repetition,
     routing,
+    row_gates,
     sharding,
     slots,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "reduction",
     "repetition",
     "routing",
+    "row_gates",
     "sharding",
     "slots",
 ]

@@ -127,9 +127,16 @@ def dispatched(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space
     return Space(names, {**kept, "group": "group"}, whole=whole)
 
 
+def gates_dispatched(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
+    """Groups of tokens become groups of gates; nothing else of a choice may be sharded."""
+    names = tuple(_tokens(v.type.names, _tokens_of(operands[-1])) for v in operands)
+    every = {d for axes in names for d in axes.values()}
+    return Space(names, {"group": "group"}, whole=frozenset(every - {"group"}))
+
+
 def combined(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """A device combines the rows of its experts; what other experts add is summed afterwards."""
-    rows, _, slots, _ = operands
+    rows, _, slots = operands[:3]
     tokens = _tokens_of(slots)
     routing = tuple(_tokens(v.type.names, tokens) for v in operands[1:])
     axes = _identity(rows.type.names)

@@ -17,7 +17,7 @@ from moecc.ir.graph import Node, Value
 from moecc.ir.operand import Definition, Operand
 from moecc.ir.ops import OPS, Attr, Attrs, OpDef, register
 from moecc.ir.table.rules import axis_of, need_float, need_kind, no_duplicates, no_ragged, same_size
-from moecc.ir.table.sharding import combined, dispatched, numbered
+from moecc.ir.table.sharding import dispatched, numbered
 from moecc.ir.traits import Index, Residual, RowMove
 from moecc.types.dtypes import I32
 from moecc.types.tensor import Axis, Extent, TensorType
@@ -314,6 +314,12 @@ def _assignment(slots: Operand) -> Attrs:
     return assigner(slots).attrs
 
 
+def tokens_of(slots: Operand) -> tuple[str, ...]:
+    """Return the token axes that `slots` are counted over, outermost first."""
+    tokens: tuple[str, ...] = _assignment(slots)["tokens"]
+    return tokens
+
+
 def slot_axes(slots: Operand) -> tuple[Axis, Axis, Axis]:
     """Return the axes group, expert and slot of rows between dispatch and combine."""
     attrs = _assignment(slots)
@@ -336,7 +342,8 @@ def experts_of(slots: Operand) -> Value:
     return node.results[0] if node.op.chooses else node.operands[0]
 
 
-def _check_experts(slots: Operand, experts: Operand) -> None:
+def check_experts(slots: Operand, experts: Operand) -> None:
+    """Raise InputError unless `slots` were assigned to `experts`."""
     placed = experts_of(slots)
     if placed is not experts:
         raise InputError(
@@ -346,7 +353,8 @@ def _check_experts(slots: Operand, experts: Operand) -> None:
         )
 
 
-def _check_gates(slots: Operand, gates: TensorType) -> None:
+def check_gates(slots: Operand, gates: TensorType) -> None:
+    """Raise InputError unless there is a gate for each choice of `slots`."""
     if slots.type.names != gates.names or slots.type.sizes != gates.sizes:
         raise InputError(
             "gates and slots belong to different choices",
@@ -358,7 +366,7 @@ def _check_gates(slots: Operand, gates: TensorType) -> None:
 def _infer_dispatch(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     x, experts, slots = operands
     tokens = _assignment(slots)["tokens"]
-    _check_experts(slots, experts)
+    check_experts(slots, experts)
     for name in tokens:
         same_size(axis_of(x.type, name), slots.type[name])
     no_ragged(x.type, tokens, "cannot dispatch tokens")
@@ -378,40 +386,6 @@ register(
         residual=Residual((1, 2)),
         sharding=dispatched,
         moves=RowMove.TO_SLOTS,
-    )
-)
-
-
-def _infer_combine(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
-    rows, experts, slots, gates = operands
-    _check_experts(slots, experts)
-    _check_gates(slots, gates.type)
-    for axis in slot_axes(slots):
-        same_size(axis_of(rows.type, axis.name, "the rows"), axis)
-    need_float(rows.type, "the rows")
-    need_float(gates.type, "the gates")
-    tokens = _assignment(slots)["tokens"]
-    inner = (a for a in rows.type.axes if a.name not in ("group", "expert", "slot"))
-    outer = (a for a in slots.type.axes if a.name in tokens)
-    return (rows.type.with_axes(no_duplicates((*outer, *inner))),)
-
-
-def _mixes_rows(operands: Sequence[Operand], attrs: Attrs) -> tuple[str, ...]:
-    # The position of a token determines the group of its rows.
-    return ("group", "expert", "slot", *_assignment(operands[2])["tokens"])
-
-
-register(
-    OpDef(
-        "combine",
-        "For each token the sum over its choices of gate times row; a dropped one adds nothing.",
-        ("rows", "experts", "slots", "gates"),
-        _infer_combine,
-        mixes=_mixes_rows,
-        linear=(0, 3),
-        residual=Residual((0, 1, 2, 3)),
-        sharding=combined,
-        moves=RowMove.TO_TOKENS,
     )
 )
 

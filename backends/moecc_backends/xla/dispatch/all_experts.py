@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +31,19 @@ class AllExperts:
 
     routing: Routing
 
-    def permute(self, x: Named) -> Deferred:
-        """Make nothing: rows come expert by expert, when they are combined."""
+    @cached_property
+    def _deferred(self) -> Deferred:
         return Deferred(self.routing)
 
-    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array) -> Named:
+    def permute(self, x: Named) -> Deferred:
+        """Make nothing: rows come expert by expert, when they are combined."""
+        return self._deferred
+
+    def permute_gates(self, gates: jax.Array) -> Deferred:
+        """Make nothing yet, as of rows."""
+        return self._deferred
+
+    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array | None) -> Named:
         """Return the sum over experts of their gated rows."""
         assert isinstance(rows, DeferredRows), "`permute` makes no rows"
         outside = rows.outside()
@@ -111,7 +120,12 @@ class OneExpert:
         rows = tokens_to_rows(self, x, lambda tokens: with_masked_gradient(tokens, self.is_used))
         return replace(rows, are_tokens=True)
 
-    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array) -> Named:
+    def permute_gates(self, gates: jax.Array) -> Rows:
+        """Return the mean of the gates by which each token chose the expert, or zero."""
+        total = jnp.sum(jnp.where(self._is_choice, gates, 0), axis=1)
+        return Rows(total / jnp.maximum(jnp.sum(self._is_choice, axis=1), 1), (), self)
+
+    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array | None) -> Named:
         """Weight the rows of those who chose the expert; the result is float32 at least."""
         assert isinstance(rows, Rows), "`permute` made rows"
         return rows_to_tokens(self.routing, rows, lambda flat: self._weighted(flat, gates))
@@ -124,9 +138,10 @@ class OneExpert:
         """Multiply each row with a copy of the weights that it is given."""
         return gathered_matmul(x, weight, over)
 
-    def _weighted(self, rows: jax.Array, gates: jax.Array) -> jax.Array:
+    def _weighted(self, rows: jax.Array, gates: jax.Array | None) -> jax.Array:
         kind = accumulator(rows.dtype)
-        weight = jnp.sum(jnp.where(self._is_choice, gates.astype(kind), 0), axis=1)
+        each = 1 if gates is None else gates.astype(kind)
+        weight = jnp.sum(jnp.where(self._is_choice, each, 0).astype(kind), axis=1)
         return zeroed(rows, self.is_used).astype(kind) * weight[:, None]
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from moecc_backends.xla.dispatch.flat import slots_to_tokens, tokens_to_slots
-from moecc_backends.xla.dispatch.gather_vjp import permute, unpermute
+from moecc_backends.xla.dispatch.gather_vjp import permute, permute_choices, sum_rows
 from moecc_backends.xla.dispatch.permutation import Permutation, capacity_permutation
 from moecc_backends.xla.trace.dtypes import accumulator
 from moecc_backends.xla.trace.padding_rows import (
@@ -50,11 +50,16 @@ class CapacitySlots:
         """Gather slots from tokens."""
         return tokens_to_slots(self.routing, x, lambda tokens: permute(tokens, self.permutation))
 
-    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array) -> Named:
+    def permute_gates(self, gates: jax.Array) -> Named:
+        """Gather the gates of slots from those of choices."""
+        made = permute_choices(gates, self.permutation)
+        return Named(made.reshape(self.routing.slot_shape), SLOT_AXES)
+
+    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array | None) -> Named:
         """Gather the slots of each token."""
         assert isinstance(rows, Named), "slots have axes"
         return slots_to_tokens(
-            self.routing, rows, lambda slots: unpermute(slots, self.permutation, gates)
+            self.routing, rows, lambda slots: sum_rows(slots, self.permutation, gates)
         )
 
     def of_experts(self, first: jax.Array | int, count: int) -> CapacitySlots:
@@ -94,7 +99,16 @@ class OneHotSlots:
         """Multiply tokens with the mask of who has which slot."""
         return tokens_to_slots(self.routing, x, self._filled)
 
-    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array) -> Named:
+    def permute_gates(self, gates: jax.Array) -> Named:
+        """Multiply gates with the mask of who has which slot."""
+        made = jnp.einsum(
+            "gtke,gtks,gtk->egs",
+            *(hot.astype(gates.dtype) for hot in (self._expert_hot, self._slot_hot)),
+            self._in_groups(gates),
+        )
+        return Named(made, SLOT_AXES)
+
+    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array | None) -> Named:
         """Multiply slots with the mask of who has which slot, times the gates."""
         assert isinstance(rows, Named), "slots have axes"
         return slots_to_tokens(self.routing, rows, lambda slots: self._read(slots, gates))
@@ -114,9 +128,9 @@ class OneHotSlots:
         rows = rows.astype(tokens.dtype).reshape(-1, tokens.shape[1])
         return with_masked_gradient(rows, self.is_used)
 
-    def _read(self, rows: jax.Array, gates: jax.Array) -> jax.Array:
+    def _read(self, rows: jax.Array, gates: jax.Array | None) -> jax.Array:
         kind, shape = accumulator(rows.dtype), self.routing.slot_shape
-        mask = self._mask(self._in_groups(gates).astype(kind), kind)
+        mask = self._mask(None if gates is None else self._in_groups(gates).astype(kind), kind)
         slots = zeroed(rows, self.is_used).astype(kind).reshape(*shape, rows.shape[-1])
         result = jnp.einsum("gtes,egsd->gtd", mask, slots, preferred_element_type=kind)
         return result.reshape(-1, rows.shape[-1]).astype(rows.dtype)
@@ -161,7 +175,13 @@ class PoisonedSlots:
         assert isinstance(slots, Named), "slots have axes"
         return self._flat(slots, with_poisoned_gradient)
 
-    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array) -> Named:
+    def permute_gates(self, gates: jax.Array) -> Named:
+        """Fill the slots with gates; cotangents of empty ones become NaN."""
+        made = self.layout.permute_gates(gates)
+        assert isinstance(made, Named), "slots have axes"
+        return self._flat(made, with_poisoned_gradient)
+
+    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array | None) -> Named:
         """Read the slots, the empty ones filled with NaN."""
         assert isinstance(rows, Named), "slots have axes"
         return self.layout.unpermute(self._flat(rows, poisoned_values), gates)

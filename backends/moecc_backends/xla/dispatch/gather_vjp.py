@@ -37,6 +37,52 @@ permute.defvjp(_permute_forward, _permute_backward)
 
 
 @jax.custom_vjp
+def permute_choices(values: jax.Array, permutation: Permutation) -> jax.Array:
+    """Copy ``[tokens, choice]`` into ``[rows]``; rows without a token have zero."""
+    choice = permutation.choice_of_row
+    return jnp.where(choice >= 0, jnp.take(values.reshape(-1), choice, mode="clip"), 0)
+
+
+def _permute_choices_backward(
+    residuals: tuple[Permutation], d_rows: jax.Array
+) -> tuple[jax.Array, None]:
+    row = residuals[0].row_of_choice
+    return jnp.where(row >= 0, jnp.take(d_rows, row, mode="clip"), 0), None
+
+
+permute_choices.defvjp(
+    lambda values, permutation: (permute_choices(values, permutation), (permutation,)),
+    _permute_choices_backward,
+)
+
+
+def sum_rows(rows: jax.Array, permutation: Permutation, gates: jax.Array | None) -> jax.Array:
+    """Sum the rows ``[rows, embed]`` of each token, as they are or weighted with `gates`."""
+    if gates is None:
+        return unpermute_weighted(rows, permutation)
+    return unpermute(rows, permutation, gates)
+
+
+@jax.custom_vjp
+def unpermute_weighted(rows: jax.Array, permutation: Permutation) -> jax.Array:
+    """Sum the rows ``[rows, embed]`` of each token, of which nothing is kept for the gradient."""
+    return _sum_choices(rows, permutation, None)
+
+
+def _unpermute_weighted_backward(
+    residuals: tuple[Permutation], d_tokens: jax.Array
+) -> tuple[jax.Array, None]:
+    (permutation,) = residuals
+    return _take(d_tokens, permutation.token_of_row, permutation.choice_of_row >= 0), None
+
+
+unpermute_weighted.defvjp(
+    lambda rows, permutation: (unpermute_weighted(rows, permutation), (permutation,)),
+    _unpermute_weighted_backward,
+)
+
+
+@jax.custom_vjp
 def unpermute(rows: jax.Array, permutation: Permutation, gates: jax.Array) -> jax.Array:
     """Sum the rows ``[rows, embed]`` of each token, weighted with `gates` ``[tokens, choice]``.
 

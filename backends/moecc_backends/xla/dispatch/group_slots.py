@@ -14,7 +14,7 @@ from typing import Protocol
 
 import jax
 
-from moecc_backends.xla.dispatch.gather_vjp import permute, unpermute
+from moecc_backends.xla.dispatch.gather_vjp import permute, permute_choices, sum_rows
 from moecc_backends.xla.dispatch.permutation import Permutation, capacity_permutation
 from moecc_backends.xla.trace.routing import Routing
 from moecc_backends.xla.trace.values import SLOT_AXES, DeferredRows, Named, Operand
@@ -81,7 +81,15 @@ class GroupSlots:
         exchanged = self.shards.at_experts(self.shards.at_groups(slots))
         return exchanged.to((*SLOT_AXES, *rest))
 
-    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array) -> Named:
+    def permute_gates(self, gates: jax.Array) -> Named:
+        """Gather the gates of the slots of each group, and exchange them for the experts'."""
+        experts, groups, limit = self.routing.slot_shape
+        given = self.shards.grouped(gates, groups)
+        made = self.shards.with_groups(jax.vmap(permute_choices)(given, self.permutations))
+        slots = Named(made.reshape(groups, experts, limit), _GROUP_MAJOR)
+        return self.shards.at_experts(self.shards.at_groups(slots)).to(SLOT_AXES)
+
+    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array | None) -> Named:
         """Exchange the slots for those of the groups, and gather the slots of each token."""
         assert isinstance(rows, Named), "slots have axes"
         routing, groups = self.routing, self.routing.groups
@@ -90,8 +98,8 @@ class GroupSlots:
         back = self.shards.at_groups(self.shards.at_experts(slots)).array
         inner = back.shape[3:]
         flat = back.reshape(groups, prod(back.shape[1:3]), prod(inner))
-        weights = self.shards.grouped(gates, groups)
-        made = self.shards.with_groups(jax.vmap(unpermute)(flat, self.permutations, weights))
+        weights = None if gates is None else self.shards.grouped(gates, groups)
+        made = self.shards.with_groups(jax.vmap(sum_rows)(flat, self.permutations, weights))
         return Named(made.reshape(*routing.token_sizes, *inner), (*routing.tokens, *rest))
 
     def of_experts(self, first: jax.Array | int, count: int) -> GroupSlots:

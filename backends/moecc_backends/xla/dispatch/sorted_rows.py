@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from moecc_backends.xla.dispatch.flat import gathered_matmul, rows_to_tokens, tokens_to_rows
-from moecc_backends.xla.dispatch.gather_vjp import permute, unpermute
+from moecc_backends.xla.dispatch.gather_vjp import permute, permute_choices, sum_rows
 from moecc_backends.xla.dispatch.permutation import (
     Permutation,
     sort_by_expert,
@@ -95,11 +95,15 @@ class SortedRows:
         """Gather rows from tokens, forward and backward."""
         return tokens_to_rows(self, x, lambda tokens: permute(tokens, self.permutation))
 
-    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array) -> Named:
+    def permute_gates(self, gates: jax.Array) -> Rows:
+        """Gather the gates of rows from those of choices."""
+        return Rows(permute_choices(gates, self.permutation), (), self)
+
+    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array | None) -> Named:
         """Gather the rows of each token, forward and backward."""
         assert isinstance(rows, Rows), "`permute` made rows"
         return rows_to_tokens(
-            self.routing, rows, lambda flat: unpermute(flat, self.permutation, gates)
+            self.routing, rows, lambda flat: sum_rows(flat, self.permutation, gates)
         )
 
     def of_experts(self, first: jax.Array | int, count: int) -> SortedRows:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import jax
@@ -26,11 +27,19 @@ class UsedExperts:
 
     routing: Routing
 
-    def permute(self, x: Named) -> Deferred:
-        """Make nothing: rows come expert by expert, when they are combined."""
+    @cached_property
+    def _deferred(self) -> Deferred:
         return Deferred(self.routing)
 
-    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array) -> Named:
+    def permute(self, x: Named) -> Deferred:
+        """Make nothing: rows come expert by expert, when they are combined."""
+        return self._deferred
+
+    def permute_gates(self, gates: jax.Array) -> Deferred:
+        """Make nothing yet, as of rows."""
+        return self._deferred
+
+    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array | None) -> Named:
         """Return the sum over the experts that are used of their gated rows."""
         assert isinstance(rows, DeferredRows), "`permute` makes no rows"
         taken = rows.outside()
@@ -74,14 +83,14 @@ class _Given(NamedTuple):
       assigned: which choices have a slot; None if all do.
       stacks: what has a part for each expert.
       shared: what all experts read.
-      gates: ``[tokens, choice]``.
+      gates: ``[tokens, choice]``; None where rows have weights.
     """
 
     experts: jax.Array
     assigned: jax.Array | None
     stacks: list[Stack]
     shared: list[jax.Array]
-    gates: jax.Array
+    gates: jax.Array | None
 
     def layout(self, routing: Routing, number: int) -> OneExpert:
         """Return all tokens as rows of the expert `number`."""

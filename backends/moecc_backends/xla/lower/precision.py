@@ -1,6 +1,6 @@
 """Selective precision: routers compute in float32 (ST-MoE, §3.3), as their products ask for.
 
-The one module that reads the attribute ``precision`` of ``contract``.
+The one module that reads the attribute ``precision`` of products.
 """
 
 from __future__ import annotations

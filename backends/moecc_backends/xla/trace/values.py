@@ -199,14 +199,18 @@ class DispatchLayout(Protocol):
         """
         ...
 
-    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array) -> Named:
+    def permute_gates(self, gates: jax.Array) -> Operand | Deferred:
+        """Return the gate of each row, of ``[tokens, choice]``; of those without a token, any."""
+        ...
+
+    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array | None) -> Named:
         """Return for each token the sum of its rows, weighted: ``[*tokens, *axes]``.
 
         The sum runs in float32 at least.  Rows without a token are never read.
 
         Args:
           rows: what experts made of the rows that `permute` returned.
-          gates: ``[tokens, choice]``, all token axes flattened.
+          gates: ``[tokens, choice]``, all token axes flattened; None where rows have weights.
         """
         ...
 

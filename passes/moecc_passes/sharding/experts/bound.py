@@ -44,10 +44,11 @@ def bound_rows(graph: Graph, layer: LaidLayer, builder: Builder, mesh: Mesh, fac
         factor=factor,
     )
     bounded = _placed_again(layer, builder, keep)
-    routed.dispatch.set_operand(2, bounded)
-    routed.combine.set_operand(2, bounded)
+    movers = [n for n in (routed.dispatch, routed.gate_dispatch, routed.combine) if n is not None]
+    for node in movers:
+        node.set_operand(2, bounded)
     dropped = _dropped(builder, slots, bounded)
-    infer_again(graph, [routed.dispatch, routed.combine], start=routed.assigner)
+    infer_again(graph, movers, start=routed.assigner)
     graph.set_output(f"{PREFIX}{routed.name}", dropped)
 
 

@@ -6,6 +6,7 @@ from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import Mesh
 from moecc.ir.replace import infer_again
+from moecc.ir.traits import RowMove
 from moecc_passes.sharding.experts.exchange import erase_unused
 from moecc_passes.sharding.experts.layer import LaidLayer, need
 
@@ -18,8 +19,8 @@ def chunk_rows(graph: Graph, layer: LaidLayer, builder: Builder, mesh: Mesh, cou
         looks at what the experts make.
     """
     routed = layer.routed
-    rows, combine = routed.dispatch.results[0], routed.combine
-    group = rows.type["group"]
+    combine, sent = routed.combine, _dispatched(layer)
+    group = sent[0].type["group"]
     parts = mesh.size(group.mesh)
     need(not layer.is_ragged, layer, "ragged rows have no equal chunks", "slots=capacity",
          "leave chunks out")  # fmt: skip
@@ -34,16 +35,19 @@ def chunk_rows(graph: Graph, layer: LaidLayer, builder: Builder, mesh: Mesh, cou
     results = [made]
     for at in range(1, count):
         builder.before = combine
-        values = {rows: _chunk(builder, rows, at, count, parts)}
+        values = {v: _chunk(builder, v, at, count, parts) for v in sent}
         for node in region:
             _copy(node, values, builder)
         results.append(values[made])
-    builder.before = region[0]
-    first = _chunk(builder, rows, 0, count, parts)
+    first: dict[Value, Value] = {}
+    for value in sent:
+        assert value.node is not None, "it was dispatched"
+        builder.before = value.node._next
+        first[value] = _chunk(builder, value, 0, count, parts)
     for node in region:
         for number, value in enumerate(node.operands):
-            if value is rows:
-                node.set_operand(number, first)
+            if value in first:
+                node.set_operand(number, first[value])
     infer_again(graph, region, start=region[0])
     builder.before = combine
     joined = builder.join(*results, axis="group", parts=parts, name=made.name)
@@ -55,15 +59,22 @@ def _chunk(builder: Builder, rows: Value, at: int, count: int, parts: int) -> Va
     return builder.chunk(rows, axis="group", at=at, of=count, parts=parts, name=rows.name)
 
 
+def _dispatched(layer: LaidLayer) -> list[Value]:
+    """Return the rows that are dispatched, and their gates where these go with them."""
+    ways = (RowMove.TO_SLOTS, RowMove.GATES_TO_SLOTS)
+    users = list(layer.routed.slots.users)
+    return [n.result for way in ways for n in users if n.op.moves is way]
+
+
 def _region(layer: LaidLayer) -> list[Node]:
     """Return the nodes between dispatch and combine, in order."""
-    rows, combine = layer.routed.dispatch.results[0], layer.routed.combine
-    depends: set[Value] = {rows}
+    combine = layer.routed.combine
+    depends = set(_dispatched(layer))
     found: list[Node] = []
     for node in layer.routed.dispatch.graph.walk(layer.routed.dispatch):
         if node is combine:
             break
-        if any(v in depends for v in node.operands):
+        if any(v in depends for v in node.operands) and node.op.moves is None:
             depends.update(node.results)
             found.append(node)
     inside = {*found, combine}
@@ -83,7 +94,7 @@ def _copy(node: Node, values: dict[Value, Value], builder: Builder) -> None:
 
 def unchunk(graph: Graph) -> int:
     """Make one of all chunks that are worked on alike, and return how many were made one."""
-    count = 0
+    count, changed = 0, list[Node]()
     for join in [n for n in graph if n.op.name == "join"]:
         chains = [_chain(v, at, len(join.operands)) for at, v in enumerate(join.operands)]
         if None in chains or len(set(chains)) != 1:
@@ -95,10 +106,11 @@ def unchunk(graph: Graph) -> int:
         for value in others:
             erase_unused(value)
         for node in started:
-            users, whole = list(node.result.users), node.operands[0]
-            node.replace_by(whole)
-            infer_again(graph, users, start=whole.node)
+            changed += node.result.users
+            node.replace_by(node.operands[0])
         count += 1
+    # Rows meet their gates, so that no type is right before all chunks are gone.
+    infer_again(graph, (node for node in changed if node.alive))
     return count
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.replace import infer_again, replace_value
+from moecc.sharding.collectives import Step
 from moecc.sharding.routes import Slice, from_experts, to_experts
 from moecc.types.tensor import TensorType
 from moecc_passes.sharding.emit import emit
@@ -51,9 +54,18 @@ def _check_slice(layer: LaidLayer, mesh: str, target: TensorType) -> None:
 def _enter(
     layer: LaidLayer, builder: Builder, rows: Value, target: TensorType, part: Slice | None
 ) -> None:
-    builder.before = layer.entries[0]
-    value = emit(builder, rows, to_experts(rows.type, target, part))
-    for entry in layer.entries:
+    _brought(builder, layer.entries, to_experts(rows.type, target, part))
+    for entry in layer.gate_entries[:1]:
+        # Copies send parts of rows, and each the gates of all.
+        gates, type = entry.operands[0], entry.result.type
+        _brought(builder, layer.gate_entries, to_experts(gates.type, type, None))
+
+
+def _brought(builder: Builder, entries: tuple[Node, ...], steps: Iterable[Step]) -> None:
+    """Put `steps` in the place of collectives that bring one value to one place."""
+    builder.before = entries[0]
+    value = emit(builder, entries[0].operands[0], steps)
+    for entry in entries:
         replace_value(entry.result, value)
         entry.erase()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.replace import infer_again, replace_value
+from moecc.ir.replace import infer_again
 from moecc.ir.table.collectives import format_sharding
 from moecc.ir.traits import Collective
 from moecc.sharding.routes import gathered, sums_back, without
@@ -30,32 +30,50 @@ def gather_tokens(graph: Graph, layer: LaidLayer, builder: Builder, way: Via) ->
     """
     over = layer.exchanged
     routed = layer.routed
+    before = (*routed.dispatch.results, routed.slots, routed.gates, routed.experts)
     replay = _Replay(graph, layer, builder, over)
     experts, slots, gates = (replay.value(v) for v in (routed.experts, routed.slots, routed.gates))
     x = replay.value(routed.dispatch.operands[0])
     rows = builder.dispatch(x, experts, slots, name=routed.dispatch.results[0].name)
     own = builder.shard(rows, axis="expert", mesh=layer.expert_mesh, name=rows.name)
+    own_gates = _own_gates(layer, builder, (gates, experts, slots))
     combine = routed.combine
     tokens, exits = combine.result, combine.operands[0]
     # What follows must not see the types change before the tokens are back where they were.
     away = graph.input(graph.fresh("away"), tokens.type)
     for user, number in uses(tokens):
         user.set_operand(number, away)
-    for number, value in enumerate((layer.made, experts, slots, gates)):
+    given = (layer.made, experts, slots, gates)
+    for number, value in enumerate(given[: len(combine.operands)]):
         combine.set_operand(number, value)
     erase_unused(exits)
-    for entry in layer.entries:
-        replace_value(entry.result, own)
-        erase_unused(entry.result)
+    users: list[Node] = []
+    for entries, brought in ((layer.entries, own), (layer.gate_entries, own_gates)):
+        for entry in entries:
+            assert brought is not None, "gates that are brought were dispatched"
+            users += entry.result.users
+            entry.result.replace_by(brought)
+            erase_unused(entry.result)
+    # Rows meet their gates, so that both are replaced before a type is inferred.
+    infer_again(graph, users, start=routed.assigner)
     infer_again(graph, [combine], start=combine)
     builder.before = combine._next
     made = combine.result
     y = emit(builder, made, sums_back(made.type, away.type, way))
     away.replace_by(y)
     graph.erase_input(away.name)
-    for value in (*routed.dispatch.results, routed.slots, routed.gates, routed.experts):
+    for value in before:
         erase_unused(value)
     replay.take_names()
+
+
+def _own_gates(layer: LaidLayer, builder: Builder, of: tuple[Value, ...]) -> Value | None:
+    """Return the gates of the rows of a device's experts, where gates go with rows."""
+    sent = layer.routed.gate_dispatch
+    if sent is None:
+        return None
+    made = builder.dispatch_gates(*of, name=sent.result.name)
+    return builder.shard(made, axis="expert", mesh=layer.expert_mesh, name=made.name)
 
 
 class _Replay:

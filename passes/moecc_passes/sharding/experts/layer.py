@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from moecc.errors import InputError
@@ -16,12 +17,14 @@ class LaidLayer:
     Attributes:
       routed: the layer.
       entries: the collectives that take the dispatched rows to the experts.
+      gate_entries: those that take gates there, where these go with the rows.
       made: what the experts made of them, before anything brings it back.
       expert_mesh: the mesh axes that shard the experts.
     """
 
     routed: RoutedLayer
     entries: tuple[Node, ...]
+    gate_entries: tuple[Node, ...]
     made: Value
     expert_mesh: tuple[str, ...]
 
@@ -46,12 +49,17 @@ def laid_layers(graph: Graph) -> list[LaidLayer]:
     found: list[LaidLayer] = []
     for routed in routed_layers(graph):
         rows = routed.dispatch.results[0]
-        entries = tuple(n for n in rows.users if n.op.collective is not None)
+        gates = () if routed.gate_dispatch is None else (routed.gate_dispatch.result,)
+        entries, gate_entries = map(_collectives, ((rows,), gates))
         made = _before_collectives(routed.combine.operands[0])
         mesh = made.type["expert"].mesh
         if mesh:
-            found.append(LaidLayer(routed, entries, made, mesh))
+            found.append(LaidLayer(routed, entries, gate_entries, made, mesh))
     return found
+
+
+def _collectives(values: Iterable[Value]) -> tuple[Node, ...]:
+    return tuple(n for v in values for n in v.users if n.op.collective is not None)
 
 
 def _before_collectives(value: Value) -> Value:

@@ -1,0 +1,135 @@
+"""Rows weighted before the last product of their experts: where, and that nothing else changes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from moecc_passes import weight_rows
+from moecc_passes.routed import routed_layers
+from moecc_passes.weight_rows import WeightRowsPass
+
+from moecc.errors import InputError
+from moecc.ir import Graph, Node, clone, equal, parse, print_graph
+from moecc.pipeline.passes import Context, PassResult
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.testing import laws
+from moecc.testing.blocks import experts, feed_forward
+from moecc.testing.generate import random_graph
+
+from .dense_blocks import Dense, Tensors, relative, run, tokens, upcycled
+
+ITEM = WeightRowsPass()
+
+
+def weighted(graph: Graph) -> Graph:
+    after = clone(graph)
+    ITEM.apply(after, Context())
+    laws.check_graph(after)
+    return after
+
+
+def operations(graph: Graph) -> list[str]:
+    """The operations from the last product on."""
+    names = [n.op.name for n in graph]
+    first = names.index("dispatch_gates")
+    return names[first : names.index("combine_weighted") + 1]
+
+
+@pytest.mark.parametrize("options", [{}, {"slots": "capacity", "capacity_factor": 1.0}])
+@pytest.mark.parametrize(
+    ("bias", "after"),
+    [
+        (False, ["dispatch_gates", "weight_rows", "contract", "combine_weighted"]),
+        # A bias is weighted as well.
+        (True, ["dispatch_gates", "weight_rows", "combine_weighted"]),
+    ],
+)
+def test_what_is_weighted(options: dict[str, str], bias: bool, after: list[str]) -> None:
+    dense = Dense(bias_out=bias)
+    sparse, _ = upcycled(dense.graph(), experts=4, init="noise", shared=0.5, **options)
+    made = weighted(sparse)
+    assert operations(made) == after
+    tensors, inputs = Tensors(sparse), tokens(dense)
+    expected = run(sparse, tensors.params(sparse), inputs)["y"]
+    assert relative(run(made, tensors.params(made), inputs)["y"], expected) < 1e-14
+
+
+def test_a_layer_is_weighted_once_and_keeps_its_gates() -> None:
+    sparse, _ = upcycled(Dense(layers=2).graph(), experts=4)
+    gates = [layer.gates.name for layer in routed_layers(sparse)]
+    made = weighted(sparse)
+    assert [layer.gates.name for layer in routed_layers(made)] == gates
+    again = clone(made)
+    assert not ITEM.apply(again, Context()).changed
+    assert equal(made, again)
+    assert equal(parse(print_graph(made)), made)
+
+
+def test_what_experts_make_is_left_to_others_who_read_it() -> None:
+    sparse, _ = upcycled(Dense().graph(), experts=4)
+    made = routed_layers(sparse)[0].combine.operands[0]
+    sparse.set_output("rows", made)
+    assert operations(weighted(sparse)) == ["dispatch_gates", "weight_rows", "combine_weighted"]
+
+
+def test_without_experts_nothing_matches() -> None:
+    with pytest.raises(InputError, match="weight-rows: matched nothing"):
+        run_pipeline(Dense().graph(), Pipeline.parse("weight-rows"))
+
+
+def test_passes_on_routing_need_gates() -> None:
+    sparse, _ = upcycled(Dense().graph(), experts=4)
+    made = weighted(sparse)
+    (layer,) = routed_layers(made)
+    product = layer.combine.operands[0].node
+    assert product is not None
+    row = product.operands[0].node
+    assert row is not None
+    product.set_operand(0, row.operands[0])
+    row.erase()
+    sent = layer.gate_dispatch
+    assert sent is not None
+    sent.erase()
+    with pytest.raises(InputError, match="a routed layer has no gates"):
+        _ = layer.gates
+
+
+# --- laws
+
+
+@given(seed=st.integers(0, 2**24 - 1))
+def test_laws(seed: int) -> None:
+    laws.check_pass(ITEM, random_graph(seed, steps=(feed_forward, experts)))
+
+
+def test_the_laws_are_not_empty() -> None:
+    """Of a hundred random graphs, at least every fourth has a layer, products and others after."""
+    found = [routed_layers(random_graph(s, steps=(feed_forward, experts))) for s in range(100)]
+    before = [_before_last_product(layer.combine) for layers in found for layer in layers]
+    assert sum(bool(layers) for layers in found) >= 25
+    assert before.count(True) >= 5
+    assert before.count(False) >= 5
+
+
+def _before_last_product(combine: Node) -> bool:
+    return weight_rows._read_by_last_product(combine.operands[0], combine) is not None
+
+
+class _Forgets(WeightRowsPass):
+    """Combines rows as they are, and weights none."""
+
+    def apply(self, graph: Graph, ctx: Context) -> PassResult:
+        """Weight the rows, and take the weights away."""
+        made = super().apply(graph, ctx)
+        for node in [n for n in graph if n.op.is_weighting]:
+            node.replace_by(node.operands[0])
+        return made
+
+
+def test_a_pass_that_forgets_the_weights_is_caught() -> None:
+    sparse, _ = upcycled(Dense().graph(), experts=4, init="noise", shared=0.5)
+    laws.check_preserves(ITEM, sparse)
+    with pytest.raises(AssertionError):
+        laws.check_preserves(_Forgets(), sparse)

@@ -1,0 +1,85 @@
+"""Rows weighted at their experts: the same layer, by every strategy and on every way."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+from moecc_passes.sharding.legal import Bound, Case, layer
+
+from moecc.ir import Graph
+from moecc.ir.dispatch_strategies import DISPATCHES
+from moecc.ir.structure import clone
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+
+jax = pytest.importorskip("jax")
+
+from moecc_backends.xla.backend import function  # noqa: E402
+from moecc_backends.xla.trace.options import Options  # noqa: E402
+
+from .test_exchanges import assert_near, compiled, data, expected, on_mesh  # noqa: E402
+
+CASES = [
+    Case("capacity", "data:4,model:2", "st-moe", "via=capacity slice=model"),
+    Case("ragged", "data:4,expert:2", "expert-parallel", "via=ragged"),
+    Case("expert-choice", "data:2,expert:4", "expert-replicated", "via=replicated"),
+    Case("capacity", "far:2,near:4", "expert-hierarchical", "via=hierarchical chunks=2"),
+    Case("capacity", "data:2,expert:2,model:2", "expert-parallel,tensor-parallel", "via=capacity"),
+    Case("capacity", "data:4,model:2", "st-moe", "via=capacity chunks=2"),
+    Case("ragged", "data:4,model:2", "st-moe", "via=ragged slice=model"),
+    Case("ragged", "far:2,near:4", "expert-hierarchical", "via=hierarchical"),
+    Case("ragged", "data:2,expert:2,model:2", "expert-parallel,tensor-parallel", "via=ring"),
+    Case("ragged", "data:4,expert:2", "expert-parallel", "via=ragged buffer-factor=8.0"),
+    Case("ragged", "data:2,expert:2,model:2", "expert-replicated,tensor-parallel",
+         "via=replicated"),
+]  # fmt: skip
+
+
+@cache
+def weighted(slots: Bound) -> Graph:
+    """Return the layer with its rows weighted; everybody's, so clone it before you change it."""
+    graph = layer(slots)
+    run_pipeline(graph, Pipeline.parse("weight-rows"))
+    return graph
+
+
+def laid(case: Case) -> Graph:
+    graph = clone(weighted(case.slots))
+    run_pipeline(graph, Pipeline.parse(case.pipeline))
+    return graph
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=() if at < 2 else pytest.mark.slow) for at, c in enumerate(CASES)],
+    ids=str,
+)
+def test_on_a_mesh_it_is_the_layer_on_one_device(case: Case) -> None:
+    outputs, slopes, _ = on_mesh(laid(case), case.slots, Options(poison=True))
+    assert_near(expected(case.slots), ({"y": outputs["y"]}, slopes))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_stripping_leaves_what_was_laid_on_the_mesh(case: Case) -> None:
+    graph = laid(case)
+    if "buffer-factor" in case.way:
+        return
+    run_pipeline(graph, Pipeline.parse("strip-sharding"))
+    assert str(graph) == str(weighted(case.slots))
+
+
+@pytest.mark.parametrize(
+    ("slots", "dispatch"),
+    [
+        (slots, name)
+        for slots in ("capacity", "ragged")
+        for name in DISPATCHES
+        if slots == "capacity" or name not in ("einsum", "gather")
+    ],
+)
+def test_every_strategy_weights_rows(slots: Bound, dispatch: str) -> None:
+    options = Options(dispatch=dispatch, poison=dispatch != "einsum")
+    run = function(weighted(slots), options=options)
+    (_, outputs), slopes = compiled(run, slots)(*data(slots))
+    assert_near(expected(slots), (outputs, slopes))
