@@ -126,13 +126,21 @@ def _nothing_legal(asked: Asked) -> InputError:
             + (", and keep every row" if constraints.via == "ragged" else ""),
             found=f"{work.experts} experts, {machine.devices} devices",
         )
-    each = asked.config.micro_batches * work.batch.sequence_tokens
     return InputError(
         "no mesh of this machine divides model and batch",
         where=machine.name,
-        found=f"{machine.devices} devices, {work.batch.sequences} sequences",
-        hint=f"--batch-tokens {machine.devices * each} is a sequence a device",
+        found=f"{machine.devices} devices, {work.batch.sequences} sequences"
+        + (f", {work.experts} experts" if work.experts else ""),
+        hint=_undivided(asked),
     )
+
+
+def _undivided(asked: Asked) -> str:
+    """Return what to change where no mesh is legal: the batch, if it is that, or the devices."""
+    batch, devices = asked.work.batch, asked.machine.devices * asked.config.micro_batches
+    if batch.sequences % devices:
+        return f"--batch-tokens {devices * batch.sequence_tokens} is a sequence a device"
+    return "fewer devices" if asked.constraints.rules is None else "fewer devices, or other --rules"
 
 
 def way_out(asked: Asked) -> str:

@@ -1,10 +1,14 @@
-"""The commands that hints name: each is a command, each option one of it, each pass a pass."""
+"""Hints: what they name is there, and what they say works where they are given."""
 
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import typer
@@ -13,7 +17,9 @@ from click import Command, Group
 from moecc.cli.main import build_app
 from moecc.pipeline.registry import installed
 
+from .hint_ways import WAYS, Way
 from .pages import ROOT
+from .sessions import environment
 
 PACKAGES = ("moecc", "passes/moecc_passes", "backends/moecc_backends")
 
@@ -25,13 +31,37 @@ PROSE = {"again", "makes"}
 
 
 def hints() -> Iterator[tuple[str, str]]:
-    """Yield the place and text of each hint; what is filled in when it is raised is ``X``."""
-    for package in PACKAGES:
-        for file in sorted((ROOT / package).rglob("*.py")):
-            for node in ast.walk(ast.parse(file.read_text("utf-8"))):
-                if isinstance(node, ast.keyword) and node.arg == "hint":
-                    place = f"{file.relative_to(ROOT)}:{node.value.lineno}"
-                    yield from ((place, text) for text in texts(node.value))
+    """Yield the place and text of each hint; what is filled in when it is raised is ``X``.
+
+    Those that are given where an error is raised, those that were given a name before, and those
+    that a function returns.
+    """
+    found = {f: ast.parse(f.read_text("utf-8")) for p in PACKAGES for f in (ROOT / p).rglob("*.py")}
+    nodes = [(file, node) for file, tree in sorted(found.items()) for node in ast.walk(tree)]
+    given = [(file, n.value) for file, n in nodes if isinstance(n, ast.keyword) and n.arg == "hint"]
+    named = {name for _, value in given if (name := name_of(value))}
+    for file, node in nodes:
+        given += ((file, value) for value in named_by(node, named))
+    for file, value in given:
+        yield from ((f"{file.relative_to(ROOT)}:{value.lineno}", t) for t in texts(value))
+
+
+def name_of(node: ast.expr) -> str | None:
+    """Return the variable, table or function that an expression takes its value from."""
+    if isinstance(node, ast.Call):
+        node = node.func.value if isinstance(node.func, ast.Attribute) else node.func
+    node = node.value if isinstance(node, ast.Subscript) else node
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def named_by(node: ast.AST, names: set[str]) -> Iterator[ast.expr]:
+    """Yield what a statement gives one of the names, or returns under it."""
+    if isinstance(node, ast.FunctionDef) and node.name in names:
+        yield from (n.value for n in ast.walk(node) if isinstance(n, ast.Return) and n.value)
+    if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        if names & {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}:
+            yield node.value
 
 
 def texts(node: ast.expr) -> Iterator[str]:
@@ -43,11 +73,14 @@ def texts(node: ast.expr) -> Iterator[str]:
     elif isinstance(node, ast.IfExp):
         yield from texts(node.body)
         yield from texts(node.orelse)
+    elif isinstance(node, ast.Tuple):
+        for each in node.elts:
+            yield from texts(each)
+    elif isinstance(node, ast.Dict):
+        for each in node.values:
+            yield from texts(each)
     elif isinstance(node, ast.BinOp):
         yield "".join((*texts(node.left), *texts(node.right)))
-
-
-HINTS = [(place, text) for place, text in hints() if re.search(r"moecc [a-z]|--[a-z]|-p ", text)]
 
 
 def commands() -> dict[str, Command]:
@@ -64,6 +97,17 @@ def options_of(names: Iterator[str] | list[str]) -> set[str]:
     """Return the options of some commands, and those of every command."""
     own = {o for n in names for p in COMMANDS[n].params for o in (*p.opts, *p.secondary_opts)}
     return own | {"--help", "--quiet"}
+
+
+def is_command(text: str) -> bool:
+    """Whether a hint names a command, an option, or an item of a pipeline."""
+    named = re.findall(r"\bmoecc ([a-z][a-z-]*)", text)
+    return bool(
+        set(named) & COMMANDS.keys() or re.search(r"--[a-z]|-p |pip install|[A-Z]{4}=|mkdir", text)
+    )
+
+
+HINTS = [(place, text) for place, text in dict.fromkeys(hints()) if is_command(text)]
 
 
 def test_there_are_hints_with_commands() -> None:
@@ -87,3 +131,34 @@ def test_what_a_hint_names_is_there(place: str, text: str) -> None:
     passes = installed()
     for name in re.findall(r"-p '?([a-z][a-z-]*)", text):
         assert name in passes, f"{place}: no pass {name}"
+
+
+@pytest.mark.parametrize(("place", "text"), HINTS, ids=[place for place, _ in HINTS])
+def test_a_hint_has_a_way_that_is_tried(place: str, text: str) -> None:
+    named = "pip install" in text and "--" not in text
+    assert named or any(way.hint in text for way in WAYS), f"{place}: add a row to hint_ways.py"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.hint[:40])
+def test_what_a_hint_says_works(way: Way, stands: Path, tmp_path: Path) -> None:
+    """What was answered with the hint is answered otherwise once it is done."""
+    for each in [*stands.iterdir(), ROOT / "tests"]:
+        (tmp_path / each.name).symlink_to(each)
+    (tmp_path / "notes").unlink()
+    shutil.copytree(stands / "notes", tmp_path / "notes")
+    failed = shell(way.fails, tmp_path)
+    assert failed.returncode != 0, f"$ {way.fails}"
+    assert way.hint in " ".join(failed.stderr.split()), f"$ {way.fails}\n{failed.stderr[-2000:]}"
+    done = shell(way.works, tmp_path)
+    said = f"$ {way.works}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    assert done.returncode == 0, said
+
+
+def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a line of a shell, in which `tests` can be imported."""
+    path = os.pathsep.join(map(str, (folder, ROOT / "tests" / "support")))
+    environ = {**environment(), "PYTHONPATH": path}
+    return subprocess.run(
+        ["/bin/sh", "-c", line], cwd=folder, env=environ, capture_output=True, text=True
+    )

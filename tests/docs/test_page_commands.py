@@ -5,36 +5,25 @@ Names of models, texts and runs stand for small ones; steps of a training are fe
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
-import subprocess
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
 import typer
-from safetensors.numpy import save_file
 
 from moecc.cli.main import build_app
 from moecc.errors import MoeccError
 from moecc.pipeline.text import Pipeline
-from tests.train.tiny import draw_weights, make_model
 
 from .pages import PAGES, ROOT, blocks_of
-from .sessions import environment
+from .stands import FEW, SMALL, run
 
 ELSEWHERE = ("tour.md", "jobs.md")
 """Their sessions are run, and compared with what they print: test_tour.py."""
 
-FEW = (
-    " --set run.steps=2 --set data.batch=2 --set data.seq=32 --set data.evaluate_batches=1"
-    " --set optimizer.warmup=1 --set optimizer.decay_steps=1"
-)
-SMALL = " --set 'model.pipeline=upcycle{experts=2 top-k=2}'"
-"""Of a recipe that upcycles, two experts."""
 NOT_HERE = re.compile(
     r"make |pip |python examples/|\. \.venv|moecc compile .*tpu:|moecc convert SOURCE .*# killed"
 )
@@ -99,75 +88,6 @@ def test_a_wrong_command_is_found() -> None:
     ]  # fmt: skip
     with pytest.raises(MoeccError):
         Pipeline.parse("upcycle{expert=8}")
-
-
-@pytest.fixture(scope="module")
-def stands(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make what the pages take for granted: a model with a tokenizer, texts, graphs, a run."""
-    folder = tmp_path_factory.mktemp("stands")
-    model = draw_weights(make_model(folder / "SmolLM2-135M", num_hidden_layers=4))
-    _tokenizer().save(str(model / "tokenizer.json"))
-    for name in ("SOURCE", "MODEL"):
-        (folder / name).symlink_to(model)
-    (folder / "text.txt").write_text((ROOT / "docs" / "tour.md").read_text("utf-8"))
-    (folder / "notes").mkdir()
-    (folder / "notes" / "a.txt").write_text("a note of some length\n" * 20)
-    texts = [{"text": f"document {n} of the corpus, with a few words"} for n in range(300)]
-    (folder / "corpus.jsonl").write_text("".join(json.dumps(t) + "\n" for t in texts))
-    rte = [
-        {"premise": "a", "hypothesis": f"b{n}", "label": ("yes", "no")[n % 2]} for n in range(40)
-    ]
-    (folder / "rte.jsonl").write_text("".join(json.dumps(t) + "\n" for t in rte))
-    np.save(folder / "tokens.npy", np.arange(8, dtype=np.int32).reshape(2, 4))
-    _from_pages(folder)
-    for command in (
-        "import SmolLM2-135M -o dense.moe",
-        "convert SmolLM2-135M SmolLM2-135M-Instruct.Q4_1.gguf --to gguf:llama",
-        "convert SmolLM2-135M sparse -p 'upcycle{experts=2 top-k=2}' --to mixtral",
-        "convert SmolLM2-135M smollm2-8x -p 'upcycle{experts=8 top-k=2}' --to mixtral",
-        "tokens corpus.jsonl --tokenizer SmolLM2-135M --hold-out 0.1 --out text",
-        "train recipe:upcycle --out RUN --set model.source=SmolLM2-135M"
-        " --set data.train.0.tokens=text/train --set data.evaluate.0.tokens=text/heldout"
-        f"{FEW}{SMALL}",
-    ):
-        run(folder, f"moecc {command}")
-    (folder / "tokens").symlink_to(folder / "text")
-    return folder
-
-
-def _tokenizer() -> tokenizers.Tokenizer:  # type: ignore[name-defined]  # noqa: F821
-    """Return a tokenizer whose tokens are bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    return made
-
-
-def _from_pages(folder: Path) -> None:
-    """Write the graph of adding-a-family.md with weights, and the pass of writing-a-pass.md."""
-    (graph,) = (b for b in blocks_of(ROOT / "docs" / "adding-a-family.md") if b.info == "moe")
-    (folder / "tiny.moe").write_text(graph.text)
-    (folder / "tiny").mkdir()
-    rng = np.random.default_rng(0)
-    named = re.findall(r'source\("([\w.]+)" : f32\[([^]]+)\]', graph.text)
-    sizes = {name: [int(n) for n in re.findall(r"=(\d+)", axes)] for name, axes in named}
-    arrays = {name: rng.normal(0, 0.3, size).astype(np.float32) for name, size in sizes.items()}
-    save_file(arrays, folder / "tiny" / "model.safetensors")
-    block = next(b for b in blocks_of(ROOT / "docs" / "writing-a-pass.md") if b.info == "python")
-    code, _, rest = block.text.partition("\ngraph = parse(")
-    (folder / "fold_scale.py").write_text(code)
-    (folder / "model.moe").write_text(rest.split('"""')[1].lstrip())
-
-
-def run(folder: Path, line: str) -> None:
-    """Run a line of a page, and fail with what it said unless it ends with 0."""
-    done = subprocess.run(
-        ["/bin/sh", "-c", line], cwd=folder, env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, f"$ {line}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
 
 
 @pytest.mark.slow

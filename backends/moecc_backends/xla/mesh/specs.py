@@ -20,7 +20,9 @@ def device_mesh(graph: Graph, devices: list[jax.Device] | None = None) -> jax.sh
     """
     own = mesh_of(graph)
     if own is None:
-        raise InputError("the graph is on no mesh", hint="annotate-sharding{mesh=data:8}")
+        raise InputError(
+            "the graph is on no mesh", hint="annotate-sharding{mesh=data:8 rules=st-moe}"
+        )
     devices = jax.devices() if devices is None else devices
     if len(devices) < own.devices:
         raise InputError(

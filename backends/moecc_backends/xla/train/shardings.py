@@ -216,7 +216,9 @@ def step_shardings(graph: Graph, spec: StepSpec, devices: Devices) -> StepShardi
     if grid is None and len(devices) == 1:
         return OneDevice(devices[0], spec)
     if grid is None:
-        raise InputError("the graph is on no mesh", hint="annotate-sharding{mesh=data:8}")
+        raise InputError(
+            "the graph is on no mesh", hint="annotate-sharding{mesh=data:8 rules=st-moe}"
+        )
     mesh = jax.sharding.Mesh(np.array(devices).reshape(grid.shape), grid.names)
     if spec.layout is None:
         return ExplicitShardings(mesh, grid, spec)

@@ -1,0 +1,16 @@
+"""What tests of pages and of hints share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from .stands import make_stands
+
+
+@pytest.fixture(scope="session")
+def stands(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with what the pages take for granted."""
+    pytest.importorskip("tokenizers")
+    return make_stands(tmp_path_factory.mktemp("stands"))
