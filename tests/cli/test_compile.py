@@ -196,8 +196,13 @@ def test_an_exported_program_gives_what_the_graph_gives(
     assert (found.platforms, found.devices) == (("cpu",), 1)
     assert found.arguments[0].keys() == params.keys()
     assert repr(found) == f"<moecc.LoadedStep cpu, 1 devices, {len(params) + 1} arrays>"
-    with pytest.raises(InputError, match="other arguments"):
-        found(params)
+    for wrong, says in (
+        ((params,), r"other arguments \(1 differ\)"),
+        ((params | {"lm_head.weight": "a"}, inputs), "lm_head.weight.*no array, but str"),
+        ((params, {"tokens": inputs["tokens"].reshape(2, 32)}), r"int32\[4, 16\].*int32\[2, 32\]"),
+    ):
+        with pytest.raises(InputError, match=f"(?s){says}"):
+            found(*wrong)
     logits = np.asarray(found(params, inputs)["logits"])
     expected = np.asarray(function(graph)(params, inputs)["logits"])
     assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()

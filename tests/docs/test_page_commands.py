@@ -1,4 +1,4 @@
-"""The commands of the other pages: every one is parsed, and all that need no download are run.
+"""The commands of the other pages: every one is parsed, and each is run in one test or another.
 
 Names of models, texts and runs stand for small ones; steps of a training are few.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,15 +20,20 @@ from moecc.errors import MoeccError
 from moecc.pipeline.text import Pipeline
 
 from .pages import PAGES, ROOT, blocks_of
+from .sessions import AS
 from .stands import FEW, SMALL, run
 
 ELSEWHERE = ("tour.md", "jobs.md")
 """Their sessions are run, and compared with what they print: test_tour.py."""
 
-NOT_HERE = re.compile(
-    r"make |pip |python examples/|\. \.venv|moecc compile .*tpu:|moecc convert SOURCE .*# killed"
-)
-"""What installs, downloads, or needs the compiler of TPUs; and a command that is killed."""
+IN_A_CLONE = re.compile(r"make |pip |python examples/|\. \.venv")
+"""What installs and downloads: test_in_a_clone.py."""
+
+OF_TPUS = re.compile(r"moecc compile .*tpu:")
+"""What needs the compiler of TPUs."""
+
+KILLED = re.compile(r"moecc (convert SOURCE .*?) +# killed")
+"""A command that is killed."""
 
 STANDS = {"$(python examples/downloads.py)": "SmolLM2-135M", "make install && ": "true # "}
 
@@ -97,12 +103,16 @@ def test_commands_run(page: Path, stands: Path, tmp_path: Path) -> None:
     for each in [*stands.iterdir(), ROOT / "tests", ROOT / "examples"]:
         if ALONE.get(each.name, page.name) == page.name:
             (tmp_path / each.name).symlink_to(each)
+    for block in blocks_of(page):
+        if AS in block.info:
+            (tmp_path / block.info.partition(AS)[2]).write_text(block.text)
     variables = ""
     for line in lines(page):
         for text, stand in STANDS.items():
             line = line.replace(text, stand)
-        if NOT_HERE.match(line):
+        if IN_A_CLONE.match(line) or OF_TPUS.match(line):
             continue
+        line = KILLED.sub(r"python -m tests.docs.scenes killed \1", line)
         if re.match(r"[A-Z]+=", line):
             variables = line.partition("#")[0].strip() + "\n"
             continue
@@ -113,3 +123,13 @@ def test_commands_run(page: Path, stands: Path, tmp_path: Path) -> None:
         if is_error:
             command = f"! {command}"
         run(tmp_path, command)
+
+
+PROGRAMS = [line for page in OTHERS for line in lines(page) if OF_TPUS.match(line)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="the compiler of TPUs is not installed")
+@pytest.mark.parametrize("line", PROGRAMS)
+def test_programs_of_tpus_compile(line: str, tmp_path: Path) -> None:
+    run(tmp_path, line)

@@ -53,3 +53,10 @@ def test_what_is_no_place_is_told(change: dict[str, str], says: str) -> None:
     with pytest.raises(UsageError) as error:
         process_info({**WHOLE, **change})
     assert says in str(error.value)
+
+
+def test_a_program_that_is_alone_joins_nobody() -> None:
+    pytest.importorskip("jax")
+    from moecc_backends.xla.run.processes import join
+
+    join(process_info({}))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 
 import jax
 
-from moecc.errors import InputError, MachineError
+from moecc.errors import InputError, MachineError, Problem
 from moecc.support.extras import install_hint
 from moecc_backends.xla.trace.typed_jax import PyTree, abstract_array
+
+_FEW = 4
+"""How many arrays are named where arguments do not suit a program."""
 
 
 class ExportedStep:
@@ -53,13 +57,35 @@ class ExportedStep:
         Raises:
           InputError: the arguments are others than `arguments`.
         """
-        found, expected = map(str, map(jax.tree.structure, (arguments, self.arguments)))
-        if found != expected:
-            raise InputError(
-                "the program takes other arguments", expected=expected[:200],
-                found=found[:200], hint="step.arguments has them, with shapes and types",
-            )  # fmt: skip
+        problems = list(_differences(_types(arguments), _types(self.arguments)))
+        if problems:
+            raise InputError(problems)
         return self._exported.call(*arguments)
+
+
+def _types(tree: PyTree) -> dict[str, str]:
+    """Return type and shape of each array by its place: ``[0]['lm_head.weight']``."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path): _type(leaf) for path, leaf in leaves}
+
+
+def _type(leaf: object) -> str:
+    try:
+        array = jax.eval_shape(lambda x: x, leaf)
+    except TypeError:
+        return f"no array, but {type(leaf).__name__}"
+    return f"{array.dtype}{list(array.shape)}"
+
+
+def _differences(found: Mapping[str, str], expected: Mapping[str, str]) -> Iterator[Problem]:
+    """Yield a problem for each array that is missing, too many, or of another type; the first."""
+    names = [n for n in {**expected, **found} if found.get(n) != expected.get(n)]
+    for name in names[:_FEW]:
+        yield Problem(
+            f"the program takes other arguments ({len(names)} differ)", f"argument {name}",
+            expected=expected.get(name, "no such array"), found=found.get(name, "none"),
+            hint="step.arguments has them; parameters are those after the passes of the report",
+        )  # fmt: skip
 
 
 def load_step(data: bytes, where: str) -> ExportedStep:

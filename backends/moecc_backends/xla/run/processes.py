@@ -36,11 +36,12 @@ _WIDTH = 256
 _joined: list[ProcessInfo] = []
 
 
-def join(process: ProcessInfo, *, seconds: float | None = None) -> None:
-    """Meet the other processes; a second call does nothing.
+def join(process: ProcessInfo | None, *, seconds: float | None = None) -> None:
+    """Meet the other processes; a second call does nothing, nor does one without others.
 
     Args:
-      process: of this process; one that JAX finds is read from the variables of the cluster.
+      process: of this process, or None if it is alone, as `moecc.launch.process_info` says; one
+        that JAX finds is read from the variables of the cluster.
       seconds: how long to wait for the others; by default ``MOECC_JOIN_SECONDS``, or
         `JOIN_SECONDS`.
 
@@ -48,7 +49,7 @@ def join(process: ProcessInfo, *, seconds: float | None = None) -> None:
       MachineError: they did not come.
       UsageError: there is no cluster to be found, or the variable is no number of seconds.
     """
-    if _joined:
+    if _joined or process is None:
         return
     limit = seconds or seconds_of_environment(JOIN) or JOIN_SECONDS
     devices: Sequence[int] | None = None
