@@ -7,8 +7,14 @@ from typing import Annotated
 
 import typer
 
+from moecc.cli.console import Format
 from moecc.cli.face import add_command
-from moecc.cli.options import LoadFamiliesOption, PaddingMaskOption, SourceArgument
+from moecc.cli.options import (
+    FormatOption,
+    LoadFamiliesOption,
+    PaddingMaskOption,
+    SourceArgument,
+)
 
 
 @dataclass(frozen=True)
@@ -23,17 +29,19 @@ class ImportRequest:
     padding_mask: PaddingMaskOption = False
     load: LoadFamiliesOption = None
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False
+    format: FormatOption = Format.human
 
 
 def import_graph(request: ImportRequest) -> None:
     """Read the headers of SOURCE and print its graph; no weights are read."""
-    from moecc.cli.files import write_graph
+    from moecc.cli.files import graph_text, write_artefact
     from moecc.families.outside import load_families
     from moecc.model.open import open_model
 
     load_families(request.load)
     with open_model(request.source, padding=request.padding_mask) as model:
-        write_graph(model.graph, request.output, force=request.force)
+        text = graph_text(model.graph, request.output)
+    write_artefact("import", text, request.output, force=request.force, format=request.format)
 
 
 def register(app: typer.Typer) -> None:

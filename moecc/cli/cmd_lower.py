@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from moecc.cli import complete
+from moecc.cli.console import Format
 from moecc.cli.face import add_command
-from moecc.cli.options import LoadFamiliesOption, WeightsOption
+from moecc.cli.options import FormatOption, LoadFamiliesOption, WeightsOption
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,13 @@ class LowerRequest:
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False
     weights: WeightsOption = None
     load: LoadFamiliesOption = None
+    format: FormatOption = Format.human
 
 
 def lower(request: LowerRequest) -> None:
     """Print MODEL as jax or XLA sees it; no weights are read, and nothing is run."""
     from moecc.backend import get_lowering_backend
-    from moecc.cli.files import check_writable, write_text
+    from moecc.cli.files import check_writable, write_artefact
     from moecc.families.outside import load_families
     from moecc.model.inputs import default_inputs
     from moecc.model.open import open_model
@@ -70,7 +72,11 @@ def lower(request: LowerRequest) -> None:
     with open_model(request.model, weights=request.weights) as opened:
         inputs = default_inputs(opened.graph, batch=request.batch, seq=request.seq)
         text = backend.lower(opened.graph, inputs, emit=request.emit, dtype=type, options=options)
-    write_text(text if text.endswith("\n") else f"{text}\n", request.output, force=request.force)
+    text = text if text.endswith("\n") else f"{text}\n"
+    write_artefact(
+        "lower", text, request.output, force=request.force, format=request.format,
+        emit=request.emit,
+    )  # fmt: skip
 
 
 def register(app: typer.Typer) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moecc.cli import complete
+from moecc.cli.console import Format
 from moecc.cli.face import add_command
-from moecc.cli.options import LoadOption
+from moecc.cli.options import FormatOption, LoadOption
 
 if TYPE_CHECKING:
     from moecc.ir.graph import Graph
@@ -71,6 +73,7 @@ class OptRequest:
         typer.Option("--html", metavar="FILE", help="Write a page of the graph before and after."),
     ] = None
     force: Annotated[bool, typer.Option("--force", help="Replace an existing FILE.")] = False
+    format: FormatOption = Format.human
 
 
 def opt(request: OptRequest) -> None:
@@ -78,7 +81,7 @@ def opt(request: OptRequest) -> None:
 
     The graph goes to stdout or -o, everything else to stderr.
     """
-    from moecc.cli.files import check_writable, write_graph
+    from moecc.cli.files import check_writable, graph_text, write_artefact
     from moecc.cli.pipelines import read_pipeline
     from moecc.ir.structure import clone
     from moecc.model.open import read_graph
@@ -87,10 +90,9 @@ def opt(request: OptRequest) -> None:
     from moecc.pipeline.runner import run_pipeline
 
     passes = read_pipeline(request.pipeline, request.load or [])
-    if request.output is not None and request.output != "-":
-        check_writable(request.output, force=request.force)
-    if request.html is not None:
-        check_writable(request.html, force=request.force)
+    for file in (request.output, request.html):
+        if file is not None and file != "-":
+            check_writable(file, force=request.force)
     watching = _instruments(request)
     graph = read_graph(request.file)
     before, remarks = clone(graph) if request.html is not None else graph, list[str]()
@@ -100,12 +102,13 @@ def opt(request: OptRequest) -> None:
     )  # fmt: skip
     if request.check:
         _check(graph, passes, context)
-    asked = request.dump_dir
-    folder = temporary_folder if asked is None else lambda: Path(asked)
+    folder = partial(Path, request.dump_dir) if request.dump_dir else temporary_folder
     run_pipeline(graph, passes, context=context, instruments=watching, crash_folder=folder)
     if request.html is not None:
         _write_page(request.html, before, graph, passes, remarks, force=request.force)
-    write_graph(graph, request.output, force=request.force)
+    text = graph_text(graph, request.output)
+    said = {"pipeline": str(passes), "remarks": remarks}
+    write_artefact("opt", text, request.output, force=request.force, format=request.format, **said)
 
 
 def _write_page(

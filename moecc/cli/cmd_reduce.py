@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moecc.cli.console import Format
 from moecc.cli.face import add_command
 from moecc.cli.options import (
     AllowUnmatchedOption,
     CompareOption,
+    FormatOption,
     GraphArgument,
     LoadOption,
     PipelineOption,
@@ -47,6 +49,7 @@ class ReduceRequest:
     allow_unmatched: AllowUnmatchedOption = False
     load: LoadOption = None
     force: Annotated[bool, typer.Option("--force", help="Replace an existing FILE.")] = False
+    format: FormatOption = Format.human
 
 
 def reduce(request: ReduceRequest) -> None:
@@ -56,7 +59,7 @@ def reduce(request: ReduceRequest) -> None:
     weight that is wrong after the passes; with --test the exit code of a command.
     """
     from moecc.cli.console import say
-    from moecc.cli.files import check_writable, write_text
+    from moecc.cli.files import check_writable
     from moecc.cli.pipelines import read_failing
     from moecc.pipeline.passes import Context
     from moecc.pipeline.reproducer import Replay, loaded_files, reproducer_text
@@ -78,8 +81,16 @@ def reduce(request: ReduceRequest) -> None:
     replay = Replay(
         str(done.pipeline), seed, True, check, loaded_files(done.pipeline), request.compare or "",
     )  # fmt: skip
-    text = reproducer_text(done.graph, replay, f"{done.failure}".splitlines()[0])
-    write_text(text, request.output, force=request.force)
+    _write(request, done, reproducer_text(done.graph, replay, f"{done.failure}".splitlines()[0]))
+
+
+def _write(request: ReduceRequest, done: Reduction, text: str) -> None:
+    from moecc.cli.files import write_artefact
+
+    write_artefact(
+        "reduce", text, request.output, force=request.force, format=request.format,
+        pipeline=str(done.pipeline), failure=str(done.failure), nodes=len(done.graph),
+    )  # fmt: skip
 
 
 def _test(request: ReduceRequest, context: Context) -> FailureTest:

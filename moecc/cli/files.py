@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
-from moecc.cli.console import say
+from moecc.cli.console import Format, report, say
 from moecc.errors import InputError, MachineError, printable
 from moecc.types.arrays import Array
 
@@ -23,16 +23,13 @@ if TYPE_CHECKING:
     from moecc.model.open import Model
 
 
-def write_graph(graph: Graph, path: str | None, *, force: bool) -> None:
-    """Write the text of `graph`; it then names its checkpoint from the folder of the file.
-
-    Raises: as `write_text`.
-    """
+def graph_text(graph: Graph, path: str | None) -> str:
+    """Return the text of `graph`, which then names its checkpoint from the folder of its file."""
     from moecc.ir.printer import print_graph
     from moecc.model.checkpoint_names import names_for_file
 
     names_for_file(graph, path)
-    write_text(print_graph(graph), path, force=force)
+    return print_graph(graph)
 
 
 def say_weights(model: Model, source: str) -> None:
@@ -52,6 +49,30 @@ def write_text(text: str, path: str | None, *, force: bool) -> None:
         sys.stdout.flush()
         return
     write_whole(path, text.encode(), force=force)
+
+
+def write_artefact(
+    kind: str, text: str, path: str | None, *, force: bool, format: Format, **more: object
+) -> None:
+    """Write what a command makes: to `path`, or to stdout, there as ``text`` of a JSON object.
+
+    Args:
+      kind: as of `moecc.cli.console.report`.
+      text: the graph or program.
+      path: of the file; stdout if it is None or ``-``.
+      force: whether an existing file is replaced.
+      format: with JSON an object is printed, whether there is a file or not.
+      **more: what else the object says.
+
+    Raises:
+      InputError: as `write_text`.
+    """
+    to_file = path is not None and path != "-"
+    if to_file or format is Format.human:
+        write_text(text, path, force=force)
+    if format is Format.json:
+        told = {"output": path, "text": None} if to_file else {"output": None, "text": text}
+        report(kind, {**told, **more}, str, format)
 
 
 def check_writable(path: str, *, force: bool) -> None:

@@ -13,6 +13,7 @@ from moecc.plan.attention import passes_of_products
 from moecc.plan.collectives import Transfer, seconds, sent_bytes
 from moecc.plan.machines import Machine, efficiency
 from moecc.plan.memory import Memory, memory, optimizer_bytes
+from moecc.plan.part_traffic import PARAMETERS
 from moecc.plan.parts import Part, Step
 from moecc.plan.sharding import Sharded, Sharding, Values
 from moecc.plan.strategy import StepConfig, Strategy
@@ -194,10 +195,13 @@ class Estimator:
           needed: its memory, where that is known already.
         """
         local = self._sharding(strategy.layout, self._row_factor(strategy, buffer=False))
-        parts = [self._part(part, strategy, local) for part in self.work.parts]
+        times = self.config.micro_batches
+        parts = [
+            _repeated(self._part(part, strategy, local), times, self._gathers_of(part))
+            for part in self.work.parts
+        ]
         if self.config.train:
-            parts += self._streams(strategy, local)
-        parts = [_repeated(part, self.config.micro_batches) for part in parts]
+            parts += (_repeated(x, times, times) for x in self._streams(strategy, local))
         if self.config.train:
             parts.append(self._update(local))
         passes = 3 * self.config.micro_batches if self.config.train else 1
@@ -215,6 +219,15 @@ class Estimator:
     def _attention(self) -> tuple[tuple[str, KernelChoice], ...]:
         pairs = ((part.name, self.kernel(step)) for part in self.work.parts for step in part.steps)
         return tuple(dict.fromkeys((name, kernel) for name, kernel in pairs if kernel is not None))
+
+    def _gathers_of(self, part: Part) -> int:
+        """Return in how many micro-batches the parameters of a part are gathered.
+
+        For a CPU, XLA moves out of their loop the gathers of what is the same in each of them, but
+        for those of equal layers, which are in a loop of their own.  For TPUs and GPUs it leaves
+        all of them where they are.
+        """
+        return 1 if self.machine.kind == "cpu" and not part.in_layer else self.config.micro_batches
 
     def _part(self, part: Part, strategy: Strategy, local: Sharding) -> PartCost:
         if part.is_sparse:
@@ -316,15 +329,22 @@ class Estimator:
         return PartCost("optimizer", 1, 0.0, moved, 0.0, time, time, ())
 
 
-def _repeated(part: PartCost, times: int) -> PartCost:
-    """Return the cost of a part in a step of so many micro-batches."""
+def _repeated(part: PartCost, times: int, gathers: int) -> PartCost:
+    """Return the cost of a part in a step of `times` micro-batches.
+
+    Its parameters are gathered in `gathers` of them.
+    """
     if times == 1:
         return part
     return replace(
         part, flops=part.flops * times, hbm_bytes=part.hbm_bytes * times,
         compute_seconds=part.compute_seconds * times, hbm_seconds=part.hbm_seconds * times,
         local_seconds=part.local_seconds * times,
-        transfers=tuple((t._replace(times=t.times * times), s * times) for t, s in part.transfers),
+        transfers=tuple(
+            (t._replace(times=t.times * each), s * each)
+            for t, s in part.transfers
+            for each in [gathers if t.why == PARAMETERS else times]
+        ),
     )  # fmt: skip
 
 

@@ -73,7 +73,7 @@ def _memory(data: Report) -> str:
     figure.add_vline(x=limit / _GB, line_dash="dash", line_color=_GREY)
     figure.update_yaxes(visible=False)
     used = size_text(best["total_bytes"])
-    title = f"{used} of {size_text(limit)}, which the dashed line is"
+    title = f"{used} of {size_text(limit)} (dashed line)"
     return figure_html(figure, title, 240, "GB")
 
 

@@ -16,6 +16,9 @@ from moecc.sharding.gradients import GradientSum
 from moecc.sharding.propagate import Ref, Reshard
 from moecc.sharding.routes import SparseLayer, sparse_layer
 
+PARAMETERS = "parameters"
+"""Why a parameter that is stored in parts is gathered."""
+
 
 class Moved(NamedTuple):
     """A collective.
@@ -116,7 +119,7 @@ class _Reader:
         """Yield how a parameter that is stored in parts is gathered."""
         stored, used = self.sharded.stored(weight), self.sharded.used(weight)
         for one in self.sharded.work.sample.resharded(stored, used):
-            found = moved(self.sharded, one, weight.shape, "parameters")
+            found = moved(self.sharded, one, weight.shape, PARAMETERS)
             if found is not None:
                 yield found._replace(odd=self.sharded.is_odd(weight))
 

@@ -15,6 +15,7 @@ import typer
 
 from moecc.cli.main import COMMANDS, build_app, main
 from moecc.pipeline.registry import installed
+from tests.cli.test_receipt import LIAR
 
 from .pages import ROOT
 
@@ -195,7 +196,11 @@ def test_clean_and_run(report: Any, tmp_path: Path) -> None:
 
 def test_schemas_are_those_of_the_page(report: Any) -> None:
     assert set(re.findall(r"`(moecc\.[\w-]+/\d+)`", PAGE)) == {
+        "moecc.import/1",
         "moecc.inspect/1",
+        "moecc.lower/1",
+        "moecc.opt/1",
+        "moecc.reduce/1",
         "moecc.plan/1",
         "moecc.compile/1",
         "moecc.convert/1",
@@ -217,3 +222,21 @@ def test_schemas_are_those_of_the_page(report: Any) -> None:
     }
     assert report("passes")["schema"] == "moecc.passes/1"
     assert report("passes", "dce")["schema"] == "moecc.pass/1"
+
+
+def test_what_makes_a_text(report: Any, tmp_path: Path) -> None:
+    """With a file the text is in it; without one it is in the object."""
+    source, file = str(GOLDEN / "llama_gqa"), tmp_path / "dense.moe"
+    made = [report("import", source), report("import", source, "-o", str(file))]
+    compare(documented("import", "key"), made)
+    assert (made[0]["output"], made[1]["text"]) == (None, None)
+    assert file.read_text().splitlines()[3:] == made[0]["text"].splitlines()[3:]
+    opt = report("opt", str(file), "-p", "upcycle{experts=4}")
+    compare(documented("opt", "key"), [opt])
+    assert "route" in opt["text"]
+    compare(documented("lower", "key"), [report("lower", source, "--emit", "jaxpr")])
+    own = tmp_path / "own.py"
+    own.write_text(LIAR)
+    reduced = report("reduce", str(file), "-p", "cse,liar", "--load", str(own))
+    compare(documented("reduce", "key"), [reduced])
+    assert (reduced["pipeline"], reduced["nodes"]) == ("liar", 1)
