@@ -17,9 +17,9 @@ from click import Command, Group
 from moecc.cli.main import build_app
 from moecc.pipeline.registry import installed
 
-from .hint_ways import WAYS, Way
 from .pages import ROOT
 from .sessions import environment
+from .tried_hints import TRIED_HINTS, TriedHint
 
 PACKAGES = ("moecc", "passes/moecc_passes", "backends/moecc_backends")
 
@@ -137,23 +137,27 @@ def test_each_hint_has_a_way_that_is_tried() -> None:
     """But for packages that are to be installed: test_in_a_clone.py."""
     packages = re.compile("pip install [^;]*(;|$)")
     own = [(place, text) for place, text in HINTS if not packages.match(text)]
-    left = [f"{p}: {text}" for p, text in own if not any(way.hint in text for way in WAYS)]
-    assert left == [], "add rows to hint_ways.py"
+    left = [
+        f"{p}: {text}" for p, text in own if not any(tried.hint in text for tried in TRIED_HINTS)
+    ]
+    assert left == [], "add rows to tried_hints.py"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.hint[:40])
-def test_what_a_hint_says_works(way: Way, stands: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tried", TRIED_HINTS, ids=lambda tried: tried.hint[:40])
+def test_what_a_hint_says_works(tried: TriedHint, stands: Path, tmp_path: Path) -> None:
     """What was answered with the hint is answered otherwise once it is done."""
     for each in [*stands.iterdir(), ROOT / "tests"]:
         (tmp_path / each.name).symlink_to(each)
     (tmp_path / "notes").unlink()
     shutil.copytree(stands / "notes", tmp_path / "notes")
-    failed = shell(way.fails, tmp_path)
-    assert failed.returncode != 0, f"$ {way.fails}"
-    assert way.hint in " ".join(failed.stderr.split()), f"$ {way.fails}\n{failed.stderr[-2000:]}"
-    done = shell(way.works, tmp_path)
-    said = f"$ {way.works}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    failed = shell(tried.fails, tmp_path)
+    assert failed.returncode != 0, f"$ {tried.fails}"
+    assert tried.hint in " ".join(failed.stderr.split()), (
+        f"$ {tried.fails}\n{failed.stderr[-2000:]}"
+    )
+    done = shell(tried.works, tmp_path)
+    said = f"$ {tried.works}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
     assert done.returncode == 0, said
 
 

@@ -1,4 +1,4 @@
-"""Each hint's way out: a command that is answered with the hint, and what the hint says to do."""
+"""Hints as they are met: a command that is answered with the hint, and what the hint says to do."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOKENS = "moecc tokens corpus.jsonl --tokenizer bytes --out ids"
 
 
 @dataclass(frozen=True)
-class Way:
+class TriedHint:
     """A hint and two shell lines.
 
     Attributes:
@@ -40,99 +40,101 @@ class Way:
     works: str
 
 
-WAYS = (
-    Way("--time-limit allows more", f"{COMPILE} --time-limit 0.01", f"{COMPILE} --time-limit 600"),
-    Way(
+TRIED_HINTS = (
+    TriedHint(
+        "--time-limit allows more", f"{COMPILE} --time-limit 0.01", f"{COMPILE} --time-limit 600"
+    ),
+    TriedHint(
         "has every way",
         f"{ON_TWO} --partition gspmd --via ring",
         f"{ON_TWO} --partition explicit --via ring",
     ),
-    Way(
+    TriedHint(
         "moecc capture MODEL --text FILE --out DIR writes one",
         f"moecc convert MODEL out --capture notes {SPLIT}",
         f"{CAPTURE} && moecc convert MODEL out --capture captured {SPLIT}",
     ),
-    Way(
+    TriedHint(
         "moecc capture takes them anew",
         f"{CAPTURE} && {SCENE} edited captured/capture.json schema 1 &&"
         f" moecc convert MODEL out --capture captured {SPLIT}",
         f"{CAPTURE} --force && moecc convert MODEL out --capture captured {SPLIT}",
     ),
-    Way(
+    TriedHint(
         "moecc capture takes them of this one",
         f"{CAPTURE} && {SCENE} weights MODEL other 0.5"
         f" && moecc convert other out --capture captured {SPLIT}",
         "moecc capture other --text text.txt --out captured --sequence 32 --batches 2 --force"
         f" && moecc convert other out --capture captured {SPLIT}",
     ),
-    Way(
+    TriedHint(
         "convert --capture DIR reads them",
         f"moecc convert MODEL out {SPLIT}",
         f"{CAPTURE} && moecc convert MODEL out --capture captured {SPLIT}",
     ),
-    Way(
+    TriedHint(
         "moecc capture --at takes those that its pattern fits",
         f"{CAPTURE} --at layers.0.ffn && moecc convert MODEL out --capture captured {SPLIT}",
         f"{CAPTURE} --at 'layers.*' --force && moecc convert MODEL out --capture captured {SPLIT}",
     ),
-    Way(
+    TriedHint(
         "the locations are those of moecc import",
         f"{CAPTURE} --at ffn.0",
         f"moecc import MODEL | grep -q @layers.3.ffn && {CAPTURE} --at layers.3.ffn",
     ),
-    Way(
+    TriedHint(
         "or --dtype q8_0, which moecc makes itself",
         "moecc convert MODEL out.gguf -p '' --to gguf:llama --dtype q4_k",
         "moecc convert MODEL out.gguf -p '' --to gguf:llama --dtype q8_0",
     ),
-    Way(
+    TriedHint(
         "name the parts as llama-gguf-split does",
         f"{SCENE} split SmolLM2-135M-Instruct.Q4_1.gguf first.gguf && moecc inspect first.gguf",
         "for p in parts-*-of-*.gguf; do n=${p##*-of-}; done;"
         " mv first.gguf parts-00001-of-$n && moecc inspect parts-00001-of-$n",
     ),
-    Way(
+    TriedHint(
         "--force without --resume begins anew",
         f"{KILLED}; moecc convert MODEL out {TO_MIXTRAL} --no-check --resume",
         f"moecc convert MODEL out {TO_MIXTRAL} --no-check --force",
     ),
-    Way(
+    TriedHint(
         "--force without --resume begins anew",
         f"{KILLED}; moecc convert MODEL out {TO_MIXTRAL} --no-check --resume",
         f"{AGAIN} --resume",
     ),
-    Way("--resume continues it", f"{KILLED}; {AGAIN}", f"{AGAIN} --resume"),
-    Way("--force removes it, and so does", f"{KILLED}; {AGAIN}", f"{AGAIN} --force"),
-    Way("and so does moecc clean", f"{KILLED}; {AGAIN}", f"moecc clean out && {AGAIN}"),
-    Way("--force removes it once the new", f"{REPLACED}; {AGAIN}", f"{AGAIN} --force"),
-    Way("brings it back", f"{REPLACED}; {AGAIN}", "moecc clean out && moecc verify out"),
-    Way(
+    TriedHint("--resume continues it", f"{KILLED}; {AGAIN}", f"{AGAIN} --resume"),
+    TriedHint("--force removes it, and so does", f"{KILLED}; {AGAIN}", f"{AGAIN} --force"),
+    TriedHint("and so does moecc clean", f"{KILLED}; {AGAIN}", f"moecc clean out && {AGAIN}"),
+    TriedHint("--force removes it once the new", f"{REPLACED}; {AGAIN}", f"{AGAIN} --force"),
+    TriedHint("brings it back", f"{REPLACED}; {AGAIN}", "moecc clean out && moecc verify out"),
+    TriedHint(
         "--allow-nonfinite converts it all the same",
         f"{SCENE} weights tests/golden/llama_gqa bad nan && moecc convert bad out {TO_MIXTRAL}",
         f"moecc convert bad out {TO_MIXTRAL} --allow-nonfinite",
     ),
-    Way("give another folder", f"moecc convert MODEL notes {TO_MIXTRAL}", AGAIN),
-    Way(
+    TriedHint("give another folder", f"moecc convert MODEL notes {TO_MIXTRAL}", AGAIN),
+    TriedHint(
         "--force to replace it once the new one is complete",
         f"moecc convert MODEL notes {TO_MIXTRAL}",
         f"mv notes mine && mkdir notes && touch notes/a && {AGAIN} --force",
     ),
-    Way(
+    TriedHint(
         "moecc train --resume goes on",
         f"{SCENE} begun RUN mine && moecc inspect mine",
         "moecc train --resume mine && moecc inspect mine",
     ),
-    Way(
+    TriedHint(
         "leave --out out",
         "cp -rL RUN mine && moecc train --resume mine --out other",
         "moecc train --resume mine",
     ),
-    Way(
+    TriedHint(
         "--against SOURCE",
         "moecc verify tiny.moe",
         "moecc verify tiny.moe --against tiny.moe",
     ),
-    Way(
+    TriedHint(
         "moecc convert writes one",
         "moecc convert MODEL out.gguf -p '' --to gguf:llama"
         f" && {SCENE} unreceipted out.gguf"
@@ -140,150 +142,150 @@ WAYS = (
         "moecc convert MODEL out.gguf -p '' --to gguf:llama --force"
         " && moecc verify out.gguf --html page.html",
     ),
-    Way(
+    TriedHint(
         "--dtype f64 tells a change from rounding",
         "moecc verify sparse --against MODEL --tolerance 1e-9",
         "moecc verify sparse --against MODEL --tolerance 1e-9 --dtype f64",
     ),
-    Way(
+    TriedHint(
         "--force replaces it",
         "moecc import MODEL -o mine.moe && moecc import MODEL -o mine.moe",
         "moecc import MODEL -o mine.moe --force",
     ),
-    Way("--help", "moecc convert --nonsense", "moecc convert --help"),
-    Way(
+    TriedHint("--help", "moecc convert --nonsense", "moecc convert --help"),
+    TriedHint(
         "moecc run takes the inputs of any model",
         "moecc generate tests/golden/vit_plain --prompt a",
         "moecc run tests/golden/vit_plain --inputs tests/golden/vit_plain/pixels.npy"
         " --outputs out.npy",
     ),
-    Way(
+    TriedHint(
         "writes one",
         "moecc convert MODEL out -p '' --to auto --dtype q8_0",
         "moecc convert MODEL out.gguf -p 'upcycle{experts=2 top-k=2}' --to gguf:llama --dtype q8_0",
     ),
-    Way(
+    TriedHint(
         "moecc launch local sets all of them",
         f"MOECC_PROCESS=0 {RUN}",
         f"moecc launch local -n 2 -- {RUN.removeprefix('moecc ')}",
     ),
-    Way(
+    TriedHint(
         "several processes run --backend xla",
         f"moecc launch local -n 2 -- {RUN.removeprefix('moecc ')} --backend reference",
         f"moecc launch local -n 2 -- {RUN.removeprefix('moecc ')} --backend xla",
     ),
-    Way(
+    TriedHint(
         "give a checkpoint folder with --weights",
         "grep -v 'attr checkpoint' dense.moe > alone.moe"
         "; moecc run alone.moe --inputs tokens.npy --outputs out.npy",
         "moecc run alone.moe --weights MODEL --inputs tokens.npy --outputs out.npy",
     ),
-    Way("moecc import prints its graph", "moecc opt MODEL -p cse", "moecc import MODEL"),
-    Way(
+    TriedHint("moecc import prints its graph", "moecc opt MODEL -p cse", "moecc import MODEL"),
+    TriedHint(
         "moecc opt runs a pipeline over any graph",
         "moecc replay dense.moe",
         "moecc opt dense.moe -p cse",
     ),
-    Way(
+    TriedHint(
         "--allow-unmatched lets the pipeline go on",
         "moecc import sparse -o own.moe && moecc opt own.moe -p 'upcycle{experts=4}'",
         "moecc opt own.moe -p 'upcycle{experts=4}' --allow-unmatched",
     ),
-    Way(
+    TriedHint(
         "is a sequence a device",
         "moecc plan MODEL --machine cpu:8 --batch-tokens 64 --sequence 64",
         "moecc plan MODEL --machine cpu:8 --batch-tokens 512 --sequence 64",
     ),
-    Way(
+    TriedHint(
         "moecc plan … --save FILE writes one",
         "echo '{}' > other.json; moecc compile MODEL --plan other.json",
         "moecc plan MODEL --machine cpu --batch-tokens 64 --sequence 64 --save plan.json"
         " && moecc compile MODEL --plan plan.json",
     ),
-    Way(
+    TriedHint(
         "-p unroll-layers undoes it",
         "moecc opt dense.moe -p roll-layers -o rolled.moe && moecc plan rolled.moe --machine cpu",
         "moecc plan rolled.moe --machine cpu -p unroll-layers",
     ),
-    Way(
+    TriedHint(
         "-p strip-sharding",
         "moecc opt dense.moe -p 'annotate-sharding{mesh=data:2 rules=st-moe}' -o on.moe"
         " && moecc plan on.moe --machine cpu:2",
         "moecc plan on.moe --machine cpu:2 -p strip-sharding",
     ),
-    Way(
+    TriedHint(
         "give a shorter prompt, or a smaller --tokens",
         f"{SCENE} lettered tests/golden/gpt2_plain mine"
         " && moecc generate mine --prompt a --tokens 30",
         "moecc generate mine --prompt a --tokens 4",
     ),
-    Way(
+    TriedHint(
         "moecc run takes token ids instead of text",
         "moecc generate tests/golden/llama_gqa --prompt a",
         "moecc run tests/golden/llama_gqa --inputs tokens.npy --outputs out.npy",
     ),
-    Way(
+    TriedHint(
         "--compare run or --compare weights looks at more",
         "moecc reduce dense.moe -p cse",
         f"{SCENE} wrong_lowering wrong.py"
         " && moecc reduce dense.moe -p cse --load wrong.py --compare run",
     ),
-    Way(
+    TriedHint(
         "check the graph as `moecc import` writes it",
         "moecc opt dense.moe -p 'upcycle{experts=4096 top-k=2}' -o big.moe"
         " && moecc opt big.moe -p cse --check",
         "moecc import MODEL | moecc opt - -p cse --check",
     ),
-    Way(
+    TriedHint(
         "gives it some, with routers that learnt nothing",
         "moecc specialise MODEL --data text/heldout --sequence 32",
         "moecc specialise MODEL --data text/heldout --sequence 32 -p 'upcycle{experts=8}'",
     ),
-    Way(
+    TriedHint(
         "goes on with another recipe",
         "cp -rL RUN mine && moecc train --resume mine --set optimizer.rate=1e-4",
         f"moecc train recipe:upcycle --fork mine --out other {DATA}{FEW}{SMALL}"
         " --set run.steps=4 --set optimizer.rate=1e-4",
     ),
-    Way(
+    TriedHint(
         "look at its weights, or give other --inputs",
         f"{SCENE} weights MODEL zero 0 && moecc verify zero --against zero",
         "moecc verify MODEL --against MODEL --inputs tokens.npy",
     ),
-    Way(
+    TriedHint(
         "moecc bisect finds the pass",
         f"{SCENE} liar liar.py && moecc convert {LIES} out --to st_moe --no-check --verify",
         "moecc bisect dense.moe -p liar --load liar.py",
     ),
-    Way(
+    TriedHint(
         "--split paragraph, line or form-feed makes documents",
         "yes 'a line of a text that has many of them' | head -c 70000000 > long.txt;"
         " moecc tokens long.txt --tokenizer bytes --out ids",
         "moecc tokens long.txt --tokenizer bytes --split line --out ids",
     ),
-    Way(
+    TriedHint(
         "or the word bytes",
         "moecc tokens corpus.jsonl --tokenizer notes --out ids",
         TOKENS,
     ),
-    Way(
+    TriedHint(
         "--tokenizer takes the folder of a checkpoint",
         "moecc tokens corpus.jsonl --tokenizer notes --out ids",
         "moecc tokens corpus.jsonl --tokenizer MODEL --out ids",
     ),
-    Way(
+    TriedHint(
         "moecc tokens writes them anew",
         "cp -rL text ids && python -m tests.docs.scenes edited ids/train/tokens.json schema 1"
         " && moecc evaluate MODEL --data ids/train --sequence 32",
         "moecc tokens corpus.jsonl --tokenizer MODEL --hold-out 0.1 --out ids --force"
         " && moecc evaluate MODEL --data ids/train --sequence 32",
     ),
-    Way(
+    TriedHint(
         "another share, or --split paragraph for more documents",
         "moecc tokens text.txt --tokenizer bytes --hold-out 0.1 --out ids",
         "moecc tokens text.txt --tokenizer bytes --hold-out 0.1 --split paragraph --out ids",
     ),
-    Way(
+    TriedHint(
         "--kind examples has completions that differ",
         """seq 1100 | sed 's/.*/{"a": "b", "c": "&"}/' > many.jsonl;"""
         " moecc tokens many.jsonl --kind labelled --prompt '{a}' --completion '{c}'"
@@ -291,79 +293,90 @@ WAYS = (
         "moecc tokens many.jsonl --kind examples --prompt '{a}' --completion '{c}'"
         " --tokenizer bytes --out ids",
     ),
-    Way(
+    TriedHint(
         "moecc run takes the whole text at once",
         f"{SCENE} mixing mixing && moecc opt mixing.moe -p decode",
         "python -c 'import numpy as n; n.save(\"small.npy\", n.ones((1, 4), n.int32))'"
         " && moecc run mixing.moe --weights mixing --inputs small.npy --outputs out.npy",
     ),
-    Way(
+    TriedHint(
         "makes a CPU many",
         "moecc opt dense.moe -p 'annotate-sharding{mesh=data:2 rules=st-moe}' -o on.moe"
         f" && {SCENE} mesh on.moe",
         f"XLA_FLAGS=--xla_force_host_platform_device_count=2 {SCENE} mesh on.moe",
     ),
-    Way(
+    TriedHint(
         "moecc launch local starts processes on one machine",
         f"MOECC_DISTRIBUTED=cluster {RUN}",
         f"moecc launch local -n 2 -- {RUN.removeprefix('moecc ')}",
     ),
-    Way(
+    TriedHint(
         "--emit stablehlo shows what XLA is given",
         "moecc lower dense.moe --emit hlo --platform tpu",
         "moecc lower dense.moe --emit stablehlo --platform tpu",
     ),
-    Way(
+    TriedHint(
         "JAX_PLATFORMS=cpu computes on the processor",
         f"JAX_PLATFORMS=nonsense {RUN} --backend xla",
         f"JAX_PLATFORMS=cpu {RUN} --backend xla",
     ),
-    Way(
+    TriedHint(
         "NAME=FILE gives one a name",
         "moecc capture MODEL --text text.txt --text text.txt --out captured --batches 1",
         "moecc capture MODEL --text a=text.txt --text b=text.txt --out captured --batches 1",
     ),
-    Way(
+    TriedHint(
         "make it first: mkdir -p",
         f"{DEEP} --to mixtral",
         f"mkdir -p deep/in && {DEEP} --to mixtral",
     ),
-    Way(
+    TriedHint(
         "make it first: mkdir -p",
         f"{DEEP}.gguf --to gguf:llama",
         f"mkdir -p deep/in && {DEEP}.gguf --to gguf:llama",
     ),
-    Way(
+    TriedHint(
         "-p 'upcycle{experts=8 top-k=2}'",
         "moecc convert MODEL out -p '' --to mixtral",
         "moecc convert MODEL out -p 'upcycle{experts=8 top-k=2}' --to mixtral",
     ),
-    Way(
+    TriedHint(
         "-p 'upcycle{experts=8 top-k=1 gates=switch}'",
         "moecc convert tests/golden/t5_relu_tied out -p '' --to switch_transformers",
         "moecc convert tests/golden/t5_relu_tied out"
         " -p 'upcycle{experts=8 top-k=1 gates=switch}' --to switch_transformers",
     ),
-    Way(
+    TriedHint(
         "--rules expert-hierarchical",
         f"{PLAN_TWO} --via hierarchical",
         f"{PLAN_TWO} --via hierarchical --rules expert-hierarchical",
     ),
-    Way(
+    TriedHint(
         "fewer devices, or other --rules",
         f"{PLAN_TWO.replace('smollm2-8x', 'sparse')} --rules expert-hierarchical",
         f"{PLAN_TWO.replace('smollm2-8x', 'sparse')} --rules fsdp",
     ),
-    Way(
+    TriedHint(
         "moecc tokens TEXT --tokenizer FOLDER --out DIR makes one",
         "moecc evaluate MODEL --data notes",
         "moecc tokens text.txt --tokenizer MODEL --out ids"
         " && moecc evaluate MODEL --data ids --sequence 32",
     ),
-    Way(
+    TriedHint(
         "moecc tokens writes the folder anew",
         f"{TOKENS} && truncate -s 100 ids/tokens.bin && moecc evaluate MODEL --data ids",
         "moecc tokens corpus.jsonl --tokenizer MODEL --out ids --force"
         " && moecc evaluate MODEL --data ids --sequence 32",
+    ),
+    TriedHint(
+        "writes a folder",
+        "moecc convert MODEL out.gguf -p 'upcycle{experts=2 top-k=2}' --to gguf:st_moe",
+        "moecc convert MODEL out -p 'upcycle{experts=2 top-k=2}' --to st_moe",
+    ),
+    TriedHint(
+        "moecc evaluate measures a model as it is",
+        f"moecc train recipe:upcycle --out run {DATA}{FEW}{SMALL}"
+        " --set 'optimizer.groups=[{match = \"*\", freeze = true}]'",
+        "moecc evaluate MODEL --data text/heldout --sequence 32",
     ),
 )
