@@ -117,7 +117,8 @@ def _folded(group: _Group) -> str:
     nodes = "\n".join(map(_node, group.nodes))
     return (
         f'<details class="group{" made" if made else ""}"><summary><code>{escape(place)}</code> '
-        f"{len(group.nodes)} node{'s' if len(group.nodes) > 1 else ''}</summary>{nodes}</details>"
+        f"{len(group.nodes)}&nbsp;node{'s' if len(group.nodes) > 1 else ''}</summary>"
+        f"{nodes}</details>"
     )
 
 

@@ -15,7 +15,7 @@ def receipt_page(name: str, stated: Mapping[str, object]) -> str:
       name: of the checkpoint.
       stated: what `load_receipt` returned.
     """
-    said = (line.split(": ", 1) for line in receipt_lines(stated))
+    said = (line.replace("`", "").split(": ", 1) for line in receipt_lines(stated))
     body = [
         table(("", ""), [(title, text) for title, text in said]),
         "<h2>Passes</h2>", _passes(stated), "<h2>Logits</h2>", _logits(stated),
