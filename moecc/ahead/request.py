@@ -119,7 +119,8 @@ class Result:
       needed_bytes: of one device, at the worst moment.
       available_bytes: what the compiler says that a device has, where it says so.
       flops: of one device: dots and convolutions, two for each multiplication.
-      collectives: by kind the ``count``, ``runs`` and ``bytes`` of one device's program.
+      collectives: by kind the ``count``, ``runs`` and ``bytes`` of one device's program, and
+        ``worst_bytes`` where the routing decides.
       unknown_loops: loops of which is not known how often they run; they count once.
       opaque: kernels whose multiplications are not known, by name.
       program: what was to be emitted.

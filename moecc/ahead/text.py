@@ -104,3 +104,6 @@ def _collectives(data: CompileReport) -> Iterator[str]:
             f"    {kind:<23}{total['count']:>6}{total['runs']:>8}"
             f"{size_text(total['bytes']):>12}{planned:>12}"
         )
+        if "worst_bytes" in total:
+            worst = size_text(total["worst_bytes"])
+            yield f"      balanced: where all rows go to one device, {worst}"

@@ -352,7 +352,7 @@ def _passes(step: Step, strategy: Strategy, config: StepConfig) -> float:
     """Return how often a step's work is done: forward, twice backward, again."""
     if not config.train:
         return 1.0
-    return 3.0 + step.computed_again(strategy.remat)
+    return 3.0 + step.computed_again(strategy.remat, strategy.in_rounds)
 
 
 def _step_sizes(part: Part, values: Values) -> tuple[tuple[float, float], ...]:

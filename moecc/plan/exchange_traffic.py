@@ -49,7 +49,7 @@ class Work:
         """Return how often a step runs forward, and again for the backward pass."""
         if not self.config.train:
             return 1
-        return 1 + step.computed_again(self.strategy.remat)
+        return 1 + step.computed_again(self.strategy.remat, self.strategy.in_rounds)
 
 
 class Routed(NamedTuple):

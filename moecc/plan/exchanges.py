@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moecc.sharding.vias import WAYS
+from moecc.sharding.vias import ROUND_ROOM, WAYS
 from moecc.sharding.vias import via as way_of
 
 SLICED = tuple(way.name for way in WAYS if way.is_sliced and not way.per_axis)
@@ -26,6 +26,7 @@ class Rows:
       top_k: choices of a token.
       experts: how many there are.
       dropless: whether every token is taken.
+      in_rounds: whether a dropless exchange has as many rounds as its rows need.
     """
 
     tokens: float
@@ -35,6 +36,7 @@ class Rows:
     top_k: int
     experts: int
     dropless: bool
+    in_rounds: bool = False
 
     def factor(self, via: str) -> float:
         """Return how many rows are computed for each row of the graph."""
@@ -44,13 +46,14 @@ class Rows:
         """Return the rows that a device must have room for.
 
         Dropless, the worst case is that all choices of all devices fall on one: a token has at most
-        one row for each expert there.
+        one row for each expert there.  In rounds there is room for somewhat more than the mean.
         """
         way = way_of(via)
         if not self.dropless or way is None or way.is_bounded:
             return self.rows * self.factor(via)
         most = min(self.top_k, self.experts // self.devices)
-        return self.tokens * most * (1 if way.tokens_everywhere else self.devices)
+        worst = self.tokens * most * (1 if way.tokens_everywhere else self.devices)
+        return min(worst, ROUND_ROOM * self.rows) if self.in_rounds else worst
 
 
 def exact(via: str, dropless: bool) -> bool:

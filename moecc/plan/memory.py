@@ -170,14 +170,17 @@ def _kept(work: Workload, values: Values, strategy: Strategy) -> float:
     """Return the elements that the backward pass keeps of all layers."""
     axis = strategy.stream_axis
     streams = strategy.layout.size((axis,)) if axis is not None else 1
-    key = ("kept", strategy.remat, streams)
-    return values.once(key, lambda: _kept_of(work.layers, values, strategy.remat, streams))
+    key = ("kept", strategy.remat, strategy.in_rounds, streams)
+    return values.once(key, lambda: _kept_of(work.layers, values, strategy, streams))
 
 
-def _kept_of(layers: Iterable[Layer], values: Values, remat: str, streams: int) -> float:
-    total = 0.0
+def _kept_of(layers: Iterable[Layer], values: Values, strategy: Strategy, streams: int) -> float:
+    total, remat = 0.0, strategy.remat
     for layer in layers:
-        kept = sum(map(values.elements, _kept_shapes(layer, remat)))
+        shapes = _kept_shapes(layer, remat)
+        # Of rows, rounds of an exchange keep nothing.
+        shapes = (s for s in shapes if not (strategy.in_rounds and s.has_slots))
+        kept = sum(map(values.elements, shapes))
         if remat != "none" and layer.is_first:
             kept += sum(map(values.elements, layer.inputs)) / streams
         total += layer.count * kept

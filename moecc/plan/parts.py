@@ -68,9 +68,15 @@ class Step:
         """Two for each multiplication of its products, of all devices together."""
         return 2.0 * self.cost.products * self.axes.elements
 
-    def computed_again(self, remat: str) -> int:
-        """Return how often it is computed again for the backward pass, by what is kept."""
-        if remat == "full":
+    def computed_again(self, remat: str, in_rounds: bool = False) -> int:
+        """Return how often it is computed again for the backward pass, by what is kept.
+
+        Args:
+          remat: what is kept.
+          in_rounds: whether nothing of rows is kept from one round of an exchange to the next.
+        """
+        goes = self.moves in (RowMove.TO_SLOTS, RowMove.GATES_TO_SLOTS)
+        if remat == "full" or (in_rounds and (self.has_rows or goes)):
             return self.again
         return self.saved_again if remat == "save" else 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moecc.sharding.layout import Layout
-from moecc.sharding.vias import LOCAL
+from moecc.sharding.vias import BY_NAME, LOCAL
 from moecc.support.parse_units import float_type
 from moecc.types.dtypes import BF16, F32, DType
 
@@ -80,6 +80,16 @@ class Strategy:
     dispatch: str = "index"
     remat: str = "full"
     sliced: bool = False
+
+    @property
+    def in_rounds(self) -> bool:
+        """Whether rows go to their experts in rounds, each done again for its gradient.
+
+        They do not where devices that split neurons add up what they make of the same rows.
+        """
+        if self.via == LOCAL or not BY_NAME[self.via].in_rounds:
+            return False
+        return self.sliced or not self.layout.split(self.layout.tensor_axes)
 
     @property
     def stream_axis(self) -> str | None:

@@ -104,4 +104,5 @@ def sparse_rows(
         top_k=part.top_k,
         experts=work.experts,
         dropless=work.dropless,
+        in_rounds=strategy.in_rounds,
     )

@@ -28,6 +28,7 @@ class Via:
       is_sliced: whether devices that have the same tokens may each send a part of a row.
       is_chunked: whether experts may work on one chunk of rows while the next is on its way.
       is_bounded: whether the slots bound what a device receives, so that no buffer needs a bound.
+      in_rounds: whether rows are exchanged in rounds, through buffers of about the expected size.
       tokens_everywhere: whether all devices of the experts have all tokens.
     """
 
@@ -39,6 +40,7 @@ class Via:
     is_sliced: bool = False
     is_chunked: bool = False
     is_bounded: bool = False
+    in_rounds: bool = False
     tokens_everywhere: bool = False
 
     @property
@@ -49,6 +51,10 @@ class Via:
     def takes(self, slots: Slots) -> bool:
         """Return whether the way works on such slots as they are."""
         return slots in self.to_experts
+
+
+ROUND_ROOM = 1.25
+"""The rows that two devices exchange in a round, in shares of the choices of one."""
 
 
 def _both(op: str) -> dict[Slots, str]:
@@ -66,6 +72,7 @@ WAYS = (
     Via(
         "ragged", "as many rows as there are between any two devices",
         {"ragged": "ragged_all_to_all"}, {"ragged": "ragged_all_to_all"}, is_sliced=True,
+        in_rounds=True,
     ),
     Via(
         "hierarchical", "rows across one mesh axis of the experts, and then across another",

@@ -36,6 +36,9 @@ CASES = [
 ]  # fmt: skip
 
 
+QUICK = (("capacity", "gather"),)
+
+
 @cache
 def weighted(slots: Bound) -> Graph:
     """Return the layer with its rows weighted; everybody's, so clone it before you change it."""
@@ -52,7 +55,7 @@ def laid(case: Case) -> Graph:
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(c, marks=() if at < 2 else pytest.mark.slow) for at, c in enumerate(CASES)],
+    [pytest.param(c, marks=() if at < 1 else pytest.mark.slow) for at, c in enumerate(CASES)],
     ids=str,
 )
 def test_on_a_mesh_it_is_the_layer_on_one_device(case: Case) -> None:
@@ -72,7 +75,7 @@ def test_stripping_leaves_what_was_laid_on_the_mesh(case: Case) -> None:
 @pytest.mark.parametrize(
     ("slots", "dispatch"),
     [
-        (slots, name)
+        pytest.param(slots, name, marks=() if (slots, name) in QUICK else pytest.mark.slow)
         for slots in ("capacity", "ragged")
         for name in DISPATCHES
         if slots == "capacity" or name not in ("einsum", "gather")

@@ -95,6 +95,16 @@ def test_a_loop_of_unknown_length_is_told() -> None:
     assert found.by_kind()["all-reduce"]["runs"] == 1
 
 
+def test_rounds_of_an_exchange_count_once_and_at_most_as_often_as_their_name_says() -> None:
+    start = "%q = s32[8] iota(), iota_dimension=0\n  %c0 = s32[] reduce(%q, %q), to_apply=%add"
+    name = 'body=%body, metadata={op_name="jit(step)/while/body/rounds_at_most_4/while"}'
+    found = census(loop(CONSTANT, start).replace("body=%body", name))
+    assert found.unknown_loops == 0
+    assert found.by_kind()["all-reduce"] == {
+        "count": 1, "runs": 1, "bytes": 128, "worst_bytes": 4 * 128
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("line", "kind", "full_bytes", "group"),
     [

@@ -16,6 +16,7 @@ from math import prod
 from moecc_backends.xla.aot.convolutions import convolution_flops
 from moecc_backends.xla.aot.hlo import Computation, Instruction, Module, parse_hlo
 from moecc_backends.xla.aot.pallas import pallas_flops
+from moecc_backends.xla.trace.rounds_scope import most_rounds
 
 KINDS = (
     "all-gather", "all-reduce", "all-to-all", "reduce-scatter", "ragged-all-to-all",
@@ -42,6 +43,7 @@ class Collective:
       times: how often it runs.
       dtype: the element type of what is moved.
       source: what it was traced from.
+      worst_times: how often it runs at most, where a loop has one turn if a routing is balanced.
       chain: what its parts have in common, where a TPU computes between them; else empty.
     """
 
@@ -52,6 +54,7 @@ class Collective:
     dtype: str
     source: str
     chain: str = ""
+    worst_times: int = 1
 
     @property
     def total_bytes(self) -> int:
@@ -67,7 +70,7 @@ class Census:
       collectives: every collective of the program, those within one device left out.
       flops: of all dots and convolutions, a multiplication and an addition each.
       unknown_loops: loops whose number of turns is not known when compiling; their bodies are
-        counted once.
+        counted once.  Rounds of an exchange are not among them: there is one if it is balanced.
       opaque: kernels that may multiply in a way that HLO does not tell, by name.
     """
 
@@ -77,13 +80,20 @@ class Census:
     opaque: Counter[str] = field(default_factory=Counter)
 
     def by_kind(self) -> dict[str, dict[str, int]]:
-        """Return for each kind the ``count`` in the text, ``runs`` and ``bytes``."""
+        """Return for each kind the ``count`` in the text, ``runs`` and ``bytes``.
+
+        Where rounds of an exchange may be more than one, ``worst_bytes`` are those of the worst
+        routing.
+        """
         totals: dict[str, dict[str, int]] = {}
         for found in self.collectives:
             total = totals.setdefault(found.kind, {"count": 0, "runs": 0, "bytes": 0})
             total["count"] += 1
             total["runs"] += found.times
             total["bytes"] += found.total_bytes
+        for kind in {c.kind for c in self.collectives if c.worst_times != c.times}:
+            worst = (c.size_bytes * c.worst_times for c in self.collectives if c.kind == kind)
+            totals[kind]["worst_bytes"] = sum(worst)
         return dict(sorted(totals.items()))
 
 
@@ -143,12 +153,16 @@ class _Counter:
     def _loop(self, where: Computation, made: Instruction) -> Census:
         times = self._module.trip_count(where, made)
         (body,) = (self.of(name) for name in made.called)
-        is_unknown = times is None
+        rounds = most_rounds(made.source) if times is None else None
         turns = 1 if times is None else times
+        most = rounds or turns
         return Census(
-            tuple(replace(c, times=c.times * turns) for c in body.collectives),
+            tuple(
+                replace(c, times=c.times * turns, worst_times=c.worst_times * most)
+                for c in body.collectives
+            ),
             body.flops * turns,
-            body.unknown_loops + is_unknown,
+            body.unknown_loops + (times is None and rounds is None),
             Counter({target: n * turns for target, n in body.opaque.items()}),
         )
 

@@ -54,10 +54,13 @@ def _ends(node: Node, rows: Value) -> bool:
 
 
 def _why_not_alone(node: Node, slots: Value) -> str | None:
+    return "rows go to other devices" if node.op.places else why_meets(node, slots)
+
+
+def why_meets(node: Node, slots: Value) -> str | None:
+    """Return why `node`, which works on the rows of `slots`, does not do so row by row, or None."""
     if node.op.moves is RowMove.TO_SLOTS:
         return _why_leaves(node) if _dispatches(node, slots) else "rows are dispatched again"
-    if node.op.places:
-        return "rows go to other devices"
     if node.op.moves is RowMove.TO_TOKENS:
         return "the gates or slots are made of rows"
     if node.body is not None:

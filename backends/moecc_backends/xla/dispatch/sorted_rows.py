@@ -41,6 +41,7 @@ class SortedRows:
       permutation: the map between choices and rows.
       group_sizes: i32 ``[experts]``, how many rows each expert has.
       exchange: how rows came from other devices; None where nothing was exchanged.
+      sends: how the rows of a round go to other devices; None where all rows go at once.
     """
 
     routing: Routing
@@ -48,6 +49,7 @@ class SortedRows:
     permutation: Permutation
     group_sizes: jax.Array
     exchange: ExchangeRecord | None = None
+    sends: tuple[ExchangeMap, ExchangeSpec] | None = None
 
     @classmethod
     def of(cls, routing: Routing, kernel: Kernel) -> SortedRows:

@@ -17,7 +17,10 @@ from moecc.ir.graph import Node, Value
 from moecc.ir.ops import Attrs
 from moecc.ir.table.slots import capacity, group_count
 from moecc_backends.xla.dispatch.choose import plan_dispatch
+from moecc_backends.xla.dispatch.expert_exchange import exchanged_once
 from moecc_backends.xla.dispatch.permutation import rank_in_expert, sort_by_expert
+from moecc_backends.xla.dispatch.rounds import InRounds, RoundSpec
+from moecc_backends.xla.dispatch.sorted_rows import SortedRows
 from moecc_backends.xla.trace.context import Context, lowering
 from moecc_backends.xla.trace.dtypes import accumulator
 from moecc_backends.xla.trace.routing import Routing
@@ -29,6 +32,11 @@ def _plan(ctx: Context, slots: Value, routing: Routing) -> None:
     layout = ctx.interceptor.layout(routing)
     if layout is None:
         layout = plan_dispatch(slots, routing, ctx.options, ctx.dtype)
+    if isinstance(layout, SortedRows) and ctx.view.mesh is not None:
+        mesh = exchanged_once(slots)
+        if mesh is not None:
+            spec = RoundSpec.of(routing, mesh, ctx.view.mesh.size(mesh))
+            layout = InRounds(layout, spec, ctx.view)
     ctx.layouts[slots] = layout
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from moecc_backends.xla.trace.device_view import varies
-from moecc_backends.xla.trace.typed_jax import ragged_all_to_all
+from moecc_backends.xla.trace.typed_jax import all_to_all, ragged_all_to_all
 
 Mesh = tuple[str, ...]
 
@@ -24,15 +24,16 @@ class ExchangeMap(NamedTuple):
     """The map of one exchange, as one device knows it; i32 arrays.
 
     Attributes:
-      there: offsets and sizes of what is sent and received on the way to the experts.
+      there: offsets and sizes of what is sent and received on the way to the experts; None where
+        as many rows go to each device.
       back: those of the way back.
       arrival_of_row: for each row, by expert, where it arrived, or −1.
       row_of_arrival: for each arrival, the row that it goes to, or −1.
       group_sizes: ``[experts]``, the rows of each of this device's experts.
     """
 
-    there: RaggedArgs
-    back: RaggedArgs
+    there: RaggedArgs | None
+    back: RaggedArgs | None
     arrival_of_row: jax.Array
     row_of_arrival: jax.Array
     group_sizes: jax.Array
@@ -56,12 +57,14 @@ class ExchangeSpec:
       rows: how many rows a device has before it.
       arrivals: how many it has room for after it.
       is_emulated: whether the platform has no ragged exchange.
+      is_even: whether as many rows go to each device, those that are there first.
     """
 
     mesh: Mesh
     rows: int
     arrivals: int
     is_emulated: bool
+    is_even: bool = False
 
 
 def exchange_map(group_sizes: jax.Array, mesh: Mesh, arrivals: int) -> ExchangeMap:
@@ -93,12 +96,39 @@ def exchange_map(group_sizes: jax.Array, mesh: Mesh, arrivals: int) -> ExchangeM
     )
 
 
+def round_map(sizes: jax.Array, mesh: Mesh, turn: jax.Array, rows: int) -> ExchangeMap:
+    """Return the map of the exchange of a round, in which any two devices exchange `rows` rows.
+
+    Args:
+      sizes: i32 ``[devices, experts]``, the rows that each device has for each expert.
+      mesh: the mesh axes; each device along them gets an equal run of the experts.
+      turn: the number of the round.
+      rows: how many rows go to each device; those that are there come first.
+    """
+    devices, own = sizes.shape[0], jax.lax.axis_index(mesh)
+    count = devices * rows
+    runs = jax.lax.dynamic_index_in_dim(sizes.reshape(devices, devices, -1), own, 1, False)
+    ends = jnp.cumsum(runs, 1)
+    first = turn * rows
+    inside = [jnp.clip(at, first, first + rows) for at in (ends - runs, ends)]
+    parts = inside[1] - inside[0]
+    arrived = _starts(parts, 1) + jnp.arange(devices, dtype=jnp.int32)[:, None] * rows
+    sorted_ = _starts(parts.T.reshape(-1)).reshape(parts.T.shape)
+    return ExchangeMap(
+        None,
+        None,
+        _matched(sorted_, arrived.T, parts.T, count),
+        _matched(arrived, sorted_.T, parts, count),
+        parts.sum(0),
+    )
+
+
 def _starts(sizes: jax.Array, axis: int = 0) -> jax.Array:
     return jnp.cumsum(sizes, axis) - sizes
 
 
 def _matched(mine: jax.Array, other: jax.Array, sizes: jax.Array, count: int) -> jax.Array:
-    """Return for each of `count` rows in one order of runs its number in another, or −1.
+    """Return for each of `count` rows in one order of runs its number in another, or −1 between.
 
     Args:
       mine: where each run begins in the one order; rising.
@@ -110,7 +140,8 @@ def _matched(mine: jax.Array, other: jax.Array, sizes: jax.Array, count: int) ->
     row = jnp.arange(count, dtype=jnp.int32)
     run = jnp.searchsorted(starts + lengths, row, side="right")
     known = jnp.minimum(run, starts.size - 1)
-    return jnp.where(run < starts.size, row - starts[known] + moved[known], -1).astype(jnp.int32)
+    is_there = (run < starts.size) & (row >= starts[known])
+    return jnp.where(is_there, row - starts[known] + moved[known], -1).astype(jnp.int32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -143,7 +174,11 @@ def _picked(rows: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.where((index >= 0)[:, None], taken, jnp.zeros((), rows.dtype))
 
 
-def _exchanged(rows: jax.Array, args: RaggedArgs, spec: ExchangeSpec, count: int) -> jax.Array:
+def _exchanged(
+    rows: jax.Array, args: RaggedArgs | None, spec: ExchangeSpec, count: int
+) -> jax.Array:
+    if args is None:
+        return all_to_all(rows, spec.mesh, 0, 0)
     zeros = jnp.zeros((count, rows.shape[1]), rows.dtype)
     room = jax.lax.pcast(zeros, tuple(sorted(varies(rows))), to="varying")
     exchange = emulated if spec.is_emulated else _of_platform
