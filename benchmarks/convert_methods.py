@@ -263,8 +263,9 @@ class Sources:
 
 
 def run(name: str, sources: Sources, pairs: int, *, keep: Path | None = None) -> Measured:
-    """Measure a method; with `keep`, its output stays there."""
+    """Measure a method, against no raw copy without pairs; with `keep`, its output stays there."""
     method, out = METHODS[name], sources.work / "out"
+    is_timed = method.is_timed and pairs > 0
     source = sources.work / method.after if method.after else sources.dense(method.sources)
     command = [
         sys.executable, "-m", "moecc", "convert", str(source), str(out), "-p", method.passes,
@@ -281,11 +282,11 @@ def run(name: str, sources: Sources, pairs: int, *, keep: Path | None = None) ->
         read += weights(captured)
     found = Measured(name, sum(p.stat().st_size for p in read))
     raw = sources.work / "raw"
-    for pair in range(pairs if method.is_timed else 1):
+    for pair in range(pairs if is_timed else 1):
         sizes = [found.written_bytes or found.read_bytes]
         turns = ("raw", "method", "released") if pair % 2 else ("method", "raw", "released")
-        for turn in turns if method.is_timed else ("method",):
-            if method.is_timed:
+        for turn in turns if is_timed else ("method",):
+            if is_timed:
                 _raw("raw", raw, [], sizes)  # memory that was just released
             if turn != "method":
                 seconds, cpu = _raw(turn, raw, read, sizes)
@@ -336,7 +337,8 @@ def main() -> int:
             if METHODS[name].after:
                 continue
             keep = sources.work / name if name in later else None
-            done.append(run(name, sources, options.pairs, keep=keep))
+            pairs = options.pairs if name in options.method else 0
+            done.append(run(name, sources, pairs, keep=keep))
             _say(options.format, done[-1])
             for spent in sources.work.glob("dense[!1]*"):
                 shutil.rmtree(spent)

@@ -47,20 +47,21 @@ def fitting(checkpoint: str) -> list[str]:
     return [name for name, target in found["targets"].items() if target["fits"]]
 
 
-def cells(targets: list[str], *, captured: bool) -> Iterator[tuple[str, str]]:
-    """Yield targets and methods."""
+def cells(targets: list[str], *, captured: bool) -> Iterator[tuple[list[str], str]]:
+    """Yield methods, with the targets of which the first that does not reject it counts."""
     for target in targets:
-        yield target, "copy"
+        yield [target], "copy"
     for method in METHODS:
         if method not in ("copy", *APART) and (captured or method != CAPTURED):
-            yield targets[0], method
+            yield targets, method
 
 
 def capture(checkpoint: str, text: Path | None, out: Path) -> None:
     """Take statistics of a model, if there is a text to take them of."""
     if text is None:
         return
-    done = moecc("capture", checkpoint, "--text", str(text), "--out", str(out))
+    few = ("--batches", "4", "--batch", "2", "--sequence", "512")
+    done = moecc("capture", checkpoint, "--text", str(text), "--out", str(out), *few)
     if done.returncode:
         raise SystemExit(done.stderr)
 
@@ -118,6 +119,15 @@ def run(checkpoint: str, target: str, method: str, work: Path) -> dict[str, Any]
     }  # fmt: skip
 
 
+def first(checkpoint: str, targets: list[str], method: str, work: Path) -> dict[str, Any]:
+    """Convert by a method to the first target that can hold the result, or to none."""
+    for target in targets:
+        cell = run(checkpoint, target, method, work)
+        if not cell["exit"]:
+            break
+    return cell
+
+
 def note(out: Path, name: str, done: dict[str, list[dict[str, Any]]]) -> None:
     """Write what was found so far, and print the last."""
     print(name, done[name][-1], file=sys.stderr, flush=True)
@@ -143,10 +153,11 @@ def main() -> None:
                 found.append(judged(options.judge, checkpoint, Path(work)))
                 note(options.out, name, done)
             capture(checkpoint, options.text, Path(work) / "captured")
-            for cell in cells(fitting(checkpoint), captured=options.text is not None):
-                if cell in known:
+            fits = fitting(checkpoint)
+            for targets, method in cells(fits, captured=options.text is not None):
+                if any((target, method) in known for target in targets):
                     continue
-                found.append(run(checkpoint, *cell, Path(work)))
+                found.append(first(checkpoint, targets, method, Path(work)))
                 note(options.out, name, done)
 
 
