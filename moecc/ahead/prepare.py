@@ -28,7 +28,15 @@ from moecc.plan.workload import Workload, workload
 from moecc.sharding.layout import Layout
 from moecc.sharding.partitions import EXPLICIT, GSPMD
 from moecc.sharding.vias import LOCAL
-from moecc.steps.passes import Bound, MeshPasses, StepPasses, planned_graph, run_passes, specialize
+from moecc.steps.passes import (
+    Bound,
+    MeshPasses,
+    StepPasses,
+    planned_graph,
+    run_passes,
+    specialize,
+    weights_rows,
+)
 
 CAPACITY_FACTOR = 1.25
 """What bounds the rows of an expert where the model says nothing: ST-MoE's in training (§2.2)."""
@@ -157,7 +165,7 @@ def _passes(
         bound=bound,
         groups=layout.shards["batch"],
         losses=losses if train and layout.experts else None,
-        weighted=train,
+        weighted=train and weights_rows(strategy.remat, layout.mesh.devices > 1),
         mesh=MeshPasses(str(layout.mesh), layout.names, strategy.via, strategy.sliced)
         if is_explicit
         else None,

@@ -52,7 +52,7 @@ class StepPasses:
       groups: token groups of a micro-batch; None for what the graph says.
       balanced: whether tokens take experts in turn, to time a step.
       fused: whether attention is one operation, whose scores are in no memory.
-      weighted: whether rows are weighted at their experts, as training steps have it.
+      weighted: whether rows are weighted at their experts, see `weights_rows`.
       noise: options of ``specialize`` by which training is perturbed.
       losses: options of ``add-losses``; None where none are added.
       mesh: where it is laid on a mesh of its own collectives.
@@ -108,6 +108,15 @@ class StepPasses:
             if self.split is not None:
                 options["split"] = self.split
             yield _pass("roll-layers", options)
+
+
+def weights_rows(remat: str, on_mesh: bool) -> bool:
+    """Return whether rows are weighted at their experts in a step of training.
+
+    It spares what is made again and sent again.  Where nothing is, on a CPU it costs more than it
+    spares: 12 % of the time of a dropless layer of 8 × 1,024 neurons.
+    """
+    return remat != "none" or on_mesh
 
 
 def specialize(

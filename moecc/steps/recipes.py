@@ -14,7 +14,15 @@ from moecc.sharding.layout import Layout
 from moecc.sharding.partitions import GSPMD
 from moecc.sharding.vias import LOCAL
 from moecc.steps.bias import bias_counts
-from moecc.steps.passes import Bound, MeshPasses, StepPasses, run_passes, specialize, step_graph
+from moecc.steps.passes import (
+    Bound,
+    MeshPasses,
+    StepPasses,
+    run_passes,
+    specialize,
+    step_graph,
+    weights_rows,
+)
 from moecc.steps.spec import StepSpec
 from moecc.support.parse_units import float_type
 from moecc.train.recipe import Objective, Recipe
@@ -131,7 +139,7 @@ def _passes(
         noise=_noise(recipe, routed=routed) if mode == "train" else {},
         losses=dict(losses) if routed or losses.get("attention-z-coef") else None,
         balanced=routed and recipe.routing.force_balance and mode == "train",
-        weighted=mode == "train",
+        weighted=mode == "train" and weights_rows(run.remat, bool(recipe.mesh.mesh)),
         mesh=mesh,
         rolled=run.rolled,
         remat=run.remat if mode == "train" else "none",

@@ -16,7 +16,7 @@ from moecc.ir.unroll import unrolled
 from moecc.model.open import open_model
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.steps.recipes import eval_graph, train_graph
+from moecc.steps.recipes import eval_graph, eval_passes, train_graph, train_passes
 from moecc.steps.remarks import training_remarks
 from moecc.testing.data import params_for
 from moecc.train.data.batches import open_batches
@@ -142,7 +142,20 @@ def test_routers_compute_in_the_type_of_the_run_where_that_is_asked_for() -> Non
 
     for of_step in (train_graph, eval_graph):
         plain, low = of_step(graph, asked()), of_step(graph, asked(router_dtype="bfloat16"))
-        weighted = {"weight_rows"} if of_step is train_graph else set()
-        assert precise(plain) == {"contract", "route"} | weighted
+        assert precise(plain) == {"contract", "route"}
         assert precise(low) == set()
     assert equal(train_graph(graph, asked(router_dtype="f32")), train_graph(graph, asked()))
+
+
+@pytest.mark.parametrize(
+    ("remat", "mesh", "weighted"),
+    [("none", "", False), ("full", "", True), ("none", "data=2,expert=2", True)],
+)
+def test_rows_are_weighted_at_their_experts_where_it_spares_something(
+    remat: str, mesh: str, weighted: bool
+) -> None:
+    graph, recipe = imported("llama_gqa", "upcycle{experts=4 top-k=2}"), noisy()
+    run = replace(recipe.run, remat=remat)
+    asked = replace(recipe, run=run, mesh=replace(recipe.mesh, mesh=mesh))
+    assert ("weight-rows" in str(train_passes(graph, asked))) == weighted
+    assert "weight-rows" not in str(eval_passes(graph, asked))
