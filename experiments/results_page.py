@@ -38,7 +38,9 @@ better than the likelier label, nothing can be said of its claims: *not measurab
 
 For (h) an encoder-decoder learns hidden spans from random parameters (`experiments/spans.toml`);
 what is compared is the entropy of the first choices of sentinels, the mean over the layers of a
-stack, divided by that of an even spread.
+stack, divided by that of an even spread. In the decoder sentinels are apart from all other tokens
+(0.34 of an even spread, other tokens 0.9), in the encoder they are nearly as spread as those: of
+models of this size after 400 steps the opposite of the claim holds.
 """
 
 TAIL = """

@@ -109,14 +109,16 @@ def killed_runs(
     while kills < KILLS:
         run, number = base / str(number), number + 1
         words = command(*begin, "--out", run)
-        while killed_after(words, rng.uniform(0.0, seconds)):
+        # Not more often: a machine that has become slower might never get to the end.
+        while kills < KILLS and killed_after(words, rng.uniform(0.0, seconds)):
             kills += 1
             if (run / "lineage.json").is_file():
                 words = command(*resume, "--resume", run)
             else:
                 # It was killed before the folder was there, or while it was made.
                 shutil.rmtree(base / f".{run.name}.moecc-partial", ignore_errors=True)
-        finish(command(*resume, "--resume", run))
+        is_there = (run / "lineage.json").is_file()
+        finish(command(*resume, "--resume", run) if is_there else words)
         yield run
         shutil.rmtree(run)
 
