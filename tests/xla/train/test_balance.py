@@ -26,7 +26,7 @@ def state_after(parts: int, mesh: MeshPasses | None = None, **options: Any) -> t
     """Return the biases of a step with a padded batch, its metrics, and what it chose."""
     dense = sparse("top-2", padded=True, bias=True)
     passes = StepPasses(bound=Bound(0.5), groups=8 // parts, losses={"parts": parts}, mesh=mesh,
-                        rolled=False, **options)  # fmt: skip
+                        **{"rolled": False, **options})  # fmt: skip
     evaluated = StepPasses("eval", bound=Bound(2.0), groups=8 // parts, rolled=False,
                            losses={"parts": parts}, mesh=mesh)  # fmt: skip
     spec = StepSpec(SIZES, F32, OptimizerSection("adamw"), parts, bias_rate=RATE)
