@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiers import few
 
 pytest.importorskip("jax")
 
@@ -108,7 +109,7 @@ def read_until(stream: Any, pattern: str, count: int) -> tuple[list[str], list[s
     raise AssertionError(f"it ended: {''.join(lines)}")
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", few([0, 1]))
 def test_killing_one_ends_the_others_within_five_seconds(victim: int) -> None:
     run = launched(2, "python", PROGRAM, "hang")
     guard = threading.Timer(120, run.kill)
@@ -130,6 +131,7 @@ def test_killing_one_ends_the_others_within_five_seconds(victim: int) -> None:
     assert took < BOUND_SECONDS
 
 
+@pytest.mark.slow
 def test_one_that_stops_is_told_and_ends_all() -> None:
     run = launched(2, "python", PROGRAM, "hang", more=("--step-seconds", "4"))
     guard = threading.Timer(120, run.kill)

@@ -89,6 +89,7 @@ def test_one_that_refuses_to_end_is_killed(tmp_path: Path) -> None:
     assert supervisor.processes[1].popen.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_one_that_makes_no_step_ends_all() -> None:
     """A stopped process neither fails nor finishes; the others go on reporting steps."""
     ended, said, supervisor = run(

@@ -11,7 +11,7 @@ from math import prod
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiers import examples
+from tiers import examples, few
 
 from moecc.families.describe import describe
 from moecc.ir.traits import Cost
@@ -117,7 +117,7 @@ def test_devices_share_the_flops_of_the_model(model: str, data: st.DataObject) -
         assert found.flops == pytest.approx(least / 0.999, rel=1e-6)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", few(MODELS, 3))
 @settings(max_examples=examples(4, 25), deadline=None)
 @given(data=st.data(), machine=st.sampled_from(MACHINES), factor=st.integers(2, 4))
 def test_a_larger_batch_costs_no_less(

@@ -155,6 +155,7 @@ def test_what_cannot_fit_names_the_smallest_machine_that_would(
     assert plan(capsys, "preset:mixtral-8x7b", "--machine", "gpu:h100:16")["best"]["fits"]
 
 
+@pytest.mark.slow
 def test_what_cannot_fit_names_what_would_on_the_same_machine(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

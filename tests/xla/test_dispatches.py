@@ -118,7 +118,7 @@ ROUTINGS: dict[str, Callable[[], Graph]] = {
     "expert choice": expert_choice,
     "hash": hashed,
 }
-QUICK = ("dropless, masked, top-1", "capacity, top-2, groups")
+QUICK = ("capacity, top-2, groups",)
 
 
 def legal(graph: Graph) -> list[str]:

@@ -89,9 +89,8 @@ def test_no_row_is_lost_whatever_the_routing(case: str, pipeline: str) -> None:
     assert_near(run_reference(layer("ragged"), params=params, inputs=inputs), outputs)
 
 
-@pytest.mark.parametrize(
-    ("case", "most"), [("balanced", 1), pytest.param("all to two", 4, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "most"), [("balanced", 1), ("all to two", 4)])
 def test_as_many_rounds_are_done_as_the_busiest_device_needs(
     case: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

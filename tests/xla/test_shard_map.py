@@ -140,7 +140,8 @@ def test_experts_are_the_same_on_a_mesh_with_what_they_drop(name: str) -> None:
     assert_same(graph, params, inputs, EXPERTS[name])
 
 
-@pytest.mark.parametrize("name", some(["rows, columns", "replicated tokens"], "replicated tokens"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rows, columns", "replicated tokens"])
 def test_noise_is_the_same_on_a_mesh(name: str) -> None:
     graph, params, inputs = decoder(DENSE, seq=8, **SPARSE)
     text = "specialize{mode=train capacity-factor=0.75 groups=8 jitter=0.3 router-noise=0.5}"

@@ -148,7 +148,8 @@ def test_a_save_that_fails_is_an_error_of_the_machine_and_loses_nothing(
     store.saver.close()
 
 
-@pytest.mark.parametrize("passes", few([FLAT, ROLLED]))
+@pytest.mark.slow
+@pytest.mark.parametrize("passes", [FLAT, ROLLED])
 def test_what_is_saved_takes_at_most_one_copy_of_the_state(
     made: Canonical, model: Any, passes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
