@@ -32,6 +32,7 @@ class ExportedStep:
         self.devices: int = exported.nr_devices
         shapes = [abstract_array(a.shape, a.dtype) for a in exported.in_avals]
         self.arguments: PyTree = jax.tree.unflatten(exported.in_tree, shapes)[0]
+        self._types = _types(self.arguments)
 
     def __repr__(self) -> str:
         leaves = len(self._exported.in_avals)
@@ -57,7 +58,7 @@ class ExportedStep:
         Raises:
           InputError: the arguments are others than `arguments`.
         """
-        problems = list(_differences(_types(arguments), _types(self.arguments)))
+        problems = list(_differences(_types(arguments), self._types))
         if problems:
             raise InputError(problems)
         return self._exported.call(*arguments)
@@ -70,11 +71,14 @@ def _types(tree: PyTree) -> dict[str, str]:
 
 
 def _type(leaf: object) -> str:
+    # Every step asks this of its whole state: arrays of jax are not traced for it.
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        return f"{leaf.dtype}{list(leaf.shape)}"
     try:
-        array = jax.eval_shape(lambda x: x, leaf)
+        made = jax.eval_shape(lambda x: x, leaf)
     except TypeError:
         return f"no array, but {type(leaf).__name__}"
-    return f"{array.dtype}{list(array.shape)}"
+    return f"{made.dtype}{list(made.shape)}"
 
 
 def _differences(found: Mapping[str, str], expected: Mapping[str, str]) -> Iterator[Problem]:
