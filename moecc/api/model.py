@@ -60,6 +60,7 @@ def open(
     seed: int = 0,
     experts: Mapping[str, str | os.PathLike[str]] | None = None,
     capture: str | os.PathLike[str] | None = None,
+    allow_other_base: bool = False,
 ) -> Model:
     """Open a model: only configs and headers are read.
 
@@ -72,6 +73,7 @@ def open(
       experts: further models of its architecture, or LoRA adapters of it, by the names that
         ``upcycle(sources="base,a")`` has for them.
       capture: the folder of statistics of the model that `moecc capture` wrote.
+      allow_other_base: whether an adapter may name another model than this as its own.
 
     Raises:
       InputError: it is none of these, or is faulty.
@@ -82,7 +84,8 @@ def open(
     seed, padding = whole("seed", seed), flag("padding", padding)
     place = None if weights is None else source_text(weights)
     opened = open_model(source_text(source), weights=place, padding=padding, config_alone=True)
-    add_branches(opened, named_places(experts))
+    allowed = flag("allow_other_base", allow_other_base)
+    add_branches(opened, named_places(experts), allow_other_base=allowed)
     statistics = add_statistics(opened, None if capture is None else source_text(capture))
     return Model(opened, seed=seed, statistics=statistics)
 

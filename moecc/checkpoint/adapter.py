@@ -40,6 +40,12 @@ _UNSUPPORTED = {
 }
 """Keys of a config whose adapters are more than W + s · B A."""
 
+_STORED_AS = re.compile(
+    r"(?:[-._](?:gguf|safetensors|unsloth|bnb|hf|awq|gptq|fp8|bf16|f?p?(?:16|32)|[48]-?bit|int[48]"
+    r"|mxfp4|i?q\d(?:_\w+)*))+$"
+)
+"""The end of a model's name that states how it is stored."""
+
 
 def is_adapter(path: Path) -> bool:
     """Whether a folder is an adapter and no model."""
@@ -73,8 +79,13 @@ class AdaptedCheckpoint(Closing):
 
     format = "adapter"
 
-    def __init__(self, base: Checkpoint, path: Path) -> None:
+    def __init__(self, base: Checkpoint, path: Path, *, allow_other_base: bool = False) -> None:
         """Open the adapter in the folder `path` of the model `base`.
+
+        Args:
+          base: the model that it is merged into.
+          path: the folder.
+          allow_other_base: whether it may name another model than `base` as its own.
 
         Raises:
           InputError: it is no LoRA adapter of this model; all problems at once.
@@ -92,6 +103,13 @@ class AdaptedCheckpoint(Closing):
         self._settings = settings
         self._stored = SafetensorsFolder(path, {}, {file: read_header(file)}, {})
         found = _Reading(base, settings, self._stored.tensors, path)
+        other = self.other_base()
+        if other is not None and not allow_other_base:
+            found.problems.add(
+                "the adapter is of another model", expected=f"{base.path.name}, which is SOURCE",
+                where=f"{path / ADAPTER_CONFIG}: base_model_name_or_path", found=quoted(other),
+                hint="if that is SOURCE under another name, --allow-other-base merges it",
+            )  # fmt: skip
         found.problems.raise_if_any()
         self._deltas, self._whole = found.deltas, found.whole
 
@@ -134,12 +152,15 @@ class AdaptedCheckpoint(Closing):
     def other_base(self) -> str | None:
         """Return the model that the adapter says it is of, if this one has another name.
 
-        Names are compared without owner and folder; a model that was renamed has another one, too.
+        Names are compared without owner and folder, and without an end that states how weights are
+        stored (``-bnb-4bit``, ``-Q4_K_M.gguf``); a model that was renamed has another one, too.
         """
         of = self._settings.get("base_model_name_or_path")
-        known = (self.base.path.name, hub_repository(self.base.path), _stated_name(self.base))
-        names = {_last(name) for name in known if name}
-        return of if isinstance(of, str) and of and _last(of) not in names else None
+        if not isinstance(of, str) or not of:
+            return None
+        stated = self.base.config.get("_name_or_path")
+        known = _names(str(self.base.path)) | (_names(stated) if isinstance(stated, str) else set())
+        return None if known & _names(of) else of
 
     def card(self) -> dict[str, tuple[str, ...]]:
         """Return what is kept of the adapter's card."""
@@ -158,13 +179,15 @@ class AdaptedCheckpoint(Closing):
         self._stored.close()
 
 
-def _stated_name(checkpoint: Checkpoint) -> str | None:
-    stated = checkpoint.config.get("_name_or_path")
-    return stated if isinstance(stated, str) else None
-
-
-def _last(name: str) -> str:
-    return name.rstrip("/").rpartition("/")[2].lower()
+def _names(place: str) -> set[str]:
+    """Return the names of a model that a path, also one of the Hub's cache, or a hub id states."""
+    path = Path(place.replace("\\", "/").rstrip("/"))
+    found = {
+        path.name,
+        path.expanduser().resolve().name,
+        (hub_repository(path) or "").split("/")[-1],
+    }
+    return {_STORED_AS.sub("", name.lower()) for name in found} - {""}
 
 
 class _Reading:

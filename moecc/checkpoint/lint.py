@@ -10,10 +10,8 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from moecc.checkpoint.adapter import AdaptedCheckpoint
 from moecc.checkpoint.files import read_bounded
 from moecc.checkpoint.jsonfile import parse_json
-from moecc.checkpoint.several import SeveralCheckpoints
 from moecc.checkpoint.source import Checkpoint
 from moecc.errors import InputError, printable
 from moecc.support.untyped import Json
@@ -33,24 +31,12 @@ def findings(checkpoint: Checkpoint, vocabulary: int | None) -> list[str]:
       vocabulary: the rows of the embedding, if they are known.
     """
     if vocabulary is None:
-        return [*_unscaled(checkpoint), *_other_bases(checkpoint)]
+        return [*_unscaled(checkpoint)]
     return [
-        *_other_bases(checkpoint),
         *_wrong_ids("config.json", checkpoint.config, vocabulary),
         *_companion_findings(checkpoint.companions(), vocabulary),
         *_unscaled(checkpoint),
     ]
-
-
-def _other_bases(checkpoint: Checkpoint) -> Iterator[str]:
-    """Yield the adapters that say they are of a model of another name, and fit this one."""
-    branches = checkpoint.branches if isinstance(checkpoint, SeveralCheckpoints) else {}
-    for name, adapter in branches.items():
-        if isinstance(adapter, AdaptedCheckpoint) and (of := adapter.other_base()):
-            yield (
-                f"--experts {name}: the adapter says it is of {printable(of)}, and SOURCE is "
-                f"{checkpoint.path.name}; of a model with the same shapes it would be read alike"
-            )
 
 
 def _companion_findings(files: Mapping[str, Path | bytes], vocabulary: int) -> Iterator[str]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
+from moecc.checkpoint.adapter import AdaptedCheckpoint
 from moecc.checkpoint.source import Checkpoint, TensorInfo
 from moecc.support.closing import Closing
 from moecc.types.arrays import Array
@@ -123,6 +124,13 @@ def files_of(checkpoint: Checkpoint) -> dict[str, Path]:
     if isinstance(checkpoint, SeveralCheckpoints):
         return checkpoint.named_files()
     return {path.name: path for path in checkpoint.files()}
+
+
+def other_bases(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the models that adapters say they are of, if those have other names than the base."""
+    branches = checkpoint.branches if isinstance(checkpoint, SeveralCheckpoints) else {}
+    adapters = {n: a for n, a in branches.items() if isinstance(a, AdaptedCheckpoint)}
+    return {n: of for n, a in adapters.items() if (of := a.other_base()) is not None}
 
 
 def branches_of(checkpoint: Checkpoint) -> tuple[str, ...]:

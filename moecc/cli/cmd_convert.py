@@ -77,6 +77,9 @@ class ConvertRequest:
     allow_unmatched: Annotated[
         bool, typer.Option("--allow-unmatched", help="A pass may find nothing to do.")
     ] = False
+    allow_other_base: Annotated[
+        bool, typer.Option("--allow-other-base", help="An adapter may name another model.")
+    ] = False
     no_check: Annotated[
         bool, typer.Option("--no-check", help="Do not hold passes to their promises.")
     ] = False
@@ -110,7 +113,7 @@ def convert(request: ConvertRequest) -> None:
     branches = parse_branches(request.experts or [])
     passes = read_pipeline(request.pipeline, request.load or [])
     with signals_raised(), open_model(request.source, padding=request.padding_mask) as model:
-        add_branches(model, branches)
+        add_branches(model, branches, allow_other_base=request.allow_other_base)
         statistics = add_statistics(model, request.capture)
         _say_of(model, request.source)
         planned = plan(

@@ -55,12 +55,15 @@ def parse_branches(words: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def add_branches(model: Model, places: Mapping[str, str]) -> None:
+def add_branches(
+    model: Model, places: Mapping[str, str], *, allow_other_base: bool = False
+) -> None:
     """Open further models, whose weights then are read beside those of `model`.
 
     Args:
       model: the base; its checkpoint becomes one of them all.
       places: by name, what `open_model` takes, or the folder of a LoRA adapter.
+      allow_other_base: whether an adapter may name another model as its own.
 
     Raises:
       InputError: a model cannot be opened, or differs in architecture or tokenizer; all problems
@@ -75,7 +78,7 @@ def add_branches(model: Model, places: Mapping[str, str]) -> None:
     problems: list[Problem] = []
     for name, place in places.items():
         try:
-            opened[name] = _open(model.graph, base, place)
+            opened[name] = _open(model.graph, base, place, allow_other_base=allow_other_base)
         except InputError as error:
             problems += error.problems
     if problems:
@@ -85,9 +88,9 @@ def add_branches(model: Model, places: Mapping[str, str]) -> None:
     model.checkpoint = SeveralCheckpoints(base, opened)
 
 
-def _open(graph: Graph, base: Checkpoint, place: str) -> Checkpoint:
+def _open(graph: Graph, base: Checkpoint, place: str, *, allow_other_base: bool) -> Checkpoint:
     if is_adapter(Path(place)):
-        return AdaptedCheckpoint(base, Path(place))
+        return AdaptedCheckpoint(base, Path(place), allow_other_base=allow_other_base)
     other = open_model(place)
     if other.checkpoint is None:
         raise InputError(f"{place} has no weights", hint="give a checkpoint")

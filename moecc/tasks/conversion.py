@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moecc.checkpoint.several import branches_of
+from moecc.checkpoint.several import branches_of, other_bases
 from moecc.errors import InputError
 from moecc.ir.graph import Graph
 from moecc.ir.unroll import unroll
@@ -236,6 +236,7 @@ def plan(
         model, model.graph, pipeline, done.preserves, target, export,
         None if isinstance(dtype, Storage) else dtype, seed, tuple(remarks), storage,
         (*(f"--experts {name}={name.upper()}" for name in branches_of(model.checkpoint)),
+         *(["--allow-other-base"] if other_bases(model.checkpoint) else []),
          *(["--capture STATISTICS"] if statistics is not None else []),
          *(f"--load {Path(file).name}" for file in loaded),
          *(["--allow-unmatched"] if allow_unmatched else [])),

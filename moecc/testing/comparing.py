@@ -94,7 +94,7 @@ def gaps(
     if not any(beyond(expected, found, bounds, seed)):
         return []
 
-    noisy, key = _with_errors(graph)
+    noisy, key = with_errors(graph)
 
     def run(draw: int) -> Mapping[str, Array]:
         near = [{n: _nudged(a, draw, n) for n, a in arrays.items()} for arrays in data]
@@ -175,8 +175,12 @@ _ERRORS = "errors"
 """What the key of the errors is called, unless the graph has the name."""
 
 
-def _with_errors(graph: Graph) -> tuple[Graph, str]:
+def with_errors(graph: Graph, relative: float = ROUNDING) -> tuple[Graph, str]:
     """Return `graph` with each float result off by a few units in the last place.
+
+    Args:
+      graph: the graph.
+      relative: the largest relative error of an element.
 
     Returns:
       The graph, and its further input: the key that draws the errors.
@@ -189,14 +193,14 @@ def _with_errors(graph: Graph) -> tuple[Graph, str]:
         for value in node.results:
             if value.type.dtype.is_float:
                 users = list(value.users)
-                off = _off(builder, value, builder.fold_key(key, by=number))
+                off = _off(builder, value, builder.fold_key(key, by=number), relative)
                 _use_instead(value, off, users)
     return copy, key.name
 
 
-def _off(b: Builder, value: Value, key: Value) -> Value:
+def _off(b: Builder, value: Value, key: Value, relative: float) -> Value:
     """Return `value`, each element off by itself: equal ones must not stay equal."""
-    low, high = 1 - ROUNDING, 1 + ROUNDING
+    low, high = 1 - relative, 1 + relative
     if value.type.unreduced or value.type.ragged is not None:
         # No numbers are drawn for parts of a sum, nor for rows whose number the data decide.
         one = b.random_uniform(

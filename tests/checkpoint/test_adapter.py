@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from moecc.checkpoint.adapter import AdaptedCheckpoint, is_adapter
-from moecc.checkpoint.lint import findings
 from moecc.checkpoint.open import open_checkpoint
-from moecc.checkpoint.several import SeveralCheckpoints
+from moecc.checkpoint.several import SeveralCheckpoints, other_bases
 from moecc.checkpoint.source import Checkpoint
 from moecc.errors import InputError
 from moecc.types.arrays import Array
@@ -115,6 +115,10 @@ def test_adapters_that_do_not_suit(
         ("somebody/Llama_GQA", None),
         ("/models/llama_gqa/", None),
         ("google/gemma-2b", "google/gemma-2b"),
+        ("C:\\models\\Llama_GQA", None),
+        ("unsloth/llama_gqa-unsloth-bnb-4bit", None),
+        ("/cache/models--somebody--llama_gqa/snapshots/0123abcd", None),
+        ("/cache/models--somebody--llama/snapshots/0123abcd", "/cache/models--somebody--llama/"),
         (None, None),
         ("", None),
     ],
@@ -122,11 +126,27 @@ def test_adapters_that_do_not_suit(
 def test_an_adapter_that_names_another_model(
     base: Checkpoint, tmp_path: Path, of: object, other: str | None
 ) -> None:
-    """It fits all the same: a warning, since a model may have been renamed."""
+    """Its shapes fit all the same: it is merged if the user says that the model was renamed."""
     folder = adapter(tmp_path / "a", pair(GATE, 24, 16), base_model_name_or_path=of)
-    with AdaptedCheckpoint(base, folder) as adapted:
-        assert adapted.other_base() == other
-        found = findings(SeveralCheckpoints(base, {"a": adapted}), None)
-    assert [line.startswith(f"--experts a: the adapter says it is of {of}") for line in found] == (
-        [True] if other else []
-    )
+    with AdaptedCheckpoint(base, folder, allow_other_base=True) as adapted:
+        assert other_bases(SeveralCheckpoints(base, {"a": adapted})) == ({"a": of} if other else {})
+    if other is None:
+        AdaptedCheckpoint(base, folder).close()
+        return
+    with pytest.raises(InputError, match=f"another model(.|\n)*{other}(.|\n)*--allow-other-base"):
+        AdaptedCheckpoint(base, folder)
+
+
+def test_the_names_of_a_model(tmp_path: Path) -> None:
+    """A link has the name of its target, a file none of its quantisation, a config its origin."""
+    folder = adapter(tmp_path / "a", pair(GATE, 24, 16), base_model_name_or_path="me/llama_gqa")
+    (tmp_path / "current").symlink_to(SOURCE)
+    copied = tmp_path / "llama_gqa-hf.bf16"
+    shutil.copytree(SOURCE, copied)
+    renamed = tmp_path / "renamed"
+    shutil.copytree(SOURCE, renamed)
+    config = json.loads((renamed / "config.json").read_text())
+    (renamed / "config.json").write_text(json.dumps({**config, "_name_or_path": "x/LLama_GQA"}))
+    for place in (tmp_path / "current", copied, renamed):
+        with open_checkpoint(str(place)) as base:
+            AdaptedCheckpoint(base, folder).close()

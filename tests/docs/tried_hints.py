@@ -9,6 +9,7 @@ from .stands import DATA, FEW, SMALL
 SCENE = "python -m tests.docs.scenes"
 TO_MIXTRAL = "-p 'upcycle{experts=2 top-k=2}' --to mixtral"
 SPLIT = "-p 'upcycle{experts=6 top-k=2 shared=0.25 split=activation}' --to st_moe"
+OF_TWO = "-p 'upcycle{experts=2 top-k=1 sources=base,a}' --to mixtral --experts a=tuned"
 COMPILE = "moecc compile MODEL --machine cpu --step forward --batch-tokens 16 --sequence 16"
 ON_TWO = (
     "moecc compile sparse --machine cpu:2 --mesh expert=2 --step forward --dtype f32"
@@ -48,6 +49,11 @@ TRIED_HINTS = (
         "has every way",
         f"{ON_TWO} --partition gspmd --via ring",
         f"{ON_TWO} --partition explicit --via ring",
+    ),
+    TriedHint(
+        "--allow-other-base merges it",
+        f"{SCENE} adapter MODEL tuned some/SmolLM2-360M && moecc convert MODEL out {OF_TWO}",
+        f"moecc convert MODEL out {OF_TWO} --allow-other-base",
     ),
     TriedHint(
         "moecc capture MODEL --text FILE --out DIR writes one",

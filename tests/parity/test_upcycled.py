@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -18,6 +17,7 @@ from moecc.model.open import open_model
 from moecc.pipeline.text import Pipeline
 from moecc.tasks.convert import plan, write
 from moecc.tasks.targets import fits as fits_of
+from moecc.testing.comparing import run_reference, with_errors
 from moecc.types.dtypes import F64
 
 from .interpreters import ask, in_each_interpreter
@@ -30,7 +30,10 @@ DOUBLE = 1e-7
 """The bound on max |Δ logit| / max |logit| in float64; the golden logits carry 6e-8 of rounding."""
 
 SINGLE = 1e-6
-"""The same in float32."""
+"""The same in float32, unless the function itself amplifies rounding further: `amplification`."""
+
+UNIT = 2.0**-24
+"""The largest relative error of one operation in float32; that of a sum has several."""
 
 
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
@@ -96,31 +99,38 @@ def logits_of(python: str, jobs: list[dict[str, str]]) -> list[dict[str, Any]]:
     return reports
 
 
-def check(
-    python: str, cases: list[tuple[str, str]], jobs: list[dict[str, str]], *, own: bool = False
-) -> None:
-    """Compare with the golden logits: each case is a source and what was done to it.
-
-    With `own`, where transformers itself is further off in float32 (olmo2_square_tied: 1.4e-6), it
-    must compute of what was written what it computes of the source, bit for bit.
-    """
+def check(python: str, cases: list[tuple[str, str]], jobs: list[dict[str, str]]) -> None:
+    """Compare with the golden logits: each case is a source and what was done to it."""
     wrong = []
     for (source, done), job, report in zip(cases, jobs, logits_of(python, jobs), strict=True):
         golden, folder = GOLDEN / source / "logits.npy", Path(job["folder"])
         off = {n: relative(folder / f"{n}.npy", golden) for n in ("float64", "float32")}
-        near = off["float32"] <= SINGLE or (own and as_of_the_source(python, source, job))
+        near = off["float32"] <= SINGLE or off["float32"] <= 4 * amplification(source)
         if report or off["float64"] > DOUBLE or not near:
             wrong.append(f"{source}, {done}: {report or off}")
     assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong)
 
 
-def as_of_the_source(python: str, source: str, job: dict[str, str]) -> bool:
-    """Whether transformers computes the same bits of a source and of what was written, in f32."""
-    written = Path(job["folder"])
-    copied = written.with_name(f"{written.name}-source")
-    shutil.copytree(GOLDEN / source, copied)
-    logits_of(python, [{"folder": str(copied), "tokens": job["tokens"]}])
-    return (copied / "float32.npy").read_bytes() == (written / "float32.npy").read_bytes()
+def amplification(source: str) -> float:
+    """Return how far the logits of a source move if each operation is off by `UNIT`.
+
+    That is the condition of the function: computed from its graph in float64, whoever runs it.
+    Of most golden checkpoints it is 1e-7 to 5e-7, of olmo2_square_tied, most of it through the
+    attention of its first layer, 8e-7: transformers 4.57 and 5.24 are 1.4e-6 off there in float32,
+    by the same bits.
+    """
+    with open_model(str(GOLDEN / source)) as model:
+        (tokens,) = model.graph.inputs
+        data = {n: np.asarray(a, np.float64) for n, a in model.params().items()}
+        noisy, key = with_errors(model.graph, UNIT)
+    given = {tokens: np.load(GOLDEN / source / "tokens.npy")}
+    (exact,) = run_reference(model.graph, params=data, inputs=given).values()
+    moved = []
+    for draw in range(5):
+        drawn = given | {key: np.asarray(draw, np.uint64)}
+        (found,) = run_reference(noisy, params=data, inputs=drawn).values()
+        moved.append(np.abs(found - exact).max() / np.abs(exact).max())
+    return float(max(moved))
 
 
 def relative(found: Path, expected: Path) -> float:
@@ -158,7 +168,7 @@ def test_every_decoder_written_again(python: str, tmp_path: Path) -> None:
             write(plan(model, Pipeline.parse(""), family_of(source)), tmp_path / source)
         tokens = GOLDEN / source / "tokens.npy"
         jobs.append({"folder": str(tmp_path / source), "tokens": str(tokens)})
-    check(python, cases, jobs, own=True)
+    check(python, cases, jobs)
 
 
 NEWER = [

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from moecc.backend import get_backend
+from moecc.cli.main import main
 from moecc.errors import InputError, UsageError
 from moecc.model.branches import add_branches, parse_branches
 from moecc.model.open import open_model
@@ -22,6 +23,7 @@ from moecc.tasks.convert import Plan, plan, write
 from moecc.types.arrays import Array
 from moecc.types.dtypes import F64
 from moecc.weights.evaluate import evaluate
+from tests.docs import scenes
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SOURCE = GOLDEN / "llama_gqa"
@@ -149,6 +151,21 @@ def test_models_that_do_not_suit(tmp_path: Path) -> None:
     assert "rms_norm_eps: the models differ in their architecture" in text
     assert "the models are of different families" in text
     assert "none" in text
+
+
+def test_an_adapter_of_another_base_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 1 and no folder; the option that allows it is part of the command that is kept."""
+    adapter, out = tmp_path / "tuned", tmp_path / "out"
+    scenes.adapter(str(SOURCE), str(adapter), "some/llama_mqa")
+    options = ["-p", "upcycle{experts=2 top-k=1 sources=base,a}", "--to", "mixtral", "--no-check"]
+    words = ["convert", str(SOURCE), str(out), *options, "--experts", f"a={adapter}"]
+    assert main(words) == 1
+    assert "some/llama_mqa" in capsys.readouterr().err
+    assert not out.exists()
+    assert main([*words, "--allow-other-base"]) == 0
+    assert "--allow-other-base" in (out / "README.md").read_text()
 
 
 def test_tokenizers_that_differ(tmp_path: Path) -> None:
