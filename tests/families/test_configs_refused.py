@@ -45,6 +45,12 @@ def small(family: str, **keys: Any) -> dict[str, Any]:
     return {"model_type": family, **SMALL, **moe, **keys}
 
 
+def mscaled(*factors: float) -> dict[str, Any]:
+    lists = {"short_factor": [1.0, 1.5], "long_factor": [1.25, 4.0]}
+    named = dict(zip(("short_mscale", "long_mscale"), factors, strict=False))
+    return {"type": "longrope", **lists, **named, "original_max_position_embeddings": 32}
+
+
 MOE_CLASSES = {MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig}
 
 
@@ -123,6 +129,21 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         small("qwen3", rope_parameters={"full_attention": {"rope_type": "default"}}),
         "full_attention",
         "per layer type",
+    ),
+    "phimoe factors": (
+        small("phimoe", original_max_position_embeddings=32, rope_scaling=mscaled(1.1, 1.2)),
+        "rope_scaling",
+        "depends on the length",
+    ),
+    "phimoe factor": (
+        small("phimoe", original_max_position_embeddings=32, rope_scaling=mscaled(1.1, -1.1)),
+        "long_mscale",
+        "above 0",
+    ),
+    "phimoe without factors": (
+        small("phimoe", original_max_position_embeddings=32, rope_scaling=mscaled()),
+        "rope_scaling",
+        "needs short_mscale and long_mscale",
     ),
     "llama3 bands": (
         small("llama", rope_scaling={**LLAMA3, "high_freq_factor": 1.0}),

@@ -329,4 +329,24 @@ MIXTURES: dict[str, Case] = {
         },
         major=4,
     ),
+    "phimoe_long": Case(
+        "phimoe",
+        "longrope's short divisors, up to 20 tokens, with a factor of its own on both tables",
+        {
+            **MIXTRAL,
+            "num_local_experts": 4,
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "max_position_embeddings": 64,
+            "original_max_position_embeddings": 20,
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": [1.0, 1.5],
+                "long_factor": [1.25, 4.0],
+                "short_mscale": 1.25,
+                "long_mscale": 1.25,
+                "original_max_position_embeddings": 20,
+            },
+        },
+    ),
 }

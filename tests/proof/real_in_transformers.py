@@ -51,10 +51,13 @@ def loaded(folder: Path) -> tuple[Any, dict[str, Any]]:
     """Return the model in float32, and what loading it reported."""
     config = transformers.AutoConfig.from_pretrained(folder)
     name = (config.architectures or ["AutoModel"])[0]
-    headless = name.endswith(("ForMaskedLM", "Model")) and not hasattr(config, "num_mel_bins")
+    bare = name.endswith("Model") and not name.endswith("LMHeadModel")
+    headless = (bare or name.endswith("ForMaskedLM")) and not hasattr(config, "num_mel_bins")
     auto = transformers.AutoModel if headless else getattr(transformers, name)
+    # Grouped products have no float64; families without experts do not know the option.
+    plain = {"experts_implementation": "eager"} if hasattr(config, "num_experts_per_tok") else {}
     model, report = auto.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **plain
     )
     return model.eval(), report
 

@@ -40,17 +40,18 @@ def rotary_frequencies(
 def attention_factor(rope: RopeConfig) -> float:
     """Return the factor on cosine and sine: 1 for every scaling but longrope and YaRN.
 
+    A factor that is stated is that.  Else
     longrope (Ding et al. 2402.13753, §3.2): `√(1 + ln(factor) / ln(original length))`.
     YaRN (Peng et al. 2309.00071, §3.4): `0.1 ln(factor) + 1`, or the ratio of two such terms if
-    `mscale` and `mscale_all_dim` are both stated, or the stated factor itself.
+    `mscale` and `mscale_all_dim` are both stated.
     """
+    if rope.type in ("longrope", "yarn") and rope.attention_factor is not None:
+        return rope.attention_factor
     if rope.type == "longrope":
         length, growth = _needed(rope.original_max_position_embeddings), _needed(rope.factor)
         return math.sqrt(1 + math.log(growth) / math.log(length)) if growth > 1 else 1.0
     if rope.type != "yarn":
         return 1.0
-    if rope.attention_factor is not None:
-        return rope.attention_factor
     factor = _needed(rope.factor)
     if rope.mscale and rope.mscale_all_dim:
         return _mscale(factor, rope.mscale) / _mscale(factor, rope.mscale_all_dim)

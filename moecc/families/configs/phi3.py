@@ -52,6 +52,10 @@ class Phi3Config(DecoderConfig):
             what = "phi3 has heads of hidden_size / num_attention_heads"
             keys = ("head_dim", "hidden_size", "num_attention_heads")
             yield key_problem(what, f"heads x head_dim = {self.hidden_size}", f"{width}", *keys)
+        if self.rope.type == "longrope" and self.rope.attention_factor is not None:
+            what = "phi3 has no key for the factor on cosine and sine of longrope"
+            found = f"{self.rope.attention_factor:g}"
+            yield key_problem(what, "what follows from the lengths", found, "rope_scaling")
 
     @classmethod
     def _read_rope(cls, reader: Reader, head_dim: int) -> dict[str, object]:

@@ -1,18 +1,23 @@
-"""phimoe: norms with a mean and a bias, gates by SparseMixer."""
+"""phimoe: norms with a mean and a bias, gates by SparseMixer, longrope with a stated factor."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from moecc.ir.gates import Gates
 
+from .frequencies import attention_factor
 from .moe import MOE_DEFAULTS, MoeConfig
 from .reader import KeyProblem, Reader, key_problem
+from .rope import ROPE_KEYS, read_rope
 
 JITTER = 0.01
 """The relative distance within which SparseMixer counts a logit, the only one that moecc has."""
+
+MSCALES = ("short_mscale", "long_mscale")
+"""The factor on cosine and sine, up to the original length and beyond it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +26,7 @@ class PhimoeConfig(MoeConfig):
 
     model_type: ClassVar[str] = "phimoe"
     architecture: ClassVar[str] = "PhimoeForCausalLM"
+    aliases: ClassVar[tuple[str, ...]] = ("PhiMoEForCausalLM",)
     fixed: ClassVar[Mapping[str, object]] = {
         "qk_norm": False,
         "mlp_bias": False,
@@ -29,6 +35,9 @@ class PhimoeConfig(MoeConfig):
     options: ClassVar[frozenset[str]] = frozenset({"head_bias"})
     bias_key: ClassVar[str | None] = "attention_bias"
     window_style: ClassVar[str] = "uniform"
+    rope_types: ClassVar[tuple[str, ...]] = ("default", "longrope")
+    # The code that its first checkpoints bring is in transformers.
+    own_code: ClassVar[bool] = True
     experts_keys: ClassVar[tuple[str, ...]] = ("num_local_experts",)
     sparse_style: ClassVar[str] = "all"
     has_expert_width: ClassVar[bool] = False
@@ -41,6 +50,7 @@ class PhimoeConfig(MoeConfig):
         "intermediate_size": 6400,
         "num_key_value_heads": 8,
         "max_position_embeddings": 131_072,
+        "original_max_position_embeddings": None,
         "rms_norm_eps": 1e-5,
         "rope_theta": 1e6,
         "sliding_window": None,
@@ -82,6 +92,37 @@ class PhimoeConfig(MoeConfig):
         return {**super()._read_features(reader), "head_bias": reader.flag("lm_head_bias")}
 
     @classmethod
+    def _read_rope(cls, reader: Reader, head_dim: int) -> dict[str, object]:
+        data, factor = dict(reader.data), None
+        for key in ROPE_KEYS[1:]:
+            part = data.get(key)
+            if isinstance(part, Mapping) and not part.keys().isdisjoint(MSCALES):
+                data[key] = {name: part[name] for name in part if name not in MSCALES}
+                factor = _read_factor(reader, key, part)
+        length = reader.size("max_position_embeddings")
+        rope = read_rope(reader.with_data(data), length, types=cls.rope_types, outside=True)
+        if rope.type == "longrope" and factor is None:
+            reader.refuse("rope_scaling", f"longrope of phimoe needs {' and '.join(MSCALES)}")
+        return {"rope": replace(rope, attention_factor=factor)}
+
+    def _write_rope(self) -> dict[str, object]:
+        keys = super()._write_rope()
+        if self.rope.type != "longrope":
+            return keys
+        length = self.rope.original_max_position_embeddings
+        parameters = {
+            **self.rope.scaling(),
+            **dict.fromkeys(MSCALES, attention_factor(self.rope)),
+            "original_max_position_embeddings": length,
+        }
+        return {
+            **keys,
+            "rope_scaling": {**parameters, "type": "longrope"},
+            "rope_parameters": {"rope_theta": self.rope.theta, **parameters},
+            "original_max_position_embeddings": length,
+        }
+
+    @classmethod
     def _read_layout(cls, reader: Reader) -> dict[str, object]:
         reader.number("input_jitter_noise", least=0)
         return {"router_jitter_noise": reader.number("router_jitter_noise", least=0)}
@@ -89,3 +130,14 @@ class PhimoeConfig(MoeConfig):
     def _write_layout(self) -> dict[str, object]:
         noise = {"router_jitter_noise": self.router_jitter_noise, "input_jitter_noise": 0.0}
         return {**noise, "lm_head_bias": self.head_bias}
+
+
+def _read_factor(reader: Reader, key: str, part: Mapping[str, object]) -> float | None:
+    """Return the factor on cosine and sine, which has to be the same for any length."""
+    inner = Reader(part, {}, f"{reader.where}: {key}")
+    short, long = (inner.number(name, above=0) for name in MSCALES)
+    reader.problems.extend(inner.problems)
+    if short != long and not inner.problems:
+        what = "the factor on cosine and sine depends on the length, which moecc does not express"
+        reader.refuse(key, what, expected="the same short_mscale and long_mscale")
+    return short

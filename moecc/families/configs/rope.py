@@ -36,10 +36,16 @@ SCALING_PARAMETERS: Mapping[str, tuple[str, ...]] = {
         "mscale_all_dim",
         "truncate",
     ),
-    "longrope": ("factor", "original_max_position_embeddings", "short_factor", "long_factor"),
+    "longrope": (
+        "factor",
+        "original_max_position_embeddings",
+        "short_factor",
+        "long_factor",
+        "attention_factor",
+    ),
 }
 SCALING_TYPES = tuple(name for name in SCALING_PARAMETERS if name != "longrope")
-"""The scalings of most families; longrope is that of phi3."""
+"""The scalings of most families; longrope is that of phi3 and phimoe."""
 REQUIRED_PARAMETERS = ("factor", "low_freq_factor", "high_freq_factor")
 # `finetuned` is a note in the first YaRN checkpoints that no loader reads.
 OTHER_KEYS = ("rope_theta", "rope_type", "type", "partial_rotary_factor", "finetuned")
@@ -54,7 +60,8 @@ class RopeConfig:
     `original_max_position_embeddings` is always a number for `llama3` and `yarn`.  None in
     `beta_fast` and `beta_slow` means 32 and 1; `truncate` rounds YaRN's correction range.
     `short_factor` and `long_factor` are longrope's divisors of each frequency, up to the original
-    length and beyond it; its `factor` is the growth of the length.
+    length and beyond it; its `factor` is the growth of the length, and `attention_factor` is stated
+    by phimoe alone.
     """
 
     theta: float
