@@ -233,6 +233,19 @@ def continuing(
     return how
 
 
+def machine_text(machine: object) -> str:
+    """Return the name of a machine. Raises UsageError for what is no text."""
+    if not isinstance(machine, str):
+        raise UsageError("a machine is text, tpu:v5p:4x4x4", found=type(machine).__name__)
+    return machine
+
+
+def swept_values(values: object) -> tuple[object, ...]:
+    """Return the values of an axis of a sweep, of which there may be one or several."""
+    several = values if isinstance(values, (list, tuple, range, np.ndarray)) else (values,)
+    return tuple(v.item() if isinstance(v, np.generic) else v for v in several)
+
+
 def step_request(options: Mapping[str, object]) -> StepRequest:
     """Return the options of a plan, which has those of ``moecc plan``, with underscores.
 

@@ -15,12 +15,14 @@ from moecc.api.arguments import (
     family_text,
     flag,
     folder_text,
+    machine_text,
     named_places,
     pass_text,
     pipeline_of,
     positive,
     source_text,
     step_request,
+    swept_values,
     whole,
 )
 from moecc.checkpoint.several import branches_of
@@ -40,7 +42,7 @@ from moecc.types.arrays import Array, Arrays
 from moecc.types.dtypes import F32
 
 if TYPE_CHECKING:
-    from moecc.api.shown import StepPlan
+    from moecc.api.shown import PlanSweep, StepPlan
     from moecc.families.describe import Description
     from moecc.tasks.continue_tokens import Continuer
     from moecc.tasks.conversion import Plan
@@ -154,13 +156,7 @@ class Model:
         """
         passes, allow_unmatched = pipeline_of(pipeline), flag("allow_unmatched", allow_unmatched)
         remarks: list[str] = []
-        context = Context(
-            seed=self.seed, allow_unmatched=allow_unmatched,
-            remark=lambda r: remarks.append(str(r)), statistics=self.statistics,
-        )  # fmt: skip
-        if (checkpoint := self.opened.checkpoint) is not None:
-            models = branches_of(checkpoint)
-            context = replace(context, read=reads_small(checkpoint), models=models)
+        context = replace(self._context(allow_unmatched), remark=lambda r: remarks.append(str(r)))
         whole = Pipeline((*self.pipeline, *passes))
         if problems := whole.problems():
             raise UsageError(problems)
@@ -170,6 +166,14 @@ class Model:
             self.opened, whole, self.seed, graph, weakest((self.preserves, done.preserves)),
             (*self.remarks, *remarks), self.allow_unmatched or allow_unmatched, self.statistics,
         )  # fmt: skip
+
+    def _context(self, allow_unmatched: bool) -> Context:
+        """Return what passes may read of this model."""
+        seed, statistics = self.seed, self.statistics
+        context = Context(seed=seed, allow_unmatched=allow_unmatched, statistics=statistics)
+        if (checkpoint := self.opened.checkpoint) is None:
+            return context
+        return replace(context, read=reads_small(checkpoint), models=branches_of(checkpoint))
 
     def params(self, *, dtype: object = "f32") -> Params:
         """Return the parameters by name, each made when it is looked up.
@@ -259,9 +263,41 @@ class Model:
         from moecc.api.shown import StepPlan
         from moecc.tasks.plan_step import plan_step
 
-        if not isinstance(machine, str):
-            raise UsageError("a machine is text, tpu:v5p:4x4x4", found=type(machine).__name__)
-        return StepPlan(plan_step(self.graph, self.name, machine, step_request(options)))
+        place, step = machine_text(machine), step_request(options)
+        return StepPlan(plan_step(self.graph, self.name, place, step))
+
+    def sweep(
+        self,
+        machine: str,
+        *,
+        experts: object = (),
+        top_k: object = (),
+        capacity_factor: object = (),
+        **options: object,
+    ) -> PlanSweep:
+        """Plan the model with other numbers of experts, choices and capacities, each of them.
+
+        Args:
+          machine: as of `plan`.
+          experts: of a layer: ``[8, 16, 32]``; the pass that made experts makes so many, or the
+            config has so many; none: as they are.
+          top_k: experts of a token, likewise.
+          capacity_factor: numbers above 0, or ``"dropless"``.
+          **options: as of `plan`.
+
+        Raises:
+          UsageError: there is no such machine or option, or a value is not one.
+          InputError: no model of these can be made and fits.
+        """
+        from moecc.api.shown import PlanSweep
+        from moecc.plan.sweeps import sweep_of
+        from moecc.tasks.plan_sweep import Swept, plan_sweep
+
+        found = sweep_of(*map(swept_values, (experts, top_k, capacity_factor)))
+        step, passes = step_request(options), self.pipeline
+        place, context = machine_text(machine), self._context(self.allow_unmatched)
+        swept = Swept(self.opened.graph, passes, self.name, place, step, context)
+        return PlanSweep(plan_sweep(swept, found), str(passes))
 
     def prepare(self, to: str = "auto", *, dtype: object = None, check: bool = True) -> Plan:
         """Plan a conversion to another family; only headers are read.

@@ -10,6 +10,8 @@ from moecc.plan.chart import chart
 from moecc.plan.report import plan_text
 from moecc.plan.report_types import PlanReport, Report
 from moecc.plan.search import seconds_text
+from moecc.plan.sweep_chart import sweep_chart
+from moecc.plan.sweep_report import SweepPoint, SweepReport, sweep_text
 from moecc.support.shown import brief
 from moecc.support.text import count_text, size_text
 
@@ -49,6 +51,41 @@ class StepPlan:
 
     def _repr_html_(self) -> str:
         return f"{chart(self.report)}<pre>{escape(plan_text(self.report))}</pre>"
+
+
+@dataclass(frozen=True, repr=False)
+class PlanSweep:
+    """Plans of one model with other numbers of experts, choices and capacities.
+
+    Attributes:
+      report: the numbers, the keys as ``docs/cli.md`` has them.
+      pipeline: the passes of the models, as text.
+    """
+
+    report: SweepReport
+    pipeline: str = ""
+
+    @property
+    def points(self) -> list[SweepPoint]:
+        """The models, each planned, or with the problem that it has."""
+        return self.report["points"]
+
+    def __str__(self) -> str:
+        return sweep_text(self.report)
+
+    def __repr__(self) -> str:
+        axes = (f"{n}={','.join(map(str, v))}" for n, v in self.report["axes"].items())
+        planned = sum(point["best"] is not None for point in self.points)
+        rows = [
+            ("", f"{self.report['model']} on {self.report['machine']['name']}"),
+            ("", " ".join(axes)), ("planned", f"{planned} of {len(self.points)}"),
+        ]  # fmt: skip
+        return brief("moecc.PlanSweep", rows)
+
+    def _repr_html_(self) -> str:
+        return (
+            f"{sweep_chart(self.report, self.pipeline)}<pre>{escape(sweep_text(self.report))}</pre>"
+        )
 
 
 def summary(

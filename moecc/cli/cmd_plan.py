@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
@@ -28,6 +28,7 @@ from moecc.cli.options import (
 
 if TYPE_CHECKING:
     from moecc.plan.report_types import Report, SummaryReport
+    from moecc.plan.sweep_report import SweepReport
     from moecc.tasks.plan_step import StepRequest
 
 
@@ -109,6 +110,14 @@ class PlanRequest:
     weight_dtype: WeightTypeOption = None
     micro_batches: MicroBatchesOption = 1
     reduce_dtype: ReduceTypeOption = None
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sweep",
+            metavar="AXIS=N,…",
+            help="Plan with each of: experts=8,16 top-k=1,2 capacity-factor=1.25,dropless.",
+        ),
+    ] = None
     svg: Annotated[str | None, typer.Option("--svg", metavar="FILE", help="Draw the plan.")] = None
     html: Annotated[
         str | None, typer.Option("--html", metavar="FILE", help="Write a page of the plan.")
@@ -127,17 +136,49 @@ def plan(request: PlanRequest) -> None:
     Nothing is read but headers, nothing compiled or run. docs/planning.md says what is
     counted, and what is not.
     """
-    from moecc.cli.console import report, say
-    from moecc.cli.files import check_writable, write_whole
+    from moecc.cli.console import report
+    from moecc.cli.files import check_writable
     from moecc.plan.report import plan_text
 
     for file in filter(None, (request.svg, request.html, request.save)):
         check_writable(file, force=request.force)
+    if request.sweep is not None:
+        _sweep(request, request.sweep)
+        return
     data, searched = planned(request)
-    for file, text in _files(request, data, searched):
-        write_whole(file, text.encode(), force=request.force)
-        say(f"the plan is in {file}")
+    _write(request, "plan", _files(request, data, searched))
     report("plan", data, lambda: plan_text(data), request.format)
+
+
+def _sweep(request: PlanRequest, texts: list[str]) -> None:
+    """Plan a sweep instead of one model."""
+    from moecc.cli.console import report
+    from moecc.plan.sweep_report import sweep_text
+
+    data = swept(request, texts)
+    _write(request, "sweep", _sweep_files(request, data))
+    report("sweep", data, lambda: sweep_text(data), request.format)
+
+
+def _write(request: PlanRequest, what: str, files: Iterable[tuple[str, str]]) -> None:
+    from moecc.cli.console import say
+    from moecc.cli.files import write_whole
+
+    for file, text in files:
+        write_whole(file, text.encode(), force=request.force)
+        say(f"the {what} is in {file}")
+
+
+def _sweep_files(request: PlanRequest, data: SweepReport) -> Iterator[tuple[str, str]]:
+    """Yield the files of a sweep that are asked for, and their texts."""
+    from moecc.plan.sweep_chart import sweep_chart
+    from moecc.plan.sweep_report import sweep_page
+
+    picture = sweep_chart(data, request.pipeline)
+    if request.svg is not None:
+        yield request.svg, picture
+    if request.html is not None:
+        yield request.html, sweep_page(data, picture, request.pipeline)
 
 
 def _files(
@@ -191,6 +232,31 @@ def planned(request: PlanRequest) -> tuple[Report, list[SummaryReport]]:
         run_pipeline(opened.graph, passes)
         graph = without_opaque(opened.graph)
     return plan_and_search(graph, request.model, request.machine, step)
+
+
+def swept(request: PlanRequest, texts: list[str]) -> SweepReport:
+    """Return the sweep that `texts` spell, as JSON values.
+
+    Raises:
+      UsageError: an option cannot be parsed, or does not go with a sweep.
+      InputError: no model of the sweep can be made and fits.
+    """
+    from moecc.cli.pipelines import read_pipeline
+    from moecc.errors import UsageError
+    from moecc.model.open import open_model
+    from moecc.plan.sweeps import parse_sweep
+    from moecc.tasks.plan_step import check_step
+    from moecc.tasks.plan_sweep import Swept, plan_sweep
+
+    if request.save is not None:
+        raise UsageError("--save writes one plan, and a sweep has several",
+                         hint="plan the model that you choose, without --sweep")  # fmt: skip
+    sweep, passes = parse_sweep(texts), read_pipeline(request.pipeline, request.load or [])
+    step = _step(request)
+    check_step(request.machine, step)
+    with open_model(request.model, config_alone=True) as opened:
+        each = Swept(opened.graph, passes, request.model, request.machine, step)
+        return plan_sweep(each, sweep)
 
 
 def register(app: typer.Typer) -> None:

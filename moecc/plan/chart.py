@@ -36,13 +36,18 @@ def chart(data: Report, pipeline: str = "") -> str:
       pipeline: the passes that the model went through before.
     """
     parts = shown_parts(data)
-    heading = [_text(16, 28, f"{data['model']} on {data['machine']['name']}", size=17, bold=True)]
+    heading = [text_at(16, 28, f"{data['model']} on {data['machine']['name']}", size=17, bold=True)]
     lines = [subtitle(data), *(wrap(f"passes: {pipeline}", LETTERS) if pipeline else [])]
-    heading += [_text(16, 50 + 18 * n, line, size=12) for n, line in enumerate(lines)]
+    heading += [text_at(16, 50 + 18 * n, line, size=12) for n, line in enumerate(lines)]
     top = 32 + 18 * len(lines)
     memory, below = _memory(data, top)
     times, height = _times(data, parts, below + 14)
-    body = "\n".join([*heading, *memory, *times])
+    return picture([*heading, *memory, *times], height)
+
+
+def picture(drawn: Iterable[str], height: float) -> str:
+    """Return an SVG, `WIDTH` wide and on white, of the elements that are drawn."""
+    body = "\n".join(drawn)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height:.0f}" '
         f'viewBox="0 0 {WIDTH} {height:.0f}" '
@@ -61,7 +66,7 @@ def subtitle(data: Report) -> str:
     )
 
 
-def _text(
+def text_at(
     x: float,
     y: float,
     text: str,
@@ -70,6 +75,7 @@ def _text(
     bold: bool = False,
     anchor: str = "start",
 ) -> str:
+    """Return a line of text; `anchor` is what of it is at x: ``start``, ``middle``, ``end``."""
     weight = "bold" if bold else "normal"
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" font-weight="{weight}" '
@@ -102,12 +108,12 @@ def _memory(data: Report, top: float) -> tuple[list[str], float]:
     shown = [(k, f"{k} {b / 1e9:.2f} GB") for k, b in kinds.items() if b >= 5e6]
     legend, below = _legend(top + 96, shown)
     drawn = [
-        _text(16, top + 34, "memory of a device", bold=True),
-        _text(16, top + 68, f"{best['total_bytes'] / 1e9:.2f} GB"),
+        text_at(16, top + 34, "memory of a device", bold=True),
+        text_at(16, top + 68, f"{best['total_bytes'] / 1e9:.2f} GB"),
         *_stack(top + 54, scale, kinds.items()),
         f'<line x1="{limit:.1f}" y1="{top + 46}" x2="{limit:.1f}" y2="{top + 52 + ROW}" '
         'stroke="#222" stroke-dasharray="3 2"/>',
-        _text(limit, top + 40, f"limit {usable / 1e9:.2f} GB", size=11, anchor="middle"),
+        text_at(limit, top + 40, f"limit {usable / 1e9:.2f} GB", size=11, anchor="middle"),
         *legend,
     ]
     return drawn, below
@@ -122,7 +128,7 @@ def _legend(y: float, entries: Sequence[tuple[str, str]]) -> tuple[list[str], fl
         drawn.append(
             f'<rect x="{x:.1f}" y="{at - 10:.1f}" width="11" height="11" fill="{COLOURS[kind]}"/>'
         )
-        drawn.append(_text(x + 16, at, words, size=12))
+        drawn.append(text_at(x + 16, at, words, size=12))
     return drawn, y + 20 * (len(entries) // LEGEND_COLUMNS)
 
 
@@ -136,7 +142,7 @@ def _times(data: Report, parts: list[PartReport], top: float) -> tuple[list[str]
     """Return the time of a step by part under `top`, and the height of the picture."""
     best = data["best"]
     scale = (WIDTH - LEFT - RIGHT) / max(p["seconds"]["total"] for p in best["parts"])
-    drawn, y = [_text(16, top + 16, "time of a step by part", bold=True)], top + 28
+    drawn, y = [text_at(16, top + 16, "time of a step by part", bold=True)], top + 28
     for part in parts:
         times = part["seconds"]
         stacked = (
@@ -147,8 +153,8 @@ def _times(data: Report, parts: list[PartReport], top: float) -> tuple[list[str]
         count = f" ({part['count']})" if part["count"] > 1 else ""
         words = f"{seconds_text(times['total'])}, {part['bound']}"
         drawn += [
-            _text(16, y + 14, f"{part['name']}{count}", size=12), *_stack(y, scale, stacked),
-            _text(LEFT + times["total"] * scale + 6, y + 14, words, size=11),
+            text_at(16, y + 14, f"{part['name']}{count}", size=12), *_stack(y, scale, stacked),
+            text_at(LEFT + times["total"] * scale + 6, y + 14, words, size=11),
         ]  # fmt: skip
         y += ROW
     legend, below = _legend(y + 22, [(k, k) for k in list(COLOURS)[-3:]])

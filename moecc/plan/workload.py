@@ -71,7 +71,10 @@ class Workload:
 
     @property
     def model_flops(self) -> float:
-        """FLOPs of the forward pass that the model asks for: without the padding of a capacity."""
+        """FLOPs of the forward pass that the model asks for: without the padding of a capacity.
+
+        Of choices those that have a slot where experts are evenly chosen.
+        """
         return sum(p.count * s.flops * s.exact_rows for p in self.parts for s in p.steps)
 
     @property
@@ -309,7 +312,8 @@ class _Reader:
         rows = next((v for v in (*node.operands, *node.results) if "slot" in v.type), None)
         exact = 1.0
         if rows is not None:
-            exact = choices_kept(rows, bounded=False) / choices_kept(rows)
+            # Choices beyond a capacity are dropped, and ask for nothing.
+            exact = min(1.0, choices_kept(rows, bounded=False) / choices_kept(rows))
         operands = tuple(map(self.shape, node.operands))
         results = tuple(map(self.shape, node.results))
         # Along an axis that windows run along, the places of the result count.

@@ -172,6 +172,10 @@ def test_plan(report: Any) -> None:
         report("plan", "preset:smollm2-135m", "--machine", "gpu:h100:8", "--step", "forward"),
     ]
     compare(documented("plan", "key"), plans)
+    step = ["--machine", "cpu:2", "--batch-tokens", "64", "--sequence", "16"]
+    sweep = report("plan", str(GOLDEN / "mixtral_gqa"), *step, "--sweep", "experts=1,4 top-k=2")
+    assert [bool(point["problem"]) for point in sweep["points"]] == [True, False]
+    compare(documented("plan", "key of a sweep"), [sweep])
 
 
 @pytest.mark.slow
@@ -202,6 +206,7 @@ def test_schemas_are_those_of_the_page(report: Any) -> None:
         "moecc.opt/1",
         "moecc.reduce/1",
         "moecc.plan/1",
+        "moecc.sweep/1",
         "moecc.compile/1",
         "moecc.convert/1",
         "moecc.verify/1",

@@ -358,6 +358,11 @@ TRIED_HINTS = (
         f"{PLAN_TWO} --via hierarchical --rules expert-hierarchical",
     ),
     TriedHint(
+        "plan the model that you choose, without --sweep",
+        f"{PLAN_TWO} --sweep top-k=1,2 --save plan.json",
+        f"{PLAN_TWO} --save plan.json",
+    ),
+    TriedHint(
         "fewer devices, or other --rules",
         f"{PLAN_TWO.replace('smollm2-8x', 'sparse')} --rules expert-hierarchical",
         f"{PLAN_TWO.replace('smollm2-8x', 'sparse')} --rules fsdp",

@@ -1,0 +1,210 @@
+"""A sweep: one model with other numbers of experts, choices and capacities, each of them planned.
+
+    sweep := axis (' ' axis)*        axis := name '=' value (',' value)*
+
+ST-MoE (Zoph et al. 2022, section 5) weighs quality against step time along these three.  Quality
+is not predicted here; what it is known to grow with stands beside the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import product
+from math import inf, isfinite
+from typing import TypeVar
+
+from moecc.errors import Problem, UsageError, nearest
+
+DROPLESS = "dropless"
+"""The value of a capacity factor that stands for no bound at all."""
+
+MOST_POINTS = 128
+"""Each is a search of its own."""
+
+EXAMPLE = "experts=8,16,32 top-k=1,2 capacity-factor=1.25,2"
+
+Factor = float | str
+"""A capacity factor, or `DROPLESS`."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one model of a sweep differs in; None where it stays as it is.
+
+    Attributes:
+      experts: of a layer.
+      top_k: experts of a token.
+      capacity_factor: slots of an expert over its mean load, or `DROPLESS`.
+    """
+
+    experts: int | None = None
+    top_k: int | None = None
+    capacity_factor: Factor | None = None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The values of each axis; none where it is not swept.
+
+    Attributes:
+      experts: of a layer.
+      top_k: experts of a token.
+      capacity_factor: factors, and `DROPLESS`.
+    """
+
+    experts: tuple[int, ...] = ()
+    top_k: tuple[int, ...] = ()
+    capacity_factor: tuple[Factor, ...] = ()
+
+    def points(self) -> Iterator[Point]:
+        """Yield every combination, the capacity factor changing first."""
+        axes = (self.experts or (None,), self.top_k or (None,), self.capacity_factor or (None,))
+        yield from (Point(*values) for values in product(*axes))
+
+
+def axis_text(field: str) -> str:
+    """Return an axis as it is spelled: ``top-k``."""
+    return field.replace("_", "-")
+
+
+AXES = tuple(axis_text(f.name) for f in fields(Sweep))
+
+
+def parse_sweep(texts: Iterable[str]) -> Sweep:
+    """Return the sweep that texts spell, each with one axis or more.
+
+    Raises:
+      UsageError: an axis is unknown or stands twice, or a value is not one; all problems at once.
+    """
+    found: dict[str, str] = {}
+    problems: list[Problem] = []
+    for item in (word for text in texts for word in text.split()):
+        name, _, values = item.partition("=")
+        if name not in AXES:
+            hint = nearest(name, AXES) or f"axes: {', '.join(AXES)}"
+            problems.append(Problem(f"unknown axis {name!r}", "--sweep", EXAMPLE, item, hint))
+        elif name in found:
+            problems.append(Problem(f"{name} stands twice", "--sweep", found=item))
+        else:
+            found[name] = values
+    experts = _read("experts", found, _whole, problems)
+    top_k = _read("top-k", found, _whole, problems)
+    factors = _read("capacity-factor", found, _factor, problems)
+    if problems:
+        raise UsageError(problems)
+    return sweep_of(experts, top_k, factors)
+
+
+def sweep_of(
+    experts: Sequence[object], top_k: Sequence[object], capacity_factor: Sequence[object]
+) -> Sweep:
+    """Return the sweep over these values, which may be anything.
+
+    Raises:
+      UsageError: one is no value or stands twice, there is none, or there are too many models; all
+        problems at once.
+    """
+    given = zip(AXES, (experts, top_k, capacity_factor), strict=True)
+    problems = [p for name, values in given for p in _problems(name, values)]
+    if problems:
+        raise UsageError(problems)
+    made = Sweep(
+        tuple(n for n in experts if isinstance(n, int)),
+        tuple(n for n in top_k if isinstance(n, int)),
+        tuple(f for f in capacity_factor if isinstance(f, (int, float, str))),
+    )
+    count = sum(1 for _ in made.points())
+    if made == Sweep():
+        raise UsageError("nothing is swept", expected=EXAMPLE)
+    if count > MOST_POINTS:
+        raise UsageError(
+            "too many models", where="--sweep", expected=f"at most {MOST_POINTS}", found=str(count)
+        )
+    return made
+
+
+V = TypeVar("V")
+
+
+def _read(
+    name: str, found: Mapping[str, str], read: Callable[[str], V | None], problems: list[Problem]
+) -> tuple[V, ...]:
+    pieces = found[name].split(",") if name in found else ()
+    values = [(piece, read(piece)) for piece in pieces]
+    problems += (_not_a_value(name, piece) for piece, value in values if value is None)
+    return tuple(value for _, value in values if value is not None)
+
+
+def _whole(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 9 else None
+
+
+def _factor(text: str) -> Factor | None:
+    try:
+        return text if text == DROPLESS else float(text)
+    except ValueError:
+        return None
+
+
+_EXPECTED = {
+    "experts": "whole numbers, 8,16,32",
+    "top-k": "whole numbers, 1,2",
+    "capacity-factor": f"numbers above 0, or {DROPLESS}: 1.25,2",
+}
+
+
+def _not_a_value(name: str, value: object) -> Problem:
+    return Problem("not a value", f"--sweep {name}", _EXPECTED[name], repr(value))
+
+
+def _problems(name: str, values: Sequence[object]) -> list[Problem]:
+    wrong = [_not_a_value(name, value) for value in values if not _is_value(name, value)]
+    if wrong or len(set(values)) == len(values):
+        return wrong
+    return [Problem("a value stands twice", f"--sweep {name}", found=",".join(map(str, values)))]
+
+
+def _is_value(name: str, value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return name == "capacity-factor" and value == DROPLESS
+    whole = isinstance(value, int) or name == "capacity-factor"
+    return whole and value > 0 and isfinite(value)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a model of a sweep has, and the time of its step.
+
+    Attributes:
+      experts: of a layer.
+      top_k: experts of a token.
+      capacity_factor: of its layers, or `DROPLESS`.
+      seconds: of a step.
+    """
+
+    experts: int
+    top_k: int
+    capacity_factor: Factor
+    seconds: float
+
+    @property
+    def gains(self) -> tuple[float, float, float]:
+        """What quality grows with: experts, choices, and room for them."""
+        factor = inf if isinstance(self.capacity_factor, str) else self.capacity_factor
+        return float(self.experts), float(self.top_k), factor
+
+
+def frontier(points: Sequence[Planned]) -> tuple[bool, ...]:
+    """Return for each point whether no other one has as much of everything and takes less time.
+
+    Of equal ones, which differ in nothing, all are.
+    """
+    return tuple(not any(_beats(other, one) for other in points) for one in points)
+
+
+def _beats(other: Planned, one: Planned) -> bool:
+    as_much = all(a >= b for a, b in zip(other.gains, one.gains, strict=True))
+    if not as_much or other.seconds > one.seconds:
+        return False
+    return other.gains != one.gains or other.seconds < one.seconds

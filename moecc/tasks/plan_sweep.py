@@ -1,0 +1,200 @@
+"""Plan one model with other numbers of experts, choices and capacities: ``moecc plan --sweep``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+from moecc.errors import InputError, MoeccError, Problem, UsageError
+from moecc.families.describe import describe
+from moecc.ir.attributes import SlotAttrs
+from moecc.ir.graph import Graph
+from moecc.ir.structure import clone
+from moecc.ir.table.slots import assigner
+from moecc.ir.traits import RowMove
+from moecc.ir.without_opaque import without_opaque
+from moecc.pipeline.passes import Context
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.plan.sweep_report import (
+    SweepPoint,
+    SweepReport,
+    failed_point,
+    planned_point,
+    sweep_json,
+)
+from moecc.plan.sweeps import DROPLESS, Factor, Point, Sweep
+from moecc.steps.passes import run_passes
+from moecc.support.untyped import JsonDict
+from moecc.tasks.plan_step import StepRequest, check_step, plan_step
+
+if TYPE_CHECKING:
+    from moecc.families.configs import ModelConfig
+    from moecc.plan.report_types import Report
+
+_MAKES = "-p 'upcycle{experts=8 top-k=2}' makes some"
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What the models of a sweep have in common.
+
+    Attributes:
+      graph: the source's, before any pass.
+      passes: what runs over each.
+      name: in the report.
+      machine: where they are planned.
+      step: what is asked of each plan.
+      context: of the passes; None for that of a model without weights.
+    """
+
+    graph: Graph
+    passes: Pipeline
+    name: str
+    machine: str
+    step: StepRequest
+    context: Context | None = None
+
+
+def plan_sweep(swept: Swept, sweep: Sweep) -> SweepReport:
+    """Return the plans of all models of a sweep, as JSON values.
+
+    A model that cannot be made, or does not fit, is a point with a problem.
+
+    Raises:
+      UsageError: the machine or an option is wrong.
+      InputError: no model can be made and fits: the first one's problem.
+    """
+    check_step(swept.machine, swept.step)
+    shared: Report | None = None
+    points: list[SweepPoint] = []
+    first: MoeccError | None = None
+    graphs: dict[Point, Graph | MoeccError] = {}
+    for point in sweep.points():
+        try:
+            graph = _graph(swept, point, graphs)
+            shared = plan_step(graph, swept.name, swept.machine, swept.step)
+            active = describe(graph).parameters.active
+            points.append(planned_point(_filled(point, _has(graph)), shared, active))
+        except (InputError, UsageError) as error:
+            first = first or error
+            points.append(failed_point(point, _why(error.problems[0])))
+    if shared is None:
+        assert first is not None, "a sweep has points"
+        raise first
+    return sweep_json(sweep, shared, points)
+
+
+def _filled(asked: Point, has: Point) -> Point:
+    """Return what was asked of a point, and of what was not, what its graph has."""
+    return Point(
+        asked.experts or has.experts, asked.top_k or has.top_k,
+        asked.capacity_factor or has.capacity_factor,
+    )  # fmt: skip
+
+
+def _why(problem: Problem) -> str:
+    """Return a problem in a line."""
+    text = f"{problem.where}: {problem.what}" if problem.where else problem.what
+    return f"{text}: {problem.found}" if problem.found else text
+
+
+def _graph(swept: Swept, point: Point, made: dict[Point, Graph | MoeccError]) -> Graph:
+    """Return the model of a point; capacities of the same experts share what is made before."""
+    counts = replace(point, capacity_factor=None)
+    if counts not in made:
+        try:
+            made[counts] = without_opaque(_with_counts(swept, counts))
+        except (InputError, UsageError) as error:
+            made[counts] = error
+    found = made[counts]
+    if isinstance(found, MoeccError):
+        raise found
+    if point.capacity_factor is None:
+        return found
+    graph = clone(found)
+    if _has(graph).capacity_factor is None:
+        raise InputError("the model has no experts that take a capacity", hint=_MAKES)
+    mode = "train" if swept.step.step == "train" else "eval"
+    run_passes(graph, f"specialize{{mode={mode} {_bound(point.capacity_factor)}}}")
+    return graph
+
+
+def _bound(factor: Factor) -> str:
+    return "dropless=true" if factor == DROPLESS else f"capacity-factor={factor}"
+
+
+def _with_counts(swept: Swept, counts: Point) -> Graph:
+    """Return the model with other numbers of experts and choices, after all passes."""
+    changes = {n: v for n in ("experts", "top_k") if (v := getattr(counts, n)) is not None}
+    graph, passes = clone(swept.graph), swept.passes
+    if changes:
+        at = _last_maker(passes)
+        if at is None:
+            graph = _of_config(graph, changes)
+        else:
+            items = list(passes)
+            items[at] = replace(items[at], **changes)
+            passes = Pipeline(tuple(items))
+    run_pipeline(graph, passes, context=swept.context)
+    return graph
+
+
+def _last_maker(passes: Pipeline) -> int | None:
+    """Return the number of the last pass that makes experts, by its options; None without one."""
+    makers = (
+        at
+        for at, item in enumerate(passes)
+        if {"experts", "top_k"} <= {f.name for f in fields(item)}
+    )
+    return max(makers, default=None)
+
+
+_OF_CONFIGS = {"experts": "num_experts", "top_k": "experts_per_token"}
+
+
+def _of_config(graph: Graph, changes: Mapping[str, int]) -> Graph:
+    """Return the graph of a source's config with other numbers of experts and choices.
+
+    Raises:
+      InputError: the config has no such numbers, or the graph is not what a config makes.
+    """
+    from moecc.families import build
+    from moecc.families.configs import parse_config
+
+    stated = graph.attrs.get("config")
+    if not isinstance(stated, Mapping):
+        raise InputError("the graph has no config in which experts could be counted", hint=_MAKES)
+    config = parse_config(stated, "attr config")
+    problems = list(_cannot(config, changes))
+    if problems:
+        raise InputError(problems)
+    new: JsonDict = {_OF_CONFIGS[name]: value for name, value in changes.items()}
+    changed = replace(config, **new)
+    if wrong := [Problem(p.what, expected=p.expected, found=p.found) for p in changed.checks()]:
+        raise InputError(wrong)
+    return build(changed)
+
+
+def _cannot(config: ModelConfig, changes: Mapping[str, int]) -> Iterator[Problem]:
+    """Yield the numbers that a family does not have, or has fixed."""
+    has = {f.name for f in fields(config)}
+    for name in changes:
+        if _OF_CONFIGS["experts"] not in has:
+            yield Problem(f"{config.model_type} has no experts", hint=_MAKES)
+            return
+        if _OF_CONFIGS[name] not in has:
+            yield Problem(f"{config.model_type} does not say how many experts a token takes")
+
+
+def _has(graph: Graph) -> Point:
+    """Return the experts, choices and capacity factor of a graph: of its layers the largest."""
+    layers = describe(graph).expert_layers
+    sent = (node for node in graph if node.op.moves is RowMove.TO_SLOTS)
+    slots = [SlotAttrs.of_node(assigner(node.operands[2])) for node in sent]
+    if not layers or not slots:
+        return Point()
+    ragged = any(attrs.slots == "ragged" for attrs in slots)
+    factor: Factor = DROPLESS if ragged else max(attrs.capacity_factor for attrs in slots)
+    return Point(max(x.experts for x in layers), max(x.top_k for x in layers), factor)

@@ -1,0 +1,185 @@
+"""Sweeps: every point is the plan of that model, and the frontier is what nothing beats."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import moecc
+from moecc.cli.main import main
+from moecc.errors import UsageError
+from moecc.plan.sweep_chart import sweep_chart
+from moecc.plan.sweep_report import FRONTIER, sweep_text
+from moecc.plan.sweeps import DROPLESS, Planned, frontier, parse_sweep
+from tests.support.tiers import examples
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+DENSE, MIXTURE, SWITCH = (str(GOLDEN / n) for n in ("llama_gqa", "mixtral_gqa", "switch_half"))
+WHERE = ("--machine", "cpu:4", "--sequence", "16", "--batch-tokens", "128")
+MESH = ("--mesh", "fsdp=4", "--remat", "full")
+SMALL: dict[str, Any] = {"batch_tokens": 64, "sequence": "16"}
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: str | Path) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = main([str(a) for a in args])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return code, captured.out, captured.err
+
+
+def as_json(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
+    code, out, err = run(capsys, "plan", *args, "--format", "json")
+    assert code == 0, err
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+def test_a_point_is_the_plan_of_its_model(capsys: pytest.CaptureFixture[str]) -> None:
+    up = "upcycle{{experts={} top-k={}}}"
+    given = (DENSE, *WHERE, *MESH)
+    found = as_json(
+        capsys, *given, "-p", up.format(4, 2), "--sweep", "experts=2,8 top-k=1",
+        "--sweep", "capacity-factor=1.5",
+    )  # fmt: skip
+    assert [p["experts"] for p in found["points"]] == [2, 8]
+    for point in found["points"]:
+        passes = f"{up.format(point['experts'], 1)},specialize{{mode=train capacity-factor=1.5}}"
+        alone = as_json(capsys, *given, "-p", passes)
+        assert point["capacity_factor"] == 1.5
+        assert point["parameters"] == alone["parameters"]
+        assert point["model_flops"] == alone["model_flops"]
+        for key, value in point["best"].items():
+            assert alone["best"][key] == value
+
+
+def test_a_mixture_has_other_numbers_in_its_config() -> None:
+    model = moecc.open(MIXTURE)
+    found = model.sweep("cpu:2", experts=[2, 8], top_k=2, **SMALL)
+    assert [(p["experts"], p["top_k"]) for p in found.points] == [(2, 2), (8, 2)]
+    assert {p["capacity_factor"] for p in found.points} == {DROPLESS}
+    few, many = (p["parameters"] or 0 for p in found.points)
+    active = {p["active_parameters"] for p in found.points}
+    experts = [w for n, w in model.params().items() if "expert" in n]
+    assert many - few > sum(w.size for w in experts) * 0.9
+    assert max(a or 0 for a in active) - min(a or 0 for a in active) < 2_000, "but for the router"
+    assert "planned 2 of 2" in repr(found)
+    assert found._repr_html_().startswith("<svg")
+
+
+@settings(max_examples=examples(50, 500))
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 2), st.sampled_from([1.0, DROPLESS]),
+                          st.integers(1, 4)), min_size=1, max_size=12))  # fmt: skip
+def test_nothing_on_the_frontier_is_beaten_and_the_rest_is(rows: list[tuple[Any, ...]]) -> None:
+    points = [Planned(*row) for row in rows]
+    marks = frontier(points)
+    assert any(marks)
+    kept = [p for p, mark in zip(points, marks, strict=True) if mark]
+
+    def beats(a: Planned, b: Planned) -> bool:
+        better = (*a.gains, -a.seconds), (*b.gains, -b.seconds)
+        return better[0] != better[1] and all(x >= y for x, y in zip(*better, strict=True))
+
+    for point, mark in zip(points, marks, strict=True):
+        assert mark != any(beats(other, point) for other in points)
+        assert mark or any(beats(other, point) for other in kept)
+
+
+def test_the_table_the_picture_and_the_page(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    picture, page = tmp_path / "sweep.svg", tmp_path / "sweep.html"
+    up = "upcycle{experts=2 top-k=2}"
+    code, out, err = run(
+        capsys, "plan", DENSE, *WHERE, *MESH, "-p", up, "--sweep", "experts=2,4 top-k=2,3",
+        "--svg", picture, "--html", page,
+    )  # fmt: skip
+    assert code == 0
+    assert err == f"the sweep is in {picture}\nthe sweep is in {page}\n"
+    assert FRONTIER in out
+    # Three choices of two experts: said, and the others are planned.
+    assert "top-k does not suit the experts" in out
+    root = ElementTree.fromstring(picture.read_text())
+    space = "{http://www.w3.org/2000/svg}"
+    words = [t.text for t in root.iter(f"{space}text")]
+    assert {"experts", "2", "4", "top-k 2, capacity-factor dropless"} <= set(words)
+    dots = [c for c in root.iter(f"{space}circle") if c.find(f"{space}title") is not None]
+    assert len(dots) == 3
+    assert all(0 < float(c.get("cx", "0")) < 920 for c in dots)
+    html = page.read_text()
+    assert "Not planned" in html
+    assert "<script" not in html
+    assert run(capsys, "plan", DENSE, *WHERE, "--sweep", "experts=2", "--svg", picture)[0] == 1
+
+
+def test_a_picture_of_a_capacity_alone_runs_along_it() -> None:
+    model = moecc.open(MIXTURE)
+    factors = [1, 2.0, DROPLESS]
+    found = model.sweep("cpu:2", capacity_factor=factors, **SMALL)
+    svg = sweep_chart(found.report)
+    assert ">capacity-factor</text>" in svg
+    assert str(found) == sweep_text(found.report)
+    times = [p["best"]["seconds"] for p in found.points if p["best"]]
+    assert times[0] < times[1]
+
+
+BAD = {
+    "an axis misspelt": ("experts=4 topk=1", 2, "did you mean 'top-k'"),
+    "an axis of another name": ("layers=4", 2, "axes: experts, top-k, capacity-factor"),
+    "no number": ("experts=4,x", 2, "found: 'x'"),
+    "no value": ("experts=", 2, "found: ''"),
+    "half an expert": ("experts=1.5", 2, "whole numbers"),
+    "a value twice": ("experts=4,4", 2, "a value stands twice"),
+    "an axis twice": ("experts=4 experts=8", 2, "experts stands twice"),
+    "nothing": ("", 2, "nothing is swept"),
+    "no capacity": ("capacity-factor=0,nan,-1,inf", 2, "found: -1.0"),
+    "more than there are": ("experts=2 top-k=4", 2, "top-k does not suit the experts"),
+    "too many": (f"experts={','.join(map(str, range(1, 200)))}", 2, "too many models"),
+}
+
+
+@pytest.mark.parametrize(("sweep", "code", "says"), BAD.values(), ids=BAD)
+def test_bad_values(capsys: pytest.CaptureFixture[str], sweep: str, code: int, says: str) -> None:
+    up = ("-p", "upcycle{experts=2}")
+    found, out, err = run(capsys, "plan", DENSE, *WHERE, *up, "--sweep", sweep)
+    assert (found, out) == (code, "")
+    assert says in err
+
+
+REFUSED = {
+    "a dense model's capacity": (DENSE, ("capacity-factor=2",), 1, "has no experts"),
+    "a dense model's experts": (DENSE, ("experts=2",), 1, "llama has no experts"),
+    "choices of Switch": (SWITCH, ("top-k=2",), 1, "how many experts a token takes"),
+    "a plan to save": (DENSE, ("experts=2", "--save", "x.json"), 2, "a sweep has several"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "args", "code", "says"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_swept(
+    capsys: pytest.CaptureFixture[str], model: str, args: tuple[str, ...], code: int, says: str
+) -> None:
+    found, out, err = run(capsys, "plan", model, *WHERE, "--sweep", *args)
+    assert (found, out) == (code, "")
+    assert says in err
+
+
+def test_values_of_python_are_checked_too() -> None:
+    model = moecc.open(DENSE)
+    with pytest.raises(UsageError, match="found: '8'"):
+        model.sweep("cpu:2", experts="8")
+    with pytest.raises(UsageError, match="found: True"):
+        model.sweep("cpu:2", top_k=[True])
+    with pytest.raises(UsageError, match="nothing is swept"):
+        model.sweep("cpu:2")
+
+
+def test_every_text_of_a_sweep_is_read_back() -> None:
+    found = parse_sweep(["experts=8,16", "top-k=1 capacity-factor=1.25,dropless"])
+    assert (found.experts, found.top_k, found.capacity_factor) == ((8, 16), (1,), (1.25, DROPLESS))
+    assert len(list(found.points())) == 4
