@@ -64,6 +64,7 @@ steps = 1
 def serve(folder: str, batch: int, seq: int) -> None:
     """Answer requests of the kind that `train_torch.py` answers."""
     import jax
+    from moecc_backends.xla.run.host_memory import keep_freed_memory
     from moecc_backends.xla.train.step import make_train_step
     from moecc_backends.xla.train.tensors import load
 
@@ -72,6 +73,8 @@ def serve(folder: str, batch: int, seq: int) -> None:
     from moecc.train.recipe_text import parse_recipe
     from moecc.train.state import canonical
 
+    # As `moecc train` does before jax finds its devices.
+    keep_freed_memory()
     recipe = parse_recipe(RECIPE.format(batch=batch, seq=seq), "recipe", folder=Path())
     with open_model(folder) as model:
         made = canonical(model.graph)
@@ -215,7 +218,9 @@ def made(name: str, work: Path) -> str:
         return str(dense)
     sparse = work / "sparse"
     words = ["convert", str(dense), str(sparse), "-p", "upcycle{experts=8 top-k=2}"]
-    subprocess.run([sys.executable, "-m", "moecc", *words, "--to", "mixtral"], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "moecc", *words, "--to", "mixtral"], check=True, stdout=sys.stderr
+    )
     return str(sparse)
 
 

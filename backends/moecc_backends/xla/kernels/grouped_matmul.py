@@ -8,7 +8,6 @@ makes a zero-filled array of the size of all weights for every slice taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -24,12 +23,11 @@ from moecc_backends.xla.kernels.row_blocks import (
     zeros_after,
 )
 from moecc_backends.xla.trace.dtypes import accumulator, load, store, stored_as
+from moecc_backends.xla.trace.typed_jax import barrier
 
 # Up to this many rows of 32 bits it is faster to transpose them, twice, than to have the product
 # repack a weight whose last axis is summed over.
 _FEW_ROWS = 32
-
-_barrier: Callable[[jax.Array], jax.Array] = lax.optimization_barrier
 
 
 def grouped_matmul(
@@ -178,7 +176,7 @@ def _block(
 
 def _dot(block: jax.Array, weight: jax.Array, contracting_axis: int) -> jax.Array:
     if contracting_axis == 1 and block.shape[0] <= _FEW_ROWS and block.dtype.itemsize >= 4:
-        return _barrier(_product(weight, _transposed(block), 0)).T
+        return barrier(_product(weight, _transposed(block), 0)).T
     return _product(block, weight, contracting_axis)
 
 
@@ -196,7 +194,7 @@ def _outer(block: jax.Array, d_block: jax.Array, axis: int) -> jax.Array:
 def _transposed(block: jax.Array) -> jax.Array:
     # Folded into the product, the transpose would keep it from XLA's faster kernels, which can
     # also start from the sum so far.
-    return load(_barrier(store(block).T), block.dtype)
+    return load(barrier(store(block).T), block.dtype)
 
 
 def _write(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from moecc.ir.attributes import ContractAttrs
 from moecc.ir.graph import Node
 from moecc_backends.xla.kernels.batched_matmul import slot_matmul
+from moecc_backends.xla.kernels.row_product import rows_times
 from moecc_backends.xla.lower.precision import is_precise
 from moecc_backends.xla.trace.arrays import (
     einsum,
@@ -12,7 +13,7 @@ from moecc_backends.xla.trace.arrays import (
     with_masked_rows,
     zeroed_rows,
 )
-from moecc_backends.xla.trace.context import Context, lowering
+from moecc_backends.xla.trace.context import DIRECT, Context, lowering
 from moecc_backends.xla.trace.dtypes import accumulator, product_type
 from moecc_backends.xla.trace.values import SLOT_AXES, Named, Operand, Rows
 
@@ -26,7 +27,10 @@ def _contract(ctx: Context, node: Node, x: Operand, w: Operand) -> Operand:
             x, w = (Named(v.array.astype(wide), v.axes) for v in (x, w))
         if _fits_slots(x, w, over):
             return _slots_times(ctx, x, w, over)
-        return einsum(x, w, over, product_type(x.array.dtype, ctx.options.target))
+        kind = product_type(x.array.dtype, ctx.options.target)
+        if _is_on_cpu(ctx) and _is_matrix(x, w, over) and x.array.dtype == w.array.dtype == kind:
+            return _flat_product(x, w, over)
+        return einsum(x, w, over, kind)
     if isinstance(x, Rows):
         return _rows_times(ctx, x, w, over)
     assert isinstance(w, Rows), "one of the two is"
@@ -38,6 +42,25 @@ def _fits_slots(x: Named, w: Named, over: tuple[str, ...]) -> bool:
     is_slots = len(over) == 1 and x.axes == (*SLOT_AXES, *over)
     is_matrix = len(w.axes) == 3 and w.axes[0] == "expert"
     return is_slots and is_matrix and set(w.axes) & set(x.axes) == {"expert", *over}
+
+
+def _is_on_cpu(ctx: Context) -> bool:
+    """Whether a CPU has all of the arrays, or its shards of them, whose axes may be joined."""
+    return ctx.options.target == "cpu" and ctx.interceptor is DIRECT
+
+
+def _is_matrix(x: Named, w: Named, over: tuple[str, ...]) -> bool:
+    """Whether each row of `x` along its last axis is multiplied with the matrix `w`."""
+    is_matrix = len(w.axes) == 2 and len(over) == 1 and set(x.axes) & set(w.axes) == set(over)
+    return is_matrix and len(x.axes) > 2 and x.axes[-1:] == over
+
+
+def _flat_product(x: Named, w: Named, over: tuple[str, ...]) -> Named:
+    """Multiply rows ``[…, a]`` with a matrix as one array of rows."""
+    rows = x.array.reshape(-1, x.array.shape[-1])
+    product = rows_times(rows, w.array, w.axes.index(over[0]))
+    (rest,) = (a for a in w.axes if a not in over)
+    return Named(product.reshape(*x.array.shape[:-1], -1), (*x.axes[:-1], rest))
 
 
 def _slots_times(ctx: Context, x: Named, w: Named, over: tuple[str, ...]) -> Named:

@@ -224,7 +224,8 @@ def _lowered(ctx: Context, node: Node) -> tuple[Operand, ...] | Deferred:
     if ctx.options.poison:
         results = tuple(poisoned_rows(x) if isinstance(x, Rows) else x for x in results)
     first = remat_name(node)
-    unnamed = node.op.alias or entry.names_result
+    # What is made again of others at no cost: a view, or rows times a number each.
+    unnamed = node.op.alias or node.op.is_weighting or entry.names_result
     if first is None and (unnamed or ctx.weights.issuperset(node.results)):
         return results
     return (_named(results[0], first or VALUE), *(_named(x, VALUE) for x in results[1:]))

@@ -32,6 +32,9 @@ Devices = list[jax.Device]
 named: Callable[[jax.Array, str], jax.Array] = checkpoint_name
 """Returns an array under a name by which a rematerialisation policy keeps it."""
 
+barrier: Callable[[jax.Array], jax.Array] = jax.lax.optimization_barrier
+"""Returns an array that the compiler makes before anything that reads it, and moves nowhere."""
+
 
 def psum(array: jax.Array, axes: Axes) -> jax.Array:
     """Return the sum over all devices along `axes`."""

@@ -24,6 +24,7 @@ from moecc.train.recipe import MeshSection
 from moecc.train.run_folder import locked_run, remove_incomplete
 from moecc.train.schedule import rate_at
 from moecc_backends.xla.import_jax import find_devices
+from moecc_backends.xla.run.host_memory import keep_freed_memory
 from moecc_backends.xla.run.processes import configuration, is_first, join, preflight
 from moecc_backends.xla.trace.typed_jax import PyTree
 from moecc_backends.xla.train.checkpoints import RunCheckpoints
@@ -114,6 +115,7 @@ def training(job: TrainJob) -> Iterator[XlaTraining]:
     if process is not None:
         hold_lifeline()
         join(process)
+    keep_freed_memory()
     find_devices()
     keep_compiled_programs()
     with watchdog_of_environment() as watchdog:

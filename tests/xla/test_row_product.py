@@ -1,0 +1,74 @@
+"""Rows times a matrix on a CPU: the product, its gradients, and what a step does with memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from moecc_backends.xla.kernels.row_product import rows_times
+
+WIDTHS = ((3, 7), (7, 3), (4, 4))
+
+
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("widths", WIDTHS)
+def test_product_and_gradients_are_those_of_jax(widths: tuple[int, int], at: int) -> None:
+    a, b = widths
+    rng = np.random.default_rng(0)
+    rows, slope = rng.normal(size=(5, a)), rng.normal(size=(5, b))
+    matrix = rng.normal(size=(a, b) if at == 0 else (b, a))
+
+    def plain(rows: jax.Array, matrix: jax.Array) -> jax.Array:
+        return rows @ (matrix if at == 0 else matrix.T)
+
+    with jax.enable_x64():
+        made, back = jax.vjp(lambda x, w: rows_times(x, w, at), rows, matrix)
+        expected, plain_back = jax.vjp(plain, rows, matrix)
+        np.testing.assert_allclose(made, expected, rtol=1e-13)
+        for found, right in zip(back(slope), plain_back(slope), strict=True):
+            np.testing.assert_allclose(found, right, rtol=1e-12, atol=1e-14)
+
+
+def test_gradient_of_the_matrix_copies_no_rows() -> None:
+    def loss(rows: jax.Array, matrix: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(rows_times(jnp.cos(rows).reshape(-1, 8), matrix, 1)))
+
+    shapes = jax.ShapeDtypeStruct((4, 16, 8), jnp.float32), jax.ShapeDtypeStruct((32, 8), "f4")
+    program = jax.jit(jax.grad(loss, argnums=1)).lower(*shapes).compile().as_text()
+    assert "f32[8,64]" not in program, "rows are transposed"
+    assert "f32[32,64]" not in program, "gradients of rows are transposed"
+    assert "f32[8,32]" in program, "the wider of the two is the second"
+
+
+FAULTS = """
+import resource, sys
+if len(sys.argv) > 1:
+    from moecc_backends.xla.run.host_memory import keep_freed_memory
+    keep_freed_memory()
+import jax, jax.numpy as jnp
+run = jax.jit(lambda x: jnp.outer(x, x))
+x = jnp.arange(3000.0)
+for _ in range(12):
+    run(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    run(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    def faults(*words: str) -> int:
+        command = [sys.executable, "-c", FAULTS, *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    pages = 3 * 4 * 3000**2 // 4096
+    assert faults() > pages / 2, "a result of 36 MB is cleared in each run"
+    assert faults("kept") < pages / 100
