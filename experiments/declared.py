@@ -13,7 +13,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 SEEDS = (0, 1, 2)
 
-_OPTIONAL = ("curves", "task", "stacks", "unit", "measures")
+_OPTIONAL = ("curves", "task", "stacks", "unit", "measures", "decoder")
 
 Line = Mapping[str, Any]
 """A result: experiment, arm, seed, and what was measured."""
@@ -34,6 +34,7 @@ class Experiment:
       stacks: whether arms are the stacks of one encoder-decoder, whose routers are looked at.
       unit: what a result is: nats a byte, or of a task the share of wrong answers.
       measures: the claim without which the others are not measurable, or none.
+      decoder: the folder of the dense model's config, beside this file; the small one if empty.
     """
 
     key: str
@@ -46,6 +47,7 @@ class Experiment:
     stacks: bool = False
     unit: str = "nats a byte"
     measures: str = ""
+    decoder: str = ""
 
     def only(self, claim: str) -> Experiment:
         """Return the experiment with one of its claims, and the arms of that."""

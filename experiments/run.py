@@ -106,10 +106,12 @@ class Lab:
         call("train", HERE / recipe, "--out", out, *words)
         return out
 
-    def dense(self, seed: int) -> Path:
-        """Return the dense model of a seed."""
+    def dense(self, seed: int, decoder: str = "") -> Path:
+        """Return the dense model of a seed; `decoder` is the folder of a config, if not the small."""
         seeds = (f"model.seed={seed}", f"data.seed={seed}")
-        return self.trained(f"dense-{seed}", "base.toml", f"model.source={DECODER}", *seeds)
+        source = f"model.source={HERE / decoder if decoder else DECODER}"
+        name = "-".join(["dense", *filter(None, [decoder]), str(seed)])
+        return self.trained(name, "base.toml", source, *seeds)
 
     def arm(self, experiment: Experiment, arm: str, seed: int) -> dict[str, Any]:
         """Return the result of an arm."""
@@ -179,7 +181,7 @@ class Lab:
     def source(self, experiment: Experiment, seed: int) -> tuple[Path, Path]:
         """Return the model that arms go on from, and the tokens."""
         if not experiment.task:
-            return self.dense(seed), self.tokens()
+            return self.dense(seed, experiment.decoder), self.tokens()
         arm = SPARSE
         sparse = self.trained(
             f"a-{slug(arm)}-{seed}", "continue.toml", f"model.source={self.dense(seed)}",

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from moecc.api.arguments import (
@@ -37,6 +36,7 @@ from moecc.model.statistics import add_statistics
 from moecc.pipeline.passes import EXACT, Context, Preserves, Statistics, weakest
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
+from moecc.support.closing import Closing
 from moecc.support.shown import brief, facts_table
 from moecc.types.arrays import Array, Arrays
 from moecc.types.dtypes import F32
@@ -93,7 +93,7 @@ def open(
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Model:
+class Model(Closing):
     """A model, and the passes that made it; nothing is rewritten in place.
 
     Attributes:
@@ -360,18 +360,7 @@ class Model:
 
     def close(self) -> None:
         """Close the files of the source, which all models made of it share."""
-        self.opened.__exit__(None, None, None)
-
-    def __enter__(self) -> Model:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+        self.opened.close()
 
     def __repr__(self) -> str:
         return brief("moecc.Model", self._rows())

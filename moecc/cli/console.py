@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import StrEnum
-from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 from moecc.errors import MoeccError, escaped
+from moecc.support.closing import Closing
 from moecc.support.text import json_text
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def show_error(error: MoeccError) -> None:
         _line(f"{red}error:{plain} {escaped(str(problem))}")
 
 
-class Bar:
+class Bar(Closing):
     """A progress bar on a terminal, shown once the work has taken a second; otherwise silent."""
 
     def __init__(self, title: str, unit_bytes: bool = True) -> None:
@@ -140,15 +140,8 @@ class Bar:
         self._start = time.monotonic()
         self._shown: tuple[Progress, TaskID] | None = None
 
-    def __enter__(self) -> Bar:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Leave the bar as it is."""
         if self._shown is not None:
             self._shown[0].stop()
 

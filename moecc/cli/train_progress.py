@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
 
 from moecc.cli.console import is_quiet, say, use_colour
+from moecc.support.closing import Closing
 from moecc.support.text import count_text
 from moecc.train.alarms import Watch
 from moecc.train.events import Evaluated, Event, Exported, Saved, Skipped, Stepped, Stopped
@@ -18,7 +18,7 @@ _REFRESH_SECONDS = 0.2
 _FORGETTING = 0.9
 
 
-class TrainProgress:
+class TrainProgress(Closing):
     """Shows the events of a training on the standard error.
 
     Args:
@@ -37,15 +37,8 @@ class TrainProgress:
         self._watch = Watch()
         self._is_open = False
 
-    def __enter__(self) -> TrainProgress:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End the line that is rewritten."""
         self._end_line()
 
     def __call__(self, event: Event) -> None:

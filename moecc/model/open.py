@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from moecc.checkpoint.run.layout import GRAPH, split_reference
@@ -22,6 +20,7 @@ from moecc.ir.graph import Graph
 from moecc.model.checkpoint_names import names_from_file
 from moecc.model.function_folder import function_name, is_function_folder
 from moecc.presets import PREFIX, preset_config
+from moecc.support.closing import Closing
 from moecc.support.shown import brief, facts_table
 from moecc.support.text import count_text
 from moecc.types.arrays import Array
@@ -35,7 +34,7 @@ SHOWN_PARAMS = 50
 
 
 @dataclass
-class Model(AbstractContextManager["Model"]):
+class Model(Closing):
     """A graph with the checkpoint that its weights read.
 
     Attributes:
@@ -48,12 +47,8 @@ class Model(AbstractContextManager["Model"]):
     name: str
     checkpoint: Checkpoint | None = None
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close the checkpoint, if there is one."""
         if self.checkpoint is not None:
             self.checkpoint.close()
 

@@ -19,6 +19,7 @@ from moecc_backends.islands.jaxprs import AnyArray, shape_of
 from moecc_backends.islands.placement import is_sharded, sharding_of
 from moecc_backends.islands.storage import Stored
 from moecc_backends.islands.views import Leaf
+from moecc_backends.xla.mesh.load_params import sharded_array
 
 
 class LeafEvaluator(Evaluator):
@@ -97,16 +98,7 @@ def make_array(
     wanted = simplify(Cast(stored.weight, dtype))
     evaluator = LeafEvaluator(arrays)
     if sharding is not None:
-        made: dict[Box, Array] = {}
-
-        def part(index: tuple[slice, ...] | None) -> Array:
-            assert index is not None, "every device has its part"
-            box = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
-            if box not in made:
-                made[box] = np.array(evaluator.block(wanted, box), order="C")
-            return made[box]
-
-        return jax.make_array_from_callback(shape, sharding, part)
+        return sharded_array(evaluator, wanted, shape, sharding)
     whole = np.array(evaluator.block(wanted, tuple((0, n) for n in shape)), order="C")
     if not isinstance(like, jax.Array):
         return whole

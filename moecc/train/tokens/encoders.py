@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 from moecc.checkpoint.files import read_bounded
 from moecc.checkpoint.jsonfile import read_json_object
 from moecc.errors import InputError
+from moecc.support.closing import Closing
 from moecc.tokenizer.process import Tokenizer
 from moecc.train.tokens.byte_tokenizer import byte_tokenizer
 from moecc.train.tokens.facts import Special
@@ -40,7 +39,7 @@ _LAST_BREAK = re.compile(r"\n(?=[^\n]*\Z)")
 IdArray = NDArray[np.int32]
 
 
-class Encoder(AbstractContextManager["Encoder"], ABC):
+class Encoder(Closing):
     """Turns texts to ids.
 
     Attributes:
@@ -59,13 +58,9 @@ class Encoder(AbstractContextManager["Encoder"], ABC):
     def encode(self, texts: Sequence[str]) -> list[IdArray]:
         """Return the ids of each text, without special tokens. Raises InputError."""
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        return None
+    def close(self) -> None:
+        """Close what it is encoded with."""
+        return
 
 
 class ByteEncoder(Encoder):
@@ -162,12 +157,8 @@ class TokenizerEncoder(Encoder):
                 return tuple(whole[:start]), tuple(whole[start + len(plain) :])
         return (), ()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close the tokenizer."""
         self._tokenizer.close()
 
 

@@ -7,14 +7,14 @@ import json
 import os
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moecc.checkpoint.durable import write_durable
 from moecc.checkpoint.files import os_problem
+from moecc.support.closing import Closing
 from moecc.train.tokens.encoders import Encoder, IdArray
 from moecc.train.tokens.facts import DOCUMENTS, LABELLED, Label, SourceFile, TokenFacts
 from moecc.train.tokens.folder import COMPLETIONS, FACTS, LABELS, STARTS, TOKENS
@@ -22,7 +22,7 @@ from moecc.train.tokens.folder import COMPLETIONS, FACTS, LABELS, STARTS, TOKENS
 _BUFFER_BYTES = 1 << 20
 
 
-class TokenWriter:
+class TokenWriter(Closing):
     """Writes the files of a token folder; `finish` writes its facts.
 
     A folder without facts is none, so one whose writer was killed is rejected.
@@ -99,15 +99,8 @@ class TokenWriter:
         """The number of labels so far."""
         return len(self._labels)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close the files."""
         self._stack.close()
 
     def _names(self) -> list[str]:
@@ -130,7 +123,7 @@ class TokenWriter:
         return f"sha256:{hashlib.sha256(digests.encode()).hexdigest()}"
 
 
-class _Appended:
+class _Appended(Closing):
     """A new file that is written from beginning to end, with the digest of its bytes."""
 
     def __init__(self, path: Path) -> None:
@@ -159,15 +152,8 @@ class _Appended:
         except OSError as error:
             raise os_problem(error, self._path, "write") from None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close the file."""
         # What the buffer still holds cannot be written to a full disk, which was reported.
         with suppress(OSError):
             self._file.close()

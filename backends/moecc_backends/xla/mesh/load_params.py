@@ -18,6 +18,7 @@ from moecc.types.dtypes import F32, DType
 from moecc.weights.arithmetic import Cast
 from moecc.weights.boxes import Box
 from moecc.weights.evaluate import Evaluator, Reader
+from moecc.weights.expr import Expr
 from moecc.weights.simplify import simplify
 from moecc_backends.xla.mesh.specs import shardings
 
@@ -49,7 +50,20 @@ def _load(
         raise InputError(f"the parameter %{param.name} has no weight expression")
     is_float = param.type.dtype.is_float
     wanted = simplify(Cast(param.weight, dtype) if is_float else param.weight)
-    shape = param.type.shape
+    return sharded_array(evaluator, wanted, param.type.shape, where)
+
+
+def sharded_array(
+    evaluator: Evaluator, wanted: Expr, shape: tuple[int, ...], where: jax.sharding.Sharding
+) -> jax.Array:
+    """Return the values of a weight expression as an array whose shards are evaluated one by one.
+
+    Args:
+      evaluator: of the expression.
+      wanted: the expression.
+      shape: of the array.
+      where: its devices, each of which evaluates its own part.
+    """
     made: dict[Box, Array] = {}
 
     def part(index: tuple[slice, ...] | None) -> Array:
