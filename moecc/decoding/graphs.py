@@ -19,7 +19,6 @@ CAPACITY = "C"
 """The size of a cache, as the pass names it."""
 
 _ROPE = P.rope(P.any())
-_LEARNED = P.embedding(P.param("table"), P.positions(P.any()), axis=P.attr("axis"))
 
 
 @dataclass(frozen=True)
@@ -67,16 +66,6 @@ def rewritten(graph: Graph, pipeline: str) -> Graph:
     copy = clone(graph)
     run_pipeline(copy, Pipeline.parse(pipeline))
     return copy
-
-
-def most_positions(graph: Graph) -> int | None:
-    """Return how many positions the learned table of `graph` has; or None without one."""
-    for node in graph:
-        found = fits(_LEARNED, node)
-        if found is not None:
-            size = found.value("table").type[found.attr("axis")].size
-            return size if isinstance(size, int) else None
-    return None
 
 
 def unstretched(graph: Graph) -> int | None:

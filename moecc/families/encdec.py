@@ -108,12 +108,16 @@ class _Stack:
             table = embedding_of(self.config, self.params)
             hidden = builder.embedding(table, self.tokens, axis="vocab", name="hidden")
         with builder.at(f"{self.stack}.positions"):
-            bias, causal = self._positions()
+            buckets, causal = self._positions()
+            bias = self._bias(buckets, 0)
         masks = [m for m in (causal, self.keep if self.is_encoder else None) if m is not None]
         if memory is not None:
             with builder.at("encoder.memory"):
                 memory = as_keys(builder, memory)
         for layer in range(self.config.layers(self.stack)):
+            if layer and self.config.biases_of_layers:
+                with builder.at(f"{self.stack}.layers.{layer}.attention"):
+                    bias = self._bias(buckets, layer)
             hidden = self._attention(hidden, layer, bias, masks)
             if memory is not None:
                 hidden = self._cross_attention(hidden, layer, memory)
@@ -123,7 +127,7 @@ class _Stack:
             return self._norm(hidden, f"{self.stack}.final_layer_norm.weight")
 
     def _positions(self) -> tuple[Value, Value | None]:
-        """Emit the attention bias ``[seq, kv_seq, head]`` and the decoder's causal mask."""
+        """Emit the buckets of distances ``[seq, kv_seq]`` and the decoder's causal mask."""
         builder, config = self.builder, self.config
         query = builder.positions(self.tokens, axis="seq", name="positions")
         key = as_keys(builder, query)
@@ -134,11 +138,15 @@ class _Stack:
             buckets=config.relative_attention_num_buckets,
             max_distance=config.relative_attention_max_distance,
         )
+        return buckets, None if self.is_encoder else builder.causal(query, key, name="causal")
+
+    def _bias(self, buckets: Value, layer: int) -> Value:
+        """Emit the attention bias ``[seq, kv_seq, head]`` by the table of a layer."""
+        builder, config = self.builder, self.config
         count, heads = config.relative_attention_num_buckets, config.num_attention_heads
-        name = f"{self._prefix(0)}layer.0.SelfAttention.relative_attention_bias.weight"
+        name = f"{self._prefix(layer)}layer.0.SelfAttention.relative_attention_bias.weight"
         table = self.params.plain(name, builder.loc, bucket=count, head=heads)
-        bias = builder.embedding(table, buckets, axis="bucket", name="bias")
-        return bias, None if self.is_encoder else builder.causal(query, key, name="causal")
+        return builder.embedding(table, buckets, axis="bucket", name="bias")
 
     def _prefix(self, layer: int) -> str:
         return f"{self.stack}.block.{layer}."

@@ -26,6 +26,8 @@ class GptNames:
       final_norm: the last norm.
       qkv, output: the projections of the attention.
       up, down: the matrices of the feed-forward block.
+      apart: the projections to queries, keys and values, if each has a matrix of its own.
+      narrow: the projections from and to narrower embeddings.
       positions: the learned positions; empty if there are none.
       inputs_first: whether matrices are stored with their inputs first.
       by_head: whether queries, keys and values lie together for each head, not each by itself.
@@ -34,10 +36,12 @@ class GptNames:
     layer: str
     norms: tuple[str, str]
     final_norm: str
-    qkv: str
     output: str
     up: str
     down: str
+    qkv: str = ""
+    apart: tuple[str, ...] = ()
+    narrow: tuple[str, str] = ("", "")
     positions: str = ""
     inputs_first: bool = False
     by_head: bool = False
@@ -64,6 +68,17 @@ GPT_NAMES: Mapping[str, GptNames] = {
         up="mlp.dense_h_to_4h",
         down="mlp.dense_4h_to_h",
         by_head=True,
+    ),
+    "opt": GptNames(
+        layer="model.decoder.layers.{layer}.",
+        norms=("self_attn_layer_norm", "final_layer_norm"),
+        final_norm="model.decoder.final_layer_norm",
+        apart=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        output="self_attn.out_proj",
+        up="fc1",
+        down="fc2",
+        narrow=("model.decoder.project_in", "model.decoder.project_out"),
+        positions="model.decoder.embed_positions.weight",
     ),
 }
 """The names of each family, as transformers writes them."""
@@ -102,8 +117,9 @@ def build_gpt(
         seen = blocks.builder.causal(positions, blocks.as_keys(positions), name="causal")
     for layer in range(config.num_hidden_layers):
         hidden = decoder.layer(hidden, layer, rotation, seen)
-    with decoder.builder.at("norm"):
-        hidden = blocks.norm(hidden, names.final_norm)
+    if config.norms_first:
+        with decoder.builder.at("norm"):
+            hidden = blocks.norm(hidden, names.final_norm)
     with decoder.builder.at("head"):
         graph.set_output("logits", decoder.logits(hidden))
     return graph
@@ -127,12 +143,20 @@ class _Gpt:
 
     def embed(self, tokens: Value, positions: Value) -> Value:
         """Emit the embedded tokens, ``[batch, seq, embed]``, with learned positions added."""
-        hidden = self.builder.embedding(self._embedding(), tokens, axis="vocab", name="hidden")
+        builder, config = self.builder, self.config
+        hidden = builder.embedding(self._embedding(), tokens, axis="vocab", name="hidden")
+        if self._is_narrow:
+            to, name = ("embed", config.hidden_size), self.names.narrow[0]
+            hidden = self.blocks.linear(hidden, name, to, "word", has_bias=False)
         if not self.names.positions:
             return hidden
-        axes = {"position": self.config.max_position_embeddings, "embed": self.config.hidden_size}
-        table = self.params.plain(self.names.positions, self.builder.loc, **axes)
-        return self.builder.add(hidden, self.builder.embedding(table, positions, axis="position"))
+        first = config.position_offset
+        count = config.max_position_embeddings + first
+        axes = {"position": count, "embed": config.hidden_size}
+        table = self.params.plain(self.names.positions, builder.loc, **axes)
+        if first:
+            table = builder.slice(table, axis="position", start=first, stop=count)
+        return builder.add(hidden, builder.embedding(table, positions, axis="position"))
 
     def rotation(self, positions: Value) -> Rotation | None:
         """Emit the rotary tables, if the family has them."""
@@ -147,34 +171,51 @@ class _Gpt:
         builder, blocks, names = self.builder, self.blocks, self.names
         prefix, config = names.layer.format(layer=layer), self.config
         first, second = (f"{prefix}{name}" for name in names.norms)
+        before, width = config.norms_first, config.intermediate_size
         with builder.at(f"layers.{layer}.attention"):
-            found = self._attention(blocks.norm(hidden, first), prefix, layer, rotation, seen)
+            x = blocks.norm(hidden, first) if before else hidden
+            found = self._attention(x, prefix, layer, rotation, seen)
             after = builder.add(hidden, found, name="hidden")
+            after = after if before else blocks.norm(after, first)
         with builder.at(f"layers.{layer}.ffn"):
-            x = blocks.norm(hidden if config.parallel_residual else after, second)
+            x = hidden if config.parallel_residual else after
+            x = blocks.norm(x, second) if before else x
             up, down = f"{prefix}{names.up}", f"{prefix}{names.down}"
-            made = blocks.two_layers(x, up, down, config.hidden_act, config.intermediate_size)
-            return builder.add(after, made, name="hidden")
+            made = blocks.two_layers(x, up, down, config.hidden_act, width)
+            hidden = builder.add(after, made, name="hidden")
+            return hidden if before else blocks.norm(hidden, second)
 
     def logits(self, hidden: Value) -> Value:
         """Emit the logits of the normalised `hidden`."""
-        return self.builder.contract(hidden, self._head(), over="embed", name="logits")
+        if self._is_narrow:
+            to, name = (self._word, self.config.embedding_width), self.names.narrow[1]
+            hidden = self.blocks.linear(hidden, name, to, "embed", has_bias=False)
+        return self.builder.contract(hidden, self._head(), over=self._word, name="logits")
+
+    @property
+    def _is_narrow(self) -> bool:
+        return self.config.embedding_width != self.config.hidden_size
+
+    @property
+    def _word(self) -> str:
+        """The axis of embeddings: that of the model, unless they are narrower."""
+        return "word" if self._is_narrow else "embed"
 
     def _head(self) -> Value:
         if self.config.tie_word_embeddings:
             return self._embedding()
-        axes = {"vocab": self.config.vocab_size, "embed": self.config.hidden_size}
+        axes = {"vocab": self.config.vocab_size, self._word: self.config.embedding_width}
         return self.params.plain(self.params.names.head, "head", **axes)
 
     def _embedding(self) -> Value:
-        axes = {"vocab": self.config.vocab_size, "embed": self.config.hidden_size}
+        axes = {"vocab": self.config.vocab_size, self._word: self.config.embedding_width}
         return self.params.plain(self.params.names.embedding, "embed", **axes)
 
     def _attention(
         self, x: Value, prefix: str, layer: int, rotation: Rotation | None, seen: Value
     ) -> Value:
         builder, blocks, config = self.builder, self.blocks, self.config
-        query, key, value = (self._heads(x, f"{prefix}{self.names.qkv}", n) for n in range(3))
+        query, key, value = (self._heads(x, prefix, n) for n in range(3))
         query = rotated(builder, query, rotation, config.head_dim)
         key = blocks.as_keys(rotated(builder, key, rotation, config.head_dim))
         scale, value = config.score_scale(layer), blocks.as_keys(value)
@@ -182,10 +223,14 @@ class _Gpt:
         name, to = f"{prefix}{self.names.output}", ("embed", config.hidden_size)
         return blocks.linear(mixed, name, to, "q", has_bias=config.attention_bias)
 
-    def _heads(self, x: Value, name: str, part: int) -> Value:
-        """Emit queries, keys or values by head, from their part of the fused projection."""
-        config, builder = self.config, self.builder
+    def _heads(self, x: Value, prefix: str, part: int) -> Value:
+        """Emit queries, keys or values by head, from their matrix or part of the fused one."""
+        config, builder, names = self.config, self.builder, self.names
         axis, width = ("q" if part == 0 else "kv"), config.hidden_size
+        if names.apart:
+            heads = (config.num_attention_heads, config.head_dim)
+            return self.blocks.heads(x, f"{prefix}{names.apart[part]}", heads, axis)
+        name = f"{prefix}{names.qkv}"
         axes = self.blocks.stored({axis: width, "embed": width})
         y = builder.contract(x, self._part(name, "weight", part, axes), over="embed")
         if config.attention_bias:

@@ -121,6 +121,11 @@ def _shrink_gpt(config: GptConfig) -> GptConfig:
         "max_position_embeddings": shrink_size(config.max_position_embeddings, MOST_VOCAB),
         "extra": {**config.extra, "pad_token_id": None},
     }
+    if config.embedding_width != config.hidden_size:
+        # One less or more than the model's width, so that the two stay different.
+        small["word_width"] = heads * head_dim + 1
+    elif config.word_width:
+        small["word_width"] = heads * head_dim
     if isinstance(config, GptNeoXConfig):
         small["rotary_dim"] = _rotated(config.rotary_dim, config.head_dim, head_dim)
     return replace(config, **small)

@@ -10,10 +10,11 @@ import numpy as np
 
 from moecc.backend import Backend, get_backend
 from moecc.decoding.batch import Batch
-from moecc.decoding.graphs import DecodeGraphs, check_continues, most_positions, unstretched
+from moecc.decoding.graphs import DecodeGraphs, check_continues, unstretched
 from moecc.decoding.sampling import Sampling
 from moecc.decoding.session import ReadOnce
 from moecc.errors import InputError, Problem, UsageError
+from moecc.model.inputs import longest
 from moecc.model.open import Model
 from moecc.tasks.verify import vocabulary
 from moecc.types.arrays import Array, Arrays
@@ -212,14 +213,14 @@ def check_prompts(model: Model, prompts: Sequence[Sequence[int]]) -> None:
         raise InputError(problems)
 
 
-def _check_length(model: Model, longest: int) -> None:
-    """Raise InputError if `longest` tokens are more than a learned table has positions for."""
-    most = most_positions(model.graph)
+def _check_length(model: Model, count: int) -> None:
+    """Raise InputError if `count` tokens are more than a learned table has positions for."""
+    most = longest(model.graph)
     # The last token is not read again.
-    if most is not None and longest - 1 > most:
+    if most is not None and count - 1 > most:
         raise InputError(
             "the text would be longer than the model has positions", where=model.name,
-            expected=f"at most {most + 1} tokens, those to add included", found=str(longest),
+            expected=f"at most {most + 1} tokens, those to add included", found=str(count),
             hint="give a shorter prompt, or a smaller --tokens",
         )  # fmt: skip
 

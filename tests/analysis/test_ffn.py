@@ -358,8 +358,8 @@ def test_models_of_every_family(case: str) -> None:
 
 
 BIASED = (
-    "bert", "camembert", "dinov2", "distilbert", "gpt2", "gpt_neox", "mpnet", "roberta", "vit",
-    "whisper", "xlm-roberta",
+    "bert", "camembert", "dinov2", "distilbert", "gpt2", "gpt_neox", "mpnet", "opt", "roberta",
+    "vit", "whisper", "xlm-roberta",
 )  # fmt: skip
 """Families whose blocks end with a bias."""
 

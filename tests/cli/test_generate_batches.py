@@ -132,10 +132,15 @@ def test_tokens_that_the_model_does_not_know(moecc: Callable, model: Callable) -
     assert "found: 45" in done.err
 
 
-def test_a_text_longer_than_the_positions_of_the_model(moecc: Callable, model: Callable) -> None:
-    folder = model("gpt2_plain")
+@pytest.mark.parametrize(
+    ("case", "key"), [("gpt2_plain", "n_positions"), ("opt_plain", "max_position_embeddings")]
+)
+def test_a_text_longer_than_the_positions_of_the_model(
+    moecc: Callable, model: Callable, case: str, key: str
+) -> None:
+    folder = model(case)
     args = ("generate", folder, "--prompt", "w5 w6 w7", "--tokens")
-    positions = json.loads((folder / "config.json").read_text())["n_positions"]
+    positions = json.loads((folder / "config.json").read_text())[key]
     done = moecc(*args, str(positions))
     assert done.code == 1
     assert "longer than the model has positions" in done.err

@@ -247,6 +247,6 @@ def test_the_registry_lists_all_families() -> None:
         "llama", "mistral", "qwen2", "qwen3", "olmo2", "granite", "phi3", "smollm3", "gemma",
         "gemma2", "gemma3_text", "mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "granitemoe",
         "flex_olmo", "ernie4_5_moe", "olmoe", "gpt_oss", "phimoe", "gpt2", "gpt_neox",
-        "t5", "switch_transformers", "bert", "roberta", "xlm-roberta", "camembert", "mpnet",
-        "distilbert", "vit", "dinov2", "whisper", "st_moe",
+        "opt", "t5", "mt5", "umt5", "switch_transformers", "bert", "roberta", "xlm-roberta",
+        "camembert", "mpnet", "distilbert", "vit", "dinov2", "whisper", "st_moe",
     ]  # fmt: skip

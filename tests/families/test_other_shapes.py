@@ -34,6 +34,10 @@ NEOX = {
     "vocab_size": 20, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }  # fmt: skip
+OPT = {
+    "vocab_size": 20, "hidden_size": 8, "ffn_dim": 12, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "max_position_embeddings": 9,
+}  # fmt: skip
 SMALL = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
 }  # fmt: skip
@@ -52,6 +56,9 @@ WHISPER = {
 CONFIGS: list[dict[str, Any]] = [
     {"model_type": "gpt2", **GPT2},
     {"model_type": "gpt2", **GPT2, "n_inner": 12, "tie_word_embeddings": False},
+    {"model_type": "opt", **OPT},
+    {"model_type": "opt", **OPT, "word_embed_proj_dim": 6, "tie_word_embeddings": False},
+    {"model_type": "opt", **OPT, "do_layer_norm_before": False, "activation_function": "gelu"},
     {"model_type": "gpt_neox", **NEOX, "rotary_pct": 0.5},
     {"model_type": "gpt_neox", **NEOX, "rotary_pct": 1.0, "use_parallel_residual": False},
     {"model_type": "gpt_neox", **NEOX, "attention_bias": False, "tie_word_embeddings": True},
@@ -218,6 +225,10 @@ def test_what_a_family_cannot_say_is_refused() -> None:
         ({"model_type": "gpt2", "add_cross_attention": True}, "reads an encoder"),
         ({"model_type": "gpt2", "activation_function": "mish"}, "activation_function"),
         ({"model_type": "gpt_neox", **NEOX, "rotary_pct": 0.9}, "even number"),
+        ({"model_type": "opt", **OPT, "enable_bias": False}, "enable_bias: an opt without biases"),
+        ({"model_type": "opt", **OPT, "word_embed_proj_dim": 0}, "word_embed_proj_dim"),
+        ({"model_type": "opt", **OPT, "layer_norm_eps": 1e-6}, "computes with 1e-5"),
+        ({"model_type": "mt5", "scale_decoder_outputs": True}, "mt5 scales no outputs"),
         ({"model_type": "roberta", **BERT, "pad_token_id": None}, "count from the id"),
         ({"model_type": "roberta", **BERT, "max_position_embeddings": 2}, "none for a token"),
         ({"model_type": "mpnet", **BERT, "relative_attention_num_buckets": 16}, "32 buckets"),

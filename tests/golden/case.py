@@ -124,6 +124,15 @@ GPT2: dict[str, object] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+OPT: dict[str, object] = {
+    "vocab_size": 37,
+    "hidden_size": 12,
+    "ffn_dim": 28,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 24,
+    "word_embed_proj_dim": None,
+}
 GPT_NEOX: dict[str, object] = {
     "vocab_size": 37,
     "hidden_size": 24,
@@ -183,7 +192,10 @@ BASES = {
     "whisper": WHISPER,
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,
+    "opt": OPT,
     "t5": T5,
+    "mt5": T5,
+    "umt5": T5,
     "switch_transformers": T5,
     "bert": BERT,
     **dict.fromkeys(
@@ -191,6 +203,8 @@ BASES = {
     ),
 }
 
+
+T5_KIN = ("t5", "mt5", "umt5")
 
 ENCODERS = (
     *("bert", "roberta", "xlm-roberta", "camembert", "mpnet", "distilbert", "vit", "dinov2"),
@@ -222,7 +236,7 @@ class Case:
     @property
     def decodes(self) -> bool:
         """Whether the model is an encoder-decoder, with tokens for the decoder."""
-        return self.family in ("t5", "switch_transformers", "whisper")
+        return self.family in (*T5_KIN, "switch_transformers", "whisper")
 
     @property
     def inputs(self) -> tuple[str, ...]:

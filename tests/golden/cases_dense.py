@@ -249,6 +249,25 @@ DENSE: dict[str, Case] = {
         "a block of its own width, scores also divided by the layer's number",
         {"n_inner": 28, "scale_attn_by_inverse_layer_idx": True, "n_layer": 3},
     ),
+    "opt_plain": Case("opt", "positions from the third row on, ReLU", {"num_hidden_layers": 3}),
+    "opt_after_narrow": Case(
+        "opt",
+        "norms after the sums, embeddings narrower than the model",
+        {"do_layer_norm_before": False, "word_embed_proj_dim": 8},
+    ),
+    "opt_square": Case(
+        "opt",
+        "mlp = embed = vocab = positions = 16, GELU, untied",
+        {
+            "vocab_size": 16,
+            "hidden_size": 16,
+            "ffn_dim": 16,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 16,
+            "activation_function": "gelu",
+            "tie_word_embeddings": False,
+        },
+    ),
     "gpt2_square": Case(
         "gpt2",
         "mlp = embed = vocab = positions = 16, untied, exact GELU",

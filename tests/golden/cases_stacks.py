@@ -19,6 +19,21 @@ STACKS: dict[str, Case] = {
         {"feed_forward_proj": "gated-silu", "tie_word_embeddings": False},
         major=4,
     ),
+    "mt5_untied": Case(
+        "mt5", "an output matrix of its own, not scaled", {"tie_word_embeddings": False}
+    ),
+    "mt5_square_v4": Case(
+        "mt5",
+        "square matrices, as transformers 4 writes it",
+        {**SQUARE_T5, "tie_word_embeddings": False},
+        major=4,
+    ),
+    "umt5_tied": Case("umt5", "biases by distance in every layer, tied and scaled outputs"),
+    "umt5_square_untied": Case(
+        "umt5",
+        "square matrices, an output matrix of its own, ReLU",
+        {**SQUARE_T5, "tie_word_embeddings": False, "feed_forward_proj": "relu"},
+    ),
     "switch_half": Case(
         "switch_transformers",
         "experts in every second layer of the encoder and one of three in the decoder, no drops",

@@ -16,7 +16,11 @@ from moecc.families.configs import BertConfig, EncDecConfig, SwitchTransformersC
 HERE = Path(__file__).parent
 ENTRIES = json.loads((HERE / "manifest.json").read_text())["cases"]
 BERTS = sorted(name for name, entry in ENTRIES.items() if entry["family"] == "bert")
-T5S = sorted(name for name, e in ENTRIES.items() if e["family"] in ("t5", "switch_transformers"))
+T5S = sorted(
+    name
+    for name, e in ENTRIES.items()
+    if e["family"] in ("t5", "mt5", "umt5", "switch_transformers")
+)
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Tensors = dict[str, Array]
@@ -93,12 +97,14 @@ def stack(
     hidden = tensors["shared.weight"][tokens]
     seq = tokens.shape[1]
     behind = np.arange(seq)[:, None] - np.arange(seq)[None, :]
-    table = tensors[f"{name}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
-    bias = table[np.vectorize(lambda d: bucket(config, int(d), memory is None))(behind)]
-    if memory is not None:
-        bias = np.where(behind[..., None] >= 0, bias, -np.inf)
+    buckets = np.vectorize(lambda d: bucket(config, int(d), memory is None))(behind)
     for number in range(config.layers(name)):
         at = f"{name}.block.{number}.layer."
+        # umt5 has a table in every layer, the others that of the first.
+        of = at if config.model_type == "umt5" else f"{name}.block.0.layer."
+        bias = tensors[f"{of}0.SelfAttention.relative_attention_bias.weight"][buckets]
+        if memory is not None:
+            bias = np.where(behind[..., None] >= 0, bias, -np.inf)
         normed = rms_norm(hidden, tensors[f"{at}0.layer_norm.weight"], config)
         hidden = hidden + attend(config, tensors, f"{at}0.SelfAttention.", normed, normed, bias)
         if memory is not None:

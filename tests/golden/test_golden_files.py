@@ -38,7 +38,8 @@ MIXTURES |= {"ernie4_5_moe", "olmoe", "gpt_oss", "phimoe"}
 NEWER = {"olmo2", "granite", "phi3", "smollm3", "gemma", "gemma2", "gemma3_text"}
 DECODERS = {"llama", "mistral", "qwen2", "qwen3"} | NEWER | MIXTURES
 ENCODERS = {"bert", "roberta", "xlm-roberta", "camembert", "mpnet", "distilbert", "vit", "dinov2"}
-FAMILIES = DECODERS | ENCODERS | {"t5", "switch_transformers", "whisper", "gpt2", "gpt_neox"}
+FAMILIES = DECODERS | ENCODERS | {"t5", "mt5", "umt5", "switch_transformers", "whisper"}
+FAMILIES |= {"gpt2", "gpt_neox", "opt"}
 DECODER_CASES = [name for name in CASES if MANIFEST["cases"][name]["family"] in DECODERS]
 
 # Half a unit in the last place of float32, which the golden logits are rounded to, and room for

@@ -47,6 +47,8 @@ CASES: dict[str, Case] = {
         {**T5, "model_type": "t5", "tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"},
         "t5", {},
     ),
+    "mt5-mt5": ({**T5, "model_type": "mt5"}, "mt5", {}),
+    "umt5-umt5": ({**T5, "model_type": "umt5"}, "umt5", {}),
     "t5-switch": ({**T5, "model_type": "t5"}, "switch_transformers", ROUTED),
     "t5-switch-half": (
         {**T5, "model_type": "t5"}, "switch_transformers", {**ROUTED, "layers": "every:2"},

@@ -1,7 +1,8 @@
-"""Splits by what is active together beside others, and pruning by saliency beside drawing.
+"""``make proof-splits``: splits by activation beside others, and pruning by saliency beside draws.
 
-    python -m tests.proof.splits MODEL --out FILE [--batches N]
+    python -m tests.proof.splits [MODEL] --out FILE [--batches N]
 
+MODEL is by default SmolLM2-135M-Instruct, from a package of PyPI.
 Half of the topics of Python's ``help()`` are the text that statistics are taken of, the other half
 is held out.  Each split gives a token half of the neurons: six parts of which two are chosen, and a
 quarter of the neurons for all.  The split with centroids then keeps four parts of six.
@@ -21,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 from texts import help_topics
 
+from .chain import about, smollm2
+
 SPLIT = "experts=6 top-k=2 shared=0.25"
 WAYS = {
     "index": f"upcycle{{{SPLIT} split=index}}",
@@ -30,10 +33,13 @@ WAYS = {
     "activation, centroids": f"upcycle{{{SPLIT} split=activation router-init=centroids}}",
 }
 PRUNED = {
-    "saliency": "prune{keep=4 by=saliency}",
-    "share": "prune{keep=4 by=share}",
-    "draw": "prune{keep=4}",
+    "saliency": ("prune{keep=4 by=saliency}", 0),
+    "share": ("prune{keep=4 by=share}", 0),
+    "draw": ("prune{keep=4}", 0),
+    "draw, seed 1": ("prune{keep=4}", 1),
+    "draw, seed 2": ("prune{keep=4}", 2),
 }
+"""Passes, and the seed of what is drawn."""
 
 
 def moecc(*words: object) -> dict[str, Any]:
@@ -65,11 +71,16 @@ def compared(models: list[Path | str], work: Path, batches: int) -> list[dict[st
 def main() -> None:
     """Capture, convert, evaluate, and write what was found."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--batches", type=int, default=8, help="sequences of 512 held-out tokens")
     options = parser.parse_args()
-    done: dict[str, Any] = {"text": help_topics().name, "model": Path(options.model).name}
+    options.model = options.model or str(smollm2())
+    done: dict[str, Any] = {
+        **about(),
+        "text": help_topics().name,
+        "model": Path(options.model).name,
+    }
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         make_texts(options.model, work)
@@ -82,8 +93,8 @@ def main() -> None:
             moecc("convert", options.model, folders[name], *words)
         split = folders["activation, centroids"]
         moecc("capture", split, *text, "--out", second)
-        for name, passes in PRUNED.items():
-            words = ["-p", passes, "--to", "st_moe", "--capture", second]
+        for name, (passes, seed) in PRUNED.items():
+            words = ["-p", passes, "--to", "st_moe", "--capture", second, "--seed", seed]
             moecc("convert", split, folders[name], *words)
         ways = compared([options.model, *(folders[n] for n in WAYS)], work, options.batches)
         done["splits"] = dict(zip(("dense", *WAYS), ways, strict=True))

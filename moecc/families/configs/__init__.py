@@ -22,6 +22,7 @@ from .model import ACTIVATIONS, DTYPES, ModelConfig
 from .moe import MoeConfig
 from .olmo2 import Olmo2Config
 from .olmoe import FlexOlmoConfig, OlmoeConfig
+from .opt import OptConfig
 from .parse import CONFIGS, DECODERS, ORIGINS, load_installed, parse_config, read_config
 from .phi3 import Phi3Config
 from .phimoe import PhimoeConfig
@@ -31,7 +32,7 @@ from .rope import RopeConfig
 from .smollm3 import SmolLM3Config
 from .st_moe import GraphConfig, StMoeConfig
 from .switch import SwitchTransformersConfig
-from .t5 import T5Config
+from .t5 import MT5Config, T5Config, UMT5Config
 from .vision import Dinov2Config, VisionConfig, ViTConfig
 from .whisper import WhisperConfig
 
@@ -80,6 +81,9 @@ __all__ = [
     "StMoeConfig",
     "SwitchTransformersConfig",
     "T5Config",
+    "MT5Config",
+    "UMT5Config",
+    "OptConfig",
     "ViTConfig",
     "VisionConfig",
     "WhisperConfig",

@@ -82,6 +82,8 @@ class EncDecConfig(ModelConfig):
     kind: ClassVar[str] = "an encoder-decoder"
     takes_mask: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, object]] = ENCDEC_DEFAULTS
+    # Whether every layer has its own biases by distance, not all those of the first.
+    biases_of_layers: ClassVar[bool] = False
     kept_numbers: ClassVar[tuple[str, ...]] = ("dropout_rate", "initializer_factor")
 
     hidden_size: int

@@ -25,7 +25,8 @@ SIZES = (
 class GptConfig(ModelConfig):
     """A decoder of the GPT line; all heads have keys of their own and fill the model's width.
 
-    `parallel_residual` says whether the feed-forward block reads what the attention reads.
+    `parallel_residual` says whether the feed-forward block reads what the attention reads,
+    `norms_first` whether norms come before the sublayers and at the end, or after each sum.
     """
 
     kind: ClassVar[str] = "a decoder with layer norms"
@@ -34,6 +35,8 @@ class GptConfig(ModelConfig):
     )
     # The key of each field on disk, where it has another name.
     keys: ClassVar[Mapping[str, str]] = {}
+    # The rows of the table of positions before that of the first token.
+    position_offset: ClassVar[int] = 0
 
     hidden_size: int
     intermediate_size: int
@@ -45,6 +48,13 @@ class GptConfig(ModelConfig):
     tie_word_embeddings: bool = False
     attention_bias: bool = True
     parallel_residual: bool = False
+    norms_first: bool = True
+    word_width: int = 0
+
+    @property
+    def embedding_width(self) -> int:
+        """The width of the token embedding, which a projection widens if it is not the model's."""
+        return self.word_width or self.hidden_size
 
     @property
     def head_dim(self) -> int:
@@ -99,7 +109,7 @@ class GptConfig(ModelConfig):
 
     @classmethod
     def _read_width(cls, reader: Reader, hidden: int) -> int:
-        return reader.size("intermediate_size")
+        return reader.size(cls.key("intermediate_size"))
 
     def _write(self) -> dict[str, object]:
         names = (*SIZES, "layer_norm_eps", "hidden_act", "tie_word_embeddings")

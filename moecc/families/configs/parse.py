@@ -31,6 +31,7 @@ from .mixtral import MixtralConfig
 from .model import ModelConfig
 from .olmo2 import Olmo2Config
 from .olmoe import FlexOlmoConfig, OlmoeConfig
+from .opt import OptConfig
 from .phi3 import Phi3Config
 from .phimoe import PhimoeConfig
 from .qwen2 import Qwen2Config, Qwen2MoeConfig
@@ -39,7 +40,7 @@ from .reader import one_of, shown
 from .smollm3 import SmolLM3Config
 from .st_moe import FAMILY, GraphConfig, StMoeConfig
 from .switch import SwitchTransformersConfig
-from .t5 import T5Config
+from .t5 import MT5Config, T5Config, UMT5Config
 from .vision import Dinov2Config, ViTConfig
 from .whisper import WhisperConfig
 
@@ -78,7 +79,10 @@ CONFIGS: dict[str, type[ModelConfig]] = {
         for config in (
             Gpt2Config,
             GptNeoXConfig,
+            OptConfig,
             T5Config,
+            MT5Config,
+            UMT5Config,
             SwitchTransformersConfig,
             BertConfig,
             RobertaConfig,

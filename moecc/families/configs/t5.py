@@ -1,4 +1,4 @@
-"""t5: version 1.0 (ReLU, tied embeddings) and 1.1 (gated GELU, an output matrix of its own)."""
+"""t5: version 1.0 (ReLU, tied) and 1.1 (gated GELU, an output matrix of its own), mt5 and umt5."""
 
 from __future__ import annotations
 
@@ -35,11 +35,12 @@ class T5Config(EncDecConfig):
         """Yield inconsistent values, and those that this family cannot express."""
         yield from super().checks()
         if self.scale_outputs and not self.tie_word_embeddings:
-            what = "t5 scales its outputs only where the output matrix is the embedding"
+            family = self.model_type
+            what = f"{family} scales its outputs only where the output matrix is the embedding"
             keys = ("scale_decoder_outputs", "tie_word_embeddings")
             yield key_problem(what, "false", "true", *keys)
         if self.gated and self.hidden_act == "gelu":
-            what = "t5 gates with the tanh approximation of GELU"
+            what = f"{self.model_type} gates with the tanh approximation of GELU"
             yield key_problem(what, "gelu_pytorch_tanh", "gelu", "feed_forward_proj")
 
     @classmethod
@@ -66,6 +67,60 @@ class T5Config(EncDecConfig):
         if not self.gated:
             return T5_ACTIVATIONS[self.hidden_act]
         return f"{GATED}{T5_ACTIVATIONS[self.hidden_act].replace('gelu_new', 'gelu')}"
+
+
+_MANY_LANGUAGES: Mapping[str, object] = {
+    **T5Config.defaults,
+    "vocab_size": 250_112,
+    "d_ff": 1024,
+    "num_layers": 8,
+    "num_heads": 6,
+    "feed_forward_proj": "gated-gelu",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MT5Config(T5Config):
+    """An mt5: a t5 of version 1.1, of many languages, whose outputs are never scaled.
+
+    Version 4 scales those of a config that says that the matrices are tied, which no published
+    checkpoint does; version 5 writes so for every model, and scales none.
+    """
+
+    model_type: ClassVar[str] = "mt5"
+    architecture: ClassVar[str] = "MT5ForConditionalGeneration"
+    aliases: ClassVar[tuple[str, ...]] = ()
+    defaults: ClassVar[Mapping[str, object]] = {**_MANY_LANGUAGES, "tie_word_embeddings": False}
+
+    scale_outputs: bool = False
+
+    def checks(self) -> Iterator[KeyProblem]:
+        """Yield inconsistent values, and those that this family cannot express."""
+        yield from super().checks()
+        if self.scale_outputs:
+            yield key_problem("mt5 scales no outputs", "false", "true", "scale_decoder_outputs")
+
+    @classmethod
+    def _read(cls, reader: Reader) -> dict[str, object]:
+        stated = reader.value("scale_decoder_outputs") is not None
+        scaled = stated and reader.flag("scale_decoder_outputs")
+        return {**super()._read(reader), "scale_outputs": scaled}
+
+
+@dataclass(frozen=True, kw_only=True)
+class UMT5Config(T5Config):
+    """A umt5: a t5 of many languages, with biases by distance of its own in every layer."""
+
+    model_type: ClassVar[str] = "umt5"
+    architecture: ClassVar[str] = "UMT5ForConditionalGeneration"
+    aliases: ClassVar[tuple[str, ...]] = ()
+    defaults: ClassVar[Mapping[str, object]] = _MANY_LANGUAGES
+    biases_of_layers: ClassVar[bool] = True
+
+    @classmethod
+    def _read(cls, reader: Reader) -> dict[str, object]:
+        reader.value("scalable_attention")  # of the training code; transformers does not read it
+        return super()._read(reader)
 
 
 def _read_projection(reader: Reader) -> tuple[str, bool]:
