@@ -14,11 +14,12 @@ PAGE = HERE.parent / "docs" / "experiments.md"
 
 HEAD = """# Experiments
 
-Does it learn? Each experiment trains models of 0.2 to 1.2 million parameters over bytes, on this
-documentation, on two cores: enough to see whether the machinery does what it should, and far too
-small to say what holds at scale. `experiments/` has the recipes, what each arm changes of them, and
-the runner; `python experiments/run.py a b` runs what has no result yet, and writes this page from
-`experiments/results/`. `make proof-learning` shows one claim again, from nothing.
+Does it learn? Each experiment trains models of 0.2 to 1.2 million parameters over bytes, but for
+(l) with 4.8 to 15.4 million, on this documentation, on two cores: enough to see whether the
+machinery does what it should, and far too small to say what holds at scale. `experiments/` has the
+recipes, what each arm changes of them, and the runner; `python experiments/run.py a b` runs what
+has no result yet, and writes this page from `experiments/results/`. `make proof-learning` shows one
+claim again, from nothing.
 
 The dense model (`experiments/base.toml`) is trained for 300 steps of 2,048 bytes, once for each
 seed: weights, batches and all. An arm goes on from it (`experiments/continue.toml`), on batches in
@@ -54,7 +55,7 @@ text was −0.1067 ± 0.0164.
 
 ## What was not run
 * What the table above calls not run.
-* One of them at 5 million parameters, and SmolLM2 upcycled against SmolLM2 trained on.
+* SmolLM2 upcycled against SmolLM2 trained on.
 
 *Tests:* `tests/experiments/`.
 """
