@@ -5,7 +5,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-chain proof-engines proof-fuzz proof-jobs proof-kills proof-learning proof-recipes proof-table docs site bench wheel clean fuzz
+.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-chain proof-engines proof-fuzz proof-jobs proof-kills proof-learning proof-recipes proof-splits proof-table docs site bench wheel clean fuzz
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,10 @@ proof-chain: $(STAMP) ## SmolLM2 upcycled, trained on, exported, judged by trans
 
 proof-engines: $(STAMP) ## engines compute what the sources do; MOECC_LLAMA_CPP_PYTHON, MOECC_MLX_PYTHON and MOECC_VLLM_PYTHON name interpreters
 	$(BIN)/python -m pytest -q -rs tests/engines
+
+proof-splits: $(STAMP) ## SmolLM2 split by activation beside index and random, pruned by saliency beside draws; writes docs/proofs/splits.json
+	mkdir -p docs/proofs
+	$(BIN)/python -m tests.proof.splits --out docs/proofs/splits.json > /dev/null
 
 proof-recipes: $(STAMP) ## steps of the shipped recipes compiled for v5p and H100, which libtpu and the CUDA plug-in know; docs/proofs/recipes.jsonl
 	mkdir -p docs/proofs

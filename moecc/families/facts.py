@@ -7,7 +7,6 @@ import re
 from moecc.families.configs import (
     STACKS,
     EncDecConfig,
-    GptConfig,
     ModelConfig,
     MoeConfig,
     StMoeConfig,
@@ -36,8 +35,6 @@ def depth(config: ModelConfig, stack: str = "") -> int:
     """Return the number of layers of a stack, as `layer_of` names it."""
     if isinstance(config, EncDecConfig | WhisperConfig):
         return config.layers(stack.strip())
-    if isinstance(config, GptConfig):
-        return config.num_hidden_layers
     found: int = getattr(config, "num_hidden_layers", 0)
     return found
 
@@ -48,7 +45,7 @@ def depth_key(config: ModelConfig, stack: str) -> str:
         return "num_layers" if stack.strip() == "encoder" else "num_decoder_layers"
     if isinstance(config, WhisperConfig):
         return f"{stack.strip()}_layers"
-    return config.key("num_hidden_layers") if isinstance(config, GptConfig) else "num_hidden_layers"
+    return config.key("num_hidden_layers")
 
 
 def block_count(config: ModelConfig, *, with_experts: bool) -> int:

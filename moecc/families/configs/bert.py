@@ -60,7 +60,6 @@ class BertConfig(ModelConfig):
     )
     defaults: ClassVar[Mapping[str, object]] = BERT_DEFAULTS
     has_types: ClassVar[bool] = True
-    keys: ClassVar[Mapping[str, str]] = {}
 
     hidden_size: int
     intermediate_size: int
@@ -93,20 +92,18 @@ class BertConfig(ModelConfig):
             value = getattr(self, name)
             if not 1 <= value <= LARGEST_SIZES[name]:
                 expected = f"1 to {LARGEST_SIZES[name]:,}"
-                key = self.keys.get(name, name)
-                yield key_problem("not a usable size", expected, f"{value}", key)
+                yield key_problem("not a usable size", expected, f"{value}", self.key(name))
         if self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
             what = "the heads do not divide the width"
             expected = f"a multiple of {self.num_attention_heads}"
-            fields = ("hidden_size", "num_attention_heads")
-            keys = tuple(self.keys.get(name, name) for name in fields)
+            keys = (self.key("hidden_size"), self.key("num_attention_heads"))
             yield key_problem(what, expected, f"{self.hidden_size}", *keys)
         if not 0 <= self.position_offset < self.max_position_embeddings:
             what = "the table of positions has none for a token"
             expected = f"more than {self.position_offset}"
             keys = ("max_position_embeddings", "pad_token_id")
             yield key_problem(what, expected, f"{self.max_position_embeddings}", *keys)
-        yield from activation_problem(self.hidden_act)
+        yield from activation_problem(self.hidden_act, self.key("hidden_act"))
         yield from super().checks()
 
     @classmethod
@@ -123,17 +120,17 @@ class BertConfig(ModelConfig):
         types = {"type_vocab_size": reader.size("type_vocab_size")} if cls.has_types else {}
         return {
             **super()._read(reader),
-            **{name: reader.size(cls.keys.get(name, name)) for name in SIZES},
+            **{name: reader.size(cls.key(name)) for name in SIZES},
             **types,
             "layer_norm_eps": reader.number("layer_norm_eps", least=0),
-            "hidden_act": read_activation(reader, cls.keys.get("hidden_act", "hidden_act")),
+            "hidden_act": read_activation(reader, cls.key("hidden_act")),
         }
 
     def _write(self) -> dict[str, object]:
         keys: dict[str, object] = {
-            **{self.keys.get(name, name): getattr(self, name) for name in SIZES},
+            **{self.key(name): getattr(self, name) for name in SIZES},
             "layer_norm_eps": self.layer_norm_eps,
-            self.keys.get("hidden_act", "hidden_act"): self.hidden_act,
+            self.key("hidden_act"): self.hidden_act,
             "position_embedding_type": "absolute",
         }
         return {**keys, "type_vocab_size": self.type_vocab_size} if self.has_types else keys

@@ -33,8 +33,6 @@ class GptConfig(ModelConfig):
     mask_hint: ClassVar[str | None] = (
         "padding after a text changes nothing: no earlier token attends to it"
     )
-    # The key of each field on disk, where it has another name.
-    keys: ClassVar[Mapping[str, str]] = {}
     # The rows of the table of positions before that of the first token.
     position_offset: ClassVar[int] = 0
 
@@ -74,11 +72,6 @@ class GptConfig(ModelConfig):
     def shape(cls) -> type[ModelConfig]:
         """Return the class whose fields all families of this shape of model share."""
         return cls
-
-    @classmethod
-    def key(cls, name: str) -> str:
-        """Return the key of a field."""
-        return cls.keys.get(name, name)
 
     def checks(self) -> Iterator[KeyProblem]:
         """Yield inconsistent values, and those that this family cannot express."""

@@ -58,6 +58,8 @@ class ModelConfig:
     # Whether it reads tokens at all.
     has_vocabulary: ClassVar[bool] = True
     least_vocabulary: ClassVar[int] = 1
+    # The key of a field in config.json, where it has another name.
+    keys: ClassVar[Mapping[str, str]] = {}
     # Numbers that an export keeps with their default if the file omits them.
     kept_numbers: ClassVar[tuple[str, ...]] = KEPT_NUMBERS
 
@@ -72,6 +74,11 @@ class ModelConfig:
             raise InputError(
                 replace(problem, where=f"{name}: {problem.where}") for problem in problems
             )
+
+    @classmethod
+    def key(cls, name: str) -> str:
+        """Return the key of a field in config.json."""
+        return cls.keys.get(name, name)
 
     @classmethod
     def from_json(cls, data: Mapping[str, object], where: str = "config.json") -> Self:
