@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import jax
 import jax.numpy as jnp
@@ -17,31 +16,18 @@ from jax.typing import DTypeLike
 
 from moecc.ir.graph import Value
 from moecc.ir.traits import RowMove
+from moecc_backends.xla.dispatch.deferral import Deferral
 from moecc_backends.xla.dispatch.flat import gathered_matmul, rows_to_tokens, tokens_to_rows
 from moecc_backends.xla.trace.device_view import zeros_like_on_devices
 from moecc_backends.xla.trace.dtypes import accumulator
 from moecc_backends.xla.trace.padding_rows import with_masked_gradient, zeroed
 from moecc_backends.xla.trace.routing import Routing
-from moecc_backends.xla.trace.values import Deferred, DeferredRows, Named, Operand, Rows
+from moecc_backends.xla.trace.values import DeferredRows, Named, Operand, Rows
 
 
 @dataclass(frozen=True)
-class AllExperts:
+class AllExperts(Deferral):
     """A routing whose rows are not made at once."""
-
-    routing: Routing
-
-    @cached_property
-    def _deferred(self) -> Deferred:
-        return Deferred(self.routing)
-
-    def permute(self, x: Named) -> Deferred:
-        """Make nothing: rows come expert by expert, when they are combined."""
-        return self._deferred
-
-    def permute_gates(self, gates: jax.Array) -> Deferred:
-        """Make nothing yet, as of rows."""
-        return self._deferred
 
     def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array | None) -> Named:
         """Return the sum over experts of their gated rows."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from math import ceil
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ from jax.typing import DTypeLike
 
 from moecc.ir.graph import Value
 from moecc.sharding.vias import ROUND_ROOM
+from moecc_backends.xla.dispatch.deferral import Deferral
 from moecc_backends.xla.dispatch.flat import rows_to_tokens
 from moecc_backends.xla.dispatch.gather_vjp import sum_rows
 from moecc_backends.xla.dispatch.permutation import Permutation
@@ -33,7 +33,7 @@ from moecc_backends.xla.trace.dtypes import accumulator
 from moecc_backends.xla.trace.rounds_scope import rounds_scope
 from moecc_backends.xla.trace.routing import Routing
 from moecc_backends.xla.trace.typed_jax import PyTree, pmax
-from moecc_backends.xla.trace.values import Deferred, DeferredRows, Named, Operand, Rows
+from moecc_backends.xla.trace.values import DeferredRows, Named, Operand, Rows
 
 _TILE = 8
 """Rows are exchanged in multiples of this."""
@@ -96,7 +96,7 @@ Add = Callable[[jax.Array, PyTree], PyTree]
 
 
 @dataclass(frozen=True)
-class InRounds:
+class InRounds(Deferral):
     """Rows that are sorted by expert, sent, worked on and brought back in rounds.
 
     Attributes:
@@ -108,23 +108,6 @@ class InRounds:
     rows: SortedRows
     spec: RoundSpec
     view: DeviceView
-
-    @property
-    def routing(self) -> Routing:
-        """What was routed."""
-        return self.rows.routing
-
-    @cached_property
-    def _deferred(self) -> Deferred:
-        return Deferred(self.routing)
-
-    def permute(self, x: Named) -> Deferred:
-        """Make nothing: rows are made round by round, when they are combined."""
-        return self._deferred
-
-    def permute_gates(self, gates: jax.Array) -> Deferred:
-        """Make nothing yet, as of rows."""
-        return self._deferred
 
     def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array | None) -> Named:
         """Return the sum over all rounds of the rows of each token."""
@@ -159,7 +142,8 @@ class InRounds:
 
     def of_experts(self, first: jax.Array | int, count: int) -> InRounds:
         """Return the rows of `count` experts from `first` on."""
-        return replace(self, rows=self.rows.of_experts(first, count))
+        rows = self.rows.of_experts(first, count)
+        return replace(self, routing=rows.routing, rows=rows)
 
     def _turn(self, turn: jax.Array, routed: _Routed) -> SortedRows:
         """Return the layout of the rows of a round, device by device as they are sent."""

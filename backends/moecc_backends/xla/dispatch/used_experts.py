@@ -9,35 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from moecc_backends.xla.dispatch.all_experts import OneExpert, sliced_by_expert
+from moecc_backends.xla.dispatch.deferral import Deferral
 from moecc_backends.xla.trace.device_view import zeros_like_on_devices
 from moecc_backends.xla.trace.routing import Routing
-from moecc_backends.xla.trace.values import Deferred, DeferredRows, ExpertArrays, Named, Operand
+from moecc_backends.xla.trace.values import DeferredRows, ExpertArrays, Named, Operand
 
 
 @dataclass(frozen=True)
-class UsedExperts:
+class UsedExperts(Deferral):
     """A routing whose rows are made expert by expert, of those that are used."""
-
-    routing: Routing
-
-    @cached_property
-    def _deferred(self) -> Deferred:
-        return Deferred(self.routing)
-
-    def permute(self, x: Named) -> Deferred:
-        """Make nothing: rows come expert by expert, when they are combined."""
-        return self._deferred
-
-    def permute_gates(self, gates: jax.Array) -> Deferred:
-        """Make nothing yet, as of rows."""
-        return self._deferred
 
     def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array | None) -> Named:
         """Return the sum over the experts that are used of their gated rows."""

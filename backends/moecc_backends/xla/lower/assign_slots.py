@@ -36,7 +36,7 @@ def _plan(ctx: Context, slots: Value, routing: Routing) -> None:
         mesh = exchanged_once(slots)
         if mesh is not None:
             spec = RoundSpec.of(routing, mesh, ctx.view.mesh.size(mesh))
-            layout = InRounds(layout, spec, ctx.view)
+            layout = InRounds(layout.routing, layout, spec, ctx.view)
     ctx.layouts[slots] = layout
 
 

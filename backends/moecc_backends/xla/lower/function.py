@@ -36,10 +36,14 @@ from moecc_backends.xla.trace.context import DIRECT, Context, Interceptor, lower
 from moecc_backends.xla.trace.device_view import DeviceView
 from moecc_backends.xla.trace.dtypes import accumulator
 from moecc_backends.xla.trace.host_arrays import check_keys
+from moecc_backends.xla.trace.masters import Master
 from moecc_backends.xla.trace.options import DEFAULTS, Options
-from moecc_backends.xla.trace.values import ExpertArrays, Named, Operand
+from moecc_backends.xla.trace.values import ExpertArrays, Named, Operand, Uncast
 
 Tree = Mapping[str, jax.Array]
+
+Given = jax.Array | Master | tuple[jax.Array, ...]
+"""What is given of a value: an array, a parameter as it is stored, or an array for each expert."""
 
 
 def function(
@@ -81,7 +85,7 @@ def function(
 
 def lower_values(
     nodes: list[Node],
-    arrays: Mapping[Value, jax.Array | tuple[jax.Array, ...]],
+    arrays: Mapping[Value, Given],
     dtype: DType,
     options: Options = DEFAULTS,
     view: DeviceView | None = None,
@@ -92,7 +96,7 @@ def lower_values(
     Args:
       nodes: the nodes, in order.
       arrays: of the values that they use and do not make; of a parameter that experts have, it may
-        be a tuple with an array for each.
+        be a tuple with an array for each, and a parameter may be given as it is stored.
       dtype: the type of the computation.
       options: what was chosen for the lowering.
       view: the device whose shards the arrays are; None where they are whole.
@@ -107,7 +111,9 @@ def lower_values(
     return values
 
 
-def _operand(value: Value, array: jax.Array | tuple[jax.Array, ...], dtype: DType) -> Named:
+def _operand(value: Value, array: Given, dtype: DType) -> Named:
+    if isinstance(array, Master):
+        return Uncast(array, value.type.names)
     if isinstance(array, tuple):
         precise = _is_precise(value)
         parts = tuple(cast_input(part, dtype, precise=precise) for part in array)

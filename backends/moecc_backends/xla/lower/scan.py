@@ -24,13 +24,16 @@ from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.remat_names import DEFAULT
 from moecc.ir.table.repetition import repetitions
 from moecc_backends.xla.lower.inner_loops import LayerLoop, pieces_of
+from moecc_backends.xla.lower.precision import is_precise_param
 from moecc_backends.xla.trace.arrays import lifted
 from moecc_backends.xla.trace.context import Context, lower_nodes, lowering
+from moecc_backends.xla.trace.masters import Master, cast_all
 from moecc_backends.xla.trace.typed_jax import Function
-from moecc_backends.xla.trace.values import Named, Operand
+from moecc_backends.xla.trace.values import Named, Operand, Uncast
 
 Arrays = tuple[jax.Array, ...]
-Step = Callable[[Arrays, Arrays], tuple[Arrays, Arrays]]
+Slices = tuple[jax.Array | Master, ...]
+Step = Callable[[Arrays, Slices], tuple[Arrays, Arrays]]
 Remembering = Callable[..., Function]
 
 _CHEAP = frozenset({
@@ -46,6 +49,18 @@ and what XLA fuses into its user."""
 
 _WIDENINGS = 3
 """How often the type of a carry may widen before it must stay: bf16, f32, f64."""
+
+
+def is_stacked(scan: Node, value: Value) -> bool:
+    """Return whether each turn of the loop `scan` takes a slice of `value`."""
+    attrs = ScanAttrs.of_node(scan)
+    return value in scan.operands[attrs.carries : attrs.carries + attrs.stacked]
+
+
+def is_cast_by_layer(value: Value) -> bool:
+    """Return whether loops alone read the parameter `value`, slice by slice, and may cast it."""
+    loops = bool(value.users) and all(user.body is not None for user in value.users)
+    return loops and not is_precise_param(value) and all(is_stacked(u, value) for u in value.users)
 
 
 @lowering("stack")
@@ -82,8 +97,8 @@ def _scan(ctx: Context, node: Node, *operands: Named) -> tuple[Operand, ...]:
     inner = zip(body.inputs.values(), node.operands, strict=True)
     weights = {i for i, v in inner if v.is_param or v in ctx.weights}
 
-    def run(carry: Arrays, now: Arrays) -> tuple[Arrays, Arrays]:
-        given = zip((*carry, *now, *captured), names, strict=True)
+    def run(carry: Arrays, now: Slices) -> tuple[Arrays, Arrays]:
+        given = zip((*carry, *cast_all(now), *captured), names, strict=True)
         within = replace(ctx, weights=set(weights))
         made = run_body(within, body, [Named(array, axes) for array, axes in given], remembering)
         # A carry keeps the order of its axes from run to run.
@@ -94,7 +109,8 @@ def _scan(ctx: Context, node: Node, *operands: Named) -> tuple[Operand, ...]:
     first = tuple(ctx.view.settled(x.array, v.type) for x, v in initial)
     # Within a loop nothing could be merged across the barrier that this would set.
     step = (remembering or partial(jax.checkpoint, policy=_worth_keeping))(run, prevent_cse=False)
-    carry, made = _repeat(step, first, tuple(x.array for x in slices), runs)
+    now = tuple(x.master if isinstance(x, Uncast) else x.array for x in slices)
+    carry, made = _repeat(step, first, now, runs)
     whole = [Named(a, n) for a, n in zip(carry, names[:carries], strict=True)]
     more = zip(made, node.results[carries:], strict=True)
     return (*whole, *(Named(array, value.type.names) for array, value in more))
@@ -104,10 +120,10 @@ def _leading(x: Named, axis: str) -> Named:
     return x.to((axis, *(a for a in x.axes if a != axis)))
 
 
-def _repeat(run: Step, carry: Arrays, slices: Arrays, runs: int) -> tuple[Arrays, Arrays]:
+def _repeat(run: Step, carry: Arrays, slices: Slices, runs: int) -> tuple[Arrays, Arrays]:
     """Scan, with carries of a type that does not change: that which comes out."""
     for _ in range(_WIDENINGS):
-        made, _ = jax.eval_shape(run, carry, tuple(a[0] for a in slices))
+        made, _ = jax.eval_shape(run, carry, jax.tree.map(lambda a: a[0], slices))
         if all(a.dtype == m.dtype for a, m in zip(carry, made, strict=True)):
             break
         carry = tuple(a.astype(m.dtype) for a, m in zip(carry, made, strict=True))

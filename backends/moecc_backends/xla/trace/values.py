@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from moecc.ir.graph import Node, Value
+from moecc_backends.xla.trace.masters import Master
 from moecc_backends.xla.trace.routing import Routing
 
 SLOT_AXES = ("expert", "group", "slot")
@@ -80,6 +81,27 @@ class ExpertArrays(Named):
         return (
             len(self.parts) if axis == "expert" else Named(self.parts[0], self.axes[1:]).size(axis)
         )
+
+
+class Uncast(Named):
+    """A parameter in the type in which it is stored, of which a loop casts a slice a turn.
+
+    Whoever does not know of it sees it cast.
+
+    Attributes:
+      master: the parameter, and where its gradient goes.
+    """
+
+    master: Master
+
+    def __init__(self, master: Master, axes: tuple[str, ...]) -> None:
+        object.__setattr__(self, "master", master)
+        object.__setattr__(self, "axes", axes)
+
+    @property
+    def array(self) -> jax.Array:
+        """The parameter in the type of the computation."""
+        return self.master.cast()
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,9 @@ from moecc.steps.totals import totals_of
 from moecc.types.dtypes import I32, KEY
 from moecc.types.tensor import TensorType
 from moecc_backends.xla.lower.function import finalize_output
+from moecc_backends.xla.lower.scan import is_cast_by_layer
 from moecc_backends.xla.trace.device_view import zeros_like_on_devices
+from moecc_backends.xla.trace.masters import Master
 from moecc_backends.xla.trace.typed_jax import Function, PyTree, psum
 from moecc_backends.xla.trace.values import Named
 from moecc_backends.xla.train.loss import IGNORED, TARGETS, HeadLoss, LoweringConfig
@@ -87,11 +89,13 @@ class BatchLoss:
         view = self.lowering.fresh()
         apart = {n: view.varying(a, over - self._own(n)) for n, a in trained.items()}
         total = self._targets(inputs[TARGETS])
+        stored = self._stored({**apart, **fixed})
+        taken = {n: self._slope(stored[n]) if n in stored else a for n, a in apart.items()}
 
         def of_part(part: Arrays, number: jax.Array | int) -> tuple[PyTree, Outputs]:
-            loss = partial(self._loss, fixed=fixed, inputs=part, total=total,
+            loss = partial(self._loss, stored=stored, fixed=fixed, inputs=part, total=total,
                            key=jax.random.fold_in(key, number))  # fmt: skip
-            slopes, sums = jax.grad(loss, has_aux=True)(apart)
+            slopes, sums = jax.grad(loss, has_aux=True)(taken)
             return self._narrow(slopes), sums
 
         slopes, sums = self._over_parts(of_part, inputs)
@@ -102,9 +106,10 @@ class BatchLoss:
         """Return the sums of a batch, without gradients."""
         total = self._targets(inputs[TARGETS])
 
+        loss = partial(self._loss, {}, stored=self._stored(params), fixed=params, total=total)
+
         def of_part(part: Arrays, number: jax.Array | int) -> Outputs:
-            folded = jax.random.fold_in(key, number)
-            return self._loss({}, fixed=params, inputs=part, total=total, key=folded)[1]
+            return loss(inputs=part, key=jax.random.fold_in(key, number))[1]
 
         return {**self._over_parts(of_part, inputs), TOKENS: total}
 
@@ -128,14 +133,28 @@ class BatchLoss:
         return jax.lax.scan(add, zeros, (parts, numbers))[0]
 
     def _loss(
-        self, trained: Arrays, *, fixed: Arrays, inputs: Arrays, total: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, Outputs]:
-        """Return what a micro-batch adds to the loss, and its sums."""
+        self, trained: Arrays, *, stored: Arrays, fixed: Arrays, inputs: Arrays, total: jax.Array,
+        key: jax.Array,
+    ) -> tuple[jax.Array, Outputs]:  # fmt: skip
+        """Return what a micro-batch adds to the loss, and its sums.
+
+        Args:
+          trained: what has a gradient: parameters, of those in `stored` their `slope`.
+          stored: the parameters that loops cast.
+          fixed: the other parameters.
+          inputs: of the micro-batch.
+          total: the number of targets of the whole batch.
+          key: of all that is random in it.
+        """
         graph, head = self.graph, self._head
         params = {**fixed, **trained}
         arrays = {v: key if v.type.dtype == KEY else inputs[n] for n, v in graph.inputs.items()}
         arrays |= {v: params[n] for n, v in graph.params.items() if v.users}
-        values = self.lowering.lower(head.trunk, arrays)
+        masters = {
+            graph.params[n]: Master(a, trained[n] if n in trained else self._slope(a))
+            for n, a in stored.items()
+        }
+        values = self.lowering.lower(head.trunk, {**arrays, **masters})
         hidden, weights = (
             tuple(arrays[v] if v in arrays else values[v].to(v.type.names).array for v in group)
             for group in (head.hidden, head.weights)
@@ -146,6 +165,26 @@ class BatchLoss:
         outputs = {n: self._settled(values[v], v) for n, v in summed_outputs(graph).items()}
         loss = summed / jnp.maximum(total, 1).astype(summed.dtype)
         return loss + outputs.get(AUXILIARY, 0.0), {**outputs, **sums}
+
+    # --- parameters that are cast a layer at a time
+
+    def _stored(self, params: Arrays) -> dict[str, jax.Array]:
+        """Return those of `params` that are wider than the computation, and that loops alone read.
+
+        Cast beforehand there would be a copy of all layers for the whole step.
+        """
+        width, values = self.lowering.dtype.itemsize_bytes, self.graph.params
+        floats = {n: a for n, a in params.items() if jnp.issubdtype(a.dtype, jnp.floating)}
+        return {
+            n: a
+            for n, a in floats.items()
+            if a.dtype.itemsize > width and is_cast_by_layer(values[n])
+        }
+
+    def _slope(self, stored: jax.Array) -> jax.Array:
+        """Return that by which the gradient of a parameter leaves a loop that casts it."""
+        kind = self.lowering.dtype.numpy
+        return zeros_like_on_devices(jax.eval_shape(lambda a: a.astype(kind), stored))
 
     # --- what lies where
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from moecc.analysis.head import VOCAB, Head, chunk_count
 from moecc.ir.graph import Node, Value
 from moecc.types.dtypes import DType
-from moecc_backends.xla.lower.function import lower_values
+from moecc_backends.xla.lower.function import Given, lower_values
 from moecc_backends.xla.trace.context import DIRECT, Interceptor
 from moecc_backends.xla.trace.device_view import DeviceView, varies
 from moecc_backends.xla.trace.options import Options
@@ -57,9 +57,7 @@ class LoweringConfig:
         """Return the device, with nothing remembered of another trace."""
         return DeviceView(None if self.view is None else self.view.mesh)
 
-    def lower(
-        self, nodes: Sequence[Node], arrays: Mapping[Value, jax.Array]
-    ) -> Mapping[Value, Named]:
+    def lower(self, nodes: Sequence[Node], arrays: Mapping[Value, Given]) -> Mapping[Value, Named]:
         """Return the values of `nodes`, lowered under the current trace."""
         found = lower_values(
             list(nodes), arrays, self.dtype, self.options, self.fresh(), self.interceptor

@@ -15,8 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding, Sharding
 
 from moecc.errors import InputError, Problem
-from moecc.ir.attributes import ScanAttrs
-from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.graph import Graph, Value
 from moecc.ir.mesh import Mesh, mesh_of
 from moecc.ir.table.repetition import repetitions
 from moecc.sharding.layout import Layout
@@ -25,6 +24,7 @@ from moecc.steps.spec import StepSpec
 from moecc.types.tensor import Axis, TensorType
 from moecc_backends.xla.lower.function import function
 from moecc_backends.xla.lower.gspmd import GspmdLowering
+from moecc_backends.xla.lower.scan import is_stacked
 from moecc_backends.xla.lower.shard_map import sharded_function
 from moecc_backends.xla.mesh.specs import spec
 from moecc_backends.xla.mesh.token_groups import group_counts
@@ -247,10 +247,5 @@ def check_groups(graph: Graph, layout: Layout) -> None:
 def _layer_axis(value: Value) -> str:
     """Return the axis along which `value` is stacked for a scan, or an empty string."""
     scans = [node for node in value.users if node.body is not None]
-    names = {repetitions(node.attrs)[0] for node in scans if _is_stacked(node, value)}
+    names = {repetitions(node.attrs)[0] for node in scans if is_stacked(node, value)}
     return names.pop() if names else ""
-
-
-def _is_stacked(scan: Node, value: Value) -> bool:
-    attrs = ScanAttrs.of_node(scan)
-    return value in scan.operands[attrs.carries : attrs.carries + attrs.stacked]

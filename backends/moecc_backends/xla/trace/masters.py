@@ -1,0 +1,58 @@
+"""Parameters in a wider type than that of the computation, cast where they are used.
+
+A loop over layers that is given them cast would have a copy of all of them for as long as it runs.
+One that casts a layer a turn has none; but the gradient of a cast has the wider type, which would
+take as much.  So the gradient leaves by an array of its own, in the narrower type, that nothing
+reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+
+class Master(NamedTuple):
+    """A parameter as it is stored.
+
+    Attributes:
+      stored: the parameter.
+      slope: of its shape, in the type of the computation; its gradient is that of the parameter
+        when it is cast, and its elements are never read.
+    """
+
+    stored: jax.Array
+    slope: jax.Array
+
+    def cast(self) -> jax.Array:
+        """Return the parameter in the type of the computation."""
+        return _cast(self.stored, self.slope)
+
+
+def cast_all(arrays: Iterable[jax.Array | Master]) -> tuple[jax.Array, ...]:
+    """Return `arrays`, those that are stored in another type cast."""
+    return tuple(a.cast() if isinstance(a, Master) else a for a in arrays)
+
+
+@jax.custom_vjp
+def _cast(stored: jax.Array, slope: jax.Array) -> jax.Array:
+    # Rounding to its own precision changes nothing, but keeps the TPU compiler from casting the
+    # whole parameter before the loop: it narrows what is only read to be cast (its pass
+    # bfloat16-propagation), across a barrier, too.
+    kind = np.finfo(stored.dtype)
+    kept = jax.lax.reduce_precision(stored, kind.nexp, kind.nmant)
+    return kept.astype(slope.dtype)
+
+
+def _forward(stored: jax.Array, slope: jax.Array) -> tuple[jax.Array, None]:
+    return _cast(stored, slope), None
+
+
+def _backward(residuals: None, gradient: jax.Array) -> tuple[None, jax.Array]:
+    return None, gradient
+
+
+_cast.defvjp(_forward, _backward)

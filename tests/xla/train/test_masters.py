@@ -1,0 +1,104 @@
+"""Parameters of a loop's layers are cast a layer at a time, which changes no gradient."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moecc.families import build
+from moecc.families.configs import read_config
+from moecc.steps.passes import Bound, MeshPasses, StepPasses, step_graph
+from moecc.steps.spec import StepSpec
+from moecc.testing import params_for
+from moecc.train.recipe import OptimizerSection
+from moecc.types.dtypes import BF16, F32, DType
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+
+jax = pytest.importorskip("jax")
+pytest.importorskip("optax")
+
+from moecc_backends.xla.train import gradients  # noqa: E402
+from moecc_backends.xla.train.step import TrainStep, make_train_step  # noqa: E402
+
+BATCH, SEQ, LAYERS = 16, 8, 2
+MESHES = {
+    "one device": None,
+    "stored in parts": MeshPasses("fsdp:4,expert:2", ("fsdp", "expert-parallel"), "capacity"),
+    "dropless": MeshPasses("fsdp:4,expert:2", ("fsdp", "expert-parallel"), "ragged"),
+}
+
+
+def step_of(
+    mesh: str = "one device", dtype: DType = BF16, remat: str = "full", **spec: Any
+) -> TrainStep:
+    passes = StepPasses(
+        bound=None if mesh == "dropless" else Bound(1.25), groups=8, losses=None,
+        mesh=MESHES[mesh], remat=remat, weighted=True,
+    )  # fmt: skip
+    graph = step_graph(build(read_config(GOLDEN / "mixtral_gqa")), passes)
+    made = StepSpec({"B": BATCH, "S": SEQ}, dtype, OptimizerSection("sgd"), **spec)
+    return make_train_step(graph, made, jax.devices()[: 1 if passes.mesh is None else 8])
+
+
+def stacked_casts(step: TrainStep) -> list[str]:
+    """Return the casts of parameters of all layers at once."""
+    text = step.function.lower(*step.arguments).as_text()
+    return re.findall(
+        rf"stablehlo.convert %arg\d+ : \(tensor<{LAYERS}x[\dx]+xf32>\) -> \S+bf16>", text
+    )
+
+
+def run(step: TrainStep) -> tuple[dict[str, Any], dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    drawn = params_for(step.graph, 0)
+    params = {n: np.float32(drawn[n]) for n in step.trained}
+    kinds = {n: a.shape for n, a in step.abstract_batch.items()}
+    batch = {n: np.int32(rng.integers(0, 16, shape)) for n, shape in kinds.items()}
+    slopes, sums = jax.jit(partial(step.gradients, key=jax.random.key(0)))(params, {}, batch)
+    return jax.tree.map(np.asarray, slopes), jax.tree.map(np.asarray, sums)
+
+
+def test_no_copy_of_all_layers_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert stacked_casts(step_of()) == []
+    monkeypatch.setattr(gradients, "is_cast_by_layer", lambda value: False)
+    assert len(stacked_casts(step_of())) > 3
+
+
+def test_without_a_loop_or_a_narrower_type_nothing_is_kept_as_stored() -> None:
+    for step in (step_of(dtype=F32), step_of(weight_dtype=BF16)):
+        kind = step.spec.weight_dtype.numpy
+        params = {n: jax.numpy.zeros(v.type.shape, kind) for n, v in step.graph.params.items()}
+        assert step.loss._stored(params) == {}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "options"),
+    [
+        ("one device", {}),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in (
+            ("one device", {"remat": "none"}),
+            ("one device", {"remat": "save", "micro_batches": 2}),
+            ("stored in parts", {}),
+            ("stored in parts", {"reduce_dtype": F32, "micro_batches": 2}),
+            ("dropless", {}),
+        )),
+    ],
+)  # fmt: skip
+def test_values_and_gradients_are_those_of_parameters_cast_at_once(
+    mesh: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_layer = run(step_of(mesh, **options))
+    monkeypatch.setattr(gradients, "is_cast_by_layer", lambda value: False)
+    at_once = step_of(mesh, **options)
+    expected = run(at_once)
+    for found, wanted in zip(by_layer, expected, strict=True):
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            assert np.array_equal(found[name], value), name
+    assert any(np.any(slope) for slope in expected[0].values())
