@@ -63,6 +63,7 @@ class Pair:
         ]  # fmt: skip
 
 
+PARTS = ("--micro-batches", "2")
 FACTORED = ("--optimizer", "adafactor")
 SPLIT = ("--dense-weights", "split")
 NONE, SAVE = ("--remat", "none"), ("--remat", "save")
@@ -84,6 +85,8 @@ PAIRS = {
     ),
     "t5-xxl": Pair("t5-xxl", "tpu:v5p:2x2x4", "fsdp=16", 80128, FACTORED),
     "dense-l": Pair("dense-l", "tpu:v6e:2x4", "data=8", 40064, (*FACTORED, *NONE)),
+    "llama-parts": Pair("llama-3.1-8b", "tpu:v5p:2x2x4", "fsdp=16", 131072, PARTS),
+    "llama-gpu-parts": Pair("llama-3.1-8b", "gpu:h100:8", "fsdp=8", 65536, PARTS),
 }
 
 
