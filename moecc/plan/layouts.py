@@ -46,6 +46,7 @@ def problems(layout: Layout, work: Workload) -> Iterator[Problem]:
                 str(parts),
                 f"{nearest_divisor(size, parts)} would",
             )
+    yield from _sequence_problems(layout, work)
     for name, size in layout.sizes.items():
         if size > 1 and name not in layout.used:
             dense = name == "expert" and not work.experts
@@ -65,6 +66,28 @@ def problems(layout: Layout, work: Workload) -> Iterator[Problem]:
             str(experts),
             f"{nearest_divisor(work.experts, experts)} would",
         )  # fmt: skip
+
+
+def _sequence_problems(layout: Layout, work: Workload) -> Iterator[Problem]:
+    """Yield why sequences cannot be sharded so."""
+    where, parts = f"mesh {layout.mesh}", layout.shards["seq"]
+    axes = " x ".join(layout.sequence_axes)
+    for name, size in work.batch.lengths:
+        if size % parts:
+            yield Problem(
+                f"{axes} does not divide the sequences",
+                where,
+                f"a divisor of {size} tokens ({name})",
+                str(parts),
+                f"{nearest_divisor(size, parts)} would",
+            )
+    if not set(layout.split(layout.sequence_axes)) <= set(layout.tensor_axes):
+        yield Problem(
+            "attention over a sequence in parts is not lowered: each device would do all of it",
+            where,
+            "a mesh axis that shards heads, too: tensor-parallel,sequence-parallel",
+            axes,
+        )
 
 
 def check_layout(layout: Layout, work: Workload) -> None:

@@ -139,9 +139,11 @@ class _Reader:
     def forward(self) -> Iterator[Carried]:
         """Yield what carries out the sums of the part, and brings other values elsewhere."""
         for node, step in self.steps.items():
-            for ref, shape in zip(self.sharded.found.operands[node], step.operands, strict=True):
+            operands = self.sharded.found.operands[node]
+            for ref, shape, share in zip(operands, step.operands, step.shares, strict=True):
                 if isinstance(ref, Reshard) and ref.node is node and not ref.value.is_param:
-                    yield self._carried(ref, step, shape, "values to where they are used")
+                    carried = self._carried(ref, step, shape, "values to where they are used")
+                    yield carried._replace(share=share)
             for value, shape in zip(node.results, step.results, strict=True):
                 seen = self.sharded.found.visible[value]
                 if isinstance(seen, Reshard):
@@ -182,7 +184,40 @@ class _Reader:
         for one, axes in found.values():
             node, number = one.site.node, one.number
             step, shape = self.steps[node], self.steps[node].operands[number]
-            elements = shape.elements / self.sharded.shards(self.sharded.found.used(node)[number])
-            why, rows = "gradients of partial sums", shape.has_slots
-            summed = Moved("all_reduce", self.sharded.layout.ordered(axes), elements, why, rows)
-            yield Carried(step, (summed,), step.source_share if number == 0 else 1.0, rows)
+            share, rows = step.source_share if number == 0 else 1.0, shape.has_slots
+            yield Carried(step, tuple(self._gradient(one, axes, shape)), share, rows)
+        yield from self._gathered_gradients()
+
+    def _gradient(self, one: GradientSum, axes: set[str], shape: Shape) -> Iterator[Moved]:
+        """Yield how the gradient of a value is summed: scattered where the value was gathered."""
+        node, number, why = one.site.node, one.number, "gradients of partial sums"
+        ref, layout = self.sharded.found.operands[node][number], self.sharded.layout
+        elements = shape.elements / self.sharded.shards(self.sharded.found.used(node)[number])
+        scattered = axes & self._gathered_over(ref)
+        if scattered:
+            mesh = layout.ordered(scattered)
+            yield Moved("reduce_scatter", mesh, elements, why, shape.has_slots)
+            elements /= layout.size(mesh)
+        if axes - scattered:
+            mesh = layout.ordered(axes - scattered)
+            yield Moved("all_reduce", mesh, elements, why, shape.has_slots)
+
+    def _gathered_over(self, ref: Ref) -> set[str]:
+        """Return the mesh axes over which a value is gathered for an operation."""
+        if not isinstance(ref, Reshard):
+            return set()
+        done = self.sharded.work.sample.resharded(ref.source, ref.target)
+        return {m for one in done if one.op == "all_gather" for m in one.mesh}
+
+    def _gathered_gradients(self) -> Iterator[Carried]:
+        """Yield what gathers the gradients of sums that were scattered."""
+        for carried in self.forward():
+            if carried.in_route:
+                continue
+            back = tuple(
+                m._replace(op="all_gather", why="gradients of partial sums")
+                for m in carried.moved
+                if m.op == "reduce_scatter"
+            )
+            if back:
+                yield carried._replace(moved=back)

@@ -44,6 +44,7 @@ class Step:
       saved_again: how often rematerialisation that saves attention and combine does.
       source: the number of what its first operand is, by whatever name, in its part.
       source_share: of an operand from another stack, one part for each layer of a unit; else 1.
+      shares: of each operand, one part for each layer that takes the same value.
       exact_rows: by how much less rows there would be if a capacity did not pad them.
       axes: those of all operands, each once.
       attention: of an attention, what decides its kernel, and its scores.
@@ -59,6 +60,7 @@ class Step:
     saved_again: int
     source: int
     source_share: float
+    shares: tuple[float, ...]
     exact_rows: float
     axes: Shape
     attention: PlannedAttention | None = None

@@ -96,8 +96,10 @@ class Strategy:
         """The mesh axis along which what goes from layer to layer is kept in parts, or None.
 
         Devices that split neurons all have it; under rematerialisation it is most of what is kept.
+        Where they split the sequence between products, it is in parts already.
         """
-        tensor = self.layout.split(self.layout.tensor_axes)
+        sequence = self.layout.sequence_axes
+        tensor = [a for a in self.layout.split(self.layout.tensor_axes) if a not in sequence]
         return tensor[0] if tensor and self.remat != "none" else None
 
     def __str__(self) -> str:

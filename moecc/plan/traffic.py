@@ -45,7 +45,9 @@ def part_transfers(
     way = None if found.layer is None else via(strategy.via)
     for carried in found.forward:
         for one in carried.moved if way is None or not carried.in_route else ():
-            yield transfer(one, doing.forward(carried.step))
+            # What several layers take is brought to all of them at once, and stays there.
+            again = doing.forward(carried.step) if carried.share == 1 else 1
+            yield transfer(one, again * carried.share)
     for carried in found.backward if train else ():
         for one in carried.moved if not (strategy.sliced and carried.in_route) else ():
             yield transfer(one, carried.share)

@@ -331,6 +331,7 @@ class _Reader:
             ),
             source=-1 if root is None else roots.setdefault(root, len(roots)),
             source_share=1 / unit.size if outside else 1.0,
+            shares=tuple(1 / len({layer_of(n.loc) for n in v.users}) for v in node.operands),
             exact_rows=exact,
             axes=self.shapes.of(tuple(axes.items())),
             attention=attention_of(node, self._size, self.shapes),

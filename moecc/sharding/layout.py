@@ -25,7 +25,7 @@ DENSE_WEIGHTS = ("whole", "split")
 TENSOR_AXES = ("q", "kv", "head", "kv_head", "mlp", "vocab")
 """The axes of values that tensor parallelism splits."""
 
-KNOWN = frozenset({"batch", "group", "expert", *TENSOR_AXES})
+KNOWN = frozenset({"batch", "group", "expert", "seq", *TENSOR_AXES})
 """The axes of values that a layout of a plan may split."""
 
 
@@ -173,19 +173,26 @@ class Layout:
         return self.ordered({m for name in TENSOR_AXES for m in self.sharded(name)})
 
     @cached_property
+    def sequence_axes(self) -> tuple[str, ...]:
+        """The mesh axes over which sequences are sharded, between products or all through."""
+        return self.ordered(self.sharded("seq"))
+
+    @cached_property
     def shards(self) -> dict[str, int]:
         """In how many shards each axis of a value is."""
         return {
             **{name: self.size(self.sharded(name)) for name in TENSOR_AXES},
             "batch": self.size(self.batch_axes),
             "expert": self.size(self.expert_axes),
+            "seq": self.size(self.sequence_axes),
         }
 
     @cached_property
     def used(self) -> frozenset[str]:
         """The mesh axes over which anything is sharded."""
         stored = {m for r in self.rules if r.stored for m in r.mesh}
-        return frozenset((*self.batch_axes, *self.expert_axes, *self.tensor_axes, *stored))
+        values = (*self.batch_axes, *self.expert_axes, *self.tensor_axes, *self.sequence_axes)
+        return frozenset((*values, *stored))
 
 
 def _sharded(assigner: Assigner, name: str, of_rows: bool) -> tuple[str, ...]:

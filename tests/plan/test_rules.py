@@ -136,8 +136,15 @@ def test_rules_of_a_file_are_planned_and_laid_alike(
 
 def test_what_a_plan_cannot_read_of_rules_is_refused(tmp_path: Path) -> None:
     mesh = parse_mesh("data=8,model=2")
-    with pytest.raises(InputError, match="what it costs to split the axis 'seq'"):
-        Layout.ruled(mesh, 0, ("tensor-parallel", "sequence-parallel"))
+    wide = tmp_path / "wide.rules"
+    wide.write_text("embed = model")
+    with pytest.raises(InputError, match="what it costs to split the axis 'embed'"):
+        Layout.ruled(mesh, 0, (str(wide),))
+    threes = Layout.ruled(parse_mesh("model=3"), 0, ("sequence-parallel",))
+    found = [str(p) for p in problems(threes, known("llama-3.1-8b")[1])]
+    assert found[0].startswith("mesh model:3: model does not divide the sequences")
+    assert "a divisor of 64 tokens (S)" in found[0]
+    assert "attention over a sequence in parts is not lowered" in found[1]
     with pytest.raises(UsageError, match="unknown layout 'tensor'"):
         Layout.ruled(mesh, 0, ("tensor",))
     unused = Layout.ruled(mesh, 0, ("data-parallel",))

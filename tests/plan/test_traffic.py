@@ -144,6 +144,13 @@ LAYOUTS = [
     ("mixtral-8x7b", "data:2,fsdp:2,model:2", "data-parallel,fsdp,tensor-parallel", LOCAL),
     ("llama-3.1-8b", "fsdp:8", "fsdp", LOCAL),
     ("llama-3.1-8b", "fsdp:2,data:2,model:2", "fsdp,tensor-parallel,zero", LOCAL),
+    ("llama-3.1-8b", "fsdp:4,model:2", "fsdp,tensor-parallel,sequence-parallel", LOCAL),
+    (
+        "mixtral-8x7b",
+        "expert:4,model:2",
+        "expert-parallel,tensor-parallel,sequence-parallel",
+        "ragged",
+    ),
     ("st-moe-l", "data:4,model:2", "st-moe", "capacity"),
     ("st-moe-l", "data:4,model:2", "st-moe,zero", "capacity slice=model"),
     ("st-moe-l", "fsdp:2,expert:4", "fsdp,expert-parallel", "ring"),

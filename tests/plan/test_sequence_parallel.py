@@ -1,0 +1,59 @@
+"""Sequences sharded between products: what a plan prices is what is compiled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import moecc
+from moecc.cli.main import main
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+LLAMA = str(GOLDEN / "llama_gqa")
+TENSOR = "data-parallel,tensor-parallel"
+RULES = f"{TENSOR},sequence-parallel"
+STEP = ("--machine", "cpu:8", "--mesh", "data=4,model=2", "--batch-tokens", "2048")
+
+
+def best(rules: str, remat: str) -> dict[str, Any]:
+    given: dict[str, Any] = {"batch_tokens": 2048, "sequence": "64", "dtype": "f32"}
+    model = moecc.open(LLAMA)
+    plan = model.plan("cpu:8", mesh="data=4,model=2", rules=rules, remat=remat, **given)
+    return dict(plan.best)
+
+
+def sent(plan: dict[str, Any]) -> float:
+    return sum(float(row["sent_bytes"]) for row in plan["collectives"].values())
+
+
+@pytest.mark.parametrize("remat", ["none", "save"])
+def test_the_bytes_are_those_of_sums_and_less_is_kept(remat: str) -> None:
+    """A gather and a scatter send what an all-reduce does; what is between them is in parts."""
+    whole, parts = best(TENSOR, remat), best(RULES, remat)
+    assert parts["memory_bytes"]["activations"] < whole["memory_bytes"]["activations"]
+    if remat == "none":
+        # Norms of parts of sequences sum their gradients over model too, and that is all.
+        assert sent(parts) == pytest.approx(sent(whole), rel=0.02)
+    before, after = (p["collectives"]["all_reduce"]["tensor_bytes"] for p in (whole, parts))
+    assert after < before / 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_what_is_compiled_has_the_planned_products_gathers_and_scatters(
+    capsys: pytest.CaptureFixture[str], remat: str
+) -> None:
+    pytest.importorskip("optax")
+    args = [*STEP, "--rules", RULES, "--dtype", "f32", "--sequence", "64", "--remat", remat]
+    assert main(["compile", LLAMA, *args, "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["flops"] == found["predicted"]["flops"]
+    compiled, planned = found["collectives"], found["predicted"]["collectives"]
+    for op in ("all-gather", "reduce-scatter"):
+        assert compiled[op]["runs"] == planned[op]["count"]
+        assert compiled[op]["bytes"] == planned[op]["bytes"]
+    total = [sum(row["bytes"] for row in each.values()) for each in (compiled, planned)]
+    assert total[1] == pytest.approx(total[0], rel=0.05)
