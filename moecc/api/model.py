@@ -249,11 +249,12 @@ class Model(Closing):
         made = [m.text for m in found]
         return made[0] if isinstance(prompt, str) else made
 
-    def plan(self, machine: str, **options: object) -> StepPlan:
+    def plan(self, machine: str, *, explore: bool = False, **options: object) -> StepPlan:
         """Predict memory, time and traffic of a step on a machine, and find the best mesh.
 
         Args:
           machine: ``tpu:v5p:4x4x4``, ``h100x8``, or the path of a file of your own, ``ours.toml``.
+          explore: whether what one would try besides is priced, too.
           **options: of ``moecc plan``, with underscores: ``batch_tokens=2**20, remat="full"``.
 
         Raises:
@@ -264,7 +265,8 @@ class Model(Closing):
         from moecc.tasks.plan_step import plan_step
 
         place, step = machine_text(machine), step_request(options)
-        return StepPlan(plan_step(self.graph, self.name, place, step))
+        explored = flag("explore", explore)
+        return StepPlan(plan_step(self.graph, self.name, place, step, explored))
 
     def sweep(
         self,

@@ -110,6 +110,9 @@ class PlanRequest:
     weight_dtype: WeightTypeOption = None
     micro_batches: MicroBatchesOption = 1
     reduce_dtype: ReduceTypeOption = None
+    explore: Annotated[
+        bool, typer.Option("--explore", help="Price what one would try besides, and say why.")
+    ] = False
     sweep: Annotated[
         list[str] | None,
         typer.Option(
@@ -231,7 +234,7 @@ def planned(request: PlanRequest) -> tuple[Report, list[SummaryReport]]:
     with open_model(request.model, config_alone=True) as opened:
         run_pipeline(opened.graph, passes)
         graph = without_opaque(opened.graph)
-    return plan_and_search(graph, request.model, request.machine, step)
+    return plan_and_search(graph, request.model, request.machine, step, request.explore)
 
 
 def swept(request: PlanRequest, texts: list[str]) -> SweepReport:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from textwrap import wrap
 
 from moecc.plan.batches import Batch
 from moecc.plan.collectives import sent_bytes
 from moecc.plan.estimate import Estimate, PartCost
 from moecc.plan.exchanges import exact
+from moecc.plan.explore import Idea
 from moecc.plan.machines import Machine
 from moecc.plan.report_types import (
     AttentionReport,
     BatchReport,
+    IdeaReport,
     PartReport,
     PlanReport,
     Report,
@@ -27,7 +30,12 @@ _INDENT = 14
 
 
 def plan_json(
-    model: str, work: Workload, machine: Machine, config: StepConfig, ranking: Ranking
+    model: str,
+    work: Workload,
+    machine: Machine,
+    config: StepConfig,
+    ranking: Ranking,
+    explored: Iterable[Idea] = (),
 ) -> Report:
     """Return the plan as the JSON values that ``docs/cli.md`` lists."""
     best = ranking.best
@@ -57,7 +65,15 @@ def plan_json(
         "lossy": _summary(ranking.lossy, work) if ranking.lossy else None,
         "tried": ranking.tried,
         "fitting": ranking.fitting,
+        "explored": [_explored(idea) for idea in explored],
     }
+
+
+def _explored(idea: Idea) -> IdeaReport:
+    return {
+        "name": idea.name, "how": idea.how, "options": idea.options, "lowered": idea.lowered,
+        "seconds": idea.seconds, "total_bytes": idea.total_bytes, "why": idea.why,
+    }  # fmt: skip
 
 
 def batch_json(part: Batch, config: StepConfig) -> BatchReport:
@@ -157,7 +173,8 @@ def plan_text(data: Report) -> str:
       data: what `plan_json` returned.
     """
     rows = (*_heading(data), *_memory_rows(data), *_time_rows(data), *_traffic(data))
-    return "\n".join(line for row in (*rows, *_others(data)) for line in _within(row))
+    below = (*_others(data), *_ideas(data))
+    return "\n".join(line for row in (*rows, *below) for line in _within(row))
 
 
 def _within(row: str) -> list[str]:
@@ -268,4 +285,22 @@ def _others(data: Report) -> list[str]:
         gain = 1 - lossy["seconds"] / best["seconds"]
         rows.append(f"  {gain:.1%} faster, if rows beyond 1.25 times the mean may be lost:")
         rows.append(f"    {_name(lossy)}")
+    return rows
+
+
+def _ideas(data: Report) -> list[str]:
+    """Return what one would try, with what it would take beside the best plan."""
+    rows = ["  what one would try"] if data["explored"] else []
+    for idea in data["explored"]:
+        seconds, size = idea["seconds"], idea["total_bytes"]
+        how = f"{idea['name']}: {idea['how']}" if idea["how"] else idea["name"]
+        if seconds is None or size is None:
+            rows += [f"    {'not':>7}  {how}", f"             {idea['why']}"]
+            continue
+        rows.append(
+            f"    {seconds / data['best']['seconds'] - 1:+7.1%}  {how}, {size / 1e9:.2f} GB"
+        )
+        rows.append(f"             {idea['why']}")
+        if idea["options"]:
+            rows.append(f"             {idea['options']}")
     return rows

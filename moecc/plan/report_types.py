@@ -110,6 +110,18 @@ class PlanReport(SummaryReport):
     attention: list[AttentionReport]
 
 
+class IdeaReport(TypedDict):
+    """What one would try beside the best plan; without seconds where it is impossible."""
+
+    name: str
+    how: str
+    options: str
+    lowered: bool
+    seconds: float | None
+    total_bytes: float | None
+    why: str
+
+
 class Report(TypedDict):
     """All that ``moecc plan`` reports."""
 
@@ -128,3 +140,4 @@ class Report(TypedDict):
     lossy: SummaryReport | None
     tried: int
     fitting: int
+    explored: list[IdeaReport]

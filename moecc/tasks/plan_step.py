@@ -10,6 +10,7 @@ from moecc.errors import Problem, UsageError, nearest
 from moecc.ir.graph import Graph
 from moecc.plan.batches import make_batch, parse_lengths
 from moecc.plan.candidates import Constraints
+from moecc.plan.explore import Known, explore
 from moecc.plan.machines import Machine
 from moecc.plan.meshes import plan_mesh
 from moecc.plan.own_machines import find_machine
@@ -90,18 +91,22 @@ def check_step(machine: str, request: StepRequest) -> None:
     _parsed(machine, request)
 
 
-def plan_step(graph: Graph, name: str, machine: str, request: StepRequest) -> Report:
+def plan_step(
+    graph: Graph, name: str, machine: str, request: StepRequest, explored: bool = False
+) -> Report:
     """Return the plan of a step of `graph`, called `name` in the report, as JSON values.
+
+    With `explored` it has what one would try besides.
 
     Raises:
       UsageError: the machine or an option cannot be parsed.
       InputError: the model is invalid, or nothing fits.
     """
-    return plan_and_search(graph, name, machine, request)[0]
+    return plan_and_search(graph, name, machine, request, explored)[0]
 
 
 def plan_and_search(
-    graph: Graph, name: str, machine: str, request: StepRequest
+    graph: Graph, name: str, machine: str, request: StepRequest, explored: bool = False
 ) -> tuple[Report, list[SummaryReport]]:
     """Return the plan of a step, and all strategies that fit. Raises: as `plan_step`."""
     asked = _parsed(machine, request)
@@ -116,7 +121,9 @@ def plan_and_search(
 
     work = work_on(asked.machine, request.micro_batches)
     ranking = search(work, asked.machine, asked.config, asked.constraints, work_on=work_on)
-    report = plan_json(name, work, asked.machine, asked.config, ranking)
+    known = Known(work, asked.machine, asked.config, ranking, work_on, of_batch)
+    ideas = explore(known) if explored else ()
+    report = plan_json(name, work, asked.machine, asked.config, ranking, ideas)
     return report, searched_json(ranking, work)
 
 

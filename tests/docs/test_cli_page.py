@@ -168,7 +168,7 @@ def test_plan(report: Any) -> None:
     small = ["--batch-tokens", "16384", "--sequence", "256"]
     plans = [
         report("plan", "preset:mixtral-8x7b", "--machine", "tpu:v5p:4x4x4", *small),
-        report("plan", "preset:mixtral-8x7b", "--machine", "tpu:v5p:2x2x4", *small),
+        report("plan", "preset:mixtral-8x7b", "--machine", "tpu:v5p:2x2x4", "--explore", *small),
         report("plan", "preset:smollm2-135m", "--machine", "gpu:h100:8", "--step", "forward"),
     ]
     compare(documented("plan", "key"), plans)

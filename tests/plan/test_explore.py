@@ -1,0 +1,210 @@
+"""What one would try beside the best plan: prices worked out by hand, and why the rest is none."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import moecc
+from moecc.errors import InputError
+from moecc.model.open import open_model
+from moecc.plan.batches import Batch
+from moecc.plan.collectives import Transfer
+from moecc.plan.context import in_context, split_batch, whole_keys
+from moecc.plan.estimate import PartCost
+from moecc.plan.explore import chunked_seconds
+from moecc.plan.machines import efficiency, parse_machine
+from moecc.plan.meshes import plan_mesh
+from moecc.plan.networks import HOP_SECONDS, Switch
+from moecc.plan.stages import part_of_machine, stage_work, staged
+from moecc.plan.strategy import StepConfig, Strategy
+from moecc.plan.workload import Workload, workload
+from moecc.sharding.layout import Layout
+from moecc.steps.passes import planned_graph
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CPU = parse_machine("cpu:8")
+
+
+@cache
+def work_of(name: str, batch: Batch) -> Workload:
+    return workload(planned_graph(open_model(str(GOLDEN / name)).graph, True), batch)
+
+
+mixtral = partial(work_of, "mixtral_gqa")
+MIXTRAL = Batch(32, (("S", 64),))
+
+
+def strategy(work: Workload, mesh: str, remat: str = "none") -> Strategy:
+    return Strategy(Layout(plan_mesh(mesh), work.experts), "local", "grouped", remat)
+
+
+def total(work: Workload) -> float:
+    return sum(p.count * s.flops for p in work.parts for s in p.steps)
+
+
+# --- pipeline stages -----------------------------------------------------------------------
+
+
+def test_the_stages_together_do_the_work_and_have_the_parameters() -> None:
+    work = mixtral(MIXTRAL)
+    first, last = (stage_work(work, 2, last=last) for last in (False, True))
+    assert total(first) + total(last) == pytest.approx(total(work))
+    assert first.parameters + last.parameters == work.parameters
+    assert not first.logits
+    assert last.logits == work.logits
+    # A head that is tied has its own copy of the embedding.
+    tied = work_of("llama_square_tied", MIXTRAL)
+    ends = [stage_work(tied, 2, last=last).parameters for last in (False, True)]
+    layers = sum(p.count * w.elements for p in tied.parts if p.in_layer for w in p.weights)
+    table = next(w.elements for p in tied.parts if not p.in_layer for w in p.weights)
+    assert min(ends) == layers // 2 + table
+
+
+@pytest.mark.parametrize("parts", [2, 8])
+def test_a_step_in_stages_is_its_turns_its_sends_and_one_update(parts: int) -> None:
+    config = StepConfig(micro_batches=parts)
+    work = mixtral(Batch(64 // parts, MIXTRAL.lengths))
+    one = staged(work, CPU, config, strategy(work, "fsdp=8"), 2)
+    assert one.turns == parts + 1
+    assert one.bubble == 1 / (parts + 1)
+    update = next(p.seconds for p in one.slowest.parts if p.name == "optimizer")
+    turn = (one.slowest.seconds - update) / parts
+    # 64 tokens a sequence of width 16, shared by four devices, in two bytes, over one link.
+    sent = work.batch.tokens / 4 * 16 * 2
+    assert isinstance(CPU.network, Switch)
+    link = CPU.network.link_bytes_per_second
+    assert one.send_seconds == pytest.approx(sent / link)
+    assert one.seconds == pytest.approx((parts + 1) * (turn + 2 * sent / link) + update)
+
+
+def test_the_first_stage_keeps_what_is_on_its_way() -> None:
+    """Of two micro-batches in two stages, however many there are."""
+    work, like = mixtral(MIXTRAL), strategy(mixtral(MIXTRAL), "fsdp=8")
+    one, two, many = (staged(work, CPU, StepConfig(micro_batches=n), like, 2) for n in (1, 2, 8))
+    # With a second one there is a sum of gradients, as large as they.
+    kept = two.total_bytes - one.total_bytes
+    assert kept > two.slowest.memory.activations
+    more = many.total_bytes - two.total_bytes
+    assert more == pytest.approx(many.slowest.memory.inputs - two.slowest.memory.inputs)
+
+
+def test_what_has_no_stages_says_why() -> None:
+    work = mixtral(MIXTRAL)
+    with pytest.raises(InputError, match="2 equal layers are not 4 equal stages"):
+        stage_work(work, 4, last=False)
+    with pytest.raises(InputError, match="8 devices are not 3 machines"):
+        part_of_machine(CPU, 3)
+    assert part_of_machine(parse_machine("tpu:v5p:4x4x4"), 2).devices == 32
+    assert part_of_machine(parse_machine("h100x16"), 4).name == "gpu:h100:4"
+    both = work_of("t5_square", Batch(8, (("S", 16), ("T", 16))))
+    with pytest.raises(InputError, match="one stack of layers, not 2"):
+        stage_work(both, 2, last=False)
+    with pytest.raises(InputError, match="no mesh of a stage divides a micro-batch"):
+        staged(mixtral(Batch(1, MIXTRAL.lengths)), CPU, StepConfig(), strategy(work, "fsdp=8"), 2)
+
+
+# --- context parallelism -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_of_sequences_do_the_same_products_and_gather_keys(parts: int) -> None:
+    whole = mixtral(MIXTRAL)
+    work = whole_keys(mixtral(split_batch(MIXTRAL, parts)), parts)
+    assert total(work) == pytest.approx(total(whole))
+    config = StepConfig()
+    one = in_context(work, CPU, config, strategy(work, "data=8"), parts)
+    # Eight devices share 32 sequences; two heads of keys and of values of four numbers, two bytes.
+    gathered = parts * (32 * 64 / 8) * 2 * 4 * 2
+    assert gathered == parts * 4096
+    assert one.gathered_bytes == pytest.approx(2 * gathered)
+    assert isinstance(CPU.network, Switch)
+    link = CPU.network.link_bytes_per_second
+    each = (gathered * (parts - 1) / parts / link + HOP_SECONDS) / efficiency("network")
+    # Two layers; keys and values; forward and backward.
+    assert one.gather_seconds == pytest.approx(2 * 2 * 2 * each)
+    assert one.seconds == one.estimate.seconds + one.gather_seconds
+
+
+def test_sequences_that_have_no_parts_say_why() -> None:
+    with pytest.raises(InputError, match=r"sequences of 64 tokens \(S\) are not 3 equal parts"):
+        split_batch(MIXTRAL, 3)
+    work = mixtral(split_batch(MIXTRAL, 2))
+    with pytest.raises(InputError, match="no mesh axis of the batch has 2 devices"):
+        in_context(work, CPU, StepConfig(), strategy(work, "model=2"), 2)
+
+
+# --- chunks --------------------------------------------------------------------------------
+
+
+def finished(exchange: float, products: float, chunks: int) -> float:
+    """Return when the last of equal chunks has gone through a link and then through products."""
+    link = device = 0.0
+    for _ in range(chunks):
+        link += exchange / chunks
+        device = max(link, device) + products / chunks
+    return device
+
+
+@given(st.floats(1e-6, 1.0), st.floats(1e-6, 1.0), st.integers(1, 16))
+def test_chunks_take_what_two_machines_in_a_row_take(rows: float, local: float, n: int) -> None:
+    move = Transfer("all_to_all", ("expert",), 1.0, 1.0, "rows")
+    other = Transfer("all_reduce", ("model",), 1.0, 1.0, "sums")
+    part = PartCost("ffn", 1, 0.0, 0.0, 0.0, 0.0, local, ((move, rows), (other, 0.5)))
+    assert chunked_seconds(part, n) == pytest.approx(finished(rows, local, n) + 0.5)
+    alone = PartCost("ffn", 1, 0.0, 0.0, 0.0, 0.0, local, ((other, 0.5),))
+    assert chunked_seconds(alone, n) == alone.seconds
+
+
+# --- the report ----------------------------------------------------------------------------
+
+STEP: dict[str, Any] = {"batch_tokens": 2048, "sequence": "32", "dtype": "f32"}
+
+
+def test_ideas_are_ranked_and_the_lowered_ones_are_plans() -> None:
+    model = moecc.open(str(GOLDEN / "mixtral_gqa")).apply("specialize{capacity-factor=1.25}")
+    plan = model.plan("cpu:8", explore=True, **STEP)
+    ideas = plan.report["explored"]
+    times = [idea["seconds"] for idea in ideas if idea["seconds"] is not None]
+    assert times == sorted(times)
+    assert all(idea["why"] for idea in ideas)
+    assert all(idea["seconds"] is None for idea in ideas[len(times) :])
+    names = {idea["name"] for idea in ideas}
+    assert names == {
+        "accumulation", "sequence parallelism", "context parallelism", "chunked exchanges",
+        "expert replication", "pipeline stages",
+    }  # fmt: skip
+    assert {i["name"] for i in ideas if not i["lowered"]} == {
+        "context parallelism",
+        "pipeline stages",
+    }
+    asked = 0
+    for idea in (i for i in ideas if i["options"].startswith("--") and i["seconds"] is not None):
+        words = idea["options"].split()
+        given: dict[str, Any] = dict(
+            zip((w[2:].replace("-", "_") for w in words[::2]), words[1::2], strict=True)
+        )
+        if "micro_batches" in given:
+            given["micro_batches"] = int(given["micro_batches"])
+            given["mesh"] = ",".join(f"{n}={s}" for n, s in plan.best["mesh"].items())
+        again = model.plan("cpu:8", **STEP, **given).best
+        assert again["seconds"] <= idea["seconds"] * (1 + 1e-9)
+        asked += 1
+    assert asked >= 3
+    assert "what one would try" in str(plan)
+    assert "not lowered: every device runs all layers" in " ".join(str(plan).split())
+    assert "explored" in plan.report
+    assert not model.plan("cpu:8", **STEP).report["explored"]
+
+
+def test_what_is_impossible_says_why() -> None:
+    model = moecc.open(str(GOLDEN / "mixtral_gqa"))
+    plan = model.plan("cpu:8", explore=True, batch_tokens=8 * 31, sequence="31", dtype="f32")
+    why = {f"{i['name']} {i['how']}": i["why"] for i in plan.report["explored"]}
+    assert "sequences of 31 tokens (S) are not 2 equal parts" in why.values()
+    assert any(k.startswith("pipeline stages 4") and "equal stages" in v for k, v in why.items())
