@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 from moecc.analysis.head import CHUNK_BYTES, chunk_count
-from moecc.plan.head import PlannedHead
 from moecc.plan.parts import Layer, Weight
 from moecc.plan.shapes import Shape
 from moecc.plan.sharding import Sharding, Values
@@ -99,6 +98,7 @@ def memory(
     stored, of_layers = _stored(work, local, kind)
     width, wide = config.dtype.itemsize_bytes, config.weight_dtype.itemsize_bytes
     training = config.train
+    head, head_gradient = _head(work, local, config)
     return Memory(
         parameters=stored * wide,
         gradients=stored * _gradient_width(config),
@@ -107,10 +107,9 @@ def memory(
         activations=_kept(work, local.values, strategy) * width if training else 0.0,
         buffers=_zeros(work, local, kind) * width
         + max(
-            _layer_bytes(work, local, config, strategy.remat, kind)
-            + _head_gradient(work, local, config),
+            _layer_bytes(work, local, config, strategy.remat, kind) + head_gradient,
             # Gradients of layers come when the logits have gone.
-            _head_bytes(work, local, config) - (stored * width if training else 0.0),
+            head - (stored * width if training else 0.0),
         ),
         # Tokens, and in training what they should be, of all micro-batches.
         inputs=4.0
@@ -248,38 +247,23 @@ def _zeros(work: Workload, local: Sharding, kind: str) -> float:
     return local.sharded.once("zeros", most) if kind == "tpu" else 0.0
 
 
-def _head_bytes(work: Workload, local: Sharding, config: StepConfig) -> float:
-    """Return what is alive while the head is computed: logits in float32, all or a chunk of them.
+def _head(work: Workload, local: Sharding, config: StepConfig) -> tuple[float, float]:
+    """Return what is alive while the head is computed, and what its gradient takes beyond its own.
 
-    Its weights were gathered by then, and their gradient is made from the logits.  Chunks add up
-    the gradients of the weights, in float32.
+    The first are logits in float32, all or a chunk of them.  The weights were gathered by then, and
+    their gradient is made from the logits.  Chunks add up the gradients of the weights, in float32.
+
+    The second is what the gradient of the weights takes beyond its local shard: it is made first,
+    and compilers reduce it last, so that it is whole while layers are computed.
     """
     head = work.head
     if head is None or not config.train:
-        return 4.0 * max(map(local.elements, work.logits), default=0.0)
-    logits, count = 4.0 * local.elements(head.logits), _chunks(head, local)
+        return 4.0 * max(map(local.elements, work.logits), default=0.0), 0.0
+    logits, used = 4.0 * local.elements(head.logits), sum(map(local.used, head.weights))
+    count = chunk_count(logits, 4.0 * used, CHUNK_BYTES) if head.is_cut else 1
+    width = config.dtype.itemsize_bytes
+    whole = (4 if count > 1 else width) * used - width * sum(map(local.stored, head.weights))
     if count > 1:
-        return 4.0 * sum(map(local.used, head.weights)) + CHUNK_PARTS * logits / count
-    width = config.dtype.itemsize_bytes
-    beside = width * _gathered(head.weights, local) + _head_gradient(work, local, config)
-    return max(logits, logits * width / 4 + beside)
-
-
-def _head_gradient(work: Workload, local: Sharding, config: StepConfig) -> float:
-    """Return what the gradient of the head's weights takes beyond its local shard.
-
-    It is made first, and compilers reduce it last: it is whole while layers are computed, and in
-    float32 where it was added up over chunks.
-    """
-    if work.head is None or not config.train:
-        return 0.0
-    width = config.dtype.itemsize_bytes
-    made = 4 if _chunks(work.head, local) > 1 else width
-    return sum(made * local.used(w) - width * local.stored(w) for w in work.head.weights)
-
-
-def _chunks(head: PlannedHead, local: Sharding) -> int:
-    """Return in how many chunks a device cuts its tokens."""
-    logits = 4.0 * local.elements(head.logits)
-    weights = 4.0 * sum(map(local.used, head.weights))
-    return chunk_count(logits, weights, CHUNK_BYTES) if head.is_cut else 1
+        return 4.0 * used + CHUNK_PARTS * logits / count, whole
+    beside = width * _gathered(head.weights, local) + whole
+    return max(logits, logits * width / 4 + beside), whole

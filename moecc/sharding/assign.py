@@ -213,12 +213,14 @@ class Assigner:
                 f"mesh=outer:{parts // size},inner:{size}",
             )
         if axis.name == "groups":
+            whole = nearest_multiple(size, parts)
             return Problem(
                 "the groups of tokens do not divide over the mesh",
                 expected=f"a multiple of {parts} ({sizes})",
                 found=f"groups={size}, and the rule {rule} ({rule.source})",
-                hint=f"specialize{{groups={nearest_multiple(size, parts)}}} first, or "
-                "routing.groups of a recipe: capacities are then those of a device's own tokens",
+                hint=f"{nearest_divisor(size, parts)} parts would, or specialize{{groups={whole}}} "
+                f"first, capacities being those of a device's own tokens; in a recipe, "
+                f"data.batch={whole}",
             )
         return Problem(
             f"the axis {axis.name!r} does not divide over the mesh",

@@ -157,7 +157,8 @@ def _check_suffix(planned: Plan, out: Path) -> None:
     if out.suffix == SUFFIX and not is_file(planned, out):
         raise UsageError(
             "a .gguf file is written for an architecture of llama.cpp", where=str(out),
-            expected="--to gguf:ARCH, for example gguf:llama", found=f"--to {planned.target}",
+            expected="--to gguf:ARCH, for example gguf:llama",
+            found=f"a folder, of a {planned.target}",
             hint="or a folder, whose name does not end in .gguf",
         )  # fmt: skip
 
