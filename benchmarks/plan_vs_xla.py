@@ -63,7 +63,8 @@ class Pair:
         ]  # fmt: skip
 
 
-PARTS = ("--micro-batches", "2")
+PARTS, CHUNKS = ("--micro-batches", "2"), ("--chunks", "2")
+SEQUENCE = ("--rules", "fsdp,tensor-parallel,sequence-parallel")
 FACTORED = ("--optimizer", "adafactor")
 SPLIT = ("--dense-weights", "split")
 NONE, SAVE = ("--remat", "none"), ("--remat", "save")
@@ -87,6 +88,14 @@ PAIRS = {
     "dense-l": Pair("dense-l", "tpu:v6e:2x4", "data=8", 40064, (*FACTORED, *NONE)),
     "llama-parts": Pair("llama-3.1-8b", "tpu:v5p:2x2x4", "fsdp=16", 131072, PARTS),
     "llama-gpu-parts": Pair("llama-3.1-8b", "gpu:h100:8", "fsdp=8", 65536, PARTS),
+    "llama-sequence": Pair("llama-3.1-8b", "tpu:v5p:2x2x2", "fsdp=4,model=2", 32768, SEQUENCE),
+    "llama-gpu-sequence": Pair("llama-3.1-8b", "gpu:h100:8", "fsdp=4,model=2", 32768, SEQUENCE),
+    "mixtral-chunks": Pair(
+        "mixtral-8x7b", "tpu:v5p:4x4x4", "fsdp=8,expert=8", 524288, (*SPLIT, *CHUNKS)
+    ),
+    "mixtral-gpu-chunks": Pair(
+        "mixtral-8x7b", "gpu:h100:16", "fsdp=2,expert=8", 131072, (*SPLIT, *CHUNKS)
+    ),
 }
 
 

@@ -27,7 +27,7 @@ from moecc.plan.strategy import StepConfig, Strategy, step_config
 from moecc.plan.workload import Workload, workload
 from moecc.sharding.layout import Layout
 from moecc.sharding.partitions import EXPLICIT, GSPMD
-from moecc.sharding.vias import LOCAL
+from moecc.sharding.vias import BY_NAME, LOCAL
 from moecc.steps.passes import (
     Bound,
     MeshPasses,
@@ -95,7 +95,7 @@ def prepare(request: Request) -> PreparedJob:
         return of_batch(make_batch(graph, other.devices, tokens, lengths, parts))
 
     asked = Asked(machine, setting, _constraints(request, work), work, work_on)
-    strategy = _strategy(request, asked)
+    strategy = _in_chunks(request, _strategy(request, asked), work)
     pipeline = str(_passes(request.partition, setting, bound, strategy))
     step = clone(graph)
     run_passes(step, pipeline)
@@ -163,10 +163,12 @@ def _passes(
         "train" if train else "eval",
         routed=bool(layout.experts),
         bound=bound,
-        groups=layout.shards["batch"],
+        groups=layout.shards["batch"] * strategy.chunks,
         losses=losses if train and layout.experts else None,
         weighted=train and weights_rows(strategy.remat, layout.mesh.devices > 1),
-        mesh=MeshPasses(str(layout.mesh), layout.names, strategy.via, strategy.sliced)
+        mesh=MeshPasses(
+            str(layout.mesh), layout.names, strategy.via, strategy.sliced, strategy.chunks
+        )
         if is_explicit
         else None,
         remat=strategy.remat,
@@ -202,6 +204,29 @@ def _strategy(request: Request, asked: Asked) -> Strategy:
     remat = request.remat or ("full" if setting.train else "none")
     dispatch = "grouped" if work.dropless else "index"
     return Strategy(layout, via, dispatch, remat, request.sliced)
+
+
+def _in_chunks(request: Request, strategy: Strategy, work: Workload) -> Strategy:
+    """Return a strategy whose rows are exchanged in the chunks that are asked for.
+
+    Raises:
+      InputError: no slots are exchanged, or a device has no token group for each chunk.
+    """
+    if request.chunks == 1:
+        return strategy
+    way = BY_NAME.get(strategy.via)
+    if way is None or not way.is_chunked or request.partition != EXPLICIT:
+        raise InputError(
+            "slots that the graph's own collectives exchange are cut in chunks",
+            where="--chunks", expected="--via capacity", found=f"via {strategy.via}",
+        )  # fmt: skip
+    each = work.batch.sequences // strategy.layout.shards["batch"]
+    if each % request.chunks:
+        raise InputError(
+            "a device needs token groups for each chunk", where="--chunks",
+            expected=f"a divisor of {each}, the sequences of a device", found=str(request.chunks),
+        )  # fmt: skip
+    return replace(strategy, chunks=request.chunks)
 
 
 def _via(request: Request, work: Workload) -> str | None:

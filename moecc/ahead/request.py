@@ -39,6 +39,7 @@ class Request:
       partition: one of `PARTITIONS`.
       via: how tokens reach experts, of `moecc.sharding.vias.VIAS`.
       sliced: whether devices along ``model`` each send a part of a row to the experts.
+      chunks: in how many parts rows are exchanged, beside the experts' work on others.
       capacity_factor: bounds the rows of an expert.
       emit: of `EMITS`, the program that is wanted besides.
       export: whether an artefact of ``jax.export`` is.
@@ -64,6 +65,7 @@ class Request:
     partition: str = EXPLICIT
     via: str | None = None
     sliced: bool = False
+    chunks: int = 1
     capacity_factor: float | None = None
     emit: str | None = None
     export: bool = False

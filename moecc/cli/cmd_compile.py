@@ -107,6 +107,12 @@ class CompileRequest:
     slice: Annotated[
         bool, typer.Option("--slice", help="Along model, each device sends a part of a row.")
     ] = False
+    chunks: Annotated[
+        int,
+        typer.Option(
+            "--chunks", metavar="N", min=1, help="Rows are exchanged in parts, beside experts."
+        ),
+    ] = 1
     capacity_factor: Annotated[
         float | None, typer.Option("--capacity-factor", help="Bounds the rows of an expert.")
     ] = None
@@ -185,14 +191,14 @@ def ahead_request(request: CompileRequest) -> Request:
         rules=_rules(request),
         partition=request.partition.value,
         via=_value(request.via),
-        sliced=request.slice,
+        sliced=request.slice, chunks=request.chunks,
         capacity_factor=request.capacity_factor,
         emit=_value(request.emit),
         export=request.save is not None,
         load=tuple(request.load or ()),
         pipeline=_pipeline(request),
         sets=_checked_sets(request),
-    )
+    )  # fmt: skip
 
 
 def _checked_sets(request: CompileRequest) -> tuple[str, ...]:

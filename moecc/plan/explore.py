@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from moecc.errors import InputError
 from moecc.plan.batches import Batch
 from moecc.plan.context import in_context, split_batch, whole_keys
-from moecc.plan.estimate import Estimate, Estimator, PartCost
+from moecc.plan.estimate import Estimate, Estimator
 from moecc.plan.layouts import problems
 from moecc.plan.machines import Machine
 from moecc.plan.remedies import WorkOn
@@ -178,6 +178,7 @@ def _chunks(known: Known) -> Iterator[Idea]:
         yield _impossible(name, "2 chunks", "no plan that fits exchanges slots of a capacity")
         return
     one = some[0]
+    estimator = Estimator(known.work, known.machine, known.config)
     groups = known.work.batch.sequences // one.strategy.layout.shards["batch"]
     for count in (2, 4):
         how = f"{count} chunks, {one.strategy}"
@@ -185,26 +186,12 @@ def _chunks(known: Known) -> Iterator[Idea]:
             needs = f"each chunk needs token groups of its own; sequences of a device: {groups}"
             yield _impossible(name, how, needs)
             continue
-        saved = sum(part.seconds - chunked_seconds(part, count) for part in one.parts)
-        why = f"{seconds_text(saved)} of exchanges beside products of experts"
-        passes = f"-p 'expert-parallel{{via=capacity chunks={count}}}' behind annotate-sharding"
-        yield Idea(name, how, passes, True, one.seconds - saved, one.memory.total, why)
-
-
-def chunked_seconds(part: PartCost, count: int) -> float:
-    """Return the time of a part whose exchanges of rows are cut in `count` chunks.
-
-    Link and products are two machines in a row, through which equal chunks go: the first chunk is
-    waited for, and then the slower of both works without a pause (Johnson 1954).
-    """
-    rows = part.count * sum(
-        seconds for t, seconds in part.transfers if t.waits and t.op.endswith("all_to_all")
-    )
-    if not rows:
-        return part.seconds
-    local = part.local_seconds
-    chunked = (rows + local) / count + (count - 1) / count * max(rows, local)
-    return part.seconds - (rows + local - chunked)
+        cut = estimator.estimate(replace(one.strategy, chunks=count))
+        spared = f"{seconds_text(one.seconds - cut.seconds)} of exchanges beside experts"
+        mesh = ",".join(f"{n}={s}" for n, s in one.strategy.layout.mesh.axes)
+        options = f"moecc compile --mesh {mesh} --via capacity --chunks {count}"
+        idea = _idea(name, how, options, cut, known)
+        yield replace(idea, why=f"{spared}; {idea.why}")
 
 
 def _replicas(known: Known) -> Iterator[Idea]:

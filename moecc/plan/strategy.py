@@ -73,6 +73,7 @@ class Strategy:
       remat: one of `REMATS`.
       sliced: whether devices along ``model``, which have the same tokens, each send a part of a
         row to the experts.
+      chunks: in how many parts rows are exchanged, one beside the experts' work on another.
     """
 
     layout: Layout
@@ -80,6 +81,7 @@ class Strategy:
     dispatch: str = "index"
     remat: str = "full"
     sliced: bool = False
+    chunks: int = 1
 
     @property
     def in_rounds(self) -> bool:
@@ -108,5 +110,6 @@ class Strategy:
         dense += f", rules {','.join(self.layout.own)}" if self.layout.own else ""
         via = f", via {self.via}" if self.via != LOCAL else ""
         via += " in slices" if self.sliced else ""
+        via += f" in {self.chunks} chunks" if self.chunks > 1 else ""
         rows = f", {self.dispatch}" if self.layout.experts else ""
         return f"{mesh}{dense}{via}{rows}, remat {self.remat}"

@@ -31,12 +31,14 @@ class MeshPasses:
       rules: layouts by name or file.
       via: how tokens reach experts, of `moecc.sharding.vias`.
       sliced: whether devices along ``model`` each send a part of a row.
+      chunks: in how many parts rows are exchanged.
     """
 
     mesh: str
     rules: tuple[str, ...]
     via: str = LOCAL
     sliced: bool = False
+    chunks: int = 1
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,9 @@ def specialize(
 def _on_mesh(mesh: MeshPasses) -> Iterator[str]:
     yield f"annotate-sharding{{mesh={mesh.mesh} rules={','.join(mesh.rules)}}}"
     if mesh.via != LOCAL:
-        sliced = " slice=model" if mesh.sliced else ""
-        yield f"expert-parallel{{via={mesh.via}{sliced}}}"
+        options = " slice=model" if mesh.sliced else ""
+        options += f" chunks={mesh.chunks}" if mesh.chunks > 1 else ""
+        yield f"expert-parallel{{via={mesh.via}{options}}}"
     yield "lower-collectives"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from moecc.plan.batches import Batch
 from moecc.plan.collectives import Transfer
 from moecc.plan.context import in_context, split_batch, whole_keys
 from moecc.plan.estimate import PartCost
-from moecc.plan.explore import chunked_seconds
 from moecc.plan.machines import efficiency, parse_machine
 from moecc.plan.meshes import plan_mesh
 from moecc.plan.networks import HOP_SECONDS, Switch
@@ -155,10 +155,10 @@ def finished(exchange: float, products: float, chunks: int) -> float:
 def test_chunks_take_what_two_machines_in_a_row_take(rows: float, local: float, n: int) -> None:
     move = Transfer("all_to_all", ("expert",), 1.0, 1.0, "rows")
     other = Transfer("all_reduce", ("model",), 1.0, 1.0, "sums")
-    part = PartCost("ffn", 1, 0.0, 0.0, 0.0, 0.0, local, ((move, rows), (other, 0.5)))
-    assert chunked_seconds(part, n) == pytest.approx(finished(rows, local, n) + 0.5)
-    alone = PartCost("ffn", 1, 0.0, 0.0, 0.0, 0.0, local, ((other, 0.5),))
-    assert chunked_seconds(alone, n) == alone.seconds
+    part = PartCost("ffn", 1, 0.0, 0.0, 0.0, 0.0, local, ((move, rows), (other, 0.5)), n)
+    assert part.seconds == pytest.approx(finished(rows, local, n) + 0.5)
+    alone = replace(part, transfers=((other, 0.5),))
+    assert alone.seconds == pytest.approx(local + 0.5)
 
 
 # --- the report ----------------------------------------------------------------------------

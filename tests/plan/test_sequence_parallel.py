@@ -1,4 +1,4 @@
-"""Sequences sharded between products: what a plan prices is what is compiled."""
+"""Sequences sharded between products, rows in chunks: what a plan prices is what is compiled."""
 
 from __future__ import annotations
 
@@ -57,3 +57,39 @@ def test_what_is_compiled_has_the_planned_products_gathers_and_scatters(
         assert compiled[op]["bytes"] == planned[op]["bytes"]
     total = [sum(row["bytes"] for row in each.values()) for each in (compiled, planned)]
     assert total[1] == pytest.approx(total[0], rel=0.05)
+
+
+MIXTRAL = str(GOLDEN / "mixtral_gqa")
+CHUNKED = ("--via", "capacity", "--machine", "cpu:4", "--mesh", "expert=4", "--sequence", "16")
+
+
+@pytest.mark.slow
+def test_chunks_send_what_is_sent_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("optax")
+    found = {}
+    for chunks in ("1", "2"):
+        args = [*CHUNKED, "--batch-tokens", "256", "--dtype", "f32", "--chunks", chunks]
+        assert main(["compile", MIXTRAL, *args, "--format", "json"]) == 0
+        found[chunks] = json.loads(capsys.readouterr().out)
+    whole, cut = (found[n]["collectives"]["all-to-all"] for n in ("1", "2"))
+    planned = found["2"]["predicted"]
+    assert cut["runs"] == 2 * whole["runs"]
+    assert cut["bytes"] == whole["bytes"] == planned["collectives"]["all-to-all"]["bytes"]
+    assert found["2"]["flops"] == planned["flops"]
+    assert planned["seconds"] < found["1"]["predicted"]["seconds"]
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("--chunks", "3", "--batch-tokens", "256"), "a divisor of 4, the sequences of a device"),
+        (("--chunks", "2", "--via", "ring"), "slots that the graph's own collectives exchange"),
+        (("--chunks", "2", "--partition", "gspmd"), "slots that the graph's own collectives"),
+    ],
+)
+def test_what_cannot_be_chunked_says_why(
+    capsys: pytest.CaptureFixture[str], args: tuple[str, ...], says: str
+) -> None:
+    pytest.importorskip("optax")
+    assert main(["compile", MIXTRAL, *CHUNKED, *args]) == 1
+    assert says in capsys.readouterr().err
