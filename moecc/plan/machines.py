@@ -16,7 +16,7 @@ from importlib.resources import files
 from math import prod
 
 from moecc.errors import InputError, UsageError, nearest
-from moecc.plan.networks import Dim, Network, Switch, Torus
+from moecc.plan.networks import Dim, Network, Slices, Switch, Torus
 from moecc.support.untyped import Json, JsonDict
 
 KINDS = ("tpu", "gpu", "cpu")
@@ -29,6 +29,8 @@ _SHORT = re.compile(
 )
 _CORES_IN_NAMES = {"v4": 2, "v5p": 2}
 """Clouds count the cores of these, two a chip, and the chips of the others."""
+
+MOST_SLICES = 64
 
 MOST_GPUS = 1 << 13
 """Where the search for a machine that would fit ends."""
@@ -83,7 +85,7 @@ def machine_names() -> list[str]:
     """Return how machines are asked for, one line a kind."""
     chips, gpus = table()["tpu"], table()["gpu"]
     return [
-        f"tpu:{'|'.join(chips)}:TOPOLOGY",
+        f"tpu:{'|'.join(chips)}:TOPOLOGY[:SLICES]",
         f"gpu:{'|'.join(gpus)}:N",
         "cpu or cpu:N",
         "a file of your own, FILE.toml",
@@ -103,6 +105,8 @@ def parse_machine(text: str) -> Machine:
     kind, *rest = text.split(":")
     if kind == "tpu" and len(rest) == 2:
         return _tpu(text, *rest)
+    if kind == "tpu" and len(rest) == 3:
+        return _slices(text, *rest)
     if kind == "gpu" and len(rest) == 2:
         return _gpu(text, *rest)
     if kind == "cpu" and len(rest) <= 1:
@@ -165,6 +169,21 @@ def _tpu(text: str, name: str, topology: str) -> Machine:
         sources=_sources(entry),
         compiled_as=text,
     )
+
+
+def _slices(text: str, name: str, topology: str, count: str) -> Machine:
+    """Return several slices of a topology, joined by the network of the data center."""
+    entry, one = _entry(text, "tpu", name), _tpu(f"tpu:{name}:{topology}", name, topology)
+    if not _WHOLE.match(count) or int(count) > MOST_SLICES:
+        expected = f"1 to {MOST_SLICES}"
+        raise UsageError("not a number of slices", where=text, expected=expected, found=count)
+    if int(count) == 1:
+        return one
+    assert isinstance(one.network, Torus), "a slice is a torus"
+    outer = entry["scale_out_bytes_per_second"] / entry["devices_per_chip"]
+    network = Slices(int(count), one.network, outer)
+    devices = one.devices * int(count)
+    return replace(one, name=text, devices=devices, network=network, compiled_as="")
 
 
 def _wraps(entry: Json, size: int) -> bool:
@@ -267,6 +286,9 @@ def _memory_bytes() -> int:
 
 def sizes_of_kind(machine: Machine) -> Iterator[Machine]:
     """Yield the machines of the same chip, smallest first, up to the largest that there is."""
+    if isinstance(machine.network, Slices) and machine.name.startswith("tpu:"):
+        yield from _more_slices(machine.name)
+        return
     if machine.name != machine.compiled_as:
         yield from _own_sizes(machine)
         return
@@ -279,6 +301,13 @@ def sizes_of_kind(machine: Machine) -> Iterator[Machine]:
             yield parse_machine(f"gpu:{rest[0]}:{2**power}")
     else:
         yield machine
+
+
+def _more_slices(name: str) -> Iterator[Machine]:
+    """Yield one slice of a machine of several, and twice as many up to the most."""
+    one = name.rpartition(":")[0]
+    for power in range(MOST_SLICES.bit_length()):
+        yield parse_machine(f"{one}:{2**power}")
 
 
 def _own_sizes(machine: Machine) -> Iterator[Machine]:

@@ -125,6 +125,36 @@ class SwitchRoute(Route):
 
 
 @dataclass(frozen=True)
+class SlicedRoute(Route):
+    """Devices of several tori, which a network of the data center joins.
+
+    Attributes:
+      within: the route of those in one torus.
+      outer_bytes_per_second: what a device sends to other tori, and receives.
+    """
+
+    within: Route
+    outer_bytes_per_second: float
+
+    def all_gather(self, full_bytes: float) -> float:
+        """Return the seconds of an all-gather or a reduce-scatter: of the slower of both levels."""
+        inner = self.within.devices
+        outer = self.devices // inner
+        outside = full_bytes * (outer - 1) / outer / (inner * self.outer_bytes_per_second)
+        return max(self.within.all_gather(full_bytes), outside) + self._latency(outer)
+
+    def all_to_all(self, local_bytes: float) -> float:
+        """Return the seconds of an all-to-all: of the slower of both levels."""
+        share = self.within.devices / self.devices
+        outside = local_bytes * (1 - share) / self.outer_bytes_per_second
+        inside = self.within.all_to_all(local_bytes * share)
+        return max(inside, outside) + self._latency(self.devices // self.within.devices)
+
+    def _latency(self, outer: int) -> float:
+        return HOP_SECONDS * (outer > 1)
+
+
+@dataclass(frozen=True)
 class Network(ABC):
     """How the devices of a machine are joined."""
 
@@ -228,4 +258,31 @@ class Switch(Network):
                 outer,
             )
             for axes in _subsets(tuple(sizes))
+        }
+
+
+@dataclass(frozen=True)
+class Slices(Network):
+    """Several equal tori: full links within one, a network of the data center between them.
+
+    Attributes:
+      count: how many.
+      torus: one of them.
+      outer_bytes_per_second: what a device sends to other tori.
+    """
+
+    count: int
+    torus: Torus
+    outer_bytes_per_second: float
+
+    def routes(self, sizes: dict[str, int]) -> dict[tuple[str, ...], Route]:
+        """Lay axes on tori: the outermost axis goes across them first."""
+        room, inner = self.count, {}
+        for name, size in sizes.items():
+            across = gcd(room, size)
+            room //= across
+            inner[name] = size // across
+        return {
+            axes: SlicedRoute(prod(sizes[a] for a in axes), within, self.outer_bytes_per_second)
+            for axes, within in self.torus.routes(inner).items()
         }

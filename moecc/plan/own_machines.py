@@ -13,7 +13,7 @@ from pathlib import Path
 from moecc.checkpoint.files import read_utf8
 from moecc.errors import InputError, Problem, UsageError
 from moecc.plan.machines import Machine, parse_machine
-from moecc.plan.networks import Dim, Network, Switch, Torus
+from moecc.plan.networks import Network, Slices, Switch, Torus
 from moecc.support.parse_units import count_bytes
 from moecc.toml.fields import FieldReader
 from moecc.toml.parse import parse_toml
@@ -58,6 +58,7 @@ class OwnMachine:
       memory_bytes_per_second: what the memory moves.
       link_bytes_per_second: what a device sends to its neighbours, in one direction.
       node_bytes_per_second: what a whole node sends to other nodes.
+      slice_bytes_per_second: what a device of a TPU of several slices sends to other slices.
       peak_flops: FLOP/s by element type.
       source: where the numbers come from, for the report.
     """
@@ -70,6 +71,7 @@ class OwnMachine:
     memory_bytes_per_second: float = 0.0
     link_bytes_per_second: float = 0.0
     node_bytes_per_second: float = 0.0
+    slice_bytes_per_second: float = 0.0
     peak_flops: Peaks = field(default_factory=Peaks)
     source: str = ""
 
@@ -144,6 +146,8 @@ def _unsaid(own: OwnMachine) -> Iterator[tuple[str, Problem]]:
         "link_bytes_per_second": own.link_bytes_per_second,
         "peak_flops": own.peak_flops.f32,
     }  # fmt: skip
+    if own.slice_bytes_per_second:
+        yield "slice_bytes_per_second", Problem("only TPUs have slices", expected='like = "tpu:…"')
     if own.devices_per_node and own.devices_per_node < own.devices:
         needed["node_bytes_per_second"] = own.node_bytes_per_second
     expected = {"kind": "gpu | cpu", "peak_flops": "f32 at least"}
@@ -160,6 +164,10 @@ def _said_by_name(own: OwnMachine, base: Machine) -> Iterator[tuple[str, Problem
     if own.kind is not Kind.unsaid:
         yield "kind", Problem("said twice", found=f"like = {own.like!r} is a {base.kind}")
     keys = {"tpu": ("devices", "devices_per_node", "node_bytes_per_second"), "cpu": ("devices",)}
+    if own.slice_bytes_per_second and not isinstance(base.network, Slices):
+        expected = 'several slices, like = "tpu:v5p:4x4x4:2"'
+        problem = Problem("the machine has one slice", expected=expected, found=own.like)
+        yield "slice_bytes_per_second", problem
     for key in keys.get(base.kind, ()):
         if getattr(own, key):
             example = {"tpu": "tpu:v5e:4x4", "cpu": "cpu:8"}[base.kind]
@@ -208,8 +216,12 @@ def _nothing(kind: str) -> Machine:
 def _network(own: OwnMachine, base: Machine) -> Network:
     network, link = base.network, own.link_bytes_per_second
     if isinstance(network, Torus):
-        return Torus(tuple(_relinked(network.dims, link))) if link else network
-    assert isinstance(network, Switch), "there are two kinds of networks"
+        return _relinked(network, link) if link else network
+    if isinstance(network, Slices):
+        torus = _relinked(network.torus, link) if link else network.torus
+        outer = own.slice_bytes_per_second or network.outer_bytes_per_second
+        return replace(network, torus=torus, outer_bytes_per_second=outer)
+    assert isinstance(network, Switch), "there are three kinds of networks"
     devices, per_node = _nodes(own, base)
     link = link or network.link_bytes_per_second
     return Switch(
@@ -218,12 +230,17 @@ def _network(own: OwnMachine, base: Machine) -> Network:
     )  # fmt: skip
 
 
-def _relinked(dims: tuple[Dim, ...], link: float) -> Iterator[Dim]:
-    """Yield the rows of a torus with other links between chips; those within a chip stay."""
-    between = min(dim.link_bytes_per_second for dim in dims)
-    for dim in dims:
-        is_between = dim.link_bytes_per_second == between
-        yield replace(dim, link_bytes_per_second=link) if is_between else dim
+def _relinked(torus: Torus, link: float) -> Torus:
+    """Return a torus with other links between chips; those within a chip stay."""
+    between = min(dim.link_bytes_per_second for dim in torus.dims)
+    return Torus(
+        tuple(
+            replace(dim, link_bytes_per_second=link)
+            if dim.link_bytes_per_second == between
+            else dim
+            for dim in torus.dims
+        )
+    )
 
 
 def _bytes(text: str) -> int | None:

@@ -17,7 +17,7 @@ from moecc.ir.mesh import Mesh
 from moecc.plan.estimate import Estimate, Estimator
 from moecc.plan.layouts import problems
 from moecc.plan.machines import Machine, sizes_of_kind
-from moecc.plan.networks import Switch, Torus
+from moecc.plan.networks import Slices, Switch, Torus
 from moecc.plan.parts import Part, Weight
 from moecc.plan.strategy import REMATS, StepConfig, Strategy
 from moecc.plan.workload import Workload
@@ -148,13 +148,12 @@ def staged(
     Raises:
       InputError: the layers or devices do not divide, or nothing fits.
     """
-    part = part_of_machine(machine, stages)
     ends = [stage_work(work, stages, last=last) for last in (False, True)]
     found = [
         one
         for mesh in stage_meshes(like.layout.mesh, stages)
         for remat in REMATS
-        if (one := _on(ends, part, config, _strategy(like, mesh, remat), stages)) is not None
+        if (one := _on(ends, machine, config, _strategy(like, mesh, remat), stages)) is not None
     ]
     fitting = [one for one in found if one.total_bytes <= machine.usable_bytes]
     if not fitting:
@@ -170,10 +169,10 @@ def _strategy(like: Strategy, mesh: Mesh, remat: str) -> Strategy:
 
 
 def _on(
-    ends: list[Workload], part: Machine, config: StepConfig, strategy: Strategy, stages: int
+    ends: list[Workload], machine: Machine, config: StepConfig, strategy: Strategy, stages: int
 ) -> Staged | None:
     """Return a step whose stages use a strategy; None where it is not legal."""
-    layout = strategy.layout
+    layout, part = strategy.layout, part_of_machine(machine, stages)
     if any(problems(layout, ends[0])) or not _reaches(strategy):
         return None
     estimates = [Estimator(work, part, config).estimate(strategy) for work in ends]
@@ -184,7 +183,7 @@ def _on(
     sent = _boundary_bytes(ends[0], layout, config)
     return Staged(
         stages, config.micro_batches, max(estimates, key=lambda e: e.seconds),
-        sent / _link(part), most,
+        sent / _link(part, machine), most,
     )  # fmt: skip
 
 
@@ -201,11 +200,14 @@ def _boundary_bytes(work: Workload, layout: Layout, config: StepConfig) -> float
     return elements / layout.shards["seq"] * config.dtype.itemsize_bytes
 
 
-def _link(part: Machine) -> float:
+def _link(part: Machine, machine: Machine) -> float:
     """Return the bytes per second that a device sends to the same one of the next stage."""
-    network = part.network
+    network, whole = part.network, machine.network
+    if isinstance(whole, Slices):
+        # Stages are cut along the slices first.
+        return whole.outer_bytes_per_second
     if isinstance(network, Torus):
-        return min(dim.link_bytes_per_second for dim in network.dims) if network.dims else 1.0
-    assert isinstance(network, Switch), "there are two kinds of networks"
+        return min(dim.link_bytes_per_second for dim in network.dims)
+    assert isinstance(network, Switch), "slices are of tori"
     between = network.node_bytes_per_second / network.per_node
     return between if part.devices >= network.per_node else network.link_bytes_per_second

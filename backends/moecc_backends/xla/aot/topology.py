@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from moecc.ahead.compile_in_subprocess import environment
 from moecc.errors import MachineError, UsageError
 from moecc.plan.machines import Machine
+from moecc.plan.networks import Slices
 from moecc.support.extras import install_hint
 from moecc_backends.xla.aot.gpus import description
 
@@ -71,6 +72,11 @@ def require(machine: Machine) -> None:
       MachineError: an extra is missing; with what to install.
       UsageError: the chip of a user's own machine is not known.
     """
+    if isinstance(machine.network, Slices):
+        raise UsageError(
+            "steps on several slices are planned, and not compiled",
+            where=machine.name, expected=f"one slice, {machine.name.rpartition(':')[0]}",
+        )  # fmt: skip
     if not machine.compiled_as:
         raise UsageError(
             "nothing is known of this machine's chip that a program could be compiled for",

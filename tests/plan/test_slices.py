@@ -1,0 +1,96 @@
+"""Several slices of TPUs: the same within one, and the data center's network between them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import moecc
+from moecc.cli.main import main
+from moecc.errors import InputError, UsageError
+from moecc.plan.machines import parse_machine, sizes_of_kind
+from moecc.plan.networks import HOP_SECONDS, Slices
+from moecc.plan.own_machines import find_machine
+from moecc.plan.stages import part_of_machine
+
+ONE, TWO = parse_machine("tpu:v5p:2x2x4"), parse_machine("tpu:v5p:2x2x4:2")
+OUTER = 6.25e9
+BYTES = 1e9
+
+
+def test_two_slices_are_twice_the_devices_of_one() -> None:
+    assert (ONE.devices, TWO.devices) == (16, 32)
+    assert parse_machine("tpu:v5p:2x2x4:1") == ONE
+    assert TWO.usable_bytes == ONE.usable_bytes
+    # The two devices of a chip of v4 share its link to other slices.
+    network = parse_machine("tpu:v4:2x2x1:2").network
+    assert isinstance(network, Slices)
+    assert network.outer_bytes_per_second == OUTER / 2
+    assert [m.devices for m in sizes_of_kind(TWO)][:3] == [16, 32, 64]
+    assert part_of_machine(TWO, 2).name == "tpu:v5p:2x2x4"
+
+
+def test_an_axis_within_a_slice_takes_the_time_of_one_slice() -> None:
+    alone, both = ONE.network.routes({"fsdp": 16}), TWO.network.routes({"data": 2, "fsdp": 16})
+    inner = both["fsdp",]
+    assert inner.all_gather(BYTES) == alone["fsdp",].all_gather(BYTES)
+    assert inner.all_to_all(BYTES) == alone["fsdp",].all_to_all(BYTES)
+
+
+def test_an_axis_across_slices_takes_the_time_of_their_links() -> None:
+    route = TWO.network.routes({"data": 2, "fsdp": 16})["data",]
+    # Of two halves each device sends one.
+    assert route.all_gather(BYTES) == pytest.approx(BYTES / 2 / OUTER + HOP_SECONDS)
+    assert route.all_to_all(BYTES) == pytest.approx(BYTES / 2 / OUTER + HOP_SECONDS)
+
+
+def test_a_group_across_slices_takes_the_time_of_the_slower_level() -> None:
+    route, alone = TWO.network.routes({"fsdp": 32})["fsdp",], ONE.network.routes({"fsdp": 16})
+    # Sixteen devices together fetch the half that their slice has not.
+    outside, inside = BYTES / 2 / (16 * OUTER), alone["fsdp",].all_gather(BYTES)
+    assert route.all_gather(BYTES) == pytest.approx(max(outside, inside) + HOP_SECONDS)
+    # Half of the rows of a device go to the other slice.
+    outside, inside = BYTES / 2 / OUTER, alone["fsdp",].all_to_all(BYTES / 2)
+    assert outside > inside
+    assert route.all_to_all(BYTES) == pytest.approx(outside + HOP_SECONDS)
+
+
+def test_a_plan_keeps_exchanges_within_slices() -> None:
+    model = moecc.open("preset:mixtral-8x7b")
+    given = {"mesh": "fsdp=4,expert=8", "via": "ragged", "remat": "full"}
+    best = model.plan("tpu:v5p:2x2x4:2", **given).best
+    across = model.plan("tpu:v5p:2x2x4:2", mesh="expert=8,fsdp=4", via="ragged", remat="full").best
+    times = [b["collectives"]["ragged_all_to_all"]["seconds"] for b in (best, across)]
+    assert times[0] * 2 < times[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("tpu:v5p:2x2x4:0", "not a number of slices"),
+        ("tpu:v5p:2x2x4:99", "1 to 64"),
+        ("tpu:v5p:2x2x5:2", "no topology"),
+        ("tpu:v5q:2x2x4:2", "did you mean"),
+    ],
+)
+def test_what_are_no_slices(name: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        parse_machine(name)
+
+
+def test_a_file_says_how_slices_are_joined(tmp_path: Path) -> None:
+    file = tmp_path / "ours.toml"
+    file.write_text('like = "tpu:v5p:2x2x4:2"\nslice_bytes_per_second = 1e9\n')
+    network = find_machine(str(file)).network
+    assert isinstance(network, Slices)
+    assert network.outer_bytes_per_second == 1e9
+    file.write_text('like = "tpu:v5p:2x2x4"\nslice_bytes_per_second = 1e9\n')
+    with pytest.raises(InputError, match="the machine has one slice"):
+        find_machine(str(file))
+
+
+def test_several_slices_are_not_compiled(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("jax")
+    assert main(["compile", "preset:smollm2-135m", "--machine", "tpu:v5e:2x4:2"]) == 2
+    assert "planned, and not compiled" in capsys.readouterr().err
