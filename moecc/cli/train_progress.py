@@ -67,13 +67,10 @@ class TrainProgress(Closing):
     def _stepped(self, event: Stepped) -> None:
         for alarm in self._watch(event.step, event.metrics):
             self._say(f"alarm: {alarm}")
-        # Of a run that goes on, the first step is not all that was done before.
-        before = self._tokens or event.tokens * (1 - 1 / max(event.step, 1))
-        tokens, self._tokens = event.tokens - before, event.tokens
-        rate = tokens / max(event.seconds, 1e-9)
-        weight = _FORGETTING if self._rate else 0.0
-        self._rate = weight * self._rate + (1 - weight) * rate
-        self._step_seconds = weight * self._step_seconds + (1 - weight) * event.seconds
+        is_first = not self._tokens
+        tokens, self._tokens = event.tokens - self._tokens, event.tokens
+        if not is_first:
+            self._keep_pace(tokens, event.seconds)
         now = time.monotonic()
         wait = _REFRESH_SECONDS if self._is_live else LINE_SECONDS
         if now - self._shown_seconds < wait and event.step != self._steps:
@@ -81,16 +78,23 @@ class TrainProgress(Closing):
         self._shown_seconds = now
         loss = event.metrics.get("loss")
         shown = f"{loss:.4f}" if isinstance(loss, float) else str(loss)
-        left = _duration((self._steps - event.step) * self._step_seconds)
-        text = (
-            f"step {event.step:,} of {self._steps:,}  loss {shown}  "
-            f"{count_text(round(self._rate))} tokens/s{self._share()}  {left} left"
-        )
+        pace = f"{_duration(event.seconds)} with its compilation" if is_first else self._pace(event)
+        text = f"step {event.step:,} of {self._steps:,}  loss {shown}  {pace}"
         if not self._is_live:
             say(text)
             return
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
         self._is_open = True
+
+    def _keep_pace(self, tokens: int, seconds: float) -> None:
+        """Let a step, but for the first, count for the rate."""
+        weight = _FORGETTING if self._rate else 0.0
+        self._rate = weight * self._rate + (1 - weight) * tokens / max(seconds, 1e-9)
+        self._step_seconds = weight * self._step_seconds + (1 - weight) * seconds
+
+    def _pace(self, event: Stepped) -> str:
+        left = _duration((self._steps - event.step) * self._step_seconds)
+        return f"{count_text(round(self._rate))} tokens/s{self._share()}  {left} left"
 
     def _share(self) -> str:
         """Return which share of a plan's tokens a second is reached, if there is a plan."""

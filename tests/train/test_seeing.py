@@ -157,9 +157,14 @@ def test_event_files_have_what_passed_by(tmp_path: Path) -> None:
 def test_progress_says_which_share_of_a_plan_is_reached(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    # A run that goes on after 1,000 steps of 512 tokens.
+    # A run that goes on after 999 steps of 512 tokens.
     for predicted, share in ((2048.0, " (50% of the plan)"), (None, "")):
         with TrainProgress(1001, predicted=predicted) as progress:
+            # The first step of a process is compiled first, and says nothing of the rest.
+            progress(Stepped(1000, {"loss": 1.7}, 1000 * 512, 90.0))
             progress(Stepped(1001, {"loss": 1.5}, 1001 * 512, 0.5))
         said = capsys.readouterr().err
-        assert said == f"step 1,001 of 1,001  loss 1.5000  1.0 K tokens/s{share}  0 s left\n"
+        assert said == (
+            "step 1,000 of 1,001  loss 1.7000  1 min 30 s with its compilation\n"
+            f"step 1,001 of 1,001  loss 1.5000  1.0 K tokens/s{share}  0 s left\n"
+        )
