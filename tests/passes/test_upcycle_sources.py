@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+import moecc
 from moecc.backend import get_backend
 from moecc.cli.main import main
 from moecc.errors import InputError, UsageError
@@ -166,6 +167,10 @@ def test_an_adapter_of_another_base_writes_nothing(
     assert not out.exists()
     assert main([*words, "--allow-other-base"]) == 0
     assert "--allow-other-base" in (out / "README.md").read_text()
+    with pytest.raises(InputError, match="of another model"):
+        moecc.open(SOURCE, experts={"a": adapter})
+    opened = moecc.open(SOURCE, experts={"a": adapter}, allow_other_base=True)
+    assert opened.upcycle(experts=2, top_k=1, sources="base,a").facts.expert_layers
 
 
 def test_tokenizers_that_differ(tmp_path: Path) -> None:
