@@ -42,6 +42,7 @@ class Predicted(TypedDict):
     seconds: float
     mfu: float
     collectives: Mapping[str, Mapping[str, float]]
+    overlap: Mapping[str, Mapping[str, float]]
 
 
 class CompileReport(TypedDict):
@@ -74,6 +75,7 @@ class CompileReport(TypedDict):
     flops: int
     model_flops: float
     collectives: Mapping[str, Mapping[str, int]]
+    overlap: Mapping[str, Mapping[str, int]]
     unknown_loops: int
     opaque: Mapping[str, int]
     predicted: Predicted

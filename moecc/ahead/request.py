@@ -123,6 +123,8 @@ class Result:
       flops: of one device: dots and convolutions, two for each multiplication.
       collectives: by kind the ``count``, ``runs`` and ``bytes`` of one device's program, and
         ``worst_bytes`` where the routing decides.
+      overlap: by kind the ``overlapped_bytes`` that the schedule has beside products, and the
+        ``exposed_bytes``.
       unknown_loops: loops of which is not known how often they run; they count once.
       opaque: kernels whose multiplications are not known, by name.
       program: what was to be emitted.
@@ -137,6 +139,7 @@ class Result:
     available_bytes: int | None = None
     flops: int = 0
     collectives: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    overlap: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     unknown_loops: int = 0
     opaque: Mapping[str, int] = field(default_factory=dict)
     program: str = ""

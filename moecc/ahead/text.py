@@ -107,3 +107,13 @@ def _collectives(data: CompileReport) -> Iterator[str]:
         if "worst_bytes" in total:
             worst = size_text(total["worst_bytes"])
             yield f"      balanced: where all rows go to one device, {worst}"
+    yield from _overlap(data)
+
+
+def _overlap(data: CompileReport) -> Iterator[str]:
+    """Yield how much of the collectives is beside products, and how much is waited for."""
+    pairs = (data["overlap"], data["predicted"]["overlap"])
+    beside, planned = (sum(k["overlapped_bytes"] for k in kinds.values()) for kinds in pairs)
+    exposed, waiting = (sum(k["exposed_bytes"] for k in kinds.values()) for kinds in pairs)
+    yield f"    {'beside products':<37}{size_text(beside):>12}{size_text(planned):>12}"
+    yield f"    {'exposed':<37}{size_text(exposed):>12}{size_text(waiting):>12}"

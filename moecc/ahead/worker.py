@@ -87,6 +87,7 @@ def report(request: Request, prepared: PreparedJob, result: Result) -> CompileRe
         "flops": result.flops,
         "model_flops": estimate.model_flops / job.machine.devices,
         "collectives": {kind: dict(total) for kind, total in result.collectives.items()},
+        "overlap": {kind: dict(total) for kind, total in result.overlap.items()},
         "unknown_loops": result.unknown_loops,
         "opaque": dict(result.opaque),
         "predicted": {
@@ -102,6 +103,7 @@ def report(request: Request, prepared: PreparedJob, result: Result) -> CompileRe
                 op.replace("_", "-"): {"count": c["count"], "bytes": c["tensor_bytes"]}
                 for op, c in estimate.collectives.items()
             },
+            "overlap": {op.replace("_", "-"): o for op, o in estimate.overlap.items()},
         },
     }
 

@@ -15,6 +15,7 @@ from math import prod
 
 from moecc_backends.xla.aot.convolutions import convolution_flops
 from moecc_backends.xla.aot.hlo import Computation, Instruction, Module, parse_hlo
+from moecc_backends.xla.aot.overlap import overlapped
 from moecc_backends.xla.aot.pallas import pallas_flops
 from moecc_backends.xla.trace.rounds_scope import most_rounds
 
@@ -45,6 +46,7 @@ class Collective:
       source: what it was traced from.
       worst_times: how often it runs at most, where a loop has one turn if a routing is balanced.
       chain: what its parts have in common, where a TPU computes between them; else empty.
+      is_overlapped: whether the schedule has products between its start and its end.
     """
 
     kind: str
@@ -55,6 +57,7 @@ class Collective:
     source: str
     chain: str = ""
     worst_times: int = 1
+    is_overlapped: bool = False
 
     @property
     def total_bytes(self) -> int:
@@ -96,6 +99,15 @@ class Census:
             totals[kind]["worst_bytes"] = sum(worst)
         return dict(sorted(totals.items()))
 
+    def overlap(self) -> dict[str, dict[str, int]]:
+        """Return for each kind the bytes ``overlapped_bytes`` beside products, and the exposed."""
+        totals: dict[str, dict[str, int]] = {}
+        for found in self.collectives:
+            empty = {"overlapped_bytes": 0, "exposed_bytes": 0}
+            key = "overlapped_bytes" if found.is_overlapped else "exposed_bytes"
+            totals.setdefault(found.kind, empty)[key] += found.total_bytes
+        return dict(sorted(totals.items()))
+
 
 def census(program: str | Module) -> Census:
     """Count what the optimised HLO `program` does on one device.
@@ -120,8 +132,8 @@ class _Counter:
         """Return the census of one run of the computation `name`."""
         if name not in self._done:
             where = self._module.computations[name]
-            parts = [part for made in where for part in self._parts(where, made)]
-            self._done[name] = _sum(parts)
+            made = {i.name: list(self._parts(where, i)) for i in where}
+            self._done[name] = _sum(_scheduled(where, made))
         return self._done[name]
 
     def _parts(self, where: Computation, made: Instruction) -> Iterator[Census]:
@@ -136,7 +148,7 @@ class _Counter:
             yield self._loop(where, made)
         elif made.opcode == "conditional":
             yield max(map(self.of, made.called), key=_weight)
-        elif made.opcode in ("fusion", "call", "async-start"):
+        elif made.opcode in ("fusion", "call", "async-start", "call-start"):
             yield from map(self._called, made.called)
 
     def _called(self, name: str) -> Census:
@@ -165,6 +177,27 @@ class _Counter:
             body.unknown_loops + (times is None and rounds is None),
             Counter({target: n * turns for target, n in body.opaque.items()}),
         )
+
+
+def _scheduled(where: Computation, made: dict[str, list[Census]]) -> list[Census]:
+    """Return the parts of a computation, by instruction, its collectives marked as scheduled."""
+    chains = {
+        i.name: found.chain
+        for i in where
+        if i.opcode == "fusion"
+        for part in made[i.name]
+        for found in part.collectives
+        if found.chain
+    }
+    multiplying = {n for n, parts in made.items() if any(p.flops or p.opaque for p in parts)}
+    beside = overlapped(where, chains, multiplying)
+    return [
+        replace(
+            part, collectives=tuple(replace(c, is_overlapped=True) for c in part.collectives)
+        ) if name in beside else part
+        for name, parts in made.items()
+        for part in parts
+    ]  # fmt: skip
 
 
 def _sum(parts: list[Census]) -> Census:

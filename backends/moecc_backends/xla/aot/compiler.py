@@ -66,6 +66,7 @@ def _result(compiled: Compiled, program: str, artefact: bytes) -> Result:
         needed_bytes=compiled.memory.peak,
         flops=found.flops,
         collectives=found.by_kind(),
+        overlap=found.overlap(),
         unknown_loops=found.unknown_loops,
         opaque=found.opaque,
         program=program,
