@@ -13,6 +13,7 @@ from moecc.plan.attention import passes_of_products
 from moecc.plan.collectives import Transfer, seconds, sent_bytes
 from moecc.plan.machines import Machine, efficiency
 from moecc.plan.memory import Memory, memory, optimizer_bytes
+from moecc.plan.overlap import overlap
 from moecc.plan.part_traffic import PARAMETERS
 from moecc.plan.parts import Part, Step
 from moecc.plan.sharding import Sharded, Sharding, Values
@@ -41,6 +42,7 @@ class PartCost:
       local_seconds: both: of each operation the longer.
       transfers: their collectives, with seconds, of one part.
       chunks: in how many parts rows are exchanged.
+      in_layer: whether they are parts of layers.
     """
 
     name: str
@@ -52,6 +54,7 @@ class PartCost:
     local_seconds: float
     transfers: tuple[tuple[Transfer, float], ...]
     chunks: int = 1
+    in_layer: bool = True
 
     @property
     def waiting_seconds(self) -> float:
@@ -154,6 +157,16 @@ class Estimate:
                 row["sent_bytes"] += times * sent_bytes(transfer.op, devices, transfer.tensor_bytes)
                 row["seconds"] += part.count * each
         return found
+
+    @property
+    def overlap(self) -> dict[str, dict[str, float]]:
+        """The bytes of collectives beside products and those exposed, see `overlap`."""
+        moved = (
+            (t, part.count * t.times * t.tensor_bytes, part.in_layer)
+            for part in self.parts
+            for t, _ in part.transfers
+        )
+        return overlap(self.machine, moved)
 
     @cached_property
     def by_kind(self) -> dict[str, float]:
@@ -281,6 +294,7 @@ class Estimator:
             local_seconds=part.count * both,
             transfers=self._timed(found, local),
             chunks=strategy.chunks,
+            in_layer=part.in_layer,
         )
 
     def _work(self, step: Step, passes: float) -> float:

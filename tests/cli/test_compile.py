@@ -49,6 +49,14 @@ def test_a_training_step_is_what_the_plan_foretold(moecc: Moecc, partition: str)
     assert memory["outputs_bytes"] - memory["aliased_bytes"] < 1024
     assert found["collectives"]["all-to-all"]["runs"] >= 4
     assert found["unknown_loops"] == 0
+    for overlap, collectives, key in (
+        (found["overlap"], found["collectives"], "bytes"),
+        (found["predicted"]["overlap"], found["predicted"]["collectives"], "bytes"),
+    ):
+        # XLA's CPU compiler has nothing beside products.
+        bytes_of = {kind: row["exposed_bytes"] for kind, row in overlap.items()}
+        assert bytes_of == {kind: pytest.approx(row[key]) for kind, row in collectives.items()}
+        assert all(row["overlapped_bytes"] == 0 for row in overlap.values())
     assert "capacity factor of 1.25" in done.err
     assert (found["partition"], found["via"], found["sliced"]) == (partition, "capacity", False)
 
