@@ -267,7 +267,7 @@ def test_the_choice_by_platform_and_shape() -> None:
         (ragged, routing(64, 8, None), "tpu", "ragged_dot"),
         (ragged, routing(64, 8, None), "gpu", "grouped"),
         (ragged, routing(1, 8, None), "tpu", "gathered"),
-        (ragged, routing(4, 8, None), "cpu", "used"),
+        (ragged, routing(4, 8, None), "cpu", "grouped"),
         (ragged, routing(5, 8, None), "cpu", "grouped"),
         (ragged, routing(1, 64, None), "cpu", "grouped"),
         (bound, routing(64, 8, 20), "cpu", "gather"),
@@ -276,6 +276,11 @@ def test_the_choice_by_platform_and_shape() -> None:
     ]
     for place, routed, platform, expected in cases:
         assert choose(place, routed, Options(platform=platform), jnp.float32) == expected
+    session = Options(platform="cpu", in_place=True)
+    listed = [(4, 8, "used"), (5, 8, "grouped"), (1, 64, "grouped")]
+    for tokens, experts, expected in listed:
+        found = choose(ragged, routing(tokens, experts, None), session, jnp.float32)
+        assert found == expected, "experts are read in place"
 
 
 def ragged_products(platform: str) -> list[str]:

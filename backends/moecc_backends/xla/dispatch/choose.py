@@ -116,7 +116,7 @@ def choose(slots: Value, routing: Routing, options: Options, dtype: jax.typing.D
         few = min(_FEW_CHOICES, routing.num_experts)
         if options.target != "cpu" and routing.num_choices <= few:
             return "gathered"
-        if options.target == "cpu" and _is_a_step(routing):
+        if options.target == "cpu" and options.in_place and _is_a_step(routing):
             return "used"
     return "grouped" if why_no_kernel(options.target, dtype) else "ragged_dot"
 

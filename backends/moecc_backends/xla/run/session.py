@@ -7,7 +7,7 @@ from the session and makes anew is donated: XLA writes into the same memory.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -87,7 +87,8 @@ class XlaSession:
         spent = [v for v in segment.inputs if v not in given]
         key = (*segment.key, tuple(segment.inputs.index(v) for v in spent))
         if key not in self._compiled:
-            function = segment_function(segment, [*spent, *given], self.dtype, self.options)
+            options = replace(self.options, in_place=True)
+            function = segment_function(segment, [*spent, *given], self.dtype, options)
             self._compiled[key] = jax.jit(function, donate_argnums=0)
         weights = [self._weight(v) for v in segment.params]
         arrays = [alive[v] for v in spent], [alive[v] for v in given], weights

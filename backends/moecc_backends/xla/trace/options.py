@@ -25,6 +25,7 @@ class Options:
       platform: one of `PLATFORMS`; None for that of the devices at hand.
       attention: one of `ATTENTIONS`, or ``auto``.
       poison: fill padding rows, which have no token, with NaN, to see that nothing reads them.
+      in_place: whether every expert has arrays of its own, which are read where they are.
 
     Raises:
       UsageError: there is no such lowering, kernel or platform.
@@ -34,6 +35,7 @@ class Options:
     platform: str | None = None
     attention: str = AUTO
     poison: bool = False
+    in_place: bool = False
 
     def __post_init__(self) -> None:
         problems = _unknown("dispatch lowering", self.dispatch, (AUTO, *DISPATCHES))
