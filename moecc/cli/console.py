@@ -155,12 +155,21 @@ class Bar(Closing):
 
     def _open(self, total: int) -> tuple[Progress, TaskID]:
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         columns = [TextColumn("{task.description}"), BarColumn()]
         if self._unit_bytes:
             columns.append(DownloadColumn())
-        progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        # What is left, at the rate of the last minute: disks slow down when their cache is full.
+        columns.append(TimeRemainingColumn())
+        console = Console(stderr=True)
+        progress = Progress(*columns, console=console, transient=True, speed_estimate_period=60)
         task = progress.add_task(self._title, total=total)
         progress.start()
         return progress, task
