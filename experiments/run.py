@@ -107,7 +107,7 @@ class Lab:
         return out
 
     def dense(self, seed: int, decoder: str = "") -> Path:
-        """Return the dense model of a seed; `decoder` is the folder of a config, if not the small."""
+        """Return the dense model of a seed; `decoder` is the folder of another config."""
         seeds = (f"model.seed={seed}", f"data.seed={seed}")
         source = f"model.source={HERE / decoder if decoder else DECODER}"
         name = "-".join(["dense", *filter(None, [decoder]), str(seed)])
