@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from moecc_backends.xla.backend import function, jax_inputs
+from moecc_backends.xla.lower import scan
 from moecc_backends.xla.lower.reductions import softmax
 
 from moecc.backend import get_backend
@@ -114,6 +115,24 @@ def test_what_is_kept_changes_no_gradient(remat: str, save: tuple[str, ...]) -> 
         scale = float(jnp.abs(array).max())
         assert scale > 1e-3, name
         np.testing.assert_allclose(found[name], array, atol=1e-5 * scale)
+
+
+def unrolled(graph: Graph) -> int:
+    """Return how many runs are written out for one of the loop."""
+    jaxpr = jax.make_jaxpr(function(graph))(*data(graph))
+    loop = next(e for e in jaxpr.eqns if e.primitive.name == "scan")
+    return int(loop.params["unroll"])
+
+
+def test_runs_with_large_weights_are_compiled_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, expected = scanned(), gradients("none", ())
+    assert unrolled(graph) == 1, "small weights are copied"
+    monkeypatch.setattr(scan, "UNROLLED_BYTES", 0)
+    assert unrolled(graph) == RUNS
+    assert unrolled(scanned("full")) == 1, "what is computed again is a loop"
+    for name, array in gradients.__wrapped__("none", ()).items():
+        scale = float(jnp.abs(expected[name]).max())
+        np.testing.assert_allclose(array, expected[name], atol=1e-5 * scale)
 
 
 def saved(remat: str, save: tuple[str, ...] = ()) -> int:
