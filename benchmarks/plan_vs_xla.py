@@ -86,6 +86,15 @@ PAIRS = {
     ),
     "t5-xxl": Pair("t5-xxl", "tpu:v5p:2x2x4", "fsdp=16", 80128, FACTORED),
     "dense-l": Pair("dense-l", "tpu:v6e:2x4", "data=8", 40064, (*FACTORED, *NONE)),
+    "smollm2-gpu-parts": Pair("smollm2-135m", "gpu:h100:8", "data=8", 65536, PARTS, (2048,)),
+    "smollm2-gpu-sequence": Pair(
+        "smollm2-135m", "gpu:h100:6", "data=2,model=3", 24576,
+        ("--rules", "data-parallel,tensor-parallel,sequence-parallel"), (3072,),
+    ),
+    "smollm2-gpu-chunks": Pair(
+        "smollm2-135m", "gpu:h100:8", "expert=8", 65536,
+        ("-p", "upcycle{experts=8 top-k=2}", "--via", "capacity", *CHUNKS), (2048,),
+    ),
     "llama-parts": Pair("llama-3.1-8b", "tpu:v5p:2x2x4", "fsdp=16", 131072, PARTS),
     "llama-gpu-parts": Pair("llama-3.1-8b", "gpu:h100:8", "fsdp=8", 65536, PARTS),
     "llama-sequence": Pair("llama-3.1-8b", "tpu:v5p:2x2x2", "fsdp=4,model=2", 32768, SEQUENCE),
@@ -96,7 +105,7 @@ PAIRS = {
     "mixtral-gpu-chunks": Pair(
         "mixtral-8x7b", "gpu:h100:16", "fsdp=2,expert=8", 131072, (*SPLIT, *CHUNKS)
     ),
-}
+}  # fmt: skip
 
 
 def figures(found: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:

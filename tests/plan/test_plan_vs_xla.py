@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from moecc.model.open import open_model
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
 from moecc.plan.batches import make_batch
 from moecc.plan.layouts import check_layout
 from moecc.plan.machines import parse_machine
@@ -76,6 +78,9 @@ def test_there_are_eight_pairs_and_each_can_be_laid_out(benchmark: Any) -> None:
     assert len(benchmark.PAIRS) >= benchmark.LEAST
     for pair in benchmark.PAIRS.values():
         graph, machine = open_model(f"preset:{pair.model}").graph, parse_machine(pair.machine)
+        if "-p" in pair.options:
+            passes = pair.options[pair.options.index("-p") + 1]
+            run_pipeline(graph, Pipeline.parse(passes))
         batch = make_batch(graph, machine.devices, pair.batch_tokens, pair.lengths)
         work, mesh = workload(graph, batch), plan_mesh(pair.mesh)
         check_devices(mesh, machine.devices, machine.name)
