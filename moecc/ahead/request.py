@@ -43,6 +43,7 @@ class Request:
       capacity_factor: bounds the rows of an expert.
       emit: of `EMITS`, the program that is wanted besides.
       export: whether an artefact of ``jax.export`` is.
+      overlap: whether the compiler is to have collectives beside products.
       load: files with families and passes of the user's own.
       pipeline: passes that are run before those of the step.
       sets: settings of the optimizer, ``optimizer.key=value``.
@@ -69,6 +70,7 @@ class Request:
     capacity_factor: float | None = None
     emit: str | None = None
     export: bool = False
+    overlap: bool = False
     load: tuple[str, ...] = ()
     pipeline: str = ""
     sets: tuple[str, ...] = ()
@@ -97,6 +99,7 @@ class Job:
       export: whether an artefact of ``jax.export`` is.
       partition: one of `PARTITIONS`.
       update: the optimizer of a training step and its settings; None for the forward pass.
+      overlap: whether the compiler is to have collectives beside products.
     """
 
     machine: Machine
@@ -107,6 +110,7 @@ class Job:
     export: bool = False
     partition: str = EXPLICIT
     update: OptimizerSection | None = None
+    overlap: bool = False
 
 
 @dataclass(frozen=True)

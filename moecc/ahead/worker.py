@@ -103,7 +103,7 @@ def report(request: Request, prepared: PreparedJob, result: Result) -> CompileRe
                 op.replace("_", "-"): {"count": c["count"], "bytes": c["tensor_bytes"]}
                 for op, c in estimate.collectives.items()
             },
-            "overlap": {op.replace("_", "-"): o for op, o in estimate.overlap.items()},
+            "overlap": {op.replace("_", "-"): o for op, o in estimate.overlap(job.overlap).items()},
         },
     }
 

@@ -113,6 +113,9 @@ class CompileRequest:
             "--chunks", metavar="N", min=1, help="Rows are exchanged in parts, beside experts."
         ),
     ] = 1
+    overlap: Annotated[
+        bool, typer.Option("--overlap", help="Collectives beside products, for more memory.")
+    ] = False
     capacity_factor: Annotated[
         float | None, typer.Option("--capacity-factor", help="Bounds the rows of an expert.")
     ] = None
@@ -194,7 +197,7 @@ def ahead_request(request: CompileRequest) -> Request:
         sliced=request.slice, chunks=request.chunks,
         capacity_factor=request.capacity_factor,
         emit=_value(request.emit),
-        export=request.save is not None,
+        export=request.save is not None, overlap=request.overlap,
         load=tuple(request.load or ()),
         pipeline=_pipeline(request),
         sets=_checked_sets(request),

@@ -158,15 +158,15 @@ class Estimate:
                 row["seconds"] += part.count * each
         return found
 
-    @property
-    def overlap(self) -> dict[str, dict[str, float]]:
-        """The bytes of collectives beside products and those exposed, see `overlap`."""
+    def overlap(self, is_asked: bool) -> dict[str, dict[str, float]]:
+        """Return the bytes of collectives beside products and those exposed, see `overlap`."""
+        size = self.strategy.layout.size
         moved = (
-            (t, part.count * t.times * t.tensor_bytes, part.in_layer)
+            (t, part.count * t.times * t.tensor_bytes, part.in_layer, size(t.axes))
             for part in self.parts
             for t, _ in part.transfers
         )
-        return overlap(self.machine, moved)
+        return overlap(self.machine, moved, is_asked)
 
     @cached_property
     def by_kind(self) -> dict[str, float]:

@@ -12,6 +12,7 @@ from moecc.sharding.partitions import GSPMD
 from moecc.steps.spec import StepSpec
 from moecc.support.extras import install_hint
 from moecc_backends.xla.aot.census import census
+from moecc_backends.xla.aot.overlap_options import overlap_options
 from moecc_backends.xla.aot.program import (
     Compiled,
     DoesNotFit,
@@ -46,7 +47,8 @@ def compile_ahead(graph: Graph, job: Job) -> Result:
     program = lowered.as_text() if job.emit == "stablehlo" else ""
     artefact = _exported(step, job) if job.export else b""
     try:
-        compiled = compile_lowered(lowered, seconds, job.machine)
+        options = overlap_options(job.machine) if job.overlap else {}
+        compiled = compile_lowered(lowered, seconds, job.machine, options)
     except DoesNotFit as error:
         took = time.perf_counter() - start - seconds
         return Result(

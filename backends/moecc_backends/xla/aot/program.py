@@ -6,7 +6,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from jax.stages import Lowered, Wrapped
@@ -106,15 +106,20 @@ def compile_ahead(function: Wrapped, arguments: Sequence[PyTree], machine: Machi
     return compile_lowered(lowered, lowered_seconds, machine)
 
 
-def compile_lowered(lowered: Lowered, lowered_seconds: float, machine: Machine) -> Compiled:
-    """Compile what `lower` returned.
+def compile_lowered(
+    lowered: Lowered,
+    lowered_seconds: float,
+    machine: Machine,
+    options: Mapping[str, str] | None = None,
+) -> Compiled:
+    """Compile what `lower` returned, with `options` of XLA.
 
     Raises:
       DoesNotFit: a device has not enough memory.
     """
     start = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=dict(options or {}) or None)
     except RuntimeError as error:
         raise refusal(error) from None
     seconds = time.perf_counter() - start

@@ -14,7 +14,6 @@ from moecc.ir.graph import Graph
 from moecc.steps.spec import StepSpec
 from moecc.types.dtypes import KEY
 from moecc_backends.xla.trace.typed_jax import Devices, PyTree, abstract_array
-from moecc_backends.xla.train.compiler_options import compiler_options
 from moecc_backends.xla.train.evaluation import abstract_arrays
 from moecc_backends.xla.train.gradients import input_types
 from moecc_backends.xla.train.shardings import step_shardings
@@ -52,5 +51,4 @@ def make_step(graph: Graph, spec: StepSpec, devices: Devices) -> AbstractStep:
     inputs = abstract_arrays(input_types(graph), spec, where)
     key = abstract_array((), jax.random.key(0).dtype, where.whole)
     inputs |= {n: key for n, v in graph.inputs.items() if v.type.dtype == KEY}
-    run = jax.jit(where.model(graph), compiler_options=compiler_options(devices))
-    return AbstractStep(run, (params, inputs))
+    return AbstractStep(jax.jit(where.model(graph)), (params, inputs))

@@ -24,7 +24,6 @@ from moecc.steps.spec import StepSpec
 from moecc.train.recipe import OptimizerSection
 from moecc.types.tensor import TensorType
 from moecc_backends.xla.trace.typed_jax import Devices, PyTree, abstract_array, partition_spec
-from moecc_backends.xla.train.compiler_options import compiler_options
 from moecc_backends.xla.train.evaluation import (
     Evaluation,
     abstract_arrays,
@@ -52,14 +51,12 @@ class TrainStep:
       spec: what decides the step besides.
       where: how and where it is lowered.
       evaluation: of the same parameters, if there is one.
-      compiler_options: of XLA; None for its own.
     """
 
     graph: Graph
     spec: StepSpec
     where: StepShardings
     evaluation: Evaluation | None = None
-    compiler_options: dict[str, str] | None = None
 
     # --- what there is
 
@@ -179,10 +176,7 @@ class TrainStep:
     def function(self) -> PyTree:
         """The jitted step ``(state, batch, key, rate) → (state, metrics)``; it takes the state."""
         kept = jax.tree.map(lambda a: a.sharding, self.abstract_state)
-        return jax.jit(
-            self.pure, donate_argnums=(0,), out_shardings=(kept, None),
-            compiler_options=self.compiler_options,
-        )  # fmt: skip
+        return jax.jit(self.pure, donate_argnums=(0,), out_shardings=(kept, None))
 
     def step(
         self, state: State, batch: Arrays, key: jax.Array, rate: jax.Array | float
@@ -294,5 +288,4 @@ def make_train_step(
     """
     check_trainable(graph)
     judge = None if evaluation is None else make_evaluation(evaluation, spec, devices)
-    where = step_shardings(graph, spec, devices)
-    return TrainStep(graph, spec, where, judge, compiler_options(devices))
+    return TrainStep(graph, spec, step_shardings(graph, spec, devices), judge)

@@ -1,14 +1,15 @@
 """Options of XLA by which collectives run beside computation, for the chips where they do.
 
 Options are no stable interface: other versions of a compiler lack some, and reject a program for
-it.  So they are set for the versions and chips alone with which they were tried.
+it.  So they are set for the versions and chips alone with which they were tried, and only where
+overlap is asked for.
 """
 
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-from moecc_backends.xla.trace.typed_jax import Devices
+from moecc.plan.machines import Machine
 
 TRIED = "0.0.42"
 """The versions of libtpu begin with this that take these options."""
@@ -28,14 +29,18 @@ SPARSE_CORES = {
 }
 """Reductions by the cores that a chip has for embeddings, while the others multiply."""
 
-BY_KIND = {"TPU v5": {**ASYNC_GATHERS, **SPARSE_CORES}}
-"""Options by kind of device, as jax calls it; "TPU v5" is v5p."""
+BY_CHIP = {"tpu:v5p": {**ASYNC_GATHERS, **SPARSE_CORES}}
+"""Options by the beginning of the names of machines."""
 
 
-def compiler_options(devices: Devices) -> dict[str, str] | None:
-    """Return the options for a program over `devices`; None for the compiler's own."""
-    found = BY_KIND.get(devices[0].device_kind) if len(devices) > 1 else None
-    return found if found and _libtpu().startswith(TRIED) else None
+def overlap_options(machine: Machine) -> dict[str, str]:
+    """Return the options for a program for `machine`; none where the compiler's own do.
+
+    They cost memory, and their programs have run on no device yet, so they are asked for.
+    """
+    name = machine.compiled_as or machine.name
+    found = next((o for chip, o in BY_CHIP.items() if name.startswith(chip)), None)
+    return dict(found) if found and _libtpu().startswith(TRIED) else {}
 
 
 def _libtpu() -> str:
