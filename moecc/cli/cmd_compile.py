@@ -114,7 +114,7 @@ class CompileRequest:
         ),
     ] = 1
     overlap: Annotated[
-        bool, typer.Option("--overlap", help="Collectives beside products, for more memory.")
+        bool, typer.Option("--overlap", help="For v5p: gathers and reductions beside products.")
     ] = False
     capacity_factor: Annotated[
         float | None, typer.Option("--capacity-factor", help="Bounds the rows of an expert.")

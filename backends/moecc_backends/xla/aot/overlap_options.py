@@ -36,7 +36,7 @@ BY_CHIP = {"tpu:v5p": {**ASYNC_GATHERS, **SPARSE_CORES}}
 def overlap_options(machine: Machine) -> dict[str, str]:
     """Return the options for a program for `machine`; none where the compiler's own do.
 
-    They cost memory, and their programs have run on no device yet, so they are asked for.
+    Their programs have run on no device yet, so they are asked for.
     """
     name = machine.compiled_as or machine.name
     found = next((o for chip, o in BY_CHIP.items() if name.startswith(chip)), None)
