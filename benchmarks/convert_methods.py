@@ -53,7 +53,7 @@ class Method:
       branches: what ``--experts`` names besides: ``models`` or ``adapters``.
       is_timed: whether it takes turns with a raw copy.
       after: the method whose output is the source.
-      captured: of which locations statistics are taken first, of a few tokens.
+      is_captured: whether statistics of the last five layers are taken first, of a few tokens.
     """
 
     passes: str
@@ -62,10 +62,9 @@ class Method:
     branches: str = ""
     is_timed: bool = False
     after: str = ""
-    captured: str = ""
+    is_captured: bool = False
 
 
-_LAST = "layers.8[0-4].*"
 _BRANCHES = "sources=base,a,b,c,base,a,b,c rest=mean"
 METHODS = {
     "copy": Method("upcycle{experts=8 top-k=2}", is_timed=True),
@@ -80,7 +79,7 @@ METHODS = {
         "upcycle{experts=8 top-k=2 split=activation router-init=ridge layers=last:5}",
         to="ernie4_5_moe",
         sources=5,
-        captured=_LAST,
+        is_captured=True,
     ),
     "shared": Method("upcycle{experts=8 top-k=2 shared=0.5}", to="qwen2_moe", sources=2),
     "grow": Method("upcycle{experts=4 top-k=1},grow"),
@@ -245,8 +244,10 @@ class Sources:
         job = "source" if kind == "models" else "adapter"
         return self._made(self.work / f"{kind}-{name}", job, self.layers)
 
-    def captured(self, source: Path, where: str) -> Path:
-        """Return statistics of a few tokens."""
+    def captured(self, source: Path, times: int) -> Path:
+        """Return statistics of a few tokens, of the last five layers; `times` is 5."""
+        tens, ones = divmod(self.layers * times - 5, 10)
+        where = f"layers.{tens or ''}[{ones}-{ones + 4}].*"
         tokens, out = self.work / "tokens", self.work / "captured"
         moecc = [sys.executable, "-m", "moecc"]
         text = [__file__, "--tokenizer", "bytes", "--out", str(tokens)]
@@ -276,8 +277,8 @@ def run(name: str, sources: Sources, pairs: int, *, keep: Path | None = None) ->
         branch = sources.branch(method.branches, letter)
         command += ["--experts", f"{letter}={branch}"]
         read += weights(branch)
-    if method.captured:
-        captured = sources.captured(source, method.captured)
+    if method.is_captured:
+        captured = sources.captured(source, method.sources)
         command += ["--capture", str(captured)]
         read += weights(captured)
     found = Measured(name, sum(p.stat().st_size for p in read))
