@@ -1,4 +1,4 @@
-"""A family of your own, in a file of your own: OPT, which moecc does not have.
+"""A family of your own, in a file of your own: BioGPT, which moecc does not have.
 
     moecc inspect FOLDER --load examples/my_family.py
     moecc convert FOLDER OUT -p 'upcycle{experts=8}' --to st_moe --load examples/my_family.py
@@ -22,43 +22,43 @@ from moecc.families.parameters import Parameters, float32_of
 from moecc.ir import I32, Builder, Graph, Value, tensor
 
 SIZES = (
-    "hidden_size", "ffn_dim", "num_hidden_layers", "num_attention_heads",
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "max_position_embeddings",
 )  # fmt: skip
-NAMES = TensorNames(embedding="model.decoder.embed_tokens.weight")
+NAMES = TensorNames(embedding="biogpt.embed_tokens.weight", head="output_projection.weight")
 FIRST_POSITION = 2
 """The row of the table of positions that the first token has."""
+EPS = 1e-5
+"""Of the norms; transformers has a key for it in the config, and does not read it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptConfig(ModelConfig):
-    """An OPT whose norms come first, with biases, and with the embedding as its head."""
+class BioGptConfig(ModelConfig):
+    """A BioGPT: norms first, biases, learned positions, and the embedding as its head."""
 
-    model_type: ClassVar[str] = "opt"
-    architecture: ClassVar[str] = "OPTForCausalLM"
+    model_type: ClassVar[str] = "biogpt"
+    architecture: ClassVar[str] = "BioGptForCausalLM"
     kind: ClassVar[str] = "a decoder with layer norms"
     defaults: ClassVar[Mapping[str, object]] = {
-        "vocab_size": 50_272,
-        "hidden_size": 768,
-        "ffn_dim": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "max_position_embeddings": 2048,
-        "activation_function": "relu",
-        "do_layer_norm_before": True,
+        "vocab_size": 42_384,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "max_position_embeddings": 1024,
+        "hidden_act": "gelu",
+        "scale_embedding": True,
         "tie_word_embeddings": True,
-        "enable_bias": True,
-        "layer_norm_elementwise_affine": True,
-        "word_embed_proj_dim": None,
         "initializer_range": 0.02,
     }
 
     hidden_size: int
-    ffn_dim: int
+    intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
     max_position_embeddings: int
-    activation_function: str = "relu"
+    hidden_act: str = "gelu"
+    scale_embedding: bool = True
     tie_word_embeddings: ClassVar[bool] = True
 
     @property
@@ -68,24 +68,20 @@ class OptConfig(ModelConfig):
 
     @classmethod
     def _read(cls, reader: Reader) -> dict[str, object]:
-        for key in (
-            "do_layer_norm_before", "tie_word_embeddings", "enable_bias",
-            "layer_norm_elementwise_affine",
-        ):  # fmt: skip
-            if not reader.flag(key):
-                reader.refuse(key, "this kind of OPT is not supported", expected="true")
-        values = {name: reader.size(name) for name in SIZES}
-        if reader.value("word_embed_proj_dim") not in (None, values["hidden_size"]):
-            what = "embeddings of another width than the model's are not supported"
-            expected = f"{values['hidden_size']}"
-            reader.refuse("word_embed_proj_dim", what, expected=expected)
-        act = read_activation(reader, "activation_function")
-        return {**super()._read(reader), **values, "activation_function": act}
+        if not reader.flag("tie_word_embeddings"):
+            what = "a BioGPT with an output matrix of its own is not supported"
+            reader.refuse("tie_word_embeddings", what, expected="true")
+        reader.value("layer_norm_eps")  # every key has to be read; see EPS
+        return {
+            **super()._read(reader),
+            **{name: reader.size(name) for name in SIZES},
+            "hidden_act": read_activation(reader, "hidden_act"),
+            "scale_embedding": reader.flag("scale_embedding"),
+        }
 
     def _write(self) -> dict[str, object]:
-        names = (*SIZES, "activation_function", "tie_word_embeddings")
-        fixed = {"do_layer_norm_before": True, "word_embed_proj_dim": self.hidden_size}
-        return {**{name: getattr(self, name) for name in names}, **fixed}
+        names = (*SIZES, "hidden_act", "scale_embedding", "tie_word_embeddings")
+        return {name: getattr(self, name) for name in names}
 
     def checks(self) -> Iterator[KeyProblem]:
         """Yield inconsistent values."""
@@ -93,23 +89,25 @@ class OptConfig(ModelConfig):
             keys = ("hidden_size", "num_attention_heads")
             found = f"{self.hidden_size} and {self.num_attention_heads}"
             yield key_problem("the heads do not divide the width", None, found, *keys)
-        yield from activation_problem(self.activation_function, "activation_function")
+        yield from activation_problem(self.hidden_act)
         yield from super().checks()
 
 
-def build_opt(config: OptConfig, request: GraphRequest) -> Graph:
+def build_biogpt(config: BioGptConfig, request: GraphRequest) -> Graph:
     """Return the graph from ``tokens : i32[batch, seq]`` to ``logits : f32[batch, seq, vocab]``."""
-    attrs = {"family": "opt", "config": config.to_json(), "checkpoint": request.checkpoint}
-    graph = Graph("opt", attrs)
-    blocks = Blocks(Builder(graph), Parameters(graph, NAMES, request.dtype_of or float32_of), 1e-5)
+    attrs = {"family": "biogpt", "config": config.to_json(), "checkpoint": request.checkpoint}
+    graph = Graph("biogpt", attrs)
+    blocks = Blocks(Builder(graph), Parameters(graph, NAMES, request.dtype_of or float32_of), EPS)
     builder, width = blocks.builder, config.hidden_size
     tokens = graph.input("tokens", tensor(I32, batch=request.batch, seq=request.seq))
     with builder.at("embed"):
         words = blocks.params.plain(NAMES.embedding, "embed", vocab=config.vocab_size, embed=width)
         hidden = builder.embedding(words, tokens, axis="vocab", name="hidden")
+        if config.scale_embedding:
+            hidden = builder.scale(hidden, by=width**0.5)
         positions = builder.positions(tokens, axis="seq", name="positions")
         count = config.max_position_embeddings + FIRST_POSITION
-        name = "model.decoder.embed_positions.weight"
+        name = "biogpt.embed_positions.weight"
         table = blocks.params.plain(name, "embed", position=count, embed=width)
         table = builder.slice(table, axis="position", start=FIRST_POSITION, stop=count)
         hidden = builder.add(hidden, builder.embedding(table, positions, axis="position"))
@@ -117,14 +115,14 @@ def build_opt(config: OptConfig, request: GraphRequest) -> Graph:
     for layer in range(config.num_hidden_layers):
         hidden = _layer(blocks, config, hidden, layer, seen)
     with builder.at("norm"):
-        hidden = blocks.norm(hidden, "model.decoder.final_layer_norm")
+        hidden = blocks.norm(hidden, "biogpt.layer_norm")
     with builder.at("head"):
         graph.set_output("logits", builder.contract(hidden, words, over="embed", name="logits"))
     return graph
 
 
-def _layer(blocks: Blocks, config: OptConfig, hidden: Value, layer: int, seen: Value) -> Value:
-    builder, prefix = blocks.builder, f"model.decoder.layers.{layer}."
+def _layer(blocks: Blocks, config: BioGptConfig, hidden: Value, layer: int, seen: Value) -> Value:
+    builder, prefix = blocks.builder, f"biogpt.layers.{layer}."
     with builder.at(f"layers.{layer}.attention"):
         x = blocks.norm(hidden, f"{prefix}self_attn_layer_norm")
         names = {axis: f"{prefix}self_attn.{axis}_proj" for axis in ("q", "k", "v", "out")}
@@ -138,8 +136,8 @@ def _layer(blocks: Blocks, config: OptConfig, hidden: Value, layer: int, seen: V
     with builder.at(f"layers.{layer}.ffn"):
         x = blocks.norm(hidden, f"{prefix}final_layer_norm")
         up, down = f"{prefix}fc1", f"{prefix}fc2"
-        made = blocks.two_layers(x, up, down, config.activation_function, config.ffn_dim)
+        made = blocks.two_layers(x, up, down, config.hidden_act, config.intermediate_size)
         return builder.add(hidden, made, name="hidden")
 
 
-OPT = Family(OptConfig, build_opt, NAMES)
+BIOGPT = Family(BioGptConfig, build_biogpt, NAMES)

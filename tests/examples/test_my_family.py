@@ -25,7 +25,7 @@ from tests.train.tiny import make_recipe
 
 ROOT = Path(__file__).parents[2]
 FILE = str(ROOT / "examples" / "my_family.py")
-OPT = Path(__file__).parent / "opt"
+BIOGPT = Path(__file__).parent / "biogpt"
 
 
 @pytest.fixture(autouse=True)
@@ -43,23 +43,23 @@ def families() -> Iterator[None]:
 
 
 def logits(model: str, tmp_path: Path, *options: str) -> np.ndarray:
-    """Return what the command `run` gives for the tokens of OPT, in float64."""
+    """Return what the command `run` gives for the tokens of BioGPT, in float64."""
     out = tmp_path / "made.npy"
-    words = ["--inputs", str(OPT / "tokens.npy"), "--outputs", str(out), "--force", *options]
+    words = ["--inputs", str(BIOGPT / "tokens.npy"), "--outputs", str(out), "--force", *options]
     assert main(["run", model, "--backend", "reference", *words]) == 0
     made: np.ndarray = np.load(out)
     return made
 
 
 def test_the_logits_are_those_of_transformers(tmp_path: Path) -> None:
-    made = logits(str(OPT), tmp_path, "--load", FILE)
-    np.testing.assert_allclose(made, np.load(OPT / "logits.npy"), atol=2e-7)
+    made = logits(str(BIOGPT), tmp_path, "--load", FILE)
+    np.testing.assert_allclose(made, np.load(BIOGPT / "logits.npy"), atol=2e-7)
 
 
 @pytest.mark.slow
 def test_it_is_upcycled_and_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A pass of one's own, too; and a run that was stopped goes on."""
-    model = shutil.copytree(OPT, tmp_path / "model")
+    model = shutil.copytree(BIOGPT, tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(
         json.dumps({**config, "vocab_size": 384, "max_position_embeddings": 64})
@@ -85,16 +85,16 @@ def test_it_is_written_as_itself_and_upcycled(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     load, same, sparse = ("--load", FILE), tmp_path / "same", str(tmp_path / "sparse")
-    assert main(["convert", str(OPT), str(same), "-p", "", "--to", "opt", *load]) == 0
-    written, stored = (load_file(f / "model.safetensors") for f in (same, OPT))
+    assert main(["convert", str(BIOGPT), str(same), "-p", "", "--to", "biogpt", *load]) == 0
+    written, stored = (load_file(f / "model.safetensors") for f in (same, BIOGPT))
     assert written.keys() == stored.keys()
     assert all(np.array_equal(written[name], stored[name]) for name in stored)
     upcycle = ("-p", "upcycle{experts=2 top-k=2}", "--to", "st_moe")
-    assert main(["convert", str(OPT), sparse, *upcycle, *load]) == 0
+    assert main(["convert", str(BIOGPT), sparse, *upcycle, *load]) == 0
     made = logits(sparse, tmp_path, "--load", FILE)
-    np.testing.assert_allclose(made, np.load(OPT / "logits.npy"), atol=2e-6)
+    np.testing.assert_allclose(made, np.load(BIOGPT / "logits.npy"), atol=2e-6)
     capsys.readouterr()
-    assert main(["plan", str(OPT), "--machine", "cpu:2", *load]) == 0
+    assert main(["plan", str(BIOGPT), "--machine", "cpu:2", *load]) == 0
     assert "on cpu:2" in capsys.readouterr().out
 
 
@@ -150,7 +150,7 @@ def test_a_graph_without_a_family(tmp_path: Path, capsys: pytest.CaptureFixture[
             "def build(config, request):\n  return config.nothing\n"
             "from dataclasses import dataclass\n"
             "@dataclass(frozen=True, kw_only=True)\nclass C(LlamaConfig):\n"
-            "  model_type = 'opt'\n  architecture = 'OPTForCausalLM'\nF = Family(C, build)",
+            "  model_type = 'biogpt'\n  architecture = 'BioGptForCausalLM'\nF = Family(C, build)",
             1,
             "own.py:4: AttributeError",
         ),
@@ -160,7 +160,7 @@ def test_a_graph_without_a_family(tmp_path: Path, capsys: pytest.CaptureFixture[
             "def build(config, request):\n  raise SystemExit(0)\n"
             "from dataclasses import dataclass\n"
             "@dataclass(frozen=True, kw_only=True)\nclass C(LlamaConfig):\n"
-            "  model_type = 'opt'\n  architecture = 'OPTForCausalLM'\nF = Family(C, build)",
+            "  model_type = 'biogpt'\n  architecture = 'BioGptForCausalLM'\nF = Family(C, build)",
             1,
             "own.py:4: SystemExit: 0",
         ),
@@ -169,15 +169,18 @@ def test_a_graph_without_a_family(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_faults_of_a_file_are_its_authors(
     text: str, code: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = tmp_path / "own.py"
+    file, model = tmp_path / "own.py", shutil.copytree(BIOGPT, tmp_path / "model")
     file.write_text(text)
-    assert main(["inspect", str(OPT), "--load", str(file)]) == code
+    config = json.loads((model / "config.json").read_text())
+    del config["layer_norm_eps"]  # which a llama does not have
+    (model / "config.json").write_text(json.dumps(config))
+    assert main(["inspect", str(model), "--load", str(file)]) == code
     assert words in capsys.readouterr().err
 
 
 def test_a_package_adds_its_families(monkeypatch: pytest.MonkeyPatch) -> None:
     load_families([FILE])
-    assert parse.CONFIGS.pop("opt").model_type == "opt"
+    assert parse.CONFIGS.pop("biogpt").model_type == "biogpt"
     point = EntryPoint("llama", f"{__name__}:AGAIN", parse.ENTRY_POINT)
     monkeypatch.setattr(EntryPoint, "load", lambda self: Family(parse.CONFIGS["mistral"]))
     monkeypatch.setattr(parse, "entry_points", lambda group: [point])

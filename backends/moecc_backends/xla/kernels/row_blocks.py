@@ -90,6 +90,7 @@ def zeros_after(value: jax.Array, shape: tuple[int, ...], dtype: DTypeLike, salt
     NaN and equal to `salt`, and a different `salt` keeps zeros of the same shape apart.
     They also vary over the mesh axes that `value` does, as the carry of a loop must.
     """
-    first = load(store(value)[(0,) * value.ndim], value.dtype)
+    # Without elements there is a sum, at least, which varies likewise.
+    first = load(store(value)[(0,) * value.ndim], value.dtype) if value.size else value.sum()
     never = (first != first) & (first == salt)
     return jnp.broadcast_to(never.astype(dtype), shape)

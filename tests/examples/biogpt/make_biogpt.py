@@ -1,10 +1,10 @@
-"""Write the small OPT of ``test_my_family.py`` and its logits: torch and transformers 5."""
+"""Write the small BioGPT of ``test_my_family.py`` and its logits: torch and transformers 5."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import BioGptConfig, BioGptForCausalLM
 
 HERE = Path(__file__).parent
 
@@ -12,11 +12,11 @@ HERE = Path(__file__).parent
 def main() -> None:
     """Write the folder, tokens, and logits in float64."""
     torch.manual_seed(0)
-    config = OPTConfig(
-        vocab_size=40, hidden_size=12, ffn_dim=20, num_hidden_layers=2, num_attention_heads=3,
-        max_position_embeddings=16, word_embed_proj_dim=12,
+    config = BioGptConfig(
+        vocab_size=40, hidden_size=12, intermediate_size=20, num_hidden_layers=2,
+        num_attention_heads=3, max_position_embeddings=16,
     )  # fmt: skip
-    model = OPTForCausalLM(config)
+    model = BioGptForCausalLM(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(HERE)
