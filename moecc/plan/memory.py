@@ -35,8 +35,8 @@ class Memory:
       parameters: the parameters.
       gradients: their gradients, in the type of the computation, and the sums of them over
         micro-batches, or those in a wider type that are reduced.
-      copies: the parameters of layers in the type of the computation, where they are wider; but
-        a training step, except on GPUs, casts a layer at a time.
+      copies: of a forward pass the parameters of layers in the type of the computation, where they
+        are wider; a training step casts a layer at a time.
       optimizer: what the optimizer keeps.
       activations: what the backward pass keeps.
       buffers: what lives for a moment: a layer being computed, gathered parameters, logits.
@@ -102,8 +102,7 @@ def memory(
     return Memory(
         parameters=stored * wide,
         gradients=stored * _gradient_width(config),
-        # XLA for GPUs casts all layers before the loop, whatever is written in it.
-        copies=of_layers * width if width < wide and (kind == "gpu" or not training) else 0.0,
+        copies=of_layers * width if width < wide and not training else 0.0,
         optimizer=optimizer_bytes(work, config, local, kind) if training else 0.0,
         activations=_kept(work, local.values, strategy) * width if training else 0.0,
         buffers=_zeros(work, local, kind) * width
