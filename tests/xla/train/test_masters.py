@@ -70,6 +70,25 @@ def test_no_copy_of_all_layers_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(stacked_casts(step_of())) > 3
 
 
+def test_no_run_of_a_loop_keeps_a_cast_parameter() -> None:
+    from moecc_backends.xla.lower.scan import _worth_keeping
+    from moecc_backends.xla.trace.masters import Master
+
+    def run(x: Any, weight: Master) -> tuple[Any, tuple[()]]:
+        return jax.numpy.tanh(x @ weight.cast()), ()
+
+    def loss(slope: Any, stored: Any, x: Any) -> Any:
+        step = jax.checkpoint(run, policy=_worth_keeping, prevent_cse=False)
+        return jax.lax.scan(step, x, Master(stored, slope))[0].sum()
+
+    narrow = partial(jax.numpy.ones, dtype=jax.numpy.bfloat16)
+    given = narrow((5, 8, 8)), jax.numpy.ones((5, 8, 8)), narrow((4, 8))
+    loops = [e for e in jax.make_jaxpr(jax.grad(loss))(*given).eqns if e.primitive.name == "scan"]
+    forward = [str(v.aval) for v in loops[0].outvars]
+    assert "bfloat16[5,4,8]" in forward
+    assert "bfloat16[5,8,8]" not in forward
+
+
 def test_without_a_loop_or_a_narrower_type_nothing_is_kept_as_stored() -> None:
     for step in (step_of(dtype=F32), step_of(weight_dtype=BF16)):
         kind = step.spec.weight_dtype.numpy

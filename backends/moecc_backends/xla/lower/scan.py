@@ -47,6 +47,8 @@ _CHEAP = frozenset({
 """Primitives of jax whose results are made again from values of the graph: gathers of parameters,
 and what XLA fuses into its user."""
 
+_CASTS = frozenset({"reduce_precision", "convert_element_type"})
+
 UNROLLED_BYTES, UNROLLED_NODES = 1 << 25, 1024
 """On a CPU runs are compiled one by one that read at least so many bytes of stacked weights, and
 have at most so many nodes together.  A loop copies the weights of each run out of the stack, and
@@ -163,8 +165,12 @@ def _remembering(node: Node) -> Remembering | None:
 def _worth_keeping(primitive: jax.extend.core.Primitive, *_: object, **params: object) -> bool:
     """Whether a run of a loop that computes nothing dear again keeps what `primitive` makes.
 
-    Values of the graph are kept by their names, and between them what is not cheap.
+    Values of the graph are kept by their names, and between them what is not cheap.  A cast with a
+    gradient of its own, that of a parameter, is cheap: else every run would keep a copy of its own.
     """
+    whole = params.get("call_jaxpr")
+    if isinstance(whole, jax.extend.core.ClosedJaxpr):
+        return not {e.primitive.name for e in whole.jaxpr.eqns} <= _CASTS
     return primitive.name not in _CHEAP
 
 
