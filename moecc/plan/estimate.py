@@ -13,7 +13,7 @@ from moecc.plan.attention import passes_of_products
 from moecc.plan.collectives import Transfer, seconds, sent_bytes
 from moecc.plan.machines import Machine, efficiency
 from moecc.plan.memory import Memory, memory, optimizer_bytes
-from moecc.plan.overlap import overlap
+from moecc.plan.overlap import PartTransfers, overlap
 from moecc.plan.part_traffic import PARAMETERS
 from moecc.plan.parts import Part, Step
 from moecc.plan.sharding import Sharded, Sharding, Values
@@ -160,13 +160,13 @@ class Estimate:
 
     def overlap(self, is_asked: bool) -> dict[str, dict[str, float]]:
         """Return the bytes of collectives beside products and those exposed, see `overlap`."""
-        size = self.strategy.layout.size
-        moved = (
-            (t, part.count * t.times * t.tensor_bytes, part.in_layer, size(t.axes))
-            for part in self.parts
-            for t, _ in part.transfers
+        parts = (
+            PartTransfers(
+                p.name.rpartition(".")[0], p.count, p.in_layer, [t for t, _ in p.transfers]
+            )
+            for p in self.parts
         )
-        return overlap(self.machine, moved, is_asked)
+        return overlap(self.machine, parts, is_asked)
 
     @cached_property
     def by_kind(self) -> dict[str, float]:

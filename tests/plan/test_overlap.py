@@ -45,3 +45,18 @@ def test_parameters_of_layers_are_beside_products_where_compilers_do_so(
         # The embedding and the head are outside of the loop over layers.
         assert found[op]["exposed_bytes"] > 0
     assert found["all_to_all"]["overlapped_bytes"] == 0 < found["all_to_all"]["exposed_bytes"]
+
+
+@pytest.mark.parametrize("machine", ["tpu:v5p:2x2x2", "gpu:h100:8"])
+def test_the_first_gather_of_a_layer_has_no_product_before_it(machine: str) -> None:
+    estimate = planned(machine)
+    gathers = {
+        part.name: [t for t, _ in part.transfers if t.op == "all_gather"] for part in estimate.parts
+    }
+    (attention,) = (p for p in estimate.parts if p.name == "layers.attention")
+    first = min(gathers["layers.attention"], key=lambda t: t.tensor_bytes)
+    # Before the loop and behind it, and of each layer one, there and back.
+    outside = sum(t.tensor_bytes * t.times for n in ("embed", "head") for t in gathers[n])
+    expected = outside + attention.count * first.times * first.tensor_bytes
+    assert estimate.overlap(True)["all_gather"]["exposed_bytes"] == pytest.approx(expected)
+    assert first.times == 2

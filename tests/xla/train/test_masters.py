@@ -70,6 +70,23 @@ def test_no_copy_of_all_layers_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(stacked_casts(step_of())) > 3
 
 
+@pytest.mark.parametrize("mesh", ["one device", "dropless"])
+def test_on_a_mesh_loops_take_parameters_as_they_are_stored(mesh: str) -> None:
+    """Else the TPU compiler copies those of all layers before the loop, in another layout."""
+    step = step_of(mesh)
+    text = step.function.lower(*step.arguments).as_text()
+    fixed = re.findall(r"@LayoutConstraint\(.*?result_layouts = \[(.*?)\].*?-> tensor<(\w+)>", text)
+    matrices = [
+        v for v in step.graph.params.values() if gradients.is_cast_by_layer(v) and v.type.rank > 2
+    ]
+    of_matrices = [(layout, kind) for layout, kind in fixed if kind.count("x") > 1]
+    assert (len(of_matrices) >= len(matrices) > 3) is (mesh != "one device")
+    assert all(kind.endswith("xf32") for _, kind in fixed)
+    for layout, kind in fixed:
+        order = [int(n) for n in re.findall(r"\d+", layout.split(":")[0])]
+        assert order == list(reversed(range(kind.count("x"))))
+
+
 def test_no_run_of_a_loop_keeps_a_cast_parameter() -> None:
     from moecc_backends.xla.lower.scan import _worth_keeping
     from moecc_backends.xla.trace.masters import Master

@@ -29,7 +29,14 @@ SPARSE_CORES = {
 }
 """Reductions by the cores that a chip has for embeddings, while the others multiply."""
 
-BY_CHIP = {"tpu:v5p": {**ASYNC_GATHERS, **SPARSE_CORES}}
+OF_ALL_DEVICES = {
+    "xla_tpu_prefer_async_allgather_to_allreduce": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": "true",
+}
+"""What runs over all devices, and not along one mesh axis, stays a gather or a reduce-scatter.
+Otherwise it becomes an all-reduce, which sends twice as much and has no parts."""
+
+BY_CHIP = {"tpu:v5p": {**ASYNC_GATHERS, **SPARSE_CORES, **OF_ALL_DEVICES}}
 """Options by the beginning of the names of machines."""
 
 

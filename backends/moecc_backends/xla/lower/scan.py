@@ -38,11 +38,11 @@ Remembering = Callable[..., Function]
 
 _CHEAP = frozenset({
     "all_gather", "all_gather_invariant", "pvary", "pcast", "transpose", "reshape", "squeeze",
-    "broadcast_in_dim", "convert_element_type", "reduce_precision", "add", "sub", "mul", "div",
-    "max", "min", "neg", "sign", "abs", "integer_pow", "pow", "exp", "exp2", "expm1", "log",
-    "log1p", "tanh", "logistic", "erf", "erfc", "sqrt", "rsqrt", "square", "select_n", "eq", "ne",
-    "lt", "le", "gt", "ge", "and", "or", "not", "is_finite", "stop_gradient", "custom_jvp_call",
-    "reduce_sum", "reduce_max",
+    "broadcast_in_dim", "convert_element_type", "layout_constraint", "reduce_precision", "add",
+    "sub", "mul", "div", "max", "min", "neg", "sign", "abs", "integer_pow", "pow", "exp", "exp2",
+    "expm1", "log", "log1p", "tanh", "logistic", "erf", "erfc", "sqrt", "rsqrt", "square",
+    "select_n", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "is_finite",
+    "stop_gradient", "custom_jvp_call", "reduce_sum", "reduce_max",
 })  # fmt: skip
 """Primitives of jax whose results are made again from values of the graph: gathers of parameters,
 and what XLA fuses into its user."""
@@ -106,6 +106,9 @@ def _scan(ctx: Context, node: Node, *operands: Named) -> tuple[Operand, ...]:
     weights = {i for i, v in inner if v.is_param or v in ctx.weights}
 
     def run(carry: Arrays, now: Slices) -> tuple[Arrays, Arrays]:
+        if ctx.view.mesh is not None:
+            # On whole arrays XLA's partitioner would gather for the constraint.
+            now = tuple(a.in_row_major() if isinstance(a, Master) else a for a in now)
         given = zip((*carry, *cast_all(now), *captured), names, strict=True)
         within = replace(ctx, weights=set(weights))
         made = run_body(within, body, [Named(array, axes) for array, axes in given], remembering)

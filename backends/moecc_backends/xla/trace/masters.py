@@ -14,6 +14,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from moecc_backends.xla.trace.typed_jax import row_major
+
 
 class Master(NamedTuple):
     """A parameter as it is stored.
@@ -30,6 +32,14 @@ class Master(NamedTuple):
     def cast(self) -> jax.Array:
         """Return the parameter in the type of the computation."""
         return _cast(self.stored, self.slope)
+
+    def in_row_major(self) -> Master:
+        """Return it stored row by row, whatever layout its readers would like.
+
+        A compiler that gave a loop its parameters in another layout would copy those of all layers
+        before the loop; so it changes the layout of one layer a turn.
+        """
+        return self._replace(stored=row_major(self.stored))
 
 
 def cast_all(arrays: Iterable[jax.Array | Master]) -> tuple[jax.Array, ...]:

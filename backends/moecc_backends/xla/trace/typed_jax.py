@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend.random import threefry2x32_p
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
@@ -34,6 +35,12 @@ named: Callable[[jax.Array, str], jax.Array] = checkpoint_name
 
 barrier: Callable[[jax.Array], jax.Array] = jax.lax.optimization_barrier
 """Returns an array that the compiler makes before anything that reads it, and moves nowhere."""
+
+
+def row_major(array: jax.Array) -> jax.Array:
+    """Return an array that the compiler lays out row by row."""
+    found: jax.Array = with_layout_constraint(array, Layout(tuple(range(array.ndim))))
+    return found
 
 
 def psum(array: jax.Array, axes: Axes) -> jax.Array:
