@@ -9,8 +9,6 @@ from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 
-import numpy as np
-
 from moecc.checkpoint.companions import find_companions
 from moecc.checkpoint.files import (
     DescriptorPool,
@@ -70,6 +68,8 @@ class SafetensorsFolder(Closing):
           ValueError: rows beyond the tensor.
         """
         info = self._info(name)
+        import numpy as np  # headers are read without it
+
         shape, skipped = rows_of(info, start, stop)
         values = np.empty(shape, info.dtype.numpy)
         raw = values.reshape(-1).view(np.uint8)

@@ -13,9 +13,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PureWindowsPath
 
-import ml_dtypes
-import numpy as np
-
 from moecc.checkpoint.files import file_fault, read_bounded
 from moecc.checkpoint.gguf.storage import BY_NAME
 from moecc.checkpoint.jsonfile import parse_json
@@ -39,6 +36,9 @@ _TAIL = b'"\n}\n'
 
 def library_versions() -> dict[str, str]:
     """Return the versions of the libraries that the bytes of a conversion may depend on."""
+    import ml_dtypes
+    import numpy as np
+
     return {
         "moecc": __version__,
         "python": platform.python_version(),

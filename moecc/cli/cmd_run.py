@@ -93,7 +93,7 @@ def run(request: RunRequest) -> None:
 
 
 def _inputs(file: str | None, graph: Graph) -> Arrays:
-    from moecc.cli.files import read_inputs
+    from moecc.cli.input_files import read_inputs
     from moecc.model.inputs import default_inputs
 
     return default_inputs(graph) if file is None else read_inputs(file, graph)

@@ -147,7 +147,8 @@ def _against_digests(model: str, run: str, which: str, format: Format) -> None:
 
 def _against_source(request: VerifyRequest, against: str) -> None:
     from moecc.cli.console import report
-    from moecc.cli.files import read_inputs, say_weights
+    from moecc.cli.files import say_weights
+    from moecc.cli.input_files import read_inputs
     from moecc.errors import CheckError, UsageError
     from moecc.model.open import open_model
     from moecc.support.parse_units import float_type

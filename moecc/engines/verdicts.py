@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
-from moecc.checkpoint.gguf.config_keys import misfits
 from moecc.checkpoint.gguf.families import GGUF_MIXTURES
+from moecc.checkpoint.gguf.misfits import misfits
 from moecc.engines.conditions import unfulfilled
 from moecc.engines.table import Engine, Reading, engine_table
 from moecc.families.configs import ModelConfig, MoeConfig

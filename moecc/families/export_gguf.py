@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from moecc.checkpoint.gguf.blocks import require_package
-from moecc.checkpoint.gguf.config_keys import config_keys, misfits
+from moecc.checkpoint.gguf.config_keys import config_keys
 from moecc.checkpoint.gguf.encode import Key, storage_of
 from moecc.checkpoint.gguf.families import GGUF_FAMILIES, GGUF_MIXTURES, GgufFamily
+from moecc.checkpoint.gguf.misfits import misfits
 from moecc.checkpoint.gguf.names import (
     EMBEDDING,
     HEAD,

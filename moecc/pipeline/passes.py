@@ -151,6 +151,8 @@ class Context:
       read: reads small parameters, such as the scale of a norm, where a promise depends on them.
       models: the names of the models beside the source whose weights may be read.
       statistics: what was captured of the model's values, if anything.
+      promises: whether the promise of this very graph is wanted (`PassResult.preserves`); not where
+        a graph is made to be looked at, since to estimate an error takes longer than to rewrite.
     """
 
     seed: int = 0
@@ -159,6 +161,7 @@ class Context:
     read: ReadWeight = _no_weights
     models: Sequence[str] = ()
     statistics: Statistics | None = None
+    promises: bool = True
 
 
 @dataclass

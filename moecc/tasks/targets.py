@@ -29,6 +29,8 @@ MANY_LAYERS = 64
 ALIKE_LAYERS = 2
 """The same where all of its layers are alike: a first one, and one that follows another."""
 
+_TRIAL = Context(allow_unmatched=True, promises=False)
+
 AUTO = "auto"
 """The target that stands for the one that `choose` takes."""
 
@@ -132,7 +134,7 @@ def _upcycled(graph: Graph, passes: str) -> Graph | tuple[Problem, ...]:
         return graph
     made = clone(graph)
     try:
-        run_pipeline(made, Pipeline.parse(passes), context=Context(allow_unmatched=True))
+        run_pipeline(made, Pipeline.parse(passes), context=_TRIAL)
     except InputError as error:
         return error.problems
     return made

@@ -18,9 +18,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, TypeVar, dataclass_transform
 from weakref import WeakValueDictionary
 
-import ml_dtypes
-import numpy as np
-
 from moecc.errors import InputError, printable
 from moecc.types.dtypes import F32, F64, DType
 from moecc.types.tensor import Axis, TensorType
@@ -203,7 +200,7 @@ class Full(Expr):
     def _infer(self) -> TensorType:
         check_type(self, self.type)
         check_finite(self, "the value", self.value)
-        low, high = _limits(self.type.dtype)
+        low, high = self.type.dtype.limits
         if self.type.dtype.kind != "float" and not self.value.is_integer():
             raise self.error(f"{self.type.dtype} cannot hold fractions", found=str(self.value))
         if not low <= self.value <= high:
@@ -216,17 +213,6 @@ class Full(Expr):
 
     def __str__(self) -> str:
         return f"full({self.value!r} : {self.type})"
-
-
-def _limits(dtype: DType) -> tuple[float, float]:
-    if dtype.kind == "bool":
-        return 0, 1
-    if dtype.is_float:
-        limits = ml_dtypes.finfo(dtype.numpy)  # type: ignore[no-untyped-call]
-        return float(limits.min), float(limits.max)
-    # A float64 represents all integers up to here.
-    whole = np.iinfo(dtype.numpy)
-    return max(int(whole.min), -(2**53)), min(int(whole.max), 2**53)
 
 
 def check_type(expr: Expr, type: TensorType) -> None:

@@ -9,14 +9,6 @@ import numpy as np
 from moecc.types.arrays import Array
 from moecc.types.dtypes import BF16, F16, F32, F64, DType
 
-_LOSSLESS = {
-    "f8e4m3fn": {"f16", "bf16", "f32", "f64"},
-    "f8e5m2": {"f16", "bf16", "f32", "f64"},
-    "f16": {"f32", "f64"},
-    "bf16": {"f32", "f64"},
-    "f32": {"f64"},
-    "f64": set(),
-}
 _EXPONENT: dict[np.dtype[Any], Any] = {
     BF16.numpy: np.uint16(0x7F80),
     F16.numpy: np.uint16(0x7C00),
@@ -24,11 +16,6 @@ _EXPONENT: dict[np.dtype[Any], Any] = {
     F64.numpy: np.uint64(0x7FF0 << 48),
 }
 _BLOCK = 1 << 16
-
-
-def is_lossless(source: DType, target: DType) -> bool:
-    """Whether every value of the float type `source` is representable in `target`."""
-    return source is target or target.name in _LOSSLESS.get(source.name, ())
 
 
 def widen(values: Array, dtype: DType) -> Array:

@@ -327,7 +327,7 @@ def run_tokenizer(data: bytes) -> None:
 
 def run_arrays(data: bytes) -> None:
     """Read inputs from a .npy or .npz file."""
-    from moecc.cli.files import read_inputs
+    from moecc.cli.input_files import read_inputs
 
     ending = "npz" if data[:2] == b"PK" else "npy"
     read_inputs(str(_file(f"tokens.{ending}", data)), _tiny())

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+LLAMA3_LOW, LLAMA3_HIGH = 1.0, 4.0
+"""The factors of low and high frequencies in Llama 3's scaling, which GGUF does not state."""
+
 _ATTENTION: Mapping[str, str] = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",

@@ -7,16 +7,14 @@ resulting divisor of each frequency is stored, as the tensor ``rope_freqs.weight
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 
-from moecc.checkpoint.gguf.families import GgufFamily
+from moecc.checkpoint.gguf.families import LLAMA3_HIGH, LLAMA3_LOW
 from moecc.checkpoint.gguf.keys import Keys
 from moecc.support.untyped import Json
 from moecc.types.arrays import Array, Doubles
 
-_LOW, _HIGH = 1.0, 4.0
 # The length that Llama 3.1 to 3.3 were trained with comes first.
 _OLD_LENGTHS = (8192, *(1 << power for power in range(4, 21) if power != 13))
 _TOLERANCE = 1e-5
@@ -82,8 +80,8 @@ def _llama3(keys: Keys, theta: float, divisors: Array) -> dict[str, object] | No
             return {
                 "rope_type": "llama3",
                 "factor": float(str(np.float32(factor))),
-                "low_freq_factor": _LOW,
-                "high_freq_factor": _HIGH,
+                "low_freq_factor": LLAMA3_LOW,
+                "high_freq_factor": LLAMA3_HIGH,
                 "original_max_position_embeddings": length,
             }
     keys.problems.add(
@@ -99,7 +97,7 @@ def _llama3_divisors(theta: float, count: int, factor: float, length: int) -> Do
     """Return the divisors that Llama 3.1 applies to each of `count` frequencies."""
     frequencies = theta ** (-np.arange(count) / count)
     turns = length * frequencies / (2 * math.pi)
-    kept = np.clip((turns - _LOW) / (_HIGH - _LOW), 0.0, 1.0)
+    kept = np.clip((turns - LLAMA3_LOW) / (LLAMA3_HIGH - LLAMA3_LOW), 0.0, 1.0)
     divisors: Doubles = 1 / ((1 - kept) / factor + kept)
     return divisors
 
@@ -118,25 +116,6 @@ def rope_keys(config: Json) -> dict[str, int | float | str]:
         stated = {name: scaling[name] for name in _BETAS if scaling.get(name) is not None}
         keys |= {f"rope.scaling.yarn_{name}": float(beta) for name, beta in stated.items()}
     return keys
-
-
-def rope_misfits(config: Json, family: GgufFamily) -> Iterator[tuple[str, str | None]]:
-    """Yield why llama.cpp would rotate otherwise than a config says, and a way out."""
-    scaling: Json = config["rope_scaling"] or {}
-    kind = scaling.get("rope_type", "default")
-    if kind == "dynamic":
-        yield "llama.cpp has no dynamic scaling of rotary positions", "write a folder instead"
-    if kind == "longrope":
-        yield "moecc does not write the factors of longrope", "write a folder instead"
-    if kind == "llama3" and not family.pairs_neighbours:
-        yield "llama.cpp reads the divisors of Llama 3's scaling in llama files alone", None
-    elif kind == "llama3" and (
-        scaling["low_freq_factor"] != _LOW or scaling["high_freq_factor"] != _HIGH
-    ):
-        yield "only Llama 3's own low and high frequency factors, 1 and 4, can be read back", None
-    unusual = {"truncate", "attention_factor", "mscale", "mscale_all_dim"} & scaling.keys()
-    if kind == "yarn" and unusual:
-        yield f"a GGUF file cannot state {', '.join(sorted(unusual))} of YaRN", None
 
 
 def rotary_divisors(config: Json) -> list[float] | None:

@@ -8,13 +8,12 @@ that an exporter may simply try.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 from . import windows as window_keys
 from .extras import EXTRA_DEFAULTS
 from .features import PLACEMENTS, feature_problems
-from .model import ACTIVATIONS, ModelConfig, activation_problem
+from .model import ACTIVATIONS, ModelConfig, activation_problem, config_class
 from .reader import LARGEST_SIZES, KeyProblem, Reader, key_problem
 from .rope import SCALING_TYPES, RopeConfig, read_rope
 
@@ -46,7 +45,7 @@ DEFAULTS: Mapping[str, object] = {
 """The defaults of most classes of transformers 4.57 and 5.24; families override them."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class DecoderConfig(ModelConfig):
     """A decoder-only model.
 

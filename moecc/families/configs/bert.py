@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 from .encdec import read_activation
 from .extras import EXTRA_DEFAULTS
-from .model import ModelConfig, activation_problem
+from .model import ModelConfig, activation_problem, config_class
 from .reader import LARGEST_SIZES, KeyProblem, Reader, key_problem
 
 SIZES = (
@@ -39,7 +38,7 @@ BERT_DEFAULTS: Mapping[str, object] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class BertConfig(ModelConfig):
     """A bert without a head: its output is the hidden states of the last layer.
 
@@ -136,7 +135,7 @@ class BertConfig(ModelConfig):
         return {**keys, "type_vocab_size": self.type_vocab_size} if self.has_types else keys
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class RobertaConfig(BertConfig):
     """A roberta: positions count from behind that of the padding token."""
 
@@ -166,7 +165,7 @@ class RobertaConfig(BertConfig):
         return {**super()._write(), "pad_token_id": self.position_offset - 1}
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class XlmRobertaConfig(RobertaConfig):
     """An xlm-roberta: a roberta of many languages, under another name."""
 
@@ -175,7 +174,7 @@ class XlmRobertaConfig(RobertaConfig):
     defaults: ClassVar[Mapping[str, object]] = {**RobertaConfig.defaults, "vocab_size": 30_522}
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class CamembertConfig(RobertaConfig):
     """A camembert: a roberta of French, under another name."""
 
@@ -184,7 +183,7 @@ class CamembertConfig(RobertaConfig):
     defaults: ClassVar[Mapping[str, object]] = {**RobertaConfig.defaults, "vocab_size": 30_522}
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class MPNetConfig(BertConfig):
     """An mpnet: biases of the scores by distance, the same in all layers, and no token types."""
 
@@ -220,7 +219,7 @@ class MPNetConfig(BertConfig):
         return {**super()._write(), "relative_attention_num_buckets": self.relative_buckets}
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class DistilBertConfig(BertConfig):
     """A distilbert: a bert without token types and pooler, whose keys have names of their own."""
 

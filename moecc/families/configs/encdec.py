@@ -9,7 +9,7 @@ from typing import ClassVar
 from moecc.ir.attributes import Gates
 
 from .extras import EXTRA_DEFAULTS
-from .model import ACTIVATIONS, ModelConfig, activation_problem
+from .model import ACTIVATIONS, ModelConfig, activation_problem, config_class
 from .reader import LARGEST_SIZES, KeyProblem, Reader, key_problem
 
 STACKS = ("encoder", "decoder")
@@ -70,7 +70,7 @@ class Experts:
     extra_ffn: str = "none"
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class EncDecConfig(ModelConfig):
     """An encoder-decoder of T5's shape: relative positions, RMS norms, no biases.
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
+from .model import config_class
 from .moe import MOE_DEFAULTS, MoeConfig
 from .reader import Reader
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class Ernie45MoeConfig(MoeConfig):
     """An ernie4_5_moe without biases in its projections; experts in every n-th layer of a range.
 

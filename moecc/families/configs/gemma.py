@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 from .base import DEFAULTS, DecoderConfig
+from .model import config_class
 from .reader import KeyProblem, Reader, key_problem
 from .rope import RopeConfig, read_rope
 from .windows import Windows, typed_windows
@@ -31,7 +31,7 @@ GEMMA_DEFAULTS: Mapping[str, object] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class GemmaConfig(DecoderConfig):
     """A gemma: every norm's scale is 1 + w, and the embedding is multiplied by √hidden_size."""
 
@@ -85,7 +85,7 @@ GEMMA2_DEFAULTS: Mapping[str, object] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class Gemma2Config(GemmaConfig):
     """A gemma2: norms around each block, soft caps, a window in every second layer."""
 
@@ -161,7 +161,7 @@ class Gemma2Config(GemmaConfig):
         }
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class Gemma3TextConfig(Gemma2Config):
     """A gemma3_text: norms of queries and keys, rotary positions of their own in windows."""
 

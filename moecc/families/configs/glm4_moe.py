@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
+from .model import config_class
 from .moe import MOE_DEFAULTS, MoeConfig
 from .reader import Reader
 from .rope import partial_rotary_factor, read_partial_rotary, read_rope
@@ -14,7 +14,7 @@ NO_PREDICTION = {"num_nextn_predict_layers": 0, "num_mtp_layers": 0}
 """Keys of both versions of transformers for layers that predict further tokens: there are none."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class Glm4MoeConfig(MoeConfig):
     """A glm4_moe: attention of a llama, a qwen2 or a qwen3, and the experts of DeepSeek-V3."""
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 from .encdec import read_activation
 from .extras import EXTRA_DEFAULTS
-from .model import ModelConfig, activation_problem
+from .model import ModelConfig, activation_problem, config_class
 from .reader import LARGEST_SIZES, KeyProblem, Reader, key_problem
 from .rope import RopeConfig, partial_rotary_factor, read_partial_rotary, read_rope
 
@@ -21,7 +20,7 @@ SIZES = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class GptConfig(ModelConfig):
     """A decoder of the GPT line; all heads have keys of their own and fill the model's width.
 
@@ -109,7 +108,7 @@ class GptConfig(ModelConfig):
         return {self.key(name): getattr(self, name) for name in names}
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class Gpt2Config(GptConfig):
     """A gpt2: learned positions, matrices with their inputs first, tied embeddings."""
 
@@ -185,7 +184,7 @@ class Gpt2Config(GptConfig):
         }
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class GptNeoXConfig(GptConfig):
     """A gpt_neox (Pythia): rotary positions in part of each head, blocks side by side."""
 

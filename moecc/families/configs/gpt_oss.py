@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
+from .model import config_class
 from .moe import MOE_DEFAULTS, MoeConfig
 from .reader import KeyProblem, Reader, key_problem
 from .rope import RopeConfig
@@ -26,7 +26,7 @@ NO_LIMIT = 1e6
 """A bound on the activations that none reaches."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class GptOssConfig(MoeConfig):
     """A gpt_oss: ``down((up + 1) · gate · sigmoid(alpha · gate))``, gate and up clamped.
 

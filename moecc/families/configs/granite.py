@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 from .base import DEFAULTS, DecoderConfig
+from .model import config_class
 from .reader import Reader
 
 MULTIPLIERS: Mapping[str, str] = {
@@ -18,7 +18,7 @@ MULTIPLIERS: Mapping[str, str] = {
 """The keys of the factors, and their fields."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class GraniteConfig(DecoderConfig):
     """A granite; its scores are multiplied by a factor, by default 1."""
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 from .granite import MULTIPLIERS, read_multipliers, write_multipliers
+from .model import config_class
 from .moe import MOE_DEFAULTS, MoeConfig
 from .reader import Reader
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class GraniteMoeConfig(MoeConfig):
     """A granitemoe: granite's four factors, gates always renormalised."""
 

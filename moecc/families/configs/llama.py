@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 from .base import DEFAULTS, DecoderConfig
+from .model import config_class
 from .reader import KeyProblem, key_problem
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class LlamaConfig(DecoderConfig):
     """A llama: optional biases on all four attention projections and in the feed-forward block."""
 
@@ -39,7 +39,7 @@ class LlamaConfig(DecoderConfig):
             yield key_problem(what, expected, f"{self.hidden_size}", *keys)
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class MistralConfig(DecoderConfig):
     """A mistral: no biases, and one sliding window in every layer or in none."""
 

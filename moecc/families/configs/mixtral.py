@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
+from .model import config_class
 from .moe import MOE_DEFAULTS, MoeConfig
 from .reader import Reader
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class MixtralConfig(MoeConfig):
     """A mixtral: experts in every layer, gates always renormalised, no biases.
 

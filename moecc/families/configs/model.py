@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import ClassVar, Self
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from typing import ClassVar, Self, TypeVar, dataclass_transform
 
 from moecc.errors import InputError
 from moecc.support.untyped import JsonDict
@@ -26,8 +26,21 @@ ACTIVATIONS: Mapping[str, str] = {
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
+Config = TypeVar("Config")
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field, field))
+def config_class(cls: type[Config]) -> type[Config]:
+    """Make a class derived from `ModelConfig` a frozen dataclass, its fields given by name.
+
+    ``dataclass(frozen=True, kw_only=True)`` does the same, and compiles functions of all fields,
+    some 46, for each of 49 families, which takes a sixth of the time to inspect a small model.
+    `ModelConfig` has them for whatever fields there are.
+    """
+    return dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)(cls)
+
+
+@config_class
 class ModelConfig:
     """A model of any family; sizes count elements.
 
@@ -66,6 +79,31 @@ class ModelConfig:
     vocab_size: int = 0
     dtype: str | None = None
     extra: Mapping[str, object] = field(default_factory=dict, hash=False)
+
+    __dataclass_fields__: ClassVar[dict[str, Field[object]]]
+
+    def __init__(self, **given: object) -> None:
+        for f in fields(self):
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            value = given.pop(f.name, default)
+            if value is MISSING:
+                raise TypeError(f"{type(self).__name__}: the field {f.name!r} is missing")
+            object.__setattr__(self, f.name, value)
+        if given:
+            raise TypeError(f"{type(self).__name__} has no field {next(iter(given))!r}")
+        self.__post_init__()
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))
+        return f"{type(self).__qualname__}({shown})"
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        return all(getattr(self, f.name) == getattr(other, f.name) for f in fields(self))
+
+    def __hash__(self) -> int:
+        return hash(tuple(getattr(self, f.name) for f in fields(self) if f.hash is not False))
 
     def __post_init__(self) -> None:
         problems = list(self.checks())

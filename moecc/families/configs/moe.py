@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import ClassVar
 
 from moecc.ir.gates import Gates
 
 from . import sparsity
 from .base import DEFAULTS, DecoderConfig
+from .model import config_class
 from .reader import KeyProblem, Reader, key_problem
 
 MOE_DEFAULTS: Mapping[str, object] = {
@@ -30,7 +31,7 @@ GATES: Mapping[tuple[str, bool], Gates] = {
 """The gate conventions, by the score of an expert and by whether the chosen ones are divided."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class MoeConfig(DecoderConfig):
     """A decoder with expert layers.
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 from .base import DEFAULTS, DecoderConfig
+from .model import config_class
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class Olmo2Config(DecoderConfig):
     """An olmo2: what a block adds is normalised, what it reads is not."""
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
+from .model import config_class
 from .moe import MOE_DEFAULTS, MoeConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class OlmoeConfig(MoeConfig):
     """An olmoe: norms before each block; `clip_qkv` is not supported."""
 
@@ -45,7 +45,7 @@ class OlmoeConfig(MoeConfig):
     qk_norm_across: bool = True
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class FlexOlmoConfig(MoeConfig):
     """A flex_olmo: the mixture of experts of an olmo2, whose norms come after each block."""
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 from .extras import EXTRA_DEFAULTS
 from .gpt import GptConfig
+from .model import config_class
 from .reader import LARGEST_SIZES, KeyProblem, Reader, key_problem
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class OptConfig(GptConfig):
     """An opt: learned positions behind two unused rows, a projection each of queries, keys, values.
 

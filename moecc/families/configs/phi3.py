@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 from .base import DEFAULTS, DecoderConfig
+from .model import config_class
 from .reader import KeyProblem, Reader, key_problem
 from .rope import partial_rotary_factor, read_partial_rotary, read_rope
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class Phi3Config(DecoderConfig):
     """A phi3 (3, 3.5, 4-mini): no biases, one sliding window in every layer or in none."""
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
 
 from moecc.ir.gates import Gates
 
 from .frequencies import attention_factor
+from .model import config_class
 from .moe import MOE_DEFAULTS, MoeConfig
 from .reader import KeyProblem, Reader, key_problem
 from .rope import ROPE_KEYS, read_rope
@@ -20,7 +21,7 @@ MSCALES = ("short_mscale", "long_mscale")
 """The factor on cosine and sine, up to the original length and beyond it."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class PhimoeConfig(MoeConfig):
     """A phimoe: two choices a token, of which each is weighted by the logits near it."""
 

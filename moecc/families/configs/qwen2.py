@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 from .base import DEFAULTS, DecoderConfig
+from .model import config_class
 from .moe import MOE_DEFAULTS, MoeConfig
 from .reader import KeyProblem, Reader, key_problem
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class Qwen2Config(DecoderConfig):
     """A qwen2: biases on query, key and value, and a sliding window in the upper layers."""
 
@@ -35,7 +35,7 @@ class Qwen2Config(DecoderConfig):
     qkv_bias: bool = True
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class Qwen2MoeConfig(MoeConfig):
     """A qwen2_moe: a shared expert with a sigmoid gate beside the routed ones."""
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 from .base import DEFAULTS, DecoderConfig
+from .model import config_class
 from .moe import MOE_DEFAULTS, MoeConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class Qwen3Config(DecoderConfig):
     """A qwen3: norms of queries and keys over each head's width."""
 
@@ -31,7 +31,7 @@ class Qwen3Config(DecoderConfig):
     qk_norm: bool = True
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class Qwen3MoeConfig(MoeConfig):
     """A qwen3_moe: qwen3's attention, routed experts without a shared one."""
 

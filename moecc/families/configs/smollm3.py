@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 from .base import DEFAULTS, DecoderConfig
+from .model import config_class
 from .reader import Reader
 from .windows import Windows, typed_windows
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class SmolLM3Config(DecoderConfig):
     """A smollm3; every fourth layer has no rotary positions unless `no_rope_layers` says other."""
 

@@ -8,14 +8,13 @@ tensors are named after the graph's parameters; any rewritten graph can be store
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 from moecc.ir.attributes import Gates
 
 from .encdec import ENCDEC_DEFAULTS, STACKS, EncDecConfig, Experts, read_activation
 from .extras import TOKEN_KEYS
-from .model import ModelConfig
+from .model import ModelConfig, config_class
 from .reader import KeyProblem, Reader, key_problem, one_of
 
 FAMILY = "st_moe"
@@ -23,7 +22,7 @@ EXTRA_FFN = ("none", "before", "after")
 GATES = ("renormalised", "softmax")
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class StMoeConfig(EncDecConfig):
     """An ST-MoE (Zoph et al. 2022): top-k experts in chosen layers of encoder and decoder.
 
@@ -143,7 +142,7 @@ LAYOUT = 1
 """The version of the general layout."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class GraphConfig(ModelConfig):
     """The general layout of st_moe: the lines of a graph whose parameters are the tensors."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 from moecc.support.untyped import Json
@@ -16,13 +15,14 @@ from .encdec import (
     Experts,
     read_activation,
 )
+from .model import config_class
 from .reader import KeyProblem, Reader, key_problem
 
 UNBOUNDED = 1 << 30
 """A capacity that no sequence reaches: nothing is dropped."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class SwitchTransformersConfig(EncDecConfig):
     """A switch_transformers: ungated blocks, top-1 routing, the probability multiplies.
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 from .encdec import ENCDEC_DEFAULTS, T5_ACTIVATIONS, EncDecConfig
-from .model import ACTIVATIONS
+from .model import ACTIVATIONS, config_class
 from .reader import KeyProblem, Reader, key_problem, one_of
 
 GATED = "gated-"
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class T5Config(EncDecConfig):
     """A t5.
 
@@ -79,7 +78,7 @@ _MANY_LANGUAGES: Mapping[str, object] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class MT5Config(T5Config):
     """An mt5: a t5 of version 1.1, of many languages, whose outputs are never scaled.
 
@@ -107,7 +106,7 @@ class MT5Config(T5Config):
         return {**super()._read(reader), "scale_outputs": scaled}
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class UMT5Config(T5Config):
     """A umt5: a t5 of many languages, with biases by distance of its own in every layer."""
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 from .encdec import read_activation
-from .model import ModelConfig, activation_problem
+from .model import ModelConfig, activation_problem, config_class
 from .reader import LARGEST_SIZES, KeyProblem, Reader, key_problem
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "num_channels")
@@ -30,7 +29,7 @@ MOST_MLP_RATIO = 1_000_000
 """More is no model: the width of a block would overflow a float."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class VisionConfig(ModelConfig):
     """An encoder of images of one size; its output is the hidden states of the last layer.
 
@@ -115,7 +114,7 @@ class VisionConfig(ModelConfig):
         return {**{name: getattr(self, name) for name in names}, "image_size": square}
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class ViTConfig(VisionConfig):
     """A vit: one norm before each block, and one at the end."""
 
@@ -138,7 +137,7 @@ class ViTConfig(VisionConfig):
         return {**super()._write(), "intermediate_size": self.intermediate_size}
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class Dinov2Config(VisionConfig):
     """A dinov2: what a block adds is scaled by a vector; the block may be gated.
 

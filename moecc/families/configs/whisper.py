@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 from .encdec import read_activation
 from .extras import EXTRA_DEFAULTS
-from .model import ModelConfig, activation_problem
+from .model import ModelConfig, activation_problem, config_class
 from .reader import LARGEST_SIZES, KeyProblem, Reader, key_problem
 
 SIZES = (
@@ -25,7 +24,7 @@ SIZES = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class WhisperConfig(ModelConfig):
     """A whisper; `max_source_positions` is half the frames of its input, of which it takes all."""
 

@@ -1,16 +1,17 @@
-"""Rules for arithmetic nodes: only those that rounding cannot distinguish."""
+"""Rules for arithmetic nodes: only those that rounding cannot distinguish.
+
+What needs numpy, which takes longer to import than the rest of moecc, is in
+`moecc.weights.constants`, imported where there is a number to compute.
+"""
 
 from __future__ import annotations
 
 from math import frexp, isfinite
 
-import numpy as np
-
-from moecc.types.arrays import Array
+from moecc.types.dtypes import is_lossless
 from moecc.weights.arithmetic import Add, Cast, Minimum, Moment, Mul, Scale, Select
 from moecc.weights.expr import Expr, Full
 from moecc.weights.movement import Merge, Permute, Rename, Split, Tile
-from moecc.weights.rounding import is_lossless, round_to, widen
 
 
 def under_movement(e: Scale | Cast) -> Expr | None:
@@ -35,26 +36,10 @@ def fold_numbers(e: Scale | Cast | Add | Mul | Minimum) -> Expr | None:
     """Fold operations on constant tensors."""
     if not all(isinstance(x, Full) for x in e.operands):
         return None
-    values = [_value(x) for x in e.operands if isinstance(x, Full)]
-    with np.errstate(all="ignore"):
-        made = float(_computed(e, values))
+    from moecc.weights.constants import computed
+
+    made = computed(e, [x for x in e.operands if isinstance(x, Full)])
     return Full(made, e.type) if isfinite(made) else None
-
-
-def _value(e: Full) -> Array:
-    return round_to(np.array(e.value), e.type.dtype)
-
-
-def _computed(e: Scale | Cast | Add | Mul | Minimum, values: list[Array]) -> Array:
-    if isinstance(e, Cast):
-        return round_to(values[0], e.dtype)
-    wide = [widen(v, e.type.dtype) for v in values]
-    if isinstance(e, Add):
-        return np.asarray(wide[0] + wide[1])
-    if isinstance(e, Minimum):
-        return np.asarray(np.minimum(wide[0], wide[1]))
-    factor = wide[0].dtype.type(e.factor) if isinstance(e, Scale) else wide[1]
-    return np.asarray(wide[0] * factor)
 
 
 def scale_by_one(e: Scale) -> Expr | None:
@@ -71,16 +56,13 @@ def scale_of_scale(e: Scale) -> Expr | None:
     inner = e.x
     if not isinstance(inner, Scale) or abs(frexp(inner.factor)[0]) != 0.5:
         return None
-    factor = inner.factor * _rounded(e.factor, e)
-    if abs(inner.factor) < 1.0 or not isfinite(_rounded(factor, e)):
+    from moecc.weights.constants import rounded
+
+    dtype = e.type.dtype
+    factor = inner.factor * rounded(e.factor, dtype)
+    if abs(inner.factor) < 1.0 or not isfinite(rounded(factor, dtype)):
         return None
     return Scale(inner.x, factor)
-
-
-def _rounded(factor: float, e: Scale) -> float:
-    """Return a factor rounded to the type of the arithmetic."""
-    with np.errstate(over="ignore"):
-        return float(e.type.dtype.numpy.type(factor))
 
 
 def drop_cast(e: Cast) -> Expr | None:
@@ -100,7 +82,9 @@ def mul_by_full(e: Mul) -> Expr | None:
     """Scale by a constant tensor."""
     for x, full in ((e.a, e.b), (e.b, e.a)):
         if isinstance(full, Full):
-            made = Scale(x, float(_value(full)))
+            from moecc.weights.constants import value_of
+
+            made = Scale(x, value_of(full))
             if made.type == e.type:
                 return made
     return None

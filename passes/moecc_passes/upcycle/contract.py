@@ -95,7 +95,10 @@ class Contract:
             or self.parts
         ):
             return None
-        found = self.law.moments(self.logit_std or 0.0)
+        # Only here: it imports numpy, which most uses of a pass do not need.
+        from moecc_passes.upcycle.gate_moments import gate_moments
+
+        found = gate_moments(self.law, self.logit_std or 0.0)
         kept = 1 - self.drop
         varies = self.drop * (2 - self.drop) + (1 + self.noise**2) ** self.matrices - 1
         common = 1 - 2 * kept * found.ratio + kept**2 * found.squared

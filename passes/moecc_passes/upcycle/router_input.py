@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from math import sqrt
 
-import numpy as np
-
 from moecc.analysis.ffn import FFNBlock
 from moecc.ir.traits import Role
 from moecc.pipeline.passes import ReadWeight
@@ -28,5 +26,5 @@ def input_rms(block: FFNBlock, read: ReadWeight) -> float:
         values = read(operand.weight) if operand.weight is not None else None
         if values is None:
             return 1.0
-        square += float(np.mean(values.astype(np.float64) ** 2))
+        square += float((values.astype("float64") ** 2).mean())
     return sqrt(square)

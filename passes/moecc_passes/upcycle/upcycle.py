@@ -151,7 +151,8 @@ class UpcyclePass(UpcycleOptions, Pass):
         for block in chosen:
             if not may_rewrite(self.name, block.loc):
                 break
-            promises.append(self._contract(block, ctx.read).preserves)
+            if ctx.promises:
+                promises.append(self._contract(block, ctx.read).preserves)
             rewrite_block(graph, block, recipe(self, block, ctx.seed, texts))
         if chosen and self.rest == "mean":
             average_rest(graph, self.models)

@@ -20,8 +20,7 @@ from moecc.ir.attributes import (
 )
 from moecc.ir.formula import parse_formula
 from moecc.ir.graph import Node
-from moecc.types.dtypes import DTYPES
-from moecc.weights.rounding import is_lossless
+from moecc.types.dtypes import DTYPES, is_lossless
 from moecc_backends.xla.lower.formula import evaluate
 from moecc_backends.xla.trace.arrays import elementwise
 from moecc_backends.xla.trace.context import Context, lowering
