@@ -11,8 +11,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from moecc.checkpoint.files import file_fault
+from moecc.checkpoint.limits import is_recordable
 from moecc.checkpoint.problems import Problems, quoted
-from moecc.checkpoint.records import is_recordable
 from moecc.checkpoint.sniff import PICKLE, ZIP, sniff_file
 
 _COPIED = (

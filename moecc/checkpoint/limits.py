@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import PureWindowsPath
+
 MAX_NAME_CHARACTERS = 1024
 
 MAX_SIZE = (1 << 63) - 1
@@ -17,3 +19,10 @@ def name_fault(name: str) -> str | None:
     if not name.isprintable():
         return "the name has control or invisible characters"
     return None
+
+
+def is_recordable(name: str) -> bool:
+    """Whether a manifest allows this file name: printable, and inside the folder everywhere."""
+    path = PureWindowsPath(name)
+    outside = path.drive or path.root or ".." in path.parts or "\\" in name
+    return not (name_fault(name) or outside)

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 from moecc.checkpoint.files import file_fault, read_bounded
 from moecc.checkpoint.gguf.storage import BY_NAME
 from moecc.checkpoint.jsonfile import parse_json
-from moecc.checkpoint.limits import name_fault
+from moecc.checkpoint.limits import is_recordable
 from moecc.checkpoint.problems import Problems, describe, quoted
 from moecc.errors import CheckError, InputError
 from moecc.types.dtypes import DTYPES
@@ -36,6 +35,8 @@ _TAIL = b'"\n}\n'
 
 def library_versions() -> dict[str, str]:
     """Return the versions of the libraries that the bytes of a conversion may depend on."""
+    import platform
+
     import ml_dtypes
     import numpy as np
 
@@ -192,13 +193,6 @@ def _of_known_schema(document: object, where: str) -> dict[str, object]:
         expected=f'"schema": {SCHEMA}, or an earlier one',
         found=describe(schema),
     )
-
-
-def is_recordable(name: str) -> bool:
-    """Whether a manifest allows this file name: printable, and inside the folder everywhere."""
-    path = PureWindowsPath(name)
-    outside = path.drive or path.root or ".." in path.parts or "\\" in name
-    return not (name_fault(name) or outside)
 
 
 def seal(content: bytes) -> bytes:

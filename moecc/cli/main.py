@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 wrong for this input, 2 wrong by itself, 3 a check of mean
 from __future__ import annotations
 
 import errno
+import gc
 import importlib
 import os
 import sys
@@ -254,4 +255,7 @@ def entry() -> None:
     """Run as the console script."""
     open_closed_streams()
     write_utf8()
-    sys.exit(main())
+    code = main()
+    # The last collection, at exit, would walk all modules and free what ends with the process.
+    gc.freeze()
+    sys.exit(code)

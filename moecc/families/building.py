@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from moecc.errors import InputError
-from moecc.families.bert import build_bert
 from moecc.families.configs import (
     BertConfig,
     DecoderConfig,
@@ -20,12 +19,8 @@ from moecc.families.configs import (
     WhisperConfig,
 )
 from moecc.families.decoder import build_decoder
-from moecc.families.encdec import build_encdec
-from moecc.families.gpt import build_gpt
 from moecc.families.graph_layout import build_graph
 from moecc.families.parameters import DtypeOf
-from moecc.families.vision import build_vision
-from moecc.families.whisper import build_whisper
 from moecc.ir.graph import Graph
 from moecc.support.gc_pause import gc_paused
 from moecc.types.tensor import Size
@@ -64,7 +59,10 @@ def _decoder(config: DecoderConfig, r: GraphRequest) -> Graph:
     )
 
 
+# Only the builder of a model's own shape is imported: a decoder needs none of the others.
 def _encdec(config: EncDecConfig, r: GraphRequest) -> Graph:
+    from moecc.families.encdec import build_encdec
+
     return build_encdec(
         config, r.dtype_of, r.checkpoint,
         layout="stacked" if isinstance(config, StMoeConfig) else r.layout,
@@ -73,18 +71,26 @@ def _encdec(config: EncDecConfig, r: GraphRequest) -> Graph:
 
 
 def _gpt(config: GptConfig, r: GraphRequest) -> Graph:
+    from moecc.families.gpt import build_gpt
+
     return build_gpt(config, r.dtype_of, r.checkpoint, batch=r.batch, seq=r.seq)
 
 
 def _bert(config: BertConfig, r: GraphRequest) -> Graph:
+    from moecc.families.bert import build_bert
+
     return build_bert(config, r.dtype_of, r.checkpoint, padding=r.padding, batch=r.batch, seq=r.seq)
 
 
 def _vision(config: VisionConfig, r: GraphRequest) -> Graph:
+    from moecc.families.vision import build_vision
+
     return build_vision(config, r.dtype_of, r.checkpoint, batch=r.batch)
 
 
 def _whisper(config: WhisperConfig, r: GraphRequest) -> Graph:
+    from moecc.families.whisper import build_whisper
+
     return build_whisper(config, r.dtype_of, r.checkpoint, batch=r.batch, decoder_seq=r.decoder_seq)
 
 

@@ -145,14 +145,10 @@ def propose_config(
     config are complete, and name the families that could express the model.
     """
     made = _try(source, layers, target, width)
-    if isinstance(made, DecoderConfig):
+    if isinstance(made, DecoderConfig) or made[-1].hint is not None:
         return made
-    others = [
-        name
-        for name in DECODERS
-        if name != target and isinstance(_try(source, layers, name, width), DecoderConfig)
-    ]
-    if others and made[-1].hint is None:
+    others = [name for name in DECODERS if name != target and _can(source, layers, name, width)]
+    if others:
         made[-1] = replace(made[-1], hint=f"{either(others)} can express this model")
     return made
 
@@ -161,12 +157,34 @@ def _try(
     source: DecoderConfig, layers: Layers, target: str, width: int | None
 ) -> DecoderConfig | list[Problem]:
     family = DECODERS[target]
-    if not issubclass(family, MoeConfig):
-        own = {} if width is None else {"intermediate_size": width}
-        reasons = _dense_reasons(source, layers, target, width)
-        return _construct(family, {**source.common(), **own}, reasons)
-    reasons = list(_sparse_reasons(source, layers, family))
-    return _construct(family, _sparse_fields(source, layers, family), reasons)
+    reasons = list(_reasons(source, layers, family, width))
+    return _construct(family, _fields(source, layers, family, width), reasons)
+
+
+def _can(source: DecoderConfig, layers: Layers, target: str, width: int | None) -> bool:
+    """Whether `_try` has a config; the first reason against it is enough to know."""
+    family = DECODERS[target]
+    if any(True for _ in _reasons(source, layers, family, width)):
+        return False
+    made = _construct(family, _fields(source, layers, family, width), [])
+    return isinstance(made, DecoderConfig)
+
+
+def _reasons(
+    source: DecoderConfig, layers: Layers, family: type[DecoderConfig], width: int | None
+) -> Iterator[Problem]:
+    if issubclass(family, MoeConfig):
+        yield from _sparse_reasons(source, layers, family)
+    else:
+        yield from _dense_reasons(source, layers, family.model_type, width)
+
+
+def _fields(
+    source: DecoderConfig, layers: Layers, family: type[DecoderConfig], width: int | None
+) -> JsonDict:
+    if issubclass(family, MoeConfig):
+        return _sparse_fields(source, layers, family)
+    return {**source.common(), **({} if width is None else {"intermediate_size": width})}
 
 
 def _construct(

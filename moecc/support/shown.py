@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from html import escape
 
 Rows = Iterable[tuple[str, str]]
 """Names and texts; rows without a text are left out."""
@@ -17,6 +16,8 @@ def brief(kind: str, rows: Rows) -> str:
 
 def facts_table(rows: Rows) -> str:
     """Return rows of a name and a text as a table of HTML, which are escaped."""
+    from html import escape
+
     cells = (
         f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows if text
     )

@@ -20,7 +20,7 @@ from moecc.families.propose import MIXTURES, source_config
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.runner import run_pass
 from moecc.pipeline.text import Pipeline
 
 MANY_LAYERS = 64
@@ -134,7 +134,9 @@ def _upcycled(graph: Graph, passes: str) -> Graph | tuple[Problem, ...]:
         return graph
     made = clone(graph)
     try:
-        run_pipeline(made, Pipeline.parse(passes), context=_TRIAL)
+        # One by one: a pipeline would verify each copy of a graph that has been verified.
+        for number, item in enumerate(Pipeline.parse(passes), 1):
+            run_pass(made, item, _TRIAL, number)
     except InputError as error:
         return error.problems
     return made

@@ -229,6 +229,8 @@ def test_a_shell_completes_every_command() -> None:
         (["--help"], "numpy"),
         (["--help"], "moecc.cli.cmd_inspect"),
         (["inspect", "DENSE"], "jax"),
+        (["inspect", "DENSE"], "numpy"),
+        (["inspect", "DENSE"], "moecc.families.encdec"),
         (["opt", "GRAPH"], "jax"),
     ],
 )

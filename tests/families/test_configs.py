@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, dataclass, fields, replace
 from typing import Any
 
 import pytest
@@ -265,6 +265,30 @@ def test_configs_are_values() -> None:
     assert hash(config) == hash(parse_config(small("qwen2_moe")))
     assert pickle.loads(pickle.dumps(config)) == config
     assert config != parse_config(small("qwen2_moe", qkv_bias=False))
+    assert replace(config, extra={"a": [1]}) != config, "every field is compared"
+    assert hash(replace(config, extra={"a": [1]})) == hash(config), "extra cannot be hashed"
+    assert config != vars(config)
+    with pytest.raises(FrozenInstanceError):
+        config.vocab_size = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_config_is_what_dataclass_would_make_of_it(family: str) -> None:
+    """Its constructor, text, comparison and hash, written once for all families."""
+    heads = {"head_dim": 64} if family == "glm4_moe" else {}
+    made = parse_config({"model_type": family, **heads})
+    twin = dataclass(frozen=True, kw_only=True)(type(type(made).__name__, (type(made),), {}))
+    same = twin(**{f.name: getattr(made, f.name) for f in fields(made)})
+    assert repr(same).partition("(")[2] == repr(made).partition("(")[2]
+    assert hash(same) == hash(made)
+    assert [f.name for f in fields(twin)] == [f.name for f in fields(made)]
+    with pytest.raises(TypeError, match="no field 'wide'"):
+        replace(made, wide=3)
+
+
+def test_a_field_without_a_default_must_be_given() -> None:
+    with pytest.raises(TypeError, match="MixtralConfig: the field 'hidden_size' is missing"):
+        CONFIGS["mixtral"](vocab_size=8)
 
 
 # ---------- sliding windows

@@ -10,6 +10,7 @@ from moecc_passes.upcycle.gate_moments import gates_of
 from moecc_passes.upcycle.gates import GateLaw
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
+from moecc.ir.printer import print_graph
 from moecc.ir.structure import clone
 from moecc.pipeline.passes import Context
 from moecc.weights.evaluate import evaluate
@@ -156,6 +157,16 @@ def test_options_alone_promise_no_more_than_their_application() -> None:
         after = item.apply(clone(graph), Context())
         assert after.preserves is not None
         assert order.index(item.preserves.kind) >= order.index(after.preserves.kind)
+
+
+def test_a_trial_makes_the_same_graph_and_no_promise_of_it() -> None:
+    graph, item = Dense().graph(), UpcyclePass(gates="softmax")
+    made = []
+    for promises in (True, False):
+        made.append(clone(graph))
+        found = item.apply(made[-1], Context(promises=promises)).preserves
+        assert (found is not None) == promises
+    assert print_graph(made[0]) == print_graph(made[1])
 
 
 def test_the_worst_block_counts_not_their_sum() -> None:

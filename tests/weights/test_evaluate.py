@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 from unittest import mock
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -219,6 +220,17 @@ def test_widening_loses_nothing(source: DType, dtype: DType) -> None:
             assert (widen(values, dtype)[number] == values[number]).all()
     else:
         assert not exact
+
+
+@pytest.mark.parametrize("dtype", [d for d in DTYPES.values() if d.kind != "key"], ids=str)
+def test_limits_are_those_of_the_libraries(dtype: DType) -> None:
+    if dtype.kind == "bool":
+        assert dtype.limits == (0, 1)
+        return
+    info = ml_dtypes.finfo(dtype.numpy) if dtype.is_float else np.iinfo(dtype.numpy)
+    whole = np.inf if dtype.is_float else 2**53
+    expected = max(float(info.min), -whole), min(float(info.max), whole)
+    assert dtype.limits == expected
 
 
 def bit_patterns(dtype: DType) -> np.ndarray[Any, Any]:
