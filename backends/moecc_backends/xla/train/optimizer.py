@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod, sqrt
 
 import jax
@@ -184,49 +185,69 @@ def _adafactor(
 
     A block is clipped and scaled by itself: a layer of a rolled parameter, an expert.
     """
+    section, kept = optimizer.section, optimizer.moment_types
     made: dict[str, jax.Array] = {}
     after: Moments = {kind: {} for kind in moments if kind != COUNT}
     for name, gradient in gradients.items():
-        kinds = [kind for kind in after if name in moments[kind]]
-        found = _by_block(optimizer, name, kinds, moments[COUNT])(
-            gradient, params[name], *(moments[kind][name] for kind in kinds)
-        )
+        kinds = tuple(kind for kind in after if name in moments[kind])
+        types = (optimizer.types[name], *(kept[kind][name] for kind in kinds))
+        like = _Factored(types, kinds, optimizer.settings[name].blocks, section.update_clip)
+        own = (moments[kind][name] for kind in kinds)
+        found = _by_block(like, moments[COUNT], gradient, params[name], *own)
         made[name] = found[0]
         for kind, array in zip(kinds, found[1:], strict=True):
             after[kind][name] = array
     return made, {**after, COUNT: moments[COUNT] + 1}
 
 
+@dataclass(frozen=True)
+class _Factored:
+    """What Adafactor's update of a parameter depends on.  Those that are alike share one function.
+
+    Attributes:
+      types: of the parameter, and of its moments.
+      kinds: of the moments.
+      blocks: the dimensions along which each slice is a parameter by itself.
+      clip: the largest root mean square of an update.
+    """
+
+    types: tuple[TensorType, ...]
+    kinds: tuple[str, ...]
+    blocks: tuple[int, ...]
+    clip: float
+
+
+@partial(jax.jit, static_argnums=0)
 def _by_block(
-    optimizer: Optimizer, name: str, kinds: list[str], count: jax.Array
-) -> Callable[..., tuple[jax.Array, ...]]:
-    """Return Adafactor of one parameter, as a function of gradient, parameter and moments."""
+    like: _Factored, count: jax.Array, gradient: jax.Array, param: jax.Array, *moments: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Return the direction of one parameter by Adafactor, and its moments after."""
     import optax
 
-    type, settings = optimizer.types[name], optimizer.settings[name]
     parts = (
         optax.scale_by_factored_rms(),
-        optax.clip_by_block_rms(optimizer.section.update_clip),
+        optax.clip_by_block_rms(like.clip),
         optax.scale_by_param_block_rms(),
     )
     chain = optax.chain(*parts)
 
     def of_block(gradient: jax.Array, param: jax.Array, *moments: jax.Array) -> PyTree:
-        given = dict(zip(kinds, moments, strict=True))
+        given = dict(zip(like.kinds, moments, strict=True))
         initial = chain.init(param)
         names = {ROW: "v_row", COLUMN: "v_col", SECOND: "v"}
         state = initial[0]._replace(count=count, **{names[k]: a for k, a in given.items()})
         made, after = chain.update(gradient, (state, *initial[1:]), param)
-        return made, *(getattr(after[0], names[kind]) for kind in kinds)
+        return made, *(getattr(after[0], names[kind]) for kind in like.kinds)
 
-    function, types = of_block, optimizer.moment_types
-    arguments = [type.names, type.names, *(types[kind][name].names for kind in kinds)]
-    left = [type.names[dimension] for dimension in settings.blocks]
+    function, type = of_block, like.types[0]
+    arguments = [type.names, *(t.names for t in like.types)]
+    left = [type.names[dimension] for dimension in like.blocks]
     while left:
         axis = left.pop(0)
         at = tuple([n for n in names if n not in left].index(axis) for names in arguments)
         function = jax.vmap(function, in_axes=at, out_axes=(at[0], *at[2:]))
-    return function
+    made: tuple[jax.Array, ...] = function(gradient, param, *moments)
+    return made
 
 
 DIRECTIONS: dict[str, Directions] = {

@@ -212,10 +212,7 @@ class TrainStep:
         trained = {n: params[n] for n in self.trained}
         fixed = {n: a for n, a in self.model_params(state).items() if n not in trained}
         slopes, sums = self.gradients(trained, fixed, batch, key)
-        norm = _norm(slopes)
-        clipped = self._clipped(slopes, norm)
-        made, moments = self.optimizer.directions(clipped, state["moments"], trained)
-        changed = {n: self._moved(n, trained[n], d, rate) for n, d in made.items()}
+        changed, moments, norm = self.update(trained, state["moments"], slopes, rate)
         metrics = {**told(sums, self.graph), "gradient_norm": norm, "rate": rate}
         after = {**state, "params": {**params, **changed}, "moments": moments}
         after["bias"] = {n: self._moved_bias(n, b, sums) for n, b in state["bias"].items()}
@@ -239,6 +236,16 @@ class TrainStep:
         run = self.where.mapped(self.loss.gradients, given, (own, sum_types(graph)))
         made: tuple[dict[str, jax.Array], Outputs] = run(trained, fixed, {**batch, **totals}, key)
         return made
+
+    def update(
+        self, trained: Arrays, moments: PyTree, slopes: Arrays, rate: jax.Array
+    ) -> tuple[dict[str, jax.Array], PyTree, jax.Array]:
+        """Return parameters and moments after a step, and the gradients' norm; to trace."""
+        norm = _norm(slopes)
+        clipped = self._clipped(slopes, norm)
+        made, after = self.optimizer.directions(clipped, moments, trained)
+        changed = {n: self._moved(n, trained[n], d, rate) for n, d in made.items()}
+        return changed, after, norm
 
     def _clipped(self, slopes: Arrays, norm: jax.Array) -> Arrays:
         if not self.section.clip:
