@@ -6,13 +6,12 @@ from collections.abc import Sequence
 
 from moecc.errors import Problem, UsageError
 from moecc.train.recipe import OptimizerSection
-from moecc.train.recipe_text import parse_recipe
+from moecc.train.recipe_text import parse_update
 
 COMPILED = ("clip", "update_clip", "b1", "b2", "eps", "decay")
 """The keys of ``[optimizer]`` that are constants of a compiled step."""
 
 _SECTION = "optimizer."
-_RECIPE = '[model]\nsource = "model"\n[data]\ntrain = [{ tokens = "tokens" }]\n[run]\nsteps = 1\n'
 _OTHERS = {
     "name": "--optimizer names it",
     "groups": "a recipe has groups: moecc train",
@@ -34,8 +33,7 @@ def update_of(optimizer: str, sets: Sequence[str]) -> OptimizerSection:
     problems = [problem for text in sets for problem in _foreign(text)]
     if problems:
         raise UsageError(problems)
-    recipe = parse_recipe(_RECIPE, "the options", sets=(f"{_SECTION}name={optimizer}", *sets))
-    return recipe.optimizer
+    return parse_update(optimizer, sets)
 
 
 def _foreign(text: str) -> list[Problem]:

@@ -31,7 +31,7 @@ def findings(checkpoint: Checkpoint, vocabulary: int | None) -> list[str]:
       vocabulary: the rows of the embedding, if they are known.
     """
     if vocabulary is None:
-        return [*_unscaled(checkpoint)]
+        return list(_unscaled(checkpoint))
     return [
         *_wrong_ids("config.json", checkpoint.config, vocabulary),
         *_companion_findings(checkpoint.companions(), vocabulary),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from moecc.checkpoint.frontmatter import LISTS, SCALARS, Kept
 from moecc.errors import printable
+from moecc.support.text import with_article
 
 GENERATION = "text-generation"
 """The Hub's task of a decoder-only model."""
@@ -127,7 +128,11 @@ def _front_matter(facts: CardFacts) -> str:
 
 
 def _summary(facts: CardFacts) -> str:
-    base = f"`{_code(facts.base_model)}`" if facts.base_model else f"a {facts.family_from} model"
+    base = (
+        f"`{_code(facts.base_model)}`"
+        if facts.base_model
+        else f"{with_article(facts.family_from)} model"
+    )
     kind = "A sparse mixture of experts" if facts.is_sparse else "A dense model"
     after = (
         "It was trained, and then converted: its history is below."

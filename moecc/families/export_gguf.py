@@ -32,6 +32,7 @@ from moecc.families.experts import expert_layers
 from moecc.families.export import export_graph
 from moecc.families.listing import either
 from moecc.ir.graph import Graph
+from moecc.support.text import with_article
 from moecc.types.dtypes import F16, F32, F64, DType
 from moecc.types.tensor import tensor
 from moecc.weights.arithmetic import Add
@@ -90,7 +91,7 @@ def architecture_of(target: str) -> str | None:
     of_family += [f"{PREFIX}{n}" for n, families in _DENSE_FAMILIES.items() if name in families]
     hint = f"{name} is {either(of_family)} there" if of_family else nearest(name, known)
     if not of_family and name in CONFIGS:
-        hint = f"no GGUF of a {name} is written; --to {name} writes a folder"
+        hint = f"no GGUF of {with_article(name)} is written; --to {name} writes a folder"
     raise UsageError(
         f"unknown architecture of GGUF {name!r}", expected=f"one of {', '.join(known)}", hint=hint
     )

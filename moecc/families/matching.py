@@ -14,6 +14,7 @@ from moecc.errors import InputError, Problem
 from moecc.families.listing import capped
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.printer import format_node
+from moecc.support.text import with_article
 from moecc.types.tensor import Extent, TensorType
 from moecc.weights.expr import Expr
 from moecc.weights.movement import Permute
@@ -153,7 +154,7 @@ class _Matcher:
         place = b.node.loc if b.node is not None else b.loc
         self.problems.append(
             Problem(
-                f"the graph is not a {self.target.name}: first difference",
+                f"the graph is not {with_article(self.target.name)}: first difference",
                 place or None,
                 _line(a),
                 _line(b),

@@ -23,6 +23,7 @@ from moecc.families.listing import both, either, ranges
 from moecc.families.not_written import NOT_WRITTEN
 from moecc.families.propose_encdec import encdec_fields, in_stacks
 from moecc.ir.graph import Graph
+from moecc.support.text import with_article
 from moecc.support.untyped import JsonDict
 
 Config = TypeVar("Config", bound=ModelConfig)
@@ -51,7 +52,9 @@ def check_target(target: str) -> None:
     """
     if target in NOT_WRITTEN:
         why, instead = NOT_WRITTEN[target]
-        raise InputError(f"no model becomes a {target}: {why}", where="--to", hint=instead)
+        raise InputError(
+            f"no model becomes {with_article(target)}: {why}", where="--to", hint=instead
+        )
     if target not in CONFIGS:
         hint = nearest(target, CONFIGS)
         raise UsageError(

@@ -16,6 +16,7 @@ from moecc.plan.estimate import Estimate, Estimator
 from moecc.plan.layouts import problems
 from moecc.plan.machines import Machine
 from moecc.plan.remedies import WorkOn
+from moecc.plan.report_types import Idea
 from moecc.plan.search import Ranking, seconds_text, why_slower
 from moecc.plan.stages import part_of_machine, stage_work, staged
 from moecc.plan.strategy import REMATS, StepConfig
@@ -29,29 +30,6 @@ NOT_LOWERED = {
     "pipeline stages": "not lowered: every device runs all layers",
     "context parallelism": "not lowered: attention gathers the queries, too",
 }
-
-
-@dataclass(frozen=True)
-class Idea:
-    """Something that one would try.
-
-    Attributes:
-      name: what it is.
-      how: its numbers: ``4 stages of 8 layers``.
-      options: what asks for it; empty where nothing does.
-      lowered: whether moecc compiles it.
-      seconds: of a step; None where it is impossible.
-      total_bytes: of a device; None likewise.
-      why: why it is faster, slower, or impossible.
-    """
-
-    name: str
-    how: str
-    options: str
-    lowered: bool
-    seconds: float | None
-    total_bytes: float | None
-    why: str
 
 
 @dataclass(frozen=True)
@@ -90,19 +68,30 @@ def explore(known: Known) -> tuple[Idea, ...]:
     if known.config.train:
         kinds += [_accumulation, _stages]
     found = [idea for kind in [*kinds, _contexts] for idea in kind(known)]
-    return tuple(sorted(found, key=lambda idea: (idea.seconds is None, idea.seconds or 0.0)))
+    return tuple(sorted(found, key=lambda idea: (idea["seconds"] is None, idea["seconds"] or 0.0)))
 
 
 def _priced(known: Known, idea: Idea) -> Idea:
     """Return an idea, without its price where it does not fit."""
-    if idea.total_bytes is None or known.fits(idea.total_bytes):
+    needed = idea["total_bytes"]
+    if needed is None or known.fits(needed):
         return idea
-    need = f"needs {idea.total_bytes / 1e9:.2f} GB of {known.machine.usable_bytes / 1e9:.2f} GB"
-    return replace(idea, seconds=None, total_bytes=None, why=need)
+    why = f"needs {needed / 1e9:.2f} GB of {known.machine.usable_bytes / 1e9:.2f} GB"
+    return {**idea, "seconds": None, "total_bytes": None, "why": why}
+
+
+def _made(
+    name: str, how: str, why: str, seconds: float | None = None, total_bytes: float | None = None,
+    *, options: str = "", lowered: bool = False,
+) -> Idea:  # fmt: skip
+    return {
+        "name": name, "how": how, "options": options, "lowered": lowered,
+        "seconds": seconds, "total_bytes": total_bytes, "why": why,
+    }  # fmt: skip
 
 
 def _impossible(name: str, how: str, why: str) -> Idea:
-    return Idea(name, how, "", name not in NOT_LOWERED, None, None, why)
+    return _made(name, how, why, lowered=name not in NOT_LOWERED)
 
 
 def _accumulation(known: Known) -> Iterator[Idea]:
@@ -128,7 +117,8 @@ def _accumulation(known: Known) -> Iterator[Idea]:
 
 
 def _idea(name: str, how: str, options: str, one: Estimate, known: Known) -> Idea:
-    return Idea(name, how, options, True, one.seconds, one.memory.total, _why(one, known))
+    why = _why(one, known)
+    return _made(name, how, why, one.seconds, one.memory.total, options=options, lowered=True)
 
 
 def _why(one: Estimate, known: Known) -> str:
@@ -161,7 +151,7 @@ def _sequences(known: Known) -> Iterator[Idea]:
     gain = 1 - one.seconds / split[0].seconds
     time = f"{abs(gain):.1%} {'less' if gain >= 0 else 'more'} time"
     same = f"{time} and {_memory(one, split[0])} than the same mesh without"
-    yield _priced(known, replace(idea, why=f"{same}; {idea.why}"))
+    yield _priced(known, {**idea, "why": f"{same}; {idea['why']}"})
 
 
 def _memory(one: Estimate, other: Estimate) -> str:
@@ -191,7 +181,7 @@ def _chunks(known: Known) -> Iterator[Idea]:
         mesh = ",".join(f"{n}={s}" for n, s in one.strategy.layout.mesh.axes)
         options = f"moecc compile --mesh {mesh} --via capacity --chunks {count}"
         idea = _idea(name, how, options, cut, known)
-        yield replace(idea, why=f"{spared}; {idea.why}")
+        yield {**idea, "why": f"{spared}; {idea['why']}"}
 
 
 def _replicas(known: Known) -> Iterator[Idea]:
@@ -239,7 +229,7 @@ def _stages(known: Known) -> Iterator[Idea]:
         idle = best.bubble * best.seconds
         sends = f"{seconds_text(best.send_seconds)} a send"
         why = f"{NOT_LOWERED[name]}; {seconds_text(idle)} idle ({best.bubble:.0%}), {sends}"
-        yield Idea(name, how, "", False, best.seconds, best.total_bytes, why)
+        yield _made(name, how, why, best.seconds, best.total_bytes)
 
 
 def _contexts(known: Known) -> Iterator[Idea]:
@@ -254,6 +244,6 @@ def _contexts(known: Known) -> Iterator[Idea]:
             yield _impossible(name, how, error.problems[0].what)
             continue
         gathers = f"{seconds_text(one.gather_seconds)} of gathers of keys and values"
-        idea = Idea(name, f"{how}, {one.estimate.strategy}", "", False, one.seconds,
-                    one.total_bytes, f"{NOT_LOWERED[name]}; {gathers}")  # fmt: skip
+        how, why = f"{how}, {one.estimate.strategy}", f"{NOT_LOWERED[name]}; {gathers}"
+        idea = _made(name, how, why, one.seconds, one.total_bytes)
         yield _priced(known, idea)

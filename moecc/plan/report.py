@@ -9,12 +9,11 @@ from moecc.plan.batches import Batch
 from moecc.plan.collectives import sent_bytes
 from moecc.plan.estimate import Estimate, PartCost
 from moecc.plan.exchanges import exact
-from moecc.plan.explore import Idea
 from moecc.plan.machines import Machine
 from moecc.plan.report_types import (
     AttentionReport,
     BatchReport,
-    IdeaReport,
+    Idea,
     PartReport,
     PlanReport,
     Report,
@@ -65,15 +64,8 @@ def plan_json(
         "lossy": _summary(ranking.lossy, work) if ranking.lossy else None,
         "tried": ranking.tried,
         "fitting": ranking.fitting,
-        "explored": [_explored(idea) for idea in explored],
+        "explored": list(explored),
     }
-
-
-def _explored(idea: Idea) -> IdeaReport:
-    return {
-        "name": idea.name, "how": idea.how, "options": idea.options, "lowered": idea.lowered,
-        "seconds": idea.seconds, "total_bytes": idea.total_bytes, "why": idea.why,
-    }  # fmt: skip
 
 
 def batch_json(part: Batch, config: StepConfig) -> BatchReport:

@@ -110,8 +110,18 @@ class PlanReport(SummaryReport):
     attention: list[AttentionReport]
 
 
-class IdeaReport(TypedDict):
-    """What one would try beside the best plan; without seconds where it is impossible."""
+class Idea(TypedDict):
+    """Something that one would try beside the best plan.
+
+    Attributes:
+      name: what it is.
+      how: its numbers: ``4 stages of 8 layers``.
+      options: what asks for it; empty where nothing does.
+      lowered: whether moecc compiles it.
+      seconds: of a step; None where it is impossible.
+      total_bytes: of a device; None likewise.
+      why: why it is faster, slower, or impossible.
+    """
 
     name: str
     how: str
@@ -140,4 +150,4 @@ class Report(TypedDict):
     lossy: SummaryReport | None
     tried: int
     fitting: int
-    explored: list[IdeaReport]
+    explored: list[Idea]

@@ -31,3 +31,8 @@ def json_text(value: object, *, indent: int | None = None) -> str:
     if is_shown(text):
         return text
     return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+
+
+def with_article(name: str) -> str:
+    """Return the name of a family after its article: ``a llama``, ``an olmoe``, ``a umt5``."""
+    return f"{'an' if name[:1].lower() in 'aeio' else 'a'} {name}"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moecc.errors import UsageError
+from moecc.support.text import with_article
 from moecc.tasks.conversion import Plan as Plan
 from moecc.tasks.conversion import plan as plan
 from moecc.tasks.convert_gguf import is_file, write_gguf, write_gguf_file
@@ -158,7 +159,7 @@ def _check_suffix(planned: Plan, out: Path) -> None:
         raise UsageError(
             "a .gguf file is written for an architecture of llama.cpp", where=str(out),
             expected="--to gguf:ARCH, for example gguf:llama",
-            found=f"a folder, of a {planned.target}",
+            found=f"a folder, of {with_article(planned.target)}",
             hint="or a folder, whose name does not end in .gguf",
         )  # fmt: skip
 

@@ -114,6 +114,7 @@ BOUNDS: dict[str, _Bound] = {
 def faults(recipe: Recipe) -> Iterator[Fault]:
     """Yield what is wrong about the values of `recipe`."""
     yield from _bounds(recipe)
+    yield from _update(recipe.optimizer)
     yield from _model(recipe.model)
     yield from _data(recipe.data)
     yield from _groups(recipe.data, recipe.routing, recipe.run)
@@ -124,11 +125,19 @@ def faults(recipe: Recipe) -> Iterator[Fault]:
     yield from _mesh(recipe.mesh)
 
 
-def _bounds(recipe: Recipe) -> Iterator[Fault]:
+def update_faults(optimizer: OptimizerSection) -> Iterator[Fault]:
+    """Yield what is wrong about the values of an update that is no part of a run."""
+    yield from _bounds(optimizer, "optimizer.")
+    yield from _update(optimizer)
+
+
+def _bounds(section: object, prefix: str = "") -> Iterator[Fault]:
     for name, bound in BOUNDS.items():
+        if not name.startswith(prefix):
+            continue
         path = tuple(name.split("."))
-        value: Any = recipe
-        for part in path:
+        value: Any = section
+        for part in name.removeprefix(prefix).split("."):
             value = getattr(value, part)
         if not bound.holds(value):
             yield Fault((path,), "out of bounds", bound.expected, str(value))
@@ -215,17 +224,21 @@ def _router_dtype(routing: RoutingSection, run: RunSection) -> Iterator[Fault]:
                     routing.router_dtype)  # fmt: skip
 
 
-def _schedule(optimizer: OptimizerSection, run: RunSection) -> Iterator[Fault]:
-    keys: dict[str, Path] = {k: ("optimizer", k) for k in ("name", "warmup", "decay_steps")}
-    steps: Path = ("run", "steps")
+def _update(optimizer: OptimizerSection) -> Iterator[Fault]:
+    name: Path = ("optimizer", "name")
     if optimizer.name not in OPTIMIZERS:
         hint = nearest(optimizer.name, OPTIMIZERS)
-        yield Fault((keys["name"],), "no such optimiser", " | ".join(OPTIMIZERS),
+        yield Fault((name,), "no such optimiser", " | ".join(OPTIMIZERS),
                     optimizer.name, hint)  # fmt: skip
     if optimizer.update_clip != 1.0 and optimizer.name != "adafactor":
         clip: Path = ("optimizer", "update_clip")
-        yield Fault((clip, keys["name"]), "only adafactor clips the update of a matrix", "1.0",
+        yield Fault((clip, name), "only adafactor clips the update of a matrix", "1.0",
                     str(optimizer.update_clip), "clip bounds the gradients of all")  # fmt: skip
+
+
+def _schedule(optimizer: OptimizerSection, run: RunSection) -> Iterator[Fault]:
+    keys: dict[str, Path] = {k: ("optimizer", k) for k in ("warmup", "decay_steps")}
+    steps: Path = ("run", "steps")
     if optimizer.warmup > run.steps > 0:
         yield Fault((keys["warmup"], steps), "the warm-up is longer than the run",
                     f"at most steps = {run.steps}", str(optimizer.warmup))  # fmt: skip

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
 from importlib.resources import files
@@ -24,8 +24,8 @@ from moecc.support.untyped import JsonDict
 from moecc.toml.fields import FieldReader, dotted
 from moecc.toml.parse import parse_toml
 from moecc.toml.places import Path, shown_place, toml_places
-from moecc.train.recipe import Corpus, Recipe
-from moecc.train.recipe_checks import faults
+from moecc.train.recipe import Corpus, OptimizerSection, Recipe
+from moecc.train.recipe_checks import Fault, faults, update_faults
 
 PREFIX = "recipe:"
 SHIPPED = files("moecc.presets") / "recipes"
@@ -74,13 +74,33 @@ def parse_recipe(
 
     reader = FieldReader(where)
     recipe = reader.section(Recipe, table, ())
-    bad = [path for path, _ in reader.problems]
-    problems = [*reader.problems, *_faulty(recipe, bad, where, options)]
+    problems = [*reader.problems, *_faulty(faults(recipe), reader, options)]
     if problems:
         wrong = [problem for _, problem in problems]
         of_file = any(not _set_by(path, options) for path, _ in problems)
         raise InputError(wrong) if of_file else UsageError(wrong)
     return _resolved(recipe, folder or FilePath(), options)
+
+
+def parse_update(optimizer: str, sets: Sequence[str]) -> OptimizerSection:
+    """Return the section ``[optimizer]`` of options alone, for a step that is no part of a run.
+
+    Args:
+      optimizer: its name.
+      sets: texts ``optimizer.key=value``, as of `load_recipe`.
+
+    Raises:
+      UsageError: an option is wrong.
+    """
+    section = "optimizer"
+    table: JsonDict = {section: {}}
+    options = _options((f"{section}.name={optimizer}", *sets), table)
+    reader = FieldReader(lambda path: _place(path, {}, "the options", options))
+    update = reader.section(OptimizerSection, table[section], (section,))
+    problems = [*reader.problems, *_faulty(update_faults(update), reader, options)]
+    if problems:
+        raise UsageError(problem for _, problem in problems)
+    return update
 
 
 def shipped_recipes() -> list[str]:
@@ -231,13 +251,14 @@ def _place(path: Path, places: Mapping[Path, int], name: str, options: Sequence[
 
 
 def _faulty(
-    recipe: Recipe, bad: Sequence[Path], where: Callable[[Path], str], options: Sequence[_Option]
+    found: Iterable[Fault], reader: FieldReader, options: Sequence[_Option]
 ) -> Iterator[tuple[Path, Problem]]:
     """Yield the problems of values that were read, but for those that concern unread ones.
 
     Each with the path of the value that is to blame: the first that an option gave, or the file.
     """
-    for fault in faults(recipe):
+    bad, where = [path for path, _ in reader.problems], reader.where
+    for fault in found:
         about = (path[: len(b)] == b or b[: len(path)] == path for path in fault.keys for b in bad)
         if any(about):
             continue

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from moecc.capture.statistics import BlockSums, ExpertSums
 
+from .rounding import UNIT, assert_within, bounds_of_block
+
 SEEDS = st.integers(0, 10_000)
 
 
@@ -28,16 +30,15 @@ def test_a_block(seed: int, texts: int, batches: int) -> None:
     centred = wide - wide.mean(0)
     is_text = (text[:, None] == np.arange(texts)).astype(np.float64)
     active = np.argsort(np.argsort(-size, axis=1), axis=1) < 2
-    close = {"rtol": 1e-4, "atol": 1e-5}
-    np.testing.assert_allclose(found["input.mean"], wide.mean(0), **close)
-    np.testing.assert_allclose(found["input.covariance"], centred.T @ centred / len(x), **close)
-    np.testing.assert_allclose(found["hidden.mean"], size.mean(0), **close)
-    np.testing.assert_allclose(
-        found["hidden.cross"], centred.T @ (size - size.mean(0)) / len(x), **close
-    )
-    np.testing.assert_allclose(
-        found["texts.cross"], (is_text - is_text.mean(0)).T @ centred / len(x), **close
-    )
+    expected = {
+        "input.mean": wide.mean(0),
+        "input.covariance": centred.T @ centred / len(x),
+        "hidden.mean": size.mean(0),
+        "hidden.cross": centred.T @ (size - size.mean(0)) / len(x),
+        "texts.cross": (is_text - is_text.mean(0)).T @ centred / len(x),
+    }
+    for name, bound in bounds_of_block(x, hidden).items():
+        assert_within(found[name], expected[name], bound)
     np.testing.assert_array_equal(found["hidden.pairs"], active.T.astype(int) @ active.astype(int))
 
 
@@ -62,12 +63,14 @@ def test_experts(seed: int, batches: int) -> None:
         if not own.any():
             assert not found["experts.saliency"][expert]
             continue
-        norms = np.linalg.norm(result[own], axis=1)
-        assert np.isclose(found["experts.gate"][expert], gates[own].mean(), rtol=1e-5)
-        assert np.isclose(found["experts.saliency"][expert], (gates[own] * norms).mean(), rtol=1e-5)
-        np.testing.assert_allclose(
-            found["experts.result"][expert], result[own].mean(0), rtol=1e-4, atol=1e-6
-        )
+        wide, weight = result[own].astype(np.float64), gates[own].astype(np.float64)
+        expected = {
+            "experts.gate": weight.mean(),
+            "experts.saliency": (weight * np.linalg.norm(wide, axis=1)).mean(),
+            "experts.result": wide.mean(0),
+        }
+        for name, value in expected.items():
+            assert_within(found[name][expert], value, UNIT * np.abs(value))
 
 
 def test_a_neuron_that_is_never_at_work_is_not_active() -> None:

@@ -39,6 +39,7 @@ from moecc.checkpoint.problems import Problems, quoted
 from moecc.checkpoint.source import TensorInfo
 from moecc.errors import InputError, nearest, printable
 from moecc.support.closing import Closing
+from moecc.support.text import with_article
 from moecc.types.arrays import Array
 
 _GUESSES = 20
@@ -284,8 +285,8 @@ def _names(header: GgufHeader, family: GgufFamily, problems: Problems) -> dict[s
         if new is not None:
             names[name] = new
         elif name != ROPE_FACTORS:
-            kind = "" if family.experts else "dense "
-            what = f"a {kind}{family.model_type} has no tensor {quoted(name)}"
+            kind = family.model_type if family.experts else f"dense {family.model_type}"
+            what = f"{with_article(kind)} has no tensor {quoted(name)}"
             # Suggesting the nearest name takes longer than everything else.
             hint = nearest(name[:100], known) if (guesses := guesses - 1) >= 0 else None
             problems.add(what, where=str(header.path), hint=hint)

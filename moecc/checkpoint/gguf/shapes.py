@@ -19,6 +19,7 @@ from moecc.checkpoint.gguf.names import EMBEDDING
 from moecc.checkpoint.gguf.rope import read_rope
 from moecc.checkpoint.problems import Problems, quoted
 from moecc.errors import nearest
+from moecc.support.text import with_article
 from moecc.types.arrays import Array
 
 _BLOCK = re.compile(r"blk\.(0|[1-9]\d{0,5})\.(\w+)\.(weight|bias)", re.ASCII)
@@ -179,7 +180,7 @@ def read_shape(header: GgufHeader, shape: GgufShape, problems: Problems) -> Read
         if name is None:
             known = [*shape.whole, *(f"blk.0.{stem}.weight" for stem in shape.stems)]
             hint = nearest(stored[:100], known)
-            what = f"a {shape.model_type} has no tensor {quoted(stored)}"
+            what = f"{with_article(shape.model_type)} has no tensor {quoted(stored)}"
             problems.add(what, where=str(header.path), hint=hint)
         else:
             names[stored] = name

@@ -13,6 +13,7 @@ from math import sqrt
 
 from moecc.checkpoint.problems import Problems, quoted
 from moecc.checkpoint.trees.tree import Piece, Tree
+from moecc.support.text import with_article
 
 MARKS = (("decoder", "decoder_norm", "scale"),)
 """An array that every such decoder has."""
@@ -64,7 +65,7 @@ def maxtext_pieces(
         found = dict(_pieces(path, key, rank, decoder))
         if not found:
             problems.add(
-                f"moecc does not know this array of a {decoder.family} of MaxText",
+                f"moecc does not know this array of {with_article(decoder.family)} of MaxText",
                 where=f"{tree.folder}, array {quoted('.'.join(path))}",
                 hint="export it with MaxText's to_huggingface, or write a .moe graph over the "
                 "arrays: docs/adding-a-family.md",
