@@ -72,11 +72,10 @@ def output_file(
     The writer must have synchronised its files.  Arguments are those of
     `moecc.checkpoint.outdir.output_folder`, errors those of `check_output_file`.
     """
-    resume = goes_on is not None
+    resume, replaces = goes_on is not None, force
     file = check_output_file(
         out, inputs=inputs, force=force, needed_bytes=needed_bytes, resume=resume
     )
-    replaces = force
 
     def settled(partial: Path) -> bool:
         nonlocal replaces

@@ -17,7 +17,7 @@ from moecc.ir.unroll import unrolled
 from moecc.ir.uses import uses_of
 from moecc.support.shown import brief, facts_table
 from moecc.support.text import count_text
-from moecc.types.tensor import TensorType
+from moecc.types.tensor import Size, TensorType
 
 PAPER_GROUPS = ("All", "Non-MoE", "MoE", "Attention", "FFN")
 
@@ -154,26 +154,29 @@ def flops(graph: Graph) -> tuple[int, int]:
     for node in graph:
         if not node.op.products:
             continue
-        axes = {a.name: a.size for v in (*node.operands, node.result) for a in v.type}
-        along = () if node.op.attends or not given else node.mixes
-        windows = [n for n in along if n in node.result.type]
-        axes = {n: s for n, s in axes.items() if n not in windows}
-        rows = rows_of(node.operands)
-        times = 1.0
-        if rows is not None:
-            times = choices_kept(rows)
-            axes = {n: s for n, s in axes.items() if n not in ("group", "expert", "slot")}
-        work = (
-            2
-            * node.op.products
-            * times
-            * prod(s for n, s in axes.items() if isinstance(s, int) and n not in tokens)
-        )
-        if any(isinstance(s, str) and n not in tokens for n, s in axes.items()):
+        times, sizes = _counted(node, tokens, given=bool(given))
+        work = 2 * node.op.products * times * prod(n for n in sizes if isinstance(n, int))
+        if any(isinstance(size, str) for size in sizes):
             per_position += work
         else:
             fixed += work
     return round(fixed), round(per_position)
+
+
+def _counted(node: Node, tokens: set[str], *, given: bool) -> tuple[float, list[Size]]:
+    """Return how often a product is computed for a token, and the sizes of its axes.
+
+    Windows that a graph with tokens attends along are no axes of a token's product; experts count
+    once a choice.
+    """
+    axes = {a.name: a.size for v in (*node.operands, node.result) for a in v.type}
+    along = () if node.op.attends or not given else node.mixes
+    left = {*tokens, *(n for n in along if n in node.result.type)}
+    rows = rows_of(node.operands)
+    if rows is not None:
+        left |= {"group", "expert", "slot"}
+    times = 1.0 if rows is None else choices_kept(rows)
+    return times, [size for name, size in axes.items() if name not in left]
 
 
 def _elements(type: TensorType) -> int:

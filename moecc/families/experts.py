@@ -135,11 +135,15 @@ def _shared(combine: Node) -> tuple[int, bool]:
             if node.op.is_product:
                 return _inner(node), False
             if node.op.is_scaling:
-                products = [v.node for v in node.operands if v.node is not None]
-                gated = any(n.op.name == "sigmoid" for n in products)
-                widths = [_inner(n) for n in products if n.op.is_product]
-                return max(widths, default=0), gated
+                return _gated(node)
     return 0, False
+
+
+def _gated(scaling: Node) -> tuple[int, bool]:
+    """Return the width of the product that a node scales, and whether a sigmoid is the factor."""
+    parts = [v.node for v in scaling.operands if v.node is not None]
+    widths = [_inner(n) for n in parts if n.op.is_product]
+    return max(widths, default=0), any(n.op.name == "sigmoid" for n in parts)
 
 
 def _inner(down: Node) -> int:

@@ -8,13 +8,13 @@ forward pass, does each.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from moecc.ir.traits import RowMove
 from moecc.plan.collectives import Transfer
 from moecc.plan.exchange_traffic import Work, exchange
 from moecc.plan.exchanges import Rows
-from moecc.plan.part_traffic import Moved, PartTraffic, traffic_of
+from moecc.plan.part_traffic import Carried, Moved, PartTraffic, traffic_of
 from moecc.plan.parts import Part
 from moecc.plan.sharding import Sharded, Sharding
 from moecc.plan.strategy import StepConfig, Strategy
@@ -25,13 +25,19 @@ from moecc.sharding.vias import Via, via
 _GATE_BYTES = 4
 
 
+def _moved(carried: Carried, by_route: bool) -> Sequence[Moved]:
+    """Return what a step moves, but for what the way to the experts brings itself."""
+    return () if by_route and carried.in_route else carried.moved
+
+
 def part_transfers(
     part: Part, config: StepConfig, strategy: Strategy, local: Sharding
 ) -> Iterator[Transfer]:
     """Yield the collectives of one part, forward and, in training, backward."""
-    sharded, train = local.sharded, config.train
+    sharded = local.sharded
     found = sharded.once(id(part), lambda: traffic_of(part, sharded))
     doing = Work(strategy, config)
+    way = None if found.layer is None else via(strategy.via)
 
     def transfer(one: Moved, times: float, *, waits: bool = True) -> Transfer:
         elements = one.elements * local.rows if one.of_rows else one.elements
@@ -40,17 +46,15 @@ def part_transfers(
 
     for one in found.params:
         yield transfer(one, doing.gathers(part), waits=False)
-    for one in found.gradients if train else ():
+    for one in found.gradients if config.train else ():
         yield _summed(transfer(one, 1, waits=False), config)
-    way = None if found.layer is None else via(strategy.via)
     for carried in found.forward:
-        for one in carried.moved if way is None or not carried.in_route else ():
-            # What several layers take is brought to all of them at once, and stays there.
-            again = doing.forward(carried.step) if carried.share == 1 else 1
+        # What several layers take is brought to all of them at once, and stays there.
+        again = doing.forward(carried.step) if carried.share == 1 else 1
+        for one in _moved(carried, way is not None):
             yield transfer(one, again * carried.share)
-    for carried in found.backward if train else ():
-        for one in carried.moved if not (strategy.sliced and carried.in_route) else ():
-            yield transfer(one, carried.share)
+    for carried in found.backward if config.train else ():
+        yield from (transfer(m, carried.share) for m in _moved(carried, strategy.sliced))
     if found.layer is not None and way is not None:
         times = _exchanged((part, found, found.layer), way, doing, sharded)
         yield from (transfer(one, count) for one, count in times.items() if count)

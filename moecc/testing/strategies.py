@@ -63,8 +63,7 @@ def graphs(
     if examples:
         # Here, not while Hypothesis takes the time of what it draws.
         steps_by_operation()
-    chosen = tuple(steps) if steps is not None else None
-    options = _Options(chosen, max_steps, dead, examples)
+    options = _Options(None if steps is None else tuple(steps), max_steps, dead, examples)
     return _graphs(options, parse_mesh(mesh) if mesh else None)
 
 

@@ -256,13 +256,12 @@ def _weighted(weights: Value, axis: str) -> Value | None:
     """Return what attention weights are the weights of: values that vary over the batch, too."""
     values = [weights]
     for _ in range(_STEPS_TO_PRODUCT):
-        for value in values:
-            for node in value.users:
-                if node.op.is_product and axis not in node.result.type:
-                    (other,) = (v for v in node.operands if v is not value)
-                    return other if _varies(other, weights, axis) else None
-        users = (node for value in values for node in value.users)
-        values = [v for n in users if n.op.elementwise for v in n.results if axis in v.type]
+        uses = [(value, node) for value in values for node in value.users]
+        for value, node in uses:
+            if node.op.is_product and axis not in node.result.type:
+                (other,) = (v for v in node.operands if v is not value)
+                return other if _varies(other, weights, axis) else None
+        values = [v for _, n in uses if n.op.elementwise for v in n.results if axis in v.type]
     return None
 
 

@@ -185,6 +185,11 @@ def t5_config(shapes: Mapping[str, tuple[int, ...]], problems: Problems) -> dict
     }
 
 
+def _layers_with_routers(shapes: Iterable[str], stack: str) -> list[int]:
+    start, end = f"{stack}.block.", ".mlp.router.classifier.weight"
+    return sorted(int(n.split(".")[2]) for n in shapes if n.startswith(start) and n.endswith(end))
+
+
 def _sparse(
     shapes: Mapping[str, tuple[int, ...]], experts: int, problems: Problems
 ) -> dict[str, object]:
@@ -203,11 +208,7 @@ def _sparse(
         "router_jitter_noise": 0.0,
     }
     for stack in _SELF:
-        start, end = f"{stack}.block.", ".mlp.router.classifier.weight"
-        layers = _count(shapes, stack)
-        sparse = sorted(
-            int(n.split(".")[2]) for n in shapes if n.startswith(start) and n.endswith(end)
-        )
+        layers, sparse = _count(shapes, stack), _layers_with_routers(shapes, stack)
         step = layers // len(sparse) if sparse else 0
         usual = list(range(layers)) if step == 1 else list(range(1, layers, step or layers))
         if sparse != usual:

@@ -150,6 +150,19 @@ def _has_param(node: Node) -> bool:
     return any(v.is_param for v in node.operands)
 
 
+def _unmasked(scores: Value, users: int) -> tuple[Value, list[Value]]:
+    """Return what is masked to make `scores`, which have so many users, and its masks."""
+    masks: list[Value] = []
+    while True:
+        if len(scores.users) != users or scores.is_output:
+            raise _NotFusedError(f"%{scores.name} is used elsewhere too")
+        mask = fits(MASK, scores.node)
+        if mask is None:
+            return scores, masks
+        masks.append(mask.value("keep"))
+        scores, users = mask.value("x"), 1
+
+
 def _read(softmax: Node, weights: Value, root: Node) -> Attention:
     """Return the attention of `softmax`, whose `weights` average values in `root`.
 
@@ -158,7 +171,6 @@ def _read(softmax: Node, weights: Value, root: Node) -> Attention:
     """
     along = str(softmax.attrs["axis"])
     (value,) = (v for v in root.operands if v is not weights)
-    masks: list[Value] = []
     scores, sinks, users = softmax.operands[0], None, 1
     if weights is not softmax.result:
         found = fits(SUNK, weights.node)
@@ -166,14 +178,7 @@ def _read(softmax: Node, weights: Value, root: Node) -> Attention:
         sinks, users = found.value("sinks"), 2
         if found.attr("axes") != (along,):
             raise _NotFusedError("its sinks are not those of its softmax")
-    while True:
-        if len(scores.users) != users or scores.is_output:
-            raise _NotFusedError(f"%{scores.name} is used elsewhere too")
-        mask = fits(MASK, scores.node)
-        if mask is None:
-            break
-        masks.append(mask.value("keep"))
-        scores, users = mask.value("x"), 1
+    scores, masks = _unmasked(scores, users)
     scores, bias = _bias(scores, along)
     scores, scale, cap = _scaled(scores)
     product = fits(PRODUCT, scores.node)

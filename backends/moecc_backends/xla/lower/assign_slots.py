@@ -92,9 +92,7 @@ def _ranks_in_experts(
     wanted: jax.Array | None,
     priority: jax.Array | None,
 ) -> jax.Array:
-    """Return how many choices of the same group and expert come before each choice.
-
-    The answer is −1 for choices that `wanted` leaves out.
+    """Return how many choices of one group and expert come before each, −1 where not `wanted`.
 
     Args:
       attrs: of the node.

@@ -62,15 +62,20 @@ def _kind(segment: Segment) -> tuple[object, ...]:
     return (layer_of(segment.nodes[0]) is not None, *segment.key[1:])
 
 
+def _is_alike(each: tuple[Value, ...]) -> bool:
+    """Whether the values of all layers have one type, of a size that no routing decides."""
+    one = each[0]
+    return all(v.type == one.type for v in each) and not (one.type.extents or is_slots(one))
+
+
 def _loop(layers: list[Segment]) -> LayerLoop | None:
     """Return the loop over `layers`; None where they hang together in another way than a chain."""
     loop = LayerLoop(layers)
     made = {v for layer in layers for v in layer.outputs}
     given = [tuple(each) for each in zip(*(layer.inputs for layer in layers), strict=True)]
     outputs = [loop.output(n) for n in range(len(loop.first.outputs))]
-    for each in (*given, *outputs):
-        if len({v.type for v in each}) > 1 or each[0].type.extents or is_slots(each[0]):
-            return None
+    if not all(map(_is_alike, (*given, *outputs))):
+        return None
     for each in given:
         number = next((n for n, some in enumerate(outputs) if each[1:] == some[:-1]), None)
         if number is not None and each[0].type == outputs[number][0].type:
