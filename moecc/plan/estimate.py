@@ -162,7 +162,11 @@ class Estimate:
         """Return the bytes of collectives beside products and those exposed, see `overlap`."""
         parts = (
             PartTransfers(
-                p.name.rpartition(".")[0], p.count, p.in_layer, [t for t, _ in p.transfers]
+                p.name.rpartition(".")[0],
+                p.count,
+                p.in_layer,
+                [t for t, _ in p.transfers],
+                p.chunks,
             )
             for p in self.parts
         )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from moecc.model.open import open_model
 from moecc.plan.batches import make_batch
+from moecc.plan.collectives import Transfer
 from moecc.plan.estimate import Estimate, Estimator
 from moecc.plan.machines import parse_machine
 from moecc.plan.meshes import plan_mesh
@@ -16,14 +18,15 @@ from moecc.plan.workload import workload
 from moecc.sharding.layout import Layout
 
 MODEL = Path(__file__).parents[1] / "golden" / "mixtral_gqa"
+LAYERS = 2
 
 
-def planned(machine: str) -> Estimate:
+def planned(machine: str, chunks: int = 1) -> Estimate:
     graph = open_model(str(MODEL)).graph
     work = workload(graph, make_batch(graph, 8, 4096, (64,), 1))
     layout = Layout(plan_mesh("fsdp=4,expert=2"), work.experts)
     estimator = Estimator(work, parse_machine(machine), StepConfig())
-    return estimator.estimate(Strategy(layout, "capacity", "index", "full"))
+    return estimator.estimate(Strategy(layout, "capacity", "index", "full", chunks=chunks))
 
 
 @pytest.mark.parametrize(
@@ -47,16 +50,49 @@ def test_parameters_of_layers_are_beside_products_where_compilers_do_so(
     assert found["all_to_all"]["overlapped_bytes"] == 0 < found["all_to_all"]["exposed_bytes"]
 
 
-@pytest.mark.parametrize("machine", ["tpu:v5p:2x2x2", "gpu:h100:8"])
-def test_the_first_gather_of_a_layer_has_no_product_before_it(machine: str) -> None:
-    estimate = planned(machine)
-    gathers = {
-        part.name: [t for t, _ in part.transfers if t.op == "all_gather"] for part in estimate.parts
+def gathers(estimate: Estimate) -> dict[str, list[Transfer]]:
+    """Return the gathers of parameters of each part, in order."""
+    return {
+        part.name: [t for t, _ in part.transfers if t.op == "all_gather" and not t.waits]
+        for part in estimate.parts
     }
-    (attention,) = (p for p in estimate.parts if p.name == "layers.attention")
-    first = min(gathers["layers.attention"], key=lambda t: t.tensor_bytes)
-    # Before the loop and behind it, and of each layer one, there and back.
-    outside = sum(t.tensor_bytes * t.times for n in ("embed", "head") for t in gathers[n])
-    expected = outside + attention.count * first.times * first.tensor_bytes
-    assert estimate.overlap(True)["all_gather"]["exposed_bytes"] == pytest.approx(expected)
-    assert first.times == 2
+
+
+def exposed(estimate: Estimate, op: str) -> float:
+    return estimate.overlap(True)[op]["exposed_bytes"]
+
+
+def moved(transfers: Iterable[Transfer], layers: int = 1) -> float:
+    return layers * sum(t.tensor_bytes * t.times for t in transfers)
+
+
+def test_on_a_tpu_the_smallest_gather_of_a_layer_has_no_product_before_it() -> None:
+    estimate = planned("tpu:v5p:2x2x2")
+    of = gathers(estimate)
+    first = min(of["layers.attention"], key=lambda t: t.tensor_bytes)
+    outside = moved([*of["embed"], *of["head"]])
+    expected = outside + moved([first], LAYERS)
+    assert exposed(estimate, "all_gather") == pytest.approx(expected)
+    assert first.times == 2, "in the forward pass and in the backward"
+
+
+def test_on_a_gpu_no_gather_is_beside_an_exchange_or_the_beginning_of_a_layer() -> None:
+    estimate = planned("gpu:h100:8")
+    of = gathers(estimate)
+    last = [of["layers.attention"][-1], of["layers.ffn"][-1]]
+    inside = [*of["layers.attention"], *of["layers.ffn"]]
+    whole = moved([*of["embed"], *of["head"]]) + moved(inside, LAYERS)
+    assert exposed(estimate, "all_gather") == pytest.approx(whole - moved(last, LAYERS))
+
+
+def test_on_a_gpu_chunks_are_exchanged_beside_the_products_of_others() -> None:
+    one, three = planned("gpu:h100:8"), planned("gpu:h100:8", chunks=3)
+    assert exposed(three, "all_to_all") == pytest.approx(exposed(one, "all_to_all") / 3)
+    one, three = planned("tpu:v5p:2x2x2"), planned("tpu:v5p:2x2x2", chunks=3)
+    assert exposed(three, "all_to_all") == pytest.approx(exposed(one, "all_to_all"))
+
+
+@pytest.mark.parametrize("machine", ["tpu:v5p:2x2x2", "gpu:h100:8"])
+def test_gradients_of_parameters_stored_whole_are_behind_the_loop(machine: str) -> None:
+    estimate = planned(machine)
+    assert exposed(estimate, "all_reduce") == estimate.collectives["all_reduce"]["tensor_bytes"] > 0

@@ -44,7 +44,9 @@ def report(flops: float, peak: float) -> dict[str, Any]:
         "predicted": {
             **sizes, "flops": flops, "needed_bytes": peak,
             "collectives": {"all_gather": {"bytes": 4e9}},
+            "overlap": {"all_gather": {"overlapped_bytes": 2.7e9, "exposed_bytes": 1.3e9}},
         },
+        "overlap": {"all-gather": {"overlapped_bytes": 3e9, "exposed_bytes": 1e9}},
         "seconds": {"compile": 12.3},
     }  # fmt: skip
 
@@ -59,6 +61,16 @@ def test_a_row_marks_what_lies_beyond_its_bound(benchmark: Any) -> None:
     assert "100.00 (-3.0% !)" in far
     assert "4.00 (+17.5% !)" in far
     assert not within
+
+
+def test_overlap_has_bounds_of_its_own(benchmark: Any) -> None:
+    bounds = benchmark.OVERLAP_BOUNDS
+    row, within = benchmark.row_of(benchmark.PAIRS["llama"], report(97e12, 4.7e9), bounds)
+    assert "4.00 (+0.0%) | 3.00 (-10.0%) | 1.00 (+30.0% !)" in row
+    assert not within
+    head = benchmark.head_of(bounds)
+    assert head[-3:] == ["beside products, GB", "exposed, GB", "compiled in"]
+    assert row.count(" | ") == len(head) - 1
 
 
 def test_a_table_without_enough_rows_fails(

@@ -36,7 +36,15 @@ OF_ALL_DEVICES = {
 """What runs over all devices, and not along one mesh axis, stays a gather or a reduce-scatter.
 Otherwise it becomes an all-reduce, which sends twice as much and has no parts."""
 
-BY_CHIP = {"tpu:v5p": {**ASYNC_GATHERS, **SPARSE_CORES, **OF_ALL_DEVICES}}
+SCHEDULE = {
+    "xla_tpu_sparse_core_reduce_scatter_offload_min_size_in_bytes": str(1 << 15),
+    "xla_tpu_sparse_core_reduce_scatter_latency_multiplier": "4",
+}
+"""Shards below 32 KiB, those of routers, are not given to the SparseCores: they reduce one gradient
+at a time, and would be taken by it for as long as the scheduler likes.  And reductions are taken to
+last longer than by default, where it began one next to no product."""
+
+BY_CHIP = {"tpu:v5p": {**ASYNC_GATHERS, **SPARSE_CORES, **OF_ALL_DEVICES, **SCHEDULE}}
 """Options by the beginning of the names of machines."""
 
 
