@@ -45,19 +45,22 @@ class Export:
         return self.config.to_json()
 
 
-def export_graph(graph: Graph, target: str, *, layout: str = "experts") -> Export:
+def export_graph(
+    graph: Graph, target: str, *, layout: str = "experts", source: ModelConfig | None = None
+) -> Export:
     """Return `graph` as a checkpoint of the family `target`; no weight is read.
 
     The target builds its own graph for the proposed config, and that graph is mapped onto `graph`,
     its repeated layers unrolled, from the outputs: the target computes the exported model.
-    `layout` says how the experts of a layer are stored, see `moecc.families.parameters.LAYOUTS`.
+    `layout` says how the experts of a layer are stored, see `moecc.families.parameters.LAYOUTS`;
+    `source` is the config of the source, if it has been read.
 
     Raises:
       UsageError: there is no such family.
       InputError: the family cannot express the graph; all reasons, or the first differences.
     """
     graph = unrolled(graph)
-    config = propose(graph, target)
+    config = propose(graph, target, source)
     if not isinstance(config, ModelConfig):
         raise InputError(config)
     if isinstance(config, GraphConfig):

@@ -62,11 +62,18 @@ def check_target(target: str) -> None:
         )
 
 
-def propose(graph: Graph, target: str) -> ModelConfig | list[Problem]:
+def propose(
+    graph: Graph, target: str, source: ModelConfig | None = None
+) -> ModelConfig | list[Problem]:
     """Return the config of `target` that can express `graph`, or the reasons why there is none.
 
-    The config is derived from that of the source, which the graph carries, and from the graph's
-    expert layers.  Whether the rest of the graph matches is checked by the export.
+    The config is derived from that of the source, and from the graph's expert layers.  Whether the
+    rest of the graph matches is checked by the export.
+
+    Args:
+      graph: the graph.
+      target: the family.
+      source: the config of the source, if it has been read: the graph carries it as JSON.
 
     Raises: as `check_target`.
     """
@@ -74,7 +81,7 @@ def propose(graph: Graph, target: str) -> ModelConfig | list[Problem]:
     if target == FAMILY:
         return graph_config(graph)
     try:
-        source = source_config(graph)
+        source = source_config(graph) if source is None else source
     except InputError as error:
         return list(error.problems)
     found = expert_layers(graph)

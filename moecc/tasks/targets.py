@@ -12,7 +12,13 @@ from dataclasses import dataclass, replace
 from moecc.engines.verdicts import Verdict, verdicts
 from moecc.errors import InputError, Problem
 from moecc.families.building import build_model
-from moecc.families.configs import CONFIGS, DecoderConfig, MoeConfig, SwitchTransformersConfig
+from moecc.families.configs import (
+    CONFIGS,
+    DecoderConfig,
+    ModelConfig,
+    MoeConfig,
+    SwitchTransformersConfig,
+)
 from moecc.families.experts import expert_layers, layer_number
 from moecc.families.export import export_graph
 from moecc.families.graph_layout import FAMILY, storing_problems
@@ -70,14 +76,22 @@ def fits(graph: Graph) -> list[Fit]:
     """Return for each family of experts whether it can hold `graph`, upcycled if it is dense."""
     dense = not expert_layers(graph) and "config" in graph.attrs
     graph = _shallow(graph) if dense else graph
+    source = _source_of(graph)
     made: dict[str, Graph | tuple[Problem, ...]] = {}
     found = []
     for name in mixtures(graph):
         passes = _passes_for(name) if dense else ""
         if passes not in made:
             made[passes] = _upcycled(graph, passes)
-        found.append(_fit(made[passes], name, passes))
+        found.append(_fit(made[passes], name, passes, source))
     return found
+
+
+def _source_of(graph: Graph) -> ModelConfig | None:
+    try:
+        return source_config(graph)
+    except InputError:
+        return None
 
 
 def _shallow(graph: Graph) -> Graph:
@@ -113,12 +127,11 @@ def _kinds_of_layers(graph: Graph, config: DecoderConfig) -> list[Hashable]:
 
 def mixtures(graph: Graph) -> list[str]:
     """Return the families of experts with the shape of the graph's source, st_moe last."""
-    try:
-        shape = source_config(graph).shape()
-    except InputError:
+    source = _source_of(graph)
+    if source is None:
         return [*(n for n, family in CONFIGS.items() if issubclass(family, MoeConfig)), FAMILY]
     kinds = (MoeConfig, SwitchTransformersConfig)
-    same = (n for n, f in CONFIGS.items() if issubclass(f, kinds) and f.shape() is shape)
+    same = (n for n, f in CONFIGS.items() if issubclass(f, kinds) and f.shape() is source.shape())
     return [*same, FAMILY]
 
 
@@ -142,13 +155,15 @@ def _upcycled(graph: Graph, passes: str) -> Graph | tuple[Problem, ...]:
     return made
 
 
-def _fit(made: Graph | tuple[Problem, ...], target: str, passes: str) -> Fit:
+def _fit(
+    made: Graph | tuple[Problem, ...], target: str, passes: str, source: ModelConfig | None = None
+) -> Fit:
     if not isinstance(made, Graph):
         return Fit(target, passes, made)
     if target == FAMILY:
         return Fit(target, passes, tuple(storing_problems(made)))
     try:
-        export = export_graph(made, target)
+        export = export_graph(made, target, source=source)
     except InputError as error:
         return Fit(target, passes, error.problems)
     return Fit(target, passes, (), verdicts(export.config))
