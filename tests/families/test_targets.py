@@ -66,9 +66,9 @@ def test_what_a_config_cannot_say_does_not_fit() -> None:
 
 
 def test_layers_that_are_alike_are_exported_once_or_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    def export(graph: Graph, target: str) -> Export:
+    def export(graph: Graph, target: str, **more: Any) -> Export:
         exported.append(len({loc for node in graph if (loc := layer_number(node.loc)) is not None}))
-        return export_graph(graph, target)
+        return export_graph(graph, target, **more)
 
     exported: list[int] = []
     monkeypatch.setattr(targets, "export_graph", export)
