@@ -12,7 +12,13 @@ from moecc.checkpoint.gguf.families import GGUF_MIXTURES
 from moecc.engines.conditions import CONDITIONS
 from moecc.engines.table import engine_table
 from moecc.engines.verdicts import UNKNOWN, Verdict, summary, verdicts
-from moecc.families.configs import CONFIGS, MoeConfig, SwitchTransformersConfig, parse_config
+from moecc.families.configs import (
+    CONFIGS,
+    ModelConfig,
+    MoeConfig,
+    SwitchTransformersConfig,
+    parse_config,
+)
 from moecc.families.experts import layer_number
 from moecc.families.export import Export, export_graph
 from moecc.ir import Graph
@@ -66,9 +72,9 @@ def test_what_a_config_cannot_say_does_not_fit() -> None:
 
 
 def test_layers_that_are_alike_are_exported_once_or_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    def export(graph: Graph, target: str, **more: Any) -> Export:
+    def export(graph: Graph, target: str, source: ModelConfig | None) -> Export:
         exported.append(len({loc for node in graph if (loc := layer_number(node.loc)) is not None}))
-        return export_graph(graph, target, **more)
+        return export_graph(graph, target, source=source)
 
     exported: list[int] = []
     monkeypatch.setattr(targets, "export_graph", export)
