@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -377,3 +378,11 @@ def test_a_decoder_alone_takes_no_mask() -> None:
     config = parse_config({"model_type": "llama"})
     with pytest.raises(InputError, match="a decoder alone takes no mask"):
         build(config, padding=True)
+
+
+@pytest.mark.parametrize("name", ["bert_gelu", "roberta_gelu", "mpnet_gelu", "distilbert_gelu"])
+def test_an_encoder_written_again_says_of_its_embedding_what_it_said(name: str) -> None:
+    stated = json.loads((GOLDEN / name / "config.json").read_text())
+    for tied in (True, False):
+        written = parse_config({**stated, "tie_word_embeddings": tied}).to_json()
+        assert written["tie_word_embeddings"] is tied

@@ -114,7 +114,7 @@ class BertConfig(ModelConfig):
         if reader.value("position_embedding_type") != "absolute":
             what = "only learned absolute positions are supported"
             reader.refuse("position_embedding_type", what, expected="absolute")
-        for key in ("classifier_dropout", "gradient_checkpointing", "tie_word_embeddings"):
+        for key in ("classifier_dropout", "gradient_checkpointing"):
             reader.value(key)
         types = {"type_vocab_size": reader.size("type_vocab_size")} if cls.has_types else {}
         return {
