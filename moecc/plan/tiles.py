@@ -24,14 +24,18 @@ def padded(sizes: Iterable[float], kind: str) -> float:
     if kind != "tpu" or len(axes) < 2:
         return whole
     return min(
-        whole / (outer * inner) * _whole(outer, TILE[0]) * _whole(inner, TILE[1])
-        for outer, inner in permutations(axes, 2)
+        whole / (outer * inner) * in_tiles(outer, inner) for outer, inner in permutations(axes, 2)
     )
 
 
 def stacked(sizes: Iterable[float], count: int) -> tuple[float, ...]:
     """Return the sizes of `count` equal parameters of layers, which a program keeps as one."""
     return (float(count), *sizes)
+
+
+def in_tiles(outer: float, inner: float) -> int:
+    """Return the entries that a matrix takes in tiles, its last dimension being `inner`."""
+    return _whole(outer, TILE[0]) * _whole(inner, TILE[1])
 
 
 def _whole(size: float, tile: int) -> int:

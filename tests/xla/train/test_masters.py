@@ -87,6 +87,26 @@ def test_on_a_mesh_loops_take_parameters_as_they_are_stored(mesh: str) -> None:
         assert order == list(reversed(range(kind.count("x"))))
 
 
+@pytest.mark.parametrize(
+    ("shape", "platform", "order"),
+    [
+        # As libtpu had them in steps of SmolLM2 and ST-MoE-32B.
+        ((1536, 576), "tpu", (1, 0)),
+        ((576, 1536), "tpu", (0, 1)),
+        ((192, 576), "tpu", (0, 1)),
+        ((1, 1280, 5120), "tpu", (0, 1, 2)),
+        ((1536, 576), "gpu", (0, 1)),
+        ((576,), "tpu", (0,)),
+    ],
+)
+def test_a_tpu_stores_what_pads_less(
+    shape: tuple[int, ...], platform: str, order: tuple[int, ...]
+) -> None:
+    from moecc_backends.xla.trace.masters import stored_order
+
+    assert stored_order(shape, platform) == order
+
+
 def test_no_run_of_a_loop_keeps_a_cast_parameter() -> None:
     from moecc_backends.xla.lower.scan import _worth_keeping
     from moecc_backends.xla.trace.masters import Master

@@ -108,7 +108,9 @@ def _scan(ctx: Context, node: Node, *operands: Named) -> tuple[Operand, ...]:
     def run(carry: Arrays, now: Slices) -> tuple[Arrays, Arrays]:
         if ctx.view.mesh is not None:
             # On whole arrays XLA's partitioner would gather for the constraint.
-            now = tuple(a.in_row_major() if isinstance(a, Master) else a for a in now)
+            now = tuple(
+                a.as_stored(ctx.options.target) if isinstance(a, Master) else a for a in now
+            )
         given = zip((*carry, *cast_all(now), *captured), names, strict=True)
         within = replace(ctx, weights=set(weights))
         made = run_body(within, body, [Named(array, axes) for array, axes in given], remembering)

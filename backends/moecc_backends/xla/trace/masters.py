@@ -14,7 +14,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from moecc_backends.xla.trace.typed_jax import row_major
+from moecc.plan.tiles import in_tiles
+from moecc_backends.xla.trace.typed_jax import laid_out
 
 
 class Master(NamedTuple):
@@ -33,13 +34,27 @@ class Master(NamedTuple):
         """Return the parameter in the type of the computation."""
         return _cast(self.stored, self.slope)
 
-    def in_row_major(self) -> Master:
-        """Return it stored row by row, whatever layout its readers would like.
+    def as_stored(self, platform: str) -> Master:
+        """Return it in the layout in which `platform` has it, whatever its readers would like.
 
         A compiler that gave a loop its parameters in another layout would copy those of all layers
         before the loop; so it changes the layout of one layer a turn.
         """
-        return self._replace(stored=row_major(self.stored))
+        order = stored_order(self.stored.shape, platform)
+        return self._replace(stored=laid_out(self.stored, order))
+
+
+def stored_order(shape: tuple[int, ...], platform: str) -> tuple[int, ...]:
+    """Return the dimensions of a parameter as they are in memory, the last one fastest.
+
+    A TPU has arrays in tiles, and of the last two dimensions that one last which pads less.
+    """
+    order = tuple(range(len(shape)))
+    if platform != "tpu" or len(shape) < 2 or 1 in shape[-2:]:
+        return order
+    *rest, outer, inner = order
+    is_turned = in_tiles(shape[-1], shape[-2]) < in_tiles(shape[-2], shape[-1])
+    return (*rest, inner, outer) if is_turned else order
 
 
 def cast_all(arrays: Iterable[jax.Array | Master]) -> tuple[jax.Array, ...]:

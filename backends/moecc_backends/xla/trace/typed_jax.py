@@ -37,9 +37,9 @@ barrier: Callable[[jax.Array], jax.Array] = jax.lax.optimization_barrier
 """Returns an array that the compiler makes before anything that reads it, and moves nowhere."""
 
 
-def row_major(array: jax.Array) -> jax.Array:
-    """Return an array that the compiler lays out row by row."""
-    found: jax.Array = with_layout_constraint(array, Layout(tuple(range(array.ndim))))
+def laid_out(array: jax.Array, order: tuple[int, ...]) -> jax.Array:
+    """Return an array that the compiler has in memory by these dimensions, the last one fastest."""
+    found: jax.Array = with_layout_constraint(array, Layout(order))
     return found
 
 
