@@ -6,9 +6,9 @@ The step is that of ST-MoE-32B over 1,024 devices.  Parts are loss and gradients
 norm and update (``update``), all of it (``step``), and the step whose equal layers within a block
 are written out (``no-loop``).  Each is compiled in a process of its own, with the extras ``tpu``
 and ``train``.  A row has the lines of StableHLO; seconds, and processor seconds in brackets, of
-planning, tracing and lowering, and of compiling; seconds of the compiler's stages, as libtpu logs them
-(passes over HLO; its backend, which makes instructions of a core of what they leave; code); the
-most memory of the process; FLOPs and temporaries of a device.
+planning, tracing and lowering, and of compiling; seconds of the compiler's stages, as libtpu logs
+them (passes over HLO; its backend, which makes instructions of a core of what they leave; code);
+the most memory of the process; FLOPs and temporaries of a device.
 """
 
 from __future__ import annotations
