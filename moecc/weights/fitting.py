@@ -19,7 +19,9 @@ MAX_KEPT_BYTES = 1 << 22
 """Larger values are computed again."""
 
 _kept: WeakKeyDictionary[Expr, tuple[ref[object], Array]] = WeakKeyDictionary()
-_lock = threading.Lock()
+_lock = threading.RLock()
+"""Held while a value is computed, which may need others: a matrix for each thread that asks for
+the same order would take its memory many times."""
 
 
 def remembered(expr: Expr, reader: object, compute: Callable[[], Array]) -> Array:
@@ -33,11 +35,10 @@ def remembered(expr: Expr, reader: object, compute: Callable[[], Array]) -> Arra
     owner = getattr(reader, "__self__", reader)
     with _lock:
         known = _kept.get(expr)
-    if known is not None and known[0]() is owner:
-        return known[1]
-    made = compute()
-    if made.nbytes <= MAX_KEPT_BYTES:
-        with _lock:
+        if known is not None and known[0]() is owner:
+            return known[1]
+        made = compute()
+        if made.nbytes <= MAX_KEPT_BYTES:
             _kept[expr] = (ref(owner), made)
     return made
 
@@ -49,8 +50,9 @@ def fitted_rows(
     rows = cross
     unit = float(np.trace(covariance)) / len(mean)
     if ridge and unit > 0:
-        strength = ridge * unit * np.eye(len(mean))
-        rows = np.asarray(np.linalg.solve(covariance + strength, cross.T).T, np.float64)
+        regular = covariance.copy()
+        np.einsum("ii->i", regular)[:] += ridge * unit
+        rows = np.asarray(np.linalg.solve(regular, cross.T).T, np.float64)
     rows = rows - rows.mean(axis=0)
     length = float(mean @ mean)
     if length:

@@ -49,20 +49,49 @@ class Memory:
             known = self._known.get((e, box))
         if known is not None:
             return known
-        if e.kind == "std":
-            centre = self.moment(block, Moment("mean", e.x, e.mask, e.keep), box)
-            made = np.asarray(np.sqrt(_mean(block, e, box, centre)))
-        else:
-            made = _mean(block, e, box, None)
+        made = self._computed(block, e, box)
         if made.nbytes <= _REMEMBERED_BYTES:
             self._remember((e, box), made)
         return made
+
+    def _computed(self, block: Block, e: Moment, box: Box) -> Floats:
+        """Return a moment, of a few kept positions at a time, in the order in which x is stored."""
+        cut = _cut(e, box)
+        if cut is not None:
+            at, step = cut
+            start, stop = box[at]
+            pieces = [
+                self._computed(block, e, (*box[:at], (i, min(i + step, stop)), *box[at + 1 :]))
+                for i in range(start, stop, step)
+            ]
+            return np.concatenate(pieces, axis=at)
+        if e.kind == "mean":
+            return _mean(block, e, box, None)
+        centre = self.moment(block, Moment("mean", e.x, e.mask, e.keep), box)
+        return np.asarray(np.sqrt(_mean(block, e, box, centre)))
 
     def _remember(self, key: tuple[Moment, Box], value: Floats) -> None:
         with self._lock:
             self._known[key] = value
             if len(self._known) > _REMEMBERED:
                 self._known.popitem(last=False)
+
+
+def _cut(e: Moment, box: Box) -> tuple[int, int] | None:
+    """Return which kept axis to divide, and into pieces of how many; None if all is small enough.
+
+    The outermost axis of x first: its pieces lie together.
+    """
+    kept = dict(zip(e.keep, box, strict=True))
+    elements = prod(
+        kept[n][1] - kept[n][0] if n in kept else size
+        for n, size in zip(e.x.type.names, e.x.type.shape, strict=True)
+    )
+    for name in e.x.type.names if elements > _WORK_ELEMENTS else ():
+        start, stop = kept.get(name, (0, 1))
+        if stop - start > 1:
+            return e.keep.index(name), max(1, _WORK_ELEMENTS * (stop - start) // elements)
+    return None
 
 
 def _mean(block: Block, e: Moment, box: Box, centre: Floats | None) -> Floats:

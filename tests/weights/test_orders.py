@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -10,6 +15,7 @@ from hypothesis import strategies as st
 
 from moecc.errors import InputError
 from moecc.types.arrays import Array
+from moecc.weights import moments
 from moecc.weights.clustering import cluster_order
 from moecc.weights.evaluate import Evaluator, evaluate
 from moecc.weights.fitting import fitted_rows, remembered
@@ -168,6 +174,51 @@ def test_a_value_is_computed_once_a_checkpoint() -> None:
     other = Tensors()
     Evaluator(other.read).block(expr, ((0, 12),))
     assert len(asked) > count
+
+
+def test_threads_that_ask_at_once_wait_for_one_computation() -> None:
+    expr = parse_expr("permutation(i32[mlp=4], key=0x2)")[0]
+    asked, calls = threading.Barrier(2), []
+
+    def compute() -> Array:
+        calls.append(0)
+        time.sleep(0.05)  # long enough for the other to ask
+        return np.arange(4)
+
+    def ask() -> Array:
+        asked.wait()
+        return remembered(expr, ask, compute)
+
+    with ThreadPoolExecutor(2) as pool:
+        results = [pool.submit(ask) for _ in range(2)]
+    assert [r.result().tolist() for r in results] == [[0, 1, 2, 3]] * 2
+    assert len(calls) == 1
+
+
+def test_a_split_s_router_reads_each_row_of_the_statistics_once() -> None:
+    embed, mlp = 6, 12
+    cross = (
+        f'take(source("x" : f32[embed={embed}, mlp={mlp}]), mlp=permutation(i32[mlp=12], key=0x1))'
+    )
+    mean = f"mean(split({cross}, mlp=(expert=3, mlp=4)), keep=(embed, expert))"
+    text = (
+        'fitted(source("c" : f32[embed=6, other=6]), source("m" : f32[embed=6]), '
+        f"permute({mean}, (expert, embed)), ridge=0.01, std=0.5)"
+    )
+    rng, rows = np.random.default_rng(0), 0
+    shapes = {"x": (embed, mlp), "c": (embed, embed), "m": (embed,)}
+    held = {name: rng.random(shape, np.float32) for name, shape in shapes.items()}
+
+    def read(name: str, start: int = 0, stop: int | None = None) -> Array:
+        nonlocal rows
+        part = held[name][start:stop]
+        rows += len(part) if name == "x" else 0
+        return part
+
+    # Room for one row at a time, as in a tensor that is larger than what is widened at once.
+    with mock.patch.object(moments, "_WORK_ELEMENTS", mlp):
+        evaluate(parse_expr(text)[0], read)
+    assert rows == embed
 
 
 def test_large_values_are_computed_again() -> None:

@@ -83,10 +83,11 @@ def _of_parts(block: FFNBlock, division: Division, embed: Axis) -> Expr:
     """Return the covariances with the mean size of each part's neurons."""
     inner = block.inner
     cross = statistic(block, "hidden.cross", embed, Axis(inner, block.width))
-    whole = division.ordered(Permute(cross, (inner, embed.name)), is_last=True)
+    # Ordered in its own layout: a row of the statistics is read once, not once a neuron.
+    whole = division.ordered(cross, is_last=True)
     parts = Slice(whole, inner, division.shared, division.dense) if division.shared else whole
     cut = Split(parts, inner, (("expert", division.slices), (inner, division.width)))
-    return Moment("mean", cut, None, ("expert", embed.name))
+    return Permute(Moment("mean", cut, None, (embed.name, "expert")), ("expert", embed.name))
 
 
 def _of_texts(item: UpcycleOptions, block: FFNBlock, texts: tuple[str, ...]) -> Expr:
