@@ -1,14 +1,16 @@
 """Attention block by block of queries, with a gradient of its own: scores are never whole.
 
 A block of queries meets the keys that its queries may see, and no others.  The gradient computes
-the scores of a block again from the logarithm of its softmax's denominator (Dao et al. 2022, §3.1
-and appendix B), so that a step keeps ``[seq]`` numbers a head and not ``[seq, kv_seq]``.  Query
+the scores of a block again from its softmax's denominator, kept as a logarithm in two parts (Dao et
+al. 2022, §3.1 and appendix B), so that a step keeps ``[seq, 2]`` numbers a head and not ``[seq,
+kv_seq]``.  Query
 heads that share a key head are rows of one product.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -40,11 +42,11 @@ def block_attention(rule: AttentionRule, arrays: AttentionArrays) -> jax.Array:
 
 
 def _blocks(rule: AttentionRule, arrays: AttentionArrays) -> Arrays:
-    """Return the averaged values, and the logarithm of each query's denominator."""
+    """Return the averaged values, and what `_averaged` says of each query's denominator."""
 
     def block(span: Span, sums: Arrays, start: jax.Array | int) -> tuple[Arrays, Arrays]:
         part = _block(arrays, span, start)
-        scores, _ = _scores(rule, part, start, span.first_key)
+        scores, _ = _scores(rule, part, (start, span.first_key), BY_QUERY)
         return sums, _averaged(part, scores)
 
     return _walk(rule, arrays, block, ())[1]
@@ -71,8 +73,7 @@ def _backward(
     def block(span: Span, sums: Arrays, start: jax.Array | int) -> tuple[Arrays, Arrays]:
         part = _block(arrays, span, start)
         ends = (_part(a, _QUERIES, start, span.size) for a in (d_mixed, denominators, spread))
-        scores, slope = _scores(rule, part, start, span.first_key)
-        d_query, *more = _block_gradient(rule, part, scores, slope, *ends)
+        d_query, *more = _block_gradient(rule, part, (start, span.first_key), *ends)
         places = {4: (0, 0, span.first_key, 0), 5: (0, 0, 0, start, span.first_key)}
         pairs = zip(sums, more, strict=True)
         return tuple(_added(s, new, places[new.ndim]) for s, new in pairs), (d_query,)
@@ -138,6 +139,51 @@ def _rows(array: jax.Array) -> jax.Array:
     return array.reshape(batch, head, group * query, *rest)
 
 
+@dataclass(frozen=True)
+class _Form:
+    """An order of the dimensions of what there is for each query and key.
+
+    For the gradient of keys and values, scores with the key first are what a product of matrices
+    takes as it lies in memory; the other way round, XLA for CPUs takes twice the time for these
+    two.  For the averages the query is first.
+
+    Attributes:
+      is_by_key: whether it is ``[batch, head, key, group, query]``, and not ``[batch, head, group,
+        query, key]``.
+    """
+
+    is_by_key: bool
+
+    def of(self, array: jax.Array) -> jax.Array:
+        """Return ``[batch, head, group, query, key]``, or what is to be broadcast over it, so."""
+        return jnp.moveaxis(array, _KEYS, 2) if self.is_by_key else array
+
+    def pairs(self, rows: jax.Array, keys: jax.Array, block: AttentionArrays) -> jax.Array:
+        """Return the products of ``[…, row, entry]`` with ``[…, key, entry]``."""
+        batch, head, *query = block.query.shape[:-1]
+        if self.is_by_key:
+            made = _product("bhtd,bhrd->bhtr", keys, rows)
+            return made.reshape(batch, head, -1, *query)
+        return _product("bhrd,bhtd->bhrt", rows, keys).reshape(batch, head, *query, -1)
+
+    def flat(self, pairs: jax.Array) -> jax.Array:
+        """Return pairs with the queries of a group as rows."""
+        if self.is_by_key:
+            return pairs.reshape(*pairs.shape[:3], -1)
+        return _rows(pairs)
+
+    def to_rows(self, pairs: jax.Array, keys: jax.Array) -> jax.Array:
+        """Return the sums over keys, ``[…, row, entry]``."""
+        return _product("bhtr,bhtd->bhrd" if self.is_by_key else "bhrt,bhtd->bhrd", pairs, keys)
+
+    def to_keys(self, pairs: jax.Array, rows: jax.Array) -> jax.Array:
+        """Return the sums over queries, ``[…, key, entry]``."""
+        return _product("bhtr,bhrd->bhtd" if self.is_by_key else "bhrt,bhrd->bhtd", pairs, rows)
+
+
+BY_QUERY, BY_KEY = _Form(is_by_key=False), _Form(is_by_key=True)
+
+
 def _product(spelling: str, a: jax.Array, b: jax.Array) -> jax.Array:
     wide = accumulator(b.dtype)
     product: jax.Array = jnp.einsum(spelling, a, b, preferred_element_type=wide)
@@ -145,30 +191,36 @@ def _product(spelling: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _scores(
-    rule: AttentionRule, block: AttentionArrays, first_query: jax.Array | int, first_key: int
+    rule: AttentionRule, block: AttentionArrays, first: tuple[jax.Array | int, int], form: _Form
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Return the scores of a block, −∞ where hidden, and the slope of the soft cap."""
-    shape = (*block.query.shape[:-1], block.key.shape[2])
-    scores = _product("bhrd,bhtd->bhrt", _rows(block.query), block.key).reshape(shape) * rule.scale
+    """Return the scores of a block in a form, −∞ where hidden, and the slope of the soft cap.
+
+    Args:
+      rule: what is no array.
+      block: the operands.
+      first: the first query and the first key of the block.
+      form: the order of dimensions.
+    """
+    scores = form.pairs(_rows(block.query), block.key, block) * rule.scale
     slope = None
     if rule.cap:
         bounded = jnp.tanh(scores / rule.cap)
         scores, slope = rule.cap * bounded, 1 - bounded * bounded
     if block.bias is not None:
-        scores = scores + block.bias.astype(scores.dtype)
-    for seen in _seen(rule, block, first_query, first_key):
-        scores = jnp.where(seen, scores, -jnp.inf)
+        scores = scores + form.of(block.bias).astype(scores.dtype)
+    for seen in _seen(rule, block, *first):
+        scores = jnp.where(form.of(seen), scores, -jnp.inf)
     return scores, slope
 
 
 def _seen(
     rule: AttentionRule, block: AttentionArrays, first_query: jax.Array | int, first_key: int
 ) -> Iterator[jax.Array]:
-    """Yield what hides keys from queries, each to be broadcast over scores."""
+    """Yield what hides keys from queries, each to be broadcast over ``[…, query, key]``."""
     if rule.causal:
         queries, keys = block.query.shape[_QUERIES], block.key.shape[2]
         behind = first_query + jnp.arange(queries)[:, None] - (first_key + jnp.arange(keys))
-        seen = behind >= 0
+        seen = (behind >= 0)[None, None, None]
         yield seen & (behind < rule.window) if rule.window else seen
     if block.keep is not None:
         yield block.keep
@@ -177,7 +229,11 @@ def _seen(
 
 
 def _averaged(block: AttentionArrays, scores: jax.Array) -> Arrays:
-    """Return the averaged values, and the logarithms of denominators; zeros if nothing is seen."""
+    """Return the averaged values, zeros if nothing is seen, and the denominators.
+
+    Of them the largest score, and the logarithm of the sum of exponentials beside it: added up,
+    they would lose in float32 what large scores leave of the digits.
+    """
     top = jnp.max(scores, -1, keepdims=True)
     sinks = None if block.sinks is None else block.sinks.astype(scores.dtype)
     top = top if sinks is None else jnp.maximum(top, sinks)
@@ -188,14 +244,13 @@ def _averaged(block: AttentionArrays, scores: jax.Array) -> Arrays:
     total = jnp.where(total == 0, 1, total)
     product = _product("bhrt,bhte->bhre", _rows(parts.astype(block.value.dtype)), block.value)
     mixed = product.reshape(*scores.shape[:-1], -1) / total
-    return mixed.astype(block.query.dtype), top + jnp.log(total)
+    return mixed.astype(block.query.dtype), jnp.concatenate([top, jnp.log(total)], -1)
 
 
 def _block_gradient(
     rule: AttentionRule,
     block: AttentionArrays,
-    scores: jax.Array,
-    slope: jax.Array | None,
+    first: tuple[jax.Array | int, int],
     d_mixed: jax.Array,
     denominators: jax.Array,
     spread: jax.Array,
@@ -205,26 +260,27 @@ def _block_gradient(
     Args:
       rule: what is no array.
       block: the operands.
-      scores: as `_scores` returns them.
-      slope: as `_scores` returns it.
+      first: the first query and the first key of the block.
       d_mixed: the gradient of the averaged values.
-      denominators: the logarithms that `_averaged` returned.
+      denominators: what `_averaged` returned of them.
       spread: for each query the sum of averaged values times their gradient.
     """
-    weights = jnp.exp(scores - denominators)
+    # A bias is as large as the scores: it would be transposed, and its gradient back.
+    form = BY_KEY if block.bias is None else BY_QUERY
     rows, kind = _rows(d_mixed), block.query.dtype
-    d_weights = _product("bhre,bhte->bhrt", rows, block.value).reshape(scores.shape)
-    d_scores = weights * (d_weights - spread)
+    scores, slope = _scores(rule, block, first, form)
+    top, rest = jnp.split(denominators, 2, -1)
+    weights = jnp.exp(scores - form.of(top) - form.of(rest))
+    d_scores = weights * (form.pairs(rows, block.value, block) - form.of(spread))
     d_products = d_scores * rule.scale if slope is None else d_scores * slope * rule.scale
-    d_rows = _rows(d_products.astype(kind))
-    d_query = _product("bhrt,bhtd->bhrd", d_rows, block.key)
-    yield d_query.reshape(block.query.shape).astype(kind)
-    yield _product("bhrt,bhrd->bhtd", d_rows, _rows(block.query))
-    yield _product("bhrt,bhre->bhte", _rows(weights.astype(kind)), rows)
+    d_rows = form.flat(d_products.astype(kind))
+    yield form.to_rows(d_rows, block.key).reshape(block.query.shape).astype(kind)
+    yield form.to_keys(d_rows, _rows(block.query))
+    yield form.to_keys(form.flat(weights.astype(kind)), rows)
     if block.bias is not None:
         yield _summed_to(d_scores, block.bias)
     if block.sinks is not None:
-        sunk = jnp.exp(block.sinks.astype(scores.dtype) - denominators)
+        sunk = jnp.exp(block.sinks.astype(scores.dtype) - top - rest)
         yield _summed_to(-sunk * spread, block.sinks)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from moecc.ir.attributes import CausalAttrs, RelativeBucketsAttrs, RopeAttrs, RotateAttrs
@@ -25,11 +26,24 @@ def _rope(ctx: Context, node: Node, positions: Operand) -> tuple[Operand, ...]:
 
     def tables(full: Named) -> tuple[Named, Named]:
         half = full.array.astype(wide)[..., None] * _rates(attrs, full.array, wide)
-        angles = jnp.concatenate([half, half], axis=-1)
         axes, factor = (*full.axes, attrs.axis), attrs.attention_factor
-        return Named(jnp.cos(angles) * factor, axes), Named(jnp.sin(angles) * factor, axes)
+        made = (_twice(f(half) * factor, ctx.options.target) for f in (jnp.cos, jnp.sin))
+        cos, sin = (Named(table, axes) for table in made)
+        return cos, sin
 
     return lifted_all(positions, tables)
+
+
+def _twice(half: jax.Array, target: str) -> jax.Array:
+    """Return ``[…, size]``, the entries of ``[…, size / 2]`` twice.
+
+    On a CPU by a product with ones and zeros, which is exact: XLA computes a cosine within the
+    loops of its users, for every head and sequence again, unless a product lies between.
+    """
+    if target != "cpu":
+        return jnp.concatenate([half, half], axis=-1)
+    unit = np.tile(np.eye(half.shape[-1], dtype=half.dtype), 2)
+    return jnp.matmul(half, unit, precision="highest")
 
 
 def _rates(attrs: RopeAttrs, positions: jax.Array, dtype: DTypeLike) -> jax.Array:

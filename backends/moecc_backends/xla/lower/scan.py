@@ -49,11 +49,11 @@ and what XLA fuses into its user."""
 
 _CASTS = frozenset({"reduce_precision", "convert_element_type"})
 
-UNROLLED_BYTES, UNROLLED_NODES = 1 << 25, 1024
+UNROLLED_BYTES, UNROLLED_NODES = 1 << 24, 1024
 """On a CPU runs are compiled one by one that read at least so many bytes of stacked weights, and
 have at most so many nodes together.  A loop copies the weights of each run out of the stack, and
-their gradients into one: 15 % of a step with 30 M parameters in 6 layers.  Gradients are there
-twice for that, before they are stacked."""
+their gradients into one: 15 % of a step with 30 M parameters in 6 layers, 5 % with 5 M.  Gradients
+are there twice for that, before they are stacked."""
 
 _WIDENINGS = 3
 """How often the type of a carry may widen before it must stay: bf16, f32, f64."""
