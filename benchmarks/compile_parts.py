@@ -56,6 +56,7 @@ def prepared() -> tuple[Any, Any]:
 def part_of(step: Any, part: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Return the jitted function of a part of `step`, and what it takes."""
     import jax
+    from moecc_backends.xla.train.step import gradient_norm
 
     state, batch, key, rate = step.arguments
     trained = {n: state["params"][n] for n in step.trained}
@@ -66,7 +67,12 @@ def part_of(step: Any, part: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     if part == "update":
         given = (trained, state["moments"], trained, rate)
         kept = jax.tree.map(lambda a: a.sharding, (trained, state["moments"]))
-        return jax.jit(step.update, donate_argnums=(0, 1), out_shardings=(*kept, None)), given
+
+        def update(trained: Any, moments: Any, slopes: Any, rate: Any) -> Any:
+            norm = gradient_norm(slopes)
+            return *step.update(trained, moments, slopes, norm, rate), norm
+
+        return jax.jit(update, donate_argnums=(0, 1), out_shardings=(*kept, None)), given
     return step.function, step.arguments
 
 

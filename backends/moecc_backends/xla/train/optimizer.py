@@ -37,6 +37,9 @@ Arrays = Mapping[str, jax.Array]
 Moments = dict[str, PyTree]
 """``{kind: {parameter: array}}``, and the counts of updates."""
 
+Settle = Callable[[PyTree, PyTree], PyTree]
+"""Takes moments after an update and those before it, and returns the ones that stay."""
+
 MUON_RMS = 0.2
 """Muon's updates are scaled to the root mean square of AdamW's (Liu et al. 2025, §2.2)."""
 
@@ -80,11 +83,21 @@ class Optimizer:
         return {**zeros, **{count: jnp.zeros((), jnp.int32) for count in counts}}
 
     def directions(
-        self, gradients: Arrays, moments: Moments, params: Arrays
+        self,
+        gradients: Arrays,
+        moments: Moments,
+        params: Arrays,
+        settle: Settle = lambda after, before: after,
     ) -> tuple[dict[str, jax.Array], Moments]:
         """Return the directions in which parameters go, to be subtracted, and the moments after.
 
         Parameters that are trained from a later step on have a count of updates of their own.
+
+        Args:
+          gradients: of the parameters.
+          moments: before the update.
+          params: the parameters.
+          settle: says which moments stay; AdamW's directions are those of the moments that do.
         """
         made: dict[str, jax.Array] = {}
         after: Moments = {kind: {} for kind in self.moment_types}
@@ -96,13 +109,13 @@ class Optimizer:
             }
             own = {kind: arrays for kind, arrays in own.items() if arrays}
             found, moved = DIRECTIONS[self.section.name](
-                self, _some(gradients, names), {**own, COUNT: moments[count]}, params
+                self, _some(gradients, names), {**own, COUNT: moments[count]}, params, settle
             )
             made |= found
-            after[count] = moved.pop(COUNT)
+            after[count] = settle(moved.pop(COUNT), moments[count])
             for kind, arrays in moved.items():
                 after[kind] |= arrays
-        return made, {COUNT: moments[COUNT] + 1, **after}
+        return made, {COUNT: settle(moments[COUNT] + 1, moments[COUNT]), **after}
 
     @property
     def _parts(self) -> dict[int, list[str]]:
@@ -114,28 +127,37 @@ class Optimizer:
         }
 
 
-Directions = Callable[[Optimizer, Arrays, Moments, Arrays], tuple[dict[str, jax.Array], Moments]]
+Directions = Callable[
+    [Optimizer, Arrays, Moments, Arrays, Settle], tuple[dict[str, jax.Array], Moments]
+]
+"""Counts of updates are the caller's to settle."""
 
 
 def _sgd(
-    optimizer: Optimizer, gradients: Arrays, moments: Moments, params: Arrays
+    optimizer: Optimizer, gradients: Arrays, moments: Moments, params: Arrays, settle: Settle
 ) -> tuple[dict[str, jax.Array], Moments]:
     return dict(gradients), {COUNT: moments[COUNT] + 1}
 
 
 def _adamw(
-    optimizer: Optimizer, gradients: Arrays, moments: Moments, params: Arrays
+    optimizer: Optimizer, gradients: Arrays, moments: Moments, params: Arrays, settle: Settle
 ) -> tuple[dict[str, jax.Array], Moments]:
     import optax
 
     section = optimizer.section
     state = optax.ScaleByAdamState(moments[COUNT], moments[FIRST], moments[SECOND])
-    made, after = optax.scale_by_adam(section.b1, section.b2, section.eps).update(gradients, state)
-    return made, {FIRST: after.mu, SECOND: after.nu, COUNT: after.count}
+    _, after = optax.scale_by_adam(section.b1, section.b2, section.eps).update(gradients, state)
+    moved = {FIRST: after.mu, SECOND: after.nu}
+    moved = settle(moved, {kind: moments[kind] for kind in moved})
+    first = optax.tree.bias_correction(moved[FIRST], section.b1, after.count)
+    second = optax.tree.bias_correction(moved[SECOND], section.b2, after.count)
+    # As optax has it, of the moments that stay.
+    made = {n: m / (jnp.sqrt(second[n]) + section.eps) for n, m in first.items()}
+    return made, {**moved, COUNT: after.count}
 
 
 def _muon(
-    optimizer: Optimizer, gradients: Arrays, moments: Moments, params: Arrays
+    optimizer: Optimizer, gradients: Arrays, moments: Moments, params: Arrays, settle: Settle
 ) -> tuple[dict[str, jax.Array], Moments]:
     """Muon for matrices (Jordan et al. 2024), AdamW's direction for all else, tables and the head.
 
@@ -153,8 +175,8 @@ def _muon(
     made, after = muon.update(_some(gradients, mine), given)
     made = {n: d * _muon_scale(optimizer.types[n], settings[n]) for n, d in made.items()}
     plain = {**moments, FIRST: _some(moments[FIRST], rest), SECOND: moments.get(SECOND, {})}
-    others, moved = _adamw(optimizer, _some(gradients, rest), plain, params)
-    first = {**after.mu, **moved[FIRST]}
+    others, moved = _adamw(optimizer, _some(gradients, rest), plain, params, settle)
+    first = {**settle(after.mu, given.mu), **moved[FIRST]}
     return {**made, **others}, {
         **({FIRST: first} if first else {}),
         **({SECOND: moved[SECOND]} if rest else {}),
@@ -179,7 +201,7 @@ def _sides(settings: ParamSettings, rank: int) -> tuple[tuple[int, ...], tuple[i
 
 
 def _adafactor(
-    optimizer: Optimizer, gradients: Arrays, moments: Moments, params: Arrays
+    optimizer: Optimizer, gradients: Arrays, moments: Moments, params: Arrays, settle: Settle
 ) -> tuple[dict[str, jax.Array], Moments]:
     """Adafactor, factored and without momentum (Shazeer and Stern 2018).
 
