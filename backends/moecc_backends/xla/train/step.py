@@ -263,8 +263,9 @@ class TrainStep:
         """Return what parameters become, and the moments that `keep` keeps; to trace."""
 
         def settle(after: PyTree, before: PyTree) -> PyTree:
-            # XLA for CPUs would compute the moments once more for each parameter, from those
-            # before, which it copies for that: 3.5 times the time of this part of a step.
+            # XLA for CPUs would compute the moments once more within the update of a parameter,
+            # from those before, which it copies for that: with 30 M parameters a third more time
+            # for this part of a step, and 608 MB of temporaries in place of 415.
             kept = keep(after, before)
             return jax.tree.map(barrier, kept) if self._target == "cpu" else kept
 
