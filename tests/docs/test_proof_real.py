@@ -25,6 +25,7 @@ DIGITS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
         ("smollm2", 6.5e-6, 7),
         ("whisper-base", 1.8e-6, 7),
         ("all-mpnet-base-v2", 2.1e-6, 7),
+        ("gemma-3-270m", 7.5e-6, 7),
     ],
 )
 def test_what_promises_the_same_function_keeps_it(name: str, bound: float, least: int) -> None:
