@@ -187,3 +187,16 @@ def test_a_spike_and_what_is_not_finite_change_nothing_but_counters() -> None:
     assert metrics["guard.skipped"]
     assert (np.asarray(state["params"]["table"]) == table).all()
     assert int(state["guard"]["in_a_row"]) == 2
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_that_is_not_finite_leaves_every_optimizer_s_moments(name: str) -> None:
+    graph, batch = bigram(), bigram_batch()
+    step = bigram_step(graph, name, guard=GuardSection())
+    state, _ = step.step(step.init(bigram_params(graph)), batch, jax.random.key(0), 1e-3)
+    state["params"]["head"] = state["params"]["head"].at[0, 0].set(np.nan)
+    before = jax.tree.map(np.asarray, {n: state[n] for n in ("params", "moments")})
+    state, metrics = step.step(state, batch, jax.random.key(0), 1e-3)
+    assert metrics["guard.skipped"]
+    for part, arrays in before.items():
+        jax.tree.map(np.testing.assert_array_equal, state[part], arrays)

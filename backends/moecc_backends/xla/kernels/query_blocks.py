@@ -3,8 +3,7 @@
 A block of queries meets the keys that its queries may see, and no others.  The gradient computes
 the scores of a block again from its softmax's denominator, kept as a logarithm in two parts (Dao et
 al. 2022, §3.1 and appendix B), so that a step keeps ``[seq, 2]`` numbers a head and not ``[seq,
-kv_seq]``.  Query
-heads that share a key head are rows of one product.
+kv_seq]``.  Query heads that share a key head are rows of one product.
 """
 
 from __future__ import annotations

@@ -219,7 +219,8 @@ def _adafactor(
         made[name] = found[0]
         for kind, array in zip(kinds, found[1:], strict=True):
             after[kind][name] = array
-    return made, {**after, COUNT: moments[COUNT] + 1}
+    stay = {kind: settle(arrays, moments[kind]) for kind, arrays in after.items()}
+    return made, {**stay, COUNT: moments[COUNT] + 1}
 
 
 @dataclass(frozen=True)
