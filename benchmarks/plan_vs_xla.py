@@ -85,6 +85,16 @@ PAIRS = {
     "mixtral-dropless": Pair(
         "mixtral-8x7b", "tpu:v5p:4x4x4", "fsdp=8,expert=8", 262144, (*SPLIT, "--via", "ragged")
     ),
+    "mixtral-dropless-16": Pair(
+        "mixtral-8x7b", "tpu:v5p:4x4x4", "fsdp=16,expert=4", 262144, (*SPLIT, "--via", "ragged")
+    ),
+    "mixtral-ring": Pair(
+        "mixtral-8x7b", "tpu:v5p:4x4x4", "fsdp=8,expert=8", 262144, (*SPLIT, "--via", "ring")
+    ),
+    "llama-dropless": Pair(
+        "llama-3.1-8b", "tpu:v5p:2x4x4", "fsdp=4,expert=8", 131072,
+        ("-p", "upcycle{experts=16 top-k=2}", *SPLIT, "--via", "ragged"),
+    ),
     "mixtral-data": Pair("mixtral-8x7b", "tpu:v5p:4x4x4", "data=8,expert=8", 262144, SPLIT),
     "llama-64": Pair("llama-3.1-8b", "tpu:v5p:4x4x4", "fsdp=64", 262144),
     "mixtral-gpu": Pair("mixtral-8x7b", "gpu:h100:16", "fsdp=2,expert=8", 65536, SPLIT),

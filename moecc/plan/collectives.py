@@ -57,6 +57,7 @@ class Transfer(NamedTuple):
       why: what for, in a few words.
       waits: whether computation has to wait for it; parameters and their gradients do not.
       odd: whether it gathers shards with odd numbers of rows.
+      weight: the parameter that it gathers, or whose gradient it sums.
     """
 
     op: str
@@ -66,6 +67,7 @@ class Transfer(NamedTuple):
     why: str
     waits: bool = True
     odd: bool = False
+    weight: str = ""
 
     def on(self, kind: str) -> Transfer:
         """Return what a machine of `kind` makes of it.

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from moecc.ir.attention_kernels import KernelChoice, choose_attention
 from moecc.ir.traits import Cost
 from moecc.plan.attention import passes_of_products
 from moecc.plan.collectives import Transfer, seconds, sent_bytes
+from moecc.plan.exchanges import exact
 from moecc.plan.machines import Machine, efficiency
 from moecc.plan.memory import Memory, memory, optimizer_bytes
 from moecc.plan.overlap import PartTransfers, overlap
@@ -19,10 +20,14 @@ from moecc.plan.parts import Part, Step
 from moecc.plan.sharding import Sharded, Sharding, Values
 from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.traffic import part_transfers, sparse_rows
+from moecc.plan.turns import Product, products_of
 from moecc.plan.workload import Workload
 from moecc.sharding.layout import Layout
 
 BOUNDS = ("compute", "hbm", "network")
+
+Products = Callable[[], Iterable[Product]]
+"""Yields the products of a part."""
 
 SCORE_MOVES = 4.0
 """How often scores go through memory where no kernel keeps them: made, read, weighed, read."""
@@ -43,6 +48,7 @@ class PartCost:
       transfers: their collectives, with seconds, of one part.
       chunks: in how many parts rows are exchanged.
       in_layer: whether they are parts of layers.
+      products: yields those of one part with its parameters, forward; few estimates need them.
     """
 
     name: str
@@ -55,6 +61,7 @@ class PartCost:
     transfers: tuple[tuple[Transfer, float], ...]
     chunks: int = 1
     in_layer: bool = True
+    products: Products = field(default=tuple, compare=False, repr=False)
 
     @property
     def waiting_seconds(self) -> float:
@@ -160,13 +167,17 @@ class Estimate:
 
     def overlap(self, is_asked: bool) -> dict[str, dict[str, float]]:
         """Return the bytes of collectives beside products and those exposed, see `overlap`."""
+        # A compiler prices links at their full rate.
+        ideal = efficiency("network")
         parts = (
             PartTransfers(
                 p.name.rpartition(".")[0],
                 p.count,
                 p.in_layer,
                 [t for t, _ in p.transfers],
+                [s * ideal / t.times for t, s in p.transfers],
                 p.chunks,
+                tuple(p.products()),
             )
             for p in self.parts
         )
@@ -299,7 +310,12 @@ class Estimator:
             transfers=self._timed(found, local),
             chunks=strategy.chunks,
             in_layer=part.in_layer,
+            products=self._products(part, strategy, local.values),
         )
+
+    def _products(self, part: Part, strategy: Strategy, values: Values) -> Products:
+        rate, ragged = self._rates[0], self.work.dropless and exact(strategy.via, dropless=True)
+        return lambda: products_of(part, lambda step: _step_flops(step, values) / rate, ragged)
 
     def _work(self, step: Step, passes: float) -> float:
         """Return how often all products of a step are computed, in `passes` over its arrays."""

@@ -31,6 +31,7 @@ class Moved(NamedTuple):
       of_rows: whether it moves rows of experts, of which there may be more than in the graph.
       odd: whether it gathers shards with odd numbers of rows.
       of_gates: whether it moves gates, which are float32 at least.
+      weight: the parameter that it gathers, or whose gradient it sums.
     """
 
     op: str
@@ -40,6 +41,7 @@ class Moved(NamedTuple):
     of_rows: bool = False
     odd: bool = False
     of_gates: bool = False
+    weight: str = ""
 
 
 class Carried(NamedTuple):
@@ -121,7 +123,7 @@ class _Reader:
         for one in self.sharded.work.sample.resharded(stored, used):
             found = moved(self.sharded, one, weight.shape, PARAMETERS)
             if found is not None:
-                yield found._replace(odd=self.sharded.is_odd(weight))
+                yield found._replace(odd=self.sharded.is_odd(weight), weight=weight.name)
 
     def summed(self, weight: Weight, gathers: Iterable[Moved]) -> Iterator[Moved]:
         """Yield how a gradient is summed: scattered where it is stored in parts, else reduced."""
@@ -130,11 +132,12 @@ class _Reader:
             axes = tuple(n for n in gathered.axes if n in left)
             left.difference_update(gathered.axes)
             if axes:
-                yield Moved("reduce_scatter", axes, gathered.elements, "gradients")
+                elements = gathered.elements
+                yield Moved("reduce_scatter", axes, elements, "gradients", weight=weight.name)
         axes = self.sharded.layout.ordered(left)
         if self.sharded.layout.size(axes) > 1:
             elements = weight.shape.elements / self.sharded.shards(self.sharded.stored(weight))
-            yield Moved("all_reduce", axes, elements, "gradients")
+            yield Moved("all_reduce", axes, elements, "gradients", weight=weight.name)
 
     def forward(self) -> Iterator[Carried]:
         """Yield what carries out the sums of the part, and brings other values elsewhere."""

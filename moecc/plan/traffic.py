@@ -42,7 +42,7 @@ def part_transfers(
     def transfer(one: Moved, times: float, *, waits: bool = True) -> Transfer:
         elements = one.elements * local.rows if one.of_rows else one.elements
         size = elements * max(config.dtype.itemsize_bytes, _GATE_BYTES * one.of_gates)
-        return Transfer(one.op, one.axes, size, times, one.why, waits, one.odd)
+        return Transfer(one.op, one.axes, size, times, one.why, waits, one.odd, one.weight)
 
     for one in found.params:
         yield transfer(one, doing.gathers(part), waits=False)

@@ -21,12 +21,12 @@ MODEL = Path(__file__).parents[1] / "golden" / "mixtral_gqa"
 LAYERS = 2
 
 
-def planned(machine: str, chunks: int = 1) -> Estimate:
+def planned(machine: str, chunks: int = 1, via: str = "capacity") -> Estimate:
     graph = open_model(str(MODEL)).graph
     work = workload(graph, make_batch(graph, 8, 4096, (64,), 1))
     layout = Layout(plan_mesh("fsdp=4,expert=2"), work.experts)
     estimator = Estimator(work, parse_machine(machine), StepConfig())
-    return estimator.estimate(Strategy(layout, "capacity", "index", "full", chunks=chunks))
+    return estimator.estimate(Strategy(layout, via, "index", "full", chunks=chunks))
 
 
 @pytest.mark.parametrize(
@@ -74,6 +74,18 @@ def test_on_a_tpu_the_smallest_gather_of_a_layer_has_no_product_before_it() -> N
     expected = outside + moved([first], LAYERS)
     assert exposed(estimate, "all_gather") == pytest.approx(expected)
     assert first.times == 2, "in the forward pass and in the backward"
+
+
+def test_on_a_tpu_dropless_experts_leave_their_gathers_the_products_of_attention() -> None:
+    estimate = planned("tpu:v5p:2x2x2", via="ragged")
+    of = gathers(estimate)
+    first = of["layers.attention"][:3]
+    assert [t.weight.split(".")[-2] for t in first] == ["q_proj", "k_proj", "v_proj"]
+    expected = moved([*of["embed"], *of["head"]]) + moved(first, LAYERS)
+    assert exposed(estimate, "all_gather") == pytest.approx(expected)
+    assert exposed(estimate, "reduce_scatter") > exposed(planned("tpu:v5p:2x2x2"), "reduce_scatter")
+    gpu, capacity = planned("gpu:h100:8", via="ragged"), planned("gpu:h100:8")
+    assert exposed(gpu, "reduce_scatter") == exposed(capacity, "reduce_scatter")
 
 
 def test_on_a_gpu_no_gather_is_beside_an_exchange_or_the_beginning_of_a_layer() -> None:
