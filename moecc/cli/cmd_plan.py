@@ -51,6 +51,7 @@ class Remat(StrEnum):
 
     none = "none"
     save = "save"
+    block = "block"
     full = "full"
 
 

@@ -11,7 +11,7 @@ from moecc.plan.exchanges import SLICED
 from moecc.plan.layouts import check_layout, layouts, problems
 from moecc.plan.machines import Machine
 from moecc.plan.meshes import check_devices, searched_meshes
-from moecc.plan.strategy import REMATS, Strategy
+from moecc.plan.strategy import Strategy
 from moecc.plan.workload import Workload
 from moecc.sharding.layout import Layout
 from moecc.sharding.legal import refusals
@@ -38,7 +38,7 @@ def strategies(
     work: Workload, machine: Machine, constraints: Constraints, train: bool
 ) -> Iterator[Strategy]:
     """Yield every strategy that is legal and agrees with `constraints`."""
-    remats = REMATS if constraints.remat is None else (constraints.remat,)
+    remats = work.remats if constraints.remat is None else (constraints.remat,)
     for layout in _layouts(work, machine, constraints):
         for via in _vias(layout, work, constraints):
             dispatch = "grouped" if work.dropless and via != "capacity" else "index"

@@ -19,7 +19,7 @@ from moecc.plan.remedies import WorkOn
 from moecc.plan.report_types import Idea
 from moecc.plan.search import Ranking, seconds_text, why_slower
 from moecc.plan.stages import part_of_machine, stage_work, staged
-from moecc.plan.strategy import REMATS, StepConfig
+from moecc.plan.strategy import StepConfig
 from moecc.plan.workload import Workload
 from moecc.sharding.layout import Layout
 
@@ -110,7 +110,7 @@ def _accumulation(known: Known) -> Iterator[Idea]:
             continue
         config = replace(known.config, micro_batches=count)
         estimator = Estimator(work, known.machine, config)
-        tried = [estimator.estimate(replace(known.best.strategy, remat=r)) for r in REMATS]
+        tried = [estimator.estimate(replace(known.best.strategy, remat=r)) for r in work.remats]
         one = min((e for e in tried if e.fits), key=lambda e: e.seconds, default=tried[-1])
         options = f"--micro-batches {count} --remat {one.strategy.remat}"
         yield _priced(known, _idea(name, how, options, one, known))

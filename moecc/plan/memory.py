@@ -201,11 +201,12 @@ def _layer_bytes(
     """Return the most that is alive while a layer is computed, and its gathered parameters."""
     width = config.dtype.itemsize_bytes
     # Values that a forward pass holds at a time are as many as gradients that a backward pass does.
-    again, fuses = config.train and remat != "none", kind == "tpu"
+    again, whole = config.train and remat != "none", remat == "block"
+    fuses = kind == "tpu"
     values = local.values
     layers = values.once(
-        ("layers", again, fuses),
-        lambda: max((_layer(x, values, again, fuses) for x in work.layers), default=0.0),
+        ("layers", again, whole, fuses),
+        lambda: max((_layer(x, values, again, whole, fuses) for x in work.layers), default=0.0),
     )
     gathered = local.sharded.once(
         "gathered", lambda: max((_gathered(p.weights, local) for p in work.parts), default=0.0)
@@ -213,14 +214,16 @@ def _layer_bytes(
     return (layers + gathered) * width
 
 
-def _layer(layer: Layer, values: Values, again: bool, fuses: bool) -> float:
+def _layer(layer: Layer, values: Values, again: bool, whole: bool, fuses: bool) -> float:
     """Return the most elements alive while the backward pass goes through a layer.
 
     Computed `again`, its residuals are there; they go as they are used, while the
-    gradients of its values come and go.
+    gradients of its values come and go.  Where its block is computed as a `whole`, those of earlier
+    layers of a loop are there, too.
     """
     backward = layer.residuals.fused if fuses else layer.residuals.plain
-    there = (*backward.alive, *layer.beside[fuses])
+    beside = layer.block_beside if whole else layer.beside
+    there = (*backward.alive, *beside[fuses])
     now = most = sum(map(values.elements, there)) if again else 0.0
     for step in backward.flow:
         born, done = (sum(map(values.elements, s)) for s in (step.born, step.done))

@@ -41,6 +41,7 @@ class Step:
       over: of a contraction, the axes that it sums over.
       weights: the parameters among the operands, by position.
       again: how often full rematerialisation computes it again.
+      block_again: how often rematerialisation of whole blocks does.
       saved_again: how often rematerialisation that saves attention and combine does.
       source: the number of what its first operand is, by whatever name, in its part.
       source_share: of an operand from another stack, one part for each layer of a unit; else 1.
@@ -57,6 +58,7 @@ class Step:
     over: tuple[str, ...]
     weights: tuple[Weight | None, ...]
     again: int
+    block_again: int
     saved_again: int
     source: int
     source_share: float
@@ -80,7 +82,7 @@ class Step:
         goes = self.moves in (RowMove.TO_SLOTS, RowMove.GATES_TO_SLOTS)
         if remat == "full" or (in_rounds and (self.has_rows or goes)):
             return self.again
-        return self.saved_again if remat == "save" else 0
+        return {"save": self.saved_again, "block": self.block_again}.get(remat, 0)
 
     @property
     def has_rows(self) -> bool:
@@ -132,6 +134,7 @@ class Layer:
       beside: what there is of earlier layers of its unit, computed again, when it is
         differentiated: the inputs of those of a loop, what the others need; where all of it is
         arrays, and where what is computed entry by entry is not.
+      block_beside: the same where loops keep what their gradients need.
     """
 
     name: str
@@ -140,3 +143,4 @@ class Layer:
     inputs: tuple[Shape, ...]
     is_first: bool = True
     beside: tuple[tuple[Shape, ...], tuple[Shape, ...]] = ((), ())
+    block_beside: tuple[tuple[Shape, ...], tuple[Shape, ...]] = ((), ())

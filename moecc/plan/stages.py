@@ -19,7 +19,7 @@ from moecc.plan.layouts import problems
 from moecc.plan.machines import Machine, sizes_of_kind
 from moecc.plan.networks import Slices, Switch, Torus
 from moecc.plan.parts import Part, Weight
-from moecc.plan.strategy import REMATS, StepConfig, Strategy
+from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.workload import Workload
 from moecc.sharding.layout import Layout
 
@@ -152,7 +152,7 @@ def staged(
     found = [
         one
         for mesh in stage_meshes(like.layout.mesh, stages)
-        for remat in REMATS
+        for remat in work.remats
         if (one := _on(ends, machine, config, _strategy(like, mesh, remat), stages)) is not None
     ]
     fitting = [one for one in found if one.total_bytes <= machine.usable_bytes]

@@ -12,9 +12,10 @@ from moecc.types.dtypes import BF16, F32, DType
 STEPS = ("train", "forward")
 OPTIMIZERS = ("adamw", "adafactor")
 DENSE_WEIGHTS = ("whole", "split")
-REMATS = ("none", "save", "full")
+REMATS = ("none", "save", "block", "full")
 """What the backward pass computes again: nothing; all but the results of attention and combine;
-everything but the input of each layer."""
+everything but the input of each block of layers; everything but the input of each layer, so that of
+a block's layers those that are alike, a loop, are computed twice again."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Units of rematerialisation: what ``roll-layers`` makes one body of, and what is a loop in it.
 
 A unit is the shortest run of layers that a stack repeats: one layer, or four of which the last is
-sparse.  Layers of a unit that are alike and follow one another are a loop within it, each a
-checkpoint of its own; so they run once more than the others of the unit.
+sparse.  Layers of a unit that are alike and follow one another are a loop within it.  Where each of
+them is a checkpoint of its own, they run once more than the others of the unit.
 """
 
 from __future__ import annotations
@@ -33,6 +33,11 @@ class Unit:
     def size(self) -> int:
         """How many layers it has."""
         return len(self.looped)
+
+    @property
+    def as_whole(self) -> Unit:
+        """The unit where layers of its loops are no checkpoints."""
+        return Unit((False,) * self.size)
 
 
 def layer_of(loc: str) -> str:

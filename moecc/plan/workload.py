@@ -25,6 +25,7 @@ from moecc.plan.parts import Layer, Part, Step, Weight
 from moecc.plan.residuals import residuals, root_of
 from moecc.plan.sample import Sample, sample_of
 from moecc.plan.shapes import Shape, Shapes
+from moecc.plan.strategy import REMATS
 from moecc.plan.units import LAYER, Unit, layer_of, stack_of, times_again, units_of
 
 HEADS = ("head", "kv_head")
@@ -68,6 +69,15 @@ class Workload:
         """The shapes of values over the vocabulary."""
         found = (s for p in self.parts for step in p.steps for s in step.results)
         return tuple(dict.fromkeys(s for s in found if "vocab" in s.names))
+
+    @cached_property
+    def remats(self) -> tuple[str, ...]:
+        """What the backward pass may compute again, each of another cost.
+
+        Without loops within a block ``block`` is ``full``.
+        """
+        has_loops = any(part.onward for part in self.parts)
+        return tuple(r for r in REMATS if has_loops or r != "block")
 
     @property
     def model_flops(self) -> float:
@@ -214,16 +224,18 @@ class _Reader:
                 continue
             kept = self.residuals[loc]
             name, inputs = match[1].rstrip("."), tuple(self._inputs(nodes))
-            first, beside = self._at(loc)[0] == 0, self._beside(loc)
-            layer = Layer(name, 1, kept, inputs, first, beside)
-            key = (name, kept.key, inputs, first, beside)
+            at, unit = self._at(loc)
+            first, beside = at == 0, self._beside(loc, unit)
+            whole = self._beside(loc, unit.as_whole)
+            layer = Layer(name, 1, kept, inputs, first, beside, whole)
+            key = (name, kept.key, inputs, first, beside, whole)
             old = found.get(key)
             found[key] = layer if old is None else replace(old, count=old.count + 1)
         yield from found.values()
 
-    def _beside(self, loc: str) -> tuple[tuple[Shape, ...], tuple[Shape, ...]]:
-        """Return what there is of the layers before `loc` in its unit."""
-        (at, unit), name = self._at(loc), loc.rstrip("0123456789")
+    def _beside(self, loc: str, unit: Unit) -> tuple[tuple[Shape, ...], tuple[Shape, ...]]:
+        """Return what there is of the layers before `loc` in `unit`."""
+        (at, _), name = self._at(loc), loc.rstrip("0123456789")
         number = int(loc.removeprefix(name))
         plain: list[Shape] = []
         fused: list[Shape] = []
@@ -318,6 +330,7 @@ class _Reader:
         results = tuple(map(self.shape, node.results))
         # Along an axis that windows run along, the places of the result count.
         axes = {name: size for s in (*operands, *results) for name, size in s}
+        of_own = node in kept.again, node in kept.onward
         return Step(
             cost=node.op.cost,
             moves=node.op.moves,
@@ -325,7 +338,8 @@ class _Reader:
             results=results,
             over=ProductAttrs.of_node(node).over if node.op.is_product else (),
             weights=tuple(self.weight(v) if v.is_param else None for v in node.operands),
-            again=times_again(number, unit, node in kept.again, node in kept.onward),
+            again=times_again(number, unit, *of_own),
+            block_again=times_again(number, unit.as_whole, *of_own),
             saved_again=times_again(
                 number, unit, node in kept.saved_again, node in kept.saved_onward
             ),

@@ -328,7 +328,7 @@ def test_what_is_kept_for_the_gradient() -> None:
     [
         ("save=combine", "names are saved under remat=save alone"),
         ("remat=save save=combin", "nothing is called 'combin'"),
-        ("remat=all", "none, full, save"),
+        ("remat=all", "none, block, full, save"),
     ],
 )
 def test_options_that_make_no_sense(options: str, message: str) -> None:

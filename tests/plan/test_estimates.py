@@ -145,13 +145,17 @@ def test_rematerialisation_trades_arithmetic_for_activations(
 ) -> None:
     work = work_of(model)
     drawn = data.draw(strategies(model))
-    none, save, full = (
-        estimate(work, replace(drawn, remat=r), "tpu:v5p:2x2x4") for r in ("none", "save", "full")
+    none, save, block, full = (
+        estimate(work, replace(drawn, remat=r), "tpu:v5p:2x2x4") for r in REMATS
     )
     # Layers that are a loop in a unit of several are computed once more for that.
     most = 5 if any(part.onward for part in work.parts) else 4
     assert none.flops <= save.flops <= full.flops <= none.flops * most / 3
+    assert none.flops <= block.flops <= full.flops
+    assert ("block" in work.remats) == (block.flops < full.flops)
     assert none.memory.activations >= save.memory.activations >= full.memory.activations
+    assert block.memory.activations == full.memory.activations
+    assert block.memory.total >= full.memory.total
     assert none.memory.arguments == save.memory.arguments == full.memory.arguments
     assert none.model_flops == full.model_flops
 
@@ -278,6 +282,7 @@ def test_layers_that_are_a_loop_in_their_unit_are_computed_again_for_it() -> Non
     for part in parts:
         last = [s for s in part.steps if s.cost is Cost.PRODUCT][-1]
         assert [last.again, last.saved_again] == [1 + part.onward, 0], "its result is saved"
+        assert last.block_again == 1
     # What the encoder returns is one operand of all layers of a unit.
     cross = next(p for p in work.parts if p.name == "decoder.layers.cross_attention")
     assert {s.source_share for s in cross.steps} == {0.25, 1.0}

@@ -124,7 +124,7 @@ def value_and_slopes(graph: Graph) -> tuple[Any, Any, list[int]]:
     return *found, scans(jax.make_jaxpr(loss)(params).jaxpr)
 
 
-@pytest.mark.parametrize("remat", ["full", "save"])
+@pytest.mark.parametrize("remat", ["full", "save", "block"])
 @pytest.mark.parametrize("kinds", ["dddr", "rddd", "ddrr"])
 def test_values_and_gradients_of_a_loop_within_a_block(kinds: str, remat: str) -> None:
     """Losses of single layers come out of the loop one by one, the metrics of each among them."""

@@ -40,7 +40,7 @@ MODELS = {
     "decoder": ("smollm2-135m", "upcycle{experts=4 top-k=2 layers=every:2}," + TRAIN, [2]),
     "encoder-decoder": ("st-moe-base", "add-losses", [2, 2]),
 }
-REMAT = ("none", "full", "save", "save save=router,rows,experts")
+REMAT = ("none", "block", "full", "save", "save save=router,rows,experts")
 SIZES = {"B": 2, "S": 4, "T": 3}
 
 

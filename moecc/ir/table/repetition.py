@@ -21,8 +21,9 @@ from moecc.types.tensor import Axis, TensorType
 if TYPE_CHECKING:
     from moecc.ir.graph import Graph, Node, Value
 
-REMATERIALISATION = ("none", "full", "save")
-"""What a repetition keeps for the gradient: everything, its operands, or named values."""
+REMATERIALISATION = ("none", "block", "full", "save")
+"""What a repetition keeps for the gradient: everything, its operands (of each of its layers under
+``full``), or named values."""
 
 
 def _infer_stack(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
@@ -202,9 +203,10 @@ SCAN_DOC = """The body, run once for each position of an axis, one after the oth
 
         remat is what is kept of a run for the gradient. none: all values that the gradient needs,
         but for parameters, which are gathered again. full: the operands of the run alone; the rest
-        is computed again. save: the values of the names in `save`, which a backend gives, and the
-        rest is computed again. It never changes
-        a value."""
+        is computed again, and within a run of several layers, layer by layer once more where they
+        are alike. block: the same, but a run is computed again once, as a whole. save: the values
+        of the names in `save`, which a backend gives, and the rest is computed again. It never
+        changes a value."""
 
 
 def _scan_attributes() -> dict[str, Attr]:

@@ -63,8 +63,8 @@ class RollLayersPass(Pass):
     preserves = EXACT
 
     remat: Annotated[
-        Literal["none", "full", "save"],
-        "what is kept of a layer for the gradient: all, its operands, or named values",
+        Literal["none", "block", "full", "save"],
+        "what is kept for the gradient: all, the operands of each block or layer, or named values",
     ] = "none"
     save: Annotated[
         tuple[str, ...], f"remat=save: names of {', '.join(KEPT)}; none: {', '.join(DEFAULT)}"

@@ -2,8 +2,9 @@
 
 Under rematerialisation a run is a checkpoint: what is between two runs is kept, and for the
 gradient the run is computed again.  Where a run is a block of several layers, those that are alike
-are a loop within it, and each of them a checkpoint: they are compiled once, and the intermediates
-of one of them alone are alive at a time.  They are computed once more for that.
+are a loop within it, which is compiled once.  Each of them is a checkpoint, too, but under
+``block``: the intermediates of one of them alone are alive at a time then, and they are computed
+once more for that.
 
 Without rematerialisation what the gradient needs of the values of the graph is kept, and what is
 dear of that which lowerings have between them.  Parameters are gathered again all the same.
@@ -102,6 +103,7 @@ def _scan(ctx: Context, node: Node, *operands: Named) -> tuple[Operand, ...]:
     names[carries:last] = [x.axes[1:] for x in slices]
 
     remembering = _remembering(node)
+    in_loops = _KEEPING if attrs.remat == "block" else remembering
     inner = zip(body.inputs.values(), node.operands, strict=True)
     weights = {i for i, v in inner if v.is_param or v in ctx.weights}
 
@@ -113,7 +115,7 @@ def _scan(ctx: Context, node: Node, *operands: Named) -> tuple[Operand, ...]:
             )
         given = zip((*carry, *cast_all(now), *captured), names, strict=True)
         within = replace(ctx, weights=set(weights))
-        made = run_body(within, body, [Named(array, axes) for array, axes in given], remembering)
+        made = run_body(within, body, [Named(array, axes) for array, axes in given], in_loops)
         # A carry keeps the order of its axes from run to run.
         kept = tuple(m.to(n).array for m, n in zip(made[:carries], names[:carries], strict=True))
         return kept, tuple(m.array for m in made[carries:])
@@ -121,7 +123,7 @@ def _scan(ctx: Context, node: Node, *operands: Named) -> tuple[Operand, ...]:
     initial = zip(operands[:carries], node.operands, strict=False)
     first = tuple(ctx.view.settled(x.array, v.type) for x, v in initial)
     # Within a loop nothing could be merged across the barrier that this would set.
-    step = (remembering or partial(jax.checkpoint, policy=_worth_keeping))(run, prevent_cse=False)
+    step = (remembering or _KEEPING)(run, prevent_cse=False)
     now = tuple(x.master if isinstance(x, Uncast) else x.array for x in slices)
     unroll = remembering is None and _is_written_out(ctx, body, now, runs)
     carry, made = _repeat(step, first, now, runs, unroll)
@@ -179,8 +181,12 @@ def _worth_keeping(primitive: jax.extend.core.Primitive, *_: object, **params: o
     return primitive.name not in _CHEAP
 
 
+_KEEPING: Remembering = partial(jax.checkpoint, policy=_worth_keeping)
+"""Keeps what the gradient needs, and gathers parameters again."""
+
+
 def run_body(
-    ctx: Context, body: Graph, operands: list[Named], remembering: Remembering | None = None
+    ctx: Context, body: Graph, operands: list[Named], in_loops: Remembering | None = None
 ) -> list[Named]:
     """Return the outputs of `body`, in order, lowered under the current trace.
 
@@ -188,15 +194,16 @@ def run_body(
       ctx: the state outside.
       body: what is lowered.
       operands: its inputs, in order.
-      remembering: makes a checkpoint of each layer, where several that are alike become a loop.
+      in_loops: of several layers that are alike, which become a loop, makes each what keeps values
+        for its gradient; None: there is no loop.
     """
     inner = ctx.within(dict(zip(body.inputs.values(), operands, strict=True)))
-    if remembering is None:
+    if in_loops is None:
         lower_nodes(inner, body)
     else:
         for piece in pieces_of(body):
             if isinstance(piece, LayerLoop):
-                _lower_loop(inner, piece, remembering)
+                _lower_loop(inner, piece, in_loops)
             else:
                 lower_nodes(inner, piece.nodes)
     return [_whole(inner, inner.values[v], v) for v in body.terminator.operands]
