@@ -308,7 +308,7 @@ class Estimator:
             hbm_seconds=part.count * hbm,
             local_seconds=part.count * both,
             transfers=self._timed(found, local),
-            chunks=strategy.chunks,
+            chunks=strategy.chunks if part.is_sparse else 1,
             in_layer=part.in_layer,
             products=self._products(part, strategy, local.values),
         )

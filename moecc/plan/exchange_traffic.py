@@ -85,11 +85,11 @@ def exchange(
             back = moved(sharded, one, shape, "", transposed=True)
             is_gate = stage.value == "gates"
             if found is not None:
-                yield Routed(found._replace(of_gates=is_gate), step)
+                yield Routed(found._replace(is_wide=is_gate), step)
             if back is not None:
                 # Where all devices have all of a gradient, they take their part of it.
                 whole = stage.value == "added" and one.op == "all_gather"
-                named = back._replace(why=_why(stage, way, back.op), of_gates=is_gate)
+                named = back._replace(why=_why(stage, way, back.op), is_wide=is_gate)
                 yield Routed(named, None, one.mesh if whole else ())
     if way.tokens_everywhere:
         yield from _gradients_of_rows(layer, steps, sharded)
@@ -114,7 +114,7 @@ def _gradients_of_rows(
         one = Sent(op, mesh, type, is_local=False)
         found = moved(sharded, one, shape, "gradients of rows")
         if found is not None:
-            yield Routed(found._replace(of_gates=is_gate), None)
+            yield Routed(found._replace(is_wide=is_gate), None)
 
 
 def _subject(stage: Stage, layer: SparseLayer, steps: Mapping[Node, Step]) -> tuple[Step, Shape]:

@@ -30,7 +30,7 @@ class Moved(NamedTuple):
       why: what for, in a few words.
       of_rows: whether it moves rows of experts, of which there may be more than in the graph.
       odd: whether it gathers shards with odd numbers of rows.
-      of_gates: whether it moves gates, which are float32 at least.
+      is_wide: whether an element has four bytes at least: gates are float32, token ids int32.
       weight: the parameter that it gathers, or whose gradient it sums.
     """
 
@@ -40,7 +40,7 @@ class Moved(NamedTuple):
     why: str
     of_rows: bool = False
     odd: bool = False
-    of_gates: bool = False
+    is_wide: bool = False
     weight: str = ""
 
 
@@ -106,7 +106,7 @@ def moved(
     if op is None or sharded.layout.size(axes) == 1:
         return None
     elements = shape.elements / sharded.shards(one.type)
-    return Moved(op, axes, elements, why, shape.has_slots)
+    return Moved(op, axes, elements, why, shape.has_slots, is_wide=not one.type.dtype.is_float)
 
 
 class _Reader:
@@ -115,6 +115,7 @@ class _Reader:
     def __init__(self, part: Part, sharded: Sharded, layer: SparseLayer | None) -> None:
         self.sharded = sharded
         self.layer = layer
+        self.in_layer = part.in_layer
         self.steps = dict(zip(part.nodes, part.steps, strict=True))
 
     def gathers(self, weight: Weight) -> Iterator[Moved]:
@@ -146,11 +147,13 @@ class _Reader:
             for ref, shape, share in zip(operands, step.operands, step.shares, strict=True):
                 if isinstance(ref, Reshard) and ref.node is node and not ref.value.is_param:
                     carried = self._carried(ref, step, shape, "values to where they are used")
-                    yield carried._replace(share=share)
+                    # What is brought to the first of several layers is there for the others.
+                    yield carried._replace(share=share if self.in_layer else 1.0)
             for value, shape in zip(node.results, step.results, strict=True):
                 seen = self.sharded.found.visible[value]
                 if isinstance(seen, Reshard):
-                    yield self._carried(seen, step, shape, "partial sums")
+                    why = "partial sums" if seen.is_sum else "what was looked up"
+                    yield self._carried(seen, step, shape, why)
 
     def _carried(self, reshard: Reshard, step: Step, shape: Shape, why: str) -> Carried:
         done = self.sharded.work.sample.resharded(reshard.source, reshard.target)
@@ -189,7 +192,7 @@ class _Reader:
             step, shape = self.steps[node], self.steps[node].operands[number]
             share, rows = step.source_share if number == 0 else 1.0, shape.has_slots
             yield Carried(step, tuple(self._gradient(one, axes, shape)), share, rows)
-        yield from self._gathered_gradients()
+        yield from self._returned_gradients()
 
     def _gradient(self, one: GradientSum, axes: set[str], shape: Shape) -> Iterator[Moved]:
         """Yield how the gradient of a value is summed: scattered where the value was gathered."""
@@ -212,15 +215,15 @@ class _Reader:
         done = self.sharded.work.sample.resharded(ref.source, ref.target)
         return {m for one in done if one.op == "all_gather" for m in one.mesh}
 
-    def _gathered_gradients(self) -> Iterator[Carried]:
-        """Yield what gathers the gradients of sums that were scattered."""
+    def _returned_gradients(self) -> Iterator[Carried]:
+        """Yield what brings back gradients of what was scattered, or exchanged but for experts."""
         for carried in self.forward():
             if carried.in_route:
                 continue
             back = tuple(
-                m._replace(op="all_gather", why="gradients of partial sums")
+                m._replace(op=TRANSPOSED[m.op], why=f"gradients of {m.why}")
                 for m in carried.moved
-                if m.op == "reduce_scatter"
+                if m.op in ("reduce_scatter", "all_to_all") and not m.is_wide
             )
             if back:
                 yield carried._replace(moved=back)

@@ -22,7 +22,7 @@ from moecc.plan.workload import Workload
 from moecc.sharding.routes import Slice, SparseLayer
 from moecc.sharding.vias import Via, via
 
-_GATE_BYTES = 4
+_WIDE_BYTES = 4
 
 
 def _moved(carried: Carried, by_route: bool) -> Sequence[Moved]:
@@ -41,7 +41,7 @@ def part_transfers(
 
     def transfer(one: Moved, times: float, *, waits: bool = True) -> Transfer:
         elements = one.elements * local.rows if one.of_rows else one.elements
-        size = elements * max(config.dtype.itemsize_bytes, _GATE_BYTES * one.of_gates)
+        size = elements * max(config.dtype.itemsize_bytes, _WIDE_BYTES * one.is_wide)
         return Transfer(one.op, one.axes, size, times, one.why, waits, one.odd, one.weight)
 
     for one in found.params:

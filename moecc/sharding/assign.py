@@ -137,11 +137,11 @@ class Assigner:
         A parameter of one axis, the scale of a norm, stays as it is: it is small, and to gather
         hundreds of them costs more than to keep them.
         """
-        if len(type.axes) < 2 or not self._for_storage:
+        if len(type.axes) < 2 or not self.for_storage:
             return type
         taken = {m for a in type.axes for m in a.mesh}
         axes = {a.name: a for a in type.axes}
-        for rule in self._for_storage:
+        for rule in self.for_storage:
             axis = axes.get(rule.axis)
             if axis is not None:
                 more = self._free(rule, taken, Dimension((axis,), mesh=axis.mesh))
@@ -154,7 +154,7 @@ class Assigner:
         return self._on_mesh(stored=False)
 
     @cached_property
-    def _for_storage(self) -> tuple[LayoutRule, ...]:
+    def for_storage(self) -> tuple[LayoutRule, ...]:
         """The rules of parameters as they are stored."""
         return self._on_mesh(stored=True)
 

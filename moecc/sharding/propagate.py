@@ -14,6 +14,7 @@ from moecc.ir.graph import Node, Value
 from moecc.ir.table.slots import assigner
 from moecc.ir.verify import where
 from moecc.sharding.assign import Assigner, Assignment, Cuts
+from moecc.sharding.lookups import by_columns, looks_up_param
 from moecc.sharding.rules import LayoutRule
 from moecc.sharding.sites import Site, cuts_of
 from moecc.types.tensor import TensorType
@@ -27,7 +28,8 @@ class Reshard:
       operand: the value, or an earlier reshard of it.
       source: its type.
       target: its type afterwards.
-      node: the operation that it is brought to; of a sum, the one that makes it.
+      node: the operation that it is brought to; of a sum, or of rows that were looked up where
+        the columns of a table are, the one that makes it.
       rules: the rules that want it so.
       is_sum: whether it carries out a sum, at once, for all that use it.
     """
@@ -58,8 +60,9 @@ class Propagation:
 
     Attributes:
       types: of each value as it is made, and of each reshard.
-      wanted: of each parameter as its first use wants it.
-      visible: of each value what others see: itself, or its sum carried out.
+      wanted: of each parameter as its first use wants it; a look-up where its columns are stored
+        counts where there is no other.
+      visible: of each value what others see: itself, or its sum carried out, or whole rows.
       operands: of each node what it takes.
       reshards: what is brought elsewhere, in the order of the nodes.
     """
@@ -123,6 +126,7 @@ class _Walk:
         self.cuts = cuts
         self.found = Propagation()
         self.made: dict[tuple[Ref, TensorType, str], Reshard] = {}
+        self.looked_up: set[Value] = set()
 
     def make(self, value: Value, type: TensorType) -> None:
         self.found.types[value] = type
@@ -139,10 +143,10 @@ class _Walk:
             # Slots and the experts that they were given for belong together.
             refs[1] = self._experts_of(site.operands[2])
         given = [None if ref is None else types[ref] for ref in refs]
-        assignment = self.assigner.node(site, given, self.cuts)
+        first = self.assigner.node(site, given, self.cuts)
+        assignment = self._by_columns(first, given[0]) if looks_up_param(site) else first
         for number, value in enumerate(site.operands):
-            if value not in visible:
-                self.store(value, assignment.wanted(number, value.type))
+            self._want(assignment, number, value, is_lasting=assignment is first)
         taken = tuple(
             self._brought(assignment, number, ref or visible[site.operands[number]])
             for number, ref in enumerate(refs)
@@ -152,6 +156,25 @@ class _Walk:
             self.make(value, type)
             if type.unreduced:
                 visible[value] = self._summed(assignment, value, type)
+            elif assignment is not first:
+                visible[value] = self._whole_rows(first, assignment, value, type)
+
+    def _by_columns(self, first: Assignment, stored: TensorType | None) -> Assignment:
+        """Return how a table is looked up, `first` where it is gathered."""
+        if stored is None:
+            table = first.site.operands[0].type
+            stored = self.assigner.stored(first.wanted(0, table))
+        return by_columns(first, stored, self.assigner.for_storage) or first
+
+    def _want(self, assignment: Assignment, number: int, value: Value, *, is_lasting: bool) -> None:
+        """Store a parameter where it is met first, and as a use that lasts wants it."""
+        if value not in self.found.visible:
+            self.store(value, assignment.wanted(number, value.type))
+            if number == 0 and not is_lasting:
+                self.looked_up.add(value)
+        elif is_lasting and value in self.looked_up:
+            self.looked_up.remove(value)
+            self.found.wanted[value] = assignment.wanted(number, self.found.types[value])
 
     def _experts_of(self, slots: Value) -> Ref:
         """Return the experts that `slots` were assigned to."""
@@ -188,6 +211,16 @@ class _Walk:
         target = type.sharded(tuple(meshes))
         node = assignment.site.node
         return self._reshard(Reshard(value, type, target, node, rules, is_sum=True))
+
+    def _whole_rows(
+        self, first: Assignment, assignment: Assignment, value: Value, type: TensorType
+    ) -> Reshard:
+        """Bring what was looked up in columns to where a gathered table would have made it."""
+        names, before = first.site.space.result, first.dimensions
+        target = type.sharded(tuple([before[names[a.name]].mesh for a in type.axes]))
+        changed = [d for name, d in assignment.dimensions.items() if d is not before[name]]
+        rules = tuple(dict.fromkeys(r for d in changed for r in d.rules))
+        return self._reshard(Reshard(value, type, target, first.site.node, rules))
 
     def _reshard(self, reshard: Reshard) -> Reshard:
         """Return a reshard, or the same one that was made before.

@@ -204,8 +204,10 @@ def test_a_hierarchical_exchange_needs_two_axes_for_the_experts(
     assert "--rules expert-hierarchical" in err
     mesh = ("--rules", "expert-hierarchical", "--mesh", "far=4,near=8")
     best = plan(capsys, *given, *mesh)["best"]
+    # Tables that are stored over data would be looked up by an exchange, too.
+    whole = ("--dense-weights", "whole")
     fixed = (*given[:3], "--via", "capacity", "--remat", best["remat"])
-    flat, same = (plan(capsys, *fixed, *m)["best"] for m in (("--mesh", "data=32"), mesh))
+    flat, same = (plan(capsys, *fixed, *m)["best"] for m in (("--mesh", "data=32", *whole), mesh))
     there, direct, other = (b["collectives"]["all_to_all"] for b in (best, flat, same))
     assert there["count"] == 2 * direct["count"]
     assert there["tensor_bytes"] == 2 * direct["tensor_bytes"]
@@ -232,8 +234,9 @@ def test_experts_that_choose_their_tokens_are_experts(capsys: pytest.CaptureFixt
     given = ("preset:dense-l", "--machine", "tpu:v6e:2x4", "-p", chosen, "--mesh", "expert=8")
     best = plan(capsys, *given, "--remat", "none", "--dense-weights", "split")["best"]
     assert best["via"] == "capacity"
-    # Rows of 24 layers go to their experts and back, their gates there, and so do gradients.
-    assert best["collectives"]["all_to_all"]["count"] == 24 * 6
+    # Rows of 24 layers go to their experts and back, their gates there, and so do gradients; and
+    # so do rows of the tables of both stacks.
+    assert best["collectives"]["all_to_all"]["count"] == 24 * 6 + 2 * 2
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,7 @@ def test_a_plan_prices_what_passes_write_into_a_sparse_layer(
 FEW: dict[str, dict[str, Any]] = {
     "mixtral-8x7b": {"num_hidden_layers": 3},
     "llama-3.1-8b": {"num_hidden_layers": 3},
+    "smollm2-135m": {"num_hidden_layers": 3},
     "st-moe-l": {
         "num_layers": 4, "num_decoder_layers": 4,
         "sparse_encoder_layers": [1, 3], "sparse_decoder_layers": [1, 3],
@@ -143,6 +144,8 @@ LAYOUTS = [
     ("mixtral-8x7b", "expert:8", "expert-replicated,zero-expert", "replicated"),
     ("mixtral-8x7b", "data:2,fsdp:2,model:2", "data-parallel,fsdp,tensor-parallel", LOCAL),
     ("llama-3.1-8b", "fsdp:8", "fsdp", LOCAL),
+    ("smollm2-135m", "data:2,fsdp:4", "data-parallel,fsdp", LOCAL),
+    ("smollm2-135m", "fsdp:4,model:3", "fsdp,tensor-parallel", LOCAL),
     ("llama-3.1-8b", "fsdp:2,data:2,model:2", "fsdp,tensor-parallel,zero", LOCAL),
     ("llama-3.1-8b", "fsdp:4,model:2", "fsdp,tensor-parallel,sequence-parallel", LOCAL),
     (

@@ -19,8 +19,10 @@ LAID = {
     # (case, mesh, layouts): what lower-collectives makes of it
     ("llama_gqa", "data:4", "data-parallel"): {},
     ("llama_gqa", "data:4,model:2", "tensor-parallel"): {"all_reduce": 6},
-    ("llama_gqa", "data:2,fsdp:4", "data-parallel,fsdp"): {"all_gather": 23},
-    ("llama_gqa", "data:4,model:2", "tensor-parallel,zero"): {"all_gather": 23, "all_reduce": 6},
+    ("llama_gqa", "data:2,fsdp:4", "data-parallel,fsdp"): {"all_gather": 23, "all_to_all": 1},
+    ("llama_gqa", "data:4,model:2", "tensor-parallel,zero"): {
+        "all_gather": 23, "all_reduce": 6, "all_to_all": 1,
+    },
     ("bert_gelu", "data:4,model:2", "tensor-parallel"): {"all_reduce": 2},
     ("t5_relu_tied", "data:2", "data-parallel"): {},
     ("mixtral_gqa", "data:4,model:2", "st-moe"): {"all_reduce": 4, "ragged_all_to_all": 4},
@@ -29,7 +31,7 @@ LAID = {
     ("mixtral_gqa", "far:2,near:2", "expert-hierarchical"): {"ragged_all_to_all": 8},
     ("mixtral_gqa", "data:2,expert:4", "expert-replicated"): {"all_reduce": 2, "shard": 2},
     ("switch_half", "data:2,expert:2", "expert-parallel"): {"all_to_all": 6},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("case", "mesh", "rules"), LAID)

@@ -43,6 +43,9 @@ LAYOUTS = {
     "sequence": "tensor-parallel,sequence-parallel mesh=data:4,model:2",
     "zero": "tensor-parallel,zero mesh=data:4,model:2",
     "fsdp": "fsdp mesh=fsdp:8",
+    "fsdp, tensor": "fsdp,tensor-parallel mesh=fsdp:4,model:2",
+    "fsdp within data": "data-parallel,fsdp mesh=data:2,fsdp:4",
+    "fsdp over two axes": "fsdp,expert-parallel,zero-expert mesh=fsdp:2,expert:4",
 }
 EXPERTS = {
     "rows": "st-moe mesh=data:8",
@@ -160,7 +163,36 @@ def test_experts_on_rows_take_two_exchanges_each_way_and_gather_no_weights() -> 
 def test_stored_parts_are_gathered_and_their_gradients_scattered() -> None:
     graph, params, inputs = decoder(DENSE, seq=8)
     found = census(assert_same(graph, params, inputs, LAYOUTS["fsdp"]))
-    assert found["all-gather"] == found["reduce-scatter"] > 0
+    # But the table: ids are gathered, and what is looked up and its gradient are exchanged.
+    assert found["all-gather"] - 1 == found["reduce-scatter"] > 0
+    assert found["all-to-all"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in LAYOUTS if n.startswith("fsdp")])
+def test_a_tied_table_has_the_gradients_of_look_up_and_head(name: str) -> None:
+    assert_same(*decoder("llama_square_tied", seq=8), LAYOUTS[name])
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16"])
+def test_a_row_that_many_tokens_look_up_has_all_of_their_gradients(kind: str) -> None:
+    """Numbers of eight bits stay where they are beyond 256 when one is added."""
+    from moecc.ir.builder import Builder
+    from moecc.types.dtypes import DTYPES, F32, I32
+    from moecc.types.tensor import tensor
+
+    graph = Graph("table")
+    tokens = graph.input("tokens", tensor(I32, batch=8, seq=64))
+    table = graph.param("table", tensor(F32, vocab=16, embed=8))
+    graph.set_output("rows", Builder(graph).embedding(table, tokens, axis="vocab"))
+    on_mesh = laid(graph, LAYOUTS["fsdp"])
+    run = sharded_function(on_mesh, device_mesh(on_mesh), dtype=DTYPES[kind])
+    given = {"tokens": np.full((8, 64), 3, np.int32)}
+    weights = {"table": jax.numpy.ones((16, 8), DTYPES[kind].numpy)}
+    slopes = jax.jit(jax.grad(lambda w: run(w, given)["rows"].astype("f").sum()))(weights)
+    expected = np.zeros((16, 8))
+    expected[3] = 8 * 64
+    assert (np.asarray(slopes["table"], float) == expected).all()
 
 
 def test_parameters_lie_in_parts() -> None:

@@ -92,7 +92,14 @@ def model(passes: str) -> str:
 
 @functools.cache
 def compiled(
-    machine: str, step: str, remat: str, via: str, partition: str = EXPLICIT, passes: str = ""
+    machine: str,
+    step: str,
+    remat: str,
+    via: str,
+    partition: str = EXPLICIT,
+    passes: str = "",
+    mesh: str = "data=8",
+    dense_weights: str = "whole",
 ) -> Found:
     why = missing(parse_machine(machine).kind)
     if why is not None:
@@ -102,7 +109,8 @@ def compiled(
         file.write_text(model(passes), "utf-8")
         request = Request(
             str(file), machine, step=step, batch_tokens=DEVICES * SEQ, lengths=(SEQ,), remat=remat,
-            optimizer="adafactor", mesh="data=8", via=via, partition=partition, emit="hlo",
+            optimizer="adafactor", mesh=mesh, via=via, partition=partition, emit="hlo",
+            dense_weights=dense_weights,
         )  # fmt: skip
         program = compile_in_subprocess(request).program
     found, runs = census(program), Counter[tuple[str, int]]()
@@ -162,3 +170,14 @@ def test_sparse_layers_that_are_a_loop_in_a_block_are_computed_once_more() -> No
     passes = f"upcycle{{experts={EXPERTS} top-k=2 layers=1,2,4,5}}"
     found = compiled("cpu:8", "train", "full", "capacity", passes=passes)
     assert found.per_layer("all-to-all", ROWS) * LAYERS == 7 * 4
+
+
+@pytest.mark.slow
+def test_a_table_is_looked_up_where_its_columns_are_stored() -> None:
+    found = compiled(
+        "cpu:8", "train", "full", "capacity", mesh="fsdp=2,expert=4", dense_weights="split"
+    )
+    assert found.runs["all-to-all", SEQ * EMBED] == 2, "what is looked up, and its gradient"
+    assert found.runs["all-gather", DEVICES * SEQ] == 1, "ids"
+    head = CONFIG["vocab_size"] * EMBED
+    assert found.runs["all-gather", head] == found.runs["reduce-scatter", head] == 1

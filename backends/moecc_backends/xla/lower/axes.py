@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from math import prod
 
 import jax
@@ -18,6 +20,7 @@ from moecc.ir.attributes import (
 from moecc.ir.graph import Node
 from moecc_backends.xla.trace.arrays import lifted, with_masked_rows
 from moecc_backends.xla.trace.context import Context, lowering
+from moecc_backends.xla.trace.device_view import DeviceView, varies
 from moecc_backends.xla.trace.dtypes import accumulator
 from moecc_backends.xla.trace.values import Deferred, DeferredRows, Named, Operand, Rows
 
@@ -101,16 +104,20 @@ def _size(like: Operand | DeferredRows, axis: str) -> int:
 
 @lowering("embedding")
 def _embedding(ctx: Context, node: Node, table: Operand, ids: Operand) -> Operand:
-    axis = EmbeddingAttrs.of_node(node).axis
-    declared = node.operands[0].type[axis]
+    axis, type = EmbeddingAttrs.of_node(node).axis, node.operands[0].type
+    declared, view = type[axis], ctx.view
+    in_columns = any(view.shard_count(a) > 1 for a in type if a != declared)
 
     def pick(rows: Named, index: Named) -> Named:
         rest = tuple(a for a in rows.axes if a != axis)
-        own = rows.to((axis, *rest)).array
-        if ctx.view.shard_count(declared) == 1:
-            picked = jnp.take(own, index.array, axis=0)
+        own, take = rows.to((axis, *rest)).array, _take
+        if in_columns:
+            own = view.varying(own, varies(index.array))
+            take = partial(_take_of_columns, len(own))
+        if view.shard_count(declared) == 1:
+            picked = take(own, index.array)
         else:
-            picked = _of_local_rows(own, index.array - ctx.view.offset(declared, len(own)))
+            picked = _of_local_rows(own, index.array - view.offset(declared, len(own)), take)
         return Named(picked, (*index.axes, *rest))
 
     # Either may be rows of experts, but not both: their axes would be there twice.
@@ -122,11 +129,39 @@ def _embedding(ctx: Context, node: Node, table: Operand, ids: Operand) -> Operan
     return lifted(table, lambda rows: pick(rows, ids))
 
 
-def _of_local_rows(rows: Array, index: Array) -> Array:
+def _of_local_rows(rows: Array, index: Array, take: Callable[[Array, Array], Array]) -> Array:
     """Return rows of the local shard of a table, and zeros for those of other shards."""
     is_own = (index >= 0) & (index < len(rows))
-    picked = jnp.take(rows, jnp.where(is_own, index, 0), axis=0)
+    picked = take(rows, jnp.where(is_own, index, 0))
     return jnp.where(is_own.reshape(*index.shape, *[1] * (rows.ndim - 1)), picked, 0)
+
+
+def _take(rows: Array, index: Array) -> Array:
+    return jnp.take(rows, index, axis=0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _take_of_columns(count: int, columns: Array, index: Array) -> Array:
+    """Pick rows of a shard of the columns of a table of `count` rows.
+
+    The gradient of a row is the sum over the tokens of many devices.  It is added up in float32: in
+    bfloat16, what one token adds to a sum of 256 others is lost.
+    """
+    return _take(columns, index)
+
+
+def _take_forward(count: int, columns: Array, index: Array) -> tuple[Array, Array]:
+    return _take(columns, index), index
+
+
+def _take_backward(count: int, index: Array, gradient: Array) -> tuple[Array, None]:
+    kind = jnp.promote_types(gradient.dtype, jnp.float32)
+    shape = (count, *gradient.shape[index.ndim :])
+    zeros = DeviceView().varying(jnp.zeros(shape, kind), varies(gradient))
+    return zeros.at[index].add(gradient.astype(kind)).astype(gradient.dtype), None
+
+
+_take_of_columns.defvjp(_take_forward, _take_backward)
 
 
 @lowering("one_hot")

@@ -1,0 +1,160 @@
+"""Tables that are looked up where their columns are stored, and which are not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from moecc_backends.reference.devices import simulate
+from moecc_passes.sharding.annotate import lay
+
+from moecc.ir import Graph, clone
+from moecc.ir.builder import Builder
+from moecc.ir.mesh import parse_mesh
+from moecc.model.inputs import index_bound
+from moecc.sharding.assign import Assigner
+from moecc.sharding.collectives import steps
+from moecc.sharding.gradients import dependence, gradients
+from moecc.sharding.propagate import Propagation, propagate
+from moecc.sharding.rules import parse_layout, read_layouts
+from moecc.sharding.sites import sites_of
+from moecc.testing import run_reference
+from moecc.types.dtypes import F32, I32
+from moecc.types.tensor import tensor
+
+from .meshes import run
+
+VOCAB, EMBED = 48, 16
+
+
+def looking_up(vocab: int = VOCAB, *, tied: bool = False) -> Graph:
+    graph = Graph("looking_up")
+    b = Builder(graph, loc="embed")
+    ids = graph.input("ids", tensor(I32, batch="B", seq="S"))
+    table = graph.param("table", tensor(F32, vocab=vocab, embed=EMBED))
+    x = b.embedding(table, ids, axis="vocab", name="x")
+    graph.set_output("y", b.scale(x, by=2.0, name="y"))
+    if tied:
+        head = Builder(graph, loc="head")
+        graph.set_output("logits", head.contract(x, table, over="embed", name="logits"))
+    return graph
+
+
+def found_in(graph: Graph, mesh: str, lines: str) -> Propagation:
+    by = Assigner(parse_mesh(mesh), parse_layout(lines.replace(";", "\n"), "test"))
+    return propagate(sites_of(graph), graph.inputs.values(), graph.params.values(), by)
+
+
+def done(graph: Graph, found: Propagation) -> dict[str, list[tuple[str, tuple[str, ...]]]]:
+    """Return the collectives that each value goes through, and their mesh axes."""
+    return {
+        r.value.name: [(op, attrs["mesh"]) for op, attrs in steps(r.source, r.target)]
+        for r in found.reshards
+    }
+
+
+BOTH = ("fsdp", "expert")
+COLUMNS = {
+    # mesh, rules: where the rows of a batch are, what they cross
+    "one axis": ("fsdp:4", "batch=fsdp; param embed=fsdp", ("fsdp",), ("fsdp",)),
+    "the innermost": (
+        "data:2,fsdp:4", "batch=data*fsdp; param embed=fsdp", ("data", "fsdp"), ("fsdp",),
+    ),
+    "two axes": ("fsdp:2,expert:4", "batch=fsdp*expert; param embed=fsdp*expert", BOTH, BOTH),
+    "two axes of two rules": (
+        "fsdp:2,expert:4", "batch=fsdp*expert; param embed=fsdp; param embed=expert", BOTH, BOTH,
+    ),
+    "the first of two": (
+        "fsdp:2,expert:4", "batch=fsdp; param embed=fsdp*expert", ("fsdp",), ("fsdp",),
+    ),
+    "the first of two that are crossed otherwise": (
+        "fsdp:2,expert:4", "batch=expert*fsdp; param embed=fsdp*expert", ("expert", "fsdp"),
+        ("fsdp",),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", COLUMNS)
+def test_tokens_come_to_the_columns_of_a_table_and_rows_go_back(case: str) -> None:
+    mesh, lines, batch, crossed = COLUMNS[case]
+    graph = looking_up()
+    found = found_in(graph, mesh, lines)
+    ids, table, x, y = (graph.value(n) for n in ("ids", "table", "x", "y"))
+    assert x.node is not None
+    used, tokens = found.used(x.node)
+    assert used["embed"].mesh == crossed == found.types[x]["embed"].mesh
+    assert tokens["batch"].mesh == batch[: -len(crossed)]
+    assert found.types[y]["batch"].mesh == found.types[ids]["batch"].mesh == batch
+    assert found.types[y]["embed"].mesh == ()
+    stored = found.types[table]["embed"].mesh
+    gathered = {"table": [("all_gather", stored[len(crossed) :])]} if stored != crossed else {}
+    assert done(graph, found) == {
+        **gathered, "ids": [("all_gather", crossed)], "x": [("all_to_all", crossed)],
+    }  # fmt: skip
+    made = gradients(sites_of(graph), found, dependence(sites_of(graph), graph.inputs.values()))
+    assert made.params[table] == set(batch) - set(crossed), "of the others each has all tokens"
+
+
+GATHERED = {
+    "tokens are everywhere": ("fsdp:4", "param embed=fsdp", VOCAB),
+    "rows are stored apart": ("fsdp:4", "batch=fsdp; param vocab=fsdp", VOCAB),
+    "tokens have another axis within": (
+        "fsdp:2,data:2",
+        "batch=fsdp*data; param embed=fsdp",
+        VOCAB,
+    ),
+    "there are fewer rows than columns": ("fsdp:4", "batch=fsdp; param embed=fsdp", 4),
+}
+
+
+@pytest.mark.parametrize("case", GATHERED)
+def test_other_tables_are_gathered(case: str) -> None:
+    mesh, lines, vocab = GATHERED[case]
+    graph = looking_up(vocab)
+    assert done(graph, found_in(graph, mesh, lines)) == {"table": [("all_gather", ("fsdp",))]}
+
+
+def test_a_table_with_sharded_rows_is_summed_first() -> None:
+    graph = looking_up()
+    found = found_in(graph, "fsdp:2,model:2", "batch=fsdp; vocab=model; param embed=fsdp")
+    assert done(graph, found)["x"] == [("all_reduce", ("model",)), ("all_to_all", ("fsdp",))]
+    assert found.visible[graph.value("x")].is_sum  # type: ignore[union-attr]
+
+
+def test_a_tied_table_is_gathered_for_the_head_alone() -> None:
+    graph = looking_up(tied=True)
+    found = found_in(graph, "fsdp:4", "batch=fsdp; param embed=fsdp")
+    (gathered,) = (r for r in found.reshards if r.value.is_param)
+    assert gathered.node.op.name == "contract"
+    assert found.wanted[graph.value("table")] == gathered.target, "for a plan, that it is gathered"
+    made = gradients(sites_of(graph), found, dependence(sites_of(graph), graph.inputs.values()))
+    assert made.params[graph.value("table")] == {"fsdp"}, "what the head adds is scattered"
+
+
+def test_ids_that_are_gathered_are_bounded_by_the_table() -> None:
+    graph = looking_up()
+    lay(graph, parse_mesh("fsdp:4"), read_layouts(["fsdp"]))
+    run(graph, "lower-collectives")
+    assert index_bound(graph.inputs["ids"]) == VOCAB
+
+
+@pytest.mark.parametrize("case", COLUMNS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_looked_up_is_the_same_and_its_bytes_are_those_of_tokens(
+    case: str, tied: bool
+) -> None:
+    mesh, lines, _, crossed = COLUMNS[case]
+    graph = looking_up(tied=tied)
+    whole, parsed = clone(graph), parse_mesh(mesh)
+    lay(graph, parsed, parse_layout(lines.replace(";", "\n"), "test"))
+    run(graph, "lower-collectives")
+    rng = np.random.default_rng(0)
+    params = {"table": rng.normal(size=(VOCAB, EMBED))}
+    inputs = {"ids": rng.integers(0, VOCAB, (8, 3)).astype(np.int32)}
+    found = simulate(graph, params, inputs)
+    expected = run_reference(whole, params=params, inputs=inputs)
+    for name, value in expected.items():
+        assert np.abs(value - found.outputs[name]).max() <= 1e-12
+    devices, size = parsed.size(tuple(parsed.names)), parsed.size(crossed)
+    others = devices // parsed.size(COLUMNS[case][2])
+    rows = 8 * 3 * EMBED * F32.itemsize_bytes * others / devices
+    assert found.sent_bytes["all_to_all"] == rows * (size - 1) / size
