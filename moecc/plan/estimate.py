@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from moecc.ir.attention_kernels import KernelChoice, choose_attention
+from moecc.ir.attention_kernels import AttentionFacts, KernelChoice, choose_attention
 from moecc.ir.traits import Cost
-from moecc.plan.attention import passes_of_products
+from moecc.plan.attention import PlannedAttention, passes_of_products
 from moecc.plan.collectives import Transfer, seconds, sent_bytes
 from moecc.plan.exchanges import exact
 from moecc.plan.machines import Machine, efficiency
@@ -319,19 +319,20 @@ class Estimator:
 
     def _work(self, step: Step, passes: float) -> float:
         """Return how often all products of a step are computed, in `passes` over its arrays."""
-        choice = self.kernel(step)
-        if choice is None or step.attention is None:
+        if step.attention is None:
             return passes
-        return passes_of_products(choice.kernel, step.attention.facts, passes)
+        facts = self._facts(step.attention)
+        return passes_of_products(choose_attention(facts).kernel, facts, passes)
 
     def kernel(self, step: Step) -> KernelChoice | None:
         """Return the kernel of a step that is an attention; None for any other step."""
-        if step.attention is None:
-            return None
+        return None if step.attention is None else choose_attention(self._facts(step.attention))
+
+    def _facts(self, attention: PlannedAttention) -> AttentionFacts:
+        """Return what is known of an attention, and of the program."""
         machine, dtype = self.machine, self.config.dtype.name
         on_mesh = machine.devices > 1
-        facts = replace(step.attention.facts, platform=machine.kind, dtype=dtype, on_mesh=on_mesh)
-        return choose_attention(facts)
+        return replace(attention.facts, platform=machine.kind, dtype=dtype, on_mesh=on_mesh)
 
     def _score_elements(self, step: Step, values: Values) -> float:
         """Return the elements of scores that an attention reads and writes, forward."""

@@ -18,6 +18,7 @@ from moecc.cli.cmd_plan import DenseWeights, Optimizer, Remat, Via
 from moecc.cli.main import main
 from moecc.errors import InputError, UsageError
 from moecc.plan.saved import read_plan
+from tests.support.rotary_tables import table_flops
 from tests.train.tiny import draw_weights, make_corpus, make_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -202,7 +203,7 @@ def compiled_is_planned(found: dict[str, Any]) -> None:
     """Check that plan and compiler agree: FLOPs, what is exchanged and added, arguments."""
     planned = found["predicted"]
     assert found["batch"]["micro_batches"] == 2
-    assert found["flops"] == planned["flops"]
+    assert found["flops"] == planned["flops"] + table_flops(64, 4)
     assert found["memory"]["arguments_bytes"] == pytest.approx(planned["arguments_bytes"], rel=0.02)
     each, expected = found["collectives"], planned["collectives"]
     for op in ("all-to-all", "reduce-scatter", "all-gather"):

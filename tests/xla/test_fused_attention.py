@@ -189,6 +189,17 @@ def check_kernel(kernel: Kernel, rule: AttentionRule, arrays: AttentionArrays) -
 
 
 @pytest.mark.parametrize("name", some(KERNEL_FORMS, "window, soft cap and sinks"))
+def test_gradients_with_the_key_first_are_those_with_the_query_first(name: str) -> None:
+    """Programs for a CPU have the former, see the tests of the plan's FLOPs."""
+    rule, sinks = KERNEL_FORMS[name]
+
+    def by_key(rule: AttentionRule, arrays: AttentionArrays) -> jax.Array:
+        return query_blocks.block_attention(replace(rule, by_key=True), arrays)
+
+    check_kernel(by_key, rule, arrays_of(160, sinks=sinks))
+
+
+@pytest.mark.parametrize("name", some(KERNEL_FORMS, "window, soft cap and sinks"))
 def test_splash_attention_in_the_interpreter(name: str) -> None:
     rule, sinks = KERNEL_FORMS[name]
     check_kernel(partial(splash_attention, interpret=True), rule, arrays_of(256, sinks=sinks))

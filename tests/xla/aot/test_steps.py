@@ -49,8 +49,5 @@ def test_two_exchanges_a_layer_and_as_many_back_and_one_again(
     foretold = found["predicted"]["collectives"]["all-to-all"]["bytes"]
     # A CPU moves bfloat16 as float32.
     assert moved["bytes"] == pytest.approx(foretold * (2 if machine == "cpu:8" else 1), rel=0.05)
-    # Under full rematerialisation a CPU makes the tables of cosines and sines, 64 positions by 32
-    # entries, once a layer, by products with ones and zeros that no plan counts.
-    tables = LAYERS * 2 * (2 * 64 * 16 * 32) if (machine, remat) == ("cpu:8", "full") else 0
-    assert found["flops"] - tables == pytest.approx(found["predicted"]["flops"], rel=0.02)
+    assert found["flops"] == pytest.approx(found["predicted"]["flops"], rel=0.02)
     assert found["fits"]

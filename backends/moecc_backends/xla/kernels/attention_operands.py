@@ -44,9 +44,11 @@ class AttentionRule:
       cap: the soft cap of scores; 0 for none.
       causal: whether a query sees only keys up to its own index.
       window: how many of them; 0 for all.
+      by_key: whether gradients that are computed block by block have scores with the key first.
     """
 
     scale: float = 1.0
     cap: float = 0.0
     causal: bool = False
     window: int = 0
+    by_key: bool = False

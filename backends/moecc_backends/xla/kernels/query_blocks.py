@@ -144,7 +144,8 @@ class _Form:
 
     For the gradient of keys and values, scores with the key first are what a product of matrices
     takes as it lies in memory; the other way round, XLA for CPUs takes twice the time for these
-    two.  For the averages the query is first.
+    two.  For the averages the query is first, and XLA finds the same scores in the gradient of an
+    attention that is rematerialised right before it only where the query is first there, too.
 
     Attributes:
       is_by_key: whether it is ``[batch, head, key, group, query]``, and not ``[batch, head, group,
@@ -265,7 +266,7 @@ def _block_gradient(
       spread: for each query the sum of averaged values times their gradient.
     """
     # A bias is as large as the scores: it would be transposed, and its gradient back.
-    form = BY_KEY if block.bias is None else BY_QUERY
+    form = BY_KEY if rule.by_key and block.bias is None else BY_QUERY
     rows, kind = _rows(d_mixed), block.query.dtype
     scores, slope = _scores(rule, block, first, form)
     top, rest = jnp.split(denominators, 2, -1)

@@ -84,7 +84,7 @@ def _cudnn(ctx: Context, rule: AttentionRule, arrays: AttentionArrays) -> jax.Ar
 
 
 def _blocks(ctx: Context, rule: AttentionRule, arrays: AttentionArrays) -> jax.Array:
-    return block_attention(rule, arrays)
+    return block_attention(replace(rule, by_key=ctx.options.target == "cpu"), arrays)
 
 
 _RUN: dict[str, Callable[[Context, AttentionRule, AttentionArrays], jax.Array]] = {
