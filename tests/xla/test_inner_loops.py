@@ -124,8 +124,16 @@ def value_and_slopes(graph: Graph) -> tuple[Any, Any, list[int]]:
     return *found, scans(jax.make_jaxpr(loss)(params).jaxpr)
 
 
-@pytest.mark.parametrize("remat", ["full", "save", "block"])
-@pytest.mark.parametrize("kinds", ["dddr", "rddd", "ddrr"])
+CASES = [
+    (kinds, remat) for remat in ("full", "block", "save") for kinds in ("dddr", "rddd", "ddrr")
+]
+QUICK = [("dddr", "full"), ("ddrr", "block"), ("rddd", "save")]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "remat"),
+    [c if c in QUICK else pytest.param(*c, marks=pytest.mark.slow) for c in CASES],
+)
 def test_values_and_gradients_of_a_loop_within_a_block(kinds: str, remat: str) -> None:
     """Losses of single layers come out of the loop one by one, the metrics of each among them."""
     value, slopes, once = value_and_slopes(repeated(kinds, "none"))
