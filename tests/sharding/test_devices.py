@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from moecc_backends.reference.devices import Run, assembled, simulate
+from moecc_backends.reference.exchange import added
 from moecc_backends.reference.interpreter import ReferenceProgram
 from moecc_passes.sharding.annotate import lay
 from moecc_passes.sharding.lower import LowerCollectivesPass
@@ -269,3 +270,8 @@ def test_devices_know_which_part_is_theirs(name: str) -> None:
     expected = run_reference(graph, params=params, inputs=given_inputs)
     assert largest_difference(expected, found.outputs) <= 1e-12
     check_every_value(graph, params, given_inputs, found)
+
+
+def test_opposite_infinities_of_two_devices_are_not_a_number() -> None:
+    """As on one device: a mask has infinities, and weights of either sign are on each device."""
+    assert np.isnan(added([np.array(np.inf), np.array(-np.inf)]))

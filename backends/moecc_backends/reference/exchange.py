@@ -73,10 +73,11 @@ def _all_gather(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Se
 
 
 def added(parts: list[Data]) -> Data:
-    """Return the sum of the devices' data, in device order."""
+    """Return the sum of the devices' data, in device order; of opposite infinities it is NaN."""
     total = parts[0]
-    for part in parts[1:]:
-        total = total + part
+    with np.errstate(invalid="ignore"):
+        for part in parts[1:]:
+            total = total + part
     return total
 
 
