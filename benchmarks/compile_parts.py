@@ -144,11 +144,13 @@ def main() -> None:
     if given.worker:
         print(json.dumps(work(given.parts[0], dict(o.split("=", 1) for o in given.option))))
         return
+    from moecc.ahead.allocator import allocator_environment
+
     rows = [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
     print("\n".join(rows), flush=True)
     logged = {
-        **os.environ, "TPU_MIN_LOG_LEVEL": "0", "TPU_STDERR_LOG_LEVEL": "0",
-        "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
+        **os.environ, **allocator_environment(), "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
+        "TPU_MIN_LOG_LEVEL": "0", "TPU_STDERR_LOG_LEVEL": "0",
     }  # fmt: skip
     for part in given.parts or PARTS:
         command = [sys.executable, __file__, part, "--worker"]

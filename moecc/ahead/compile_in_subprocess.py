@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from moecc import errors
+from moecc.ahead.allocator import allocator_environment
 from moecc.ahead.report_types import CompileReport
 from moecc.ahead.request import Request
 from moecc.ahead.worker import ANSWER, ARTEFACT, PROGRAM, REQUEST
@@ -55,7 +56,7 @@ class CompileOutcome:
 
 def environment(machine: Machine) -> dict[str, str]:
     """Return the environment in which jax can compile for `machine`."""
-    made = {**os.environ, **ENVIRONMENT}
+    made = {**os.environ, **ENVIRONMENT, **allocator_environment()}
     if machine.kind == "cpu":
         flag = f"--xla_force_host_platform_device_count={machine.devices}"
         made["XLA_FLAGS"] = f"{made.get('XLA_FLAGS', '')} {flag}".strip()

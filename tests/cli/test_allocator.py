@@ -1,0 +1,58 @@
+"""Compilers allocate with jemalloc where there is one, and with what was asked for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from ctypes.util import find_library
+
+import pytest
+
+from moecc.ahead import allocator
+from moecc.ahead.compile_in_subprocess import environment
+from moecc.plan.machines import parse_machine
+
+TPU = "tpu:v5p:2x2x1"
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    monkeypatch.delenv("MALLOC_CONF", raising=False)
+    monkeypatch.setattr(allocator, "_jemalloc", lambda: "libjemalloc.so.9")
+
+
+@pytest.mark.usefixtures("found")
+def test_a_compiler_gets_the_library_that_the_linker_knows() -> None:
+    made = environment(parse_machine(TPU))
+    assert made["LD_PRELOAD"] == "libjemalloc.so.9"
+    assert made["MALLOC_CONF"] == "dirty_decay_ms:1000,muzzy_decay_ms:0"
+
+
+@pytest.mark.usefixtures("found")
+def test_settings_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_CONF", "narenas:1")
+    assert environment(parse_machine(TPU))["MALLOC_CONF"] == "narenas:1"
+    monkeypatch.setenv("LD_PRELOAD", "")
+    assert allocator.allocator_environment() == {}
+    assert environment(parse_machine(TPU))["LD_PRELOAD"] == ""
+
+
+def test_without_the_library_nothing_is_preloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    monkeypatch.setattr(allocator, "_jemalloc", lambda: None)
+    assert "LD_PRELOAD" not in environment(parse_machine(TPU))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the linker of Linux")
+def test_a_process_has_the_library_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or, without one, starts all the same."""
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    made = {**os.environ, **allocator.allocator_environment()}
+    code = "print('jemalloc' in open('/proc/self/maps').read())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=made, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(find_library("jemalloc") is not None)
+    assert not done.stderr
