@@ -37,6 +37,7 @@ STRATEGIES = (
     DispatchStrategy("einsum", "one-hot products", "onehot", in_slots=True),
     DispatchStrategy("gather", "gathers into slots", "index", in_slots=True),
     DispatchStrategy("grouped", "a loop over blocks of sorted rows", "grouped"),
+    DispatchStrategy("blocks", "blocks of an expert's rows, from tokens to results", "grouped"),
     DispatchStrategy("ragged_dot", "a ragged product of sorted rows", "grouped"),
     DispatchStrategy("gathered", "the weights of its expert for each row", "grouped"),
     DispatchStrategy("used", "the experts that are chosen, on all tokens", "grouped"),

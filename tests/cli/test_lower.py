@@ -92,7 +92,7 @@ def test_a_whole_model_from_a_folder_and_into_a_file(
         (["--seq", "many"], 2, "--seq"),
         (["--emit", "hlo", "--platform", "tpu"], 4, "--emit stablehlo"),
         (["--dispatch", "gather"], 1, "sets no capacity"),
-        (["--dispatch", "einsum"], 1, "auto, scan, grouped, ragged_dot, gathered"),
+        (["--dispatch", "einsum"], 1, "auto, scan, grouped, blocks, ragged_dot, gathered"),
         (["--weights", "nowhere"], 1, "nowhere"),
     ],
 )

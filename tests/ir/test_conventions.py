@@ -205,5 +205,5 @@ def test_the_command_names_every_strategy() -> None:
 
     from moecc.cli import cmd_lower
 
-    source = inspect.getsource(cmd_lower)
+    source = "".join(inspect.getsource(cmd_lower).split('"\n            "'))
     assert f"auto, or one for all: {', '.join(DISPATCHES)}." in source

@@ -271,7 +271,10 @@ def test_the_choice_by_platform_and_shape() -> None:
         (ragged, routing(5, 8, None), "cpu", "grouped"),
         (ragged, routing(1, 64, None), "cpu", "grouped"),
         (bound, routing(64, 8, 20), "cpu", "gather"),
+        (ragged, routing(256, 8, None), "cpu", "blocks"),
+        (ragged, routing(256, 8, None), "gpu", "grouped"),
         (bound, routing(64, 8, 64), "cpu", "grouped"),
+        (bound, routing(256, 8, 256), "cpu", "blocks"),
         (bound, routing(64, 8, 64), "tpu", "ragged_dot"),
     ]
     for place, routed, platform, expected in cases:
@@ -336,5 +339,7 @@ def test_unknown_names_are_told_together() -> None:
     with pytest.raises(UsageError) as error:
         Options("ragged", platform="gpus")
     first, second = error.value.problems
-    assert first.expected == "auto, scan, einsum, gather, grouped, ragged_dot, gathered, used"
+    assert (
+        first.expected == "auto, scan, einsum, gather, grouped, blocks, ragged_dot, gathered, used"
+    )
     assert second.hint == "did you mean 'gpu'?"

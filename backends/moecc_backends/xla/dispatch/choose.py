@@ -15,6 +15,7 @@ from moecc.ir.table.slots import is_slots
 from moecc.ir.verify import where
 from moecc_backends.xla.dispatch.all_experts import AllExperts
 from moecc_backends.xla.dispatch.capacity_slots import CapacitySlots, OneHotSlots, PoisonedSlots
+from moecc_backends.xla.dispatch.expert_blocks import ExpertBlocks
 from moecc_backends.xla.dispatch.legality import is_ragged, why_rows_meet
 from moecc_backends.xla.dispatch.per_token_weights import PerTokenWeights
 from moecc_backends.xla.dispatch.sorted_rows import SortedRows
@@ -31,6 +32,10 @@ Measured on a CPU (``benchmarks/moe_layer.py``)."""
 
 _FEW_CHOICES = 8
 """Up to this many choices an accelerator gathers weights: one step of decoding."""
+
+_ROWS_OF_A_BLOCK = 64
+"""From this mean number of an expert's rows on, a CPU takes a block of them through all products;
+below that, one product at a time is as quick (``benchmarks/moe_layer.py``)."""
 
 _FEW_TOKENS = 4
 """Up to this many tokens a CPU runs the experts that are used on all of them."""
@@ -82,13 +87,14 @@ TABLE: dict[str, SlotStrategy | RowStrategy] = {
     "einsum": SlotStrategy(OneHotSlots),
     "gather": SlotStrategy(CapacitySlots),
     "grouped": RowStrategy(partial(SortedRows.of, kernel=grouped_matmul)),
+    "blocks": RowStrategy(ExpertBlocks),
     "ragged_dot": RowStrategy(partial(SortedRows.of, kernel=ragged_matmul)),
     "gathered": RowStrategy(PerTokenWeights.of),
     "used": RowStrategy(UsedExperts),
 }
 """By name: all experts on all tokens, one after the other (the oracle); one-hot products; gathers
-into slots; a loop over blocks of sorted rows; JAX's product of sorted rows; weights by row; the
-experts that are used."""
+into slots; for each product a loop over blocks of sorted rows, or one loop for all products; JAX's
+product of sorted rows; weights by row; the experts that are used."""
 
 assert tuple(TABLE) == DISPATCHES, "options name what there is"
 
@@ -118,12 +124,19 @@ def choose(slots: Value, routing: Routing, options: Options, dtype: jax.typing.D
             return "gathered"
         if options.target == "cpu" and options.in_place and _is_a_step(routing):
             return "used"
+        if options.target == "cpu" and not options.in_place and _fills_blocks(routing):
+            return "blocks"
     return "grouped" if why_no_kernel(options.target, dtype) else "ragged_dot"
 
 
 def _is_a_step(routing: Routing) -> bool:
     """Whether tokens are so few that reading weights is what costs, and experts can be listed."""
     return routing.num_tokens <= _FEW_TOKENS and routing.num_experts <= MOST_LISTED
+
+
+def _fills_blocks(routing: Routing) -> bool:
+    """Whether an expert's rows are enough for a block that goes through all of its products."""
+    return routing.num_choices >= _ROWS_OF_A_BLOCK * routing.num_experts
 
 
 def dispatch_problems(graph: Graph, options: Options) -> list[Problem]:

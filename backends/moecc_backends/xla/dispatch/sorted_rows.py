@@ -114,22 +114,17 @@ class SortedRows:
 
     def matmul(self, x: Rows, weight: Named, over: tuple[str, ...], kind: DTypeLike) -> Rows:
         """Multiply rows with the weights of their experts, group by group."""
-        if "group" in weight.axes or set(weight.axes) & set(x.axes) != set(over):
-            return gathered_matmul(x, weight, over)
-        rest = tuple(a for a in weight.axes if a not in over and a != "expert")
-        kept = tuple(a for a in x.axes if a not in over)
-        # Each row stands for as many as its other axes have entries.
-        rows = x.inner().to(("rows", *kept, *over)).array
-        lead, sizes = rows.shape[: 1 + len(kept)], tuple(weight.size(a) for a in rest)
-        matrices, contracting_axis = _matrices(weight, over, rest)
-        flat = rows.reshape(-1, prod(rows.shape[len(lead) :]))
-        counts = self.group_sizes * prod(lead[1:])
-        if isinstance(matrices, tuple):
-            parts = tuple(part.astype(rows.dtype) for part in matrices)
-            product = grouped_matmul_of_parts(flat, parts, counts, contracting_axis)
-        else:
-            product = self.kernel(flat, matrices.astype(rows.dtype), counts, contracting_axis, kind)
-        return x.with_array(product.reshape(*lead, *sizes), (*kept, *rest))
+
+        def product(flat: jax.Array, matrices: Matrices, axis: int) -> jax.Array:
+            # Each row stands for as many as its other axes have entries.
+            times = flat.shape[0] // max(x.array.shape[0], 1)
+            counts = self.group_sizes * times
+            if isinstance(matrices, tuple):
+                parts = tuple(part.astype(flat.dtype) for part in matrices)
+                return grouped_matmul_of_parts(flat, parts, counts, axis)
+            return self.kernel(flat, matrices.astype(flat.dtype), counts, axis, kind)
+
+        return flat_matmul(x, weight, over, product)
 
 
 @dataclass(frozen=True)
@@ -148,6 +143,31 @@ class ExchangeRecord:
 
 
 Matrices = jax.Array | tuple[jax.Array, ...]
+
+
+def flat_matmul(
+    x: Rows,
+    weight: Named,
+    over: tuple[str, ...],
+    product: Callable[[jax.Array, Matrices, int], jax.Array],
+) -> Rows:
+    """Multiply rows with the weights of their experts, by a product of flat rows and matrices.
+
+    Args:
+      x: the rows.
+      weight: of each expert or group, over all axes `over`.
+      over: what is summed over.
+      product: makes ``[rows, b]`` of ``[rows, a]``, of matrices ``[experts, a, b]`` or
+        ``[experts, b, a]``, and of the axis of these that is summed over.
+    """
+    if "group" in weight.axes or set(weight.axes) & set(x.axes) != set(over):
+        return gathered_matmul(x, weight, over)
+    rest = tuple(a for a in weight.axes if a not in over and a != "expert")
+    kept = tuple(a for a in x.axes if a not in over)
+    rows = x.inner().to(("rows", *kept, *over)).array
+    lead, sizes = rows.shape[: 1 + len(kept)], tuple(weight.size(a) for a in rest)
+    made = product(rows.reshape(prod(lead), -1), *_matrices(weight, over, rest))
+    return x.with_array(made.reshape(*lead, *sizes), (*kept, *rest))
 
 
 def _matrices(weight: Named, over: tuple[str, ...], rest: tuple[str, ...]) -> tuple[Matrices, int]:

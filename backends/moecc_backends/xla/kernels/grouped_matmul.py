@@ -127,7 +127,7 @@ def _walk_rows(
     def step(start: jax.Array, size: int, is_partial: bool, output: jax.Array) -> jax.Array:
         # At the end of the array the block moves left, over rows that the mask protects.
         first = jnp.minimum(start, num_rows - size) if is_partial else start
-        product = _dot(_block(rows, first, size), weight, axis)
+        product = block_product(_block(rows, first, size), weight, axis)
         mask = inside(first, size, start, begin + count) if is_partial else None
         return _write(output, store(product.astype(rows.dtype)), first, mask)
 
@@ -174,7 +174,11 @@ def _block(
     return load(block if mask is None else jnp.where(mask, block, 0), rows.dtype)
 
 
-def _dot(block: jax.Array, weight: jax.Array, contracting_axis: int) -> jax.Array:
+def block_product(block: jax.Array, weight: jax.Array, contracting_axis: int) -> jax.Array:
+    """Multiply a block of rows ``[rows, a]`` with one matrix; the sums are float32 at least.
+
+    The matrix is ``[a, b]`` with ``contracting_axis=0``, or ``[b, a]`` with 1.
+    """
     if contracting_axis == 1 and block.shape[0] <= _FEW_ROWS and block.dtype.itemsize >= 4:
         return barrier(_product(weight, _transposed(block), 0)).T
     return _product(block, weight, contracting_axis)

@@ -1,13 +1,15 @@
 """How the rows of one expert are cut into blocks that a compiled loop can multiply.
 
 XLA needs static shapes, and the number of rows that an expert gets is known at run time only.
-So every expert is walked in blocks of a few static sizes, large ones first; only the smallest size
-may hold rows that are not the expert's, and only there is a mask needed.
+So every expert is walked in blocks of a few static sizes: large ones first, where only the smallest
+size may hold rows that are not the expert's, and only there is a mask needed; or one that covers
+what is left, where nothing is masked, since experts after it write over what it wrote too much.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import TypeVar, cast
 
 import jax
@@ -60,6 +62,55 @@ def walk_blocks(
 
         carry = lax.fori_loop(0, turns, body, carry)
         start, count = start + turns * size, count - turns * size
+    return carry
+
+
+def cover_sizes(num_rows: int, num_experts: int) -> tuple[int, ...]:
+    """Choose ascending sizes for `cover_blocks`, of `num_rows` rows of `num_experts` experts.
+
+    Around the mean they are close, as a block is about as large as what an expert gets.
+    """
+    mean = num_rows / num_experts
+    step = 64 if mean >= 384 else 32 if mean >= 192 else 16
+    sizes = (step // 2, *range(step, 9 * step + 1, step))
+    enough = next((n for n, size in enumerate(sizes) if size >= num_rows), len(sizes) - 1)
+    return sizes[: enough + 1]
+
+
+def overhang(sizes: tuple[int, ...]) -> int:
+    """Return the most rows by which a block of `cover_blocks` ends beyond those that it covers."""
+    return max(size - low for low, size in pairwise((0, *sizes))) - 1
+
+
+def cover_blocks(
+    start: jax.Array,
+    count: jax.Array,
+    sizes: tuple[int, ...],
+    step: Callable[[jax.Array, int, Carry], Carry],
+    carry: Carry,
+) -> Carry:
+    """Run ``step(first, size, carry)`` over blocks that cover `count` rows from `start` on.
+
+    All but the last have the last size but one, and the last block the least size that holds what
+    is left, so few blocks are small.  It may end beyond the rows: what a step writes there is
+    overwritten by the next expert's, where experts are walked in order and an array has `overhang`
+    rows more than there are.
+    """
+    whole = sizes[-2] if len(sizes) > 1 else sizes[-1]
+    before = jnp.maximum(count - sizes[-1] + whole - 1, 0) // whole
+    left = count - before * whole
+    fits = [(left > low) & (left <= size) for low, size in pairwise((0, *sizes))]
+    for size, is_last in sorted(zip(sizes, fits, strict=True), key=lambda s: s[0] != whole):
+        times = is_last.astype(jnp.int32) + (before if size == whole else 0)
+        first = start if size == whole else start + before * whole
+
+        def body(
+            turn: jax.Array, carry: Carry, first: jax.Array = first, size: int = size
+        ) -> Carry:
+            # XLA makes what does not depend on the turn before the loop, even one of no turns.
+            return step(first + turn * size, size, carry)
+
+        carry = lax.fori_loop(0, times, body, carry)
     return carry
 
 
