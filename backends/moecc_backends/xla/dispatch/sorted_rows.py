@@ -166,7 +166,8 @@ def flat_matmul(
     kept = tuple(a for a in x.axes if a not in over)
     rows = x.inner().to(("rows", *kept, *over)).array
     lead, sizes = rows.shape[: 1 + len(kept)], tuple(weight.size(a) for a in rest)
-    made = product(rows.reshape(prod(lead), -1), *_matrices(weight, over, rest))
+    flat = rows.reshape(prod(lead), prod(rows.shape[len(lead) :]))
+    made = product(flat, *_matrices(weight, over, rest))
     return x.with_array(made.reshape(*lead, *sizes), (*kept, *rest))
 
 
