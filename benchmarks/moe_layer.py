@@ -5,7 +5,7 @@
 
 The layer is a graph (router, top-k, sort, dispatch, gated experts, combine) lowered by the xla
 backend: `dropless` and under a `capacity` that just drops nothing, as it chooses by itself (on a
-CPU `grouped` and `gather`), and in every other dispatch lowering.  The yardstick, `balanced`, is
+CPU `blocks` and `gather`), and in every other dispatch lowering.  The yardstick, `balanced`, is
 the same experts as batched einsums over equal numbers of rows that lie ready, without routing.
 `products` leaves out its activation too: the bare matrix products.  Forward + backward gives the
 result and all gradients, the router's included.

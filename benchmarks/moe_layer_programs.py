@@ -42,6 +42,7 @@ class Case(NamedTuple):
 LOWERINGS = {
     "dropless": ("auto", False),
     "capacity": ("auto", True),
+    "grouped": ("grouped", False),
     "grouped, slots": ("grouped", True),
     "einsum": ("einsum", True),
     "scan": ("scan", False),
