@@ -29,7 +29,7 @@ from moecc_backends.xla.lower.precision import is_precise_param
 from moecc_backends.xla.trace.arrays import lifted
 from moecc_backends.xla.trace.context import DIRECT, Context, lower_nodes, lowering
 from moecc_backends.xla.trace.masters import Master, cast_all
-from moecc_backends.xla.trace.typed_jax import Function
+from moecc_backends.xla.trace.typed_jax import Function, barrier
 from moecc_backends.xla.trace.values import Named, Operand, Uncast
 
 Arrays = tuple[jax.Array, ...]
@@ -43,12 +43,12 @@ _CHEAP = frozenset({
     "sub", "mul", "div", "max", "min", "neg", "sign", "abs", "integer_pow", "pow", "exp", "exp2",
     "expm1", "log", "log1p", "tanh", "logistic", "erf", "erfc", "sqrt", "rsqrt", "square",
     "select_n", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "is_finite",
-    "stop_gradient", "custom_jvp_call", "reduce_sum", "reduce_max",
+    "stop_gradient", "custom_jvp_call", "reduce_sum", "reduce_max", "optimization_barrier",
 })  # fmt: skip
 """Primitives of jax whose results are made again from values of the graph: gathers of parameters,
 and what XLA fuses into its user."""
 
-_CASTS = frozenset({"reduce_precision", "convert_element_type"})
+_CASTS = frozenset({"reduce_precision", "convert_element_type", "optimization_barrier"})
 
 UNROLLED_BYTES, UNROLLED_NODES = 1 << 24, 1024
 """On a CPU runs are compiled one by one that read at least so many bytes of stacked weights, and
@@ -215,6 +215,8 @@ def _lower_loop(ctx: Context, loop: LayerLoop, remembering: Remembering) -> None
     entries = [each[0] for each in (*loop.carries, *loop.stacked)]
 
     def run(carry: Arrays, now: Arrays) -> tuple[Arrays, Arrays]:
+        if ctx.options.target == "tpu":
+            now = tuple(map(_apart, now))
         given = zip(entries, (*carry, *now), strict=True)
         inner = ctx.within(captured | {v: Named(a, v.type.names) for v, a in given})
         lower_nodes(inner, loop.first.nodes)
@@ -234,6 +236,19 @@ def _lower_loop(ctx: Context, loop: LayerLoop, remembering: Remembering) -> None
     for number, stacked in zip(loop.collected, made, strict=True):
         for value, array in zip(loop.output(number), stacked, strict=True):
             ctx.values[value] = Named(array, value.type.names)
+
+
+@jax.custom_vjp
+def _apart(array: jax.Array) -> jax.Array:
+    """Return a slice of a turn as an array of its own.
+
+    libtpu compiles equal fusions once.  Without this, XLA gathers the slice with the dimension of
+    turns, of size 1, and no product with it is equal to one outside of the loop.
+    """
+    return barrier(array)
+
+
+_apart.defvjp(lambda array: (barrier(array), None), lambda _, gradient: (gradient,))
 
 
 def _whole(ctx: Context, value: Operand, declared: Value) -> Named:
