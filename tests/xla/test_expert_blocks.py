@@ -121,6 +121,19 @@ def test_a_layer_of_many_rows_is_the_reference(dispatch: str) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
 
 
+def test_fewer_slots_than_a_block_has_rows() -> None:
+    """Most choices are dropped: rows are no more than the slots, blocks no larger than rows."""
+    bound = "slots=capacity, convention=assignments, capacity_factor=0.05, using=mask"
+    text = print_graph(skewed(700)).replace("using=mask", bound)
+    graph = parse(text.replace("slot=ragged(%slots)", "slot=capacity(%slots)"))
+    params, inputs = draw(graph, 700)
+    expected = run_reference(graph, params=params, inputs=inputs)["y"]
+    with jax.enable_x64(True):
+        run = function(graph, dtype=F64, options=Options("blocks", platform="cpu"))
+        found = jax.jit(run)(params, inputs)["y"]
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_no_array_of_all_rows_is_made_but_their_results() -> None:
     tokens, mlp = 4096, 512
     text = print_graph(skewed(tokens)).replace("mlp=6", f"mlp={mlp}")

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from moecc.ir.graph import Value
+from moecc.ir.traits import RowMove
 from moecc_backends.xla.dispatch.all_experts import sliced_by_expert
 from moecc_backends.xla.dispatch.deferral import Deferral
 from moecc_backends.xla.dispatch.flat import tokens_to_rows
@@ -148,10 +149,10 @@ class _Layer:
     def _walk(self, layout: SortedRows, outside: Mapping[Value, Named]) -> jax.Array:
         """Return the rows in their order, and rows without a meaning after them."""
         stacks = sliced_by_expert(self.rows, outside)
-        sizes = cover_sizes(layout.routing.num_choices, layout.group_sizes.size)
+        choices = layout.permutation.choice_of_row
+        sizes = cover_sizes(choices.size, layout.group_sizes.size)
+        choices = jnp.pad(choices, (0, overhang(sizes)), constant_values=-1)
         ends = jnp.cumsum(layout.group_sizes)
-        beyond = (0, overhang(sizes))
-        choices = jnp.pad(layout.permutation.choice_of_row, beyond, constant_values=-1)
 
         def own(expert: jax.Array) -> dict[Value, Named]:
             return {v: _of_expert(x, expert) for v, x in stacks.items()}
@@ -177,7 +178,8 @@ class _Layer:
 
         shape = jax.eval_shape(lambda: block(ends[0], sizes[0], ends[0], own(ends[0])))
         wide = (choices.size, *shape.shape[1:])
-        zeros = zeros_after(choices, wide, stored_as(shape.dtype), salt=1)
+        moved = next(n for n in self.rows.nodes if n.op.moves is RowMove.TO_SLOTS).operands[0]
+        zeros = zeros_after(outside[moved].array, wide, stored_as(shape.dtype), salt=1)
         zeros = DeviceView().varying(zeros, varying_axes(shape))
         return load(walk_experts(layout.group_sizes, walk, zeros), shape.dtype)
 
