@@ -55,6 +55,14 @@ def test_no_file_is_too_long(package: str) -> None:
     assert {f: n for f, n in lengths.items() if n > 450} == {}
 
 
+def test_ninety_nine_of_a_hundred_functions_have_at_most_33_lines() -> None:
+    trees = (ast.parse(f.read_text()) for root in PACKAGES.values() for f in root.rglob("*.py"))
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    functions = [n for tree in trees for n in ast.walk(tree) if isinstance(n, kinds)]
+    lengths = sorted((n.end_lineno or n.lineno) - n.lineno + 1 for n in functions)
+    assert lengths[len(lengths) * 99 // 100] <= 33
+
+
 @pytest.mark.parametrize("module", ["moecc", "moecc.ir", "moecc.pipeline", "moecc.families"])
 def test_the_core_starts_without_jax(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('jax', 'torch', 'gguf') if m in sys.modules])"

@@ -65,11 +65,7 @@ def export_graph(
         raise InputError(config)
     if isinstance(config, GraphConfig):
         return Export(config, list(graph_tensors(graph).items()))
-    batch, seq, decoder_seq = _token_sizes(graph)
-    padding = "mask" in graph.inputs
-    wanted = build_model(
-        config, layout=layout, padding=padding, batch=batch, seq=seq, decoder_seq=decoder_seq
-    )
+    wanted = _built_like(graph, config, layout)
     weights = match_parameters(wanted, graph)
     tensors = dict(tensors_of_all(_read_as(value, weights) for value in wanted.params.values()))
     names = names_of(config.model_type)
@@ -80,6 +76,15 @@ def export_graph(
         return Export(config, list(tensors.items()))
     config, added = completed(config)
     return Export(config, [*tensors.items(), *added.items()])
+
+
+def _built_like(graph: Graph, config: ModelConfig, layout: str) -> Graph:
+    """Return the model of `config`, with the sizes and the padding mask of `graph`."""
+    batch, seq, decoder_seq = _token_sizes(graph)
+    padding = "mask" in graph.inputs
+    return build_model(
+        config, layout=layout, padding=padding, batch=batch, seq=seq, decoder_seq=decoder_seq
+    )
 
 
 def _read_as(value: Value, weights: Mapping[Value, Expr]) -> Pair:

@@ -34,15 +34,13 @@ def assign_slots(
     groups, size, limit = _bounds({**attrs, "experts": experts}, *chosen.shape)
     more = dict(zip(using, given, strict=True))
     wanted = _wanted(chosen, more, tokens, choice)
-    turns = _turns(more, tokens, len(chosen))
     extents = np.zeros((groups, experts), np.int64)
     placed = np.full_like(chosen, -1)
-    for token, rank in _filling(turns, chosen.shape[1], order):
-        group, expert = token // size, chosen[token, rank]
-        if not (wanted[token, rank] and 0 <= expert < experts) or extents[group, expert] == limit:
-            continue
-        placed[token, rank] = extents[group, expert]
-        extents[group, expert] += 1
+    for at in _filling(_turns(more, tokens, len(chosen)), chosen.shape[1], order):
+        cell = at[0] // size, chosen[at]
+        if wanted[at] and 0 <= cell[1] < experts and extents[cell] != limit:
+            placed[at] = extents[cell]
+            extents[cell] += 1
     count = int(extents.max(initial=0)) if limit is None else limit
     result = Array(placed.reshape([choices.size(a) for a in layout]), layout)
     assignment = SlotAssignment(tokens, extents, count, limit is None)

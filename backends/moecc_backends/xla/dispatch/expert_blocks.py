@@ -10,7 +10,7 @@ after the other, as `SortedRows` do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ from moecc_backends.xla.trace.device_view import DeviceView
 from moecc_backends.xla.trace.dtypes import load, store, stored_as
 from moecc_backends.xla.trace.routing import Routing
 from moecc_backends.xla.trace.typed_jax import varying_axes
-from moecc_backends.xla.trace.values import SLOT_AXES, DeferredRows, Named, Operand, Rows
+from moecc_backends.xla.trace.values import SLOT_AXES, DeferredRows, Named, Operand, RowLayout, Rows
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,12 @@ class _Layer:
         rows = Rows(self._walk(layout, outside), self.row_axes, layout)
         return layout.unpermute(rows, given.gates).to(self.axes).array
 
+    def _made(self, values: Mapping[Value, Named], layout: RowLayout) -> jax.Array:
+        """Return the rows ``[rows, *row_axes]``, made of `values` in a layout."""
+        made = self.rows.make(values, layout)
+        assert isinstance(made, Rows), "`permute` made rows"
+        return made.inner().to(("rows", *self.row_axes)).array
+
     def _walk(self, layout: SortedRows, outside: Mapping[Value, Named]) -> jax.Array:
         """Return the rows in their order, and rows without a meaning after them."""
         stacks = sliced_by_expert(self.rows, outside)
@@ -154,34 +160,38 @@ class _Layer:
         choices = jnp.pad(choices, (0, overhang(sizes)), constant_values=-1)
         ends = jnp.cumsum(layout.group_sizes)
 
-        def own(expert: jax.Array) -> dict[Value, Named]:
-            return {v: _of_expert(x, expert) for v, x in stacks.items()}
+        def block_of(expert: jax.Array) -> Callable[[jax.Array, int], jax.Array]:
+            own = {v: _of_expert(x, expert) for v, x in stacks.items()}
 
-        def block(
-            first: jax.Array, size: int, end: jax.Array, own: Mapping[Value, Named]
-        ) -> jax.Array:
-            choice = jax.lax.dynamic_slice_in_dim(choices, first, size)
-            is_used = first + jnp.arange(size, dtype=first.dtype) < end
-            part = BlockOfExpert(layout.routing, choice, is_used)
-            made = self.rows.make({**outside, **own}, part)
-            assert isinstance(made, Rows), "`permute` made rows"
-            return made.inner().to(("rows", *self.row_axes)).array
+            def block(first: jax.Array, size: int) -> jax.Array:
+                choice = jax.lax.dynamic_slice_in_dim(choices, first, size)
+                is_used = first + jnp.arange(size, dtype=first.dtype) < ends[expert]
+                part = BlockOfExpert(layout.routing, choice, is_used)
+                return self._made({**outside, **own}, part)
+
+            return block
 
         def walk(expert: jax.Array, output: jax.Array) -> jax.Array:
-            end, count, mine = ends[expert], layout.group_sizes[expert], own(expert)
+            block, count = block_of(expert), layout.group_sizes[expert]
 
             def step(first: jax.Array, size: int, output: jax.Array) -> jax.Array:
-                made = store(block(first, size, end, mine))
+                made = store(block(first, size))
                 return jax.lax.dynamic_update_slice_in_dim(output, made, first, 0)
 
-            return cover_blocks(end - count, count, sizes, step, output)
+            return cover_blocks(ends[expert] - count, count, sizes, step, output)
 
-        shape = jax.eval_shape(lambda: block(ends[0], sizes[0], ends[0], own(ends[0])))
-        wide = (choices.size, *shape.shape[1:])
-        moved = next(n for n in self.rows.nodes if n.op.moves is RowMove.TO_SLOTS).operands[0]
-        zeros = zeros_after(outside[moved].array, wide, stored_as(shape.dtype), salt=1)
-        zeros = DeviceView().varying(zeros, varying_axes(shape))
+        shape = jax.eval_shape(lambda: block_of(ends[0])(ends[0], sizes[0]))
+        zeros = self._zeros(outside, choices.size, shape)
         return load(walk_experts(layout.group_sizes, walk, zeros), shape.dtype)
+
+    def _zeros(
+        self, outside: Mapping[Value, Named], rows: int, block: jax.ShapeDtypeStruct
+    ) -> jax.Array:
+        """Return zeros for the results of all rows, made once there are tokens."""
+        moved = next(n for n in self.rows.nodes if n.op.moves is RowMove.TO_SLOTS).operands[0]
+        shape, kind = (rows, *block.shape[1:]), stored_as(block.dtype)
+        zeros = zeros_after(outside[moved].array, shape, kind, salt=1)
+        return DeviceView().varying(zeros, varying_axes(block))
 
 
 @dataclass(frozen=True)

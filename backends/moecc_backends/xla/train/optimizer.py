@@ -103,11 +103,9 @@ class Optimizer:
         after: Moments = {kind: {} for kind in self.moment_types}
         for first, names in self._parts.items():
             count = count_of(first)
-            own: Moments = {
-                kind: {n: a for n, a in moments[kind].items() if n in names}
-                for kind in self.moment_types
-            }
-            own = {kind: arrays for kind, arrays in own.items() if arrays}
+            given = ((k, moments[k]) for k in self.moment_types)
+            parts = {k: {n: a for n, a in arrays.items() if n in names} for k, arrays in given}
+            own: Moments = {kind: arrays for kind, arrays in parts.items() if arrays}
             found, moved = DIRECTIONS[self.section.name](
                 self, _some(gradients, names), {**own, COUNT: moments[count]}, params, settle
             )
