@@ -24,7 +24,7 @@ from moecc.plan.estimate import Estimate, Estimator
 from moecc.plan.exchanges import Rows
 from moecc.plan.layouts import layouts
 from moecc.plan.machines import parse_machine
-from moecc.plan.memory import _zeros
+from moecc.plan.memory import GAPS, STACKS_GAPS, _zeros
 from moecc.plan.meshes import meshes, plan_mesh
 from moecc.plan.sharding import Sharding
 from moecc.plan.strategy import REMATS, StepConfig, Strategy
@@ -332,3 +332,22 @@ def test_full_rematerialisation_does_not_repeat_the_last_product_of_a_layer() ->
     ffn = next(p for p in work.parts if p.name == "layers.ffn")
     products = [s for s in ffn.steps if s.cost is Cost.PRODUCT]
     assert [s.again for s in products] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("model", "machine", "remat", "expected"),
+    [
+        ("st-moe-l", "tpu:v4:2x2x2", "full", STACKS_GAPS["tpu"]),
+        ("st-moe-l", "tpu:v4:2x2x2", "none", GAPS["tpu"]),
+        ("st-moe-l", "gpu:h100:16", "full", 0),
+        ("mixtral-8x7b", "tpu:v5p:2x2x4", "full", GAPS["tpu"]),
+    ],
+)
+def test_more_is_lost_between_arrays_where_two_stacks_are_computed_again(
+    model: str, machine: str, remat: str, expected: float
+) -> None:
+    strategy = next(s for s in legal_strategies(model) if s.remat == remat)
+    memory = estimate(work_of(model), strategy, machine).memory
+    assert memory.heap == pytest.approx(memory.temporaries * (1 + expected))
+    forward = estimate(work_of(model), strategy, machine, train=False).memory
+    assert forward.gaps <= GAPS["tpu"]
