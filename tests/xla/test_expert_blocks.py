@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from tiers import examples
 
-from moecc.ir import F64, Graph, parse, print_graph
+from moecc.ir import BF16, F64, Graph, parse, print_graph
 from moecc.testing import run_reference
+from moecc.types.dtypes import DType
 
 jax = pytest.importorskip("jax")
 
@@ -119,6 +120,35 @@ def test_a_layer_of_many_rows_is_the_reference(dispatch: str) -> None:
         run = jax.jit(function(graph, dtype=F64, options=Options(dispatch, platform="cpu")))
         found = run(params, inputs)["y"]
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def slopes(dispatch: str, dtype: DType, remat: bool = False) -> tuple[Any, Any]:
+    """The gradients of half the square of the results, in parameters and tokens."""
+    graph = skewed(700)
+    params, inputs = draw(graph, 700)
+    run = function(graph, dtype=dtype, options=Options(dispatch, platform="cpu"))
+    layer = jax.checkpoint(run) if remat else run
+
+    def loss(params: Any, x: Any) -> Any:
+        return jnp.sum(jnp.square(layer(params, {**inputs, "x": x})["y"])) / 2
+
+    found: tuple[Any, Any] = jax.jit(jax.grad(loss, (0, 1)))(params, inputs["x"])
+    return found
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_gradients_of_many_rows_are_those_of_all_rows_at_once(remat: bool) -> None:
+    with jax.enable_x64(True):
+        expected, found = slopes("grouped", F64), slopes("blocks", F64, remat)
+    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-9, atol=1e-9)
+
+
+def test_narrow_weights_have_gradients_whose_sums_are_wide() -> None:
+    """Blocks would add them up in the type of the weights, so all rows are taken at once."""
+    expected, found = slopes("grouped", BF16), slopes("blocks", BF16)
+    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(other, one, rtol=0.02, atol=0.02 * np.abs(one).max())
 
 
 def test_fewer_slots_than_a_block_has_rows() -> None:

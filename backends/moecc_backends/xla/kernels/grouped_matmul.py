@@ -147,7 +147,7 @@ def _walk_gradient(
 
         def outer(first: jax.Array, size: int, mask: jax.Array | None) -> jax.Array:
             block, d_block = (_block(x, first, size, mask) for x in (rows, d_product))
-            return _outer(block, d_block, axis)
+            return outer_product(block, d_block, axis)
 
         def step(start: jax.Array, size: int, is_partial: bool, total: jax.Array) -> jax.Array:
             return total + outer(start, size, None)
@@ -190,7 +190,11 @@ def _product(left: jax.Array, right: jax.Array, right_axis: int) -> jax.Array:
     return lax.dot_general(left, right, dimensions, preferred_element_type=kind)
 
 
-def _outer(block: jax.Array, d_block: jax.Array, axis: int) -> jax.Array:
+def outer_product(block: jax.Array, d_block: jax.Array, axis: int) -> jax.Array:
+    """Sum the outer products of rows ``[rows, a]`` and their cotangents ``[rows, b]``.
+
+    The result is ``[a, b]`` with ``axis=1``, or ``[b, a]`` with 2; it is float32 at least.
+    """
     left, right = (block, d_block) if axis == 1 else (d_block, block)
     return _product(_transposed(left), right, 0)
 

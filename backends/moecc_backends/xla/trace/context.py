@@ -179,7 +179,8 @@ class Context:
         self, rows: DeferredRows, values: dict[Value, Operand], layout: DispatchLayout
     ) -> None:
         layouts = {v: layout for v in self.layouts if self.layouts[v].routing is rows.routing}
-        lower_nodes(self.within(values, layouts), rows.nodes)
+        left = [node for node in rows.nodes if not values.keys() >= set(node.results)]
+        lower_nodes(self.within(values, layouts), left)
 
 
 def lower_nodes(ctx: Context, nodes: Iterable[Node]) -> None:

@@ -194,8 +194,11 @@ class DeferredRows:
             taken[value] = found
         return taken
 
-    def make(self, outside: Mapping[Value, Named], layout: DispatchLayout) -> Operand:
-        """Return the rows, made of what `outside` holds, in a layout."""
+    def make(self, outside: Mapping[Value, Operand], layout: DispatchLayout) -> Operand:
+        """Return the rows, made of what `outside` holds, in a layout.
+
+        What it has of the rows' own operations, such as dispatched rows, is not made again.
+        """
         values: dict[Value, Operand] = dict(outside)
         self.lower(self, values, layout)
         return values[self.value]
