@@ -18,8 +18,9 @@ run few times, and those that need over 8 GB beside arguments and results are le
 With `--torch-python`, another interpreter runs transformers' implementations beside a yardstick of
 its own, `torch.bmm` on balanced rows; without the packages there, it says so.
 
-Exit code 1 if a bound does not hold: 75 % forward, 70 % forward + backward, for the two sizes that
-are measured by default; or if einsum, which is never chosen, is faster than gather.
+Exit code 1 if a bound does not hold, for the two sizes that are measured by default: dropless 95 %
+forward and 85 % forward + backward, under a capacity 80 %; or if einsum, which is never chosen, is
+faster than gather.
 """
 
 from __future__ import annotations
@@ -47,14 +48,16 @@ from moe_layer_programs import (
 )
 
 SCHEMA = 1
-BOUNDS = {"forward": 75.0, "forward + backward": 70.0}
-"""Percent of the yardstick, for both layers of moecc."""
+BOUNDS = {
+    "forward": {"dropless": 95.0, "capacity": 80.0},
+    "forward + backward": {"dropless": 85.0, "capacity": 80.0},
+}
+"""Percent of the yardstick, for the layers of moecc."""
 
 CASES = [Case(2048, 576, 1536, 8, 2), Case(4096, 1024, 2816, 32, 2)]
 DECODING = Case(4, 576, 1536, 8, 2)
 """One step of four sequences: measured, and bound to nothing."""
 
-OURS = ("dropless", "capacity")
 SLOW = ("einsum", "scan", "ragged_dot", "gathered")
 """Lowerings that multiply or move more than the work asks for."""
 
@@ -131,8 +134,8 @@ def broken_bounds(report: dict[str, Any]) -> list[str]:
         f"{size} {name} {mode}: {found:.1f} %, bound {bound} %"
         for case in judged
         if (size := tuple(case[f] for f in Case._fields)) in CASES
-        for mode, bound in BOUNDS.items()
-        for name in OURS
+        for mode, bounds in BOUNDS.items()
+        for name, bound in bounds.items()
         if (found := case["modes"][mode][name]["percent"]) < bound
     ]
 
