@@ -23,9 +23,14 @@ from moecc_backends.xla.dispatch.block_layer import (
     matrix_product,
 )
 from moecc_backends.xla.kernels.grouped_matmul import block_product, outer_product
+from moecc_backends.xla.trace.dtypes import accumulator
 from moecc_backends.xla.trace.padding_rows import zeroed
 from moecc_backends.xla.trace.typed_jax import named, varying_axes
 from moecc_backends.xla.trace.values import DispatchLayout, Named, Operand, Rows
+
+_MANY_ROWS = 128
+"""From this many rows on it is quicker to sum over the first axis of both than to transpose one
+(``benchmarks/moe_layer.py``)."""
 
 Kept = tuple[Given, list[jax.Array]]
 """What a layer is given, its rows in their order, and its products."""
@@ -162,8 +167,15 @@ def _kept_backward(
     d_rows = block_product(d_product, matrix, 1 - axis).astype(rows.dtype)
     # Rows of other experts may hold anything, and zero times infinity is no zero.
     used, d_used = (jnp.where(is_used[:, None], x, 0) for x in (rows, d_product))
-    d_matrix = outer_product(used, d_used, axis + 1).astype(matrix.dtype)
-    return d_rows, d_matrix, None, None
+    outer = outer_product if rows.shape[0] < _MANY_ROWS else _outer_product_of_many
+    return d_rows, outer(used, d_used, axis + 1).astype(matrix.dtype), None, None
+
+
+def _outer_product_of_many(rows: jax.Array, d_rows: jax.Array, axis: int) -> jax.Array:
+    left, right = (rows, d_rows) if axis == 1 else (d_rows, rows)
+    kind = accumulator(left.dtype)
+    dimensions = (((0,), (0,)), ((), ()))
+    return jax.lax.dot_general(left, right, dimensions, preferred_element_type=kind)
 
 
 _kept.defvjp(
