@@ -148,7 +148,7 @@ def test_narrow_weights_have_gradients_whose_sums_are_wide() -> None:
     """Blocks would add them up in the type of the weights, so all rows are taken at once."""
     expected, found = slopes("grouped", BF16), slopes("blocks", BF16)
     for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
-        np.testing.assert_allclose(other, one, rtol=0.02, atol=0.02 * np.abs(one).max())
+        np.testing.assert_allclose(other, one, rtol=1e-6, atol=1e-6 * np.abs(one).max())
 
 
 def test_fewer_slots_than_a_block_has_rows() -> None:
