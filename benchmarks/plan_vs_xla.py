@@ -91,6 +91,17 @@ PAIRS = {
     "mixtral-ring": Pair(
         "mixtral-8x7b", "tpu:v5p:4x4x4", "fsdp=8,expert=8", 262144, (*SPLIT, "--via", "ring")
     ),
+    "mixtral-ring-16": Pair(
+        "mixtral-8x7b", "tpu:v5p:4x4x4", "fsdp=16,expert=4", 262144, (*SPLIT, "--via", "ring")
+    ),
+    "mixtral-ring-capacity": Pair(
+        "mixtral-8x7b", "tpu:v5p:4x4x4", "fsdp=8,expert=8", 262144,
+        (*SPLIT, "--via", "ring", "--capacity-factor", "1.25"),
+    ),
+    "llama-ring": Pair(
+        "llama-3.1-8b", "tpu:v5p:2x4x4", "fsdp=4,expert=8", 131072,
+        ("-p", "upcycle{experts=16 top-k=2}", *SPLIT, "--via", "ring"),
+    ),
     "llama-dropless": Pair(
         "llama-3.1-8b", "tpu:v5p:2x4x4", "fsdp=4,expert=8", 131072,
         ("-p", "upcycle{experts=16 top-k=2}", *SPLIT, "--via", "ragged"),

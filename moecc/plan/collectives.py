@@ -58,6 +58,7 @@ class Transfer(NamedTuple):
       waits: whether computation has to wait for it; parameters and their gradients do not.
       odd: whether it gathers shards with odd numbers of rows.
       weight: the parameter that it gathers, or whose gradient it sums.
+      leaves_work: of one that computation waits for, whether its layer has products that do not.
     """
 
     op: str
@@ -68,6 +69,7 @@ class Transfer(NamedTuple):
     waits: bool = True
     odd: bool = False
     weight: str = ""
+    leaves_work: bool = False
 
     def on(self, kind: str) -> Transfer:
         """Return what a machine of `kind` makes of it.

@@ -14,13 +14,14 @@ from moecc.plan.collectives import Transfer, seconds, sent_bytes
 from moecc.plan.exchanges import exact
 from moecc.plan.machines import Machine, efficiency
 from moecc.plan.memory import Memory, memory, optimizer_bytes
-from moecc.plan.overlap import PartTransfers, overlap
+from moecc.plan.overlap import overlap
 from moecc.plan.part_traffic import PARAMETERS
+from moecc.plan.part_transfers import PartTransfers
 from moecc.plan.parts import Part, Step
 from moecc.plan.sharding import Sharded, Sharding, Values
 from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.traffic import part_transfers, sparse_rows
-from moecc.plan.turns import Product, products_of
+from moecc.plan.turns import Kernel, Product, products_of
 from moecc.plan.workload import Workload
 from moecc.sharding.layout import Layout
 
@@ -315,7 +316,9 @@ class Estimator:
 
     def _products(self, part: Part, strategy: Strategy, values: Values) -> Products:
         rate, ragged = self._rates[0], self.work.dropless and exact(strategy.via, dropless=True)
-        return lambda: products_of(part, lambda step: _step_flops(step, values) / rate, ragged)
+        experts = self.work.experts // strategy.layout.shards["expert"]
+        kernel = Kernel(strategy.in_rounds, experts) if ragged else None
+        return lambda: products_of(part, lambda step: _step_flops(step, values) / rate, kernel)
 
     def _work(self, step: Step, passes: float) -> float:
         """Return how often all products of a step are computed, in `passes` over its arrays."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -78,6 +78,7 @@ def exchange(
       steps: the steps of the part that has the layer, by node.
       sharded: the part under its layout.
     """
+    leaves_work = _leaving_work(layer, way, steps)
     for stage in route(layer, way, sharded.found, part):
         step, shape = _subject(stage, layer, steps)
         for one in sent(stage.source, stage.steps):
@@ -85,14 +86,44 @@ def exchange(
             back = moved(sharded, one, shape, "", transposed=True)
             is_gate = stage.value == "gates"
             if found is not None:
-                yield Routed(found._replace(is_wide=is_gate), step)
+                free = (stage.value, found.op) in leaves_work
+                yield Routed(found._replace(is_wide=is_gate, leaves_work=free), step)
             if back is not None:
                 # Where all devices have all of a gradient, they take their part of it.
                 whole = stage.value == "added" and one.op == "all_gather"
-                named = back._replace(why=_why(stage, way, back.op), is_wide=is_gate)
+                why, free = _why(stage, way, back.op), (stage.value, back.op) in leaves_work
+                named = back._replace(why=why, is_wide=is_gate, leaves_work=free)
                 yield Routed(named, None, one.mesh if whole else ())
     if way.tokens_everywhere:
         yield from _gradients_of_rows(layer, steps, sharded)
+
+
+def _leaving_work(
+    layer: SparseLayer, way: Via, steps: Mapping[Node, Step]
+) -> Collection[tuple[str, str]]:
+    """Return the stages, and what they do, that leave a layer products which need not wait.
+
+    Gathered tokens are routed again.  So while sums are scattered there is the routing of the
+    device's own tokens, which losses read, and while gradients are, that of the router.  And the
+    gradient of what experts add to tokens is that of what leaves the layer, if nothing else is done
+    with it: a turn that computes the layer again begins with it.
+    """
+    if way.exchanges_rows:
+        return ()
+    scattered = [("added", "reduce_scatter"), ("tokens", "reduce_scatter")]
+    return [*scattered, *([("added", "all_gather")] if _is_last(layer, steps) else [])]
+
+
+def _is_last(layer: SparseLayer, steps: Mapping[Node, Step]) -> bool:
+    """Whether what experts make of tokens is only added to what leaves their part."""
+    pending, seen = [layer.combine.node], set[Node]()
+    while pending:
+        users = {u for v in pending.pop().results for u in v.users if u in steps} - seen
+        if any(user.op.name != "add" for user in users):
+            return False
+        seen |= users
+        pending.extend(users)
+    return True
 
 
 def _gradients_of_rows(
@@ -148,6 +179,7 @@ def _why(stage: Stage, way: Via, op: str) -> str:
     if op == "all_reduce":
         return "sums of all experts" if way.tokens_everywhere else "partial sums"
     if not way.exchanges_rows:
-        return _TOKENS.get(op, "")
+        is_gradient = stage.value == "added" and op == "all_gather"
+        return "gradients to all experts" if is_gradient else _TOKENS.get(op, "")
     names = _ROWS if stage.value in ("rows", "made") else _SLICES
     return names.get(op, "rows to experts and back")

@@ -7,7 +7,7 @@ them, and gradients are reduced beside products that nothing waits for, those of
 What layers wait for is exposed, and so is what stands outside of the loops: embedding and head, and
 gradients of parameters that are stored whole, which are added up first.
 
-* TPUs have a gather in a product of XLA's own (`moecc.plan.turns`).
+* TPUs have a gather in a product of XLA's own (`moecc.plan.overlap_tpu`).
 * XLA for GPUs begins the gathers of all first products together (queries, keys and values), and so
   again after an exchange, beside which it runs no other collective.  Of an exchange in chunks all
   but the first are beside the products of another chunk.
@@ -16,11 +16,10 @@ gradients of parameters that are stored whole, which are added up first.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
-from moecc.plan.collectives import Transfer
 from moecc.plan.machines import Machine
-from moecc.plan.turns import Product, exposed_gathers, exposed_gradients
+from moecc.plan.overlap_tpu import shares_on_tpu
+from moecc.plan.part_transfers import PartTransfers, is_awaited, is_gather
 
 OVERLAPPING = ("gpu",)
 """Machines whose compilers do so by themselves, by the beginning of their names; XLA for CPUs and
@@ -28,29 +27,6 @@ TPUs has collectives that are waited for."""
 
 ASKED = ("tpu:v5p",)
 """Machines whose compilers do so if they are asked to."""
-
-
-@dataclass(frozen=True)
-class PartTransfers:
-    """The collectives of equal parts of a model.
-
-    Attributes:
-      layers: of which layers they are parts: those that have one name are in one loop.
-      count: how many there are.
-      in_layer: whether they are parts of layers.
-      transfers: of one part.
-      seconds: what each transfer takes on ideal links, once.
-      chunks: in how many parts rows are exchanged.
-      products: of one part with its parameters, forward, in order.
-    """
-
-    layers: str
-    count: int
-    in_layer: bool
-    transfers: Sequence[Transfer]
-    seconds: Sequence[float]
-    chunks: int = 1
-    products: Sequence[Product] = ()
 
 
 def overlap(
@@ -65,7 +41,7 @@ def overlap(
     """
     name = machine.compiled_as or machine.name
     does = name.startswith((*OVERLAPPING, *(ASKED if is_asked else ())))
-    shares = _on_gpu if machine.kind == "gpu" else _on_tpu
+    shares = _on_gpu if machine.kind == "gpu" else shares_on_tpu
     layers: dict[str, list[PartTransfers]] = {}
     for part in parts:
         layers.setdefault(part.layers, []).append(part)
@@ -81,49 +57,17 @@ def overlap(
     return found
 
 
-def _on_tpu(layer: Sequence[PartTransfers]) -> Iterator[list[float]]:
-    """Yield for each part the share of each transfer that is beside products, in a loop."""
-    gathers = {t.weight: t.tensor_bytes for part in layer for t in part.transfers if _is_gather(t)}
-    gradients = {
-        t.weight: seconds
-        for part in layer
-        for t, seconds in zip(part.transfers, part.seconds, strict=True)
-        if t.op == "reduce_scatter" and not t.waits
-    }
-    first = next((part.products for part in layer if part.products), ())
-    # What reads the layer's input can be in any order: the smallest parameter comes first.
-    products = sorted((p for p in first if p.is_first), key=lambda p: gathers.get(p.weight, 0.0))
-    begins = len(products)
-    products += [p for part in layer for p in part.products if p not in products]
-    late = exposed_gathers(products, gathers)
-    left = exposed_gradients(products, gradients, begins)
-    for part in layer:
-        yield [
-            float(not _is_awaited(t) and t.weight not in (late if _is_gather(t) else left))
-            for t in part.transfers
-        ]
-
-
 def _on_gpu(layer: Sequence[PartTransfers]) -> Iterator[list[float]]:
-    """Yield shares as `_on_tpu` does."""
+    """Yield shares as `shares_on_tpu` does."""
     begins = True
     for part in layer:
         exchanges = [t for t in part.transfers if t.op.endswith("all_to_all")]
-        gathers = [t for t in part.transfers if _is_gather(t)]
+        gathers = [t for t in part.transfers if is_gather(t)]
         # The last product of a part, of results or back to the model's width, has others before it.
         first = {id(t) for t in gathers[:-1]} if begins or exchanges else set()
         in_chunks = 1 - 1 / part.chunks
         yield [
-            in_chunks if t in exchanges else float(id(t) not in first and not _is_awaited(t))
+            in_chunks if t in exchanges else float(id(t) not in first and not is_awaited(t))
             for t in part.transfers
         ]
         begins = begins and not gathers
-
-
-def _is_gather(transfer: Transfer) -> bool:
-    return transfer.op == "all_gather" and not transfer.waits
-
-
-def _is_awaited(transfer: Transfer) -> bool:
-    """Whether layers wait for it, or it is done behind their loop."""
-    return transfer.waits or transfer.op == "all_reduce"

@@ -32,6 +32,7 @@ class Moved(NamedTuple):
       odd: whether it gathers shards with odd numbers of rows.
       is_wide: whether an element has four bytes at least: gates are float32, token ids int32.
       weight: the parameter that it gathers, or whose gradient it sums.
+      leaves_work: see `Transfer`.
     """
 
     op: str
@@ -42,6 +43,7 @@ class Moved(NamedTuple):
     odd: bool = False
     is_wide: bool = False
     weight: str = ""
+    leaves_work: bool = False
 
 
 class Carried(NamedTuple):

@@ -42,7 +42,8 @@ def part_transfers(
     def transfer(one: Moved, times: float, *, waits: bool = True) -> Transfer:
         elements = one.elements * local.rows if one.of_rows else one.elements
         size = elements * max(config.dtype.itemsize_bytes, _WIDE_BYTES * one.is_wide)
-        return Transfer(one.op, one.axes, size, times, one.why, waits, one.odd, one.weight)
+        free = one.leaves_work and config.train
+        return Transfer(one.op, one.axes, size, times, one.why, waits, one.odd, one.weight, free)
 
     for one in found.params:
         yield transfer(one, doing.gathers(part), waits=False)

@@ -21,11 +21,11 @@ MODEL = Path(__file__).parents[1] / "golden" / "mixtral_gqa"
 LAYERS = 2
 
 
-def planned(machine: str, chunks: int = 1, via: str = "capacity") -> Estimate:
+def planned(machine: str, chunks: int = 1, via: str = "capacity", train: bool = True) -> Estimate:
     graph = open_model(str(MODEL)).graph
     work = workload(graph, make_batch(graph, 8, 4096, (64,), 1))
     layout = Layout(plan_mesh("fsdp=4,expert=2"), work.experts)
-    estimator = Estimator(work, parse_machine(machine), StepConfig())
+    estimator = Estimator(work, parse_machine(machine), StepConfig(train))
     return estimator.estimate(Strategy(layout, via, "index", "full", chunks=chunks))
 
 
@@ -86,6 +86,37 @@ def test_on_a_tpu_dropless_experts_leave_their_gathers_the_products_of_attention
     assert exposed(estimate, "reduce_scatter") > exposed(planned("tpu:v5p:2x2x2"), "reduce_scatter")
     gpu, capacity = planned("gpu:h100:8", via="ragged"), planned("gpu:h100:8")
     assert exposed(gpu, "reduce_scatter") == exposed(capacity, "reduce_scatter")
+
+
+def of_ring(estimate: Estimate, op: str) -> list[Transfer]:
+    """Return what a ring does with tokens."""
+    (part,) = (p for p in estimate.parts if p.name == "layers.ffn")
+    return [t for t, _ in part.transfers if t.op == op and t.waits]
+
+
+def test_on_a_tpu_a_ring_waits_for_tokens_and_not_for_gradients_of_its_sums() -> None:
+    estimate = planned("tpu:v5p:2x2x2", via="ring")
+    of = gathers(estimate)
+    tokens, gradients = of_ring(estimate, "all_gather")
+    assert (tokens.times, tokens.leaves_work) == (2, False), "forward and again"
+    assert (gradients.times, gradients.leaves_work) == (1, True)
+    # Forward, those of kernels behind the first, and the layer's first; again, what attention
+    # reads, as experts' gathers and that of the gradients take its products.
+    query, key, value, output = of["layers.attention"]
+    _, _, *experts = of["layers.ffn"]
+    either = moved([key, *experts, query, key, value, output], LAYERS) / 2
+    whole = moved([*of["embed"], *of["head"]]) + moved([tokens], LAYERS)
+    assert exposed(estimate, "all_gather") == pytest.approx(whole + either)
+
+
+def test_on_a_tpu_sums_of_a_ring_are_beside_the_routing_that_losses_read() -> None:
+    estimate = planned("tpu:v5p:2x2x2", via="ring")
+    (sums,) = of_ring(estimate, "reduce_scatter")
+    assert sums.leaves_work
+    assert exposed(estimate, "reduce_scatter") < moved([sums])
+    forward = planned("tpu:v5p:2x2x2", via="ring", train=False)
+    (sums,) = of_ring(forward, "reduce_scatter")
+    assert exposed(forward, "reduce_scatter") == moved([sums], LAYERS), "there is no loss"
 
 
 def test_on_a_gpu_no_gather_is_beside_an_exchange_or_the_beginning_of_a_layer() -> None:

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import pytest
 
-from moecc.plan.turns import Product, exposed_gathers, exposed_gradients
+from moecc.plan.turns import Kernel, Product, exposed_gathers, exposed_gradients
 
 FIRST = (Product("k", 1.0, True), Product("v", 1.0, True), Product("q", 4.0, True))
 DENSE = (*FIRST, Product("o", 4.0, False))
 EXPERTS = ("gate", "up", "down")
 CAPACITY = (*DENSE, *(Product(name, 32.0, False) for name in EXPERTS))
-KERNELS = (*DENSE, *(Product(name, 32.0, False, True) for name in EXPERTS))
 NAMES = [p.weight for p in CAPACITY]
 
 
+def with_kernels(experts: int = 1, *, in_rounds: bool = False) -> tuple[Product, ...]:
+    kernel = Kernel(in_rounds, experts)
+    return (*DENSE, *(Product(name, 32.0, False, kernel) for name in EXPERTS))
+
+
+KERNELS, ROUNDS = with_kernels(), with_kernels(in_rounds=True)
+
+
 def reduced(of_experts: float) -> dict[str, float]:
-    """Return the seconds of each reduction."""
-    return {"k": 0.1, "v": 0.1, "q": 0.5, "o": 0.5, **dict.fromkeys(EXPERTS, of_experts)}
+    """Return the seconds of each reduction, of the longest first."""
+    return {**dict.fromkeys(EXPERTS, of_experts), "q": 0.5, "o": 0.5, "k": 0.1, "v": 0.1}
 
 
 def test_a_gather_takes_the_product_before_the_one_that_reads_it() -> None:
@@ -25,10 +32,23 @@ def test_a_gather_takes_the_product_before_the_one_that_reads_it() -> None:
     assert exposed_gathers(CAPACITY[4:], EXPERTS) == {"gate"}
 
 
-def test_kernels_take_no_gather_and_theirs_take_the_products_of_attention() -> None:
-    assert exposed_gathers(KERNELS, NAMES) == {"k", "v", "q"}
-    assert exposed_gathers(KERNELS, EXPERTS) == set()
-    assert exposed_gathers(KERNELS[4:], EXPERTS) == set(EXPERTS)
+def test_rounds_take_no_gather_and_theirs_take_the_products_of_attention() -> None:
+    assert exposed_gathers(ROUNDS, NAMES) == {"k", "v", "q"}
+    assert exposed_gathers(ROUNDS, EXPERTS) == set()
+    assert exposed_gathers(ROUNDS[4:], EXPERTS) == set(EXPERTS)
+
+
+def test_a_kernel_ends_its_own_gather_and_leaves_the_next_one_beside_itself() -> None:
+    assert exposed_gathers(KERNELS, NAMES) == {"k", "up", "down"}
+    assert exposed_gathers(KERNELS, ["down"]) == set(), "no other kernel ends a gather"
+    early = exposed_gathers(KERNELS, NAMES, EXPERTS)
+    assert early == {"k", "v", "q"}, "what is copied before the kernels ends no gather there"
+
+
+def test_other_gathers_of_a_turn_take_the_products_before_the_kernels() -> None:
+    assert exposed_gathers(KERNELS, NAMES, EXPERTS, ["sums"]) == {"k", "v", "q", "o"}
+    assert exposed_gathers(KERNELS, NAMES, (), ["sums"]) == {"k", "v", "up", "down"}
+    assert exposed_gathers(KERNELS[4:], EXPERTS, EXPERTS, ["sums"]) == {*EXPERTS, "sums"}
 
 
 @pytest.mark.parametrize("seconds", [4.0, 60.0])
@@ -40,8 +60,19 @@ def test_a_gradient_is_reduced_beside_those_of_other_weights(seconds: float) -> 
     ("seconds", "expected"),
     [(4.0, {"down", "q"}), (4.1, {"down", "q"}), (6.5, {"up", "down", "q"})],
 )
+@pytest.mark.parametrize("products", [KERNELS, ROUNDS, with_kernels(2, in_rounds=True)])
 def test_gradients_of_kernels_leave_no_product_to_each_other(
-    seconds: float, expected: set[str]
+    products: tuple[Product, ...], seconds: float, expected: set[str]
 ) -> None:
-    found = exposed_gradients(KERNELS, reduced(seconds), len(FIRST))
+    found = exposed_gradients(products, reduced(seconds), len(FIRST))
     assert found == expected
+
+
+def test_a_gradient_is_reduced_beside_the_loops_of_several_experts() -> None:
+    assert exposed_gradients(with_kernels(2), reduced(60.0), len(FIRST)) == set()
+
+
+def test_what_is_reduced_last_has_the_first_choice_of_products() -> None:
+    assert exposed_gradients(KERNELS[3:], reduced(4.0), 1) == {"up", "down", "o"}
+    last_first = dict(reversed(reduced(4.0).items()))
+    assert exposed_gradients(KERNELS[3:], last_first, 1) == {"up", "gate"}

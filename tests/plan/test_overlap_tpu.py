@@ -1,0 +1,96 @@
+"""Which collectives of a layer that gathers tokens are beside products on a TPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from moecc.plan.collectives import Transfer
+from moecc.plan.overlap_tpu import shares_on_tpu
+from moecc.plan.part_transfers import PartTransfers
+from moecc.plan.turns import Kernel, Product
+
+SIZES = {"query": 3.0, "output": 3.0, "router": 1.0, "up": 9.0, "down": 9.0}
+"""The bytes of each parameter."""
+
+
+def of_parameters(names: Sequence[str]) -> Iterator[Transfer]:
+    for name in names:
+        yield Transfer("all_gather", (), SIZES[name], 2, "parameters", False, weight=name)
+        yield Transfer("reduce_scatter", (), SIZES[name], 1, "gradients", False, weight=name)
+
+
+def part(names: Sequence[str], products: Sequence[Product], tokens: float = 0.0) -> PartTransfers:
+    ring = (
+        Transfer("all_gather", (), tokens, 2, "tokens"),
+        Transfer("all_gather", (), tokens, 1, "tokens", leaves_work=True),
+        Transfer("reduce_scatter", (), tokens, 2, "sums", leaves_work=True),
+    )
+    transfers = [*of_parameters(names), *(ring if tokens else ())]
+    seconds = [t.tensor_bytes for t in transfers]
+    return PartTransfers("layers", 1, True, transfers, seconds, 1, products)
+
+
+def layer(tokens: float, experts: int) -> list[PartTransfers]:
+    kernel = Kernel(in_rounds=False, experts=experts)
+    attention = [Product("query", 9.0, True), Product("output", 9.0, False)]
+    ffn = [Product("router", 1.0, True)]
+    ffn += [Product(name, 9.0, False, kernel) for name in ("up", "down")]
+    names = [p.weight for p in ffn]
+    return [part(["query", "output"], attention), part(names, ffn, tokens)]
+
+
+def shares(parts: Sequence[PartTransfers], op: str) -> dict[str, list[float]]:
+    """Return for each parameter, or for what else is moved, the shares beside products."""
+    found: dict[str, list[float]] = {}
+    for one, beside in zip(parts, shares_on_tpu(parts), strict=True):
+        for transfer, share in zip(one.transfers, beside, strict=True):
+            if transfer.op == op:
+                found.setdefault(transfer.weight or transfer.why, []).append(share)
+    return found
+
+
+def exposed(parts: Sequence[PartTransfers], op: str) -> set[str]:
+    return {name for name, each in shares(parts, op).items() if 0.0 in each}
+
+
+def test_gradients_of_experts_are_reduced_before_sums_that_take_longer() -> None:
+    # Those of attention wait for the sums, and are the last; experts' have the router's product.
+    found = exposed(layer(tokens=10.0, experts=1), "reduce_scatter")
+    assert found == {"down", "router"}
+
+
+def test_gradients_of_experts_are_the_last_if_they_take_longer_than_sums_and_attentions() -> None:
+    # Then the product of the layer's input is theirs, and attention's have those of each other.
+    found = exposed(layer(tokens=5.0, experts=1), "reduce_scatter")
+    assert found == {"down", "query"}
+
+
+@pytest.mark.parametrize("tokens", [5.0, 10.0])
+def test_gradients_of_several_experts_have_the_loops_of_each_other(tokens: float) -> None:
+    assert exposed(layer(tokens, experts=2), "reduce_scatter") == set()
+
+
+def test_parameters_are_copied_before_tokens_that_take_longer_are_gathered() -> None:
+    of = shares(layer(tokens=10.0, experts=1), "all_gather")
+    # Forward, `up` ends the gather of `down`; again, attention's products are the experts' and the
+    # gradients'.
+    assert of["down"] == [0.5]
+    assert of["up"] == [1.0]
+    assert of["query"] == [0.0]
+    assert of["output"] == [0.5]
+    assert of["tokens"] == [0.0, 1.0]
+
+
+def test_kernels_end_gathers_of_parameters_that_take_longer_than_tokens() -> None:
+    of = shares(layer(tokens=5.0, experts=1), "all_gather")
+    assert of["down"] == [0.0]
+    assert of["up"] == [1.0]
+    assert of["query"] == [0.0]
+    assert of["output"] == [0.5]
+
+
+def test_what_a_layer_does_not_begin_with_backward_is_waited_for() -> None:
+    parts = layer(tokens=10.0, experts=1)
+    assert shares(list(reversed(parts)), "all_gather")["tokens"] == [0.0, 0.0]
