@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from time import perf_counter, process_time
 from typing import Any, NamedTuple
 
 import jax
@@ -58,6 +59,12 @@ class Program(NamedTuple):
     call: Callable[[], Any]
     temporary_bytes: int
     output_bytes: int
+
+    def seconds(self) -> tuple[float, float]:
+        """Run it; return seconds by the clock and of processors."""
+        wall, cpu = perf_counter(), process_time()
+        jax.block_until_ready(self.call())
+        return perf_counter() - wall, process_time() - cpu
 
 
 def graph_text(case: Case, slots: str, place: str) -> str:
@@ -154,8 +161,10 @@ def build(layer: Callable[..., Any], x: jax.Array, w: Weights, gradients: bool) 
     return Program(lambda: compiled(x, w), memory.temp_size_in_bytes, memory.output_size_in_bytes)
 
 
-def programs(case: Case, dtype: str, factor: float, mode: str) -> dict[str, Program]:
-    """Compile everything that is compared, the yardstick first."""
+def programs(
+    case: Case, dtype: str, factor: float, mode: str, names: Sequence[str]
+) -> dict[str, Program]:
+    """Compile everything that is compared, the yardstick first, and the lowerings `names`."""
     x, w = draw(case, dtype)
     experts = {n: w[n] for n in ("gate", "up", "down")}
     rows = jnp.tile(x, (case.top_k, 1)).reshape(case.experts, -1, case.embed)
@@ -164,7 +173,8 @@ def programs(case: Case, dtype: str, factor: float, mode: str) -> dict[str, Prog
         "balanced": build(balanced, rows, experts, gradients),
         "products": build(products, rows, experts, gradients),
     }
-    for name, (dispatch, bound) in LOWERINGS.items():
+    for name in names:
+        dispatch, bound = LOWERINGS[name]
         layer = lowered(case, dtype, dispatch, factor if bound else None)
         built[name] = build(layer, x, w, gradients)
     return built
@@ -172,11 +182,12 @@ def programs(case: Case, dtype: str, factor: float, mode: str) -> dict[str, Prog
 
 def check(built: dict[str, Program], dtype: str, most_bytes: int) -> None:
     """Stop if the layers, which compute the same, do not give the same."""
-    expected = jax.tree.leaves(built["dropless"].call())[0]
-    for name in LOWERINGS:
+    layers = [name for name in built if name in LOWERINGS]
+    expected = jax.tree.leaves(built[layers[0]].call())[0]
+    for name in layers[1:]:
         if built[name].temporary_bytes > most_bytes:
             continue
         found = jax.tree.leaves(built[name].call())[0]
         error = float(jnp.abs(found - expected).max() / jnp.abs(expected).max())
         if not error < (1e-4 if dtype == "float32" else 0.02):
-            sys.exit(f"dropless and {name} differ by {error:.1e}")
+            sys.exit(f"{layers[0]} and {name} differ by {error:.1e}")

@@ -1,8 +1,10 @@
-"""Speed of transformers' mixtral layer in torch, beside balanced `torch.bmm`; JSON on stdout.
+"""transformers' mixtral layer in torch, and balanced `torch.bmm`, timed on request.
 
-    python benchmarks/moe_layer_torch.py TOKENS D F EXPERTS K PAIRS
+    python benchmarks/moe_layer_torch.py TOKENS D F EXPERTS K
 
-`moe_layer.py` runs this in an interpreter that has torch and transformers.  It needs no moecc.
+`moe_layer.py` runs this in an interpreter that has torch and transformers, and asks for one run
+after the other: a line ``["NAME", GRADIENTS]`` is answered by seconds by the clock and of
+processors.  It needs no moecc.
 """
 
 from __future__ import annotations
@@ -11,9 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from statistics import median
 from time import perf_counter, process_time
-from typing import Any
 
 import torch
 import transformers
@@ -66,48 +66,23 @@ def step(module: torch.nn.Module, x: torch.Tensor, gradients: bool) -> Callable[
     return both if gradients else forward
 
 
-def measure(steps: dict[str, Callable[[], None]], pairs: int) -> dict[str, dict[str, Any]]:
-    """Run all in turns; percent is of the balanced rows, the first of them."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    processor: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(-1, pairs):
-        for name, call in steps.items():
-            wall, cpu = perf_counter(), process_time()
-            call()
-            if turn >= 0:
-                seconds[name].append(perf_counter() - wall)
-                processor[name].append(process_time() - cpu)
-    first = next(iter(steps))
-    return {
-        name: {
-            "seconds": median(seconds[name]),
-            "percent": _percent(seconds[first], seconds[name]),
-            "percent_by_processor_time": _percent(processor[first], processor[name]),
-            "pairs": pairs,
-        }
-        for name in steps
-    }
-
-
-def _percent(yardstick: list[float], times: list[float]) -> float:
-    return 100 * median(y / t for y, t in zip(yardstick, times, strict=True))
-
-
 def main() -> None:
-    """Run the benchmark."""
-    tokens, d, f, experts, k, pairs = map(int, sys.argv[1:])
+    """Say what can be run, and run what is asked for."""
+    tokens, d, f, experts, k = map(int, sys.argv[1:])
     torch.set_num_threads(os.cpu_count() or 1)
     blocks = {name: layer(d, f, experts, k, name) for name in IMPLEMENTATIONS}
     x = torch.randn(1, tokens, d)
     rows = x[0].repeat(k, 1).reshape(experts, -1, d)
-    modules = {"balanced": (Balanced(blocks["eager"]), rows)}
+    modules = {"torch balanced": (Balanced(blocks["eager"]), rows)}
     modules |= {f"transformers {name}": (block, x) for name, block in blocks.items()}
-    modes = {
-        mode: measure({name: step(*parts, gradients) for name, parts in modules.items()}, pairs)
-        for mode, gradients in (("forward", False), ("forward + backward", True))
-    }
-    report = {"torch": torch.__version__, "transformers": transformers.__version__, "modes": modes}
-    print(json.dumps(report))
+    ready = {"torch": torch.__version__, "transformers": transformers.__version__}
+    print(json.dumps(ready | {"programs": list(modules)}), flush=True)
+    for line in sys.stdin:
+        name, gradients = json.loads(line)
+        call = step(*modules[name], gradients)
+        wall, cpu = perf_counter(), process_time()
+        call()
+        print(json.dumps([perf_counter() - wall, process_time() - cpu]), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ added to their place in those of all experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -15,13 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from moecc.ir.graph import Value
-from moecc_backends.xla.dispatch.block_layer import (
-    BlockOfExpert,
-    Given,
-    Layer,
-    Made,
-    matrix_product,
-)
+from moecc_backends.xla.dispatch.block_layer import Given, Layer
+from moecc_backends.xla.dispatch.block_rows import BlockOfExpert, matrix_product
+from moecc_backends.xla.dispatch.block_walk import Made, Place
 from moecc_backends.xla.kernels.grouped_matmul import block_product, outer_product
 from moecc_backends.xla.trace.dtypes import accumulator
 from moecc_backends.xla.trace.padding_rows import zeroed
@@ -32,8 +28,8 @@ _MANY_ROWS = 128
 """From this many rows on it is quicker to sum over the first axis of both than to transpose one
 (``benchmarks/moe_layer.py``)."""
 
-Kept = tuple[Given, list[jax.Array]]
-"""What a layer is given, its rows in their order, and its products."""
+Kept = tuple[Given, jax.Array, Sequence[jax.Array]]
+"""What a layer is given, its rows in their order, and the products that they are made of."""
 
 
 def has_gradient_by_block(given: Given) -> bool:
@@ -46,7 +42,7 @@ def forward(layer: Layer, given: Given) -> tuple[jax.Array, Kept]:
     """Return what each token gets, and what the gradient needs."""
     outside = layer.outside(given)
 
-    def work(block: BlockOfExpert, own: Mapping[Value, jax.Array], first: jax.Array) -> Made:
+    def work(block: BlockOfExpert, own: Mapping[Value, jax.Array], place: Place) -> Made:
         products: list[jax.Array] = []
 
         def product(rows: jax.Array, matrix: jax.Array, axis: int) -> jax.Array:
@@ -55,16 +51,16 @@ def forward(layer: Layer, given: Given) -> tuple[jax.Array, Kept]:
 
         values = {**outside, **layer.named(own)}
         made = layer.made(values, replace(block, product=product))
-        return Made([made, *products], [], [])
+        return Made([made], products[:-1] if layer.ends_in_product else products)
 
-    rows = layer.walk(given, work).rows
-    rows[0] = named(rows[0], "experts")
-    return layer.combined(given, rows[0]), (given, rows)
+    every = layer.walk(given, work)
+    rows = named(every.rows[0], "experts")
+    return layer.combined(given, rows), (given, rows, every.kept)
 
 
 def backward(layer: Layer, kept: Kept, d_total: jax.Array) -> tuple[Given]:
     """Return the cotangents of what a layer is given."""
-    given, (rows, *products) = kept
+    given, rows, products = kept
     _, pull = jax.vjp(lambda r, g: layer.combined(given._replace(gates=g), r), rows, given.gates)
     d_rows, d_gates = pull(d_total)
     outside, stacks = layer.outside(given), layer.stacks(given)
@@ -73,10 +69,10 @@ def backward(layer: Layer, kept: Kept, d_total: jax.Array) -> tuple[Given]:
     of_expert = [v for v in smooth if v in stacks]
     shared = [v for v in smooth if v not in stacks]
 
-    def work(block: BlockOfExpert, own: Mapping[Value, jax.Array], first: jax.Array) -> Made:
+    def work(block: BlockOfExpert, own: Mapping[Value, jax.Array], place: Place) -> Made:
         size = block.choice_of_row.size
         moved = dispatched(layer, outside, block)
-        mine = [_part(p, d_rows.shape[0], first, size) for p in products]
+        mine = [_of_block(p, d_rows.shape[0], place, size) for p in products]
 
         def made(
             rows: list[jax.Array], each: list[jax.Array], all_read: list[jax.Array]
@@ -95,10 +91,11 @@ def backward(layer: Layer, kept: Kept, d_total: jax.Array) -> tuple[Given]:
         _, pull = jax.vjp(
             made, given_rows, [own[v] for v in of_expert], [outside[v].array for v in shared]
         )
-        d_block = jax.lax.dynamic_slice_in_dim(d_rows, first, size)
-        return Made(*pull(zeroed(d_block, block.is_used)))
+        d_block = jax.lax.dynamic_slice_in_dim(d_rows, place.first, size)
+        d_moved, d_own, d_shared = pull(zeroed(d_block, block.is_used))
+        return Made(d_moved, (), d_own, d_shared)
 
-    sums = layer.walk(given, work)
+    sums = layer.walk(given, work, of_expert)
     found = dict(zip(shared, sums.shared, strict=True))
     for v, array in zip(of_expert, sums.own, strict=True):
         found[v] = Named(array, stacks[v].axes).to(outside[v].axes).array
@@ -118,7 +115,7 @@ def dispatched(
     return {v: x for v, x in made.items() if isinstance(x, Rows)}
 
 
-def _of_tokens(layer: Layer, given: Given, d_moved: list[jax.Array]) -> dict[Value, jax.Array]:
+def _of_tokens(layer: Layer, given: Given, d_moved: Sequence[jax.Array]) -> dict[Value, jax.Array]:
     """Return the cotangents of tokens, of those of the rows that were gathered from them."""
     outside, layout = layer.outside(given), layer.layout(given)
     sources = list(dict.fromkeys(n.operands[0] for n in layer.moves))
@@ -128,12 +125,15 @@ def _of_tokens(layer: Layer, given: Given, d_moved: list[jax.Array]) -> dict[Val
         return [x.array for x in dispatched(layer, {**outside, **tokens}, layout).values()]
 
     _, pull = jax.vjp(move, [outside[v].array for v in sources])
-    return dict(zip(sources, pull(d_moved)[0], strict=True))
+    return dict(zip(sources, pull(list(d_moved))[0], strict=True))
 
 
-def _part(products: jax.Array, rows: int, first: jax.Array, size: int) -> jax.Array:
-    times = products.shape[0] // rows
-    return jax.lax.dynamic_slice_in_dim(products, first * times, size * times)
+def _of_block(products: jax.Array, rows: int, place: Place, size: int) -> jax.Array:
+    """Return a block of products ``[parts, rows, …]``, each of which may be several a row."""
+    times = products.shape[1] // rows
+    at = place.of_kept(times, products.ndim)
+    block: jax.Array = jax.lax.dynamic_slice(products, at, (1, size * times, *products.shape[2:]))
+    return block[0]
 
 
 def _is_float(array: jax.Array) -> bool:
@@ -150,7 +150,11 @@ class _Kept:
     def __call__(self, rows: jax.Array, matrix: jax.Array, axis: int) -> jax.Array:
         """Return the next one, which multiplied `rows` with `matrix`."""
         used = jnp.repeat(self.is_used, rows.shape[0] // self.is_used.size)
-        return _kept(rows, matrix, next(self.products), used, axis)
+        # Nothing reads the last product of an expert that ends in it, and it was not kept.
+        made = next(self.products, None)
+        if made is None:
+            made = jnp.zeros((rows.shape[0], matrix.shape[1 - axis]), rows.dtype)
+        return _kept(rows, matrix, made, used, axis)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

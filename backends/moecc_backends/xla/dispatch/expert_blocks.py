@@ -16,6 +16,7 @@ import jax
 from moecc_backends.xla.dispatch.block_gradient import backward, forward, has_gradient_by_block
 from moecc_backends.xla.dispatch.block_layer import Given, Layer
 from moecc_backends.xla.dispatch.deferral import Deferral
+from moecc_backends.xla.dispatch.parts import parts_of
 from moecc_backends.xla.dispatch.sorted_rows import SortedRows
 from moecc_backends.xla.kernels.grouped_matmul import grouped_matmul
 from moecc_backends.xla.trace.values import DeferredRows, Named, Operand
@@ -29,7 +30,8 @@ class ExpertBlocks(Deferral):
         """Return the sum of each token's rows, which are made here."""
         assert isinstance(rows, DeferredRows), "`permute` makes no rows"
         sorted_rows = SortedRows.of(self.routing, grouped_matmul)
-        layer = Layer(rows, rows.outside(), sorted_rows)
+        taken = rows.outside()
+        layer = Layer(rows, taken, sorted_rows, parts_of(rows, taken))
         given = Given(
             self.routing.experts,
             self.routing.slots,

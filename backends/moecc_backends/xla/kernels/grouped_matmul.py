@@ -91,7 +91,8 @@ def _backward(
 ) -> tuple[jax.Array, jax.Array, None]:
     rows, weights, group_sizes = residuals
     d_rows = _walk_product(d_product, weights, group_sizes, 3 - axis)
-    return d_rows, _walk_gradient(rows, d_product, weights, group_sizes, axis), None
+    gradient = _gradient_of_few if rows.shape[0] <= _FEW_ROWS else _walk_gradient
+    return d_rows, gradient(rows, d_product, weights, group_sizes, axis), None
 
 
 _product_of_groups.defvjp(_forward, _backward)
@@ -165,6 +166,29 @@ def _walk_gradient(
 
     zeros = zeros_after(d_product, weights.shape, stored_as(weights.dtype), 0)
     return load(walk_experts(group_sizes, expert_body, zeros), weights.dtype)
+
+
+def _gradient_of_few(
+    rows: jax.Array, d_product: jax.Array, weights: jax.Array, group_sizes: jax.Array, axis: int
+) -> jax.Array:
+    """Return what `_walk_gradient` does, of few rows: all of them could be those of each expert.
+
+    Gradients are larger than what they are made of, and a loop writes them twice.
+    """
+    starts = jnp.cumsum(group_sizes) - group_sizes
+    numbers = jnp.arange(rows.shape[0], dtype=group_sizes.dtype)
+    is_used = (numbers < group_sizes[:, None])[..., None]
+
+    def of_experts(x: jax.Array) -> jax.Array:
+        own = jnp.take(store(x), starts[:, None] + numbers, axis=0, mode="clip")
+        return load(jnp.where(is_used, own, 0), x.dtype)
+
+    left, right = of_experts(rows), of_experts(d_product)
+    pair = (left, right) if axis == 1 else (right, left)
+    over_rows = (((1,), (1,)), ((0,), (0,)))
+    kind = accumulator(rows.dtype)
+    outer = lax.dot_general(*pair, over_rows, preferred_element_type=kind)
+    return outer.astype(weights.dtype)
 
 
 def _block(

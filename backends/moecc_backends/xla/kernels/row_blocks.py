@@ -30,17 +30,22 @@ _LARGE = (512, 256, 192, 128, 64, 32)
 _MEDIUM = (256, 64, 16)
 _SMALL = (128, 32, 8)
 
+_LARGEST_COVER, _FEW = 512, 192
+"""Rows of the largest mean that sizes are made for, and of the least with sizes of its own."""
+
 
 def block_sizes(num_rows: int, num_experts: int) -> tuple[int, ...]:
     """Choose descending block sizes for `num_rows` rows of `num_experts` experts.
 
     Large blocks are offered even where the mean is small, so that a router that sends
-    everything to one expert costs no more than a balanced one.
+    everything to one expert costs no more than a balanced one.  None holds all rows, if another
+    does for it: it would start at the first row in every turn, and XLA makes what no turn changes
+    before the loop, even for experts for which that has no turns.
     """
     mean = num_rows / num_experts
     sizes = _LARGE if mean >= 128 else _MEDIUM if mean >= 32 else _SMALL
     largest = min(num_rows, max(mean, 256))
-    return tuple(size for size in sizes if size <= largest) or (num_rows,)
+    return tuple(size for size in sizes if size <= largest and size < num_rows) or (num_rows,)
 
 
 def walk_blocks(
@@ -68,13 +73,22 @@ def walk_blocks(
 def cover_sizes(num_rows: int, num_experts: int) -> tuple[int, ...]:
     """Choose ascending sizes for `cover_blocks`, of `num_rows` rows of `num_experts` experts.
 
-    Around the mean they are close, as a block is about as large as what an expert gets.
+    Around the mean they are close, as a block is about as large as what an expert gets: what it
+    has too many of is multiplied for nothing.
     """
-    mean = num_rows / num_experts
-    step = 64 if mean >= 384 else 32 if mean >= 192 else 16
-    sizes = (step // 2, *range(step, 9 * step + 1, step))
+    mean = min(num_rows / num_experts, _LARGEST_COVER)
+    if mean < _FEW:
+        sizes = [8, *range(16, 145, 16)]
+    else:
+        few = [_to_16(mean * share) for share in (1 / 8, 1 / 4, 1 / 2, 3 / 4)]
+        step = 16 if mean < 2 * _FEW else 32
+        sizes = [*few, *range(_to_16(mean * 7 / 8), _to_16(mean * 9 / 8) + 1, step)]
     enough = next((n for n, size in enumerate(sizes) if size >= num_rows), len(sizes) - 1)
-    return sizes[: enough + 1]
+    return tuple(sizes[: enough + 1])
+
+
+def _to_16(rows: float) -> int:
+    return 16 * max(1, round(rows / 16))
 
 
 def overhang(sizes: tuple[int, ...]) -> int:
