@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from moecc.ir.graph import Value
 from moecc_backends.xla.dispatch.block_layer import Given, Layer
 from moecc_backends.xla.dispatch.block_rows import BlockOfExpert, matrix_product
-from moecc_backends.xla.dispatch.block_walk import Made, Place
+from moecc_backends.xla.dispatch.block_walk import BlockAt, Made
 from moecc_backends.xla.kernels.grouped_matmul import block_product, outer_product
 from moecc_backends.xla.trace.dtypes import accumulator
 from moecc_backends.xla.trace.padding_rows import zeroed
@@ -42,7 +42,7 @@ def forward(layer: Layer, given: Given) -> tuple[jax.Array, Kept]:
     """Return what each token gets, and what the gradient needs."""
     outside = layer.outside(given)
 
-    def work(block: BlockOfExpert, own: Mapping[Value, jax.Array], place: Place) -> Made:
+    def work(block: BlockOfExpert, own: Mapping[Value, jax.Array], place: BlockAt) -> Made:
         products: list[jax.Array] = []
 
         def product(rows: jax.Array, matrix: jax.Array, axis: int) -> jax.Array:
@@ -69,7 +69,7 @@ def backward(layer: Layer, kept: Kept, d_total: jax.Array) -> tuple[Given]:
     of_expert = [v for v in smooth if v in stacks]
     shared = [v for v in smooth if v not in stacks]
 
-    def work(block: BlockOfExpert, own: Mapping[Value, jax.Array], place: Place) -> Made:
+    def work(block: BlockOfExpert, own: Mapping[Value, jax.Array], place: BlockAt) -> Made:
         size = block.choice_of_row.size
         moved = dispatched(layer, outside, block)
         mine = [_of_block(p, d_rows.shape[0], place, size) for p in products]
@@ -128,7 +128,7 @@ def _of_tokens(layer: Layer, given: Given, d_moved: Sequence[jax.Array]) -> dict
     return dict(zip(sources, pull(list(d_moved))[0], strict=True))
 
 
-def _of_block(products: jax.Array, rows: int, place: Place, size: int) -> jax.Array:
+def _of_block(products: jax.Array, rows: int, place: BlockAt, size: int) -> jax.Array:
     """Return a block of products ``[parts, rows, …]``, each of which may be several a row."""
     times = products.shape[1] // rows
     at = place.of_kept(times, products.ndim)

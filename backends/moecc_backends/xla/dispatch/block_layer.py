@@ -18,7 +18,7 @@ from moecc.ir.graph import Node, Value
 from moecc.ir.traits import RowMove
 from moecc_backends.xla.dispatch.all_experts import sliced_by_expert
 from moecc_backends.xla.dispatch.block_rows import BlockOfExpert
-from moecc_backends.xla.dispatch.block_walk import BlockWalk, Made, Place, Work
+from moecc_backends.xla.dispatch.block_walk import BlockAt, BlockWalk, Made, Work
 from moecc_backends.xla.dispatch.parts import Parts, ends_in_product
 from moecc_backends.xla.dispatch.permutation import Permutation
 from moecc_backends.xla.dispatch.sorted_rows import SortedRows
@@ -145,7 +145,7 @@ class Layer:
         """Return what each token gets, by one block after the other."""
         outside = self.outside(given)
 
-        def work(block: BlockOfExpert, own: Mapping[Value, jax.Array], place: Place) -> Made:
+        def work(block: BlockOfExpert, own: Mapping[Value, jax.Array], place: BlockAt) -> Made:
             return Made([self.made({**outside, **self.named(own)}, block)])
 
         return self.combined(given, self.walk(given, work).rows[0])

@@ -37,7 +37,7 @@ class Made(NamedTuple):
     shared: Sequence[jax.Array] = ()
 
 
-class Place(NamedTuple):
+class BlockAt(NamedTuple):
     """Where a block is: its expert, the part of the expert, and its first row."""
 
     expert: jax.Array
@@ -50,7 +50,7 @@ class Place(NamedTuple):
         return [jnp.asarray(i, self.first.dtype) for i in at]
 
 
-Work = Callable[["BlockOfExpert", "Mapping[Value, jax.Array]", Place], Made]
+Work = Callable[["BlockOfExpert", "Mapping[Value, jax.Array]", BlockAt], Made]
 """Makes something of a block and what its expert has of stacks, or a part of that."""
 
 
@@ -98,7 +98,7 @@ class BlockWalk:
         block = self._block_of(expert, part, end)
 
         def step(first: jax.Array, size: int, sums: Made) -> Made:
-            return self._with_block(sums, block(first, size), Place(expert, part, first), size)
+            return self._with_block(sums, block(first, size), BlockAt(expert, part, first), size)
 
         return cover_blocks(end - count, count, self.sizes, step, sums)
 
@@ -112,11 +112,11 @@ class BlockWalk:
             choice = jax.lax.dynamic_slice_in_dim(choices, first, size)
             is_used = first + jnp.arange(size, dtype=first.dtype) < end
             rows = BlockOfExpert(self.layout.routing, choice, is_used)
-            return self.work(rows, own, Place(expert, part, first))
+            return self.work(rows, own, BlockAt(expert, part, first))
 
         return block
 
-    def _with_block(self, sums: Made, made: Made, place: Place, size: int) -> Made:
+    def _with_block(self, sums: Made, made: Made, place: BlockAt, size: int) -> Made:
         """Return what there is of all blocks so far, with one more."""
 
         def written(rows: jax.Array, block: jax.Array) -> jax.Array:

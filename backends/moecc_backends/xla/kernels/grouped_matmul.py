@@ -91,7 +91,8 @@ def _backward(
 ) -> tuple[jax.Array, jax.Array, None]:
     rows, weights, group_sizes = residuals
     d_rows = _walk_product(d_product, weights, group_sizes, 3 - axis)
-    gradient = _gradient_of_few if rows.shape[0] <= _FEW_ROWS else _walk_gradient
+    is_small = rows.shape[0] <= _FEW_ROWS and weights.dtype.itemsize >= 4
+    gradient = _gradient_of_few if is_small else _walk_gradient
     return d_rows, gradient(rows, d_product, weights, group_sizes, axis), None
 
 
@@ -173,7 +174,8 @@ def _gradient_of_few(
 ) -> jax.Array:
     """Return what `_walk_gradient` does, of few rows: all of them could be those of each expert.
 
-    Gradients are larger than what they are made of, and a loop writes them twice.
+    Gradients are larger than what they are made of, and a loop writes them twice.  Sums of narrow
+    ones would be an array of twice their size.
     """
     starts = jnp.cumsum(group_sizes) - group_sizes
     numbers = jnp.arange(rows.shape[0], dtype=group_sizes.dtype)
