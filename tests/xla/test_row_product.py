@@ -46,12 +46,12 @@ def test_gradient_of_the_matrix_copies_no_rows() -> None:
 
 FAULTS = """
 import resource, sys
-if len(sys.argv) > 1:
+if len(sys.argv) > 2:
     from moecc_backends.xla.run.host_memory import keep_freed_memory
     keep_freed_memory()
 import jax, jax.numpy as jnp
 run = jax.jit(lambda x: jnp.outer(x, x))
-x = jnp.arange(3000.0)
+x = jnp.arange(float(sys.argv[1]))
 for _ in range(12):
     run(x).block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -63,12 +63,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
-def test_freed_memory_is_kept_for_the_next_step() -> None:
+@pytest.mark.parametrize("side", [3000, 17000], ids=["36 MB", "1.2 GB"])
+def test_freed_memory_is_kept_for_the_next_step(side: int) -> None:
     def faults(*words: str) -> int:
-        command = [sys.executable, "-c", FAULTS, *words]
+        command = [sys.executable, "-c", FAULTS, str(side), *words]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         return int(done.stdout)
 
-    pages = 3 * 4 * 3000**2 // 4096
-    assert faults() > pages / 2, "a result of 36 MB is cleared in each run"
+    pages = 3 * 4 * side**2 // 4096
+    assert faults() > pages / 2, "the result is cleared in each run"
     assert faults("kept") < pages / 100
