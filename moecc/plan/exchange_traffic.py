@@ -119,7 +119,7 @@ def _is_last(layer: SparseLayer, steps: Mapping[Node, Step]) -> bool:
     pending, seen = [layer.combine.node], set[Node]()
     while pending:
         users = {u for v in pending.pop().results for u in v.users if u in steps} - seen
-        if any(user.op.name != "add" for user in users):
+        if not all(user.op.is_sum for user in users):
             return False
         seen |= users
         pending.extend(users)

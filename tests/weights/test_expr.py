@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import threading
+import weakref
 
 import pytest
 
@@ -153,14 +154,15 @@ def test_copies_are_the_same_object() -> None:
 def test_expressions_do_not_stay_in_memory() -> None:
     from moecc.weights import expr
 
-    # What other tests left behind may go at any time, so it goes first.
-    gc.collect()
-    before = len(expr._table)
     made = [Tile(Source(f"gone {i}", W.type), "expert", 2) for i in range(50)]
-    assert len(expr._table) == before + 100
+    seen = [weakref.ref(e) for e in made] + [weakref.ref(e.x) for e in made]
+    assert {id(e) for e in made} <= {id(e) for e in expr._table.values()}
+    before = len(expr._table)
     del made
     gc.collect()
-    assert len(expr._table) == before
+    # What other tests left behind may go at the same time.
+    assert not any(each() for each in seen)
+    assert len(expr._table) <= before - 100
 
 
 def test_threads_agree_on_the_object() -> None:

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from moecc.errors import InputError
 from moecc.ir.graph import Node, Value
 from moecc.ir.sharding_rules import Given, sharded_results, space_of
-from moecc.ir.traits import Cost
 from moecc.types.tensor import TensorType
 from moecc_backends.xla.dispatch.all_experts import sliced_by_expert
 from moecc_backends.xla.trace.dtypes import load, store
@@ -123,7 +122,7 @@ def ends_in_product(rows: DeferredRows, stacks: Mapping[Value, Named]) -> bool:
 
 
 def _is_product(node: Node, stacks: Mapping[Value, Named]) -> bool:
-    return node.op.cost is Cost.PRODUCT and any(v in stacks for v in node.operands)
+    return node.op.is_product and any(v in stacks for v in node.operands)
 
 
 def _can_cut(rows: DeferredRows, stacks: Mapping[Value, Named], axis: str) -> bool:
