@@ -103,6 +103,7 @@ def prepare(request: Request) -> PreparedJob:
         machine, strategy.layout, _sizes(graph, batch, parts), setting, request.emit,
         request.export, request.partition,
         update_of(request.optimizer, request.sets) if train else None, request.overlap,
+        request.quick,
     )  # fmt: skip
     estimate = Estimator(work, machine, setting).estimate(strategy)
     return PreparedJob(step, job, asked, estimate, bound, pipeline, tuple(remarks))

@@ -64,6 +64,7 @@ class CompileReport(TypedDict):
     via: str | None
     sliced: bool
     pipeline: str
+    quick: bool
     capacity: BoundReport | None
     remarks: list[str]
     seconds: CompileSeconds

@@ -44,6 +44,7 @@ class Request:
       emit: of `EMITS`, the program that is wanted besides.
       export: whether an artefact of ``jax.export`` is.
       overlap: whether the compiler is to have collectives beside products.
+      quick: whether it is to take as little time as it can, at the price of the program's speed.
       load: files with families and passes of the user's own.
       pipeline: passes that are run before those of the step.
       sets: settings of the optimizer, ``optimizer.key=value``.
@@ -71,6 +72,7 @@ class Request:
     emit: str | None = None
     export: bool = False
     overlap: bool = False
+    quick: bool = False
     load: tuple[str, ...] = ()
     pipeline: str = ""
     sets: tuple[str, ...] = ()
@@ -100,6 +102,7 @@ class Job:
       partition: one of `PARTITIONS`.
       update: the optimizer of a training step and its settings; None for the forward pass.
       overlap: whether the compiler is to have collectives beside products.
+      quick: whether it is to take as little time as it can, at the price of the program's speed.
     """
 
     machine: Machine
@@ -111,6 +114,7 @@ class Job:
     partition: str = EXPLICIT
     update: OptimizerSection | None = None
     overlap: bool = False
+    quick: bool = False
 
 
 @dataclass(frozen=True)

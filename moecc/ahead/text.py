@@ -41,7 +41,7 @@ def _heading(data: CompileReport) -> Iterator[str]:
     seconds, host = data["seconds"], size_text(data["host_peak_bytes"])
     yield (
         f"  compiled     in {seconds['compile']:.1f} s after {seconds['lower']:.1f} s of lowering, "
-        f"with {host} of host memory"
+        f"with {host} of host memory{', with the least effort' if data['quick'] else ''}"
     )
 
 

@@ -74,6 +74,7 @@ def report(request: Request, prepared: PreparedJob, result: Result) -> CompileRe
         "via": estimate.strategy.via if work.experts else None,
         "sliced": estimate.strategy.sliced,
         "pipeline": prepared.pipeline,
+        "quick": job.quick,
         "capacity": _bound(prepared.bound),
         "remarks": list(prepared.remarks),
         "seconds": {"lower": result.lower_seconds, "compile": result.compile_seconds},

@@ -116,6 +116,9 @@ class CompileRequest:
     overlap: Annotated[
         bool, typer.Option("--overlap", help="For v5p: gathers and reductions beside products.")
     ] = False
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The least effort of the compiler; a slower program.")
+    ] = False
     capacity_factor: Annotated[
         float | None, typer.Option("--capacity-factor", help="Bounds the rows of an expert.")
     ] = None
@@ -197,7 +200,7 @@ def ahead_request(request: CompileRequest) -> Request:
         sliced=request.slice, chunks=request.chunks,
         capacity_factor=request.capacity_factor,
         emit=_value(request.emit),
-        export=request.save is not None, overlap=request.overlap,
+        export=request.save is not None, overlap=request.overlap, quick=request.quick,
         load=tuple(request.load or ()),
         pipeline=_pipeline(request),
         sets=_checked_sets(request),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from moecc.plan.machines import parse_machine
 from moecc.sharding.partitions import PARTITIONS
 from moecc.types.dtypes import F32
 from tests.support.tiers import few
@@ -155,7 +157,45 @@ def test_a_forward_pass_for_people(moecc: Moecc) -> None:
     lines = done.out.splitlines()
     assert "2 devices, forward pass, bf16" in lines[0]
     assert any("fits" in line for line in lines)
+    assert "effort" not in done.out
     assert done.err == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("machine", ["cpu:2", "tpu:v5e:2x2", "gpu:h100:2"])
+def test_a_quick_compilation_has_the_same_program(moecc: Moecc, machine: str) -> None:
+    from moecc_backends.xla.aot.topology import missing
+
+    kind = parse_machine(machine).kind
+    if (why := missing(kind)) is not None:
+        pytest.skip(why)
+    command = ("compile", MIXTRAL, "--machine", machine, "--step", "forward")
+    command = (*command, "--batch-tokens", "512", "--sequence", "64")
+    full, quick = (
+        moecc(*command, *more, "--format", "json").json() for more in ((), ("--quick",))
+    )
+    assert (full["quick"], quick["quick"]) == (False, True)
+    for same in ("flops", "pipeline", "predicted", "parameters"):
+        assert quick[same] == full[same]
+    assert quick["memory"]["arguments_bytes"] == full["memory"]["arguments_bytes"]
+    assert "with the least effort" in moecc(*command, "--quick").out
+
+
+def test_the_least_effort_is_asked_of_xla() -> None:
+    """Each of the options reaches the compiler, alone and beside those of overlap."""
+    from moecc_backends.xla.aot.compiler import options_of
+    from moecc_backends.xla.aot.overlap_options import overlap_options
+
+    from moecc.ahead.prepare import prepare
+    from moecc.ahead.request import Request
+
+    effort = "exec_time_optimization_effort"
+    request = Request(LLAMA, "cpu:2", "forward", 64, (16,), quick=True)
+    quick = prepare(Request.from_json(request.to_json())).job
+    assert options_of(quick) == {effort: -1.0}
+    assert options_of(replace(quick, quick=False)) == {}
+    pod = replace(quick, machine=parse_machine("tpu:v5p:2x2x2"), overlap=True)
+    assert options_of(pod) == {**overlap_options(pod.machine), effort: -1.0}
 
 
 @pytest.mark.slow

@@ -23,6 +23,9 @@ from moecc_backends.xla.aot.program import (
 from moecc_backends.xla.aot.topology import devices
 from moecc_backends.xla.train.abstract_step import AbstractStep, make_step
 
+LEAST_EFFORT = {"exec_time_optimization_effort": -1.0}
+"""What XLA may spend on a program's speed, from -1 to 1; by default 0."""
+
 
 def compile_ahead(graph: Graph, job: Job) -> Result:
     """Compile a step of `graph`, or lower it alone where only StableHLO is wanted.
@@ -47,8 +50,7 @@ def compile_ahead(graph: Graph, job: Job) -> Result:
     program = lowered.as_text() if job.emit == "stablehlo" else ""
     artefact = _exported(step, job) if job.export else b""
     try:
-        options = overlap_options(job.machine) if job.overlap else {}
-        compiled = compile_lowered(lowered, seconds, job.machine, options)
+        compiled = compile_lowered(lowered, seconds, job.machine, options_of(job))
     except DoesNotFit as error:
         took = time.perf_counter() - start - seconds
         return Result(
@@ -56,6 +58,12 @@ def compile_ahead(graph: Graph, job: Job) -> Result:
             program=program, artefact=artefact,
         )  # fmt: skip
     return _result(compiled, program if job.emit != "hlo" else compiled.hlo, artefact)
+
+
+def options_of(job: Job) -> dict[str, str | float]:
+    """Return the options of XLA with which a job is compiled."""
+    overlapping = overlap_options(job.machine) if job.overlap else {}
+    return {**overlapping, **(LEAST_EFFORT if job.quick else {})}
 
 
 def _result(compiled: Compiled, program: str, artefact: bytes) -> Result:

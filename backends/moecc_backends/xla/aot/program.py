@@ -110,7 +110,7 @@ def compile_lowered(
     lowered: Lowered,
     lowered_seconds: float,
     machine: Machine,
-    options: Mapping[str, str] | None = None,
+    options: Mapping[str, str | float] | None = None,
 ) -> Compiled:
     """Compile what `lower` returned, with `options` of XLA.
 
