@@ -171,9 +171,7 @@ def test_a_quick_compilation_has_the_same_program(moecc: Moecc, machine: str) ->
         pytest.skip(why)
     command = ("compile", MIXTRAL, "--machine", machine, "--step", "forward")
     command = (*command, "--batch-tokens", "512", "--sequence", "64")
-    full, quick = (
-        moecc(*command, *more, "--format", "json").json() for more in ((), ("--quick",))
-    )
+    full, quick = (moecc(*command, *more, "--format", "json").json() for more in ((), ("--quick",)))
     assert (full["quick"], quick["quick"]) == (False, True)
     for same in ("flops", "pipeline", "predicted", "parameters"):
         assert quick[same] == full[same]
