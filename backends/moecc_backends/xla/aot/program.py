@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from jax.stages import Lowered, Wrapped
 
@@ -119,7 +120,8 @@ def compile_lowered(
     """
     start = time.perf_counter()
     try:
-        compiled = lowered.compile(compiler_options=dict(options or {}) or None)
+        given: dict[str, Any] = dict(options or {})  # jax takes numbers, which its type leaves out
+        compiled = lowered.compile(compiler_options=given or None)
     except RuntimeError as error:
         raise refusal(error) from None
     seconds = time.perf_counter() - start
