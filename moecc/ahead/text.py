@@ -107,7 +107,8 @@ def _collectives(data: CompileReport) -> Iterator[str]:
         if "worst_bytes" in total:
             worst = size_text(total["worst_bytes"])
             yield f"      balanced: where all rows go to one device, {worst}"
-    yield from _overlap(data)
+    if not data["quick"]:  # Nothing is beside products where nothing was tried.
+        yield from _overlap(data)
 
 
 def _overlap(data: CompileReport) -> Iterator[str]:

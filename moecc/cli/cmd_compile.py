@@ -147,6 +147,7 @@ def compile_step(request: CompileRequest) -> int:
     from moecc.cli.files import check_writable, write_whole
     from moecc.support.signals import signals_raised
 
+    _check_effort(request)
     job = ahead_request(request if request.plan is None else planned(request, request.plan))
     if request.save is not None:
         check_writable(request.save, force=request.force)
@@ -205,6 +206,19 @@ def ahead_request(request: CompileRequest) -> Request:
         pipeline=_pipeline(request),
         sets=_checked_sets(request),
     )  # fmt: skip
+
+
+def _check_effort(request: CompileRequest) -> None:
+    """Raise UsageError if the least effort is to overlap, which it leaves out."""
+    from moecc.errors import UsageError
+
+    if request.quick and request.overlap:
+        raise UsageError(
+            "the least effort of the compiler puts no collective beside products",
+            expected="--quick or --overlap",
+            found="both",
+            hint="without --quick the report shows what overlaps",
+        )
 
 
 def _checked_sets(request: CompileRequest) -> tuple[str, ...]:

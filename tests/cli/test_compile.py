@@ -176,13 +176,13 @@ def test_a_quick_compilation_has_the_same_program(moecc: Moecc, machine: str) ->
     for same in ("flops", "pipeline", "predicted", "parameters"):
         assert quick[same] == full[same]
     assert quick["memory"]["arguments_bytes"] == full["memory"]["arguments_bytes"]
-    assert "with the least effort" in moecc(*command, "--quick").out
+    text = moecc(*command, "--quick").out
+    assert "with the least effort" in text
+    assert "beside products" not in text
 
 
 def test_the_least_effort_is_asked_of_xla() -> None:
-    """Each of the options reaches the compiler, alone and beside those of overlap."""
     from moecc_backends.xla.aot.compiler import options_of
-    from moecc_backends.xla.aot.overlap_options import overlap_options
 
     from moecc.ahead.prepare import prepare
     from moecc.ahead.request import Request
@@ -192,8 +192,6 @@ def test_the_least_effort_is_asked_of_xla() -> None:
     quick = prepare(Request.from_json(request.to_json())).job
     assert options_of(quick) == {effort: -1.0}
     assert options_of(replace(quick, quick=False)) == {}
-    pod = replace(quick, machine=parse_machine("tpu:v5p:2x2x2"), overlap=True)
-    assert options_of(pod) == {**overlap_options(pod.machine), effort: -1.0}
 
 
 @pytest.mark.slow
@@ -306,6 +304,7 @@ def test_an_exported_training_step_takes_the_state(moecc: Moecc, tmp_path: Path)
         (("--machine", "cpu:2", "--dtype", "f33"), 2, "unknown element type 'f33'"),
         (("--machine", "cpu:2", "--sequence", "many"), 2, "not lengths of a sequence"),
         (("--machine", "cpu:2", "--save", "nowhere/file"), 1, "does not exist"),
+        (("--machine", "tpu:v5p:2x2x2", "--quick", "--overlap"), 2, "no collective beside"),
     ],
 )
 def test_what_is_wrong_by_itself_is_told_at_once(

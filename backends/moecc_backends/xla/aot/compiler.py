@@ -24,7 +24,7 @@ from moecc_backends.xla.aot.topology import devices
 from moecc_backends.xla.train.abstract_step import AbstractStep, make_step
 
 LEAST_EFFORT = {"exec_time_optimization_effort": -1.0}
-"""What XLA may spend on a program's speed, from -1 to 1; by default 0."""
+"""What XLA may spend on the speed of a program, from -1 to 1; its default is 0."""
 
 
 def compile_ahead(graph: Graph, job: Job) -> Result:
