@@ -36,7 +36,7 @@ CASES = [
 ]  # fmt: skip
 
 
-QUICK = (("capacity", "gather"),)
+QUICK = (("capacity", "gather"), ("ragged", "blocks"))
 
 
 @cache

@@ -77,8 +77,9 @@ class BlockOfExpert:
         return replace(rows, are_tokens=True)
 
     def permute_gates(self, gates: jax.Array) -> Rows:
-        """Gather the gates of rows from those of choices."""
-        return Rows(jnp.take(gates.reshape(-1), self.choice_of_row, mode="clip"), (), self)
+        """Gather the gates of rows from those of choices; a gradient comes from used rows."""
+        rows = jnp.take(gates.reshape(-1), self.choice_of_row, mode="clip")
+        return Rows(with_masked_gradient(rows, self.is_used), (), self)
 
     def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array | None) -> Named:
         """Not for a block: a token has rows in several."""
