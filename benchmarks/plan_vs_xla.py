@@ -67,6 +67,19 @@ class Pair:
         ]  # fmt: skip
 
 
+def report_of(command: list[str]) -> dict[str, Any]:
+    """Return the report of a command line of ``moecc compile``.
+
+    Raises:
+      RuntimeError: nothing was compiled; with what the command said last.
+    """
+    done = subprocess.run(command, capture_output=True, text=True)
+    report: dict[str, Any] = json.loads(done.stdout) if done.stdout.startswith("{") else {}
+    if not report.get("memory"):
+        raise RuntimeError("".join(done.stderr.strip().splitlines()[-1:]))
+    return report
+
+
 PARTS, CHUNKS = ("--micro-batches", "2"), ("--chunks", "2")
 SEQUENCE = ("--rules", "fsdp,tensor-parallel,sequence-parallel")
 FACTORED = ("--optimizer", "adafactor")
@@ -206,11 +219,10 @@ def main() -> None:
     print("\n".join(rows), flush=True)
     good = 0
     for name in given.names or PAIRS:
-        done = subprocess.run([*PAIRS[name].command, *more], capture_output=True, text=True)
-        report = json.loads(done.stdout) if done.stdout.startswith("{") else {}
-        if not report.get("memory"):
-            last = done.stderr.strip().splitlines()[-1:]
-            print(f"{name} is left out: {''.join(last)}", file=sys.stderr, flush=True)
+        try:
+            report = report_of([*PAIRS[name].command, *more])
+        except RuntimeError as error:
+            print(f"{name} is left out: {error}", file=sys.stderr, flush=True)
             continue
         row, within = row_of(PAIRS[name], report, bounds)
         rows.append(row)

@@ -11,15 +11,12 @@ the full one, the median over the repetitions.  Exit code 1 if a program could n
 from __future__ import annotations
 
 import argparse
-import json
 import resource
-import subprocess
 import sys
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from plan_vs_xla import PAIRS, Pair, figures
+from plan_vs_xla import PAIRS, Pair, figures, report_of
 
 NAMES = ("smollm2", "llama", "llama-gpu", "mixtral", "mixtral-dropless", "st-moe-l", "st-moe-32b")
 HEAD = (
@@ -37,12 +34,8 @@ def compiled(pair: Pair, quick: bool) -> tuple[float, ...]:
       RuntimeError: it could not be compiled.
     """
     before = _processor_seconds()
-    command = [*pair.command, *(["--quick"] if quick else [])]
-    done = subprocess.run(command, capture_output=True, text=True)
+    report = report_of([*pair.command, *(["--quick"] if quick else [])])
     spent = _processor_seconds() - before
-    report: dict[str, Any] = json.loads(done.stdout) if done.stdout.startswith("{") else {}
-    if not report.get("memory"):
-        raise RuntimeError("".join(done.stderr.strip().splitlines()[-1:]))
     found = figures(report)[0]
     return (
         spent, report["seconds"]["compile"], report["host_peak_bytes"],
