@@ -43,6 +43,11 @@ class TriedHint:
 
 TRIED_HINTS = (
     TriedHint(
+        "without --quick the report shows what overlaps",
+        f"{COMPILE} --quick --overlap",
+        f"{COMPILE} --overlap",
+    ),
+    TriedHint(
         "--time-limit allows more", f"{COMPILE} --time-limit 0.01", f"{COMPILE} --time-limit 600"
     ),
     TriedHint(
