@@ -191,7 +191,7 @@ def _run(argv: list[str]) -> int:
         if not argv:  # this is the help
             say(error.format_message())
         else:
-            show_error(_in_our_style(error))
+            show_error(_in_our_style(error, argv))
         return int(error.exit_code)
     # Some versions of typer turn an interrupt into this code themselves.
     if result == _INTERRUPTED:
@@ -208,11 +208,15 @@ _COMPLETION = "_MOECC_COMPLETE"
 _UsageError: Any = typer.BadParameter.__mro__[1]
 
 
-def _in_our_style(error: Any) -> UsageError:
-    """Return an error of click as moecc's own: the words, and which help answers them."""
+def _in_our_style(error: Any, argv: Sequence[str]) -> UsageError:
+    """Return an error of click as moecc's own: the words, and which help answers them.
+
+    Where an option lacks its value, click does not say of which command.
+    """
     words = " ".join(error.format_message().split()).removesuffix(".")
     words = words[:1].lower() + words[1:] if not words[:2].isupper() else words
-    command = error.ctx.command_path if error.ctx is not None else "moecc"
+    named = [f"moecc {word}" for word in argv[:1] if word in COMMANDS]
+    command = error.ctx.command_path if error.ctx is not None else (*named, "moecc")[0]
     return UsageError(words, hint=f"{command} --help")
 
 

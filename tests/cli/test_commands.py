@@ -44,6 +44,24 @@ def test_each_help_shows_an_example(moecc: Callable, command: str) -> None:
     assert f"moecc {command}" in done.out.partition("Example")[2]
 
 
+@pytest.mark.parametrize(
+    ("words", "help_of"),
+    [
+        (["--nope"], "moecc"),
+        (["nope"], "moecc"),
+        (["plan"], "moecc plan"),
+        (["plan", "--nope"], "moecc plan"),
+        (["plan", "x", "--sweep"], "moecc plan"),
+    ],
+)
+def test_wrong_words_name_the_help_of_their_command(
+    moecc: Callable, words: list[str], help_of: str
+) -> None:
+    done = moecc(*words)
+    assert done.code == 2
+    assert done.err.endswith(f"hint: {help_of} --help\n")
+
+
 def test_version(moecc: Callable) -> None:
     from moecc import __version__
 
