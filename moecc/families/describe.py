@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 
 from moecc.analysis.groups import scales_norms
-from moecc.families.experts import ExpertLayer, choices_kept, expert_layers, rows_of
+from moecc.families.experts import ExpertLayer, choices_kept, expert_layers, rows_of, rows_per_token
 from moecc.families.flops import SequenceFlops, sequence_flops
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.traits import Cost
@@ -167,7 +167,7 @@ def _counted(node: Node, tokens: set[str], *, given: bool) -> tuple[float, list[
     """Return how often a product is computed for a token, and the sizes of its axes.
 
     Windows that a graph with tokens attends along are no axes of a token's product; experts count
-    once a choice.
+    once a row.
     """
     axes = {a.name: a.size for v in (*node.operands, node.result) for a in v.type}
     along = () if node.op.attends or not given else node.mixes
@@ -175,7 +175,7 @@ def _counted(node: Node, tokens: set[str], *, given: bool) -> tuple[float, list[
     rows = rows_of(node.operands)
     if rows is not None:
         left |= {"group", "expert", "slot"}
-    times = 1.0 if rows is None else choices_kept(rows)
+    times = 1.0 if rows is None else rows_per_token(rows)
     return times, [size for name, size in axes.items() if name not in left]
 
 

@@ -157,22 +157,37 @@ def rows_of(operands: Iterable[Value]) -> Value | None:
     return next((v for v in operands if "slot" in v.type and v.type.extents), None)
 
 
-def choices_kept(rows: Value, *, bounded: bool = True) -> float:
-    """Return the number of rows per token: the choices, or as many as a capacity allows.
+def rows_per_token(rows: Value) -> float:
+    """Return the rows that experts compute for a token, those that hold none of it included.
+
+    Under a capacity these are the slots of all experts over the tokens; otherwise the choices.
 
     Args:
       rows: a value between ``dispatch`` and ``combine``.
-      bounded: whether a capacity counts; otherwise all choices do.
     """
-    slots = setter_of(rows.type.extents[0])
-    node = assigner(slots)
+    node = assigner(setter_of(rows.type.extents[0]))
     attrs = SlotAttrs.of_node(node)
-    choices: int = prod(
-        a.size for a in slots.type if a.name not in attrs.tokens and isinstance(a.size, int)
-    )
-    # Where experts choose, a token has as many choices as experts, and few are taken.
-    if attrs.slots == "ragged" or (not bounded and not node.op.chooses):
-        return choices
+    if attrs.slots == "ragged":
+        return _choices(rows)
     factor = attrs.capacity_factor
-    bound = factor * choices if attrs.convention == "assignments" else factor
+    bound = factor * _choices(rows) if attrs.convention == "assignments" else factor
     return min(bound, float(attrs.experts))
+
+
+def choices_per_token(rows: Value) -> float:
+    """Return the experts that a token asks for, whether or not a capacity drops some."""
+    # Where experts choose, a token has as many choices as experts, and few are taken.
+    if assigner(setter_of(rows.type.extents[0])).op.chooses:
+        return rows_per_token(rows)
+    return _choices(rows)
+
+
+def choices_kept(rows: Value) -> float:
+    """Return the experts that a token meets at most, in the mean: its choices, or fewer slots."""
+    return min(choices_per_token(rows), rows_per_token(rows))
+
+
+def _choices(rows: Value) -> int:
+    slots = setter_of(rows.type.extents[0])
+    tokens = SlotAttrs.of_node(assigner(slots)).tokens
+    return prod(a.size for a in slots.type if a.name not in tokens and isinstance(a.size, int))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from moecc.families.experts import choices_kept, rows_of
+from moecc.families.experts import choices_per_token, rows_of, rows_per_token
 from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.table.slots import assigner
@@ -75,7 +75,7 @@ def _work(node: Node, lengths: Mapping[str, int]) -> float:
         return 2.0 * node.op.products * each
     inner = (s for n, s in sizes.items() if n not in ("group", "expert", "slot"))
     each = prod(s for s in inner if isinstance(s, int))
-    return 2.0 * each * _dispatched_tokens(rows, lengths) * choices_kept(rows)
+    return 2.0 * each * _dispatched_tokens(rows, lengths) * rows_per_token(rows)
 
 
 def _size(name: str, size: object, lengths: Mapping[str, int]) -> int:
@@ -95,7 +95,7 @@ def _as_in_papers(node: Node, lengths: Mapping[str, int]) -> float:
     """Return by what a paper's count of a product differs from the graph's."""
     rows = rows_of(node.operands)
     if rows is not None:
-        return choices_kept(rows, bounded=False) / choices_kept(rows)
+        return choices_per_token(rows) / rows_per_token(rows)
     made = [*node.results, *(node.operands if node.op.attends else ())]
     keys = next((v.type["kv_seq"] for v in made if "kv_seq" in v.type), None)
     if "cross_attention" not in node.loc or keys is None:

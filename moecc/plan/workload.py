@@ -12,7 +12,7 @@ from functools import cached_property
 from math import prod
 
 from moecc.errors import InputError
-from moecc.families.experts import choices_kept
+from moecc.families.experts import choices_kept, rows_per_token
 from moecc.ir.attributes import ProductAttrs, RouteAttrs, SlotAttrs
 from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.mesh import mesh_of
@@ -193,7 +193,7 @@ class _Reader:
         slots = setter_of(value.type.extents[0])
         node = assigner(slots)
         tokens = prod(self._size(slots.type[n].size) for n in SlotAttrs.of_node(node).tokens)
-        return tokens * choices_kept(value) / self._size(value.type["expert"].size)
+        return tokens * rows_per_token(value) / self._size(value.type["expert"].size)
 
     def of_experts(self, value: Value) -> bool:
         """Whether a parameter has a part for each expert, which meets rows."""
@@ -325,7 +325,7 @@ class _Reader:
         exact = 1.0
         if rows is not None:
             # Choices beyond a capacity are dropped, and ask for nothing.
-            exact = min(1.0, choices_kept(rows, bounded=False) / choices_kept(rows))
+            exact = choices_kept(rows) / rows_per_token(rows)
         operands = tuple(map(self.shape, node.operands))
         results = tuple(map(self.shape, node.results))
         # Along an axis that windows run along, the places of the result count.

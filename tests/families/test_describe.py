@@ -131,6 +131,17 @@ def test_a_capacity_bounds_the_work() -> None:
     assert sparse.flops_per_token == dense.flops_per_token + ffn // 4 + 2 * 30 * 576 * 8
 
 
+def test_slots_for_more_than_the_choices_are_work_and_no_parameters() -> None:
+    graph = build(parse_config(SMOLLM2))
+    dense = describe(graph)
+    options = {"slots": "capacity", "capacity_factor": 2.0, "gates": "switch"}
+    UpcyclePass(experts=8, top_k=1, **options).apply(graph, Context())
+    sparse = describe(graph)
+    router, ffn = 30 * 576 * 8, dense.parameters.groups["ffn"]
+    assert sparse.parameters.active == dense.parameters.total + router
+    assert sparse.flops_per_token == dense.flops_per_token + 2 * (ffn + router)
+
+
 def test_a_description_is_json() -> None:
     facts = describe(build(parse_config(MIXTRAL)))
     data = json.loads(json.dumps(facts.to_json()))
