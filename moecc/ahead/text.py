@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moecc.ahead.report_types import CompileReport
-from moecc.plan.report import parts_text
+from moecc.plan.report import batch_text
 from moecc.support.text import count_text, size_text
 
 
@@ -19,17 +19,15 @@ def compile_text(data: CompileReport) -> str:
 
 
 def _heading(data: CompileReport) -> Iterator[str]:
-    machine, batch = data["machine"], data["batch"]
+    machine = data["machine"]
     step = f"training with {data['optimizer']}" if data["optimizer"] else "forward pass"
     mesh = " x ".join(f"{name} {size}" for name, size in data["mesh"].items())
-    lengths = " + ".join(map(str, batch["lengths"].values()))
     yield (
         f"{data['model']} for {machine['name']}: {machine['devices']:,} devices, {step}, "
         f"{data['dtype']}, weights {data['weight_dtype']}"
     )
     yield f"  parameters   {data['parameters']:,}"
-    sequences = f"{batch['sequences']:,} sequences of {lengths}"
-    yield f"  batch        {batch['tokens']:,} tokens: {sequences}{parts_text(batch)}"
+    yield f"  batch        {batch_text(data['batch'])}"
     capacity = data["capacity"]
     bound = (
         "" if capacity is None else f", capacity {capacity['factor']} x {capacity['convention']}"
@@ -85,7 +83,10 @@ def _work(data: CompileReport) -> Iterator[str]:
     flops, model = data["flops"], data["model_flops"]
     yield f"    {'FLOPs':<11}{count_text(flops):>12}{count_text(data['predicted']['flops']):>12}"
     share = model / max(flops, 1)
-    yield f"    of the model alone {count_text(model)}, {share:.0%} of what is computed"
+    # What kernels and loops hide is said below; without them only attention computes less.
+    skips = share > 1 and not data["opaque"] and not data["unknown_loops"]
+    more = ": attention skips blocks of masked scores" if skips else ""
+    yield f"    of the model alone {count_text(model)}, {share:.0%} of what is computed{more}"
     if data["unknown_loops"]:
         yield f"    {data['unknown_loops']} loops of unknown length are counted once"
     for name, count in data["opaque"].items():

@@ -179,7 +179,7 @@ def plan_text(planned: Plan, out: str, dry_run: bool) -> str:
         f"  preserves   {planned.preserves}",
         f"  parameters  {count_text(planned.parameters)}, "
         f"{count_text(facts.parameters.active)} active per token",
-        f"  FLOPs       {count_text(facts.flops_per_token)} per token",
+        f"  FLOPs       {count_text(facts.flops_per_token)} per {facts.unit}",
         f"  on disk     {size_text(planned.size_bytes)} in {len(planned.tensors)} tensors, "
         f"{planned.dtype_name}",
         *([f"  runs in     {summary(planned.engines)}"] if planned.engines else []),

@@ -51,7 +51,7 @@ class Description:
       stacks: the number of layers of encoder and decoder, if there are both.
       parameters: the parameter counts.
       flops_per_token: of all products with parameters, a multiplication and an addition each; in
-        an encoder-decoder, for one token of either.
+        an encoder-decoder, for one token of either; of fixed sizes, for one input.
       attention_flops_per_token: FLOPs of attention per position attended to.
       sequence: the FLOPs of one sequence, at the lengths of ST-MoE's pre-training.
       expert_layers: the mixtures of experts.
@@ -65,6 +65,11 @@ class Description:
     attention_flops_per_token: int
     sequence: SequenceFlops
     expert_layers: tuple[ExpertLayer, ...]
+
+    @property
+    def unit(self) -> str:
+        """What FLOPs are counted for: a token, or an input where all sizes are fixed."""
+        return "token" if self.sequence.lengths else "input"
 
     def __repr__(self) -> str:
         return brief("moecc.Description", self._rows())
@@ -80,7 +85,7 @@ class Description:
             ("family", self.family), ("layers", str(self.layers)),
             ("parameters", f"{count_text(self.parameters.total)} ({groups})"),
             ("active", f"{count_text(self.parameters.active)} per token"),
-            ("FLOPs", f"{count_text(self.flops_per_token)} per token"),
+            ("FLOPs", f"{count_text(self.flops_per_token)} per {self.unit}"),
             ("expert layers", str(len(self.expert_layers) or "")),
         ]  # fmt: skip
 
@@ -145,7 +150,8 @@ def count_parameters(graph: Graph) -> Parameters:
 def flops(graph: Graph) -> tuple[int, int]:
     """Return FLOPs per token: the constant part, and the part per position attended to.
 
-    Only products are counted, two operations each.  Experts count once per choice of a token.
+    Only products are counted, two operations each.  Experts count once per row that they compute.
+    Where all sizes are fixed, as of images, they are those of one input.
     """
     given = [v for v in graph.inputs.values() if v.type.dtype.kind == "int"]
     # A graph that takes no tokens is counted for one input of the size that it takes.

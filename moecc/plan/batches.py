@@ -29,12 +29,12 @@ class Batch:
 
     @property
     def sequence_tokens(self) -> int:
-        """Tokens of one sequence, of encoder and decoder together."""
-        return sum(length for _, length in self.lengths)
+        """Tokens of one sequence, of encoder and decoder together; where sizes are fixed, one."""
+        return sum(length for _, length in self.lengths) or 1
 
     @property
     def tokens(self) -> int:
-        """Tokens of the batch."""
+        """Tokens of the batch; where all sizes are fixed, its inputs."""
         return self.sequences * self.sequence_tokens
 
     def size(self, variable: str) -> int:
@@ -99,13 +99,14 @@ def make_batch(
         near = max(1, round(tokens / each)) * each
         raise InputError(
             "the batch is not whole sequences",
-            expected=f"a multiple of {each} tokens", found=str(tokens), hint=f"{near} would be",
+            expected=f"a multiple of {each} tokens", found=str(tokens),
+            hint=f"{near} would be",
         )  # fmt: skip
     sequences, odd = divmod(tokens // each, micro_batches)
     if odd:
         raise InputError(
             "the batch is not whole micro-batches",
             expected=f"a multiple of {micro_batches} sequences", found=str(tokens // each),
-            hint=f"{max(1, sequences) * micro_batches * each} tokens would be",
+            hint=f"{max(1, sequences) * micro_batches * each} would be",
         )  # fmt: skip
     return Batch(sequences, tuple(zip(names, lengths, strict=True)))

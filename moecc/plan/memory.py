@@ -116,14 +116,16 @@ def memory(
             # Gradients of layers come when the logits have gone.
             head - (stored * width if training else 0.0),
         ),
-        # Tokens, and in training what they should be, of all micro-batches.
-        inputs=4.0
-        * (1 + training)
-        * work.batch.tokens
-        * config.micro_batches
-        / strategy.layout.shards["batch"],
+        inputs=_inputs(work, config) / strategy.layout.shards["batch"],
         gaps=_gaps(work, config, strategy, kind),
     )
+
+
+def _inputs(work: Workload, config: StepConfig) -> float:
+    """Return the bytes of tokens and features, and in training of targets, of all micro-batches."""
+    tokens = 4.0 * work.batch.tokens * (bool(work.batch.lengths) + config.train)
+    features = sum(shape.elements for shape in work.features) * config.dtype.itemsize_bytes
+    return (tokens + features) * config.micro_batches
 
 
 def _gaps(work: Workload, config: StepConfig, strategy: Strategy, kind: str) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from moecc.plan.chart import COLOURS, shown_parts, subtitle
-from moecc.plan.report import parts_text
+from moecc.plan.report import batch_text
 from moecc.plan.report_types import PartReport, Report, SummaryReport
 from moecc.plan.search import seconds_text
 from moecc.support.page import figure_html, page, require_figures, table
@@ -42,14 +42,12 @@ def plan_page(data: Report, searched: Sequence[SummaryReport], pipeline: str = "
 
 
 def _facts(data: Report, pipeline: str) -> str:
-    machine, batch, best = data["machine"], data["batch"], data["best"]
-    lengths = ", ".join(f"{name} {size:,}" for name, size in batch["lengths"].items())
+    machine, best = data["machine"], data["best"]
     rows = [
         ("pipeline", pipeline or "none"),
         ("step", f"{data['step']}, {data['dtype']}, parameters {data['weight_dtype']}"
                  + (f", {data['optimizer']}" if data["optimizer"] else "")),
-        ("batch", f"{batch['tokens']:,} tokens in {batch['sequences']:,} sequences; {lengths}"
-                  + parts_text(batch)),
+        ("batch", batch_text(data["batch"])),
         ("parameters", count_text(data["parameters"])),
         ("devices", f"{machine['devices']:,}"),
         ("rules", ", ".join(best["rules"])),

@@ -182,17 +182,15 @@ def _within(row: str) -> list[str]:
 
 def _heading(data: Report) -> list[str]:
     best, machine, batch = data["best"], data["machine"], data["batch"]
-    lengths = " and ".join(f"{n}" for n in batch["lengths"].values())
     step = f"training with {data['optimizer']}" if data["step"] == "train" else "forward pass"
+    rate = batch["tokens"] / best["seconds"] / machine["devices"]
     return [
         f"{data['model']} on {machine['name']}: {machine['devices']} devices, {step}, "
         f"{data['dtype']}, weights {data['weight_dtype']}",
-        f"  batch       {batch['tokens']:,} tokens: {batch['sequences']:,} sequences of {lengths}"
-        f"{parts_text(batch)}",
+        f"  batch       {batch_text(batch)}",
         f"  plan        {_name(best)}",
         f"  step        {seconds_text(best['seconds'])}, "
-        f"{batch['tokens'] / best['seconds'] / machine['devices']:,.0f} tokens/s a device, "
-        f"{best['mfu']:.1%} of the peak (model FLOPs)",
+        f"{rate:,.0f} {unit_of(batch)}/s a device, {best['mfu']:.1%} of the peak (model FLOPs)",
         *map(_attention, best["attention"]),
     ]
 
@@ -202,10 +200,18 @@ def _attention(found: AttentionReport) -> str:
     return f"  attention   {found['part']}: {found['kernel']}{f' ({why})' if why else ''}"
 
 
-def parts_text(batch: BatchReport) -> str:
-    """Return what is said of micro-batches behind a batch."""
+def unit_of(batch: BatchReport) -> str:
+    """Return what a batch is counted in: tokens, or inputs where all sizes are fixed."""
+    return "tokens" if batch["lengths"] else "inputs"
+
+
+def batch_text(batch: BatchReport) -> str:
+    """Return a batch in words: tokens, sequences and their lengths, micro-batches."""
+    lengths = " and ".join(f"{n}" for n in batch["lengths"].values())
+    within = f": {batch['sequences']:,} sequences of {lengths}" if lengths else " of fixed size"
     parts = batch["micro_batches"]
-    return f", in {parts:,} micro-batches" if parts > 1 else ""
+    behind = f", in {parts:,} micro-batches" if parts > 1 else ""
+    return f"{batch['tokens']:,} {unit_of(batch)}{within}{behind}"
 
 
 def _name(plan: StrategyReport) -> str:

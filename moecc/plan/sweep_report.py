@@ -7,7 +7,7 @@ from dataclasses import asdict
 from html import escape
 from typing import TypedDict
 
-from moecc.plan.report import parts_text
+from moecc.plan.report import batch_text, unit_of
 from moecc.plan.report_types import BatchReport, MachineReport, Report, SummaryReport
 from moecc.plan.search import seconds_text
 from moecc.plan.sweeps import DROPLESS, Factor, Planned, Point, Sweep, frontier
@@ -134,16 +134,14 @@ def _planned(point: SweepPoint) -> Planned | None:
 def sweep_text(data: SweepReport) -> str:
     """Return a sweep as a table."""
     batch, machine = data["batch"], data["machine"]
-    lengths = " and ".join(f"{n}" for n in batch["lengths"].values())
     rows = [
         sweep_title(data),
-        f"  batch {batch['tokens']:,} tokens: {batch['sequences']:,} sequences of {lengths}"
-        f"{parts_text(batch)}",
+        f"  batch {batch_text(batch)}",
         f"  {'experts':>7} {'top-k':>5} {'capacity':>8} {'stored':>8} {'active':>8} {'step':>9} "
-        f"{'tokens/s':>9} {'of peak':>7} {'GB':>6}   plan",
+        f"{unit_of(batch) + '/s':>9} {'of peak':>7} {'GB':>6}   plan",
     ]
-    tokens = batch["tokens"] / machine["devices"]
-    return "\n".join([*rows, *(_row(point, tokens) for point in data["points"]), *_below(data)])
+    device = batch["tokens"] / machine["devices"]
+    return "\n".join([*rows, *(_row(point, device) for point in data["points"]), *_below(data)])
 
 
 def sweep_title(data: SweepReport) -> str:
@@ -152,12 +150,12 @@ def sweep_title(data: SweepReport) -> str:
     return f"{data['model']} on {data['machine']['name']}, {step}, {data['dtype']}"
 
 
-def point_cells(point: SweepPoint, device_tokens: float) -> tuple[str, ...]:
+def point_cells(point: SweepPoint, device_batch: float) -> tuple[str, ...]:
     """Return a planned point as texts: what it differs in, sizes, time, rate, memory, strategy.
 
     Args:
       point: the point.
-      device_tokens: of a step, by devices.
+      device_batch: the tokens or inputs of a step, by devices.
     """
     best = point["best"]
     assert best is not None, "it was planned"
@@ -165,7 +163,7 @@ def point_cells(point: SweepPoint, device_tokens: float) -> tuple[str, ...]:
     return (
         *values_of(point), count_text(point["parameters"] or 0),
         count_text(point["active_parameters"] or 0), seconds_text(best["seconds"]),
-        f"{device_tokens / best['seconds']:,.0f}", f"{best['mfu']:.1%}",
+        f"{device_batch / best['seconds']:,.0f}", f"{best['mfu']:.1%}",
         f"{best['total_bytes'] / 1e9:.1f}", f"{mesh}, {best['via']}, {best['remat']}",
     )  # fmt: skip
 
@@ -187,11 +185,11 @@ def value_text(value: Factor | None) -> str:
 _WIDTHS = (7, 5, 8, 8, 8, 9, 9, 7, 6)
 
 
-def _row(point: SweepPoint, device_tokens: float) -> str:
+def _row(point: SweepPoint, device_batch: float) -> str:
     if point["best"] is None:
         values = (f"{c:>{w}}" for c, w in zip(values_of(point), _WIDTHS[:3], strict=True))
         return f"  {' '.join(values)}   {point['problem']}"
-    *cells, plan = point_cells(point, device_tokens)
+    *cells, plan = point_cells(point, device_batch)
     shown = " ".join(f"{c:>{w}}" for c, w in zip(cells, _WIDTHS, strict=True))
     return f"  {shown} {MARK if point['frontier'] else ' '} {plan}"
 
@@ -209,20 +207,22 @@ def sweep_page(data: SweepReport, picture: str, pipeline: str = "") -> str:
       picture: of `moecc.plan.sweep_chart.sweep_chart`.
       pipeline: the passes that the models went through before.
     """
-    tokens = data["batch"]["tokens"] / data["machine"]["devices"]
+    unit = unit_of(data["batch"])
     done = [point for point in data["points"] if point["best"] is not None]
-    rows = [(*point_cells(p, tokens), MARK * p["frontier"]) for p in done]
+    device = data["batch"]["tokens"] / data["machine"]["devices"]
+    rows = [(*point_cells(p, device), MARK * p["frontier"]) for p in done]
     left = [(*values_of(p), p["problem"] or "") for p in data["points"] if p["best"] is None]
-    body = [f'<div class="wide">{picture}</div>', table(_HEADS, rows, range(9))]
+    body = [f'<div class="wide">{picture}</div>', table(_heads(unit), rows, range(9))]
     body.append(f"<p>{MARK}: {FRONTIER}.</p>")
     if pipeline:
         body.insert(0, f"<p>passes: <code>{escape(pipeline)}</code></p>")
     if left:
-        body += ["<h2>Not planned</h2>", table((*_HEADS[:3], "why"), left, range(3))]
+        body += ["<h2>Not planned</h2>", table((*_heads(unit)[:3], "why"), left, range(3))]
     return page(sweep_title(data), body, figures=False)
 
 
-_HEADS = (
-    "experts", "top-k", "capacity factor", "parameters", "active", "a step", "tokens/s a device",
-    "of the peak", "GB", "plan", "",
-)  # fmt: skip
+def _heads(unit: str) -> tuple[str, ...]:
+    return (
+        "experts", "top-k", "capacity factor", "parameters", "active", "a step",
+        f"{unit}/s a device", "of the peak", "GB", "plan", "",
+    )  # fmt: skip

@@ -47,6 +47,7 @@ class Workload:
       params: the parameters of the sample, by name.
       params_by_kind: one of each shape, of experts or not.
       head: what makes logits; None where there are none to train.
+      features: the shapes of inputs that are no tokens: pixels of images, spectra of sounds.
     """
 
     batch: Batch
@@ -60,6 +61,7 @@ class Workload:
     params: dict[str, Value] = field(compare=False)
     params_by_kind: dict[tuple[Shape, bool], Value] = field(compare=False)
     head: PlannedHead | None = field(compare=False)
+    features: tuple[Shape, ...]
 
     def __repr__(self) -> str:
         return f"Workload({self.parameters} parameters, {self.batch})"
@@ -115,6 +117,9 @@ def workload(graph: Graph, batch: Batch) -> Workload:
         params=sample.graph.params,
         params_by_kind=reader.kinds(sample.graph.params.values()),
         head=head_of(graph, reader.shape, reader.weight),
+        features=tuple(
+            reader.shape(v) for v in graph.inputs.values() if v.type.dtype.kind == "float"
+        ),
     )
 
 

@@ -84,4 +84,4 @@ def test_moments_have_the_type_of_the_parameters() -> None:
 def test_parts_hold_whole_sequences() -> None:
     with pytest.raises(InputError, match="not whole micro-batches") as caught:
         work_of(3)
-    assert "4032 tokens would be" in str(caught.value)
+    assert "4032 would be" in str(caught.value)
