@@ -55,8 +55,10 @@ def split_batch(batch: Batch, parts: int) -> Batch:
     """Return a batch of as many tokens, in sequences of a part of the length.
 
     Raises:
-      InputError: sequences do not divide.
+      InputError: sequences do not divide, or are of fixed length.
     """
+    if not batch.lengths:
+        raise InputError("the model has sequences of fixed length alone")
     for name, size in batch.lengths:
         if size % parts:
             raise InputError(f"sequences of {size} tokens ({name}) are not {parts} equal parts")

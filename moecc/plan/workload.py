@@ -17,7 +17,7 @@ from moecc.ir.attributes import ProductAttrs, RouteAttrs, SlotAttrs
 from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.mesh import mesh_of
 from moecc.ir.table.slots import assigner
-from moecc.ir.traits import Cost, RowMove
+from moecc.ir.traits import RowMove
 from moecc.plan.attention import attention_of
 from moecc.plan.batches import Batch
 from moecc.plan.head import PlannedHead, head_of
@@ -261,9 +261,10 @@ class _Reader:
             if value in own or value in seen or value.is_param:
                 continue
             seen.add(value)
-            carried = value.node is not None and "layers." in value.node.loc
-            first = value.node is not None and value.node.op.cost is Cost.LOOK_UP
-            if value.type.dtype.is_float and "batch" in value.type and (carried or first):
+            # A memory that all layers of a decoder attend to is kept once, behind its encoder.
+            loc = value.node.loc if value.node is not None else ""
+            carried = "layers." in loc or loc.rpartition(".")[2] == "embed"
+            if value.type.dtype.is_float and "batch" in value.type and carried:
                 yield self.shape(value)
 
     def parts(self) -> Iterator[Part]:

@@ -68,9 +68,11 @@ def test_images_are_counted_as_inputs_and_not_as_tokens(moecc: Run, tmp_path: Pa
     assert "inputs/s a device" in planned.out
     swept = moecc("plan", *given, "--batch-tokens", "64", "--sweep", "experts=2,4")
     assert "  batch 64 inputs of fixed size\n" in swept.out
+    explored = moecc("plan", *given, "--explore")
+    assert "not  context parallelism" in explored.out
     assert "0 inputs/s" not in planned.out + swept.out
     assert "0 tokens" not in planned.out + swept.out
-    refused = moecc("plan", *given, "--batch-tokens", "7")
+    refused = moecc("plan", given[0], *given[3:], "--batch-tokens", "7")
     assert refused.code == 1
     assert "--batch-tokens 4 is a sequence a device" in refused.err
     done = moecc("convert", *given[:3], tmp_path / "out", "--dry-run", "--to", "st_moe")
