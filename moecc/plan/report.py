@@ -231,7 +231,7 @@ def _memory_rows(data: Report) -> list[str]:
     return [
         f"  memory      {best['total_bytes'] / 1e9:.2f} GB of {usable / 1e9:.2f} GB a device, "
         f"{abs(left):.2f} GB {'to spare' if left >= 0 else 'too much'}",
-        f"              {kinds}",
+        *([f"              {kinds}"] if kinds else []),
     ]
 
 

@@ -171,3 +171,41 @@ def test_second_derivatives_and_no_forward_mode(moe: Any, dispatch: str) -> None
     assert apart(second(run), second(by_hand)) < 1e-5
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(lambda x: run(params, x), (X,), (X,))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "words"),
+    [
+        (("batch", "embed"), UsageError, "`tokens` is no mapping"),
+        ({"x": 3}, InputError, "not names of axes"),
+        ({"x": (0,)}, InputError, "not names of axes"),
+        ({"x": "batch"}, InputError, "one word"),
+        ({0: ("batch",)}, InputError, "no such argument"),
+    ],
+)
+def test_tokens_of_another_kind(tokens: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        mx.convert(ffn, PARAMS, X, PIPELINE, tokens=tokens)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"seed": "a"}, "the seed is no whole number"),
+        ({"check": "yes"}, "the option check cannot be used"),
+        ({"causal": None}, "the option causal cannot be used"),
+        ({"allow_unmatched": 1}, "the option allow_unmatched cannot be used"),
+    ],
+)
+def test_an_option_of_another_type(given: Any, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        mx.convert(ffn, PARAMS, X, PIPELINE, **given)
+
+
+def test_a_folder_and_a_function_of_another_type(moe: Any) -> None:
+    with pytest.raises(UsageError, match="the folder cannot be used"):
+        moe.save(3)
+    with pytest.raises(UsageError, match="the folder cannot be used"):
+        mx.load(3)
+    with pytest.raises(UsageError, match="not a function"):
+        moe(3)

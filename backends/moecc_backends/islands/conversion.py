@@ -9,6 +9,8 @@ from pathlib import Path
 
 import jax
 
+from moecc.api.arguments import flag, folder_text
+from moecc.errors import UsageError
 from moecc_backends.islands.call import Call
 from moecc_backends.islands.execution import Execution
 from moecc_backends.islands.jaxprs import AnyArray
@@ -47,9 +49,11 @@ class Conversion(Record):
           random key of ``specialize{mode=train}``, as ``moe_inputs={"key": key}``.
 
         Raises:
-          UsageError: there is no such lowering.
+          UsageError: it is no function, or there is no such lowering.
           InputError: a routing of the graph does not fit it.
         """
+        if not callable(function):
+            raise UsageError("not a function", expected="a function", found=type(function).__name__)
         options = Options(dispatch)
         check_dispatch(self.graph, options)
         execution = Execution(options, mesh)
@@ -75,8 +79,9 @@ class Conversion(Record):
           force: whether an existing folder is replaced.
 
         Raises:
+          UsageError: `folder` is no path, or `force` not True or False.
           InputError: the folder cannot be used, the parameters do not fit, or an array cannot be
             stored.
           MachineError: the disk is too small, or a write failed.
         """
-        return write_folder(self, Path(folder), params, force=force)
+        return write_folder(self, Path(folder_text(folder)), params, force=flag("force", force))

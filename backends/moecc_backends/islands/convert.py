@@ -7,10 +7,10 @@ from math import prod
 
 import jax
 
+from moecc.api.arguments import flag, pipeline_of, whole
 from moecc.errors import InputError, Problem, UsageError
 from moecc.ir.graph import Graph
-from moecc.pipeline.passes import Context, ReadWeight
-from moecc.pipeline.registry import installed
+from moecc.pipeline.passes import Context, Pass, ReadWeight
 from moecc.pipeline.runner import Report as PipelineReport
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
@@ -47,7 +47,7 @@ def convert(
     function: Function,
     params: PyTree,
     *args: PyTree,
-    pipeline: str | Pipeline | None = None,
+    pipeline: str | Pass | Pipeline | None = None,
     tokens: Mapping[str, Sequence[str]] | None = None,
     causal: bool = True,
     seed: int = 0,
@@ -61,7 +61,7 @@ def convert(
       function: takes the parameters first, ``function(params, *args, **kwargs)``.
       params: a tree of arrays or shapes.
       args: its other arguments, arrays or shapes; the last may be the pipeline.
-      pipeline: the passes, as text or parsed.
+      pipeline: the passes, as text, a pass, or parsed.
       tokens: the names of the axes of arguments that number tokens, ``{"batch.tokens": ("batch",
         "seq")}``: with them, a product that sums over tokens is no block.
       causal: whether no token may depend on later ones; routings that look ahead are rejected.
@@ -71,7 +71,7 @@ def convert(
       kwargs: further arguments of the function.
 
     Raises:
-      UsageError: the pipeline is none.
+      UsageError: the pipeline is none, or an option has another type.
       InputError: the function cannot be traced, has no such block, or a pass does not fit it.
       CheckError: a pass broke its promise.
     """
@@ -80,7 +80,9 @@ def convert(
     if pipeline is None:
         *given, pipeline = args or (None,)
         args = tuple(given)
-    passes = _parsed(pipeline)
+    passes, seed = _parsed(pipeline), whole("seed", seed)
+    for what, value in (("causal", causal), ("allow_unmatched", allow_unmatched), ("check", check)):
+        flag(what, value)
     tree, arrays = ParamTree.of(params)
     _, found, labels = _surveyed(function, (tree, arrays), (args, kwargs), tokens or {})
     name, instances = _name(function), found.instances()
@@ -150,10 +152,8 @@ def _surveyed(
 
 
 def _parsed(pipeline: object) -> Pipeline:
-    if isinstance(pipeline, Pipeline):
-        return pipeline
-    if isinstance(pipeline, str):
-        return Pipeline.parse(pipeline, installed())
+    if isinstance(pipeline, (str, Pass, Pipeline)):
+        return pipeline_of(pipeline)
     raise UsageError(
         "no pipeline was given",
         expected='convert(function, params, batch, "upcycle{experts=8}")',

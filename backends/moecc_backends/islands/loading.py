@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+from moecc.api.arguments import folder_text
 from moecc.checkpoint.folder import open_folder
 from moecc.errors import InputError
 from moecc.model.function_folder import GRAPH_NAME, MODEL_TYPE
@@ -39,19 +40,21 @@ def load(folder: str | Path, like: PyTree = None) -> Conversion:
         more than dictionaries, lists and tuples.
 
     Raises:
+      UsageError: `folder` is no path.
       InputError: the folder has no such conversion, or `like` is another tree.
     """
-    with open_folder(Path(folder)) as checkpoint:
+    place = Path(folder_text(folder))
+    with open_folder(place) as checkpoint:
         config = checkpoint.config
         if config.get("model_type") != MODEL_TYPE or config.get("schema") != SCHEMA:
             raise InputError(
                 "the folder does not hold a converted function",
-                where=str(folder),
+                where=str(place),
                 expected=f"{MODEL_TYPE} {SCHEMA}",
                 found=f"{config.get('model_type')} {config.get('schema')}",
                 hint="`save` of a conversion writes one",
             )
-        state = _state(config, str(Path(folder) / GRAPH_NAME), like)
+        state = _state(config, str(place / GRAPH_NAME), like)
         arrays = {name: jnp.asarray(checkpoint.read(name)) for name in checkpoint.tensors}
     leaves = {n: arrays[n] for n in state.tree.array_names if n in arrays}
     beside = {s.key: arrays[beside_name(s.key, state.tree.names)]

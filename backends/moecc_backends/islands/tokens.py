@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from moecc.errors import InputError, Problem, nearest
+from moecc.errors import InputError, Problem, UsageError, nearest
 from moecc.types.tensor import is_name
 from moecc_backends.islands.blocks import INNER, OUTER
 from moecc_backends.islands.functions import Traced
@@ -28,8 +28,14 @@ def token_labels(
       where: the line of the function.
 
     Raises:
+      UsageError: `tokens` is no mapping.
       InputError: there is no such argument, or it has fewer dimensions than names.
     """
+    if not isinstance(tokens, Mapping):
+        raise UsageError(
+            "`tokens` is no mapping of arguments to names of axes",
+            expected='{"batch.tokens": ("batch", "seq")}', found=repr(tokens),
+        )  # fmt: skip
     given = traced.argument_values
     found = (_misfit(name, axes, given) for name, axes in tokens.items())
     problems = [replace(p, where=f"{where}, {p.where}") for p in found if p is not None]
@@ -45,12 +51,16 @@ def token_labels(
 
 def _misfit(name: str, axes: Sequence[str], given: Mapping[str, Val]) -> Problem | None:
     if name not in given:
-        hint = nearest(name, given) or f"arrays: {', '.join(given) or 'none'}"
+        hint = nearest(str(name), given) or f"arrays: {', '.join(given) or 'none'}"
         return Problem("the function has no such argument", f"tokens[{name!r}]", hint=hint)
     shape = given[name].shape
     if isinstance(axes, str):
         return Problem(
             "the names of axes are one word", f"tokens[{name!r}]", f"a tuple, ({axes!r},)", axes
+        )
+    if not isinstance(axes, Sequence) or not all(isinstance(a, str) for a in axes):
+        return Problem(
+            "not names of axes", f"tokens[{name!r}]", 'words, ("batch", "seq")', repr(axes)
         )
     if len(axes) > len(shape):
         return Problem(
