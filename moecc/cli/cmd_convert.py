@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -190,17 +191,18 @@ def plan_text(planned: Plan, out: str, dry_run: bool) -> str:
 
 
 def _shortened(remarks: Iterable[str]) -> list[str]:
-    """Return the remarks, with equal texts at several locations merged into one line."""
-    places: dict[str, list[str]] = {}
+    """Return the remarks, with equal texts at several layers of a stack merged into one line."""
+    places: dict[tuple[str, str], list[str]] = {}
     for remark in remarks:
         where, _, text = remark.partition(": ")
-        key, place = (text, where) if where.startswith("layers.") else (remark, "")
+        stack = re.match(r"((?:\w+\.)?layers)\.\d", where)
+        key, place = ((stack[1], text), where) if stack else (("", remark), "")
         places.setdefault(key, []).append(place)
     return [
-        text if len(where) == 1 and not where[0]
+        text if not where[0]
         else f"{where[0]}: {text}" if len(where) == 1
         else f"{where[0]} … {where[-1]} ({len(where)}): {text}"
-        for text, where in places.items()
+        for (_, text), where in places.items()
     ]  # fmt: skip
 
 

@@ -62,6 +62,18 @@ def test_wrong_words_name_the_help_of_their_command(
     assert done.err.endswith(f"hint: {help_of} --help\n")
 
 
+def test_equal_remarks_of_a_stack_are_one_line(moecc: Callable) -> None:
+    source = Path(__file__).parents[1] / "golden" / "t5_relu_tied"
+    options = ("-p", "upcycle{experts=4}", "--to", "st_moe", "--dry-run")
+    done = moecc("convert", source, "sparse", *options)
+    remarks = [line for line in done.out.splitlines() if line.startswith("  remark")]
+    assert remarks == [
+        f"  remark      {stack}.layers.0.ffn … {stack}.layers.{last}.ffn ({last + 1}): "
+        "became 4 experts, top-2"
+        for stack, last in (("encoder", 1), ("decoder", 2))
+    ]
+
+
 def test_version(moecc: Callable) -> None:
     from moecc import __version__
 
