@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from moecc.errors import MachineError
 from moecc.train.events import Evaluated, Event, Reason, Saved, Skipped, Stepped, Stopped
 from moecc.train.position import Position
 from moecc.train.recipe import GuardSection, RunSection
@@ -184,3 +185,17 @@ def test_a_failed_save_reaches_the_reader_of_the_events(tmp_path: Path) -> None:
 
     with pytest.raises(OSError, match="full"):
         loop(RunSection(steps=2, save_steps=1), checkpoints=Full())
+
+
+@dataclass
+class TooLarge(Counting):
+    """A step that no device has the memory for."""
+
+    def step(self, state: Any, batch: Any, key: Any, rate: float) -> Any:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+
+def test_memory_that_is_too_small_is_an_error_of_the_machine() -> None:
+    with pytest.raises(MachineError, match="memory of a device is too small") as error:
+        loop(RunSection(steps=3), TooLarge())
+    assert "run.micro_batches" in str(error.value)

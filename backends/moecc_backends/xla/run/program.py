@@ -17,6 +17,7 @@ from moecc.types.arrays import Array as NumpyArray
 from moecc.types.dtypes import F64, DType
 from moecc_backends.xla.lower.function import finalize_output, lower_values
 from moecc_backends.xla.lower.segments import Segment, segments
+from moecc_backends.xla.run.device_memory import within_memory
 from moecc_backends.xla.trace.host_arrays import misfits, to_device, to_numpy
 from moecc_backends.xla.trace.options import DEFAULTS, Options
 from moecc_backends.xla.trace.values import Named, Operand
@@ -49,10 +50,11 @@ class XlaProgram:
 
         Raises:
           InputError: an array is missing or does not fit its type.
+          MachineError: the memory of a device is too small.
         """
         self._check(inputs, params)
         # Without its switch jax makes every float64 a float32 without a word.
-        with jax.enable_x64(self.dtype == F64):
+        with within_memory(), jax.enable_x64(self.dtype == F64):
             return self._run_all(params, inputs)
 
     def _run_all(self, params: Arrays, inputs: Arrays) -> dict[str, NumpyArray]:

@@ -20,6 +20,7 @@ from moecc.types.arrays import Array as NumpyArray
 from moecc.types.dtypes import F64, DType
 from moecc_backends.xla.lower.function import cast_input, finalize_output
 from moecc_backends.xla.lower.segments import Segment, segments
+from moecc_backends.xla.run.device_memory import within_memory
 from moecc_backends.xla.run.program import segment_function
 from moecc_backends.xla.trace.host_arrays import misfits, to_device, to_numpy
 from moecc_backends.xla.trace.options import DEFAULTS, Options
@@ -60,8 +61,12 @@ class XlaSession:
         return {name: to_numpy(array) for name, array in self._values.items()}
 
     def run(self, graph: Graph, inputs: Arrays) -> dict[str, NumpyArray]:
-        """Run `graph`."""
-        with self._precision():
+        """Run `graph`.
+
+        Raises:
+          MachineError: the memory of a device is too small.
+        """
+        with within_memory(), self._precision():
             alive = {v: self._input(n, v, inputs) for n, v in graph.inputs.items()}
             donated = {v for n, v in graph.inputs.items() if n not in inputs}
             donated &= {graph.inputs[n] for n in graph.outputs if n in graph.inputs}

@@ -16,6 +16,7 @@ from moecc.backend import Arrays
 from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph, Value
 from moecc.types.arrays import Array as NumpyArray
+from moecc_backends.xla.trace.typed_jax import wait_for
 
 
 def jax_inputs(graph: Graph, inputs: Arrays) -> dict[str, Any]:
@@ -48,6 +49,8 @@ def to_device(array: Any, value: Value) -> jax.Array:
 def to_numpy(array: jax.Array) -> NumpyArray:
     """Return an output as NumPy's; a key of jax's as the 64-bit number that has its bits."""
     if not _is_key(array):
+        # NumPy reads the memory of an array: where it could not be allocated, jaxlib aborts there.
+        wait_for([array])
         return np.asarray(array)
     words = np.asarray(jax.random.key_data(array)).astype(np.uint64)
     return np.asarray((words[..., 0] << np.uint64(32)) | words[..., 1])

@@ -27,6 +27,7 @@ from moecc.train.events import (
 from moecc.train.position import Position, batch_of
 from moecc.train.recipe import RunSection
 from moecc.types.arrays import Array
+from moecc_backends.xla.run.device_memory import within_memory
 from moecc_backends.xla.trace.typed_jax import PyTree
 from moecc_backends.xla.train.gradients import LOSS_SUM, TOKENS
 
@@ -131,9 +132,13 @@ class Loop:
         """Run, and yield what happens.
 
         Raises:
-          MachineError: a checkpoint cannot be written.
+          MachineError: a checkpoint cannot be written, or the memory of a device is too small.
           InputError: the last checkpoint cannot be read.
         """
+        with within_memory():
+            yield from self._events()
+
+    def _events(self) -> Iterator[Event]:
         self._begin()
         returned_to: int | None = None
         while (streak := (yield from self._until_streak())) is not None:

@@ -15,6 +15,7 @@ from moecc.train.scoring import RowScores
 from moecc.types.arrays import Arrays
 from moecc.types.dtypes import DType
 from moecc_backends.xla.lower.function import function
+from moecc_backends.xla.run.device_memory import within_memory
 from moecc_backends.xla.trace.typed_jax import PyTree
 from moecc_backends.xla.train.loss import IGNORED, TARGETS
 
@@ -33,8 +34,13 @@ class XlaScorer:
     params: dict[str, jax.Array]
     dtype: DType
 
+    @within_memory()
     def __call__(self, batch: Arrays) -> RowScores:
-        """Return the scores of a batch."""
+        """Return the scores of a batch.
+
+        Raises:
+          MachineError: the memory of a device is too small.
+        """
         inputs = {n: jnp.asarray(a) for n, a in batch.items() if n in self.graph.inputs}
         keys = (n for n, v in self.graph.inputs.items() if v.type.dtype.kind == "key")
         given = {**inputs, **{name: jax.random.key(0) for name in keys}}
@@ -65,11 +71,13 @@ class XlaScorer:
         return jax.jit(scores)
 
 
+@within_memory()
 def scorer(graph: Graph, params: Arrays, *, dtype: DType) -> XlaScorer:
     """Return the scorer of `graph`; see `moecc.train.scoring.ScoringBackend`.
 
     Raises:
       InputError: the graph has no logits.
+      MachineError: the memory of a device is too small.
     """
     check_trainable(graph)
     placed = {n: jnp.asarray(params[n]) for n, v in graph.params.items() if v.users}

@@ -1,0 +1,54 @@
+"""Arrays that no device can hold: an error of the machine, by every way to run a graph."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moecc.backend import Backend, get_backend
+from moecc.errors import MachineError
+from moecc.ir.parser import parse
+from moecc.types.dtypes import F32
+
+pytest.importorskip("jax")
+
+SIZE = 1 << 22
+"""Of both axes of a table of rows that are looked up: 70 TB, from two arrays of 17 MB."""
+
+GRAPH = parse(
+    f"""
+moecc 1
+graph wide {{
+  input %tokens : i32[batch=B]
+  param %table : f32[vocab=1, embed={SIZE}] = source("table" : f32[vocab=1, embed={SIZE}])
+  %rows = embedding %table, %tokens {{axis=vocab}} : f32[batch=B, embed={SIZE}]
+  output rows = %rows
+}}
+"""
+)
+PARAMS = {"table": np.ones((1, SIZE), np.float32)}
+INPUTS = {"tokens": np.zeros(SIZE, np.int32)}
+
+
+@pytest.fixture(scope="module")
+def backend() -> Backend:
+    return get_backend("xla")
+
+
+def test_a_program(backend: Backend) -> None:
+    with pytest.raises(MachineError, match="memory of a device is too small") as error:
+        backend.compile(GRAPH).run(PARAMS, INPUTS)
+    assert error.value.problems[0].found == f"Out of memory allocating {4 * SIZE**2} bytes."
+
+
+def test_a_session(backend: Backend) -> None:
+    with pytest.raises(MachineError, match="memory of a device is too small"):
+        backend.session(PARAMS, dtype=F32).run(GRAPH, INPUTS)
+
+
+def test_other_errors_of_xla_stay_what_they_are() -> None:
+    from jax.errors import JaxRuntimeError
+    from moecc_backends.xla.run.device_memory import within_memory
+
+    with pytest.raises(JaxRuntimeError, match="INTERNAL"), within_memory():
+        raise JaxRuntimeError("INTERNAL: something else")
