@@ -48,10 +48,12 @@ from moecc.pipeline.passes import Context, Pass, PassResult  # noqa: E402
 # written is synchronised, and in which order, is tested by what is called (`tests/kill/power.py`).
 os.fsync = lambda descriptor: None  # type: ignore[assignment]
 
-# A shell that starts the suite in the background has SIGINT ignored, and so have all programs that
-# tests start and interrupt.
+# A shell that starts the suite in the background has SIGINT ignored, and nohup SIGHUP, and so have
+# all programs that tests start and interrupt.  A signal that is handled here is not ignored there.
 if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 # No deadline: the first example of a test pays for imports and caches.
 # A hit rate (`moecc.testing.hits`) is judged after 50 graphs.

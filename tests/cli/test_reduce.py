@@ -113,9 +113,9 @@ def test_wrong_experts_are_reduced_and_found(
     """The experts of one matrix are a percent too large."""
     right = upcycling.lifted
 
-    def wrong(weight: Expr, division: Any) -> Expr:
+    def wrong(weight: Expr, division: Any, *, is_last: bool = False) -> Expr:
         large = any("layers.1.mlp.up_proj" in source.name for source in sources(weight))
-        return right(Scale(weight, 1.01) if large else weight, division)
+        return right(Scale(weight, 1.01) if large else weight, division, is_last=is_last)
 
     monkeypatch.setattr(upcycling, "lifted", wrong)
     passes = ("-p", "canonicalize,upcycle{experts=4 top-k=2},dce")

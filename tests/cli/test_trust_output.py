@@ -69,7 +69,7 @@ def stopped_midway(dense: Path, out: Path, number: int) -> subprocess.Popen[str]
         "from moecc.cli.main import main\n"
         "blocks = writer.row_blocks\n"
         "def slow(*args):\n"
-        "    print('writing', flush=True)\n"
+        "    os.write(1, b'writing\\n')\n"  # one call: several threads write
         "    time.sleep(0.2)\n"
         "    return blocks(*args)\n"
         "writer.row_blocks = slow\n"

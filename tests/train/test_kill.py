@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +37,11 @@ def command(*words: object) -> list[str]:
     return [sys.executable, "-m", "moecc", *map(str, words)]
 
 
-def start(words: list[str], limit: Callable[[], None] | None = None) -> subprocess.Popen[str]:
+def start(words: list[str]) -> subprocess.Popen[str]:
     environment = {**os.environ, ONE[0]: ONE[1]}
     return subprocess.Popen(
         words, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        start_new_session=True, preexec_fn=limit,
+        start_new_session=True,
     )  # fmt: skip
 
 
@@ -171,16 +170,18 @@ def test_a_signal_ends_it_after_the_step_and_saved(
 def test_a_full_disk_loses_nothing(folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
 
-    # Less than the arrays of a checkpoint, more than the journal.
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
-
+    # Less than the arrays of a checkpoint, more than the journal.  Python ignores SIGXFSZ.
+    limited = (
+        "import os, resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\n"
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])\n"
+    )
     finish(command("train", folder / "recipe.toml", "--out", run, "--set", "run.steps=24"))
     kept = [step.number for step in saved_steps(run)]
     for step in saved_steps(run)[1:]:
         (step.folder / "step.json").unlink()
-    process = start(command("train", "--resume", run), limit)
+    python, *words = command("train", "--resume", run)
+    process = start([python, "-c", limited, *words])
     _, err = process.communicate(timeout=300)
     assert process.returncode == 4, err
     assert err.count("error:") == 1

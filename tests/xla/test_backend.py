@@ -13,9 +13,10 @@ from moecc.errors import InputError
 from moecc.ir import Graph
 from moecc.ir.builder import Builder
 from moecc.ir.ops import OPS
+from moecc.ir.parser import parse
 from moecc.model.open import open_model
 from moecc.testing import graphs, random_graph, run_reference
-from moecc.types.dtypes import F32, F64, I32, KEY
+from moecc.types.dtypes import DTYPES, F32, F64, I32, KEY
 from moecc.types.tensor import TensorType, tensor
 
 from .models import GOLDEN, assert_close, compiled, decoder, is_decided, random_data, relative
@@ -163,3 +164,26 @@ def test_a_ragged_output_is_refused_before_anything_runs() -> None:
     graph.set_output("rows", next(n for n in graph if n.op.name == "dispatch").result)
     with pytest.raises(InputError, match="a ragged value cannot be returned"):
         compiled(graph, F32)
+
+
+@pytest.mark.parametrize("name", ["f16", "bf16", "f32", "f64"])
+def test_a_finite_number_is_finite_in_every_type(name: str) -> None:
+    """−1e30 is not −∞ in float16, whose product with zero would be NaN; a true −∞ stays."""
+    graph = parse(
+        """
+moecc 1
+graph bounds {
+  input %x : f32[batch=B]
+  %low = constant {value=-1e+30} : f32[]
+  %none = constant {value=-inf} : f32[]
+  %a = maximum %x, %low : f32[batch=B]
+  %b = maximum %x, %none : f32[batch=B]
+  output finite = %a
+  output open = %b
+}
+"""
+    )
+    given = {"x": np.array([-np.inf, 1.0], np.float32)}
+    found = compiled(graph, DTYPES[name]).run({}, given)
+    assert found["finite"][0] == pytest.approx(max(-1e30, DTYPES[name].limits[0]), rel=2**-8)
+    assert np.isneginf(found["open"][0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from math import isfinite
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from moecc.ir.attributes import (
 )
 from moecc.ir.formula import parse_formula
 from moecc.ir.graph import Node
-from moecc.types.dtypes import DTYPES, is_lossless
+from moecc.types.dtypes import BY_TORCH, DTYPES, is_lossless
 from moecc_backends.xla.lower.formula import evaluate
 from moecc_backends.xla.trace.arrays import elementwise
 from moecc_backends.xla.trace.context import Context, lowering
@@ -113,7 +114,7 @@ def _select(ctx: Context, node: Node, condition: Operand, a: Operand, b: Operand
 @lowering("mask")
 def _mask(ctx: Context, node: Node, x: Operand, keep: Operand) -> Operand:
     fill = MaskAttrs.of_node(node).fill
-    return elementwise(lambda v, k: jnp.where(k, v, jnp.asarray(fill, v.dtype)), x, keep)
+    return elementwise(lambda v, k: jnp.where(k, v, number(fill, v.dtype)), x, keep)
 
 
 @lowering("constant")
@@ -121,7 +122,18 @@ def _constant(ctx: Context, node: Node) -> Operand:
     attrs = ConstantAttrs.of_node(node)
     declared = DTYPES[attrs.dtype]
     dtype = ctx.dtype if declared.is_float else canonicalize_dtype(declared.numpy)
-    return Named(jnp.asarray(attrs.value, dtype), ())
+    return Named(number(attrs.value, dtype), ())
+
+
+def number(value: float, dtype: DTypeLike) -> jax.Array:
+    """Return a number in `dtype`; one that is finite stays so, as the nearest that there is.
+
+    A bound such as −1e30 would be −∞ in float16, whose product with zero is NaN.
+    """
+    if jnp.issubdtype(dtype, jnp.floating) and isfinite(value):
+        low, high = BY_TORCH[jnp.dtype(dtype).name].limits
+        value = min(max(value, low), high)
+    return jnp.asarray(value, dtype)
 
 
 @lowering("broadcast")
