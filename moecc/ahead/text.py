@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from moecc.ahead.report_types import CompileReport
 from moecc.plan.report import batch_text
-from moecc.support.text import count_text, size_text
+from moecc.support.text import amount, count_text, size_text
 
 
 def compile_text(data: CompileReport) -> str:
@@ -23,7 +23,7 @@ def _heading(data: CompileReport) -> Iterator[str]:
     step = f"training with {data['optimizer']}" if data["optimizer"] else "forward pass"
     mesh = " x ".join(f"{name} {size}" for name, size in data["mesh"].items())
     yield (
-        f"{data['model']} for {machine['name']}: {machine['devices']:,} devices, {step}, "
+        f"{data['model']} for {machine['name']}: {amount(machine['devices'], 'device')}, {step}, "
         f"{data['dtype']}, weights {data['weight_dtype']}"
     )
     yield f"  parameters   {data['parameters']:,}"

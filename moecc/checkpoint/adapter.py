@@ -21,6 +21,7 @@ from moecc.checkpoint.safetensors import read_header
 from moecc.checkpoint.source import Checkpoint, TensorInfo
 from moecc.errors import nearest
 from moecc.support.closing import Closing
+from moecc.support.text import amount
 from moecc.types.arrays import Array
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -147,7 +148,9 @@ class AdaptedCheckpoint(Closing):
         """Return what the adapter is of, if it says so, and how much of the model it changes."""
         of = self._settings.get("base_model_name_or_path")
         name = f" of {of}" if isinstance(of, str) and of else ""
-        return [f"a LoRA adapter{name}: {len(self._deltas) + len(self._whole)} tensors differ"]
+        count = len(self._deltas) + len(self._whole)
+        differ = "differs" if count == 1 else "differ"
+        return [f"a LoRA adapter{name}: {amount(count, 'tensor')} {differ}"]
 
     def other_base(self) -> str | None:
         """Return the model that the adapter says it is of, if this one has another name.

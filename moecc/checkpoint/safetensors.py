@@ -20,6 +20,7 @@ from moecc.checkpoint.sniff import SNIFFED_BYTES, sniff
 from moecc.checkpoint.source import TensorInfo
 from moecc.errors import InputError, nearest
 from moecc.support.gc_pause import gc_paused
+from moecc.support.text import amount
 from moecc.types.dtypes import BY_SAFETENSORS, DType
 
 MAX_HEADER_BYTES = 100_000_000
@@ -283,8 +284,8 @@ class _Check:
             beyond = [span for span in self.spans if span.end > self.buffer_bytes]
             first = min(beyond, key=lambda span: span.begin)
             self.problems.add(
-                f"the file is cut short: the data of {len(beyond):,} tensors, the first of them "
-                f"{quoted(first.name)}, end beyond the end of the file",
+                f"the file is cut short: the data of {amount(len(beyond), 'tensor')}, "
+                f"the first of them {quoted(first.name)}, end beyond the end of the file",
                 where=str(self.path),
                 expected=f"a file of {describe(self.data_start + last.end)} bytes",
                 found=f"{self.identity.size_bytes:,} bytes",

@@ -171,7 +171,7 @@ def _write(planned: Plan, request: ConvertRequest, max_shard_bytes: int) -> None
 def plan_text(planned: Plan, out: str, dry_run: bool) -> str:
     """Return the human-readable plan, written unless `dry_run`."""
     from moecc.engines.verdicts import summary
-    from moecc.support.text import count_text, size_text
+    from moecc.support.text import amount, count_text, size_text
 
     facts, family = planned.facts, planned.graph.attrs.get("family") or "no family"
     rows = [
@@ -181,8 +181,8 @@ def plan_text(planned: Plan, out: str, dry_run: bool) -> str:
         f"  parameters  {count_text(planned.parameters)}, "
         f"{count_text(facts.parameters.active)} active per token",
         f"  FLOPs       {count_text(facts.flops_per_token)} per {facts.unit}",
-        f"  on disk     {size_text(planned.size_bytes)} in {len(planned.tensors)} tensors, "
-        f"{planned.dtype_name}",
+        f"  on disk     {size_text(planned.size_bytes)} in "
+        f"{amount(len(planned.tensors), 'tensor')}, {planned.dtype_name}",
         *([f"  runs in     {summary(planned.engines)}"] if planned.engines else []),
         *(f"  remark      {r}" for r in _shortened(planned.remarks)),
         "nothing was written (--dry-run)" if dry_run else f"written to {out}",

@@ -134,7 +134,7 @@ def _targets(graph: Graph) -> dict[str, object]:
 def inspection_text(data: JsonDict) -> str:
     """Return a human-readable inspection."""
     from moecc.families.describe import PAPER_GROUPS
-    from moecc.support.text import count_text
+    from moecc.support.text import amount, count_text
 
     parameters, blocks = data["parameters"], data["ffn_blocks"]
     named = {k: f"{k} {count_text(v)}" for k, v in parameters["groups"].items()}
@@ -149,7 +149,7 @@ def inspection_text(data: JsonDict) -> str:
     of_function = f"the blocks of a JAX function, `{data['function']}`"
     rows = [
         f"{data['source']}: "
-        + (of_function if data["function"] else f"{family}, {data['layers']} layers")
+        + (of_function if data["function"] else f"{family}, {amount(data['layers'], 'layer')}")
         + (stacks if data["stacks"] else "")
         + (f", {data['format']}, {data['dtype']}" if data["format"] else ", no weights"),
         *(f"  remark      {r}" for r in data["remarks"]),

@@ -12,6 +12,7 @@ from moecc.cli.console import Format
 from moecc.cli.face import add_command
 from moecc.cli.heartbeat import Progress
 from moecc.cli.options import FormatOption
+from moecc.support.text import amount
 
 if TYPE_CHECKING:
     from moecc.train.tokens.facts import TokenFacts
@@ -112,10 +113,13 @@ def tokens(request: TokensRequest) -> None:
 
 def tokens_text(folders: dict[str, TokenFacts]) -> str:
     """Return the human-readable report of what was written."""
+    from moecc.train.tokens.facts import LABELLED
+
     lines = []
     for folder, facts in folders.items():
+        noun = "labelled example" if facts.kind == LABELLED else facts.kind.removesuffix("s")
         lines.append(
-            f"{folder}: {facts.documents:,} {facts.kind}, {facts.tokens:,} tokens "
+            f"{folder}: {amount(facts.documents, noun)}, {amount(facts.tokens, 'token')} "
             f"({facts.dtype}, {facts.tokenizer})"
         )
         if facts.duplicates:

@@ -14,6 +14,7 @@ from moecc.cli.console import Format
 from moecc.cli.face import add_command
 from moecc.cli.heartbeat import Progress
 from moecc.cli.options import FormatOption, LoadOption, PlanOption
+from moecc.support.text import amount
 
 if TYPE_CHECKING:
     from moecc.plan.saved import SavedPlan
@@ -98,7 +99,7 @@ def train(request: TrainRequest) -> int:
         stopped = _watch(job, running, asked, request, plan)
     data = {"run": str(job.run), "step": stopped.step, "reason": stopped.reason.value}
     if running.writes:
-        text = f"{job.run}: {stopped.reason.value} after {stopped.step:,} steps"
+        text = f"{job.run}: {stopped.reason.value} after {amount(stopped.step, 'step')}"
         report("train", data, lambda: text, request.format)
     return _exit_code(stopped, job)
 

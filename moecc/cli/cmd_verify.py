@@ -18,6 +18,7 @@ from moecc.cli.options import (
     ModelArgument,
     WeightsOption,
 )
+from moecc.support.text import amount
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -108,7 +109,8 @@ def _against_manifest(request: VerifyRequest) -> None:
     data = {
         "model": model, "tensors": len(manifest.tensors), "passed": True, "receipt": receipt,
     }  # fmt: skip
-    rows = [f"{len(manifest.tensors)} tensors match the manifest"]
+    count = len(manifest.tensors)
+    rows = [f"{amount(count, 'tensor')} {'matches' if count == 1 else 'match'} the manifest"]
     rows += [] if receipt is None else [f"  {line}" for line in receipt_lines(receipt)]
     if request.html is not None:
         _write_page(request.html, place, receipt, force=request.force)
@@ -141,7 +143,7 @@ def _against_digests(model: str, run: str, which: str, format: Format) -> None:
     check_step(Path(run), step)
     tensors = len(step.facts.get("tensors", {}))
     data = {"model": model, "tensors": tensors, "passed": True}
-    text = f"step {step.number}: {tensors} tensors are as they were saved"
+    text = f"step {step.number}: {amount(tensors, 'tensor')} as they were saved"
     report("verify-manifest", data, lambda: text, format)
 
 

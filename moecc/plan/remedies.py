@@ -15,6 +15,7 @@ from moecc.plan.estimate import Estimator
 from moecc.plan.machines import Machine, sizes_of_kind
 from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.workload import Workload
+from moecc.support.text import amount
 from moecc.support.untyped import JsonDict
 from moecc.types.dtypes import DType
 
@@ -124,13 +125,13 @@ def _nothing_legal(asked: Asked) -> InputError:
             where=machine.name,
             expected="experts on several devices"
             + (", and keep every row" if constraints.via == "ragged" else ""),
-            found=f"{work.experts} experts, {machine.devices} devices",
+            found=f"{amount(work.experts, 'expert')}, {amount(machine.devices, 'device')}",
         )
     return InputError(
         "no mesh of this machine divides model and batch",
         where=machine.name,
-        found=f"{machine.devices} devices, {work.batch.sequences} sequences"
-        + (f", {work.experts} experts" if work.experts else ""),
+        found=f"{amount(machine.devices, 'device')}, {amount(work.batch.sequences, 'sequence')}"
+        + (f", {amount(work.experts, 'expert')}" if work.experts else ""),
         hint=_undivided(asked),
     )
 

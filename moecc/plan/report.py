@@ -23,6 +23,7 @@ from moecc.plan.report_types import (
 from moecc.plan.search import Ranking, seconds_text, why_slower
 from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.workload import Workload
+from moecc.support.text import amount
 
 COLUMNS = 100
 _INDENT = 14
@@ -185,12 +186,12 @@ def _heading(data: Report) -> list[str]:
     step = f"training with {data['optimizer']}" if data["step"] == "train" else "forward pass"
     rate = batch["tokens"] / best["seconds"] / machine["devices"]
     return [
-        f"{data['model']} on {machine['name']}: {machine['devices']} devices, {step}, "
+        f"{data['model']} on {machine['name']}: {amount(machine['devices'], 'device')}, {step}, "
         f"{data['dtype']}, weights {data['weight_dtype']}",
         f"  batch       {batch_text(batch)}",
         f"  plan        {_name(best)}",
         f"  step        {seconds_text(best['seconds'])}, "
-        f"{rate:,.0f} {unit_of(batch)}/s a device, {best['mfu']:.1%} of the peak (model FLOPs)",
+        f"{rate:,.0f} {unit_of(batch)}s/s a device, {best['mfu']:.1%} of the peak (model FLOPs)",
         *map(_attention, best["attention"]),
     ]
 
@@ -201,17 +202,18 @@ def _attention(found: AttentionReport) -> str:
 
 
 def unit_of(batch: BatchReport) -> str:
-    """Return what a batch is counted in: tokens, or inputs where all sizes are fixed."""
-    return "tokens" if batch["lengths"] else "inputs"
+    """Return what a batch is counted in: a token, or an input where all sizes are fixed."""
+    return "token" if batch["lengths"] else "input"
 
 
 def batch_text(batch: BatchReport) -> str:
     """Return a batch in words: tokens, sequences and their lengths, micro-batches."""
     lengths = " and ".join(f"{n}" for n in batch["lengths"].values())
-    within = f": {batch['sequences']:,} sequences of {lengths}" if lengths else " of fixed size"
+    sequences = amount(batch["sequences"], "sequence")
+    within = f": {sequences} of {lengths}" if lengths else " of fixed size"
     parts = batch["micro_batches"]
     behind = f", in {parts:,} micro-batches" if parts > 1 else ""
-    return f"{batch['tokens']:,} {unit_of(batch)}{within}{behind}"
+    return f"{amount(batch['tokens'], unit_of(batch))}{within}{behind}"
 
 
 def _name(plan: StrategyReport) -> str:

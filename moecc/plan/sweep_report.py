@@ -138,7 +138,7 @@ def sweep_text(data: SweepReport) -> str:
         sweep_title(data),
         f"  batch {batch_text(batch)}",
         f"  {'experts':>7} {'top-k':>5} {'capacity':>8} {'stored':>8} {'active':>8} {'step':>9} "
-        f"{unit_of(batch) + '/s':>9} {'of peak':>7} {'GB':>6}   plan",
+        f"{unit_of(batch) + 's/s':>9} {'of peak':>7} {'GB':>6}   plan",
     ]
     device = batch["tokens"] / machine["devices"]
     return "\n".join([*rows, *(_row(point, device) for point in data["points"]), *_below(data)])
@@ -224,5 +224,5 @@ def sweep_page(data: SweepReport, picture: str, pipeline: str = "") -> str:
 def _heads(unit: str) -> tuple[str, ...]:
     return (
         "experts", "top-k", "capacity factor", "parameters", "active", "a step",
-        f"{unit}/s a device", "of the peak", "GB", "plan", "",
+        f"{unit}s/s a device", "of the peak", "GB", "plan", "",
     )  # fmt: skip

@@ -25,6 +25,11 @@ def count_text(count: float) -> str:
     return f"{count:.1f} T"
 
 
+def amount(count: int, noun: str) -> str:
+    """Return a number of things: ``1 device``, ``1,024 devices``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def json_text(value: object, *, indent: int | None = None) -> str:
     """Return JSON in which control and invisible characters, and only these, are escaped."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)

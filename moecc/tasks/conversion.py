@@ -17,7 +17,7 @@ from moecc.model.open import Model
 from moecc.model.small_weights import reads_small
 from moecc.pipeline.passes import Preserves
 from moecc.support.shown import brief, facts_table
-from moecc.support.text import count_text, size_text
+from moecc.support.text import amount, count_text, size_text
 from moecc.tasks.contracts import NOT_CHECKED, Contracts, check_contracts
 from moecc.tasks.targets import AUTO, choose
 from moecc.types.dtypes import DType
@@ -132,7 +132,7 @@ class Plan:
         return [
             ("", f"{self.model.name} as {self.target}"), ("pipeline", str(self.pipeline)),
             ("preserves", str(self.preserves)), ("parameters", count_text(self.parameters)),
-            ("on disk", f"{size_text(self.size_bytes)} in {len(self.tensors)} tensors, "
+            ("on disk", f"{size_text(self.size_bytes)} in {amount(len(self.tensors), 'tensor')}, "
              f"{self.dtype_name}"),
             ("runs in", summary(self.engines) if self.engines else ""),
         ]  # fmt: skip

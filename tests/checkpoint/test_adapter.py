@@ -71,7 +71,7 @@ def test_a_matrix_is_merged(
         rows = merged.read(f"{GATE}.weight", 3, 7)
         np.testing.assert_array_equal(rows, merged.read(f"{GATE}.weight")[3:7])
         np.testing.assert_array_equal(merged.read(NORM), base.read(NORM))
-        assert "1 tensors differ" in merged.remarks()[0]
+        assert "1 tensor differs" in merged.remarks()[0]
 
 
 def test_tables_and_whole_tensors(base: Checkpoint, tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_a_wrong_start_is_named(tmp_path, content, what):
         ({"a": entry(offsets=(4, 12))}, 12, ["hole between the end of the header and"]),
         ({"a": entry()}, 9, ["1 bytes after the last tensor 'a' belong to no tensor"]),
         ({"a": entry(), "b": entry(offsets=(8, 16))}, 15,
-         ["cut short: the data of 1 tensors, the first of them 'b'"]),
+         ["cut short: the data of 1 tensor, the first of them 'b'"]),
         ({"a": entry(offsets=(8, 0))}, 8, ["offsets are not usable"]),
         ({"a": entry(offsets=(-8, 0))}, 8, ["offsets are not usable\n  expected: two whole"]),
         ({"a": entry(offsets=(0, 8.0))}, 8, ["found: 8.0"]),

@@ -239,7 +239,7 @@ def test_an_exported_program_gives_what_the_graph_gives(
     found: Any = load_step(out)
     assert (found.platforms, found.devices) == (("cpu",), 1)
     assert found.arguments[0].keys() == params.keys()
-    assert repr(found) == f"<moecc.LoadedStep cpu, 1 devices, {len(params) + 1} arrays>"
+    assert repr(found) == f"<moecc.LoadedStep cpu, 1 device, {len(params) + 1} arrays>"
     for wrong, says in (
         ((params,), r"other arguments \(1 differ\)"),
         ((params | {"lm_head.weight": "a"}, inputs), "lm_head.weight.*no array, but str"),

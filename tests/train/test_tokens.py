@@ -340,7 +340,7 @@ def test_the_command_reports_what_it_wrote(
     command = ["tokens", str(source), "--tokenizer", "bytes", "--out", str(tmp_path / "out"),
                "--kind", "labelled", "--prompt", "{q}: ", "--completion", "{a}"]  # fmt: skip
     assert main(command) == 0
-    assert "2 labelled, 11 tokens (uint16, bytes)" in capsys.readouterr().out
+    assert "2 labelled examples, 11 tokens (uint16, bytes)" in capsys.readouterr().out
     assert main(command) == 1
     assert "--force" in capsys.readouterr().err
     assert TokensRequest([], "bytes", "x").hold_out == 0.0

@@ -22,6 +22,7 @@ from moecc.checkpoint.gguf.storage import STORAGES, Storage, storage_label
 from moecc.checkpoint.limits import MAX_SIZE, name_fault
 from moecc.checkpoint.problems import Problems, describe, quoted
 from moecc.errors import InputError
+from moecc.support.text import amount
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -285,7 +286,7 @@ class _Check:
         beyond = [tensor for tensor in tensors if _end(tensor) > size]
         first = min(beyond, key=lambda tensor: tensor.offset)
         self.problems.add(
-            f"the data of {len(beyond):,} tensors, the first of them {quoted(first.name)}, "
+            f"the data of {amount(len(beyond), 'tensor')}, the first of them {quoted(first.name)}, "
             "end beyond the end of the file",
             where=str(self.path),
             expected=f"a file of {_end(reach):,} bytes",

@@ -39,7 +39,7 @@ from moecc.checkpoint.problems import Problems, quoted
 from moecc.checkpoint.source import TensorInfo
 from moecc.errors import InputError, nearest, printable
 from moecc.support.closing import Closing
-from moecc.support.text import with_article
+from moecc.support.text import amount, with_article
 from moecc.types.arrays import Array
 
 _GUESSES = 20
@@ -123,7 +123,9 @@ class GgufFile(Closing):
         remarks = []
         stored = Counter(info.storage for info in self.tensors.values() if info.storage)
         if stored:
-            kinds = ", ".join(f"{count} tensors in {name}" for name, count in stored.most_common())
+            kinds = ", ".join(
+                f"{amount(count, 'tensor')} in {name}" for name, count in stored.most_common()
+            )
             remarks.append(f"the weights were quantised, which lost precision: {kinds}")
         reason = self._tokenizer()[1]
         if reason is not None:

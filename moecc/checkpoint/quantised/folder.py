@@ -22,6 +22,7 @@ from moecc.checkpoint.quantised.packed import Packed, ReadRows, Stored
 from moecc.checkpoint.source import TensorInfo
 from moecc.errors import InputError
 from moecc.support.closing import Closing
+from moecc.support.text import amount
 from moecc.types.arrays import Array
 from moecc.types.dtypes import F32
 
@@ -97,7 +98,9 @@ class QuantisedFolder(Closing):
         kinds = Counter(one.storage for one in self._packed.values())
         if not kinds:
             return []
-        shown = ", ".join(f"{count} tensors in {name}" for name, count in kinds.most_common())
+        shown = ", ".join(
+            f"{amount(count, 'tensor')} in {name}" for name, count in kinds.most_common()
+        )
         return [f"the weights were quantised, which lost precision: {shown}"]
 
     def card(self) -> dict[str, tuple[str, ...]]:

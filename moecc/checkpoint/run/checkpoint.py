@@ -30,6 +30,7 @@ from moecc.checkpoint.several import models_of
 from moecc.checkpoint.source import Checkpoint, TensorInfo
 from moecc.errors import InputError
 from moecc.support.closing import Closing
+from moecc.support.text import amount
 from moecc.support.untyped import Json
 from moecc.types.arrays import Array
 from moecc.types.dtypes import DTYPES
@@ -84,7 +85,7 @@ class RunCheckpoint(Closing):
     def remarks(self) -> list[str]:
         """Return how far the model was trained."""
         tokens = self.step.facts.get("tokens", 0)
-        return [f"trained for {self.step.number:,} steps, {tokens:,} tokens"]
+        return [f"trained for {amount(self.step.number, 'step')}, {tokens:,} tokens"]
 
     def card(self) -> dict[str, tuple[str, ...]]:
         """Return what is kept of the source's card."""

@@ -83,7 +83,7 @@ def test_tensors(smollm2: GgufFile) -> None:
     assert len(smollm2.tensors) == 272
     assert sum(int(np.prod(info.shape)) for info in smollm2.tensors.values()) == 134_515_008
     assert smollm2.remarks() == [
-        "the weights were quantised, which lost precision: 210 tensors in Q4_1, 1 tensors in Q8_0"
+        "the weights were quantised, which lost precision: 210 tensors in Q4_1, 1 tensor in Q8_0"
     ]
 
 

@@ -9,6 +9,7 @@ import jax
 
 from moecc.errors import InputError, MachineError, Problem
 from moecc.support.extras import install_hint
+from moecc.support.text import amount
 from moecc_backends.xla.trace.typed_jax import PyTree, abstract_array
 
 _FEW = 4
@@ -36,7 +37,7 @@ class ExportedStep:
 
     def __repr__(self) -> str:
         leaves = len(self._exported.in_avals)
-        where = f"{' or '.join(self.platforms)}, {self.devices} devices"
+        where = f"{' or '.join(self.platforms)}, {amount(self.devices, 'device')}"
         return f"<moecc.LoadedStep {where}, {leaves} arrays>"
 
     def place(self, *arguments: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
