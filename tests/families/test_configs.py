@@ -27,34 +27,7 @@ from moecc.families.configs import (
     rotary_frequencies,
 )
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": None,
-}
-MOE: dict[str, Any] = {"num_experts_per_tok": 2}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-YARN = {"rope_type": "yarn", "factor": 4.0}
-
-
-def small(family: str, **keys: Any) -> dict[str, Any]:
-    experts = {"mixtral": "num_local_experts", "qwen2_moe": "num_experts"}
-    moe = {experts.get(family, "num_experts"): 4, **MOE} if DECODERS[family] in MOE_CLASSES else {}
-    return {"model_type": family, **SMALL, **moe, **keys}
-
-
-MOE_CLASSES = {MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig}
+from .small_config import LLAMA3, MOE, SMALL, YARN, small
 
 
 def refusal(data: Any) -> InputError:

@@ -11,47 +11,17 @@ import pytest
 
 from moecc.errors import InputError, MachineError
 from moecc.families.configs import (
-    CONFIGS,
-    MixtralConfig,
-    Qwen2MoeConfig,
-    Qwen3MoeConfig,
     parse_config,
     read_config,
 )
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-MOE: dict[str, Any] = {"num_experts_per_tok": 2}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-YARN = {"rope_type": "yarn", "factor": 4.0}
-
-
-def small(family: str, **keys: Any) -> dict[str, Any]:
-    experts = {"mixtral": "num_local_experts", "qwen2_moe": "num_experts"}
-    moe = {experts.get(family, "num_experts"): 4, **MOE} if CONFIGS[family] in MOE_CLASSES else {}
-    return {"model_type": family, **SMALL, **moe, **keys}
+from .small_config import LLAMA3, MOE, SMALL, YARN, small
 
 
 def mscaled(*factors: float) -> dict[str, Any]:
     lists = {"short_factor": [1.0, 1.5], "long_factor": [1.25, 4.0]}
     named = dict(zip(("short_mscale", "long_mscale"), factors, strict=False))
     return {"type": "longrope", **lists, **named, "original_max_position_embeddings": 32}
-
-
-MOE_CLASSES = {MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig}
 
 
 def refusal(data: Any) -> InputError:

@@ -1,0 +1,35 @@
+"""A small decoder's config in the keys of a family, and ways to scale its rotary embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moecc.families.configs import CONFIGS, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+}
+MOE: dict[str, Any] = {"num_experts_per_tok": 2}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0}
+MOE_CLASSES = {MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig}
+
+
+def small(family: str, **keys: Any) -> dict[str, Any]:
+    """Return a config of a family, with four experts where it has some."""
+    experts = {"mixtral": "num_local_experts", "qwen2_moe": "num_experts"}
+    moe = {experts.get(family, "num_experts"): 4, **MOE} if CONFIGS[family] in MOE_CLASSES else {}
+    return {"model_type": family, **SMALL, **moe, **keys}
