@@ -16,7 +16,7 @@ REASONS: dict[str, tuple[int, str]] = {
     "moecc/ir/docs.py": (1, "what the table of operations says in words of mixed axes"),
     "moecc/ir/ops.py": (1, "no two rows have one name"),
     "moecc/families/experts.py": (1, "a shared expert's gate is a sigmoid by definition"),
-    "moecc/model/inputs.py": (1, "learned positions are a table that positions look up"),
+    "moecc/ir/indices.py": (1, "learned positions are a table that positions look up"),
     "moecc/ir/table/repetition.py": (2, "the accessors of stack and index, the parts of a scan"),
     "moecc/ir/view.py": (1, "a view of attributes is of the operations that it names"),
     "moecc/plan/residuals.py": (1, "a rename is the same value under another name"),

@@ -9,6 +9,7 @@ from math import prod
 from moecc.families.experts import choices_per_token, rows_of, rows_per_token
 from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph, Node, Value, setter_of
+from moecc.ir.indices import length_bounds
 from moecc.ir.table.slots import assigner
 
 PAPER_LENGTHS = {"S": 512, "T": 114}
@@ -39,7 +40,8 @@ class SequenceFlops:
 def sequence_flops(graph: Graph, lengths: Mapping[str, int] | None = None) -> SequenceFlops:
     """Count the FLOPs of one sequence whose lengths are `lengths`, by variable.
 
-    A variable that is not named counts as 512; the batch has one sequence.
+    A variable that is not named counts as 512, or as many as there are learned positions; the
+    batch has one sequence.
     """
     used = _lengths(graph, PAPER_LENGTHS if lengths is None else lengths)
     paper = weights = attention = 0.0
@@ -57,10 +59,12 @@ def sequence_flops(graph: Graph, lengths: Mapping[str, int] | None = None) -> Se
 
 def _lengths(graph: Graph, given: Mapping[str, int]) -> dict[str, int]:
     found: dict[str, int] = {}
+    most = length_bounds(graph)
     for value in graph.inputs.values():
         for axis in value.type:
             if isinstance(axis.size, str) and axis.name != "batch":
-                found[axis.size] = given.get(axis.size, 512)
+                asked = given.get(axis.size, 512)
+                found[axis.size] = min(asked, most.get(axis.size, asked))
     return found
 
 

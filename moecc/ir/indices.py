@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moecc.ir.graph import Value
+from moecc.ir.graph import Graph, Value
 from moecc.types.tensor import Size
 
 
@@ -25,3 +25,19 @@ def index_sizes(value: Value, *, strict: bool = False) -> Iterator[Size]:
             continue
         if index.strict or not strict:
             yield index.below(user)
+
+
+def index_bound(value: Value) -> int | None:
+    """Return what the integers of `value` stay below: the rows of tables that they pick."""
+    return min((s for s in index_sizes(value, strict=True) if isinstance(s, int)), default=None)
+
+
+def length_bounds(graph: Graph) -> dict[str, int]:
+    """Return the longest sequences that learned positions allow, by the variable of the length."""
+    found: dict[str, int] = {}
+    for node in graph:
+        if node.op.name == "positions" and (bound := index_bound(node.result)) is not None:
+            for axis in node.result.type:
+                if isinstance(axis.size, str):
+                    found[axis.size] = min(bound, found.get(axis.size, bound))
+    return found

@@ -8,22 +8,16 @@ import numpy as np
 
 from moecc.errors import InputError, Problem, nearest
 from moecc.ir.graph import Graph, Value
-from moecc.ir.indices import index_sizes
+from moecc.ir.indices import index_bound, length_bounds
 from moecc.types.arrays import Array
 
 ANY_INDEX = 2
 """Integers are below this where nothing says what they index."""
 
 
-def index_bound(value: Value) -> int | None:
-    """Return what the integers of `value` stay below: the rows of tables that they pick."""
-    return min((s for s in index_sizes(value, strict=True) if isinstance(s, int)), default=None)
-
-
 def longest(graph: Graph) -> int | None:
     """Return the longest sequence that learned positions allow, or None where nothing bounds it."""
-    bounds = (index_bound(node.result) for node in graph if node.op.name == "positions")
-    return min((b for b in bounds if b is not None), default=None)
+    return min(length_bounds(graph).values(), default=None)
 
 
 def default_tokens(vocab: int, *, batch: int = 2, seq: int = 128, seed: int = 1) -> Array:
@@ -102,7 +96,8 @@ def check_inputs(graph: Graph, given: Mapping[str, Array], where: str) -> dict[s
     """Return arrays for the inputs of `graph`; a batch axis is added where one sequence is given.
 
     Raises:
-      InputError: one is missing, unknown or of another kind, or an id is not in its table.
+      InputError: one is missing, unknown or of another kind, an id is not in its table, or a
+        sequence is longer than the model has positions.
     """
     problems = [
         Problem("the model has no such input", f"{where}: {name}", hint=nearest(name, graph.inputs))
@@ -110,6 +105,7 @@ def check_inputs(graph: Graph, given: Mapping[str, Array], where: str) -> dict[s
         if name not in graph.inputs
     ]
     found: dict[str, Array] = {}
+    bounds = length_bounds(graph)
     for name, value in graph.inputs.items():
         if name not in given:
             hint = "give all inputs in one .npz file, by name" if len(graph.inputs) > 1 else None
@@ -118,12 +114,23 @@ def check_inputs(graph: Graph, given: Mapping[str, Array], where: str) -> dict[s
             continue
         array = given[name][None] if given[name].ndim == value.type.rank - 1 else given[name]
         place = where if len(graph.inputs) == 1 else f"{where}: {name}"
-        problems.extend(_misfits(value, array, place))
+        wrong = list(_misfits(value, array, place))
+        problems.extend(wrong or _too_long(value, array, place, bounds))
         found[name] = array
     if problems:
         raise InputError(problems)
     ids = {n: v.type.dtype.numpy for n, v in graph.inputs.items() if v.type.dtype.kind == "int"}
     return {name: a.astype(ids[name]) if name in ids else a for name, a in found.items()}
+
+
+def _too_long(
+    value: Value, array: Array, place: str, bounds: Mapping[str, int]
+) -> Iterator[Problem]:
+    for axis, size in zip(value.type, array.shape, strict=True):
+        most = bounds.get(axis.size, size) if isinstance(axis.size, str) else size
+        if size > most:
+            what = "a sequence is longer than the model has positions"
+            yield Problem(what, place, f"at most {most} tokens", str(size))
 
 
 def _misfits(value: Value, array: Array, place: str) -> Iterator[Problem]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from moecc.errors import InputError, UsageError
 from moecc.ir.graph import Graph
+from moecc.ir.indices import length_bounds
 
 TOKENS_PER_DEVICE = 4096
 """Where no batch is given: so many tokens a device, made whole sequences."""
@@ -81,16 +82,24 @@ def make_batch(
       micro_batches: parts of the batch.
 
     Raises:
-      InputError: the graph has another number of lengths, or the batch is not whole sequences, or
-        not as many in each micro-batch.
+      InputError: the graph has another number of lengths, or fewer positions, or the batch is not
+        whole sequences, or not as many in each micro-batch.
     """
-    names = length_variables(graph)
+    names, most = length_variables(graph), length_bounds(graph)
     if lengths is None:
-        lengths = ENCDEC_LENGTHS if len(names) == 2 else (DECODER_LENGTH,) * len(names)
+        usual = ENCDEC_LENGTHS if len(names) == 2 else (DECODER_LENGTH,) * len(names)
+        lengths = tuple(min(n, most.get(v, n)) for v, n in zip(names, usual, strict=True))
     if len(lengths) != len(names):
         expected = f"{len(names)}, of {' and '.join(names)}" if names else "none"
         raise InputError(
             "another number of sequence lengths", expected=expected, found=str(len(lengths))
+        )
+    longer = [v for v, n in zip(names, lengths, strict=True) if n > most.get(v, n)]
+    if longer:
+        raise InputError(
+            "sequences are longer than the model has positions",
+            expected=" and ".join(f"{v} at most {most[v]}" for v in longer),
+            found=",".join(map(str, lengths)),
         )
     each = sum(lengths) or 1
     if tokens is None:

@@ -11,8 +11,8 @@ from moecc_passes.pack_segments import PackSegmentsPass
 
 from moecc.errors import InputError
 from moecc.ir import Graph, verify
+from moecc.ir.indices import index_bound
 from moecc.ir.structure import clone
-from moecc.model.inputs import index_bound
 from moecc.model.open import open_model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline

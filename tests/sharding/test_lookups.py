@@ -9,8 +9,8 @@ from moecc_passes.sharding.annotate import lay
 
 from moecc.ir import Graph, clone
 from moecc.ir.builder import Builder
+from moecc.ir.indices import index_bound
 from moecc.ir.mesh import parse_mesh
-from moecc.model.inputs import index_bound
 from moecc.sharding.assign import Assigner
 from moecc.sharding.collectives import steps
 from moecc.sharding.gradients import dependence, gradients

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moecc.ir.graph import Graph
-from moecc.model.inputs import index_bound, longest
+from moecc.ir.indices import index_bound
+from moecc.model.inputs import longest
 from moecc.model.open import Model
 from moecc.train.tokens.encoders import tokenizer_digest
 
