@@ -72,8 +72,9 @@ def _scrambled(words: _Words) -> _Words:
 class Mixture:
     """The rows of several corpora in one endless order.
 
-    Each corpus has its share of every stretch of the order, to about one row.  Its rows come in an
-    order of their own in each epoch, all of them once.
+    Each corpus has its share s of every stretch of the order, to fewer than 2(1 − s) + 2s(n − 1)
+    rows of n corpora: it is less than a row off the time of a stretch, which the others shift by
+    less than a row each.  Its rows come in an order of their own in each epoch, all of them once.
 
     Attributes:
       rows: how many rows each corpus has.
