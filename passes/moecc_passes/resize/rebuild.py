@@ -64,12 +64,19 @@ def resize(
         weight = Stack(tuple(parts), EXPERT, position)
         image[param] = _replacement(graph, param, sizes, weight)
         count = len(parts)
-    attrs = {
-        part.route: {"top_k": top_k},
-        part.layer.assigner: {"experts": count},
-    }
+    attrs = {node: _resized(node, count) for node in part.nodes}
+    attrs[part.route] = {"top_k": top_k}
+    attrs[part.layer.assigner] = {"experts": count}
     output = _emit(_builder(graph, part), part.nodes, image, attrs)[part.layer.combine.result]
     _take_place(graph, part, output)
+
+
+def _resized(node: Node, count: int) -> Mapping[str, object]:
+    """Return the axes that a node makes, if an attribute names them; experts are `count` there."""
+    into = node.attrs.get("into")
+    if not isinstance(into, tuple):
+        return {}
+    return {"into": tuple((name, count if name == EXPERT else size) for name, size in into)}
 
 
 def make_dense(graph: Graph, part: Anatomy, weight_of: Callable[[Value, bool], Expr]) -> None:
