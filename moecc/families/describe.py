@@ -10,14 +10,14 @@ from math import prod
 
 from moecc.analysis.groups import scales_norms
 from moecc.families.experts import ExpertLayer, choices_kept, expert_layers, rows_of, rows_per_token
-from moecc.families.flops import SequenceFlops, sequence_flops
+from moecc.families.flops import SequenceFlops, dispatched_tokens, sequence_flops
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.traits import Cost
 from moecc.ir.unroll import unrolled
 from moecc.ir.uses import uses_of
 from moecc.support.shown import brief, facts_table
 from moecc.support.text import count_text
-from moecc.types.tensor import Size, TensorType
+from moecc.types.tensor import TensorType
 
 PAPER_GROUPS = ("All", "Non-MoE", "MoE", "Attention", "FFN")
 
@@ -148,41 +148,51 @@ def count_parameters(graph: Graph) -> Parameters:
 
 
 def flops(graph: Graph) -> tuple[int, int]:
-    """Return FLOPs per token: the constant part, and the part per position attended to.
+    """Return FLOPs per token: of products with parameters, and of others per position attended to.
 
-    Only products are counted, two operations each.  Experts count once per row that they compute.
-    Where all sizes are fixed, as of images, they are those of one input.
+    Two for each multiplication.  Experts count once per row that they compute.  Where all sizes
+    are fixed, as of images, both are those of one input.
     """
-    given = [v for v in graph.inputs.values() if v.type.dtype.kind == "int"]
-    # A graph that takes no tokens is counted for one input of the size that it takes.
-    tokens = {"batch", *(axis.name for value in given for axis in value.type)}
-    fixed = per_position = 0.0
+    given = any(v.type.dtype.kind == "int" for v in graph.inputs.values())
+    tokens = _token_axes(graph)
+    fixed = attended = 0.0
     for node in graph:
         if not node.op.products:
             continue
-        times, sizes = _counted(node, tokens, given=bool(given))
-        work = 2 * node.op.products * times * prod(n for n in sizes if isinstance(n, int))
-        if any(isinstance(size, str) for size in sizes):
-            per_position += work
-        else:
+        work = 2 * node.op.products * _multiplied(node, tokens, given=given)
+        if any(v.is_param for v in node.operands):
             fixed += work
-    return round(fixed), round(per_position)
+        else:
+            attended += work
+    return round(fixed), round(attended)
 
 
-def _counted(node: Node, tokens: set[str], *, given: bool) -> tuple[float, list[Size]]:
-    """Return how often a product is computed for a token, and the sizes of its axes.
+def _token_axes(graph: Graph) -> set[str]:
+    """Return the axes that number sequences and tokens, those of keys and values included."""
+    given = (v for v in graph.inputs.values() if v.type.dtype.kind == "int")
+    found = {"batch", *(axis.name for value in given for axis in value.type)}
+    for node in graph:
+        # A view may have an axis under another name.
+        if node.op.alias and node.operands[0].type.rank == node.result.type.rank:
+            names = zip(node.operands[0].type.names, node.result.type.names, strict=True)
+            found |= {new for old, new in names if old in found}
+    return found
 
-    Windows that a graph with tokens attends along are no axes of a token's product; experts count
-    once a row.
+
+def _multiplied(node: Node, tokens: set[str], *, given: bool) -> float:
+    """Return the elements that a product multiplies for a token, or for an input of fixed size.
+
+    Windows that a graph with tokens attends along are no axes of a token's product.
     """
     axes = {a.name: a.size for v in (*node.operands, node.result) for a in v.type}
     along = () if node.op.attends or not given else node.mixes
     left = {*tokens, *(n for n in along if n in node.result.type)}
-    rows = rows_of(node.operands)
+    rows, times = rows_of(node.operands), 1.0
     if rows is not None:
         left |= {"group", "expert", "slot"}
-    times = 1.0 if rows is None else rows_per_token(rows)
-    return times, [size for name, size in axes.items() if name not in left]
+        times = rows_per_token(rows) * (1 if given else dispatched_tokens(rows, {}))
+    sizes = (size for name, size in axes.items() if name not in left)
+    return times * prod(size for size in sizes if isinstance(size, int))
 
 
 def _elements(type: TensorType) -> int:

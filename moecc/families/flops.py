@@ -79,7 +79,7 @@ def _work(node: Node, lengths: Mapping[str, int]) -> float:
         return 2.0 * node.op.products * each
     inner = (s for n, s in sizes.items() if n not in ("group", "expert", "slot"))
     each = prod(s for s in inner if isinstance(s, int))
-    return 2.0 * each * _dispatched_tokens(rows, lengths) * rows_per_token(rows)
+    return 2.0 * each * dispatched_tokens(rows, lengths) * rows_per_token(rows)
 
 
 def _size(name: str, size: object, lengths: Mapping[str, int]) -> int:
@@ -88,7 +88,7 @@ def _size(name: str, size: object, lengths: Mapping[str, int]) -> int:
     return size if isinstance(size, int) else lengths.get(str(size), 1)
 
 
-def _dispatched_tokens(rows: Value, lengths: Mapping[str, int]) -> int:
+def dispatched_tokens(rows: Value, lengths: Mapping[str, int]) -> int:
     """Return the tokens of a sequence that were dispatched to `rows`."""
     slots = setter_of(rows.type.extents[0])
     tokens = SlotAttrs.of_node(assigner(slots)).tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,12 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 from moecc.families import build
 from moecc.families.configs import DecoderConfig, MoeConfig, parse_config
 from moecc.families.describe import describe
+from moecc.families.flops import sequence_flops
 from moecc.ir import parse
+from moecc.model.open import open_model
 from moecc.pipeline.passes import Context
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
 from moecc.testing.checkpoints import random_checkpoint
 from moecc.testing.configs import small_configs
 
@@ -158,3 +163,23 @@ def test_a_description_is_json() -> None:
 def test_a_parameter_that_is_an_output_is_counted() -> None:
     text = "moecc 1\ngraph g {\n  param %w : f32[embed=4] @embed\n  output w = %w\n}\n"
     assert describe(parse(text)).parameters.total == 4
+
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+OF_TOKENS = [p.parent.name for p in sorted(GOLDEN.glob("*/config.json")) if "whisper" not in str(p)]
+
+
+@pytest.mark.parametrize("name", OF_TOKENS)
+@pytest.mark.parametrize("pipeline", ["", "upcycle{experts=4}", "fuse-attention"])
+def test_flops_of_a_token_are_those_of_a_sequence(name: str, pipeline: str) -> None:
+    """Where attention sees every token, as in an encoder, too: keys and values are products."""
+    with open_model(str(GOLDEN / name)) as model:
+        graph = model.graph
+        context = Context(allow_unmatched=True)
+        if pipeline != "upcycle{experts=4}" or not describe(graph).expert_layers:
+            run_pipeline(graph, Pipeline.parse(pipeline), context=context)
+    found, whole = describe(graph), sequence_flops(graph, {"S": 12, "T": 12})
+    # Of an image, which has one size, both are of one input.
+    tokens = 12 if whole.lengths else 1
+    assert found.flops_per_token * tokens == whole.weights
+    assert found.attention_flops_per_token * tokens**2 == whole.attention
