@@ -34,6 +34,11 @@ class Verdict:
     silent: bool = False
     note: str = ""
 
+    @property
+    def release(self) -> str:
+        """The engine and its version."""
+        return release_of(self.engine, self.version)
+
     def __str__(self) -> str:
         if self.runs:
             return f"{self.engine} ✓" + (f" ({self.note})" if self.note else "")
@@ -42,6 +47,12 @@ class Verdict:
     def to_json(self) -> dict[str, object]:
         """Return the verdict as JSON values."""
         return asdict(self)
+
+
+def release_of(engine: str, version: str) -> str:
+    """Return an engine and its version, ``transformers 5`` and ``5.1.0`` as one."""
+    name, _, major = engine.rpartition(" ")
+    return f"{name} {version}" if name and version.startswith(major) else f"{engine} {version}"
 
 
 def verdicts(config: ModelConfig) -> tuple[Verdict, ...]:

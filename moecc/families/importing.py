@@ -181,7 +181,7 @@ def _problems(
         missing, extra = [name for name in missing if name == head], []
     yield from _missing(missing, extra, expected, head)
     yield from _extra(extra, missing, config)
-    yield from capped(_unfit(expected, tensors), "tensors do not match")
+    yield from capped(_unfit(expected, tensors), "tensor does not match", "tensors do not match")
 
 
 def _left_out(name: str, config: ModelConfig) -> bool:
@@ -224,7 +224,7 @@ def _missing(
         Problem("this tensor is missing", name, str(expected[name]), hint=nearest(name, candidates))
         for name in single
     )
-    yield from capped(found, "tensors are missing")
+    yield from capped(found, "tensor is missing", "tensors are missing")
 
 
 def _whole_layers(
@@ -263,7 +263,7 @@ def _extra(extra: list[str], missing: list[str], config: ModelConfig) -> Iterato
         )
         for name in single
     )
-    yield from capped(found, "tensors are not the model's")
+    yield from capped(found, "tensor is not the model's", "tensors are not the model's")
 
 
 def _lies_in(layer: tuple[str, int] | None, stacks: Mapping[str, set[int]]) -> bool:

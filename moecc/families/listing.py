@@ -31,8 +31,10 @@ def both(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def capped(problems: Iterable[Problem], rest: str, most: int = MOST_PER_KIND) -> Iterator[Problem]:
-    """Yield the first problems, and one that counts the others: "7 more " and `rest`."""
+def capped(
+    problems: Iterable[Problem], one: str, several: str, most: int = MOST_PER_KIND
+) -> Iterator[Problem]:
+    """Yield the first problems, and one that counts the others: "7 more " and `several`."""
     more = 0
     for count, problem in enumerate(problems):
         if count < most:
@@ -40,4 +42,4 @@ def capped(problems: Iterable[Problem], rest: str, most: int = MOST_PER_KIND) ->
         else:
             more += 1
     if more:
-        yield Problem(f"{more} more {rest}")
+        yield Problem(f"{more} more {one if more == 1 else several}")

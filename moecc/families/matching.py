@@ -39,8 +39,8 @@ def match_parameters(target: Graph, graph: Graph) -> dict[Value, Expr]:
     matcher = _Matcher(target, graph, _structure_keys(target, graph))
     matcher.run()
     if matcher.problems:
-        rest = "differences"
-        raise InputError(capped(matcher.problems, rest, MOST_DIFFERENCES))
+        problems = capped(matcher.problems, "difference", "differences", MOST_DIFFERENCES)
+        raise InputError(problems)
     return matcher.weights
 
 

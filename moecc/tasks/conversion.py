@@ -252,7 +252,7 @@ def _misreadings(export: Export | GgufExport) -> list[str]:
     if isinstance(export, GgufExport):
         return []
     return [
-        f"{v.engine} {v.version} would load this and compute something else, because it does not "
+        f"{v.release} would load this and compute something else, because it does not "
         f"read {' and '.join(v.reasons)}"
         for v in verdicts(export.config)
         if v.silent

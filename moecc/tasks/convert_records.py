@@ -118,8 +118,9 @@ def receipt_of(planned: Plan, written: Path, options: WriteOptions) -> Receipt:
 
     verified = verify_written(planned, written) if options.verify else None
     return Receipt(
-        planned.preserves, planned.contracts, verified, planned.engines, library_versions()
-    )
+        planned.target, planned.preserves, planned.contracts, verified, planned.engines,
+        library_versions(),
+    )  # fmt: skip
 
 
 def card(planned: Plan, receipt: Receipt, options: Sequence[str] = ()) -> str:
@@ -142,7 +143,10 @@ def card(planned: Plan, receipt: Receipt, options: Sequence[str] = ()) -> str:
     path, facts = checkpoint.path, planned.facts
     kinds = Counter(str(layer) for layer in facts.expert_layers)
     task, auto_class = _loaded_as(planned)
-    made = (f"{count} of {facts.layers} layers have {kind}" for kind, count in kinds.items())
+    made = (
+        f"{count} of {facts.layers} layers {'has' if count == 1 else 'have'} {kind}"
+        for kind, count in kinds.items()
+    )
     return model_card(
         CardFacts(
             title=f"{path.name}-{planned.target.replace(':', '-')}",
@@ -228,7 +232,7 @@ def _training(planned: Plan) -> str:
         return f"A GGUF file is not trained: train the source or a folder. {own}"
     if planned.target == FAMILY:
         return f"Only moecc trains this layout. {own}"
-    if "output_router_logits" not in config:
+    if "output_router_logits" not in config or config.get("router_aux_loss_coef") is None:
         return f"transformers computes no loss that balances the experts of this family. {own}"
     return (
         "transformers leaves the router's balance loss off: load the model with "

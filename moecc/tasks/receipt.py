@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moecc.engines.verdicts import release_of
 from moecc.errors import InputError
+from moecc.families.configs import GraphConfig
 from moecc.pipeline.passes import Preserves
 from moecc.tasks.contracts import Contracts
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 RECEIPT_NAME = "moecc_receipt.json"
 SCHEMA = "moecc.receipt/1"
 MAX_RECEIPT_BYTES = 4 << 20
+_OUTPUTS = {"hidden": "hidden states"}
+"""What outputs are called, where it is not their name."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Receipt:
     """What is to be said for a conversion.
 
     Attributes:
+      target: the family of the result.
       promised: the combined promise of the passes.
       contracts: what was found on the small model.
       verified: what was found at the logits; None if nobody looked.
@@ -37,6 +42,7 @@ class Receipt:
       versions: of what decides the bytes.
     """
 
+    target: str
     promised: Preserves
     contracts: Contracts
     verified: Verified | None
@@ -48,6 +54,7 @@ class Receipt:
         return {
             "schema": SCHEMA,
             "versions": dict(self.versions),
+            "target": self.target,
             "promised": _promise(self.promised),
             "checked": [
                 {"pass": p.text, "promised": _promise(p.promised), "measured_error": p.measured}
@@ -104,8 +111,9 @@ def _at_the_logits(stated: Mapping[str, object]) -> str:
         return "not at the logits, which `convert --verify` does"
     difference, layers = object_of(found.get("difference")), found.get("layers")
     part = f" of the first {layers} layers" if layers else ""
+    output = str(found.get("output"))
     return (
-        f"the {found.get('output')}{part} in {found.get('compute_dtype')}, "
+        f"the {_OUTPUTS.get(output, output)}{part} in {found.get('compute_dtype')}, "
         f"{number_text(difference.get('max_relative'), '.2e')} of the largest"
     )
 
@@ -120,18 +128,14 @@ def number_text(value: object, form: str) -> str:
 
 def _engines(stated: Mapping[str, object]) -> str:
     rows = objects_of(stated.get("engines"))
-    runs = [_release(str(e.get("engine")), str(e.get("version"))) for e in rows if e.get("runs")]
+    runs = [release_of(str(e.get("engine")), str(e.get("version"))) for e in rows if e.get("runs")]
     others = [str(e.get("engine")) for e in rows if not e.get("runs")]
     if not rows:
-        return "moecc"
+        target = stated.get("target")
+        own = target in (None, GraphConfig.model_type)
+        return "moecc" if own else f"what runs a dense {target}; mixtures alone were looked at"
     text = ", ".join(runs) if runs else "moecc alone"
     return f"{text}; not in {', '.join(others)}" if others else text
-
-
-def _release(engine: str, version: str) -> str:
-    """Return an engine and its version, ``transformers 5`` and ``5.1.0`` as one."""
-    name, _, major = engine.rpartition(" ")
-    return f"{name} {version}" if name and version.startswith(major) else f"{engine} {version}"
 
 
 def objects_of(value: object) -> list[dict[str, object]]:

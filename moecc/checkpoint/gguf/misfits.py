@@ -77,7 +77,8 @@ def _score_misfits(place: str, family: GgufFamily, config: Json) -> Iterator[Pro
         found = [kind == "sliding_attention" for kind in config["layer_types"]]
         expected = [(layer + 1) % family.window_period != 0 for layer in range(len(found))]
         if found != expected:
-            what = f"llama.cpp gives all but every {family.window_period}th layer a window"
+            period = family.window_period
+            what = f"llama.cpp gives a window to all layers but one in {period}, the last of each"
             yield Problem(what, place, found="other layers with a window")
     if family.score_layers:
         is_wide = config["num_hidden_layers"] == family.score_layers

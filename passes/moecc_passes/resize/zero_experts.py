@@ -70,7 +70,8 @@ class ZeroExpertsPass(Pass):
                 break
             self._add(graph, layer, ctx)
             made = layer.experts + self.count
-            ctx.remark(Remark(layer.name, f"{self.count} of {made} experts add nothing"))
+            add = "adds" if self.count == 1 else "add"
+            ctx.remark(Remark(layer.name, f"{self.count} of {made} experts {add} nothing"))
         result = PassResult(bool(layers), len(layers), {"layers": len(layers)})
         result.near_misses = [] if layers else [NOTHING_ROUTED]
         result.preserves = weakest(dict.fromkeys(promises)) if promises else None

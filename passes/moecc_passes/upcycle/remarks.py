@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moecc.analysis.ffn import FFNBlock
 from moecc.pipeline.passes import Remark
+from moecc.support.text import amount
 from moecc_passes.upcycle.checks import has_constant_gate
 from moecc_passes.upcycle.options import UpcycleOptions
 
@@ -15,7 +16,7 @@ def remarks(item: UpcycleOptions, blocks: list[FFNBlock]) -> list[Remark]:
         "prototypes": f"one of each of {item.top_k} groups",
         "hash": f"{item.top_k} by a hash of the token",
         "expert-choice": "which choose tokens",
-        "soft": f"of {item.soft_slots} soft slots",
+        "soft": f"of {amount(item.soft_slots, 'soft slot')}",
     }[item.routing]
     found = [Remark(b.loc, f"became {item.experts} experts, {how}") for b in blocks]
     if has_constant_gate(item):
