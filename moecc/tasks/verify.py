@@ -151,8 +151,9 @@ def compare(
     """Run `model` and `source` on the same inputs and compare the source's first output.
 
     In float32 a difference may be amplified rounding; float64 distinguishes the two.
-    The source's weights are first rounded to the type of the model's, so that the comparison sees
-    the effect of the conversion; the effect of that rounding alone is reported separately.
+    All weights are first rounded to the type that most of the model's have, so that the comparison
+    sees the effect of the conversion; the effect of that rounding alone is reported separately.
+    Vectors and routers may be stored in a wider type, which the source's then are not.
 
     Raises:
       InputError: a model has no weights, or inputs or outputs of the two differ.
@@ -173,7 +174,7 @@ def compare(
         return program.run(params, given)[output]
 
     rounded = run(source, dtype)
-    result = run(model)
+    result = run(model, dtype)
     plain = rounded if source.dtype == dtype else run(source)
     return Verdict(
         model=model.name,

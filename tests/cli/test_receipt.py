@@ -172,3 +172,51 @@ def test_a_gguf_file_has_its_receipt_in_its_manifest(
     found = moecc("verify", out, "--format", "json").json()["receipt"]
     assert found["verified"]["difference"]["max_relative"] < 1e-5
     assert np.isfinite(found["checked"][0]["measured_error"])
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype"), [("mixtral", "bf16"), ("mixtral", "f16"), ("gguf:llama", "f16")]
+)
+@pytest.mark.parametrize("options", ["experts=4", "experts=6 top-k=3 granularity=3"])
+def test_weights_that_are_rounded_with_a_factor_are_the_same_function(
+    moecc: Moecc, dense: Path, tmp_path: Path, target: str, dtype: str, options: str
+) -> None:
+    """3 W is rounded, and not W; a GGUF file has norms and routers in float32, too."""
+    out = tmp_path / ("out.gguf" if target.startswith("gguf") else "out")
+    how = ("-p", f"upcycle{{{options}}}", "--to", target, "--dtype", dtype, "--verify")
+    done = moecc("convert", dense, out, *how)
+    assert done.code == 0, done.err
+
+
+def test_a_wrong_factor_is_found_beside_rounding(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
+    own = tmp_path / "liar.py"
+    own.write_text(LIAR)
+    passes = ("-p", "liar,upcycle{experts=6 top-k=3 granularity=3}", "--load", own, "--no-check")
+    done = moecc("convert", dense, tmp_path / "out", *passes, "--to", "st_moe", "--dtype", "bf16",
+                 "--verify")  # fmt: skip
+    assert done.code == 3
+    assert "differ from those of the source" in done.err
+
+
+@pytest.mark.parametrize(
+    ("target", "case", "said"),
+    [
+        ("mistral", "llama_gqa", "Runs in: what runs a dense mistral"),
+        ("st_moe", "llama_gqa", "Runs in: moecc"),
+        ("glm4_moe", "glm4_moe_plain_v4", "transformers computes no loss that balances"),
+        ("mixtral", "mixtral_gqa", "transformers leaves the router's balance loss off"),
+    ],
+)
+def test_a_card_claims_what_is_so(
+    moecc: Moecc, tmp_path: Path, target: str, case: str, said: str
+) -> None:
+    done = moecc("convert", GOLDEN / case, tmp_path / "out", "-p", "", "--to", target)
+    assert done.code == 0, done.err
+    assert said in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_heads_of_another_width_are_none_for_transformers_4(moecc: Moecc, tmp_path: Path) -> None:
+    how = ("-p", "upcycle{experts=4}", "--to", "granitemoe", "--dry-run", "--format", "json")
+    data = moecc("convert", GOLDEN / "llama_llama3", tmp_path / "out", *how).json()
+    runs = {engine["engine"]: engine["runs"] for engine in data["engines"]}
+    assert (runs["transformers 5"], runs["transformers 4"]) == (True, False)

@@ -10,6 +10,7 @@ SCENE = "python -m tests.docs.scenes"
 TO_MIXTRAL = "-p 'upcycle{experts=2 top-k=2}' --to mixtral"
 SPLIT = "-p 'upcycle{experts=6 top-k=2 shared=0.25 split=activation}' --to st_moe"
 OF_TWO = "-p 'upcycle{experts=2 top-k=1 sources=base,a}' --to mixtral --experts a=tuned"
+TRIPLED = "-p 'upcycle{experts=6 top-k=3 granularity=3}' --to mixtral --dtype bf16"
 COMPILE = "moecc compile MODEL --machine cpu --step forward --batch-tokens 16 --sequence 16"
 ON_TWO = (
     "moecc compile sparse --machine cpu:2 --mesh expert=2 --step forward --dtype f32"
@@ -42,6 +43,11 @@ class TriedHint:
 
 
 TRIED_HINTS = (
+    TriedHint(
+        "rounds factors, too: moecc convert --verify tells a change from that",
+        f"moecc convert MODEL out {TRIPLED} && moecc verify out --against MODEL --dtype f64",
+        f"moecc convert MODEL verified {TRIPLED} --verify",
+    ),
     TriedHint(
         "without --quick the report shows what overlaps",
         f"{COMPILE} --quick --overlap",
