@@ -88,9 +88,9 @@ def propose(
     if CONFIGS[target].shape() is not source.shape():
         return [_other_shape(source, target)]
     if isinstance(source, EncDecConfig):
-        return _propose_encdec(source, found, target)
+        return _propose_encdec(source, found, target, None if found else _dense_width(graph))
     if not isinstance(source, DecoderConfig):
-        return source if not found else [_no_experts(target, found)]
+        return [_no_experts(target, found)] if found else _of_width(source, _dense_width(graph))
     unplaced = [layer for layer in found if layer_number(layer.loc) is None]
     if unplaced:
         what = "the location of an expert layer does not state its layer"
@@ -98,15 +98,22 @@ def propose(
     layers = {n: layer for layer in found if (n := layer_number(layer.loc)) is not None}
     if len(layers) < len(found):
         return [Problem("a layer has several mixtures of experts", expected="one a layer")]
-    return propose_config(source, layers, target, _dense_width(graph, source, layers))
+    return propose_config(source, layers, target, None if layers else _dense_width(graph))
 
 
-def _dense_width(graph: Graph, source: DecoderConfig, layers: Layers) -> int | None:
-    """Return the one width of the blocks of a mixture that was made dense; None if it is none."""
-    if layers or not isinstance(source, MoeConfig):
-        return None
+def _dense_width(graph: Graph) -> int | None:
+    """Return the one width of the blocks of a dense model, which experts may have become."""
     widths = {block.width for block in find_ffn_blocks(graph).blocks}
     return widths.pop() if len(widths) == 1 else None
+
+
+def _of_width(source: ModelConfig, width: int | None) -> ModelConfig:
+    """Return the config with blocks of another width, where its family states one."""
+    stated = getattr(source, "intermediate_size", None)
+    if width in (None, stated) or stated is None:
+        return source
+    changed: JsonDict = {"intermediate_size": width}
+    return replace(source, **changed)
 
 
 def _other_shape(source: ModelConfig, target: str) -> Problem:
@@ -123,7 +130,7 @@ def _no_experts(target: str, found: list[ExpertLayer]) -> Problem:
 
 
 def _propose_encdec(
-    source: EncDecConfig, found: list[ExpertLayer], target: str
+    source: EncDecConfig, found: list[ExpertLayer], target: str, width: int | None
 ) -> ModelConfig | list[Problem]:
     family = CONFIGS[target]
     assert issubclass(family, EncDecConfig), "the shapes have been compared"
@@ -131,7 +138,8 @@ def _propose_encdec(
     if isinstance(stacks, list):
         return stacks
     fields, reasons = encdec_fields(source, stacks, family)
-    return _construct(family, fields, reasons)
+    changed = {} if width is None else {"intermediate_size": width}
+    return _construct(family, {**fields, **changed}, reasons)
 
 
 def source_config(graph: Graph) -> ModelConfig:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from moecc.analysis.ffn import find_ffn_blocks
 from moecc.backend import get_backend
 from moecc.errors import InputError, UsageError
 from moecc.model.open import open_model
@@ -207,3 +208,24 @@ def test_a_switch_with_fewer_experts_is_one(case: str, text: str, tmp_path: Path
         write(plan(model, Pipeline.parse(text), "switch_transformers"), tmp_path / "out")
     with open_model(str(tmp_path / "out")) as written:
         assert written.graph.attrs["config"]["num_experts"] == 2
+
+
+@pytest.mark.parametrize(
+    ("case", "target"),
+    [
+        ("llama_gqa", "mistral"), ("llama_gqa", "llama"), ("t5_gated_untied", "t5"),
+        ("mt5_untied", "mt5"), ("bert_gelu", "bert"), ("gpt2_plain", "gpt2"), ("opt_plain", "opt"),
+        ("gpt_neox_parallel", "gpt_neox"), ("vit_plain", "vit"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("how", ["concat", "mean"])
+def test_what_was_made_sparse_and_dense_again_is_of_a_dense_family(
+    case: str, target: str, how: str, tmp_path: Path
+) -> None:
+    times = 4 if how == "concat" else 1
+    text = f"upcycle{{experts=4}},to-dense{{how={how}}}"
+    with open_model(str(GOLDEN / case)) as model:
+        (width,) = {block.width for block in find_ffn_blocks(model.graph).blocks}
+        write(plan(model, Pipeline.parse(text), target), tmp_path / "out")
+    with open_model(str(tmp_path / "out")) as written:
+        assert {b.width for b in find_ffn_blocks(written.graph).blocks} == {times * width}
