@@ -272,7 +272,7 @@ def _layer_reasons(layer: ExpertLayer, family: type[MoeConfig]) -> Iterator[Prob
     if layer.bias and not family.has_routing_bias:
         what = f"{target} has no bias in the choice of experts"
         able = [n for n, f in MIXTURES.items() if f.has_routing_bias]
-        hint = f"upcycle with balance-bias=false, or write {either(able)}, or {FAMILY}"
+        hint = f"{both(able)} have one; upcycle with balance-bias=false makes none"
         yield Problem(what, hint=hint)
     if layer.slots != "ragged":
         what = f"{target} computes every choice; it has no capacity"

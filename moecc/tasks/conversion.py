@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moecc.checkpoint.several import branches_of, other_bases
-from moecc.errors import InputError
+from moecc.errors import InputError, Problem, UsageError
 from moecc.ir.graph import Graph
 from moecc.ir.unroll import unroll
 from moecc.model.open import Model
@@ -21,6 +21,8 @@ from moecc.support.text import amount, count_text, size_text
 from moecc.tasks.contracts import NOT_CHECKED, Contracts, check_contracts
 from moecc.tasks.targets import AUTO, choose
 from moecc.types.dtypes import DType
+from moecc.weights.branches import branch_and_name
+from moecc.weights.expr import sources
 
 if TYPE_CHECKING:
     from moecc.checkpoint.gguf.storage import Storage
@@ -220,6 +222,7 @@ def plan(
     )  # fmt: skip
     contracts = check_contracts(model.graph, pipeline, context) if check else NOT_CHECKED
     done = run_pipeline(model.graph, pipeline, context=context, crash_folder=temporary_folder)
+    _check_all_read(model.graph, context.models)
     if unroll(model.graph):
         remarks.append("repeated layers were unrolled: a checkpoint stores each layer")
     if target == AUTO:
@@ -242,6 +245,26 @@ def plan(
          *(["--allow-unmatched"] if allow_unmatched else [])),
         contracts,
     )  # fmt: skip
+
+
+def _check_all_read(graph: Graph, models: Iterable[str]) -> None:
+    """Raise UsageError for models beside the base that no weight is read from."""
+    read = {
+        branch_and_name(source.name)[0]
+        for value in graph.params.values()
+        if value.weight is not None
+        for source in sources(value.weight)
+    }
+    unread = [name for name in models if name not in read]
+    if unread:
+        raise UsageError(
+            Problem(
+                "no pass reads this model",
+                f"--experts {name}",
+                hint=f"upcycle{{sources=base,{name}}}",
+            )
+            for name in unread
+        )
 
 
 def _misreadings(export: Export | GgufExport) -> list[str]:

@@ -179,7 +179,9 @@ def routed_layers(graph: Graph) -> list[RoutedLayer]:
 
 
 NOTHING_ROUTED = NearMiss(
-    "routed layers", "the graph", "no layer is sparse; st-moe or upcycle makes some so"
+    "routed layers",
+    "the graph",
+    "no layer has experts that are chosen; st-moe or upcycle makes some so",
 )
 """The near miss of a pass on routed layers that found none."""
 

@@ -42,13 +42,13 @@ REFUSED = [  # pipeline, exit code, parts of the message
     ("upcycle{layers=3,7,11}", 1, ("layer 3, 7, 11", "0-2")),
     ("upcycle{layers=all decoder-layers=every:2}", 1, ("encoder-decoder",)),
     ("st-moe", 1, ("layers=every:4 selects none of its 3 dense blocks",)),
-    ("specialize", 1, ("no layer is sparse",)),
+    ("specialize", 1, ("no layer has experts",)),
     (
         "upcycle{experts=4},roll-layers,specialize", 1,
         ("works layer by layer", "unroll-layers before it"),
     ),
-    ("add-losses", 1, ("no layer is sparse",)),
-    ("trace-routing", 1, ("no layer is sparse",)),
+    ("add-losses", 1, ("no layer has experts",)),
+    ("trace-routing", 1, ("no layer has experts",)),
 ]  # fmt: skip
 
 

@@ -71,3 +71,16 @@ def test_05_a_change_after_the_last_weight_was_read_is_noticed(
     assert done.code == 1, done.err
     assert f"{name}: " in done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_no_pass_reads_is_rejected(
+    moecc: Moecc, dense: Path, tmp_path: Path
+) -> None:
+    """It would be named as a source of what it has no part in."""
+    how = ("--experts", f"b={dense}", "--to", "mixtral")
+    done = moecc("convert", dense, tmp_path / "out", "-p", "upcycle{experts=2}", *how)
+    assert done.code == 2
+    assert "--experts b: no pass reads this model" in done.err
+    assert not (tmp_path / "out").exists()
+    read = "upcycle{experts=2 sources=base,b}"
+    assert moecc("convert", dense, tmp_path / "out", "-p", read, *how).code == 0

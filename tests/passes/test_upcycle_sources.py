@@ -56,7 +56,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def planned(models: dict[str, Path], options: str) -> Plan:
     model = open_model(str(SOURCE))
-    add_branches(model, {name: str(path) for name, path in models.items()})
+    named = options.partition("sources=")[2].partition(" ")[0].split(",")
+    add_branches(model, {name: str(path) for name, path in models.items() if name in named})
     return plan(model, Pipeline.parse(f"upcycle{{{options}}}"), "mixtral", check=False)
 
 

@@ -127,7 +127,8 @@ def of_layer(layer: RoutedLayer) -> Anatomy | Problem:
     if read:
         return Problem(
             "its routing is read elsewhere, too", layer.name,
-            found=f"%{read[0].name}", hint="run this pass before add-losses or specialize",
+            found=f"%{read[0].name}",
+            hint="run this pass before add-losses or specialize; st-moe{losses=false} adds none",
         )  # fmt: skip
     at = nodes.index(layer.dispatch)
     operands = dict.fromkeys(v for node in nodes for v in node.operands if v.is_param)
