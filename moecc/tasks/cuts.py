@@ -6,7 +6,7 @@ What a candidate loses is not said to be useless: whoever asks tries whether it 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
 from math import prod
 
@@ -57,7 +57,7 @@ def _applied(best: Candidate, count: int, context: Context) -> Candidate:
 def _plainer(item: Pass) -> Iterator[Pass]:
     """Yield the pass with one of its options at its default."""
     for option in fields(item):
-        if option.default is not REQUIRED and getattr(item, option.name) != option.default:
+        if option.default is not MISSING and getattr(item, option.name) != option.default:
             try:
                 yield replace(item, **{option.name: option.default})
             except (MoeccError, TypeError, ValueError):

@@ -17,6 +17,9 @@ from moecc_passes.upcycle import rewrite as upcycling
 
 from moecc.checkpoint import writer
 from moecc.ir import Graph, parse
+from moecc.pipeline.passes import Context
+from moecc.pipeline.text import Pipeline
+from moecc.tasks.cuts import Candidate, pass_cuts
 from moecc.weights import simplify as simplifier
 from moecc.weights.arithmetic import Scale
 from moecc.weights.expr import Expr, Source, sources
@@ -284,3 +287,14 @@ def test_values_are_described_while_a_model_runs(
                      done.err)  # fmt: skip
     assert np.load(out).shape == (2, 128, 37)
     assert moecc("run", model, "--outputs", out, "--force", "--print-values", "nothing").code == 2
+
+
+def test_options_that_are_required_are_not_cut() -> None:
+    shard = "annotate-sharding{mesh=data:2 rules=data-parallel}"
+    whole = Candidate(Graph("empty"), Pipeline.parse(f"upcycle{{experts=4}},{shard}"))
+    # The first two apply passes, which an empty graph is not for.
+    texts = [str(cut().pipeline) for cut in list(pass_cuts(whole, Context()))[2:]]
+    assert len(texts) > 2
+    assert all(
+        text in shard or text.endswith(shard) or text == "upcycle{experts=4}" for text in texts
+    )

@@ -73,9 +73,7 @@ def test_05_a_change_after_the_last_weight_was_read_is_noticed(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_that_no_pass_reads_is_rejected(
-    moecc: Moecc, dense: Path, tmp_path: Path
-) -> None:
+def test_a_model_that_no_pass_reads_is_rejected(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
     """It would be named as a source of what it has no part in."""
     how = ("--experts", f"b={dense}", "--to", "mixtral")
     done = moecc("convert", dense, tmp_path / "out", "-p", "upcycle{experts=2}", *how)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 from moecc.errors import InputError, UsageError
 from moecc.ir import F64, Builder, Graph, Value, tensor
 from moecc.ir.structure import clone
+from moecc.model.open import open_model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
+from moecc.tasks.check import broken_promise
 from moecc.testing import laws
 from moecc.weights.expr import Full, Source
 
@@ -25,6 +28,8 @@ from .dense_blocks import Arrays, Dense, Tensors, relative, run, tokens, upcycle
 EXACT = 1e-12
 WHERE = st.sampled_from(["before", "after"])
 BIASES = st.sampled_from(["multiplicative", "additive"])
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def post_norm(dense: Dense) -> Graph:
@@ -289,3 +294,16 @@ def test_groups_that_do_not_divide_a_batch_of_known_size() -> None:
         graph.set_output("y", Dense(embed=2, mlp=2).block(b, x, "layers.0"))
     with pytest.raises(InputError, match="the groups do not divide the tokens"):
         UpcyclePass(slots="capacity", groups=4).apply(graph, Context())
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.parametrize("case", ["gemma_mqa", "gemma_square", "llama_gqa", "bert_gelu"])
+def test_the_extra_sublayer_has_a_norm_like_that_of_the_block(case: str, where: str) -> None:
+    """Gemma's gain is computed from its parameter."""
+    with open_model(str(GOLDEN / case)) as model:
+        before = clone(model.graph)
+        passes = Pipeline.parse(f"upcycle{{experts=4 extra-ffn={where}}}")
+        done = run_pipeline(model.graph, passes)
+        assert broken_promise(done.preserves, before, model.graph) == []
+        extra = [n for n in model.graph if ".extra_ffn" in n.loc and n.op.is_norm]
+        assert len(extra) == (0 if case == "bert_gelu" else len({n.loc for n in extra}))

@@ -9,6 +9,8 @@ import pytest
 
 from moecc.errors import InputError, UsageError
 from moecc.ir import clone, equal
+from moecc.model.open import open_model
+from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.tasks.check import check_pipeline
 from moecc.testing import laws
@@ -160,3 +162,14 @@ def test_promises_are_kept(pipeline: str) -> None:
     checked = check_pipeline(model("mixtral_gqa"), Pipeline.parse(pipeline))
     assert [c.promise.kind for c in checked] == KEPT[pipeline]
     assert all(c.measured <= 1e-12 for c in checked if c.promise.kind != "approximate")
+
+
+def test_slots_that_are_returned_are_numbered_in_other_groups() -> None:
+    with open_model(str(Path(__file__).parents[1] / "golden" / "mixtral_gqa")) as model:
+        graph = model.graph
+    shard = "annotate-sharding{mesh=data:2,expert:2 rules=expert-parallel,data-parallel}"
+    plain, traced = clone(graph), clone(graph)
+    assert run_pipeline(plain, Pipeline.parse(shard)).preserves.kind == "reassociation"
+    done = run_pipeline(traced, Pipeline.parse(f"trace-routing,{shard}"))
+    assert done.preserves.kind == "approximate"
+    assert "slots, which are outputs" in done.preserves.reason

@@ -13,13 +13,13 @@ from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import Mesh, mesh_of, parse_mesh, set_mesh
 from moecc.ir.sharding_rules import spelled
 from moecc.ir.table.collectives import format_sharding
-from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves, Remark
+from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark
 from moecc.sharding.assign import Assigner
 from moecc.sharding.propagate import Propagation, Ref, Reshard, propagate
 from moecc.sharding.rules import LayoutRule, read_layouts
 from moecc.sharding.sites import sites_of
 from moecc.types.tensor import TensorType
-from moecc_passes.sharding.groups import REGROUPED, cut_groups
+from moecc_passes.sharding.groups import REGROUPED, cut_groups, kept_by_cutting
 
 NAME = "annotate-sharding"
 
@@ -100,7 +100,7 @@ def lay(graph: Graph, mesh: Mesh, rules: Sequence[LayoutRule]) -> tuple[Assigner
     writer.write()
     stats = {"laid": found.sharded, "reshards": len(found.reshards)}
     remarks = [*regrouped, *writer.remarks()]
-    kept = REGROUPED if regrouped else EXACT
+    kept = kept_by_cutting(graph)
     return assigner, PassResult(True, found.sharded, stats, remarks, preserves=kept)
 
 

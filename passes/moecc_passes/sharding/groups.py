@@ -6,11 +6,14 @@ from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph, Node
 from moecc.ir.mesh import nearest_multiple
 from moecc.ir.replace import infer_again
-from moecc.pipeline.passes import Preserves, Remark
+from moecc.pipeline.passes import EXACT, Preserves, Remark
 from moecc.sharding.assign import Assigner
 
 REGROUPED = Preserves("reassociation", "the rows of dropless layers stand in other groups")
 """What changes where the number of groups of a dropless layer does."""
+
+RENUMBERED = Preserves("approximate", "slots, which are outputs, are numbered in other groups")
+"""What changes, too, where a graph returns the slots, as behind ``trace-routing``."""
 
 ATTRIBUTE = "groups_whole"
 """The graph attribute with the groups that each ``assign_slots`` had before, by its name."""
@@ -37,6 +40,16 @@ def cut_groups(graph: Graph, assigner: Assigner) -> list[Remark]:
     if before:
         graph.attrs[ATTRIBUTE] = before
     return remarks
+
+
+def kept_by_cutting(graph: Graph) -> Preserves:
+    """Return what `cut_groups` has preserved of `graph`."""
+    before = graph.attrs.get(ATTRIBUTE, {})
+    if not before:
+        return EXACT
+    slots = (node.results[-1] for node in graph if node.op.assigns_slots)
+    returned = any(value.is_output and value.name in before for value in slots)
+    return RENUMBERED if returned else REGROUPED
 
 
 def _parts(node: Node, assigner: Assigner) -> int | None:

@@ -6,6 +6,7 @@ it adds exactly nothing until it is trained.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from moecc.analysis.ffn import FFNBlock
@@ -86,7 +87,9 @@ class DenseCopy:
         """Return the copy of `block`, which must have a residual stream around it."""
         around = surroundings(block)
         assert not isinstance(around, str), "checked before anything was changed"
-        params = [*block.params, *(around.norm.operands[1:] if around.norm else ())]
+        vectors = around.norm.operands[1:] if around.norm else ()
+        made = (v for node in _made_by(vectors) for v in node.operands)
+        params = [*block.params, *vectors, *made]
         return cls(block, around, {p: _weight(p) for p in params if p.is_param})
 
     def emit(self, graph: Graph, where: str) -> None:
@@ -110,8 +113,16 @@ class DenseCopy:
         norm = self.around.norm
         if norm is None:
             return stream
-        vectors = [self._param(builder, p, self.weights[p]) for p in norm.operands[1:]]
-        return builder.node(norm.op.name, stream, *vectors, names=(), **norm.attrs).result
+        # A gain may be computed from a parameter, as Gemma's is, which is one more.
+        nodes, image = [*_made_by(norm.operands[1:]), norm], {norm.operands[0]: stream}
+        for node in nodes:
+            for value in node.operands:
+                if value not in image:
+                    image[value] = self._param(builder, value, self.weights[value])
+            operands = (image[v] for v in node.operands)
+            again = builder.node(node.op.name, *operands, names=(), **node.attrs)
+            image.update(zip(node.results, again.results, strict=True))
+        return image[norm.result]
 
     def _block(self, builder: Builder, x: Value) -> Value:
         image: dict[Value, Value] = {self.block.x: x}
@@ -135,6 +146,19 @@ class DenseCopy:
     def _param(self, builder: Builder, param: Value, weight: Expr) -> Value:
         name = builder.graph.fresh(f"{param.name}.extra")
         return builder.graph.param(name, param.type, weight, loc=builder.loc)
+
+
+def _made_by(values: Iterable[Value]) -> list[Node]:
+    """Return the nodes that values are computed by, each after those that it reads."""
+    found: list[Node] = []
+    left = [value.node for value in values]
+    while left:
+        node = left.pop()
+        if node is not None:
+            found.append(node)
+            left += [value.node for value in node.operands]
+    # The last time that a node was met is behind all that read it.
+    return list(dict.fromkeys(reversed(found)))
 
 
 def _following(graph: Graph, stream: Value, users: list[tuple[Node, int]]) -> Node | None:
