@@ -176,8 +176,7 @@ class Supervisor:
             for line in stream:
                 # The library's log of its connections is not part of the artefact.
                 if not line.startswith(b"[Gloo] "):
-                    sys.stdout.buffer.write(line)
-                    sys.stdout.buffer.flush()
+                    _copy(line)
 
     def _wait(self) -> Ended:
         with selectors.DefaultSelector() as selector:
@@ -256,3 +255,12 @@ def _signal(popen: subprocess.Popen[bytes], number: int) -> None:
     """Send a signal to a process and its descendants."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(popen.pid, number)
+
+
+def _copy(line: bytes) -> None:
+    """Write a line of a program to our output; once its reader has exited, to nobody."""
+    try:
+        sys.stdout.buffer.write(line)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

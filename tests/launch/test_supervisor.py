@@ -223,3 +223,11 @@ def test_what_cannot_be_started_is_told() -> None:
 
 def test_ports_are_free() -> None:
     assert 1024 < free_port() < 65536
+
+
+def test_a_reader_that_has_exited_is_no_traceback() -> None:
+    golden = Path(__file__).parents[1] / "golden" / "llama_gqa"
+    words = f"{sys.executable} -m moecc launch local -n 2 -- import {golden} | head -n 1"
+    done = subprocess.run(["/bin/sh", "-c", words], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "moecc 1\n"
+    assert "Traceback" not in done.stderr
