@@ -39,9 +39,15 @@ def default_inputs(
     lengths of a graph, such as the decoder's, are an eighth shorter each, so that they differ.
 
     Raises:
-      InputError: the graphs have inputs of other names.
+      InputError: the graphs have inputs of other names, or caches, which only their own steps fill.
     """
     first = graphs[0]
+    caches = [name for name in first.inputs if name in first.outputs]
+    if caches:
+        raise InputError(
+            "the graph goes on from its caches, which nothing has filled", found=caches[0],
+            hint="give all inputs in one .npz file, by name",
+        )  # fmt: skip
     for other in graphs[1:]:
         if other.inputs.keys() != first.inputs.keys():
             raise InputError(

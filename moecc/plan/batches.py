@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moecc.errors import InputError, UsageError
 from moecc.ir.graph import Graph
@@ -23,15 +23,17 @@ class Batch:
     Attributes:
       sequences: how many.
       lengths: the tokens of one by the variable of the graph, of the encoder before the decoder.
+      caches: the variables that are lengths of caches, whose tokens are not those of a step.
     """
 
     sequences: int
     lengths: tuple[tuple[str, int], ...]
+    caches: frozenset[str] = frozenset()
 
     @property
     def sequence_tokens(self) -> int:
         """Tokens of one sequence, of encoder and decoder together; where sizes are fixed, one."""
-        return sum(length for _, length in self.lengths) or 1
+        return sum(length for name, length in self.lengths if name not in self.caches) or 1
 
     @property
     def tokens(self) -> int:
@@ -76,40 +78,26 @@ def make_batch(
 
     Args:
       graph: has the lengths.
-      devices: for the default: at least so many sequences, and 4,096 tokens a device.
+      devices: for the default: at least so many sequences, and 4,096 tokens a device, with those
+        that caches hold.
       tokens: of the batch, encoder and decoder together.
       lengths: of one sequence, by stack.
       micro_batches: parts of the batch.
 
     Raises:
-      InputError: the graph has another number of lengths, or fewer positions, or the batch is not
-        whole sequences, or not as many in each micro-batch.
+      InputError: the graph has another number of lengths, or fewer positions, its caches are too
+        short, or the batch is not whole sequences, or not as many in each micro-batch.
     """
-    names, most = length_variables(graph), length_bounds(graph)
-    if lengths is None:
-        usual = ENCDEC_LENGTHS if len(names) == 2 else (DECODER_LENGTH,) * len(names)
-        lengths = tuple(min(n, most.get(v, n)) for v, n in zip(names, usual, strict=True))
-    if len(lengths) != len(names):
-        expected = f"{len(names)}, of {' and '.join(names)}" if names else "none"
-        raise InputError(
-            "another number of sequence lengths", expected=expected, found=str(len(lengths))
-        )
-    longer = [v for v, n in zip(names, lengths, strict=True) if n > most.get(v, n)]
-    if longer:
-        raise InputError(
-            "sequences are longer than the model has positions",
-            expected=" and ".join(f"{v} at most {most[v]}" for v in longer),
-            found=",".join(map(str, lengths)),
-        )
-    each = sum(lengths) or 1
+    one = _sequence(graph, lengths)
+    each = one.sequence_tokens
     if tokens is None:
-        tokens = devices * each * max(1, TOKENS_PER_DEVICE // each)
+        held = sum(length for _, length in one.lengths) or 1
+        tokens = devices * each * max(1, TOKENS_PER_DEVICE // held)
     if tokens % each or tokens < each:
         near = max(1, round(tokens / each)) * each
         raise InputError(
             "the batch is not whole sequences",
-            expected=f"a multiple of {each} tokens", found=str(tokens),
-            hint=f"{near} would be",
+            expected=f"a multiple of {each} tokens", found=str(tokens), hint=f"{near} would be",
         )  # fmt: skip
     sequences, odd = divmod(tokens // each, micro_batches)
     if odd:
@@ -118,4 +106,41 @@ def make_batch(
             expected=f"a multiple of {micro_batches} sequences", found=str(tokens // each),
             hint=f"{max(1, sequences) * micro_batches * each} would be",
         )  # fmt: skip
-    return Batch(sequences, tuple(zip(names, lengths, strict=True)))
+    return replace(one, sequences=sequences)
+
+
+def _sequence(graph: Graph, lengths: tuple[int, ...] | None) -> Batch:
+    """Return a batch of one sequence, whose lengths the graph can have."""
+    names, most, caches = length_variables(graph), length_bounds(graph), _cache_lengths(graph)
+    if lengths is None:
+        usual = _usual_lengths(names, caches)
+        lengths = tuple(min(n, most.get(v, n)) for v, n in zip(names, usual, strict=True))
+    if len(lengths) != len(names):
+        expected = f"{len(names)}, of {' and '.join(names)}" if names else "none"
+        raise InputError(
+            "another number of sequence lengths", expected=expected, found=str(len(lengths))
+        )
+    one = Batch(1, tuple(zip(names, lengths, strict=True)), caches)
+    found = ",".join(map(str, lengths))
+    if longer := [name for name, size in one.lengths if size > most.get(name, size)]:
+        expected = " and ".join(f"{name} at most {most[name]}" for name in longer)
+        what = "sequences are longer than the model has positions"
+        raise InputError(what, expected=expected, found=found)
+    if short := [name for name in caches if one.size(name) < one.sequence_tokens]:
+        expected = f"{short[0]} at least {one.sequence_tokens}"
+        raise InputError("caches are shorter than what is put in", expected=expected, found=found)
+    return one
+
+
+def _cache_lengths(graph: Graph) -> frozenset[str]:
+    """Return the variables that are lengths of caches: of inputs that are outputs, too."""
+    kept = (value for name, value in graph.inputs.items() if name in graph.outputs)
+    axes = (axis for value in kept for axis in value.type if axis.name != "batch")
+    return frozenset(axis.size for axis in axes if isinstance(axis.size, str))
+
+
+def _usual_lengths(names: tuple[str, ...], caches: frozenset[str]) -> tuple[int, ...]:
+    """Return lengths where none are given; of a graph with caches, one token behind a text."""
+    if caches:
+        return tuple(DECODER_LENGTH if name in caches else 1 for name in names)
+    return ENCDEC_LENGTHS if len(names) == 2 else (DECODER_LENGTH,) * len(names)
