@@ -99,7 +99,9 @@ def sparse_rows(
     part: Part, work: Workload, config: StepConfig, strategy: Strategy, local: Sharding
 ) -> Rows:
     """Return the tokens and rows of a device at `part`, which has experts."""
-    step = next(s for s in part.steps if s.moves is RowMove.TO_SLOTS)
+    sent = (s for s in part.steps if s.moves is RowMove.TO_SLOTS)
+    # Losses and metrics may send a number of each token, too.
+    step = next(s for s in sent if "embed" in s.results[0].names)
     layout, rows = strategy.layout, step.results[0]
     embed = rows.size("embed")
     return Rows(

@@ -141,12 +141,17 @@ class SparseLayer:
     @property
     def width(self) -> str:
         """The axis along which a row is cut in slices."""
-        return next(n for n in self.rows.names if n not in ("group", "expert", "slot"))
+        return next(_row_axes(self.rows))
+
+
+def _row_axes(rows: TensorType) -> Iterator[str]:
+    """Yield the axes of one row."""
+    return (name for name in rows.names if name not in ("group", "expert", "slot"))
 
 
 def sparse_layer(sites: Iterable[Site], found: Propagation) -> SparseLayer | None:
     """Return the routed layer among `sites`, sharded as was `found`, or None."""
-    moving = {site.node.op.moves: site for site in sites}
+    moving = {site.node.op.moves: site for site in sites if not _sends_numbers(site)}
     dispatch, combine = moving.get(RowMove.TO_SLOTS), moving.get(RowMove.TO_TOKENS)
     if dispatch is None or combine is None:
         return None
@@ -164,6 +169,12 @@ def sparse_layer(sites: Iterable[Site], found: Propagation) -> SparseLayer | Non
         added=found.types[found.visible[combine.node.result]],
         gates=None if gates is None else _sent(gates, found),
     )
+
+
+def _sends_numbers(site: Site) -> bool:
+    """Whether a dispatch sends a number of each token, as a metric does, beside a layer's rows."""
+    node = site.node
+    return node.op.moves is RowMove.TO_SLOTS and not any(_row_axes(node.result.type))
 
 
 def _entered(rows: Value, found: Propagation) -> TensorType:

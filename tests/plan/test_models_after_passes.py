@@ -1,0 +1,41 @@
+"""Plans of models that passes made: with losses, with soft mixtures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moecc.ir.graph import Graph
+from moecc.model.open import open_model
+from moecc.plan.report_types import Report
+from moecc.steps.passes import run_passes
+from moecc.tasks.plan_step import StepRequest, plan_step
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+def made(name: str, passes: str) -> Graph:
+    with open_model(str(GOLDEN / name)) as model:
+        graph = model.graph
+    run_passes(graph, passes)
+    return graph
+
+
+def plan(name: str, passes: str, machine: str = "cpu:4", **options: Any) -> Report:
+    return plan_step(made(name, passes), name, machine, StepRequest(**options))
+
+
+BOUNDED = "specialize{mode=train capacity-factor=1.0}"
+
+
+@pytest.mark.parametrize("mesh", ["expert=4", "expert=2,model=2"])
+def test_losses_that_send_a_number_of_each_token_are_planned_beside_rows(mesh: str) -> None:
+    plain, found = (
+        plan("mixtral_gqa", p, mesh=mesh, via="capacity")["best"]["collectives"]
+        for p in (BOUNDED, f"{BOUNDED},add-losses")
+    )
+    assert set(found) == set(plain)
+    rows = plain["all_to_all"]["sent_bytes"]
+    assert found["all_to_all"]["sent_bytes"] == pytest.approx(rows, rel=0.1)
