@@ -12,7 +12,7 @@ from functools import cached_property
 from math import prod
 
 from moecc.errors import InputError
-from moecc.families.experts import choices_kept, rows_per_token
+from moecc.families.experts import choices_kept, rows_of, rows_per_token
 from moecc.ir.attributes import ProductAttrs, RouteAttrs, SlotAttrs
 from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.mesh import mesh_of
@@ -183,7 +183,7 @@ class _Reader:
         for axis in value.type:
             if axis.name == "group":
                 continue
-            if axis.name == "slot":
+            if axis.name == "slot" and not isinstance(axis.size, int):
                 yield "slot", self._slots(value)
             elif axis.name == "expert" and not of_experts:
                 yield "choices", self._size(axis.size)
@@ -327,7 +327,7 @@ class _Reader:
         kept = self.residuals[layer_of(node.loc)]
         root = root_of(node.operands[0]) if node.operands else None
         outside = root is not None and stack_of(root) != stack_of(node)
-        rows = next((v for v in (*node.operands, *node.results) if "slot" in v.type), None)
+        rows = rows_of((*node.operands, *node.results))
         exact = 1.0
         if rows is not None:
             # Choices beyond a capacity are dropped, and ask for nothing.
