@@ -5,7 +5,7 @@ A file begins from a machine of the table (``like``) and says what differs, or s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
@@ -101,7 +101,9 @@ def read_machine(path: str) -> Machine:
     own = reader.section(OwnMachine, table, ())
     problems = [problem for _, problem in reader.problems]
     if not problems:
-        problems = [replace(p, where=f"{where((key,))}: {key}") for key, p in _faults(own)]
+        zeros = dict(_zeros(own, table))
+        found = [*zeros.items(), *((key, p) for key, p in _faults(own) if key not in zeros)]
+        problems = [replace(p, where=f"{where((key,))}: {key}") for key, p in found]
     if problems:
         raise InputError(problems)
     return _made(own, path)
@@ -111,7 +113,7 @@ def _faults(own: OwnMachine) -> Iterator[tuple[str, Problem]]:
     """Yield what is wrong with values that were read, with the key that is to blame."""
     for key, value in _numbers(own):
         if value < 0:
-            yield key, Problem("not a positive number", expected="more than 0", found=f"{value:g}")
+            yield key, _not_positive(value)
     if own.devices > MAX_DEVICES:
         yield "devices", Problem("too many devices", expected=f"at most {MAX_DEVICES:,}")
     if own.memory and _bytes(own.memory) is None:
@@ -128,14 +130,32 @@ def _faults(own: OwnMachine) -> Iterator[tuple[str, Problem]]:
     yield from _uneven(own, base)
 
 
+def _zeros(own: OwnMachine, table: Mapping[str, object]) -> Iterator[tuple[str, Problem]]:
+    """Yield the numbers that a file says are 0, which otherwise means that it does not say."""
+    peaks = table.get("peak_flops", {})
+    said = {**table, **(peaks if isinstance(peaks, dict) else {})}
+    for name, key, value in _named_numbers(own):
+        if value == 0 and name in said:
+            yield key, _not_positive(value)
+
+
+def _not_positive(value: float) -> Problem:
+    return Problem("not a positive number", expected="more than 0", found=f"{value:g}")
+
+
 def _numbers(own: OwnMachine) -> Iterator[tuple[str, float]]:
     """Yield every number of a file with its key."""
+    yield from ((key, value) for _, key, value in _named_numbers(own))
+
+
+def _named_numbers(own: OwnMachine) -> Iterator[tuple[str, str, float]]:
+    """Yield every number of a file with its name, and the key at the top."""
     for each in fields(own):
         value = getattr(own, each.name)
         if isinstance(value, (int, float)):
-            yield each.name, value
+            yield each.name, each.name, value
     for each in fields(own.peak_flops):
-        yield "peak_flops", getattr(own.peak_flops, each.name)
+        yield each.name, "peak_flops", getattr(own.peak_flops, each.name)
 
 
 def _unsaid(own: OwnMachine) -> Iterator[tuple[str, Problem]]:
@@ -188,8 +208,8 @@ def _nodes(own: OwnMachine, base: Machine | None) -> tuple[int, int]:
     """Return how many devices there are, and how many of them in a node."""
     devices = own.devices or (base.devices if base else 0)
     network = base.network if base else None
-    per_node = network.per_node if isinstance(network, Switch) else devices
-    return devices, min(own.devices_per_node or per_node, devices)
+    per_node = network.per_node if isinstance(network, Switch) else 0
+    return devices, min(own.devices_per_node or per_node or devices, devices)
 
 
 def _made(own: OwnMachine, path: str) -> Machine:

@@ -10,9 +10,11 @@ from moecc_backends.xla.aot.topology import require
 
 from moecc.cli.main import main
 from moecc.errors import InputError, UsageError
+from moecc.model.open import open_model
 from moecc.plan.machines import parse_machine, sizes_of_kind
 from moecc.plan.networks import Switch, Torus
 from moecc.plan.own_machines import find_machine
+from moecc.tasks.plan_step import StepRequest, plan_step
 
 MODEL = str(Path(__file__).parents[1] / "golden" / "llama_gqa")
 
@@ -55,6 +57,15 @@ def test_a_machine_of_which_all_is_said(tmp_path: Path) -> None:
     assert found.sources == ("a data sheet",)
     with pytest.raises(UsageError, match="nothing is known of this machine's chip"):
         require(found)
+
+
+def test_all_devices_are_one_node_where_none_are_said(tmp_path: Path) -> None:
+    said = ("devices_per_node = 4\n", "node_bytes_per_second = 25e9\n")
+    text = WHOLE.replace(said[0], "").replace(said[1], "").replace("= 32", "= 4")
+    found = find_machine(written(tmp_path, text))
+    assert found.network == Switch(4, 4, 200e9, 800e9)
+    with open_model(MODEL) as model:
+        assert plan_step(model.graph, MODEL, found.name, StepRequest())["best"]["fits"]
 
 
 def test_links_of_a_torus(tmp_path: Path) -> None:
@@ -101,6 +112,8 @@ WRONG = {
     "an unknown type": ('like = "cpu"\n[peak_flops]\nbf17 = 1.0\n', ":3: peak_flops.bf17", "bf16"),
     "no bytes": ('like = "cpu"\nmemory = "much"\n', "ours.toml:2: memory", '"72 GB"'),
     "below nothing": (WHOLE.replace("20e12", "-1.0"), ":10: peak_flops", "more than 0"),
+    "nothing at all": (WHOLE.replace("1.5e12", "0"), ":6: memory_bytes_per_second", "more than 0"),
+    "no peak by name": ('like = "cpu"\n[peak_flops]\nbf16 = 0.0\n', ": peak_flops", "more than 0"),
     "no such machine": ('like = "h1000x8"\n', "ours.toml:1: like", "unknown machine"),
     "said twice": ('like = "h100x8"\nkind = "cpu"\n', "ours.toml:2: kind", "is a gpu"),
     "a topology": ('like = "v5e-16"\ndevices = 8\n', "ours.toml:2: devices", "tpu:v5e:4x4"),
