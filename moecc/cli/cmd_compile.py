@@ -177,7 +177,7 @@ def ahead_request(request: CompileRequest) -> Request:
     """Return the request to the compiling process.
 
     Raises:
-      UsageError: machine, mesh, rules, lengths or type cannot be parsed.
+      UsageError: machine, mesh, rules, lengths, micro-batches or type cannot be parsed.
     """
     from moecc.ahead.request import Request
 
@@ -191,7 +191,7 @@ def ahead_request(request: CompileRequest) -> Request:
         remat=_value(request.remat),
         dtype=_type_name(request.dtype),
         weight_dtype=request.weight_dtype and _type_name(request.weight_dtype),
-        micro_batches=request.micro_batches,
+        micro_batches=_checked_micro_batches(request),
         reduce_dtype=request.reduce_dtype and _type_name(request.reduce_dtype),
         mesh=request.mesh,
         dense_weights=_value(request.dense_weights),
@@ -219,6 +219,16 @@ def _check_effort(request: CompileRequest) -> None:
             found="both",
             hint="without --quick the report shows what overlaps",
         )
+
+
+def _checked_micro_batches(request: CompileRequest) -> int:
+    """Return the number of micro-batches. Raises UsageError."""
+    from moecc.errors import UsageError
+    from moecc.plan.strategy import micro_batch_problems
+
+    if problems := list(micro_batch_problems(request.step is Step.train, request.micro_batches)):
+        raise UsageError(problems)
+    return request.micro_batches
 
 
 def _checked_sets(request: CompileRequest) -> tuple[str, ...]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from moecc.errors import Problem
 from moecc.sharding.layout import Layout
 from moecc.sharding.vias import BY_NAME, LOCAL
 from moecc.support.parse_units import float_type
@@ -61,6 +63,18 @@ def step_config(
     stored = float_type(weight_dtype) if weight_dtype else F32 if train else computed
     reduced = float_type(reduce_dtype) if reduce_dtype else None
     return StepConfig(train, optimizer, computed, stored, micro_batches, reduced)
+
+
+def micro_batch_problems(train: bool, count: int) -> Iterator[Problem]:
+    """Yield what is wrong with a number of micro-batches: a forward pass has no gradients to add.
+
+    Args:
+      train: whether the step is one of training.
+      count: of micro-batches.
+    """
+    if count < 1 or (count > 1 and not train):
+        expected = "1 or more" if train else "1, of a forward pass"
+        yield Problem("not a number of micro-batches", expected=expected, found=str(count))
 
 
 @dataclass(frozen=True)

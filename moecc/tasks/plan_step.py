@@ -17,7 +17,15 @@ from moecc.plan.own_machines import find_machine
 from moecc.plan.report import plan_json, searched_json
 from moecc.plan.report_types import Report, SummaryReport
 from moecc.plan.search import search
-from moecc.plan.strategy import DENSE_WEIGHTS, OPTIMIZERS, REMATS, STEPS, StepConfig, step_config
+from moecc.plan.strategy import (
+    DENSE_WEIGHTS,
+    OPTIMIZERS,
+    REMATS,
+    STEPS,
+    StepConfig,
+    micro_batch_problems,
+    step_config,
+)
 from moecc.plan.workload import Workload, workload
 from moecc.sharding.vias import VIAS
 from moecc.steps.passes import planned_graph
@@ -69,11 +77,7 @@ class StepRequest:
             for name, allowed in choices.items()
             if (value := getattr(self, name)) is not None and value not in allowed
         ]  # fmt: skip
-        if self.micro_batches < 1 or (self.step != "train" and self.micro_batches > 1):
-            expected = "1 or more" if self.step == "train" else "1, of a forward pass"
-            found.append(Problem("not a number of micro-batches", expected=expected,
-                                 found=str(self.micro_batches)))  # fmt: skip
-        return found
+        return [*found, *micro_batch_problems(self.step == "train", self.micro_batches)]
 
 
 @dataclass(frozen=True)

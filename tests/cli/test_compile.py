@@ -150,6 +150,14 @@ def test_the_passes_of_the_report_make_the_graph(moecc: Moecc, tmp_path: Path) -
     assert equal(parse(done.out), prepared.graph)
 
 
+def test_a_forward_pass_has_no_micro_batches(moecc: Moecc) -> None:
+    rest = (LLAMA, "--machine", "cpu:1", "--step", "forward", "--micro-batches", "2")
+    found = [moecc(command, *rest) for command in ("compile", "plan")]
+    assert [done.code for done in found] == [2, 2]
+    assert "expected: 1, of a forward pass" in found[0].err
+    assert found[0].err == found[1].err
+
+
 @pytest.mark.slow
 def test_a_forward_pass_for_people(moecc: Moecc) -> None:
     done = moecc("compile", LLAMA, "--machine", "cpu:2", "--step", "forward", *SMALL)
