@@ -52,7 +52,7 @@ class PreparedJob:
       asked: what a plan was asked, and its workload.
       estimate: the plan's prediction.
       bound: the bound on an expert's rows; None if there is none.
-      pipeline: the passes that produced the graph from the model's.
+      pipeline: the passes that produced the graph from the model's, the user's own first.
       remarks: choices made on the user's behalf.
     """
 
@@ -82,7 +82,8 @@ def prepare(request: Request) -> PreparedJob:
     registry = registry_with(request.load)
     with open_model(request.model, config_alone=True) as model:
         graph = model.graph
-    run_pipeline(graph, Pipeline.parse(request.pipeline, registry))
+    first = Pipeline.parse(request.pipeline, registry)
+    run_pipeline(graph, first)
     parts = request.micro_batches
     batch = make_batch(graph, machine.devices, request.batch_tokens, request.lengths, parts)
     bound, remarks = _bounded(graph, request, train)
@@ -96,9 +97,10 @@ def prepare(request: Request) -> PreparedJob:
 
     asked = Asked(machine, setting, _constraints(request, work), work, work_on)
     strategy = _in_chunks(request, _strategy(request, asked), work)
-    pipeline = str(_passes(request.partition, setting, bound, strategy))
+    passes = str(_passes(request.partition, setting, bound, strategy))
+    pipeline = ",".join(filter(None, (str(first), passes)))
     step = clone(graph)
-    run_passes(step, pipeline)
+    run_passes(step, passes)
     job = Job(
         machine, strategy.layout, _sizes(graph, batch, parts), setting, request.emit,
         request.export, request.partition,

@@ -133,17 +133,21 @@ def test_rules_of_a_file_lay_what_is_compiled(tmp_path: Path) -> None:
     assert "all_to_all" not in {node.op.name for node in local.graph.every_node()}
 
 
-def test_the_passes_of_the_report_make_the_graph(moecc: Moecc, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "own"), [(MIXTRAL, ""), (LLAMA, "upcycle{experts=4},grow")])
+def test_the_passes_of_the_report_make_the_graph(
+    moecc: Moecc, tmp_path: Path, name: str, own: str
+) -> None:
     from moecc.ahead.prepare import prepare
     from moecc.ahead.request import Request
     from moecc.ir import equal, parse
 
-    request = Request(MIXTRAL, "cpu:4", "forward", 64, (16,), mesh="expert=2,model=2", sliced=True)
-    prepared = prepare(request)
+    request = Request(name, "cpu:4", "forward", 64, (16,), mesh="expert=2,model=2", sliced=True)
+    prepared = prepare(replace(request, pipeline=own))
+    assert prepared.pipeline.startswith(own)
     assert "rules=expert-parallel,tensor-parallel" in prepared.pipeline
     assert "expert-parallel{via=capacity slice=model}" in prepared.pipeline
     model = tmp_path / "model.moe"
-    model.write_text(moecc("import", MIXTRAL).out)
+    model.write_text(moecc("import", name).out)
     done = moecc("opt", model, "-p", prepared.pipeline)
     assert done.code == 0
     # A graph that was read numbers the values that passes make by itself.
