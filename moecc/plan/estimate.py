@@ -248,12 +248,13 @@ class Estimator:
             parts += (_repeated(x, times, times) for x in self._streams(strategy, local))
         if self.config.train:
             parts.append(self._update(local))
-        passes = 3 * self.config.micro_batches if self.config.train else 1
+        passes = 3 * times if self.config.train else 1
+        frozen = times * self.work.frozen_flops if self.config.train else 0.0
         return Estimate(
             strategy=strategy,
             memory=self.memory(strategy) if needed is None else needed,
             parts=tuple(parts),
-            model_flops=passes * self.work.model_flops,
+            model_flops=passes * self.work.model_flops - frozen,
             machine=self.machine,
             dtype=self.config.dtype.name,
             attention=self._attention,
@@ -374,7 +375,7 @@ class Estimator:
 
     def _update(self, local: Sharding) -> PartCost:
         """Return the cost of the optimizer: parameters, gradients and state, read and written."""
-        stored = sum(n * local.stored(w) for w, n in self.work.weights)
+        stored = sum(n * local.stored(w) for w, n in self.work.weights if w.trained)
         state = optimizer_bytes(self.work, self.config, local, self.machine.kind)
         moved = stored * self.config.weight_dtype.itemsize_bytes * 3 + 2 * state
         # A sum of gradients is read and written for each micro-batch after the first.
@@ -403,10 +404,10 @@ def _repeated(part: PartCost, times: int, gathers: int) -> PartCost:
 
 
 def _passes(step: Step, strategy: Strategy, config: StepConfig) -> float:
-    """Return how often a step's work is done: forward, twice backward, again."""
+    """Return how often a step's work is done: forward, twice backward (or once), again."""
     if not config.train:
         return 1.0
-    return 3.0 + step.computed_again(strategy.remat, strategy.in_rounds)
+    return 1.0 + step.backward + step.computed_again(strategy.remat, strategy.in_rounds)
 
 
 def _step_sizes(part: Part, values: Values) -> tuple[tuple[float, float], ...]:

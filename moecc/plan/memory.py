@@ -100,13 +100,13 @@ def memory(
       local: sizes on one device, with the rows that there is room for.
       kind: of the machine.
     """
-    stored, of_layers = _stored(work, local, kind)
+    stored, of_layers, trained = _stored(work, local, kind)
     width, wide = config.dtype.itemsize_bytes, config.weight_dtype.itemsize_bytes
     training = config.train
     head, head_gradient = _head(work, local, config)
     return Memory(
         parameters=stored * wide,
-        gradients=stored * _gradient_width(config),
+        gradients=trained * _gradient_width(config),
         copies=of_layers * width if width < wide and not training else 0.0,
         optimizer=optimizer_bytes(work, config, local, kind) if training else 0.0,
         activations=_kept(work, local.values, strategy) * width if training else 0.0,
@@ -114,7 +114,7 @@ def memory(
         + max(
             _layer_bytes(work, local, config, strategy.remat, kind) + head_gradient,
             # Gradients of layers come when the logits have gone.
-            head - (stored * width if training else 0.0),
+            head - (trained * width if training else 0.0),
         ),
         inputs=_inputs(work, config) / strategy.layout.shards["batch"],
         gaps=_gaps(work, config, strategy, kind),
@@ -144,8 +144,8 @@ def _gradient_width(config: StepConfig) -> int:
     return width + reduced if config.micro_batches > 1 else max(width, reduced)
 
 
-def _stored(work: Workload, local: Sharding, kind: str) -> tuple[float, float]:
-    """Return the entries of the parameters on one device, and of those of layers."""
+def _stored(work: Workload, local: Sharding, kind: str) -> tuple[float, float, float]:
+    """Return the entries of all parameters on a device, of those of layers, of the trained."""
 
     def total(weights: Iterable[tuple[Weight, int]]) -> float:
         return sum(padded(stacked(local.stored_sizes(w).values(), n), kind) for w, n in weights)
@@ -153,14 +153,21 @@ def _stored(work: Workload, local: Sharding, kind: str) -> tuple[float, float]:
     known = local.sharded
     every = known.once(("stored", kind), lambda: total(work.weights))
     layers = ((w, part.count) for part in work.parts if part.in_layer for w in part.weights)
-    return every, known.once(("stored in layers", kind), lambda: total(layers))
+    of_layers = known.once(("stored in layers", kind), lambda: total(layers))
+    free = tuple((w, n) for w, n in work.weights if w.trained)
+    all_free = len(free) == len(work.weights)
+    return (
+        every,
+        of_layers,
+        every if all_free else known.once(("trained", kind), lambda: total(free)),
+    )
 
 
 def optimizer_bytes(work: Workload, config: StepConfig, local: Sharding, kind: str) -> float:
     """Return the bytes of the optimizer's state on one device of a machine of `kind`."""
     key = ("optimizer", config.optimizer, kind)
     return local.sharded.once(
-        key, lambda: sum(_state(w, n, local, config, kind) for w, n in work.weights)
+        key, lambda: sum(_state(w, n, local, config, kind) for w, n in work.weights if w.trained)
     )
 
 
@@ -279,8 +286,10 @@ def _head(work: Workload, local: Sharding, config: StepConfig) -> tuple[float, f
     logits, used = 4.0 * local.elements(head.logits), sum(map(local.used, head.weights))
     count = chunk_count(logits, 4.0 * used, CHUNK_BYTES) if head.is_cut else 1
     width = config.dtype.itemsize_bytes
-    whole = (4 if count > 1 else width) * used - width * sum(map(local.stored, head.weights))
+    free = [w for w in head.weights if w.trained]
+    made = sum(map(local.used, free))
+    whole = (4 if count > 1 else width) * made - width * sum(map(local.stored, free))
     if count > 1:
-        return 4.0 * used + CHUNK_PARTS * logits / count, whole
+        return 4.0 * made + CHUNK_PARTS * logits / count, whole
     beside = width * _gathered(head.weights, local) + whole
     return max(logits, logits * width / 4 + beside), whole

@@ -91,7 +91,7 @@ def traffic_of(part: Part, sharded: Sharded) -> PartTraffic:
     gathers = [(w, tuple(reader.gathers(w))) for w in part.weights]
     return PartTraffic(
         params=tuple(m for _, found in gathers for m in found),
-        gradients=tuple(m for w, found in gathers for m in reader.summed(w, found)),
+        gradients=tuple(m for w, found in gathers if w.trained for m in reader.summed(w, found)),
         forward=tuple(reader.forward()),
         backward=tuple(reader.backward()),
         layer=layer,

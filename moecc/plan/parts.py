@@ -17,11 +17,12 @@ from moecc.plan.shapes import Shape
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter: its name, its shape, and whether it is a part of experts."""
+    """A parameter: its name and shape, and whether it is a part of experts, and trained."""
 
     name: str
     shape: Shape
     of_experts: bool
+    trained: bool = True
 
     @property
     def elements(self) -> int:
@@ -71,6 +72,14 @@ class Step:
     def flops(self) -> float:
         """Two for each multiplication of its products, of all devices together."""
         return 2.0 * self.cost.products * self.axes.elements
+
+    @cached_property
+    def backward(self) -> int:
+        """How many times its work the backward pass is: a gradient of each of two operands.
+
+        That of a frozen parameter is not computed.
+        """
+        return 1 if self.flops and any(w and not w.trained for w in self.weights) else 2
 
     def computed_again(self, remat: str, in_rounds: bool = False) -> int:
         """Return how often it is computed again for the backward pass, by what is kept.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 
+from moecc.analysis.groups import ATTRIBUTE, trainable
 from moecc.errors import InputError
 from moecc.families.experts import choices_kept, rows_of, rows_per_token
 from moecc.ir.attributes import ProductAttrs, RouteAttrs, SlotAttrs
@@ -90,6 +91,15 @@ class Workload:
         return sum(p.count * s.flops * s.exact_rows for p in self.parts for s in p.steps)
 
     @property
+    def frozen_flops(self) -> float:
+        """FLOPs by which a backward pass is less than twice the forward pass: of frozen gradients.
+
+        What comes before the first parameter that is trained counts nevertheless.
+        """
+        less = ((p.count * (2 - s.backward), s) for p in self.parts for s in p.steps)
+        return sum(count * s.flops * s.exact_rows for count, s in less if count)
+
+    @property
     def parameters(self) -> int:
         """How many parameters there are."""
         return sum(count * weight.elements for weight, count in self.weights)
@@ -159,6 +169,7 @@ class _Reader:
         self.seen: set[Value] = set()
         self.same: dict[Value, Value] = {}
         self.shapes = Shapes()
+        self.trained = trainable(graph) if ATTRIBUTE in graph.attrs else {}
         self.nodes: dict[str, list[Node]] = {}
         self.units = units_of(graph, self.shape)
         for node in graph:
@@ -210,14 +221,15 @@ class _Reader:
 
     def weight(self, value: Value) -> Weight:
         """Return the parameter `value`."""
-        return Weight(value.name, self.shape(value), self.of_experts(value))
+        trained = self.trained.get(value.name, True)
+        return Weight(value.name, self.shape(value), self.of_experts(value), trained)
 
     def weights(self) -> Iterator[tuple[Weight, int]]:
         """Yield the parameters, equal ones as one with their number."""
         counts: dict[object, list[Weight]] = {}
         for value in self.graph.params.values():
             weight = self.weight(value)
-            counts.setdefault((weight.shape, weight.of_experts), []).append(weight)
+            counts.setdefault(replace(weight, name=""), []).append(weight)
         yield from ((found[0], len(found)) for found in counts.values())
 
     def layers(self) -> Iterator[Layer]:

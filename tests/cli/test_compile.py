@@ -74,6 +74,10 @@ def test_a_training_step_is_what_the_plan_foretold(moecc: Moecc, partition: str)
         (MIXTRAL, "fsdp=2,expert=4", ("--remat", "none", "--dense-weights", "split")),
         (MIXTRAL, "data=2,expert=4", ("--micro-batches", "2", "--reduce-dtype", "f32")),
         (LLAMA, "data=4,model=2", ("--micro-batches", "4")),
+        (LLAMA, "data=4,model=2", ("-p", "freeze{groups=attention}")),
+        (LLAMA, "fsdp=4", ("-p", "freeze{groups=ffn}", "--micro-batches", "2")),
+        (LLAMA, "data=2", ("-p", "freeze{groups=embedding}", "--remat", "none")),
+        (MIXTRAL, "data=2,expert=4", ("-p", "freeze{only=moe}", "--remat", "none")),
     ],
 )
 def test_a_step_sends_what_the_plan_foretold(
@@ -94,6 +98,8 @@ def test_a_step_sends_what_the_plan_foretold(
     )
     assert sent == pytest.approx(planned, rel=0.01)
     assert found["flops"] == pytest.approx(found["predicted"]["flops"], rel=0.001)
+    arguments = found["memory"]["arguments_bytes"]
+    assert arguments == pytest.approx(found["predicted"]["arguments_bytes"], rel=0.05)
 
 
 @pytest.mark.slow

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from moecc.analysis.groups import parameter_groups
 from moecc.ir.graph import Graph
 from moecc.model.open import open_model
 from moecc.plan.report_types import Report
@@ -58,3 +60,38 @@ def test_a_training_step_of_a_soft_mixture_is_planned(machine: str) -> None:
     report = plan("bert_gelu", "upcycle{experts=4 routing=soft}", machine)
     assert report["best"]["fits"]
     assert report["fitting"] > 1
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_frozen_parameters_have_neither_gradients_nor_moments(optimizer: str) -> None:
+    given = {"sequence": "16", "batch_tokens": 64, "mesh": "data=2", "optimizer": optimizer}
+    whole, some = (
+        plan("llama_gqa", passes, "cpu:2", **given) for passes in ("", "freeze{groups=attention}")
+    )
+    graph = made("llama_gqa", "")
+    groups = parameter_groups(graph)
+    frozen = [v.type for name, v in graph.params.items() if "attention" in groups[name]]
+    count = sum(prod(int(str(size)) for size in type.sizes) for type in frozen)
+    before, after = (x["best"]["memory_bytes"] for x in (whole, some))
+    assert before["gradients"] - after["gradients"] == 2 * count
+    # Of matrices as small as these Adafactor keeps whole moments, but one.
+    moments = {"adamw": 2, "adafactor": 1}[optimizer]
+    assert before["optimizer"] - after["optimizer"] == 4 * moments * count
+    assert before["parameters"] == after["parameters"]
+    sent = (x["best"]["collectives"]["all_reduce"]["tensor_bytes"] for x in (whole, some))
+    assert next(sent) - next(sent) == 2 * count
+
+
+def test_the_gradient_of_a_frozen_matrix_is_not_computed() -> None:
+    whole, some, none = (
+        plan("llama_gqa", p, "cpu:1", sequence="16", batch_tokens=64, step=step)
+        for p, step in (("", "train"), ("freeze{groups=attention}", "train"), ("", "forward"))
+    )
+    graph = made("llama_gqa", "")
+    projected = sum(
+        prod(int(str(size)) for size in v.type.sizes)
+        for name, v in graph.params.items()
+        if "attention" in parameter_groups(graph)[name]
+    )
+    assert whole["model_flops"] == 3 * none["model_flops"]
+    assert whole["model_flops"] - some["model_flops"] == 2 * 64 * projected
