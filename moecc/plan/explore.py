@@ -19,9 +19,10 @@ from moecc.plan.remedies import WorkOn
 from moecc.plan.report_types import Idea
 from moecc.plan.search import Ranking, seconds_text, why_slower
 from moecc.plan.stages import part_of_machine, stage_work, staged
-from moecc.plan.strategy import StepConfig
+from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.workload import Workload
 from moecc.sharding.layout import Layout
+from moecc.sharding.vias import LOCAL
 
 OfBatch = Callable[[Batch], Workload]
 """The work of a batch."""
@@ -121,6 +122,22 @@ def _idea(name: str, how: str, options: str, one: Estimate, known: Known) -> Ide
     return _made(name, how, why, one.seconds, one.memory.total, options=options, lowered=True)
 
 
+def _asking(strategy: Strategy) -> str:
+    """Return the options that ask for a strategy; some only ``moecc compile`` has."""
+    layout = strategy.layout
+    found = [f"--mesh {','.join(f'{n}={s}' for n, s in layout.mesh.axes)}"]
+    if layout.own:
+        found.insert(0, f"--rules {','.join(layout.own)}")
+    elif layout.dense_weights != "whole":
+        found.append(f"--dense-weights {layout.dense_weights}")
+    if strategy.via != LOCAL:
+        found.append(f"--via {strategy.via}")
+    found.append(f"--remat {strategy.remat}")
+    compiled = ["--slice"] if strategy.sliced else []
+    compiled += [f"--chunks {strategy.chunks}"] if strategy.chunks > 1 else []
+    return " ".join([*(["moecc compile"] if compiled else []), *found, *compiled])
+
+
 def _why(one: Estimate, known: Known) -> str:
     """Return what one gains or loses against the best plan."""
     memory = _memory(one, known.best)
@@ -146,8 +163,7 @@ def _sequences(known: Known) -> Iterator[Idea]:
         return
     estimator = Estimator(known.work, known.machine, known.config)
     one = estimator.estimate(replace(like, layout=layout))
-    options = f"--rules {','.join(rules)} --mesh {how.removeprefix('mesh ')}"
-    idea = _idea(name, how, options, one, known)
+    idea = _idea(name, how, _asking(one.strategy), one, known)
     gain = 1 - one.seconds / split[0].seconds
     time = f"{abs(gain):.1%} {'less' if gain >= 0 else 'more'} time"
     same = f"{time} and {_memory(one, split[0])} than the same mesh without"
@@ -178,9 +194,7 @@ def _chunks(known: Known) -> Iterator[Idea]:
             continue
         cut = estimator.estimate(replace(one.strategy, chunks=count))
         spared = f"{seconds_text(one.seconds - cut.seconds)} of exchanges beside experts"
-        mesh = ",".join(f"{n}={s}" for n, s in one.strategy.layout.mesh.axes)
-        options = f"moecc compile --mesh {mesh} --via capacity --chunks {count}"
-        idea = _idea(name, how, options, cut, known)
+        idea = _idea(name, how, _asking(cut.strategy), cut, known)
         yield {**idea, "why": f"{spared}; {idea['why']}"}
 
 
@@ -195,8 +209,7 @@ def _replicas(known: Known) -> Iterator[Idea]:
         stored = layout.sizes.get("fsdp", 1)
         if layout.shards["expert"] > 1 and copies > 1 and stored == 1:
             how = f"{copies} devices have each expert, {one.strategy}"
-            mesh = ",".join(f"{n}={s}" for n, s in layout.mesh.axes)
-            yield _idea(name, how, f"--mesh {mesh} --via {one.strategy.via}", one, known)
+            yield _idea(name, how, _asking(one.strategy), one, known)
             return
     yield _impossible(name, "", "no plan fits in which several devices have the same experts")
 

@@ -202,6 +202,40 @@ def test_ideas_are_ranked_and_the_lowered_ones_are_plans() -> None:
     assert not model.plan("cpu:8", **STEP).report["explored"]
 
 
+def test_what_asks_for_an_idea_says_all_that_was_priced() -> None:
+    model = moecc.open(str(GOLDEN / "mixtral_gqa")).apply("specialize{capacity-factor=1.25}")
+    given: dict[str, Any] = {"mesh": "data=2,expert=4", "via": "capacity", "remat": "save"}
+    plan = model.plan("cpu:8", explore=True, dense_weights="split", **STEP, **given)
+    found = {f"{i['name']} {i['how'][:8]}": i["options"] for i in plan.report["explored"]}
+    same = "--mesh data=2,expert=4 --dense-weights split --via capacity --remat save"
+    assert found["chunked exchanges 4 chunks"] == f"moecc compile {same} --chunks 4"
+    assert found["expert replication 2 device"] == same
+
+
+def test_the_options_of_a_chunked_exchange_compile_what_was_priced() -> None:
+    from moecc.ahead.prepare import prepare
+    from moecc.ahead.request import Request
+
+    name, passes = str(GOLDEN / "mixtral_gqa"), "specialize{capacity-factor=1.25}"
+    plan = moecc.open(name).apply(passes).plan("cpu:8", explore=True, **STEP)
+    idea = next(i for i in plan.report["explored"] if i["name"] == "chunked exchanges")
+    words = idea["options"].removeprefix("moecc compile ").split()
+    asked: dict[str, Any] = dict(
+        zip((w[2:].replace("-", "_") for w in words[::2]), words[1::2], strict=True)
+    )
+    asked["chunks"] = int(asked["chunks"])
+    given: dict[str, Any] = {
+        "machine": "cpu:8",
+        "batch_tokens": 2048,
+        "lengths": (32,),
+        "dtype": "f32",
+    }
+    job = prepare(Request(name, pipeline=passes, **given, **asked))
+    assert str(job.estimate.strategy) == idea["how"].partition(", ")[2].replace(
+        ", via capacity,", f", via capacity in {asked['chunks']} chunks,"
+    )
+
+
 def test_what_is_impossible_says_why() -> None:
     model = moecc.open(str(GOLDEN / "mixtral_gqa"))
     plan = model.plan("cpu:8", explore=True, batch_tokens=8 * 31, sequence="31", dtype="f32")
