@@ -7,6 +7,7 @@ from functools import cache, partial
 
 from moecc.ahead.request import Job, Request
 from moecc.ahead.update import update_of
+from moecc.analysis.head import check_trainable, reads_tokens
 from moecc.errors import InputError, UsageError
 from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph
@@ -84,6 +85,8 @@ def prepare(request: Request) -> PreparedJob:
         graph = model.graph
     first = Pipeline.parse(request.pipeline, registry)
     run_pipeline(graph, first)
+    if train:
+        _check_logits(graph)
     parts = request.micro_batches
     batch = make_batch(graph, machine.devices, request.batch_tokens, request.lengths, parts)
     bound, remarks = _bounded(graph, request, train)
@@ -109,6 +112,16 @@ def prepare(request: Request) -> PreparedJob:
     )  # fmt: skip
     estimate = Estimator(work, machine, setting).estimate(strategy)
     return PreparedJob(step, job, asked, estimate, bound, pipeline, tuple(remarks))
+
+
+def _check_logits(graph: Graph) -> None:
+    """Raise InputError if the graph has no logits, of which a training step takes the loss."""
+    check_trainable(
+        graph,
+        hint="-p tie-head makes logits by the embedding; --step forward needs none"
+        if reads_tokens(graph)
+        else "--step forward compiles the forward pass",
+    )
 
 
 def _check_exchange(request: Request) -> None:

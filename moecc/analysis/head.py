@@ -69,14 +69,20 @@ def is_trainable(graph: Graph) -> bool:
     return LOGITS in graph.output_names and VOCAB in graph.outputs[LOGITS].type
 
 
-def check_trainable(graph: Graph) -> None:
-    """Raise InputError if `graph` has no logits to train."""
+def reads_tokens(graph: Graph) -> bool:
+    """Whether `graph` takes numbers of tokens: the pass ``tie-head`` can make logits of it."""
+    return any(not value.type.dtype.is_float for value in graph.inputs.values())
+
+
+def check_trainable(graph: Graph, hint: str | None = None) -> None:
+    """Raise InputError if `graph` has no logits to train, with the way out that a caller knows."""
     if not is_trainable(graph):
         raise InputError(
             "a training step needs logits",
             where=graph.name,
             expected=f"an output called {LOGITS}, with an axis {VOCAB}",
             found=", ".join(graph.output_names),
+            hint=hint,
         )
 
 

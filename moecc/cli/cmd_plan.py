@@ -27,6 +27,7 @@ from moecc.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from moecc.ir.graph import Graph
     from moecc.plan.report_types import Report, SummaryReport
     from moecc.plan.sweep_report import SweepReport
     from moecc.tasks.plan_step import StepRequest
@@ -235,7 +236,24 @@ def planned(request: PlanRequest) -> tuple[Report, list[SummaryReport]]:
     with open_model(request.model, config_alone=True) as opened:
         run_pipeline(opened.graph, passes)
         graph = without_opaque(opened.graph)
-    return plan_and_search(graph, request.model, request.machine, step, request.explore)
+    found = plan_and_search(graph, request.model, request.machine, step, request.explore)
+    if request.step is Step.train:
+        _remark_on_logits(graph)
+    return found
+
+
+def _remark_on_logits(graph: Graph) -> None:
+    """Say whether the step of a graph without logits is planned alone."""
+    from moecc.analysis.head import is_trainable, reads_tokens
+    from moecc.cli.console import say
+
+    if is_trainable(graph):
+        return
+    if reads_tokens(graph):
+        what = "compile takes its training step after -p tie-head, as train on masked tokens does"
+    else:
+        what = "its training step is planned, but neither compile nor train takes it"
+    say(f"note: the model has no logits: {what}")
 
 
 def swept(request: PlanRequest, texts: list[str]) -> SweepReport:

@@ -160,6 +160,20 @@ def test_the_passes_of_the_report_make_the_graph(
     assert equal(parse(done.out), prepared.graph)
 
 
+def test_a_training_step_without_logits_is_planned_with_a_remark(moecc: Moecc) -> None:
+    ways = {"vit_plain": "neither compile nor train", "bert_gelu": "after -p tie-head"}
+    for name, way in ways.items():
+        options = (str(GOLDEN / name), "--machine", "cpu:2")
+        done = moecc("plan", *options)
+        assert done.code == 0
+        assert way in done.err
+        assert moecc("plan", *options, "--step", "forward").err == ""
+        assert "--step forward" in moecc("compile", *options).err
+    assert (
+        moecc("plan", str(GOLDEN / "bert_gelu"), "--machine", "cpu:2", "-p", "tie-head").err == ""
+    )
+
+
 def test_a_forward_pass_has_no_micro_batches(moecc: Moecc) -> None:
     rest = (LLAMA, "--machine", "cpu:1", "--step", "forward", "--micro-batches", "2")
     found = [moecc(command, *rest) for command in ("compile", "plan")]

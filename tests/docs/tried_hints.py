@@ -24,6 +24,7 @@ RUN = "moecc run sparse --inputs tokens.npy --outputs logits.npy"
 DEEP = "moecc convert MODEL -p 'upcycle{experts=2 top-k=2}' deep/in/out"
 PLAN_TWO = "moecc plan smollm2-8x --machine cpu:8 --batch-tokens 4096 --sequence 64"
 LIES = "MODEL -p liar --load liar.py"
+ENCODER = "tests/golden/bert_gelu --machine cpu --batch-tokens 16"
 TOKENS = "moecc tokens corpus.jsonl --tokenizer bytes --out ids"
 
 
@@ -47,6 +48,14 @@ TRIED_HINTS = (
         "rounds factors, too: moecc convert --verify tells a change from that",
         f"moecc convert MODEL out {TRIPLED} && moecc verify out --against MODEL --dtype f64",
         f"moecc convert MODEL verified {TRIPLED} --verify",
+        "-p tie-head makes logits by the embedding",
+        f"moecc compile {ENCODER} --sequence 16",
+        f"moecc compile {ENCODER} --sequence 16 -p tie-head",
+    ),
+    TriedHint(
+        "--step forward compiles the forward pass",
+        "moecc compile tests/golden/vit_plain --machine cpu --batch-tokens 16",
+        "moecc compile tests/golden/vit_plain --machine cpu --batch-tokens 16 --step forward",
     ),
     TriedHint(
         "without --quick the report shows what overlaps",
