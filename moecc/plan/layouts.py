@@ -7,8 +7,10 @@ from itertools import product
 
 from moecc.errors import InputError, Problem
 from moecc.ir.mesh import Mesh, nearest_divisor
+from moecc.plan.batches import Batch
 from moecc.plan.workload import Workload
 from moecc.sharding.layout import DENSE_WEIGHTS, Layout
+from moecc.support.text import amount
 
 
 def layouts(mesh: Mesh, work: Workload) -> Iterator[Layout]:
@@ -27,15 +29,7 @@ def layouts(mesh: Mesh, work: Workload) -> Iterator[Layout]:
 def problems(layout: Layout, work: Workload) -> Iterator[Problem]:
     """Yield why a layout does not suit `work`: the axis, its size, the nearest that would."""
     where = f"mesh {layout.mesh}"
-    batch = layout.shards["batch"]
-    if work.batch.sequences % batch:
-        yield Problem(
-            f"{' x '.join(layout.batch_axes)} does not divide the batch",
-            where,
-            f"a divisor of {work.batch.sequences} sequences",
-            str(batch),
-            f"{nearest_divisor(work.batch.sequences, batch)} would",
-        )
+    yield from batch_problems(layout, work.batch)
     for name, size in work.tensor_sizes.items():
         parts = layout.shards[name]
         if size % parts:
@@ -46,7 +40,7 @@ def problems(layout: Layout, work: Workload) -> Iterator[Problem]:
                 str(parts),
                 f"{nearest_divisor(size, parts)} would",
             )
-    yield from _sequence_problems(layout, work)
+    yield from _attention_problems(layout)
     for name, size in layout.sizes.items():
         if size > 1 and name not in layout.used:
             dense = name == "expert" and not work.experts
@@ -68,25 +62,37 @@ def problems(layout: Layout, work: Workload) -> Iterator[Problem]:
         )  # fmt: skip
 
 
-def _sequence_problems(layout: Layout, work: Workload) -> Iterator[Problem]:
-    """Yield why sequences cannot be sharded so."""
-    where, parts = f"mesh {layout.mesh}", layout.shards["seq"]
-    axes = " x ".join(layout.sequence_axes)
-    for name, size in work.batch.lengths:
+def batch_problems(layout: Layout, batch: Batch) -> Iterator[Problem]:
+    """Yield why a batch, whatever the model, cannot be sharded so."""
+    where = f"mesh {layout.mesh}"
+    shards, parts = layout.shards["batch"], layout.shards["seq"]
+    if batch.sequences % shards:
+        yield Problem(
+            f"{' x '.join(layout.batch_axes)} does not divide the batch",
+            where,
+            f"a divisor of {amount(batch.sequences, 'sequence')}",
+            str(shards),
+            f"{nearest_divisor(batch.sequences, shards)} would",
+        )
+    for name, size in batch.lengths:
         if size % parts:
             yield Problem(
-                f"{axes} does not divide the sequences",
+                f"{' x '.join(layout.sequence_axes)} does not divide the sequences",
                 where,
-                f"a divisor of {size} tokens ({name})",
+                f"a divisor of {amount(size, 'token')} ({name})",
                 str(parts),
                 f"{nearest_divisor(size, parts)} would",
             )
+
+
+def _attention_problems(layout: Layout) -> Iterator[Problem]:
+    """Yield why attention cannot be sharded so."""
     if not set(layout.split(layout.sequence_axes)) <= set(layout.tensor_axes):
         yield Problem(
             "attention over a sequence in parts is not lowered: each device would do all of it",
-            where,
+            f"mesh {layout.mesh}",
             "a mesh axis that shards heads, too: tensor-parallel,sequence-parallel",
-            axes,
+            " x ".join(layout.sequence_axes),
         )
 
 

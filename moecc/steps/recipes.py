@@ -8,7 +8,8 @@ from moecc.errors import InputError
 from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph
 from moecc.model.router_dtype import set_router_dtype
-from moecc.plan.batches import length_variables
+from moecc.plan.batches import Batch, length_variables
+from moecc.plan.layouts import batch_problems
 from moecc.plan.meshes import plan_mesh
 from moecc.sharding.layout import Layout
 from moecc.sharding.partitions import GSPMD
@@ -59,7 +60,20 @@ def _step_graph(graph: Graph, recipe: Recipe, passes: StepPasses) -> Graph:
     """Return the graph of a step, with routers in the type of the recipe."""
     made, asked = step_graph(graph, passes), float_type(recipe.routing.router_dtype)
     set_router_dtype(made, asked.name, float_type(recipe.run.dtype), where="routing.router_dtype")
+    _check_batch(graph, recipe)
     return made
+
+
+def _check_batch(graph: Graph, recipe: Recipe) -> None:
+    """Raise InputError if an array of the batch would have no equal parts on the mesh."""
+    layout = _layout(graph, recipe)
+    if layout is None or recipe.mesh.partition == GSPMD:
+        return
+    sizes = batch_sizes(graph, recipe)
+    lengths = tuple((name, sizes[name]) for name in length_variables(graph))
+    found = list(batch_problems(layout, Batch(recipe.data.batch, lengths)))
+    if found:
+        raise InputError(found)
 
 
 def train_passes(graph: Graph, recipe: Recipe) -> StepPasses:

@@ -159,3 +159,24 @@ def test_rows_are_weighted_at_their_experts_where_it_spares_something(
     asked = replace(recipe, run=run, mesh=replace(recipe.mesh, mesh=mesh))
     assert ("weight-rows" in str(train_passes(graph, asked))) == weighted
     assert "weight-rows" not in str(eval_passes(graph, asked))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rules", "told"),
+    [
+        ("data=3", (), "data does not divide the batch"),
+        (
+            "model=3", ("tensor-parallel", "sequence-parallel"),
+            "model does not divide the sequences",
+        ),
+    ],
+)  # fmt: skip
+def test_a_mesh_with_collectives_of_its_own_divides_the_batch(
+    mesh: str, rules: tuple[str, ...], told: str
+) -> None:
+    graph, recipe = imported("llama_gqa", "cse"), noisy()
+    section = replace(recipe.mesh, mesh=mesh, rules=rules)
+    plain = replace(recipe, mesh=section, routing=RoutingSection())
+    with pytest.raises(InputError, match=f"{told}(?s:.*)a divisor of (4|32) .*\n.*\n.* would"):
+        train_graph(graph, plain)
+    train_graph(graph, replace(plain, mesh=replace(section, partition="gspmd")))
