@@ -231,8 +231,23 @@ def _mesh(graph: Graph, recipe: Recipe, specialised: str) -> MeshPasses | None:
     layout = _layout(graph, recipe)
     if layout is None or section.partition == GSPMD:
         return None
+    _check_used(layout)
     via = section.via or _via(graph, layout, specialised)
     return MeshPasses(str(layout.mesh), layout.names, via)
+
+
+def _check_used(layout: Layout) -> None:
+    """Raise InputError if no rule shards anything over the mesh."""
+    if layout.names:
+        return
+    axis = max(layout.sizes, key=lambda name: layout.sizes[name])
+    raise InputError(
+        f"nothing is sharded over the mesh axis {axis!r}",
+        where="mesh.mesh",
+        expected="an axis that shards the batch or weights: data, fsdp, model",
+        found=str(layout.mesh),
+        hint=f"data={layout.mesh.devices} shards the batch",
+    )
 
 
 def _layout(graph: Graph, recipe: Recipe) -> Layout | None:

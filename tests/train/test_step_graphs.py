@@ -180,3 +180,10 @@ def test_a_mesh_with_collectives_of_its_own_divides_the_batch(
     with pytest.raises(InputError, match=f"{told}(?s:.*)a divisor of (4|32) .*\n.*\n.* would"):
         train_graph(graph, plain)
     train_graph(graph, replace(plain, mesh=replace(section, partition="gspmd")))
+
+
+def test_a_mesh_that_shards_nothing_is_rejected() -> None:
+    recipe = replace(noisy(), routing=RoutingSection())
+    asked = replace(recipe, mesh=replace(recipe.mesh, mesh="expert=4"))
+    with pytest.raises(InputError, match="nothing is sharded over the mesh axis 'expert'"):
+        train_passes(imported("llama_gqa", "cse"), asked)
