@@ -225,6 +225,11 @@ FROZEN = ("recipe.toml", "--out", "x", "--set", "model.pipeline=''", "--set")
         (["recipe.toml", "--out", "x", "--set", "mesh.mesh=data=3"], 1, "mesh"),
         (["recipe.toml", "--out", "x", "--set", "model.start=source"], 1, "no weights"),
         (["recipe.toml", "--out", "x", "--set", "mesh.mesh=data=8"], 1, "groups of tokens do not"),
+        (
+            [*FROZEN, "mesh.mesh=data=4", "--set", "run.micro_batches=2"],
+            1,
+            "the batch on a device, 1 sequence: micro-batches hold whole",
+        ),
         (["recipe.toml", "--out", "x", "--set", "data.train=[]"], 2, "the mixture is empty"),
         (["recipe.toml", "--out", "x", "--set", "data.trian=[]"], 2, "did you mean"),
         (["recipe.toml", "--out", "x", "--set", "model.source=small"], 1, "ids beyond the voc"),

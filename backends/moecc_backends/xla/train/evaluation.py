@@ -69,6 +69,14 @@ class Evaluation:
         made: Outputs = self.function({n: params[n] for n in self._params}, dict(batch), key)
         return made
 
+    def check(self, params: PyTree, batch: PyTree, key: PyTree) -> None:
+        """Trace the evaluation of arrays that may be abstract.
+
+        Raises:
+          InputError: the mesh or micro-batches do not suit the batch.
+        """
+        self.function.trace({n: params[n] for n in self._params}, dict(batch), key)
+
     @cached_property
     def _params(self) -> tuple[str, ...]:
         return tuple(n for n, v in self.graph.params.items() if v.users)

@@ -21,6 +21,7 @@ from moecc.ir.graph import Graph, Value
 from moecc.ir.mesh import Mesh
 from moecc.ir.routed import MASK
 from moecc.steps.totals import totals_of
+from moecc.support.text import amount
 from moecc.types.dtypes import I32, KEY
 from moecc.types.tensor import TensorType
 from moecc_backends.xla.lower.function import finalize_output
@@ -243,9 +244,11 @@ class BatchLoss:
         if batch % together:
             raise InputError(
                 "micro-batches hold whole token groups",
-                where=f"the batch on a device, {batch} sequences",
-                expected=f"a multiple of {self.micro_batches} micro-batches × {self.rows}",
+                where=f"the batch on a device, {amount(batch, 'sequence')}",
+                expected=f"a multiple of {self.micro_batches} micro-batches × "
+                f"{amount(self.rows, 'sequence')}",
                 found=str(batch),
+                hint="another data.batch, fewer run.micro_batches, or fewer devices that share it",
             )
         shape = (batch // together, self.micro_batches, self.rows, *array.shape[1:])
         turned = jnp.moveaxis(array.reshape(shape), 1, 0)

@@ -204,6 +204,19 @@ class TrainStep:
         )
         return made
 
+    def check(self) -> None:
+        """Trace the step and its evaluation, which they are not again for a batch.
+
+        Raises:
+          InputError: the mesh or micro-batches do not suit the batch.
+        """
+        state, batch = self.abstract_state, self.abstract_batch
+        # As `step` is given them: a sharding would be another trace.
+        key, rate = jax.eval_shape(lambda: (jax.random.key(0), jnp.float32(0)))
+        self.function.trace(state, batch, key, rate)
+        if self.evaluation is not None:
+            self.evaluation.check(self.model_params(state), batch, key)
+
     def evaluate(self, params: Arrays, batch: Arrays, key: jax.Array | None = None) -> Outputs:
         """Return the metrics of a batch in evaluation; see `Evaluation.evaluate`."""
         assert self.evaluation is not None, "make_train_step was given the graph of evaluation"

@@ -129,6 +129,7 @@ def training(job: TrainJob) -> Iterator[XlaTraining]:
                 mesh=str(job.recipe.mesh),
             )
         )
+        program.at(0).check()
         with _own_folder(job):
             saver = Saver(job.run, job.recipe.run.keep)
             try:
