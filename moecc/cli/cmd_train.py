@@ -131,7 +131,10 @@ def _job(request: TrainRequest, plan: SavedPlan | None) -> Iterator[TrainJob]:
     if request.resume is not None or request.fork is not None:
         registry_with(files)
     if request.resume is not None:
-        if request.out is not None or request.fork is not None:
+        if request.fork is not None:
+            raise UsageError("--resume goes on with a run, and --fork begins another from it",
+                             hint="leave --fork out, or --resume: one of them")  # fmt: skip
+        if request.out is not None:
             raise UsageError("--resume goes on with a run where it is", hint="leave --out out")
         given = None if request.recipe is None else load_recipe(request.recipe, sets)
         yield resumed_run(Path(request.resume), sets, given, files)

@@ -156,6 +156,11 @@ TRIED_HINTS = (
         "moecc train --resume mine",
     ),
     TriedHint(
+        "leave --fork out, or --resume",
+        "cp -rL RUN mine && moecc train --resume mine --fork RUN@2",
+        "moecc train --resume mine",
+    ),
+    TriedHint(
         "--against SOURCE",
         "moecc verify tiny.moe",
         "moecc verify tiny.moe --against tiny.moe",

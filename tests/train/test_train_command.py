@@ -218,6 +218,7 @@ FROZEN = ("recipe.toml", "--out", "x", "--set", "model.pipeline=''", "--set")
         ([], 2, "RECIPE --out RUN, or --resume RUN"),
         (["recipe.toml"], 2, "RECIPE --out RUN, or --resume RUN"),
         (["--resume", "run", "--out", "x"], 2, "leave --out out"),
+        (["--resume", "run", "--fork", "run@4"], 2, "leave --fork out, or --resume"),
         (["--resume", "model"], 1, "not the folder of a run"),
         (["recipe.toml", "--out", "run"], 1, "--resume RUN goes on with a run"),
         (["recipe.toml", "--fork", "run@5", "--out", "x"], 1, "best, last, or one of the steps"),
