@@ -231,6 +231,11 @@ FROZEN = ("recipe.toml", "--out", "x", "--set", "model.pipeline=''", "--set")
             1,
             "the batch on a device, 1 sequence: micro-batches hold whole",
         ),
+        (
+            ["recipe.toml", "--out", "x", "--set", "mesh.mesh=data=16", "--set", "data.batch=16"],
+            1,
+            "the mesh has more devices than there are\n  expected: at most 8 devices\n  found: 16",
+        ),
         (["recipe.toml", "--out", "x", "--set", "data.train=[]"], 2, "the mixture is empty"),
         (["recipe.toml", "--out", "x", "--set", "data.trian=[]"], 2, "did you mean"),
         (["recipe.toml", "--out", "x", "--set", "model.source=small"], 1, "ids beyond the voc"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ from moecc.ir.structure import fingerprint
 from moecc.launch.member import Watchdog, hold_lifeline, watchdog_of_environment
 from moecc.launch.process_info import process_info
 from moecc.steps.recipes import eval_graph, step_spec, train_graph
+from moecc.support.text import amount
 from moecc.train.events import Event, Reason
 from moecc.train.job import TrainJob
 from moecc.train.position import Position
@@ -166,15 +167,25 @@ def _devices(section: MeshSection) -> list[jax.Device]:
       InputError: there are others; in several processes every device has to be in the mesh.
     """
     found = jax.devices()
-    wanted = parse_mesh(section.mesh).devices if section.mesh else 1
-    several = jax.process_count() > 1
-    if wanted > len(found) or (several and wanted != len(found)):
+    wanted, processes = parse_mesh(section.mesh).devices if section.mesh else 1, jax.process_count()
+    if wanted > len(found):
         raise InputError(
-            "the mesh is not as large as there are devices", where="mesh.mesh",
-            expected=f"{len(found)}, in {jax.process_count()} processes", found=str(wanted),
-            hint=f'mesh.mesh = "data={len(found)}" takes all of them',
+            "the mesh has more devices than there are", where="mesh.mesh",
+            expected=f"at most {amount(len(found), 'device')}", found=str(wanted),
+            hint=f"XLA_FLAGS=--xla_force_host_platform_device_count={wanted} makes a CPU many"
+            if found[0].platform == "cpu" and processes == 1 else f"{_of_all(found)} takes them",
+        )  # fmt: skip
+    if processes > 1 and wanted != len(found):
+        raise InputError(
+            "the mesh leaves devices out, and several processes use all of them", where="mesh.mesh",
+            expected=f"{amount(len(found), 'device')}, of {processes} processes", found=str(wanted),
+            hint=f"{_of_all(found)} takes them",
         )  # fmt: skip
     return found[:wanted]
+
+
+def _of_all(devices: Sequence[jax.Device]) -> str:
+    return f'mesh.mesh = "data={len(devices)}"'
 
 
 def agreed_reason(reason: Reason | None) -> Reason | None:
