@@ -36,7 +36,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, needs_config: bool = True) 
     except FileNotFoundError:
         if folder := cached(str(path)):
             return _open_folder(folder, needs_config)
-        raise _missing(source) from None
+        raise missing_place(source) from None
     except OSError as error:
         raise os_problem(error, source) from None
     except ValueError:
@@ -107,7 +107,8 @@ def _open_file(source: Path) -> Checkpoint:
     )
 
 
-def _missing(source: Path) -> InputError:
+def missing_place(source: Path) -> InputError:
+    """Return the error that nothing is at `source`, with the nearest name there."""
     if os.path.lexists(source):
         return InputError("this is a symbolic link to nothing", where=str(source))
     parent = source.parent

@@ -87,17 +87,23 @@ def verify(request: VerifyRequest) -> None:
 
 
 def _against_manifest(request: VerifyRequest) -> None:
+    import os
     from pathlib import Path
 
     from moecc.checkpoint.gguf.storage import SUFFIX
+    from moecc.checkpoint.hub import PREFIX as HUB
     from moecc.checkpoint.manifest import check_manifest
+    from moecc.checkpoint.open import missing_place
     from moecc.checkpoint.records import load
     from moecc.cli.console import report
     from moecc.errors import InputError
+    from moecc.presets import PREFIX as PRESET
     from moecc.tasks.receipt import load_receipt, receipt_lines
 
     model, format = request.model, request.format
     place = Path(model)
+    if not os.path.exists(model) and not model.startswith((HUB, PRESET)):
+        raise missing_place(place)
     if not place.is_dir() and not (place.is_file() and place.suffix == SUFFIX):
         raise InputError(
             "only a folder or a GGUF file has a manifest", where=model,

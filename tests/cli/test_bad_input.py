@@ -290,6 +290,14 @@ def test_arguments(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_to_verify_that_is_not_there(moecc: Callable, dense: Path) -> None:
+    done = moecc("verify", f"{dense}e")
+    assert done.code == 1
+    assert "there is no such file or folder" in done.err
+    assert f"did you mean {dense.name!r}?" in done.err
+    assert "only a folder" in moecc("verify", "preset:smollm2-135m").err
+
+
 def test_token_files(moecc: Callable, dense: Path, tmp_path: Path) -> None:
     path = tmp_path / "tokens.npy"
     for bad in (np.zeros((2, 3)), np.array([[10**6]]), np.array([[-1]]), np.zeros((0, 4), int)):
