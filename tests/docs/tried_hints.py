@@ -295,6 +295,24 @@ TRIED_HINTS = (
         "moecc tokens long.txt --tokenizer bytes --split line --out ids",
     ),
     TriedHint(
+        "--field names another key",
+        "moecc tokens rte.jsonl --tokenizer bytes --out ids",
+        "moecc tokens rte.jsonl --tokenizer bytes --field premise --out ids",
+    ),
+    TriedHint(
+        "--prompt '{KEY}' names another key",
+        "moecc tokens rte.jsonl --kind labelled --completion '{label}' --tokenizer bytes --out ids",
+        "moecc tokens rte.jsonl --kind labelled --completion '{label}' --prompt '{hypothesis}'"
+        " --tokenizer bytes --out ids",
+    ),
+    TriedHint(
+        "--completion '{KEY}' names another key",
+        "moecc tokens rte.jsonl --kind labelled --prompt '{hypothesis}' --tokenizer bytes"
+        " --out ids",
+        "moecc tokens rte.jsonl --kind labelled --prompt '{hypothesis}' --completion '{label}'"
+        " --tokenizer bytes --out ids",
+    ),
+    TriedHint(
         "or the word bytes",
         "moecc tokens corpus.jsonl --tokenizer notes --out ids",
         TOKENS,

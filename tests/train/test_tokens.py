@@ -186,6 +186,22 @@ def test_all_problems_of_the_texts_come_at_once(tmp_path: Path) -> None:
     assert list(tmp_path.glob("*out*")) == []
 
 
+@pytest.mark.parametrize(
+    ("format", "hint"),
+    [
+        (Format(), "--field names"),
+        (Format("examples"), "--prompt '{KEY}' names"),
+        (Format("labelled", prompt="{q}"), "--completion '{KEY}' names"),
+    ],
+)
+def test_the_option_that_names_a_missing_key_is_told(
+    tmp_path: Path, format: Format, hint: str
+) -> None:
+    (tmp_path / "x.jsonl").write_text('{"q": "a", "label": "b"}\n')
+    with pytest.raises(InputError, match=hint):
+        make(tmp_path / "out", tmp_path / "x.jsonl", format=format)
+
+
 def test_an_empty_corpus_and_an_empty_part_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text(" \n")
     with pytest.raises(InputError, match="the corpus is empty"):

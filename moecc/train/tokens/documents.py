@@ -188,7 +188,9 @@ class Reader:
 
         A text of white space alone is left out.
         """
-        faults = [p for key in self.format.keys for p in _key_fault(record, key, where)]
+        faults = [
+            p for key in self.format.keys for p in _key_fault(record, key, self.format, where)
+        ]
         self.problems.extend(faults)
         if faults:
             return
@@ -214,6 +216,7 @@ class Reader:
                     raise InputError(
                         "the table lacks columns", where=str(path), expected=", ".join(keys),
                         found=", ".join(file.schema_arrow.names),
+                        hint=_other_key(missing[0], self.format),
                     )  # fmt: skip
                 number = 0
                 for batch in file.iter_batches(batch_size=256, columns=keys):
@@ -225,14 +228,26 @@ class Reader:
         self.sources.append(digest.source(path))
 
 
-def _key_fault(record: Mapping[str, object], key: str, where: str) -> Iterator[Problem]:
+def _key_fault(
+    record: Mapping[str, object], key: str, format: Format, where: str
+) -> Iterator[Problem]:
     if key not in record:
         found = ", ".join(map(str, list(record)[:8])) or "no keys"
-        yield Problem(f"the record has no {key!r}", where, None, found, "--field names another key")
+        hint = _other_key(key, format)
+        yield Problem(f"the record has no {key!r}", where, None, found, hint=hint)
     elif not isinstance(record[key], str | int | float) or isinstance(record[key], bool):
         yield Problem(f"{key!r} is not a text", where, "a text", describe(record[key]))
     elif any("\ud800" <= c <= "\udfff" for c in str(record[key])):
         yield Problem(f"{key!r} has half a surrogate pair", where, "characters of Unicode")
+
+
+def _other_key(key: str, format: Format) -> str:
+    """Return how another key than one that is missing is named."""
+    if format.kind == DOCUMENTS:
+        return "--field names another key"
+    if key in _FIELD.findall(format.prompt):
+        return "--prompt '{KEY}' names another key"
+    return "--completion '{KEY}' names another key"
 
 
 class _Digest(io.RawIOBase):
