@@ -12,6 +12,7 @@ from moecc.cli.console import Format
 from moecc.cli.face import add_command
 from moecc.cli.heartbeat import Progress
 from moecc.cli.options import FormatOption, LoadFamiliesOption
+from moecc.support.text import amount
 
 if TYPE_CHECKING:
     from moecc.capture.folder import CaptureFacts
@@ -83,7 +84,7 @@ def capture(request: CaptureRequest) -> None:
 def capture_text(folder: str, facts: CaptureFacts) -> str:
     """Return the human-readable report of what was written."""
     texts = ", ".join(facts.texts)
-    return f"{folder}: statistics of {facts.tokens:,} tokens of {texts}"
+    return f"{folder}: statistics of {amount(facts.tokens, 'token')} of {texts}"
 
 
 def register(app: typer.Typer) -> None:

@@ -13,6 +13,7 @@ from moecc.cli.console import Format
 from moecc.cli.face import add_command
 from moecc.cli.heartbeat import Progress
 from moecc.cli.options import FormatOption, LoadFamiliesOption
+from moecc.support.text import amount
 
 if TYPE_CHECKING:
     from moecc.tasks.evaluate import Evaluated
@@ -92,7 +93,7 @@ def evaluation_text(found: Sequence[Evaluated]) -> str:
                     f"{found[0].model}"
                 )
             tokens = int(score.scores.tokens.sum())
-            lines.append(f"  {name:16} {', '.join(parts)}, {tokens:,} tokens")
+            lines.append(f"  {name:16} {', '.join(parts)}, {amount(tokens, 'token')}")
     return "\n".join(lines)
 
 

@@ -123,7 +123,8 @@ def tokens_text(folders: dict[str, TokenFacts]) -> str:
             f"({facts.dtype}, {facts.tokenizer})"
         )
         if facts.duplicates:
-            lines.append(f"  {facts.duplicates:,} duplicates were left out")
+            verb = "was" if facts.duplicates == 1 else "were"
+            lines.append(f"  {amount(facts.duplicates, 'duplicate')} {verb} left out")
         lines.extend(f"  label {label.text!r}: {label.count:,}" for label in facts.labels)
     return "\n".join(lines)
 

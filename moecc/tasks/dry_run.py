@@ -24,7 +24,7 @@ from moecc.steps.passes import StepPasses, step_graph
 from moecc.steps.recipes import eval_passes, train_passes
 from moecc.steps.settings import parameter_settings
 from moecc.support.parse_units import float_type
-from moecc.support.text import count_text, size_text
+from moecc.support.text import amount, count_text, size_text
 from moecc.support.untyped import JsonDict
 from moecc.train.data.batches import Batches
 from moecc.train.recipe import Recipe
@@ -202,10 +202,8 @@ def _lines(facts: Facts) -> Iterator[str]:
     )
     yield f"moments      {size_text(parameters['moment_bytes'])}"
     lengths = f"{data['seq']}" + (f" + {data['decoder_seq']}" if data["decoder_seq"] else "")
-    yield (
-        f"data         {facts['steps']:,} steps of {data['sequences']:,} x {lengths} tokens: "
-        f"{count_text(data['tokens'])}"
-    )
+    steps, tokens = amount(facts["steps"], "step"), count_text(data["tokens"])
+    yield f"data         {steps} of {data['sequences']:,} x {lengths} tokens: {tokens}"
     for name, epochs in data["epochs"].items():
         yield f"             {epochs:.2f} epochs of {name}"
     yield (

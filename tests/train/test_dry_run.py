@@ -79,6 +79,11 @@ def test_counts_are_those_of_the_model(tokens: Path) -> None:
     assert "cpu:1: data:1, grouped, remat none" in text
 
 
+def test_one_of_a_thing_is_no_several(tokens: Path) -> None:
+    text = dry_run_text(told(tokens, "llama_gqa", "cse", "run.steps=1"))
+    assert "1 step of 8 x 32 tokens" in text
+
+
 def test_what_is_frozen_has_no_moments(tokens: Path) -> None:
     groups = 'optimizer.groups=[{match="moe", freeze=true}]'
     facts = told(tokens, "llama_gqa", "upcycle{experts=4}", groups)

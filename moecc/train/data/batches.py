@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from moecc.errors import InputError, Problem
+from moecc.support.text import amount
 from moecc.train.data.collate import Shape, collate
 from moecc.train.data.model_facts import ModelFacts
 from moecc.train.data.objectives import ExampleRows, Rows, Segment
@@ -175,7 +176,8 @@ def _label(use: str, name: str) -> str:
 def _remarks(rows: Mapping[tuple[str, str], Rows]) -> Iterator[str]:
     for (_, name), each in rows.items():
         if isinstance(each, ExampleRows) and each.cut:
-            yield f"{name}: {each.cut:,} examples are cut, as they are longer than a sequence"
+            are = "is cut, as it is" if each.cut == 1 else "are cut, as they are"
+            yield f"{name}: {amount(each.cut, 'example')} {are} longer than a sequence"
 
 
 def _count(rows: Rows, data: DataSection) -> int:

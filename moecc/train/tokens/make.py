@@ -10,6 +10,7 @@ from pathlib import Path
 
 from moecc.checkpoint.outdir import output_folder
 from moecc.errors import InputError, Problem, UsageError
+from moecc.support.text import amount
 from moecc.train.tokens.documents import SPLITS, Document, Format, Reader, text_files
 from moecc.train.tokens.encoders import Encoder, open_encoder
 from moecc.train.tokens.facts import DOCUMENTS, KINDS, TokenFacts
@@ -180,7 +181,7 @@ class _Maker:
         if count:
             raise InputError(
                 f"no document is left for {' and '.join(empty)}", where="--hold-out",
-                expected="documents in both parts", found=f"{count:,} documents in all",
+                expected="documents in both parts", found=f"{amount(count, 'document')} in all",
                 hint="another share, or --split paragraph for more documents",
             )  # fmt: skip
         raise InputError(
