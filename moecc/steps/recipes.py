@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from moecc.analysis.head import LOGITS
 from moecc.errors import InputError
 from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph
@@ -35,6 +36,7 @@ def train_graph(graph: Graph, recipe: Recipe) -> Graph:
     Raises:
       InputError: the recipe does not suit the graph.
     """
+    check_objective(graph, recipe.data.objective)
     made = _step_graph(graph, recipe, train_passes(graph, recipe))
     if recipe.routing.bias_rate and not bias_counts(made):
         raise InputError(
@@ -54,6 +56,19 @@ def eval_graph(graph: Graph, recipe: Recipe) -> Graph:
       InputError: the recipe does not suit the graph.
     """
     return _step_graph(graph, recipe, eval_passes(graph, recipe))
+
+
+def check_objective(graph: Graph, objective: Objective) -> None:
+    """Raise InputError if `graph` is of an encoder alone, and its targets are not those of one."""
+    is_encoder = "hidden" in graph.output_names and LOGITS not in graph.output_names
+    if is_encoder and objective is not Objective.MASKED:
+        raise InputError(
+            f"an encoder alone has no objective {objective.value}: it predicts no next token",
+            where="data.objective",
+            expected=Objective.MASKED.value,
+            found=objective.value,
+            hint='an encoder is trained and evaluated by the objective "masked", on documents',
+        )
 
 
 def _step_graph(graph: Graph, recipe: Recipe, passes: StepPasses) -> Graph:

@@ -14,7 +14,7 @@ from moecc.analysis.head import LOGITS
 from moecc.backend import get_backend
 from moecc.ir.graph import Graph
 from moecc.model.open import Model, open_model
-from moecc.steps.recipes import eval_graph
+from moecc.steps.recipes import check_objective, eval_graph
 from moecc.train.data.batches import open_batches
 from moecc.train.data.collate import collate
 from moecc.train.data.label_choices import LabelChoices
@@ -154,6 +154,7 @@ def _named(data: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 def _score(model: Model, folder: TokenFolder, settings: EvaluationSpec) -> SetScore:
     recipe = evaluation_recipe(model.graph, folder, settings)
+    check_objective(model.graph, recipe.data.objective)
     graph = eval_graph(model.graph, recipe)
     facts = facts_of(model, graph)
     batches = open_batches(recipe.data, facts)

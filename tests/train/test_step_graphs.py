@@ -107,6 +107,15 @@ def test_a_tied_head_is_the_embedding() -> None:
                      Pipeline.parse("tie-head"))  # fmt: skip
 
 
+@pytest.mark.parametrize("objective", [o for o in Objective if o is not Objective.MASKED])
+def test_an_encoder_has_one_objective(objective: Objective) -> None:
+    data = DataSection((Corpus("x"),), objective=objective, batch=4, seq=32)
+    recipe = Recipe(ModelSection("m"), data, RunSection(1))
+    told = f"an encoder alone has no objective {objective.value}"
+    with pytest.raises(InputError, match=told):
+        train_graph(imported("bert_gelu", "cse"), recipe)
+
+
 def noisy(**routing: float) -> Recipe:
     data = DataSection((Corpus("x"),), batch=4, seq=32)
     bounded = RoutingSection(capacity_factor=1.25, **routing)
