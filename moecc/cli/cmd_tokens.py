@@ -49,7 +49,9 @@ class TokensRequest:
     tokenizer: Annotated[
         str,
         typer.Option(
-            "--tokenizer", metavar="MODEL|bytes", help="A folder or GGUF file with one, or bytes."
+            "--tokenizer",
+            metavar="MODEL|bytes",
+            help="A folder, GGUF file or run with one; or bytes.",
         ),
     ]
     out: Annotated[str, typer.Option("--out", metavar="DIR", help="The folder to write.")]

@@ -24,6 +24,8 @@ from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.tasks.evaluate import EvaluationSpec
 from moecc.tasks.traced import Tracing, is_token
+from moecc.train.data.model_facts import facts_of
+from moecc.train.tokens.encoders import BYTES, BYTES_DIGEST
 from moecc.train.tokens.folder import FACTS as TOKEN_FACTS
 from moecc.train.tokens.folder import TokenFolder, open_tokens
 from moecc.train.tokens.make import Making, make_tokens
@@ -145,7 +147,7 @@ def capture(
     with open_model(name) as model, ExitStack() as stack:
         if model.checkpoint is None:
             raise InputError(f"{name} has no weights", hint="give a checkpoint")
-        folders = {n: _tokens(model, name, path, stack) for n, path in named.items()}
+        folders = {n: _tokens(model, path, stack) for n, path in named.items()}
         graph = _traced(model, pipeline, spec.at)
         sums, tokens = _run(model, graph, list(folders.values()), spec, progress)
         facts = CaptureFacts(
@@ -169,18 +171,21 @@ def parse_texts(words: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _tokens(model: Model, name: str, path: str, stack: ExitStack) -> TokenFolder:
+def _tokens(model: Model, path: str, stack: ExitStack) -> TokenFolder:
     """Return a token folder, which is made of a text that is none."""
     if (Path(path) / TOKEN_FACTS).is_file():
         return open_tokens(path)
     folder = Path(stack.enter_context(TemporaryDirectory()), "tokens")
-    tokenizer = name if "tokenizer.json" in _companions(model) else "bytes"
-    make_tokens(Making((path,), tokenizer), folder)
+    make_tokens(Making((path,), _tokenizer(model)), folder)
     return open_tokens(str(folder))
 
 
-def _companions(model: Model) -> Mapping[str, object]:
-    return {} if model.checkpoint is None else model.checkpoint.companions()
+def _tokenizer(model: Model) -> str:
+    """Return the tokenizer of a model, as `open_encoder` takes it; bytes where it has none."""
+    if model.checkpoint is None or facts_of(model).tokenizer_digest in (None, BYTES_DIGEST):
+        return BYTES
+    found = model.checkpoint.companions()["tokenizer.json"]
+    return str(found if isinstance(found, Path) else model.checkpoint.path)
 
 
 def _traced(model: Model, pipeline: str, at: str) -> Graph:

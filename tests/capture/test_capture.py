@@ -25,7 +25,7 @@ from moecc.tasks.evaluate import EvaluationSpec
 from moecc.tasks.traced import Tracing
 from moecc.train.tokens.folder import TokenFolder, open_tokens
 from moecc.types.arrays import Array
-from tests.train.tiny import DOCS, draw_weights, make_model
+from tests.train.tiny import DOCS, draw_weights, make_model, make_recipe
 
 from .rounding import UNIT, assert_within, bounds_of_block
 
@@ -47,6 +47,17 @@ def captured(model: Path, out: Path, *more: str) -> Path:
 @pytest.fixture(scope="module")
 def statistics(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return captured(model, tmp_path_factory.mktemp("statistics") / "captured")
+
+
+@pytest.mark.parametrize("reference", ["", "@last"])
+def test_a_run_over_bytes_encodes_texts_as_bytes(tmp_path: Path, reference: str) -> None:
+    recipe, run, ids = make_recipe(tmp_path, "steps = 1"), tmp_path / "run", tmp_path / "ids"
+    assert main(["train", str(recipe), "--out", str(run)]) == 0
+    captured(Path(f"{run}{reference}"), tmp_path / "captured")
+    text = str(TEXTS["tour"])
+    assert main(["tokens", text, "--tokenizer", f"{run}{reference}", "--out", str(ids)]) == 0
+    whole = open_tokens(str(ids))
+    assert whole.ids(0, whole.facts.tokens).tolist() == list(TEXTS["tour"].read_bytes())
 
 
 def converted(model: Path, out: Path, passes: str, *more: str) -> int:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from moecc.checkpoint.files import read_bounded
 from moecc.checkpoint.jsonfile import read_json_object
+from moecc.checkpoint.run.layout import SOURCE, split_reference
 from moecc.errors import InputError
 from moecc.support.closing import Closing
 from moecc.tokenizer.process import Tokenizer
@@ -163,7 +164,9 @@ class TokenizerEncoder(Encoder):
 
 
 def open_encoder(name: str) -> Encoder:
-    """Return the encoder ``bytes``, that of a folder with a ``tokenizer.json``, or of a GGUF file.
+    """Return the encoder ``bytes``, or that of a folder with a ``tokenizer.json`` or a GGUF file.
+
+    Or that of a run, as ``RUN`` or ``RUN@STEP``: of a run over bytes it is ``bytes``.
 
     Raises:
       InputError: there is no tokenizer, or it cannot be used.
@@ -171,8 +174,22 @@ def open_encoder(name: str) -> Encoder:
     """
     if name == BYTES:
         return ByteEncoder()
-    place = Path(name)
+    place, run = Path(name), split_reference(name)
+    if run is not None:
+        return _of_run(Path(run[0]))
     return _of_model(place) if place.suffix == ".gguf" else TokenizerEncoder(place)
+
+
+def _of_run(run: Path) -> Encoder:
+    """Return the encoder of a run, which keeps the tokenizer of its source."""
+    file = run / SOURCE / "tokenizer.json"
+    if file.is_file() and tokenizer_digest(read_bounded(file, _LARGEST_TOKENIZER_BYTES)) == (
+        BYTES_DIGEST
+    ):
+        return ByteEncoder()
+    made = TokenizerEncoder(run / SOURCE)
+    made.name = run.resolve().name
+    return made
 
 
 def _of_model(file: Path) -> TokenizerEncoder:
