@@ -236,7 +236,7 @@ def _sparse_reasons(
 ) -> Iterator[Problem]:
     target = family.model_type
     if not layers:
-        hint = "make some layers sparse first: -p 'upcycle{experts=8 top-k=2}'"
+        hint = "make some layers sparse first: upcycle{experts=8 top-k=2} in the pipeline"
         yield Problem(f"{target} is a mixture of experts, and no layer here is one", hint=hint)
         return
     kinds: dict[ExpertLayer, int] = {}

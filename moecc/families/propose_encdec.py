@@ -92,7 +92,8 @@ def _sparse_count(
 def _switch_reasons(source: EncDecConfig, stacks: Stacks) -> Iterator[Problem]:
     layers = [layer for stack in stacks.values() for layer in stack.values()]
     if not layers:
-        hint = "make some layers sparse first: -p 'upcycle{experts=8 top-k=1 gates=switch}'"
+        wanted = "upcycle{experts=8 top-k=1 gates=switch}"
+        hint = f"make some layers sparse first: {wanted} in the pipeline"
         what = "switch_transformers is a mixture of experts, and no layer here is one"
         yield Problem(what, hint=hint)
         return

@@ -89,8 +89,11 @@ class Model(Closing):
         """
         if self.checkpoint is None and _reads(self.graph):
             raise InputError(
-                f"{self.name} has no weights", hint="give a checkpoint folder with --weights"
-            )
+                f"{self.name} has no weights",
+                hint="its attr checkpoint names them; "
+                "moecc run, verify, generate and lower also take --weights FOLDER"
+                if self.name.endswith(".moe") else "give the folder of a checkpoint",
+            )  # fmt: skip
         return Params(self.graph, self.checkpoint, dtype, rounded)
 
     @cached_property

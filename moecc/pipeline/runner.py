@@ -215,5 +215,5 @@ def _unmatched(item: Pass, result: PassResult) -> Problem:
         "matched nothing, but must match",
         item.name,
         found=found,
-        hint="--allow-unmatched lets the pipeline go on without it",
+        hint="leave it out; moecc opt and convert also go on without it by --allow-unmatched",
     )

@@ -339,3 +339,18 @@ def test_a_bug_says_where_its_reproducer_is(
     path = Path(done.err.rpartition(" ")[2].strip())
     assert "not meant to happen" in path.read_text()
     path.unlink()
+
+
+def test_hints_name_no_option_that_the_command_lacks(
+    moecc: Callable, dense: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("jax")
+    text = tmp_path / "x.txt"
+    text.write_text("some words\n" * 40)
+    out = ["--text", text, "--out", tmp_path / "out"]
+    done = moecc("capture", dense, "-p", "upcycle{layers=nowhere.*}", *out)
+    assert (done.code, "hint: leave it out; moecc opt and convert" in done.err) == (1, True)
+    moecc("tokens", text, "--tokenizer", "bytes", "--out", tmp_path / "ids")
+    preset = "preset:smollm2-135m"
+    done = moecc("evaluate", preset, "--data", tmp_path / "ids", "--sequence", "8")
+    assert (done.code, "hint: give the folder of a checkpoint\n" in done.err) == (1, True)

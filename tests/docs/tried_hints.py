@@ -206,7 +206,7 @@ TRIED_HINTS = (
         f"moecc launch local -n 2 -- {RUN.removeprefix('moecc ')} --backend xla",
     ),
     TriedHint(
-        "give a checkpoint folder with --weights",
+        "verify, generate and lower also take --weights FOLDER",
         "grep -v 'attr checkpoint' dense.moe > alone.moe"
         "; moecc run alone.moe --inputs tokens.npy --outputs out.npy",
         "moecc run alone.moe --weights MODEL --inputs tokens.npy --outputs out.npy",
@@ -218,7 +218,7 @@ TRIED_HINTS = (
         "moecc opt dense.moe -p cse",
     ),
     TriedHint(
-        "--allow-unmatched lets the pipeline go on",
+        "opt and convert also go on without it by --allow-unmatched",
         "moecc import sparse -o own.moe && moecc opt own.moe -p 'upcycle{experts=4}'",
         "moecc opt own.moe -p 'upcycle{experts=4}' --allow-unmatched",
     ),

@@ -113,7 +113,9 @@ def test_windows_that_differ_between_layers_cannot_be_said() -> None:
 def test_a_dense_graph_is_no_mixture_and_a_mixture_is_not_dense() -> None:
     (reason,) = reasons(graph_of("llama"), "mixtral")
     assert "no layer here is one" in reason.what
-    assert reason.hint == "make some layers sparse first: -p 'upcycle{experts=8 top-k=2}'"
+    assert (
+        reason.hint == "make some layers sparse first: upcycle{experts=8 top-k=2} in the pipeline"
+    )
     (reason,) = reasons(graph_of("llama", {}), "llama")
     assert reason.what == "llama has no mixture of experts; layers 0-3 here are one"
 
