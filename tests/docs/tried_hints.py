@@ -48,6 +48,8 @@ TRIED_HINTS = (
         "rounds factors, too: moecc convert --verify tells a change from that",
         f"moecc convert MODEL out {TRIPLED} && moecc verify out --against MODEL --dtype f64",
         f"moecc convert MODEL verified {TRIPLED} --verify",
+    ),
+    TriedHint(
         "-p tie-head makes logits by the embedding",
         f"moecc compile {ENCODER} --sequence 16",
         f"moecc compile {ENCODER} --sequence 16 -p tie-head",
