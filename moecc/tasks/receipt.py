@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from moecc.engines.verdicts import release_of
 from moecc.errors import InputError
 from moecc.families.configs import GraphConfig
+from moecc.model.function_folder import MODEL_TYPE
 from moecc.pipeline.passes import Preserves
 from moecc.tasks.contracts import Contracts
 
@@ -132,7 +133,7 @@ def _engines(stated: Mapping[str, object]) -> str:
     others = [str(e.get("engine")) for e in rows if not e.get("runs")]
     if not rows:
         target = stated.get("target")
-        own = target in (None, GraphConfig.model_type)
+        own = target in (None, GraphConfig.model_type, MODEL_TYPE)
         return "moecc" if own else f"what runs a dense {target}; mixtures alone were looked at"
     text = ", ".join(runs) if runs else "moecc alone"
     return f"{text}; not in {', '.join(others)}" if others else text

@@ -182,7 +182,7 @@ def _config(record: Record) -> dict[str, object]:
 
 
 def _receipt(record: Record) -> Receipt:
-    return Receipt(record.preserves, record.contracts, None, (), library_versions())
+    return Receipt(MODEL_TYPE, record.preserves, record.contracts, None, (), library_versions())
 
 
 def _manifest(folder: Path, record: Record, written: WriteReport) -> bytes:
