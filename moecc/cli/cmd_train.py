@@ -131,11 +131,7 @@ def _job(request: TrainRequest, plan: SavedPlan | None) -> Iterator[TrainJob]:
     if request.resume is not None or request.fork is not None:
         registry_with(files)
     if request.resume is not None:
-        if request.fork is not None:
-            raise UsageError("--resume goes on with a run, and --fork begins another from it",
-                             hint="leave --fork out, or --resume: one of them")  # fmt: skip
-        if request.out is not None:
-            raise UsageError("--resume goes on with a run where it is", hint="leave --out out")
+        _check_resumed(request)
         given = None if request.recipe is None else load_recipe(request.recipe, sets)
         yield resumed_run(Path(request.resume), sets, given, files)
         return
@@ -152,6 +148,17 @@ def _job(request: TrainRequest, plan: SavedPlan | None) -> Iterator[TrainJob]:
         for remark in source.remarks:
             say(f"remark: {remark}")
         yield new_run(recipe, source, out)
+
+
+def _check_resumed(request: TrainRequest) -> None:
+    """Raise UsageError for options that begin another run."""
+    from moecc.errors import UsageError
+
+    if request.fork is not None:
+        raise UsageError("--resume goes on with a run, and --fork begins another from it",
+                         hint="leave --fork out, or --resume: one of them")  # fmt: skip
+    if request.out is not None:
+        raise UsageError("--resume goes on with a run where it is", hint="leave --out out")
 
 
 def _sets(request: TrainRequest, plan: SavedPlan | None) -> list[str]:

@@ -86,21 +86,17 @@ def verify(request: VerifyRequest) -> None:
         _against_source(request, request.against)
 
 
-def _against_manifest(request: VerifyRequest) -> None:
+def _with_manifest(model: str) -> Path:
+    """Return where a model is that may have a manifest. Raises InputError for others."""
     import os
     from pathlib import Path
 
     from moecc.checkpoint.gguf.storage import SUFFIX
     from moecc.checkpoint.hub import PREFIX as HUB
-    from moecc.checkpoint.manifest import check_manifest
     from moecc.checkpoint.open import missing_place
-    from moecc.checkpoint.records import load
-    from moecc.cli.console import report
     from moecc.errors import InputError
     from moecc.presets import PREFIX as PRESET
-    from moecc.tasks.receipt import load_receipt, receipt_lines
 
-    model, format = request.model, request.format
     place = Path(model)
     if not os.path.exists(model) and not model.startswith((HUB, PRESET)):
         raise missing_place(place)
@@ -109,6 +105,16 @@ def _against_manifest(request: VerifyRequest) -> None:
             "only a folder or a GGUF file has a manifest", where=model,
             hint="or give --against SOURCE",
         )  # fmt: skip
+    return place
+
+
+def _against_manifest(request: VerifyRequest) -> None:
+    from moecc.checkpoint.manifest import check_manifest
+    from moecc.checkpoint.records import load
+    from moecc.cli.console import report
+    from moecc.tasks.receipt import load_receipt, receipt_lines
+
+    model, format, place = request.model, request.format, _with_manifest(request.model)
     check_manifest(place, allow_edited_card=request.allow_edited_card)
     manifest = load(place)
     receipt = load_receipt(place)

@@ -66,16 +66,14 @@ def verify_written(planned: Plan, written: Path) -> Verified:
         padding = "mask" in planned.graph.inputs
         source = opened.enter_context(open_model(planned.model.name, padding=padding))
         result = opened.enter_context(open_model(str(written), padding=padding))
+        made = replace(planned.model, graph=planned.graph)
         layers = _budget(result.graph)
         if layers:
-            source, result = (_cut(model, layers) for model in (source, result))
+            source, made, result = (_cut(model, layers) for model in (source, made, result))
         exact = planned.preserves.kind != "approximate" and planned.storage is None
         verdict = compare(result, source, compute_dtype=F32)
         if exact and not verdict.passed:
-            verdict = compare(result, source, compute_dtype=F64)
-        if exact and not verdict.passed and result.dtype != source.dtype:
-            made = replace(planned.model, graph=planned.graph)
-            verdict = _apart(verdict, source, _cut(made, layers) if layers else made, result)
+            verdict = _without_rounding(source, made, result)
     if exact and not verdict.passed:
         raise CheckError(
             f"the {verdict.output} differ from those of the source",
@@ -87,11 +85,16 @@ def verify_written(planned: Plan, written: Path) -> Verified:
     return _verified(verdict, layers, exact)
 
 
-def _apart(verdict: Verdict, source: Model, made: Model, result: Model) -> Verdict:
-    """Return the larger difference of two steps: the passes, and the rounding of what they make.
+def _without_rounding(source: Model, made: Model, result: Model) -> Verdict:
+    """Return the verdict in float64, in which only weights are rounded.
 
     A factor that is no power of two is rounded with the weight: 3 W is no multiple of a rounded W.
+    So where it fails, it is of the larger difference of two steps: of what the passes made, before
+    it is rounded, from the source, and of the result from that, rounded.
     """
+    verdict = compare(result, source, compute_dtype=F64)
+    if verdict.passed or result.dtype == source.dtype:
+        return verdict
     steps = (
         compare(made, source, compute_dtype=F64),
         compare(result, made, compute_dtype=F64),
