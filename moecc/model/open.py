@@ -90,7 +90,7 @@ class Model(Closing):
         if self.checkpoint is None and _reads(self.graph):
             raise InputError(
                 f"{self.name} has no weights",
-                hint="its attr checkpoint names them; "
+                hint='a line attr checkpoint = "FOLDER" in it names them; '
                 "moecc run, verify, generate and lower also take --weights FOLDER"
                 if self.name.endswith(".moe") else "give the folder of a checkpoint",
             )  # fmt: skip
