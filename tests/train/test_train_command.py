@@ -252,3 +252,25 @@ def test_what_cannot_be_is_one_message(
     found, _, err = call("train", *words)
     assert (found, said in err) == (code, True), err
     assert not (folder / "x").exists()
+
+
+def test_doubles_are_trained_and_evaluated_as_doubles(
+    folder: Path, call: Any, tmp_path: Path
+) -> None:
+    run, data = tmp_path / "run", folder / "tokens" / "heldout"
+    wide = ["run.dtype=f64", "run.weight_dtype=f64", "run.steps=1", "run.evaluate_steps=1"]
+    sets = [word for one in wide for word in ("--set", one)]
+    code, _, err = call("train", folder / "recipe.toml", "--out", run, *sets)
+    assert (code, "Warning" in err) == (0, False), err
+    assert {t["dtype"] for t in saved_steps(run)[-1].facts["tensors"].values()} == {"f64"}
+    held = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["held_out"]["heldout"]
+    losses = {}
+    for dtype in ("f32", "f64"):
+        code, out, err = call(
+            "evaluate", run, "--data", data, "--sequence", "32", "--batch", "4", "--batches", "1",
+            "--dtype", dtype, "--format", "json",
+        )  # fmt: skip
+        assert (code, "Warning" in err) == (0, False), err
+        losses[dtype] = json.loads(out)["models"][0]["sets"]["heldout"]["loss"]
+    assert losses["f64"] == pytest.approx(held, rel=1e-13)
+    assert losses["f32"] != pytest.approx(held, rel=1e-13)

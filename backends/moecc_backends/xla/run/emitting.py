@@ -11,8 +11,9 @@ from jax.typing import DTypeLike
 from moecc.backend import Arrays
 from moecc.errors import MachineError, UsageError, nearest
 from moecc.ir.graph import Graph, Value
-from moecc.types.dtypes import F64, DType
+from moecc.types.dtypes import DType
 from moecc_backends.xla.lower.function import function
+from moecc_backends.xla.run.precision import in_precision
 from moecc_backends.xla.trace.options import Options
 from moecc_backends.xla.trace.typed_jax import abstract_array
 
@@ -43,7 +44,7 @@ def emitted(graph: Graph, inputs: Arrays, *, emit: str, dtype: DType, options: O
             f"XLA compiles for a device, and there is no {options.target} here",
             hint="--emit stablehlo shows what XLA is given for any platform",
         )
-    with jax.enable_x64(dtype == F64):
+    with in_precision(dtype):
         params = {n: _shape(v, v.type.shape, dtype) for n, v in graph.params.items() if v.users}
         given = {n: _shape(v, inputs[n].shape, dtype) for n, v in graph.inputs.items()}
         traced = jax.jit(function(graph, dtype=dtype, options=options)).trace(params, given)

@@ -14,10 +14,11 @@ from moecc.backend import Arrays
 from moecc.errors import InputError, Problem, nearest
 from moecc.ir.graph import Graph, Value
 from moecc.types.arrays import Array as NumpyArray
-from moecc.types.dtypes import F64, DType
+from moecc.types.dtypes import DType
 from moecc_backends.xla.lower.function import finalize_output, lower_values
 from moecc_backends.xla.lower.segments import Segment, segments
 from moecc_backends.xla.run.device_memory import within_memory
+from moecc_backends.xla.run.precision import in_precision
 from moecc_backends.xla.trace.host_arrays import misfits, to_device, to_numpy
 from moecc_backends.xla.trace.options import DEFAULTS, Options
 from moecc_backends.xla.trace.values import Named, Operand
@@ -53,8 +54,7 @@ class XlaProgram:
           MachineError: the memory of a device is too small.
         """
         self._check(inputs, params)
-        # Without its switch jax makes every float64 a float32 without a word.
-        with within_memory(), jax.enable_x64(self.dtype == F64):
+        with within_memory(), in_precision(self.dtype):
             return self._run_all(params, inputs)
 
     def _run_all(self, params: Arrays, inputs: Arrays) -> dict[str, NumpyArray]:

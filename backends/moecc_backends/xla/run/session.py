@@ -17,10 +17,11 @@ from moecc.backend import Arrays
 from moecc.errors import InputError
 from moecc.ir.graph import Graph, Value
 from moecc.types.arrays import Array as NumpyArray
-from moecc.types.dtypes import F64, DType
+from moecc.types.dtypes import DType
 from moecc_backends.xla.lower.function import cast_input, finalize_output
 from moecc_backends.xla.lower.segments import Segment, segments
 from moecc_backends.xla.run.device_memory import within_memory
+from moecc_backends.xla.run.precision import in_precision
 from moecc_backends.xla.run.program import segment_function
 from moecc_backends.xla.trace.host_arrays import misfits, to_device, to_numpy
 from moecc_backends.xla.trace.options import DEFAULTS, Options
@@ -113,8 +114,7 @@ class XlaSession:
         return self._weights[value.name]
 
     def _precision(self) -> Any:
-        # Without its switch jax makes every float64 a float32 without a word.
-        return jax.enable_x64(self.dtype == F64)
+        return in_precision(self.dtype)
 
 
 def _on_device(array: NumpyArray, value: Value) -> Weight:

@@ -16,6 +16,7 @@ from moecc.types.arrays import Arrays
 from moecc.types.dtypes import DType
 from moecc_backends.xla.lower.function import function
 from moecc_backends.xla.run.device_memory import within_memory
+from moecc_backends.xla.run.precision import in_precision
 from moecc_backends.xla.trace.typed_jax import PyTree
 from moecc_backends.xla.train.loss import IGNORED, TARGETS
 
@@ -41,10 +42,11 @@ class XlaScorer:
         Raises:
           MachineError: the memory of a device is too small.
         """
-        inputs = {n: jnp.asarray(a) for n, a in batch.items() if n in self.graph.inputs}
-        keys = (n for n, v in self.graph.inputs.items() if v.type.dtype.kind == "key")
-        given = {**inputs, **{name: jax.random.key(0) for name in keys}}
-        found = jax.device_get(self._function(self.params, given, jnp.asarray(batch[TARGETS])))
+        with in_precision(self.dtype):
+            inputs = {n: jnp.asarray(a) for n, a in batch.items() if n in self.graph.inputs}
+            keys = (n for n, v in self.graph.inputs.items() if v.type.dtype.kind == "key")
+            given = {**inputs, **{name: jax.random.key(0) for name in keys}}
+            found = jax.device_get(self._function(self.params, given, jnp.asarray(batch[TARGETS])))
         losses, tokens, hits = (np.asarray(part) for part in found)
         return RowScores(losses.astype(np.float64), tokens, hits)
 
@@ -56,7 +58,7 @@ class XlaScorer:
 
         def scores(params: PyTree, inputs: PyTree, targets: jax.Array) -> tuple[jax.Array, ...]:
             logits = jnp.moveaxis(model(params, inputs)[LOGITS], names.index(VOCAB), -1)
-            wide = logits.astype(jnp.float32)
+            wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
             counted = targets != IGNORED
             picked = jnp.take_along_axis(wide, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
             losses = jax.nn.logsumexp(wide, axis=-1) - picked
@@ -80,5 +82,6 @@ def scorer(graph: Graph, params: Arrays, *, dtype: DType) -> XlaScorer:
       MachineError: the memory of a device is too small.
     """
     check_trainable(graph)
-    placed = {n: jnp.asarray(params[n]) for n, v in graph.params.items() if v.users}
+    with in_precision(dtype):
+        placed = {n: jnp.asarray(params[n]) for n, v in graph.params.items() if v.users}
     return XlaScorer(graph, placed, dtype)

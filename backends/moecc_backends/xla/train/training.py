@@ -17,15 +17,18 @@ from moecc.ir.structure import fingerprint
 from moecc.launch.member import Watchdog, hold_lifeline, watchdog_of_environment
 from moecc.launch.process_info import process_info
 from moecc.steps.recipes import eval_graph, step_spec, train_graph
+from moecc.support.parse_units import float_type
 from moecc.support.text import amount
 from moecc.train.events import Event, Reason
 from moecc.train.job import TrainJob
 from moecc.train.position import Position
-from moecc.train.recipe import MeshSection
+from moecc.train.recipe import MeshSection, RunSection
 from moecc.train.run_folder import locked_run, remove_incomplete
 from moecc.train.schedule import rate_at
+from moecc.types.dtypes import DType
 from moecc_backends.xla.import_jax import find_devices
 from moecc_backends.xla.run.host_memory import keep_freed_memory
+from moecc_backends.xla.run.precision import in_precision
 from moecc_backends.xla.run.processes import configuration, is_first, join, preflight
 from moecc_backends.xla.trace.typed_jax import PyTree
 from moecc_backends.xla.train.checkpoints import RunCheckpoints
@@ -119,7 +122,7 @@ def training(job: TrainJob) -> Iterator[XlaTraining]:
     keep_freed_memory()
     find_devices()
     keep_compiled_programs()
-    with watchdog_of_environment() as watchdog:
+    with in_precision(*_types(job.recipe.run)), watchdog_of_environment() as watchdog:
         watchdog.beat("all processes have met")
         program = _program(job)
         preflight(
@@ -137,6 +140,13 @@ def training(job: TrainJob) -> Iterator[XlaTraining]:
                 yield XlaTraining(job, program, saver, watchdog, is_first())
             finally:
                 saver.close()
+
+
+def _types(run: RunSection) -> Iterator[DType]:
+    """Yield the types that a run computes in and stores."""
+    yield from (
+        float_type(name) for name in (run.dtype, run.weight_dtype, run.reduce_dtype) if name
+    )
 
 
 @contextmanager
