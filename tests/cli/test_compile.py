@@ -410,3 +410,14 @@ def test_without_libtpu_one_line_says_what_to_install(moecc: Moecc) -> None:
     install = "error: compiling for TPUs needs libtpu: pip install 'jax[tpu]"
     assert done.err.startswith(install)
     assert done.err.count("\n") == 1
+
+
+def test_doubles_are_compiled_as_doubles(moecc: Moecc) -> None:
+    done = moecc(
+        "compile", LLAMA, "--machine", "cpu", "--step", "forward", *SMALL, "--dtype", "f64",
+        "--weight-dtype", "f64", "--format", "json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    found = done.json()
+    planned = found["predicted"]["arguments_bytes"]
+    assert found["memory"]["arguments_bytes"] == pytest.approx(planned, rel=0.05)

@@ -21,6 +21,7 @@ from moecc_backends.xla.aot.program import (
     lower,
 )
 from moecc_backends.xla.aot.topology import devices
+from moecc_backends.xla.run.precision import in_precision
 from moecc_backends.xla.train.abstract_step import AbstractStep, make_step
 
 LEAST_EFFORT = {"exec_time_optimization_effort": -1.0}
@@ -37,6 +38,12 @@ def compile_ahead(graph: Graph, job: Job) -> Result:
     """
     if job.export and find_spec("flatbuffers") is None:
         raise MachineError("exporting needs flatbuffers", hint=install_hint("export"))
+    given = job.config
+    with in_precision(given.dtype, given.weight_dtype, given.reduce_dtype):
+        return _compiled(graph, job)
+
+
+def _compiled(graph: Graph, job: Job) -> Result:
     layout = job.layout if job.partition == GSPMD else None
     given = job.config
     spec = StepSpec(
