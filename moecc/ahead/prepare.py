@@ -29,6 +29,7 @@ from moecc.plan.workload import Workload, workload
 from moecc.sharding.layout import Layout
 from moecc.sharding.partitions import EXPLICIT, GSPMD
 from moecc.sharding.vias import BY_NAME, LOCAL
+from moecc.steps.metrics import LOSSES
 from moecc.steps.passes import (
     Bound,
     MeshPasses,
@@ -100,7 +101,7 @@ def prepare(request: Request) -> PreparedJob:
 
     asked = Asked(machine, setting, _constraints(request, work), work, work_on)
     strategy = _in_chunks(request, _strategy(request, asked), work)
-    passes = str(_passes(request.partition, setting, bound, strategy))
+    passes = str(_passes(graph, request.partition, setting, bound, strategy))
     pipeline = ",".join(filter(None, (str(first), passes)))
     step = clone(graph)
     run_passes(step, passes)
@@ -167,20 +168,31 @@ def _stated(places: list[SlotAttrs]) -> float | None:
     return float(stated.pop()) if len(stated) == 1 else None
 
 
+def _losses(graph: Graph, parts: int) -> dict[str, object] | None:
+    """Return the options with which losses are added to a graph; None where it has them.
+
+    Those of one of several micro-batches are added anew, by the options that the graph records.
+    """
+    own = graph.attrs.get(LOSSES)
+    if not isinstance(own, dict):
+        return {"metrics": False} | ({"parts": parts} if parts > 1 else {})
+    if parts == 1:
+        return None
+    given = {name.replace("_", "-"): value for name, value in own.items() if value is not None}
+    return given | {"parts": parts, "replace": True}
+
+
 def _passes(
-    partition: str, setting: StepConfig, bound: Bound | None, strategy: Strategy
+    graph: Graph, partition: str, setting: StepConfig, bound: Bound | None, strategy: Strategy
 ) -> StepPasses:
     """Return the passes from the model's graph to the one that is compiled."""
     layout, is_explicit, train = strategy.layout, partition == EXPLICIT, setting.train
-    losses: dict[str, object] = {"metrics": False}
-    if setting.micro_batches > 1:
-        losses["parts"] = setting.micro_batches
     return StepPasses(
         "train" if train else "eval",
         routed=bool(layout.experts),
         bound=bound,
         groups=layout.shards["batch"] * strategy.chunks,
-        losses=losses if train and layout.experts else None,
+        losses=_losses(graph, setting.micro_batches) if train and layout.experts else None,
         weighted=train and weights_rows(strategy.remat, layout.mesh.devices > 1),
         mesh=MeshPasses(
             str(layout.mesh), layout.names, strategy.via, strategy.sliced, strategy.chunks

@@ -160,6 +160,20 @@ def test_the_passes_of_the_report_make_the_graph(
     assert equal(parse(done.out), prepared.graph)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_losses_that_the_graph_has_are_those_of_the_step(parts: int) -> None:
+    from moecc.ahead.prepare import prepare
+    from moecc.ahead.request import Request
+
+    own = "specialize{mode=train capacity-factor=1.25},add-losses{balance-coef=0.5 z-coef=0}"
+    asked = Request(MIXTRAL, "cpu:2", "train", 64, (16,), mesh="data=2", pipeline=own)
+    graph = prepare(replace(asked, micro_batches=parts)).graph
+    losses = [name for name in graph.output_names if name.startswith("loss.")]
+    assert losses == ["loss.balance", "loss.auxiliary"]
+    assert graph.attrs["losses"]["balance_coef"] == 0.5
+    assert graph.attrs["losses"]["parts"] == (parts if parts > 1 else 0)
+
+
 def test_a_training_step_without_logits_is_planned_with_a_remark(moecc: Moecc) -> None:
     ways = {"vit_plain": "neither compile nor train", "bert_gelu": "after -p tie-head"}
     for name, way in ways.items():
