@@ -264,15 +264,18 @@ def swept(request: PlanRequest, texts: list[str]) -> SweepReport:
       InputError: no model of the sweep can be made and fits.
     """
     from moecc.cli.pipelines import read_pipeline
-    from moecc.errors import UsageError
+    from moecc.errors import Problem, UsageError
     from moecc.model.open import open_model
     from moecc.plan.sweeps import parse_sweep
     from moecc.tasks.plan_step import check_step
     from moecc.tasks.plan_sweep import Swept, plan_sweep
 
-    if request.save is not None:
-        raise UsageError("--save writes one plan, and a sweep has several",
-                         hint="plan the model that you choose, without --sweep")  # fmt: skip
+    ones = {"--save writes": request.save is not None, "--explore is about": request.explore}
+    if said := [what for what, is_given in ones.items() if is_given]:
+        raise UsageError(
+            [Problem(f"{what} one plan, and a sweep has several",
+                     hint="plan the model that you choose, without --sweep") for what in said]
+        )  # fmt: skip
     sweep, passes = parse_sweep(texts), read_pipeline(request.pipeline, request.load or [])
     step = _step(request)
     check_step(request.machine, step)

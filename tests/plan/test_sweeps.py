@@ -157,6 +157,7 @@ REFUSED = {
     "a dense model's experts": (DENSE, ("experts=2",), 1, "llama has no experts"),
     "choices of Switch": (SWITCH, ("top-k=2",), 1, "how many experts a token takes"),
     "a plan to save": (DENSE, ("experts=2", "--save", "x.json"), 2, "a sweep has several"),
+    "other plans": (DENSE, ("experts=2", "--explore"), 2, "--explore is about one plan"),
 }  # fmt: skip
 
 
