@@ -23,6 +23,7 @@ from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.workload import Workload
 from moecc.sharding.layout import Layout
 from moecc.sharding.vias import LOCAL
+from moecc.support.text import size_text
 
 OfBatch = Callable[[Batch], Workload]
 """The work of a batch."""
@@ -77,7 +78,7 @@ def _priced(known: Known, idea: Idea) -> Idea:
     needed = idea["total_bytes"]
     if needed is None or known.fits(needed):
         return idea
-    why = f"needs {needed / 1e9:.2f} GB of {known.machine.usable_bytes / 1e9:.2f} GB"
+    why = f"needs {size_text(needed)} of {size_text(known.machine.usable_bytes)}"
     return {**idea, "seconds": None, "total_bytes": None, "why": why}
 
 

@@ -15,7 +15,7 @@ from moecc.plan.estimate import Estimator
 from moecc.plan.machines import Machine, sizes_of_kind
 from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.workload import Workload
-from moecc.support.text import amount
+from moecc.support.text import amount, size_text
 from moecc.support.untyped import JsonDict
 from moecc.types.dtypes import DType
 
@@ -109,8 +109,8 @@ def nothing_fits(asked: Asked, least: tuple[float, Strategy] | None) -> InputErr
     return InputError(
         "does not fit",
         where=machine.name,
-        expected=f"at most {machine.usable_bytes / 1e9:.2f} GB a device",
-        found=f"{size / 1e9:.2f} GB with {strategy}, the least",
+        expected=f"at most {size_text(machine.usable_bytes)} a device",
+        found=f"{size_text(size)} with {strategy}, the least",
         hint=way_out(asked),
     )
 

@@ -22,6 +22,7 @@ from moecc.plan.parts import Part, Weight
 from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.workload import Workload
 from moecc.sharding.layout import Layout
+from moecc.support.text import amount
 
 OPTIMIZER = "optimizer"
 """The part that a stage does once, after all micro-batches."""
@@ -75,7 +76,8 @@ def part_of_machine(machine: Machine, stages: int) -> Machine:
     found = (m for m in sizes_of_kind(machine) if m.devices == devices)
     part = None if odd else next(found, None)
     if part is None:
-        raise InputError(f"{machine.devices} devices are not {stages} machines of that kind")
+        some = f"{amount(machine.devices, 'device')} {'is' if machine.devices == 1 else 'are'}"
+        raise InputError(f"{some} not {stages} machines of that kind")
     return part
 
 

@@ -100,6 +100,8 @@ def test_what_has_no_stages_says_why() -> None:
         stage_work(work, 4, last=False)
     with pytest.raises(InputError, match="8 devices are not 3 machines"):
         part_of_machine(CPU, 3)
+    with pytest.raises(InputError, match="1 device is not 2 machines"):
+        part_of_machine(parse_machine("cpu:1"), 2)
     assert part_of_machine(parse_machine("tpu:v5p:4x4x4"), 2).devices == 32
     assert part_of_machine(parse_machine("h100x16"), 4).name == "gpu:h100:4"
     both = work_of("t5_square", Batch(8, (("S", 16), ("T", 16))))

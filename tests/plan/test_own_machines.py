@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,16 @@ def test_all_devices_are_one_node_where_none_are_said(tmp_path: Path) -> None:
     assert found.network == Switch(4, 4, 200e9, 800e9)
     with open_model(MODEL) as model:
         assert plan_step(model.graph, MODEL, found.name, StepRequest())["best"]["fits"]
+
+
+def test_little_memory_is_told_in_its_unit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, 'like = "cpu:1"\nmemory = "1 MB"\n')
+    assert main(["plan", MODEL, "--machine", path, "--batch-tokens", "4096"]) == 1
+    err = capsys.readouterr().err
+    assert "expected: at most 1.00 MB a device" in err
+    assert re.search(r"found: \d+\.\d\d MB with ", err)
 
 
 def test_links_of_a_torus(tmp_path: Path) -> None:
