@@ -60,8 +60,9 @@ def subtitle(data: Report) -> str:
     """Return a plan in a line: mesh, ways, time, utilisation."""
     best = data["best"]
     mesh = ", ".join(f"{n} {s}" for n, s in best["mesh"].items()) or "one device"
+    way = f"; experts via {best['via']}" if data["experts"] else ""
     return (
-        f"{mesh}; experts via {best['via']}; remat {best['remat']}: "
+        f"{mesh}{way}; remat {best['remat']}: "
         f"{seconds_text(best['seconds'])} a step, {best['mfu']:.1%} of the peak"
     )
 

@@ -54,6 +54,8 @@ def _facts(data: Report, pipeline: str) -> str:
         ("dense weights, dispatch", f"{best['dense_weights']}, {best['dispatch']}"),
         ("FLOPs of a device", count_text(best["flops"])),
     ]  # fmt: skip
+    if not data["experts"]:
+        rows[-2] = ("dense weights", best["dense_weights"])
     return table(("", ""), rows)
 
 
@@ -135,11 +137,12 @@ def _search(data: Report, searched: Sequence[SummaryReport]) -> str:
     from plotly import graph_objects
 
     vias = dict.fromkeys(one["via"] for one in searched)
-    clouds = [_cloud(via, [one for one in searched if one["via"] == via]) for via in vias]
+    routed = data["experts"] > 0
+    clouds = [_cloud(via, [one for one in searched if one["via"] == via], routed) for via in vias]
     best = data["best"]
     star = graph_objects.Scatter(
         x=[best["total_bytes"] / _GB], y=[best["seconds"] * 1e3], mode="markers", name="the plan",
-        marker={"symbol": "star", "size": 16, "color": "#d62728"}, hovertext=[_strategy(best)],
+        marker={"symbol": "star", "size": 16, "color": "#d62728"}, hovertext=[_strategy(best, routed)],
         hoverinfo="text",
     )  # fmt: skip
     figure = graph_objects.Figure([*clouds, star])
@@ -150,31 +153,36 @@ def _search(data: Report, searched: Sequence[SummaryReport]) -> str:
     return figure_html(figure, title, 420, "GB of a device")
 
 
-def _cloud(via: str, some: Sequence[SummaryReport]) -> Scatter:
+def _cloud(via: str, some: Sequence[SummaryReport], routed: bool) -> Scatter:
     from plotly import graph_objects
 
     return graph_objects.Scatter(
         x=[one["total_bytes"] / _GB for one in some], y=[one["seconds"] * 1e3 for one in some],
-        mode="markers", name=f"experts via {via}", marker={"size": 6, "opacity": 0.85},
-        hovertext=[_strategy(one) for one in some], hoverinfo="text",
+        mode="markers", name=f"experts via {via}" if routed else "others",
+        marker={"size": 6, "opacity": 0.85},
+        hovertext=[_strategy(one, routed) for one in some], hoverinfo="text",
     )  # fmt: skip
 
 
-def _strategy(one: SummaryReport) -> str:
+def _strategy(one: SummaryReport, routed: bool) -> str:
     mesh = ", ".join(f"{name} {size}" for name, size in one["mesh"].items()) or "one device"
+    way = f"; via {one['via']}" if routed else ""
     return (
-        f"{mesh}; via {one['via']}; remat {one['remat']}; dense weights {one['dense_weights']}: "
+        f"{mesh}{way}; remat {one['remat']}; dense weights {one['dense_weights']}: "
         f"{seconds_text(one['seconds'])}, {size_text(one['total_bytes'])}"
     )
 
 
 def _others(data: Report) -> str:
-    rows = [
-        (", ".join(f"{n} {s}" for n, s in one["mesh"].items()), one["via"], one["remat"],
-         seconds_text(one["seconds"]), size_text(one["total_bytes"]), one["why_slower"])
-        for one in data["others"]
-    ]  # fmt: skip
-    if not rows:
+    if not data["others"]:
         return ""
-    heads = ("the next best", "via", "remat", "a step", "memory", "why it is slower")
-    return table(heads, rows, (3, 4))
+    ways = [(one["via"],) if data["experts"] else () for one in data["others"]]
+    rows = [
+        (", ".join(f"{n} {s}" for n, s in one["mesh"].items()), *way, one["remat"],
+         seconds_text(one["seconds"]), size_text(one["total_bytes"]), one["why_slower"])
+        for one, way in zip(data["others"], ways, strict=True)
+    ]  # fmt: skip
+    heads = ["the next best", "remat", "a step", "memory", "why it is slower"]
+    if data["experts"]:
+        heads.insert(1, "via")
+    return table(heads, rows, (len(heads) - 3, len(heads) - 2))

@@ -56,6 +56,7 @@ def plan_json(
         "reduce_dtype": (config.reduce_dtype or config.dtype).name if config.train else None,
         "batch": batch_json(work.batch, config),
         "parameters": work.parameters,
+        "experts": work.experts,
         "model_flops": best.model_flops,
         "best": _plan(best, work),
         "others": [
@@ -189,7 +190,7 @@ def _heading(data: Report) -> list[str]:
         f"{data['model']} on {machine['name']}: {amount(machine['devices'], 'device')}, {step}, "
         f"{data['dtype']}, weights {data['weight_dtype']}",
         f"  batch       {batch_text(batch)}",
-        f"  plan        {_name(best)}",
+        f"  plan        {_name(best, data['experts'])}",
         f"  step        {seconds_text(best['seconds'])}, "
         f"{rate:,.0f} {unit_of(batch)}s/s a device, {best['mfu']:.1%} of the peak (model FLOPs)",
         *map(_attention, best["attention"]),
@@ -216,14 +217,18 @@ def batch_text(batch: BatchReport) -> str:
     return f"{amount(batch['tokens'], unit_of(batch))}{within}{behind}"
 
 
-def _name(plan: StrategyReport) -> str:
+def _name(plan: StrategyReport, experts: int) -> str:
+    """Return a plan in words; without experts nothing is said of the ways to them."""
     mesh = ",".join(f"{n}={s}" for n, s in plan["mesh"].items()) or "one device"
     words = [mesh]
     words.append(f"rules {','.join(plan['rules'])}")
     if plan["dense_weights"] == "split":
-        words.append("dense weights split over the experts' axis")
-    words.append(f"experts via {plan['via']}{' in slices' if plan['sliced'] else ''}")
-    return ", ".join([*words, f"{plan['dispatch']} dispatch", f"remat {plan['remat']}"])
+        along = " over the experts' axis" if experts else ""
+        words.append(f"dense weights split{along}")
+    if experts:
+        words.append(f"experts via {plan['via']}{' in slices' if plan['sliced'] else ''}")
+        words.append(f"{plan['dispatch']} dispatch")
+    return ", ".join([*words, f"remat {plan['remat']}"])
 
 
 def _memory_rows(data: Report) -> list[str]:
@@ -276,7 +281,7 @@ def _others(data: Report) -> list[str]:
     rows = [f"  {data['fitting']} of {data['tried']} plans fit; the next best"]
     for other in data["others"]:
         slower = other["seconds"] / best["seconds"] - 1
-        rows.append(f"    {slower:+7.1%}  {_name(other)}")
+        rows.append(f"    {slower:+7.1%}  {_name(other, data['experts'])}")
         rows.append(f"             {other['why_slower']}")
     if not data["others"]:
         rows = [f"  {data['fitting']} of {data['tried']} plans fit"]
@@ -284,7 +289,7 @@ def _others(data: Report) -> list[str]:
     if lossy is not None:
         gain = 1 - lossy["seconds"] / best["seconds"]
         rows.append(f"  {gain:.1%} faster, if rows beyond 1.25 times the mean may be lost:")
-        rows.append(f"    {_name(lossy)}")
+        rows.append(f"    {_name(lossy, data['experts'])}")
     return rows
 
 

@@ -144,6 +144,7 @@ class Report(TypedDict):
     reduce_dtype: str | None
     batch: BatchReport
     parameters: int
+    experts: int
     model_flops: float
     best: PlanReport
     others: list[OtherReport]

@@ -17,6 +17,7 @@ from moecc.model.open import open_model
 from moecc.plan.chart import chart
 from moecc.tasks.plan_step import StepRequest, plan_step
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 MIXTRAL = ("plan", "preset:mixtral-8x7b", "--machine", "tpu:v5p:4x4x4")
 
 
@@ -100,6 +101,23 @@ def test_the_best_is_the_fastest_and_others_say_why_they_lose(
         fixed += ["--dense-weights", other["dense_weights"], "--via", other["via"]]
         again = plan(capsys, *MIXTRAL[1:], *fixed)["best"]
         assert again["seconds"] == pytest.approx(other["seconds"])
+
+
+@pytest.mark.parametrize(("model", "count"), [(GOLDEN / "llama_gqa", 0), (MIXTRAL[1], 8)])
+def test_without_experts_nothing_is_said_of_them(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: str | Path, count: int
+) -> None:
+    pytest.importorskip("plotly")
+    files = [str(tmp_path / name) for name in ("plan.svg", "plan.html")]
+    given = ("plan", model, "--machine", "gpu:h100:16", "--svg", files[0], "--html", files[1])
+    code, out, _ = run(capsys, *given)
+    assert code == 0
+    page = Path(files[1]).read_text().rpartition("</script>")[2]
+    for text in (out, Path(files[0]).read_text(), Path(files[1]).read_text()):
+        assert ("experts via" in text) == (count > 0)
+    assert ("dispatch" in out) == (count > 0)
+    assert ("<th>via</th>" in page) == (count > 0)
+    assert plan(capsys, *given[1:4])["experts"] == count
 
 
 def test_the_picture_is_an_svg_and_is_not_replaced_unasked(
