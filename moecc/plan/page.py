@@ -142,8 +142,8 @@ def _search(data: Report, searched: Sequence[SummaryReport]) -> str:
     best = data["best"]
     star = graph_objects.Scatter(
         x=[best["total_bytes"] / _GB], y=[best["seconds"] * 1e3], mode="markers", name="the plan",
-        marker={"symbol": "star", "size": 16, "color": "#d62728"}, hovertext=[_strategy(best, routed)],
-        hoverinfo="text",
+        marker={"symbol": "star", "size": 16, "color": "#d62728"},
+        hovertext=[_strategy(best, routed)], hoverinfo="text",
     )  # fmt: skip
     figure = graph_objects.Figure([*clouds, star])
     figure.update_yaxes(title="ms a step", type="log")
