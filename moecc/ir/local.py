@@ -15,6 +15,7 @@ from moecc.errors import InputError
 from moecc.ir.graph import Node
 from moecc.ir.mesh import Mesh, nearest_divisor, nearest_multiple
 from moecc.ir.operand import Attrs
+from moecc.support.text import amount
 from moecc.types.tensor import Axis, TensorType
 
 
@@ -30,7 +31,7 @@ def local_size(axis: Axis, size: int, mesh: Mesh) -> int:
             f"the axis {axis.name!r} does not divide over the mesh",
             expected=f"a multiple of {parts} ({'*'.join(axis.mesh)})",
             found=str(size),
-            hint=f"{nearest_divisor(size, parts)} parts would, or a size of "
+            hint=f"{amount(nearest_divisor(size, parts), 'part')} would, or a size of "
             f"{nearest_multiple(size, parts)}",
         )
     return size // parts

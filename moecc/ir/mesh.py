@@ -15,6 +15,7 @@ from math import prod
 
 from moecc.errors import InputError, Problem, nearest
 from moecc.ir.operand import Region
+from moecc.support.text import amount
 from moecc.types.tensor import Axis, TensorType, is_name
 
 ATTRIBUTE = "mesh"
@@ -184,7 +185,7 @@ def indivisible(axis: Axis, mesh: Mesh) -> Iterator[Problem]:
         f"the axis {axis.name!r} does not divide over the mesh",
         expected=f"a multiple of {parts} ({sizes})",
         found=str(axis),
-        hint=f"{nearest_divisor(axis.size, parts)} parts would, or a size of "
+        hint=f"{amount(nearest_divisor(axis.size, parts), 'part')} would, or a size of "
         f"{nearest_multiple(axis.size, parts)}",
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -11,6 +11,7 @@ from moecc.errors import InputError, Problem
 from moecc.ir.mesh import Mesh, nearest_divisor, nearest_multiple
 from moecc.sharding.rules import LayoutRule
 from moecc.sharding.sites import Site
+from moecc.support.text import amount
 from moecc.types.tensor import Axis, Extent, TensorType
 
 Cuts = Mapping[str, Collection[int]]
@@ -192,13 +193,22 @@ class Assigner:
                 more.append(name)
                 taken.add(name)
             elif not optional:
-                raise InputError([self._problem(rule, wrong[0], mesh)])
+                whole = (*mesh, *self._left(rule, {*taken, name}))
+                raise InputError([self._problem(rule, wrong[0], mesh, whole)])
         self.used.update(more)
         return tuple(more)
 
-    def _problem(self, rule: LayoutRule, axis: Axis, mesh: tuple[str, ...]) -> Problem:
+    def _left(self, rule: LayoutRule, taken: Collection[str]) -> Iterable[str]:
+        """Return the mesh axes that `rule`, and others for the same axis, would take besides."""
+        found = (n for r in self._for_use if r.axis == rule.axis and not r.optional for n in r.mesh)
+        return dict.fromkeys(n for n in found if n in self.mesh.sizes and n not in taken)
+
+    def _problem(
+        self, rule: LayoutRule, axis: Axis, mesh: tuple[str, ...], whole_mesh: tuple[str, ...]
+    ) -> Problem:
+        """Return why `axis` is not over `mesh`, and what would be over all that its rule names."""
         parts, size = self.mesh.size(mesh), axis.size
-        sizes = "*".join(f"{n}:{self.mesh.size((n,))}" for n in mesh)
+        sizes = self._sizes(mesh)
         if not isinstance(size, int):
             return Problem(
                 f"the axis {axis.name!r} has a size that slots set, and cannot be sharded",
@@ -212,23 +222,26 @@ class Assigner:
                 hint="copy the experts over an outer axis: rules=st-moe-outer "
                 f"mesh=outer:{parts // size},inner:{size}",
             )
+        parts, sizes = self.mesh.size(whole_mesh), self._sizes(whole_mesh)
+        would = f"{amount(nearest_divisor(size, parts), 'part')} would"
+        whole = nearest_multiple(size, parts)
         if axis.name == "groups":
-            whole = nearest_multiple(size, parts)
             return Problem(
                 "the groups of tokens do not divide over the mesh",
                 expected=f"a multiple of {parts} ({sizes})",
                 found=f"groups={size}, and the rule {rule} ({rule.source})",
-                hint=f"{nearest_divisor(size, parts)} parts would, or specialize{{groups={whole}}} "
-                f"first, capacities being those of a device's own tokens; in a recipe, "
-                f"data.batch={whole}",
+                hint=f"{would}, or specialize{{groups={whole}}} first, capacities being those of "
+                f"a device's own tokens; in a recipe, data.batch={whole}",
             )
         return Problem(
             f"the axis {axis.name!r} does not divide over the mesh",
             expected=f"a multiple of {parts} ({sizes})",
             found=f"{axis}, and the rule {rule} ({rule.source})",
-            hint=f"{nearest_divisor(size, parts)} parts would, or a size of "
-            f"{nearest_multiple(size, parts)}; a ? after the rule leaves it out here",
+            hint=f"{would}, or a size of {whole}; a ? after the rule leaves it out here",
         )
+
+    def _sizes(self, mesh: Iterable[str]) -> str:
+        return "*".join(f"{n}:{self.mesh.size((n,))}" for n in mesh)
 
     def _follow(
         self,

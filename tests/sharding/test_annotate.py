@@ -9,6 +9,7 @@ import pytest
 
 from moecc.errors import InputError, UsageError
 from moecc.ir import clone, equal
+from moecc.ir.mesh import mesh_of
 from moecc.model.open import open_model
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
@@ -126,6 +127,20 @@ def test_a_capacity_counts_in_groups_that_the_mesh_must_divide() -> None:
     assert problem.expected == "a multiple of 4 (data:4)"
     assert "specialize{groups=4} first" in (problem.hint or "")
     assert "assign_slots" in (problem.where or "")
+
+
+@pytest.mark.parametrize("rules", ["expert-parallel,data-parallel", "fsdp,expert-parallel"])
+def test_the_groups_that_a_hint_names_divide_over_all_axes_of_the_rule(rules: str) -> None:
+    graph, shard = model("mixtral_gqa"), f"annotate-sharding{{mesh=data:2,expert:2 rules={rules}}}"
+    shard = shard.replace("data:2", "fsdp:2") if "fsdp" in rules else shard
+    with pytest.raises(InputError, match="groups of tokens do not divide over the mesh") as caught:
+        run(graph, f"add-losses,{shard}")
+    (problem,) = caught.value.problems
+    hint = problem.hint or ""
+    assert hint.startswith("1 part would, or specialize{groups=")
+    again = model("mixtral_gqa")
+    run(again, f"{hint.partition('or ')[2].partition(' first')[0]},add-losses,{shard}")
+    assert mesh_of(again) is not None
 
 
 @pytest.mark.parametrize(
