@@ -115,18 +115,30 @@ def convert(request: ConvertRequest) -> None:
     passes = read_pipeline(request.pipeline, request.load or [])
     with signals_raised(), open_model(request.source, padding=request.padding_mask) as model:
         add_branches(model, branches, allow_other_base=request.allow_other_base)
-        statistics = add_statistics(model, request.capture)
         _say_of(model, request.source)
         planned = plan(
             model, passes, request.to, dtype=type, seed=request.seed,
             allow_unmatched=request.allow_unmatched, loaded=request.load or [],
-            check=not request.no_check, statistics=statistics,
+            check=not request.no_check, statistics=add_statistics(model, request.capture),
         )  # fmt: skip
+        _check_all_read(planned.unread)
         check_place(planned, out, force=request.force, resume=request.resume)
         if not request.dry_run:
             _write(planned, request, limit)
     data = planned.to_json() | {"out": out, "dry_run": request.dry_run}
     report("convert", data, lambda: plan_text(planned, out, request.dry_run), request.format)
+
+
+def _check_all_read(unread: Iterable[str]) -> None:
+    """Raise UsageError for models that were given and have no part in the result."""
+    from moecc.errors import Problem, UsageError
+
+    problems = [
+        Problem("no pass reads this model", f"--experts {n}", hint=f"upcycle{{sources=base,{n}}}")
+        for n in unread
+    ]
+    if problems:
+        raise UsageError(problems)
 
 
 def _say_of(model: Model, source: str) -> None:

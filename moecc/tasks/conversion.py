@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moecc.checkpoint.several import branches_of, other_bases
-from moecc.errors import InputError, Problem, UsageError
+from moecc.errors import InputError
 from moecc.ir.graph import Graph
 from moecc.ir.unroll import unroll
 from moecc.model.open import Model
@@ -67,6 +67,12 @@ class Plan:
     storage: Storage | None = None
     options: tuple[str, ...] = ()
     contracts: Contracts = NOT_CHECKED
+
+    @cached_property
+    def unread(self) -> tuple[str, ...]:
+        """The models beside the source that no weight is read from."""
+        assert self.model.checkpoint is not None, "a plan has weights"
+        return unread_models(self.graph, branches_of(self.model.checkpoint))
 
     @cached_property
     def engines(self) -> tuple[Verdict, ...]:
@@ -222,7 +228,8 @@ def plan(
     )  # fmt: skip
     contracts = check_contracts(model.graph, pipeline, context) if check else NOT_CHECKED
     done = run_pipeline(model.graph, pipeline, context=context, crash_folder=temporary_folder)
-    _check_all_read(model.graph, context.models)
+    unread = unread_models(model.graph, context.models)
+    remarks += [f"{name}: no pass reads this model" for name in unread]
     if unroll(model.graph):
         remarks.append("repeated layers were unrolled: a checkpoint stores each layer")
     if target == AUTO:
@@ -238,7 +245,7 @@ def plan(
     return Plan(
         model, model.graph, pipeline, done.preserves, target, export,
         None if isinstance(dtype, Storage) else dtype, seed, tuple(remarks), storage,
-        (*(f"--experts {name}={name.upper()}" for name in branches_of(model.checkpoint)),
+        (*(f"--experts {name}={name.upper()}" for name in context.models if name not in unread),
          *(["--allow-other-base"] if other_bases(model.checkpoint) else []),
          *(["--capture STATISTICS"] if statistics is not None else []),
          *(f"--load {Path(file).name}" for file in loaded),
@@ -247,24 +254,15 @@ def plan(
     )  # fmt: skip
 
 
-def _check_all_read(graph: Graph, models: Iterable[str]) -> None:
-    """Raise UsageError for models beside the base that no weight is read from."""
+def unread_models(graph: Graph, models: Iterable[str]) -> tuple[str, ...]:
+    """Return the models beside the base that no weight is read from."""
     read = {
         branch_and_name(source.name)[0]
         for value in graph.params.values()
         if value.weight is not None
         for source in sources(value.weight)
     }
-    unread = [name for name in models if name not in read]
-    if unread:
-        raise UsageError(
-            Problem(
-                "no pass reads this model",
-                f"--experts {name}",
-                hint=f"upcycle{{sources=base,{name}}}",
-            )
-            for name in unread
-        )
+    return tuple(name for name in models if name not in read)
 
 
 def _misreadings(export: Export | GgufExport) -> list[str]:

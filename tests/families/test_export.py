@@ -358,12 +358,19 @@ def test_another_attribute_parts_them() -> None:
     assert found[-1].what == "4 more differences"
 
 
-def test_another_width_parts_them() -> None:
+def test_another_vocabulary_parts_them() -> None:
+    graph = build(config_of("llama", num_hidden_layers=1))
+    graph.attrs["config"]["vocab_size"] += 3
+    found = differing(graph, "llama")
+    assert found
+    assert any("vocab=43" in p.expected and "vocab=40" in p.found for p in found)
+
+
+def test_another_width_is_that_of_the_config() -> None:
+    """The blocks are as wide as they are, which experts may have been before."""
     graph = build(config_of("llama", num_hidden_layers=1))
     graph.attrs["config"]["intermediate_size"] = 32
-    found = differing(graph, "llama")
-    assert {p.where for p in found} == {"layers.0.ffn"}
-    assert any("mlp=32" in p.expected and "mlp=24" in p.found for p in found)
+    assert export_graph(graph, "llama").config.intermediate_size == 24
 
 
 def test_an_extra_output_is_not_lost_in_silence() -> None:
