@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
 from reprlib import Repr
 from typing import get_type_hints
 
@@ -13,7 +14,7 @@ from moecc.decoding.sampling import Sampling
 from moecc.errors import Problem, UsageError, nearest
 from moecc.model.branches import parse_branches
 from moecc.pipeline.passes import Pass
-from moecc.pipeline.text import Pipeline
+from moecc.pipeline.text import Pipeline, format_pass
 from moecc.support.parse_units import float_type
 from moecc.support.untyped import JsonDict
 from moecc.tasks.continue_tokens import Continuing
@@ -69,6 +70,7 @@ def whole(what: str, value: object, low: int = 0) -> int:
 
 def positive(what: str, value: object) -> None:
     """Raise UsageError unless `value` is a number above 0."""
+    value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
         return
     raise UsageError(f"the {what} is no number above 0", found=_SHOWN.repr(value))
@@ -141,12 +143,28 @@ def pipeline_of(passes: object) -> Pipeline:
     if isinstance(passes, Pipeline):
         return passes
     if isinstance(passes, Pass):
-        return Pipeline((passes,))
+        return Pipeline((_checked(passes),))
     if isinstance(passes, str):
         return Pipeline.parse(passes)
     if isinstance(passes, Iterable) and not isinstance(passes, (bytes, Mapping)):
         return Pipeline(tuple(item for part in passes for item in pipeline_of(part)))
     raise _wrong("pipeline", "text such as 'upcycle{experts=8}', a pass, or several", passes)
+
+
+def _checked(item: Pass) -> Pass:
+    """Return a pass whose options have their types, NumPy's scalars as Python's.
+
+    Raises:
+      UsageError: one has another type.
+    """
+    given = {f.name: getattr(item, f.name) for f in fields(item)}
+    scalars = {name: value for name, value in given.items() if isinstance(value, np.generic)}
+    item = replace(item, **_plain(**scalars)) if scalars else item
+    try:
+        format_pass(item)
+    except ValueError as error:
+        raise UsageError(f"an option of {item.name} has another type", found=str(error)) from None
+    return item
 
 
 def pass_text(name: str, options: Mapping[str, object]) -> str:
@@ -213,8 +231,8 @@ def continuing(
     Raises:
       UsageError: a value has another type, or is out of its range.
     """
-    wholes = {"tokens": tokens, "top_k": top_k, "seed": seed}
-    numbers = {"temperature": temperature, "top_p": top_p}
+    wholes = _plain(tokens=tokens, top_k=top_k, seed=seed)
+    numbers = _plain(temperature=temperature, top_p=top_p)
     problems = [
         Problem(f"{name} has another type", expected="a whole number", found=_SHOWN.repr(value))
         for name, value in wholes.items()
@@ -231,6 +249,11 @@ def continuing(
     how = Continuing(count, Sampling(**given), dtype=dtype_of(dtype) or F32)
     how.check()
     return how
+
+
+def _plain(**values: object) -> JsonDict:
+    """Return values by name, NumPy's scalars as Python's."""
+    return {n: v.item() if isinstance(v, np.generic) else v for n, v in values.items()}
 
 
 def machine_text(machine: object) -> str:
@@ -254,9 +277,10 @@ def step_request(options: Mapping[str, object]) -> StepRequest:
     """
     hints = get_type_hints(StepRequest)
     problems = []
-    checked: JsonDict = {
-        n: v.item() if isinstance(v, np.generic) else v for n, v in options.items()
-    }
+    checked = _plain(**options)
+    length = checked.get("sequence")
+    if isinstance(length, int) and not isinstance(length, bool):
+        checked["sequence"] = str(length)
     for name, value in checked.items():
         if name not in hints:
             hint = nearest(name, hints) or f"options: {', '.join(hints)}"

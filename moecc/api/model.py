@@ -85,11 +85,18 @@ def open(
         return source
     seed, padding = whole("seed", seed), flag("padding", padding)
     place = None if weights is None else source_text(weights)
-    opened = open_model(source_text(source), weights=place, padding=padding, config_alone=True)
+    name = source_text(source)
+    opened = open_model(_anywhere(name), weights=place, padding=padding, config_alone=True)
+    opened = replace(opened, name=name)
     allowed = flag("allow_other_base", allow_other_base)
     add_branches(opened, named_places(experts), allow_other_base=allowed)
     statistics = add_statistics(opened, None if capture is None else source_text(capture))
     return Model(opened, seed=seed, statistics=statistics)
+
+
+def _anywhere(source: str) -> str:
+    """Return a source by a path that holds in every working folder, if it is one."""
+    return os.path.abspath(source) if os.path.exists(source) else source
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -24,7 +24,7 @@ def random_graph(
     steps: Sequence[Step] | None = None,
     max_steps: int = MAX_STEPS,
     dead: bool = False,
-    like: Sequence[Example] = (),
+    like: Example | Sequence[Example] = (),
 ) -> Graph:
     """Return a well-typed graph whose outputs depend on everything in it.
 
@@ -34,17 +34,19 @@ def random_graph(
         None means operations, and in a third of the cases a whole block.
       max_steps: the most steps.
       dead: whether nodes that no output needs stay.
-      like: rules, patterns or graphs; what one of them matches is planted among the steps.
+      like: rules, patterns or graphs, one or several; what one of them matches is planted among
+        the steps.
     """
+    examples = tuple(like) if isinstance(like, Sequence) else (like,)
     choices = Decisions(seed)
     growth = Growth(choices, (F32, F32, BF16, F64)[choices.below(4)])
     growth.input("x", TensorType(growth.dtype, (*growth.tokens, growth.embed)))
     count = 1 + choices.below(max_steps)
-    at = choices.below(count) if like else -1
+    at = choices.below(count) if examples else -1
     for number in range(count):
         growth.relocate()
         if number == at:
-            plant(growth, growth.pick(like))
+            plant(growth, growth.pick(examples))
             continue
         kinds = steps or (BLOCKS if growth.chance(35) else SIMPLE)
         since = len(growth.values)

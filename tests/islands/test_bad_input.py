@@ -209,3 +209,40 @@ def test_a_folder_and_a_function_of_another_type(moe: Any) -> None:
         mx.load(3)
     with pytest.raises(UsageError, match="not a function"):
         moe(3)
+
+
+def test_a_mesh_as_jax_makes_it_by_default(moe: Any) -> None:
+    """Its axes are explicit, and XLA's partitioner is to place what is between."""
+    mesh = jax.make_mesh((2, 2), ("data", "expert"), devices=jax.devices()[:4])
+    found = moe(ffn, mesh=mesh)(moe.params, jnp.ones((4, 8)))
+    assert jnp.allclose(found, ffn(PARAMS, jnp.ones((4, 8))), rtol=1e-5)
+    with pytest.raises(UsageError, match="not a mesh of devices"):
+        moe(ffn, mesh="data:2")
+
+
+def test_several_pieces_of_a_pipeline() -> None:
+    made = mx.convert(ffn, PARAMS, X, [PIPELINE, "add-losses"])
+    assert str(made.pipeline) == f"{PIPELINE},add-losses"
+
+
+def test_keys_of_another_kind() -> None:
+    passes = "st-moe{experts=4 layers=all extra-ffn=none},specialize{mode=train}"
+    made = mx.convert(ffn, PARAMS, X, passes)
+    for key in (jax.random.PRNGKey(0), 0, jax.random.split(jax.random.key(0), 2)):
+        with pytest.raises(InputError, match="this is no key of jax's"):
+            made(ffn)(made.params, X, moe_inputs={"key": key})
+
+
+def test_no_rows_at_all(moe: Any) -> None:
+    three = jnp.ones((2, 3, 8))
+    made = mx.convert(ffn, PARAMS, three, PIPELINE)
+    assert made(ffn)(made.params, three[:0]).shape == (0, 3, 8)
+
+
+def test_numbers_among_the_parameters_are_saved(tmp_path: Path) -> None:
+    params = {**PARAMS, "by": 2.5}
+    made = mx.convert(lambda p, x: p["by"] * ffn(p, x), params, X, PIPELINE)
+    made.save(tmp_path / "one")
+    assert mx.load(tmp_path / "one").params["params"]["by"] == 2.5
+    like = {**params, "by": 3.5}
+    assert mx.load(tmp_path / "one", like=like).params["params"]["by"] == 2.5

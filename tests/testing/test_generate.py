@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, find, given, settings
 from hypothesis import strategies as st
 
 from moecc.ir import OPS, Graph, clone, equal, print_graph, verify
+from moecc.rewrite import P
 from moecc.testing import graphs, laws, random_graph, run_reference
 from moecc.testing.arithmetic import BINARY, GUARDED, UNARY
 from moecc.testing.blocks import BLOCKS, attention, experts, feed_forward
@@ -151,3 +152,8 @@ def test_every_function_of_the_table_is_drawn_now_and_then() -> None:
     drawn = Counter(name for graph in graphs for name in {n.op.name for n in graph})
     functions = [*UNARY, *BINARY, *GUARDED]
     assert {n: drawn[n] for n in functions if drawn[n] < 4} == {}
+
+
+def test_one_example_is_as_good_as_several() -> None:
+    like = P.silu(P.any("x"))
+    assert print_graph(random_graph(3, like=like)) == print_graph(random_graph(3, like=(like,)))

@@ -28,6 +28,7 @@ from moecc_backends.islands.sites import Instance, Key, Site, survey
 from moecc_backends.islands.storage import Slot, Storage
 from moecc_backends.islands.uses import skipped, uses
 from moecc_backends.islands.views import Leaf
+from moecc_backends.xla.trace.host_arrays import check_keys
 from moecc_backends.xla.trace.typed_jax import Function, PyTree, manual_axes
 
 TREE, BESIDE = "params", "moe"
@@ -217,6 +218,7 @@ class Call:
                 found=", ".join(extra) or "none",
                 hint="; ".join(f"{n}: {v.type}" for n, v in needed.items()) or None,
             )
+        check_keys({name: extra[name] for name, v in needed.items() if v.type.dtype.kind == "key"})
         return extra
 
     def _dense(self, name: str, leaf: AnyArray) -> jax.ShapeDtypeStruct:

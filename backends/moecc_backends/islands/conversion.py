@@ -56,7 +56,7 @@ class Conversion(Record):
             raise UsageError("not a function", expected="a function", found=type(function).__name__)
         options = Options(dispatch)
         check_dispatch(self.graph, options)
-        execution = Execution(options, mesh)
+        execution = Execution(options, _partitioned(mesh))
 
         @wraps(function)
         def converted(
@@ -85,3 +85,19 @@ class Conversion(Record):
           MachineError: the disk is too small, or a write failed.
         """
         return write_folder(self, Path(folder_text(folder)), params, force=flag("force", force))
+
+
+def _partitioned(mesh: object) -> jax.sharding.Mesh | None:
+    """Return a mesh over whose axes XLA's partitioner places values.
+
+    The axes of `jax.make_mesh` are explicit by default: it must not.
+
+    Raises:
+      UsageError: it is no mesh of devices.
+    """
+    if mesh is None:
+        return None
+    if not isinstance(mesh, jax.sharding.Mesh):
+        expected, found = "a jax.sharding.Mesh", type(mesh).__name__
+        raise UsageError("not a mesh of devices", expected=expected, found=found)
+    return jax.sharding.Mesh(mesh.devices, mesh.axis_names)

@@ -14,7 +14,7 @@ from moecc.pipeline.passes import Context, Pass, ReadWeight
 from moecc.pipeline.runner import Report as PipelineReport
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.tasks.contracts import NOT_CHECKED, check_contracts
+from moecc.tasks.contracts import Contracts, check_contracts
 from moecc.types.arrays import Array
 from moecc.weights.expr import Expr
 from moecc_backends.islands.arrays import LeafEvaluator, make_array
@@ -42,12 +42,15 @@ from moecc_backends.xla.trace.typed_jax import Function, PyTree
 MAX_READ_ELEMENTS = 1 << 20
 """The largest parameter that a promise may depend on."""
 
+NOT_CHECKED = Contracts(unchecked="convert(…, check=True) does")
+"""What is said where passes are not held to their promises, which is the default here."""
+
 
 def convert(
     function: Function,
     params: PyTree,
     *args: PyTree,
-    pipeline: str | Pass | Pipeline | None = None,
+    pipeline: str | Pass | Pipeline | Sequence[str | Pass] | None = None,
     tokens: Mapping[str, Sequence[str]] | None = None,
     causal: bool = True,
     seed: int = 0,
@@ -61,7 +64,7 @@ def convert(
       function: takes the parameters first, ``function(params, *args, **kwargs)``.
       params: a tree of arrays or shapes.
       args: its other arguments, arrays or shapes; the last may be the pipeline.
-      pipeline: the passes, as text, a pass, or parsed.
+      pipeline: the passes, as text, a pass, several of either, or parsed.
       tokens: the names of the axes of arguments that number tokens, ``{"batch.tokens": ("batch",
         "seq")}``: with them, a product that sums over tokens is no block.
       causal: whether no token may depend on later ones; routings that look ahead are rejected.
@@ -152,7 +155,8 @@ def _surveyed(
 
 
 def _parsed(pipeline: object) -> Pipeline:
-    if isinstance(pipeline, (str, Pass, Pipeline)):
+    parts = pipeline if isinstance(pipeline, (list, tuple)) and pipeline else (pipeline,)
+    if all(isinstance(part, (str, Pass, Pipeline)) for part in parts):
         return pipeline_of(pipeline)
     raise UsageError(
         "no pipeline was given",

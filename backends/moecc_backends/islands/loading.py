@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -108,7 +109,7 @@ def _instance(block: Json) -> tuple[Key, Instance]:
 
 
 def _tree(config: Json, like: PyTree) -> ParamTree:
-    names = tuple(config["names"])
+    names, numbers = tuple(config["names"]), dict(config["numbers"])
     if like is not None:
         tree, _ = ParamTree.of(like)
         if tree.names != names:
@@ -117,10 +118,10 @@ def _tree(config: Json, like: PyTree) -> ParamTree:
                 expected=", ".join(names[:5]),
                 found=", ".join(tree.names[:5]),
             )
-        return tree
+        return replace(tree, fixed={**tree.fixed, **numbers})
     if config["tree"] is None or config["fixed"]:
         raise InputError(
             "the tree of parameters has containers that a file cannot hold",
             hint="load(folder, like=params), with dense parameters or their shapes",
         )
-    return ParamTree(from_json(config["tree"]), names, {})
+    return ParamTree(from_json(config["tree"]), names, numbers)

@@ -36,7 +36,7 @@ from moecc.version import __version__
 from moecc.weights.expr import Expr, Source
 from moecc.weights.movement import Index, Stack
 from moecc_backends.islands.call import BESIDE, Given, State
-from moecc_backends.islands.functions import leaf_of
+from moecc_backends.islands.functions import ParamTree, leaf_of
 from moecc_backends.islands.jaxprs import AnyArray
 from moecc_backends.islands.record import Record
 from moecc_backends.islands.storage import Stored
@@ -153,6 +153,11 @@ def _read(leaf: Leaf, stored: Stored, row: int | None) -> Expr:
     return Index(whole, stored.weight.axis, row)
 
 
+def _numbers(tree: ParamTree) -> dict[int, object]:
+    """Return the leaves of a tree, by position, that are Python's numbers or texts."""
+    return {at: leaf for at, leaf in tree.fixed.items() if isinstance(leaf, (int, float, str))}
+
+
 def _config(record: Record) -> dict[str, object]:
     """Return what functions of the parameters need to know, as JSON values."""
     state = record.state
@@ -166,7 +171,8 @@ def _config(record: Record) -> dict[str, object]:
         "report": record.report.to_json(),
         "tree": to_json(state.tree.treedef),
         "names": list(state.tree.names),
-        "fixed": sorted(state.tree.fixed),
+        "numbers": sorted(_numbers(state.tree).items()),
+        "fixed": sorted(state.tree.fixed.keys() - _numbers(state.tree).keys()),
         "leaves": {n: [leaf.dtype.name, list(leaf.shape)] for n, leaf in state.leaves.items()},
         "blocks": [
             {"loc": one.loc, "text": key[0], "params": list(one.params),

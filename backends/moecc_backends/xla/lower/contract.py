@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from moecc.ir.attributes import ContractAttrs
 from moecc.ir.graph import Node
 from moecc_backends.xla.kernels.batched_matmul import slot_matmul
@@ -57,10 +59,10 @@ def _is_matrix(x: Named, w: Named, over: tuple[str, ...]) -> bool:
 
 def _flat_product(x: Named, w: Named, over: tuple[str, ...]) -> Named:
     """Multiply rows ``[…, a]`` with a matrix as one array of rows."""
-    rows = x.array.reshape(-1, x.array.shape[-1])
-    product = rows_times(rows, w.array, w.axes.index(over[0]))
+    *lead, width = x.array.shape
+    product = rows_times(x.array.reshape(prod(lead), width), w.array, w.axes.index(over[0]))
     (rest,) = (a for a in w.axes if a not in over)
-    return Named(product.reshape(*x.array.shape[:-1], -1), (*x.axes[:-1], rest))
+    return Named(product.reshape(*lead, product.shape[-1]), (*x.axes[:-1], rest))
 
 
 def _slots_times(ctx: Context, x: Named, w: Named, over: tuple[str, ...]) -> Named:

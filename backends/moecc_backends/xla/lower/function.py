@@ -35,7 +35,7 @@ from moecc_backends.xla.lower.precision import is_precise_param
 from moecc_backends.xla.trace.context import DIRECT, Context, Interceptor, lower_nodes
 from moecc_backends.xla.trace.device_view import DeviceView
 from moecc_backends.xla.trace.dtypes import accumulator
-from moecc_backends.xla.trace.host_arrays import check_keys
+from moecc_backends.xla.trace.host_arrays import check_given, check_keys
 from moecc_backends.xla.trace.masters import Master
 from moecc_backends.xla.trace.options import DEFAULTS, Options
 from moecc_backends.xla.trace.values import ExpertArrays, Named, Operand, Uncast
@@ -74,6 +74,7 @@ def function(
     keys = [name for name, value in graph.inputs.items() if value.type.dtype.kind == "key"]
 
     def run(params: Tree, inputs: Tree) -> dict[str, jax.Array]:
+        check_given(graph, params, inputs)
         check_keys({name: inputs[name] for name in keys})
         operands = {v: inputs[n] for n, v in graph.inputs.items()}
         operands |= {v: params[n] for n, v in graph.params.items() if v.users}

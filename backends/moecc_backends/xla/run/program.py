@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from moecc.backend import Arrays
-from moecc.errors import InputError, Problem, nearest
+from moecc.errors import InputError
 from moecc.ir.graph import Graph, Value
 from moecc.types.arrays import Array as NumpyArray
 from moecc.types.dtypes import DType
@@ -19,7 +19,7 @@ from moecc_backends.xla.lower.function import finalize_output, lower_values
 from moecc_backends.xla.lower.segments import Segment, segments
 from moecc_backends.xla.run.device_memory import within_memory
 from moecc_backends.xla.run.precision import in_precision
-from moecc_backends.xla.trace.host_arrays import misfits, to_device, to_numpy
+from moecc_backends.xla.trace.host_arrays import misfits, missing, to_device, to_numpy
 from moecc_backends.xla.trace.options import DEFAULTS, Options
 from moecc_backends.xla.trace.values import Named, Operand
 
@@ -93,16 +93,7 @@ class XlaProgram:
         return dict(zip(segment.outputs, results, strict=True))
 
     def _check(self, inputs: Arrays, params: Arrays) -> None:
-        problems = [
-            Problem("no array is given", f"input %{n}", str(v.type), hint=nearest(n, inputs))
-            for n, v in self.graph.inputs.items()
-            if n not in inputs
-        ]
-        problems += [
-            Problem("no array is given", f"param %{n}", str(v.type))
-            for n, v in self.graph.params.items()
-            if v.users and n not in params
-        ]
+        problems = missing(self.graph, params, inputs)
         sizes: dict[str, int] = {}
         for name, value in self.graph.inputs.items():
             if name in inputs:

@@ -5,7 +5,7 @@ A random key is a key of jax's in a program, and the 64-bit number that has its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moecc.backend import Arrays
-from moecc.errors import InputError, Problem
+from moecc.errors import InputError, Problem, nearest
 from moecc.ir.graph import Graph, Value
 from moecc.types.arrays import Array as NumpyArray
 from moecc_backends.xla.trace.typed_jax import wait_for
@@ -56,6 +56,37 @@ def to_numpy(array: jax.Array) -> NumpyArray:
     return np.asarray((words[..., 0] << np.uint64(32)) | words[..., 1])
 
 
+def missing(graph: Graph, params: Collection[str], inputs: Collection[str]) -> list[Problem]:
+    """Return which inputs, and which parameters that something reads, are not given."""
+    found = [
+        Problem("no array is given", f"input %{n}", str(v.type), hint=nearest(n, inputs))
+        for n, v in graph.inputs.items()
+        if n not in inputs
+    ]
+    return found + [
+        Problem("no array is given", f"param %{n}", str(v.type))
+        for n, v in graph.params.items()
+        if v.users and n not in params
+    ]
+
+
+def check_given(graph: Graph, params: Collection[str], inputs: Mapping[str, Any]) -> None:
+    """Raise InputError where arrays are missing, or inputs are no arrays of the axes of theirs."""
+    problems = missing(graph, params, inputs)
+    for name, value in graph.inputs.items():
+        array = inputs.get(name)
+        if array is None:
+            continue
+        if not hasattr(array, "dtype"):
+            found = type(array).__name__
+            problems.append(Problem("this is no array", f"input %{name}", str(value.type), found))
+        elif value.type.dtype.kind != "key" and array.ndim != value.type.rank:
+            what, shape = "the array has another number of axes", str(list(array.shape))
+            problems.append(Problem(what, f"input %{name}", str(value.type), shape))
+    if problems:
+        raise InputError(problems)
+
+
 def check_keys(keys: Mapping[str, jax.Array]) -> None:
     """Raise InputError if one of the inputs that are to be random keys is not one of jax's."""
     problems = [
@@ -63,11 +94,13 @@ def check_keys(keys: Mapping[str, jax.Array]) -> None:
             "this is no key of jax's",
             f"input %{name}",
             expected="jax.random.key(0), for example",
-            found=element_kind(array.dtype),
-            hint="jax_inputs(graph, inputs) makes one of a number",
+            found=f"{element_kind(array.dtype)}{list(array.shape)}"
+            if hasattr(array, "dtype")
+            else type(array).__name__,
+            hint="jax_inputs(graph, inputs) makes one of a number, wrap_key_data of two words",
         )
         for name, array in keys.items()
-        if not _is_key(array)
+        if not hasattr(array, "dtype") or not _is_key(array) or array.ndim
     ]
     if problems:
         raise InputError(problems)
