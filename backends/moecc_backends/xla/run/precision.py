@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
 
 import jax
 
 from moecc.types.dtypes import F64, DType
 
 
-def in_precision(*types: DType | None) -> AbstractContextManager[Any]:
+def in_precision(*types: DType | None) -> AbstractContextManager[object]:
     """Return the context in which arrays of `types` are what they say; None stands for none."""
-    made: AbstractContextManager[Any] = jax.enable_x64(F64 in types)
+    made: AbstractContextManager[object] = jax.enable_x64(F64 in types)
     return made
