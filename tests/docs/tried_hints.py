@@ -387,12 +387,18 @@ TRIED_HINTS = (
         f"mkdir -p deep/in && {DEEP}.gguf --to gguf:llama",
     ),
     TriedHint(
-        "-p 'upcycle{experts=8 top-k=2}'",
+        "-p 'upcycle{experts=8 top-k=2}' makes some",
+        "moecc plan MODEL --machine cpu:2 --sweep capacity-factor=1.25",
+        "moecc plan MODEL --machine cpu:2 --sweep capacity-factor=1.25"
+        " -p 'upcycle{experts=8 top-k=2}'",
+    ),
+    TriedHint(
+        "sparse first: upcycle{experts=8 top-k=2} in the pipeline",
         "moecc convert MODEL out -p '' --to mixtral",
         "moecc convert MODEL out -p 'upcycle{experts=8 top-k=2}' --to mixtral",
     ),
     TriedHint(
-        "-p 'upcycle{experts=8 top-k=1 gates=switch}'",
+        "sparse first: upcycle{experts=8 top-k=1 gates=switch} in the pipeline",
         "moecc convert tests/golden/t5_relu_tied out -p '' --to switch_transformers",
         "moecc convert tests/golden/t5_relu_tied out"
         " -p 'upcycle{experts=8 top-k=1 gates=switch}' --to switch_transformers",
