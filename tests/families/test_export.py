@@ -29,20 +29,13 @@ from moecc.testing.configs import small_configs
 from moecc.weights.evaluate import materialise
 from moecc.weights.expr import Full, Source, sources
 
+from .small_config import SMALL as SIZES
+
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = sorted(p.parent.name for p in GOLDEN.glob("*/config.json"))
 SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "granitemoe", "flex_olmo")
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
 
-SIZES = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": None,
-}
 # Each dense family with the targets that can hold it, and the keys that they need.
 PAIRS = [
     ("llama", "mixtral", {}),

@@ -19,18 +19,10 @@ from moecc.testing.checkpoints import MemoryCheckpoint, random_checkpoint
 from moecc.testing.configs import small_configs
 from moecc.weights.evaluate import materialise
 
+from .small_config import SMALL as SIZES
+
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = sorted(p.parent.name for p in GOLDEN.glob("*/config.json"))
-
-SIZES = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 
 
 def config_of(family: str, **keys: object) -> DecoderConfig:

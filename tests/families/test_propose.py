@@ -18,14 +18,7 @@ from moecc.ir import Graph
 from moecc.pipeline.passes import Context
 from moecc.testing.configs import small_configs
 
-SIZES = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+from .small_config import SMALL as SIZES
 
 
 def graph_of(family: str, options: dict[str, Any] | None = None, **keys: Any) -> Graph:
