@@ -52,3 +52,5 @@ def test_other_errors_of_xla_stay_what_they_are() -> None:
 
     with pytest.raises(JaxRuntimeError, match="INTERNAL"), within_memory():
         raise JaxRuntimeError("INTERNAL: something else")
+    with pytest.raises(MachineError, match="memory of a device is too small"), within_memory():
+        raise JaxRuntimeError("RESOURCE_EXHAUSTED")

@@ -27,6 +27,6 @@ def within_memory() -> Iterator[None]:
             raise
         raise MachineError(
             "the memory of a device is too small for this program",
-            found=said.partition(f"{_EXHAUSTED}: ")[2].splitlines()[0],
+            found=said.partition(_EXHAUSTED)[2].removeprefix(": ").partition("\n")[0] or None,
             hint="a smaller batch or shorter sequences; in training, more run.micro_batches",
         ) from None
