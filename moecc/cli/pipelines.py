@@ -33,13 +33,14 @@ def read_failing(
     """Return graph, pipeline and seed of something that fails: of a reproducer, its own.
 
     Raises:
-      InputError: the file is no graph.
+      InputError: the file is no graph, or a reproducer that needs passes and `load` is empty.
       UsageError: all problems of the pipeline.
     """
     from moecc.model.open import read_graph
-    from moecc.pipeline.reproducer import is_reproducer, read_reproducer
+    from moecc.pipeline.reproducer import check_loaded, is_reproducer, read_reproducer
 
     if not pipeline and is_reproducer(file):
         stated = read_reproducer(Path(file))
-        pipeline, load, seed = stated.pipeline, [*load, *stated.load], stated.seed
+        check_loaded(Path(file), stated, load)
+        pipeline, seed = stated.pipeline, stated.seed
     return read_graph(file), read_pipeline(pipeline, load), seed

@@ -1,17 +1,19 @@
 """Reproducers: all that `moecc replay` needs to let a pipeline fail once more, in a folder.
 
 The input is a ``.moe`` file whose first comments hold the pipeline and its options; files of own
-passes are copied beside it.
+passes are copied beside it.  A reproducer may come from a stranger: it names the files of its
+passes, and only the user's ``--load`` runs them.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -155,6 +157,28 @@ def _check_types(found: Replay) -> None:
         raise TypeError("load")
 
 
+def check_loaded(path: Path, stated: Replay, files: Sequence[str]) -> None:
+    """Check that the user names the files of own passes that a reproducer needs.
+
+    Args:
+      path: the reproducer.
+      stated: its content.
+      files: the files of ``--load``.
+
+    Raises:
+      InputError: the reproducer needs own passes, and `files` is empty.
+    """
+    if not stated.load or files:
+        return
+    names = list(map(shlex.quote, stated.load))
+    raise InputError(
+        "the reproducer needs passes of your own", where=str(path),
+        expected="--load FILE: a file that a reproducer names is run only if you name it, too",
+        found=f"{', '.join(names)} in its comment {_REPLAY.strip()!r}",
+        hint=f"if you trust their code: {' '.join(f'--load {name}' for name in names)}",
+    )  # fmt: skip
+
+
 class Reproducer:
     """Turns an unexpected exception inside it into a `PassCrash`, and writes a reproducer.
 
@@ -200,4 +224,7 @@ class Reproducer:
             path = write_reproducer(self.folder(), self.text, self.replay, title, notes)
         except OSError as failure:
             return f"the reproducer could not be written: {failure}"
-        return f"moecc replay {path} repeats it: the input, the pipeline and the seed are in there"
+        copies = read_reproducer(path).load
+        words = ["moecc replay", shlex.quote(str(path))]
+        words += [f"--load {shlex.quote(file)}" for file in copies]
+        return f"{' '.join(words)} repeats it: the input, the pipeline and the seed are in there"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,31 +13,34 @@ from moecc.errors import CheckError, InputError, MoeccError
 from moecc.ir.graph import Graph
 from moecc.ir.parser import parse
 from moecc.model.small_weights import reads_small
+from moecc.model.user_passes import registry_with
 from moecc.pipeline.passes import Context
-from moecc.pipeline.registry import installed
-from moecc.pipeline.reproducer import Replay, read_reproducer
+from moecc.pipeline.reproducer import Replay, check_loaded, read_reproducer
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.tasks.check import check_pipeline
 from moecc.tasks.failures import ComparisonTest
 
 
-def replay(path: str | Path) -> Replay:
+def replay(path: str | Path, files: Sequence[str] = ()) -> Replay:
     """Run the pipeline of a reproducer once more, and return what was run if nothing fails.
 
+    Args:
+      path: the reproducer.
+      files: the user's files of passes; those that the reproducer names are not run.
+
     Raises:
-      InputError: the file is no reproducer.
+      InputError: the file is no reproducer, or needs passes and `files` is empty.
+      UsageError: `files` lack a pass, or cannot be run.
       MoeccError: the failure, if it happens again.
     """
     place = Path(path)
     if not place.is_file():
         raise InputError("no such file", where=str(path))
     stated = read_reproducer(place)
+    check_loaded(place, stated, files)
     graph = parse(read_utf8(place, sys.maxsize, "a .moe file"), str(path))
-    registry = installed()
-    for file in stated.load:
-        registry = registry.with_file(Path(file))
-    pipeline = Pipeline.parse(stated.pipeline, registry)
+    pipeline = Pipeline.parse(stated.pipeline, registry_with(files))
     with ExitStack() as opened:
         context = _context(graph, stated, opened)
         if stated.check:

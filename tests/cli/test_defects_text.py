@@ -121,15 +121,15 @@ def test_10_a_crash_of_an_own_pass_names_its_line_and_can_be_replayed(
     assert f"{boom}:16: the pass 2, boom, crashed: KeyError: 'no such key'" in done.err
     assert "bug in moecc" not in done.err
     assert os.listdir() == []
-    found = re.search(r"moecc replay (\S+\.moe)", done.err)
+    found = re.search(r"moecc replay (\S+\.moe) --load (\S+\.py) repeats it", done.err)
     assert found is not None
     boom.unlink()
-    again = moecc("replay", found[1])
+    again = moecc("replay", found[1], "--load", found[2])
     assert again.code == 1
     assert "crashed: KeyError: 'no such key'" in again.err
     text = Path(found[1]).read_text()
     Path(found[1]).write_text(text.replace('"seed": 7', '"seed": 8'))
-    done = moecc("replay", found[1], "--format", "json").json()
+    done = moecc("replay", found[1], "--load", found[2], "--format", "json").json()
     assert (done["schema"], done["fails"]) == ("moecc.replay/1", False)
     assert {"pipeline", "failed_in"} < set(done)
 
@@ -186,6 +186,27 @@ def test_10_what_an_own_pass_raises_or_returns_is_its_own(
     assert done.code == 1, done.err
     assert re.search(rf"{file}:(18|19): the pass 1, boom, {re.escape(words)}", done.err), done.err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("command", ["replay", "reduce", "bisect"])
+@pytest.mark.parametrize("is_absolute", [True, False], ids=["absolute", "beside"])
+def test_10_code_that_only_a_reproducer_names_is_not_run(
+    moecc: Moecc, boom: Path, tmp_path: Path, command: str, is_absolute: bool
+) -> None:
+    ran = tmp_path / "ran"
+    boom.write_text(f"open({str(ran)!r}, 'w').close()\n{OWN}")
+    name = str(boom) if is_absolute else boom.name
+    stated = json.dumps({"pipeline": "boom", "load": [name]})
+    file = tmp_path / "stranger.moe"
+    file.write_text(f"# moecc reproducer: x\n# replay: {stated}\n{GRAPH}")
+    done = moecc(command, file)
+    assert done.code == 1, done.err
+    assert "the reproducer needs passes of your own" in done.err
+    assert f"--load {boom}" in done.err
+    assert not ran.exists()
+    loaded = moecc(command, file, "--load", boom)
+    assert "needs passes" not in loaded.err
+    assert ran.exists()
 
 
 def test_10_replay_takes_only_reproducers(moecc: Moecc, tmp_path: Path) -> None:

@@ -235,10 +235,10 @@ def test_a_crash_of_an_own_pass_is_reduced_and_replayed(
     assert "crash: fragile: AttributeError" in done.err
     assert "3 passes 1" in done.err
     assert len(parse(small.read_text())) == 2
-    again = moecc("replay", small)
+    again = moecc("replay", small, "--load", own)
     assert again.code == 1
     assert f"{own}:15: the pass 1, fragile, crashed: AttributeError" in again.err
-    done = moecc("reduce", small)
+    done = moecc("reduce", small, "--load", own)
     assert done.code == 0, done.err
 
 
