@@ -250,10 +250,10 @@ def _exit_code(stopped: Stopped, job: TrainJob) -> int:
     if stopped.reason is Reason.GUARD:
         skips = job.recipe.run.guard.skips
         raise CheckError(
-            "training gave up: its losses are not finite, or far above those before",
+            f"training gave up: {'; '.join(map(str, stopped.faults))}",
             where=f"{job.run}, after step {stopped.step:,}",
             found=f"{skips} skipped steps in a row, twice after the same checkpoint",
-            hint="a lower optimizer.rate, or a longer warm-up; metrics.jsonl has the losses",
+            hint="a lower optimizer.rate, or a longer warm-up; metrics.jsonl has the faults of all",
         )
     return {Reason.DONE: 0, Reason.TERMINATED: 143, Reason.INTERRUPTED: 130}[stopped.reason]
 

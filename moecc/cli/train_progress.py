@@ -52,7 +52,7 @@ class TrainProgress(Closing):
                 gone = ", ".join(map(str, event.left_out))
                 self._say(f"back to step {event.back_to:,}; left out: batches {gone}")
             case Skipped():
-                self._say(f"step {event.step:,} skipped: loss {event.metrics.get('loss')}")
+                self._say(f"step {event.step:,} skipped: {'; '.join(map(str, event.faults))}")
             case Evaluated():
                 each = ", ".join(f"{name} {loss:.4f}" for name, loss in event.losses.items())
                 self._say(f"step {event.step:,}: held out {each}")

@@ -29,7 +29,8 @@ def event_line(event: Event) -> JsonDict | None:
             if event.back_to is not None:
                 # Later than the checkpoint: a run that resumes from it comes by here again.
                 return {"step": event.back_to + 1, "left_out": list(event.left_out)}
-            return {"step": event.step, "skipped": event.batch, **event.metrics}
+            faults = [fault.as_dict() for fault in event.faults]
+            return {"step": event.step, "skipped": event.batch, "faults": faults, **event.metrics}
         case Evaluated():
             spread = {"spread": dict(event.spread)} if event.spread else {}
             return {"step": event.step, "held_out": dict(event.losses), **spread}

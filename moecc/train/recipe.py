@@ -169,7 +169,8 @@ class OptimizerSection:
       rate: the highest learning rate.
       schedule: what follows the warm-up.
       warmup: steps of linear warm-up.
-      decay_steps: the last steps, in which ``wsd`` decays.
+      decay_steps: the last steps, in which ``wsd`` decays; left out where ``--set`` replaces
+        ``wsd`` by another schedule.
       end_factor: the rate at the end of ``cosine`` and ``wsd``, over the highest.
       clip: the largest norm of all gradients together; 0 for none.
       update_clip: the largest root mean square of an update of Adafactor, of a matrix by itself

@@ -24,7 +24,7 @@ from moecc.support.untyped import JsonDict
 from moecc.toml.fields import FieldReader, dotted
 from moecc.toml.parse import parse_toml
 from moecc.toml.places import Path, shown_place, toml_places
-from moecc.train.recipe import Corpus, OptimizerSection, Recipe
+from moecc.train.recipe import Corpus, OptimizerSection, Recipe, Schedule
 from moecc.train.recipe_checks import Fault, faults, update_faults
 
 PREFIX = "recipe:"
@@ -193,7 +193,19 @@ def _options(sets: Sequence[str], table: JsonDict) -> list[_Option]:
             problems.extend(error.problems)
     if problems:
         raise UsageError(problems)
+    _leave_decay_out(table, found)
     return found
+
+
+def _leave_decay_out(table: JsonDict, options: Sequence[_Option]) -> None:
+    """Remove `decay_steps` of a recipe whose schedule an option replaces by one without it."""
+    schedule, decay = ("optimizer", "schedule"), ("optimizer", "decay_steps")
+    replaced = {option.path: option.value for option in options}
+    if schedule not in replaced or decay in replaced:
+        return
+    section = table["optimizer"]
+    if isinstance(section, dict) and replaced[schedule] != Schedule.WSD.value:
+        section.pop("decay_steps", None)
 
 
 def _option(text: str) -> _Option:

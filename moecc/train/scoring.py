@@ -24,7 +24,7 @@ class RowScores:
     Attributes:
       losses: −log p of the targets, summed, in nats, ``f64[row]``.
       tokens: how many targets, ``i64[row]``.
-      hits: targets that are the likeliest token, ``i64[row]``.
+      hits: targets that are the likeliest token, ``i64[row]``; of equally likely tokens the first.
     """
 
     losses: Doubles

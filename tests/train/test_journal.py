@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from math import inf, nan
 from pathlib import Path
 
 import pytest
 
+from moecc.cli.train_progress import TrainProgress
 from moecc.errors import InputError
-from moecc.train.events import Evaluated, Event, Reason, Saved, Skipped, Stepped, Stopped
+from moecc.train.events import (
+    Evaluated,
+    Event,
+    Metric,
+    Reason,
+    Saved,
+    Skipped,
+    Stepped,
+    Stopped,
+    guard_faults,
+)
 from moecc.train.journal import Journal, cut_back, read_journal
 from moecc.train.position import Position, batch_of
 
@@ -63,7 +75,41 @@ def test_a_return_is_told_once_whether_or_not_it_was_interrupted(tmp_path: Path)
 def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     record(path, [Skipped(1, {"loss": float("nan"), "load": [1.0, float("inf")]}, 0)])
-    assert path.read_text() == '{"step":1,"skipped":0,"loss":null,"load":[1.0,null]}\n'
+    assert path.read_text() == '{"step":1,"skipped":0,"faults":[],"loss":null,"load":[1.0,null]}\n'
+
+
+@pytest.mark.parametrize(
+    ("metrics", "line", "text"),
+    [
+        (
+            {"loss": 2.0, "gradient_norm": inf},
+            {"quantity": "gradient_norm", "value": "inf", "limit": None},
+            "gradient norm inf, where a finite number is needed",
+        ),
+        (
+            {"loss": nan, "gradient_norm": 1.0},
+            {"quantity": "loss", "value": "nan", "limit": None},
+            "loss nan, where a finite number is needed",
+        ),
+        (
+            {"loss": 9.0, "gradient_norm": 1.0},
+            {"quantity": "loss", "value": 9.0, "limit": 3.5},
+            "loss 9, above its limit 3.5",
+        ),
+    ],
+    ids=["gradient", "loss", "spike"],
+)
+def test_a_skipped_step_has_the_quantity_at_fault(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    metrics: dict[str, Metric], line: dict[str, object], text: str,
+) -> None:  # fmt: skip
+    path = tmp_path / "metrics.jsonl"
+    skipped = Skipped(1, metrics, 0, faults=guard_faults(metrics, 3.5))
+    record(path, [skipped])
+    assert next(read_journal(path))["faults"] == [line]
+    with TrainProgress(2) as show:
+        show(skipped)
+    assert f"step 1 skipped: {text}" in capsys.readouterr().err
 
 
 def test_a_line_that_is_not_json_is_reported(tmp_path: Path) -> None:

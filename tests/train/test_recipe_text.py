@@ -116,6 +116,15 @@ def test_missing_sections_name_their_keys() -> None:
     ]
 
 
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "rsqrt"])
+def test_an_option_replaces_a_schedule_with_its_decay(schedule: str) -> None:
+    text = f'{SMALL}[optimizer]\nschedule = "wsd"\ndecay_steps = 3\n'
+    recipe = parse_recipe(text, "r.toml", sets=[f"optimizer.schedule={schedule}"])
+    assert (recipe.optimizer.schedule.value, recipe.optimizer.decay_steps) == (schedule, 0)
+    kept = parse_recipe(text, "r.toml", sets=["optimizer.schedule=wsd"])
+    assert kept.optimizer.decay_steps == 3
+
+
 @pytest.mark.parametrize(
     ("sets", "what"),
     [

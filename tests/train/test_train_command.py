@@ -153,7 +153,8 @@ def test_losses_that_are_not_finite_from_the_first_step_end_the_run(
                         f"model.source={model}", "--set", "model.start=source")  # fmt: skip
     assert code == 3
     assert err.count("error:") == 1
-    assert "training gave up: its losses are not finite" in err
+    assert "training gave up: loss nan, where a finite number is needed" in err
+    assert "skipped: loss nan, where a finite number is needed" in err
     assert "4 skipped steps in a row, twice" in err
     assert saved_steps(run) == []
 

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moecc.errors import MachineError
-from moecc.train.events import Evaluated, Event, Reason, Saved, Skipped, Stepped, Stopped
+from moecc.train.events import (
+    Evaluated,
+    Event,
+    GuardFault,
+    Reason,
+    Saved,
+    Skipped,
+    Stepped,
+    Stopped,
+)
 from moecc.train.position import Position
 from moecc.train.recipe import GuardSection, RunSection
 
@@ -29,7 +39,10 @@ class Counting:
     def step(self, state: Any, batch: Any, key: Any, rate: float) -> Any:
         number = int(batch["number"])
         is_bad = number in self.bad
-        metrics = {"loss": jnp.float32(number), "tokens": 10, "guard.skipped": is_bad}
+        metrics = {
+            "loss": jnp.float32(number), "tokens": 10, "guard.skipped": is_bad,
+            "gradient_norm": jnp.float32(jnp.inf if is_bad else 1), "guard.limit": jnp.float32(99),
+        }  # fmt: skip
         return state if is_bad else (*state, number), metrics
 
     def entered(self, state: Any, done: int) -> Any:
@@ -132,6 +145,9 @@ def test_a_skipped_step_counts_and_trains_on_nothing() -> None:
     events, store = loop(run, Counting(frozenset({1})))
     assert [type(e).__name__ for e in events] == ["Stepped", "Skipped", *["Stepped"] * 2, "Stopped"]
     assert store.kept[-1] == ((0, 2, 3), Position(4, 30), None)
+    skipped = events[1]
+    assert isinstance(skipped, Skipped)
+    assert skipped.faults == (GuardFault("gradient_norm", inf),)
 
 
 def test_too_many_skips_return_to_the_checkpoint_and_leave_their_batches_out() -> None:
@@ -148,7 +164,7 @@ def test_too_many_skips_return_to_the_checkpoint_and_leave_their_batches_out() -
 def test_a_second_streak_after_the_same_checkpoint_stops_the_run() -> None:
     run = RunSection(steps=9, save_steps=2, guard=GuardSection(skips=2))
     events, store = loop(run, Counting(frozenset({3, 4, 5, 6})))
-    assert events[-1] == Stopped(2, Reason.GUARD)
+    assert events[-1] == Stopped(2, Reason.GUARD, (GuardFault("gradient_norm", inf),))
     assert store.steps == [2]
 
 
@@ -163,7 +179,7 @@ def test_what_is_not_finite_from_the_first_step_stops_the_run() -> None:
     run = RunSection(steps=20, guard=GuardSection(skips=3))
     events, store = loop(run, Counting(frozenset(range(100))))
     assert kinds(events) == "Sk" * 7 + "St"
-    assert events[-1] == Stopped(0, Reason.GUARD)
+    assert events[-1] == Stopped(0, Reason.GUARD, (GuardFault("gradient_norm", inf),))
     assert store.kept == []
 
 

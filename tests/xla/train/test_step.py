@@ -11,6 +11,7 @@ from moecc.analysis.head import check_trainable
 from moecc.errors import InputError, UsageError
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph
+from moecc.ir.mesh import Mesh
 from moecc.steps.moment_axes import COLUMN, ROW
 from moecc.steps.spec import StepSpec
 from moecc.train.recipe import GuardSection, OptimizerSection
@@ -46,6 +47,43 @@ def test_cross_entropy_by_its_definition() -> None:
 def test_cross_entropy_of_large_logits_is_finite() -> None:
     logits = jnp.asarray([[1e4, -1e4]], jnp.float32)
     assert float(cross_entropy(logits, jnp.asarray([1], jnp.int32))) == pytest.approx(2e4)
+
+
+TIES = [
+    # logits, target, whether argmax returns the target
+    ([2.0, 2.0, 2.0, 2.0], 0, True),
+    ([2.0, 2.0, 2.0, 2.0], 3, False),
+    ([1.0, 2.0, 2.0, 0.0], 1, True),
+    ([1.0, 2.0, 2.0, 0.0], 2, False),
+    ([1.0, 0.0, 3.0, 2.0], 2, True),
+    ([1.0, 0.0, 3.0, 2.0], 0, False),
+]
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_of_equal_logits_argmax_says_which_target_is_hit(shards: int) -> None:
+    logits = jnp.asarray([row for row, _, _ in TIES], jnp.float32)
+    targets = jnp.asarray([target for _, target, _ in TIES], jnp.int32)
+    devices = jax.sharding.Mesh(np.asarray(jax.devices()[:shards]), ("model",))
+    view = DeviceView(Mesh((("model", shards),)))
+    spec = jax.sharding.PartitionSpec
+    hits = jax.shard_map(
+        lambda x, y: token_losses(x, y, ("model",), view)["hits"], mesh=devices,
+        in_specs=(spec(None, "model"), spec()), out_specs=spec(), check_vma=shards > 1,
+    )(logits, targets)  # fmt: skip
+    assert hits.astype(bool).tolist() == [is_hit for _, _, is_hit in TIES]
+    assert (jnp.argmax(logits, axis=-1) == targets).tolist() == hits.astype(bool).tolist()
+
+
+def test_the_accuracy_of_a_collapsed_model_is_the_share_of_the_first_token() -> None:
+    graph, batch = bigram(), bigram_batch()
+    step = bigram_step(graph, "adamw")
+    params = {**bigram_params(graph), "head": np.zeros((11, 8), np.float32)}
+    _, metrics = step.step(step.init(params), batch, jax.random.key(0), 1e-3)
+    targets = batch[TARGETS]
+    share = (targets == 0).sum() / (targets != IGNORED).sum()
+    assert share < 0.5
+    assert float(metrics["accuracy"]) == pytest.approx(share)
 
 
 def bigram(vocab: int = 11, embed: int = 8) -> Graph:
@@ -176,6 +214,7 @@ def test_a_spike_and_what_is_not_finite_change_nothing_but_counters() -> None:
     state, metrics = step.step(state, wrong, key, 1e-3)
     assert metrics["guard.skipped"]
     assert metrics["guard.spike"]
+    assert float(metrics["loss"]) > float(metrics["guard.limit"]) > 0
     after = jax.tree.map(np.asarray, state)
     for part in ("params", "moments"):
         assert jax.tree.all(jax.tree.map(np.array_equal, before[part], after[part]))

@@ -38,13 +38,16 @@ class Guard:
     ) -> tuple[jax.Array, GuardState, dict[str, jax.Array]]:
         """Return whether the step is taken, the state after it, and metrics.
 
+        ``guard.limit`` is the largest loss that is taken, infinite until the window is full.
+
         Args:
           state: the state before it.
           loss: of the batch.
           norm: of its gradients.
         """
         is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        is_spike = self._is_spike(state, loss.astype(jnp.float32))
+        limit = self._limit(state)
+        is_spike = loss.astype(jnp.float32) > limit
         ok = is_finite & ~is_spike
         at = state["taken"] % self.section.window
         losses = state["losses"].at[at].set(loss.astype(jnp.float32))
@@ -54,16 +57,20 @@ class Guard:
             "skipped": state["skipped"] + ~ok,
             "in_a_row": jnp.where(ok, 0, state["in_a_row"] + 1),
         }
-        told = {"guard.skipped": ~ok, "guard.spike": is_spike, "guard.in_a_row": after["in_a_row"]}
+        told = {
+            "guard.skipped": ~ok, "guard.spike": is_spike, "guard.limit": limit,
+            "guard.in_a_row": after["in_a_row"],
+        }  # fmt: skip
         return ok, after, told
 
-    def _is_spike(self, state: GuardState, loss: jax.Array) -> jax.Array:
-        """Return whether a loss is far above those of the window, once that is full."""
+    def _limit(self, state: GuardState) -> jax.Array:
+        """Return the loss above which a loss is far above those of the window."""
+        unbounded = jnp.asarray(jnp.inf, jnp.float32)
         if not self.section.sigma:
-            return jnp.zeros((), bool)
+            return unbounded
         losses = state["losses"]
         mean = jnp.mean(losses)
         # A deviation of nothing but rounding would make a spike of any loss.
         std = jnp.maximum(jnp.std(losses), 1e-4 * jnp.abs(mean))
         is_full = state["taken"] >= self.section.window
-        return is_full & (loss > mean + self.section.sigma * std)
+        return jnp.where(is_full, mean + self.section.sigma * std, unbounded)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Protocol
 
 import jax
@@ -17,12 +18,14 @@ import numpy as np
 from moecc.train.events import (
     Evaluated,
     Event,
+    GuardFault,
     Metric,
     Reason,
     Saved,
     Skipped,
     Stepped,
     Stopped,
+    guard_faults,
 )
 from moecc.train.position import Position, batch_of
 from moecc.train.recipe import RunSection
@@ -36,6 +39,7 @@ Placed = Mapping[str, jax.Array]
 """A batch on its devices."""
 
 SKIPPED = "guard.skipped"
+LIMIT = "guard.limit"
 """The metric of a step that says whether its update was left out."""
 
 
@@ -126,6 +130,7 @@ class Loop:
     _at: Position = field(init=False, default=Position())
     _best: float | None = field(init=False, default=None)
     _saved: Position = field(init=False, default=Position())
+    _faults: tuple[GuardFault, ...] = field(init=False, default=())
     _saved_seconds: float = field(init=False, default=0.0)
 
     def events(self) -> Iterator[Event]:
@@ -145,7 +150,7 @@ class Loop:
             yield from self.checkpoints.wait()
             self._begin()
             if returned_to == self._at.step:
-                yield Stopped(self._at.step, Reason.GUARD)
+                yield Stopped(self._at.step, Reason.GUARD, self._faults)
                 return
             returned_to = self._at.step
             self._at = self._at.without(streak)
@@ -168,11 +173,13 @@ class Loop:
                 batch = self.feed.train(batch_of(self._at.step + 1, self._at.left_out))
             found = on_host(metrics)
             skipped, tokens = bool(found.pop(SKIPPED, 0)), int(scalar(found.pop(TOKENS)))
+            limit = scalar(found.pop(LIMIT, inf))
             self._at = self._at.after(0 if skipped else tokens)
             self._state = self.program.entered(self._state, self._at.step)
             if skipped:
                 streak.append(number)
-                yield Skipped(self._at.step, found, number)
+                self._faults = guard_faults(found, limit)
+                yield Skipped(self._at.step, found, number, faults=self._faults)
                 if len(streak) >= self.run.guard.skips > 0:
                     return tuple(streak)
             else:

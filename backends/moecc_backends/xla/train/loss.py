@@ -135,7 +135,9 @@ def token_losses(
 ) -> dict[str, jax.Array]:
     """Return −log softmax(logits)[target], (log Σ exp)² and whether it is hit, of each token.
 
-    In float32 at least.  No entry is picked by index, because the vocabulary may be sharded.
+    In float32 at least.  No entry is picked by index, because the vocabulary may be sharded.  A
+    target is hit where argmax returns it: of equal logits the first one counts, so that a model
+    whose logits are all equal hits token 0 alone.
 
     Args:
       logits: ``[…, vocab]``; where it is sharded, the local shard.
@@ -152,10 +154,13 @@ def token_losses(
     first = view.shard_index(mesh) * wide.shape[-1]
     entry = jax.lax.broadcasted_iota(targets.dtype, wide.shape, wide.ndim - 1) + first
     picked = jnp.sum(jnp.where(entry == targets[..., None], wide, 0), axis=-1)
+    is_tied_before = (entry < targets[..., None]) & (jax.lax.stop_gradient(wide) >= top[..., None])
+    ties_before = jnp.sum(is_tied_before, axis=-1, dtype=jnp.int32)
     if is_sharded:
         total, picked = psum(total, mesh), psum(picked, mesh)
+        ties_before = psum(ties_before, mesh)
     log_total = jnp.log(total) + top
-    hit = jax.lax.stop_gradient(picked) >= top
+    hit = (jax.lax.stop_gradient(picked) >= top) & (ties_before == 0)
     return {
         "loss.sum": log_total - picked,
         "output_z": jnp.square(log_total),
