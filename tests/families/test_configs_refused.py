@@ -199,6 +199,34 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "null kv heads": (small("qwen3_moe", num_key_value_heads=None), "num_key_value_heads", "null"),
     "deep": (small("llama", remark=eval("[" * 40 + "]" * 40)), "remark", "nested more than"),
     "not JSON": (small("llama", remark={"a": [math.inf]}), "remark", "not a JSON value"),
+    **{
+        f"both directions in {family}, {value}": (
+            small(family, is_causal=value),
+            "is_causal",
+            "attends to later ones",
+        )
+        for family, value in (("llama", False), ("qwen2", None), ("mistral", 0), ("gemma", False))
+    },
+    "both directions in gpt2": (
+        {"model_type": "gpt2", "is_causal": False},
+        "is_causal",
+        "attends to later ones",
+    ),
+    "smollm3's windows": (
+        small(
+            "smollm3",
+            use_sliding_window=False,
+            sliding_window=4,
+            layer_types=["sliding_attention", *["full_attention"] * 3],
+        ),
+        "layer_types",
+        "in spite of use_sliding_window",
+    ),
+    "t5's gate by another key": (
+        {"model_type": "t5", "dense_act_fn": "gelu", "is_gated_act": True},
+        "feed_forward_proj",
+        "tanh approximation",
+    ),
     "softcap": (small("llama", final_logit_softcapping=30.0), "final_logit_softcapping", "no such"),
 }
 
@@ -240,14 +268,20 @@ def test_all_problems_at_once_and_nothing_that_follows_from_them() -> None:
     }
 
 
-def test_unknown_families_are_named_with_the_nearest() -> None:
-    assert "did you mean 'mixtral'?" in str(refusal({"model_type": "mixtrel"}))
+def test_an_unknown_family_is_taken_for_another_by_its_class_alone() -> None:
+    for name in ("mixtrel", "stablelm", "llama2"):
+        said = str(refusal({"model_type": name, "architectures": ["StableLmForCausalLM"]}))
+        assert not any(word in said for word in ("did you mean", "is that of model_type"))
+    named = refusal({"model_type": "lama", "architectures": ["LlamaForCausalLM"]})
+    assert "the class in architectures is that of model_type 'llama'" in str(named)
     unknown = str(refusal({"model_type": "bloom"}))
     assert "one of bert, camembert, dinov2, distilbert, ernie4_5_moe, flex_olmo, gemma" in unknown
     assert "--load FILE.py" in unknown
     assert "as a .moe file" in unknown
-    hint = "architectures says Qwen3ForCausalLM: model_type 'qwen3'"
-    assert hint in str(refusal({"architectures": ["Qwen3ForCausalLM"]}))
+    (nameless,) = refusal({"architectures": ["Qwen3ForCausalLM"]}).problems
+    assert str(nameless.hint).startswith('add "model_type": "qwen3"')
+    (nameless,) = refusal({"vocab_size": 3}).problems
+    assert nameless.hint == 'add "model_type", which names the family, to the file'
     assert "the text" in str(refusal({"model_type": "x" * 10_000}))
     for wrong in (None, [], "llama", 3, {"model_type": ["llama"]}, {"model_type": None}):
         assert refusal(wrong).exit_code == 1

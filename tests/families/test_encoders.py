@@ -217,6 +217,14 @@ def test_an_untied_switch_repeats_the_embedding_and_checks_what_repeats_it() -> 
         import_checkpoint(MemoryCheckpoint(checkpoint.config, arrays))
 
 
+def test_a_t5_has_the_activation_that_transformers_takes() -> None:
+    both = config_of("t5", feed_forward_proj="relu", dense_act_fn="silu", is_gated_act=True)
+    assert (both.hidden_act, both.gated) == ("silu", True)
+    assert parse_config(both.to_json()) == both
+    plain = config_of("t5", feed_forward_proj="gated-gelu", dense_act_fn="relu")
+    assert (plain.hidden_act, plain.gated) == ("relu", True)
+
+
 def test_a_t5_is_tied_as_transformers_ties_it() -> None:
     tied = config_of("t5")
     assert isinstance(tied, T5Config)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 from . import windows as window_keys
-from .extras import EXTRA_DEFAULTS
+from .extras import EXTRA_DEFAULTS, refuse_attention_to_later_tokens
 from .features import PLACEMENTS, feature_problems
 from .model import ACTIVATIONS, ModelConfig, activation_problem, config_class
 from .reader import LARGEST_SIZES, KeyProblem, Reader, key_problem
@@ -127,6 +127,7 @@ class DecoderConfig(ModelConfig):
 
     @classmethod
     def _read(cls, reader: Reader) -> dict[str, object]:
+        refuse_attention_to_later_tokens(reader)
         layers = reader.size("num_hidden_layers")
         heads = reader.size("num_attention_heads")
         hidden = reader.size("hidden_size")

@@ -125,6 +125,17 @@ def refuse_what_needs_other_code(
         reader.refuse("architectures", what, expected=f"[{architecture!r}]")
 
 
+def refuse_attention_to_later_tokens(reader: Reader) -> None:
+    """Reject a decoder that `is_causal` makes attend to later tokens, as transformers 5 reads it.
+
+    Any value that Python takes for false, null included, switches the mask off there.
+    """
+    if reader.has("is_causal") and reader.value("is_causal") is not True:
+        what = "every token of such a decoder attends to later ones, too"
+        hint = "remove the key if the model is a causal language model"
+        reader.refuse("is_causal", what, expected="true", hint=hint)
+
+
 def _is_own_code(found: object, family: str) -> bool:
     """Whether an ``auto_map`` names nothing but the family's own modules."""
     own = (f"configuration_{family}.", f"modeling_{family}.")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 from .encdec import read_activation
-from .extras import EXTRA_DEFAULTS
+from .extras import EXTRA_DEFAULTS, refuse_attention_to_later_tokens
 from .model import ModelConfig, activation_problem, config_class
 from .reader import LARGEST_SIZES, KeyProblem, Reader, key_problem
 from .rope import RopeConfig, partial_rotary_factor, read_partial_rotary, read_rope
@@ -89,6 +89,7 @@ class GptConfig(ModelConfig):
 
     @classmethod
     def _read(cls, reader: Reader) -> dict[str, object]:
+        refuse_attention_to_later_tokens(reader)
         values = {name: reader.size(cls.key(name)) for name in SIZES if name != SIZES[1]}
         return {
             **super()._read(reader),

@@ -51,7 +51,10 @@ class SmolLM3Config(DecoderConfig):
         """Read the windows; without `layer_types`, layers without rotary positions have one."""
         if not reader.flag("use_sliding_window"):
             reader.value("sliding_window")
-            reader.value("layer_types")
+            if "sliding_attention" in reader.items("layer_types"):
+                what = "transformers gives these layers a window in spite of use_sliding_window"
+                hint = "set use_sliding_window to true, or make every layer full_attention"
+                reader.refuse("layer_types", what, expected="full_attention", hint=hint)
             return (None,) * layers
         return typed_windows(reader, tuple(not rope for rope in _rope_layers(reader, layers)))
 

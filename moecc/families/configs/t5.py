@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
-from .encdec import ENCDEC_DEFAULTS, T5_ACTIVATIONS, EncDecConfig
+from .encdec import ENCDEC_DEFAULTS, T5_ACTIVATIONS, EncDecConfig, read_activation
 from .model import ACTIVATIONS, config_class
 from .reader import KeyProblem, Reader, key_problem, one_of
 
@@ -40,15 +40,19 @@ class T5Config(EncDecConfig):
             yield key_problem(what, "false", "true", *keys)
         if self.gated and self.hidden_act == "gelu":
             what = f"{self.model_type} gates with the tanh approximation of GELU"
-            yield key_problem(what, "gelu_pytorch_tanh", "gelu", "feed_forward_proj")
+            keys = ("feed_forward_proj", "dense_act_fn", "is_gated_act")
+            yield key_problem(what, "gelu_pytorch_tanh", "gelu", *keys)
 
     @classmethod
     def _read(cls, reader: Reader) -> dict[str, object]:
         values = super()._read(reader)
         act, gated = _read_projection(reader)
-        # transformers writes these beside the projection, which is the only key it reads.
-        for key in ("dense_act_fn", "is_gated_act", "is_decoder"):
-            reader.value(key)
+        # transformers derives these two from the projection, and takes those that are stated.
+        if reader.has("dense_act_fn"):
+            act = read_activation(reader, "dense_act_fn")
+        if reader.has("is_gated_act"):
+            gated = reader.flag("is_gated_act")
+        reader.value("is_decoder")
         stated = reader.value("scale_decoder_outputs") is not None
         tied = values["tie_word_embeddings"]
         scaled = reader.flag("scale_decoder_outputs") if stated else tied
