@@ -15,6 +15,7 @@ from moecc.checkpoint.files import Identity, identify, require_unchanged
 from moecc.checkpoint.folder import SafetensorsFolder
 from moecc.checkpoint.frontmatter import read_card
 from moecc.checkpoint.jsonfile import read_json_object
+from moecc.checkpoint.layout import ADAPTER_CONFIG
 from moecc.checkpoint.modelcard import hub_repository
 from moecc.checkpoint.problems import Problems, quoted
 from moecc.checkpoint.safetensors import read_header
@@ -24,7 +25,6 @@ from moecc.support.closing import Closing
 from moecc.support.text import amount
 from moecc.types.arrays import Array
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _MAX_CONFIG_BYTES = 1 << 20
 _PREFIX = "base_model.model."
@@ -40,6 +40,20 @@ _UNSUPPORTED = {
     "alora_invocation_tokens": "adapters that tokens switch on",
 }
 """Keys of a config whose adapters are more than W + s · B A."""
+
+_PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
+"""Values of ``init_lora_weights`` that leave the matrices of the model as they are.
+
+PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take from W what A and B begin with, so that the adapter is
+one of the rest of W, which no file holds.
+"""
+
+_INPUTS_FIRST = re.compile(
+    r"(?:transformer\.)?h\.\d+\.(?:attn\.c_(?:attn|proj)|mlp\.c_(?:fc|proj))"
+)
+"""The modules of a gpt2 whose matrices are ``[in, out]``: PEFT turns those, whatever a config says.
+
+Of the other families here it turns none; an added one may have such matrices."""
 
 _STORED_AS = re.compile(
     r"(?:[-._](?:gguf|safetensors|unsloth|bnb|hf|awq|gptq|fp8|bf16|f?p?(?:16|32)|[48]-?bit|int[48]"
@@ -233,6 +247,22 @@ class _Reading:
                     f"moecc does not merge {what}", where=f"{where}: {key}",
                     hint="merge the adapter with PEFT (merge_and_unload), and give that model",
                 )  # fmt: skip
+        for key in ("fan_in_fan_out", "use_rslora"):
+            value = self.settings.get(key)
+            if value is not None and not isinstance(value, bool):
+                self.problems.add(
+                    "not a truth value", where=f"{where}: {key}", expected="true or false",
+                    found=quoted(str(value)),
+                )  # fmt: skip
+        start = self.settings.get("init_lora_weights")
+        if (start.lower() if isinstance(start, str) else start) not in _PLAIN_INITIALISATIONS:
+            self.problems.add(
+                "the training of this adapter began with other matrices than the model's",
+                where=f"{where}: init_lora_weights", found=quoted(str(start)),
+                expected="true, false, gaussian, eva or orthogonal",
+                hint="write it as a plain LoRA first: save_pretrained of PEFT with "
+                "path_initial_model_for_weight_conversion",
+            )  # fmt: skip
 
     def _add_whole(self, name: str) -> None:
         tensor = (
@@ -260,8 +290,19 @@ class _Reading:
         if known is None:
             self._unknown(tensor, first)
             return
-        is_turned = is_table or self.settings.get("fan_in_fan_out") is True
         shapes = self.tensors[first].shape, self.tensors[second].shape
+        is_gpt2 = self.base.config.get("model_type") == "gpt2"
+        is_turned = is_table or (is_gpt2 and _INPUTS_FIRST.fullmatch(module) is not None)
+        if not is_turned and not is_gpt2 and self.settings.get("fan_in_fan_out") is True:
+            if len(set(known.shape)) == 1:
+                self.problems.add(
+                    "the matrix is square: its shape does not tell whether inputs come first",
+                    where=f"{self.path / ADAPTER_CONFIG}: fan_in_fan_out", expected="false",
+                    found=f"true, and {quoted(tensor)} of {known.shape}",
+                    hint="set it to false: PEFT turns no matrix of a linear layer",
+                )  # fmt: skip
+                return
+            is_turned = True
         made = _product_shape(*shapes, is_turned=is_turned)
         if made != known.shape:
             found = f"{shapes[1]} times {shapes[0]}"

@@ -11,6 +11,7 @@ from moecc.checkpoint.problems import Problems, quoted
 from moecc.errors import InputError
 
 SINGLE_NAME = "model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 INDEX_NAME = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 _PICKLED = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle|h5|msgpack|nemo|keras|distcp)", re.DOTALL)
@@ -30,6 +31,15 @@ def choose_weights(
       problems: receives the errors; files that are known to be irrelevant are not reported.
     """
     numbered = sorted(name for name in names if _SHARD.fullmatch(name))
+    if ADAPTER_CONFIG in names and names.intersection((SINGLE_NAME, INDEX_NAME, *numbered)):
+        problems.add(
+            "the folder holds a model and an adapter: transformers would load the adapter, too",
+            where=str(path),
+            expected="one of the two",
+            found=ADAPTER_CONFIG,
+            hint="move adapter_config.json out if the model is meant; else merge the adapter with "
+            "PEFT (merge_and_unload), and give that model",
+        )
     if INDEX_NAME in names:
         index = _read_index(path, problems)
         if index is None:

@@ -22,6 +22,7 @@ SOURCE = Path(__file__).parents[1] / "golden" / "llama_gqa"
 GATE = "model.layers.1.mlp.gate_proj"
 EMBEDDING = "model.embed_tokens"
 NORM = "model.norm.weight"
+QUERY = "model.layers.1.self_attn.q_proj"
 
 
 def adapter(folder: Path, tensors: dict[str, Any], **settings: object) -> Path:
@@ -74,6 +75,31 @@ def test_a_matrix_is_merged(
         assert "1 tensor differs" in merged.remarks()[0]
 
 
+@pytest.mark.parametrize("turned", [True, False])
+def test_matrices_of_gpt2_have_their_inputs_first(tmp_path: Path, turned: bool) -> None:
+    """PEFT decides by the class of the module, and corrects the config."""
+    module = "transformer.h.1.attn.c_proj"
+    made = pair(module, 12, 12) | pair(f"{module[:-6]}c_attn", 36, 12)
+    first, second, *_ = made.values()
+    folder = adapter(tmp_path / "a", made, fan_in_fan_out=turned)
+    with (
+        open_checkpoint(str(SOURCE.parent / "gpt2_plain")) as base,
+        AdaptedCheckpoint(base, folder) as merged,
+    ):
+        expected = base.read(f"{module}.weight") + 3 * (second @ first).T
+        found = merged.read(f"{module}.weight")
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("start", [True, False, None, "gaussian", "eva", "orthogonal"])
+def test_initialisations_that_leave_the_model_as_it_is(
+    base: Checkpoint, tmp_path: Path, start: object
+) -> None:
+    AdaptedCheckpoint(
+        base, adapter(tmp_path / "a", pair(GATE, 24, 16), init_lora_weights=start)
+    ).close()
+
+
 def test_tables_and_whole_tensors(base: Checkpoint, tmp_path: Path) -> None:
     made = pair(EMBEDDING, 16, 37, table=True)
     whole = {"model.norm.modules_to_save.weight": np.arange(16.0)}
@@ -96,6 +122,13 @@ def test_tables_and_whole_tensors(base: Checkpoint, tmp_path: Path) -> None:
         (pair(GATE, 24, 16), {"use_dora": True}, "DoRA"),
         (pair(GATE, 24, 16), {"lora_alpha": "much"}, "not a usable number"),
         ({f"{GATE}.lora_A.weight": np.ones((2, 16))}, {}, "lacks its partner"),
+        *(
+            (pair(GATE, 24, 16), {"init_lora_weights": start}, "path_initial_model_for_weight")
+            for start in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", ["x"])
+        ),
+        (pair(GATE, 24, 16), {"use_rslora": "true"}, "use_rslora: not a truth value"),
+        (pair(GATE, 24, 16), {"fan_in_fan_out": 1}, "fan_in_fan_out: not a truth value"),
+        (pair(QUERY, 16, 16), {"fan_in_fan_out": True}, "the matrix is square"),
     ],
 )
 def test_adapters_that_do_not_suit(

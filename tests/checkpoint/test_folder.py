@@ -250,3 +250,15 @@ def test_the_config_may_be_any_strict_json_object(make_folder):
     config = {"model_type": "x", "rope_theta": 1e5, "nested": {"a": [1, None, True]}}
     with open_checkpoint(make_folder({"model.safetensors": {"a": 3}}, config=config)) as checkpoint:
         assert json.dumps(checkpoint.config) == json.dumps(config)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_an_adapter_beside_the_weights_is_not_left_out_silently(make_folder, sharded):
+    files = {ONE: {"a": 6}, TWO: {"b": 6}} if sharded else {"model.safetensors": {"a": 6}}
+    folder = make_folder(files)
+    if sharded:
+        (folder / INDEX).write_text(json.dumps(index_of({"a": ONE, "b": TWO})))
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (problem,) = problems(folder)
+    assert "a model and an adapter" in problem
+    assert "move adapter_config.json out" in problem
