@@ -56,16 +56,21 @@ class Model(Closing):
         """Return what a reader of the model should know: of its files, and what was left out."""
         if self.checkpoint is None:
             return []
+        return [*self.checkpoint.remarks(), *self.warnings(), *self.left_out()]
+
+    def left_out(self) -> list[str]:
+        """Return which tensors of the checkpoint the graph does not read, heads for instance."""
+        if self.checkpoint is None:
+            return []
         from moecc.families.importing import unread_tensors
 
-        found = [*self.checkpoint.remarks(), *self.warnings()]
         unread = unread_tensors(self.graph, self.checkpoint)
         if not unread:
-            return found
+            return []
         shown = ", ".join(unread[:4]) + (f" and {len(unread) - 4} more" if len(unread) > 4 else "")
         if function_name(self.graph) is not None:
-            return [*found, f"outside of the blocks: {shown}"]
-        return [*found, f"no part of the graph, and not converted: {shown}"]
+            return [f"outside of the blocks: {shown}"]
+        return [f"no part of the graph, and not converted: {shown}"]
 
     def warnings(self) -> list[str]:
         """Return what is wrong with the files of the model and stops no conversion."""

@@ -220,7 +220,8 @@ def plan(
         check_target(target)
     if model.checkpoint is None:
         raise InputError(f"{model.name} has no weights to convert", hint="give a checkpoint")
-    remarks: list[str] = []
+    # The passes may drop further tensors, which is their purpose.
+    remarks = model.left_out()
     context = Context(
         seed=seed, allow_unmatched=allow_unmatched, remark=lambda r: remarks.append(str(r)),
         read=reads_small(model.checkpoint), models=branches_of(model.checkpoint),

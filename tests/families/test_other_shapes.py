@@ -20,9 +20,11 @@ from moecc.families.describe import describe
 from moecc.families.export import export_graph
 from moecc.families.importing import unread_tensors
 from moecc.ir import equal, parse, print_graph, verify
+from moecc.model.open import Model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.text import Pipeline
 from moecc.tasks.check import check_pipeline
+from moecc.tasks.convert import plan
 from moecc.testing.checkpoints import MemoryCheckpoint, exported_checkpoint, random_checkpoint
 from moecc.testing.data import inputs_for
 from moecc.weights.evaluate import materialise
@@ -179,6 +181,9 @@ def test_a_model_with_a_head_is_read_without_it(
     np.testing.assert_array_equal(run(whole), run(bare))
     graph = import_checkpoint(whole)
     assert unread_tensors(graph, whole) == list(head)
+    planned = plan(Model(graph, "with a head", whole), Pipeline.parse(""), config.model_type)
+    (remark,) = planned.remarks
+    assert remark == f"no part of the graph, and not converted: {', '.join(head)}"
     made = export_graph(graph, config.model_type)
     assert {name for name, _ in made.tensors} == set(bare.arrays)
     whole.arrays[f"{prefix}unknown.weight"] = np.ones(3, np.float32)

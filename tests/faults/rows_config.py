@@ -61,7 +61,7 @@ ROWS = [
         32,
         "an unknown family, code, quantised weights",
         1,
-        "did you mean 'llama'|its own Python code|said to be quantised",
+        "is that of model_type 'llama'|its own Python code|said to be quantised",
         config(model_type="lama"),
         config(auto_map={"AutoModel": "x.Y"}),
         *(config(quantization_config={"quant_method": q}) for q in ("gptq", "awq", "fp8")),

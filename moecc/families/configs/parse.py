@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from moecc.checkpoint.jsonfile import read_json_object
-from moecc.errors import InputError, UsageError, described, nearest
+from moecc.errors import InputError, UsageError, described
 
 from .base import DecoderConfig
 from .bert import (
@@ -137,7 +137,7 @@ def parse_config(data: Mapping[str, object], where: str = "config.json") -> Mode
         where=f"{where}: model_type",
         expected=one_of(CONFIGS),
         found=shown(name) if "model_type" in data else "nothing",
-        hint=_way_out(_likely_family(name, data.get("architectures"))),
+        hint=_way_out(data),
     )
 
 
@@ -161,20 +161,23 @@ def load_installed() -> None:
             ) from error
 
 
-def _way_out(guess: str | None) -> str:
-    """Return what to do about an unknown family, beginning with what it may have been."""
+def _way_out(data: Mapping[str, object]) -> str:
+    """Return what to do about a config without a family that is known."""
+    likely = _families_of(data.get("architectures"))
+    if data.get("model_type") is None:
+        if likely:
+            return f'add "model_type": "{likely[0]}", as the class in architectures has it'
+        return 'add "model_type", which names the family, to the file'
     ways = (
         "add the family (--load FILE.py, or a package), or write its graph as a .moe file over the "
         "folder's tensors: docs/adding-a-family.md"
     )
-    return ways if guess is None else f"{guess}; else {ways}"
+    if likely:
+        return f"the class in architectures is that of model_type {likely[0]!r}; else {ways}"
+    return ways
 
 
-def _likely_family(name: object, architectures: object) -> str | None:
-    if isinstance(name, str):
-        return nearest(name, CONFIGS)
+def _families_of(architectures: object) -> list[str]:
+    """Return the families whose class a config names; those with similar names are others."""
     named = architectures if isinstance(architectures, list) else []
-    for model_type, config in CONFIGS.items():
-        if config.architecture in named:
-            return f"architectures says {config.architecture}: model_type {model_type!r}"
-    return None
+    return [name for name, config in CONFIGS.items() if config.architecture in named]
