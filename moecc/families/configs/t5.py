@@ -40,8 +40,8 @@ class T5Config(EncDecConfig):
             yield key_problem(what, "false", "true", *keys)
         if self.gated and self.hidden_act == "gelu":
             what = f"{self.model_type} gates with the tanh approximation of GELU"
-            keys = ("feed_forward_proj", "dense_act_fn", "is_gated_act")
-            yield key_problem(what, "gelu_pytorch_tanh", "gelu", *keys)
+            stating = ("feed_forward_proj", "dense_act_fn", "is_gated_act")
+            yield key_problem(what, "gelu_pytorch_tanh", "gelu", *stating)
 
     @classmethod
     def _read(cls, reader: Reader) -> dict[str, object]:
