@@ -32,11 +32,16 @@ def read_json_object(path: Path, *, limit_bytes: int) -> dict[str, object]:
       InputError: missing, not a regular file, too large, or not strict JSON; all problems at once.
       MachineError: the file cannot be read.
     """
-    value = parse_json(read_bounded(path, limit_bytes), str(path))
+    return parse_json_object(read_bounded(path, limit_bytes), str(path))
+
+
+def parse_json_object(data: bytes, where: str) -> dict[str, object]:
+    """Parse an object of strict JSON in UTF-8. Raises InputError as `read_json_object`."""
+    value = parse_json(data, where)
     if not isinstance(value, dict):
         raise InputError(
             "the file is not a JSON object",
-            where=str(path),
+            where=where,
             expected="an object in braces",
             found=describe(value),
         )

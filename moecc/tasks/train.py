@@ -14,6 +14,7 @@ from pathlib import Path
 
 from moecc.checkpoint.outdir import check_output
 from moecc.checkpoint.run.checkpoint import inputs_of
+from moecc.checkpoint.run.digests import require_run_files
 from moecc.checkpoint.run.layout import (
     GRAPH,
     LINEAGE,
@@ -22,6 +23,7 @@ from moecc.checkpoint.run.layout import (
     choose_step,
     is_run,
     read_lineage,
+    saved_steps,
     split_reference,
 )
 from moecc.checkpoint.run.lineage import TRAINED
@@ -115,6 +117,8 @@ def resumed_run(
             expected="the same, but for its mesh", found="; ".join(differences),
             hint=f"moecc train RECIPE --fork {run} --out FOLDER goes on with another recipe",
         )  # fmt: skip
+    if steps := saved_steps(run):
+        require_run_files(steps[-1])
     graph = read_graph(str(run / GRAPH))
     batches = _checked(found, graph, partial(_facts_of_run, run, graph))
     _check_data(run, batches)
@@ -141,6 +145,7 @@ def forked_run(recipe: Recipe, reference: str, out: Path) -> TrainJob:
             "the run has as many steps already", where="run.steps",
             expected=f"more than {step.number}, where {reference} is", found=str(recipe.run.steps),
         )  # fmt: skip
+    require_run_files(step)
     graph = read_graph(str(run / GRAPH))
     check_output(out, inputs=[run], hint=_FULL)
     _check_moments(graph, _begun_with(run).optimizer, recipe.optimizer, step.number)

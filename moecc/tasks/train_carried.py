@@ -9,7 +9,6 @@ import numpy as np
 
 from moecc.checkpoint.run.checkpoint import RunCheckpoint
 from moecc.checkpoint.run.layout import GRAPH, RECIPE
-from moecc.checkpoint.run.state import StateReader
 from moecc.checkpoint.trees.checkpoint import TreeCheckpoint
 from moecc.checkpoint.trees.moments import SavedMoments
 from moecc.errors import InputError
@@ -54,7 +53,7 @@ class CarriedState:
         if not name.startswith(_PREFIX):
             return self.checkpoint.read(name, start, stop)
         if isinstance(self.checkpoint, RunCheckpoint):
-            found = StateReader(self.checkpoint.step.state).read(name, start, stop)
+            found = self.checkpoint.state.read(name, start, stop)
             return found * np.float32(self.factors[name]) if name in self.factors else found
         kind, _, tensor = name.removeprefix(_PREFIX).partition(".")
         if kind == COUNT:
@@ -91,7 +90,7 @@ def _of_run(
     _require_same(before.name, section, str(checkpoint.run))
     graph, step = read_graph(str(checkpoint.run / GRAPH)), checkpoint.step
     known = saved_moments(graph, section_at(before, step.number))
-    read, firsts = StateReader(step.state).read, {p.first_step for p in phases_of(before)}
+    read, firsts = checkpoint.state.read, {p.first_step for p in phases_of(before)}
     counts = {n: int(read(f"{_PREFIX}{count_of(n)}")) for n in firsts if n <= step.number}
     settings = parameter_settings(graph, before)
     factors = {

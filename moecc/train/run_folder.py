@@ -15,7 +15,7 @@ from moecc.checkpoint.files import os_problem, read_whole
 from moecc.checkpoint.manifest import seal
 from moecc.checkpoint.outdir import output_folder
 from moecc.checkpoint.removal import remove
-from moecc.checkpoint.run.digests import digests
+from moecc.checkpoint.run.digests import digests, require_state
 from moecc.checkpoint.run.layout import (
     GRAPH,
     LINEAGE,
@@ -79,6 +79,7 @@ def create_run(
 
 def _copy_step(run: Path, step: SavedStep, recipe: str) -> None:
     """Copy a step of another run; what was measured there is not of this run."""
+    require_state(step)  # the copy gets digests of its own
     state = begin_step(run, step.number)
     try:
         shutil.copytree(step.state, state)

@@ -123,6 +123,46 @@ def test_a_run_is_a_model(folder: Path, call: Any, tmp_path: Path) -> None:
     assert "up to step 6: " in (tmp_path / "again" / "README.md").read_text()
 
 
+def flip(path: Path, at: float) -> None:
+    """Flip a bit of a file, at a share of its length."""
+    data = bytearray(path.read_bytes())
+    data[int(at * (len(data) - 1))] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_of_a_checkpoint_is_told(folder: Path, call: Any, tmp_path: Path) -> None:
+    """Of arrays, of what step.json says, and of what the run has for all its steps."""
+    run, out = killed(folder, 6, "flipped"), tmp_path / "out"
+    step, data = run / "steps" / "6", ["--data", folder / "tokens" / "heldout", "--batches", "1"]
+    commands = [
+        ("convert", run, out, "-p", "", "--to", "st_moe"),
+        ("generate", run, "--prompt", "moecc", "--tokens", 1),
+        ("evaluate", run, *data, "--sequence", "32"),
+        ("train", "--resume", run),
+    ]
+    arrays = sorted(p for p in step.rglob("*") if p.parent.name == "d")
+    largest = max(arrays, key=lambda p: p.stat().st_size)
+    described = [step / "step.json", run / "graph.moe", run / "source" / "config.json"]
+    cases = [(largest, 0.5, commands)]
+    cases += [(p, 0.3, commands[:1]) for p in (*arrays, step / "state" / "_METADATA", *described)]
+    cases += [(p, 0.9, commands[-1:]) for p in described]
+    for path, at, affected in cases:
+        before = path.read_bytes()
+        flip(path, at)
+        for command in affected:
+            code, _, err = call(*command)
+            assert (code, str(path) in err) == (1, True), (path, command, err)
+            assert not out.exists()
+        path.write_bytes(before)
+    assert call(*commands[0])[0] == 0
+    flip(largest, 0.5)
+    recipe = (folder / "recipe.toml").read_text().replace("steps = 6", "steps = 8", 1)
+    (folder / "longer.toml").write_text(recipe)
+    fork = ("train", folder / "longer.toml", "--fork", run, "--out", tmp_path / "fork")
+    assert call(*fork)[0] == 1
+    assert call("verify", run)[0] == 3
+
+
 def test_models_are_evaluated_on_held_out_text(folder: Path, call: Any) -> None:
     run, data = folder / "run", folder / "tokens" / "heldout"
     code, out, _ = call("evaluate", f"{run}@3", run, "--data", data, "--sequence", "32", "--batch",

@@ -12,6 +12,7 @@ from moecc.checkpoint.companions import find_companions
 from moecc.checkpoint.files import Identity, identify, require_unchanged
 from moecc.checkpoint.jsonfile import read_json_object
 from moecc.checkpoint.problems import Problems
+from moecc.checkpoint.run.digests import require_run_files, require_state
 from moecc.checkpoint.run.layout import (
     GRAPH,
     LINEAGE,
@@ -54,6 +55,7 @@ class RunCheckpoint(Closing):
         self.run = run
         self.step = step
         self.path = run
+        require_run_files(step)
         self.lineage: Json = read_lineage(run)
         self.config = read_json_object(run / SOURCE / CONFIG, limit_bytes=_MAX_CONFIG_BYTES)
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(_tensors(step))
@@ -64,19 +66,26 @@ class RunCheckpoint(Closing):
         self._identities: dict[Path, Identity] = {path: identify(path) for path in files}
 
     @cached_property
-    def _reader(self) -> StateReader:
+    def state(self) -> StateReader:
+        """What reads parameters and moments, once their files have the digests of step.json.
+
+        Raises:
+          InputError: a file is missing or differs; all of them.
+          MachineError: tensorstore is missing.
+        """
+        require_state(self.step)
         return StateReader(self.step.state)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows [start, stop) of the first axis of a parameter; thread-safe.
 
         Raises:
-          InputError: there is no such parameter, or it cannot be read.
+          InputError: there is no such parameter, or it is not as it was saved.
           MachineError: tensorstore is missing.
         """
         if name not in self.tensors:
             raise InputError(f"there is no tensor {name!r}", where=str(self.step.folder))
-        return self._reader.read(array_key(PARAMS, name), start, stop)
+        return self.state.read(array_key(PARAMS, name), start, stop)
 
     def companions(self) -> dict[str, Path | bytes]:
         """Return the files of the source that an export copies, by name."""

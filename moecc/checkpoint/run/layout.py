@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from moecc.checkpoint.jsonfile import read_json_object
+from moecc.checkpoint.files import read_bounded
+from moecc.checkpoint.jsonfile import parse_json_object, read_json_object
+from moecc.checkpoint.records import seal
 from moecc.errors import InputError, nearest
 from moecc.support.untyped import Json, JsonDict
 
@@ -33,6 +35,7 @@ PARAMS = "params"
 
 BEST, LAST = "best", "last"
 _MAX_JSON_BYTES = 64 << 20
+_SEAL = b',\n"seal": "'
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,19 @@ class SavedStep:
 
     @cached_property
     def facts(self) -> Json:
-        """The content of ``step.json``. Raises InputError if it is not of this version."""
+        """The content of ``step.json``.
+
+        Raises:
+          InputError: it was changed after it was written, or is of another version.
+        """
         path = self.folder / STEP
-        found = read_json_object(path, limit_bytes=_MAX_JSON_BYTES)
+        data = read_bounded(path, _MAX_JSON_BYTES)
+        if seal(data[: max(0, data.rfind(_SEAL))]) != data:
+            raise InputError(
+                "step.json was changed after it was written: its seal does not match its content",
+                where=str(path), hint="restore the file, or use another checkpoint of the run",
+            )  # fmt: skip
+        found = parse_json_object(data, str(path))
         if found.get("schema") != STEP_SCHEMA or found.get("step") != self.number:
             raise InputError(
                 "the step is of another version of moecc, or was moved",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moecc.checkpoint.run.digests import step_removed
 from moecc.checkpoint.trees.arrays import ZarrArrays
 from moecc.errors import InputError
 
@@ -29,7 +30,4 @@ class StateReader(ZarrArrays):
     def _unreadable(self, key: str, error: Exception) -> InputError:
         if self._folder.is_dir():
             return super()._unreadable(key, error)
-        return InputError(
-            "the checkpoint was removed while it was read", where=str(self._folder),
-            hint="a run keeps its last run.keep checkpoints; try once more, or RUN@best",
-        )  # fmt: skip
+        return InputError([step_removed(self._folder)])

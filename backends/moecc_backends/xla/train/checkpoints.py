@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from moecc.checkpoint.run.digests import require_state
 from moecc.checkpoint.run.layout import PARAMS, best_step, saved_steps
 from moecc.checkpoint.run.state import StateReader, array_key
 from moecc.errors import InputError
@@ -56,11 +57,12 @@ class RunCheckpoints:
         """Return state, position and best held-out loss of the last checkpoint, or the start.
 
         Raises:
-          InputError: the checkpoint cannot be read, or is not of this model.
+          InputError: the checkpoint is not as it was saved, or not of this model.
         """
         steps = saved_steps(self.run)
         if not steps:
             return (*self.start(), None)
+        require_state(steps[-1])
         step = steps[-1].number
         state = restore(self._slots(step), StateReader(steps[-1].state).read, self.abstract(step))
         best = best_step(steps)
