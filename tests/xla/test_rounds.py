@@ -25,24 +25,28 @@ from moecc_backends.xla.trace.options import Options  # noqa: E402
 
 from .test_exchanges import assert_near  # noqa: E402
 
-TOKENS, EXPERTS, EMBED = 128, 8, 8
+TOKENS, EXPERTS = 128, 8
 LAID = "annotate-sharding{mesh=data:8 rules=st-moe},expert-parallel{via=ragged},lower-collectives"
 WEIGHTED = f"weight-rows,{LAID}"
 FAVOURED = {"balanced": 0, "half to three": 3, "all to two": 2}
 """How many experts the routers of a case favour; 0: tokens take experts in turn."""
 
 
-def tokens(case: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parameters and tokens: ``x[0]`` to ``x[7]`` choose the experts of each token."""
+def mixture(experts: int) -> Graph:
+    return layer("ragged", embed=experts, experts=experts)
+
+
+def tokens(case: str, experts: int = EXPERTS) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parameters and tokens: the elements of ``x`` choose the experts of each token."""
     rng = np.random.default_rng(1)
-    graph = layer("ragged")
+    graph = mixture(experts)
     params = {n: rng.normal(size=v.type.shape).astype("f") for n, v in graph.params.items()}
-    params["router"] = np.eye(EXPERTS, EMBED, dtype="f")
-    x = rng.normal(size=(8, TOKENS // 8, EMBED)).astype("f") * 0.1
+    params["router"] = np.eye(experts, dtype="f")
+    x = rng.normal(size=(8, TOKENS // 8, experts)).astype("f") * 0.1
     each = np.arange(TOKENS).reshape(8, TOKENS // 8)
     if case == "balanced":
         for step, logit in ((0, 3.0), (1, 2.0)):
-            np.put_along_axis(x, ((2 * each + step) % EXPERTS)[..., None], logit, axis=2)
+            np.put_along_axis(x, ((2 * each + step) % experts)[..., None], logit, axis=2)
     elif case == "half to three":
         x[::2, :, :3] += np.array([3.0, 2.0, 1.0])
     else:
@@ -50,32 +54,33 @@ def tokens(case: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return params, {"x": x}
 
 
-def compiled(run: Any, case: str) -> Any:
+def compiled(run: Any, case: str, experts: int = EXPERTS) -> Any:
     def loss(params: Any, inputs: Any) -> tuple[Any, Any]:
         outputs = run(params, inputs)
         weights = np.random.default_rng(5).normal(size=outputs["y"].shape).astype("f")
         return (outputs["y"] * weights).mean(), outputs
 
     program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-    return program.lower(*tokens(case)).compile()
+    return program.lower(*tokens(case, experts)).compile()
 
 
-def laid(pipeline: str) -> Graph:
-    graph = layer("ragged")
+def laid(pipeline: str, experts: int = EXPERTS) -> Graph:
+    graph = mixture(experts)
     run_pipeline(graph, Pipeline.parse(pipeline))
     return graph
 
 
 @cache
-def expected(case: str) -> Any:
-    (_, outputs), slopes = compiled(function(layer("ragged")), case)(*tokens(case))
+def expected(case: str, experts: int = EXPERTS) -> Any:
+    run = compiled(function(mixture(experts)), case, experts)
+    (_, outputs), slopes = run(*tokens(case, experts))
     return outputs, slopes
 
 
-def on_mesh(pipeline: str, case: str, poison: bool = True) -> Any:
-    graph = laid(pipeline)
+def on_mesh(pipeline: str, case: str, poison: bool = True, experts: int = EXPERTS) -> Any:
+    graph = laid(pipeline, experts)
     run = sharded_function(graph, device_mesh(graph), options=Options(poison=poison))
-    (_, outputs), slopes = compiled(run, case)(*tokens(case))
+    (_, outputs), slopes = compiled(run, case, experts)(*tokens(case, experts))
     return outputs, slopes
 
 
@@ -87,6 +92,13 @@ def test_no_row_is_lost_whatever_the_routing(case: str, pipeline: str) -> None:
     assert_near(expected(case), (outputs, slopes))
     params, inputs = tokens(case)
     assert_near(run_reference(layer("ragged"), params=params, inputs=inputs), outputs)
+
+
+def test_a_device_has_the_rows_of_all_its_experts() -> None:
+    """With 16 experts on 8 devices an expert's number is not its device's."""
+    case, experts = "half to three", 16
+    outputs, slopes = on_mesh(WEIGHTED, case, experts=experts)
+    assert_near(expected(case, experts), (outputs, slopes))
 
 
 @pytest.mark.slow
