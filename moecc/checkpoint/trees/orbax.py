@@ -35,7 +35,10 @@ def open_orbax(folder: Path) -> Tree:
     problems.raise_if_any()
     is_database = metadata.get("use_ocdbt", (folder / "manifest.ocdbt").exists())
     driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
-    arrays = ZarrArrays(folder, driver, is_database=bool(is_database))
+    # Earlier versions of Orbax stored no chunks of zeros.  A database lists its chunks, so that an
+    # incomplete download is an error there nonetheless; single files cannot be told from lost ones.
+    omits = bool(is_database) and not metadata.get("store_array_data_equal_to_fill_value", False)
+    arrays = ZarrArrays(folder, driver, is_database=bool(is_database), omits_fill_values=omits)
     return Tree("orbax", folder, keys, arrays, tuple(_files(folder)))
 
 

@@ -117,6 +117,32 @@ def test_what_is_not_known_is_reported(
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("zarr3", [False, True])
+def test_a_missing_chunk_is_told(zarr3: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "items"
+    write("qwen2_square", folder, database=False, zarr3=zarr3)
+    key = "params.params.decoder.decoder_norm.scale"
+    chunks = [p for p in (folder / key).rglob("*") if p.is_file() and p.name == "0"]
+    chunks[0].unlink()
+    with open_checkpoint(tmp_path, needs_config=False) as checkpoint:
+        with pytest.raises(InputError, match=f"the chunk 0 of the array '{key}' is missing"):
+            checkpoint.read(key)
+        # Zeros are stored, and no chunk of them is missing.
+        assert not checkpoint.read(f"opt_state.{key.removeprefix('params.')}").any()
+
+
+@pytest.mark.parametrize("zarr3", [False, True])
+def test_zeros_that_a_database_of_earlier_versions_omits(
+    zarr3: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    monkeypatch.setattr(tensorstore_utils, "STORE_ARRAY_DATA_EQUAL_TO_FILL_VALUE", False)
+    write("qwen2_square", tmp_path / "items", zarr3=zarr3)
+    with open_checkpoint(tmp_path, needs_config=False) as checkpoint:
+        assert not checkpoint.read("opt_state.params.decoder.decoder_norm.scale").any()
+
+
 def test_metadata_lead_nowhere_else(tmp_path: Path) -> None:
     write("qwen2_square", tmp_path / "items", database=False)
     file = tmp_path / "items" / "_METADATA"
