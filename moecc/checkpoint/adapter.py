@@ -38,10 +38,15 @@ _UNSUPPORTED = {
     "megatron_config": "layers of Megatron",
     "trainable_token_indices": "rows of an embedding that were trained",
     "alora_invocation_tokens": "adapters that tokens switch on",
+    "use_qalora": "adapters of pooled inputs",
+    "use_bdlora": "block-diagonal adapters",
+    "arrow_config": "adapters between which a router chooses",
+    "kasa_config": "adapters with singular values of their own",
+    "monteclora_config": "adapters that are drawn at random",
 }
 """Keys of a config whose adapters are more than W + s · B A."""
 
-_PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
+_PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 """Values of ``init_lora_weights`` that leave the matrices of the model as they are.
 
 PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take from W what A and B begin with, so that the adapter is
@@ -259,7 +264,7 @@ class _Reading:
             self.problems.add(
                 "the training of this adapter began with other matrices than the model's",
                 where=f"{where}: init_lora_weights", found=quoted(str(start)),
-                expected="true, false, gaussian, eva or orthogonal",
+                expected="true, false, gaussian, eva, orthogonal or mica",
                 hint="write it as a plain LoRA first: save_pretrained of PEFT with "
                 "path_initial_model_for_weight_conversion",
             )  # fmt: skip

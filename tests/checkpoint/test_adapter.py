@@ -91,7 +91,7 @@ def test_matrices_of_gpt2_have_their_inputs_first(tmp_path: Path, turned: bool) 
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("start", [True, False, None, "gaussian", "eva", "orthogonal"])
+@pytest.mark.parametrize("start", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
 def test_initialisations_that_leave_the_model_as_it_is(
     base: Checkpoint, tmp_path: Path, start: object
 ) -> None:
@@ -120,6 +120,7 @@ def test_tables_and_whole_tensors(base: Checkpoint, tmp_path: Path) -> None:
         (pair(GATE, 24, 17), {}, "does not suit the model's shapes"),
         (pair(GATE, 24, 16), {"peft_type": "IA3"}, "only LoRA adapters"),
         (pair(GATE, 24, 16), {"use_dora": True}, "DoRA"),
+        (pair(GATE, 24, 16), {"kasa_config": {"beta": 1}}, "singular values"),
         (pair(GATE, 24, 16), {"lora_alpha": "much"}, "not a usable number"),
         ({f"{GATE}.lora_A.weight": np.ones((2, 16))}, {}, "lacks its partner"),
         *(
