@@ -93,7 +93,10 @@ def _score_misfits(place: str, family: GgufFamily, config: Json) -> Iterator[Pro
 def _rope_misfits(config: Json, family: GgufFamily) -> Iterator[tuple[str, str | None]]:
     """Yield why llama.cpp would rotate otherwise than a config says, and a way out."""
     scaling: Json = config["rope_scaling"] or {}
-    kind = scaling.get("rope_type", "default")
+    # Both spellings of config.json are written: phi3's longrope is named by `type`.
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind not in ("default", "linear", "yarn", "llama3", "dynamic", "longrope"):
+        yield f"a GGUF file cannot state rotary positions of type {kind}", None
     if kind == "dynamic":
         yield "llama.cpp has no dynamic scaling of rotary positions", "write a folder instead"
     if kind == "longrope":

@@ -268,6 +268,7 @@ def test_nothing_is_left_of_a_failure(tmp_path: Path, monkeypatch: pytest.Monkey
         ("llama_gelu_mqa", "gguf:llama", "upcycle", "llama.cpp computes SiLU"),
         ("mistral_window", "gguf:llama", "upcycle", "has no sliding window"),
         ("llama_dynamic", "gguf:llama", "upcycle", "no dynamic scaling"),
+        ("phi3_long_v4", "gguf:phi3", "", "does not write the factors of longrope"),
         ("llama_yarn_options", "gguf:llama", "upcycle", "attention_factor, truncate of YaRN"),
         ("qwen3_moe_step", "gguf:qwen3moe", "", "refuses a dense layer in a file with experts"),
         ("qwen3_moe_step", "gguf:qwen3moe", "", "refuses a bias of the attention's output"),
