@@ -55,6 +55,10 @@ CASES = [
     ("granitemoe_multipliers", "granitemoe", ""),
     ("llama_gqa", "ernie4_5_moe", COPIES),
     ("llama_square_tied", "ernie4_5_moe", COPIES),
+    *(
+        (source, "ernie4_5_moe", COPIES)
+        for source in ("llama_linear", "llama_llama3", "llama_yarn", "llama_dynamic")
+    ),
     ("ernie4_5_moe_range", "ernie4_5_moe", ""),
     ("ernie4_5_moe_square_v4", "ernie4_5_moe", ""),
     ("olmoe_norm", "olmoe", ""),

@@ -179,6 +179,15 @@ def test_known_misreadings() -> None:
     assert verdict(partial, "mlx-lm").runs
 
 
+@pytest.mark.parametrize("source", ["llama_linear", "llama_llama3", "llama_yarn"])
+def test_mlx_rotates_an_ernie_without_scaling(source: str) -> None:
+    with open_model(str(GOLDEN / source)) as model:
+        planned = plan(model, Pipeline.parse("upcycle"), "ernie4_5_moe")
+    (said,) = (v for v in planned.engines if v.engine == "mlx-lm")
+    assert said.reasons == ("scaled rotary positions",)
+    assert said.silent
+
+
 def test_gates_of_all_experts_are_renormalised_and_not() -> None:
     every = config("qwen2_moe", norm_topk_prob=True, num_experts_per_tok=4)
     assert verdict(every, "llama.cpp").runs
