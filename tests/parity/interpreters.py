@@ -44,3 +44,9 @@ def ask(python: str, probe: str, question: Any) -> Any:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def major_of(python: str) -> int:
+    """Return the major version of transformers in an interpreter."""
+    answer: dict[str, str] = ask(python, "logits_of.py", [])
+    return int(answer["version"].split(".")[0])

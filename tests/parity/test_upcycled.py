@@ -20,7 +20,7 @@ from moecc.tasks.targets import fits as fits_of
 from moecc.testing.comparing import run_reference, with_errors
 from moecc.types.dtypes import F64
 
-from .interpreters import ask, in_each_interpreter
+from .interpreters import ask, in_each_interpreter, major_of
 
 pytestmark = pytest.mark.parity
 
@@ -41,12 +41,6 @@ MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
 SIGMOID = (
     "experts=4 gates=sigmoid-renormalised shared=0.5 shared-gate=none router-std=1 layers=last:1"
 )
-
-
-def major_of(python: str) -> int:
-    """Return the major version of transformers in an interpreter."""
-    made: dict[str, str] = ask(python, "logits_of.py", [])
-    return int(made["version"].split(".")[0])
 
 
 def family_of(source: str) -> str:
