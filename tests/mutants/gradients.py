@@ -30,6 +30,23 @@ def stop_the_gradient_of_the_gates(node: Node) -> int:
     return exchange(node, b.combine(rows, experts, place, b.stop_gradient(gates)))
 
 
+def stop_the_gradient_of_dispatched_rows(node: Node) -> int:
+    """Rows in slots are constants to the experts, so that tokens learn nothing through them."""
+    if any(user.op.name == "stop_gradient" for user in node.result.users):
+        return 0
+    b = before(node)
+    return exchange(node, b.stop_gradient(b.dispatch(*node.operands)))
+
+
+def stop_the_gradient_of_the_experts(node: Node) -> int:
+    """What experts make of rows in slots is held, so that they learn nothing."""
+    rows, *others = node.operands
+    if maker(rows, "stop_gradient"):
+        return 0
+    b = before(node)
+    return exchange(node, b.combine(b.stop_gradient(rows), *others))
+
+
 def stop_the_other_factor(node: Node) -> int:
     """sg(a) · b becomes a · sg(b)."""
     for at in (0, 1):
@@ -61,6 +78,8 @@ MUTANTS = named(
     each(let_the_gradient_through, "stop_gradient"),
     each(stop_the_gradient_of_the_residual, "add"),
     each(stop_the_gradient_of_the_gates, "combine"),
+    each(stop_the_gradient_of_dispatched_rows, "dispatch"),
+    each(stop_the_gradient_of_the_experts, "combine"),
     each(stop_the_other_factor, "mul"),
     each(stop_the_whole_sum, "add"),
 )
