@@ -20,7 +20,7 @@ from moecc.checkpoint.leftovers import check_leftovers, leftover_bytes, partial_
 from moecc.checkpoint.locks import claimed, public_mode
 from moecc.checkpoint.problems import Problems
 from moecc.checkpoint.removal import remove, remove_rest
-from moecc.errors import InputError, MachineError
+from moecc.errors import InputError, MachineError, MoeccError
 
 _SPACE_MARGIN_BYTES = 16 << 20
 
@@ -241,7 +241,7 @@ def _put_in_place(temporary: Path, place: OutputPlace) -> None:
 def _settle(temporary: Path, folder: Path, old: Path) -> None:
     """After an interruption: the new output has its place, or the old one gets it back."""
     if not os.path.lexists(temporary):
-        synchronise_folder(folder.parent)
+        _confirm(folder)
         remove_rest(old)
     elif not os.path.lexists(folder):
         _rename(old, folder)
@@ -264,4 +264,16 @@ def _rename_in(temporary: Path, folder: Path) -> None:
                 where=str(folder),
             ) from None
         raise os_problem(error, folder, "rename") from None
-    synchronise_folder(folder.parent)
+    _confirm(folder)
+
+
+def _confirm(folder: Path) -> None:
+    """Make the name of an output that has its place durable."""
+    try:
+        synchronise_folder(folder.parent)
+    except MoeccError as error:
+        raise MachineError(
+            "the output is complete, but a loss of power may take it: the folder around it cannot "
+            "be synchronised", where=str(folder), found=error.problems[0].what,
+            hint="check the disk (dmesg); then sync, and moecc verify OUT",
+        ) from None  # fmt: skip

@@ -1,3 +1,4 @@
+import errno
 import os
 import shutil
 import stat
@@ -6,6 +7,7 @@ import sys
 
 import pytest
 
+from moecc.checkpoint.disk import Disk, injected
 from moecc.checkpoint.outdir import check_output, output_folder
 from moecc.errors import InputError, MachineError
 
@@ -53,6 +55,24 @@ def test_an_empty_folder_is_taken(tmp_path):
     with output_folder(tmp_path / "out") as folder:
         (folder / "a").write_text("a")
     assert os.listdir(tmp_path / "out") == ["a"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_disk_that_fails_once_the_output_has_its_place(tmp_path, force):
+    out = tmp_path / "out"
+    if force:
+        fill(out, "old")
+
+    class Failing(Disk):
+        def sync(self, descriptor):
+            if (out / "new").exists():
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with injected(Failing()), pytest.raises(MachineError, match="the output is complete"):
+        fill(out, "new", force=force)
+    assert os.listdir(out) == ["new"]
+    # As docs/interrupted.md says.
+    assert sorted(os.listdir(tmp_path)) == [*([".out.moecc-old"] if force else []), "out"]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
