@@ -149,12 +149,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except MemoryError:
-        say("error: the machine has not enough memory for this")
-        return MachineError.exit_code
+        return _out_of_memory()
     except OSError as error:
         return _os_error(error)
     except Exception as error:
-        return _bug(error)
+        return _out_of_memory() if _is_out_of_memory(error) else _bug(error)
     except BaseException as error:
         # A file of the user may raise what ends Python, with exit code 0 even.
         if not _of_user(error):
@@ -227,6 +226,20 @@ def _os_error(error: OSError) -> int:
     where = f"{error.filename}: " if error.filename else ""
     say(f"error: {where}{error.strerror or error}")
     return MachineError.exit_code if error.errno in _MACHINE else 1
+
+
+def _out_of_memory() -> int:
+    say("error: the machine has not enough memory for this")
+    return MachineError.exit_code
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether Python or the dynamic loader was refused memory: neither has a kind for it."""
+    kinds = {
+        RuntimeError: ("can't start new thread",),
+        ImportError: ("failed to map segment", "cannot allocate memory"),
+    }
+    return any(text in str(error) for text in kinds.get(type(error), ()))
 
 
 def _of_user(error: BaseException) -> bool:

@@ -327,6 +327,25 @@ def test_interrupted_in_the_middle(dense: Path, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["dense"]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("can't start new thread"),
+        ImportError("libjax_common.so: failed to map segment from shared object"),
+    ],
+)
+def test_refused_memory_is_the_machine_s_fault(
+    error: Exception, moecc: Callable, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*args: Any, **more: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("moecc.model.open.open_model", failing)
+    done = moecc("inspect", dense)
+    assert (done.code, done.err) == (4, "error: the machine has not enough memory for this\n")
+
+
 def test_a_bug_says_where_its_reproducer_is(
     moecc: Callable, dense: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
