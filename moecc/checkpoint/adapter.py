@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import sqrt
+from functools import cached_property
+from math import isfinite, sqrt
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypeGuard
 
 import numpy as np
 
@@ -17,17 +19,21 @@ from moecc.checkpoint.frontmatter import read_card
 from moecc.checkpoint.jsonfile import read_json_object
 from moecc.checkpoint.layout import ADAPTER_CONFIG
 from moecc.checkpoint.modelcard import hub_repository
-from moecc.checkpoint.problems import Problems, quoted
+from moecc.checkpoint.problems import Problems, describe, quoted
 from moecc.checkpoint.safetensors import read_header
 from moecc.checkpoint.source import Checkpoint, TensorInfo
 from moecc.errors import nearest
 from moecc.support.closing import Closing
+from moecc.support.patterns import Pattern, UnsupportedPattern, parse_pattern
 from moecc.support.text import amount
 from moecc.types.arrays import Array
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _MAX_CONFIG_BYTES = 1 << 20
 _PREFIX = "base_model.model."
+_ALPHAS = "alpha_pattern"
+_MOST_PATTERNS = 4096
+_MERGE_WITH_PEFT = "merge the adapter with PEFT (merge_and_unload), and give that model"
 _MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<table>embedding_)?(?P<letter>[AB])(?:\.weight)?")
 
 _UNSUPPORTED = {
@@ -250,7 +256,7 @@ class _Reading:
             if self.settings.get(key):
                 self.problems.add(
                     f"moecc does not merge {what}", where=f"{where}: {key}",
-                    hint="merge the adapter with PEFT (merge_and_unload), and give that model",
+                    hint=_MERGE_WITH_PEFT,
                 )  # fmt: skip
         for key in ("fan_in_fan_out", "use_rslora"):
             value = self.settings.get(key)
@@ -268,6 +274,37 @@ class _Reading:
                 hint="write it as a plain LoRA first: save_pretrained of PEFT with "
                 "path_initial_model_for_weight_conversion",
             )  # fmt: skip
+
+    @cached_property
+    def _alphas(self) -> Mapping[str, object]:
+        """The scales by patterns of modules."""
+        stated = self.settings.get(_ALPHAS)
+        return stated if isinstance(stated, Mapping) else {}
+
+    @cached_property
+    def _alpha_patterns(self) -> list[Pattern]:
+        """The patterns of modules with scales of their own; the first that matches counts."""
+        where = f"{self.path / ADAPTER_CONFIG}: {_ALPHAS}"
+        if self.settings.get(_ALPHAS) is not None and not isinstance(
+            self.settings[_ALPHAS], Mapping
+        ):
+            self.problems.add("not an object", where=where, expected="numbers by patterns",
+                              found=describe(self.settings[_ALPHAS]))  # fmt: skip
+        if len(self._alphas) > _MOST_PATTERNS:
+            self.problems.add("too many patterns", where=where, expected=f"{_MOST_PATTERNS:,}",
+                              found=f"{len(self._alphas):,}")  # fmt: skip
+            return []
+        patterns = []
+        for text in self._alphas:
+            try:
+                patterns.append(parse_pattern(text))
+            except UnsupportedPattern as error:
+                self.problems.add(
+                    f"moecc does not match the pattern {quoted(text)}", where=where,
+                    expected="names, dots, classes, groups, and repetitions that are not nested",
+                    found=str(error), hint=_MERGE_WITH_PEFT,
+                )  # fmt: skip
+        return patterns
 
     def _add_whole(self, name: str) -> None:
         tensor = (
@@ -319,12 +356,12 @@ class _Reading:
 
     def _scale(self, module: str, rank: int) -> float | None:
         """Return s: alpha / rank, or / √rank where it is stabilised (Kalajdzievski 2023)."""
-        alpha = _by_pattern(self.settings.get("alpha_pattern"), module)
-        alpha = self.settings.get("lora_alpha") if alpha is None else alpha
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-            where = f"{self.path / ADAPTER_CONFIG}: lora_alpha"
-            self.problems.add("not a usable number", where=where, expected="a number",
-                              found=str(alpha))  # fmt: skip
+        key = next((p.text for p in self._alpha_patterns if p.matches(module)), None)
+        alpha = self._alphas[key] if key is not None else self.settings.get("lora_alpha")
+        if not _is_finite(alpha):
+            where = f"{self.path / ADAPTER_CONFIG}: {'lora_alpha' if key is None else _ALPHAS}"
+            self.problems.add("not a usable number", where=where, expected="a finite number",
+                              found=describe(alpha))  # fmt: skip
             return None
         return alpha / (sqrt(rank) if self.settings.get("use_rslora") is True else rank)
 
@@ -356,17 +393,14 @@ def _product_shape(
     return (first[1], second[0]) if is_turned else (second[0], first[1])
 
 
-def _by_pattern(patterns: object, module: str) -> object:
-    """Return the value of the first pattern that is the end of a module's name, as in PEFT."""
-    if not isinstance(patterns, Mapping):
-        return None
-    for pattern, value in patterns.items():
-        try:
-            if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module):
-                return value
-        except re.error:
-            continue
-    return None
+def _is_finite(value: object) -> TypeGuard[float]:
+    """Return whether a JSON value is a number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _similar(names: Iterable[str], name: str) -> list[str]:

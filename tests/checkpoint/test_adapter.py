@@ -56,6 +56,9 @@ def base() -> Any:
         ({"use_rslora": True}, 6 / 2**0.5),
         ({"alpha_pattern": {"gate_proj": 8}}, 4.0),
         ({"alpha_pattern": {"up_proj": 8}}, 3.0),
+        ({"alpha_pattern": {r"^model\.layers\.\d+\.mlp\.(gate|up)_proj": 8}}, 4.0),
+        ({"alpha_pattern": {"ate_proj": 8}}, 3.0),
+        ({"alpha_pattern": {r".*\.gate_proj": 10, "gate_proj": 8}}, 5.0),
     ],
 )
 def test_a_matrix_is_merged(
@@ -122,6 +125,13 @@ def test_tables_and_whole_tensors(base: Checkpoint, tmp_path: Path) -> None:
         (pair(GATE, 24, 16), {"use_dora": True}, "DoRA"),
         (pair(GATE, 24, 16), {"kasa_config": {"beta": 1}}, "singular values"),
         (pair(GATE, 24, 16), {"lora_alpha": "much"}, "not a usable number"),
+        (pair(GATE, 24, 16), {"lora_alpha": 10**400}, "not a usable number"),
+        (pair(GATE, 24, 16), {"alpha_pattern": {"gate_proj": 10**400}}, "not a usable number"),
+        (pair(GATE, 24, 16), {"alpha_pattern": {"gate_proj": None}}, "not a usable number"),
+        (pair(GATE, 24, 16), {"alpha_pattern": {"(.+)+x": 8}}, "does not match the pattern"),
+        (pair(GATE, 24, 16), {"alpha_pattern": {"(?=a)gate": 8}}, "does not match the pattern"),
+        (pair(GATE, 24, 16), {"alpha_pattern": {"gate(": 8}}, "does not match the pattern"),
+        (pair(GATE, 24, 16), {"alpha_pattern": ["gate_proj"]}, "not an object"),
         ({f"{GATE}.lora_A.weight": np.ones((2, 16))}, {}, "lacks its partner"),
         *(
             (pair(GATE, 24, 16), {"init_lora_weights": start}, "path_initial_model_for_weight")
