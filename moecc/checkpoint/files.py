@@ -205,6 +205,11 @@ def file_fault(path: Path, root: Path) -> Problem | None:
         identify(path)
     except InputError as error:
         return error.problems[0]
+    return link_fault(path, root)
+
+
+def link_fault(path: Path, root: Path) -> Problem | None:
+    """Return why a path leaves the folder `root` once links are resolved, or None; see above."""
     real, real_root = Path(os.path.realpath(path)), Path(os.path.realpath(root))
     if real.is_relative_to(real_root) or real.parent in _own_blobs(real_root):
         return None

@@ -22,7 +22,7 @@ from moecc.checkpoint.run.layout import (
     SOURCE,
     choose_step,
     is_run,
-    read_lineage,
+    run_stages,
     saved_steps,
     split_reference,
 )
@@ -277,10 +277,7 @@ def _facts_of_run(run: Path, graph: Graph, step: Graph) -> ModelFacts:
 
 
 def _last_stage(run: Path) -> JsonDict:
-    stages = read_lineage(run).get("stages")
-    if not isinstance(stages, list) or not stages or not isinstance(stages[-1], dict):
-        raise InputError("the lineage of the run has no stages", where=str(run))
-    return dict(stages[-1])
+    return dict(run_stages(run)[-1])
 
 
 def _begun_with(run: Path) -> Recipe:

@@ -112,7 +112,7 @@ def cut_back(path: Path, step: int) -> None:
 def _is_kept(raw: bytes, step: int) -> bool:
     try:
         found = json.loads(raw)["step"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
     return raw.endswith(b"\n") and isinstance(found, int) and found <= step
 
@@ -121,7 +121,7 @@ def read_journal(path: Path) -> Iterator[JsonDict]:
     """Yield the lines of a journal; one that a kill cut off at the end is left out.
 
     Raises:
-      InputError: a line is not JSON.
+      InputError: a line is not a JSON object.
     """
     if not path.exists():
         return
@@ -131,7 +131,9 @@ def read_journal(path: Path) -> Iterator[JsonDict]:
                 return
             try:
                 line = json.loads(raw)
-            except ValueError:
-                raise InputError("not a line of JSON", where=f"{path}:{number}") from None
-            if isinstance(line, dict):
-                yield line
+            except (ValueError, RecursionError):
+                line = None
+            if not isinstance(line, dict):
+                raise InputError("not a line of JSON", where=f"{path}:{number}",
+                                 expected="an object in braces")  # fmt: skip
+            yield line

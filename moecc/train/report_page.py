@@ -9,23 +9,10 @@ import numpy as np
 
 from moecc.support.page import figure_html, page, require_figures
 from moecc.support.untyped import Json
-from moecc.train.run_series import RunSeries, Series
+from moecc.train.run_series import CURVES, ROUTER_CURVES, RunSeries, Series
 
 Layers = Sequence[Json]
 """What ``moecc specialise`` says of the layers of a model, as JSON values."""
-
-CURVES = {
-    "loss": "Loss of each step",
-    "loss.cross_entropy": "Cross entropy of each step, nats a token",
-    "gradient_norm": "Norm of the gradients",
-    "rate": "Learning rate",
-}
-ROUTER_CURVES = {
-    "entropy": "Entropy of the router, nats",
-    "dropped": "Share of choices without a slot",
-    "max_violation": "Largest load over the mean, less 1",
-    "logit_square": "Mean square of the router's logits",
-}
 
 
 def report_page(runs: Sequence[RunSeries], specialised: Mapping[str, Layers]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from moecc.checkpoint.run.layout import METRICS, best_step, is_run, read_lineage, saved_steps
+from moecc.checkpoint.problems import describe
+from moecc.checkpoint.run.layout import (
+    METRICS,
+    best_step,
+    is_count,
+    is_number,
+    is_run,
+    run_stages,
+    saved_steps,
+)
 from moecc.errors import InputError
 from moecc.support.shown import brief, facts_table
 from moecc.support.untyped import JsonDict
@@ -22,6 +32,25 @@ MOST_POINTS = 1000
 """Longer series are means of so many parts."""
 
 _METRIC = "metric."
+_BY_NAME = ("held_out", "spread")
+"""The keys of a line whose values have names of their own."""
+
+_UNSERIAL = ("left_out", "faults")
+"""The keys of a line that no series is made of."""
+
+
+CURVES = {
+    "loss": "Loss of each step",
+    "loss.cross_entropy": "Cross entropy of each step, nats a token",
+    "gradient_norm": "Norm of the gradients",
+    "rate": "Learning rate",
+}
+ROUTER_CURVES = {
+    "entropy": "Entropy of the router, nats",
+    "dropped": "Share of choices without a slot",
+    "max_violation": "Largest load over the mean, less 1",
+    "logit_square": "Mean square of the router's logits",
+}
 
 
 @dataclass(frozen=True)
@@ -81,7 +110,12 @@ class RunSeries:
         """The held-out losses by the name of the text."""
         lines = [line for line in self.lines if "held_out" in line]
         names = dict.fromkeys(name for line in lines for name in line["held_out"])
-        pairs = {name: [(line["step"], line["held_out"][name]) for line in lines] for name in names}
+        pairs = {
+            name: [
+                (line["step"], found[name]) for line in lines if name in (found := line["held_out"])
+            ]
+            for name in names
+        }
         return {name: s for name, found in pairs.items() if (s := _series(found)) is not None}
 
     @cached_property
@@ -93,7 +127,7 @@ class RunSeries:
             for name in line
             if name.startswith(_METRIC)
         }
-        return sorted(names, key=lambda n: [int(p) if p.isdigit() else p for p in n.split(".")])
+        return sorted(names, key=lambda name: list(map(_place, name.split("."))))
 
     def of_layer(self, layer: str, kind: str) -> Series | None:
         """Return what was measured of a layer: ``loads``, ``entropy``, ``dropped``."""
@@ -118,6 +152,60 @@ def _series(found: Sequence[tuple[int, Any]]) -> Series | None:
     return Series(np.array(steps, np.float64), np.array(values, np.float64)).thinned()
 
 
+def _place(part: str) -> tuple[int, str]:
+    """Return the place of a part of a layer's name among others: numbers first, by their value."""
+    is_index = part.isascii() and part.isdecimal() and len(part) < 10
+    return (int(part), "") if is_index else (sys.maxsize, part)
+
+
+def _check_lines(lines: Sequence[JsonDict], path: Path) -> None:
+    """Check the values of a journal. Raises InputError with the first line that is wrong."""
+    lengths: dict[str, int | None] = {}
+    for number, line in enumerate(lines, 1):
+        for key, expected in _line_faults(line, lengths):
+            raise InputError(
+                "not a line of a journal", where=f"{path}:{number}: {key}", expected=expected,
+                found=describe(line.get(key)),
+            )  # fmt: skip
+
+
+def _is_scalar(key: str) -> bool:
+    """Return whether the values of a key are single numbers."""
+    of_router = key.startswith(_METRIC) and key.rpartition(".")[2] in ROUTER_CURVES
+    return of_router or key == "held_out" or key in CURVES
+
+
+def _line_faults(line: JsonDict, lengths: dict[str, int | None]) -> Iterator[tuple[str, str]]:
+    """Yield the keys of a line whose values are wrong, and what they should be.
+
+    Args:
+      line: the line.
+      lengths: of the lists of earlier lines by key, None for numbers; keys of this one are added.
+    """
+    for key in ("step", "tokens"):
+        if (key == "step" or key in line) and not is_count(line.get(key)):
+            yield key, "an integer, 0 or more"
+    for key, value in line.items():
+        if key in _UNSERIAL:
+            continue
+        values = value if key in _BY_NAME else {"": value}
+        if not isinstance(values, dict):
+            yield key, "an object"
+            continue
+        for name, entry in values.items():
+            entries = entry if isinstance(entry, list) else [entry]
+            length = len(entry) if isinstance(entry, list) else None
+            is_listed = key == "spread" or key.endswith(".loads")
+            if not entries or not all(e is None or is_number(e) for e in entries):
+                yield key, "numbers, or lists of numbers"
+            elif _is_scalar(key) and length is not None:
+                yield key, "a number"
+            elif is_listed and length is None:
+                yield key, "lists of numbers"
+            elif lengths.setdefault(f"{key} {name}", length) != length:
+                yield key, "as many numbers as in earlier lines"
+
+
 def read_run(path: Path) -> RunSeries:
     """Return what a run measured.
 
@@ -127,9 +215,10 @@ def read_run(path: Path) -> RunSeries:
     if not is_run(path):
         raise InputError("this is not the folder of a run", where=str(path))
     lines = tuple(read_journal(path / METRICS))
+    _check_lines(lines, path / METRICS)
     if not any("loss" in line for line in lines):
         raise InputError("the run has made no step", where=str(path))
-    stage = read_lineage(path)["stages"][-1]
+    stage = run_stages(path)[-1]
     steps = saved_steps(path)
     best = best_step(steps)
     last = max(line["step"] for line in lines)

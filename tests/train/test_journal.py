@@ -114,9 +114,10 @@ def test_a_skipped_step_has_the_quantity_at_fault(
 
 def test_a_line_that_is_not_json_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\nno\n{"step": 2}\n')
-    with pytest.raises(InputError, match=r"metrics.jsonl:2"):
-        list(read_journal(path))
+    for line in ("no", "[1]", "[" * 100_000, "1" * 5000):
+        path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+        with pytest.raises(InputError, match=r"metrics.jsonl:2"):
+            list(read_journal(path))
 
 
 def test_batches_that_are_left_out_are_passed_over() -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from moecc.checkpoint.manifest import seal
+from moecc.checkpoint.run.checkpoint import RunCheckpoint
 from moecc.checkpoint.run.digests import check_step
 from moecc.checkpoint.run.layout import (
     LINEAGE_SCHEMA,
@@ -103,6 +106,74 @@ def test_a_changed_digest_and_a_missing_file_are_found(run: Path) -> None:
     facts.write_text(facts.read_text().replace('"tokens": 1', '"tokens": 2'))
     with pytest.raises(CheckError, match="seal"):
         check_step(run, saved_steps(run)[0])
+
+
+FORMS: dict[str, Any] = {
+    "tokens": "8",
+    "left_out": [1, "2"],
+    "loss": [1.0],
+    "tensors": [],
+    "files": {"data": {"size_bytes": "5", "sha256": "0" * 64}},
+    "run_files": {"graph.moe": ["0" * 64]},
+}
+
+
+@pytest.mark.parametrize(("key", "value"), FORMS.items(), ids=FORMS)
+def test_a_stranger_s_step_is_a_message(run: Path, key: str, value: object) -> None:
+    save(run, 1, loss=2.0)
+    rewrite(run, **{key: value})
+    step = saved_steps(run)[0]
+    with pytest.raises(CheckError, match=rf"step\.json: {key}: not what moecc wrote"):
+        check_step(run, step)
+    with pytest.raises(InputError, match=rf"step\.json: {key}: not what moecc wrote"):
+        choose_step(run, "best")
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../../outside"])
+def test_no_file_outside_of_the_run_is_hashed(
+    run: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    save(run, 1)
+    hashed: list[Path] = []
+    monkeypatch.setattr(
+        "moecc.checkpoint.run.digests.file_records",
+        lambda files: hashed.extend(files.values()) or {},
+    )
+    rewrite(run, run_files={name: {"size_bytes": 6, "sha256": "0" * 64}}, files={})
+    step = choose_step(run, "last")
+    with pytest.raises(CheckError, match="is not in the folder of the run"):
+        check_step(run, step)
+    with pytest.raises(InputError, match="is not in the folder of the run"):
+        RunCheckpoint(run, step)
+    assert hashed == []
+
+
+@pytest.mark.parametrize("part", ["source", "steps/1/state", "steps/1", "steps/1/state/data"])
+def test_a_link_out_of_the_run_is_refused(run: Path, part: str) -> None:
+    save(run, 1)
+    check_step(run, saved_steps(run)[0])
+    (run / part).rename(run.parent / "outside")
+    (run / part).symlink_to(run.parent / "outside")
+    step = choose_step(run, "last")
+    for read in (lambda: check_step(run, step), lambda: RunCheckpoint(run, step)):
+        with pytest.raises(InputError, match="link that leaves its folder"):
+            read()
+
+
+def test_a_link_inside_of_the_run_is_none_out_of_it(run: Path) -> None:
+    save(run, 1)
+    state = run / "steps/1/state"
+    (state / "data").rename(run / "steps/1/array")
+    (state / "data").symlink_to("../array")
+    check_step(run, saved_steps(run)[0])
+
+
+def rewrite(run: Path, **changes: object) -> None:
+    """Replace values of step.json, as a stranger could, the seal included."""
+    path = run / "steps/1/step.json"
+    facts = {**json.loads(path.read_text()), **changes}
+    facts.pop("seal")
+    path.write_bytes(seal(json.dumps(facts, indent=1).encode().removesuffix(b"\n}")))
 
 
 def test_a_moved_step_is_refused(run: Path) -> None:

@@ -116,6 +116,52 @@ def test_the_page_is_whole_and_loads_nothing(
     assert main(["report", str(run), "--html", str(page)]) == 1
 
 
+JOURNALS: dict[str, Any] = {
+    "step": {"step": "1", "loss": 1.0},
+    "no step": {"loss": 1.0},
+    "tokens": {"step": 1, "loss": 1.0, "tokens": []},
+    "loss": {"step": 1, "loss": {"a": 1}},
+    "listed loss": {"step": 1, "loss": [1.0]},
+    "large": {"step": 1, "loss": 10**401},
+    "loads": {"step": 1, "loss": 1.0, f"{LAYER}.loads": 0.5},
+    "other loads": {"step": 1, "loss": 1.0, f"{LAYER}.loads": [0.5, 0.25, 0.25]},
+    "empty loads": {"step": 1, "loss": 1.0, f"{LAYER}.loads": []},
+    "held out": {"step": 1, "held_out": [1.0]},
+    "held out text": {"step": 1, "held_out": {"a": "low"}},
+    "spread": {"step": 1, "spread": {"layers.1.ffn": 1.0}},
+    "spread object": {"step": 1, "spread": 3},
+}
+
+
+@pytest.mark.parametrize("line", JOURNALS.values(), ids=JOURNALS)
+def test_a_stranger_s_journal_is_a_message(
+    run: Path, capfd: pytest.CaptureFixture[str], line: object
+) -> None:
+    lines = [json.dumps({"step": 1, **metrics(1, [0.5, 0.5])}), json.dumps(line)]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert main(["report", str(run), "--html", str(run.parent / "a.html")]) == 1
+    assert "metrics.jsonl:2" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [None, [], {}, [1], [{"source": []}], [{"recipe": 1}], [{"tokens": "8"}], [{"data": []}]],
+)
+def test_a_stranger_s_lineage_is_a_message(
+    run: Path, capfd: pytest.CaptureFixture[str], stages: object
+) -> None:
+    (run / "lineage.json").write_text(json.dumps({"schema": LINEAGE_SCHEMA, "stages": stages}))
+    assert main(["report", str(run), "--html", str(run.parent / "a.html")]) == 1
+    assert "lineage.json: stages" in capfd.readouterr().err
+
+
+def test_layers_have_an_order_whatever_their_names(run: Path) -> None:
+    names = ["layers.10", "layers.2", "layers.x", "layers.²", f"layers.{'1' * 5000}"]
+    line = {"step": 1, "loss": 1.0, **{f"metric.{name}.entropy": 1.0 for name in names}}
+    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert read_run(run).layers[:2] == ["layers.2", "layers.10"]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason=MISSING)
 @pytest.mark.parametrize(("width", "dark"), [(1100, False), (480, True)])

@@ -22,6 +22,7 @@ from moecc.checkpoint.run.layout import (
     STEP,
     STEPS,
     SavedStep,
+    check_inside,
     choose_step,
     read_lineage,
     split_reference,
@@ -55,6 +56,7 @@ class RunCheckpoint(Closing):
         self.run = run
         self.step = step
         self.path = run
+        check_inside(run, step)
         require_run_files(step)
         self.lineage: Json = read_lineage(run)
         self.config = read_json_object(run / SOURCE / CONFIG, limit_bytes=_MAX_CONFIG_BYTES)

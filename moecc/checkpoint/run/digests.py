@@ -10,7 +10,7 @@ from moecc.checkpoint.files import Identity, identify
 from moecc.checkpoint.manifest import file_records
 from moecc.checkpoint.problems import Problems, quoted
 from moecc.checkpoint.records import FileRecord
-from moecc.checkpoint.run.layout import STEP, SavedStep
+from moecc.checkpoint.run.layout import STEP, SavedStep, check_inside
 from moecc.errors import CheckError, InputError, Problem
 
 _STATE, _RUN = "files", "run_files"
@@ -31,9 +31,11 @@ def check_step(run: Path, step: SavedStep) -> None:
     """Compare the files of a step, and those of its run, with their digests.
 
     Raises:
-      CheckError: a file is missing or differs; all of them.
+      CheckError: a file is missing or differs, or step.json is not what moecc wrote; all problems.
+      InputError: a link leads out of the run.
       MachineError: a file cannot be read.
     """
+    check_inside(run, step)
     problems = Problems()
     try:
         for folder, key in ((step.state, _STATE), (run, _RUN)):

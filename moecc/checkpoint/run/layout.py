@@ -14,12 +14,16 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import isfinite
 from pathlib import Path
 
-from moecc.checkpoint.files import read_bounded
+from moecc.checkpoint.files import link_fault, read_bounded
 from moecc.checkpoint.jsonfile import parse_json_object, read_json_object
+from moecc.checkpoint.problems import Problems, describe
 from moecc.checkpoint.records import seal
 from moecc.errors import InputError, nearest
 from moecc.support.untyped import Json, JsonDict
@@ -36,6 +40,85 @@ PARAMS = "params"
 BEST, LAST = "best", "last"
 _MAX_JSON_BYTES = 64 << 20
 _SEAL = b',\n"seal": "'
+
+
+_LARGEST = 1 << 63
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def is_count(value: object) -> bool:
+    """Return whether a JSON value is an integer of 64 bits that is not negative."""
+    return type(value) is int and 0 <= value < _LARGEST
+
+
+def is_number(value: object) -> bool:
+    """Return whether a JSON value is a number that a float can hold."""
+    if type(value) is int:
+        return abs(value) < _LARGEST
+    return isinstance(value, float) and isfinite(value)
+
+
+def _is_counts(value: object) -> bool:
+    return isinstance(value, list) and all(map(is_count, value))
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_digests(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(record, dict)
+        and is_count(record.get("size_bytes"))
+        and isinstance(record.get("sha256"), str)
+        and _SHA256.fullmatch(record["sha256"]) is not None
+        for record in value.values()
+    )
+
+
+def _is_stages(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
+
+
+_Form = tuple[Callable[[object], bool], str]
+_COUNT: _Form = (is_count, "an integer, 0 or more")
+_OBJECT: _Form = (_is_object, "an object")
+_TEXT: _Form = (_is_text, "a text")
+_DIGESTS: _Form = (_is_digests, "size_bytes and sha256 by the paths of files")
+
+_STEP_FORMS: Mapping[str, _Form] = {
+    "tokens": _COUNT,
+    "left_out": (_is_counts, "a list of integers, 0 or more"),
+    "loss": (lambda value: value is None or is_number(value), "a number or null"),
+    "tensors": _OBJECT,
+    "files": _DIGESTS,
+    "run_files": _DIGESTS,
+}
+_LINEAGE_FORMS: Mapping[str, _Form] = {
+    "card": _OBJECT,
+    "stages": (_is_stages, "a list of objects, one at least"),
+}
+_STAGE_FORMS: Mapping[str, _Form] = {
+    **dict.fromkeys(("kind", "source", "pipeline", "preserves", "start", "recipe"), _TEXT),
+    **dict.fromkeys(("from_step", "steps", "tokens"), _COUNT),
+    "data": _OBJECT,
+    "recipe_toml": _TEXT,
+}
+
+
+def _check_forms(
+    facts: Mapping[str, object], forms: Mapping[str, _Form], where: str, problems: Problems
+) -> None:
+    """Add a problem for each key whose value has another form; a key may be absent."""
+    for key, (is_right, expected) in forms.items():
+        if key in facts and not is_right(facts[key]):
+            found = describe(facts[key])
+            problems.add("not what moecc wrote", where=f"{where}: {key}", expected=expected,
+                         found=found)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,7 +143,8 @@ class SavedStep:
         """The content of ``step.json``.
 
         Raises:
-          InputError: it was changed after it was written, or is of another version.
+          InputError: it was changed after it was written, is of another version, or a value has
+            another form.
         """
         path = self.folder / STEP
         data = read_bounded(path, _MAX_JSON_BYTES)
@@ -75,8 +159,12 @@ class SavedStep:
                 "the step is of another version of moecc, or was moved",
                 where=str(path),
                 expected=f'"schema": "{STEP_SCHEMA}", "step": {self.number}',
-                found=f'"schema": {found.get("schema")!r}, "step": {found.get("step")!r}',
+                found=f'"schema": {describe(found.get("schema"))}, '
+                f'"step": {describe(found.get("step"))}',
             )
+        problems = Problems()
+        _check_forms(found, _STEP_FORMS, str(path), problems)
+        problems.raise_if_any()
         return found
 
     @property
@@ -162,6 +250,46 @@ def read_lineage(run: Path) -> JsonDict:
     if found.get("schema") != LINEAGE_SCHEMA:
         raise InputError(
             "the run is of a version that this moecc does not read", where=str(path),
-            expected=f'"schema": "{LINEAGE_SCHEMA}"', found=f'"schema": {found.get("schema")!r}',
+            expected=f'"schema": "{LINEAGE_SCHEMA}"',
+            found=f'"schema": {describe(found.get("schema"))}',
         )  # fmt: skip
+    problems = Problems()
+    _check_forms(found, _LINEAGE_FORMS, str(path), problems)
+    problems.raise_if_any()
+    stages = found.get("stages", [])
+    assert isinstance(stages, list), "its form is checked"
+    for number, stage in enumerate(stages):
+        _check_forms(stage, _STAGE_FORMS, f"{path}: stages.{number}", problems)
+    problems.raise_if_any()
     return found
+
+
+def run_stages(run: Path) -> list[JsonDict]:
+    """Return the stages that led to a run, its own last. Raises InputError; see `read_lineage`."""
+    stages = read_lineage(run).get("stages")
+    if not stages:
+        raise InputError("the lineage of the run has no stages", where=str(run / LINEAGE))
+    return list(stages)
+
+
+def check_inside(run: Path, step: SavedStep) -> None:
+    """Check that no link leads out of a run, among the files of a step and of its source.
+
+    Raises:
+      InputError: links that do; all of them.
+    """
+    problems = Problems()
+    for path in _links(run, step):
+        if (fault := link_fault(path, run)) is not None:
+            problems.extend((fault,))
+    problems.raise_if_any()
+
+
+def _links(run: Path, step: SavedStep) -> Iterator[Path]:
+    """Yield the symbolic links of a step and of its run."""
+    own = [run / name for name in (RECIPE, LINEAGE, GRAPH, METRICS, STEPS, SOURCE)]
+    yield from (path for path in (*own, step.folder) if path.is_symlink())
+    for top in (run / SOURCE, step.folder):
+        for folder, folders, files in os.walk(top):
+            entries = (Path(folder, name) for name in (*folders, *files))
+            yield from (path for path in entries if path.is_symlink())

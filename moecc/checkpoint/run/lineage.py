@@ -8,6 +8,7 @@ from pathlib import Path
 from moecc.checkpoint.given import GivenParams
 from moecc.checkpoint.records import MANIFEST_NAME, load
 from moecc.checkpoint.run.checkpoint import RunCheckpoint
+from moecc.checkpoint.run.layout import run_stages
 from moecc.checkpoint.source import Checkpoint
 from moecc.errors import MoeccError
 from moecc.support.untyped import Json
@@ -24,9 +25,9 @@ _DIGITS = 19
 def stages_of(checkpoint: Checkpoint) -> list[Stage]:
     """Return the stages that led to a checkpoint, as far as it tells: a run, or a conversion."""
     if isinstance(checkpoint, RunCheckpoint):
-        *earlier, last = checkpoint.lineage["stages"]
-        facts = checkpoint.step.facts
-        return [*earlier, {**last, "steps": checkpoint.step.number, "tokens": facts["tokens"]}]
+        *earlier, last = run_stages(checkpoint.run)
+        step = checkpoint.step
+        return [*earlier, {**last, "steps": step.number, "tokens": step.facts.get("tokens", 0)}]
     if isinstance(checkpoint, GivenParams):
         own = {"kind": TRAINED, "source": checkpoint.path.name, "outside": True}
         return [*stages_of(checkpoint.source), own]

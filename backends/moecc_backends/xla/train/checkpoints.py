@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from moecc.checkpoint.run.digests import require_state
-from moecc.checkpoint.run.layout import PARAMS, best_step, saved_steps
+from moecc.checkpoint.run.layout import PARAMS, best_step, check_inside, saved_steps
 from moecc.checkpoint.run.state import StateReader, array_key
 from moecc.errors import InputError
 from moecc.ir.graph import Graph
@@ -62,6 +62,7 @@ class RunCheckpoints:
         steps = saved_steps(self.run)
         if not steps:
             return (*self.start(), None)
+        check_inside(self.run, steps[-1])
         require_state(steps[-1])
         step = steps[-1].number
         state = restore(self._slots(step), StateReader(steps[-1].state).read, self.abstract(step))
