@@ -32,6 +32,7 @@ SHIPPED = files("moecc.presets") / "recipes"
 LARGEST_FILE_BYTES = 1 << 20
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:")
+_INDEX_DIGITS = 10
 _KEY = re.compile(r"[\w-]+(\.[\w-]+)*\Z", re.ASCII)
 
 
@@ -214,7 +215,11 @@ def _option(text: str) -> _Option:
     if not equals or not _KEY.match(key):
         raise UsageError("not a value of a recipe", where=f"--set {printable(text)}",
                          expected="section.key=value")  # fmt: skip
-    path = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+    # A place in a list has few digits; Python reads no integer of more than 4,300.
+    path = tuple(
+        int(part) if part.isdecimal() and len(part) < _INDEX_DIGITS else part
+        for part in key.split(".")
+    )
     return _Option(text, path, _value(value.strip()))
 
 
@@ -222,7 +227,7 @@ def _value(text: str) -> object:
     """Return the TOML value that `text` spells, or `text` itself where it spells none."""
     try:
         found = tomllib.loads(f"value = {text}")
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # not TOML, more digits than Python reads, or too deep
         return text
     return found["value"] if len(found) == 1 else text
 

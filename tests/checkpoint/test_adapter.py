@@ -130,6 +130,7 @@ def test_tables_and_whole_tensors(base: Checkpoint, tmp_path: Path) -> None:
         (pair(GATE, 24, 16), {"alpha_pattern": {"gate_proj": None}}, "not a usable number"),
         (pair(GATE, 24, 16), {"alpha_pattern": {"(.+)+x": 8}}, "does not match the pattern"),
         (pair(GATE, 24, 16), {"alpha_pattern": {"(?=a)gate": 8}}, "does not match the pattern"),
+        (pair(GATE, 24, 16), {"alpha_pattern": {"(" * 3000: 8}}, "does not match the pattern"),
         (pair(GATE, 24, 16), {"alpha_pattern": {"gate(": 8}}, "does not match the pattern"),
         (pair(GATE, 24, 16), {"alpha_pattern": ["gate_proj"]}, "not an object"),
         ({f"{GATE}.lora_A.weight": np.ones((2, 16))}, {}, "lacks its partner"),

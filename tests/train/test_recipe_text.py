@@ -116,6 +116,17 @@ def test_missing_sections_name_their_keys() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [f"run.steps={'1' * 4400}", f"data.train.{'1' * 4400}=1", f"run.steps={'[' * 3000}",
+     f"optimizer.rate={'1' * 401}", f"run.steps={'1' * 401}"],
+    ids=["value", "place", "deep", "float", "integer"],
+)  # fmt: skip
+def test_an_option_of_any_length_is_read_or_told(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_recipe(SMALL, "r.toml", sets=[text])
+
+
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "rsqrt"])
 def test_an_option_replaces_a_schedule_with_its_decay(schedule: str) -> None:
     text = f'{SMALL}[optimizer]\nschedule = "wsd"\ndecay_steps = 3\n'
