@@ -82,8 +82,8 @@ CONDITIONS: Mapping[str, Condition] = {
     "full attention": Condition(_full_attention, "sliding windows"),
     "silu": Condition(lambda c: c.hidden_act == "silu", "another activation than SiLU"),
     "plain rope": Condition(lambda c: c.rope.type == "default", "scaled rotary positions"),
-    "plain or linear rope": Condition(
-        lambda c: c.rope.type in ("default", "linear"), "rotary scalings other than linear"
+    "usual rope factor": Condition(
+        lambda c: c.rope.attention_factor is None, "an attention_factor of rotary scalings"
     ),
     "no routing bias": Condition(
         lambda c: not isinstance(c, MoeConfig) or not c.routing_bias,

@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ import pytest
 from moecc.model.open import open_model
 from moecc.pipeline.text import Pipeline
 from moecc.tasks.convert import plan, write
+from moecc.testing.comparing import run_reference
 
 from .engine import ask, interpreter, needs
 
@@ -87,6 +91,60 @@ def test_what_the_table_says_is_what_the_engine_does(tmp_path: Path) -> None:
         silent = isinstance(found, float) and found > 1e-3
         if (right, silent) != (verdict.runs, verdict.silent):
             wrong.append(f"{case}: {verdict}, but {found}")
+    assert not wrong, "\n".join(wrong)
+
+
+SCALINGS = {
+    "linear": {"rope_type": "linear", "factor": 3.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    "yarn with a factor": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16,
+        "attention_factor": 1.3,
+    },
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+}  # fmt: skip
+SCALED = [
+    ("llama_square_tied", "granitemoe", COPIES),
+    ("qwen2_square", "qwen2_moe", SHARED),
+    ("olmoe_square_v4", "olmoe", ""),
+]
+
+
+def test_scaled_rotary_positions(tmp_path: Path) -> None:
+    python = interpreter(VARIABLE, MODULE)
+    assert python is not None
+    jobs, expected, said = [], [], []
+    for (source, target, passes), (name, scaling) in product(SCALED, SCALINGS.items()):
+        folder, out = tmp_path / f"{source} {name}", tmp_path / f"{source} {name} written"
+        shutil.copytree(GOLDEN / source, folder)
+        keys = json.loads((folder / "config.json").read_text())
+        keys |= {"rope_scaling": scaling, "rope_theta": 500.0}
+        keys.pop("rope_parameters", None)
+        (folder / "config.json").write_text(json.dumps(keys))
+        tokens = GOLDEN / source / "tokens.npy"
+        with open_model(str(folder)) as model:
+            params = dict(model.params().items())
+            inputs = {"tokens": np.load(tokens)}
+            (logits,) = run_reference(model.graph, params=params, inputs=inputs).values()
+            planned = plan(model, Pipeline.parse(passes), target, seed=1)
+            write(planned, out)
+        expected.append(logits)
+        said.append(next(v for v in planned.engines if v.engine == "mlx-lm"))
+        jobs.append({"folder": str(out), "tokens": str(tokens)})
+    wrong = []
+    answers = ask(python, PROBE, jobs)
+    for job, verdict, logits, report in zip(jobs, said, expected, answers, strict=True):
+        if "refused" in report:
+            right = not verdict.runs and not verdict.silent
+        else:
+            computed = np.load(Path(job["folder"]) / "mlx.npy")
+            gap = np.abs(computed - logits).max() / np.abs(logits).max()
+            right = verdict.runs if gap <= SINGLE else verdict.silent
+        if not right:
+            wrong.append(f"{Path(job['folder']).name}: {verdict}, but {report}")
     assert not wrong, "\n".join(wrong)
 
 

@@ -207,11 +207,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         )
         for family, value in (("llama", False), ("qwen2", None), ("mistral", 0), ("gemma", False))
     },
-    "both directions in gpt2": (
-        {"model_type": "gpt2", "is_causal": False},
-        "is_causal",
-        "attends to later ones",
-    ),
+    **{
+        f"both directions in {family}": (
+            {"model_type": family, "is_causal": False},
+            "is_causal",
+            "attends to later ones",
+        )
+        for family in ("gpt2", "opt", "t5", "switch_transformers", "whisper")
+    },
     "smollm3's windows": (
         small(
             "smollm3",

@@ -188,6 +188,18 @@ def test_mlx_rotates_an_ernie_without_scaling(source: str) -> None:
     assert said.silent
 
 
+def test_mlx_has_its_own_factor_on_cosine_and_sine() -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    for family in ("granitemoe", "olmoe"):
+        assert verdict(config(family, head_dim=4, rope_scaling=yarn), "mlx-lm").runs
+        stated = config(family, head_dim=4, rope_scaling={**yarn, "attention_factor": 1.3})
+        assert verdict(stated, "mlx-lm").silent
+    linear = config("qwen2_moe", head_dim=4, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    said = verdict(linear, "mlx-lm")
+    assert (said.runs, said.silent) == (False, False)
+    assert "scaled rotary positions" in said.reasons
+
+
 def test_gates_of_all_experts_are_renormalised_and_not() -> None:
     every = config("qwen2_moe", norm_topk_prob=True, num_experts_per_tok=4)
     assert verdict(every, "llama.cpp").runs

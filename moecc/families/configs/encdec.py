@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from moecc.ir.attributes import Gates
 
-from .extras import EXTRA_DEFAULTS
+from .extras import EXTRA_DEFAULTS, refuse_attention_to_later_tokens
 from .model import ACTIVATIONS, ModelConfig, activation_problem, config_class
 from .reader import LARGEST_SIZES, KeyProblem, Reader, key_problem
 
@@ -142,6 +142,7 @@ class EncDecConfig(ModelConfig):
 
     @classmethod
     def _read(cls, reader: Reader) -> dict[str, object]:
+        refuse_attention_to_later_tokens(reader)
         sizes = {name: reader.size(key) for name, key in KEYS.items() if key != DECODER_LAYERS}
         if not reader.flag("is_encoder_decoder"):
             reader.refuse("is_encoder_decoder", f"a {cls.model_type} without a decoder")

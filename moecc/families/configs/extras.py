@@ -132,7 +132,7 @@ def refuse_attention_to_later_tokens(reader: Reader) -> None:
     """
     if reader.has("is_causal") and reader.value("is_causal") is not True:
         what = "every token of such a decoder attends to later ones, too"
-        hint = "remove the key if the model is a causal language model"
+        hint = "remove the key if the model ran with a causal mask"
         reader.refuse("is_causal", what, expected="true", hint=hint)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 from .encdec import read_activation
-from .extras import EXTRA_DEFAULTS
+from .extras import EXTRA_DEFAULTS, refuse_attention_to_later_tokens
 from .model import ModelConfig, activation_problem, config_class
 from .reader import LARGEST_SIZES, KeyProblem, Reader, key_problem
 
@@ -115,6 +115,7 @@ class WhisperConfig(ModelConfig):
 
     @classmethod
     def _read(cls, reader: Reader) -> dict[str, object]:
+        refuse_attention_to_later_tokens(reader)
         for key, value in (("scale_embedding", False), ("tie_word_embeddings", True)):
             if reader.flag(key) != value:
                 what = "whisper ties its output matrix to an embedding that it does not scale"
