@@ -33,9 +33,11 @@ from frozen.sections import SECTIONS, Choice, section_jobs
 from frozen.work import Job, Texts, revision, run_jobs
 
 SCHEMA = "moecc.freeze/1"
+# A sum in another order changes losses, logits and differences of losses by rounding.
 RELATIVE = {"losses": 1e-5, "json": 1e-5}
+ABSOLUTE = {"losses": 1e-7, "json": 1e-6}
 ERROR_BOUND = 1e-5
-"""Differences of measured errors up to this are rounding."""
+"""Measured errors up to this are rounding."""
 
 
 def record(args: argparse.Namespace) -> int:
@@ -89,7 +91,7 @@ def compare(args: argparse.Namespace) -> int:
             section_differences(
                 old["sections"].get(section, {}),
                 new["sections"].get(section, {}),
-                RELATIVE.get(section, 1e-9),
+                (RELATIVE.get(section, 1e-9), ABSOLUTE.get(section, 0.0)),
                 args.common,
             )
         )
@@ -107,19 +109,19 @@ def compare(args: argparse.Namespace) -> int:
 
 
 def section_differences(
-    old: dict[str, Any], new: dict[str, Any], relative: float, common: bool
+    old: dict[str, Any], new: dict[str, Any], tolerance: tuple[float, float], common: bool
 ) -> Iterator[tuple[str, str, str]]:
     """Yield job, place and words of each difference."""
     for name in sorted(old.keys() | new.keys()):
         if name in old and name in new:
-            for path, words in value_differences(old[name], new[name], relative):
+            for path, words in value_differences(old[name], new[name], tolerance):
                 yield name, path, words
         elif not common:
             yield name, "job", "only in the " + ("old record" if name in old else "new record")
 
 
 def value_differences(
-    old: Any, new: Any, relative: float, path: str = ""
+    old: Any, new: Any, tolerance: tuple[float, float], path: str = ""
 ) -> Iterator[tuple[str, str]]:
     """Yield place and words of each difference of two JSON values; numbers may be rounded."""
     if isinstance(old, dict) and isinstance(new, dict):
@@ -130,21 +132,23 @@ def value_differences(
             elif key not in old:
                 yield inner, f"{_short(new[key])} is new"
             else:
-                yield from value_differences(old[key], new[key], relative, inner)
+                yield from value_differences(old[key], new[key], tolerance, inner)
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for index, (left, right) in enumerate(zip(old, new, strict=True)):
-            yield from value_differences(left, right, relative, f"{path}[{index}]")
-    elif not _equal(old, new, relative, path):
+            yield from value_differences(left, right, tolerance, f"{path}[{index}]")
+    elif not _equal(old, new, tolerance, path):
         yield path, f"{_short(old)} -> {_short(new)}"
 
 
-def _equal(old: Any, new: Any, relative: float, path: str) -> bool:
+def _equal(old: Any, new: Any, tolerance: tuple[float, float], path: str) -> bool:
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (old, new))
     if not numbers or type(old) is int is type(new):
         return bool(old == new) and type(old) is type(new)
     if "error" in path and max(abs(old), abs(new)) <= ERROR_BOUND:
         return True
-    return bool(abs(old - new) <= relative * max(abs(old), abs(new)) or old == new)
+    relative, absolute = tolerance
+    bound = absolute + relative * max(abs(old), abs(new))
+    return bool(old == new or abs(old - new) <= bound)
 
 
 def _short(value: Any) -> str:

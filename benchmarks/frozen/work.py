@@ -253,7 +253,7 @@ def array_record(path: Path) -> dict[str, Any]:
     return {
         "header": header,
         "sum of magnitudes": math.fsum(map(abs, values)),
-        "weighted sum error": weighted / max(1.0, math.fsum(map(abs, values))),
+        "weighted sum": weighted / max(1.0, math.fsum(map(abs, values))),
     }
 
 
