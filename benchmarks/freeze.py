@@ -56,6 +56,7 @@ def record(args: argparse.Namespace) -> int:
     for name in args.only or SECTIONS:
         jobs += section_jobs(name, choice)
     _check_names(jobs)
+    jobs = [j for j in jobs if args.match in j.name]
     shard, shards = args.shards
     jobs = jobs[shard - 1 :: shards]
     texts = Texts(_texts_path(args.out))
@@ -238,6 +239,9 @@ def main() -> int:
     )
     command.add_argument(
         "--only", nargs="+", choices=[*SECTIONS], help="sections to run (default: all)"
+    )
+    command.add_argument(
+        "--match", default="", metavar="TEXT", help="run only jobs whose name has this text"
     )
     command.add_argument(
         "--shards",

@@ -57,7 +57,9 @@ def _extend_vocabulary(source: Path, folder: Path) -> None:
             turned = [r[4 * (i // size) :] + r[: 4 * (i // size)] for i, r in enumerate(rows)]
             tensors[name] = (dtype, [VOCABULARY, *shape[1:]], b"".join(turned))
     _write(folder / "model.safetensors", tensors)
-    (folder / "tokenizer.json").write_text(json.dumps(_byte_tokenizer()), "utf-8")
+    # The model of spans takes tokens of the tokenizer `bytes`, which has sentinels.
+    if config["model_type"] != "t5":
+        (folder / "tokenizer.json").write_text(json.dumps(_byte_tokenizer()), "utf-8")
 
 
 def _read(path: Path) -> dict[str, tuple[str, list[int], bytes]]:

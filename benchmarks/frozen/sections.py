@@ -172,7 +172,6 @@ TOKENS = ("tokens", "$INPUTS/text.txt", "--tokenizer", BYTES, "--out", "tokens",
 SPARSE = ("convert", BYTES, "sparse", "-p", "upcycle{experts=4 router-std=1}")
 API = """
 import moecc
-print(sorted(moecc.__all__))
 dense = moecc.open("$GOLDEN/llama_gqa")
 sparse = dense.apply("upcycle{experts=4},add-losses")
 print(sparse.graph)
@@ -345,8 +344,8 @@ def plans(choice: Choice) -> Iterator[Job]:
 
 COMPILED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("mixtral_gqa", "data=2,expert=4", ()),
-    ("mixtral_gqa", "expert=8", ("--via", "ragged", "--step", "forward")),
-    ("llama_gqa", "data=8", ("--rules", "fsdp")),
+    ("mixtral_gqa", "data=2,expert=4", ("--via", "ragged", "--step", "forward")),
+    ("llama_gqa", "fsdp=8", ("--rules", "fsdp")),
     ("mixtral_gqa", "data=2,expert=4", ("--partition", "gspmd")),
     ("mixtral_gqa", "data=2,expert=4", ("--via", "ring")),
     ("mixtral_gqa", "data=2,expert=4", ("--via", "replicated")),

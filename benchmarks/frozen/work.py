@@ -262,6 +262,7 @@ def manifest_record(manifest: dict[str, Any]) -> dict[str, Any]:
     for name in ("README.md", "moecc_receipt.json"):
         if name in manifest.get("files", {}):
             manifest["files"][name] = "is compared as a file"
+    manifest.pop("seal", None)
     tensors = manifest.get("tensors")
     record: dict[str, Any] = normalised(manifest)
     if tensors is not None:
