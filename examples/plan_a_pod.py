@@ -27,8 +27,8 @@ from moecc.cli.files import write_whole
 from moecc.model.open import open_model
 from moecc.plan.batches import make_batch
 from moecc.plan.candidates import Constraints
-from moecc.plan.chart import chart
 from moecc.plan.machines import parse_machine
+from moecc.plan.page import plan_page
 from moecc.plan.report import plan_json, plan_text
 from moecc.plan.search import search
 from moecc.plan.strategy import StepConfig
@@ -73,7 +73,7 @@ def _write(out: Path, time_limit: float) -> None:
         name = pod.model.removeprefix("preset:")
         with step(f"{name}: a plan on {pod.machine}"):
             plan = planned(pod)
-            write_whole(str(out / f"{name}.svg"), chart(plan).encode(), force=True)
+            write_whole(str(out / f"{name}.html"), plan_page(plan, ()).encode(), force=True)
             console.print(plan_text(plan))
         with step(f"{name}: a training step, compiled"):
             program = compiled(pod, plan, time_limit)
@@ -105,7 +105,7 @@ def compiled(pod: Pod, plan: dict[str, Any], time_limit: float) -> dict[str, Any
 
 def _page(name: str, plan: dict[str, Any], program: dict[str, Any]) -> Iterator[str]:
     yield from (f"## {name} on {plan['machine']['name']}", "")
-    yield from (f"![memory and time of a step]({name}.svg)", "")
+    yield from (f"[Memory and time of a step]({name}.html)", "")
     yield from ("The plan:", "", "```text", plan_text(plan), "```", "")
     yield from ("The program:", "", "```text", compile_text(program), "```", "")
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING
 
-from moecc.plan.chart import chart
 from moecc.plan.report import plan_text
 from moecc.plan.report_types import PlanReport, Report
 from moecc.plan.search import seconds_text
-from moecc.plan.sweep_chart import sweep_chart
 from moecc.plan.sweep_report import SweepPoint, SweepReport, sweep_text
+from moecc.support.page import render
 from moecc.support.shown import brief
 from moecc.support.text import count_text, size_text
 
@@ -50,7 +48,7 @@ class StepPlan:
         return brief("moecc.StepPlan", rows)
 
     def _repr_html_(self) -> str:
-        return f"{chart(self.report)}<pre>{escape(plan_text(self.report))}</pre>"
+        return render("text.html", text=plan_text(self.report))
 
 
 @dataclass(frozen=True, repr=False)
@@ -83,9 +81,7 @@ class PlanSweep:
         return brief("moecc.PlanSweep", rows)
 
     def _repr_html_(self) -> str:
-        return (
-            f"{sweep_chart(self.report, self.pipeline)}<pre>{escape(sweep_text(self.report))}</pre>"
-        )
+        return render("text.html", text=sweep_text(self.report))
 
 
 def summary(

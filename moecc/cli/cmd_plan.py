@@ -123,7 +123,6 @@ class PlanRequest:
             help="Plan with each of: experts=8,16 top-k=1,2 capacity-factor=1.25,dropless.",
         ),
     ] = None
-    svg: Annotated[str | None, typer.Option("--svg", metavar="FILE", help="Draw the plan.")] = None
     html: Annotated[
         str | None, typer.Option("--html", metavar="FILE", help="Write a page of the plan.")
     ] = None
@@ -145,7 +144,7 @@ def plan(request: PlanRequest) -> None:
     from moecc.cli.files import check_writable
     from moecc.plan.report import plan_text
 
-    for file in filter(None, (request.svg, request.html, request.save)):
+    for file in filter(None, (request.html, request.save)):
         check_writable(file, force=request.force)
     if request.sweep is not None:
         _sweep(request, request.sweep)
@@ -176,24 +175,16 @@ def _write(request: PlanRequest, what: str, files: Iterable[tuple[str, str]]) ->
 
 def _sweep_files(request: PlanRequest, data: SweepReport) -> Iterator[tuple[str, str]]:
     """Yield the files of a sweep that are asked for, and their texts."""
-    from moecc.plan.sweep_chart import sweep_chart
-    from moecc.plan.sweep_report import sweep_page
-
-    picture = sweep_chart(data, request.pipeline)
-    if request.svg is not None:
-        yield request.svg, picture
     if request.html is not None:
-        yield request.html, sweep_page(data, picture, request.pipeline)
+        from moecc.plan.page import sweep_page
+
+        yield request.html, sweep_page(data, request.pipeline)
 
 
 def _files(
     request: PlanRequest, data: Report, searched: list[SummaryReport]
 ) -> Iterator[tuple[str, str]]:
     """Yield the files that are asked for, and their texts."""
-    if request.svg is not None:
-        from moecc.plan.chart import chart
-
-        yield request.svg, chart(data, request.pipeline)
     if request.html is not None:
         from moecc.plan.page import plan_page
 

@@ -1,19 +1,51 @@
-"""A plan as a page: memory against the limit, time by part, what else fits, and why it loses."""
+"""Plans and sweeps as pages: memory against the limit, time by part, the strategies that fit."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from moecc.plan.chart import COLOURS, shown_parts, subtitle
-from moecc.plan.report import batch_text
+from moecc.plan.report import batch_text, unit_of
 from moecc.plan.report_types import PartReport, Report, SummaryReport
 from moecc.plan.search import seconds_text
-from moecc.support.page import figure_html, page, require_figures, table
+from moecc.plan.sweep_report import (
+    FRONTIER,
+    MARK,
+    UNSAID,
+    SweepPoint,
+    SweepReport,
+    point_cells,
+    sweep_title,
+    value_text,
+    values_of,
+)
+from moecc.plan.sweeps import axis_text
+from moecc.support.page import drawing, render_page, require_figures
 from moecc.support.text import count_text, size_text
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Bar, Scatter
+
+    from moecc.support.untyped import JsonDict
+
+COLOURS = {
+    "parameters": "#4c72b0",
+    "gradients": "#55a868",
+    "copies": "#da8bc3",
+    "optimizer": "#8172b3",
+    "activations": "#dd8452",
+    "buffers": "#ccb974",
+    "inputs": "#64b5cd",
+    "compute and memory": "#4c72b0",
+    "parameters in transit": "#ccb974",
+    "waiting for data": "#c44e52",
+}
+
+SWEPT = ("experts", "top_k", "capacity_factor")
+"""The axes of a sweep, in the order of the values of a point."""
+
+SHOWN_SHARE = 2e-3
+"""The share of a step below which a part is not drawn."""
 
 _GB = 1e9
 _GREY = "#888"
@@ -32,16 +64,51 @@ def plan_page(data: Report, searched: Sequence[SummaryReport], pipeline: str = "
       MachineError: plotly is missing.
     """
     require_figures()
-    title = f"{data['model']} on {data['machine']['name']}"
-    body = [
-        f"<p>{subtitle(data)}</p>", _facts(data, pipeline), "<h2>Memory of a device</h2>",
-        _memory(data), "<h2>Time of a step</h2>", _times(data), "<h2>Collectives</h2>",
-        _collectives(data), "<h2>What else fits</h2>", _search(data, searched), _others(data),
+    return render_page(
+        "plan.html", f"{data['model']} on {data['machine']['name']}", figures=True,
+        subtitle=_subtitle(data), facts=_facts(data, pipeline), memory=_memory(data),
+        times=_times(data), search=_search(data, searched), collectives=_collectives(data),
+        others=_others(data),
+    )  # fmt: skip
+
+
+def _collectives(data: Report) -> list[list[str]]:
+    """Return the heads and rows of the table of collectives, empty without any."""
+    collectives = data["best"]["collectives"]
+    if not collectives:
+        return []
+    columns = sorted({key for amounts in collectives.values() for key in amounts})
+    heads = ["", *(key.removesuffix("_bytes").replace("_", " ") for key in columns)]
+    rows = (
+        [op, *(_quantity(key, amounts.get(key, 0.0)) for key in columns)]
+        for op, amounts in collectives.items()
+    )
+    return [heads, *rows]
+
+
+def _others(data: Report) -> list[list[str]]:
+    """Return the heads and rows of the table of slower strategies, empty without any."""
+    heads = ["the next best", "via", "remat", "a step", "memory", "why it is slower"]
+    rows = [
+        [", ".join(f"{n} {s}" for n, s in plan["mesh"].items()), plan["via"], plan["remat"],
+         seconds_text(plan["seconds"]), size_text(plan["total_bytes"]), plan["why_slower"]]
+        for plan in data["others"]
     ]  # fmt: skip
-    return page(title, body)
+    lines = [heads, *rows] if rows else []
+    return lines if data["experts"] else [[*line[:1], *line[2:]] for line in lines]
 
 
-def _facts(data: Report, pipeline: str) -> str:
+def _subtitle(data: Report) -> str:
+    best = data["best"]
+    mesh = ", ".join(f"{n} {s}" for n, s in best["mesh"].items()) or "one device"
+    way = f"; experts via {best['via']}" if data["experts"] else ""
+    return (
+        f"{mesh}{way}; remat {best['remat']}: "
+        f"{seconds_text(best['seconds'])} a step, {best['mfu']:.1%} of the peak"
+    )
+
+
+def _facts(data: Report, pipeline: str) -> list[tuple[str, str]]:
     machine, best = data["machine"], data["best"]
     rows = [
         ("pipeline", pipeline or "none"),
@@ -56,10 +123,10 @@ def _facts(data: Report, pipeline: str) -> str:
     ]  # fmt: skip
     if not data["experts"]:
         rows[-2] = ("dense weights", best["dense_weights"])
-    return table(("", ""), rows)
+    return rows
 
 
-def _memory(data: Report) -> str:
+def _memory(data: Report) -> JsonDict:
     from plotly import graph_objects
 
     best, limit = data["best"], data["machine"]["usable_bytes"]
@@ -74,13 +141,14 @@ def _memory(data: Report) -> str:
     figure.update_yaxes(visible=False)
     used = size_text(best["total_bytes"])
     title = f"{used} of {size_text(limit)} (dashed line)"
-    return figure_html(figure, title, 240, "GB")
+    return drawing(figure, title, 240, "GB")
 
 
-def _times(data: Report) -> str:
+def _times(data: Report) -> JsonDict:
     from plotly import graph_objects
 
-    parts = shown_parts(data)
+    best = data["best"]
+    parts = [p for p in best["parts"] if p["seconds"]["total"] >= best["seconds"] * SHOWN_SHARE]
     names = [f"{p['name']} × {p['count']}" if p["count"] > 1 else p["name"] for p in parts]
     bars = [
         _bar(names, [value * 1e3 for value in values], kind,
@@ -90,9 +158,8 @@ def _times(data: Report) -> str:
     figure = graph_objects.Figure(bars)
     figure.update_layout(barmode="stack", legend=_BELOW | {"y": -0.45})
     figure.update_yaxes(autorange="reversed", automargin=True)
-    best = data["best"]
     title = f"{seconds_text(best['seconds'])}, {best['mfu']:.1%} of the peak"
-    return figure_html(figure, title, 200 + 26 * len(parts), "ms")
+    return drawing(figure, title, 200 + 26 * len(parts), "ms")
 
 
 def _kinds(parts: Sequence[PartReport]) -> Iterator[tuple[str, list[float]]]:
@@ -115,25 +182,13 @@ def _bar(names: Sequence[str], values: Sequence[float], kind: str, texts: Sequen
     )  # fmt: skip
 
 
-def _collectives(data: Report) -> str:
-    found = data["best"]["collectives"]
-    if not found:
-        return "<p>None: every device works alone.</p>"
-    columns = sorted({key for one in found.values() for key in one})
-    rows = [
-        [op, *(_quantity(key, one.get(key, 0.0)) for key in columns)] for op, one in found.items()
-    ]
-    heads = ["", *(key.removesuffix("_bytes").replace("_", " ") for key in columns)]
-    return table(heads, rows, range(1, len(heads)))
-
-
 def _quantity(key: str, value: float) -> str:
     if key.endswith("bytes"):
         return size_text(value)
     return seconds_text(value) if key.endswith("seconds") else f"{value:g}"
 
 
-def _search(data: Report, searched: Sequence[SummaryReport]) -> str:
+def _search(data: Report, searched: Sequence[SummaryReport]) -> JsonDict:
     from plotly import graph_objects
 
     vias = dict.fromkeys(one["via"] for one in searched)
@@ -150,7 +205,7 @@ def _search(data: Report, searched: Sequence[SummaryReport]) -> str:
     figure.add_vline(x=data["machine"]["usable_bytes"] / _GB, line_dash="dash", line_color=_GREY)
     figure.update_layout(legend=_BELOW)
     title = f"{data['fitting']:,} of {data['tried']:,} strategies fit"
-    return figure_html(figure, title, 420, "GB of a device")
+    return drawing(figure, title, 420, "GB of a device")
 
 
 def _cloud(via: str, some: Sequence[SummaryReport], routed: bool) -> Scatter:
@@ -173,16 +228,67 @@ def _strategy(one: SummaryReport, routed: bool) -> str:
     )
 
 
-def _others(data: Report) -> str:
-    if not data["others"]:
-        return ""
-    ways = [(one["via"],) if data["experts"] else () for one in data["others"]]
-    rows = [
-        (", ".join(f"{n} {s}" for n, s in one["mesh"].items()), *way, one["remat"],
-         seconds_text(one["seconds"]), size_text(one["total_bytes"]), one["why_slower"])
-        for one, way in zip(data["others"], ways, strict=True)
-    ]  # fmt: skip
-    heads = ["the next best", "remat", "a step", "memory", "why it is slower"]
-    if data["experts"]:
-        heads.insert(1, "via")
-    return table(heads, rows, (len(heads) - 3, len(heads) - 2))
+def sweep_page(data: SweepReport, pipeline: str = "") -> str:
+    """Return the page of a sweep: times of the models, and a table.
+
+    Args:
+      data: what `moecc.plan.sweep_report.sweep_json` returned.
+      pipeline: the passes that the models went through before.
+
+    Raises:
+      MachineError: plotly is missing.
+    """
+    require_figures()
+    device_batch = data["batch"]["tokens"] / data["machine"]["devices"]
+    planned = [point for point in data["points"] if point["best"] is not None]
+    return render_page(
+        "sweep.html", sweep_title(data), figures=True, pipeline=pipeline, mark=MARK,
+        frontier=FRONTIER, times=_sweep_times(data),
+        heads=(
+            "experts", "top-k", "capacity factor", "parameters", "active", "a step",
+            f"{unit_of(data['batch'])}s/s a device", "of the peak", "GB", "plan", "",
+        ),
+        rows=[(*point_cells(p, device_batch), MARK * p["frontier"]) for p in planned],
+        problems=[(*values_of(p), p["problem"]) for p in data["points"] if p["best"] is None],
+    )  # fmt: skip
+
+
+def _sweep_times(data: SweepReport) -> JsonDict:
+    """Return the times along the first axis with several values, a line for equal others."""
+    from plotly import graph_objects
+
+    names = [name for name in SWEPT if len(data["axes"].get(name, ())) > 1]
+    axis = SWEPT.index(names[0] if names else next(iter(data["axes"])))
+    lines: dict[str, list[tuple[str, SummaryReport, SweepPoint]]] = {}
+    for point in data["points"]:
+        if point["best"] is not None:
+            texts = list(values_of(point))
+            value = texts[axis]
+            texts[axis] = UNSAID
+            lines.setdefault(_settings(texts), []).append((value, point["best"], point))
+    figure = graph_objects.Figure([_sweep_line(name, points) for name, points in lines.items()])
+    order = [value_text(value) for value in data["axes"][SWEPT[axis]]]
+    figure.update_xaxes(type="category", categoryorder="array", categoryarray=order)
+    figure.update_yaxes(title="ms a step", rangemode="tozero")
+    figure.update_layout(legend=_BELOW)
+    return drawing(figure, f"filled: {FRONTIER}", 420, axis_text(SWEPT[axis]))
+
+
+def _sweep_line(name: str, points: Sequence[tuple[str, SummaryReport, SweepPoint]]) -> Scatter:
+    from plotly import graph_objects
+
+    symbols = ["circle" if point["frontier"] else "circle-open" for _, _, point in points]
+    return graph_objects.Scatter(
+        x=[value for value, _, _ in points], y=[best["seconds"] * 1e3 for _, best, _ in points],
+        name=name, mode="lines+markers", showlegend=True, hoverinfo="text",
+        marker={"size": 9, "line": {"width": 1.5}, "symbol": symbols},
+        hovertext=[
+            f"{_settings(values_of(point))}: {seconds_text(best['seconds'])}"
+            for _, best, point in points
+        ],
+    )  # fmt: skip
+
+
+def _settings(values: Sequence[str]) -> str:
+    said = (f"{axis_text(a)} {v}" for a, v in zip(SWEPT, values, strict=True) if v != UNSAID)
+    return ", ".join(said)

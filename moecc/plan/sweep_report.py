@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from html import escape
 from typing import TypedDict
 
 from moecc.plan.report import batch_text, unit_of
 from moecc.plan.report_types import BatchReport, MachineReport, Report, SummaryReport
 from moecc.plan.search import seconds_text
 from moecc.plan.sweeps import DROPLESS, Factor, Planned, Point, Sweep, frontier
-from moecc.support.page import page, table
 from moecc.support.text import count_text
 
 MARK = "*"
@@ -197,32 +195,3 @@ def _row(point: SweepPoint, device_batch: float) -> str:
 def _below(data: SweepReport) -> Iterator[str]:
     if any(point["frontier"] for point in data["points"]):
         yield f"  {MARK} {FRONTIER}"
-
-
-def sweep_page(data: SweepReport, picture: str, pipeline: str = "") -> str:
-    """Return a page of a sweep: its picture and its table.
-
-    Args:
-      data: what `sweep_json` returned.
-      picture: of `moecc.plan.sweep_chart.sweep_chart`.
-      pipeline: the passes that the models went through before.
-    """
-    unit = unit_of(data["batch"])
-    done = [point for point in data["points"] if point["best"] is not None]
-    device = data["batch"]["tokens"] / data["machine"]["devices"]
-    rows = [(*point_cells(p, device), MARK * p["frontier"]) for p in done]
-    left = [(*values_of(p), p["problem"] or "") for p in data["points"] if p["best"] is None]
-    body = [f'<div class="wide">{picture}</div>', table(_heads(unit), rows, range(9))]
-    body.append(f"<p>{MARK}: {FRONTIER}.</p>")
-    if pipeline:
-        body.insert(0, f"<p>passes: <code>{escape(pipeline)}</code></p>")
-    if left:
-        body += ["<h2>Not planned</h2>", table((*_heads(unit)[:3], "why"), left, range(3))]
-    return page(sweep_title(data), body, figures=False)
-
-
-def _heads(unit: str) -> tuple[str, ...]:
-    return (
-        "experts", "top-k", "capacity factor", "parameters", "active", "a step",
-        f"{unit}s/s a device", "of the peak", "GB", "plan", "",
-    )  # fmt: skip

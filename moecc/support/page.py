@@ -1,8 +1,11 @@
-"""A page of HTML that loads nothing: figures of plotly and tables, in light and in dark."""
+"""Pages of HTML: one template engine, which escapes every value, and pages that load nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from base64 import b64encode
+from collections.abc import Iterable
+from functools import cache
+from hashlib import sha256
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -10,70 +13,49 @@ from moecc.support.extras import require
 from moecc.version import __version__
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from plotly.graph_objects import Figure
 
-STYLE = """
-:root { color-scheme: light dark; --text: #1a1a1a; --ground: #fff; --line: #ddd; --soft: #f4f4f4;
-  --alarm: #a40000 }
-@media (prefers-color-scheme: dark) { :root { --text: #e6e6e6; --ground: #15181c; --line: #3a3f45;
-  --soft: #24292f; --alarm: #ff8a80 } }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem;
-  color: var(--text); background: var(--ground) }
-h1 { font-size: 1.6rem; overflow-wrap: anywhere } h2 { font-size: 1.2rem; margin-top: 2.5rem }
-table { border-collapse: collapse; margin: 1rem 0; font-size: 14px }
-td, th { border-bottom: 1px solid var(--line); padding: .3rem .8rem .3rem 0; text-align: left;
-  vertical-align: top }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-.alarm { color: var(--alarm) } code { background: var(--soft); padding: 0 .2rem }
-.figure, .wide { overflow-x: auto }
-"""
-
-# Plotly writes its colours into the figure, so they are set again for a dark page.
-_THEME = """
-const dark = matchMedia("(prefers-color-scheme: dark)");
-function recolour() {
-  const text = dark.matches ? "#e6e6e6" : "#1a1a1a", line = dark.matches ? "#3a3f45" : "#e5e5e5";
-  for (const each of document.querySelectorAll(".js-plotly-plot")) {
-    const change = { "font.color": text, paper_bgcolor: "rgba(0,0,0,0)",
-      plot_bgcolor: "rgba(0,0,0,0)" };
-    for (const axis of Object.keys(each.layout).filter(k => /^[xy]axis/.test(k))) {
-      change[axis + ".gridcolor"] = line; change[axis + ".zerolinecolor"] = line;
-      change[axis + ".linecolor"] = line;
-    }
-    Plotly.relayout(each, change);
-  }
-}
-addEventListener("load", recolour); dark.addEventListener("change", recolour);
-"""
+    from moecc.support.untyped import JsonDict
 
 
-def page(
-    title: str, body: Iterable[str], *, figures: bool = True, style: str = "", script: str = ""
-) -> str:
-    """Return a page with a title and the parts of its body, which are HTML.
+def render(template: str, **values: object) -> str:
+    """Return a template of ``moecc/support/templates`` filled with values, which are escaped."""
+    text = _environment().get_template(template).render(values)
+    # JSON can state half of a surrogate pair, which no file of UTF-8 holds.
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def render_page(
+    template: str, title: str, *, scripts: Iterable[str] = (), figures: bool = False,
+    **values: object,
+) -> str:  # fmt: skip
+    """Return a page whose content-security policy permits its own scripts and no connection.
 
     Args:
-      title: the title.
-      body: the parts.
-      figures: whether there are figures among them, which need plotly.
-      style: rules beside those of every page.
-      script: what runs behind the body.
+      template: the name of a template that extends ``page.html``.
+      title: the title and heading.
+      scripts: names of script files beside the templates.
+      figures: whether the page draws figures, which needs plotly.
+      values: the values of the template, which are escaped.
 
     Raises:
       MachineError: plotly is missing.
     """
+    sources = [_source(name) for name in scripts]
     if figures:
         require_figures()
-    scripts = [_plotly(), _THEME] if figures else []
-    parts = [
-        "<!doctype html>", '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<link rel="icon" href="data:,">', f"<title>{escape(title)}</title>",
-        f"<style>{STYLE}{style}</style>", *(f"<script>{each}</script>" for each in scripts),
-        "</head><body>", f"<h1>{escape(title)}</h1>", *body, f"<p>moecc {escape(__version__)}</p>",
-        f"<script>{script}</script>" if script else "", "</body></html>",
-    ]  # fmt: skip
-    return "\n".join(parts) + "\n"
+        sources = [_plotly(), _source("figures.js"), *sources]
+    hashes = [b64encode(sha256(source.encode()).digest()).decode() for source in sources]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in hashes) or "'none'"
+    # Plotly sets styles in attributes and in elements of its own.
+    policy = (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    return render(
+        template, title=title, policy=policy, scripts=sources, version=__version__, **values
+    )
 
 
 def require_figures() -> None:
@@ -81,43 +63,55 @@ def require_figures() -> None:
     require("a page", ("report",))
 
 
+def drawing(figure: Figure, title: str, height: int, x_title: str = "") -> JsonDict:
+    """Return a figure as JSON values for the ``figure`` macro, as wide as the page.
+
+    Args:
+      figure: the figure of plotly.
+      title: its title.
+      height: in pixels.
+      x_title: the title of the horizontal axis.
+    """
+    import json
+
+    figure.update_layout(
+        title=title, height=height, template="plotly_white", xaxis_title=x_title,
+        margin={"l": 60, "r": 20, "t": 60, "b": 45},
+    )  # fmt: skip
+    return {
+        name: _escaped(value) for name, value in json.loads(figure.to_json(engine="json")).items()
+    }
+
+
+def _escaped(value: object) -> object:
+    """Return JSON values with every string escaped: plotly reads texts as markup of its own."""
+    if isinstance(value, str):
+        return escape(value, quote=False)
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    return value
+
+
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(
+        loader=PackageLoader("moecc.support"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+
+
+def _source(name: str) -> str:
+    environment = _environment()
+    assert environment.loader is not None
+    return environment.loader.get_source(environment, name)[0]
+
+
 def _plotly() -> str:
     from plotly.offline import get_plotlyjs
 
     text: str = get_plotlyjs()
     return text
-
-
-def figure_html(figure: Figure, title: str, height: int, x_title: str = "") -> str:
-    """Return a figure as a part of a page, as wide as the page."""
-    figure.update_layout(
-        title=title, height=height, template="plotly_white", xaxis_title=x_title,
-        margin={"l": 60, "r": 20, "t": 60, "b": 45},
-    )  # fmt: skip
-    # The bar of tools would lie over the title of a narrow page; dragging zooms without it.
-    text: str = figure.to_html(
-        full_html=False, include_plotlyjs=False, include_mathjax=False,
-        config={"responsive": True, "displayModeBar": False},
-    )  # fmt: skip
-    return f'<div class="figure">{text}</div>'
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = ()) -> str:
-    """Return a table of texts, which are escaped.
-
-    Args:
-      heads: of the columns; empty ones for a table without a head.
-      rows: the cells.
-      numbers: the columns that hold numbers.
-    """
-    right = set(numbers)
-
-    def cells(tag: str, texts: Sequence[str]) -> str:
-        return "".join(
-            f"<{tag}{' class=n' if at in right else ''}>{escape(text)}</{tag}>"
-            for at, text in enumerate(texts)
-        )
-
-    head = f"<tr>{cells('th', heads)}</tr>" if any(heads) else ""
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f'<div class="wide"><table>{head}{body}</table></div>'

@@ -16,9 +16,6 @@ def brief(kind: str, rows: Rows) -> str:
 
 def facts_table(rows: Rows) -> str:
     """Return rows of a name and a text as a table of HTML, which are escaped."""
-    from html import escape
+    from moecc.support.page import render
 
-    cells = (
-        f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows if text
-    )
-    return f"<table>{''.join(cells)}</table>"
+    return render("facts.html", rows=[(name, text) for name, text in rows if text])

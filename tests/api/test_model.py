@@ -72,7 +72,7 @@ def test_a_plan_is_text_and_a_picture() -> None:
     plan = model.plan("gpu:h100:8", mesh="fsdp=4,expert=2", batch_tokens=32768)
     assert plan.best["mesh"] == {"fsdp": 4, "expert": 2}
     assert "preset:smollm2-135m on gpu:h100:8: 8 devices" in str(plan)
-    assert plan._repr_html_().startswith("<svg")
+    assert plan._repr_html_().startswith("<pre>")
 
 
 def test_a_notebook_shows_a_model(dense: moecc.Model) -> None:

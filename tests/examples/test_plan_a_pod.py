@@ -24,8 +24,9 @@ def test_the_report_has_the_plan_and_the_program(
 ) -> None:
     pytest.importorskip("jax")
     pytest.importorskip("optax")
+    pytest.importorskip("plotly")
     monkeypatch.setattr(example, "PODS", (example.Pod("preset:smollm2-135m", "cpu", (128,)),))
     assert example.main(["--out", str(tmp_path)]) == 0
     page = (tmp_path / "pods.md").read_text("utf-8")
     assert "parameters   134,515,008" in page
-    assert (tmp_path / "smollm2-135m.svg").read_text("utf-8").startswith("<svg")
+    assert "Memory of a device" in (tmp_path / "smollm2-135m.html").read_text("utf-8")

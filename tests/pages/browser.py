@@ -9,13 +9,14 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.pages import with_probe
+
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next((found for name in NAMES if (found := shutil.which(name))), None)
 MISSING = "no Chromium: apt-get install chromium"
 
 # Texts outside of their boxes, parts outside of the window, and what clicks and keys change.
 _PROBE = """
-<script>
 addEventListener("load", () => setTimeout(() => {
   const found = {outside: [], wide: [], traces: [], links: 0, title: document.title};
   const scrolls = e => e.closest(".figure, .wide");
@@ -67,7 +68,6 @@ addEventListener("load", () => setTimeout(() => {
     done();
   });
 }, 500));
-</script>
 """
 
 
@@ -87,7 +87,7 @@ class Seen:
 def look(page: Path, *, width: int, dark: bool, shot: Path | None = None) -> Seen:
     """Open a page in a window of some width and run the probe in it."""
     probed = page.with_name(f"probed-{page.name}")
-    probed.write_text(page.read_text("utf-8").replace("</body>", f"{_PROBE}</body>"), "utf-8")
+    probed.write_text(with_probe(page.read_text("utf-8"), _PROBE), "utf-8")
     done = _chromium(probed, width, dark, "--dump-dom", "--enable-logging=stderr", "--v=0")
     if shot is not None:
         _chromium(page, width, dark, f"--screenshot={shot}")

@@ -44,7 +44,7 @@ def test_a_graph_is_shown_before_and_after(graph_page: Path) -> None:
     assert "assign_slots" not in before
     assert "upcycle/lift" in after
     assert "layers.0.ffn … layers.2.ffn, 3 alike" in after
-    assert "tile(source(&quot;model.layers.0.mlp.up_proj.weight&quot;" in after
+    assert "tile(source(&#34;model.layers.0.mlp.up_proj.weight&#34;" in after
     assert "became 4 experts, top-2" in after
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given, settings
@@ -14,9 +13,10 @@ from hypothesis import strategies as st
 import moecc
 from moecc.cli.main import main
 from moecc.errors import UsageError
-from moecc.plan.sweep_chart import sweep_chart
+from moecc.plan.page import sweep_page
 from moecc.plan.sweep_report import FRONTIER, sweep_text
 from moecc.plan.sweeps import DROPLESS, Planned, frontier, parse_sweep
+from tests.support.pages import Parsed
 from tests.support.tiers import examples
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -70,7 +70,7 @@ def test_a_mixture_has_other_numbers_in_its_config() -> None:
     assert many - few > sum(w.size for w in experts) * 0.9
     assert max(a or 0 for a in active) - min(a or 0 for a in active) < 2_000, "but for the router"
     assert "planned 2 of 2" in repr(found)
-    assert found._repr_html_().startswith("<svg")
+    assert found._repr_html_().startswith("<pre>")
 
 
 @settings(max_examples=examples(50, 500))
@@ -91,39 +91,41 @@ def test_nothing_on_the_frontier_is_beaten_and_the_rest_is(rows: list[tuple[Any,
         assert mark or any(beats(other, point) for other in kept)
 
 
-def test_the_table_the_picture_and_the_page(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    picture, page = tmp_path / "sweep.svg", tmp_path / "sweep.html"
+def test_the_table_and_the_page(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    page = tmp_path / "sweep.html"
     up = "upcycle{experts=2 top-k=2}"
     code, out, err = run(
         capsys, "plan", DENSE, *WHERE, *MESH, "-p", up, "--sweep", "experts=2,4 top-k=2,3",
-        "--svg", picture, "--html", page,
+        "--html", page,
     )  # fmt: skip
     assert code == 0
-    assert err == f"the sweep is in {picture}\nthe sweep is in {page}\n"
+    assert err == f"the sweep is in {page}\n"
     assert FRONTIER in out
     # Three choices of two experts: said, and the others are planned.
     assert "top-k does not suit the experts" in out
-    root = ElementTree.fromstring(picture.read_text())
-    space = "{http://www.w3.org/2000/svg}"
-    words = [t.text for t in root.iter(f"{space}text")]
-    assert {"experts", "2", "4", "top-k 2, capacity-factor dropless"} <= set(words)
-    dots = [c for c in root.iter(f"{space}circle") if c.find(f"{space}title") is not None]
-    assert len(dots) == 3
-    assert all(0 < float(c.get("cx", "0")) < 920 for c in dots)
-    html = page.read_text()
+    html = page.read_text("utf-8")
+    (figure,) = Parsed(html).figures
+    assert figure["layout"]["xaxis"]["title"]["text"] == "experts"
+    lines = {line["name"]: line for line in figure["data"]}
+    assert lines.keys() == {
+        "top-k 2, capacity-factor dropless",
+        "top-k 3, capacity-factor dropless",
+    }
+    assert sorted(x for line in lines.values() for x in line["x"]) == ["2", "4", "4"]
+    assert all(y > 0 for line in lines.values() for y in line["y"])
     assert "Not planned" in html
-    assert "<script" not in html
-    assert run(capsys, "plan", DENSE, *WHERE, "--sweep", "experts=2", "--svg", picture)[0] == 1
+    assert run(capsys, "plan", DENSE, *WHERE, "--sweep", "experts=2", "--html", page)[0] == 1
 
 
 def test_a_picture_of_a_capacity_alone_runs_along_it() -> None:
+    pytest.importorskip("plotly")
     model = moecc.open(MIXTURE)
     factors = [1, 2.0, DROPLESS]
     found = model.sweep("cpu:2", capacity_factor=factors, **SMALL)
-    svg = sweep_chart(found.report)
-    assert ">capacity-factor</text>" in svg
+    (figure,) = Parsed(sweep_page(found.report)).figures
+    assert figure["layout"]["xaxis"]["title"]["text"] == "capacity-factor"
+    assert figure["layout"]["xaxis"]["categoryarray"] == ["1", "2", "dropless"]
     assert str(found) == sweep_text(found.report)
     times = [p["best"]["seconds"] for p in found.points if p["best"]]
     assert times[0] < times[1]
