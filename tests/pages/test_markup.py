@@ -15,12 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moecc
-from moecc.cli.main import main
 from moecc.plan.page import plan_page, sweep_page
 from moecc.support.page import render
 from moecc.support.shown import facts_table
 from moecc.tasks.graph_page import graph_page
-from moecc.tasks.receipt import load_receipt
 from moecc.tasks.receipt_page import receipt_page
 from moecc.train.report_page import report_page
 from moecc.train.run_series import RunSeries
@@ -39,9 +37,9 @@ PIECES = (
     "{% raw %}", "{#", "%{x}", "$x$", "\\", "\u2028", "\ud800", "\0", "\r\n", "\\u003c",
     "\" onload=\"alert(1)", "' onload='alert(1)",
 )  # fmt: skip
-HOSTILE = st.lists(st.sampled_from(PIECES) | st.text(max_size=5), min_size=1, max_size=4).map(
-    "".join
-)
+HOSTILE = st.lists(
+    st.sampled_from(PIECES) | st.text(min_size=1, max_size=5), min_size=1, max_size=4
+).map("".join)
 
 Suffix = Callable[[str], str]
 """Appends the hostile text to a string."""
@@ -71,14 +69,21 @@ def short_plotly() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def receipt(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("markup") / "sparse"
-    command = ["convert", str(DENSE), str(out), "-p", "upcycle{experts=4 top-k=2}", "--verify"]
-    assert main([*command, "--to", "mixtral"]) == 0
-    stated = load_receipt(out)
-    assert stated is not None
-    return dict(stated)
+RECEIPT: dict[str, Any] = {
+    "promised": {"kind": "approximate", "reason": "a reason", "predicted_error": 1e-3},
+    "checked": [
+        {"pass": "upcycle", "promised": {"kind": "exact", "reason": "why"}, "measured_error": 1e-7}
+    ],
+    "verified": {
+        "output": "logits", "compute_dtype": "f32", "tolerance": 1e-5, "layers": 2,
+        "difference": {"max_relative": 1e-7, "kl_nats": 1e-9, "top1_agreement": 1.0},
+    },
+    "engines": [
+        {"engine": "vLLM", "version": "1", "runs": True, "note": "a note"},
+        {"engine": "mlx-lm", "version": "1", "runs": False, "reasons": ["one", "two"]},
+    ],
+    "versions": {"moecc": "0.1", "numpy": "2"},
+}  # fmt: skip
 
 
 @cache
@@ -148,18 +153,18 @@ def same_tree(page: Callable[[Suffix], str], hostile: str) -> None:
 
 @settings(max_examples=examples(20, 1000), deadline=None)
 @given(hostile=HOSTILE)
-def test_a_receipt(receipt: dict[str, Any], hostile: str) -> None:
+def test_a_receipt(hostile: str) -> None:
     same_tree(
         lambda suffix: receipt_page(
-            suffix("name"), replaced(receipt, suffix, keys=frozenset({"versions"}))
+            suffix("name"), replaced(RECEIPT, suffix, keys=frozenset({"versions"}))
         ),
         hostile,
     )
-    unchecked = {**receipt, "checked": [], "unchecked": "none", "verified": None}
+    unchecked = {**RECEIPT, "checked": [], "unchecked": "none", "verified": None}
     same_tree(lambda suffix: receipt_page("name", replaced(unchecked, suffix)), hostile)
 
 
-@settings(max_examples=examples(4, 200), deadline=None)
+@settings(max_examples=examples(3, 200), deadline=None)
 @given(hostile=HOSTILE)
 @pytest.mark.parametrize("page", [plan_of, sweep_of, runs_of], ids=["plan", "sweep", "runs"])
 def test_a_page_with_figures(page: Callable[[Suffix], str], hostile: str) -> None:
@@ -167,7 +172,7 @@ def test_a_page_with_figures(page: Callable[[Suffix], str], hostile: str) -> Non
     same_tree(page, hostile)
 
 
-@settings(max_examples=examples(4, 200), deadline=None)
+@settings(max_examples=examples(3, 200), deadline=None)
 @given(hostile=HOSTILE)
 def test_a_graph(hostile: str) -> None:
     same_tree(graph_of, hostile)
@@ -181,7 +186,9 @@ def test_what_a_notebook_shows(name: str, text: str) -> None:
 
 
 def test_html_is_written_by_templates_alone() -> None:
-    tag = re.compile(r"</?(html|head|body|div|p|table|t[rdh]|[uo]l|li|code|pre|svg|script|h\d)[ >]")
+    tag = re.compile(
+        r"(?<!\?P)</?(html|head|body|div|p|table|t[rdh]|[uo]l|li|code|pre|svg|script|h\d)( [a-z]|>)"
+    )
     strings = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for room in ("moecc", "passes", "backends")
