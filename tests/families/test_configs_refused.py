@@ -215,6 +215,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         )
         for family in ("gpt2", "opt", "t5", "switch_transformers", "whisper")
     },
+    **{
+        f"{family} by {key}": ({"model_type": family, key: 8}, key, "transformers takes it for")
+        for family, key in (
+            ("gpt2", "num_hidden_layers"),
+            ("t5", "head_dim"),
+            ("umt5", "num_attention_heads"),
+            ("switch_transformers", "num_hidden_layers"),
+            ("distilbert", "num_attention_heads"),
+            ("whisper", "num_key_value_heads"),
+            ("whisper", "num_attention_heads"),
+        )
+    },
     "smollm3's windows": (
         small(
             "smollm3",
@@ -243,6 +255,11 @@ def test_refused_with_key_and_reason(case: str) -> None:
     assert str(error.problems[0].where).startswith("config.json: ")
     assert key in str(error.problems[0].where)
     assert reason in str(error)
+
+
+def test_a_synonym_that_agrees_is_not_written_again() -> None:
+    config = parse_config({"model_type": "gpt2", "n_layer": 3, "num_hidden_layers": 3})
+    assert "num_hidden_layers" not in config.to_json()
 
 
 def test_all_problems_at_once_and_nothing_that_follows_from_them() -> None:

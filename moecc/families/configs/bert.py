@@ -236,6 +236,11 @@ class DistilBertConfig(BertConfig):
         "num_attention_heads": "n_heads",
         "hidden_act": "activation",
     }
+    synonyms: ClassVar[Mapping[str, str]] = {
+        "hidden_size": "dim",
+        "num_attention_heads": "n_heads",
+        "num_hidden_layers": "n_layers",
+    }
     defaults: ClassVar[Mapping[str, object]] = {
         **BERT_DEFAULTS,
         "dim": 768,

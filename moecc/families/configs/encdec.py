@@ -81,6 +81,11 @@ class EncDecConfig(ModelConfig):
 
     kind: ClassVar[str] = "an encoder-decoder"
     takes_mask: ClassVar[bool] = True
+    synonyms: ClassVar[Mapping[str, str]] = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "num_heads",
+        "num_hidden_layers": "num_layers",
+    }
     defaults: ClassVar[Mapping[str, object]] = ENCDEC_DEFAULTS
     # Whether every layer has its own biases by distance, not all those of the first.
     biases_of_layers: ClassVar[bool] = False

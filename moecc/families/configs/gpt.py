@@ -117,6 +117,12 @@ class Gpt2Config(GptConfig):
     architecture: ClassVar[str] = "GPT2LMHeadModel"
     aliases: ClassVar[tuple[str, ...]] = ("GPT2Model",)
     base_prefix: ClassVar[str] = "transformer."
+    synonyms: ClassVar[Mapping[str, str]] = {
+        "hidden_size": "n_embd",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+        "max_position_embeddings": "n_positions",
+    }
     kept_numbers: ClassVar[tuple[str, ...]] = (
         "initializer_range",
         "attn_pdrop",

@@ -11,7 +11,7 @@ from moecc.errors import InputError
 from moecc.support.untyped import JsonDict
 
 from .extras import KEPT_NUMBERS, read_extra, refuse_what_needs_other_code
-from .reader import KeyProblem, Reader, key_problem, one_of
+from .reader import KeyProblem, Reader, key_problem, one_of, shown
 
 ACTIVATIONS: Mapping[str, str] = {
     "silu": "silu",
@@ -71,6 +71,8 @@ class ModelConfig:
     # Whether it reads tokens at all.
     has_vocabulary: ClassVar[bool] = True
     least_vocabulary: ClassVar[int] = 1
+    # Keys that set another one in transformers, whose value they replace.
+    synonyms: ClassVar[Mapping[str, str]] = {}
     # The key of a field in config.json, where it has another name.
     keys: ClassVar[Mapping[str, str]] = {}
     # Numbers that an export keeps with their default if the file omits them.
@@ -128,12 +130,21 @@ class ModelConfig:
         refuse_what_needs_other_code(
             reader, cls.architecture, cls._is_architecture, own_code=cls.own_code
         )
+        cls._check_synonyms(reader)
         values = cls._read(reader)
         values["extra"] = read_extra(reader, cls.kept_numbers)
         config = cls._construct(values, reader)
         if config is None or reader.problems:
             raise InputError(reader.problems)
         return config
+
+    @classmethod
+    def _check_synonyms(cls, reader: Reader) -> None:
+        """Reject a key that replaces the value of another one; equal ones are not kept."""
+        for key, usual in cls.synonyms.items():
+            if reader.has(key) and reader.data[key] != reader.value(usual):
+                what = f"transformers takes it for {usual}, which is {shown(reader.value(usual))}"
+                reader.refuse(key, what, hint=f"state the size as {usual} alone")
 
     @classmethod
     def _is_architecture(cls, name: str) -> bool:

@@ -24,6 +24,7 @@ class T5Config(EncDecConfig):
     model_type: ClassVar[str] = "t5"
     architecture: ClassVar[str] = "T5ForConditionalGeneration"
     aliases: ClassVar[tuple[str, ...]] = ("T5WithLMHeadModel",)
+    synonyms: ClassVar[Mapping[str, str]] = {**EncDecConfig.synonyms, "head_dim": "d_kv"}
     defaults: ClassVar[Mapping[str, object]] = {
         **ENCDEC_DEFAULTS,
         "feed_forward_proj": "relu",

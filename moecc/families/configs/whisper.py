@@ -37,6 +37,12 @@ class WhisperConfig(ModelConfig):
         "attention_dropout",
         "dropout",
     )
+    synonyms: ClassVar[Mapping[str, str]] = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "encoder_attention_heads",
+        "num_key_value_heads": "encoder_attention_heads",
+        "num_hidden_layers": "encoder_layers",
+    }
     defaults: ClassVar[Mapping[str, object]] = {
         **EXTRA_DEFAULTS,
         "vocab_size": 51_865,
@@ -123,8 +129,6 @@ class WhisperConfig(ModelConfig):
         if not reader.flag("is_encoder_decoder"):
             what = "a whisper without one of its halves is not supported"
             reader.refuse("is_encoder_decoder", what, expected="true")
-        for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
-            reader.value(key)
         return {
             **super()._read(reader),
             **{name: reader.size(name) for name in SIZES},
