@@ -271,7 +271,7 @@ def _sweep_times(data: SweepReport) -> JsonDict:
     figure.update_xaxes(type="category", categoryorder="array", categoryarray=order)
     figure.update_yaxes(title="ms a step", rangemode="tozero")
     figure.update_layout(legend=_BELOW)
-    return drawing(figure, f"filled: {FRONTIER}", 420, axis_text(SWEPT[axis]))
+    return drawing(figure, "Time of a step", 420, axis_text(SWEPT[axis]))
 
 
 def _sweep_line(name: str, points: Sequence[tuple[str, SummaryReport, SweepPoint]]) -> Scatter:
