@@ -303,7 +303,7 @@ PLANNED: tuple[tuple[str, ...], ...] = (
     ("preset:st-moe-32b",),
     ("preset:switch-c",),
 )
-MACHINES = ("tpu:v5p:4x4x4", "h100x8", "v5e-16", "gpu:b200:64")
+MACHINES = ("tpu:v5p:4x4x4", "gpu:h100:64", "v5e-256", "gpu:b200:64")
 SETTINGS: tuple[tuple[str, ...], ...] = (
     ("--step", "forward"),
     ("--optimizer", "adafactor", "--micro-batches", "2"),
@@ -315,8 +315,8 @@ SETTINGS: tuple[tuple[str, ...], ...] = (
     ("--via", "replicated"),
     ("--rules", "fsdp"),
     ("--rules", "tensor-parallel"),
-    ("--mesh", "data=2,expert=4"),
-    ("--batch-tokens", "16384", "--sequence", "2048"),
+    ("--mesh", "data=8,expert=8"),
+    ("--batch-tokens", "1048576", "--sequence", "2048"),
 )
 
 
@@ -330,12 +330,12 @@ def plans(choice: Choice) -> Iterator[Job]:
                 yield Job("plans", name, (step(*words, record="json"),))
         if choice.everything or i < 2:
             sweep = ("--sweep", "capacity-factor=1.25,dropless")
-            words = ("plan", *model, "--machine", "h100x8", *sweep, "--format", "json")
+            words = ("plan", *model, "--machine", "gpu:b200:64", *sweep, "--format", "json")
             yield Job("plans", f"{' '.join(model)}, swept", (step(*words, record="json"),))
     for number, settings in enumerate(SETTINGS):
         models = PLANNED if choice.everything else (PLANNED[number % 2],)
         for model in models:
-            words = ("plan", *model, "--machine", "h100x8", *settings, "--format", "json")
+            words = ("plan", *model, "--machine", "gpu:b200:64", *settings, "--format", "json")
             name = f"{' '.join(model)} {' '.join(settings)}"
             yield Job("plans", name, (step(*words, record="json"),))
 
