@@ -20,7 +20,7 @@ import numpy as np
 from moecc_backends.xla.backend import function
 
 from moecc.ir import F32, Builder, Graph, clone, tensor
-from moecc.steps.passes import run_passes
+from moecc.train.graphs import run_passes
 
 HEADS, GROUPS, WIDTH = 3, 3, 64
 Call = Callable[[dict[str, jax.Array]], object]

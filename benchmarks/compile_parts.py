@@ -42,7 +42,7 @@ def prepared() -> tuple[Any, Any]:
 
     from moecc.ahead.prepare import prepare
     from moecc.ahead.request import Request
-    from moecc.steps.spec import StepSpec
+    from moecc.train.settings import StepSpec
 
     made = prepare(Request(
         model="preset:st-moe-32b", machine="tpu:v4:8x8x8", batch_tokens=1282048, lengths=(512, 114),
@@ -79,13 +79,13 @@ def part_of(step: Any, part: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
 def work(part: str, options: dict[str, str]) -> dict[str, Any]:
     """Return the figures of a part, compiled in this process."""
     from moecc_backends.xla.aot.census import census
-    from moecc_backends.xla.aot.program import host_peak_bytes, lower
+    from moecc_backends.xla.aot.compiler import host_peak_bytes, lower
     from moecc_backends.xla.lower import scan
 
-    from moecc.ahead.trimming import trimmed
+    from moecc.ahead.worker import trimmed
 
     if part == "no-loop":
-        from moecc_backends.xla.lower.segments import segments
+        from moecc_backends.xla.lower.scan import segments
 
         scan.pieces_of = segments
     with trimmed():
@@ -144,7 +144,7 @@ def main() -> None:
     if given.worker:
         print(json.dumps(work(given.parts[0], dict(o.split("=", 1) for o in given.option))))
         return
-    from moecc.ahead.allocator import allocator_environment
+    from moecc.ahead.process import allocator_environment
 
     rows = [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
     print("\n".join(rows), flush=True)

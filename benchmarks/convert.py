@@ -184,7 +184,7 @@ def hash_source(folder: Path) -> float:
     """Return the seconds that hashing each tensor of a folder once takes, read from the cache."""
     import hashlib
 
-    from moecc.checkpoint.open import open_checkpoint
+    from moecc.formats.open import open_checkpoint
 
     spent = 0.0
     with open_checkpoint(folder) as checkpoint:
@@ -198,9 +198,9 @@ def hash_source(folder: Path) -> float:
 
 def convert_by_library(source: Path, out: Path) -> None:
     """Copy every feed-forward tensor to 8 experts with `write_checkpoint` alone."""
-    from moecc.checkpoint.open import open_checkpoint
-    from moecc.checkpoint.writer import OutputTensor, write_checkpoint
-    from moecc.types.tensor import Axis, TensorType
+    from moecc.formats.open import open_checkpoint
+    from moecc.formats.writer import OutputTensor, write_checkpoint
+    from moecc.types import Axis, TensorType
     from moecc.weights.expr import Source
     from moecc.weights.movement import Index, Tile
 

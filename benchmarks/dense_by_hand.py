@@ -46,7 +46,7 @@ def lowered(config: dict[str, object], passes: str) -> Program:
     """Return what moecc makes of a model."""
     from moecc_backends.xla.backend import function
 
-    from moecc.steps.passes import run_passes
+    from moecc.train.graphs import run_passes
 
     graph = graph_of(config)
     run_passes(graph, passes)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from safetensors.numpy import save_file
 
-from moecc.checkpoint.open import open_checkpoint
-from moecc.checkpoint.source import Checkpoint
-from moecc.types.dtypes import BY_TORCH
+from moecc.formats.open import open_checkpoint
+from moecc.formats.source import Checkpoint
+from moecc.types import BY_TORCH
 
 
 def write_dense_folder(checkpoint: Checkpoint, folder: Path, dtype: str = "bfloat16") -> None:

@@ -52,10 +52,9 @@ def ask_torch(python: str, folder: str) -> Ask:
 def ask_moecc(folder: str) -> Ask:
     """Return what asks moecc, in this process."""
     from moecc.backend import get_backend
-    from moecc.decoding.batch import Batch
-    from moecc.decoding.graphs import DecodeGraphs
+    from moecc.decoding import Batch, DecodeGraphs
     from moecc.model.open import open_model
-    from moecc.types.dtypes import F32
+    from moecc.types import F32
 
     model = open_model(folder)
     graphs = DecodeGraphs.of(model.graph)

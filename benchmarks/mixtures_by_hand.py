@@ -175,7 +175,7 @@ BY_HAND: dict[str, Block] = {
     "scan": scan, "einsum": einsum, "gather": gather, "grouped": grouped,
     "ragged_dot": ragged_dot, "gathered": gathered, "used": used,
 }  # fmt: skip
-"""By the names of ``moecc.ir.dispatch_strategies``."""
+"""By the names of ``moecc.ir.conventions``."""
 
 CAPACITY = ("einsum", "gather")
 """Those that need a capacity."""

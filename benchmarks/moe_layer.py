@@ -48,7 +48,7 @@ from moe_layer_programs import (
     loads,
     programs,
 )
-from moecc_backends.xla.run.host_memory import keep_freed_memory
+from moecc_backends.xla.run.memory import keep_freed_memory
 
 SCHEMA = 1
 BOUNDS = {

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from moecc_backends.xla.backend import function
-from moecc_backends.xla.trace.options import Options
+from moecc_backends.xla.trace.context import Options
 
 from moecc.ir import parse
-from moecc.types.dtypes import BF16, F32
+from moecc.types import BF16, F32
 
 Weights = dict[str, jax.Array]
 

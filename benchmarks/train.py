@@ -64,12 +64,12 @@ steps = 1
 def serve(folder: str, batch: int, seq: int) -> None:
     """Answer requests of the kind that `train_torch.py` answers."""
     import jax
-    from moecc_backends.xla.run.host_memory import keep_freed_memory
+    from moecc_backends.xla.run.memory import keep_freed_memory
     from moecc_backends.xla.train.step import make_train_step
     from moecc_backends.xla.train.tensors import load
 
     from moecc.model.open import open_model
-    from moecc.steps.recipes import step_spec, train_graph
+    from moecc.train.graphs import step_spec, train_graph
     from moecc.train.recipe_text import parse_recipe
     from moecc.train.state import canonical
 

@@ -123,7 +123,7 @@ def tokens() -> list[Visit]:
     import numpy as np
     from moecc_backends.xla.backend import function
 
-    from moecc.ir.parser import parse
+    from moecc.ir.text import parse
     from moecc.pipeline.runner import run_pipeline
     from moecc.pipeline.text import Pipeline
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from script import OUT, console, exit_code, step
 
-from moecc.ahead.compile_in_subprocess import compile_in_subprocess
+from moecc.ahead.process import compile_in_subprocess
 from moecc.ahead.request import Request
 from moecc.ahead.text import compile_text
 from moecc.cli.files import write_whole
@@ -33,7 +33,7 @@ from moecc.plan.report import plan_json, plan_text
 from moecc.plan.search import search
 from moecc.plan.strategy import StepConfig
 from moecc.plan.workload import workload
-from moecc.types.dtypes import BF16, F32
+from moecc.types import BF16, F32
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from moecc.model.open import Model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.types.dtypes import DTYPES
+from moecc.types import DTYPES
 
 try:
     import jax

@@ -31,7 +31,7 @@ from script import OUT, console, exit_code, step
 from texts import Text, help_topics
 
 from moecc.backend import get_backend
-from moecc.decoding.session import ReadOnce
+from moecc.decoding import ReadOnce
 from moecc.errors import InputError
 from moecc.model.inputs import longest
 from moecc.model.open import Model, open_model
@@ -39,7 +39,7 @@ from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.tasks.generate import load_tokenizer
-from moecc.train.specialisation import Routed
+from moecc.train.scoring import Routed
 
 if TYPE_CHECKING:
     from moecc.tokenizer.process import Tokenizer

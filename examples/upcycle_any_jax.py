@@ -22,12 +22,12 @@ from moecc_backends.xla.backend import function
 from script import console, exit_code, step
 
 from moecc import jax as mx
-from moecc.checkpoint.open import open_checkpoint
 from moecc.errors import CheckError
+from moecc.formats.open import open_checkpoint
 from moecc.model.open import open_model
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.types.dtypes import F32, F64, DType
+from moecc.types import F32, F64, DType
 
 PIPELINE = "upcycle{{experts=4 top-k=2 layers=every:{every}}},add-losses"
 BOUND = 1e-6

@@ -27,8 +27,8 @@ from rich.table import Table
 from script import OUT, console, exit_code, step
 
 from moecc.backend import get_backend
-from moecc.checkpoint.manifest import MANIFEST_NAME
 from moecc.errors import CheckError, InputError
+from moecc.formats.manifest import MANIFEST_NAME
 from moecc.model.open import Model, open_model
 from moecc.pipeline.text import Pipeline
 from moecc.support.text import count_text, size_text

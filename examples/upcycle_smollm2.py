@@ -20,17 +20,17 @@ from rich.markup import escape
 from rich.table import Table
 from script import OUT, console, exit_code, step
 
-from moecc.checkpoint.manifest import MANIFEST_NAME, check_manifest
 from moecc.cli.console import Bar
 from moecc.errors import CheckError
-from moecc.ir.printer import print_graph
+from moecc.formats.manifest import MANIFEST_NAME, check_manifest
+from moecc.ir.text import print_graph
 from moecc.model.open import open_model
 from moecc.pipeline.text import Pipeline
 from moecc.support.text import count_text, size_text
 from moecc.tasks.convert import Conversion, Plan, plan, write
 from moecc.tasks.generate import generate
 from moecc.tasks.verify import Verdict, compare
-from moecc.types.dtypes import BF16
+from moecc.types import BF16
 
 PIPELINE = "upcycle{experts=8 top-k=2}"
 TARGET = "mixtral"

@@ -28,8 +28,8 @@ from results_page import write_page
 from tasks import write_task
 from verdicts import Verdict, effect_of
 
-from moecc.checkpoint.run.layout import is_run, saved_steps
 from moecc.cli.main import main as moecc
+from moecc.formats.run import is_run, saved_steps
 from moecc.version import __version__
 
 ROOT = HERE.parent

@@ -12,9 +12,8 @@ from typing import Protocol, runtime_checkable
 
 from moecc.errors import UsageError, nearest
 from moecc.ir.graph import Graph
-from moecc.types.arrays import Array
-from moecc.types.arrays import Arrays as Arrays
-from moecc.types.dtypes import F32, DType
+from moecc.types import F32, Array, DType
+from moecc.types import Arrays as Arrays
 
 
 class Program(Protocol):

@@ -56,7 +56,7 @@ if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 # No deadline: the first example of a test pays for imports and caches.
-# A hit rate (`moecc.testing.hits`) is judged after 50 graphs.
+# A hit rate (`moecc.testing.laws`) is judged after 50 graphs.
 EXAMPLES = 100 if os.environ.get("MOECC_TIER") == "all" else 50
 settings.register_profile("dev", deadline=None, max_examples=EXAMPLES)
 settings.register_profile(

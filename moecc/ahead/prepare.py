@@ -5,32 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
-from moecc.ahead.request import Job, Request
-from moecc.ahead.update import update_of
-from moecc.analysis.head import check_trainable, reads_tokens
+from moecc.ahead.request import Job, Request, update_of
+from moecc.analysis import check_trainable, reads_tokens
 from moecc.errors import InputError, UsageError
 from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
-from moecc.model.open import open_model
-from moecc.model.user_passes import registry_with
+from moecc.model.open import open_model, registry_with
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.plan.batches import Batch, make_batch
-from moecc.plan.candidates import Constraints, check_constraints
-from moecc.plan.estimate import Estimate, Estimator
-from moecc.plan.machines import Machine
-from moecc.plan.meshes import plan_mesh
-from moecc.plan.own_machines import find_machine
-from moecc.plan.remedies import Asked
-from moecc.plan.search import search
+from moecc.plan.candidates import Constraints, check_constraints, plan_mesh
+from moecc.plan.machines import Machine, find_machine
+from moecc.plan.search import Asked, search
 from moecc.plan.strategy import StepConfig, Strategy, step_config
+from moecc.plan.time import Estimate, Estimator
 from moecc.plan.workload import Workload, workload
 from moecc.sharding.layout import Layout
-from moecc.sharding.partitions import EXPLICIT, GSPMD
-from moecc.sharding.vias import BY_NAME, LOCAL
-from moecc.steps.metrics import LOSSES
-from moecc.steps.passes import (
+from moecc.sharding.vias import BY_NAME, EXPLICIT, GSPMD, LOCAL
+from moecc.train.graphs import (
     Bound,
     MeshPasses,
     StepPasses,
@@ -39,6 +32,7 @@ from moecc.steps.passes import (
     specialize,
     weights_rows,
 )
+from moecc.train.settings import LOSSES
 
 CAPACITY_FACTOR = 1.25
 """What bounds the rows of an expert where the model says nothing: ST-MoE's in training (§2.2)."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Protocol
+from typing import Protocol, TypedDict, runtime_checkable
 
+from moecc.errors import Problem, UsageError
 from moecc.ir.graph import Graph
 from moecc.plan.machines import Machine
+from moecc.plan.report import BatchReport
 from moecc.plan.strategy import StepConfig
 from moecc.sharding.layout import Layout
-from moecc.sharding.partitions import EXPLICIT
+from moecc.sharding.vias import EXPLICIT
 from moecc.support.untyped import Json
 from moecc.train.recipe import OptimizerSection
+from moecc.train.recipe_text import parse_update
 
 EMITS = ("stablehlo", "hlo")
 
@@ -165,4 +168,154 @@ class Compiler(Protocol):
           UsageError: the compiler refuses the machine's topology.
           InputError: the mesh does not suit the graph.
         """
+        ...
+
+
+# The JSON of ``moecc compile``, as types: what the worker writes and the text is made of.
+
+
+class CompileMachine(TypedDict):
+    """The machine that is compiled for."""
+
+    name: str
+    devices: int
+    usable_bytes: int
+
+
+class CompileSeconds(TypedDict):
+    """How long the compilation took."""
+
+    lower: float
+    compile: float
+
+
+class BoundReport(TypedDict):
+    """The capacity of the experts."""
+
+    factor: float
+    convention: str
+
+
+class Predicted(TypedDict):
+    """What the plan said of the same step."""
+
+    arguments_bytes: float
+    outputs_bytes: float | None
+    temporaries_bytes: float
+    needed_bytes: float
+    fits: bool
+    flops: float
+    seconds: float
+    mfu: float
+    collectives: Mapping[str, Mapping[str, float]]
+    overlap: Mapping[str, Mapping[str, float]]
+
+
+class CompileReport(TypedDict):
+    """All that ``moecc compile`` says."""
+
+    model: str
+    machine: CompileMachine
+    step: str
+    optimizer: str | None
+    dtype: str
+    weight_dtype: str
+    reduce_dtype: str | None
+    batch: BatchReport
+    parameters: int
+    mesh: dict[str, int]
+    dense_weights: str
+    remat: str
+    partition: str
+    via: str | None
+    sliced: bool
+    pipeline: str
+    quick: bool
+    capacity: BoundReport | None
+    remarks: list[str]
+    seconds: CompileSeconds
+    host_peak_bytes: int
+    memory: Mapping[str, int] | None
+    needed_bytes: int
+    fits: bool
+    would_fit: str | None
+    flops: int
+    model_flops: float
+    collectives: Mapping[str, Mapping[str, int]]
+    overlap: Mapping[str, Mapping[str, int]]
+    unknown_loops: int
+    opaque: Mapping[str, int]
+    predicted: Predicted
+
+
+# The update of a step that is compiled: an optimizer and its settings, as recipes spell them.
+
+COMPILED = ("clip", "update_clip", "b1", "b2", "eps", "decay")
+"""The keys of ``[optimizer]`` that are constants of a compiled step."""
+
+_SECTION = "optimizer."
+_OTHERS = {
+    "name": "--optimizer names it",
+    "groups": "a recipe has groups: moecc train",
+}
+_MORE = "a recipe has more: moecc train"
+_RATE = "the rate is an argument of the step: the caller has the schedule"
+
+
+def update_of(optimizer: str, sets: Sequence[str]) -> OptimizerSection:
+    """Return the update of a step.
+
+    Args:
+      optimizer: its name.
+      sets: texts ``optimizer.key=value``, as of ``moecc train``.
+
+    Raises:
+      UsageError: a text is no such thing, or has a key that a compiled step does not have.
+    """
+    problems = [problem for text in sets for problem in _foreign(text)]
+    if problems:
+        raise UsageError(problems)
+    return parse_update(optimizer, sets)
+
+
+def _foreign(text: str) -> list[Problem]:
+    """Return what is wrong with the key of a text."""
+    key = text.partition("=")[0].strip()
+    name = key.removeprefix(_SECTION).partition(".")[0]
+    known = name in OptimizerSection.__dataclass_fields__
+    if key.startswith(_SECTION) and (name in COMPILED or not known):
+        return []
+    hint = _OTHERS.get(name, _RATE) if key.startswith(_SECTION) else _MORE
+    what = f"{key!r} is no part of a compiled step"
+    expected = ", ".join(f"{_SECTION}{name}" for name in COMPILED)
+    return [Problem(what, f"--set {text}", expected, hint=hint)]
+
+
+# What a backend gives of a step that it exported.
+
+
+class LoadedStep(Protocol):
+    """A program of a saved step.
+
+    Attributes:
+      platforms: what it was compiled for.
+      devices: how many it runs on.
+      arguments: shapes and types of what it takes, parameters and inputs by name.
+    """
+
+    platforms: tuple[str, ...]
+    devices: int
+    arguments: Json
+
+    def __call__(self, *arguments: Json) -> Json:
+        """Run the program. Raises InputError for other arguments."""
+        ...
+
+
+@runtime_checkable
+class StepLoader(Protocol):
+    """A backend that reads programs which it exported."""
+
+    def load_step(self, data: bytes, where: str) -> LoadedStep:
+        """Return a program. Raises InputError, MachineError."""
         ...

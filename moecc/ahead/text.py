@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moecc.ahead.report_types import CompileReport
+from moecc.ahead.request import CompileReport
 from moecc.plan.report import batch_text
 from moecc.support.text import amount, count_text, size_text
 

@@ -2,22 +2,59 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from threading import Event, Thread
 from typing import cast
 
 from moecc.ahead.prepare import PreparedJob, prepare
-from moecc.ahead.report_types import BoundReport, CompileReport
-from moecc.ahead.request import Compiler, Request, Result
-from moecc.ahead.trimming import trimmed
+from moecc.ahead.request import BoundReport, Compiler, CompileReport, Request, Result
 from moecc.backend import get_backend
 from moecc.errors import MoeccError
-from moecc.launch.member import hold_lifeline
-from moecc.plan.remedies import way_out
+from moecc.launch.processes import hold_lifeline
 from moecc.plan.report import batch_json
-from moecc.steps.passes import Bound
+from moecc.plan.search import way_out
+from moecc.train.graphs import Bound
+
+# Return memory that a compiler has freed to the system while it runs.
+#
+# glibc keeps freed memory, separately for each thread.  A compiler of many passes frees most of
+# what it allocates, and its peak is lower if freed memory is returned.
+
+_SECONDS = 1.0
+
+
+@contextmanager
+def trimmed() -> Iterator[None]:
+    """Trim the heap every second, in a thread, if the C library supports it."""
+    trim = _trim() if sys.platform == "linux" else None
+    if trim is None:
+        yield
+        return
+    done = Event()
+
+    def run() -> None:
+        while not done.wait(_SECONDS):
+            trim(0)
+
+    thread = Thread(target=run, name="trim", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _trim() -> ctypes._NamedFuncPointer | None:
+    # Another C library, such as musl, has no such function.
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
+
 
 REQUEST, ANSWER, PROGRAM, ARTEFACT = "request.json", "answer.json", "program.txt", "artefact.bin"
 """The files in the folder between the two processes."""

@@ -10,17 +10,15 @@ from typing import get_type_hints
 
 import numpy as np
 
-from moecc.decoding.sampling import Sampling
+from moecc.decoding import Sampling
 from moecc.errors import Problem, UsageError, nearest
-from moecc.model.branches import parse_branches
+from moecc.model.open import parse_branches
 from moecc.pipeline.passes import Pass
 from moecc.pipeline.text import Pipeline, format_pass
-from moecc.support.parse_units import float_type
 from moecc.support.untyped import JsonDict
 from moecc.tasks.continue_tokens import Continuing
 from moecc.tasks.plan_step import StepRequest
-from moecc.types.arrays import Array
-from moecc.types.dtypes import F32, DType
+from moecc.types import F32, Array, DType, float_type
 
 _SHOWN = Repr()
 _SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 80

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from moecc.ahead.loaded_step import LoadedStep, StepLoader
+from moecc.ahead.request import LoadedStep, StepLoader
 from moecc.api.arguments import source_text
 from moecc.backend import get_backend
-from moecc.checkpoint.files import read_whole
+from moecc.formats.files import read_whole
 
 
 def load_step(file: str | os.PathLike[str]) -> LoadedStep:

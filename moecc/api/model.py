@@ -24,22 +24,19 @@ from moecc.api.arguments import (
     swept_values,
     whole,
 )
-from moecc.checkpoint.several import branches_of
 from moecc.errors import UsageError
+from moecc.formats.adapter import branches_of
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
-from moecc.model.branches import add_branches
+from moecc.model.initialise import add_statistics, reads_small
 from moecc.model.open import Model as OpenModel
-from moecc.model.open import Params, open_model
-from moecc.model.small_weights import reads_small
-from moecc.model.statistics import add_statistics
+from moecc.model.open import Params, add_branches, open_model
 from moecc.pipeline.passes import EXACT, Context, Preserves, Statistics, weakest
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.support.closing import Closing
-from moecc.support.shown import brief, facts_table
-from moecc.types.arrays import Array, Arrays
-from moecc.types.dtypes import F32
+from moecc.support.process import Closing
+from moecc.support.text import brief, facts_table
+from moecc.types import F32, Array, Arrays
 
 if TYPE_CHECKING:
     from moecc.api.shown import PlanSweep, StepPlan

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moecc.plan.report import plan_text
-from moecc.plan.report_types import PlanReport, Report
+from moecc.plan.report import PlanReport, Report, plan_text
 from moecc.plan.search import seconds_text
-from moecc.plan.sweep_report import SweepPoint, SweepReport, sweep_text
+from moecc.plan.sweeps import SweepPoint, SweepReport, sweep_text
 from moecc.support.page import render
-from moecc.support.shown import brief
-from moecc.support.text import count_text, size_text
+from moecc.support.text import brief, count_text, size_text
 
 if TYPE_CHECKING:
     from moecc.families.describe import Description

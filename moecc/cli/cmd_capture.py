@@ -15,7 +15,7 @@ from moecc.cli.options import FormatOption, LoadFamiliesOption
 from moecc.support.text import amount
 
 if TYPE_CHECKING:
-    from moecc.capture.folder import CaptureFacts
+    from moecc.capture import CaptureFacts
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def capture(request: CaptureRequest) -> None:
     """
     from moecc.cli.console import Bar, report
     from moecc.families.outside import load_families
-    from moecc.support.signals import signals_raised
+    from moecc.support.process import signals_raised
     from moecc.tasks.capture import CaptureSpec
     from moecc.tasks.capture import capture as captured
 

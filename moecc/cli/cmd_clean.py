@@ -30,8 +30,8 @@ def clean(request: CleanRequest) -> None:
     """
     from pathlib import Path
 
-    from moecc.checkpoint.clean import clean as cleaned
     from moecc.cli.console import tell
+    from moecc.formats.output import clean as cleaned
 
     done = {out: cleaned(Path(out)) for out in request.out}
     lines = [

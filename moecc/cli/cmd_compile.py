@@ -26,7 +26,7 @@ from moecc.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from moecc.ahead.compile_in_subprocess import CompileOutcome
+    from moecc.ahead.process import CompileOutcome
     from moecc.ahead.request import Request
 
 
@@ -142,10 +142,10 @@ def compile_step(request: CompileRequest) -> int:
     No weights are read and no accelerator is needed: libtpu compiles for TPUs, the CUDA
     plug-in of jax for GPUs. Exit code 1 if the program does not fit.
     """
-    from moecc.ahead.compile_in_subprocess import compile_in_subprocess
+    from moecc.ahead.process import compile_in_subprocess
     from moecc.cli.console import say
     from moecc.cli.files import check_writable, write_whole
-    from moecc.support.signals import signals_raised
+    from moecc.support.process import signals_raised
 
     _check_effort(request)
     job = ahead_request(request if request.plan is None else planned(request, request.plan))
@@ -165,7 +165,7 @@ def compile_step(request: CompileRequest) -> int:
 
 def _require(job: Request) -> None:
     """Raise MachineError for all that is missing, the compiler of the machine included."""
-    from moecc.plan.own_machines import find_machine
+    from moecc.plan.machines import find_machine
     from moecc.support.extras import require
 
     own = {"tpu": ("tpu",), "gpu": ("gpu-aot",)}.get(find_machine(job.machine).kind, ())
@@ -233,7 +233,7 @@ def _checked_micro_batches(request: CompileRequest) -> int:
 
 def _checked_sets(request: CompileRequest) -> tuple[str, ...]:
     """Return the settings of the optimizer. Raises UsageError."""
-    from moecc.ahead.update import update_of
+    from moecc.ahead.request import update_of
 
     sets = tuple(request.set or ())
     update_of(request.optimizer.value, sets)
@@ -253,7 +253,7 @@ def _lengths(text: str | None) -> tuple[int, ...] | None:
 
 
 def _type_name(text: str) -> str:
-    from moecc.support.parse_units import float_type
+    from moecc.types import float_type
 
     return float_type(text).name
 
@@ -295,8 +295,8 @@ def _rules(request: CompileRequest) -> tuple[str, ...] | None:
 def _checked_machine(request: CompileRequest) -> str:
     # The compiling process parses both again; errors are reported before it is started.
     from moecc.errors import UsageError
-    from moecc.plan.meshes import plan_mesh
-    from moecc.plan.own_machines import find_machine
+    from moecc.plan.candidates import plan_mesh
+    from moecc.plan.machines import find_machine
 
     if request.machine is None:
         raise UsageError("no machine is named", expected="--machine M, or --plan FILE")

@@ -22,10 +22,10 @@ from moecc.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from moecc.checkpoint.gguf.storage import Storage
+    from moecc.formats.gguf.storage import Storage
     from moecc.model.open import Model
     from moecc.tasks.convert import Plan
-    from moecc.types.dtypes import DType
+    from moecc.types import DType
 
 
 _SHOWN = 10
@@ -102,12 +102,11 @@ def convert(request: ConvertRequest) -> None:
     """
     from moecc.cli.console import report
     from moecc.cli.pipelines import read_pipeline
-    from moecc.model.branches import add_branches, parse_branches
-    from moecc.model.open import open_model
-    from moecc.model.statistics import add_statistics
-    from moecc.support.parse_units import count_bytes
-    from moecc.support.signals import signals_raised
+    from moecc.model.initialise import add_statistics
+    from moecc.model.open import add_branches, open_model, parse_branches
+    from moecc.support.process import signals_raised
     from moecc.tasks.convert import check_place, plan
+    from moecc.types import count_bytes
 
     type = None if request.dtype is None else _written_type(request.dtype)
     limit, out = count_bytes(request.max_shard_bytes), request.out
@@ -153,7 +152,7 @@ def _say_of(model: Model, source: str) -> None:
 def _written_type(name: str) -> DType | Storage:
     """Return the element type called `name`, or the blocks of a GGUF file."""
     from moecc.families.export_gguf import QUANTISED
-    from moecc.support.parse_units import float_type
+    from moecc.types import float_type
 
     return QUANTISED.get(name.lower()) or float_type(name)
 

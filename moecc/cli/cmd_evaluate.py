@@ -57,9 +57,9 @@ def evaluate(request: EvaluateRequest) -> None:
     """
     from moecc.cli.console import Bar, report
     from moecc.families.outside import load_families
-    from moecc.support.parse_units import float_type
     from moecc.tasks.evaluate import EvaluationSpec
     from moecc.tasks.evaluate import evaluate as evaluated
+    from moecc.types import float_type
 
     load_families(request.load)
     settings = EvaluationSpec(

@@ -79,9 +79,9 @@ def generate(request: GenerateRequest) -> None:
 
 
 def _continuing(request: GenerateRequest) -> Continuing:
-    from moecc.decoding.sampling import Sampling
-    from moecc.support.parse_units import float_type
+    from moecc.decoding import Sampling
     from moecc.tasks.continue_tokens import Continuing
+    from moecc.types import float_type
 
     sampling = Sampling(request.temperature, request.top_k, request.top_p, request.seed)
     return Continuing(request.tokens, sampling, dtype=float_type(request.dtype))

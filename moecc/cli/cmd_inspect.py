@@ -16,7 +16,7 @@ from moecc.cli.options import FormatOption, LoadFamiliesOption
 from moecc.support.untyped import JsonDict
 
 if TYPE_CHECKING:
-    from moecc.analysis.ffn import FFNSearch
+    from moecc.analysis import FFNSearch
     from moecc.families.describe import Description, Parameters
     from moecc.ir.graph import Graph
     from moecc.model.open import Model
@@ -45,7 +45,7 @@ def inspect(request: InspectRequest) -> None:
     upcycled, and which families could hold the result, with the reasons why others cannot.
     """
     from moecc.cli.console import report
-    from moecc.support.gc_pause import gc_paused
+    from moecc.support.process import gc_paused
 
     # Neither imports nor layers leave garbage: of 10,000 layers, the collector would take half of
     # the time, and of three a tenth.
@@ -67,11 +67,11 @@ def _inspection_of(request: InspectRequest) -> JsonDict:
 
 def inspection(model: Model) -> JsonDict:
     """Return the inspection of `model` as JSON values."""
-    from moecc.analysis.ffn import find_ffn_blocks
+    from moecc.analysis import find_ffn_blocks
     from moecc.families.describe import describe
+    from moecc.ir.structure import without_opaque
     from moecc.ir.unroll import unrolled
-    from moecc.ir.without_opaque import without_opaque
-    from moecc.model.function_folder import MODEL_TYPE, function_name
+    from moecc.model.open import MODEL_TYPE, function_name
 
     # Repeated layers count once per repetition.
     graph = unrolled(without_opaque(model.graph))
@@ -96,7 +96,7 @@ def inspection(model: Model) -> JsonDict:
 
 
 def _flops_of_sequence(facts: Description) -> dict[str, object]:
-    from moecc.families.flops import CONVENTION
+    from moecc.families.describe import CONVENTION
 
     found = facts.sequence
     return {

@@ -66,7 +66,7 @@ def launch(request: LaunchRequest) -> int:
         sys.stdout.write(fill_template(kind, job))
         return 0
     from moecc.launch.supervisor import Supervisor
-    from moecc.support.signals import signals_raised
+    from moecc.support.process import signals_raised
 
     words = _program(request.command)
     # Processes of one machine cannot share its accelerators, but can share its cores.

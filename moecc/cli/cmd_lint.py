@@ -51,7 +51,7 @@ def lint(request: LintRequest) -> int:
     No weights are read. The warnings that other commands print are shown, too.
     """
     from moecc.cli.console import report
-    from moecc.model.user_passes import registry_with
+    from moecc.model.open import registry_with
     from moecc.pipeline.text import Pipeline
     from moecc.tasks.lint import is_model, lint_model, lint_pipeline
 

@@ -63,7 +63,7 @@ def lower(request: LowerRequest) -> None:
     from moecc.families.outside import load_families
     from moecc.model.inputs import default_inputs
     from moecc.model.open import open_model
-    from moecc.support.parse_units import float_type
+    from moecc.types import float_type
 
     if request.output is not None and request.output != "-":
         check_writable(request.output, force=request.force)

@@ -137,7 +137,7 @@ def _names(stated: str, *words: str) -> str | frozenset[str]:
 
 
 def _instruments(request: OptRequest) -> list[Instrument]:
-    from moecc.pipeline import instruments
+    from moecc.pipeline import runner as instruments
 
     made: list[Instrument] = []
     if request.print_before is not None:

@@ -34,7 +34,7 @@ class PassesRequest:
 def passes(request: PassesRequest) -> None:
     """List the passes, or show one: options, types, defaults, before and after."""
     from moecc.cli.console import report
-    from moecc.model.user_passes import registry_with
+    from moecc.model.open import registry_with
 
     registry = registry_with(request.load or [])
     if request.name is not None:
@@ -48,7 +48,7 @@ def passes(request: PassesRequest) -> None:
 
 def pass_json(cls: type[Pass]) -> dict[str, object]:
     """Return a pass and its options as JSON values."""
-    from moecc.pipeline.options import describe, options
+    from moecc.pipeline.passes import describe, options
 
     return {
         "name": cls.name,
@@ -73,7 +73,7 @@ def _all(classes: list[type[Pass]]) -> str:
 
 
 def _one(cls: type[Pass]) -> str:
-    from moecc.pipeline.options import describe, options, write
+    from moecc.pipeline.passes import describe, options, write
 
     rows = [f"{cls.name}: {cls.summary}", ""]
     for option in options(cls).values():

@@ -28,8 +28,8 @@ from moecc.cli.options import (
 
 if TYPE_CHECKING:
     from moecc.ir.graph import Graph
-    from moecc.plan.report_types import Report, SummaryReport
-    from moecc.plan.sweep_report import SweepReport
+    from moecc.plan.report import Report, SummaryReport
+    from moecc.plan.sweeps import SweepReport
     from moecc.tasks.plan_step import StepRequest
 
 
@@ -157,7 +157,7 @@ def plan(request: PlanRequest) -> None:
 def _sweep(request: PlanRequest, texts: list[str]) -> None:
     """Plan a sweep instead of one model."""
     from moecc.cli.console import report
-    from moecc.plan.sweep_report import sweep_text
+    from moecc.plan.sweeps import sweep_text
 
     data = swept(request, texts)
     _write(request, "sweep", _sweep_files(request, data))
@@ -216,7 +216,7 @@ def planned(request: PlanRequest) -> tuple[Report, list[SummaryReport]]:
       InputError: the model or a pass on it is invalid, or nothing fits.
     """
     from moecc.cli.pipelines import read_pipeline
-    from moecc.ir.without_opaque import without_opaque
+    from moecc.ir.structure import without_opaque
     from moecc.model.open import open_model
     from moecc.pipeline.runner import run_pipeline
     from moecc.tasks.plan_step import check_step, plan_and_search
@@ -235,7 +235,7 @@ def planned(request: PlanRequest) -> tuple[Report, list[SummaryReport]]:
 
 def _remark_on_logits(graph: Graph) -> None:
     """Say whether the step of a graph without logits is planned alone."""
-    from moecc.analysis.head import is_trainable, reads_tokens
+    from moecc.analysis import is_trainable, reads_tokens
     from moecc.cli.console import say
 
     if is_trainable(graph):

@@ -47,7 +47,7 @@ def report(request: ReportRequest) -> None:
     from moecc.tasks.evaluate import EvaluationSpec
     from moecc.tasks.specialise import specialise
     from moecc.train.report_page import report_page
-    from moecc.train.run_series import read_run
+    from moecc.train.run import read_run
 
     check_writable(request.html, force=request.force)
     runs = [read_run(Path(run)) for run in request.runs]

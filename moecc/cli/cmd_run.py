@@ -18,11 +18,11 @@ from moecc.cli.options import (
     ModelArgument,
     WeightsOption,
 )
-from moecc.types.arrays import Array
+from moecc.types import Array
 
 if TYPE_CHECKING:
     from moecc.ir.graph import Graph
-    from moecc.types.arrays import Arrays
+    from moecc.types import Arrays
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ def run(request: RunRequest) -> None:
     from moecc.cli.console import say
     from moecc.cli.files import check_writable, say_weights
     from moecc.families.outside import load_families
-    from moecc.launch.process_info import check_alone
+    from moecc.launch.processes import check_alone
+    from moecc.model.initialise import set_router_dtype
     from moecc.model.open import open_model
-    from moecc.model.router_dtype import set_router_dtype
-    from moecc.support.parse_units import float_type
     from moecc.tasks.print_values import chosen_values, describe_values, with_values
+    from moecc.types import float_type
 
     check_writable(request.outputs, force=request.force)
     load_families(request.load)

@@ -15,7 +15,7 @@ from moecc.cli.options import FormatOption
 from moecc.support.text import amount
 
 if TYPE_CHECKING:
-    from moecc.train.tokens.facts import TokenFacts
+    from moecc.train.tokens.folder import TokenFacts
 
 
 class Kind(StrEnum):
@@ -89,7 +89,7 @@ def tokens(request: TokensRequest) -> None:
     from pathlib import Path
 
     from moecc.cli.console import Bar, report
-    from moecc.support.signals import signals_raised
+    from moecc.support.process import signals_raised
     from moecc.train.tokens import documents
     from moecc.train.tokens.make import Making, make_tokens
 
@@ -115,7 +115,7 @@ def tokens(request: TokensRequest) -> None:
 
 def tokens_text(folders: dict[str, TokenFacts]) -> str:
     """Return the human-readable report of what was written."""
-    from moecc.train.tokens.facts import LABELLED
+    from moecc.train.tokens.folder import LABELLED
 
     lines = []
     for folder, facts in folders.items():

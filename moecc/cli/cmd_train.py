@@ -18,9 +18,8 @@ from moecc.support.text import amount
 
 if TYPE_CHECKING:
     from moecc.plan.saved import SavedPlan
-    from moecc.support.signals import Asked
-    from moecc.train.events import Reason, Stopped
-    from moecc.train.job import Trainer, Training, TrainJob
+    from moecc.support.process import Asked
+    from moecc.train.events import Reason, Stopped, Trainer, Training, TrainJob
     from moecc.train.trackers import Tracker
 
 
@@ -79,9 +78,9 @@ def train(request: TrainRequest) -> int:
     had to be skipped.
     """
     from moecc.cli.console import report, say
-    from moecc.steps.remarks import training_remarks
     from moecc.support.extras import require
-    from moecc.support.signals import signals_noted
+    from moecc.support.process import signals_noted
+    from moecc.train.graphs import training_remarks
 
     if not request.dry_run:
         require("training", ("train",))
@@ -107,7 +106,7 @@ def train(request: TrainRequest) -> int:
 def _report_dry_run(job: TrainJob, request: TrainRequest) -> None:
     """Report what the run would be. Raises InputError if it does not fit the machine."""
     from moecc.cli.console import report
-    from moecc.plan.own_machines import find_machine
+    from moecc.plan.machines import find_machine
     from moecc.tasks.dry_run import dry_run, dry_run_text
 
     machine = None if request.machine is None else find_machine(request.machine)
@@ -122,7 +121,7 @@ def _job(request: TrainRequest, plan: SavedPlan | None) -> Iterator[TrainJob]:
 
     from moecc.cli.console import say
     from moecc.errors import UsageError
-    from moecc.model.user_passes import registry_with
+    from moecc.model.open import registry_with
     from moecc.tasks.train import forked_run, new_run, resumed_run
     from moecc.tasks.train_source import open_source
     from moecc.train.recipe_text import load_recipe
@@ -184,7 +183,7 @@ def _check_plan(job: TrainJob, plan: SavedPlan, path: str) -> list[str]:
 
 def _trainer() -> Trainer:
     from moecc.backend import get_backend
-    from moecc.train.job import Trainer
+    from moecc.train.events import Trainer
 
     backend = get_backend("xla")
     assert isinstance(backend, Trainer), "the backend xla trains"
@@ -204,7 +203,7 @@ def _watch(
     from moecc.cli.train_progress import TrainProgress
     from moecc.tasks.train_exports import exported
     from moecc.train.events import Reason, Stopped
-    from moecc.train.follow import followed
+    from moecc.train.run import followed
     from moecc.train.trackers import tracked
 
     def stop() -> Reason | None:
@@ -230,7 +229,7 @@ def _trackers(job: TrainJob, request: TrainRequest) -> list[Tracker]:
     """Return where metrics go besides the journal."""
     from dataclasses import asdict
 
-    from moecc.checkpoint.run.layout import saved_steps
+    from moecc.formats.run import saved_steps
     from moecc.train.trackers import TensorBoard, WeightsAndBiases
 
     steps = saved_steps(job.run)

@@ -70,9 +70,9 @@ def verify(request: VerifyRequest) -> None:
     rounded to the type of MODEL's.
     Without --inputs, 2 x 128 seeded random tokens are used.  Exit code 3 above the tolerance.
     """
-    from moecc.checkpoint.run.layout import split_reference
     from moecc.errors import UsageError
     from moecc.families.outside import load_families
+    from moecc.formats.run import split_reference
 
     load_families(request.load)
     run = split_reference(request.model)
@@ -91,10 +91,10 @@ def _with_manifest(model: str) -> Path:
     import os
     from pathlib import Path
 
-    from moecc.checkpoint.gguf.storage import SUFFIX
-    from moecc.checkpoint.hub import PREFIX as HUB
-    from moecc.checkpoint.open import missing_place
     from moecc.errors import InputError
+    from moecc.formats.gguf.storage import SUFFIX
+    from moecc.formats.open import PREFIX as HUB
+    from moecc.formats.open import missing_place
     from moecc.presets import PREFIX as PRESET
 
     place = Path(model)
@@ -109,9 +109,8 @@ def _with_manifest(model: str) -> Path:
 
 
 def _against_manifest(request: VerifyRequest) -> None:
-    from moecc.checkpoint.manifest import check_manifest
-    from moecc.checkpoint.records import load
     from moecc.cli.console import report
+    from moecc.formats.manifest import check_manifest, load
     from moecc.tasks.receipt import load_receipt, receipt_lines
 
     model, format, place = request.model, request.format, _with_manifest(request.model)
@@ -147,9 +146,8 @@ def _write_page(
 def _against_digests(model: str, run: str, which: str, format: Format) -> None:
     from pathlib import Path
 
-    from moecc.checkpoint.run.digests import check_step
-    from moecc.checkpoint.run.layout import choose_step
     from moecc.cli.console import report
+    from moecc.formats.run import check_step, choose_step
 
     step = choose_step(Path(run), which)
     check_step(Path(run), step)
@@ -165,8 +163,8 @@ def _against_source(request: VerifyRequest, against: str) -> None:
     from moecc.cli.input_files import read_inputs
     from moecc.errors import CheckError, UsageError
     from moecc.model.open import open_model
-    from moecc.support.parse_units import float_type
     from moecc.tasks.verify import compare
+    from moecc.types import float_type
 
     if not request.tolerance >= 0:
         raise UsageError("a tolerance must not be negative", found=str(request.tolerance))

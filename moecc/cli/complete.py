@@ -29,7 +29,7 @@ def pipelines(incomplete: str) -> list[str]:
 
 def passes(incomplete: str) -> list[str]:
     """Return the names of passes."""
-    from moecc.pipeline.registry import installed
+    from moecc.pipeline.text import installed
 
     return _beginning(incomplete, installed().names())
 
@@ -83,7 +83,7 @@ def targets(incomplete: str) -> list[str]:
 
 def float_types(incomplete: str) -> list[str]:
     """Return the floating-point types."""
-    from moecc.types.dtypes import DTYPES
+    from moecc.types import DTYPES
 
     return _beginning(incomplete, (name for name, type in DTYPES.items() if type.is_float))
 
@@ -99,9 +99,8 @@ def _last_pass(text: str) -> int:
 
 def _passes(last: str) -> Iterator[str]:
     """Yield what the last pass of a pipeline may be completed to."""
-    from moecc.pipeline.options import options
-    from moecc.pipeline.registry import installed
-    from moecc.pipeline.template import TemplatePass
+    from moecc.pipeline.passes import options
+    from moecc.pipeline.text import TemplatePass, installed
 
     registry = installed()
     if _PASS.match(last):

@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, TextIO
 
 from moecc.errors import MoeccError, escaped
-from moecc.support.closing import Closing
+from moecc.support.process import Closing
 from moecc.support.text import json_text
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 def graph_text(graph: Graph, path: str | None) -> str:
     """Return the text of `graph`, which then names its checkpoint from the folder of its file."""
-    from moecc.ir.printer import print_graph
-    from moecc.model.checkpoint_names import names_for_file
+    from moecc.ir.text import print_graph
+    from moecc.model.open import names_for_file
 
     names_for_file(graph, path)
     return print_graph(graph)

@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 
 from moecc.errors import InputError, MachineError, printable
-from moecc.types.arrays import Array
+from moecc.types import Array
 
 if TYPE_CHECKING:
     from moecc.ir.graph import Graph

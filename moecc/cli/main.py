@@ -31,7 +31,7 @@ from moecc.errors import (
     nearest,
     printable,
 )
-from moecc.support.signals import Terminated
+from moecc.support.process import Terminated
 
 if TYPE_CHECKING:
     from click import Command, Context, HelpFormatter

@@ -18,7 +18,7 @@ def read_pipeline(text: str, files: Sequence[str] = ()) -> Pipeline:
       UsageError: all problems of the text.
     """
     from moecc.cli.console import warn
-    from moecc.model.user_passes import registry_with
+    from moecc.model.open import registry_with
     from moecc.pipeline.text import Pipeline
 
     pipeline = Pipeline.parse(text, registry_with(files))

@@ -6,10 +6,9 @@ import sys
 import time
 
 from moecc.cli.console import is_quiet, say, use_colour
-from moecc.support.closing import Closing
+from moecc.support.process import Closing
 from moecc.support.text import count_text
-from moecc.train.alarms import Watch
-from moecc.train.events import Evaluated, Event, Exported, Saved, Skipped, Stepped, Stopped
+from moecc.train.events import Evaluated, Event, Exported, Saved, Skipped, Stepped, Stopped, Watch
 
 LINE_SECONDS = 10.0
 """Where the standard error is no terminal: at most a line of steps in so many seconds."""

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moecc.checkpoint.source import Checkpoint
     from moecc.families.configs import ModelConfig
+    from moecc.formats.source import Checkpoint
     from moecc.ir.graph import Graph
-    from moecc.types.dtypes import DType
+    from moecc.types import DType
 
     FAMILIES: Mapping[str, type[ModelConfig]]
 

@@ -8,10 +8,29 @@ from math import prod
 
 from moecc.families.configs import DecoderConfig, GptOssConfig, RopeConfig, attention_factor
 from moecc.families.gpt_oss import sunk
-from moecc.families.norms import emit_rms_norm
 from moecc.families.parameters import Parameters
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
+
+# The norms of decoders: RMS norms, of one parameter or one more than it, and layer norms.
+
+
+def emit_rms_norm(
+    builder: Builder,
+    x: Value,
+    scale: Value,
+    axis: str,
+    config: DecoderConfig,
+    *,
+    name: str | None = None,
+) -> Value:
+    """Emit the norm of `x` along `axis` with the parameter `scale`."""
+    if config.norm_offset:
+        # The parameter stays as it is on disk; one more than it, rounded, would not come back.
+        one = builder.constant(value=1.0, name="one")
+        scale = builder.add(scale, one, name="gain")
+    return builder.rms_norm(x, scale, axis=axis, eps=config.rms_norm_eps, name=name)
+
 
 KV_SEQ = "kv_seq"
 """The name of the sequence axis of keys and values."""

@@ -22,8 +22,8 @@ from moecc.families.decoder import build_decoder
 from moecc.families.graph_layout import build_graph
 from moecc.families.parameters import DtypeOf
 from moecc.ir.graph import Graph
-from moecc.support.gc_pause import gc_paused
-from moecc.types.tensor import Size
+from moecc.support.process import gc_paused
+from moecc.types import Size
 
 
 @dataclass(frozen=True, slots=True)

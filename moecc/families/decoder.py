@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import sqrt
 
-from moecc.families.attention import Tables, attention, soft_capped
+from moecc.families.attention import Tables, attention, emit_rms_norm, soft_capped
 from moecc.families.configs import DecoderConfig
 from moecc.families.feedforward import feed_forward
 from moecc.families.names import names_of
-from moecc.families.norms import emit_rms_norm
 from moecc.families.parameters import DtypeOf, Parameters, float32_of
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
-from moecc.types.dtypes import I32
-from moecc.types.tensor import Size, tensor
+from moecc.types import I32, Size, tensor
 
 NORMS = {
     "before": ("input_layernorm", "", "post_attention_layernorm", ""),

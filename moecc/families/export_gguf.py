@@ -10,31 +10,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from moecc.checkpoint.gguf.blocks import require_package
-from moecc.checkpoint.gguf.config_keys import config_keys
-from moecc.checkpoint.gguf.encode import Key, storage_of
-from moecc.checkpoint.gguf.families import GGUF_FAMILIES, GGUF_MIXTURES, GgufFamily
-from moecc.checkpoint.gguf.misfits import misfits
-from moecc.checkpoint.gguf.names import (
-    EMBEDDING,
-    HEAD,
-    ROPE_FACTORS,
-    gguf_name,
-    is_norm,
-    turned_projection,
-)
-from moecc.checkpoint.gguf.rope import rotary_divisors
-from moecc.checkpoint.gguf.storage import BY_NAME, Storage
-from moecc.checkpoint.writer import OutputTensor
 from moecc.errors import InputError, Problem, UsageError, nearest
 from moecc.families.configs import CONFIGS, DecoderConfig, MoeConfig
 from moecc.families.experts import expert_layers
 from moecc.families.export import export_graph
-from moecc.families.listing import either
+from moecc.formats.gguf.config import config_keys, misfits, rotary_divisors
+from moecc.formats.gguf.encode import Key, storage_of
+from moecc.formats.gguf.families import (
+    EMBEDDING,
+    GGUF_FAMILIES,
+    GGUF_MIXTURES,
+    HEAD,
+    ROPE_FACTORS,
+    GgufFamily,
+    gguf_name,
+    is_norm,
+    turned_projection,
+)
+from moecc.formats.gguf.storage import BY_NAME, Storage, require_package
+from moecc.formats.writer import OutputTensor
 from moecc.ir.graph import Graph
-from moecc.support.text import with_article
-from moecc.types.dtypes import F16, F32, F64, DType
-from moecc.types.tensor import tensor
+from moecc.support.text import either, with_article
+from moecc.types import F16, F32, F64, DType, tensor
 from moecc.weights.arithmetic import Add
 from moecc.weights.expr import Expr, Full
 from moecc.weights.movement import Concat, Index, Merge, Permute, Split

@@ -12,8 +12,7 @@ from moecc.families.names import names_of
 from moecc.families.parameters import DtypeOf, Parameters, float32_of
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
-from moecc.types.dtypes import I32
-from moecc.types.tensor import Size, tensor
+from moecc.types import I32, Size, tensor
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,10 @@ from moecc.families.configs import GraphConfig
 from moecc.families.configs.extras import TOKEN_KEYS
 from moecc.families.parameters import DtypeOf, float32_of
 from moecc.ir.graph import Graph
-from moecc.ir.parser import parse
-from moecc.ir.printer import print_graph
 from moecc.ir.structure import clone
+from moecc.ir.text import parse, print_graph
 from moecc.ir.verify import verify
-from moecc.types.tensor import TensorType
+from moecc.types import TensorType
 from moecc.weights.expr import Expr, Source
 
 FAMILY = GraphConfig.model_type

@@ -3,27 +3,147 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
-from moecc.checkpoint.source import Checkpoint, TensorInfo
 from moecc.errors import InputError, Problem, nearest, printable
 from moecc.families.building import build_model
 from moecc.families.configs import (
+    STACKS,
+    EncDecConfig,
     ModelConfig,
     MoeConfig,
     StMoeConfig,
     T5Config,
+    WhisperConfig,
     parse_config,
 )
-from moecc.families.facts import block_count, depth, depth_key, is_tied, layer_of
-from moecc.families.listing import capped, ranges
 from moecc.families.names import FUSED_GATE_UP, names_of
-from moecc.families.stored_names import stored_names
+from moecc.formats.source import Checkpoint, TensorInfo
 from moecc.ir.graph import Graph
-from moecc.types.dtypes import F32, DType
-from moecc.types.tensor import TensorType
-from moecc.weights.expr import sources
+from moecc.support.text import capped, ranges
+from moecc.types import F32, DType, TensorType
+from moecc.weights.expr import Expr, Source, sources, transform
+
+# Facts that importing needs of any config: depth, experts, layer names on disk.
+
+_LAYER = re.compile(
+    r"(?:(?:model\.)?(?P<stack>encoder|decoder)\.(?:block|layers)|(?:\w+\.)*?(?:layers|layer|h))"
+    r"\.(?P<n>\d{1,6})\."
+)
+
+
+def layer_of(name: str) -> tuple[str, int] | None:
+    """Return stack and number of the layer that a tensor belongs to, or None.
+
+    The stack is ``encoder`` or ``decoder`` with a space after it, or empty where there is but one.
+    """
+    match = _LAYER.match(name)
+    if match is None:
+        return None
+    stack = match["stack"]
+    return (f"{stack} " if stack else ""), int(match["n"])
+
+
+def depth(config: ModelConfig, stack: str = "") -> int:
+    """Return the number of layers of a stack, as `layer_of` names it."""
+    if isinstance(config, EncDecConfig | WhisperConfig):
+        return config.layers(stack.strip())
+    found: int = getattr(config, "num_hidden_layers", 0)
+    return found
+
+
+def depth_key(config: ModelConfig, stack: str) -> str:
+    """Return the key of config.json with the number of layers of a stack."""
+    if isinstance(config, EncDecConfig):
+        return "num_layers" if stack.strip() == "encoder" else "num_decoder_layers"
+    if isinstance(config, WhisperConfig):
+        return f"{stack.strip()}_layers"
+    return config.key("num_hidden_layers")
+
+
+def block_count(config: ModelConfig, *, with_experts: bool) -> int:
+    """Return the number of layers, plus the experts' blocks of all layers if `with_experts`."""
+    if isinstance(config, EncDecConfig):
+        layers = sum(map(config.layers, STACKS))
+        sparse = sum(sum(config.sparse_layers(stack)) for stack in STACKS)
+        apart = config.experts if not isinstance(config, StMoeConfig) else None
+        experts = apart.count if apart else 0
+    elif isinstance(config, MoeConfig):
+        layers, sparse = config.num_hidden_layers, sum(config.sparse_layers)
+        experts = config.num_experts
+    elif isinstance(config, WhisperConfig):
+        layers, sparse, experts = sum(map(config.layers, STACKS)), 0, 0
+    else:
+        layers, sparse, experts = depth(config), 0, 0
+    return layers + (sparse * experts if with_experts else 0)
+
+
+def is_tied(config: ModelConfig) -> bool:
+    """Whether the output matrix is the embedding."""
+    return bool(getattr(config, "tie_word_embeddings", isinstance(config, WhisperConfig)))
+
+
+# Names on disk that differ from a family's own by a prefix.
+#
+# A model of transformers saved with a head has its tensors under a prefix (``bert.``), and a base
+# model saved alone lacks that of its class (``transformer.`` in a gpt2).  The rest of moecc knows
+# one
+# name for each tensor; here it becomes that of the file.
+
+_OLDER = ((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))
+
+
+@dataclass(frozen=True, slots=True)
+class StoredNames:
+    """The difference between a family's names and those of a file.
+
+    Attributes:
+      lacking: a prefix that names of the file lack.
+      added: a prefix that the base model's names have in the file.
+      older: whether norms have the names that the first of BERT's checkpoints gave them.
+    """
+
+    lacking: str = ""
+    added: str = ""
+    older: bool = False
+
+    def __call__(self, name: str) -> str:
+        """Return the name in the file of the tensor that the family calls `name`."""
+        for word, before in _OLDER if self.older else ():
+            if name.endswith(word):
+                name = name.removesuffix(word) + before
+        return f"{self.added}{name.removeprefix(self.lacking)}"
+
+    def is_beside(self, name: str) -> bool:
+        """Whether a tensor of the file is no part of the base model: of a head, say."""
+        return bool(self.added) and not name.startswith(self.added)
+
+    def read_by(self, graph: Graph) -> None:
+        """Let the parameters of `graph` read the tensors under their names in the file."""
+        if self == StoredNames():
+            return
+        for value in graph.params.values():
+            if value.weight is not None:
+                value.weight = transform(value.weight, self._renamed)
+
+    def _renamed(self, expr: Expr) -> Expr:
+        return Source(self(expr.name), expr.type) if isinstance(expr, Source) else expr
+
+
+def stored_names(config: ModelConfig, tensors: Container[str]) -> StoredNames:
+    """Return how the names of the file with `tensors` differ from those of the family."""
+    embedding = names_of(config.model_type).embedding
+    candidates = [StoredNames()]
+    if config.base_prefix:
+        candidates.append(StoredNames(lacking=config.base_prefix))
+    if config.head_prefix:
+        candidates.append(StoredNames(added=config.head_prefix))
+    found = next((names for names in candidates if names(embedding) in tensors), candidates[0])
+    older = replace(found, older=True)
+    norm = "embeddings.LayerNorm.weight"
+    return older if found(norm) not in tensors and older(norm) in tensors else found
+
 
 _EXPERT = re.compile(r"(.+\.experts\.)(?:expert_)?\d{1,6}(\.\w+\.weight)", re.DOTALL)
 _IDLE = re.compile(

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from moecc.errors import InputError
 from moecc.families.names import FUSED_DOWN, FUSED_GATE_UP, FUSED_ROUTER, TensorNames
 from moecc.ir.graph import Graph, Value
-from moecc.types.dtypes import F32, DType
-from moecc.types.tensor import tensor
+from moecc.types import F32, DType, tensor
 from moecc.weights.expr import Expr, Source
 from moecc.weights.movement import Index, Merge, Permute, Rename, Slice, Split, Stack
 

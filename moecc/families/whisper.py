@@ -11,8 +11,7 @@ from moecc.families.names import names_of
 from moecc.families.parameters import DtypeOf, Parameters, float32_of
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
-from moecc.types.dtypes import F32, I32
-from moecc.types.tensor import Size, tensor
+from moecc.types import F32, I32, Size, tensor
 
 
 def build_whisper(

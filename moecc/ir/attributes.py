@@ -27,6 +27,58 @@ Scaling = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 Slots = Literal["ragged", "capacity"]
 Using = Literal["keep", "priority", "mask"]
 
+class ContractAttrs(View):
+    """Attributes of ``contract``."""
+    operations = frozenset({"contract"})
+    over: tuple[str, ...]
+    precision: Precision
+
+class ConvolveAttrs(View):
+    """Attributes of ``convolve``."""
+    operations = frozenset({"convolve"})
+    over: tuple[str, ...]
+    along: tuple[str, ...]
+    taps: tuple[str, ...]
+    stride: int
+    padding: int
+
+class SumAttrs(View):
+    """Attributes of ``sum``."""
+    operations = frozenset({"sum"})
+    axes: tuple[str, ...]
+
+class MeanAttrs(View):
+    """Attributes of ``mean``."""
+    operations = frozenset({"mean"})
+    axes: tuple[str, ...]
+
+class MaxAttrs(View):
+    """Attributes of ``max``."""
+    operations = frozenset({"max"})
+    axes: tuple[str, ...]
+
+class LogsumexpAttrs(View):
+    """Attributes of ``logsumexp``."""
+    operations = frozenset({"logsumexp"})
+    axes: tuple[str, ...]
+
+class SoftmaxAttrs(View):
+    """Attributes of ``softmax``."""
+    operations = frozenset({"softmax"})
+    axis: str
+
+class RmsNormAttrs(View):
+    """Attributes of ``rms_norm``."""
+    operations = frozenset({"rms_norm"})
+    axis: str
+    eps: float
+
+class LayerNormAttrs(View):
+    """Attributes of ``layer_norm``."""
+    operations = frozenset({"layer_norm"})
+    axis: str
+    eps: float
+
 class RopeAttrs(View):
     """Attributes of ``rope``."""
     operations = frozenset({"rope"})
@@ -61,6 +113,17 @@ class RelativeBucketsAttrs(View):
     bidirectional: bool
     buckets: int
     max_distance: int
+
+class AttentionAttrs(View):
+    """Attributes of ``attention``."""
+    operations = frozenset({"attention"})
+    over: str
+    along: str
+    scale: float
+    cap: float
+    causal: tuple[str, ...]
+    window: int
+    given: tuple[Given, ...]
 
 class RenameAttrs(View):
     """Attributes of ``rename``."""
@@ -101,19 +164,6 @@ class OneHotAttrs(View):
     """Attributes of ``one_hot``."""
     operations = frozenset({"one_hot"})
     into: Sizes
-
-class WithinBufferAttrs(View):
-    """Attributes of ``within_buffer``."""
-    operations = frozenset({"within_buffer"})
-    tokens: tuple[str, ...]
-    parts: int
-    blocks: int
-    factor: float
-
-class UpdateSliceAttrs(View):
-    """Attributes of ``update_slice``."""
-    operations = frozenset({"update_slice"})
-    axis: str
 
 class ChunkAttrs(View):
     """Attributes of ``chunk``."""
@@ -171,21 +221,6 @@ class RaggedAllToAllAttrs(View):
     split: str
     gather: str
 
-class ContractAttrs(View):
-    """Attributes of ``contract``."""
-    operations = frozenset({"contract"})
-    over: tuple[str, ...]
-    precision: Precision
-
-class ConvolveAttrs(View):
-    """Attributes of ``convolve``."""
-    operations = frozenset({"convolve"})
-    over: tuple[str, ...]
-    along: tuple[str, ...]
-    taps: tuple[str, ...]
-    stride: int
-    padding: int
-
 class PointwiseAttrs(View):
     """Attributes of ``pointwise``."""
     operations = frozenset({"pointwise"})
@@ -212,25 +247,6 @@ class ConstantAttrs(View):
     value: float
     dtype: str
 
-class AttentionAttrs(View):
-    """Attributes of ``attention``."""
-    operations = frozenset({"attention"})
-    over: str
-    along: str
-    scale: float
-    cap: float
-    causal: tuple[str, ...]
-    window: int
-    given: tuple[Given, ...]
-
-class JaxAttrs(View):
-    """Attributes of ``jax``."""
-    operations = frozenset({"jax"})
-    into: Sizes
-    dtype: str
-    equations: int
-    lines: str
-
 class FoldKeyAttrs(View):
     """Attributes of ``fold_key``."""
     operations = frozenset({"fold_key"})
@@ -247,42 +263,18 @@ class RandomNormalAttrs(View):
     operations = frozenset({"random_normal"})
     std: float
 
-class SumAttrs(View):
-    """Attributes of ``sum``."""
-    operations = frozenset({"sum"})
-    axes: tuple[str, ...]
-
-class MeanAttrs(View):
-    """Attributes of ``mean``."""
-    operations = frozenset({"mean"})
-    axes: tuple[str, ...]
-
-class MaxAttrs(View):
-    """Attributes of ``max``."""
-    operations = frozenset({"max"})
-    axes: tuple[str, ...]
-
-class LogsumexpAttrs(View):
-    """Attributes of ``logsumexp``."""
-    operations = frozenset({"logsumexp"})
-    axes: tuple[str, ...]
-
-class SoftmaxAttrs(View):
-    """Attributes of ``softmax``."""
-    operations = frozenset({"softmax"})
+class UpdateSliceAttrs(View):
+    """Attributes of ``update_slice``."""
+    operations = frozenset({"update_slice"})
     axis: str
 
-class RmsNormAttrs(View):
-    """Attributes of ``rms_norm``."""
-    operations = frozenset({"rms_norm"})
-    axis: str
-    eps: float
-
-class LayerNormAttrs(View):
-    """Attributes of ``layer_norm``."""
-    operations = frozenset({"layer_norm"})
-    axis: str
-    eps: float
+class JaxAttrs(View):
+    """Attributes of ``jax``."""
+    operations = frozenset({"jax"})
+    into: Sizes
+    dtype: str
+    equations: int
+    lines: str
 
 class StackAttrs(View):
     """Attributes of ``stack``."""
@@ -371,6 +363,14 @@ class WeightRowsAttrs(View):
     """Attributes of ``weight_rows``."""
     operations = frozenset({"weight_rows"})
     precision: Precision
+
+class WithinBufferAttrs(View):
+    """Attributes of ``within_buffer``."""
+    operations = frozenset({"within_buffer"})
+    tokens: tuple[str, ...]
+    parts: int
+    blocks: int
+    factor: float
 
 class SlotAttrs(View):
     """Attributes of what assigns slots: those that all of them have."""

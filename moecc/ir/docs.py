@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 import moecc.ir.table as _filled
 from moecc.ir.ops import OPS, REQUIRED, Attr, OpDef, mixes_none
-from moecc.ir.printer import format_attr
+from moecc.ir.text import format_attr
 from moecc.support.generated_docs import GeneratedPart
 
 GROUPS = (

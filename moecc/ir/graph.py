@@ -17,8 +17,7 @@ from moecc.ir.operand import Region
 from moecc.ir.ops import Attrs, OpDef, op
 from moecc.ir.shown import ShownGraph
 from moecc.support.untyped import Json, JsonDict
-from moecc.types.tensor import Extent, TensorType
-from moecc.types.text import check_printable
+from moecc.types import Extent, TensorType, check_printable
 
 if TYPE_CHECKING:
     from moecc.weights.expr import Expr

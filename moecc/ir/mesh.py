@@ -16,7 +16,7 @@ from math import prod
 from moecc.errors import InputError, Problem, nearest
 from moecc.ir.operand import Region
 from moecc.support.text import amount
-from moecc.types.tensor import Axis, TensorType, is_name
+from moecc.types import Axis, TensorType, is_name
 
 ATTRIBUTE = "mesh"
 

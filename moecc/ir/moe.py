@@ -8,13 +8,14 @@ graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Required, TypedDict, Unpack
 
 from moecc.errors import InputError
 from moecc.ir.attributes import Convention, Gates, Order, Rounding, Slots, Using
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
+from moecc.types import Axis
 
 Finish = Callable[[Value], Value]
 """Combines the experts' output rows into tokens."""
@@ -156,3 +157,171 @@ def emit_shared_gate(builder: Builder, x: Value, gate_weight: Value, shared: Val
     """
     gate = builder.sigmoid(builder.contract(x, gate_weight, over=gate_weight.type.names))
     return builder.mul(gate, shared)
+
+
+# Building blocks of routing from operations of the table, for passes and hand-written models.
+#
+# Each function appends operations to a builder and returns their results.  Formulas are cited
+# from their papers.
+
+
+def emit_jitter(builder: Builder, x: Value, key: Value, width: float) -> Value:
+    """Return `x` times uniform numbers on [1 − width, 1 + width) (Switch, Fedus et al. 2021)."""
+    factor = builder.random_uniform(key, x, low=1 - width, high=1 + width, name="jitter")
+    return builder.mul(x, factor)
+
+
+def emit_dropout(builder: Builder, x: Value, key: Value, rate: float) -> Value:
+    """Return `x` with a share `rate` of its elements zero and the rest scaled up to compensate."""
+    uniform = builder.random_uniform(key, x)
+    bound = builder.constant(value=rate, dtype=uniform.type.dtype.name)
+    dropped = builder.less(uniform, bound)
+    zero = builder.constant(value=0.0, dtype=x.type.dtype.name)
+    return builder.select(dropped, zero, builder.scale(x, by=1 / (1 - rate)))
+
+
+def emit_noise(builder: Builder, logits: Value, key: Value, std: float) -> Value:
+    """Return `logits` plus normal noise of standard deviation `std` (Shazeer et al. 2017)."""
+    return builder.add(logits, builder.random_normal(key, logits, std=std, name="noise"))
+
+
+def emit_priority(builder: Builder, logits: Value, axis: str = "expert") -> Value:
+    """Return each token's largest probability, ``[*tokens]`` (V-MoE, Riquelme et al. 2021)."""
+    probabilities = builder.softmax(logits, axis=axis)
+    return builder.max(probabilities, axes=axis, name="priority")
+
+
+def emit_rescaled(builder: Builder, gates: Value, slots: Value, choice: str = "choice") -> Value:
+    """Return the gates of the choices with a slot, scaled to the sum of all gates of the token.
+
+    This is renormalisation after a drop: a token whose second expert was full gives all its weight
+    to the first.  A token without any slot gets zeros.
+    """
+    none = builder.constant(value=-1.0, dtype="i32")
+    kept = builder.mask(gates, builder.less(none, slots), fill=0.0)
+    whole, left = (builder.sum(g, axes=choice) for g in (gates, kept))
+    zero, one = (builder.constant(value=v, dtype=gates.type.dtype.name) for v in (0.0, 1.0))
+    # Dividing by 1 where no gate is left keeps 0/0 out of the gradient, too.
+    divisor = builder.select(builder.less(zero, left), left, one)
+    return builder.mul(kept, builder.div(whole, divisor))
+
+
+def emit_prototypes(
+    builder: Builder, logits: Value, prototypes: int, *, gates: Gates = "softmax"
+) -> tuple[Value, Value]:
+    """Return experts and gates of k groups of experts with top-1 routing each (M6-T, 2021).
+
+    Args:
+      builder: where operations are appended.
+      logits: ``[*tokens, expert]``.
+      prototypes: the number of groups; it divides the experts.
+      gates: the gate convention within a group.
+
+    Raises:
+      InputError: the groups do not divide the experts.
+    """
+    experts = _count(logits, "expert")
+    if prototypes < 1 or experts % prototypes:
+        raise InputError(
+            "the prototypes do not divide the experts",
+            expected=f"a divisor of {experts}",
+            found=str(prototypes),
+        )
+    each = experts // prototypes
+    cut = builder.split(logits, axis="expert", into=(("choice", prototypes), ("expert", each)))
+    local, weights = builder.route(cut, top_k=1, gates=gates, choice="first")
+    step = builder.constant(value=float(each), dtype="i32")
+    offset = builder.mul(builder.positions(cut, axis="choice"), step)
+    chosen = builder.add(local, offset)
+    axes = ("choice", "first")
+    whole: list[Value] = [builder.merge(v, axes=axes, into="choice") for v in (chosen, weights)]
+    return whole[0], whole[1]
+
+
+def emit_hash_routing(
+    builder: Builder, ids: Value, like: Value, *, experts: int, top_k: int = 1, seed: int = 0
+) -> tuple[Value, Value]:
+    """Return experts by the hash of each token's id, and equal gates that add up to one.
+
+    Args:
+      builder: where operations are appended.
+      ids: ``[*tokens]``, integers.
+      like: a value with the element type of the gates.
+      experts: the number of experts.
+      top_k: experts per token.
+      seed: chooses the hash.
+    """
+    chosen = builder.hash_experts(ids, experts=experts, top_k=top_k, seed=seed)
+    share = builder.constant(value=1 / top_k, dtype=like.type.dtype.name)
+    gates = builder.broadcast(share, chosen, name="gates")
+    return chosen, gates
+
+
+def emit_expert_choice(
+    builder: Builder,
+    x: Value,
+    router_weight: Value,
+    *,
+    tokens: Sequence[str],
+    **attrs: Unpack[ExpertChoiceOptions],
+) -> tuple[Value, Value, Value]:
+    """Return experts, gates and slots where experts choose tokens (Zhou et al. 2022).
+
+    Args:
+      builder: where operations are appended.
+      x: ``[*tokens, embed]``.
+      router_weight: ``[expert, embed]``.
+      tokens: the axes of `x` that number tokens, outermost first.
+      attrs: of ``expert_choice``: capacity_factor, groups and so on.
+    """
+    over = tuple(n for n in router_weight.type.names if n in x.type)
+    logits = builder.contract(x, router_weight, over=over, precision="f32")
+    scores = builder.softmax(logits, axis="expert")
+    experts = _count(scores, "expert")
+    return builder.expert_choice(scores, tokens=tuple(tokens), experts=experts, **attrs)
+
+
+def emit_unit(builder: Builder, x: Value, axis: str, eps: float = 1e-6) -> Value:
+    """Return `x` divided by its length along `axis`; `eps` is added to the squared length."""
+    squared = builder.sum(builder.square(x), axes=axis)
+    small = builder.constant(value=eps, dtype=x.type.dtype.name)
+    return builder.mul(x, builder.rsqrt(builder.add(squared, small)))
+
+
+def emit_soft_slots(
+    builder: Builder,
+    x: Value,
+    slot_weight: Value,
+    *,
+    tokens: str = "seq",
+    embed: str = "embed",
+    like: Value | None = None,
+) -> tuple[Value, Value]:
+    """Return the rows of a soft mixture, and the weights that combine the experts' results.
+
+    Every slot is a mean of all tokens of a sequence, every token a mean of all slots (Puigcerver
+    et al. 2023); the paper's logits are of `emit_unit` of both, times a learned scale.  The result
+    is the ``contract`` of the experts' results with the weights, over expert and slot.
+    Not causal.
+
+    Args:
+      builder: where operations are appended.
+      x: ``[batch, tokens, embed]``.
+      slot_weight: ``[expert, slot, embed]``.
+      tokens: the axis of the tokens that are mixed.
+      embed: the axis of the model's width.
+      like: computes the logits in place of `x`: a normalised `x`, for example.
+    """
+    logits = builder.contract(x if like is None else like, slot_weight, over=embed)
+    rows = builder.contract(builder.softmax(logits, axis=tokens), x, over=tokens, name="rows")
+    sizes = tuple((n, _count(logits, n)) for n in ("expert", "slot"))
+    flat = builder.merge(logits, axes=("expert", "slot"), into="soft_slot")
+    weights = builder.split(builder.softmax(flat, axis="soft_slot"), axis="soft_slot", into=sizes)
+    return rows, weights
+
+
+def _count(value: Value, name: str) -> int:
+    axis: Axis | None = value.type.by_name.get(name)
+    if axis is None or not isinstance(axis.size, int):
+        raise InputError(f"there is no axis {name!r} of known size", found=str(value.type))
+    return axis.size

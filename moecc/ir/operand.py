@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from moecc.support.untyped import Json, JsonDict
-from moecc.types.tensor import TensorType
+from moecc.types import TensorType
 
 Attrs = Json
 """Attributes of a node, complete: every attribute of the table entry has a value."""

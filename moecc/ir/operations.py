@@ -36,6 +36,56 @@ class Operations(ElementwiseOperations):
     Operands are given by position, attributes and the name of the result by keyword.
     """
 
+    def contract(
+        self, x: Value, w: Value, /, *, over: Names, precision: Precision = "default",
+        name: str | None = None
+    ) -> Value:
+        """The sum over the named axes of x · w; other axes that both have are batch axes."""
+        return self.value("contract", x, w, name=name, over=over, precision=precision)
+
+    def convolve(
+        self, x: Value, w: Value, /, *, over: Names, along: Names, taps: Names, stride: int = 1,
+        padding: int = 0, name: str | None = None
+    ) -> Value:
+        """The sum over the named axes, and over windows along others, of x · w."""
+        return self.value(
+            "convolve", x, w, name=name, over=over, along=along, taps=taps, stride=stride,
+            padding=padding
+        )
+
+    def sum(self, x: Value, /, *, axes: Names, name: str | None = None) -> Value:
+        """The sum over the named axes."""
+        return self.value("sum", x, name=name, axes=axes)
+
+    def mean(self, x: Value, /, *, axes: Names, name: str | None = None) -> Value:
+        """The mean over the named axes."""
+        return self.value("mean", x, name=name, axes=axes)
+
+    def max(self, x: Value, /, *, axes: Names, name: str | None = None) -> Value:
+        """The maximum over the named axes."""
+        return self.value("max", x, name=name, axes=axes)
+
+    def logsumexp(self, x: Value, /, *, axes: Names, name: str | None = None) -> Value:
+        """log Σ exp(x) over the named axes, without overflow."""
+        return self.value("logsumexp", x, name=name, axes=axes)
+
+    def softmax(self, x: Value, /, *, axis: str, name: str | None = None) -> Value:
+        """exp(x) over its sum along an axis; zeros where all of it is −∞, and nothing is seen."""
+        return self.value("softmax", x, name=name, axis=axis)
+
+    def rms_norm(
+        self, x: Value, scale: Value, /, *, axis: str, eps: float = 1e-06, name: str | None = None
+    ) -> Value:
+        """x / √(mean(x²) + eps) · scale (Zhang and Sennrich 2019)."""
+        return self.value("rms_norm", x, scale, name=name, axis=axis, eps=eps)
+
+    def layer_norm(
+        self, x: Value, scale: Value, bias: Value, /, *, axis: str, eps: float = 1e-06,
+        name: str | None = None
+    ) -> Value:
+        """(x − mean) / √(variance + eps) · scale + bias (Ba et al. 2016)."""
+        return self.value("layer_norm", x, scale, bias, name=name, axis=axis, eps=eps)
+
     def rope(
         self, positions: Value, /, *, axis: str, size: int, theta: float = 10000.0,
         scaling: Scaling = "default", factor: float = 1.0, original_context: int = 0,
@@ -80,6 +130,17 @@ class Operations(ElementwiseOperations):
             max_distance=max_distance
         )
 
+    def attention(
+        self, query: Value, key: Value, value: Value, /, *more: Value, over: str, along: str,
+        scale: float = 1.0, cap: float = 0.0, causal: Names = (), window: int = 0,
+        given: Given | tuple[Given, ...] = (), name: str | None = None
+    ) -> Value:
+        """Values averaged by the softmax of query · key, without scores in memory."""
+        return self.value(
+            "attention", query, key, value, *more, name=name, over=over, along=along, scale=scale,
+            cap=cap, causal=causal, window=window, given=given
+        )
+
     def rename(self, x: Value, /, *, axis: str, to: str, name: str | None = None) -> Value:
         """x with one axis under another name."""
         return self.value("rename", x, name=name, axis=axis, to=to)
@@ -115,22 +176,6 @@ class Operations(ElementwiseOperations):
     def one_hot(self, ids: Value, /, *, into: Sizes, name: str | None = None) -> Value:
         """1 at the index, 0 elsewhere, along a new axis."""
         return self.value("one_hot", ids, name=name, into=into)
-
-    def within_buffer(
-        self, experts: Value, slots: Value, counts: Value, /, *, tokens: Names, parts: int,
-        blocks: int = 1, factor: float, name: str | None = None
-    ) -> Value:
-        """Which choices have a slot and room in the buffer of the device that has their expert."""
-        return self.value(
-            "within_buffer", experts, slots, counts, name=name, tokens=tokens, parts=parts,
-            blocks=blocks, factor=factor
-        )
-
-    def update_slice(
-        self, x: Value, update: Value, start: Value, /, *, axis: str, name: str | None = None
-    ) -> Value:
-        """x with a range along one axis replaced by the update, from `start` on."""
-        return self.value("update_slice", x, update, start, name=name, axis=axis)
 
     def chunk(
         self, x: Value, /, *, axis: str, at: int, of: int, parts: int = 1, name: str | None = None
@@ -178,46 +223,9 @@ class Operations(ElementwiseOperations):
         """Ragged rows, exchanged between their groups and their experts; only rows that are there."""
         return self.value("ragged_all_to_all", x, name=name, mesh=mesh, split=split, gather=gather)
 
-    def contract(
-        self, x: Value, w: Value, /, *, over: Names, precision: Precision = "default",
-        name: str | None = None
-    ) -> Value:
-        """The sum over the named axes of x · w; other axes that both have are batch axes."""
-        return self.value("contract", x, w, name=name, over=over, precision=precision)
-
-    def convolve(
-        self, x: Value, w: Value, /, *, over: Names, along: Names, taps: Names, stride: int = 1,
-        padding: int = 0, name: str | None = None
-    ) -> Value:
-        """The sum over the named axes, and over windows along others, of x · w."""
-        return self.value(
-            "convolve", x, w, name=name, over=over, along=along, taps=taps, stride=stride,
-            padding=padding
-        )
-
     def constant(self, /, *, value: float, dtype: str = "f32", name: str | None = None) -> Value:
         """A scalar constant."""
         return self.value("constant", name=name, value=value, dtype=dtype)
-
-    def attention(
-        self, query: Value, key: Value, value: Value, /, *more: Value, over: str, along: str,
-        scale: float = 1.0, cap: float = 0.0, causal: Names = (), window: int = 0,
-        given: Given | tuple[Given, ...] = (), name: str | None = None
-    ) -> Value:
-        """Values averaged by the softmax of query · key, without scores in memory."""
-        return self.value(
-            "attention", query, key, value, *more, name=name, over=over, along=along, scale=scale,
-            cap=cap, causal=causal, window=window, given=given
-        )
-
-    def jax(
-        self, x: Value, /, *more: Value, into: Sizes, dtype: str = "f32", equations: int = 0,
-        lines: str = "", name: str | None = None
-    ) -> Value:
-        """A part of a function of JAX, which only the function itself can compute."""
-        return self.value(
-            "jax", x, *more, name=name, into=into, dtype=dtype, equations=equations, lines=lines
-        )
 
     def fold_key(self, key: Value, /, *, by: int, name: str | None = None) -> Value:
         """Another key, made of a key and a number; keys of different numbers are independent."""
@@ -236,38 +244,20 @@ class Operations(ElementwiseOperations):
         """Independent normal numbers around zero, with the axes of the second operand."""
         return self.value("random_normal", key, like, name=name, std=std)
 
-    def sum(self, x: Value, /, *, axes: Names, name: str | None = None) -> Value:
-        """The sum over the named axes."""
-        return self.value("sum", x, name=name, axes=axes)
-
-    def mean(self, x: Value, /, *, axes: Names, name: str | None = None) -> Value:
-        """The mean over the named axes."""
-        return self.value("mean", x, name=name, axes=axes)
-
-    def max(self, x: Value, /, *, axes: Names, name: str | None = None) -> Value:
-        """The maximum over the named axes."""
-        return self.value("max", x, name=name, axes=axes)
-
-    def logsumexp(self, x: Value, /, *, axes: Names, name: str | None = None) -> Value:
-        """log Σ exp(x) over the named axes, without overflow."""
-        return self.value("logsumexp", x, name=name, axes=axes)
-
-    def softmax(self, x: Value, /, *, axis: str, name: str | None = None) -> Value:
-        """exp(x) over its sum along an axis; zeros where all of it is −∞, and nothing is seen."""
-        return self.value("softmax", x, name=name, axis=axis)
-
-    def rms_norm(
-        self, x: Value, scale: Value, /, *, axis: str, eps: float = 1e-06, name: str | None = None
+    def update_slice(
+        self, x: Value, update: Value, start: Value, /, *, axis: str, name: str | None = None
     ) -> Value:
-        """x / √(mean(x²) + eps) · scale (Zhang and Sennrich 2019)."""
-        return self.value("rms_norm", x, scale, name=name, axis=axis, eps=eps)
+        """x with a range along one axis replaced by the update, from `start` on."""
+        return self.value("update_slice", x, update, start, name=name, axis=axis)
 
-    def layer_norm(
-        self, x: Value, scale: Value, bias: Value, /, *, axis: str, eps: float = 1e-06,
-        name: str | None = None
+    def jax(
+        self, x: Value, /, *more: Value, into: Sizes, dtype: str = "f32", equations: int = 0,
+        lines: str = "", name: str | None = None
     ) -> Value:
-        """(x − mean) / √(variance + eps) · scale + bias (Ba et al. 2016)."""
-        return self.value("layer_norm", x, scale, bias, name=name, axis=axis, eps=eps)
+        """A part of a function of JAX, which only the function itself can compute."""
+        return self.value(
+            "jax", x, *more, name=name, into=into, dtype=dtype, equations=equations, lines=lines
+        )
 
     def stack(self, x: Value, /, *more: Value, axis: str, name: str | None = None) -> Value:
         """The operands, one after the other along a new axis, which is the first."""
@@ -378,3 +368,13 @@ class Operations(ElementwiseOperations):
     ) -> Value:
         """For each token the sum over its choices of their rows; a dropped one adds nothing."""
         return self.value("combine_weighted", rows, experts, slots, name=name)
+
+    def within_buffer(
+        self, experts: Value, slots: Value, counts: Value, /, *, tokens: Names, parts: int,
+        blocks: int = 1, factor: float, name: str | None = None
+    ) -> Value:
+        """Which choices have a slot and room in the buffer of the device that has their expert."""
+        return self.value(
+            "within_buffer", experts, slots, counts, name=name, tokens=tokens, parts=parts,
+            blocks=blocks, factor=factor
+        )

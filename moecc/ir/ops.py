@@ -31,7 +31,7 @@ from moecc.ir.traits import (
     RowMove,
     SizeRule,
 )
-from moecc.types.tensor import TensorType, is_name, is_size, is_whole
+from moecc.types import TensorType, is_name, is_size, is_whole
 
 REQUIRED = object()
 """Marks an attribute without a default."""

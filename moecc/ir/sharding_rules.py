@@ -3,7 +3,7 @@
 An operation loops over *dimensions*.  Its rule says which dimension each axis of each operand and
 result runs along, which dimensions it sums over, and which must not be sharded.  A dimension has
 the same mesh axes in all operands and results; a sum over a sharded one is *unreduced*.  The
-rule is a field of the operation's row (`moecc.ir.table.sharding` has the rules that rows name); an
+rule is a field of the operation's row (`moecc.ir.table.rules` has the rules that rows name); an
 operation without one takes replicated operands only.
 """
 
@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 from moecc.errors import InputError
 from moecc.ir.mesh import Mesh, mesh_of, nearest_multiple
 from moecc.ir.operand import Attrs, Entry, Operand
-from moecc.types.tensor import Axis, TensorType
+from moecc.types import Axis, TensorType
 
 Names = Mapping[str, str]
 """Axis → dimension; an axis not named has no influence, and is not sharded in a result."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 from moecc.ir.operand import Definition, Operand
-from moecc.support.shown import brief, facts_table
+from moecc.support.text import brief, facts_table
 
 SHOWN_OPERATIONS = 12
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
-from moecc.ir.graph import Graph, Value, setter_of
+from moecc.errors import InputError
+from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.mesh import ATTRIBUTE as MESH
-from moecc.types.tensor import Axis, Extent, TensorType
+from moecc.ir.mesh import Mesh, nearest_divisor, nearest_multiple
+from moecc.ir.operand import Attrs
+from moecc.ir.table.slots import is_slots
+from moecc.support.text import amount
+from moecc.types import Axis, Extent, Size, TensorType
 
 
 def retype(type: TensorType, values: dict[Value, Value]) -> TensorType:
@@ -129,3 +135,189 @@ def _weight(item: object) -> str:
     from moecc.weights.text import format_expr
 
     return format_expr(item)  # type: ignore[arg-type]
+
+
+# Replace one value by another and update the types that refer to it.
+#
+# A type may refer to a value: the slots of dispatched rows have the extents that their
+# ``assign_slots`` value sets.  So replacing a value must infer again the types that refer to it.
+
+
+def replace_value(old: Value, new: Value) -> None:
+    """Replace all uses of `old`, outputs included, by `new`, and update all types.
+
+    `new` must be defined before the users of `old`.  Linear in the users of `old`, unless types
+    change: then linear in the distance between `old` and the last affected value.
+
+    Raises:
+      InputError: the type of a user cannot be inferred any more; the graph is then half changed.
+    """
+    if old is new:
+        return
+    users = list(old.users)
+    old.replace_by(new)
+    if old.type != new.type or is_slots(old):
+        infer_again(old.graph, users, start=old.node)
+
+
+def infer_again(graph: Graph, nodes: Iterable[Node], *, start: Node | None = None) -> None:
+    """Infer again the result types of `nodes`, and of everything that depends on them.
+
+    Args:
+      graph: the graph.
+      nodes: nodes whose operands or attributes have changed.
+      start: a node not after any of them; None is the beginning of the graph.
+
+    Raises:
+      InputError: operands and attributes are no longer valid for an operation.
+    """
+    pending = set(nodes)
+    pending.discard(graph.terminator)
+    for node in graph.walk(start):
+        if not pending:
+            return
+        if node in pending:
+            pending.discard(node)
+            pending.update(_infer(node))
+            pending.discard(graph.terminator)
+
+
+def _infer(node: Node) -> list[Node]:
+    """Infer again the types of one node and return the users that may be affected.
+
+    The types of dispatched rows depend on the attributes of an assigning node, not on its type.
+    """
+    users: list[Node] = []
+    for value, type in zip(
+        node.results, node.op.result_types(node.operands, node.attrs), strict=True
+    ):
+        if value.type != type or is_slots(value):
+            value.type = type
+            users.extend(value.users)
+    return users
+
+
+# The uses of a value, also under the names that it has after operations that keep its elements.
+
+
+def uses_of(param: Value) -> Iterator[tuple[Node, Value]]:
+    """Yield the nodes that use `param`, and the value that stands for it there."""
+    pending, seen = [param], {param}
+    while pending:
+        value = pending.pop()
+        for node in value.users:
+            if not node.op.carries:
+                yield node, value
+            elif node.result not in seen:
+                seen.add(node.result)
+                pending.append(node.result)
+
+
+# The program of one device: local types and local attributes of a graph sharded on a mesh.
+#
+# Every device runs the same operations on its local shards.  Beyond `local_attrs`, these
+# operations
+# need the device's coordinates, because their result depends on the position in the global value:
+# ``positions`` and random numbers along a sharded axis, ``embedding`` of a table with sharded
+# rows,
+# ``combine`` of sharded experts (other devices add the rest), ``within_buffer``,
+# which numbers groups, and ``mean`` over a sharded axis, which divides by the global size.
+
+
+def local_size(axis: Axis, size: int, mesh: Mesh) -> int:
+    """Return the size of a local shard of `axis`, whose global size is `size`.
+
+    Raises:
+      InputError: the mesh axes do not divide it.
+    """
+    parts = mesh.size(axis.mesh)
+    if size % parts:
+        raise InputError(
+            f"the axis {axis.name!r} does not divide over the mesh",
+            expected=f"a multiple of {parts} ({'*'.join(axis.mesh)})",
+            found=str(size),
+            hint=f"{amount(nearest_divisor(size, parts), 'part')} would, or a size of "
+            f"{nearest_multiple(size, parts)}",
+        )
+    return size // parts
+
+
+def local_type(type: TensorType, mesh: Mesh) -> TensorType:
+    """Return the type of a local shard of a value of `type`; sizes that are not numbers stay."""
+    axes = (
+        Axis(a.name, local_size(a, a.size, mesh) if isinstance(a.size, int) else a.size)
+        for a in type.axes
+    )
+    return replace(type.bare, axes=tuple(axes))
+
+
+def local_attrs(node: Node, mesh: Mesh) -> Attrs:
+    """Return the attributes with which a device runs `node` on its local shards: local counts."""
+    return node.attrs if node.op.local is None else node.op.local(node, mesh)
+
+
+# A graph without its opaque regions: what is between them, with inputs and outputs of its own.
+
+
+def without_opaque(graph: Graph) -> Graph:
+    """Return `graph` cut at its opaque regions, or itself where it has none.
+
+    What a region makes becomes an input, and what one takes an output, by the name of the value.
+    """
+    if not any(node.op.opaque for node in graph):
+        return graph
+    made = clone(graph)
+    opaque = [node for node in made if node.op.opaque]
+    inside = {value for node in opaque for value in node.results}
+    outputs = {n: v for n, v in made.outputs.items() if v not in inside}
+    taken = (v for node in opaque for v in node.operands)
+    outputs |= {v.name: v for v in taken if v.node is not None and v not in inside}
+    for name in list(made.outputs):
+        made.drop_output(name)
+    for node in reversed(opaque):
+        names = [value.name for value in node.results]
+        for value, name in zip(node.results, names, strict=True):
+            made.rename(value, made.fresh(name))
+        inputs = (made.input(n, v.type) for n, v in zip(names, node.results, strict=True))
+        node.replace_by(*inputs)
+    for name, value in outputs.items():
+        made.set_output(name, value)
+    return made
+
+
+# Values used as indices, and the bounds of their elements.
+
+
+def index_sizes(value: Value, *, strict: bool = False) -> Iterator[Size]:
+    """Yield the exclusive upper bounds of `value` where operations use it as an index.
+
+    Uses of what collectives bring to other devices are uses of it.
+
+    Args:
+      value: an integer value.
+      strict: whether to consider only uses that are undefined for out-of-range integers.
+    """
+    for user in value.users:
+        if user.op.collective is not None:
+            yield from index_sizes(user.result, strict=strict)
+        index = user.op.index
+        if index is None or user.operands[index.operand] is not value:
+            continue
+        if index.strict or not strict:
+            yield index.below(user)
+
+
+def index_bound(value: Value) -> int | None:
+    """Return what the integers of `value` stay below: the rows of tables that they pick."""
+    return min((s for s in index_sizes(value, strict=True) if isinstance(s, int)), default=None)
+
+
+def length_bounds(graph: Graph) -> dict[str, int]:
+    """Return the longest sequences that learned positions allow, by the variable of the length."""
+    found: dict[str, int] = {}
+    for node in graph:
+        if node.op.name == "positions" and (bound := index_bound(node.result)) is not None:
+            for axis in node.result.type:
+                if isinstance(axis.size, str):
+                    found[axis.size] = min(bound, found.get(axis.size, bound))
+    return found

@@ -18,7 +18,7 @@ from moecc.ir.operand import Attrs, Definition
 
 if TYPE_CHECKING:
     from moecc.ir.mesh import Mesh
-    from moecc.types.tensor import Size
+    from moecc.types import Size
 
 
 @dataclass(frozen=True)

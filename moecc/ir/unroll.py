@@ -15,7 +15,7 @@ from moecc.ir.attributes import ScanAttrs
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.structure import clone
 from moecc.ir.table.repetition import picked_at, repetitions, stacked_parts
-from moecc.types.ranges import element, lengths
+from moecc.support.ranges import element, lengths
 
 if TYPE_CHECKING:
     from moecc.weights.expr import Expr

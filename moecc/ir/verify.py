@@ -11,8 +11,8 @@ from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import ATTRIBUTE as MESH
 from moecc.ir.mesh import Mesh, mesh_of, sharding_problems
 from moecc.ir.table.repetition import repetitions
-from moecc.types.ranges import lengths
-from moecc.types.tensor import TensorType
+from moecc.support.ranges import lengths
+from moecc.types import TensorType
 
 MAX_PROBLEMS = 20
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import ClassVar, NoReturn, Self, dataclass_transform
 
 from moecc.ir.operand import Attrs, Definition
-from moecc.types.tensor import Size
+from moecc.types import Size
 
 Names = str | tuple[str, ...]
 """Names of axes, or words; a single one needs no parentheses."""

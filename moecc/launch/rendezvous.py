@@ -17,8 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from moecc.errors import MachineError, printable
-from moecc.launch.member import JOIN
-from moecc.launch.process_info import COORDINATOR, ProcessInfo
+from moecc.launch.processes import COORDINATOR, JOIN, ProcessInfo
 
 RETRY_SECONDS = 0.2
 PART_SECONDS = 5

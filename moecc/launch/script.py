@@ -9,8 +9,7 @@ import os
 import runpy
 import sys
 
-from moecc.launch.member import has_joined, hold_lifeline
-from moecc.launch.process_info import process_info
+from moecc.launch.processes import has_joined, hold_lifeline, process_info
 
 
 def main(words: list[str]) -> None:

@@ -19,9 +19,8 @@ from dataclasses import dataclass, field
 from typing import IO
 
 from moecc.errors import MachineError
-from moecc.launch.member import BEATS, LIFELINE
-from moecc.launch.process_info import ProcessInfo
-from moecc.support.signals import signals_noted
+from moecc.launch.processes import BEATS, LIFELINE, ProcessInfo
+from moecc.support.process import signals_noted
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 1.5

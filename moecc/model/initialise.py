@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from math import isfinite, prod, sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from moecc.capture import fingerprint, open_capture
 from moecc.errors import InputError, UsageError
+from moecc.formats.adapter import SeveralCheckpoints
 from moecc.ir.attributes import EmbeddingAttrs
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.structure import uses_of
 from moecc.ir.traits import Role
-from moecc.ir.uses import uses_of
-from moecc.types.dtypes import F32
-from moecc.types.tensor import TensorType
+from moecc.model.open import Model
+from moecc.pipeline.passes import Statistics
+from moecc.types import F32, DType, TensorType
 from moecc.weights.arithmetic import Cast
+from moecc.weights.branches import STATISTICS
 from moecc.weights.draws import Normal, derive_key
 from moecc.weights.expr import Expr, Full, sources
+
+if TYPE_CHECKING:
+    from moecc.formats.source import Checkpoint
+    from moecc.pipeline.passes import ReadWeight
+    from moecc.types import Array
 
 
 def initialise(graph: Graph, *, seed: int = 0, scale: float = 1.0) -> None:
@@ -71,3 +82,160 @@ def _fan_in(node: Node, value: Value) -> int:
             hint="give it a weight expression of its own, or draw weights before this pass",
         )  # fmt: skip
     return max(prod(s for s in (value.type[n].size for n in names) if isinstance(s, int)), 1)
+
+
+# Read the small weights on which promises of passes depend, such as the scales of norms.
+
+MAX_READ_ELEMENTS = 1 << 20
+"""The largest parameter that is read while a conversion is planned: the vector of a norm."""
+
+
+def reads_small(checkpoint: Checkpoint) -> ReadWeight:
+    """Return what reads small parameters of `checkpoint`; for large ones it returns None."""
+    from moecc.weights.evaluate import evaluate
+
+    def read(weight: Expr) -> Array | None:
+        small = prod(weight.type.shape) <= MAX_READ_ELEMENTS
+        return evaluate(weight, checkpoint.read) if small else None
+
+    return read
+
+
+# Routers in the type of the run, for comparison with what ST-MoE §3.3 found unstable.
+
+SELECTIVE = "f32"
+"""The type of routers under selective precision."""
+
+
+def set_router_dtype(
+    graph: Graph, router_dtype: str, dtype: DType, where: str = "--router-dtype"
+) -> None:
+    """Let the routers of `graph` compute in the type of the run instead of in float32.
+
+    Products that ask for float32 and the choices of experts change, in place; losses of the
+    logits stay in float32.
+
+    Args:
+      graph: the graph.
+      router_dtype: ``f32``, or the name of `dtype`.
+      dtype: the type of the run.
+      where: what asks for it, for messages.
+
+    Raises:
+      UsageError: another type is asked for.
+    """
+    if router_dtype == SELECTIVE:
+        return
+    if router_dtype != dtype.name:
+        raise UsageError(
+            "routers compute in float32 or in the type of the run",
+            where=where,
+            expected=f"{SELECTIVE} or {dtype.name}",
+            found=router_dtype,
+        )
+    for node in graph.every_node():
+        if "precision" in node.op.attrs:
+            node.attrs = {**node.attrs, "precision": "default"}
+
+
+# Routing rules outside a graph: token groups, and the bias of loss-free balancing.
+#
+# They work on numbers, and on arrays of NumPy, jax or torch alike.
+
+
+def split_into_groups(tokens: int, max_group_size: int, multiple_of: int = 1) -> tuple[int, int]:
+    """Return number and size of the groups that mesh-tensorflow 0.1.21 cuts `tokens` into.
+
+    The number is the smallest valid one from ``tokens // max_group_size`` upwards; that division
+    is a floor, so a group may be larger than `max_group_size`.
+
+    Args:
+      tokens: all tokens of the batch.
+      max_group_size: the target size of a group.
+      multiple_of: a divisor of the number of groups: the devices that share them.
+
+    Raises:
+      InputError: there is no valid number of groups.
+    """
+    count = max(1, tokens // max_group_size)
+    while count <= tokens:
+        if count % multiple_of == 0 and tokens % count == 0:
+            return count, tokens // count
+        count += 1
+    raise InputError(
+        "no number of groups divides the tokens",
+        expected=f"a multiple of {multiple_of} that divides them",
+        found=f"{tokens} tokens",
+        hint="pad the batch",
+    )
+
+
+def flaxformer_groups(tokens: int, max_group_size: int, experts: int, replicas: int = 1) -> int:
+    """Return the number of groups that flaxformer cuts `tokens` into.
+
+    It is the least multiple of ``replicas · experts`` that divides the tokens and is not below
+    ``tokens // max_group_size``.
+
+    Raises:
+      InputError: no such number exists; flaxformer then pads.
+    """
+    unit = experts * replicas
+    least = max(tokens // max_group_size, unit)
+    for count in range(-(-least // unit) * unit, tokens + 1, unit):
+        if tokens % count == 0:
+            return count
+    raise InputError(
+        "no number of groups divides the tokens",
+        expected=f"a multiple of {unit}, at least {least}",
+        found=f"{tokens} tokens",
+        hint="pad the batch",
+    )
+
+
+def updated_bias(bias: Any, load: Any, rate: float = 1e-3) -> Any:
+    """Return the bias of loss-free balancing after a step (Wang et al. 2024, DeepSeek-V3).
+
+    ``b + rate · sign(mean load − load)``: raises the bias of an expert with less than its share.
+    Called once a step, outside the gradient, on the loads of the whole batch.
+
+    Args:
+      bias: ``[expert]``, or ``[layer, expert]``.
+      load: the number of choices of each expert, of the same shape.
+      rate: the step, γ.
+    """
+    missing = load.mean(-1)[..., None] - load
+    return bias + rate * ((missing > 0) * 1.0 - (missing < 0) * 1.0)
+
+
+# Statistics beside a model, which its weights may be made of.
+
+
+def add_statistics(model: Model, place: str | None) -> Statistics | None:
+    """Open statistics, which then are read beside the weights of `model`; return what they are.
+
+    Args:
+      model: the model; its checkpoint becomes one of both.
+      place: the folder of the statistics, or None.
+
+    Raises:
+      InputError: there are none, they were changed, or they are of another model.
+    """
+    if place is None:
+        return None
+    checkpoint = model.checkpoint
+    if checkpoint is None:
+        raise InputError(f"{model.name} has no weights", hint="give a checkpoint")
+    tensors, facts = open_capture(Path(place))
+    several = checkpoint if isinstance(checkpoint, SeveralCheckpoints) else None
+    base = checkpoint if several is None else several.base
+    found = fingerprint(base)
+    if found != facts.model:
+        tensors.close()
+        raise InputError(
+            "the statistics are of another model", where=place, expected=f"{base.path}: {found}",
+            found=facts.model, hint="moecc capture takes them of this one",
+        )  # fmt: skip
+    branches = {} if several is None else several.branches
+    model.checkpoint = SeveralCheckpoints(base, branches, {STATISTICS: tensors})
+    shapes = {name: info.shape for name, info in tensors.tensors.items()}
+    return Statistics(tuple(facts.texts), shapes)

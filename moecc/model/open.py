@@ -6,28 +6,97 @@ on demand, from the weight expressions and the checkpoint that they read.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from moecc.checkpoint.run.layout import GRAPH, split_reference
-from moecc.errors import InputError, Problem, UnknownName, UsageError, nearest
+from moecc.errors import InputError, MoeccError, Problem, UnknownName, UsageError, nearest
+from moecc.families.configs import ModelConfig, parse_config
+from moecc.formats.adapter import AdaptedCheckpoint, SeveralCheckpoints, is_adapter
+from moecc.formats.folder import CONFIG_NAME as CONFIG_NAME
+from moecc.formats.jsonfile import read_json_object
+from moecc.formats.run import GRAPH as _OpenGRAPH
+from moecc.formats.run import split_reference
+from moecc.formats.source import Checkpoint
 from moecc.ir.graph import Graph
-from moecc.model.checkpoint_names import names_from_file
-from moecc.model.function_folder import function_name, is_function_folder
+from moecc.pipeline.text import Registry, installed
 from moecc.presets import PREFIX, preset_config
-from moecc.support.closing import Closing
-from moecc.support.shown import brief, facts_table
-from moecc.support.text import count_text
-from moecc.types.arrays import Array
-from moecc.types.dtypes import F32, DType
+from moecc.support.process import Closing
+from moecc.support.text import brief, count_text, facts_table
+from moecc.types import F32, Array, DType
+from moecc.weights.branches import BASE, STATISTICS
+from moecc.weights.expr import sources
 
-if TYPE_CHECKING:
-    from moecc.checkpoint.source import Checkpoint
+# The checkpoint that a graph names: beside its file on disk, from the working folder in memory.
+#
+# A relative name in a ``.moe`` file is taken from the folder of the file, so that a graph and its
+# checkpoint can be moved together; on standard input and output it is taken from the working
+# folder.
+
+ATTRIBUTE = "checkpoint"
+
+
+def names_from_file(graph: Graph, file: str) -> None:
+    """Change a relative name, as read from `file`, to one from the working folder."""
+    name, folder = _relative_name(graph), os.path.dirname(file)
+    if name and folder:
+        _set(graph, os.path.normpath(os.path.join(folder, name)))
+
+
+def names_for_file(graph: Graph, file: str | None) -> None:
+    """Change a relative name to one from the folder of `file`, which is about to be written."""
+    name = _relative_name(graph)
+    if not name or file is None or file == "-":
+        return
+    # Parents are resolved: a name that goes up leaves the folder that a link leads to.
+    parent, last = os.path.split(os.path.abspath(name))
+    folder = os.path.realpath(os.path.dirname(file) or os.curdir)
+    _set(graph, os.path.relpath(os.path.join(os.path.realpath(parent), last), folder))
+
+
+def _relative_name(graph: Graph) -> str:
+    name = graph.attrs.get(ATTRIBUTE)
+    return name if isinstance(name, str) and not os.path.isabs(name) else ""
+
+
+def _set(graph: Graph, name: str) -> None:
+    graph.attrs = {**graph.attrs, ATTRIBUTE: name}
+
+
+# The folder of a converted function of JAX: its graph reads the arrays beside it.
+
+GRAPH_NAME = "graph.moe"
+MODEL_TYPE = "jax_function"
+"""What its ``config.json`` calls it."""
+
+GRAPH = "jax"
+"""The name of the graph of its blocks."""
+
+_MAX_CONFIG_BYTES = 16 << 20
+
+
+def function_name(graph: Graph) -> str | None:
+    """Return the function whose blocks a graph has, or None where it is of a family."""
+    name = graph.attrs.get("function")
+    return str(name) if graph.name == GRAPH and name is not None else None
+
+
+def is_function_folder(path: str | os.PathLike[str]) -> bool:
+    """Return whether a folder holds a converted function."""
+    folder = Path(path)
+    if not os.path.isfile(folder / GRAPH_NAME) or not os.path.isfile(folder / CONFIG_NAME):
+        return False
+    try:
+        config = read_json_object(folder / CONFIG_NAME, limit_bytes=_MAX_CONFIG_BYTES)
+    except MoeccError:
+        return False
+    return config.get("model_type") == MODEL_TYPE
+
 
 SHOWN_PARAMS = 50
 """How many parameters a notebook's table names."""
@@ -76,7 +145,7 @@ class Model(Closing):
         """Return what is wrong with the files of the model and stops no conversion."""
         if self.checkpoint is None:
             return []
-        from moecc.checkpoint.lint import findings
+        from moecc.formats.folder import findings
 
         sizes = [v.type["vocab"].size for v in self.graph.params.values() if "vocab" in v.type]
         rows = next((size for size in sizes if isinstance(size, int)), None)
@@ -106,7 +175,7 @@ class Model(Closing):
         """The type that most elements of the checkpoint are stored in; float32 without one."""
         if self.checkpoint is None:
             return F32
-        from moecc.types.dtypes import DTYPES
+        from moecc.types import DTYPES
         from moecc.weights.branches import is_statistic
 
         counts: dict[str, int] = {}
@@ -199,7 +268,7 @@ def open_model(
     if weights is not None:
         raise UsageError("--weights goes with a .moe file", found=source)
     if is_function_folder(source):
-        return _open_graph(os.path.join(source, GRAPH), None)
+        return _open_graph(os.path.join(source, _OpenGRAPH), None)
     if source.startswith(PREFIX):
         from moecc.families import build
         from moecc.families.configs import parse_config
@@ -207,8 +276,8 @@ def open_model(
         return Model(build(parse_config(preset_config(source)), padding=padding), source)
     if config_alone and _has_config_alone(Path(source)):
         return _open_config(source, padding)
-    from moecc.checkpoint.open import open_checkpoint
     from moecc.families import import_checkpoint
+    from moecc.formats.open import open_checkpoint
 
     checkpoint = open_checkpoint(source)
     try:
@@ -219,17 +288,17 @@ def open_model(
 
 
 def _has_config_alone(folder: Path) -> bool:
-    from moecc.checkpoint.folder import CONFIG_NAME
-    from moecc.checkpoint.layout import lacks_weights
+    from moecc.formats.folder import CONFIG_NAME
+    from moecc.formats.safetensors import lacks_weights
 
     return os.path.isfile(folder / CONFIG_NAME) and lacks_weights(set(os.listdir(folder)))
 
 
 def _open_config(source: str, padding: bool) -> Model:
     """Open a folder that has a config alone, as if it were a preset."""
-    from moecc.checkpoint.folder import CONFIG_NAME, open_folder
     from moecc.families import build
     from moecc.families.configs import parse_config
+    from moecc.formats.folder import CONFIG_NAME, open_folder
 
     with open_folder(Path(source), with_weights=False) as folder:
         # How weights are quantised does not matter where there are none.
@@ -239,12 +308,12 @@ def _open_config(source: str, padding: bool) -> Model:
 
 
 def _open_run(source: str, weights: str | None) -> Model:
-    from moecc.checkpoint.run.checkpoint import open_run
+    from moecc.formats.run import open_run
 
     if weights is not None:
         raise UsageError("--weights goes with a .moe file", found=source)
     checkpoint = open_run(source)
-    graph = read_graph(str(checkpoint.run / GRAPH))
+    graph = read_graph(str(checkpoint.run / _OpenGRAPH))
     problems = list(_missing(graph, checkpoint))
     if problems:
         raise InputError(problems)
@@ -262,7 +331,7 @@ def read_graph(path: str) -> Graph:
     """
     import sys
 
-    from moecc.ir.parser import parse
+    from moecc.ir.text import parse
 
     if path == "-":
         data, name = sys.stdin.buffer.read(), "<stdin>"
@@ -286,8 +355,8 @@ def read_graph(path: str) -> Graph:
 
 
 def _open_graph(source: str, weights: str | None) -> Model:
-    from moecc.checkpoint.open import open_checkpoint
     from moecc.families.configs import load_installed
+    from moecc.formats.open import open_checkpoint
 
     # It may be written as a family of an installed package.
     load_installed()
@@ -326,3 +395,183 @@ def _missing(graph: Graph, checkpoint: Checkpoint) -> Iterator[Problem]:
                     "the tensor has another shape than the graph says", where,
                     str(source.type), str(info.shape),
                 )  # fmt: skip
+
+
+# Further models beside the one that is opened, of the same architecture and tokenizer.
+
+TOKENIZER = "tokenizer.json"
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+_FREE = {"dtype", "extra", "max_position_embeddings", "router_aux_loss_coef",
+         "router_jitter_noise", "output_router_logits"}  # fmt: skip
+"""The fields of a config that models of one architecture may differ in."""
+
+_TAKEN = {BASE: "SOURCE itself", STATISTICS: "the statistics of --capture"}
+
+_SHOWN = 8
+"""So many differing tensors of a branch are reported."""
+
+
+def parse_branches(words: Sequence[str]) -> dict[str, str]:
+    """Return the folders of branches by name, from ``name=DIR``.
+
+    Raises:
+      UsageError: a word has another form, or a name is used twice or reserved.
+    """
+    found: dict[str, str] = {}
+    problems = []
+    for word in words:
+        name, equals, place = word.partition("=")
+        if not equals or not place or not _NAME.fullmatch(name):
+            problems.append(Problem("not a model with a name", "--experts", "NAME=DIR", word))
+        elif name in _TAKEN:
+            what = f"{name} is the name of {_TAKEN[name]}"
+            problems.append(Problem(what, "--experts", "another name", word))
+        elif name in found:
+            problems.append(Problem("two models have the same name", "--experts", found=word))
+        else:
+            found[name] = place
+    if problems:
+        raise UsageError(problems)
+    return found
+
+
+def add_branches(
+    model: Model, places: Mapping[str, str], *, allow_other_base: bool = False
+) -> None:
+    """Open further models, whose weights then are read beside those of `model`.
+
+    Args:
+      model: the base; its checkpoint becomes one of them all.
+      places: by name, what `open_model` takes, or the folder of a LoRA adapter.
+      allow_other_base: whether an adapter may name another model as its own.
+
+    Raises:
+      InputError: a model cannot be opened, or differs in architecture or tokenizer; all problems
+        of all models at once.
+    """
+    if not places:
+        return
+    base = model.checkpoint
+    if base is None:
+        raise InputError(f"{model.name} has no weights", hint="give a checkpoint")
+    opened: dict[str, Checkpoint] = {}
+    problems: list[Problem] = []
+    for name, place in places.items():
+        try:
+            opened[name] = _open(model.graph, base, place, allow_other_base=allow_other_base)
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        for checkpoint in opened.values():
+            checkpoint.close()
+        raise InputError(problems)
+    model.checkpoint = SeveralCheckpoints(base, opened)
+
+
+def _open(graph: Graph, base: Checkpoint, place: str, *, allow_other_base: bool) -> Checkpoint:
+    if is_adapter(Path(place)):
+        return AdaptedCheckpoint(base, Path(place), allow_other_base=allow_other_base)
+    other = open_model(place)
+    if other.checkpoint is None:
+        raise InputError(f"{place} has no weights", hint="give a checkpoint")
+    problems = [*_differences(graph, base, other), *_tokenizer_problems(base, other.checkpoint)]
+    if problems:
+        other.checkpoint.close()
+        raise InputError(problems)
+    return other.checkpoint
+
+
+def _differences(graph: Graph, base: Checkpoint, other: Model) -> Iterator[Problem]:
+    """Yield how another model's config and tensors differ from those of the base."""
+    checkpoint = other.checkpoint
+    assert checkpoint is not None, "it was opened with weights"
+    problems = [*_config_problems(base, checkpoint)]
+    yield from problems
+    if problems:
+        return  # the tensors differ in consequence
+    wanted, there = _shapes(graph), _shapes(other.graph)
+    wrong = [name for name in wanted if there.get(name) != wanted[name]]
+    for name in wrong[:_SHOWN]:
+        yield Problem(
+            "the models differ in a tensor", f"{checkpoint.path}: {name}",
+            f"{wanted[name]}, as in {base.path}", str(there.get(name, "no such tensor")),
+        )  # fmt: skip
+    if len(wrong) > _SHOWN:
+        yield Problem(f"and {len(wrong) - _SHOWN:,} more tensors", str(checkpoint.path))
+
+
+def _shapes(graph: Graph) -> dict[str, tuple[int | None, ...]]:
+    weights = (value.weight for value in graph.params.values() if value.weight is not None)
+    return {source.name: source.type.shape for weight in weights for source in sources(weight)}
+
+
+def _config_problems(base: Checkpoint, other: Checkpoint) -> Iterator[Problem]:
+    ours, theirs = (parse_config(c.config, str(c.path)) for c in (base, other))
+    if type(ours) is not type(theirs):
+        yield Problem(
+            "the models are of different families", str(other.path),
+            f"{ours.model_type}, as {base.path}", theirs.model_type,
+        )  # fmt: skip
+        return
+    for key in _compared(ours):
+        expected, found = getattr(ours, key), getattr(theirs, key)
+        if expected != found:
+            yield Problem(
+                "the models differ in their architecture", f"{other.path}: {key}",
+                f"{expected}, as in {base.path}", str(found),
+            )  # fmt: skip
+
+
+def _compared(config: ModelConfig) -> list[str]:
+    """Return the fields in which models of one architecture agree."""
+    names = [field.name for field in fields(config)]
+    return [name for name in names if name not in _FREE]
+
+
+def _tokenizer_problems(base: Checkpoint, other: Checkpoint) -> Iterator[Problem]:
+    """Yield a problem if both have a tokenizer, and a token has another number in the other."""
+    ours, theirs = (_tokens(checkpoint) for checkpoint in (base, other))
+    if ours is None or theirs is None or ours == theirs:
+        return
+    token = next(t for t in (*ours, *theirs) if ours.get(t) != theirs.get(t))
+    many = sum(ours.get(t) != theirs.get(t) for t in {*ours, *theirs})
+    yield Problem(
+        f"the tokenizers differ, in {many:,} tokens", f"{other.path}: {TOKENIZER}",
+        f"{token!r} is {ours.get(token, 'no token')}, as in {base.path}",
+        f"{theirs.get(token, 'no token')}", "experts must mean the same by a token",
+    )  # fmt: skip
+
+
+def _tokens(checkpoint: Checkpoint) -> dict[str, int] | None:
+    """Return the tokens of a checkpoint's tokenizer with their numbers, None without one."""
+    content = checkpoint.companions().get(TOKENIZER)
+    if content is None:
+        return None
+    try:
+        data = json.loads(content.read_bytes() if isinstance(content, Path) else content)
+        vocab = data["model"]["vocab"]
+        pairs = (
+            vocab.items() if isinstance(vocab, dict) else ((v[0], n) for n, v in enumerate(vocab))
+        )
+        added = ((entry["content"], entry["id"]) for entry in data.get("added_tokens") or ())
+        return dict((*pairs, *added))
+    except (ValueError, KeyError, TypeError, IndexError, OSError):
+        return None
+
+
+# Passes and families of a user's own files, beside those that are installed.
+
+
+def registry_with(files: Sequence[str]) -> Registry:
+    """Return the installed passes and those defined by `files`, and add the files' families.
+
+    Raises:
+      UsageError: a file cannot be run or defines nothing, or a name is taken.
+    """
+    registry = installed()
+    for file in files:
+        from moecc.families.outside import add_families
+
+        registry = registry.with_file(Path(file), required=not add_families(file))
+    return registry

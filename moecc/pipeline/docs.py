@@ -12,9 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from moecc.errors import UsageError
-from moecc.pipeline.options import Option, describe, options, write
-from moecc.pipeline.passes import Pass
-from moecc.pipeline.registry import Registry, installed
+from moecc.pipeline.passes import Option, Pass, describe, options, write
+from moecc.pipeline.text import Registry, installed
 
 HEAD = """# Passes
 

@@ -19,10 +19,9 @@ from pathlib import Path
 
 from moecc.errors import InputError, escaped
 from moecc.ir.graph import Graph
-from moecc.ir.printer import print_graph
-from moecc.pipeline.blame import KNOWN, crash_of
-from moecc.pipeline.passes import Context, Pass
-from moecc.pipeline.registry import LOADED
+from moecc.ir.text import print_graph
+from moecc.pipeline.passes import KNOWN, Context, Pass, crash_of
+from moecc.pipeline.text import LOADED
 from moecc.version import __version__
 
 _TITLE = "# moecc reproducer: "

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from moecc.errors import InputError, UsageError
 from moecc.ir.graph import Graph
-from moecc.ir.indices import length_bounds
+from moecc.ir.structure import length_bounds
 
 TOKENS_PER_DEVICE = 4096
 """Where no batch is given: so many tokens a device, made whole sequences."""

@@ -2,20 +2,214 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
-from moecc.errors import InputError
-from moecc.ir.mesh import Mesh
-from moecc.plan.exchanges import SLICED
-from moecc.plan.layouts import check_layout, layouts, problems
+from moecc.errors import InputError, Problem, UsageError, nearest
+from moecc.ir.mesh import Mesh, nearest_divisor, parse_mesh
+from moecc.plan.batches import Batch
 from moecc.plan.machines import Machine
-from moecc.plan.meshes import check_devices, searched_meshes
 from moecc.plan.strategy import Strategy
+from moecc.plan.traffic import SLICED
 from moecc.plan.workload import Workload
-from moecc.sharding.layout import Layout
-from moecc.sharding.legal import refusals
-from moecc.sharding.vias import LOCAL, WAYS, Slots, Via
+from moecc.sharding.layout import DENSE_WEIGHTS, Layout
+from moecc.sharding.rules import mesh_axes
+from moecc.sharding.vias import LOCAL, WAYS, Slots, Via, refusals
+from moecc.support.text import amount
+
+# The layouts that a plan tries, and why a layout does not suit a model.
+
+
+def layouts(mesh: Mesh, work: Workload) -> Iterator[Layout]:
+    """Yield the layouts of `work` that the names of the mesh's axes stand for."""
+    for dense, replicated in product(DENSE_WEIGHTS, (False, True)):
+        layout = Layout(mesh, work.experts, dense, replicated)
+        apart = layout.has_expert_axis
+        if (replicated and not apart) or (
+            dense == "split" and not (apart or "data" in layout.sizes)
+        ):
+            continue
+        if not any(problems(layout, work)):
+            yield layout
+
+
+def problems(layout: Layout, work: Workload) -> Iterator[Problem]:
+    """Yield why a layout does not suit `work`: the axis, its size, the nearest that would."""
+    where = f"mesh {layout.mesh}"
+    yield from batch_problems(layout, work.batch)
+    for name, size in work.tensor_sizes.items():
+        parts = layout.shards[name]
+        if size % parts:
+            yield Problem(
+                f"{' x '.join(layout.tensor_axes)} does not divide the axis {name}",
+                where,
+                f"a divisor of {size}",
+                str(parts),
+                f"{nearest_divisor(size, parts)} would",
+            )
+    yield from _attention_problems(layout)
+    for name, size in layout.sizes.items():
+        if size > 1 and name not in layout.used:
+            dense = name == "expert" and not work.experts
+            yield Problem(
+                "the mesh has an axis expert, and the model has no experts" if dense
+                else f"nothing is sharded over the mesh axis {name!r}",
+                where,
+            )  # fmt: skip
+    experts = layout.shards["expert"]
+    if work.experts and work.experts % experts:
+        yield Problem(
+            f"{' x '.join(layout.expert_axes)} does not divide the experts"
+            if experts < work.experts
+            else "more devices for experts than experts",
+            where,
+            f"a divisor of {work.experts}",
+            str(experts),
+            f"{nearest_divisor(work.experts, experts)} would",
+        )  # fmt: skip
+
+
+def batch_problems(layout: Layout, batch: Batch) -> Iterator[Problem]:
+    """Yield why a batch, whatever the model, cannot be sharded so."""
+    where = f"mesh {layout.mesh}"
+    shards, parts = layout.shards["batch"], layout.shards["seq"]
+    if batch.sequences % shards:
+        yield Problem(
+            f"{' x '.join(layout.batch_axes)} does not divide the batch",
+            where,
+            f"a divisor of {amount(batch.sequences, 'sequence')}",
+            str(shards),
+            f"{nearest_divisor(batch.sequences, shards)} would",
+        )
+    for name, size in batch.lengths:
+        if size % parts:
+            yield Problem(
+                f"{' x '.join(layout.sequence_axes)} does not divide the sequences",
+                where,
+                f"a divisor of {amount(size, 'token')} ({name})",
+                str(parts),
+                f"{nearest_divisor(size, parts)} would",
+            )
+
+
+def _attention_problems(layout: Layout) -> Iterator[Problem]:
+    """Yield why attention cannot be sharded so."""
+    if not set(layout.split(layout.sequence_axes)) <= set(layout.tensor_axes):
+        yield Problem(
+            "attention over a sequence in parts is not lowered: each device would do all of it",
+            f"mesh {layout.mesh}",
+            "a mesh axis that shards heads, too: tensor-parallel,sequence-parallel",
+            " x ".join(layout.sequence_axes),
+        )
+
+
+def check_layout(layout: Layout, work: Workload) -> None:
+    """Check that every axis divides what it splits.
+
+    Raises:
+      InputError: with every axis that does not.
+    """
+    found = list(problems(layout, work))
+    if found:
+        raise InputError(found)
+
+
+# The meshes of a machine: a grid of all its devices, whose axes have the names of layouts.
+
+AXES = ("data", "fsdp", "expert", "model")
+"""The axes that layouts use, outermost first.
+
+``data`` splits the batch; ``fsdp`` splits it and the parameters with it; ``expert`` splits it and
+the experts; ``model`` splits heads, neurons and the vocabulary.
+"""
+
+
+MOST_TENSOR = 64
+"""The search splits neurons over at most so many devices; a mesh that is given may have more."""
+
+
+def plan_mesh(text: str, rules: Sequence[str] | None = None) -> Mesh:
+    """Return the mesh that `text` spells: ``data=8,expert=8``.
+
+    Args:
+      text: the axes with their sizes.
+      rules: the layouts whose axes it may have; None: `AXES`.
+
+    Raises:
+      UsageError: it cannot be read, an axis is unknown, or stands twice.
+    """
+    try:
+        mesh = parse_mesh(text)
+    except InputError as error:
+        raise UsageError(error.problems) from None
+    axes = AXES if rules is None else mesh_axes(rules)
+    for name in mesh.names:
+        if name not in axes:
+            hint = nearest(name, axes) or f"axes: {', '.join(axes)}"
+            raise UsageError(f"unknown mesh axis {name!r}", found=text, hint=hint)
+    return mesh
+
+
+def check_devices(mesh: Mesh, devices: int, machine: str) -> None:
+    """Check that a mesh has as many devices as a machine.
+
+    Raises:
+      InputError: it has more or fewer; the size of its last axis that would do is suggested.
+    """
+    if mesh.devices == devices:
+        return
+    name, size = mesh.axes[-1]
+    rest = mesh.devices // size
+    raise InputError(
+        "the mesh and the machine have different numbers of devices",
+        where=f"mesh {mesh}",
+        expected=f"{devices} devices of {machine}",
+        found=str(mesh.devices),
+        hint=f"{name}:{devices // rest} would" if devices % rest == 0 else None,
+    )
+
+
+def searched_meshes(
+    devices: int, experts: int, rules: Sequence[str] | None = None
+) -> Iterator[Mesh]:
+    """Yield the meshes that a search tries, skipping those equivalent up to renaming axes.
+
+    Args:
+      devices: of the machine.
+      experts: of a layer, 0 in a dense model.
+      rules: the layouts whose axes they may have; None: `AXES`.
+    """
+    if rules is not None:
+        # Layouts reject meshes with an axis over which nothing is sharded.
+        yield from meshes(devices, mesh_axes(rules))
+        return
+    for mesh in meshes(devices):
+        data = mesh.sizes.get("data", 1)
+        if mesh.sizes.get("model", 1) > MOST_TENSOR:
+            continue
+        # Experts would be sharded over data, as they are over an axis of their own.
+        if experts and data > 1 and "expert" not in mesh.names and experts % data == 0:
+            continue
+        yield mesh
+
+
+def meshes(devices: int, names: Sequence[str] = AXES) -> Iterator[Mesh]:
+    """Yield every mesh of `devices` devices over axes of `names`; one device is ``data:1``."""
+    for sizes in _products(devices, len(names)):
+        axes = tuple((n, s) for n, s in zip(names, sizes, strict=True) if s > 1)
+        yield Mesh(axes or ((names[0], 1),))
+
+
+def _products(of: int, count: int) -> Iterator[tuple[int, ...]]:
+    """Yield every tuple of `count` numbers whose product is `of`."""
+    if count == 1:
+        yield (of,)
+        return
+    for size in (d for d in range(1, of + 1) if of % d == 0):
+        for rest in _products(of // size, count - 1):
+            yield (size, *rest)
+
 
 _NEEDS = {
     "ragged": "ragged is for models without a capacity",

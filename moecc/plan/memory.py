@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
-from moecc.analysis.head import CHUNK_BYTES, chunk_count
-from moecc.plan.parts import Layer, Weight
-from moecc.plan.shapes import Shape
+from moecc.analysis import CHUNK_BYTES, chunk_count
+from moecc.plan.networks import padded, stacked
+from moecc.plan.parts import Layer, Shape, Weight
 from moecc.plan.sharding import Sharding, Values
 from moecc.plan.strategy import StepConfig, Strategy
-from moecc.plan.tiles import padded, stacked
 from moecc.plan.workload import Workload
 
 FACTORED_LEAST = 128

@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from moecc.plan.report import batch_text, unit_of
-from moecc.plan.report_types import PartReport, Report, SummaryReport
+from moecc.plan.report import PartReport, Report, SummaryReport, batch_text, unit_of
 from moecc.plan.search import seconds_text
-from moecc.plan.sweep_report import (
+from moecc.plan.sweeps import (
     FRONTIER,
     MARK,
     UNSAID,
     SweepPoint,
     SweepReport,
+    axis_text,
     point_cells,
     sweep_title,
     value_text,
     values_of,
 )
-from moecc.plan.sweeps import axis_text
 from moecc.support.page import drawing, render_page, require_figures
 from moecc.support.text import count_text, size_text
 
@@ -232,7 +231,7 @@ def sweep_page(data: SweepReport, pipeline: str = "") -> str:
     """Return the page of a sweep: times of the models, and a table.
 
     Args:
-      data: what `moecc.plan.sweep_report.sweep_json` returned.
+      data: what `moecc.plan.sweeps.sweep_json` returned.
       pipeline: the passes that the models went through before.
 
     Raises:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
 
-from moecc.checkpoint.jsonfile import read_json_object
-from moecc.checkpoint.problems import Problems, describe
 from moecc.errors import InputError, Problem, nearest
-from moecc.plan.report_types import Report
+from moecc.formats.jsonfile import read_json_object
+from moecc.plan.report import Report
 from moecc.plan.strategy import DENSE_WEIGHTS, OPTIMIZERS, REMATS, STEPS
 from moecc.sharding.vias import LOCAL, VIAS
+from moecc.support.problems import Problems, describe
 from moecc.support.text import json_text
 from moecc.support.untyped import JsonDict
 

@@ -2,16 +2,240 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from itertools import combinations
 
+from moecc.errors import InputError
 from moecc.plan.candidates import Constraints, check_constraints, strategies
-from moecc.plan.estimate import Estimate, Estimator
-from moecc.plan.exchanges import exact
-from moecc.plan.machines import Machine
-from moecc.plan.remedies import Asked, Spelling, WorkOn, as_option, nothing_fits
-from moecc.plan.strategy import StepConfig
+from moecc.plan.machines import Machine, sizes_of_kind
+from moecc.plan.strategy import StepConfig, Strategy
+from moecc.plan.time import Estimate, Estimator
+from moecc.plan.traffic import exact
 from moecc.plan.workload import Workload
+from moecc.support.text import amount, size_text
+from moecc.support.untyped import JsonDict
+from moecc.types import DType
+
+# What would fit where a plan does not: other options first, then a larger machine.
+#
+# Each is planned anew before it is named.
+
+WorkOn = Callable[[Machine, int], Workload]
+"""The work on a machine in so many micro-batches: a batch may grow with the devices."""
+
+Change = JsonDict
+"""New values of fields of `StepConfig` or `Constraints`."""
+
+Spelling = Callable[[str, str], str]
+"""How a field and its new value are asked for."""
+
+MOST_PARTS = 256
+
+
+def as_option(name: str, value: str) -> str:
+    """Return a field and its value as ``moecc plan`` and ``moecc compile`` take them."""
+    return f"--{name.replace('_', '-')} {value}"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked of a plan.
+
+    Attributes:
+      machine: where.
+      config: what is given.
+      constraints: what the user fixed.
+      work: the model and its micro-batch.
+      work_on: the work elsewhere, or in other parts; None where it is known here alone.
+      spelling: how other options are named.
+      share: of a device's memory, what a plan may need.
+    """
+
+    machine: Machine
+    config: StepConfig
+    constraints: Constraints
+    work: Workload
+    work_on: WorkOn | None = None
+    spelling: Spelling = as_option
+    share: float = 1.0
+
+    def changed(self, change: Change) -> Asked:
+        """Return what is asked after a change."""
+        given = {f.name for f in fields(StepConfig)}
+        config = {n: v for n, v in change.items() if n in given}
+        fixed = {n: v for n, v in change.items() if n not in given}
+        work = self.work
+        if self.work_on is not None and "micro_batches" in change:
+            work = self.work_on(self.machine, change["micro_batches"])
+        return replace(
+            self,
+            config=replace(self.config, **config),
+            constraints=replace(self.constraints, **fixed),
+            work=work,
+        )
+
+    def on(self, machine: Machine) -> Asked:
+        """Return what is asked of another machine, on any mesh."""
+        work = self.work
+        if self.work_on is not None:
+            work = self.work_on(machine, self.config.micro_batches)
+        free = replace(self.constraints, mesh=None)
+        return replace(self, machine=machine, constraints=free, work=work)
+
+    def fitting(self) -> Strategy | None:
+        """Return a strategy that fits, the first that is met."""
+        work, estimator = self.work, Estimator(self.work, self.machine, self.config)
+        limit = self.machine.usable_bytes * self.share
+        return next(
+            (
+                s
+                for s in strategies(work, self.machine, self.constraints, self.config.train)
+                if estimator.memory(s).total <= limit
+            ),
+            None,
+        )
+
+
+def nothing_fits(asked: Asked, least: tuple[float, Strategy] | None) -> InputError:
+    """Return the error of a plan without a strategy that fits.
+
+    Args:
+      asked: what was asked.
+      least: the strategy that needs the least, and its bytes; None where none is legal.
+    """
+    if least is None:
+        return _nothing_legal(asked)
+    size, strategy = least
+    machine = asked.machine
+    return InputError(
+        "does not fit",
+        where=machine.name,
+        expected=f"at most {size_text(machine.usable_bytes)} a device",
+        found=f"{size_text(size)} with {strategy}, the least",
+        hint=way_out(asked),
+    )
+
+
+def _nothing_legal(asked: Asked) -> InputError:
+    machine, constraints = asked.machine, asked.constraints
+    work = asked.work
+    free = strategies(work, machine, replace(constraints, via=None), asked.config.train)
+    if constraints.via is not None and next(free, None) is not None:
+        return InputError(
+            f"nothing goes via {constraints.via}",
+            where=machine.name,
+            expected="experts on several devices"
+            + (", and keep every row" if constraints.via == "ragged" else ""),
+            found=f"{amount(work.experts, 'expert')}, {amount(machine.devices, 'device')}",
+        )
+    return InputError(
+        "no mesh of this machine divides model and batch",
+        where=machine.name,
+        found=f"{amount(machine.devices, 'device')}, {amount(work.batch.sequences, 'sequence')}"
+        + (f", {amount(work.experts, 'expert')}" if work.experts else ""),
+        hint=_undivided(asked),
+    )
+
+
+def _undivided(asked: Asked) -> str:
+    """Return what to change where no mesh is legal: the batch, if it is that, or the devices."""
+    batch, devices = asked.work.batch, asked.machine.devices * asked.config.micro_batches
+    if batch.sequences % devices:
+        return f"--batch-tokens {devices * batch.sequence_tokens} is a sequence a device"
+    return "fewer devices" if asked.constraints.rules is None else "fewer devices, or other --rules"
+
+
+def way_out(asked: Asked) -> str:
+    """Return what would fit, as options of the command line, then the smallest machine."""
+    found = remedies(asked)
+    larger = smallest_that_fits(asked)
+    text = f"{' or '.join(found)} would" if found else ""
+    if larger is None:
+        return text or "no machine of the kind would"
+    named = f"{larger.name} is the smallest that would"
+    return f"{text}; {named}" if text else named
+
+
+def remedies(asked: Asked) -> list[str]:
+    """Return the options under which something fits on the same machine.
+
+    Those that do it alone; where none does, the first that do it together.
+    """
+    changes = list(_changes(asked))
+    alone = [text for change in changes if (text := _tried(asked, change))]
+    kinds = [change for change in changes if "micro_batches" not in change]
+    if alone:
+        return alone
+    for number in (2, 3):
+        for several in combinations(kinds, number):
+            together = {n: v for change in several for n, v in change.items()}
+            if text := _tried(asked, together):
+                return [text]
+    together = {n: v for change in kinds for n, v in change.items()}
+    text = _in_parts(asked, together) if asked.config.train else None
+    return [text] if text else []
+
+
+def _changes(asked: Asked) -> Iterator[Change]:
+    """Yield what may be changed of what is asked, that which costs the least first."""
+    config, fixed = asked.config, asked.constraints
+    if fixed.dense_weights is not None:
+        yield {"dense_weights": None}
+    if fixed.mesh is not None:
+        yield {"mesh": None}
+    if config.train:
+        if fixed.remat not in (None, "full"):
+            yield {"remat": "full"}
+        yield {"micro_batches": 0}
+        if config.optimizer == "adamw":
+            yield {"optimizer": "adafactor"}
+    if config.weight_dtype.itemsize_bytes > config.dtype.itemsize_bytes:
+        yield {"weight_dtype": config.dtype}
+
+
+def _tried(asked: Asked, change: Change) -> str | None:
+    """Return the options of a change under which something fits, or None."""
+    if "micro_batches" in change:
+        return _in_parts(asked, {})
+    found = asked.changed(change).fitting()
+    return None if found is None else _options(asked, change, found)
+
+
+def _in_parts(asked: Asked, change: Change) -> str | None:
+    """Return the fewest micro-batches with which something fits after a change, or None."""
+    if asked.work_on is None:
+        return None
+    parts = asked.config.micro_batches * 2
+    sequences = asked.work.batch.sequences * asked.config.micro_batches
+    while parts <= MOST_PARTS and sequences % parts == 0:
+        tried = {**change, "micro_batches": parts}
+        found = asked.changed(tried).fitting()
+        if found is not None:
+            return _options(asked, tried, found)
+        parts *= 2
+    return None
+
+
+def _options(asked: Asked, change: Change, found: Strategy) -> str:
+    """Return the options that stand for a change, and for what was found."""
+    layout = found.layout
+    mesh = ",".join(f"{name}={size}" for name, size in layout.mesh.axes)
+    said = {n: v.name if isinstance(v, DType) else str(v) for n, v in change.items()}
+    if "mesh" in change:
+        said["mesh"] = mesh
+    if "dense_weights" in change or ("mesh" in change and layout.dense_weights == "split"):
+        said["dense_weights"] = layout.dense_weights
+    return " ".join(asked.spelling(name, text) for name, text in said.items())
+
+
+def smallest_that_fits(asked: Asked) -> Machine | None:
+    """Return the smallest machine of the same chip on which something fits, or None.
+
+    A mesh that was wished for is no longer one.
+    """
+    larger = (m for m in sizes_of_kind(asked.machine) if m.devices > asked.machine.devices)
+    return next((m for m in larger if asked.on(m).fitting()), None)
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,13 @@ from math import prod
 from typing import TypeVar
 
 from moecc.ir.graph import Node, Value
-from moecc.plan.parts import Weight
-from moecc.plan.shapes import Shape
-from moecc.plan.tiles import PACKED_ROWS
+from moecc.plan.networks import PACKED_ROWS
+from moecc.plan.parts import Shape, Weight
 from moecc.plan.workload import Workload
-from moecc.sharding.gradients import Gradients, GradientSum
+from moecc.sharding.collectives import Gradients, GradientSum
 from moecc.sharding.layout import Layout
 from moecc.sharding.propagate import Propagation
-from moecc.types.tensor import TensorType
+from moecc.types import TensorType
 
 T = TypeVar("T")
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from moecc.errors import Problem
 from moecc.sharding.layout import Layout
 from moecc.sharding.vias import BY_NAME, LOCAL
-from moecc.support.parse_units import float_type
-from moecc.types.dtypes import BF16, F32, DType
+from moecc.types import BF16, F32, DType, float_type
 
 STEPS = ("train", "forward")
 OPTIMIZERS = ("adamw", "adafactor")
@@ -84,7 +83,7 @@ class Strategy:
     Attributes:
       layout: the mesh, and what is sharded over it.
       via: how tokens reach experts.
-      dispatch: the class of the dispatch strategy, as `moecc.ir.dispatch_strategies` has it.
+      dispatch: the class of the dispatch strategy, as `moecc.ir.conventions` has it.
       remat: one of `REMATS`.
       sliced: whether devices along ``model``, which have the same tokens, each send a part of a
         row to the experts.

@@ -6,12 +6,12 @@ a shallow one.  Sizes are global; a layout divides them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 
-from moecc.analysis.groups import ATTRIBUTE, trainable
+from moecc.analysis import ATTRIBUTE, trainable
 from moecc.errors import InputError
 from moecc.families.experts import choices_kept, rows_of, rows_per_token
 from moecc.ir.attributes import ProductAttrs, RouteAttrs, SlotAttrs
@@ -19,15 +19,141 @@ from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.mesh import mesh_of
 from moecc.ir.table.slots import assigner
 from moecc.ir.traits import RowMove
-from moecc.plan.attention import attention_of
 from moecc.plan.batches import Batch
-from moecc.plan.head import PlannedHead, head_of
-from moecc.plan.parts import Layer, Part, Step, Weight
-from moecc.plan.residuals import residuals, root_of
-from moecc.plan.sample import Sample, sample_of
-from moecc.plan.shapes import Shape, Shapes
+from moecc.plan.parts import (
+    LAYER,
+    Layer,
+    Part,
+    PlannedHead,
+    Shape,
+    Shapes,
+    Step,
+    Unit,
+    Weight,
+    attention_of,
+    head_of,
+    layer_of,
+    residuals,
+    root_of,
+    stack_of,
+    times_again,
+    units_of,
+)
 from moecc.plan.strategy import REMATS
-from moecc.plan.units import LAYER, Unit, layer_of, stack_of, times_again, units_of
+from moecc.sharding.assign import ROWS, Assigner, Site, cuts_of, sites_of
+from moecc.sharding.collectives import (
+    Dependence,
+    Gradients,
+    Sent,
+    dependence,
+    gradients,
+    sent,
+    steps,
+)
+from moecc.sharding.layout import Layout
+from moecc.sharding.propagate import Alike, Propagation, propagate
+from moecc.types import F32, Axis, TensorType
+
+# One layer of each kind: the nodes whose sharding determines that of the whole model.
+
+Found = tuple[Propagation, Gradients]
+"""How values are sharded, and what the backward pass sums."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One layer of each kind, and what propagation reads of it.
+
+    Attributes:
+      graph: the layers, a graph of their own: passes may change the model meanwhile.
+    """
+
+    graph: Graph
+    _found: Alike[Found] = field(default_factory=Alike)
+    _alone: dict[Shape, tuple[TensorType, Sequence[Axis]]] = field(default_factory=dict)
+    _sent: dict[tuple[TensorType, TensorType], tuple[Sent, ...]] = field(default_factory=dict)
+
+    @cached_property
+    def sites(self) -> Mapping[Node, Site]:
+        """The nodes as propagation sees them, in order."""
+        return {site.node: site for site in sites_of(self.graph)}
+
+    @cached_property
+    def _cuts(self) -> Mapping[str, set[int]]:
+        return cuts_of(self.sites.values())
+
+    @cached_property
+    def _depends(self) -> Dependence:
+        return dependence(self.sites.values(), self.graph.inputs.values())
+
+    def shard(self, layout: Layout) -> Found:
+        """Return how the values are sharded under a layout, and what the backward pass sums.
+
+        Raises:
+          InputError: an operation cannot take its operands.
+        """
+        return self._found.under(layout, None, self._shard)
+
+    def alone(self, shape: Shape, layout: Layout) -> TensorType:
+        """Return how a value of `shape` is sharded that is looked at by itself.
+
+        The groups of rows, which a shape counts as slots, are an axis of their own.
+        """
+        if shape not in self._alone:
+            self._alone[shape] = _alone(shape)
+        return layout.assigner.lone(*self._alone[shape])
+
+    def resharded(self, source: TensorType, target: TensorType) -> tuple[Sent, ...]:
+        """Return the collectives that bring a value of type `source` to where `target` is."""
+        key = (source, target)
+        if key not in self._sent:
+            self._sent[key] = tuple(sent(source, steps(source, target)))
+        return self._sent[key]
+
+    def _shard(self, assigner: Assigner) -> Found:
+        sites, graph = tuple(self.sites.values()), self.graph
+        inputs, params = graph.inputs.values(), graph.params.values()
+        found = propagate(sites, inputs, params, assigner, self._cuts)
+        return found, gradients(sites, found, self._depends)
+
+
+def sample_of(
+    graph: Graph, chosen: Collection[Node], same: Mapping[Value, Value]
+) -> tuple[Sample, dict[Node, Node]]:
+    """Return the sample of `graph` that has the nodes `chosen`, and its node for each of them.
+
+    Args:
+      graph: the model.
+      chosen: the nodes of one layer of each kind.
+      same: by the value of a node that is left out, that of the node that stands for it.
+    """
+    copy, nodes = Graph(graph.name), dict[Node, Node]()
+    values = {value: copy.input(name, value.type) for name, value in graph.inputs.items()}
+    taken = {v for node in chosen for v in node.operands}
+    for name, value in graph.params.items():
+        # What nothing takes is stored all the same.
+        if value in taken or not value.users:
+            values[value] = copy.param(name, value.type)
+    for node in graph:
+        if node not in chosen:
+            continue
+        operands = [values[same.get(v, v)] for v in node.operands]
+        names = [v.name for v in node.results]
+        made = copy.append(node.op, operands, dict(node.attrs), names=names, loc=node.loc)
+        values.update(zip(node.results, made.results, strict=True))
+        nodes[node] = made
+    return Sample(copy), nodes
+
+
+def _alone(shape: Shape) -> tuple[TensorType, Sequence[Axis]]:
+    """Return a type of `shape`, and the axes that run beside it where it is used."""
+    if shape.has_slots:
+        axes = [Axis("group", "group"), *(Axis(name, name) for name in shape.names)]
+        return TensorType(F32, tuple(axes)), ()
+    axes = [Axis(name, int(size) if size == int(size) else name) for name, size in shape]
+    # An axis of this name meets rows; that of a router's choices has another.
+    return TensorType(F32, tuple(axes)), ROWS if "expert" in shape.names else ()
+
 
 HEADS = ("head", "kv_head")
 

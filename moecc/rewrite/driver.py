@@ -19,13 +19,11 @@ from moecc.errors import InputError
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.ops import OpDef
-from moecc.ir.printer import format_node
-from moecc.ir.replace import replace_value
+from moecc.ir.structure import replace_value
+from moecc.ir.text import format_node
 from moecc.ir.verify import where
-from moecc.rewrite.match import Match, Misses, NearMiss, match
-from moecc.rewrite.pattern import Heads, OpPattern, roots
-from moecc.rewrite.rule import Rule
-from moecc.support.gc_pause import gc_paused
+from moecc.rewrite.pattern import Heads, Match, Misses, NearMiss, OpPattern, Rule, match, roots
+from moecc.support.process import gc_paused
 
 REWRITES_PER_NODE = 16
 """The number of rewrites per node of the graph beyond which the driver reports a loop."""

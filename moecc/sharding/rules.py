@@ -19,10 +19,10 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from moecc.checkpoint.files import read_bounded
-from moecc.checkpoint.problems import Problems
 from moecc.errors import InputError, UsageError, nearest, printable
-from moecc.types.tensor import is_name
+from moecc.formats.files import read_bounded
+from moecc.support.problems import Problems
+from moecc.types import is_name
 
 SUFFIX = ".rules"
 

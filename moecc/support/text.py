@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator, Sequence
 
-from moecc.errors import is_shown
+from moecc.errors import Problem, is_shown
 
 
 def size_text(count_bytes: float) -> str:
@@ -41,3 +42,63 @@ def json_text(value: object, *, indent: int | None = None) -> str:
 def with_article(name: str) -> str:
     """Return the name of a family after its article: ``a llama``, ``an olmoe``, ``a umt5``."""
     return f"{'an' if name[:1].lower() in 'aeio' else 'a'} {name}"
+
+
+# Lists in messages: runs of numbers shortened, long lists of problems cut.
+
+MOST_PER_KIND = 20
+"""How many problems of one kind are listed one by one."""
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Return ascending `numbers` with runs shortened: 0-3, 7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def either(names: Sequence[str]) -> str:
+    """Return `names`, of which there is at least one, as a choice: a, b or c."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def both(names: Sequence[str]) -> str:
+    """Return `names`, of which there is at least one, together: a, b and c."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def capped(
+    problems: Iterable[Problem], one: str, several: str, most: int = MOST_PER_KIND
+) -> Iterator[Problem]:
+    """Yield the first problems, and one that counts the others: "7 more " and `several`."""
+    more = 0
+    for count, problem in enumerate(problems):
+        if count < most:
+            yield problem
+        else:
+            more += 1
+    if more:
+        yield Problem(f"{more} more {one if more == 1 else several}")
+
+
+# How objects show themselves: in a line at a prompt, as a small table in a notebook.
+
+Rows = Iterable[tuple[str, str]]
+"""Names and texts; rows without a text are left out."""
+
+
+def brief(kind: str, rows: Rows) -> str:
+    """Return an object in a line, ``<moecc.Graph model, nodes 120>``; an empty name is left out."""
+    said = [f"{name} {text}".strip() for name, text in rows if text]
+    return f"<{' '.join([kind, ', '.join(said)]).strip()}>"
+
+
+def facts_table(rows: Rows) -> str:
+    """Return rows of a name and a text as a table of HTML, which are escaped."""
+    from moecc.support.page import render
+
+    return render("facts.html", rows=[(name, text) for name, text in rows if text])

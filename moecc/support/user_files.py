@@ -9,7 +9,7 @@ from types import ModuleType
 from zlib import crc32
 
 from moecc.errors import UsageError, described
-from moecc.support.signals import Terminated
+from moecc.support.process import Terminated
 
 LOADED = "moecc_loaded_"
 """How the names of the modules begin."""

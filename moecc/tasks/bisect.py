@@ -5,8 +5,7 @@ from __future__ import annotations
 from moecc.errors import InputError
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
-from moecc.pipeline.blame import KNOWN, apply_pass
-from moecc.pipeline.passes import Context, Pass
+from moecc.pipeline.passes import KNOWN, Context, Pass, apply_pass
 from moecc.pipeline.runner import run_pass
 from moecc.pipeline.text import Pipeline
 from moecc.rewrite.driver import RewriteWatch, rewrites_watched

@@ -76,8 +76,7 @@ def _wrong_rule(graph: Graph, found: Gap) -> tuple[str, tuple[int, int]]:
 
 
 def _differ(before: Expr, after: Expr) -> bool:
-    from moecc.testing.naive_weights import whole_naively
-    from moecc.testing.weights import stored_sources
+    from moecc.testing.weights import stored_sources, whole_naively
 
     read = stored_sources((before, after), 0)
     return whole_naively(before, read).tobytes() != whole_naively(after, read).tobytes()

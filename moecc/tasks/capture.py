@@ -11,10 +11,9 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from moecc.capture.folder import CaptureFacts, fingerprint, write_capture
-from moecc.capture.statistics import BlockSums, ExpertSums
-from moecc.checkpoint.outdir import check_output, output_folder
+from moecc.capture import BlockSums, CaptureFacts, ExpertSums, fingerprint, write_capture
 from moecc.errors import InputError, Problem, UsageError
+from moecc.formats.output import check_output, output_folder
 from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
@@ -24,12 +23,12 @@ from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.tasks.evaluate import EvaluationSpec
 from moecc.tasks.traced import Tracing, is_token
-from moecc.train.data.model_facts import facts_of
+from moecc.train.rows import facts_of
 from moecc.train.tokens.encoders import BYTES, BYTES_DIGEST
 from moecc.train.tokens.folder import FACTS as TOKEN_FACTS
 from moecc.train.tokens.folder import TokenFolder, open_tokens
 from moecc.train.tokens.make import Making, make_tokens
-from moecc.types.arrays import Array
+from moecc.types import Array
 
 PREFIX = "values."
 

@@ -9,16 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moecc.backend import Backend, get_backend
-from moecc.decoding.batch import Batch
-from moecc.decoding.graphs import DecodeGraphs, check_continues, unstretched
-from moecc.decoding.sampling import Sampling
-from moecc.decoding.session import ReadOnce
+from moecc.decoding import Batch, DecodeGraphs, ReadOnce, Sampling, check_continues, unstretched
 from moecc.errors import InputError, Problem, UsageError
 from moecc.model.inputs import longest
 from moecc.model.open import Model
 from moecc.tasks.verify import vocabulary
-from moecc.types.arrays import Array, Arrays
-from moecc.types.dtypes import F32, DType
+from moecc.types import F32, Array, Arrays, DType
 
 if TYPE_CHECKING:
     from moecc.ir.graph import Graph

@@ -9,29 +9,28 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moecc.checkpoint.several import branches_of, other_bases
 from moecc.errors import InputError
+from moecc.formats.adapter import branches_of, other_bases
 from moecc.ir.graph import Graph
 from moecc.ir.unroll import unroll
+from moecc.model.initialise import reads_small
 from moecc.model.open import Model
-from moecc.model.small_weights import reads_small
 from moecc.pipeline.passes import Preserves
-from moecc.support.shown import brief, facts_table
-from moecc.support.text import amount, count_text, size_text
+from moecc.support.text import amount, brief, count_text, facts_table, size_text
 from moecc.tasks.contracts import NOT_CHECKED, Contracts, check_contracts
 from moecc.tasks.targets import AUTO, choose
-from moecc.types.dtypes import DType
+from moecc.types import DType
 from moecc.weights.branches import branch_and_name
 from moecc.weights.expr import sources
 
 if TYPE_CHECKING:
-    from moecc.checkpoint.gguf.storage import Storage
-    from moecc.checkpoint.source import Checkpoint
-    from moecc.checkpoint.writer import OutputTensor
     from moecc.engines.verdicts import Verdict
     from moecc.families.describe import Description
     from moecc.families.export import Export
     from moecc.families.export_gguf import GgufExport
+    from moecc.formats.gguf.storage import Storage
+    from moecc.formats.source import Checkpoint
+    from moecc.formats.writer import OutputTensor
     from moecc.pipeline.passes import Statistics
     from moecc.pipeline.text import Pipeline
 
@@ -87,8 +86,8 @@ class Plan:
     @cached_property
     def tensors(self) -> list[OutputTensor]:
         """The tensors to write, by their names on disk."""
-        from moecc.checkpoint.writer import OutputTensor
         from moecc.families.export_gguf import GgufExport, stored_as
+        from moecc.formats.writer import OutputTensor
         from moecc.weights.branches import is_statistic
         from moecc.weights.expr import sources
 
@@ -194,14 +193,13 @@ def plan(
       allow_unmatched: whether a pass that must match may match nothing.
       loaded: the files that passes of one's own are from, for the command on the card.
       check: whether each pass is held to its promise, on the model at small sizes.
-      statistics: what was captured of the model's values; see `moecc.model.statistics`.
+      statistics: what was captured of the model's values; see `moecc.model.initialise`.
 
     Raises:
       UsageError: there is no such target, or no such type in it.
       InputError: a pass cannot be applied to this model, or the target cannot express the result.
       CheckError: a pass broke its promise.
     """
-    from moecc.checkpoint.gguf.storage import Storage
     from moecc.families.export import export_graph
     from moecc.families.export_gguf import (
         architecture_of,
@@ -210,6 +208,7 @@ def plan(
         quantising_remarks,
     )
     from moecc.families.propose import check_target
+    from moecc.formats.gguf.storage import Storage
     from moecc.pipeline.passes import Context
     from moecc.pipeline.reproducer import temporary_folder
     from moecc.pipeline.runner import run_pipeline
@@ -283,7 +282,7 @@ def _misreadings(export: Export | GgufExport) -> list[str]:
 
 def _with_tokenizer(export: GgufExport, checkpoint: Checkpoint) -> tuple[GgufExport, list[str]]:
     """Return the export with the tokenizer of the source, and a remark if it has none."""
-    from moecc.checkpoint.gguf.tokenizer_keys import tokenizer_keys
+    from moecc.formats.gguf.tokenizer_keys import tokenizer_keys
 
     keys, reason = tokenizer_keys(checkpoint, export.config.vocab_size)
     remarks = [] if reason is None else [f"the file has no tokenizer: {reason}"]

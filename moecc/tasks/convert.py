@@ -24,8 +24,7 @@ from moecc.tasks.convert_records import receipt_of as receipt_of
 from moecc.version import __version__
 
 if TYPE_CHECKING:
-    from moecc.checkpoint.journal import Done, Facts, Journal
-    from moecc.checkpoint.writer import WriteReport
+    from moecc.formats.writer import Done, Facts, Journal, WriteReport
 
 
 @dataclass(frozen=True)
@@ -74,12 +73,11 @@ def write(
       InputError: the output cannot be used; a weight is not finite; the source changed meanwhile.
       MachineError: the disk is too small, or a write failed.
     """
-    from moecc.checkpoint.hashing import hashed_beside
-    from moecc.checkpoint.outdir import output_folder
-    from moecc.checkpoint.outfile import output_file
-    from moecc.checkpoint.run.checkpoint import inputs_of
-    from moecc.checkpoint.several import files_of
     from moecc.families.export_gguf import GgufExport
+    from moecc.formats.adapter import files_of
+    from moecc.formats.manifest import hashed_beside
+    from moecc.formats.output import output_file, output_folder
+    from moecc.formats.run import inputs_of
 
     checkpoint = planned.model.checkpoint
     assert checkpoint is not None, "a plan has weights"
@@ -116,7 +114,7 @@ class _Earlier:
 
     def goes_on(self, folder: Path) -> bool:
         """Read its journal; return whether it is of use. Raises InputError if it is of another."""
-        from moecc.checkpoint.journal import read_journal
+        from moecc.formats.writer import read_journal
 
         self._known = read_journal(folder, self._facts)
         return bool(self._known)
@@ -124,7 +122,7 @@ class _Earlier:
     @contextmanager
     def journal(self, folder: Path) -> Iterator[Journal]:
         """Yield the journal of this run, which begins with it."""
-        from moecc.checkpoint.journal import Journal
+        from moecc.formats.writer import Journal
 
         journal = Journal(folder, self._facts, self._known)
         try:
@@ -140,9 +138,8 @@ def check_place(
 
     Raises: as `write`.
     """
-    from moecc.checkpoint.outdir import check_output
-    from moecc.checkpoint.outfile import check_output_file
-    from moecc.checkpoint.run.checkpoint import inputs_of
+    from moecc.formats.output import check_output, check_output_file
+    from moecc.formats.run import inputs_of
 
     _check_suffix(planned, Path(out))
     inputs = inputs_of(planned.model.checkpoint)
@@ -153,7 +150,7 @@ def check_place(
 
 def _check_suffix(planned: Plan, out: Path) -> None:
     """Raise UsageError for a folder that would be taken for a GGUF file."""
-    from moecc.checkpoint.gguf.storage import SUFFIX
+    from moecc.formats.gguf.storage import SUFFIX
 
     if out.suffix == SUFFIX and not is_file(planned, out):
         raise UsageError(
@@ -165,10 +162,10 @@ def _check_suffix(planned: Plan, out: Path) -> None:
 
 
 def _write_folder(folder: Path, planned: Plan, options: WriteOptions) -> WriteReport:
-    from moecc.checkpoint.durable import write_durable
-    from moecc.checkpoint.frontmatter import CARD_NAME
-    from moecc.checkpoint.records import MANIFEST_NAME
-    from moecc.checkpoint.writer import write_checkpoint
+    from moecc.formats.disk import write_durable
+    from moecc.formats.manifest import MANIFEST_NAME
+    from moecc.formats.modelcard import CARD_NAME
+    from moecc.formats.writer import write_checkpoint
     from moecc.tasks.receipt import RECEIPT_NAME
 
     checkpoint = planned.model.checkpoint
@@ -199,8 +196,8 @@ def _provenance(planned: Plan) -> dict[str, str]:
 
 def _write_companions(folder: Path, planned: Plan) -> None:
     """Copy tokenizer and licence files byte for byte, and write config.json."""
-    from moecc.checkpoint.durable import make_folder, write_durable
-    from moecc.checkpoint.files import read_whole
+    from moecc.formats.disk import make_folder, write_durable
+    from moecc.formats.files import read_whole
 
     checkpoint = planned.model.checkpoint
     assert checkpoint is not None, "a plan has weights"

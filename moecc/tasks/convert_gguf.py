@@ -10,8 +10,8 @@ from moecc.tasks.convert_records import WriteOptions, card, manifest, receipt_of
 from moecc.version import __version__
 
 if TYPE_CHECKING:
-    from moecc.checkpoint.gguf.encode import Key
-    from moecc.checkpoint.writer import WriteReport
+    from moecc.formats.gguf.encode import Key
+    from moecc.formats.writer import WriteReport
 
 _LICENCES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY")
 _ONE = {"license": "license", "license_name": "license.name", "license_link": "license.link"}
@@ -24,8 +24,8 @@ _FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "q4_k": 14, "bf16": 32}
 
 def is_file(planned: Plan, out: Path) -> bool:
     """Whether the output is the GGUF file itself, and not a folder with one."""
-    from moecc.checkpoint.gguf.storage import SUFFIX
     from moecc.families.export_gguf import GgufExport
+    from moecc.formats.gguf.storage import SUFFIX
 
     return isinstance(planned.export, GgufExport) and out.suffix == SUFFIX
 
@@ -35,11 +35,11 @@ def write_gguf(folder: Path, planned: Plan, options: WriteOptions) -> WriteRepor
 
     Raises: as `moecc.tasks.convert.write`.
     """
-    from moecc.checkpoint.durable import write_durable
-    from moecc.checkpoint.files import read_whole
-    from moecc.checkpoint.frontmatter import CARD_NAME
-    from moecc.checkpoint.gguf.storage import FILE_NAME
-    from moecc.checkpoint.records import MANIFEST_NAME
+    from moecc.formats.disk import write_durable
+    from moecc.formats.files import read_whole
+    from moecc.formats.gguf.storage import FILE_NAME
+    from moecc.formats.manifest import MANIFEST_NAME
+    from moecc.formats.modelcard import CARD_NAME
     from moecc.tasks.receipt import RECEIPT_NAME
 
     checkpoint = planned.model.checkpoint
@@ -64,9 +64,9 @@ def write_gguf_file(folder: Path, planned: Plan, options: WriteOptions) -> Write
 
     Raises: as `moecc.tasks.convert.write`.
     """
-    from moecc.checkpoint.durable import write_durable
-    from moecc.checkpoint.gguf.storage import FILE_NAME
-    from moecc.checkpoint.records import MANIFEST_NAME
+    from moecc.formats.disk import write_durable
+    from moecc.formats.gguf.storage import FILE_NAME
+    from moecc.formats.manifest import MANIFEST_NAME
 
     written = _write_weights(folder, planned, options)
     receipt = receipt_of(planned, folder / FILE_NAME, options).to_json()
@@ -77,9 +77,9 @@ def write_gguf_file(folder: Path, planned: Plan, options: WriteOptions) -> Write
 
 
 def _write_weights(folder: Path, planned: Plan, options: WriteOptions) -> WriteReport:
-    from moecc.checkpoint.gguf.encode import plan_file
-    from moecc.checkpoint.gguf.storage import FILE_NAME
-    from moecc.checkpoint.writer import write_files
+    from moecc.formats.gguf.encode import plan_file
+    from moecc.formats.gguf.storage import FILE_NAME
+    from moecc.formats.writer import write_files
 
     checkpoint = planned.model.checkpoint
     assert checkpoint is not None, "a plan has weights"
@@ -93,8 +93,8 @@ def _write_weights(folder: Path, planned: Plan, options: WriteOptions) -> WriteR
 
 def gguf_keys(planned: Plan) -> list[Key]:
     """Return all keys of the file: of the model, its origin and its tokenizer."""
-    from moecc.checkpoint.gguf.encode import Key
     from moecc.families.export_gguf import GgufExport
+    from moecc.formats.gguf.encode import Key
 
     export, checkpoint = planned.export, planned.model.checkpoint
     assert isinstance(export, GgufExport), "a plan of a GGUF file"

@@ -10,19 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moecc.checkpoint.files import identify
-from moecc.checkpoint.given import GivenParams
-from moecc.checkpoint.several import branches_of, files_of
-from moecc.checkpoint.source import Checkpoint
+from moecc.formats.adapter import branches_of, files_of
+from moecc.formats.files import identify
+from moecc.formats.source import Checkpoint, GivenParams
 from moecc.pipeline.reproducer import loaded_files
 from moecc.tasks.conversion import Plan
 from moecc.version import __version__
 
 if TYPE_CHECKING:
-    from moecc.checkpoint.journal import Journal
-    from moecc.checkpoint.records import FileRecord
-    from moecc.checkpoint.writer import WriteReport
     from moecc.engines.verdicts import Verdict
+    from moecc.formats.manifest import FileRecord
+    from moecc.formats.writer import Journal, WriteReport
     from moecc.tasks.receipt import Receipt
 
 
@@ -65,8 +63,7 @@ def conversion_facts(planned: Plan, options: WriteOptions) -> dict[str, object]:
 
     Whether source and result are run and compared is not among it: nothing is kept of that.
     """
-    from moecc.checkpoint.manifest import file_digest
-    from moecc.checkpoint.records import library_versions
+    from moecc.formats.manifest import file_digest, library_versions
 
     checkpoint = planned.model.checkpoint
     assert checkpoint is not None, "a plan has weights"
@@ -112,7 +109,7 @@ def receipt_of(planned: Plan, written: Path, options: WriteOptions) -> Receipt:
     Raises:
       CheckError: the result is not the function that was promised.
     """
-    from moecc.checkpoint.records import library_versions
+    from moecc.formats.manifest import library_versions
     from moecc.tasks.receipt import Receipt
     from moecc.tasks.verify_written import verify_written
 
@@ -131,10 +128,10 @@ def card(planned: Plan, receipt: Receipt, options: Sequence[str] = ()) -> str:
       receipt: its receipt.
       options: further options of the command that decide what is written.
     """
-    from moecc.checkpoint.gguf.storage import FILE_NAME
-    from moecc.checkpoint.modelcard import CardFacts, hub_repository, model_card
-    from moecc.checkpoint.run.lineage import is_trained, stages_of, story
     from moecc.families.export_gguf import GgufExport
+    from moecc.formats.gguf.storage import FILE_NAME
+    from moecc.formats.modelcard import CardFacts, hub_repository, model_card
+    from moecc.formats.run import is_trained, stages_of, story
     from moecc.tasks.receipt import receipt_lines
 
     checkpoint = planned.model.checkpoint
@@ -267,10 +264,15 @@ def manifest(
     receipt: Mapping[str, object] | None = None,
 ) -> bytes:
     """Return the content of the manifest of what was written into `folder`."""
-    from moecc.checkpoint.journal import JOURNAL_NAME
-    from moecc.checkpoint.manifest import file_records, weight_file_record
-    from moecc.checkpoint.records import Manifest, TensorRecord, dump
-    from moecc.checkpoint.run.lineage import is_trained, stages_of
+    from moecc.formats.manifest import (
+        Manifest,
+        TensorRecord,
+        dump,
+        file_records,
+        weight_file_record,
+    )
+    from moecc.formats.run import is_trained, stages_of
+    from moecc.formats.writer import JOURNAL_NAME
 
     checkpoint = planned.model.checkpoint
     assert checkpoint is not None, "a plan has weights"

@@ -16,11 +16,10 @@ from moecc.ir.mesh import ATTRIBUTE as MESH
 from moecc.ir.ops import REQUIRED
 from moecc.ir.structure import clone
 from moecc.ir.unroll import unroll
-from moecc.pipeline.blame import apply_pass
-from moecc.pipeline.passes import Context, Pass
+from moecc.pipeline.passes import Context, Pass, apply_pass
 from moecc.pipeline.text import Pipeline
 from moecc.tasks.shrink import reduced, resized
-from moecc.testing.generate import keep_only, remove_dead
+from moecc.testing.strategies import keep_only, remove_dead
 from moecc.weights.expr import Expr, Source, transform, walk
 
 

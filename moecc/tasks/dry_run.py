@@ -6,28 +6,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import prod
 
-from moecc.families.describe import count_parameters
-from moecc.families.flops import sequence_flops
+from moecc.families.describe import count_parameters, sequence_flops
 from moecc.ir.graph import Graph
 from moecc.ir.unroll import unrolled
 from moecc.plan.batches import Batch, length_variables
-from moecc.plan.candidates import Constraints
-from moecc.plan.estimate import Estimate
+from moecc.plan.candidates import Constraints, plan_mesh
 from moecc.plan.machines import Machine, parse_machine
-from moecc.plan.meshes import plan_mesh
 from moecc.plan.search import search
 from moecc.plan.strategy import OPTIMIZERS, step_config
+from moecc.plan.time import Estimate
 from moecc.plan.workload import Workload, workload
 from moecc.sharding.vias import LOCAL
-from moecc.steps.moment_axes import moment_types
-from moecc.steps.passes import StepPasses, step_graph
-from moecc.steps.recipes import eval_passes, train_passes
-from moecc.steps.settings import parameter_settings
-from moecc.support.parse_units import float_type
 from moecc.support.text import amount, count_text, size_text
 from moecc.support.untyped import JsonDict
-from moecc.train.data.batches import Batches
+from moecc.train.batches import Batches
+from moecc.train.graphs import StepPasses, eval_passes, step_graph, train_passes
 from moecc.train.recipe import Recipe
+from moecc.train.settings import moment_types, parameter_settings
+from moecc.types import float_type
 
 TRAIN_PASSES = 3
 """FLOPs of a training step over those of its forward pass: backward, there are twice as many."""

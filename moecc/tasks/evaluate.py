@@ -10,16 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from moecc.analysis.head import LOGITS
+from moecc.analysis import LOGITS
 from moecc.backend import get_backend
 from moecc.ir.graph import Graph
 from moecc.model.open import Model, open_model
-from moecc.steps.recipes import check_objective, eval_graph
-from moecc.train.data.batches import open_batches
-from moecc.train.data.collate import collate
-from moecc.train.data.label_choices import LabelChoices
-from moecc.train.data.model_facts import ModelFacts, facts_of
-from moecc.train.data.open_rows import label_rows
+from moecc.train.batches import collate, label_rows, open_batches
+from moecc.train.graphs import check_objective, eval_graph
 from moecc.train.recipe import (
     Corpus,
     DataSection,
@@ -27,8 +23,9 @@ from moecc.train.recipe import (
     Objective,
     Recipe,
     RunSection,
+    corpus_name,
 )
-from moecc.train.recipe_checks import corpus_name
+from moecc.train.rows import LabelChoices, ModelFacts, facts_of
 from moecc.train.scoring import (
     Difference,
     RowScores,
@@ -37,9 +34,8 @@ from moecc.train.scoring import (
     macro_f1,
     paired_difference,
 )
-from moecc.train.tokens.facts import DOCUMENTS, LABELLED
-from moecc.train.tokens.folder import TokenFolder, open_tokens
-from moecc.types.dtypes import F32, DType
+from moecc.train.tokens.folder import DOCUMENTS, LABELLED, TokenFolder, open_tokens
+from moecc.types import F32, DType
 
 Progress = Callable[[int, int], None]
 
@@ -66,7 +62,7 @@ class SetScore:
     """What a model makes of a folder.
 
     Attributes:
-      kind: of `moecc.train.tokens.facts.KINDS`.
+      kind: of `moecc.train.tokens.folder.KINDS`.
       scores: of its rows.
       accuracy: of labelled examples: the share whose likeliest label is theirs.
       f1: likewise, the macro F1.

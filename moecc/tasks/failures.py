@@ -16,10 +16,9 @@ from typing import Protocol
 
 from moecc.errors import CheckError, UsageError
 from moecc.ir.graph import Graph
-from moecc.ir.printer import print_graph
 from moecc.ir.structure import clone
-from moecc.pipeline.blame import KNOWN
-from moecc.pipeline.passes import Context
+from moecc.ir.text import print_graph
+from moecc.pipeline.passes import KNOWN, Context
 from moecc.pipeline.runner import run_pass
 from moecc.pipeline.text import Pipeline
 from moecc.tasks.check import SEEDS, broken_promise

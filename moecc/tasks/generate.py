@@ -8,15 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from moecc.checkpoint.files import read_bounded
-from moecc.decoding.graphs import DECODER_TOKENS, check_continues
-from moecc.decoding.sampling import Sampling
+from moecc.decoding import DECODER_TOKENS, Sampling, check_continues
 from moecc.errors import InputError, Problem, UsageError
+from moecc.formats.files import read_bounded
 from moecc.model.open import Model
 from moecc.tasks.continue_tokens import Continuer, Continuing, check_prompts
 from moecc.tokenizer.process import Tokenizer
-from moecc.types.arrays import Array
-from moecc.types.dtypes import F32, DType
+from moecc.types import F32, Array, DType
 
 MAX_TOKENIZER_BYTES = 256 << 20
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from moecc.ir.graph import Graph, Node
-from moecc.ir.printer import format_attrs
+from moecc.ir.text import format_attrs
 from moecc.support.page import render_page
 from moecc.weights.text import format_expr
 

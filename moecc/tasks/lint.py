@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import sqrt
 
-from moecc.analysis.groups import parameter_groups, trainable
-from moecc.checkpoint.run.layout import split_reference
+from moecc.analysis import parameter_groups, trainable
 from moecc.errors import Problem
 from moecc.families.experts import expert_layers
+from moecc.formats.run import split_reference
 from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph, Value
 from moecc.ir.unroll import unrolled
 from moecc.model.open import open_model
-from moecc.pipeline.lints import advice, too_many_experts, too_much_capacity
+from moecc.pipeline.passes import advice, too_many_experts, too_much_capacity
 from moecc.pipeline.text import Pipeline
 from moecc.presets import PREFIX
 from moecc.weights.draws import Normal, TruncatedNormal

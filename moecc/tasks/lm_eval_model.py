@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from moecc.backend import get_backend
-from moecc.decoding.sampling import Sampling
+from moecc.decoding import Sampling
 from moecc.errors import InputError, MachineError
 from moecc.model.open import Model
 from moecc.support.untyped import Json
@@ -28,7 +28,7 @@ from moecc.tasks.continue_tokens import Continuer, Continuing
 from moecc.tasks.generate import end_tokens, load_tokenizer
 from moecc.tokenizer.process import Tokenizer
 from moecc.train.scoring import RowScores, Scorer, ScoringBackend
-from moecc.types.dtypes import F32, DType
+from moecc.types import F32, DType
 
 IGNORED = -1
 BUCKET = 64

@@ -9,13 +9,10 @@ from functools import cache, partial
 from moecc.errors import Problem, UsageError, nearest
 from moecc.ir.graph import Graph
 from moecc.plan.batches import make_batch, parse_lengths
-from moecc.plan.candidates import Constraints
+from moecc.plan.candidates import Constraints, plan_mesh
 from moecc.plan.explore import Known, explore
-from moecc.plan.machines import Machine
-from moecc.plan.meshes import plan_mesh
-from moecc.plan.own_machines import find_machine
-from moecc.plan.report import plan_json, searched_json
-from moecc.plan.report_types import Report, SummaryReport
+from moecc.plan.machines import Machine, find_machine
+from moecc.plan.report import Report, SummaryReport, plan_json, searched_json
 from moecc.plan.search import search
 from moecc.plan.strategy import (
     DENSE_WEIGHTS,
@@ -28,7 +25,7 @@ from moecc.plan.strategy import (
 )
 from moecc.plan.workload import Workload, workload
 from moecc.sharding.vias import VIAS
-from moecc.steps.passes import planned_graph
+from moecc.train.graphs import planned_graph
 
 
 @dataclass(frozen=True)

@@ -10,28 +10,30 @@ from moecc.errors import InputError, MoeccError, Problem, UsageError
 from moecc.families.describe import describe
 from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph
-from moecc.ir.structure import clone
+from moecc.ir.structure import clone, without_opaque
 from moecc.ir.table.slots import assigner
 from moecc.ir.traits import RowMove
-from moecc.ir.without_opaque import without_opaque
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.plan.sweep_report import (
+from moecc.plan.sweeps import (
+    DROPLESS,
+    Factor,
+    Point,
+    Sweep,
     SweepPoint,
     SweepReport,
     failed_point,
     planned_point,
     sweep_json,
 )
-from moecc.plan.sweeps import DROPLESS, Factor, Point, Sweep
-from moecc.steps.passes import run_passes
 from moecc.support.untyped import JsonDict
 from moecc.tasks.plan_step import StepRequest, check_step, plan_step
+from moecc.train.graphs import run_passes
 
 if TYPE_CHECKING:
     from moecc.families.configs import ModelConfig
-    from moecc.plan.report_types import Report
+    from moecc.plan.report import Report
 
 _MAKES = "-p 'upcycle{experts=8 top-k=2}' makes some"
 

@@ -10,7 +10,7 @@ import numpy as np
 from moecc.errors import UsageError, nearest
 from moecc.ir.graph import Graph, Value
 from moecc.ir.structure import clone
-from moecc.types.arrays import Array
+from moecc.types import Array
 
 PREFIX = "value."
 

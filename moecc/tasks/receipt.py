@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from moecc.engines.verdicts import release_of
 from moecc.errors import InputError
 from moecc.families.configs import GraphConfig
-from moecc.model.function_folder import MODEL_TYPE
+from moecc.model.open import MODEL_TYPE
 from moecc.pipeline.passes import Preserves
 from moecc.tasks.contracts import Contracts
 
@@ -155,9 +155,9 @@ def load_receipt(place: Path) -> dict[str, object] | None:
     Raises:
       InputError: it is no receipt.
     """
-    from moecc.checkpoint.files import read_bounded
-    from moecc.checkpoint.jsonfile import parse_json
-    from moecc.checkpoint.records import load
+    from moecc.formats.files import read_bounded
+    from moecc.formats.jsonfile import parse_json
+    from moecc.formats.manifest import load
 
     if not place.is_dir():
         found = load(place).receipt

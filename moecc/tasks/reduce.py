@@ -2,7 +2,7 @@
 
 Delta debugging (Zeller and Hildebrandt 2002): parts are taken away, halves first, as long as the
 same failure remains.  Nodes are cut out of the middle of a graph, too: what they took becomes an
-output, what they gave an input (`moecc.testing.generate.keep_only`).
+output, what they gave an input (`moecc.testing.strategies.keep_only`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from moecc.errors import InputError
 from moecc.ir.graph import Graph
-from moecc.ir.printer import print_graph
+from moecc.ir.text import print_graph
 from moecc.ir.verify import verify
 from moecc.pipeline.passes import Context
 from moecc.pipeline.text import Pipeline

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from moecc.checkpoint.files import read_utf8
-from moecc.checkpoint.open import open_checkpoint
 from moecc.errors import CheckError, InputError, MoeccError
+from moecc.formats.files import read_utf8
+from moecc.formats.open import open_checkpoint
 from moecc.ir.graph import Graph
-from moecc.ir.parser import parse
-from moecc.model.small_weights import reads_small
-from moecc.model.user_passes import registry_with
+from moecc.ir.text import parse
+from moecc.model.initialise import reads_small
+from moecc.model.open import registry_with
 from moecc.pipeline.passes import Context
 from moecc.pipeline.reproducer import Replay, check_loaded, read_reproducer
 from moecc.pipeline.runner import run_pipeline

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 from moecc.errors import InputError
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.operand import Attrs
+from moecc.ir.structure import without_opaque
 from moecc.ir.traits import Cut, Product
-from moecc.ir.without_opaque import without_opaque
 from moecc.support.untyped import JsonDict
-from moecc.types.tensor import Axis, TensorType
+from moecc.types import Axis, TensorType
 
 if TYPE_CHECKING:
     from moecc.weights.expr import Expr

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moecc.analysis.groups import parameter_groups
+from moecc.analysis import parameter_groups
 from moecc.errors import InputError
 from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph, Value
@@ -22,12 +22,9 @@ from moecc.pipeline.text import Pipeline
 from moecc.tasks.evaluate import EvaluationSpec
 from moecc.tasks.generate import load_tokenizer
 from moecc.tasks.traced import Tracing, is_token
-from moecc.train.specialisation import Routed
-from moecc.train.tokens.facts import Special
-from moecc.train.tokens.folder import TokenFolder, open_tokens
-from moecc.types.arrays import Array
-from moecc.types.dtypes import F32
-from moecc.types.tensor import TensorType
+from moecc.train.scoring import Routed
+from moecc.train.tokens.folder import Special, TokenFolder, open_tokens
+from moecc.types import F32, Array, TensorType
 from moecc.weights.draws import Normal, derive_key
 
 if TYPE_CHECKING:

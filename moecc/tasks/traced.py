@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moecc.backend import get_backend
-from moecc.decoding.session import ReadOnce
+from moecc.decoding import ReadOnce
 from moecc.ir.graph import Graph, Value
 from moecc.ir.structure import clone
 from moecc.model.open import Model
-from moecc.steps.recipes import eval_graph
 from moecc.tasks.evaluate import EvaluationSpec, evaluation_recipe
-from moecc.train.data.batches import Evaluation, open_batches
-from moecc.train.data.model_facts import facts_of
+from moecc.train.batches import Evaluation, open_batches
+from moecc.train.graphs import eval_graph
+from moecc.train.rows import facts_of
 from moecc.train.tokens.folder import TokenFolder
-from moecc.types.arrays import Array
+from moecc.types import Array
 
 
 @dataclass(frozen=True)

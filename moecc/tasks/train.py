@@ -12,37 +12,32 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from moecc.checkpoint.outdir import check_output
-from moecc.checkpoint.run.checkpoint import inputs_of
-from moecc.checkpoint.run.digests import require_run_files
-from moecc.checkpoint.run.layout import (
+from moecc.errors import InputError, Problem
+from moecc.formats.output import check_output
+from moecc.formats.run import (
     GRAPH,
     LINEAGE,
     RECIPE,
     SOURCE,
+    TRAINED,
     choose_step,
+    inputs_of,
     is_run,
+    require_run_files,
     run_stages,
     saved_steps,
     split_reference,
 )
-from moecc.checkpoint.run.lineage import TRAINED
-from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph
-from moecc.ir.printer import print_graph
+from moecc.ir.text import print_graph
 from moecc.model.open import Model, no_tensors, open_model, read_graph
-from moecc.steps.carried import saved_moments
-from moecc.steps.phases import phases_of, section_at
-from moecc.steps.recipes import eval_graph, step_spec, train_graph
-from moecc.steps.settings import parameter_settings
 from moecc.support.untyped import JsonDict
 from moecc.tasks.train_carried import carried_from
 from moecc.tasks.train_exports import check_export
 from moecc.tasks.train_source import Source, config_of, open_source
-from moecc.train.data.batches import Batches, open_batches, resolved
-from moecc.train.data.model_facts import ModelFacts, facts_of
-from moecc.train.job import Beginning, TrainJob
-from moecc.train.lineage import lineage, source_files
+from moecc.train.batches import Batches, open_batches, resolved
+from moecc.train.events import Beginning, TrainJob
+from moecc.train.graphs import eval_graph, step_spec, train_graph
 from moecc.train.recipe import Moments, OptimizerSection, Recipe
 from moecc.train.recipe_text import (
     parse_recipe,
@@ -51,9 +46,15 @@ from moecc.train.recipe_text import (
     recipe_file,
     write_recipe,
 )
-from moecc.train.run_folder import create_run
-from moecc.train.tokens.byte_tokenizer import byte_tokenizer, byte_tokenizer_config
-from moecc.train.tokens.encoders import BYTES_DIGEST, tokenizer_digest
+from moecc.train.rows import ModelFacts, facts_of
+from moecc.train.run import create_run, lineage, source_files
+from moecc.train.settings import parameter_settings, phases_of, saved_moments, section_at
+from moecc.train.tokens.encoders import (
+    BYTES_DIGEST,
+    byte_tokenizer,
+    byte_tokenizer_config,
+    tokenizer_digest,
+)
 
 TOKENIZER = "tokenizer.json"
 

@@ -7,24 +7,28 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moecc.checkpoint.run.checkpoint import RunCheckpoint
-from moecc.checkpoint.run.layout import GRAPH, RECIPE
-from moecc.checkpoint.trees.checkpoint import TreeCheckpoint
-from moecc.checkpoint.trees.moments import SavedMoments
 from moecc.errors import InputError
+from moecc.formats.run import GRAPH, RECIPE, RunCheckpoint
+from moecc.formats.trees.checkpoint import SavedMoments, TreeCheckpoint
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.model.open import read_graph
-from moecc.steps.carried import SAVED, carried_moments, saved_moments
-from moecc.steps.moment_axes import COUNT, FIRST, count_of
-from moecc.steps.phases import phases_of, section_at
-from moecc.steps.settings import parameter_settings
 from moecc.tasks.train_source import Source
 from moecc.train.recipe import OptimizerSection
 from moecc.train.recipe_text import parse_recipe, recipe_file
+from moecc.train.settings import (
+    COUNT,
+    FIRST,
+    SAVED,
+    carried_moments,
+    count_of,
+    parameter_settings,
+    phases_of,
+    saved_moments,
+    section_at,
+)
 from moecc.train.state import Canonical, Weights
-from moecc.types.arrays import Array
-from moecc.types.tensor import TensorType
+from moecc.types import Array, TensorType
 from moecc.weights.expr import sources
 
 Known = Mapping[str, Mapping[str, TensorType]]

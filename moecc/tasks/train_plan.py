@@ -8,7 +8,7 @@ from moecc.errors import InputError, MoeccError, Problem
 from moecc.families.describe import count_parameters
 from moecc.pipeline.text import Pipeline
 from moecc.plan.saved import SavedPlan
-from moecc.train.job import TrainJob
+from moecc.train.events import TrainJob
 
 _HINT = "moecc plan MODEL -p PIPELINE --save FILE, of the recipe's model and passes"
 

@@ -8,21 +8,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from moecc.checkpoint.folder import CONFIG_NAME, open_folder
-from moecc.checkpoint.run.layout import is_run
 from moecc.errors import InputError
 from moecc.families import build
 from moecc.families.configs import parse_config
+from moecc.formats.folder import CONFIG_NAME, open_folder
+from moecc.formats.run import is_run
 from moecc.model.initialise import initialise
-from moecc.model.open import Model, open_model
-from moecc.model.user_passes import registry_with
+from moecc.model.open import Model, open_model, registry_with
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.presets import PREFIX, preset_config
-from moecc.support.parse_units import float_type
 from moecc.train.recipe import ModelSection, Recipe, Start
 from moecc.train.state import Canonical, canonical
+from moecc.types import float_type
 
 
 @dataclass(frozen=True)

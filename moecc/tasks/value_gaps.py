@@ -13,10 +13,9 @@ import numpy as np
 from moecc.backend import get_backend
 from moecc.errors import InputError
 from moecc.ir.graph import Graph, Value
-from moecc.ir.printer import format_node
 from moecc.ir.structure import clone
-from moecc.types.arrays import Array
-from moecc.types.dtypes import F64
+from moecc.ir.text import format_node
+from moecc.types import F64, Array
 
 TOLERANCE = 1e-9
 """The difference allowed between two backends in float64, times the magnitude of a value."""
@@ -56,7 +55,7 @@ def gap(value: Value, expected: Array, found: Array, tolerance: float) -> Gap | 
     """
     if expected.shape != found.shape:
         return Gap(line_of(value), f"shape {expected.shape}", f"shape {found.shape}")
-    from moecc.testing.comparing import distance, magnitude
+    from moecc.testing.oracle import distance, magnitude
 
     if expected.dtype.kind not in "fV":
         apart = np.asarray(expected != found, np.float64)
@@ -130,10 +129,9 @@ def weight_gap(graph: Graph, seed: int = 0) -> Gap | None:
     Raises:
       InputError: the weights cannot be written.
     """
-    from moecc.checkpoint.safetensors import read_header
-    from moecc.checkpoint.writer import OutputTensor, write_checkpoint
-    from moecc.testing.naive_weights import whole_naively
-    from moecc.testing.weights import stored_sources
+    from moecc.formats.safetensors import read_header
+    from moecc.formats.writer import OutputTensor, write_checkpoint
+    from moecc.testing.weights import stored_sources, whole_naively
 
     weights = {n: v.weight for n, v in graph.params.items() if v.weight is not None}
     read = stored_sources(weights.values(), seed)

@@ -10,9 +10,8 @@ from moecc.backend import Arrays, Backend, get_backend
 from moecc.errors import CheckError, InputError
 from moecc.model.inputs import default_inputs
 from moecc.model.open import Model
-from moecc.support.shown import brief, facts_table
-from moecc.types.arrays import Array
-from moecc.types.dtypes import F32, DType
+from moecc.support.text import brief, facts_table
+from moecc.types import F32, Array, DType
 
 TOLERANCE = 1e-5
 """The default bound on the largest difference of logits, relative to the largest logit."""

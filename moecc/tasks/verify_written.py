@@ -9,11 +9,11 @@ from pathlib import Path
 
 from moecc.errors import CheckError
 from moecc.ir.graph import Graph
-from moecc.model.first_layers import first_layers, layer_count
+from moecc.model.inputs import first_layers, layer_count
 from moecc.model.open import Model, open_model
 from moecc.tasks.conversion import Plan
 from moecc.tasks.verify import TOLERANCE, Difference, Verdict, compare
-from moecc.types.dtypes import F32, F64
+from moecc.types import F32, F64
 
 MAX_VERIFIED_PARAMETERS = 4 * 10**9
 """Of a larger output only the first layers are compared, as many as have so many parameters."""

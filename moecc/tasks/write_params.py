@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from moecc.checkpoint.given import GivenParams
 from moecc.errors import InputError, Problem, nearest
+from moecc.formats.source import GivenParams
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.model.open import Model
 from moecc.pipeline.text import Pipeline
 from moecc.support.untyped import Json
 from moecc.tasks.convert import Conversion, plan, write
-from moecc.types.dtypes import DTYPES, DType
-from moecc.types.tensor import TensorType
+from moecc.types import DTYPES, DType, TensorType
 from moecc.weights.expr import Source
 
 

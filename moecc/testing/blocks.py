@@ -2,15 +2,171 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import get_args
 
-from moecc.ir.graph import Value
+from hypothesis import strategies as st
+
+from moecc.ir.attributes import Gates, Policy, Using
+from moecc.ir.builder import Builder
+from moecc.ir.conventions import GATES, convention
+from moecc.ir.graph import Graph, Value
+from moecc.ir.moe import SlotOptions, emit_hash_routing, emit_priority, emit_rescaled
 from moecc.ir.ops import OPS
-from moecc.testing.arithmetic import UNARY, emit_function, emit_norm
-from moecc.testing.growth import Growth, Step, mixable_fixed, token_width
-from moecc.testing.places import rotate
-from moecc.testing.sparse import emit_mixture
-from moecc.types.tensor import Axis
+from moecc.testing.growth import Growth, Step, mixable_fixed, symbolic, token_width
+from moecc.testing.steps import UNARY, emit_function, emit_norm, rotate
+from moecc.types import F32, I32, KEY, PRED, Axis, TensorType, tensor
+from moecc.weights.draws import Normal
+from moecc.weights.expr import Expr, Source
+from moecc.weights.movement import Tile
+
+# Mixtures of experts for random graphs: every way to choose experts and to give slots.
+
+EmitBlock = Callable[[Growth, Value, Axis, Iterable[Axis]], Value]
+"""Appends what the experts compute: from rows along an axis, with weights that share axes."""
+
+POLICIES: tuple[Policy, ...] = get_args(Policy)
+
+Choice = tuple[Value, Value, Value]
+"""The experts of each token, their gates, and the slots."""
+
+
+def emit_mixture(g: Growth, x: Value, axis: Axis, emit_block: EmitBlock) -> Value:
+    """Append the routing of `x`, ``[batch, seq, embed]``, around a block along `axis`."""
+    expert = Axis("expert", g.pick((2, 4, 1, 3)))
+    ways = (_by_router, _by_router, _by_router, _by_hash, _by_expert)
+    since = len(g.graph)
+    experts, gates, slots = g.pick(ways)(g, x, axis, expert)
+    if g.chance(15):
+        gates = emit_rescaled(g.builder, gates, slots)
+    rows = g.builder.dispatch(x, experts, slots)
+    _note(g, since)
+    y = g.builder.combine(emit_block(g, rows, axis, (expert,)), experts, slots, gates)
+    g.values.append(y)
+    if g.chance(30):
+        g.emit("group_sum", gates if g.chance(50) else x, slots)
+    return y
+
+
+def _by_router(g: Growth, x: Value, axis: Axis, expert: Axis) -> Choice:
+    """Tokens choose experts by logits, in one of the gate conventions, with or without a bias."""
+    logits = _logits(g, x, axis, expert)
+    gates: Gates = g.pick(GATES) if g.chance(60) else "renormalised"
+    row = convention(gates)
+    top_k = 1 + g.choices.below(min(_size(expert), row.max_top_k or 3))
+    bias = [g.param("bias", (expert,), x.type.dtype)] if g.chance(25) else []
+    if row.score is None:
+        bias = []
+    chosen, weights = g.builder.route(
+        logits,
+        *bias,
+        top_k=top_k,
+        gates=gates,
+        scale=g.pick((1.0, 2.5)),
+        using=("bias",) if bias else (),
+    )
+    return chosen, weights, _slots(g, x, expert, chosen, _given(g, logits, weights))
+
+
+def _by_hash(g: Growth, x: Value, axis: Axis, expert: Axis) -> Choice:
+    """The experts follow from the ids of tokens."""
+    ids = g.input("ids", TensorType(I32, tuple(symbolic(x.type))))
+    top_k = 1 + g.choices.below(min(_size(expert), 3))
+    chosen, weights = emit_hash_routing(
+        g.builder, ids, x, experts=_size(expert), top_k=top_k, seed=g.pick((0, 1, 5))
+    )
+    given: dict[Using, Value] = {}
+    _give_mask(g, x, given)
+    return chosen, weights, _slots(g, x, expert, chosen, given)
+
+
+def _by_expert(g: Growth, x: Value, axis: Axis, expert: Axis) -> Choice:
+    """Experts choose tokens."""
+    b, given = g.builder, dict[Using, Value]()
+    _give_mask(g, x, given)
+    scores = b.softmax(_logits(g, x, axis, expert), axis="expert")
+    factor, least, groups = g.pick((1.0, 0.5, 2.0)), g.pick((1, 2)), _groups(g)
+    return b.expert_choice(
+        scores,
+        *given.values(),
+        tokens=_tokens(x),
+        experts=_size(expert),
+        capacity_factor=factor,
+        minimum=least,
+        using=("mask",) if given else (),
+        groups=groups.get("groups", 1),
+        group_size=groups.get("group_size", 0),
+    )
+
+
+def _logits(g: Growth, x: Value, axis: Axis, expert: Axis) -> Value:
+    router = g.param("w_router", (expert, axis), x.type.dtype)
+    return g.builder.contract(x, router, over=axis.name, name="router")
+
+
+def _slots(g: Growth, x: Value, expert: Axis, chosen: Value, given: Mapping[Using, Value]) -> Value:
+    assignment: SlotOptions = {}
+    if g.chance(50):
+        assignment = {
+            "slots": "capacity",
+            "capacity_factor": g.pick((1.0, 0.5, 1.25, 0.75, 2.0)),
+            "minimum": g.pick((1, 1, 2, 4)),
+            "rounding": g.pick(("floor", "round", "ceil")),
+            "convention": g.pick(("tokens", "assignments")),
+            "multiple": g.pick((1, 2)),
+        }
+    assignment["order"] = g.pick(("choice", "token"))
+    assignment.update(_groups(g))
+    tokens, using = _tokens(x), tuple(given)
+    return g.builder.assign_slots(
+        chosen, *given.values(), tokens=tokens, experts=_size(expert), using=using, **assignment
+    )
+
+
+def _given(g: Growth, logits: Value, gates: Value) -> dict[Using, Value]:
+    """Return what the slots are given beside the experts: often nothing."""
+    made: dict[Using, Value] = {}
+    b = g.builder
+    # A policy is about choices after the first.
+    has_further = gates.type["choice"].size != 1
+    if g.chance(60 if has_further else 15):
+        policy: Policy = g.pick((*POLICIES, "threshold", "random"))
+        numbers = [b.random_uniform(g.input("key", TensorType(KEY)), gates)]
+        if policy != "random":
+            numbers = []
+        made["keep"] = b.keep_choices(gates, *numbers, policy=policy, threshold=g.pick((0.5, 0.2)))
+    if g.chance(25):
+        made["priority"] = emit_priority(b, logits)
+    _give_mask(g, logits, made)
+    return made
+
+
+def _give_mask(g: Growth, like: Value, given: dict[Using, Value]) -> None:
+    """Give at times a mask of the tokens of `like`."""
+    if g.chance(30):
+        given["mask"] = g.input("mask", TensorType(PRED, tuple(symbolic(like.type))))
+
+
+def _groups(g: Growth) -> SlotOptions:
+    ways: tuple[SlotOptions, ...] = ({"groups": 1}, {"groups": 2}, {"group_size": 2})
+    return g.pick(ways)
+
+
+def _tokens(x: Value) -> tuple[str, ...]:
+    return tuple(a.name for a in symbolic(x.type))
+
+
+def _size(axis: Axis) -> int:
+    return int(str(axis.size))
+
+
+def _note(g: Growth, since: int) -> None:
+    """Let later steps use the results of the nodes after the first `since`."""
+    for index, node in enumerate(g.graph):
+        if index >= since:
+            g.values += node.results
+
 
 ROUTING_AXES = {"group", "expert", "slot", "choice"}
 ATTENTION_AXES = {"heads", "head", "head_dim", "kv_seq"}
@@ -131,3 +287,125 @@ def emit_attention(g: Growth, x: Value, axis: Axis) -> Value:
 
 BLOCKS: tuple[Step, ...] = (feed_forward, attention, experts)
 """The blocks, from simple to complex."""
+
+
+# Random stacks of layers, which may repeat: what ``roll-layers`` may meet.
+
+EMBED = 4
+EXPERTS = 3
+
+STEPS = (
+    *("norm", "dense", "bias", "tied", "memory", "scale", "swap", "experts"),
+    *("loss", "output", "constant"),
+)
+"""What a layer may do, one after the other."""
+
+WEIGHTS = ("none", "source", "tile", "normal")
+"""How its parameters are made."""
+
+
+@dataclass
+class _Stack:
+    """A graph that grows layer by layer.
+
+    Attributes:
+      graph: the graph.
+      state: what goes from layer to layer: the stream, and a second one.
+      weight: how parameters are made.
+      losses: the loss of each layer that has one.
+    """
+
+    graph: Graph
+    state: list[Value]
+    weight: str
+    memory: Value
+    tied: Value
+    losses: list[Value] = field(default_factory=list)
+
+    def layer(self, number: int, steps: tuple[str, ...]) -> None:
+        """Add a layer that does `steps`."""
+        b = Builder(self.graph, loc=f"layers.{number}.ffn")
+        for at, step in enumerate(steps):
+            self.step(b, step, f"layers.{number}.{step}{at}")
+
+    def step(self, b: Builder, step: str, name: str) -> None:
+        h = self.state[0]
+        if step == "norm":
+            h = b.rms_norm(h, self.param(name, b.loc, embed=EMBED), axis="embed")
+        elif step == "dense":
+            up = b.contract(h, self.param(name, b.loc, mlp=5, embed=EMBED), over="embed")
+            down = self.param(f"{name}.down", b.loc, embed=EMBED, mlp=5)
+            h = b.add(h, b.contract(b.silu(up), down, over="mlp"))
+        elif step == "bias":
+            h = b.add(h, self.param(name, b.loc, embed=EMBED))
+        elif step == "tied":
+            h = b.mul(h, self.tied)
+        elif step == "memory":
+            h = b.add(h, self.memory)
+        elif step == "scale":
+            h = b.scale(h, by=0.5)
+        elif step == "swap":
+            self.state[1] = b.tanh(b.add(h, self.state[1]))
+        elif step == "experts":
+            h = b.add(h, self.experts(b, h, name))
+        elif step == "loss":
+            self.losses.append(b.mean(b.square(h), axes=("batch", "embed")))
+        elif step == "output":
+            self.graph.set_output(f"{name}.mean", b.mean(h, axes="embed"))
+        elif step == "constant":
+            h = b.mul(h, b.constant(value=1.5, dtype="f32"))
+        self.state[0] = h
+
+    def experts(self, b: Builder, h: Value, name: str) -> Value:
+        router = self.param(f"{name}.router", b.loc, expert=EXPERTS, embed=EMBED)
+        experts, gates = b.route(b.contract(h, router, over="embed"), top_k=2)
+        slots = b.assign_slots(experts, tokens="batch", experts=EXPERTS)
+        weight = self.param(name, b.loc, expert=EXPERTS, mlp=2, embed=EMBED)
+        rows = b.silu(b.contract(b.dispatch(h, experts, slots), weight, over="embed"))
+        down = self.param(f"{name}.down", b.loc, expert=EXPERTS, embed=EMBED, mlp=2)
+        return b.combine(b.contract(rows, down, over="mlp"), experts, slots, gates)
+
+    def param(self, name: str, loc: str, **axes: int) -> Value:
+        type = tensor(F32, **axes)
+        return self.graph.param(name, type, self.expr(name, type), loc=loc)
+
+    def expr(self, name: str, type: TensorType) -> Expr | None:
+        if self.weight == "none":
+            return None
+        if self.weight == "normal":
+            return Normal(type, 0.5, sum(map(ord, name)))
+        if self.weight == "tile":
+            first, *rest = type.axes
+            inner = Source(name, type.with_axes(rest))
+            assert isinstance(first.size, int), "parameters have fixed sizes"
+            return Tile(inner, first.name, first.size)
+        return Source(name, type)
+
+
+@st.composite
+def stacks(draw: st.DrawFn) -> Graph:
+    """Draw a graph with a stack of layers, of which some may repeat others every few layers."""
+    graph = Graph("stack")
+    stream = tensor(F32, batch="B", embed=EMBED)
+    state = [graph.input("x", stream), graph.input("second", stream)]
+    memory = graph.input("memory", tensor(F32, embed=EMBED))
+    tied = graph.param("tied", tensor(F32, embed=EMBED))
+    made = _Stack(graph, state, draw(st.sampled_from(WEIGHTS)), memory, tied)
+    for number, steps in enumerate(draw(_layers())):
+        made.layer(number, steps)
+    b = Builder(graph, loc="end")
+    graph.set_output("y", made.state[0])
+    if draw(st.booleans()):
+        graph.set_output("second", made.state[1])
+    if len(made.losses) > 1:
+        graph.set_output("loss", b.sum(b.stack(*made.losses, axis="layer"), axes="layer"))
+    return graph
+
+
+@st.composite
+def _layers(draw: st.DrawFn) -> list[tuple[str, ...]]:
+    few = st.lists(st.sampled_from(STEPS), min_size=1, max_size=4)
+    steps: st.SearchStrategy[tuple[str, ...]] = few.map(tuple)
+    odd = st.lists(steps, max_size=1)
+    period = draw(st.lists(steps, min_size=1, max_size=3))
+    return [*draw(odd), *(period * draw(st.integers(1, 4))), *draw(odd)]

@@ -14,12 +14,11 @@ import numpy as np
 
 from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph, Value
-from moecc.ir.indices import index_sizes
+from moecc.ir.structure import index_sizes
 from moecc.ir.table.repetition import repetitions
+from moecc.support.ranges import element, lengths
 from moecc.testing.draws import generator, moved
-from moecc.types.arrays import Array
-from moecc.types.ranges import element, lengths
-from moecc.types.tensor import Size, TensorType
+from moecc.types import Array, Size, TensorType
 
 Sizes = Mapping[str, int]
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
 
-from moecc.types.arrays import Array
+from moecc.types import Array
 
 
 def generator(seed: int, *words: str) -> np.random.Generator:
@@ -26,3 +28,32 @@ def moved(data: Array, step: float, seed: int, *words: str) -> Array:
         return data
     direction = generator(seed, "direction", *words).standard_normal(data.shape)
     return np.asarray(data.astype(np.float64) + step * direction)
+
+
+# Decisions that a generator makes, each between alternatives from simple to complex.
+
+T = TypeVar("T")
+
+
+class Choices(Protocol):
+    """Where the decisions come from."""
+
+    def below(self, count: int) -> int:
+        """Return a number from 0 to `count` − 1; 0 is the simplest choice."""
+        ...
+
+
+class Decisions:
+    """Decisions that a seed makes."""
+
+    def __init__(self, seed: int) -> None:
+        self._rng = np.random.default_rng(seed)
+
+    def below(self, count: int) -> int:
+        """Return a number from 0 to `count` − 1, each as likely."""
+        return int(self._rng.integers(count))
+
+
+def pick(choices: Choices, items: Sequence[T]) -> T:
+    """Return one of `items`, which are ordered from simple to complex."""
+    return items[choices.below(len(items))]

@@ -9,17 +9,95 @@ A check raises AssertionError, with the text of the graph, where the law does no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import CodeType
 from typing import NoReturn
 
+import numpy as np
+
+from moecc.analysis import LOGITS
+from moecc.backend import get_backend
+from moecc.decoding import CAPACITY, NOWHERE, DecodeGraphs, PlainSession
 from moecc.ir.graph import Graph
-from moecc.ir.parser import parse
-from moecc.ir.printer import print_graph
 from moecc.ir.structure import clone, equal, fingerprint
+from moecc.ir.text import parse, print_graph
 from moecc.ir.verify import VerifyError, verify
 from moecc.pipeline.passes import Context, Pass, PassResult
-from moecc.testing.hits import LEAST, tally
-from moecc.testing.oracle import assert_same
+from moecc.testing.oracle import TOLERANCE, assert_same
+from moecc.types import F64, Array, Arrays
+
+# Counting on how many drawn graphs a pass found something to do, so that no law is empty.
+#
+# Hypothesis tells a test neither when it begins nor when it ends, so graphs are counted by the
+# place
+# in the code that has them checked, and by the pass.
+
+LEAST = 0.01
+"""The share of drawn graphs on which a pass must match, unless the test says otherwise."""
+
+ENOUGH = 50
+"""After so many graphs the share is looked at; sooner where a test draws fewer, never below 20."""
+
+HINT = (
+    "graphs(like=RULE) plants what a rule, a pattern or an example graph describes; least=0 is "
+    "for a pass that need not match"
+)
+
+
+@dataclass
+class Tally:
+    """The graphs that one test has checked one pass on.
+
+    Attributes:
+      name: the pass.
+      graphs: how many there were.
+      matched: on how many of them the pass matched.
+      complaint: what is wrong; it stays, since Hypothesis repeats a test that failed.
+    """
+
+    name: str
+    graphs: int = 0
+    matched: int = 0
+    complaint: str = ""
+
+    def count(self, matched: bool, least: float) -> str:
+        """Count a graph, and return what is wrong if too few have matched by now."""
+        if self.complaint:
+            return self.complaint
+        self.graphs += 1
+        self.matched += matched
+        if self.graphs >= enough() and self.matched < least * self.graphs:
+            self.complaint = (
+                f"the pass {self.name} matched on {self.matched} of {self.graphs} graphs, so its "
+                f"laws were hardly tested\n  expected: at least {least:.0%}\n  hint: {HINT}"
+            )
+        return self.complaint
+
+
+_TALLIES: dict[tuple[CodeType, type[Pass], str], Tally] = {}
+
+
+def tally(item: Pass, depth: int = 2) -> Tally:
+    """Return the tally of a pass in the test that calls.
+
+    Args:
+      item: the pass.
+      depth: how many frames up the test is, seen from here.
+    """
+    key = sys._getframe(depth).f_code, type(item), repr(item)
+    return _TALLIES.setdefault(key, Tally(item.name))
+
+
+def enough() -> int:
+    """Return after how many graphs the share is looked at: no more than the test draws."""
+    hypothesis = sys.modules.get("hypothesis")
+    if hypothesis is None or not hypothesis.currently_in_test_context():
+        return ENOUGH
+    drawn: int = hypothesis.settings.default.max_examples
+    return max(20, min(ENOUGH, drawn))
+
 
 Rewrite = Callable[[Graph], object]
 """Changes a graph in place; what it returns is ignored."""
@@ -146,7 +224,7 @@ def check_sharded(graph: Graph, seeds: Sequence[int] = (0,)) -> None:
     """Check that the devices of the mesh of `graph` together compute what it means.
 
     Args:
-      graph: a graph on a mesh of at most `moecc.testing.devices.MAX_DEVICES` devices.
+      graph: a graph on a mesh of at most `moecc.testing.oracle.MAX_DEVICES` devices.
       seeds: of the random data on which it runs.
     """
     check_valid(graph)
@@ -179,3 +257,52 @@ def check_rewrite(
 def _fail(what: str, graph: Graph, after: Graph | None = None) -> NoReturn:
     text = f"{what}\n\n{print_graph(graph)}"
     raise AssertionError(text if after is None else f"{text}\nafter:\n\n{print_graph(after)}")
+
+
+# The law of the pass ``decode``: in steps a graph has the logits that it has at once.
+
+
+def run_in_steps(graph: Graph, params: Arrays, inputs: Arrays, parts: Iterable[int]) -> Array:
+    """Return the logits of all tokens, of which `parts` are given to the decode graph at a time.
+
+    Args:
+      graph: the graph of a decoder, or of an encoder-decoder.
+      params: its parameters by name.
+      inputs: its inputs by name.
+      parts: how many tokens each step takes; all steps together take them all.
+    """
+    graphs = DecodeGraphs.of(graph)
+    tokens = inputs[graphs.tokens]
+    texts, places = tokens.shape[0], tokens.shape[1] + 1
+    session = PlainSession(get_backend("reference"), params, F64)
+    for name, cache in graphs.caches.items():
+        sizes = {cache.type.sizes[0]: texts, CAPACITY: places}
+        shape = [s if isinstance(s, int) else sizes[s] for s in cache.type.sizes]
+        session.keep({name: np.zeros(shape)})
+    if graphs.encode is not None:
+        session.keep(session.run(graphs.encode, {n: inputs[n] for n in graphs.encode.inputs}))
+    known, found, at = np.full((texts, places), NOWHERE), [], 0
+    for count in parts:
+        here = np.tile(np.arange(at, at + count), (texts, 1))
+        known[:, at : at + count] = here
+        given: dict[str, Array] = {graphs.tokens: tokens[:, at : at + count], "positions": here,
+                 "key_positions": known, "start": np.array(at)}  # fmt: skip
+        made = session.run(graphs.step, {n: a for n, a in given.items() if n in graphs.step.inputs})
+        found.append(made[LOGITS])
+        at += count
+    return np.concatenate(found, axis=1)
+
+
+def step_error(graph: Graph, params: Arrays, inputs: Arrays, parts: Sequence[int]) -> float:
+    """Return how far the logits of `graph` in steps are from those at once, of the largest."""
+    whole = get_backend("reference").compile(graph, dtype=F64).run(params, inputs)[LOGITS]
+    stepped = run_in_steps(graph, params, inputs, parts)
+    scale = float(np.abs(whole).max()) or 1.0
+    return float(np.abs(stepped - whole).max()) / scale
+
+
+def check_decode(graph: Graph, params: Arrays, inputs: Arrays, parts: Sequence[int]) -> None:
+    """Check that `graph` has the same logits in steps and at once, up to the order of sums."""
+    error = step_error(graph, params, inputs, parts)
+    if not error <= TOLERANCE:
+        raise AssertionError(f"logits differ by {error:.2g} of the largest, in steps of {parts}")

@@ -1,23 +1,541 @@
 """Whether two graphs compute the same: the reference interpreter as the oracle.
 
-Beside the values it looks at gradients (`moecc.testing.gradients`), at weights as they are stored
-(`moecc.testing.precision`), and, on a mesh, at every device (`moecc.testing.devices`).
+Beside the values it looks at gradients (`moecc.testing.oracle`), at weights as they are stored
+(`moecc.testing.oracle`), and, on a mesh, at every device (`moecc.testing.oracle`).
 ``moecc opt --check`` asks the same oracle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import lcm
 
-from moecc.ir.graph import Graph, Value
-from moecc.testing.comparing import TOLERANCE, Trial
-from moecc.testing.comparing import run_reference as run_reference
+import numpy as np
+
+from moecc.backend import Arrays, MeshBackend, get_backend
+from moecc.errors import InputError
+from moecc.ir.builder import Builder
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.mesh import mesh_of
+from moecc.ir.sharding_rules import spelled
+from moecc.ir.structure import clone, copied
+from moecc.ir.traits import Collective
+from moecc.ir.unroll import unrolled
+from moecc.support.untyped import Json, JsonDict
 from moecc.testing.data import Sizes, inputs_for, params_for, sizes_for
-from moecc.testing.devices import device_gaps, divisible, moved_values
-from moecc.testing.gradients import gradient_gaps
-from moecc.testing.precision import weight_gaps
-from moecc.types.tensor import Extent
+from moecc.testing.draws import generator
+from moecc.testing.weights import stored_weight
+from moecc.types import KEY, Array, Extent, TensorType
+
+# Running a graph in the reference interpreter, and how far apart arrays may be.
+#
+# In float64 a correct rewrite of a small graph differs by about 1e-14 times the magnitude of what
+# is
+# summed, and a wrong one by 1e-7 or more, so the tolerance of 1e-12 separates them.
+
+TOLERANCE = 1e-12
+"""The difference allowed between equal outputs, times their magnitude (at least 1)."""
+
+PERTURBATION = 1e-13
+"""The relative change of the data that shows how far errors are amplified."""
+
+ROUNDING = 4e-15
+"""The relative error of each operation that does so: as of sums of a few dozen terms."""
+
+EDGE = 1e-6
+"""The share of an output's magnitude that such errors move only where they tip a choice.
+
+They are amplified ten million times there: two experts, or two tokens, had equal scores.
+"""
+
+DRAWS, DRAWS_ON_EDGE = 3, 12
+"""How often errors are drawn, and how often where they tip choices."""
+
+
+def run_reference(
+    graph: Graph,
+    *,
+    seed: int = 0,
+    params: Arrays | None = None,
+    inputs: Arrays | None = None,
+) -> dict[str, Array]:
+    """Return the outputs of `graph` in the reference interpreter, on random data.
+
+    Args:
+      graph: the graph.
+      seed: chooses the parameters and inputs that are not given.
+      params: the parameters by name.
+      inputs: the inputs by name.
+
+    Raises:
+      InputError: the arrays do not fit the graph.
+    """
+    params = params_for(graph, seed) if params is None else params
+    inputs = inputs_for(graph, seed) if inputs is None else inputs
+    return get_backend("reference").compile(graph).run(params, inputs)
+
+
+def gaps(
+    graph: Graph,
+    data: tuple[Arrays, Arrays],
+    found: Mapping[str, Array],
+    *,
+    seed: int,
+    exact: bool = False,
+    tolerance: float = TOLERANCE,
+) -> list[str]:
+    """Return a line for each output in which `found` is not what `graph` computes.
+
+    Where an output differs by more than the tolerance, `graph` runs again with small errors in
+    the data and in every result: as far as they move the output, rounding may have.
+
+    Args:
+      graph: the graph that is right.
+      data: its parameters and its inputs, by name.
+      found: the outputs to compare, by name.
+      seed: what the lines name.
+      exact: whether the outputs must be equal bit for bit.
+      tolerance: the difference allowed otherwise, times the magnitude of the output.
+    """
+    params, inputs = data
+    expected = run_reference(graph, params=params, inputs=inputs)
+    if exact:
+        return list(unequal(expected, found, seed))
+    bounds: JsonDict = {n: tolerance * magnitude(a) for n, a in expected.items()}
+    if not any(beyond(expected, found, bounds, seed)):
+        return []
+
+    noisy, key = with_errors(graph)
+
+    def run(draw: int) -> Mapping[str, Array]:
+        near = [{n: _nudged(a, draw, n) for n, a in arrays.items()} for arrays in data]
+        drawn = {**near[1], key: np.asarray(draw, np.uint64)}
+        return run_reference(noisy, params=near[0], inputs=drawn)
+
+    moved = amplified(run, expected, EDGE)
+    bounds = {n: bounds[n] + moved[n] for n in expected}
+    return list(beyond(expected, found, bounds, seed))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Two graphs, and the data on which they are compared.
+
+    Attributes:
+      before: the graph that is right.
+      after: the graph to compare.
+      seed: chooses the data.
+      sizes: the sizes of the variables.
+      exact: whether the outputs must be equal bit for bit.
+      tolerance: the difference allowed otherwise, times the magnitude of the output.
+    """
+
+    before: Graph
+    after: Graph
+    seed: int
+    sizes: Sizes
+    exact: bool = False
+    tolerance: float = TOLERANCE
+
+    def gaps(
+        self, graph: Graph, data: tuple[Arrays, Arrays], found: Mapping[str, Array]
+    ) -> list[str]:
+        """Return `gaps` of `found` and the outputs of `graph`, as strictly as was promised."""
+        return gaps(graph, data, found, seed=self.seed, exact=self.exact, tolerance=self.tolerance)
+
+
+def magnitude(data: Array) -> float:
+    """Return the largest finite number of `data`, at least 1; 0 for what is no float."""
+    if data.dtype.kind != "f":
+        return 0.0
+    finite = np.abs(data[np.isfinite(data)])
+    return max(1.0, float(finite.max(initial=0.0)))
+
+
+def amplified(
+    run: Callable[[int], Mapping[str, Array]], expected: Mapping[str, Array], edge: float
+) -> dict[str, Array]:
+    """Return how far small errors may move each output; ∞ where they may tip a choice.
+
+    Args:
+      run: returns the outputs under errors of a draw.
+      expected: the outputs without errors.
+      edge: the share of an output's magnitude beyond which a choice was tipped.
+    """
+    moved: dict[str, Array] = {n: np.zeros(a.shape) for n, a in expected.items()}
+    limits = {n: edge * magnitude(a) for n, a in expected.items()}
+    for draw in range(DRAWS_ON_EDGE):
+        if draw == DRAWS and not any((m > limits[n]).any() for n, m in moved.items()):
+            break
+        for name, data in run(draw).items():
+            moved[name] = np.maximum(moved[name], distance(expected[name], data))
+    return {n: np.where(_with_neighbours(m > limits[n]), np.inf, m) for n, m in moved.items()}
+
+
+def _with_neighbours(tipped: Array) -> Array:
+    """Return `tipped` with all elements that are in line with one, along whichever axis.
+
+    What is chosen is a row, and in a rectified one most elements are 0, as in the one before.
+    """
+    return np.asarray(
+        sum((tipped.any(axis=i, keepdims=True) for i in range(tipped.ndim)), tipped), dtype=bool
+    )
+
+
+_ERRORS = "errors"
+"""What the key of the errors is called, unless the graph has the name."""
+
+
+def with_errors(graph: Graph, relative: float = ROUNDING) -> tuple[Graph, str]:
+    """Return `graph` with each float result off by a few units in the last place.
+
+    Args:
+      graph: the graph.
+      relative: the largest relative error of an element.
+
+    Returns:
+      The graph, and its further input: the key that draws the errors.
+    """
+    copy = clone(graph)
+    nodes = list(copy)
+    key = copy.input(copy.fresh(_ERRORS), TensorType(KEY))
+    for number, (node, following) in enumerate(zip(nodes, [*nodes[1:], None], strict=True)):
+        builder = Builder(copy, before=following)
+        for value in node.results:
+            if value.type.dtype.is_float:
+                users = list(value.users)
+                off = _off(builder, value, builder.fold_key(key, by=number), relative)
+                _use_instead(value, off, users)
+    return copy, key.name
+
+
+def _off(b: Builder, value: Value, key: Value, relative: float) -> Value:
+    """Return `value`, each element off by itself: equal ones must not stay equal."""
+    low, high = 1 - relative, 1 + relative
+    if value.type.unreduced or value.type.ragged is not None:
+        # No numbers are drawn for parts of a sum, nor for rows whose number the data decide.
+        one = b.random_uniform(
+            key, b.constant(value=1.0, dtype=value.type.dtype.name), low=low, high=high
+        )
+        return b.mul(value, one)
+    return b.mul(value, b.random_uniform(key, value, low=low, high=high))
+
+
+def _use_instead(old: Value, new: Value, users: Sequence[Node]) -> None:
+    for user in users:
+        for at, operand in enumerate(user.operands):
+            if operand is old:
+                user.set_operand(at, new)
+
+
+def _nudged(data: Array, draw: int, name: str) -> Array:
+    if data.dtype.kind not in "fV":
+        return data
+    noise = generator(draw, "nudge", name).uniform(-1, 1, data.shape)
+    return np.asarray(data.astype(np.float64) * (1 + PERTURBATION * noise))
+
+
+def distance(expected: Array, found: Array) -> Array:
+    """Return how far the arrays are apart: 0 where undefined, ∞ where only one is infinite."""
+    a, b = expected.astype(np.float64), found.astype(np.float64)
+    with np.errstate(all="ignore"):
+        apart = np.where(a == b, 0.0, np.abs(a - b))
+    # What is not a number before may be anything after; the reverse is a difference.
+    return np.where(np.isnan(a), 0.0, np.where(np.isnan(apart), np.inf, apart))
+
+
+def unequal(expected: Mapping[str, Array], found: Mapping[str, Array], seed: int) -> Iterator[str]:
+    """Yield a line for each output that is not equal bit for bit."""
+    for name, a in expected.items():
+        if not np.array_equal(a, found[name], equal_nan=a.dtype.kind == "f"):
+            yield from beyond({name: a}, found, {name: 0.0}, seed)
+            yield f"output {name}: not equal bit for bit (seed {seed})"
+
+
+def beyond(
+    expected: Mapping[str, Array], found: Mapping[str, Array], allowed: Json, seed: int
+) -> Iterator[str]:
+    """Yield a line for each output that differs by more than `allowed`: the worst element."""
+    for name, a in expected.items():
+        b = found[name]
+        if a.shape != b.shape:
+            yield f"output {name}: shape {a.shape} became {b.shape} (seed {seed})"
+            continue
+        apart, bounds = distance(a, b), np.broadcast_to(allowed[name], a.shape)
+        if not (apart > bounds).any():
+            continue
+        worst = int(np.argmax(np.where(apart > bounds, apart, -1.0)))
+        at = tuple(int(i) for i in np.unravel_index(worst, a.shape))
+        bound = float(bounds[at])
+        yield (
+            f"output {name}{list(at)}: expected {a[at].item()!r}, found {b[at].item()!r}, "
+            f"allowed difference {bound:.3g} (seed {seed})"
+        )
+
+
+# Whether devices of a mesh together compute what a graph means, and values are sharded as before.
+#
+# Collectives are the identity on global values, so the interpreter does not see them.  Where the
+# graph to compare is on a mesh, it runs once more, device by device.
+
+MAX_DEVICES = 16
+"""Larger meshes are not run device by device: it would take too long."""
+
+_PREFIX = "devices compute something else: "
+
+
+def divisible(sizes: Sizes, *graphs: Graph) -> dict[str, int]:
+    """Return `sizes`, multiplied so that the mesh of each graph divides what it splits."""
+    factors: dict[str, int] = {}
+    for graph in graphs:
+        for name, parts in _split_sizes(graph):
+            factors[name] = lcm(factors.get(name, 1), parts)
+    return {n: s * factors.get(n, 1) for n, s in sizes.items()}
+
+
+def _split_sizes(graph: Graph) -> Iterator[tuple[str, int]]:
+    """Yield the variables that are the size of a split axis, each with the number of parts."""
+    mesh = mesh_of(graph)
+    if mesh is None or mesh.devices > MAX_DEVICES:
+        return
+    for value in _values(graph):
+        for axis in value.type.axes:
+            if axis.mesh and isinstance(axis.size, str):
+                yield axis.size, mesh.size(axis.mesh)
+
+
+def _values(graph: Graph) -> Iterator[Value]:
+    yield from graph.inputs.values()
+    yield from graph.params.values()
+    for node in graph.every_node():
+        yield from node.results
+
+
+def moved_values(before: Graph, after: Graph) -> Iterator[str]:
+    """Yield what is sharded otherwise than before, of two graphs on meshes.
+
+    The mesh, the inputs and the outputs are part of a graph's interface.  A
+    pass that lays a graph on a mesh, or takes it off, has nothing to keep.
+    """
+    meshes = mesh_of(before), mesh_of(after)
+    if None in meshes:
+        return
+    if meshes[0] != meshes[1]:
+        yield f"the mesh differs\n  expected: {meshes[0]}\n  found: {meshes[1]}"
+    for what, old, new in (
+        ("input", before.inputs, after.inputs),
+        ("output", before.outputs, after.outputs),
+    ):
+        for name, value in old.items():
+            expected, found = (_placement(v) for v in (value, new[name]))
+            if expected != found:
+                yield (
+                    f"{what} {name} is sharded in another way\n"
+                    f"  expected: {expected}\n  found: {found}"
+                )
+
+
+def _placement(value: Value) -> str:
+    text = f"[{', '.join(map(spelled, value.type.axes))}]"
+    left = ", ".join(sorted(value.type.unreduced))
+    return f"{text} unreduced({left})" if left else text
+
+
+def device_gaps(trial: Trial) -> list[str]:
+    """Return a line for each output that the devices of the mesh of `after` compute otherwise."""
+    mesh = mesh_of(trial.after)
+    if mesh is None or mesh.devices > MAX_DEVICES or _is_open(trial.after):
+        return []
+    inputs = inputs_for(trial.before, trial.seed, trial.sizes)
+    given = params_for(trial.before, trial.seed, trial.sizes), inputs
+    params = params_for(trial.after, trial.seed, trial.sizes)
+    backend = get_backend("reference")
+    assert isinstance(backend, MeshBackend)
+    try:
+        found = backend.run_on_mesh(trial.after, params, inputs)
+    except (InputError, AssertionError) as error:
+        return [f"{_PREFIX}{error} (seed {trial.seed})"]
+    lines = gaps(trial.before, given, found, seed=trial.seed, tolerance=trial.tolerance)
+    return [_PREFIX + line for line in lines]
+
+
+def _is_open(graph: Graph) -> bool:
+    """Whether it is still open which collectives reshard a value."""
+    return any(n.op.collective is Collective.ANY for n in graph.every_node())
+
+
+# Whether gradients flow where they did: ``stop_gradient`` is the identity, so values hide it.
+#
+# What a gradient sees of a graph is the function of its inputs and source tensors in which every
+# result of a ``stop_gradient`` is a constant.  So both graphs run once where the data are, then a
+# small step away with those results held at what they were.  Rewrites that keep the values and
+# let
+# gradients flow where they did keep this function, too; a ``stop_gradient`` removed or put in
+# changes it by the step times the gradient that was lost or gained.
+#
+# Held values are further inputs.  Rows in slots cannot be an input, because their sizes belong to
+# a
+# value of the graph; where a graph stops their gradient, it runs beside a copy of itself whose
+# data
+# have moved, and which reads the held values, and the choices that rows follow, of the first.
+
+STEP = 1e-6
+"""How far the data move: few choices and kinks are so near, and 1e-12 still shows a gradient."""
+
+_GradientsPREFIX = "the gradient differs: with the results of stop_gradient held, a step away, "
+
+
+def gradient_gaps(trial: Trial) -> list[str]:
+    """Return a line for each output whose gradient flows elsewhere after than before."""
+    graphs = [unrolled(g) for g in (trial.before, trial.after)]
+    stops = [_stops(g) for g in graphs]
+    if not any(stops):
+        return []
+    in_slots = any(n.result.type.extents for s in stops for n in s)
+    run = _run_beside_moved if in_slots else _held_run
+    held, found = (run(g, trial) for g in graphs)
+    lines = gaps(held[0], held[1], found[2], seed=trial.seed, tolerance=trial.tolerance)
+    return [_GradientsPREFIX + line for line in lines]
+
+
+def _stops(graph: Graph) -> list[Node]:
+    return [n for n in graph if n.op.blocks_gradient and n.result.type.dtype.is_float]
+
+
+_HeldRun = tuple[Graph, tuple[Arrays, Arrays], dict[str, Array]]
+"""A graph whose stopped values are inputs, its parameters and inputs, and its outputs."""
+
+
+def _held_run(graph: Graph, trial: Trial) -> _HeldRun:
+    """Run `graph` a step away from the data, its stopped values held at what they are there."""
+    graph = clone(graph)
+    kept = {graph.fresh(f"held_{at}_{n.result.name}"): n for at, n in enumerate(_stops(graph))}
+    constants = _values_of(graph, kept, trial)
+    for name, node in kept.items():
+        node.replace_by(graph.input(name, node.result.type))
+    # Drawn for one graph: what indexes something in it must not be drawn anew where that is gone.
+    inputs = inputs_for(trial.before, trial.seed, trial.sizes, STEP) | constants
+    params = params_for(graph, trial.seed, trial.sizes, STEP)
+    return graph, (params, inputs), run_reference(graph, params=params, inputs=inputs)
+
+
+def _values_of(graph: Graph, kept: dict[str, Node], trial: Trial) -> dict[str, Array]:
+    """Return, by name, what the nodes `kept` result in where the data are."""
+    shown = clone(graph)
+    for name, node in kept.items():
+        shown.set_output(name, shown.value(node.result.name))
+    inputs = inputs_for(trial.before, trial.seed, trial.sizes)
+    params = params_for(graph, trial.seed, trial.sizes)
+    outputs = run_reference(shown, params=params, inputs=inputs)
+    return {name: outputs[name] for name in kept}
+
+
+_MOVED = "moved"
+"""What the names of data that have moved begin with."""
+
+
+def _run_beside_moved(graph: Graph, trial: Trial) -> _HeldRun:
+    """Run `graph` as `_held_run`, its held values computed by itself where the data are."""
+    beside = clone(graph)
+    moved = _append_moved(beside)
+    params = dict(params_for(graph, trial.seed, trial.sizes))
+    inputs = dict(inputs_for(trial.before, trial.seed, trial.sizes))
+    further_params = params_for(graph, trial.seed, trial.sizes, STEP)
+    params |= {moved[n]: a for n, a in further_params.items() if n in moved}
+    further_inputs = inputs_for(trial.before, trial.seed, trial.sizes, STEP)
+    inputs |= {moved[n]: a for n, a in further_inputs.items() if n in moved}
+    return beside, (params, inputs), run_reference(beside, params=params, inputs=inputs)
+
+
+def _append_moved(graph: Graph) -> dict[str, str]:
+    """Append a copy of `graph` to itself over floats that move, and return their names by name.
+
+    The copy has the outputs.  Of the first it reads integers, which rows follow into slots, so that
+    both have the same rows in them, and the results of every ``stop_gradient``.
+    """
+    nodes, inputs, params = list(graph), dict(graph.inputs), dict(graph.params)
+    names: dict[str, str] = {}
+    values: dict[Value, Value] = {}
+    for data, add in ((inputs, graph.input), (params, graph.param)):
+        for name, value in data.items():
+            if value.type.dtype.is_float:
+                names[name] = graph.fresh(f"{_MOVED}_{name}")
+                values[value] = add(names[name], value.type)
+    for node in nodes:
+        operands = [values.get(v, v) for v in node.operands]
+        if node.op.blocks_gradient or operands == list(node.operands):
+            continue
+        copy = graph.append(node.op, operands, copied(node.attrs), loc=node.loc)
+        pairs = zip(node.results, copy.results, strict=True)
+        values.update((v, m) for v, m in pairs if v.type.dtype.kind != "int")
+    for name, value in list(graph.outputs.items()):
+        graph.set_output(name, values.get(value, value))
+    return names
+
+
+# Whether weights keep their element types: an oracle that computes in float64 rounds nothing.
+#
+# So where a pass has given parameters other weight expressions, both graphs run once more with
+# parameters as a checkpoint would hold them: sources in their element types, every cast and every
+# product rounded.  ``exact`` means bit for bit there, too.  Real arithmetic allows what rounding
+# to
+# float32 explains, and no more: weights rounded to bfloat16 are three decimal orders beyond that.
+
+SINGLE = 2.0**-20
+"""The relative error of a weight that float32 explains: of eight roundings."""
+
+SINGLE_EDGE = 1e4 * SINGLE
+"""The share of an output's magnitude that such errors move only where they tip a choice."""
+
+_PrecisionPREFIX = "with weights as they are stored, "
+
+
+def weight_gaps(trial: Trial) -> list[str]:
+    """Return a line for each output that weights, as they are stored, change."""
+    if _expressions(trial.after) <= _expressions(trial.before):
+        return []
+    inputs = inputs_for(trial.before, trial.seed, trial.sizes)
+    params = [_stored(g, trial) for g in (trial.before, trial.after)]
+    expected, found = (
+        run_reference(g, params=p, inputs=inputs)
+        for g, p in zip((trial.before, trial.after), params, strict=True)
+    )
+    if trial.exact:
+        return [_PrecisionPREFIX + line for line in unequal(expected, found, trial.seed)]
+    allowed: JsonDict = {n: trial.tolerance * magnitude(a) for n, a in expected.items()}
+    if not any(beyond(expected, found, allowed, trial.seed)):
+        return []
+
+    def run(draw: int) -> Mapping[str, Array]:
+        near = {n: _rounded(a, draw, n) for n, a in params[0].items()}
+        return run_reference(trial.before, params=near, inputs=inputs)
+
+    moved = amplified(run, expected, SINGLE_EDGE)
+    # A sum of three draws, as it were: weights are few, and three may all round one way.
+    bounds = {n: allowed[n] + 3 * moved[n] for n in expected}
+    return [_PrecisionPREFIX + line for line in beyond(expected, found, bounds, trial.seed)]
+
+
+def _expressions(graph: Graph) -> set[object]:
+    # Expressions are interned, so equal ones are one object.
+    return {v.weight for v in graph.params.values() if v.weight is not None}
+
+
+def _stored(graph: Graph, trial: Trial) -> dict[str, Array]:
+    made = {
+        n: stored_weight(v.weight, trial.seed)
+        for n, v in graph.params.items()
+        if v.weight is not None
+    }
+    return params_for(graph, trial.seed, trial.sizes) | made
+
+
+def _rounded(data: Array, draw: int, name: str) -> Array:
+    if data.dtype.kind not in "fV":
+        return data
+    noise = generator(draw, "rounded", name).uniform(-1, 1, data.shape)
+    return np.asarray(data.astype(np.float64) * (1 + SINGLE * noise))
 
 
 def assert_same(

@@ -16,8 +16,8 @@ from moecc.ir.mesh import Mesh, set_mesh, sharding_problems
 from moecc.ir.structure import copied
 from moecc.ir.table.slots import experts_of, is_slots
 from moecc.ir.unroll import unrolled
-from moecc.testing.choices import Choices
-from moecc.types.tensor import Axis, TensorType
+from moecc.testing.draws import Choices
+from moecc.types import Axis, TensorType
 
 
 def random_sharding(graph: Graph, choices: Choices, mesh: Mesh) -> Graph:

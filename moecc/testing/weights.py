@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
+from typing import Any
 
 import numpy as np
 
-from moecc.testing.choices import Choices, pick
-from moecc.testing.draws import generator, moved
-from moecc.types.arrays import Array
-from moecc.types.dtypes import F32, F64
-from moecc.types.tensor import TensorType
-from moecc.weights.arithmetic import Cast, Scale
-from moecc.weights.draws import Normal
+from moecc.testing.draws import Choices, generator, moved, pick
+from moecc.types import F16, F32, F64, Array, DType, TensorType
+from moecc.weights import draws as random
+from moecc.weights.arithmetic import Add, Cast, Minimum, Moment, Mul, Scale, Select
+from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform
 from moecc.weights.evaluate import Reader, evaluate
-from moecc.weights.expr import Expr, Source, sources, transform
-from moecc.weights.movement import Permute, Stack, Tile
+from moecc.weights.expr import Expr, Full, Source, sources, transform
+from moecc.weights.fits import Fitted, cluster_order, fitted_rows
+from moecc.weights.movement import (
+    Clusters,
+    Concat,
+    Index,
+    Merge,
+    Permutation,
+    Permute,
+    Rename,
+    Slice,
+    Split,
+    Stack,
+    Take,
+    Tile,
+)
 
 
 def grow_weight(choices: Choices, type: TensorType) -> Expr:
@@ -108,3 +122,152 @@ class _Stored(_Sources):
 
     def __call__(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         return super().__call__(name, start, stop).astype(self.types[name].dtype.numpy)
+
+
+# The meaning of weight expressions: whole tensors, in the plainest way.
+#
+# It shares no code with the evaluator and the simplifier, which are compared with it, but the
+# functions that turn random words into numbers, that cluster, and that fit routers.
+
+
+def whole_naively(expr: Expr, read: Reader) -> Array:
+    """Return the tensor of `expr`.
+
+    Args:
+      expr: the expression; it is small.
+      read: reads a whole source.
+    """
+    with np.errstate(all="ignore"):
+        return _naive(expr, read)
+
+
+def _naive(e: Expr, read: Reader) -> Array:
+    x = [_naive(y, read) for y in e.operands]
+    n = e.type.names
+    match e:
+        case Source():
+            return read(e.name)
+        case Full():
+            return np.full(e.type.shape, e.value, np.float64).astype(e.type.dtype.numpy)
+        case Normal() | TruncatedNormal() | Uniform() | Subset():
+            return _draw(e)
+        case Tile():
+            return np.stack(x * e.size, axis=e.position)
+        case Stack():
+            return np.stack(x, axis=e.position)
+        case Concat():
+            return np.concatenate(x, axis=n.index(e.axis))
+        case Index():
+            return np.asarray(np.take(x[0], e.at, axis=e.x.type.names.index(e.axis)))
+        case Slice():
+            return np.take(x[0], range(e.start, e.stop), axis=n.index(e.axis))
+        case Split() | Merge() | Rename():
+            return x[0].reshape(e.type.shape)
+        case Permute():
+            return np.transpose(x[0], [e.x.type.names.index(name) for name in e.order])
+        case Cast():
+            return _cast(x[0], e.dtype)
+        case Moment():
+            return _moment(e, *x)
+        case Take():
+            return np.take(x[0], x[1], axis=n.index(e.axis))
+        case Permutation():
+            words = np.random.Philox(key=e.key).random_raw(e.type.shape[0])
+            return np.argsort(words).astype(np.int32)
+        case Clusters():
+            return cluster_order(lambda a, b: x[0][a:b], len(x[0]), e.first, e.groups)
+        case Fitted():
+            a, b, c = (v.astype(np.float64) for v in x)
+            return fitted_rows(a, b, c, ridge=e.ridge, std=e.std)
+    return _arithmetic(e, x)
+
+
+def _arithmetic(e: Expr, x: list[Array]) -> Array:
+    wide = [_cast(v, e.type.dtype) if v.dtype != bool else v for v in x]
+    if isinstance(e, Scale):
+        return np.asarray(wide[0] * wide[0].dtype.type(e.factor))
+    a, b, *c = (_spread(v, y.type, e.type) for v, y in zip(wide, e.operands, strict=True))
+    if isinstance(e, Add):
+        return np.asarray(a + b)
+    if isinstance(e, Mul):
+        return np.asarray(a * b)
+    if isinstance(e, Minimum):
+        return np.where(np.isnan(a) | (a < b), a, b)
+    assert isinstance(e, Select), f"an expression of a kind that is unknown here: {e}"
+    return np.where(a, b, c[0])
+
+
+def _spread(v: Array, small: TensorType, large: TensorType) -> Array:
+    """Broadcast by looking up each element by the names of its axes."""
+    made = np.empty(large.shape, v.dtype)
+    for place in np.ndindex(large.shape):
+        by_name = dict(zip(large.names, place, strict=True))
+        made[place] = v[tuple(by_name[name] for name in small.names)]
+    return made
+
+
+def _cast(v: Array, dtype: DType) -> Array:
+    if v.dtype == np.float64 and dtype not in (F64, F32, F16):
+        # Through extended precision there is no double rounding in these magnitudes.
+        near = [_nearest(float(u), dtype) for u in v.ravel()]
+        return np.array(near, dtype.numpy).reshape(v.shape)
+    return v.astype(np.float32 if v.dtype.itemsize < 8 else np.float64).astype(dtype.numpy)
+
+
+def _nearest(value: float, dtype: DType) -> Any:
+    """Round a float64, by trying the neighbours of a first guess."""
+    guess = np.array(value, np.float32).astype(dtype.numpy)
+    raw = np.uint16 if dtype.itemsize_bytes == 2 else np.uint8
+    bits = int(guess.view(raw))
+    near = [raw(bits + d).view(dtype.numpy) for d in (-1, 0, 1) if bits + d >= 0]
+    near = [v for v in near if np.isfinite(v) and np.signbit(v) == np.signbit(guess)]
+    best = min(abs(float(v) - value) for v in near)
+    ties = [v for v in near if abs(float(v) - value) == best]
+    return min(ties, key=lambda v: int(v.view(raw)) & 1)
+
+
+def _draw(e: Normal | TruncatedNormal | Uniform | Subset) -> Array:
+    words = np.random.Philox(key=e.key).random_raw(prod(e.type.shape)).reshape(e.type.shape)
+    if isinstance(e, Subset):
+        at = e.type.names.index(e.axis)
+        rank = np.argsort(np.argsort(words, axis=at), axis=at)
+        return np.asarray(rank < e.count)
+    if isinstance(e, Normal):
+        return random.normal(words, e.mean, e.std)
+    if isinstance(e, TruncatedNormal):
+        return random.truncated_normal(words, e.std, e.bound)
+    return random.uniform(words, e.low, e.high)
+
+
+def _moment(e: Moment, x: Array, mask: Array | None = None) -> Array:
+    t = e.x.type
+    x = x.astype(np.float64)
+    held = np.ones(x.shape, bool)
+    if mask is not None and e.mask is not None:
+        held = _spread(mask, e.mask.type, t)
+    order = [t.names.index(name) for name in e.keep]
+    order += [i for i in range(t.rank) if i not in order]
+    x, held = x.transpose(order), held.transpose(order)
+    made = np.zeros(e.type.shape, np.float64)
+    for place in np.ndindex(e.type.shape):
+        count = int(held[place].sum())
+        if count:
+            made[place] = _tree(np.where(held[place], x[place], 0.0)) / count
+            if e.kind == "std":
+                square = np.where(held[place], (x[place] - made[place]) ** 2, 0.0)
+                made[place] = np.sqrt(_tree(square) / count)
+    return made.astype(e.type.dtype.numpy)
+
+
+def _tree(v: Array) -> float:
+    """Sum by halves, the last axis first."""
+    if not v.ndim:
+        return float(v)
+    flat = [_tree(u) for u in v]
+    while len(flat) > 1:
+        half = len(flat) // 2
+        odd = flat[2 * half :]
+        flat = [a + b for a, b in zip(flat[:half], flat[half : 2 * half], strict=True)]
+        if odd:
+            flat[0] += odd[0]
+    return flat[0]

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from moecc.errors import InputError, MachineError, printable
-from moecc.support.closing import Closing
 from moecc.support.extras import install_hint
+from moecc.support.process import Closing
 from moecc.support.untyped import Json
 from moecc.tokenizer.worker import MEMORY_BYTES
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
-from math import inf, isfinite
+from math import inf, isfinite, log
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
+from moecc.ir.graph import Graph
 from moecc.support.untyped import JsonDict
+from moecc.train.batches import Batches
+from moecc.train.recipe import Recipe
+from moecc.train.state import Weights
+from moecc.weights.evaluate import Reader
 
 Metric = float | list[float]
 """A number, or one for each expert."""
@@ -161,3 +168,148 @@ class Stopped:
 
 
 Event = Stepped | Skipped | Evaluated | Saved | Exported | Stopped
+
+
+# What a backend trains: a recipe, a model, its data and where it begins; and what comes of it.
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where the first step begins.
+
+    Attributes:
+      weights: how each parameter is made, by its canonical name.
+      read: reads the tensors of the source.
+      moments: how moments are made that are carried over, by their names in a state.
+    """
+
+    weights: Weights
+    read: Reader
+    moments: Weights
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """A run that is to begin, or to go on.
+
+    Attributes:
+      run: its folder.
+      recipe: what decides it.
+      digest: of the recipe.
+      graph: the canonical graph of the model.
+      batches: its data.
+      create: makes the folder; it is there already where the run goes on.
+      begin: opens what the first step begins from, where nothing is saved yet.
+    """
+
+    run: Path
+    recipe: Recipe
+    digest: str
+    graph: Graph
+    batches: Batches
+    create: Callable[[], None]
+    begin: Callable[[], AbstractContextManager[Beginning]]
+
+
+class Training(Protocol):
+    """A run on its devices."""
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes journals and reports; among several, one does."""
+        ...
+
+    @property
+    def devices(self) -> int:
+        """How many devices it runs on."""
+        ...
+
+    def events(self, stop: Callable[[], Reason | None]) -> Iterator[Event]:
+        """Run to the end, and yield what happens.
+
+        Args:
+          stop: returns why this process is to stop after the step, or None.
+
+        Raises:
+          InputError: processes differ, or a checkpoint cannot be read.
+          MachineError: a checkpoint cannot be written.
+        """
+        ...
+
+
+@runtime_checkable
+class Trainer(Protocol):
+    """A backend that trains."""
+
+    def train(self, job: TrainJob) -> AbstractContextManager[Training]:
+        """Bring a run onto the devices, and make its folder.
+
+        Raises:
+          UsageError, InputError: the mesh does not suit the model or the devices.
+          MachineError: an extra is missing, or processes do not meet.
+        """
+        ...
+
+
+# What is wrong with the routers of a run, as its metrics say: dead experts, saturation.
+
+PREFIX = "metric."
+DEAD_STEPS = 50
+"""An expert without a row for so many steps in a row is dead."""
+
+SATURATED_ENTROPY = 0.1
+"""A router whose entropy is below this part of the largest one chooses without looking."""
+
+SATURATED_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Something that went wrong in a layer, first seen at a step."""
+
+    step: int
+    layer: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"step {self.step:,}: {self.layer}: {self.what}"
+
+
+@dataclass
+class Watch:
+    """Watches the metrics of a run, and raises each alarm once while it lasts.
+
+    Attributes:
+      counts: for how many steps in a row something has been wrong, by layer and what.
+    """
+
+    counts: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def __call__(self, step: int, metrics: Mapping[str, Metric]) -> list[Alarm]:
+        """Return the alarms that a step sets off."""
+        found = []
+        for layer, what, is_wrong, limit in _findings(metrics):
+            key = (layer, what)
+            self.counts[key] = self.counts.get(key, 0) + 1 if is_wrong else 0
+            if self.counts[key] == limit:
+                found.append(Alarm(step, layer, what))
+        return found
+
+
+def _findings(metrics: Mapping[str, Metric]) -> list[tuple[str, str, bool, int]]:
+    """Return layer, what may be wrong, whether it is, and for how many steps it has to be."""
+    found = []
+    for name, value in metrics.items():
+        layer, _, kind = name.removeprefix(PREFIX).rpartition(".")
+        if not name.startswith(PREFIX):
+            continue
+        if kind == "loads" and isinstance(value, list):
+            for expert, load in enumerate(value):
+                what = f"expert {expert} got no row for {DEAD_STEPS} steps"
+                found.append((layer, what, load == 0, DEAD_STEPS))
+        loads = metrics.get(f"{PREFIX}{layer}.loads")
+        if kind == "entropy" and isinstance(value, float) and isinstance(loads, list):
+            is_low = value < SATURATED_ENTROPY * log(max(len(loads), 2))
+            what = f"the router is saturated: its entropy is below {SATURATED_ENTROPY:.0%}"
+            found.append((layer, what, is_low, SATURATED_STEPS))
+    return found

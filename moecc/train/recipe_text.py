@@ -18,14 +18,19 @@ from importlib.resources import files
 from pathlib import Path as FilePath
 from typing import Any
 
-from moecc.checkpoint.files import read_utf8
 from moecc.errors import InputError, MoeccError, Problem, UsageError, nearest, printable
+from moecc.formats.files import read_utf8
+from moecc.formats.toml import FieldReader, Path, dotted, parse_toml, shown_place, toml_places
 from moecc.support.untyped import JsonDict
-from moecc.toml.fields import FieldReader, dotted
-from moecc.toml.parse import parse_toml
-from moecc.toml.places import Path, shown_place, toml_places
-from moecc.train.recipe import Corpus, OptimizerSection, Recipe, Schedule
-from moecc.train.recipe_checks import Fault, faults, update_faults
+from moecc.train.recipe import (
+    Corpus,
+    Fault,
+    OptimizerSection,
+    Recipe,
+    Schedule,
+    faults,
+    update_faults,
+)
 
 PREFIX = "recipe:"
 SHIPPED = files("moecc.presets") / "recipes"

@@ -8,7 +8,7 @@ import numpy as np
 
 from moecc.support.page import drawing, render_page, require_figures
 from moecc.support.untyped import Json, JsonDict
-from moecc.train.run_series import CURVES, ROUTER_CURVES, RunSeries, Series
+from moecc.train.run import CURVES, ROUTER_CURVES, RunSeries, Series
 
 Layers = Sequence[Json]
 """What ``moecc specialise`` says of the layers of a model, as JSON values."""

@@ -9,19 +9,22 @@ ways, along the axes that it has.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from moecc.errors import InputError
-from moecc.families.inverting import tensors_of
-from moecc.ir.graph import Graph
+from moecc.families.export import tensors_of
+from moecc.ir.attributes import SlotAttrs
+from moecc.ir.graph import Graph, Value, setter_of
 from moecc.ir.structure import clone
-from moecc.ir.unroll import unroll
-from moecc.types.dtypes import F32, DType
-from moecc.types.tensor import TensorType
-from moecc.weights.arithmetic import Cast
-from moecc.weights.expr import Expr, Source, transform, walk
-from moecc.weights.movement import Stack
+from moecc.ir.table.slots import assigner
+from moecc.ir.unroll import unroll, users_within
+from moecc.types import F32, DType, Extent, TensorType
+from moecc.weights.arithmetic import Add, Cast, Minimum, Moment, Mul, Scale, Select
+from moecc.weights.draws import Draw
+from moecc.weights.expr import Expr, Full, Source, sources, transform, walk
+from moecc.weights.movement import Concat, Index, Merge, Permute, Rename, Slice, Split, Stack, Tile
 
 Weights = Mapping[str, Expr]
 """Weight expressions by the name of a parameter."""
@@ -119,3 +122,232 @@ def stored(name: str, param: Expr) -> list[tuple[str, Expr]]:
         return tensors_of(param, Source(name, param.type))
     except ValueError as error:
         raise InputError(f"the parameter %{name} cannot be saved: {error}") from None
+
+
+# Moments of an optimiser, carried into a model that a pipeline made of a trained one.
+#
+# They are what training would have left had the copies been there all the while.  A copy i of a
+# matrix has the effective weight w in the output of a token: the gate times what the conversion
+# scaled the block by, 0 where the token goes elsewhere.  Copies of a matrix share a weight of 1
+# in
+# all, so with E copies, k of which a token goes to, w has the mean p = 1/E and the mean square
+# q = 1/(E·k) (the gates of a router that has not learned are equal).  Over routings,
+#
+#     E[m'] = p · m,    E[v'] = p² · v + (q − p²) · u,
+#
+# where u is the mean square gradient of single tokens over their number: v without what all
+# tokens
+# have in common, v − m² (docs/training.md).  Where a conversion multiplies a weight by s, its
+# gradient is divided by s.  New parameters have no moments; nor do redrawn neurons, which keep
+# the
+# second moment of those that they replace.
+
+FIRST, SECOND = "m", "v"
+FACTORS = ("v_row", "v_col")
+"""Kinds of moments, as `moecc.train.settings` has them."""
+
+COPIES = ("expert", "copy")
+"""The axes along which a conversion copies weights."""
+
+NameOf = Callable[[str, str], str]
+"""From the kind of a moment and the name of a tensor to what the moment is saved as."""
+
+
+@dataclass(frozen=True)
+class Carried:
+    """The moments of a graph's parameters, as expressions over those of the model before.
+
+    Attributes:
+      graph: what the pipeline made, unrolled; its weights read tensors of the model before.
+      known: the types of the moments before, by kind and tensor.
+      count: the updates that they are made of.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      name_of: what a moment is saved as.
+    """
+
+    graph: Graph
+    known: Mapping[str, Mapping[str, TensorType]]
+    count: int
+    b1: float = 0.9
+    b2: float = 0.95
+    name_of: NameOf = "moments.{}.{}".format
+
+    def moment(self, name: str, kind: str, type: TensorType) -> Expr:
+        """Return a moment of a parameter: zeros where nothing is known of it.
+
+        Args:
+          name: of the parameter.
+          kind: ``m``, ``v``, ``v_row`` or ``v_col``.
+          type: of the moment: the parameter's, or that without one axis.
+        """
+        zeros = Full(0.0, type.bare.with_dtype(F32))
+        param = self.graph.params[name]
+        found = None if param.weight is None else self._moment(param, param.weight, kind, type)
+        if found is None or set(found.type.names) != set(type.names):
+            return zeros
+        return found if found.type.names == type.names else Permute(found, type.names)
+
+    def _moment(self, param: Value, weight: Expr, kind: str, type: TensorType) -> Expr | None:
+        gone = frozenset(param.type.names) - frozenset(type.names)
+        moved = _Moved(self.known, self.name_of, kind, gone).of(weight)
+        if moved is None:
+            return None
+        copies = _copies(weight)
+        if copies == 1:
+            return moved
+        share = 1 / copies
+        if kind == FIRST:
+            return Scale(moved, share)
+        square = share / self._chosen[param] if param in self._chosen else share
+        made: Expr = Scale(moved, square)
+        first = _Moved(self.known, self.name_of, FIRST, gone).of(weight)
+        if kind != SECOND or first is None or square == share**2:
+            return made
+        mean = Scale(Mul(first, first), self._correction)
+        return Add(made, Scale(Minimum(mean, moved), share**2 - square))
+
+    @cached_property
+    def _correction(self) -> float:
+        """What makes the square of the first moment comparable to the second."""
+        if not self.count:
+            return 1.0
+        return float((1 - self.b2**self.count) / (1 - self.b1**self.count) ** 2)
+
+    @cached_property
+    def _chosen(self) -> dict[Value, float]:
+        """How many copies of each part a token goes to, by the parameter of experts."""
+        found = {}
+        for param in self.graph.params.values():
+            slots = next(_slots_of(param), None)
+            if slots is not None and param.weight is not None:
+                copies = _copies(param.weight)
+                node = assigner(slots)
+                attrs = SlotAttrs.of_node(node)
+                (choices,) = (a.size for a in slots.type if a.name not in attrs.tokens)
+                # Experts that choose take so many tokens that each has this number on average.
+                each = attrs.capacity_factor if node.op.chooses else choices
+                assert isinstance(each, int | float), "the number of choices is known"
+                found[param] = max(each * copies / attrs.experts, 1e-6)
+        return found
+
+
+def _slots_of(param: Value) -> Iterator[Value]:
+    """Yield the slots of the rows that a parameter is multiplied with."""
+    for node in users_within(param):
+        for value in node.operands:
+            for axis in value.type:
+                if axis.name == "slot" and isinstance(axis.size, Extent):
+                    yield setter_of(axis.size)
+
+
+def _copies(weight: Expr) -> int:
+    """Return how many copies of a tensor a weight holds along an axis of experts."""
+    count, x = 1, weight
+    while x.operands:
+        if isinstance(x, Tile) and x.axis in COPIES and sources(x):
+            count *= x.size
+        x = _origin(x)
+    return count
+
+
+def _origin(e: Expr) -> Expr:
+    """Return the operand that `e` brings tensors from, not what is added or drawn anew."""
+    return next((x for x in reversed(e.operands) if _brings(x)), e.operands[-1])
+
+
+def _brings(e: Expr) -> bool:
+    """Return whether `e` brings tensors as they are, rather than what is computed of them."""
+    if isinstance(e, Mul | Moment):
+        return False
+    return isinstance(e, Source) or any(map(_brings, e.operands))
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """Moves moments as an expression moves weights.
+
+    Attributes:
+      known: the types of the moments before, by kind and tensor.
+      name_of: what a moment is saved as.
+      kind: of the moment.
+      gone: axes of the parameter that the moment does not have.
+    """
+
+    known: Mapping[str, Mapping[str, TensorType]]
+    name_of: NameOf
+    kind: str
+    gone: frozenset[str]
+
+    def of(self, e: Expr) -> Expr | None:
+        """Return the moment of `e`, or None where nothing is known of it."""
+        if isinstance(e, Source):
+            return self._source(e)
+        if isinstance(e, Draw | Full):
+            return None
+        if isinstance(e, Select):
+            return self._select(e)
+        if isinstance(e, Add):
+            # Noise on a copy.
+            parts = [x for x in e.operands if _brings(x)]
+            return self.of(parts[0]) if len(parts) == 1 else None
+        if isinstance(e, Cast):
+            return self.of(e.x)
+        if isinstance(e, Scale):
+            inner = self.of(e.x)
+            power = 1 if self.kind == FIRST else 2
+            return None if inner is None or not e.factor else Scale(inner, e.factor**-power)
+        return self._moved(e)
+
+    def _source(self, e: Source) -> Expr | None:
+        """Return the saved moment that has the axes that are wanted; of factors, either may."""
+        wanted = frozenset(e.type.names) - self.gone
+        kinds = FACTORS if self.kind in FACTORS else (self.kind,)
+        for kind in kinds:
+            type = self.known.get(kind, {}).get(e.name)
+            if type is not None and frozenset(type.names) == wanted:
+                return Source(self.name_of(kind, e.name), type)
+        return None
+
+    def _select(self, e: Select) -> Expr | None:
+        """Return the moment of neurons of which some are drawn anew."""
+        kept = self.of(e.b)
+        if kept is None or self.kind != FIRST or not set(e.mask.type.names) <= set(kept.type.names):
+            return kept
+        return Select(e.mask, Full(0.0, kept.type), kept)
+
+    def _moved(self, e: Expr) -> Expr | None:
+        inner = [self.of(x) for x in e.operands]
+        made = [x for x in inner if x is not None]
+        if len(made) < len(inner) or not made:
+            return None
+        x, names = made[0], made[0].type.names
+        match e:
+            case Tile():
+                return Tile(x, e.axis, e.size, min(e.position, x.type.rank))
+            case Stack():
+                return Stack(tuple(made), e.axis, min(e.position, x.type.rank))
+            case Concat():
+                return Concat(tuple(made), e.axis) if e.axis in names else x
+            case Index():
+                return Index(x, e.axis, e.at) if e.axis in names else x
+            case Slice():
+                return Slice(x, e.axis, e.start, e.stop) if e.axis in names else x
+            case Rename():
+                return Rename(x, e.old, e.new) if e.old in names else x
+            case Permute():
+                return Permute(x, tuple(n for n in e.order if n in names))
+            case Split():
+                return self._split(e, x)
+            case Merge():
+                return Merge(x, e.axes, e.into) if set(e.axes) <= set(names) else None
+        return None
+
+    def _split(self, e: Split, x: Expr) -> Expr:
+        if e.axis in x.type.names:
+            return Split(x, e.axis, e.into)
+        # A mean along an axis that is cut is taken for the mean along each of its parts.
+        for name, size in e.into:
+            if name != e.axis:
+                x = Tile(x, name, size)
+        return x

@@ -9,9 +9,16 @@ threads never change a byte.  Keys are fixed when the expression is created.
 from __future__ import annotations
 
 import hashlib
+from decimal import Context, Decimal
+from functools import lru_cache
+from itertools import product
+from math import prod
+from typing import Any
 
-from moecc.types.dtypes import F32
-from moecc.types.tensor import TensorType
+import numpy as np
+import numpy.typing as npt
+
+from moecc.types import F32, TensorType
 from moecc.weights.expr import Expr, axis_of, check_finite, check_type, node, size
 
 LARGEST = 3.4e38
@@ -168,3 +175,194 @@ def _check_spread(expr: Expr, std: float) -> None:
     check_finite(expr, "the standard deviation", std)
     if std < 0.0:
         raise expr.error("a standard deviation must not be negative", found=str(std))
+
+
+# Random words addressed by index, and the numbers computed from them.
+#
+# Only additions, products, quotients, square roots and shifts are used, each of which IEEE 754
+# rounds uniquely, so that every platform draws the same bytes; logarithms and error functions of
+# the C library do not guarantee that.
+
+Words = npt.NDArray[np.uint64]
+Floats = npt.NDArray[np.float64]
+Box = tuple[tuple[int, int], ...]
+"""A range [start, stop) for each axis."""
+
+_WORDS_PER_COUNTER = 4
+_BLOCK = 1 << 17
+"""How many numbers are computed at a time: intermediates should stay in the cache, and threads
+should not contend for the interpreter lock too often."""
+
+_MAX_WASTE = 4
+
+
+def stream(key: int, start: int, count: int) -> Words:
+    """Return words [start, start + count) of the stream of `key`, ``u64[count]``.
+
+    Philox4x64-10 gives four words for each value of its counter.
+    """
+    counter, skip = divmod(start, _WORDS_PER_COUNTER)
+    generator = np.random.Philox(key=key, counter=counter)
+    words: Words = generator.random_raw(skip + count)[skip:]
+    return words
+
+
+def box_words(key: int, sizes: tuple[int, ...], box: Box) -> Words:
+    """Return the words of the elements in `box` of a draw with axes of `sizes`."""
+    extents = [stop - start for start, stop in box]
+    if not prod(extents):
+        return np.empty(extents, np.uint64)
+    whole = _first_whole(sizes, box)
+    inner = max(0, whole - 1)
+    if prod(extents[:inner]) > 1 and prod(sizes[inner:]) <= _MAX_WASTE * prod(extents[inner:]):
+        # One long run is faster than many short ones, although some of its words are unused.
+        rows = box_words(key, sizes, (*box[:inner], *((0, n) for n in sizes[inner:])))
+        return rows[(slice(None),) * inner + tuple(slice(*ends) for ends in box[inner:])]
+    if prod(extents[:inner]) == 1:
+        return stream(key, _flat(sizes, [s for s, _ in box]), prod(extents)).reshape(extents)
+    found = np.empty(extents, np.uint64)
+    for place in product(*(range(start, stop) for start, stop in box[:inner])):
+        first = _flat(sizes, [*place, *(start for start, _ in box[inner:])])
+        row = tuple(at - start for at, (start, _) in zip(place, box, strict=False))
+        found[row] = stream(key, first, prod(extents[inner:])).reshape(extents[inner:])
+    return found
+
+
+def _first_whole(sizes: tuple[int, ...], box: Box) -> int:
+    """Return the first axis from which on `box` covers all positions."""
+    at = len(sizes)
+    while at and box[at - 1] == (0, sizes[at - 1]):
+        at -= 1
+    return at
+
+
+def _flat(sizes: tuple[int, ...], place: list[int]) -> int:
+    """Return the row-major index of the element at `place`, as an exact integer."""
+    flat = 0
+    for length, position in zip(sizes, place, strict=True):
+        flat = flat * length + position
+    return flat
+
+
+def uniform(words: Words, low: float, high: float) -> npt.NDArray[np.float32]:
+    """Return numbers uniform on [low, high), of the same shape."""
+    return _blockwise(words, lambda w: low + (high - low) * ((w >> np.uint64(11)) * 2.0**-53))
+
+
+def normal(words: Words, mean: float, std: float) -> npt.NDArray[np.float32]:
+    """Return normal numbers, of the same shape, by inversion of the distribution function."""
+    return _blockwise(words, lambda w: mean + std * normal_quantile(open_unit(w)))
+
+
+def truncated_normal(words: Words, std: float, bound: float) -> npt.NDArray[np.float32]:
+    """Return normal numbers of mean 0 within `bound` standard deviations, of the same shape."""
+    low = tail(bound)
+
+    def draw(w: Words) -> Floats:
+        z = normal_quantile(low + (1.0 - 2.0 * low) * open_unit(w))
+        z.clip(-bound, bound, out=z)
+        z *= std
+        return z
+
+    return _blockwise(words, draw)
+
+
+def open_unit(words: Words) -> Floats:
+    """Return numbers uniform on the open interval (0, 1)."""
+    # With 53 bits the largest would round to 1.
+    return ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+
+
+def _blockwise(words: Words, draw: Any) -> npt.NDArray[np.float32]:
+    flat = np.ascontiguousarray(words).reshape(-1)
+    made = np.empty(flat.shape, np.float32)
+    for at in range(0, flat.size, _BLOCK):
+        made[at : at + _BLOCK] = draw(flat[at : at + _BLOCK])
+    return made.reshape(words.shape)
+
+
+# Rational approximations of the normal quantile: Wichura, "Algorithm AS 241", Applied Statistics
+# 37(3), 1988, function PPND16; relative error about 1e-16.  Highest power first.
+_CENTRE = (
+    (2.5090809287301226727e3, 3.3430575583588128105e4, 6.7265770927008700853e4,
+     4.5921953931549871457e4, 1.3731693765509461125e4, 1.9715909503065514427e3,
+     1.3314166789178437745e2, 3.3871328727963666080e0),
+    (5.2264952788528545610e3, 2.8729085735721942674e4, 3.9307895800092710610e4,
+     2.1213794301586595867e4, 5.3941960214247511077e3, 6.8718700749205790830e2,
+     4.2313330701600911252e1, 1.0),
+)  # fmt: skip
+_NEAR_TAIL = (
+    (7.74545014278341407640e-4, 2.27238449892691845833e-2, 2.41780725177450611770e-1,
+     1.27045825245236838258e0, 3.64784832476320460504e0, 5.76949722146069140550e0,
+     4.63033784615654529590e0, 1.42343711074968357734e0),
+    (1.05075007164441684324e-9, 5.47593808499534494600e-4, 1.51986665636164571966e-2,
+     1.48103976427480074590e-1, 6.89767334985100004550e-1, 1.67638483018380384940e0,
+     2.05319162663775882187e0, 1.0),
+)  # fmt: skip
+_FAR_TAIL = (
+    (2.01033439929228813265e-7, 2.71155556874348757815e-5, 1.24266094738807843860e-3,
+     2.65321895265761230930e-2, 2.96560571828504891230e-1, 1.78482653991729133580e0,
+     5.46378491116411436990e0, 6.65790464350110377720e0),
+    (2.04426310338993978564e-15, 1.42151175831644588870e-7, 1.84631831751005468180e-5,
+     7.86869131145613259100e-4, 1.48753612908506148525e-2, 1.36929880922735805310e-1,
+     5.99832206555887937690e-1, 1.0),
+)  # fmt: skip
+
+
+def normal_quantile(p: Floats) -> Floats:
+    """Return the normal quantile of probabilities within (0, 1), ``f64[n]``."""
+    q = p - 0.5
+    z: Floats = q * _ratio(_CENTRE, 0.180625 - q * q)
+    tails = np.flatnonzero(np.abs(q) > 0.425)
+    if tails.size:
+        r = np.sqrt(-_log(np.minimum(p[tails], 1.0 - p[tails])))
+        far = _ratio(_FAR_TAIL, r - 5.0)
+        z[tails] = np.copysign(np.where(r <= 5.0, _ratio(_NEAR_TAIL, r - 1.6), far), q[tails])
+    return z
+
+
+def _ratio(coefficients: tuple[tuple[float, ...], tuple[float, ...]], x: Floats) -> Floats:
+    over, under = (_polynomial(c, x) for c in coefficients)
+    over /= under
+    return over
+
+
+def _polynomial(coefficients: tuple[float, ...], x: Floats) -> Floats:
+    value = x * coefficients[0]
+    for c in coefficients[1:-1]:
+        value += c
+        value *= x
+    value += coefficients[-1]
+    return value
+
+
+_LN2 = 0.6931471805599453
+_ATANH = tuple(2.0 / (2 * k + 1) for k in reversed(range(12)))
+
+
+def _log(x: Floats) -> Floats:
+    """Return natural logarithms, to about 1e-16, using only exactly rounded operations."""
+    mantissa, exponent = np.frexp(x)
+    low = mantissa < 0.7071067811865476
+    mantissa = np.where(low, mantissa * 2.0, mantissa)
+    exponent = exponent - low
+    # log m = 2 atanh f, with |f| <= 0.172, so that twelve terms reach the last bit.
+    f = (mantissa - 1.0) / (mantissa + 1.0)
+    return exponent * _LN2 + f * _polynomial(_ATANH, f * f)
+
+
+@lru_cache
+def tail(bound: float) -> float:
+    """Return the probability that a normal number is below -`bound`, for bounds up to 8."""
+    context = Context(prec=60)
+    b = Decimal(bound)
+    term = total = b
+    n = 0
+    # The Taylor series of the distribution function at 0: sum of (-1)^n b^(2n+1) / (n! 2^n (2n+1)).
+    while abs(term) > Decimal("1e-50"):
+        n += 1
+        term = context.divide(context.multiply(term, context.multiply(b, -b)), Decimal(2 * n))
+        total = context.add(total, context.divide(term, Decimal(2 * n + 1)))
+    pi = Decimal("3.14159265358979323846264338327950288419716939937510582097494459")
+    root = context.sqrt(context.multiply(2, pi))
+    return float(context.subtract(Decimal("0.5"), context.divide(total, root)))

@@ -14,31 +14,52 @@ from typing import Any, Protocol
 import numpy as np
 
 from moecc.errors import InputError
-from moecc.types.arrays import Array
-from moecc.types.dtypes import DType
-from moecc.types.tensor import TensorType
-from moecc.weights import moments, random
-from moecc.weights.arithmetic import Add, Cast, Minimum, Moment, Mul, Scale, Select
-from moecc.weights.boxes import Box, align, extents, flat_boxes, project, row_blocks, runs, whole
-from moecc.weights.clustering import cluster_order
+from moecc.types import Array, DType, TensorType
+from moecc.weights import draws as random
+from moecc.weights import fits as moments
+from moecc.weights.arithmetic import (
+    Add,
+    Cast,
+    Minimum,
+    Moment,
+    Mul,
+    Scale,
+    Select,
+    first_nonfinite,
+    round_to,
+    widen,
+)
 from moecc.weights.draws import Draw, Normal, Subset, TruncatedNormal, Uniform
-from moecc.weights.expr import Expr, Full, Source, size
+from moecc.weights.expr import (
+    Box,
+    Expr,
+    Full,
+    Source,
+    align,
+    extents,
+    flat_boxes,
+    project,
+    row_blocks,
+    runs,
+    size,
+    whole,
+)
 from moecc.weights.expr import sources as sources
-from moecc.weights.fits import Fitted
-from moecc.weights.fitting import fitted_rows, remembered
+from moecc.weights.fits import Fitted, cluster_order, fitted_rows, remembered
 from moecc.weights.movement import (
+    Clusters,
     Concat,
     Index,
     Merge,
+    Permutation,
     Permute,
     Rename,
     Slice,
     Split,
     Stack,
+    Take,
     Tile,
 )
-from moecc.weights.orders import Clusters, Permutation, Take
-from moecc.weights.rounding import first_nonfinite, round_to, widen
 from moecc.weights.simplify import simplify
 
 BLOCK_BYTES = 4 << 20
@@ -52,7 +73,7 @@ class ValuesOverflow(InputError):
 
 
 class Reader(Protocol):
-    """Reads the tensors of a checkpoint: `moecc.checkpoint.source.Checkpoint.read`."""
+    """Reads the tensors of a checkpoint: `moecc.formats.source.Checkpoint.read`."""
 
     def __call__(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows [start, stop) of the first axis of a tensor."""

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from math import isfinite
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isfinite, prod
+from weakref import WeakKeyDictionary, ref
 
-from moecc.types.dtypes import F32
-from moecc.types.tensor import TensorType
-from moecc.weights.expr import Expr, computed, node
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from moecc.types import F32, F64, Array, Doubles, TensorType
+from moecc.weights.arithmetic import Moment, widen
+from moecc.weights.expr import Box, Expr, align, node, project
+from moecc.weights.expr import computed_dtype as computed
 
 
 @node
@@ -62,3 +72,296 @@ class Fitted(Expr):
     def __str__(self) -> str:
         parts = ", ".join(map(str, self.operands))
         return f"fitted({parts}, ridge={self.ridge!r}, std={self.std!r})"
+
+
+# Values of expressions that are computed as a whole, and kept for the next tensor that needs
+# them.
+#
+# An order is needed by every matrix of a block, and by each of its experts.
+
+MAX_KEPT_BYTES = 1 << 22
+"""Larger values are computed again."""
+
+_kept: WeakKeyDictionary[Expr, tuple[ref[object], Array]] = WeakKeyDictionary()
+_lock = threading.RLock()
+"""Held while a value is computed, which may need others: a matrix for each thread that asks for
+the same order would take its memory many times."""
+
+
+def remembered(expr: Expr, reader: object, compute: Callable[[], Array]) -> Array:
+    """Return the value of `expr` over a checkpoint, computed once while both exist.
+
+    Args:
+      expr: the expression.
+      reader: reads its sources: a method of the checkpoint, or a function.
+      compute: computes the value.
+    """
+    owner = getattr(reader, "__self__", reader)
+    with _lock:
+        known = _kept.get(expr)
+        if known is not None and known[0]() is owner:
+            return known[1]
+        made = compute()
+        if made.nbytes <= MAX_KEPT_BYTES:
+            _kept[expr] = (ref(owner), made)
+    return made
+
+
+def fitted_rows(
+    covariance: Doubles, mean: Doubles, cross: Doubles, *, ridge: float, std: float
+) -> Array:
+    """Return the rows of a router, ``[expert, embed]``; see `moecc.weights.fits.Fitted`."""
+    rows = cross
+    unit = float(np.trace(covariance)) / len(mean)
+    if ridge and unit > 0:
+        regular = covariance.copy()
+        np.einsum("ii->i", regular)[:] += ridge * unit
+        rows = np.asarray(np.linalg.solve(regular, cross.T).T, np.float64)
+    rows = rows - rows.mean(axis=0)
+    length = float(mean @ mean)
+    if length:
+        rows = rows - np.outer(rows @ mean / length, mean)
+    variance = float(np.einsum("ed,dc,ec->", rows, covariance, rows)) / len(rows)
+    # Where the input says nothing of the targets, all rows are zero, or noise of rounding.
+    scale = std / variance**0.5 if variance > 0 else 0.0
+    return np.asarray((rows * scale).astype(ml_dtypes.bfloat16), np.float32)
+
+
+# Balanced clusters of neurons by how often they are active together.
+#
+# After CMoE (2502.04416, §3): neurons that are active at most tokens come first, the others are
+# divided into clusters of equal size.  The distance of a neuron from a cluster is that of the
+# vectors
+# that say at which tokens a neuron is active, and follows from the counts of pairs alone:
+# ‖m_i − c‖² = A_ii − 2/n Σ_j A_ij + 1/n² Σ_jk A_jk over the n members j, k.  All sums are of
+# whole
+# numbers below 2⁵³, so they are exact in any order, and the result is the same on every machine.
+
+ROUNDS = 10
+"""Assignments after which the clusters are taken as they are; most settle before."""
+
+Rows = Callable[[int, int], Array]
+"""Returns rows [start, stop) of the counts."""
+
+_ROWS = 1024
+"""Rows that are widened at a time."""
+
+
+def cluster_order(rows: Rows, neurons: int, first: int, groups: int) -> Array:
+    """Return the order ``[neurons]``: the most active first, then cluster by cluster.
+
+    Args:
+      rows: the counts of pairs, ``[neurons, neurons]``, by rows.
+      neurons: their number.
+      first: how many come first, by how often they are active.
+      groups: the clusters of the others, of equal size.
+    """
+    rates = np.concatenate([_diagonal(rows, start, stop) for start, stop in _chunks(neurons)])
+    # Equal rates keep the order of their numbers.
+    by_rate = np.argsort(-rates, kind="stable")
+    leading, rest = by_rate[:first], np.sort(by_rate[first:])
+    if groups == 1:
+        return np.concatenate([leading, rest]).astype(np.int32)
+    member = _seeded(rows, rates, rest, groups)
+    for _ in range(ROUNDS):
+        moved = _assigned(_distances(rows, rates, rest, member, groups))
+        if np.array_equal(moved, member):
+            break
+        member = moved
+    inside = np.argsort(member, kind="stable")
+    return np.concatenate([leading, rest[inside]]).astype(np.int32)
+
+
+def _chunks(neurons: int) -> list[tuple[int, int]]:
+    return [(start, min(start + _ROWS, neurons)) for start in range(0, neurons, _ROWS)]
+
+
+def _diagonal(rows: Rows, start: int, stop: int) -> Doubles:
+    return np.diagonal(rows(start, stop), offset=start).astype(np.float64)
+
+
+def _seeded(rows: Rows, rates: Doubles, rest: Array, groups: int) -> Array:
+    """Return first clusters, around neurons that are far apart.
+
+    The first is the most active one, each next one is the farthest from those before: the most
+    active neurons alone, as in CMoE, may all be of one cluster.
+    """
+    seed = int(rest[np.argmax(rates[rest])])
+    far = []
+    for _ in range(groups):
+        together = rows(seed, seed + 1)[0, rest].astype(np.float64)
+        far.append(rates[rest] + rates[seed] - 2 * together)
+        seed = int(rest[np.argmax(np.min(far, axis=0))])
+    return _assigned(np.stack(far, axis=1))
+
+
+def _distances(rows: Rows, rates: Doubles, rest: Array, member: Array, groups: int) -> Doubles:
+    """Return the squared distance of each of `rest` from each cluster, ``[rest, groups]``."""
+    size = len(rest) // groups
+    inside = np.zeros((len(rates), groups))
+    inside[rest, member] = 1.0
+    sums = np.concatenate(
+        [rows(a, b).astype(np.float64) @ inside for a, b in _chunks(len(rates))]
+    )[rest]  # fmt: skip
+    within = (sums * inside[rest]).sum(axis=0)
+    return np.asarray(rates[rest][:, None] - 2 / size * sums + within / size**2)
+
+
+def _assigned(distances: Doubles) -> Array:
+    """Return the cluster of each neuron, all of one size; who loses most chooses first."""
+    count, groups = distances.shape
+    best = np.sort(distances, axis=1)
+    eager = np.argsort(best[:, 0] - best[:, 1], kind="stable")
+    wishes = np.argsort(distances, axis=1, kind="stable")
+    room = [count // groups] * groups
+    member = np.empty(count, np.int64)
+    for neuron in eager.tolist():
+        chosen = next(group for group in wishes[neuron].tolist() if room[group])
+        room[chosen] -= 1
+        member[neuron] = chosen
+    return member
+
+
+# Means and standard deviations whose bytes do not depend on the division into blocks.
+
+Floats = npt.NDArray[np.float64]
+Counts = npt.NDArray[np.int64]
+Block = Callable[[Expr, Box], Array]
+Ranges = dict[str, tuple[int, int]]
+
+_WORK_ELEMENTS = 1 << 19
+"""How many elements are widened to float64 at a time, 4 MiB."""
+
+_REMEMBERED = 4096
+_REMEMBERED_BYTES = 1 << 16
+
+
+class Memory:
+    """Computes moments and caches small results, which each block of a tensor needs again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: OrderedDict[tuple[Moment, Box], Floats] = OrderedDict()
+
+    def moment(self, block: Block, e: Moment, box: Box) -> Floats:
+        """Return a moment in float64, for the kept positions in `box`.
+
+        Args:
+          block: evaluates a box of an expression.
+          e: the moment.
+          box: a range of each kept axis.
+        """
+        with self._lock:
+            known = self._known.get((e, box))
+        if known is not None:
+            return known
+        made = self._computed(block, e, box)
+        if made.nbytes <= _REMEMBERED_BYTES:
+            self._remember((e, box), made)
+        return made
+
+    def _computed(self, block: Block, e: Moment, box: Box) -> Floats:
+        """Return a moment, of a few kept positions at a time, in the order in which x is stored."""
+        cut = _cut(e, box)
+        if cut is not None:
+            at, step = cut
+            start, stop = box[at]
+            pieces = [
+                self._computed(block, e, (*box[:at], (i, min(i + step, stop)), *box[at + 1 :]))
+                for i in range(start, stop, step)
+            ]
+            return np.concatenate(pieces, axis=at)
+        if e.kind == "mean":
+            return _mean(block, e, box, None)
+        centre = self.moment(block, Moment("mean", e.x, e.mask, e.keep), box)
+        return np.asarray(np.sqrt(_mean(block, e, box, centre)))
+
+    def _remember(self, key: tuple[Moment, Box], value: Floats) -> None:
+        with self._lock:
+            self._known[key] = value
+            if len(self._known) > _REMEMBERED:
+                self._known.popitem(last=False)
+
+
+def _cut(e: Moment, box: Box) -> tuple[int, int] | None:
+    """Return which kept axis to divide, and into pieces of how many; None if all is small enough.
+
+    The outermost axis of x first: its pieces lie together.
+    """
+    kept = dict(zip(e.keep, box, strict=True))
+    elements = prod(
+        kept[n][1] - kept[n][0] if n in kept else size
+        for n, size in zip(e.x.type.names, e.x.type.shape, strict=True)
+    )
+    for name in e.x.type.names if elements > _WORK_ELEMENTS else ():
+        start, stop = kept.get(name, (0, 1))
+        if stop - start > 1:
+            return e.keep.index(name), max(1, _WORK_ELEMENTS * (stop - start) // elements)
+    return None
+
+
+def _mean(block: Block, e: Moment, box: Box, centre: Floats | None) -> Floats:
+    """Return the mean over the reduced axes of x, or of its squared distance from `centre`."""
+    kept = dict(zip(e.keep, box, strict=True))
+    reduced = tuple(name for name in e.x.type.names if name not in e.keep)
+    total, count = _Sums(block, e, centre).sums(kept, reduced)
+    return np.divide(total, count, out=np.zeros_like(total), where=count > 0)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums the elements that count, axis after axis, the last first."""
+
+    block: Block
+    e: Moment
+    centre: Floats | None
+
+    def sums(self, kept: Ranges, reduced: tuple[str, ...]) -> tuple[Floats, Counts]:
+        """Return sums and numbers of elements, with the axes of `kept` in their order."""
+        sizes = [self.e.x.type.shape[self.e.x.type.names.index(name)] for name in reduced]
+        elements = prod(stop - start for start, stop in kept.values()) * prod(sizes)
+        if not reduced or elements <= _WORK_ELEMENTS:
+            return self.direct(kept, reduced)
+        step = max(1, _WORK_ELEMENTS * sizes[0] // elements)
+        parts = [
+            self.sums({**kept, reduced[0]: (at, min(at + step, sizes[0]))}, reduced[1:])
+            for at in range(0, sizes[0], step)
+        ]
+        total = np.concatenate([part for part, _ in parts], axis=-1)
+        return _fold(total), np.concatenate([n for _, n in parts], axis=-1).sum(axis=-1)
+
+    def direct(self, kept: Ranges, reduced: tuple[str, ...]) -> tuple[Floats, Counts]:
+        x = self.e.x.type
+        box = tuple(kept.get(n, (0, size)) for n, size in zip(x.names, x.shape, strict=True))
+        order = (*kept, *reduced)
+        values = widen(align(self.block(self.e.x, box), x.names, order), F64)
+        if self.centre is not None:
+            centre = self.centre.reshape(self.centre.shape + (1,) * (x.rank - self.centre.ndim))
+            with np.errstate(invalid="ignore"):  # ∞ − ∞, in a source that may hold infinity
+                values -= centre
+            values *= values
+        counted = np.ones((1,) * x.rank, bool)
+        if self.e.mask is not None:
+            mask = self.e.mask.type
+            counted = align(self.block(self.e.mask, project(box, x, mask)), mask.names, order)
+            values = np.where(counted, values, 0.0)
+        count = np.broadcast_to(counted, values.shape).sum(
+            axis=tuple(range(len(kept), x.rank)), dtype=np.int64
+        )
+        for _ in reduced:
+            values = _fold(values)
+        return values, np.asarray(count)
+
+
+def _fold(values: Floats) -> Floats:
+    """Sum the last axis, halving it again and again.
+
+    The tree of additions depends on the length alone: `numpy.sum` may add in another order on
+    another processor.
+    """
+    while values.shape[-1] > 1:
+        half = values.shape[-1] // 2
+        odd = values[..., 2 * half :]
+        values = values[..., :half] + values[..., half : 2 * half]
+        values[..., : odd.shape[-1]] += odd
+    return values[..., 0] if values.shape[-1] else np.zeros(values.shape[:-1])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from moecc.pipeline.passes import Pass
-    from moecc.pipeline.template import PipelineTemplate
+    from moecc.pipeline.text import PipelineTemplate
 
 
 def _add_losses() -> type[Pass]:
@@ -44,13 +44,13 @@ def _dce() -> type[Pass]:
 
 
 def _decode() -> type[Pass]:
-    from moecc_passes.decode.decode import DecodePass
+    from moecc_passes.decode import DecodePass
 
     return DecodePass
 
 
 def _expert_parallel() -> type[Pass]:
-    from moecc_passes.sharding.experts.expert_parallel import ExpertParallelPass
+    from moecc_passes.sharding.expert_parallel import ExpertParallelPass
 
     return ExpertParallelPass
 
@@ -68,7 +68,7 @@ def _freeze() -> type[Pass]:
 
 
 def _fuse_attention() -> type[Pass]:
-    from moecc_passes.fuse_attention.fuse_attention import FuseAttentionPass
+    from moecc_passes.fuse_attention import FuseAttentionPass
 
     return FuseAttentionPass
 

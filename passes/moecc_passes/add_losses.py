@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import reduce
+from itertools import chain
 from math import isfinite
 from typing import Annotated, ClassVar, Literal
 
@@ -11,14 +13,113 @@ from moecc.errors import InputError, Problem
 from moecc.ir.attributes import RouteAttrs, SoftmaxAttrs
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.losses import LossBuilder, emit_z
-from moecc.ir.metrics import BALANCE_BIASES, CHOSEN, MetricBuilder
-from moecc.ir.routed import MASK, TOTALS, Means
+from moecc.ir.routing_losses import (
+    BALANCE_BIASES,
+    CHOSEN,
+    MASK,
+    TOTALS,
+    LossBuilder,
+    Means,
+    MetricBuilder,
+    emit_z,
+)
 from moecc.ir.table.slots import operands_by_word
-from moecc.pipeline.lints import BALANCE, ROUTER_Z, coefficient
-from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Remark
-from moecc_passes.loss_outputs import Weighted, joined, metrics_of, tallies_of, total_of
+from moecc.pipeline.passes import (
+    BALANCE,
+    EXACT,
+    ROUTER_Z,
+    Context,
+    Pass,
+    PassResult,
+    Remark,
+    coefficient,
+)
 from moecc_passes.routed import NOTHING_ROUTED, RoutedLayer, attention_scores, routed_layers
+
+# The outputs of ``add-losses``: metrics of each layer, and losses joined over layers.
+
+ORDER = ("balance", "router_z", "importance", "load", "attention_z")
+"""The losses of layers, in the order in which they are returned."""
+
+Weighted = list[tuple[str, float, Value]]
+"""Losses of one layer: name, coefficient, value."""
+
+
+def metrics_of(made: MetricBuilder, layer: RoutedLayer) -> dict[str, Value]:
+    """Return the metrics of a layer by name: those defined for its kind of routing."""
+    loads, scores = made.loads(), made.means.routed.scores
+    found = {
+        "left_behind": made.left_behind(),
+        "gate_mean": made.gate_mean(),
+        "max_violation": made.max_violation(loads),
+        "dead_experts": made.dead_experts(loads),
+        "loads": loads,
+    }
+    if not layer.experts_choose:
+        found["dropped"] = made.dropped()
+    if layer.assigner.attrs["slots"] == "capacity":
+        found["utilisation"] = made.utilisation()
+    if scores is not None:
+        found["entropy"] = made.entropy(scores)
+    if scores is not None and scores.count > 1:
+        found["margin"] = made.margin(scores)
+    return found
+
+
+def tallies_of(made: MetricBuilder, layer: RoutedLayer) -> dict[str, Value]:
+    """Return the sums over the parts of a batch from which metrics are made."""
+    scores = made.means.routed.scores
+    found = {
+        CHOSEN: made.chosen(),
+        "rows": made.rows(),
+        "left_behind": made.left_behind(),
+        "gate_mean": made.gate_mean(),
+    }
+    if not layer.experts_choose:
+        found["asked"] = made.asked()
+    if layer.assigner.attrs["slots"] == "capacity":
+        found["utilisation"] = made.utilisation()
+    if scores is not None:
+        found["entropy"] = made.entropy(scores)
+        found["logit_square"] = made.logit_square(scores)
+    if scores is not None and scores.count > 1:
+        found["margin"] = made.margin(scores)
+    return found
+
+
+def joined(builder: Builder, losses: Iterable[Weighted], how: str) -> Weighted:
+    """Return each kind of loss once, the sum or mean over the layers that have it."""
+    kinds: dict[str, list[Value]] = {}
+    coefficients = {}
+    for name, factor, value in chain.from_iterable(losses):
+        kinds.setdefault(name, []).append(value)
+        coefficients[name] = factor
+    found: Weighted = []
+    for name in sorted(kinds, key=ORDER.index):
+        total = kinds[name][0]
+        if len(kinds[name]) > 1:
+            # One sum over all layers, which is the same for rolled layers.
+            every = builder.stack(*kinds[name], axis="layer")
+            total = (
+                builder.sum(every, axes="layer")
+                if how == "sum"
+                else builder.mean(every, axes="layer")
+            )
+        found.append((name, coefficients[name], total))
+    return found
+
+
+def total_of(builder: Builder, losses: Weighted) -> Value:
+    """Return the sum of losses, each times its factor."""
+    kinds = {value.type.dtype.name for _, _, value in losses}
+    parts = []
+    for _, factor, value in losses:
+        # The output's logits may be declared in another type than the router's.
+        same = value if len(kinds) == 1 else builder.cast(value, dtype="f32")
+        parts.append(builder.scale(same, by=factor))
+    total: Value = reduce(builder.add, parts)
+    return total
+
 
 PREFIXES = ("loss.", "metric.", MASK)
 """The prefixes of the output names."""
@@ -48,8 +149,8 @@ class AddLossesPass(Pass):
         output loss.auxiliary = %a      # 0.01 · balance + 0.001 · router_z
         output metric.layers.3.ffn.dropped = %d
 
-    Formulas are in ``moecc/ir/losses.py``, constants are those of ST-MoE.  A training loss is
-    that of the model plus ``loss.auxiliary``.  mesh-tensorflow multiplies its z-loss by the
+    Formulas are in ``moecc/ir/routing_losses.py``, constants are those of ST-MoE.  A training loss
+    is that of the model plus ``loss.auxiliary``.  mesh-tensorflow multiplies its z-loss by the
     coefficient of the balance loss as well, and T5X takes the mean over layers: for m layers
     its coefficients are m times these.
 

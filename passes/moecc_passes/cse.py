@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moecc.ir.graph import Graph, Node
-from moecc.ir.replace import replace_value
+from moecc.ir.structure import replace_value
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult
 from moecc.rewrite.driver import may_rewrite
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from moecc.analysis.groups import ATTRIBUTE, parameter_groups, trainable
+from moecc.analysis import ATTRIBUTE, parameter_groups, trainable
 from moecc.errors import Problem
 from moecc.ir.graph import Graph
-from moecc.pipeline.lints import advice
-from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Remark
+from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Remark, advice
 
 Group = Literal["all", "moe", "non-moe", "router", "attention", "ffn", "norm", "embedding"]
 
@@ -27,7 +26,7 @@ class FreezePass(Pass):
         attr family = "mixtral"
         attr frozen = {"groups": ["moe"], "only": []}
 
-    ``moecc.analysis.groups.trainable`` makes the mask from it.  ST-MoE found that training all but
+    ``moecc.analysis.trainable`` makes the mask from it.  ST-MoE found that training all but
     the experts is as good as training everything, and training the experts alone much worse.
     """
 

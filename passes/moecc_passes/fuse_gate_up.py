@@ -2,12 +2,218 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moecc.ir.graph import Graph
+from moecc.ir.attributes import ContractAttrs
+from moecc.ir.builder import Builder
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.structure import replace_value
 from moecc.pipeline.passes import Context, Pass, PassResult, Preserves
-from moecc.rewrite.fuse_siblings import fuse_siblings
+from moecc.rewrite.pattern import P, fits
+from moecc.types import Axis
+from moecc.weights.movement import Concat
+
+# Fuse sibling contractions: gate and up, of one value, whose results meet in one down matrix.
+#
+# The rewrite of the pass ``fuse-gate-up``, in the core so that backends can apply it too.
+# Siblings
+# contract the same value, each with its own parameter, over the same axes and to the same new
+# axis, and meet, element by element, in a value whose new axis a further parameter contracts.
+# Query, key and value are therefore no siblings, nor are routers.
+
+PROJECTION = P.contract(P.any("x"), P.param("w"), over=P.attr("over"))
+"""A contraction of a value with a parameter."""
+
+
+@dataclass(frozen=True)
+class Siblings:
+    """Contractions of one value that can be fused.
+
+    Attributes:
+      nodes: the contractions, in the order of the graph; each has one new axis, `axis`.
+      axis: the axis along which the matrices are concatenated.
+    """
+
+    nodes: tuple[Node, ...]
+    axis: str
+
+    @property
+    def params(self) -> tuple[Value, ...]:
+        """The matrices, in the order of `nodes`."""
+        return tuple(node.operands[1] for node in self.nodes)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The sizes of `axis`, in the order of `nodes`."""
+        return tuple(int(str(param.type[self.axis].size)) for param in self.params)
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A parameter that replaces several, for callers that hold the values of those.
+
+    Attributes:
+      param: the new parameter's name.
+      parts: the names of the replaced parameters, in order; they no longer exist.
+      axis: the axis along which their values are concatenated.
+    """
+
+    param: str
+    parts: tuple[str, ...]
+    axis: str
+
+
+def find_siblings(graph: Graph, *, need_weights: bool = True) -> list[Siblings]:
+    """Return the sibling contractions of `graph`, in order; a contraction is in at most one group.
+
+    Excluded are parameters that are also read elsewhere, of different types on disk, with axes in
+    different orders, or sharded along the concatenated axis: a shard of the whole is not the
+    concatenation of the shards of the parts.
+
+    Args:
+      graph: a graph.
+      need_weights: whether parameters without a weight expression are excluded too.  A caller that
+        concatenates their values itself (see `Fusion`) does not need expressions.
+    """
+    order = {node: i for i, node in enumerate(graph)}
+    found: list[Siblings] = []
+    taken: set[Node] = set()
+    for down in graph:
+        for group in _groups(down, order):
+            axis = _fusable_axis(group, need_weights)
+            if axis is not None and taken.isdisjoint(group):
+                found.append(Siblings(tuple(group), axis))
+                taken.update(group)
+    return found
+
+
+def fuse_siblings(graph: Graph, *, origin: str, need_weights: bool = True) -> list[Fusion]:
+    """Fuse each group of siblings into one contraction, in place, and return the fusions.
+
+    Before::
+
+        %a = contract %n, %gate {over=embed} : f32[batch=B, seq=S, mlp=1536]
+        %u = contract %n, %up {over=embed} : f32[batch=B, seq=S, mlp=1536]
+
+    After::
+
+        %f = contract %n, %gate.fused {over=embed} : f32[batch=B, seq=S, mlp=3072]
+        %a = slice %f {axis=mlp, start=0, stop=1536} : f32[batch=B, seq=S, mlp=1536]
+        %u = slice %f {axis=mlp, start=1536, stop=3072} : f32[batch=B, seq=S, mlp=1536]
+
+    Args:
+      graph: changed in place.
+      origin: the pass and rewrite, for the new nodes.
+      need_weights: see `find_siblings`.
+    """
+    made: dict[str, Value] = {}
+    fusions = []
+    for siblings in find_siblings(graph, need_weights=need_weights):
+        whole = _fused_param(graph, siblings)
+        parts = tuple(param.name for param in siblings.params)
+        _replace(graph, siblings, whole, origin)
+        made |= dict.fromkeys(parts, whole)
+        fusions.append(Fusion(whole.name, parts, siblings.axis))
+    _take_places(graph, made)
+    return fusions
+
+
+def _groups(down: Node, order: dict[Node, int]) -> Iterator[list[Node]]:
+    """Yield the contractions that meet in the operand of `down`, grouped by their input."""
+    found = fits(PROJECTION, down)
+    if found is None or len(found.attr("over")) != 1:
+        return
+    (inner,) = found.attr("over")
+    groups: dict[object, list[Node]] = {}
+    for node in _projections_to(found.value("x"), inner):
+        attrs = ContractAttrs.of_node(node)
+        key = (node.operands[0], attrs.over, attrs.precision)
+        groups.setdefault(key, []).append(node)
+    for group in groups.values():
+        if len(group) > 1:
+            yield sorted(group, key=order.__getitem__)
+
+
+def _projections_to(value: Value, inner: str) -> list[Node]:
+    """Return the contractions to the axis `inner` that feed `value` element by element."""
+    ends: list[Node] = []
+    seen: set[Node] = set()
+    stack = [value]
+    while stack:
+        node = stack.pop().node
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if fits(PROJECTION, node):
+            if inner in node.operands[1].type:
+                ends.append(node)
+        elif node.op.elementwise and inner in node.result.type:
+            stack.extend(v for v in node.operands if inner in v.type)
+    return ends
+
+
+def _fusable_axis(group: list[Node], need_weights: bool) -> str | None:
+    """Return the axis along which the matrices of `group` can be concatenated, or None."""
+    params = [node.operands[1] for node in group]
+    x, over = group[0].operands[0], ContractAttrs.of_node(group[0]).over
+    added = [n for n in params[0].type.names if n not in over and n not in x.type]
+    if len(added) != 1 or len(set(params)) != len(params):
+        return None
+    axis = added[0]
+    if any(len(p.users) != 1 or p.type[axis].mesh for p in params):
+        return None
+    if len({p.type for p in params}) != 1:
+        return None
+    return axis if _weights_agree(params, need_weights) else None
+
+
+def _weights_agree(params: list[Value], need_weights: bool) -> bool:
+    """Return whether one expression can hold the values of all the parameters."""
+    weights = [p.weight for p in params]
+    if None in weights:
+        return not need_weights and not any(weights)
+    return len({w.type.dtype for w in weights if w is not None}) == 1
+
+
+def _fused_param(graph: Graph, siblings: Siblings) -> Value:
+    first = siblings.params[0]
+    axis, width = siblings.axis, sum(siblings.sizes)
+    type = first.type.with_axes(Axis(axis, width) if a.name == axis else a for a in first.type)
+    weights = tuple(p.weight for p in siblings.params if p.weight is not None)
+    weight = Concat(weights, axis) if weights else None
+    return graph.param(graph.fresh(f"{first.name}.fused"), type, weight, loc=first.loc)
+
+
+def _replace(graph: Graph, siblings: Siblings, whole: Value, origin: str) -> None:
+    """Replace the siblings by one contraction and its slices."""
+    first, axis = siblings.nodes[0], siblings.axis
+    builder = Builder(graph, loc=first.loc, origin=origin, before=first)
+    attrs = ContractAttrs.of_node(first)
+    product = builder.contract(
+        first.operands[0], whole, over=attrs.over, precision=attrs.precision, name="fused"
+    )
+    parts: list[Value] = []
+    start = 0
+    for node, size in zip(siblings.nodes, siblings.sizes, strict=True):
+        builder.loc = node.loc
+        parts.append(builder.slice(product, axis=axis, start=start, stop=start + size))
+        start += size
+    for node, part in zip(siblings.nodes, parts, strict=True):
+        name = node.result.name
+        replace_value(node.result, part)
+        node.erase()
+        # A replacement takes over the name of the value, so that the text differs less.
+        graph.rename(part, name)
+
+
+def _take_places(graph: Graph, made: dict[str, Value]) -> None:
+    """Put each new parameter at the position of the first that it replaces, and erase those."""
+    order = dict.fromkeys(made.get(name, value) for name, value in graph.params.items())
+    for name in made:
+        graph.erase_param(name)
+    graph.order_params(order)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from moecc.errors import Problem
 from moecc.ir.graph import Graph, Value
-from moecc.types.dtypes import PRED
-from moecc.types.tensor import TensorType
+from moecc.types import PRED, TensorType
 
 
 def is_decoder(loc: str) -> bool:

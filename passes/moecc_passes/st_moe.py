@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Literal
 
 from moecc.errors import Problem
-from moecc.pipeline.lints import advice, too_much_capacity
-from moecc.pipeline.template import PipelineTemplate, Step, TemplateOption, TemplatePass
+from moecc.pipeline.passes import advice, too_much_capacity
+from moecc.pipeline.text import PipelineTemplate, Step, TemplateOption, TemplatePass
 from moecc_passes.add_losses import AddLossesPass
 from moecc_passes.specialize.record_modes import RecordModesPass
 from moecc_passes.specialize.specialize import SpecializePass

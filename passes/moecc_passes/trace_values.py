@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated, ClassVar
 
-from moecc.analysis.ffn import find_ffn_blocks
+from moecc.analysis import find_ffn_blocks
 from moecc.errors import InputError
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult
-from moecc.rewrite.match import NearMiss
+from moecc.rewrite.pattern import NearMiss
 from moecc_passes.routed import RoutedLayer, routed_layers
 
 PREFIX = "values."

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.replace import replace_value
+from moecc.ir.structure import replace_value
 from moecc.pipeline.passes import Context, Pass, PassResult, Preserves
 from moecc_passes.routed import NOTHING_ROUTED, RoutedLayer, routed_layers
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 
-from moecc.analysis.ffn import FFNBlock, find_ffn_blocks
+from moecc.analysis import FFNBlock, find_ffn_blocks
 from moecc.families import build
 from moecc.families.configs import (
     DecoderConfig,
@@ -25,8 +25,7 @@ from moecc.ir.graph import Value
 from moecc.testing import graphs
 from moecc.testing.blocks import attention, experts, feed_forward
 from moecc.testing.steps import binary, contract, unary
-from moecc.types.dtypes import F32
-from moecc.types.tensor import tensor
+from moecc.types import F32, tensor
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))

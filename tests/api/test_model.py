@@ -10,8 +10,8 @@ import pytest
 import moecc
 from moecc.errors import UnknownName
 from moecc.ir import print_graph
-from moecc.pipeline.registry import installed
-from moecc.types.dtypes import BF16
+from moecc.pipeline.text import installed
+from moecc.types import BF16
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 DENSE = GOLDEN / "llama_gqa"

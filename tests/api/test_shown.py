@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import moecc
-from moecc.support.shown import brief, facts_table
+from moecc.support.text import brief, facts_table
 
 DENSE = Path(__file__).parents[1] / "golden" / "llama_gqa"
 LINE = 400

@@ -17,7 +17,7 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 import moecc
 from moecc.cli.main import main
 from moecc.errors import InputError, MoeccError, UnknownName, UsageError
-from moecc.ir.parser import ParseError
+from moecc.ir.text import ParseError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 DENSE = GOLDEN / "llama_gqa"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moecc.types.arrays import Array
+from moecc.types import Array
 
 UNIT = 2.0**-24
 """The unit roundoff of float32."""

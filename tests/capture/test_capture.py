@@ -9,14 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from moecc_passes.resize.chosen import alike
+from moecc_passes.resize.layer import alike
 from safetensors.numpy import load_file, save_file
 from tiers import few
 
 import moecc
 from moecc.backend import get_backend
-from moecc.capture.folder import open_capture
-from moecc.capture.statistics import BlockSums
+from moecc.capture import BlockSums, open_capture
 from moecc.cli.main import main
 from moecc.model.open import open_model
 from moecc.pipeline.runner import run_pipeline
@@ -24,7 +23,7 @@ from moecc.pipeline.text import Pipeline
 from moecc.tasks.evaluate import EvaluationSpec
 from moecc.tasks.traced import Tracing
 from moecc.train.tokens.folder import TokenFolder, open_tokens
-from moecc.types.arrays import Array
+from moecc.types import Array
 from tests.train.tiny import DOCS, draw_weights, make_model, make_recipe
 
 from .rounding import UNIT, assert_within, bounds_of_block

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from moecc.checkpoint.open import open_checkpoint
 from moecc.errors import InputError
+from moecc.formats.open import open_checkpoint
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from moecc.checkpoint.adapter import AdaptedCheckpoint, is_adapter
-from moecc.checkpoint.open import open_checkpoint
-from moecc.checkpoint.several import SeveralCheckpoints, other_bases
-from moecc.checkpoint.source import Checkpoint
 from moecc.errors import InputError
-from moecc.types.arrays import Array
+from moecc.formats.adapter import AdaptedCheckpoint, SeveralCheckpoints, is_adapter, other_bases
+from moecc.formats.open import open_checkpoint
+from moecc.formats.source import Checkpoint
+from moecc.types import Array
 
 SOURCE = Path(__file__).parents[1] / "golden" / "llama_gqa"
 GATE = "model.layers.1.mlp.gate_proj"

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from moecc.checkpoint.open import open_checkpoint
 from moecc.errors import InputError
-from moecc.types.dtypes import BY_SAFETENSORS
+from moecc.formats.open import open_checkpoint
+from moecc.types import BY_SAFETENSORS
 
 from .folders import INDEX, ONE, TWO, index_of, problems
 

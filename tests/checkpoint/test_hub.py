@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from moecc.checkpoint.hub import FETCHED, is_model_id
-from moecc.checkpoint.open import open_checkpoint
 from moecc.cli.main import main
 from moecc.errors import InputError, MachineError, UsageError
+from moecc.formats.open import FETCHED, is_model_id, open_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llama_gqa"
 

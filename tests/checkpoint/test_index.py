@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from moecc.checkpoint.open import open_checkpoint
+from moecc.formats.open import open_checkpoint
 
 from .folders import INDEX, ONE, TWO, index_of, problems
 

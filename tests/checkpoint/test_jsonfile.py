@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecc.checkpoint.jsonfile import MAX_DEPTH, MAX_VALUES, parse_json, read_json_object
 from moecc.errors import InputError
+from moecc.formats.jsonfile import MAX_DEPTH, MAX_VALUES, parse_json, read_json_object
 
 JSON = st.recursive(
     st.none()

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from moecc.checkpoint import manifest as manifests
-from moecc.checkpoint.manifest import (
+from moecc.errors import CheckError, InputError
+from moecc.formats import manifest as manifests
+from moecc.formats.manifest import (
     MANIFEST_NAME,
     FileRecord,
     Manifest,
@@ -27,8 +28,7 @@ from moecc.checkpoint.manifest import (
     verify_manifest,
     weight_file_record,
 )
-from moecc.checkpoint.safetensors import read_header
-from moecc.errors import CheckError, InputError
+from moecc.formats.safetensors import read_header
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 DIGESTS = st.binary(min_size=32, max_size=32).map(bytes.hex)

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moecc.checkpoint.frontmatter import front_matter, read_card
-from moecc.checkpoint.modelcard import CardFacts, hub_repository, model_card
+from moecc.formats.modelcard import CardFacts, front_matter, hub_repository, model_card, read_card
 
 FACTS = CardFacts(
     title="smol-moe",

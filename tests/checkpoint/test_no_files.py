@@ -6,8 +6,8 @@ import os
 import numpy as np
 import pytest
 
-from moecc.checkpoint.open import open_checkpoint
 from moecc.errors import MachineError
+from moecc.formats.open import open_checkpoint
 
 from .folders import INDEX, ONE, TWO, problems
 

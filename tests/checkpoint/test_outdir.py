@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from moecc.checkpoint.disk import Disk, injected
-from moecc.checkpoint.outdir import check_output, output_folder
 from moecc.errors import InputError, MachineError
+from moecc.formats.disk import Disk, injected
+from moecc.formats.output import check_output, output_folder
 
 
 def refused(out, error=InputError, **arguments):
@@ -86,7 +86,7 @@ def test_nothing_stays_after_a_failure(tmp_path, error):
 def test_the_mode_follows_the_umask(tmp_path, umask):
     code = (
         "import os, pathlib, sys\n"
-        "from moecc.checkpoint.outdir import output_folder\n"
+        "from moecc.formats.output import output_folder\n"
         f"os.umask({umask})\n"
         "with output_folder(pathlib.Path(sys.argv[1])): pass\n"
     )

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from moecc.checkpoint.open import open_checkpoint
-from moecc.checkpoint.source import Checkpoint
 from moecc.cli.cmd_convert import ConvertRequest, convert
 from moecc.errors import InputError
-from moecc.types.arrays import Array
+from moecc.formats.open import open_checkpoint
+from moecc.formats.source import Checkpoint
+from moecc.types import Array
 
 FILES = Path(__file__).parent / "quantised"
 BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_4bit": True}

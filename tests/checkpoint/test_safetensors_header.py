@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from moecc.checkpoint.safetensors import MAX_TENSORS, read_header
 from moecc.errors import InputError
-from moecc.types.dtypes import BY_SAFETENSORS, F32
+from moecc.formats.safetensors import MAX_TENSORS, read_header
+from moecc.types import BY_SAFETENSORS, F32
 
 SHARED_PATH = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 NAMES = {"BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from moecc.checkpoint.open import open_checkpoint
-from moecc.checkpoint.sniff import sniff
 from moecc.errors import InputError
+from moecc.formats.files import sniff
+from moecc.formats.open import open_checkpoint
 
 
 def refused(path):
@@ -102,7 +102,7 @@ def test_refusing_pickles_imports_no_torch_and_opening_no_jax(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
     code = (
         "import sys\n"
-        "from moecc.checkpoint.open import open_checkpoint\n"
+        "from moecc.formats.open import open_checkpoint\n"
         "from moecc.errors import InputError\n"
         f"try: open_checkpoint({str(tmp_path)!r})\n"
         "except InputError as error: assert 'pickle' in str(error)\n"

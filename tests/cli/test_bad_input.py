@@ -312,7 +312,7 @@ def test_token_files(moecc: Callable, dense: Path, tmp_path: Path) -> None:
 def test_interrupted_in_the_middle(dense: Path, tmp_path: Path) -> None:
     code = (
         "import os, signal, sys\n"
-        "import moecc.checkpoint.writer as writer\n"
+        "import moecc.formats.writer as writer\n"
         "def stop(*args, **more):\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    import time; time.sleep(5)\n"

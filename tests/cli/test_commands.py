@@ -14,7 +14,7 @@ import pytest
 
 import moecc.cli
 from moecc.cli.main import COMMANDS, SUMMARIES
-from moecc.ir.parser import parse
+from moecc.ir.text import parse
 
 CLI = Path(moecc.cli.__file__).parent
 UPCYCLE = "upcycle{experts=4 top-k=2}"

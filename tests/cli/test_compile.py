@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from moecc.plan.machines import parse_machine
-from moecc.sharding.partitions import PARTITIONS
-from moecc.types.dtypes import F32
+from moecc.sharding.vias import PARTITIONS
+from moecc.types import F32
 from tests.support.tiers import few
 
 from .conftest import Done
@@ -309,8 +309,8 @@ def test_an_exported_training_step_takes_the_state(moecc: Moecc, tmp_path: Path)
     from moecc import load_step
     from moecc.ahead.prepare import prepare
     from moecc.ahead.request import Request
-    from moecc.steps.spec import StepSpec
     from moecc.train.recipe import OptimizerSection
+    from moecc.train.settings import StepSpec
 
     out = tmp_path / "step.bin"
     done = moecc(

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from moecc.ahead.prepare import prepare
-from moecc.ahead.request import Request
-from moecc.ahead.update import update_of
+from moecc.ahead.request import Request, update_of
 from moecc.errors import UsageError
 
 from .conftest import Done

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from moecc.checkpoint.records import load
+from moecc.formats.manifest import load
 
 from .conftest import GOLDEN, Done
 

@@ -15,11 +15,10 @@ from moecc_backends.xla.backend import XlaBackend
 from moecc_passes.st_moe import ST_MOE
 
 from moecc.ir import Graph, parse, print_graph
-from moecc.pipeline.registry import installed
 from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.pipeline.text import Pipeline, installed
 from moecc.testing import inputs_for, params_for, run_reference
-from moecc.types.dtypes import BF16
+from moecc.types import BF16
 
 from .conftest import GOLDEN, Done
 

@@ -144,14 +144,13 @@ def test_21_a_libtpu_that_does_not_fit_jax_is_named(
 
 
 def test_25_a_sequence_that_the_mesh_does_not_divide_is_reported() -> None:
-    from moecc_backends.xla.lower.shard_map import sharded_function
+    from moecc_backends.xla.lower.mesh import sharded_function
     from moecc_backends.xla.mesh.specs import device_mesh
 
     from moecc.families import build
     from moecc.families.configs import parse_config
-    from moecc.pipeline.registry import installed
     from moecc.pipeline.runner import run_pipeline
-    from moecc.pipeline.text import Pipeline
+    from moecc.pipeline.text import Pipeline, installed
     from moecc.presets import preset_config
 
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 32}

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moecc.ir.parser import parse
-from moecc.ir.printer import print_graph
+from moecc.ir.text import parse, print_graph
 
 from .conftest import Done
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tiers import some
 
-from moecc.checkpoint.manifest import MANIFEST_NAME, load, seal
+from moecc.formats.manifest import MANIFEST_NAME, load, seal
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 UPCYCLE = "upcycle{experts=4 top-k=2}"

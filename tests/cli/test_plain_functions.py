@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import pytest
 import typer
 
-from moecc.ahead.compile_in_subprocess import CompileOutcome
+from moecc.ahead.process import CompileOutcome
 from moecc.cli.cmd_compile import CompileRequest, Emit, compile_step
 from moecc.cli.cmd_convert import ConvertRequest, convert
 from moecc.cli.cmd_import import ImportRequest, import_graph
@@ -59,9 +59,7 @@ def test_an_exit_code_is_returned_and_becomes_that_of_the_process(
         asked.append((request, seconds))
         return CompileOutcome({"remarks": [], "fits": fits}, program="module")
 
-    monkeypatch.setattr(
-        "moecc.ahead.compile_in_subprocess.compile_in_subprocess", compile_in_subprocess
-    )
+    monkeypatch.setattr("moecc.ahead.process.compile_in_subprocess", compile_in_subprocess)
     request = CompileRequest("preset:st-moe-base", "cpu:8", emit=Emit.hlo, via=Via.ring)
     assert compile_step(request) == (0 if fits else 1)
     words = ("--emit", "hlo", "--via", "ring", "--time-limit", "5")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moecc.checkpoint import writer
+from moecc.formats import writer
 
 from .conftest import GOLDEN, Done
 
@@ -142,7 +142,7 @@ def test_of_a_large_output_the_first_layers_are_compared(
 
 
 def test_first_layers_are_those_of_a_shallower_model(tmp_path: Path) -> None:
-    from moecc.model.first_layers import first_layers
+    from moecc.model.inputs import first_layers
     from moecc.model.open import open_model
 
     shallow = tmp_path / "shallow"

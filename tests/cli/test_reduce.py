@@ -15,7 +15,7 @@ from moecc_backends.xla.lower import function as every_lowering
 from moecc_backends.xla.trace.context import LOWERINGS
 from moecc_passes.upcycle import rewrite as upcycling
 
-from moecc.checkpoint import writer
+from moecc.formats import writer
 from moecc.ir import Graph, parse
 from moecc.pipeline.passes import Context
 from moecc.pipeline.text import Pipeline

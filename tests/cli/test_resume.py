@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from moecc.checkpoint.disk import Disk, injected
-from moecc.checkpoint.outdir import output_folder
+from moecc.formats.disk import Disk, injected
+from moecc.formats.output import output_folder
 
 from .conftest import Done
 
@@ -57,7 +57,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_a_killed_conversion_is_continued_to_the_same_bytes(
     moecc: Moecc, dense: Path, killed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moecc.checkpoint import writer
+    from moecc.formats import writer
 
     made: list[str] = []
     real = writer._Work._make

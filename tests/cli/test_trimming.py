@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from moecc.ahead import trimming
-from moecc.ahead.trimming import trimmed
+from moecc.ahead import worker as trimming
+from moecc.ahead.worker import trimmed
 
 
 def test_memory_is_given_back_while_something_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from moecc.checkpoint.outdir import output_folder
+from moecc.formats.output import output_folder
 
 from .conftest import Done
 
@@ -65,7 +65,7 @@ def stopped_midway(dense: Path, out: Path, number: int) -> subprocess.Popen[str]
     """Start a conversion, and signal it while its temporary folder has weights."""
     code = (
         "import os, sys, time\n"
-        "from moecc.checkpoint import writer\n"
+        "from moecc.formats import writer\n"
         "from moecc.cli.main import main\n"
         "blocks = writer.row_blocks\n"
         "def slow(*args):\n"
@@ -134,7 +134,7 @@ def test_two_conversions_do_not_write_one_output(moecc: Moecc, dense: Path, tmp_
 
 
 def test_a_hangup_that_the_caller_ignores_stays_ignored() -> None:
-    from moecc.support.signals import signals_raised
+    from moecc.support.process import signals_raised
 
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 def killed(*arguments: str) -> None:
     """Run a command of moecc that dies once it has recorded a few tensors."""
-    from moecc.checkpoint.disk import Disk, injected
     from moecc.cli.main import main
+    from moecc.formats.disk import Disk, injected
 
     class Dying(Disk):
         left = 4
@@ -118,7 +118,7 @@ def unreceipted(file: str) -> None:
     """Write the manifest of a GGUF file again, without what was measured."""
     from dataclasses import replace
 
-    from moecc.checkpoint.records import dump, load
+    from moecc.formats.manifest import dump, load
 
     made = replace(load(Path(file)), receipt=None)
     Path(f"{file}.moecc.json").write_bytes(dump(made))

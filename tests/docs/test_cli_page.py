@@ -14,7 +14,7 @@ import pytest
 import typer
 
 from moecc.cli.main import COMMANDS, build_app, main
-from moecc.pipeline.registry import installed
+from moecc.pipeline.text import installed
 from tests.cli.test_receipt import LIAR
 
 from .pages import ROOT

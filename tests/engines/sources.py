@@ -14,7 +14,7 @@ from moecc.backend import get_backend
 from moecc.families import build
 from moecc.families.configs import parse_config
 from moecc.model.open import open_model
-from moecc.types.dtypes import F64
+from moecc.types import F64
 from moecc.weights.expr import sources
 
 WIDE: dict[str, Any] = {

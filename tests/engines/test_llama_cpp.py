@@ -20,16 +20,15 @@ from shapes_in_gguf import CASES
 from shapes_in_gguf import write as write_shape
 
 from moecc.backend import get_backend
-from moecc.checkpoint.gguf.blocks import dequantise, quantise
-from moecc.checkpoint.gguf.families import GGUF_MIXTURES, GgufFamily
-from moecc.checkpoint.gguf.header import read_gguf_header
-from moecc.checkpoint.gguf.storage import BY_NAME
+from moecc.formats.gguf.families import GGUF_MIXTURES, GgufFamily
+from moecc.formats.gguf.header import read_gguf_header
+from moecc.formats.gguf.storage import BY_NAME, dequantise, quantise
 from moecc.model.open import open_model
 from moecc.pipeline.text import Pipeline
 from moecc.tasks.continue_tokens import continue_tokens
 from moecc.tasks.convert import plan, write
 from moecc.tasks.generate import load_tokenizer
-from moecc.types.dtypes import F64
+from moecc.types import F64
 from tests.train.tiny import draw_weights, make_model
 
 from .engine import ask, interpreter, needs

@@ -17,7 +17,7 @@ import pytest
 from moecc.model.open import open_model
 from moecc.pipeline.text import Pipeline
 from moecc.tasks.convert import plan, write
-from moecc.testing.comparing import run_reference
+from moecc.testing.oracle import run_reference
 
 from .engine import ask, interpreter, needs
 

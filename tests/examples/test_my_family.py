@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from moecc.checkpoint.open import open_checkpoint
 from moecc.cli.main import main
 from moecc.errors import UsageError
 from moecc.families import building, names, shrinking
 from moecc.families.configs import LlamaConfig, parse
 from moecc.families.outside import Family, load_families
+from moecc.formats.open import open_checkpoint
 from moecc.ir import parse as parse_graph
 from moecc.weights.expr import sources
 from tests.train.tiny import make_recipe

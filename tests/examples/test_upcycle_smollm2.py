@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from moecc.checkpoint.manifest import verify_manifest
 from moecc.cli.main import main
 from moecc.errors import MachineError
+from moecc.formats.manifest import verify_manifest
 from moecc.ir import parse, verify
 from moecc.model.open import open_model
 from moecc.tasks.receipt import receipt_lines

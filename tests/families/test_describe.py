@@ -12,15 +12,13 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.families import build
 from moecc.families.configs import DecoderConfig, MoeConfig, parse_config
-from moecc.families.describe import describe
-from moecc.families.flops import sequence_flops
+from moecc.families.describe import describe, sequence_flops
 from moecc.ir import parse
 from moecc.model.open import open_model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.testing.checkpoints import random_checkpoint
-from moecc.testing.configs import small_configs
+from moecc.testing.configs import random_checkpoint, small_configs
 
 MIXTRAL = {
     "model_type": "mixtral",

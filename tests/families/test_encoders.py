@@ -17,7 +17,6 @@ from moecc_passes.add_losses import AddLossesPass
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.backend import get_backend
-from moecc.checkpoint.open import open_checkpoint
 from moecc.errors import InputError
 from moecc.families import build, import_checkpoint, rebuild
 from moecc.families.configs import (
@@ -30,12 +29,18 @@ from moecc.families.configs import (
 )
 from moecc.families.export import export_graph
 from moecc.families.importing import unread_tensors
+from moecc.formats.open import open_checkpoint
 from moecc.ir import Graph, equal, parse, print_graph, verify
 from moecc.pipeline.passes import Context
 from moecc.pipeline.text import Pipeline
 from moecc.tasks.check import check_pipeline
-from moecc.testing.checkpoints import MemoryCheckpoint, exported_checkpoint, random_checkpoint
-from moecc.testing.configs import small_bert_configs, small_encdec_configs
+from moecc.testing.configs import (
+    MemoryCheckpoint,
+    exported_checkpoint,
+    random_checkpoint,
+    small_bert_configs,
+    small_encdec_configs,
+)
 from moecc.testing.data import inputs_for
 from moecc.weights.evaluate import materialise
 from moecc.weights.expr import Source

@@ -16,16 +16,20 @@ from moecc_passes.dce import DcePass
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.backend import get_backend
-from moecc.checkpoint.open import open_checkpoint
 from moecc.errors import InputError, UsageError
 from moecc.families import build, import_checkpoint
 from moecc.families.configs import DECODERS, DecoderConfig, parse_config
 from moecc.families.export import Export, export_graph
 from moecc.families.propose import MIXTURES, propose
+from moecc.formats.open import open_checkpoint
 from moecc.ir import Builder, Graph, clone, parse, print_graph, verify
 from moecc.pipeline.passes import Context
-from moecc.testing.checkpoints import MemoryCheckpoint, exported_checkpoint, random_checkpoint
-from moecc.testing.configs import small_configs
+from moecc.testing.configs import (
+    MemoryCheckpoint,
+    exported_checkpoint,
+    random_checkpoint,
+    small_configs,
+)
 from moecc.weights.evaluate import materialise
 from moecc.weights.expr import Full, Source, sources
 

@@ -10,13 +10,12 @@ import pytest
 from hypothesis import given, settings
 
 from moecc.backend import get_backend
-from moecc.checkpoint.open import open_checkpoint
 from moecc.families import FAMILIES, build, import_checkpoint
 from moecc.families.configs import DecoderConfig, parse_config
 from moecc.families.decoder import build_decoder
+from moecc.formats.open import open_checkpoint
 from moecc.ir import BF16, Graph, equal, parse, print_graph, verify
-from moecc.testing.checkpoints import MemoryCheckpoint, random_checkpoint
-from moecc.testing.configs import small_configs
+from moecc.testing.configs import MemoryCheckpoint, random_checkpoint, small_configs
 from moecc.weights.evaluate import materialise
 
 from .small_config import SMALL as SIZES

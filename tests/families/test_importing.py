@@ -14,8 +14,7 @@ from moecc.errors import InputError
 from moecc.families import import_checkpoint
 from moecc.families.configs import DecoderConfig, parse_config
 from moecc.ir import verify
-from moecc.testing.checkpoints import MemoryCheckpoint, random_checkpoint
-from moecc.testing.configs import small_configs
+from moecc.testing.configs import MemoryCheckpoint, random_checkpoint, small_configs
 
 SIZES = {
     "vocab_size": 40,

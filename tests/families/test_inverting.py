@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecc.families.inverting import tensors_of
+from moecc.families.export import tensors_of
 from moecc.ir import F32, tensor
 from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import Expr, Source, transform

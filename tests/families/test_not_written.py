@@ -8,8 +8,7 @@ import pytest
 
 from moecc.errors import InputError
 from moecc.families.configs import CONFIGS
-from moecc.families.not_written import NOT_WRITTEN
-from moecc.families.propose import check_target
+from moecc.families.propose import NOT_WRITTEN, check_target
 
 
 @pytest.mark.parametrize("name", NOT_WRITTEN)

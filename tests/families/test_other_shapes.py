@@ -10,22 +10,22 @@ import numpy as np
 import pytest
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
-from moecc.analysis.ffn import find_ffn_blocks
+from moecc.analysis import find_ffn_blocks
 from moecc.backend import get_backend
-from moecc.checkpoint.open import open_checkpoint
 from moecc.errors import InputError
 from moecc.families import build, import_checkpoint, rebuild
 from moecc.families.configs import ModelConfig, parse_config
 from moecc.families.describe import describe
 from moecc.families.export import export_graph
 from moecc.families.importing import unread_tensors
+from moecc.formats.open import open_checkpoint
 from moecc.ir import equal, parse, print_graph, verify
 from moecc.model.open import Model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.text import Pipeline
 from moecc.tasks.check import check_pipeline
 from moecc.tasks.convert import plan
-from moecc.testing.checkpoints import MemoryCheckpoint, exported_checkpoint, random_checkpoint
+from moecc.testing.configs import MemoryCheckpoint, exported_checkpoint, random_checkpoint
 from moecc.testing.data import inputs_for
 from moecc.weights.evaluate import materialise
 from moecc.weights.expr import Source

@@ -6,8 +6,7 @@ import pytest
 
 from moecc.families import build
 from moecc.families.configs import parse_config
-from moecc.families.describe import count_parameters, describe, paper_groups
-from moecc.families.flops import sequence_flops
+from moecc.families.describe import count_parameters, describe, paper_groups, sequence_flops
 from moecc.ir import Graph, equal, parse, print_graph, verify
 from moecc.model.open import open_model
 from moecc.presets import preset_config, preset_names

@@ -8,10 +8,7 @@ from pathlib import Path
 import pytest
 from tiers import some
 
-from moecc.checkpoint.gguf.families import GGUF_MIXTURES
-from moecc.engines.conditions import CONDITIONS
-from moecc.engines.table import engine_table
-from moecc.engines.verdicts import UNKNOWN, Verdict, summary, verdicts
+from moecc.engines.verdicts import CONDITIONS, UNKNOWN, Verdict, engine_table, summary, verdicts
 from moecc.families.configs import (
     CONFIGS,
     ModelConfig,
@@ -21,6 +18,7 @@ from moecc.families.configs import (
 )
 from moecc.families.experts import layer_number
 from moecc.families.export import Export, export_graph
+from moecc.formats.gguf.families import GGUF_MIXTURES
 from moecc.ir import Graph
 from moecc.model.open import open_model
 from moecc.pipeline.passes import Context

@@ -328,7 +328,7 @@ def reader(edit: Callable[[Any, Spoilt], object]) -> Act:
     """Open the folder, do something to it, then read a tensor."""
 
     def act(place: Spoilt) -> None:
-        from moecc.checkpoint.folder import open_folder
+        from moecc.formats.folder import open_folder
 
         with open_folder(place.model) as opened:
             edit(opened, place)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moecc.types.dtypes import F16
+from moecc.types import F16
 
 from .place import DOWN, mixture, tensors, tensors_converted
 from .rows import row

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from moecc.checkpoint.manifest import check_manifest
+from moecc.formats.manifest import check_manifest
 
 from ..checkpoint.gguf.conftest import GgufBuilder  # noqa: TID252
 from .place import DOWN, INDEX, ONE, Act, Allowed, Spoilt, framed
@@ -78,9 +78,9 @@ def tensor_entry(builder: GgufBuilder, sizes: tuple[int, ...]) -> None:
 
 def of_every_type(place: Spoilt) -> None:
     """Write a tensor of each element type, and read its bytes back."""
-    from moecc.checkpoint.folder import SafetensorsFolder
-    from moecc.checkpoint.safetensors import read_header
-    from moecc.types.dtypes import BY_SAFETENSORS
+    from moecc.formats.folder import SafetensorsFolder
+    from moecc.formats.safetensors import read_header
+    from moecc.types import BY_SAFETENSORS
 
     for name, dtype in BY_SAFETENSORS.items():
         data = bytes(range(2, 66)) if name != "BOOL" else bytes([0, 1] * 32)
@@ -95,7 +95,7 @@ def by_template(kind: str) -> Act:
     """Store one matrix in another type of one byte: read it, or say what is found of it."""
 
     def act(place: Spoilt) -> None:
-        from moecc.checkpoint.folder import open_folder
+        from moecc.formats.folder import open_folder
         from moecc.model.open import open_model
 
         tensors = {n: t.tobytes() for n, t in place.tensors().items()}
@@ -163,7 +163,7 @@ def fewer_descriptors(place: Spoilt) -> None:
 
 
 def locked_output(place: Spoilt) -> None:
-    from moecc.checkpoint.outdir import output_folder
+    from moecc.formats.output import output_folder
 
     with output_folder(place.root / "out"):
         place.convert(force=True)
@@ -194,8 +194,7 @@ def with_umask(place: Spoilt) -> None:
 
 def missing_extra(place: Spoilt) -> None:
     """Read quantised blocks without the package that knows them."""
-    from moecc.checkpoint.gguf.blocks import dequantise
-    from moecc.checkpoint.gguf.storage import BY_NAME
+    from moecc.formats.gguf.storage import BY_NAME, dequantise
 
     with pytest.MonkeyPatch.context() as patch:
         for name in [n for n in sys.modules if n.partition(".")[0] == "gguf"]:

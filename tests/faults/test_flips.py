@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moecc.checkpoint.manifest import verify_manifest
+from moecc.formats.manifest import verify_manifest
 
 from .place import Spoilt, make_model
 

@@ -80,8 +80,7 @@ def _file(name: str, data: bytes) -> Path:
 
 def run_graph(data: bytes) -> None:
     """Parse a graph, verify it, and print it."""
-    from moecc.ir.parser import parse
-    from moecc.ir.printer import print_graph
+    from moecc.ir.text import parse, print_graph
     from moecc.ir.verify import verify
 
     graph = parse(_text(data))
@@ -162,8 +161,8 @@ def run_rules(data: bytes) -> None:
 
 def run_machine(data: bytes) -> None:
     """Parse a machine and a mesh."""
+    from moecc.plan.candidates import plan_mesh
     from moecc.plan.machines import parse_machine
-    from moecc.plan.meshes import plan_mesh
 
     text = _text(data)
     if ":" not in text or "=" in text or text.startswith("data"):
@@ -187,7 +186,7 @@ def run_recipe(data: bytes) -> None:
 
 def run_card(data: bytes) -> None:
     """Read the front matter of a model card."""
-    from moecc.checkpoint.frontmatter import front_matter
+    from moecc.formats.modelcard import front_matter
 
     front_matter(_text(data))
 
@@ -197,8 +196,8 @@ def run_card(data: bytes) -> None:
 
 def run_safetensors(data: bytes) -> None:
     """Read the header of a safetensors file, and its small tensors."""
-    from moecc.checkpoint.folder import SafetensorsFolder
-    from moecc.checkpoint.safetensors import read_header
+    from moecc.formats.folder import SafetensorsFolder
+    from moecc.formats.safetensors import read_header
 
     path = _file("model.safetensors", data)
     header = read_header(path)
@@ -210,8 +209,8 @@ def run_safetensors(data: bytes) -> None:
 
 def run_index(data: bytes) -> None:
     """Read the index of a sharded checkpoint."""
-    from moecc.checkpoint.index import read_index
-    from moecc.checkpoint.problems import Problems
+    from moecc.formats.safetensors import read_index
+    from moecc.support.problems import Problems
 
     problems = Problems()
     read_index(_file("model.safetensors.index.json", data), problems)
@@ -220,7 +219,7 @@ def run_index(data: bytes) -> None:
 
 def run_gguf(data: bytes) -> None:
     """Open a GGUF file, translate its tokenizer, and read its small tensors."""
-    from moecc.checkpoint.gguf.reader import open_gguf
+    from moecc.formats.gguf.reader import open_gguf
 
     with open_gguf(_file("model.gguf", data)) as opened:
         opened.companions()
@@ -233,8 +232,8 @@ def run_gguf(data: bytes) -> None:
 
 def run_config(data: bytes) -> None:
     """Read a config, write it; now and then build the graph of a shallow one."""
-    from moecc.checkpoint.jsonfile import parse_json
     from moecc.families.configs import parse_config
+    from moecc.formats.jsonfile import parse_json
 
     document = parse_json(data, "config.json")
     if not isinstance(document, Mapping):
@@ -261,7 +260,7 @@ _DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer")
 
 def run_manifest(data: bytes) -> None:
     """Read a manifest, sealed unless the input has another seal."""
-    from moecc.checkpoint.records import MANIFEST_NAME, dump, load, seal
+    from moecc.formats.manifest import MANIFEST_NAME, dump, load, seal
 
     sealed = data if b'"seal"' in data else seal(data.rstrip().removesuffix(b"}"))
     folder = _folder() / f"{os.getpid()}-written"
@@ -302,9 +301,9 @@ class Companions:
 
 def run_tokenizer(data: bytes) -> None:
     """Look at a tokenizer and translate it to the keys of a GGUF file."""
-    from moecc.checkpoint.gguf.encode import plan_file
-    from moecc.checkpoint.gguf.tokenizer_keys import tokenizer_keys
-    from moecc.checkpoint.lint import findings
+    from moecc.formats.folder import findings
+    from moecc.formats.gguf.encode import plan_file
+    from moecc.formats.gguf.tokenizer_keys import tokenizer_keys
 
     files = {"tokenizer.json": data}
     try:
@@ -379,7 +378,7 @@ def _texts(*texts: str) -> Callable[[], Sequence[bytes]]:
 
 
 def _weight_errors() -> tuple[type[Exception], ...]:
-    from moecc.weights.textscan import ExprSyntaxError
+    from moecc.weights.text import ExprSyntaxError
 
     return (ExprSyntaxError,)
 

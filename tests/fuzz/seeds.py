@@ -9,8 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from moecc.ir.printer import print_graph
-from moecc.testing.generate import random_graph
+from moecc.ir.text import print_graph
+from moecc.testing.strategies import random_graph
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -107,8 +107,7 @@ def _type_of(text: str) -> str:
 @cache
 def pipelines() -> tuple[bytes, ...]:
     """Return each pass with all of its options stated, and some pipelines."""
-    from moecc.pipeline.registry import installed
-    from moecc.pipeline.text import Pipeline
+    from moecc.pipeline.text import Pipeline, installed
 
     needs = {
         "annotate-sharding": "{mesh=data:2 rules=data-parallel}", "expert-parallel": "{via=ring}",
@@ -193,7 +192,7 @@ def gguf_files() -> tuple[bytes, ...]:
 @cache
 def manifests() -> tuple[bytes, ...]:
     """Return the documents of two manifests, without their seals."""
-    from moecc.checkpoint.records import FileRecord, Manifest, TensorRecord, WeightFileRecord, dump
+    from moecc.formats.manifest import FileRecord, Manifest, TensorRecord, WeightFileRecord, dump
 
     digest = "0123456789abcdef" * 4
     plain = Manifest(
@@ -212,7 +211,7 @@ def manifests() -> tuple[bytes, ...]:
 @cache
 def tokenizers() -> tuple[bytes, ...]:
     """Return documents with a tokenizer, its config and the generation config in one."""
-    from moecc.train.tokens.byte_tokenizer import byte_tokenizer, byte_tokenizer_config
+    from moecc.train.tokens.encoders import byte_tokenizer, byte_tokenizer_config
 
     special = {"id": 5, "content": "<s>", "special": True, "normalized": False,
                "single_word": False, "lstrip": False, "rstrip": False}  # fmt: skip

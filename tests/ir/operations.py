@@ -14,8 +14,7 @@ from moecc_backends.reference.backend import ReferenceBackend
 from moecc.ir import Builder, Graph, Node, Value
 from moecc.ir.ops import OPS, OpDef
 from moecc.ir.traits import Domain
-from moecc.types.dtypes import DTYPES
-from moecc.types.tensor import Axis, TensorType
+from moecc.types import DTYPES, Axis, TensorType
 
 INPUTS = {
     "x": "f32 seq=4 embed=4",

@@ -7,28 +7,32 @@ from typing import Annotated, Any, get_args, get_type_hints
 import numpy as np
 import pytest
 from moecc_backends.reference import routing as reference
-from moecc_passes.sharding.experts.expert_parallel import ExpertParallelPass
+from moecc_passes.sharding.expert_parallel import ExpertParallelPass
 from moecc_passes.sharding.legal import layer
-from moecc_passes.upcycle.gate_moments import MEANINGS
-from moecc_passes.upcycle.gate_moments import gates_of as promised_gates
-from moecc_passes.upcycle.gates import GateLaw
+from moecc_passes.upcycle.gates import MEANINGS, GateLaw
+from moecc_passes.upcycle.gates import gates_of as promised_gates
 from moecc_passes.upcycle.options import Gates
 
 from moecc.backend import get_backend
 from moecc.cli.cmd_plan import Via as ViaOption
 from moecc.ir import Builder, Graph
-from moecc.ir.dispatch_strategies import COST_CLASSES, DISPATCHES, STRATEGIES
-from moecc.ir.gates import CONVENTIONS, GATES, SPELLINGS, GateConvention, convention
+from moecc.ir.conventions import (
+    CONVENTIONS,
+    COST_CLASSES,
+    DISPATCHES,
+    GATES,
+    SPELLINGS,
+    STRATEGIES,
+    GateConvention,
+    convention,
+)
 from moecc.ir.mesh import parse_mesh
-from moecc.sharding.assign import Assigner
-from moecc.sharding.collectives import sent
+from moecc.sharding.assign import Assigner, sites_of
+from moecc.sharding.collectives import route, sent, sparse_layer
 from moecc.sharding.propagate import propagate
-from moecc.sharding.routes import route, sparse_layer
 from moecc.sharding.rules import read_layouts
-from moecc.sharding.sites import sites_of
 from moecc.sharding.vias import VIAS, WAYS, Via
-from moecc.types.dtypes import F64
-from moecc.types.tensor import tensor
+from moecc.types import F64, tensor
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -62,7 +66,7 @@ ROWS = pytest.mark.parametrize("row", CONVENTIONS, ids=lambda row: str(row.name)
 @ROWS
 def test_no_convention_lacks_a_meaning(row: GateConvention) -> None:
     pytest.importorskip("jax")
-    from moecc_backends.xla.lower import route
+    from moecc_backends.xla.lower import routing as route
 
     for table in (reference.GATES, route.GATES, MEANINGS):
         assert set(table) == set(GATES)

@@ -13,12 +13,12 @@ import pytest
 from moecc.ir import OPS, Builder, Graph, Node, attributes, tensor
 from moecc.ir import generate as generator
 from moecc.ir.attributes import ContractAttrs, Gates, ScaleAttrs, SlotAttrs
-from moecc.ir.gates import GATES
+from moecc.ir.conventions import GATES
 from moecc.ir.operations import Operations
 from moecc.ir.ops import REQUIRED, OpDef, register
 from moecc.ir.table.rules import float_elementwise
 from moecc.ir.view import View
-from moecc.types.dtypes import F32, I32
+from moecc.types import F32, I32
 
 IR = Path(generator.__file__).parent
 

@@ -24,9 +24,9 @@ from moecc.ir import (
     verify,
 )
 from moecc.ir.mesh import set_mesh
+from moecc.support.ranges import element, has_range, joined, lengths
 from moecc.testing import laws
-from moecc.types.ranges import element, has_range, joined, lengths
-from moecc.types.text import parse_type
+from moecc.types import parse_type
 
 TEXT = """moecc 1
 graph g {

@@ -27,7 +27,7 @@ from moecc.ir import (
     tensor,
 )
 from moecc.testing import graphs, laws
-from moecc.types.text import parse_type
+from moecc.types import parse_type
 
 FIRST = string.ascii_letters + string.digits + "_"
 VALUE_NAMES = st.builds(

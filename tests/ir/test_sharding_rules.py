@@ -40,7 +40,7 @@ def inferred(line: str, mesh: str | None = None) -> str:
     head.attrs.update(graph.attrs)
     word, _, rest = line.partition(" ")
     operands = [p.strip(" ,") for p in rest.partition("{")[0].split()]
-    from moecc.ir.literals import parse_attrs
+    from moecc.ir.text import parse_attrs
 
     attrs = parse_attrs(OPS[word], "{" + rest.partition("{")[2]) if "{" in rest else {}
     node = head.append(word, [head.value(o[1:]) for o in operands], attrs)

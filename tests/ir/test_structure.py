@@ -26,7 +26,7 @@ from moecc.ir import (
     tensor,
 )
 from moecc.testing import graphs, random_graph
-from moecc.types.tensor import Extent
+from moecc.types import Extent
 
 
 def shuffled_names(graph: Graph) -> Graph:

@@ -25,7 +25,7 @@ from moecc.ir import (
 )
 from moecc.ir.ops import REQUIRED, op
 from moecc.testing import laws, run_reference
-from moecc.types.tensor import Extent
+from moecc.types import Extent
 
 AXES = ("a", "b", "expert", "slot", "group")
 SIZES = st.sampled_from([2, 1, 4, "N"])

@@ -18,7 +18,7 @@ from moecc_backends.reference.devices import simulate
 from moecc.errors import InputError
 from moecc.ir import F32, OPS, Graph, tensor
 from moecc.ir.ops import OpDef, mixes_none
-from moecc.ir.table.sharding import by_place
+from moecc.ir.table.rules import by_place
 from moecc.ir.traits import (
     Collective,
     Cut,

@@ -23,7 +23,7 @@ from moecc_passes.upcycle.options import UpcycleOptions  # noqa: E402
 
 from moecc import jax as mx  # noqa: E402
 from moecc.errors import MoeccError  # noqa: E402
-from moecc.ir.dispatch_strategies import STRATEGIES  # noqa: E402
+from moecc.ir.conventions import STRATEGIES  # noqa: E402
 from tests.support.tiers import some  # noqa: E402
 
 from .mixtures import apart, drawn  # noqa: E402

@@ -15,9 +15,11 @@ import numpy as np  # noqa: E402
 
 from moecc import jax as mx  # noqa: E402
 from moecc.errors import InputError  # noqa: E402
-from moecc.pipeline.registry import installed  # noqa: E402
 from moecc.pipeline.runner import run_pipeline  # noqa: E402
-from moecc.pipeline.text import Pipeline  # noqa: E402
+from moecc.pipeline.text import (  # noqa: E402
+    Pipeline,
+    installed,
+)
 
 from .mixtures import drawn  # noqa: E402
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moecc.checkpoint.disk import Disk
+from moecc.formats.disk import Disk
 
 
 class CountingDisk(Disk):

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from moecc.checkpoint.disk import injected
+from moecc.formats.disk import injected
 
 from .disks import CountingDisk
 from .rig import FOLDER, GGUF, Kind, Result, Rig, exit_code

@@ -1,7 +1,7 @@
 """Ends a conversion at each call that changes the disk, continues it, and compares bytes.
 
 A conversion runs in a child that is forked from this process, in which everything is imported.  Its
-disk is injected (`moecc.checkpoint.disk`): it counts the calls, and something happens at one.
+disk is injected (`moecc.formats.disk`): it counts the calls, and something happens at one.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moecc.checkpoint.clean import clean
-from moecc.checkpoint.disk import injected
 from moecc.errors import MoeccError
+from moecc.formats.disk import injected
+from moecc.formats.output import clean
 from moecc.model.open import open_model
-from moecc.pipeline.registry import installed
-from moecc.pipeline.text import Pipeline
-from moecc.support.signals import Terminated, signals_raised
+from moecc.pipeline.text import Pipeline, installed
+from moecc.support.process import Terminated, signals_raised
 from moecc.tasks.convert import Plan, plan, write
 
 from .disks import CountingDisk, FullDisk, KillingDisk, SignalDisk

@@ -69,8 +69,7 @@ def hang() -> None:
     from jax.experimental import multihost_utils
     from moecc_backends.xla.run.processes import join
 
-    from moecc.launch.member import hold_lifeline, watchdog_of_environment
-    from moecc.launch.process_info import process_info
+    from moecc.launch.processes import hold_lifeline, process_info, watchdog_of_environment
 
     process = process_info()
     assert process is not None
@@ -89,7 +88,7 @@ def differ() -> None:
     from moecc_backends.xla.run.processes import configuration, join, preflight
 
     from moecc.errors import InputError
-    from moecc.launch.process_info import process_info
+    from moecc.launch.processes import process_info
 
     process = process_info()
     assert process is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moecc.errors import UsageError
-from moecc.launch.process_info import ProcessInfo, process_info
+from moecc.launch.processes import ProcessInfo, process_info
 
 WHOLE = {
     "MOECC_COORDINATOR": "127.0.0.1:8476",

@@ -15,8 +15,7 @@ import pytest
 from tiers import few
 
 from moecc.errors import MachineError, UsageError
-from moecc.launch.member import JOIN, seconds_of_environment
-from moecc.launch.process_info import ProcessInfo
+from moecc.launch.processes import JOIN, ProcessInfo, seconds_of_environment
 from moecc.launch.rendezvous import meet
 from moecc.launch.supervisor import free_port
 

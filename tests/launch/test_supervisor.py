@@ -94,7 +94,7 @@ def test_one_that_makes_no_step_ends_all() -> None:
     """A stopped process neither fails nor finishes; the others go on reporting steps."""
     ended, said, supervisor = run(
         """
-        from moecc.launch.member import Watchdog
+        from moecc.launch.processes import Watchdog
         watchdog = Watchdog(None)
         for step in range(600):
             watchdog.beat(str(step))
@@ -112,7 +112,7 @@ def test_one_that_makes_no_step_ends_all() -> None:
 
 def test_the_watchdog_of_a_process_ends_it_with_its_stack() -> None:
     code = """
-        from moecc.launch.member import watchdog_of_environment
+        from moecc.launch.processes import watchdog_of_environment
         os.environ["MOECC_STEP_SECONDS"] = "0.3"
         watchdog = watchdog_of_environment()
         watchdog.beat("the first step")
@@ -128,7 +128,7 @@ def test_the_watchdog_of_a_process_ends_it_with_its_stack() -> None:
 
 def test_a_watchdog_that_hears_steps_does_not_bite() -> None:
     code = """
-        from moecc.launch.member import Watchdog
+        from moecc.launch.processes import Watchdog
         with Watchdog(5.0) as watchdog:
             for step in range(5):
                 watchdog.beat(str(step))
@@ -140,7 +140,7 @@ def test_a_watchdog_that_hears_steps_does_not_bite() -> None:
 def test_processes_end_when_their_supervisor_is_killed(tmp_path: Path) -> None:
     child = (
         "import os, time\n"
-        "from moecc.launch.member import hold_lifeline\n"
+        "from moecc.launch.processes import hold_lifeline\n"
         "hold_lifeline()\n"
         f"open({str(tmp_path)!r} + '/' + str(os.getpid()), 'w').close()\n"
         "time.sleep(60)\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moecc.ir import Graph, Node
-from moecc.ir.replace import replace_value
+from moecc.ir.structure import replace_value
 
 from .rewriting import before, each, exchange, maker, named
 

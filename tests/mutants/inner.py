@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moecc.ir import Node, Value
-from moecc.ir.replace import replace_value
+from moecc.ir.structure import replace_value
 from moecc.rewrite import P, Pattern
 
 from .rewriting import before, each, exchange, maker, named, set_attr

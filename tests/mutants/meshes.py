@@ -13,9 +13,9 @@ from moecc.errors import InputError
 from moecc.ir import OPS, Builder, Graph, Value
 from moecc.ir.mesh import Mesh, mesh_of, set_mesh
 from moecc.ir.operand import Attrs, Entry, Operand
-from moecc.ir.replace import infer_again
 from moecc.ir.sharding_rules import Rule, Space
-from moecc.types.tensor import Axis
+from moecc.ir.structure import infer_again
+from moecc.types import Axis
 
 from .rewriting import maker, named
 

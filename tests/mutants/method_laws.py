@@ -17,14 +17,14 @@ from moecc_passes.resize import grow, merge, prune, to_dense, zero_experts
 from moecc_passes.upcycle import upcycle
 from safetensors.numpy import save_file
 
-from moecc.capture.statistics import BlockSums, ExpertSums
-from moecc.checkpoint import adapter
-from moecc.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from moecc.capture import BlockSums, ExpertSums
+from moecc.formats import adapter
+from moecc.formats.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from moecc.ir import Graph
 from moecc.ir.structure import clone
 from moecc.pipeline.passes import Context, Pass, Statistics
-from moecc.testing.checkpoints import MemoryCheckpoint
-from moecc.types.dtypes import F64
+from moecc.testing.configs import MemoryCheckpoint
+from moecc.types import F64
 from moecc.weights.branches import STATISTICS, name_in
 from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import Expr, Source

@@ -10,17 +10,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from moecc_passes.resize import dormant, merge, prune, rebuild, to_dense
+from moecc_passes.resize import layer as dormant
+from moecc_passes.resize import layer as rebuild
+from moecc_passes.resize import merge, prune, to_dense
 from moecc_passes.upcycle import lift, rewrite, upcycle
 
 import moecc.weights.evaluate as evaluating
-from moecc.checkpoint import adapter
-from moecc.types.arrays import Array
-from moecc.types.tensor import TensorType
-from moecc.weights import fitting
+from moecc.formats import adapter
+from moecc.types import Array, TensorType
+from moecc.weights import fits as fitting
 from moecc.weights.arithmetic import Scale
 from moecc.weights.expr import Expr
-from moecc.weights.orders import I32, Permutation, Take
+from moecc.weights.movement import I32, Permutation, Take
 
 from . import method_laws as laws
 

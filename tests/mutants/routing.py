@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from moecc.ir import Node, Value
-from moecc.ir.mixtures import emit_rescaled
-from moecc.ir.replace import replace_value
+from moecc.ir.moe import emit_rescaled
+from moecc.ir.structure import replace_value
 from moecc.ir.table.slots import operands_by_word
 
 from .rewriting import before, each, exchange, named, set_attr

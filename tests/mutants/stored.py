@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from moecc.ir import BF16, F16, Graph
 from moecc.pipeline.passes import Pass
-from moecc.types.dtypes import DType
+from moecc.types import DType
 from moecc.weights.arithmetic import Cast
 from moecc.weights.expr import Expr, Source, transform
 from moecc.weights.movement import Tile

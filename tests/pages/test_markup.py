@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 import moecc
 from moecc.plan.page import plan_page, sweep_page
 from moecc.support.page import render
-from moecc.support.shown import facts_table
+from moecc.support.text import facts_table
 from moecc.tasks.graph_page import graph_page
 from moecc.tasks.receipt_page import receipt_page
 from moecc.train.report_page import report_page
-from moecc.train.run_series import RunSeries
+from moecc.train.run import RunSeries
 from tests.support.pages import Parsed, script_hash
 from tests.support.tiers import examples
 

@@ -19,7 +19,7 @@ from moecc.families import import_checkpoint
 from moecc.families.configs import parse_config
 from moecc.families.export import export_graph
 from moecc.pipeline.passes import Context
-from moecc.testing.checkpoints import exported_checkpoint, random_checkpoint
+from moecc.testing.configs import exported_checkpoint, random_checkpoint
 from moecc.weights.evaluate import materialise
 
 from .interpreters import ask, in_each_interpreter, interpreters

@@ -18,7 +18,7 @@ import pytest
 from moecc.backend import get_backend
 from moecc.errors import MoeccError
 from moecc.model.open import open_model
-from moecc.types.dtypes import F64
+from moecc.types import F64
 
 from .interpreters import ask, in_each_interpreter, major_of
 

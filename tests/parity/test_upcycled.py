@@ -17,8 +17,8 @@ from moecc.model.open import open_model
 from moecc.pipeline.text import Pipeline
 from moecc.tasks.convert import plan, write
 from moecc.tasks.targets import fits as fits_of
-from moecc.testing.comparing import run_reference, with_errors
-from moecc.types.dtypes import F64
+from moecc.testing.oracle import run_reference, with_errors
+from moecc.types import F64
 
 from .interpreters import ask, in_each_interpreter, major_of
 

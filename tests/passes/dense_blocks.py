@@ -15,8 +15,7 @@ from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
 from moecc.ir.structure import clone
 from moecc.pipeline.passes import Context, PassResult
-from moecc.types.dtypes import F64, DType
-from moecc.types.tensor import tensor
+from moecc.types import F64, DType, tensor
 from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import Source, sources
 

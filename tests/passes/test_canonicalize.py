@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from hypothesis import given
-from moecc_passes.canonicalize import RULES, CanonicalizePass
-from moecc_passes.canonicalize.order import order_operands
+from moecc_passes.canonicalize import RULES, CanonicalizePass, order_operands
 
 from moecc.ir import F32, I32, Builder, Graph, Value, clone, equal, parse, print_graph, tensor
 from moecc.pipeline.passes import Context, PassResult

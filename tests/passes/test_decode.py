@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiers import examples, some
 
-from moecc.analysis.head import LOGITS
-from moecc.decoding.graphs import DecodeGraphs
+from moecc.analysis import LOGITS
+from moecc.decoding import DecodeGraphs
 from moecc.errors import InputError
 from moecc.families import build
 from moecc.ir import Graph, parse
@@ -23,8 +23,8 @@ from moecc.pipeline.text import Pipeline
 from moecc.tasks.check import check_pipeline
 from moecc.testing.configs import small_configs
 from moecc.testing.data import params_for
-from moecc.testing.decoding import check_decode, run_in_steps
-from moecc.types.dtypes import F64
+from moecc.testing.laws import check_decode, run_in_steps
+from moecc.types import F64
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ENCODERS = (

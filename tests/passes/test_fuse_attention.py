@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moecc_passes.fuse_attention.fuse_attention import FuseAttentionPass
+from moecc_passes.fuse_attention import FuseAttentionPass
 
 from moecc.families import build
-from moecc.families.describe import flops
-from moecc.families.flops import sequence_flops
+from moecc.families.describe import flops, sequence_flops
 from moecc.ir import Builder, Graph, clone
 from moecc.model.open import open_model
 from moecc.pipeline.passes import Context
@@ -21,7 +20,7 @@ from moecc.pipeline.text import Pipeline
 from moecc.testing import assert_same, laws
 from moecc.testing.blocks import attention
 from moecc.testing.configs import small_configs
-from moecc.testing.generate import random_graph
+from moecc.testing.strategies import random_graph
 from tests.support.attention_graphs import FORMS, Form
 from tests.support.tiers import examples, some
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moecc_passes.fuse_gate_up import FuseGateUpPass
+from moecc_passes.fuse_gate_up import FuseGateUpPass, Fusion, find_siblings, fuse_siblings
 
 from moecc.families import build
 from moecc.families.configs import parse_config
@@ -16,12 +16,11 @@ from moecc.ir import Graph, clone, equal, parse, print_graph
 from moecc.pipeline.passes import EXACT, Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.rewrite.fuse_siblings import Fusion, find_siblings, fuse_siblings
 from moecc.tasks.check import broken_promise
 from moecc.testing import assert_same, laws
 from moecc.testing.blocks import experts, feed_forward
-from moecc.testing.generate import random_graph
-from moecc.types.dtypes import F32
+from moecc.testing.strategies import random_graph
+from moecc.types import F32
 from moecc.weights.expr import Source
 from moecc.weights.movement import Concat
 

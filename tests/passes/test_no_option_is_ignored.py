@@ -9,11 +9,9 @@ import pytest
 from moecc.ir import clone, fingerprint
 from moecc.ir.graph import Graph
 from moecc.model.open import open_model
-from moecc.pipeline.options import options
-from moecc.pipeline.passes import Context, Statistics
-from moecc.pipeline.registry import installed
+from moecc.pipeline.passes import Context, Statistics, options
 from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.pipeline.text import Pipeline, installed
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

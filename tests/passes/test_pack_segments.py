@@ -11,15 +11,14 @@ from moecc_passes.pack_segments import PackSegmentsPass
 
 from moecc.errors import InputError
 from moecc.ir import Graph, verify
-from moecc.ir.indices import index_bound
-from moecc.ir.structure import clone
+from moecc.ir.structure import clone, index_bound
 from moecc.model.open import open_model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.testing.data import params_for
-from moecc.train.data.collate import Shape, collate
-from moecc.train.data.objectives import Segment
+from moecc.train.batches import Shape, collate
+from moecc.train.objectives import Segment
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -194,7 +193,7 @@ def test_a_packed_graph_rolls_and_specialises() -> None:
 def test_xla_computes_the_same() -> None:
     pytest.importorskip("jax")
     from moecc.backend import get_backend
-    from moecc.types.dtypes import F64
+    from moecc.types import F64
 
     graph = packed(imported("t5_relu_tied"))
     rows = documents(graph)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from moecc.analysis.ffn import find_ffn_blocks
+from moecc.analysis import find_ffn_blocks
 from moecc.backend import get_backend
 from moecc.errors import InputError, UsageError
 from moecc.model.open import open_model
@@ -16,8 +16,7 @@ from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.tasks.convert import plan, write
-from moecc.types.arrays import Array
-from moecc.types.dtypes import F64
+from moecc.types import F64, Array
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EXACT = 1e-12

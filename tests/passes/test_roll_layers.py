@@ -6,8 +6,7 @@ from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
-from moecc_passes.roll_layers.layers import Layer, Repeated, repetitions_in
-from moecc_passes.roll_layers.roll_layers import RollLayersPass
+from moecc_passes.roll_layers.roll_layers import Layer, Repeated, RollLayersPass, repetitions_in
 from moecc_passes.unroll_layers import UnrollLayersPass
 from tiers import examples
 
@@ -33,9 +32,8 @@ from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.presets import preset_config
 from moecc.testing import assert_same, laws
-from moecc.testing.stacks import stacks
-from moecc.types.dtypes import KEY
-from moecc.types.tensor import TensorType
+from moecc.testing.blocks import stacks
+from moecc.types import KEY, TensorType
 
 
 def roll(graph: Graph, **options: object) -> tuple[PassResult, list[str]]:

@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from moecc_passes.upcycle.gate_moments import gates_of
-from moecc_passes.upcycle.gates import GateLaw
+from moecc_passes.upcycle.gates import GateLaw, gates_of
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
-from moecc.ir.printer import print_graph
 from moecc.ir.structure import clone
+from moecc.ir.text import print_graph
 from moecc.pipeline.passes import Context
 from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import Expr

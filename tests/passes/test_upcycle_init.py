@@ -16,7 +16,7 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 from moecc.ir import Graph
 from moecc.ir.structure import clone
 from moecc.pipeline.passes import Context
-from moecc.types.dtypes import BF16, F64
+from moecc.types import BF16, F64
 from moecc.weights.evaluate import blocks, evaluate
 
 from .dense_blocks import Array, Arrays, Dense, Tensors, relative, run, tokens, upcycled

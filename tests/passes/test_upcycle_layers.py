@@ -9,7 +9,7 @@ from functools import cache
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moecc_passes.upcycle.layers import check_layers
+from moecc_passes.upcycle.options import check_layers
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.errors import InputError

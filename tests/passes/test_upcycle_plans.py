@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
-from moecc.analysis.ffn import find_ffn_blocks
+from moecc.analysis import find_ffn_blocks
 from moecc.errors import InputError, UsageError
 from moecc.ir import Graph, parse, print_graph
 from moecc.ir.builder import Builder
@@ -21,8 +21,7 @@ from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.testing import graphs, laws
 from moecc.testing.blocks import feed_forward
-from moecc.types.dtypes import BF16, F32, F64, I32
-from moecc.types.tensor import tensor
+from moecc.types import BF16, F32, F64, I32, tensor
 from moecc.weights.expr import Source
 
 from .dense_blocks import Dense, Tensors, relative, run, tokens, upcycled

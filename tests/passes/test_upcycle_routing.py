@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moecc_passes.upcycle.gate_moments import gates_of
-from moecc_passes.upcycle.gates import GateLaw
-from moecc_passes.upcycle.router_init import left_of_std
+from moecc_passes.upcycle.gates import GateLaw, gates_of
+from moecc_passes.upcycle.routers import left_of_std
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.errors import InputError, UsageError
 from moecc.ir import F64, I32, Builder, Graph, equal, tensor
-from moecc.model.balance import updated_bias
+from moecc.model.initialise import updated_bias
 from moecc.pipeline.passes import Context
 from moecc.pipeline.text import Pipeline
 from moecc.testing import laws

@@ -17,12 +17,10 @@ import moecc
 from moecc.backend import get_backend
 from moecc.cli.main import main
 from moecc.errors import InputError, UsageError
-from moecc.model.branches import add_branches, parse_branches
-from moecc.model.open import open_model
+from moecc.model.open import add_branches, open_model, parse_branches
 from moecc.pipeline.text import Pipeline
 from moecc.tasks.convert import Plan, plan, write
-from moecc.types.arrays import Array
-from moecc.types.dtypes import F64
+from moecc.types import F64, Array
 from moecc.weights.evaluate import evaluate
 from tests.docs import scenes
 

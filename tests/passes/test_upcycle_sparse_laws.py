@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from moecc.ir import Graph
 from moecc.ir.builder import Builder
-from moecc.types.dtypes import PRED
-from moecc.types.tensor import tensor
+from moecc.types import PRED, tensor
 
 from .dense_blocks import Array, Arrays, Dense, Tensors, relative, run, tokens, upcycled
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moecc_passes.upcycle.sublayer import extra_location
+from moecc_passes.upcycle.rewrite import extra_location
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.errors import InputError, UsageError

@@ -12,9 +12,8 @@ from moecc.errors import InputError
 from moecc.ir import equal, parse
 from moecc.pipeline.docs import main, render
 from moecc.pipeline.passes import Context
-from moecc.pipeline.registry import installed
 from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.pipeline.text import Pipeline, installed
 
 from .samples import REGISTRY
 

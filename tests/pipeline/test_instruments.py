@@ -12,16 +12,17 @@ import pytest
 
 from moecc.errors import MachineError, UsageError
 from moecc.ir import equal, parse
-from moecc.pipeline.instruments import (
+from moecc.pipeline.passes import Context
+from moecc.pipeline.runner import (
     DiffAfter,
     DumpFolder,
+    Instrument,
     PrintAfter,
     Remarks,
     Statistics,
     Timing,
+    run_pipeline,
 )
-from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import Instrument, run_pipeline
 from moecc.pipeline.text import Pipeline
 
 from .samples import REGISTRY, negations

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from moecc.errors import UsageError
-from moecc.pipeline.registry import Registry, installed
-from moecc.pipeline.text import Pipeline
+from moecc.pipeline.text import Pipeline, Registry, installed
 
 from .samples import REGISTRY, TopPass
 
@@ -52,7 +51,7 @@ def test_the_passes_of_moecc_come_through_the_entry_point() -> None:
 
 def test_listing_names_imports_no_pass() -> None:
     code = (
-        "import sys; from moecc.pipeline.registry import installed; installed().names(); "
+        "import sys; from moecc.pipeline.text import installed; installed().names(); "
         "print([m for m in sys.modules if m.startswith('moecc_passes.')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

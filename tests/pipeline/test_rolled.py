@@ -11,9 +11,8 @@ from moecc.families.configs import parse_config
 from moecc.ir import Graph, clone, equal, verify
 from moecc.ir.unroll import is_rolled, unroll
 from moecc.pipeline.passes import Context
-from moecc.pipeline.registry import installed
 from moecc.pipeline.runner import Report, run_pass, run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.pipeline.text import Pipeline, installed
 from moecc.presets import preset_config
 from moecc.tasks.check import check_pipeline
 from moecc.testing import assert_same
@@ -77,8 +76,8 @@ def test_the_way_out_is_one() -> None:
 
 
 def test_frozen_groups_are_those_of_the_layers_written_out() -> None:
-    from moecc.analysis.groups import parameter_groups
-    from moecc.types.ranges import element, lengths
+    from moecc.analysis import parameter_groups
+    from moecc.support.ranges import element, lengths
 
     graph = rolled()
     apart = clone(graph)

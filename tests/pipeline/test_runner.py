@@ -11,8 +11,7 @@ import pytest
 from moecc.errors import CheckError, InputError, MoeccError, UsageError
 from moecc.ir import Graph, equal, parse
 from moecc.ir.verify import VerifyError
-from moecc.pipeline.blame import PassCrash
-from moecc.pipeline.passes import EXACT, Context, Preserves, Remark, weakest
+from moecc.pipeline.passes import EXACT, Context, PassCrash, Preserves, Remark, weakest
 from moecc.pipeline.runner import Instrument, PassRun, Report, run_pipeline
 from moecc.pipeline.text import Pipeline
 

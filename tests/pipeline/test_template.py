@@ -11,13 +11,17 @@ import pytest
 
 from moecc.errors import InputError, Problem, UsageError
 from moecc.ir import Graph, parse
-from moecc.pipeline.options import options
-from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves
-from moecc.pipeline.registry import Registry, installed
+from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves, options
 from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.template import PipelineTemplate, Step, TemplateOption
-from moecc.pipeline.text import Pipeline
-from moecc.rewrite.match import NearMiss
+from moecc.pipeline.text import (
+    Pipeline,
+    PipelineTemplate,
+    Registry,
+    Step,
+    TemplateOption,
+    installed,
+)
+from moecc.rewrite.pattern import NearMiss
 
 from .samples import REGISTRY
 
@@ -217,7 +221,7 @@ def test_a_faulty_declaration_is_refused_with_its_fault(changes: Any, fault: str
 OWN = """
 from moecc_passes.dce import DcePass
 from moecc_passes.st_moe import ST_MOE
-from moecc.pipeline.template import PipelineTemplate, Step
+from moecc.pipeline.text import PipelineTemplate, Step
 
 CLEAN = PipelineTemplate("clean", "remove what is dead, twice", (Step(DcePass), Step(DcePass)))
 assert ST_MOE.steps

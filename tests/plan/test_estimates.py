@@ -19,18 +19,16 @@ from moecc.model.open import open_model
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.plan.batches import Batch, make_batch
-from moecc.plan.candidates import legal_vias
-from moecc.plan.estimate import Estimate, Estimator
-from moecc.plan.exchanges import Rows
-from moecc.plan.layouts import layouts
+from moecc.plan.candidates import layouts, legal_vias, meshes, plan_mesh
 from moecc.plan.machines import parse_machine
 from moecc.plan.memory import GAPS, STACKS_GAPS, _zeros
-from moecc.plan.meshes import meshes, plan_mesh
 from moecc.plan.sharding import Sharding
 from moecc.plan.strategy import REMATS, StepConfig, Strategy
+from moecc.plan.time import Estimate, Estimator
+from moecc.plan.traffic import Rows
 from moecc.plan.workload import Workload, workload
 from moecc.sharding.layout import Layout
-from moecc.types.dtypes import F32
+from moecc.types import F32
 
 MODELS = ("mixtral-8x7b", "st-moe-l", "smollm2-135m", "switch-c")
 MACHINES = ("tpu:v5p:2x2x4", "tpu:v4:2x2x2", "tpu:v6e:4x4", "gpu:h100:16")

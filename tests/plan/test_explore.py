@@ -15,17 +15,23 @@ import moecc
 from moecc.errors import InputError
 from moecc.model.open import open_model
 from moecc.plan.batches import Batch
+from moecc.plan.candidates import plan_mesh
 from moecc.plan.collectives import Transfer
-from moecc.plan.context import in_context, split_batch, whole_keys
-from moecc.plan.estimate import PartCost
+from moecc.plan.explore import (
+    in_context,
+    part_of_machine,
+    split_batch,
+    stage_work,
+    staged,
+    whole_keys,
+)
 from moecc.plan.machines import efficiency, parse_machine
-from moecc.plan.meshes import plan_mesh
 from moecc.plan.networks import HOP_SECONDS, Switch
-from moecc.plan.stages import part_of_machine, stage_work, staged
 from moecc.plan.strategy import StepConfig, Strategy
+from moecc.plan.time import PartCost
 from moecc.plan.workload import Workload, workload
 from moecc.sharding.layout import Layout
-from moecc.steps.passes import planned_graph
+from moecc.train.graphs import planned_graph
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CPU = parse_machine("cpu:8")

@@ -7,6 +7,7 @@ from math import prod
 import pytest
 
 from moecc.errors import InputError, UsageError
+from moecc.plan.candidates import check_devices, meshes, plan_mesh
 from moecc.plan.machines import (
     parse_machine,
     short_names,
@@ -14,7 +15,6 @@ from moecc.plan.machines import (
     table,
     topologies,
 )
-from moecc.plan.meshes import check_devices, meshes, plan_mesh
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,13 @@ import pytest
 from moecc.errors import InputError
 from moecc.model.open import open_model
 from moecc.plan.batches import make_batch
-from moecc.plan.estimate import Estimate, Estimator
+from moecc.plan.candidates import plan_mesh
 from moecc.plan.machines import parse_machine
-from moecc.plan.meshes import plan_mesh
 from moecc.plan.strategy import StepConfig, Strategy
+from moecc.plan.time import Estimate, Estimator
 from moecc.plan.workload import Workload, workload
 from moecc.sharding.layout import Layout
-from moecc.types.dtypes import BF16, F32
+from moecc.types import BF16, F32
 
 MODEL = Path(__file__).parents[1] / "golden" / "mixtral_gqa"
 TOKENS = 4096

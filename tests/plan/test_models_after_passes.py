@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from moecc.analysis.groups import parameter_groups
+from moecc.analysis import parameter_groups
 from moecc.ir.graph import Graph
 from moecc.model.open import open_model
-from moecc.plan.report_types import Report
-from moecc.steps.passes import run_passes
+from moecc.plan.report import Report
 from moecc.tasks.plan_step import StepRequest, plan_step
+from moecc.train.graphs import run_passes
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 

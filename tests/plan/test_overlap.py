@@ -9,11 +9,11 @@ import pytest
 
 from moecc.model.open import open_model
 from moecc.plan.batches import make_batch
+from moecc.plan.candidates import plan_mesh
 from moecc.plan.collectives import Transfer
-from moecc.plan.estimate import Estimate, Estimator
 from moecc.plan.machines import parse_machine
-from moecc.plan.meshes import plan_mesh
 from moecc.plan.strategy import StepConfig, Strategy
+from moecc.plan.time import Estimate, Estimator
 from moecc.plan.workload import workload
 from moecc.sharding.layout import Layout
 

@@ -6,10 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from moecc.plan.collectives import Transfer
-from moecc.plan.overlap_tpu import shares_on_tpu
-from moecc.plan.part_transfers import PartTransfers
-from moecc.plan.turns import Kernel, Product
+from moecc.plan.collectives import Kernel, PartTransfers, Product, Transfer, shares_on_tpu
 
 SIZES = {"query": 3.0, "output": 3.0, "router": 1.0, "up": 9.0, "down": 9.0}
 """The bytes of each parameter."""

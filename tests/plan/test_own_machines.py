@@ -12,9 +12,8 @@ from moecc_backends.xla.aot.topology import require
 from moecc.cli.main import main
 from moecc.errors import InputError, UsageError
 from moecc.model.open import open_model
-from moecc.plan.machines import parse_machine, sizes_of_kind
+from moecc.plan.machines import find_machine, parse_machine, sizes_of_kind
 from moecc.plan.networks import Switch, Torus
-from moecc.plan.own_machines import find_machine
 from moecc.tasks.plan_step import StepRequest, plan_step
 
 MODEL = str(Path(__file__).parents[1] / "golden" / "llama_gqa")

@@ -9,7 +9,7 @@ import pytest
 
 from moecc.errors import InputError
 from moecc.families.describe import describe
-from moecc.ir.indices import length_bounds
+from moecc.ir.structure import length_bounds
 from moecc.model.inputs import check_inputs, default_inputs
 from moecc.model.open import open_model
 from moecc.pipeline.runner import run_pipeline

@@ -14,19 +14,16 @@ from moecc.errors import InputError, UsageError
 from moecc.families import build
 from moecc.families.configs import parse_config
 from moecc.ir import Graph
-from moecc.ir.local import local_type
 from moecc.ir.mesh import mesh_of, parse_mesh
-from moecc.ir.structure import clone
+from moecc.ir.structure import clone, local_type
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.plan.batches import make_batch
-from moecc.plan.candidates import legal_vias
-from moecc.plan.estimate import Estimator
-from moecc.plan.layouts import layouts, problems
+from moecc.plan.candidates import layouts, legal_vias, meshes, plan_mesh, problems
 from moecc.plan.machines import parse_machine
-from moecc.plan.meshes import meshes, plan_mesh
 from moecc.plan.sharding import Sharding
 from moecc.plan.strategy import StepConfig, Strategy
+from moecc.plan.time import Estimator
 from moecc.plan.workload import Workload, workload
 from moecc.presets import preset_config
 from moecc.sharding.layout import Layout

@@ -15,16 +15,15 @@ from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.plan.batches import Batch, length_variables
+from moecc.plan.candidates import check_layout, plan_mesh
 from moecc.plan.collectives import rows_sent
-from moecc.plan.estimate import Estimate, Estimator
-from moecc.plan.layouts import check_layout
 from moecc.plan.machines import parse_machine
-from moecc.plan.meshes import plan_mesh
 from moecc.plan.strategy import StepConfig, Strategy
+from moecc.plan.time import Estimate, Estimator
 from moecc.plan.workload import workload
 from moecc.sharding.layout import Layout
 from moecc.testing import inputs_for, params_for, sizes_for
-from moecc.types.dtypes import F32
+from moecc.types import F32
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

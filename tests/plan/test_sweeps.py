@@ -14,8 +14,7 @@ import moecc
 from moecc.cli.main import main
 from moecc.errors import UsageError
 from moecc.plan.page import sweep_page
-from moecc.plan.sweep_report import FRONTIER, sweep_text
-from moecc.plan.sweeps import DROPLESS, Planned, frontier, parse_sweep
+from moecc.plan.sweeps import DROPLESS, FRONTIER, Planned, frontier, parse_sweep, sweep_text
 from tests.support.pages import Parsed
 from tests.support.tiers import examples
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecc.plan.tiles import padded, stacked
+from moecc.plan.networks import padded, stacked
 
 
 def rooms(sizes: list[int]) -> list[int]:

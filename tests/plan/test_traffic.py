@@ -21,15 +21,14 @@ from moecc.ir.traits import Collective
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.plan.batches import Batch
-from moecc.plan.estimate import Estimator
 from moecc.plan.machines import parse_machine
 from moecc.plan.strategy import StepConfig, Strategy
+from moecc.plan.time import Estimator
 from moecc.plan.workload import workload
 from moecc.presets import preset_config
 from moecc.sharding.layout import Layout
 from moecc.sharding.vias import LOCAL
-from moecc.types.dtypes import F32
-from moecc.types.tensor import Axis, Extent, TensorType
+from moecc.types import F32, Axis, Extent, TensorType
 
 SIZES = {"B": 64, "S": 16, "T": 32}
 

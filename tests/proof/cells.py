@@ -17,24 +17,28 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from safetensors.numpy import save_file
 
-from moecc.analysis.ffn import find_ffn_blocks
+from moecc.analysis import find_ffn_blocks
 from moecc.backend import get_backend
-from moecc.capture.statistics import BlockSums
-from moecc.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdaptedCheckpoint
-from moecc.checkpoint.open import open_checkpoint
-from moecc.checkpoint.several import SeveralCheckpoints, branches_of
-from moecc.checkpoint.source import Checkpoint
+from moecc.capture import BlockSums
 from moecc.errors import MoeccError
 from moecc.families import import_checkpoint
 from moecc.families.configs import CONFIGS
 from moecc.families.export import export_graph
+from moecc.formats.adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    AdaptedCheckpoint,
+    SeveralCheckpoints,
+    branches_of,
+)
+from moecc.formats.open import open_checkpoint
+from moecc.formats.source import Checkpoint
 from moecc.ir.graph import Graph
 from moecc.pipeline.passes import Context, Statistics
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.testing.checkpoints import MemoryCheckpoint, exported_checkpoint
-from moecc.types.arrays import Array
-from moecc.types.dtypes import F64
+from moecc.testing.configs import MemoryCheckpoint, exported_checkpoint
+from moecc.types import F64, Array
 from moecc.weights.branches import STATISTICS
 from moecc.weights.evaluate import evaluate
 

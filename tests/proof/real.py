@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from moecc.types.arrays import Array
+from moecc.types import Array
 from tests.proof.cells import METHODS, passes_for
 
 ROOT = Path(__file__).parents[2]

@@ -27,8 +27,8 @@ from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.plan.batches import length_variables
 from moecc.plan.machines import parse_machine
-from moecc.steps.recipes import step_spec, train_graph, train_passes
 from moecc.tasks.dry_run import planned_step
+from moecc.train.graphs import step_spec, train_graph, train_passes
 from moecc.train.recipe import Recipe
 from moecc.train.recipe_text import load_recipe
 from moecc.train.state import canonical
@@ -114,8 +114,8 @@ def compiled(case: Case) -> dict[str, Any]:
     machine = parse_machine(case.machine)
     topology.prepare(machine)
     from moecc_backends.xla.aot.census import census
-    from moecc_backends.xla.aot.program import compile_ahead
-    from moecc_backends.xla.train.abstract_step import make_step
+    from moecc_backends.xla.aot.compiler import compile_program as compile_ahead
+    from moecc_backends.xla.train.step import make_step
 
     recipe, graph = model_of(case)
     spec = step_spec(graph, recipe, machine.kind)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from moecc.steps.recipes import train_graph
+from moecc.train.graphs import train_graph
 
 from .chain import ROOT
 from .recipes import BOUNDS, CASES, HEAD, model_of, off, row

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moecc.ir import F64, Builder, Graph, tensor
-from moecc.ir.gates import GATES
+from moecc.ir.conventions import GATES
 from moecc.testing import run_reference
 
 Data = np.ndarray[Any, Any]

@@ -14,7 +14,7 @@ from moecc_backends.reference.random import folded, threefry, uniform
 from moecc.errors import InputError
 from moecc.ir import F32, F64, I32, Axis, Builder, Graph, TensorType, tensor
 from moecc.testing import run_reference
-from moecc.types.dtypes import KEY
+from moecc.types import KEY
 
 KEYS = st.integers(0, 2**64 - 1)
 

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from moecc.errors import InputError
 from moecc.ir import F64, I32, PRED, Builder, Graph, Value, equal, parse, print_graph, tensor
 from moecc.testing import run_reference
-from moecc.types.dtypes import KEY
-from moecc.types.tensor import TensorType
+from moecc.types import KEY, TensorType
 
 Data = np.ndarray[Any, Any]
 SEEDS = st.integers(0, 2**32 - 1)

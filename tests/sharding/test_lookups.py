@@ -9,17 +9,14 @@ from moecc_passes.sharding.annotate import lay
 
 from moecc.ir import Graph, clone
 from moecc.ir.builder import Builder
-from moecc.ir.indices import index_bound
 from moecc.ir.mesh import parse_mesh
-from moecc.sharding.assign import Assigner
-from moecc.sharding.collectives import steps
-from moecc.sharding.gradients import dependence, gradients
+from moecc.ir.structure import index_bound
+from moecc.sharding.assign import Assigner, sites_of
+from moecc.sharding.collectives import dependence, gradients, steps
 from moecc.sharding.propagate import Propagation, propagate
 from moecc.sharding.rules import parse_layout, read_layouts
-from moecc.sharding.sites import sites_of
 from moecc.testing import run_reference
-from moecc.types.dtypes import F32, I32
-from moecc.types.tensor import tensor
+from moecc.types import F32, I32, tensor
 
 from .meshes import run
 

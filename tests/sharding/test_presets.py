@@ -5,8 +5,8 @@ from __future__ import annotations
 from math import prod
 
 from moecc.ir import verify
-from moecc.ir.local import local_type
 from moecc.ir.mesh import mesh_of
+from moecc.ir.structure import local_type
 from moecc.model.open import open_model
 
 from .meshes import census, run

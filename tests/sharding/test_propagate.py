@@ -16,21 +16,17 @@ from moecc.families.configs import parse_config
 from moecc.ir import Graph, clone
 from moecc.ir.builder import Builder
 from moecc.ir.mesh import parse_mesh
-from moecc.ir.printer import print_graph
+from moecc.ir.text import print_graph
 from moecc.plan.batches import make_batch
-from moecc.plan.layouts import layouts
-from moecc.plan.meshes import meshes
+from moecc.plan.candidates import layouts, meshes
 from moecc.plan.sharding import Sharding
 from moecc.plan.workload import workload
 from moecc.presets import preset_config
-from moecc.sharding.assign import ROWS, Assigner
-from moecc.sharding.collectives import sent, steps
-from moecc.sharding.gradients import dependence, gradients
+from moecc.sharding.assign import ROWS, Assigner, cuts_of, sites_of
+from moecc.sharding.collectives import dependence, gradients, sent, steps
 from moecc.sharding.propagate import Propagation, Reshard, propagate
 from moecc.sharding.rules import parse_layout, read_layouts
-from moecc.sharding.sites import cuts_of, sites_of
-from moecc.types.dtypes import F32
-from moecc.types.tensor import Axis, TensorType, tensor
+from moecc.types import F32, Axis, TensorType, tensor
 
 MEGATRON = ("batch = data", "mlp = model", "kv_head = model ?", "q = model ?")
 FEW: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ from moecc_passes.add_losses import AddLossesPass
 
 from moecc.errors import InputError, UsageError
 from moecc.ir import F64, Builder, Graph, clone, tensor
-from moecc.ir.mixtures import emit_expert_choice
+from moecc.ir.moe import emit_expert_choice
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moecc.ir import F64, PRED, Builder, Graph, tensor
-from moecc.ir.mixtures import emit_priority
+from moecc.ir.moe import emit_priority
 from moecc.testing import run_reference
 
 from .layers import Data, softmax

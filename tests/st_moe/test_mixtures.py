@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moecc.errors import InputError
 from moecc.ir import F64, I32, Builder, Graph, tensor
-from moecc.ir.mixtures import (
+from moecc.ir.moe import (
     emit_dropout,
     emit_expert_choice,
     emit_hash_routing,
@@ -21,9 +21,9 @@ from moecc.ir.mixtures import (
     emit_rescaled,
     emit_soft_slots,
 )
-from moecc.model.balance import flaxformer_groups, split_into_groups, updated_bias
+from moecc.model.initialise import flaxformer_groups, split_into_groups, updated_bias
 from moecc.testing import run_reference
-from moecc.types.dtypes import KEY
+from moecc.types import KEY
 
 SEEDS = st.integers(0, 2**32 - 1)
 

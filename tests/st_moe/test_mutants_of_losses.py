@@ -15,8 +15,7 @@ from hypothesis import HealthCheck, Phase, is_hypothesis_test, settings
 from moecc_passes import add_losses
 
 from moecc.ir.graph import Value
-from moecc.ir.losses import LossBuilder
-from moecc.ir.routed import Means
+from moecc.ir.routing_losses import LossBuilder, Means
 
 from . import test_losses, test_numbers
 from .layers import TOKENS

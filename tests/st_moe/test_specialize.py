@@ -11,14 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moecc_passes.canonicalize import CanonicalizePass
-from moecc_passes.specialize.mode_config import ModeConfig, record, recorded
+from moecc_passes.specialize.layer import ModeConfig, record, recorded
 from moecc_passes.specialize.specialize import SpecializePass
 from tiers import examples
 
 from moecc.errors import InputError, UsageError
 from moecc.ir import F64, Builder, Graph, clone, equal, parse, print_graph, tensor
-from moecc.ir.mixtures import emit_expert_choice
-from moecc.ir.moe import emit_routing
+from moecc.ir.moe import emit_expert_choice, emit_routing
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline

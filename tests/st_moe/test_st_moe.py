@@ -10,7 +10,7 @@ import pytest
 from moecc_passes.freeze import FreezePass
 from moecc_passes.specialize.specialize import SpecializePass
 
-from moecc.analysis.groups import GROUPS, parameter_groups, trainable
+from moecc.analysis import GROUPS, parameter_groups, trainable
 from moecc.errors import InputError, UsageError
 from moecc.ir import Graph, clone, equal, parse, print_graph
 from moecc.pipeline.passes import Context

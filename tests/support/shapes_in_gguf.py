@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from moecc.types.arrays import Array
+from moecc.types import Array
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = [("gpt2_plain", "gpt2"), ("gpt_neox_parallel", "gptneox"), ("bert_gelu", "bert")]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moecc.ir import BF16, DTYPES, F32, F64, I32, Builder, Graph, TensorType, Value, parse, tensor
-from moecc.ir.replace import replace_value
+from moecc.ir.structure import replace_value
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves
 from moecc.testing import (
     assert_same,
@@ -19,7 +19,7 @@ from moecc.testing import (
     run_reference,
     sizes_for,
 )
-from moecc.types.tensor import Axis
+from moecc.types import Axis
 from moecc.weights.arithmetic import Cast, Scale
 from moecc.weights.expr import Source
 from moecc.weights.movement import Index, Tile

@@ -12,7 +12,7 @@ from moecc.ir import BF16, F32, Builder, Graph, clone, parse, tensor, verify
 from moecc.ir.mesh import parse_mesh
 from moecc.pipeline.passes import Context
 from moecc.testing import differences, graphs, laws, random_graph
-from moecc.testing.choices import Decisions
+from moecc.testing.draws import Decisions
 from moecc.testing.shardings import random_sharding
 from moecc.weights.arithmetic import Cast, Scale
 from moecc.weights.expr import Source

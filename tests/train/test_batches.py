@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 
 from moecc.errors import InputError
-from moecc.train.data.batches import Batches, open_batches
-from moecc.train.data.corruption import restored
-from moecc.train.data.model_facts import ModelFacts, facts_of
-from moecc.train.data.objectives import CausalRows, Room
+from moecc.train.batches import Batches, open_batches
+from moecc.train.objectives import CausalRows, Room, restored
 from moecc.train.recipe import Corpus, DataSection, Objective
+from moecc.train.rows import ModelFacts, facts_of
 from moecc.train.tokens.documents import Format
 from moecc.train.tokens.encoders import ByteEncoder
 from moecc.train.tokens.make import Making, make_tokens
@@ -243,8 +242,8 @@ def test_batches_differ_by_number_and_seed(texts: str) -> None:
 def test_another_process_has_the_same_batches(texts: str) -> None:
     code = (
         "import sys, hashlib\nsys.path[:0] = [sys.argv[2]]\n"
-        "from moecc.train.data.batches import open_batches\n"
-        "from moecc.train.data.model_facts import ModelFacts\n"
+        "from moecc.train.batches import open_batches\n"
+        "from moecc.train.rows import ModelFacts\n"
         "from moecc.train.recipe import *\n"
         "names = ('tokens', 'segments', 'decoder_tokens')\n"
         "data = DataSection((Corpus(sys.argv[1]),), objective=Objective.SPANS, batch=4, seq=64)\n"

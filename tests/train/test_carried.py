@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moecc.checkpoint.run.layout import saved_steps
-from moecc.checkpoint.run.state import StateReader
 from moecc.cli.main import main
+from moecc.formats.run import StateReader, saved_steps
 from moecc.model.open import open_model
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.steps.carried import carried_moments, saved_moments
 from moecc.tasks.train_carried import over_its_source
 from moecc.train.recipe import OptimizerSection
+from moecc.train.settings import carried_moments, saved_moments
 from moecc.train.state import canonical
 from moecc.weights.expr import sources
 

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecc.train.data.corruption import Masking, Spans, restored
+from moecc.train.objectives import Masking, Spans, restored
 
 SENTINELS = tuple(range(1000, 1100))
 

@@ -17,9 +17,9 @@ from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.plan.machines import parse_machine
 from moecc.tasks.dry_run import dry_run, dry_run_text
-from moecc.train.data.batches import open_batches
-from moecc.train.data.model_facts import ModelFacts
+from moecc.train.batches import open_batches
 from moecc.train.recipe_text import parse_recipe
+from moecc.train.rows import ModelFacts
 from moecc.train.tokens.make import Making, make_tokens
 
 GOLDEN = Path(__file__).parent.parent / "golden"

@@ -20,8 +20,7 @@ from moecc.train.events import (
     Stopped,
     guard_faults,
 )
-from moecc.train.journal import Journal, cut_back, read_journal
-from moecc.train.position import Position, batch_of
+from moecc.train.run import Journal, Position, batch_of, cut_back, read_journal
 
 
 def stepped(step: int) -> Stepped:

@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moecc.checkpoint.run.layout import saved_steps
-from moecc.checkpoint.run.state import StateReader
+from moecc.formats.run import StateReader, saved_steps
 
 pytest.importorskip("jax")
 pytest.importorskip("orbax.checkpoint")

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from moecc.model.open import open_model
 from moecc.tasks.generate import load_tokenizer
 from moecc.tasks.lm_eval_model import HarnessModel, lm_eval_model
-from moecc.train.tokens.byte_tokenizer import byte_tokenizer
+from moecc.train.tokens.encoders import byte_tokenizer
 
 from .tiny import draw_weights, make_model
 

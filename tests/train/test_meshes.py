@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from moecc.checkpoint.run.layout import saved_steps
 from moecc.cli.main import main
+from moecc.formats.run import saved_steps
 
 pytest.importorskip("jax")
 pytest.importorskip("orbax.checkpoint")

@@ -11,9 +11,8 @@ from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.train.moments import Carried
-from moecc.types.dtypes import F32, I32
-from moecc.types.tensor import TensorType, tensor
+from moecc.train.state import Carried
+from moecc.types import F32, I32, TensorType, tensor
 from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import Full, Source
 

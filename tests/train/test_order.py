@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moecc.train.data.order import PERIOD, Mixture, mixed, permuted
+from moecc.train.batches import PERIOD, Mixture, mixed, permuted
 
 
 @given(st.integers(1, 700), st.integers(0, 2**64 - 1))

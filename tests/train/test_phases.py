@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moecc.checkpoint.run.layout import saved_steps
-from moecc.checkpoint.run.state import StateReader
 from moecc.cli.main import main
-from moecc.steps.phases import phase_at, phases_of
+from moecc.formats.run import StateReader, saved_steps
 from moecc.train.recipe import OptimizerSection, ParameterGroup
+from moecc.train.settings import phase_at, phases_of
 from tests.support.tiers import few
 
 GROUPS = "[{match='router'}, {match='norm', freeze=true}, {match='*', from_step=3}]"

@@ -13,9 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moecc.errors import InputError, MoeccError, UsageError
-from moecc.toml.places import toml_places
-from moecc.train.recipe import Corpus, DataSection, MeshSection, ModelSection, Recipe, RunSection
-from moecc.train.recipe_checks import BOUNDS
+from moecc.formats.toml import toml_places
+from moecc.train.recipe import (
+    BOUNDS,
+    Corpus,
+    DataSection,
+    MeshSection,
+    ModelSection,
+    Recipe,
+    RunSection,
+)
 from moecc.train.recipe_text import (
     load_recipe,
     parse_recipe,
@@ -57,7 +64,7 @@ def any_value(type_: Any) -> st.SearchStrategy[Any]:
 
 @given(any_value(Recipe))
 def test_what_is_written_reads_as_the_same_values(recipe: Recipe) -> None:
-    from moecc.toml.fields import FieldReader
+    from moecc.formats.toml import FieldReader
 
     reader = FieldReader(str)
     assert reader.section(Recipe, tomllib.loads(write_recipe(recipe)), ()) == recipe

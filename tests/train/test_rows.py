@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moecc.train.data.rows import PackedPlan, StreamPlan, pack
+from moecc.train.rows import PackedPlan, StreamPlan, pack
 
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=30).map(lambda x: np.array(x, np.int64))
 

@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 
-from moecc.checkpoint.manifest import seal
-from moecc.checkpoint.run.checkpoint import RunCheckpoint
-from moecc.checkpoint.run.digests import check_step
-from moecc.checkpoint.run.layout import (
+from moecc.errors import CheckError, InputError
+from moecc.formats.manifest import seal
+from moecc.formats.run import (
     LINEAGE_SCHEMA,
+    RunCheckpoint,
+    check_step,
     choose_step,
     is_run,
     saved_steps,
     split_reference,
 )
-from moecc.errors import CheckError, InputError
-from moecc.train.run_folder import (
+from moecc.train.run import (
     begin_step,
     create_run,
     finish_step,
@@ -136,7 +136,7 @@ def test_no_file_outside_of_the_run_is_hashed(
     save(run, 1)
     hashed: list[Path] = []
     monkeypatch.setattr(
-        "moecc.checkpoint.run.digests.file_records",
+        "moecc.formats.run.file_records",
         lambda files: hashed.extend(files.values()) or {},
     )
     rewrite(run, run_files={name: {"size_bytes": 6, "sha256": "0" * 64}}, files={})

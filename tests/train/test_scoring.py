@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moecc.train.data.label_choices import LabelChoices
+from moecc.train.rows import LabelChoices
 from moecc.train.scoring import (
     RowScores,
     macro_f1,

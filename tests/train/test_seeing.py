@@ -10,14 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moecc.checkpoint.run.layout import LINEAGE_SCHEMA
 from moecc.cli.main import main
 from moecc.cli.train_progress import TrainProgress
 from moecc.errors import InputError
-from moecc.train.alarms import DEAD_STEPS, SATURATED_STEPS, Watch
-from moecc.train.events import Evaluated, Reason, Stepped, Stopped
-from moecc.train.run_folder import create_run
-from moecc.train.run_series import MOST_POINTS, read_run
+from moecc.formats.run import LINEAGE_SCHEMA
+from moecc.train.events import (
+    DEAD_STEPS,
+    SATURATED_STEPS,
+    Evaluated,
+    Reason,
+    Stepped,
+    Stopped,
+    Watch,
+)
+from moecc.train.run import MOST_POINTS, create_run, read_run
 from moecc.train.trackers import TensorBoard, scalars, tracked
 from tests.pages.browser import BROWSER, MISSING, look
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moecc.cli.main import main
-from moecc.train.specialisation import Routed, information
+from moecc.train.scoring import Routed, information
 from moecc.train.tokens.documents import Format
 from moecc.train.tokens.make import Making, make_tokens
 

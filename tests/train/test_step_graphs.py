@@ -16,11 +16,9 @@ from moecc.ir.unroll import unrolled
 from moecc.model.open import open_model
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.steps.recipes import eval_graph, eval_passes, train_graph, train_passes
-from moecc.steps.remarks import training_remarks
 from moecc.testing.data import params_for
-from moecc.train.data.batches import open_batches
-from moecc.train.data.model_facts import ModelFacts
+from moecc.train.batches import open_batches
+from moecc.train.graphs import eval_graph, eval_passes, train_graph, train_passes, training_remarks
 from moecc.train.recipe import (
     Corpus,
     DataSection,
@@ -30,6 +28,7 @@ from moecc.train.recipe import (
     RoutingSection,
     RunSection,
 )
+from moecc.train.rows import ModelFacts
 from moecc.train.tokens.make import Making, make_tokens
 
 GOLDEN = Path(__file__).parent.parent / "golden"

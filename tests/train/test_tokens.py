@@ -21,8 +21,7 @@ from moecc.cli.main import main
 from moecc.errors import InputError, MachineError, UsageError
 from moecc.train.tokens import documents, encoders
 from moecc.train.tokens.documents import Format
-from moecc.train.tokens.facts import TokenFacts
-from moecc.train.tokens.folder import TokenFolder, open_tokens
+from moecc.train.tokens.folder import TokenFacts, TokenFolder, open_tokens
 from moecc.train.tokens.make import Making, make_tokens
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from moecc.checkpoint.run.layout import saved_steps
 from moecc.cli.main import main
 from moecc.errors import InputError
+from moecc.formats.run import saved_steps
 from moecc.model.open import open_model
 
 pytest.importorskip("jax")

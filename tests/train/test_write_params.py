@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 import moecc
-from moecc.checkpoint.manifest import check_manifest
-from moecc.checkpoint.records import load
 from moecc.errors import InputError
+from moecc.formats.manifest import check_manifest, load
 from moecc.model.open import open_model
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline

@@ -12,14 +12,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecc.types.dtypes import F32, PRED
-from moecc.types.tensor import tensor
-from moecc.weights import random
-from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform
+from moecc.types import F32, PRED, tensor
+from moecc.weights import draws as random
+from moecc.weights.draws import (
+    Normal,
+    Subset,
+    TruncatedNormal,
+    Uniform,
+    box_words,
+    normal_quantile,
+    stream,
+    tail,
+)
 from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import Expr
 from moecc.weights.movement import Index, Permute, Slice
-from moecc.weights.random import box_words, normal_quantile, stream, tail
 
 KEY = 0x0123456789ABCDEF0123456789ABCDEF
 MANY = tensor(F32, expert=8, mlp=125, embed=400)

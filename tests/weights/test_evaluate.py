@@ -12,15 +12,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moecc.errors import InputError
-from moecc.types.dtypes import BF16, DTYPES, F16, F32, F64, I32, PRED, DType, is_lossless
-from moecc.types.tensor import tensor
+from moecc.types import BF16, DTYPES, F16, F32, F64, I32, PRED, DType, is_lossless, tensor
 from moecc.weights import evaluate as evaluator
-from moecc.weights import moments
-from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select
+from moecc.weights import fits as moments
+from moecc.weights.arithmetic import (
+    Add,
+    Cast,
+    Moment,
+    Mul,
+    Scale,
+    Select,
+    first_nonfinite,
+    round_to,
+    widen,
+)
 from moecc.weights.evaluate import Evaluator, ValuesOverflow, blocks, evaluate, materialise
 from moecc.weights.expr import MAX_DEPTH, Expr, Full, Source
 from moecc.weights.movement import Concat, Index, Merge, Permute, Split, Stack, Tile
-from moecc.weights.rounding import first_nonfinite, round_to, widen
 from moecc.weights.simplify import simplify
 from moecc.weights.text import format_expr, parse_expr
 

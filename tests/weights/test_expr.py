@@ -11,8 +11,7 @@ import weakref
 import pytest
 
 from moecc.errors import InputError
-from moecc.types.dtypes import BF16, F16, F32, F64, KEY, PRED
-from moecc.types.tensor import Axis, TensorType, tensor
+from moecc.types import BF16, F16, F32, F64, KEY, PRED, Axis, TensorType, tensor
 from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select
 from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform, derive_key
 from moecc.weights.evaluate import is_pure_copy

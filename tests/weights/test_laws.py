@@ -7,8 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from moecc.types.dtypes import BF16, F32, PRED
-from moecc.types.tensor import Axis, TensorType, tensor
+from moecc.types import BF16, F32, PRED, Axis, TensorType, tensor
 from moecc.weights.arithmetic import Add, Moment, Mul, Select
 from moecc.weights.draws import Normal, Subset, derive_key
 from moecc.weights.evaluate import evaluate

@@ -14,11 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moecc.errors import InputError
-from moecc.types.arrays import Array
-from moecc.weights import moments
-from moecc.weights.clustering import cluster_order
+from moecc.types import Array
+from moecc.weights import fits as moments
 from moecc.weights.evaluate import Evaluator, evaluate
-from moecc.weights.fitting import fitted_rows, remembered
+from moecc.weights.fits import cluster_order, fitted_rows, remembered
 from moecc.weights.text import format_expr, parse_expr
 
 TEXTS = (

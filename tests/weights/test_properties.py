@@ -12,26 +12,26 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moecc.errors import InputError
-from moecc.testing.naive_weights import whole_naively
-from moecc.types.dtypes import BF16, DTYPES, F16, F32, F64, PRED, DType
-from moecc.types.tensor import Axis, TensorType
+from moecc.testing.weights import whole_naively
+from moecc.types import BF16, DTYPES, F16, F32, F64, PRED, Axis, DType, TensorType
 from moecc.weights.arithmetic import Add, Cast, Minimum, Moment, Mul, Scale, Select
-from moecc.weights.boxes import row_blocks
 from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform
 from moecc.weights.evaluate import Evaluator, blocks, evaluate
-from moecc.weights.expr import Expr, Full, Source, walk
+from moecc.weights.expr import Expr, Full, Source, row_blocks, walk
 from moecc.weights.movement import (
+    I32,
     Concat,
     Index,
     Merge,
+    Permutation,
     Permute,
     Rename,
     Slice,
     Split,
     Stack,
+    Take,
     Tile,
 )
-from moecc.weights.orders import I32, Permutation, Take
 from moecc.weights.simplify import simplify
 from moecc.weights.text import format_expr, parse_expr
 

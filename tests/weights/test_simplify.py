@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moecc.types.dtypes import BF16, F16, F32, F64, PRED
-from moecc.types.tensor import tensor
+from moecc.types import BF16, F16, F32, F64, PRED, tensor
 from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select
-from moecc.weights.boxes import whole
 from moecc.weights.draws import Normal, Subset
 from moecc.weights.evaluate import Evaluator
-from moecc.weights.expr import Expr, Full, Source
+from moecc.weights.expr import Expr, Full, Source, whole
 from moecc.weights.movement import (
     Concat,
     Index,

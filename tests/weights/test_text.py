@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moecc.errors import InputError
-from moecc.types.dtypes import BF16, F16, F32, PRED
-from moecc.types.tensor import tensor
+from moecc.types import BF16, F16, F32, PRED, tensor
 from moecc.weights.arithmetic import Add, Cast, Minimum, Moment, Mul, Scale, Select
 from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform
 from moecc.weights.expr import MAX_DEPTH, Expr, Full, Source

@@ -15,14 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from moecc.checkpoint import durable, writer
-from moecc.checkpoint.disk import Disk, injected
-from moecc.checkpoint.safetensors import read_header
-from moecc.checkpoint.shards import Entry, natural, plan_shards
-from moecc.checkpoint.writer import OutputTensor, WriteReport, write_checkpoint
 from moecc.errors import InputError, MachineError, UsageError
-from moecc.types.dtypes import BF16, DTYPES, F16, F32, I64, PRED, DType
-from moecc.types.tensor import tensor
+from moecc.formats import disk as durable
+from moecc.formats import writer
+from moecc.formats.disk import Disk, injected
+from moecc.formats.safetensors import Entry, natural, plan_shards, read_header
+from moecc.formats.writer import OutputTensor, WriteReport, write_checkpoint
+from moecc.types import BF16, DTYPES, F16, F32, I64, PRED, DType, tensor
 from moecc.weights.arithmetic import Add, Scale
 from moecc.weights.draws import Normal
 from moecc.weights.expr import Expr, Source

@@ -32,9 +32,8 @@ def small_model(remat: str, on_mesh: str = "") -> Any:
     from moecc.families import build
     from moecc.families.configs import parse_config
     from moecc.pipeline.passes import Context
-    from moecc.pipeline.registry import installed
     from moecc.pipeline.runner import run_pipeline
-    from moecc.pipeline.text import Pipeline
+    from moecc.pipeline.text import Pipeline, installed
     from moecc.presets import preset_config
 
     graph = build(parse_config({**preset_config("st-moe-base"), **CONFIG}))
@@ -59,11 +58,11 @@ def main(mesh: str, dense_weights: str, remat: str, way: str) -> None:
     from moecc_backends.xla.aot.census import census
     from moecc_backends.xla.train.step import make_train_step
 
-    from moecc.plan.meshes import plan_mesh
+    from moecc.plan.candidates import plan_mesh
     from moecc.sharding.layout import Layout
-    from moecc.steps.spec import StepSpec
     from moecc.train.recipe import OptimizerSection
-    from moecc.types.dtypes import F64
+    from moecc.train.settings import StepSpec
+    from moecc.types import F64
 
     # Parameters are float32; what computes with them is not, so that nothing but a fault differs.
     jax.config.update("jax_enable_x64", True)

@@ -13,11 +13,10 @@ from moecc.errors import InputError
 from moecc.ir import Graph
 from moecc.ir.builder import Builder
 from moecc.ir.ops import OPS
-from moecc.ir.parser import parse
+from moecc.ir.text import parse
 from moecc.model.open import open_model
 from moecc.testing import graphs, random_graph, run_reference
-from moecc.types.dtypes import DTYPES, F32, F64, I32, KEY
-from moecc.types.tensor import TensorType, tensor
+from moecc.types import DTYPES, F32, F64, I32, KEY, TensorType, tensor
 
 from .models import GOLDEN, assert_close, compiled, decoder, is_decided, random_data, relative
 

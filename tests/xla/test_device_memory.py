@@ -7,8 +7,8 @@ import pytest
 
 from moecc.backend import Backend, get_backend
 from moecc.errors import MachineError
-from moecc.ir.parser import parse
-from moecc.types.dtypes import F32
+from moecc.ir.text import parse
+from moecc.types import F32
 
 pytest.importorskip("jax")
 
@@ -48,7 +48,7 @@ def test_a_session(backend: Backend) -> None:
 
 def test_other_errors_of_xla_stay_what_they_are() -> None:
     from jax.errors import JaxRuntimeError
-    from moecc_backends.xla.run.device_memory import within_memory
+    from moecc_backends.xla.run.memory import within_memory
 
     with pytest.raises(JaxRuntimeError, match="INTERNAL"), within_memory():
         raise JaxRuntimeError("INTERNAL: something else")

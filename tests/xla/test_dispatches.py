@@ -24,7 +24,7 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 from moecc_backends.xla.backend import function  # noqa: E402
 from moecc_backends.xla.dispatch.choose import TABLE, choose  # noqa: E402
-from moecc_backends.xla.trace.options import Options  # noqa: E402
+from moecc_backends.xla.trace.context import Options  # noqa: E402
 from moecc_backends.xla.trace.routing import Routing  # noqa: E402
 
 BATCH, SEQ, EMBED, MLP, EXPERTS = 2, 6, 4, 5, 3

@@ -13,19 +13,19 @@ from tiers import examples
 
 from moecc.ir import BF16, F64, Graph, parse, print_graph
 from moecc.testing import run_reference
-from moecc.types.dtypes import DType
+from moecc.types import DType
 
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
 from moecc_backends.xla.backend import function  # noqa: E402
-from moecc_backends.xla.kernels.row_blocks import (  # noqa: E402
+from moecc_backends.xla.kernels.grouped_matmul import (  # noqa: E402
     cover_blocks,
     cover_sizes,
     overhang,
     walk_experts,
 )
-from moecc_backends.xla.trace.options import Options  # noqa: E402
+from moecc_backends.xla.trace.context import Options  # noqa: E402
 
 SHAPES = ((5, 3), (100, 2), (900, 4), (2000, 4))
 """Rows and experts: fewer than the least block, one, and each step of sizes."""

@@ -16,23 +16,27 @@ import pytest
 from moecc_backends.reference.backend import ReferenceBackend
 from moecc_backends.reference.contraction import product
 from moecc_backends.xla.backend import function
-from moecc_backends.xla.kernels import query_blocks
-from moecc_backends.xla.kernels.attention_operands import AttentionArrays, AttentionRule
-from moecc_backends.xla.kernels.cudnn import cudnn_attention
-from moecc_backends.xla.kernels.score_pairs import score_pairs_of
-from moecc_backends.xla.kernels.splash import splash_attention, splash_kernel
-from moecc_backends.xla.trace.options import Options
-from moecc_passes.fuse_attention.fuse_attention import FuseAttentionPass
+from moecc_backends.xla.kernels import attention as query_blocks
+from moecc_backends.xla.kernels.attention import (
+    AttentionArrays,
+    AttentionRule,
+    cudnn_attention,
+    score_pairs_of,
+    splash_attention,
+    splash_kernel,
+)
+from moecc_backends.xla.trace.context import Options
+from moecc_passes.fuse_attention import FuseAttentionPass
 
 from moecc.errors import InputError, UsageError
-from moecc.ir import Graph, attention_blocks, clone
-from moecc.ir.attention_kernels import AttentionFacts, choose_attention
+from moecc.ir import Graph, clone
+from moecc.ir import attention as attention_blocks
+from moecc.ir.attention import AttentionFacts, choose_attention
 from moecc.model.open import open_model
 from moecc.pipeline.passes import Context
 from moecc.testing import run_reference
 from moecc.testing.data import inputs_for
-from moecc.types.dtypes import F32, F64, DType
-from moecc.types.tensor import Axis, TensorType
+from moecc.types import F32, F64, Axis, DType, TensorType
 from tests.support.attention_graphs import FORMS, Form
 from tests.support.tiers import some
 

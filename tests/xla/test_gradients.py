@@ -11,7 +11,7 @@ from tiers import some
 
 from moecc.ir import Graph
 from moecc.testing import run_reference
-from moecc.types.dtypes import F64
+from moecc.types import F64
 
 from .models import Array, Arrays, decoder
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 from moecc_backends.xla.backend import function
-from moecc_backends.xla.lower.inner_loops import LayerLoop, pieces_of
-from moecc_backends.xla.trace.options import Options
+from moecc_backends.xla.lower.scan import LayerLoop, pieces_of
+from moecc_backends.xla.trace.context import Options
 
 from moecc.ir import F32, Builder, Graph, Value, tensor
 

@@ -16,11 +16,11 @@ jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
 from moecc_backends.xla.kernels.grouped_matmul import (  # noqa: E402
+    block_sizes,
     grouped_matmul,
     grouped_matmul_of_parts,
+    repeat_by_group,
 )
-from moecc_backends.xla.kernels.repeat_by_group import repeat_by_group  # noqa: E402
-from moecc_backends.xla.kernels.row_blocks import block_sizes  # noqa: E402
 
 SHAPES = ((5, 3), (100, 2), (600, 4), (32, 4), (128, 4))
 """Rows and experts; a shape for each family of block sizes, and as many rows as a block has."""

@@ -15,11 +15,13 @@ from tiers import examples
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
-from moecc_backends.xla.dispatch import permutation as perm  # noqa: E402
-from moecc_backends.xla.dispatch.gather_vjp import permute, unpermute  # noqa: E402
-from moecc_backends.xla.kernels.batched_matmul import slot_matmul  # noqa: E402
-from moecc_backends.xla.kernels.grouped_matmul import grouped_matmul  # noqa: E402
-from moecc_backends.xla.kernels.repeat_by_group import repeat_by_group  # noqa: E402
+from moecc_backends.xla.dispatch import flat as perm  # noqa: E402
+from moecc_backends.xla.dispatch.sorted_rows import permute, unpermute  # noqa: E402
+from moecc_backends.xla.kernels.grouped_matmul import (  # noqa: E402
+    grouped_matmul,
+    repeat_by_group,
+    slot_matmul,
+)
 
 TOKENS, CHOICES, NUM_EXPERTS, EMBED, MLP = 24, 2, 4, 6, 10
 

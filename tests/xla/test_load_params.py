@@ -20,8 +20,10 @@ from .test_shard_map import DENSE, laid
 
 jax = pytest.importorskip("jax")
 
-from moecc_backends.xla.mesh.load_params import load_params  # noqa: E402
-from moecc_backends.xla.mesh.specs import device_mesh  # noqa: E402
+from moecc_backends.xla.mesh.specs import (  # noqa: E402
+    device_mesh,
+    load_params,
+)
 
 
 class Recorder:

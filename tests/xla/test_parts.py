@@ -9,15 +9,16 @@ import pytest
 
 from moecc.ir import BF16, F32, F64, Graph, parse, print_graph
 from moecc.testing import run_reference
-from moecc.types.dtypes import DType
+from moecc.types import DType
 
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
 from moecc_backends.xla.backend import function  # noqa: E402
-from moecc_backends.xla.dispatch import expert_blocks, parts  # noqa: E402
+from moecc_backends.xla.dispatch import blocks as expert_blocks  # noqa: E402
+from moecc_backends.xla.dispatch import parts  # noqa: E402
 from moecc_backends.xla.dispatch.parts import Parts, parts_of  # noqa: E402
-from moecc_backends.xla.trace.options import Options  # noqa: E402
+from moecc_backends.xla.trace.context import Options  # noqa: E402
 
 TOKENS, EMBED, MLP, EXPERTS = 700, 4, 12, 4
 BLOCKS = Options("blocks", platform="cpu")

@@ -12,8 +12,7 @@ import pytest
 from moecc.ir import Graph
 from moecc.ir.builder import Builder
 from moecc.testing import run_reference
-from moecc.types.dtypes import BF16, F32, F64
-from moecc.types.tensor import tensor
+from moecc.types import BF16, F32, F64, tensor
 
 from .models import compiled, decoder, relative
 

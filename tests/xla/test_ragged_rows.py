@@ -14,8 +14,7 @@ from moecc.ir import Graph
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
 from moecc.testing import run_reference
-from moecc.types.dtypes import F32, F64, I32
-from moecc.types.tensor import tensor
+from moecc.types import F32, F64, I32, tensor
 
 from .models import Array, Arrays, compiled, relative
 

@@ -20,8 +20,8 @@ from moecc.ir import Graph, clone  # noqa: E402
 from moecc.pipeline.runner import run_pipeline  # noqa: E402
 from moecc.pipeline.text import Pipeline  # noqa: E402
 from moecc.presets import preset_config  # noqa: E402
+from moecc.support.ranges import element, lengths  # noqa: E402
 from moecc.testing import inputs_for, params_for, run_reference  # noqa: E402
-from moecc.types.ranges import element, lengths  # noqa: E402
 
 SMALL = {
     "smollm2-135m": {

@@ -16,7 +16,7 @@ from moecc_backends.xla.backend import function  # noqa: E402
 
 from moecc.backend import get_backend  # noqa: E402
 from moecc.ir import F32, F64, I32, PRED, Builder, Graph, Value, tensor  # noqa: E402
-from moecc.ir.mixtures import (  # noqa: E402
+from moecc.ir.moe import (  # noqa: E402
     emit_dropout,
     emit_expert_choice,
     emit_jitter,
@@ -26,7 +26,7 @@ from moecc.ir.mixtures import (  # noqa: E402
     emit_rescaled,
     emit_soft_slots,
 )
-from moecc.types.dtypes import KEY  # noqa: E402
+from moecc.types import KEY  # noqa: E402
 
 Data = np.ndarray[Any, Any]
 TOKENS = ("batch", "seq")

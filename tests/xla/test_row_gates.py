@@ -8,7 +8,7 @@ import pytest
 from moecc_passes.sharding.legal import Bound, Case, layer
 
 from moecc.ir import Graph
-from moecc.ir.dispatch_strategies import DISPATCHES
+from moecc.ir.conventions import DISPATCHES
 from moecc.ir.structure import clone
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
@@ -16,7 +16,7 @@ from moecc.pipeline.text import Pipeline
 jax = pytest.importorskip("jax")
 
 from moecc_backends.xla.backend import function  # noqa: E402
-from moecc_backends.xla.trace.options import Options  # noqa: E402
+from moecc_backends.xla.trace.context import Options  # noqa: E402
 
 from .test_exchanges import assert_near, compiled, data, expected, on_mesh  # noqa: E402
 

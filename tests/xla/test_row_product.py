@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from moecc_backends.xla.kernels.row_product import rows_times
+from moecc_backends.xla.kernels.grouped_matmul import rows_times
 
 WIDTHS = ((3, 7), (7, 3), (4, 4))
 
@@ -47,7 +47,7 @@ def test_gradient_of_the_matrix_copies_no_rows() -> None:
 FAULTS = """
 import resource, sys
 if len(sys.argv) > 2:
-    from moecc_backends.xla.run.host_memory import keep_freed_memory
+    from moecc_backends.xla.run.memory import keep_freed_memory
     keep_freed_memory()
 import jax, jax.numpy as jnp
 run = jax.jit(lambda x: jnp.outer(x, x))

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 from moecc_backends.xla.backend import function, jax_inputs
 from moecc_backends.xla.lower import scan
-from moecc_backends.xla.lower.reductions import softmax
+from moecc_backends.xla.lower.contract import softmax
 
 from moecc.backend import get_backend
 from moecc.ir import BF16, F32, Builder, Graph, Value, parse, tensor
 from moecc.ir.remat_names import KEPT
-from moecc.types.dtypes import KEY
-from moecc.types.tensor import TensorType
+from moecc.types import KEY, TensorType
 
 RUNS = 3
 

@@ -10,7 +10,7 @@ import pytest
 
 from moecc.model.open import open_model
 from moecc.testing import run_reference
-from moecc.types.dtypes import F32, F64
+from moecc.types import F32, F64
 
 from .models import GOLDEN, Array, Arrays, compiled, decoder, relative
 

@@ -13,12 +13,10 @@ pytest.importorskip("jax")
 from tiers import few, some
 
 from moecc.backend import get_backend
-from moecc.decoding.batch import Batch
-from moecc.decoding.graphs import DecodeGraphs
-from moecc.decoding.sampling import Sampling
+from moecc.decoding import Batch, DecodeGraphs, Sampling
 from moecc.model.open import Model, open_model
 from moecc.tasks.continue_tokens import Continuing, continue_texts
-from moecc.types.dtypes import F32
+from moecc.types import F32
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PROMPTS = ([5, 3, 11], [7], [1, 2, 3, 4, 5, 6])

@@ -15,11 +15,10 @@ from moecc.errors import InputError
 from moecc.families import build
 from moecc.families.configs import parse_config
 from moecc.ir import Graph
-from moecc.ir.printer import print_graph
 from moecc.ir.structure import clone
-from moecc.pipeline.registry import installed
+from moecc.ir.text import print_graph
 from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.pipeline.text import Pipeline, installed
 from moecc.presets import preset_config
 
 from .models import Arrays, decoder
@@ -27,7 +26,7 @@ from .models import Arrays, decoder
 jax = pytest.importorskip("jax")
 
 from moecc_backends.xla.backend import function, jax_inputs  # noqa: E402
-from moecc_backends.xla.lower.shard_map import sharded_function  # noqa: E402
+from moecc_backends.xla.lower.mesh import sharded_function  # noqa: E402
 from moecc_backends.xla.mesh.specs import device_mesh, shardings  # noqa: E402
 
 DENSE = "llama_biases_head_dim"
@@ -178,8 +177,7 @@ def test_a_tied_table_has_the_gradients_of_look_up_and_head(name: str) -> None:
 def test_a_row_that_many_tokens_look_up_has_all_of_their_gradients(kind: str) -> None:
     """Numbers of eight bits stay where they are beyond 256 when one is added."""
     from moecc.ir.builder import Builder
-    from moecc.types.dtypes import DTYPES, F32, I32
-    from moecc.types.tensor import tensor
+    from moecc.types import DTYPES, F32, I32, tensor
 
     graph = Graph("table")
     tokens = graph.input("tokens", tensor(I32, batch=8, seq=64))
@@ -276,11 +274,10 @@ def collectives(name: str, layout: str, remat: str) -> int:
 
 def test_elements_that_32_bits_do_not_count_are_rejected() -> None:
     """Else two elements would draw the same number."""
-    from moecc_backends.xla.trace.device_view import DeviceView
+    from moecc_backends.xla.trace.context import DeviceView
 
     from moecc.ir.mesh import parse_mesh
-    from moecc.types.dtypes import F32
-    from moecc.types.tensor import Axis, TensorType
+    from moecc.types import F32, Axis, TensorType
 
     view = DeviceView(parse_mesh("data:8"))
     large = TensorType(F32, (Axis("batch", 2**23, ("data",)), Axis("mlp", 2**10)))

@@ -12,26 +12,27 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moecc.checkpoint.run.layout import LINEAGE_SCHEMA, saved_steps
 from moecc.errors import MachineError
+from moecc.formats.run import LINEAGE_SCHEMA, saved_steps
 from moecc.ir import clone
 from moecc.model.open import open_model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.steps.spec import StepSpec
-from moecc.train.position import Position
 from moecc.train.recipe import OptimizerSection
-from moecc.train.run_folder import create_run
+from moecc.train.run import Position, create_run
+from moecc.train.settings import StepSpec
 from moecc.train.state import Canonical, canonical
-from moecc.types.dtypes import F32
+from moecc.types import F32
 
 jax = pytest.importorskip("jax")
 pytest.importorskip("orbax.checkpoint")
 
 import jax.numpy as jnp  # noqa: E402
-from moecc_backends.xla.train.checkpoints import RunCheckpoints  # noqa: E402
-from moecc_backends.xla.train.saving import Saver  # noqa: E402
+from moecc_backends.xla.train.saving import (  # noqa: E402
+    RunCheckpoints,
+    Saver,
+)
 from moecc_backends.xla.train.step import make_train_step  # noqa: E402
 from moecc_backends.xla.train.tensors import load  # noqa: E402
 

@@ -21,8 +21,8 @@ from moecc.train.events import (
     Stepped,
     Stopped,
 )
-from moecc.train.position import Position
 from moecc.train.recipe import GuardSection, RunSection
+from moecc.train.run import Position
 
 jax = pytest.importorskip("jax")
 

@@ -8,18 +8,16 @@ import jax
 import numpy as np
 
 from moecc.errors import InputError
-from moecc.types.arrays import Array
-from moecc.types.dtypes import DTYPES, DType
+from moecc.types import DTYPES, Array, DType
 from moecc.weights.arithmetic import Cast
-from moecc.weights.boxes import Box, extents
 from moecc.weights.evaluate import Evaluator
-from moecc.weights.expr import Expr, Source
+from moecc.weights.expr import Box, Expr, Source, extents
 from moecc.weights.simplify import simplify
 from moecc_backends.islands.jaxprs import AnyArray, shape_of
 from moecc_backends.islands.placement import is_sharded, sharding_of
 from moecc_backends.islands.storage import Stored
 from moecc_backends.islands.views import Leaf
-from moecc_backends.xla.mesh.load_params import sharded_array
+from moecc_backends.xla.mesh.specs import sharded_array
 
 
 class LeafEvaluator(Evaluator):

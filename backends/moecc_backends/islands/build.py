@@ -7,9 +7,8 @@ from typing import Any, Protocol
 
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
-from moecc.model.function_folder import GRAPH
-from moecc.types.dtypes import F32
-from moecc.types.tensor import Axis, TensorType
+from moecc.model.open import GRAPH
+from moecc.types import F32, Axis, TensorType
 from moecc_backends.islands.blocks import OUTER
 from moecc_backends.islands.labels import Dims
 from moecc_backends.islands.naming import unique

@@ -17,7 +17,7 @@ from moecc_backends.islands.jaxprs import AnyArray
 from moecc_backends.islands.record import Record
 from moecc_backends.islands.saving import write_folder
 from moecc_backends.xla.dispatch.choose import check_dispatch
-from moecc_backends.xla.trace.options import AUTO, Options
+from moecc_backends.xla.trace.context import AUTO, Options
 from moecc_backends.xla.trace.typed_jax import Function, PyTree
 
 
@@ -42,7 +42,7 @@ class Conversion(Record):
             and has ``loss.auxiliary`` added to it.
           mesh: the devices that experts are sharded over: the mesh of the graph, where a pass put
             it on one; else of XLA's partitioner, which has hints where tokens and experts go.
-          dispatch: one of `moecc.ir.dispatch_strategies.DISPATCHES`, or ``auto``.
+          dispatch: one of `moecc.ir.conventions.DISPATCHES`, or ``auto``.
 
         Returns:
           A function that takes new parameters first, and further inputs of the graph, such as the

@@ -15,7 +15,7 @@ from moecc.pipeline.runner import Report as PipelineReport
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.tasks.contracts import Contracts, check_contracts
-from moecc.types.arrays import Array
+from moecc.types import Array
 from moecc.weights.expr import Expr
 from moecc_backends.islands.arrays import LeafEvaluator, make_array
 from moecc_backends.islands.build import build_graph

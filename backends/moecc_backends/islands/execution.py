@@ -11,14 +11,19 @@ from moecc.errors import InputError
 from moecc.ir.graph import Value
 from moecc.ir.mesh import Mesh, mesh_of
 from moecc.sharding.layout import Layout
-from moecc.types.dtypes import DType
+from moecc.types import DType
 from moecc_backends.islands.parts import Part
 from moecc_backends.xla.lower.function import finalize_output, lower_values
-from moecc_backends.xla.lower.gspmd import GspmdLowering
+from moecc_backends.xla.lower.mesh import GspmdLowering
 from moecc_backends.xla.mesh.specs import spec
-from moecc_backends.xla.trace.context import DIRECT, Interceptor
-from moecc_backends.xla.trace.device_view import DeviceView, varies
-from moecc_backends.xla.trace.options import DEFAULTS, Options
+from moecc_backends.xla.trace.context import (
+    DEFAULTS,
+    DIRECT,
+    DeviceView,
+    Interceptor,
+    Options,
+    varies,
+)
 from moecc_backends.xla.trace.typed_jax import manual_axes
 from moecc_backends.xla.trace.values import Named
 

@@ -10,7 +10,7 @@ import re
 
 import numpy as np
 
-from moecc.types.dtypes import DType
+from moecc.types import DType
 from moecc_backends.islands.dag import Apply, Input, Node, Product, Weight
 from moecc_backends.islands.find import Island, nodes_of
 

@@ -8,16 +8,14 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from moecc.api.arguments import folder_text
-from moecc.checkpoint.folder import open_folder
 from moecc.errors import InputError
-from moecc.model.function_folder import GRAPH_NAME, MODEL_TYPE
-from moecc.model.open import read_graph
+from moecc.formats.folder import open_folder
+from moecc.model.open import GRAPH_NAME, MODEL_TYPE, read_graph
 from moecc.pipeline.passes import Preserves
-from moecc.pipeline.registry import installed
-from moecc.pipeline.text import Pipeline
+from moecc.pipeline.text import Pipeline, installed
 from moecc.support.untyped import Json, JsonDict
 from moecc.tasks.contracts import Contracts
-from moecc.types.dtypes import DTYPES
+from moecc.types import DTYPES
 from moecc.weights.text import parse_expr
 from moecc_backends.islands.call import BESIDE, TREE, State
 from moecc_backends.islands.conversion import Conversion

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 
 from moecc.ir.graph import Value
-from moecc.types.dtypes import F32
+from moecc.types import F32
 from moecc_backends.islands.jaxprs import AnyArray
 from moecc_backends.islands.parts import Part, Parts
 from moecc_backends.islands.run import Replacement, Side

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moecc.ir.graph import Value, setter_of
 from moecc.ir.structure import attributes
-from moecc.types.tensor import Axis, Extent
+from moecc.types import Axis, Extent
 from moecc_backends.islands.parts import Part
 
 

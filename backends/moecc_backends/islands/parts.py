@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import jax
 
 from moecc.ir.graph import Graph, Node, Value, setter_of
-from moecc.types.dtypes import DType
+from moecc.types import DType
 from moecc_backends.islands.build import input_name, output_name
 from moecc_backends.xla.lower.function import finalize_output, lower_values
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from moecc.ir.graph import Value
-from moecc.types.dtypes import DTYPES, DType
+from moecc.types import DTYPES, DType
 from moecc_backends.islands.execution import Execution
 from moecc_backends.islands.jaxprs import AnyArray, evaluate, is_literal, scan_sizes
 from moecc_backends.islands.parts import Part

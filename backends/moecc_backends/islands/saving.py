@@ -14,24 +14,25 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from moecc.checkpoint.durable import write_durable
-from moecc.checkpoint.manifest import file_records, weight_file_record
-from moecc.checkpoint.outdir import output_folder
-from moecc.checkpoint.records import (
+from moecc.errors import InputError, Problem
+from moecc.formats.disk import write_durable
+from moecc.formats.manifest import (
     MANIFEST_NAME,
     Manifest,
     TensorRecord,
     dump,
+    file_records,
     library_versions,
+    weight_file_record,
 )
-from moecc.checkpoint.writer import OutputTensor, WriteReport, write_checkpoint
-from moecc.errors import InputError, Problem
+from moecc.formats.output import output_folder
+from moecc.formats.writer import OutputTensor, WriteReport, write_checkpoint
 from moecc.ir.graph import Graph
-from moecc.ir.printer import print_graph
 from moecc.ir.structure import clone
-from moecc.model.function_folder import CONFIG_NAME, GRAPH_NAME, MODEL_TYPE
+from moecc.ir.text import print_graph
+from moecc.model.open import CONFIG_NAME, GRAPH_NAME, MODEL_TYPE
 from moecc.tasks.receipt import RECEIPT_NAME, Receipt
-from moecc.types.tensor import Axis, TensorType
+from moecc.types import Axis, TensorType
 from moecc.version import __version__
 from moecc.weights.expr import Expr, Source
 from moecc.weights.movement import Index, Stack

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from moecc.weights.boxes import Box
-from moecc.weights.expr import Expr, sources
+from moecc.weights.expr import Box, Expr, sources
 from moecc.weights.movement import Index, Permute, Slice
 from moecc_backends.islands.scopes import Step
 from moecc_backends.islands.sites import Key, Site, Survey

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 import jax
 
 from moecc.ir.graph import Graph, Value
-from moecc.types.dtypes import DTYPES, DType
-from moecc.types.tensor import Axis, TensorType, is_name
+from moecc.types import DTYPES, Axis, DType, TensorType, is_name
 from moecc_backends.islands.build import input_name
 from moecc_backends.islands.functions import Traced
 from moecc_backends.islands.labels import Dims

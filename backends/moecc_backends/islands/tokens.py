@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from moecc.errors import InputError, Problem, UsageError, nearest
-from moecc.types.tensor import is_name
+from moecc.types import is_name
 from moecc_backends.islands.blocks import INNER, OUTER
 from moecc_backends.islands.functions import Traced
 from moecc_backends.islands.labels import Dims, Label, label_values

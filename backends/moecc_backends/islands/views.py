@@ -10,8 +10,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
-from moecc.types.dtypes import DType
-from moecc.types.tensor import Axis, TensorType
+from moecc.types import Axis, DType, TensorType
 from moecc.weights.expr import Expr, Source
 from moecc.weights.movement import Index, Merge, Permute, Slice, Split
 

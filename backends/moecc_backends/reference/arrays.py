@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moecc.types.arrays import Array as NumpyArray
-from moecc.types.dtypes import DType
+from moecc.types import Array as NumpyArray
+from moecc.types import DType
 
 Data = NumpyArray
 """The elements of an array, without axis names."""

@@ -6,7 +6,7 @@ from moecc.backend import Arrays
 from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph
 from moecc.ir.verify import where
-from moecc.types.dtypes import F64, DType
+from moecc.types import F64, DType
 from moecc_backends.reference.arrays import MEANINGS, Data
 from moecc_backends.reference.devices import simulate
 from moecc_backends.reference.interpreter import ReferenceProgram

@@ -6,7 +6,7 @@ import numpy as np
 
 from moecc.errors import InputError
 from moecc.ir.operand import Attrs
-from moecc.ir.table.buffers import buffer_rows
+from moecc.ir.table.routing import buffer_rows
 from moecc_backends.reference.arrays import Array, Data, meaning
 
 

@@ -19,12 +19,12 @@ from moecc.backend import Arrays
 from moecc.errors import InputError, Problem
 from moecc.ir.attributes import CollectiveAttrs, ScanAttrs, SlotAttrs
 from moecc.ir.graph import Graph, Node, Value, setter_of
-from moecc.ir.local import local_size
 from moecc.ir.mesh import Coordinates, Mesh, mesh_of
+from moecc.ir.structure import local_size
 from moecc.ir.table.repetition import repetitions
 from moecc.ir.traits import Collective
 from moecc.ir.verify import where
-from moecc.types.tensor import TensorType
+from moecc.types import TensorType
 from moecc_backends.reference.arrays import Array, Data
 from moecc_backends.reference.elementwise import stored
 from moecc_backends.reference.exchange import EXCHANGES, Sent, added

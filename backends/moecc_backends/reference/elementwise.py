@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 
 from moecc.ir.formula import parse_formula
-from moecc.types.dtypes import DTYPES, DType, is_lossless
-from moecc.weights.rounding import round_to
+from moecc.types import DTYPES, DType, is_lossless
+from moecc.weights.arithmetic import round_to
 from moecc_backends.reference.arrays import Array, Data, meaning, together
 
 _erfc = np.vectorize(math.erfc, otypes=[np.float64])

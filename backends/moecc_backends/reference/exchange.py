@@ -21,7 +21,7 @@ from moecc.ir.attributes import (
 )
 from moecc.ir.graph import Node
 from moecc.ir.mesh import Coordinates, Mesh
-from moecc.types.tensor import TensorType
+from moecc.types import TensorType
 from moecc_backends.reference.arrays import Array, Data
 
 Parts = dict[Coordinates, Array]

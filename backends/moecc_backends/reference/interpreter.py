@@ -17,7 +17,7 @@ from moecc.backend import Arrays
 from moecc.errors import InputError, Problem, nearest
 from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.verify import where
-from moecc.types.tensor import Extent
+from moecc.types import Extent
 from moecc_backends.reference.arrays import MEANINGS, Array, Data, SlotAssignment
 from moecc_backends.reference.elementwise import stored
 from moecc_backends.reference.slots import poisoned

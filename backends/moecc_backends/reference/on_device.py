@@ -9,8 +9,8 @@ import numpy as np
 
 from moecc.ir.attributes import EmbeddingAttrs, MeanAttrs
 from moecc.ir.graph import Node
-from moecc.ir.local import local_attrs
 from moecc.ir.mesh import Coordinates, Mesh
+from moecc.ir.structure import local_attrs
 from moecc_backends.reference.arrays import MEANINGS, NOTHING, Array
 from moecc_backends.reference.buffers import kept_from
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from moecc.ir.gates import Score, convention
+from moecc.ir.conventions import Score, convention
 from moecc_backends.reference.arrays import Array, Data, meaning
 from moecc_backends.reference.elementwise import logistic
 from moecc_backends.reference.reduction import normalised

@@ -15,24 +15,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 
-from moecc.ahead.loaded_step import LoadedStep
-from moecc.ahead.request import Job, Result
+from moecc.ahead.request import Job, LoadedStep, Result
 from moecc.backend import Arrays
-from moecc.decoding.session import PlainSession, ReadOnce, Session
+from moecc.decoding import PlainSession, ReadOnce, Session
 from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph
 from moecc.ir.verify import where
-from moecc.launch.process_info import process_info
-from moecc.train.job import Training, TrainJob
+from moecc.launch.processes import process_info
+from moecc.train.events import Training, TrainJob
 from moecc.train.scoring import Scorer
-from moecc.types.dtypes import F32, DType
+from moecc.types import F32, DType
 from moecc_backends.xla.dispatch.choose import dispatch_problems
 from moecc_backends.xla.import_jax import find_devices
 from moecc_backends.xla.lower.function import function as function
 from moecc_backends.xla.run.program import XlaProgram
-from moecc_backends.xla.trace.context import is_lowered
+from moecc_backends.xla.trace.context import AUTO, DEFAULTS, Options, is_lowered
 from moecc_backends.xla.trace.host_arrays import jax_inputs as jax_inputs
-from moecc_backends.xla.trace.options import AUTO, DEFAULTS, Options
 from moecc_backends.xla.trace.typed_jax import Function
 
 
@@ -56,7 +54,7 @@ class XlaBackend:
             raise InputError(problems)
         process = process_info()
         if process is not None:
-            from moecc_backends.xla.run.multi_process import multi_process_program
+            from moecc_backends.xla.run.processes import multi_process_program
 
             return multi_process_program(graph, dtype, options, process)
         find_devices()
@@ -81,19 +79,19 @@ class XlaBackend:
 
     def load_step(self, data: bytes, where: str) -> LoadedStep:
         """Return a program that `moecc compile --save` wrote. Raises InputError, MachineError."""
-        from moecc_backends.xla.aot.exported import load_step
+        from moecc_backends.xla.aot.compiler import load_step
 
         return load_step(data, where)
 
     def train(self, job: TrainJob) -> AbstractContextManager[Training]:
-        """Bring a run onto the devices; see `moecc.train.job`."""
-        from moecc_backends.xla.train.training import training
+        """Bring a run onto the devices; see `moecc.train.events`."""
+        from moecc_backends.xla.train.loop import training
 
         return training(job)
 
     def scorer(self, graph: Graph, params: Arrays, *, dtype: DType) -> Scorer:
         """Return what scores rows of texts; see `moecc.train.scoring`."""
-        from moecc_backends.xla.train.scoring import scorer
+        from moecc_backends.xla.train.evaluation import scorer
 
         find_devices()
         return scorer(graph, params, dtype=dtype)
@@ -103,7 +101,7 @@ class XlaBackend:
 
         With several processes, which share parameters, values go in and out at each run.
         """
-        from moecc_backends.xla.run.session import XlaSession
+        from moecc_backends.xla.run.program import XlaSession
 
         if process_info() is not None:
             return PlainSession(self, ReadOnce(params), dtype)
@@ -128,7 +126,7 @@ class XlaBackend:
           MachineError: HLO is asked for, for a platform that is not here.
           InputError: the graph has no lowering, or the forced dispatch does not fit it.
         """
-        from moecc_backends.xla.run.emitting import emitted
+        from moecc_backends.xla.run.program import emitted
 
         find_devices()
         chosen = Options(options.get("dispatch") or AUTO, options.get("platform"))

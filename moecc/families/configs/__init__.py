@@ -5,29 +5,27 @@ class has `from_json` and `to_json`.  Both spellings of transformers, 4 and 5, a
 are written side by side.
 """
 
+from moecc.families.configs.granite import GraniteMoeConfig
+from moecc.families.configs.llama import MixtralConfig
+from moecc.families.configs.olmo import FlexOlmoConfig, Olmo2Config, OlmoeConfig
+from moecc.families.configs.phi import Phi3Config, PhimoeConfig
+from moecc.families.configs.qwen import Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
+from moecc.families.configs.rope import attention_factor, rotary_frequencies
+
 from .base import DecoderConfig
 from .bert import BertConfig, MPNetConfig, RobertaConfig
 from .encdec import STACKS, EncDecConfig, Experts
 from .ernie4_5_moe import Ernie45MoeConfig
-from .frequencies import attention_factor, rotary_frequencies
 from .gemma import Gemma2Config, Gemma3TextConfig, GemmaConfig
 from .glm4_moe import Glm4MoeConfig
 from .gpt import Gpt2Config, GptConfig, GptNeoXConfig
 from .gpt_oss import GptOssConfig
 from .granite import GraniteConfig
-from .granitemoe import GraniteMoeConfig
 from .llama import LlamaConfig, MistralConfig
-from .mixtral import MixtralConfig
 from .model import ACTIVATIONS, DTYPES, ModelConfig
 from .moe import MoeConfig
-from .olmo2 import Olmo2Config
-from .olmoe import FlexOlmoConfig, OlmoeConfig
 from .opt import OptConfig
 from .parse import CONFIGS, DECODERS, ORIGINS, load_installed, parse_config, read_config
-from .phi3 import Phi3Config
-from .phimoe import PhimoeConfig
-from .qwen2 import Qwen2Config, Qwen2MoeConfig
-from .qwen3 import Qwen3Config, Qwen3MoeConfig
 from .rope import RopeConfig
 from .smollm3 import SmolLM3Config
 from .st_moe import GraphConfig, StMoeConfig

@@ -7,8 +7,13 @@ from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from moecc.checkpoint.jsonfile import read_json_object
 from moecc.errors import InputError, UsageError, described
+from moecc.families.configs.granite import GraniteMoeConfig
+from moecc.families.configs.llama import MixtralConfig
+from moecc.families.configs.olmo import FlexOlmoConfig, Olmo2Config, OlmoeConfig
+from moecc.families.configs.phi import Phi3Config, PhimoeConfig
+from moecc.families.configs.qwen import Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
+from moecc.formats.jsonfile import read_json_object
 
 from .base import DecoderConfig
 from .bert import (
@@ -25,17 +30,9 @@ from .glm4_moe import Glm4MoeConfig
 from .gpt import Gpt2Config, GptNeoXConfig
 from .gpt_oss import GptOssConfig
 from .granite import GraniteConfig
-from .granitemoe import GraniteMoeConfig
 from .llama import LlamaConfig, MistralConfig
-from .mixtral import MixtralConfig
 from .model import ModelConfig
-from .olmo2 import Olmo2Config
-from .olmoe import FlexOlmoConfig, OlmoeConfig
 from .opt import OptConfig
-from .phi3 import Phi3Config
-from .phimoe import PhimoeConfig
-from .qwen2 import Qwen2Config, Qwen2MoeConfig
-from .qwen3 import Qwen3Config, Qwen3MoeConfig
 from .reader import one_of, shown
 from .smollm3 import SmolLM3Config
 from .st_moe import FAMILY, GraphConfig, StMoeConfig

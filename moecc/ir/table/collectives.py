@@ -15,7 +15,7 @@ from moecc.ir.ops import OPS, Attr, Attrs, OpDef, register
 from moecc.ir.sharding_rules import spelled
 from moecc.ir.table.rules import axis_of
 from moecc.ir.traits import Collective
-from moecc.types.tensor import Axis, Extent, TensorType, is_name
+from moecc.types import Axis, Extent, TensorType, is_name
 
 _MESH = Attr("axes", doc="the mesh axes, outermost first")
 

@@ -6,12 +6,23 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from moecc.errors import InputError
-from moecc.ir.operand import Operand
+from moecc.ir.operand import Entry, Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
-from moecc.ir.table.rules import axis_of, no_ragged, same_dtype, same_size
-from moecc.ir.table.sharding import summing
-from moecc.ir.traits import PAIR, Role
-from moecc.types.tensor import TensorType
+from moecc.ir.sharding_rules import Space
+from moecc.ir.table.rules import (
+    axis_of,
+    by_name,
+    mixes_axis,
+    named_dimensions,
+    need_float,
+    no_ragged,
+    same_dtype,
+    same_size,
+    summing,
+)
+from moecc.ir.traits import BOTH, NOTHING, PAIR, RESULT, Homogeneity, Residual, Role, powers
+from moecc.support.untyped import JsonDict
+from moecc.types import Axis, TensorType
 
 
 def contract_type(x: TensorType, w: TensorType, over: tuple[str, ...]) -> TensorType:
@@ -69,5 +80,216 @@ register(
         residual=PAIR,
         sharding=summing("over"),
         roles=(Role.MATRIX, Role.MATRIX),
+    )
+)
+
+
+# Convolutions: windows of a value along named axes, each multiplied with the same weights.
+
+
+def _infer_convolve(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
+    x, w = (v.type for v in operands)
+    dtype = same_dtype((x, w))
+    over, along, taps = attrs["over"], attrs["along"], attrs["taps"]
+    if not dtype.is_float:
+        raise InputError("only floating-point operands are convolved", found=str(x))
+    if not along or len(along) != len(taps):
+        raise InputError(
+            "a convolution has an axis of the weights for each axis that it runs along",
+            expected=f"as many as along={along}",
+            found=f"taps={taps}",
+        )
+    if attrs["stride"] < 1 or attrs["padding"] < 0:
+        found = f"stride={attrs['stride']}, padding={attrs['padding']}"
+        raise InputError("no such windows", expected="a stride of at least 1", found=found)
+    for name in over:
+        same_size(axis_of(x, name, "the first operand"), axis_of(w, name, "the second operand"))
+    no_ragged(x, (*over, *along), "cannot convolve")
+    no_ragged(w, w.names, "cannot convolve")
+    if shared := [n for n in w.names if n in x and n not in over]:
+        raise InputError(
+            f"both operands have the axis {shared[0]!r}, over which nothing is summed",
+            found=f"{x} and {w}",
+        )
+    places = dict(zip(along, (_places(x, w, a, t, attrs) for a, t in _pairs(attrs)), strict=True))
+    kept = (Axis(a.name, places[a.name]) if a.name in places else a for a in x.axes)
+    rest = [a for a in kept if a.name not in over]
+    more = [a for a in w.axes if a.name not in (*over, *taps)]
+    return (TensorType(dtype, (*rest, *more)),)
+
+
+def _pairs(attrs: Attrs) -> list[tuple[str, str]]:
+    return list(zip(attrs["along"], attrs["taps"], strict=True))
+
+
+def _places(x: TensorType, w: TensorType, along: str, tap: str, attrs: Attrs) -> int:
+    """Return the number of windows along an axis."""
+    size, taps = axis_of(x, along).size, axis_of(w, tap, "the weights").size
+    if not isinstance(size, int) or not isinstance(taps, int):
+        what = f"the windows along {along!r} cannot be counted"
+        raise InputError(what, expected="known sizes", found=f"{x} and {w}")
+    room: int = size + 2 * attrs["padding"] - taps
+    if room < 0:
+        what = f"a window along {along!r} is longer than the axis with its padding"
+        raise InputError(what, expected=f"at most {size + 2 * attrs['padding']}", found=str(taps))
+    return room // int(attrs["stride"]) + 1
+
+
+def _mixed(_operands: Sequence[Operand], attrs: Attrs) -> tuple[str, ...]:
+    return (*attrs["over"], *attrs["along"])
+
+
+def _windows(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
+    """Axes of one name are one dimension; windows overlap, so what they run along stays whole."""
+    whole = frozenset((*attrs["along"], *attrs["taps"]))
+    return Space(*named_dimensions(operands), summed=frozenset(attrs["over"]), whole=whole)
+
+
+register(
+    OpDef(
+        "convolve",
+        """The sum over the named axes, and over windows along others, of x · w.
+
+        Windows begin every `stride` places; `padding` zeros lie before and behind each axis that
+        they run along.  An element of the result is Σ x[place · stride + tap − padding] · w[tap]
+        over the places `tap` of a window.""",
+        ("x", "w"),
+        _infer_convolve,
+        attrs={
+            "over": Attr("axes", doc="the axes of both that are summed over"),
+            "along": Attr("axes", doc="the axes of x that windows run along"),
+            "taps": Attr("axes", doc="the axes of w that are the places in a window, in order"),
+            "stride": Attr("int", 1, doc="the distance between windows"),
+            "padding": Attr("int", 0, doc="the zeros on either side"),
+        },
+        mixes=_mixed,
+        linear=(0, 1),
+        residual=PAIR,
+        sharding=_windows,
+        roles=(Role.MATRIX, Role.MATRIX),
+    )
+)
+
+
+# Reductions and normalisations.
+
+
+def _infer_reduce(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
+    type = operands[0].type
+    need_float(type)
+    for name in attrs["axes"]:
+        axis_of(type, name)
+    no_ragged(type, attrs["axes"], "cannot reduce")
+    return (type.without(*attrs["axes"]),)
+
+
+def _mixes_axes(operands: Sequence[Operand], attrs: Attrs) -> tuple[str, ...]:
+    return tuple(attrs["axes"])
+
+
+def _reduction(
+    name: str,
+    doc: str,
+    *,
+    linear: tuple[int, ...] = (),
+    residual: Residual = NOTHING,
+    homogeneous: Homogeneity | None = None,
+) -> None:
+    """Add a reduction to the table; one that is linear is a sum, which may lie unreduced."""
+    register(
+        OpDef(
+            name,
+            doc,
+            ("x",),
+            _infer_reduce,
+            attrs={"axes": Attr("axes", doc="the axes")},
+            mixes=_mixes_axes,
+            linear=linear,
+            residual=residual,
+            homogeneous=homogeneous,
+            sharding=summing("axes") if linear else by_name,
+        )
+    )
+
+
+_reduction("sum", "The sum over the named axes.", linear=(0,))
+_reduction("mean", "The mean over the named axes.", linear=(0,))
+_reduction("max", "The maximum over the named axes.", residual=BOTH, homogeneous=powers(1))
+_reduction("logsumexp", "log Σ exp(x) over the named axes, without overflow.", residual=BOTH)
+
+
+def _infer_softmax(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
+    type = operands[0].type
+    need_float(type)
+    axis_of(type, attrs["axis"])
+    no_ragged(type, (attrs["axis"],), "cannot normalise")
+    return (type,)
+
+
+register(
+    OpDef(
+        "softmax",
+        "exp(x) over its sum along an axis; zeros where all of it is −∞, and nothing is seen.",
+        ("x",),
+        _infer_softmax,
+        attrs={"axis": Attr("axis", doc="the axis")},
+        mixes=mixes_axis,
+        residual=RESULT,
+        normalises=True,
+        sharding=by_name,
+    )
+)
+
+
+def _infer_norm(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
+    x, *vectors = (v.type for v in operands)
+    need_float(x)
+    axis = axis_of(x, attrs["axis"])
+    no_ragged(x, (axis.name,), "cannot normalise")
+    same_dtype((x, *vectors))
+    for vector in vectors:
+        if vector.names != (axis.name,):
+            raise InputError(
+                "a norm is scaled by a vector along its own axis",
+                expected=f"one axis {axis}",
+                found=str(vector),
+            )
+        same_size(axis, vector[axis.name])
+    return (x,)
+
+
+_NORM = {
+    "axis": Attr("axis", doc="the axis"),
+    "eps": Attr("float", 1e-6, doc="added under the root"),
+}
+_ROWS: JsonDict = {
+    "residual": PAIR,
+    "normalises": True,
+    "sharding": by_name,
+}
+
+register(
+    OpDef(
+        "rms_norm",
+        "x / √(mean(x²) + eps) · scale (Zhang and Sennrich 2019).",
+        ("x", "scale"),
+        _infer_norm,
+        attrs=_NORM,
+        mixes=mixes_axis,
+        linear=(1,),
+        **_ROWS,
+        roles=(Role.VALUE, Role.GAIN),
+    )
+)
+register(
+    OpDef(
+        "layer_norm",
+        "(x − mean) / √(variance + eps) · scale + bias (Ba et al. 2016).",
+        ("x", "scale", "bias"),
+        _infer_norm,
+        attrs=_NORM,
+        mixes=mixes_axis,
+        **_ROWS,
+        roles=(Role.VALUE, Role.GAIN, Role.BIAS),
     )
 )

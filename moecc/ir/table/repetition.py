@@ -14,9 +14,8 @@ from moecc.errors import InputError, Problem
 from moecc.ir.mesh import ATTRIBUTE as MESH
 from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
-from moecc.ir.table.rules import axis_of, mixes_axis, no_ragged
-from moecc.ir.table.sharding import by_name
-from moecc.types.tensor import Axis, TensorType
+from moecc.ir.table.rules import axis_of, by_name, mixes_axis, no_ragged
+from moecc.types import Axis, TensorType
 
 if TYPE_CHECKING:
     from moecc.ir.graph import Graph, Node, Value

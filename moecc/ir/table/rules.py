@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from moecc.errors import InputError, nearest
-from moecc.ir.operand import Operand
+from moecc.ir.operand import Attrs as _ShardingAttrs
+from moecc.ir.operand import Entry, Operand
 from moecc.ir.ops import Attrs
-from moecc.types.dtypes import DType
-from moecc.types.tensor import Axis, TensorType
+from moecc.ir.sharding_rules import Names, Rule, Space
+from moecc.types import Axis, DType, TensorType
 
 
 def axis_of(type: TensorType, name: str, what: str = "the operand") -> Axis:
@@ -160,3 +161,144 @@ def no_ragged(type: TensorType, names: Iterable[str], what: str) -> None:
                 found=str(type),
                 hint="combine the rows first, or give the experts a capacity",
             )
+
+
+# Sharding rules of operations: the dimensions each loops over (`moecc.ir.sharding_rules`).
+
+
+def _identity(names: Iterable[str]) -> dict[str, str]:
+    return {n: n for n in names}
+
+
+def named_dimensions(operands: Sequence[Operand]) -> tuple[tuple[Names, ...], dict[str, str]]:
+    """Return dimensions named after the axes, of each operand and of all of them together."""
+    every = _identity(n for v in operands for n in v.type.names)
+    return tuple(_identity(v.type.names) for v in operands), every
+
+
+def by_name(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs) -> Space:
+    """Axes of one name are one dimension; mixed axes must not be sharded."""
+    return Space(*named_dimensions(operands), whole=frozenset(entry.mixes(operands, attrs)))
+
+
+def by_place(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs) -> Space:
+    """Axes of one name are one dimension, and every device knows its elements' global indices.
+
+    So random numbers may be sharded, although each depends on its global index.
+    """
+    return Space(*named_dimensions(operands), shape_only=True)
+
+
+def summing(attribute: str) -> Rule:
+    """Axes of one name are one dimension, and those that `attribute` names are summed over."""
+
+    def rule(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs) -> Space:
+        return Space(*named_dimensions(operands), summed=frozenset(attrs[attribute]))
+
+    return rule
+
+
+def in_parts(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs) -> Space:
+    """Axes of one name are one dimension, and its shards must divide the equal runs."""
+    counts = {attrs["axis"]: ("parts", attrs["parts"])}
+    return Space(*named_dimensions(operands), counts=counts)
+
+
+def renamed(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs) -> Space:
+    """The new name runs along the dimension of the old one."""
+    axes = _identity(operands[0].type.names)
+    kept = {n: d for n, d in axes.items() if n != attrs["axis"]}
+    return Space((axes,), {**kept, attrs["to"]: attrs["axis"]})
+
+
+def cut(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs) -> Space:
+    """The first of the new axes is the outermost, so a shard of the old axis is a shard of it."""
+    axes = _identity(operands[0].type.names)
+    kept = {n: d for n, d in axes.items() if n != attrs["axis"]}
+    return Space((axes,), {**kept, attrs["into"][0][0]: attrs["axis"]})
+
+
+def merged(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs) -> Space:
+    """The merged axis is sharded as its outermost part is; the others must not be."""
+    axes = _identity(operands[0].type.names)
+    first, *others = attrs["axes"]
+    kept = {n: d for n, d in axes.items() if n not in attrs["axes"]}
+    return Space((axes,), {**kept, attrs["into"]: first}, whole=frozenset(others))
+
+
+def along_axis(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs) -> Space:
+    """Only the axis named by the attribute counts."""
+    one = _identity([attrs["axis"]])
+    return Space((one,), one, shape_only=True)
+
+
+def looked_up(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs) -> Space:
+    """A device adds the rows of its shard of the table, and zeros for the others."""
+    table, ids = (v.type for v in operands)
+    rows = {n: n for n in table.names if n != attrs["axis"]}
+    picked = {**rows, attrs["axis"]: f"table.{attrs['axis']}"}
+    axes = _identity(ids.names)
+    summed = frozenset([f"table.{attrs['axis']}"])
+    return Space((picked, axes), {**rows, **axes}, summed=summed)
+
+
+def _tokens(names: Iterable[str], tokens: Sequence[str]) -> dict[str, str]:
+    """Return dimensions by name, of which the outermost token axis is that of the groups.
+
+    Tokens are numbered outermost first and cut into groups, so a part of the outermost axis is a
+    run of whole groups, and a part of another axis is not.
+    """
+    return {n: "group" if n == tokens[0] else n for n in names}
+
+
+def _tokens_of(slots: Operand) -> tuple[str, ...]:
+    """Return the token axes of the operation that assigns `slots`."""
+    assert slots.node is not None, "the operation was inferred, so slots come from a node"
+    tokens: tuple[str, ...] = slots.node.attrs["tokens"]
+    return tokens
+
+
+def numbered(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs) -> Space:
+    """Tokens are numbered in their groups, which may be sharded; nothing else may."""
+    tokens = attrs["tokens"]
+    names = tuple(_tokens(v.type.names, tokens) for v in operands)
+    every = {n: d for axes in names for n, d in axes.items()}
+    counts = {} if attrs["group_size"] else {"group": ("groups", attrs["groups"])}
+    return Space(names, every, whole=frozenset(every.values()) - {"group"}, counts=counts)
+
+
+def received(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs) -> Space:
+    """As slots are numbered; counts are left as they are."""
+    # Where the counts lie is checked by the operation: of all that a device exchanges with.
+    names = tuple(_tokens(v.type.names, attrs["tokens"]) for v in operands[:2])
+    every = {n: d for axes in names for n, d in axes.items()}
+    return Space((*names, {}), every, whole=frozenset(every.values()) - {"group"})
+
+
+def dispatched(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs) -> Space:
+    """Groups of tokens become groups of rows; other token axes must not be sharded."""
+    tokens = _tokens_of(operands[-1])
+    names = tuple(_tokens(v.type.names, tokens) for v in operands)
+    routing = {d for axes in names[1:] for d in axes.values()}
+    kept = {n: d for n, d in names[0].items() if n not in tokens}
+    whole = frozenset((routing | set(tokens)) - {"group"})
+    return Space(names, {**kept, "group": "group"}, whole=whole)
+
+
+def gates_dispatched(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs) -> Space:
+    """Groups of tokens become groups of gates; nothing else of a choice may be sharded."""
+    names = tuple(_tokens(v.type.names, _tokens_of(operands[-1])) for v in operands)
+    every = {d for axes in names for d in axes.values()}
+    return Space(names, {"group": "group"}, whole=frozenset(every - {"group"}))
+
+
+def combined(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs) -> Space:
+    """A device combines the rows of its experts; what other experts add is summed afterwards."""
+    rows, _, slots = operands[:3]
+    tokens = _tokens_of(slots)
+    routing = tuple(_tokens(v.type.names, tokens) for v in operands[1:])
+    axes = _identity(rows.type.names)
+    whole = frozenset({"slot", *(d for r in routing for d in r.values())} - {"group", "expert"})
+    kept = {n: n for n in rows.type.names if n not in ("group", "expert", "slot")}
+    kept |= {n: d for n, d in routing[1].items() if n in tokens}
+    return Space((axes, *routing), kept, summed=frozenset(["expert"]), whole=whole)

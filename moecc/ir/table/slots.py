@@ -16,11 +16,18 @@ from moecc.errors import InputError
 from moecc.ir.graph import Node, Value
 from moecc.ir.operand import Definition, Operand
 from moecc.ir.ops import OPS, Attr, Attrs, OpDef, register
-from moecc.ir.table.rules import axis_of, need_float, need_kind, no_duplicates, no_ragged, same_size
-from moecc.ir.table.sharding import dispatched, numbered
+from moecc.ir.table.rules import (
+    axis_of,
+    dispatched,
+    need_float,
+    need_kind,
+    no_duplicates,
+    no_ragged,
+    numbered,
+    same_size,
+)
 from moecc.ir.traits import Index, Residual, RowMove
-from moecc.types.dtypes import I32
-from moecc.types.tensor import Axis, Extent, TensorType
+from moecc.types import I32, Axis, Extent, TensorType
 
 V = TypeVar("V", bound=Operand)
 

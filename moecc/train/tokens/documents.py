@@ -16,11 +16,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any
 
-from moecc.checkpoint.files import identify, os_problem
-from moecc.checkpoint.problems import Problems, describe
 from moecc.errors import InputError, MachineError, Problem
+from moecc.formats.files import identify, os_problem
 from moecc.support.extras import install_hint
-from moecc.train.tokens.facts import DOCUMENTS, SourceFile
+from moecc.support.problems import Problems, describe
+from moecc.train.tokens.folder import DOCUMENTS, SourceFile
 
 SPLITS = ("file", "line", "paragraph", "form-feed")
 """Where the documents of a text file end."""
@@ -50,7 +50,7 @@ class Format:
     """How documents are made of what files contain.
 
     Attributes:
-      kind: one of `moecc.train.tokens.facts.KINDS`.
+      kind: one of `moecc.train.tokens.folder.KINDS`.
       field: the key of a text in JSON lines and Parquet.
       split: one of `SPLITS`, for text files.
       prompt: of examples, a text with ``{key}`` for what a record has there.

@@ -7,14 +7,21 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from moecc.errors import InputError, Problem
-from moecc.ir.gates import convention
+from moecc.ir.conventions import convention
 from moecc.ir.graph import Graph
 from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark, weakest
 from moecc.rewrite.driver import may_rewrite
 from moecc.weights.expr import Expr
-from moecc_passes.resize.anatomy import Anatomy, anatomies, members
-from moecc_passes.resize.chosen import alike, statistic, unread
-from moecc_passes.resize.rebuild import mean, resize
+from moecc_passes.resize.layer import (
+    Anatomy,
+    alike,
+    anatomies,
+    mean,
+    members,
+    resize,
+    statistic,
+    unread,
+)
 from moecc_passes.routed import NOTHING_ROUTED
 
 Groups = list[tuple[int, ...]]

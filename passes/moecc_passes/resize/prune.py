@@ -14,10 +14,15 @@ from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark
 from moecc.rewrite.driver import may_rewrite
 from moecc.weights.draws import derive_key
 from moecc.weights.expr import Expr
-from moecc_passes.resize.anatomy import Anatomy, anatomies
-from moecc_passes.resize.chosen import largest, statistic, unread
-from moecc_passes.resize.numbers import expert_numbers
-from moecc_passes.resize.rebuild import resize
+from moecc_passes.resize.layer import (
+    Anatomy,
+    anatomies,
+    expert_numbers,
+    largest,
+    resize,
+    statistic,
+    unread,
+)
 from moecc_passes.routed import NOTHING_ROUTED
 
 

@@ -9,16 +9,22 @@ from typing import Annotated, ClassVar, Literal
 
 from moecc.errors import InputError, Problem
 from moecc.ir.attributes import ProductAttrs
-from moecc.ir.gates import convention
+from moecc.ir.conventions import convention
 from moecc.ir.graph import Graph, Value
 from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark, weakest
 from moecc.rewrite.driver import may_rewrite
 from moecc.weights.arithmetic import Add
 from moecc.weights.expr import Expr, Full
 from moecc.weights.movement import Concat
-from moecc_passes.resize.anatomy import Anatomy, anatomies, members
-from moecc_passes.resize.numbers import expert_numbers
-from moecc_passes.resize.rebuild import make_dense, mean, scaled
+from moecc_passes.resize.layer import (
+    Anatomy,
+    anatomies,
+    expert_numbers,
+    make_dense,
+    mean,
+    members,
+    scaled,
+)
 from moecc_passes.routed import NOTHING_ROUTED
 
 

@@ -6,14 +6,22 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from moecc.errors import InputError, Problem
-from moecc.ir.gates import convention
+from moecc.ir.conventions import convention
 from moecc.ir.graph import Graph
 from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark, weakest
 from moecc.rewrite.driver import may_rewrite
 from moecc.weights.expr import Expr
-from moecc_passes.resize.anatomy import Anatomy, anatomies
-from moecc_passes.resize.dormant import WANTED, Dormant, Wanted, kept_by, not_dormant, with_bias
-from moecc_passes.resize.rebuild import resize
+from moecc_passes.resize.layer import (
+    WANTED,
+    Anatomy,
+    Dormant,
+    Wanted,
+    anatomies,
+    kept_by,
+    not_dormant,
+    resize,
+    with_bias,
+)
 from moecc_passes.routed import NOTHING_ROUTED
 
 

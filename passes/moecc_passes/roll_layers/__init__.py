@@ -1,1 +1,3 @@
 """The pass ``roll-layers``: fold equal layers into one repeated layer."""
+
+from __future__ import annotations

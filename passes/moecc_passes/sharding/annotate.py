@@ -14,12 +14,11 @@ from moecc.ir.mesh import Mesh, mesh_of, parse_mesh, set_mesh
 from moecc.ir.sharding_rules import spelled
 from moecc.ir.table.collectives import format_sharding
 from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark
-from moecc.sharding.assign import Assigner
+from moecc.sharding.assign import Assigner, sites_of
 from moecc.sharding.propagate import Propagation, Ref, Reshard, propagate
 from moecc.sharding.rules import LayoutRule, read_layouts
-from moecc.sharding.sites import sites_of
-from moecc.types.tensor import TensorType
-from moecc_passes.sharding.groups import REGROUPED, cut_groups, kept_by_cutting
+from moecc.types import TensorType
+from moecc_passes.sharding.expert_parallel import REGROUPED, cut_groups, kept_by_cutting
 
 NAME = "annotate-sharding"
 

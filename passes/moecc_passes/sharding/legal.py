@@ -17,13 +17,11 @@ from typing import Literal, get_args
 from moecc.errors import InputError
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph
-from moecc.ir.mixtures import emit_expert_choice
-from moecc.ir.moe import SlotOptions, emit_routing
+from moecc.ir.moe import SlotOptions, emit_expert_choice, emit_routing
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.support.generated_docs import GeneratedPart
-from moecc.types.dtypes import F32
-from moecc.types.tensor import tensor
+from moecc.types import F32, tensor
 
 Bound = Literal["capacity", "ragged", "expert-choice"]
 SLOTS: tuple[Bound, ...] = get_args(Bound)

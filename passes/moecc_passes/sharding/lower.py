@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from moecc.ir.builder import Builder
-from moecc.ir.graph import Graph
+from moecc.ir.graph import Graph, Value
 from moecc.ir.traits import Collective
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Remark
-from moecc.sharding.collectives import steps
-from moecc_passes.sharding.emit import emit
+from moecc.sharding.collectives import Step, steps
+
+# Collectives as nodes of a graph.
+
+
+def emit(builder: Builder, value: Value, steps: Iterable[Step]) -> Value:
+    """Return what `steps`, one after the other, make of `value`; each has its name."""
+    name = value.name
+    for op, attrs in steps:
+        value = builder.node(op, value, names=(name,), **attrs).result
+    return value
+
 
 NAME = "lower-collectives"
 

@@ -7,10 +7,9 @@ from typing import ClassVar
 
 from moecc.ir.graph import Graph, Node
 from moecc.ir.mesh import mesh_of, set_mesh
-from moecc.ir.replace import replace_value
+from moecc.ir.structure import replace_value
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult
-from moecc_passes.sharding.experts.chunked import unchunk
-from moecc_passes.sharding.groups import REGROUPED, restore_groups
+from moecc_passes.sharding.expert_parallel import REGROUPED, restore_groups, unchunk
 
 REPEATING = "expert-parallel/"
 """The origin of routing that was done again on gathered tokens."""

@@ -10,7 +10,7 @@ from moecc.errors import Problem
 from moecc.ir.attributes import Policy
 from moecc.ir.graph import Graph
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult
-from moecc_passes.specialize.mode_config import ATTRIBUTE, ModeConfig, record
+from moecc_passes.specialize.layer import ATTRIBUTE, ModeConfig, record
 
 MODES = ("train", "eval")
 """The modes that a graph can be specialised for."""

@@ -12,14 +12,12 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
-from moecc.types.dtypes import F32, PRED
-from moecc.types.tensor import Axis, TensorType
+from moecc.types import F32, PRED, Axis, TensorType
 from moecc.weights.arithmetic import Add, Moment, Mul, Scale, Select
 from moecc.weights.branches import read_from
 from moecc.weights.draws import Normal, Subset, derive_key
 from moecc.weights.expr import Expr, Full
-from moecc.weights.movement import Concat, Merge, Permute, Slice, Split, Tile
-from moecc.weights.orders import Take
+from moecc.weights.movement import Concat, Merge, Permute, Slice, Split, Take, Tile
 
 _MOMENTS: tuple[Literal["mean", "std"], ...] = ("mean", "std")
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Annotated, Literal
 
-from moecc.ir.gates import convention
+from moecc.analysis import FFNBlock, FFNSearch
+from moecc.errors import InputError, Problem
+from moecc.ir.conventions import convention
+from moecc.pipeline.passes import advice, too_many_experts, too_much_capacity
+from moecc_passes.inputs import is_decoder
 from moecc_passes.upcycle.gates import GateLaw
 
 Gates = Literal[
@@ -150,3 +157,172 @@ class UpcycleOptions:
     def is_bounded(self) -> bool:
         """Whether an expert takes a bounded number of rows."""
         return self.routing == "expert-choice" or self.slots == "capacity"
+
+
+# The selection of layers: the option ``layers`` of ``upcycle``.
+#
+# ``all``; ``every:4`` is layers 3, 7, 11 … as Hugging Face's ``decoder_sparse_step`` counts;
+# ``first:half``, ``last:half``, ``first:6``, ``last:6``, ``middle:6``; a list ``3,7,11``; a glob
+# over
+# locations, ``layers.1*.ffn``; or ``nowhere``.
+
+FORMS = (
+    "all, nowhere, every:N, first:N, first:half, last:N, last:half, middle:N, a list 3,7,11, "
+    "or a glob layers.1*.ffn"
+)
+
+_COUNT = re.compile(r"(every|first|last|middle):([0-9]{1,9}|half)\Z")
+_LIST = re.compile(r"[0-9]{1,9}(?:,[0-9]{1,9})*\Z")
+
+
+def check_layers(spec: str, option: str = "layers") -> Problem | None:
+    """Return the problem of `spec` alone, or None; `option` is the name of the option."""
+    if spec in ("all", "nowhere") or _LIST.match(spec):
+        return None
+    match = _COUNT.match(spec)
+    if match is None:
+        if any(c in spec for c in "*?[.") and ":" not in spec:
+            return None
+        return Problem("not a selection of layers", option, expected=FORMS, found=spec)
+    word, count = match.groups()
+    if word in ("every", "middle") and count == "half":
+        return Problem(f"{word}:half cannot be read", option, expected=FORMS, found=spec)
+    if count.strip("0") == "":
+        return Problem(f"{word}:0 selects no layer", option, expected=FORMS, found=spec)
+    return None
+
+
+def choose(search: FFNSearch, spec: str, decoder_spec: str | None) -> list[FFNBlock]:
+    """Return the blocks that the options ``layers`` and ``decoder-layers`` name.
+
+    Args:
+      search: the blocks of a graph, and the rejected candidates.
+      spec: which layers; with `decoder_spec`, of all but the decoder of an encoder-decoder.
+      decoder_spec: the layers of that decoder; None if `spec` is for both stacks.
+
+    Raises:
+      InputError: a listed layer does not exist or has no block, or there is no such decoder.
+    """
+    if decoder_spec is None:
+        return select(search.blocks, spec, _total(search))
+    stacks = [_stack(search, decoder) for decoder in (False, True)]
+    if decoder_spec != "nowhere" and not _total(stacks[1]):
+        raise InputError(
+            "decoder-layers is about the decoder of an encoder-decoder",
+            expected="layers located under decoder.layers",
+            found=f"decoder-layers={decoder_spec}, and no such layer",
+            hint="use layers for a model with one stack",
+        )
+    specs = zip(stacks, (spec, decoder_spec), strict=True)
+    return [b for stack, one in specs for b in select(stack.blocks, one, _total(stack))]
+
+
+def _stack(search: FFNSearch, decoder: bool) -> FFNSearch:
+    return FFNSearch(
+        [b for b in search.blocks if is_decoder(b.loc) == decoder],
+        [r for r in search.refusals if is_decoder(r.loc) == decoder],
+    )
+
+
+def _total(search: FFNSearch) -> int:
+    """Return the number of layers, from the highest number in a location."""
+    layers = [*(b.layer for b in search.blocks), *(r.layer for r in search.refusals)]
+    return max((n for n in layers if n is not None), default=len(search.blocks) - 1) + 1
+
+
+def select(blocks: Sequence[FFNBlock], spec: str, total: int) -> list[FFNBlock]:
+    """Return the blocks that `spec` selects.
+
+    Args:
+      blocks: the blocks found, in order.
+      spec: one of the forms above.
+      total: the number of layers of the model, sparse and odd ones included.
+
+    Raises:
+      InputError: a listed layer does not exist, or has no block.
+    """
+    numbered = [(_number(block, i), block) for i, block in enumerate(blocks)]
+    if _LIST.match(spec):
+        return _listed(numbered, spec)
+    if spec in ("all", "nowhere"):
+        return list(blocks) if spec == "all" else []
+    match = _COUNT.match(spec)
+    if match is None:
+        return [b for b in blocks if fnmatchcase(b.loc, spec)]
+    word, text = match.groups()
+    count = total // 2 if text == "half" else int(text)
+    if word == "every":
+        return [b for n, b in numbered if n % count == count - 1]
+    if word == "first":
+        return [b for n, b in numbered if n < count]
+    if word == "middle":
+        # As in flaxformer: with 4 of 12 these are layers 4 to 7.
+        return [b for n, b in numbered if total - count <= 2 * n < total + count]
+    return [b for n, b in numbered if n >= total - count]
+
+
+def _listed(numbered: Sequence[tuple[int, FFNBlock]], spec: str) -> list[FFNBlock]:
+    wanted = {int(part) for part in spec.split(",")}
+    there = {n for n, _ in numbered}
+    if not wanted <= there:
+        raise InputError(
+            f"no feed-forward block to convert in layer {_ranges(sorted(wanted - there))}",
+            expected=f"layers with a dense block: {_ranges(sorted(there))}",
+            found=f"layers={spec}",
+        )
+    return [block for n, block in numbered if n in wanted]
+
+
+def _number(block: FFNBlock, position: int) -> int:
+    return position if block.layer is None else block.layer
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return `numbers`, sorted, with runs shortened: 0-3, 7."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs) or "none"
+
+
+# What ST-MoE advises against among the options of ``upcycle``.
+
+LEAST_STD, MOST_STD = 1e-3, 0.2
+"""Standard deviations of a router's weights: Switch's are 0.01 for a width of 1024."""
+
+LEAST_LOGIT_STD, MOST_LOGIT_STD = 0.03, 3.0
+"""Those of its logits: Switch's initialisation has √0.1."""
+
+
+def lints(item: UpcycleOptions) -> list[Problem]:
+    """Return the lints of the options."""
+    bound = item.capacity_factor if item.is_bounded else None
+    return [
+        *too_many_experts(item.experts, "experts"),
+        *too_much_capacity(bound, item.experts, "capacity-factor"),
+        *_router(item),
+        *_gates(item),
+    ]
+
+
+def _router(item: UpcycleOptions) -> list[Problem]:
+    if item.router_init == "zero" or item.routing in ("hash", "soft"):
+        return []
+    is_of_logits = item.router_init in ("logit-std", "switch", "centroids", "ridge")
+    least, most = (LEAST_LOGIT_STD, MOST_LOGIT_STD) if is_of_logits else (LEAST_STD, MOST_STD)
+    if least <= item.router_std <= most:
+        return []
+    what = "logits" if is_of_logits else "weights"
+    return [advice(f"the router's {what} begin far from those of the paper", "router-std",
+                   "section 6.2", expected=f"{least:g} to {most:g}; router-init=switch",
+                   found=item.router_std)]  # fmt: skip
+
+
+def _gates(item: UpcycleOptions) -> list[Problem]:
+    if item.top_k < 2 or item.gates not in ("softmax", "switch") or item.routing != "token-choice":
+        return []
+    return [advice("gates of several experts are not renormalised over those chosen", "gates",
+                   "appendix G", expected="renormalised", found=item.gates)]  # fmt: skip

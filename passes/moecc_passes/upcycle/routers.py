@@ -2,25 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import erf, exp, pi, sqrt
 
-from moecc.analysis.ffn import FFNBlock
+from moecc.analysis import FFNBlock
+from moecc.errors import Problem
 from moecc.ir.attributes import Gates
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
-from moecc.ir.mixtures import (
+from moecc.ir.moe import (
+    Finish,
+    SlotOptions,
+    emit_chosen,
     emit_expert_choice,
     emit_hash_routing,
     emit_prototypes,
     emit_rescaled,
+    emit_routing,
     emit_soft_slots,
     emit_unit,
 )
-from moecc.ir.moe import Finish, SlotOptions, emit_chosen, emit_routing
-from moecc.types.tensor import tensor
-from moecc.weights.expr import Expr, Full
+from moecc.ir.traits import Role
+from moecc.pipeline.passes import NO_STATISTICS, ReadWeight, Statistics
+from moecc.types import F32, Axis, TensorType, tensor
+from moecc.weights.arithmetic import Moment
+from moecc.weights.branches import STATISTICS, name_in
+from moecc.weights.draws import Normal, TruncatedNormal, Uniform, derive_key
+from moecc.weights.expr import Expr, Full, Source
+from moecc.weights.fits import Fitted
+from moecc.weights.movement import (
+    I32,
+    Clusters,
+    Index,
+    Merge,
+    Permutation,
+    Permute,
+    Rename,
+    Slice,
+    Split,
+    Stack,
+    Tile,
+)
 from moecc_passes.inputs import token_ids
+from moecc_passes.upcycle.lift import Division, padded
+from moecc_passes.upcycle.options import UpcycleOptions
 
 LOOKS_AHEAD = ("expert-choice", "soft")
 """Kinds of routing in which later tokens affect earlier ones; in encoders only."""
@@ -171,3 +197,214 @@ _EMIT: dict[str, Callable[[_Place, Router], tuple[Value, Finish]]] = {
     "soft": _soft,
 }
 """The functions that emit each kind, by the words of the option ``routing``."""
+
+
+# The weights of new routers: drawn from scratch, in one of several ways.
+
+
+def router_weight(
+    init: str, std: float, embed: Axis, division: Division, *, key: int, name: str = "expert"
+) -> Expr:
+    """Return the router's rows: one draw a group, repeated for the slices of the group.
+
+    Args:
+      init: normal, truncated-normal, switch, uniform or zero.
+      std: the standard deviation of the entries.
+      embed: the axis of the model's width.
+      division: the numbers of groups and slices.
+      key: the key of the draw.
+      name: the name of the axis of experts.
+    """
+    copies = Axis(name if division.slices == 1 else "copy", division.copies)
+    draw = _drawn(init, std, TensorType(F32, (copies, embed)), key)
+    return draw if division.slices == 1 else repeated(draw, division.slices, name)
+
+
+def repeated(rows: Expr, slices: int, name: str = "expert") -> Expr:
+    """Return rows ``[copy, embed]``, each for all the slices of its group, over an axis `name`."""
+    return Merge(Tile(rows, "part", slices, position=1), ("copy", "part"), name)
+
+
+def slot_weight(init: str, std: float, embed: Axis, experts: int, slots: int, *, key: int) -> Expr:
+    """Return the weight ``[expert, slot, embed]`` that makes the slots of a soft mixture."""
+    axes = (Axis("expert", experts), Axis("slot", slots), embed)
+    return _drawn(init, std, TensorType(F32, axes), key)
+
+
+BOUNDS = {"truncated-normal": 3.0, "switch": 2.0}
+"""Truncation bounds of draws, in standard deviations; Switch's are TensorFlow's."""
+
+
+def left_of_std(init: str) -> float:
+    """Return the ratio of the standard deviation of ``init`` after truncation to that before.
+
+    The variance of a normal distribution cut at b is 1 − 2 b φ(b) / (2 Φ(b) − 1).
+    """
+    if init not in BOUNDS:
+        return 1.0
+    b = BOUNDS[init]
+    density = exp(-b * b / 2) / sqrt(2 * pi)
+    return sqrt(1 - 2 * b * density / erf(b / sqrt(2)))
+
+
+def _drawn(init: str, std: float, type: TensorType, key: int) -> Expr:
+    if init == "zero" or std == 0:
+        return Full(0.0, type)
+    if init == "uniform":
+        # A uniform distribution on [−a, a] has the standard deviation a / √3.
+        bound = std * 3**0.5
+        return Uniform(type, low=-bound, high=bound, key=key)
+    if init in BOUNDS:
+        return TruncatedNormal(type, std=std, key=key, bound=BOUNDS[init])
+    return Normal(type, std=std, mean=0.0, key=key)
+
+
+# How large the values are that a router reads, by the norm before it.
+
+
+def input_rms(block: FFNBlock, read: ReadWeight) -> float:
+    """Return the root mean square of the input of `block`.
+
+    A normalised value has a unit mean square; the norm multiplies it by a vector and may add
+    another, so that the mean square is that of the first plus that of the second.  Without a
+    norm, or without weights to read, the answer is 1.
+    """
+    node = block.x.node
+    if node is None or not node.op.is_norm:
+        return 1.0
+    square = 0.0
+    for operand, role in zip(node.operands, node.op.roles, strict=True):
+        if role is Role.VALUE:
+            continue
+        values = read(operand.weight) if operand.weight is not None else None
+        if values is None:
+            return 1.0
+        square += float((values.astype("float64") ** 2).mean())
+    return sqrt(square)
+
+
+# Routers that follow from statistics of the model, and which statistics they need.
+
+OTHER = "other"
+"""The second axis of a square: covariances, counts of pairs."""
+
+
+def statistic(block: FFNBlock, name: str, *axes: Axis, dtype: str = "f32") -> Source:
+    """Return a statistic of the location of `block`."""
+    type = TensorType(I32 if dtype == "i32" else F32, axes)
+    return Source(name_in(STATISTICS, f"{block.loc}.{name}"), type)
+
+
+def neuron_order(
+    item: UpcycleOptions, block: FFNBlock, shared: int, seed: int, slots: str
+) -> Expr | None:
+    """Return the order that the neurons of a block are divided in; None for their own.
+
+    Args:
+      item: the options.
+      block: the block.
+      shared: the neurons of the shared expert.
+      seed: of the conversion.
+      slots: the key of the block's draws.
+    """
+    padding = item.padding(block.width, shared)
+    if item.split == "random":
+        neurons = Axis(block.inner, block.width + padding)
+        return Permutation(TensorType(I32, (neurons,)), derive_key(seed, f"{slots}/split"))
+    if item.split == "activation":
+        neurons, others = Axis(block.inner, block.width), Axis(OTHER, block.width)
+        pairs: Expr = statistic(block, "hidden.pairs", neurons, others, dtype="i32")
+        for axis in (block.inner, OTHER) if padding else ():
+            # What is added is never active.
+            pairs = padded(pairs, axis, padding, with_zeros=True)
+        return Clusters(pairs, block.inner, shared, item.experts)
+    return None
+
+
+def fitted_weight(
+    item: UpcycleOptions, block: FFNBlock, division: Division, texts: tuple[str, ...]
+) -> Expr:
+    """Return the rows of a router that is fitted to statistics, ``[expert, embed]``.
+
+    Args:
+      item: the options.
+      block: the block.
+      division: how its neurons are divided.
+      texts: the texts of the statistics.
+    """
+    embed = block.x.type[block.outer]
+    cross = _of_parts(block, division, embed) if item.is_split else _of_texts(item, block, texts)
+    rows = Fitted(
+        statistic(block, "input.covariance", embed, Axis(OTHER, embed.size)),
+        statistic(block, "input.mean", embed), cross,
+        item.router_ridge if item.router_init == "ridge" else 0.0, item.router_std,
+    )  # fmt: skip
+    if item.is_split or division.slices == 1:
+        return rows
+    return repeated(Rename(rows, "expert", "copy"), division.slices)
+
+
+def _of_parts(block: FFNBlock, division: Division, embed: Axis) -> Expr:
+    """Return the covariances with the mean size of each part's neurons."""
+    inner = block.inner
+    cross = statistic(block, "hidden.cross", embed, Axis(inner, block.width))
+    # Ordered in its own layout: a row of the statistics is read once, not once a neuron.
+    whole = division.ordered(cross, is_last=True)
+    parts = Slice(whole, inner, division.shared, division.dense) if division.shared else whole
+    cut = Split(parts, inner, (("expert", division.slices), (inner, division.width)))
+    return Permute(Moment("mean", cut, None, (embed.name, "expert")), ("expert", embed.name))
+
+
+def _of_texts(item: UpcycleOptions, block: FFNBlock, texts: tuple[str, ...]) -> Expr:
+    """Return the covariances with which text a token is of, those of the experts' texts."""
+    embed = block.x.type[block.outer]
+    cross = statistic(block, "texts.cross", Axis("text", len(texts)), embed)
+    if not item.models:
+        return Rename(cross, "text", "expert")
+    rows = tuple(Index(cross, "text", texts.index(name)) for name in item.models)
+    return Stack(rows, "expert")
+
+
+def unread(item: UpcycleOptions, statistics: Statistics | None) -> list[Problem]:
+    """Return why statistics do not suit the options, whatever the model."""
+    if not (item.is_fitted or item.split == "activation"):
+        return []
+    if statistics is None:
+        return [NO_STATISTICS]
+    if not item.is_fitted or item.is_split:
+        return []
+    copies = item.experts // item.granularity
+    if item.models:
+        return [
+            Problem("no text has the name of the model", "sources", ", ".join(statistics.texts),
+                    name, f"moecc capture --text {name}=FILE")
+            for name in dict.fromkeys(item.models) if name not in statistics.texts
+        ]  # fmt: skip
+    if len(statistics.texts) == copies:
+        return []
+    return [Problem(
+        "each copy has a text that it is for", "router-init",
+        f"{copies} texts", ", ".join(statistics.texts), "moecc capture --text A --text B …",
+    )]  # fmt: skip
+
+
+def missing(item: UpcycleOptions, block: FFNBlock, statistics: Statistics | None) -> Problem | None:
+    """Return which statistic of a block is missing or of another shape, or None."""
+    if statistics is None:
+        return None
+    return statistics.problem(block.loc, dict(_wanted(item, block, statistics)))
+
+
+def _wanted(
+    item: UpcycleOptions, block: FFNBlock, statistics: Statistics
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    embed, width = block.embed, block.width
+    if item.split == "activation":
+        yield "hidden.pairs", (width, width)
+    if item.is_fitted:
+        yield "input.covariance", (embed, embed)
+        yield "input.mean", (embed,)
+        if item.is_split:
+            yield "hidden.cross", (embed, width)
+        else:
+            yield "texts.cross", (len(statistics.texts), embed)

@@ -2,30 +2,489 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import sqrt
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import isfinite, sqrt
 from typing import ClassVar
 
-from moecc.analysis.ffn import FFNBlock, find_ffn_blocks
-from moecc.errors import InputError, Problem
-from moecc.ir.graph import Graph
-from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, ReadWeight
+from moecc.analysis import FFNBlock, find_ffn_blocks
+from moecc.errors import InputError, Problem, nearest
+from moecc.ir.conventions import convention
+from moecc.ir.graph import Graph, Value
+from moecc.ir.moe import SlotOptions
+from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, ReadWeight, Remark
 from moecc.rewrite.driver import may_rewrite
-from moecc.rewrite.match import NearMiss
+from moecc.rewrite.pattern import NearMiss
+from moecc.support.text import amount
 from moecc.weights.branches import BASE
+from moecc.weights.draws import derive_key
+from moecc.weights.expr import Expr
+from moecc_passes.inputs import is_decoder, token_ids
 from moecc_passes.routed import causal_values
-from moecc_passes.upcycle.checks import problems, unknown_models, warnings
-from moecc_passes.upcycle.contract import Contract, inexact_placement, of_blocks
-from moecc_passes.upcycle.fitted_router import missing, unread
-from moecc_passes.upcycle.layers import choose
-from moecc_passes.upcycle.lints import lints
-from moecc_passes.upcycle.options import UpcycleOptions
-from moecc_passes.upcycle.recipes import factors_of, misfit, misrouted, recipe, router_std
-from moecc_passes.upcycle.remarks import remarks
-from moecc_passes.upcycle.rewrite import average_rest, rewrite_block
-from moecc_passes.upcycle.router_init import left_of_std
-from moecc_passes.upcycle.router_input import input_rms
-from moecc_passes.upcycle.scaling import is_scaled, shares
+from moecc_passes.upcycle.gates import (
+    Contract,
+    Factors,
+    inexact_placement,
+    is_scaled,
+    of_blocks,
+    scale_factors,
+    shares,
+)
+from moecc_passes.upcycle.lift import Division, Drop, Noise
+from moecc_passes.upcycle.options import UpcycleOptions, check_layers, choose, lints
+from moecc_passes.upcycle.rewrite import Perturb, Recipe, average_rest, rewrite_block, surroundings
+from moecc_passes.upcycle.routers import (
+    LOOKS_AHEAD,
+    NAMES,
+    Router,
+    fitted_weight,
+    input_rms,
+    left_of_std,
+    missing,
+    neuron_order,
+    router_weight,
+    slot_weight,
+    unread,
+)
+
+# Checks of the options of ``upcycle`` alone: errors and warnings.
+
+RENORMALISED = ("renormalised", "top-k-softmax")
+"""Spellings of one convention, see `moecc.ir.conventions.SPELLINGS`."""
+
+GATES_OF = {
+    "prototypes": (*RENORMALISED, "softmax"),
+    "hash": RENORMALISED,
+    "expert-choice": RENORMALISED,
+    "soft": RENORMALISED,
+}
+"""The gate conventions of each kind of routing; token choice supports all."""
+
+MOST_EXPERTS = 1 << 14
+"""Each expert is a weight of its own on disk: a limit keeps a typo from taking hours."""
+
+MOST_PADDING = 1 << 12
+"""Kernels ask for multiples of 8 to 256."""
+
+_WHY = {
+    "prototypes": "each prototype chooses by a softmax of its own",
+    "hash": "a hash has no scores that gates could be made of",
+    "expert-choice": "where experts choose tokens, a token has no best experts",
+    "soft": "in a soft mixture no token chooses anything",
+}
+
+
+def problems(item: UpcycleOptions) -> list[Problem]:
+    """Return the problems of the options, independent of the model."""
+    layers = check_layers(item.layers)
+    decoder = check_layers(item.decoder_layers or "all", "decoder-layers")
+    spelled = [p for p in (layers, decoder) if p]
+    found = (_counts(item), _gates(item), _routing(item), _sources(item), _split(item),
+             _out_of_range(item))  # fmt: skip
+    return [*(problem for part in found for problem in part), *spelled]
+
+
+def _counts(item: UpcycleOptions) -> Iterator[Problem]:
+    n, k, g = item.experts, item.top_k, item.granularity
+    if n < 2:
+        yield Problem("a mixture needs at least two experts", "experts", found=str(n))
+    if n > MOST_EXPERTS:
+        yield Problem("too many experts", "experts", f"at most {MOST_EXPERTS:,}", f"{n:,}",
+                      "Switch-C, the largest that was published, has 2,048")  # fmt: skip
+    if k > n or k < 1:
+        yield Problem(
+            "top-k does not suit the experts", "top-k", f"1 <= top-k <= experts={n}", str(k),
+            f"store more experts: experts={max(k, 2)}; ST-MoE has top-k=2" if k > n else "top-k=1",
+        )  # fmt: skip
+    if g < 1:
+        yield Problem("granularity must be at least 1", "granularity", found=str(g))
+    elif k % g or n % g:
+        yield Problem(
+            "a token must go to whole virtual groups", "granularity",
+            f"G that divides top-k={k} and experts={n}", str(g),
+            f"top-k={-(-k // g) * g} experts={max(-(-n // g), -(-k // g)) * g} would do",
+        )  # fmt: skip
+
+
+def _gates(item: UpcycleOptions) -> Iterator[Problem]:
+    k, g = item.top_k, item.granularity
+    if item.gates == "switch" and k != 1:
+        yield Problem("switch routing has one expert a token", "gates", "top-k=1", f"top-k={k}",
+                      "gates=softmax weighs several by their probabilities")  # fmt: skip
+    row = convention(item.gates)
+    if row.max_top_k is not None and k > row.max_top_k:
+        yield Problem(f"{row.name} gates exist for one or two experts a token", "gates",
+                      f"top-k<={row.max_top_k}", f"top-k={k}", "gates=renormalised takes any top-k"
+                      )  # fmt: skip
+    if not row.equal_for_equal_logits and g > 1:
+        yield Problem(f"{row.name} gates differ among the members of a virtual group",
+                      "gates", "granularity=1", f"granularity={g}",
+                      "gates=renormalised suits any granularity")  # fmt: skip
+    if item.balance_bias and row.score is None:
+        yield Problem(f"{item.gates} gates have no score that a bias could be added to",
+                      "balance-bias", found=f"gates={item.gates}",
+                      hint="gates=sigmoid-renormalised is DeepSeek-V3's")  # fmt: skip
+
+
+def _routing(item: UpcycleOptions) -> Iterator[Problem]:
+    """Yield the options that the kind of routing does not support."""
+    kind = item.routing
+    if kind == "token-choice":
+        return
+    allowed = GATES_OF[kind]
+    scales = kind == "prototypes" or item.gate_scale == 1
+    checks = (
+        ("gates", item.gates in allowed, f"gates={allowed[0]}", item.gates),
+        ("granularity", item.granularity == 1, "granularity=1", item.granularity),
+        ("gate-scale", scales, "gate-scale=1.0", item.gate_scale),
+        ("balance-bias", not item.balance_bias, "balance-bias=false", "true"),
+    )
+    for name, fits, expected, value in checks:
+        if not fits:
+            yield Problem(_WHY[kind], name, expected, str(value),
+                          "routing=token-choice has this option")  # fmt: skip
+    if kind == "prototypes" and item.top_k >= 1 and item.experts % item.top_k:
+        yield Problem("the prototypes do not divide the experts", "top-k",
+                      f"a divisor of experts={item.experts}", str(item.top_k))  # fmt: skip
+    if kind == "soft" and item.slots == "capacity":
+        yield Problem("a soft mixture drops nothing, so it has no capacity", "slots",
+                      found="capacity", hint="soft-slots says how many slots an expert has"
+                      )  # fmt: skip
+    if kind in LOOKS_AHEAD:
+        yield from _decoders(item)
+
+
+def _sources(item: UpcycleOptions) -> Iterator[Problem]:
+    models = item.models
+    if not models and item.rest != "base":
+        yield Problem("without sources there is nothing to take a mean of", "rest", "base",
+                      item.rest, "sources=base,a says which models")  # fmt: skip
+    if models and len(models) * item.granularity != item.experts:
+        yield Problem(
+            "every copy comes from one model", "sources",
+            f"experts / granularity = {item.experts}/{item.granularity} names",
+            f"{len(models)} names",
+            f"experts={len(models) * item.granularity}, or list a model more than once",
+        )  # fmt: skip
+    if models and item.init != "copy":
+        yield Problem("experts of several models are not made to differ", "init", "copy",
+                      item.init)  # fmt: skip
+
+
+def _split(item: UpcycleOptions) -> Iterator[Problem]:
+    if item.is_split:
+        for name, fits, value in (
+            ("granularity", item.granularity == 1, item.granularity),
+            ("sources", not item.models, item.sources),
+            ("routing", item.routing == "token-choice", item.routing),
+        ):  # fmt: skip
+            if not fits:
+                what = "a split block has each neuron once, in an expert that a token chooses"
+                yield Problem(what, name, "the default", str(value))
+    if item.is_fitted and item.routing in ("hash", "soft"):
+        yield Problem("there is no router to fit", "router-init", "token-choice",
+                      f"routing={item.routing}")  # fmt: skip
+
+
+def unknown_models(item: UpcycleOptions, known: Sequence[str]) -> list[Problem]:
+    """Return a problem for each of ``sources`` that is neither the source nor in `known`."""
+    return [
+        Problem("there is no model of this name", "sources", " or ".join((BASE, *known)), name,
+                nearest(name, known) or "name it: --experts NAME=DIR")
+        for name in dict.fromkeys(item.models)
+        if name not in (BASE, *known)
+    ]  # fmt: skip
+
+
+def _decoders(item: UpcycleOptions) -> Iterator[Problem]:
+    what = NAMES[item.routing]
+    hint = "ST-MoE (Appendix D) has what looks ahead in encoders only: decoder-layers=nowhere"
+    if item.decoder_layers not in (None, "nowhere"):
+        yield Problem(f"{what} in a decoder decides about a token by later ones",
+                      "decoder-layers", "nowhere", item.decoder_layers, hint)  # fmt: skip
+    if is_decoder(item.layers):
+        yield Problem(f"{what} in a decoder decides about a token by later ones", "layers",
+                      "layers of an encoder", item.layers, hint)  # fmt: skip
+
+
+def _out_of_range(item: UpcycleOptions) -> list[Problem]:
+    checks = (
+        ("shared", 0 <= item.shared < 1, "0 <= shared < 1", item.shared),
+        ("pad", 0 <= item.pad <= MOST_PADDING, f"0 <= pad <= {MOST_PADDING}", item.pad),
+        ("drop-ratio", 0 <= item.drop_ratio <= 1, "0 <= drop-ratio <= 1", item.drop_ratio),
+        ("noise-std", item.noise_std >= 0, "noise-std >= 0", item.noise_std),
+        ("router-std", item.router_std >= 0, "router-std >= 0", item.router_std),
+        ("router-ridge", item.router_ridge > 0, "router-ridge > 0", item.router_ridge),
+        ("gate-scale", item.gate_scale > 0, "gate-scale > 0", item.gate_scale),
+        ("groups", item.groups >= 1, "groups >= 1", item.groups),
+        ("soft-slots", item.soft_slots >= 1, "soft-slots >= 1", item.soft_slots),
+        (
+            "capacity-factor", item.capacity_factor > 0,
+            "capacity-factor > 0", item.capacity_factor,
+        ),
+    )  # fmt: skip
+    hints = {"capacity-factor": "ST-MoE: 1.25 in training, 2.0 at evaluation"}
+    return [
+        Problem("an option is out of range", name, expected, str(found), hints.get(name))
+        for name, fits, expected, found in checks
+        if not (fits and isfinite(found))
+    ]
+
+
+def warnings(item: UpcycleOptions) -> list[Problem]:
+    """Return warnings of options that are allowed but rarely intended."""
+    found = []
+    if has_constant_gate(item):
+        found.append(
+            Problem(
+                "the gate of one expert, renormalised, is always 1, so the router gets no "
+                "gradient from the model's loss", "top-k", "top-k=2, as ST-MoE has it", "top-k=1",
+                "gates=switch is the paper's top-1",
+            )
+        )  # fmt: skip
+    if item.experts & (item.experts - 1):
+        found.append(
+            Problem("the experts are not a power of two, which meshes and some kernels ask for",
+                    "experts", found=str(item.experts))
+        )  # fmt: skip
+    if item.router_init == "zero" and item.routing == "token-choice":
+        found.append(
+            Problem("every token has equal logits, so the first experts are always chosen",
+                    "router-init", "another, unless the router is trained or noisy first", "zero")
+        )  # fmt: skip
+    if item.slots == "ragged" and item.routing not in LOOKS_AHEAD:
+        for name, value, default in (
+            ("capacity-factor", item.capacity_factor, 1.25), ("groups", item.groups, 1)
+        ):  # fmt: skip
+            if value != default:
+                found.append(
+                    Problem(f"{name} bounds nothing where slots are ragged", name,
+                            found=f"{name}={value}", hint="slots=capacity")
+                )  # fmt: skip
+    return found
+
+
+def has_constant_gate(item: UpcycleOptions) -> bool:
+    """Return whether a router is to be trained whose one gate is always 1."""
+    is_one = item.top_k == 1 and convention(item.gates).renormalised
+    return is_one and item.routing in ("token-choice", "prototypes")
+
+
+# The recipe of a block from the options of ``upcycle``, and why a block is rejected.
+
+DRAWN = {"logit-std": "normal", "switch": "switch"}
+"""The initialisations whose ``router-std`` is that of the logits."""
+
+
+def misfit(item: UpcycleOptions, block: FFNBlock) -> Problem | None:
+    """Return why `block` cannot be divided or scaled as the options require, or None."""
+    shared = item.shared * block.width
+    whole = round(shared)
+    if item.shared and (abs(shared - whole) > 1e-6 or not 0 < whole < block.width):
+        nearest = min(max(whole, 1), block.width - 1)
+        return Problem(
+            "the shared expert does not get a whole number of neurons, or leaves none",
+            block.loc, f"shared={nearest / block.width:.10g}, say",
+            f"{item.shared:g} of {block.width}",
+        )  # fmt: skip
+    padding = item.padding(block.width, whole)
+    if padding > block.width:
+        return Problem(
+            "more neurons would be added than there are", block.loc,
+            f"at most {block.width}", str(padding), "a smaller pad, or fewer slices",
+        )  # fmt: skip
+    routed = block.width + padding - whole
+    if item.is_split and routed % item.experts:
+        return Problem(
+            f"the {routed} neurons do not divide into parts", block.loc,
+            f"a divisor of {routed}", f"experts={item.experts}", "pad=1 adds some that add nothing",
+        )  # fmt: skip
+    if routed % item.granularity:
+        fits = [g for g in range(1, item.top_k + 1) if _groups_fit(item, g, routed)]
+        return Problem(
+            f"the {routed} neurons do not divide into granularity={item.granularity} slices",
+            block.loc, f"G among {', '.join(map(str, fits))}", str(item.granularity),
+            "pad=1 adds neurons that add nothing",
+        )  # fmt: skip
+    chosen = scale_factors(block, item.scale_placement, item.law.weight_scale)
+    if isinstance(chosen, str):
+        hint = None if item.scale_placement == "down" else "scale-placement=down"
+        return Problem(f"{chosen} (by {item.law.weight_scale:g})", block.loc, hint=hint)
+    around = surroundings(block) if item.extra_ffn != "none" else None
+    if isinstance(around, str):
+        return Problem(
+            f"no extra sublayer can be added to the block: {around}", block.loc,
+            hint="extra-ffn=none",
+        )  # fmt: skip
+    return None
+
+
+def misrouted(
+    item: UpcycleOptions, graph: Graph, block: FFNBlock, causal: set[Value]
+) -> Problem | None:
+    """Return why the kind of routing is not possible at the location of `block`, or None.
+
+    Args:
+      item: the options.
+      graph: the graph.
+      block: a block.
+      causal: the values after a causal mask.
+    """
+    if item.routing in LOOKS_AHEAD and block.x in causal:
+        other = ", or decoder-layers=nowhere" if is_decoder(block.loc) else ""
+        return Problem(
+            f"{NAMES[item.routing]} in a decoder decides about a token by later ones", block.loc,
+            hint=f"routing=token-choice{other}; ST-MoE (Appendix D) has what looks ahead in "
+            "encoders only",
+        )  # fmt: skip
+    tokens = [n for n in block.x.type.names if n != block.outer]
+    if item.routing == "hash" and token_ids(graph, block.x.type, tokens, block.loc) is None:
+        return Problem(
+            "a hash needs the ids of the tokens, and the graph has no such input", block.loc,
+            f"an input of whole numbers, [{', '.join(tokens)}]",
+            ", ".join(f"%{n}" for n in graph.inputs) or "no input", "routing=token-choice",
+        )  # fmt: skip
+    return None
+
+
+def _groups_fit(item: UpcycleOptions, slices: int, neurons: int) -> bool:
+    return not (neurons % slices or item.top_k % slices or item.experts % slices)
+
+
+def factors_of(item: UpcycleOptions, block: FFNBlock) -> Factors:
+    """Return the factor of each parameter of a valid block."""
+    chosen = scale_factors(block, item.scale_placement, item.law.weight_scale)
+    assert not isinstance(chosen, str), "checked before anything was changed"
+    return chosen
+
+
+def recipe(item: UpcycleOptions, block: FFNBlock, seed: int, texts: tuple[str, ...] = ()) -> Recipe:
+    """Return the recipe for the rewrite of a valid block.
+
+    Args:
+      item: the options.
+      block: the block.
+      seed: of the conversion.
+      texts: the texts of the statistics, if there are any.
+    """
+    division = _division(item, block, seed)
+    factors = dict(factors_of(item, block))
+    if block.output_bias is not None:
+        factors[block.output_bias] = item.law.bias_scale
+    return Recipe(
+        division=division,
+        router=_router(item, block, division, seed, texts),
+        factors=factors,
+        perturb=_perturb(item, block, division, seed),
+        expert_bias=item.expert_bias,
+        extra_ffn=item.extra_ffn,
+        shared_gate=item.shared_gate,
+        models=item.models,
+    )
+
+
+def _division(item: UpcycleOptions, block: FFNBlock, seed: int) -> Division:
+    shared = round(item.shared * block.width)
+    padding = item.padding(block.width, shared)
+    return Division(
+        inner=block.inner,
+        shared=shared,
+        slices=item.slices,
+        copies=item.experts // item.slices,
+        width=(block.width + padding - shared) // item.slices,
+        order=neuron_order(item, block, shared, seed, _slots(block)),
+        padding=padding,
+    )
+
+
+def _router(
+    item: UpcycleOptions, block: FFNBlock, division: Division, seed: int, texts: tuple[str, ...]
+) -> Router:
+    assignment: SlotOptions = {"slots": item.slots}
+    if item.is_bounded:
+        assignment["capacity_factor"], assignment["groups"] = item.capacity_factor, item.groups
+    return Router(
+        kind=item.routing,
+        weight=_weight(item, block, division, seed, texts),
+        experts=item.experts,
+        top_k=item.top_k,
+        gates=item.law.convention,
+        gate_scale=item.gate_scale,
+        has_bias=item.balance_bias,
+        seed=seed,
+        assignment=assignment,
+    )
+
+
+def _weight(
+    item: UpcycleOptions, block: FFNBlock, division: Division, seed: int, texts: tuple[str, ...]
+) -> Expr | None:
+    if item.routing == "hash":
+        return None
+    if item.is_fitted:
+        return fitted_weight(item, block, division, texts)
+    kind = DRAWN.get(item.router_init, item.router_init)
+    std, outer = router_std(item, block), block.x.type[block.outer]
+    key = derive_key(seed, f"{_slots(block)}/router")
+    if item.routing == "soft":
+        return slot_weight(kind, std, outer, item.experts, item.soft_slots, key=key)
+    # The parts of a split block are chosen each for itself.
+    rows = replace(division, copies=item.experts, slices=1) if item.is_split else division
+    return router_weight(kind, std, outer, rows, key=key)
+
+
+def router_std(item: UpcycleOptions, block: FFNBlock) -> float:
+    """Return the standard deviation of the router's entries.
+
+    Where ``router-std`` is that of the logits, the input is taken to have unit mean square.
+    """
+    is_of_logits = item.router_init in DRAWN or item.is_fitted
+    return item.router_std / sqrt(block.embed) if is_of_logits else item.router_std
+
+
+def _perturb(item: UpcycleOptions, block: FFNBlock, division: Division, seed: int) -> Perturb:
+    if item.init == "noise":
+        return Noise(item.noise_std, item.noise == "relative", seed, _slots(block)).apply
+    if item.init == "drop":
+        return Drop(item.drop_ratio, seed, _slots(block), division).apply
+    return _unperturbed
+
+
+def _slots(block: FFNBlock) -> str:
+    """Return the key of a block's draws; the location alone may not be unique."""
+    return f"{block.loc}/{block.down.operands[1].name}"
+
+
+def _unperturbed(name: str, dense: Expr, experts: Expr) -> Expr:
+    return experts
+
+
+# The remarks of ``upcycle`` on converted blocks.
+
+
+def remarks(item: UpcycleOptions, blocks: list[FFNBlock]) -> list[Remark]:
+    """Return remarks on the converted blocks."""
+    how = {
+        "token-choice": f"top-{item.top_k}",
+        "prototypes": f"one of each of {item.top_k} groups",
+        "hash": f"{item.top_k} by a hash of the token",
+        "expert-choice": "which choose tokens",
+        "soft": f"of {amount(item.soft_slots, 'soft slot')}",
+    }[item.routing]
+    found = [Remark(b.loc, f"became {item.experts} experts, {how}") for b in blocks]
+    if has_constant_gate(item):
+        found.append(
+            Remark("", "top-1 with renormalised gates: the gate is always 1, so the router "
+                       "gets no gradient from the loss; gates=switch or top-k=2 trains it")
+        )  # fmt: skip
+    if item.router_init == "zero":
+        found.append(
+            Remark("", "a zero router sends every token to the first experts, and ties last "
+                       "until something breaks them; use it to check, not to train")
+        )  # fmt: skip
+    if item.experts & (item.experts - 1):
+        found.append(Remark("", "some runtimes want a power of two of experts"))
+    return found
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moecc.checkpoint.gguf.reader import GgufFile, open_gguf
 from moecc.errors import InputError
 from moecc.families.configs import DecoderConfig, RopeConfig, parse_config, rotary_frequencies
 from moecc.families.importing import import_checkpoint
+from moecc.formats.gguf.reader import GgufFile, open_gguf
 
 
 def opened(builder: Any, path: Path) -> GgufFile:

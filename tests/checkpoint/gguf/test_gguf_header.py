@@ -16,12 +16,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moecc.checkpoint.gguf.cursor import MAX_HEADER_BYTES, MAX_STRINGS
-from moecc.checkpoint.gguf.header import MAX_TENSORS, read_gguf_header
-from moecc.checkpoint.gguf.metadata import MAX_KEYS, GgufArray
-from moecc.checkpoint.gguf.storage import STORAGES
-from moecc.checkpoint.open import open_checkpoint
 from moecc.errors import InputError
+from moecc.formats.gguf.header import (
+    MAX_HEADER_BYTES,
+    MAX_KEYS,
+    MAX_STRINGS,
+    MAX_TENSORS,
+    GgufArray,
+    read_gguf_header,
+)
+from moecc.formats.gguf.storage import STORAGES
+from moecc.formats.open import open_checkpoint
 
 HUGE = 1 << 63
 SECONDS = 1.0

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moecc.checkpoint.gguf.reader import open_gguf
 from moecc.errors import InputError
+from moecc.formats.gguf.reader import open_gguf
 
 gguf = pytest.importorskip("gguf")
 

@@ -16,10 +16,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moecc.checkpoint.gguf.reader import GgufFile, halves_from_neighbours, open_gguf
-from moecc.checkpoint.gguf.storage import STORAGES, Storage
-from moecc.checkpoint.open import open_checkpoint
 from moecc.errors import InputError, MachineError
+from moecc.formats.gguf.reader import GgufFile, halves_from_neighbours, open_gguf
+from moecc.formats.gguf.storage import STORAGES, Storage
+from moecc.formats.open import open_checkpoint
 
 QUANTISED = [storage for storage in STORAGES.values() if storage.is_quantised]
 PLAIN = [storage for storage in STORAGES.values() if not storage.is_quantised]
@@ -326,7 +326,7 @@ def test_without_the_package(opened: GgufFile, monkeypatch: pytest.MonkeyPatch) 
 def test_opening_and_plain_reads_leave_the_package_alone(small_model: Any, tmp_path: Path) -> None:
     path = small_model(kind="BF16").write(tmp_path / "x.gguf")
     code = (
-        "import sys; from moecc.checkpoint.open import open_checkpoint\n"
+        "import sys; from moecc.formats.open import open_checkpoint\n"
         f"c = open_checkpoint({str(path)!r}); c.read({UP_PROJ!r}); c.companions()\n"
         "found = {'gguf', 'tokenizers', 'jax', 'networkx'} & set(sys.modules)\n"
         "sys.exit(repr(found) if found else 0)"

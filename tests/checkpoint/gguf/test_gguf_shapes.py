@@ -9,10 +9,10 @@ import pytest
 from safetensors.numpy import load_file
 from shapes_in_gguf import CASES, CHANGES, GOLDEN, write
 
-from moecc.checkpoint.gguf.reader import open_gguf
-from moecc.checkpoint.gguf.shapes import SHAPES
 from moecc.cli.main import main
 from moecc.errors import InputError
+from moecc.formats.gguf.config import SHAPES
+from moecc.formats.gguf.reader import open_gguf
 
 pytest.importorskip("gguf")
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moecc.checkpoint.gguf.reader import GgufFile, open_gguf
+from moecc.formats.gguf.reader import GgufFile, open_gguf
 
 pytestmark = pytest.mark.download
 

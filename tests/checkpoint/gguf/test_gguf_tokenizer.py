@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from moecc.checkpoint.gguf.reader import GgufFile, open_gguf
+from moecc.formats.gguf.reader import GgufFile, open_gguf
 
 tokenizers = pytest.importorskip("tokenizers")
 

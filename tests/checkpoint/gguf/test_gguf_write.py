@@ -16,23 +16,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from moecc.checkpoint.gguf.blocks import dequantise, quantise
-from moecc.checkpoint.gguf.encode import Key, plan_file
-from moecc.checkpoint.gguf.engine import quantize_chunk
-from moecc.checkpoint.gguf.families import GGUF_FAMILIES, GGUF_MIXTURES
-from moecc.checkpoint.gguf.header import read_gguf_header
-from moecc.checkpoint.gguf.names import gguf_name, hugging_face_name
-from moecc.checkpoint.gguf.reader import open_gguf
-from moecc.checkpoint.gguf.storage import BY_NAME
-from moecc.checkpoint.gguf.tokenizer_keys import tokenizer_keys
-from moecc.checkpoint.manifest import verify_manifest
-from moecc.checkpoint.open import open_checkpoint
-from moecc.checkpoint.shards import Entry
 from moecc.errors import InputError, MachineError, MoeccError, UsageError
+from moecc.formats.gguf.encode import Key, plan_file
+from moecc.formats.gguf.families import GGUF_FAMILIES, GGUF_MIXTURES, gguf_name, hugging_face_name
+from moecc.formats.gguf.header import read_gguf_header
+from moecc.formats.gguf.reader import open_gguf
+from moecc.formats.gguf.storage import BY_NAME, dequantise, quantise, quantize_chunk
+from moecc.formats.gguf.tokenizer_keys import tokenizer_keys
+from moecc.formats.manifest import verify_manifest
+from moecc.formats.open import open_checkpoint
+from moecc.formats.safetensors import Entry
 from moecc.model.open import open_model
 from moecc.pipeline.text import Pipeline
 from moecc.tasks.convert import Plan, plan, write
-from moecc.types.dtypes import BF16, F32, F64
+from moecc.types import BF16, F32, F64
 
 from .test_gguf_tokenizer import byte_level, sentence_piece
 
@@ -182,7 +179,7 @@ def test_q8_0(small_model: Any, tmp_path: Path) -> None:
 
 
 def test_blocks_of_an_engine_that_is_missing(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("moecc.checkpoint.gguf.engine.PACKAGE", "no_such_package")
+    monkeypatch.setattr("moecc.formats.gguf.storage.PACKAGE", "no_such_package")
     quantize_chunk.cache_clear()
     with pytest.raises(MachineError, match=r"by the library of llama.cpp(.|\n)*--dtype q8_0"):
         convert("llama_gqa", "gguf:llama", tmp_path / "m.gguf", dtype=BY_NAME["Q4_K"])

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from moecc.checkpoint.open import open_checkpoint
-from moecc.checkpoint.run.layout import saved_steps
-from moecc.checkpoint.run.state import StateReader
-from moecc.checkpoint.trees.checkpoint import TreeCheckpoint
 from moecc.cli.main import main
-from moecc.types.arrays import Array
+from moecc.formats.open import open_checkpoint
+from moecc.formats.run import StateReader, saved_steps
+from moecc.formats.trees.checkpoint import TreeCheckpoint
+from moecc.types import Array
 from tests.train.tiny import draw_weights, make_corpus, make_model
 
 from .test_orbax import GOLDEN, HERE, nested

@@ -15,9 +15,9 @@ import pytest
 from safetensors.numpy import load_file
 from tiers import few
 
-from moecc.checkpoint.open import open_checkpoint
 from moecc.cli.main import main
 from moecc.errors import InputError
+from moecc.formats.open import open_checkpoint
 
 ocp = pytest.importorskip("orbax.checkpoint")
 

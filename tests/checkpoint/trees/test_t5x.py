@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from moecc.checkpoint.open import open_checkpoint
-from moecc.checkpoint.shards import natural
-from moecc.checkpoint.trees.arrays import ZarrArrays
 from moecc.errors import InputError, MachineError, MoeccError
 from moecc.families import import_checkpoint
+from moecc.formats.open import open_checkpoint
+from moecc.formats.safetensors import natural
+from moecc.formats.trees.arrays import ZarrArrays
 from moecc.ir import print_graph
-from moecc.types.arrays import Array
+from moecc.types import Array
 
 ts = pytest.importorskip("tensorstore")
 msgpack = pytest.importorskip("msgpack")

@@ -25,7 +25,7 @@ def main(machine: str) -> None:
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
     from moecc_backends.xla.aot.census import census
-    from moecc_backends.xla.aot.program import compile_ahead
+    from moecc_backends.xla.aot.compiler import compile_program as compile_ahead
 
     mesh = Mesh(np.array(devices(target)[: DATA * MODEL]).reshape(DATA, MODEL), ("data", "model"))
 

@@ -20,17 +20,16 @@ from moecc_backends.xla.aot.census import census
 from moecc_backends.xla.aot.hlo import ITEMSIZE_BYTES, parse_hlo
 from moecc_backends.xla.aot.topology import missing
 
-from moecc.ahead.compile_in_subprocess import compile_in_subprocess
+from moecc.ahead.process import compile_in_subprocess
 from moecc.ahead.request import Request
 from moecc.families import build
 from moecc.families.configs import parse_config
-from moecc.ir.printer import print_graph
-from moecc.pipeline.registry import installed
+from moecc.ir.text import print_graph
 from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.pipeline.text import Pipeline, installed
 from moecc.plan.machines import parse_machine
 from moecc.presets import preset_config
-from moecc.sharding.partitions import EXPLICIT, PARTITIONS
+from moecc.sharding.vias import EXPLICIT, PARTITIONS
 
 LAYERS, EXPERTS, EMBED, MLP, DEVICES, SEQ = 3, 8, 128, 400, 8, 64
 CONFIG = {

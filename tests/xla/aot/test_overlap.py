@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("jax")
 
-from moecc_backends.xla.aot import overlap_options
+from moecc_backends.xla.aot import compiler as overlap_options
 from moecc_backends.xla.aot.census import census
 
 from moecc.plan.machines import parse_machine

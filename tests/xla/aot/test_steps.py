@@ -12,10 +12,10 @@ pytest.importorskip("optax")
 
 from moecc_backends.xla.aot.topology import missing
 
-from moecc.ahead.compile_in_subprocess import compile_in_subprocess
+from moecc.ahead.process import compile_in_subprocess
 from moecc.ahead.request import Request
 from moecc.plan.machines import parse_machine
-from moecc.sharding.partitions import PARTITIONS
+from moecc.sharding.vias import PARTITIONS
 
 MODEL = str(Path(__file__).parents[2] / "golden" / "mixtral_gqa")
 LAYERS = 2

@@ -6,10 +6,9 @@ import importlib.util
 
 import pytest
 from moecc_backends.xla.aot import topology
-from moecc_backends.xla.aot.gpus import GPUS, description
-from moecc_backends.xla.aot.topology import require
+from moecc_backends.xla.aot.topology import GPUS, description, require
 
-from moecc.ahead.compile_in_subprocess import environment
+from moecc.ahead.process import environment
 from moecc.errors import MachineError
 from moecc.plan.machines import parse_machine, table
 
@@ -65,7 +64,7 @@ def test_what_the_compiler_says_of_a_program_too_large(
     message: str, needed: float, available: float
 ) -> None:
     pytest.importorskip("jax")
-    from moecc_backends.xla.aot.program import DoesNotFit, refusal
+    from moecc_backends.xla.aot.compiler import DoesNotFit, refusal
 
     error = refusal(RuntimeError(message))
     assert isinstance(error, DoesNotFit)

@@ -9,8 +9,7 @@ import numpy as np
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph
 from moecc.ir.moe import emit_routing
-from moecc.types.dtypes import F32, I32, PRED
-from moecc.types.tensor import tensor
+from moecc.types import F32, I32, PRED, tensor
 
 EMBED, EXPERTS, VOCAB = 8, 4, 12
 BATCH, SEQ = 16, 4

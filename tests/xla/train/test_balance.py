@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moecc.steps.passes import Bound, MeshPasses, StepPasses, step_graph
-from moecc.steps.spec import StepSpec
+from moecc.train.graphs import Bound, MeshPasses, StepPasses, step_graph
 from moecc.train.recipe import OptimizerSection
-from moecc.types.dtypes import F32
+from moecc.train.settings import StepSpec
+from moecc.types import F32
 
 from .small import BATCH, EXPERTS, SEQ, SIZES, batch_of, params_of, sparse
 

@@ -8,19 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moecc.analysis.head import LOGITS
+from moecc.analysis import LOGITS
 from moecc.ir.graph import Graph, Value
 from moecc.ir.structure import clone
 from moecc.model.inputs import default_inputs
 from moecc.model.open import open_model
 from moecc.pipeline.passes import Context
-from moecc.pipeline.registry import installed
 from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
-from moecc.steps.passes import StepPasses, step_graph
-from moecc.steps.spec import StepSpec
+from moecc.pipeline.text import Pipeline, installed
+from moecc.train.graphs import StepPasses, step_graph
 from moecc.train.recipe import OptimizerSection, ParameterGroup
-from moecc.types.dtypes import F32
+from moecc.train.settings import StepSpec
+from moecc.types import F32
 
 jax = pytest.importorskip("jax")
 pytest.importorskip("optax")

@@ -12,11 +12,11 @@ import pytest
 
 from moecc.families import build
 from moecc.families.configs import read_config
-from moecc.steps.passes import Bound, MeshPasses, StepPasses, step_graph
-from moecc.steps.spec import StepSpec
 from moecc.testing import params_for
+from moecc.train.graphs import Bound, MeshPasses, StepPasses, step_graph
 from moecc.train.recipe import OptimizerSection
-from moecc.types.dtypes import BF16, F32, DType
+from moecc.train.settings import StepSpec
+from moecc.types import BF16, F32, DType
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -102,14 +102,14 @@ def test_on_a_mesh_loops_take_parameters_as_they_are_stored(mesh: str) -> None:
 def test_a_tpu_stores_what_pads_less(
     shape: tuple[int, ...], platform: str, order: tuple[int, ...]
 ) -> None:
-    from moecc_backends.xla.trace.masters import stored_order
+    from moecc_backends.xla.trace.host_arrays import stored_order
 
     assert stored_order(shape, platform) == order
 
 
 def test_no_run_of_a_loop_keeps_a_cast_parameter() -> None:
     from moecc_backends.xla.lower.scan import _worth_keeping
-    from moecc_backends.xla.trace.masters import Master
+    from moecc_backends.xla.trace.host_arrays import Master
 
     def run(x: Any, weight: Master) -> tuple[Any, tuple[()]]:
         return jax.numpy.tanh(x @ weight.cast()), ()

@@ -10,11 +10,10 @@ import pytest
 
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph
-from moecc.steps.passes import MeshPasses, StepPasses, step_graph
-from moecc.steps.spec import StepSpec
+from moecc.train.graphs import MeshPasses, StepPasses, step_graph
 from moecc.train.recipe import OptimizerSection
-from moecc.types.dtypes import BF16, F32, I32
-from moecc.types.tensor import tensor
+from moecc.train.settings import StepSpec
+from moecc.types import BF16, F32, I32, tensor
 
 jax = pytest.importorskip("jax")
 pytest.importorskip("optax")

@@ -11,10 +11,10 @@ import pytest
 from tiers import few
 
 from moecc.errors import InputError, UsageError
-from moecc.steps.passes import Bound, MeshPasses, StepPasses, step_graph
-from moecc.steps.spec import StepSpec
+from moecc.train.graphs import Bound, MeshPasses, StepPasses, step_graph
 from moecc.train.recipe import OptimizerSection
-from moecc.types.dtypes import F32, F64, DType
+from moecc.train.settings import StepSpec
+from moecc.types import F32, F64, DType
 
 from .small import BATCH, SIZES, VOCAB, batch_of, params_of, sparse
 

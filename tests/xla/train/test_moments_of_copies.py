@@ -12,11 +12,10 @@ from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.steps.spec import StepSpec
-from moecc.train.moments import Carried
 from moecc.train.recipe import OptimizerSection
-from moecc.types.dtypes import F32
-from moecc.types.tensor import tensor
+from moecc.train.settings import StepSpec
+from moecc.train.state import Carried
+from moecc.types import F32, tensor
 from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import Source
 
@@ -28,7 +27,7 @@ pytest.importorskip("optax")
 from moecc_backends.xla.train.step import make_train_step  # noqa: E402
 
 from moecc.ir.builder import Builder  # noqa: E402
-from moecc.types.dtypes import I32  # noqa: E402
+from moecc.types import I32  # noqa: E402
 
 SIZES = {"B": 8, "S": 4}
 WIDTH = 128

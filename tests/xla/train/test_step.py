@@ -7,23 +7,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moecc.analysis.head import check_trainable
+from moecc.analysis import check_trainable
 from moecc.errors import InputError, UsageError
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph
 from moecc.ir.mesh import Mesh
-from moecc.steps.moment_axes import COLUMN, ROW
-from moecc.steps.spec import StepSpec
 from moecc.train.recipe import GuardSection, OptimizerSection
-from moecc.types.dtypes import BF16, F32, I32
-from moecc.types.tensor import tensor
+from moecc.train.settings import COLUMN, ROW, StepSpec
+from moecc.types import BF16, F32, I32, tensor
 
 jax = pytest.importorskip("jax")
 pytest.importorskip("optax")
 
 import jax.numpy as jnp  # noqa: E402
-from moecc_backends.xla.trace.device_view import DeviceView  # noqa: E402
-from moecc_backends.xla.train.loss import IGNORED, TARGETS, token_losses  # noqa: E402
+from moecc_backends.xla.trace.context import DeviceView  # noqa: E402
+from moecc_backends.xla.train.gradients import IGNORED, TARGETS, token_losses  # noqa: E402
 from moecc_backends.xla.train.optimizer import OPTIMIZERS  # noqa: E402
 from moecc_backends.xla.train.step import TrainStep, make_train_step  # noqa: E402
 

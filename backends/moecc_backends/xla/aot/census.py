@@ -9,15 +9,156 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from math import prod
 
-from moecc_backends.xla.aot.convolutions import convolution_flops
+import numpy as np
+
 from moecc_backends.xla.aot.hlo import Computation, Instruction, Module, parse_hlo
-from moecc_backends.xla.aot.overlap import overlapped
-from moecc_backends.xla.aot.pallas import pallas_flops
-from moecc_backends.xla.trace.rounds_scope import most_rounds
+from moecc_backends.xla.kernels.attention import score_pairs_of
+from moecc_backends.xla.trace.values import most_rounds
+
+# The multiplications of a convolution in HLO, which is how a TPU spells a dot.
+#
+# A batch axis of a dot may come back as a spatial axis, with padding and dilation chosen such
+# that
+# each output meets one input: the product of all sizes would count what is multiplied with
+# padding.
+
+_FIELDS = ("size", "stride", "pad", "lhs_dilate", "rhs_dilate")
+
+
+def convolution_flops(where: Computation, made: Instruction) -> int:
+    """Return 2 · products of the convolution `made` in `where`, those with padding left out.
+
+    With output features and batch from the result and input features from the kernel, grouped
+    convolutions need no case of their own.
+    """
+    left, kernel = (where.operand(made, i).shapes[0].sizes for i in (0, 1))
+    out = made.shapes[0].sizes
+    labels = re.split(r"_|->", made.attribute("dim_labels"))
+    left_at, kernel_at, out_at = ({c: i for i, c in enumerate(text)} for text in labels)
+    window = _window(made.attribute("window"))
+    spatial = sorted(c for c in out_at if c.isdigit())
+    pairs = (
+        _pairs(left[left_at[c]], kernel[kernel_at[c]], out[out_at[c]], *_along(window, int(c)))
+        for c in spatial
+    )
+    features = kernel[kernel_at["i"]] * out[out_at["f"]] * out[out_at["b"]]
+    return 2 * features * prod(pairs)
+
+
+def _window(text: str) -> dict[str, list[str]]:
+    found = dict(re.findall(r"(\w+)=([\w\-]+)", text))
+    return {name: found[name].split("x") for name in _FIELDS if name in found}
+
+
+def _along(window: dict[str, list[str]], axis: int) -> tuple[int, int, int, int]:
+    """Return stride, low padding, and the dilations of input and kernel along one axis."""
+
+    def entry(name: str) -> int:
+        return int(window[name][axis]) if name in window else 1
+
+    low = int(window["pad"][axis].split("_")[0]) if "pad" in window else 0
+    return entry("stride"), low, entry("lhs_dilate"), entry("rhs_dilate")
+
+
+@cache
+def _pairs(
+    size: int, kernel: int, out: int, stride: int, low: int, lhs_dilate: int, rhs_dilate: int
+) -> int:
+    """Return how many pairs of output and kernel entries meet an input that is there."""
+    at = np.arange(out)[:, None] * stride + np.arange(kernel)[None, :] * rhs_dilate - low
+    is_there = (at >= 0) & (at <= (size - 1) * lhs_dilate) & (at % lhs_dilate == 0)
+    return int(is_there.sum())
+
+
+# Which collectives of a scheduled program have computation beside them.
+#
+# In the text of a compiled program the order of instructions is the order in which a device
+# begins
+# them.  A collective that is one instruction is waited for.  One that has a start and a done runs
+# while what stands between them does; and a TPU writes some as a chain of fusions, of which those
+# in
+# the middle compute.  Only products and kernels count: what else stands there is soon done.
+
+
+def overlapped(
+    where: Computation, chains: Mapping[str, str], multiplying: Collection[str]
+) -> frozenset[str]:
+    """Return the names of instructions whose collectives run beside a product.
+
+    Args:
+      where: a computation, in the order of its schedule.
+      chains: of instructions that are parts of a collective, what its parts have in common.
+      multiplying: the names of instructions that multiply, loops and calls included.
+    """
+    order = list(where)
+    at = {made.name: number for number, made in enumerate(order)}
+    busy = [made.name in multiplying for made in order]
+    found = {
+        made.name
+        for made in order
+        if made.opcode.endswith("-start") and any(busy[at[made.name] + 1 : _end(order, at, made)])
+    }
+    for chain in set(chains.values()):
+        parts = [name for name, of in chains.items() if of == chain]
+        numbers = [at[name] for name in parts]
+        if any(busy[min(numbers) : max(numbers) + 1]):
+            found.update(parts)
+    return frozenset(found)
+
+
+def _end(order: list[Instruction], at: Mapping[str, int], start: Instruction) -> int:
+    """Return the number of the instruction that waits for what `start` began.
+
+    That is the end where nothing here does: another turn of a loop waits.
+    """
+    last, waits = start, True
+    while waits:
+        following = next(_waiting(order, at, last), None)
+        if following is None:
+            return len(order)
+        last, waits = following, following.opcode.endswith("-update")
+    return at[last.name]
+
+
+def _waiting(
+    order: list[Instruction], at: Mapping[str, int], begun: Instruction
+) -> Iterator[Instruction]:
+    for made in order[at[begun.name] + 1 :]:
+        if made.opcode.endswith(("-done", "-update")) and begun.name in made.operands:
+            yield made
+
+
+# What kernels of Pallas multiply.
+
+_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+"""Products of the size of the scores of a kernel, by the beginning of its name: scores and values;
+in a gradient scores and their gradient, and with these the gradient of queries or of keys, and with
+the scores that of values."""
+
+_FLOATS = ("bf16", "f32")
+"""The types that these kernels compute in, as HLO spells them."""
+
+
+def pallas_flops(where: Computation, made: Instruction) -> int | None:
+    """Return the FLOPs of a kernel of attention; None of any other kernel.
+
+    Two for each pair of a query and a key, entry of a head, and product.
+    """
+    products = next((n for name, n in _PRODUCTS.items() if name in made.source), None)
+    pairs = score_pairs_of(made.source)
+    if products is None or pairs is None:
+        return None
+    operands = (where.operand(made, i).shapes[0] for i in range(len(made.operands)))
+    # Queries are the first numbers; the integers before say which blocks are skipped.  A batch of
+    # one sequence has no axis.
+    queries = next(shape.sizes for shape in operands if shape.dtype in _FLOATS)
+    return 2 * products * pairs * prod(queries[:-2]) * queries[-1]
+
 
 KINDS = (
     "all-gather", "all-reduce", "all-to-all", "reduce-scatter", "ragged-all-to-all",

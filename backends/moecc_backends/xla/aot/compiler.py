@@ -2,27 +2,241 @@
 
 from __future__ import annotations
 
+import re
+import resource
+import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from typing import Any
+
+import jax
+from jax.stages import Lowered, Wrapped
 
 from moecc.ahead.request import Job, Result
-from moecc.errors import MachineError
+from moecc.errors import InputError, MachineError, Problem
 from moecc.ir.graph import Graph
-from moecc.sharding.partitions import GSPMD
-from moecc.steps.spec import StepSpec
+from moecc.plan.machines import Machine
+from moecc.sharding.vias import GSPMD
 from moecc.support.extras import install_hint
+from moecc.support.text import amount
+from moecc.train.settings import StepSpec
 from moecc_backends.xla.aot.census import census
-from moecc_backends.xla.aot.overlap_options import overlap_options
-from moecc_backends.xla.aot.program import (
-    Compiled,
-    DoesNotFit,
-    compile_lowered,
-    host_peak_bytes,
-    lower,
-)
 from moecc_backends.xla.aot.topology import devices
-from moecc_backends.xla.run.precision import in_precision
-from moecc_backends.xla.train.abstract_step import AbstractStep, make_step
+from moecc_backends.xla.run.memory import in_precision
+from moecc_backends.xla.trace.typed_jax import PyTree, abstract_array
+from moecc_backends.xla.train.step import AbstractStep, make_step
+
+# Options of XLA by which collectives run beside computation, for the chips where they do.
+#
+# Options are no stable interface: other versions of a compiler lack some, and reject a program
+# for
+# it.  So they are set for the versions and chips alone with which they were tried, and only where
+# overlap is asked for.
+
+TRIED = "0.0.42"
+"""The versions of libtpu begin with this that take these options."""
+
+ASYNC_GATHERS = {
+    "xla_enable_async_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+}
+"""All-gathers as steps of the products that stand before their users."""
+
+SPARSE_CORES = {
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "true",
+}
+"""Reductions by the cores that a chip has for embeddings, while the others multiply."""
+
+OF_ALL_DEVICES = {
+    "xla_tpu_prefer_async_allgather_to_allreduce": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": "true",
+}
+"""What runs over all devices, and not along one mesh axis, stays a gather or a reduce-scatter.
+Otherwise it becomes an all-reduce, which sends twice as much and has no parts."""
+
+SCHEDULE = {
+    "xla_tpu_sparse_core_reduce_scatter_offload_min_size_in_bytes": str(1 << 15),
+    "xla_tpu_sparse_core_reduce_scatter_latency_multiplier": "4",
+}
+"""Shards below 32 KiB, those of routers, are not given to the SparseCores: they reduce one gradient
+at a time, and would be taken by it for as long as the scheduler likes.  And reductions are taken to
+last longer than by default, where it began one next to no product."""
+
+BY_CHIP = {"tpu:v5p": {**ASYNC_GATHERS, **SPARSE_CORES, **OF_ALL_DEVICES, **SCHEDULE}}
+"""Options by the beginning of the names of machines."""
+
+
+def overlap_options(machine: Machine) -> dict[str, str]:
+    """Return the options for a program for `machine`; none where the compiler's own do.
+
+    Their programs have run on no device yet, so they are asked for.
+    """
+    name = machine.compiled_as or machine.name
+    found = next((o for chip, o in BY_CHIP.items() if name.startswith(chip)), None)
+    return dict(found) if found and _libtpu().startswith(TRIED) else {}
+
+
+def _libtpu() -> str:
+    try:
+        return version("libtpu")
+    except PackageNotFoundError:
+        return ""
+
+
+# Compiling a function for hardware that is not attached, and what came of it.
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = r"([\d.]+)([KMGT]?)"
+_TOO_LARGE = (
+    re.compile(rf"Used {_SIZE} of {_SIZE} hbm"),
+    re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)"),
+)
+"""How libtpu reports that a program is too large."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The memory of one device, in bytes.
+
+    Attributes:
+      arguments: parameters, optimiser state and inputs.
+      outputs: results, those that take the place of donated arguments included.
+      aliased: the part of the outputs that does.
+      temporaries: what lives while the program runs.
+      code: the program itself.
+      peak: the most that is needed at a time, as the compiler reports.
+    """
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    code: int
+    peak: int
+
+    def to_json(self) -> dict[str, int]:
+        """Return the sizes by kind, with unit in the names."""
+        return {f"{name}_bytes": size for name, size in asdict(self).items()}
+
+
+class DoesNotFit(InputError):
+    """The compiler reports that a device has not enough memory.
+
+    Attributes:
+      needed_bytes: what the program needs, as far as the compiler reports.
+      available_bytes: what there is.
+    """
+
+    def __init__(self, needed_bytes: int, available_bytes: int) -> None:
+        self.needed_bytes = needed_bytes
+        self.available_bytes = available_bytes
+        super().__init__(
+            "the program does not fit into the memory of a device",
+            expected=f"{available_bytes / 1e9:.2f} GB at most",
+            found=f"{needed_bytes / 1e9:.2f} GB",
+            hint="a larger mesh, rematerialisation, or fewer tokens a batch",
+        )
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A program compiled ahead of time.
+
+    Attributes:
+      lowered_seconds: tracing and lowering to StableHLO.
+      compiled_seconds: what XLA took.
+      memory: of one device.
+      hlo: the optimised program, as one device runs it.
+      host_peak_bytes: the most memory that this process has had so far.
+    """
+
+    lowered_seconds: float
+    compiled_seconds: float
+    memory: Memory
+    hlo: str
+    host_peak_bytes: int
+
+
+def lower(function: Wrapped, arguments: Sequence[PyTree], machine: Machine) -> Lowered:
+    """Trace and lower a jitted `function` of abstract `arguments` for `machine`."""
+    platform = {"gpu": "cuda"}.get(machine.kind, machine.kind)
+    lowered: Lowered = function.trace(*arguments).lower(lowering_platforms=(platform,))
+    return lowered
+
+
+def compile_program(function: Wrapped, arguments: Sequence[PyTree], machine: Machine) -> Compiled:
+    """Compile a jitted `function` of abstract `arguments`, whose shardings name the devices.
+
+    Raises:
+      DoesNotFit: a device has not enough memory.
+    """
+    start = time.perf_counter()
+    lowered = lower(function, arguments, machine)
+    lowered_seconds = time.perf_counter() - start
+    return compile_lowered(lowered, lowered_seconds, machine)
+
+
+def compile_lowered(
+    lowered: Lowered,
+    lowered_seconds: float,
+    machine: Machine,
+    options: Mapping[str, str | float] | None = None,
+) -> Compiled:
+    """Compile what `lower` returned, with `options` of XLA.
+
+    Raises:
+      DoesNotFit: a device has not enough memory.
+    """
+    start = time.perf_counter()
+    try:
+        given: dict[str, Any] = dict(options or {})  # jax takes numbers, which its type leaves out
+        compiled = lowered.compile(compiler_options=given or None)
+    except RuntimeError as error:
+        raise refusal(error) from None
+    seconds = time.perf_counter() - start
+    return Compiled(
+        lowered_seconds,
+        seconds,
+        _memory(compiled.memory_analysis(), is_cpu=machine.kind == "cpu"),
+        compiled.as_text() or "",
+        host_peak_bytes(),
+    )
+
+
+def host_peak_bytes() -> int:
+    """Return the most memory that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _memory(analysis: object, *, is_cpu: bool) -> Memory:
+    arguments, outputs, aliased, temporaries, code = (
+        int(getattr(analysis, f"{kind}_size_in_bytes"))
+        for kind in ("argument", "output", "alias", "temp", "generated_code")
+    )
+    peak = int(getattr(analysis, "peak_memory_in_bytes", 0))
+    if is_cpu or not peak:
+        # The peak that XLA's CPU compiler reports leaves the temporaries out.
+        peak = arguments + outputs - aliased + temporaries
+    return Memory(arguments, outputs, aliased, temporaries, code, peak)
+
+
+def refusal(error: RuntimeError) -> Exception:
+    """Return the compiler's error, as `DoesNotFit` where it is about the memory of a device."""
+    matches = (pattern.search(str(error)) for pattern in _TOO_LARGE)
+    found = next((match for match in matches if match is not None), None)
+    if found is None:
+        return error
+    needed, available = (int(float(found[at]) * _UNITS[found[at + 1]]) for at in (1, 3))
+    return DoesNotFit(needed, available)
+
 
 LEAST_EFFORT = {"exec_time_optimization_effort": -1.0}
 """What XLA may spend on the speed of a program, from -1 to 1; its default is 0."""
@@ -97,3 +311,107 @@ def _exported(step: AbstractStep, job: Job) -> bytes:
     platform = {"gpu": "cuda"}.get(job.machine.kind, job.machine.kind)
     made = export.export(step.function, platforms=[platform])(*step.arguments)
     return bytes(made.serialize())
+
+
+# A step that `moecc compile --save` wrote, read back and called.
+
+_FEW = 4
+"""How many arrays are named where arguments do not suit a program."""
+
+
+class ExportedStep:
+    """A program of `jax.export`, with the arguments that it takes.
+
+    Attributes:
+      platforms: what it was compiled for: ``("cpu",)``, ``("tpu",)``, ``("cuda",)``.
+      devices: how many it runs on.
+      arguments: shapes and types of its arguments, as trees: parameters by the names that
+        ``params()`` of the model has after the passes that the report names, and inputs by theirs;
+        of a training step the state, the batch, a random key and the learning rate.
+    """
+
+    def __init__(self, exported: PyTree) -> None:
+        self._exported = exported
+        self.platforms: tuple[str, ...] = tuple(exported.platforms)
+        self.devices: int = exported.nr_devices
+        shapes = [abstract_array(a.shape, a.dtype) for a in exported.in_avals]
+        self.arguments: PyTree = jax.tree.unflatten(exported.in_tree, shapes)[0]
+        self._types = _types(self.arguments)
+
+    def __repr__(self) -> str:
+        leaves = len(self._exported.in_avals)
+        where = f"{' or '.join(self.platforms)}, {amount(self.devices, 'device')}"
+        return f"<moecc.LoadedStep {where}, {leaves} arrays>"
+
+    def place(self, *arguments: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
+        """Return arguments with every array where the program expects it.
+
+        Args:
+          *arguments: as `arguments`.
+          mesh: of the devices, its axes and sizes those that the program was compiled for.
+        """
+        shardings = self._exported.in_shardings_jax(mesh)
+        places = jax.tree.unflatten(self._exported.in_tree, shardings)[0]
+        return jax.tree.map(
+            lambda a, s: a if s is None else jax.device_put(a, s), arguments, places
+        )
+
+    def __call__(self, *arguments: PyTree) -> PyTree:
+        """Run the program.
+
+        Raises:
+          InputError: the arguments are others than `arguments`.
+        """
+        problems = list(_differences(_types(arguments), self._types))
+        if problems:
+            raise InputError(problems)
+        return self._exported.call(*arguments)
+
+
+def _types(tree: PyTree) -> dict[str, str]:
+    """Return type and shape of each array by its place: ``[0]['lm_head.weight']``."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path): _type(leaf) for path, leaf in leaves}
+
+
+def _type(leaf: object) -> str:
+    # Every step asks this of its whole state: arrays of jax are not traced for it.
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        return f"{leaf.dtype}{list(leaf.shape)}"
+    try:
+        made = jax.eval_shape(lambda x: x, leaf)
+    except TypeError:
+        return f"no array, but {type(leaf).__name__}"
+    return f"{made.dtype}{list(made.shape)}"
+
+
+def _differences(found: Mapping[str, str], expected: Mapping[str, str]) -> Iterator[Problem]:
+    """Yield a problem for each array that is missing, too many, or of another type; the first."""
+    names = [n for n in {**expected, **found} if found.get(n) != expected.get(n)]
+    for name in names[:_FEW]:
+        yield Problem(
+            f"the program takes other arguments ({len(names)} differ)", f"argument {name}",
+            expected=expected.get(name, "no such array"), found=found.get(name, "none"),
+            hint="step.arguments has them; parameters are those after the passes of the report",
+        )  # fmt: skip
+
+
+def load_step(data: bytes, where: str) -> ExportedStep:
+    """Return the program in the bytes of a file.
+
+    Raises:
+      InputError: it is none.
+      MachineError: an extra is missing.
+    """
+    if find_spec("flatbuffers") is None:
+        raise MachineError("reading an artefact needs flatbuffers", hint=install_hint("export"))
+    from jax import export
+
+    try:
+        return ExportedStep(export.deserialize(bytearray(data)))
+    # Flatbuffers have no checks of their own: what is no artefact fails in any way.
+    except Exception as error:
+        raise InputError(
+            "not an artefact of moecc compile --save", where=where,
+            found=f"{type(error).__name__}: {error}"[:200],
+        ) from None  # fmt: skip

@@ -20,10 +20,9 @@ import jax.numpy as jnp
 from moecc.errors import InputError
 from moecc.ir.graph import Node, Value
 from moecc.ir.sharding_rules import Given, sharded_results, space_of
-from moecc.types.tensor import TensorType
+from moecc.types import TensorType
 from moecc_backends.xla.dispatch.all_experts import sliced_by_expert
-from moecc_backends.xla.trace.dtypes import load, store
-from moecc_backends.xla.trace.values import DeferredRows, Named
+from moecc_backends.xla.trace.values import DeferredRows, Named, load, store
 
 MOST_BYTES = 4_000_000
 """Of an expert's matrix, or a part of it.  On cores with 2 MB of cache each, parts of 1.4 and of

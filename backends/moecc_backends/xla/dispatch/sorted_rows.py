@@ -4,24 +4,168 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, reduce
 from math import prod
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from moecc_backends.xla.dispatch.flat import gathered_matmul, rows_to_tokens, tokens_to_rows
-from moecc_backends.xla.dispatch.gather_vjp import permute, permute_choices, sum_rows
-from moecc_backends.xla.dispatch.permutation import (
+from moecc_backends.xla.dispatch.flat import (
     Permutation,
+    gathered_matmul,
+    rows_to_tokens,
     sort_by_expert,
     sorted_permutation,
+    tokens_to_rows,
 )
-from moecc_backends.xla.kernels.grouped_matmul import grouped_matmul_of_parts
-from moecc_backends.xla.kernels.repeat_by_group import repeat_by_group
+from moecc_backends.xla.kernels.grouped_matmul import grouped_matmul_of_parts, repeat_by_group
 from moecc_backends.xla.mesh.all_to_all import ExchangeMap, ExchangeSpec
 from moecc_backends.xla.trace.routing import Routing
-from moecc_backends.xla.trace.values import DeferredRows, ExpertArrays, Named, Operand, Rows
+from moecc_backends.xla.trace.values import (
+    Deferred,
+    DeferredRows,
+    ExpertArrays,
+    Named,
+    Operand,
+    Rows,
+    accumulator,
+    load,
+    store,
+)
+
+# Move tokens into the experts' rows and back, with gradients that gather as well.
+#
+# The derivative that JAX would find for a gather is a scatter-add, which is slow everywhere and
+# serial on a CPU.  The map is one-to-one, so the derivative is a gather in its other direction.
+
+
+@jax.custom_vjp
+def permute(tokens: jax.Array, permutation: Permutation) -> jax.Array:
+    """Copy ``[tokens, embed]`` into ``[rows, embed]``; rows without a token are zero."""
+    choice = permutation.choice_of_row
+    return _take(tokens, permutation.token_of_row, choice >= 0)
+
+
+def _permute_forward(
+    tokens: jax.Array, permutation: Permutation
+) -> tuple[jax.Array, tuple[Permutation]]:
+    return permute(tokens, permutation), (permutation,)
+
+
+def _permute_backward(residuals: tuple[Permutation], d_rows: jax.Array) -> tuple[jax.Array, None]:
+    (permutation,) = residuals
+    return _sum_choices(d_rows, permutation, None), None
+
+
+permute.defvjp(_permute_forward, _permute_backward)
+
+
+@jax.custom_vjp
+def permute_choices(values: jax.Array, permutation: Permutation) -> jax.Array:
+    """Copy ``[tokens, choice]`` into ``[rows]``; rows without a token have zero."""
+    choice = permutation.choice_of_row
+    return jnp.where(choice >= 0, jnp.take(values.reshape(-1), choice, mode="clip"), 0)
+
+
+def _permute_choices_backward(
+    residuals: tuple[Permutation], d_rows: jax.Array
+) -> tuple[jax.Array, None]:
+    row = residuals[0].row_of_choice
+    return jnp.where(row >= 0, jnp.take(d_rows, row, mode="clip"), 0), None
+
+
+permute_choices.defvjp(
+    lambda values, permutation: (permute_choices(values, permutation), (permutation,)),
+    _permute_choices_backward,
+)
+
+
+def sum_rows(rows: jax.Array, permutation: Permutation, gates: jax.Array | None) -> jax.Array:
+    """Sum the rows ``[rows, embed]`` of each token, as they are or weighted with `gates`."""
+    if gates is None:
+        return unpermute_weighted(rows, permutation)
+    return unpermute(rows, permutation, gates)
+
+
+@jax.custom_vjp
+def unpermute_weighted(rows: jax.Array, permutation: Permutation) -> jax.Array:
+    """Sum the rows ``[rows, embed]`` of each token, of which nothing is kept for the gradient."""
+    return _sum_choices(rows, permutation, None)
+
+
+def _unpermute_weighted_backward(
+    residuals: tuple[Permutation], d_tokens: jax.Array
+) -> tuple[jax.Array, None]:
+    (permutation,) = residuals
+    return _take(d_tokens, permutation.token_of_row, permutation.choice_of_row >= 0), None
+
+
+unpermute_weighted.defvjp(
+    lambda rows, permutation: (unpermute_weighted(rows, permutation), (permutation,)),
+    _unpermute_weighted_backward,
+)
+
+
+@jax.custom_vjp
+def unpermute(rows: jax.Array, permutation: Permutation, gates: jax.Array) -> jax.Array:
+    """Sum the rows ``[rows, embed]`` of each token, weighted with `gates` ``[tokens, choice]``.
+
+    A choice without a row contributes nothing. The sum runs in float32 at least.
+    """
+    return _sum_choices(rows, permutation, gates)
+
+
+def _unpermute_forward(
+    rows: jax.Array, permutation: Permutation, gates: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, Permutation, jax.Array]]:
+    return unpermute(rows, permutation, gates), (rows, permutation, gates)
+
+
+def _unpermute_backward(
+    residuals: tuple[jax.Array, Permutation, jax.Array], d_tokens: jax.Array
+) -> tuple[jax.Array, None, jax.Array]:
+    rows, permutation, gates = residuals
+    has_row = permutation.choice_of_row >= 0
+    gate_of_row = jnp.where(has_row, gates.reshape(-1)[permutation.choice_of_row], 0)
+    d_rows = _take(d_tokens, permutation.token_of_row, has_row)
+    d_rows = (gate_of_row[:, None] * d_rows).astype(rows.dtype)
+    return d_rows, None, _gate_gradient(rows, permutation, d_tokens).astype(gates.dtype)
+
+
+unpermute.defvjp(_unpermute_forward, _unpermute_backward)
+
+
+def _take(values: jax.Array, index: jax.Array, is_valid: jax.Array) -> jax.Array:
+    # Clipping costs nothing; the mask, not the clipped index, decides what is read.
+    taken = jnp.take(store(values), index, axis=0, mode="clip")
+    return load(jnp.where(is_valid[:, None], taken, 0), values.dtype)
+
+
+def _sum_choices(rows: jax.Array, permutation: Permutation, gates: jax.Array | None) -> jax.Array:
+    # One term a choice, not one gather of all: XLA fuses the terms and stores none of them.
+    kind = accumulator(rows.dtype)
+
+    def term(choice: int) -> jax.Array:
+        row = permutation.row_of_choice[:, choice]
+        taken = _take(rows, row, row >= 0).astype(kind)
+        return taken if gates is None else taken * gates[:, choice, None].astype(kind)
+
+    terms = map(term, range(permutation.row_of_choice.shape[1]))
+    return reduce(jnp.add, terms).astype(rows.dtype)
+
+
+def _gate_gradient(rows: jax.Array, permutation: Permutation, d_tokens: jax.Array) -> jax.Array:
+    kind = accumulator(rows.dtype)
+
+    def column(choice: int) -> jax.Array:
+        row = permutation.row_of_choice[:, choice]
+        taken = _take(rows, row, row >= 0).astype(kind)
+        return jnp.sum(taken * d_tokens.astype(kind), axis=-1)
+
+    columns = map(column, range(permutation.row_of_choice.shape[1]))
+    return jnp.stack(list(columns), axis=-1)
+
 
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, int, DTypeLike], jax.Array]
 """Multiplies rows ``[rows, a]`` with the weights of their group.
@@ -188,3 +332,29 @@ def _matrices(weight: Named, over: tuple[str, ...], rest: tuple[str, ...]) -> tu
     shape = (out, width) if inner_last else (width, out)
     array = weight.to(order).array.reshape(weight.size("expert"), *shape)
     return array, 2 if inner_last else 1
+
+
+# What strategies share whose rows are not made at `dispatch`, but when they are combined.
+
+
+@dataclass(frozen=True)
+class Deferral:
+    """A routing whose rows, and what becomes of them, are deferred until `unpermute`.
+
+    Attributes:
+      routing: what was routed.
+    """
+
+    routing: Routing
+
+    @cached_property
+    def _deferred(self) -> Deferred:
+        return Deferred(self.routing)
+
+    def permute(self, x: Named) -> Deferred:
+        """Make nothing: rows are made when they are combined."""
+        return self._deferred
+
+    def permute_gates(self, gates: jax.Array) -> Deferred:
+        """Make nothing yet, as of rows."""
+        return self._deferred

@@ -8,22 +8,172 @@ makes a zero-filled array of the size of all weights for every slice taken.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
+from itertools import pairwise
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from moecc_backends.xla.kernels.row_blocks import (
-    block_sizes,
-    inside,
-    walk_blocks,
-    walk_experts,
-    zeros_after,
-)
-from moecc_backends.xla.trace.dtypes import accumulator, load, store, stored_as
 from moecc_backends.xla.trace.typed_jax import barrier
+from moecc_backends.xla.trace.values import accumulator, load, store, stored_as
+
+# How the rows of one expert are cut into blocks that a compiled loop can multiply.
+#
+# XLA needs static shapes, and the number of rows that an expert gets is known at run time only.
+# So every expert is walked in blocks of a few static sizes: large ones first, where only the
+# smallest
+# size may hold rows that are not the expert's, and only there is a mask needed; or one that
+# covers
+# what is left, where nothing is masked, since experts after it write over what it wrote too much.
+
+Carry = TypeVar("Carry")
+
+# step(start, size, is_partial, carry): multiply `size` rows from `start` on.
+Step = Callable[[jax.Array, int, bool, Carry], Carry]
+
+# Measured on two AVX-512 cores: from 128 rows on, a product runs within a tenth of its best rate.
+# Every further size costs about 0.05 s of compilation in each loop.
+_LARGE = (512, 256, 192, 128, 64, 32)
+_MEDIUM = (256, 64, 16)
+_SMALL = (128, 32, 8)
+
+_LARGEST_COVER, _FEW = 512, 192
+"""Rows of the largest mean that sizes are made for, and of the least with sizes of its own."""
+
+
+def block_sizes(num_rows: int, num_experts: int) -> tuple[int, ...]:
+    """Choose descending block sizes for `num_rows` rows of `num_experts` experts.
+
+    Large blocks are offered even where the mean is small, so that a router that sends
+    everything to one expert costs no more than a balanced one.  None holds all rows, if another
+    does for it: it would start at the first row in every turn, and XLA makes what no turn changes
+    before the loop, even for experts for which that has no turns.
+    """
+    mean = num_rows / num_experts
+    sizes = _LARGE if mean >= 128 else _MEDIUM if mean >= 32 else _SMALL
+    largest = min(num_rows, max(mean, 256))
+    return tuple(size for size in sizes if size <= largest and size < num_rows) or (num_rows,)
+
+
+def walk_blocks(
+    start: jax.Array, count: jax.Array, sizes: tuple[int, ...], step: Step[Carry], carry: Carry
+) -> Carry:
+    """Run `step` over blocks that cover the rows ``start … start + count - 1``.
+
+    Every size is a loop of its own, possibly of no turns: unlike a branch, a loop updates its
+    carry in place.
+    """
+    for size in sizes:
+        is_partial = size == sizes[-1]
+        turns = (count + size - 1) // size if is_partial else count // size
+
+        def body(
+            turn: jax.Array, carry: Carry, start: jax.Array = start, size: int = size
+        ) -> Carry:
+            return step(start + turn * size, size, size == sizes[-1], carry)
+
+        carry = lax.fori_loop(0, turns, body, carry)
+        start, count = start + turns * size, count - turns * size
+    return carry
+
+
+def cover_sizes(num_rows: int, num_experts: int) -> tuple[int, ...]:
+    """Choose ascending sizes for `cover_blocks`, of `num_rows` rows of `num_experts` experts.
+
+    Around the mean they are close, as a block is about as large as what an expert gets: what it
+    has too many of is multiplied for nothing.
+    """
+    mean = min(num_rows / num_experts, _LARGEST_COVER)
+    if mean < _FEW:
+        sizes = [8, *range(16, 145, 16)]
+    else:
+        few = [_to_16(mean * share) for share in (1 / 8, 1 / 4, 1 / 2, 3 / 4)]
+        step = 16 if mean < 2 * _FEW else 32
+        sizes = [*few, *range(_to_16(mean * 7 / 8), _to_16(mean * 9 / 8) + 1, step)]
+    enough = next((n for n, size in enumerate(sizes) if size >= num_rows), len(sizes) - 1)
+    return tuple(sizes[: enough + 1])
+
+
+def _to_16(rows: float) -> int:
+    return 16 * max(1, round(rows / 16))
+
+
+def overhang(sizes: tuple[int, ...]) -> int:
+    """Return the most rows by which a block of `cover_blocks` ends beyond those that it covers."""
+    return max(size - low for low, size in pairwise((0, *sizes))) - 1
+
+
+def cover_blocks(
+    start: jax.Array,
+    count: jax.Array,
+    sizes: tuple[int, ...],
+    step: Callable[[jax.Array, int, Carry], Carry],
+    carry: Carry,
+) -> Carry:
+    """Run ``step(first, size, carry)`` over blocks that cover `count` rows from `start` on.
+
+    All but the last have the last size but one, and the last block the least size that holds what
+    is left, so few blocks are small.  It may end beyond the rows: what a step writes there is
+    overwritten by the next expert's, where experts are walked in order and an array has `overhang`
+    rows more than there are.
+    """
+    whole = sizes[-2] if len(sizes) > 1 else sizes[-1]
+    before = jnp.maximum(count - sizes[-1] + whole - 1, 0) // whole
+    left = count - before * whole
+    fits = [(left > low) & (left <= size) for low, size in pairwise((0, *sizes))]
+    for size, is_last in sorted(zip(sizes, fits, strict=True), key=lambda s: s[0] != whole):
+        times = is_last.astype(jnp.int32) + (before if size == whole else 0)
+        first = start if size == whole else start + before * whole
+
+        def body(
+            turn: jax.Array, carry: Carry, first: jax.Array = first, size: int = size
+        ) -> Carry:
+            # XLA makes what does not depend on the turn before the loop, even one of no turns.
+            return step(first + turn * size, size, carry)
+
+        carry = lax.fori_loop(0, times, body, carry)
+    return carry
+
+
+def walk_experts(
+    group_sizes: jax.Array, body: Callable[[jax.Array, Carry], Carry], carry: Carry
+) -> Carry:
+    """Run `body(expert, carry)` over the experts that have rows, and only over those.
+
+    An expert without rows costs nothing, neither a product nor a read of its weights.
+    """
+    used = group_sizes > 0
+    order = jnp.argsort(~used, stable=True)
+    result = lax.fori_loop(0, jnp.sum(used), lambda turn, c: body(order[turn], c), carry)
+    return cast(Carry, result)
+
+
+def inside(first: jax.Array, size: int, start: jax.Array, end: jax.Array) -> jax.Array:
+    """Mask ``[size, 1]`` the rows from `first` on that are in ``start … end - 1``."""
+    index = first + jnp.arange(size, dtype=first.dtype)
+    return ((index >= start) & (index < end))[:, None]
+
+
+def zeros_after(value: jax.Array, shape: tuple[int, ...], dtype: DTypeLike, salt: int) -> jax.Array:
+    """Make zeros that exist only once `value` does, and that nothing else shares.
+
+    XLA would merge equal constants, make them before anything else, and copy them for each loop
+    that writes into one.  These it cannot: they are one if the first element of `value` is both
+    NaN and equal to `salt`, and a different `salt` keeps zeros of the same shape apart.
+    They also vary over the mesh axes that `value` does, as the carry of a loop must.
+    """
+    # Without elements there is a sum, at least, which varies likewise.
+    first = load(store(value)[(0,) * value.ndim], value.dtype) if value.size else value.sum()
+    never = (first != first) & (first == salt)
+    return jnp.broadcast_to(never.astype(dtype), shape)
+
 
 # Up to this many rows of 32 bits it is faster to transpose them, twice, than to have the product
 # repack a weight whose last axis is summed over.
@@ -237,3 +387,284 @@ def _write(
     if mask is not None:
         block = jnp.where(mask, block, lax.dynamic_slice_in_dim(output, first, block.shape[0]))
     return lax.dynamic_update_slice_in_dim(output, block, first, 0)
+
+
+# Rows times a matrix, with the gradients that are quick on a CPU.
+#
+# The gradient of the matrix is a sum over rows, a product of two arrays that both have the rows
+# in
+# front.  XLA's CPU compiler needs 1.4 times as long for it where the second of them is the
+# narrower
+# (1,024 rows, widths 768 and 256, one thread), and makes a transposed copy of what it multiplies
+# where the rows are several axes.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rows_times(rows: jax.Array, matrix: jax.Array, at: int) -> jax.Array:
+    """Return ``[rows, b]``, the sum over ``a`` of ``rows [rows, a]`` times `matrix`.
+
+    Args:
+      rows: in one type with the matrix, which is that of the sums.
+      matrix: ``[a, b]``, or ``[b, a]``.
+      at: the position of ``a`` in the matrix.
+    """
+    return jax.lax.dot_general(rows, matrix, (((1,), (at,)), ((), ())))
+
+
+def _row_product_forward(
+    rows: jax.Array, matrix: jax.Array, at: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return rows_times(rows, matrix, at), (rows, matrix)
+
+
+def _row_product_backward(
+    at: int, kept: tuple[jax.Array, jax.Array], slope: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    rows, matrix = kept
+    by_rows = jax.lax.dot_general(slope, matrix, (((1,), (1 - at,)), ((), ())))
+    pair = (rows, slope) if at == 0 else (slope, rows)
+    return by_rows, _summed_over_rows(*pair)
+
+
+def _summed_over_rows(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Return ``[a, b]`` of ``[rows, a]`` and ``[rows, b]``."""
+    over_rows = (((0,), (0,)), ((), ()))
+    if x.shape[1] <= y.shape[1]:
+        return jax.lax.dot_general(x, y, over_rows)
+    # Without the barrier the compiler would exchange the two again.
+    turned = barrier(jax.lax.dot_general(y, x, over_rows))
+    return jnp.transpose(turned)
+
+
+rows_times.defvjp(_row_product_forward, _row_product_backward)
+
+
+# Repeat what each expert has one of, a bias say, over the rows of that expert.
+
+# Rows that a sum over a group takes at a time.
+_SUMMED_ROWS = 128
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def repeat_by_group(values: jax.Array, group_sizes: jax.Array, num_rows: int) -> jax.Array:
+    """Repeat ``[experts, …]`` over the rows of each expert into ``[rows, …]``.
+
+    Rows beyond the last group get the last expert's values; what their cotangent holds does not
+    reach the gradient, which is a sum over each group in float32 at least.
+    """
+    ends = jnp.cumsum(group_sizes)
+    expert = jnp.searchsorted(ends, jnp.arange(num_rows, dtype=ends.dtype), side="right")
+    return load(jnp.take(store(values), expert, axis=0, mode="clip"), values.dtype)
+
+
+def _repeat_by_group_forward(
+    values: jax.Array, group_sizes: jax.Array, num_rows: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return repeat_by_group(values, group_sizes, num_rows), (values, group_sizes)
+
+
+def _repeat_by_group_backward(
+    num_rows: int, residuals: tuple[jax.Array, jax.Array], d_rows: jax.Array
+) -> tuple[jax.Array, None]:
+    values, group_sizes = residuals
+    flat = d_rows.reshape(num_rows, -1)
+    stored = store(flat)
+    starts = jnp.cumsum(group_sizes) - group_sizes
+    size = min(num_rows, _SUMMED_ROWS)
+
+    def expert_body(expert: jax.Array, sums: jax.Array) -> jax.Array:
+        end = starts[expert] + group_sizes[expert]
+
+        def step(start: jax.Array, size: int, is_partial: bool, total: jax.Array) -> jax.Array:
+            first = jnp.minimum(start, num_rows - size)
+            block = lax.dynamic_slice_in_dim(stored, first, size)
+            block = jnp.where(inside(first, size, start, end), block, 0)
+            return total + jnp.sum(load(block, flat.dtype).astype(sums.dtype), axis=0)
+
+        total = zeros_after(flat, flat.shape[1:], sums.dtype, 1)
+        total = walk_blocks(starts[expert], group_sizes[expert], (size,), step, total)
+        return lax.dynamic_update_slice_in_dim(sums, total[None], expert, 0)
+
+    sums = zeros_after(flat, (values.shape[0], flat.shape[1]), accumulator(flat.dtype), 0)
+    sums = walk_experts(group_sizes, expert_body, sums)
+    return sums.astype(values.dtype).reshape(values.shape), None
+
+
+repeat_by_group.defvjp(_repeat_by_group_forward, _repeat_by_group_backward)
+
+
+# Products of sorted rows by `lax.ragged_dot`, and where XLA has a kernel for it.
+#
+# Where it has none it masks the rows once for each expert and multiplies them all: as much
+# arithmetic and memory as experts, which is right and slow.
+
+Arrays = tuple[jax.Array, ...]
+
+_BLOCK = 2048
+"""Rows of a gradient at a time: enough work for a product to hide reading and writing its sum."""
+
+_LEAST_JAXLIB = (0, 11)
+_LEAST_CUDNN = 92200
+_LEAST_CAPABILITY = 8.0
+
+
+def ragged_matmul(
+    rows: jax.Array,
+    weights: jax.Array,
+    group_sizes: jax.Array,
+    contracting_axis: int,
+    kind: DTypeLike | None = None,
+) -> jax.Array:
+    """Multiply the rows ``[rows, a]`` of each group with the weights of its expert.
+
+    `weights` is ``[experts, a, b]`` with ``contracting_axis=1`` or ``[experts, b, a]`` with
+    ``contracting_axis=2``.  Beyond the last group, accelerators make anything; what `rows` holds
+    there reaches no other row and no gradient of the weights.  Products are asked for in `kind`,
+    float32 at least by default; a kernel writes them as such, and gradients have that type, too.
+    """
+    if contracting_axis == 2:
+        weights = jnp.swapaxes(weights, 1, 2)
+    wanted = jnp.dtype(kind or accumulator(rows.dtype))
+    return _products(rows, weights, group_sizes, wanted).astype(rows.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _products(
+    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, kind: np.dtype[np.generic]
+) -> jax.Array:
+    return lax.ragged_dot(rows, weights, group_sizes, preferred_element_type=kind)
+
+
+def _ragged_dot_forward(
+    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, kind: np.dtype[np.generic]
+) -> tuple[jax.Array, Arrays]:
+    return _products(rows, weights, group_sizes, kind), (rows, weights, group_sizes)
+
+
+def _ragged_dot_backward(
+    kind: np.dtype[np.generic], residuals: Arrays, d_products: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    rows, weights, group_sizes = residuals
+    narrow = d_products.astype(rows.dtype)
+    d_rows = _products(narrow, jnp.swapaxes(weights, 1, 2), group_sizes, kind)
+    d_weights = _outer_products(rows, narrow, group_sizes)
+    return d_rows.astype(rows.dtype), d_weights.astype(weights.dtype), None
+
+
+_products.defvjp(_ragged_dot_forward, _ragged_dot_backward)
+
+
+def _outer_products(rows: jax.Array, d_products: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """Sum, for each group, the outer products of its rows and their cotangents.
+
+    JAX's own derivative has a kernel nowhere: it multiplies all rows, once for each group.  Here a
+    loop takes blocks of the rows that there are.  The sums run in float32 at least, one is stored:
+    ``[groups, a, b]``, of the type of `rows`.
+    """
+    num_rows, kind = rows.shape[0], accumulator(rows.dtype)
+    size = min(num_rows, _BLOCK)
+    shape = rows.shape[1], d_products.shape[1]
+
+    def of_group(run: Arrays) -> jax.Array:
+        start, count = run
+
+        def step(turn: jax.Array, total: jax.Array) -> jax.Array:
+            # At the end of the array the block moves left, over rows that the mask leaves out.
+            first = jnp.minimum(start + turn * size, num_rows - size)
+            mask = inside(first, size, start + turn * size, start + count)
+            left, right = (
+                jnp.where(mask, lax.dynamic_slice_in_dim(x, first, size), 0)
+                for x in (rows, d_products)
+            )
+            dimensions = (((0,), (0,)), ((), ()))
+            return total + lax.dot_general(left, right, dimensions, preferred_element_type=kind)
+
+        turns = (count + size - 1) // size
+        total: jax.Array = lax.fori_loop(0, turns, step, zeros_after(d_products, shape, kind, 0))
+        return total.astype(rows.dtype)
+
+    summed: jax.Array = lax.map(of_group, (jnp.cumsum(group_sizes) - group_sizes, group_sizes))
+    return summed
+
+
+def why_no_kernel(platform: str, dtype: jax.typing.DTypeLike) -> str | None:
+    """Return why XLA would multiply every row with every expert on `platform`, or None.
+
+    A GPU has a kernel with jaxlib 0.11, cuDNN 9.22, compute capability 8.0 and 16-bit elements;
+    of a GPU that is not attached nothing is known.
+    """
+    if platform == "tpu":
+        return None
+    if platform == "cpu":
+        return "a CPU has no kernel for ragged_dot"
+    if jnp.dtype(dtype).itemsize != 2:
+        return "a GPU has a kernel for 16-bit elements only"
+    installed = version("jaxlib")
+    if tuple(map(int, installed.split(".")[:2])) < _LEAST_JAXLIB:
+        return f"jaxlib {installed} has no kernel for a GPU, 0.11 has"
+    return _why_not_this_gpu()
+
+
+def _why_not_this_gpu() -> str | None:
+    if jax.default_backend() != "gpu":
+        return "no GPU is here to be asked"
+    capability = float(getattr(jax.devices()[0], "compute_capability", 0))
+    if capability < _LEAST_CAPABILITY:
+        return f"compute capability {capability}, 8.0 is needed"
+    version = getattr(jax.devices()[0].client, "platform_version", "")
+    match = re.search(r"cudnn\D*(\d{5,6})", version, re.IGNORECASE)
+    if match is None or int(match.group(1)) < _LEAST_CUDNN:
+        return f"cuDNN 9.22 is needed, found {version.strip() or 'none'}"
+    return None
+
+
+# Expert matrix multiplication under a capacity: one batched product.
+#
+# Every expert has the same number of slots; empty ones are zero rows that cost their share.  Rows
+# are
+# made with `dispatch.gather_vjp.permute`, by `dispatch.permutation.capacity_permutation`.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def slot_matmul(
+    slots: jax.Array, weights: jax.Array, contracting_axis: int, kind: DTypeLike | None = None
+) -> jax.Array:
+    """Multiply ``[experts, slots, a]`` with each expert's weights into ``[experts, slots, b]``.
+
+    `weights` is ``[experts, a, b]`` with ``contracting_axis=1`` or ``[experts, b, a]`` with
+    ``contracting_axis=2``; neither is transposed.  Several groups stand side by side in `slots`.
+    Keep the operations between two products in this shape: XLA lets an elementwise operation
+    overwrite its operand only where no reshape follows it.
+    The result has the type of `slots`; products are asked for in `kind`, float32 at least by
+    default.
+    """
+    return _batched(slots, weights, 2, contracting_axis, kind).astype(slots.dtype)
+
+
+def _batched_matmul_forward(
+    slots: jax.Array, weights: jax.Array, contracting_axis: int, kind: DTypeLike | None
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return slot_matmul(slots, weights, contracting_axis, kind), (slots, weights)
+
+
+def _batched_matmul_backward(
+    contracting_axis: int,
+    kind: DTypeLike | None,
+    residuals: tuple[jax.Array, jax.Array],
+    d_products: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    slots, weights = residuals
+    d_slots = slot_matmul(d_products, weights, 3 - contracting_axis, kind)
+    left, right = (slots, d_products) if contracting_axis == 1 else (d_products, slots)
+    return d_slots, _batched(left, right, 1, 1, kind).astype(weights.dtype)
+
+
+slot_matmul.defvjp(_batched_matmul_forward, _batched_matmul_backward)
+
+
+def _batched(
+    left: jax.Array, right: jax.Array, left_axis: int, right_axis: int, kind: DTypeLike | None
+) -> jax.Array:
+    dimensions = (((left_axis,), (right_axis,)), ((0,), (0,)))
+    wanted = kind or accumulator(left.dtype)
+    return lax.dot_general(left, right, dimensions, preferred_element_type=wanted)

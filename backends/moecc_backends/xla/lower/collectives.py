@@ -16,11 +16,10 @@ from moecc.ir.attributes import (
     ShardAttrs,
 )
 from moecc.ir.graph import Node, Value
-from moecc_backends.xla.dispatch.expert_exchange import local_rows, send_rows, send_rows_back
+from moecc_backends.xla.dispatch.rounds import local_rows, send_rows, send_rows_back
 from moecc_backends.xla.dispatch.sorted_rows import SortedRows
 from moecc_backends.xla.trace.arrays import lifted
-from moecc_backends.xla.trace.context import Context, lowering
-from moecc_backends.xla.trace.device_view import DeviceView, varies
+from moecc_backends.xla.trace.context import Context, DeviceView, lowering, varies
 from moecc_backends.xla.trace.typed_jax import all_to_all, psum, psum_scatter
 from moecc_backends.xla.trace.values import Named, Operand, Rows
 

@@ -4,29 +4,124 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from math import isfinite
+from math import isfinite, pi
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.dtypes import canonicalize_dtype
 from jax.typing import DTypeLike
 
 from moecc.ir.attributes import (
     CastAttrs,
     ConstantAttrs,
+    FoldKeyAttrs,
     MaskAttrs,
     PointwiseAttrs,
+    RandomNormalAttrs,
+    RandomUniformAttrs,
     ScaleAttrs,
 )
-from moecc.ir.formula import parse_formula
+from moecc.ir.formula import Formula, parse_formula
 from moecc.ir.graph import Node
-from moecc.types.dtypes import BY_TORCH, DTYPES, is_lossless
-from moecc_backends.xla.lower.formula import evaluate
+from moecc.types import BY_TORCH, DTYPES, is_lossless
 from moecc_backends.xla.trace.arrays import elementwise
-from moecc_backends.xla.trace.context import Context, lowering
-from moecc_backends.xla.trace.dtypes import accumulator
-from moecc_backends.xla.trace.values import Named, Operand
+from moecc_backends.xla.trace.context import Context, bits_at, lowering
+from moecc_backends.xla.trace.values import Named, Operand, accumulator
+
+# What the names of formulas are in JAX (`moecc.ir.formula`).
+
+Term = Any
+"""An array, or a number that takes the type of the array beside it."""
+
+
+def evaluate(formula: Formula, x: jax.Array) -> jax.Array:
+    """Return a formula of each element of `x`, in the type of `x`."""
+    functions = {**FUNCTIONS, "narrow": lambda v: v.astype(x.dtype)}
+    made: Term = formula.evaluate(functions, x)
+    return jnp.asarray(made, x.dtype)
+
+
+def _where(condition: jax.Array, a: Term, b: Term) -> jax.Array:
+    first, second = _alike(a, b)
+    return jnp.where(condition, first, second)
+
+
+def _alike(*terms: Term) -> list[Any]:
+    """Return numbers as the type of the arrays among them, which they must not widen."""
+    dtype = next((x.dtype for x in terms if isinstance(x, jax.Array)), None)
+    return [x if isinstance(x, jax.Array) else jnp.asarray(x, dtype) for x in terms]
+
+
+def _of_all(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *terms: function(*_alike(*terms))
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "neg": jnp.negative,
+    "abs": jnp.abs,
+    "sign": jnp.sign,
+    "exp": jnp.exp,
+    "exp2": jnp.exp2,
+    "expm1": jnp.expm1,
+    "log": jnp.log,
+    "log1p": jnp.log1p,
+    "sin": jnp.sin,
+    "cos": jnp.cos,
+    "tan": jnp.tan,
+    "asin": jnp.arcsin,
+    "acos": jnp.arccos,
+    "atan": jnp.arctan,
+    "sinh": jnp.sinh,
+    "cosh": jnp.cosh,
+    "tanh": jnp.tanh,
+    "asinh": jnp.arcsinh,
+    "acosh": jnp.arccosh,
+    "atanh": jnp.arctanh,
+    "sigmoid": lax.logistic,
+    "sqrt": jnp.sqrt,
+    "rsqrt": lax.rsqrt,
+    "cbrt": jnp.cbrt,
+    "square": jnp.square,
+    "erf": lax.erf,
+    "erfc": lax.erfc,
+    "floor": jnp.floor,
+    "ceil": jnp.ceil,
+    "round": jnp.round,
+    "relu": jax.nn.relu,
+    "relu6": jax.nn.relu6,
+    "stop_gradient": lax.stop_gradient,
+    "wide": lambda x: x.astype(accumulator(x.dtype)),
+    "add": _of_all(jnp.add),
+    "sub": _of_all(jnp.subtract),
+    "mul": _of_all(jnp.multiply),
+    "div": _of_all(jnp.divide),
+    "pow": lambda x, y: lax.integer_pow(x, int(y)) if _is_whole(y) else jnp.power(*_alike(x, y)),
+    "maximum": _of_all(jnp.maximum),
+    "minimum": _of_all(jnp.minimum),
+    "atan2": _of_all(jnp.arctan2),
+    "logaddexp": _of_all(jnp.logaddexp),
+    "clamp": lambda low, x, high: lax.clamp(*_alike(low, x, high)),
+    "less": _of_all(jnp.less),
+    "less_equal": _of_all(jnp.less_equal),
+    "greater": _of_all(jnp.greater),
+    "greater_equal": _of_all(jnp.greater_equal),
+    "equal": _of_all(jnp.equal),
+    "not_equal": _of_all(jnp.not_equal),
+    "and": jnp.logical_and,
+    "or": jnp.logical_or,
+    "xor": jnp.logical_xor,
+    "not": jnp.logical_not,
+    "where": _where,
+}
+"""By name; ``narrow`` depends on the operand."""
+
+
+def _is_whole(power: Term) -> bool:
+    return isinstance(power, float) and power == int(power) and abs(power) < 64
+
 
 Array = jax.Array
 
@@ -153,3 +248,52 @@ def _broadcast_type(a: Array, b: Array, ctx: Context) -> DTypeLike:
         return a.dtype
     is_float = jnp.issubdtype(b.dtype, jnp.floating)
     return jnp.promote_types(a.dtype, b.dtype if is_float else accumulator(ctx.dtype))
+
+
+# Lowering of random numbers: those of a shard are those that the whole has there.
+
+
+@lowering("fold_key")
+def _fold_key(ctx: Context, node: Node, key: Named) -> Operand:
+    return Named(jax.random.fold_in(key.array, FoldKeyAttrs.of_node(node).by), ())
+
+
+def _uniform(
+    ctx: Context, key: jax.Array, node: Node, axes: tuple[str, ...], shape: tuple[int, ...]
+) -> jax.Array:
+    """Return 23 random bits for each element as numbers on [0, 1)."""
+    type = node.result.type
+    numbers = ctx.view.element_numbers(type.with_axes(type[a] for a in axes), shape)
+    # A shard has the numbers that the whole has there.
+    bits = jax.random.bits(key, shape, jnp.uint32) if numbers is None else bits_at(key, numbers)
+    return (bits >> 9).astype(accumulator(ctx.dtype)) / 2**23
+
+
+def _numbered(like: Named) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    # In alphabetical order, so that the order of the axes means nothing.
+    axes = tuple(sorted(like.axes))
+    return axes, tuple(like.size(a) for a in axes)
+
+
+@lowering("random_uniform")
+def _random_uniform(ctx: Context, node: Node, key: Named, like: Named) -> Operand:
+    attrs = RandomUniformAttrs.of_node(node)
+    axes, shape = _numbered(like)
+    low, high = attrs.low, attrs.high
+    numbers = low + _uniform(ctx, key.array, node, axes, shape) * (high - low)
+    return Named(numbers.astype(_kind(like, ctx)), axes).to(like.axes)
+
+
+@lowering("random_normal")
+def _random_normal(ctx: Context, node: Node, key: Named, like: Named) -> Operand:
+    axes, shape = _numbered(like)
+    keys = (jax.random.fold_in(key.array, by) for by in (0, 1))
+    first, second = (_uniform(ctx, k, node, axes, shape) for k in keys)
+    std = RandomNormalAttrs.of_node(node).std
+    numbers = jnp.sqrt(-2 * jnp.log1p(-first)) * jnp.cos(2 * pi * second) * std
+    return Named(numbers.astype(_kind(like, ctx)), axes).to(like.axes)
+
+
+def _kind(like: Named, ctx: Context) -> DTypeLike:
+    is_float = jnp.issubdtype(like.array.dtype, jnp.floating)
+    return like.array.dtype if is_float else accumulator(ctx.dtype)

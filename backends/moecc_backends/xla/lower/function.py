@@ -12,33 +12,27 @@ import jax.numpy as jnp
 
 from moecc.errors import InputError
 from moecc.ir.graph import Graph, Node, Value
-from moecc.types.dtypes import F32, DType
+from moecc.types import F32, DType
 from moecc_backends.xla.dispatch.choose import check_dispatch
-from moecc_backends.xla.lower import assign_slots as assign_slots
 from moecc_backends.xla.lower import attention as attention
 from moecc_backends.xla.lower import axes as axes
-from moecc_backends.xla.lower import buffers as buffers
-from moecc_backends.xla.lower import caches as caches
-from moecc_backends.xla.lower import chunks as chunks
 from moecc_backends.xla.lower import collectives as collectives
 from moecc_backends.xla.lower import contract as contract
-from moecc_backends.xla.lower import convolve as convolve
-from moecc_backends.xla.lower import dispatch_combine as dispatch_combine
 from moecc_backends.xla.lower import elementwise as elementwise
-from moecc_backends.xla.lower import fused_attention as fused_attention
 from moecc_backends.xla.lower import opaque as opaque
-from moecc_backends.xla.lower import random as random
-from moecc_backends.xla.lower import reductions as reductions
-from moecc_backends.xla.lower import route as route
 from moecc_backends.xla.lower import scan as scan
-from moecc_backends.xla.lower.precision import is_precise_param
-from moecc_backends.xla.trace.context import DIRECT, Context, Interceptor, lower_nodes
-from moecc_backends.xla.trace.device_view import DeviceView
-from moecc_backends.xla.trace.dtypes import accumulator
-from moecc_backends.xla.trace.host_arrays import check_given, check_keys
-from moecc_backends.xla.trace.masters import Master
-from moecc_backends.xla.trace.options import DEFAULTS, Options
-from moecc_backends.xla.trace.values import ExpertArrays, Named, Operand, Uncast
+from moecc_backends.xla.lower.contract import is_precise_param
+from moecc_backends.xla.trace.context import (
+    DEFAULTS,
+    DIRECT,
+    Context,
+    DeviceView,
+    Interceptor,
+    Options,
+    lower_nodes,
+)
+from moecc_backends.xla.trace.host_arrays import Master, check_given, check_keys
+from moecc_backends.xla.trace.values import ExpertArrays, Named, Operand, Uncast, accumulator
 
 Tree = Mapping[str, jax.Array]
 

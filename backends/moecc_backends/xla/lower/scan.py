@@ -12,25 +12,221 @@ dear of that which lowerings have between them.  Parameters are gathered again a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import groupby
 
 import jax
 import jax.extend.core
 import jax.numpy as jnp
 
 from moecc.ir.attributes import IndexAttrs, ScanAttrs, StackAttrs
-from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.remat_names import DEFAULT
 from moecc.ir.table.repetition import repetitions
-from moecc_backends.xla.lower.inner_loops import LayerLoop, pieces_of
-from moecc_backends.xla.lower.precision import is_precise_param
+from moecc.ir.table.slots import is_slots
+from moecc.types import Axis, Extent, TensorType
+from moecc_backends.xla.lower.contract import is_precise_param
 from moecc_backends.xla.trace.arrays import lifted
 from moecc_backends.xla.trace.context import DIRECT, Context, lower_nodes, lowering
-from moecc_backends.xla.trace.masters import Master, cast_all
+from moecc_backends.xla.trace.host_arrays import Master, cast_all
 from moecc_backends.xla.trace.typed_jax import Function, barrier
 from moecc_backends.xla.trace.values import Named, Operand, Uncast
+
+# Cutting a graph into segments that repeat, so that equal layers are compiled once.
+#
+# A segment is a run of nodes whose locations share a layer.  Two segments of one structure (the
+# same operations on operands that correspond) get one compiled function, and the parameters of a
+# segment are needed only while it runs: a model of any depth costs the compilation of one layer
+# of
+# each kind, and the memory of one layer's parameters.
+
+_LAYER = re.compile(r"(.*?layers\.(?:\d+|\{[^}]*\}))(?:\.|$)")
+
+
+@dataclass
+class Segment:
+    """A run of nodes with what flows in and out of it.
+
+    Attributes:
+      nodes: the nodes, in order.
+      inputs: values from outside that it uses, parameters apart.
+      params: the parameters that it uses.
+      outputs: its values that are used later, or returned by the graph.
+      last_uses: those of `inputs` that nothing uses afterwards.
+      key: equal for segments that one compiled function serves.
+    """
+
+    nodes: list[Node]
+    inputs: list[Value] = field(default_factory=list)
+    params: list[Value] = field(default_factory=list)
+    outputs: list[Value] = field(default_factory=list)
+    last_uses: list[Value] = field(default_factory=list)
+    key: tuple[object, ...] = ()
+
+
+def segments(graph: Graph) -> list[Segment]:
+    """Return the segments of `graph`, in order."""
+    found = [Segment(run) for run in _runs(graph)]
+    at = {node: i for i, segment in enumerate(found) for node in segment.nodes}
+    at[graph.terminator] = len(found)
+    for i, segment in enumerate(found):
+        _fill(segment, i, at)
+    return found
+
+
+def layer_of(node: Node) -> str | None:
+    """Return the layer that `node` belongs to, ``layers.3`` or ``layers.{3..23..4}``, or None."""
+    match = _LAYER.match(node.loc)
+    return match.group(1) if match else None
+
+
+def _runs(graph: Graph) -> Iterator[list[Node]]:
+    """Yield runs of nodes of one layer; a run never ends while a ragged value is alive."""
+    run: list[Node] = []
+    layer: str | None = None
+    ragged: set[Value] = set()
+    seen: set[Node] = set()
+    for node in graph:
+        here = layer_of(node)
+        if run and here != layer and not ragged:
+            yield run
+            run = []
+        layer = here
+        run.append(node)
+        seen.add(node)
+        # The layout that a routing has goes with its value, so that counts as ragged too.
+        ragged.update(v for v in node.results if v.type.ragged or is_slots(v))
+        ragged = {v for v in ragged if not v.users.keys() <= seen}
+    if run:
+        yield run
+
+
+def _fill(segment: Segment, index: int, at: dict[Node, int]) -> None:
+    mine = set(segment.nodes)
+    outside = dict.fromkeys(v for n in segment.nodes for v in n.operands if v.node not in mine)
+    segment.params = [v for v in outside if v.is_param]
+    segment.inputs = [v for v in outside if not v.is_param]
+    results = [v for n in segment.nodes for v in n.results]
+    segment.outputs = [v for v in results if not v.users.keys() <= mine]
+    segment.last_uses = [v for v in segment.inputs if max(at[u] for u in v.users) == index]
+    segment.key = _key(segment)
+
+
+def _key(segment: Segment) -> tuple[object, ...]:
+    numbers: dict[Value, int] = {}
+    for value in (*segment.inputs, *segment.params):
+        numbers[value] = len(numbers)
+    # Shapes are those of the arrays at run time; what must agree here are the names of the axes,
+    # and whether a value comes in from outside the graph.
+    lines: list[object] = [tuple((v.type.names, v.node is None) for v in numbers)]
+    for node in segment.nodes:
+        uses = tuple(numbers[v] for v in node.operands)
+        for value in node.results:
+            numbers[value] = len(numbers)
+        types = tuple(_type_key(v.type, numbers) for v in node.results)
+        lines.append((node.op.name, uses, tuple(node.attrs.items()), types))
+    lines.append(tuple(numbers[v] for v in segment.outputs))
+    return tuple(lines)
+
+
+def _type_key(type: TensorType, numbers: dict[Value, int]) -> object:
+    return (type.dtype.name, tuple(_axis_key(a, numbers) for a in type.axes))
+
+
+def _axis_key(axis: Axis, numbers: dict[Value, int]) -> object:
+    if isinstance(axis.size, Extent):
+        return (axis.name, axis.size.kind, numbers.get(setter_of(axis.size), -1))
+    return (axis.name, axis.size)
+
+
+# Equal layers within a body, which become a loop of their own.
+#
+# One layer in four is sparse, so a body that repeats is a block of four layers, of which three
+# are
+# alike.  Those that are alike and follow one another need to be lowered once.
+
+Each = tuple[Value, ...]
+"""A value of every layer, in order."""
+
+
+@dataclass
+class LayerLoop:
+    """Layers that are alike, and what flows from one to the next.
+
+    Attributes:
+      layers: the layers, in order, two at least.
+      carries: what the layer before made, by the number of the output; of the first, from outside.
+      stacked: values from outside, another one for each layer.
+      captured: values from outside that all of them use.
+      collected: the outputs, by number, that something outside uses of other layers than the last.
+    """
+
+    layers: list[Segment]
+    carries: dict[Each, int] = field(default_factory=dict)
+    stacked: list[Each] = field(default_factory=list)
+    captured: list[Each] = field(default_factory=list)
+    collected: list[int] = field(default_factory=list)
+
+    @property
+    def first(self) -> Segment:
+        """The layer that stands for all of them."""
+        return self.layers[0]
+
+    def output(self, number: int) -> Each:
+        """Return an output of every layer."""
+        return tuple(layer.outputs[number] for layer in self.layers)
+
+
+def pieces_of(body: Graph) -> Iterator[Segment | LayerLoop]:
+    """Yield `body` piece by piece, in order; layers that are alike as one loop."""
+    for (is_layer, *_), group in groupby(segments(body), key=_kind):
+        layers = list(group)
+        loop = _loop(layers) if is_layer and len(layers) > 1 else None
+        if loop is None:
+            yield from layers
+        else:
+            yield loop
+
+
+def _kind(segment: Segment) -> tuple[object, ...]:
+    # Where operands come from, which stands first in a key, is looked at in `_loop`.
+    return (layer_of(segment.nodes[0]) is not None, *segment.key[1:])
+
+
+def _is_alike(each: tuple[Value, ...]) -> bool:
+    """Whether the values of all layers have one type, of a size that no routing decides."""
+    one = each[0]
+    return all(v.type == one.type for v in each) and not (one.type.extents or is_slots(one))
+
+
+def _loop(layers: list[Segment]) -> LayerLoop | None:
+    """Return the loop over `layers`; None where they hang together in another way than a chain."""
+    loop = LayerLoop(layers)
+    made = {v for layer in layers for v in layer.outputs}
+    given = [tuple(each) for each in zip(*(layer.inputs for layer in layers), strict=True)]
+    outputs = [loop.output(n) for n in range(len(loop.first.outputs))]
+    if not all(map(_is_alike, (*given, *outputs))):
+        return None
+    for each in given:
+        number = next((n for n, some in enumerate(outputs) if each[1:] == some[:-1]), None)
+        if number is not None and each[0].type == outputs[number][0].type:
+            loop.carries[each] = number
+        elif made.intersection(each):
+            return None
+        elif len(set(each)) == 1:
+            loop.captured.append(each)
+        else:
+            loop.stacked.append(each)
+    inside = {node for layer in layers for node in layer.nodes}
+    for number, each in enumerate(outputs):
+        used = [v for v in each if not v.users.keys() <= inside]
+        if used and (used != [each[-1]] or number not in loop.carries.values()):
+            loop.collected.append(number)
+    return loop
+
 
 Arrays = tuple[jax.Array, ...]
 Slices = tuple[jax.Array | Master, ...]

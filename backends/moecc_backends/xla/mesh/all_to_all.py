@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moecc_backends.xla.trace.device_view import varies
+from moecc_backends.xla.trace.context import varies
 from moecc_backends.xla.trace.typed_jax import all_to_all, ragged_all_to_all
 
 Mesh = tuple[str, ...]

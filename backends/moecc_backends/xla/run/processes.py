@@ -12,21 +12,91 @@ import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from math import ceil
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from moecc.errors import InputError, MachineError, Problem
+from moecc.backend import Arrays
+from moecc.errors import InputError, MachineError, Problem, UsageError, described
+from moecc.ir.graph import Graph, Value
 from moecc.ir.mesh import nearest_multiple
-from moecc.launch.member import JOIN, note_joined, seconds_of_environment
-from moecc.launch.process_info import ProcessInfo
+from moecc.ir.structure import fingerprint
+from moecc.launch.processes import (
+    DISTRIBUTED,
+    JOIN,
+    ProcessInfo,
+    Watchdog,
+    hold_lifeline,
+    note_joined,
+    process_info,
+    seconds_of_environment,
+    watchdog_of_environment,
+)
 from moecc.launch.rendezvous import meet
-from moecc.types.arrays import Array
+from moecc.types import Array, DType
+from moecc.types import Array as NumpyArray
 from moecc.version import __version__
-from moecc_backends.xla.run.cluster import find_cluster
-from moecc_backends.xla.trace.typed_jax import PyTree, configure, partition_spec
+from moecc_backends.xla.lower.scan import Segment
+from moecc_backends.xla.run.program import XlaProgram
+from moecc_backends.xla.trace.context import Options
+from moecc_backends.xla.trace.typed_jax import PyTree, configure, partition_spec, wait_for
+
+# The cluster that JAX detects: its first process and the number of this one.
+#
+# JAX detects clusters within ``jax.distributed.initialize`` and connects at once, and a client
+# whose
+# peer never comes ends its process with SIGABRT.  Detected before, a cluster is met like any
+# other.
+
+
+def find_cluster(seconds: int) -> tuple[ProcessInfo, Sequence[int] | None]:
+    """Return the number of this process in the cluster, and its devices if it shares a machine.
+
+    Args:
+      seconds: how long a service of the cluster may take to answer.
+
+    Raises:
+      UsageError: there is no cluster, or its variables are incomplete or contradict each other.
+    """
+    try:
+        address, count, number, devices = _detect(seconds)
+    except Exception as error:  # whatever a detector of JAX meets in the variables of a cluster
+        raise _none_found(described(error)) from None
+    if address is None or count is None or number is None:
+        raise _none_found(None)
+    found = ProcessInfo(str(address), int(count), int(number))
+    try:
+        # As if a user had stated them: whole numbers in range, and an address with a port.
+        checked = process_info(found.environment())
+    except UsageError as error:
+        raise _none_found(str(error.problems[0])) from None
+    assert checked is not None, "all of the variables are given"
+    return checked, None if os.environ.get("JAX_LOCAL_DEVICE_IDS") else devices
+
+
+def _detect(seconds: int) -> tuple[Any, Any, Any, Any]:
+    from jax._src.clusters import ClusterEnv
+
+    stated = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    found: tuple[Any, Any, Any, Any] = ClusterEnv.auto_detect_unset_distributed_params(
+        stated, None, None, None, None, seconds
+    )
+    return found
+
+
+def _none_found(found: str | None) -> UsageError:
+    return UsageError(
+        "no cluster is found in the environment",
+        where=DISTRIBUTED,
+        expected="Slurm, Open MPI, or a TPU of GKE or GCE, as JAX detects them",
+        found=found,
+        hint="moecc launch local starts processes on one machine",
+    )
+
 
 JOIN_SECONDS = 60
 """How long processes wait for one another at the start."""
@@ -40,7 +110,7 @@ def join(process: ProcessInfo | None, *, seconds: float | None = None) -> None:
     """Meet the other processes; a second call does nothing, nor does one without others.
 
     Args:
-      process: of this process, or None if it is alone, as `moecc.launch.process_info` says; one
+      process: of this process, or None if it is alone, as `moecc.launch.processes` says; one
         that JAX finds is read from the variables of the cluster.
       seconds: how long to wait for the others; by default ``MOECC_JOIN_SECONDS``, or
         `JOIN_SECONDS`.
@@ -213,3 +283,83 @@ def value_and_grad(
     given = {name: split_batch(array, 0) for name, array in inputs.items()}
     value, gradients = jax.jit(jax.value_and_grad(loss))(shared, given)
     return whole(value), jax.tree.map(whole, gradients)
+
+
+# A graph run by several processes together: the batch sharded over all of their devices.
+
+
+def multi_process_program(
+    graph: Graph, dtype: DType, options: Options, process: ProcessInfo
+) -> MultiProcessProgram:
+    """Meet the other processes, and return `graph` ready to run on the devices of all.
+
+    Raises:
+      MachineError: they did not come.
+      UsageError: the limit of the watchdog is no number of seconds.
+    """
+    hold_lifeline()
+    watchdog = watchdog_of_environment()
+    join(process)
+    watchdog.beat("all processes have met")
+    return MultiProcessProgram(graph, dtype, options, watchdog)
+
+
+class MultiProcessProgram(XlaProgram):
+    """A graph that all processes run, each giving the same parameters and inputs.
+
+    Attributes:
+      watchdog: is informed of every step.
+    """
+
+    def __init__(self, graph: Graph, dtype: DType, options: Options, watchdog: Watchdog) -> None:
+        super().__init__(graph, dtype, options)
+        self.watchdog = watchdog
+        self.writes = is_first()
+        self._read = 0
+
+    def run(self, params: Arrays, inputs: Arrays) -> dict[str, NumpyArray]:
+        """Return the outputs by name, whole, in every process.
+
+        Raises:
+          InputError: configurations, inputs or parameters differ between processes; the devices
+            do not divide the batch; an array is missing or does not fit its type.
+        """
+        mine = configuration(
+            graph=fingerprint(self.graph)[:16],
+            dtype=self.dtype.name,
+            options=str(self.options),
+            inputs=arrays_digest(inputs),
+        )
+        preflight(mine)
+        self.watchdog.beat("configurations agree")
+        self._read = 0
+        outputs = super().run(params, inputs)
+        preflight({"parameters": f"{self._read:08x}"})
+        self.watchdog.stop()
+        return outputs
+
+    def _to_devices(self, array: Any, value: Value) -> jax.Array:
+        # Checks, and narrows what jax has no wide type for.
+        here = super()._to_devices(array, value)
+        if value.type.dtype.kind == "key":
+            return here
+        local = np.asarray(here)
+        if value.is_param:
+            self._read = zlib.crc32(np.ascontiguousarray(local).tobytes(), self._read)
+        if value.is_param or "batch" not in value.type:
+            return replicated(local)
+        return split_batch(local, value.type.names.index("batch"))
+
+    def _to_numpy(self, array: jax.Array) -> NumpyArray:
+        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+            return super()._to_numpy(array)
+        return whole(array)
+
+    def _run(
+        self, segment: Segment, given: dict[Value, jax.Array], weights: dict[Value, jax.Array]
+    ) -> dict[Value, jax.Array]:
+        results = super()._run(segment, given, weights)
+        # What was dispatched may still wait for another process.
+        wait_for(results.values())
+        self.watchdog.beat(segment.nodes[-1].loc or "the graph")
+        return results

@@ -6,16 +6,19 @@ and imports none; `moecc_backends.xla.dispatch` has them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
 
 from moecc.ir.graph import Node, Value
-from moecc_backends.xla.trace.masters import Master
+from moecc_backends.xla.trace.host_arrays import Master
 from moecc_backends.xla.trace.routing import Routing
 
 SLOT_AXES = ("expert", "group", "slot")
@@ -294,3 +297,59 @@ class RowLayout(DispatchLayout, Protocol):
           kind: the type that a kernel is asked for; others sum in float32 at least.
         """
         ...
+
+
+# The type that sums are kept in, and the type that narrow floats are moved as.
+
+
+def accumulator(dtype: DTypeLike) -> np.dtype[np.generic]:
+    """Give the type to accumulate `dtype` in: float32, or float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def product_type(dtype: DTypeLike, platform: str) -> np.dtype[np.generic]:
+    """Give the type that products of `dtype` are asked for in.
+
+    Units of accelerators sum in float32 whatever the result is; asked for float32, a result that
+    several devices add up would be sent wide, and gradients would multiply wide with narrow.  A CPU
+    sums in the type of the result.
+    """
+    return accumulator(dtype) if platform == "cpu" else jnp.dtype(dtype)
+
+
+def stored_as(dtype: DTypeLike) -> np.dtype[np.generic]:
+    """Give the type to move `dtype` as: unsigned integers for floats under 32 bits.
+
+    On a CPU, XLA widens those around every operation but a product, moving data included: to write
+    a block of bfloat16 into an array is to convert the whole array twice.
+    """
+    itemsize_bytes = jnp.dtype(dtype).itemsize
+    return jnp.dtype(dtype) if itemsize_bytes >= 4 else jnp.dtype(f"uint{8 * itemsize_bytes}")
+
+
+def store(values: jax.Array) -> jax.Array:
+    """View an array as what it is moved as; the bytes stay."""
+    kind = stored_as(values.dtype)
+    return values if values.dtype == kind else lax.bitcast_convert_type(values, kind)
+
+
+def load(stored: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """View what was stored as `dtype` again."""
+    return stored if stored.dtype == dtype else lax.bitcast_convert_type(stored, dtype)
+
+
+# The name of a loop over rounds, by which its number of turns is found in a compiled program.
+
+_SCOPE = "rounds_at_most_{}"
+_FOUND = re.compile(_SCOPE.format(r"(\d+)"))
+
+
+def rounds_scope(most: int) -> str:
+    """Return the name of a loop over rounds of an exchange: one if balanced, at most `most`."""
+    return _SCOPE.format(most)
+
+
+def most_rounds(source: str) -> int | None:
+    """Return how many turns the loop traced as `source` has at most; None if of no rounds."""
+    found = _FOUND.findall(source)
+    return int(found[-1]) if found else None

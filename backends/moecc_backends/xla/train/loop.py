@@ -6,15 +6,31 @@ event is handled before the loop goes on, so a checkpoint is never ahead of the 
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from math import inf
+from pathlib import Path
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding
 
+from moecc.analysis import parameter_groups
+from moecc.errors import InputError
+from moecc.ir.graph import Graph
+from moecc.ir.mesh import parse_mesh
+from moecc.ir.structure import fingerprint
+from moecc.launch.processes import Watchdog, hold_lifeline, process_info, watchdog_of_environment
+from moecc.support.ranges import element, has_range
+from moecc.support.text import amount
+from moecc.train.batches import Batches
 from moecc.train.events import (
     Evaluated,
     Event,
@@ -25,14 +41,22 @@ from moecc.train.events import (
     Skipped,
     Stepped,
     Stopped,
+    TrainJob,
     guard_faults,
 )
-from moecc.train.position import Position, batch_of
-from moecc.train.recipe import RunSection
-from moecc.types.arrays import Array
-from moecc_backends.xla.run.device_memory import within_memory
-from moecc_backends.xla.trace.typed_jax import PyTree
+from moecc.train.graphs import eval_graph, step_spec, train_graph
+from moecc.train.recipe import MeshSection, RunSection
+from moecc.train.run import Position, batch_of, locked_run, remove_incomplete
+from moecc.train.schedule import rate_at
+from moecc.types import Array, DType, TensorType, float_type
+from moecc_backends.xla.import_jax import find_devices
+from moecc_backends.xla.run.memory import in_precision, keep_freed_memory, within_memory
+from moecc_backends.xla.run.processes import configuration, is_first, join, preflight
+from moecc_backends.xla.trace.typed_jax import PyTree, configure
 from moecc_backends.xla.train.gradients import LOSS_SUM, TOKENS
+from moecc_backends.xla.train.saving import RunCheckpoints, Saver
+from moecc_backends.xla.train.step import PhasedStep, TrainStep, make_phased_step
+from moecc_backends.xla.train.tensors import load, slots_of, with_moments
 
 State = PyTree
 Placed = Mapping[str, jax.Array]
@@ -261,3 +285,314 @@ def scalar(metric: Metric) -> float:
     """Return a metric that is one number."""
     assert not isinstance(metric, list), "it is one number"
     return metric
+
+
+# Keep compiled programs on disk: a run that is resumed, or a sweep, compiles nothing again.
+
+LARGEST_BYTES = 2 << 30
+_LEAST_SECONDS = 0.5
+
+
+def keep_compiled_programs() -> None:
+    """Let jax keep programs in ``~/.cache/moecc/xla``, unless it was told where, or not to.
+
+    ``JAX_COMPILATION_CACHE_DIR`` names another folder, and ``JAX_ENABLE_COMPILATION_CACHE=false``
+    keeps nothing.
+    """
+    if jax.config.values["jax_compilation_cache_dir"]:
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    configure("jax_compilation_cache_dir", str(Path(home, "moecc", "xla")))
+    configure("jax_compilation_cache_max_size", LARGEST_BYTES)
+    configure("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
+
+
+# How far the experts of a layer are apart: nothing at first, where they are copies.
+
+EXPERT, LAYER = "expert", "layer"
+
+SpreadOf = Callable[[Mapping[str, jax.Array]], dict[str, list[float]]]
+
+
+def spread_of(graph: Graph, whole: Sharding) -> SpreadOf | None:
+    """Return a function from parameters to the spread of the experts of each layer, by location.
+
+    For each expert: ‖W − mean of all experts‖ / ‖mean of all experts‖, over all of its matrices.
+    None where the graph has no experts.
+
+    Args:
+      graph: of a program.
+      whole: where every device of the program has all of an array.
+    """
+    groups = parameter_groups(graph)
+    chosen = {
+        name: param.type
+        for name, param in graph.params.items()
+        if EXPERT in param.type and "router" not in groups[name] and param.users
+    }
+    if not chosen:
+        return None
+    places = {name: graph.params[name].loc for name in chosen}
+
+    def squares(params: PyTree) -> dict[str, tuple[jax.Array, jax.Array]]:
+        found: dict[str, tuple[jax.Array, jax.Array]] = {}
+        for name, type in chosen.items():
+            own = _squares(params[name], type)
+            before = found.get(places[name], (0.0, 0.0))
+            found[places[name]] = (before[0] + own[0], before[1] + own[1])
+        return found
+
+    compiled = jax.jit(squares, out_shardings=whole)
+
+    def spread(params: Mapping[str, jax.Array]) -> dict[str, list[float]]:
+        made: dict[str, list[float]] = {}
+        found = jax.device_get(compiled({name: params[name] for name in chosen}))
+        for place, (apart, size) in found.items():
+            ratios = (apart / (size + (size == 0))) ** 0.5
+            rows = ratios if ratios.ndim == 2 else ratios[None]
+            for at, row in enumerate(rows):
+                where = element(place, at) if has_range(place) else place
+                made[where] = [float(x) for x in row]
+        return made
+
+    return spread
+
+
+def _squares(array: jax.Array, type: TensorType) -> tuple[jax.Array, jax.Array]:
+    """Return the squared distances ``[layer, expert]``, and the squared norm of the mean."""
+    order = [n for n in (LAYER, EXPERT) if n in type]
+    wide = jnp.moveaxis(
+        array.astype(jnp.float32), [type.names.index(n) for n in order], range(len(order))
+    )
+    mean = jnp.mean(wide, axis=len(order) - 1, keepdims=True)
+    rest = tuple(range(len(order), wide.ndim))
+    return jnp.sum((wide - mean) ** 2, axis=rest), jnp.sum(mean**2, axis=rest)
+
+
+# Batches on their devices: each process reads the rows of its own.
+
+Rows = Callable[[slice], Mapping[str, Array]]
+
+
+@dataclass(frozen=True)
+class DeviceFeed:
+    """The batches of a recipe, on the devices of a program.
+
+    Attributes:
+      batches: on the host.
+      abstract: shapes, types and shardings of the arrays of a batch; the first axis is the batch.
+    """
+
+    batches: Batches
+    abstract: Mapping[str, jax.ShapeDtypeStruct]
+
+    @cached_property
+    def held_out(self) -> Mapping[str, int]:
+        """The number of batches of each held-out text."""
+        return {name: found.batches for name, found in self.batches.evaluations.items()}
+
+    def train(self, number: int) -> dict[str, jax.Array]:
+        """Return a batch of the mixture."""
+        return self._placed(lambda rows: self.batches.batch(number, rows))
+
+    def evaluate(self, name: str, number: int) -> dict[str, jax.Array]:
+        """Return a batch of a held-out text."""
+        found = self.batches.evaluation(name)
+        return self._placed(lambda rows: found.batch(number, rows))
+
+    def _placed(self, read: Rows) -> dict[str, jax.Array]:
+        known: dict[tuple[int, int], Mapping[str, Array]] = {}
+
+        def of_rows(name: str, index: tuple[slice, ...] | None) -> Array:
+            assert index is not None, "every device has its part"
+            shape = self.abstract[name].shape
+            start, stop, _ = index[0].indices(shape[0])
+            if (start, stop) not in known:
+                known[start, stop] = read(slice(start, stop))
+            part = known[start, stop][name][(slice(None), *index[1:])]
+            return np.asarray(part, self.abstract[name].dtype)
+
+        return {
+            name: jax.make_array_from_callback(leaf.shape, leaf.sharding, partial(of_rows, name))
+            for name, leaf in self.abstract.items()
+        }
+
+
+# A run on its devices: processes meet, the step is made, and the loop runs over it.
+
+_REASONS = (None, Reason.TERMINATED, Reason.INTERRUPTED)
+
+
+@dataclass
+class XlaTraining:
+    """A run on its devices; see `moecc.train.events.Training`.
+
+    Attributes:
+      job: what is trained.
+      program: its step, of each phase.
+      saver: writes its checkpoints.
+      watchdog: is informed of every step.
+      writes: whether this process writes journals and reports.
+    """
+
+    job: TrainJob
+    program: PhasedStep
+    saver: Saver
+    watchdog: Watchdog
+    writes: bool
+
+    @property
+    def first(self) -> TrainStep:
+        """The step that it begins with."""
+        return self.program.at(0)
+
+    @property
+    def devices(self) -> int:
+        """How many devices it runs on."""
+        return len(_devices(self.job.recipe.mesh))
+
+    def events(self, stop: Callable[[], Reason | None]) -> Iterator[Event]:
+        """Run to the end, and yield what happens; see `moecc.train.events.Training.events`."""
+        job, run = self.job, self.job.recipe.run
+        checkpoints = RunCheckpoints(
+            job.run, self.first.graph, lambda step: self.program.at(step).abstract_state,
+            self._start, self.saver, job.digest,
+        )  # fmt: skip
+        loop = Loop(
+            self.program,
+            DeviceFeed(job.batches, self.first.abstract_batch),
+            checkpoints,
+            run,
+            lambda step: rate_at(job.recipe.optimizer, step, run.steps),
+            lambda: agreed_reason(stop()),
+            agreed_seconds,
+            spread_of(self.first.graph, self.first.where.whole),
+        )
+        for event in loop.events():
+            self.watchdog.beat(type(event).__name__)
+            yield event
+
+    def _start(self) -> tuple[PyTree, Position]:
+        """Return the state before the first step."""
+        program = self.first
+        abstract = program.abstract_state
+        params: Mapping[str, jax.ShapeDtypeStruct] = {**abstract["params"], **abstract["bias"]}
+        with self.job.begin() as beginning:
+            loaded = load(program.graph, beginning.weights, beginning.read, params)
+            state = program.init(loaded)
+            if beginning.moments:
+                slots = slots_of(program.graph, program.abstract_state)
+                state = with_moments(state, slots, beginning.moments, beginning.read)
+        return state, Position()
+
+
+@contextmanager
+def training(job: TrainJob) -> Iterator[XlaTraining]:
+    """Bring a run onto its devices; see `moecc.train.events.Trainer.train`.
+
+    Raises:
+      InputError: the mesh does not suit the model or the devices; processes differ.
+      MachineError: an extra is missing, or the processes do not meet.
+    """
+    process = process_info()
+    if process is not None:
+        hold_lifeline()
+        join(process)
+    keep_freed_memory()
+    find_devices()
+    keep_compiled_programs()
+    with in_precision(*_types(job.recipe.run)), watchdog_of_environment() as watchdog:
+        watchdog.beat("all processes have met")
+        program = _program(job)
+        preflight(
+            configuration(
+                graph=fingerprint(job.graph)[:16],
+                recipe=job.digest,
+                data=job.batches.digests["order"],
+                mesh=str(job.recipe.mesh),
+            )
+        )
+        program.at(0).check()
+        with _own_folder(job):
+            saver = Saver(job.run, job.recipe.run.keep)
+            try:
+                yield XlaTraining(job, program, saver, watchdog, is_first())
+            finally:
+                saver.close()
+
+
+def _types(run: RunSection) -> Iterator[DType]:
+    """Yield the types that a run computes in and stores."""
+    yield from (
+        float_type(name) for name in (run.dtype, run.weight_dtype, run.reduce_dtype) if name
+    )
+
+
+@contextmanager
+def _own_folder(job: TrainJob) -> Iterator[None]:
+    """Make the folder of a run, or take it over, in the first process; the others wait for it."""
+    if not is_first():
+        _meet("moecc made the folder")
+        yield
+        return
+    job.create()
+    with locked_run(job.run):
+        remove_incomplete(job.run)
+        _meet("moecc made the folder")
+        yield
+
+
+def _program(job: TrainJob) -> PhasedStep:
+    devices = _devices(job.recipe.mesh)
+    spec = step_spec(job.graph, job.recipe, devices[0].platform)
+    judge = eval_graph(job.graph, job.recipe)
+    return make_phased_step(train_graph(job.graph, job.recipe), spec, devices, judge)
+
+
+def _devices(section: MeshSection) -> list[jax.Device]:
+    """Return the devices of a mesh, in its order.
+
+    Raises:
+      InputError: there are others; in several processes every device has to be in the mesh.
+    """
+    found = jax.devices()
+    wanted, processes = parse_mesh(section.mesh).devices if section.mesh else 1, jax.process_count()
+    if wanted > len(found):
+        raise InputError(
+            "the mesh has more devices than there are", where="mesh.mesh",
+            expected=f"at most {amount(len(found), 'device')}", found=str(wanted),
+            hint=f"XLA_FLAGS=--xla_force_host_platform_device_count={wanted} makes a CPU many"
+            if found[0].platform == "cpu" and processes == 1 else f"{_of_all(found)} takes them",
+        )  # fmt: skip
+    if processes > 1 and wanted != len(found):
+        raise InputError(
+            "the mesh leaves devices out, and several processes use all of them", where="mesh.mesh",
+            expected=f"{amount(len(found), 'device')}, of {processes} processes", found=str(wanted),
+            hint=f"{_of_all(found)} takes them",
+        )  # fmt: skip
+    return found[:wanted]
+
+
+def _of_all(devices: Sequence[jax.Device]) -> str:
+    return f'mesh.mesh = "data={len(devices)}"'
+
+
+def agreed_reason(reason: Reason | None) -> Reason | None:
+    """Return why to stop, if any process says so; the same in all of them."""
+    if jax.process_count() == 1:
+        return reason
+    number = np.int32(_REASONS.index(reason))
+    return _REASONS[int(np.max(multihost_utils.process_allgather(number)))]
+
+
+def agreed_seconds() -> float:
+    """Return the seconds of the first process's clock, in all of them."""
+    now = time.monotonic()
+    if jax.process_count() == 1:
+        return now
+    return float(multihost_utils.broadcast_one_to_all(np.float32(now)))
+
+
+def _meet(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)

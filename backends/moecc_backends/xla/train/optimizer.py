@@ -2,7 +2,7 @@
 
 The step multiplies a direction by the learning rate, which is an input of the compiled program, and
 by what a parameter's group says.  Moments are arrays by kind and parameter
-(`moecc.steps.moment_axes`), whatever the library's own types are, so that checkpoints and formulas
+(`moecc.train.settings`), whatever the library's own types are, so that checkpoints and formulas
 know them.
 """
 
@@ -17,20 +17,20 @@ import jax
 import jax.numpy as jnp
 
 from moecc.errors import MachineError, UsageError, nearest
-from moecc.steps.moment_axes import (
+from moecc.support.extras import install_hint
+from moecc.train.recipe import OptimizerSection
+from moecc.train.settings import (
     COLUMN,
     COUNT,
     FIRST,
     ROW,
     SECOND,
+    ParamSettings,
     count_of,
     moment_types,
     uses_muon,
 )
-from moecc.steps.settings import ParamSettings
-from moecc.support.extras import install_hint
-from moecc.train.recipe import OptimizerSection
-from moecc.types.tensor import TensorType
+from moecc.types import TensorType
 from moecc_backends.xla.trace.typed_jax import PyTree
 
 Arrays = Mapping[str, jax.Array]

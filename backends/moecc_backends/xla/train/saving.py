@@ -10,7 +10,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -19,13 +19,23 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from moecc.checkpoint.run.layout import best_step, saved_steps
-from moecc.errors import MachineError, MoeccError
+from moecc.errors import InputError, MachineError, MoeccError
+from moecc.formats.run import (
+    PARAMS,
+    StateReader,
+    array_key,
+    best_step,
+    check_inside,
+    require_state,
+    saved_steps,
+)
+from moecc.ir.graph import Graph
 from moecc.support.extras import install_hint
 from moecc.train.events import Saved
-from moecc.train.run_folder import begin_step, finish_step, keep_steps
+from moecc.train.run import Position, begin_step, finish_step, keep_steps
+from moecc.types import DTYPES
 from moecc_backends.xla.trace.typed_jax import PyTree
-from moecc_backends.xla.train.tensors import Tensors
+from moecc_backends.xla.train.tensors import Slot, Tensors, restore, slots_of, to_tensors
 
 _SYSTEM = re.compile(r"([^:]+) \[os_error_code=")
 """The system's own words at the end of what tensorstore says."""
@@ -186,3 +196,95 @@ def _failed(error: BaseException, folder: Path) -> MoeccError:
         found=found[1] if found else text[:200],
         hint="free some space; moecc train --resume goes on from the last complete checkpoint",
     )  # fmt: skip
+
+
+# The checkpoints of a run: saved under the names of the model, begun from whatever is there.
+
+
+@dataclass
+class RunCheckpoints:
+    """The checkpoints of one run.
+
+    Attributes:
+      run: the folder.
+      graph: the program's; the weights of its parameters are over tensors of the state.
+      abstract: the program's state after so many steps, as shapes, types and shardings.
+      start: makes the state before the first step, where nothing is saved yet.
+      saver: writes.
+      recipe: the digest of the recipe.
+    """
+
+    run: Path
+    graph: Graph
+    abstract: Callable[[int], PyTree]
+    start: Callable[[], tuple[PyTree, Position]]
+    saver: Saver
+    recipe: str
+
+    _known: tuple[PyTree, Callable[[PyTree], Tensors]] | None = field(init=False, default=None)
+
+    def _slots(self, step: int) -> list[Slot]:
+        return slots_of(self.graph, self.abstract(step))
+
+    def _tensors(self, state: PyTree, step: int) -> Tensors:
+        kind = jax.tree.structure(state)
+        if self._known is None or self._known[0] != kind:
+            self._known = (kind, to_tensors(self._slots(step)))
+        return self._known[1](state)
+
+    def begin(self) -> tuple[PyTree, Position, float | None]:
+        """Return state, position and best held-out loss of the last checkpoint, or the start.
+
+        Raises:
+          InputError: the checkpoint is not as it was saved, or not of this model.
+        """
+        steps = saved_steps(self.run)
+        if not steps:
+            return (*self.start(), None)
+        check_inside(self.run, steps[-1])
+        require_state(steps[-1])
+        step = steps[-1].number
+        state = restore(self._slots(step), StateReader(steps[-1].state).read, self.abstract(step))
+        best = best_step(steps)
+        return state, position_of(steps[-1].facts), None if best is None else best.loss
+
+    def save(self, state: PyTree, at: Position, loss: float | None) -> list[Saved]:
+        """Begin to save; return what is complete since. Raises MachineError."""
+        done = self.saver.wait()  # before tensors are made: of one save there is one copy
+        tensors = self._tensors(state, at.step)
+        facts = {
+            "recipe": self.recipe, "tokens": at.tokens, "left_out": list(at.left_out),
+            "loss": loss, "tensors": _listed(tensors),
+        }  # fmt: skip
+        return [*done, *self.saver.save(at.step, tensors, facts)]
+
+    def finished(self) -> list[Saved]:
+        """Return what is complete since. Raises MachineError."""
+        return self.saver.finished()
+
+    def wait(self) -> list[Saved]:
+        """Wait until nothing is being saved; return what is complete since. Raises MachineError."""
+        return self.saver.wait()
+
+
+def position_of(facts: Mapping[str, Any]) -> Position:
+    """Return the position that a ``step.json`` states.
+
+    Raises:
+      InputError: it states none.
+    """
+    step, tokens, gone = facts.get("step"), facts.get("tokens"), facts.get("left_out")
+    if not isinstance(step, int) or not isinstance(tokens, int) or not isinstance(gone, list):
+        raise InputError("step.json does not say where the run was", where=f"step {step}")
+    return Position(step, tokens, tuple(gone))
+
+
+def _listed(tensors: Tensors) -> dict[str, dict[str, object]]:
+    """Return types and shapes of the parameters, by their names."""
+    prefix = array_key(PARAMS, "")
+    names = {d.numpy: d.name for d in DTYPES.values() if d.kind != "key"}
+    return {
+        key.removeprefix(prefix): {"dtype": names[array.dtype], "shape": list(array.shape)}
+        for key, array in sorted(tensors.items())
+        if key.startswith(prefix)
+    }

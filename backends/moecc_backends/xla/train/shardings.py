@@ -18,20 +18,16 @@ from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph, Value
 from moecc.ir.mesh import Mesh, mesh_of
 from moecc.ir.table.repetition import repetitions
-from moecc.sharding.layout import Layout
-from moecc.sharding.spec import value_spec
-from moecc.steps.spec import StepSpec
-from moecc.types.tensor import Axis, TensorType
+from moecc.sharding.layout import Layout, value_spec
+from moecc.train.settings import StepSpec
+from moecc.types import Axis, TensorType
 from moecc_backends.xla.lower.function import function
-from moecc_backends.xla.lower.gspmd import GspmdLowering
+from moecc_backends.xla.lower.mesh import GspmdLowering, sharded_function
 from moecc_backends.xla.lower.scan import is_stacked
-from moecc_backends.xla.lower.shard_map import sharded_function
-from moecc_backends.xla.mesh.specs import spec
-from moecc_backends.xla.mesh.token_groups import group_counts
-from moecc_backends.xla.trace.device_view import DeviceView
-from moecc_backends.xla.trace.options import Options
+from moecc_backends.xla.mesh.specs import group_counts, spec
+from moecc_backends.xla.trace.context import DeviceView, Options
 from moecc_backends.xla.trace.typed_jax import Devices, Function, PyTree, partition_spec
-from moecc_backends.xla.train.loss import LoweringConfig
+from moecc_backends.xla.train.gradients import LoweringConfig
 
 Model = Callable[[Mapping[str, PyTree], Mapping[str, PyTree]], dict[str, jax.Array]]
 """A graph as ``(params, inputs) → outputs``."""

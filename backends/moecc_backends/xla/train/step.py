@@ -6,8 +6,8 @@ type that is asked for, its router in float32 (selective precision, ST-MoE §3.3
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import jax
@@ -15,14 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from moecc.analysis.head import check_trainable
+from moecc.analysis import check_trainable
 from moecc.errors import InputError
 from moecc.ir.graph import Graph
-from moecc.steps.bias import bias_counts, moved
-from moecc.steps.settings import ParamSettings, parameter_settings
-from moecc.steps.spec import StepSpec
-from moecc.train.recipe import OptimizerSection
-from moecc.types.tensor import TensorType
+from moecc.train.recipe import GuardSection, OptimizerSection
+from moecc.train.settings import (
+    ParamSettings,
+    Phase,
+    StepSpec,
+    bias_counts,
+    moved,
+    parameter_settings,
+    phase_at,
+    phases_of,
+)
+from moecc.types import KEY, TensorType
 from moecc_backends.xla.trace.typed_jax import (
     Devices,
     PyTree,
@@ -39,10 +46,78 @@ from moecc_backends.xla.train.evaluation import (
     told,
     totals_for,
 )
-from moecc_backends.xla.train.gradients import Arrays, BatchLoss, Outputs, batch_types
-from moecc_backends.xla.train.guard import Guard
+from moecc_backends.xla.train.gradients import Arrays, BatchLoss, Outputs, batch_types, input_types
 from moecc_backends.xla.train.optimizer import Optimizer, Settle
 from moecc_backends.xla.train.shardings import StepShardings, step_shardings
+
+# The guard of a step: what is not finite, or a spike of the loss, is not learned from.
+#
+# It is part of the compiled program, so that a bad step costs nothing but its time.  When to go
+# back
+# to a checkpoint is the loop's to decide.
+
+GuardState = dict[str, jax.Array]
+"""``losses``: those of the last steps that were taken; ``taken``, ``skipped``, ``in_a_row``."""
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Decides whether a step is taken.
+
+    Attributes:
+      section: how far a loss may be above the mean of how many before it.
+    """
+
+    section: GuardSection
+
+    def init(self) -> GuardState:
+        """Return the state before the first step."""
+        zero = jnp.zeros((), jnp.int32)
+        losses = jnp.zeros((self.section.window,), jnp.float32)
+        return {"losses": losses, "taken": zero, "skipped": zero, "in_a_row": zero}
+
+    def __call__(
+        self, state: GuardState, loss: jax.Array, norm: jax.Array
+    ) -> tuple[jax.Array, GuardState, dict[str, jax.Array]]:
+        """Return whether the step is taken, the state after it, and metrics.
+
+        ``guard.limit`` is the largest loss that is taken, infinite until the window is full.
+
+        Args:
+          state: the state before it.
+          loss: of the batch.
+          norm: of its gradients.
+        """
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        limit = self._limit(state)
+        is_spike = loss.astype(jnp.float32) > limit
+        ok = is_finite & ~is_spike
+        at = state["taken"] % self.section.window
+        losses = state["losses"].at[at].set(loss.astype(jnp.float32))
+        after = {
+            "losses": jnp.where(ok, losses, state["losses"]),
+            "taken": state["taken"] + ok,
+            "skipped": state["skipped"] + ~ok,
+            "in_a_row": jnp.where(ok, 0, state["in_a_row"] + 1),
+        }
+        told = {
+            "guard.skipped": ~ok, "guard.spike": is_spike, "guard.limit": limit,
+            "guard.in_a_row": after["in_a_row"],
+        }  # fmt: skip
+        return ok, after, told
+
+    def _limit(self, state: GuardState) -> jax.Array:
+        """Return the loss above which a loss is far above those of the window."""
+        unbounded = jnp.asarray(jnp.inf, jnp.float32)
+        if not self.section.sigma:
+            return unbounded
+        losses = state["losses"]
+        mean = jnp.mean(losses)
+        # A deviation of nothing but rounding would make a spike of any loss.
+        std = jnp.maximum(jnp.std(losses), 1e-4 * jnp.abs(mean))
+        is_full = state["taken"] >= self.section.window
+        return jnp.where(is_full, mean + self.section.sigma * std, unbounded)
+
 
 State = dict[str, PyTree]
 """``params`` and ``bias`` by name, ``moments`` by kind and name, ``guard``, ``step``."""
@@ -340,3 +415,119 @@ def make_train_step(
     check_trainable(graph)
     judge = None if evaluation is None else make_evaluation(evaluation, spec, devices)
     return TrainStep(graph, spec, step_shardings(graph, spec, devices), judge)
+
+
+# The steps of a run whose groups of parameters are not all trained from the beginning.
+
+
+@dataclass(frozen=True)
+class PhasedStep:
+    """A step of training for each phase of a run; a state knows by its moments which one it is of.
+
+    Attributes:
+      phases: in order, one at least.
+      steps: the step of each; they differ in what is trained.
+    """
+
+    phases: Sequence[Phase]
+    steps: Sequence[TrainStep]
+
+    def at(self, done: int) -> TrainStep:
+        """Return the step that follows after so many."""
+        return self.steps[phase_at(self.phases, done)]
+
+    def step(
+        self, state: State, batch: Arrays, key: jax.Array, rate: jax.Array | float
+    ) -> tuple[State, Outputs]:
+        """Return the state after a step, and metrics; see `TrainStep.step`."""
+        return self._by_structure[jax.tree.structure(state)].step(state, batch, key, rate)
+
+    def entered(self, state: State, done: int) -> State:
+        """Return a state as it is after so many steps: with zeros for moments that are new."""
+        program = self.at(done)
+        if self._by_structure[jax.tree.structure(state)] is program:
+            return state
+        wanted, known = _by_path(program.abstract_state), _by_path(state)
+        new = {path: kind for path, kind in wanted.items() if path not in known}
+        shardings = {path: kind.sharding for path, kind in new.items()}
+        zeros = jax.jit(
+            lambda: {path: jnp.zeros(kind.shape, kind.dtype) for path, kind in new.items()},
+            out_shardings=shardings,
+        )()
+        leaves = [known[path] if path in known else zeros[path] for path in wanted]
+        made: State = jax.tree.unflatten(jax.tree.structure(program.abstract_state), leaves)
+        return made
+
+    def model_params(self, state: State) -> dict[str, jax.Array]:
+        """Return all parameters of the graph; see `TrainStep.model_params`."""
+        return self.steps[0].model_params(state)
+
+    def evaluate(self, params: Arrays, batch: Arrays) -> Outputs:
+        """Return the metrics of a batch in evaluation; see `TrainStep.evaluate`."""
+        return self.steps[0].evaluate(params, batch)
+
+    @cached_property
+    def _by_structure(self) -> dict[PyTree, TrainStep]:
+        return {jax.tree.structure(step.abstract_state): step for step in self.steps}
+
+
+def _by_path(state: State) -> dict[str, PyTree]:
+    """Return the leaves of a state by their paths, in order."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def make_phased_step(
+    graph: Graph, spec: StepSpec, devices: Devices, evaluation: Graph | None = None
+) -> PhasedStep:
+    """Return the steps of `graph`, one for each phase; see `make_train_step`.
+
+    Raises:
+      InputError: as `make_train_step`.
+    """
+    assert spec.optimizer is not None, "a step of training has an optimiser"
+    phases = phases_of(spec.optimizer)
+    first = make_train_step(graph, replace(spec, optimizer=phases[0].section), devices, evaluation)
+    later = (replace(first, spec=replace(spec, optimizer=p.section)) for p in phases[1:])
+    return PhasedStep(phases, (first, *later))
+
+
+# The training step or the forward pass of a graph on a mesh, ready to be compiled or run.
+#
+# No weights are needed: parameters, state and inputs are shapes, types and shardings.  The step
+# that
+# is compiled ahead of time is the step that runs.
+
+
+@dataclass(frozen=True)
+class AbstractStep:
+    """A jitted function and what it takes, abstractly."""
+
+    function: PyTree
+    arguments: tuple[PyTree, ...]
+
+
+def make_step(graph: Graph, spec: StepSpec, devices: Devices) -> AbstractStep:
+    """Return the step of `graph` over `devices`, which the mesh has as many of.
+
+    Args:
+      graph: the graph, for training with its losses.
+      spec: how it is trained or run.
+      devices: in the order of the mesh.
+
+    Raises:
+      InputError: the mesh cuts a group of tokens, or the graph cannot be trained.
+    """
+    if spec.optimizer is not None:
+        step = make_train_step(graph, spec, devices)
+        return AbstractStep(step.function, step.arguments)
+    where = step_shardings(graph, spec, devices)
+    params = {
+        name: abstract_array(value.type.shape, spec.weight_dtype.numpy, where.param(value))
+        for name, value in graph.params.items()
+        if value.users
+    }
+    inputs = abstract_arrays(input_types(graph), spec, where)
+    key = abstract_array((), jax.random.key(0).dtype, where.whole)
+    inputs |= {n: key for n, v in graph.inputs.items() if v.type.dtype == KEY}
+    return AbstractStep(jax.jit(where.model(graph)), (params, inputs))

@@ -18,12 +18,10 @@ from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
 from moecc.ir.graph import Graph
 from moecc.train.state import Weights, initial, moment, stored
-from moecc.types.arrays import Array
-from moecc.types.dtypes import DTYPES
+from moecc.types import DTYPES, Array
 from moecc.weights.arithmetic import Cast
-from moecc.weights.boxes import Box
 from moecc.weights.evaluate import Evaluator, Reader
-from moecc.weights.expr import Expr, Full, Source, transform
+from moecc.weights.expr import Box, Expr, Full, Source, transform
 from moecc.weights.movement import Index, Merge, Permute, Rename, Slice, Split
 from moecc.weights.simplify import simplify
 from moecc_backends.xla.trace.typed_jax import PyTree, partition_spec

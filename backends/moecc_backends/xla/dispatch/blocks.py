@@ -1,0 +1,632 @@
+"""Blocks of an expert's rows, each from its tokens to its results: for programs of a CPU.
+
+Rows are sorted by expert, but none of what experts make of them is an array of all rows: a block is
+gathered, goes through all operations up to the combine, and only its results are written.  What is
+made in between stays in the caches, and nothing is masked.  For a gradient the products with
+weights are written as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from moecc.ir.graph import Node, Value
+from moecc.ir.traits import RowMove
+from moecc_backends.xla.dispatch.all_experts import sliced_by_expert
+from moecc_backends.xla.dispatch.flat import Permutation, tokens_to_rows
+from moecc_backends.xla.dispatch.parts import Parts, ends_in_product, parts_of
+from moecc_backends.xla.dispatch.sorted_rows import Deferral, Matrices, SortedRows, flat_matmul
+from moecc_backends.xla.kernels.grouped_matmul import (
+    block_product,
+    cover_blocks,
+    cover_sizes,
+    grouped_matmul,
+    outer_product,
+    overhang,
+    walk_experts,
+    zeros_after,
+)
+from moecc_backends.xla.trace.arrays import with_masked_gradient, zeroed
+from moecc_backends.xla.trace.context import DeviceView
+from moecc_backends.xla.trace.routing import Routing
+from moecc_backends.xla.trace.typed_jax import named, varying_axes
+from moecc_backends.xla.trace.values import (
+    SLOT_AXES,
+    DeferredRows,
+    DispatchLayout,
+    Named,
+    Operand,
+    Rows,
+    accumulator,
+    load,
+    store,
+    stored_as,
+)
+
+# Some rows of one expert as a layout, for operations between dispatch and combine.
+
+
+def matrix_product(rows: jax.Array, matrix: jax.Array, axis: int) -> jax.Array:
+    """Multiply rows ``[rows, a]`` with a matrix, summing over its axis `axis`."""
+    return block_product(rows, matrix, axis).astype(rows.dtype)
+
+
+@dataclass(frozen=True)
+class BlockOfExpert:
+    """Some rows of one expert, which has all to itself what there is of an expert.
+
+    Attributes:
+      routing: what was routed.
+      choice_of_row: i32 ``[rows]``, the choice in each row; of another expert, or negative, in
+        rows that are not used.
+      is_used: whether each row is one of the expert: bool ``[rows]``.
+      product: multiplies rows with the matrix of the expert, see `matrix_product`.
+    """
+
+    routing: Routing
+    choice_of_row: jax.Array
+    is_used: jax.Array
+    product: Callable[[jax.Array, jax.Array, int], jax.Array] = matrix_product
+
+    @property
+    def is_full(self) -> bool:
+        """False: a block may end beyond the rows of its expert."""
+        return False
+
+    @property
+    def row_experts(self) -> jax.Array:
+        """The only expert, for each row."""
+        return jnp.zeros_like(self.choice_of_row)
+
+    @property
+    def row_groups(self) -> jax.Array:
+        """The group of the token of each row."""
+        return self.routing.row_groups(self._tokens)
+
+    @property
+    def _tokens(self) -> jax.Array:
+        return self.choice_of_row // self.routing.experts.shape[1]
+
+    def by_expert(self, values: jax.Array) -> jax.Array:
+        """Repeat what the expert has for each row; a gradient comes from rows that are used."""
+        rows = jnp.broadcast_to(values, (self.choice_of_row.size, *values.shape[1:]))
+        is_float = jnp.issubdtype(rows.dtype, jnp.floating)
+        return with_masked_gradient(rows, self.is_used) if is_float else rows
+
+    def permute(self, x: Named) -> Rows:
+        """Gather rows from tokens."""
+        rows = tokens_to_rows(
+            self,
+            x,
+            lambda tokens: load(
+                jnp.take(store(tokens), self._tokens, axis=0, mode="clip"), tokens.dtype
+            ),
+        )
+        return replace(rows, are_tokens=True)
+
+    def permute_gates(self, gates: jax.Array) -> Rows:
+        """Gather the gates of rows from those of choices; a gradient comes from used rows."""
+        rows = jnp.take(gates.reshape(-1), self.choice_of_row, mode="clip")
+        return Rows(with_masked_gradient(rows, self.is_used), (), self)
+
+    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array | None) -> Named:
+        """Not for a block: a token has rows in several."""
+        raise AssertionError("all blocks are combined at once")
+
+    def of_experts(self, first: jax.Array | int, count: int) -> BlockOfExpert:
+        """Return the same rows: they have an expert already."""
+        return self
+
+    def matmul(self, x: Rows, weight: Named, over: tuple[str, ...], kind: DTypeLike) -> Rows:
+        """Multiply rows with the matrix of the expert."""
+
+        def product(flat: jax.Array, matrices: Matrices, axis: int) -> jax.Array:
+            return self.product(flat, matrices[0].astype(flat.dtype), axis - 1)
+
+        return flat_matmul(x, weight, over, product)
+
+
+# A walk over blocks of rows sorted by expert, which adds up or writes what is made of each.
+
+
+class Made(NamedTuple):
+    """What is made of a block, or of all: then of all rows, and some after them that mean nothing.
+
+    Attributes:
+      rows: arrays ``[rows, …]``, added up over the parts of an expert.
+      kept: arrays ``[rows, …]`` of one part, or ``[parts, rows, …]``.
+      own: what is added up for each expert: of its part, or ``[experts, …]`` of all.
+      shared: what is added up over all blocks.
+    """
+
+    rows: Sequence[jax.Array] = ()
+    kept: Sequence[jax.Array] = ()
+    own: Sequence[jax.Array] = ()
+    shared: Sequence[jax.Array] = ()
+
+
+class BlockAt(NamedTuple):
+    """Where a block is: its expert, the part of the expert, and its first row."""
+
+    expert: jax.Array
+    part: jax.Array | int
+    first: jax.Array
+
+    def of_kept(self, times: int, rank: int) -> list[jax.Array]:
+        """Return where the block is in an array ``[parts, times * rows, …]`` of `rank` axes."""
+        at = (self.part, self.first * times, *[0] * (rank - 2))
+        return [jnp.asarray(i, self.first.dtype) for i in at]
+
+
+Work = Callable[["BlockOfExpert", "Mapping[Value, jax.Array]", BlockAt], Made]
+"""Makes something of a block and what its expert has of stacks, or a part of that."""
+
+
+@dataclass(frozen=True)
+class BlockWalk:
+    """What `work` makes of all blocks.
+
+    Attributes:
+      layout: the rows, and some without a token where the last block may end.
+      stacks: what has a part for each expert, with the experts in front.
+      parts: of an expert, done one after the other.
+      sizes: of blocks.
+      work: makes something of a block.
+      owners: the stacks that what is made for each expert is like.
+    """
+
+    layout: SortedRows
+    stacks: Mapping[Value, Named]
+    parts: Parts
+    sizes: tuple[int, ...]
+    work: Work
+    owners: Sequence[Value]
+
+    def run(self, tokens: jax.Array) -> Made:
+        """Return it, made once there are `tokens`."""
+        counts, ends = self.layout.group_sizes, jnp.cumsum(self.layout.group_sizes)
+
+        def of_expert(expert: jax.Array, sums: Made) -> Made:
+            end, count = ends[expert], counts[expert]
+            return self.parts.each(lambda part, s: self._walk(expert, part, end, count, s), sums)
+
+        def first_block() -> Made:
+            return self._block_of(ends[0], 0, ends[0])(ends[0], self.sizes[0])
+
+        shapes = jax.eval_shape(first_block)
+        sums = walk_experts(counts, of_expert, self._zeros(tokens, shapes))
+        rows = [load(x, s.dtype) for x, s in zip(sums.rows, shapes.rows, strict=True)]
+        kept = [load(x, s.dtype) for x, s in zip(sums.kept, shapes.kept, strict=True)]
+        return sums._replace(rows=rows, kept=kept)
+
+    def _walk(
+        self, expert: jax.Array, part: jax.Array | int, end: jax.Array, count: jax.Array, sums: Made
+    ) -> Made:
+        """Return `sums` and what is made of the blocks of an expert, or of a part of it."""
+        block = self._block_of(expert, part, end)
+
+        def step(first: jax.Array, size: int, sums: Made) -> Made:
+            return self._with_block(sums, block(first, size), BlockAt(expert, part, first), size)
+
+        return cover_blocks(end - count, count, self.sizes, step, sums)
+
+    def _block_of(
+        self, expert: jax.Array, part: jax.Array | int, end: jax.Array
+    ) -> Callable[[jax.Array, int], Made]:
+        own = {v: self.parts.of(x, expert, part) for v, x in self.stacks.items()}
+
+        def block(first: jax.Array, size: int) -> Made:
+            choices = self.layout.permutation.choice_of_row
+            choice = jax.lax.dynamic_slice_in_dim(choices, first, size)
+            is_used = first + jnp.arange(size, dtype=first.dtype) < end
+            rows = BlockOfExpert(self.layout.routing, choice, is_used)
+            return self.work(rows, own, BlockAt(expert, part, first))
+
+        return block
+
+    def _with_block(self, sums: Made, made: Made, place: BlockAt, size: int) -> Made:
+        """Return what there is of all blocks so far, with one more."""
+
+        def written(rows: jax.Array, block: jax.Array) -> jax.Array:
+            at = place.first * (block.shape[0] // size)  # Each row may stand for several.
+            before = jax.lax.dynamic_slice_in_dim(rows, at, block.shape[0])
+            whole = self.parts.added(before, block, place.part)
+            return jax.lax.dynamic_update_slice_in_dim(rows, store(whole), at, 0)
+
+        def kept(rows: jax.Array, block: jax.Array) -> jax.Array:
+            at = place.of_kept(block.shape[0] // size, rows.ndim)
+            return jax.lax.dynamic_update_slice(rows, store(block)[None], at)
+
+        like = [self.stacks[v] for v in self.owners]
+        owns = zip(sums.own, made.own, like, strict=True)
+        return Made(
+            [written(*pair) for pair in zip(sums.rows, made.rows, strict=True)],
+            [kept(*pair) for pair in zip(sums.kept, made.kept, strict=True)],
+            [self.parts.with_own(*pair, place.expert, place.part) for pair in owns],
+            [a + b for a, b in zip(sums.shared, made.shared, strict=True)],
+        )
+
+    def _zeros(self, tokens: jax.Array, block: Made) -> Made:
+        """Return zeros of what is made of blocks like `block`, made once there are tokens."""
+        rows = self.layout.permutation.choice_of_row.size
+        salts = iter(range(1, 1 + sum(map(len, block))))
+
+        def zeros(like: jax.Array, shape: tuple[int, ...], kind: DTypeLike) -> jax.Array:
+            made = zeros_after(tokens, shape, kind, next(salts))
+            return DeviceView().varying(made, varying_axes(like))
+
+        def of_rows(x: jax.Array, *parts: int) -> jax.Array:
+            shape = (*parts, rows * (x.shape[0] // self.sizes[0]), *x.shape[1:])
+            return zeros(x, shape, stored_as(x.dtype))
+
+        owns = zip(block.own, self.owners, strict=True)
+        return Made(
+            [of_rows(x) for x in block.rows],
+            [of_rows(x, self.parts.count) for x in block.kept],
+            [zeros(x, self.stacks[v].array.shape, x.dtype) for x, v in owns],
+            [zeros(x, x.shape, x.dtype) for x in block.shared],
+        )
+
+
+# The experts of a routing as a function of arrays, which walks over blocks of an expert's rows.
+#
+# Rows are sorted by expert.  A block is gathered from its tokens, and all operations between
+# dispatch
+# and combine are lowered for it; what is made of it is written where its rows are, or added up.
+# Where matrices are large, an expert is done part by part (`moecc_backends.xla.dispatch.parts`).
+
+
+class Given(NamedTuple):
+    """All arrays that a layer is made of: a function with a gradient of its own closes over none.
+
+    Attributes:
+      experts: i32 ``[tokens, choice]``.
+      slots: of the routing, likewise.
+      wanted: which choices ask for a slot; None if all do.
+      permutation: the map between choices and rows, sorted by expert.
+      group_sizes: i32 ``[experts]``, how many rows each expert has.
+      arrays: what the rows are made of.
+      gates: ``[tokens, choice]``; None where rows have weights.
+    """
+
+    experts: jax.Array | None
+    slots: jax.Array | None
+    wanted: jax.Array | None
+    permutation: Permutation | None
+    group_sizes: jax.Array | None
+    arrays: list[jax.Array | None]
+    gates: jax.Array | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The experts of a routing.
+
+    Attributes:
+      rows: what is combined.
+      taken: what the rows are made of.
+      like: the rows sorted, whose arrays stand in `Given`.
+      parts: of an expert, done one after the other.
+    """
+
+    rows: DeferredRows
+    taken: Mapping[Value, Named]
+    like: SortedRows
+    parts: Parts
+
+    @property
+    def row_axes(self) -> tuple[str, ...]:
+        """The axes of a row."""
+        return tuple(a for a in self.rows.value.type.names if a not in SLOT_AXES)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes of the result."""
+        return (*self.like.routing.tokens, *self.row_axes)
+
+    @property
+    def moves(self) -> list[Node]:
+        """The operations that gather rows from tokens."""
+        return [n for n in self.rows.nodes if n.op.moves is RowMove.TO_SLOTS]
+
+    @property
+    def ends_in_product(self) -> bool:
+        """Whether the rows are products, which nothing reads for a gradient but their sums."""
+        return ends_in_product(self.rows, sliced_by_expert(self.rows, self.taken))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The sizes of blocks."""
+        rows = self.like.permutation.choice_of_row.size
+        return cover_sizes(rows, self.like.group_sizes.size)
+
+    def layout(self, given: Given) -> SortedRows:
+        """Return the sorted rows, and rows without a token where the last block may end."""
+        assert given.experts is not None
+        assert given.slots is not None
+        assert given.permutation is not None
+        assert given.group_sizes is not None
+        routing = replace(
+            self.like.routing, experts=given.experts, slots=given.slots, wanted=given.wanted
+        )
+        choices = given.permutation.choice_of_row
+        choices = jnp.pad(choices, (0, overhang(self.sizes)), constant_values=-1)
+        permutation = given.permutation._replace(choice_of_row=choices)
+        return replace(
+            self.like, routing=routing, permutation=permutation, group_sizes=given.group_sizes
+        )
+
+    def outside(self, given: Given) -> dict[Value, Named]:
+        """Return what the rows are made of."""
+        arrays = zip(self.taken.items(), given.arrays, strict=True)
+        return {v: Named(array, x.axes) for (v, x), array in arrays if array is not None}
+
+    def stacks(self, given: Given) -> dict[Value, Named]:
+        """Return what has a part for each expert, with the experts in front."""
+        found = sliced_by_expert(self.rows, self.outside(given))
+        return {v: x.to(("expert", *_rest(x))) for v, x in found.items()}
+
+    def made(self, values: Mapping[Value, Operand], layout: DispatchLayout) -> jax.Array:
+        """Return the rows ``[rows, *row_axes]``, made of `values` in a layout."""
+        made = self.rows.make(values, layout)
+        assert isinstance(made, Rows), "`permute` made rows"
+        return made.inner().to(("rows", *self.row_axes)).array
+
+    def combined(self, given: Given, rows: jax.Array) -> jax.Array:
+        """Return what each token gets of the rows of all experts."""
+        layout = self.layout(given)
+        return layout.unpermute(Rows(rows, self.row_axes, layout), given.gates).to(self.axes).array
+
+    def at_once(self, given: Given) -> jax.Array:
+        """Return what each token gets, by one operation on all rows after the other."""
+        return self.combined(given, self.made(self.outside(given), self.layout(given)))
+
+    def by_block(self, given: Given) -> jax.Array:
+        """Return what each token gets, by one block after the other."""
+        outside = self.outside(given)
+
+        def work(block: BlockOfExpert, own: Mapping[Value, jax.Array], place: BlockAt) -> Made:
+            return Made([self.made({**outside, **self.named(own)}, block)])
+
+        return self.combined(given, self.walk(given, work).rows[0])
+
+    def named(self, own: Mapping[Value, jax.Array]) -> dict[Value, Named]:
+        """Return what one expert has, with an axis of one expert.
+
+        Where there is one of groups as well, rows pick by both, so that it has none.
+        """
+        rest = {v: _rest(self.taken[v]) for v in own}
+        return {
+            v: Named(x, rest[v]) if "group" in rest[v] else Named(x[None], ("expert", *rest[v]))
+            for v, x in own.items()
+        }
+
+    def walk(self, given: Given, work: Work, owners: Sequence[Value] = ()) -> Made:
+        """Return what `work` makes of all blocks; `own` are of the stacks `owners`."""
+        tokens = self.outside(given)[self.moves[0].operands[0]].array
+        stacks = self.stacks(given)
+        return BlockWalk(self.layout(given), stacks, self.parts, self.sizes, work, owners).run(
+            tokens
+        )
+
+
+def _rest(x: Named) -> tuple[str, ...]:
+    return tuple(a for a in x.axes if a != "expert")
+
+
+# The gradient of a layer, block by block.
+#
+# Forward the products with weights of experts are kept, for all rows.  Backward a block is
+# gathered
+# again and everything but its products is computed again; the gradients of an expert's weights
+# are
+# added to their place in those of all experts.
+
+_MANY_ROWS = 128
+"""From this many rows on it is quicker to sum over the first axis of both than to transpose one
+(``benchmarks/moe_layer.py``)."""
+
+Kept = tuple[Given, jax.Array, Sequence[jax.Array]]
+"""What a layer is given, its rows in their order, and the products that they are made of."""
+
+
+def has_gradient_by_block(given: Given) -> bool:
+    """Whether sums in the types of the weights are wide enough, and no mesh has parts of them."""
+    floats = [a for a in given.arrays if a is not None and _is_float(a)]
+    return all(a.dtype.itemsize >= 4 and not varying_axes(a) for a in floats)
+
+
+def forward(layer: Layer, given: Given) -> tuple[jax.Array, Kept]:
+    """Return what each token gets, and what the gradient needs."""
+    outside = layer.outside(given)
+
+    def work(block: BlockOfExpert, own: Mapping[Value, jax.Array], place: BlockAt) -> Made:
+        products: list[jax.Array] = []
+
+        def product(rows: jax.Array, matrix: jax.Array, axis: int) -> jax.Array:
+            products.append(matrix_product(rows, matrix, axis))
+            return products[-1]
+
+        values = {**outside, **layer.named(own)}
+        made = layer.made(values, replace(block, product=product))
+        return Made([made], products[:-1] if layer.ends_in_product else products)
+
+    every = layer.walk(given, work)
+    rows = named(every.rows[0], "experts")
+    return layer.combined(given, rows), (given, rows, every.kept)
+
+
+def backward(layer: Layer, kept: Kept, d_total: jax.Array) -> tuple[Given]:
+    """Return the cotangents of what a layer is given."""
+    given, rows, products = kept
+    _, pull = jax.vjp(lambda r, g: layer.combined(given._replace(gates=g), r), rows, given.gates)
+    d_rows, d_gates = pull(d_total)
+    outside, stacks = layer.outside(given), layer.stacks(given)
+    read = {v for n in layer.rows.nodes if n not in layer.moves for v in n.operands}
+    smooth = [v for v, x in outside.items() if v in read and _is_float(x.array)]
+    of_expert = [v for v in smooth if v in stacks]
+    shared = [v for v in smooth if v not in stacks]
+
+    def work(block: BlockOfExpert, own: Mapping[Value, jax.Array], place: BlockAt) -> Made:
+        size = block.choice_of_row.size
+        moved = dispatched(layer, outside, block)
+        mine = [_of_block(p, d_rows.shape[0], place, size) for p in products]
+
+        def made(
+            rows: list[jax.Array], each: list[jax.Array], all_read: list[jax.Array]
+        ) -> jax.Array:
+            again = replace(block, product=_Kept(iter(mine), block.is_used))
+            values: dict[Value, Operand] = {**outside, **layer.named(own)}
+            values |= layer.named(dict(zip(of_expert, each, strict=True)))
+            values |= {v: Named(a, outside[v].axes) for v, a in zip(shared, all_read, strict=True)}
+            values |= {
+                v: replace(x, array=a, layout=again)
+                for (v, x), a in zip(moved.items(), rows, strict=True)
+            }
+            return layer.made(values, again)
+
+        given_rows = [x.array for x in moved.values()]
+        _, pull = jax.vjp(
+            made, given_rows, [own[v] for v in of_expert], [outside[v].array for v in shared]
+        )
+        d_block = jax.lax.dynamic_slice_in_dim(d_rows, place.first, size)
+        d_moved, d_own, d_shared = pull(zeroed(d_block, block.is_used))
+        return Made(d_moved, (), d_own, d_shared)
+
+    sums = layer.walk(given, work, of_expert)
+    found = dict(zip(shared, sums.shared, strict=True))
+    for v, array in zip(of_expert, sums.own, strict=True):
+        found[v] = Named(array, stacks[v].axes).to(outside[v].axes).array
+    for v, array in _of_tokens(layer, given, sums.rows).items():
+        found[v] = found[v] + array if v in found else array
+    arrays = [found.get(v) for v in outside]
+    return (Given(None, None, None, None, None, arrays, d_gates),)
+
+
+def dispatched(
+    layer: Layer, outside: Mapping[Value, Named], layout: DispatchLayout
+) -> dict[Value, Rows]:
+    """Return the rows that are gathered from tokens, in a layout."""
+    made = {
+        n.result: replace(layer.rows, value=n.result).make(outside, layout) for n in layer.moves
+    }
+    return {v: x for v, x in made.items() if isinstance(x, Rows)}
+
+
+def _of_tokens(layer: Layer, given: Given, d_moved: Sequence[jax.Array]) -> dict[Value, jax.Array]:
+    """Return the cotangents of tokens, of those of the rows that were gathered from them."""
+    outside, layout = layer.outside(given), layer.layout(given)
+    sources = list(dict.fromkeys(n.operands[0] for n in layer.moves))
+
+    def move(arrays: list[jax.Array]) -> list[jax.Array]:
+        tokens = {v: Named(a, outside[v].axes) for v, a in zip(sources, arrays, strict=True)}
+        return [x.array for x in dispatched(layer, {**outside, **tokens}, layout).values()]
+
+    _, pull = jax.vjp(move, [outside[v].array for v in sources])
+    return dict(zip(sources, pull(list(d_moved))[0], strict=True))
+
+
+def _of_block(products: jax.Array, rows: int, place: BlockAt, size: int) -> jax.Array:
+    """Return a block of products ``[parts, rows, …]``, each of which may be several a row."""
+    times = products.shape[1] // rows
+    at = place.of_kept(times, products.ndim)
+    block: jax.Array = jax.lax.dynamic_slice(products, at, (1, size * times, *products.shape[2:]))
+    return block[0]
+
+
+def _is_float(array: jax.Array) -> bool:
+    return bool(jnp.issubdtype(array.dtype, jnp.floating))
+
+
+class _Kept:
+    """Products in the order in which they were kept, as functions of what made them."""
+
+    def __init__(self, products: Iterator[jax.Array], is_used: jax.Array) -> None:
+        self.products = products
+        self.is_used = is_used
+
+    def __call__(self, rows: jax.Array, matrix: jax.Array, axis: int) -> jax.Array:
+        """Return the next one, which multiplied `rows` with `matrix`."""
+        used = jnp.repeat(self.is_used, rows.shape[0] // self.is_used.size)
+        # Nothing reads the last product of an expert that ends in it, and it was not kept.
+        made = next(self.products, None)
+        if made is None:
+            made = jnp.zeros((rows.shape[0], matrix.shape[1 - axis]), rows.dtype)
+        return _kept(rows, matrix, made, used, axis)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _kept(
+    rows: jax.Array, matrix: jax.Array, product: jax.Array, is_used: jax.Array, axis: int
+) -> jax.Array:
+    return product
+
+
+def _kept_backward(
+    axis: int, residuals: tuple[jax.Array, jax.Array, jax.Array], d_product: jax.Array
+) -> tuple[jax.Array, jax.Array, None, None]:
+    rows, matrix, is_used = residuals
+    d_rows = block_product(d_product, matrix, 1 - axis).astype(rows.dtype)
+    # Rows of other experts may hold anything, and zero times infinity is no zero.
+    used, d_used = (jnp.where(is_used[:, None], x, 0) for x in (rows, d_product))
+    outer = outer_product if rows.shape[0] < _MANY_ROWS else _outer_product_of_many
+    return d_rows, outer(used, d_used, axis + 1).astype(matrix.dtype), None, None
+
+
+def _outer_product_of_many(rows: jax.Array, d_rows: jax.Array, axis: int) -> jax.Array:
+    left, right = (rows, d_rows) if axis == 1 else (d_rows, rows)
+    kind = accumulator(left.dtype)
+    dimensions = (((0,), (0,)), ((), ()))
+    return jax.lax.dot_general(left, right, dimensions, preferred_element_type=kind)
+
+
+_kept.defvjp(
+    lambda rows, matrix, product, is_used, axis: (product, (rows, matrix, is_used)),
+    _kept_backward,
+)
+
+
+@dataclass(frozen=True)
+class ExpertBlocks(Deferral):
+    """A routing whose rows are made block by block."""
+
+    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array | None) -> Named:
+        """Return the sum of each token's rows, which are made here."""
+        assert isinstance(rows, DeferredRows), "`permute` makes no rows"
+        sorted_rows = SortedRows.of(self.routing, grouped_matmul)
+        taken = rows.outside()
+        layer = Layer(rows, taken, sorted_rows, parts_of(rows, taken))
+        given = Given(
+            self.routing.experts,
+            self.routing.slots,
+            self.routing.wanted,
+            sorted_rows.permutation,
+            sorted_rows.group_sizes,
+            [x.array for x in layer.taken.values()],
+            gates,
+        )
+        return Named(_with_gradient(layer, given), layer.axes)
+
+    def of_experts(self, first: jax.Array | int, count: int) -> ExpertBlocks:
+        """Return the blocks of `count` experts from `first` on."""
+        return ExpertBlocks(self.routing.of_experts(first, count))
+
+
+def _with_gradient(layer: Layer, given: Given) -> jax.Array:
+    if not layer.like.routing.num_choices:
+        return layer.at_once(given)
+    made = jax.custom_vjp(layer.by_block)
+    if has_gradient_by_block(given):
+        made.defvjp(partial(forward, layer), partial(backward, layer))
+    else:
+        made.defvjp(
+            lambda given: jax.vjp(layer.at_once, given), lambda pull, cotangent: pull(cotangent)
+        )
+    return made(given)

@@ -1,0 +1,271 @@
+"""A graph on a mesh as one program: by shard_map, or by XLA's partitioner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from moecc.errors import InputError, Problem
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.mesh import Mesh, mesh_of, nearest_multiple
+from moecc.ir.traits import Collective, Role
+from moecc.ir.verify import where
+from moecc.sharding.layout import Layout, ShardingSpec, group_spec, param_spec, value_spec
+from moecc.types import F32, DType
+from moecc_backends.xla.dispatch.capacity_slots import GroupSlots
+from moecc_backends.xla.dispatch.choose import check_dispatch
+from moecc_backends.xla.lower.contract import is_precise, is_precise_param
+from moecc_backends.xla.lower.function import Tree, finalize_output, lower_values
+from moecc_backends.xla.mesh.specs import specs
+from moecc_backends.xla.trace.context import (
+    DEFAULTS,
+    Context,
+    DeviceView,
+    Function,
+    Given,
+    Lowered,
+    Options,
+)
+from moecc_backends.xla.trace.routing import Routing
+from moecc_backends.xla.trace.typed_jax import partition_spec, with_sharding
+from moecc_backends.xla.trace.values import Deferred, DispatchLayout, Named, Operand
+
+_TOKEN_AXES = ("batch", "group", "slot")
+"""The axes that a parameter never has."""
+
+_WEIGHTS = frozenset({Role.MATRIX, Role.TABLE})
+"""The roles of parameters that are sharded for storage, in the operations that read them."""
+
+
+@dataclass(frozen=True)
+class GspmdLowering:
+    """Calls lowerings such that values are sharded over `mesh` as a layout of the plan shards them.
+
+    Attributes:
+      mesh: the devices.
+      plan: which of its axes shard what.
+    """
+
+    mesh: jax.sharding.Mesh
+    plan: Layout
+
+    def __call__(
+        self, ctx: Context, node: Node, operands: list[Given], function: Function
+    ) -> Lowered:
+        """Return the results of a lowering, each held to its sharding."""
+        if not _WEIGHTS.isdisjoint(node.op.roles):
+            pairs = zip(operands, node.operands, strict=True)
+            operands = [self._gathered(x, v, node) for x, v in pairs]
+        made = function(ctx, node, *operands)
+        if isinstance(made, Deferred):
+            return made
+        results = made if isinstance(made, tuple) else (made,)
+        return tuple(map(self._held, results))
+
+    def by_group(
+        self,
+        function: Callable[..., jax.Array],
+        groups: int,
+        arrays: tuple[jax.Array | None, ...],
+    ) -> jax.Array:
+        """Return what `function` makes of each group, on the devices that have its tokens."""
+        if not self._divides(groups):
+            return function(groups, *arrays)
+        each = (None if a is None else self.grouped(a, groups) for a in arrays)
+        made = jax.vmap(partial(function, 1))(*each)
+        return made.reshape(-1, *made.shape[2:])
+
+    def layout(self, routing: Routing) -> DispatchLayout | None:
+        """Return slots that are filled group by group, where groups have slots of their own."""
+        if routing.capacity is None or not self._divides(routing.groups):
+            return None
+        return GroupSlots(routing, self)
+
+    def _divides(self, groups: int) -> bool:
+        return groups > 0 and groups % self.plan.shards["batch"] == 0
+
+    def sharding(self, axes: tuple[str, ...], spec: ShardingSpec) -> NamedSharding:
+        """Return the sharding of an array with `axes`, of which `spec` names the mesh axes."""
+        return NamedSharding(self.mesh, partition_spec(*(spec.get(a) for a in axes)))
+
+    def weight_sharding(self, value: Value, *, stored: bool, layers: str = "") -> NamedSharding:
+        """Return the sharding of a parameter, as it is stored or as it is used."""
+        sizes = {a.name: s for a, s in zip(value.type.axes, value.type.shape, strict=True)}
+        spec = param_spec(self.plan, sizes, stored=stored, layers=layers)
+        return self.sharding(value.type.names, {} if is_precise_param(value) else spec)
+
+    def constrained(self, x: Named, spec: ShardingSpec) -> Named:
+        """Return `x` held to `spec`."""
+        return Named(with_sharding(x.array, self.sharding(x.axes, spec)), x.axes)
+
+    def _held(self, x: Operand) -> Operand:
+        if not isinstance(x, Named) or x.array.ndim < 2 or not set(_TOKEN_AXES) & set(x.axes):
+            return x
+        return self.constrained(x, value_spec(self.plan, x.sizes))
+
+    def _gathered(self, x: Given, value: Value, node: Node) -> Given:
+        """Return a parameter as it is used, gathered from where it is stored."""
+        if not isinstance(x, Named) or value.node is not None or set(_TOKEN_AXES) & set(x.axes):
+            return x
+        if x.array.ndim < 2 or not jnp.issubdtype(x.array.dtype, jnp.floating):
+            return x
+        if is_precise(node):
+            return Named(_gathered_param(x.array, self.sharding(x.axes, {}), None), x.axes)
+        used, stored = (
+            self.sharding(x.axes, param_spec(self.plan, x.sizes, stored=s)) for s in (False, True)
+        )
+        return Named(_gathered_param(x.array, used, stored), x.axes)
+
+    # --- the shards of token groups, see `GroupShards`
+
+    def grouped(self, array: jax.Array, groups: int) -> jax.Array:
+        """Return ``[tokens, …]`` as ``[group, token, …]``, each group where its tokens are."""
+        return self.with_groups(array.reshape(groups, -1, *array.shape[1:]))
+
+    def with_groups(self, array: jax.Array) -> jax.Array:
+        """Return ``[group, …]`` with each group where its tokens are."""
+        spec = group_spec(self.plan, {"group": array.shape[0]})
+        axes = ("group", *("" for _ in array.shape[1:]))
+        return with_sharding(array, self.sharding(axes, spec))
+
+    def at_groups(self, slots: Named) -> Named:
+        """Return slots where the tokens of their groups are."""
+        return self.constrained(slots, group_spec(self.plan, slots.sizes))
+
+    def at_experts(self, slots: Named) -> Named:
+        """Return slots where their experts are."""
+        return self.constrained(slots, value_spec(self.plan, slots.sizes))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered_param(
+    array: jax.Array, used: NamedSharding, stored: NamedSharding | None
+) -> jax.Array:
+    return with_sharding(array, used)
+
+
+def _gather_forward(
+    array: jax.Array, used: NamedSharding, stored: NamedSharding | None
+) -> tuple[jax.Array, None]:
+    return _gathered_param(array, used, stored), None
+
+
+def _gather_backward(
+    used: NamedSharding, stored: NamedSharding | None, residuals: None, gradient: jax.Array
+) -> tuple[jax.Array]:
+    if stored is None:
+        return (gradient,)
+    return (with_sharding(gradient, stored),)
+
+
+_gathered_param.defvjp(_gather_forward, _gather_backward)
+
+
+# A graph on a mesh as one program: the same for every device, on the shards that each holds.
+#
+# What a device does stands in the graph: shards where types are sharded, and collectives where
+# that
+# changes.  So the compiler has nothing to guess, and inserts no collective of its own.
+
+
+def sharded_function(
+    graph: Graph,
+    mesh: jax.sharding.Mesh,
+    *,
+    dtype: DType = F32,
+    options: Options = DEFAULTS,
+) -> Callable[[Tree, Tree], dict[str, jax.Array]]:
+    """Return `graph` as a function of global parameters and inputs, run shard by shard on `mesh`.
+
+    Args:
+      graph: a graph on a mesh, its collectives lowered.
+      mesh: devices, with the axes of the graph's mesh.
+      dtype: what to compute in, as in `moecc_backends.xla.lower.function`.
+      options: what was chosen for the lowering; its platform is that of the devices.
+
+    Raises:
+      InputError: the graph is on no mesh, or on another; an output is an unreduced sum;
+        a dispatch lowering is forced that does not fit.  The function raises it for inputs with
+        an axis that the mesh does not divide.
+    """
+    own = _checked(graph, mesh)
+    check_dispatch(graph, options)
+    nodes = list(graph)
+    params = {n: v for n, v in graph.params.items() if v.users}
+
+    def one(weights: Tree, inputs: Tree) -> dict[str, jax.Array]:
+        arrays = {v: inputs[n] for n, v in graph.inputs.items()}
+        arrays |= {v: weights[n] for n, v in params.items()}
+        values = lower_values(nodes, arrays, dtype, options, view=DeviceView(own))
+        return {n: _settled(values[v], v, own) for n, v in graph.outputs.items()}
+
+    mapped = jax.shard_map(
+        one,
+        mesh=mesh,
+        in_specs=(specs(params), specs(graph.inputs)),
+        out_specs=specs(graph.outputs),
+        check_vma=True,
+    )
+
+    def run(weights: Tree, inputs: Tree) -> dict[str, jax.Array]:
+        _check_divided({v: inputs[n] for n, v in graph.inputs.items()}, own)
+        found: dict[str, jax.Array] = mapped(
+            {n: weights[n] for n in params}, {n: inputs[n] for n in graph.inputs}
+        )
+        return found
+
+    return run
+
+
+def _checked(graph: Graph, mesh: jax.sharding.Mesh) -> Mesh:
+    own = mesh_of(graph)
+    found = ",".join(f"{n}:{s}" for n, s in mesh.shape.items())
+    if own is None or str(own) != found:
+        raise InputError(
+            "the graph is on another mesh than the devices",
+            expected="no mesh" if own is None else str(own),
+            found=found,
+        )
+    problems = list(_unfinalize_output(graph))
+    if problems:
+        raise InputError(problems)
+    return own
+
+
+def _check_divided(arrays: Mapping[Value, jax.Array], mesh: Mesh) -> None:
+    """Raise InputError with every axis of an input that the mesh does not divide."""
+    problems = [
+        Problem(
+            f"the mesh does not divide the axis {axis.name}",
+            f"%{value.name}",
+            f"a multiple of {parts} ({' x '.join(axis.mesh)})",
+            str(size),
+            f"{nearest_multiple(size, parts)} would do",
+        )
+        for value, array in arrays.items()
+        for axis, size in zip(value.type.axes, array.shape, strict=False)
+        if size % (parts := mesh.size(axis.mesh))
+    ]
+    if problems:
+        raise InputError(problems)
+
+
+def _unfinalize_output(graph: Graph) -> Iterator[Problem]:
+    hint = "run lower-collectives"
+    for name, value in graph.outputs.items():
+        if value.type.unreduced:
+            what = "an output is an unreduced sum"
+            yield Problem(what, f"output {name}", found=str(value.type), hint=hint)
+    for node in graph:
+        if node.op.collective is Collective.ANY:
+            yield Problem("the collectives are not lowered", where(node), hint=hint)
+
+
+def _settled(value: Operand, declared: Value, mesh: Mesh) -> jax.Array:
+    array = finalize_output(value, declared)
+    return DeviceView(mesh).settled(array, declared.type)

@@ -1,0 +1,525 @@
+"""Analyses: facts read from a graph without changing it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from moecc.errors import InputError
+from moecc.ir.attributes import ProductAttrs
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.traits import Cost, Role, RowMove
+from moecc.ir.unroll import users_within
+
+# Find feed-forward blocks by dataflow, not by parameter names.
+#
+# A block goes from the model's width to an inner axis and back: one or more contractions of one
+# value with parameters, elementwise operations that are not all linear, a contraction over the
+# inner
+# axis with a parameter, and possibly a bias.  Nothing inside mixes token axes, its parameters
+# have no
+# token axis, and no inner value is used outside the block.
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})(?:\.|$)")
+
+
+def _layer_of(loc: str) -> int | None:
+    match = _LAYER.search(loc)
+    return int(match.group(1)) if match else None
+
+
+@dataclass(frozen=True)
+class FFNBlock:
+    """A feed-forward block.
+
+    Attributes:
+      loc: its location in the model, ``layers.3.ffn``.
+      output: the result, with the axes of `x`.
+      ups: the contractions of `x` with parameters, to the inner axis.
+      down: the contraction back.
+      nodes: all nodes of the block in order, `ups`, `down` and an output bias included.
+      outer: the name of the model's width, ``embed``.
+      inner: the name of the inner axis, ``mlp``.
+    """
+
+    loc: str
+    output: Value
+    ups: tuple[Node, ...]
+    down: Node
+    nodes: tuple[Node, ...]
+    outer: str
+    inner: str
+
+    @property
+    def x(self) -> Value:
+        """The block's input, ``[…tokens, embed]``; rewriting an earlier block may change it."""
+        return self.ups[0].operands[0]
+
+    @property
+    def width(self) -> int:
+        """The number of neurons: the size of the inner axis."""
+        size = self.down.operands[0].type[self.inner].size
+        assert isinstance(size, int), "a parameter has the inner axis, so its size is known"
+        return size
+
+    @property
+    def embed(self) -> int:
+        """The size of the outer axis."""
+        size = self.x.type[self.outer].size
+        assert isinstance(size, int), "a parameter has the outer axis, so its size is known"
+        return size
+
+    @property
+    def layer(self) -> int | None:
+        """The layer number, parsed from the location, or None."""
+        return _layer_of(self.loc)
+
+    @property
+    def params(self) -> tuple[Value, ...]:
+        """The parameters of the block without duplicates, in the order of use."""
+        found = (v for n in self.nodes for v in n.operands if v.is_param)
+        return tuple(dict.fromkeys(found))
+
+    def biases_of(self, up: Node) -> tuple[Value, ...]:
+        """The bias parameters added directly to the result of `up`."""
+        adds = (user for user in up.result.users if _is_bias(user))
+        return tuple(dict.fromkeys(v for add in adds for v in add.operands if v.is_param))
+
+    @property
+    def output_bias(self) -> Value | None:
+        """The bias parameter added to the result of `down`, or None."""
+        if self.output is self.down.result:
+            return None
+        (node,) = self.down.result.users
+        return next(v for v in node.operands if v.is_param)
+
+    def degrees(self) -> dict[Value, int | None]:
+        """Return the degree of homogeneity of the hidden value in each weight of `ups`.
+
+        A degree d means that a·W for W, and a·b for its bias b, with a > 0, give aᵈ times the
+        hidden value; None means that there is no such d, as when the weight's product goes
+        through SiLU (lemma L3).
+        """
+        return {up.operands[1]: self._degree(up.operands[1]) for up in self.ups}
+
+    def _degree(self, weight: Value) -> int | None:
+        degree: dict[Value, int | None] = {
+            up.result: 1 for up in self.ups if up.operands[1] is weight
+        }
+        for node in self.nodes:
+            if node is self.down:
+                break
+            if node.result not in degree and any(v in degree for v in node.operands):
+                degree[node.result] = _combine(node, degree)
+        return degree[self.down.operands[0]]
+
+
+@dataclass
+class Refusal:
+    """Why a candidate is not an FFN block: the reason and the location."""
+
+    loc: str
+    reason: str
+
+    @property
+    def layer(self) -> int | None:
+        """The layer number, parsed from the location, or None."""
+        return _layer_of(self.loc)
+
+
+@dataclass
+class FFNSearch:
+    """The FFN blocks of a graph, and the candidates that were rejected."""
+
+    blocks: list[FFNBlock] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+
+
+def _combine(node: Node, degree: dict[Value, int | None]) -> int | None:
+    carried = [degree.get(v, 0) for v in node.operands]
+    known = [d for d in carried if d is not None]
+    if len(known) < len(carried):
+        return None
+    if _is_bias(node):
+        # A bias added directly to the product is scaled with the weight, so it changes no degree.
+        return max(known) if all(v.is_param or _is_product(v) for v in node.operands) else None
+    found = node.op.homogeneity.degree(known)
+    return int(found) if found is not None and found == int(found) else None
+
+
+def _is_bias(node: Node) -> bool:
+    """Whether `node` adds a parameter to a value."""
+    # A norm adds a bias, too, but mixes what it is added to; a difference has a sign.
+    added = (v for i, v in enumerate(node.operands) if node.op.role(i) is Role.BIAS)
+    return node.op.elementwise and node.op.commutative and any(v.is_param for v in added)
+
+
+def _is_product(value: Value) -> bool:
+    return value.node is not None and value.node.op.is_product
+
+
+def find_ffn_blocks(graph: Graph) -> FFNSearch:
+    """Return the feed-forward blocks of `graph`, first to last, with near misses.
+
+    Blocks never share a node: of two overlapping candidates the first one wins.
+    """
+    search = FFNSearch()
+    order = {node: i for i, node in enumerate(graph)}
+    taken: set[Node] = set()
+    for node in graph:
+        found = _block_of(node, order) if _is_projection(node) else None
+        if isinstance(found, FFNBlock) and not taken.isdisjoint(found.nodes):
+            found = Refusal(node.loc, "it overlaps another block, which comes before it")
+        if isinstance(found, FFNBlock):
+            search.blocks.append(found)
+            taken.update(found.nodes)
+        elif found is not None:
+            search.refusals.append(found)
+    return search
+
+
+def _is_projection(node: Node) -> bool:
+    """Whether `node` contracts an activation with a parameter over a single axis."""
+    if not (node.op.is_product and node.operands[1].is_param):
+        return False
+    return len(ProductAttrs.of_node(node).over) == 1
+
+
+def _outer_axis(down: Node) -> str | None:
+    """Return the one axis that the weight of `down` adds, or None."""
+    inner = ProductAttrs.of_node(down).over[0]
+    x = down.operands[0].type
+    added = [n for n in down.operands[1].type.names if n != inner and n not in x]
+    return added[0] if len(added) == 1 else None
+
+
+def _block_of(down: Node, order: dict[Node, int]) -> FFNBlock | Refusal | None:
+    """Return the block that ends in `down`, a near miss, or None if `down` is no candidate."""
+    inner, outer = ProductAttrs.of_node(down).over[0], _outer_axis(down)
+    if outer is None or down.operands[0].node is None:
+        return None
+    region = _walk_back(down, inner, outer)
+    if region is None:
+        return None
+    ups, inside, problem = region
+    reason = problem or _why_not(ups, inside, down, (outer, inner))
+    if reason is not None:
+        return Refusal(down.loc, reason)
+    bias = _bias_after(down, outer)
+    nodes = tuple(sorted(inside | {down} | ({bias} if bias else set()), key=order.__getitem__))
+    return FFNBlock(
+        loc=down.loc,
+        output=bias.result if bias else down.result,
+        ups=tuple(n for n in nodes if n in ups),
+        down=down,
+        nodes=nodes,
+        outer=outer,
+        inner=inner,
+    )
+
+
+def _why_not(ups: list[Node], inside: set[Node], down: Node, axes: tuple[str, str]) -> str | None:
+    """Return why the nodes `inside`, from `ups` to `down`, are not a block, or None."""
+    outer, inner = axes
+    roots = list(dict.fromkeys(up.operands[0] for up in ups))
+    if len(roots) != 1:
+        names = ", ".join(sorted(f"%{v.name}" for v in roots))
+        return f"its contractions take different values: {names}"
+    x = roots[0]
+    return (
+        _sparse_already(x)
+        or _wrong_axes(x, down, outer)
+        or _wrong_params(inside | {down}, {outer, inner})
+        or _linear(inside, ups)
+        or _escape(inside, down)
+    )
+
+
+def _sparse_already(x: Value) -> str | None:
+    if "expert" in x.type:
+        return "it is sparse already"
+    if any(user.op.moves is RowMove.TO_SLOTS for user in x.users):
+        return "it is parallel to experts, in a layer that is sparse already"
+    return None
+
+
+def _wrong_axes(x: Value, down: Node, outer: str) -> str | None:
+    if x.is_param or len(x.type) == 1:
+        return f"it reads %{x.name}, which has no axis of tokens"
+    if x.type.by_name.keys() != down.result.type.by_name.keys():
+        return f"it does not map {outer!r} back to {outer!r}"
+    taken = [n for n in (*x.type.names, *ProductAttrs.of_node(down).over) if n in ROUTING_AXES]
+    return f"its axis {taken[0]!r} has the name of an axis that routing adds" if taken else None
+
+
+ROUTING_AXES = frozenset(("group", "expert", "slot", "choice"))
+"""The axes that a block gains when it becomes sparse."""
+
+
+def _wrong_params(nodes: set[Node], axes: set[str]) -> str | None:
+    for param in sorted((v for n in nodes for v in n.operands if v.is_param), key=lambda v: v.name):
+        beyond = [n for n in param.type.names if n not in axes]
+        if beyond:
+            return f"its parameter %{param.name} also has the axis {beyond[0]!r}"
+        if not param.type.is_static:
+            return f"the sizes of its parameter %{param.name} are not known: {param.type}"
+    return None
+
+
+def _linear(inside: set[Node], ups: list[Node]) -> str | None:
+    """Return a reason if the nodes `inside` are linear in the results of `ups`."""
+    tokens = {v for n in inside for v in n.results}
+    for node in inside.difference(ups):
+        carried = [i for i, v in enumerate(node.operands) if v in tokens]
+        if (len(carried) > 1 and not node.op.jointly) or not set(carried) <= set(node.op.linear):
+            return None
+    return "it is linear: there is no activation between its contractions"
+
+
+def _walk_back(
+    down: Node, inner: str, outer: str
+) -> tuple[list[Node], set[Node], str | None] | None:
+    """Return the contractions from `outer` that feed `down`, all nodes between, and a problem.
+
+    Return None if no such contraction is reached: then `down` does not end a block.
+    """
+    ups: list[Node] = []
+    inside: set[Node] = set()
+    problem: str | None = None
+    stack = [down.operands[0]]
+    while stack:
+        value = stack.pop()
+        node = value.node
+        if value.is_param or node in inside or (node and not node.operands):
+            continue
+        if node is None:
+            problem = problem or f"%{value.name} comes in from outside"
+            continue
+        if _is_projection(node) and node.attrs["over"] == (outer,):
+            ups.append(node)
+            inside.add(node)
+        elif node.mixes or not node.op.liftable:
+            problem = problem or f"%{value.name} = {node.op.name} is not elementwise"
+        else:
+            inside.add(node)
+            stack.extend(node.operands)
+    return (ups, inside, problem) if ups else None
+
+
+def _escape(inside: set[Node], down: Node) -> str | None:
+    """Return a reason if a value inside the block is used outside it."""
+    for node in inside:
+        for value in node.results:
+            for user in value.users:
+                if user is node.graph.terminator:
+                    return f"%{value.name} inside it is an output of the graph"
+                if user not in inside and user is not down:
+                    return f"%{value.name} inside it is also used by {user.op.name} @{user.loc}"
+    return None
+
+
+def _bias_after(down: Node, outer: str) -> Node | None:
+    """Return the node that adds a parameter along `outer` to the result of `down`, or None."""
+    user = down.result.only_user
+    if user is None or not _is_bias(user):
+        return None
+    other = user.operands[1] if user.operands[0] is down.result else user.operands[0]
+    return user if other.is_param and other.type.names == (outer,) else None
+
+
+# Parameter groups of sparse models for selective fine-tuning (ST-MoE, section 4.2).
+
+GROUPS = ("all", "moe", "non-moe", "router", "attention", "ffn", "norm", "embedding")
+"""The groups; a parameter may belong to several.
+
+``moe`` holds every parameter with an expert axis, the router included; ``non-moe`` is the rest.
+``attention`` is self-attention and cross-attention, ``ffn`` the dense feed-forward layers, both
+without their norms.  ``embedding`` holds the token table and the output matrix.
+"""
+
+ATTRIBUTE = "frozen"
+"""The graph attribute that names the frozen groups."""
+
+
+def parameter_groups(graph: Graph) -> dict[str, frozenset[str]]:
+    """Return the groups of every parameter of `graph`, by its name."""
+    return {name: frozenset(_groups(value)) for name, value in graph.params.items()}
+
+
+def _groups(value: Value) -> Iterable[str]:
+    yield "all"
+    if "expert" in value.type:
+        yield "moe"
+        if not any("slot" in v.type for n in users_within(value) for v in n.operands):
+            yield "router"
+        return
+    yield "non-moe"
+    users = list(users_within(value))
+    uses = [node.op for node in users]
+    place = value.loc.rpartition(".")[2]
+    if any(entry.is_norm for entry in uses) or any(map(scales_norms, users)):
+        yield "norm"
+    elif any(entry.cost is Cost.LOOK_UP for entry in uses) or place == "head":
+        yield "embedding"
+    elif "attention" in place:
+        yield "attention"
+    elif place.endswith("ffn"):
+        yield "ffn"
+
+
+def scales_norms(node: Node) -> bool:
+    """Whether `node` is the scale of norms: one more than what is stored, in gemma."""
+    if not node.results:  # the outputs of a graph
+        return False
+    made = node.results[0]
+    uses = [(user, i) for user in made.users for i, v in enumerate(user.operands) if v is made]
+    gains = (user.op.is_norm and user.op.role(i) is Role.GAIN for user, i in uses)
+    return node.op.is_sum and bool(uses) and all(gains)
+
+
+def trainable(graph: Graph) -> dict[str, bool]:
+    """Return for every parameter whether it is trained: a mask as ``optax.masked`` takes it.
+
+    The graph's attribute ``frozen`` names the groups that are not (set by the pass ``freeze``);
+    without it every parameter is trained.
+    """
+    found = graph.attrs.get(ATTRIBUTE)
+    chosen: Mapping[str, Iterable[str]] = found if isinstance(found, Mapping) else {}
+    groups = parameter_groups(graph)
+    only, frozen = set(chosen.get("only", ())), set(chosen.get("groups", ()))
+    if only:
+        return {name: bool(of & only) for name, of in groups.items()}
+    return {name: not of & frozen for name, of in groups.items()}
+
+
+# The head of a graph: what makes logits, apart from what makes the hidden states before it.
+#
+# Logits of a large vocabulary need not all be in memory at once where the head runs over a chunk
+# of
+# tokens at a time.
+
+LOGITS = "logits"
+"""The output that is trained."""
+
+VOCAB = "vocab"
+"""The axis of the logits that the softmax runs over."""
+
+
+CHUNK_BYTES = 64 << 20
+"""Logits of a chunk of tokens take about so much memory on a device, in float32."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A graph, split where its values get the axis of the vocabulary.
+
+    Attributes:
+      trunk: the nodes before the head, and those beside it, in order.
+      nodes: the nodes of the head, in order; they work on each token by itself.
+      hidden: what the head reads that depends on tokens.
+      weights: what it reads that depends on parameters alone.
+      logits: what it makes.
+    """
+
+    trunk: tuple[Node, ...]
+    nodes: tuple[Node, ...]
+    hidden: tuple[Value, ...]
+    weights: tuple[Value, ...]
+    logits: Value
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether it may run over a chunk of tokens at a time."""
+        axes = [name for name in self.logits.type.names if name != VOCAB]
+        return bool(self.nodes) and all(n in v.type for v in self.hidden for n in axes)
+
+
+def chunk_count(logits_bytes: float, weights_bytes: float, chunk_bytes: int) -> int:
+    """Return in how many chunks the tokens of a head are cut.
+
+    Chunks add up their gradients of the weights in float32.  Where these take as much as all logits
+    do, because there are no more tokens than the width of the model, nothing is saved.
+
+    Args:
+      logits_bytes: of all logits on a device, in float32.
+      weights_bytes: of the weights of the head there, in float32.
+      chunk_bytes: of the logits of a chunk, about.
+    """
+    if logits_bytes <= weights_bytes:
+        return 1
+    return max(1, math.ceil(logits_bytes / chunk_bytes))
+
+
+def is_trainable(graph: Graph) -> bool:
+    """Whether `graph` has logits to train."""
+    return LOGITS in graph.output_names and VOCAB in graph.outputs[LOGITS].type
+
+
+def reads_tokens(graph: Graph) -> bool:
+    """Whether `graph` takes numbers of tokens: the pass ``tie-head`` can make logits of it."""
+    return any(not value.type.dtype.is_float for value in graph.inputs.values())
+
+
+def check_trainable(graph: Graph, hint: str | None = None) -> None:
+    """Raise InputError if `graph` has no logits to train, with the way out that a caller knows."""
+    if not is_trainable(graph):
+        raise InputError(
+            "a training step needs logits",
+            where=graph.name,
+            expected=f"an output called {LOGITS}, with an axis {VOCAB}",
+            found=", ".join(graph.output_names),
+            hint=hint,
+        )
+
+
+def split_head(graph: Graph) -> Head:
+    """Return the head of `graph`, of the last values that have the axis of the vocabulary.
+
+    Raises:
+      InputError: there are no logits.
+    """
+    check_trainable(graph)
+    logits = graph.outputs[LOGITS]
+    of_tokens = _of_inputs(graph)
+    inside = _head_nodes(logits, of_tokens)
+    nodes = tuple(node for node in graph if node in inside)
+    read = dict.fromkeys(v for n in nodes for v in n.operands if v.node not in inside)
+    hidden = tuple(v for v in read if v in of_tokens) if nodes else (logits,)
+    weights = tuple(v for v in read if v not in of_tokens)
+    trunk = tuple(node for node in graph if node not in inside)
+    return Head(trunk, nodes, hidden, weights, logits)
+
+
+def _of_inputs(graph: Graph) -> set[Value]:
+    """Return the values that depend on inputs."""
+    found = set(graph.inputs.values())
+    for node in graph:
+        if not found.isdisjoint(node.operands):
+            found.update(node.results)
+    return found
+
+
+def _head_nodes(logits: Value, of_tokens: set[Value]) -> set[Node]:
+    """Return the nodes from the first value of a token that has the vocabulary on to `logits`.
+
+    None where something else reads what they make, or one of them mixes tokens.
+    """
+    found: set[Node] = set()
+    left = [logits]
+    while left:
+        value = left.pop()
+        node = value.node
+        if node is None or node in found or value not in of_tokens or VOCAB not in value.type:
+            continue
+        others = [u for v in node.results for u in v.users if u not in found]
+        if any(u is not node.graph.terminator for u in others) or _mixes_tokens(node, value):
+            return set()
+        found.add(node)
+        left.extend(node.operands)
+    return found
+
+
+def _mixes_tokens(node: Node, value: Value) -> bool:
+    return any(name in node.mixes for name in value.type.names if name != VOCAB)

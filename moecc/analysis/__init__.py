@@ -1,1 +1,0 @@
-"""Analyses: facts read from a graph without changing it."""

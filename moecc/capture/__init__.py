@@ -1,1 +1,0 @@
-"""Statistics of the values of a model over texts, which methods read."""

@@ -1,1 +1,0 @@
-"""Checkpoints on disk: readers, the writer, the manifest."""

@@ -1,1 +1,0 @@
-"""GGUF files: a bounded header reader, tensors by rows, config and tokenizer, and a writer."""

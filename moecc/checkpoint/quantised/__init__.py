@@ -1,1 +1,0 @@
-"""Folders whose matrices are stored quantised, read as if they were not."""

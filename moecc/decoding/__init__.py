@@ -1,1 +1,0 @@
-"""Continuing texts: graphs that take tokens as they come, and caches between their runs."""

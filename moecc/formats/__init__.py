@@ -1,0 +1,3 @@
+"""Checkpoints on disk: readers, the writer, the manifest."""
+
+from __future__ import annotations

@@ -1,0 +1,541 @@
+"""LoRA adapters of PEFT: a folder of small matrices, read as the model they are merged into."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import isfinite, sqrt
+from pathlib import Path
+from types import MappingProxyType
+from typing import TypeGuard
+
+import numpy as np
+
+from moecc.errors import nearest
+from moecc.formats.files import Identity, identify, require_unchanged
+from moecc.formats.folder import SafetensorsFolder
+from moecc.formats.jsonfile import read_json_object
+from moecc.formats.modelcard import hub_repository, read_card
+from moecc.formats.safetensors import ADAPTER_CONFIG, read_header
+from moecc.formats.source import Checkpoint, TensorInfo
+from moecc.support.patterns import Pattern, UnsupportedPattern, parse_pattern
+from moecc.support.problems import Problems, describe, quoted
+from moecc.support.process import Closing
+from moecc.support.text import amount
+from moecc.types import Array
+from moecc.weights.branches import BASE, branch_and_name, name_in
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_MAX_CONFIG_BYTES = 1 << 20
+_PREFIX = "base_model.model."
+_ALPHAS = "alpha_pattern"
+_MOST_PATTERNS = 4096
+_MERGE_WITH_PEFT = "merge the adapter with PEFT (merge_and_unload), and give that model"
+_MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<table>embedding_)?(?P<letter>[AB])(?:\.weight)?")
+
+_UNSUPPORTED = {
+    "use_dora": "DoRA scales the rows of the merged matrix",
+    "lora_bias": "biases of the second matrix",
+    "target_parameters": "matrices of parameters that are no modules",
+    "layer_replication": "layers that occur several times",
+    "megatron_config": "layers of Megatron",
+    "trainable_token_indices": "rows of an embedding that were trained",
+    "alora_invocation_tokens": "adapters that tokens switch on",
+    "use_qalora": "adapters of pooled inputs",
+    "use_bdlora": "block-diagonal adapters",
+    "arrow_config": "adapters between which a router chooses",
+    "kasa_config": "adapters with singular values of their own",
+    "monteclora_config": "adapters that are drawn at random",
+}
+"""Keys of a config whose adapters are more than W + s · B A."""
+
+_PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+"""Values of ``init_lora_weights`` that leave the matrices of the model as they are.
+
+PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take from W what A and B begin with, so that the adapter is
+one of the rest of W, which no file holds.
+"""
+
+_INPUTS_FIRST = re.compile(
+    r"(?:transformer\.)?h\.\d+\.(?:attn\.c_(?:attn|proj)|mlp\.c_(?:fc|proj))"
+)
+"""The modules of a gpt2 whose matrices are ``[in, out]``: PEFT turns those, whatever a config says.
+
+Of the other families here it turns none; an added one may have such matrices."""
+
+_STORED_AS = re.compile(
+    r"(?:[-._](?:gguf|safetensors|unsloth|bnb|hf|awq|gptq|fp8|bf16|f?p?(?:16|32)|[48]-?bit|int[48]"
+    r"|mxfp4|i?q\d(?:_\w+)*))+$"
+)
+"""The end of a model's name that states how it is stored."""
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder is an adapter and no model."""
+    return (path / ADAPTER_CONFIG).is_file()
+
+
+@dataclass(frozen=True)
+class _Delta:
+    """What is added to a matrix of the model.
+
+    Attributes:
+      first: the tensor A, ``[rank, in]``.
+      second: the tensor B, ``[out, rank]``.
+      scale: the factor s.
+      is_turned: whether the matrix is ``[in, out]``.
+    """
+
+    first: str
+    second: str
+    scale: float
+    is_turned: bool
+
+
+class AdaptedCheckpoint(Closing):
+    """A model with a LoRA adapter merged into it; see `moecc.formats.source.Checkpoint`.
+
+    A matrix of the model is W + s · B A, computed in float32 and rounded once to the type of W; a
+    tensor that the adapter has whole takes the place of the model's (Hu et al. 2021, and
+    ``merge_and_unload`` of PEFT).  Rows are made as they are read.
+    """
+
+    format = "adapter"
+
+    def __init__(self, base: Checkpoint, path: Path, *, allow_other_base: bool = False) -> None:
+        """Open the adapter in the folder `path` of the model `base`.
+
+        Args:
+          base: the model that it is merged into.
+          path: the folder.
+          allow_other_base: whether it may name another model than `base` as its own.
+
+        Raises:
+          InputError: it is no LoRA adapter of this model; all problems at once.
+        """
+        file = path / ADAPTER_WEIGHTS
+        # Identified before they are read, so that no change in between goes unnoticed.
+        self._identities: dict[Path, Identity] = {
+            p: identify(p) for p in (path / ADAPTER_CONFIG, file)
+        }
+        settings = read_json_object(path / ADAPTER_CONFIG, limit_bytes=_MAX_CONFIG_BYTES)
+        self.base = base
+        self.path = path
+        self.config = base.config
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(base.tensors))
+        self._settings = settings
+        self._stored = SafetensorsFolder(path, {}, {file: read_header(file)}, {})
+        found = _Reading(base, settings, self._stored.tensors, path)
+        other = self.other_base()
+        if other is not None and not allow_other_base:
+            found.problems.add(
+                "the adapter is of another model", expected=f"{base.path.name}, which is SOURCE",
+                where=f"{path / ADAPTER_CONFIG}: base_model_name_or_path", found=quoted(other),
+                hint="if that is SOURCE under another name, --allow-other-base merges it",
+            )  # fmt: skip
+        found.problems.raise_if_any()
+        self._deltas, self._whole = found.deltas, found.whole
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """Return rows [start, stop) of the first axis of a merged tensor; thread-safe.
+
+        Raises: as the model's.
+        """
+        dtype = self.tensors[name].dtype.numpy if name in self.tensors else None
+        if name in self._whole:
+            return self._stored.read(self._whole[name], start, stop).astype(dtype)
+        weight = self.base.read(name, start, stop)
+        delta = self._deltas.get(name)
+        if delta is None:
+            return weight
+        first, second = self._matrices(delta, start, stop)
+        added = second @ first * np.float32(delta.scale)
+        merged: Array = (weight.astype(np.float32) + added).astype(dtype)
+        return merged
+
+    def _matrices(self, delta: _Delta, start: int, stop: int | None) -> tuple[Array, Array]:
+        """Return the matrices whose product has the rows that are wanted."""
+        first = self._stored.read(delta.first)
+        if not delta.is_turned:
+            second = self._stored.read(delta.second, start, stop)
+            return first.astype(np.float32), second.astype(np.float32)
+        second = self._stored.read(delta.second)
+        return second.astype(np.float32).T, first.astype(np.float32).T[start:stop]
+
+    def companions(self) -> dict[str, Path | bytes]:
+        """Return the files of the model that an export copies."""
+        return self.base.companions()
+
+    def remarks(self) -> list[str]:
+        """Return what the adapter is of, if it says so, and how much of the model it changes."""
+        of = self._settings.get("base_model_name_or_path")
+        name = f" of {of}" if isinstance(of, str) and of else ""
+        count = len(self._deltas) + len(self._whole)
+        differ = "differs" if count == 1 else "differ"
+        return [f"a LoRA adapter{name}: {amount(count, 'tensor')} {differ}"]
+
+    def other_base(self) -> str | None:
+        """Return the model that the adapter says it is of, if this one has another name.
+
+        Names are compared without owner and folder, and without an end that states how weights are
+        stored (``-bnb-4bit``, ``-Q4_K_M.gguf``); a model that was renamed has another one, too.
+        """
+        of = self._settings.get("base_model_name_or_path")
+        if not isinstance(of, str) or not of:
+            return None
+        stated = self.base.config.get("_name_or_path")
+        known = _names(str(self.base.path)) | (_names(stated) if isinstance(stated, str) else set())
+        return None if known & _names(of) else of
+
+    def card(self) -> dict[str, tuple[str, ...]]:
+        """Return what is kept of the adapter's card."""
+        return read_card(self.path)
+
+    def files(self) -> list[Path]:
+        """Return the config and the weights of the adapter."""
+        return [*self._identities]
+
+    def require_unchanged(self) -> None:
+        """Raise InputError if a file changed since it was opened."""
+        require_unchanged(self._identities)
+
+    def close(self) -> None:
+        """Close the files of the adapter, not those of the model."""
+        self._stored.close()
+
+
+def _names(place: str) -> set[str]:
+    """Return the names of a model that a path, also one of the Hub's cache, or a hub id states."""
+    path = Path(place.replace("\\", "/").rstrip("/"))
+    found = {
+        path.name,
+        path.expanduser().resolve().name,
+        (hub_repository(path) or "").split("/")[-1],
+    }
+    return {_STORED_AS.sub("", name.lower()) for name in found} - {""}
+
+
+class _Reading:
+    """The tensors of an adapter, matched with those of the model; collects the problems."""
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        settings: Mapping[str, object],
+        tensors: Mapping[str, TensorInfo],
+        path: Path,
+    ) -> None:
+        self.base, self.settings, self.tensors, self.path = base, settings, tensors, path
+        self.problems = Problems()
+        self.deltas: dict[str, _Delta] = {}
+        self.whole: dict[str, str] = {}
+        self._check_settings()
+        pairs: dict[str, dict[str, str]] = {}
+        for name in tensors:
+            found = _MATRIX.fullmatch(_without_prefix(name))
+            if found is None:
+                self._add_whole(name)
+            else:
+                kind = found["letter"] + ("t" if found["table"] else "")
+                pairs.setdefault(found["module"], {})[kind] = name
+        for module, parts in pairs.items():
+            self._add_pair(module, parts)
+
+    def _check_settings(self) -> None:
+        where = str(self.path / ADAPTER_CONFIG)
+        kind = self.settings.get("peft_type")
+        if kind != "LORA":
+            self.problems.add(
+                "only LoRA adapters can be merged", where=f"{where}: peft_type",
+                expected="LORA", found=str(kind),
+            )  # fmt: skip
+        for key, what in _UNSUPPORTED.items():
+            if self.settings.get(key):
+                self.problems.add(
+                    f"moecc does not merge {what}", where=f"{where}: {key}",
+                    hint=_MERGE_WITH_PEFT,
+                )  # fmt: skip
+        for key in ("fan_in_fan_out", "use_rslora"):
+            value = self.settings.get(key)
+            if value is not None and not isinstance(value, bool):
+                self.problems.add(
+                    "not a truth value", where=f"{where}: {key}", expected="true or false",
+                    found=quoted(str(value)),
+                )  # fmt: skip
+        start = self.settings.get("init_lora_weights")
+        if (start.lower() if isinstance(start, str) else start) not in _PLAIN_INITIALISATIONS:
+            self.problems.add(
+                "the training of this adapter began with other matrices than the model's",
+                where=f"{where}: init_lora_weights", found=quoted(str(start)),
+                expected="true, false, gaussian, eva, orthogonal or mica",
+                hint="write it as a plain LoRA first: save_pretrained of PEFT with "
+                "path_initial_model_for_weight_conversion",
+            )  # fmt: skip
+
+    @cached_property
+    def _alphas(self) -> Mapping[str, object]:
+        """The scales by patterns of modules."""
+        stated = self.settings.get(_ALPHAS)
+        return stated if isinstance(stated, Mapping) else {}
+
+    @cached_property
+    def _alpha_patterns(self) -> list[Pattern]:
+        """The patterns of modules with scales of their own; the first that matches counts."""
+        where = f"{self.path / ADAPTER_CONFIG}: {_ALPHAS}"
+        if self.settings.get(_ALPHAS) is not None and not isinstance(
+            self.settings[_ALPHAS], Mapping
+        ):
+            self.problems.add("not an object", where=where, expected="numbers by patterns",
+                              found=describe(self.settings[_ALPHAS]))  # fmt: skip
+        if len(self._alphas) > _MOST_PATTERNS:
+            self.problems.add("too many patterns", where=where, expected=f"{_MOST_PATTERNS:,}",
+                              found=f"{len(self._alphas):,}")  # fmt: skip
+            return []
+        patterns = []
+        for text in self._alphas:
+            try:
+                patterns.append(parse_pattern(text))
+            except UnsupportedPattern as error:
+                self.problems.add(
+                    f"moecc does not match the pattern {quoted(text)}", where=where,
+                    expected="names, dots, classes, groups, and repetitions that are not nested",
+                    found=str(error), hint=_MERGE_WITH_PEFT,
+                )  # fmt: skip
+        return patterns
+
+    def _add_whole(self, name: str) -> None:
+        tensor = (
+            _without_prefix(name).replace(".modules_to_save.", ".").replace(".base_layer.", ".")
+        )
+        known = self.base.tensors.get(tensor)
+        if known is None:
+            self._unknown(tensor, name)
+        elif known.shape != self.tensors[name].shape:
+            self._misshapen(name, str(known.shape), str(self.tensors[name].shape))
+        else:
+            self.whole[tensor] = name
+
+    def _add_pair(self, module: str, parts: Mapping[str, str]) -> None:
+        is_table = any(kind.endswith("t") for kind in parts)
+        first, second = (parts.get(letter + "t" * is_table) for letter in "AB")
+        tensor = f"{module}.weight"
+        known = self.base.tensors.get(tensor)
+        if first is None or second is None:
+            self.problems.add(
+                "an adapter's matrix lacks its partner", where=f"{self.path}: {module}",
+                expected="lora_A and lora_B", found=", ".join(parts.values()),
+            )  # fmt: skip
+            return
+        if known is None:
+            self._unknown(tensor, first)
+            return
+        shapes = self.tensors[first].shape, self.tensors[second].shape
+        is_gpt2 = self.base.config.get("model_type") == "gpt2"
+        is_turned = is_table or (is_gpt2 and _INPUTS_FIRST.fullmatch(module) is not None)
+        if not is_turned and not is_gpt2 and self.settings.get("fan_in_fan_out") is True:
+            if len(set(known.shape)) == 1:
+                self.problems.add(
+                    "the matrix is square: its shape does not tell whether inputs come first",
+                    where=f"{self.path / ADAPTER_CONFIG}: fan_in_fan_out", expected="false",
+                    found=f"true, and {quoted(tensor)} of {known.shape}",
+                    hint="set it to false: PEFT turns no matrix of a linear layer",
+                )  # fmt: skip
+                return
+            is_turned = True
+        made = _product_shape(*shapes, is_turned=is_turned)
+        if made != known.shape:
+            found = f"{shapes[1]} times {shapes[0]}"
+            self._misshapen(tensor, f"a product of shape {known.shape}", found)
+            return
+        scale = self._scale(module, shapes[0][0])
+        if scale is not None:
+            self.deltas[tensor] = _Delta(first, second, scale, is_turned)
+
+    def _scale(self, module: str, rank: int) -> float | None:
+        """Return s: alpha / rank, or / √rank where it is stabilised (Kalajdzievski 2023)."""
+        key = next((p.text for p in self._alpha_patterns if p.matches(module)), None)
+        alpha = self._alphas[key] if key is not None else self.settings.get("lora_alpha")
+        if not _is_finite(alpha):
+            where = f"{self.path / ADAPTER_CONFIG}: {'lora_alpha' if key is None else _ALPHAS}"
+            self.problems.add("not a usable number", where=where, expected="a finite number",
+                              found=describe(alpha))  # fmt: skip
+            return None
+        return alpha / (sqrt(rank) if self.settings.get("use_rslora") is True else rank)
+
+    def _unknown(self, tensor: str, name: str) -> None:
+        self.problems.add(
+            "the adapter is for a module that the model does not have",
+            where=f"{self.path}: {quoted(name)}",
+            expected=f"{quoted(tensor)} in {self.base.path}",
+            hint=nearest(tensor, _similar(self.base.tensors, tensor)),
+        )
+
+    def _misshapen(self, name: str, expected: str, found: str) -> None:
+        self.problems.add(
+            "the adapter does not suit the model's shapes", where=f"{self.path}: {quoted(name)}",
+            expected=expected, found=found, hint="it is of another model, or of another size",
+        )  # fmt: skip
+
+
+def _without_prefix(name: str) -> str:
+    return name.removeprefix(_PREFIX).replace(".default.", ".")
+
+
+def _product_shape(
+    first: tuple[int, ...], second: tuple[int, ...], *, is_turned: bool
+) -> tuple[int, ...] | None:
+    """Return the shape of what an adapter adds to a matrix, None if the two do not match."""
+    if len(first) != 2 or len(second) != 2 or first[0] != second[1] or first[0] == 0:
+        return None
+    return (first[1], second[0]) if is_turned else (second[0], first[1])
+
+
+def _is_finite(value: object) -> TypeGuard[float]:
+    """Return whether a JSON value is a number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _similar(names: Iterable[str], name: str) -> list[str]:
+    # Comparing with every name of a large model would take seconds.
+    return [known for known in names if abs(len(known) - len(name)) <= 4][:2000]
+
+
+# A checkpoint with others beside it: models of the same architecture, and statistics, by name.
+
+
+class SeveralCheckpoints(Closing):
+    """A base and its branches as one; see `moecc.formats.source.Checkpoint`.
+
+    Config and companions are those of the base.  A tensor that a branch stores in another type is
+    read in that of the base, rounded to nearest if that is narrower.
+
+    Attributes:
+      base: the model that the branches stand beside.
+      branches: the others, by name.
+      tables: what has tensors of its own, by name: statistics.
+    """
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        branches: Mapping[str, Checkpoint],
+        tables: Mapping[str, Checkpoint] | None = None,
+    ) -> None:
+        self.base = base
+        self.branches = dict(branches)
+        self.tables = dict(tables or {})
+        self.path: Path = base.path
+        self.format = base.format
+        self.config = base.config
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
+            dict(base.tensors)
+            | {
+                name_in(branch, name): replace(info, dtype=base.tensors[name].dtype)
+                for branch, checkpoint in branches.items()
+                for name, info in checkpoint.tensors.items()
+                if name in base.tensors
+            }
+            | {
+                name_in(table, name): replace(info, name=name_in(table, name))
+                for table, checkpoint in self.tables.items()
+                for name, info in checkpoint.tensors.items()
+            }
+        )
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """Return rows [start, stop) of the first axis of a tensor. Raises: as its checkpoint."""
+        branch, tensor = branch_and_name(name)
+        if branch in self.tables:
+            return self.tables[branch].read(tensor, start, stop)
+        if branch not in self.branches:
+            return self.base.read(name, start, stop)
+        found = self.branches[branch].read(tensor, start, stop)
+        wanted = self.tensors[name].dtype.numpy
+        return found if found.dtype == wanted else found.astype(wanted)
+
+    def companions(self) -> dict[str, Path | bytes]:
+        """Return the files of the base that an export copies."""
+        return self.base.companions()
+
+    def remarks(self) -> list[str]:
+        """Return notes for readers of the result, those of the branches with their name."""
+        found = [*self.base.remarks(), *self._narrowed()]
+        for branch, checkpoint in self.branches.items():
+            found += [f"{branch}: {remark}" for remark in checkpoint.remarks()]
+        return found
+
+    def _narrowed(self) -> list[str]:
+        found = []
+        for branch, checkpoint in self.branches.items():
+            pairs = {
+                (info.dtype.name, self.base.tensors[name].dtype.name)
+                for name, info in checkpoint.tensors.items()
+                if name in self.base.tensors
+                and info.dtype.itemsize_bytes > self.base.tensors[name].dtype.itemsize_bytes
+            }
+            found += [f"{branch} is stored in {a}, and read in {b}" for a, b in sorted(pairs)]
+        return found
+
+    def card(self) -> dict[str, tuple[str, ...]]:
+        """Return what is kept of the base's card."""
+        return self.base.card()
+
+    def files(self) -> list[Path]:
+        """Return the files of all."""
+        return [*self.named_files().values()]
+
+    def named_files(self) -> dict[str, Path]:
+        """Return the files of all by name, those of a branch below its name."""
+        own = {path.name: path for path in self.base.files()}
+        others = {
+            f"{branch}/{path.name}": path
+            for branch, checkpoint in (*self.branches.items(), *self.tables.items())
+            for path in checkpoint.files()
+        }
+        return own | others
+
+    def require_unchanged(self) -> None:
+        """Raise InputError if a file of any changed since it was opened."""
+        for checkpoint in self._all():
+            checkpoint.require_unchanged()
+
+    def close(self) -> None:
+        """Close the files of all."""
+        for checkpoint in self._all():
+            checkpoint.close()
+
+    def _all(self) -> tuple[Checkpoint, ...]:
+        return (self.base, *self.branches.values(), *self.tables.values())
+
+
+def files_of(checkpoint: Checkpoint) -> dict[str, Path]:
+    """Return the files of a checkpoint by name."""
+    if isinstance(checkpoint, SeveralCheckpoints):
+        return checkpoint.named_files()
+    return {path.name: path for path in checkpoint.files()}
+
+
+def other_bases(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the models that adapters say they are of, if those have other names than the base."""
+    branches = checkpoint.branches if isinstance(checkpoint, SeveralCheckpoints) else {}
+    adapters = {n: a for n, a in branches.items() if isinstance(a, AdaptedCheckpoint)}
+    return {n: of for n, a in adapters.items() if (of := a.other_base()) is not None}
+
+
+def branches_of(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return the names of the models beside the base."""
+    return tuple(checkpoint.branches) if isinstance(checkpoint, SeveralCheckpoints) else ()
+
+
+def models_of(checkpoint: Checkpoint) -> dict[str, Checkpoint]:
+    """Return all that one consists of, by name; the first is the base."""
+    if isinstance(checkpoint, SeveralCheckpoints):
+        return {BASE: checkpoint.base, **checkpoint.branches, **checkpoint.tables}
+    return {BASE: checkpoint}

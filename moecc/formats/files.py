@@ -1,0 +1,421 @@
+"""Open and read the files of a checkpoint, treating them as untrusted.
+
+A file is checked with stat before it is opened, so that a FIFO or a device never blocks; it is read
+with pread, never mapped, because a mapped file that shrinks kills the process; and it must be the
+same file after a read as when its header was read.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+
+from moecc.errors import InputError, MachineError, MoeccError, Problem
+from moecc.support.problems import Problems
+
+OPEN_DESCRIPTORS = 16
+READ_BYTES = 64 << 20
+HASH_BYTES = 4 << 20
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Identifies one state of a file.
+
+    The time of the last status change cannot be set back, as that of the last modification can.
+    """
+
+    device: int
+    inode: int
+    size_bytes: int
+    modified_ns: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Identity:
+        """Return the identity in a stat result."""
+        return cls(
+            status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        )
+
+
+def os_problem(error: OSError, path: Path, doing: str = "read") -> MoeccError:
+    """Return the error for a failed system call on a file: InputError or MachineError."""
+    reason = error.strerror or str(error)
+    if error.errno in _ABSENT:
+        return InputError(f"cannot {doing} the file: {reason}", where=str(path))
+    hints = {
+        errno.EACCES: f"give this user the right to {doing} it",
+        errno.ENOSPC: "free some disk space",
+        errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    }
+    hint = hints.get(error.errno or 0)
+    return MachineError(f"cannot {doing} the file: {reason}", where=str(path), hint=hint)
+
+
+def identify(path: Path) -> Identity:
+    """Return the identity of a regular file, without opening it.
+
+    Raises:
+      InputError: there is no such file, or it is a folder, FIFO, device or socket.
+      MachineError: the system denies access.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise os_problem(error, path) from None
+    except ValueError:  # a NUL in the name
+        raise InputError("the name of the file is not usable", where=repr(str(path))) from None
+    _require_regular(status, path)
+    return Identity.of(status)
+
+
+def open_regular(path: Path) -> tuple[int, Identity]:
+    """Open a regular file for reading; return its descriptor and identity. Raises as `identify`."""
+    identify(path)
+    try:
+        # O_NONBLOCK: a FIFO created since the check would otherwise block forever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise os_problem(error, path) from None
+    status = os.fstat(descriptor)
+    try:
+        _require_regular(status, path)
+    except InputError:
+        os.close(descriptor)
+        raise
+    return descriptor, Identity.of(status)
+
+
+def read_into(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
+    """Fill a byte buffer from `offset`.
+
+    Raises:
+      InputError: the file ends too early.
+      MachineError: the system cannot read it.
+    """
+    done = 0
+    while done < len(buffer):
+        try:
+            count = os.preadv(descriptor, [buffer[done : done + READ_BYTES]], offset + done)
+        except OSError as error:
+            raise os_problem(error, path) from None
+        if count == 0:
+            raise InputError(
+                "the file ends in the middle of a read",
+                where=str(path),
+                expected=f"at least {offset + len(buffer):,} bytes",
+                found=f"{offset + done:,} bytes",
+            )
+        done += count
+
+
+def require_unchanged(identities: Mapping[Path, Identity]) -> None:
+    """Raise InputError with all files that are not as they were when they were identified."""
+    problems = Problems()
+    for path, identity in identities.items():
+        try:
+            if identify(path) != identity:
+                problems.extend((_changed(path),))
+        except InputError as error:
+            problems.extend(error.problems)
+    problems.raise_if_any()
+
+
+def _changed(path: Path) -> Problem:
+    return Problem(
+        "the file changed while it was being read",
+        where=str(path),
+        expected="the same file, size and times of change as when it was opened",
+        hint="wait until nothing writes to the checkpoint any more, then start again",
+    )
+
+
+def read_bounded(path: Path, limit_bytes: int) -> bytes:
+    """Read a whole regular file of at most `limit_bytes`. Raises as `identify`."""
+    descriptor, identity = open_regular(path)
+    try:
+        if identity.size_bytes > limit_bytes:
+            raise InputError(
+                "the file is too large for its kind",
+                where=str(path),
+                expected=f"at most {limit_bytes:,} bytes",
+                found=f"{identity.size_bytes:,} bytes",
+            )
+        data = bytearray(identity.size_bytes)
+        read_into(descriptor, memoryview(data), 0, path)
+    finally:
+        os.close(descriptor)
+    return bytes(data)
+
+
+def read_utf8(path: Path, limit_bytes: int, kind: str) -> str:
+    """Read the text of a regular file of at most `limit_bytes`. Raises as `identify`.
+
+    Raises:
+      InputError: it is not UTF-8; `kind` says what should be, ``a recipe``.
+    """
+    try:
+        return read_bounded(path, limit_bytes).decode()
+    except UnicodeDecodeError as error:
+        place = f"{path}: byte {error.start}"
+        raise InputError(f"not text: {kind} is UTF-8", where=place) from None
+
+
+def read_whole(path: Path) -> bytes:
+    """Read a whole regular file, through one descriptor. Raises as `identify`."""
+    return read_bounded(path, sys.maxsize)
+
+
+def has_digest(path: Path, offset: int, nbytes: int, sha256: str) -> bool:
+    """Return whether a part of a file has a digest; False if it cannot be read."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(min(nbytes, HASH_BYTES)))
+    try:
+        descriptor, _ = open_regular(path)
+        try:
+            for done in range(0, nbytes, HASH_BYTES):
+                part = buffer[: min(HASH_BYTES, nbytes - done)]
+                read_into(descriptor, part, offset + done, path)
+                digest.update(part)
+        finally:
+            os.close(descriptor)
+    except MoeccError:
+        return False
+    return digest.hexdigest() == sha256
+
+
+def file_fault(path: Path, root: Path) -> Problem | None:
+    """Return why a file in folder `root` must not be opened, or None.
+
+    It must exist, be a regular file, and be inside the folder once symbolic links are resolved; a
+    Hugging Face cache may link into the ``blobs`` of its own repository.
+    """
+    try:
+        identify(path)
+    except InputError as error:
+        return error.problems[0]
+    return link_fault(path, root)
+
+
+def link_fault(path: Path, root: Path) -> Problem | None:
+    """Return why a path leaves the folder `root` once links are resolved, or None; see above."""
+    real, real_root = Path(os.path.realpath(path)), Path(os.path.realpath(root))
+    if real.is_relative_to(real_root) or real.parent in _own_blobs(real_root):
+        return None
+    return Problem(
+        "the file is a symbolic link that leaves its folder",
+        where=str(path),
+        found=str(real),
+        hint="put the file itself into the folder",
+    )
+
+
+def _own_blobs(real_root: Path) -> list[Path]:
+    """Return the blob folder of the Hugging Face cache that contains a snapshot folder, if any."""
+    return [above.parent / "blobs" for above in real_root.parents if above.name == "snapshots"][:1]
+
+
+class DescriptorPool:
+    """Accesses many files through a bounded number of descriptors; thread-safe.
+
+    Args:
+      limit: how many files may be open while nobody uses them.
+      opener: opens a file; the default is for reading.
+    """
+
+    def __init__(
+        self, limit: int = OPEN_DESCRIPTORS, opener: Callable[[Path], int] | None = None
+    ) -> None:
+        self._limit = limit
+        self._opener = opener or _open_to_read
+        self._lock = threading.Lock()
+        self._open: OrderedDict[Path, int] = OrderedDict()
+        self._users: dict[int, int] = {}
+        self._closed = False
+
+    def read_into(self, path: Path, identity: Identity, buffer: memoryview, offset: int) -> None:
+        """Fill a byte buffer from `offset` of a file, which must still have the given identity.
+
+        Raises:
+          InputError: the file was truncated, changed or replaced since.
+          MachineError: the system cannot read it.
+        """
+        with self.lease(path) as descriptor:
+            try:
+                read_into(descriptor, buffer, offset, path)
+            finally:
+                # Checked after the read, so that a change during it is detected.
+                self._require_same(path, identity, descriptor)
+
+    def close(self) -> None:
+        """Close all descriptors; a read in progress finishes first."""
+        with self._lock:
+            self._closed = True
+            self._shrink(0)
+
+    def _require_same(self, path: Path, identity: Identity, descriptor: int) -> None:
+        if identify(path) == identity == Identity.of(os.fstat(descriptor)):
+            return
+        raise InputError([_changed(path)])
+
+    @contextmanager
+    def lease(self, path: Path) -> Iterator[int]:
+        """Yield a descriptor of a file, which stays open meanwhile. Raises as the opener."""
+        with self._lock:
+            descriptor = self._take(path)
+        try:
+            yield descriptor
+        finally:
+            with self._lock:
+                self._users[descriptor] -= 1
+                self._shrink(0 if self._closed else self._limit)
+
+    def _take(self, path: Path) -> int:
+        if self._closed:
+            raise InputError("the checkpoint is closed", where=str(path), hint="open it again")
+        descriptor = self._open.get(path)
+        if descriptor is None:
+            self._shrink(self._limit - 1)
+            descriptor = self._opener(path)
+            self._open[path] = descriptor
+            self._users[descriptor] = 0
+        self._open.move_to_end(path)
+        self._users[descriptor] += 1
+        return descriptor
+
+    def _shrink(self, limit: int) -> None:
+        """Close the least recently used idle descriptors, down to `limit`."""
+        idle = [path for path, descriptor in self._open.items() if not self._users[descriptor]]
+        for path in idle[: max(0, len(self._open) - limit)]:
+            descriptor = self._open.pop(path)
+            del self._users[descriptor]
+            os.close(descriptor)
+
+
+def _open_to_read(path: Path) -> int:
+    return open_regular(path)[0]
+
+
+def _require_regular(status: os.stat_result, path: Path) -> None:
+    if stat.S_ISREG(status.st_mode):
+        return
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a FIFO",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+        stat.S_IFSOCK: "a socket",
+    }
+    raise InputError(
+        "this is not a regular file",
+        where=str(path),
+        expected="a regular file",
+        found=kinds.get(stat.S_IFMT(status.st_mode), "something else"),
+    )
+
+
+# Detect the actual type of a file from its first bytes, whatever its name.
+
+SNIFFED_BYTES = 512
+
+_CONVERT = (
+    "moecc opens no pickle, because unpickling runs code; convert the model to safetensors "
+    "in a sandbox, with a tool that you trust"
+)
+_FETCH = "the download did not fetch the content; fetch it again"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A type of file: its name, a description for messages, and a way out."""
+
+    name: str
+    text: str
+    hint: str | None = None
+
+
+PICKLE = Kind("pickle", "a Python pickle", _CONVERT)
+ZIP = Kind("zip", "a zip archive (PyTorch's own format is one, with a pickle inside)", _CONVERT)
+LFS = Kind(
+    "lfs", "a Git LFS pointer: three lines of text in place of the file", "run `git lfs pull`"
+)
+HTML = Kind("html", "an HTML page, perhaps an error page of a server", _FETCH)
+
+_MAGIC: tuple[tuple[bytes, Kind], ...] = (
+    (b"GGUF", Kind("GGUF", "a GGUF file", "give the .gguf file itself as the source")),
+    (b"PK\x03\x04", ZIP),
+    (b"PK\x05\x06", ZIP),
+    (b"\x89HDF\r\n\x1a\n", Kind("hdf5", "an HDF5 file (Keras, TensorFlow)", _CONVERT)),
+    (b"\x93NUMPY", Kind("numpy", "a NumPy array file")),
+    (b"version https://git-lfs", LFS),
+    (b"\x1f\x8b", Kind("gzip", "a gzip archive", "unpack it first")),
+    (b"\xfd7zXZ\x00", Kind("xz", "an xz archive", "unpack it first")),
+    (b"\x28\xb5\x2f\xfd", Kind("zstd", "a zstd archive", "unpack it first")),
+)
+_PICKLE_PROTOCOLS = range(2, 6)
+_MARKUP = (b"<!doctype html", b"<html", b"<head", b"<?xml")
+
+
+def sniff(head: bytes) -> Kind | None:
+    """Return the kind of a file that begins with `head`, or None if unknown."""
+    for magic, kind in _MAGIC:
+        if head.startswith(magic):
+            return kind
+    if len(head) >= 2 and head[0] == 0x80 and head[1] in _PICKLE_PROTOCOLS:
+        return PICKLE
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(_MARKUP):
+        return HTML
+    return None
+
+
+def sniff_file(path: Path) -> Kind | None:
+    """Return the kind of a regular file.
+
+    Raises:
+      InputError: there is no such regular file.
+      MachineError: it cannot be read.
+    """
+    descriptor, identity = open_regular(path)
+    try:
+        head = bytearray(min(SNIFFED_BYTES, identity.size_bytes))
+        read_into(descriptor, memoryview(head), 0, path)
+    finally:
+        os.close(descriptor)
+    return sniff(bytes(head))
+
+
+# Limits on untrusted sizes and names, shared by all formats.
+
+MAX_NAME_CHARACTERS = 1024
+
+MAX_SIZE = (1 << 63) - 1
+"""The largest size, offset or number of elements: the range of a signed 64-bit integer."""
+
+
+def name_fault(name: str) -> str | None:
+    """Return the problem of a tensor or file name, or None."""
+    if not name:
+        return "the name is empty"
+    if len(name) > MAX_NAME_CHARACTERS:
+        return f"the name is longer than {MAX_NAME_CHARACTERS:,} characters"
+    if not name.isprintable():
+        return "the name has control or invisible characters"
+    return None
+
+
+def is_recordable(name: str) -> bool:
+    """Whether a manifest allows this file name: printable, and inside the folder everywhere."""
+    path = PureWindowsPath(name)
+    outside = path.drive or path.root or ".." in path.parts or "\\" in name
+    return not (name_fault(name) or outside)

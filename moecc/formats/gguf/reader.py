@@ -1,0 +1,455 @@
+"""Open a GGUF file as a Hugging Face folder: with its names, row order and config.
+
+Quantised blocks are dequantised to float32 when they are read, some rows at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from moecc.errors import InputError, nearest, printable
+from moecc.formats.files import DescriptorPool, require_unchanged
+from moecc.formats.folder import rows_of
+from moecc.formats.gguf.config import SHAPES, GgufShape, Order, Sizes, make_config, read_shape
+from moecc.formats.gguf.encode import Key, Stored
+from moecc.formats.gguf.families import (
+    GGUF_FAMILIES,
+    GGUF_MIXTURES,
+    ROPE_FACTORS,
+    GgufFamily,
+    first_expert,
+    hugging_face_name,
+    is_norm,
+    known_names,
+    turned_projection,
+)
+from moecc.formats.gguf.header import (
+    GgufArray,
+    GgufHeader,
+    StoredTensor,
+    part_count,
+    read_gguf_header,
+)
+from moecc.formats.gguf.storage import BY_NAME, dequantise
+from moecc.formats.gguf.tokenizer import tokenizer_files
+from moecc.formats.source import TensorInfo
+from moecc.support.problems import Problems, describe, quoted
+from moecc.support.process import Closing
+from moecc.support.text import amount, with_article
+from moecc.types import Array
+
+# A model in several GGUF files, as llama-gguf-split writes it.
+#
+# The files are named ``NAME-00001-of-00003.gguf``; the first has the metadata, and each says how
+# many
+# there are (``split.count``) and which one it is (``split.no``, from 0).
+
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf", re.DOTALL)
+_LARGEST = 4096
+
+
+def read_gguf(path: Path) -> GgufHeader:
+    """Read and check the header of a GGUF file; of a part, those of all parts, as one.
+
+    Raises:
+      InputError: with all problems of the headers, and parts that are missing or do not match.
+      MachineError: a file cannot be read.
+    """
+    header = read_gguf_header(path)
+    if part_count(header.metadata) <= 1:
+        return header
+    problems = Problems()
+    parts = list(_parts(header, problems))
+    problems.raise_if_any()
+    return _joined(parts, problems)
+
+
+def _parts(given: GgufHeader, problems: Problems) -> Iterator[GgufHeader]:
+    """Yield the headers of all parts in order, the given one among them."""
+    count = part_count(given.metadata)
+    named = _PART.fullmatch(given.path.name)
+    if named is None or int(named["count"]) != count or count > _LARGEST:
+        raise InputError(
+            "the name is not that of a part of a split model, so the others cannot be found",
+            where=str(given.path),
+            expected=f"NAME-00001-of-{count:05}.gguf, up to {_LARGEST:,} parts",
+            found=f"one of {count:,} parts",
+            hint="name the parts as llama-gguf-split does, or join them with its --merge",
+        )
+    for number in range(count):
+        path = given.path.with_name(f"{named['stem']}-{number + 1:05}-of-{count:05}.gguf")
+        if path == given.path:
+            part = given
+        elif path.exists():
+            part = read_gguf_header(path)
+        else:
+            hint = "a split model is read with all of its parts beside each other"
+            problems.add("a part of the model is missing", where=str(path), hint=hint)
+            continue
+        _check(part, number, count, problems)
+        yield part
+
+
+def _check(part: GgufHeader, number: int, count: int, problems: Problems) -> None:
+    for key, expected in (("split.no", number), ("split.count", count)):
+        found = part.metadata.get(key)
+        if found != expected:
+            problems.add(
+                "the part is not the one that its name says",
+                where=f"{part.path}, metadata key {key!r}",
+                expected=f"{expected}",
+                found=describe(found) if isinstance(found, int | str) else "nothing",
+            )
+
+
+def _joined(parts: list[GgufHeader], problems: Problems) -> GgufHeader:
+    first = parts[0]
+    tensors = dict(first.tensors)
+    for part in parts[1:]:
+        for name, tensor in part.tensors.items():
+            if name in tensors:
+                where = f"{part.path}, tensor {quoted(name)}"
+                found = f"also in {tensors[name].file.name}"
+                problems.add("two parts have this tensor", where=where, found=found)
+            tensors[name] = tensor
+    stated = first.metadata.get("split.tensors.count", len(tensors))
+    if stated != len(tensors):
+        where = f"{first.path}, metadata key 'split.tensors.count'"
+        found = f"{len(tensors):,} in all parts"
+        problems.add("tensors are missing", where=where, expected=f"{stated}", found=found)
+    problems.raise_if_any()
+    others = {part.path: part.identity for part in parts[1:]}
+    return replace(first, tensors=tensors, parts=others)
+
+
+_GUESSES = 20
+_MOST_VALUES = 1000
+_CARD_KEYS = {
+    "license": "license",
+    "license_name": "license.name",
+    "license_link": "license.link",
+    "language": "languages",
+    "datasets": "datasets",
+}
+"""The keys of a model card, and the metadata that say the same."""
+
+
+class GgufFile(Closing):
+    """A checkpoint in a GGUF file; see `moecc.formats.source.Checkpoint`.
+
+    Attributes:
+      metadata: the metadata keys and values of the file.
+    """
+
+    format = "gguf"
+
+    def __init__(
+        self,
+        header: GgufHeader,
+        config: dict[str, object],
+        tensors: dict[str, TensorInfo],
+        pool: DescriptorPool,
+        *,
+        head_dims: Mapping[str, int] | None = None,
+        norms_plus_one: bool = False,
+        orders: Mapping[str, Order] | None = None,
+    ) -> None:
+        self.path = header.path
+        self.config = config
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
+        self.metadata = MappingProxyType(header.metadata)
+        self._identities = header.identities
+        self._spans = header.spans
+        self._head_dims = head_dims or {}
+        self._pool = pool
+        self._norms_plus_one = norms_plus_one
+        self._orders = orders or {}
+        self._turned: tuple[dict[str, bytes], str | None] | None = None
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """Return rows [start, stop) of the first axis of a tensor; thread-safe.
+
+        Raises:
+          InputError: no such tensor, or the file was truncated, changed or replaced since opening.
+          MachineError: the system cannot read it, or the `gguf` package is missing.
+          ValueError: rows beyond the tensor.
+        """
+        info = self._info(name)
+        shape, _ = rows_of(info, start, stop)
+        stop = start + shape[0]
+        if order := self._orders.get(name):
+            stored = replace(info, shape=order.shape(info.shape))
+            return order(self._stored(stored, 0, stored.shape[0]))[start:stop]
+        head_dim = self._head_dims.get(name)
+        if head_dim is None or start == stop:
+            return self._stored(info, start, stop)
+        # The rows of a head are in another order on disk, so whole heads are read.
+        first, last = start // head_dim * head_dim, -(-stop // head_dim) * head_dim
+        heads = halves_from_neighbours(self._stored(info, first, last), head_dim)
+        return np.ascontiguousarray(heads[start - first : stop - first])
+
+    def companions(self) -> dict[str, Path | bytes]:
+        """Return the tokenizer and generation config, translated from the metadata.
+
+        Without a tokenizer the result is empty, and `remarks` has the reason.
+
+        Raises:
+          MachineError: the file cannot be read.
+        """
+        return dict(self._tokenizer()[0])
+
+    def remarks(self) -> list[str]:
+        """Return notes on what this file lost or could not provide. Raises as `companions`."""
+        remarks = []
+        stored = Counter(info.storage for info in self.tensors.values() if info.storage)
+        if stored:
+            kinds = ", ".join(
+                f"{amount(count, 'tensor')} in {name}" for name, count in stored.most_common()
+            )
+            remarks.append(f"the weights were quantised, which lost precision: {kinds}")
+        reason = self._tokenizer()[1]
+        if reason is not None:
+            remarks.append(f"no tokenizer could be made from this file: {reason}")
+        return remarks
+
+    def stored_keys(self, prefix: str) -> list[Key]:
+        """Return the keys that begin with `prefix`, their values as they stand in the file.
+
+        Raises:
+          InputError: the file was truncated, changed or replaced since opening.
+          MachineError: the system cannot read it.
+        """
+        keys = []
+        for name, (begin, end) in self._spans.items():
+            if name.startswith(prefix):
+                raw = bytearray(end - begin)
+                self._pool.read_into(self.path, self._identities[self.path], memoryview(raw), begin)
+                keys.append(Key(name, Stored(bytes(raw))))
+        return keys
+
+    def card(self) -> dict[str, tuple[str, ...]]:
+        """Return licence, language and data sets as the metadata state them."""
+        kept: dict[str, tuple[str, ...]] = {}
+        for key, name in _CARD_KEYS.items():
+            found = self.metadata.get(f"general.{name}")
+            if isinstance(found, str) and found:
+                kept[key] = (found,)
+            elif isinstance(found, GgufArray) and not found.letter and found.count <= _MOST_VALUES:
+                kept[key] = tuple(found.strings())
+        return kept
+
+    def files(self) -> list[Path]:
+        """Return the file itself, or all files of a model in several."""
+        return list(self._identities)
+
+    def require_unchanged(self) -> None:
+        """Raise InputError if the file changed since it was opened."""
+        require_unchanged(self._identities)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._pool.close()
+
+    def _stored(self, info: TensorInfo, start: int, stop: int) -> Array:
+        """Read rows in file order."""
+        shape, skipped = rows_of(info, start, stop)
+        raw = np.empty(shape[0] * (info.nbytes // info.shape[0]), np.uint8)
+        if raw.size:
+            identity = self._identities[info.file]
+            self._pool.read_into(info.file, identity, raw.data, info.offset + skipped)
+        if not info.storage:
+            values: Array = raw.view(info.dtype.numpy).reshape(shape)
+            is_more = self._norms_plus_one and is_norm(info.name)
+            return values - np.ones((), values.dtype) if is_more else values
+        return dequantise(raw, BY_NAME[info.storage]).reshape(shape)
+
+    def _info(self, name: str) -> TensorInfo:
+        info = self.tensors.get(name)
+        if info is None:
+            hint = nearest(name, islice(self.tensors, 2000))
+            raise InputError(f"there is no tensor {quoted(name)}", where=str(self.path), hint=hint)
+        return info
+
+    def _tokenizer(self) -> tuple[dict[str, bytes], str | None]:
+        if self._turned is None:
+            rows = self.config["vocab_size"]
+            length = self.config.get("max_position_embeddings", self.config.get("n_positions"))
+            assert isinstance(rows, int), "a size"
+            assert isinstance(length, int), "a size"
+            try:
+                self._turned = tokenizer_files(self.metadata, rows, length), None
+            except InputError as error:
+                self._turned = {}, str(error.problems[0]).replace("\n ", ";")
+        return self._turned
+
+
+def halves_from_neighbours(rows: Array, head_dim: int) -> Array:
+    """Reorder the rows [heads x head_dim, ...] of a query or key projection.
+
+    In the file the rotary embedding rotates row 2i of a head with row 2i + 1; Hugging Face rotates
+    row i with row i + head_dim / 2.
+    """
+    pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
+    """Open a GGUF file, or any part of a model in several; no weight is read.
+
+    Headers and metadata are checked.
+
+    Raises:
+      InputError: not a GGUF file, an invalid one, or an unsupported model; all problems.
+      MachineError: the system denies access.
+    """
+    header = read_gguf(Path(path))
+    shape = SHAPES.get(str(header.metadata.get("general.architecture")))
+    if shape is not None and first_expert(header.tensors) is None:
+        return _open_shape(header, shape)
+    family = _family(header)
+    problems, pool = Problems(), DescriptorPool()
+    try:
+        names = _names(header, family, problems)
+        divisors = _rotary_divisors(header, pool, problems)
+        config, sizes = make_config(header, family, divisors, problems)
+        head_dims = _head_dims(header, names, family, sizes, problems)
+        _check_divisors(header, divisors, sizes, problems)
+        problems.raise_if_any()
+    except BaseException:
+        pool.close()
+        raise
+    rows = family.experts.rows() if family.experts else ()
+    tensors = {new: _info(header.tensors[old], new, rows) for old, new in names.items()}
+    plus_one = family.norms_plus_one
+    return GgufFile(header, config, tensors, pool, head_dims=head_dims, norms_plus_one=plus_one)
+
+
+def _open_shape(header: GgufHeader, shape: GgufShape) -> GgufFile:
+    """Open a file of one of the architectures that are read only."""
+    problems = Problems()
+    read = read_shape(header, shape, problems)
+    problems.raise_if_any()
+    infos = {new: _info(header.tensors[old], new, ()) for old, new in read.names.items()}
+    for name, order in read.orders.items():
+        infos[name] = replace(infos[name], shape=order.shape(infos[name].shape))
+    return GgufFile(header, read.config, infos, DescriptorPool(), orders=read.orders)
+
+
+def _family(header: GgufHeader) -> GgufFamily:
+    architecture = header.metadata.get("general.architecture")
+    if not isinstance(architecture, str) or not architecture:
+        raise InputError(
+            "the file does not state its architecture",
+            where=f"{header.path}, metadata key 'general.architecture'",
+            expected=f"one of {', '.join((*GGUF_FAMILIES, *SHAPES))}",
+        )
+    experts = header.metadata.get(f"{architecture}.expert_count", 0)
+    sparse = first_expert(header.tensors) is not None or (type(experts) is int and experts > 0)
+    table = GGUF_MIXTURES if sparse else GGUF_FAMILIES
+    if architecture in table:
+        return table[architecture]
+    known = table if sparse else (*table, *SHAPES)
+    raise InputError(
+        f"moecc does not support {'mixtures of ' if sparse else ''}this architecture",
+        where=f"{header.path}, metadata key 'general.architecture'",
+        expected=f"one of {', '.join(known)}",
+        found=printable(architecture[:100]),
+        hint=nearest(architecture[:100], known),
+    )
+
+
+def _names(header: GgufHeader, family: GgufFamily, problems: Problems) -> dict[str, str]:
+    """Return the Hugging Face name of each tensor; unknown tensors go to `problems`."""
+    names: dict[str, str] = {}
+    known, guesses = known_names(family), _GUESSES
+    for name in header.tensors:
+        new = hugging_face_name(name, family)
+        if new is not None:
+            names[name] = new
+        elif name != ROPE_FACTORS:
+            kind = family.model_type if family.experts else f"dense {family.model_type}"
+            what = f"{with_article(kind)} has no tensor {quoted(name)}"
+            # Suggesting the nearest name takes longer than everything else.
+            hint = nearest(name[:100], known) if (guesses := guesses - 1) >= 0 else None
+            problems.add(what, where=str(header.path), hint=hint)
+    return names
+
+
+def _rotary_divisors(header: GgufHeader, pool: DescriptorPool, problems: Problems) -> Array | None:
+    """Read the divisors of the rotary frequencies, ``[head_dim / 2]``."""
+    stored = header.tensors.get(ROPE_FACTORS)
+    if stored is None:
+        return None
+    if stored.storage.name != "F32" or len(stored.shape) > 1 or stored.shape[0] > 1 << 16:
+        where = f"{header.path}, tensor {ROPE_FACTORS!r}"
+        found = f"{list(stored.shape)} in {stored.storage.name}"
+        problems.add("not a vector of divisors", where=where, expected="[d] in F32", found=found)
+        return None
+    raw = np.empty(stored.nbytes, np.uint8)
+    pool.read_into(stored.file, header.identities[stored.file], raw.data, stored.offset)
+    return raw.view(np.float32).astype(np.float64)
+
+
+def _check_divisors(
+    header: GgufHeader, divisors: Array | None, sizes: Sizes, problems: Problems
+) -> None:
+    if divisors is not None and 2 * divisors.size != sizes.head_dim:
+        problems.add(
+            "the number of divisors of the rotary frequencies does not match the head",
+            where=f"{header.path}, tensor {ROPE_FACTORS!r}",
+            expected=f"{sizes.head_dim / 2:g} for heads of width {sizes.head_dim}",
+            found=f"{divisors.size}",
+        )
+
+
+def _head_dims(
+    header: GgufHeader,
+    names: Mapping[str, str],
+    family: GgufFamily,
+    sizes: Sizes,
+    problems: Problems,
+) -> dict[str, int]:
+    """Return the head width of the tensors whose rows are stored in another order."""
+    if not family.pairs_neighbours:
+        return {}
+    head_dims = {}
+    for old, new in names.items():
+        turned = turned_projection(new)
+        if turned is None:
+            continue
+        heads = sizes.heads if turned == "q" else sizes.groups
+        rows = header.tensors[old].shape[0]
+        if rows != heads * sizes.head_dim or sizes.head_dim % 2:
+            problems.add(
+                "the rows are not whole heads of even width",
+                where=f"{header.path}, tensor {quoted(old)}",
+                expected=f"{heads} heads of width {sizes.head_dim}",
+                found=f"{rows:,} rows",
+            )
+        head_dims[new] = sizes.head_dim
+    return head_dims
+
+
+def _info(stored: StoredTensor, name: str, rows: tuple[str, ...]) -> TensorInfo:
+    storage, shape = stored.storage, stored.shape
+    # Some vectors here are matrices of one row in Hugging Face.
+    if len(shape) == 1 and name.endswith(rows):
+        shape = (1, *shape)
+    return TensorInfo(
+        name=name,
+        dtype=storage.dtype,
+        shape=shape,
+        nbytes=stored.nbytes,
+        file=stored.file,
+        offset=stored.offset,
+        storage=storage.name if storage.is_quantised else "",
+    )

@@ -1,0 +1,427 @@
+"""Translate the vocabulary of a GGUF file to the tokenizer files of Hugging Face.
+
+GGUF stores tokens, merges or scores, and a name for the rule that cuts text into words; the rule
+itself is in llama.cpp.  Each name whose rule is known exactly is written as the pre-tokenizer
+of a ``tokenizer.json``; for every other name there is no tokenizer rather than an approximate one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+from moecc.errors import InputError
+from moecc.formats.gguf.header import GgufArray, Value, shown, token_id
+from moecc.support.problems import quoted
+
+# The vocabulary in a GGUF file's metadata, read and checked before use.
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""The types of a token, as numbered by llama.cpp."""
+
+_PREFIX = "tokenizer.ggml."
+# llama.cpp's defaults for missing keys, by the model of the tokenizer.
+_SPECIAL_DEFAULTS: Mapping[str, Mapping[str, int]] = {
+    "llama": {"bos": 1, "eos": 2, "unknown": 0},
+    "gpt2": {},
+}
+BOS_PRE_TOKENIZERS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """A vocabulary.
+
+    Attributes:
+      model: ``gpt2`` (byte-level BPE) or ``llama`` (SentencePiece BPE).
+      pre: how text is cut before the merges, ``smollm``; empty for ``llama``.
+      tokens: the text of each id.
+      types: the type of each id, `NORMAL` to `BYTE`.
+      scores: the score of each id, for ``llama``.
+      merges: pairs that merge, most urgent first, for ``gpt2``.
+      special: ids by ``bos``, ``eos``, ``unknown`` and ``padding``, as far as the file has them.
+      ends: every id that ends a text or a turn, the end of the text first.
+      adds_bos: whether a text begins with the id of ``bos``.
+      adds_eos: whether a text ends with the id of ``eos``.
+      adds_space: whether a space is put before a text, for ``llama``.
+    """
+
+    model: str
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    scores: list[float]
+    merges: list[tuple[str, str]]
+    special: dict[str, int]
+    ends: list[int]
+    adds_bos: bool
+    adds_eos: bool
+    adds_space: bool
+
+    def index(self) -> dict[str, int]:
+        """Return the id of each token, without the padding rows of the embedding."""
+        return {
+            token: number
+            for number, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True))
+            if not (kind == UNUSED and token == f"[PAD{number}]")
+        }
+
+
+def read_vocabulary(metadata: Mapping[str, Value], rows: int) -> Vocabulary:
+    """Read the vocabulary of a model whose embedding has `rows` rows.
+
+    Raises:
+      InputError: the first error that makes it unusable.
+      MachineError: the file cannot be read.
+    """
+    model = _text(metadata, "model")
+    if model not in _SPECIAL_DEFAULTS:
+        expected = f"one of {', '.join(_SPECIAL_DEFAULTS)}"
+        raise _unusable("model", "moecc does not know this kind of tokenizer", expected, model)
+    tokens = _strings(metadata, "tokens")
+    if len(tokens) > rows:
+        raise _unusable("tokens", "more tokens than the embedding", f"{rows:,}", f"{len(tokens):,}")
+    _refuse_duplicates(tokens)
+    special = _special(metadata, _SPECIAL_DEFAULTS[model], len(tokens))
+    pre = _text(metadata, "pre") if model == "gpt2" else ""
+    return Vocabulary(
+        model=model,
+        pre=pre,
+        tokens=tokens,
+        types=_types(metadata, len(tokens)),
+        scores=_numbers(metadata, "scores", len(tokens)) if model == "llama" else [],
+        merges=_merges(metadata, set(tokens)) if model == "gpt2" else [],
+        special={name: number for name, number in special.items() if name in _NAMED},
+        ends=_ends(special),
+        adds_bos=_flag(metadata, "add_bos_token", model == "llama" or pre in BOS_PRE_TOKENIZERS),
+        adds_eos=_flag(metadata, "add_eos_token", False),
+        adds_space=_flag(metadata, "add_space_prefix", model == "llama"),
+    )
+
+
+_NAMED = ("bos", "eos", "unknown", "padding")
+
+
+def _refuse_duplicates(tokens: list[str]) -> None:
+    seen: set[str] = set()
+    for token in tokens:
+        if token in seen:
+            what = f"two ids have the token {quoted(token)}"
+            raise _unusable("tokens", what, "one id each", "a second one")
+        seen.add(token)
+
+
+def _types(metadata: Mapping[str, Value], count: int) -> list[int]:
+    types = _numbers(metadata, "token_type", count)
+    odd = next((kind for kind in types if kind not in range(NORMAL, BYTE + 1)), None)
+    if odd is not None:
+        raise _unusable("token_type", "unknown type of a token", "1 to 6", f"{odd}")
+    return [int(kind) for kind in types]
+
+
+def _special(
+    metadata: Mapping[str, Value], defaults: Mapping[str, int], count: int
+) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for name in (*_NAMED, "eot", "eom"):
+        stated = f"{_PREFIX}{name}_token_id" in metadata
+        number = token_id(metadata, name, count) if stated else defaults.get(name)
+        if number is not None and number < count:
+            found[name] = number
+    return found
+
+
+def _ends(special: Mapping[str, int]) -> list[int]:
+    return list(dict.fromkeys(special[name] for name in ("eos", "eot", "eom") if name in special))
+
+
+def _merges(metadata: Mapping[str, Value], tokens: set[str]) -> list[tuple[str, str]]:
+    merges = []
+    for line in _strings(metadata, "merges"):
+        left, space, right = line.partition(" ")
+        if not space or not {left, right, left + right} <= tokens:
+            expected = "two tokens with a space between, which together are a token"
+            raise _unusable("merges", "not a valid merge", expected, quoted(line))
+        merges.append((left, right))
+    return merges
+
+
+def _text(metadata: Mapping[str, Value], name: str) -> str:
+    value = metadata.get(_PREFIX + name)
+    if isinstance(value, str):
+        return value
+    what = "the file does not state this" if value is None else "not a string"
+    raise _unusable(name, what, "a string", shown(value))
+
+
+def _flag(metadata: Mapping[str, Value], name: str, default: bool) -> bool:
+    value = metadata.get(_PREFIX + name, default)
+    if isinstance(value, bool):
+        return value
+    raise _unusable(name, "neither true nor false", "true or false", shown(value))
+
+
+def _strings(metadata: Mapping[str, Value], name: str) -> list[str]:
+    value = metadata.get(_PREFIX + name)
+    if isinstance(value, GgufArray):
+        return value.strings()
+    raise _unusable(name, "not an array", "an array of strings", shown(value))
+
+
+def _numbers(metadata: Mapping[str, Value], name: str, count: int) -> list[float]:
+    value = metadata.get(_PREFIX + name)
+    if isinstance(value, GgufArray) and value.count == count:
+        numbers: list[float] = value.numbers().tolist()
+        return numbers
+    raise _unusable(name, "not one number a token", f"an array of {count:,} numbers", shown(value))
+
+
+def _unusable(name: str, what: str, expected: str, found: str) -> InputError:
+    return InputError(what, where=_PREFIX + name, expected=expected, found=found)
+
+
+_LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2_WORDS = _LLAMA3_WORDS.replace("{1,3}", "")
+_TEKKEN_WORDS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_GPT2_STEPS = ({"type": "ByteLevel", "use_regex": True},)
+_DIGIT_STEPS = ({"type": "Digits", "individual_digits": True}, *_GPT2_STEPS)
+
+
+def _split(words: str) -> tuple[dict[str, object], ...]:
+    split = {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False}
+    return split, {"type": "ByteLevel", "use_regex": False}
+
+
+PRE_TOKENIZERS: Mapping[str, tuple[dict[str, object], ...]] = {
+    "gpt-2": _GPT2_STEPS,
+    **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell"), _DIGIT_STEPS),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), _split(_LLAMA3_WORDS)),
+    "qwen2": _split(_QWEN2_WORDS),
+    "tekken": _split(_TEKKEN_WORDS),
+}
+# A word that is itself a token is used directly, regardless of the merges.
+WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+SPACE = "\u2581"
+_LONGEST_PIECE = 256
+
+
+def tokenizer_files(
+    metadata: Mapping[str, Value], rows: int, context_length: int
+) -> dict[str, bytes]:
+    """Return tokenizer.json, tokenizer_config.json and generation_config.json.
+
+    Raises:
+      InputError: the reason if there can be none.
+      MachineError: the file cannot be read.
+    """
+    vocabulary = read_vocabulary(metadata, rows)
+    turn = {"gpt2": _byte_level, "llama": _sentence_piece}[vocabulary.model]
+    config = _tokenizer_config(vocabulary, metadata, context_length)
+    return {
+        "tokenizer.json": _json(turn(vocabulary)),
+        "tokenizer_config.json": _json(config, indent=2),
+        "generation_config.json": _json(_generation_config(vocabulary), indent=2),
+    }
+
+
+def _byte_level(vocabulary: Vocabulary) -> dict[str, object]:
+    steps = PRE_TOKENIZERS.get(vocabulary.pre)
+    if steps is None:
+        raise InputError(
+            "moecc does not know how this tokenizer cuts text into words",
+            where="tokenizer.ggml.pre",
+            expected=f"one of {', '.join(PRE_TOKENIZERS)}",
+            found=shown(vocabulary.pre),
+        )
+    return {
+        **_frame(vocabulary),
+        "normalizer": {"type": "NFC"} if vocabulary.pre == "qwen2" else None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {**_BYTE_LEVEL, **step} if step["type"] == "ByteLevel" else step for step in steps
+            ],
+        },
+        "decoder": {**_BYTE_LEVEL, "use_regex": True},
+        "model": {
+            **_MODEL,
+            "ignore_merges": vocabulary.pre in WHOLE_WORDS,
+            "vocab": vocabulary.index(),
+            "merges": vocabulary.merges,
+        },
+    }
+
+
+def _sentence_piece(vocabulary: Vocabulary) -> dict[str, object]:
+    to_marks = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    to_spaces = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    prefix = [{"type": "Prepend", "prepend": SPACE}] if vocabulary.adds_space else []
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+    decoders = [to_spaces, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    unknown = vocabulary.special.get("unknown")
+    return {
+        **_frame(vocabulary),
+        "normalizer": {"type": "Sequence", "normalizers": [*prefix, to_marks]},
+        "pre_tokenizer": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": decoders + (strip if vocabulary.adds_space else []),
+        },
+        "model": {
+            **_MODEL,
+            "unk_token": None if unknown is None else vocabulary.tokens[unknown],
+            "fuse_unk": True,
+            "byte_fallback": vocabulary.types.count(BYTE) == 256,
+            "vocab": vocabulary.index(),
+            "merges": pairs_of_scores(vocabulary.tokens, vocabulary.scores, vocabulary.types),
+        },
+    }
+
+
+_MODEL = {
+    "type": "BPE",
+    "dropout": None,
+    "unk_token": None,
+    "continuing_subword_prefix": None,
+    "end_of_word_suffix": None,
+    "fuse_unk": False,
+    "byte_fallback": False,
+    "ignore_merges": False,
+}
+
+
+def pairs_of_scores(
+    tokens: Sequence[str], scores_of: Sequence[float], types: Sequence[int]
+) -> list[tuple[str, str]]:
+    """Return every pair of pieces whose concatenation is a piece, the best score first.
+
+    SentencePiece merges the two neighbours that yield the piece with the best score (Kudo and
+    Richardson 1808.06226, §3.1), which is equivalent to merges ranked by that score.
+    """
+    columns = zip(tokens, scores_of, types, strict=True)
+    scores = {token: score for token, score, kind in columns if kind == NORMAL}
+    longest = max(map(len, scores), default=0)
+    if longest > _LONGEST_PIECE:
+        raise InputError(
+            "a piece of the vocabulary is too long",
+            where="tokenizer.ggml.tokens",
+            expected=f"at most {_LONGEST_PIECE} characters",
+            found=f"{longest:,}",
+        )
+    ranked = [
+        (-score, -cut, token)
+        for token, score in scores.items()
+        for cut in range(1, len(token))
+        if token[:cut] in scores and token[cut:] in scores
+    ]
+    ranked.sort()
+    return [(token[:-cut], token[-cut:]) for _, cut, token in ranked]
+
+
+def _frame(vocabulary: Vocabulary) -> dict[str, object]:
+    """Return the parts that do not depend on the kind of tokenizer."""
+    added = [
+        {
+            "id": number,
+            "content": vocabulary.tokens[number],
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": kind != USER_DEFINED,
+        }
+        for number, kind in enumerate(vocabulary.types)
+        if kind in (CONTROL, USER_DEFINED, UNKNOWN) and vocabulary.tokens[number]
+    ]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "post_processor": _template(vocabulary),
+    }
+
+
+def _template(vocabulary: Vocabulary) -> dict[str, object] | None:
+    """Return the post-processor that adds the first and last token to a text."""
+    special = vocabulary.special
+    first = [special["bos"]] if vocabulary.adds_bos and "bos" in special else []
+    last = [special["eos"]] if vocabulary.adds_eos and "eos" in special else []
+    if not first and not last:
+        return None
+
+    def text(name: str, kind: int) -> list[dict[str, object]]:
+        def special_tokens(ids: list[int]) -> Iterator[dict[str, object]]:
+            for number in ids:
+                yield {"SpecialToken": {"id": vocabulary.tokens[number], "type_id": kind}}
+
+        sequence: dict[str, object] = {"Sequence": {"id": name, "type_id": kind}}
+        return [*special_tokens(first), sequence, *special_tokens(last)]
+
+    tokens = {vocabulary.tokens[number]: number for number in chain(first, last)}
+    return {
+        "type": "TemplateProcessing",
+        "single": text("A", 0),
+        "pair": text("A", 0) + text("B", 1),
+        "special_tokens": {
+            token: {"id": token, "ids": [number], "tokens": [token]}
+            for token, number in tokens.items()
+        },
+    }
+
+
+def _tokenizer_config(
+    vocabulary: Vocabulary, metadata: Mapping[str, Value], context_length: int
+) -> dict[str, object]:
+    names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+    config: dict[str, object] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": context_length,
+        "clean_up_tokenization_spaces": False,
+        **{
+            f"{short}_token": vocabulary.tokens[vocabulary.special[name]]
+            for name, short in names.items()
+            if name in vocabulary.special
+        },
+    }
+    if (template := _chat_template(metadata)) is not None:
+        config["chat_template"] = template
+    return config
+
+
+def _chat_template(metadata: Mapping[str, Value]) -> str | list[dict[str, str]] | None:
+    """Return the template, or the list of named ones if there are several."""
+    start = "tokenizer.chat_template"
+    named = [
+        {"name": key[len(start) + 1 :], "template": value}
+        for key, value in metadata.items()
+        if key.startswith(f"{start}.") and isinstance(value, str)
+    ]
+    default = metadata.get(start)
+    if not isinstance(default, str):
+        return named or None
+    return [{"name": "default", "template": default}, *named] if named else default
+
+
+def _generation_config(vocabulary: Vocabulary) -> dict[str, object]:
+    ends = vocabulary.ends
+    ids = {
+        "bos_token_id": vocabulary.special.get("bos"),
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": vocabulary.special.get("padding"),
+    }
+    return {name: value for name, value in ids.items() if value is not None}
+
+
+def _json(value: object, indent: int | None = None) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, indent=indent) + "\n").encode()

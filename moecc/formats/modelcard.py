@@ -1,0 +1,312 @@
+"""Write the model card (README.md) of an export.
+
+Nothing is invented: if the source's card states no licence, the new card has none.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moecc.errors import InputError, printable
+from moecc.formats.files import file_fault, read_bounded
+from moecc.support.text import with_article
+
+# What is kept of a source's model card: licence, language, data sets, the model it came from.
+#
+# A card begins with metadata in YAML, of which only plain scalars and lists of them are read.
+
+CARD_NAME = "README.md"
+SCALARS = ("license", "license_name", "license_link")
+LISTS = ("language", "datasets")
+_MAX_CARD_BYTES = 4 << 20
+
+Kept = Mapping[str, tuple[str, ...]]
+"""The values of each key that is kept; a scalar is one value."""
+
+
+def read_card(folder: Path) -> dict[str, tuple[str, ...]]:
+    """Return what is kept of the card of a folder; empty without one."""
+    card = folder / CARD_NAME
+    if not card.is_file() or file_fault(card, folder):
+        return {}
+    try:
+        text = read_bounded(card, _MAX_CARD_BYTES).decode("utf-8")
+    except (InputError, UnicodeDecodeError):
+        return {}  # a card is for people: a broken one does not stop a conversion
+    return front_matter(text)
+
+
+def front_matter(text: str) -> dict[str, tuple[str, ...]]:
+    """Return the values of `SCALARS` and `LISTS` in the front matter of a card."""
+    lines = text.removeprefix("\ufeff").splitlines()
+    if not lines or lines[0].strip() != "---":
+        return {}
+    end = next((i for i, line in enumerate(lines[1:], 1) if line.strip() == "---"), len(lines))
+    found: dict[str, tuple[str, ...]] = {}
+    for at, line in enumerate(lines[1:end], 1):
+        key, colon, value = line.partition(":")
+        if colon and key in (*SCALARS, *LISTS):
+            items = _items(value.strip()) or _listed(lines[at + 1 : end])
+            found[key] = tuple(items[:1] if key in SCALARS else items)
+    return {key: values for key, values in found.items() if values}
+
+
+def _items(text: str) -> list[str]:
+    """Return the members of a value on one line: ``mit``, ``[en, de]``."""
+    if text.startswith("[") and text.endswith("]"):
+        return [item for part in text[1:-1].split(",") if (item := _unquoted(part.strip()))]
+    item = _unquoted(text)
+    return [item] if item else []
+
+
+def _listed(lines: Sequence[str]) -> list[str]:
+    """Return the items of a list that begins on the next line."""
+    items = []
+    for line in lines:
+        if not line.strip().startswith("- "):
+            break
+        items.append(_unquoted(line.strip().removeprefix("- ").strip()))
+    return [item for item in items if item]
+
+
+def _unquoted(item: str) -> str:
+    if len(item) >= 2 and item[0] == item[-1] and item[0] in "'\"":
+        return item[1:-1]
+    return item.split(" #")[0].strip()
+
+
+GENERATION = "text-generation"
+"""The Hub's task of a decoder-only model."""
+
+TAGS = ("moe", "upcycled", "moecc")
+"""The Hub's tags of a mixture of experts; of a dense model it is the last alone."""
+
+_PLAIN_SCALAR = re.compile(r"[A-Za-z][A-Za-z0-9._/-]*")
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """The content of a model card.
+
+    Attributes:
+      title: the name of the output.
+      family_from: the family of the source.
+      family_to: the family that was written.
+      command: the command that made it, with every option that decides the result.
+      receipt: what was promised, what was measured, what runs it; a line each.
+      dtype: the element type that was written.
+      parameters: the number of parameters.
+      active_parameters: the number of parameters used per token.
+      moecc_version: the version that wrote it.
+      task: the Hub's pipeline tag, if there is one.
+      auto_class: the transformers class that loads it; None if only moecc does.
+      is_sparse: whether the output has experts.
+      base_model: the source on the Hub, if known.
+      relation: what the output is of it, in the Hub's words.
+      kept: what is kept of the source's card.
+      engines: a row for each engine: name and version, whether it runs the model, why not.
+      serving: what else to know about serving it.
+      training: how to train it on.
+      file: the GGUF file in the folder, if it is one.
+      digests: SHA-256 of the weight files or the source's, by name.
+      notes: remarks for readers, e.g. that the source was quantised.
+      story: where the source was trained, how it came about, a sentence a stage.
+    """
+
+    title: str
+    family_from: str
+    family_to: str
+    command: str
+    receipt: tuple[str, ...]
+    dtype: str
+    parameters: int
+    active_parameters: int
+    moecc_version: str
+    task: str | None = GENERATION
+    auto_class: str | None = "AutoModelForCausalLM"
+    is_sparse: bool = True
+    base_model: str | None = None
+    relation: str = "finetune"
+    kept: Kept = field(default_factory=dict)
+    engines: tuple[tuple[str, bool, str], ...] = ()
+    serving: str = ""
+    training: str = ""
+    file: str = ""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    story: tuple[str, ...] = ()
+
+
+def model_card(facts: CardFacts) -> str:
+    """Return the text of README.md."""
+    parts = [
+        _front_matter(facts),
+        f"# {_escape(facts.title)}",
+        _summary(facts),
+        _notes(facts),
+        "## Load it",
+        _snippet(facts),
+        *_engines(facts),
+        *(["## Train it on", facts.training] if facts.training else []),
+        "## How it was made",
+        "\n".join(f"{n}. {_escape(line)}" for n, line in enumerate(facts.story, 1)),
+        _recipe(facts),
+        _digests(facts),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def hub_repository(path: Path) -> str | None:
+    """Return the ``owner/name`` of a folder in the Hugging Face cache, or None elsewhere."""
+    for above in path.absolute().parents:
+        owner_and_name = above.name.removeprefix("models--").split("--")
+        if above.name.startswith("models--") and len(owner_and_name) <= 2:
+            return "/".join(owner_and_name)
+    return None
+
+
+def _scalar(value: str) -> str:
+    """Print a YAML scalar, quoted unless it is plainly a word (JSON strings are YAML)."""
+    plain = _PLAIN_SCALAR.fullmatch(value) and value.lower() not in ("true", "false", "null", "no")
+    return value if plain else json.dumps(value)
+
+
+def _front_matter(facts: CardFacts) -> str:
+    lines = ["---"]
+    lines += [f"{key}: {_scalar(facts.kept[key][0])}" for key in SCALARS if key in facts.kept]
+    for key in (key for key in LISTS if key in facts.kept):
+        lines += [f"{key}:", *(f"- {_scalar(value)}" for value in facts.kept[key])]
+    if facts.base_model:
+        lines += ["base_model:", f"- {_scalar(facts.base_model)}"]
+        lines += [f"base_model_relation: {facts.relation}"]
+    library = "gguf" if facts.file else "transformers" if facts.auto_class else "moecc"
+    lines += [f"library_name: {library}"]
+    lines += [f"pipeline_tag: {facts.task}"] if facts.task else []
+    tags = TAGS if facts.is_sparse else TAGS[-1:]
+    lines += ["tags:", *(f"- {tag}" for tag in tags), "---"]
+    return "\n".join(lines)
+
+
+def _summary(facts: CardFacts) -> str:
+    base = (
+        f"`{_code(facts.base_model)}`"
+        if facts.base_model
+        else f"{with_article(facts.family_from)} model"
+    )
+    kind = "A sparse mixture of experts" if facts.is_sparse else "A dense model"
+    after = (
+        "It was trained, and then converted: its history is below."
+        if facts.story
+        else "It was converted, not trained further."
+    )
+    return (
+        f"{kind} in the `{facts.family_to}` layout, made from {base} "
+        f"(`{facts.family_from}`) with moecc {facts.moecc_version}. {after}\n\n"
+        f"- Parameters: {facts.parameters:,}, of which a token meets "
+        f"{facts.active_parameters:,}\n"
+        f"- Element type: {facts.dtype}\n"
+        + "\n".join(f"- {_escape(line)}" for line in facts.receipt)
+    )
+
+
+def _notes(facts: CardFacts) -> str:
+    return "\n".join(f"- {_escape(note)}" for note in facts.notes)
+
+
+def _engines(facts: CardFacts) -> list[str]:
+    """Return the section on engines: a table, and what else is to be known."""
+    if not facts.engines and not facts.serving:
+        return []
+    rows = [
+        f"| {_escape(name)} | {'yes' if runs else 'no'} | {_escape(why)} |"
+        for name, runs, why in facts.engines
+    ]
+    table = ["\n".join(["| engine | runs it | |", "|---|---|---|", *rows])] if rows else []
+    return ["## Serve it", *table, *([_escape(facts.serving)] if facts.serving else [])]
+
+
+def _snippet(facts: CardFacts) -> str:
+    if facts.file:
+        return f'```\nllama-cli -m {facts.file} -p "Once upon a time" -n 20\n```'
+    if facts.auto_class is not None:
+        lines = _with_transformers(facts)
+    elif facts.task == GENERATION:
+        lines = _generating(facts)
+    else:
+        lines = _running(facts)
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _folder(facts: CardFacts) -> str:
+    return f"folder = {json.dumps(facts.title)}  # where these files are"
+
+
+def _with_transformers(facts: CardFacts) -> list[str]:
+    lines = [
+        f"from transformers import {facts.auto_class}, AutoTokenizer",
+        "",
+        _folder(facts),
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        f'model = {facts.auto_class}.from_pretrained(folder, dtype="auto")',
+    ]
+    if facts.task != GENERATION:
+        return lines
+    return [
+        *lines,
+        'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",
+    ]
+
+
+def _generating(facts: CardFacts) -> list[str]:
+    return [
+        "from moecc.tasks.generate import generate",
+        "from moecc.model.open import open_model",
+        "",
+        _folder(facts),
+        "with open_model(folder) as model:",
+        '    print(generate(model, "Once upon a time", 20))',
+    ]
+
+
+def _running(facts: CardFacts) -> list[str]:
+    return [
+        "from moecc.backend import get_backend",
+        "from moecc.model.inputs import default_inputs",
+        "from moecc.model.open import open_model",
+        "",
+        _folder(facts),
+        "with open_model(folder) as model:",
+        '    program = get_backend("xla").compile(model.graph)',
+        "    inputs = default_inputs(model.graph)  # random ones",
+        "    outputs = program.run(model.params(), inputs)",
+        "print({name: array.shape for name, array in outputs.items()})",
+    ]
+
+
+def _recipe(facts: CardFacts) -> str:
+    return (
+        f"```\n{_code(facts.command)}\n```\n\n"
+        "`moecc verify` compares every tensor with `moecc_manifest.json`."
+    )
+
+
+def _digests(facts: CardFacts) -> str:
+    if not facts.digests:
+        return ""
+    rows = [f"| `{_code(name)}` | `{digest}` |" for name, digest in facts.digests.items()]
+    return "\n".join(["| file | sha256 |", "|---|---|", *rows])
+
+
+def _escape(text: str) -> str:
+    """Escape untrusted text for Markdown: one line, no markup, no control characters."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", printable(text, 1000))
+
+
+def _code(text: str) -> str:
+    """Escape untrusted text for use between backticks."""
+    return printable(text, 1000).replace("`", "'").replace("|", "\\|")

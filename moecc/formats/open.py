@@ -1,0 +1,197 @@
+"""Open a checkpoint of any format: the only module that knows all formats."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from pathlib import Path
+
+from moecc.errors import InputError, MachineError, UsageError, nearest, printable
+from moecc.formats.files import os_problem, sniff_file
+from moecc.formats.folder import CONFIG_NAME, open_folder
+from moecc.formats.gguf.storage import FILE_NAME
+from moecc.formats.source import Checkpoint
+
+# Models of the Hugging Face hub, through the package huggingface_hub where it is installed.
+#
+# ``hf:ORG/NAME`` or ``hf:ORG/NAME@REVISION`` is fetched; a plain ``ORG/NAME`` that is no folder
+# is
+# only looked up in the cache, so that a mistyped path asks nobody.
+
+PREFIX = "hf:"
+FETCHED = (
+    "*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt", "*.tiktoken",
+    "LICENSE*", "NOTICE*", "README.md",
+)  # fmt: skip
+"""The files that moecc reads or copies; pickles and code are not fetched."""
+
+_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
+
+def is_model_id(source: str) -> bool:
+    """Whether `source` may be the id of a model of the hub."""
+    return _MODEL.fullmatch(source) is not None
+
+
+def cached(source: str) -> Path | None:
+    """Return the folder of the model ``ORG/NAME`` in the cache of the hub, or None.
+
+    Nothing is fetched; without huggingface_hub there is no cache.
+    """
+    if not is_model_id(source):
+        return None
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(source, local_files_only=True))
+    except ImportError:
+        return None
+    except Exception:  # what it raises for a model that is not there differs between versions
+        return None
+
+
+def fetch(source: str) -> Path:
+    """Return the folder of ``hf:ORG/NAME[@REVISION]``, after fetching what is not in the cache.
+
+    Raises:
+      UsageError: it is not such a name.
+      MachineError: huggingface_hub is not installed, or the hub does not give the model.
+    """
+    name, _, revision = source.removeprefix(PREFIX).partition("@")
+    if not is_model_id(name):
+        raise UsageError(
+            "not the name of a model of the hub",
+            expected="hf:ORG/NAME, or hf:ORG/NAME@REVISION",
+            found=printable(source),
+        )
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise MachineError(
+            "models of the hub need a package that is missing",
+            where=source,
+            hint="pip install huggingface_hub; or fetch the folder otherwise, and give its path",
+        ) from None
+    try:
+        return Path(
+            snapshot_download(name, revision=revision or None, allow_patterns=list(FETCHED))
+        )
+    except Exception as error:  # of its own kinds, of HTTP libraries and of the system
+        first = str(error).strip().split("\n")[0]
+        raise MachineError(
+            "the hub does not give the model", where=source,
+            found=printable(f"{type(error).__name__}: {first}"),
+            hint="is the name right, and the hub reachable; is a token needed (hf auth login)?",
+        ) from None  # fmt: skip
+
+
+def open_checkpoint(path: str | os.PathLike[str], *, needs_config: bool = True) -> Checkpoint:
+    """Open a folder of safetensors, a ``.gguf`` file, a JAX checkpoint, or a model of the hub.
+
+    Headers and configs are checked; no weight is read.  Quantised matrices are dequantised later.
+
+    Args:
+      path: the folder or file, or ``hf:ORG/NAME``.
+      needs_config: whether a folder without ``config.json`` is an error.
+
+    Raises:
+      InputError: not a checkpoint, or an invalid one; all problems at once.
+      MachineError: the system denies access.
+    """
+    if str(path).startswith(PREFIX):
+        return _open_folder(fetch(str(path)), needs_config)
+    source = Path(path)
+    try:
+        mode = os.stat(source).st_mode
+    except FileNotFoundError:
+        if folder := cached(str(path)):
+            return _open_folder(folder, needs_config)
+        raise missing_place(source) from None
+    except OSError as error:
+        raise os_problem(error, source) from None
+    except ValueError:
+        raise InputError("the path is not usable", where=printable(str(source))) from None
+    if stat.S_ISDIR(mode):
+        file = source / FILE_NAME
+        # A folder that moecc filled with a GGUF file has no config.json.
+        if file.is_file() and not (source / CONFIG_NAME).exists():
+            return _open_file(file)
+        return _open_folder(source, needs_config)
+    return _open_file(source)
+
+
+def _open_folder(source: Path, needs_config: bool) -> Checkpoint:
+    if place := _tree_in(source):
+        from moecc.formats.trees.checkpoint import open_tree
+
+        return open_tree(source, place, needs_config=needs_config)
+    folder = open_folder(source, needs_config=needs_config)
+    if folder.config.get("quantization_config") is None:
+        return folder
+    # Rare, as GGUF is.
+    from moecc.formats.quantised import open_quantised
+
+    try:
+        return open_quantised(folder)
+    except BaseException:
+        folder.close()
+        raise
+
+
+def _tree_in(source: Path) -> Path | None:
+    """Return the folder of a tree of arrays in `source`, a checkpoint of Orbax or T5X."""
+    try:
+        names = os.listdir(source)
+    except OSError as error:
+        raise os_problem(error, source) from None
+    if any(name.endswith((".safetensors", ".gguf")) for name in names):
+        return None
+    from moecc.formats.trees.arrays import find_tree
+
+    return find_tree(source)
+
+
+def _open_file(source: Path) -> Checkpoint:
+    kind = sniff_file(source)
+    if kind is not None and kind.name == "GGUF":
+        # GGUF models are rare, and its reader is half of this package.
+        from moecc.formats.gguf.reader import open_gguf
+
+        return open_gguf(source)
+    if source.suffix == ".gguf":
+        found = kind.text if kind else "a file that does not begin with the letters GGUF"
+        raise InputError("this is not a GGUF file", where=str(source), found=found)
+    if kind is None and source.suffix in (".safetensors", ".json"):
+        raise InputError(
+            "a checkpoint is a folder, not one file of it",
+            where=str(source),
+            expected="the folder with config.json and the weights",
+            hint=f"give {str(source.parent)!r} instead",
+        )
+    raise InputError(
+        "this is not a checkpoint",
+        where=str(source),
+        expected="a folder with config.json and *.safetensors, or a .gguf file",
+        found=kind.text if kind else "a file of a kind that moecc does not know",
+        hint=kind.hint if kind else None,
+    )
+
+
+def missing_place(source: Path) -> InputError:
+    """Return the error that nothing is at `source`, with the nearest name there."""
+    if os.path.lexists(source):
+        return InputError("this is a symbolic link to nothing", where=str(source))
+    parent = source.parent
+    if parent.is_dir():
+        neighbours = sorted(os.listdir(parent))[:10_000]
+        hint = nearest(source.name, neighbours)
+        return InputError("there is no such file or folder", where=str(source), hint=hint)
+    name = source.as_posix()
+    return InputError(
+        "there is no such file or folder",
+        where=str(source),
+        hint=f"{PREFIX}{name} fetches the model of that name from the hub"
+        if is_model_id(name)
+        else f"the folder {str(parent)!r} does not exist either",
+    )

@@ -1,0 +1,354 @@
+"""A checkpoint of a JAX program: by its arrays' own names, or as Hugging Face has the model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from pathlib import Path as _CheckpointPath
+from types import MappingProxyType
+
+import numpy as np
+
+from moecc.errors import InputError, nearest
+from moecc.formats.files import Identity, identify, require_unchanged
+from moecc.formats.folder import CONFIG_NAME, MAX_CONFIG_BYTES, find_companions, rows_of
+from moecc.formats.jsonfile import read_json_object
+from moecc.formats.modelcard import read_card
+from moecc.formats.source import TensorInfo
+from moecc.formats.trees.arrays import METADATA, Piece, Tree, open_orbax
+from moecc.formats.trees.maxtext import MARKS as MAXTEXT_MARKS
+from moecc.formats.trees.maxtext import maxtext_pieces
+from moecc.formats.trees.t5x import MARKS as T5_MARKS
+from moecc.formats.trees.t5x import open_t5x, t5_config, t5_pieces
+from moecc.support.problems import Problems, quoted
+from moecc.support.process import Closing
+from moecc.types import DTYPES, Array, DType, TensorType
+
+# The moments of an optimiser in a tree of arrays, by the tensors of the model that they are of.
+#
+# optax keeps a tree of the model's shape for each kind of moment (``mu``, ``nu``, and Adafactor's
+# ``v_row``, ``v_col``, ``v``), T5X the kinds below each array (``m``, ``v``, ``v_row``,
+# ``v_col``,
+# and ``grad_ema``, ``grad_sq_ema`` of Adam).  Factors lack one axis of their array: of two, the
+# row
+# factor lacks the larger, the second of equal ones (``adafactor.py`` of t5x, ``factorized.py`` of
+# optax); of arrays with experts or layers besides, T5X averages rows over all but the model's
+# width.
+
+FIRST, SECOND, ROW, COLUMN = "m", "v", "v_row", "v_col"
+"""Kinds of moments, as `moecc.train.settings` has them."""
+
+_TREES = {"mu": FIRST, "nu": SECOND, "v": SECOND, "v_row": ROW, "v_col": COLUMN}
+"""Trees of optax, by kind."""
+_LEAVES = {
+    "m": FIRST, "v": SECOND, "v_row": ROW, "v_col": COLUMN,
+    "grad_ema": FIRST, "grad_sq_ema": SECOND,
+}  # fmt: skip
+"""What T5X has below an array, by kind."""
+
+Path = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SavedMoment:
+    """A moment of a tensor.
+
+    Attributes:
+      piece: where it is.
+      axes: which axes of the tensor it has, 0 for its rows, 1 for its columns.
+    """
+
+    piece: Piece
+    axes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SavedMoments:
+    """The moments of an optimiser.
+
+    Attributes:
+      optimizer: ``adamw`` or ``adafactor``.
+      count: the updates that they are made of.
+      of: the moments by kind and name of the tensor.
+    """
+
+    optimizer: str
+    count: int
+    of: Mapping[str, Mapping[str, SavedMoment]]
+
+
+def find_moments(tree: Tree, arrays: Mapping[Path, str], pieces: Mapping[str, Piece]) -> (
+    SavedMoments | None
+):  # fmt: skip
+    """Return the moments in a tree, or None if there are none.
+
+    Args:
+      tree: the tree.
+      arrays: the arrays of the model, by their paths within it.
+      pieces: the tensors of the model.
+    """
+    keys: dict[str, dict[str, str]] = {}
+    places: set[Path] = set()
+    for path, key in tree.keys.items():
+        for kind, inside, before in _readings(path):
+            if inside in arrays and key != arrays[inside]:
+                keys.setdefault(kind, {})[arrays[inside]] = key
+                places.add(before)
+    found = {
+        kind: {n: m for n, p in pieces.items() if (m := _moment(tree, kind, p, of))}
+        for kind, of in keys.items()
+    }
+    found = {kind: of for kind, of in found.items() if of}
+    if not found:
+        return None
+    optimizer = "adafactor" if FIRST not in found or ROW in found else "adamw"
+    return SavedMoments(optimizer, _count(tree, places), found)
+
+
+def _readings(path: Path) -> Iterator[tuple[str, Path, Path]]:
+    """Yield the kinds of moment that a path may be of: kind, array, and what is before it."""
+    # Programs on NNX keep an array below its variable.
+    path = path[:-1] if path[-1] == "value" else path
+    last = path[-1]
+    if last in _LEAVES and "param_states" in path:
+        at = path.index("param_states")
+        yield _LEAVES[last], path[at + 1 : -1], path[:at]
+    for at, word in enumerate(path[:-1]):
+        if word in _TREES:
+            inside = path[at + 1 :]
+            while inside[0] == "params" and len(inside) > 1:
+                inside = inside[1:]
+            yield _TREES[word], inside, path[:at]
+
+
+def _count(tree: Tree, places: set[Path]) -> int:
+    """Return the number of updates, which is beside the moments; else that of steps."""
+    beside = [(*place, word) for place in sorted(places) for word in ("count", "step")]
+    for path in (*beside, ("state", "step"), ("step",)):
+        if path in tree.keys and not tree.arrays.shape(tree.keys[path]):
+            return int(np.asarray(tree.arrays.read_box(tree.keys[path], ())))
+    return 0
+
+
+def _moment(tree: Tree, kind: str, piece: Piece, of: Mapping[str, str]) -> SavedMoment | None:
+    """Return the moment of a tensor; None where a zero keeps its place, or nothing does."""
+    key = of.get(piece.key)
+    if key is None:
+        return None
+    shape, found = tree.arrays.shape(piece.key), tree.arrays.shape(key)
+    if found == shape and kind in (FIRST, SECOND):
+        # A gradient is divided by what its weight is multiplied by.
+        scale = piece.scale ** (-1 if kind == FIRST else -2)
+        return SavedMoment(replace(piece, key=key, scale=scale), (0, 1) if piece.columns else (0,))
+    if kind not in (ROW, COLUMN) or len(piece.rows) != 1 or len(piece.columns) != 1:
+        return None
+    gone = _gone(kind, piece, shape, found)
+    if gone is None or piece.limit is not None:
+        return None
+    left = next(axis for axis in (*piece.rows, *piece.columns) if axis != gone)
+    at = {axis - (axis > gone): place for axis, place in (piece.at or {}).items()}
+    made = Piece(key, (left - (left > gone),), at=at or None)
+    return SavedMoment(made, (0,) if left == piece.rows[0] else (1,))
+
+
+def _gone(kind: str, piece: Piece, shape: tuple[int, ...], found: tuple[int, ...]) -> int | None:
+    """Return the axis of an array that a factor of its second moment lacks."""
+    fits = [
+        axis for axis in sorted((*piece.rows, *piece.columns))
+        if shape[:axis] + shape[axis + 1 :] == found
+    ]  # fmt: skip
+    if len(fits) < 2:
+        return fits[0] if fits else None
+    if len(shape) == 2:
+        return fits[1] if kind == ROW else fits[0]
+    width = _width(piece)
+    return next(axis for axis in fits if (axis != width) == (kind == ROW))
+
+
+def _width(piece: Piece) -> int:
+    """Return the axis of the model's width of an array with experts or layers besides.
+
+    T5 writes back into the stream by the matrices that are last in a block.
+    """
+    words = piece.key.split(".")
+    is_last = any(word in ("wo", "out") for word in words)
+    return piece.rows[0] if is_last else piece.columns[0]
+
+
+MOST_KEPT_BYTES = 1 << 30
+"""The size of the largest matrix that is read as a whole."""
+
+
+class TreeCheckpoint(Closing):
+    """Tensors that are pieces of a tree's arrays; see `moecc.formats.source.Checkpoint`."""
+
+    def __init__(
+        self,
+        path: _CheckpointPath,
+        tree: Tree,
+        config: dict[str, object],
+        pieces: Mapping[str, Piece],
+    ) -> None:
+        self.path, self.format, self.config = path, tree.format, config
+        self._tree, self._pieces = tree, pieces
+        self._kept, self._reading = threading.local(), threading.Lock()
+        infos = {name: _info(name, piece, tree) for name, piece in pieces.items()}
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(infos)
+        problems = Problems()
+        self._companions = find_companions(path, problems)
+        problems.raise_if_any()
+        self._config = path / CONFIG_NAME
+        files = [*self.files(), *self._companions.values()]
+        self._identities: dict[_CheckpointPath, Identity] = {file: identify(file) for file in files}
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """Return rows [start, stop) of the first axis of a tensor; thread-safe.
+
+        Raises:
+          InputError: there is no such tensor, or its array cannot be read.
+        """
+        info = self.tensors.get(name)
+        if info is None:
+            hint = nearest(name, list(self.tensors)[:2000])
+            raise InputError(f"there is no tensor {quoted(name)}", where=str(self.path), hint=hint)
+        if not info.shape:
+            return self._tree.arrays.read_box(self._pieces[name].key, ())
+        shape, _ = rows_of(info, start, stop)
+        piece = self._pieces[name]
+        if piece.columns and info.nbytes <= MOST_KEPT_BYTES:
+            return self._whole(name, info.shape[0])[start : start + shape[0]]
+        if piece.rows:
+            return piece.read(self._tree.arrays, start, start + shape[0])
+        sizes = [(0, size) for size in info.shape[1:]]
+        return self._tree.arrays.read_box(piece.key, [(start, start + shape[0]), *sizes])
+
+    def _whole(self, name: str, rows: int) -> Array:
+        """Return a matrix, which a thread keeps until it reads another one.
+
+        Its rows lie across the chunks of its array, so every block of rows decodes all of them.
+        """
+        kept: tuple[str, Array] | None = getattr(self._kept, "matrix", None)
+        if kept is None or kept[0] != name:
+            self._kept.matrix = None
+            # One at a time: a chunk may hold all layers, and is decoded in memory.
+            with self._reading:
+                matrix = self._pieces[name].read(self._tree.arrays, 0, rows)
+            kept = self._kept.matrix = name, matrix
+        return kept[1]
+
+    @cached_property
+    def moments(self) -> SavedMoments | None:
+        """The moments of the optimiser, if the tree has some of this model."""
+        below = self._tree.below((*T5_MARKS, *MAXTEXT_MARKS))
+        arrays = {p[:-1] if p[-1] == "value" else p: key for p, key in below.items()}
+        return find_moments(self._tree, arrays, self._pieces)
+
+    def moment_type(self, kind: str, name: str, type: TensorType) -> TensorType:
+        """Return the type of a moment of a tensor, whose own is `type`."""
+        assert self.moments is not None, "there are moments"
+        moment = self.moments.of[kind][name]
+        axes = [type.axes[axis] for axis in moment.axes]
+        return type.with_axes(axes).with_dtype(_dtype(self._tree, moment.piece.key))
+
+    def read_moment(self, kind: str, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """Return rows [start, stop) of the first axis of a moment of a tensor.
+
+        Raises:
+          InputError: its array cannot be read.
+          KeyError: there is no such moment.
+        """
+        assert self.moments is not None, "there are moments"
+        piece = self.moments.of[kind][name].piece
+        rows = piece.shape(self._tree.arrays.shape(piece.key))[0]
+        return piece.read(self._tree.arrays, start, rows if stop is None else stop)
+
+    def companions(self) -> dict[str, _CheckpointPath | bytes]:
+        """Return the files beside the config that an export copies."""
+        return dict(self._companions)
+
+    def remarks(self) -> list[str]:
+        """Return which arrays are read, and whether the config was found or inferred."""
+        words = [f"read from the {self.format} checkpoint in {self._tree.folder}"]
+        if self.config and not self._config.exists():
+            words.append("the config is inferred from the sizes of the arrays")
+        cut = [p for p in self._pieces.values() if p.limit and self._padding(p)]
+        if cut:
+            words.append(f"{len(cut)} arrays have rows beyond the vocabulary, which are left out")
+        return words
+
+    def _padding(self, piece: Piece) -> bool:
+        sizes = self._tree.arrays.shape(piece.key)
+        return prod(sizes[axis] for axis in piece.rows) > (piece.limit or 0)
+
+    def card(self) -> dict[str, tuple[str, ...]]:
+        """Return what is kept of a card in the folder."""
+        return read_card(self.path)
+
+    def files(self) -> list[_CheckpointPath]:
+        """Return all files of the tree, and the config."""
+        return [*self._tree.files, *([self._config] if self._config.exists() else [])]
+
+    def require_unchanged(self) -> None:
+        """Raise InputError if a file, companions included, changed since it was opened."""
+        require_unchanged(self._identities)
+
+    def close(self) -> None:
+        """Close the files."""
+
+
+def open_tree(
+    path: _CheckpointPath, place: _CheckpointPath, *, needs_config: bool
+) -> TreeCheckpoint:
+    """Open the tree in `place`, a folder in `path`, which may hold the model's config.
+
+    Without a config, and where none is inferred, tensors have the names of the arrays.
+
+    Raises:
+      InputError: a faulty tree, or one without a config that is needed; all problems.
+      MachineError: tensorstore or msgpack is missing.
+    """
+    tree = open_orbax(place) if (place / METADATA).is_file() else open_t5x(place)
+    config: dict[str, object] = {}
+    if (path / CONFIG_NAME).exists():
+        config = read_json_object(path / CONFIG_NAME, limit_bytes=MAX_CONFIG_BYTES)
+    problems = Problems()
+    is_t5 = bool(tree.below(T5_MARKS))
+    if is_t5 and config.get("model_type", "t5") in ("t5", "switch_transformers"):
+        pieces = t5_pieces(tree, problems)
+        shapes = {n: p.shape(tree.arrays.shape(p.key)) for n, p in pieces.items()}
+        config = config or t5_config(shapes, problems)
+    elif config and tree.below(MAXTEXT_MARKS):
+        pieces = maxtext_pieces(tree, config, problems)
+    else:
+        pieces = {".".join(keys): Piece(key, ()) for keys, key in tree.keys.items()}
+    if needs_config and not config:
+        problems.add(
+            f"the {tree.format} checkpoint says no architecture", where=str(path),
+            expected=f"{CONFIG_NAME} of the model as transformers has it",
+            hint="put it into the folder; or write a .moe graph over the arrays: "
+            "docs/adding-a-family.md",
+        )  # fmt: skip
+    problems.raise_if_any()
+    return TreeCheckpoint(path, tree, config, pieces)
+
+
+def _info(name: str, piece: Piece, tree: Tree) -> TensorInfo:
+    array = tree.arrays.shape(piece.key)
+    shape = piece.shape(array) if piece.rows else array
+    dtype = _dtype(tree, piece.key)
+    nbytes = prod(shape) * dtype.itemsize_bytes
+    return TensorInfo(name, dtype, shape, nbytes, tree.folder, 0)
+
+
+def _dtype(tree: Tree, key: str) -> DType:
+    found = tree.arrays.dtype(key)
+    known = [d for d in DTYPES.values() if d.kind != "key" and d.numpy == found]
+    if not known:
+        raise InputError(
+            "moecc does not know this type of elements",
+            where=f"{tree.folder}, array {quoted(key)}", found=str(found),
+        )  # fmt: skip
+    return known[0]

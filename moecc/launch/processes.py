@@ -1,0 +1,263 @@
+"""The number of this process and the number of processes, from the environment."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import re
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import NoReturn
+
+from moecc.errors import MachineError, Problem, UsageError
+
+COORDINATOR, PROCESSES, PROCESS = "MOECC_COORDINATOR", "MOECC_PROCESSES", "MOECC_PROCESS"
+DISTRIBUTED = "MOECC_DISTRIBUTED"
+CLUSTER = "cluster"
+"""The value of MOECC_DISTRIBUTED that lets JAX detect its cluster."""
+
+MOST_PROCESSES = 100_000
+
+_ADDRESS = re.compile(r"[^\s:]+:(\d{1,5})\Z|\[[0-9a-fA-F:]+\]:(\d{1,5})\Z")
+
+
+@dataclass(frozen=True)
+class ProcessInfo:
+    """The number of a process among all, and their coordinator.
+
+    Attributes:
+      coordinator: host and port of the process where the others connect; empty if JAX finds it.
+      processes: the number of processes; 0 if JAX finds it.
+      process: the number of this one, from 0; -1 if JAX finds it.
+    """
+
+    coordinator: str = ""
+    processes: int = 0
+    process: int = -1
+
+    @property
+    def is_found_by_jax(self) -> bool:
+        """Whether JAX reads the rest from a cluster's own variables."""
+        return not self.coordinator
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment variables that state this information."""
+        return {
+            COORDINATOR: self.coordinator,
+            PROCESSES: str(self.processes),
+            PROCESS: str(self.process),
+        }
+
+
+def process_info(environment: Mapping[str, str] | None = None) -> ProcessInfo | None:
+    """Return the process information in `environment`, or None for a single process.
+
+    The variables are ``MOECC_COORDINATOR``, ``MOECC_PROCESSES`` and ``MOECC_PROCESS``; or
+    ``MOECC_DISTRIBUTED=cluster``, which lets JAX read those of Slurm, Open MPI, GKE or
+    GCE.  Nothing is guessed: a shell inside a Slurm job is not a cluster of its own.
+
+    Raises:
+      UsageError: some of the variables are missing, or are not numbers.
+    """
+    given = os.environ if environment is None else environment
+    mode = given.get(DISTRIBUTED, "")
+    if mode not in ("", "off", CLUSTER):
+        raise UsageError(
+            "unknown value", where=DISTRIBUTED, expected=f"{CLUSTER}, or off", found=mode
+        )
+    names = (COORDINATOR, PROCESSES, PROCESS)
+    there = [n for n in names if given.get(n)]
+    if not there:
+        return ProcessInfo() if mode == CLUSTER else None
+    if len(there) < len(names):
+        missing = ", ".join(n for n in names if n not in there)
+        raise UsageError(
+            "a variable that states the number of a process is missing",
+            where="environment",
+            expected=missing,
+            hint="moecc launch local sets all of them",
+        )
+    problems = list(_problems(given))
+    if problems:
+        raise UsageError(problems)
+    return ProcessInfo(given[COORDINATOR], int(given[PROCESSES]), int(given[PROCESS]))
+
+
+def check_alone(what: str) -> None:
+    """Check that this process is the only one.
+
+    Raises:
+      UsageError: it is one of several, in which `what` is not supported.
+    """
+    if process_info() is not None:
+        raise UsageError(
+            f"{what} runs in one process",
+            where="environment",
+            expected="no MOECC_ variables of a multi-process run",
+            hint="several processes run --backend xla",
+        )
+
+
+def _problems(given: Mapping[str, str]) -> list[Problem]:
+    found = []
+    match = _ADDRESS.match(given[COORDINATOR])
+    if match is None or not 0 < int(match[1] or match[2]) < 65536:
+        found.append(
+            Problem("not an address", COORDINATOR, "host:port, 10.0.0.1:8476", given[COORDINATOR])
+        )
+    count = given[PROCESSES]
+    if not count.isdecimal() or not 0 < int(count) <= MOST_PROCESSES:
+        found.append(Problem("not a number of processes", PROCESSES, "1 or more", count))
+        return found
+    number = given[PROCESS]
+    if not number.isdecimal() or int(number) >= int(count):
+        found.append(
+            Problem("not the number of a process", PROCESS, f"0 to {int(count) - 1}", number)
+        )
+    return found
+
+
+# A process of a multi-process run: reports its progress, and ends with the others.
+#
+# A process that hangs in a collective neither fails nor finishes, and no timeout of JAX covers
+# it.
+# So each process reports its steps: to the supervisor, over a pipe, if there is one; and to a
+# watchdog thread, which ends the process with a stack trace if no step comes in time.
+
+BEATS, LIFELINE, LIMIT = "MOECC_BEATS_FD", "MOECC_LIFELINE_FD", "MOECC_STEP_SECONDS"
+JOIN = "MOECC_JOIN_SECONDS"
+
+EXIT_CODE = MachineError.exit_code
+
+
+class Watchdog:
+    """Ends this process if no step is reported in time.
+
+    The thread needs the interpreter lock now and then; a library that holds it forever is left to
+    the supervisor.
+
+    Args:
+      limit_seconds: the longest time between two steps; None for no limit.
+      end: ends the process; by default ``os._exit``.
+    """
+
+    def __init__(
+        self, limit_seconds: float | None, end: Callable[[int], object] = os._exit
+    ) -> None:
+        self._limit = limit_seconds
+        self._end = end
+        self._step = threading.Event()
+        self._done = False
+        self._what = "start"
+        self._beats = _descriptor(BEATS)
+        if limit_seconds is not None:
+            threading.Thread(target=self._watch, daemon=True, name="moecc-watchdog").start()
+
+    def beat(self, what: str) -> None:
+        """Report that this process reached the step `what`."""
+        self._what = what
+        self._step.set()
+        if self._beats is not None:
+            try:
+                os.write(self._beats, b".")
+            except OSError:
+                # The supervisor has exited; the lifeline ends this process.
+                self._beats = None
+
+    def stop(self) -> None:
+        """Stop watching."""
+        self._done = True
+        self._step.set()
+
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _watch(self) -> None:
+        while not self._done:
+            if not self._step.wait(self._limit):
+                self._bite()
+                return
+            self._step.clear()
+
+    def _bite(self) -> None:
+        _say(f"no step for {self._limit:g} s, the last one was: {self._what}; the stacks:")
+        faulthandler.dump_traceback(file=2, all_threads=True)
+        self._end(EXIT_CODE)
+
+
+def watchdog_of_environment() -> Watchdog:
+    """Return a watchdog with the limit in ``MOECC_STEP_SECONDS``, or without one.
+
+    Raises:
+      UsageError: the limit is not a number of seconds.
+    """
+    return Watchdog(seconds_of_environment(LIMIT))
+
+
+def seconds_of_environment(name: str) -> float | None:
+    """Return the seconds in a variable, or None if it is not set.
+
+    Raises:
+      UsageError: it is not a number of seconds.
+    """
+    text = os.environ.get(name, "")
+    if not text:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < threading.TIMEOUT_MAX:
+        raise UsageError("not a number of seconds", where=name, expected="300", found=text)
+    return seconds
+
+
+_joined = False
+
+
+def note_joined() -> None:
+    """Note that this process computes together with the others."""
+    global _joined
+    _joined = True
+
+
+def has_joined() -> bool:
+    """Whether this process computes together with the others."""
+    return _joined
+
+
+def hold_lifeline() -> None:
+    """End this process when its supervisor exits for any reason; without one, do nothing."""
+    descriptor = _descriptor(LIFELINE)
+    if descriptor is not None:
+        threading.Thread(target=_follow, args=(descriptor,), daemon=True).start()
+
+
+def _follow(descriptor: int) -> NoReturn:
+    # The supervisor never writes; the end of the pipe means that it has exited.
+    while os.read(descriptor, 1):
+        pass
+    _say("the supervisor has gone")
+    os._exit(EXIT_CODE)
+
+
+def _say(text: str) -> None:
+    # The reader may have exited.
+    with suppress(OSError):
+        os.write(2, f"error: {text}\n".encode())
+
+
+def _descriptor(name: str) -> int | None:
+    text = os.environ.get(name, "")
+    if not text.isdecimal():
+        return None
+    try:
+        os.fstat(int(text))
+    except OSError:
+        return None
+    return int(text)

@@ -1,1 +1,0 @@
-"""TOML that people write: strict keys, typed values, every problem with its line."""

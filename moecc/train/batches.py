@@ -1,0 +1,596 @@
+"""The batches of a recipe: a pure function of recipe, number and rows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moecc.errors import InputError, Problem
+from moecc.support.text import amount
+from moecc.train.objectives import (
+    IGNORED,
+    CausalRows,
+    ExampleRows,
+    MaskedRows,
+    Masking,
+    Room,
+    Rows,
+    Segment,
+    SpanRows,
+    Spans,
+    end_of,
+)
+from moecc.train.recipe import Corpus, DataSection, Objective, Recipe, corpus_name
+from moecc.train.rows import LabelChoices, ModelFacts
+from moecc.train.tokens.folder import DOCUMENTS, LABELLED, Special, TokenFolder, open_tokens
+from moecc.types import Array
+
+# Segments of rows become arrays, by the names of the inputs of a graph.
+
+PARTS = ("tokens", "segments", "positions", "mask")
+"""The inputs of a sequence; those of a decoder begin with ``decoder_``."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the arrays of a batch are like.
+
+    Attributes:
+      batch: rows.
+      seq: tokens of the only sequence, or of the encoder's.
+      decoder_seq: tokens of the decoder's; 0 without one.
+      inputs: the names of the graph's inputs.
+      pad: the id of padding.
+    """
+
+    batch: int
+    seq: int
+    decoder_seq: int
+    inputs: tuple[str, ...]
+    pad: int
+
+    def arrays(self) -> dict[str, tuple[tuple[int, int], str]]:
+        """Return shape and element type of each array, by name."""
+        found: dict[str, tuple[tuple[int, int], str]] = {}
+        for prefix, length in (("", self.seq), ("decoder_", self.decoder_seq)):
+            for part in PARTS:
+                if f"{prefix}{part}" in self.inputs:
+                    kind = "bool" if part == "mask" else "int32"
+                    found[f"{prefix}{part}"] = ((self.batch, length), kind)
+        return {**found, "targets": ((self.batch, self.decoder_seq or self.seq), "int32")}
+
+
+def collate(rows: Sequence[Sequence[Segment]], shape: Shape) -> dict[str, Array]:
+    """Return the arrays of rows, ``[rows, seq]``; a row without segments is padding.
+
+    ``segments`` numbers the documents of a row from 1, 0 is padding; ``positions`` counts in each
+    from 0; ``mask`` is true for tokens.
+    """
+    decoder = shape.decoder_seq
+    first = _Sequences(len(rows), shape.seq, shape.pad)
+    second = _Sequences(len(rows), decoder, shape.pad)
+    targets = np.full((len(rows), decoder or shape.seq), IGNORED, np.int32)
+    for row, segments in enumerate(rows):
+        for number, segment in enumerate(segments, 1):
+            at = first.put(row, number, segment.tokens)
+            if segment.decoder_tokens is not None:
+                at = second.put(row, number, segment.decoder_tokens)
+            targets[row, at : at + len(segment.targets)] = segment.targets
+    arrays = {**first.arrays(""), **second.arrays("decoder_")}
+    return {**{name: arrays[name] for name in shape.inputs if name in arrays}, "targets": targets}
+
+
+class _Sequences:
+    """The arrays of one sequence of each row."""
+
+    def __init__(self, rows: int, length: int, pad: int) -> None:
+        self._tokens = np.full((rows, length), pad, np.int32)
+        self._segments = np.zeros((rows, length), np.int32)
+        self._positions = np.zeros((rows, length), np.int32)
+        self._filled = [0] * rows
+
+    def put(self, row: int, number: int, tokens: Array) -> int:
+        """Put the tokens of a document behind what is there, and return where they begin."""
+        at = self._filled[row]
+        end = at + len(tokens)
+        self._tokens[row, at:end] = tokens
+        self._segments[row, at:end] = number
+        self._positions[row, at:end] = np.arange(len(tokens))
+        self._filled[row] = end
+        return at
+
+    def arrays(self, prefix: str) -> dict[str, Array]:
+        """Return the arrays by name."""
+        return {
+            f"{prefix}tokens": self._tokens,
+            f"{prefix}segments": self._segments,
+            f"{prefix}positions": self._positions,
+            f"{prefix}mask": self._segments > 0,
+        }
+
+
+# From token folders to rows: whether they suit the model and the objective, and how they do.
+
+Key = tuple[str, str]
+"""The use of a folder, ``train`` or ``evaluate``, and the name of its corpus."""
+
+
+def open_rows(
+    folders: Mapping[Key, TokenFolder], data: DataSection, model: ModelFacts
+) -> tuple[Shape, dict[Key, Rows]]:
+    """Return the shape of batches, and the rows of each folder.
+
+    Raises:
+      InputError: the folders do not suit each other, the model or the objective; all at once.
+    """
+    maker = _Maker(folders, data, model)
+    problems = [*maker.misfits()]
+    if problems:
+        raise InputError(problems)
+    rows = {key: maker.rows(folder) for key, folder in folders.items()}
+    empty = [folders[key] for key, each in rows.items() if not each.rows]
+    if empty:
+        raise InputError(
+            Problem("no row of the corpus fits a sequence", str(folder.path),
+                    "a longer seq, or longer documents") for folder in empty
+        )  # fmt: skip
+    return maker.shape, rows
+
+
+def label_rows(choices: LabelChoices, data: DataSection, model: ModelFacts) -> tuple[Shape, Rows]:
+    """Return the shape of batches, and rows of each example with each of its labels, in order.
+
+    Args:
+      choices: of a folder that suits the objective and the model, as `open_rows` finds.
+      data: how long sequences are.
+      model: the model.
+    """
+    maker = _Maker({("evaluate", ""): choices.folder}, data, model)
+    decoder_seq = ExampleRows.decoder_seq(choices, maker.special) if model.has_decoder else 0
+    start = maker.start if model.has_decoder else None
+    rows = ExampleRows(choices, maker.special, start, Room(data.seq, decoder_seq, packing=False))
+    return Shape(data.batch, data.seq, decoder_seq, model.inputs, maker.pad), rows
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes rows of folders."""
+
+    folders: Mapping[Key, TokenFolder]
+    data: DataSection
+    model: ModelFacts
+
+    @property
+    def special(self) -> Special:
+        """The special tokens, which are those of all folders."""
+        return next(iter(self.folders.values())).facts.special
+
+    @property
+    def spans(self) -> Spans:
+        data = self.data
+        return Spans(
+            data.noise_density, data.mean_span, self.special.sentinels, end_of(self.special)
+        )
+
+    @property
+    def start(self) -> int:
+        """What a decoder begins with: its config says, or it is padding, as in T5."""
+        return self.pad if self.model.decoder_start is None else self.model.decoder_start
+
+    @property
+    def pad(self) -> int:
+        known = [p for p in (self.special.pad, self.model.pad) if p is not None]
+        return next((p for p in known if p < self.model.vocab), 0)
+
+    @property
+    def decoder_seq(self) -> int:
+        """The decoder's tokens: those of the recipe, or as many as are needed."""
+        if not self.model.has_decoder:
+            return 0
+        if self.data.decoder_seq:
+            return self.data.decoder_seq
+        if self.data.objective is Objective.SPANS:
+            return SpanRows.decoder_seq(self.spans, self.data.seq)
+        needed = (ExampleRows.decoder_seq(f, self.special) for f in self.folders.values())
+        return min(max(needed), self.data.seq)
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.data.batch, self.data.seq, self.decoder_seq, self.model.inputs, self.pad)
+
+    def rows(self, folder: TokenFolder) -> Rows:
+        """Return the rows of a folder, for which there are no misfits."""
+        room = Room(self.data.seq, self.decoder_seq, self.data.packing)
+        match self.data.objective:
+            case Objective.CAUSAL:
+                return CausalRows(folder, self.special, room)
+            case Objective.SPANS:
+                return SpanRows(folder, self.spans, self.start, room)
+            case Objective.MASKED:
+                assert self.special.mask is not None, "it is no misfit"
+                vocab = min(folder.facts.vocab_size, self.model.vocab)
+                masking = Masking(self.data.noise_density, self.special.mask, vocab)
+                return MaskedRows(folder, masking, self.special, room)
+            case Objective.COMPLETION | Objective.CLASSIFY:
+                start = self.start if self.model.has_decoder else None
+                return ExampleRows(folder, self.special, start, room)
+
+    def misfits(self) -> Iterator[Problem]:
+        """Yield why the folders do not suit each other, the model or the objective."""
+        yield from self._of_model()
+        for folder in {folder.path: folder for folder in self.folders.values()}.values():
+            yield from self._of_tokenizer(folder)
+            yield from self._of_kind(folder)
+        yield from self._of_special()
+
+    def _of_model(self) -> Iterator[Problem]:
+        model, data = self.model, self.data
+        if data.objective is Objective.SPANS and not model.has_decoder:
+            yield Problem(
+                "hidden spans are for an encoder-decoder", model.name, "the input decoder_tokens",
+                ", ".join(model.inputs), "data.objective = \"causal\", for a decoder alone",
+            )  # fmt: skip
+        if data.objective in (Objective.CAUSAL, Objective.MASKED) and model.has_decoder:
+            yield Problem(
+                f"the objective {data.objective.value} has one sequence, the model two",
+                model.name, hint="data.objective = \"spans\"",
+            )  # fmt: skip
+        if model.longest is not None and max(data.seq, data.decoder_seq) > model.longest:
+            yield Problem(
+                "the sequences are longer than the model has positions for", model.name,
+                f"data.seq at most {model.longest}", str(max(data.seq, data.decoder_seq)),
+            )  # fmt: skip
+
+    def _of_tokenizer(self, folder: TokenFolder) -> Iterator[Problem]:
+        facts, model, where = folder.facts, self.model, str(folder.path)
+        first = next(iter(self.folders.values()))
+        expected = model.tokenizer_digest or first.facts.tokenizer_digest
+        if facts.tokenizer_digest != expected:
+            of = "the model" if model.tokenizer_digest else f"{first.path}"
+            yield Problem(
+                f"the tokens are of another tokenizer than {of}", where, expected,
+                f"{facts.tokenizer_digest} ({facts.tokenizer})",
+                f"moecc tokens … --tokenizer {model.name if model.tokenizer_digest else 'FOLDER'}",
+            )  # fmt: skip
+        elif facts.largest_id >= model.vocab:
+            yield Problem(
+                "there are ids beyond the vocabulary of the model", where,
+                f"ids below {model.vocab}", str(facts.largest_id),
+            )  # fmt: skip
+        if facts.documents == 0 or facts.tokens == 0:
+            yield Problem("the corpus is empty", where)
+
+    def _of_kind(self, folder: TokenFolder) -> Iterator[Problem]:
+        objective, kind = self.data.objective, folder.facts.kind
+        needed = {Objective.COMPLETION: "examples", Objective.CLASSIFY: LABELLED}.get(objective)
+        is_other = kind == DOCUMENTS or (needed == LABELLED and kind != LABELLED)
+        if needed is not None and is_other:
+            yield Problem(
+                f"the objective {objective.value} needs {needed}", str(folder.path), needed, kind,
+                f"moecc tokens … --kind {needed}",
+            )  # fmt: skip
+
+    def _of_special(self) -> Iterator[Problem]:
+        special, name = self.special, self.data.objective.value
+        where = str(next(iter(self.folders.values())).path)
+        if self.data.objective is Objective.MASKED and special.mask is None:
+            yield Problem("the tokenizer has no mask", where, "the special token mask")
+        if self.data.objective is Objective.SPANS and not special.sentinels:
+            yield Problem(
+                "the tokenizer has no sentinels", where, "the tokens <extra_id_0>, <extra_id_1>, …",
+                hint="the tokenizer of a T5, or bytes",
+            )  # fmt: skip
+        beyond = [id for id in self._used() if id >= self.model.vocab]
+        if beyond:
+            yield Problem(
+                f"special tokens of the objective {name} are beyond the vocabulary of the model",
+                where, f"ids below {self.model.vocab}", ", ".join(map(str, beyond[:8])),
+            )  # fmt: skip
+
+    def _used(self) -> Sequence[int]:
+        """Return the special tokens that the objective puts into sequences."""
+        special, end = self.special, end_of(self.special)
+        used = [*special.before, *special.after, *([] if end is None else [end])]
+        if self.data.objective is Objective.SPANS:
+            used = [*special.sentinels, *([] if end is None else [end])]
+        if self.data.objective is Objective.MASKED:
+            used = [*special.before, *special.after, *([special.mask] if special.mask else [])]
+        return used
+
+
+# The order of a mixture: which row of which corpus a number stands for, without any state.
+#
+# Every function here is a pure function of its arguments, and reads or keeps nothing else: step n
+# has
+# the same rows after a stop, on one host and on many.
+
+PERIOD = 1 << 16
+"""Shares of a mixture are exact over this many rows."""
+
+Numbers = NDArray[np.int64]
+_Words = NDArray[np.uint64]
+
+_ROUNDS = 6
+_GOLDEN = 0x9E3779B97F4A7C15
+_ALL = (1 << 64) - 1
+
+
+def mixed(*numbers: int) -> int:
+    """Return 64 bits that depend on all `numbers` and on their order."""
+    word = np.zeros(1, np.uint64)
+    for number in numbers:
+        word = _scrambled(word + np.uint64((number * 2 + 1) * _GOLDEN & _ALL))
+    return int(word[0])
+
+
+def permuted(numbers: Numbers, size: int, key: int) -> Numbers:
+    """Return where a permutation of ``range(size)`` sends each of `numbers`.
+
+    A Feistel network over the next even power of two, walked until it is back in the range (Black
+    and Rogaway 2002), so that no table is kept.
+
+    Args:
+      numbers: from 0 to `size`, without it.
+      size: how many there are.
+      key: chooses the permutation.
+    """
+    half = max((size - 1).bit_length() + 1, 2) // 2
+    words = numbers.astype(np.uint64)
+    outside = np.ones(words.shape, bool)
+    while outside.any():
+        words[outside] = _feistel(words[outside], half, key)
+        outside = words >= np.uint64(size)
+    return words.astype(np.int64)
+
+
+def _feistel(words: _Words, half: int, key: int) -> _Words:
+    shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
+    left, right = words >> shift, words & mask
+    for number in range(_ROUNDS):
+        salt = np.uint64((key + number * _GOLDEN) & _ALL)
+        left, right = right, left ^ (_scrambled(right + salt) & mask)
+    return (left << shift) | right
+
+
+def _scrambled(words: _Words) -> _Words:
+    """Return words whose bits all depend on all bits: the finaliser of SplitMix64."""
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The rows of several corpora in one endless order.
+
+    Each corpus has its share s of every stretch of the order, to fewer than 2(1 − s) + 2s(n − 1)
+    rows of n corpora: it is less than a row off the time of a stretch, which the others shift by
+    less than a row each.  Its rows come in an order of their own in each epoch, all of them once.
+
+    Attributes:
+      rows: how many rows each corpus has.
+      weights: their shares, before they are normalised.
+      seed: chooses the order.
+    """
+
+    rows: tuple[int, ...]
+    weights: tuple[float, ...]
+    seed: int = 0
+
+    def find(self, numbers: Sequence[int] | Numbers) -> tuple[Numbers, Numbers, Numbers]:
+        """Return the corpus, the epoch in it, and the row, of each of `numbers`."""
+        given = np.asarray(numbers, np.int64)
+        turn, place = np.divmod(given, PERIOD)
+        corpus = self._pattern[0][place]
+        ordinal = turn * self._quotas[corpus] + self._pattern[1][place]
+        epoch, row = np.divmod(ordinal, np.asarray(self.rows, np.int64)[corpus])
+        for one in set(zip(corpus.tolist(), epoch.tolist(), strict=True)):
+            here = (corpus == one[0]) & (epoch == one[1])
+            row[here] = permuted(row[here], self.rows[one[0]], mixed(self.seed, *one))
+        return corpus, epoch, row
+
+    @cached_property
+    def _quotas(self) -> Numbers:
+        """How many rows of a period each corpus has: at least one, by largest remainders."""
+        shares = np.asarray(self.weights) / sum(self.weights) * PERIOD
+        quotas = np.maximum(np.floor(shares), 1).astype(np.int64)
+        # Where many small ones were raised to one, the largest give.
+        while (left := PERIOD - int(quotas.sum())) != 0:
+            short = shares - quotas
+            change = np.argmax(short) if left > 0 else np.argmin(np.where(quotas > 1, short, 1.0))
+            quotas[change] += np.sign(left)
+        return quotas
+
+    @cached_property
+    def _pattern(self) -> tuple[Numbers, Numbers]:
+        """The corpus of each place of a period, and the how manieth of its corpus that is.
+
+        A corpus has one place, drawn evenly, in each of as many equal parts as it has places.
+        """
+        corpora = np.repeat(np.arange(len(self.rows)), self._quotas)
+        ordinals = np.concatenate([np.arange(q, dtype=np.int64) for q in self._quotas])
+        draws = _scrambled(
+            ordinals.astype(np.uint64) * np.uint64(_GOLDEN)
+            + np.asarray([mixed(self.seed, c) for c in range(len(self.rows))], np.uint64)[corpora]
+        )
+        within = (draws >> np.uint64(11)).astype(np.float64) / 2**53
+        order = np.argsort((ordinals + within) / self._quotas[corpora], kind="stable")
+        return corpora[order].astype(np.int64), ordinals[order]
+
+
+TARGETS = "targets"
+"""The input of a step besides those of its graph: the ids to predict, ``i32[batch, seq]``."""
+
+_EVALUATION = 0
+"""The order of held-out rows has a seed of its own, so that runs are compared on the same ones."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The batches of a held-out corpus, the same ones each time and for every seed.
+
+    Attributes:
+      name: of the corpus.
+      batches: how many there are.
+    """
+
+    name: str
+    batches: int
+    _rows: Rows
+    _shape: Shape
+
+    def batch(self, number: int, rows: slice | None = None) -> dict[str, Array]:
+        """Return a batch, as `Batches.batch`; rows after the last one are padding."""
+        numbers = _numbers(number, self._shape.batch, rows)
+        known = numbers[numbers < self._rows.rows]
+        places = permuted(known, self._rows.rows, mixed(_EVALUATION))
+        found = [
+            self._rows.segments(int(place), _rng(_EVALUATION, int(n)))
+            for n, place in zip(known, places, strict=True)
+        ]
+        return collate(found + [[]] * (len(numbers) - len(known)), self._shape)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of a recipe for a model.
+
+    Attributes:
+      shape: of every batch.
+      seed: of order, spans and masks.
+      folders: the token folders, by the names of their corpora.
+      remarks: what a reader of the run should know.
+    """
+
+    shape: Shape
+    seed: int
+    folders: Mapping[str, TokenFolder]
+    remarks: tuple[str, ...]
+    _rows: tuple[Rows, ...]
+    _mixture: Mixture
+    _evaluations: Mapping[str, Evaluation]
+
+    def batch(self, number: int, rows: slice | None = None) -> dict[str, Array]:
+        """Return the arrays of batch `number`, by the names of the inputs of the graph.
+
+        And `TARGETS`.  Token ids, segments and positions are ``i32[batch, seq]``.
+
+        Args:
+          number: from 0, without an end.
+          rows: of the batch, for the rows of a host; all by default.
+
+        Raises:
+          InputError: a token file was changed or damaged meanwhile.
+        """
+        numbers = _numbers(number, self.shape.batch, rows)
+        corpora, _, places = self._mixture.find(numbers)
+        found: list[list[Segment]] = [
+            self._rows[corpus].segments(int(place), _rng(self.seed + 1, int(n)))
+            for n, corpus, place in zip(numbers, corpora, places, strict=True)
+        ]
+        return collate(found, self.shape)
+
+    @property
+    def evaluations(self) -> Mapping[str, Evaluation]:
+        """The held-out corpora, by name."""
+        return self._evaluations
+
+    def evaluation(self, corpus: str) -> Evaluation:
+        """Return the batches of a held-out corpus. Raises KeyError for an unknown name."""
+        return self._evaluations[corpus]
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """The digest of each corpus, by name, and that of the order, which must not change."""
+        corpora, epochs, places = self._mixture.find(range(256))
+        order = np.stack([corpora, epochs, places]).astype("<i8").tobytes()
+        digests = {name: folder.facts.digest for name, folder in self.folders.items()}
+        return {**digests, "order": f"sha256:{hashlib.sha256(order).hexdigest()}"}
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """How many rows an epoch of each corpus of the mixture has, by name."""
+        names = list(self.folders)[: len(self._rows)]
+        return {name: rows.rows for name, rows in zip(names, self._rows, strict=True)}
+
+
+def open_batches(data: DataSection, model: ModelFacts) -> Batches:
+    """Open the token folders of a recipe for a model.
+
+    Raises:
+      InputError: a folder is missing or damaged, is of another tokenizer than the model or the
+        other folders, has ids that the model does not know, or is empty or of another kind than
+        the objective needs; all problems at once.
+    """
+    folders = dict(_opened(data))
+    names = [corpus_name(corpus) for corpus in data.train]
+    shape, rows = open_rows(folders, data, model)
+    trained = tuple(rows[("train", name)] for name in names)
+    weights = tuple(corpus.weight for corpus in data.train)
+    mixture = Mixture(tuple(each.rows for each in trained), weights, data.seed)
+    return Batches(
+        shape=shape,
+        seed=data.seed,
+        folders={_label(*key): folder for key, folder in folders.items()},
+        remarks=tuple(_remarks(rows)),
+        _rows=trained,
+        _mixture=mixture,
+        _evaluations={
+            name: Evaluation(name, _count(each, data), each, shape)
+            for (use, name), each in rows.items()
+            if use == "evaluate"
+        },
+    )
+
+
+def resolved(recipe: Recipe, batches: Batches) -> Recipe:
+    """Return `recipe` with the decoder's length that its data needs, where it leaves that open."""
+    data = replace(recipe.data, decoder_seq=batches.shape.decoder_seq)
+    return replace(recipe, data=data)
+
+
+def _opened(data: DataSection) -> Iterator[tuple[tuple[str, str], TokenFolder]]:
+    """Yield the folders by use and name. Raises InputError with the problems of all."""
+    problems: list[Problem] = []
+    for use, corpora in (("train", data.train), ("evaluate", data.evaluate)):
+        for corpus in corpora:
+            try:
+                yield (use, corpus_name(corpus)), _open(corpus)
+            except InputError as error:
+                problems.extend(error.problems)
+    if problems:
+        raise InputError(problems)
+
+
+def _open(corpus: Corpus) -> TokenFolder:
+    return open_tokens(corpus.tokens)
+
+
+def _label(use: str, name: str) -> str:
+    return name if use == "train" else f"{use}/{name}"
+
+
+def _remarks(rows: Mapping[tuple[str, str], Rows]) -> Iterator[str]:
+    for (_, name), each in rows.items():
+        if isinstance(each, ExampleRows) and each.cut:
+            are = "is cut, as it is" if each.cut == 1 else "are cut, as they are"
+            yield f"{name}: {amount(each.cut, 'example')} {are} longer than a sequence"
+
+
+def _count(rows: Rows, data: DataSection) -> int:
+    return min(data.evaluate_batches, -(-rows.rows // data.batch))
+
+
+def _numbers(number: int, batch: int, rows: slice | None) -> Numbers:
+    """Return the numbers of the rows of a batch, of all batches together."""
+    return number * batch + np.arange(batch, dtype=np.int64)[slice(None) if rows is None else rows]
+
+
+def _rng(seed: int, number: int) -> np.random.Generator:
+    """Return the generator of one row."""
+    return np.random.Generator(np.random.Philox(key=mixed(seed, number)))

@@ -1,0 +1,486 @@
+"""The graphs of training and evaluation that a recipe makes of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from moecc.analysis import LOGITS
+from moecc.errors import InputError
+from moecc.ir.attributes import RouteAttrs, SlotAttrs
+from moecc.ir.conventions import convention
+from moecc.ir.graph import Graph, Node
+from moecc.ir.structure import clone
+from moecc.model.initialise import set_router_dtype
+from moecc.pipeline.passes import Context
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline, installed
+from moecc.plan.batches import Batch, length_variables
+from moecc.plan.candidates import batch_problems, plan_mesh
+from moecc.sharding.layout import Layout
+from moecc.sharding.vias import GSPMD, LOCAL
+from moecc.train.recipe import Objective, Recipe
+from moecc.train.settings import StepSpec, bias_counts
+from moecc.types import float_type
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The bound on an expert's rows: a factor, and what it multiplies (see ``assign_slots``)."""
+
+    factor: float
+    convention: str = ""
+
+
+@dataclass(frozen=True)
+class MeshPasses:
+    """How a graph is laid on a mesh, with collectives of its own.
+
+    Attributes:
+      mesh: the mesh, as text.
+      rules: layouts by name or file.
+      via: how tokens reach experts, of `moecc.sharding.vias`.
+      sliced: whether devices along ``model`` each send a part of a row.
+      chunks: in how many parts rows are exchanged.
+    """
+
+    mesh: str
+    rules: tuple[str, ...]
+    via: str = LOCAL
+    sliced: bool = False
+    chunks: int = 1
+
+
+@dataclass(frozen=True)
+class StepPasses:
+    """What the graph of a step is, by the passes that make it.
+
+    Attributes:
+      mode: ``train`` or ``eval``.
+      documents: of a row, ``several`` or ``one``, kept apart by segments; None without segments.
+      tied: whether logits are made by the embedding, of an encoder without a head.
+      routed: whether the model has experts; without, nothing is specialised.
+      bound: the bound on an expert's rows; None for what the graph says.
+      groups: token groups of a micro-batch; None for what the graph says.
+      balanced: whether tokens take experts in turn, to time a step.
+      fused: whether attention is one operation, whose scores are in no memory.
+      weighted: whether rows are weighted at their experts, see `weights_rows`.
+      noise: options of ``specialize`` by which training is perturbed.
+      losses: options of ``add-losses``; None where none are added.
+      mesh: where it is laid on a mesh of its own collectives.
+      rolled: whether equal layers are a scan.
+      remat: what the backward pass computes again: ``none``, ``full``, or ``save``.
+      save: names that are kept under ``save``.
+      split: the mesh axis along which what goes from layer to layer is kept in parts.
+    """
+
+    mode: str = "train"
+    documents: str | None = None
+    tied: bool = False
+    routed: bool = True
+    bound: Bound | None = None
+    groups: int | None = None
+    noise: dict[str, float] = field(default_factory=dict)
+    losses: dict[str, object] | None = field(default_factory=dict)
+    balanced: bool = False
+    fused: bool = True
+    weighted: bool = False
+    mesh: MeshPasses | None = None
+    rolled: bool = True
+    remat: str = "none"
+    save: tuple[str, ...] = ()
+    split: str | None = None
+
+    def __str__(self) -> str:
+        return ",".join(self._passes())
+
+    def _passes(self) -> Iterator[str]:
+        if self.documents is not None:
+            yield _pass("pack-segments", {"documents": self.documents})
+        if self.tied:
+            yield "tie-head{only=true}"
+        if self.routed:
+            yield specialize(self.mode, self.bound, self.groups, self.noise)
+        if self.losses is not None:
+            yield _pass("add-losses", self.losses)
+        if self.balanced:
+            yield "force-balance"
+        if self.fused:
+            yield "fuse-attention"
+        if self.weighted and self.routed:
+            yield "weight-rows"
+        yield "cse"
+        if self.mesh is not None:
+            yield from _on_mesh(self.mesh)
+            yield "cse"
+        if self.rolled:
+            options: dict[str, object] = {"remat": self.remat}
+            if self.save:
+                options["save"] = ",".join(self.save)
+            if self.split is not None:
+                options["split"] = self.split
+            yield _pass("roll-layers", options)
+
+
+def weights_rows(remat: str, on_mesh: bool) -> bool:
+    """Return whether rows are weighted at their experts in a step of training.
+
+    It spares what is made again and sent again.  Where nothing is, on a CPU it costs more than it
+    spares: 12 % of the time of a dropless layer of 8 × 1,024 neurons.
+    """
+    return remat != "none" or on_mesh
+
+
+def specialize(
+    mode: str, bound: Bound | None, groups: int | None, noise: Mapping[str, float] | None = None
+) -> str:
+    """Return the pass that specialises a graph for `mode`."""
+    options: dict[str, object] = {"mode": mode}
+    if bound is not None:
+        options["capacity-factor"] = bound.factor
+        if bound.convention:
+            options["convention"] = bound.convention
+    if groups is not None:
+        options["groups"] = groups
+    options |= noise or {}
+    return _pass("specialize", options)
+
+
+def _on_mesh(mesh: MeshPasses) -> Iterator[str]:
+    yield f"annotate-sharding{{mesh={mesh.mesh} rules={','.join(mesh.rules)}}}"
+    if mesh.via != LOCAL:
+        options = " slice=model" if mesh.sliced else ""
+        options += f" chunks={mesh.chunks}" if mesh.chunks > 1 else ""
+        yield f"expert-parallel{{via={mesh.via}{options}}}"
+    yield "lower-collectives"
+
+
+def _pass(name: str, options: dict[str, object]) -> str:
+    if not options:
+        return name
+    return f"{name}{{{' '.join(f'{n}={_value(v)}' for n, v in options.items())}}}"
+
+
+def _value(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def run_passes(graph: Graph, passes: str) -> None:
+    """Run the pipeline text `passes` over `graph`, where passes may match nothing."""
+    pipeline = Pipeline.parse(passes, installed())
+    run_pipeline(graph, pipeline, context=Context(allow_unmatched=True))
+
+
+def planned_graph(graph: Graph, train: bool) -> Graph:
+    """Return `graph`, which stays as it is, with what every step fuses: as a plan takes it.
+
+    Rolled layers are left to the plan, which rejects them.
+
+    Args:
+      graph: the model's.
+      train: whether the step is one of training, which weights rows at their experts.
+    """
+    if any(node.body is not None for node in graph):
+        return graph
+    made = clone(graph)
+    run_passes(made, "fuse-attention,weight-rows" if train else "fuse-attention")
+    return made
+
+
+def step_graph(graph: Graph, passes: StepPasses) -> Graph:
+    """Return the graph of a step of `graph`, which stays as it is.
+
+    Raises:
+      InputError: the mesh or the groups do not suit the graph.
+    """
+    made = clone(graph)
+    run_passes(made, str(passes))
+    return made
+
+
+# What a recipe makes of a model: the graphs of training and evaluation, and the step's spec.
+
+
+def train_graph(graph: Graph, recipe: Recipe) -> Graph:
+    """Return the graph of a micro-batch in training, of the model's `graph`, which stays as it is.
+
+    Raises:
+      InputError: the recipe does not suit the graph.
+    """
+    check_objective(graph, recipe.data.objective)
+    made = _step_graph(graph, recipe, train_passes(graph, recipe))
+    if recipe.routing.bias_rate and not bias_counts(made):
+        raise InputError(
+            "no layer has a balance bias that could be updated",
+            where="routing.bias_rate",
+            expected="routers that choose by scores with a bias",
+            found=str(recipe.routing.bias_rate),
+            hint="upcycle{balance-bias=true} in model.pipeline adds them",
+        )
+    return made
+
+
+def eval_graph(graph: Graph, recipe: Recipe) -> Graph:
+    """Return the graph of a micro-batch in evaluation, of the model's `graph`.
+
+    Raises:
+      InputError: the recipe does not suit the graph.
+    """
+    return _step_graph(graph, recipe, eval_passes(graph, recipe))
+
+
+def check_objective(graph: Graph, objective: Objective) -> None:
+    """Raise InputError if `graph` is of an encoder alone, and its targets are not those of one."""
+    is_encoder = "hidden" in graph.output_names and LOGITS not in graph.output_names
+    if is_encoder and objective is not Objective.MASKED:
+        raise InputError(
+            f"an encoder alone has no objective {objective.value}: it predicts no next token",
+            where="data.objective",
+            expected=Objective.MASKED.value,
+            found=objective.value,
+            hint='an encoder is trained and evaluated by the objective "masked", on documents',
+        )
+
+
+def _step_graph(graph: Graph, recipe: Recipe, passes: StepPasses) -> Graph:
+    """Return the graph of a step, with routers in the type of the recipe."""
+    made, asked = step_graph(graph, passes), float_type(recipe.routing.router_dtype)
+    set_router_dtype(made, asked.name, float_type(recipe.run.dtype), where="routing.router_dtype")
+    _check_batch(graph, recipe)
+    return made
+
+
+def _check_batch(graph: Graph, recipe: Recipe) -> None:
+    """Raise InputError if an array of the batch would have no equal parts on the mesh."""
+    layout = _layout(graph, recipe)
+    if layout is None or recipe.mesh.partition == GSPMD:
+        return
+    sizes = batch_sizes(graph, recipe)
+    lengths = tuple((name, sizes[name]) for name in length_variables(graph))
+    found = list(batch_problems(layout, Batch(recipe.data.batch, lengths)))
+    if found:
+        raise InputError(found)
+
+
+def train_passes(graph: Graph, recipe: Recipe) -> StepPasses:
+    """Return the passes of training."""
+    return _passes(graph, recipe, "train", recipe.routing.capacity_factor, _losses(graph, recipe))
+
+
+def eval_passes(graph: Graph, recipe: Recipe) -> StepPasses:
+    """Return the passes of evaluation: metrics without losses, and the capacity of evaluation."""
+    told = {"replace": True, "parts": recipe.run.micro_batches, "balance-coef": 0.0, "z-coef": 0.0}
+    return _passes(graph, recipe, "eval", recipe.routing.eval_capacity_factor, told)
+
+
+def step_spec(graph: Graph, recipe: Recipe, platform: str = "cpu") -> StepSpec:
+    """Return what decides the step of `recipe` besides its graph.
+
+    Args:
+      graph: the model's.
+      recipe: the recipe.
+      platform: what it is lowered for.
+    """
+    run, dtype = recipe.run, float_type(recipe.run.dtype)
+    return StepSpec(
+        batch_sizes(graph, recipe),
+        dtype,
+        recipe.optimizer,
+        run.micro_batches,
+        float_type(run.weight_dtype),
+        float_type(run.reduce_dtype) if run.reduce_dtype else dtype,
+        run.guard,
+        recipe.routing.bias_rate,
+        _output_z(graph, recipe),
+        platform=platform,
+        layout=_layout(graph, recipe) if recipe.mesh.partition == GSPMD else None,
+    )
+
+
+def _output_z(graph: Graph, recipe: Recipe) -> float:
+    """Return the coefficient of the z-loss of the output: the recipe's, or that of the graph."""
+    recorded = graph.attrs.get("losses")
+    own = recorded.get("output_z_coef", 0.0) if isinstance(recorded, Mapping) else 0.0
+    return recipe.run.output_z or float(own)
+
+
+def batch_sizes(graph: Graph, recipe: Recipe) -> dict[str, int]:
+    """Return what the variables of the inputs of `graph` stand for in a batch of `recipe`.
+
+    Raises:
+      InputError: the graph has more lengths than a recipe says.
+    """
+    lengths = length_variables(graph)
+    given = (recipe.data.seq, recipe.data.decoder_seq or recipe.data.seq)
+    if len(lengths) > len(given):
+        raise InputError("a recipe has two lengths at most", found=", ".join(lengths))
+    sizes = dict(zip(lengths, given, strict=False))
+    for value in graph.inputs.values():
+        if "batch" in value.type and isinstance(name := value.type["batch"].size, str):
+            sizes[name] = recipe.data.batch
+    return sizes
+
+
+def _passes(
+    graph: Graph, recipe: Recipe, mode: str, factor: float, losses: Mapping[str, object]
+) -> StepPasses:
+    routed = is_routed(graph)
+    bound = Bound(factor) if factor and routed else None
+    groups = _groups(graph, recipe, mode) if routed else None
+    run = recipe.run
+    mesh = _mesh(graph, recipe, specialize(mode, bound, groups))
+    return StepPasses(
+        mode,
+        documents="several" if recipe.data.packing else "one",
+        tied=recipe.data.objective is Objective.MASKED and "logits" not in graph.output_names,
+        routed=routed,
+        bound=bound,
+        groups=groups,
+        noise=_noise(recipe, routed=routed) if mode == "train" else {},
+        losses=dict(losses) if routed or losses.get("attention-z-coef") else None,
+        balanced=routed and recipe.routing.force_balance and mode == "train",
+        weighted=mode == "train" and weights_rows(run.remat, bool(recipe.mesh.mesh)),
+        mesh=mesh,
+        rolled=run.rolled,
+        remat=run.remat if mode == "train" else "none",
+    )
+
+
+def _noise(recipe: Recipe, *, routed: bool) -> dict[str, float]:
+    """Return the options by which training is perturbed.
+
+    Raises:
+      InputError: there are some, and the model has no experts.
+    """
+    names = ("jitter", "dropout", "expert_dropout")
+    found = {n: float(value) for n in names if (value := getattr(recipe.routing, n))}
+    if found and not routed:
+        raise InputError(
+            "a model without experts is trained as it is",
+            where=", ".join(f"routing.{n}" for n in found), expected="0",
+            found=", ".join(map(str, found.values())),
+            hint="upcycle in model.pipeline makes experts",
+        )  # fmt: skip
+    return {n.replace("_", "-"): value for n, value in found.items()}
+
+
+def is_routed(graph: Graph) -> bool:
+    """Return whether layers of `graph` have experts."""
+    return any(node.op.assigns_slots for node in graph.every_node())
+
+
+def _groups(graph: Graph, recipe: Recipe, mode: str) -> int | None:
+    """Return the token groups of a micro-batch; None where the graph says their size.
+
+    Raises:
+      InputError: micro-batches would cut them.
+    """
+    parts = recipe.run.micro_batches
+    if not recipe.routing.groups and _records_group_size(graph, mode):
+        return None
+    groups = recipe.routing.groups or recipe.data.batch
+    if groups % parts or recipe.data.batch % parts:
+        raise InputError(
+            "micro-batches hold whole token groups and sequences",
+            where="run.micro_batches",
+            expected=f"a divisor of {recipe.data.batch} sequences and {groups} groups",
+            found=str(parts),
+        )
+    return groups // parts
+
+
+def _records_group_size(graph: Graph, mode: str) -> bool:
+    modes = graph.attrs.get("routing")
+    found = modes.get(mode) if isinstance(modes, Mapping) else None
+    return isinstance(found, Mapping) and bool(found.get("group_size"))
+
+
+def _losses(graph: Graph, recipe: Recipe) -> dict[str, object]:
+    """Return the options of ``add-losses``: the graph's or the paper's, then the recipe's."""
+    recorded = graph.attrs.get("losses")
+    found = dict(recorded) if isinstance(recorded, Mapping) else {}
+    options = {n.replace("_", "-"): v for n, v in found.items() if v is not None}
+    options |= {"replace": True, "metrics": True, "parts": recipe.run.micro_batches}
+    # The step computes it with the cross entropy, where logits are in memory a chunk at a time.
+    options.pop("output-z-coef", None)
+    if recipe.routing.balance >= 0:
+        options["balance-coef"] = recipe.routing.balance
+    if recipe.routing.z_loss >= 0:
+        options["z-coef"] = recipe.routing.z_loss
+    if recipe.run.attention_z:
+        options["attention-z-coef"] = recipe.run.attention_z
+    return options
+
+
+def _mesh(graph: Graph, recipe: Recipe, specialised: str) -> MeshPasses | None:
+    section = recipe.mesh
+    layout = _layout(graph, recipe)
+    if layout is None or section.partition == GSPMD:
+        return None
+    _check_used(layout)
+    via = section.via or _via(graph, layout, specialised)
+    return MeshPasses(str(layout.mesh), layout.names, via)
+
+
+def _check_used(layout: Layout) -> None:
+    """Raise InputError if no rule shards anything over the mesh."""
+    if layout.names:
+        return
+    axis = max(layout.sizes, key=lambda name: layout.sizes[name])
+    raise InputError(
+        f"nothing is sharded over the mesh axis {axis!r}",
+        where="mesh.mesh",
+        expected="an axis that shards the batch or weights: data, fsdp, model",
+        found=str(layout.mesh),
+        hint=f"data={layout.mesh.devices} shards the batch",
+    )
+
+
+def _layout(graph: Graph, recipe: Recipe) -> Layout | None:
+    section = recipe.mesh
+    if not section.mesh:
+        return None
+    mesh = plan_mesh(section.mesh, section.rules or None)
+    counts = {
+        SlotAttrs.of_node(node).experts for node in graph.every_node() if node.op.assigns_slots
+    }
+    return Layout(mesh, min(counts, default=0), own=section.rules)
+
+
+def _via(graph: Graph, layout: Layout, specialised: str) -> str:
+    """Return how tokens reach experts where the recipe leaves it open: as the slots allow."""
+    if layout.shards["expert"] == 1:
+        return LOCAL
+    if not set(layout.expert_axes) <= set(layout.batch_axes):
+        return "replicated"
+    from moecc.ir.structure import clone
+
+    copy = clone(graph)
+    run_passes(copy, specialised)
+    assigners = [node for node in copy.every_node() if node.op.assigns_slots]
+    bounded = all(SlotAttrs.of_node(node).slots == "capacity" for node in assigners)
+    return "capacity" if bounded else "ring"
+
+
+# What a reader of a run should know of its model before it begins.
+
+
+def training_remarks(graph: Graph) -> Iterator[str]:
+    """Yield remarks on training the model whose graph is `graph`."""
+    fixed = [node.loc for node in graph.every_node() if node.op.routes and _is_constant(node)]
+    if fixed:
+        rest = f" and {len(fixed) - 3} more" if len(fixed) > 3 else ""
+        yield (
+            f"{', '.join(fixed[:3])}{rest}: the gates of a token are the same whatever the router "
+            "says, so that only the router's own losses train it; top-k=2, or gates=switch for one "
+            "expert a token, trains it by the model's loss"
+        )
+
+
+def _is_constant(node: Node) -> bool:
+    """Whether the gates of a ``route`` do not depend on the logits of what is chosen."""
+    made = RouteAttrs.of_node(node)
+    how = convention(made.gates)
+    if made.top_k == 1:
+        return not how.learns_at_top_1
+    return how.constant_sum and not how.renormalised

@@ -1,0 +1,687 @@
+"""Write a run folder: made as a whole, then grown by steps that are complete or absent."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moecc.errors import InputError, MachineError
+from moecc.formats.disk import remove, synchronise_folder, write_durable
+from moecc.formats.files import os_problem, read_whole
+from moecc.formats.manifest import MANIFEST_NAME, file_records, seal
+from moecc.formats.modelcard import hub_repository
+from moecc.formats.output import output_folder
+from moecc.formats.run import (
+    GRAPH,
+    LINEAGE,
+    LINEAGE_SCHEMA,
+    METRICS,
+    RECIPE,
+    SOURCE,
+    SPEED,
+    STATE,
+    STEP,
+    STEP_SCHEMA,
+    STEPS,
+    SavedStep,
+    best_step,
+    digests,
+    is_count,
+    is_number,
+    is_run,
+    require_state,
+    run_stages,
+    saved_steps,
+    stages_of,
+)
+from moecc.model.open import Model
+from moecc.support.problems import describe
+from moecc.support.process import Closing
+from moecc.support.text import brief, facts_table
+from moecc.support.untyped import Json, JsonDict
+from moecc.train.events import (
+    Alarm,
+    Evaluated,
+    Event,
+    Reason,
+    Saved,
+    Skipped,
+    Stepped,
+    Stopped,
+    Training,
+    TrainJob,
+    Watch,
+)
+from moecc.types import Doubles
+from moecc.version import __version__
+
+Content = Path | bytes
+"""A file, or what is to be in it."""
+
+
+def create_run(
+    out: Path,
+    *,
+    recipe: str,
+    graph: str,
+    lineage: Json,
+    source: Mapping[str, Content],
+    inputs: tuple[Path, ...] = (),
+    begun: tuple[SavedStep, str] | None = None,
+) -> None:
+    """Make the folder of a run; it is there as a whole, or not at all.
+
+    Args:
+      out: the folder; it must not exist, or be empty.
+      recipe: the recipe, as TOML.
+      graph: the canonical graph, as text.
+      lineage: what ``lineage.json`` says.
+      source: the files of the source that an export copies, by name.
+      inputs: what is read, which the output must not touch.
+      begun: a step of another run that this one goes on from, and the digest of the recipe.
+
+    Raises:
+      InputError: the folder cannot be used.
+      MachineError: the disk is full, or there is no right to write.
+    """
+    with output_folder(out, inputs=inputs) as folder:
+        (folder / SOURCE).mkdir()
+        (folder / STEPS).mkdir()
+        write_durable(folder / RECIPE, recipe.encode())
+        write_durable(folder / GRAPH, graph.encode())
+        write_durable(folder / LINEAGE, _json(lineage))
+        write_durable(folder / METRICS, b"")
+        for name, content in source.items():
+            place = folder / SOURCE / name
+            place.parent.mkdir(exist_ok=True)
+            write_durable(place, read_whole(content) if isinstance(content, Path) else content)
+        if begun is not None:
+            _copy_step(folder, *begun)
+
+
+def _copy_step(run: Path, step: SavedStep, recipe: str) -> None:
+    """Copy a step of another run; what was measured there is not of this run."""
+    require_state(step)  # the copy gets digests of its own
+    state = begin_step(run, step.number)
+    try:
+        shutil.copytree(step.state, state)
+    except (shutil.Error, OSError) as error:
+        raise MachineError(f"the state cannot be copied: {error}", where=str(step.state)) from None
+    own = {k: v for k, v in step.facts.items() if k in ("tokens", "left_out", "tensors")}
+    finish_step(run, step.number, {**own, "recipe": recipe, "loss": None})
+
+
+@contextmanager
+def locked_run(run: Path) -> Iterator[None]:
+    """Hold the lock of a run, which no other process may train meanwhile.
+
+    Raises:
+      InputError: another process trains it.
+      MachineError: the folder cannot be opened.
+    """
+    try:
+        descriptor = os.open(run, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise os_problem(error, run, "open") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise InputError(
+            "another process trains this run", where=str(run), hint="wait until it has finished"
+        ) from None
+    finally:
+        os.close(descriptor)
+
+
+def begin_step(run: Path, number: int) -> Path:
+    """Return the folder for the arrays of a step; what an earlier attempt left there is removed."""
+    folder = run / STEPS / str(number)
+    remove(folder)
+    try:
+        folder.mkdir()
+    except OSError as error:
+        raise os_problem(error, folder, "make") from None
+    return folder / STATE
+
+
+def finish_step(run: Path, number: int, facts: Json) -> SavedStep:
+    """Make a step complete, whose arrays are written; from now on it is one of the run's.
+
+    Args:
+      run: the folder.
+      number: steps done.
+      facts: what ``step.json`` says besides schema, number, and the digests of the state.
+
+    Raises:
+      MachineError: the disk is full, or the arrays are gone.
+    """
+    folder = run / STEPS / str(number)
+    if not (folder / STATE).is_dir():
+        raise MachineError("the arrays of a checkpoint were removed", where=str(folder))
+    described = [run / name for name in (RECIPE, LINEAGE, GRAPH)]
+    content = {
+        "schema": STEP_SCHEMA, "step": number, **facts,
+        "files": digests(folder / STATE, _files_in(folder / STATE)),
+        "run_files": digests(run, [*described, *_files_in(run / SOURCE)]),
+    }  # fmt: skip
+    _write_atomically(folder / STEP, seal(_json(content).removesuffix(b"\n}\n")))
+    synchronise_folder(folder.parent)
+    return SavedStep(number, folder)
+
+
+def keep_steps(run: Path, count: int) -> None:
+    """Remove the steps of a run but the last `count` and the best."""
+    steps = saved_steps(run)
+    kept = {s.number for s in steps[-max(count, 1) :]}
+    best = best_step(steps)
+    for step in steps:
+        if step.number not in kept and step != best:
+            # A folder without its step.json is no step, whatever else is still in it.
+            (step.folder / STEP).unlink(missing_ok=True)
+            remove(step.folder)
+
+
+def remove_incomplete(run: Path) -> None:
+    """Remove what a killed save left, and steps that are being removed."""
+    complete = {s.folder for s in saved_steps(run)}
+    for folder in (run / STEPS).iterdir():
+        if folder not in complete:
+            remove(folder)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _json(content: Json) -> bytes:
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    write_durable(partial, content)
+    try:
+        os.replace(partial, path)
+    except OSError as error:
+        raise os_problem(error, path, "rename") from None
+    synchronise_folder(path.parent)
+
+
+# The journal of a run: a line of JSON an event, the same bytes however often it was resumed.
+#
+# It holds what a recipe decides and no times, so that a run that was killed and resumed has the
+# journal of one that was not.  A resumed run cuts it back to its checkpoint first.
+
+
+def event_line(event: Event) -> JsonDict | None:
+    """Return what the journal says of an event; None where that does not belong into it."""
+    match event:
+        case Stepped():
+            return {"step": event.step, "tokens": event.tokens, **event.metrics}
+        case Skipped():
+            if event.back_to is not None:
+                # Later than the checkpoint: a run that resumes from it comes by here again.
+                return {"step": event.back_to + 1, "left_out": list(event.left_out)}
+            faults = [fault.as_dict() for fault in event.faults]
+            return {"step": event.step, "skipped": event.batch, "faults": faults, **event.metrics}
+        case Evaluated():
+            spread = {"spread": dict(event.spread)} if event.spread else {}
+            return {"step": event.step, "held_out": dict(event.losses), **spread}
+    return None
+
+
+class Journal(Closing):
+    """Appends lines to a file, each in one write; events, or lines of another kind.
+
+    Args:
+      path: the file; it is made if it does not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise os_problem(error, path, "write") from None
+
+    def write(self, line: Json) -> None:
+        """Append a line. Raises MachineError if the disk is full."""
+        text = json.dumps(_finite(line), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        data = text.encode() + b"\n"
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise os_problem(error, self.path, "write") from None
+
+    def record(self, event: Event) -> None:
+        """Append what the journal says of an event, if anything. Raises as `write`."""
+        line = event_line(event)
+        if isinstance(event, Skipped) and event.back_to is not None:
+            cut_back(self.path, event.back_to)
+        if line is not None:
+            self.write(line)
+
+    def synchronise(self) -> None:
+        """Return once the lines are on the disk. Raises MachineError."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise os_problem(error, self.path, "synchronise") from None
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    """Return a JSON value with null in place of what is not finite, which JSON cannot say."""
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list) else value
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Remove the lines of a journal that are later than `step`, and what is no whole line.
+
+    Raises:
+      MachineError: the file cannot be written.
+    """
+    if not path.exists():
+        return
+    try:
+        with path.open("r+b") as file:
+            kept = 0
+            for raw in file:
+                if not _is_kept(raw, step):
+                    break
+                kept += len(raw)
+            file.truncate(kept)
+    except OSError as error:
+        raise os_problem(error, path, "write") from None
+
+
+def _is_kept(raw: bytes, step: int) -> bool:
+    try:
+        found = json.loads(raw)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+    return raw.endswith(b"\n") and isinstance(found, int) and found <= step
+
+
+def read_journal(path: Path) -> Iterator[JsonDict]:
+    """Yield the lines of a journal; one that a kill cut off at the end is left out.
+
+    Raises:
+      InputError: a line is not a JSON object.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            if not raw.endswith(b"\n"):
+                return
+            try:
+                line = json.loads(raw)
+            except (ValueError, RecursionError):
+                line = None
+            if not isinstance(line, dict):
+                raise InputError("not a line of JSON", where=f"{path}:{number}",
+                                 expected="an object in braces")  # fmt: skip
+            yield line
+
+
+# The journal of a run as series over its steps, for reports.
+
+MOST_POINTS = 1000
+"""Longer series are means of so many parts."""
+
+_METRIC = "metric."
+_BY_NAME = ("held_out", "spread")
+"""The keys of a line whose values have names of their own."""
+
+_UNSERIAL = ("left_out", "faults")
+"""The keys of a line that no series is made of."""
+
+
+CURVES = {
+    "loss": "Loss of each step",
+    "loss.cross_entropy": "Cross entropy of each step, nats a token",
+    "gradient_norm": "Norm of the gradients",
+    "rate": "Learning rate",
+}
+ROUTER_CURVES = {
+    "entropy": "Entropy of the router, nats",
+    "dropped": "Share of choices without a slot",
+    "max_violation": "Largest load over the mean, less 1",
+    "logit_square": "Mean square of the router's logits",
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """Values over steps.
+
+    Attributes:
+      steps: ``f64[point]``.
+      values: ``f64[point]``, or ``f64[point, expert]``.
+    """
+
+    steps: Doubles
+    values: Doubles
+
+    def thinned(self) -> Series:
+        """Return the series with at most `MOST_POINTS` points, each the mean of a part."""
+        if len(self.steps) <= MOST_POINTS:
+            return self
+        parts = np.array_split(np.arange(len(self.steps)), MOST_POINTS)
+        steps = np.array([self.steps[part].mean() for part in parts])
+        return Series(steps, np.stack([self.values[part].mean(axis=0) for part in parts]))
+
+
+@dataclass(frozen=True)
+class RunSeries:
+    """What a run measured.
+
+    Attributes:
+      name: of its folder.
+      lines: of its journal.
+      facts: for people: steps, tokens, recipe and the like.
+    """
+
+    name: str
+    lines: tuple[JsonDict, ...]
+    facts: dict[str, str]
+
+    def __repr__(self) -> str:
+        return brief("moecc.Run", [("", self.name), *self.facts.items()])
+
+    def _repr_html_(self) -> str:
+        alarms = (("alarm", str(alarm)) for alarm in self.alarms())
+        return facts_table([("run", self.name), *self.facts.items(), *alarms])
+
+    @cached_property
+    def stepped(self) -> list[JsonDict]:
+        """The lines of steps whose update was made."""
+        return [line for line in self.lines if "loss" in line and "skipped" not in line]
+
+    def scalar(self, name: str) -> Series | None:
+        """Return a number over the steps, or None where it was not measured."""
+        found = [(line["step"], line[name]) for line in self.stepped if name in line]
+        return _series(found)
+
+    @property
+    def held_out(self) -> dict[str, Series]:
+        """The held-out losses by the name of the text."""
+        lines = [line for line in self.lines if "held_out" in line]
+        names = dict.fromkeys(name for line in lines for name in line["held_out"])
+        pairs = {
+            name: [
+                (line["step"], found[name]) for line in lines if name in (found := line["held_out"])
+            ]
+            for name in names
+        }
+        return {name: s for name, found in pairs.items() if (s := _series(found)) is not None}
+
+    @cached_property
+    def layers(self) -> list[str]:
+        """The routed layers, in the order of the model."""
+        names = {
+            name.removeprefix(_METRIC).rpartition(".")[0]
+            for line in self.stepped[:1]
+            for name in line
+            if name.startswith(_METRIC)
+        }
+        return sorted(names, key=lambda name: list(map(_place, name.split("."))))
+
+    def of_layer(self, layer: str, kind: str) -> Series | None:
+        """Return what was measured of a layer: ``loads``, ``entropy``, ``dropped``."""
+        return self.scalar(f"{_METRIC}{layer}.{kind}")
+
+    def spread(self, layer: str) -> Series | None:
+        """Return how far the experts of a layer were apart, at each evaluation."""
+        lines = (line for line in self.lines if layer in line.get("spread", {}))
+        return _series([(line["step"], line["spread"][layer]) for line in lines])
+
+    def alarms(self) -> Iterator[Alarm]:
+        """Yield what went wrong in routers."""
+        watch = Watch()
+        for line in self.stepped:
+            yield from watch(line["step"], line)
+
+
+def _series(found: Sequence[tuple[int, Any]]) -> Series | None:
+    if not found:
+        return None
+    steps, values = zip(*found, strict=True)
+    return Series(np.array(steps, np.float64), np.array(values, np.float64)).thinned()
+
+
+def _place(part: str) -> tuple[int, str]:
+    """Return the place of a part of a layer's name among others: numbers first, by their value."""
+    is_index = part.isascii() and part.isdecimal() and len(part) < 10
+    return (int(part), "") if is_index else (sys.maxsize, part)
+
+
+def _check_lines(lines: Sequence[JsonDict], path: Path) -> None:
+    """Check the values of a journal. Raises InputError with the first line that is wrong."""
+    lengths: dict[str, int | None] = {}
+    for number, line in enumerate(lines, 1):
+        for key, expected in _line_faults(line, lengths):
+            raise InputError(
+                "not a line of a journal", where=f"{path}:{number}: {key}", expected=expected,
+                found=describe(line.get(key)),
+            )  # fmt: skip
+
+
+def _is_scalar(key: str) -> bool:
+    """Return whether the values of a key are single numbers."""
+    of_router = key.startswith(_METRIC) and key.rpartition(".")[2] in ROUTER_CURVES
+    return of_router or key == "held_out" or key in CURVES
+
+
+def _line_faults(line: JsonDict, lengths: dict[str, int | None]) -> Iterator[tuple[str, str]]:
+    """Yield the keys of a line whose values are wrong, and what they should be.
+
+    Args:
+      line: the line.
+      lengths: of the lists of earlier lines by key, None for numbers; keys of this one are added.
+    """
+    for key in ("step", "tokens"):
+        if (key == "step" or key in line) and not is_count(line.get(key)):
+            yield key, "an integer, 0 or more"
+    for key, value in line.items():
+        if key in _UNSERIAL:
+            continue
+        values = value if key in _BY_NAME else {"": value}
+        if not isinstance(values, dict):
+            yield key, "an object"
+            continue
+        for name, entry in values.items():
+            entries = entry if isinstance(entry, list) else [entry]
+            length = len(entry) if isinstance(entry, list) else None
+            is_listed = key == "spread" or key.endswith(".loads")
+            if not entries or not all(e is None or is_number(e) for e in entries):
+                yield key, "numbers, or lists of numbers"
+            elif _is_scalar(key) and length is not None:
+                yield key, "a number"
+            elif is_listed and length is None:
+                yield key, "lists of numbers"
+            elif lengths.setdefault(f"{key} {name}", length) != length:
+                yield key, "as many numbers as in earlier lines"
+
+
+def read_run(path: Path) -> RunSeries:
+    """Return what a run measured.
+
+    Raises:
+      InputError: it is no run, has measured nothing, or its journal is damaged.
+    """
+    if not is_run(path):
+        raise InputError("this is not the folder of a run", where=str(path))
+    lines = tuple(read_journal(path / METRICS))
+    _check_lines(lines, path / METRICS)
+    if not any("loss" in line for line in lines):
+        raise InputError("the run has made no step", where=str(path))
+    stage = run_stages(path)[-1]
+    steps = saved_steps(path)
+    best = best_step(steps)
+    last = max(line["step"] for line in lines)
+    tokens = max(line.get("tokens", 0) for line in lines)
+    facts = {
+        "source": str(stage.get("source", "")),
+        "pipeline": str(stage.get("pipeline", "")) or "none",
+        "steps": f"{last:,}",
+        "tokens": f"{tokens:,}",
+        "best held out": "none" if best is None else f"{best.loss:.4f} at step {best.number:,}",
+        "recipe": str(stage.get("recipe", ""))[:19],
+    }
+    return RunSeries(path.resolve().name, lines, facts)
+
+
+# Where a run is in its data: steps done, and the batches that are left out.
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is.
+
+    Attributes:
+      step: steps done.
+      tokens: trained on, padding left out.
+      left_out: numbers of batches that the guard left out for good, rising.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    left_out: tuple[int, ...] = ()
+
+    @property
+    def batch(self) -> int:
+        """The number of the next batch: the steps take the batches in order, but for some."""
+        return batch_of(self.step, self.left_out)
+
+    def after(self, tokens: int) -> Position:
+        """Return the position after one more step on `tokens`."""
+        return replace(self, step=self.step + 1, tokens=self.tokens + tokens)
+
+    def without(self, batches: tuple[int, ...]) -> Position:
+        """Return this position with `batches` left out as well."""
+        return replace(self, left_out=tuple(sorted({*self.left_out, *batches})))
+
+
+def batch_of(step: int, left_out: tuple[int, ...]) -> int:
+    """Return the number of the batch of a step: the step-th number that is not left out."""
+    number = step
+    for gone in left_out:
+        if gone <= number:
+            number += 1
+    return number
+
+
+# What a run keeps of its source: its files, and how it came about.
+
+
+def lineage(model: Model, stage: Json) -> JsonDict:
+    """Return what ``lineage.json`` says of a run that begins from `model`.
+
+    Args:
+      model: the source.
+      stage: what the run itself adds: pipeline, recipe, data.
+    """
+    checkpoint = model.checkpoint
+    found: JsonDict = {"schema": LINEAGE_SCHEMA, "moecc": __version__}
+    if checkpoint is None:
+        return {**found, "card": {}, "stages": [{"source": model.name, **stage}]}
+    records = file_records(checkpoint.files())
+    source = {
+        "source": checkpoint.path.name,
+        "base_model": hub_repository(checkpoint.path),
+        "source_files": {n: r.sha256 for n, r in sorted(records.items())},
+    }
+    stages = [*stages_of(checkpoint), {**source, **stage}]
+    return {**found, "card": checkpoint.card(), "stages": stages}
+
+
+def source_files(model: Model, config: bytes) -> dict[str, Path | bytes]:
+    """Return the files of a source that a run keeps: config, companions, and its manifest."""
+    files: dict[str, Path | bytes] = {"config.json": config}
+    if model.checkpoint is None:
+        return files
+    files |= model.checkpoint.companions()
+    folder = model.checkpoint.path
+    places = (folder / MANIFEST_NAME, folder / SOURCE / MANIFEST_NAME)
+    manifest = next((place for place in places if place.is_file()), None)
+    return files if manifest is None else {**files, MANIFEST_NAME: manifest}
+
+
+# Write the journals of a run while its events pass by.
+
+
+def followed(
+    job: TrainJob, training: Training, stop: Callable[[], Reason | None]
+) -> Iterator[Event]:
+    """Yield the events of a training, each after it is in the journals of its run.
+
+    Args:
+      job: what is trained.
+      training: on its devices.
+      stop: returns why to stop after the step, or None.
+
+    Raises:
+      As `moecc.train.events.Training.events`.
+    """
+    with ExitStack() as opened:
+        journals = _Journals(job, opened) if training.writes else None
+        for event in training.events(stop):
+            if journals is not None:
+                journals.record(event)
+            yield event
+
+
+class _Journals:
+    """What a recipe decides, and how fast it went: two files, since only the first is repeatable.
+
+    Args:
+      job: of the run, whose journals are cut back to its last checkpoint.
+      opened: closes them.
+    """
+
+    def __init__(self, job: TrainJob, opened: ExitStack) -> None:
+        steps = saved_steps(job.run)
+        last = steps[-1].number if steps else 0
+        for name in (METRICS, SPEED):
+            cut_back(job.run / name, last)
+        self._every = job.recipe.run.log_steps
+        self._metrics = opened.enter_context(Journal(job.run / METRICS))
+        self._speed = opened.enter_context(Journal(job.run / SPEED))
+
+    def record(self, event: Event) -> None:
+        if isinstance(event, Stepped) and event.step % self._every:
+            return
+        self._metrics.record(event)
+        match event:
+            case Stepped():
+                self._speed.write({"step": event.step, "seconds": round(event.seconds, 6)})
+            case Saved():
+                self._metrics.synchronise()
+                line = {"step": event.step, "saved_seconds": round(event.seconds, 3)}
+                self._speed.write({**line, "at": round(time.time(), 3)})
+            case Stopped():
+                self._metrics.synchronise()

@@ -1,0 +1,522 @@
+"""What decides a training step beside its graph: rates, phases, moments, micro-batches."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from math import ceil, prod
+from typing import Any
+
+from moecc.analysis import CHUNK_BYTES, GROUPS, parameter_groups, trainable
+from moecc.errors import InputError, Problem, nearest
+from moecc.ir.attributes import ProductAttrs, SlotAttrs
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.routing_losses import BALANCE_BIASES, TOTALS, Total
+from moecc.ir.traits import Role
+from moecc.model.initialise import updated_bias
+from moecc.sharding.layout import Layout
+from moecc.support.ranges import element, lengths
+from moecc.support.untyped import Json, JsonDict
+from moecc.train.recipe import GuardSection, OptimizerSection, ParameterGroup
+from moecc.train.state import Carried
+from moecc.types import F32, DType, TensorType
+from moecc.weights.expr import Expr
+
+_REPEATED = ("layer", "expert")
+"""The axes along which a parameter is one of many: layers that are rolled, and experts."""
+
+
+@dataclass(frozen=True)
+class ParamSettings:
+    """How one parameter is trained.
+
+    Attributes:
+      trained: whether it is; else it has no gradient and no moments.
+      rate: a factor on the learning rate.
+      decay: the weight decay.
+      blocks: the dimensions along which each slice is a parameter by itself: layers, experts.
+      over: the other dimensions that products sum over; empty for what is no matrix.
+      is_table: whether it is a table of tokens, or makes logits.
+      first_step: how many steps are done before it is trained.
+    """
+
+    trained: bool
+    rate: float
+    decay: float
+    blocks: tuple[int, ...]
+    over: tuple[int, ...]
+    is_table: bool
+    first_step: int = 0
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether products read it."""
+        return bool(self.over)
+
+
+def parameter_settings(graph: Graph, section: OptimizerSection) -> dict[str, ParamSettings]:
+    """Return how each parameter of `graph` is trained.
+
+    The first group that matches a parameter holds.  Without one, matrices decay as the optimiser
+    says, and nothing else does: by what reads a parameter, never by the number of its axes, which
+    rolled norms and vectors of experts have two of.
+
+    Raises:
+      InputError: a group matches nothing, all is frozen, or parts of a rolled parameter differ.
+    """
+    free, groups = trainable(graph), parameter_groups(graph)
+    chosen = _Chosen(section.groups)
+    made, problems = {}, []
+    for name, value in graph.params.items():
+        if not value.users or not value.type.dtype.is_float:
+            continue
+        found = chosen.group_of(name, groups[name])
+        problems += found[1]
+        made[name] = _settings(value, free[name], found[0], section)
+    problems += chosen.unmatched()
+    if made and not any(settings.trained for settings in made.values()):
+        hint = "moecc evaluate measures a model as it is"
+        problems.append(Problem("no parameter is trained", "optimizer.groups", hint=hint))
+    if problems:
+        raise InputError(problems)
+    return made
+
+
+def _settings(
+    value: Value, free: bool, group: ParameterGroup | None, section: OptimizerSection
+) -> ParamSettings:
+    names = value.type.names
+    over = tuple(n for n in names if _is_summed(value, n))
+    blocks = tuple(n for n in _REPEATED if n in names and n not in over)
+    if set(names) == {*over, *blocks}:
+        # The rows of a router are those of one matrix.
+        blocks = tuple(n for n in blocks if n != "expert")
+    is_matrix = bool(over) and len(names) > len(over) + len(blocks)
+    own = group is not None and group.decay >= 0
+    decay = group.decay if group is not None and own else section.decay * is_matrix
+    return ParamSettings(
+        free and not (group is not None and group.freeze),
+        1.0 if group is None else group.rate,
+        decay,
+        tuple(names.index(n) for n in blocks),
+        tuple(names.index(n) for n in over) if is_matrix else (),
+        "vocab" in names,
+        0 if group is None else group.from_step,
+    )
+
+
+def _is_summed(value: Value, name: str) -> bool:
+    """Return whether a product that reads `value` sums over its axis `name`."""
+    return any(name in ProductAttrs.of_node(node).over for node in _products(value))
+
+
+def _products(param: Value) -> Iterator[Node]:
+    """Yield the nodes that read `param` as a matrix, through what passes it on and into scans."""
+    left, seen = [param], {param}
+    while left:
+        value = left.pop()
+        for node in value.users:
+            made: list[Value] = []
+            if node.body is not None:
+                inner = zip(node.operands, node.body.inputs.values(), strict=True)
+                made = [i for v, i in inner if v is value]
+            elif node.op.carries or node.op.collective is not None:
+                made = list(node.results)
+            elif node.op.role(node.operands.index(value)) is Role.MATRIX:
+                yield node
+            left += [v for v in made if v not in seen]
+            seen.update(made)
+
+
+@dataclass
+class _Chosen:
+    """The groups of a recipe, and which of them matched.
+
+    Attributes:
+      groups: in order; the first that matches holds.
+    """
+
+    groups: tuple[ParameterGroup, ...]
+
+    def __post_init__(self) -> None:
+        self._matched: set[int] = set()
+
+    def group_of(
+        self, name: str, kinds: frozenset[str]
+    ) -> tuple[ParameterGroup | None, list[Problem]]:
+        """Return the group of a parameter, and what is wrong with it."""
+        members = _members(name)
+        found = [self._first(m, kinds) for m in members]
+        self._matched.update(i for i in found if i is not None)
+        if len(set(found)) > 1:
+            odd = next(m for m, i in zip(members, found, strict=True) if i != found[0])
+            return None, [
+                Problem("equal layers that are rolled belong to different groups", name,
+                        f"the group of {members[0]}", f"{odd} is in another",
+                        "run.rolled = false keeps layers apart")
+            ]  # fmt: skip
+        return (None if found[0] is None else self.groups[found[0]]), []
+
+    def _first(self, name: str, kinds: frozenset[str]) -> int | None:
+        fits = (
+            i
+            for i, group in enumerate(self.groups)
+            if group.match in kinds or fnmatchcase(name, group.match)
+        )
+        return next(fits, None)
+
+    def unmatched(self) -> Iterator[Problem]:
+        """Yield the groups that no parameter is in, for which one is looked in vain."""
+        for number, group in enumerate(self.groups):
+            hidden = any(group.match == other.match for other in self.groups[:number])
+            if number not in self._matched and not hidden:
+                is_known = group.match in GROUPS
+                yield Problem(
+                    "a group of parameters matches none", f"optimizer.groups[{number}].match",
+                    f"a glob over names, or one of {', '.join(GROUPS)}", group.match,
+                    "the model has none of them" if is_known else nearest(group.match, GROUPS),
+                )  # fmt: skip
+
+
+def _members(name: str) -> list[str]:
+    """Return the parameters of the model that a rolled parameter holds, or its own name."""
+    count = next(iter(lengths(name)), 0)
+    return [element(name, at) for at in range(count)] if count else [name]
+
+
+# Phases of a run: from one step on, groups of parameters are trained that were not before.
+#
+# Routers alone can so be trained first, while what they choose from stays as it was.
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps in which the same parameters are trained.
+
+    Attributes:
+      first_step: how many steps were done before.
+      section: the optimiser's part of the recipe, where groups that begin later are frozen.
+    """
+
+    first_step: int
+    section: OptimizerSection
+
+
+def phases_of(section: OptimizerSection) -> tuple[Phase, ...]:
+    """Return the phases of a run, in order; the first begins with step 0."""
+    firsts = sorted({0, *(group.from_step for group in section.groups if not group.freeze)})
+    return tuple(Phase(first, _at(section, first)) for first in firsts)
+
+
+def phase_at(phases: Sequence[Phase], steps: int) -> int:
+    """Return which of `phases` a run is in after so many `steps`: what its next step trains."""
+    return bisect_right([phase.first_step for phase in phases], steps) - 1
+
+
+def section_at(section: OptimizerSection, steps: int) -> OptimizerSection:
+    """Return the optimiser's part of a recipe as the step after so many takes it."""
+    phases = phases_of(section)
+    return phases[phase_at(phases, steps)].section
+
+
+def _at(section: OptimizerSection, first: int) -> OptimizerSection:
+    groups = (replace(g, freeze=g.freeze or g.from_step > first) for g in section.groups)
+    return replace(section, groups=tuple(groups))
+
+
+# The moments that optimisers keep of a parameter: their names, and which of its axes they have.
+
+FIRST, SECOND, ROW, COLUMN = "m", "v", "v_row", "v_col"
+"""Kinds of moments: means of gradients, of squares, and of the squares of rows and of columns."""
+
+COUNT = "count"
+"""The number of updates, beside the moments."""
+
+
+def count_of(first_step: int) -> str:
+    """Return what the updates are counted as of parameters that are trained after so many steps."""
+    return f"{COUNT}.{first_step}" if first_step else COUNT
+
+
+FACTORED_FROM = 128
+"""Adafactor factors the second moment of matrices with both sides as large, as optax does."""
+
+
+def moment_kinds(optimizer: str, type: TensorType, settings: ParamSettings) -> tuple[str, ...]:
+    """Return the kinds of moments that `optimizer` keeps of a parameter; none if it is frozen."""
+    if not settings.trained:
+        return ()
+    if optimizer == "adafactor":
+        return (SECOND,) if factored_axes(type, settings) is None else (ROW, COLUMN)
+    if optimizer == "muon" and uses_muon(settings):
+        return (FIRST,)
+    return {"adamw": (FIRST, SECOND), "muon": (FIRST, SECOND)}.get(optimizer, ())
+
+
+def uses_muon(settings: ParamSettings) -> bool:
+    """Return whether Muon orthogonalises a parameter: matrices, but for tables and the head."""
+    return settings.is_matrix and not settings.is_table
+
+
+def moment_axes(kind: str, type: TensorType, settings: ParamSettings) -> tuple[str, ...]:
+    """Return the axes that a moment has of those of its parameter, in their order."""
+    found = factored_axes(type, settings)
+    if found is None or kind not in (ROW, COLUMN):
+        return type.names
+    gone = found[0] if kind == ROW else found[1]
+    return tuple(n for n in type.names if n != gone)
+
+
+def factored_axes(type: TensorType, settings: ParamSettings) -> tuple[str, str] | None:
+    """Return the axes that Adafactor's row and column means are taken over, or None.
+
+    The largest axis of each block, and the next (Shazeer and Stern 2018, §4, as optax has it).
+    """
+    left = [d for d in range(type.rank) if d not in settings.blocks]
+    sides = sorted(left, key=lambda d: type.shape[d])
+    if len(sides) < 2 or type.shape[sides[-2]] < FACTORED_FROM:
+        return None
+    return type.names[sides[-1]], type.names[sides[-2]]
+
+
+def moment_types(
+    optimizer: str, params: Mapping[str, TensorType], settings: Mapping[str, ParamSettings]
+) -> dict[str, dict[str, TensorType]]:
+    """Return the types of all moments, by kind and parameter."""
+    made: dict[str, dict[str, TensorType]] = {}
+    for name, type in params.items():
+        for kind in moment_kinds(optimizer, type, settings[name]):
+            axes = moment_axes(kind, type, settings[name])
+            made.setdefault(kind, {})[name] = type.with_axes(type[n] for n in axes)
+    return made
+
+
+# What decides a compiled step, besides its graph.
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """How a graph is trained, or run.
+
+    Attributes:
+      sizes: what the variables of the graph stand for, for the whole batch.
+      dtype: the type of the computation.
+      optimizer: the update; None for the forward pass alone.
+      micro_batches: parts of a batch whose gradients are added.
+      weight_dtype: the type of the parameters that are trained, and of their moments.
+      reduce_dtype: the type in which gradients are added and reduced; None for `dtype`.
+      guard: which steps are skipped; None for none.
+      bias_rate: step of the loss-free balance bias.
+      output_z: coefficient of the z-loss of the output's softmax.
+      platform: what it is lowered for, ``tpu``, ``gpu`` or ``cpu``.
+      layout: what XLA's partitioner shards the graph by; None where the graph is on a mesh, or
+        runs on one device.
+      chunk_bytes: logits of about so many bytes are in memory at once, on each device.
+    """
+
+    sizes: Mapping[str, int]
+    dtype: DType
+    optimizer: OptimizerSection | None = None
+    micro_batches: int = 1
+    weight_dtype: DType = F32
+    reduce_dtype: DType | None = None
+    guard: GuardSection | None = field(default_factory=GuardSection)
+    bias_rate: float = 0.0
+    output_z: float = 0.0
+    platform: str = "cpu"
+    layout: Layout | None = None
+    chunk_bytes: int = CHUNK_BYTES
+
+
+# Numbers of a whole batch that the losses of its micro-batches are divided by.
+
+
+def totals_of(graph: Graph) -> dict[str, Total]:
+    """Return the totals that the graph of a micro-batch takes, by the names of its inputs."""
+    return {name: Total(**said) for name, said in (graph.attrs.get(TOTALS) or {}).items()}
+
+
+def counted(total: Total, batch: Json, parts: int) -> Any:
+    """Return a total of a batch; arrays are NumPy's or jax's.
+
+    Args:
+      total: what is counted.
+      batch: the masks ``[batch, seq]`` by name, and all else that it holds.
+      parts: the micro-batches that it is cut into.
+    """
+    mask = batch[total.mask]
+    if total.unit == "token":
+        return mask.sum()
+    if total.unit == "sequence":
+        return mask.reshape(mask.shape[0], -1).any(1).sum()
+    groups = mask.size // total.group_size if total.group_size else total.groups * parts
+    return mask.reshape(groups, -1).any(1).sum()
+
+
+# The loss-free balance bias: found in a graph, and updated by what a batch chose.
+#
+# It is no parameter of the optimiser: it has no gradient, and is updated once a step, by the
+# choices
+# of the whole batch (Wang et al. 2024; DeepSeek-V3).
+
+
+def bias_counts(graph: Graph) -> dict[str, tuple[str, ...]]:
+    """Return the outputs that count choices, one for each layer, by the balance bias in `graph`."""
+    counts: Mapping[str, str] = graph.attrs.get(BALANCE_BIASES) or {}
+    found = {}
+    for name in graph.params:
+        layers = max(lengths(name), default=0)
+        members = [element(name, at) for at in range(layers)] if layers else [name]
+        if all(member in counts for member in members):
+            found[name] = tuple(counts[member] for member in members)
+    return found
+
+
+def moved(bias: Any, counts: Any, rate: float) -> Any:
+    """Return a bias after a step, with a mean of zero: a common part decides nothing.
+
+    Args:
+      bias: ``[expert]``, or ``[layer, expert]``.
+      counts: how many choices of the batch name each expert, of the same shape.
+      rate: the step, γ.
+    """
+    made = updated_bias(bias, counts, rate)
+    return made - made.mean(-1)[..., None]
+
+
+# All moments of a model that was made of a trained one, by what a state saves them as.
+
+SAVED = "moments.{}.{}"
+"""What a moment is saved as, by its kind and its parameter."""
+
+
+def saved_moments(graph: Graph, section: OptimizerSection) -> dict[str, dict[str, TensorType]]:
+    """Return the types of the moments that training `graph` keeps, by kind and parameter."""
+    settings = parameter_settings(graph, section)
+    types = {n: graph.params[n].type for n in settings}
+    return moment_types(section.name, types, settings)
+
+
+def carried_moments(
+    graph: Graph,
+    section: OptimizerSection,
+    known: Mapping[str, Mapping[str, TensorType]],
+    count: int,
+) -> dict[str, Expr]:
+    """Return the moments of `graph` before its first step, over those of the model before.
+
+    Args:
+      graph: what a pipeline made of the model before, unrolled; its weights read the tensors of
+        that model, by which its moments are saved, too.
+      section: the optimiser, of both.
+      known: the types of the moments before, as `saved_moments` returns them of that model.
+      count: the updates that they are made of, which go on to be counted.
+    """
+    carried = Carried(graph, known, count, section.b1, section.b2, SAVED.format)
+    return {
+        SAVED.format(kind, name): carried.moment(name, kind, type)
+        for kind, types in saved_moments(graph, section).items()
+        for name, type in types.items()
+    }
+
+
+# Metrics of routing, made of the sums that the graphs of micro-batches return.
+#
+# They work on numbers and arrays of NumPy and of jax alike.
+
+PREFIX = "metric."
+LOSSES = "losses"
+"""The graph attribute with the options with which ``add-losses`` added losses."""
+
+LONG = {"z": "router_z"}
+"""Losses that an option abbreviates."""
+
+ROWS, ASKED = "rows", "asked"
+
+
+def coefficients(graph: Graph) -> dict[str, float]:
+    """Return the coefficients of the losses of routers, by the output that is the loss."""
+    options = graph.attrs.get(LOSSES)
+    found = options if isinstance(options, Mapping) else {}
+    return {
+        f"loss.{LONG.get(name, name)}": float(value)
+        for key, value in found.items()
+        if (name := key.removesuffix("_coef")) != key and value
+    }
+
+
+def finished(sums: Json) -> JsonDict:
+    """Return what the sums over a batch say of each routed layer, beside all other outputs.
+
+    ``loads``: each expert's share of the rows with a slot; ``dropped``: the share of the choices
+    that got none; ``max_violation``: the largest load over the mean, less 1 (Wang et al. 2024);
+    ``dead_experts``: those without a row.
+
+    Args:
+      sums: the outputs of the graph of a micro-batch, added.
+    """
+    found = dict(sums)
+    for name, rows in sums.items():
+        if not (name.startswith(PREFIX) and name.endswith(f".{ROWS}")):
+            continue
+        layer = name.removesuffix(ROWS)
+        total = rows.sum()
+        loads = rows / (total + (total == 0))
+        found[f"{layer}loads"] = loads
+        found[f"{layer}max_violation"] = loads.max() * rows.shape[0] - 1
+        found[f"{layer}dead_experts"] = (rows == 0).sum()
+        if f"{layer}{ASKED}" in sums:
+            asked = sums[f"{layer}{ASKED}"]
+            found[f"{layer}dropped"] = (asked - total) / (asked + (asked == 0))
+    return found
+
+
+# Micro-batches: parts of a batch that hold whole token groups.
+
+
+def rows_together(graph: Graph, sizes: Mapping[str, int]) -> int:
+    """Return how many sequences a micro-batch cannot part: those of a token group, one at least.
+
+    Args:
+      graph: of a micro-batch.
+      sizes: what its variables stand for.
+
+    Raises:
+      InputError: a token group ends within a sequence of another.
+    """
+    nodes = [n for n in graph.every_node() if n.op.assigns_slots]
+    found = [_rows(node, sizes) for node in nodes]
+    problems = [problem for _, problem in found if problem is not None]
+    if problems:
+        raise InputError(problems)
+    rows = sorted({number for number, _ in found} | {1})
+    odd = [n for n in rows if rows[-1] % n]
+    if odd:
+        raise InputError(
+            "the token groups of layers do not fit into one another",
+            expected=f"divisors of {rows[-1]} sequences",
+            found=", ".join(map(str, odd)),
+        )
+    return rows[-1]
+
+
+def _rows(node: Node, sizes: Mapping[str, int]) -> tuple[int, Problem | None]:
+    attrs, type = SlotAttrs.of_node(node), node.results[-1].type
+    batch, *lengths = (_size(type[n].size, sizes) for n in attrs.tokens)
+    sequence = prod(lengths)
+    tokens = attrs.group_size or batch * sequence // max(attrs.groups, 1)
+    rows = max(ceil(tokens / max(sequence, 1)), 1)
+    if tokens % max(sequence, 1) == 0 or (rows == 1 and sequence % max(tokens, 1) == 0):
+        return rows, None
+    return rows, Problem(
+        "token groups do not end with a sequence",
+        node.loc,
+        f"a divisor or a multiple of {sequence} tokens",
+        f"{tokens} tokens",
+    )
+
+
+def _size(size: object, sizes: Mapping[str, int]) -> int:
+    return size if isinstance(size, int) else sizes[str(size)]

@@ -1,1 +1,0 @@
-"""Element types, tensor types with named axes, ranges of numbers, and their text."""

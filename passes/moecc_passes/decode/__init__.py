@@ -1,1 +1,0 @@
-"""The pass `decode`: a graph that continues texts, with caches of keys and values."""
