@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from moecc.errors import InputError
-from moecc.types import DTYPES, Array, DType
+from moecc.types import Array
 from moecc.weights.arithmetic import Cast
 from moecc.weights.evaluate import Evaluator
 from moecc.weights.expr import Box, Expr, Source, extents
@@ -102,8 +102,3 @@ def make_array(
         return whole
     is_fixed = getattr(like, "committed", True) and not is_sharded(like)
     return jax.device_put(whole, like.sharding if is_fixed else None)
-
-
-def dtype_named(dtype: AnyArray) -> DType | None:
-    """Return an element type of NumPy's as the IR has it, or None."""
-    return next((d for d in DTYPES.values() if d.numpy == dtype and d.kind != "key"), None)

@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from moecc.errors import InputError
-from moecc_backends.islands.arrays import dtype_named
 from moecc_backends.islands.jaxprs import AnyArray, trace
 from moecc_backends.islands.naming import path_name, unique
 from moecc_backends.islands.places import function_line, line_of
 from moecc_backends.islands.scopes import Scope, Val, function_scope
-from moecc_backends.islands.views import Leaf
+from moecc_backends.islands.views import Leaf, dtype_named
 from moecc_backends.xla.trace.typed_jax import Function, PyTree
 
 

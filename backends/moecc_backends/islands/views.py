@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
-from moecc.types import Axis, DType, TensorType
+from moecc.types import DTYPES, Axis, DType, TensorType
 from moecc.weights.expr import Expr, Source
 from moecc.weights.movement import Index, Merge, Permute, Slice, Split
 
@@ -175,3 +176,8 @@ def _apply(made: Expr, step: Step, at: Mapping[Hashable, int]) -> Expr:
     index = args[0] if step.kind == "index" else at[args[0]]
     assert isinstance(index, int)
     return Index(made, step.axis, index)
+
+
+def dtype_named(dtype: Any) -> DType | None:
+    """Return an element type of NumPy's as the IR has it, or None."""
+    return next((d for d in DTYPES.values() if d.numpy == dtype and d.kind != "key"), None)
