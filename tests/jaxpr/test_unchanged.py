@@ -14,7 +14,7 @@ import pytest
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
-from moecc_backends.islands.execution import Execution  # noqa: E402
+from moecc_backends.jaxpr.run import Execution  # noqa: E402
 
 from moecc import jax as mx  # noqa: E402
 

@@ -17,26 +17,16 @@ from moecc.pipeline.text import Pipeline
 from moecc.tasks.contracts import Contracts, check_contracts
 from moecc.types import Array
 from moecc.weights.expr import Expr
-from moecc_backends.islands.arrays import LeafEvaluator, make_array
-from moecc_backends.islands.build import build_graph
-from moecc_backends.islands.call import BESIDE, TREE, State
-from moecc_backends.islands.conversion import Conversion
-from moecc_backends.islands.find import Miss
-from moecc_backends.islands.functions import ParamTree, Traced, leaves_of, trace_function
-from moecc_backends.islands.jaxprs import AnyArray, shape_of
-from moecc_backends.islands.labels import Dims
-from moecc_backends.islands.partkeys import part_key
-from moecc_backends.islands.parts import Parts, cut
-from moecc_backends.islands.places import function_line
-from moecc_backends.islands.report import BlockReport, Report
-from moecc_backends.islands.scopes import Val
-from moecc_backends.islands.settle import settle, steps_of
-from moecc_backends.islands.sites import Instance, Key, Survey, survey
-from moecc_backends.islands.storage import Storage, plan_storage
-from moecc_backends.islands.surroundings import surroundings
-from moecc_backends.islands.tokens import refuse_mixing, token_labels
-from moecc_backends.islands.uses import uses
-from moecc_backends.islands.views import Leaf
+from moecc_backends.jaxpr.blocks import Miss
+from moecc_backends.jaxpr.call import BESIDE, TREE, State
+from moecc_backends.jaxpr.conversion import BlockReport, Conversion, Report
+from moecc_backends.jaxpr.graph import Parts, build_graph, cut, part_key, surroundings
+from moecc_backends.jaxpr.jaxprs import AnyArray, function_line, shape_of
+from moecc_backends.jaxpr.labels import Dims, refuse_mixing, token_labels
+from moecc_backends.jaxpr.scopes import ParamTree, Traced, Val, leaves_of, trace_function
+from moecc_backends.jaxpr.storage import LeafEvaluator, Storage, make_array, plan_storage
+from moecc_backends.jaxpr.survey import Instance, Key, Survey, settle, steps_of, survey, uses
+from moecc_backends.jaxpr.views import Leaf
 from moecc_backends.xla.trace.typed_jax import Function, PyTree
 
 MAX_READ_ELEMENTS = 1 << 20

@@ -1,8 +1,4 @@
-"""Run a function with its blocks replaced: every other equation as it stands.
-
-Loops, branches and checkpoints that hold blocks are built again around what is replaced; the rest
-of them, and every other equation, is evaluated from the jaxpr of the user's function.
-"""
+"""How the part of a block is run: on whole arrays, with hints for a mesh, or shard by shard."""
 
 from __future__ import annotations
 
@@ -12,13 +8,140 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
+from moecc.errors import InputError
 from moecc.ir.graph import Value
-from moecc.types import DTYPES, DType
-from moecc_backends.islands.execution import Execution
-from moecc_backends.islands.jaxprs import AnyArray, evaluate, is_literal, scan_sizes
-from moecc_backends.islands.parts import Part
-from moecc_backends.islands.scopes import UNKNOWN, Frame, Scope, Step, Val
-from moecc_backends.islands.sites import Site
+from moecc.ir.mesh import Mesh, mesh_of
+from moecc.sharding.layout import Layout
+from moecc.types import DTYPES, F32, DType
+from moecc_backends.jaxpr.graph import Part, Parts
+from moecc_backends.jaxpr.jaxprs import AnyArray, evaluate, is_literal, scan_sizes
+from moecc_backends.jaxpr.scopes import UNKNOWN, Frame, Scope, Step, Val
+from moecc_backends.jaxpr.survey import Site
+from moecc_backends.xla.lower.function import finalize_output, lower_values
+from moecc_backends.xla.lower.mesh import GspmdLowering
+from moecc_backends.xla.mesh.specs import spec
+from moecc_backends.xla.trace.context import (
+    DEFAULTS,
+    DIRECT,
+    DeviceView,
+    Interceptor,
+    Options,
+    varies,
+)
+from moecc_backends.xla.trace.typed_jax import PyTree, manual_axes
+from moecc_backends.xla.trace.values import Named
+
+PartArrays = Mapping[Value, jax.Array]
+Made = tuple[jax.Array, tuple[jax.Array, ...]]
+"""The output ``[*tokens, embed]`` of a part, and the other values that it returns."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How parts are run.
+
+    Attributes:
+      options: what is chosen for the lowering.
+      mesh: the devices of the mesh that the graph lies on; or that XLA's partitioner has.
+    """
+
+    options: Options = DEFAULTS
+    mesh: jax.sharding.Mesh | None = None
+
+    def run(self, part: Part, arrays: PartArrays, dtype: DType, *, side: bool) -> Made:
+        """Return what a part makes of its input and parameters.
+
+        Args:
+          part: the part.
+          arrays: its input, ``[*tokens, embed]``, its parameters and what else it takes.
+          dtype: the type to compute in.
+          side: whether the other values are wanted.
+
+        Raises:
+          InputError: the graph lies on a mesh, and no devices were given, or others.
+        """
+        own = mesh_of(part.x.graph)
+        if own is None:
+            return self._lowered(part, arrays, dtype, side, interceptor=self._hints(part))
+        if set(own.names) <= manual_axes():
+            return self._lowered(part, arrays, dtype, side, view=DeviceView(own))
+        return self._mapped(part, arrays, dtype, side, own)
+
+    def _hints(self, part: Part) -> Interceptor:
+        """Return what holds values to a layout of the mesh, where there is a mesh."""
+        if self.mesh is None or set(self.mesh.axis_names) & manual_axes():
+            return DIRECT
+        experts = next((v.type["expert"].size for v in part.params if "expert" in v.type), 0)
+        assert isinstance(experts, int), "the number of experts is known"
+        grid = Mesh(tuple((n, int(s)) for n, s in self.mesh.shape.items()))
+        return GspmdLowering(self.mesh, Layout(grid, experts))
+
+    def _lowered(
+        self,
+        part: Part,
+        arrays: PartArrays,
+        dtype: DType,
+        side: bool,
+        *,
+        view: DeviceView | None = None,
+        interceptor: Interceptor = DIRECT,
+    ) -> Made:
+        nodes = list(part.side_nodes if side else part.nodes)
+        used = {v for n in nodes for v in n.operands} | {part.x}
+        given = _alike({v: a for v, a in arrays.items() if v in used})
+        values = lower_values(nodes, given, dtype, self.options, view, interceptor)
+        y = values[part.y]
+        assert isinstance(y, Named), "rows are combined"
+        others = tuple(finalize_output(values[v], v) for v in part.side) if side else ()
+        return y.to(part.x.type.names).array, others
+
+    def _mapped(self, part: Part, arrays: PartArrays, dtype: DType, side: bool, own: Mesh) -> Made:
+        """Run a part that lies on a mesh, shard by shard, with the collectives of its graph."""
+        found = "none" if self.mesh is None else ",".join(
+            f"{n}:{s}" for n, s in self.mesh.shape.items()
+        )  # fmt: skip
+        if self.mesh is None or found != str(own):
+            raise InputError(
+                "the blocks lie on a mesh of devices",
+                expected=f"moe(function, mesh=…) with the mesh {own}",
+                found=found,
+            )
+        values = list(arrays)
+        view = DeviceView(own)
+
+        def one(*given: jax.Array) -> Made:
+            local = dict(zip(values, given, strict=True))
+            y, others = self._lowered(part, local, dtype, side, view=view)
+            settled = (view.settled(a, v.type) for a, v in zip(others, part.side, strict=False))
+            return view.settled(y, part.y.type), tuple(settled)
+
+        order = {a.name: a for a in part.y.type.axes}
+        result = part.y.type.with_axes(order[n] for n in part.x.type.names)
+        mapped = jax.shard_map(
+            one,
+            mesh=self.mesh,
+            in_specs=tuple(spec(v.type) for v in values),
+            out_specs=(spec(result), tuple(spec(v.type) for v in part.side) if side else ()),
+            check_vma=True,
+        )
+        made: Made = mapped(*arrays.values())
+        return made
+
+
+def _alike(arrays: PartArrays) -> PartArrays:
+    """Return arrays that all differ along the mesh axes along which any does.
+
+    In a `shard_map` of the user tokens differ from device to device, and copies of experts do not.
+    """
+    axes = frozenset[str]().union(*map(varies, arrays.values()))
+    return {v: DeviceView().varying(a, axes) for v, a in arrays.items()} if axes else arrays
+
+
+# Run a function with its blocks replaced: every other equation as it stands.
+#
+# Loops, branches and checkpoints that hold blocks are built again around what is replaced; the
+# rest
+# of them, and every other equation, is evaluated from the jaxpr of the user's function.
 
 Arrays = list[AnyArray]
 Weights = dict[int, tuple[AnyArray, ...]]
@@ -257,3 +380,83 @@ def _fitting(array: AnyArray, value: Value, tokens: tuple[int, ...]) -> AnyArray
 def dtype_of(x: AnyArray) -> DType:
     """Return the element type of an array as the IR has it."""
     return next(d for d in DTYPES.values() if d.numpy == x.dtype)
+
+
+# Losses and metrics of converted functions: joined over where blocks run, added to a loss.
+
+AUXILIARY = "loss.auxiliary"
+"""The output that `add-losses` makes of all losses of routers."""
+
+MODEL = "loss.model"
+"""The result of the user's loss alone."""
+
+
+def joined(
+    parts: Parts,
+    of_sites: Mapping[int, Sequence[Part]],
+    replaced: Sequence[Replacement],
+    side: Side,
+) -> dict[str, AnyArray]:
+    """Return the losses and metrics of what parts returned besides their outputs.
+
+    A block that runs several times has the mean of what it returned; one that does not run, zero.
+
+    Args:
+      parts: all blocks.
+      of_sites: the blocks of each site, by its number.
+      replaced: the sites.
+      side: what their parts returned, loops in front.
+    """
+    values: dict[Value, list[AnyArray]] = {}
+    for one in replaced:
+        scans = [s for s in one.site.island.scope.owners if s.name == "scan"]
+        for at, array in enumerate(side.get(one.number, ())):
+            rows = _rows(array, scans, one.site)
+            for row, part in zip(rows, of_sites[one.number], strict=True):
+                values.setdefault(part.side[at], []).append(row)
+    means: dict[Value, AnyArray] = {
+        v: rows[0] if len(rows) == 1 else sum(rows) / len(rows) for v, rows in values.items()
+    }
+    for part in parts.blocks.values():
+        for value in part.side:
+            if value not in means:
+                means[value] = _zero(value)
+    return parts.finish(means, F32)
+
+
+def _rows(array: AnyArray, scans: Sequence[Step], site: Site) -> list[AnyArray]:
+    """Return what each block of a site returned: the mean over loops that run the same block."""
+    others = tuple(i for i, s in enumerate(scans) if s not in site.loops)
+    mean = jnp.mean(array, axis=others) if others else array
+    if not site.loops:
+        return [mean]
+    flat = mean.reshape(site.count, *mean.shape[len(site.loops) :])
+    return [flat[i] for i in range(site.count)]
+
+
+def _zero(value: Value) -> AnyArray:
+    return jnp.zeros([s if isinstance(s, int) else 1 for s in value.type.sizes], jnp.float32)
+
+
+def with_losses(result: PyTree, found: dict[str, AnyArray]) -> AnyArray:
+    """Return a result and the losses and metrics `found`.
+
+    A scalar, or the first of a tuple if it is one, is the model's loss: `AUXILIARY` is added to it.
+    """
+    auxiliary = found.get(AUXILIARY)
+    if isinstance(result, tuple) and result and _is_loss(result[0]):
+        loss, *rest = result
+        more = rest[0] if len(rest) == 1 else tuple(rest)
+        return _total(loss, auxiliary), (more, {MODEL: loss, **found})
+    if _is_loss(result):
+        return _total(result, auxiliary), {MODEL: result, **found}
+    return result, found
+
+
+def _is_loss(result: PyTree) -> bool:
+    is_number = hasattr(result, "shape") and result.shape == ()
+    return is_number and bool(jnp.issubdtype(result.dtype, jnp.floating))
+
+
+def _total(loss: AnyArray, auxiliary: AnyArray) -> AnyArray:
+    return loss if auxiliary is None else loss + auxiliary.astype(loss.dtype)

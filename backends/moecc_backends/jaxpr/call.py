@@ -9,25 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from moecc.errors import InputError, Problem
-from moecc_backends.islands.execution import Execution
-from moecc_backends.islands.functions import (
-    ParamTree,
-    Traced,
-    is_array,
-    leaves_of,
-    trace_function,
-)
-from moecc_backends.islands.identity import same_in
-from moecc_backends.islands.jaxprs import AnyArray, shape_of
-from moecc_backends.islands.losses import joined, with_losses
-from moecc_backends.islands.parts import Part, Parts
-from moecc_backends.islands.places import function_line
-from moecc_backends.islands.run import Program, Replacement, dtype_of
-from moecc_backends.islands.settle import steps_of
-from moecc_backends.islands.sites import Instance, Key, Site, survey
-from moecc_backends.islands.storage import Slot, Storage
-from moecc_backends.islands.uses import skipped, uses
-from moecc_backends.islands.views import Leaf
+from moecc_backends.jaxpr.blocks import same_in
+from moecc_backends.jaxpr.graph import Part, Parts
+from moecc_backends.jaxpr.jaxprs import AnyArray, function_line, shape_of
+from moecc_backends.jaxpr.run import Execution, Program, Replacement, dtype_of, joined, with_losses
+from moecc_backends.jaxpr.scopes import ParamTree, Traced, is_array, leaves_of, trace_function
+from moecc_backends.jaxpr.storage import Slot, Storage
+from moecc_backends.jaxpr.survey import Instance, Key, Site, skipped, steps_of, survey, uses
+from moecc_backends.jaxpr.views import Leaf
 from moecc_backends.xla.trace.host_arrays import check_keys
 from moecc_backends.xla.trace.typed_jax import Function, PyTree, manual_axes
 

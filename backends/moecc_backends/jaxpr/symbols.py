@@ -1,34 +1,287 @@
-"""Equations run on symbols: what a block computes, on named axes instead of dimensions."""
+"""Which equations work element by element, and what formulas call them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moecc_backends.islands.dag import (
-    MATRICES,
-    ONE_VALUE,
-    Apply,
-    Axes,
-    Misfit,
-    Node,
-    Product,
-    Sym,
-    Weight,
-    axes_of,
-    indexed,
-    reweighted,
-    sliced,
-    split,
+from moecc.ir.formula import FUNCTIONS, Call, Formula
+from moecc_backends.jaxpr.jaxprs import (
+    AnyArray,
+    Equation,
+    Jaxpr,
+    callee,
+    evaluate,
+    float_bits,
+    is_literal,
+    opened,
+    shape_of,
+    trace,
 )
-from moecc_backends.islands.elements import folded, function_of
-from moecc_backends.islands.jaxprs import callee, float_bits
-from moecc_backends.islands.scopes import UNKNOWN, Scope, Step, Val
-from moecc_backends.islands.structural import groups
-from moecc_backends.islands.views import View
+from moecc_backends.jaxpr.scopes import UNKNOWN, Scope, Step, Val, fill
+from moecc_backends.jaxpr.views import STRUCTURAL, View, groups
+from moecc_backends.reference.elementwise import FORMULAS
+from moecc_backends.xla.trace.typed_jax import Function
+
+_SAME_NAME = FUNCTIONS.keys() - {
+    "sigmoid", "maximum", "minimum", "less", "less_equal", "greater", "greater_equal", "equal",
+    "not_equal", "relu", "relu6", "logaddexp", "where", "round", "wide", "narrow",
+}  # fmt: skip
+"""Functions that formulas call as jax calls its primitives."""
+
+_RENAMED = {
+    "logistic": "sigmoid",
+    "max": "maximum",
+    "min": "minimum",
+    "lt": "less",
+    "le": "less_equal",
+    "gt": "greater",
+    "ge": "greater_equal",
+    "eq": "equal",
+    "ne": "not_equal",
+    "add_any": "add",
+    "integer_pow": "pow",
+}
+
+_TO_EVEN = 1
+"""What rounds as formulas do, of jax's ways to round."""
+
+LINEAR = frozenset(("add", "sub", "neg", "wide", "narrow", "stop_gradient"))
+"""Functions that are linear in all operands together."""
+
+
+def function_of(equation: Equation) -> str | None:
+    """Return what formulas call the function of an equation, or None if it has no name there."""
+    name = str(equation.primitive.name)
+    if name in _SAME_NAME:
+        return name
+    if name == "round" and int(equation.params["rounding_method"]) == _TO_EVEN:
+        return "round"
+    if name == "select_n":
+        return "where" if len(equation.invars) == 3 else None
+    return _RENAMED.get(name)
+
+
+def is_elementwise(equation: Equation) -> bool:
+    """Return whether an equation works element by element, or only on shapes."""
+    called = callee(equation)
+    if called is not None:
+        return all(map(is_elementwise, opened(called)[0].eqns))
+    known = function_of(equation) is not None or equation.primitive.name in STRUCTURAL
+    return known or equation.primitive.name == "custom_jvp_call"
+
+
+def is_elementwise_call(jaxpr: Jaxpr) -> bool:
+    """Return whether every equation of a jaxpr works so."""
+    return all(map(is_elementwise, opened(jaxpr)[0].eqns))
+
+
+def folded(function: str, numbers: tuple[float, ...]) -> float:
+    """Return a function of formulas of numbers."""
+    with np.errstate(all="ignore"):
+        return float(FORMULAS[function](*numbers))
+
+
+# The computation of a block on named axes: products with weights, and functions of elements.
+#
+# Axes are numbers that are found to be one as equations show it.  Two axes become one only if no
+# value has both: an embedding times its transpose must not become square.
+
+ONE_VALUE = "a block takes one value, so apply the other before it or behind it"
+MATRICES = "reshape its weights to matrices"
+"""Ways out of reasons."""
+
+
+class Misfit(Exception):
+    """Why a part of a program is not a block: shown as the reason of a near miss."""
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """A value of a block; compared by identity."""
+
+
+@dataclass(frozen=True, eq=False)
+class Input(Node):
+    """The input of the block, or of a formula.
+
+    Attributes:
+      axes: its axes, by dimension.
+      name: what a formula calls it.
+    """
+
+    axes: tuple[int, ...] = ()
+    name: str = "a"
+
+
+@dataclass(frozen=True, eq=False)
+class Weight(Node):
+    """A view of a leaf.
+
+    Attributes:
+      view: the view.
+      axes: the number of each axis of the view, by its name.
+    """
+
+    view: View
+    axes: dict[str, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Product(Node):
+    """A contraction with a weight over one axis."""
+
+    x: Node
+    weight: Weight
+    over: int
+
+
+@dataclass(frozen=True, eq=False)
+class Apply(Node):
+    """A function of formulas, element by element; numbers stand for themselves."""
+
+    function: str
+    operands: tuple[Node | float, ...]
+
+
+@dataclass(frozen=True)
+class Sym:
+    """An array of the program: a value of the block, and which dimension is which axis."""
+
+    node: Node | float
+    dims: tuple[int | None, ...] = ()
+
+
+@dataclass
+class Axes:
+    """Axes as numbers, of which some turn out to be one."""
+
+    sizes: list[int] = field(default_factory=list)
+    _first: list[int] = field(default_factory=list)
+    _values: list[frozenset[int]] = field(default_factory=list)
+
+    def new(self, size: int) -> int:
+        """Return a new axis."""
+        self.sizes.append(size)
+        self._first.append(len(self._first))
+        return len(self._first) - 1
+
+    def find(self, axis: int) -> int:
+        """Return the number that stands for an axis and all that are one with it."""
+        while self._first[axis] != axis:
+            axis = self._first[axis]
+        return axis
+
+    def note(self, axes: tuple[int, ...]) -> None:
+        """Note that a value has all of `axes`, which are therefore different."""
+        self._values.append(frozenset(axes))
+
+    def unite(self, a: int, b: int) -> int:
+        """Make two axes one.
+
+        Raises:
+          Misfit: a value has both, or they differ in size.
+        """
+        a, b = self.find(a), self.find(b)
+        if a == b:
+            return a
+        if self.sizes[a] != self.sizes[b]:
+            raise Misfit(f"an axis has the sizes {self.sizes[a]} and {self.sizes[b]}")
+        for axes in self._values:
+            if {a, b} <= {self.find(n) for n in axes}:
+                raise Misfit("two axes of one value would have to be the same")
+        self._first[max(a, b)] = min(a, b)
+        return min(a, b)
+
+
+def axes_of(node: Node | float, axes: Axes) -> frozenset[int]:
+    """Return the axes of a value, each as the number that stands for it."""
+    found: dict[int, frozenset[int]] = {}
+
+    def of(x: Node | float) -> frozenset[int]:
+        if isinstance(x, float):
+            return frozenset()
+        if id(x) not in found:
+            found[id(x)] = own(x)
+        return found[id(x)]
+
+    def own(x: Node) -> frozenset[int]:
+        if isinstance(x, Input):
+            return frozenset(map(axes.find, x.axes))
+        if isinstance(x, Weight):
+            return frozenset(map(axes.find, x.axes.values()))
+        if isinstance(x, Product):
+            return (of(x.x) | of(x.weight)) - {axes.find(x.over)}
+        assert isinstance(x, Apply)
+        return frozenset().union(*map(of, x.operands))
+
+    return of(node)
+
+
+def reweighted(node: Node, axis: int, change: Callable[[Weight, str], Weight], axes: Axes) -> Node:
+    """Return a value whose weights that have an axis are changed.
+
+    Args:
+      node: the value.
+      axis: the axis.
+      change: takes a weight, and what the weight calls the axis.
+      axes: the axes.
+
+    Raises:
+      Misfit: the input of the block has the axis.
+    """
+    made: dict[int, Node | float] = {}
+
+    def changed(x: Node | float) -> Node | float:
+        if isinstance(x, float) or axis not in axes_of(x, axes):
+            return x
+        if id(x) not in made:
+            made[id(x)] = own(x)
+        return made[id(x)]
+
+    def own(x: Node) -> Node | float:
+        if isinstance(x, Weight):
+            (name,) = (n for n, number in x.axes.items() if axes.find(number) == axis)
+            return change(x, name)
+        if isinstance(x, Product):
+            inner, weight = changed(x.x), changed(x.weight)
+            assert isinstance(weight, Weight)
+            assert isinstance(inner, Node)
+            return Product(inner, weight, x.over)
+        if isinstance(x, Apply):
+            return Apply(x.function, tuple(map(changed, x.operands)))
+        raise Misfit("a part of its input is used")
+
+    found = changed(node)
+    assert isinstance(found, Node)
+    return found
+
+
+def sliced(weight: Weight, name: str, part: tuple[int, int], number: int) -> Weight:
+    """Return a weight with an axis cut to `part`, under another number."""
+    return Weight(weight.view.sliced(name, *part), {**weight.axes, name: number})
+
+
+def indexed(weight: Weight, name: str, at: int) -> Weight:
+    """Return one element along an axis of a weight."""
+    left = {n: number for n, number in weight.axes.items() if n != name}
+    return Weight(weight.view.with_dims((name,)).indexed(name, at), left)
+
+
+def split(weight: Weight, name: str, parts: tuple[int, ...], numbers: tuple[int, ...]) -> Weight:
+    """Return a weight with an axis cut into axes of the sizes `parts`."""
+    view, names = weight.view.with_dims((name,)).split(name, parts)
+    left = {n: number for n, number in weight.axes.items() if n != name}
+    return Weight(view, left | dict(zip(names, numbers, strict=True)))
+
+
+# Equations run on symbols: what a block computes, on named axes instead of dimensions.
 
 Custom = Callable[[Step], str | None]
 """Names the function with a derivative of its own that a step calls, where it is known."""
@@ -365,3 +618,140 @@ _RULES: dict[str, Rule] = {
     "split": Symbols.split,
     "dot_general": Symbols.product,
 }
+
+
+# Formulas of blocks: which functions of elements are activations by name, and which are not.
+
+CUSTOM: dict[str, Function] = {
+    "relu": jax.nn.relu,
+    "relu6": jax.nn.relu6,
+    "logaddexp": jnp.logaddexp,
+}
+"""Functions of jax with a derivative of their own, which formulas name."""
+
+ACTIVATIONS: dict[str, Callable[[AnyArray], AnyArray]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "sigmoid": jax.nn.sigmoid,
+    "tanh": jnp.tanh,
+    "exp": jnp.exp,
+    "log": jnp.log,
+    "square": jnp.square,
+    "rsqrt": jax.lax.rsqrt,
+}
+"""Activations that are operations, as jax has them."""
+
+
+def formula_of(node: Node, base: Node) -> Formula:
+    """Return `node`, a function of the elements of `base`, as a formula."""
+    numbers: dict[int, int] = {id(base): 0}
+    steps: list[Call] = []
+
+    def number(x: Node | float) -> int | float:
+        if isinstance(x, float):
+            return x
+        if id(x) not in numbers:
+            assert isinstance(x, Apply), "a formula is made of functions"
+            steps.append(Call(x.function, tuple(map(number, x.operands))))
+            numbers[id(x)] = len(steps)
+        return numbers[id(x)]
+
+    result = number(node)
+    assert isinstance(result, int)
+    return Formula(tuple(steps), result)
+
+
+@lru_cache(maxsize=8)
+def activations(dtype: str) -> Mapping[str, str]:
+    """Return operations by the formulas that jax's functions have in an element type."""
+    found: dict[str, str] = {}
+    for name, function in ACTIVATIONS.items():
+        jaxpr, _ = trace(function, [shape_of((3,), dtype)])
+        base, (made,) = _symbols(jaxpr, custom_function)
+        assert isinstance(made.node, Node)
+        found[str(formula_of(made.node, base[0]))] = name
+    return found
+
+
+def custom_function(step: Step) -> str | None:
+    """Return the name of a function of `CUSTOM` that a step calls, derivative included."""
+    atoms = step.equation.invars
+    if any(not jnp.issubdtype(a.aval.dtype, jnp.floating) for a in atoms):
+        return None
+    numbers = tuple(float(a.val) if is_literal(a) else None for a in atoms)
+    variables = [a for a in atoms if not is_literal(a)]
+    avals = tuple((tuple(a.aval.shape), str(a.aval.dtype)) for a in variables)
+
+    def called(*given: AnyArray) -> AnyArray:
+        outs = step.equation.outvars
+        values = dict(zip(variables, given, strict=True))
+        return evaluate([step.equation], values, outs, step.frame.jaxpr)[0]
+
+    found = _spelled(called, avals)
+    if found is None:
+        return None
+    return next((name for name in CUSTOM if _known(name, numbers, avals) == found), None)
+
+
+Avals = tuple[tuple[tuple[int, ...], str], ...]
+
+
+@lru_cache(maxsize=64)
+def _known(name: str, numbers: tuple[float | None, ...], avals: Avals) -> tuple[str, ...] | None:
+    if (name == "logaddexp") != (len(numbers) == 2):
+        return None
+
+    def called(*given: AnyArray) -> AnyArray:
+        left = iter(given)
+        return CUSTOM[name](*(next(left) if n is None else n for n in numbers))
+
+    return _spelled(called, avals)
+
+
+def _spelled(function: Function, avals: Avals) -> tuple[str, ...] | None:
+    """Return a function and its derivative as text; None where they are no formulas."""
+    count = len(avals)
+
+    def with_derivative(*given: AnyArray) -> AnyArray:
+        return jax.jvp(function, given[:count], given[count:])
+
+    jaxpr, _ = trace(with_derivative, [shape_of(*a) for a in avals] * 2)
+    try:
+        inputs, made = _symbols(jaxpr, None)
+    except Misfit:
+        return None
+    names = {id(x): f"x{i}" for i, x in enumerate(inputs)}
+    return tuple(_spell(s.node, names) for s in made)
+
+
+def _spell(x: Node | float, names: dict[int, str]) -> str:
+    if isinstance(x, float):
+        return repr(x)
+    if id(x) not in names:
+        assert isinstance(x, Apply)
+        names[id(x)] = f"{x.function}({', '.join(_spell(o, names) for o in x.operands)})"
+    return names[id(x)]
+
+
+def _symbols(jaxpr: Jaxpr, custom: Custom | None) -> tuple[list[Input], list[Sym]]:
+    """Run a jaxpr of elementwise equations on symbols; return its inputs and results.
+
+    Raises:
+      Misfit: it has other equations.
+    """
+    axes = Axes()
+    values = [Val(v.aval) for v in opened(jaxpr)[0].invars]
+    scope = Scope(None, None)
+    fill(scope, jaxpr, values)
+    # Axes are told apart by their places, counted from the last: two may have one size.
+    places = [tuple(enumerate(reversed(v.shape)))[::-1] for v in values]
+    named = {place: axes.new(place[1]) for one in places for place in one}
+    symbols = Symbols(axes, values[0].aval.dtype, custom)
+    inputs = [Input(tuple(named[place] for place in one)) for one in places]
+    for value, one in zip(values, inputs, strict=True):
+        symbols.values[value] = Sym(one, one.axes)
+    for step in scope.steps:
+        symbols.run(step)
+    return inputs, [symbols.read(v) for v in scope.outputs]
