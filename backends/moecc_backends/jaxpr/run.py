@@ -26,9 +26,8 @@ from moecc_backends.xla.trace.context import (
     DeviceView,
     Interceptor,
     Options,
-    varies,
 )
-from moecc_backends.xla.trace.typed_jax import PyTree, manual_axes
+from moecc_backends.xla.trace.typed_jax import PyTree, manual_axes, varies
 from moecc_backends.xla.trace.values import Named
 
 PartArrays = Mapping[Value, jax.Array]

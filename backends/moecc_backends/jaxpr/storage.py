@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moecc.errors import InputError
 from moecc.ir.graph import Graph
@@ -27,7 +27,6 @@ from moecc_backends.jaxpr.jaxprs import AnyArray, ranged, shape_of
 from moecc_backends.jaxpr.survey import Instance, Key, Site
 from moecc_backends.jaxpr.views import Leaf
 from moecc_backends.xla.mesh.specs import sharded_array
-from moecc_backends.xla.trace.typed_jax import partition_spec
 
 
 @dataclass(frozen=True)
@@ -219,7 +218,7 @@ def sharding_of(weight: Expr, like: AnyArray) -> NamedSharding | None:
         fits = bool(wanted) and size % count == 0
         parts.append(wanted if fits else None)
         taken.update(wanted if fits else ())
-    return NamedSharding(mesh, partition_spec(*parts))
+    return NamedSharding(mesh, PartitionSpec(*parts))
 
 
 def _spec(weight: Expr, sharding: NamedSharding) -> Spec:

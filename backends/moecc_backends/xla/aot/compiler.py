@@ -26,7 +26,7 @@ from moecc.train.settings import StepSpec
 from moecc_backends.xla.aot.census import census
 from moecc_backends.xla.aot.topology import devices
 from moecc_backends.xla.run.memory import in_precision
-from moecc_backends.xla.trace.typed_jax import PyTree, abstract_array
+from moecc_backends.xla.trace.typed_jax import PyTree
 from moecc_backends.xla.train.step import AbstractStep, make_step
 
 # Options of XLA by which collectives run beside computation, for the chips where they do.
@@ -167,8 +167,7 @@ class Compiled:
 def lower(function: Wrapped, arguments: Sequence[PyTree], machine: Machine) -> Lowered:
     """Trace and lower a jitted `function` of abstract `arguments` for `machine`."""
     platform = {"gpu": "cuda"}.get(machine.kind, machine.kind)
-    lowered: Lowered = function.trace(*arguments).lower(lowering_platforms=(platform,))
-    return lowered
+    return function.trace(*arguments).lower(lowering_platforms=(platform,))
 
 
 def compile_program(function: Wrapped, arguments: Sequence[PyTree], machine: Machine) -> Compiled:
@@ -334,7 +333,7 @@ class ExportedStep:
         self._exported = exported
         self.platforms: tuple[str, ...] = tuple(exported.platforms)
         self.devices: int = exported.nr_devices
-        shapes = [abstract_array(a.shape, a.dtype) for a in exported.in_avals]
+        shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in exported.in_avals]
         self.arguments: PyTree = jax.tree.unflatten(exported.in_tree, shapes)[0]
         self._types = _types(self.arguments)
 

@@ -20,7 +20,7 @@ from moecc.plan.networks import Slices
 from moecc.support.extras import install_hint
 
 if TYPE_CHECKING:
-    from moecc_backends.xla.trace.typed_jax import Devices
+    import jax
 
 
 # GPUs as XLA wants them described, to compile for one that is not attached.
@@ -172,7 +172,7 @@ def prepare(machine: Machine) -> None:
     os.environ.update(environment(machine))
 
 
-def devices(machine: Machine) -> Devices:
+def devices(machine: Machine) -> list[jax.Device]:
     """Return the devices of `machine` as jax describes them.
 
     Raises:
@@ -200,7 +200,7 @@ def devices(machine: Machine) -> Devices:
         raise UsageError(f"libtpu refuses the topology {name}", found=reason) from None
 
 
-def _gpus(machine: Machine) -> Devices:
+def _gpus(machine: Machine) -> list[jax.Device]:
     from jax.experimental import topologies
 
     hosts = max(machine.devices // _GPUS_PER_HOST, 1)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from moecc.ir.graph import Node, Value
@@ -36,7 +37,7 @@ from moecc_backends.xla.kernels.grouped_matmul import (
 from moecc_backends.xla.trace.arrays import with_masked_gradient, zeroed
 from moecc_backends.xla.trace.context import DeviceView
 from moecc_backends.xla.trace.routing import Routing
-from moecc_backends.xla.trace.typed_jax import named, varying_axes
+from moecc_backends.xla.trace.typed_jax import varies
 from moecc_backends.xla.trace.values import (
     SLOT_AXES,
     DeferredRows,
@@ -260,7 +261,7 @@ class BlockWalk:
 
         def zeros(like: jax.Array, shape: tuple[int, ...], kind: DTypeLike) -> jax.Array:
             made = zeros_after(tokens, shape, kind, next(salts))
-            return DeviceView().varying(made, varying_axes(like))
+            return DeviceView().varying(made, varies(like))
 
         def of_rows(x: jax.Array, *parts: int) -> jax.Array:
             shape = (*parts, rows * (x.shape[0] // self.sizes[0]), *x.shape[1:])
@@ -440,7 +441,7 @@ Kept = tuple[Given, jax.Array, Sequence[jax.Array]]
 def has_gradient_by_block(given: Given) -> bool:
     """Whether sums in the types of the weights are wide enough, and no mesh has parts of them."""
     floats = [a for a in given.arrays if a is not None and _is_float(a)]
-    return all(a.dtype.itemsize >= 4 and not varying_axes(a) for a in floats)
+    return all(a.dtype.itemsize >= 4 and not varies(a) for a in floats)
 
 
 def forward(layer: Layer, given: Given) -> tuple[jax.Array, Kept]:
@@ -459,7 +460,7 @@ def forward(layer: Layer, given: Given) -> tuple[jax.Array, Kept]:
         return Made([made], products[:-1] if layer.ends_in_product else products)
 
     every = layer.walk(given, work)
-    rows = named(every.rows[0], "experts")
+    rows = checkpoint_name(every.rows[0], "experts")
     return layer.combined(given, rows), (given, rows, every.kept)
 
 
@@ -537,8 +538,7 @@ def _of_block(products: jax.Array, rows: int, place: BlockAt, size: int) -> jax.
     """Return a block of products ``[parts, rows, …]``, each of which may be several a row."""
     times = products.shape[1] // rows
     at = place.of_kept(times, products.ndim)
-    block: jax.Array = jax.lax.dynamic_slice(products, at, (1, size * times, *products.shape[2:]))
-    return block[0]
+    return jax.lax.dynamic_slice(products, at, (1, size * times, *products.shape[2:]))[0]
 
 
 def _is_float(array: jax.Array) -> bool:

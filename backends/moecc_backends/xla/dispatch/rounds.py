@@ -39,9 +39,9 @@ from moecc_backends.xla.mesh.all_to_all import (
     send,
     send_back,
 )
-from moecc_backends.xla.trace.context import Context, DeviceView, varies, zeros_like_on_devices
+from moecc_backends.xla.trace.context import Context, DeviceView, zeros_like_on_devices
 from moecc_backends.xla.trace.routing import Routing
-from moecc_backends.xla.trace.typed_jax import PyTree, pmax
+from moecc_backends.xla.trace.typed_jax import PyTree, varies
 from moecc_backends.xla.trace.values import (
     DeferredRows,
     Named,
@@ -245,7 +245,7 @@ class _Rounds:
             return add(jnp.int32(0), total)
         sent = routed.sizes.reshape(self.spec.devices, self.spec.devices, -1).sum(2)
         busiest = (jnp.max(sent) + self.spec.rows - 1) // self.spec.rows
-        turns = pmax(busiest, tuple(sorted(varies(busiest))))
+        turns = jax.lax.pmax(busiest, tuple(sorted(varies(busiest))))
         with jax.named_scope(rounds_scope(self.spec.most)):
             _, made = jax.lax.while_loop(
                 lambda state: state[0] < turns,

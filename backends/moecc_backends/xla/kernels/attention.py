@@ -12,16 +12,12 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_kernel,
-    splash_attention_mask,
-)
-from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import make_splash_mha
+from jax.ad_checkpoint import checkpoint_name
 
 from moecc.ir.attention import Span, share_of_tpu_blocks, spans, tpu_block
 from moecc_backends.xla.kernels.grouped_matmul import zeros_after
-from moecc_backends.xla.trace.context import VALUE, DeviceView, varies
-from moecc_backends.xla.trace.typed_jax import PyTree, named, unchecked
+from moecc_backends.xla.trace.context import VALUE, DeviceView
+from moecc_backends.xla.trace.typed_jax import PyTree, unchecked, varies
 from moecc_backends.xla.trace.values import accumulator
 
 # What an attention is made of, as arrays without names of axes.
@@ -105,7 +101,7 @@ def _forward(
     rule: AttentionRule, arrays: AttentionArrays
 ) -> tuple[jax.Array, tuple[AttentionArrays, jax.Array, jax.Array]]:
     # Named here, so that the gradient reads the very arrays that are kept.
-    mixed, denominators = (named(a, VALUE) for a in _blocks(rule, arrays))
+    mixed, denominators = (checkpoint_name(a, VALUE) for a in _blocks(rule, arrays))
     return mixed, (arrays, mixed, denominators)
 
 
@@ -236,8 +232,7 @@ BY_QUERY, BY_KEY = _Form(is_by_key=False), _Form(is_by_key=True)
 
 def _product(spelling: str, a: jax.Array, b: jax.Array) -> jax.Array:
     wide = accumulator(b.dtype)
-    product: jax.Array = jnp.einsum(spelling, a, b, preferred_element_type=wide)
-    return product
+    return jnp.einsum(spelling, a, b, preferred_element_type=wide)
 
 
 def _scores(
@@ -448,8 +443,14 @@ def splash_attention(
 @cache
 def splash_kernel(
     rule: AttentionRule, heads: int, queries: int, keys: int, interpret: bool
-) -> splash_attention_kernel.SplashAttentionKernel:
+) -> PyTree:
     """Return the kernel of one sequence, which also returns logarithms of denominators."""
+    # Pallas takes a second to import.
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel,
+        splash_attention_mask,
+    )
+
     shape = (queries, keys)
     mask: splash_attention_mask.Mask = splash_attention_mask.FullMask(shape)
     if rule.window:
@@ -463,7 +464,7 @@ def splash_kernel(
     )  # fmt: skip
     # What is traced while a kernel is made must not stay in the cache.
     with jax.ensure_compile_time_eval():
-        kernel: splash_attention_kernel.SplashAttentionKernel = make_splash_mha(
+        return splash_attention_kernel.make_splash_mha(
             splash_attention_mask.MultiHeadMask([mask] * heads),
             block_sizes=sizes,
             head_shards=1,
@@ -472,7 +473,6 @@ def splash_kernel(
             save_residuals=True,
             interpret=interpret,
         )
-    return kernel
 
 
 def _pairs(rule: AttentionRule, queries: int, keys: int) -> int:
@@ -511,7 +511,7 @@ def _splash_forward(
     with score_pairs_scope(_pairs(rule, query.shape[2], key.shape[2])):
         mixed, denominators = _untracked(run, query, key, value, *more)
     # Named, so that a policy of rematerialisation keeps them and the kernel runs once.
-    mixed, denominators = named(mixed, VALUE), named(denominators, VALUE)
+    mixed, denominators = checkpoint_name(mixed, VALUE), checkpoint_name(denominators, VALUE)
     return mixed, (query, key, value, sinks, mixed, denominators)
 
 
@@ -549,9 +549,7 @@ def _untracked(run: Callable[..., SplashArrays], *arrays: jax.Array) -> SplashAr
     return tuple(DeviceView().varying(a, axes) for a in unchecked(run, *arrays))
 
 
-def _gradient(
-    kernel: splash_attention_kernel.SplashAttentionKernel, kept: PyTree, d_mixed: jax.Array
-) -> SplashArrays:
+def _gradient(kernel: PyTree, kept: PyTree, d_mixed: jax.Array) -> SplashArrays:
     """Return the gradients of the operands of a splash attention.
 
     Args:
@@ -559,6 +557,8 @@ def _gradient(
       kept: queries, keys, values, segments, sinks, averaged values, logarithms of denominators.
       d_mixed: the gradient of the averaged values.
     """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+
     told = kernel.kwargs
     # The public function differentiates itself, which a program that tracks what varies rejects.
     made = splash_attention_kernel._splash_attention_bwd(

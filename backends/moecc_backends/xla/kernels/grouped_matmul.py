@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,6 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from moecc_backends.xla.trace.typed_jax import barrier
 from moecc_backends.xla.trace.values import accumulator, load, store, stored_as
 
 # How the rows of one expert are cut into blocks that a compiled loop can multiply.
@@ -151,8 +150,7 @@ def walk_experts(
     """
     used = group_sizes > 0
     order = jnp.argsort(~used, stable=True)
-    result = lax.fori_loop(0, jnp.sum(used), lambda turn, c: body(order[turn], c), carry)
-    return cast(Carry, result)
+    return lax.fori_loop(0, jnp.sum(used), lambda turn, c: body(order[turn], c), carry)
 
 
 def inside(first: jax.Array, size: int, start: jax.Array, end: jax.Array) -> jax.Array:
@@ -312,8 +310,7 @@ def _walk_gradient(
         total = outer(first, smallest, inside(first, smallest, tail, end))
         total = walk_blocks(starts[expert], whole, sizes, step, total)
         narrow = store(total.astype(weights.dtype))
-        updated: jax.Array = lax.dynamic_update_index_in_dim(gradient, narrow, expert, 0)
-        return updated
+        return lax.dynamic_update_index_in_dim(gradient, narrow, expert, 0)
 
     zeros = zeros_after(d_product, weights.shape, stored_as(weights.dtype), 0)
     return load(walk_experts(group_sizes, expert_body, zeros), weights.dtype)
@@ -356,7 +353,7 @@ def block_product(block: jax.Array, weight: jax.Array, contracting_axis: int) ->
     The matrix is ``[a, b]`` with ``contracting_axis=0``, or ``[b, a]`` with 1.
     """
     if contracting_axis == 1 and block.shape[0] <= _FEW_ROWS and block.dtype.itemsize >= 4:
-        return barrier(_product(weight, _transposed(block), 0)).T
+        return lax.optimization_barrier(_product(weight, _transposed(block), 0)).T
     return _product(block, weight, contracting_axis)
 
 
@@ -378,7 +375,7 @@ def outer_product(block: jax.Array, d_block: jax.Array, axis: int) -> jax.Array:
 def _transposed(block: jax.Array) -> jax.Array:
     # Folded into the product, the transpose would keep it from XLA's faster kernels, which can
     # also start from the sum so far.
-    return load(barrier(store(block).T), block.dtype)
+    return load(lax.optimization_barrier(store(block).T), block.dtype)
 
 
 def _write(
@@ -432,7 +429,7 @@ def _summed_over_rows(x: jax.Array, y: jax.Array) -> jax.Array:
     if x.shape[1] <= y.shape[1]:
         return jax.lax.dot_general(x, y, over_rows)
     # Without the barrier the compiler would exchange the two again.
-    turned = barrier(jax.lax.dot_general(y, x, over_rows))
+    turned = lax.optimization_barrier(jax.lax.dot_general(y, x, over_rows))
     return jnp.transpose(turned)
 
 
@@ -580,11 +577,10 @@ def _outer_products(rows: jax.Array, d_products: jax.Array, group_sizes: jax.Arr
             return total + lax.dot_general(left, right, dimensions, preferred_element_type=kind)
 
         turns = (count + size - 1) // size
-        total: jax.Array = lax.fori_loop(0, turns, step, zeros_after(d_products, shape, kind, 0))
+        total = lax.fori_loop(0, turns, step, zeros_after(d_products, shape, kind, 0))
         return total.astype(rows.dtype)
 
-    summed: jax.Array = lax.map(of_group, (jnp.cumsum(group_sizes) - group_sizes, group_sizes))
-    return summed
+    return lax.map(of_group, (jnp.cumsum(group_sizes) - group_sizes, group_sizes))
 
 
 def why_no_kernel(platform: str, dtype: jax.typing.DTypeLike) -> str | None:

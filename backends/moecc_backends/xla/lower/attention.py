@@ -87,8 +87,7 @@ def _rates(attrs: RopeAttrs, positions: jax.Array, dtype: DTypeLike) -> jax.Arra
     length = jnp.max(positions, initial=0).astype(dtype) + 1
     grown = factor * jnp.maximum(length, context) / context - (factor - 1)
     theta = attrs.theta * grown ** (size / (size - 2))
-    rates: jax.Array = theta ** -(jnp.arange(0, size, 2, dtype=dtype) / size)
-    return rates
+    return theta ** -(jnp.arange(0, size, 2, dtype=dtype) / size)
 
 
 @lowering("rotate")

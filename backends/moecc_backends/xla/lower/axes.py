@@ -23,7 +23,8 @@ from moecc.ir.attributes import (
 from moecc.ir.graph import Node
 from moecc.ir.verify import where
 from moecc_backends.xla.trace.arrays import lifted, with_masked_rows
-from moecc_backends.xla.trace.context import Context, DeviceView, lowering, varies
+from moecc_backends.xla.trace.context import Context, DeviceView, lowering
+from moecc_backends.xla.trace.typed_jax import varies
 from moecc_backends.xla.trace.values import (
     Deferred,
     DeferredRows,

@@ -19,8 +19,8 @@ from moecc.ir.graph import Node, Value
 from moecc_backends.xla.dispatch.rounds import local_rows, send_rows, send_rows_back
 from moecc_backends.xla.dispatch.sorted_rows import SortedRows
 from moecc_backends.xla.trace.arrays import lifted
-from moecc_backends.xla.trace.context import Context, DeviceView, lowering, varies
-from moecc_backends.xla.trace.typed_jax import all_to_all, psum, psum_scatter
+from moecc_backends.xla.trace.context import Context, DeviceView, lowering
+from moecc_backends.xla.trace.typed_jax import varies
 from moecc_backends.xla.trace.values import Named, Operand, Rows
 
 Collective = Callable[[DeviceView, Node, Named], jax.Array]
@@ -75,8 +75,7 @@ def _shard(view: DeviceView, node: Node, x: Named) -> jax.Array:
     assert view.mesh is not None, "without a mesh nothing is sent"
     size = x.size(name) // view.mesh.size(mesh)
     if not varies(x.array) & {*mesh, *before.mesh}:
-        part: jax.Array = _shard_of_replicated(x.array, mesh, at, size)
-        return part
+        return _shard_of_replicated(x.array, mesh, at, size)
     array = view.varying(x.array, frozenset((*mesh, *before.mesh)))
     return _part(array, mesh, at, size)
 
@@ -118,8 +117,7 @@ def _all_gather(view: DeviceView, node: Node, x: Named) -> jax.Array:
     array = view.varying(x.array, frozenset(mesh))
     to = "invarying" if any(_is_agreed(node.result, m) for m in mesh) else "varying"
     at = x.axes.index(attrs.axis)
-    gathered: jax.Array = jax.lax.all_gather(array, mesh, axis=at, tiled=True, to=to)
-    return gathered
+    return jax.lax.all_gather(array, mesh, axis=at, tiled=True, to=to)
 
 
 def _is_agreed(value: Value, mesh: str) -> bool:
@@ -141,21 +139,25 @@ def _is_sharded(value: Value, mesh: str) -> bool:
 @collective("all_reduce")
 def _all_reduce(view: DeviceView, node: Node, x: Named) -> jax.Array:
     mesh = AllReduceAttrs.of_node(node).mesh
-    return psum(view.varying(x.array, frozenset(mesh)), mesh)
+    return jax.lax.psum(view.varying(x.array, frozenset(mesh)), mesh)
 
 
 @collective("reduce_scatter")
 def _reduce_scatter(view: DeviceView, node: Node, x: Named) -> jax.Array:
     attrs = ReduceScatterAttrs.of_node(node)
     array = view.varying(x.array, frozenset(attrs.mesh))
-    return psum_scatter(array, attrs.mesh, x.axes.index(attrs.axis))
+    return jax.lax.psum_scatter(
+        array, attrs.mesh, scatter_dimension=x.axes.index(attrs.axis), tiled=True
+    )
 
 
 @collective("all_to_all", of_rows=_exchange_rows)
 def _all_to_all(view: DeviceView, node: Node, x: Named) -> jax.Array:
     attrs = AllToAllAttrs.of_node(node)
     array = view.varying(x.array, frozenset(attrs.mesh))
-    return all_to_all(array, attrs.mesh, x.axes.index(attrs.split), x.axes.index(attrs.gather))
+    return jax.lax.all_to_all(
+        array, attrs.mesh, x.axes.index(attrs.split), x.axes.index(attrs.gather), tiled=True
+    )
 
 
 @collective("ragged_all_to_all", of_rows=_exchange_rows)

@@ -8,6 +8,7 @@ from math import prod
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from moecc.ir.attributes import (
@@ -28,7 +29,6 @@ from moecc_backends.xla.trace.arrays import (
     zeroed_rows,
 )
 from moecc_backends.xla.trace.context import DIRECT, VALUE, Context, lowering
-from moecc_backends.xla.trace.typed_jax import named
 from moecc_backends.xla.trace.values import (
     SLOT_AXES,
     Named,
@@ -235,7 +235,7 @@ def softmax(x: Array, axis: int) -> Array:
 @softmax.defjvp
 def _softmax_jvp(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     # Named here, so that the derivative reads the very array that is kept.
-    result = named(softmax(primals[0], axis), VALUE)
+    result = checkpoint_name(softmax(primals[0], axis), VALUE)
     wide, tangent = (v.astype(_wide(v)) for v in (result, tangents[0]))
     change = wide * (tangent - jnp.sum(wide * tangent, axis, keepdims=True))
     return result, change.astype(result.dtype)

@@ -20,6 +20,7 @@ from moecc_backends.xla.lower import collectives as collectives
 from moecc_backends.xla.lower import contract as contract
 from moecc_backends.xla.lower import elementwise as elementwise
 from moecc_backends.xla.lower import opaque as opaque
+from moecc_backends.xla.lower import routing as routing
 from moecc_backends.xla.lower import scan as scan
 from moecc_backends.xla.lower.contract import is_precise_param
 from moecc_backends.xla.trace.context import (

@@ -8,7 +8,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph, Node, Value
@@ -32,7 +32,6 @@ from moecc_backends.xla.trace.context import (
     Options,
 )
 from moecc_backends.xla.trace.routing import Routing
-from moecc_backends.xla.trace.typed_jax import partition_spec, with_sharding
 from moecc_backends.xla.trace.values import Deferred, DispatchLayout, Named, Operand
 
 _TOKEN_AXES = ("batch", "group", "slot")
@@ -91,7 +90,7 @@ class GspmdLowering:
 
     def sharding(self, axes: tuple[str, ...], spec: ShardingSpec) -> NamedSharding:
         """Return the sharding of an array with `axes`, of which `spec` names the mesh axes."""
-        return NamedSharding(self.mesh, partition_spec(*(spec.get(a) for a in axes)))
+        return NamedSharding(self.mesh, PartitionSpec(*(spec.get(a) for a in axes)))
 
     def weight_sharding(self, value: Value, *, stored: bool, layers: str = "") -> NamedSharding:
         """Return the sharding of a parameter, as it is stored or as it is used."""
@@ -101,7 +100,7 @@ class GspmdLowering:
 
     def constrained(self, x: Named, spec: ShardingSpec) -> Named:
         """Return `x` held to `spec`."""
-        return Named(with_sharding(x.array, self.sharding(x.axes, spec)), x.axes)
+        return Named(jax.lax.with_sharding_constraint(x.array, self.sharding(x.axes, spec)), x.axes)
 
     def _held(self, x: Operand) -> Operand:
         if not isinstance(x, Named) or x.array.ndim < 2 or not set(_TOKEN_AXES) & set(x.axes):
@@ -131,7 +130,7 @@ class GspmdLowering:
         """Return ``[group, …]`` with each group where its tokens are."""
         spec = group_spec(self.plan, {"group": array.shape[0]})
         axes = ("group", *("" for _ in array.shape[1:]))
-        return with_sharding(array, self.sharding(axes, spec))
+        return jax.lax.with_sharding_constraint(array, self.sharding(axes, spec))
 
     def at_groups(self, slots: Named) -> Named:
         """Return slots where the tokens of their groups are."""
@@ -146,7 +145,7 @@ class GspmdLowering:
 def _gathered_param(
     array: jax.Array, used: NamedSharding, stored: NamedSharding | None
 ) -> jax.Array:
-    return with_sharding(array, used)
+    return jax.lax.with_sharding_constraint(array, used)
 
 
 def _gather_forward(
@@ -160,7 +159,7 @@ def _gather_backward(
 ) -> tuple[jax.Array]:
     if stored is None:
         return (gradient,)
-    return (with_sharding(gradient, stored),)
+    return (jax.lax.with_sharding_constraint(gradient, stored),)
 
 
 _gathered_param.defvjp(_gather_forward, _gather_backward)
@@ -214,10 +213,7 @@ def sharded_function(
 
     def run(weights: Tree, inputs: Tree) -> dict[str, jax.Array]:
         _check_divided({v: inputs[n] for n, v in graph.inputs.items()}, own)
-        found: dict[str, jax.Array] = mapped(
-            {n: weights[n] for n in params}, {n: inputs[n] for n in graph.inputs}
-        )
-        return found
+        return mapped({n: weights[n] for n in params}, {n: inputs[n] for n in graph.inputs})
 
     return run
 

@@ -141,8 +141,7 @@ def _hashed(ids: jax.Array, seed: int) -> jax.Array:
     h = ids ^ jnp.uint32(seed * 0x9E3779B9 % 2**32)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         h = (h ^ (h >> shift)) * jnp.uint32(factor)
-    found: jax.Array = h ^ (h >> 16)
-    return found
+    return h ^ (h >> 16)
 
 
 @lowering("hash_experts")

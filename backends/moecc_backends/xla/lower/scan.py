@@ -32,7 +32,7 @@ from moecc_backends.xla.lower.contract import is_precise_param
 from moecc_backends.xla.trace.arrays import lifted
 from moecc_backends.xla.trace.context import DIRECT, Context, lower_nodes, lowering
 from moecc_backends.xla.trace.host_arrays import Master, cast_all
-from moecc_backends.xla.trace.typed_jax import Function, barrier
+from moecc_backends.xla.trace.typed_jax import Function
 from moecc_backends.xla.trace.values import Named, Operand, Uncast
 
 # Cutting a graph into segments that repeat, so that equal layers are compiled once.
@@ -349,8 +349,7 @@ def _repeat(
         if all(a.dtype == m.dtype for a, m in zip(carry, made, strict=True)):
             break
         carry = tuple(a.astype(m.dtype) for a, m in zip(carry, made, strict=True))
-    found: tuple[Arrays, Arrays] = jax.lax.scan(run, carry, slices, runs, unroll=unroll)
-    return found
+    return jax.lax.scan(run, carry, slices, runs, unroll=unroll)
 
 
 def _remembering(node: Node) -> Remembering | None:
@@ -441,10 +440,12 @@ def _apart(array: jax.Array) -> jax.Array:
     libtpu compiles equal fusions once.  Without this, XLA gathers the slice with the dimension of
     turns, of size 1, and no product with it is equal to one outside of the loop.
     """
-    return barrier(array)
+    return jax.lax.optimization_barrier(array)
 
 
-_apart.defvjp(lambda array: (barrier(array), None), lambda _, gradient: (gradient,))
+_apart.defvjp(
+    lambda array: (jax.lax.optimization_barrier(array), None), lambda _, gradient: (gradient,)
+)
 
 
 def _whole(ctx: Context, value: Operand, declared: Value) -> Named:

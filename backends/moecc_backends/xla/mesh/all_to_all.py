@@ -14,8 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moecc_backends.xla.trace.context import varies
-from moecc_backends.xla.trace.typed_jax import all_to_all, ragged_all_to_all
+from moecc_backends.xla.trace.typed_jax import varies
 
 Mesh = tuple[str, ...]
 
@@ -178,15 +177,11 @@ def _exchanged(
     rows: jax.Array, args: RaggedArgs | None, spec: ExchangeSpec, count: int
 ) -> jax.Array:
     if args is None:
-        return all_to_all(rows, spec.mesh, 0, 0)
+        return jax.lax.all_to_all(rows, spec.mesh, 0, 0, tiled=True)
     zeros = jnp.zeros((count, rows.shape[1]), rows.dtype)
     room = jax.lax.pcast(zeros, tuple(sorted(varies(rows))), to="varying")
-    exchange = emulated if spec.is_emulated else _of_platform
+    exchange = emulated if spec.is_emulated else jax.lax.ragged_all_to_all
     return exchange(rows, room, *args, axis_name=spec.mesh)
-
-
-def _of_platform(*operands: jax.Array, axis_name: Mesh) -> jax.Array:
-    return ragged_all_to_all(*operands, axes=axis_name)
 
 
 def emulated(

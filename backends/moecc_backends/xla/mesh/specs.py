@@ -17,7 +17,6 @@ from moecc.weights.arithmetic import Cast
 from moecc.weights.evaluate import Evaluator, Reader
 from moecc.weights.expr import Box, Expr
 from moecc.weights.simplify import simplify
-from moecc_backends.xla.trace.typed_jax import partition_spec
 
 
 def device_mesh(graph: Graph, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -56,8 +55,7 @@ def specs(values: dict[str, Value]) -> dict[str, PartitionSpec]:
 
 def spec(type: TensorType) -> PartitionSpec:
     """Return how the axes of `type` are sharded, as jax spells it."""
-    parts = (axis.mesh or None for axis in type.axes)
-    return partition_spec(*parts)
+    return PartitionSpec(*(axis.mesh or None for axis in type.axes))
 
 
 # Parameters made on the devices that hold them: each process reads the slices of its devices.

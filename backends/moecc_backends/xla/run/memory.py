@@ -66,5 +66,4 @@ def keep_freed_memory() -> None:
 
 def in_precision(*types: DType | None) -> AbstractContextManager[object]:
     """Return the context in which arrays of `types` are what they say; None stands for none."""
-    made: AbstractContextManager[object] = jax.enable_x64(F64 in types)
-    return made
+    return jax.enable_x64(F64 in types)

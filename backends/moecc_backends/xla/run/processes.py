@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moecc.backend import Arrays
 from moecc.errors import InputError, MachineError, Problem, UsageError, described
@@ -43,7 +43,7 @@ from moecc.version import __version__
 from moecc_backends.xla.lower.scan import Segment
 from moecc_backends.xla.run.program import XlaProgram
 from moecc_backends.xla.trace.context import Options
-from moecc_backends.xla.trace.typed_jax import PyTree, configure, partition_spec, wait_for
+from moecc_backends.xla.trace.typed_jax import PyTree
 
 # The cluster that JAX detects: its first process and the number of this one.
 #
@@ -133,7 +133,7 @@ def join(process: ProcessInfo | None, *, seconds: float | None = None) -> None:
 
 def _initialize(process: ProcessInfo, devices: Sequence[int] | None, seconds: int) -> None:
     # CPU devices of several processes need a library to talk through.
-    configure("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
             process.coordinator,
@@ -255,7 +255,7 @@ def split_batch(array: Array, axis: int) -> jax.Array:
 
 
 def _global(array: Array, axes: tuple[str | None, ...]) -> jax.Array:
-    sharding = NamedSharding(data_mesh(), partition_spec(*axes))
+    sharding = NamedSharding(data_mesh(), PartitionSpec(*axes))
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
@@ -360,6 +360,6 @@ class MultiProcessProgram(XlaProgram):
     ) -> dict[Value, jax.Array]:
         results = super()._run(segment, given, weights)
         # What was dispatched may still wait for another process.
-        wait_for(results.values())
+        jax.block_until_ready(list(results.values()))
         self.watchdog.beat(segment.nodes[-1].loc or "the graph")
         return results

@@ -23,7 +23,6 @@ from moecc_backends.xla.lower.scan import Segment, segments
 from moecc_backends.xla.run.memory import in_precision, within_memory
 from moecc_backends.xla.trace.context import DEFAULTS, Options
 from moecc_backends.xla.trace.host_arrays import misfits, missing, to_device, to_numpy
-from moecc_backends.xla.trace.typed_jax import abstract_array
 from moecc_backends.xla.trace.values import MOST_LISTED, Named, Operand
 
 
@@ -282,7 +281,7 @@ def _shape(value: Value, shape: tuple[int, ...], dtype: DType) -> jax.ShapeDtype
     kinds: dict[str, DTypeLike] = {"float": dtype.numpy, "int": jnp.int32, "bool": jnp.bool_}
     kind = value.type.dtype.kind
     element = jax.random.key(0).dtype if kind == "key" else kinds[kind]
-    return abstract_array(shape, element)
+    return jax.ShapeDtypeStruct(shape, element)
 
 
 def _jaxpr(traced: jax.stages.Traced, options: Options) -> str:

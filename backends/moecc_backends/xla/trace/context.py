@@ -13,6 +13,8 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.random import threefry2x32_p
 from jax.typing import DTypeLike
 
 from moecc.errors import InputError, Problem, UsageError, nearest
@@ -27,7 +29,7 @@ from moecc.ir.verify import where
 from moecc.types import Axis, TensorType
 from moecc_backends.xla.trace.arrays import poisoned_rows
 from moecc_backends.xla.trace.routing import Routing
-from moecc_backends.xla.trace.typed_jax import named, threefry, varying_axes
+from moecc_backends.xla.trace.typed_jax import varies
 from moecc_backends.xla.trace.values import Deferred, DeferredRows, DispatchLayout, Operand, Rows
 
 # What a lowering needs to know of the mesh: the shard of an array that one device holds.
@@ -62,8 +64,7 @@ class DeviceView:
         """Return which of the shards along the mesh axes `mesh` is the local one."""
         if self.mesh is None or self.mesh.size(mesh) == 1:
             return 0
-        index: jax.Array = jax.lax.axis_index(mesh)
-        return index
+        return jax.lax.axis_index(mesh)
 
     def offset(self, axis: Axis, size: int) -> jax.Array | int:
         """Return where the local shard of `axis`, of `size` elements, begins."""
@@ -122,14 +123,9 @@ class DeviceView:
         return self.varying(array, frozenset(axes))
 
 
-def varies(array: jax.Array) -> frozenset[str]:
-    """Return the mesh axes along which `array` may differ from device to device."""
-    return varying_axes(array)
-
-
 def zeros_like_on_devices(shape: jax.ShapeDtypeStruct) -> jax.Array:
     """Return zeros that may differ along the mesh axes along which what has this shape does."""
-    return DeviceView().varying(jnp.zeros(shape.shape, shape.dtype), varying_axes(shape))
+    return DeviceView().varying(jnp.zeros(shape.shape, shape.dtype), varies(shape))
 
 
 def bits_at(key: jax.Array, numbers: jax.Array) -> jax.Array:
@@ -140,7 +136,7 @@ def bits_at(key: jax.Array, numbers: jax.Array) -> jax.Array:
     words = jax.random.key_data(key).astype(jnp.uint32)
     key_words = (jnp.broadcast_to(w, numbers.shape) for w in words)
     counters = (jnp.zeros_like(numbers), numbers)
-    first, second = threefry(key_words, counters)
+    first, second = threefry2x32_p.bind(*key_words, *counters)
     return first ^ second
 
 
@@ -418,4 +414,4 @@ def _named(x: Operand, name: str) -> Operand:
     """Return `x` under the name by which a policy of rematerialisation knows it."""
     if jnp.issubdtype(x.array.dtype, jax.dtypes.extended):
         return x
-    return replace(x, array=named(x.array, name))
+    return replace(x, array=checkpoint_name(x.array, name))

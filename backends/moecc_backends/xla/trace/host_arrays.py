@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from moecc.backend import Arrays
 from moecc.errors import InputError, Problem, nearest
 from moecc.ir.graph import Graph, Value
 from moecc.plan.networks import in_tiles
 from moecc.types import Array as NumpyArray
-from moecc_backends.xla.trace.typed_jax import laid_out, wait_for
 
 
 def jax_inputs(graph: Graph, inputs: Arrays) -> dict[str, Any]:
@@ -40,8 +40,7 @@ def to_device(array: Any, value: Value) -> jax.Array:
     if problems:
         raise InputError(problems)
     if value.type.dtype.kind == "key":
-        key: jax.Array = _key(array)
-        return key
+        return _key(array)
     if array.dtype.kind in "iu" and array.dtype.itemsize == 8:
         array = np.asarray(array).astype(np.int32)
     return jnp.asarray(array)
@@ -51,7 +50,7 @@ def to_numpy(array: jax.Array) -> NumpyArray:
     """Return an output as NumPy's; a key of jax's as the 64-bit number that has its bits."""
     if not _is_key(array):
         # NumPy reads the memory of an array: where it could not be allocated, jaxlib aborts there.
-        wait_for([array])
+        jax.block_until_ready(array)
         return np.asarray(array)
     words = np.asarray(jax.random.key_data(array)).astype(np.uint64)
     return np.asarray((words[..., 0] << np.uint64(32)) | words[..., 1])
@@ -183,7 +182,7 @@ class Master(NamedTuple):
         before the loop; so it changes the layout of one layer a turn.
         """
         order = stored_order(self.stored.shape, platform)
-        return self._replace(stored=laid_out(self.stored, order))
+        return self._replace(stored=with_layout_constraint(self.stored, Layout(order)))
 
 
 def stored_order(shape: tuple[int, ...], platform: str) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from moecc.types import Arrays as _ScoringArrays
 from moecc.types import DType, TensorType
 from moecc_backends.xla.lower.function import function
 from moecc_backends.xla.run.memory import in_precision, within_memory
-from moecc_backends.xla.trace.typed_jax import Devices, PyTree, abstract_array
+from moecc_backends.xla.trace.typed_jax import PyTree
 from moecc_backends.xla.train.gradients import (
     AUXILIARY,
     IGNORED,
@@ -69,8 +69,7 @@ class Evaluation:
           key: of what is random in evaluation, as policies may be; one that is fixed by default.
         """
         key = jax.random.key(0) if key is None else key
-        made: Outputs = self.function({n: params[n] for n in self._params}, dict(batch), key)
-        return made
+        return self.function({n: params[n] for n in self._params}, dict(batch), key)
 
     def check(self, params: PyTree, batch: PyTree, key: PyTree) -> None:
         """Trace the evaluation of arrays that may be abstract.
@@ -95,7 +94,7 @@ class Evaluation:
         return {**told(sums, graph), LOSS_SUM: sums[LOSS_SUM], "hits": sums["hits"]}
 
 
-def make_evaluation(graph: Graph, spec: StepSpec, devices: Devices) -> Evaluation:
+def make_evaluation(graph: Graph, spec: StepSpec, devices: list[jax.Device]) -> Evaluation:
     """Return the evaluation of `graph` over `devices`.
 
     Raises:
@@ -153,8 +152,7 @@ def _masks(graph: Graph, where: StepShardings, batch: Arrays) -> Outputs:
         }
 
     mapped = where.mapped(run, (types,), {n: v.type for n, v in masks.items()})
-    made: Outputs = mapped({n: batch[n] for n in types})
-    return made
+    return mapped({n: batch[n] for n in types})
 
 
 def _ancestors(graph: Graph, values: Iterable[Value]) -> list[Node]:
@@ -205,7 +203,9 @@ def abstract_arrays(
     for name, type in types.items():
         kind = {"float": spec.dtype.numpy, "bool": np.dtype(bool)}.get(type.dtype.kind)
         shape = tuple(size_of(a, spec.sizes) for a in type.axes)
-        made[name] = abstract_array(shape, kind or np.dtype("int32"), where.along(type))
+        made[name] = jax.ShapeDtypeStruct(
+            shape, kind or np.dtype("int32"), sharding=where.along(type)
+        )
     return made
 
 

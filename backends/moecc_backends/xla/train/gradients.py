@@ -32,11 +32,10 @@ from moecc_backends.xla.trace.context import (
     DeviceView,
     Interceptor,
     Options,
-    varies,
     zeros_like_on_devices,
 )
 from moecc_backends.xla.trace.host_arrays import Master
-from moecc_backends.xla.trace.typed_jax import Function, PyTree, pmax, psum
+from moecc_backends.xla.trace.typed_jax import Function, PyTree, varies
 from moecc_backends.xla.trace.values import Named
 
 # The cross entropy of a head: a chunk of tokens at a time, on the shards that a device has.
@@ -171,7 +170,7 @@ def token_losses(
     top = jnp.max(jax.lax.stop_gradient(wide), axis=-1)
     is_sharded = view.mesh is not None and bool(mesh)
     if is_sharded:
-        top = pmax(top, mesh)
+        top = jax.lax.pmax(top, mesh)
     total = jnp.sum(jnp.exp(wide - top[..., None]), axis=-1)
     first = view.shard_index(mesh) * wide.shape[-1]
     entry = jax.lax.broadcasted_iota(targets.dtype, wide.shape, wide.ndim - 1) + first
@@ -179,8 +178,8 @@ def token_losses(
     is_tied_before = (entry < targets[..., None]) & (jax.lax.stop_gradient(wide) >= top[..., None])
     ties_before = jnp.sum(is_tied_before, axis=-1, dtype=jnp.int32)
     if is_sharded:
-        total, picked = psum(total, mesh), psum(picked, mesh)
-        ties_before = psum(ties_before, mesh)
+        total, picked = jax.lax.psum(total, mesh), jax.lax.psum(picked, mesh)
+        ties_before = jax.lax.psum(ties_before, mesh)
     log_total = jnp.log(total) + top
     hit = (jax.lax.stop_gradient(picked) >= top) & (ties_before == 0)
     return {
@@ -264,10 +263,7 @@ def _zeros(
     view = loss.lowering.fresh()
     # Along the axes that shard the vocabulary the devices have summed their parts of the softmax.
     over = loss.varies(*hidden, targets) - set(loss.head.logits.type[VOCAB].mesh)
-    found: tuple[jax.Array, Sums] = jax.tree.map(
-        lambda a: view.varying(jnp.zeros(a.shape, a.dtype), over), shapes
-    )
-    return found
+    return jax.tree.map(lambda a: view.varying(jnp.zeros(a.shape, a.dtype), over), shapes)
 
 
 Arrays = Mapping[str, jax.Array]
@@ -448,15 +444,14 @@ class BatchLoss:
             return local
         axes = tuple(sorted(token_axes(self._head.logits.type)))
         view = self.lowering.fresh()
-        return jax.tree.map(lambda a: psum(view.varying(a, frozenset(axes)), axes), local)
+        return jax.tree.map(lambda a: jax.lax.psum(view.varying(a, frozenset(axes)), axes), local)
 
     def _settled(self, value: Named, declared: Value) -> jax.Array:
         return self.lowering.fresh().settled(finalize_output(value, declared), declared.type)
 
     def _targets(self, targets: jax.Array) -> jax.Array:
         """Return the number of targets of the whole batch."""
-        found: jax.Array = self._everywhere(jnp.sum(targets != IGNORED))
-        return found
+        return self._everywhere(jnp.sum(targets != IGNORED))
 
     def _narrow(self, slopes: PyTree) -> PyTree:
         if self.reduce_dtype is None:
@@ -466,7 +461,7 @@ class BatchLoss:
     def _reduced(self, slope: jax.Array, param: jax.Array, name: str) -> jax.Array:
         axes = tuple(sorted(self._batch_axes - self._own(name)))
         if self.mesh is not None and axes:
-            slope = psum(slope, axes)
+            slope = jax.lax.psum(slope, axes)
         return slope.astype(param.dtype)
 
     def _cut(self, name: str, array: jax.Array) -> jax.Array:

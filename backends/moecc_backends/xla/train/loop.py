@@ -52,7 +52,7 @@ from moecc.types import Array, DType, TensorType, float_type
 from moecc_backends.xla.import_jax import find_devices
 from moecc_backends.xla.run.memory import in_precision, keep_freed_memory, within_memory
 from moecc_backends.xla.run.processes import configuration, is_first, join, preflight
-from moecc_backends.xla.trace.typed_jax import PyTree, configure
+from moecc_backends.xla.trace.typed_jax import PyTree
 from moecc_backends.xla.train.gradients import LOSS_SUM, TOKENS
 from moecc_backends.xla.train.saving import RunCheckpoints, Saver
 from moecc_backends.xla.train.step import PhasedStep, TrainStep, make_phased_step
@@ -302,9 +302,9 @@ def keep_compiled_programs() -> None:
     if jax.config.values["jax_compilation_cache_dir"]:
         return
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    configure("jax_compilation_cache_dir", str(Path(home, "moecc", "xla")))
-    configure("jax_compilation_cache_max_size", LARGEST_BYTES)
-    configure("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
+    jax.config.update("jax_compilation_cache_dir", str(Path(home, "moecc", "xla")))
+    jax.config.update("jax_compilation_cache_max_size", LARGEST_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
 
 
 # How far the experts of a layer are apart: nothing at first, where they are copies.

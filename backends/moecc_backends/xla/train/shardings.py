@@ -12,7 +12,7 @@ from typing import Protocol
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph, Value
@@ -26,7 +26,7 @@ from moecc_backends.xla.lower.mesh import GspmdLowering, sharded_function
 from moecc_backends.xla.lower.scan import is_stacked
 from moecc_backends.xla.mesh.specs import group_counts, spec
 from moecc_backends.xla.trace.context import DeviceView, Options
-from moecc_backends.xla.trace.typed_jax import Devices, Function, PyTree, partition_spec
+from moecc_backends.xla.trace.typed_jax import Function, PyTree
 from moecc_backends.xla.train.gradients import LoweringConfig
 
 Model = Callable[[Mapping[str, PyTree], Mapping[str, PyTree]], dict[str, jax.Array]]
@@ -115,7 +115,7 @@ class ExplicitShardings:
     @property
     def whole(self) -> Sharding:
         """What every device has."""
-        return NamedSharding(self.mesh, partition_spec())
+        return NamedSharding(self.mesh, PartitionSpec())
 
     @property
     def lowering(self) -> LoweringConfig:
@@ -145,7 +145,7 @@ class ExplicitShardings:
 def _specs(types: PyTree) -> PyTree:
     """Return types as the specs of jax, in the same tree."""
     return jax.tree.map(
-        lambda t: partition_spec() if t is None else spec(t),
+        lambda t: PartitionSpec() if t is None else spec(t),
         types,
         is_leaf=lambda t: t is None or isinstance(t, TensorType),
     )
@@ -161,7 +161,7 @@ class GspmdShardings:
     @property
     def whole(self) -> Sharding:
         """What every device has."""
-        return NamedSharding(self.interceptor.mesh, partition_spec())
+        return NamedSharding(self.interceptor.mesh, PartitionSpec())
 
     @property
     def lowering(self) -> LoweringConfig:
@@ -201,7 +201,7 @@ def size_of(axis: Axis, sizes: Mapping[str, int]) -> int:
     return axis.size if isinstance(axis.size, int) else sizes[str(axis.size)]
 
 
-def step_shardings(graph: Graph, spec: StepSpec, devices: Devices) -> StepShardings:
+def step_shardings(graph: Graph, spec: StepSpec, devices: list[jax.Device]) -> StepShardings:
     """Return the shardings of the step of `graph` over `devices`.
 
     Raises:

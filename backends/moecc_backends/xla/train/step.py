@@ -13,7 +13,7 @@ from functools import cached_property, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moecc.analysis import check_trainable
 from moecc.errors import InputError
@@ -30,13 +30,7 @@ from moecc.train.settings import (
     phases_of,
 )
 from moecc.types import KEY, TensorType
-from moecc_backends.xla.trace.typed_jax import (
-    Devices,
-    PyTree,
-    abstract_array,
-    barrier,
-    partition_spec,
-)
+from moecc_backends.xla.trace.typed_jax import PyTree
 from moecc_backends.xla.train.evaluation import (
     Evaluation,
     abstract_arrays,
@@ -203,8 +197,7 @@ class TrainStep:
             for n, kind in kinds.items()
         }
         out = jax.tree.map(lambda a: a.sharding, self.abstract_state)
-        made: State = jax.jit(self._initial, out_shardings=out)(placed)
-        return made
+        return jax.jit(self._initial, out_shardings=out)(placed)
 
     def _initial(self, params: Arrays) -> State:
         trained = {n: params[n] for n in self.trained}
@@ -223,7 +216,9 @@ class TrainStep:
         bias = {n: self._abstract_param(n) for n in self.biases}
         made = jax.eval_shape(self._initial, {**params, **bias})
         whole = self.where.whole
-        state: State = jax.tree.map(lambda a: abstract_array(a.shape, a.dtype, whole), made)
+        state: State = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), made
+        )
         state |= {"params": params, "bias": bias}
         for kind, types in self.optimizer.moment_types.items():
             state["moments"][kind] = {n: self._abstract_moment(n, t) for n, t in types.items()}
@@ -232,7 +227,7 @@ class TrainStep:
     def _abstract_param(self, name: str) -> jax.ShapeDtypeStruct:
         value = self.graph.params[name]
         kind = self.spec.weight_dtype.numpy
-        return abstract_array(value.type.shape, kind, self.where.param(value))
+        return jax.ShapeDtypeStruct(value.type.shape, kind, sharding=self.where.param(value))
 
     def _abstract_moment(self, name: str, type: TensorType) -> jax.ShapeDtypeStruct:
         """Return a moment, sharded along the axes that it has of its parameter."""
@@ -240,8 +235,8 @@ class TrainStep:
         sharding = param.sharding
         if isinstance(sharding, NamedSharding):
             parts = dict(zip(own.names, [*sharding.spec, *[None] * own.rank], strict=False))
-            sharding = NamedSharding(sharding.mesh, partition_spec(*map(parts.get, type.names)))
-        return abstract_array(type.shape, param.dtype, sharding)
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*map(parts.get, type.names)))
+        return jax.ShapeDtypeStruct(type.shape, param.dtype, sharding=sharding)
 
     @cached_property
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -251,8 +246,8 @@ class TrainStep:
     @property
     def arguments(self) -> tuple[PyTree, ...]:
         """What `step` takes, abstractly."""
-        key = abstract_array((), jax.random.key(0).dtype, self.where.whole)
-        rate = abstract_array((), np.dtype("float32"), self.where.whole)
+        key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=self.where.whole)
+        rate = jax.ShapeDtypeStruct((), np.dtype("float32"), sharding=self.where.whole)
         return self.abstract_state, self.abstract_batch, key, rate
 
     # --- the step
@@ -274,10 +269,7 @@ class TrainStep:
           key: of all that is random in this step.
           rate: the learning rate.
         """
-        made: tuple[State, Outputs] = self.function(
-            state, batch, key, jnp.asarray(rate, jnp.float32)
-        )
-        return made
+        return self.function(state, batch, key, jnp.asarray(rate, jnp.float32))
 
     def check(self) -> None:
         """Trace the step and its evaluation, which they are not again for a batch.
@@ -336,8 +328,7 @@ class TrainStep:
         totals = totals_for(graph, self.spec, self.where, batch)
         given = (own, rest, {**batch_types(graph), **dict.fromkeys(totals)}, None)
         run = self.where.mapped(self.loss.gradients, given, (own, sum_types(graph)))
-        made: tuple[dict[str, jax.Array], Outputs] = run(trained, fixed, {**batch, **totals}, key)
-        return made
+        return run(trained, fixed, {**batch, **totals}, key)
 
     def update(
         self,
@@ -355,7 +346,9 @@ class TrainStep:
             # from those before, which it copies for that: with 30 M parameters a third more time
             # for this part of a step, and 608 MB of temporaries in place of 415.
             kept = keep(after, before)
-            return jax.tree.map(barrier, kept) if self._target == "cpu" else kept
+            return (
+                jax.tree.map(jax.lax.optimization_barrier, kept) if self._target == "cpu" else kept
+            )
 
         clipped = self._clipped(slopes, norm)
         made, after = self.optimizer.directions(clipped, moments, trained, settle)
@@ -377,8 +370,7 @@ class TrainStep:
         if not self.spec.bias_rate:
             return bias
         counts = jnp.stack([sums[output] for output in self.biases[name]])
-        made: jax.Array = moved(bias, counts.reshape(bias.shape), self.spec.bias_rate)
-        return made.astype(bias.dtype)
+        return moved(bias, counts.reshape(bias.shape), self.spec.bias_rate).astype(bias.dtype)
 
     def _moved(
         self, name: str, param: jax.Array, direction: jax.Array, rate: jax.Array
@@ -399,7 +391,7 @@ def gradient_norm(slopes: Arrays) -> jax.Array:
 
 
 def make_train_step(
-    graph: Graph, spec: StepSpec, devices: Devices, evaluation: Graph | None = None
+    graph: Graph, spec: StepSpec, devices: list[jax.Device], evaluation: Graph | None = None
 ) -> TrainStep:
     """Return the step of `graph` over `devices`, which its mesh has as many of.
 
@@ -455,8 +447,7 @@ class PhasedStep:
             out_shardings=shardings,
         )()
         leaves = [known[path] if path in known else zeros[path] for path in wanted]
-        made: State = jax.tree.unflatten(jax.tree.structure(program.abstract_state), leaves)
-        return made
+        return jax.tree.unflatten(jax.tree.structure(program.abstract_state), leaves)
 
     def model_params(self, state: State) -> dict[str, jax.Array]:
         """Return all parameters of the graph; see `TrainStep.model_params`."""
@@ -478,7 +469,7 @@ def _by_path(state: State) -> dict[str, PyTree]:
 
 
 def make_phased_step(
-    graph: Graph, spec: StepSpec, devices: Devices, evaluation: Graph | None = None
+    graph: Graph, spec: StepSpec, devices: list[jax.Device], evaluation: Graph | None = None
 ) -> PhasedStep:
     """Return the steps of `graph`, one for each phase; see `make_train_step`.
 
@@ -507,7 +498,7 @@ class AbstractStep:
     arguments: tuple[PyTree, ...]
 
 
-def make_step(graph: Graph, spec: StepSpec, devices: Devices) -> AbstractStep:
+def make_step(graph: Graph, spec: StepSpec, devices: list[jax.Device]) -> AbstractStep:
     """Return the step of `graph` over `devices`, which the mesh has as many of.
 
     Args:
@@ -523,11 +514,13 @@ def make_step(graph: Graph, spec: StepSpec, devices: Devices) -> AbstractStep:
         return AbstractStep(step.function, step.arguments)
     where = step_shardings(graph, spec, devices)
     params = {
-        name: abstract_array(value.type.shape, spec.weight_dtype.numpy, where.param(value))
+        name: jax.ShapeDtypeStruct(
+            value.type.shape, spec.weight_dtype.numpy, sharding=where.param(value)
+        )
         for name, value in graph.params.items()
         if value.users
     }
     inputs = abstract_arrays(input_types(graph), spec, where)
-    key = abstract_array((), jax.random.key(0).dtype, where.whole)
+    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=where.whole)
     inputs |= {n: key for n, v in graph.inputs.items() if v.type.dtype == KEY}
     return AbstractStep(jax.jit(where.model(graph)), (params, inputs))

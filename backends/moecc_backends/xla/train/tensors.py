@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from moecc.ir.graph import Graph
 from moecc.train.state import Weights, initial, moment, stored
@@ -24,7 +24,7 @@ from moecc.weights.evaluate import Evaluator, Reader
 from moecc.weights.expr import Box, Expr, Full, Source, transform
 from moecc.weights.movement import Index, Merge, Permute, Rename, Slice, Split
 from moecc.weights.simplify import simplify
-from moecc_backends.xla.trace.typed_jax import PyTree, partition_spec
+from moecc_backends.xla.trace.typed_jax import PyTree
 
 _COUNT = "moments.count"
 """The number of updates in a state."""
@@ -117,8 +117,7 @@ def _compiled(made: list[_Parts]) -> Callable[[list[jax.Array]], Tensors]:
             for key, expr, _ in parts
         }
 
-    compiled: Callable[[list[jax.Array]], Tensors] = jax.jit(tensors, out_shardings=shardings)
-    return compiled
+    return jax.jit(tensors, out_shardings=shardings)
 
 
 def _groups(slots: list[Slot]) -> Iterator[list[int]]:
@@ -178,7 +177,7 @@ def _sharding(expr: Expr, where: Sharding) -> Sharding:
     by_axis = dict(zip(source.type.names, spec, strict=True))
     if any(isinstance(x, Slice | Rename | Split | Merge) for x in _chain(expr)):
         by_axis = {}
-    return NamedSharding(where.mesh, partition_spec(*(by_axis.get(n) for n in expr.type.names)))
+    return NamedSharding(where.mesh, PartitionSpec(*(by_axis.get(n) for n in expr.type.names)))
 
 
 def _chain(expr: Expr) -> list[Expr]:
