@@ -14,8 +14,8 @@ from safetensors.numpy import save
 
 from moecc.errors import InputError
 from moecc.formats.disk import write_durable
+from moecc.formats.files import read_json_object
 from moecc.formats.folder import SafetensorsFolder, open_folder
-from moecc.formats.jsonfile import read_json_object
 from moecc.formats.manifest import file_digest
 from moecc.formats.source import Checkpoint
 from moecc.support.problems import Problems, describe

@@ -14,9 +14,8 @@ from typing import TypeGuard
 import numpy as np
 
 from moecc.errors import nearest
-from moecc.formats.files import Identity, identify, require_unchanged
+from moecc.formats.files import Identity, identify, read_json_object, require_unchanged
 from moecc.formats.folder import SafetensorsFolder
-from moecc.formats.jsonfile import read_json_object
 from moecc.formats.modelcard import hub_repository, read_card
 from moecc.formats.safetensors import ADAPTER_CONFIG, read_header
 from moecc.formats.source import Checkpoint, TensorInfo

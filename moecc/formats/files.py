@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 from moecc.errors import InputError, MachineError, MoeccError, Problem
+from moecc.support.documents import parse_json_object
 from moecc.support.problems import Problems
+from moecc.support.untyped import JsonDict
 
 OPEN_DESCRIPTORS = 16
 READ_BYTES = 64 << 20
@@ -157,6 +159,16 @@ def read_bounded(path: Path, limit_bytes: int) -> bytes:
     finally:
         os.close(descriptor)
     return bytes(data)
+
+
+def read_json_object(path: Path, *, limit_bytes: int) -> JsonDict:
+    """Read a JSON object from a regular file of at most `limit_bytes`.
+
+    Raises:
+      InputError: missing, not a regular file, too large, or not strict JSON; all problems at once.
+      MachineError: the file cannot be read.
+    """
+    return parse_json_object(read_bounded(path, limit_bytes), str(path))
 
 
 def read_utf8(path: Path, limit_bytes: int, kind: str) -> str:

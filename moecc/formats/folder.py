@@ -22,10 +22,10 @@ from moecc.formats.files import (
     is_recordable,
     os_problem,
     read_bounded,
+    read_json_object,
     require_unchanged,
     sniff_file,
 )
-from moecc.formats.jsonfile import parse_json, read_json_object
 from moecc.formats.modelcard import read_card
 from moecc.formats.safetensors import (
     INDEX_NAME,
@@ -35,6 +35,7 @@ from moecc.formats.safetensors import (
     read_header,
 )
 from moecc.formats.source import Checkpoint, TensorInfo
+from moecc.support.documents import parse_json
 from moecc.support.problems import Problems, quoted
 from moecc.support.process import Closing
 from moecc.support.untyped import Json

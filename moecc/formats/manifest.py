@@ -7,13 +7,14 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
 
-from moecc.errors import CheckError, InputError, Problem
+from moecc.errors import CheckError, InputError, MoeccError, Problem
 from moecc.formats.files import (
     DescriptorPool,
     Identity,
@@ -25,19 +26,20 @@ from moecc.formats.files import (
 )
 from moecc.formats.gguf.header import read_gguf_header
 from moecc.formats.gguf.storage import BY_NAME, SUFFIX
-from moecc.formats.jsonfile import parse_json
 from moecc.formats.modelcard import CARD_NAME
 from moecc.formats.safetensors import SHARD_SUFFIX, Header, read_header
 from moecc.formats.source import TensorInfo
+from moecc.support.documents import MAX_VALUES, parse_json
 from moecc.support.problems import Problems, describe, quoted
+from moecc.support.record import Check, Count, Sha256, read_record, stored, to_json
+from moecc.support.untyped import Json, JsonDict
 from moecc.types import DTYPES
 from moecc.version import __version__
 
 # ``moecc_manifest.json``: the provenance of a checkpoint, and digests of all its content.
 #
-# The last line of the file is a seal: the SHA-256 of all bytes before it.  It detects a changed
-# bit
-# anywhere in a checkpoint, in the manifest as in the weights.
+# The last line of the file is a seal, the SHA-256 of all bytes before it.  It detects a changed
+# bit anywhere in a checkpoint, in the manifest as in the weights.
 
 MANIFEST_NAME = "moecc_manifest.json"
 SCHEMA = 2
@@ -46,7 +48,7 @@ CARD_SCHEMA = 2
 
 MAX_MANIFEST_BYTES = 256 << 20
 _MAX_VALUES = 1 << 22
-_STORED = {*DTYPES, *(name.lower() for name in BY_NAME)}
+_STORED_TYPES = {*DTYPES, *(name.lower() for name in BY_NAME)}
 _SEAL = b',\n"seal": "'
 _TAIL = b'"\n}\n'
 
@@ -68,10 +70,10 @@ def library_versions() -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """A whole file: its size in bytes and the SHA-256 of its content."""
+    """A file: its size in bytes and the SHA-256 of its content."""
 
-    size_bytes: int
-    sha256: str
+    size_bytes: Count
+    sha256: Sha256
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,149 +84,74 @@ class WeightFileRecord:
     digests of the tensors, and are hashed only once.
     """
 
-    size_bytes: int
-    header_sha256: str
+    size_bytes: Count
+    header_sha256: Sha256
 
 
 @dataclass(frozen=True, slots=True)
 class TensorRecord:
     """A tensor: the SHA-256 of its bytes, its element type (``bf16``), shape and file name."""
 
-    sha256: str
-    dtype: str
-    shape: tuple[int, ...]
+    sha256: Sha256
+    dtype: Annotated[str, Check(_STORED_TYPES.__contains__, "an element type of moecc")]
+    shape: tuple[Count, ...]
     file: str
 
 
-@dataclass(frozen=True)
+FileName = Annotated[str, Check(is_recordable, "a name of a file in the folder")]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The content of a manifest.
 
     Attributes:
+      schema: the version of this layout.
+      versions: the versions of moecc and the libraries it uses.
       pipeline: the passes, as a pipeline string.
-      seed: of the random numbers.
+      seed: the seed of the random numbers.
       source: the last part of the source's path, or its preset.
       source_files: the input files, by name.
       family_from: the family of the source.
       family_to: the family that was written.
       dtype: the requested element type, or ``as stored``.
       preserves: the contract of the pipeline (``exact``, ``reassociation``, or the reason).
-      weights: the safetensors files, by name.
-      files: the other files, by name, the model card included.
-      tensors: by name.
       notes: remarks for readers, e.g. tensors with values that are not finite.
-      lineage: where the source was trained, the stages that led to it, the first one first.
+      lineage: the stages that led to a trained source, the first one first.
       receipt: the receipt of an output that is one file; a folder has it as a file of its own.
-      versions: of moecc and the libraries it uses.
-      schema: the version of this layout.
+      weights: the files of weights, by name.
+      files: the other files, by name, the model card included.
+      tensors: the tensors, by name.
     """
 
+    schema: int = SCHEMA
+    versions: Mapping[str, str] = field(
+        default_factory=library_versions, metadata=stored(required=True)
+    )
     pipeline: str
-    seed: int
+    # Any whole number: seeds may have more than 64 bits.
+    seed: Annotated[Any, Check(lambda seed: type(seed) is int, "a whole number")]
     source: str
-    source_files: Mapping[str, FileRecord]
+    source_files: Mapping[FileName, FileRecord]
     family_from: str
     family_to: str
     dtype: str
     preserves: str
-    weights: Mapping[str, WeightFileRecord]
-    files: Mapping[str, FileRecord]
+    notes: tuple[str, ...] = field(default=(), metadata=stored(required=True))
+    lineage: tuple[Json, ...] = field(default=(), metadata=stored(omit_default=True))
+    receipt: Json | None = field(default=None, metadata=stored(omit_default=True))
+    weights: Mapping[FileName, WeightFileRecord]
+    files: Mapping[FileName, FileRecord]
     tensors: Mapping[str, TensorRecord]
-    notes: tuple[str, ...] = ()
-    lineage: tuple[Mapping[str, object], ...] = ()
-    receipt: Mapping[str, object] | None = None
-    versions: Mapping[str, str] = field(default_factory=library_versions)
-    schema: int = SCHEMA
 
 
 def dump(manifest: Manifest) -> bytes:
     """Return the content of ``moecc_manifest.json``: one line a tensor, sealed at the end."""
-    document = {
-        "schema": manifest.schema,
-        "versions": dict(manifest.versions),
-        "pipeline": manifest.pipeline,
-        "seed": manifest.seed,
-        "source": manifest.source,
-        "source_files": _plain(manifest.source_files),
-        "family_from": manifest.family_from,
-        "family_to": manifest.family_to,
-        "dtype": manifest.dtype,
-        "preserves": manifest.preserves,
-        "notes": list(manifest.notes),
-        **({"lineage": [dict(stage) for stage in manifest.lineage]} if manifest.lineage else {}),
-        **({} if manifest.receipt is None else {"receipt": dict(manifest.receipt)}),
-        "weights": _plain(manifest.weights),
-        "files": _plain(manifest.files),
-        "tensors": _plain(manifest.tensors),
-    }
+    document = to_json(manifest)
+    for key in ("source_files", "weights", "files", "tensors"):
+        document[key] = dict(sorted(document[key].items()))
     lines = [f"{json.dumps(key)}: {_layout(value)}" for key, value in document.items()]
     return seal(("{\n" + ",\n".join(lines)).encode())
-
-
-def manifest_beside(file: Path) -> Path:
-    """Return the manifest of an output that is one file."""
-    return file.with_name(f"{file.name}.moecc.json")
-
-
-def manifest_of(place: Path) -> Path:
-    """Return the manifest of an output, a folder or one file."""
-    return place / MANIFEST_NAME if place.is_dir() else manifest_beside(place)
-
-
-def load(place: Path) -> Manifest:
-    """Read the manifest of an output, a folder or one file.
-
-    Raises:
-      InputError: there is none, or another version of moecc wrote it; all problems at once.
-      CheckError: it differs from what moecc wrote.
-      MachineError: it cannot be read.
-    """
-    path = manifest_of(place)
-    if not path.is_file():
-        hint = "only what moecc wrote can be verified against a manifest"
-        raise InputError(f"there is no {path.name}", where=str(place), hint=hint)
-    return read_manifest(path)
-
-
-def read_manifest(path: Path) -> Manifest:
-    """Read a manifest by its own name. Raises as `load`."""
-    if fault := file_fault(path, path.parent):
-        raise InputError((fault,))
-    data = read_bounded(path, MAX_MANIFEST_BYTES)
-    content = data[: max(0, data.rfind(_SEAL))]
-    if seal(content) != data:
-        what = "the manifest was changed after it was written: its seal does not match its content"
-        raise CheckError(what, where=str(path), hint="fetch the file again")
-    document = parse_json(data, str(path), max_values=_MAX_VALUES)
-    return _Reader(_of_known_schema(document, str(path)), str(path)).manifest()
-
-
-def _of_known_schema(document: object, where: str) -> dict[str, object]:
-    """Return the document, or raise InputError if it is none that this moecc reads."""
-    found = document if isinstance(document, dict) else {}
-    schema = found.get("schema")
-    if type(schema) is int and 1 <= schema <= SCHEMA:
-        return found
-    raise InputError(
-        "the manifest is of a version that this moecc does not read",
-        where=where,
-        expected=f'"schema": {SCHEMA}, or an earlier one',
-        found=describe(schema),
-    )
-
-
-def seal(content: bytes) -> bytes:
-    """Append the seal line to the content of a manifest."""
-    return content + _SEAL + hashlib.sha256(content).hexdigest().encode() + _TAIL
-
-
-def _plain(
-    records: Mapping[str, FileRecord | WeightFileRecord | TensorRecord],
-) -> dict[str, object]:
-    return {
-        name: {key: getattr(record, key) for key in record.__slots__}
-        for name, record in sorted(records.items())
-    }
 
 
 def _layout(value: object) -> str:
@@ -235,154 +162,73 @@ def _layout(value: object) -> str:
     return "{\n" + ",\n".join(lines) + "\n}"
 
 
-class _Reader:
-    """Checks the fields of a manifest one by one, and collects every problem."""
+def seal(content: bytes) -> bytes:
+    """Append the seal line to the content of a sealed file, all but its last brace."""
+    return content + _SEAL + hashlib.sha256(content).hexdigest().encode() + _TAIL
 
-    def __init__(self, document: dict[str, object], where: str) -> None:
-        self.document = document
-        self.where = where
-        self.problems = Problems()
 
-    def manifest(self) -> Manifest:
-        """Return the manifest, or raise with all its problems."""
-        self._refuse_strange_keys()
-        weights = self._weights()
-        made = Manifest(
-            pipeline=self._text("pipeline"),
-            seed=self._integer(self.document.get("seed"), "seed"),
-            source=self._text("source"),
-            source_files=self._files("source_files"),
-            family_from=self._text("family_from"),
-            family_to=self._text("family_to"),
-            dtype=self._text("dtype"),
-            preserves=self._text("preserves"),
-            weights=weights,
-            files=self._files("files"),
-            tensors=self._tensors(weights),
-            notes=self._notes(),
-            lineage=self._lineage(),
-            receipt=self._receipt(),
-            versions=self._versions(),
-            schema=self._integer(self.document.get("schema"), "schema"),
+def read_sealed(
+    path: Path, limit_bytes: int, error: type[MoeccError], hint: str, max_values: int = MAX_VALUES
+) -> JsonDict:
+    """Return the content of a sealed JSON file without its seal.
+
+    Raises:
+      MoeccError: as `error`, the content does not have the digest of its seal.
+      InputError: it is missing, or not JSON.
+      MachineError: it cannot be read.
+    """
+    data = read_bounded(path, limit_bytes)
+    if seal(data[: max(0, data.rfind(_SEAL))]) != data:
+        raise error(
+            f"{path.name} was changed after it was written: its seal does not match its content",
+            where=str(path),
+            hint=hint,
         )
-        self.problems.raise_if_any(InputError)
-        return made
+    document = parse_json(data, str(path), max_values=max_values)
+    assert isinstance(document, dict), "it ends with a member and a brace"
+    del document["seal"]
+    return document
 
-    def _refuse_strange_keys(self) -> None:
-        known = {item.name for item in fields(Manifest)} | {"seal"}
-        for key in self.document.keys() - known:
-            self.problems.add(f"the manifest has an unknown key {quoted(key)}", where=self.where)
 
-    def _wrong(self, key: str, expected: str, found: object) -> None:
-        what = f"the manifest's {quoted(key)} is wrong"
-        self.problems.add(what, where=self.where, expected=expected, found=describe(found))
+def manifest_beside(file: Path) -> Path:
+    """Return the manifest of an output that is one file."""
+    return file.with_name(f"{file.name}.moecc.json")
 
-    def _text(self, key: str) -> str:
-        value = self.document.get(key)
-        return value if isinstance(value, str) else self._no_text(key, value)
 
-    def _no_text(self, key: str, value: object) -> str:
-        self._wrong(key, "a string", value)
-        return ""
+def manifest_of(output: Path) -> Path:
+    """Return the manifest of an output, a folder or one file."""
+    return output / MANIFEST_NAME if output.is_dir() else manifest_beside(output)
 
-    def _integer(self, value: object, key: str, *, least: int | None = None) -> int:
-        if type(value) is int and (least is None or value >= least):
-            return value
-        self._wrong(key, "a whole number", value)
-        return 0
 
-    def _sha256(self, value: object, key: str) -> str:
-        digits = set(value) if isinstance(value, str) else set()
-        if isinstance(value, str) and len(value) == 64 and digits <= set("0123456789abcdef"):
-            return value
-        self._wrong(key, "64 hexadecimal digits", value)
-        return ""
+def load(output: Path) -> Manifest:
+    """Read the manifest of an output, a folder or one file.
 
-    def _records(self, key: str, names: tuple[str, ...]) -> dict[str, dict[str, object]]:
-        """Return the entries of a mapping that have exactly the fields of their record."""
-        value = self.document.get(key)
-        if not isinstance(value, dict):
-            self._wrong(key, "an object", value)
-            return {}
-        usable = {}
-        for name, item in value.items():
-            if isinstance(item, dict) and item.keys() == set(names):
-                usable[name] = item
-            else:
-                self._wrong(f"{key}.{name}", f"an object with {', '.join(names)}", item)
-        return usable
+    Raises:
+      InputError: there is none, or another version of moecc wrote it; all problems at once.
+      CheckError: it differs from what moecc wrote.
+      MachineError: it cannot be read.
+    """
+    path = manifest_of(output)
+    if not path.is_file():
+        hint = "only what moecc wrote can be verified against a manifest"
+        raise InputError(f"there is no {path.name}", where=str(output), hint=hint)
+    return read_manifest(path)
 
-    def _files(self, key: str) -> dict[str, FileRecord]:
-        records = {}
-        for name, item in self._records(key, FileRecord.__slots__).items():
-            self._require_inside(name, key)
-            size = self._integer(item["size_bytes"], f"{key}.{name}", least=0)
-            records[name] = FileRecord(size, self._sha256(item["sha256"], f"{key}.{name}"))
-        return records
 
-    def _weights(self) -> dict[str, WeightFileRecord]:
-        records = {}
-        for name, item in self._records("weights", WeightFileRecord.__slots__).items():
-            self._require_inside(name, "weights")
-            place = f"weights.{name}"
-            size = self._integer(item["size_bytes"], place, least=0)
-            records[name] = WeightFileRecord(size, self._sha256(item["header_sha256"], place))
-        return records
-
-    def _tensors(self, weights: Collection[str]) -> dict[str, TensorRecord]:
-        records = {}
-        for name, item in self._records("tensors", TensorRecord.__slots__).items():
-            place = f"tensors.{name}"
-            digest = self._sha256(item["sha256"], place)
-            dtype = self._one_of(item["dtype"], _STORED, "an element type of moecc", place)
-            file = self._one_of(item["file"], weights, "a weight file", place)
-            records[name] = TensorRecord(digest, dtype, self._shape(item["shape"], place), file)
-        return records
-
-    def _one_of(self, value: object, known: Collection[str], expected: str, place: str) -> str:
-        if isinstance(value, str) and value in known:
-            return value
-        self._wrong(place, expected, value)
-        return ""
-
-    def _shape(self, value: object, place: str) -> tuple[int, ...]:
-        if isinstance(value, list):
-            return tuple(self._integer(size, place, least=0) for size in value)
-        self._wrong(place, "a list of sizes", value)
-        return ()
-
-    def _notes(self) -> tuple[str, ...]:
-        value = self.document.get("notes")
-        if isinstance(value, list) and all(isinstance(note, str) for note in value):
-            return tuple(value)
-        self._wrong("notes", "a list of strings", value)
-        return ()
-
-    def _lineage(self) -> tuple[Mapping[str, object], ...]:
-        value = self.document.get("lineage", [])
-        if isinstance(value, list) and all(isinstance(stage, dict) for stage in value):
-            return tuple(value)
-        self._wrong("lineage", "a list of objects", value)
-        return ()
-
-    def _receipt(self) -> dict[str, object] | None:
-        value = self.document.get("receipt")
-        if value is None or isinstance(value, dict):
-            return value
-        self._wrong("receipt", "an object", value)
-        return None
-
-    def _versions(self) -> dict[str, str]:
-        value = self.document.get("versions")
-        if isinstance(value, dict) and all(isinstance(item, str) for item in value.values()):
-            return value
-        self._wrong("versions", "an object of strings", value)
-        return {}
-
-    def _require_inside(self, name: str, key: str) -> None:
-        """Report a file name that points outside the folder."""
-        if not is_recordable(name):
-            self._wrong(key, "names of files in the folder", name)
+def read_manifest(path: Path) -> Manifest:
+    """Read a manifest by its own name. Raises as `load`."""
+    if fault := file_fault(path, path.parent):
+        raise InputError((fault,))
+    hint = "fetch the file again"
+    document = read_sealed(path, MAX_MANIFEST_BYTES, CheckError, hint, _MAX_VALUES)
+    manifest = read_record(Manifest, document, str(path), versions=range(1, SCHEMA + 1))
+    problems = Problems()
+    for name, tensor in manifest.tensors.items():
+        if tensor.file not in manifest.weights:
+            where = f"{path}: tensors.{name}.file"
+            problems.add("no weight file", where=where, found=describe(tensor.file))
+    problems.raise_if_any()
+    return manifest
 
 
 # Size and SHA-256 of files, by threads of their own, also beside other work.
@@ -464,26 +310,6 @@ def _file_record(path: Path, stop: threading.Event) -> FileRecord:
         os.close(descriptor)
 
 
-__all__ = [
-    "MANIFEST_NAME",
-    "SCHEMA",
-    "FileRecord",
-    "Manifest",
-    "TensorRecord",
-    "WeightFileRecord",
-    "check_manifest",
-    "dump",
-    "file_digest",
-    "file_records",
-    "hashed_beside",
-    "library_versions",
-    "load",
-    "seal",
-    "verify_manifest",
-    "weight_file_record",
-]
-
-
 def weight_file_record(path: Path) -> WeightFileRecord:
     """Return size and header digest of a file of weights. Raises as its reader."""
     return _weight_record(path, _header(path))
@@ -504,11 +330,11 @@ def _header(path: Path) -> Header:
     return Header(tensors, {}, found.data_start_bytes, found.identity)
 
 
-def verify_manifest(place: Path, *, allow_edited_card: bool = False) -> list[Problem]:
+def verify_manifest(output: Path, *, allow_edited_card: bool = False) -> list[Problem]:
     """Compare a folder or a GGUF file with its manifest, every byte of every file included.
 
     Args:
-      place: the folder, or the GGUF file; in a folder, files of Git and the Hub's ``.cache`` do
+      output: the folder, or the GGUF file; in a folder, files of Git and the Hub's ``.cache`` do
         not count.
       allow_edited_card: whether the model card may differ from the one that was written.
 
@@ -521,29 +347,29 @@ def verify_manifest(place: Path, *, allow_edited_card: bool = False) -> list[Pro
       MachineError: a file cannot be read.
     """
     try:
-        manifest = load(place)
+        manifest = load(output)
     except CheckError as error:
         return list(error.problems)
-    return _Verification(place, manifest, allow_edited_card).problems()
+    return _Verification(output, manifest, allow_edited_card).problems()
 
 
-def check_manifest(place: Path, *, allow_edited_card: bool = False) -> None:
+def check_manifest(output: Path, *, allow_edited_card: bool = False) -> None:
     """Raise CheckError with all problems that `verify_manifest` finds; otherwise raises as it."""
-    if problems := verify_manifest(place, allow_edited_card=allow_edited_card):
+    if problems := verify_manifest(output, allow_edited_card=allow_edited_card):
         raise CheckError(problems)
 
 
 class _Verification:
     """One comparison of a folder, or of one file, with its manifest."""
 
-    def __init__(self, place: Path, manifest: Manifest, allow_edited_card: bool) -> None:
-        self.one_file = None if place.is_dir() else place
-        self.folder = place if place.is_dir() else place.parent
-        self.manifest = manifest
-        self.free = {CARD_NAME} if allow_edited_card else set()
-        self.found = Problems(limit=sys.maxsize)  # every tensor is named
-        self.pool = DescriptorPool()
-        self.identities: dict[Path, Identity] = {}
+    def __init__(self, output: Path, manifest: Manifest, allow_edited_card: bool) -> None:
+        self._single_file = None if output.is_dir() else output
+        self._folder = output if output.is_dir() else output.parent
+        self._manifest = manifest
+        self._editable = {CARD_NAME} if allow_edited_card else set()
+        self._problems = Problems(limit=sys.maxsize)  # every tensor is named
+        self._pool = DescriptorPool()
+        self._identities: dict[Path, Identity] = {}
 
     def problems(self) -> list[Problem]:
         """Return all differences."""
@@ -554,82 +380,82 @@ class _Verification:
         try:
             self._digests(comparable)
         finally:
-            self.pool.close()
-        return self.found.listed()
+            self._pool.close()
+        return self._problems.listed()
 
     def _path(self, name: str) -> Path:
-        return self.one_file or self.folder / name
+        return self._single_file or self._folder / name
 
     def _usable(self, name: str) -> bool:
         path = self._path(name)
         if not os.path.lexists(path):
             what = f"the file {quoted(name)} is missing"
-            self.found.add(what, where=str(self.folder))
+            self._problems.add(what, where=str(self._folder))
             return False
-        if fault := file_fault(path, self.folder):
-            self.found.extend((fault,))
+        if fault := file_fault(path, self._folder):
+            self._problems.extend((fault,))
             return False
         return True
 
     def _files(self) -> None:
-        names = [name for name in self.manifest.files if self._usable(name)]
+        names = [name for name in self._manifest.files if self._usable(name)]
         found = file_records({name: self._path(name) for name in names})
         for name in names:
-            if name in self.free:
+            if name in self._editable:
                 continue
-            self._compare(name, self.manifest.files[name].sha256, found[name].sha256)
+            self._compare(name, self._manifest.files[name].sha256, found[name].sha256)
 
     def _compare(self, name: str, expected: str, found: str, part: str = "the file") -> None:
         if expected != found:
             what = f"{part} differs from the one that moecc wrote"
             where = str(self._path(name))
-            self.found.add(what, where=where, expected=f"sha256 {expected}", found=found)
+            self._problems.add(what, where=where, expected=f"sha256 {expected}", found=found)
 
     def _headers(self) -> dict[str, Header]:
         headers = {}
-        for name, record in self.manifest.weights.items():
+        for name, record in self._manifest.weights.items():
             path = self._path(name)
             if not self._usable(name):
                 continue
             try:
                 header = _header(path)
             except InputError as error:
-                self.found.extend(error.problems)
+                self._problems.extend(error.problems)
                 continue
             headers[name] = header
-            self.identities[path] = header.identity
+            self._identities[path] = header.identity
             found = _weight_record(path, header)
             self._compare(name, record.header_sha256, found.header_sha256, "the header")
         return headers
 
     def _added(self) -> None:
-        known = {MANIFEST_NAME, *self.manifest.weights, *self.manifest.files}
-        if self.manifest.schema < CARD_SCHEMA:
+        known = {MANIFEST_NAME, *self._manifest.weights, *self._manifest.files}
+        if self._manifest.schema < CARD_SCHEMA:
             known.add(CARD_NAME)
-        found = set(_files_in(self.folder)) if self.one_file is None else set()
+        found = set(_files_in(self._folder)) if self._single_file is None else set()
         for name in sorted(found - known):
             kind = "weight file" if name.endswith((SHARD_SUFFIX, SUFFIX)) else "file"
             what = f"the {kind} {quoted(name)} is not in the manifest"
-            self.found.add(what, where=str(self.folder), hint="move it out of the folder")
+            self._problems.add(what, where=str(self._folder), hint="move it out of the folder")
 
     def _tensors(self, headers: dict[str, Header]) -> list[TensorInfo]:
         """Compare names, types and shapes; return the tensors whose bytes can be compared."""
         for file, header in headers.items():
-            for name in header.tensors.keys() - self.manifest.tensors.keys():
+            for name in header.tensors.keys() - self._manifest.tensors.keys():
                 what = f"the tensor {quoted(name)} is not in the manifest"
-                self.found.add(what, where=str(self._path(file)))
+                self._problems.add(what, where=str(self._path(file)))
         comparable = []
-        for name, record in self.manifest.tensors.items():
+        for name, record in self._manifest.tensors.items():
             where = str(self._path(record.file))
             home = headers.get(record.file)
             info = home.tensors.get(name) if home else None
             if info is None:
                 reason = "is missing" if home else "cannot be checked: its file is unusable"
-                self.found.add(
+                self._problems.add(
                     f"the tensor {quoted(name)} {reason}", where=str(self._path(record.file))
                 )
             elif (stored_name(info), info.shape) != (record.dtype, record.shape):
-                self.found.add(
+                self._problems.add(
                     f"the tensor {quoted(name)} has another type or shape",
                     where=where,
                     expected=f"{record.dtype} {list(record.shape)}",
@@ -644,11 +470,11 @@ class _Verification:
         ordered = sorted(tensors, key=lambda info: (info.file, info.offset))
         with ThreadPoolExecutor(HASH_THREADS) as threads:
             for info, found in zip(ordered, threads.map(self._digest, ordered), strict=True):
-                expected = self.manifest.tensors[info.name].sha256
+                expected = self._manifest.tensors[info.name].sha256
                 if isinstance(found, InputError):
-                    self.found.extend(found.problems)
+                    self._problems.extend(found.problems)
                 elif found != expected:
-                    self.found.add(
+                    self._problems.add(
                         f"the data of the tensor {quoted(info.name)} differ from what moecc wrote",
                         where=str(info.file),
                         expected=f"sha256 {expected}",
@@ -661,7 +487,9 @@ class _Verification:
         try:
             for done in range(0, info.nbytes, CHUNK_BYTES):
                 part = buffer[: min(CHUNK_BYTES, info.nbytes - done)]
-                self.pool.read_into(info.file, self.identities[info.file], part, info.offset + done)
+                self._pool.read_into(
+                    info.file, self._identities[info.file], part, info.offset + done
+                )
                 digest.update(part)
         except InputError as error:
             return error

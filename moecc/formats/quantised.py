@@ -15,8 +15,8 @@ import numpy as np
 
 from moecc.errors import InputError
 from moecc.formats.folder import SafetensorsFolder, rows_of
-from moecc.formats.jsonfile import parse_json
 from moecc.formats.source import TensorInfo
+from moecc.support.documents import parse_json
 from moecc.support.problems import Problems, describe, quoted
 from moecc.support.process import Closing
 from moecc.support.text import amount

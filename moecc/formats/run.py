@@ -14,12 +14,19 @@ from types import MappingProxyType
 
 from moecc.errors import CheckError, InputError, MoeccError, Problem, nearest
 from moecc.formats.adapter import models_of
-from moecc.formats.files import Identity, identify, link_fault, read_bounded, require_unchanged
+from moecc.formats.files import (
+    Identity,
+    identify,
+    link_fault,
+    read_bounded,
+    read_json_object,
+    require_unchanged,
+)
 from moecc.formats.folder import find_companions
-from moecc.formats.jsonfile import parse_json_object, read_json_object
 from moecc.formats.manifest import MANIFEST_NAME, FileRecord, file_records, load, seal
 from moecc.formats.source import Checkpoint, GivenParams, TensorInfo
 from moecc.formats.trees.arrays import ZarrArrays
+from moecc.support.documents import parse_json_object
 from moecc.support.problems import Problems, describe, quoted
 from moecc.support.process import Closing
 from moecc.support.text import amount

@@ -25,11 +25,12 @@ from moecc.formats.files import (
     name_fault,
     open_regular,
     read_into,
+    read_json_object,
     sniff,
 )
 from moecc.formats.gguf.storage import Storage
-from moecc.formats.jsonfile import parse_json, read_json_object
 from moecc.formats.source import TensorInfo
+from moecc.support.documents import parse_json
 from moecc.support.problems import Problems, describe, quoted
 from moecc.support.process import gc_paused
 from moecc.support.text import amount

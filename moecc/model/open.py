@@ -18,8 +18,8 @@ from pathlib import Path
 from moecc.errors import InputError, MoeccError, Problem, UnknownName, UsageError, nearest
 from moecc.families.configs import ModelConfig, parse_config
 from moecc.formats.adapter import AdaptedCheckpoint, SeveralCheckpoints, is_adapter
+from moecc.formats.files import read_json_object
 from moecc.formats.folder import CONFIG_NAME as CONFIG_NAME
-from moecc.formats.jsonfile import read_json_object
 from moecc.formats.run import GRAPH as _OpenGRAPH
 from moecc.formats.run import split_reference
 from moecc.formats.source import Checkpoint

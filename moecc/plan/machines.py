@@ -19,9 +19,8 @@ from pathlib import Path
 
 from moecc.errors import InputError, Problem, UsageError, nearest
 from moecc.formats.files import read_utf8
-from moecc.formats.toml import FieldReader, parse_toml, shown_place, toml_places
-from moecc.formats.toml import Path as Keys
 from moecc.plan.networks import Dim, Network, Slices, Switch, Torus
+from moecc.support.record import toml_reader
 from moecc.support.untyped import Json, JsonDict
 from moecc.types import count_bytes
 
@@ -415,18 +414,13 @@ def find_machine(text: str) -> Machine:
 def read_machine(path: str) -> Machine:
     """Return the machine that a file describes. Raises InputError with every problem."""
     text = read_utf8(Path(path), MAX_BYTES, "a machine")
-    table, places = parse_toml(text, path), toml_places(text)
-
-    def where(keys: Keys) -> str:
-        return shown_place(keys, places, path)
-
-    reader = FieldReader(where)
+    table, reader = toml_reader(text, path)
     own = reader.section(OwnMachine, table, ())
     problems = [problem for _, problem in reader.problems]
     if not problems:
         zeros = dict(_zeros(own, table))
         found = [*zeros.items(), *((key, p) for key, p in _faults(own) if key not in zeros)]
-        problems = [replace(p, where=f"{where((key,))}: {key}") for key, p in found]
+        problems = [replace(p, where=f"{reader.where((key,))}: {key}") for key, p in found]
     if problems:
         raise InputError(problems)
     return _made(own, path)

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import NoneType
 
 from moecc.errors import InputError, Problem, nearest
-from moecc.formats.jsonfile import read_json_object
+from moecc.formats.files import read_json_object
 from moecc.plan.report import Report
 from moecc.plan.strategy import DENSE_WEIGHTS, OPTIMIZERS, REMATS, STEPS
 from moecc.sharding.vias import LOCAL, VIAS

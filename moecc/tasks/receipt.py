@@ -156,8 +156,8 @@ def load_receipt(place: Path) -> dict[str, object] | None:
       InputError: it is no receipt.
     """
     from moecc.formats.files import read_bounded
-    from moecc.formats.jsonfile import parse_json
     from moecc.formats.manifest import load
+    from moecc.support.documents import parse_json
 
     if not place.is_dir():
         found = load(place).receipt

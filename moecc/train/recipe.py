@@ -15,10 +15,10 @@ from functools import partial
 from typing import Any
 
 from moecc.errors import MoeccError, nearest
-from moecc.formats.toml import Path
 from moecc.ir.mesh import parse_mesh
 from moecc.plan.strategy import REMATS
 from moecc.sharding.vias import PARTITIONS, VIAS
+from moecc.support.documents import KeyPath
 from moecc.types import float_type
 
 
@@ -316,7 +316,7 @@ class Fault:
       keys: the values that it is about, the one to change first.
     """
 
-    keys: tuple[Path, ...]
+    keys: tuple[KeyPath, ...]
     what: str
     expected: str | None = None
     found: str | None = None
@@ -437,7 +437,7 @@ def _data(data: DataSection) -> Iterator[Fault]:
 def _corpora(corpora: tuple[Corpus, ...], key: str) -> Iterator[Fault]:
     counts = Counter(corpus_name(each) for each in corpora)
     for number, corpus in enumerate(corpora):
-        place: Path = ("data", key, number)
+        place: KeyPath = ("data", key, number)
         if not corpus.tokens.strip():
             yield Fault(((*place, "tokens"),), "out of bounds", _WORDS.expected, "")
         if corpus.weight <= 0:
@@ -487,7 +487,7 @@ def _groups(data: DataSection, routing: RoutingSection, run: RunSection) -> Iter
 
 
 def _router_dtype(routing: RoutingSection, run: RunSection) -> Iterator[Fault]:
-    keys: tuple[Path, ...] = (("routing", "router_dtype"), ("run", "dtype"))
+    keys: tuple[KeyPath, ...] = (("routing", "router_dtype"), ("run", "dtype"))
     if routing.router_dtype not in ("f32", run.dtype):
         allowed = " | ".join(dict.fromkeys(("f32", run.dtype)))
         yield Fault(keys, "routers compute in float32 or in the type of the run", allowed,
@@ -495,25 +495,25 @@ def _router_dtype(routing: RoutingSection, run: RunSection) -> Iterator[Fault]:
 
 
 def _update(optimizer: OptimizerSection) -> Iterator[Fault]:
-    name: Path = ("optimizer", "name")
+    name: KeyPath = ("optimizer", "name")
     if optimizer.name not in OPTIMIZERS:
         hint = nearest(optimizer.name, OPTIMIZERS)
         yield Fault((name,), "no such optimiser", " | ".join(OPTIMIZERS),
                     optimizer.name, hint)  # fmt: skip
     if optimizer.update_clip != 1.0 and optimizer.name != "adafactor":
-        clip: Path = ("optimizer", "update_clip")
+        clip: KeyPath = ("optimizer", "update_clip")
         yield Fault((clip, name), "only adafactor clips the update of a matrix", "1.0",
                     str(optimizer.update_clip), "clip bounds the gradients of all")  # fmt: skip
 
 
 def _schedule(optimizer: OptimizerSection, run: RunSection) -> Iterator[Fault]:
-    keys: dict[str, Path] = {k: ("optimizer", k) for k in ("warmup", "decay_steps")}
-    steps: Path = ("run", "steps")
+    keys: dict[str, KeyPath] = {k: ("optimizer", k) for k in ("warmup", "decay_steps")}
+    steps: KeyPath = ("run", "steps")
     if optimizer.warmup > run.steps > 0:
         yield Fault((keys["warmup"], steps), "the warm-up is longer than the run",
                     f"at most steps = {run.steps}", str(optimizer.warmup))  # fmt: skip
     is_wsd = optimizer.schedule is Schedule.WSD
-    schedule: Path = ("optimizer", "schedule")
+    schedule: KeyPath = ("optimizer", "schedule")
     if is_wsd and optimizer.decay_steps == 0:
         yield Fault((keys["decay_steps"], schedule), "wsd decays over its last steps",
                     "1 or more", "0")  # fmt: skip
@@ -530,7 +530,7 @@ def _schedule(optimizer: OptimizerSection, run: RunSection) -> Iterator[Fault]:
 def _parameter_groups(groups: tuple[ParameterGroup, ...], steps: int) -> Iterator[Fault]:
     seen: set[str] = set()
     for number, group in enumerate(groups):
-        place: Path = ("optimizer", "groups", number)
+        place: KeyPath = ("optimizer", "groups", number)
         if not group.match.strip():
             yield Fault(((*place, "match"),), "out of bounds", _WORDS.expected, "")
         elif group.match in seen:
@@ -580,7 +580,7 @@ def _mesh(mesh: MeshSection) -> Iterator[Fault]:
                     mesh.partition, nearest(mesh.partition, PARTITIONS))  # fmt: skip
 
 
-def _raised(path: Path, read: Callable[[], object]) -> Iterator[Fault]:
+def _raised(path: KeyPath, read: Callable[[], object]) -> Iterator[Fault]:
     """Yield the problems that reading a value raises."""
     try:
         read()

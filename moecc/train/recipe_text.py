@@ -20,7 +20,8 @@ from typing import Any
 
 from moecc.errors import InputError, MoeccError, Problem, UsageError, nearest, printable
 from moecc.formats.files import read_utf8
-from moecc.formats.toml import FieldReader, Path, dotted, parse_toml, shown_place, toml_places
+from moecc.support.documents import KeyPath, parse_toml, toml_lines
+from moecc.support.record import RecordReader, dotted, line_of
 from moecc.support.untyped import JsonDict
 from moecc.train.recipe import (
     Corpus,
@@ -73,12 +74,12 @@ def parse_recipe(
     """
     table = parse_toml(text, name)
     options = _options(sets, table)
-    places = toml_places(text)
+    places = toml_lines(text)
 
-    def where(path: Path) -> str:
+    def where(path: KeyPath) -> str:
         return _place(path, places, name, options)
 
-    reader = FieldReader(where)
+    reader = RecordReader(where)
     recipe = reader.section(Recipe, table, ())
     problems = [*reader.problems, *_faulty(faults(recipe), reader, options)]
     if problems:
@@ -101,7 +102,7 @@ def parse_update(optimizer: str, sets: Sequence[str]) -> OptimizerSection:
     section = "optimizer"
     table: JsonDict = {section: {}}
     options = _options((f"{section}.name={optimizer}", *sets), table)
-    reader = FieldReader(lambda path: _place(path, {}, "the options", options))
+    reader = RecordReader(lambda path: _place(path, {}, "the options", options))
     update = reader.section(OptimizerSection, table[section], (section,))
     problems = [*reader.problems, *_faulty(update_faults(update), reader, options)]
     if problems:
@@ -183,7 +184,7 @@ class _Option:
     """One ``--set``."""
 
     text: str
-    path: Path
+    path: KeyPath
     value: object
 
 
@@ -259,22 +260,24 @@ def _put(table: JsonDict, option: _Option) -> None:
             )  # fmt: skip
 
 
-def _set_by(path: Path, options: Sequence[_Option]) -> _Option | None:
+def _set_by(path: KeyPath, options: Sequence[_Option]) -> _Option | None:
     """Return the last option that gave the value at `path`."""
     given = (o for o in reversed(options) if path[: len(o.path)] == o.path)
     return next(given, None)
 
 
-def _place(path: Path, places: Mapping[Path, int], name: str, options: Sequence[_Option]) -> str:
+def _place(
+    path: KeyPath, places: Mapping[KeyPath, int], name: str, options: Sequence[_Option]
+) -> str:
     option = _set_by(path, options)
     if option is not None:
         return f"--set {printable(option.text)}"
-    return shown_place(path, places, name)
+    return line_of(path, places, name)
 
 
 def _faulty(
-    found: Iterable[Fault], reader: FieldReader, options: Sequence[_Option]
-) -> Iterator[tuple[Path, Problem]]:
+    found: Iterable[Fault], reader: RecordReader, options: Sequence[_Option]
+) -> Iterator[tuple[KeyPath, Problem]]:
     """Yield the problems of values that were read, but for those that concern unread ones.
 
     Each with the path of the value that is to blame: the first that an option gave, or the file.
@@ -293,7 +296,7 @@ def _faulty(
 def _resolved(recipe: Recipe, folder: FilePath, options: Sequence[_Option]) -> Recipe:
     """Return `recipe` with absolute paths."""
 
-    def absolute(text: str, path: Path) -> str:
+    def absolute(text: str, path: KeyPath) -> str:
         if _SCHEME.match(text):
             return text
         base = FilePath() if _set_by(path, options) else folder

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moecc.errors import InputError
-from moecc.formats.jsonfile import MAX_DEPTH, MAX_VALUES, parse_json, read_json_object
+from moecc.formats.files import read_json_object
+from moecc.support.documents import MAX_DEPTH, MAX_VALUES, parse_json
 
 JSON = st.recursive(
     st.none()

@@ -233,7 +233,7 @@ def run_gguf(data: bytes) -> None:
 def run_config(data: bytes) -> None:
     """Read a config, write it; now and then build the graph of a shallow one."""
     from moecc.families.configs import parse_config
-    from moecc.formats.jsonfile import parse_json
+    from moecc.support.documents import parse_json
 
     document = parse_json(data, "config.json")
     if not isinstance(document, Mapping):

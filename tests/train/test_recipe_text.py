@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moecc.errors import InputError, MoeccError, UsageError
-from moecc.formats.toml import toml_places
+from moecc.support.documents import toml_lines
 from moecc.train.recipe import (
     BOUNDS,
     Corpus,
@@ -64,9 +64,9 @@ def any_value(type_: Any) -> st.SearchStrategy[Any]:
 
 @given(any_value(Recipe))
 def test_what_is_written_reads_as_the_same_values(recipe: Recipe) -> None:
-    from moecc.formats.toml import FieldReader
+    from moecc.support.record import RecordReader
 
-    reader = FieldReader(str)
+    reader = RecordReader(str)
     assert reader.section(Recipe, tomllib.loads(write_recipe(recipe)), ()) == recipe
     assert reader.problems == []
 
@@ -278,7 +278,7 @@ x = 3
 
 
 def test_every_value_has_its_line() -> None:
-    places = toml_places(TOML)
+    places = toml_lines(TOML)
     found: dict[str, int] = {"/".join(map(str, path)): line for path, line in places.items()}
     assert found == {
         "top": 2, "quo.ted": 3, "a": 6, "a/b": 7, "a/b/c": 7, "a/b/c/d": 7, "a/b/c/e f": 7,

@@ -13,7 +13,7 @@ from moecc.families.configs.llama import MixtralConfig
 from moecc.families.configs.olmo import FlexOlmoConfig, Olmo2Config, OlmoeConfig
 from moecc.families.configs.phi import Phi3Config, PhimoeConfig
 from moecc.families.configs.qwen import Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
-from moecc.formats.jsonfile import read_json_object
+from moecc.formats.files import read_json_object
 
 from .base import DecoderConfig
 from .bert import (

@@ -25,8 +25,8 @@ from moecc.formats.gguf.tokenizer import (
     WHOLE_WORDS,
     pairs_of_scores,
 )
-from moecc.formats.jsonfile import parse_json
 from moecc.formats.source import Checkpoint
+from moecc.support.documents import parse_json
 from moecc.support.problems import quoted
 from moecc.support.untyped import Json, JsonDict
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from moecc.errors import InputError, MachineError
-from moecc.formats.jsonfile import read_json_object
+from moecc.formats.files import read_json_object
 from moecc.support.extras import install_hint
 from moecc.support.problems import Problems, describe, quoted
 from moecc.support.untyped import JsonDict

@@ -13,9 +13,8 @@ from types import MappingProxyType
 import numpy as np
 
 from moecc.errors import InputError, nearest
-from moecc.formats.files import Identity, identify, require_unchanged
+from moecc.formats.files import Identity, identify, read_json_object, require_unchanged
 from moecc.formats.folder import CONFIG_NAME, MAX_CONFIG_BYTES, find_companions, rows_of
-from moecc.formats.jsonfile import read_json_object
 from moecc.formats.modelcard import read_card
 from moecc.formats.source import TensorInfo
 from moecc.formats.trees.arrays import METADATA, Piece, Tree, open_orbax

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecc.errors import InputError
-from moecc.formats.files import read_bounded
-from moecc.formats.jsonfile import read_json_object
+from moecc.formats.files import read_bounded, read_json_object
 from moecc.formats.run import SOURCE, split_reference
 from moecc.support.process import Closing
 from moecc.tokenizer.process import Tokenizer

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecc.errors import InputError, Problem
-from moecc.formats.files import file_fault, open_regular, os_problem, read_into
-from moecc.formats.jsonfile import read_json_object
+from moecc.formats.files import file_fault, open_regular, os_problem, read_into, read_json_object
 from moecc.support.problems import Problems, describe
 from moecc.support.untyped import JsonDict
 
