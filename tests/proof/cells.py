@@ -101,6 +101,11 @@ DENSE_OF = {
 }  # fmt: skip
 
 
+def family_of(source: str) -> str:
+    """Return the family of a golden checkpoint."""
+    return str(opened(source).config["model_type"])
+
+
 @dataclass(frozen=True)
 class Cell:
     """A source, a target, and how one becomes the other."""
@@ -113,7 +118,7 @@ class Cell:
     @property
     def family(self) -> str:
         """The family of the source."""
-        return str(opened(self.source).config["model_type"])
+        return family_of(self.source)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,16 @@
-"""Runs every cell, and writes docs/proof-table.md: ``make proof-table``, from the root."""
+"""Run every cell into docs/proofs/table.json, and write docs/proof-table.md from it.
+
+``make proof-table`` runs all cells; ``python -m tests.proof.make_table --page`` writes the page
+alone.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections import ChainMap, Counter
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 
@@ -14,88 +20,82 @@ from tests.proof.cells import (
     MIXTURES,
     OVER_MIXTURES,
     TARGETS,
-    Cell,
-    Result,
     cells,
+    family_of,
     run,
-)  # fmt: skip
+)
 
-PAGE = Path("docs/proof-table.md")
+RECORD, PAGE = Path("docs/proofs/table.json"), Path("docs/proof-table.md")
 HEAD = """# Sources, targets, methods
 
-Written by `make proof-table`, which runs every cell on a golden checkpoint: it converts, reads the
-result back, and compares outputs in float64. `=`: those of the source, within 10⁻⁶ (weights are
-stored as float32). `≈`: another function, as the pass announces; the file computes what the graph
-does, within 10⁻⁶. `— n`: rejected before a byte is written, for the reason with that number.
-`tests/proof/test_cells.py` runs sixty cells each time, twenty of each sign.
+`make proof-table` converts a golden checkpoint in each cell, reads the result back, and compares
+outputs in float64. `=`: equal to those of the source within 10⁻⁶ (weights are stored as float32).
+`≈`: another function, as the pass announces; the file computes what the graph does, within 10⁻⁶.
+`—`: rejected before a byte is written. [proofs/table.json](proofs/table.json) has every cell, with
+the reason of each rejection; `inspect` prints the reasons for a model. Rows and tables without a
+result are left out. `tests/proof/test_cells.py` runs sixty cells, twenty of each sign.
 
-The options of a method are those that lead to the family (`inspect` shows them): `glm4_moe` has
-sigmoid gates and a shared expert, `phimoe` SparseMixer, which is exact under a router of zeros
-alone. `BTX` mixes the source with a model whose weights all differ, `LoRA` with the source under an
-adapter of rank 2 on every matrix. `all slices` is one copy in four slices, all of them chosen; the
-splits store each neuron once, too, and a token gets some of the four, which for `activation` follow
-from statistics. `padded` are virtual groups of a width that is a multiple of 7. What a bias keeps
-from being chosen needs a family with such a bias.
-The golden checkpoints have random weights: what `≈` costs a trained model is not shown here.
+The options of a method are those that lead to the family: `glm4_moe` has sigmoid gates and a shared
+expert, `phimoe` SparseMixer, which is exact only under a router of zeros. `BTX` mixes the source
+with a model of other weights, `LoRA` with the source under an adapter of rank 2. `all slices` is
+one copy in four slices, all of them chosen; each split stores every neuron once, and a token gets
+some of the four slices. `padded` are virtual groups whose width is no multiple of 7. The golden
+checkpoints have random weights, so the table does not show what `≈` costs a trained model.
 """
+
+Cells = dict[str, dict[str, dict[str, str]]]
+"""By source, target and method: the sign of a result, and the reason of a rejection."""
 
 
 def main() -> None:
-    """Run all cells, and write the page."""
-    done: dict[Cell, Result] = {}
-    todo = cells()
-    for number, cell in enumerate(todo, 1):
-        done[cell] = run(cell)
+    """Run all cells unless ``--page`` is given, and write the page."""
+    if "--page" not in sys.argv[1:]:
+        RECORD.write_text(json.dumps(_run_all(), indent=1, ensure_ascii=False) + "\n")
+    record = json.loads(RECORD.read_text())
+    PAGE.write_text(page(record["cells"], record["date"], record["largest_error"]))
+
+
+def _run_all() -> dict[str, object]:
+    results: Cells = {}
+    largest_error = 0.0
+    for number, cell in enumerate(cells(), 1):
+        result = run(cell)
+        text = result.kind if result.kind != "—" else f"— {result.reason}"
+        results.setdefault(cell.source, {}).setdefault(cell.target, {})[cell.method] = text
+        largest_error = max(largest_error, result.error)
         if number % 100 == 0:
-            print(f"{number} of {len(todo)}", file=sys.stderr)
-    reasons: dict[str, int] = {}
-    parts = [HEAD, *_parts(done, reasons), "### Reasons", ""]
-    for reason, number in reasons.items():
-        parts += textwrap.wrap(
-            f"{number}. {reason}", 100, subsequent_indent="   ", break_long_words=False,
-            break_on_hyphens=False,
-        )  # fmt: skip
-    counts = {kind: sum(r.kind == kind for r in done.values()) for kind in "=≈—"}
-    worst = max(r.error for r in done.values())
-    sources, methods = (*DENSE, *MIXTURES), {*METHODS, *OVER_MIXTURES}
-    said = (
-        f"On {date.today()}: {len(sources)} sources, {len(TARGETS)} targets, {len(methods)} "
-        f"methods; {len(done):,} cells: {counts['=']:,} equal, {counts['≈']:,} announced, "
-        f"{counts['—']:,} rejected. The largest error is {worst:.1e} of the largest output."
+            print(f"{number} cells", file=sys.stderr)
+    return {"date": str(date.today()), "largest_error": largest_error, "cells": results}
+
+
+def page(results: Cells, day: str, largest_error: float) -> str:
+    """Return the page: a table a target, of the sources that reach it."""
+    signs = Counter(
+        text[0] for rows in results.values() for row in rows.values() for text in row.values()
     )
-    parts.insert(1, textwrap.fill(said, 100) + "\n")
-    PAGE.write_text("\n".join(parts) + "\n")
-
-
-def _parts(done: dict[Cell, Result], reasons: dict[str, int]) -> Iterable[str]:
+    summary = (
+        f"On {day}: {signs.total():,} cells, {signs['=']:,} equal, {signs['≈']:,} announced, "
+        f"{signs['—']:,} rejected. The largest error is {largest_error:.1e} of the largest output."
+    )
+    lines = [HEAD, textwrap.fill(summary, 100), ""]
     for target in TARGETS:
-        mine = [c for c in done if c.target == target and c.source not in MIXTURES]
-        yield from _table(f"To {target}", mine, tuple(METHODS), done, reasons)
-    over = [c for c in done if c.source in MIXTURES]
-    yield from _table("Over mixtures", over, tuple(OVER_MIXTURES), done, reasons)
+        lines += _table(f"To {target}", {s: results[s][target] for s in DENSE}, tuple(METHODS))
+    mixtures = {s: dict(ChainMap(*results[s].values())) for s in MIXTURES}
+    return "\n".join([*lines, *_table("Over mixtures", mixtures, tuple(OVER_MIXTURES))])
 
 
 def _table(
-    title: str,
-    shown: Sequence[Cell],
-    methods: Sequence[str],
-    done: dict[Cell, Result],
-    reasons: dict[str, int],
+    title: str, rows: Mapping[str, Mapping[str, str]], methods: Sequence[str]
 ) -> Iterable[str]:
-    yield f"### {title}\n"
+    reached = {s: row for s, row in rows.items() if any(text[0] != "—" for text in row.values())}
+    if not reached:
+        return
+    yield f"## {title}\n"
     yield f"| | {' | '.join(methods)} |"
     yield "|---" * (len(methods) + 1) + "|"
-    for source in dict.fromkeys(cell.source for cell in shown):
-        row = {c.method: _sign(done[c], reasons) for c in shown if c.source == source}
-        family = next(c.family for c in shown if c.source == source)
-        yield f"| `{family}` | {' | '.join(row[m] for m in methods)} |"
+    for source, row in reached.items():
+        yield f"| `{family_of(source)}` | {' | '.join(row[m][0] for m in methods)} |"
     yield ""
-
-
-def _sign(result: Result, reasons: dict[str, int]) -> str:
-    if result.kind != "—":
-        return result.kind
-    return f"— {reasons.setdefault(result.reason, len(reasons) + 1)}"
 
 
 if __name__ == "__main__":

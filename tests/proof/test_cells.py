@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import random
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from .cells import DENSE, METHODS, MIXTURES, OVER_MIXTURES, TARGETS, Cell, cells, run
+from .make_table import page
 
-PAGE = Path(__file__).parents[2] / "docs" / "proof-table.md"
+RECORD = Path(__file__).parents[2] / "docs" / "proofs" / "table.json"
 
 
 def stated() -> Iterator[tuple[Cell, str]]:
-    """Yield every cell with its sign in the page."""
-    text = PAGE.read_text()
-    rows = {}
-    for title, part in re.findall(r"^### (.*)\n([^#]*)", text, re.MULTILINE):
-        lines = [
-            [c.strip() for c in line.split("|")[1:-1]] for line in part.splitlines() if "|" in line
-        ]
-        rows.update({(title, line[0]): dict(zip(lines[0], line, strict=True)) for line in lines})
+    """Yield every cell with its sign in the record."""
+    results = json.loads(RECORD.read_text())["cells"]
     for cell in cells():
-        title = f"To {cell.target}" if cell.source in DENSE else "Over mixtures"
-        yield cell, rows[title, f"`{cell.family}`"][cell.method].split()[0]
+        yield cell, results[cell.source][cell.target][cell.method][0]
 
 
 def drawn() -> list[tuple[Cell, str]]:
     """Return sixty cells, twenty of each sign."""
-    chance, found = random.Random(20), list(stated())
+    chance, stated_cells = random.Random(20), list(stated())
     return [
-        pair for sign in "=≈—" for pair in chance.sample([p for p in found if p[1] == sign], 20)
+        pair
+        for sign in "=≈—"
+        for pair in chance.sample([p for p in stated_cells if p[1] == sign], 20)
     ]
 
 
@@ -43,9 +39,15 @@ def test_the_table_is_wide() -> None:
     assert len(MIXTURES) >= 10
 
 
+def test_the_page_is_written_from_the_record() -> None:
+    record = json.loads(RECORD.read_text())
+    page_text = page(record["cells"], record["date"], record["largest_error"])
+    assert (RECORD.parents[1] / "proof-table.md").read_text() == page_text
+
+
 @pytest.mark.parametrize(
     ("cell", "sign"),
     [pytest.param(c, s, id=f"{c.source}-{c.target}-{c.method}") for c, s in drawn()],
 )
-def test_a_cell_is_what_the_page_says(cell: Cell, sign: str) -> None:
+def test_a_cell_is_what_the_record_says(cell: Cell, sign: str) -> None:
     assert run(cell).kind == sign
