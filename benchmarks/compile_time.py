@@ -30,7 +30,7 @@ import numpy as np
 from moecc_backends.xla.backend import function
 
 from moecc.families import build
-from moecc.families.configs import parse_config
+from moecc.families.registry import parse_config
 from moecc.ir import Graph
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline

@@ -37,7 +37,7 @@ def models() -> dict[str, Any]:
 def graph_of(config: dict[str, object]) -> Any:
     """Return the graph of a model."""
     from moecc.families import build
-    from moecc.families.configs import parse_config
+    from moecc.families.registry import parse_config
 
     return build(parse_config(config))
 

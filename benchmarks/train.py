@@ -201,7 +201,7 @@ def made(name: str, work: Path) -> str:
         from safetensors.numpy import save_file
 
         from moecc.families import build
-        from moecc.families.configs import parse_config
+        from moecc.families.registry import parse_config
         from moecc.model.initialise import initialise
         from moecc.model.open import Model
         from moecc.weights.expr import sources

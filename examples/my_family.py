@@ -11,14 +11,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moecc.families.blocks import Blocks
 from moecc.families.building import GraphRequest
-from moecc.families.configs.encdec import read_activation
-from moecc.families.configs.model import ModelConfig, activation_problem
-from moecc.families.configs.reader import KeyProblem, Reader, key_problem
+from moecc.families.config import ModelConfig, activation_problem
+from moecc.families.encdec import read_activation
+from moecc.families.graphs.blocks import Blocks
+from moecc.families.graphs.parameters import Parameters, float32_of
 from moecc.families.names import TensorNames
 from moecc.families.outside import Family
-from moecc.families.parameters import Parameters, float32_of
+from moecc.families.reader import KeyProblem, Reader, key_problem
 from moecc.ir import I32, Builder, Graph, Value, tensor
 
 SIZES = (

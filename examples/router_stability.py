@@ -34,7 +34,7 @@ from texts import help_topics
 
 from moecc.errors import MachineError, UsageError
 from moecc.families import build
-from moecc.families.configs import parse_config
+from moecc.families.registry import parse_config
 from moecc.ir.graph import Graph
 from moecc.model.initialise import initialise
 from moecc.model.open import Model

@@ -151,7 +151,7 @@ def _say_of(model: Model, source: str) -> None:
 
 def _written_type(name: str) -> DType | Storage:
     """Return the element type called `name`, or the blocks of a GGUF file."""
-    from moecc.families.export_gguf import QUANTISED
+    from moecc.translate.gguf import QUANTISED
     from moecc.types import float_type
 
     return QUANTISED.get(name.lower()) or float_type(name)
@@ -181,8 +181,8 @@ def _write(planned: Plan, request: ConvertRequest, max_shard_bytes: int) -> None
 
 def plan_text(planned: Plan, out: str, dry_run: bool) -> str:
     """Return the human-readable plan, written unless `dry_run`."""
-    from moecc.engines.verdicts import summary
     from moecc.support.text import amount, count_text, size_text
+    from moecc.translate.engines import summary
 
     facts, family = planned.facts, planned.graph.attrs.get("family") or "no family"
     rows = [

@@ -192,7 +192,7 @@ def _target_rows(targets: JsonDict) -> Iterator[str]:
 
 
 def _fit_text(target: JsonDict) -> str:
-    from moecc.engines.verdicts import Verdict, summary
+    from moecc.translate.engines import Verdict, summary
 
     if not target["fits"]:
         return "does not fit"

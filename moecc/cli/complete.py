@@ -74,8 +74,8 @@ def _sizes(kind: str, chip: str) -> Iterator[str]:
 
 def targets(incomplete: str) -> list[str]:
     """Return what a conversion writes: families, auto, and the architectures of GGUF."""
-    from moecc.families.configs import CONFIGS
-    from moecc.families.export_gguf import PREFIX, architectures
+    from moecc.families.registry import CONFIGS
+    from moecc.translate.gguf import PREFIX, architectures
 
     gguf = (f"{PREFIX}{name}" for name in architectures())
     return _beginning(incomplete, ("auto", *CONFIGS, *gguf))

@@ -1,4 +1,4 @@
-"""Model families: typed configs, their graphs, reading checkpoints, and writing other families.
+"""Model families: typed configs, their graphs, and what every format and engine calls their parts.
 
 Everything here is imported on first use, so that the command line starts quickly.
 """
@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moecc.families.configs import ModelConfig
-    from moecc.formats.source import Checkpoint
+    from moecc.families.config import ModelConfig
     from moecc.ir.graph import Graph
     from moecc.types import DType
 
@@ -37,19 +36,6 @@ def build(
     return build_model(config, dtype_of, checkpoint, padding=padding)
 
 
-def import_checkpoint(checkpoint: Checkpoint, *, padding: bool = False) -> Graph:
-    """Return the graph of an opened checkpoint, whose tensors all match its config.
-
-    With `padding` the graph of an encoder has an input ``mask``.
-
-    Raises:
-      InputError: the config or the tensors are invalid; all problems at once.
-    """
-    from moecc.families.importing import import_checkpoint
-
-    return import_checkpoint(checkpoint, padding=padding)
-
-
 def rebuild(attrs: Mapping[str, object], shrink: bool = True) -> Graph:
     """Return the graph of the config in `attrs`, without later rewrites, with float32 weights.
 
@@ -61,7 +47,7 @@ def rebuild(attrs: Mapping[str, object], shrink: bool = True) -> Graph:
       InputError: the attributes have no config.
     """
     from moecc.families.building import build_model
-    from moecc.families.configs import parse_config
+    from moecc.families.registry import parse_config
     from moecc.families.shrinking import shrink_config
 
     stated = attrs.get("config")
@@ -71,10 +57,10 @@ def rebuild(attrs: Mapping[str, object], shrink: bool = True) -> Graph:
 
 def __getattr__(name: str) -> object:
     if name == "FAMILIES":
-        from moecc.families.configs import CONFIGS
+        from moecc.families.registry import CONFIGS
 
         return CONFIGS
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["FAMILIES", "build", "import_checkpoint", "rebuild"]
+__all__ = ["FAMILIES", "build", "rebuild"]

@@ -7,20 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from moecc.errors import InputError
-from moecc.families.configs import (
-    BertConfig,
-    DecoderConfig,
-    EncDecConfig,
-    GptConfig,
-    GraphConfig,
-    ModelConfig,
-    StMoeConfig,
-    VisionConfig,
-    WhisperConfig,
-)
-from moecc.families.decoder import build_decoder
-from moecc.families.graph_layout import build_graph
-from moecc.families.parameters import DtypeOf
+from moecc.families.bert import BertConfig
+from moecc.families.config import ModelConfig
+from moecc.families.decoder import DecoderConfig
+from moecc.families.encdec import EncDecConfig
+from moecc.families.gpt import GptConfig
+from moecc.families.graphs.decoder import build_decoder
+from moecc.families.graphs.parameters import DtypeOf
+from moecc.families.graphs.stored import build_graph
+from moecc.families.st_moe import GraphConfig, StMoeConfig
+from moecc.families.vision import VisionConfig
+from moecc.families.whisper import WhisperConfig
 from moecc.ir.graph import Graph
 from moecc.support.process import gc_paused
 from moecc.types import Size
@@ -33,7 +30,7 @@ class GraphRequest:
     Attributes:
       dtype_of: the element type of each tensor on disk; float32 by default.
       checkpoint: the path of the weights.
-      layout: how experts are stored on disk, see `moecc.families.parameters.LAYOUTS`.
+      layout: how experts are stored on disk, see `moecc.families.graphs.parameters.LAYOUTS`.
       padding: whether there is an input ``mask``.
       batch: the size of the batch axis.
       seq: the length of the sequences, in an encoder-decoder those of the encoder.
@@ -61,7 +58,7 @@ def _decoder(config: DecoderConfig, r: GraphRequest) -> Graph:
 
 # Only the builder of a model's own shape is imported: a decoder needs none of the others.
 def _encdec(config: EncDecConfig, r: GraphRequest) -> Graph:
-    from moecc.families.encdec import build_encdec
+    from moecc.families.graphs.encdec import build_encdec
 
     return build_encdec(
         config, r.dtype_of, r.checkpoint,
@@ -71,25 +68,25 @@ def _encdec(config: EncDecConfig, r: GraphRequest) -> Graph:
 
 
 def _gpt(config: GptConfig, r: GraphRequest) -> Graph:
-    from moecc.families.gpt import build_gpt
+    from moecc.families.graphs.gpt import build_gpt
 
     return build_gpt(config, r.dtype_of, r.checkpoint, batch=r.batch, seq=r.seq)
 
 
 def _bert(config: BertConfig, r: GraphRequest) -> Graph:
-    from moecc.families.bert import build_bert
+    from moecc.families.graphs.bert import build_bert
 
     return build_bert(config, r.dtype_of, r.checkpoint, padding=r.padding, batch=r.batch, seq=r.seq)
 
 
 def _vision(config: VisionConfig, r: GraphRequest) -> Graph:
-    from moecc.families.vision import build_vision
+    from moecc.families.graphs.vision import build_vision
 
     return build_vision(config, r.dtype_of, r.checkpoint, batch=r.batch)
 
 
 def _whisper(config: WhisperConfig, r: GraphRequest) -> Graph:
-    from moecc.families.whisper import build_whisper
+    from moecc.families.graphs.whisper import build_whisper
 
     return build_whisper(config, r.dtype_of, r.checkpoint, batch=r.batch, decoder_seq=r.decoder_seq)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
-from moecc.families.configs import Experts
+from moecc.families.encdec import Experts
 from moecc.ir.attributes import ProductAttrs, RouteAttrs, SlotAttrs
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value, setter_of

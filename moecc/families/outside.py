@@ -13,8 +13,10 @@ from typing import Any
 
 from moecc.errors import Problem, UsageError
 from moecc.families.building import BUILDERS, GraphBuilder
-from moecc.families.configs import CONFIGS, DECODERS, ORIGINS, DecoderConfig, ModelConfig
+from moecc.families.config import ModelConfig
+from moecc.families.decoder import DecoderConfig
 from moecc.families.names import NAMES, TensorNames
+from moecc.families.registry import CONFIGS, DECODERS, ORIGINS
 from moecc.families.shrinking import SHRINKERS
 from moecc.support.user_files import run_file
 

@@ -13,18 +13,14 @@ from math import lcm
 from typing import Any
 
 from moecc.errors import InputError
-from moecc.families.configs import (
-    STACKS,
-    BertConfig,
-    DecoderConfig,
-    EncDecConfig,
-    GptConfig,
-    GptNeoXConfig,
-    ModelConfig,
-    MoeConfig,
-    VisionConfig,
-    WhisperConfig,
-)
+from moecc.families.bert import BertConfig
+from moecc.families.config import ModelConfig
+from moecc.families.decoder import DecoderConfig
+from moecc.families.encdec import STACKS, EncDecConfig
+from moecc.families.gpt import GptConfig, GptNeoXConfig
+from moecc.families.mixture import MoeConfig
+from moecc.families.vision import VisionConfig
+from moecc.families.whisper import WhisperConfig
 from moecc.support.untyped import JsonDict
 
 MOST_VOCAB = 64

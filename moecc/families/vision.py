@@ -1,180 +1,211 @@
-"""The graph of an encoder of images: patches, a token for all of them, and a Transformer."""
+"""vit and dinov2: encoders of images, cut into patches."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
 
-from moecc.families.blocks import Blocks
-from moecc.families.configs import Dinov2Config, VisionConfig
-from moecc.families.names import names_of
-from moecc.families.parameters import DtypeOf, Parameters, float32_of
-from moecc.ir.builder import Builder
-from moecc.ir.graph import Graph, Value
-from moecc.types import F32, Size, tensor
+from moecc.families.config import ModelConfig, activation_problem, config_class
+from moecc.families.encdec import read_activation
+from moecc.families.reader import LARGEST_SIZES, KeyProblem, Reader, key_problem
 
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "num_channels")
 
-@dataclass(frozen=True)
-class VisionNames:
-    """The names of a layer's parts that differ between the families.
-
-    Attributes:
-      norms: the norms before attention and feed-forward block.
-      up, down: the matrices of the feed-forward block.
-      gate_up: the one matrix of gate and up, in this order, of a gated block.
-      scales: the vectors that what a block adds is multiplied by; empty if there are none.
-    """
-
-    norms: tuple[str, str]
-    up: str
-    down: str
-    gate_up: str = ""
-    gated_down: str = ""
-    scales: tuple[str, ...] = ()
-
-
-VISION_NAMES: Mapping[str, VisionNames] = {
-    "vit": VisionNames(
-        ("layernorm_before", "layernorm_after"), "intermediate.dense", "output.dense"
-    ),
-    "dinov2": VisionNames(
-        ("norm1", "norm2"),
-        "mlp.fc1",
-        "mlp.fc2",
-        "mlp.weights_in",
-        "mlp.weights_out",
-        ("layer_scale1.lambda1", "layer_scale2.lambda1"),
-    ),
+VISION_DEFAULTS: Mapping[str, object] = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "num_channels": 3,
+    "hidden_act": "gelu",
+    "qkv_bias": True,
+    "use_cache": True,
+    "initializer_range": 0.02,
+    "attention_probs_dropout_prob": 0.0,
+    "hidden_dropout_prob": 0.0,
 }
-"""By family, as checkpoints have them."""
+
+MOST_MLP_RATIO = 1_000_000
+"""More is no model: the width of a block would overflow a float."""
 
 
-def build_vision(
-    config: VisionConfig,
-    dtype_of: DtypeOf | None = None,
-    checkpoint: str = "",
-    *,
-    batch: Size = "B",
-) -> Graph:
-    """Return the graph from ``pixels`` to ``hidden : f32[batch, seq, embed]``.
+@config_class
+class VisionConfig(ModelConfig):
+    """An encoder of images of one size; its output is the hidden states of the last layer.
 
-    The input is ``pixels : f32[batch, channel, height, width]``, of the size that the config says;
-    the sequence is a token for the whole image, and then the patches, row by row.
-
-    Args:
-      config: the config.
-      dtype_of: the element type of each tensor on disk; float32 by default.
-      checkpoint: the path of the weights, for the graph's attributes.
-      batch: the size of the batch axis.
+    `image_size` is height and width in pixels, which the side of a patch divides.
     """
-    attrs = {"family": config.model_type, "config": config.to_json(), "checkpoint": checkpoint}
-    graph = Graph(config.model_type, attrs)
-    params = Parameters(graph, names_of(config.model_type), dtype_of or float32_of)
-    blocks = Blocks(Builder(graph), params, config.layer_norm_eps)
-    encoder = _Encoder(blocks, config, VISION_NAMES[config.model_type])
-    height, width = config.image_size
-    sizes = {"channel": config.num_channels, "height": height, "width": width}
-    pixels = graph.input("pixels", tensor(F32, batch=batch, **sizes))
-    with blocks.builder.at("embed"):
-        hidden = encoder.embed(pixels)
-    for layer in range(config.num_hidden_layers):
-        hidden = encoder.layer(hidden, layer)
-    with blocks.builder.at("norm"):
-        graph.set_output("hidden", blocks.norm(hidden, "layernorm"))
-    return graph
 
+    kind: ClassVar[str] = "an encoder of images"
+    has_vocabulary: ClassVar[bool] = False
+    with_heads: ClassVar[bool] = True
+    kept_numbers: ClassVar[tuple[str, ...]] = (
+        "initializer_range",
+        "attention_probs_dropout_prob",
+        "hidden_dropout_prob",
+    )
 
-@dataclass
-class _Encoder:
-    """The parts of the encoder."""
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: tuple[int, int]
+    patch_size: int
+    num_channels: int = 3
+    layer_norm_eps: float = 1e-12
+    hidden_act: str = "gelu"
+    qkv_bias: bool = True
 
-    blocks: Blocks
-    config: VisionConfig
-    names: VisionNames
+    @classmethod
+    def shape(cls) -> type[ModelConfig]:
+        """Return the class whose fields all families of this shape of model share."""
+        return cls
 
     @property
-    def builder(self) -> Builder:
-        return self.blocks.builder
+    def head_dim(self) -> int:
+        """The width of a head."""
+        return self.hidden_size // self.num_attention_heads
 
-    def embed(self, pixels: Value) -> Value:
-        """Emit the token of the image and the patches, with their positions added."""
-        builder, config, params = self.builder, self.config, self.blocks.params
-        loc, embed, side = builder.loc, config.hidden_size, config.patch_size
-        name = "embeddings.patch_embeddings.projection"
-        axes = {"embed": embed, "channel": config.num_channels, "down": side, "across": side}
-        weight = params.plain(f"{name}.weight", loc, **axes)
-        bias = params.plain(f"{name}.bias", loc, embed=embed)
-        patches = builder.convolve(
-            pixels,
-            weight,
-            over="channel",
-            along=("height", "width"),
-            taps=("down", "across"),
-            stride=side,
-            name="patches",
-        )
-        patches = builder.merge(builder.add(patches, bias), axes=("height", "width"), into="seq")
-        count = config.patches + 1
-        whole = params.without_axis("embeddings.cls_token", loc, "one", seq=1, embed=embed)
-        places = {"seq": count, "embed": embed}
-        table = params.without_axis("embeddings.position_embeddings", loc, "one", **places)
-        own, others = (
-            builder.slice(table, axis="seq", start=start, stop=stop)
-            for start, stop in ((0, 1), (1, count))
-        )
-        first = builder.slice(patches, axis="seq", start=0, stop=1)
-        token = builder.broadcast(builder.add(whole, own), first)
-        return builder.join(token, builder.add(patches, others), axis="seq", name="hidden")
+    @property
+    def patches(self) -> int:
+        """The number of patches of an image."""
+        height, width = self.image_size
+        return (height // self.patch_size) * (width // self.patch_size)
 
-    def layer(self, hidden: Value, layer: int) -> Value:
-        """Emit one layer: attention and feed-forward block, each added to what it reads."""
-        prefix = f"encoder.layer.{layer}."
-        first, second = (f"{prefix}{name}" for name in self.names.norms)
-        with self.builder.at(f"layers.{layer}.attention"):
-            made = self._attention(self.blocks.norm(hidden, first), prefix)
-            hidden = self._added(hidden, made, prefix, 0)
-        with self.builder.at(f"layers.{layer}.ffn"):
-            made = self._ffn(self.blocks.norm(hidden, second), prefix)
-            return self._added(hidden, made, prefix, 1)
+    def checks(self) -> Iterator[KeyProblem]:
+        """Yield inconsistent values, and those that this family cannot express."""
+        for name in (*SIZES, "intermediate_size"):
+            value = getattr(self, name)
+            if not 1 <= value <= LARGEST_SIZES[name]:
+                expected = f"1 to {LARGEST_SIZES[name]:,}"
+                yield key_problem("not a usable size", expected, f"{value}", name)
+        if self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
+            what = "the heads do not divide the width"
+            expected = f"a multiple of {self.num_attention_heads}"
+            keys = ("hidden_size", "num_attention_heads")
+            yield key_problem(what, expected, f"{self.hidden_size}", *keys)
+        if self.patch_size > 0 and any(n < 1 or n % self.patch_size for n in self.image_size):
+            what = "the image is not cut into whole patches"
+            expected = f"multiples of {self.patch_size}"
+            yield key_problem(what, expected, f"{self.image_size}", "image_size", "patch_size")
+        yield from activation_problem(self.hidden_act)
+        yield from super().checks()
 
-    def _added(self, hidden: Value, made: Value, prefix: str, block: int) -> Value:
-        if self.names.scales:
-            name = f"{prefix}{self.names.scales[block]}"
-            scale = self.blocks.params.plain(name, self.builder.loc, embed=self.config.hidden_size)
-            made = self.builder.mul(made, scale)
-        return self.builder.add(hidden, made, name="hidden")
+    @classmethod
+    def _read(cls, reader: Reader) -> dict[str, object]:
+        patch = _pair(reader, "patch_size")
+        if patch[0] != patch[1]:
+            reader.refuse("patch_size", "only square patches are supported", expected="one size")
+        sizes = {name: reader.size(name) for name in SIZES if name != "patch_size"}
+        return {
+            **super()._read(reader),
+            **sizes,
+            "patch_size": patch[0],
+            "image_size": _pair(reader, "image_size"),
+            "layer_norm_eps": reader.number("layer_norm_eps", least=0),
+            "hidden_act": read_activation(reader, "hidden_act"),
+            "qkv_bias": reader.flag("qkv_bias"),
+        }
 
-    def _attention(self, x: Value, prefix: str) -> Value:
-        blocks, config, bias = self.blocks, self.config, self.config.qkv_bias
-        heads, keys = (config.num_attention_heads, config.head_dim), blocks.as_keys(x)
-        name = f"{prefix}attention.attention"
-        query = blocks.heads(x, f"{name}.query", heads, "q", has_bias=bias)
-        key = blocks.heads(keys, f"{name}.key", heads, "kv", has_bias=bias)
-        value = blocks.heads(keys, f"{name}.value", heads, "kv", has_bias=bias)
-        mixed = blocks.attend(query, key, value, config.head_dim**-0.5)
-        to = ("embed", config.hidden_size)
-        return blocks.linear(mixed, f"{prefix}attention.output.dense", to, "q")
+    def _write(self) -> dict[str, object]:
+        names = (*SIZES, "layer_norm_eps", "hidden_act", "qkv_bias")
+        height, width = self.image_size
+        square = height if height == width else [height, width]
+        return {**{name: getattr(self, name) for name in names}, "image_size": square}
 
-    def _ffn(self, x: Value, prefix: str) -> Value:
-        config, names, width = self.config, self.names, self.config.intermediate_size
-        if isinstance(config, Dinov2Config) and config.gated:
-            return self._gated(x, prefix)
-        up, down = f"{prefix}{names.up}", f"{prefix}{names.down}"
-        return self.blocks.two_layers(x, up, down, config.hidden_act, width)
 
-    def _gated(self, x: Value, prefix: str) -> Value:
-        builder, embed = self.builder, self.config.hidden_size
-        gate, up = (self._half(x, f"{prefix}{self.names.gate_up}", n) for n in range(2))
-        hidden = builder.mul(builder.silu(gate), up)
-        down = f"{prefix}{self.names.gated_down}"
-        return self.blocks.linear(hidden, down, ("embed", embed), "mlp")
+@config_class
+class ViTConfig(VisionConfig):
+    """A vit: one norm before each block, and one at the end."""
 
-    def _half(self, x: Value, name: str, half: int) -> Value:
-        """Emit gate or up, from its half of the fused projection."""
-        params, loc, width = self.blocks.params, self.builder.loc, self.config.intermediate_size
-        word, at, whole = ("gate", "up")[half], half * width, ("mlp", 2 * width)
-        axes = {"mlp": width, "embed": self.config.hidden_size}
-        weight = params.part(f"{name}.{word}.weight", f"{name}.weight", loc, at, whole, axes)
-        shift = {"mlp": width}
-        bias = params.part(f"{name}.{word}.bias", f"{name}.bias", loc, at, whole, shift)
-        return self.builder.add(self.builder.contract(x, weight, over="embed"), bias)
+    model_type: ClassVar[str] = "vit"
+    architecture: ClassVar[str] = "ViTModel"
+    head_prefix: ClassVar[str] = "vit."
+    has_pooler: ClassVar[bool] = True
+    defaults: ClassVar[Mapping[str, object]] = {
+        **VISION_DEFAULTS,
+        "intermediate_size": 3072,
+        "patch_size": 16,
+        "layer_norm_eps": 1e-12,
+    }
+
+    @classmethod
+    def _read(cls, reader: Reader) -> dict[str, object]:
+        return {**super()._read(reader), "intermediate_size": reader.size("intermediate_size")}
+
+    def _write(self) -> dict[str, object]:
+        return {**super()._write(), "intermediate_size": self.intermediate_size}
+
+
+@config_class
+class Dinov2Config(VisionConfig):
+    """A dinov2: what a block adds is scaled by a vector; the block may be gated.
+
+    `mlp_ratio` is the width of the block over that of the model; a gated one has two thirds of it,
+    rounded up to a multiple of 8.
+    """
+
+    model_type: ClassVar[str] = "dinov2"
+    architecture: ClassVar[str] = "Dinov2Model"
+    head_prefix: ClassVar[str] = "dinov2."
+    defaults: ClassVar[Mapping[str, object]] = {
+        **VISION_DEFAULTS,
+        "mlp_ratio": 4,
+        "patch_size": 14,
+        "layer_norm_eps": 1e-6,
+        "use_swiglu_ffn": False,
+    }
+
+    intermediate_size: int = 0
+    mlp_ratio: float = 4
+    gated: bool = False
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        # transformers states no width, and so it follows from the ratio.
+        width = int(self.hidden_size * self.mlp_ratio)
+        gated = (int(width * 2 / 3) + 7) // 8 * 8
+        object.__setattr__(self, "intermediate_size", gated if self.gated else width)
+        super().__post_init__()
+
+    def checks(self) -> Iterator[KeyProblem]:
+        """Yield inconsistent values, and those that this family cannot express."""
+        yield from super().checks()
+        if self.image_size[0] != self.image_size[1]:
+            what = "dinov2 resamples its positions for an image that is not square"
+            yield key_problem(what, "a square", f"{self.image_size}", "image_size")
+
+    @classmethod
+    def _read(cls, reader: Reader) -> dict[str, object]:
+        # The token of masked patches is no part of the graph.
+        reader.value("use_mask_token")
+        ratio = reader.number("mlp_ratio", above=0)
+        if ratio > MOST_MLP_RATIO:
+            reader.refuse("mlp_ratio", "not usable", expected=f"at most {MOST_MLP_RATIO:,}")
+            ratio = 4.0
+        return {
+            **super()._read(reader),
+            "mlp_ratio": int(ratio) if ratio == int(ratio) else ratio,
+            "gated": reader.flag("use_swiglu_ffn"),
+        }
+
+    def _write(self) -> dict[str, object]:
+        return {
+            **super()._write(),
+            "mlp_ratio": self.mlp_ratio,
+            "use_swiglu_ffn": self.gated,
+            "use_mask_token": False,
+        }
+
+
+def _pair(reader: Reader, key: str) -> tuple[int, int]:
+    """Return a size or two as height and width."""
+    value = reader.value(key)
+    if not isinstance(value, list | tuple):
+        size = reader.size(key)
+        return size, size
+    sizes = [v for v in value if type(v) is int and 1 <= v <= LARGEST_SIZES[key]]
+    if len(sizes) != 2 or len(value) != 2:
+        reader.refuse(key, "not a usable size", expected="a whole number, or height and width")
+        sizes = [1, 1]
+    return sizes[0], sizes[1]

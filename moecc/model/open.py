@@ -16,7 +16,8 @@ from math import prod
 from pathlib import Path
 
 from moecc.errors import InputError, MoeccError, Problem, UnknownName, UsageError, nearest
-from moecc.families.configs import ModelConfig, parse_config
+from moecc.families.config import ModelConfig
+from moecc.families.registry import parse_config
 from moecc.formats.adapter import AdaptedCheckpoint, SeveralCheckpoints, is_adapter
 from moecc.formats.files import read_json_object
 from moecc.formats.folder import CONFIG_NAME as CONFIG_NAME
@@ -131,7 +132,7 @@ class Model(Closing):
         """Return which tensors of the checkpoint the graph does not read, heads for instance."""
         if self.checkpoint is None:
             return []
-        from moecc.families.importing import unread_tensors
+        from moecc.translate.importing import unread_tensors
 
         unread = unread_tensors(self.graph, self.checkpoint)
         if not unread:
@@ -271,13 +272,13 @@ def open_model(
         return _open_graph(os.path.join(source, _OpenGRAPH), None)
     if source.startswith(PREFIX):
         from moecc.families import build
-        from moecc.families.configs import parse_config
+        from moecc.families.registry import parse_config
 
         return Model(build(parse_config(preset_config(source)), padding=padding), source)
     if config_alone and _has_config_alone(Path(source)):
         return _open_config(source, padding)
-    from moecc.families import import_checkpoint
     from moecc.formats.open import open_checkpoint
+    from moecc.translate.importing import import_checkpoint
 
     checkpoint = open_checkpoint(source)
     try:
@@ -297,7 +298,7 @@ def _has_config_alone(folder: Path) -> bool:
 def _open_config(source: str, padding: bool) -> Model:
     """Open a folder that has a config alone, as if it were a preset."""
     from moecc.families import build
-    from moecc.families.configs import parse_config
+    from moecc.families.registry import parse_config
     from moecc.formats.folder import CONFIG_NAME, open_folder
 
     with open_folder(Path(source), with_weights=False) as folder:
@@ -355,7 +356,7 @@ def read_graph(path: str) -> Graph:
 
 
 def _open_graph(source: str, weights: str | None) -> Model:
-    from moecc.families.configs import load_installed
+    from moecc.families.registry import load_installed
     from moecc.formats.open import open_checkpoint
 
     # It may be written as a family of an installed package.

@@ -24,15 +24,15 @@ from moecc.weights.branches import branch_and_name
 from moecc.weights.expr import sources
 
 if TYPE_CHECKING:
-    from moecc.engines.verdicts import Verdict
     from moecc.families.describe import Description
-    from moecc.families.export import Export
-    from moecc.families.export_gguf import GgufExport
     from moecc.formats.gguf.storage import Storage
     from moecc.formats.source import Checkpoint
     from moecc.formats.writer import OutputTensor
     from moecc.pipeline.passes import Statistics
     from moecc.pipeline.text import Pipeline
+    from moecc.translate.engines import Verdict
+    from moecc.translate.export import Export
+    from moecc.translate.gguf import GgufExport
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Plan:
     @cached_property
     def engines(self) -> tuple[Verdict, ...]:
         """Whether each engine runs the model that will be written."""
-        from moecc.engines.verdicts import verdicts, verdicts_on_gguf
-        from moecc.families.export_gguf import GgufExport
+        from moecc.translate.engines import verdicts, verdicts_on_gguf
+        from moecc.translate.gguf import GgufExport
 
         if isinstance(self.export, GgufExport):
             return verdicts_on_gguf(self.export.architecture)
@@ -86,8 +86,8 @@ class Plan:
     @cached_property
     def tensors(self) -> list[OutputTensor]:
         """The tensors to write, by their names on disk."""
-        from moecc.families.export_gguf import GgufExport, stored_as
         from moecc.formats.writer import OutputTensor
+        from moecc.translate.gguf import GgufExport, stored_as
         from moecc.weights.branches import is_statistic
         from moecc.weights.expr import sources
 
@@ -134,7 +134,7 @@ class Plan:
         return facts_table([*self._rows(), *remarks])
 
     def _rows(self) -> list[tuple[str, str]]:
-        from moecc.engines.verdicts import summary
+        from moecc.translate.engines import summary
 
         return [
             ("", f"{self.model.name} as {self.target}"), ("pipeline", str(self.pipeline)),
@@ -200,18 +200,13 @@ def plan(
       InputError: a pass cannot be applied to this model, or the target cannot express the result.
       CheckError: a pass broke its promise.
     """
-    from moecc.families.export import export_graph
-    from moecc.families.export_gguf import (
-        architecture_of,
-        check_type,
-        export_gguf,
-        quantising_remarks,
-    )
-    from moecc.families.propose import check_target
     from moecc.formats.gguf.storage import Storage
     from moecc.pipeline.passes import Context
     from moecc.pipeline.reproducer import temporary_folder
     from moecc.pipeline.runner import run_pipeline
+    from moecc.translate.export import export_graph
+    from moecc.translate.gguf import architecture_of, check_type, export_gguf, quantising_remarks
+    from moecc.translate.propose import check_target
 
     architecture = architecture_of(target)
     check_type(dtype, architecture)
@@ -267,8 +262,8 @@ def unread_models(graph: Graph, models: Iterable[str]) -> tuple[str, ...]:
 
 def _misreadings(export: Export | GgufExport) -> list[str]:
     """Return a remark for each engine that computes another function without an error."""
-    from moecc.engines.verdicts import verdicts
-    from moecc.families.export_gguf import GgufExport
+    from moecc.translate.engines import verdicts
+    from moecc.translate.gguf import GgufExport
 
     if isinstance(export, GgufExport):
         return []

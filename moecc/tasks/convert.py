@@ -73,11 +73,11 @@ def write(
       InputError: the output cannot be used; a weight is not finite; the source changed meanwhile.
       MachineError: the disk is too small, or a write failed.
     """
-    from moecc.families.export_gguf import GgufExport
     from moecc.formats.adapter import files_of
     from moecc.formats.manifest import hashed_beside
     from moecc.formats.output import output_file, output_folder
     from moecc.formats.run import inputs_of
+    from moecc.translate.gguf import GgufExport
 
     checkpoint = planned.model.checkpoint
     assert checkpoint is not None, "a plan has weights"

@@ -24,8 +24,8 @@ _FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "q4_k": 14, "bf16": 32}
 
 def is_file(planned: Plan, out: Path) -> bool:
     """Whether the output is the GGUF file itself, and not a folder with one."""
-    from moecc.families.export_gguf import GgufExport
     from moecc.formats.gguf.storage import SUFFIX
+    from moecc.translate.gguf import GgufExport
 
     return isinstance(planned.export, GgufExport) and out.suffix == SUFFIX
 
@@ -93,8 +93,8 @@ def _write_weights(folder: Path, planned: Plan, options: WriteOptions) -> WriteR
 
 def gguf_keys(planned: Plan) -> list[Key]:
     """Return all keys of the file: of the model, its origin and its tokenizer."""
-    from moecc.families.export_gguf import GgufExport
     from moecc.formats.gguf.encode import Key
+    from moecc.translate.gguf import GgufExport
 
     export, checkpoint = planned.export, planned.model.checkpoint
     assert isinstance(export, GgufExport), "a plan of a GGUF file"

@@ -18,10 +18,10 @@ from moecc.tasks.conversion import Plan
 from moecc.version import __version__
 
 if TYPE_CHECKING:
-    from moecc.engines.verdicts import Verdict
     from moecc.formats.manifest import FileRecord
     from moecc.formats.writer import Journal, WriteReport
     from moecc.tasks.receipt import Receipt
+    from moecc.translate.engines import Verdict
 
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -128,11 +128,11 @@ def card(planned: Plan, receipt: Receipt, options: Sequence[str] = ()) -> str:
       receipt: its receipt.
       options: further options of the command that decide what is written.
     """
-    from moecc.families.export_gguf import GgufExport
     from moecc.formats.gguf.storage import FILE_NAME
     from moecc.formats.modelcard import CardFacts, hub_repository, model_card
     from moecc.formats.run import is_trained, stages_of, story
     from moecc.tasks.receipt import receipt_lines
+    from moecc.translate.gguf import GgufExport
 
     checkpoint = planned.model.checkpoint
     assert checkpoint is not None, "a plan has weights"
@@ -203,7 +203,7 @@ def _why(verdict: Verdict) -> str:
 
 def _serving(planned: Plan) -> str:
     """Return that no engine serves st_moe, and which change would let one."""
-    from moecc.families.graph_layout import FAMILY
+    from moecc.families.graphs.stored import FAMILY
     from moecc.tasks.targets import nearest_family
 
     if planned.target != FAMILY:
@@ -220,8 +220,8 @@ def _serving(planned: Plan) -> str:
 
 def _training(planned: Plan) -> str:
     """Return how to train the model on: transformers leaves the router's losses off."""
-    from moecc.families.export_gguf import GgufExport
-    from moecc.families.graph_layout import FAMILY
+    from moecc.families.graphs.stored import FAMILY
+    from moecc.translate.gguf import GgufExport
 
     config = planned.export.config_json
     own = "`moecc train` adds the losses that its recipe names."
@@ -241,7 +241,7 @@ def _training(planned: Plan) -> str:
 
 def _loaded_as(planned: Plan) -> tuple[str, str | None]:
     """Return the Hub task of the output, and the transformers class that loads it."""
-    from moecc.families.graph_layout import FAMILY
+    from moecc.families.graphs.stored import FAMILY
 
     if "logits" not in planned.graph.outputs:
         task, auto_class = "feature-extraction", "AutoModel"

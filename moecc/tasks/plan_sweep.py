@@ -32,7 +32,7 @@ from moecc.tasks.plan_step import StepRequest, check_step, plan_step
 from moecc.train.graphs import run_passes
 
 if TYPE_CHECKING:
-    from moecc.families.configs import ModelConfig
+    from moecc.families.config import ModelConfig
     from moecc.plan.report import Report
 
 _MAKES = "-p 'upcycle{experts=8 top-k=2}' makes some"
@@ -163,7 +163,7 @@ def _of_config(graph: Graph, changes: Mapping[str, int]) -> Graph:
       InputError: the config has no such numbers, or the graph is not what a config makes.
     """
     from moecc.families import build
-    from moecc.families.configs import parse_config
+    from moecc.families.registry import parse_config
 
     stated = graph.attrs.get("config")
     if not isinstance(stated, Mapping):

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moecc.engines.verdicts import release_of
 from moecc.errors import InputError
-from moecc.families.configs import GraphConfig
+from moecc.families.st_moe import GraphConfig
 from moecc.model.open import MODEL_TYPE
 from moecc.pipeline.passes import Preserves
 from moecc.tasks.contracts import Contracts
+from moecc.translate.engines import release_of
 
 if TYPE_CHECKING:
-    from moecc.engines.verdicts import Verdict
     from moecc.tasks.verify_written import Verified
+    from moecc.translate.engines import Verdict
 
 RECEIPT_NAME = "moecc_receipt.json"
 SCHEMA = "moecc.receipt/1"

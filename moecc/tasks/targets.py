@@ -9,25 +9,23 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
-from moecc.engines.verdicts import Verdict, verdicts
 from moecc.errors import InputError, Problem
 from moecc.families.building import build_model
-from moecc.families.configs import (
-    CONFIGS,
-    DecoderConfig,
-    ModelConfig,
-    MoeConfig,
-    SwitchTransformersConfig,
-)
+from moecc.families.config import ModelConfig
+from moecc.families.decoder import DecoderConfig
 from moecc.families.experts import expert_layers, layer_number
-from moecc.families.export import export_graph
-from moecc.families.graph_layout import FAMILY, storing_problems
-from moecc.families.propose import MIXTURES, source_config
+from moecc.families.graphs.stored import FAMILY, storing_problems
+from moecc.families.mixture import MoeConfig
+from moecc.families.registry import CONFIGS
+from moecc.families.switch_transformers import SwitchTransformersConfig
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pass
 from moecc.pipeline.text import Pipeline
+from moecc.translate.engines import Verdict, verdicts
+from moecc.translate.export import export_graph
+from moecc.translate.propose import MIXTURES, source_config
 
 MANY_LAYERS = 64
 """A dense model with more layers, of few kinds, is exported with so many to see where it fits."""
@@ -182,7 +180,7 @@ def choose(graph: Graph) -> Choice:
 
     A mixture stays in its family.  Else, of the families that can hold it, that which most engines
     read without misreading it; of equals the family it came from, then the first in the order of
-    `moecc.families.configs.CONFIGS`; and st_moe, which holds any graph and only moecc reads, if
+    `moecc.families.registry.CONFIGS`; and st_moe, which holds any graph and only moecc reads, if
     there is no other.
     """
     fitting = _fitting(graph)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from moecc.families.export import check_target, export_graph
-from moecc.families.export_gguf import architecture_of
 from moecc.formats.manifest import check_manifest
 from moecc.ir.graph import Graph
 from moecc.model.open import open_model
 from moecc.pipeline.text import Pipeline
 from moecc.tasks.convert import plan, write
 from moecc.train.events import Event, Exported, Saved, TrainJob
+from moecc.translate.export import export_graph
+from moecc.translate.gguf import architecture_of
+from moecc.translate.propose import check_target
 
 EXPORTS = "exports"
 """The folder of a run with its exports, by the numbers of their steps."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from moecc.errors import InputError
 from moecc.families import build
-from moecc.families.configs import parse_config
+from moecc.families.registry import parse_config
 from moecc.formats.folder import CONFIG_NAME, open_folder
 from moecc.formats.run import is_run
 from moecc.model.initialise import initialise

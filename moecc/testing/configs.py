@@ -9,18 +9,17 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from moecc.families.configs import (
-    DECODERS,
-    BertConfig,
-    DecoderConfig,
-    EncDecConfig,
-    ModelConfig,
-    MoeConfig,
-    RopeConfig,
-    StMoeConfig,
-    SwitchTransformersConfig,
-    T5Config,
-)
+from moecc.families.bert import BertConfig
+from moecc.families.config import ModelConfig
+from moecc.families.decoder import DecoderConfig
+from moecc.families.encdec import EncDecConfig
+from moecc.families.mixture import MoeConfig
+from moecc.families.registry import DECODERS, parse_config
+from moecc.families.rope import RopeConfig
+from moecc.families.st_moe import StMoeConfig
+from moecc.families.switch_transformers import SwitchTransformersConfig
+from moecc.families.t5 import T5Config
+from moecc.formats.files import read_json_object
 from moecc.formats.source import TensorInfo
 from moecc.support.process import Closing
 from moecc.support.untyped import Json, JsonDict
@@ -357,3 +356,10 @@ def exported_checkpoint(
     from moecc.weights.evaluate import evaluate
 
     return MemoryCheckpoint(config, {name: evaluate(e, source.read) for name, e in tensors})
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Return the config of the checkpoint in `folder`."""
+    return parse_config(
+        read_json_object(folder / "config.json", limit_bytes=1 << 24), str(folder / "config.json")
+    )

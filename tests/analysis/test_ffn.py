@@ -11,19 +11,17 @@ from hypothesis import given
 
 from moecc.analysis import FFNBlock, find_ffn_blocks
 from moecc.families import build
-from moecc.families.configs import (
-    DecoderConfig,
-    EncDecConfig,
-    ModelConfig,
-    MoeConfig,
-    read_config,
-)
-from moecc.families.configs.whisper import WhisperConfig
+from moecc.families.config import ModelConfig
+from moecc.families.decoder import DecoderConfig
+from moecc.families.encdec import EncDecConfig
+from moecc.families.mixture import MoeConfig
+from moecc.families.whisper import WhisperConfig
 from moecc.ir import Graph
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
 from moecc.testing import graphs
 from moecc.testing.blocks import attention, experts, feed_forward
+from moecc.testing.configs import read_config
 from moecc.testing.steps import binary, contract, unary
 from moecc.types import F32, tensor
 

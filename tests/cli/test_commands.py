@@ -260,7 +260,7 @@ def test_a_shell_completes_every_command() -> None:
         (["--help"], "moecc.cli.cmd_inspect"),
         (["inspect", "DENSE"], "jax"),
         (["inspect", "DENSE"], "numpy"),
-        (["inspect", "DENSE"], "moecc.families.encdec"),
+        (["inspect", "DENSE"], "moecc.families.graphs.encdec"),
         (["opt", "GRAPH"], "jax"),
     ],
 )

@@ -32,7 +32,7 @@ def test_22_to_inspect_is_to_make_no_text_of_the_graph(
     moecc: Moecc, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The text of 10,000 layers, made to see whether st_moe fits, took a third of the time."""
-    from moecc.families import graph_layout
+    from moecc.families.graphs import stored as graph_layout
 
     def forbidden(graph: Graph) -> str:
         raise AssertionError("the graph is printed")
@@ -65,7 +65,7 @@ def test_22_the_time_of_inspect_grows_as_the_layers_do(moecc: Moecc, tmp_path: P
 def deep() -> Graph:
     """Return a model with four layers."""
     from moecc.families import build
-    from moecc.families.configs import parse_config
+    from moecc.families.registry import parse_config
     from moecc.presets import preset_config
 
     small = {

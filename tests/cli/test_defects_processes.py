@@ -148,7 +148,7 @@ def test_25_a_sequence_that_the_mesh_does_not_divide_is_reported() -> None:
     from moecc_backends.xla.mesh.specs import device_mesh
 
     from moecc.families import build
-    from moecc.families.configs import parse_config
+    from moecc.families.registry import parse_config
     from moecc.pipeline.runner import run_pipeline
     from moecc.pipeline.text import Pipeline, installed
     from moecc.presets import preset_config

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from moecc.backend import get_backend
 from moecc.families import build
-from moecc.families.configs import parse_config
+from moecc.families.registry import parse_config
 from moecc.model.open import open_model
 from moecc.types import F64
 from moecc.weights.expr import sources

@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 from moecc.cli.main import main
 from moecc.errors import UsageError
 from moecc.families import building, names, shrinking
-from moecc.families.configs import LlamaConfig, parse
+from moecc.families import registry as parse
+from moecc.families.llama import LlamaConfig
 from moecc.families.outside import Family, load_families
 from moecc.formats.open import open_checkpoint
 from moecc.ir import parse as parse_graph
@@ -130,14 +131,14 @@ def test_a_graph_without_a_family(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("import nothing_here", 2, "ModuleNotFoundError"),
         (
             "from moecc.families.outside import Family\n"
-            "from moecc.families.configs import LlamaConfig\n"
+            "from moecc.families.llama import LlamaConfig\n"
             "class C(LlamaConfig):\n  model_type = 'mistral'\nF = Family(C)",
             2,
             "not a dataclass",
         ),
         (
             "from moecc.families.outside import Family\n"
-            "from moecc.families.configs import ModelConfig\n"
+            "from moecc.families.config import ModelConfig\n"
             "from dataclasses import dataclass\n"
             "@dataclass(frozen=True)\nclass C(ModelConfig):\n  model_type = 'mistral'\n"
             "  architecture = 'M'\n  defaults = {}\nF = Family(C)",
@@ -146,7 +147,7 @@ def test_a_graph_without_a_family(tmp_path: Path, capsys: pytest.CaptureFixture[
         ),
         (
             "from moecc.families.outside import Family\n"
-            "from moecc.families.configs import LlamaConfig\n"
+            "from moecc.families.llama import LlamaConfig\n"
             "def build(config, request):\n  return config.nothing\n"
             "from dataclasses import dataclass\n"
             "@dataclass(frozen=True, kw_only=True)\nclass C(LlamaConfig):\n"
@@ -156,7 +157,7 @@ def test_a_graph_without_a_family(tmp_path: Path, capsys: pytest.CaptureFixture[
         ),
         (
             "from moecc.families.outside import Family\n"
-            "from moecc.families.configs import LlamaConfig\n"
+            "from moecc.families.llama import LlamaConfig\n"
             "def build(config, request):\n  raise SystemExit(0)\n"
             "from dataclasses import dataclass\n"
             "@dataclass(frozen=True, kw_only=True)\nclass C(LlamaConfig):\n"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from moecc.families.configs import CONFIGS, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from moecc.families.llama import MixtralConfig
+from moecc.families.qwen import Qwen2MoeConfig, Qwen3MoeConfig
+from moecc.families.registry import CONFIGS
 
 SMALL: dict[str, Any] = {
     "vocab_size": 40,

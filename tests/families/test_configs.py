@@ -10,22 +10,11 @@ from typing import Any
 import pytest
 
 from moecc.errors import InputError
-from moecc.families.configs import (
-    CONFIGS,
-    DECODERS,
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-    MoeConfig,
-    Qwen2Config,
-    Qwen2MoeConfig,
-    Qwen3Config,
-    Qwen3MoeConfig,
-    RopeConfig,
-    attention_factor,
-    parse_config,
-    rotary_frequencies,
-)
+from moecc.families.llama import LlamaConfig, MistralConfig, MixtralConfig
+from moecc.families.mixture import MoeConfig
+from moecc.families.qwen import Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
+from moecc.families.registry import CONFIGS, DECODERS, parse_config
+from moecc.families.rope import RopeConfig, attention_factor, rotary_frequencies
 
 from .small_config import LLAMA3, MOE, SMALL, YARN, small
 

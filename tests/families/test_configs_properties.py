@@ -12,16 +12,11 @@ from hypothesis import strategies as st
 from tiers import examples
 
 from moecc.errors import InputError
-from moecc.families.configs import (
-    DECODERS,
-    DecoderConfig,
-    MixtralConfig,
-    MoeConfig,
-    RopeConfig,
-    attention_factor,
-    parse_config,
-    rotary_frequencies,
-)
+from moecc.families.decoder import DecoderConfig
+from moecc.families.llama import MixtralConfig
+from moecc.families.mixture import MoeConfig
+from moecc.families.registry import DECODERS, parse_config
+from moecc.families.rope import RopeConfig, attention_factor, rotary_frequencies
 from moecc.testing.configs import (
     activations,
     choices,

@@ -10,10 +10,8 @@ from typing import Any
 import pytest
 
 from moecc.errors import InputError, MachineError
-from moecc.families.configs import (
-    parse_config,
-    read_config,
-)
+from moecc.families.registry import parse_config
+from moecc.testing.configs import read_config
 
 from .small_config import LLAMA3, MOE, SMALL, YARN, small
 

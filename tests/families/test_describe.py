@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.families import build
-from moecc.families.configs import DecoderConfig, MoeConfig, parse_config
+from moecc.families.decoder import DecoderConfig
 from moecc.families.describe import describe, sequence_flops
+from moecc.families.mixture import MoeConfig
+from moecc.families.registry import parse_config
 from moecc.ir import parse
 from moecc.model.open import open_model
 from moecc.pipeline.passes import Context

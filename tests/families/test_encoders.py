@@ -18,17 +18,12 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.backend import get_backend
 from moecc.errors import InputError
-from moecc.families import build, import_checkpoint, rebuild
-from moecc.families.configs import (
-    GraphConfig,
-    ModelConfig,
-    StMoeConfig,
-    SwitchTransformersConfig,
-    T5Config,
-    parse_config,
-)
-from moecc.families.export import export_graph
-from moecc.families.importing import unread_tensors
+from moecc.families import build, rebuild
+from moecc.families.config import ModelConfig
+from moecc.families.registry import parse_config
+from moecc.families.st_moe import GraphConfig, StMoeConfig
+from moecc.families.switch_transformers import SwitchTransformersConfig
+from moecc.families.t5 import T5Config
 from moecc.formats.open import open_checkpoint
 from moecc.ir import Graph, equal, parse, print_graph, verify
 from moecc.pipeline.passes import Context
@@ -42,6 +37,8 @@ from moecc.testing.configs import (
     small_encdec_configs,
 )
 from moecc.testing.data import inputs_for
+from moecc.translate.export import export_graph
+from moecc.translate.importing import import_checkpoint, unread_tensors
 from moecc.weights.evaluate import materialise
 from moecc.weights.expr import Source
 

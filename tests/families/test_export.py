@@ -17,10 +17,9 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.backend import get_backend
 from moecc.errors import InputError, UsageError
-from moecc.families import build, import_checkpoint
-from moecc.families.configs import DECODERS, DecoderConfig, parse_config
-from moecc.families.export import Export, export_graph
-from moecc.families.propose import MIXTURES, propose
+from moecc.families import build
+from moecc.families.decoder import DecoderConfig
+from moecc.families.registry import DECODERS, parse_config
 from moecc.formats.open import open_checkpoint
 from moecc.ir import Builder, Graph, clone, parse, print_graph, verify
 from moecc.pipeline.passes import Context
@@ -30,6 +29,9 @@ from moecc.testing.configs import (
     random_checkpoint,
     small_configs,
 )
+from moecc.translate.export import Export, export_graph
+from moecc.translate.importing import import_checkpoint
+from moecc.translate.propose import MIXTURES, propose
 from moecc.weights.evaluate import materialise
 from moecc.weights.expr import Full, Source, sources
 

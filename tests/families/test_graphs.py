@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given, settings
 
 from moecc.backend import get_backend
-from moecc.families import FAMILIES, build, import_checkpoint
-from moecc.families.configs import DecoderConfig, parse_config
-from moecc.families.decoder import build_decoder
+from moecc.families import FAMILIES, build
+from moecc.families.decoder import DecoderConfig
+from moecc.families.graphs.decoder import build_decoder
+from moecc.families.registry import parse_config
 from moecc.formats.open import open_checkpoint
 from moecc.ir import BF16, Graph, equal, parse, print_graph, verify
 from moecc.testing.configs import MemoryCheckpoint, random_checkpoint, small_configs
+from moecc.translate.importing import import_checkpoint
 from moecc.weights.evaluate import materialise
 
 from .small_config import SMALL as SIZES

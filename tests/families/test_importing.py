@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moecc.errors import InputError
-from moecc.families import import_checkpoint
-from moecc.families.configs import DecoderConfig, parse_config
+from moecc.families.decoder import DecoderConfig
+from moecc.families.registry import parse_config
 from moecc.ir import verify
 from moecc.testing.configs import MemoryCheckpoint, random_checkpoint, small_configs
+from moecc.translate.importing import import_checkpoint
 
 SIZES = {
     "vocab_size": 40,

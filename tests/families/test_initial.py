@@ -11,7 +11,7 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 from moecc.backend import get_backend
 from moecc.errors import InputError, UsageError
 from moecc.families import build
-from moecc.families.configs import parse_config
+from moecc.families.registry import parse_config
 from moecc.ir import Graph, parse
 from moecc.model.initialise import initialise
 from moecc.model.inputs import default_inputs

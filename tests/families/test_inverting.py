@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecc.families.export import tensors_of
 from moecc.ir import F32, tensor
+from moecc.translate.export import tensors_of
 from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import Expr, Source, transform
 from moecc.weights.movement import (

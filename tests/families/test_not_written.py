@@ -7,8 +7,8 @@ import re
 import pytest
 
 from moecc.errors import InputError
-from moecc.families.configs import CONFIGS
-from moecc.families.propose import NOT_WRITTEN, check_target
+from moecc.families.registry import CONFIGS
+from moecc.translate.propose import NOT_WRITTEN, check_target
 
 
 @pytest.mark.parametrize("name", NOT_WRITTEN)

@@ -13,11 +13,10 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 from moecc.analysis import find_ffn_blocks
 from moecc.backend import get_backend
 from moecc.errors import InputError
-from moecc.families import build, import_checkpoint, rebuild
-from moecc.families.configs import ModelConfig, parse_config
+from moecc.families import build, rebuild
+from moecc.families.config import ModelConfig
 from moecc.families.describe import describe
-from moecc.families.export import export_graph
-from moecc.families.importing import unread_tensors
+from moecc.families.registry import parse_config
 from moecc.formats.open import open_checkpoint
 from moecc.ir import equal, parse, print_graph, verify
 from moecc.model.open import Model
@@ -27,6 +26,8 @@ from moecc.tasks.check import check_pipeline
 from moecc.tasks.convert import plan
 from moecc.testing.configs import MemoryCheckpoint, exported_checkpoint, random_checkpoint
 from moecc.testing.data import inputs_for
+from moecc.translate.export import export_graph
+from moecc.translate.importing import import_checkpoint, unread_tensors
 from moecc.weights.evaluate import materialise
 from moecc.weights.expr import Source
 

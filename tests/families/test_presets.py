@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from moecc.families import build
-from moecc.families.configs import parse_config
 from moecc.families.describe import count_parameters, describe, paper_groups, sequence_flops
+from moecc.families.registry import parse_config
 from moecc.ir import Graph, equal, parse, print_graph, verify
 from moecc.model.open import open_model
 from moecc.presets import preset_config, preset_names

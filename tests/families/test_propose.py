@@ -11,12 +11,14 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.errors import Problem
 from moecc.families import build
-from moecc.families.configs import DecoderConfig, MoeConfig, parse_config
+from moecc.families.decoder import DecoderConfig
 from moecc.families.experts import expert_layers
-from moecc.families.propose import propose
+from moecc.families.mixture import MoeConfig
+from moecc.families.registry import parse_config
 from moecc.ir import Graph
 from moecc.pipeline.passes import Context
 from moecc.testing.configs import small_configs
+from moecc.translate.propose import propose
 
 from .small_config import SMALL as SIZES
 

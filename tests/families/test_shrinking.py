@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from moecc.errors import InputError
 from moecc.families import build, rebuild
-from moecc.families.configs import DecoderConfig, MoeConfig, parse_config
+from moecc.families.decoder import DecoderConfig
+from moecc.families.mixture import MoeConfig
+from moecc.families.registry import parse_config
 from moecc.families.shrinking import shrink_config, shrink_size
 from moecc.ir import F32, equal, verify
 from moecc.testing.configs import small_configs

@@ -8,16 +8,11 @@ from pathlib import Path
 import pytest
 from tiers import some
 
-from moecc.engines.verdicts import CONDITIONS, UNKNOWN, Verdict, engine_table, summary, verdicts
-from moecc.families.configs import (
-    CONFIGS,
-    ModelConfig,
-    MoeConfig,
-    SwitchTransformersConfig,
-    parse_config,
-)
+from moecc.families.config import ModelConfig
 from moecc.families.experts import layer_number
-from moecc.families.export import Export, export_graph
+from moecc.families.mixture import MoeConfig
+from moecc.families.registry import CONFIGS, parse_config
+from moecc.families.switch_transformers import SwitchTransformersConfig
 from moecc.formats.gguf.families import GGUF_MIXTURES
 from moecc.ir import Graph
 from moecc.model.open import open_model
@@ -27,6 +22,8 @@ from moecc.pipeline.text import Pipeline
 from moecc.tasks import targets
 from moecc.tasks.convert import plan, write
 from moecc.tasks.targets import choose, fits
+from moecc.translate.engines import CONDITIONS, UNKNOWN, Verdict, engine_table, summary, verdicts
+from moecc.translate.export import Export, export_graph
 
 from .test_propose import SIZES, graph_of
 

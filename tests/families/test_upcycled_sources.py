@@ -11,13 +11,13 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.analysis import find_ffn_blocks
 from moecc.backend import get_backend
-from moecc.families import import_checkpoint
 from moecc.families.describe import describe
-from moecc.families.export import export_graph
 from moecc.formats.open import open_checkpoint
 from moecc.ir import verify
 from moecc.pipeline.passes import Context
 from moecc.testing.configs import MemoryCheckpoint
+from moecc.translate.export import export_graph
+from moecc.translate.importing import import_checkpoint
 from moecc.weights.evaluate import evaluate, materialise
 
 GOLDEN = Path(__file__).parent.parent / "golden"

@@ -114,7 +114,7 @@ def _apply(pipeline: Any) -> None:
 @cache
 def _tiny() -> Any:
     from moecc.families import build
-    from moecc.families.configs import parse_config
+    from moecc.families.registry import parse_config
 
     config = json.loads((seeds.GOLDEN / "llama_gqa" / "config.json").read_text())
     return build(parse_config({**config, **seeds.TINY, "num_hidden_layers": 2}))
@@ -232,7 +232,7 @@ def run_gguf(data: bytes) -> None:
 
 def run_config(data: bytes) -> None:
     """Read a config, write it; now and then build the graph of a shallow one."""
-    from moecc.families.configs import parse_config
+    from moecc.families.registry import parse_config
     from moecc.support.documents import parse_json
 
     document = parse_json(data, "config.json")

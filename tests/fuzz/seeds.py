@@ -77,7 +77,7 @@ def encoded(texts: Iterable[str]) -> list[bytes]:
 def graphs() -> tuple[bytes, ...]:
     """Return random graphs, one with a body, one over a mesh, and one of a model."""
     from moecc.families import build
-    from moecc.families.configs import parse_config
+    from moecc.families.registry import parse_config
     from moecc.pipeline.runner import run_pipeline
     from moecc.pipeline.text import Pipeline
 

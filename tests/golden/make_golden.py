@@ -48,7 +48,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 from case import T5_KIN  # noqa: E402
 from cases import CASES, Case  # noqa: E402
 
-from moecc.families.configs import parse_config  # noqa: E402
+from moecc.families.registry import parse_config  # noqa: E402
 
 Inputs = dict[str, np.ndarray[Any, Any]]
 

@@ -7,14 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from moecc.families.configs import (
-    DecoderConfig,
-    GptOssConfig,
-    MoeConfig,
-    RopeConfig,
-    attention_factor,
-    rotary_frequencies,
-)
+from moecc.families.decoder import DecoderConfig
+from moecc.families.gpt_oss import GptOssConfig
+from moecc.families.mixture import MoeConfig
+from moecc.families.rope import RopeConfig, attention_factor, rotary_frequencies
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Tensors = dict[str, Array]

@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from moecc.families.configs import BertConfig, EncDecConfig, SwitchTransformersConfig, read_config
+from moecc.families.bert import BertConfig
+from moecc.families.encdec import EncDecConfig
+from moecc.families.switch_transformers import SwitchTransformersConfig
+from moecc.testing.configs import read_config
 
 HERE = Path(__file__).parent
 ENTRIES = json.loads((HERE / "manifest.json").read_text())["cases"]

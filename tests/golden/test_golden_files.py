@@ -19,14 +19,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from moecc.families.configs import (
-    DecoderConfig,
-    GptOssConfig,
-    MoeConfig,
-    RopeConfig,
-    read_config,
-)
-from moecc.families.configs.features import FEATURES
+from moecc.families.decoder import FEATURES, DecoderConfig
+from moecc.families.gpt_oss import GptOssConfig
+from moecc.families.mixture import MoeConfig
+from moecc.families.rope import RopeConfig
+from moecc.testing.configs import read_config
 
 from .plain_decoder import DEFAULT_MOE, MOE_NAMES, Array, Tensors, forward
 

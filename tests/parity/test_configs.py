@@ -6,14 +6,10 @@ from typing import Any
 
 import pytest
 
-from moecc.families.configs import (
-    DECODERS,
-    DecoderConfig,
-    MoeConfig,
-    attention_factor,
-    parse_config,
-    rotary_frequencies,
-)
+from moecc.families.decoder import DecoderConfig
+from moecc.families.mixture import MoeConfig
+from moecc.families.registry import DECODERS, parse_config
+from moecc.families.rope import attention_factor, rotary_frequencies
 
 from .interpreters import ask, in_each_interpreter
 

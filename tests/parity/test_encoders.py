@@ -15,11 +15,11 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 from safetensors.numpy import save_file
 
 from moecc.backend import get_backend
-from moecc.families import import_checkpoint
-from moecc.families.configs import parse_config
-from moecc.families.export import export_graph
+from moecc.families.registry import parse_config
 from moecc.pipeline.passes import Context
 from moecc.testing.configs import exported_checkpoint, random_checkpoint
+from moecc.translate.export import export_graph
+from moecc.translate.importing import import_checkpoint
 from moecc.weights.evaluate import materialise
 
 from .interpreters import ask, in_each_interpreter, interpreters

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from moecc.backend import get_backend
-from moecc.families.configs import CONFIGS, DecoderConfig, MoeConfig
+from moecc.families.decoder import DecoderConfig
+from moecc.families.mixture import MoeConfig
+from moecc.families.registry import CONFIGS
 from moecc.model.open import open_model
 from moecc.pipeline.text import Pipeline
 from moecc.tasks.convert import plan, write

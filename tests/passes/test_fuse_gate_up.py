@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from moecc_passes.fuse_gate_up import FuseGateUpPass, Fusion, find_siblings, fuse_siblings
 
 from moecc.families import build
-from moecc.families.configs import parse_config
+from moecc.families.registry import parse_config
 from moecc.ir import Graph, clone, equal, parse, print_graph
 from moecc.pipeline.passes import EXACT, Context
 from moecc.pipeline.runner import run_pipeline

@@ -12,7 +12,7 @@ from tiers import examples
 
 from moecc.errors import UsageError
 from moecc.families import build
-from moecc.families.configs import parse_config
+from moecc.families.registry import parse_config
 from moecc.ir import (
     F32,
     Builder,

@@ -9,7 +9,7 @@ import pytest
 
 from moecc.errors import CheckError, InputError
 from moecc.families import build
-from moecc.families.configs import parse_config
+from moecc.families.registry import parse_config
 from moecc.ir import F32, I32, Builder, Graph, clone, equal, print_graph, tensor, verify
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult
 from moecc.pipeline.runner import run_pipeline

@@ -7,7 +7,7 @@ from moecc_passes import REGISTRY
 
 from moecc.errors import InputError
 from moecc.families import build
-from moecc.families.configs import parse_config
+from moecc.families.registry import parse_config
 from moecc.ir import Graph, clone, equal, verify
 from moecc.ir.unroll import is_rolled, unroll
 from moecc.pipeline.passes import Context

@@ -12,7 +12,7 @@ from tiers import some
 
 from moecc.errors import InputError, UsageError
 from moecc.families import build
-from moecc.families.configs import parse_config
+from moecc.families.registry import parse_config
 from moecc.ir import Graph
 from moecc.ir.mesh import mesh_of, parse_mesh
 from moecc.ir.structure import clone, local_type

@@ -9,7 +9,6 @@ import pytest
 from moecc_backends.reference.devices import Run, simulate
 
 from moecc.families import build
-from moecc.families.configs import read_config
 from moecc.ir import Graph, clone
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
@@ -23,6 +22,7 @@ from moecc.plan.time import Estimate, Estimator
 from moecc.plan.workload import workload
 from moecc.sharding.layout import Layout
 from moecc.testing import inputs_for, params_for, sizes_for
+from moecc.testing.configs import read_config
 from moecc.types import F32
 
 GOLDEN = Path(__file__).parents[1] / "golden"

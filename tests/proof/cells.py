@@ -21,9 +21,7 @@ from moecc.analysis import find_ffn_blocks
 from moecc.backend import get_backend
 from moecc.capture import BlockSums
 from moecc.errors import MoeccError
-from moecc.families import import_checkpoint
-from moecc.families.configs import CONFIGS
-from moecc.families.export import export_graph
+from moecc.families.registry import CONFIGS
 from moecc.formats.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -38,6 +36,8 @@ from moecc.pipeline.passes import Context, Statistics
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.testing.configs import MemoryCheckpoint, exported_checkpoint
+from moecc.translate.export import export_graph
+from moecc.translate.importing import import_checkpoint
 from moecc.types import F64, Array
 from moecc.weights.branches import STATISTICS
 from moecc.weights.evaluate import evaluate

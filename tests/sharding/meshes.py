@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from moecc.families import build
-from moecc.families.configs import read_config
 from moecc.ir import Graph
 from moecc.pipeline.passes import Context, Remark
 from moecc.pipeline.runner import Report, run_pipeline
 from moecc.pipeline.text import Pipeline
+from moecc.testing.configs import read_config
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -12,7 +12,7 @@ from moecc_passes.sharding.legal import layer
 
 from moecc.errors import InputError
 from moecc.families import build
-from moecc.families.configs import parse_config
+from moecc.families.registry import parse_config
 from moecc.ir import Graph, clone
 from moecc.ir.builder import Builder
 from moecc.ir.mesh import parse_mesh

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from moecc.families import build
-from moecc.families.configs import parse_config
+from moecc.families.registry import parse_config
 from moecc.model.initialise import initialise
 from moecc.model.open import Model
 from moecc.train.tokens.documents import Format

@@ -30,7 +30,7 @@ def small_model(remat: str, on_mesh: str = "") -> Any:
       on_mesh: passes that lay the graph on a mesh.
     """
     from moecc.families import build
-    from moecc.families.configs import parse_config
+    from moecc.families.registry import parse_config
     from moecc.pipeline.passes import Context
     from moecc.pipeline.runner import run_pipeline
     from moecc.pipeline.text import Pipeline, installed

@@ -12,10 +12,10 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.backend import get_backend
 from moecc.families import build
-from moecc.families.configs import read_config
 from moecc.ir import Graph
 from moecc.pipeline.passes import Context
 from moecc.testing import inputs_for, params_for, run_reference
+from moecc.testing.configs import read_config
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -10,9 +10,9 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.errors import InputError
 from moecc.families import build
-from moecc.families.configs import read_config
 from moecc.ir import Graph
 from moecc.pipeline.passes import Context
+from moecc.testing.configs import read_config
 from moecc.weights.evaluate import evaluate, sources
 
 from .models import GOLDEN, Array

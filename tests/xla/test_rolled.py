@@ -15,7 +15,7 @@ import jax.numpy as jnp  # noqa: E402
 from moecc_backends.xla.backend import function, jax_inputs  # noqa: E402
 
 from moecc.families import build  # noqa: E402
-from moecc.families.configs import parse_config  # noqa: E402
+from moecc.families.registry import parse_config  # noqa: E402
 from moecc.ir import Graph, clone  # noqa: E402
 from moecc.pipeline.runner import run_pipeline  # noqa: E402
 from moecc.pipeline.text import Pipeline  # noqa: E402

@@ -13,7 +13,7 @@ from tiers import few, some
 
 from moecc.errors import InputError
 from moecc.families import build
-from moecc.families.configs import parse_config
+from moecc.families.registry import parse_config
 from moecc.ir import Graph
 from moecc.ir.structure import clone
 from moecc.ir.text import print_graph

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from moecc.errors import InputError
-from moecc.families.configs import DecoderConfig, RopeConfig, parse_config, rotary_frequencies
-from moecc.families.importing import import_checkpoint
+from moecc.families.decoder import DecoderConfig
+from moecc.families.registry import parse_config
+from moecc.families.rope import RopeConfig, rotary_frequencies
 from moecc.formats.gguf.reader import GgufFile, open_gguf
+from moecc.translate.importing import import_checkpoint
 
 
 def opened(builder: Any, path: Path) -> GgufFile:

@@ -23,7 +23,7 @@ from moecc_backends.xla.aot.topology import missing
 from moecc.ahead.process import compile_in_subprocess
 from moecc.ahead.request import Request
 from moecc.families import build
-from moecc.families.configs import parse_config
+from moecc.families.registry import parse_config
 from moecc.ir.text import print_graph
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline, installed

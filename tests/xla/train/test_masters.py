@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from moecc.families import build
-from moecc.families.configs import read_config
 from moecc.testing import params_for
+from moecc.testing.configs import read_config
 from moecc.train.graphs import Bound, MeshPasses, StepPasses, step_graph
 from moecc.train.recipe import OptimizerSection
 from moecc.train.settings import StepSpec

@@ -1,0 +1,1 @@
+"""The graphs that families share: one module for each shape of model."""

@@ -1,0 +1,126 @@
+"""Parts of Transformers with layer norms and biases: BERT, GPT-2, ViT, Whisper and their kin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moecc.families.graphs.decoder import ACTIVATION_OPS
+from moecc.families.graphs.parameters import Parameters
+from moecc.ir.builder import Builder
+from moecc.ir.graph import Value
+
+KV_SEQ = "kv_seq"
+"""The name of the sequence axis of keys and values."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Emits linear layers, norms, attention and feed-forward blocks.
+
+    Attributes:
+      builder: where operations are appended.
+      params: the parameters of the model.
+      eps: what the norms add under the root.
+      inputs_first: whether matrices are stored with their inputs first.
+    """
+
+    builder: Builder
+    params: Parameters
+    eps: float
+    inputs_first: bool = False
+
+    def linear(
+        self, x: Value, name: str, to: tuple[str, int], over: str, *, has_bias: bool = True
+    ) -> Value:
+        """Emit a product with the matrix of `name` over the axis `over`, and its bias.
+
+        Args:
+          x: what is multiplied.
+          name: the prefix of ``weight`` and ``bias``.
+          to: the axis that the product makes, and its size.
+          over: the axis that is summed over.
+          has_bias: whether there is a bias.
+        """
+        size, (axis, width), loc = x.type[over].size, to, self.builder.loc
+        assert isinstance(size, int), "the width of a model is known"
+        weight = self.params.plain(f"{name}.weight", loc, **self.stored({axis: width, over: size}))
+        bias = self.params.plain(f"{name}.bias", loc, **{axis: width}) if has_bias else None
+        y = self.builder.contract(x, weight, over=over)
+        return y if bias is None else self.builder.add(y, bias)
+
+    def stored(self, axes: dict[str, int]) -> dict[str, int]:
+        """Return the axes of a matrix in their order on disk."""
+        return dict(reversed(axes.items())) if self.inputs_first else axes
+
+    def norm(self, x: Value, name: str) -> Value:
+        """Emit the norm over ``embed`` with the parameters of `name`."""
+        embed, loc = x.type["embed"].size, self.builder.loc
+        assert isinstance(embed, int), "the width of a model is known"
+        scale = self.params.plain(f"{name}.weight", loc, embed=embed)
+        bias = self.params.plain(f"{name}.bias", loc, embed=embed)
+        return self.builder.layer_norm(x, scale, bias, axis="embed", eps=self.eps, name="norm")
+
+    def as_keys(self, x: Value) -> Value:
+        """Return `x` with its sequence axis renamed for keys and values."""
+        return self.builder.rename(x, axis="seq", to=KV_SEQ)
+
+    def heads(
+        self, x: Value, name: str, heads: tuple[int, int], axis: str, *, has_bias: bool = True
+    ) -> Value:
+        """Emit a projection to heads, ``[…, head, head_dim]``.
+
+        Args:
+          x: what is projected.
+          name: the prefix of ``weight`` and ``bias``.
+          heads: the number of heads and their width.
+          axis: the name of all heads together: ``q``, or ``kv`` for keys and values.
+          has_bias: whether there is a bias.
+        """
+        count, width = heads
+        y = self.linear(x, name, (axis, count * width), "embed", has_bias=has_bias)
+        return self.split(y, axis, heads)
+
+    def split(self, y: Value, axis: str, heads: tuple[int, int]) -> Value:
+        """Return `y` with the axis of all heads together cut into heads."""
+        into = (("head", heads[0]), ("head_dim", heads[1]))
+        return self.builder.split(y, axis=axis, into=into)
+
+    def attend(
+        self,
+        query: Value,
+        key: Value,
+        value: Value,
+        scale: float,
+        *,
+        bias: Value | None = None,
+        masks: Sequence[Value] = (),
+    ) -> Value:
+        """Emit the attention of heads, ``[batch, seq, q]``.
+
+        Args:
+          query: by head, ``[batch, seq, head, head_dim]``.
+          key: by head, along ``kv_seq``.
+          value: by head, along ``kv_seq``.
+          scale: the factor on the scores.
+          bias: what is added to them.
+          masks: which of them count.
+        """
+        builder = self.builder
+        scores = builder.contract(query, key, over="head_dim", name="scores")
+        scores = builder.scale(scores, by=scale)
+        if bias is not None:
+            scores = builder.add(scores, bias)
+        for mask in masks:
+            scores = builder.mask(scores, mask)
+        weights = builder.softmax(scores, axis=KV_SEQ, name="weights")
+        mixed = builder.contract(weights, value, over=KV_SEQ, name="mixed")
+        return builder.merge(mixed, axes=("head", "head_dim"), into="q")
+
+    def two_layers(self, x: Value, up: str, down: str, act: str, width: int) -> Value:
+        """Emit ``down(act(up(x)))`` with biases; `width` is that of the inner axis."""
+        embed = x.type["embed"].size
+        assert isinstance(embed, int), "the width of a model is known"
+        inner = self.linear(x, up, ("mlp", width), "embed")
+        inner = self.builder.node(ACTIVATION_OPS[act], inner).result
+        return self.linear(inner, down, ("embed", embed), "mlp")

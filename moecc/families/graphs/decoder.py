@@ -1,0 +1,575 @@
+"""Causal self-attention with grouped queries and rotary positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod, sqrt
+
+from moecc.families.decoder import DecoderConfig
+from moecc.families.gpt_oss import GptOssConfig
+from moecc.families.graphs.parameters import DtypeOf, Parameters, float32_of
+from moecc.families.mixture import MoeConfig
+from moecc.families.names import names_of
+from moecc.families.rope import RopeConfig, attention_factor
+from moecc.ir.builder import Builder
+from moecc.ir.graph import Graph, Value
+from moecc.ir.moe import emit_routing, emit_shared_gate
+from moecc.types import I32, Size, tensor
+
+# What a gpt_oss has beyond other mixtures: sinks, biases of experts, a clamped activation.
+
+
+def sunk(
+    builder: Builder, weights: Value, scores: Value, sinks: Value, axes: tuple[str, str]
+) -> Value:
+    """Return attention weights of which each head's sink has taken its part.
+
+    A softmax over scores and one more, the sink, is that over the scores times
+    ``sigmoid(logsumexp(scores) − sink)``.
+
+    Args:
+      builder: where operations are appended.
+      weights: the softmax of the scores, ``[…, kv_head, query_group, kv_seq]``.
+      scores: the masked scores.
+      sinks: one for each head, ``[head]``.
+      axes: the names of the heads' axes and of that of the keys.
+    """
+    heads, keys = axes
+    assert heads == "head", "the axis of the sinks on disk"
+    sizes = [(name, _size(weights, name)) for name in ("kv_head", "query_group")]
+    sink = builder.split(sinks, axis=heads, into=tuple(sizes))
+    seen = builder.logsumexp(scores, axes=(keys,))
+    return builder.mul(weights, builder.sigmoid(builder.sub(seen, sink)))
+
+
+def _size(value: Value, axis: str) -> int:
+    size = value.type[axis].size
+    assert isinstance(size, int), "heads are counted"
+    return size
+
+
+def clamped_experts(
+    builder: Builder, rows: Value, prefix: str, config: GptOssConfig, params: Parameters
+) -> Value:
+    """Emit the experts on their `rows`; `prefix` is that of the layer's tensors."""
+    embed, width, count = config.hidden_size, config.intermediate_size, config.num_experts
+
+    def linear(x: Value, name: str, over: str) -> Value:
+        weight = params.turned_expert(prefix, name, builder.loc, embed, width, count)
+        bias = params.turned_expert_bias(prefix, name, builder.loc, embed, width, count)
+        return builder.add(builder.contract(x, weight, over=over, name=name), bias)
+
+    limit, one = (builder.constant(value=v) for v in (config.swiglu_limit, 1.0))
+    least = builder.constant(value=-config.swiglu_limit)
+    gate = builder.minimum(linear(rows, "gate", "embed"), limit)
+    up = builder.maximum(builder.minimum(linear(rows, "up", "embed"), limit), least)
+    opened = builder.mul(gate, builder.sigmoid(builder.scale(gate, by=config.swiglu_alpha)))
+    return linear(builder.mul(builder.add(up, one), opened), "down", "mlp")
+
+
+# The norms of decoders: RMS norms, of one parameter or one more than it, and layer norms.
+
+
+def emit_rms_norm(
+    builder: Builder,
+    x: Value,
+    scale: Value,
+    axis: str,
+    config: DecoderConfig,
+    *,
+    name: str | None = None,
+) -> Value:
+    """Emit the norm of `x` along `axis` with the parameter `scale`."""
+    if config.norm_offset:
+        # The parameter stays as it is on disk; one more than it, rounded, would not come back.
+        one = builder.constant(value=1.0, name="one")
+        scale = builder.add(scale, one, name="gain")
+    return builder.rms_norm(x, scale, axis=axis, eps=config.rms_norm_eps, name=name)
+
+
+KV_SEQ = "kv_seq"
+"""The name of the sequence axis of keys and values."""
+
+Rotation = tuple[Value, Value]
+"""Cosines and sines, ``[seq, head_dim]``."""
+
+
+def as_keys(builder: Builder, x: Value) -> Value:
+    """Return `x` with its sequence axis renamed for keys and values."""
+    return builder.rename(x, axis="seq", to=KV_SEQ)
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Values shared by all layers: rotary tables, and a causal mask for each distinct window.
+
+    Attributes:
+      rotations: by layer, the rotary tables; None for a layer without rotary positions.
+      masks: by window in tokens, 0 for none, ``[seq, kv_seq]``.
+    """
+
+    rotations: tuple[Rotation | None, ...]
+    masks: Mapping[int, Value]
+
+    @classmethod
+    def of(cls, builder: Builder, config: DecoderConfig, tokens: Value) -> Tables:
+        """Emit the positions, rotary tables and masks of a model."""
+        positions = builder.positions(tokens, axis="seq", name="positions")
+        rotations = _rotations(builder, config, positions)
+        keys = as_keys(builder, positions)
+        windows = dict.fromkeys(w or 0 for w in config.sliding_windows)
+        masks = {w: builder.causal(positions, keys, window=w, name="causal") for w in windows}
+        return cls(rotations, masks)
+
+
+def _rotations(
+    builder: Builder, config: DecoderConfig, positions: Value
+) -> tuple[Rotation | None, ...]:
+    """Emit the distinct rotary tables, and return for each layer which it takes."""
+    ropes = [_rope_of_layer(config, layer) for layer in range(config.num_hidden_layers)]
+    made: dict[RopeConfig | None, Rotation | None] = {None: None}
+    for rope in ropes:
+        if rope is not None and rope not in made:
+            made[rope] = rope_tables(
+                builder, positions, rope, config.rotated_dim, config.max_position_embeddings
+            )
+    return tuple(made[rope] for rope in ropes)
+
+
+def _rope_of_layer(config: DecoderConfig, layer: int) -> RopeConfig | None:
+    if config.rope_layers is not None and not config.rope_layers[layer]:
+        return None
+    has_window = config.sliding_windows[layer] is not None
+    return config.local_rope if has_window and config.local_rope is not None else config.rope
+
+
+def rope_tables(
+    builder: Builder, positions: Value, rope: RopeConfig, size: int, max_positions: int
+) -> Rotation:
+    """Emit the rotary tables of `rope` for heads with `size` rotated entries."""
+    # By name, because the table completes what a config leaves out.
+    attrs = _rope_attrs(rope, size, max_positions)
+    cos, sin = builder.node("rope", positions, names=(), **attrs).results
+    return cos, sin
+
+
+def _rope_attrs(rope: RopeConfig, size: int, max_positions: int) -> dict[str, object]:
+    attrs: dict[str, object] = {
+        "axis": "head_dim",
+        "size": size,
+        "theta": rope.theta,
+        "scaling": rope.type,
+        "factor": rope.factor,
+        "original_context": rope.original_max_position_embeddings,
+        "low_freq_factor": rope.low_freq_factor,
+        "high_freq_factor": rope.high_freq_factor,
+        "beta_fast": rope.beta_fast,
+        "beta_slow": rope.beta_slow,
+        "truncate": rope.truncate,
+        "attention_factor": attention_factor(rope),
+        "short_factors": rope.short_factor,
+        "long_factors": rope.long_factor,
+    }
+    if rope.type == "dynamic":
+        attrs["original_context"] = max_positions
+    return {name: value for name, value in attrs.items() if value is not None}
+
+
+def rotated(builder: Builder, x: Value, rotation: Rotation | None, head_dim: int) -> Value:
+    """Emit `x` with the first entries of each head rotated, as many as the tables have.
+
+    Args:
+      builder: where operations are appended.
+      x: queries or keys, ``[batch, seq, …, head_dim]``.
+      rotation: the tables; None for no rotation.
+      head_dim: the width of a head.
+    """
+    if rotation is None:
+        return x
+    cos, sin = rotation
+    size = cos.type["head_dim"].size
+    if size == head_dim:
+        return builder.rotate(x, cos, sin, axis="head_dim")
+    assert isinstance(size, int), "the width of a head is known"
+    turned = builder.slice(x, axis="head_dim", start=0, stop=size)
+    kept = builder.slice(x, axis="head_dim", start=size, stop=head_dim)
+    turned = builder.rotate(turned, cos, sin, axis="head_dim")
+    return builder.join(turned, kept, axis="head_dim")
+
+
+def soft_capped(builder: Builder, x: Value, cap: float | None, by: float = 1.0) -> Value:
+    """Emit ``cap · tanh(by · x / cap)``, or ``by · x`` if there is no cap."""
+    if cap is None:
+        return x if by == 1 else builder.scale(x, by=by)
+    return builder.scale(builder.tanh(builder.scale(x, by=by * (1 / cap))), by=cap)
+
+
+def attention(
+    builder: Builder,
+    x: Value,
+    layer: int,
+    config: DecoderConfig,
+    params: Parameters,
+    tables: Tables,
+) -> Value:
+    """Emit the attention of one layer on the normalised `x`, ``[batch, seq, embed]``."""
+    heads = _Heads(builder, layer, config, params)
+    query = heads.queries(x)
+    key = heads.keys(x)
+    value = heads.project(x, "v", heads.kv_axes)
+    rotation = tables.rotations[layer]
+    query = rotated(builder, query, rotation, config.head_dim)
+    key = as_keys(builder, rotated(builder, key, rotation, config.head_dim))
+    value = as_keys(builder, value)
+    scores = builder.contract(query, key, over="head_dim", name="scores")
+    scores = soft_capped(builder, scores, config.attention_softcap, config.score_scale)
+    seen = tables.masks[config.sliding_windows[layer] or 0]
+    scores = builder.mask(scores, seen)
+    weights = builder.softmax(scores, axis=KV_SEQ, name="weights")
+    if isinstance(config, GptOssConfig) and not config.plain:
+        sinks = params.plain(f"{heads.prefix}sinks", builder.loc, head=config.num_attention_heads)
+        weights = sunk(builder, weights, scores, sinks, ("head", KV_SEQ))
+    return heads.output(builder.contract(weights, value, over=KV_SEQ, name="mixed"))
+
+
+@dataclass
+class _Heads:
+    """The projections of one layer's attention."""
+
+    builder: Builder
+    layer: int
+    config: DecoderConfig
+    params: Parameters
+
+    @property
+    def prefix(self) -> str:
+        return self.params.names.layer.format(layer=self.layer) + "self_attn."
+
+    @property
+    def kv_axes(self) -> dict[str, int]:
+        return {"kv_head": self.config.num_key_value_heads, "head_dim": self.config.head_dim}
+
+    @property
+    def query_axes(self) -> dict[str, int]:
+        # Query heads that share a key head are neighbours, so the key head is the outer axis.
+        groups = self.config.num_attention_heads // self.config.num_key_value_heads
+        kv = self.config.num_key_value_heads
+        return {"kv_head": kv, "query_group": groups, "head_dim": self.config.head_dim}
+
+    def queries(self, x: Value) -> Value:
+        return self.norm(self.project(x, "q", self.query_axes), "q")
+
+    def keys(self, x: Value) -> Value:
+        return self.norm(self.project(x, "k", self.kv_axes), "k")
+
+    def project(self, x: Value, letter: str, into: dict[str, int]) -> Value:
+        """Project to heads; the weight is not split, as on disk, but the result is."""
+        axis = "q" if letter == "q" else "kv"
+        width = prod(into.values())
+        y = self.builder.contract(x, self._weight(letter, axis, width), over="embed", name=letter)
+        if self.config.qkv_bias:
+            name = f"{self.prefix}{letter}_proj.bias"
+            y = self.builder.add(y, self.params.plain(name, self.builder.loc, **{axis: width}))
+        if self.config.qk_norm_across and letter != "v":
+            scale = self._norm_scale(letter, **{axis: width})
+            y = emit_rms_norm(self.builder, y, scale, axis, self.config)
+        return self.builder.split(y, axis=axis, into=tuple(into.items()))
+
+    def _weight(self, letter: str, axis: str, width: int) -> Value:
+        axes = {axis: width, "embed": self.config.hidden_size}
+        name, fused = f"{self.prefix}{letter}_proj.weight", self.params.names.qkv
+        if not fused:
+            if letter == "v":
+                return self.params.plain(name, self.builder.loc, **axes)
+            head_dim = self.config.head_dim
+            loc = self.builder.loc
+            return self.params.turned(name, loc, width // head_dim, head_dim, axes)
+        queries, keys = prod(self.query_axes.values()), prod(self.kv_axes.values())
+        at = {"q": 0, "k": queries, "v": queries + keys}[letter]
+        of, whole = f"{self.prefix}{fused}.weight", ("qkv", queries + 2 * keys)
+        return self.params.part(name, of, self.builder.loc, at, whole, axes)
+
+    def _norm_scale(self, letter: str, **axes: int) -> Value:
+        return self.params.plain(f"{self.prefix}{letter}_norm.weight", self.builder.loc, **axes)
+
+    def norm(self, x: Value, letter: str) -> Value:
+        """Normalise each head by itself, if the family does."""
+        if not self.config.qk_norm or self.config.qk_norm_across:
+            return x
+        scale = self._norm_scale(letter, head_dim=self.config.head_dim)
+        return emit_rms_norm(self.builder, x, scale, "head_dim", self.config)
+
+    def output(self, mixed: Value) -> Value:
+        loc, embed = self.builder.loc, self.config.hidden_size
+        merged = self.builder.merge(mixed, axes=tuple(self.query_axes), into="q")
+        width = self.config.num_attention_heads * self.config.head_dim
+        name = f"{self.prefix}o_proj"
+        weight = self.params.plain(f"{name}.weight", loc, embed=embed, q=width)
+        y = self.builder.contract(merged, weight, over="q")
+        if self.config.output_bias:
+            y = self.builder.add(y, self.params.plain(f"{name}.bias", loc, embed=embed))
+        return y
+
+
+# Feed-forward blocks: dense, and as a mixture of experts.
+
+ACTIVATION_OPS = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+"""The operation of each activation of a config."""
+
+Matrix = Callable[[str], Value]
+Bias = Callable[[str], Value | None]
+
+
+def gated(builder: Builder, x: Value, act: str, matrix: Matrix, bias: Bias) -> Value:
+    """Emit ``down(act(gate(x)) · up(x))``; `matrix` and `bias` return the parameters by name.
+
+    The same operations serve a dense block and the experts, whose matrices and rows have an
+    additional expert axis.
+    """
+
+    def linear(value: Value, name: str, over: str) -> Value:
+        y = builder.contract(value, matrix(name), over=over, name=name)
+        shift = bias(name)
+        return y if shift is None else builder.add(y, shift)
+
+    gate = builder.node(ACTIVATION_OPS[act], linear(x, "gate", "embed")).result
+    hidden = builder.mul(gate, linear(x, "up", "embed"))
+    return linear(hidden, "down", "mlp")
+
+
+def two_or_three(
+    builder: Builder, x: Value, act: str, matrix: Callable[[str], Value], is_gated: bool
+) -> Value:
+    """Emit a block without biases: ``down(act(up(x)))``, or with a gate the three of `gated`."""
+    if is_gated:
+        return gated(builder, x, act, matrix, lambda name: None)
+    up = builder.contract(x, matrix("up"), over="embed", name="up")
+    hidden = builder.node(ACTIVATION_OPS[act], up).result
+    return builder.contract(hidden, matrix("down"), over="mlp", name="down")
+
+
+def feed_forward(
+    builder: Builder, x: Value, layer: int, config: DecoderConfig, params: Parameters
+) -> Value:
+    """Emit the feed-forward block of one layer on the normalised `x`, ``[batch, seq, embed]``."""
+    prefix = params.names.layer.format(layer=layer)
+    if isinstance(config, MoeConfig) and config.sparse_layers[layer]:
+        return _sparse(builder, x, prefix, config, params)
+    return _dense(builder, x, prefix + params.names.dense, config.intermediate_size, config, params)
+
+
+def _dense(
+    builder: Builder,
+    x: Value,
+    prefix: str,
+    width: int,
+    config: DecoderConfig,
+    params: Parameters,
+) -> Value:
+    axes = ffn_axes(config.hidden_size, width)
+
+    def matrix(name: str) -> Value:
+        full, fused = f"{prefix}{name}_proj.weight", params.names.gate_up
+        if not fused or name == "down":
+            return params.plain(full, builder.loc, **axes[name])
+        at, of = (0 if name == "gate" else width), f"{prefix}{fused}.weight"
+        return params.part(full, of, builder.loc, at, ("mlp", 2 * width), axes[name])
+
+    def bias(name: str) -> Value | None:
+        if not config.mlp_bias:
+            return None
+        out = next(iter(axes[name]))
+        return params.plain(f"{prefix}{name}_proj.bias", builder.loc, **{out: axes[name][out]})
+
+    return gated(builder, x, config.hidden_act, matrix, bias)
+
+
+def ffn_axes(embed: int, mlp: int) -> dict[str, dict[str, int]]:
+    """Return the axes of the three matrices on disk: outputs first, as PyTorch keeps them."""
+    inward, back = {"mlp": mlp, "embed": embed}, {"embed": embed, "mlp": mlp}
+    return {"gate": inward, "up": inward, "down": back}
+
+
+def _sparse(
+    builder: Builder, x: Value, prefix: str, config: MoeConfig, params: Parameters
+) -> Value:
+    embed, experts = config.hidden_size, config.num_experts
+    loc = builder.loc
+    bias = params.routing_bias(prefix, loc, expert=experts) if config.routing_bias else None
+    rows, finish = emit_routing(
+        builder,
+        x,
+        params.router(prefix, builder.loc, expert=experts, embed=embed),
+        experts=experts,
+        top_k=config.experts_per_token,
+        gates=config.gates,
+        scale=config.gate_scale,
+        tokens=("batch", "seq"),
+        bias=bias,
+        shift=_router_shift(prefix, builder.loc, config, params),
+    )
+    if isinstance(config, GptOssConfig) and not config.plain:
+        return finish(clamped_experts(builder, rows, prefix, config, params))
+    axes = ffn_axes(embed, config.expert_intermediate_size)
+
+    def expert(name: str) -> Value:
+        if isinstance(config, GptOssConfig):
+            width = config.intermediate_size
+            return params.turned_expert(prefix, name, builder.loc, embed, width, experts)
+        return params.expert(prefix, name, builder.loc, axes[name], experts)
+
+    out = finish(
+        gated(
+            builder,
+            rows,
+            config.hidden_act,
+            expert,
+            lambda name: None,
+        )
+    )
+    if config.shared_expert_intermediate_size is None:
+        return out
+    width = config.shared_expert_intermediate_size
+    shared_prefix = prefix + params.names.sparse + params.names.shared
+    shared = _dense(builder, x, shared_prefix, width, config, params)
+    if not config.shared_gate:
+        return builder.add(out, shared)
+    gate = params.shared_gate(prefix, builder.loc, embed=embed)
+    return builder.add(out, emit_shared_gate(builder, x, gate, shared))
+
+
+def _router_shift(prefix: str, loc: str, config: MoeConfig, params: Parameters) -> Value | None:
+    """Return what a family adds to the router's logits, ``[expert]``, if anything."""
+    if not isinstance(config, GptOssConfig) or config.plain:
+        return None
+    name = f"{prefix}{params.names.sparse}{params.names.router.removesuffix('weight')}bias"
+    return params.plain(name, loc, expert=config.num_experts)
+
+
+# The graph of a decoder-only model, dense or sparse, of any family.
+
+NORMS = {
+    "before": ("input_layernorm", "", "post_attention_layernorm", ""),
+    "after": ("", "post_attention_layernorm", "", "post_feedforward_layernorm"),
+    "around": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
+"""By placement the norms before and after the attention, and before and after the feed-forward."""
+
+
+def build_decoder(
+    config: DecoderConfig,
+    dtype_of: DtypeOf | None = None,
+    checkpoint: str = "",
+    *,
+    layout: str = "experts",
+    batch: Size = "B",
+    seq: Size = "S",
+) -> Graph:
+    """Return the graph from ``tokens : i32[batch, seq]`` to ``logits : f32[batch, seq, vocab]``.
+
+    Args:
+      config: the config.
+      dtype_of: the element type of each tensor on disk; float32 by default.
+      checkpoint: the path of the weights, for the graph's attributes.
+      layout: ``experts`` (one tensor an expert) or ``fused`` (as transformers 5 stores them).
+      batch: the size of the batch axis.
+      seq: the size of the sequence axis.
+    """
+    attrs = {"family": config.model_type, "config": config.to_json(), "checkpoint": checkpoint}
+    graph = Graph(config.model_type, attrs)
+    params = Parameters(graph, names_of(config.model_type), dtype_of or float32_of, layout)
+    decoder = _Decoder(Builder(graph), config, params)
+    tokens = graph.input("tokens", tensor(I32, batch=batch, seq=seq))
+    with decoder.builder.at("embed"):
+        hidden = decoder.embed(tokens)
+        tables = Tables.of(decoder.builder, config, tokens)
+    for layer in range(config.num_hidden_layers):
+        hidden = decoder.layer(hidden, layer, tables)
+    with decoder.builder.at("norm"):
+        hidden = decoder.norm(hidden, params.names.final_norm)
+    with decoder.builder.at("head"):
+        graph.set_output("logits", decoder.logits(hidden))
+    return graph
+
+
+@dataclass
+class _Decoder:
+    """The parts of the decoder."""
+
+    builder: Builder
+    config: DecoderConfig
+    params: Parameters
+
+    def embed(self, tokens: Value) -> Value:
+        """Emit the embedded `tokens`, ``[batch, seq, embed]``, times the family's factor."""
+        table = self._embedding()
+        hidden = self.builder.embedding(table, tokens, axis="vocab", name="hidden")
+        factor = self.config.embedding_multiplier
+        if self.config.scale_embedding:
+            factor *= sqrt(self.config.hidden_size)
+        return self._times(hidden, factor)
+
+    def layer(self, hidden: Value, layer: int, tables: Tables) -> Value:
+        """Emit one layer: attention and feed-forward, each added to what it reads."""
+        builder, config, params = self.builder, self.config, self.params
+        names = NORMS[config.norm_placement]
+        with builder.at(f"layers.{layer}.attention"):
+            x = self._layer_norm(hidden, layer, names[0])
+            made = attention(builder, x, layer, config, params, tables)
+            hidden = self._added(hidden, self._layer_norm(made, layer, names[1]))
+        with builder.at(f"layers.{layer}.ffn"):
+            x = self._layer_norm(hidden, layer, names[2])
+            made = feed_forward(builder, x, layer, config, params)
+            return self._added(hidden, self._layer_norm(made, layer, names[3]))
+
+    def norm(self, x: Value, name: str) -> Value:
+        """Emit the norm with the scale `name`."""
+        width, loc = self.config.hidden_size, self.builder.loc
+        scale = self.params.plain(name, loc, embed=width)
+        if self.config.layer_norm:
+            bias = self.params.plain(f"{name.removesuffix('weight')}bias", loc, embed=width)
+            eps = self.config.rms_norm_eps
+            return self.builder.layer_norm(x, scale, bias, axis="embed", eps=eps, name="norm")
+        return emit_rms_norm(self.builder, x, scale, "embed", self.config, name="norm")
+
+    def logits(self, hidden: Value) -> Value:
+        """Emit the logits of the normalised `hidden`."""
+        logits = self.builder.contract(hidden, self._head(), over="embed", name="logits")
+        if self.config.head_bias:
+            name = f"{self.params.names.head.removesuffix('weight')}bias"
+            bias = self.params.plain(name, "head", vocab=self.config.vocab_size)
+            logits = self.builder.add(logits, bias)
+        by = 1 / self.config.logits_divisor
+        return soft_capped(self.builder, logits, self.config.logit_softcap, by)
+
+    def _layer_norm(self, x: Value, layer: int, word: str) -> Value:
+        prefix = self.params.names.layer.format(layer=layer)
+        return self.norm(x, f"{prefix}{word}.weight") if word else x
+
+    def _added(self, hidden: Value, made: Value) -> Value:
+        made = self._times(made, self.config.residual_multiplier)
+        return self.builder.add(hidden, made, name="hidden")
+
+    def _times(self, x: Value, factor: float) -> Value:
+        return x if factor == 1 else self.builder.scale(x, by=factor)
+
+    def _embedding(self) -> Value:
+        axes = {"vocab": self.config.vocab_size, "embed": self.config.hidden_size}
+        return self.params.plain(self.params.names.embedding, "embed", **axes)
+
+    def _head(self) -> Value:
+        if self.config.tie_word_embeddings:
+            return self._embedding()
+        axes = {"vocab": self.config.vocab_size, "embed": self.config.hidden_size}
+        return self.params.plain(self.params.names.head, "head", **axes)

@@ -1,0 +1,314 @@
+"""The graph of an encoder-decoder of T5's shape, dense or sparse, of any such family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moecc.families.encdec import EncDecConfig, Experts
+from moecc.families.experts import emit_sequence_capacity
+from moecc.families.graphs.decoder import ffn_axes, two_or_three
+from moecc.families.graphs.parameters import DtypeOf, Parameters, float32_of
+from moecc.families.names import names_of
+from moecc.ir.attributes import Using
+from moecc.ir.builder import Builder
+from moecc.ir.graph import Graph, Value
+from moecc.ir.moe import SlotOptions, emit_routing
+from moecc.types import I32, PRED, Size, tensor
+
+# The feed-forward sublayers of an encoder-decoder: dense, sparse, and an extra dense one.
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """A feed-forward sublayer with its own norm and residual.
+
+    Attributes:
+      place: the last part of its location, ``ffn`` or ``extra_ffn``.
+      prefix: the prefix of its tensors' names, the norm included.
+      sparse: its experts, or None.
+    """
+
+    place: str = "ffn"
+    prefix: str = ""
+    sparse: Experts | None = None
+
+    def emit(
+        self, builder: Builder, x: Value, prefix: str, config: EncDecConfig, params: Parameters
+    ) -> Value:
+        """Emit the block on the normalised `x`, ``[batch, seq, embed]``."""
+        if self.sparse is None:
+            return _dense(builder, x, prefix, config, params)
+        return _sparse(builder, x, prefix, self.sparse, config, params)
+
+
+EXTRA = Sublayer("extra_ffn", "extra_")
+
+
+def ffn_sublayers(config: EncDecConfig, stack: str, layer: int) -> list[Sublayer]:
+    """Return the feed-forward sublayers of a layer, in order."""
+    experts = config.experts
+    if experts is None or not config.sparse_layers(stack)[layer]:
+        return [Sublayer()]
+    sparse = [Sublayer(sparse=experts)]
+    return {"none": sparse, "before": [EXTRA, *sparse], "after": [*sparse, EXTRA]}[
+        experts.extra_ffn
+    ]
+
+
+def _dense(
+    builder: Builder, x: Value, prefix: str, config: EncDecConfig, params: Parameters
+) -> Value:
+    axes = ffn_axes(config.hidden_size, config.intermediate_size)
+
+    def matrix(name: str) -> Value:
+        word = params.names.matrix(name, config.gated)
+        full = f"{prefix}{params.names.dense}{word}.weight"
+        return params.plain(full, builder.loc, **axes[name])
+
+    return two_or_three(builder, x, config.hidden_act, matrix, config.gated)
+
+
+def _sparse(
+    builder: Builder,
+    x: Value,
+    prefix: str,
+    experts: Experts,
+    config: EncDecConfig,
+    params: Parameters,
+) -> Value:
+    assignment: SlotOptions = {}
+    if experts.capacity_factor:
+        assignment = {"slots": "capacity", "capacity_factor": experts.capacity_factor}
+
+    def keep(_logits: Value, chosen: Value, _gates: Value) -> dict[Using, Value]:
+        return {"keep": emit_sequence_capacity(builder, experts, chosen)}
+
+    rows, finish = emit_routing(
+        builder,
+        x,
+        params.router(prefix, builder.loc, expert=experts.count, embed=config.hidden_size),
+        experts=experts.count,
+        top_k=experts.top_k,
+        gates=experts.gates,
+        operands=keep if experts.sequence_capacity else None,
+        **assignment,
+    )
+    axes = ffn_axes(config.hidden_size, config.intermediate_size)
+
+    def matrix(name: str) -> Value:
+        word = params.names.matrix(name, config.gated)
+        return params.expert_matrix(prefix, word, builder.loc, axes[name], experts.count)
+
+    return finish(two_or_three(builder, rows, config.hidden_act, matrix, config.gated))
+
+
+KV_SEQ = "kv_seq"
+"""The name of a sequence axis of keys and values."""
+
+
+def build_encdec(
+    config: EncDecConfig,
+    dtype_of: DtypeOf | None = None,
+    checkpoint: str = "",
+    *,
+    layout: str = "experts",
+    batch: Size = "B",
+    seq: Size = "S",
+    decoder_seq: Size = "T",
+    padding: bool = False,
+) -> Graph:
+    """Return the graph from two token inputs to ``logits : f32[batch, seq, vocab]``.
+
+    The inputs are ``tokens : i32[batch, seq]`` of the encoder and ``decoder_tokens``, whose length
+    is another variable; with `padding` also ``mask : pred[batch, seq]``, true where the encoder's
+    token is one.
+
+    Args:
+      config: the config.
+      dtype_of: the element type of each tensor on disk; float32 by default.
+      checkpoint: the path of the weights, for the graph's attributes.
+      layout: ``experts`` (one tensor an expert) or ``stacked`` (one tensor for all of a layer).
+      batch: the size of the batch axis.
+      seq: the encoder's length.
+      decoder_seq: the decoder's length.
+      padding: whether the encoder's sequences are padded.
+    """
+    attrs = {"family": config.model_type, "config": config.to_json(), "checkpoint": checkpoint}
+    graph = Graph(config.model_type, attrs)
+    params = Parameters(graph, names_of(config.model_type), dtype_of or float32_of, layout)
+    tokens = graph.input("tokens", tensor(I32, batch=batch, seq=seq))
+    decoder_tokens = graph.input("decoder_tokens", tensor(I32, batch=batch, seq=decoder_seq))
+    mask = graph.input("mask", tensor(PRED, batch=batch, seq=seq)) if padding else None
+    builder = Builder(graph)
+    keep = None
+    if mask is not None:
+        with builder.at("encoder.embed"):
+            keep = as_keys(builder, mask)
+    memory = _Stack(builder, config, params, "encoder", tokens, keep).emit(None)
+    hidden = _Stack(builder, config, params, "decoder", decoder_tokens, keep).emit(memory)
+    with builder.at("head"):
+        if config.scale_outputs:
+            hidden = builder.scale(hidden, by=config.hidden_size**-0.5, name="scaled")
+        head = embedding_of(config, params) if config.tie_word_embeddings else _head(config, params)
+        graph.set_output("logits", builder.contract(hidden, head, over="embed", name="logits"))
+    return graph
+
+
+def as_keys(builder: Builder, x: Value) -> Value:
+    """Return `x` with its sequence axis renamed for keys and values."""
+    return builder.rename(x, axis="seq", to=KV_SEQ)
+
+
+def embedding_of(config: EncDecConfig, params: Parameters) -> Value:
+    """Return the token embedding, ``[vocab, embed]``."""
+    axes = {"vocab": config.vocab_size, "embed": config.hidden_size}
+    return params.plain(params.names.embedding, "embed", **axes)
+
+
+def _head(config: EncDecConfig, params: Parameters) -> Value:
+    axes = {"vocab": config.vocab_size, "embed": config.hidden_size}
+    return params.plain(params.names.head, "head", **axes)
+
+
+@dataclass
+class _Stack:
+    """The encoder or the decoder.
+
+    Attributes:
+      tokens: its token ids, ``[batch, seq]``.
+      keep: which tokens of the encoder may be attended to, ``[batch, kv_seq]``, or None.
+    """
+
+    builder: Builder
+    config: EncDecConfig
+    params: Parameters
+    stack: str
+    tokens: Value
+    keep: Value | None
+
+    @property
+    def is_encoder(self) -> bool:
+        return self.stack == "encoder"
+
+    def emit(self, memory: Value | None) -> Value:
+        """Emit all layers; `memory` is the encoder's output, for the decoder."""
+        builder = self.builder
+        with builder.at(f"{self.stack}.embed"):
+            table = embedding_of(self.config, self.params)
+            hidden = builder.embedding(table, self.tokens, axis="vocab", name="hidden")
+        with builder.at(f"{self.stack}.positions"):
+            buckets, causal = self._positions()
+            bias = self._bias(buckets, 0)
+        masks = [m for m in (causal, self.keep if self.is_encoder else None) if m is not None]
+        if memory is not None:
+            with builder.at("encoder.memory"):
+                memory = as_keys(builder, memory)
+        for layer in range(self.config.layers(self.stack)):
+            if layer and self.config.biases_of_layers:
+                with builder.at(f"{self.stack}.layers.{layer}.attention"):
+                    bias = self._bias(buckets, layer)
+            hidden = self._attention(hidden, layer, bias, masks)
+            if memory is not None:
+                hidden = self._cross_attention(hidden, layer, memory)
+            for sublayer in ffn_sublayers(self.config, self.stack, layer):
+                hidden = self._ffn(hidden, layer, sublayer)
+        with builder.at(f"{self.stack}.norm"):
+            return self._norm(hidden, f"{self.stack}.final_layer_norm.weight")
+
+    def _positions(self) -> tuple[Value, Value | None]:
+        """Emit the buckets of distances ``[seq, kv_seq]`` and the decoder's causal mask."""
+        builder, config = self.builder, self.config
+        query = builder.positions(self.tokens, axis="seq", name="positions")
+        key = as_keys(builder, query)
+        buckets = builder.relative_buckets(
+            query,
+            key,
+            bidirectional=self.is_encoder,
+            buckets=config.relative_attention_num_buckets,
+            max_distance=config.relative_attention_max_distance,
+        )
+        return buckets, None if self.is_encoder else builder.causal(query, key, name="causal")
+
+    def _bias(self, buckets: Value, layer: int) -> Value:
+        """Emit the attention bias ``[seq, kv_seq, head]`` by the table of a layer."""
+        builder, config = self.builder, self.config
+        count, heads = config.relative_attention_num_buckets, config.num_attention_heads
+        name = f"{self._prefix(layer)}layer.0.SelfAttention.relative_attention_bias.weight"
+        table = self.params.plain(name, builder.loc, bucket=count, head=heads)
+        return builder.embedding(table, buckets, axis="bucket", name="bias")
+
+    def _prefix(self, layer: int) -> str:
+        return f"{self.stack}.block.{layer}."
+
+    def _attention(self, hidden: Value, layer: int, bias: Value, masks: list[Value]) -> Value:
+        with self.builder.at(f"{self.stack}.layers.{layer}.attention"):
+            x = self._norm(hidden, f"{self._prefix(layer)}layer.0.layer_norm.weight")
+            heads = _Heads(self, f"{self._prefix(layer)}layer.0.SelfAttention.")
+            found = heads.attend(x, as_keys(self.builder, x), bias, masks)
+            return self.builder.add(hidden, found, name="hidden")
+
+    def _cross_attention(self, hidden: Value, layer: int, memory: Value) -> Value:
+        with self.builder.at(f"{self.stack}.layers.{layer}.cross_attention"):
+            x = self._norm(hidden, f"{self._prefix(layer)}layer.1.layer_norm.weight")
+            heads = _Heads(self, f"{self._prefix(layer)}layer.1.EncDecAttention.")
+            masks = [] if self.keep is None else [self.keep]
+            found = heads.attend(x, memory, None, masks)
+            return self.builder.add(hidden, found, name="hidden")
+
+    def _ffn(self, hidden: Value, layer: int, sublayer: Sublayer) -> Value:
+        prefix = f"{self._prefix(layer)}layer.{1 if self.is_encoder else 2}."
+        prefix = f"{prefix}{sublayer.prefix}"
+        with self.builder.at(f"{self.stack}.layers.{layer}.{sublayer.place}"):
+            x = self._norm(hidden, f"{prefix}layer_norm.weight")
+            found = sublayer.emit(self.builder, x, prefix, self.config, self.params)
+            return self.builder.add(hidden, found, name="hidden")
+
+    def _norm(self, x: Value, name: str) -> Value:
+        scale = self.params.plain(name, self.builder.loc, embed=self.config.hidden_size)
+        eps = self.config.rms_norm_eps
+        return self.builder.rms_norm(x, scale, axis="embed", eps=eps, name="norm")
+
+
+@dataclass
+class _Heads:
+    """One attention: its projections and its computation."""
+
+    stack: _Stack
+    prefix: str
+
+    def attend(self, x: Value, memory: Value, bias: Value | None, masks: list[Value]) -> Value:
+        """Emit attention of ``[batch, seq, embed]`` to ``[batch, kv_seq, embed]``, not scaled."""
+        builder = self.stack.builder
+        query, key = self._project(x, "q"), self._project(memory, "k")
+        value = self._project(memory, "v")
+        scores = builder.contract(query, key, over="head_dim", name="scores")
+        if bias is not None:
+            scores = builder.add(scores, bias)
+        for mask in masks:
+            scores = builder.mask(scores, mask)
+        weights = builder.softmax(scores, axis=KV_SEQ, name="weights")
+        mixed = builder.contract(weights, value, over=KV_SEQ, name="mixed")
+        merged = builder.merge(mixed, axes=("head", "head_dim"), into="q")
+        weight = self._weight("o", embed=self._embed, q=self._width)
+        return builder.contract(merged, weight, over="q")
+
+    def _project(self, x: Value, letter: str) -> Value:
+        """Project to heads; the weight is not split, as on disk, but the result is."""
+        config, builder = self.stack.config, self.stack.builder
+        axis = "q" if letter == "q" else "kv"
+        weight = self._weight(letter, **{axis: self._width, "embed": self._embed})
+        y = builder.contract(x, weight, over="embed", name=letter)
+        into = (("head", config.num_attention_heads), ("head_dim", config.head_dim))
+        return builder.split(y, axis=axis, into=into)
+
+    @property
+    def _embed(self) -> int:
+        return self.stack.config.hidden_size
+
+    @property
+    def _width(self) -> int:
+        return self.stack.config.num_attention_heads * self.stack.config.head_dim
+
+    def _weight(self, letter: str, **axes: int) -> Value:
+        loc = self.stack.builder.loc
+        return self.stack.params.plain(f"{self.prefix}{letter}.weight", loc, **axes)

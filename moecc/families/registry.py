@@ -1,0 +1,163 @@
+"""Parse any config.json to the typed config of its family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import entry_points
+
+from moecc.errors import InputError, UsageError, described
+from moecc.families.bert import (
+    BertConfig,
+    CamembertConfig,
+    DistilBertConfig,
+    MPNetConfig,
+    RobertaConfig,
+    XlmRobertaConfig,
+)
+from moecc.families.config import ModelConfig
+from moecc.families.decoder import DecoderConfig
+from moecc.families.ernie4_5_moe import Ernie45MoeConfig
+from moecc.families.gemma import Gemma2Config, Gemma3TextConfig, GemmaConfig
+from moecc.families.glm4_moe import Glm4MoeConfig
+from moecc.families.gpt import Gpt2Config, GptNeoXConfig, OptConfig
+from moecc.families.gpt_oss import GptOssConfig
+from moecc.families.granite import GraniteConfig, GraniteMoeConfig
+from moecc.families.llama import LlamaConfig, MistralConfig, MixtralConfig
+from moecc.families.olmo import FlexOlmoConfig, Olmo2Config, OlmoeConfig
+from moecc.families.phi import Phi3Config, PhimoeConfig
+from moecc.families.qwen import Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
+from moecc.families.reader import one_of, shown
+from moecc.families.smollm3 import SmolLM3Config
+from moecc.families.st_moe import FAMILY, GraphConfig, StMoeConfig
+from moecc.families.switch_transformers import SwitchTransformersConfig
+from moecc.families.t5 import MT5Config, T5Config, UMT5Config
+from moecc.families.vision import Dinov2Config, ViTConfig
+from moecc.families.whisper import WhisperConfig
+
+DECODERS: dict[str, type[DecoderConfig]] = {
+    config.model_type: config
+    for config in (
+        LlamaConfig,
+        MistralConfig,
+        Qwen2Config,
+        Qwen3Config,
+        Olmo2Config,
+        GraniteConfig,
+        Phi3Config,
+        SmolLM3Config,
+        GemmaConfig,
+        Gemma2Config,
+        Gemma3TextConfig,
+        MixtralConfig,
+        Qwen2MoeConfig,
+        Qwen3MoeConfig,
+        Glm4MoeConfig,
+        GraniteMoeConfig,
+        FlexOlmoConfig,
+        Ernie45MoeConfig,
+        OlmoeConfig,
+        GptOssConfig,
+        PhimoeConfig,
+    )
+}
+"""The decoder-only families, by `model_type`."""
+
+CONFIGS: dict[str, type[ModelConfig]] = {
+    **DECODERS,
+    **{
+        config.model_type: config
+        for config in (
+            Gpt2Config,
+            GptNeoXConfig,
+            OptConfig,
+            T5Config,
+            MT5Config,
+            UMT5Config,
+            SwitchTransformersConfig,
+            BertConfig,
+            RobertaConfig,
+            XlmRobertaConfig,
+            CamembertConfig,
+            MPNetConfig,
+            DistilBertConfig,
+            ViTConfig,
+            Dinov2Config,
+            WhisperConfig,
+            StMoeConfig,
+        )
+    },
+}
+"""The families that moecc reads and writes, by `model_type`; others may be added."""
+
+ORIGINS: dict[str, str] = {}
+"""The package or file of each family that was added."""
+
+ENTRY_POINT = "moecc.families"
+"""Of packages: each entry is a `moecc.families.outside.Family`."""
+
+
+def parse_config(data: Mapping[str, object], where: str = "config.json") -> ModelConfig:
+    """Read a config of whichever family `model_type` names.
+
+    Raises InputError with every problem: an unknown family, a wrong type or size, contradictory
+    keys, quantised weights, a model with its own code.
+    """
+    if not isinstance(data, Mapping):
+        raise InputError("not a config", where=where, expected="a JSON object", found=shown(data))
+    name = data.get("model_type")
+    load_installed()
+    config = CONFIGS.get(name) if isinstance(name, str) else None
+    if name == FAMILY and "graph" in data:
+        config = GraphConfig
+    if config is not None:
+        return config.from_json(data, where)
+    raise InputError(
+        "unknown family",
+        where=f"{where}: model_type",
+        expected=one_of(CONFIGS),
+        found=shown(name) if "model_type" in data else "nothing",
+        hint=_way_out(data),
+    )
+
+
+@cache
+def load_installed() -> None:
+    """Let every installed package add its families to `CONFIGS`, once.
+
+    Raises UsageError if a package cannot be imported, or one of its families cannot be added.
+    """
+    for point in entry_points(group=ENTRY_POINT):
+        origin = point.dist.name if point.dist is not None else point.value
+        try:
+            family = point.load()
+            family.register(origin)
+        except (ImportError, AttributeError) as error:
+            raise UsageError(
+                "a package states a family that cannot be loaded",
+                where=f"{origin}, entry point {ENTRY_POINT}: {point.name} = {point.value}",
+                found=described(error),
+                hint="mend the package, or uninstall it",
+            ) from error
+
+
+def _way_out(data: Mapping[str, object]) -> str:
+    """Return what to do about a config without a family that is known."""
+    likely = _families_of(data.get("architectures"))
+    if data.get("model_type") is None:
+        if likely:
+            return f'add "model_type": "{likely[0]}", as the class in architectures has it'
+        return 'add "model_type", which names the family, to the file'
+    ways = (
+        "add the family (--load FILE.py, or a package), or write its graph as a .moe file over the "
+        "folder's tensors: docs/adding-a-family.md"
+    )
+    if likely:
+        return f"the class in architectures is that of model_type {likely[0]!r}; else {ways}"
+    return ways
+
+
+def _families_of(architectures: object) -> list[str]:
+    """Return the families whose class a config names; those with similar names are others."""
+    named = architectures if isinstance(architectures, list) else []
+    return [name for name, config in CONFIGS.items() if config.architecture in named]

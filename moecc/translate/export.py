@@ -1,0 +1,495 @@
+"""Export a graph as a checkpoint of a family: its config, and an expression for each tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from moecc.errors import InputError, Problem
+from moecc.families.building import build_model
+from moecc.families.config import ModelConfig
+from moecc.families.decoder import DecoderConfig
+from moecc.families.gpt_oss import GptOssConfig
+from moecc.families.graphs.stored import graph_tensors
+from moecc.families.mixture import MoeConfig
+from moecc.families.names import TensorNames, names_of
+from moecc.families.qwen import Qwen2MoeConfig
+from moecc.families.st_moe import GraphConfig
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.text import format_node
+from moecc.ir.unroll import unrolled
+from moecc.support.text import capped, with_article
+from moecc.translate.importing import is_tied
+from moecc.translate.propose import check_target as check_target
+from moecc.translate.propose import propose as propose
+from moecc.translate.propose import targets as targets
+from moecc.types import F32, Extent, Size, TensorType, tensor
+from moecc.weights.expr import Expr, Full, Source
+from moecc.weights.movement import Concat, Index, Merge, Permute, Rename, Slice, Split, Stack, Tile
+from moecc.weights.simplify import simplify
+
+# Invert a family's weight expressions: from a parameter to the tensors it is read from.
+#
+# A family reads a parameter by moving data only: it stacks, cuts, renames or permutes tensors.
+# Each
+# of these can be inverted, so an expression for the parameter yields one for every tensor.  A
+# tensor
+# of which several parameters read a part each is put together when all parts are there.
+
+Pair = tuple[Expr, Expr]
+
+
+def tensors_of(read: Expr, made: Expr) -> list[tuple[str, Expr]]:
+    """Return the tensors of `read`, how a family reads a parameter, if the parameter is `made`.
+
+    Returns:
+      The names of the tensors and an expression for each, simplified.
+
+    Raises:
+      ValueError: `read` is not composed of invertible movements.
+    """
+    return tensors_of_all([(read, made)])
+
+
+def tensors_of_all(pairs: Iterable[Pair]) -> list[tuple[str, Expr]]:
+    """Return the tensors that all parameters of a model are read from; see `tensors_of`.
+
+    Args:
+      pairs: for each parameter how it is read, and what it is.
+
+    Raises:
+      ValueError: a parameter is read otherwise than by invertible movements, or a part of a tensor
+        is read by none.
+    """
+    tensors: list[tuple[str, Expr]] = []
+    parts = _Parts()
+    for pair in pairs:
+        stack: list[Pair] = [pair]
+        while stack:
+            pattern, value = stack.pop()
+            if isinstance(pattern, Source):
+                tensors.append((pattern.name, simplify(value)))
+            elif isinstance(pattern, Slice) or _picks_one_of_several(pattern):
+                stack.extend(parts.add(pattern, value))
+            else:
+                stack.extend(reversed(_undone(pattern, value)))
+    parts.require_complete()
+    return tensors
+
+
+def _picks_one_of_several(pattern: Expr) -> bool:
+    return isinstance(pattern, Index) and pattern.x.type[pattern.axis].size != 1
+
+
+@dataclass
+class _Parts:
+    """Parts of expressions, each given by another parameter, until all of one are there."""
+
+    found: dict[tuple[Expr, str], dict[int, Pair]] = field(default_factory=dict)
+
+    def add(self, pattern: Expr, value: Expr) -> list[Pair]:
+        """Take what a slice or an entry of an expression is; return the whole once it is known."""
+        assert isinstance(pattern, Slice | Index), "the patterns of parts"
+        at = pattern.start if isinstance(pattern, Slice) else pattern.at
+        key = (pattern.x, pattern.axis)
+        parts = self.found.setdefault(key, {})
+        parts[at] = (pattern, value)
+        whole = _joined(pattern, [parts[at] for at in sorted(parts)])
+        if whole is None:
+            return []
+        del self.found[key]
+        return [(pattern.x, whole)]
+
+    def require_complete(self) -> None:
+        """Raise ValueError if a part was never given."""
+        for pattern in (pattern for parts in self.found.values() for pattern, _ in parts.values()):
+            raise ValueError(f"{pattern} cannot be inverted: the rest of it is read by nothing")
+
+
+def _joined(pattern: Slice | Index, parts: list[Pair]) -> Expr | None:
+    """Return the whole of which `parts` are the parts, in order, or None if one is missing."""
+    size = pattern.x.type[pattern.axis].size
+    assert isinstance(size, int), "a weight has fixed sizes"
+    values = tuple(value for _, value in parts)
+    if isinstance(pattern, Index):
+        position = pattern.x.type.names.index(pattern.axis)
+        return Stack(values, pattern.axis, position) if len(parts) == size else None
+    slices = [part for part, _ in parts if isinstance(part, Slice)]
+    ends = [0, *(part.stop for part in slices)]
+    if len(slices) < len(parts) or ends[-1] != size:
+        return None
+    whole = all(part.start == end for part, end in zip(slices, ends, strict=False))
+    return Concat(values, pattern.axis) if whole else None
+
+
+def _undone(pattern: Expr, value: Expr) -> list[Pair]:
+    """Return each operand of `pattern` with what it must be if `pattern` is `value`."""
+    match pattern:
+        case Stack():
+            return [(x, _at(value, pattern.axis, i)) for i, x in enumerate(pattern.xs)]
+        case Concat():
+            return _cut(pattern, value)
+        case Index() if pattern.x.type[pattern.axis].size == 1:
+            return [(pattern.x, _with_axis(pattern, value))]
+        case Permute():
+            return [(pattern.x, Permute(value, pattern.x.type.names))]
+        case Rename():
+            return [(pattern.x, Rename(value, pattern.new, pattern.old))]
+        case Split():
+            names = tuple(name for name, _ in pattern.into)
+            return [(pattern.x, Merge(value, names, pattern.axis))]
+        case Merge():
+            sizes = zip(pattern.axes, (pattern.x.type[a].size for a in pattern.axes), strict=True)
+            into = tuple((name, size) for name, size in sizes if isinstance(size, int))
+            return [(pattern.x, Split(value, pattern.into, into))]
+    raise ValueError(f"{pattern} cannot be inverted")
+
+
+def _at(value: Expr, axis: str, position: int) -> Expr:
+    """Return one position of an axis; common cases directly, others are simplified later."""
+    if isinstance(value, Stack) and value.axis == axis:
+        return value.xs[position]
+    if isinstance(value, Tile) and value.axis == axis:
+        return value.x
+    return Index(value, axis, position)
+
+
+def _with_axis(pattern: Index, value: Expr) -> Expr:
+    """Return `value` with the size-1 axis that `pattern` removes."""
+    if isinstance(value, Index) and value.axis == pattern.axis:
+        whole = value.x.type
+        if whole.names == pattern.x.type.names and whole.shape == pattern.x.type.shape:
+            return value.x
+    return Stack((value,), pattern.axis, pattern.x.type.names.index(pattern.axis))
+
+
+def _cut(pattern: Concat, value: Expr) -> list[Pair]:
+    pairs: list[Pair] = []
+    start = 0
+    for x in pattern.xs:
+        size = x.type[pattern.axis].size
+        assert isinstance(size, int), "a weight has fixed sizes"
+        pairs.append((x, Slice(value, pattern.axis, start, start + size)))
+        start += size
+    return pairs
+
+
+# Mapping one graph onto another, from the outputs, in lock step, without recursion.
+#
+# Two graphs compute the same if the same operations connect the same outputs and the same
+# inputs, up to names, locations, and the order of commutative operands.  The result maps the
+# parameters of one to those of the other.
+
+MOST_DIFFERENCES = 5
+
+AUXILIARY = ("loss.", "metric.", "trace.")
+"""The names of outputs for training or monitoring; no family writes them."""
+
+
+def match_parameters(target: Graph, graph: Graph) -> dict[Value, Expr]:
+    """Return for each parameter of `target` the corresponding weight of `graph`.
+
+    Losses, metrics and traces are ignored.  A parameter of `graph` may correspond to several of
+    `target`; the reverse only where the weights are equal.  Axes of parameters may be in another
+    order.
+
+    Raises:
+      InputError: the graphs differ; with the first differences, and both lines at each.
+    """
+    matcher = _Matcher(target, graph, _structure_keys(target, graph))
+    matcher.run()
+    if matcher.problems:
+        problems = capped(matcher.problems, "difference", "differences", MOST_DIFFERENCES)
+        raise InputError(problems)
+    return matcher.weights
+
+
+def _structure_keys(*graphs: Graph) -> dict[Value, int]:
+    """Return for each value a number that values share iff they are computed alike.
+
+    Parameters are alike if their axes are.  Structures are numbered, not hashed, so two
+    different ones never get the same number.
+    """
+    numbers: dict[Hashable, int] = {}
+    keys: dict[Value, int] = {}
+    for graph in graphs:
+        for value in (*graph.inputs.values(), *graph.params.values()):
+            keys[value] = numbers.setdefault(_leaf(value), len(numbers))
+        for node in graph:
+            operands = [keys[v] for v in node.operands]
+            if node.op.commutative:
+                operands.sort()
+            structure = (*_local(node), tuple(operands))
+            for value in node.results:
+                keys[value] = numbers.setdefault((structure, value.index), len(numbers))
+    return keys
+
+
+def _leaf(value: Value) -> Hashable:
+    return ("param" if value.is_param else value.name, _axes(value.type))
+
+
+def _local(node: Node) -> tuple[Hashable, ...]:
+    return (node.op.name, *node.attrs.items())
+
+
+def _axes(type: TensorType) -> frozenset[tuple[str, Hashable]]:
+    """Return the axes of `type` as a set; extents are compared elsewhere."""
+    return frozenset(
+        (a.name, a.size.kind if isinstance(a.size, Extent) else a.size) for a in type.axes
+    )
+
+
+@dataclass
+class _Matcher:
+    target: Graph
+    graph: Graph
+    keys: dict[Value, int]
+    weights: dict[Value, Expr] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def run(self) -> None:
+        theirs = self.target.outputs
+        ours = {n: v for n, v in self.graph.outputs.items() if not n.startswith(AUXILIARY)}
+        if theirs.keys() != ours.keys():
+            expected, found = ", ".join(theirs), ", ".join(ours)
+            hint = "a family's model has no other outputs"
+            self.problems.append(
+                Problem("the graph has other outputs", None, expected, found, hint)
+            )
+            return
+        stack = [(value, ours[name]) for name, value in theirs.items()]
+        seen = set(stack)
+        while stack:
+            pair = stack.pop()
+            following = [p for p in self._step(*pair) if p not in seen]
+            seen.update(following)
+            stack.extend(reversed(following))
+
+    def _step(self, a: Value, b: Value) -> Iterator[tuple[Value, Value]]:
+        """Compare a value of the target with one of ours; yield the pairs to compare next."""
+        if a.is_param and b.is_param:
+            self._bind(a, b)
+        elif a.node is not None and b.node is not None and _same_operation(a, b):
+            if _local(a.node) != _local(b.node):
+                self._part(a, b)
+            yield from zip(a.node.operands, self._ordered(a.node, b.node), strict=True)
+        elif not (_is_input(a) and _is_input(b) and _leaf(a) == _leaf(b)):
+            self._part(a, b)
+
+    def _ordered(self, a: Node, b: Node) -> list[Value]:
+        """Return the operands of `b` in the order of the matching operands of `a`."""
+        if not a.op.commutative:
+            return b.operands
+        swapped = b.operands[::-1]
+        return swapped if self._alike(a, swapped) > self._alike(a, b.operands) else b.operands
+
+    def _alike(self, a: Node, operands: list[Value]) -> int:
+        """Count the operands that agree; those of the same operation count a little."""
+        score = 0
+        for mine, other in zip(a.operands, operands, strict=True):
+            if self.keys[mine] == self.keys[other]:
+                score += 4
+            elif _kind(mine) == _kind(other):
+                score += 1
+        return score
+
+    def _bind(self, a: Value, b: Value) -> None:
+        if _axes(a.type) != _axes(b.type):
+            self._part(a, b)
+            return
+        if b.weight is None:
+            what = "the parameter has no weight, so it cannot be written"
+            self.problems.append(Problem(what, f"%{b.name}"))
+            return
+        weight = b.weight
+        if b.type.names != a.type.names:
+            weight = Permute(weight, a.type.names)
+        before = self.weights.setdefault(a, weight)
+        if before is not weight and simplify(before) is not simplify(weight):
+            what = f"{self.target.name} has one tensor where the graph has two different ones"
+            self.problems.append(Problem(what, f"%{b.name}", f"the weight of %{a.name}"))
+
+    def _part(self, a: Value, b: Value) -> None:
+        place = b.node.loc if b.node is not None else b.loc
+        self.problems.append(
+            Problem(
+                f"the graph is not {with_article(self.target.name)}: first difference",
+                place or None,
+                _line(a),
+                _line(b),
+            )
+        )
+
+
+def _same_operation(a: Value, b: Value) -> bool:
+    """Whether two results come of the same operation, whatever its attributes and operands are."""
+    assert a.node is not None
+    assert b.node is not None
+    same = a.node.op is b.node.op and a.index == b.index
+    return same and len(a.node.operands) == len(b.node.operands)
+
+
+def _is_input(value: Value) -> bool:
+    return value.node is None and not value.is_param
+
+
+def _kind(value: Value) -> str:
+    return value.node.op.name if value.node is not None else str(value.is_param)
+
+
+def _line(value: Value) -> str:
+    if value.node is not None:
+        return format_node(value.node)
+    return f"{'param' if value.is_param else 'input'} %{value.name} : {value.type}"
+
+
+# Tensors that a family has and a model does without: written at values that change nothing.
+#
+# Engines build such parts unconditionally, and take what lies in memory for a tensor that is not
+# in
+# the file.
+
+
+def completed(config: ModelConfig) -> tuple[ModelConfig, dict[str, Expr]]:
+    """Return the config that the family's engines read, and the tensors that it adds."""
+    if not isinstance(config, MoeConfig):
+        return config, {}
+    names = names_of(config.model_type)
+    added = dict(_routing_biases(config, names))
+    if isinstance(config, GptOssConfig) and config.plain:
+        return replace(config, plain=False), dict(_plain_gpt_oss(config, names))
+    if isinstance(config, Qwen2MoeConfig) and not config.qkv_bias:
+        # transformers could do without; vLLM and mlx-lm could not.
+        return replace(config, qkv_bias=True), added | dict(_projection_biases(config, names))
+    return config, added
+
+
+def _routing_biases(config: MoeConfig, names: TensorNames) -> Iterator[tuple[str, Expr]]:
+    if not config.has_routing_bias or config.routing_bias:
+        return
+    rows = {"row": 1} if names.routing_bias_rows else {}
+    for layer, is_sparse in enumerate(config.sparse_layers):
+        if is_sparse:
+            prefix = names.layer.format(layer=layer)
+            type = tensor(F32, **rows, expert=config.num_experts)
+            yield f"{prefix}{names.sparse}{names.routing_bias}", Full(0.0, type)
+
+
+def _projection_biases(config: DecoderConfig, names: TensorNames) -> Iterator[tuple[str, Expr]]:
+    heads = {
+        "q": config.num_attention_heads,
+        "k": config.num_key_value_heads,
+        "v": config.num_key_value_heads,
+    }
+    for layer in range(config.num_hidden_layers):
+        prefix = names.layer.format(layer=layer)
+        for letter, count in heads.items():
+            type = tensor(F32, heads=count * config.head_dim)
+            yield f"{prefix}self_attn.{letter}_proj.bias", Full(0.0, type)
+
+
+NO_SINK = -1e4
+"""A score beside which every other is infinitely larger, and that fits half precision."""
+
+
+def _plain_gpt_oss(config: GptOssConfig, names: TensorNames) -> Iterator[tuple[str, Expr]]:
+    """Yield sinks that take nothing and biases that add nothing; that of `up` undoes its + 1."""
+    count, width = config.num_experts, config.intermediate_size
+    for layer in range(config.num_hidden_layers):
+        prefix = names.layer.format(layer=layer)
+        sinks = tensor(F32, head=config.num_attention_heads)
+        yield f"{prefix}self_attn.sinks", Full(NO_SINK, sinks)
+        at = f"{prefix}{names.sparse}"
+        yield f"{at}router.bias", Full(0.0, tensor(F32, expert=count))
+        half = tensor(F32, expert=count, mlp=width)
+        turns = Stack((Full(0.0, half), Full(-1.0, half)), "turn", 2)
+        yield f"{at}{names.expert_gate_up}_bias", Merge(turns, ("mlp", "turn"), "gate_up")
+        down = tensor(F32, expert=count, embed=config.hidden_size)
+        yield f"{at}{names.expert_down}_bias", Full(0.0, down)
+
+
+READ = ("tokens", "pixels", "features")
+"""The inputs that models read: text, images, speech."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """The content of a checkpoint of a target family.
+
+    Attributes:
+      config: the typed config.
+      tensors: the tensors by their names on disk, in the order of the model, with the expressions
+        of their values; each name once.
+    """
+
+    config: ModelConfig
+    tensors: list[tuple[str, Expr]]
+
+    @property
+    def config_json(self) -> dict[str, object]:
+        """config.json, with the keys of transformers 4 and 5 side by side."""
+        return self.config.to_json()
+
+
+def export_graph(
+    graph: Graph, target: str, *, layout: str = "experts", source: ModelConfig | None = None
+) -> Export:
+    """Return `graph` as a checkpoint of the family `target`; no weight is read.
+
+    The target builds its own graph for the proposed config, and that graph is mapped onto `graph`,
+    its repeated layers unrolled, from the outputs: the target computes the exported model.
+    `layout` is one of `moecc.families.graphs.parameters.LAYOUTS`;
+    `source` is the config of the source, if it has been read.
+
+    Raises:
+      UsageError: there is no such family.
+      InputError: the family cannot express the graph; all reasons, or the first differences.
+    """
+    graph = unrolled(graph)
+    config = propose(graph, target, source)
+    if not isinstance(config, ModelConfig):
+        raise InputError(config)
+    if isinstance(config, GraphConfig):
+        return Export(config, list(graph_tensors(graph).items()))
+    wanted = _built_like(graph, config, layout)
+    weights = match_parameters(wanted, graph)
+    tensors = dict(tensors_of_all(_read_as(value, weights) for value in wanted.params.values()))
+    names = names_of(config.model_type)
+    if config.model_type == "switch_transformers" and not is_tied(config):
+        # Without a tie transformers 5 expects an embedding in either stack.
+        tensors.update(dict.fromkeys(names.copies, tensors[names.embedding]))
+    if graph.attrs.get("family") == target:
+        return Export(config, list(tensors.items()))
+    config, added = completed(config)
+    return Export(config, [*tensors.items(), *added.items()])
+
+
+def _built_like(graph: Graph, config: ModelConfig, layout: str) -> Graph:
+    """Return the model of `config`, with the sizes and the padding mask of `graph`."""
+    batch, seq, decoder_seq = _token_sizes(graph)
+    padding = "mask" in graph.inputs
+    return build_model(
+        config, layout=layout, padding=padding, batch=batch, seq=seq, decoder_seq=decoder_seq
+    )
+
+
+def _read_as(value: Value, weights: Mapping[Value, Expr]) -> Pair:
+    assert value.weight is not None, "a family builds no parameter without a weight"
+    return value.weight, weights[value]
+
+
+def _token_sizes(graph: Graph) -> tuple[Size, Size, Size]:
+    """Return the names of the token sizes in `graph`, or their fixed values."""
+    tokens = next((v for n in READ if (v := graph.inputs.get(n)) is not None), None)
+    is_text = tokens is not None and tokens.name == "tokens"
+    if tokens is None or (is_text and set(tokens.type.names) != {"batch", "seq"}):
+        raise InputError(
+            "a language model takes tokens, and the graph does not",
+            expected="input %tokens : i32[batch=B, seq=S]",
+            found=", ".join(map(repr, graph.inputs.values())) or "no input",
+        )
+    decoder = graph.inputs.get("decoder_tokens")
+    length = decoder.type["seq"].size if decoder is not None and "seq" in decoder.type else "T"
+    seq = tokens.type["seq"].size if "seq" in tokens.type else "S"
+    return tokens.type["batch"].size if "batch" in tokens.type else "B", seq, length

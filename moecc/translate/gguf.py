@@ -1,0 +1,258 @@
+"""Export a graph as a GGUF file for llama.cpp: keys, and an expression for each tensor.
+
+The graph is first mapped onto the family of Hugging Face that the architecture of GGUF stands for,
+so that the file holds a model that is known to compute the graph; its tensors are then renamed,
+and the rows of queries and keys put in the order of llama.cpp's rotary embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from moecc.errors import InputError, Problem, UsageError, nearest
+from moecc.families.decoder import DecoderConfig
+from moecc.families.experts import expert_layers
+from moecc.families.mixture import MoeConfig
+from moecc.families.registry import CONFIGS
+from moecc.formats.gguf.config import config_keys, misfits, rotary_divisors
+from moecc.formats.gguf.encode import Key, storage_of
+from moecc.formats.gguf.families import (
+    EMBEDDING,
+    GGUF_FAMILIES,
+    GGUF_MIXTURES,
+    HEAD,
+    ROPE_FACTORS,
+    GgufFamily,
+    gguf_name,
+    is_norm,
+    turned_projection,
+)
+from moecc.formats.gguf.storage import BY_NAME, Storage, require_package
+from moecc.formats.writer import OutputTensor
+from moecc.ir.graph import Graph
+from moecc.support.text import either, with_article
+from moecc.translate.export import export_graph
+from moecc.types import F16, F32, F64, DType, tensor
+from moecc.weights.arithmetic import Add
+from moecc.weights.expr import Expr, Full
+from moecc.weights.movement import Concat, Index, Merge, Permute, Split
+from moecc.weights.simplify import simplify
+
+PREFIX = "gguf:"
+
+# Files of `llama` are of these dense families too; any other architecture has one.
+_DENSE_FAMILIES: Mapping[str, Sequence[str]] = {"llama": ("llama", "mistral")}
+# llama.cpp computes the sigmoid of a shared expert's gate as silu(x) / x, which is NaN for the
+# zeros that `upcycle` writes.  Added to any other weight this changes no bit.
+_ALMOST_ZERO = 1e-20
+
+
+@dataclass(frozen=True)
+class GgufExport:
+    """The content of a GGUF file.
+
+    Attributes:
+      architecture: ``general.architecture``.
+      family: its row in the table of architectures.
+      config: the typed config of the family of Hugging Face that the file is mapped onto.
+      keys: those of the architecture.
+      tensors: the tensors by their names in the file, in the order of the model.
+      tokenizer: the keys of the tokenizer, which do not depend on the graph.
+    """
+
+    architecture: str
+    family: GgufFamily
+    config: DecoderConfig
+    keys: list[Key]
+    tensors: list[tuple[str, Expr]]
+    tokenizer: list[Key] = field(default_factory=list)
+
+    @property
+    def config_json(self) -> dict[str, object]:
+        """The config of the family of Hugging Face."""
+        return self.config.to_json()
+
+
+def architecture_of(target: str) -> str | None:
+    """Return the architecture that a target ``gguf:ARCH`` names, or None for a family.
+
+    Raises:
+      UsageError: moecc writes no such architecture.
+    """
+    if not target.startswith(PREFIX):
+        return None
+    name = target.removeprefix(PREFIX)
+    known = architectures()
+    if name in known:
+        return name
+    of_family = [f"{PREFIX}{n}" for n, row in _rows() if name == row.model_type]
+    of_family += [f"{PREFIX}{n}" for n, families in _DENSE_FAMILIES.items() if name in families]
+    hint = f"{name} is {either(of_family)} there" if of_family else nearest(name, known)
+    if not of_family and name in CONFIGS:
+        hint = f"no GGUF of {with_article(name)} is written; --to {name} writes a folder"
+    raise UsageError(
+        f"unknown architecture of GGUF {name!r}", expected=f"one of {', '.join(known)}", hint=hint
+    )
+
+
+def _rows() -> Iterator[tuple[str, GgufFamily]]:
+    yield from GGUF_FAMILIES.items()
+    yield from GGUF_MIXTURES.items()
+
+
+def architectures() -> tuple[str, ...]:
+    """Return the architectures that can be written."""
+    return tuple(dict.fromkeys((*GGUF_FAMILIES, *GGUF_MIXTURES)))
+
+
+def export_gguf(graph: Graph, architecture: str) -> GgufExport:
+    """Return `graph` as a GGUF file of `architecture`; no weight is read.
+
+    Raises:
+      InputError: the architecture cannot express the graph, or llama.cpp would compute another
+        function from it; all reasons.
+    """
+    sparse = bool(expert_layers(graph))
+    table = GGUF_MIXTURES if sparse else GGUF_FAMILIES
+    if architecture not in table:
+        kind = "mixtures of experts" if sparse else "dense models"
+        raise InputError(
+            f"there are no {kind} of the architecture {architecture}",
+            expected=f"one of {', '.join(table)}",
+            hint=None if sparse else "make some layers sparse first, with upcycle",
+        )
+    family = table[architecture]
+    names = [family.model_type] if sparse else _DENSE_FAMILIES.get(architecture)
+    config, tensors = _as_family(graph, names or [family.model_type])
+    stated = config.to_json()
+    layers = config.sparse_layers if isinstance(config, MoeConfig) else ()
+    if problems := list(misfits(architecture, family, stated, layers)):
+        raise InputError(problems)
+    made = {gguf_name(n, family): _turned(n, e, family, config) for n, e in tensors}
+    if family.needs_head:
+        made.setdefault(HEAD, made[EMBEDDING])
+    if (divisors := rotary_divisors(stated)) is not None:
+        made[ROPE_FACTORS] = _vector(divisors)
+    keys = config_keys(architecture, family, stated)
+    return GgufExport(architecture, family, config, keys, list(made.items()))
+
+
+def _as_family(graph: Graph, names: Sequence[str]) -> tuple[DecoderConfig, list[tuple[str, Expr]]]:
+    """Map `graph` onto the first of several families that can express it."""
+    problems: list[Problem] = []
+    for name in names:
+        try:
+            export = export_graph(graph, name, layout="stacked")
+        except InputError as error:
+            problems.extend(map(_of_folders, error.problems))
+            continue
+        assert isinstance(export.config, DecoderConfig), "GGUF is written for decoders"
+        return export.config, export.tensors
+    raise InputError(problems)
+
+
+def _of_folders(problem: Problem) -> Problem:
+    """Say of a hint at another family that it is none at another architecture of GGUF."""
+    if problem.hint is None or " can express " not in problem.hint:
+        return problem
+    return replace(problem, hint=f"in a folder, not in GGUF: {problem.hint}")
+
+
+def _turned(name: str, made: Expr, family: GgufFamily, config: DecoderConfig) -> Expr:
+    """Return a tensor with rows and axes as the file stores them."""
+    if family.norms_plus_one and is_norm(name):
+        return simplify(Add(made, Full(1.0, made.type.with_dtype(F32))))
+    experts = family.experts
+    if experts and experts.rows() and name.endswith(experts.rows()):
+        row = Index(made, made.type.names[0], 0)
+        if not experts.shared_gate:
+            return simplify(row)
+        return simplify(Add(row, Full(_ALMOST_ZERO, row.type.with_dtype(F32))))
+    turned = turned_projection(name) if family.pairs_neighbours else None
+    if turned is None:
+        return made
+    heads = config.num_attention_heads if turned == "q" else config.num_key_value_heads
+    return simplify(neighbours_from_halves(made, heads, config.head_dim))
+
+
+def neighbours_from_halves(made: Expr, heads: int, head_dim: int) -> Expr:
+    """Return the rows of a projection so that the rotary embedding rotates neighbours.
+
+    Row i of a head of Hugging Face becomes row 2i, and row i + head_dim / 2 row 2i + 1.
+    """
+    rows, *others = made.type.names
+    split = Split(made, rows, (("head", heads), ("half", 2), ("pair", head_dim // 2)))
+    ordered = Permute(split, ("head", "pair", "half", *others))
+    return Merge(ordered, ("head", "pair", "half"), rows)
+
+
+def _vector(values: Sequence[float]) -> Expr:
+    parts = tuple(Full(value, tensor(F32, pair=1)) for value in values)
+    return Concat(parts, "pair")
+
+
+def check_type(dtype: DType | Storage | None, architecture: str | None) -> None:
+    """Raise UsageError unless an output can be written in `dtype`.
+
+    Args:
+      dtype: an element type, the blocks of a GGUF file, or None for that of the source.
+      architecture: that of a GGUF file, or None for a folder.
+    """
+    if isinstance(dtype, Storage) and architecture is None:
+        what = f"only a GGUF file can hold {dtype.name.lower()}"
+        raise UsageError(what, hint=f"--to {PREFIX}{next(iter(GGUF_MIXTURES))} writes one")
+    if isinstance(dtype, DType) and architecture is not None and storage_of(dtype) is None:
+        raise UsageError(
+            "a GGUF file has no such element type",
+            expected=f"one of f32, f16, bf16, {', '.join(QUANTISED)}",
+            found=dtype.name,
+        )
+
+
+QUANTISED: Mapping[str, Storage] = {n.lower(): BY_NAME[n] for n in ("Q8_0", "Q4_K")}
+"""The blocks that are quantised to, by the names of ``--dtype``."""
+
+
+def stored_as(name: str, made: Expr, dtype: DType, storage: Storage | None) -> OutputTensor:
+    """Return a tensor of a GGUF file in the type that llama.cpp wants of it.
+
+    Vectors and routers are float32, as every converter writes them.  Rows that are no whole blocks
+    are written in smaller ones, those of q8_0, or in half precision.
+
+    Args:
+      name: its name in the file.
+      made: its expression.
+      dtype: the type of plain matrices.
+      storage: the blocks of quantised ones, if any.
+    """
+    shape = made.type.shape
+    if len(shape) < 2 or ".ffn_gate_inp" in name:
+        return OutputTensor(name, made, F32)
+    if storage is not None:
+        fits = (one for one in (storage, QUANTISED["q8_0"]) if shape[-1] % one.block == 0)
+        blocks = next(fits, None)
+        return OutputTensor(name, made, F16 if blocks is None else F32, blocks)
+    return OutputTensor(name, made, F32 if dtype is F64 or storage_of(dtype) is None else dtype)
+
+
+def quantising_remarks(export: GgufExport, storage: Storage | None) -> list[str]:
+    """Return remarks on matrices that have no blocks of `storage`; check that any can be made.
+
+    Raises:
+      MachineError: the `gguf` package is missing.
+    """
+    if storage is None:
+        return []
+    require_package(storage)
+    whole = [stored_as(name, made, F32, storage) for name, made in export.tensors]
+    others: dict[str, list[str]] = {}
+    for one in whole:
+        if one.storage is not storage and (one.storage is not None or one.dtype is F16):
+            kind = "f16" if one.storage is None else one.storage.name.lower()
+            others.setdefault(kind, []).append(one.name)
+    return [
+        f"{len(names)} matrices, the first {names[0]}, are written in {kind}: their rows are no "
+        f"multiple of {storage.block}, the block of {storage.name.lower()}"
+        for kind, names in others.items()
+    ]

@@ -1,0 +1,453 @@
+"""Import an opened checkpoint as a graph, after checking every tensor against the config."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from moecc.errors import InputError, Problem, nearest, printable
+from moecc.families.building import build_model
+from moecc.families.config import ModelConfig
+from moecc.families.encdec import STACKS, EncDecConfig
+from moecc.families.mixture import MoeConfig
+from moecc.families.names import FUSED_GATE_UP, names_of
+from moecc.families.registry import parse_config
+from moecc.families.st_moe import StMoeConfig
+from moecc.families.t5 import T5Config
+from moecc.families.whisper import WhisperConfig
+from moecc.formats.source import Checkpoint, TensorInfo
+from moecc.ir.graph import Graph
+from moecc.support.text import capped, ranges
+from moecc.types import F32, DType, TensorType
+from moecc.weights.expr import Expr, Source, sources, transform
+
+# Facts that importing needs of any config: depth, experts, layer names on disk.
+
+_LAYER = re.compile(
+    r"(?:(?:model\.)?(?P<stack>encoder|decoder)\.(?:block|layers)|(?:\w+\.)*?(?:layers|layer|h))"
+    r"\.(?P<n>\d{1,6})\."
+)
+
+
+def layer_of(name: str) -> tuple[str, int] | None:
+    """Return stack and number of the layer that a tensor belongs to, or None.
+
+    The stack is ``encoder`` or ``decoder`` with a space after it, or empty where there is but one.
+    """
+    match = _LAYER.match(name)
+    if match is None:
+        return None
+    stack = match["stack"]
+    return (f"{stack} " if stack else ""), int(match["n"])
+
+
+def depth(config: ModelConfig, stack: str = "") -> int:
+    """Return the number of layers of a stack, as `layer_of` names it."""
+    if isinstance(config, EncDecConfig | WhisperConfig):
+        return config.layers(stack.strip())
+    found: int = getattr(config, "num_hidden_layers", 0)
+    return found
+
+
+def depth_key(config: ModelConfig, stack: str) -> str:
+    """Return the key of config.json with the number of layers of a stack."""
+    if isinstance(config, EncDecConfig):
+        return "num_layers" if stack.strip() == "encoder" else "num_decoder_layers"
+    if isinstance(config, WhisperConfig):
+        return f"{stack.strip()}_layers"
+    return config.key("num_hidden_layers")
+
+
+def block_count(config: ModelConfig, *, with_experts: bool) -> int:
+    """Return the number of layers, plus the experts' blocks of all layers if `with_experts`."""
+    if isinstance(config, EncDecConfig):
+        layers = sum(map(config.layers, STACKS))
+        sparse = sum(sum(config.sparse_layers(stack)) for stack in STACKS)
+        apart = config.experts if not isinstance(config, StMoeConfig) else None
+        experts = apart.count if apart else 0
+    elif isinstance(config, MoeConfig):
+        layers, sparse = config.num_hidden_layers, sum(config.sparse_layers)
+        experts = config.num_experts
+    elif isinstance(config, WhisperConfig):
+        layers, sparse, experts = sum(map(config.layers, STACKS)), 0, 0
+    else:
+        layers, sparse, experts = depth(config), 0, 0
+    return layers + (sparse * experts if with_experts else 0)
+
+
+def is_tied(config: ModelConfig) -> bool:
+    """Whether the output matrix is the embedding."""
+    return bool(getattr(config, "tie_word_embeddings", isinstance(config, WhisperConfig)))
+
+
+# Names on disk that differ from a family's own by a prefix.
+#
+# A model of transformers saved with a head has its tensors under a prefix (``bert.``), and a base
+# model saved alone lacks that of its class (``transformer.`` in a gpt2).  The rest of moecc knows
+# one
+# name for each tensor; here it becomes that of the file.
+
+_OLDER = ((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))
+
+
+@dataclass(frozen=True, slots=True)
+class StoredNames:
+    """The difference between a family's names and those of a file.
+
+    Attributes:
+      lacking: a prefix that names of the file lack.
+      added: a prefix that the base model's names have in the file.
+      older: whether norms have the names that the first of BERT's checkpoints gave them.
+    """
+
+    lacking: str = ""
+    added: str = ""
+    older: bool = False
+
+    def __call__(self, name: str) -> str:
+        """Return the name in the file of the tensor that the family calls `name`."""
+        for word, before in _OLDER if self.older else ():
+            if name.endswith(word):
+                name = name.removesuffix(word) + before
+        return f"{self.added}{name.removeprefix(self.lacking)}"
+
+    def is_beside(self, name: str) -> bool:
+        """Whether a tensor of the file is no part of the base model: of a head, say."""
+        return bool(self.added) and not name.startswith(self.added)
+
+    def read_by(self, graph: Graph) -> None:
+        """Let the parameters of `graph` read the tensors under their names in the file."""
+        if self == StoredNames():
+            return
+        for value in graph.params.values():
+            if value.weight is not None:
+                value.weight = transform(value.weight, self._renamed)
+
+    def _renamed(self, expr: Expr) -> Expr:
+        return Source(self(expr.name), expr.type) if isinstance(expr, Source) else expr
+
+
+def stored_names(config: ModelConfig, tensors: Container[str]) -> StoredNames:
+    """Return how the names of the file with `tensors` differ from those of the family."""
+    embedding = names_of(config.model_type).embedding
+    candidates = [StoredNames()]
+    if config.base_prefix:
+        candidates.append(StoredNames(lacking=config.base_prefix))
+    if config.head_prefix:
+        candidates.append(StoredNames(added=config.head_prefix))
+    found = next((names for names in candidates if names(embedding) in tensors), candidates[0])
+    older = replace(found, older=True)
+    norm = "embeddings.LayerNorm.weight"
+    return older if found(norm) not in tensors and older(norm) in tensors else found
+
+
+_EXPERT = re.compile(r"(.+\.experts\.)(?:expert_)?\d{1,6}(\.\w+\.weight)", re.DOTALL)
+_IDLE = re.compile(
+    r"(.*\.)?rotary_emb\.inv_freq|(.*\.)?position_ids"
+    r"|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
+    r"|(\w+\.)?embeddings\.mask_token"
+    r"|(transformer\.)?h\.\d+\.attn\.(masked_)?bias"
+    r"|gpt_neox\.layers\.\d+\.attention\.(masked_)?bias",
+    re.DOTALL,
+)
+"""Buffers, and a table that T5 stored and never used."""
+
+_POOLER = re.compile(r"(\w+\.)?pooler\.dense\.(weight|bias)")
+"""Tensors that hidden states do not depend on."""
+
+_BIAS_KEYS = {"self_attn": "attention_bias (qkv_bias in qwen2_moe)", "mlp": "mlp_bias"}
+_BLOCK_ROWS = 4096
+
+
+def import_checkpoint(checkpoint: Checkpoint, *, padding: bool = False) -> Graph:
+    """Return the graph of `checkpoint`, whose parameters read its tensors.
+
+    With `padding` the graph of an encoder has an input ``mask``.
+
+    Names, shapes and element types are all checked against the config before any weight is read;
+    the only weights ever read here are those of an output matrix beside tied embeddings, to see
+    whether the two are one.
+
+    Raises:
+      InputError: the config is invalid, or the tensors do not match it; all problems at once.
+      MachineError: the system cannot read a file.
+    """
+    tensors = checkpoint.tensors
+    config = _fitted(parse_config(checkpoint.config, _config_place(checkpoint)), tensors)
+    _check_magnitude(config, tensors, str(checkpoint.path))
+    stored = stored_names(config, tensors)
+
+    def dtype_of(name: str) -> DType:
+        info = tensors.get(stored(name))
+        return F32 if info is None else info.dtype
+
+    layout = _layout(config, tensors)
+    problems = list(_mixed_stacks(config, layout, tensors))
+    # Experts of several types cannot be stacked, but the other problems are still to be found.
+    types = None if problems else dtype_of
+    graph = build_model(config, types, str(checkpoint.path), layout=layout, padding=padding)
+    stored.read_by(graph)
+    weights = (value.weight for value in graph.params.values() if value.weight is not None)
+    expected = {source.name: source.type for weight in weights for source in sources(weight)}
+    kept = {n: i for n, i in tensors.items() if not stored.is_beside(n)}
+    problems.extend(_problems(config, expected, kept))
+    if problems:
+        place = str(checkpoint.path)
+        raise InputError(
+            Problem(
+                p.what, f"{place}: {p.where}" if p.where else place, p.expected, p.found, p.hint
+            )
+            for p in problems
+        )
+    for name in _repeated(config):
+        if name in tensors:
+            embedding = stored(names_of(config.model_type).embedding)
+            _check_repeated(name, embedding, config, checkpoint)
+    return graph
+
+
+def unread_tensors(graph: Graph, checkpoint: Checkpoint) -> list[str]:
+    """Return the tensors that are not part of the graph; copies of others do not count."""
+    weights = (value.weight for value in graph.params.values() if value.weight is not None)
+    read = {source.name for weight in weights for source in sources(weight)}
+    names = names_of(str(graph.attrs.get("family", "")))
+    read.update((names.head, *names.copies))
+    return [n for n in checkpoint.tensors if n not in read and not _IDLE.fullmatch(n)]
+
+
+def _fitted(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> ModelConfig:
+    """Return the config with the embedding tie that transformers 5 applies, whatever is stated."""
+    if isinstance(config, T5Config) and not config.scale_outputs:
+        apart = names_of(config.model_type).head in tensors
+        return replace(config, tie_word_embeddings=config.tie_word_embeddings and not apart)
+    return config
+
+
+def _repeated(config: ModelConfig) -> list[str]:
+    """Return the tensors that a file may hold as copies of the embedding."""
+    names = names_of(config.model_type)
+    return [*([names.head] if is_tied(config) else []), *names.copies]
+
+
+def _config_place(checkpoint: Checkpoint) -> str:
+    folder = checkpoint.format == "safetensors"
+    return str(checkpoint.path / "config.json") if folder else str(checkpoint.path)
+
+
+def _layout(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> str:
+    if isinstance(config, StMoeConfig):
+        return "stacked"
+    if not isinstance(config, MoeConfig):
+        return "experts"
+    names = names_of(config.model_type)
+    usual = f"{names.sparse}{names.expert_gate_up}" == FUSED_GATE_UP
+    if not usual and any(name.endswith(f".{FUSED_GATE_UP}") for name in tensors):
+        return "fused"
+    stacked = f"{names.sparse}{names.stack}{names.down}.weight"
+    return "stacked" if any(name.endswith(f".{stacked}") for name in tensors) else "experts"
+
+
+def _check_magnitude(config: ModelConfig, tensors: Mapping[str, TensorInfo], place: str) -> None:
+    """Reject a config with far more tensors than the file has, before building its graph."""
+    blocks = block_count(config, with_experts=_layout(config, tensors) == "experts")
+    if blocks <= len(tensors) + 100:
+        return
+    layers = {found for found in map(layer_of, tensors) if found}
+    raise InputError(
+        "config.json and the tensors cannot belong together",
+        where=place,
+        expected=f"{block_count(config, with_experts=False)} layers, with experts {blocks} blocks",
+        found=f"{len(tensors)} tensors, in {len(layers)} layers",
+        hint="check num_hidden_layers and the number of experts",
+    )
+
+
+def _mixed_stacks(
+    config: ModelConfig, layout: str, tensors: Mapping[str, TensorInfo]
+) -> Iterator[Problem]:
+    """Yield the matrices whose experts have several element types."""
+    if layout != "experts":
+        return
+    found: dict[str, dict[str, str]] = {}
+    for name, info in tensors.items():
+        match = _EXPERT.fullmatch(name)
+        if match is not None:
+            found.setdefault(f"{match[1]}*{match[2]}", {})[str(info.dtype)] = name
+    for names, types in found.items():
+        if len(types) > 1:
+            shown = ", ".join(f"{dtype} ({name})" for dtype, name in types.items())
+            what = "the experts of a layer have several element types"
+            yield Problem(what, names, "one", shown, "convert the checkpoint to one type first")
+
+
+def _problems(
+    config: ModelConfig, expected: Mapping[str, TensorType], tensors: Mapping[str, TensorInfo]
+) -> Iterator[Problem]:
+    head = names_of(config.model_type).head
+    allowed = set(_repeated(config))
+    missing = [name for name in expected if name not in tensors]
+    extra = [
+        name
+        for name in tensors
+        if name not in expected and name not in allowed and not _left_out(name, config)
+    ]
+    prefix = _common_prefix(missing, extra, head)
+    if prefix is not None:
+        yield prefix
+        missing, extra = [name for name in missing if name == head], []
+    yield from _missing(missing, extra, expected, head)
+    yield from _extra(extra, missing, config)
+    yield from capped(_unfit(expected, tensors), "tensor does not match", "tensors do not match")
+
+
+def _left_out(name: str, config: ModelConfig) -> bool:
+    """Whether a family's checkpoints may hold a tensor that is not part of its graph."""
+    is_pooler = config.has_pooler and _POOLER.fullmatch(name) is not None
+    return is_pooler or _IDLE.fullmatch(name) is not None
+
+
+def _common_prefix(missing: list[str], extra: list[str], head: str) -> Problem | None:
+    """Return a problem that explains all others: the names of a model without its head."""
+    bare = {name.removeprefix("model.") for name in missing if name != head}
+    if len(bare) < 2 or not bare <= set(extra):
+        return None
+    return Problem(
+        "the tensors are those of a base model: their names lack 'model.'",
+        expected=sorted(n for n in missing if n != head)[0],
+        found=printable(min(bare)),
+        hint="load it with transformers as a causal language model and save it again",
+    )
+
+
+def _missing(
+    missing: list[str], extra: list[str], expected: Mapping[str, TensorType], head: str
+) -> Iterator[Problem]:
+    whole, single = _whole_layers(missing, expected)
+    for stack, layers in whole.items():
+        hint = "the number of layers in config.json, or an incomplete download?"
+        yield Problem(f"no tensor of the {stack}layers {ranges(layers)}", "config.json", hint=hint)
+    if head in single:
+        single.remove(head)
+        yield Problem(
+            "there is no output matrix, and config.json does not tie it to the embedding",
+            head,
+            str(expected[head]),
+            hint='set "tie_word_embeddings": true if the model ties them',
+        )
+    # The search for a similar name takes time for each pair of names, so it is bounded.
+    candidates = extra[:200]
+    found = (
+        Problem("this tensor is missing", name, str(expected[name]), hint=nearest(name, candidates))
+        for name in single
+    )
+    yield from capped(found, "tensor is missing", "tensors are missing")
+
+
+def _whole_layers(
+    missing: Iterable[str], expected: Iterable[str]
+) -> tuple[dict[str, list[int]], list[str]]:
+    """Return the layers of each stack that are missing entirely, and the other names."""
+    absent = list(missing)
+    gone = set(absent)
+    present = {layer_of(name) for name in expected if name not in gone}
+    whole = {layer for name in absent if (layer := layer_of(name)) and layer not in present}
+    stacks: dict[str, list[int]] = {}
+    for stack, number in sorted(whole):
+        stacks.setdefault(stack, []).append(number)
+    return stacks, [name for name in absent if layer_of(name) not in whole]
+
+
+def _extra(extra: list[str], missing: list[str], config: ModelConfig) -> Iterator[Problem]:
+    beyond: dict[str, set[int]] = {}
+    for name in extra:
+        layer = layer_of(name)
+        if layer is not None and layer[1] >= depth(config, layer[0]):
+            beyond.setdefault(layer[0], set()).add(layer[1])
+    for stack, numbers in beyond.items():
+        yield Problem(
+            f"there are tensors of the {stack}layers {ranges(sorted(numbers))}",
+            "config.json",
+            f"layers below {depth_key(config, stack)} = {depth(config, stack)}",
+        )
+    candidates = missing[:200]
+    single = (name for name in extra if not _lies_in(layer_of(name), beyond))
+    found = (
+        Problem(
+            f"{config.model_type} has no such tensor",
+            printable(name),
+            hint=_bias_hint(name) or nearest(name, candidates),
+        )
+        for name in single
+    )
+    yield from capped(found, "tensor is not the model's", "tensors are not the model's")
+
+
+def _lies_in(layer: tuple[str, int] | None, stacks: Mapping[str, set[int]]) -> bool:
+    return layer is not None and layer[1] in stacks.get(layer[0], ())
+
+
+def _bias_hint(name: str) -> str | None:
+    if not name.endswith(".bias"):
+        return None
+    key = next((key for part, key in _BIAS_KEYS.items() if f".{part}." in name), None)
+    return key and f"config.json says that there is no bias: {key}"
+
+
+def _unfit(
+    expected: Mapping[str, TensorType], tensors: Mapping[str, TensorInfo]
+) -> Iterator[Problem]:
+    for name, type in expected.items():
+        info = tensors.get(name)
+        if info is None:
+            continue
+        if info.shape != type.shape:
+            yield _wrong_shape(name, type, info)
+        if not info.dtype.is_float:
+            hint = "a quantised checkpoint has to be dequantised first"
+            expected_dtype = "a floating-point type"
+            yield Problem(
+                "the tensor cannot be a weight",
+                name,
+                expected_dtype,
+                str(info.dtype),
+                hint,
+            )
+
+
+def _wrong_shape(name: str, type: TensorType, info: TensorInfo) -> Problem:
+    sizes = ", ".join(map(str, type.axes))
+    turned = info.shape == type.shape[::-1]
+    hint = "it is transposed: outputs come first on disk" if turned else None
+    what = "the tensor has another shape than config.json says"
+    return Problem(what, name, f"[{sizes}]", str(list(info.shape)), hint)
+
+
+def _check_repeated(
+    name: str, embedding_name: str, config: ModelConfig, checkpoint: Checkpoint
+) -> None:
+    """Reject a tensor that differs from the embedding of which it should be a copy.
+
+    transformers 4 would drop it, transformers 5 would keep it.
+    """
+    names = names_of(config.model_type)
+    head, embedding = checkpoint.tensors[name], checkpoint.tensors[embedding_name]
+    place = f"{checkpoint.path}: {name}"
+    is_head = name == names.head
+    differs = Problem(
+        "config.json ties the output matrix to the embedding, and the two differ"
+        if is_head
+        else "the stack has an embedding that differs from the shared one",
+        place,
+        f"{embedding.dtype} {list(embedding.shape)}, the content of {embedding_name}",
+        f"{head.dtype} {list(head.shape)}",
+        'set "tie_word_embeddings": false to keep both, or remove the tensor' if is_head else None,
+    )
+    if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
+        raise InputError([differs])
+    for start in range(0, head.shape[0], _BLOCK_ROWS):
+        stop = min(start + _BLOCK_ROWS, head.shape[0])
+        ours = checkpoint.read(name, start, stop)
+        if ours.tobytes() != checkpoint.read(embedding_name, start, stop).tobytes():
+            found = f"a difference in rows {start} to {stop - 1}"
+            raise InputError([Problem(differs.what, place, differs.expected, found, differs.hint)])

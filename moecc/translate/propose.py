@@ -1,0 +1,522 @@
+"""Infer a config of the target family that can express the graph, or the reasons against it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+from moecc.analysis import find_ffn_blocks
+from moecc.errors import InputError, Problem, UsageError, nearest
+from moecc.families.config import ModelConfig
+from moecc.families.decoder import DecoderConfig
+from moecc.families.encdec import STACKS, EncDecConfig
+from moecc.families.experts import ExpertLayer, expert_layers, layer_number
+from moecc.families.graphs.stored import FAMILY, graph_config
+from moecc.families.mixture import MoeConfig
+from moecc.families.registry import CONFIGS, DECODERS, parse_config
+from moecc.families.switch_transformers import UNBOUNDED, SwitchTransformersConfig
+from moecc.ir.graph import Graph
+from moecc.support.text import both, either, ranges, with_article
+from moecc.support.untyped import JsonDict
+
+# Mixtures of transformers that no dense family can become, why, and what is nearest.
+
+NOT_WRITTEN = {
+    "deepseek_v2": (
+        "its attention compresses keys and values to a latent vector (MLA), which no dense family "
+        "has", "glm4_moe has shared experts and dense first layers, too",
+    ),
+    "deepseek_v3": (
+        "its attention compresses keys and values to a latent vector (MLA), which no dense family "
+        "has", "glm4_moe has its sigmoid gates, shared experts and dense first layers",
+    ),
+    "llama4_text": (
+        "its gates multiply the input of an expert, before an activation that is not linear",
+        "mixtral takes a llama as it is",
+    ),
+    "nllb_moe": (
+        "moecc reads no M2M100 or NLLB model that could become one",
+        "switch_transformers is the encoder-decoder with experts that it writes",
+    ),
+    "jamba": ("half of its layers are state spaces, which no dense family has", "mixtral"),
+}  # fmt: skip
+"""By the name of the family: why nothing becomes one, and which target to take instead."""
+
+
+# Infer a config of an encoder-decoder family that can express the graph.
+
+_PLACE = re.compile(r"(encoder|decoder)\.layers\.(\d{1,9})(?:\.|$)")
+
+Stacks = Mapping[str, Mapping[int, ExpertLayer]]
+"""The expert layers of each stack, by number."""
+
+
+def in_stacks(layers: list[ExpertLayer]) -> Stacks | list[Problem]:
+    """Return the expert layers by stack and number, or the problems of their locations."""
+    found: dict[str, dict[int, ExpertLayer]] = {stack: {} for stack in STACKS}
+    problems = []
+    for layer in layers:
+        match = _PLACE.match(layer.loc)
+        if match is None:
+            what = "the location of an expert layer does not state its layer"
+            problems.append(Problem(what, layer.loc or None, "encoder.layers.N.ffn"))
+        elif int(match[2]) in found[match[1]]:
+            problems.append(Problem("a layer has several mixtures of experts", layer.loc))
+        else:
+            found[match[1]][int(match[2])] = layer
+    return problems or found
+
+
+def encdec_fields(
+    source: EncDecConfig, stacks: Stacks, family: type[EncDecConfig]
+) -> tuple[dict[str, object], list[Problem]]:
+    """Return the fields of a config of `family`, and the reasons why it cannot fit the model."""
+    fields = source.common()
+    layers = [layer for stack in stacks.values() for layer in stack.values()]
+    if issubclass(family, SwitchTransformersConfig):
+        return {**fields, **_switch_fields(source, stacks)}, [*_switch_reasons(source, stacks)]
+    what = f"{family.model_type} has no mixture of experts"
+    found = f"{len(layers)} expert layers"
+    return fields, [Problem(what, found=found)] if layers else []
+
+
+def _switch_fields(source: EncDecConfig, stacks: Stacks) -> dict[str, object]:
+    layer = _first(stacks)
+    fields: dict[str, object] = {
+        "num_experts": layer.experts,
+        "expert_capacity": layer.sequence_capacity or UNBOUNDED,
+    }
+    for stack in STACKS:
+        count = _sparse_count(source, stack, stacks[stack])
+        fields[f"num_sparse_{stack}_layers"] = 1 if count is None else count
+    if isinstance(source, SwitchTransformersConfig):
+        # Fields that affect training and not the function.
+        fields["router_jitter_noise"] = source.router_jitter_noise
+        fields["router_aux_loss_coef"] = source.router_aux_loss_coef
+    return fields
+
+
+def _first(stacks: Stacks) -> ExpertLayer:
+    return next((x for stack in stacks.values() for x in stack.values()), ExpertLayer("", 1, 1))
+
+
+def _sparse_count(
+    source: EncDecConfig, stack: str, layers: Mapping[int, ExpertLayer]
+) -> int | None:
+    """Return the number of sparse layers for which transformers selects exactly these."""
+    depth = source.layers(stack)
+    if isinstance(source, SwitchTransformersConfig):
+        stated: int = getattr(source, f"num_sparse_{stack}_layers")
+        if {n for n, is_sparse in enumerate(source.sparse_layers(stack)) if is_sparse} == set(
+            layers
+        ):
+            return stated
+    for count in range(depth, -1, -1):
+        step = depth // count if count else depth
+        if {n for n in range(depth) if step == 1 or n % step == 1} == set(layers):
+            return count
+    return None
+
+
+def _switch_reasons(source: EncDecConfig, stacks: Stacks) -> Iterator[Problem]:
+    layers = [layer for stack in stacks.values() for layer in stack.values()]
+    if not layers:
+        wanted = "upcycle{experts=8 top-k=1 gates=switch}"
+        hint = f"make some layers sparse first: {wanted} in the pipeline"
+        what = "switch_transformers is a mixture of experts, and no layer here is one"
+        yield Problem(what, hint=hint)
+        return
+    kinds: dict[ExpertLayer, str] = {}
+    for layer in layers:
+        kinds.setdefault(layer.without_slots(), layer.loc)
+    if len(kinds) > 1:
+        found = "; ".join(f"{loc}: {kind}" for kind, loc in kinds.items())
+        what = "switch_transformers has the same experts in every sparse layer"
+        yield Problem(what, found=found)
+    for kind, loc in kinds.items():
+        for reason in _layer_reasons(kind, source.intermediate_size):
+            yield replace(reason, where=loc)
+    for stack in STACKS:
+        if _sparse_count(source, stack, stacks[stack]) is None:
+            what = f"switch_transformers spreads the sparse layers of the {stack} evenly"
+            expected = "all, or every n-th from layer 1 on: upcycle{layers=every:2}"
+            found = f"layers {ranges(sorted(stacks[stack]))}" if stacks[stack] else "none"
+            yield Problem(what, expected=expected, found=found, hint="st_moe can express it")
+
+
+def _layer_reasons(layer: ExpertLayer, width: int) -> Iterator[Problem]:
+    if layer.top_k != 1 or layer.gates != "softmax":
+        what = "switch_transformers sends a token to one expert and multiplies by its probability"
+        found = f"top-{layer.top_k}, {layer.gates}"
+        yield Problem(what, None, "top-1, softmax", found, "upcycle{top-k=1 gates=switch}")
+    if layer.scale != 1:
+        what = "switch_transformers has no factor on the gates"
+        yield Problem(what, expected="1", found=f"{layer.scale:g}")
+    if layer.slots != "ragged":
+        what = "switch_transformers counts capacity in tokens of a sequence, not by a factor"
+        yield Problem(what, expected="slots=ragged", found=f"slots={layer.slots}")
+    if layer.width != width:
+        what = "experts of switch_transformers are as wide as dense blocks"
+        yield Problem(what, expected=f"{width}", found=f"{layer.width}")
+    if layer.shared:
+        yield Problem("switch_transformers has no shared expert", hint="upcycle without shared")
+
+
+Config = TypeVar("Config", bound=ModelConfig)
+
+Layers = Mapping[int, ExpertLayer]
+"""Expert layers by their number; the other layers are dense."""
+
+
+MIXTURES: Mapping[str, type[MoeConfig]] = {
+    name: family for name, family in DECODERS.items() if issubclass(family, MoeConfig)
+}
+"""The decoder-only families with experts."""
+
+
+def targets() -> tuple[str, ...]:
+    """Return the families that a graph can be exported to."""
+    return tuple(CONFIGS)
+
+
+def check_target(target: str) -> None:
+    """Check that `target` is a family that moecc writes.
+
+    Raises:
+      InputError: it is a family that no model which moecc reads can become.
+      UsageError: it is no family.
+    """
+    if target in NOT_WRITTEN:
+        why, instead = NOT_WRITTEN[target]
+        raise InputError(
+            f"no model becomes {with_article(target)}: {why}", where="--to", hint=instead
+        )
+    if target not in CONFIGS:
+        hint = nearest(target, CONFIGS)
+        raise UsageError(
+            f"unknown target {target!r}", expected=f"one of {', '.join(CONFIGS)}", hint=hint
+        )
+
+
+def propose(
+    graph: Graph, target: str, source: ModelConfig | None = None
+) -> ModelConfig | list[Problem]:
+    """Return the config of `target` that can express `graph`, or the reasons why there is none.
+
+    The config is derived from that of the source, and from the graph's expert layers.  Whether the
+    rest of the graph matches is checked by the export.
+
+    Args:
+      graph: the graph.
+      target: the family.
+      source: the config of the source, if it has been read: the graph carries it as JSON.
+
+    Raises: as `check_target`.
+    """
+    check_target(target)
+    if target == FAMILY:
+        return graph_config(graph)
+    try:
+        source = source_config(graph) if source is None else source
+    except InputError as error:
+        return list(error.problems)
+    found = expert_layers(graph)
+    if CONFIGS[target].shape() is not source.shape():
+        return [_other_shape(source, target)]
+    if isinstance(source, EncDecConfig):
+        return _propose_encdec(source, found, target, None if found else _dense_width(graph))
+    if not isinstance(source, DecoderConfig):
+        return [_no_experts(target, found)] if found else _of_width(source, _dense_width(graph))
+    unplaced = [layer for layer in found if layer_number(layer.loc) is None]
+    if unplaced:
+        what = "the location of an expert layer does not state its layer"
+        return [Problem(what, layer.loc or None, "layers.N.ffn") for layer in unplaced]
+    layers = {n: layer for layer in found if (n := layer_number(layer.loc)) is not None}
+    if len(layers) < len(found):
+        return [Problem("a layer has several mixtures of experts", expected="one a layer")]
+    return propose_config(source, layers, target, None if layers else _dense_width(graph))
+
+
+def _dense_width(graph: Graph) -> int | None:
+    """Return the one width of the blocks of a dense model, which experts may have become."""
+    widths = {block.width for block in find_ffn_blocks(graph).blocks}
+    return widths.pop() if len(widths) == 1 else None
+
+
+def _of_width(source: ModelConfig, width: int | None) -> ModelConfig:
+    """Return the config with blocks of another width, where its family states one."""
+    stated = getattr(source, "intermediate_size", None)
+    if width in (None, stated) or stated is None:
+        return source
+    changed: JsonDict = {"intermediate_size": width}
+    return replace(source, **changed)
+
+
+def _other_shape(source: ModelConfig, target: str) -> Problem:
+    theirs, ours = CONFIGS[target].kind, source.kind
+    what = f"{target} is {theirs}, and {source.model_type} {ours}"
+    return Problem(what, hint=f"{FAMILY} can express any model")
+
+
+def _no_experts(target: str, found: list[ExpertLayer]) -> Problem:
+    what = f"{target} has no mixture of experts"
+    return Problem(
+        what, found=f"{len(found)} expert layers", hint=f"{FAMILY} can express this model"
+    )
+
+
+def _propose_encdec(
+    source: EncDecConfig, found: list[ExpertLayer], target: str, width: int | None
+) -> ModelConfig | list[Problem]:
+    family = CONFIGS[target]
+    assert issubclass(family, EncDecConfig), "the shapes have been compared"
+    stacks = in_stacks(found)
+    if isinstance(stacks, list):
+        return stacks
+    fields, reasons = encdec_fields(source, stacks, family)
+    changed = {} if width is None else {"intermediate_size": width}
+    return _construct(family, {**fields, **changed}, reasons)
+
+
+def source_config(graph: Graph) -> ModelConfig:
+    """Return the config of the checkpoint that `graph` was imported from.
+
+    Raises:
+      InputError: the graph has no config, or an invalid one.
+    """
+    if "config" not in graph.attrs:
+        hint = "import the checkpoint with moecc, and keep the line `attr config`"
+        raise InputError("the graph does not state what it was imported from", hint=hint)
+    return parse_config(graph.attrs["config"], "attr config")
+
+
+def propose_config(
+    source: DecoderConfig, layers: Layers, target: str, width: int | None = None
+) -> DecoderConfig | list[Problem]:
+    """Return the config of `target` for a model like `source` whose layers `layers` are sparse.
+
+    `width` is that of all blocks of a mixture that was made dense.  The reasons why there is no
+    config are complete, and name the families that could express the model.
+    """
+    made = _try(source, layers, target, width)
+    if isinstance(made, DecoderConfig) or made[-1].hint is not None:
+        return made
+    others = [name for name in DECODERS if name != target and _can(source, layers, name, width)]
+    if others:
+        made[-1] = replace(made[-1], hint=f"{either(others)} can express this model")
+    return made
+
+
+def _try(
+    source: DecoderConfig, layers: Layers, target: str, width: int | None
+) -> DecoderConfig | list[Problem]:
+    family = DECODERS[target]
+    reasons = list(_reasons(source, layers, family, width))
+    return _construct(family, _fields(source, layers, family, width), reasons)
+
+
+def _can(source: DecoderConfig, layers: Layers, target: str, width: int | None) -> bool:
+    """Whether `_try` has a config; the first reason against it is enough to know."""
+    family = DECODERS[target]
+    if any(True for _ in _reasons(source, layers, family, width)):
+        return False
+    made = _construct(family, _fields(source, layers, family, width), [])
+    return isinstance(made, DecoderConfig)
+
+
+def _reasons(
+    source: DecoderConfig, layers: Layers, family: type[DecoderConfig], width: int | None
+) -> Iterator[Problem]:
+    if issubclass(family, MoeConfig):
+        yield from _sparse_reasons(source, layers, family)
+    else:
+        yield from _dense_reasons(source, layers, family.model_type, width)
+
+
+def _fields(
+    source: DecoderConfig, layers: Layers, family: type[DecoderConfig], width: int | None
+) -> JsonDict:
+    if issubclass(family, MoeConfig):
+        return _sparse_fields(source, layers, family)
+    return {**source.common(), **({} if width is None else {"intermediate_size": width})}
+
+
+def _construct(
+    family: type[Config], fields: JsonDict, reasons: list[Problem]
+) -> Config | list[Problem]:
+    try:
+        config = family(**fields)
+    except InputError as error:
+        prefix = f"{family.__name__}: "
+        return [
+            *reasons,
+            *(replace(p, where=(p.where or "").removeprefix(prefix)) for p in error.problems),
+        ]
+    return reasons or config
+
+
+def _dense_reasons(
+    source: DecoderConfig, layers: Layers, target: str, width: int | None
+) -> list[Problem]:
+    if layers:
+        what = f"{target} has no mixture of experts; layers {ranges(sorted(layers))} here are one"
+        return [Problem(what)]
+    if isinstance(source, MoeConfig) and width is None:
+        what = f"{target} has one width of its blocks, and this model several or none"
+        return [Problem(what, hint=f"{FAMILY} can express this model")]
+    return []
+
+
+def _sparse_reasons(
+    source: DecoderConfig, layers: Layers, family: type[MoeConfig]
+) -> Iterator[Problem]:
+    target = family.model_type
+    if not layers:
+        hint = "make some layers sparse first: upcycle{experts=8 top-k=2} in the pipeline"
+        yield Problem(f"{target} is a mixture of experts, and no layer here is one", hint=hint)
+        return
+    kinds: dict[ExpertLayer, int] = {}
+    for number, layer in layers.items():
+        kinds.setdefault(layer.without_slots(), number)
+    if len(kinds) > 1:
+        found = "; ".join(f"layer {number}: {kind}" for kind, number in kinds.items())
+        yield Problem(f"{target} has the same experts in every sparse layer", found=found)
+    for kind, number in kinds.items():
+        slots = layers[number].loc
+        for reason in _propose_layer_reasons(kind, family):
+            yield replace(reason, where=slots)
+        if kind.logits_bias and not (family.has_logits_bias and isinstance(source, family)):
+            hint = (
+                f"{FAMILY} can express it; or bias=choice, and a family with a bias of the choice"
+            )
+            yield Problem(f"{target} has no bias of the router's logits", slots, hint=hint)
+    yield from _pattern_reasons(source, layers, family)
+
+
+def _propose_layer_reasons(layer: ExpertLayer, family: type[MoeConfig]) -> Iterator[Problem]:
+    target = family.model_type
+    conventions = family.conventions()
+    if layer.gates not in conventions:
+        what = f"{target} cannot express {layer.gates} gates"
+        able = [n for n, f in MIXTURES.items() if layer.gates in f.conventions() and n != target]
+        hint = f"{either(able)} can express them" if able else None
+        yield Problem(what, expected=" or ".join(conventions), found=layer.gates, hint=hint)
+    if layer.scale != 1 and not family.has_gate_scale:
+        what = f"{target} has no factor on the gates"
+        hint = "upcycle with gate-scale=1, or scale the experts' last matrix instead"
+        yield Problem(what, expected="1", found=f"{layer.scale:g}", hint=hint)
+    if layer.bias and not family.has_routing_bias:
+        what = f"{target} has no bias in the choice of experts"
+        able = [n for n, f in MIXTURES.items() if f.has_routing_bias]
+        hint = f"{both(able)} have one; upcycle with balance-bias=false makes none"
+        yield Problem(what, hint=hint)
+    if layer.slots != "ragged":
+        what = f"{target} computes every choice; it has no capacity"
+        yield Problem(what, expected="slots=ragged", found=f"slots={layer.slots}")
+    if layer.groups != 1:
+        what = f"{target} has no token groups"
+        yield Problem(what, expected="groups=1", found=f"groups={layer.groups}")
+    if layer.width == 0:
+        yield Problem(
+            "the experts' width cannot be determined", expected="one or two matrices first"
+        )
+    yield from _shared_reasons(layer, family)
+
+
+def _shared_reasons(layer: ExpertLayer, family: type[MoeConfig]) -> Iterator[Problem]:
+    target = family.model_type
+    if family.has_shared_expert and not layer.shared and not family.shared_is_optional:
+        what = f"{target} has a shared expert in every sparse layer, and there is none"
+        gate = "" if family.shared_gate else " shared-gate=none"
+        hint = f"keep a part of the neurons for every token: upcycle{{… shared=0.5{gate}}}"
+        yield Problem(what, hint=hint)
+    elif layer.shared and not family.has_shared_expert:
+        what = f"{target} has no shared expert"
+        able = [n for n, f in MIXTURES.items() if f.has_shared_expert]
+        hint = f"upcycle without shared, or write {either(able)}"
+        yield Problem(what, found=f"one of {layer.shared} neurons", hint=hint)
+    elif layer.shared and layer.shared_gate != family.shared_gate:
+        has, given = ("a", "sigmoid") if family.shared_gate else ("no", "none")
+        what = f"the shared expert of {target} has {has} sigmoid gate"
+        yield Problem(what, hint=f"upcycle with shared-gate={given}")
+
+
+def _pattern_reasons(
+    source: DecoderConfig, layers: Layers, family: type[MoeConfig]
+) -> Iterator[Problem]:
+    beyond = [number for number in layers if number >= source.num_hidden_layers]
+    if beyond:
+        found = f"layers {ranges(sorted(beyond))}"
+        yield Problem(
+            "there are more layers than in the source",
+            expected=f"{source.num_hidden_layers} layers",
+            found=found,
+        )
+    target, dense = family.model_type, _dense_layers(source, layers)
+    if dense and family.sparse_style == "all":
+        what = f"{target} has an expert layer at every depth; layers {ranges(dense)} here are dense"
+        able = [n for n, f in MIXTURES.items() if f.sparse_style == "step"]
+        yield Problem(what, hint=f"{both(able)} can express that with mlp_only_layers")
+
+
+def _dense_layers(source: DecoderConfig, layers: Layers) -> list[int]:
+    return [n for n in range(source.num_hidden_layers) if n not in layers]
+
+
+def _sparse_fields(
+    source: DecoderConfig, layers: Layers, family: type[MoeConfig]
+) -> dict[str, object]:
+    """Return the fields of a config; what `_sparse_reasons` rejects has a valid stand-in value."""
+    layer = next(iter(layers.values()), ExpertLayer("", 1, 1))
+    width = layer.width or 1
+    fields = source.common()
+    if not family.has_expert_width:
+        fields["intermediate_size"] = width
+    if family.sparse_style != "all":
+        fields |= _pattern(source, layers)
+    shared = layer.shared or (None if family.shared_is_optional else width)
+    fields |= {
+        "norm_topk_prob": _is_renormalised(layer, family),
+        "gate_scale": layer.scale if family.has_gate_scale else 1.0,
+        "routing_bias": layer.bias and family.has_routing_bias,
+        "num_experts": layer.experts,
+        "experts_per_token": layer.top_k,
+        "expert_intermediate_size": width,
+        "shared_expert_intermediate_size": shared if family.has_shared_expert else None,
+    }
+    if isinstance(source, MoeConfig):
+        fields |= _training_fields(source, family)
+    own = source.own_fields() if isinstance(source, family) else family.from_others()
+    return fields | own
+
+
+def _is_renormalised(layer: ExpertLayer, family: type[MoeConfig]) -> bool:
+    if family.renormalises is not None:
+        return family.renormalises
+    return layer.gates not in ("softmax", "sigmoid")
+
+
+def _training_fields(source: MoeConfig, family: type[MoeConfig]) -> dict[str, object]:
+    """Return the fields that do not affect the function and that another family may take over."""
+    kept: dict[str, object] = {
+        "router_aux_loss_coef": source.router_aux_loss_coef,
+        "output_router_logits": source.output_router_logits,
+    }
+    if isinstance(source, family):
+        kept["router_jitter_noise"] = source.router_jitter_noise
+    return kept
+
+
+def _pattern(source: DecoderConfig, layers: Layers) -> dict[str, object]:
+    """Return the fields that state which layers are sparse: the source's, if they match."""
+    count = source.num_hidden_layers
+    sparse = tuple(number in layers for number in range(count))
+    if isinstance(source, MoeConfig) and source.sparse_layers == sparse:
+        step, dense = source.decoder_sparse_step, source.mlp_only_layers
+        return {"decoder_sparse_step": step, "mlp_only_layers": dense}
+    for step in range(1, count + 1):
+        if sparse == tuple((number + 1) % step == 0 for number in range(count)):
+            return {"decoder_sparse_step": step}
+    return {"mlp_only_layers": tuple(n for n in range(count) if not sparse[n])}
