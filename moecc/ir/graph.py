@@ -441,3 +441,11 @@ class Graph(ShownGraph, Region):
         at = self.output_names.index(name)
         _drop_use(self.terminator.operands[at], self.terminator)
         del self.output_names[at], self.terminator.operands[at]
+
+
+def where(node: Node) -> str:
+    """Return a node's description in messages: its first result, operation and location."""
+    name = f"%{node.results[0].name} = " if node.results else ""
+    loc = f" @{node.loc}" if node.loc else ""
+    origin = f" by {node.origin}" if node.origin else ""
+    return f"{name}{node.op.name}{loc}{origin}"

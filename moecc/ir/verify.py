@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from moecc.errors import InputError, Problem
-from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.graph import Graph, Node, Value, where
 from moecc.ir.mesh import ATTRIBUTE as MESH
 from moecc.ir.mesh import Mesh, mesh_of, sharding_problems
 from moecc.ir.table.repetition import repetitions
@@ -68,14 +68,6 @@ def _mesh(graph: Graph, problems: list[Problem]) -> Mesh | None:
     except InputError as error:
         problems.extend(replace(p, where="attribute mesh") for p in error.problems)
         return None
-
-
-def where(node: Node) -> str:
-    """Return a node's description in messages: its first result, operation and location."""
-    name = f"%{node.results[0].name} = " if node.results else ""
-    loc = f" @{node.loc}" if node.loc else ""
-    origin = f" by {node.origin}" if node.origin else ""
-    return f"{name}{node.op.name}{loc}{origin}"
 
 
 def _check_words(graph: Graph) -> Iterator[Problem]:

@@ -15,9 +15,8 @@ from typing import Any, Literal, TypeAlias
 
 from moecc.errors import UsageError, nearest
 from moecc.ir.builder import Builder
-from moecc.ir.graph import Node, Value
+from moecc.ir.graph import Node, Value, where
 from moecc.ir.ops import OpDef, op
-from moecc.ir.verify import where
 
 Where = Callable[[object], bool]
 """A predicate of a value or of an attribute."""

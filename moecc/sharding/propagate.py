@@ -11,10 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 from moecc.errors import InputError
-from moecc.ir.graph import Node, Value
+from moecc.ir.graph import Node, Value, where
 from moecc.ir.table.slots import assigner
 from moecc.ir.traits import Cost
-from moecc.ir.verify import where
 from moecc.sharding.assign import Answers, Assigner, Assignment, Cuts, Dimension, Site, cuts_of
 from moecc.sharding.layout import Layout
 from moecc.sharding.rules import LayoutRule

@@ -11,10 +11,9 @@ from typing import Annotated, ClassVar, Literal
 from moecc.analysis import LOGITS
 from moecc.errors import InputError, Problem
 from moecc.ir.builder import Builder
-from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.graph import Graph, Node, Value, where
 from moecc.ir.structure import infer_again
 from moecc.ir.table.slots import operands_by_word
-from moecc.ir.verify import where
 from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark
 from moecc.rewrite import P, fits
 from moecc.rewrite.pattern import NearMiss

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from moecc.errors import InputError
 from moecc.ir.attributes import SlotAttrs
-from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.graph import Graph, Node, Value, where
 from moecc.ir.routing_losses import Routed, Scores
 from moecc.ir.table.slots import operands_by_word
 from moecc.ir.traits import RowMove
-from moecc.ir.verify import where
 from moecc.rewrite.pattern import NearMiss, P, Pattern, fits
 
 # The anatomy of a routed layer: router, scorer, slots, dispatch, experts, combine.  The scorer

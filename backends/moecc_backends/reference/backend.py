@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from moecc.backend import Arrays
 from moecc.errors import InputError, Problem
-from moecc.ir.graph import Graph
-from moecc.ir.verify import where
+from moecc.ir.graph import Graph, where
 from moecc.types import F64, DType
 from moecc_backends.reference.arrays import MEANINGS, Data
 from moecc_backends.reference.devices import simulate

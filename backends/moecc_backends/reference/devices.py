@@ -15,26 +15,21 @@ from typing import TypeVar
 
 import numpy as np
 
-from moecc.backend import Arrays
 from moecc.errors import InputError, Problem
 from moecc.ir.attributes import CollectiveAttrs, ScanAttrs, SlotAttrs
-from moecc.ir.graph import Graph, Node, Value, setter_of
+from moecc.ir.graph import Graph, Node, Value, setter_of, where
 from moecc.ir.mesh import Coordinates, Mesh, mesh_of
 from moecc.ir.structure import local_size
 from moecc.ir.table.repetition import repetitions
 from moecc.ir.traits import Collective
-from moecc.ir.verify import where
-from moecc.types import TensorType
+from moecc.types import Arrays, TensorType
 from moecc_backends.reference.arrays import Array, Data
 from moecc_backends.reference.elementwise import stored
-from moecc_backends.reference.exchange import EXCHANGES, Sent, added
+from moecc_backends.reference.exchange import EXCHANGES, Parts, Sent, added
 from moecc_backends.reference.interpreter import bind
 from moecc_backends.reference.on_device import run_local
 from moecc_backends.reference.repetition import picked, stacked_along
 from moecc_backends.reference.slots import poison
-
-Parts = dict[Coordinates, Array]
-"""The local shard of one value on each device."""
 
 T = TypeVar("T")
 

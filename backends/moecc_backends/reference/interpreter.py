@@ -13,11 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from moecc.backend import Arrays
 from moecc.errors import InputError, Problem, nearest
-from moecc.ir.graph import Graph, Node, Value, setter_of
-from moecc.ir.verify import where
-from moecc.types import Extent
+from moecc.ir.graph import Graph, Node, Value, setter_of, where
+from moecc.types import Arrays, Extent
 from moecc_backends.reference.arrays import MEANINGS, Array, Data, SlotAssignment
 from moecc_backends.reference.elementwise import stored
 from moecc_backends.reference.slots import poisoned

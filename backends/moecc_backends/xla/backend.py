@@ -19,8 +19,7 @@ from moecc.ahead.request import Job, LoadedStep, Result
 from moecc.backend import Arrays
 from moecc.decoding import PlainSession, ReadOnce, Session
 from moecc.errors import InputError, Problem
-from moecc.ir.graph import Graph
-from moecc.ir.verify import where
+from moecc.ir.graph import Graph, where
 from moecc.launch.processes import process_info
 from moecc.train.events import Training, TrainJob
 from moecc.train.scoring import Scorer

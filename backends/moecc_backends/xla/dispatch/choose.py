@@ -10,10 +10,9 @@ import jax
 
 from moecc.errors import InputError, Problem
 from moecc.ir.conventions import DISPATCHES
-from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.graph import Graph, Node, Value, where
 from moecc.ir.table.slots import is_slots
 from moecc.ir.traits import RowMove
-from moecc.ir.verify import where
 from moecc_backends.xla.dispatch.all_experts import AllExperts, PerTokenWeights, UsedExperts
 from moecc_backends.xla.dispatch.blocks import ExpertBlocks
 from moecc_backends.xla.dispatch.capacity_slots import CapacitySlots, OneHotSlots, PoisonedSlots

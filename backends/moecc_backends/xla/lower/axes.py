@@ -20,8 +20,7 @@ from moecc.ir.attributes import (
     SplitAttrs,
     UpdateSliceAttrs,
 )
-from moecc.ir.graph import Node
-from moecc.ir.verify import where
+from moecc.ir.graph import Node, where
 from moecc_backends.xla.trace.arrays import lifted, with_masked_rows
 from moecc_backends.xla.trace.context import Context, DeviceView, lowering
 from moecc_backends.xla.trace.typed_jax import varies

@@ -11,10 +11,9 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moecc.errors import InputError, Problem
-from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.graph import Graph, Node, Value, where
 from moecc.ir.mesh import Mesh, mesh_of, nearest_multiple
 from moecc.ir.traits import Collective, Role
-from moecc.ir.verify import where
 from moecc.sharding.layout import Layout, ShardingSpec, group_spec, param_spec, value_spec
 from moecc.types import F32, DType
 from moecc_backends.xla.dispatch.capacity_slots import GroupSlots

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from moecc.errors import InputError
-from moecc.ir.graph import Node
-from moecc.ir.verify import where
+from moecc.ir.graph import Node, where
 from moecc_backends.xla.trace.context import Context, lowering
 from moecc_backends.xla.trace.values import Operand
 

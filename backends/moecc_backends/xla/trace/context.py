@@ -20,12 +20,11 @@ from jax.typing import DTypeLike
 from moecc.errors import InputError, Problem, UsageError, nearest
 from moecc.ir.attention import ATTENTIONS
 from moecc.ir.conventions import DISPATCHES
-from moecc.ir.graph import Node, Value
+from moecc.ir.graph import Node, Value, where
 from moecc.ir.mesh import Mesh
 from moecc.ir.ops import Attrs, OpDef
 from moecc.ir.remat_names import remat_name
 from moecc.ir.structure import local_attrs
-from moecc.ir.verify import where
 from moecc.types import Axis, TensorType
 from moecc_backends.xla.trace.arrays import poisoned_rows
 from moecc_backends.xla.trace.routing import Routing
