@@ -13,8 +13,8 @@ from moecc.backend import Backend, Program
 from moecc.errors import InputError, Problem, UsageError
 from moecc.ir.attributes import RopeAttrs
 from moecc.ir.graph import Graph, Value
+from moecc.ir.ops.attention import LENGTH_SCALINGS
 from moecc.ir.structure import clone
-from moecc.ir.table.attention import LENGTH_SCALINGS
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.rewrite import P, fits

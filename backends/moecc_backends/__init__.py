@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def _reference() -> Backend:
-    from moecc_backends.reference.backend import ReferenceBackend
+    from moecc_backends.reference import ReferenceBackend
 
     return ReferenceBackend()
 

@@ -19,8 +19,8 @@ from moecc.families.experts import (
 )
 from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph, Node, Value, setter_of
+from moecc.ir.ops.slots import assigner
 from moecc.ir.structure import length_bounds, uses_of
-from moecc.ir.table.slots import assigner
 from moecc.ir.traits import Cost
 from moecc.ir.unroll import unrolled
 from moecc.support.text import brief, count_text, facts_table

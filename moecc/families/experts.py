@@ -11,8 +11,8 @@ from moecc.families.encdec import Experts
 from moecc.ir.attributes import ProductAttrs, RouteAttrs, SlotAttrs
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value, setter_of
-from moecc.ir.ops import OpDef
-from moecc.ir.table.slots import assigner
+from moecc.ir.operation import OpDef
+from moecc.ir.ops.slots import assigner
 from moecc.ir.traits import RowMove
 from moecc.rewrite import P, match
 

@@ -1,12 +1,12 @@
 """The IR: types, operations, graphs, and their text."""
 
-from moecc.ir import table as table
+from moecc.ir import ops as ops
 from moecc.ir.builder import Builder as Builder
 from moecc.ir.graph import Graph as Graph
 from moecc.ir.graph import Node as Node
 from moecc.ir.graph import Value as Value
-from moecc.ir.ops import OPS as OPS
-from moecc.ir.ops import OpDef as OpDef
+from moecc.ir.operation import OPS as OPS
+from moecc.ir.operation import OpDef as OpDef
 from moecc.ir.structure import clone as clone
 from moecc.ir.structure import equal as equal
 from moecc.ir.structure import fingerprint as fingerprint

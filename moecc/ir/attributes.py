@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from moecc.ir.view import Sizes, View
+from moecc.ir.operation import Sizes, View
 
 if TYPE_CHECKING:
     from moecc.ir.graph import Graph

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.operation import op as find_op
 from moecc.ir.operations import Operations
-from moecc.ir.ops import op as find_op
 
 
 class Builder(Operations):

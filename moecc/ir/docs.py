@@ -10,8 +10,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 
-import moecc.ir.table as _filled
-from moecc.ir.ops import OPS, REQUIRED, Attr, OpDef, mixes_none
+import moecc.ir.ops as _filled
+from moecc.ir.operation import OPS, REQUIRED, Attr, OpDef, mixes_none
 from moecc.ir.text import format_attr
 from moecc.support.generated_docs import GeneratedPart
 
@@ -34,7 +34,7 @@ GROUPS = (
     ("Repetition", "repetition"),
     ("Regions of JAX", "opaque"),
 )
-"""Headings, and the module of `moecc.ir.table` whose rows are listed under each."""
+"""Headings, and the module of `moecc.ir.ops` whose rows are listed under each."""
 
 OPERATION_COLUMNS = ("operation", "computes", "mixes", "linear in")
 ATTRIBUTE_COLUMNS = ("operation", "attribute", "kind", "default", "meaning")

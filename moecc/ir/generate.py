@@ -14,8 +14,8 @@ from math import isfinite
 from pathlib import Path
 from textwrap import indent, wrap
 
-import moecc.ir.table as _filled
-from moecc.ir.ops import OPS, REQUIRED, Attr, OpDef, mixes_none
+import moecc.ir.ops as _filled
+from moecc.ir.operation import OPS, REQUIRED, Attr, OpDef, mixes_none
 
 WIDTH = 100
 NO_BREAK = "\u00a0"
@@ -245,7 +245,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from moecc.ir.elementwise_operations import ElementwiseOperations
-from moecc.ir.view import Names, Sizes
+from moecc.ir.operation import Names, Sizes
 
 if TYPE_CHECKING:
     from moecc.ir.attributes import (
@@ -305,7 +305,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from moecc.ir.view import Sizes, View
+from moecc.ir.operation import Sizes, View
 
 if TYPE_CHECKING:
     from moecc.ir.graph import Graph

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
 from moecc.ir.operand import Region
-from moecc.ir.ops import Attrs, OpDef, op
+from moecc.ir.operation import Attrs, OpDef, op
 from moecc.ir.shown import ShownGraph
 from moecc.support.untyped import Json, JsonDict
 from moecc.types import Extent, TensorType, check_printable

@@ -19,7 +19,7 @@ Attrs = Json
 
 
 class Entry(Protocol):
-    """A row of the operation table; `moecc.ir.ops.OpDef` documents its columns."""
+    """A row of the operation table; `moecc.ir.operation.OpDef` documents its columns."""
 
     @property
     def name(self) -> str:

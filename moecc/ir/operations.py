@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from moecc.ir.elementwise_operations import ElementwiseOperations
-from moecc.ir.view import Names, Sizes
+from moecc.ir.operation import Names, Sizes
 
 if TYPE_CHECKING:
     from moecc.ir.attributes import (

@@ -7,7 +7,7 @@ names that are saved while everything else is recomputed.
 from __future__ import annotations
 
 from moecc.ir.graph import Node, Value
-from moecc.ir.ops import OpDef
+from moecc.ir.operation import OpDef
 from moecc.ir.traits import Collective, RowMove
 
 KEPT = ("router", "rows", "experts", "combine", "attention")

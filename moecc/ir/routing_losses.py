@@ -8,7 +8,7 @@ from functools import cached_property
 from moecc.ir.attributes import SlotAttrs
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
-from moecc.ir.table.slots import assigner, operands_by_word
+from moecc.ir.ops.slots import assigner, operands_by_word
 from moecc.types import F32, TensorType
 
 UNITS = ("group", "sequence", "global")

@@ -3,7 +3,7 @@
 An operation loops over *dimensions*.  Its rule says which dimension each axis of each operand and
 result runs along, which dimensions it sums over, and which must not be sharded.  A dimension has
 the same mesh axes in all operands and results; a sum over a sharded one is *unreduced*.  The
-rule is a field of the operation's row (`moecc.ir.table.rules` has the rules that rows name); an
+rule is a field of the operation's row (`moecc.ir.ops.rules` has the rules that rows name); an
 operation without one takes replicated operands only.
 """
 

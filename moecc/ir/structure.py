@@ -12,7 +12,7 @@ from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.mesh import ATTRIBUTE as MESH
 from moecc.ir.mesh import Mesh, nearest_divisor, nearest_multiple
 from moecc.ir.operand import Attrs
-from moecc.ir.table.slots import is_slots
+from moecc.ir.ops.slots import is_slots
 from moecc.support.text import amount
 from moecc.types import Axis, Extent, Size, TensorType
 

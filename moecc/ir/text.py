@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from moecc.errors import InputError, Problem, nearest, printable
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import ATTRIBUTE as MESH
-from moecc.ir.ops import OPS, Attr, OpDef, op
+from moecc.ir.operation import OPS, Attr, OpDef, op
 from moecc.ir.verify import check_param
 from moecc.support.process import gc_paused
 from moecc.support.text import json_text

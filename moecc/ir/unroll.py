@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from moecc.ir.attributes import ScanAttrs
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.ops.repetition import picked_at, repetitions, stacked_parts
 from moecc.ir.structure import clone
-from moecc.ir.table.repetition import picked_at, repetitions, stacked_parts
 from moecc.support.ranges import element, lengths
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph, Node, Value, where
 from moecc.ir.mesh import ATTRIBUTE as MESH
 from moecc.ir.mesh import Mesh, mesh_of, sharding_problems
-from moecc.ir.table.repetition import repetitions
+from moecc.ir.ops.repetition import repetitions
 from moecc.support.ranges import lengths
 from moecc.types import TensorType
 

@@ -17,7 +17,7 @@ from moecc.families.experts import choices_kept, rows_of, rows_per_token
 from moecc.ir.attributes import ProductAttrs, RouteAttrs, SlotAttrs
 from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.mesh import mesh_of
-from moecc.ir.table.slots import assigner
+from moecc.ir.ops.slots import assigner
 from moecc.ir.traits import RowMove
 from moecc.plan.batches import Batch
 from moecc.plan.parts import (

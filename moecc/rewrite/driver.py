@@ -18,7 +18,7 @@ from time import perf_counter
 from moecc.errors import InputError
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value, where
-from moecc.ir.ops import OpDef
+from moecc.ir.operation import OpDef
 from moecc.ir.structure import replace_value
 from moecc.ir.text import format_node
 from moecc.rewrite.pattern import Heads, Match, Misses, NearMiss, OpPattern, Rule, match, roots

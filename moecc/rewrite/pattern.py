@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias
 from moecc.errors import UsageError, nearest
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Node, Value, where
-from moecc.ir.ops import OpDef, op
+from moecc.ir.operation import OpDef, op
 
 Where = Callable[[object], bool]
 """A predicate of a value or of an attribute."""

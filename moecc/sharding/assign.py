@@ -10,8 +10,8 @@ from typing import NamedTuple
 from moecc.errors import InputError, Problem
 from moecc.ir.graph import Node, Value
 from moecc.ir.mesh import Mesh, nearest_divisor, nearest_multiple
+from moecc.ir.ops.slots import is_slots
 from moecc.ir.sharding_rules import Given, Space, sharded_results, space_of
-from moecc.ir.table.slots import is_slots
 from moecc.ir.traits import Cost, Product
 from moecc.sharding.rules import LayoutRule
 from moecc.support.text import amount

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from moecc.ir.graph import Value
-from moecc.ir.ops import op as entry_of
+from moecc.ir.operation import op as entry_of
+from moecc.ir.ops.collectives import collective_type
 from moecc.ir.sharding_rules import Given, sharded_results
-from moecc.ir.table.collectives import collective_type
 from moecc.ir.traits import Collective, RowMove
 from moecc.sharding.assign import Site
 from moecc.sharding.propagate import Propagation, Reshard

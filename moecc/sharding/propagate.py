@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 from moecc.errors import InputError
 from moecc.ir.graph import Node, Value, where
-from moecc.ir.table.slots import assigner
+from moecc.ir.ops.slots import assigner
 from moecc.ir.traits import Cost
 from moecc.sharding.assign import Answers, Assigner, Assignment, Cuts, Dimension, Site, cuts_of
 from moecc.sharding.layout import Layout

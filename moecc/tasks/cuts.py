@@ -13,7 +13,7 @@ from math import prod
 from moecc.errors import MoeccError
 from moecc.ir.graph import Graph, Node
 from moecc.ir.mesh import ATTRIBUTE as MESH
-from moecc.ir.ops import REQUIRED
+from moecc.ir.operation import REQUIRED
 from moecc.ir.structure import clone
 from moecc.ir.unroll import unroll
 from moecc.pipeline.passes import Context, Pass, apply_pass

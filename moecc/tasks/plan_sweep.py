@@ -10,8 +10,8 @@ from moecc.errors import InputError, MoeccError, Problem, UsageError
 from moecc.families.describe import describe
 from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph
+from moecc.ir.ops.slots import assigner
 from moecc.ir.structure import clone, without_opaque
-from moecc.ir.table.slots import assigner
 from moecc.ir.traits import RowMove
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline

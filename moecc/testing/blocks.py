@@ -13,7 +13,7 @@ from moecc.ir.builder import Builder
 from moecc.ir.conventions import GATES, convention
 from moecc.ir.graph import Graph, Value
 from moecc.ir.moe import SlotOptions, emit_hash_routing, emit_priority, emit_rescaled
-from moecc.ir.ops import OPS
+from moecc.ir.operation import OPS
 from moecc.testing.growth import Growth, Step, mixable_fixed, symbolic, token_width
 from moecc.testing.steps import UNARY, emit_function, emit_norm, rotate
 from moecc.types import F32, I32, KEY, PRED, Axis, TensorType, tensor

@@ -14,8 +14,8 @@ import numpy as np
 
 from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph, Value
+from moecc.ir.ops.repetition import repetitions
 from moecc.ir.structure import index_sizes
-from moecc.ir.table.repetition import repetitions
 from moecc.support.ranges import element, lengths
 from moecc.testing.draws import generator, moved
 from moecc.types import Array, Size, TensorType

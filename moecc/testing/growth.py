@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
-from moecc.ir.ops import Attr, OpDef
-from moecc.ir.table.rules import EXTENT_AXES
+from moecc.ir.operation import Attr, OpDef
+from moecc.ir.ops.rules import EXTENT_AXES
 from moecc.rewrite.pattern import AttrPattern, OneOf, OpPattern, Pattern
 from moecc.testing.draws import Choices, pick
 from moecc.testing.weights import grow_weight

@@ -15,7 +15,7 @@ from functools import cache
 
 from moecc.errors import InputError
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.ops import Attr, OpDef
+from moecc.ir.operation import Attr, OpDef
 from moecc.rewrite.pattern import (
     AttrPattern,
     Leaf,

@@ -13,8 +13,8 @@ from moecc.errors import InputError
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import Mesh, set_mesh, sharding_problems
+from moecc.ir.ops.slots import experts_of, is_slots
 from moecc.ir.structure import copied
-from moecc.ir.table.slots import experts_of, is_slots
 from moecc.ir.unroll import unrolled
 from moecc.testing.draws import Choices
 from moecc.types import Axis, TensorType

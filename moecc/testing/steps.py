@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moecc.ir.graph import Value
-from moecc.ir.ops import OPS
+from moecc.ir.operation import OPS
 from moecc.ir.traits import Domain
 from moecc.testing.growth import Growth, Step, fixed, is_within, mixable, mixable_fixed
 from moecc.types import BF16, F32, I32, KEY, Axis, TensorType

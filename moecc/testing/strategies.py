@@ -9,8 +9,8 @@ from functools import lru_cache
 from moecc.errors import MachineError
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import Mesh, parse_mesh
+from moecc.ir.ops.slots import is_slots
 from moecc.ir.structure import clone
-from moecc.ir.table.slots import is_slots
 from moecc.ir.text import print_graph
 from moecc.support.extras import install_hint
 from moecc.testing.blocks import BLOCKS

@@ -16,8 +16,8 @@ from functools import cached_property
 from moecc.errors import InputError
 from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph, Value, setter_of
+from moecc.ir.ops.slots import assigner
 from moecc.ir.structure import clone
-from moecc.ir.table.slots import assigner
 from moecc.ir.unroll import unroll, users_within
 from moecc.translate.export import tensors_of
 from moecc.types import F32, DType, Extent, TensorType

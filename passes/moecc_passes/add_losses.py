@@ -13,6 +13,7 @@ from moecc.errors import InputError, Problem
 from moecc.ir.attributes import RouteAttrs, SoftmaxAttrs
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.ops.slots import operands_by_word
 from moecc.ir.routing_losses import (
     BALANCE_BIASES,
     CHOSEN,
@@ -23,7 +24,6 @@ from moecc.ir.routing_losses import (
     MetricBuilder,
     emit_z,
 )
-from moecc.ir.table.slots import operands_by_word
 from moecc.pipeline.passes import (
     BALANCE,
     EXACT,

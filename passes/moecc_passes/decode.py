@@ -12,8 +12,8 @@ from moecc.analysis import LOGITS
 from moecc.errors import InputError, Problem
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value, where
+from moecc.ir.ops.slots import operands_by_word
 from moecc.ir.structure import infer_again
-from moecc.ir.table.slots import operands_by_word
 from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark
 from moecc.rewrite import P, fits
 from moecc.rewrite.pattern import NearMiss

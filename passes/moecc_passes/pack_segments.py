@@ -9,8 +9,8 @@ from typing import Annotated, ClassVar, Literal
 from moecc.errors import InputError, Problem
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value, where
+from moecc.ir.ops.slots import operands_by_word
 from moecc.ir.structure import infer_again
-from moecc.ir.table.slots import operands_by_word
 from moecc.ir.traits import Cost
 from moecc.pipeline.passes import Context, Pass, PassResult, Preserves
 from moecc.rewrite.pattern import NearMiss, P, fits

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from moecc.errors import InputError
 from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph, Node, Value, where
+from moecc.ir.ops.slots import operands_by_word
 from moecc.ir.routing_losses import Routed, Scores
-from moecc.ir.table.slots import operands_by_word
 from moecc.ir.traits import RowMove
 from moecc.rewrite.pattern import NearMiss, P, Pattern, fits
 

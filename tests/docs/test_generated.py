@@ -8,7 +8,7 @@ import pytest
 
 from moecc.errors import InputError
 from moecc.ir.docs import OPERATIONS, render_operations
-from moecc.ir.ops import OPS
+from moecc.ir.operation import OPS
 
 PAGE = Path(__file__).parents[2] / "docs" / "ir.md"
 

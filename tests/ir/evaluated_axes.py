@@ -7,7 +7,8 @@ from dataclasses import replace
 from functools import cache
 
 import numpy as np
-from moecc_backends.reference.arrays import Array, Data
+
+from moecc.ir.arrays import Array, Data
 
 from .operations import Function, sample
 

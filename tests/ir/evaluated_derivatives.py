@@ -8,9 +8,9 @@ from functools import cache
 from itertools import combinations_with_replacement
 
 import numpy as np
-from moecc_backends.reference.arrays import Array, Data
 
-from moecc.ir.ops import OPS
+from moecc.ir.arrays import Array, Data
+from moecc.ir.operation import OPS
 from moecc.ir.traits import Residual
 
 from .evaluated_axes import (

@@ -6,10 +6,10 @@ from dataclasses import replace
 from functools import cache
 
 import numpy as np
-from moecc_backends.reference.arrays import Data
 
 from moecc.errors import InputError
-from moecc.ir.ops import OPS
+from moecc.ir.arrays import Data
+from moecc.ir.operation import OPS
 from moecc.ir.traits import Collective, Domain, Role, RowMove
 
 from .evaluated_axes import (

@@ -8,11 +8,11 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from moecc_backends.reference.arrays import MEANINGS, Array, Data
-from moecc_backends.reference.backend import ReferenceBackend
+from moecc_backends.reference import ReferenceBackend
 
 from moecc.ir import Builder, Graph, Node, Value
-from moecc.ir.ops import OPS, OpDef
+from moecc.ir.arrays import MEANINGS, Array, Data
+from moecc.ir.operation import OPS, OpDef
 from moecc.ir.traits import Domain
 from moecc.types import DTYPES, Axis, TensorType
 

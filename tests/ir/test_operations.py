@@ -14,10 +14,9 @@ from moecc.ir import OPS, Builder, Graph, Node, attributes, tensor
 from moecc.ir import generate as generator
 from moecc.ir.attributes import ContractAttrs, Gates, ScaleAttrs, SlotAttrs
 from moecc.ir.conventions import GATES
+from moecc.ir.operation import REQUIRED, OpDef, View, register
 from moecc.ir.operations import Operations
-from moecc.ir.ops import REQUIRED, OpDef, register
-from moecc.ir.table.rules import float_elementwise
-from moecc.ir.view import View
+from moecc.ir.ops.rules import float_elementwise
 from moecc.types import F32, I32
 
 IR = Path(generator.__file__).parent

@@ -10,7 +10,7 @@ import pytest
 from moecc.errors import InputError
 from moecc.ir import OPS, Graph, VerifyError, equal, parse, print_graph, verify
 from moecc.ir.mesh import Mesh, mesh_of, parse_mesh, set_mesh
-from moecc.ir.table.collectives import COLLECTIVES
+from moecc.ir.ops.collectives import COLLECTIVES
 from moecc.testing import laws
 
 HEAD = 'moecc 1\ngraph g {\n  attr mesh = {"data": 4, "model": 2}\n'

@@ -23,7 +23,7 @@ from moecc.ir import (
     tensor,
     verify,
 )
-from moecc.ir.ops import REQUIRED, op
+from moecc.ir.operation import REQUIRED, op
 from moecc.testing import laws, run_reference
 from moecc.types import Extent
 

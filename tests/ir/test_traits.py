@@ -12,13 +12,13 @@ from math import prod
 
 import numpy as np
 import pytest
-from moecc_backends.reference.backend import ReferenceBackend
-from moecc_backends.reference.devices import simulate
+from moecc_backends.reference import ReferenceBackend
 
 from moecc.errors import InputError
 from moecc.ir import F32, OPS, Graph, tensor
-from moecc.ir.ops import OpDef, mixes_none
-from moecc.ir.table.rules import by_place
+from moecc.ir.devices import simulate
+from moecc.ir.operation import OpDef, mixes_none
+from moecc.ir.ops.rules import by_place
 from moecc.ir.traits import (
     Collective,
     Cut,

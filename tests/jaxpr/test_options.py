@@ -18,7 +18,7 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from moecc_backends.jaxpr.call import Given  # noqa: E402
-from moecc_backends.reference.backend import ReferenceBackend  # noqa: E402
+from moecc_backends.reference import ReferenceBackend  # noqa: E402
 from moecc_passes.upcycle.options import UpcycleOptions  # noqa: E402
 
 from moecc import jax as mx  # noqa: E402

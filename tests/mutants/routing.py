@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from moecc.ir import Node, Value
 from moecc.ir.moe import emit_rescaled
+from moecc.ir.ops.slots import operands_by_word
 from moecc.ir.structure import replace_value
-from moecc.ir.table.slots import operands_by_word
 
 from .rewriting import before, each, exchange, named, set_attr
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import moecc_passes
 import pytest
 
-from moecc.ir.ops import OPS
+from moecc.ir.operation import OPS
 
 FOLDER = Path(moecc_passes.__file__).parent
 FILES = sorted(p for p in FOLDER.rglob("*.py") if "sharding" not in p.relative_to(FOLDER).parts)

@@ -26,7 +26,7 @@ from moecc.ir import (
     tensor,
     verify,
 )
-from moecc.ir.table.collectives import COLLECTIVES
+from moecc.ir.ops.collectives import COLLECTIVES
 from moecc.pipeline.passes import Context, PassResult, Remark
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline

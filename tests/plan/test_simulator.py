@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from moecc_backends.reference.devices import Run, simulate
 
 from moecc.families import build
 from moecc.ir import Graph, clone
+from moecc.ir.devices import Run, simulate
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline

@@ -16,7 +16,7 @@ from moecc.families.registry import parse_config
 from moecc.ir import Graph, clone
 from moecc.ir.graph import Node
 from moecc.ir.mesh import Mesh, mesh_of, parse_mesh
-from moecc.ir.table.slots import assigner, capacity
+from moecc.ir.ops.slots import assigner, capacity
 from moecc.ir.traits import Collective
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moecc_backends.reference.arrays import Array
-from moecc_backends.reference.attention import relative_buckets
 
 from moecc.errors import InputError
-from moecc.ir.table.attention import bucket_starts
+from moecc.ir.arrays import Array
+from moecc.ir.ops.attention import bucket_starts, relative_buckets
 
 ROPE = {"axis": "head_dim", "size": 8, "theta": 100.0}
 

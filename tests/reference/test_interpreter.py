@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moecc_backends.reference.backend import ReferenceBackend
+from moecc_backends.reference import ReferenceBackend
 
 from moecc.backend import backend_names, get_backend
 from moecc.errors import InputError, UsageError

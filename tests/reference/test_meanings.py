@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moecc_backends.reference.arrays import MEANINGS
 
 from moecc.errors import InputError
 from moecc.ir import BF16, DTYPES, F32, F64, I32, OPS, Builder, Graph, tensor
+from moecc.ir.arrays import MEANINGS
 from moecc.testing import run_reference
 
 RNG = np.random.default_rng(7)

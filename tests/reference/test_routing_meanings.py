@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from moecc.errors import InputError
 from moecc.ir import F64, I32, Builder, Graph, tensor
-from moecc.ir.table.slots import capacity
+from moecc.ir.ops.slots import capacity
 from moecc.testing import run_reference
 
 Data = np.ndarray[Any, Any]

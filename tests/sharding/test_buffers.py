@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from moecc_backends.reference.devices import simulate
 from moecc_passes.sharding.legal import layer
 
 from moecc.backend import get_backend
 from moecc.errors import InputError, UsageError
 from moecc.ir import F32, I32, Builder, Graph, clone, tensor, verify
+from moecc.ir.devices import simulate
 from moecc.pipeline.text import Pipeline
 from moecc.testing import laws, run_reference
 

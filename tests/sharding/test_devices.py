@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moecc_backends.reference.devices import Run, assembled, simulate
-from moecc_backends.reference.exchange import added
-from moecc_backends.reference.interpreter import ReferenceProgram
 from moecc_passes.sharding.annotate import lay
 from moecc_passes.sharding.lower import LowerCollectivesPass
 
 from moecc.errors import InputError
 from moecc.ir import Graph, clone, equal, parse, verify
+from moecc.ir.devices import Run, added, assembled, simulate
+from moecc.ir.interpreter import ReferenceProgram
 from moecc.ir.mesh import parse_mesh
 from moecc.pipeline.passes import Context
 from moecc.sharding.rules import LayoutRule

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from moecc_backends.reference.devices import simulate
 from moecc_passes.sharding.legal import TABLE, Case, cases, layer, outcome
 
 from moecc.errors import InputError, UsageError
 from moecc.ir import Graph, clone, equal
+from moecc.ir.devices import simulate
 from moecc.ir.mesh import mesh_of
 from moecc.pipeline.text import Pipeline
 from moecc.testing import laws, run_reference

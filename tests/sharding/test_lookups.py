@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from moecc_backends.reference.devices import simulate
 from moecc_passes.sharding.annotate import lay
 
 from moecc.ir import Graph, clone
 from moecc.ir.builder import Builder
+from moecc.ir.devices import simulate
 from moecc.ir.mesh import parse_mesh
 from moecc.ir.structure import index_bound
 from moecc.sharding.assign import Assigner, sites_of

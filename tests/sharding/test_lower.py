@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moecc.ir import F32, Axis, Graph, TensorType
 from moecc.ir.mesh import Mesh, set_mesh
-from moecc.ir.table.collectives import parse_sharding
+from moecc.ir.ops.collectives import parse_sharding
 from moecc.sharding.collectives import steps
 
 MESHES = ("a", "b", "c")

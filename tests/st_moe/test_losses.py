@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moecc_backends.reference.devices import simulate
 from moecc_passes.add_losses import AddLossesPass
 
 from moecc.ir import clone
+from moecc.ir.devices import simulate
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 

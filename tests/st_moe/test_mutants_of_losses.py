@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import moecc_backends.reference.slots as assigner
 import pytest
 from hypothesis import HealthCheck, Phase, is_hypothesis_test, settings
 from moecc_passes import add_losses
 
+import moecc.ir.ops.slots as assigner
 from moecc.ir.graph import Value
 from moecc.ir.routing_losses import LossBuilder, Means
 

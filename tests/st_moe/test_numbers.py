@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moecc.ir import BF16, F32, F64, Builder, Graph, tensor
-from moecc.ir.table.slots import capacity
+from moecc.ir.ops.slots import capacity
 from moecc.testing import run_reference
 from moecc.weights.arithmetic import round_to
 

@@ -11,7 +11,7 @@ import pytest
 
 from moecc.errors import InputError, UsageError
 from moecc.ir import Graph, clone, equal, parse, print_graph
-from moecc.ir.table.slots import capacity
+from moecc.ir.ops.slots import capacity
 from moecc.model.open import open_model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from moecc_backends.reference.interpreter import ReferenceProgram
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.backend import get_backend
 from moecc.families import build
 from moecc.ir import Graph
+from moecc.ir.interpreter import ReferenceProgram
 from moecc.pipeline.passes import Context
 from moecc.testing import inputs_for, params_for, run_reference
 from moecc.testing.configs import read_config

@@ -12,7 +12,7 @@ from tiers import examples
 from moecc.errors import InputError
 from moecc.ir import Graph
 from moecc.ir.builder import Builder
-from moecc.ir.ops import OPS
+from moecc.ir.operation import OPS
 from moecc.ir.text import parse
 from moecc.model.open import open_model
 from moecc.testing import graphs, random_graph, run_reference

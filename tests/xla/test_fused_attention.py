@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from moecc_backends.reference.backend import ReferenceBackend
-from moecc_backends.reference.contraction import product
+from moecc_backends.reference import ReferenceBackend
 from moecc_backends.xla.backend import function
 from moecc_backends.xla.kernels import attention as query_blocks
 from moecc_backends.xla.kernels.attention import (
@@ -32,6 +31,7 @@ from moecc.errors import InputError, UsageError
 from moecc.ir import Graph, clone
 from moecc.ir import attention as attention_blocks
 from moecc.ir.attention import AttentionFacts, choose_attention
+from moecc.ir.ops.contraction import product
 from moecc.model.open import open_model
 from moecc.pipeline.passes import Context
 from moecc.testing import run_reference

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moecc.ir.formula import FUNCTIONS
-from moecc.ir.ops import OPS
+from moecc.ir.operation import OPS
 from moecc.types import DType
 from moecc.weights.expr import Expr
 from moecc.weights.movement import Rename

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moecc.ir.formula import FUNCTIONS, Call, Formula
+from moecc.ir.ops.elementwise import FORMULAS
 from moecc_backends.jaxpr.jaxprs import (
     AnyArray,
     Equation,
@@ -26,7 +27,6 @@ from moecc_backends.jaxpr.jaxprs import (
 )
 from moecc_backends.jaxpr.scopes import UNKNOWN, Scope, Step, Val, fill
 from moecc_backends.jaxpr.views import STRUCTURAL, View, groups
-from moecc_backends.reference.elementwise import FORMULAS
 from moecc_backends.xla.trace.typed_jax import Function
 
 _SAME_NAME = FUNCTIONS.keys() - {

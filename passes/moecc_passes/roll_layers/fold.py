@@ -10,9 +10,9 @@ from moecc.errors import InputError
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import ATTRIBUTE as MESH
 from moecc.ir.mesh import mesh_of
+from moecc.ir.ops.repetition import stacked
+from moecc.ir.ops.slots import is_slots
 from moecc.ir.structure import copied
-from moecc.ir.table.repetition import stacked
-from moecc.ir.table.slots import is_slots
 from moecc.rewrite import P, fits
 from moecc.support.ranges import joined
 from moecc.types import Axis, TensorType

@@ -12,9 +12,9 @@ from moecc.ir.attributes import SlotAttrs
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import Mesh, mesh_of, nearest_multiple
+from moecc.ir.ops.collectives import format_sharding
+from moecc.ir.ops.slots import operands_by_word
 from moecc.ir.structure import infer_again, replace_value
-from moecc.ir.table.collectives import format_sharding
-from moecc.ir.table.slots import operands_by_word
 from moecc.ir.traits import Collective, RowMove
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves, Remark
 from moecc.sharding.assign import Assigner

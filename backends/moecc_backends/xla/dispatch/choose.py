@@ -11,7 +11,7 @@ import jax
 from moecc.errors import InputError, Problem
 from moecc.ir.conventions import DISPATCHES
 from moecc.ir.graph import Graph, Node, Value, where
-from moecc.ir.table.slots import is_slots
+from moecc.ir.ops.slots import is_slots
 from moecc.ir.traits import RowMove
 from moecc_backends.xla.dispatch.all_experts import AllExperts, PerTokenWeights, UsedExperts
 from moecc_backends.xla.dispatch.blocks import ExpertBlocks

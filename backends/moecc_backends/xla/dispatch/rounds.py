@@ -22,8 +22,8 @@ from jax.typing import DTypeLike
 
 from moecc.ir.attributes import CollectiveAttrs, WithinBufferAttrs
 from moecc.ir.graph import Node, Value, setter_of
-from moecc.ir.table.routing import buffer_rows
-from moecc.ir.table.slots import operands_by_word
+from moecc.ir.ops.routing import buffer_rows
+from moecc.ir.ops.slots import operands_by_word
 from moecc.ir.traits import Collective, RowMove
 from moecc.sharding.vias import ROUND_ROOM
 from moecc.types import Extent

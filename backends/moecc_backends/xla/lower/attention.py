@@ -30,9 +30,8 @@ from moecc.ir.attributes import (
     RotateAttrs,
 )
 from moecc.ir.graph import Node
-from moecc.ir.table.attention import bucket_starts
+from moecc.ir.ops.attention import bucket_starts, frequencies
 from moecc.types import DTYPES
-from moecc_backends.reference.attention import frequencies
 from moecc_backends.xla.kernels.attention import (
     AttentionArrays,
     AttentionRule,

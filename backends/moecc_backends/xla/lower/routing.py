@@ -18,9 +18,9 @@ from moecc.ir.attributes import (
 )
 from moecc.ir.conventions import convention
 from moecc.ir.graph import Node, Value
-from moecc.ir.ops import Attrs
-from moecc.ir.table.routing import buffer_rows
-from moecc.ir.table.slots import capacity, group_count
+from moecc.ir.operation import Attrs
+from moecc.ir.ops.routing import buffer_rows
+from moecc.ir.ops.slots import capacity, group_count
 from moecc_backends.xla.dispatch.choose import plan_dispatch
 from moecc_backends.xla.dispatch.flat import rank_in_expert, sort_by_expert
 from moecc_backends.xla.dispatch.rounds import InRounds, RoundSpec, exchanged_once

@@ -24,9 +24,9 @@ import jax.numpy as jnp
 
 from moecc.ir.attributes import IndexAttrs, ScanAttrs, StackAttrs
 from moecc.ir.graph import Graph, Node, Value, setter_of
+from moecc.ir.ops.repetition import repetitions
+from moecc.ir.ops.slots import is_slots
 from moecc.ir.remat_names import DEFAULT
-from moecc.ir.table.repetition import repetitions
-from moecc.ir.table.slots import is_slots
 from moecc.types import Axis, Extent, TensorType
 from moecc_backends.xla.lower.contract import is_precise_param
 from moecc_backends.xla.trace.arrays import lifted

@@ -22,7 +22,7 @@ from moecc.ir.attention import ATTENTIONS
 from moecc.ir.conventions import DISPATCHES
 from moecc.ir.graph import Node, Value, where
 from moecc.ir.mesh import Mesh
-from moecc.ir.ops import Attrs, OpDef
+from moecc.ir.operation import Attrs, OpDef
 from moecc.ir.remat_names import remat_name
 from moecc.ir.structure import local_attrs
 from moecc.types import Axis, TensorType

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph, Value
 from moecc.ir.mesh import Mesh, mesh_of
-from moecc.ir.table.repetition import repetitions
+from moecc.ir.ops.repetition import repetitions
 from moecc.sharding.layout import Layout, value_spec
 from moecc.train.settings import StepSpec
 from moecc.types import Axis, TensorType

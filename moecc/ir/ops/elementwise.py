@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from math import isfinite
+from collections.abc import Callable, Sequence
+from math import isfinite, prod
 from typing import Any
 
+import numpy as np
+
 from moecc.errors import InputError, nearest
+from moecc.ir.arrays import Array, Data, meaning, together
 from moecc.ir.formula import parse_formula
 from moecc.ir.operand import Operand
-from moecc.ir.ops import Attr, Attrs, Infer, OpDef, register
-from moecc.ir.table.rules import (
+from moecc.ir.operation import Attr, Attrs, Infer, OpDef, register
+from moecc.ir.ops.rules import (
     arithmetic,
     axis_of,
     by_name,
@@ -37,7 +40,8 @@ from moecc.ir.traits import (
     powers,
 )
 from moecc.support.untyped import JsonDict
-from moecc.types import DTYPES, F32, KEY, PRED, Axis, DType, TensorType
+from moecc.types import DTYPES, F32, KEY, PRED, Axis, DType, TensorType, is_lossless
+from moecc.weights.arithmetic import round_to
 
 
 def unary(
@@ -426,3 +430,372 @@ register(
         opaque=True,
     )
 )
+
+
+# The meaning of the elementwise operations, casts, selection, and constants.
+
+_erfc = np.vectorize(math.erfc, otypes=[np.float64])
+
+
+def logistic(x: Data) -> Data:
+    """Return 1 / (1 + exp(−x))."""
+    return np.asarray(1 / (1 + np.exp(-x)))
+
+
+@meaning("silu")
+def silu(x: Array) -> Array:
+    """Return x · sigmoid(x)."""
+    return x.map(lambda d: d * logistic(d))
+
+
+@meaning("gelu")
+def gelu(x: Array) -> Array:
+    """Return x · Φ(x); by erfc, because 1 + erf loses the left tail."""
+    return x.map(lambda d: d * _erfc(-d / math.sqrt(2)) / 2)
+
+
+@meaning("gelu_tanh")
+def gelu_tanh(x: Array) -> Array:
+    """Return x / 2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))) (Hendrycks and Gimpel 2016)."""
+    root = math.sqrt(2 / math.pi)
+    return x.map(lambda d: d / 2 * (1 + np.tanh(root * (d + 0.044715 * d**3))))
+
+
+@meaning("relu")
+def relu(x: Array) -> Array:
+    """Return max(x, 0)."""
+    return x.map(lambda d: np.maximum(d, 0))
+
+
+@meaning("sigmoid")
+def sigmoid(x: Array) -> Array:
+    """Return 1 / (1 + exp(−x))."""
+    return x.map(logistic)
+
+
+@meaning("tanh")
+def tanh(x: Array) -> Array:
+    """Return the hyperbolic tangent."""
+    return x.map(np.tanh)
+
+
+@meaning("exp")
+def exp(x: Array) -> Array:
+    """Return the exponential."""
+    return x.map(np.exp)
+
+
+@meaning("log")
+def log(x: Array) -> Array:
+    """Return the natural logarithm."""
+    return x.map(np.log)
+
+
+@meaning("square")
+def square(x: Array) -> Array:
+    """Return x²."""
+    return x.map(np.square)
+
+
+@meaning("rsqrt")
+def rsqrt(x: Array) -> Array:
+    """Return 1 / √x."""
+    return x.map(lambda d: 1 / np.sqrt(d))
+
+
+@meaning("normal_cdf")
+def normal_cdf(x: Array) -> Array:
+    """Return Φ(x), by erfc, which keeps the left tail."""
+    return x.map(lambda d: _erfc(-d / math.sqrt(2)) / 2)
+
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+FORMULAS: dict[str, Callable[..., Data]] = {
+    "neg": np.negative,
+    "abs": np.abs,
+    "sign": np.sign,
+    "exp": np.exp,
+    "exp2": np.exp2,
+    "expm1": np.expm1,
+    "log": np.log,
+    "log1p": np.log1p,
+    "sin": np.sin,
+    "cos": np.cos,
+    "tan": np.tan,
+    "asin": np.arcsin,
+    "acos": np.arccos,
+    "atan": np.arctan,
+    "sinh": np.sinh,
+    "cosh": np.cosh,
+    "tanh": np.tanh,
+    "asinh": np.arcsinh,
+    "acosh": np.arccosh,
+    "atanh": np.arctanh,
+    "sigmoid": logistic,
+    "sqrt": np.sqrt,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "cbrt": np.cbrt,
+    "square": np.square,
+    "erf": _erf,
+    "erfc": _erfc,
+    "floor": np.floor,
+    "ceil": np.ceil,
+    "round": np.round,
+    "relu": lambda x: np.maximum(x, 0),
+    "relu6": lambda x: np.clip(x, 0, 6),
+    "stop_gradient": lambda x: x,
+    "wide": lambda x: x,
+    "narrow": lambda x: x,
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+    "pow": np.power,
+    "maximum": np.maximum,
+    "minimum": np.minimum,
+    "atan2": np.arctan2,
+    "logaddexp": np.logaddexp,
+    "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),
+    "less": np.less,
+    "less_equal": np.less_equal,
+    "greater": np.greater,
+    "greater_equal": np.greater_equal,
+    "equal": np.equal,
+    "not_equal": np.not_equal,
+    "and": np.logical_and,
+    "or": np.logical_or,
+    "xor": np.logical_xor,
+    "not": np.logical_not,
+    "where": np.where,
+}
+"""What the names of formulas mean, on numbers of double precision."""
+
+
+@meaning("pointwise")
+def pointwise(x: Array, *, function: str) -> Array:
+    """Return a formula of each element."""
+    formula = parse_formula(function)
+    return x.map(lambda d: np.asarray(formula.evaluate(FORMULAS, d)))
+
+
+@meaning("neg")
+def neg(x: Array) -> Array:
+    """Return −x."""
+    return x.map(np.negative)
+
+
+@meaning("scale")
+def scale(x: Array, *, by: float) -> Array:
+    """Return x times a constant."""
+    return x.map(lambda d: d * by)
+
+
+@meaning("stop_gradient")
+def stop_gradient(x: Array) -> Array:
+    """Return x: the interpreter computes no gradients."""
+    return x
+
+
+@meaning("add")
+def add(a: Array, b: Array) -> Array:
+    """Return a + b."""
+    axes, (x, y) = together(a, b)
+    return Array(x + y, axes)
+
+
+@meaning("sub")
+def sub(a: Array, b: Array) -> Array:
+    """Return a − b."""
+    axes, (x, y) = together(a, b)
+    return Array(x - y, axes)
+
+
+@meaning("mul")
+def mul(a: Array, b: Array) -> Array:
+    """Return a · b."""
+    axes, (x, y) = together(a, b)
+    return Array(x * y, axes)
+
+
+@meaning("div")
+def div(a: Array, b: Array) -> Array:
+    """Return a / b."""
+    axes, (x, y) = together(a, b)
+    return Array(x / y, axes)
+
+
+@meaning("maximum")
+def maximum(a: Array, b: Array) -> Array:
+    """Return the larger of a and b."""
+    axes, (x, y) = together(a, b)
+    return Array(np.maximum(x, y), axes)
+
+
+@meaning("minimum")
+def minimum(a: Array, b: Array) -> Array:
+    """Return the smaller of a and b."""
+    axes, (x, y) = together(a, b)
+    return Array(np.minimum(x, y), axes)
+
+
+@meaning("less")
+def less(a: Array, b: Array) -> Array:
+    """Return whether a < b."""
+    axes, (x, y) = together(a, b)
+    return Array(np.asarray(x < y), axes)
+
+
+@meaning("equal")
+def equal(a: Array, b: Array) -> Array:
+    """Return whether a = b."""
+    axes, (x, y) = together(a, b)
+    return Array(np.asarray(x == y), axes)
+
+
+@meaning("select")
+def select(condition: Array, a: Array, b: Array) -> Array:
+    """Return a where the condition holds, b elsewhere."""
+    axes, (x, y, where) = together(a, b, condition)
+    return Array(np.where(where, x, y), axes)
+
+
+@meaning("mask")
+def mask(x: Array, keep: Array, *, fill: float) -> Array:
+    """Return x where the mask keeps it, `fill` elsewhere."""
+    filler = x.data.dtype.type(fill)
+    return x.map(lambda d: np.where(keep.to(x.axes), d, filler))
+
+
+@meaning("constant")
+def constant(*, value: float, dtype: str) -> Array:
+    """Return a scalar, as exact as the attribute."""
+    return Array(stored(np.asarray(value), DTYPES[dtype]), ())
+
+
+@meaning("cast")
+def cast(x: Array, *, dtype: str) -> Array:
+    """Return x in another element type."""
+    return x.map(lambda d: rounded(d, x.dtype, DTYPES[dtype]))
+
+
+def rounded(data: Data, old: DType | None, new: DType) -> Data:
+    """Return `data`, declared as `old`, rounded to `new` and widened to the computed type.
+
+    The interpreter does not round to the declared types, so a lossless cast is the
+    identity: otherwise dropping a cast from f32 to f32 would change the result.
+    """
+    if old is not None and is_lossless(old, new):
+        return data
+    if new.is_float:
+        return stored(round_to(data.astype(np.float64), new), new)
+    # A float becomes an integer towards zero, as in NumPy, JAX and torch.
+    return stored(data.astype(new.numpy), new)
+
+
+def stored(data: Data, dtype: DType) -> Data:
+    """Return `data` in the interpreter's representation of the type `dtype`."""
+    if dtype.name in ("u64", "key"):
+        return data.astype(np.uint64)
+    return data.astype({"float": np.float64, "int": np.int64, "bool": np.bool_}[dtype.kind])
+
+
+# The meaning of random numbers: counter-based Threefry-2x32, the same in every backend.
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = 0x1BD11BDA
+
+
+def threefry(key: int, counts: Data) -> Data:
+    """Return 64 bits for each count, by Threefry-2x32 in 20 rounds (Salmon et al. 2011).
+
+    Args:
+      key: 64 bits.
+      counts: 64-bit counts, of any shape.
+    """
+    keys = [np.uint32(key >> 32), np.uint32(key & 0xFFFFFFFF)]
+    keys.append(keys[0] ^ keys[1] ^ np.uint32(_PARITY))
+    counts = np.atleast_1d(counts).astype(np.uint64)
+    a = (counts >> np.uint64(32)).astype(np.uint32) + keys[0]
+    b = (counts & np.uint64(0xFFFFFFFF)).astype(np.uint32) + keys[1]
+    for turn in range(5):
+        for by in _ROTATIONS[turn % 2]:
+            a = a + b
+            b = ((b << np.uint32(by)) | (b >> np.uint32(32 - by))) ^ a
+        a = a + keys[(turn + 1) % 3]
+        b = b + keys[(turn + 2) % 3] + np.uint32(turn + 1)
+    return (a.astype(np.uint64) << np.uint64(32)) | b.astype(np.uint64)
+
+
+def folded(key: int, by: int) -> int:
+    """Return another key, derived from `key` and the number `by`."""
+    return int(threefry(key, np.asarray(by))[0])
+
+
+def uniform(key: int, shape: tuple[int, ...]) -> Data:
+    """Return numbers on [0, 1) with 23 bits, one for each element in row-major order."""
+    words = threefry(key, np.arange(prod(shape)))
+    bits = (words >> np.uint64(32)) ^ (words & np.uint64(0xFFFFFFFF))
+    return np.asarray((bits >> np.uint64(9)).astype(np.float64) / 2**23).reshape(shape)
+
+
+def _places(like: Array) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Return the axes of `like` in alphabetical order, and their sizes."""
+    axes = tuple(sorted(like.axes))
+    return axes, tuple(like.size(a) for a in axes)
+
+
+@meaning("fold_key")
+def fold_key(key: Array, *, by: int) -> Array:
+    """Return another key, derived from a key and a number."""
+    return Array(np.asarray(folded(int(key.data), by), np.uint64), ())
+
+
+@meaning("random_uniform")
+def random_uniform(key: Array, like: Array, *, low: float, high: float) -> Array:
+    """Return independent uniform numbers with the axes of `like`."""
+    axes, shape = _places(like)
+    numbers = low + uniform(int(key.data), shape) * (high - low)
+    return Array(Array(numbers, axes).to(like.axes), like.axes)
+
+
+@meaning("random_normal")
+def random_normal(key: Array, like: Array, *, std: float) -> Array:
+    """Return independent normal numbers with the axes of `like` (Box and Muller 1958)."""
+    axes, shape = _places(like)
+    first, second = (uniform(folded(int(key.data), by), shape) for by in (0, 1))
+    numbers = std * np.sqrt(-2 * np.log1p(-first)) * np.cos(2 * math.pi * second)
+    return Array(Array(numbers, axes).to(like.axes), like.axes)
+
+
+# Regions of functions of JAX: what they mean is in the function, and not here.
+
+
+@meaning("jax")
+def region(
+    *operands: Array,
+    into: tuple[tuple[str, int | str], ...],
+    dtype: str,
+    equations: int,
+    lines: str,
+) -> Array:
+    """Raise InputError: only the function can compute it."""
+    raise InputError(
+        "a region of JAX is computed by its function alone",
+        where=lines or None,
+        hint="moe(function) of `moecc.jax` runs the blocks in it",
+    )
+
+
+# The meaning of writing a range into a value.
+
+
+@meaning("update_slice")
+def update_slice(x: Array, update: Array, start: Array, *, axis: str) -> Array:
+    """Return x with the range of the axis from `start` on replaced, moved to where it fits."""
+    size, most = update.size(axis), x.size(axis) - update.size(axis)
+    first = min(max(int(start.data), 0), most)
+    made = np.moveaxis(x.data.copy(), x.axes.index(axis), 0)
+    rest = [a for a in x.axes if a != axis]
+    made[first : first + size] = update.to((axis, *rest))
+    return Array(np.moveaxis(made, 0, x.axes.index(axis)), x.axes)

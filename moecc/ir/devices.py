@@ -16,20 +16,270 @@ from typing import TypeVar
 import numpy as np
 
 from moecc.errors import InputError, Problem
-from moecc.ir.attributes import CollectiveAttrs, ScanAttrs, SlotAttrs
+from moecc.ir.arrays import MEANINGS, NOTHING, Array, Data
+from moecc.ir.attributes import (
+    AllGatherAttrs,
+    AllReduceAttrs,
+    AllToAllAttrs,
+    CollectiveAttrs,
+    EmbeddingAttrs,
+    MeanAttrs,
+    RaggedAllToAllAttrs,
+    ReduceScatterAttrs,
+    ScanAttrs,
+    ShardAttrs,
+    SlotAttrs,
+)
 from moecc.ir.graph import Graph, Node, Value, setter_of, where
+from moecc.ir.interpreter import bind
 from moecc.ir.mesh import Coordinates, Mesh, mesh_of
-from moecc.ir.structure import local_size
-from moecc.ir.table.repetition import repetitions
+from moecc.ir.ops.elementwise import stored
+from moecc.ir.ops.repetition import picked, repetitions, stacked_along
+from moecc.ir.ops.routing import kept_from
+from moecc.ir.ops.slots import poison
+from moecc.ir.structure import local_attrs, local_size
 from moecc.ir.traits import Collective
 from moecc.types import Arrays, TensorType
-from moecc_backends.reference.arrays import Array, Data
-from moecc_backends.reference.elementwise import stored
-from moecc_backends.reference.exchange import EXCHANGES, Parts, Sent, added
-from moecc_backends.reference.interpreter import bind
-from moecc_backends.reference.on_device import run_local
-from moecc_backends.reference.repetition import picked, stacked_along
-from moecc_backends.reference.slots import poison
+
+# The effect of collectives on each device, and the number of elements each sends to others.
+#
+# A ring of n devices sends (n − 1)/n of the global value in a gather or a reduce-scatter, and
+# twice
+# that in an all-reduce; an exchange sends what is not for the device itself.
+
+Parts = dict[Coordinates, Array]
+Sent = dict[Coordinates, int]
+Rows = Callable[[TensorType, Coordinates], Data]
+"""The slots in use of a device's shard of ragged rows, ``[group, expert]``."""
+
+Exchange = Callable[[Node, Parts, Mesh, Rows], "tuple[Parts, Sent]"]
+
+EXCHANGES: dict[str, Exchange] = {}
+
+
+def exchange(name: str) -> Callable[[Exchange], Exchange]:
+    """Register a function as the implementation of the collective `name`."""
+
+    def register(function: Exchange) -> Exchange:
+        EXCHANGES[name] = function
+        return function
+
+    return register
+
+
+def _block(x: Array, axis: str, part: int, parts: int) -> Array:
+    """Return block `part` of the `parts` equal blocks of `x` along `axis`."""
+    at = x.axes.index(axis)
+    size = x.data.shape[at] // parts
+    return replace(x, data=x.data.take(range(part * size, (part + 1) * size), at), assignment=None)
+
+
+def _together(pieces: list[Array], axis: str) -> Array:
+    at = pieces[0].axes.index(axis)
+    return replace(pieces[0], data=np.concatenate([p.data for p in pieces], at), assignment=None)
+
+
+@exchange("shard")
+def _shard(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
+    attrs = ShardAttrs.of_node(node)
+    over, n = attrs.mesh, mesh.size(attrs.mesh)
+    parts = {d: _block(a, attrs.axis, mesh.part(d, over), n) for d, a in x.items()}
+    return parts, dict.fromkeys(x, 0)
+
+
+@exchange("all_gather")
+def _all_gather(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
+    attrs = AllGatherAttrs.of_node(node)
+    over = attrs.mesh
+    parts = {d: _together([x[p] for p in mesh.peers(d, over)], attrs.axis) for d in x}
+    return parts, {d: a.data.size * (mesh.size(over) - 1) for d, a in x.items()}
+
+
+def added(parts: list[Data]) -> Data:
+    """Return the sum of the devices' data, in device order; of opposite infinities it is NaN."""
+    total = parts[0]
+    with np.errstate(invalid="ignore"):
+        for part in parts[1:]:
+            total = total + part
+    return total
+
+
+def _sums(x: Parts, over: tuple[str, ...], mesh: Mesh) -> Parts:
+    """Return the sum over `over` on every device, added in the order of the devices."""
+    return {
+        d: replace(a, data=added([x[p].data for p in mesh.peers(d, over)])) for d, a in x.items()
+    }
+
+
+@exchange("all_reduce")
+def _all_reduce(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
+    over = AllReduceAttrs.of_node(node).mesh
+    n = mesh.size(over)
+    return _sums(x, over, mesh), {d: 2 * a.data.size * (n - 1) // n for d, a in x.items()}
+
+
+@exchange("reduce_scatter")
+def _reduce_scatter(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
+    attrs = ReduceScatterAttrs.of_node(node)
+    over, n, sums = attrs.mesh, mesh.size(attrs.mesh), _sums(x, attrs.mesh, mesh)
+    parts = {d: _block(a, attrs.axis, mesh.part(d, over), n) for d, a in sums.items()}
+    return parts, {d: a.data.size * (n - 1) // n for d, a in x.items()}
+
+
+@exchange("all_to_all")
+def _all_to_all(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
+    attrs = AllToAllAttrs.of_node(node)
+    n = mesh.size(attrs.mesh)
+    return _exchanged(attrs, x, mesh), {d: a.data.size * (n - 1) // n for d, a in x.items()}
+
+
+def _exchanged(attrs: AllToAllAttrs | RaggedAllToAllAttrs, x: Parts, mesh: Mesh) -> Parts:
+    over, split, gather = attrs.mesh, attrs.split, attrs.gather
+    return {
+        d: _together(
+            [_block(x[p], split, mesh.part(d, over), mesh.size(over)) for p in mesh.peers(d, over)],
+            gather,
+        )
+        for d in x
+    }
+
+
+@exchange("ragged_all_to_all")
+def _ragged_all_to_all(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
+    """Send the occupied rows; every device has room for the same number of slots."""
+    type, attrs = node.operands[0].type, RaggedAllToAllAttrs.of_node(node)
+    ragged = type.ragged
+    assert ragged is not None, "the type is checked"
+    return _exchanged(attrs, x, mesh), {
+        d: _rows_sent(rows(type, d), attrs.split, mesh, d, attrs.mesh) * _row_size(a, ragged.name)
+        for d, a in x.items()
+    }
+
+
+def _rows_sent(
+    extents: Data, split: str, mesh: Mesh, at: Coordinates, over: tuple[str, ...]
+) -> int:
+    """Return how many of the rows counted by `extents` go to other devices."""
+    n = mesh.size(over)
+    own = _block(Array(extents, ("group", "expert")), split, mesh.part(at, over), n)
+    return int(extents.sum() - own.data.sum())
+
+
+def _row_size(x: Array, slot: str) -> int:
+    """Return the number of elements of one row."""
+    sizes = [x.size(a) for a in x.axes if a not in ("group", "expert", slot)]
+    return int(np.prod(sizes))
+
+
+# One operation on one device: its meaning on local shards, given the device's coordinates.
+
+PerDevice = Callable[[Node, list[Array], Coordinates, Mesh], "Array | tuple[Array, ...]"]
+
+LOCAL: dict[str, PerDevice] = {}
+"""Implementations of operations that depend on the coordinates of the device."""
+
+
+def local(*names: str) -> Callable[[PerDevice], PerDevice]:
+    """Register a function as the per-device implementation of the operations `names`."""
+
+    def register(function: PerDevice) -> PerDevice:
+        LOCAL.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+def run_local(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> tuple[Array, ...]:
+    """Return the results of `node` on the device at `at`, from its local shards of the operands."""
+    function = LOCAL.get(node.op.name, _plain)
+    made = function(node, operands, at, mesh)
+    return made if isinstance(made, tuple) else (made,)
+
+
+def _plain(
+    node: Node, operands: list[Array], at: Coordinates, mesh: Mesh
+) -> Array | tuple[Array, ...]:
+    return MEANINGS[node.op.name](*operands, **local_attrs(node, mesh))
+
+
+@local("positions")
+def _positions(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> Array:
+    (axis,) = node.result.type.axes
+    size = operands[0].size(axis.name)
+    return Array(np.arange(size) + mesh.part(at, axis.mesh) * size, (axis.name,))
+
+
+@local("random_uniform", "random_normal")
+def _random(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> Array:
+    """Draw the global numbers, of which a device keeps its shard."""
+    key, like = operands
+    axes = [node.result.type[n] for n in like.axes]
+    shape = [s * mesh.size(a.mesh) for s, a in zip(like.data.shape, axes, strict=True)]
+    made = MEANINGS[node.op.name](key, Array(np.empty(shape), like.axes), **node.attrs)
+    assert isinstance(made, Array), "one result"
+    data = made.data
+    for number, axis in enumerate(axes):
+        size = like.data.shape[number]
+        start = mesh.part(at, axis.mesh) * size
+        data = data.take(range(start, start + size), number)
+    return Array(data, like.axes)
+
+
+@local("mean")
+def _mean(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> Array:
+    """Return this device's share of the mean: the sum of its shard over the global size."""
+    made = _plain(node, operands, at, mesh)
+    assert isinstance(made, Array), "one result"
+    type = node.operands[0].type
+    parts = mesh.size(m for n in MeanAttrs.of_node(node).axes for m in type[n].mesh)
+    return made.map(lambda d: d / parts)
+
+
+@local("embedding")
+def _embedding(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> Array:
+    """Return the rows of this device's shard, and zeros for the others."""
+    table, ids = operands
+    axis = node.operands[0].type[EmbeddingAttrs.of_node(node).axis]
+    size = table.size(axis.name)
+    if not axis.mesh:
+        return _one(_plain(node, operands, at, mesh))
+    there = ids.data != NOTHING
+    index = np.where(there, ids.data - mesh.part(at, axis.mesh) * size, 0)
+    mine = (index >= 0) & (index < size)
+    picked = replace(ids, data=np.where(mine, index, 0))
+    rows = _one(_plain(node, [table, picked], at, mesh))
+    mask = Array(mine, ids.axes).to(rows.axes)
+    return rows.map(lambda d: np.where(mask, d, 0))
+
+
+@local("combine", "combine_weighted")
+def _combine(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> Array:
+    """Return the contribution of this device's experts to each token."""
+    rows, experts, slots, *gates = operands
+    axis = node.operands[0].type["expert"]
+    size = rows.size("expert")
+    index = experts.data - mesh.part(at, axis.mesh) * size
+    mine = (index >= 0) & (index < size)
+    own = replace(slots, data=np.where(Array(mine, experts.axes).to(slots.axes), slots.data, -1))
+    return _one(_plain(node, [rows, replace(experts, data=index), own, *gates], at, mesh))
+
+
+@local("within_buffer")
+def _within_buffer(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> Array:
+    """Return which of this device's choices fit, from the counts of all that exchange rows."""
+    experts, slots, counts = operands
+    attrs = dict(local_attrs(node, mesh))
+    tokens = node.operands[0].type[attrs["tokens"][0]].mesh
+    over = tokens[len(node.operands[2].type["group"].mesh) :]
+    groups = counts.size("group") // mesh.size(over)
+    first = mesh.part(at, over) * groups
+    return kept_from(experts, slots, counts, attrs["tokens"], attrs, first=first, groups=groups)
+
+
+def _one(made: Array | tuple[Array, ...]) -> Array:
+    assert isinstance(made, Array), "one result"
+    return made
+
 
 T = TypeVar("T")
 

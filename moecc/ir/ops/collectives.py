@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from moecc.errors import InputError, nearest
+from moecc.ir.arrays import Array, meaning
 from moecc.ir.operand import Operand
-from moecc.ir.ops import OPS, Attr, Attrs, OpDef, register
+from moecc.ir.operation import OPS, Attr, Attrs, OpDef, register
+from moecc.ir.ops.rules import axis_of
 from moecc.ir.sharding_rules import spelled
-from moecc.ir.table.rules import axis_of
 from moecc.ir.traits import Collective
 from moecc.types import Axis, Extent, TensorType, is_name
 
@@ -235,3 +236,16 @@ _register(
 
 COLLECTIVES = tuple(name for name, entry in OPS.items() if entry.collective is not None)
 """The operations that change only a value's sharding."""
+
+
+# The meaning of collectives on the global value: the identity.
+#
+# Their effect on each device is in `moecc.ir.devices`.
+
+
+def _identity(x: Array, **attrs: object) -> Array:
+    return x
+
+
+for _name in COLLECTIVES:
+    meaning(_name)(_identity)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from moecc.errors import InputError, nearest
 from moecc.ir.operand import Attrs as _ShardingAttrs
 from moecc.ir.operand import Entry, Operand
-from moecc.ir.ops import Attrs
+from moecc.ir.operation import Attrs
 from moecc.ir.sharding_rules import Names, Rule, Space
 from moecc.types import Axis, DType, TensorType
 

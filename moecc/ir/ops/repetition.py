@@ -10,15 +10,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from moecc.errors import InputError, Problem
+from moecc.ir.arrays import Array, meaning
+from moecc.ir.graph import Graph
 from moecc.ir.mesh import ATTRIBUTE as MESH
 from moecc.ir.operand import Operand
-from moecc.ir.ops import Attr, Attrs, OpDef, register
-from moecc.ir.table.rules import axis_of, by_name, mixes_axis, no_ragged
+from moecc.ir.operation import Attr, Attrs, OpDef, register
+from moecc.ir.ops.rules import axis_of, by_name, mixes_axis, no_ragged
 from moecc.types import Axis, TensorType
 
 if TYPE_CHECKING:
-    from moecc.ir.graph import Graph, Node, Value
+    from moecc.ir.graph import Node, Value
+
 
 REMATERIALISATION = ("none", "block", "full", "save")
 """What a repetition keeps for the gradient: everything, its operands (of each of its layers under
@@ -232,3 +237,56 @@ register(
         places=True,
     )
 )
+
+
+# The meaning of repeating a body, stacking, and picking from a stack.
+
+
+def stacked_along(axis: str, *xs: Array) -> Array:
+    """Return arrays stacked along a new first axis."""
+    axes = xs[0].axes
+    return Array(np.stack([x.to(axes) for x in xs]), (axis, *axes), xs[0].dtype)
+
+
+def picked(x: Array, axis: str, at: int) -> Array:
+    """Return the data at one position of an axis."""
+    rest = tuple(a for a in x.axes if a != axis)
+    # Made contiguous, as if it had never been part of a stack, so that it rounds the same.
+    return Array(np.array(x.to((axis, *rest))[at], order="C"), rest, x.dtype)
+
+
+@meaning("stack")
+def stack(*xs: Array, axis: str) -> Array:
+    """Return arrays stacked along a new first axis."""
+    return stacked_along(axis, *xs)
+
+
+@meaning("index")
+def index(x: Array, *, axis: str, at: int) -> Array:
+    """Return the data at one position of an axis."""
+    return picked(x, axis, at)
+
+
+@meaning("scan")
+def scan(
+    *operands: Array,
+    over: tuple[tuple[str, int], ...],
+    carries: int,
+    stacked: int,
+    remat: str,
+    save: tuple[str, ...],
+    body: Graph,
+) -> tuple[Array, ...]:
+    """Run the body once for each position; rematerialisation has no effect here."""
+    from moecc.ir.interpreter import run_body
+
+    ((axis, runs),) = over
+    carried = operands[:carries]
+    slices, captured = operands[carries : carries + stacked], operands[carries + stacked :]
+    collected: list[tuple[Array, ...]] = []
+    for at in range(runs):
+        now = (picked(x, axis, at) for x in slices)
+        results = run_body(body, (*carried, *now, *captured))
+        carried, made = results[:carries], results[carries:]
+        collected.append(made)
+    return (*carried, *(stacked_along(axis, *xs) for xs in zip(*collected, strict=True)))

@@ -1,14 +1,14 @@
-"""The reference backend: the interpreter, and the simulation of a mesh."""
+"""The reference backend: NumPy in float64, which defines the meaning of every operation."""
 
 from __future__ import annotations
 
 from moecc.backend import Arrays
 from moecc.errors import InputError, Problem
+from moecc.ir.arrays import MEANINGS, Data
+from moecc.ir.devices import simulate
 from moecc.ir.graph import Graph, where
+from moecc.ir.interpreter import ReferenceProgram
 from moecc.types import F64, DType
-from moecc_backends.reference.arrays import MEANINGS, Data
-from moecc_backends.reference.devices import simulate
-from moecc_backends.reference.interpreter import ReferenceProgram
 
 
 class ReferenceBackend:
@@ -35,7 +35,7 @@ class ReferenceBackend:
         """Return the outputs that the devices of the mesh of `graph` compute together.
 
         Raises:
-          InputError: as `moecc_backends.reference.devices.simulate`.
+          InputError: as `moecc.ir.devices.simulate`.
           AssertionError: devices hold different copies of a replicated value.
         """
         return simulate(graph, params, inputs).outputs

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from moecc.errors import InputError, Problem, nearest
+from moecc.ir.arrays import MEANINGS, Array, Data, SlotAssignment
 from moecc.ir.graph import Graph, Node, Value, setter_of, where
+from moecc.ir.ops.elementwise import stored
+from moecc.ir.ops.slots import poisoned
 from moecc.types import Arrays, Extent
-from moecc_backends.reference.arrays import MEANINGS, Array, Data, SlotAssignment
-from moecc_backends.reference.elementwise import stored
-from moecc_backends.reference.slots import poisoned
 
 
 @dataclass(frozen=True)

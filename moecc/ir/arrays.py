@@ -1,4 +1,4 @@
-"""Arrays with named axes, and the registry of the functions that implement operations."""
+"""Arrays with named axes: the values of the reference."""
 
 from __future__ import annotations
 

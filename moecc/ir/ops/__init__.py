@@ -1,6 +1,8 @@
 """The rows of the operation table; importing this package fills it."""
 
-from moecc.ir.table import (
+from __future__ import annotations
+
+from moecc.ir.ops import (
     attention,
     axes,
     collectives,

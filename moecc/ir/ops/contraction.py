@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import product as _convolution_product
+
+import numpy as np
 
 from moecc.errors import InputError
+from moecc.ir.arrays import Array, Data, meaning
 from moecc.ir.operand import Entry, Operand
-from moecc.ir.ops import Attr, Attrs, OpDef, register
-from moecc.ir.sharding_rules import Space
-from moecc.ir.table.rules import (
+from moecc.ir.operation import Attr, Attrs, OpDef, register
+from moecc.ir.ops.rules import (
     axis_of,
     by_name,
     mixes_axis,
@@ -20,6 +23,7 @@ from moecc.ir.table.rules import (
     same_size,
     summing,
 )
+from moecc.ir.sharding_rules import Space
 from moecc.ir.traits import BOTH, NOTHING, PAIR, RESULT, Homogeneity, Residual, Role, powers
 from moecc.support.untyped import JsonDict
 from moecc.types import Axis, TensorType
@@ -293,3 +297,133 @@ register(
         roles=(Role.VALUE, Role.GAIN, Role.BIAS),
     )
 )
+
+
+# The meaning of the one product of tensors.
+
+
+@meaning("contract")
+def contract(x: Array, w: Array, *, over: tuple[str, ...], precision: str) -> Array:
+    """Sum x · w over the axes `over`; every other shared axis is a batch axis.
+
+    The reference computes in float64, which is precise enough for every `precision`.
+    """
+    return product(x, w, over)
+
+
+def product(x: Array, w: Array, over: tuple[str, ...]) -> Array:
+    """Return the sum of x · w over the axes `over`."""
+    result = [a for a in dict.fromkeys((*x.axes, *w.axes)) if a not in over]
+    number = {a: i for i, a in enumerate(dict.fromkeys((*x.axes, *w.axes)))}
+    summed = np.einsum(
+        x.data,
+        [number[a] for a in x.axes],
+        w.data,
+        [number[a] for a in w.axes],
+        [number[a] for a in result],
+        optimize=True,
+    )
+    return Array(np.asarray(summed), tuple(result))
+
+
+# The meaning of convolutions.
+
+Names = tuple[str, ...]
+
+
+@meaning("convolve")
+def convolve(
+    x: Array, w: Array, *, over: Names, along: Names, taps: Names, stride: int, padding: int
+) -> Array:
+    """Sum over the places of a window what x has there, times the weights of that place."""
+    margins = [(padding, padding) if name in along else (0, 0) for name in x.axes]
+    padded = np.pad(x.data, margins)
+    counts = {tap: w.size(tap) for tap in taps}
+    last = {a: x.size(a) + 2 * padding - counts[t] for a, t in zip(along, taps, strict=True)}
+    result = [a for a in x.axes if a not in over]
+    result += [a for a in w.axes if a not in (*over, *taps)]
+    number = {name: i for i, name in enumerate(dict.fromkeys((*x.axes, *w.axes)))}
+    total: float | np.ndarray = 0.0
+    for place in _convolution_product(*(range(counts[tap]) for tap in taps)):
+        at = dict(zip(along, place, strict=True))
+        seen = tuple(
+            slice(at[n], at[n] + last[n] + 1, stride) if n in at else slice(None) for n in x.axes
+        )
+        chosen = dict(zip(taps, place, strict=True))
+        weights = w.data[tuple(chosen.get(n, slice(None)) for n in w.axes)]
+        total = total + np.einsum(
+            padded[seen],
+            [number[n] for n in x.axes],
+            weights,
+            [number[n] for n in w.axes if n not in taps],
+            [number[n] for n in result],
+        )
+    return Array(np.asarray(total), tuple(result))
+
+
+# The meaning of reductions and normalisations.
+
+
+def _reduced(x: Array, axes: tuple[str, ...], data: Data) -> Array:
+    return Array(np.asarray(data), tuple(a for a in x.axes if a not in axes))
+
+
+@meaning("sum")
+def sum_(x: Array, *, axes: tuple[str, ...]) -> Array:
+    """Return the sum over the axes."""
+    return _reduced(x, axes, x.data.sum(x.positions(axes)))
+
+
+@meaning("mean")
+def mean(x: Array, *, axes: tuple[str, ...]) -> Array:
+    """Return the mean over the axes."""
+    return _reduced(x, axes, x.data.mean(x.positions(axes)))
+
+
+@meaning("max")
+def max_(x: Array, *, axes: tuple[str, ...]) -> Array:
+    """Return the maximum over the axes."""
+    return _reduced(x, axes, x.data.max(x.positions(axes)))
+
+
+@meaning("logsumexp")
+def logsumexp(x: Array, *, axes: tuple[str, ...]) -> Array:
+    """Return log Σ exp(x) over the axes; −∞ where all are −∞."""
+    top = _finite(x.data.max(x.positions(axes), keepdims=True))
+    total = np.log(np.exp(x.data - top).sum(x.positions(axes), keepdims=True)) + top
+    return _reduced(x, axes, total.squeeze(x.positions(axes)))
+
+
+def normalised(data: Data, axis: int = -1) -> Data:
+    """Return exp(data) over its sum along `axis`; zeros where all elements are −∞."""
+    parts = np.exp(data - _finite(data.max(axis, keepdims=True)))
+    total = parts.sum(axis, keepdims=True)
+    return np.asarray(parts / np.where(total == 0, 1, total))
+
+
+def _finite(top: Data) -> Data:
+    # −∞ − (−∞) is undefined, so shift by any finite number instead.
+    return np.where(top == -np.inf, 0, top)
+
+
+@meaning("softmax")
+def softmax(x: Array, *, axis: str) -> Array:
+    """Return exp(x) over its sum along the axis; zeros where all elements are −∞ (masked)."""
+    return x.map(lambda d: normalised(d, x.axes.index(axis)))
+
+
+@meaning("rms_norm")
+def rms_norm(x: Array, scale: Array, *, axis: str, eps: float) -> Array:
+    """Return x / √(mean(x²) + eps) · scale (Zhang and Sennrich 2019)."""
+    mean_square = np.square(x.data).mean(x.axes.index(axis), keepdims=True)
+    return x.map(lambda d: d / np.sqrt(mean_square + eps) * scale.to(x.axes))
+
+
+@meaning("layer_norm")
+def layer_norm(x: Array, scale: Array, bias: Array, *, axis: str, eps: float) -> Array:
+    """Return (x − mean) / √(variance + eps) · scale + bias (Ba et al. 2016)."""
+    at = x.axes.index(axis)
+    centred = x.data - x.data.mean(at, keepdims=True)
+    variance = np.square(centred).mean(at, keepdims=True)
+    unit = centred / np.sqrt(variance + eps)
+    return x.map(lambda _: unit * scale.to(x.axes) + bias.to(x.axes))
