@@ -8,12 +8,13 @@ text means the same wherever it is read; backends have one implementation of eac
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
 
 from moecc.errors import InputError, nearest
+from moecc.support.scan import WORD, ParseError, Scanner
 
 OPERAND = "a"
 """The name of the operand."""
@@ -22,8 +23,10 @@ MAX_CHARACTERS = 4000
 """The limit on the text: published activations have below 200."""
 
 _FLOAT, _BOOL = "number", "truth value"
-_TOKEN = re.compile(r"\s*([A-Za-z_]\w*|[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|inf|nan)|[(),;=])")
-_NUMBER = re.compile(r"[-+]?(?:\d|inf\Z|nan\Z)")
+_BLANKS = re.compile(r"\s*")
+_ASSIGNED = re.compile(r"[A-Za-z_]\w*\s*=")
+_CALLED = re.compile(r"[A-Za-z_]\w*\s*\(")
+_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|(?:inf|nan)(?!\w))")
 
 T = TypeVar("T")
 
@@ -63,7 +66,7 @@ their kinks, ``maximum(a, 0.0)`` one half.  ``clamp`` takes the bounds first and
 
 
 @dataclass(frozen=True)
-class Call:
+class FormulaStep:
     """A function applied to the results of earlier steps, or to numbers."""
 
     function: str
@@ -79,15 +82,15 @@ class Formula:
       result: the step that is the result, numbered likewise.
     """
 
-    steps: tuple[Call, ...]
+    steps: tuple[FormulaStep, ...]
     result: int
 
     def evaluate(self, functions: Mapping[str, Callable[..., T]], operand: T) -> T:
         """Return the value for `operand`; `functions` implement the names."""
         values = [operand]
         for step in self.steps:
-            given = (values[x] if isinstance(x, int) else x for x in step.arguments)
-            values.append(functions[step.function](*given))
+            arguments = (values[x] if isinstance(x, int) else x for x in step.arguments)
+            values.append(functions[step.function](*arguments))
         return values[self.result]
 
     def __str__(self) -> str:
@@ -98,8 +101,8 @@ class Formula:
                     uses[x] += 1
         texts, lines = [OPERAND], list[str]()
         for number, step in enumerate(self.steps, 1):
-            given = (texts[x] if isinstance(x, int) else repr(x) for x in step.arguments)
-            text = f"{step.function}({', '.join(given)})"
+            arguments = (texts[x] if isinstance(x, int) else repr(x) for x in step.arguments)
+            text = f"{step.function}({', '.join(arguments)})"
             if uses[number] > 1 and number != self.result:
                 lines.append(f"t{len(lines)} = {text}; ")
                 text = f"t{len(lines) - 1}"
@@ -120,105 +123,79 @@ def parse_formula(text: str) -> Formula:
             expected=f"at most {MAX_CHARACTERS:,} characters",
             found=f"{len(text):,}",
         )
-    return _Parser(text).formula()
+    try:
+        return _Parser(text).formula()
+    except ParseError as error:
+        raise InputError(f"not a formula: {text}", found=error.message) from None
 
 
 class _Parser:
-    """Reads one formula from left to right; nesting is bounded by the length of the text."""
+    """Parses one formula from left to right; nesting is bounded by the length of the text."""
 
     def __init__(self, text: str) -> None:
-        self._text = text
-        self._tokens = list(_tokens(text))
-        self._at = 0
-        self._names: dict[str, int] = {OPERAND: 0}
-        self._steps: list[Call] = []
-        self._kinds = [_FLOAT]
+        self.scan = Scanner(text, blanks=_BLANKS)
+        self.names: dict[str, int] = {OPERAND: 0}
+        self.steps: list[FormulaStep] = []
+        self.kinds = [_FLOAT]
 
     def formula(self) -> Formula:
-        while self._peek(1) == "=":
-            name = self._next()
-            self._next()
-            self._names[name] = self._step(self._expression())
-            self._expect(";")
-        result = self._step(self._expression())
-        if self._at != len(self._tokens):
-            raise self._error("the end", self._tokens[self._at])
-        if self._kinds[result] != _FLOAT:
-            raise InputError("the formula does not give a number", found=self._text)
-        return Formula(tuple(self._steps), result)
+        scan = self.scan
+        while scan.is_match(_ASSIGNED):
+            name = scan.match(WORD, "a name")
+            scan.expect("=")
+            self.names[name] = self.step()
+            scan.expect(";")
+        result = self.step()
+        if not scan.is_at_end():
+            raise scan.expected("the end of the formula")
+        if self.kinds[result] != _FLOAT:
+            raise InputError("the formula does not give a number", found=scan.text)
+        return Formula(tuple(self.steps), result)
 
-    def _step(self, value: int | float) -> int:
-        if isinstance(value, int):
-            return value
-        raise InputError("a formula is a function of its operand", found=self._text)
+    def step(self) -> int:
+        """Parse an expression that depends on the operand."""
+        value = self.expression()
+        if isinstance(value, float):
+            raise InputError("a formula is a function of its operand", found=self.scan.text)
+        return value
 
-    def _expression(self) -> int | float:
-        """Read an expression without recursion: open calls are on a stack."""
+    def expression(self) -> int | float:
+        """Parse an expression without recursion: open calls are on a stack."""
+        scan = self.scan
         stack: list[tuple[str, list[int | float]]] = []
         while True:
-            if self._peek(1) == "(":
-                stack.append((self._next(), []))
-                self._next()
+            if scan.is_match(_CALLED):
+                stack.append((scan.match(WORD, "a function"), []))
+                scan.expect("(")
                 continue
-            value = self._atom()
+            value: int | float
+            if scan.is_match(_NUMBER):
+                value = float(scan.match(_NUMBER, "a number"))
+            else:
+                start = scan.skip()
+                description = f"a number, a function, or one of {', '.join(self.names)}"
+                name = scan.match(WORD, description)
+                value = scan.lookup(name, self.names, "name", start)
             while stack:
                 stack[-1][1].append(value)
-                if self._peek() == ",":
-                    self._next()
+                if scan.take(","):
                     break
-                self._expect(")")
-                value = self._call(*stack.pop())
+                scan.expect(")")
+                value = self.call(*stack.pop())
             else:
                 return value
 
-    def _atom(self) -> int | float:
-        token = self._next()
-        if _NUMBER.match(token):
-            return float(token)
-        if token in self._names:
-            return self._names[token]
-        raise self._error(f"a number, a function, or one of {', '.join(self._names)}", token)
-
-    def _call(self, name: str, given: list[int | float]) -> int:
-        found = FUNCTIONS.get(name)
-        if found is None:
+    def call(self, name: str, arguments: list[int | float]) -> int:
+        signature = FUNCTIONS.get(name)
+        if signature is None:
             raise InputError(f"a formula has no function {name!r}", hint=nearest(name, FUNCTIONS))
-        kinds = tuple(self._kinds[x] if isinstance(x, int) else _FLOAT for x in given)
-        if kinds != found.takes:
+        kinds = tuple(self.kinds[x] if isinstance(x, int) else _FLOAT for x in arguments)
+        if kinds != signature.takes:
             raise InputError(
                 f"{name} takes other arguments in a formula",
-                expected=", ".join(found.takes),
+                expected=", ".join(signature.takes),
                 found=", ".join(kinds) or "none",
             )
-        self._steps.append(Call(name, tuple(given)))
-        self._kinds.append(found.gives)
-        return len(self._steps)
-
-    def _peek(self, ahead: int = 0) -> str:
-        at = self._at + ahead
-        return self._tokens[at] if at < len(self._tokens) else ""
-
-    def _next(self) -> str:
-        token = self._peek()
-        if not token:
-            raise self._error("more", "the end")
-        self._at += 1
-        return token
-
-    def _expect(self, token: str) -> None:
-        found = self._next()
-        if found != token:
-            raise self._error(repr(token), found)
-
-    def _error(self, expected: str, found: str) -> InputError:
-        return InputError(f"not a formula: {self._text}", expected=expected, found=found)
-
-
-def _tokens(text: str) -> Iterator[str]:
-    at = 0
-    while at < len(text.rstrip()):
-        match = _TOKEN.match(text, at)
-        if match is None:
-            raise InputError(f"not a formula: {text}", found=text[at : at + 20])
-        yield match.group(1)
-        at = match.end()
+        self.steps.append(FormulaStep(name, tuple(arguments)))
+        self.kinds.append(signature.gives)
+        return len(self.steps)

@@ -6,15 +6,16 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from moecc.errors import InputError, Problem, nearest, printable
+from moecc.errors import InputError, Problem, nearest
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import ATTRIBUTE as MESH
 from moecc.ir.operation import OPS, Attr, OpDef, op
 from moecc.ir.verify import check_param
 from moecc.support.process import gc_paused
+from moecc.support.scan import ParseError as ParseError
+from moecc.support.scan import Scanner
 from moecc.support.text import json_text
 from moecc.types import TensorType, is_name, parse_type
 
@@ -85,18 +86,6 @@ def format_node(node: Node) -> str:
     return f"{results} = {node.op.name}{operands}{attrs} : {types}{loc}"
 
 
-def _format_param(value: Value) -> str:
-    return f"param %{value.name} : {value.type}{_format_weight(value)}{format_loc(value.loc, '')}"
-
-
-def _format_weight(value: Value) -> str:
-    if value.weight is None:
-        return ""
-    from moecc.weights.text import format_expr
-
-    return f" = {format_expr(value.weight)}"
-
-
 def lines(graph: Graph) -> Iterator[str]:
     """Yield the lines of a graph's text."""
     yield f"moecc {FORMAT}"
@@ -105,7 +94,8 @@ def lines(graph: Graph) -> Iterator[str]:
         yield f"  attr {key} = {json_text(value)}"
     yield from _inputs(graph, "  ")
     for value in graph.params.values():
-        yield "  " + _format_param(value)
+        weight = "" if value.weight is None else f" = {value.weight}"
+        yield f"  param %{value.name} : {value.type}{weight}{format_loc(value.loc, '')}"
     yield from _computation(graph, "  ")
     yield "}"
 
@@ -206,149 +196,6 @@ def _parse_scalar(text: str) -> object:
         return text
 
 
-# Tokens of the text format with their offsets, and errors that point at them.
-
-_TOKEN = re.compile(
-    r"""
-    (?P<skip>(?:[ \t\r\n]+|\#[^\n]*)+)
-  | (?P<value>%[A-Za-z0-9_][A-Za-z0-9_.\-]*(?:\{[0-9.]+\}[A-Za-z0-9_.\-]*)*)
-  | (?P<type>[a-z][a-z0-9]*\[[^\]\n]*\](?:\ unreduced\([^)\n]*\))?)
-  | (?P<attrs>\{(?:[^{}"\n]|"(?:[^"\\\n]|\\.)*")*\})
-  | (?P<loc>@[^\s]*)
-  | (?P<name>[A-Za-z_][A-Za-z0-9_./\-]*)
-  | (?P<number>-?(?:inf|[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?))
-  | (?P<string>"(?:[^"\\\n]|\\.)*")
-  | (?P<punct>[{}=,:()])
-    """,
-    re.VERBOSE,
-)
-
-
-class ParseError(InputError):
-    """Text that is not a valid graph; each problem has line, column and a caret."""
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """A token: its kind, its text, and the offset at which it starts."""
-
-    kind: str
-    text: str
-    at: int
-
-
-def problem_at(text: str, file: str, what: str, at: int, **more: str | None) -> Problem:
-    """Return a problem at offset `at` of `text`, with its line and a caret below the column."""
-    line = text.count("\n", 0, at) + 1
-    start = text.rfind("\n", 0, at) + 1
-    column = at - start + 1
-    end = text.find("\n", start)
-    whole = text[start : end if end >= 0 else len(text)]
-    # A long line is cut around the column, so that the caret stays on the screen.
-    cut = max(0, column - 61)
-    shown = printable(whole[cut : cut + 110], 110)
-    pad = len(printable(whole[cut : column - 1], 110)) if column > 1 else 0
-    excerpt = f"{line:5} | {shown}\n      | {' ' * pad}^"
-    return Problem(f"{what}\n{excerpt}", f"{file}:{line}:{column}", **more)
-
-
-class Scanner:
-    """Reads the tokens of `text` one after the other.
-
-    Attributes:
-      text: the input.
-      file: its name in messages.
-      token: the next token; its kind is ``end`` at the end.
-    """
-
-    def __init__(self, text: str, file: str = "<text>") -> None:
-        self.text = text
-        self.file = file
-        self.pos = 0
-        self.token = Token("end", "", 0)
-        self.advance()
-
-    def advance(self) -> Token:
-        """Return the next token, and scan the one after it.
-
-        Raises:
-          ParseError: the text continues with an invalid token.
-        """
-        before = self.token
-        match = _TOKEN.match(self.text, self.pos)
-        if match is not None and match.lastgroup == "skip":
-            self.pos = match.end()
-            match = _TOKEN.match(self.text, self.pos)
-        if match is None:
-            if self.pos < len(self.text):
-                raise self.error(f"unexpected character {self.text[self.pos]!r}", self.pos)
-            self.token = Token("end", "", self.pos)
-            return before
-        self.pos = match.end()
-        self.token = Token(match.lastgroup or "", match.group(), match.start())
-        if not self.token.text.isprintable():
-            self._require_printable()
-        return before
-
-    def _require_printable(self) -> None:
-        """Raise ParseError for a control character, which would be printed again as it is."""
-        for at, character in enumerate(self.token.text, self.token.at):
-            if character != "\t" and not character.isprintable():
-                hint = "remove it, or escape it in a string"
-                raise self.error("a control or invisible character", at, hint=hint)
-
-    def jump(self, pos: int) -> None:
-        """Continue at offset `pos`."""
-        self.pos = pos
-        self.advance()
-
-    def expect(self, kind: str, text: str | None = None, what: str | None = None) -> Token:
-        """Return the next token, which must be of `kind` (and equal `text`).
-
-        Raises:
-          ParseError: it differs.
-        """
-        token = self.token
-        if token.kind != kind or (text is not None and token.text != text):
-            found = repr(printable(token.text, 40)) if token.text else "the end of the text"
-            raise self.error(f"expected {what or text or kind}, found {found}", token.at)
-        return self.advance()
-
-    def take(self, kind: str, text: str) -> bool:
-        """Consume the next token if it is `text`, and return whether it was."""
-        if self.token.kind != kind or self.token.text != text:
-            return False
-        self.advance()
-        return True
-
-    def problem(self, what: str, at: int, **more: str | None) -> Problem:
-        """Return a problem at offset `at`, with its line and a caret below the place."""
-        return problem_at(self.text, self.file, what, at, **more)
-
-    def error(self, what: str, at: int, **more: str | None) -> ParseError:
-        """Return a `ParseError` at offset `at`."""
-        return ParseError([self.problem(what, at, **more)])
-
-    def json_line(self) -> object:
-        """Return the JSON value that fills the rest of the line after the last token read.
-
-        Raises:
-          ParseError: it is not JSON.
-        """
-        start = self.token.at
-        end = self.text.find("\n", start)
-        end = len(self.text) if end < 0 else end
-        try:
-            value = json.loads(self.text[start:end])
-        except (ValueError, RecursionError) as error:
-            at = start + getattr(error, "pos", 0)
-            raise self.error(
-                f"not JSON: {getattr(error, 'msg', 'nested too deeply')}", at
-            ) from None
-        self.jump(end)
-        return value
-
-
 # Parse the text of a graph: the inverse of the printer, with errors that point at the location.
 #
 # A wrong line is reported and skipped, and lines that depend on it are skipped silently; all
@@ -360,6 +207,15 @@ MAX_PROBLEMS = 20
 MAX_LOCATION = 256
 """The most characters of a location, whose numbers are layers."""
 
+
+_BLANKS = re.compile(r"(?:[ \t\r\n]+|#[^\n]*)*")
+_VALUE = re.compile(r"%[A-Za-z0-9_][A-Za-z0-9_.\-]*(?:\{[0-9.]+\}[A-Za-z0-9_.\-]*)*")
+_TYPE = re.compile(r"[a-z][a-z0-9]*\[[^\]\n]*\](?:\ unreduced\([^)\n]*\))?")
+_ATTRS = re.compile(r'\{(?:[^{}"\n]|"(?:[^"\\\n]|\\.)*")*\}')
+_LOC = re.compile(r"@[^\s]*")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_./\-]*")
+_BY = re.compile(r"by(?![A-Za-z0-9_./\-])")
+_NUMBER = re.compile(r"-?(?:inf|[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)")
 
 _CLOSING = re.compile(r"^[ \t]*\}", re.MULTILINE)
 """The brace that closes a body, on a line of its own."""
@@ -386,12 +242,12 @@ def parse(text: str, file: str = "<text>") -> Graph:
       ParseError: all problems found, up to a limit.
     """
     with gc_paused():
-        return _Parser(Scanner(text, file)).module()
+        return _Parser(Scanner(text, file, blanks=_BLANKS)).module()
 
 
 class _Parser:
-    def __init__(self, scanner: Scanner, around: _Parser | None = None) -> None:
-        self.scan = scanner
+    def __init__(self, scan: Scanner, around: _Parser | None = None) -> None:
+        self.scan = scan
         self.around = around
         self.graph = Graph() if around is None else Graph("body")
         self.problems: list[Problem] = [] if around is None else around.problems
@@ -401,36 +257,49 @@ class _Parser:
 
     def module(self) -> Graph:
         scan = self.scan
-        scan.expect("name", "moecc", what="'moecc 1' at the start of the text")
-        version = scan.expect("number", what="the version of the format")
-        if version.text != str(FORMAT):
-            raise scan.error(
-                f"format {version.text} is not supported", version.at, expected=str(FORMAT)
-            )
-        scan.expect("name", "graph")
-        self.graph.name = scan.expect("name", what="the name of the graph").text
-        if self.statements() and scan.token.kind != "end":
-            self.problems.append(scan.problem("text after the graph", scan.token.at))
+        self.keyword("moecc", "'moecc 1' at the start of the text")
+        start = scan.skip()
+        version = self.token(_NUMBER, "the version of the format")
+        if version != str(FORMAT):
+            raise scan.error(f"format {version} is not supported", start, expected=str(FORMAT))
+        self.keyword("graph", "graph")
+        self.graph.name = self.token(_NAME, "the name of the graph")
+        if self.statements() and not scan.is_at_end():
+            self.problems.append(scan.problem("text after the graph", scan.at))
         if self.problems:
             raise ParseError(self.problems)
         return self.graph
 
+    def token(self, pattern: re.Pattern[str], description: str) -> str:
+        """Parse a token, which must not have characters that a terminal does not show."""
+        text = self.scan.match(pattern, description)
+        if not text.isprintable():
+            for at, character in enumerate(text, self.scan.at - len(text)):
+                if character != "\t" and not character.isprintable():
+                    hint = "remove it, or escape it in a string"
+                    raise self.scan.error("a control or invisible character", at, hint=hint)
+        return text
+
+    def keyword(self, word: str, description: str) -> None:
+        start = self.scan.skip()
+        if not self.scan.is_match(_NAME) or self.token(_NAME, word) != word:
+            self.scan.at = start
+            raise self.scan.expected(description)
+
     def statements(self) -> bool:
         """Parse statements in braces, and return whether the closing brace is present."""
         scan = self.scan
-        scan.expect("punct", "{")
-        while not (scan.token.kind == "punct" and scan.token.text == "}"):
-            if scan.token.kind == "end":
+        scan.expect("{")
+        while not scan.take("}"):
+            if scan.is_at_end():
                 what = f"the {'graph' if self.around is None else 'body'} has no closing brace"
-                self.problems.append(scan.problem(what, scan.token.at))
+                self.problems.append(scan.problem(what, scan.at))
                 return False
-            self.line()
-        scan.advance()
+            self.line(scan.skip())
         return True
 
-    def line(self) -> None:
+    def line(self, start: int) -> None:
         """Parse one statement; on an error record it and continue with the next line."""
-        start = self.scan.token
         try:
             self.statement(start)
         except ParseError as error:
@@ -444,227 +313,194 @@ class _Parser:
         if len(self.problems) >= MAX_PROBLEMS:
             raise ParseError(self.problems)
 
-    def poison(self, start: Token) -> str:
+    def poison(self, start: int) -> str:
         """Mark what the line from `start` on defines as undefined, and return the line."""
-        end = self.scan.text.find("\n", start.at)
-        line = self.scan.text[start.at : end if end >= 0 else None]
+        end = self.scan.text.find("\n", start)
+        line = self.scan.text[start : end if end >= 0 else None]
         head = line.split("=", 1)[0].split(":", 1)[0]
         self.poisoned.update(w.strip(" ,")[1:] for w in head.split() if w.startswith("%"))
         return line
 
-    def recover(self, start: Token) -> None:
-        text, line = self.scan.text, self.poison(start)
-        end = start.at + len(line)
-        if start.kind == "value" and line.rstrip().endswith("{"):
+    def recover(self, start: int) -> None:
+        """Continue after the line from `start` on, and after the body that it begins."""
+        line = self.poison(start)
+        self.scan.at = start + len(line)
+        if line.startswith("%") and line.rstrip().endswith("{"):
             # The body of a wrong line has no meaning without it.
-            close = _CLOSING.search(text, end)
-            end = close.end() if close is not None else len(text)
-        while True:
-            try:
-                self.scan.jump(end)
-                return
-            except ParseError as error:
-                self.problems.extend(error.problems)
-                end = text.find("\n", end + 1)
-                if end < 0 or len(self.problems) >= MAX_PROBLEMS:
-                    raise ParseError(self.problems) from None
+            close = _CLOSING.search(self.scan.text, self.scan.at)
+            self.scan.at = close.end() if close is not None else len(self.scan.text)
 
-    def statement(self, start: Token) -> None:
-        if start.kind == "value":
+    def statement(self, start: int) -> None:
+        if self.scan.is_ahead("%"):
             self.node()
             return
-        keyword = self.scan.expect("name", what="a statement").text
         handlers = {"input": self.input, "output": self.output}
         if self.around is None:
             handlers |= {"attr": self.attr, "param": self.param}
-        handler = handlers.get(keyword)
-        if handler is None:
-            hint = nearest(keyword, handlers)
-            raise self.scan.error(f"unknown statement {printable(keyword)!r}", start.at, hint=hint)
-        handler()
+        self.scan.lookup(self.token(_NAME, "a statement"), handlers, "statement", start)()
 
     def attr(self) -> None:
-        name = self.scan.expect("name", what="the name of an attribute").text
-        equals = self.scan.token
-        if equals.text != "=":
-            raise self.scan.error("expected =", equals.at)
-        # JSON follows, which is not made of our tokens, so step over the sign by hand.
-        self.scan.token = Token("json", "", equals.at + 1)
-        self.graph.attrs[name] = self.scan.json_line()
+        scan = self.scan
+        name = self.token(_NAME, "the name of an attribute")
+        scan.expect("=")
+        start, end = scan.at, scan.text.find("\n", scan.at)
+        scan.at = end if end >= 0 else len(scan.text)
+        try:
+            self.graph.attrs[name] = json.loads(scan.text[start : scan.at])
+        except (ValueError, RecursionError) as error:
+            message = getattr(error, "msg", "nested too deeply")
+            raise scan.error(f"not JSON: {message}", start + getattr(error, "pos", 0)) from None
+
+    def typed_name(self) -> tuple[int, str, TensorType]:
+        """Parse ``%name : type``, and return its offset, too."""
+        at = self.scan.skip()
+        name = self.token(_VALUE, "a value")
+        self.scan.expect(":")
+        return at, name[1:], self.type()
 
     def input(self) -> None:
-        name = self.scan.expect("value", what="a value")
-        self.scan.expect("punct", ":")
-        type = self.type()
-        self.guarded(name.at, lambda: self.graph.input(name.text[1:], type))
+        at, name, type = self.typed_name()
+        self.guarded(at, lambda: self.graph.input(name, type))
 
     def param(self) -> None:
         scan = self.scan
-        name = scan.expect("value", what="a value")
-        scan.expect("punct", ":")
-        type = self.type()
-        made_at = scan.token.at
-        weight = self.weight() if scan.token.text == "=" else None
-        place = scan.token.at
+        at, name, type = self.typed_name()
+        weight_at = scan.skip()
+        weight = self.weight() if scan.take("=") else None
+        loc_at = scan.skip()
         loc, origin = self.loc()
         if origin:
-            raise scan.error("a parameter has a location and no origin", place)
-        value = self.guarded(
-            name.at, lambda: self.graph.param(name.text[1:], type, weight, loc=loc)
-        )
-        for wrong in check_param(value):
-            raise scan.error(wrong.what, made_at, expected=wrong.expected, found=wrong.found)
+            raise scan.error("a parameter has a location and no origin", loc_at)
+        value = self.guarded(at, lambda: self.graph.param(name, type, weight, loc=loc))
+        for p in check_param(value):
+            raise scan.error(p.what, weight_at, expected=p.expected, found=p.found)
 
     def weight(self) -> Expr:
-        from moecc.weights.text import ExprSyntaxError, parse_expr
+        from moecc.weights.text import ExprParser
 
-        scan, start = self.scan, self.scan.token.at + 1
-        try:
-            weight, end = parse_expr(scan.text, start)
-        except ExprSyntaxError as error:
-            raise scan.error(str(error), min(error.offset, len(scan.text))) from None
-        except InputError as error:
-            raise self.at(error, start) from None
-        scan.jump(end)
+        # An expression is on one line, without comments.
+        inner = Scanner(self.scan.text, self.scan.file, self.scan.at)
+        weight = self.guarded(inner.at, ExprParser(inner).expr)
+        self.scan.at = inner.at
         return weight
 
     def output(self) -> None:
-        name = self.scan.expect("name", what="the name of an output")
-        self.scan.expect("punct", "=")
+        at = self.scan.skip()
+        name = self.token(_NAME, "the name of an output")
+        self.scan.expect("=")
         value = self.operand()
-        if name.text in self.graph.output_names:
-            raise self.scan.error(f"output {name.text!r} is defined twice", name.at)
-        self.graph.set_output(name.text, value)
+        if name in self.graph.output_names:
+            raise self.scan.error(f"output {name!r} is defined twice", at)
+        self.graph.set_output(name, value)
 
     def node(self) -> None:
         scan, graph = self.scan, self.graph
-        results = [scan.advance()]
-        while scan.take("punct", ","):
-            results.append(scan.expect("value", what="a value"))
-        scan.expect("punct", "=")
-        word = scan.expect("name", what="an operation")
-        entry = OPS.get(word.text)
-        if entry is None:
-            raise self.at(_caught(lambda: op(word.text)), word.at)
+        results: list[tuple[int, str]] = []
+        while not results or scan.take(","):
+            results.append((scan.skip(), self.token(_VALUE, "a value")[1:]))
+        scan.expect("=")
+        at = scan.skip()
+        operation = self.token(_NAME, "an operation")
+        # An unknown operation may have a new name, which `op` tells.
+        entry = OPS.get(operation) or self.guarded(at, lambda: op(operation))
         operands: list[Value] = []
-        if scan.token.kind == "value":
+        if scan.is_ahead("%"):
             operands.append(self.operand())
-            while scan.take("punct", ","):
+            while scan.take(","):
                 operands.append(self.operand())
-        attrs = self.attributes(entry) if scan.token.kind == "attrs" else {}
-        scan.expect("punct", ":")
-        types_at = scan.token.at
+        attrs = self.attributes(entry) if scan.is_ahead("{") else {}
+        scan.expect(":")
+        types_at = scan.skip()
         types = [self.type()]
-        while scan.take("punct", ","):
+        while scan.take(","):
             types.append(self.type())
         loc, origin = self.loc()
-        for token in results:
-            if token.text[1:] in graph:
-                raise scan.error(f"{token.text} is defined twice", token.at)
-        names = [t.text[1:] for t in results]
+        for result_at, name in results:
+            if name in graph:
+                raise scan.error(f"%{name} is defined twice", result_at)
+        names = [name for _, name in results]
         if len(set(names)) != len(names):
-            raise scan.error("a node defines one value twice", results[0].at)
+            raise scan.error("a node defines one value twice", results[0][0])
         if "body" in entry.attrs:
             if "body" in attrs:
-                raise scan.error("a body is written in braces after the line", word.at)
-            attrs = {**attrs, "body": self.body(word)}
-        made = self.guarded(
-            word.at,
-            lambda: graph.append(entry, operands, attrs, names=names, loc=loc, origin=origin),
+                raise scan.error("a body is written in braces after the line", at)
+            attrs = {**attrs, "body": self.body(at)}
+        node = self.guarded(
+            at, lambda: graph.append(entry, operands, attrs, names=names, loc=loc, origin=origin)
         )
-        inferred = [v.type for v in made.results]
+        inferred = [v.type for v in node.results]
         if inferred != types:
-            for value in made.results:
-                self.poisoned.add(value.name)
+            self.poisoned.update(value.name for value in node.results)
             raise scan.error(
-                f"the type of {word.text} does not follow from its operands",
+                f"the type of {operation} does not follow from its operands",
                 types_at,
                 expected=", ".join(map(str, inferred)),
                 found=", ".join(map(str, types)),
             )
 
-    def body(self, word: Token) -> Graph:
-        """Parse the body of the node of the operation `word`, in braces after its line."""
+    def body(self, at: int) -> Graph:
+        """Parse the body of the node whose operation is at offset `at`, in braces."""
         if self.around is not None:
-            raise self.scan.error("a scan within a scan", word.at, hint="unroll the inner one")
+            raise self.scan.error("a scan within a scan", at, hint="unroll the inner one")
         inner, before = _Parser(self.scan, self), len(self.problems)
         if MESH in self.graph.attrs:
             inner.graph.attrs[MESH] = self.graph.attrs[MESH]
-        whole = inner.statements()
-        if not whole or len(self.problems) > before:
+        if not inner.statements() or len(self.problems) > before:
             raise _WrongBody
         return inner.graph
 
     def operand(self) -> Value:
-        token = self.scan.expect("value", what="a value")
-        name = token.text[1:]
+        at = self.scan.skip()
+        name = self.token(_VALUE, "a value")[1:]
         if name in self.graph:
             return self.graph.value(name)
         if name in self.poisoned:
             raise _Poisoned
         hint = nearest(name, list(self.graph._names)[-200:])
-        raise self.scan.error(f"{token.text} is not defined", token.at, hint=hint)
+        raise self.scan.error(f"%{name} is not defined", at, hint=hint)
 
     def type(self) -> TensorType:
-        token = self.scan.expect("type", what="a type such as f32[batch=B]")
-        known = self.types.get(token.text)
-        if known is not None:
-            return known
+        at = self.scan.skip()
+        text = self.token(_TYPE, "a type such as f32[batch=B]")
+        type = self.types.get(text)
+        if type is not None:
+            return type
         try:
-            type = parse_type(token.text, self.lookup)
-        except InputError as error:
-            raise self.at(error, token.at) from None
+            type = self.guarded(at, lambda: parse_type(text, self.graph.value))
         except KeyError as error:
             if error.args[0] in self.poisoned:
                 raise _Poisoned from None
-            raise self.scan.error(f"%{error.args[0]} is not defined", token.at) from None
+            raise self.scan.error(f"%{error.args[0]} is not defined", at) from None
         if not type.extents:
-            self.types[token.text] = type
+            self.types[text] = type
         return type
 
-    def lookup(self, name: str) -> Value:
-        return self.graph.value(name)
-
     def attributes(self, entry: OpDef) -> dict[str, object]:
-        token = self.scan.advance()
-        key = (entry, token.text)
-        known = self.attrs.get(key)
-        if known is None:
-            known = self.guarded(token.at, lambda: parse_attrs(entry, token.text))
-            self.attrs[key] = known
-        return known
+        at = self.scan.skip()
+        text = self.token(_ATTRS, "attributes in braces")
+        key = (entry, text)
+        if key not in self.attrs:
+            self.attrs[key] = self.guarded(at, lambda: parse_attrs(entry, text))
+        return self.attrs[key]
 
     def loc(self) -> tuple[str, str]:
-        if self.scan.token.kind != "loc":
+        at = self.scan.skip()
+        if not self.scan.is_ahead("@"):
             return "", ""
-        token = self.scan.advance()
-        if len(token.text) > MAX_LOCATION:
-            found = f"{len(token.text):,} characters"
-            raise self.scan.error("the location is too long", token.at, found=found)
-        loc, origin = token.text[1:], ""
-        if self.scan.take("name", "by"):
-            origin = self.scan.expect("name", what="a pass and rewrite").text
-        return loc, origin
-
-    def at(self, error: InputError, at: int) -> ParseError:
-        """Return `error`, which has no position, at offset `at`."""
-        return ParseError(
-            self.scan.problem(p.what, at, expected=p.expected, found=p.found, hint=p.hint)
-            for p in error.problems
-        )
+        loc = self.token(_LOC, "a location")
+        if len(loc) > MAX_LOCATION:
+            raise self.scan.error("the location is too long", at, found=f"{len(loc):,} characters")
+        by = self.scan.is_match(_BY) and self.token(_BY, "by")
+        return loc[1:], self.token(_NAME, "a pass and rewrite") if by else ""
 
     def guarded(self, at: int, make: Callable[[], T]) -> T:
+        """Return what `make` returns; an error without a position is one at offset `at`."""
         try:
             return make()
         except ParseError:
             raise
         except InputError as error:
-            raise self.at(error, at) from None
-
-
-def _caught(action: Callable[[], object]) -> InputError:
-    try:
-        action()
-    except InputError as error:
-        return error
-    raise AssertionError("the action was expected to fail")
+            raise ParseError(
+                self.scan.problem(p.what, at, expected=p.expected, found=p.found, hint=p.hint)
+                for p in error.problems
+            ) from None

@@ -24,7 +24,6 @@ from typing import Annotated, Any, ClassVar
 
 from moecc.errors import Problem, UsageError, nearest, printable
 from moecc.ir.graph import Graph
-from moecc.ir.text import problem_at
 from moecc.pipeline.passes import (
     Context,
     Option,
@@ -43,6 +42,7 @@ from moecc.pipeline.passes import (
     weakest,
     write,
 )
+from moecc.support.scan import ParseError, Scanner
 from moecc.support.user_files import LOADED as LOADED
 from moecc.support.user_files import run_file
 
@@ -460,6 +460,7 @@ def _returning(thing: type[Pass] | PipelineTemplate) -> Factory:
 
 MAX_PROBLEMS = 20
 
+_NOTHING = re.compile("")
 _SPACE = re.compile(r"\s*")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]*")
 _SET = (Piece("true"),)
@@ -566,7 +567,7 @@ def _format_option(option: Option, value: object) -> str:
 
 
 @dataclass
-class _Given:
+class _StatedOption:
     """An option as written in the text; a flag has no pieces."""
 
     name: str
@@ -582,141 +583,97 @@ class _Item:
     name: str
     at: int
     is_template: bool = False
-    given: list[_Given] = field(default_factory=list)
-
-
-class _SyntaxProblem(Exception):
-    """The text violates the grammar at an offset."""
-
-    def __init__(self, what: str, at: int, hint: str | None = None) -> None:
-        super().__init__(what)
-        self.what = what
-        self.at = at
-        self.hint = hint
+    stated: list[_StatedOption] = field(default_factory=list)
 
 
 class _Parser:
     def __init__(self, text: str, file: str, registry: Registry) -> None:
-        self.text = text
-        self.file = file
+        self.scan = Scanner(text, file, blanks=_NOTHING)
         self.registry = registry
         self.problems: list[Problem] = []
-        self.at = 0
         self.inside = False
 
     def passes(self) -> tuple[Pass, ...]:
         """Return the passes, or raise UsageError with all problems."""
-        made: list[Pass] = []
+        passes: list[Pass] = []
         for item in self.items():
             if len(self.problems) >= MAX_PROBLEMS:
                 break
-            one = self.make(item, made)
-            if one is not None:
-                made.append(one)
+            parsed = self.make(item, passes)
+            if parsed is not None:
+                passes.append(parsed)
         if self.problems:
             raise UsageError(self.problems)
-        return tuple(made)
+        return tuple(passes)
 
     def problem(self, what: str, at: int, **more: str | None) -> None:
-        self.problems.append(problem_at(self.text, self.file, what, at, **more))
+        self.problems.append(self.scan.problem(what, at, **more))
 
-    def items(self) -> list[_Item]:
-        found: list[_Item] = []
-        if not self.text.strip():
-            return found
-        while True:
+    def items(self) -> Iterator[_Item]:
+        scan, pending = self.scan, bool(self.scan.text.strip())
+        while pending:
             try:
-                found.append(self.item())
+                yield self.item()
                 self.skip()
-                if self.at < len(self.text):
-                    self.expect(",", "a comma before the next pass")
-                    continue
-            except _SyntaxProblem as error:
-                self.problem(error.what, error.at, hint=error.hint)
-                if len(self.problems) < MAX_PROBLEMS and self.recover():
-                    continue
-            return found
-
-    def recover(self) -> bool:
-        """Skip to the next comma outside braces, and return whether there is one."""
-        if self.inside:
-            end = self.text.find("}", self.at)
-            self.at = end + 1 if end >= 0 else len(self.text)
-        self.inside = False
-        comma = self.text.find(",", self.at)
-        self.at = comma + 1
-        return comma >= 0
+                pending = not scan.is_at_end()
+                if pending and not scan.take(","):
+                    raise self.expected("a comma before the next pass")
+            except ParseError as error:
+                self.problems.extend(error.problems)
+                # Continue after the next comma outside of braces.
+                end = scan.text.find("}", scan.at) if self.inside else scan.at
+                comma = scan.text.find(",", end) if end >= 0 else -1
+                pending = comma >= 0 and len(self.problems) < MAX_PROBLEMS
+                scan.at, self.inside = comma + 1, False
 
     def item(self) -> _Item:
+        scan = self.scan
         self.skip()
-        start = self.at
-        is_template = self.take("@")
-        item = _Item(self.name("the name of a pass"), start, is_template)
-        if not self.take("{"):
-            return item
-        self.inside = True
-        self.skip()
-        while not self.take("}"):
-            item.given.append(self.option())
+        start = scan.at
+        is_template = scan.take("@")
+        item = _Item(self.token(_NAME, "the name of a pass"), start, is_template)
+        if scan.take("{"):
+            self.inside = True
             self.skip()
-        self.inside = False
+            while not scan.take("}"):
+                item.stated.append(self.option())
+                self.skip()
+            self.inside = False
         return item
 
-    def option(self) -> _Given:
-        at = self.at
-        name = self.name("the name of an option, or }")
-        if not self.take("="):
-            if self.at < len(self.text) and self.text[self.at] not in " \t\r\n}":
+    def option(self) -> _StatedOption:
+        scan, at = self.scan, self.scan.at
+        name = self.token(_NAME, "the name of an option, or }")
+        if not scan.take("="):
+            if not scan.is_at_end() and scan.text[scan.at] not in " \t\r\n}":
                 raise self.expected("=, a space or }")
-            return _Given(name, at, (), "no value")
-        start = self.at
-        match = _VALUE.match(self.text, start)
-        if match is None:
-            raise self.expected("a value")
-        self.at = match.end()
+            return _StatedOption(name, at, (), "no value")
+        start = scan.at
+        text = self.token(_VALUE, "a value")
         try:
-            return _Given(name, at, split(match.group()), match.group())
+            return _StatedOption(name, at, split(text), text)
         except ValueError as error:
-            self.at = start + error.args[0] if isinstance(error.args[0], int) else start
+            scan.at = start + error.args[0] if isinstance(error.args[0], int) else start
             raise self.expected("a value without spaces, or in quotes") from None
 
     def skip(self) -> None:
-        match = _SPACE.match(self.text, self.at)
-        self.at = match.end() if match is not None else self.at
+        self.scan.match(_SPACE, "")
 
-    def name(self, what: str) -> str:
-        match = _NAME.match(self.text, self.at)
-        if match is None:
-            raise self.expected(what)
-        self.at = match.end()
-        return match.group()
+    def token(self, pattern: re.Pattern[str], description: str) -> str:
+        if not self.scan.is_match(pattern):
+            raise self.expected(description)
+        return self.scan.match(pattern, description)
 
-    def take(self, mark: str) -> bool:
-        if not self.text.startswith(mark, self.at):
-            return False
-        self.at += len(mark)
-        return True
-
-    def expect(self, mark: str, what: str) -> None:
-        if not self.take(mark):
-            raise self.expected(what)
-
-    def expected(self, what: str) -> _SyntaxProblem:
-        rest = self.text[self.at : self.at + 1]
-        found = repr(printable(rest)) if rest else "the end of the text"
-        return _SyntaxProblem(f"expected {what}, found {found}", self.at, self.way_out(rest))
-
-    def way_out(self, rest: str) -> str | None:
-        """Return how it is written, where `rest` stands for something that is written otherwise."""
+    def expected(self, description: str) -> ParseError:
+        """Return an error that shows how it is written, where the text looks like another form."""
+        scan = self.scan
+        before, character = scan.text[: scan.at].rstrip(), scan.text[scan.at : scan.at + 1]
         if self.inside:
-            return _BLANKS if self.after_comma() else _EQUALS if rest in ("=", ":") else _CLOSED
-        if self.text[: self.at].rstrip().endswith("}"):
-            return _BETWEEN
-        return None if rest in ("", ",") else _BRACES
-
-    def after_comma(self) -> bool:
-        """Whether options seem to be separated by commas here."""
-        return self.inside and self.text[: self.at].rstrip().endswith(",")
+            hint = _EQUALS if character in ("=", ":") else _CLOSED
+            return scan.expected(description, _BLANKS if before.endswith(",") else hint)
+        if before.endswith("}"):
+            return scan.expected(description, _BETWEEN)
+        return scan.expected(description, None if character in ("", ",") else _BRACES)
 
     def make(self, item: _Item, earlier: Sequence[Pass]) -> Pass | None:
         """Return the pass that `item` describes, or None after recording its problems."""
@@ -735,7 +692,7 @@ class _Parser:
             return None
         with blamed(cls, "while it was made"):
             made = cls(**values)
-        places = {g.name: g.at for g in item.given}
+        places = {g.name: g.at for g in item.stated}
         for p in _problems_of(made, earlier):
             at = places.get(p.where or "", item.at)
             self.problem(p.what, at, expected=p.expected, found=p.found, hint=p.hint)
@@ -743,7 +700,7 @@ class _Parser:
 
     def values(self, cls: type[Pass], item: _Item) -> dict[str, object]:
         known, values = options(cls), {}
-        for given in item.given:
+        for given in item.stated:
             option = known.get(given.name)
             if option is None:
                 hint = nearest(given.name, known) or f"options: {', '.join(known) or 'none'}"
@@ -762,7 +719,7 @@ class _Parser:
                 )
         return values
 
-    def value(self, option: Option, given: _Given) -> object:
+    def value(self, option: Option, given: _StatedOption) -> object:
         try:
             value = read(option.type, given.pieces or _SET)
             if given.pieces or value is True:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from moecc.types import BF16, F16, F32, F64, Array, DType, TensorType
-from moecc.weights.expr import Expr, Full, axis_of, check_finite, listed, node
+from moecc.weights.expr import Expr, Full, axis_of, check_finite, node
 from moecc.weights.expr import computed_dtype as computed
 
 F32_MAX = (2.0 - 2.0**-23) * 2.0**127
@@ -23,12 +23,9 @@ F32_MAX = (2.0 - 2.0**-23) * 2.0**127
 class Scale(Expr):
     """A product with a number, which is first rounded to the type of the arithmetic."""
 
-    op = "scale"
+    syntax = "scale({x}, {factor})"
     x: Expr
     factor: float
-
-    def _normalise(self) -> None:
-        self._set("factor", float(self.factor))
 
     def _infer(self) -> TensorType:
         dtype = computed(self, self.x)
@@ -37,15 +34,12 @@ class Scale(Expr):
             raise self.error("f32 does not hold the factor", found=str(self.factor))
         return self.x.type.with_dtype(dtype)
 
-    def __str__(self) -> str:
-        return f"scale({self.x}, {self.factor!r})"
-
 
 @node
 class Cast(Expr):
     """The nearest values of another float type; finite values that become infinite are an error."""
 
-    op = "cast"
+    syntax = "cast({x}, {dtype})"
     x: Expr
     dtype: DType
 
@@ -56,53 +50,41 @@ class Cast(Expr):
                 raise self.error("floats are cast to floats", found=str(self.dtype))
         return self.x.type.with_dtype(self.dtype)
 
-    def __str__(self) -> str:
-        return f"cast({self.x}, {self.dtype})"
-
 
 @node
 class Add(Expr):
     """A sum, element by element."""
 
-    op = "add"
+    syntax = "add({a}, {b})"
     a: Expr
     b: Expr
 
     def _infer(self) -> TensorType:
         return contained(self, self.a, self.b).with_dtype(computed(self, self.a, self.b))
-
-    def __str__(self) -> str:
-        return f"add({listed(self.operands)})"
 
 
 @node
 class Mul(Expr):
     """A product, element by element."""
 
-    op = "mul"
+    syntax = "mul({a}, {b})"
     a: Expr
     b: Expr
 
     def _infer(self) -> TensorType:
         return contained(self, self.a, self.b).with_dtype(computed(self, self.a, self.b))
-
-    def __str__(self) -> str:
-        return f"mul({listed(self.operands)})"
 
 
 @node
 class Minimum(Expr):
     """The smaller of two, element by element."""
 
-    op = "minimum"
+    syntax = "minimum({a}, {b})"
     a: Expr
     b: Expr
 
     def _infer(self) -> TensorType:
         return contained(self, self.a, self.b).with_dtype(computed(self, self.a, self.b))
-
-    def __str__(self) -> str:
-        return f"minimum({listed(self.operands)})"
 
 
 @node
@@ -112,7 +94,7 @@ class Select(Expr):
     Choices of the same element type keep it bit for bit; otherwise both become that of arithmetic.
     """
 
-    op = "select"
+    syntax = "select({mask}, {a}, {b})"
     mask: Expr
     a: Expr
     b: Expr
@@ -122,9 +104,6 @@ class Select(Expr):
         type = contained(self, self.a, self.b, self.mask)
         same = self.a.type.dtype is self.b.type.dtype
         return type.with_dtype(self.a.type.dtype if same else computed(self, self.a, self.b))
-
-    def __str__(self) -> str:
-        return f"select({listed(self.operands)})"
 
 
 @node
@@ -141,7 +120,7 @@ class Moment(Expr):
       keep: the axes that are kept; the result has them in the order of `x`.
     """
 
-    op = "moment"
+    syntax = "{kind}({x}[, {mask}][, keep={keep}])"
     kind: Literal["mean", "std"]
     x: Expr
     mask: Expr | None = None
@@ -163,11 +142,6 @@ class Moment(Expr):
             _check_contained(self, self.x.type, self.mask.type)
         kept = self.x.type.with_axes(a for a in self.x.type.axes if a.name in self.keep)
         return kept.with_dtype(computed(self, self.x))
-
-    def __str__(self) -> str:
-        mask = f", {self.mask}" if self.mask is not None else ""
-        keep = f", keep=({', '.join(self.keep)})" if self.keep else ""
-        return f"{self.kind}({self.x}{mask}{keep})"
 
 
 def check_mask(expr: Expr, mask: Expr) -> None:

@@ -45,10 +45,6 @@ class Draw(Expr):
 
     key: int
 
-    @property
-    def _key_text(self) -> str:
-        return f"key={self.key:#x}"
-
     def _check_draw(self, type: TensorType, largest: float) -> TensorType:
         check_type(self, type)
         if type.dtype is not F32:
@@ -63,17 +59,12 @@ class Draw(Expr):
             raise self.error(f"a key is a number of {KEY_BITS} bits", found=hex(self.key))
         return type
 
-    def _normalise(self) -> None:
-        for name in ("std", "mean", "bound", "low", "high"):
-            if hasattr(self, name):
-                self._set(name, float(getattr(self, name)))
-
 
 @node
 class Normal(Draw):
     """Normal numbers with a mean and a standard deviation."""
 
-    op = "normal"
+    syntax = "normal({type}, std={std}[, mean={mean}], key={key:key})"
     type: TensorType
     std: float
     key: int
@@ -84,10 +75,6 @@ class Normal(Draw):
         _check_spread(self, self.std)
         return self._check_draw(self.type, abs(self.mean) + FARTHEST * self.std)
 
-    def __str__(self) -> str:
-        mean = "" if self.mean.hex() == "0x0.0p+0" else f", mean={self.mean!r}"
-        return f"normal({self.type}, std={self.std!r}{mean}, {self._key_text})"
-
 
 @node
 class TruncatedNormal(Draw):
@@ -96,7 +83,7 @@ class TruncatedNormal(Draw):
     Drawn by inversion: nothing is rejected, so an element's index still determines its value.
     """
 
-    op = "truncated_normal"
+    syntax = "truncated_normal({type}, std={std}[, bound={bound}], key={key:key})"
     type: TensorType
     std: float
     key: int
@@ -109,16 +96,12 @@ class TruncatedNormal(Draw):
             raise self.error(what, expected="0 < bound <= 8", found=str(self.bound))
         return self._check_draw(self.type, self.bound * self.std)
 
-    def __str__(self) -> str:
-        bound = "" if self.bound == 3.0 else f", bound={self.bound!r}"
-        return f"truncated_normal({self.type}, std={self.std!r}{bound}, {self._key_text})"
-
 
 @node
 class Uniform(Draw):
     """Numbers uniform on [low, high)."""
 
-    op = "uniform"
+    syntax = "uniform({type}, low={low}, high={high}, key={key:key})"
     type: TensorType
     low: float
     high: float
@@ -131,9 +114,6 @@ class Uniform(Draw):
             raise self.error("the lower bound is not below the upper one")
         check_finite(self, "the range", self.high - self.low)
         return self._check_draw(self.type, max(abs(self.low), abs(self.high)))
-
-    def __str__(self) -> str:
-        return f"uniform({self.type}, low={self.low!r}, high={self.high!r}, {self._key_text})"
 
 
 @node
@@ -148,7 +128,7 @@ class Subset(Draw):
       count: how many are chosen.
     """
 
-    op = "subset"
+    syntax = "subset({type}, axis={axis}, count={count}, key={key:key})"
     type: TensorType
     axis: str
     count: int
@@ -166,9 +146,6 @@ class Subset(Draw):
                 found=str(self.count),
             )
         return self._check_key(self.type)
-
-    def __str__(self) -> str:
-        return f"subset({self.type}, axis={self.axis}, count={self.count}, {self._key_text})"
 
 
 def _check_spread(expr: Expr, std: float) -> None:

@@ -13,11 +13,11 @@ import json
 import math
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from typing import TYPE_CHECKING, ClassVar, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, cast, dataclass_transform
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -60,8 +60,11 @@ class Expr(metaclass=_Interned):
       nodes: the number of nodes, shared parts counted at each use.
     """
 
-    op: ClassVar[str]
-    """The name in the text, ``tile``."""
+    syntax: ClassVar[str]
+    """The text: ``{field}`` stands for a field, and brackets enclose one that may be omitted."""
+
+    parsed_syntax: ClassVar[tuple[SyntaxGroup, ...]]
+    """The syntax, parsed."""
 
     type: TensorType
     operands: tuple[Expr, ...]
@@ -69,8 +72,11 @@ class Expr(metaclass=_Interned):
     nodes: int
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[object]]]
+    _coerced: ClassVar[tuple[tuple[str, Callable[[Any], object]], ...]] = ()
 
     def __post_init__(self) -> None:
+        for name, convert in self._coerced:
+            self._set(name, convert(getattr(self, name)))
         self._normalise()
         operands = tuple(_operands(self))
         self._set("operands", operands)
@@ -97,33 +103,43 @@ class Expr(metaclass=_Interned):
         return tuple(getattr(self, name) for name in self.__dataclass_fields__)
 
     def _key(self) -> tuple[object, ...]:
-        # 0.0 equals -0.0, yet their bytes differ.
-        values = (v.hex() if isinstance(v, float) else v for v in self._fields())
-        return (self.__class__, *values)
+        return (self.__class__, *map(_identity, self._fields()))
 
     def with_operands(self, *operands: Expr) -> Expr:
         """Return this node with other operands, in the order of `operands`."""
         if operands == self.operands:
             return self
-        rest = iter(operands)
-        fields = self.__dataclass_fields__
-        return self.__class__(*(_replaced(getattr(self, name), rest) for name in fields))
+        remaining = iter(operands)
+        values = (
+            next(remaining)
+            if isinstance(value, Expr)
+            else tuple(next(remaining) for _ in value)
+            if isinstance(value, tuple) and value and isinstance(value[0], Expr)
+            else value
+            for value in self._fields()
+        )
+        return self.__class__(*values)
 
-    def error(
-        self,
-        what: str,
-        *,
-        expected: str | None = None,
-        found: str | None = None,
-        hint: str | None = None,
-    ) -> InputError:
-        """Return an error that names this expression."""
-        where = f"weight expression {printable(str(self), 200)}"
-        return InputError(what, where=where, expected=expected, found=found, hint=hint)
+    def replace(self, **fields: object) -> Expr:
+        """Return this node with other values of some fields."""
+        values = dict(zip(self.__dataclass_fields__, self._fields(), strict=True))
+        return self.__class__(**values | fields)
+
+    def error(self, what: str, **more: str | None) -> InputError:
+        """Return an error that names this expression; `more` as of a `Problem`."""
+        return InputError(what, where=f"weight expression {printable(str(self), 200)}", **more)
 
     def __str__(self) -> str:
-        """Return the text, on one line; `moecc.weights.text` shows the grammar."""
-        raise TypeError(f"{self.__class__.__name__} is an abstract node")
+        """Return the text, on one line; `moecc.weights.text` parses it."""
+        pieces: list[str] = []
+        for group in self.parsed_syntax:
+            if group.defaults and _identity(getattr(self, group.parts[0][1])) in group.defaults:
+                continue
+            for literal, name, form in group.parts:
+                pieces.append(literal)
+                if name:
+                    pieces.append(FORMS.get(form, str)(getattr(self, name)))
+        return "".join(pieces)
 
     def __repr__(self) -> str:
         return str(self)
@@ -138,10 +154,63 @@ class Expr(metaclass=_Interned):
         return self
 
 
+class SyntaxGroup(NamedTuple):
+    """A part of a syntax: triples of a literal, the field after it or "", and the field's form.
+
+    Attributes:
+      parts: the triples.
+      defaults: the value of its first field that omits the group; () where it is always present.
+    """
+
+    parts: tuple[tuple[str, str, str], ...]
+    defaults: tuple[object, ...] = ()
+
+
+_FIELD = re.compile(r"\{(\w+)(?::(\w+))?\}")
+
+FORMS: dict[str, Callable[[Any], str]] = {
+    "string": json.dumps,
+    "key": "{:#x}".format,
+    "float": repr,
+    "tuple[Expr, ...]": lambda xs: "".join([f"{x}, " for x in xs]),
+    "tuple[str, ...]": lambda names: f"({', '.join(names)})",
+    "Sizes": lambda sizes: f"({', '.join(f'{name}={size}' for name, size in sizes)})",
+}
+"""Printers of fields by their form: the annotation, or the form that the syntax names."""
+
+_COERCIONS: dict[str, Callable[[Any], object]] = {
+    "float": float,
+    "tuple[Expr, ...]": tuple,
+    "tuple[str, ...]": tuple,
+    "Sizes": lambda sizes: tuple((name, size) for name, size in sizes),
+}
+
+
+def _identity(value: object) -> object:
+    """Return a stand-in for the value of a field: 0.0 equals -0.0, yet their bytes differ."""
+    return value.hex() if isinstance(value, float) else value
+
+
 @dataclass_transform(frozen_default=True, eq_default=False)
 def node(cls: type[T]) -> type[T]:
-    """Make `cls` a node class: fields, equality by identity, the text as its repr."""
-    return dataclass(frozen=True, eq=False, repr=False)(cls)
+    """Make `cls`, an `Expr`, a node class: fields, equality by identity, the text as its repr."""
+    made: Any = dataclass(frozen=True, eq=False, repr=False)(cls)
+    fields = {f.name: f for f in dataclasses.fields(made)}
+    made._coerced = tuple(
+        (name, _COERCIONS[str(f.type)]) for name, f in fields.items() if str(f.type) in _COERCIONS
+    )
+    groups = []
+    for at, text in enumerate(re.split(r"[\[\]]", made.syntax)):
+        pieces = [*_FIELD.split(text), "", ""]
+        parts = tuple(
+            (literal, name, form or (str(fields[name].type) if name else ""))
+            for literal, name, form in zip(pieces[::3], pieces[1::3], pieces[2::3], strict=True)
+        )
+        # The pieces between brackets have odd numbers.
+        defaults = (_identity(fields[parts[0][1]].default),) if at % 2 else ()
+        groups.append(SyntaxGroup(parts, defaults))
+    made.parsed_syntax = tuple(groups)
+    return cast("type[T]", made)
 
 
 def _operands(expr: Expr) -> Iterator[Expr]:
@@ -153,14 +222,6 @@ def _operands(expr: Expr) -> Iterator[Expr]:
             yield from (v for v in value if isinstance(v, Expr))
 
 
-def _replaced(value: object, rest: Iterator[Expr]) -> object:
-    if isinstance(value, Expr):
-        return next(rest)
-    if isinstance(value, tuple) and value and isinstance(value[0], Expr):
-        return tuple(next(rest) for _ in value)
-    return value
-
-
 @node
 class Source(Expr):
     """A tensor of the checkpoint, as stored.
@@ -170,7 +231,7 @@ class Source(Expr):
       type: its element type on disk, its sizes, and names for its axes.
     """
 
-    op = "source"
+    syntax = "source({name:string} : {type})"
     name: str
     type: TensorType
 
@@ -179,9 +240,6 @@ class Source(Expr):
             raise self.error("a source needs a name")
         check_type(self, self.type)
         return self.type
-
-    def __str__(self) -> str:
-        return f"source({json.dumps(self.name)} : {self.type})"
 
 
 @node
@@ -193,12 +251,9 @@ class Full(Expr):
       type: the type of the tensor.
     """
 
-    op = "full"
+    syntax = "full({value} : {type})"
     value: float
     type: TensorType
-
-    def _normalise(self) -> None:
-        self._set("value", float(self.value))
 
     def _infer(self) -> TensorType:
         check_type(self, self.type)
@@ -213,9 +268,6 @@ class Full(Expr):
                 found=str(self.value),
             )
         return self.type
-
-    def __str__(self) -> str:
-        return f"full({self.value!r} : {self.type})"
 
 
 def check_type(expr: Expr, type: TensorType) -> None:
@@ -282,11 +334,6 @@ def size(axis: Axis) -> int:
     """Return the size of an axis of a weight, which is always fixed."""
     assert isinstance(axis.size, int)
     return axis.size
-
-
-def listed(operands: Iterable[Expr]) -> str:
-    """Return the texts of `operands` with commas between them."""
-    return ", ".join(map(str, operands))
 
 
 def sources(expr: Expr) -> tuple[Source, ...]:

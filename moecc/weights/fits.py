@@ -40,16 +40,12 @@ class Fitted(Expr):
       std: the standard deviation of the logits.
     """
 
-    op = "fitted"
+    syntax = "fitted({covariance}, {mean}, {cross}, ridge={ridge}, std={std})"
     covariance: Expr
     mean: Expr
     cross: Expr
     ridge: float
     std: float
-
-    def _normalise(self) -> None:
-        self._set("ridge", float(self.ridge))
-        self._set("std", float(self.std))
 
     def _infer(self) -> TensorType:
         computed(self, *self.operands)
@@ -68,10 +64,6 @@ class Fitted(Expr):
             if not (isfinite(value) and value >= 0):
                 raise self.error(f"{name} is not a size", expected="0 or more", found=str(value))
         return self.cross.type.with_dtype(F32)
-
-    def __str__(self) -> str:
-        parts = ", ".join(map(str, self.operands))
-        return f"fitted({parts}, ridge={self.ridge!r}, std={self.std!r})"
 
 
 # Values of expressions that are computed as a whole, and kept for the next tensor that needs

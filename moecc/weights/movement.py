@@ -9,7 +9,7 @@ from math import prod
 from moecc.support.ranges import Progression, varying
 from moecc.types import DTYPES, Axis, TensorType
 from moecc.weights.draws import Draw
-from moecc.weights.expr import Expr, axis_of, check_name, check_type, listed, node, size
+from moecc.weights.expr import Expr, axis_of, check_name, check_type, node, size
 
 # A short text for stacks of many expressions that differ in a number.
 #
@@ -53,7 +53,7 @@ class Tile(Expr):
       position: the position of the new axis in the result.
     """
 
-    op = "tile"
+    syntax = "tile({x}, {axis}={size}[, position={position}])"
     x: Expr
     axis: str
     size: int
@@ -63,9 +63,6 @@ class Tile(Expr):
         if self.size < 1:
             raise self.error("an axis needs at least one copy", found=str(self.size))
         return _with_new_axis(self, self.x.type, Axis(self.axis, self.size), self.position)
-
-    def __str__(self) -> str:
-        return f"tile({self.x}, {self.axis}={self.size}{_position(self.position)})"
 
 
 @node
@@ -78,13 +75,10 @@ class Stack(Expr):
       position: the position of the new axis in the result.
     """
 
-    op = "stack"
+    syntax = "stack({xs}axis={axis}[, position={position}])"
     xs: tuple[Expr, ...]
     axis: str
     position: int = 0
-
-    def _normalise(self) -> None:
-        self._set("xs", tuple(self.xs))
 
     def _infer(self) -> TensorType:
         if not self.xs:
@@ -98,23 +92,20 @@ class Stack(Expr):
         return _with_new_axis(self, first, Axis(self.axis, len(self.xs)), self.position)
 
     def __str__(self) -> str:
-        texts = [str(x) for x in self.xs]
-        short = in_short(texts, self.axis)
-        if short is not None:
-            return f"each({short}{_position(self.position)})"
-        return f"stack({', '.join(texts)}, axis={self.axis}{_position(self.position)})"
+        short = in_short([str(x) for x in self.xs], self.axis)
+        if short is None:
+            return super().__str__()
+        position = f", position={self.position}" if self.position else ""
+        return f"each({short}{position})"
 
 
 @node
 class Concat(Expr):
     """Expressions concatenated along an existing axis: ``concat(x, y, axis=mlp)``."""
 
-    op = "concat"
+    syntax = "concat({xs}axis={axis})"
     xs: tuple[Expr, ...]
     axis: str
-
-    def _normalise(self) -> None:
-        self._set("xs", tuple(self.xs))
 
     def _infer(self) -> TensorType:
         if not self.xs:
@@ -131,15 +122,12 @@ class Concat(Expr):
                 )
         return _resized(first, at, sum(size(x.type.axes[at]) for x in self.xs))
 
-    def __str__(self) -> str:
-        return f"concat({listed(self.xs)}, axis={self.axis})"
-
 
 @node
 class Index(Expr):
     """One position of an axis, which is removed: ``index(x, expert=3)``."""
 
-    op = "index"
+    syntax = "index({x}, {axis}={at})"
     x: Expr
     axis: str
     at: int
@@ -153,15 +141,12 @@ class Index(Expr):
             )
         return self.x.type.without(self.axis)
 
-    def __str__(self) -> str:
-        return f"index({self.x}, {self.axis}={self.at})"
-
 
 @node
 class Slice(Expr):
     """Positions [start, stop) of an axis: ``slice(x, mlp=0:768)``."""
 
-    op = "slice"
+    syntax = "slice({x}, {axis}={start}:{stop})"
     x: Expr
     axis: str
     start: int
@@ -177,21 +162,15 @@ class Slice(Expr):
             )
         return _resized(self.x.type, at, self.stop - self.start)
 
-    def __str__(self) -> str:
-        return f"slice({self.x}, {self.axis}={self.start}:{self.stop})"
-
 
 @node
 class Split(Expr):
     """An axis split into several, outermost first: ``split(x, mlp=(group=2, mlp=768))``."""
 
-    op = "split"
+    syntax = "split({x}, {axis}={into})"
     x: Expr
     axis: str
     into: Sizes
-
-    def _normalise(self) -> None:
-        self._set("into", tuple((n, s) for n, s in self.into))
 
     def _infer(self) -> TensorType:
         at = axis_of(self, self.x, self.axis)
@@ -207,22 +186,15 @@ class Split(Expr):
         parts = tuple(Axis(n, s) for n, s in self.into)
         return _renamed(self, _spliced(self.x.type, at, at + 1, parts))
 
-    def __str__(self) -> str:
-        into = ", ".join(f"{name}={size}" for name, size in self.into)
-        return f"split({self.x}, {self.axis}=({into}))"
-
 
 @node
 class Merge(Expr):
     """Neighbouring axes merged into one, the inverse of `Split`: ``merge(x, (group, mlp)=mlp)``."""
 
-    op = "merge"
+    syntax = "merge({x}, {axes}={into})"
     x: Expr
     axes: tuple[str, ...]
     into: str
-
-    def _normalise(self) -> None:
-        self._set("axes", tuple(self.axes))
 
     def _infer(self) -> TensorType:
         if not self.axes:
@@ -238,15 +210,12 @@ class Merge(Expr):
         axis = Axis(self.into, prod(size(a) for a in merged))
         return _renamed(self, _spliced(self.x.type, at[0], at[-1] + 1, (axis,)))
 
-    def __str__(self) -> str:
-        return f"merge({self.x}, ({', '.join(self.axes)})={self.into})"
-
 
 @node
 class Rename(Expr):
     """Another name for an axis: ``rename(x, mlp=inner)``."""
 
-    op = "rename"
+    syntax = "rename({x}, {old}={new})"
     x: Expr
     old: str
     new: str
@@ -256,20 +225,14 @@ class Rename(Expr):
         axis = Axis(self.new, self.x.type.axes[at].size)
         return _renamed(self, _spliced(self.x.type, at, at + 1, (axis,)))
 
-    def __str__(self) -> str:
-        return f"rename({self.x}, {self.old}={self.new})"
-
 
 @node
 class Permute(Expr):
     """The axes in another order: ``permute(x, (embed, mlp))``."""
 
-    op = "permute"
+    syntax = "permute({x}, {order})"
     x: Expr
     order: tuple[str, ...]
-
-    def _normalise(self) -> None:
-        self._set("order", tuple(self.order))
 
     def _infer(self) -> TensorType:
         if sorted(self.order) != sorted(self.x.type.names):
@@ -279,13 +242,6 @@ class Permute(Expr):
                 found=", ".join(self.order),
             )
         return self.x.type.with_axes(self.x.type[name] for name in self.order)
-
-    def __str__(self) -> str:
-        return f"permute({self.x}, ({', '.join(self.order)}))"
-
-
-def _position(position: int) -> str:
-    return f", position={position}" if position else ""
 
 
 def _spliced(type: TensorType, start: int, stop: int, axes: tuple[Axis, ...]) -> TensorType:
@@ -334,7 +290,7 @@ class Take(Expr):
       order: the positions, ``i32[axis=n]``; the result has n positions.
     """
 
-    op = "take"
+    syntax = "take({x}, {axis}={order})"
     x: Expr
     axis: str
     order: Expr
@@ -351,9 +307,6 @@ class Take(Expr):
         axes[at] = Axis(self.axis, size(order.axes[0]))
         return self.x.type.with_axes(axes)
 
-    def __str__(self) -> str:
-        return f"take({self.x}, {self.axis}={self.order})"
-
 
 @node
 class Permutation(Draw):
@@ -362,7 +315,7 @@ class Permutation(Draw):
     The positions in the order of their random words.
     """
 
-    op = "permutation"
+    syntax = "permutation({type}, key={key:key})"
     type: TensorType
     key: int
 
@@ -372,9 +325,6 @@ class Permutation(Draw):
             what = "an order is a vector of whole numbers"
             raise self.error(what, expected="i32[axis=n]", found=str(self.type))
         return self._check_key(self.type)
-
-    def __str__(self) -> str:
-        return f"permutation({self.type}, {self._key_text})"
 
 
 @node
@@ -392,7 +342,7 @@ class Clusters(Expr):
       groups: the groups that the others are divided into.
     """
 
-    op = "clusters"
+    syntax = "clusters({counts}, axis={axis}, first={first}, groups={groups})"
     counts: Expr
     axis: str
     first: int
@@ -414,8 +364,3 @@ class Clusters(Expr):
                 expected=f"a divisor of {sizes[0]} − {self.first}", found=str(self.groups),
             )  # fmt: skip
         return TensorType(I32, (type.axes[0],))
-
-    def __str__(self) -> str:
-        return (
-            f"clusters({self.counts}, axis={self.axis}, first={self.first}, groups={self.groups})"
-        )

@@ -20,14 +20,15 @@ fitted(covariance, mean, cross, ridge=0.01, std=0.02)
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Callable
-from typing import Literal, NoReturn
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import NoReturn, TypeVar
 
-from moecc.errors import InputError, nearest, printable
+from moecc.errors import InputError, printable
 from moecc.support.ranges import Progression
+from moecc.support.scan import WORD, ParseError, Scanner
 from moecc.types import DTYPES, DType, TensorType, parse_type
 from moecc.weights.arithmetic import Add, Cast, Minimum, Moment, Mul, Scale, Select
 from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform
@@ -49,509 +50,245 @@ from moecc.weights.movement import (
     in_full,
 )
 
-# The scanner of weight expression texts, with errors that state the offset.
+T = TypeVar("T")
 
-_SPACE = re.compile(r"[ \t]*")
-_NAME = re.compile(r"[A-Za-z_]\w*")
-_STRING = re.compile(r'"(?:[^"\\\n]|\\.)*"')
 _NATURAL = re.compile(r"[0-9]{1,18}(?![0-9])")
 _RANGE = re.compile(r"[0-9]{1,9}\.\.[0-9]{1,9}(?:\.\.[0-9]{1,9})?(?![0-9.])")
 _PIECE = re.compile(r'"(?:[^"\\\n]|\\.)*"|[^"()\[\],\n]+|.|\n')
 _NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?")
 _KEY = re.compile(r"0x[0-9a-fA-F]{1,32}(?![0-9a-fA-F])")
 _TYPE = re.compile(r"[a-z][a-z0-9]*\[[^\]\n]*\]")
+_MARK = re.compile(r"\w+=|\S")
+_KEYWORD = re.compile(r"[ \t]*\w+=")
+
+MAX_EACH = 100_000
+"""The limit on expressions that all ranges of one expression expand to."""
 
 # Cached: a model has thousands of tensors of a few types.
 _types: dict[str, TensorType] = {}
-_REMEMBERED = 4096
+_MAX_TYPES = 4096
 
-
-class ExprSyntaxError(ValueError):
-    """Text that is not a weight expression.
-
-    Attributes:
-      offset: the offset in the text.
-    """
-
-    def __init__(self, message: str, offset: int) -> None:
-        super().__init__(message)
-        self.offset = offset
-
-
-class Cursor:
-    """A position in a text, which advances with every token.
-
-    Every method that parses raises `ExprSyntaxError` on other input.
-
-    Attributes:
-      text: the input.
-      at: the offset of the next token.
-    """
-
-    def __init__(self, text: str, at: int) -> None:
-        self.text = text
-        self.at = at
-
-    def skip(self) -> int:
-        """Skip blanks; return the offset of the next token."""
-        match = _SPACE.match(self.text, self.at)
-        assert match is not None
-        self.at = match.end()
-        return self.at
-
-    def fail(self, message: str, offset: int) -> NoReturn:
-        """Raise an error at `offset`."""
-        raise ExprSyntaxError(message, offset)
-
-    def expected(self, what: str) -> NoReturn:
-        """Raise an error with what was expected here and what was found."""
-        rest = self.text[self.at : self.at + 20].split("\n")[0]
-        found = repr(printable(rest, 40)) if rest else "the end of the line"
-        self.fail(f"expected {what}, found {found}", self.at)
-
-    def match(self, pattern: re.Pattern[str], what: str) -> str:
-        """Consume text that `pattern` matches."""
-        match = pattern.match(self.text, self.skip())
-        if match is None:
-            self.expected(what)
-        self.at = match.end()
-        return match.group()
-
-    def punct(self, mark: str) -> None:
-        """Consume a punctuation mark."""
-        if not self.text.startswith(mark, self.skip()):
-            self.expected(mark)
-        self.at += len(mark)
-
-    def take(self, mark: str) -> bool:
-        """Consume a mark if it comes next, and return whether it did."""
-        if not self.text.startswith(mark, self.skip()):
-            return False
-        self.at += len(mark)
-        return True
-
-    def comma(self) -> None:
-        """Consume a comma."""
-        self.punct(",")
-
-    def ahead(self, keyword: str) -> bool:
-        """Whether ``keyword=`` comes next."""
-        start = self.skip()
-        return self.text.startswith(keyword, start) and self.text.startswith(
-            "=", start + len(keyword)
+_CLASSES: dict[str, type[Expr]] = {
+    **{
+        cls.syntax.partition("(")[0]: cls
+        for cls in (
+            Source, Full, Tile, Stack, Concat, Index, Slice, Split, Merge, Rename, Permute, Scale,
+            Cast, Add, Mul, Minimum, Select, Normal, TruncatedNormal, Uniform, Subset, Take,
+            Permutation, Clusters, Fitted,
         )
-
-    def keyword(self, name: str) -> None:
-        """Consume ``name=``."""
-        if not self.ahead(name):
-            self.expected(f"{name}=")
-        self.at += len(name) + 1
-
-    def optional(self, name: str) -> bool:
-        """Consume ``, name=`` if it comes next, and return whether it did."""
-        start = self.at
-        if self.take(",") and self.ahead(name):
-            self.keyword(name)
-            return True
-        self.at = start
-        return False
-
-    def name(self, what: str = "the name of an axis") -> str:
-        """Parse a name."""
-        return self.match(_NAME, what)
-
-    def axis(self) -> str:
-        """Parse ``, axis=`` and the name of an axis."""
-        self.comma()
-        name = self.name()
-        self.punct("=")
-        return name
-
-    def names(self) -> tuple[str, ...]:
-        """Parse names in parentheses."""
-        self.punct("(")
-        found: list[str] = []
-        while not self.take(")"):
-            if found:
-                self.comma()
-            found.append(self.name())
-        return tuple(found)
-
-    def natural(self) -> int:
-        """Parse an integer that is not negative."""
-        return int(self.match(_NATURAL, "a whole number"))
-
-    def range(self) -> Progression:
-        """Parse ``first..last``, or ``first..last..step``, of at least two numbers."""
-        start = self.skip()
-        numbers = map(int, self.match(_RANGE, "a range, 0..29").split(".."))
-        low, high, step, *_ = (*numbers, 1)
-        if step < 1 or high <= low or (high - low) % step:
-            self.fail("a range must rise in equal steps", start)
-        return Progression(low, step, (high - low) // step + 1)
-
-    def end_of_argument(self) -> int:
-        """Return the end of the argument that starts here: before a comma or parenthesis."""
-        depth, end = 0, self.at
-        for match in _PIECE.finditer(self.text, self.at):
-            mark, end = match.group(), match.end()
-            if mark == "\n" or (not depth and mark in (",", ")")):
-                return match.start()
-            depth += (mark in ("(", "[")) - (mark in (")", "]"))
-        return end
-
-    def number(self) -> float:
-        """Parse a finite number."""
-        start = self.skip()
-        value = float(self.match(_NUMBER, "a number"))
-        if math.isinf(value):
-            self.fail("the number is too large", start)
-        return value
-
-    def key(self) -> int:
-        """Parse ``, key=`` and a 128-bit number."""
-        self.comma()
-        self.keyword("key")
-        return int(self.match(_KEY, "a key of up to 32 hexadecimal digits, 0x…"), 16)
-
-    def string(self) -> str:
-        """Parse a string in double quotes."""
-        start = self.skip()
-        quoted = self.match(_STRING, "a string in double quotes")
-        try:
-            value = json.loads(quoted)
-        except ValueError:
-            self.fail("not a string", start)
-        assert isinstance(value, str)
-        return value
-
-    def dtype(self) -> DType:
-        """Parse the name of an element type."""
-        start = self.skip()
-        name = self.name("an element type")
-        if name not in DTYPES:
-            hint = nearest(name, DTYPES)
-            known = f"; {hint}" if hint else ""
-            self.fail(f"unknown element type {printable(name, 40)!r}{known}", start)
-        return DTYPES[name]
-
-    def type(self) -> TensorType:
-        """Parse a type."""
-        start = self.skip()
-        text = self.match(_TYPE, "a type such as f32[mlp=8]")
-        known = _types.get(text)
-        if known is None:
-            try:
-                known = parse_type(text, _no_values)
-            except InputError as error:
-                self.fail(str(error.problems[0]), start)
-            if len(_types) < _REMEMBERED:
-                _types[text] = known
-        return known
+    },
+    "each": Stack,
+    "mean": Moment,
+    "std": Moment,
+}  # fmt: skip
 
 
-def _no_values(name: str) -> NoReturn:
-    raise InputError("a weight has fixed sizes only", found=f"%{name}")
-
-
-# Parse weight expressions; `moecc.weights.text` shows the grammar.
+def format_expr(expr: Expr) -> str:
+    """Return the text of `expr`, which `parse_expr` parses back."""
+    return str(expr)
 
 
 def parse_expr(text: str, offset: int = 0) -> tuple[Expr, int]:
     """Return the expression parsed from `text` at `offset`, and the offset of its end.
 
     Raises:
-      ExprSyntaxError: the text is not an expression.
+      ParseError: the text is not an expression.
       InputError: the expression has a type error.
     """
-    reader = _Reader(text, offset)
-    expr = reader.expr(1)
-    return expr, reader.at
+    parser = ExprParser(Scanner(text, at=offset))
+    return parser.expr(), parser.scan.at
 
 
-MAX_EACH = 100_000
-"""The limit on expressions that all ranges of one expression expand to."""
+Step = tuple[list[str], str, str]
+"""The marks before a field, its name, and its form."""
 
 
-class _Reader(Cursor):
-    def __init__(self, text: str, at: int, around: _Reader | None = None) -> None:
-        super().__init__(text, at)
-        self.depth = 0
-        # Shared with the parsers of the expanded texts of an `each`.
-        self.left: list[int] = [MAX_EACH] if around is None else around.left
+@cache
+def _steps(cls: type[Expr]) -> list[tuple[bool, list[Step]]]:
+    """Return the groups of a syntax after the first parenthesis, and whether each is optional."""
+    groups = [
+        (
+            bool(g.defaults),
+            [(_MARK.findall(literal), name, form) for literal, name, form in g.parts],
+        )
+        for g in cls.parsed_syntax
+    ]
+    first = groups[0][1]
+    while "(" not in first[0][0]:
+        del first[0]
+    first[0][0].clear()
+    return groups
 
-    def expr(self, depth: int) -> Expr:
-        """Parse an expression at nesting depth `depth`."""
-        start = self.skip()
-        if depth > MAX_DEPTH:
-            self.fail(f"the expression nests deeper than {MAX_DEPTH}", start)
-        name = self.name("an expression such as source(…)")
-        parse = _PARSERS.get(name)
-        if parse is None:
-            hint = nearest(name, _PARSERS)
-            known = f"; {hint}" if hint else ""
-            self.fail(f"unknown weight expression {printable(name, 40)!r}{known}", start)
-        self.punct("(")
-        self.depth = depth + 1
-        made = parse(self)
-        self.punct(")")
+
+class ExprParser:
+    """Parses expressions at the cursor of a scanner, whose blanks are those within a line."""
+
+    def __init__(self, scan: Scanner, depth: int = 0, expansions: list[int] | None = None) -> None:
+        self.scan = scan
         self.depth = depth
-        return made
+        # Shared with the parsers of the expanded texts of an `each`.
+        self.expansions = [0] if expansions is None else expansions
 
-    def inner(self, text: str, at: int) -> Expr:
+    def expr(self) -> Expr:
+        """Parse one expression."""
+        scan, start = self.scan, self.scan.skip()
+        if self.depth >= MAX_DEPTH:
+            raise scan.error(f"the expression nests deeper than {MAX_DEPTH}", start)
+        name = scan.match(WORD, "an expression such as source(…)")
+        cls = scan.lookup(name, _CLASSES, "weight expression", start)
+        scan.expect("(")
+        self.depth += 1
+        fields: dict[str, object] = {"kind": name} if cls is Moment else {}
+        steps = _steps(cls)
+        if name == "each":
+            fields, steps = self.each(), steps[1:]
+        for optional, group in steps:
+            if optional and not self.is_group_ahead(group[0][0]):
+                continue
+            for marks, field, form in group:
+                for mark in marks:
+                    scan.expect(mark)
+                if field:
+                    fields[field] = _READERS[form](self)
+        self.depth -= 1
+        return cls(**fields)
+
+    def is_group_ahead(self, marks: list[str]) -> bool:
+        """Return whether an optional group that begins with `marks` comes next."""
+        scan, start = self.scan, self.scan.at
+        ahead = all(map(scan.take, marks)) and (len(marks) > 1 or not scan.is_match(_KEYWORD))
+        scan.at = start
+        return ahead
+
+    def each(self) -> dict[str, object]:
+        """Parse ``axis=first..last, text``, or with a step, into the fields of a stack."""
+        scan = self.scan
+        axis = self.name()
+        scan.expect("=")
+        start = scan.skip()
+        numbers = map(int, scan.match(_RANGE, "a range, 0..29").split(".."))
+        low, high, step, *_ = (*numbers, 1)
+        if step < 1 or high <= low or (high - low) % step:
+            raise scan.error("a range must rise in equal steps", start)
+        progression = Progression(low, step, (high - low) // step + 1)
+        self.expansions[0] += progression.count
+        if self.expansions[0] > MAX_EACH:
+            raise scan.error(f"an expression expands to more than {MAX_EACH:,} others", start)
+        scan.expect(",")
+        start = scan.skip()
+        end = _argument_end(scan.text, start)
+        # The marks are substituted, and the resulting texts are parsed one by one.
+        texts = in_full(scan.text[start:end], axis, progression)
+        xs = tuple(self.expanded(text, start) for text in texts)
+        scan.at = end
+        return {"xs": xs, "axis": axis}
+
+    def expanded(self, text: str, at: int) -> Expr:
         """Parse all of another `text`, whose errors are reported at `at`."""
-        reader = _Reader(text, 0, self)
+        parser = ExprParser(Scanner(text), self.depth, self.expansions)
         try:
-            found = reader.expr(self.depth)
-        except ExprSyntaxError as error:
-            self.fail(f"in {printable(text, 60)!r}: {error}", at)
-        if reader.skip() != len(text):
-            self.fail(f"in {printable(text, 60)!r}: more than one expression", at)
-        return found
-
-    def operand(self) -> Expr:
-        return self.expr(self.depth)
+            expr = parser.expr()
+            if not parser.scan.is_at_end():
+                raise parser.scan.error("more than one expression", at)
+        except ParseError as error:
+            raise self.scan.error(f"in {printable(text, 60)!r}: {error.message}", at) from None
+        return expr
 
     def operands(self) -> tuple[Expr, ...]:
-        """Parse operands separated by commas, up to ``axis=``."""
-        found = []
-        while not self.ahead("axis"):
-            found.append(self.operand())
-            self.comma()
-        return tuple(found)
+        """Parse operands, each with a comma after it, up to a keyword."""
+        xs = []
+        while not self.scan.is_match(_KEYWORD):
+            xs.append(self.expr())
+            self.scan.expect(",")
+        return tuple(xs)
+
+    def name(self) -> str:
+        """Parse the name of an axis."""
+        return self.scan.match(WORD, "the name of an axis")
+
+    def natural(self) -> int:
+        """Parse an integer that is not negative."""
+        return int(self.scan.match(_NATURAL, "a whole number"))
+
+    def number(self) -> float:
+        """Parse a finite number."""
+        start = self.scan.skip()
+        value = float(self.scan.match(_NUMBER, "a number"))
+        if math.isinf(value):
+            raise self.scan.error("the number is too large", start)
+        return value
+
+    def names(self) -> tuple[str, ...]:
+        """Parse names in parentheses."""
+        return tuple(self.listed(self.name))
+
+    def sizes(self) -> tuple[tuple[str, int], ...]:
+        """Parse names with sizes in parentheses."""
+
+        def size() -> tuple[str, int]:
+            name = self.name()
+            self.scan.expect("=")
+            return name, self.natural()
+
+        return tuple(self.listed(size))
+
+    def listed(self, parse: Callable[[], T]) -> Iterator[T]:
+        """Parse entries in parentheses, separated by commas."""
+        self.scan.expect("(")
+        if not self.scan.take(")"):
+            yield parse()
+            while not self.scan.take(")"):
+                self.scan.expect(",")
+                yield parse()
+
+    def dtype(self) -> DType:
+        """Parse the name of an element type."""
+        start = self.scan.skip()
+        name = self.scan.match(WORD, "an element type")
+        return self.scan.lookup(name, DTYPES, "element type", start)
+
+    def type(self) -> TensorType:
+        """Parse a type."""
+        start = self.scan.skip()
+        text = self.scan.match(_TYPE, "a type such as f32[mlp=8]")
+        type = _types.get(text)
+        if type is None:
+            try:
+                type = parse_type(text, _no_values)
+            except InputError as error:
+                raise self.scan.error(str(error.problems[0]), start) from None
+            if len(_types) < _MAX_TYPES:
+                _types[text] = type
+        return type
 
 
-def _source(r: _Reader) -> Expr:
-    name = r.string()
-    r.punct(":")
-    return Source(name, r.type())
-
-
-def _full(r: _Reader) -> Expr:
-    value = r.number()
-    r.punct(":")
-    return Full(value, r.type())
-
-
-def _tile(r: _Reader) -> Expr:
-    x, axis, size = r.operand(), r.axis(), r.natural()
-    return Tile(x, axis, size, _position(r))
-
-
-def _stack(r: _Reader) -> Expr:
-    xs = r.operands()
-    r.keyword("axis")
-    return Stack(xs, r.name(), _position(r))
-
-
-def _each(r: _Reader) -> Expr:
-    axis = r.name()
-    r.punct("=")
-    begin = r.skip()
-    numbers = r.range()
-    r.left[0] -= numbers.count
-    if r.left[0] < 0:
-        r.fail(f"an expression expands to more than {MAX_EACH:,} others", begin)
-    r.comma()
-    start = r.skip()
-    # The marks are substituted, and the resulting texts are parsed one by one.
-    end = r.end_of_argument()
-    texts = in_full(r.text[start:end], axis, numbers)
-    xs = tuple(r.inner(text, start) for text in texts)
-    r.at = end
-    return Stack(xs, axis, _position(r))
-
-
-def _position(r: _Reader) -> int:
-    return r.natural() if r.optional("position") else 0
-
-
-def _concat(r: _Reader) -> Expr:
-    xs = r.operands()
-    r.keyword("axis")
-    return Concat(xs, r.name())
-
-
-def _index(r: _Reader) -> Expr:
-    return Index(r.operand(), r.axis(), r.natural())
-
-
-def _slice(r: _Reader) -> Expr:
-    x, axis, start = r.operand(), r.axis(), r.natural()
-    r.punct(":")
-    return Slice(x, axis, start, r.natural())
-
-
-def _split(r: _Reader) -> Expr:
-    x, axis = r.operand(), r.axis()
-    into: list[tuple[str, int]] = []
-    r.punct("(")
-    while not r.take(")"):
-        if into:
-            r.comma()
-        name = r.name()
-        r.punct("=")
-        into.append((name, r.natural()))
-    return Split(x, axis, tuple(into))
-
-
-def _merge(r: _Reader) -> Expr:
-    x = r.operand()
-    r.comma()
-    axes = r.names()
-    r.punct("=")
-    return Merge(x, axes, r.name())
-
-
-def _rename(r: _Reader) -> Expr:
-    return Rename(r.operand(), r.axis(), r.name())
-
-
-def _permute(r: _Reader) -> Expr:
-    x = r.operand()
-    r.comma()
-    return Permute(x, r.names())
-
-
-def _scale(r: _Reader) -> Expr:
-    x = r.operand()
-    r.comma()
-    return Scale(x, r.number())
-
-
-def _cast(r: _Reader) -> Expr:
-    x = r.operand()
-    r.comma()
-    return Cast(x, r.dtype())
-
-
-def _pair(r: _Reader) -> tuple[Expr, Expr]:
-    a = r.operand()
-    r.comma()
-    return a, r.operand()
-
-
-def _select(r: _Reader) -> Expr:
-    mask = r.operand()
-    r.comma()
-    return Select(mask, *_pair(r))
-
-
-def _moment(kind: Literal["mean", "std"]) -> Callable[[_Reader], Expr]:
-    def parse(r: _Reader) -> Expr:
-        x = r.operand()
-        if r.optional("keep"):
-            return Moment(kind, x, None, r.names())
-        mask = r.operand() if r.take(",") else None
-        return Moment(kind, x, mask, r.names() if r.optional("keep") else ())
-
-    return parse
-
-
-def _spread(r: _Reader) -> tuple[TensorType, float]:
-    type = r.type()
-    r.comma()
-    r.keyword("std")
-    return type, r.number()
-
-
-def _normal(r: _Reader) -> Expr:
-    type, std = _spread(r)
-    mean = r.number() if r.optional("mean") else 0.0
-    return Normal(type, std, r.key(), mean)
-
-
-def _truncated(r: _Reader) -> Expr:
-    type, std = _spread(r)
-    bound = r.number() if r.optional("bound") else 3.0
-    return TruncatedNormal(type, std, r.key(), bound)
-
-
-def _uniform(r: _Reader) -> Expr:
-    type = r.type()
-    r.comma()
-    r.keyword("low")
-    low = r.number()
-    r.comma()
-    r.keyword("high")
-    return Uniform(type, low, r.number(), r.key())
-
-
-def _subset(r: _Reader) -> Expr:
-    type = r.type()
-    r.comma()
-    r.keyword("axis")
-    axis = r.name()
-    r.comma()
-    r.keyword("count")
-    return Subset(type, axis, r.natural(), r.key())
-
-
-def _take(r: _Reader) -> Expr:
-    return Take(r.operand(), r.axis(), r.operand())
-
-
-def _permutation(r: _Reader) -> Expr:
-    return Permutation(r.type(), r.key())
-
-
-def _clusters(r: _Reader) -> Expr:
-    counts = r.operand()
-    r.comma()
-    r.keyword("axis")
-    axis = r.name()
-    r.comma()
-    r.keyword("first")
-    first = r.natural()
-    r.comma()
-    r.keyword("groups")
-    return Clusters(counts, axis, first, r.natural())
-
-
-def _fitted(r: _Reader) -> Expr:
-    covariance = r.operand()
-    r.comma()
-    mean, cross = _pair(r)
-    r.comma()
-    r.keyword("ridge")
-    ridge = r.number()
-    r.comma()
-    r.keyword("std")
-    return Fitted(covariance, mean, cross, ridge, r.number())
-
-
-_PARSERS: dict[str, Callable[[_Reader], Expr]] = {
-    "source": _source,
-    "full": _full,
-    "tile": _tile,
-    "stack": _stack,
-    "each": _each,
-    "concat": _concat,
-    "index": _index,
-    "slice": _slice,
-    "split": _split,
-    "merge": _merge,
-    "rename": _rename,
-    "permute": _permute,
-    "scale": _scale,
-    "cast": _cast,
-    "add": lambda r: Add(*_pair(r)),
-    "mul": lambda r: Mul(*_pair(r)),
-    "minimum": lambda r: Minimum(*_pair(r)),
-    "select": _select,
-    "mean": _moment("mean"),
-    "std": _moment("std"),
-    "normal": _normal,
-    "truncated_normal": _truncated,
-    "take": _take,
-    "permutation": _permutation,
-    "clusters": _clusters,
-    "fitted": _fitted,
-    "uniform": _uniform,
-    "subset": _subset,
+_READERS: dict[str, Callable[[ExprParser], object]] = {
+    "Expr": ExprParser.expr,
+    "Expr | None": ExprParser.expr,
+    "tuple[Expr, ...]": ExprParser.operands,
+    "str": ExprParser.name,
+    "string": lambda parser: parser.scan.string(),
+    "int": ExprParser.natural,
+    "key": lambda p: int(p.scan.match(_KEY, "a key of up to 32 hexadecimal digits, 0x…"), 16),
+    "float": ExprParser.number,
+    "tuple[str, ...]": ExprParser.names,
+    "Sizes": ExprParser.sizes,
+    "DType": ExprParser.dtype,
+    "TensorType": ExprParser.type,
 }
+"""Parsers of fields by their form; `moecc.weights.expr` has the printers."""
 
 
-def format_expr(expr: Expr) -> str:
-    """Return the text of `expr`, which `parse_expr` parses back."""
-    return str(expr)
+def _argument_end(text: str, start: int) -> int:
+    """Return the end of the argument that starts at `start`: before a comma or parenthesis."""
+    depth, end = 0, start
+    for match in _PIECE.finditer(text, start):
+        mark, end = match.group(), match.end()
+        if mark == "\n" or (not depth and mark in (",", ")")):
+            return match.start()
+        depth += (mark in ("(", "[")) - (mark in (")", "]"))
+    return end
+
+
+def _no_values(name: str) -> NoReturn:
+    raise InputError("a weight has fixed sizes only", found=f"%{name}")

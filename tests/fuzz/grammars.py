@@ -32,14 +32,12 @@ class Grammar:
       seeds: returns valid inputs.
       mutate: makes an input of another.
       run: executes one input.
-      own: further exceptions that are part of its interface.
     """
 
     name: str
     seeds: Callable[[], Sequence[bytes]]
     mutate: Mutator
     run: Callable[[bytes], None]
-    own: tuple[type[Exception], ...] = ()
 
 
 class Broken(AssertionError):
@@ -377,18 +375,12 @@ def _texts(*texts: str) -> Callable[[], Sequence[bytes]]:
     return lambda: seeds.encoded(texts)
 
 
-def _weight_errors() -> tuple[type[Exception], ...]:
-    from moecc.weights.text import ExprSyntaxError
-
-    return (ExprSyntaxError,)
-
-
 GRAMMARS: dict[str, Grammar] = {
     g.name: g
     for g in (
         Grammar("moe", seeds.graphs, _graph_mutator, run_graph),
         Grammar("pipelines", seeds.pipelines, mutate_text, run_pipeline),
-        Grammar("weights", _texts(*seeds.WEIGHTS), mutate_text, run_weight, _weight_errors()),
+        Grammar("weights", _texts(*seeds.WEIGHTS), mutate_text, run_weight),
         Grammar("safetensors", seeds.safetensors, mutate_safetensors, run_safetensors),
         Grammar("gguf", seeds.gguf_files, mutate_gguf, run_gguf),
         Grammar("configs", seeds.configs, mutate_json, run_config),

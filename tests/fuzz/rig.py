@@ -94,8 +94,6 @@ def outcome(grammar: Grammar, data: bytes) -> tuple[str, str]:
         grammar.run(data)
     except MoeccError as error:
         return type(error).__name__, error.problems[0].what if error.problems else ""
-    except grammar.own as error:
-        return type(error).__name__, str(error)
     return "", ""
 
 

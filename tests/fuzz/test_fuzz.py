@@ -29,7 +29,7 @@ def test_what_once_was_found_is_an_error_of_moecc_or_none(case: dict[str, str]) 
     data = bytes.fromhex(case["hex"]) if "hex" in case else case["text"].encode("utf-8")
     try:
         grammar.run(data * int(case.get("times", 1)))
-    except (MoeccError, *grammar.own):
+    except MoeccError:
         return
 
 
@@ -40,7 +40,7 @@ def test_seeds_are_valid_and_mutants_break_nothing(name: str) -> None:
     for seed in grammar.seeds():
         try:
             grammar.run(seed)
-        except (MoeccError, *grammar.own):
+        except MoeccError:
             rejected += 1
     assert rejected < len(grammar.seeds())
     fuzzer = Fuzzer(grammar, seed=0)

@@ -138,7 +138,7 @@ def body(*lines: str) -> str:
         ("moeccc 1\n", 1, 1, "expected 'moecc 1' at the start of the text"),
         ("moecc 1\ngraph g {\n}\nmore\n", 4, 1, "text after the graph"),
         ("moecc 1\ngraph g {\n", 3, 1, "the graph has no closing brace"),
-        ("moecc 1\ngraph g {\n  $\n}\n", 3, 3, "unexpected character '$'"),
+        ("moecc 1\ngraph g {\n  $\n}\n", 3, 3, "expected a statement, found '$'"),
     ],
 )
 def test_the_place_and_the_message(text: str, line: int, column: int, message: str) -> None:

@@ -154,7 +154,7 @@ def test_every_problem_at_once_with_its_place() -> None:
         ('top{experts="1}', "expected a value, found '\"'"),
         ("top{experts:1}", "expected =, a space or }, found ':'"),
         ('top{experts="\\q"}', "expected a value without spaces, or in quotes"),
-        ("top top", "expected a comma before the next pass, found 't'"),
+        ("top top", "expected a comma before the next pass, found 'top'"),
         ("top{experts=1 experts=2}", "option 'experts' is defined twice"),
         ("every-kind{count}", "found: no value"),
         ("every-kind{count=1 kind=nois}", "did you mean 'noise'"),

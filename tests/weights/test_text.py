@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moecc.errors import InputError
+from moecc.support.scan import ParseError
 from moecc.types import BF16, F16, F32, PRED, tensor
 from moecc.weights.arithmetic import Add, Cast, Minimum, Moment, Mul, Scale, Select
 from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform
@@ -22,7 +23,7 @@ from moecc.weights.movement import (
     Stack,
     Tile,
 )
-from moecc.weights.text import ExprSyntaxError, format_expr, parse_expr
+from moecc.weights.text import format_expr, parse_expr
 
 W = Source("model.up.weight", tensor(BF16, mlp=6, embed=4))
 TEXT = 'source("model.up.weight" : bf16[mlp=6, embed=4])'
@@ -107,14 +108,14 @@ def test_each_kind_reads_well_and_comes_back(expr: Expr, text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message", "at"),
     [
-        ("", "expected an expression such as source(…), found the end of the line", 0),
-        ("  tyle(1)", "unknown weight expression 'tyle'; did you mean 'tile'?", 2),
-        ("tile", "expected (, found the end of the line", 4),
+        ("", "expected an expression such as source(…), found the end of the text", 0),
+        ("  tyle(1)", "unknown weight expression 'tyle'", 2),
+        ("tile", "expected (, found the end of the text", 4),
         (f"tile({TEXT}, expert=)", "expected a whole number, found ')'", len(TEXT) + 14),
-        (f"tile({TEXT}, expert=8", "expected ), found the end of the line", len(TEXT) + 15),
+        (f"tile({TEXT}, expert=8", "expected ), found the end of the text", len(TEXT) + 15),
         ('source("a : f32[])', "expected a string in double quotes", 7),
         ('source("\\x" : f32[])', "not a string", 7),
-        ('source("a" : f33[])', "unknown element type 'f33'", 13),
+        ('source("a" : f33[])', "unknown element type", 13),
         ('source("a" : f32[a=1, a=2])', "two axes have the same name", 13),
         ('source("a" : f32[a=ragged(%p)])', "fixed sizes only", 13),
         ('source("a" : f32)', "expected a type such as f32[mlp=8]", 13),
@@ -131,12 +132,12 @@ def test_each_kind_reads_well_and_comes_back(expr: Expr, text: str) -> None:
         ("each(a=0, full({a} : f32[]))", "expected a range, 0..29", 7),
         ("each(a=0..999999999, full({a} : f32[]))", "expands to more than 100,000", 7),
         ("each(a=0..999, each(b=0..999, full({a} : f32[])))", "more than 100,000", 15),
-        ("each(a=0..2, full({a} : f32[])", "expected ), found the end of the line", 30),
+        ("each(a=0..2, full({a} : f32[])", "expected ), found the end of the text", 30),
         ('index(source("a" : f32[a=4]), a=1234567890123456789)', "a whole number", 32),
     ],
 )
 def test_wrong_text_is_pointed_at(text: str, message: str, at: int) -> None:
-    with pytest.raises(ExprSyntaxError) as caught:
+    with pytest.raises(ParseError) as caught:
         parse_expr(text)
     assert message in str(caught.value)
     assert caught.value.offset == at
@@ -155,7 +156,7 @@ def test_reading_starts_and_ends_where_it_should() -> None:
 @pytest.mark.parametrize("count", [MAX_DEPTH, 100_000])
 def test_deep_text_is_refused(count: int) -> None:
     text = "scale(" * count + TEXT + ", 3.0)" * count
-    with pytest.raises(ExprSyntaxError, match="nests deeper"):
+    with pytest.raises(ParseError, match="nests deeper"):
         parse_expr(text)
 
 
@@ -180,7 +181,7 @@ _PIECES = st.sampled_from(
 def test_any_text_is_read_or_refused(text: str) -> None:
     try:
         expr, at = parse_expr(text)
-    except ExprSyntaxError as error:
+    except ParseError as error:
         at = error.offset
     except InputError:
         return

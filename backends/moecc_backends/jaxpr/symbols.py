@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moecc.ir.formula import FUNCTIONS, Call, Formula
+from moecc.ir.formula import FUNCTIONS, Formula, FormulaStep
 from moecc.ir.ops.elementwise import FORMULAS
 from moecc_backends.jaxpr.jaxprs import (
     AnyArray,
@@ -647,14 +647,14 @@ ACTIVATIONS: dict[str, Callable[[AnyArray], AnyArray]] = {
 def formula_of(node: Node, base: Node) -> Formula:
     """Return `node`, a function of the elements of `base`, as a formula."""
     numbers: dict[int, int] = {id(base): 0}
-    steps: list[Call] = []
+    steps: list[FormulaStep] = []
 
     def number(x: Node | float) -> int | float:
         if isinstance(x, float):
             return x
         if id(x) not in numbers:
             assert isinstance(x, Apply), "a formula is made of functions"
-            steps.append(Call(x.function, tuple(map(number, x.operands))))
+            steps.append(FormulaStep(x.function, tuple(map(number, x.operands))))
             numbers[id(x)] = len(steps)
         return numbers[id(x)]
 
