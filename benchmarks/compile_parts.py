@@ -42,14 +42,17 @@ def prepared() -> tuple[Any, Any]:
 
     from moecc.ahead.prepare import prepare
     from moecc.ahead.request import Request
+    from moecc.plan.step import StepConfig
     from moecc.train.settings import StepSpec
 
     made = prepare(Request(
-        model="preset:st-moe-32b", machine="tpu:v4:8x8x8", batch_tokens=1282048, lengths=(512, 114),
-        optimizer="adafactor", remat="full", mesh="data=64,model=16", dense_weights="split",
+        model="preset:st-moe-32b", machine="tpu:v4:8x8x8", config=StepConfig(
+            batch_tokens=1282048, sequence="512,114", optimizer="adafactor", remat="full",
+            mesh="data=64,model=16", dense_weights="split",
+        ),
     ))  # fmt: skip
     job = made.job
-    spec = StepSpec(job.sizes, job.config.dtype, job.update, platform=job.machine.kind)
+    spec = StepSpec(job.sizes, job.config, job.update, platform=job.machine.kind)
     return make_train_step(made.graph, spec, devices(job.machine)), job.machine
 
 

@@ -26,14 +26,12 @@ from moecc.ahead.text import compile_text
 from moecc.cli.files import write_whole
 from moecc.model.open import open_model
 from moecc.plan.batches import make_batch
-from moecc.plan.candidates import Constraints
 from moecc.plan.machines import parse_machine
 from moecc.plan.page import plan_page
 from moecc.plan.report import plan_json, plan_text
 from moecc.plan.search import search
-from moecc.plan.strategy import StepConfig
+from moecc.plan.step import StepConfig
 from moecc.plan.workload import workload
-from moecc.types import BF16, F32
 
 
 @dataclass(frozen=True)
@@ -86,20 +84,20 @@ def _write(out: Path, time_limit: float) -> None:
 def planned(pod: Pod) -> dict[str, Any]:
     """Return the best plan for `pod`, and the next best, as ``moecc plan --format json`` does."""
     machine = parse_machine(pod.machine)
-    setting = StepConfig(train=True, optimizer="adamw", dtype=BF16, weight_dtype=F32)
+    setting = StepConfig(remat="full")
     with open_model(pod.model) as model:
         batch = make_batch(model.graph, machine.devices, None, pod.lengths)
         work = workload(model.graph, batch)
-    return plan_json(
-        pod.model, work, machine, setting, search(work, machine, setting, Constraints(remat="full"))
-    )
+    return plan_json(pod.model, work, machine, setting, search(work, machine, setting))
 
 
 def compiled(pod: Pod, plan: dict[str, Any], time_limit: float) -> dict[str, Any]:
     """Return the report on the step that `plan` found best, compiled in a process of its own."""
     best = plan["best"]
     mesh = ",".join(f"{name}={size}" for name, size in best["mesh"].items())
-    request = Request(pod.model, pod.machine, lengths=pod.lengths, remat=best["remat"], mesh=mesh)
+    lengths = None if pod.lengths is None else ",".join(map(str, pod.lengths))
+    config = StepConfig(sequence=lengths, remat=best["remat"], mesh=mesh)
+    request = Request(pod.model, pod.machine, config)
     return compile_in_subprocess(request, time_limit).data
 
 

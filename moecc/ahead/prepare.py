@@ -15,10 +15,10 @@ from moecc.model.open import open_model, registry_with
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.plan.batches import Batch, make_batch
-from moecc.plan.candidates import Constraints, check_constraints, plan_mesh
+from moecc.plan.candidates import check_constraints
 from moecc.plan.machines import Machine, find_machine
 from moecc.plan.search import Asked, search
-from moecc.plan.strategy import StepConfig, Strategy, step_config
+from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.time import Estimate, Estimator
 from moecc.plan.workload import Workload, workload
 from moecc.sharding.layout import Layout
@@ -69,12 +69,9 @@ def prepare(request: Request) -> PreparedJob:
       InputError: the model cannot be read, the mesh is invalid for it, or nothing fits.
     """
     machine = find_machine(request.machine)
-    train = request.step == "train"
-    setting = step_config(
-        train, request.optimizer, request.dtype, request.weight_dtype, request.micro_batches,
-        request.reduce_dtype,
-    )  # fmt: skip
-    _check_exchange(request)
+    config, train = request.config, request.config.train
+    config.check()
+    _check_exchange(config)
     registry = registry_with(request.load)
     with open_model(request.model, config_alone=True) as model:
         graph = model.graph
@@ -82,30 +79,29 @@ def prepare(request: Request) -> PreparedJob:
     run_pipeline(graph, first)
     if train:
         _check_logits(graph)
-    parts = request.micro_batches
-    batch = make_batch(graph, machine.devices, request.batch_tokens, request.lengths, parts)
-    bound, remarks = _bounded(graph, request, train)
+    parts = config.micro_batches
+    batch = make_batch(graph, machine.devices, config.batch_tokens, config.lengths, parts)
+    bound, remarks = _bounded(graph, config)
     planned = planned_graph(graph, train)
     work = workload(planned, batch)
     of_batch = cache(partial(workload, planned))
 
     def work_on(other: Machine, parts: int) -> Workload:
-        lengths, tokens = request.lengths, request.batch_tokens
+        lengths, tokens = config.lengths, config.batch_tokens
         return of_batch(make_batch(graph, other.devices, tokens, lengths, parts))
 
-    asked = Asked(machine, setting, _constraints(request, work), work, work_on)
-    strategy = _in_chunks(request, _strategy(request, asked), work)
-    passes = str(_passes(graph, request.partition, setting, bound, strategy))
+    asked = Asked(machine, _fixed(config, work), work, work_on)
+    strategy = _in_chunks(config, _strategy(config, asked), work)
+    passes = str(_passes(graph, config, bound, strategy))
     pipeline = ",".join(filter(None, (str(first), passes)))
     step = clone(graph)
     run_passes(step, passes)
     job = Job(
-        machine, strategy.layout, _sizes(graph, batch, parts), setting, request.emit,
-        request.export, request.partition,
-        update_of(request.optimizer, request.sets) if train else None, request.overlap,
-        request.quick,
+        machine, strategy.layout, _sizes(graph, batch, parts), config, request.emit,
+        request.export, update_of(config.optimizer, request.sets) if train else None,
+        request.overlap, request.quick,
     )  # fmt: skip
-    estimate = Estimator(work, machine, setting).estimate(strategy)
+    estimate = Estimator(work, machine, config).estimate(strategy)
     return PreparedJob(step, job, asked, estimate, bound, pipeline, tuple(remarks))
 
 
@@ -119,19 +115,19 @@ def _check_logits(graph: Graph) -> None:
     )
 
 
-def _check_exchange(request: Request) -> None:
+def _check_exchange(config: StepConfig) -> None:
     """Raise UsageError if XLA's partitioner does not support the requested exchange."""
-    if request.partition != GSPMD or (request.via in (None, "capacity") and not request.sliced):
+    if config.partition != GSPMD or (config.via in (None, "capacity") and not config.sliced):
         return
     raise UsageError(
         "the partitioner of XLA exchanges whole slots under a capacity",
         expected="via capacity",
-        found=f"via {request.via or 'capacity'}{' in slices' if request.sliced else ''}",
+        found=f"via {config.via or 'capacity'}{' in slices' if config.sliced else ''}",
         hint=f"--partition {EXPLICIT} has every way",
     )
 
 
-def _bounded(graph: Graph, request: Request, train: bool) -> tuple[Bound | None, list[str]]:
+def _bounded(graph: Graph, config: StepConfig) -> tuple[Bound | None, list[str]]:
     """Bound the rows of experts by a capacity; return the bound, and remarks on it.
 
     A dropless model stays dropless unless the way to the experts is ``capacity``.
@@ -140,16 +136,20 @@ def _bounded(graph: Graph, request: Request, train: bool) -> tuple[Bound | None,
         SlotAttrs.of_node(node) for node in graph if node.op.assigns_slots and not node.op.chooses
     ]
     is_dropless = all(p.slots == "ragged" for p in places)
-    keeps = request.via not in (None, "capacity") and request.capacity_factor is None
+    keeps = config.via not in (None, "capacity") and config.capacity_factor is None
     if not places or (is_dropless and keeps):
         return None, []
-    config = graph.attrs.get("config") or {}
-    own = config.get("train_capacity_factor" if train else "eval_capacity_factor")
-    factor = request.capacity_factor or own or _stated(places) or CAPACITY_FACTOR
+    mode, stated = "train" if config.train else "eval", graph.attrs.get("config") or {}
+    factor = (
+        config.capacity_factor
+        or stated.get(f"{mode}_capacity_factor")
+        or _stated(places)
+        or CAPACITY_FACTOR
+    )
     # A model without a capacity has no convention for it either.
     bound = Bound(float(factor), "assignments" if is_dropless else places[0].convention)
-    run_passes(graph, specialize("train" if train else "eval", bound, None))
-    if request.capacity_factor is None and is_dropless:
+    run_passes(graph, specialize(mode, bound, None))
+    if config.capacity_factor is None and is_dropless:
         return bound, [
             f"the model keeps every row; it is compiled with a capacity factor of {factor}, "
             "which may drop some: --capacity-factor sets another, --via ragged or ring has none"
@@ -177,16 +177,16 @@ def _losses(graph: Graph, parts: int) -> dict[str, object] | None:
 
 
 def _passes(
-    graph: Graph, partition: str, setting: StepConfig, bound: Bound | None, strategy: Strategy
+    graph: Graph, config: StepConfig, bound: Bound | None, strategy: Strategy
 ) -> StepPasses:
     """Return the passes from the model's graph to the one that is compiled."""
-    layout, is_explicit, train = strategy.layout, partition == EXPLICIT, setting.train
+    layout, is_explicit, train = strategy.layout, config.partition == EXPLICIT, config.train
     return StepPasses(
         "train" if train else "eval",
         routed=bool(layout.experts),
         bound=bound,
         groups=layout.shards["batch"] * strategy.chunks,
-        losses=_losses(graph, setting.micro_batches) if train and layout.experts else None,
+        losses=_losses(graph, config.micro_batches) if train and layout.experts else None,
         weighted=train and weights_rows(strategy.remat, layout.mesh.devices > 1),
         mesh=MeshPasses(
             str(layout.mesh), layout.names, strategy.via, strategy.sliced, strategy.chunks
@@ -198,64 +198,56 @@ def _passes(
     )
 
 
-def _constraints(request: Request, work: Workload) -> Constraints:
-    """Return what the request fixes; on a mesh that it names, with what is taken by default."""
-    rules, dense, remat = request.rules, request.dense_weights, request.remat
-    if request.mesh is None:
-        return Constraints(None, _via(request, work), remat, dense, rules)
-    dense = None if rules else dense or "whole"
-    return Constraints(plan_mesh(request.mesh, rules), request.via, remat or "full", dense, rules)
+def _fixed(config: StepConfig, work: Workload) -> StepConfig:
+    """Return `config` with the defaults of a mesh that it names, or of XLA's partitioner."""
+    if config.mesh is None:
+        # The partitioner exchanges slots under a capacity alone.
+        is_explicit = config.partition == EXPLICIT or not work.experts
+        return config if is_explicit else replace(config, via="capacity")
+    dense = None if config.rules else config.dense_weights or "whole"
+    return replace(config, remat=config.remat or "full", dense_weights=dense)
 
 
-def _strategy(request: Request, asked: Asked) -> Strategy:
-    """Return the strategy that the request fixes, or the plan's best if the mesh is open."""
-    work, machine, setting, rules = asked.work, asked.machine, asked.config, request.rules
-    fixed, mesh = asked.constraints, asked.constraints.mesh
+def _strategy(config: StepConfig, asked: Asked) -> Strategy:
+    """Return the strategy that the settings fix, or the plan's best if the mesh is open."""
+    work, mesh = asked.work, config.device_mesh
     if mesh is None:
-        found = search(work, machine, setting, fixed, work_on=asked.work_on)
-        return found.best.strategy
-    check_constraints(work, machine, Constraints(mesh, request.via, rules=rules))
-    if request.sliced and not work.experts:
+        return search(work, asked.machine, asked.config, work_on=asked.work_on).best.strategy
+    check_constraints(work, asked.machine, config)
+    if config.sliced and not work.experts:
         raise InputError("the model has no experts whose rows would be sent in slices")
-    dense, replicated = request.dense_weights or "whole", request.via == "replicated"
-    if rules is None:
+    dense, replicated = config.dense_weights or "whole", config.via == "replicated"
+    if config.layout_names is None:
         layout = Layout(mesh, work.experts, dense, replicated)
     else:
-        layout = Layout.ruled(mesh, work.experts, rules)
-    via = request.via or ("capacity" if layout.shards["expert"] > 1 else LOCAL)
-    remat = request.remat or ("full" if setting.train else "none")
+        layout = Layout.ruled(mesh, work.experts, config.layout_names)
+    via = config.via or ("capacity" if layout.shards["expert"] > 1 else LOCAL)
+    remat = config.remat or ("full" if config.train else "none")
     dispatch = "grouped" if work.dropless else "index"
-    return Strategy(layout, via, dispatch, remat, request.sliced)
+    return Strategy(layout, via, dispatch, remat, config.sliced)
 
 
-def _in_chunks(request: Request, strategy: Strategy, work: Workload) -> Strategy:
+def _in_chunks(config: StepConfig, strategy: Strategy, work: Workload) -> Strategy:
     """Return a strategy whose rows are exchanged in the chunks that are asked for.
 
     Raises:
       InputError: no slots are exchanged, or a device has no token group for each chunk.
     """
-    if request.chunks == 1:
+    if config.chunks == 1:
         return strategy
     way = BY_NAME.get(strategy.via)
-    if way is None or not way.is_chunked or request.partition != EXPLICIT:
+    if way is None or not way.is_chunked or config.partition != EXPLICIT:
         raise InputError(
             "slots that the graph's own collectives exchange are cut in chunks",
             where="--chunks", expected="--via capacity", found=f"via {strategy.via}",
         )  # fmt: skip
     each = work.batch.sequences // strategy.layout.shards["batch"]
-    if each % request.chunks:
+    if each % config.chunks:
         raise InputError(
             "a device needs token groups for each chunk", where="--chunks",
-            expected=f"a divisor of {each}, the sequences of a device", found=str(request.chunks),
+            expected=f"a divisor of {each}, the sequences of a device", found=str(config.chunks),
         )  # fmt: skip
-    return replace(strategy, chunks=request.chunks)
-
-
-def _via(request: Request, work: Workload) -> str | None:
-    """Return the requested way to the experts; None leaves it to the plan."""
-    if request.partition == EXPLICIT or not work.experts:
-        return request.via
-    return "capacity"
+    return replace(strategy, chunks=config.chunks)
 
 
 def _sizes(graph: Graph, part: Batch, parts: int) -> dict[str, int]:

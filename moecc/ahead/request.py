@@ -10,9 +10,8 @@ from moecc.errors import Problem, UsageError
 from moecc.ir.graph import Graph
 from moecc.plan.machines import Machine
 from moecc.plan.report import BatchReport
-from moecc.plan.strategy import StepConfig
+from moecc.plan.step import StepConfig
 from moecc.sharding.layout import Layout
-from moecc.sharding.vias import EXPLICIT
 from moecc.support.untyped import Json
 from moecc.train.recipe import OptimizerSection
 from moecc.train.recipe_text import parse_update
@@ -22,28 +21,12 @@ EMITS = ("stablehlo", "hlo")
 
 @dataclass(frozen=True)
 class Request:
-    """A compilation, as the command line asks for it; None leaves a choice to the plan.
+    """A compilation, as the command line asks for it.
 
     Attributes:
       model: a model or preset.
       machine: by name.
-      step: ``train`` or ``forward``.
-      batch_tokens: tokens of a step.
-      lengths: of a sequence, by stack.
-      optimizer: of a training step.
-      remat: what the backward pass computes again.
-      dtype: the type of the computation.
-      weight_dtype: the type of the parameters; None for f32 in training, else `dtype`.
-      micro_batches: parts of a batch whose gradients are added.
-      reduce_dtype: the type in which gradients are added and reduced; None for `dtype`.
-      mesh: the mesh.
-      dense_weights: how parameters that are no experts' lie along the experts' axis.
-      rules: layouts by name or file, in place of those that the mesh's axes stand for.
-      partition: one of `PARTITIONS`.
-      via: how tokens reach experts, of `moecc.sharding.vias.VIAS`.
-      sliced: whether devices along ``model`` each send a part of a row to the experts.
-      chunks: in how many parts rows are exchanged, beside the experts' work on others.
-      capacity_factor: bounds the rows of an expert.
+      config: the settings of the step.
       emit: of `EMITS`, the program that is wanted besides.
       export: whether an artefact of ``jax.export`` is.
       overlap: whether the compiler is to have collectives beside products.
@@ -55,23 +38,7 @@ class Request:
 
     model: str
     machine: str
-    step: str = "train"
-    batch_tokens: int | None = None
-    lengths: tuple[int, ...] | None = None
-    optimizer: str = "adamw"
-    remat: str | None = None
-    dtype: str = "bf16"
-    weight_dtype: str | None = None
-    micro_batches: int = 1
-    reduce_dtype: str | None = None
-    mesh: str | None = None
-    dense_weights: str | None = None
-    rules: tuple[str, ...] | None = None
-    partition: str = EXPLICIT
-    via: str | None = None
-    sliced: bool = False
-    chunks: int = 1
-    capacity_factor: float | None = None
+    config: StepConfig = field(default_factory=StepConfig)
     emit: str | None = None
     export: bool = False
     overlap: bool = False
@@ -87,8 +54,8 @@ class Request:
     @classmethod
     def from_json(cls, data: Json) -> Request:
         """Return the request that `to_json` wrote."""
-        lists = {n: data[n] and tuple(data[n]) for n in ("lengths", "rules", "load", "sets")}
-        return cls(**{**data, **lists})
+        lists = {name: tuple(data[name]) for name in ("load", "sets")}
+        return cls(**{**data, **lists, "config": StepConfig(**data["config"])})
 
 
 @dataclass(frozen=True)
@@ -99,10 +66,9 @@ class Job:
       machine: where it is to run.
       layout: where everything lies.
       sizes: what the variables of the graph stand for, for the whole batch.
-      config: what is given: types, micro-batches, the optimizer of a training step.
+      config: the settings of the step.
       emit: of `EMITS`, the program that is wanted besides.
       export: whether an artefact of ``jax.export`` is.
-      partition: one of `PARTITIONS`.
       update: the optimizer of a training step and its settings; None for the forward pass.
       overlap: whether the compiler is to have collectives beside products.
       quick: whether it is to take as little time as it can, at the price of the program's speed.
@@ -114,7 +80,6 @@ class Job:
     config: StepConfig
     emit: str | None = None
     export: bool = False
-    partition: str = EXPLICIT
     update: OptimizerSection | None = None
     overlap: bool = False
     quick: bool = False

@@ -15,9 +15,9 @@ from moecc.errors import Problem, UsageError, nearest
 from moecc.model.open import parse_branches
 from moecc.pipeline.passes import Pass
 from moecc.pipeline.text import Pipeline, format_pass
+from moecc.plan.step import COMPILED, StepConfig
 from moecc.support.untyped import JsonDict
 from moecc.tasks.continue_tokens import Continuing
-from moecc.tasks.plan_step import StepRequest
 from moecc.types import F32, Array, DType, float_type
 
 _SHOWN = Repr()
@@ -267,13 +267,13 @@ def swept_values(values: object) -> tuple[object, ...]:
     return tuple(v.item() if isinstance(v, np.generic) else v for v in several)
 
 
-def step_request(options: Mapping[str, object]) -> StepRequest:
+def step_request(options: Mapping[str, object]) -> StepConfig:
     """Return the options of a plan, which has those of ``moecc plan``, with underscores.
 
     Raises:
       UsageError: there is no such option, or a value has another type.
     """
-    hints = get_type_hints(StepRequest)
+    hints = {n: t for n, t in get_type_hints(StepConfig).items() if n not in COMPILED}
     problems = []
     checked = _plain(**options)
     length = checked.get("sequence")
@@ -288,7 +288,7 @@ def step_request(options: Mapping[str, object]) -> StepRequest:
                                     found=_SHOWN.repr(value)))  # fmt: skip
     if problems:
         raise UsageError(problems)
-    return StepRequest(**checked)
+    return StepConfig(**checked)
 
 
 def _expected(hint: object) -> str:

@@ -270,7 +270,7 @@ class Model(Closing):
 
         place, step = machine_text(machine), step_request(options)
         explored = flag("explore", explore)
-        return StepPlan(plan_step(self.graph, self.name, place, step, explored))
+        return StepPlan(plan_step(self.graph, self.name, place, step, explored)[0])
 
     def sweep(
         self,

@@ -169,7 +169,7 @@ def _require(job: Request) -> None:
     from moecc.support.extras import require
 
     own = {"tpu": ("tpu",), "gpu": ("gpu-aot",)}.get(find_machine(job.machine).kind, ())
-    step = ("train",) if job.step == "train" else ()
+    step = ("train",) if job.config.train else ()
     require("compiling", ("xla", *(["export"] if job.export else [])), (*step, *own))
 
 
@@ -179,33 +179,33 @@ def ahead_request(request: CompileRequest) -> Request:
     Raises:
       UsageError: machine, mesh, rules, lengths, micro-batches or type cannot be parsed.
     """
-    from moecc.ahead.request import Request
+    from moecc.ahead.request import Request, update_of
+    from moecc.cli.pipelines import read_pipeline
+    from moecc.errors import UsageError
+    from moecc.plan.machines import find_machine
+    from moecc.plan.step import StepConfig
 
+    # The compiling process parses all again; errors are reported before it is started.
+    if request.machine is None:
+        raise UsageError("no machine is named", expected="--machine M, or --plan FILE")
+    find_machine(request.machine)
+    config = replace(StepConfig.of_options(request), sliced=request.slice)
+    config.check()
+    sets = tuple(request.set or ())
+    update_of(config.optimizer, sets)
+    load = request.load or []
     return Request(
         model=request.model,
-        machine=_checked_machine(request),
-        step=request.step.value,
-        batch_tokens=request.batch_tokens,
-        lengths=_lengths(request.sequence),
-        optimizer=request.optimizer.value,
-        remat=_value(request.remat),
-        dtype=_type_name(request.dtype),
-        weight_dtype=request.weight_dtype and _type_name(request.weight_dtype),
-        micro_batches=_checked_micro_batches(request),
-        reduce_dtype=request.reduce_dtype and _type_name(request.reduce_dtype),
-        mesh=request.mesh,
-        dense_weights=_value(request.dense_weights),
-        rules=_rules(request),
-        partition=request.partition.value,
-        via=_value(request.via),
-        sliced=request.slice, chunks=request.chunks,
-        capacity_factor=request.capacity_factor,
-        emit=_value(request.emit),
-        export=request.save is not None, overlap=request.overlap, quick=request.quick,
-        load=tuple(request.load or ()),
-        pipeline=_pipeline(request),
-        sets=_checked_sets(request),
-    )  # fmt: skip
+        machine=request.machine,
+        config=config,
+        emit=request.emit and request.emit.value,
+        export=request.save is not None,
+        overlap=request.overlap,
+        quick=request.quick,
+        load=tuple(load),
+        pipeline=str(read_pipeline(request.pipeline, load)),
+        sets=sets,
+    )
 
 
 def _check_effort(request: CompileRequest) -> None:
@@ -221,43 +221,6 @@ def _check_effort(request: CompileRequest) -> None:
         )
 
 
-def _checked_micro_batches(request: CompileRequest) -> int:
-    """Return the number of micro-batches. Raises UsageError."""
-    from moecc.errors import UsageError
-    from moecc.plan.strategy import micro_batch_problems
-
-    if problems := list(micro_batch_problems(request.step is Step.train, request.micro_batches)):
-        raise UsageError(problems)
-    return request.micro_batches
-
-
-def _checked_sets(request: CompileRequest) -> tuple[str, ...]:
-    """Return the settings of the optimizer. Raises UsageError."""
-    from moecc.ahead.request import update_of
-
-    sets = tuple(request.set or ())
-    update_of(request.optimizer.value, sets)
-    return sets
-
-
-def _pipeline(request: CompileRequest) -> str:
-    from moecc.cli.pipelines import read_pipeline
-
-    return str(read_pipeline(request.pipeline, request.load or []))
-
-
-def _lengths(text: str | None) -> tuple[int, ...] | None:
-    from moecc.plan.batches import parse_lengths
-
-    return None if text is None else parse_lengths(text)
-
-
-def _type_name(text: str) -> str:
-    from moecc.types import float_type
-
-    return float_type(text).name
-
-
 def planned(request: CompileRequest, file: str) -> CompileRequest:
     """Return a request with the step, the mesh and the ways of a saved plan.
 
@@ -266,7 +229,7 @@ def planned(request: CompileRequest, file: str) -> CompileRequest:
       UsageError: options say what the plan says, too.
     """
     from moecc.errors import Problem, UsageError
-    from moecc.plan.saved import read_plan
+    from moecc.plan.step import read_plan
 
     twice = [name for name in _PLANNED if getattr(request, name)]
     twice += ["micro_batches"] if request.micro_batches > 1 else []
@@ -276,38 +239,22 @@ def planned(request: CompileRequest, file: str) -> CompileRequest:
                      hint="leave one of the two out") for name in twice]
         )  # fmt: skip
     plan = read_plan(file)
+    config = plan.config
     return replace(
-        request, machine=plan.machine, pipeline=plan.pipeline, step=Step(plan.step),
-        batch_tokens=plan.batch_tokens, sequence=plan.sequence, dtype=plan.dtype,
-        weight_dtype=plan.weight_dtype, micro_batches=plan.micro_batches or 1,
-        reduce_dtype=plan.reduce_dtype, optimizer=Optimizer(plan.optimizer),
-        mesh=plan.mesh_text or None,
-        rules=",".join(plan.rules) or None, remat=Remat(plan.remat), slice=plan.sliced,
-        dense_weights=DenseWeights(plan.dense_weights),
-        via=None if plan.via == "local" else Via(plan.via),
+        request,
+        machine=plan.machine,
+        pipeline=plan.pipeline,
+        step=Step(config.step),
+        optimizer=Optimizer(config.optimizer),
+        remat=Remat(config.remat or "full"),
+        dense_weights=DenseWeights(config.dense_weights or "whole"),
+        via=Via(config.via) if config.via else None,
+        slice=config.sliced,
+        **{name: getattr(config, name) for name in (
+            "batch_tokens", "sequence", "mesh", "rules", "dtype", "weight_dtype", "micro_batches",
+            "reduce_dtype",
+        )},
     )  # fmt: skip
-
-
-def _rules(request: CompileRequest) -> tuple[str, ...] | None:
-    return None if request.rules is None else tuple(request.rules.split(","))
-
-
-def _checked_machine(request: CompileRequest) -> str:
-    # The compiling process parses both again; errors are reported before it is started.
-    from moecc.errors import UsageError
-    from moecc.plan.candidates import plan_mesh
-    from moecc.plan.machines import find_machine
-
-    if request.machine is None:
-        raise UsageError("no machine is named", expected="--machine M, or --plan FILE")
-    find_machine(request.machine)
-    if request.mesh is not None:
-        plan_mesh(request.mesh, _rules(request))
-    return request.machine
-
-
-def _value(choice: StrEnum | None) -> str | None:
-    return None if choice is None else choice.value
 
 
 def _print(answer: CompileOutcome, request: CompileRequest) -> None:

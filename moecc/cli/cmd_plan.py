@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,8 +29,8 @@ from moecc.cli.options import (
 if TYPE_CHECKING:
     from moecc.ir.graph import Graph
     from moecc.plan.report import Report, SummaryReport
+    from moecc.plan.step import StepConfig
     from moecc.plan.sweeps import SweepReport
-    from moecc.tasks.plan_step import StepRequest
 
 
 class Step(StrEnum):
@@ -190,22 +190,16 @@ def _files(
 
         yield request.html, plan_page(data, searched, request.pipeline)
     if request.save is not None:
-        from moecc.plan.saved import saved_text
+        from moecc.plan.step import saved_text
 
-        step = asdict(_step(request))
         asked = {"model": request.model, "machine": request.machine, "pipeline": request.pipeline}
-        yield request.save, saved_text(data, asked | step)
+        yield request.save, saved_text(data, asked | _step(request).planned_settings())
 
 
-def _step(request: PlanRequest) -> StepRequest:
-    from moecc.tasks.plan_step import StepRequest
+def _step(request: PlanRequest) -> StepConfig:
+    from moecc.plan.step import StepConfig
 
-    return StepRequest(
-        request.step.value, request.batch_tokens, request.sequence, request.mesh, request.via,
-        request.remat, request.dense_weights and request.dense_weights.value, request.rules,
-        request.optimizer.value, request.dtype, request.weight_dtype, request.micro_batches,
-        request.reduce_dtype,
-    )  # fmt: skip
+    return StepConfig.of_options(request)
 
 
 def planned(request: PlanRequest) -> tuple[Report, list[SummaryReport]]:
@@ -219,7 +213,7 @@ def planned(request: PlanRequest) -> tuple[Report, list[SummaryReport]]:
     from moecc.ir.structure import without_opaque
     from moecc.model.open import open_model
     from moecc.pipeline.runner import run_pipeline
-    from moecc.tasks.plan_step import check_step, plan_and_search
+    from moecc.tasks.plan_step import check_step, plan_step
 
     passes = read_pipeline(request.pipeline, request.load or [])
     step = _step(request)
@@ -227,7 +221,7 @@ def planned(request: PlanRequest) -> tuple[Report, list[SummaryReport]]:
     with open_model(request.model, config_alone=True) as opened:
         run_pipeline(opened.graph, passes)
         graph = without_opaque(opened.graph)
-    found = plan_and_search(graph, request.model, request.machine, step, request.explore)
+    found = plan_step(graph, request.model, request.machine, step, request.explore)
     if request.step is Step.train:
         _remark_on_logits(graph)
     return found

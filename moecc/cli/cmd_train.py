@@ -17,7 +17,7 @@ from moecc.cli.options import FormatOption, LoadOption, PlanOption
 from moecc.support.text import amount
 
 if TYPE_CHECKING:
-    from moecc.plan.saved import SavedPlan
+    from moecc.plan.step import SavedPlan
     from moecc.support.process import Asked
     from moecc.train.events import Reason, Stopped, Trainer, Training, TrainJob
     from moecc.train.trackers import Tracker
@@ -168,7 +168,7 @@ def _sets(request: TrainRequest, plan: SavedPlan | None) -> list[str]:
 
 def _saved_plan(request: TrainRequest) -> SavedPlan | None:
     """Return the plan that is given. Raises InputError if it is none."""
-    from moecc.plan.saved import read_plan
+    from moecc.plan.step import read_plan
 
     return None if request.plan is None else read_plan(request.plan)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from moecc.errors import InputError, UsageError
+from moecc.errors import InputError
 from moecc.ir.graph import Graph
 from moecc.ir.structure import length_bounds
 
@@ -43,18 +43,6 @@ class Batch:
     def size(self, variable: str) -> int:
         """Return the size that a variable of the graph stands for."""
         return dict(self.lengths).get(variable, self.sequences)
-
-
-def parse_lengths(text: str) -> tuple[int, ...]:
-    """Parse the lengths of ``--sequence``: ``4096``, or ``512,114``.
-
-    Raises:
-      UsageError: they are no numbers of tokens.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(p.isdecimal() and 0 < int(p) < 10**8 for p in parts):
-        raise UsageError("not lengths of a sequence", expected="4096, or 512,114", found=text)
-    return tuple(map(int, parts))
 
 
 def length_variables(graph: Graph) -> tuple[str, ...]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import product
 
-from moecc.errors import InputError, Problem, UsageError, nearest
-from moecc.ir.mesh import Mesh, nearest_divisor, parse_mesh
+from moecc.errors import InputError, Problem
+from moecc.ir.mesh import Mesh, nearest_divisor
 from moecc.plan.batches import Batch
 from moecc.plan.machines import Machine
-from moecc.plan.strategy import Strategy
+from moecc.plan.step import AXES, StepConfig, Strategy
 from moecc.plan.traffic import SLICED
 from moecc.plan.workload import Workload
 from moecc.sharding.layout import DENSE_WEIGHTS, Layout
@@ -117,38 +116,8 @@ def check_layout(layout: Layout, work: Workload) -> None:
 
 # The meshes of a machine: a grid of all its devices, whose axes have the names of layouts.
 
-AXES = ("data", "fsdp", "expert", "model")
-"""The axes that layouts use, outermost first.
-
-``data`` splits the batch; ``fsdp`` splits it and the parameters with it; ``expert`` splits it and
-the experts; ``model`` splits heads, neurons and the vocabulary.
-"""
-
-
 MOST_TENSOR = 64
 """The search splits neurons over at most so many devices; a mesh that is given may have more."""
-
-
-def plan_mesh(text: str, rules: Sequence[str] | None = None) -> Mesh:
-    """Return the mesh that `text` spells: ``data=8,expert=8``.
-
-    Args:
-      text: the axes with their sizes.
-      rules: the layouts whose axes it may have; None: `AXES`.
-
-    Raises:
-      UsageError: it cannot be read, an axis is unknown, or stands twice.
-    """
-    try:
-        mesh = parse_mesh(text)
-    except InputError as error:
-        raise UsageError(error.problems) from None
-    axes = AXES if rules is None else mesh_axes(rules)
-    for name in mesh.names:
-        if name not in axes:
-            hint = nearest(name, axes) or f"axes: {', '.join(axes)}"
-            raise UsageError(f"unknown mesh axis {name!r}", found=text, hint=hint)
-    return mesh
 
 
 def check_devices(mesh: Mesh, devices: int, machine: str) -> None:
@@ -217,35 +186,22 @@ _NEEDS = {
 }
 
 
-@dataclass(frozen=True)
-class Constraints:
-    """What the user fixed; None leaves it to the search."""
-
-    mesh: Mesh | None = None
-    via: str | None = None
-    remat: str | None = None
-    dense_weights: str | None = None
-    rules: tuple[str, ...] | None = None
-
-
-def strategies(
-    work: Workload, machine: Machine, constraints: Constraints, train: bool
-) -> Iterator[Strategy]:
-    """Yield every strategy that is legal and agrees with `constraints`."""
-    remats = work.remats if constraints.remat is None else (constraints.remat,)
-    for layout in _layouts(work, machine, constraints):
-        for via in _vias(layout, work, constraints):
+def strategies(work: Workload, machine: Machine, config: StepConfig) -> Iterator[Strategy]:
+    """Yield every strategy that is legal and agrees with the settings that `config` fixes."""
+    remats = work.remats if config.remat is None else (config.remat,)
+    for layout in _layouts(work, machine, config):
+        for via in _vias(layout, work, config):
             dispatch = "grouped" if work.dropless and via != "capacity" else "index"
-            for remat in remats if train else ("none",):
+            for remat in remats if config.train else ("none",):
                 yield Strategy(layout, via, dispatch, remat)
                 if via in SLICED and layout.tensor_axes:
                     yield Strategy(layout, via, dispatch, remat, sliced=True)
 
 
-def _vias(layout: Layout, work: Workload, constraints: Constraints) -> Iterator[str]:
-    """Yield the ways to the experts that a layout has and that agree with `constraints`."""
+def _vias(layout: Layout, work: Workload, config: StepConfig) -> Iterator[str]:
+    """Yield the ways to the experts that a layout has and that agree with `config`."""
     for name in legal_vias(layout, work):
-        if constraints.via in (None, name) and (name == "replicated") == layout.replicated:
+        if config.via in (None, name) and (name == "replicated") == layout.replicated:
             yield name
 
 
@@ -266,42 +222,42 @@ def _suits(way: Via, tokens: tuple[str, ...], experts: tuple[str, ...], work: Wo
     return not any(refusals(way, tokens, experts, slots))
 
 
-def _layouts(work: Workload, machine: Machine, constraints: Constraints) -> Iterator[Layout]:
-    tried: Iterable[Mesh] = searched_meshes(machine.devices, work.experts, constraints.rules)
-    for mesh in tried if constraints.mesh is None else (constraints.mesh,):
-        if constraints.rules is None:
+def _layouts(work: Workload, machine: Machine, config: StepConfig) -> Iterator[Layout]:
+    tried: Iterable[Mesh] = searched_meshes(machine.devices, work.experts, config.layout_names)
+    for mesh in tried if config.device_mesh is None else (config.device_mesh,):
+        if config.layout_names is None:
             found = layouts(mesh, work)
-            yield from (x for x in found if constraints.dense_weights in (None, x.dense_weights))
+            yield from (x for x in found if config.dense_weights in (None, x.dense_weights))
             continue
-        layout = Layout.ruled(mesh, work.experts, constraints.rules)
+        layout = Layout.ruled(mesh, work.experts, config.layout_names)
         if not any(problems(layout, work)):
             yield layout
 
 
-def check_constraints(work: Workload, machine: Machine, constraints: Constraints) -> None:
-    """Check what the user fixed.
+def check_constraints(work: Workload, machine: Machine, config: StepConfig) -> None:
+    """Check the settings that the user fixed.
 
     Raises:
       InputError: the mesh has another number of devices, or does not divide what it splits; the
         exchange does not suit model or mesh.
     """
-    if constraints.via == "hierarchical" and constraints.rules is None:
+    if config.via == "hierarchical" and config.layout_names is None:
         raise InputError(
             "by its names, a mesh shards experts over one axis", hint=_NEEDS["hierarchical"]
         )
-    if constraints.mesh is None:
+    if config.device_mesh is None:
         return
-    check_devices(constraints.mesh, machine.devices, machine.name)
-    if constraints.rules is None:
-        layout = Layout(constraints.mesh, work.experts, "whole", constraints.via == "replicated")
+    check_devices(config.device_mesh, machine.devices, machine.name)
+    if config.layout_names is None:
+        layout = Layout(config.device_mesh, work.experts, "whole", config.via == "replicated")
     else:
-        layout = Layout.ruled(constraints.mesh, work.experts, constraints.rules)
+        layout = Layout.ruled(config.device_mesh, work.experts, config.layout_names)
     check_layout(layout, work)
     devices, fitting = layout.shards["expert"], legal_vias(layout, work)
-    if constraints.via is not None and constraints.via not in fitting:
+    if config.via is not None and config.via not in fitting:
         raise InputError(
-            f"experts on {devices} devices cannot be reached via {constraints.via}",
-            where=f"mesh {constraints.mesh}",
+            f"experts on {devices} devices cannot be reached via {config.via}",
+            where=f"mesh {config.device_mesh}",
             expected=", ".join(fitting),
-            hint=_NEEDS.get(constraints.via),
+            hint=_NEEDS.get(config.via),
         )

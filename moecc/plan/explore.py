@@ -19,7 +19,7 @@ from moecc.plan.networks import Slices, Switch, Torus
 from moecc.plan.parts import Part, Shape, Step, Weight
 from moecc.plan.report import Idea
 from moecc.plan.search import Ranking, WorkOn, seconds_text, why_slower
-from moecc.plan.strategy import StepConfig, Strategy
+from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.time import Estimate, Estimator
 from moecc.plan.workload import Workload
 from moecc.sharding.layout import Layout
@@ -119,7 +119,7 @@ def in_context(
     Args:
       work: of parts of sequences, see `split_batch` and `whole_keys`.
       machine: where.
-      config: what is given.
+      config: the settings of the step.
       strategy: what is chosen; the innermost axis of the batch that `parts` divides is split.
       parts: of a sequence.
 
@@ -130,7 +130,7 @@ def in_context(
     estimator = Estimator(work, machine, config)
     found = estimator.estimate(strategy)
     routes = machine.network.routes(mesh.sizes)
-    width, shards = config.dtype.itemsize_bytes, strategy.layout.shards
+    width, shards = config.compute_type.itemsize_bytes, strategy.layout.shards
     most = total = 0.0
     for part in work.parts:
         for step in (s for s in part.steps if s.attention is not None):
@@ -287,7 +287,7 @@ def staged(
     Args:
       work: the model and one micro-batch of `config`.
       machine: all devices.
-      config: what is given; its micro-batches are those that go through the stages.
+      config: the settings of the step; its micro-batches are those that go through the stages.
       like: the plan whose mesh is divided.
       stages: how many.
 
@@ -343,7 +343,7 @@ def _boundary_bytes(work: Workload, layout: Layout, config: StepConfig) -> float
     """Return what one device sends to the next stage, of one micro-batch."""
     inputs = next(layer.inputs for layer in work.layers)
     elements = sum(shape.elements for shape in inputs) / layout.shards["batch"]
-    return elements / layout.shards["seq"] * config.dtype.itemsize_bytes
+    return elements / layout.shards["seq"] * config.compute_type.itemsize_bytes
 
 
 def _link(part: Machine, machine: Machine) -> float:
@@ -375,7 +375,7 @@ class Known:
     Attributes:
       work: the model and its micro-batch.
       machine: where.
-      config: what is given.
+      config: the settings of the step.
       ranking: what the search found.
       work_on: the work in other micro-batches.
       of_batch: the work of another batch.

@@ -9,7 +9,7 @@ from moecc.analysis import CHUNK_BYTES, chunk_count
 from moecc.plan.networks import padded, stacked
 from moecc.plan.parts import Layer, Shape, Weight
 from moecc.plan.sharding import Sharding, Values
-from moecc.plan.strategy import StepConfig, Strategy
+from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.workload import Workload
 
 FACTORED_LEAST = 128
@@ -94,13 +94,13 @@ def memory(
 
     Args:
       work: the model and its micro-batch.
-      config: what is given.
+      config: the settings of the step.
       strategy: what is chosen.
       local: sizes on one device, with the rows that there is room for.
       kind: of the machine.
     """
     stored, of_layers, trained = _stored(work, local, kind)
-    width, wide = config.dtype.itemsize_bytes, config.weight_dtype.itemsize_bytes
+    width, wide = config.compute_type.itemsize_bytes, config.weight_type.itemsize_bytes
     training = config.train
     head, head_gradient = _head(work, local, config)
     return Memory(
@@ -123,7 +123,7 @@ def memory(
 def _inputs(work: Workload, config: StepConfig) -> float:
     """Return the bytes of tokens and features, and in training of targets, of all micro-batches."""
     tokens = 4.0 * work.batch.tokens * (bool(work.batch.lengths) + config.train)
-    features = sum(shape.elements for shape in work.features) * config.dtype.itemsize_bytes
+    features = sum(shape.elements for shape in work.features) * config.compute_type.itemsize_bytes
     return (tokens + features) * config.micro_batches
 
 
@@ -138,7 +138,7 @@ def _gradient_width(config: StepConfig) -> int:
     """Return the bytes of gradients for each entry of a parameter."""
     if not config.train:
         return 0
-    width, reduced = config.dtype.itemsize_bytes, config.reduce_width
+    width, reduced = config.compute_type.itemsize_bytes, config.reduce_type.itemsize_bytes
     # Those of a micro-batch are there until they are added to the sum.
     return width + reduced if config.micro_batches > 1 else max(width, reduced)
 
@@ -176,7 +176,7 @@ def _state(weight: Weight, count: int, local: Sharding, config: StepConfig, kind
     AdamW keeps two moments.  Adafactor keeps, of the second, means over one of the two largest axes
     and over the other (Shazeer and Stern 2018), and here no first.
     """
-    stored, wide = local.stored_sizes(weight), config.weight_dtype.itemsize_bytes
+    stored, wide = local.stored_sizes(weight), config.weight_type.itemsize_bytes
     if config.optimizer == "adamw":
         return 2.0 * wide * padded(stacked(stored.values(), count), kind)
     sizes = sorted(((size, name) for name, size in weight.shape), reverse=True)
@@ -219,7 +219,7 @@ def _layer_bytes(
     work: Workload, local: Sharding, config: StepConfig, remat: str, kind: str
 ) -> float:
     """Return the most that is alive while a layer is computed, and its gathered parameters."""
-    width = config.dtype.itemsize_bytes
+    width = config.compute_type.itemsize_bytes
     # Values that a forward pass holds at a time are as many as gradients that a backward pass does.
     again, whole = config.train and remat != "none", remat == "block"
     fuses = kind == "tpu"
@@ -284,7 +284,7 @@ def _head(work: Workload, local: Sharding, config: StepConfig) -> tuple[float, f
         return 4.0 * max(map(local.elements, work.logits), default=0.0), 0.0
     logits, used = 4.0 * local.elements(head.logits), sum(map(local.used, head.weights))
     count = chunk_count(logits, 4.0 * used, CHUNK_BYTES) if head.is_cut else 1
-    width = config.dtype.itemsize_bytes
+    width = config.compute_type.itemsize_bytes
     free = [w for w in head.weights if w.trained]
     made = sum(map(local.used, free))
     whole = (4 if count > 1 else width) * made - width * sum(map(local.stored, free))

@@ -10,7 +10,7 @@ from moecc.plan.batches import Batch
 from moecc.plan.collectives import sent_bytes
 from moecc.plan.machines import Machine
 from moecc.plan.search import Ranking, seconds_text, why_slower
-from moecc.plan.strategy import StepConfig, Strategy
+from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.time import Estimate, PartCost
 from moecc.plan.traffic import exact
 from moecc.plan.workload import Workload
@@ -187,15 +187,15 @@ def plan_json(
             "name": machine.name,
             "devices": machine.devices,
             "usable_bytes": machine.usable_bytes,
-            "peak_flops": machine.peak(config.dtype.name),
+            "peak_flops": machine.peak(config.compute_type.name),
             "hbm_bytes_per_second": machine.hbm_bytes_per_second,
             "sources": list(machine.sources),
         },
         "step": "train" if config.train else "forward",
         "optimizer": config.optimizer if config.train else None,
-        "dtype": config.dtype.name,
-        "weight_dtype": config.weight_dtype.name,
-        "reduce_dtype": (config.reduce_dtype or config.dtype).name if config.train else None,
+        "dtype": config.compute_type.name,
+        "weight_dtype": config.weight_type.name,
+        "reduce_dtype": config.reduce_type.name if config.train else None,
         "batch": batch_json(work.batch, config),
         "parameters": work.parameters,
         "experts": work.experts,

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 from moecc.errors import InputError
-from moecc.plan.candidates import Constraints, check_constraints, strategies
+from moecc.plan.candidates import check_constraints, strategies
 from moecc.plan.machines import Machine, sizes_of_kind
-from moecc.plan.strategy import StepConfig, Strategy
+from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.time import Estimate, Estimator
 from moecc.plan.traffic import exact
 from moecc.plan.workload import Workload
 from moecc.support.text import amount, size_text
 from moecc.support.untyped import JsonDict
-from moecc.types import DType
 
 # What would fit where a plan does not: other options first, then a larger machine.
 #
@@ -25,7 +24,7 @@ WorkOn = Callable[[Machine, int], Workload]
 """The work on a machine in so many micro-batches: a batch may grow with the devices."""
 
 Change = JsonDict
-"""New values of fields of `StepConfig` or `Constraints`."""
+"""New values of fields of `StepConfig`."""
 
 Spelling = Callable[[str, str], str]
 """How a field and its new value are asked for."""
@@ -44,8 +43,7 @@ class Asked:
 
     Attributes:
       machine: where.
-      config: what is given.
-      constraints: what the user fixed.
+      config: the settings of the step.
       work: the model and its micro-batch.
       work_on: the work elsewhere, or in other parts; None where it is known here alone.
       spelling: how other options are named.
@@ -54,7 +52,6 @@ class Asked:
 
     machine: Machine
     config: StepConfig
-    constraints: Constraints
     work: Workload
     work_on: WorkOn | None = None
     spelling: Spelling = as_option
@@ -62,26 +59,18 @@ class Asked:
 
     def changed(self, change: Change) -> Asked:
         """Return what is asked after a change."""
-        given = {f.name for f in fields(StepConfig)}
-        config = {n: v for n, v in change.items() if n in given}
-        fixed = {n: v for n, v in change.items() if n not in given}
         work = self.work
         if self.work_on is not None and "micro_batches" in change:
             work = self.work_on(self.machine, change["micro_batches"])
-        return replace(
-            self,
-            config=replace(self.config, **config),
-            constraints=replace(self.constraints, **fixed),
-            work=work,
-        )
+        return replace(self, config=replace(self.config, **change), work=work)
 
     def on(self, machine: Machine) -> Asked:
         """Return what is asked of another machine, on any mesh."""
         work = self.work
         if self.work_on is not None:
             work = self.work_on(machine, self.config.micro_batches)
-        free = replace(self.constraints, mesh=None)
-        return replace(self, machine=machine, constraints=free, work=work)
+        free = replace(self.config, mesh=None)
+        return replace(self, machine=machine, config=free, work=work)
 
     def fitting(self) -> Strategy | None:
         """Return a strategy that fits, the first that is met."""
@@ -90,7 +79,7 @@ class Asked:
         return next(
             (
                 s
-                for s in strategies(work, self.machine, self.constraints, self.config.train)
+                for s in strategies(work, self.machine, self.config)
                 if estimator.memory(s).total <= limit
             ),
             None,
@@ -118,15 +107,14 @@ def nothing_fits(asked: Asked, least: tuple[float, Strategy] | None) -> InputErr
 
 
 def _nothing_legal(asked: Asked) -> InputError:
-    machine, constraints = asked.machine, asked.constraints
-    work = asked.work
-    free = strategies(work, machine, replace(constraints, via=None), asked.config.train)
-    if constraints.via is not None and next(free, None) is not None:
+    machine, config, work = asked.machine, asked.config, asked.work
+    free = strategies(work, machine, replace(config, via=None))
+    if config.via is not None and next(free, None) is not None:
         return InputError(
-            f"nothing goes via {constraints.via}",
+            f"nothing goes via {config.via}",
             where=machine.name,
             expected="experts on several devices"
-            + (", and keep every row" if constraints.via == "ragged" else ""),
+            + (", and keep every row" if config.via == "ragged" else ""),
             found=f"{amount(work.experts, 'expert')}, {amount(machine.devices, 'device')}",
         )
     return InputError(
@@ -143,7 +131,7 @@ def _undivided(asked: Asked) -> str:
     batch, devices = asked.work.batch, asked.machine.devices * asked.config.micro_batches
     if batch.sequences % devices:
         return f"--batch-tokens {devices * batch.sequence_tokens} is a sequence a device"
-    return "fewer devices" if asked.constraints.rules is None else "fewer devices, or other --rules"
+    return "fewer devices" if asked.config.rules is None else "fewer devices, or other --rules"
 
 
 def way_out(asked: Asked) -> str:
@@ -179,19 +167,19 @@ def remedies(asked: Asked) -> list[str]:
 
 def _changes(asked: Asked) -> Iterator[Change]:
     """Yield what may be changed of what is asked, that which costs the least first."""
-    config, fixed = asked.config, asked.constraints
-    if fixed.dense_weights is not None:
+    config = asked.config
+    if config.dense_weights is not None:
         yield {"dense_weights": None}
-    if fixed.mesh is not None:
+    if config.mesh is not None:
         yield {"mesh": None}
     if config.train:
-        if fixed.remat not in (None, "full"):
+        if config.remat not in (None, "full"):
             yield {"remat": "full"}
         yield {"micro_batches": 0}
         if config.optimizer == "adamw":
             yield {"optimizer": "adafactor"}
-    if config.weight_dtype.itemsize_bytes > config.dtype.itemsize_bytes:
-        yield {"weight_dtype": config.dtype}
+    if config.weight_type.itemsize_bytes > config.compute_type.itemsize_bytes:
+        yield {"weight_dtype": config.compute_type.name}
 
 
 def _tried(asked: Asked, change: Change) -> str | None:
@@ -221,7 +209,7 @@ def _options(asked: Asked, change: Change, found: Strategy) -> str:
     """Return the options that stand for a change, and for what was found."""
     layout = found.layout
     mesh = ",".join(f"{name}={size}" for name, size in layout.mesh.axes)
-    said = {n: v.name if isinstance(v, DType) else str(v) for n, v in change.items()}
+    said = {n: str(v) for n, v in change.items()}
     if "mesh" in change:
         said["mesh"] = mesh
     if "dense_weights" in change or ("mesh" in change and layout.dense_weights == "split"):
@@ -263,7 +251,6 @@ def search(
     work: Workload,
     machine: Machine,
     config: StepConfig,
-    constraints: Constraints | None = None,
     keep: int = 5,
     work_on: WorkOn | None = None,
     spelling: Spelling = as_option,
@@ -273,8 +260,7 @@ def search(
     Args:
       work: the model and its batch.
       machine: where.
-      config: what is given.
-      constraints: what the user fixed.
+      config: the settings of the step; the search decides those that are None.
       keep: how many beside the best.
       work_on: the work on another machine, or in other micro-batches; None where it is the same.
       spelling: how options that would fit are named.
@@ -283,11 +269,10 @@ def search(
       InputError: nothing is legal, or nothing fits; options that would, and the smallest machine
         that would, are named.
     """
-    constraints = constraints or Constraints()
-    check_constraints(work, machine, constraints)
+    check_constraints(work, machine, config)
     estimator = Estimator(work, machine, config)
     tried, found, least = 0, [], None
-    for strategy in strategies(work, machine, constraints, config.train):
+    for strategy in strategies(work, machine, config):
         tried += 1
         needed = estimator.memory(strategy)
         total = needed.total
@@ -296,10 +281,10 @@ def search(
         elif least is None or total < least[0]:
             least = (total, strategy)
     if not found:
-        raise nothing_fits(Asked(machine, config, constraints, work, work_on, spelling), least)
+        raise nothing_fits(Asked(machine, config, work, work_on, spelling), least)
     found.sort(key=lambda e: e.seconds)
     keeping = found
-    if constraints.via is None:
+    if config.via is None:
         keeping = [e for e in found if exact(e.strategy.via, work.dropless)] or found
     best, *others = _distinct(keeping)
     others = _of_other_kinds(best, others, keep)

@@ -23,7 +23,7 @@ from moecc.plan.machines import Machine, efficiency
 from moecc.plan.memory import Memory, memory, optimizer_bytes
 from moecc.plan.parts import Part, PlannedAttention, Step, passes_of_products
 from moecc.plan.sharding import Sharded, Sharding, Values
-from moecc.plan.strategy import StepConfig, Strategy
+from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.traffic import PARAMETERS, exact, part_transfers, sparse_rows
 from moecc.plan.workload import Workload
 from moecc.sharding.layout import Layout
@@ -259,7 +259,7 @@ class Estimator:
             parts=tuple(parts),
             model_flops=passes * self.work.model_flops - frozen,
             machine=self.machine,
-            dtype=self.config.dtype.name,
+            dtype=self.config.compute_type.name,
             attention=self._attention,
         )
 
@@ -288,12 +288,12 @@ class Estimator:
     def _rates(self) -> tuple[float, float]:
         """FLOPs and bytes of memory per second that a device reaches in practice."""
         return (
-            self.machine.peak(self.config.dtype.name) * efficiency("compute"),
+            self.machine.peak(self.config.compute_type.name) * efficiency("compute"),
             self.machine.hbm_bytes_per_second * efficiency("hbm"),
         )
 
     def _cost(self, part: Part, strategy: Strategy, local: Sharding) -> PartCost:
-        width, rates = self.config.dtype.itemsize_bytes, self._rates
+        width, rates = self.config.compute_type.itemsize_bytes, self._rates
         flops = moved = compute = hbm = both = 0.0
         sizes = local.values.once(("steps", id(part)), lambda: _step_sizes(part, local.values))
         for step, (each, elements) in zip(part.steps, sizes, strict=True):
@@ -337,7 +337,7 @@ class Estimator:
 
     def _facts(self, attention: PlannedAttention) -> AttentionFacts:
         """Return what is known of an attention, and of the program."""
-        machine, dtype = self.machine, self.config.dtype.name
+        machine, dtype = self.machine, self.config.compute_type.name
         on_mesh = machine.devices > 1
         return replace(attention.facts, platform=machine.kind, dtype=dtype, on_mesh=on_mesh)
 
@@ -365,7 +365,7 @@ class Estimator:
         It is gathered for each unit forward and again, and its gradient behind the unit; and so are
         what leaves the last unit of a stack and its gradient.
         """
-        axis, width = strategy.stream_axis, self.config.dtype.itemsize_bytes
+        axis, width = strategy.stream_axis, self.config.compute_type.itemsize_bytes
         units: Counter[str] = Counter()
         for layer in self.work.layers:
             units[layer.name] += layer.count * layer.is_first
@@ -380,9 +380,11 @@ class Estimator:
         """Return the cost of the optimizer: parameters, gradients and state, read and written."""
         stored = sum(n * local.stored(w) for w, n in self.work.weights if w.trained)
         state = optimizer_bytes(self.work, self.config, local, self.machine.kind)
-        moved = stored * self.config.weight_dtype.itemsize_bytes * 3 + 2 * state
+        moved = stored * self.config.weight_type.itemsize_bytes * 3 + 2 * state
         # A sum of gradients is read and written for each micro-batch after the first.
-        moved += stored * self.config.reduce_width * 2 * (self.config.micro_batches - 1)
+        moved += (
+            stored * self.config.reduce_type.itemsize_bytes * 2 * (self.config.micro_batches - 1)
+        )
         time = moved / (self.machine.hbm_bytes_per_second * efficiency("hbm"))
         return PartCost("optimizer", 1, 0.0, moved, 0.0, time, time, ())
 

@@ -17,7 +17,7 @@ from moecc.ir.traits import RowMove
 from moecc.plan.collectives import Transfer
 from moecc.plan.parts import Part, Shape, Step, Weight, root_of
 from moecc.plan.sharding import Sharded, Sharding
-from moecc.plan.strategy import StepConfig, Strategy
+from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.workload import Workload
 from moecc.sharding.collectives import (
     TRANSPOSED,
@@ -260,7 +260,7 @@ class Work:
 
     Attributes:
       strategy: what is chosen.
-      config: what is given.
+      config: the settings of the step.
     """
 
     strategy: Strategy
@@ -498,7 +498,7 @@ def part_transfers(
 
     def transfer(one: Moved, times: float, *, waits: bool = True) -> Transfer:
         elements = one.elements * local.rows if one.of_rows else one.elements
-        size = elements * max(config.dtype.itemsize_bytes, _WIDE_BYTES * one.is_wide)
+        size = elements * max(config.compute_type.itemsize_bytes, _WIDE_BYTES * one.is_wide)
         free = one.leaves_work and config.train
         return Transfer(one.op, one.axes, size, times, one.why, waits, one.odd, one.weight, free)
 
@@ -527,7 +527,7 @@ def _summed(gradient: Transfer, config: StepConfig) -> Transfer:
     """
     if gradient.op != "all_reduce":
         return gradient
-    wider = config.reduce_width / config.dtype.itemsize_bytes
+    wider = config.reduce_type.itemsize_bytes / config.compute_type.itemsize_bytes
     size, times = gradient.tensor_bytes * wider, gradient.times / config.micro_batches
     return gradient._replace(tensor_bytes=size, times=times)
 
@@ -565,7 +565,7 @@ def sparse_rows(
         tokens=local.elements(step.operands[0]) / embed,
         # Rows are counted where their tokens are, before any exchange.
         rows=rows.elements / embed / layout.shards["batch"],
-        row_bytes=embed * config.dtype.itemsize_bytes,
+        row_bytes=embed * config.compute_type.itemsize_bytes,
         devices=layout.shards["expert"],
         top_k=part.top_k,
         experts=work.experts,

@@ -39,7 +39,7 @@ from moecc.plan.parts import (
     times_again,
     units_of,
 )
-from moecc.plan.strategy import REMATS
+from moecc.plan.step import REMATS
 from moecc.sharding.assign import ROWS, Assigner, Site, cuts_of, sites_of
 from moecc.sharding.collectives import (
     Dependence,

@@ -10,10 +10,9 @@ from moecc.families.describe import count_parameters, sequence_flops
 from moecc.ir.graph import Graph
 from moecc.ir.unroll import unrolled
 from moecc.plan.batches import Batch, length_variables
-from moecc.plan.candidates import Constraints, plan_mesh
 from moecc.plan.machines import Machine, parse_machine
 from moecc.plan.search import search
-from moecc.plan.strategy import OPTIMIZERS, step_config
+from moecc.plan.step import OPTIMIZERS
 from moecc.plan.time import Estimate
 from moecc.plan.workload import Workload, workload
 from moecc.sharding.vias import LOCAL
@@ -66,9 +65,8 @@ def dry_run_text(facts: Facts) -> str:
 
 
 def _own_machine(recipe: Recipe) -> Machine:
-    mesh = recipe.mesh
-    devices = plan_mesh(mesh.mesh, mesh.rules or None).devices if mesh.mesh else 1
-    return parse_machine(f"cpu:{devices}")
+    mesh = recipe.step_config.device_mesh
+    return parse_machine(f"cpu:{1 if mesh is None else mesh.devices}")
 
 
 def _parameters(recipe: Recipe, graph: Graph) -> Facts:
@@ -153,24 +151,20 @@ def planned_step(
     """
     training = train_passes(graph, recipe)
     on, planned = training.mesh, _planned_graph(graph, training)
-    run, section = recipe.run, recipe.mesh
-    optimizer = recipe.optimizer.name if recipe.optimizer.name in OPTIMIZERS else OPTIMIZERS[0]
-    setting = step_config(
-        True, optimizer, run.dtype, run.weight_dtype, run.micro_batches, run.reduce_dtype
+    config = recipe.step_config
+    config = replace(
+        config,
+        optimizer=config.optimizer if config.optimizer in OPTIMIZERS else OPTIMIZERS[0],
+        via=on.via if on is not None and on.via != LOCAL else config.via,
+        dense_weights="whole" if config.mesh and not config.rules else None,
     )
-    mesh = plan_mesh(section.mesh, section.rules or None) if section.mesh else None
-    via = on.via if on is not None and on.via != LOCAL else section.via or None
-    dense = "whole" if section.mesh and not section.rules else None
-    constraints = Constraints(mesh, via, run.remat, dense, section.rules or None)
 
     def work_on(other: Machine, parts: int) -> Workload:
         batch = Batch(recipe.data.batch // parts, tuple(lengths.items()))
         return workload(planned, batch)
 
-    part = work_on(machine, run.micro_batches)
-    return search(
-        part, machine, setting, constraints, keep=0, work_on=work_on, spelling=as_setting
-    ).best
+    part = work_on(machine, config.micro_batches)
+    return search(part, machine, config, keep=0, work_on=work_on, spelling=as_setting).best
 
 
 def as_setting(name: str, value: str) -> str:

@@ -16,6 +16,7 @@ from moecc.ir.traits import RowMove
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
+from moecc.plan.step import StepConfig
 from moecc.plan.sweeps import (
     DROPLESS,
     Factor,
@@ -28,7 +29,7 @@ from moecc.plan.sweeps import (
     sweep_json,
 )
 from moecc.support.untyped import JsonDict
-from moecc.tasks.plan_step import StepRequest, check_step, plan_step
+from moecc.tasks.plan_step import check_step, plan_step
 from moecc.train.graphs import run_passes
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Swept:
     passes: Pipeline
     name: str
     machine: str
-    step: StepRequest
+    step: StepConfig
     context: Context | None = None
 
 
@@ -76,7 +77,7 @@ def plan_sweep(swept: Swept, sweep: Sweep) -> SweepReport:
     for point in sweep.points():
         try:
             graph = _graph(swept, point, graphs)
-            shared = plan_step(graph, swept.name, swept.machine, swept.step)
+            shared = plan_step(graph, swept.name, swept.machine, swept.step)[0]
             active = describe(graph).parameters.active
             points.append(planned_point(_filled(point, _has(graph)), shared, active))
         except (InputError, UsageError) as error:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from moecc.errors import InputError, MoeccError, Problem
 from moecc.families.describe import count_parameters
 from moecc.pipeline.text import Pipeline
-from moecc.plan.saved import SavedPlan
+from moecc.plan.step import SavedPlan
 from moecc.train.events import TrainJob
 
 _HINT = "moecc plan MODEL -p PIPELINE --save FILE, of the recipe's model and passes"
@@ -34,9 +34,9 @@ def check_plan(plan: SavedPlan, job: TrainJob, path: str) -> None:
 
 def _differences(plan: SavedPlan, job: TrainJob, path: str) -> Iterator[Problem]:
     section = job.recipe.model
-    if plan.step != "train":
-        yield Problem("the plan is of another step", f"{path}: request.step", "train", plan.step,
-                      "moecc plan … --step train --save FILE")  # fmt: skip
+    if not plan.config.train:
+        yield Problem("the plan is of another step", f"{path}: request.step", "train",
+                      plan.config.step, "moecc plan … --step train --save FILE")  # fmt: skip
     if plan.pipeline and section.pipeline and _passes(plan.pipeline) != _passes(section.pipeline):
         expected = f"{section.pipeline}, as model.pipeline is"
         yield Problem("the plan is of other passes", f"{path}: request.pipeline", expected,
@@ -65,9 +65,9 @@ def plan_remarks(plan: SavedPlan, job: TrainJob) -> list[str]:
     recipe = job.recipe
     tokens = recipe.data.batch * (recipe.data.seq + recipe.data.decoder_seq)
     pairs = (
-        ("optimizer", plan.optimizer, recipe.optimizer.name),
-        ("dtype", plan.dtype, recipe.run.dtype),
-        ("tokens of a batch", plan.batch_tokens, tokens),
+        ("optimizer", plan.config.optimizer, recipe.optimizer.name),
+        ("dtype", plan.config.dtype, recipe.run.dtype),
+        ("tokens of a batch", plan.config.batch_tokens, tokens),
     )
     found = [f"{n} {said}, here {has}" for n, said, has in pairs if said not in (None, has)]
     return [f"the plan's time and memory are of other settings: {'; '.join(found)}"] * bool(found)

@@ -16,7 +16,7 @@ from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline, installed
 from moecc.plan.batches import Batch, length_variables
-from moecc.plan.candidates import batch_problems, plan_mesh
+from moecc.plan.candidates import batch_problems
 from moecc.sharding.layout import Layout
 from moecc.sharding.vias import GSPMD, LOCAL
 from moecc.train.recipe import Objective, Recipe
@@ -281,15 +281,11 @@ def step_spec(graph: Graph, recipe: Recipe, platform: str = "cpu") -> StepSpec:
       recipe: the recipe.
       platform: what it is lowered for.
     """
-    run, dtype = recipe.run, float_type(recipe.run.dtype)
     return StepSpec(
         batch_sizes(graph, recipe),
-        dtype,
+        recipe.step_config,
         recipe.optimizer,
-        run.micro_batches,
-        float_type(run.weight_dtype),
-        float_type(run.reduce_dtype) if run.reduce_dtype else dtype,
-        run.guard,
+        recipe.run.guard,
         recipe.routing.bias_rate,
         _output_z(graph, recipe),
         platform=platform,
@@ -437,14 +433,13 @@ def _check_used(layout: Layout) -> None:
 
 
 def _layout(graph: Graph, recipe: Recipe) -> Layout | None:
-    section = recipe.mesh
-    if not section.mesh:
+    mesh = recipe.step_config.device_mesh
+    if mesh is None:
         return None
-    mesh = plan_mesh(section.mesh, section.rules or None)
     counts = {
         SlotAttrs.of_node(node).experts for node in graph.every_node() if node.op.assigns_slots
     }
-    return Layout(mesh, min(counts, default=0), own=section.rules)
+    return Layout(mesh, min(counts, default=0), own=recipe.mesh.rules)
 
 
 def _via(graph: Graph, layout: Layout, specialised: str) -> str:

@@ -8,16 +8,15 @@ into a checkpoint.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from moecc.errors import MoeccError, nearest
 from moecc.ir.mesh import parse_mesh
-from moecc.plan.strategy import REMATS
-from moecc.sharding.vias import PARTITIONS, VIAS
+from moecc.plan.step import StepConfig, choice_problems
 from moecc.support.documents import KeyPath
 from moecc.types import float_type
 
@@ -298,6 +297,23 @@ class Recipe:
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     mesh: MeshSection = field(default_factory=MeshSection)
 
+    @cached_property
+    def step_config(self) -> StepConfig:
+        """The settings of its step."""
+        run, mesh = self.run, self.mesh
+        return StepConfig(
+            mesh=mesh.mesh or None,
+            via=mesh.via or None,
+            remat=run.remat,
+            rules=",".join(mesh.rules) or None,
+            optimizer=self.optimizer.name,
+            dtype=run.dtype,
+            weight_dtype=run.weight_dtype,
+            micro_batches=run.micro_batches,
+            reduce_dtype=run.reduce_dtype or None,
+            partition=mesh.partition,
+        )
+
 
 # What the values of a recipe must satisfy, alone and together, whatever the model is.
 
@@ -555,9 +571,7 @@ def _run(run: RunSection, data: DataSection) -> Iterator[Fault]:
         name = getattr(run, key)
         if name or key != "reduce_dtype":
             yield from _raised(("run", key), partial(float_type, name))
-    if run.remat not in REMATS:
-        yield Fault((("run", "remat"),), "no such rematerialisation", " | ".join(REMATS),
-                    run.remat, nearest(run.remat, REMATS))  # fmt: skip
+    yield from _choices("run", {"remat": run.remat})
     if run.evaluate_steps > 0 and not data.evaluate:
         yield Fault((("run", "evaluate_steps"), ("data", "evaluate")),
                     "there is nothing to evaluate on", "token folders in data.evaluate",
@@ -572,12 +586,15 @@ def _mesh(mesh: MeshSection) -> Iterator[Fault]:
         yield from _raised(("mesh", "mesh"), partial(parse_mesh, mesh.mesh))
     if mesh.rules and not mesh.mesh:
         yield Fault((("mesh", "mesh"), ("mesh", "rules")), "rules need a mesh", "data:8, say")
-    if mesh.via and mesh.via not in VIAS:
-        yield Fault((("mesh", "via"),), "no such way to the experts", " | ".join(VIAS), mesh.via,
-                    nearest(mesh.via, VIAS))  # fmt: skip
-    if mesh.partition not in PARTITIONS:
-        yield Fault((("mesh", "partition"),), "no such partition", " | ".join(PARTITIONS),
-                    mesh.partition, nearest(mesh.partition, PARTITIONS))  # fmt: skip
+    yield from _choices("mesh", {"via": mesh.via or None, "partition": mesh.partition})
+
+
+def _choices(section: str, values: Mapping[str, object]) -> Iterator[Fault]:
+    """Yield the settings of a step in a section that are not one of their choices."""
+    for name, value in values.items():
+        for problem in choice_problems({name: value}):
+            yield Fault(((section, name),), problem.what, problem.expected, problem.found,
+                        problem.hint)  # fmt: skip
 
 
 def _raised(path: KeyPath, read: Callable[[], object]) -> Iterator[Fault]:

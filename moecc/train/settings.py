@@ -16,12 +16,13 @@ from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.routing_losses import BALANCE_BIASES, TOTALS, Total
 from moecc.ir.traits import Role
 from moecc.model.initialise import updated_bias
+from moecc.plan.step import StepConfig
 from moecc.sharding.layout import Layout
 from moecc.support.ranges import element, lengths
 from moecc.support.untyped import Json, JsonDict
 from moecc.train.recipe import GuardSection, OptimizerSection, ParameterGroup
 from moecc.train.state import Carried
-from moecc.types import F32, DType, TensorType
+from moecc.types import TensorType
 from moecc.weights.expr import Expr
 
 _REPEATED = ("layer", "expert")
@@ -302,11 +303,8 @@ class StepSpec:
 
     Attributes:
       sizes: what the variables of the graph stand for, for the whole batch.
-      dtype: the type of the computation.
+      config: the settings of the step.
       optimizer: the update; None for the forward pass alone.
-      micro_batches: parts of a batch whose gradients are added.
-      weight_dtype: the type of the parameters that are trained, and of their moments.
-      reduce_dtype: the type in which gradients are added and reduced; None for `dtype`.
       guard: which steps are skipped; None for none.
       bias_rate: step of the loss-free balance bias.
       output_z: coefficient of the z-loss of the output's softmax.
@@ -317,11 +315,8 @@ class StepSpec:
     """
 
     sizes: Mapping[str, int]
-    dtype: DType
+    config: StepConfig
     optimizer: OptimizerSection | None = None
-    micro_batches: int = 1
-    weight_dtype: DType = F32
-    reduce_dtype: DType | None = None
     guard: GuardSection | None = field(default_factory=GuardSection)
     bias_rate: float = 0.0
     output_z: float = 0.0

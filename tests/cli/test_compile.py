@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from moecc.plan.machines import parse_machine
+from moecc.plan.step import StepConfig
 from moecc.sharding.vias import PARTITIONS
 from moecc.types import F32
 from tests.support.tiers import few
@@ -22,6 +23,7 @@ pytest.importorskip("jax")
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 MIXTRAL, LLAMA = str(GOLDEN / "mixtral_gqa"), str(GOLDEN / "llama_gqa")
+FORWARD = StepConfig("forward", 64, "16")
 SMALL = ("--batch-tokens", "64", "--sequence", "16")
 
 Moecc = Callable[..., Done]
@@ -127,7 +129,7 @@ def test_rules_of_a_file_lay_what_is_compiled(tmp_path: Path) -> None:
 
     file = tmp_path / "grid.rules"
     file.write_text("batch = rows\nexpert with slot = rows\ngroup = rows\n")
-    asked = Request(MIXTRAL, "cpu:4", "forward", 64, (16,), mesh="rows=4", rules=(str(file),))
+    asked = Request(MIXTRAL, "cpu:4", replace(FORWARD, mesh="rows=4", rules=str(file)))
     prepared = prepare(Request.from_json(asked.to_json()))
     assert f"rules={file}" in prepared.pipeline
     assert str(mesh_of(prepared.graph)) == "rows:4"
@@ -147,7 +149,7 @@ def test_the_passes_of_the_report_make_the_graph(
     from moecc.ahead.request import Request
     from moecc.ir import equal, parse
 
-    request = Request(name, "cpu:4", "forward", 64, (16,), mesh="expert=2,model=2", sliced=True)
+    request = Request(name, "cpu:4", replace(FORWARD, mesh="expert=2,model=2", sliced=True))
     prepared = prepare(replace(request, pipeline=own))
     assert prepared.pipeline.startswith(own)
     assert "rules=expert-parallel,tensor-parallel" in prepared.pipeline
@@ -166,8 +168,9 @@ def test_losses_that_the_graph_has_are_those_of_the_step(parts: int) -> None:
     from moecc.ahead.request import Request
 
     own = "specialize{mode=train capacity-factor=1.25},add-losses{balance-coef=0.5 z-coef=0}"
-    asked = Request(MIXTRAL, "cpu:2", "train", 64, (16,), mesh="data=2", pipeline=own)
-    graph = prepare(replace(asked, micro_batches=parts)).graph
+    config = StepConfig("train", 64, "16", mesh="data=2", micro_batches=parts)
+    asked = Request(MIXTRAL, "cpu:2", config, pipeline=own)
+    graph = prepare(asked).graph
     losses = [name for name in graph.output_names if name.startswith("loss.")]
     assert losses == ["loss.balance", "loss.auxiliary"]
     assert graph.attrs["losses"]["balance_coef"] == 0.5
@@ -234,7 +237,7 @@ def test_the_least_effort_is_asked_of_xla() -> None:
     from moecc.ahead.request import Request
 
     effort = "exec_time_optimization_effort"
-    request = Request(LLAMA, "cpu:2", "forward", 64, (16,), quick=True)
+    request = Request(LLAMA, "cpu:2", FORWARD, quick=True)
     quick = prepare(Request.from_json(request.to_json())).job
     assert options_of(quick) == {effort: -1.0}
     assert options_of(replace(quick, quick=False)) == {}
@@ -274,7 +277,7 @@ def test_an_exported_program_gives_what_the_graph_gives(
     assert again.code == 1
     assert "exists" in again.err
 
-    request = Request(LLAMA, "cpu", "forward", 64, (16,), dtype="f32", partition="gspmd")
+    request = Request(LLAMA, "cpu", replace(FORWARD, dtype="f32", partition="gspmd"))
     graph, rng = prepare(request).graph, np.random.default_rng(0)
     params = {
         n: rng.normal(size=p.type.shape).astype(np.float32)
@@ -318,7 +321,7 @@ def test_an_exported_training_step_takes_the_state(moecc: Moecc, tmp_path: Path)
         "--optimizer", "adafactor", "--save", out,
     )  # fmt: skip
     assert done.code == 0
-    request = Request(LLAMA, "cpu", "train", 64, (16,), dtype="f32", partition="gspmd")
+    request = Request(LLAMA, "cpu", StepConfig("train", 64, "16", dtype="f32", partition="gspmd"))
     graph, rng = prepare(request).graph, np.random.default_rng(0)
     params = {
         n: rng.normal(size=p.type.shape).astype(np.float32)

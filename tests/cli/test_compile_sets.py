@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ import pytest
 from moecc.ahead.prepare import prepare
 from moecc.ahead.request import Request, update_of
 from moecc.errors import UsageError
+from moecc.plan.step import StepConfig
 
 from .conftest import Done
 
+TINY = StepConfig(batch_tokens=64, sequence="16")
 LLAMA = str(Path(__file__).parent.parent / "golden" / "llama_gqa")
 Moecc = Callable[..., Done]
 
@@ -20,12 +23,12 @@ Moecc = Callable[..., Done]
 def test_constants_are_those_of_a_recipe() -> None:
     made = update_of("adafactor", ["optimizer.decay=0", "optimizer.clip = 0.5"])
     assert (made.name, made.decay, made.clip) == ("adafactor", 0.0, 0.5)
-    request = Request(LLAMA, "cpu", batch_tokens=64, lengths=(16,), sets=("optimizer.b2=0.99",))
+    request = Request(LLAMA, "cpu", TINY, sets=("optimizer.b2=0.99",))
     assert Request.from_json(request.to_json()) == request
     update = prepare(request).job.update
     assert update is not None
     assert update.b2 == 0.99
-    assert prepare(Request(LLAMA, "cpu", "forward", 64, (16,))).job.update is None
+    assert prepare(Request(LLAMA, "cpu", replace(TINY, step="forward"))).job.update is None
 
 
 @pytest.mark.parametrize(

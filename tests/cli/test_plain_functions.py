@@ -68,7 +68,7 @@ def test_an_exit_code_is_returned_and_becomes_that_of_the_process(
     assert done.out == "module\n"
     (by_request, limit), (by_words, seconds) = asked
     assert by_request == by_words
-    assert (by_words.emit, by_words.via, by_words.remat) == ("hlo", "ring", None)
+    assert (by_words.emit, by_words.config.via, by_words.config.remat) == ("hlo", "ring", None)
     assert (limit, seconds) == (3600.0, 5.0)
 
 

@@ -159,8 +159,8 @@ def run_rules(data: bytes) -> None:
 
 def run_machine(data: bytes) -> None:
     """Parse a machine and a mesh."""
-    from moecc.plan.candidates import plan_mesh
     from moecc.plan.machines import parse_machine
+    from moecc.plan.step import plan_mesh
 
     text = _text(data)
     if ":" not in text or "=" in text or text.startswith("data"):

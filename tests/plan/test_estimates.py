@@ -19,11 +19,11 @@ from moecc.model.open import open_model
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.plan.batches import Batch, make_batch
-from moecc.plan.candidates import layouts, legal_vias, meshes, plan_mesh
+from moecc.plan.candidates import layouts, legal_vias, meshes
 from moecc.plan.machines import parse_machine
 from moecc.plan.memory import GAPS, STACKS_GAPS, _zeros
 from moecc.plan.sharding import Sharding
-from moecc.plan.strategy import REMATS, StepConfig, Strategy
+from moecc.plan.step import REMATS, StepConfig, Strategy, plan_mesh
 from moecc.plan.time import Estimate, Estimator
 from moecc.plan.traffic import Rows
 from moecc.plan.workload import Workload, workload

@@ -15,7 +15,6 @@ import moecc
 from moecc.errors import InputError
 from moecc.model.open import open_model
 from moecc.plan.batches import Batch
-from moecc.plan.candidates import plan_mesh
 from moecc.plan.collectives import Transfer
 from moecc.plan.explore import (
     in_context,
@@ -27,7 +26,7 @@ from moecc.plan.explore import (
 )
 from moecc.plan.machines import efficiency, parse_machine
 from moecc.plan.networks import HOP_SECONDS, Switch
-from moecc.plan.strategy import StepConfig, Strategy
+from moecc.plan.step import StepConfig, Strategy, plan_mesh
 from moecc.plan.time import PartCost
 from moecc.plan.workload import Workload, workload
 from moecc.sharding.layout import Layout
@@ -232,13 +231,8 @@ def test_the_options_of_a_chunked_exchange_compile_what_was_priced() -> None:
         zip((w[2:].replace("-", "_") for w in words[::2]), words[1::2], strict=True)
     )
     asked["chunks"] = int(asked["chunks"])
-    given: dict[str, Any] = {
-        "machine": "cpu:8",
-        "batch_tokens": 2048,
-        "lengths": (32,),
-        "dtype": "f32",
-    }
-    job = prepare(Request(name, pipeline=passes, **given, **asked))
+    config = StepConfig(batch_tokens=2048, sequence="32", dtype="f32", **asked)
+    job = prepare(Request(name, "cpu:8", config, pipeline=passes))
     assert str(job.estimate.strategy) == idea["how"].partition(", ")[2].replace(
         ", via capacity,", f", via capacity in {asked['chunks']} chunks,"
     )

@@ -11,13 +11,11 @@ import pytest
 from moecc.errors import InputError
 from moecc.model.open import open_model
 from moecc.plan.batches import make_batch
-from moecc.plan.candidates import plan_mesh
 from moecc.plan.machines import parse_machine
-from moecc.plan.strategy import StepConfig, Strategy
+from moecc.plan.step import StepConfig, Strategy, plan_mesh
 from moecc.plan.time import Estimate, Estimator
 from moecc.plan.workload import Workload, workload
 from moecc.sharding.layout import Layout
-from moecc.types import BF16, F32
 
 MODEL = Path(__file__).parents[1] / "golden" / "mixtral_gqa"
 TOKENS = 4096
@@ -64,8 +62,8 @@ def test_parts_of_a_batch_do_its_work_and_keep_less(mesh: str) -> None:
 
 
 def test_a_wider_reduction_sends_and_keeps_more() -> None:
-    narrow = planned("data=4,expert=2", StepConfig(dtype=BF16))
-    wide = planned("data=4,expert=2", StepConfig(dtype=BF16, reduce_dtype=F32))
+    narrow = planned("data=4,expert=2", StepConfig(dtype="bf16"))
+    wide = planned("data=4,expert=2", StepConfig(dtype="bf16", reduce_dtype="f32"))
     assert sent(wide)["all_reduce gradients"] == 2 * sent(narrow)["all_reduce gradients"] > 0
     assert wide.memory.gradients == 2 * narrow.memory.gradients
     assert sent(wide)["all_to_all rows to experts"] == sent(narrow)["all_to_all rows to experts"]
@@ -73,11 +71,11 @@ def test_a_wider_reduction_sends_and_keeps_more() -> None:
 
 def test_moments_have_the_type_of_the_parameters() -> None:
     wide = planned("data=8", StepConfig()).memory
-    narrow = planned("data=8", StepConfig(weight_dtype=BF16)).memory
+    narrow = planned("data=8", StepConfig(weight_dtype="bf16")).memory
     assert narrow.optimizer == wide.optimizer / 2 == 2 * narrow.parameters
     # A training step casts a layer at a time, a forward pass all at once.
     assert narrow.copies == wide.copies == 0
-    forward = StepConfig(train=False, weight_dtype=F32)
+    forward = StepConfig("forward", weight_dtype="f32")
     assert planned("data=8", forward).memory.copies > 0
 
 

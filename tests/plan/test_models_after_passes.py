@@ -12,7 +12,8 @@ from moecc.analysis import parameter_groups
 from moecc.ir.graph import Graph
 from moecc.model.open import open_model
 from moecc.plan.report import Report
-from moecc.tasks.plan_step import StepRequest, plan_step
+from moecc.plan.step import StepConfig
+from moecc.tasks.plan_step import plan_step
 from moecc.train.graphs import run_passes
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -26,7 +27,7 @@ def made(name: str, passes: str) -> Graph:
 
 
 def plan(name: str, passes: str, machine: str = "cpu:4", **options: Any) -> Report:
-    return plan_step(made(name, passes), name, machine, StepRequest(**options))
+    return plan_step(made(name, passes), name, machine, StepConfig(**options))[0]
 
 
 BOUNDED = "specialize{mode=train capacity-factor=1.0}"

@@ -9,10 +9,9 @@ import pytest
 
 from moecc.model.open import open_model
 from moecc.plan.batches import make_batch
-from moecc.plan.candidates import plan_mesh
 from moecc.plan.collectives import Transfer
 from moecc.plan.machines import parse_machine
-from moecc.plan.strategy import StepConfig, Strategy
+from moecc.plan.step import StepConfig, Strategy, plan_mesh
 from moecc.plan.time import Estimate, Estimator
 from moecc.plan.workload import workload
 from moecc.sharding.layout import Layout
@@ -25,7 +24,7 @@ def planned(machine: str, chunks: int = 1, via: str = "capacity", train: bool = 
     graph = open_model(str(MODEL)).graph
     work = workload(graph, make_batch(graph, 8, 4096, (64,), 1))
     layout = Layout(plan_mesh("fsdp=4,expert=2"), work.experts)
-    estimator = Estimator(work, parse_machine(machine), StepConfig(train))
+    estimator = Estimator(work, parse_machine(machine), StepConfig("train" if train else "forward"))
     return estimator.estimate(Strategy(layout, via, "index", "full", chunks=chunks))
 
 

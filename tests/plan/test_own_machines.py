@@ -14,7 +14,8 @@ from moecc.errors import InputError, UsageError
 from moecc.model.open import open_model
 from moecc.plan.machines import find_machine, parse_machine, sizes_of_kind
 from moecc.plan.networks import Switch, Torus
-from moecc.tasks.plan_step import StepRequest, plan_step
+from moecc.plan.step import StepConfig
+from moecc.tasks.plan_step import plan_step
 
 MODEL = str(Path(__file__).parents[1] / "golden" / "llama_gqa")
 
@@ -65,7 +66,7 @@ def test_all_devices_are_one_node_where_none_are_said(tmp_path: Path) -> None:
     found = find_machine(written(tmp_path, text))
     assert found.network == Switch(4, 4, 200e9, 800e9)
     with open_model(MODEL) as model:
-        assert plan_step(model.graph, MODEL, found.name, StepRequest())["best"]["fits"]
+        assert plan_step(model.graph, MODEL, found.name, StepConfig())[0]["best"]["fits"]
 
 
 def test_little_memory_is_told_in_its_unit(

@@ -13,8 +13,9 @@ import pytest
 
 from moecc.model.open import open_model
 from moecc.plan.batches import make_batch
-from moecc.plan.candidates import check_devices, check_layout, plan_mesh
+from moecc.plan.candidates import check_devices, check_layout
 from moecc.plan.machines import parse_machine
+from moecc.plan.step import plan_mesh
 from moecc.plan.workload import workload
 from moecc.sharding.layout import Layout
 

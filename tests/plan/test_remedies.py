@@ -11,6 +11,7 @@ from moecc.ahead.prepare import prepare
 from moecc.ahead.request import Request
 from moecc.ahead.worker import would_fit_text
 from moecc.cli.main import main
+from moecc.plan.step import StepConfig
 from moecc.tasks.dry_run import as_setting
 from tests.support.tiers import few
 
@@ -58,7 +59,9 @@ def test_a_program_that_needs_more_than_planned_is_told_by_its_plan() -> None:
     """Held to be off as much everywhere: what just fits by the plan alone is not named."""
     tokens = 8 * 4096
     asked = Request(
-        "preset:smollm2-135m", "gpu:h100:8", batch_tokens=tokens, mesh="data=8", remat="none"
+        "preset:smollm2-135m",
+        "gpu:h100:8",
+        StepConfig(batch_tokens=tokens, mesh="data=8", remat="none"),
     )
     prepared = prepare(asked)
     planned = prepared.estimate.memory.total
@@ -68,7 +71,7 @@ def test_a_program_that_needs_more_than_planned_is_told_by_its_plan() -> None:
     assert "--remat full" in text
     for options in options_of(text):
         assert "--optimizer" not in options  # it saves a fifth, and a third is too much
-    less = prepare(replace(asked, remat="full")).estimate.memory.total
+    less = prepare(replace(asked, config=replace(asked.config, remat="full"))).estimate.memory.total
     assert less <= planned / 1.5
 
 

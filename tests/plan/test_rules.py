@@ -19,10 +19,10 @@ from moecc.ir.structure import clone, local_type
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.plan.batches import make_batch
-from moecc.plan.candidates import layouts, legal_vias, meshes, plan_mesh, problems
+from moecc.plan.candidates import layouts, legal_vias, meshes, problems
 from moecc.plan.machines import parse_machine
 from moecc.plan.sharding import Sharding
-from moecc.plan.strategy import StepConfig, Strategy
+from moecc.plan.step import StepConfig, Strategy, plan_mesh
 from moecc.plan.time import Estimator
 from moecc.plan.workload import Workload, workload
 from moecc.presets import preset_config

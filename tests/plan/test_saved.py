@@ -17,7 +17,7 @@ from moecc.cli.cmd_compile import CompileRequest, ahead_request, planned
 from moecc.cli.cmd_plan import DenseWeights, Optimizer, Remat, Via
 from moecc.cli.main import main
 from moecc.errors import InputError, UsageError
-from moecc.plan.saved import read_plan
+from moecc.plan.step import read_plan
 from tests.support.rotary_tables import table_flops
 from tests.train.tiny import draw_weights, make_corpus, make_model
 
@@ -44,7 +44,7 @@ def test_what_is_saved_is_the_report_and_the_request(
     assert asked["pipeline"] == PIPELINE
     assert asked["optimizer"] == "adafactor"
     found = read_plan(str(path))
-    assert found.mesh == shown["best"]["mesh"]
+    assert dict(found.config.device_mesh.axes) == shown["best"]["mesh"]
     assert found.machine == "cpu:8"
     assert saved_again(path) == 1
     assert "--force" in capsys.readouterr().err
@@ -63,8 +63,8 @@ def test_compile_takes_all_of_it(tmp_path: Path) -> None:
     options = CompileRequest(
         MODEL, "cpu:8", pipeline=PIPELINE, sequence="64", mesh="fsdp=2,expert=4", via=Via("ring"),
         remat=Remat("full"), dense_weights=DenseWeights("split"),
-        optimizer=Optimizer("adafactor"), rules=",".join(read_plan(path).rules),
-        weight_dtype="bf16", micro_batches=2, reduce_dtype="f32",
+        optimizer=Optimizer("adafactor"), rules=read_plan(path).config.rules,
+        weight_dtype="bf16", micro_batches=2, reduce_dtype="float32",
     )  # fmt: skip
     assert job == ahead_request(options)
 
@@ -100,7 +100,7 @@ def test_a_run_that_begins_by_a_plan(tmp_path: Path) -> None:
     path = saved(tmp_path, "--mesh", "data=2,expert=4", model=str(tmp_path / "model"))
     made = load_recipe(str(recipe), read_plan(str(path)).recipe_values())
     assert made.mesh.mesh == "data=2,expert=4"
-    assert list(made.mesh.rules) == list(read_plan(str(path)).rules)
+    assert made.mesh.rules == read_plan(str(path)).config.layout_names
 
 
 OTHERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

@@ -14,16 +14,15 @@ from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.plan.batches import Batch, length_variables
-from moecc.plan.candidates import check_layout, plan_mesh
+from moecc.plan.candidates import check_layout
 from moecc.plan.collectives import rows_sent
 from moecc.plan.machines import parse_machine
-from moecc.plan.strategy import StepConfig, Strategy
+from moecc.plan.step import StepConfig, Strategy, plan_mesh
 from moecc.plan.time import Estimate, Estimator
 from moecc.plan.workload import workload
 from moecc.sharding.layout import Layout
 from moecc.testing import inputs_for, params_for, sizes_for
 from moecc.testing.configs import read_config
-from moecc.types import F32
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -41,7 +40,7 @@ def planned(graph: Graph, mesh: str, rules: str, via: str, sliced: bool = False)
     layout = Layout.ruled(plan_mesh(mesh, names), work.experts, names)
     check_layout(layout, work)
     machine = parse_machine(f"cpu:{layout.mesh.devices}")
-    setting = StepConfig(train=False, dtype=F32)
+    setting = StepConfig("forward", dtype="f32")
     return Estimator(work, machine, setting).estimate(
         Strategy(layout, via, "index", "none", sliced)
     )

@@ -22,7 +22,7 @@ from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.plan.batches import Batch
 from moecc.plan.machines import parse_machine
-from moecc.plan.strategy import StepConfig, Strategy
+from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.time import Estimator
 from moecc.plan.workload import workload
 from moecc.presets import preset_config
@@ -75,7 +75,9 @@ def planned(graph: Graph, mesh: Mesh, rules: tuple[str, ...], via: str, sliced: 
     sizes = tuple((n, s) for n, s in SIZES.items() if n != "B")
     work = workload(graph, Batch(SIZES["B"], sizes))
     layout = Layout.ruled(mesh, work.experts, rules)
-    estimator = Estimator(work, parse_machine(f"cpu:{mesh.devices}"), StepConfig(False, dtype=F32))
+    estimator = Estimator(
+        work, parse_machine(f"cpu:{mesh.devices}"), StepConfig("forward", dtype="f32")
+    )
     found: Sends = Counter()
     for part in estimator.estimate(Strategy(layout, via, "index", "none", sliced)).parts:
         for one, _ in part.transfers:
@@ -187,7 +189,7 @@ def test_a_plan_keeps_to_the_model_that_it_read() -> None:
             "lower-collectives,roll-layers"
         ),
     )
-    found = Estimator(work, parse_machine("cpu:8"), StepConfig(False, dtype=F32)).estimate(
+    found = Estimator(work, parse_machine("cpu:8"), StepConfig("forward", dtype="f32")).estimate(
         Strategy(Layout.ruled(mesh, work.experts, rules), "ragged", "grouped", "none")
     )
     expected = planned(model("mixtral-8x7b"), mesh, rules, "ragged", False)

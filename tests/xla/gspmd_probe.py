@@ -58,11 +58,10 @@ def main(mesh: str, dense_weights: str, remat: str, way: str) -> None:
     from moecc_backends.xla.aot.census import census
     from moecc_backends.xla.train.step import make_train_step
 
-    from moecc.plan.candidates import plan_mesh
+    from moecc.plan.step import StepConfig, plan_mesh
     from moecc.sharding.layout import Layout
     from moecc.train.recipe import OptimizerSection
     from moecc.train.settings import StepSpec
-    from moecc.types import F64
 
     # Parameters are float32; what computes with them is not, so that nothing but a fault differs.
     jax.config.update("jax_enable_x64", True)
@@ -71,7 +70,7 @@ def main(mesh: str, dense_weights: str, remat: str, way: str) -> None:
     update = OptimizerSection("sgd", clip=0.0, decay=0.0)
     is_gspmd = way == "gspmd"
     graph = whole if is_gspmd else small_model(remat, explicit(layout, way))
-    spec = StepSpec(SIZES, F64, update, guard=None)
+    spec = StepSpec(SIZES, StepConfig(dtype="f64"), update, guard=None)
     own = replace(spec, layout=layout) if is_gspmd else spec
     step = make_train_step(graph, own, devices(parse_machine("cpu:8")))
     single = make_train_step(whole, spec, devices(parse_machine("cpu:8"))[:1])

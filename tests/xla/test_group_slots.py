@@ -17,7 +17,7 @@ from moecc_backends.xla.lower.mesh import GspmdLowering  # noqa: E402
 from moecc_backends.xla.trace.context import DIRECT, Interceptor  # noqa: E402
 
 from moecc.ir import Graph  # noqa: E402
-from moecc.plan.candidates import plan_mesh  # noqa: E402
+from moecc.plan.step import plan_mesh  # noqa: E402
 from moecc.sharding.layout import Layout  # noqa: E402
 
 EXPERTS = 8

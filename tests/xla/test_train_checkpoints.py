@@ -19,11 +19,11 @@ from moecc.model.open import open_model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
+from moecc.plan.step import StepConfig
 from moecc.train.recipe import OptimizerSection
 from moecc.train.run import Position, create_run
 from moecc.train.settings import StepSpec
 from moecc.train.state import Canonical, canonical
-from moecc.types import F32
 
 jax = pytest.importorskip("jax")
 pytest.importorskip("orbax.checkpoint")
@@ -69,7 +69,11 @@ def checkpoints(
     graph = clone(made.graph)
     run_pipeline(graph, Pipeline.parse(passes), context=Context(allow_unmatched=True))
     devices = jax.devices()[: 8 if "mesh=" in passes else 1]
-    step = make_train_step(graph, StepSpec(SIZES, F32, OptimizerSection(update), 1), devices)
+    step = make_train_step(
+        graph,
+        StepSpec(SIZES, StepConfig(dtype="f32", micro_batches=1), OptimizerSection(update)),
+        devices,
+    )
     params = step.abstract_state["params"]
 
     def start() -> Any:

@@ -28,6 +28,7 @@ from moecc.ir.text import print_graph
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline, installed
 from moecc.plan.machines import parse_machine
+from moecc.plan.step import StepConfig
 from moecc.presets import preset_config
 from moecc.sharding.vias import EXPLICIT, PARTITIONS
 
@@ -107,9 +108,10 @@ def compiled(
         file = Path(folder) / "model.moe"
         file.write_text(model(passes), "utf-8")
         request = Request(
-            str(file), machine, step=step, batch_tokens=DEVICES * SEQ, lengths=(SEQ,), remat=remat,
-            optimizer="adafactor", mesh=mesh, via=via, partition=partition, emit="hlo",
-            dense_weights=dense_weights,
+            str(file), machine, StepConfig(
+                step, DEVICES * SEQ, str(SEQ), mesh, via, remat, dense_weights,
+                optimizer="adafactor", partition=partition,
+            ), emit="hlo",
         )  # fmt: skip
         program = compile_in_subprocess(request).program
     found, runs = census(program), Counter[tuple[str, int]]()

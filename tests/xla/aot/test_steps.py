@@ -15,6 +15,7 @@ from moecc_backends.xla.aot.topology import missing
 from moecc.ahead.process import compile_in_subprocess
 from moecc.ahead.request import Request
 from moecc.plan.machines import parse_machine
+from moecc.plan.step import StepConfig
 from moecc.sharding.vias import PARTITIONS
 
 MODEL = str(Path(__file__).parents[2] / "golden" / "mixtral_gqa")
@@ -27,9 +28,8 @@ def compiled(machine: str, **options: Any) -> dict[str, Any]:
     why = missing(parse_machine(machine).kind)
     if why is not None:
         pytest.skip(why)
-    request = Request(
-        MODEL, machine, batch_tokens=8 * 64, lengths=(64,), optimizer="adafactor", **options
-    )
+    config = StepConfig(batch_tokens=8 * 64, sequence="64", optimizer="adafactor", **options)
+    request = Request(MODEL, machine, config)
     return compile_in_subprocess(request).data
 
 

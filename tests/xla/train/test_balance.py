@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moecc.plan.step import StepConfig
 from moecc.train.graphs import Bound, MeshPasses, StepPasses, step_graph
 from moecc.train.recipe import OptimizerSection
 from moecc.train.settings import StepSpec
-from moecc.types import F32
 
 from .small import BATCH, EXPERTS, SEQ, SIZES, batch_of, params_of, sparse
 
@@ -29,7 +29,12 @@ def state_after(parts: int, mesh: MeshPasses | None = None, **options: Any) -> t
                         **{"rolled": False, **options})  # fmt: skip
     evaluated = StepPasses("eval", bound=Bound(2.0), groups=8 // parts, rolled=False,
                            losses={"parts": parts}, mesh=mesh)  # fmt: skip
-    spec = StepSpec(SIZES, F32, OptimizerSection("adamw"), parts, bias_rate=RATE)
+    spec = StepSpec(
+        SIZES,
+        StepConfig(dtype="f32", micro_batches=parts),
+        OptimizerSection("adamw"),
+        bias_rate=RATE,
+    )
     devices = jax.devices()[: 1 if mesh is None else 2]
     step = make_train_step(step_graph(dense, passes), spec, devices, step_graph(dense, evaluated))
     params, batch = params_of(dense), batch_of(dense, 1, padding=0.2)
@@ -65,7 +70,7 @@ def test_parts_a_mesh_and_rematerialisation_count_once(mesh: MeshPasses | None) 
 
 def test_experts_in_turn_have_equal_loads() -> None:
     graph = step_graph(sparse(), StepPasses(groups=1, losses={"parts": 1}, balanced=True))
-    spec = StepSpec(SIZES, F32, OptimizerSection("sgd"))
+    spec = StepSpec(SIZES, StepConfig(dtype="f32"), OptimizerSection("sgd"))
     step = make_train_step(graph, spec, jax.devices()[:1])
     params, batch = params_of(sparse()), batch_of(sparse(), 0)
     fixed: dict[str, Any] = {}

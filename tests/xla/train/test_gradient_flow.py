@@ -16,6 +16,7 @@ from moecc.model.open import open_model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline, installed
+from moecc.plan.step import StepConfig
 from moecc.train.graphs import StepPasses, step_graph
 from moecc.train.recipe import OptimizerSection, ParameterGroup
 from moecc.train.settings import StepSpec
@@ -53,7 +54,7 @@ def step_of(graph: Graph, groups: tuple[ParameterGroup, ...] = ()) -> TrainStep:
         for n, value in graph.inputs.items()
         for axis, size in zip(value.type, inputs[n].shape, strict=True)
     }
-    spec = StepSpec(sizes, F32, OptimizerSection("sgd", groups=groups))
+    spec = StepSpec(sizes, StepConfig(dtype="f32"), OptimizerSection("sgd", groups=groups))
     return make_train_step(made, spec, jax.devices()[:1])
 
 
@@ -145,7 +146,9 @@ def test_what_is_frozen_has_no_gradient_no_moments_and_stays() -> None:
     text = str(jax.make_jaxpr(step.pure)(*step.arguments))
     assert text
     section = OptimizerSection("adamw", groups=groups)
-    adam = make_train_step(step.graph, StepSpec(step.spec.sizes, F32, section), jax.devices()[:1])
+    adam = make_train_step(
+        step.graph, StepSpec(step.spec.sizes, StepConfig(dtype="f32"), section), jax.devices()[:1]
+    )
     assert adam.abstract_state["moments"]["m"].keys() == set(adam.trained)
     rates = {n: s.rate for n, s in step.settings.items() if s.rate != 1}
     assert set(rates.values()) == {0.5}

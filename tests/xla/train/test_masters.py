@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from moecc.families import build
+from moecc.plan.step import StepConfig
 from moecc.testing import params_for
 from moecc.testing.configs import read_config
 from moecc.train.graphs import Bound, MeshPasses, StepPasses, step_graph
 from moecc.train.recipe import OptimizerSection
 from moecc.train.settings import StepSpec
-from moecc.types import BF16, F32, DType
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -35,14 +35,16 @@ MESHES = {
 
 
 def step_of(
-    mesh: str = "one device", dtype: DType = BF16, remat: str = "full", **spec: Any
+    mesh: str = "one device", dtype: str = "bf16", remat: str = "full", **settings: Any
 ) -> TrainStep:
     passes = StepPasses(
         bound=None if mesh == "dropless" else Bound(1.25), groups=8, losses=None,
         mesh=MESHES[mesh], remat=remat, weighted=True,
     )  # fmt: skip
     graph = step_graph(build(read_config(GOLDEN / "mixtral_gqa")), passes)
-    made = StepSpec({"B": BATCH, "S": SEQ}, dtype, OptimizerSection("sgd"), **spec)
+    made = StepSpec(
+        {"B": BATCH, "S": SEQ}, StepConfig(dtype=dtype, **settings), OptimizerSection("sgd")
+    )
     return make_train_step(graph, made, jax.devices()[: 1 if passes.mesh is None else 8])
 
 
@@ -127,7 +129,7 @@ def test_no_run_of_a_loop_keeps_a_cast_parameter() -> None:
 
 
 def test_without_a_loop_or_a_narrower_type_nothing_is_kept_as_stored() -> None:
-    for step in (step_of(dtype=F32), step_of(weight_dtype=BF16)):
+    for step in (step_of(dtype="f32"), step_of(weight_dtype="bf16")):
         kind = step.spec.weight_dtype.numpy
         params = {n: jax.numpy.zeros(v.type.shape, kind) for n, v in step.graph.params.items()}
         assert step.loss._stored(params) == {}
@@ -141,7 +143,7 @@ def test_without_a_loop_or_a_narrower_type_nothing_is_kept_as_stored() -> None:
             ("one device", {"remat": "none"}),
             ("one device", {"remat": "save", "micro_batches": 2}),
             ("stored in parts", {}),
-            ("stored in parts", {"reduce_dtype": F32, "micro_batches": 2}),
+            ("stored in parts", {"reduce_dtype": "f32", "micro_batches": 2}),
             ("dropless", {}),
         )),
     ],

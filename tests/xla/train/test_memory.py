@@ -10,6 +10,7 @@ import pytest
 
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph
+from moecc.plan.step import StepConfig
 from moecc.train.graphs import MeshPasses, StepPasses, step_graph
 from moecc.train.recipe import OptimizerSection
 from moecc.train.settings import StepSpec
@@ -37,8 +38,8 @@ def model() -> Graph:
 def step_of(chunk_bytes: int, name: str = "adamw", **options: Any) -> TrainStep:
     passes = StepPasses(routed=False, losses=None, rolled=False, mesh=options.pop("mesh", None))
     sizes = {"B": BATCH, "S": options.pop("length", SEQ)}
-    spec = StepSpec(sizes, options.pop("dtype", F32), OptimizerSection(name),
-                    chunk_bytes=chunk_bytes, **options)  # fmt: skip
+    config = StepConfig(**{"dtype": "f32", **options})
+    spec = StepSpec(sizes, config, OptimizerSection(name), chunk_bytes=chunk_bytes)
     count = 1 if passes.mesh is None else 2
     return make_train_step(step_graph(model(), passes), spec, jax.devices()[:count])
 
@@ -78,8 +79,8 @@ def reductions(step: TrainStep) -> list[str]:
 
 def test_gradients_are_reduced_in_the_type_that_is_asked_for() -> None:
     mesh = MeshPasses("data:2", ("data-parallel",))
-    for wanted, found in ((None, ["bf16"]), (F32, ["f32"])):
-        step = step_of(1 << 18, "sgd", mesh=mesh, dtype=BF16, reduce_dtype=wanted)
+    for wanted, found in ((None, ["bf16"]), ("f32", ["f32"])):
+        step = step_of(1 << 18, "sgd", mesh=mesh, dtype="bf16", reduce_dtype=wanted)
         assert reductions(step) == found
 
 
@@ -90,6 +91,6 @@ def test_micro_batches_reduce_gradients_once() -> None:
 
 
 def test_moments_take_the_type_of_the_weights() -> None:
-    step = step_of(1 << 18, dtype=BF16, weight_dtype=BF16)
+    step = step_of(1 << 18, dtype="bf16", weight_dtype="bf16")
     kinds = {a.dtype for a in jax.tree.leaves(step.abstract_state["moments"]["m"])}
     assert kinds == {np.dtype(BF16.numpy)}

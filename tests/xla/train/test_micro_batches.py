@@ -11,6 +11,7 @@ import pytest
 from tiers import few
 
 from moecc.errors import InputError, UsageError
+from moecc.plan.step import StepConfig
 from moecc.train.graphs import Bound, MeshPasses, StepPasses, step_graph
 from moecc.train.recipe import OptimizerSection
 from moecc.train.settings import StepSpec
@@ -53,7 +54,8 @@ def step_of(case: Case, parts: int, mesh: str, dtype: DType, chunk_bytes: int) -
     )
     graph = step_graph(sparse(routing, padded=padded), passes)
     update = OptimizerSection("sgd", clip=0.0, decay=0.0)
-    spec = StepSpec(SIZES, dtype, update, parts, dtype, chunk_bytes=chunk_bytes, output_z=0.1)
+    config = StepConfig(dtype=dtype.name, micro_batches=parts, weight_dtype=dtype.name)
+    spec = StepSpec(SIZES, config, update, chunk_bytes=chunk_bytes, output_z=0.1)
     count = 1 if passes.mesh is None else 4 if "," in passes.mesh.mesh else 2
     return make_train_step(graph, spec, jax.devices()[:count])
 
@@ -141,7 +143,7 @@ def test_a_loss_over_the_whole_batch_has_no_parts() -> None:
 
 def test_micro_batches_hold_whole_token_groups() -> None:
     graph = step_graph(sparse(), StepPasses(bound=Bound(1.0), groups=5, losses={"parts": 3}))
-    spec = StepSpec(SIZES, F32, OptimizerSection("sgd"), 3)
+    spec = StepSpec(SIZES, StepConfig(dtype="f32", micro_batches=3), OptimizerSection("sgd"))
     step = make_train_step(graph, spec, jax.devices()[:1])
     with pytest.raises(InputError, match="token groups"):
         jax.eval_shape(step.pure, *step.arguments)

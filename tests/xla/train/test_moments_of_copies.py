@@ -12,6 +12,7 @@ from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
+from moecc.plan.step import StepConfig
 from moecc.train.recipe import OptimizerSection
 from moecc.train.settings import StepSpec
 from moecc.train.state import Carried
@@ -68,7 +69,7 @@ def batch(seed: int) -> dict[str, Any]:
 def test_moments_are_those_of_training_on_copies(name: str) -> None:
     """Every copy takes part in every token, by as much: no routing is left to chance."""
     section = OptimizerSection(name, clip=0.0, decay=0.0)
-    spec = StepSpec(SIZES, F32, section, guard=None)
+    spec = StepSpec(SIZES, StepConfig(dtype="f32"), section, guard=None)
     graph = dense()
     step = make_train_step(graph, spec, jax.devices()[:1])
     sparse = clone(graph)

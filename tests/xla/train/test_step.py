@@ -12,9 +12,10 @@ from moecc.errors import InputError, UsageError
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph
 from moecc.ir.mesh import Mesh
+from moecc.plan.step import StepConfig
 from moecc.train.recipe import GuardSection, OptimizerSection
 from moecc.train.settings import COLUMN, ROW, StepSpec
-from moecc.types import BF16, F32, I32, tensor
+from moecc.types import F32, I32, tensor
 
 jax = pytest.importorskip("jax")
 pytest.importorskip("optax")
@@ -98,7 +99,8 @@ def bigram(vocab: int = 11, embed: int = 8) -> Graph:
 
 def bigram_step(graph: Graph, name: str, **options: Any) -> TrainStep:
     section = OptimizerSection(name, **options.pop("section", {}))
-    spec = StepSpec({"B": 4, "S": 16}, options.pop("dtype", F32), section, **options)
+    config = StepConfig(dtype=options.pop("dtype", "f32"))
+    spec = StepSpec({"B": 4, "S": 16}, config, section, **options)
     return make_train_step(graph, spec, jax.devices()[:1])
 
 
@@ -138,7 +140,7 @@ def test_a_batch_of_nothing_but_padding_has_no_loss() -> None:
 
 def product_types(platform: str) -> set[tuple[str, ...]]:
     graph = bigram()
-    step = bigram_step(graph, "sgd", dtype=BF16, platform=platform)
+    step = bigram_step(graph, "sgd", dtype="bf16", platform=platform)
     traced = jax.make_jaxpr(step.pure)(*step.arguments)
     products = [e for e in traced.jaxpr.eqns if e.primitive.name == "dot_general"]
     assert len(products) == 3

@@ -251,18 +251,15 @@ def compile_ahead(graph: Graph, job: Job) -> Result:
     """
     if job.export and find_spec("flatbuffers") is None:
         raise MachineError("exporting needs flatbuffers", hint=install_hint("export"))
-    given = job.config
-    with in_precision(given.dtype, given.weight_dtype, given.reduce_dtype):
+    config = job.config
+    with in_precision(config.compute_type, config.weight_type, config.reduce_type):
         return _compiled(graph, job)
 
 
 def _compiled(graph: Graph, job: Job) -> Result:
-    layout = job.layout if job.partition == GSPMD else None
-    given = job.config
-    spec = StepSpec(
-        job.sizes, given.dtype, job.update, given.micro_batches, given.weight_dtype,
-        given.reduce_dtype, platform=job.machine.kind, layout=layout,
-    )  # fmt: skip
+    layout = job.layout if job.config.partition == GSPMD else None
+    platform = job.machine.kind
+    spec = StepSpec(job.sizes, job.config, job.update, platform=platform, layout=layout)
     step = make_step(graph, spec, devices(job.machine))
     start = time.perf_counter()
     lowered = lower(step.function, step.arguments, job.machine)

@@ -111,16 +111,16 @@ def batch_loss(graph: Graph, spec: StepSpec, where: StepShardings) -> BatchLoss:
       InputError: micro-batches cut a group of tokens.
     """
     batch = {v.type["batch"].size for v in graph.inputs.values() if "batch" in v.type}
-    sizes = {n: s // spec.micro_batches if n in batch else s for n, s in spec.sizes.items()}
+    sizes = {n: s // spec.config.micro_batches if n in batch else s for n, s in spec.sizes.items()}
     return BatchLoss(
         graph,
         where.lowering,
-        spec.micro_batches,
+        spec.config.micro_batches,
         rows_together(graph, sizes),
         spec.output_z,
         # The partitioner would reduce the gradients of the head once a chunk.
         spec.chunk_bytes if spec.layout is None else 1 << 62,
-        (spec.reduce_dtype or spec.dtype).numpy,
+        spec.config.reduce_type.numpy,
     )
 
 
@@ -131,7 +131,7 @@ def totals_for(graph: Graph, spec: StepSpec, where: StepShardings, batch: Arrays
         return {}
     known = {**batch, **_masks(graph, where, batch)}
     return {
-        n: jnp.asarray(counted(t, known, spec.micro_batches), jnp.float32)
+        n: jnp.asarray(counted(t, known, spec.config.micro_batches), jnp.float32)
         for n, t in totals.items()
     }
 
@@ -201,7 +201,9 @@ def abstract_arrays(
     """Return arrays of inputs and targets, abstractly."""
     made = {}
     for name, type in types.items():
-        kind = {"float": spec.dtype.numpy, "bool": np.dtype(bool)}.get(type.dtype.kind)
+        kind = {"float": spec.config.compute_type.numpy, "bool": np.dtype(bool)}.get(
+            type.dtype.kind
+        )
         shape = tuple(size_of(a, spec.sizes) for a in type.axes)
         made[name] = jax.ShapeDtypeStruct(
             shape, kind or np.dtype("int32"), sharding=where.along(type)

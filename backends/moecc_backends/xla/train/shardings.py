@@ -85,7 +85,7 @@ class OneDevice:
     @property
     def lowering(self) -> LoweringConfig:
         """How nodes are lowered."""
-        return LoweringConfig(self.spec.dtype, options(self.spec))
+        return LoweringConfig(self.spec.config.compute_type, options(self.spec))
 
     def param(self, value: Value) -> Sharding:
         """Return the sharding of a parameter."""
@@ -101,7 +101,7 @@ class OneDevice:
 
     def model(self, graph: Graph) -> Model:
         """Return `graph` as a function of whole arrays."""
-        return function(graph, dtype=self.spec.dtype, options=options(self.spec))
+        return function(graph, dtype=self.spec.config.compute_type, options=options(self.spec))
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,9 @@ class ExplicitShardings:
     @property
     def lowering(self) -> LoweringConfig:
         """How and where nodes are lowered: on the shards of a device."""
-        return LoweringConfig(self.spec.dtype, options(self.spec), DeviceView(self.own))
+        return LoweringConfig(
+            self.spec.config.compute_type, options(self.spec), DeviceView(self.own)
+        )
 
     def param(self, value: Value) -> Sharding:
         """Return the sharding of a parameter."""
@@ -139,7 +141,9 @@ class ExplicitShardings:
 
     def model(self, graph: Graph) -> Model:
         """Return `graph` as a function of whole arrays."""
-        return sharded_function(graph, self.mesh, dtype=self.spec.dtype, options=options(self.spec))
+        return sharded_function(
+            graph, self.mesh, dtype=self.spec.config.compute_type, options=options(self.spec)
+        )
 
 
 def _specs(types: PyTree) -> PyTree:
@@ -166,7 +170,9 @@ class GspmdShardings:
     @property
     def lowering(self) -> LoweringConfig:
         """How nodes are lowered: for one device, with hints for the partitioner."""
-        return LoweringConfig(self.spec.dtype, options(self.spec), interceptor=self.interceptor)
+        return LoweringConfig(
+            self.spec.config.compute_type, options(self.spec), interceptor=self.interceptor
+        )
 
     def param(self, value: Value) -> Sharding:
         """Return the sharding of a parameter."""
@@ -185,7 +191,7 @@ class GspmdShardings:
         """Return `graph` as a function of whole arrays."""
         return function(
             graph,
-            dtype=self.spec.dtype,
+            dtype=self.spec.config.compute_type,
             options=options(self.spec),
             interceptor=self.interceptor,
         )

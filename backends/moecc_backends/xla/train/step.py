@@ -226,7 +226,7 @@ class TrainStep:
 
     def _abstract_param(self, name: str) -> jax.ShapeDtypeStruct:
         value = self.graph.params[name]
-        kind = self.spec.weight_dtype.numpy
+        kind = self.spec.config.weight_type.numpy
         return jax.ShapeDtypeStruct(value.type.shape, kind, sharding=self.where.param(value))
 
     def _abstract_moment(self, name: str, type: TensorType) -> jax.ShapeDtypeStruct:
@@ -515,7 +515,7 @@ def make_step(graph: Graph, spec: StepSpec, devices: list[jax.Device]) -> Abstra
     where = step_shardings(graph, spec, devices)
     params = {
         name: jax.ShapeDtypeStruct(
-            value.type.shape, spec.weight_dtype.numpy, sharding=where.param(value)
+            value.type.shape, spec.config.weight_type.numpy, sharding=where.param(value)
         )
         for name, value in graph.params.items()
         if value.users

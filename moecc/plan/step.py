@@ -1,0 +1,381 @@
+"""A step of a model: the settings that users state, the strategy that a plan chooses, saved plans.
+
+Every setting is a text or number as options, recipes and saved plans spell it; properties give
+its parsed value.  ``plan``, ``compile`` and ``train`` all read a `StepConfig`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from enum import Enum
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast, get_type_hints
+
+from moecc.errors import InputError, Problem, UsageError, nearest
+from moecc.formats.files import read_json_object
+from moecc.ir.mesh import Mesh, parse_mesh
+from moecc.sharding.layout import DENSE_WEIGHTS, Layout
+from moecc.sharding.rules import mesh_axes
+from moecc.sharding.vias import BY_NAME, EXPLICIT, LOCAL, PARTITIONS, VIAS
+from moecc.support.problems import Problems, describe
+from moecc.support.text import json_text
+from moecc.support.untyped import JsonDict
+from moecc.types import DType, float_type
+
+STEPS = ("train", "forward")
+OPTIMIZERS = ("adamw", "adafactor")
+REMATS = ("none", "save", "block", "full")
+"""What the backward pass recomputes: nothing; all but the results of attention and combine;
+everything but the input of each block of layers; everything but the input of each layer, so that
+equal layers of a block, which are a loop, are recomputed twice."""
+
+CHOICES: Mapping[str, Sequence[str]] = {
+    "step": STEPS,
+    "optimizer": OPTIMIZERS,
+    "via": VIAS,
+    "remat": REMATS,
+    "dense_weights": DENSE_WEIGHTS,
+    "partition": PARTITIONS,
+}
+"""The values of the settings that are one of several words."""
+
+COMPILED = ("partition", "sliced", "chunks", "capacity_factor")
+"""The settings that ``moecc compile`` takes and ``moecc plan`` does not."""
+
+AXES = ("data", "fsdp", "expert", "model")
+"""The mesh axes of layouts, outermost first.
+
+``data`` shards the batch; ``fsdp`` shards it and the parameters with it; ``expert`` shards it and
+the experts; ``model`` shards heads, neurons and the vocabulary.
+"""
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """The settings of a step; None leaves a choice to the plan.
+
+    Attributes:
+      step: one of `STEPS`.
+      batch_tokens: tokens of a step, on all devices.
+      sequence: length of a sequence; of an encoder-decoder two, separated by a comma.
+      mesh: ``AXIS=N,…``.
+      via: how tokens reach experts, one of `moecc.sharding.vias.VIAS`.
+      remat: one of `REMATS`.
+      dense_weights: layout, along the experts' axis, of parameters that are not experts'.
+      rules: sharding layouts, separated by commas; None for those that the mesh's axes stand for.
+      optimizer: one of `OPTIMIZERS`; recipes have more.
+      dtype: element type of the computation.
+      weight_dtype: element type of the parameters; None for f32 in training, else `dtype`.
+      micro_batches: number of parts of a batch whose gradients are added.
+      reduce_dtype: element type in which gradients are added and reduced; None for `dtype`.
+      partition: origin of a program's collectives, one of `moecc.sharding.vias.PARTITIONS`.
+      sliced: whether devices along ``model``, which have the same tokens, each send a part of a
+        row to the experts.
+      chunks: number of parts in which rows are exchanged, one beside the experts' work on another.
+      capacity_factor: bound on the rows of an expert; None for the model's.
+    """
+
+    step: str = "train"
+    batch_tokens: int | None = None
+    sequence: str | None = None
+    mesh: str | None = None
+    via: str | None = None
+    remat: str | None = None
+    dense_weights: str | None = None
+    rules: str | None = None
+    optimizer: str = "adamw"
+    dtype: str = "bf16"
+    weight_dtype: str | None = None
+    micro_batches: int = 1
+    reduce_dtype: str | None = None
+    partition: str = EXPLICIT
+    sliced: bool = False
+    chunks: int = 1
+    capacity_factor: float | None = None
+
+    @property
+    def train(self) -> bool:
+        """Whether it is a training step."""
+        return self.step == "train"
+
+    @cached_property
+    def layout_names(self) -> tuple[str, ...] | None:
+        """The names of the layouts in `rules`."""
+        return None if self.rules is None else tuple(self.rules.split(","))
+
+    @cached_property
+    def device_mesh(self) -> Mesh | None:
+        """The mesh that `mesh` spells. Raises UsageError."""
+        return None if self.mesh is None else plan_mesh(self.mesh, self.layout_names)
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...] | None:
+        """The lengths of a sequence, by stack. Raises UsageError."""
+        return None if self.sequence is None else parse_lengths(self.sequence)
+
+    @cached_property
+    def compute_type(self) -> DType:
+        """The element type of the computation. Raises UsageError."""
+        return float_type(self.dtype)
+
+    @cached_property
+    def weight_type(self) -> DType:
+        """The element type of the parameters. Raises UsageError."""
+        return float_type(self.weight_dtype or ("f32" if self.train else self.dtype))
+
+    @cached_property
+    def reduce_type(self) -> DType:
+        """The element type in which gradients are added and reduced. Raises UsageError."""
+        return float_type(self.reduce_dtype or self.dtype)
+
+    @classmethod
+    def of_options(cls, options: object) -> StepConfig:
+        """Return the settings that the attributes of `options` of the same names state."""
+        stated = {f.name: getattr(options, f.name) for f in fields(cls) if hasattr(options, f.name)}
+        return cls(**{n: v.value if isinstance(v, Enum) else v for n, v in stated.items()})
+
+    def check(self) -> None:
+        """Check all texts.
+
+        Raises:
+          UsageError: a value is not one of its choices, or cannot be parsed.
+        """
+        problems = choice_problems({name: getattr(self, name) for name in CHOICES})
+        problems = [*problems, *micro_batch_problems(self.train, self.micro_batches)]
+        if problems:
+            raise UsageError(problems)
+        for name in ("device_mesh", "lengths", "compute_type", "weight_type", "reduce_type"):
+            getattr(self, name)
+
+    def planned_settings(self) -> JsonDict:
+        """Return the settings that a plan takes, as JSON values."""
+        return {name: value for name, value in asdict(self).items() if name not in COMPILED}
+
+
+def choice_problems(values: Mapping[str, object]) -> list[Problem]:
+    """Return a problem for each value, by the name of its setting, that is not one of `CHOICES`."""
+    return [
+        Problem(
+            f"unknown {name.replace('_', ' ')}",
+            expected=" | ".join(CHOICES[name]),
+            found=repr(value),
+            hint=nearest(str(value), CHOICES[name]),
+        )
+        for name, value in values.items()
+        if value is not None and value not in CHOICES[name]
+    ]
+
+
+def micro_batch_problems(train: bool, count: int) -> Iterator[Problem]:
+    """Yield a problem for a count of micro-batches; a forward pass has no gradients to add."""
+    if count < 1 or (count > 1 and not train):
+        expected = "1 or more" if train else "1, of a forward pass"
+        yield Problem("not a number of micro-batches", expected=expected, found=str(count))
+
+
+def plan_mesh(text: str, rules: Sequence[str] | None = None) -> Mesh:
+    """Return the mesh that `text` spells: ``data=8,expert=8``.
+
+    Args:
+      text: the axes with their sizes.
+      rules: the layouts whose axes it may have; None: `AXES`.
+
+    Raises:
+      UsageError: it cannot be read, an axis is unknown, or stands twice.
+    """
+    try:
+        mesh = parse_mesh(text)
+    except InputError as error:
+        raise UsageError(error.problems) from None
+    axes = AXES if rules is None else mesh_axes(rules)
+    for name in mesh.names:
+        if name not in axes:
+            hint = nearest(name, axes) or f"axes: {', '.join(axes)}"
+            raise UsageError(f"unknown mesh axis {name!r}", found=text, hint=hint)
+    return mesh
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """Parse the lengths of ``--sequence``: ``4096``, or ``512,114``.
+
+    Raises:
+      UsageError: they are no numbers of tokens.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(p.isdecimal() and 0 < int(p) < 10**8 for p in parts):
+        raise UsageError("not lengths of a sequence", expected="4096, or 512,114", found=text)
+    return tuple(map(int, parts))
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """The choices of a plan.
+
+    Attributes:
+      layout: the mesh, and what is sharded over it.
+      via: how tokens reach experts.
+      dispatch: the class of the dispatch strategy, as `moecc.ir.conventions` has it.
+      remat: one of `REMATS`.
+      sliced: see `StepConfig`.
+      chunks: see `StepConfig`.
+    """
+
+    layout: Layout
+    via: str = LOCAL
+    dispatch: str = "index"
+    remat: str = "full"
+    sliced: bool = False
+    chunks: int = 1
+
+    @property
+    def in_rounds(self) -> bool:
+        """Whether rows go to their experts in rounds, each repeated for its gradient.
+
+        They do not where devices that split neurons add up their results for the same rows.
+        """
+        if self.via == LOCAL or not BY_NAME[self.via].in_rounds:
+            return False
+        return self.sliced or not self.layout.split(self.layout.tensor_axes)
+
+    @property
+    def stream_axis(self) -> str | None:
+        """The mesh axis along which activations between layers are kept in parts, or None.
+
+        Devices that split neurons all have them; under rematerialisation they are most of what is
+        kept.  Where devices split the sequence between products, they are in parts already.
+        """
+        sequence = self.layout.sequence_axes
+        tensor = [a for a in self.layout.split(self.layout.tensor_axes) if a not in sequence]
+        return tensor[0] if tensor and self.remat != "none" else None
+
+    def __str__(self) -> str:
+        mesh = str(self.layout.mesh) or "one device"
+        dense = ", dense weights split" if self.layout.dense_weights == "split" else ""
+        dense += f", rules {','.join(self.layout.own)}" if self.layout.own else ""
+        via = f", via {self.via}" if self.via != LOCAL else ""
+        via += " in slices" if self.sliced else ""
+        via += f" in {self.chunks} chunks" if self.chunks > 1 else ""
+        rows = f", {self.dispatch}" if self.layout.experts else ""
+        return f"{mesh}{dense}{via}{rows}, remat {self.remat}"
+
+
+# A plan in a file: `moecc plan --save` writes it, and `compile` and `train` read it.
+
+SCHEMA = "moecc.plan/1"
+MAX_PLAN_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class SavedPlan:
+    """The facts of a plan that decide a program.
+
+    Attributes:
+      model: as the plan was asked.
+      machine: the machine.
+      pipeline: the passes before the step's.
+      config: the settings of the step, those that the plan chose included.
+      parameters: of the model, with its passes; None where a plan does not say it.
+      tokens_per_second: predicted, of all devices; None where a plan does not say it.
+    """
+
+    model: str
+    machine: str
+    pipeline: str
+    config: StepConfig
+    parameters: int | None = None
+    tokens_per_second: float | None = None
+
+    def recipe_values(self, *, is_new: bool = True) -> list[str]:
+        """Return the values of a recipe that the plan decides, as ``--set`` takes them.
+
+        Args:
+          is_new: whether the run begins; a run that is resumed keeps the values that are hashed.
+        """
+        config = self.config
+        values = [f"mesh.mesh={config.mesh}"] if config.mesh else []
+        if config.mesh and config.layout_names:
+            values.append(f"mesh.rules={json_text(list(config.layout_names))}")
+        if config.mesh and config.via:
+            values.append(f"mesh.via={config.via}")
+        if not is_new:
+            return values
+        if config.micro_batches != 1:
+            values.append(f"run.micro_batches={config.micro_batches}")
+        for name in ("weight_dtype", "reduce_dtype"):
+            if (dtype := getattr(config, name)) is not None:
+                values.append(f"run.{name}={dtype}")
+        return [*values, f"run.remat={config.remat}"]
+
+
+_HINTS = get_type_hints(StepConfig)
+_REQUEST = {"model": str, "machine": str, "pipeline": str, "micro_batches": int | None} | {
+    name: _HINTS[name]
+    for name in (
+        "step", "batch_tokens", "sequence", "optimizer", "dtype", "weight_dtype", "reduce_dtype"
+    )
+}  # fmt: skip
+_BEST = {"mesh": dict, "rules": list, "dense_weights": str, "via": str, "remat": str,
+         "sliced": bool}  # fmt: skip
+
+
+def saved_text(report: Mapping[str, object], request: Mapping[str, object]) -> str:
+    """Return the text of a saved plan: the report, and the options that asked for it."""
+    return json_text({"schema": SCHEMA, "request": dict(request), **report}, indent=2) + "\n"
+
+
+def read_plan(path: str) -> SavedPlan:
+    """Read a saved plan.
+
+    Raises:
+      InputError: it is missing or no plan, or its values have other types; all at once.
+    """
+    data = read_json_object(Path(path), limit_bytes=MAX_PLAN_BYTES)
+    if data.get("schema") != SCHEMA:
+        raise InputError(
+            "not a plan that this version reads",
+            where=path,
+            expected=SCHEMA,
+            found=describe(data.get("schema")),
+            hint="moecc plan … --save FILE writes one",
+        )
+    problems = Problems()
+    request = _values(data.get("request"), "request", _REQUEST, path, problems)
+    best = _values(data.get("best"), "best", _BEST, path, problems)
+    problems.raise_if_any()
+    mesh, rules = best.pop("mesh"), tuple(best.pop("rules"))
+    if not all(type(v) is int for v in mesh.values()) or not all(isinstance(r, str) for r in rules):
+        raise InputError("no mesh with rules", where=f"{path}: best", expected="sizes and names",
+                         found=describe(mesh))  # fmt: skip
+    model, machine, pipeline = (request.pop(name) for name in ("model", "machine", "pipeline"))
+    best["via"] = None if best["via"] == LOCAL else best["via"]
+    request["micro_batches"] = request["micro_batches"] or 1
+    settings = {**request, **best, "mesh": ",".join(f"{n}={s}" for n, s in mesh.items()) or None,
+                "rules": ",".join(rules) or None}  # fmt: skip
+    if wrong := choice_problems({n: v for n, v in settings.items() if n in CHOICES}):
+        raise InputError([Problem(p.what, path, p.expected, p.found, p.hint) for p in wrong])
+    count, batch = data.get("parameters"), data.get("batch")
+    seconds = cast(JsonDict, data["best"]).get("seconds")
+    tokens: Any = batch.get("tokens") if isinstance(batch, dict) else None
+    is_timed = all(isinstance(x, int | float) and x > 0 for x in (tokens, seconds))
+    return SavedPlan(
+        model, machine, pipeline, StepConfig(**settings),
+        count if isinstance(count, int) else None, tokens / seconds if is_timed else None,
+    )  # fmt: skip
+
+
+def _values(
+    table: object, name: str, types: Mapping[str, type], path: str, problems: Problems
+) -> JsonDict:
+    if not isinstance(table, dict):
+        problems.add("a table is missing", where=f"{path}: {name}", found=describe(table))
+        return {}
+    for key, type_ in types.items():
+        value = table.get(key)
+        # A truth value is a whole number to Python, and to nobody else.
+        if not isinstance(value, type_) or (isinstance(value, bool) and type_ is not bool):
+            expected = type_.__name__ if isinstance(type_, type) else str(type_)
+            problems.add("a value of another type", where=f"{path}: {name}.{key}",
+                         expected=expected, found=describe(value))  # fmt: skip
+    return {key: table.get(key) for key in types}
