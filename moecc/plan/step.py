@@ -19,7 +19,8 @@ from moecc.ir.mesh import Mesh, parse_mesh
 from moecc.sharding.layout import DENSE_WEIGHTS, Layout
 from moecc.sharding.rules import mesh_axes
 from moecc.sharding.vias import BY_NAME, EXPLICIT, LOCAL, PARTITIONS, VIAS
-from moecc.support.problems import Problems, describe
+from moecc.support.problems import describe
+from moecc.support.record import RecordReader
 from moecc.support.text import json_text
 from moecc.support.untyped import JsonDict
 from moecc.types import DType, float_type
@@ -316,8 +317,14 @@ _REQUEST = {"model": str, "machine": str, "pipeline": str, "micro_batches": int 
         "step", "batch_tokens", "sequence", "optimizer", "dtype", "weight_dtype", "reduce_dtype"
     )
 }  # fmt: skip
-_BEST = {"mesh": dict, "rules": list, "dense_weights": str, "via": str, "remat": str,
-         "sliced": bool}  # fmt: skip
+_BEST = {
+    "mesh": Mapping[str, int],
+    "rules": tuple[str, ...],
+    "dense_weights": str,
+    "via": str,
+    "remat": str,
+    "sliced": bool,
+}
 
 
 def saved_text(report: Mapping[str, object], request: Mapping[str, object]) -> str:
@@ -340,14 +347,14 @@ def read_plan(path: str) -> SavedPlan:
             found=describe(data.get("schema")),
             hint="moecc plan … --save FILE writes one",
         )
-    problems = Problems()
-    request = _values(data.get("request"), "request", _REQUEST, path, problems)
-    best = _values(data.get("best"), "best", _BEST, path, problems)
-    problems.raise_if_any()
-    mesh, rules = best.pop("mesh"), tuple(best.pop("rules"))
-    if not all(type(v) is int for v in mesh.values()) or not all(isinstance(r, str) for r in rules):
-        raise InputError("no mesh with rules", where=f"{path}: best", expected="sizes and names",
-                         found=describe(mesh))  # fmt: skip
+    reader = RecordReader(lambda keys: path)
+    request, best = (
+        {key: reader.value(hint, table.get(key), (name, key)) for key, hint in hints.items()}
+        for name, hints in (("request", _REQUEST), ("best", _BEST))
+        for table in [reader.value(Mapping[str, Any], data.get(name), (name,)) or {}]
+    )
+    reader.raise_if_any()
+    mesh, rules = best.pop("mesh"), best.pop("rules")
     model, machine, pipeline = (request.pop(name) for name in ("model", "machine", "pipeline"))
     best["via"] = None if best["via"] == LOCAL else best["via"]
     request["micro_batches"] = request["micro_batches"] or 1
@@ -363,19 +370,3 @@ def read_plan(path: str) -> SavedPlan:
         model, machine, pipeline, StepConfig(**settings),
         count if isinstance(count, int) else None, tokens / seconds if is_timed else None,
     )  # fmt: skip
-
-
-def _values(
-    table: object, name: str, types: Mapping[str, type], path: str, problems: Problems
-) -> JsonDict:
-    if not isinstance(table, dict):
-        problems.add("a table is missing", where=f"{path}: {name}", found=describe(table))
-        return {}
-    for key, type_ in types.items():
-        value = table.get(key)
-        # A truth value is a whole number to Python, and to nobody else.
-        if not isinstance(value, type_) or (isinstance(value, bool) and type_ is not bool):
-            expected = type_.__name__ if isinstance(type_, type) else str(type_)
-            problems.add("a value of another type", where=f"{path}: {name}.{key}",
-                         expected=expected, found=describe(value))  # fmt: skip
-    return {key: table.get(key) for key in types}

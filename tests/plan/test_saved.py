@@ -226,13 +226,13 @@ WRONG = {
     "no schema": (lambda d: d.pop("schema"), "moecc.plan/1"),
     "another schema": (lambda d: d.update(schema="moecc.plan/2"), "moecc.plan/1"),
     "no request": (lambda d: d.pop("request"), "request"),
-    "a list as request": (lambda d: d.update(request=[]), "a table is missing"),
+    "a list as request": (lambda d: d.update(request=[]), "not an object"),
     "no best": (lambda d: d.pop("best"), "best"),
     "no machine": (lambda d: d["request"].pop("machine"), "request.machine"),
     "a truth value as tokens": (lambda d: d["request"].update(batch_tokens=True), "batch_tokens"),
     "a mesh that is text": (lambda d: d["best"].update(mesh="data=8"), "best.mesh"),
-    "a mesh of texts": (lambda d: d["best"].update(mesh={"data": "8"}), "no mesh with rules"),
-    "rules of numbers": (lambda d: d["best"].update(rules=[1]), "no mesh with rules"),
+    "a mesh of texts": (lambda d: d["best"].update(mesh={"data": "8"}), "best.mesh.data"),
+    "rules of numbers": (lambda d: d["best"].update(rules=[1]), "best.rules.0"),
     "sliced is a number": (lambda d: d["best"].update(sliced=1), "best.sliced"),
 }
 
