@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from moecc_passes.resize import grow, merge, prune, to_dense, zero_experts
+from moecc_passes.resize import passes as resizing
 from moecc_passes.upcycle import upcycle
 from safetensors.numpy import save_file
 
@@ -263,20 +263,20 @@ def lora(seed: int) -> None:
 
 def growth(seed: int) -> None:
     """m copies each, and m·k chosen (L9)."""
-    kept(grow.GrowPass(times=2 + seed % 2), seed)
+    kept(resizing.GrowPass(times=2 + seed % 2), seed)
 
 
 def growth_by_bias(seed: int) -> None:
     """m copies each, and k chosen (L9)."""
-    kept(grow.GrowPass(times=2 + seed % 2, chosen="same"), seed)
+    kept(resizing.GrowPass(times=2 + seed % 2, chosen="same"), seed)
 
 
 def zeros(seed: int) -> None:
     """Experts that add nothing are not chosen; and add nothing where they are (L9)."""
-    kept(zero_experts.ZeroExpertsPass(count=1 + seed % 3), seed)
+    kept(resizing.ZeroExpertsPass(count=1 + seed % 3), seed)
     graph, x = mixture("sigmoid"), inputs(seed)
     arrays = drawn(graph, seed)
-    added = after(zero_experts.ZeroExpertsPass(count=1), graph)
+    added = after(resizing.ZeroExpertsPass(count=1), graph)
     params = made(added, arrays)
     bias = next(n for n in params if n.endswith("bias"))
     params[bias][-1] = 2
@@ -295,7 +295,7 @@ def merging(seed: int) -> None:
     graph, x = mixture("renormalised"), inputs(seed)
     arrays = drawn(graph, seed)
     means = {n: a.reshape(2, 2, *a.shape[1:]).mean(1) for n, a in arrays.items()}
-    close(output(after(merge.MergePass(), graph), arrays, x), mixed(x, means, "renormalised", 1))
+    close(output(after(resizing.MergePass(), graph), arrays, x), mixed(x, means, "renormalised", 1))
 
 
 def merging_by_results(seed: int) -> None:
@@ -307,7 +307,7 @@ def merging_by_results(seed: int) -> None:
     found[order] = levels + rng.normal(0, 0.01, (4, BLOCK.embed))
     graph, x = mixture("renormalised"), inputs(seed)
     arrays = drawn(graph, seed)
-    item = merge.MergePass(by="result")
+    item = resizing.MergePass(by="result")
     reduced = after(item, graph, statistics=Statistics(("t",)), read=lambda _expr: found)
     groups = sorted((tuple(sorted(order[:2])), tuple(sorted(order[2:]))))
     means = {n: np.stack([a[list(g)].mean(0) for g in groups]) for n, a in arrays.items()}
@@ -335,7 +335,7 @@ def pruning(seed: int) -> None:
         assert isinstance(expr, Source)
         return statistics[expr.name.partition(f"{LOC}.")[2]]
 
-    item = prune.PrunePass(keep=3, by="saliency")
+    item = resizing.PrunePass(keep=3, by="saliency")
     reduced = after(item, graph, statistics=Statistics(("t",)), read=read)
     some = {name: array[stay] for name, array in arrays.items()}
     close(output(reduced, arrays, x), mixed(x, some, "renormalised", 2))
@@ -347,7 +347,7 @@ def one_dense_block(seed: int) -> None:
     arrays = drawn(graph, seed)
     experts = {n: arrays[f"{PREFIX}.{n}"] for n in ("gate", "up", "down")}
     first, mean, both = (
-        output(after(to_dense.ToDensePass(how=how, experts=which), graph), arrays, x)
+        output(after(resizing.ToDensePass(how=how, experts=which), graph), arrays, x)
         for how, which in (("first", "2"), ("mean", ""), ("concat", "0,3"))
     )  # type: ignore[arg-type]
     made_of = results(x, arrays)

@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from moecc_passes.resize import layer as dormant
 from moecc_passes.resize import layer as rebuild
-from moecc_passes.resize import merge, prune, to_dense
+from moecc_passes.resize import passes as resizing
 from moecc_passes.upcycle import lift, rewrite, upcycle
 
 import moecc.weights.evaluate as evaluating
@@ -111,7 +110,7 @@ def draws_for_each(self: Any, name: str, dense_weight: Expr, experts: Expr) -> E
 
 
 ORDERED, PADDED, BRANCHED = lift.Division.ordered, lift.padded, lift.branched
-FITTED, CHANGED, MEAN = fitting.fitted_rows, dormant.Dormant.changed, rebuild.mean
+FITTED, CHANGED, MEAN = fitting.fitted_rows, rebuild.Dormant.changed, rebuild.mean
 DROPPED = lift.Drop.apply
 
 METHODS: dict[str, tuple[Callable[[int], None], tuple[Mutant, ...]]] = {
@@ -132,15 +131,15 @@ METHODS: dict[str, tuple[Callable[[int], None], tuple[Mutant, ...]]] = {
     ),
     "LoRA": (laws.lora, (Mutant(adapter._Reading, "_scale", unscaled),)),
     "grow": (laws.growth, (Mutant(rebuild, "scaled", identity),)),
-    "grow, same choices": (laws.growth_by_bias, (Mutant(dormant.Dormant, "changed", awake),)),
+    "grow, same choices": (laws.growth_by_bias, (Mutant(rebuild.Dormant, "changed", awake),)),
     "zero experts": (
         laws.zeros,
-        (Mutant(dormant.Dormant, "changed", awake), Mutant(dormant.Dormant, "changed", not_zero)),
+        (Mutant(rebuild.Dormant, "changed", awake), Mutant(rebuild.Dormant, "changed", not_zero)),
     ),
-    "merge": (laws.merging, (Mutant(merge, "mean", summed),)),
-    "merge by result": (laws.merging_by_results, (Mutant(merge, "alike", neighbours),)),
-    "REAP": (laws.pruning, (Mutant(prune, "largest", smallest),)),
-    "to-dense": (laws.one_dense_block, (Mutant(to_dense, "mean", summed),)),
+    "merge": (laws.merging, (Mutant(resizing, "mean", summed),)),
+    "merge by result": (laws.merging_by_results, (Mutant(resizing, "alike", neighbours),)),
+    "REAP": (laws.pruning, (Mutant(resizing, "largest", smallest),)),
+    "to-dense": (laws.one_dense_block, (Mutant(resizing, "mean", summed),)),
     "drop": (laws.dropping, (Mutant(lift.Drop, "apply", draws_for_each),)),
 }
 """The law of each method, and its mutants."""

@@ -117,11 +117,11 @@ def anatomies(graph: Graph) -> list[Anatomy]:
     Raises:
       InputError: one cannot be built anew; all of them at once.
     """
-    found = [of_layer(layer) for layer in routed_layers(graph)]
-    problems = [one for one in found if isinstance(one, Problem)]
+    layers = [of_layer(layer) for layer in routed_layers(graph)]
+    problems = [layer for layer in layers if isinstance(layer, Problem)]
     if problems:
         raise InputError(problems)
-    return [one for one in found if isinstance(one, Anatomy)]
+    return [layer for layer in layers if isinstance(layer, Anatomy)]
 
 
 def of_layer(layer: RoutedLayer) -> Anatomy | Problem:
@@ -162,12 +162,10 @@ def _between(first: Node, last: Node) -> Iterator[Node]:
 # The bias is one of the choice (DeepSeek-V3, arXiv 2412.19437, section 2.1.2), which balancing
 # without a loss raises until they are chosen, or one of the logits.
 
-By = Literal["choice", "logits"]
-
-Wanted = Literal["auto", "choice", "logits"]
+BiasChoice = Literal["auto", "choice", "logits"]
 """Which bias a user wants."""
 
-WANTED = (
+BIAS_DOC = (
     "the bias that keeps them from being chosen: of the choice, or of the logits (gpt_oss); auto: "
     "that of the layer, else of the choice where gates are made of the chosen alone"
 )
@@ -205,7 +203,7 @@ class Dormant:
         ]
 
 
-def kept_by(layer: Anatomy, wanted: Wanted = "auto") -> By:
+def bias_kind(layer: Anatomy, wanted: BiasChoice) -> BiasChoice:
     """Return which bias keeps experts of a layer from being chosen: one that it has, if any.
 
     Where gates are no function of the chosen experts alone, a bias of the choice would let the
@@ -221,29 +219,27 @@ def kept_by(layer: Anatomy, wanted: Wanted = "auto") -> By:
     return "choice" if row.score == "sigmoid" or row.renormalised else "logits"
 
 
-def not_dormant(layer: Anatomy, wanted: Wanted = "auto") -> Problem | None:
-    """Return why a layer cannot have such experts, or None."""
-    row = convention(layer.attrs.gates)
-    if layer.layer.assignment.slots != "ragged":
-        return Problem("a capacity shrinks with more experts, and drops other choices", layer.name,
-                       "slots=ragged", f"slots={layer.layer.assignment.slots}",
-                       "specialize{dropless=true} removes the capacity")  # fmt: skip
-    if kept_by(layer, wanted) == "logits":
-        if layer.bias_of_choice is None:
-            return None
-        return Problem("the layer has a bias of the choice, by which they could be chosen",
-                       layer.name, "bias=choice", "bias=logits")  # fmt: skip
-    if row.renormalised or row.score == "sigmoid":
-        return None
-    return Problem(
-        f"experts that are not chosen have a share of {row.name} gates", layer.name,
-        hint="bias=logits keeps them from it" if layer.bias_of_choice is None else
-        "a bias of the logits would keep them from it; this layer has one of the choice",
-    )  # fmt: skip
+def not_dormant(layer: Anatomy, wanted: BiasChoice) -> Iterator[Problem]:
+    """Yield why a layer cannot have such experts."""
+    row, slots = convention(layer.attrs.gates), layer.layer.assignment.slots
+    if slots != "ragged":
+        yield Problem("a capacity shrinks with more experts, and drops other choices", layer.name,
+                      "slots=ragged", f"slots={slots}",
+                      "specialize{dropless=true} removes the capacity")  # fmt: skip
+    elif bias_kind(layer, wanted) == "logits":
+        if layer.bias_of_choice is not None:
+            yield Problem("the layer has a bias of the choice, by which they could be chosen",
+                          layer.name, "bias=choice", "bias=logits")  # fmt: skip
+    elif not row.renormalised and row.score != "sigmoid":
+        yield Problem(
+            f"experts that are not chosen have a share of {row.name} gates", layer.name,
+            hint="bias=logits keeps them from it" if layer.bias_of_choice is None else
+            "a bias of the logits would keep them from it; this layer has one of the choice",
+        )  # fmt: skip
 
 
 def with_bias(
-    graph: Graph, layer: Anatomy, ctx: Context, wanted: Wanted = "auto"
+    graph: Graph, layer: Anatomy, ctx: Context, wanted: BiasChoice
 ) -> tuple[Anatomy, Value, float]:
     """Return a layer with its bias, added as zeros where it had none, and a value that is too low.
 
@@ -253,52 +249,33 @@ def with_bias(
       ctx: reads a bias that is there.
       wanted: which bias.
     """
-    if kept_by(layer, wanted) == "logits":
-        layer = layer if layer.bias_of_logits is not None else _added(graph, layer)
-        assert layer.bias_of_logits is not None
-        return layer, layer.bias_of_logits, NO_LOGIT
-    if layer.bias_of_choice is not None:
-        return layer, layer.bias_of_choice, _below(layer.bias_of_choice, ctx)
-    layer = _chosen_with(graph, layer)
-    assert layer.bias_of_choice is not None
-    return layer, layer.bias_of_choice, -MARGIN
-
-
-def _below(bias: Value, ctx: Context) -> float:
-    read = ctx.read(bias.weight or Source(bias.name, bias.type))
-    return NO_LOGIT if read is None else floor(min(0.0, float(read.min()))) - MARGIN
-
-
-def _zeros(graph: Graph, layer: Anatomy) -> Value:
-    axis = layer.router.type[EXPERT]
-    type = TensorType(F32, (axis,))
-    name = graph.fresh(f"{layer.router.name.removesuffix('.weight')}.bias")
-    return graph.param(name, layer.router.type.with_axes([axis]), Full(0.0, type), loc=layer.name)
-
-
-def _chosen_with(graph: Graph, layer: Anatomy) -> Anatomy:
-    """Give the choice a bias of zeros."""
-    operands = (*layer.route.operands, _zeros(graph, layer))
-    return _rerouted(graph, layer, operands, using=("bias",))
-
-
-def _added(graph: Graph, layer: Anatomy) -> Anatomy:
-    """Add a bias of zeros to the logits that the choice reads."""
-    logits, *others = layer.route.operands
-    builder = Builder(graph, loc=layer.route.loc, origin="resize", before=layer.route)
-    return _rerouted(graph, layer, (builder.add(logits, _zeros(graph, layer)), *others))
-
-
-def _rerouted(graph: Graph, layer: Anatomy, operands: Sequence[Value], **attrs: object) -> Anatomy:
-    old = layer.route
-    builder = Builder(graph, loc=old.loc, origin="resize", before=old)
-    made = builder.clone(old, *operands, **attrs)
-    for before, after in zip(old.results, made.results, strict=True):
+    is_logit = bias_kind(layer, wanted) == "logits"
+    bias = layer.bias_of_logits if is_logit else layer.bias_of_choice
+    value = NO_LOGIT if is_logit else -MARGIN
+    if bias is not None:
+        if not is_logit:
+            # Below all elements of the bias, which are added to scores, where they can be read.
+            values = ctx.read(bias.weight or Source(bias.name, bias.type))
+            value = NO_LOGIT if values is None else floor(min(0.0, float(values.min()))) - MARGIN
+        return layer, bias, value
+    axis, route = layer.router.type[EXPERT], layer.route
+    bias = graph.param(
+        graph.fresh(f"{layer.router.name.removesuffix('.weight')}.bias"),
+        layer.router.type.with_axes([axis]),
+        Full(0.0, TensorType(F32, (axis,))),
+        loc=layer.name,
+    )
+    builder = Builder(graph, loc=route.loc, origin="resize", before=route)
+    if is_logit:
+        rerouted = builder.clone(route, builder.add(route.operands[0], bias), *route.operands[1:])
+    else:
+        rerouted = builder.clone(route, *route.operands, bias, using=("bias",))
+    for before, after in zip(route.results, rerouted.results, strict=True):
         before.replace_by(after)
-    old.erase()
-    found = of_layer(replace(layer.layer, route=made))
-    assert isinstance(found, Anatomy), "it could be built anew before"
-    return found
+    route.erase()
+    changed = of_layer(replace(layer.layer, route=rerouted))
+    assert isinstance(changed, Anatomy), "it could be built anew before"
+    return changed, bias, value
 
 
 # Builds a routed layer anew: with other experts, or as one dense block.
@@ -348,24 +325,21 @@ def resize(
             parts = [scaled(weight, bias_factor) for weight in parts]
         if dormant is not None:
             parts = dormant.changed(param, part.is_last(param), parts)
-        sizes = [Axis(a.name, len(parts) if a.name == EXPERT else a.size) for a in param.type]
-        position = param.type.names.index(EXPERT)
-        weight = Stack(tuple(parts), EXPERT, position)
-        image[param] = _replacement(graph, param, sizes, weight)
         count = len(parts)
-    attrs = {node: _resized(node, count) for node in part.nodes}
-    attrs[part.route] = {"top_k": top_k}
-    attrs[part.layer.assigner] = {"experts": count}
-    output = _emit(_builder(graph, part), part.nodes, image, attrs)[part.layer.combine.result]
-    _take_place(graph, part, output)
-
-
-def _resized(node: Node, count: int) -> Mapping[str, object]:
-    """Return the axes that a node makes, if an attribute names them; experts are `count` there."""
-    into = node.attrs.get("into")
-    if not isinstance(into, tuple):
-        return {}
-    return {"into": tuple((name, count if name == EXPERT else size) for name, size in into)}
+        axes = [Axis(a.name, count if a.name == EXPERT else a.size) for a in param.type]
+        weight = Stack(tuple(parts), EXPERT, param.type.names.index(EXPERT))
+        image[param] = _replacement(graph, param, axes, weight)
+    attrs: dict[Node, dict[str, object]] = {
+        part.route: {"top_k": top_k},
+        part.layer.assigner: {"experts": count},
+    }
+    for node in part.nodes:
+        into = node.attrs.get("into")
+        if isinstance(into, tuple):
+            # The attribute names the axes that the node makes.
+            sizes = tuple((name, count if name == EXPERT else size) for name, size in into)
+            attrs.setdefault(node, {"into": sizes})
+    _take_place(graph, part, part.nodes, part.layer.combine.result, image, attrs)
 
 
 def make_dense(graph: Graph, part: Anatomy, weight_of: Callable[[Value, bool], Expr]) -> None:
@@ -384,13 +358,7 @@ def make_dense(graph: Graph, part: Anatomy, weight_of: Callable[[Value, bool], E
             continue
         weight = weight_of(param, part.is_last(param))
         image[param] = _replacement(graph, param, list(weight.type), weight)
-    made = _emit(_builder(graph, part), part.body, image, {})
-    _take_place(graph, part, made[part.layer.combine.operands[0]])
-
-
-def _builder(graph: Graph, part: Anatomy) -> Builder:
-    loc = part.layer.combine.loc
-    return Builder(graph, loc=loc, origin="resize", before=part.layer.combine)
+    _take_place(graph, part, part.body, part.layer.combine.operands[0], image, {})
 
 
 def _replacement(graph: Graph, param: Value, axes: Sequence[Axis], weight: Expr) -> Value:
@@ -400,25 +368,24 @@ def _replacement(graph: Graph, param: Value, axes: Sequence[Axis], weight: Expr)
     return graph.param(name, param.type.with_axes(list(axes)), weight, loc=param.loc)
 
 
-def _emit(
-    builder: Builder,
+def _take_place(
+    graph: Graph,
+    part: Anatomy,
     nodes: Sequence[Node],
+    output: Value,
     image: dict[Value, Value],
     attrs: Mapping[Node, Mapping[str, object]],
-) -> dict[Value, Value]:
-    """Emit `nodes` again on the images of their operands, some with other attributes."""
+) -> None:
+    """Emit `nodes` again on the images of their operands; `output` replaces that of the layer."""
+    builder = Builder(graph, origin="resize", before=part.layer.combine)
     for node in nodes:
         builder.loc = node.loc
         operands = (image.get(v, v) for v in node.operands)
         names = tuple(v.name for v in node.results)
         changed = {**node.attrs, **attrs.get(node, {})}
-        made = builder.node(node.op.name, *operands, names=names, **changed)
-        image.update(zip(node.results, made.results, strict=True))
-    return image
-
-
-def _take_place(graph: Graph, part: Anatomy, output: Value) -> None:
-    part.layer.combine.result.replace_by(output)
+        copy = builder.node(node.op.name, *operands, names=names, **changed)
+        image.update(zip(node.results, copy.results, strict=True))
+    part.layer.combine.result.replace_by(image[output])
     for node in reversed(part.nodes):
         node.erase()
     for param in part.params:
@@ -449,8 +416,8 @@ def statistic(layer: Anatomy, name: str, ctx: Context) -> Doubles | None:
     if name == "experts.result":
         axes.append(Axis("embed", _embed(layer)))
     type = TensorType(F32, tuple(axes))
-    found = ctx.read(Source(name_in(STATISTICS, f"{layer.name}.{name}"), type))
-    return None if found is None else found.astype(np.float64)
+    values = ctx.read(Source(name_in(STATISTICS, f"{layer.name}.{name}"), type))
+    return None if values is None else values.astype(np.float64)
 
 
 def unread(layer: Anatomy, name: str, ctx: Context) -> Iterator[Problem]:
@@ -491,8 +458,8 @@ def alike(results: Doubles, size: int) -> list[tuple[int, ...]]:
         group = _nearest_pair(results, left) if len(left) > 1 else list(left)
         while len(group) < size:
             mean = results[group].mean(0)
-            rest = [number for number in left if number not in group]
-            group.append(min(rest, key=lambda n: float(np.sum((results[n] - mean) ** 2))))
+            ungrouped = [number for number in left if number not in group]
+            group.append(min(ungrouped, key=lambda n: float(np.sum((results[n] - mean) ** 2))))
         groups.append(tuple(sorted(group)))
         left = [number for number in left if number not in group]
     return sorted(groups)

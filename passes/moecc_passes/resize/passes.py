@@ -1,0 +1,509 @@
+"""The passes on the experts of routed layers: grow, zero-experts, merge, prune, to-dense."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import reduce
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+
+from moecc.errors import InputError, Problem
+from moecc.ir.attributes import ProductAttrs
+from moecc.ir.conventions import convention
+from moecc.ir.graph import Graph, Value
+from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark, weakest
+from moecc.rewrite.driver import may_rewrite
+from moecc.weights.arithmetic import Add
+from moecc.weights.draws import derive_key
+from moecc.weights.expr import Expr, Full
+from moecc.weights.movement import Concat
+from moecc_passes.resize.layer import (
+    BIAS_DOC,
+    Anatomy,
+    BiasChoice,
+    Dormant,
+    alike,
+    anatomies,
+    bias_kind,
+    expert_numbers,
+    largest,
+    make_dense,
+    mean,
+    members,
+    not_dormant,
+    resize,
+    scaled,
+    statistic,
+    unread,
+    with_bias,
+)
+from moecc_passes.routed import NOTHING_ROUTED
+
+
+@dataclass(frozen=True)
+class ResizePass(Pass):
+    """Base of the passes that build every routed layer anew."""
+
+    must_match: ClassVar[bool] = True
+
+    @abstractmethod
+    def problems(self, layer: Anatomy, ctx: Context) -> Iterator[Problem]:
+        """Yield why a layer cannot be changed."""
+
+    @abstractmethod
+    def build(self, graph: Graph, layer: Anatomy, ctx: Context) -> str:
+        """Build a layer anew, and return a remark."""
+
+    def promise(self, layer: Anatomy, ctx: Context) -> Preserves:
+        """Return the promise for a layer, before it is changed."""
+        return self.preserves
+
+    def apply(self, graph: Graph, ctx: Context) -> PassResult:
+        """Change every routed layer.
+
+        Raises:
+          InputError: a layer does not allow it; all problems at once.
+        """
+        layers = anatomies(graph)
+        problems = [problem for layer in layers for problem in self.problems(layer, ctx)]
+        if problems:
+            raise InputError(list(dict.fromkeys(problems)))
+        promises = [self.promise(layer, ctx) for layer in layers]
+        for layer in layers:
+            if not may_rewrite(self.name, layer.name):
+                break
+            ctx.remark(Remark(layer.name, self.build(graph, layer, ctx)))
+        result = PassResult(bool(layers), len(layers), {"layers": len(layers)})
+        result.near_misses = [] if layers else [NOTHING_ROUTED]
+        result.preserves = weakest(dict.fromkeys(promises)) if promises else None
+        return result
+
+
+def _missing(layer: Anatomy, numbers: tuple[int, ...]) -> Iterator[Problem]:
+    """Yield the problem that a layer has not all experts that are listed."""
+    beyond = [number for number in numbers if number >= layer.experts]
+    if beyond:
+        expected, text = f"0 to {layer.experts - 1}", ", ".join(map(str, beyond))
+        yield Problem("there are no such experts", layer.name, expected, text)
+
+
+def _listed(text: str) -> tuple[int, ...]:
+    numbers = expert_numbers(text)
+    assert not isinstance(numbers, Problem), "validated"
+    return numbers
+
+
+@dataclass(frozen=True)
+class GrowPass(ResizePass):
+    """Store every expert `times` times, and let a token go to `times` as many.
+
+    Copies have equal rows in the router, so that the chosen ones are all copies of those that were
+    chosen before, ties included, because copies are neighbours.
+
+    Before::
+
+        %e, %g = route %l {top_k=2} : i32[…, choice=2], f32[…, choice=2]    # of 8 experts
+
+    After ``grow{times=2}``::
+
+        %e, %g = route %l {top_k=4} : i32[…, choice=4], f32[…, choice=4]    # of 16 experts
+
+    After ``grow{times=2 chosen=same}``, where a bias keeps every second copy from being chosen::
+
+        %e, %g = route %l, %b {top_k=2 using=(bias)} : i32[…, choice=2], f32[…, choice=2]
+    """
+
+    name: ClassVar[str] = "grow"
+    summary: ClassVar[str] = "store every expert several times, and choose as many more"
+
+    times: Annotated[int, "how often every expert is stored"] = 2
+    chosen: Annotated[
+        Literal["all", "same"],
+        "how many a token goes to: as many more; or the same, and a bias keeps the copies from "
+        "being chosen until training raises it",
+    ] = "all"
+    bias: Annotated[BiasChoice, f"chosen=same: {BIAS_DOC}"] = "auto"
+
+    @property
+    def preserves(self) -> Preserves:
+        """The same function, for any router."""
+        return Preserves("reassociation")
+
+    def validate(self) -> list[Problem]:
+        """Return the problems of the options."""
+        problems = []
+        if self.times < 2:
+            problems.append(Problem("nothing grows", "times", "2 or more", str(self.times)))
+        if self.bias != "auto" and self.chosen == "all":
+            what = "no bias is needed where all copies are chosen"
+            problems.append(Problem(what, "bias", "auto", self.bias, "chosen=same"))
+        return problems
+
+    def problems(self, layer: Anatomy, ctx: Context) -> Iterator[Problem]:
+        """Yield why a layer cannot grow."""
+        if self.chosen == "same":
+            yield from not_dormant(layer, self.bias)
+            return
+        row, slots = convention(layer.attrs.gates), layer.layer.assignment.slots
+        if row.max_top_k is not None or not row.equal_for_equal_logits:
+            yield Problem(f"{row.name} gates do not divide among copies", layer.name)
+        if slots != "ragged":
+            yield Problem(
+                "copies drop other choices than one expert did", layer.name, "slots=ragged",
+                f"slots={slots}", "specialize{dropless=true} removes the capacity",
+            )  # fmt: skip
+
+    def build(self, graph: Graph, layer: Anatomy, ctx: Context) -> str:
+        """Store every expert several times."""
+        top_k, factor, dormant = layer.attrs.top_k, 1.0, None
+        if self.chosen == "all":
+            # Copies share a probability, and have a sigmoid each.
+            row = convention(layer.attrs.gates)
+            top_k *= self.times
+            factor = 1.0 if row.renormalised or row.score == "softmax" else 1 / self.times
+        else:
+            layer, param, value = with_bias(graph, layer, ctx, self.bias)
+            copies = [n for n in range(layer.experts * self.times) if n % self.times]
+            dormant = Dormant(copies, param, value, zero=False)
+        resize(
+            graph,
+            layer,
+            lambda parts: [part for part in parts for _ in range(self.times)],
+            top_k,
+            factor,
+            layer.bias_factor(self.times),
+            dormant,
+        )
+        return f"{layer.experts} experts became {layer.experts * self.times}"
+
+
+@dataclass(frozen=True)
+class ZeroExpertsPass(ResizePass):
+    """Add experts whose last matrix is zero, and a bias that keeps them from being chosen.
+
+    Their other matrices and their rows of the router are copies, so that they learn once they are
+    chosen.  A token that goes to one then costs as much, and gets nothing (LongCat, arXiv
+    2509.01322, has such experts without matrices).
+
+    Before::
+
+        %e, %g = route %l {top_k=2} : i32[…, choice=2], f32[…, choice=2]    # of 8 experts
+
+    After ``zero-experts{count=4}``::
+
+        %e, %g = route %l, %b {top_k=2 using=(bias)} : …    # of 12 experts, %b is -2 of the last 4
+    """
+
+    name: ClassVar[str] = "zero-experts"
+    summary: ClassVar[str] = "add experts that add nothing, kept from being chosen by a bias"
+
+    count: Annotated[int, "how many are added to each layer"] = 1
+    bias: Annotated[BiasChoice, BIAS_DOC] = "auto"
+
+    @property
+    def preserves(self) -> Preserves:
+        """The same function, for any router; `promise` refines it where a bias weighs already."""
+        return Preserves("reassociation")
+
+    def validate(self) -> list[Problem]:
+        """Return the problems of the options."""
+        if self.count >= 1:
+            return []
+        return [Problem("no expert is added", "count", "1 or more", str(self.count))]
+
+    def problems(self, layer: Anatomy, ctx: Context) -> Iterator[Problem]:
+        """Yield why a layer cannot have experts that are never chosen."""
+        yield from not_dormant(layer, self.bias)
+
+    def promise(self, layer: Anatomy, ctx: Context) -> Preserves:
+        """A bias is added to probabilities, which more experts make smaller: alike, or unlike."""
+        weighs = layer.bias_of_choice is not None and bias_kind(layer, self.bias) == "choice"
+        is_softmax = convention(layer.attrs.gates).score == "softmax"
+        if weighs and is_softmax and self.count % layer.experts:
+            return Preserves("approximate", "probabilities that a bias is added to shrink")
+        return self.preserves
+
+    def build(self, graph: Graph, layer: Anatomy, ctx: Context) -> str:
+        """Add the experts."""
+        layer, param, value = with_bias(graph, layer, ctx, self.bias)
+        total = layer.experts + self.count
+        numbers = range(layer.experts, total)
+        resize(
+            graph,
+            layer,
+            lambda parts: parts + [parts[number % len(parts)] for number in numbers],
+            layer.attrs.top_k,
+            bias_factor=layer.bias_factor(total / layer.experts),
+            dormant=Dormant(numbers, param, value, zero=True),
+        )
+        return f"{self.count} of {total} experts {'adds' if self.count == 1 else 'add'} nothing"
+
+
+@dataclass(frozen=True)
+class MergePass(ResizePass):
+    """Replace every `size` experts by the mean of their weights and router rows.
+
+    With neighbours this undoes ``grow``: where they are copies with equal rows, and tokens go to
+    whole groups, the function stays, and the tensors are bit for bit those before ``grow``.
+
+    Before::
+
+        %e, %g = route %l {top_k=4} : i32[…, choice=4], f32[…, choice=4]    # of 16 experts
+
+    After ``merge{size=2}``::
+
+        %e, %g = route %l {top_k=2} : i32[…, choice=2], f32[…, choice=2]    # of 8 experts
+    """
+
+    name: ClassVar[str] = "merge"
+    summary: ClassVar[str] = "replace every few experts by their mean"
+
+    size: Annotated[int, "how many experts become one"] = 2
+    by: Annotated[
+        Literal["number", "result"],
+        "which: neighbours; or, from convert --capture, those whose mean results are alike",
+    ] = "number"
+
+    @property
+    def preserves(self) -> Preserves:
+        """The promise for experts that differ; `promise` refines it where they are copies."""
+        return Preserves("approximate", f"means of {self.size} experts")
+
+    def validate(self) -> list[Problem]:
+        """Return the problems of the options."""
+        if self.size >= 2:
+            return []
+        return [Problem("nothing is merged", "size", "2 or more", str(self.size))]
+
+    def problems(self, layer: Anatomy, ctx: Context) -> Iterator[Problem]:
+        """Yield why the experts do not divide into groups."""
+        if self.by == "result":
+            yield from unread(layer, "experts.result", ctx)
+        if layer.experts % self.size:
+            expected = f"a divisor of {layer.experts}"
+            what = "the experts do not divide into groups"
+            yield Problem(what, layer.name, expected, f"size={self.size}")
+        elif layer.experts == self.size:
+            yield Problem("one expert is no mixture", layer.name, hint="to-dense{how=mean}")
+
+    def groups(self, layer: Anatomy, ctx: Context) -> list[tuple[int, ...]]:
+        """Return the experts that become one, by their numbers."""
+        results = statistic(layer, "experts.result", ctx) if self.by == "result" else None
+        if results is not None:
+            return alike(results, self.size)
+        numbers = range(layer.experts)
+        return [tuple(numbers[at : at + self.size]) for at in numbers[:: self.size]]
+
+    def promise(self, layer: Anatomy, ctx: Context) -> Preserves:
+        """Return ``reassociation`` where the merged experts are copies, chosen together."""
+        row = convention(layer.attrs.gates)
+        are_equal = all(
+            len({weights[number] for number in group}) == 1
+            for weights in map(members, layer.params)
+            for group in self.groups(layer, ctx)
+        )
+        divides = layer.attrs.top_k % self.size == 0 and layer.layer.assignment.slots == "ragged"
+        if are_equal and divides and row.equal_for_equal_logits and row.max_top_k is None:
+            return Preserves("reassociation")
+        return self.preserves
+
+    def build(self, graph: Graph, layer: Anatomy, ctx: Context) -> str:
+        """Merge the experts of each group."""
+        row, groups = convention(layer.attrs.gates), self.groups(layer, ctx)
+        top_k = max(layer.attrs.top_k // self.size, 1)
+        resize(
+            graph,
+            layer,
+            lambda parts: [mean([parts[number] for number in group]) for group in groups],
+            top_k,
+            1.0 if row.renormalised or row.score == "softmax" else float(self.size),
+            layer.bias_factor(1 / self.size),
+        )
+        return f"{layer.experts} experts became {layer.experts // self.size}, top-{top_k}"
+
+
+@dataclass(frozen=True)
+class PrunePass(ResizePass):
+    """Keep some experts of every routed layer, with their rows of the router.
+
+    Before::
+
+        %e, %g = route %l {top_k=2} : i32[…, choice=2], f32[…, choice=2]    # of 8 experts
+
+    After ``prune{keep=6}``::
+
+        %e, %g = route %l {top_k=2} : i32[…, choice=2], f32[…, choice=2]    # of 6 experts
+
+    A token that chose none of the others has the result that it had, under renormalised gates.
+    """
+
+    name: ClassVar[str] = "prune"
+    summary: ClassVar[str] = "remove some of the experts"
+
+    keep: Annotated[int, "how many experts of a layer stay"] = 4
+    experts: Annotated[
+        str, "which: numbers 0,2,5 for all layers; empty: as by says, for each layer"
+    ] = ""
+    by: Annotated[
+        Literal["draw", "saliency", "share"],
+        "which stay: drawn by the seed; or, from convert --capture, those of the largest mean of "
+        "gate times norm of the result (REAP), or that most choices went to",
+    ] = "draw"
+
+    @property
+    def preserves(self) -> Preserves:
+        """What is lost depends on how often the others were chosen."""
+        return Preserves("approximate", "tokens that chose an expert that is gone choose others")
+
+    def validate(self) -> list[Problem]:
+        """Return the problems of the options."""
+        problems = []
+        if self.keep < 2:
+            what, expected = "one expert is no mixture", "2 or more"
+            problems.append(Problem(what, "keep", expected, str(self.keep), "to-dense"))
+        numbers = expert_numbers(self.experts)
+        if isinstance(numbers, Problem):
+            return [*problems, numbers]
+        if numbers and self.by != "draw":
+            problems.append(Problem("the experts are listed", "by", "the default", self.by))
+        if numbers and len(numbers) != self.keep:
+            what, expected = "another number of experts is listed", f"{self.keep} numbers"
+            problems.append(Problem(what, "experts", expected, f"{len(numbers)}"))
+        return problems
+
+    def problems(self, layer: Anatomy, ctx: Context) -> Iterator[Problem]:
+        """Yield why a layer cannot keep these experts."""
+        if self.by != "draw":
+            yield from unread(layer, f"experts.{self.by}", ctx)
+        top_k = layer.attrs.top_k
+        if not top_k <= self.keep <= layer.experts:
+            what, expected = "a layer cannot keep that many experts", f"top-k {top_k} to"
+            expected = f"{expected} {layer.experts}"
+            yield Problem(what, layer.name, expected, f"keep={self.keep}")
+        yield from _missing(layer, _listed(self.experts))
+
+    def build(self, graph: Graph, layer: Anatomy, ctx: Context) -> str:
+        """Remove the experts that are not kept."""
+        numbers = _listed(self.experts)
+        if not numbers:
+            values = None if self.by == "draw" else statistic(layer, f"experts.{self.by}", ctx)
+            if values is not None:
+                numbers = largest(values, self.keep)
+            else:
+                key = derive_key(ctx.seed, f"{layer.name}/prune")
+                order = np.random.default_rng(key).permutation(layer.experts)
+                numbers = tuple(sorted(order[: self.keep].tolist()))
+        resize(graph, layer, lambda parts: [parts[n] for n in numbers], layer.attrs.top_k)
+        return f"kept experts {', '.join(map(str, numbers))}"
+
+
+@dataclass(frozen=True)
+class ToDensePass(ResizePass):
+    """Replace every routed layer by one dense block, made of some of its experts.
+
+    Before::
+
+        %e, %g = route %l {top_k=2} : …
+        %y = combine %o, %e, %s, %g : f32[batch=B, seq=S, embed=576]        # of 8 experts
+
+    After ``to-dense{how=mean}``::
+
+        %y = contract %m, %down {over=mlp} : f32[batch=B, seq=S, embed=576]
+
+    With ``concat`` the block has the neurons of all, which share the gates' sum; those of a virtual
+    group are the dense block that they were cut from.
+    """
+
+    name: ClassVar[str] = "to-dense"
+    summary: ClassVar[str] = "make one dense block of the experts of a layer"
+
+    how: Annotated[
+        Literal["first", "mean", "concat"],
+        "first: one expert; mean: of the weights; concat: a block with the neurons of all",
+    ] = "first"
+    experts: Annotated[str, "which experts: 0,2,5; empty: all, or with first number 0"] = ""
+
+    @property
+    def preserves(self) -> Preserves:
+        """The promise for experts that differ; `promise` refines it where they are copies."""
+        return Preserves("approximate", f"one dense block in place of experts (how={self.how})")
+
+    def validate(self) -> list[Problem]:
+        """Return the problems of the options."""
+        numbers = expert_numbers(self.experts)
+        if isinstance(numbers, Problem):
+            return [numbers]
+        if self.how == "first" and len(numbers) > 1:
+            return [Problem("one expert is kept", "experts", "one number", self.experts)]
+        return []
+
+    def problems(self, layer: Anatomy, ctx: Context) -> Iterator[Problem]:
+        """Yield the problem that a layer does not have the experts."""
+        yield from _missing(layer, self.chosen(layer))
+
+    def chosen(self, layer: Anatomy) -> tuple[int, ...]:
+        """Return the numbers of the experts that the block is made of."""
+        default = (0,) if self.how == "first" else tuple(range(layer.experts))
+        return _listed(self.experts) or default
+
+    def promise(self, layer: Anatomy, ctx: Context) -> Preserves:
+        """Return ``reassociation`` where the block is what every choice adds up to."""
+        row, attrs, chosen = convention(layer.attrs.gates), layer.attrs, self.chosen(layer)
+        size = len(chosen) if self.how == "concat" else 1
+        rows = members(layer.router)
+        is_zero = all(isinstance(row, Full) and row.value == 0 for row in rows)
+        is_constant = row.sum_is_constant(layer.experts, attrs.top_k) or is_zero
+        if not is_constant or layer.layer.assignment.slots != "ragged" or layer.experts % size:
+            return self.preserves
+
+        def repeats(count: int) -> bool:
+            """Return whether experts are copies of the first `count`, in their order."""
+            params = (p for p in layer.params if not p.users.keys().isdisjoint(layer.body))
+            weights = map(members, params)
+            return all(
+                part is parts[n % count] for parts in weights for n, part in enumerate(parts)
+            )
+
+        # Tokens choose whole groups of neighbours: every expert, or groups with equal rows.
+        groups = [rows[at : at + size] for at in range(0, len(rows), size)]
+        are_alike = attrs.top_k % size == 0 and all(len(set(group)) == 1 for group in groups)
+        every = attrs.top_k == layer.experts and is_zero
+        is_first = chosen == tuple(range(size)) and row.equal_for_equal_logits
+        by_groups = size == 1 or (is_first and (are_alike or every))
+        if (by_groups and repeats(size)) or repeats(1):
+            return Preserves("reassociation")
+        return self.preserves
+
+    def build(self, graph: Graph, layer: Anatomy, ctx: Context) -> str:
+        """Replace the experts by the dense block."""
+        attrs, chosen = layer.attrs, self.chosen(layer)
+        # Where the sum of a token's gates is not constant, that of a zero router.
+        row = convention(attrs.gates)
+        total = row.zero_router_sum(layer.experts, attrs.top_k) * attrs.scale
+
+        def weight_of(param: Value, is_last: bool) -> Expr:
+            weights = members(param)
+            parts = [weights[number] for number in chosen]
+            if self.how != "concat":
+                return scaled(mean(parts), total if is_last else 1.0)
+            share, inner = total / len(parts), _inner_axis(param, is_last)
+            if inner is not None:
+                return scaled(Concat(tuple(parts), inner), share if is_last else 1.0)
+            return scaled(reduce(Add, parts), share)
+
+        make_dense(graph, layer, weight_of)
+        return f"{layer.experts} experts became one dense block"
+
+
+def _inner_axis(param: Value, is_last: bool) -> str | None:
+    """Return the axis of a parameter that numbers neurons; None for a bias after the block."""
+    products = [node for node in param.users if node.op.is_product]
+    if not products:
+        return None if is_last else param.type.names[-1]
+    over = ProductAttrs.of_node(products[0]).over
+    names = [name for name in param.type.names if name != "expert"]
+    summed = [name for name in names if name in over]
+    return summed[0] if is_last else next(name for name in names if name not in summed)
