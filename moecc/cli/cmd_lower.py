@@ -30,8 +30,7 @@ class LowerRequest:
         str,
         typer.Option(
             "--dispatch",
-            help="auto, or one for all: scan, einsum, gather, grouped, blocks, ragged_dot, "
-            "gathered, used.",
+            help="auto, or one for all: gather, grouped, blocks, ragged_dot, gathered, used.",
         ),
     ] = "auto"
     platform: Annotated[

@@ -60,7 +60,7 @@ def test_the_platform_and_the_dispatch_show(moecc: Callable, layer: Callable) ->
     assert "ragged_dot" in on_tpu
     assert "stablehlo.while" in on_cpu
     assert "ragged_dot" not in on_cpu
-    dense = moecc("lower", layer(), "--emit", "jaxpr", "--dispatch", "scan", "--seq", "32").out
+    dense = moecc("lower", layer(), "--emit", "jaxpr", "--dispatch", "used", "--seq", "32").out
     assert "length=4" in dense
 
 
@@ -92,7 +92,7 @@ def test_a_whole_model_from_a_folder_and_into_a_file(
         (["--seq", "many"], 2, "--seq"),
         (["--emit", "hlo", "--platform", "tpu"], 4, "--emit stablehlo"),
         (["--dispatch", "gather"], 1, "sets no capacity"),
-        (["--dispatch", "einsum"], 1, "auto, scan, grouped, blocks, ragged_dot, gathered"),
+        (["--dispatch", "gather"], 1, "auto, grouped, blocks, ragged_dot, gathered"),
         (["--weights", "nowhere"], 1, "nowhere"),
     ],
 )

@@ -20,10 +20,10 @@ from jax.typing import DTypeLike
 
 from moecc.ir.graph import Node, Value
 from moecc.ir.traits import RowMove
-from moecc_backends.xla.dispatch.all_experts import sliced_by_expert
 from moecc_backends.xla.dispatch.flat import Permutation, tokens_to_rows
 from moecc_backends.xla.dispatch.parts import Parts, ends_in_product, parts_of
 from moecc_backends.xla.dispatch.sorted_rows import Deferral, Matrices, SortedRows, flat_matmul
+from moecc_backends.xla.dispatch.used_experts import sliced_by_expert
 from moecc_backends.xla.kernels.grouped_matmul import (
     block_product,
     cover_blocks,

@@ -19,26 +19,35 @@ Move = Callable[[jax.Array], jax.Array]
 
 def tokens_to_slots(routing: Routing, x: Named, move: Move) -> Named:
     """Return slots, which `move` makes ``[expert * group * slot, width]`` of tokens."""
-    tokens, rest, inner = _flat_tokens(routing, x)
-    return Named(move(tokens).reshape(*routing.slot_shape, *inner), (*SLOT_AXES, *rest))
+    tokens, inner, sizes = flat_tokens(routing, x)
+    return Named(move(tokens).reshape(*routing.slot_shape, *sizes), (*SLOT_AXES, *inner))
 
 
 def slots_to_tokens(routing: Routing, slots: Named, move: Move) -> Named:
     """Return tokens, which `move` makes ``[tokens, width]`` of slots."""
-    rest = tuple(a for a in slots.axes if a not in SLOT_AXES)
-    array = slots.to((*SLOT_AXES, *rest)).array
-    return _tokens(routing, array.reshape(prod(array.shape[:3]), *array.shape[3:]), rest, move)
+    inner = tuple(a for a in slots.axes if a not in SLOT_AXES)
+    array = slots.to((*SLOT_AXES, *inner)).array
+    return _tokens(routing, array.reshape(prod(array.shape[:3]), *array.shape[3:]), inner, move)
 
 
 def tokens_to_rows(layout: RowLayout, x: Named, move: Move) -> Rows:
     """Return rows of `layout`, which `move` makes ``[rows, width]`` of tokens."""
-    tokens, rest, inner = _flat_tokens(layout.routing, x)
-    return Rows(move(tokens).reshape(-1, *inner), rest, layout)
+    tokens, inner, sizes = flat_tokens(layout.routing, x)
+    return Rows(move(tokens).reshape(-1, *sizes), inner, layout)
 
 
 def rows_to_tokens(routing: Routing, rows: Rows, move: Move) -> Named:
     """Return tokens, which `move` makes ``[tokens, width]`` of rows."""
     return _tokens(routing, rows.array, rows.axes, move)
+
+
+def _tokens(routing: Routing, rows: jax.Array, inner: tuple[str, ...], move: Move) -> Named:
+    axes, sizes = (*routing.tokens, *inner), rows.shape[1:]
+    shape = (*routing.token_sizes, *sizes)
+    if not routing.num_tokens:
+        # From no rows at all nothing can be gathered.
+        return Named(jnp.zeros(shape, rows.dtype), axes)
+    return Named(move(rows.reshape(rows.shape[0], prod(sizes))).reshape(shape), axes)
 
 
 def gathered_matmul(x: Rows, weight: Named, over: tuple[str, ...]) -> Rows:
@@ -51,21 +60,12 @@ def gathered_matmul(x: Rows, weight: Named, over: tuple[str, ...]) -> Rows:
     return x.with_array(product.to(("rows", *inner)).array, inner)
 
 
-def _flat_tokens(routing: Routing, x: Named) -> tuple[jax.Array, tuple[str, ...], tuple[int, ...]]:
+def flat_tokens(routing: Routing, x: Named) -> tuple[jax.Array, tuple[str, ...], tuple[int, ...]]:
     """Return tokens ``[tokens, width]``, and the axes and sizes that the width is made of."""
-    rest = tuple(a for a in x.axes if a not in routing.tokens)
-    source = x.to((*routing.tokens, *rest)).array
-    inner = source.shape[len(routing.tokens) :]
-    return source.reshape(routing.num_tokens, prod(inner)), rest, inner
-
-
-def _tokens(routing: Routing, rows: jax.Array, rest: tuple[str, ...], move: Move) -> Named:
-    axes, inner = (*routing.tokens, *rest), rows.shape[1:]
-    shape = (*routing.token_sizes, *inner)
-    if not routing.num_tokens:
-        # From no rows at all nothing can be gathered.
-        return Named(jnp.zeros(shape, rows.dtype), axes)
-    return Named(move(rows.reshape(rows.shape[0], prod(inner))).reshape(shape), axes)
+    inner = tuple(a for a in x.axes if a not in routing.tokens)
+    source = x.to((*routing.tokens, *inner)).array
+    sizes = source.shape[len(routing.tokens) :]
+    return source.reshape(routing.num_tokens, prod(sizes)), inner, sizes
 
 
 # Which choice has which row: sorted by expert, or in slots under a capacity.

@@ -21,7 +21,7 @@ from moecc.errors import InputError
 from moecc.ir.graph import Node, Value
 from moecc.ir.sharding_rules import Given, sharded_results, space_of
 from moecc.types import TensorType
-from moecc_backends.xla.dispatch.all_experts import sliced_by_expert
+from moecc_backends.xla.dispatch.used_experts import sliced_by_expert
 from moecc_backends.xla.trace.values import DeferredRows, Named, load, store
 
 MOST_BYTES = 4_000_000

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from math import prod
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from moecc_backends.xla.dispatch.flat import (
 )
 from moecc_backends.xla.kernels.grouped_matmul import grouped_matmul_of_parts, repeat_by_group
 from moecc_backends.xla.mesh.all_to_all import ExchangeMap, ExchangeSpec
+from moecc_backends.xla.trace.arrays import with_masked_gradient
 from moecc_backends.xla.trace.routing import Routing
 from moecc_backends.xla.trace.values import (
     Deferred,
@@ -43,22 +45,13 @@ from moecc_backends.xla.trace.values import (
 @jax.custom_vjp
 def permute(tokens: jax.Array, permutation: Permutation) -> jax.Array:
     """Copy ``[tokens, embed]`` into ``[rows, embed]``; rows without a token are zero."""
-    choice = permutation.choice_of_row
-    return _take(tokens, permutation.token_of_row, choice >= 0)
+    return _take(tokens, permutation.token_of_row, permutation.choice_of_row >= 0)
 
 
-def _permute_forward(
-    tokens: jax.Array, permutation: Permutation
-) -> tuple[jax.Array, tuple[Permutation]]:
-    return permute(tokens, permutation), (permutation,)
-
-
-def _permute_backward(residuals: tuple[Permutation], d_rows: jax.Array) -> tuple[jax.Array, None]:
-    (permutation,) = residuals
-    return _sum_choices(d_rows, permutation, None), None
-
-
-permute.defvjp(_permute_forward, _permute_backward)
+permute.defvjp(
+    lambda tokens, permutation: (permute(tokens, permutation), permutation),
+    lambda permutation, d_rows: (_sum_choices(d_rows, permutation, None), None),
+)
 
 
 @jax.custom_vjp
@@ -69,14 +62,14 @@ def permute_choices(values: jax.Array, permutation: Permutation) -> jax.Array:
 
 
 def _permute_choices_backward(
-    residuals: tuple[Permutation], d_rows: jax.Array
+    permutation: Permutation, d_rows: jax.Array
 ) -> tuple[jax.Array, None]:
-    row = residuals[0].row_of_choice
+    row = permutation.row_of_choice
     return jnp.where(row >= 0, jnp.take(d_rows, row, mode="clip"), 0), None
 
 
 permute_choices.defvjp(
-    lambda values, permutation: (permute_choices(values, permutation), (permutation,)),
+    lambda values, permutation: (permute_choices(values, permutation), permutation),
     _permute_choices_backward,
 )
 
@@ -94,16 +87,12 @@ def unpermute_weighted(rows: jax.Array, permutation: Permutation) -> jax.Array:
     return _sum_choices(rows, permutation, None)
 
 
-def _unpermute_weighted_backward(
-    residuals: tuple[Permutation], d_tokens: jax.Array
-) -> tuple[jax.Array, None]:
-    (permutation,) = residuals
-    return _take(d_tokens, permutation.token_of_row, permutation.choice_of_row >= 0), None
-
-
 unpermute_weighted.defvjp(
-    lambda rows, permutation: (unpermute_weighted(rows, permutation), (permutation,)),
-    _unpermute_weighted_backward,
+    lambda rows, permutation: (unpermute_weighted(rows, permutation), permutation),
+    lambda permutation, d_tokens: (
+        _take(d_tokens, permutation.token_of_row, permutation.choice_of_row >= 0),
+        None,
+    ),
 )
 
 
@@ -116,55 +105,50 @@ def unpermute(rows: jax.Array, permutation: Permutation, gates: jax.Array) -> ja
     return _sum_choices(rows, permutation, gates)
 
 
-def _unpermute_forward(
-    rows: jax.Array, permutation: Permutation, gates: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, Permutation, jax.Array]]:
-    return unpermute(rows, permutation, gates), (rows, permutation, gates)
-
-
 def _unpermute_backward(
     residuals: tuple[jax.Array, Permutation, jax.Array], d_tokens: jax.Array
 ) -> tuple[jax.Array, None, jax.Array]:
     rows, permutation, gates = residuals
-    has_row = permutation.choice_of_row >= 0
+    kind, has_row = accumulator(rows.dtype), permutation.choice_of_row >= 0
     gate_of_row = jnp.where(has_row, gates.reshape(-1)[permutation.choice_of_row], 0)
     d_rows = _take(d_tokens, permutation.token_of_row, has_row)
     d_rows = (gate_of_row[:, None] * d_rows).astype(rows.dtype)
-    return d_rows, None, _gate_gradient(rows, permutation, d_tokens).astype(gates.dtype)
+    d_gates = [
+        jnp.sum(term.astype(kind) * d_tokens.astype(kind), axis=-1)
+        for term in _terms(rows, permutation)
+    ]
+    return d_rows, None, jnp.stack(d_gates, axis=-1).astype(gates.dtype)
 
 
-unpermute.defvjp(_unpermute_forward, _unpermute_backward)
+unpermute.defvjp(
+    lambda rows, permutation, gates: (
+        unpermute(rows, permutation, gates),
+        (rows, permutation, gates),
+    ),
+    _unpermute_backward,
+)
 
 
 def _take(values: jax.Array, index: jax.Array, is_valid: jax.Array) -> jax.Array:
     # Clipping costs nothing; the mask, not the clipped index, decides what is read.
-    taken = jnp.take(store(values), index, axis=0, mode="clip")
-    return load(jnp.where(is_valid[:, None], taken, 0), values.dtype)
+    rows = jnp.take(store(values), index, axis=0, mode="clip")
+    return load(jnp.where(is_valid[:, None], rows, 0), values.dtype)
+
+
+def _terms(rows: jax.Array, permutation: Permutation) -> Iterator[jax.Array]:
+    """Yield the rows of the tokens' first choices, of their second ones, and so on."""
+    # One gather a choice, not one of all: XLA fuses the terms of a sum and stores none of them.
+    for choice in range(permutation.row_of_choice.shape[1]):
+        row = permutation.row_of_choice[:, choice]
+        yield _take(rows, row, row >= 0)
 
 
 def _sum_choices(rows: jax.Array, permutation: Permutation, gates: jax.Array | None) -> jax.Array:
-    # One term a choice, not one gather of all: XLA fuses the terms and stores none of them.
     kind = accumulator(rows.dtype)
-
-    def term(choice: int) -> jax.Array:
-        row = permutation.row_of_choice[:, choice]
-        taken = _take(rows, row, row >= 0).astype(kind)
-        return taken if gates is None else taken * gates[:, choice, None].astype(kind)
-
-    terms = map(term, range(permutation.row_of_choice.shape[1]))
+    terms = [term.astype(kind) for term in _terms(rows, permutation)]
+    if gates is not None:
+        terms = [t * gates[:, n, None].astype(kind) for n, t in enumerate(terms)]
     return reduce(jnp.add, terms).astype(rows.dtype)
-
-
-def _gate_gradient(rows: jax.Array, permutation: Permutation, d_tokens: jax.Array) -> jax.Array:
-    kind = accumulator(rows.dtype)
-
-    def column(choice: int) -> jax.Array:
-        row = permutation.row_of_choice[:, choice]
-        taken = _take(rows, row, row >= 0).astype(kind)
-        return jnp.sum(taken * d_tokens.astype(kind), axis=-1)
-
-    columns = map(column, range(permutation.row_of_choice.shape[1]))
-    return jnp.stack(list(columns), axis=-1)
 
 
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, int, DTypeLike], jax.Array]
@@ -176,21 +160,87 @@ fourth argument) is 2; the third argument is the group sizes, the last the type 
 
 
 @dataclass(frozen=True)
-class SortedRows:
-    """The rows of each expert one after the other; what has no slot has no row.
+class PermutedRows:
+    """Rows in the order of the choices: nothing is sorted, and weights are gathered by row.
 
     Attributes:
-      routing: what was routed.
-      kernel: multiplies rows with the weights of their experts.
+      routing: the experts of each token.
       permutation: the map between choices and rows.
+    """
+
+    routing: Routing
+    permutation: Permutation
+
+    @classmethod
+    def unsorted(cls, routing: Routing) -> PermutedRows:
+        """Leave each choice of `routing` where it is."""
+        row = jnp.arange(routing.num_choices, dtype=jnp.int32)
+        if routing.assigned is not None:
+            row = jnp.where(routing.assigned.reshape(-1), row, -1)
+        return cls(routing, Permutation(row, row.reshape(routing.experts.shape)))
+
+    @property
+    def is_used(self) -> jax.Array:
+        """Whether each row has a token: bool ``[rows]``."""
+        return self.permutation.choice_of_row >= 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is certain that every row has a token."""
+        return self.routing.assigned is None
+
+    @property
+    def row_experts(self) -> jax.Array:
+        """The expert of each row; any expert where the row has no token."""
+        experts = self.routing.experts.reshape(-1)
+        return experts if self.is_full else jnp.where(self.is_used, experts, 0)
+
+    @property
+    def row_groups(self) -> jax.Array:
+        """The group of the token of each row; the first where the row has none."""
+        return self.routing.row_groups(self.permutation.token_of_row)
+
+    def by_expert(self, values: jax.Array) -> jax.Array:
+        """Gather the entry of each row's expert."""
+        picked = jnp.take(values, self.row_experts, axis=0, mode="clip")
+        return picked if self.is_full else with_masked_gradient(picked, self.is_used)
+
+    def permute(self, x: Named) -> Rows:
+        """Gather rows from tokens, forward and backward."""
+        return tokens_to_rows(self, x, lambda tokens: permute(tokens, self.permutation))
+
+    def permute_gates(self, gates: jax.Array) -> Rows:
+        """Gather the gates of rows from those of choices."""
+        return Rows(permute_choices(gates, self.permutation), (), self)
+
+    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array | None) -> Named:
+        """Gather the rows of each token, forward and backward."""
+        assert isinstance(rows, Rows), "`permute` made rows"
+        return rows_to_tokens(
+            self.routing, rows, lambda flat: sum_rows(flat, self.permutation, gates)
+        )
+
+    def of_experts(self, first: jax.Array | int, count: int) -> PermutedRows:
+        """Return the rows of `count` experts from `first` on; the others stay, unused."""
+        return self.unsorted(self.routing.of_experts(first, count))
+
+    def matmul(self, x: Rows, weight: Named, over: tuple[str, ...], kind: DTypeLike) -> Rows:
+        """Multiply each row with a copy of its expert's weights."""
+        return gathered_matmul(x, weight, over)
+
+
+@dataclass(frozen=True)
+class SortedRows(PermutedRows):
+    """The rows of each expert one after the other; choices without a slot have no row.
+
+    Attributes:
+      kernel: multiplies rows with the weights of their experts.
       group_sizes: i32 ``[experts]``, how many rows each expert has.
       exchange: how rows came from other devices; None where nothing was exchanged.
       sends: how the rows of a round go to other devices; None where all rows go at once.
     """
 
-    routing: Routing
     kernel: Kernel
-    permutation: Permutation
     group_sizes: jax.Array
     exchange: ExchangeRecord | None = None
     sends: tuple[ExchangeMap, ExchangeSpec] | None = None
@@ -208,49 +258,19 @@ class SortedRows:
             permutation = permutation._replace(
                 choice_of_row=permutation.choice_of_row[: routing.num_slots]
             )
-        return cls(routing, kernel, permutation, choices.group_sizes)
-
-    @property
-    def is_used(self) -> jax.Array:
-        """Whether each row has a token: bool ``[rows]``."""
-        return self.permutation.choice_of_row >= 0
-
-    @property
-    def is_full(self) -> bool:
-        """Whether it is certain that every row has a token."""
-        return self.routing.assigned is None
+        return cls(routing, permutation, kernel, choices.group_sizes)
 
     @property
     def row_experts(self) -> jax.Array:
         """The expert of each row; rows that belong to none count to the last expert."""
         ends = jnp.cumsum(self.group_sizes)
         rows = jnp.arange(self.permutation.choice_of_row.size, dtype=ends.dtype)
-        found = jnp.searchsorted(ends, rows, side="right", method="compare_all")
-        return jnp.minimum(found, self.group_sizes.size - 1)
-
-    @property
-    def row_groups(self) -> jax.Array:
-        """The group of the token of each row; the first where the row has none."""
-        return self.routing.row_groups(self.permutation.token_of_row)
+        expert = jnp.searchsorted(ends, rows, side="right", method="compare_all")
+        return jnp.minimum(expert, self.group_sizes.size - 1)
 
     def by_expert(self, values: jax.Array) -> jax.Array:
-        """Repeat what each expert has over its rows."""
+        """Repeat the entry of each expert over its rows."""
         return repeat_by_group(values, self.group_sizes, self.permutation.choice_of_row.size)
-
-    def permute(self, x: Named) -> Rows:
-        """Gather rows from tokens, forward and backward."""
-        return tokens_to_rows(self, x, lambda tokens: permute(tokens, self.permutation))
-
-    def permute_gates(self, gates: jax.Array) -> Rows:
-        """Gather the gates of rows from those of choices."""
-        return Rows(permute_choices(gates, self.permutation), (), self)
-
-    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array | None) -> Named:
-        """Gather the rows of each token, forward and backward."""
-        assert isinstance(rows, Rows), "`permute` made rows"
-        return rows_to_tokens(
-            self.routing, rows, lambda flat: sum_rows(flat, self.permutation, gates)
-        )
 
     def of_experts(self, first: jax.Array | int, count: int) -> SortedRows:
         """Return the rows of `count` experts from `first` on, sorted again."""
@@ -261,8 +281,7 @@ class SortedRows:
 
         def product(flat: jax.Array, matrices: Matrices, axis: int) -> jax.Array:
             # Each row stands for as many as its other axes have entries.
-            times = flat.shape[0] // max(x.array.shape[0], 1)
-            counts = self.group_sizes * times
+            counts = self.group_sizes * (flat.shape[0] // max(x.array.shape[0], 1))
             if isinstance(matrices, tuple):
                 parts = tuple(part.astype(flat.dtype) for part in matrices)
                 return grouped_matmul_of_parts(flat, parts, counts, axis)
@@ -306,44 +325,41 @@ def flat_matmul(
     """
     if "group" in weight.axes or set(weight.axes) & set(x.axes) != set(over):
         return gathered_matmul(x, weight, over)
-    rest = tuple(a for a in weight.axes if a not in over and a != "expert")
-    kept = tuple(a for a in x.axes if a not in over)
-    rows = x.inner().to(("rows", *kept, *over)).array
-    lead, sizes = rows.shape[: 1 + len(kept)], tuple(weight.size(a) for a in rest)
+    outer = tuple(a for a in x.axes if a not in over)
+    columns = tuple(a for a in weight.axes if a not in over and a != "expert")
+    rows = x.inner().to(("rows", *outer, *over)).array
+    lead, sizes = rows.shape[: 1 + len(outer)], tuple(weight.size(a) for a in columns)
     flat = rows.reshape(prod(lead), prod(rows.shape[len(lead) :]))
-    made = product(flat, *_matrices(weight, over, rest))
-    return x.with_array(made.reshape(*lead, *sizes), (*kept, *rest))
+    products = product(flat, *_matrices(weight, over, columns))
+    return x.with_array(products.reshape(*lead, *sizes), (*outer, *columns))
 
 
-def _matrices(weight: Named, over: tuple[str, ...], rest: tuple[str, ...]) -> tuple[Matrices, int]:
+def _matrices(
+    weight: Named, over: tuple[str, ...], columns: tuple[str, ...]
+) -> tuple[Matrices, int]:
     """Return weights as ``[experts, a, b]`` or ``[experts, b, a]``, and the axis of `over`.
 
     Whichever of the two stands last in the checkpoint stays last: nothing is transposed.  Where
     each expert has an array of its own, they are ``[a, b]`` or ``[b, a]``.
     """
     if isinstance(weight, ExpertArrays):
-        # Each is one of several experts, so they all are laid out as one of one expert is.
-        ones = [Named(part[None], weight.axes) for part in weight.parts]
-        made = [_matrices(one, over, rest) for one in ones]
-        return tuple(array[0] for array, _ in made), made[0][1]
+        # Each is one of several experts, so they all are laid out as the stack of one expert is.
+        stacks = [_matrices(Named(part[None], weight.axes), over, columns) for part in weight.parts]
+        return tuple(stack[0] for stack, _ in stacks), stacks[0][1]
     inner_last = weight.axes[-1] in over
-    order = ("expert", *rest, *over) if inner_last else ("expert", *over, *rest)
-    width, out = (prod(weight.size(a) for a in axes) for axes in (over, rest))
+    order = ("expert", *columns, *over) if inner_last else ("expert", *over, *columns)
+    width, out = (prod(weight.size(a) for a in axes) for axes in (over, columns))
     shape = (out, width) if inner_last else (width, out)
     array = weight.to(order).array.reshape(weight.size("expert"), *shape)
     return array, 2 if inner_last else 1
 
 
-# What strategies share whose rows are not made at `dispatch`, but when they are combined.
+# Strategies whose rows are not made at `dispatch`, but when they are combined.
 
 
 @dataclass(frozen=True)
 class Deferral:
-    """A routing whose rows, and what becomes of them, are deferred until `unpermute`.
-
-    Attributes:
-      routing: what was routed.
-    """
+    """A routing whose rows, and what becomes of them, are deferred until `unpermute`."""
 
     routing: Routing
 
@@ -358,3 +374,7 @@ class Deferral:
     def permute_gates(self, gates: jax.Array) -> Deferred:
         """Make nothing yet, as of rows."""
         return self._deferred
+
+    def of_experts(self, first: jax.Array | int, count: int) -> Self:
+        """Return `count` experts from `first` on, for all tokens."""
+        return replace(self, routing=self.routing.of_experts(first, count))

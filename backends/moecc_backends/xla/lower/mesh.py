@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,9 @@ from moecc.ir.mesh import Mesh, mesh_of, nearest_multiple
 from moecc.ir.traits import Collective, Role
 from moecc.sharding.layout import Layout, ShardingSpec, group_spec, param_spec, value_spec
 from moecc.types import F32, DType
-from moecc_backends.xla.dispatch.capacity_slots import GroupSlots
 from moecc_backends.xla.dispatch.choose import check_dispatch
+from moecc_backends.xla.dispatch.flat import Permutation, capacity_permutation, flat_tokens
+from moecc_backends.xla.dispatch.sorted_rows import permute, permute_choices, sum_rows
 from moecc_backends.xla.lower.contract import is_precise, is_precise_param
 from moecc_backends.xla.lower.function import Tree, finalize_output, lower_values
 from moecc_backends.xla.mesh.specs import specs
@@ -31,7 +33,14 @@ from moecc_backends.xla.trace.context import (
     Options,
 )
 from moecc_backends.xla.trace.routing import Routing
-from moecc_backends.xla.trace.values import Deferred, DispatchLayout, Named, Operand
+from moecc_backends.xla.trace.values import (
+    SLOT_AXES,
+    Deferred,
+    DeferredRows,
+    DispatchLayout,
+    Named,
+    Operand,
+)
 
 _TOKEN_AXES = ("batch", "group", "slot")
 """The axes that a parameter never has."""
@@ -119,7 +128,7 @@ class GspmdLowering:
         )
         return Named(_gathered_param(x.array, used, stored), x.axes)
 
-    # --- the shards of token groups, see `GroupShards`
+    # --- the shards of token groups, see `GroupSlots`
 
     def grouped(self, array: jax.Array, groups: int) -> jax.Array:
         """Return ``[tokens, …]`` as ``[group, token, …]``, each group where its tokens are."""
@@ -162,6 +171,76 @@ def _gather_backward(
 
 
 _gathered_param.defvjp(_gather_forward, _gather_backward)
+
+
+# Slots that are filled group by group, for XLA's partitioner (GSPMD).
+#
+# No device looks at another's tokens, and slots are held first to their groups and then to their
+# experts: from these two constraints the partitioner makes one all-to-all (GShard, §3.2), from one
+# of them all-gathers.
+
+_GROUP_MAJOR = ("group", "expert", "slot")
+
+
+@dataclass(frozen=True)
+class GroupSlots:
+    """Slots of each group apart.
+
+    Attributes:
+      routing: the experts and slots of each token, under a capacity.
+      shards: where groups and experts are sharded.
+    """
+
+    routing: Routing
+    shards: GspmdLowering
+
+    @cached_property
+    def permutations(self) -> Permutation:
+        """Choices and rows ``[expert * slot]`` of each group, with the groups as axis in front."""
+        experts, groups, limit = self.routing.slot_shape
+        chosen, slots = (
+            self.shards.grouped(a, groups) for a in (self.routing.experts, self.routing.slots)
+        )
+        return jax.vmap(lambda c, s: capacity_permutation(c, s, experts, limit))(chosen, slots)
+
+    def permute(self, x: Named) -> Named:
+        """Gather the slots of each group from its tokens, and exchange them for the experts'."""
+        tokens, inner, sizes = flat_tokens(self.routing, x)
+        return self._exchanged(permute, tokens, inner, sizes)
+
+    def permute_gates(self, gates: jax.Array) -> Named:
+        """Gather the gates of the slots of each group, and exchange them for the experts'."""
+        return self._exchanged(permute_choices, gates, (), ())
+
+    def _exchanged(
+        self,
+        move: Callable[[jax.Array, Permutation], jax.Array],
+        tokens: jax.Array,
+        inner: tuple[str, ...],
+        sizes: tuple[int, ...],
+    ) -> Named:
+        experts, groups, limit = self.routing.slot_shape
+        rows = jax.vmap(move)(self.shards.grouped(tokens, groups), self.permutations)
+        rows = self.shards.with_groups(rows).reshape(groups, experts, limit, *sizes)
+        slots = self.shards.at_groups(Named(rows, (*_GROUP_MAJOR, *inner)))
+        return self.shards.at_experts(slots).to((*SLOT_AXES, *inner))
+
+    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array | None) -> Named:
+        """Exchange the slots for those of the groups, and gather the slots of each token."""
+        assert isinstance(rows, Named), "slots have axes"
+        routing, groups = self.routing, self.routing.groups
+        inner = tuple(a for a in rows.axes if a not in SLOT_AXES)
+        slots = rows.to((*_GROUP_MAJOR, *inner))
+        back = self.shards.at_groups(self.shards.at_experts(slots)).array
+        sizes = back.shape[3:]
+        flat = back.reshape(groups, prod(back.shape[1:3]), prod(sizes))
+        weights = None if gates is None else self.shards.grouped(gates, groups)
+        tokens = self.shards.with_groups(jax.vmap(sum_rows)(flat, self.permutations, weights))
+        return Named(tokens.reshape(*routing.token_sizes, *sizes), (*routing.tokens, *inner))
+
+    def of_experts(self, first: jax.Array | int, count: int) -> GroupSlots:
+        """Return the slots of `count` experts from `first` on."""
+        return GroupSlots(self.routing.of_experts(first, count), self.shards)
 
 
 # A graph on a mesh as one program: the same for every device, on the shards that each holds.

@@ -1,0 +1,215 @@
+"""The experts that are chosen, one after the other on all tokens: for a step of decoding.
+
+An expert that no token chose is skipped, and each other one is read once and in place: nothing is
+sorted, and no weight is gathered or sliced.  It costs the arithmetic of all tokens at each of these
+experts, which for a few tokens is less than to read the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from moecc.ir.graph import Value
+from moecc.ir.traits import RowMove
+from moecc_backends.xla.dispatch.flat import gathered_matmul, rows_to_tokens, tokens_to_rows
+from moecc_backends.xla.dispatch.sorted_rows import Deferral
+from moecc_backends.xla.trace.arrays import with_masked_gradient, zeroed
+from moecc_backends.xla.trace.context import zeros_like_on_devices
+from moecc_backends.xla.trace.routing import Routing
+from moecc_backends.xla.trace.values import (
+    DeferredRows,
+    ExpertArrays,
+    Named,
+    Operand,
+    Rows,
+    accumulator,
+)
+
+
+@dataclass(frozen=True)
+class OneExpert:
+    """All tokens as the rows of one expert; used are those that chose it.
+
+    Attributes:
+      routing: the experts of each token.
+      expert: the number of the expert.
+    """
+
+    routing: Routing
+    expert: jax.Array
+    is_full = False
+
+    @property
+    def _is_choice(self) -> jax.Array:
+        is_mine = self.routing.experts == self.expert
+        assigned = self.routing.assigned
+        return is_mine if assigned is None else is_mine & assigned
+
+    @property
+    def is_used(self) -> jax.Array:
+        """Whether each token chose this expert and has a slot: bool ``[tokens]``."""
+        return jnp.any(self._is_choice, axis=1)
+
+    @property
+    def row_experts(self) -> jax.Array:
+        """The expert, for each token."""
+        return jnp.broadcast_to(self.expert, (self.routing.num_tokens,))
+
+    @property
+    def row_groups(self) -> jax.Array:
+        """The group of each token."""
+        return self.routing.row_groups(jnp.arange(self.routing.num_tokens, dtype=jnp.int32))
+
+    def by_expert(self, values: jax.Array) -> jax.Array:
+        """Repeat the entry of the expert for each token."""
+        return jnp.take(values, self.row_experts, axis=0, mode="clip")
+
+    def permute(self, x: Named) -> Rows:
+        """Return the tokens as they are; a gradient comes from those that chose the expert."""
+        rows = tokens_to_rows(self, x, lambda tokens: with_masked_gradient(tokens, self.is_used))
+        return replace(rows, are_tokens=True)
+
+    def permute_gates(self, gates: jax.Array) -> Rows:
+        """Return the mean of the gates by which each token chose the expert, or zero."""
+        total = jnp.sum(jnp.where(self._is_choice, gates, 0), axis=1)
+        return Rows(total / jnp.maximum(jnp.sum(self._is_choice, axis=1), 1), (), self)
+
+    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array | None) -> Named:
+        """Weight the rows of those who chose the expert; the result is float32 at least."""
+        assert isinstance(rows, Rows), "`permute` made rows"
+
+        def weighted(flat: jax.Array) -> jax.Array:
+            kind = accumulator(flat.dtype)
+            gate = 1 if gates is None else gates.astype(kind)
+            weight = jnp.sum(jnp.where(self._is_choice, gate, 0).astype(kind), axis=1)
+            return zeroed(flat, self.is_used).astype(kind) * weight[:, None]
+
+        return rows_to_tokens(self.routing, rows, weighted)
+
+    def of_experts(self, first: jax.Array | int, count: int) -> OneExpert:
+        """Return the same expert, as one of `count` from `first` on."""
+        return OneExpert(self.routing.of_experts(first, count), self.expert - first)
+
+    def matmul(self, x: Rows, weight: Named, over: tuple[str, ...], kind: DTypeLike) -> Rows:
+        """Multiply each row with a copy of the weights that it is given."""
+        return gathered_matmul(x, weight, over)
+
+
+def sliced_by_expert(rows: DeferredRows, outside: Mapping[Value, Named]) -> dict[Value, Named]:
+    """Return the operands of deferred rows that have a part for each expert."""
+    dispatched = {v for n in rows.nodes if n.op.moves is RowMove.TO_SLOTS for v in n.operands}
+    return {v: x for v, x in outside.items() if "expert" in x.axes and v not in dispatched}
+
+
+Stack = jax.Array | tuple[jax.Array, ...]
+"""Arrays of all experts: one array ``[expert, …]``, or an array for each."""
+
+
+class _SumOperands(NamedTuple):
+    """All arrays that the sum depends on: a function with its own gradient closes over none.
+
+    Attributes:
+      experts: i32 ``[tokens, choice]``.
+      assigned: which choices have a slot; None if all do.
+      stacks: operands with a part for each expert.
+      shared: operands of all experts.
+      gates: ``[tokens, choice]``; None where rows have weights.
+    """
+
+    experts: jax.Array
+    assigned: jax.Array | None
+    stacks: list[Stack]
+    shared: list[jax.Array]
+    gates: jax.Array | None
+
+
+@dataclass(frozen=True)
+class UsedExperts(Deferral):
+    """A routing whose rows are made expert by expert, for the experts that are used.
+
+    Forward, weights are read where they are, within the branch of an expert.  The gradient of a
+    branch has the shape of all that the branch reads, so where there is one, a branch is given the
+    weights of its expert alone: else gradients of all experts would be added up for each of them.
+    """
+
+    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array | None) -> Named:
+        """Return the sum over the experts that are used of their gated rows."""
+        assert isinstance(rows, DeferredRows), "`permute` makes no rows"
+        outside = rows.outside()
+        stacks = sliced_by_expert(rows, outside)
+        shared = [v for v in outside if v not in stacks]
+        axes: tuple[str, ...] = ()
+
+        def layout_of(operands: _SumOperands, number: int) -> OneExpert:
+            # Which slot it is makes no difference here, and costs a count over all tokens.
+            routing = replace(
+                self.routing,
+                experts=operands.experts,
+                slots=jnp.zeros_like(operands.experts),
+                wanted=operands.assigned,
+                capacity=None,
+            )
+            return OneExpert(routing, jnp.asarray(number, jnp.int32))
+
+        def weighted(number: int, weights: list[jax.Array], operands: _SumOperands) -> jax.Array:
+            nonlocal axes
+            pairs = zip(shared, operands.shared, strict=True)
+            values = {v: Named(a, outside[v].axes) for v, a in pairs}
+            values |= {
+                v: Named(a, axes_of_expert(x))
+                for (v, x), a in zip(stacks.items(), weights, strict=True)
+            }
+            layout = layout_of(operands, number)
+            result = layout.unpermute(rows.make(values, layout), operands.gates)
+            axes = result.axes
+            return result.array
+
+        def total(operands: _SumOperands, *, in_place: bool) -> jax.Array:
+            def weights(number: int) -> list[jax.Array]:
+                return [stack[number] for stack in operands.stacks]
+
+            shape = jax.eval_shape(lambda: weighted(0, weights(0), operands))
+            sums = zeros_like_on_devices(shape)
+            for number in range(self.routing.num_experts):
+                is_used = jnp.any(layout_of(operands, number).is_used)
+
+                def add(
+                    sums: jax.Array, *sliced: list[jax.Array], number: int = number
+                ) -> jax.Array:
+                    own = sliced[0] if sliced else weights(number)
+                    return sums + weighted(number, own, operands)
+
+                sliced = () if in_place else (weights(number),)
+                sums = jax.lax.cond(is_used, add, lambda sums, *_: sums, sums, *sliced)
+            return sums
+
+        operands = _SumOperands(
+            self.routing.experts,
+            self.routing.assigned,
+            [
+                x.parts
+                if isinstance(x, ExpertArrays)
+                else x.to(("expert", *axes_of_expert(x))).array
+                for x in stacks.values()
+            ],
+            [outside[v].array for v in shared],
+            gates,
+        )
+        differentiable = jax.custom_vjp(lambda operands: total(operands, in_place=True))
+        differentiable.defvjp(
+            lambda operands: jax.vjp(lambda o: total(o, in_place=False), operands),
+            lambda pull, cotangent: pull(cotangent),
+        )
+        array = differentiable(operands)
+        return Named(array, axes)
+
+
+def axes_of_expert(x: Named) -> tuple[str, ...]:
+    """Return the axes of an operand without that of the experts."""
+    return tuple(a for a in x.axes if a != "expert")
