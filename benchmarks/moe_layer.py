@@ -21,8 +21,7 @@ turns in another interpreter, while the others wait; without the packages there,
 it has freed, as `moecc train` does; otherwise both take a step's memory from the system anew.
 
 Exit code 1 if a bound does not hold, for the two sizes that are measured by default: dropless 95 %
-forward and 85 % forward + backward, under a capacity 80 %; or if einsum, which is never chosen, is
-faster than gather.
+forward and 85 % forward + backward, under a capacity 80 %.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ PAUSE = 0.02
 DECODING = Case(4, 576, 1536, 8, 2)
 """One step of four sequences: measured, and bound to nothing."""
 
-SLOW = ("einsum", "scan", "ragged_dot", "gathered")
+SLOW = ("ragged_dot", "gathered")
 """Lowerings that multiply or move more than the work asks for."""
 
 MOST_TEMPORARY_BYTES = 8_000_000_000
@@ -183,25 +182,13 @@ class Beside(NamedTuple):
 def broken_bounds(report: dict[str, Any]) -> list[str]:
     """Return the bounds that do not hold; they are for the sizes of `CASES` in float32."""
     judged = report["cases"] if report["dtype"] == "float32" else []
-    return _slower_than_einsum(report) + [
+    return [
         f"{size} {name} {mode}: {found:.1f} %, bound {bound} %"
         for case in judged
         if (size := tuple(case[f] for f in Case._fields)) in CASES
         for mode, bounds in BOUNDS.items()
         for name, bound in bounds.items()
         if name in case["modes"][mode] and (found := case["modes"][mode][name]["percent"]) < bound
-    ]
-
-
-def _slower_than_einsum(report: dict[str, Any]) -> list[str]:
-    """Return where one-hot products beat gathers, which are always chosen."""
-    return [
-        f"{tuple(case[f] for f in Case._fields)} {mode}: einsum is faster than gather"
-        for case in report["cases"]
-        for mode, rows in case["modes"].items()
-        if "einsum" in rows
-        and "capacity" in rows
-        and rows["einsum"]["seconds"] < rows["capacity"]["seconds"]
     ]
 
 

@@ -45,8 +45,6 @@ LOWERINGS = {
     "capacity": ("auto", True),
     "grouped": ("grouped", False),
     "grouped, slots": ("grouped", True),
-    "einsum": ("einsum", True),
-    "scan": ("scan", False),
     "ragged_dot": ("ragged_dot", False),
     "gathered": ("gathered", False),
 }
