@@ -167,7 +167,7 @@ def _write(planned: Plan, request: ConvertRequest, max_shard_bytes: int) -> None
             allow_nonfinite=request.allow_nonfinite, verify=request.verify,
             resume=request.resume, progress=bar,
         )  # fmt: skip
-    kept, total = done.written.kept_bytes, done.written.total_bytes
+    kept, total = done.written.resumed_bytes, done.written.total_bytes
     if request.resume and kept:
         say(f"continued: {kept:,} of {total:,} bytes of weights were complete")
     for text in done.written.spread:

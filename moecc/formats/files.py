@@ -65,6 +65,15 @@ def os_problem(error: OSError, path: Path, doing: str = "read") -> MoeccError:
     return MachineError(f"cannot {doing} the file: {reason}", where=str(path), hint=hint)
 
 
+@contextmanager
+def os_errors(path: Path, doing: str = "read") -> Iterator[None]:
+    """Turn a failed system call on a file into an InputError or MachineError."""
+    try:
+        yield
+    except OSError as error:
+        raise os_problem(error, path, doing) from None
+
+
 def identify(path: Path) -> Identity:
     """Return the identity of a regular file, without opening it.
 

@@ -1,105 +1,113 @@
-"""The output folder of a conversion: checked early, filled under a temporary name, then renamed.
+"""Outputs that appear complete or not at all: a folder, or a GGUF file with its manifest.
 
-The new folder is filled under a temporary name next to its destination and renamed
-when it is complete.  Other processes see the old folder, no folder, or the complete new one.
+``OUT`` is filled as ``.OUT.moecc-partial`` beside it and renamed when it is complete; an old
+output that it replaces is ``.OUT.moecc-old`` between two renames and while it is deleted.  Other
+processes see the old output, none, or the complete new one.  Both folders outlive a process that
+is killed.
+
+An output is committed in this order: its files are synchronised, then its folders, then it is
+renamed to its final name, then the folder of that name is synchronised.  After a loss of power
+the final name is either absent or complete.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moecc.errors import CheckError, InputError, MachineError, MoeccError
-from moecc.formats.disk import (
-    BUSY,
-    WAIT,
-    bytes_of,
-    claimed,
-    disk,
-    is_locked,
-    public_mode,
-    remove,
-    remove_rest,
-    synchronise_folder,
-)
-from moecc.formats.files import os_problem
+from moecc.formats.disk import disk, remove, remove_but, require_removed, synchronise_folder
+from moecc.formats.files import os_errors, os_problem
 from moecc.formats.gguf.storage import FILE_NAME
 from moecc.formats.manifest import MANIFEST_NAME, manifest_beside, read_manifest, weight_file_record
 from moecc.formats.writer import COMMIT_NAME, JOURNAL_NAME, has_journal
 from moecc.support.problems import Problems
 
-# The folders beside an output while it is written, and what a killed conversion left of them.
-#
-# ``OUT`` is filled as ``.OUT.moecc-partial``; an old output that it replaces is ``.OUT.moecc-
-# old``
-# between two renames and while it is deleted.  Both outlive a process that is killed.
-
-
-def partial_of(folder: Path) -> Path:
-    """Return where the output `folder` is filled."""
-    return folder.parent / f".{folder.name}.moecc-partial"
-
-
-def replaced_of(folder: Path) -> Path:
-    """Return where the old output `folder` is until the new one has its place."""
-    return folder.parent / f".{folder.name}.moecc-old"
-
-
-def check_leftovers(
-    folder: Path, out: Path, force: bool, problems: Problems, *, resume: bool = False
-) -> None:
-    """Report a conversion that is running, and without `force` what a killed one left.
-
-    With `resume` a partial output is no problem: it is continued.
-    """
-    partial, old = partial_of(folder), replaced_of(folder)
-    if is_locked(partial):
-        problems.add(BUSY, where=str(out), found=str(partial), hint=WAIT)
-        return
-    if force:
-        return
-    if os.path.lexists(partial) and not resume:
-        goes_on = "--resume continues it, " if has_journal(partial) else ""
-        problems.add(
-            "an earlier conversion was killed and left its partial output behind", where=str(out),
-            found=f"{partial}, {bytes_of(partial):,} bytes",
-            hint=f"{goes_on}--force removes it, and so does moecc clean",
-        )  # fmt: skip
-    if os.path.lexists(old):
-        back = f"; moecc clean {out} brings it back" if not os.path.lexists(folder) else ""
-        problems.add(
-            "an earlier conversion was killed while it replaced this output", where=str(out),
-            found=f"the old output is {old}",
-            hint=f"--force removes it once the new one is complete{back}",
-        )  # fmt: skip
-
-
-def leftover_bytes(folder: Path) -> int:
-    """Return the disk space of what a killed conversion left, which is freed first."""
-    return bytes_of(partial_of(folder))
-
-
-_SPACE_MARGIN_BYTES = 16 << 20
-
+BUSY = "another conversion is writing this output"
+WAIT = "wait until it has finished"
 _FULL = "give another folder, or --force to replace it once the new one is complete"
+_UNDELETED = "the new output is complete, but this could not be deleted"
+_PRIVATE = 0o700
+_BLOCK_BYTES = 512
+_SPACE_MARGIN_BYTES = 16 << 20
+_OLD_MANIFEST = "old_manifest.json"
 
 
-@dataclass(frozen=True, slots=True)
-class OutputPlace:
-    """A checked destination of an output folder.
+def partial_of(output: Path) -> Path:
+    """Return the folder where `output` is filled."""
+    return output.parent / f".{output.name}.moecc-partial"
 
-    Attributes:
-      folder: the destination, symbolic links resolved.
-      replaces: whether an existing folder with content will be replaced.
+
+def replaced_of(output: Path) -> Path:
+    """Return the name of the old `output` until the new one has its name."""
+    return output.parent / f".{output.name}.moecc-old"
+
+
+@contextmanager
+def output_folder(
+    out: Path,
+    *,
+    inputs: Iterable[Path] = (),
+    force: bool = False,
+    needed_bytes: int = 0,
+    can_resume: Callable[[Path], bool] | None = None,
+    is_file: bool = False,
+) -> Iterator[Path]:
+    """Yield a temporary folder to fill; commit it at the end, or remove it on any failure.
+
+    The writer must have synchronised its files.  An old output is replaced only once the new one
+    is complete.
+
+    Args:
+      out: the output.
+      inputs: folders and files that are read, which the output must not touch.
+      force: whether an existing output may be replaced.
+      needed_bytes: the size of the output.
+      can_resume: whether a partial output is continued, see `claimed`; by default it is an error.
+      is_file: whether the output is one file, which the folder holds as ``model.gguf`` beside its
+        manifest; otherwise it is the folder.
+
+    Raises: as `check_output`.
     """
+    resume = can_resume is not None
+    path = check_output(
+        out, inputs=inputs, force=force, needed_bytes=needed_bytes, resume=resume, is_file=is_file
+    )
+    is_complete = False
 
-    folder: Path
-    replaces: bool
+    def settle_and_ask(partial: Path) -> bool:
+        nonlocal is_complete
+        keep = can_resume is not None and can_resume(partial)
+        is_complete = resume and was_committed(path)
+        settle(path)
+        return keep
+
+    ask = settle_and_ask if is_file else can_resume
+    with claimed(partial_of(path), take_over=force or resume, can_resume=ask) as temporary:
+        # From here on no other writer makes the output.
+        problems = Problems()
+        if is_file:
+            _check_file(path, force or is_complete, problems)
+            problems.raise_if_any()
+            yield temporary
+            _commit_file(path)
+            require_removed(temporary, _UNDELETED)
+            return
+        replaces = _check_folder(path, out, force, problems, _FULL)
+        problems.raise_if_any()
+        if os.path.lexists(path):  # else the old output is the only complete one
+            remove(replaced_of(path))
+        yield temporary
+        with os_errors(temporary, "set the mode of"):
+            disk().chmod(temporary, _public_mode(temporary))
+        for folder, _, _ in os.walk(temporary):
+            synchronise_folder(Path(folder))
+        _commit_folder(temporary, path, replaces)
 
 
 def check_output(
@@ -110,166 +118,146 @@ def check_output(
     needed_bytes: int = 0,
     resume: bool = False,
     hint: str = _FULL,
-) -> OutputPlace:
-    """Check whether a folder may be written, before anything is; nothing is created.
+    is_file: bool = False,
+) -> Path:
+    """Check whether an output may be written, before anything is; nothing is created.
 
     Args:
-      out: the output folder.
+      out: the output folder or file.
       inputs: folders and files that are read, which the output must not touch.
-      force: whether an existing folder may be replaced.
+      force: whether an existing output may be replaced.
       needed_bytes: the size of the output.
       resume: whether a partial output is continued.
       hint: what to do where the folder is not empty.
+      is_file: whether the output is one file with its manifest beside it.
+
+    Returns:
+      The output, symbolic links resolved.
 
     Raises:
-      InputError: it is a file, not empty, equal to or inside an input or vice versa, the
-        working folder or a mount point, or has no parent; a conversion is writing it, or was
-        killed and left files, which `force` removes; all problems at once.
+      InputError: a folder is not empty, the working folder or a mount point; a file exists; one is
+        the other; the output is equal to or inside an input or vice versa, or has no parent; a
+        conversion is writing it, or was killed and left files, which `force` removes; all problems
+        at once.
       MachineError: the parent is not writable, or the disk is too small.
     """
-    folder = Path(os.path.realpath(out))
+    path = Path(os.path.realpath(out))
     problems = Problems()
-    if not folder.parent.is_dir():
-        hint = f"make it first: mkdir -p {folder.parent}"
-        problems.add("the parent of the output folder does not exist", where=str(out), hint=hint)
-    replaces = _check_existing(folder, out, force, problems, hint)
+    if not path.parent.is_dir():
+        problems.add(
+            f"the parent of the output {'file' if is_file else 'folder'} does not exist",
+            where=str(out),
+            hint=f"make it first: mkdir -p {path.parent}",
+        )
+    if is_file:
+        if path.is_dir():
+            problems.add(
+                "the output is a folder, not a file",
+                where=str(out),
+                hint="a GGUF output of another name is a folder with model.gguf",
+            )
+        _check_file(path, force or (resume and was_committed(path)), problems)
+    else:
+        _check_folder(path, out, force, problems, hint)
     for source in inputs:
-        check_apart(folder, Path(os.path.realpath(source)), out, source, problems)
-    check_leftovers(folder, out, force, problems, resume=resume)
-    problems.raise_if_any(InputError)
-    require_machine(folder, out, needed_bytes - leftover_bytes(folder))
-    return OutputPlace(folder, replaces)
+        _check_apart(path, Path(os.path.realpath(source)), out, source, problems)
+    _check_leftovers(path, out, force, problems, resume)
+    problems.raise_if_any()
+    _require_machine(path, out, needed_bytes - _bytes_in(partial_of(path)))
+    return path
 
 
-@contextmanager
-def output_folder(
-    out: Path,
-    *,
-    inputs: Iterable[Path] = (),
-    force: bool = False,
-    needed_bytes: int = 0,
-    goes_on: Callable[[Path], bool] | None = None,
-) -> Iterator[Path]:
-    """Yield a temporary folder to fill; rename it at the end, or remove it on any failure.
-
-    The writer must have synchronised its files.  An old folder is replaced only once
-    the new one is complete.
-
-    Args:
-      out: the output folder.
-      inputs: folders and files that are read, which the output must not touch.
-      force: whether an existing folder may be replaced.
-      needed_bytes: the size of the output.
-      goes_on: whether a partial output is continued, see `moecc.formats.disk.claimed`.
-
-    Raises: as `check_output`.
-    """
-    resume = goes_on is not None
-    place = check_output(out, inputs=inputs, force=force, needed_bytes=needed_bytes, resume=resume)
-    partial = partial_of(place.folder)
-    with claimed(partial, take_over=force or resume, goes_on=goes_on) as temporary:
-        place = _settled(place.folder, out, force)
-        yield temporary
-        _open_up(temporary)
-        _synchronise_tree(temporary)
-        _put_in_place(temporary, place)
-
-
-def _settled(folder: Path, out: Path, force: bool) -> OutputPlace:
-    """Look once more at the destination, which no other writer changes from now on."""
-    problems = Problems()
-    replaces = _check_existing(folder, out, force, problems, _FULL)
-    problems.raise_if_any(InputError)
-    if os.path.lexists(folder):  # else the old output is the only complete one
-        remove(replaced_of(folder))
-    return OutputPlace(folder, replaces)
-
-
-def _open_up(folder: Path) -> None:
-    try:
-        disk().chmod(folder, public_mode(folder))
-    except OSError as error:
-        raise os_problem(error, folder, "set the mode of") from None
-
-
-def _check_existing(folder: Path, out: Path, force: bool, problems: Problems, full: str) -> bool:
-    """Report why an existing output cannot be replaced; return whether it has content."""
-    where = str(out)
+def _check_folder(folder: Path, out: Path, force: bool, problems: Problems, hint: str) -> bool:
+    """Report why an existing folder cannot be replaced; return whether it has content."""
     if not os.path.lexists(folder):
         return False
+    inside = "give the name of a new folder inside it"
+    fault = None
     if not folder.is_dir():
-        hint = "give the name of a new folder"
-        problems.add("the output is a file, not a folder", where=where, hint=hint)
+        fault, inside = "the output is a file, not a folder", "give the name of a new folder"
+    elif folder == Path.cwd() or folder in Path.cwd().parents:
+        fault = "the output is the working folder or holds it"
+    elif os.path.ismount(folder):
+        fault = "the output is a mount point, which cannot be replaced"
+    if fault:
+        problems.add(fault, where=str(out), hint=inside)
         return False
-    if folder == Path.cwd() or folder in Path.cwd().parents:
-        hint = "give the name of a new folder inside it"
-        problems.add("the output is the working folder or holds it", where=where, hint=hint)
-        return False
-    if os.path.ismount(folder):
-        hint = "give the name of a new folder inside it"
-        problems.add(
-            "the output is a mount point, which cannot be replaced", where=where, hint=hint
-        )
-        return False
-    content = _names(folder)
-    if content and not force:
-        problems.add(
-            "the output folder is not empty",
-            where=where,
-            found=f"{len(content):,} entries, {content[0]!r} among them",
-            hint=full,
-        )
-    return bool(content)
+    with os_errors(folder):
+        names = sorted(os.listdir(folder))
+    if names and not force:
+        content = f"{len(names):,} entries, {names[0]!r} among them"
+        problems.add("the output folder is not empty", where=str(out), found=content, hint=hint)
+    return bool(names)
 
 
-def _names(folder: Path) -> list[str]:
-    try:
-        return sorted(os.listdir(folder))
-    except OSError as error:
-        raise os_problem(error, folder) from None
+def _check_file(file: Path, may_replace: bool, problems: Problems) -> None:
+    """Report a file or manifest that exists."""
+    for path in () if may_replace else (file, manifest_beside(file)):
+        if os.path.lexists(path) and not path.is_dir():
+            hint = "give another name, or --force to replace it once the new one is complete"
+            problems.add("the output file exists", where=str(path), hint=hint)
 
 
-def check_apart(folder: Path, source: Path, out: Path, given: Path, problems: Problems) -> None:
+def _check_apart(path: Path, source: Path, out: Path, input_: Path, problems: Problems) -> None:
     """Report an output that equals an input, is inside it, or contains it.
 
-    Args:
-      folder: the output, symbolic links resolved.
-      source: the input, likewise.
-      out: the output as the user gave it.
-      given: the input, likewise.
-      problems: receives what is wrong.
+    `path` and `source` are the output and the input with symbolic links resolved.
     """
-    if _same(folder, source):
-        what = "the output is the input"
-    elif any(_same(above, source) for above in folder.parents):
-        what = "the output is inside the input"
-    elif any(_same(above, folder) for above in source.parents):
-        what = "the input is inside the output"
+    if _is_same(path, source):
+        fault = "the output is the input"
+    elif any(_is_same(above, source) for above in path.parents):
+        fault = "the output is inside the input"
+    elif any(_is_same(above, path) for above in source.parents):
+        fault = "the input is inside the output"
     else:
         return
     hint = "choose a folder outside the input"
-    problems.add(what, where=str(out), found=f"the input {given}", hint=hint)
+    problems.add(fault, where=str(out), found=f"the input {input_}", hint=hint)
 
 
-def _same(one: Path, other: Path) -> bool:
+def _is_same(a: Path, b: Path) -> bool:
     """Compare two resolved paths, by inode where both exist (case-blind disks, bind mounts)."""
-    if one == other:
-        return True
     try:
-        return os.path.samefile(one, other)
+        return a == b or os.path.samefile(a, b)
     except OSError:
         return False
 
 
-def require_machine(folder: Path, out: Path, needed_bytes: int) -> None:
+def _check_leftovers(path: Path, out: Path, force: bool, problems: Problems, resume: bool) -> None:
+    """Report a conversion that is running, and without `force` what a killed one left.
+
+    With `resume` a partial output is no problem: it is continued.
+    """
+    partial, old = partial_of(path), replaced_of(path)
+    if _is_locked(partial):
+        problems.add(BUSY, where=str(out), found=str(partial), hint=WAIT)
+        return
+    if force:
+        return
+    if os.path.lexists(partial) and not resume:
+        option = "--resume continues it, " if has_journal(partial) else ""
+        problems.add(
+            "an earlier conversion was killed and left its partial output behind",
+            where=str(out),
+            found=f"{partial}, {_bytes_in(partial):,} bytes",
+            hint=f"{option}--force removes it, and so does moecc clean",
+        )
+    if os.path.lexists(old):
+        clean_hint = "" if os.path.lexists(path) else f"; moecc clean {out} brings it back"
+        problems.add(
+            "an earlier conversion was killed while it replaced this output",
+            where=str(out),
+            found=f"the old output is {old}",
+            hint=f"--force removes it once the new one is complete{clean_hint}",
+        )
+
+
+def _require_machine(path: Path, out: Path, needed_bytes: int) -> None:
     """Raise MachineError unless an output of a size can be written beside its name."""
-    parent = folder.parent
-    if not os.access(parent, os.W_OK | os.X_OK):
+    if not os.access(path.parent, os.W_OK | os.X_OK):
         raise MachineError("no right to write into the parent of the output", where=str(out))
-    try:
-        free_bytes = shutil.disk_usage(parent).free
-    except OSError as error:
-        raise os_problem(error, parent, "measure") from None
+    with os_errors(path.parent, "measure"):
+        free_bytes = shutil.disk_usage(path.parent).free
     if free_bytes < needed_bytes + _SPACE_MARGIN_BYTES:
         raise MachineError(
             "the disk is too small for the output",
@@ -280,79 +268,187 @@ def require_machine(folder: Path, out: Path, needed_bytes: int) -> None:
         )
 
 
-def _synchronise_tree(folder: Path) -> None:
-    """Make the names in a folder and its subfolders durable."""
-    for path, _, _ in os.walk(folder):
-        synchronise_folder(Path(path))
+def _bytes_in(path: Path) -> int:
+    """Return the disk space that the files in a folder take."""
+    total = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with suppress(OSError):
+                total += os.lstat(os.path.join(folder, name)).st_blocks * _BLOCK_BYTES
+    return total
 
 
-def _put_in_place(temporary: Path, place: OutputPlace) -> None:
-    old = replaced_of(place.folder)
+# Locks: a folder is emptied and removed only while its lock is held, so no writer removes what
+# another one fills.  The system releases a lock with the process that holds it: what a killed
+# process left is free.
+
+
+@contextmanager
+def claimed(
+    folder: Path, *, take_over: bool, can_resume: Callable[[Path], bool] | None = None
+) -> Iterator[Path]:
+    """Yield a locked folder that only this user can enter; remove it on any exception.
+
+    Args:
+      folder: the folder, made unless it is there.
+      take_over: whether to take what a killed process left there.
+      can_resume: whether that is continued, called while the lock is held; otherwise it is
+        removed.  If it raises, everything stays as it is.
+
+    Raises:
+      InputError: another process has the folder.
+      MachineError: it cannot be made.
+    """
     try:
-        if place.replaces:
-            _rename(place.folder, old)
-        _rename_in(temporary, place.folder)
+        _make_private(folder, take_over)
+        with _locked(folder):
+            keep = can_resume is not None and can_resume(folder)
+            try:
+                if not keep:
+                    remove_but(folder, ())
+                yield folder
+            except BaseException:  # Ctrl-C and SIGTERM included: nothing half-written remains
+                remove(folder)
+                raise
+    except MoeccError:
+        raise
+    except BaseException:  # perhaps between making and locking it
+        with suppress(OSError):
+            os.rmdir(folder)
+        raise
+
+
+def _make_private(folder: Path, take_over: bool) -> None:
+    try:
+        if take_over and (folder.is_symlink() or folder.is_file()):
+            disk().unlink(folder)
+        disk().mkdir(folder, _PRIVATE)
+    except FileExistsError:
+        if not take_over:
+            raise InputError(BUSY, where=str(folder), hint=WAIT) from None
+    except OSError as error:
+        raise os_problem(error, folder, "make") from None
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder. Raises InputError if another process took the folder."""
+    with os_errors(folder, "open"):
+        descriptor = _open_folder(folder)
+    try:
+        if not _lock(descriptor) or not _is_at(descriptor, folder):
+            raise InputError(BUSY, where=str(folder), hint=WAIT)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_locked(folder: Path) -> bool:
+    """Return whether another process holds the lock of a folder."""
+    try:
+        descriptor = _open_folder(folder)
+    except OSError:
+        return False
+    try:
+        return not _lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Take the lock unless another process has it; True where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _open_folder(folder: Path) -> int:
+    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def _is_at(descriptor: int, folder: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(folder))
+    except OSError:
+        return False
+
+
+def _public_mode(folder: Path) -> int:
+    """Return the mode that a private folder has once it is complete.
+
+    Umask and default access lists decide it, so it is read from a file that was made inside.
+    """
+    example = next((path for path in sorted(folder.iterdir()) if path.is_file()), None)
+    if example is None:
+        mask = os.umask(0)
+        os.umask(mask)
+        mode = 0o777 & ~mask
+    else:
+        mode = example.stat().st_mode & 0o666
+        mode |= (mode & 0o444) >> 2
+    return mode | folder.stat().st_mode & 0o7000
+
+
+# Commit a folder: at most two renames, between which the old output has another name.
+
+
+def _commit_folder(temporary: Path, folder: Path, replaces: bool) -> None:
+    old = replaced_of(folder)
+    try:
+        if replaces:
+            _rename(folder, old)
+        try:
+            disk().rename(temporary, folder)  # also replaces an empty folder
+        except OSError as error:
+            if os.path.isdir(folder) and os.listdir(folder):
+                what = "the output folder was filled by another process in the meantime"
+                raise InputError(what, where=str(folder)) from None
+            raise os_problem(error, folder, "rename") from None
+        _confirm(folder)
     except BaseException:
-        if place.replaces and os.path.lexists(old):
-            _settle(temporary, place.folder, old)
+        if replaces and os.path.lexists(old):
+            # The new output has its name, or the old one gets it back.
+            if not os.path.lexists(temporary):
+                _confirm(folder)
+                require_removed(old, _UNDELETED)
+            elif not os.path.lexists(folder):
+                _rename(old, folder)
         raise
     if os.path.lexists(old):
-        remove_rest(old)
-
-
-def _settle(temporary: Path, folder: Path, old: Path) -> None:
-    """After an interruption: the new output has its place, or the old one gets it back."""
-    if not os.path.lexists(temporary):
-        _confirm(folder)
-        remove_rest(old)
-    elif not os.path.lexists(folder):
-        _rename(old, folder)
+        require_removed(old, _UNDELETED)
 
 
 def _rename(source: Path, target: Path) -> None:
-    try:
+    with os_errors(source, "rename"):
         disk().rename(source, target)
-    except OSError as error:
-        raise os_problem(error, source, "rename") from None
-
-
-def _rename_in(temporary: Path, folder: Path) -> None:
-    try:
-        disk().rename(temporary, folder)  # also replaces an empty folder
-    except OSError as error:
-        if os.path.isdir(folder) and os.listdir(folder):
-            raise InputError(
-                "the output folder was filled by another process in the meantime",
-                where=str(folder),
-            ) from None
-        raise os_problem(error, folder, "rename") from None
-    _confirm(folder)
 
 
 def _confirm(folder: Path) -> None:
-    """Make the name of an output that has its place durable."""
+    """Make the name of an output that has its name durable."""
     try:
         synchronise_folder(folder.parent)
     except MoeccError as error:
         raise MachineError(
             "the output is complete, but a loss of power may take it: the folder around it cannot "
-            "be synchronised", where=str(folder), found=error.problems[0].what,
+            "be synchronised",
+            where=str(folder),
+            found=error.problems[0].what,
             hint="check the disk (dmesg); then sync, and moecc verify OUT",
-        ) from None  # fmt: skip
+        ) from None
 
 
-# Put a file and its manifest in place, which are two renames, so that each state can be told.
+# Commit a file and its manifest, which are two renames, so that each state can be told.
 #
-# The journal is renamed first: from then on what is at the destination may be new.  An old
-# manifest
-# waits in the partial folder until the old file is replaced: never is a manifest beside a file
-# that
-# it is not of.  `settle` finishes or undoes what was interrupted.
-
-_OLD_MANIFEST = "old_manifest.json"
+# The journal is renamed first: from then on the file at the destination may be new.  An old
+# manifest waits in the partial folder until the old file is replaced: never is a manifest beside
+# a file of which it is not the manifest.  `settle` finishes or undoes what was interrupted.
 
 
-def commit_file(file: Path) -> None:
+def _commit_file(file: Path) -> None:
     """Put what is complete in the partial folder of `file` in its place.
 
     Raises:
@@ -418,90 +514,9 @@ def was_committed(file: Path) -> bool:
         return False
 
 
-def _replace(made: Path, place: Path) -> None:
-    try:
-        disk().replace(made, place)
-    except OSError as error:
-        raise os_problem(error, place, "rename") from None
-
-
-# An output that is one file with its manifest beside it, committed as a folder is.
-#
-# ``OUT.gguf`` is filled in a temporary folder ``.OUT.gguf.moecc-partial`` next to it, and renamed
-# from there when it is complete; then the manifest, ``OUT.gguf.moecc.json``.
-
-
-def check_output_file(
-    out: Path,
-    *,
-    inputs: Iterable[Path] = (),
-    force: bool = False,
-    needed_bytes: int = 0,
-    resume: bool = False,
-) -> Path:
-    """Check whether a file may be written, before anything is; return its resolved path.
-
-    Arguments and errors are those of `moecc.formats.output.check_output`.
-    """
-    file = Path(os.path.realpath(out))
-    problems = Problems()
-    if not file.parent.is_dir():
-        hint = f"make it first: mkdir -p {file.parent}"
-        problems.add("the parent of the output file does not exist", where=str(out), hint=hint)
-    if file.is_dir():
-        hint = "a GGUF output of another name is a folder with model.gguf"
-        problems.add("the output is a folder, not a file", where=str(out), hint=hint)
-    if not force and not (resume and was_committed(file)):
-        _check_absent(file, problems)
-    for source in inputs:
-        check_apart(file, Path(os.path.realpath(source)), out, source, problems)
-    check_leftovers(file, out, force, problems, resume=resume)
-    problems.raise_if_any(InputError)
-    require_machine(file, out, needed_bytes - leftover_bytes(file))
-    return file
-
-
-def _check_absent(file: Path, problems: Problems) -> None:
-    for path in (file, manifest_beside(file)):
-        if os.path.lexists(path) and not path.is_dir():
-            hint = "give another name, or --force to replace it once the new one is complete"
-            problems.add("the output file exists", where=str(path), hint=hint)
-
-
-@contextmanager
-def output_file(
-    out: Path,
-    *,
-    inputs: Iterable[Path] = (),
-    force: bool = False,
-    needed_bytes: int = 0,
-    goes_on: Callable[[Path], bool] | None = None,
-) -> Iterator[Path]:
-    """Yield a temporary folder for ``model.gguf`` and its manifest; rename both at the end.
-
-    The writer must have synchronised its files.  Arguments are those of
-    `moecc.formats.output.output_folder`, errors those of `check_output_file`.
-    """
-    resume, replaces = goes_on is not None, force
-    file = check_output_file(
-        out, inputs=inputs, force=force, needed_bytes=needed_bytes, resume=resume
-    )
-
-    def settled(partial: Path) -> bool:
-        nonlocal replaces
-        keep = goes_on is not None and goes_on(partial)
-        replaces |= resume and was_committed(file)
-        settle(file)
-        return keep
-
-    with claimed(partial_of(file), take_over=force or resume, goes_on=settled) as temporary:
-        if not replaces:  # no other writer makes it from now on
-            problems = Problems()
-            _check_absent(file, problems)
-            problems.raise_if_any(InputError)
-        yield temporary
-        commit_file(file)
-        remove_rest(temporary)
+def _replace(source: Path, target: Path) -> None:
+    with os_errors(target, "rename"):
+        disk().replace(source, target)
 
 
 # Remove what killed writers left beside an output, or finish what they had all but finished.
@@ -522,41 +537,27 @@ def clean(out: Path) -> list[str]:
       InputError: a conversion is writing the output.
       MachineError: something cannot be removed or put back.
     """
-    folder = _output_of(Path(os.path.realpath(out)))
-    partial, old = partial_of(folder), replaced_of(folder)
+    path = Path(os.path.realpath(out))
+    if match := _LEFTOVER.fullmatch(path.name):
+        path = path.with_name(match[1])
+    partial, old = partial_of(path), replaced_of(path)
     if not os.path.lexists(partial) and not os.path.lexists(old):
         return []
-    size = bytes_of(partial) if os.path.lexists(partial) else None
-    done = []
-    with claimed(partial, take_over=True, goes_on=lambda _: True):
-        if manifest := settle(folder):
-            done.append(f"put {manifest} in place")
-        if os.path.lexists(old):
-            done.append(_clean_old(old, folder))
-        _remove(partial)
-    if size is not None:
-        done.append(f"removed {partial}, {size:,} bytes")
-    return done
-
-
-def _output_of(path: Path) -> Path:
-    match = _LEFTOVER.fullmatch(path.name)
-    return path.with_name(match[1]) if match else path
-
-
-def _clean_old(old: Path, folder: Path) -> str:
-    if os.path.lexists(folder):
-        _remove(old)
-        return f"removed {old}, which {folder} has replaced"
-    try:
-        disk().rename(old, folder)
-    except OSError as error:
-        raise os_problem(error, folder, "rename") from None
-    synchronise_folder(folder.parent)
-    return f"put {old} back as {folder}"
-
-
-def _remove(path: Path) -> None:
-    remove(path)
-    if os.path.lexists(path):
-        raise MachineError("it cannot be removed", where=str(path), hint="remove it yourself")
+    partial_bytes = _bytes_in(partial) if os.path.lexists(partial) else None
+    undeleted = "it cannot be removed"
+    lines = []
+    with claimed(partial, take_over=True, can_resume=lambda _: True):
+        if manifest := settle(path):
+            lines.append(f"put {manifest} in place")
+        if os.path.lexists(old) and os.path.lexists(path):
+            require_removed(old, undeleted)
+            lines.append(f"removed {old}, which {path} has replaced")
+        elif os.path.lexists(old):
+            with os_errors(path, "rename"):
+                disk().rename(old, path)
+            synchronise_folder(path.parent)
+            lines.append(f"put {old} back as {path}")
+        require_removed(partial, undeleted)
+    if partial_bytes is not None:
+        lines.append(f"removed {partial}, {partial_bytes:,} bytes")
+    return lines

@@ -12,28 +12,40 @@ import hashlib
 import json
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
 from moecc.errors import InputError, Problem, UsageError, printable
-from moecc.formats.disk import APPEND, OutputFiles, disk, remove_but, write_durable
-from moecc.formats.files import has_digest, name_fault, os_problem, read_bounded
+from moecc.formats.disk import CREATE, disk, remove_but, synchronise, write_all, write_durable
+from moecc.formats.files import (
+    OPEN_DESCRIPTORS,
+    DescriptorPool,
+    has_digest,
+    name_fault,
+    os_errors,
+    read_bounded,
+)
 from moecc.formats.gguf.storage import Storage, quantise
 from moecc.formats.safetensors import INDEX_NAME, Entry, Shard, index_json, natural, plan_shards
+from moecc.support.documents import parse_json_object
 from moecc.support.problems import Problems, quoted
+from moecc.support.record import read_record, stored, to_json
+from moecc.support.untyped import Json, JsonDict
 from moecc.types import Array, DType
 from moecc.weights.arithmetic import Cast, first_nonfinite
 from moecc.weights.evaluate import Evaluator, Reader, ValuesOverflow, same_bytes
 from moecc.weights.expr import Expr, row_blocks, sources
 from moecc.weights.movement import Tile
 from moecc.weights.simplify import simplify
+
+T = TypeVar("T")
 
 # Detect NaN and infinity in the tensors of a source while they are read.
 
@@ -76,147 +88,126 @@ class ScanningReader:
         self._reader = reader
         self._lock = threading.Lock()
         self._scanned: set[tuple[str, int, int | None]] = set()
-        self._found: dict[str, Nonfinite] = {}
-        self._zero: dict[str, bool] = {}
+        self._nonfinite: dict[str, Nonfinite] = {}
+        self._is_zero: dict[str, bool] = {}
 
     @property
-    def found(self) -> tuple[Nonfinite, ...]:
-        """The tensors found so far, sorted by name."""
+    def nonfinite(self) -> tuple[Nonfinite, ...]:
+        """The tensors with such values so far, sorted by name."""
         with self._lock:
-            return tuple(self._found[name] for name in sorted(self._found))
+            return tuple(self._nonfinite[name] for name in sorted(self._nonfinite))
 
     @property
     def zeros(self) -> tuple[str, ...]:
         """The matrices of which nothing but zeros was read, sorted by name."""
         with self._lock:
-            return tuple(sorted(name for name, is_zero in self._zero.items() if is_zero))
+            return tuple(sorted(name for name, is_zero in self._is_zero.items() if is_zero))
 
-    def recall(self, read: Iterable[str], found: Iterable[Nonfinite], zeros: Set[str]) -> None:
-        """Add what an earlier run found in the tensors that it read."""
-        for one in found:
-            self._add(one)
-        for name in read:
+    def recall(self, names: Iterable[str], nonfinite: Iterable[Nonfinite], zeros: Set[str]) -> None:
+        """Add what an earlier run noted of the tensors that it read."""
+        for note in nonfinite:
+            self._add(note)
+        for name in names:
             self._note_zero(name, name in zeros)
 
     def __call__(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows [start, stop) of a tensor."""
         values = self._reader(name, start, stop)
         with self._lock:
-            known = (name, start, stop) in self._scanned
+            is_scanned = (name, start, stop) in self._scanned
             self._scanned.add((name, start, stop))
-        if not known:
-            self._scan(name, start, values)
+        if not is_scanned:
+            position = first_nonfinite(values)
+            if position is not None:
+                element = np.unravel_index(position, values.shape)
+                index = tuple(int(i) for i in element)
+                index = (index[0] + start, *index[1:]) if index else index
+                self._add(Nonfinite(name, index, str(float(values[element]))))
             if values.ndim > 1:
-                self._note_zero(name, _is_zero(values))
+                raw = _bytes_of(values)
+                # Of most tensors the first few bytes are not all zero.
+                self._note_zero(name, not any(raw[:64]) and not np.any(raw))
         return values
-
-    def _scan(self, name: str, start: int, values: Array) -> None:
-        at = first_nonfinite(values)
-        if at is None:
-            return
-        place = np.unravel_index(at, values.shape)
-        index = tuple(int(i) for i in place)
-        if index:
-            index = (index[0] + start, *index[1:])
-        self._add(Nonfinite(name, index, str(float(values[place]))))
 
     def _note_zero(self, name: str, is_zero: bool) -> None:
         with self._lock:
-            self._zero[name] = is_zero and self._zero.get(name, True)
+            self._is_zero[name] = is_zero and self._is_zero.get(name, True)
 
-    def _add(self, found: Nonfinite) -> None:
+    def _add(self, note: Nonfinite) -> None:
         """Keep the first element of each tensor; indices are in the order of the elements."""
         with self._lock:
-            first = self._found.get(found.tensor)
-            if first is None or found.index < first.index:
-                self._found[found.tensor] = found
+            first = self._nonfinite.get(note.tensor)
+            if first is None or note.index < first.index:
+                self._nonfinite[note.tensor] = note
 
 
-def _is_zero(values: Array) -> bool:
-    """Whether all bytes are 0; of most tensors the first few already say no."""
-    raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-    return not raw[:64].any() and not raw.any()
-
-
-# What a conversion has written so far, in its temporary folder, so that it can be continued.
+# The journal: what a conversion has written so far, in its temporary folder.
 #
 # The first line states what decides the result; then comes a line for each tensor that is
-# complete,
-# with its digest.  Nothing in it is trusted: what is on the disk is hashed again before it is
-# kept,
-# so lines need not reach the disk in order, and a torn last line does no harm.
+# complete, with its digest.  Nothing in it is trusted: what is on the disk is hashed again before
+# it is kept, so lines need not reach the disk in order, and a torn last line does no harm.
 
 JOURNAL_NAME = "moecc_journal.jsonl"
 COMMIT_NAME = "moecc_commit.jsonl"
 """The name of the journal while a file and its manifest are put in place."""
-SCHEMA = "moecc.journal/1"
+SCHEMA = "moecc.journal/2"
 MAX_JOURNAL_BYTES = 1 << 30
+_APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
-Facts = Mapping[str, object]
+Facts = Json
 """What decides the result of a conversion, by name."""
 
 
 @dataclass(frozen=True)
+class _JournalHead:
+    facts: Facts
+    schema: str = SCHEMA
+
+
+@dataclass(frozen=True)
 class Done:
-    """A tensor that is complete, with its copies.
+    """A tensor that is complete, with its copies: a line of the journal.
 
     Attributes:
-      name: of the first copy.
-      sha256: of its bytes.
-      nonfinite: how many of its elements are not finite.
-      found: the tensors of the source with NaN or infinity that it was made from.
+      name: the name of the first copy.
+      sha256: the digest of its bytes.
+      nonfinite_count: how many of its elements are not finite.
+      nonfinite: the tensors of the source with NaN or infinity that it was made from.
       zeros: the matrices of the source without anything but zeros that it was made from.
     """
 
     name: str
     sha256: str
-    nonfinite: int = 0
-    found: tuple[Nonfinite, ...] = ()
-    zeros: tuple[str, ...] = ()
-
-    def line(self) -> bytes:
-        """Return its line."""
-        found = [[f.tensor, list(f.index), f.value] for f in self.found]
-        fields: dict[str, object] = {"name": self.name, "sha256": self.sha256}
-        if self.nonfinite or found:
-            fields |= {"nonfinite": self.nonfinite, "found": found}
-        if self.zeros:
-            fields["zeros"] = list(self.zeros)
-        return f"{json.dumps(fields)}\n".encode()
+    nonfinite_count: int = field(default=0, metadata=stored(omit_default=True))
+    nonfinite: tuple[Nonfinite, ...] = field(default=(), metadata=stored(omit_default=True))
+    zeros: tuple[str, ...] = field(default=(), metadata=stored(omit_default=True))
 
 
 class Journal:
     """The journal of one output; thread-safe.
 
     Attributes:
-      known: what an earlier run completed, by the name of the first copy.
+      completed: the tensors that an earlier run completed, by the name of the first copy.
     """
 
-    def __init__(self, folder: Path, facts: Facts, known: Mapping[str, Done]) -> None:
-        self.known = known
+    def __init__(self, folder: Path, facts: Facts, completed: Mapping[str, Done]) -> None:
+        self.completed = completed
         self._path = folder / JOURNAL_NAME
         self._lock = threading.Lock()
-        try:
-            self._descriptor = disk().open(self._path, APPEND)
-            # After a torn line, a new one begins.
-            disk().append(self._descriptor, b"\n" if known else _header(facts))
-        except OSError as error:
-            raise os_problem(error, self._path, "write") from None
+        # After a torn line, a new one begins.
+        head = b"\n" if completed else _json_line(to_json(_JournalHead(facts)))
+        with os_errors(self._path, "write"):
+            self._descriptor = disk().open(self._path, _APPEND)
+            disk().append(self._descriptor, head)
 
     def note(self, done: Done) -> None:
         """Append a line. Raises MachineError."""
-        try:
-            with self._lock:
-                disk().append(self._descriptor, done.line())
-        except OSError as error:
-            raise os_problem(error, self._path, "write") from None
+        with os_errors(self._path, "write"), self._lock:
+            disk().append(self._descriptor, _json_line(to_json(done)))
 
     def synchronise(self) -> None:
         """Return once it is on the disk. Raises MachineError."""
-        try:
-            disk().sync(self._descriptor)
-        except OSError as error:
-            raise os_problem(error, self._path, "synchronise") from None
+        synchronise(self._descriptor, self._path)
 
     def close(self) -> None:
         """Close the file, which stays."""
@@ -224,14 +215,12 @@ class Journal:
 
     def remove(self) -> None:
         """Remove the file: the output is complete. Raises MachineError."""
-        try:
+        with os_errors(self._path, "remove"):
             disk().unlink(self._path)
-        except OSError as error:
-            raise os_problem(error, self._path, "remove") from None
 
 
-def _header(facts: Facts) -> bytes:
-    return f"{json.dumps({'schema': SCHEMA, 'facts': facts}, sort_keys=True)}\n".encode()
+def _json_line(document: JsonDict) -> bytes:
+    return f"{json.dumps(document, sort_keys=True)}\n".encode()
 
 
 def has_journal(folder: Path) -> bool:
@@ -245,7 +234,9 @@ def _journal_of(folder: Path) -> Path:
 
 
 def read_journal(folder: Path, facts: Facts) -> dict[str, Done]:
-    """Return what an earlier run of the same conversion completed; nothing if it left no journal.
+    """Return the tensors that an earlier run of the same conversion completed, by name.
+
+    There are none if it left no journal, or one of another version of moecc.
 
     Raises:
       InputError: the earlier run was another conversion; all differences.
@@ -254,24 +245,26 @@ def read_journal(folder: Path, facts: Facts) -> dict[str, Done]:
     if not has_journal(folder):
         return {}
     lines = read_bounded(_journal_of(folder), MAX_JOURNAL_BYTES).split(b"\n")
-    first = _object(lines[0])
-    stated = first.get("facts")
-    if first.get("schema") != SCHEMA or not isinstance(stated, dict):
+    head = _read_line(_JournalHead, lines[0])
+    if head is None:
         return {}
-    problems = list(_differences(stated, json.loads(json.dumps(facts)), str(folder)))
+    problems = list(_differences(head.facts, json.loads(json.dumps(facts)), str(folder)))
     if problems:
         raise InputError(problems)
-    known = {}
-    for line in lines[1:-1]:  # the last one is torn, or empty
-        done = _done(_object(line))
-        if done is not None:
-            known[done.name] = done
-    return known
+    # The last line is torn, or empty.
+    notes = (_read_line(Done, line) for line in lines[1:-1])
+    return {done.name: done for done in notes if done is not None}
 
 
-def _differences(
-    before: dict[str, Any], now: dict[str, Any], where: str, of: str = ""
-) -> Iterator[Problem]:
+def _read_line(cls: Callable[..., T], line: bytes) -> T | None:
+    """Return a line of the journal, or None if it is torn."""
+    try:
+        return read_record(cls, parse_json_object(line, ""), "")
+    except InputError:
+        return None
+
+
+def _differences(before: Json, now: Json, where: str, section: str = "") -> Iterator[Problem]:
     """Yield a problem for each fact, and each part of one, that is not as it was."""
     for name in dict.fromkeys((*before, *now)):
         old, new = before.get(name), now.get(name)
@@ -279,48 +272,100 @@ def _differences(
             yield from _differences(old, new, where, f"{name} ")
         elif old != new:
             yield Problem(
-                f"the conversion that was killed is not this one: {of}{name} differs",
+                f"the conversion that was killed is not this one: {section}{name} differs",
                 where=where,
-                expected=_shown(old),
-                found=_shown(new),
+                expected=_fact_text(old),
+                found=_fact_text(new),
                 hint="continue it as it was started; --force without --resume begins anew",
             )
 
 
-def _shown(value: object) -> str:
+def _fact_text(value: object) -> str:
     if value is None:
         return "nothing"
     return printable(value if isinstance(value, str) else json.dumps(value), 300)
 
 
-def _done(stated: dict[str, Any]) -> Done | None:
-    name, digest = stated.get("name"), stated.get("sha256")
-    if not isinstance(name, str) or not isinstance(digest, str):
-        return None
-    try:
-        found = tuple(
-            Nonfinite(str(tensor), tuple(map(int, index)), str(value))
-            for tensor, index, value in stated.get("found", ())
-        )
-        zeros = tuple(map(str, stated.get("zeros", ())))
-        return Done(name, digest, int(stated.get("nonfinite", 0)), found, zeros)
-    except (TypeError, ValueError):
-        return None
+# The files of an output while they are written, of which a bounded number is open.
+
+RELEASED_BYTES = 32 << 20
+"""After so many bytes, the system may begin to write a file and forget what is written.
+
+Otherwise gigabytes wait in memory until the end, drive out what others keep there, and memory that
+was never used is far slower to fill than memory that was just released.
+"""
+
+_KEEP = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+_AGAIN = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
-def _object(line: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+class OutputFiles:
+    """Writes at offsets of many new files; thread-safe; a bounded number of them is open."""
 
+    def __init__(self, limit: int = OPEN_DESCRIPTORS) -> None:
+        self._pool = DescriptorPool(limit, lambda path: _open(path, _AGAIN))
+        self._lock = threading.Lock()
+        self._waiting_bytes: Counter[Path] = Counter()
+
+    def create(self, path: Path, size_bytes: int, head: bytes, *, keep: bool = False) -> None:
+        """Create a file of its full size that begins with `head`.
+
+        Args:
+          path: the file.
+          size_bytes: its size.
+          head: its first bytes.
+          keep: whether the content of an existing file stays.
+
+        Raises:
+          MachineError: the disk is full, or there is such a file.
+        """
+        descriptor = _open(path, _KEEP if keep else CREATE)
+        try:
+            with os_errors(path, "write"):
+                disk().truncate(descriptor, size_bytes)
+                write_all(descriptor, memoryview(head), 0)
+        finally:
+            os.close(descriptor)
+
+    def write(self, path: Path, data: memoryview, offset: int) -> None:
+        """Write at an offset of a file that was created. Raises MachineError."""
+        with self._pool.lease(path) as descriptor, os_errors(path, "write"):
+            write_all(descriptor, data, offset)
+            with self._lock:
+                self._waiting_bytes[path] += len(data)
+                is_due = self._waiting_bytes[path] >= RELEASED_BYTES
+                if is_due:
+                    del self._waiting_bytes[path]
+            if is_due:
+                disk().release(descriptor)
+
+    def synchronise(self, paths: Sequence[Path], threads: int) -> None:
+        """Return once the files are on the disk. Raises MachineError."""
+        # A file that was closed and opened again still reports what failed in between.
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(self._synchronise, paths))
+
+    def close(self) -> None:
+        """Close all files."""
+        self._pool.close()
+
+    def _synchronise(self, path: Path) -> None:
+        with self._pool.lease(path) as descriptor:
+            synchronise(descriptor, path)
+
+
+def _open(path: Path, flags: int) -> int:
+    with os_errors(path, "write"):
+        return disk().open(path, flags)
+
+
+# Write the tensors.
 
 BLOCK_BYTES = 1 << 20
 """The block size of evaluation: a block should still be in a core's cache when it is hashed."""
 
-KEPT_BYTES = 64 << 20
-"""The most bytes that a thread keeps of one expert, of which copies stand one after the other."""
+MAX_COPIED_BYTES = 64 << 20
+"""The most bytes that a thread holds of one expert, of which copies stand one after the other."""
 
 Progress = Callable[[int, int], None]
 """Receives the bytes written so far and the total bytes."""
@@ -373,7 +418,7 @@ class WriteReport:
       spread: a line for each distinct tensor that was written with NaN or infinity, which may be
         more than its sources had: the noise of a matrix is scaled by the spread of all of it.
       zeros: the matrices of the source that were read and hold nothing but zeros.
-      kept_bytes: the bytes of tensors that an earlier run had completed.
+      resumed_bytes: the bytes of tensors that an earlier run had completed.
     """
 
     tensors: tuple[WrittenTensor, ...]
@@ -383,7 +428,7 @@ class WriteReport:
     nonfinite: tuple[Nonfinite, ...] = ()
     spread: tuple[str, ...] = ()
     zeros: tuple[str, ...] = ()
-    kept_bytes: int = 0
+    resumed_bytes: int = 0
 
 
 def write_checkpoint(
@@ -449,23 +494,52 @@ def write_files(
 
     Arguments and errors are those of `write_checkpoint`.
     """
-    wanted = _checked(tensors)
+    exprs = _simplified(tensors)
     scan = ScanningReader(reader)
-    offsets = {n: (folder / s.name, at) for s in files for n, at in s.offsets.items()}
-    jobs = _jobs(tensors, wanted, offsets)
+    offsets = {n: (folder / s.name, start) for s in files for n, start in s.offsets.items()}
+    jobs = _jobs(tensors, exprs, offsets)
     entries = [t.entry for t in tensors]
-    total = sum(e.nbytes for e in entries)
-    with _created(folder, files, threads, journal is not None) as created:
-        work = _Work(Evaluator(scan), scan, created, progress, total, allow_nonfinite, journal)
+    total_bytes = sum(e.nbytes for e in entries)
+    outputs = OutputFiles()
+    try:
+        if journal is not None:
+            remove_but(folder, {JOURNAL_NAME, *(shard.name for shard in files)})
+        for shard in files:
+            keep = journal is not None
+            outputs.create(folder / shard.name, shard.size_bytes, shard.header, keep=keep)
+        work = _Work(scan, outputs, progress, total_bytes, allow_nonfinite, journal)
         work.run(jobs, threads)
-        work.raise_problems()
-    written = _written(entries, files, jobs)
-    sizes = {s.name: s.size_bytes for s in files}
+        outputs.synchronise([folder / shard.name for shard in files], threads)
+    finally:
+        outputs.close()
+    digests = {name: job.sha256 for job in jobs for name in job.names}
+    written = [
+        WrittenTensor(
+            e.name,
+            e.storage.name.lower() if e.storage else e.dtype.name,
+            e.shape,
+            offsets[e.name][0].name,
+            digests[e.name],
+            e.nbytes,
+        )
+        for e in sorted(entries, key=lambda e: natural(e.name))
+    ]
+    spread = [
+        f"{job.names[0]}{job.more_text}: {job.nonfinite_count:,} of "
+        f"{prod(job.expr.type.shape):,} elements"
+        for job in jobs
+        if job.nonfinite_count
+    ]
     return WriteReport(
-        written, sizes, total, sum(job.nbytes for job in jobs), scan.found,
-        spread=tuple(sorted(job.nonfinite_text() for job in jobs if job.nonfinite)),
-        zeros=scan.zeros, kept_bytes=work.kept_bytes,
-    )  # fmt: skip
+        tuple(written),
+        {s.name: s.size_bytes for s in files},
+        total_bytes,
+        sum(job.nbytes for job in jobs),
+        scan.nonfinite,
+        tuple(sorted(spread)),
+        scan.zeros,
+        work.resumed_bytes,
+    )
 
 
 def _refuse_names(entries: Sequence[Entry]) -> None:
@@ -482,17 +556,17 @@ def _refuse_names(entries: Sequence[Entry]) -> None:
     problems.raise_if_any()
 
 
-def _checked(tensors: Sequence[OutputTensor]) -> list[Expr]:
-    """Return the expressions to evaluate, simplified. Raises InputError with all problems."""
+def _simplified(tensors: Sequence[OutputTensor]) -> list[Expr]:
+    """Return the expressions to evaluate. Raises InputError with all problems."""
     problems = Problems()
-    made: list[Expr] = []
+    exprs: list[Expr] = []
     for tensor in tensors:
         try:
-            made.append(simplify(Cast(tensor.expr, tensor.dtype)))
+            exprs.append(simplify(Cast(tensor.expr, tensor.dtype)))
         except InputError as error:
             problems.extend(error.problems)
     problems.raise_if_any()
-    return made
+    return exprs
 
 
 @dataclass(eq=False)
@@ -502,15 +576,14 @@ class _Job:
     expr: Expr
     storage: Storage | None = None
     names: list[str] = field(default_factory=list)
-    places: list[tuple[Path, int]] = field(default_factory=list)
+    targets: list[tuple[Path, int]] = field(default_factory=list)
     sha256: str = ""
-    nonfinite: int = 0
+    nonfinite_count: int = 0
 
-    def nonfinite_text(self) -> str:
-        """Say how many elements of the tensor are not finite."""
-        others = f" and {len(self.names) - 1} more" if len(self.names) > 1 else ""
-        size = prod(self.expr.type.shape)
-        return f"{self.names[0]}{others}: {self.nonfinite:,} of {size:,} elements"
+    @property
+    def more_text(self) -> str:
+        """How many names it has besides the first."""
+        return f" and {len(self.names) - 1} more" if len(self.names) > 1 else ""
 
     @property
     def nbytes(self) -> int:
@@ -518,17 +591,17 @@ class _Job:
 
 
 def _jobs(
-    tensors: Sequence[OutputTensor], wanted: list[Expr], offsets: Mapping[str, tuple[Path, int]]
+    tensors: Sequence[OutputTensor], exprs: list[Expr], offsets: Mapping[str, tuple[Path, int]]
 ) -> list[_Job]:
     """Group the tensors by the expression of their bytes; the largest first, to end together."""
     jobs: dict[tuple[Expr, Storage | None], _Job] = {}
-    for tensor, expr in zip(tensors, wanted, strict=True):
+    for tensor, expr in zip(tensors, exprs, strict=True):
         key = same_bytes(expr)
         job = jobs.setdefault((key, tensor.storage), _Job(key, tensor.storage))
         job.names.append(tensor.name)
-        job.places.append(offsets[tensor.name])
+        job.targets.append(offsets[tensor.name])
     for job in jobs.values():
-        job.places.sort()
+        job.targets.sort()
     return sorted(jobs.values(), key=lambda job: -job.nbytes)
 
 
@@ -537,7 +610,6 @@ class _Work:
 
     def __init__(
         self,
-        evaluator: Evaluator,
         scan: ScanningReader,
         files: OutputFiles,
         progress: Progress | None,
@@ -545,23 +617,27 @@ class _Work:
         allow_nonfinite: bool,
         journal: Journal | None,
     ) -> None:
-        self._evaluator = evaluator
+        self._evaluator = Evaluator(scan)
         self._scan = scan
         self._files = files
         self._progress = progress
         self._total_bytes = total_bytes
         self._allow_nonfinite = allow_nonfinite
         self._journal = journal
-        self.kept_bytes = 0
+        self.resumed_bytes = 0
         self._done_bytes = 0
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._problems = Problems()
 
     def run(self, jobs: Sequence[_Job], threads: int) -> None:
-        """Run all jobs; an exception in one ends the others."""
+        """Run all jobs; an exception in one ends the others.
+
+        Raises:
+          InputError: all problems of the values.
+        """
         with ThreadPoolExecutor(threads) as pool:
-            futures = [pool.submit(self._job, job) for job in jobs]
+            futures = [pool.submit(self._run_job, job) for job in jobs]
             try:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
                 for future in done:
@@ -570,81 +646,76 @@ class _Work:
                 self._stop.set()
                 pool.shutdown(cancel_futures=True)
                 raise
-
-    def raise_problems(self) -> None:
-        """Raise InputError with all problems of the values."""
         if not self._allow_nonfinite:
-            self._problems.extend(found.problem() for found in self._scan.found)
+            self._problems.extend(note.problem() for note in self._scan.nonfinite)
         self._problems.raise_if_any()
 
-    def _job(self, job: _Job) -> None:
+    def _run_job(self, job: _Job) -> None:
         if not self._is_complete(job):
-            self._make(job)
+            self._write_job(job)
 
-    def _is_complete(self, job: _Job) -> bool:
-        """Whether an earlier run made it, and the disk still has it."""
-        done = None if self._journal is None else self._journal.known.get(job.names[0])
-        if done is None or not all(
-            has_digest(path, at, job.nbytes, done.sha256) for path, at in job.places
-        ):
-            return False
-        job.sha256, job.nonfinite = done.sha256, done.nonfinite
-        read = (s.name for s in sources(job.expr) if len(s.type.shape) > 1)
-        self._scan.recall(read, done.found, set(done.zeros))
-        with self._lock:
-            self.kept_bytes += job.nbytes * len(job.places)
-        self._report(job.nbytes * len(job.places))
-        return True
-
-    def _note(self, job: _Job) -> None:
-        if self._journal is None or self._failed or self._stop.is_set():
-            return
-        names = {source.name for source in sources(job.expr)}
-        found = tuple(one for one in self._scan.found if one.tensor in names)
-        zeros = tuple(name for name in self._scan.zeros if name in names)
-        self._journal.note(Done(job.names[0], job.sha256, job.nonfinite, found, zeros))
-
-    def _make(self, job: _Job) -> None:
+    def _write_job(self, job: _Job) -> None:
         digest = hashlib.sha256()
         offset = 0
         try:
             for block in self._blocks(job):
-                if not self._failed:
+                if not self._has_failed:
                     digest.update(block)
-                    for path, at in job.places:
-                        self._files.write(path, block, at + offset)
+                    for path, start in job.targets:
+                        self._files.write(path, block, start + offset)
                 offset += len(block)
-                self._report(len(block) * len(job.places))
+                self._report(len(block) * len(job.targets))
         except ValuesOverflow as error:
             self._note_overflow(job, error)
             return
         job.sha256 = digest.hexdigest()
-        self._note(job)
+        if self._journal is not None and not self._has_failed and not self._stop.is_set():
+            names = {source.name for source in sources(job.expr)}
+            nonfinite = tuple(note for note in self._scan.nonfinite if note.tensor in names)
+            zeros = tuple(name for name in self._scan.zeros if name in names)
+            done = Done(job.names[0], job.sha256, job.nonfinite_count, nonfinite, zeros)
+            self._journal.note(done)
+
+    def _is_complete(self, job: _Job) -> bool:
+        """Whether an earlier run made it, and the disk still has it."""
+        done = None if self._journal is None else self._journal.completed.get(job.names[0])
+        if done is None or not all(
+            has_digest(path, start, job.nbytes, done.sha256) for path, start in job.targets
+        ):
+            return False
+        job.sha256, job.nonfinite_count = done.sha256, done.nonfinite_count
+        matrices = (s.name for s in sources(job.expr) if len(s.type.shape) > 1)
+        self._scan.recall(matrices, done.nonfinite, set(done.zeros))
+        with self._lock:
+            self.resumed_bytes += job.nbytes * len(job.targets)
+        self._report(job.nbytes * len(job.targets))
+        return True
 
     def _blocks(self, job: _Job) -> Iterator[memoryview]:
         """Yield the bytes of a job; copies along the first axis are made once, if they fit."""
         expr = job.expr
-        if isinstance(expr, Tile) and expr.position == 0 and _size(expr.x) <= KEPT_BYTES:
-            made = list(self._encoded(expr.x, job))
-            job.nonfinite *= expr.size
-            yield from (block for _ in range(expr.size) for block in made)
-        else:
-            yield from self._encoded(expr, job)
+        if isinstance(expr, Tile) and expr.position == 0:
+            size_bytes = prod(expr.x.type.shape) * expr.x.type.dtype.itemsize_bytes
+            if size_bytes <= MAX_COPIED_BYTES:
+                blocks = list(self._encoded(expr.x, job))
+                job.nonfinite_count *= expr.size
+                yield from (block for _ in range(expr.size) for block in blocks)
+                return
+        yield from self._encoded(expr, job)
 
     def _encoded(self, expr: Expr, job: _Job) -> Iterator[memoryview]:
-        storage = job.storage
         for box in row_blocks(expr.type, BLOCK_BYTES):
             if self._stop.is_set():
                 return
             values = self._evaluator.block(expr, box)
             if self._allow_nonfinite and first_nonfinite(values) is not None:
-                job.nonfinite += int(np.count_nonzero(~np.isfinite(values)))
+                job.nonfinite_count += int(np.count_nonzero(~np.isfinite(values)))
             if values.size:
-                yield _bytes(values if storage is None else quantise(values, storage))
+                yield _bytes_of(values if job.storage is None else quantise(values, job.storage))
 
     @property
-    def _failed(self) -> bool:
-        return bool(self._problems) or (not self._allow_nonfinite and bool(self._scan.found))
+    def _has_failed(self) -> bool:
+        return bool(self._problems) or (not self._allow_nonfinite and bool(self._scan.nonfinite))
 
     def _report(self, nbytes: int) -> None:
         if self._progress is None:
@@ -655,60 +726,15 @@ class _Work:
 
     def _note_overflow(self, job: _Job, error: ValuesOverflow) -> None:
         problem = error.problems[0]
-        others = f" and {len(job.names) - 1} more" if len(job.names) > 1 else ""
+        where = f"output tensor {quoted(job.names[0])}{job.more_text}"
         with self._lock:
-            self._problems.add(
-                problem.what,
-                where=f"output tensor {quoted(job.names[0])}{others}",
-                found=problem.found,
-                hint=problem.hint,
-            )
+            self._problems.extend([replace(problem, where=where)])
+        # The sources are scanned to the end, so that all their values that are not finite are
+        # reported at once.
         for source in sources(job.expr):
             for box in row_blocks(source.type, BLOCK_BYTES):
                 self._evaluator.block(source, box)
 
 
-def _size(expr: Expr) -> int:
-    return prod(expr.type.shape) * expr.type.dtype.itemsize_bytes
-
-
-def _bytes(values: Array) -> memoryview:
+def _bytes_of(values: Array) -> memoryview:
     return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
-
-
-@contextmanager
-def _created(
-    folder: Path, shards: Sequence[Shard], threads: int, keep: bool
-) -> Iterator[OutputFiles]:
-    """Create the files with their headers; synchronise them unless there is an exception.
-
-    With `keep` the content of existing files stays, and all other files are removed.
-    """
-    files = OutputFiles()
-    try:
-        if keep:
-            remove_but(folder, {JOURNAL_NAME, *(shard.name for shard in shards)})
-        for shard in shards:
-            files.create(folder / shard.name, shard.size_bytes, shard.header, keep=keep)
-        yield files
-        files.synchronise([folder / shard.name for shard in shards], threads)
-    finally:
-        files.close()
-
-
-def _written(
-    entries: Sequence[Entry], shards: Sequence[Shard], jobs: Sequence[_Job]
-) -> tuple[WrittenTensor, ...]:
-    digests = {name: job.sha256 for job in jobs for name in job.names}
-    found = {name: shard.name for shard in shards for name in shard.offsets}
-    return tuple(
-        WrittenTensor(
-            e.name,
-            e.storage.name.lower() if e.storage else e.dtype.name,
-            e.shape,
-            found[e.name],
-            digests[e.name],
-            e.nbytes,
-        )
-        for e in sorted(entries, key=lambda e: natural(e.name))
-    )

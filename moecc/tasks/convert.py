@@ -75,7 +75,7 @@ def write(
     """
     from moecc.formats.adapter import files_of
     from moecc.formats.manifest import hashed_beside
-    from moecc.formats.output import output_file, output_folder
+    from moecc.formats.output import output_folder
     from moecc.formats.run import inputs_of
     from moecc.translate.gguf import GgufExport
 
@@ -85,9 +85,9 @@ def write(
     one_file = is_file(planned, place)
     options = WriteOptions(max_shard_bytes, allow_nonfinite, verify, progress)
     earlier = _Earlier(conversion_facts(planned, options))
-    with (output_file if one_file else output_folder)(
+    with output_folder(
         place, inputs=inputs_of(checkpoint), force=force, needed_bytes=planned.size_bytes,
-        goes_on=earlier.goes_on if resume else None,
+        can_resume=earlier.can_resume if resume else None, is_file=one_file,
     ) as temporary, earlier.journal(temporary) as journal, \
             hashed_beside(files_of(checkpoint)) as source_files:  # fmt: skip
         options = replace(options, journal=journal, source_files=source_files)
@@ -112,7 +112,7 @@ class _Earlier:
         self._facts = facts
         self._known: dict[str, Done] = {}
 
-    def goes_on(self, folder: Path) -> bool:
+    def can_resume(self, folder: Path) -> bool:
         """Read its journal; return whether it is of use. Raises InputError if it is of another."""
         from moecc.formats.writer import read_journal
 
@@ -138,14 +138,15 @@ def check_place(
 
     Raises: as `write`.
     """
-    from moecc.formats.output import check_output, check_output_file
+    from moecc.formats.output import check_output
     from moecc.formats.run import inputs_of
 
     _check_suffix(planned, Path(out))
     inputs = inputs_of(planned.model.checkpoint)
-    check = check_output_file if is_file(planned, Path(out)) else check_output
-    needed_bytes = planned.size_bytes
-    check(Path(out), inputs=inputs, force=force, needed_bytes=needed_bytes, resume=resume)
+    check_output(
+        Path(out), inputs=inputs, force=force, needed_bytes=planned.size_bytes, resume=resume,
+        is_file=is_file(planned, Path(out)),
+    )  # fmt: skip
 
 
 def _check_suffix(planned: Plan, out: Path) -> None:

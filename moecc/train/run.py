@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from moecc.errors import InputError, MachineError
-from moecc.formats.disk import remove, synchronise_folder, write_durable
+from moecc.formats.disk import remove, replace_durable, synchronise_folder, write_durable
 from moecc.formats.files import os_problem, read_whole
 from moecc.formats.manifest import MANIFEST_NAME, file_records, seal
 from moecc.formats.modelcard import hub_repository
@@ -178,7 +178,7 @@ def finish_step(run: Path, number: int, facts: Json) -> SavedStep:
         "files": digests(folder / STATE, _files_in(folder / STATE)),
         "run_files": digests(run, [*described, *_files_in(run / SOURCE)]),
     }  # fmt: skip
-    _write_atomically(folder / STEP, seal(_json(content).removesuffix(b"\n}\n")))
+    replace_durable(folder / STEP, seal(_json(content).removesuffix(b"\n}\n")))
     synchronise_folder(folder.parent)
     return SavedStep(number, folder)
 
@@ -209,17 +209,6 @@ def _files_in(folder: Path) -> list[Path]:
 
 def _json(content: Json) -> bytes:
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    write_durable(partial, content)
-    try:
-        os.replace(partial, path)
-    except OSError as error:
-        raise os_problem(error, path, "rename") from None
-    synchronise_folder(path.parent)
 
 
 # The journal of a run: a line of JSON an event, the same bytes however often it was resumed.

@@ -60,13 +60,13 @@ def test_a_killed_conversion_is_continued_to_the_same_bytes(
     from moecc.formats import writer
 
     made: list[str] = []
-    real = writer._Work._make
+    real = writer._Work._write_job
 
     def counted(self: object, job: object) -> None:
         made.append(job.names[0])  # type: ignore[attr-defined]
         real(self, job)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(writer._Work, "_make", counted)
+    monkeypatch.setattr(writer._Work, "_write_job", counted)
     done = moecc("convert", dense, killed / "out", *PASSES, "--resume")
     assert done.code == 0, done.err
     assert content(killed / "out") == content(killed / "expected")
@@ -153,13 +153,13 @@ def test_nonfinite_values_of_the_first_run_are_not_forgotten(
         assert moecc(*command).code == 0
     (tmp_path / "out").rename(tmp_path / "expected")
     (tmp_path / "kept").rename(tmp_path / PARTIAL)
-    assert "found" in (tmp_path / PARTIAL / JOURNAL).read_text()
+    assert "nonfinite" in (tmp_path / PARTIAL / JOURNAL).read_text()
     assert moecc(*command, "--resume").code == 0
     assert content(tmp_path / "out") == content(tmp_path / "expected")
 
 
 def test_two_writers_do_not_continue_one_output(moecc: Moecc, dense: Path, killed: Path) -> None:
-    with output_folder(killed / "out", goes_on=lambda _: True):
+    with output_folder(killed / "out", can_resume=lambda _: True):
         done = moecc("convert", dense, killed / "out", *PASSES, "--resume")
         assert done.code == 1
         assert "another conversion is writing this output" in done.err

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from moecc.errors import InputError, MachineError, UsageError
-from moecc.formats import disk as durable
 from moecc.formats import writer
 from moecc.formats.disk import Disk, injected
 from moecc.formats.safetensors import Entry, natural, plan_shards, read_header
@@ -226,7 +225,7 @@ def test_the_system_may_forget_what_is_written_all_along(
             self.waiting, self.released = 0, self.released + 1
 
     plain = written(tmp_path / "plain", everything())
-    monkeypatch.setattr(durable, "RELEASED_BYTES", 4_000)
+    monkeypatch.setattr(writer, "RELEASED_BYTES", 4_000)
     monkeypatch.setattr(writer, "BLOCK_BYTES", 1_000)
     with injected(Releasing()) as disk:
         assert written(tmp_path / "out", everything(), threads=1) == plain
