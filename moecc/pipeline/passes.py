@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from inspect import unwrap
-from types import TracebackType
+from math import inf
 from typing import (
     Annotated,
     ClassVar,
@@ -68,20 +68,13 @@ class Statistics:
         if self.shapes is None:
             return None
         for name, shape in wanted.items():
-            found = self.shapes.get(f"{loc}.{name}")
-            if found is None:
-                return Problem(
-                    f"the statistics have no {name} of this location",
-                    loc,
-                    hint="moecc capture --at takes those that its pattern fits",
-                )
-            if found != shape:
-                return Problem(
-                    f"the statistics have another shape: {name}",
-                    loc,
-                    str(list(shape)),
-                    str(list(found)),
-                )
+            captured = self.shapes.get(f"{loc}.{name}")
+            if captured is None:
+                hint = "moecc capture --at takes those that its pattern fits"
+                return Problem(f"the statistics have no {name} of this location", loc, hint=hint)
+            if captured != shape:
+                message, expected = f"the statistics have another shape: {name}", str(list(shape))
+                return Problem(message, loc, expected, str(list(captured)))
         return None
 
 
@@ -131,8 +124,8 @@ def weakest(promises: Iterable[Preserves]) -> Preserves:
     kind = max((p.kind for p in some), key=_ORDER.index, default=_ORDER[0])
     reasons = dict.fromkeys(p.reason for p in some if p.reason)
     errors = [p.predicted_error for p in some if p.kind == "approximate"]
-    known = [e for e in errors if e is not None]
-    total = sum(known) if known and len(known) == len(errors) else None
+    predicted = [e for e in errors if e is not None]
+    total = sum(predicted) if predicted and len(predicted) == len(errors) else None
     return Preserves(kind, "; ".join(reasons), total)
 
 
@@ -249,9 +242,10 @@ class Pass(ABC):
     def validate(self) -> list[Problem]:
         """Return the problems of the options alone, independent of the graph.
 
-        A problem's ``where`` may name the option concerned, by its name in the text.
+        A problem's ``where`` may name the option concerned, by its name in the text.  An option
+        beyond its `Bounds` is one.
         """
-        return []
+        return out_of_range(self)
 
     def validate_after(self, earlier: Sequence[Pass]) -> list[Problem]:
         """Return contradictions with the passes before this one, independent of the graph.
@@ -286,8 +280,17 @@ class Pass(ABC):
 # The options of a pass: its fields, and parsing and printing of their values.
 
 _BARE = re.compile(r'[^\s{}",]+\Z')
-_INT = re.compile(r"[+-]?[0-9]{1,19}\Z")
-_FLOAT = re.compile(r"[+-]?(?:inf|(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\Z")
+_SCALARS: dict[object, tuple[str, re.Pattern[str], Callable[[str], object]]] = {
+    types.NoneType: ("none", re.compile(r"none\Z"), lambda text: None),
+    bool: ("true or false", re.compile(r"(?:true|false)\Z"), lambda text: text == "true"),
+    int: ("a whole number", re.compile(r"[+-]?[0-9]{1,19}\Z"), int),
+    float: (
+        "a number",
+        re.compile(r"[+-]?(?:inf|(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\Z"),
+        float,
+    ),
+}
+"""Description, form and parser of the values of a type, the most restrictive type first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,6 +299,35 @@ class Piece:
 
     text: str
     quoted: bool = False
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The values of an option that is a number, in its ``Annotated`` after the documentation.
+
+    Attributes:
+      low: the least value.
+      high: what the value is below; infinite values are never allowed.
+      is_open: whether `low` itself is not allowed.
+      is_closed: whether `high` itself is allowed.
+      hint: what is usual.
+    """
+
+    low: float
+    high: float = inf
+    is_open: bool = False
+    is_closed: bool = False
+    hint: str | None = None
+
+    def __contains__(self, value: float) -> bool:
+        above = self.low < value if self.is_open else self.low <= value
+        return above and (value < self.high or (self.is_closed and value == self.high))
+
+    def __str__(self) -> str:
+        low = f"more than {self.low:g}" if self.is_open else f"at least {self.low:g}"
+        if self.high == inf:
+            return low
+        return f"{low}, {'at most' if self.is_closed else 'less than'} {self.high:g}"
 
 
 @dataclass(frozen=True)
@@ -308,6 +340,7 @@ class Option:
       type: its annotation.
       doc: its meaning, in a line.
       default: its value where the text omits it, or `dataclasses.MISSING`.
+      bounds: the values that are allowed, if the annotation has bounds.
     """
 
     name: str
@@ -315,6 +348,7 @@ class Option:
     type: object
     doc: str
     default: object
+    bounds: Bounds | None = None
 
     @property
     def required(self) -> bool:
@@ -326,39 +360,49 @@ class Option:
 def options(cls: type[Pass]) -> dict[str, Option]:
     """Return the options of a pass by name, in the order of its fields."""
     hints = get_type_hints(cls, include_extras=True)
-    found: dict[str, Option] = {}
-    for declared in fields(cls):
-        hint, doc = hints[declared.name], ""
+    declared: dict[str, Option] = {}
+    for f in fields(cls):
+        hint, doc, *bounds = [hints[f.name], ""]
         if get_origin(hint) is Annotated:
-            hint, doc = get_args(hint)[:2]
-        name = declared.name.replace("_", "-")
-        default = (
-            declared.default if declared.default_factory is MISSING else declared.default_factory()
-        )
-        found[name] = Option(name, declared.name, hint, doc, default)
-    return found
+            hint, doc, *bounds = get_args(hint)
+        name = f.name.replace("_", "-")
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        declared[name] = Option(name, f.name, hint, doc, default, *bounds)
+    return declared
+
+
+def out_of_range(item: Pass) -> list[Problem]:
+    """Return a problem for each option whose value is out of its bounds."""
+    values = ((o.name, o.bounds, getattr(item, o.field)) for o in options(type(item)).values())
+    return [
+        Problem("an option is out of range", name, str(bounds), str(value), bounds.hint)
+        for name, bounds, value in values
+        if bounds is not None and value is not None and value not in bounds
+    ]
 
 
 def unreadable(cls: type[Pass]) -> list[str]:
     """Return the annotations of a pass that cannot be resolved or have no text form."""
     try:
-        found = options(cls)
+        declared = options(cls)
     except NameError as error:
         return [f"an annotation cannot be resolved: {error}"]
     return [
         f"option {o.name!r} has a type without a text form: {o.type}"
-        for o in found.values()
-        if not _is_spelled(o.type)
+        for o in declared.values()
+        if not _has_text(o.type)
     ]
 
 
-def _is_spelled(type: object) -> bool:
-    if type in (int, float, bool, str, types.NoneType) or get_origin(type) is Literal:
+def _has_text(type: object) -> bool:
+    if type in _SCALARS or type is str or get_origin(type) is Literal:
         return True
-    if get_origin(type) is tuple or _is_union(type):
-        inner = [t for t in get_args(type) if t is not ...]
-        return bool(inner) and all(map(_is_spelled, inner))
-    return False
+    inner = [t for t in get_args(type) if t is not ...]
+    is_compound = get_origin(type) in (tuple, *_UNIONS)
+    return is_compound and bool(inner) and all(map(_has_text, inner))
+
+
+_UNIONS = (Union, types.UnionType)
 
 
 class _NoFit(ValueError):
@@ -371,71 +415,51 @@ def read(type: object, pieces: tuple[Piece, ...]) -> object:
     Raises:
       ValueError: they are not a value of the type.
     """
-    if get_origin(type) is tuple:
-        return _read_tuple(get_args(type), pieces)
-    if _is_union(type):
-        return _read_union(type, pieces)
+    origin = get_origin(type)
+    if origin in _UNIONS:
+        for member in _members(type):
+            try:
+                return read(member, pieces)
+            except _NoFit:
+                continue
+        raise _NoFit
+    if origin is tuple:
+        pieces = () if pieces == (Piece("()"),) else pieces
+        elements = _elements(type, len(pieces))
+        if len(elements) != len(pieces):
+            raise _NoFit
+        return tuple(read(t, (p,)) for t, p in zip(elements, pieces, strict=True))
     if type is str and not any(p.quoted for p in pieces):
         return ",".join(p.text for p in pieces)
     if len(pieces) != 1:
         raise _NoFit
-    return _read_one(type, pieces[0])
-
-
-def _read_one(type: object, piece: Piece) -> object:
-    text = piece.text
-    if get_origin(type) is Literal:
+    text = pieces[0].text
+    if origin is Literal:
         for choice in get_args(type):
             if str(choice) == text:
                 return choice
-        raise _NoFit
-    if type is str:
+    elif type is str:
         return text
-    if piece.quoted:
-        raise _NoFit
-    if type is types.NoneType and text == "none":
-        return None
-    if type is bool and text in ("true", "false"):
-        return text == "true"
-    if type is int and _INT.match(text):
-        return int(text)
-    if type is float and _FLOAT.match(text):
-        return float(text)
+    elif type in _SCALARS and not pieces[0].quoted:
+        _, form, parse = _SCALARS[type]
+        if form.match(text):
+            return parse(text)
     raise _NoFit
 
 
-def _read_tuple(elements: tuple[object, ...], pieces: tuple[Piece, ...]) -> tuple[object, ...]:
-    if pieces == (Piece("()"),):
-        pieces = ()
-    each = elements[:1] * len(pieces) if elements[-1] is ... else elements
-    if len(each) != len(pieces):
-        raise _NoFit
-    return tuple(read(t, (p,)) for t, p in zip(each, pieces, strict=True))
-
-
-def _read_union(type: object, pieces: tuple[Piece, ...]) -> object:
-    for member in _members(type):
-        try:
-            return read(member, pieces)
-        except _NoFit:
-            continue
-    raise _NoFit
-
-
-def _is_union(type: object) -> bool:
-    return get_origin(type) in (Union, types.UnionType)
+def _elements(type: object, count: int) -> tuple[object, ...]:
+    """Return the types of the elements of a tuple of `count` elements."""
+    inner = get_args(type)
+    return inner[:1] * count if inner[-1] is ... else inner
 
 
 def _members(type: object) -> list[object]:
     """Return the members of a union, the most restrictive first."""
-    order = [types.NoneType, bool, int, float]
+    order: list[object] = [Literal, *_SCALARS, tuple, str]
 
     def rank(member: object) -> int:
-        if member in order:
-            return order.index(member)
-        if get_origin(member) is Literal:
-            return -1
-        return 9 if member is str else 8
+        origin: object = get_origin(member)
+        return order.index(member if origin is None else origin)
 
     return sorted(get_args(type), key=rank)
 
@@ -446,53 +470,47 @@ def write(type: object, value: object) -> str:
     Raises:
       ValueError: `value` is not of `type`.
     """
-    if isinstance(value, tuple) and (get_origin(type) is tuple or _is_union(type)):
-        text = _write_tuple(type, value)
+    if isinstance(value, tuple) and get_origin(type) in (tuple, *_UNIONS):
+        if get_origin(type) in _UNIONS:
+            tuples = (t for t in _members(type) if get_origin(t) is tuple)
+            text = _write_elements(next(tuples, tuple[str, ...]), value)
+        else:
+            text = _write_elements(type, value)
     else:
-        text = _write_one(type, value)
-    if not _spells(type, split(text), value):
+        text = _write_scalar(type, value)
+    if not _is_text_of(type, split(text), value):
         raise ValueError(f"{value!r} is not {describe(type)}")
     return text
 
 
-def _write_tuple(type: object, value: tuple[object, ...]) -> str:
+def _write_elements(type: object, value: tuple[object, ...]) -> str:
     if not value:
         return "()"
-    if _is_union(type):
-        type = next((t for t in _members(type) if get_origin(t) is tuple), tuple[str, ...])
-    args = get_args(type)
-    each = args[:1] * len(value) if args[-1] is ... else args
-    parts = [_write_element(t, v) for t, v in zip(each, value, strict=True)]
-    return ",".join(parts) if parts != ["()"] else '"()"'
+    texts = []
+    for inner, element in zip(_elements(type, len(value)), value, strict=True):
+        text = _write_scalar(inner, element)
+        texts.append(json.dumps(element) if "," in text and text[0] != '"' else text)
+    return ",".join(texts) if texts != ["()"] else '"()"'
 
 
-def _write_element(type: object, value: object) -> str:
-    text = _write_one(type, value)
-    return json.dumps(value) if "," in text and text[0] != '"' else text
-
-
-def _write_one(type: object, value: object) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "true" if value else "false"
+def _write_scalar(type: object, value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
     if not isinstance(value, str):
         return repr(value)
     parts = value.split(",")
-    if all(_BARE.match(p) for p in parts):
-        bare = tuple(Piece(p) for p in parts)
-        if _spells(type, bare, value):
-            return value
+    if all(map(_BARE.match, parts)) and _is_text_of(type, tuple(map(Piece, parts)), value):
+        return value
     return json.dumps(value)
 
 
-def _spells(type: object, pieces: tuple[Piece, ...], value: object) -> bool:
+def _is_text_of(type: object, pieces: tuple[Piece, ...], value: object) -> bool:
     try:
-        back = read(type, pieces)
+        again = read(type, pieces)
     except _NoFit:
         return False
     # A float may be an int in Python, but True is not 1.
-    return bool(back == value) and isinstance(back, bool) == isinstance(value, bool)
+    return bool(again == value) and isinstance(again, bool) == isinstance(value, bool)
 
 
 _PIECE = re.compile(r'"((?:[^"\\]|\\.)*)"|([^\s{}",]+)')
@@ -506,24 +524,17 @@ def split(text: str) -> tuple[Piece, ...]:
     """
     pieces: list[Piece] = []
     at = 0
-    while True:
+    while not pieces or at < len(text):
+        at += bool(pieces)
         match = _PIECE.match(text, at)
-        if match is None:
-            raise ValueError(at)
-        pieces.append(_piece(match.group()))
+        if match is None or (match.end() < len(text) and text[match.end()] != ","):
+            raise ValueError(at if match is None else match.end())
+        # json rejects control characters inside quotes, which a shell may well pass on.
+        is_quoted = match.group(1) is not None
+        word = json.loads(match.group(), strict=False) if is_quoted else match.group()
+        pieces.append(Piece(word, is_quoted))
         at = match.end()
-        if at == len(text):
-            return tuple(pieces)
-        if text[at] != ",":
-            raise ValueError(at)
-        at += 1
-
-
-def _piece(text: str) -> Piece:
-    if text[0] != '"':
-        return Piece(text)
-    # json rejects control characters inside quotes, which a shell may well pass on.
-    return Piece(json.loads(text, strict=False), quoted=True)
+    return tuple(pieces)
 
 
 def choices(type: object) -> list[str]:
@@ -535,22 +546,16 @@ def choices(type: object) -> list[str]:
 
 def describe(type: object) -> str:
     """Return a description of the values of `type`, for messages and the documentation."""
-    if get_origin(type) is Literal:
-        return f"one of {', '.join(map(str, get_args(type)))}"
-    if get_origin(type) is tuple:
-        inner = get_args(type)
+    origin, inner = get_origin(type), get_args(type)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, inner))}"
+    if origin is tuple:
         if inner[-1] is ...:
             return f"a list, separated by commas, each {describe(inner[0])}"
         return f"{len(inner)} values separated by commas: {', '.join(map(describe, inner))}"
-    if _is_union(type):
-        return " or ".join(describe(t) for t in get_args(type))
-    words: dict[object, str] = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-    }
-    return "none" if type is types.NoneType else words[type]
+    if origin in _UNIONS:
+        return " or ".join(map(describe, inner))
+    return "text" if type is str else _SCALARS[type][0]
 
 
 # Lints: what a published design guide advises against, with the section that says so.
@@ -569,37 +574,43 @@ BALANCE, ROUTER_Z = 1e-2, 1e-3
 
 
 def advice(
-    what: str, place: str | None, section: str, *, expected: str | None = None, found: object = None
+    message: str,
+    option: str | None,
+    section: str,
+    *,
+    expected: str | None = None,
+    value: object = None,
 ) -> Problem:
-    """Return a lint; `section` is the place in the paper, "section 5.1" or "appendix A"."""
-    said = None if found is None else f"{found:g}" if isinstance(found, float) else str(found)
-    return Problem(what, place, expected, said, f"{PAPER}, {section}")
+    """Return a lint; `section` is that of the paper, "section 5.1" or "appendix A"."""
+    text = f"{value:g}" if isinstance(value, float) else None if value is None else str(value)
+    return Problem(message, option, expected, text, f"{PAPER}, {section}")
 
 
-def too_many_experts(experts: int, place: str) -> list[Problem]:
+def too_many_experts(experts: int, option: str) -> list[Problem]:
     """Return a lint if there are more experts than help."""
     if experts <= MOST_EXPERTS:
         return []
-    return [advice("more experts than help", place, "section 5.1",
-                   expected=f"at most {MOST_EXPERTS}", found=experts)]  # fmt: skip
+    expected = f"at most {MOST_EXPERTS}"
+    return [
+        advice("more experts than help", option, "section 5.1", expected=expected, value=experts)
+    ]
 
 
-def too_much_capacity(factor: float | None, experts: int, place: str) -> list[Problem]:
+def too_much_capacity(factor: float | None, experts: int, option: str) -> list[Problem]:
     """Return a lint if an expert has more slots than there are tokens."""
     if factor is None or factor <= experts:
         return []
-    return [advice("an expert has more slots than there are tokens", place, "section 2",
-                   expected=f"at most {experts}, the number of experts", found=factor)]  # fmt: skip
+    message, expected = "an expert has more slots than there are tokens", f"at most {experts}"
+    expected = f"{expected}, the number of experts"
+    return [advice(message, option, "section 2", expected=expected, value=factor)]
 
 
-def coefficient(value: float, usual: float, what: str, place: str, section: str) -> list[Problem]:
-    """Return a lint if a coefficient is 0, or a hundred times off the paper's."""
-    if value == 0:
-        return [advice(f"{what} is off", place, section, expected=f"{usual:g}", found=0)]
+def coefficient(value: float, usual: float, loss: str, option: str, section: str) -> list[Problem]:
+    """Return a lint if the coefficient of `loss` is 0, or a hundred times off the paper's."""
     if usual / 100 < value < usual * 100:
         return []
-    return [advice(f"{what} is a hundred times off", place, section,
-                   expected=f"{usual:g}", found=value)]  # fmt: skip
+    message = f"{loss} is off" if value == 0 else f"{loss} is a hundred times off"
+    return [advice(message, option, section, expected=f"{usual:g}", value=value or 0)]
 
 
 # Whose fault a crash is: a pass of moecc is a bug of moecc, any other is its author's to fix.
@@ -635,10 +646,18 @@ def crash_of(cls: type[Pass], doing: str, error: BaseException, hint: str | None
       error: the exception.
       hint: where the reproducer is.
     """
-    what = f"{doing}: {described(error)}"
+    message = f"{doing}: {described(error)}"
     if cls.__module__.partition(".")[0] in _OURS:
-        return PassCrash(what, hint=hint)
-    return OwnPassCrash(what, where=_place(cls, error.__traceback__), hint=hint)
+        return PassCrash(message, hint=hint)
+    # The innermost call within the file of the pass, or its `apply`.
+    code = getattr(unwrap(cls.apply), "__code__", None)
+    line = f"{code.co_filename}:{code.co_firstlineno}" if code else cls.__module__
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_globals.get("__name__") == cls.__module__:
+            line = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return OwnPassCrash(message, where=line, hint=hint)
 
 
 @contextmanager
@@ -671,15 +690,3 @@ def apply_pass(item: Pass, graph: Graph, context: Context) -> PassResult:
     if not isinstance(result, PassResult):
         raise TypeError(f"apply returned {type(result).__name__}, expected PassResult")
     return result
-
-
-def _place(cls: type[Pass], trace: TracebackType | None) -> str:
-    """Return file and line of the innermost call within the file of a pass, or of its `apply`."""
-    code = getattr(unwrap(cls.apply), "__code__", None)
-    found = f"{code.co_filename}:{code.co_firstlineno}" if code else cls.__module__
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        if trace.tb_frame.f_globals.get("__name__") == cls.__module__:
-            found = f"{code.co_filename}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    return found

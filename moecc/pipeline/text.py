@@ -14,12 +14,12 @@ together, each with its position.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, make_dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any, ClassVar
 
 from moecc.errors import Problem, UsageError, nearest, printable
@@ -78,7 +78,7 @@ class TemplateOption:
 
 
 @dataclass(frozen=True)
-class Step:
+class TemplateStep:
     """A pass of a template.
 
     Attributes:
@@ -95,20 +95,6 @@ class Step:
     fixed: Mapping[str, object] = field(default_factory=dict)
     when: str | None = None
     statistics: tuple[str, ...] | None = None
-
-    def runs(self, item: Pass) -> bool:
-        """Return whether the template's options `item` enable the step."""
-        return self.when is None or getattr(item, self.when) not in (False, None, "none")
-
-    def made(self, item: Pass) -> Pass:
-        """Return the pass with the options forwarded from `item`, the template with its options."""
-        forwarded = {name: getattr(item, name) for name in self.forward}
-        return self.cls(**forwarded, **self.fixed)
-
-    def reported(self, result: PassResult) -> dict[str, int]:
-        """Return the statistics of the step that the template reports."""
-        wanted = result.stats if self.statistics is None else self.statistics
-        return {name: result.stats[name] for name in wanted if name in result.stats}
 
 
 def _no_problems(item: object) -> Iterable[Problem]:
@@ -131,24 +117,24 @@ class PipelineTemplate:
 
     name: str
     summary: str
-    steps: tuple[Step, ...]
+    steps: tuple[TemplateStep, ...]
     options: tuple[TemplateOption, ...] = ()
     doc: str = ""
     check: Callable[[Any], Iterable[Problem]] = _no_problems
     advise: Callable[[Any], Iterable[Problem]] = _no_problems
 
-    def __call__(self, **given: object) -> TemplatePass:
+    def __call__(self, **fields: object) -> TemplatePass:
         """Return the template with options, as a pass.
 
         Raises:
           TypeError: it has no such option.
         """
-        return self.as_pass(**given)
+        return self.as_pass(**fields)
 
     @cached_property
     def as_pass(self) -> type[TemplatePass]:
         """Return the template as a pass class; call it only if `faults` yields nothing."""
-        made: type[TemplatePass] = make_dataclass(
+        cls: type[TemplatePass] = make_dataclass(
             self.class_name,
             [self._field(option) for option in self.options],
             bases=(TemplatePass,),
@@ -165,7 +151,7 @@ class PipelineTemplate:
             frozen=True,
             kw_only=True,
         )
-        return made
+        return cls
 
     @property
     def class_name(self) -> str:
@@ -175,58 +161,52 @@ class PipelineTemplate:
     def faults(self) -> Iterator[str]:
         """Yield the errors of the declaration."""
         offered = [option.field for option in self.options]
-        twice = {name for name in offered if offered.count(name) > 1}
-        yield from (f"it offers the option {name!r} twice" for name in sorted(twice))
+        for name, count in sorted(Counter(offered).items()):
+            if count > 1:
+                yield f"it offers the option {name!r} twice"
         if not self.steps:
             yield "it has no step"
         for step in self.steps:
-            yield from _faults_of_step(step, offered)
+            name, available = step.cls.name, _fields(step.cls)
+            for option in (*step.forward, *step.fixed):
+                if option not in available:
+                    yield f"{name} has no option {option!r}"
+            for option in step.forward:
+                if option in step.fixed:
+                    yield f"the option {option!r} of {name} is forwarded and fixed"
+                if option not in offered:
+                    yield f"it forwards {option!r} to {name}, but does not offer it"
+            if step.when is not None and step.when not in offered:
+                yield f"{name} is enabled by the option {step.when!r}, which it does not offer"
+            for field_name, declared in available.items():
+                if declared.required and field_name not in (*step.forward, *step.fixed):
+                    yield f"{name} needs the option {field_name!r}"
         used = {name for step in self.steps for name in (*step.forward, step.when)}
-        for option in self.options:
-            if option.field not in used:
-                yield f"no step takes its option {option.field!r}"
-            elif option.type is INHERITED and self._target(option.field) is None:
-                yield f"its option {option.field!r} has no type, and no step has one for it"
+        for offer in self.options:
+            if offer.field not in used:
+                yield f"no step takes its option {offer.field!r}"
+            elif offer.type is INHERITED and self._target(offer.field) is None:
+                yield f"its option {offer.field!r} has no type, and no step has one for it"
 
     def _target(self, name: str) -> Option | None:
         """Return the option of the first pass that takes the option `name`."""
-        for step in self.steps:
-            if name in step.forward:
-                return _fields(step.cls).get(name)
-        return None
+        steps = (step for step in self.steps if name in step.forward)
+        return next((_fields(step.cls).get(name) for step in steps), None)
 
     def _field(self, option: TemplateOption) -> tuple[str, object, object]:
         """Return the field of the pass for an option, as `make_dataclass` takes it."""
         target = self._target(option.field)
         kind: Any = target.type if target and option.type is INHERITED else option.type
-        doc = option.doc or (target.doc if target else "")
         default = option.default
         if default is INHERITED:
             default = target.default if target else MISSING
-        hint = Annotated[kind, doc]
+        hint = Annotated[kind, option.doc or (target.doc if target else "")]
         return option.field, hint, field() if default is MISSING else field(default=default)
 
 
 def _fields(cls: type[Pass]) -> dict[str, Option]:
     """Return the options of a pass by the names of their fields."""
     return {option.field: option for option in options(cls).values()}
-
-
-def _faults_of_step(step: Step, offered: Sequence[str]) -> Iterator[str]:
-    there = _fields(step.cls)
-    for name in (*step.forward, *step.fixed):
-        if name not in there:
-            yield f"{step.cls.name} has no option {name!r}"
-    for name in step.forward:
-        if name in step.fixed:
-            yield f"the option {name!r} of {step.cls.name} is forwarded and fixed"
-        if name not in offered:
-            yield f"it forwards {name!r} to {step.cls.name}, but does not offer it"
-    if step.when is not None and step.when not in offered:
-        yield f"{step.cls.name} is enabled by the option {step.when!r}, which it does not offer"
-    for option in there.values():
-        if option.required and option.field not in (*step.forward, *step.fixed):
-            yield f"{step.cls.name} needs the option {option.field!r}"
 
 
 @dataclass(frozen=True)
@@ -236,31 +216,37 @@ class TemplatePass(Pass):
     template: ClassVar[PipelineTemplate]
 
     @property
-    def parts(self) -> list[tuple[Step, Pass]]:
+    def parts(self) -> list[tuple[TemplateStep, Pass]]:
         """The steps enabled by these options, with their passes."""
-        return [(step, step.made(self)) for step in self.template.steps if step.runs(self)]
+        return [
+            (step, step.cls(**{name: getattr(self, name) for name in step.forward}, **step.fixed))
+            for step in self.template.steps
+            if step.when is None or getattr(self, step.when) not in (False, None, "none")
+        ]
 
     @property
     def preserves(self) -> Preserves:
         """The combined promise of the passes."""
         return weakest(item.preserves for _, item in self.parts)
 
+    def _gather(self, ask: Callable[[Pass], Iterable[Problem]]) -> list[Problem]:
+        return [problem for _, item in self.parts for problem in ask(item)]
+
     def validate(self) -> list[Problem]:
         """Return the problems that the passes report, and those of the template's own check."""
-        found = [p for _, item in self.parts for p in item.validate()]
-        return [*found, *self.template.check(self)]
+        return [*self._gather(lambda item: item.validate()), *self.template.check(self)]
 
     def validate_after(self, earlier: Sequence[Pass]) -> list[Problem]:
         """Return contradictions with the passes before this one."""
-        return [p for _, item in self.parts for p in item.validate_after(earlier)]
+        return self._gather(lambda item: item.validate_after(earlier))
 
     def warnings(self) -> list[Problem]:
         """Return the warnings of the passes."""
-        return [p for _, item in self.parts for p in item.warnings()]
+        return self._gather(lambda item: item.warnings())
 
     def lints(self) -> list[Problem]:
         """Return what the passes, and the template itself, are advised against."""
-        return [*(p for _, item in self.parts for p in item.lints()), *self.template.advise(self)]
+        return [*self._gather(lambda item: item.lints()), *self.template.advise(self)]
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
         """Run the passes; a pass that must match and matches nothing ends the run.
@@ -273,31 +259,23 @@ class TemplatePass(Pass):
         for step, item in self.parts:
             result = apply_pass(item, graph, ctx)
             promises.append(result.preserves or item.preserves)
-            stats = step.reported(result)
-            total = _joined(total, result, stats)
+            names = result.stats if step.statistics is None else step.statistics
+            stats = {name: result.stats[name] for name in names if name in result.stats}
+            if total is None:
+                # The matches are those of the first pass.
+                total = replace(result, stats=stats)
+            else:
+                total.changed |= result.changed
+                total.stats = stats | total.stats
+                total.remarks = [*total.remarks, *result.remarks]
+                total.near_misses = [*total.near_misses, *result.near_misses]
+                total.rules = result.rules | total.rules
             if item.must_match and not result.matched:
                 total.matched = 0
                 break
         assert total is not None, "a template has a step"
         total.preserves = weakest(promises)
         return total
-
-
-def _joined(total: PassResult | None, result: PassResult, stats: dict[str, int]) -> PassResult:
-    """Return the joined result of the steps; `matched` is that of the first one."""
-    if total is None:
-        return PassResult(
-            result.changed, result.matched, stats, [*result.remarks], [*result.near_misses],
-            {**result.rules},
-        )  # fmt: skip
-    return PassResult(
-        total.changed or result.changed,
-        total.matched,
-        total.stats | {name: count for name, count in stats.items() if name not in total.stats},
-        [*total.remarks, *result.remarks],
-        [*total.near_misses, *result.near_misses],
-        {**result.rules, **total.rules},
-    )
 
 
 # The registry of passes: those of installed packages, and those of a user's file.
@@ -339,21 +317,17 @@ class Registry:
           UsageError: there is no such pass (the nearest name is suggested), or the class or
             template is invalid.
         """
-        factory = self.factories.get(name)
-        if factory is None:
+        if name not in self.factories:
             raise UsageError([unknown_pass(self, name)])
-        found = factory()
-        if isinstance(found, PipelineTemplate):
-            self._refuse(name, found.class_name, found.faults())
-            found = found.as_pass
-        self._refuse(name, found.__name__, _faults(found, name))
-        return found
+        item = self.factories[name]()
+        if isinstance(item, PipelineTemplate):
+            self._refuse(name, item.class_name, item.faults())
+            item = item.as_pass
+        self._refuse(name, item.__name__, _faults(item, name))
+        return item
 
-    def _offers(self, name: str, thing: type[Pass] | PipelineTemplate) -> bool:
-        return name in self.factories and self.factories[name]() is thing
-
-    def _refuse(self, name: str, what: str, faults: Iterable[str]) -> None:
-        problems = [Problem(fault, f"{self.origins[name]}, {what}") for fault in faults]
+    def _refuse(self, name: str, cls: str, faults: Iterable[str]) -> None:
+        problems = [Problem(fault, f"{self.origins[name]}, {cls}") for fault in faults]
         if problems:
             raise UsageError(problems)
 
@@ -361,9 +335,9 @@ class Registry:
         """Return this registry with more passes.
 
         Raises:
-          UsageError: a name is taken.
+          UsageError: a name is in use.
         """
-        taken = [
+        repeated = [
             Problem(
                 f"the pass {name!r} is defined twice",
                 origin,
@@ -373,8 +347,8 @@ class Registry:
             for name in factories
             if name in self.factories
         ]
-        if taken:
-            raise UsageError(taken)
+        if repeated:
+            raise UsageError(repeated)
         return Registry(
             {**self.factories, **factories}, {**self.origins, **dict.fromkeys(factories, origin)}
         )
@@ -387,21 +361,38 @@ class Registry:
           required: whether it is an error if it defines none.
 
         Raises:
-          UsageError: it cannot be read or run, defines no pass, or a name is taken.
+          UsageError: it cannot be read or run, defines no pass, or a name is in use.
         """
-        found = _passes_of(run_file(path))
+        module = run_file(path)
+        items: list[type[Pass] | PipelineTemplate] = [
+            item
+            for item in vars(module).values()
+            if isinstance(item, type)
+            and issubclass(item, Pass)
+            and item.__module__ == module.__name__
+            and hasattr(item, "name")
+        ]
         # A template that the file only imports does not count as one that it defines.
-        found = {name: made for name, made in found.items() if not self._offers(name, made())}
-        if required and not found:
+        items += [
+            item
+            for item in vars(module).values()
+            if isinstance(item, PipelineTemplate)
+            and not (item.name in self and self.factories[item.name]() is item)
+        ]
+        if required and not items:
             raise UsageError(
                 "the file defines no pass",
                 where=str(path),
                 hint="a pass is a subclass of Pass with a name, or a PipelineTemplate",
             )
-        extended = self.extended(found, str(path))
-        for name in found:
-            extended.get(name)
+        extended = self.extended({item.name: partial(_same, item) for item in items}, str(path))
+        for item in items:
+            extended.get(item.name)
         return extended
+
+
+def _same(item: type[Pass] | PipelineTemplate) -> type[Pass] | PipelineTemplate:
+    return item
 
 
 @cache
@@ -438,24 +429,6 @@ def _faults(cls: type[Pass], name: str) -> Iterator[str]:
         yield "it is not a dataclass: @dataclass(frozen=True) is missing"
     else:
         yield from unreadable(cls)
-
-
-def _passes_of(module: ModuleType) -> dict[str, Factory]:
-    own = [
-        thing
-        for thing in vars(module).values()
-        if isinstance(thing, type)
-        and issubclass(thing, Pass)
-        and thing.__module__ == module.__name__
-        and hasattr(thing, "name")
-    ]
-    templates = [thing for thing in vars(module).values() if isinstance(thing, PipelineTemplate)]
-    found: list[type[Pass] | PipelineTemplate] = [*own, *templates]
-    return {thing.name: _returning(thing) for thing in found}
-
-
-def _returning(thing: type[Pass] | PipelineTemplate) -> Factory:
-    return lambda: thing
 
 
 MAX_PROBLEMS = 20
@@ -508,26 +481,21 @@ class Pipeline:
 
     def problems(self) -> list[Problem]:
         """Return contradictions of options with each other or with earlier passes."""
-        return [p for i in range(len(self.passes)) for p in self._problems_of(i)]
-
-    def _problems_of(self, index: int) -> Iterator[Problem]:
-        item = self.passes[index]
-        for p in _problems_of(item, self.passes[:index]):
-            yield replace(p, where=f"{item.name}, option {p.where}" if p.where else item.name)
+        return self._gather(_problems_of)
 
     def warnings(self) -> list[Problem]:
         """Return warnings of options that are allowed but rarely intended, with their pass."""
-        return self._said(lambda item: item.warnings())
+        return self._gather(lambda item, earlier: item.warnings())
 
     def lints(self) -> list[Problem]:
         """Return what a design guide advises against, with the pass that does it."""
-        return self._said(lambda item: item.lints())
+        return self._gather(lambda item, earlier: item.lints())
 
-    def _said(self, ask: Callable[[Pass], list[Problem]]) -> list[Problem]:
+    def _gather(self, ask: Callable[[Pass, Sequence[Pass]], list[Problem]]) -> list[Problem]:
         return [
             replace(p, where=f"{item.name}, option {p.where}" if p.where else item.name)
-            for item in self.passes
-            for p in _blamed(item, ask)
+            for index, item in enumerate(self.passes)
+            for p in _asked(item, self.passes[:index], ask)
         ]
 
     @property
@@ -537,13 +505,16 @@ class Pipeline:
 
 
 def _problems_of(item: Pass, earlier: Sequence[Pass]) -> list[Problem]:
-    with blamed(type(item), "while its options were checked"):
-        return [*item.validate(), *item.validate_after(earlier)]
+    return [*item.validate(), *item.validate_after(earlier)]
 
 
-def _blamed(item: Pass, ask: Callable[[Pass], list[Problem]]) -> list[Problem]:
+def _asked(
+    item: Pass,
+    earlier: Sequence[Pass],
+    ask: Callable[[Pass, Sequence[Pass]], list[Problem]],
+) -> list[Problem]:
     with blamed(type(item), "while its options were checked"):
-        return list(ask(item))
+        return list(ask(item, earlier))
 
 
 def format_pass(item: Pass, *, in_full: bool = False) -> str:
@@ -553,17 +524,13 @@ def format_pass(item: Pass, *, in_full: bool = False) -> str:
       item: the pass.
       in_full: whether options at their defaults are printed too.
     """
-    given = [(o, getattr(item, o.field)) for o in options(type(item)).values()]
+    values = [(o, getattr(item, o.field)) for o in options(type(item)).values()]
     parts = [
-        _format_option(o, value)
-        for o, value in given
+        o.name if value is True else f"{o.name}={write(o.type, value)}"
+        for o, value in values
         if in_full or o.required or value != o.default
     ]
     return f"{item.name}{{{' '.join(parts)}}}" if parts else item.name
-
-
-def _format_option(option: Option, value: object) -> str:
-    return option.name if value is True else f"{option.name}={write(option.type, value)}"
 
 
 @dataclass
@@ -606,8 +573,8 @@ class _Parser:
             raise UsageError(self.problems)
         return tuple(passes)
 
-    def problem(self, what: str, at: int, **more: str | None) -> None:
-        self.problems.append(self.scan.problem(what, at, **more))
+    def problem(self, message: str, at: int, **more: str | None) -> None:
+        self.problems.append(self.scan.problem(message, at, **more))
 
     def items(self) -> Iterator[_Item]:
         scan, pending = self.scan, bool(self.scan.text.strip())
@@ -683,33 +650,34 @@ class _Parser:
             return None
         cls = self.registry.get(item.name)
         if item.is_template and not issubclass(cls, TemplatePass):
-            what = f"{item.name} is a pass, not a pipeline template"
-            self.problem(what, item.at, hint=f"{item.name}, without @")
+            message = f"{item.name} is a pass, not a pipeline template"
+            self.problem(message, item.at, hint=f"{item.name}, without @")
             return None
         before = len(self.problems)
         values = self.values(cls, item)
         if len(self.problems) > before:
             return None
         with blamed(cls, "while it was made"):
-            made = cls(**values)
-        places = {g.name: g.at for g in item.stated}
-        for p in _problems_of(made, earlier):
-            at = places.get(p.where or "", item.at)
+            parsed = cls(**values)
+        offsets = {stated.name: stated.at for stated in item.stated}
+        for p in _asked(parsed, earlier, _problems_of):
+            at = offsets.get(p.where or "", item.at)
             self.problem(p.what, at, expected=p.expected, found=p.found, hint=p.hint)
-        return made
+        return parsed
 
     def values(self, cls: type[Pass], item: _Item) -> dict[str, object]:
-        known, values = options(cls), {}
-        for given in item.stated:
-            option = known.get(given.name)
+        declared, values = options(cls), {}
+        for stated in item.stated:
+            option = declared.get(stated.name)
             if option is None:
-                hint = nearest(given.name, known) or f"options: {', '.join(known) or 'none'}"
-                self.problem(f"{item.name} has no option {given.name!r}", given.at, hint=hint)
+                hint = nearest(stated.name, declared)
+                hint = hint or f"options: {', '.join(declared) or 'none'}"
+                self.problem(f"{item.name} has no option {stated.name!r}", stated.at, hint=hint)
             elif option.field in values:
-                self.problem(f"option {given.name!r} is defined twice", given.at)
+                self.problem(f"option {stated.name!r} is defined twice", stated.at)
             else:
-                values[option.field] = self.value(option, given)
-        for option in known.values():
+                values[option.field] = self.value(option, stated)
+        for option in declared.values():
             if option.required and option.field not in values:
                 self.problem(
                     f"{item.name} needs the option {option.name!r}",
@@ -719,19 +687,19 @@ class _Parser:
                 )
         return values
 
-    def value(self, option: Option, given: _StatedOption) -> object:
+    def value(self, option: Option, stated: _StatedOption) -> object:
         try:
-            value = read(option.type, given.pieces or _SET)
-            if given.pieces or value is True:
+            value = read(option.type, stated.pieces or _SET)
+            if stated.pieces or value is True:
                 return value
         except ValueError:
             pass
-        by_commas = _BLANKS if _COMMAS.search(given.text) else None
+        has_comma = _COMMAS.search(stated.text) is not None
         self.problem(
-            f"option {given.name!r} has a value of another type",
-            given.at,
+            f"option {stated.name!r} has a value of another type",
+            stated.at,
             expected=describe(option.type),
-            found=printable(given.text),
-            hint=by_commas or nearest(given.text, choices(option.type)),
+            found=printable(stated.text),
+            hint=_BLANKS if has_comma else nearest(stated.text, choices(option.type)),
         )
         return None

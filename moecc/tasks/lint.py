@@ -70,11 +70,11 @@ def graph_lints(graph: Graph, cores: int | None = None) -> Iterator[Problem]:
         yield from too_many_experts(layer.experts, layer.loc)
         if cores is not None and layer.experts > cores:
             yield advice("there is more than one expert for each core", layer.loc, "section 5.1",
-                         expected=f"at most {cores}", found=layer.experts)  # fmt: skip
+                         expected=f"at most {cores}", value=layer.experts)  # fmt: skip
         if layer.top_k > 1 and layer.gates in ("softmax", "sigmoid"):
             yield advice("gates of several experts are not renormalised over those chosen",
                          layer.loc, "appendix G", expected="renormalised",
-                         found=layer.gates)  # fmt: skip
+                         value=layer.gates)  # fmt: skip
     yield from _capacities(flat)
     yield from _routers(flat)
 
@@ -111,7 +111,7 @@ def _initial(value: Value) -> Iterator[Problem]:
         yield advice("the router's logits begin far from those of the paper",
                      f"param %{value.name}", "section 6.2",
                      expected=f"a standard deviation of {LEAST_LOGIT_STD:g} to "
-                              f"{MOST_LOGIT_STD:g}", found=float(std))  # fmt: skip
+                              f"{MOST_LOGIT_STD:g}", value=float(std))  # fmt: skip
 
 
 def _once(problems: list[Problem]) -> tuple[Problem, ...]:

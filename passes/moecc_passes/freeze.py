@@ -53,11 +53,11 @@ class FreezePass(Pass):
         """Return what the paper found to be worse."""
         if self.only == ("moe",):
             return [advice("the experts alone are trained, which is much worse", "only",
-                           "section 4.2", expected="groups=moe", found="moe")]  # fmt: skip
+                           "section 4.2", expected="groups=moe", value="moe")]  # fmt: skip
         if "router" in self.groups and not {"moe", "all"} & set(self.groups):
             return [advice("experts are trained and their router is frozen, so that no loss can "
                            "balance them", "groups", "appendix A", expected="groups=moe",
-                           found="router")]  # fmt: skip
+                           value="router")]  # fmt: skip
         return []
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from moecc.errors import Problem
 from moecc.pipeline.passes import advice, too_much_capacity
-from moecc.pipeline.text import PipelineTemplate, Step, TemplateOption, TemplatePass
+from moecc.pipeline.text import PipelineTemplate, TemplateOption, TemplatePass, TemplateStep
 from moecc_passes.add_losses import AddLossesPass
 from moecc_passes.specialize.record_modes import RecordModesPass
 from moecc_passes.specialize.specialize import SpecializePass
@@ -56,13 +56,13 @@ def _advise(item: TemplatePass) -> Iterator[Problem]:
         yield from too_much_capacity(getattr(item, name, None), experts, place)
     if getattr(item, "extra_ffn", "") == "none":
         yield advice("no dense sublayer stands beside the sparse ones", "extra-ffn", "appendix C",
-                     expected="after or before", found="none")  # fmt: skip
+                     expected="after or before", value="none")  # fmt: skip
     if getattr(item, "expert_bias", "") == "none":
         yield advice("experts have no multiplicative bias", "expert-bias", "appendix C",
-                     expected="multiplicative", found="none")  # fmt: skip
+                     expected="multiplicative", value="none")  # fmt: skip
     if not getattr(item, "losses", True):
         yield advice("no losses are added", "losses", "section 3.3 and appendix A",
-                     expected="true", found="false")  # fmt: skip
+                     expected="true", value="false")  # fmt: skip
 
 
 ST_MOE = PipelineTemplate(
@@ -88,10 +88,10 @@ ST_MOE = PipelineTemplate(
     ),
     steps=(
         # The paper takes the initialisation of Switch: variance 0.1 / width before it is cut.
-        Step(UpcyclePass, BLOCKS, {"router_init": "switch", "router_std": round(0.1**0.5, 4)}),
-        Step(RecordModesPass, MODES, statistics=()),
-        Step(SpecializePass, ("mode",), when="mode", statistics=()),
-        Step(
+        TemplateStep(UpcyclePass, BLOCKS, {"router_init": "switch", "router_std": round(0.1**0.5, 4)}),
+        TemplateStep(RecordModesPass, MODES, statistics=()),
+        TemplateStep(SpecializePass, ("mode",), when="mode", statistics=()),
+        TemplateStep(
             AddLossesPass, ("balance_coef", "z_coef"), when="losses",
             statistics=("outputs-added",),
         ),

@@ -17,8 +17,8 @@ from moecc.pipeline.text import (
     Pipeline,
     PipelineTemplate,
     Registry,
-    Step,
     TemplateOption,
+    TemplateStep,
     installed,
 )
 from moecc.rewrite.pattern import NearMiss
@@ -88,8 +88,8 @@ TWICE = PipelineTemplate(
         TemplateOption("kind"),
     ),
     steps=(
-        Step(NotePass, ("word", "times")),
-        Step(NotePass, ("kind",), {"word": "end"}, when="second", statistics=("end",)),
+        TemplateStep(NotePass, ("word", "times")),
+        TemplateStep(NotePass, ("kind",), {"word": "end"}, when="second", statistics=("end",)),
     ),
     check=_not_both,
 )
@@ -173,8 +173,8 @@ def test_problems_of_the_passes_are_shown_at_the_options_of_the_template() -> No
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_step_that_must_match_ends_the_run(first: bool) -> None:
-    note = Step(NotePass, fixed={"word": "a"})
-    picky = Step(PickyPass, ("found",))
+    note = TemplateStep(NotePass, fixed={"word": "a"})
+    picky = TemplateStep(PickyPass, ("found",))
     steps = (picky, note) if first else (note, picky)
     template = PipelineTemplate("both", "two", steps, (TemplateOption("found"),))
     with pytest.raises(InputError, match="both: matched nothing, but must match") as caught:
@@ -189,11 +189,14 @@ def test_a_step_that_must_match_ends_the_run(first: bool) -> None:
     ("changes", "fault"),
     [
         ({"steps": ()}, "it has no step"),
-        ({"steps": (Step(NotePass, ("wrd",), {"word": "a"}),)}, "note has no option 'wrd'"),
-        ({"steps": (Step(NotePass, fixed={"word": "a", "x": 1}),)}, "note has no option 'x'"),
-        ({"steps": (Step(NotePass, ("times",)),)}, "note needs the option 'word'"),
+        ({"steps": (TemplateStep(NotePass, ("wrd",), {"word": "a"}),)}, "note has no option 'wrd'"),
         (
-            {"steps": (Step(NotePass, ("word",), {"word": "a"}),)},
+            {"steps": (TemplateStep(NotePass, fixed={"word": "a", "x": 1}),)},
+            "note has no option 'x'",
+        ),
+        ({"steps": (TemplateStep(NotePass, ("times",)),)}, "note needs the option 'word'"),
+        (
+            {"steps": (TemplateStep(NotePass, ("word",), {"word": "a"}),)},
             "the option 'word' of note is forwarded and fixed",
         ),
         ({"options": TWICE.options[1:]}, "it forwards 'times' to note, but does not offer it"),
@@ -221,9 +224,9 @@ def test_a_faulty_declaration_is_refused_with_its_fault(changes: Any, fault: str
 OWN = """
 from moecc_passes.dce import DcePass
 from moecc_passes.st_moe import ST_MOE
-from moecc.pipeline.text import PipelineTemplate, Step
+from moecc.pipeline.text import PipelineTemplate, TemplateStep
 
-CLEAN = PipelineTemplate("clean", "remove what is dead, twice", (Step(DcePass), Step(DcePass)))
+CLEAN = PipelineTemplate("clean", "remove what is dead, twice", (TemplateStep(DcePass), TemplateStep(DcePass)))
 assert ST_MOE.steps
 """
 

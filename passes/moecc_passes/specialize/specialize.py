@@ -248,14 +248,14 @@ def lints(item: SpecializeOptions) -> list[Problem]:
     found = [
         advice(f"in pre-training {what} costs quality", field.replace("_", "-"), "section 3.2",
                expected="0; fine-tuning is another matter (section 4.1)",
-               found=getattr(item, field))
+               value=getattr(item, field))
         for field, what in NOISE
         if getattr(item, field)
     ]  # fmt: skip
     if item.dropout and item.expert_dropout is not None and item.expert_dropout < item.dropout:
         what = "experts have less dropout than the rest, and overfit sooner"
         least, place = f"{item.dropout:g} or more", "expert-dropout"
-        found.append(advice(what, place, "section 4.1", expected=least, found=item.expert_dropout))
+        found.append(advice(what, place, "section 4.1", expected=least, value=item.expert_dropout))
     return found
 
 

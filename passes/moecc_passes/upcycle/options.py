@@ -318,11 +318,11 @@ def _router(item: UpcycleOptions) -> list[Problem]:
     what = "logits" if is_of_logits else "weights"
     return [advice(f"the router's {what} begin far from those of the paper", "router-std",
                    "section 6.2", expected=f"{least:g} to {most:g}; router-init=switch",
-                   found=item.router_std)]  # fmt: skip
+                   value=item.router_std)]  # fmt: skip
 
 
 def _gates(item: UpcycleOptions) -> list[Problem]:
     if item.top_k < 2 or item.gates not in ("softmax", "switch") or item.routing != "token-choice":
         return []
     return [advice("gates of several experts are not renormalised over those chosen", "gates",
-                   "appendix G", expected="renormalised", found=item.gates)]  # fmt: skip
+                   "appendix G", expected="renormalised", value=item.gates)]  # fmt: skip
