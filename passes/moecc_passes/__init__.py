@@ -31,7 +31,7 @@ _PASSES = {
     "merge": "resize.passes:MergePass",
     "pack-segments": "pack_segments:PackSegmentsPass",
     "prune": "resize.passes:PrunePass",
-    "record-modes": "specialize.record_modes:RecordModesPass",
+    "record-modes": "specialize.specialize:RecordModesPass",
     "roll-layers": "roll_layers.roll_layers:RollLayersPass",
     "specialize": "specialize.specialize:SpecializePass",
     "st-moe": "st_moe:ST_MOE",

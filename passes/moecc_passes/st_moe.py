@@ -9,8 +9,7 @@ from moecc.errors import Problem
 from moecc.pipeline.passes import advice, too_much_capacity
 from moecc.pipeline.text import PipelineTemplate, TemplateOption, TemplatePass, TemplateStep
 from moecc_passes.add_losses import AddLossesPass
-from moecc_passes.specialize.record_modes import RecordModesPass
-from moecc_passes.specialize.specialize import SpecializePass
+from moecc_passes.specialize.specialize import RecordModesPass, SpecializePass
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
 DOC = """Turn a dense model into an ST-MoE that computes the same function.
@@ -88,7 +87,9 @@ ST_MOE = PipelineTemplate(
     ),
     steps=(
         # The paper takes the initialisation of Switch: variance 0.1 / width before it is cut.
-        TemplateStep(UpcyclePass, BLOCKS, {"router_init": "switch", "router_std": round(0.1**0.5, 4)}),
+        TemplateStep(
+            UpcyclePass, BLOCKS, {"router_init": "switch", "router_std": round(0.1**0.5, 4)},
+        ),
         TemplateStep(RecordModesPass, MODES, statistics=()),
         TemplateStep(SpecializePass, ("mode",), when="mode", statistics=()),
         TemplateStep(

@@ -226,7 +226,8 @@ from moecc_passes.dce import DcePass
 from moecc_passes.st_moe import ST_MOE
 from moecc.pipeline.text import PipelineTemplate, TemplateStep
 
-CLEAN = PipelineTemplate("clean", "remove what is dead, twice", (TemplateStep(DcePass), TemplateStep(DcePass)))
+ONCE = TemplateStep(DcePass)
+CLEAN = PipelineTemplate("clean", "remove what is dead, twice", (ONCE, ONCE))
 assert ST_MOE.steps
 """
 

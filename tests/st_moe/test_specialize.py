@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moecc_passes.canonicalize import CanonicalizePass
-from moecc_passes.specialize.layer import ModeConfig, record, recorded
+from moecc_passes.specialize.layer import ModeConfig, recorded
 from moecc_passes.specialize.specialize import SpecializePass
 from tiers import examples
 
@@ -273,11 +273,10 @@ def test_specialised_graphs_survive_their_text(options: dict[str, Any]) -> None:
 
 def test_settings_of_a_graph_are_used_and_options_win() -> None:
     graph = model()
-    record(
-        graph,
-        train=ModeConfig(capacity_factor=1.25, policy="random"),
-        eval=ModeConfig(capacity_factor=2.0, policy="all"),
-    )
+    graph.attrs["routing"] = {
+        "train": ModeConfig(capacity_factor=1.25, policy="random").settings(),
+        "eval": ModeConfig(capacity_factor=2.0, policy="all").settings(),
+    }
     graph = parse(print_graph(graph))
     assert recorded(graph, "train") == ModeConfig(capacity_factor=1.25, policy="random")
     assert recorded(graph, "serve") == ModeConfig()

@@ -221,7 +221,7 @@ def test_a_hash_has_no_router(option: str) -> None:
         ("specialize{minimum=0}", "at least 1"),
         ("specialize{dropless=true minimum=2}", "bounds rows, contradicting dropless"),
         ("specialize{mode=eval dropout=0.1}", "an evaluation is not perturbed"),
-        ("specialize{dropout=1.0}", "0 <= rate < 1"),
+        ("specialize{dropout=1.0}", "at least 0, less than 1"),
         ("specialize{group-size=0}", "2 to 8 sequences"),
     ],
 )

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from moecc.analysis import find_ffn_blocks
-from moecc.ir.attributes import Policy, RouteAttrs
+from moecc.ir.attributes import RouteAttrs
 from moecc.ir.builder import Builder
 from moecc.ir.conventions import convention
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.moe import emit_dropout, emit_jitter, emit_noise, emit_priority, emit_rescaled
 from moecc.ir.structure import replace_value
+from moecc.pipeline.passes import Bounds
 from moecc.rewrite import P, fits
 from moecc.types import KEY, TensorType
 from moecc_passes.inputs import is_decoder, padding_mask
@@ -24,7 +25,7 @@ ATTRIBUTE = "routing"
 """The graph attribute that stores the settings of its modes."""
 
 UNSAID = "as-is"
-"""The value, for options with ``none`` among their words, that leaves a layer unchanged."""
+"""The value of a policy that leaves a layer unchanged."""
 
 ASSIGNMENT = (
     "capacity_factor", "convention", "rounding", "multiple", "minimum", "cap", "groups",
@@ -33,70 +34,85 @@ ASSIGNMENT = (
 """Settings that are attributes of ``assign_slots``."""
 
 
+FACTOR = Bounds(0, is_open=True, hint="ST-MoE: 1.25 in training, 2.0 at evaluation")
+GROUP = Bounds(1, hint="ST-MoE has 2 to 8 sequences in a group")
+
+
 @dataclass(frozen=True)
 class ModeConfig:
-    """The settings of one mode; None leaves a layer unchanged.
+    """The options of ``specialize``, and the settings of a mode; None leaves a layer unchanged."""
 
-    Attributes:
-      capacity_factor: the capacity factor.
-      dropless: whether there is no bound.
-      convention: what the factor multiplies.
-      rounding: how the capacity is rounded.
-      multiple: what it is raised to a multiple of.
-      minimum: its least value.
-      cap: whether it is at most the tokens of a group.
-      groups: the number of token groups.
-      group_size: the tokens of a group.
-      decoder_group_size: that of the decoder of an encoder-decoder, where it differs.
-      order: the order of filling.
-      policy: which choices after the first are kept.
-      threshold: what the policy compares gates with.
-      padding_mask: whether padding is detected, and gets no slot.
-      priority: whether tokens are assigned slots by probability.
-      after_drop: ``keep`` gates unchanged, or ``rescale`` the remaining ones.
-      jitter: the half width of the factors on the router's input.
-      input_dropout: the dropout rate of the router's input.
-      router_noise: the standard deviation of the noise on the logits.
-      dropout: the dropout rate of outputs of sublayers and of dense hidden values.
-      expert_dropout: the dropout rate of the experts' hidden values.
-    """
+    mode: Annotated[Literal["train", "eval"], "what the graph is for"] = "train"
+    layers: Annotated[str, "all, or a glob over locations: encoder.*, layers.3.ffn"] = "all"
+    capacity_factor: Annotated[float | None, "bounds the rows of an expert", FACTOR] = None
+    dropless: Annotated[bool | None, "no bound at all"] = None
+    convention: Annotated[
+        Literal["tokens", "assignments"] | None,
+        "what the factor multiplies: tokens (ST-MoE), or tokens times top-k (V-MoE)",
+    ] = None
+    rounding: Annotated[Literal["floor", "round", "ceil"] | None, "of the capacity"] = None
+    multiple: Annotated[int | None, "the capacity is a multiple of this", Bounds(1)] = None
+    minimum: Annotated[int | None, "the least capacity", Bounds(1)] = None
+    cap: Annotated[bool | None, "whether it is at most the tokens of a group"] = None
+    groups: Annotated[int | None, "the number of token groups", Bounds(1)] = None
+    group_size: Annotated[int | None, "the tokens of a group, in place of their number", GROUP] = (
+        None
+    )
+    decoder_group_size: Annotated[
+        int | None, "that of the decoder of an encoder-decoder, if it differs", Bounds(1)
+    ] = None
+    order: Annotated[
+        Literal["choice", "token"] | None,
+        "first choices before second ones, or token by token, which is strictly causal",
+    ] = None
+    policy: Annotated[
+        Literal["as-is", "all", "none", "threshold", "random"], "which further choices are kept"
+    ] = "as-is"
+    threshold: Annotated[
+        float | None, "what the policy compares renormalised gates with; none: 0.2", Bounds(0)
+    ] = None
+    padding_mask: Annotated[
+        bool | None, "padding, by an input mask, gets no slot and counts in no loss"
+    ] = None
+    priority: Annotated[
+        bool | None, "tokens take turns by probability (batch-prioritised routing); not causal"
+    ] = None
+    after_drop: Annotated[
+        Literal["keep", "rescale"] | None, "what becomes of the gates that are left after a drop"
+    ] = None
+    jitter: Annotated[
+        float | None, "train: the router's input times 1 ± this (Switch: 0.01)", Bounds(0, 1)
+    ] = None
+    input_dropout: Annotated[float | None, "train: dropout on the router's input", Bounds(0, 1)] = (
+        None
+    )
+    router_noise: Annotated[
+        float | None, "train: the std of normal noise on the logits", Bounds(0)
+    ] = None
+    dropout: Annotated[
+        float | None,
+        "train: dropout on what sublayers add, and on the hidden values of dense ones",
+        Bounds(0, 1),
+    ] = None
+    expert_dropout: Annotated[
+        float | None, "train: dropout on the experts' hidden values", Bounds(0, 1)
+    ] = None
+    force: Annotated[bool, "allow in a decoder what looks at later tokens"] = False
 
-    capacity_factor: float | None = None
-    dropless: bool | None = None
-    convention: str | None = None
-    rounding: str | None = None
-    multiple: int | None = None
-    minimum: int | None = None
-    cap: bool | None = None
-    groups: int | None = None
-    group_size: int | None = None
-    decoder_group_size: int | None = None
-    order: str | None = None
-    policy: Policy | None = None
-    threshold: float | None = None
-    padding_mask: bool | None = None
-    priority: bool | None = None
-    after_drop: str | None = None
-    jitter: float | None = None
-    input_dropout: float | None = None
-    router_noise: float | None = None
-    dropout: float | None = None
-    expert_dropout: float | None = None
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that change a layer, by name."""
+        names = [f.name for f in fields(ModeConfig) if f.name not in ("mode", "layers", "force")]
+        values = {name: getattr(self, name) for name in names}
+        return {name: v for name, v in values.items() if v is not None and v != UNSAID}
 
-    @classmethod
-    def of(cls, item: object) -> ModeConfig:
-        """Return the settings among the fields of a pass."""
-        named = {f.name: getattr(item, f.name) for f in fields(cls)}
-        return cls(**{n: v for n, v in named.items() if v != UNSAID})
-
-    def over(self, other: ModeConfig) -> ModeConfig:
-        """Return these settings, completed by those of `other`."""
-        mine, rest = self.non_default(), other.non_default()
+    def over(self, defaults: ModeConfig) -> ModeConfig:
+        """Return these settings, completed by `defaults`."""
+        mine, more = self.settings(), defaults.settings()
         if "groups" in mine:
-            rest = {n: v for n, v in rest.items() if not n.endswith("group_size")}
+            more = {n: v for n, v in more.items() if not n.endswith("group_size")}
         if "group_size" in mine:
-            rest.pop("groups", None)
-        return ModeConfig(**{**rest, **mine})
+            more.pop("groups", None)
+        return ModeConfig(**{**more, **mine})
 
     def at(self, loc: str) -> ModeConfig:
         """Return the settings for a layer at `loc`: decoders may have other groups."""
@@ -105,14 +121,9 @@ class ModeConfig:
         size = self.decoder_group_size if is_decoder(loc) else self.group_size
         return replace(self, group_size=size, decoder_group_size=None)
 
-    def non_default(self) -> dict[str, Any]:
-        """Return the settings that are not None, by name."""
-        named = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {n: v for n, v in named.items() if v is not None}
-
     def assignment(self) -> dict[str, Any]:
         """Return the attributes of ``assign_slots`` that the settings determine."""
-        attrs = {n: v for n, v in self.non_default().items() if n in ASSIGNMENT}
+        attrs = {n: v for n, v in self.settings().items() if n in ASSIGNMENT}
         if self.group_size:
             attrs["groups"] = 1
         elif self.groups:
@@ -127,16 +138,10 @@ class ModeConfig:
 def recorded(graph: Graph, mode: str) -> ModeConfig:
     """Return the settings of `mode` recorded in `graph`; empty if there are none."""
     modes = graph.attrs.get(ATTRIBUTE)
-    found = modes.get(mode) if isinstance(modes, Mapping) else None
-    if not isinstance(found, Mapping):
-        return ModeConfig()
-    known = {f.name for f in fields(ModeConfig)}
-    return ModeConfig(**{n: v for n, v in found.items() if n in known})
-
-
-def record(graph: Graph, **modes: ModeConfig) -> None:
-    """Record the settings of modes in `graph`."""
-    graph.attrs[ATTRIBUTE] = {name: settings.non_default() for name, settings in modes.items()}
+    record = modes.get(mode) if isinstance(modes, Mapping) else None
+    names = {f.name for f in fields(ModeConfig)}
+    entries = record.items() if isinstance(record, Mapping) else ()
+    return ModeConfig(**{name: value for name, value in entries if name in names})
 
 
 # Undo an earlier specialisation, so that a graph may change its mode.
@@ -147,7 +152,7 @@ ORIGIN = "specialize/"
 
 def is_added(value: Value) -> bool:
     """Return whether a specialisation made `value`."""
-    return value.node is not None and _made_here(value.node)
+    return value.node is not None and value.node.origin.startswith(ORIGIN)
 
 
 def undo(graph: Graph, covers: Callable[[str], bool]) -> None:
@@ -158,43 +163,28 @@ def undo(graph: Graph, covers: Callable[[str], bool]) -> None:
       covers: returns whether a location is affected.
     """
     for layer in routed_layers(graph):
-        if covers(layer.assigner.loc):
-            _undo_slots(layer)
+        operands = {w: v for w, v in layer.given().items() if not is_added(v)}
+        if covers(layer.assigner.loc) and operands != layer.given():
+            reassign_slots(layer.assigner, operands, {})
     for node in (*graph, graph.terminator):
-        if not _made_here(node):
-            _undo_operands(node, covers)
+        for index, value in enumerate(() if node.origin.startswith(ORIGIN) else node.operands):
+            if is_added(value) and value.node is not None and covers(value.node.loc):
+                before = original(value)
+                # An output may be an added mask or number, which has no original.
+                if before is not value and before.type == value.type:
+                    node.set_operand(index, before)
     for node in graph.walk_back():
-        if node.is_dead and _made_here(node):
+        if node.is_dead and node.origin.startswith(ORIGIN):
             node.erase()
     keys = [n for n, v in graph.inputs.items() if v.type.dtype.kind == "key" and not v.users]
     for name in keys:
         graph.erase_input(name)
 
 
-def _made_here(node: Node) -> bool:
-    return node.origin.startswith(ORIGIN)
-
-
-def _undo_slots(layer: RoutedLayer) -> None:
-    kept = {w: v for w, v in layer.given().items() if not is_added(v)}
-    if kept != layer.given():
-        reassign_slots(layer.assigner, kept, {})
-
-
-def _undo_operands(node: Node, covers: Callable[[str], bool]) -> None:
-    for index, value in enumerate(node.operands):
-        if not is_added(value) or value.node is None or not covers(value.node.loc):
-            continue
-        before = original(value)
-        # An output may be an added mask or number, which has no original.
-        if before is not value and before.type == value.type:
-            node.set_operand(index, before)
-
-
 def original(value: Value) -> Value:
     """Return the value that specialisations changed to `value`."""
-    while is_added(value) and (found := fits(CHANGED, value.node)):
-        value = found.value("x")
+    while is_added(value) and (match := fits(CHANGED, value.node)):
+        value = match.value("x")
     return value
 
 
@@ -213,12 +203,12 @@ CHANGED = (
 """How a specialisation changes a value, one step each; see `moecc.ir.moe`."""
 
 
-def reassign_slots(old: Node, given: dict[str, Value], attrs: dict[str, object]) -> Node:
+def reassign_slots(old: Node, operands: dict[str, Value], attrs: dict[str, object]) -> Node:
     """Replace the assigning node `old` by one with other operands and attributes."""
     graph = old.graph
     allowed = old.op.attrs["using"].choices
-    more = {w: v for w, v in given.items() if w in allowed}
-    made = graph.append(
+    more = {w: v for w, v in operands.items() if w in allowed}
+    assigner = graph.append(
         old.op,
         [old.operands[0], *more.values()],
         {**old.attrs, **attrs, "using": tuple(more)},
@@ -227,13 +217,13 @@ def reassign_slots(old: Node, given: dict[str, Value], attrs: dict[str, object])
         origin=old.origin,
         before=old,
     )
-    for before, after in zip(old.results, made.results, strict=True):
+    for before, after in zip(old.results, assigner.results, strict=True):
         name = before.name
         replace_value(before, after)
         graph.rename(before, graph.fresh(f"{name}.old"))
         graph.rename(after, name)
     old.erase()
-    return made
+    return assigner
 
 
 NextKey = Callable[[], Value]
@@ -248,116 +238,88 @@ class Keys:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         # Layers specialised before that are not changed now use up their numbers already.
-        taken = (found.attr("by") for n in graph if (found := fits(FOLDED, n)))
-        self.first = self.next = 1 + max(taken, default=-1)
+        used = (match.attr("by") for n in graph if (match := fits(FOLDED, n)))
+        self.first = self.next = 1 + max(used, default=-1)
 
     def __call__(self) -> Value:
         """Return the next key, created at the top of the graph."""
+        graph = self.graph
+        keys = (v for v in graph.inputs.values() if v.type.dtype == KEY and not v.type.axes)
+        key = next(keys, None) or graph.input(graph.fresh("key"), TensorType(KEY))
         # At the top, and without a location: layers of one structure stay equal.
-        first = next(iter(self.graph), None)
-        builder = Builder(self.graph, origin=f"{ORIGIN}key", before=first)
-        key = builder.fold_key(self._input(), by=self.next)
+        builder = Builder(graph, origin=f"{ORIGIN}key", before=next(iter(graph), None))
         self.next += 1
-        return key
+        return builder.fold_key(key, by=self.next - 1)
 
     @property
     def count(self) -> int:
         """How many keys were made."""
         return self.next - self.first
 
-    def _input(self) -> Value:
-        for value in self.graph.inputs.values():
-            if value.type.dtype == KEY and not value.type.axes:
-                return value
-        return self.graph.input(self.graph.fresh("key"), TensorType(KEY))
-
 
 def specialise(layer: RoutedLayer, settings: ModeConfig, next_key: NextKey) -> None:
     """Set capacity, policy and noise of a mode on `layer`, without earlier additions."""
-    if layer.scorer is not None:
-        _perturb(layer.router, layer.scorer, settings, next_key)
-    given = _given(layer, settings, next_key)
+    product, scorer = layer.router, layer.scorer
+    if scorer is not None and product is not None:
+        x, builder = product.operands[0], _builder(product, "perturb")
+        if settings.input_dropout:
+            x = emit_dropout(builder, x, next_key(), settings.input_dropout)
+        if settings.jitter:
+            x = emit_jitter(builder, x, next_key(), settings.jitter)
+        product.set_operand(0, x)
+    if scorer is not None and settings.router_noise:
+        builder = _builder(scorer, "noise")
+        noisy = emit_noise(builder, scorer.operands[0], next_key(), settings.router_noise)
+        scorer.set_operand(0, noisy)
+    operands = _operands(layer, settings, next_key)
     attrs = {n: v for n, v in settings.assignment().items() if n in layer.assigner.op.attrs}
     if layer.experts_choose:
         # Experts always choose a bounded number of tokens.
         attrs = {n: v for n, v in attrs.items() if n not in ("slots", "convention")}
-        attrs = attrs if attrs.get("capacity_factor") else {**attrs, **_factor(layer)}
-    assigner = reassign_slots(layer.assigner, given, attrs)
+        attrs["capacity_factor"] = attrs.get("capacity_factor") or layer.assignment.capacity_factor
+    assigner = reassign_slots(layer.assigner, operands, attrs)
     if settings.after_drop == "rescale":
         builder = _builder(layer.combine, "rescale")
         rescaled = emit_rescaled(builder, layer.gates, assigner.results[-1])
         layer.combine.set_operand(3, rescaled)
     if settings.expert_dropout:
         # Last, because slots must have numbers before dropout can be drawn for them.
-        _drop_hidden(layer, settings.expert_dropout, next_key)
+        last = layer.last_matrix
+        assert last is not None, "checked before anything was changed"
+        builder = _builder(last, "dropout")
+        dropped = emit_dropout(builder, last.operands[0], next_key(), settings.expert_dropout)
+        last.set_operand(0, dropped)
 
 
-def _given(layer: RoutedLayer, settings: ModeConfig, next_key: NextKey) -> dict[str, Value]:
+def _operands(layer: RoutedLayer, settings: ModeConfig, next_key: NextKey) -> dict[str, Value]:
     """Return the operands of the slot assignment besides the experts, by word."""
-    given = layer.given()
-    policy = settings.policy or "all"
-    if policy != "all" and layer.top_k > 1 and layer.route is not None:
-        given["keep"] = _kept(layer, layer.route, policy, settings.threshold, next_key)
-    if settings.priority and layer.route is not None:
-        builder = _builder(layer.assigner, "priority")
-        given["priority"] = emit_priority(builder, layer.route.operands[0])
-    if settings.padding_mask:
-        given["mask"] = padding_mask(
-            layer.assigner.graph, layer.slots.type, layer.tokens, layer.assigner.loc
+    operands, route, assigner = layer.given(), layer.route, layer.assigner
+    policy = settings.settings().get("policy", "all")
+    if policy != "all" and layer.top_k > 1 and route is not None:
+        # The policy decides by gates that add up to one.
+        builder = _builder(assigner, "policy")
+        gates, attrs = original(layer.gates), RouteAttrs.of_node(route)
+        if not convention(attrs.gates).renormalised:
+            gates = builder.div(gates, builder.sum(gates, axes=layer.choice))
+        elif attrs.scale != 1:
+            gates = builder.scale(gates, by=1 / attrs.scale)
+        numbers = [builder.random_uniform(next_key(), gates)] if policy == "random" else []
+        bound = 0.2 if settings.threshold is None else settings.threshold
+        operands["keep"] = builder.keep_choices(
+            gates, *numbers, policy=policy, threshold=bound, choice=layer.choice
         )
+    if settings.priority and route is not None:
+        operands["priority"] = emit_priority(_builder(assigner, "priority"), route.operands[0])
+    if settings.padding_mask:
+        type, tokens = layer.slots.type, layer.tokens
+        operands["mask"] = padding_mask(assigner.graph, type, tokens, assigner.loc)
     elif settings.padding_mask is not None:
-        given.pop("mask", None)
-    return given
-
-
-def _factor(layer: RoutedLayer) -> dict[str, float]:
-    return {"capacity_factor": layer.assignment.capacity_factor}
+        operands.pop("mask", None)
+    return operands
 
 
 def _builder(before: Node, why: str) -> Builder:
     return Builder(before.graph, loc=before.loc, origin=f"{ORIGIN}{why}", before=before)
-
-
-def _perturb(product: Node | None, scorer: Node, settings: ModeConfig, next_key: NextKey) -> None:
-    if product is not None:
-        x = product.operands[0]
-        builder = _builder(product, "perturb")
-        if settings.input_dropout:
-            x = emit_dropout(builder, x, next_key(), settings.input_dropout)
-        if settings.jitter:
-            x = emit_jitter(builder, x, next_key(), settings.jitter)
-        product.set_operand(0, x)
-    if settings.router_noise:
-        builder = _builder(scorer, "noise")
-        noisy = emit_noise(builder, scorer.operands[0], next_key(), settings.router_noise)
-        scorer.set_operand(0, noisy)
-
-
-def _drop_hidden(layer: RoutedLayer, rate: float, next_key: NextKey) -> None:
-    last = layer.last_matrix
-    assert last is not None, "checked before anything was changed"
-    builder = _builder(last, "dropout")
-    last.set_operand(0, emit_dropout(builder, last.operands[0], next_key(), rate))
-
-
-def _kept(
-    layer: RoutedLayer, route: Node, policy: Policy, threshold: float | None, next_key: NextKey
-) -> Value:
-    """Return which choices the policy keeps, by gates that add up to one."""
-    builder = _builder(layer.assigner, "policy")
-    gates = original(layer.gates)
-    made = RouteAttrs.of_node(route)
-    if not convention(made.gates).renormalised:
-        gates = builder.div(gates, builder.sum(gates, axes=layer.choice))
-    elif made.scale != 1:
-        gates = builder.scale(gates, by=1 / made.scale)
-    numbers = []
-    if policy == "random":
-        numbers = [builder.random_uniform(next_key(), gates)]
-    bound = 0.2 if threshold is None else threshold
-    return builder.keep_choices(
-        gates, *numbers, policy=policy, threshold=bound, choice=layer.choice
-    )
 
 
 # Dropout outside experts: on the outputs of sublayers, and on hidden values of dense blocks.
@@ -381,13 +343,12 @@ def drop(
       next_key: returns an unused key.
       covers: returns whether a location is affected.
     """
-    found = [*sublayers(graph), *((b.down, 0) for b in find_ffn_blocks(graph).blocks)]
-    places = [(node, index) for node, index in found if covers(node.loc)]
-    for node, index in places:
-        builder = Builder(graph, loc=node.loc, origin=f"{ORIGIN}dropout", before=node)
-        dropped = emit_dropout(builder, node.operands[index], next_key(), rate)
-        node.set_operand(index, dropped)
-    return len(places)
+    operands = [*sublayers(graph), *((b.down, 0) for b in find_ffn_blocks(graph).blocks)]
+    covered = [(node, index) for node, index in operands if covers(node.loc)]
+    for node, index in covered:
+        value = node.operands[index]
+        node.set_operand(index, emit_dropout(_builder(node, "dropout"), value, next_key(), rate))
+    return len(covered)
 
 
 def sublayers(graph: Graph) -> list[Operand]:
@@ -395,7 +356,7 @@ def sublayers(graph: Graph) -> list[Operand]:
 
     A backward search ends at the previous sums, so all searches together are linear.
     """
-    found: dict[Value, Operand] = {}
+    sums: dict[Value, Operand] = {}
     for node in graph:
         if not fits(SUM, node) or not node.result.type.dtype.is_float:
             continue
@@ -403,10 +364,10 @@ def sublayers(graph: Graph) -> list[Operand]:
         if a.type != b.type:
             continue
         for stream, branch, index in ((a, b, 1), (b, a, 0)):
-            if _depends_on(stream, branch, found):
-                found[node.result] = (node, index)
+            if _depends_on(stream, branch, sums):
+                sums[node.result] = (node, index)
                 break
-    return list(found.values())
+    return list(sums.values())
 
 
 def _depends_on(stream: Value, branch: Value, sums: dict[Value, Operand]) -> bool:

@@ -1,83 +1,53 @@
-"""The pass ``specialize``: a graph for training or evaluation."""
+"""The passes ``specialize`` and ``record-modes``: a graph for training or evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from math import inf
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from moecc.errors import InputError, Problem
+from moecc.ir.attributes import Policy
 from moecc.ir.graph import Graph
 from moecc.ir.structure import fingerprint
-from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves, Remark, advice
+from moecc.pipeline.passes import (
+    EXACT,
+    Bounds,
+    Context,
+    Pass,
+    PassResult,
+    Preserves,
+    Remark,
+    advice,
+)
 from moecc.rewrite.pattern import NearMiss
 from moecc_passes.add_losses import remove_losses
 from moecc_passes.inputs import is_decoder as is_decoder_at
 from moecc_passes.inputs import mask_misfit, mask_name
 from moecc_passes.routed import NOTHING_ROUTED, RoutedLayer, causal_values, routed_layers
-from moecc_passes.specialize.layer import Keys, ModeConfig, drop, recorded, specialise, undo
-
-# The options of ``specialize``.
-
-
-@dataclass(frozen=True)
-class SpecializeOptions:
-    """The options of ``specialize``; None leaves a layer's setting unchanged."""
-
-    mode: Annotated[Literal["train", "eval"], "what the graph is for"] = "train"
-    layers: Annotated[str, "all, or a glob over locations: encoder.*, layers.3.ffn"] = "all"
-    capacity_factor: Annotated[float | None, "bounds the rows of an expert"] = None
-    dropless: Annotated[bool | None, "no bound at all"] = None
-    convention: Annotated[
-        Literal["tokens", "assignments"] | None,
-        "what the factor multiplies: tokens (ST-MoE), or tokens times top-k (V-MoE)",
-    ] = None
-    rounding: Annotated[Literal["floor", "round", "ceil"] | None, "of the capacity"] = None
-    multiple: Annotated[int | None, "the capacity is raised to a multiple of this"] = None
-    minimum: Annotated[int | None, "the least capacity"] = None
-    cap: Annotated[bool | None, "whether it is at most the tokens of a group"] = None
-    groups: Annotated[int | None, "the number of token groups"] = None
-    group_size: Annotated[int | None, "the tokens of a group, in place of their number"] = None
-    decoder_group_size: Annotated[
-        int | None, "that of the decoder of an encoder-decoder, if it differs"
-    ] = None
-    order: Annotated[
-        Literal["choice", "token"] | None,
-        "first choices before second ones, or token by token, which is strictly causal",
-    ] = None
-    policy: Annotated[
-        Literal["as-is", "all", "none", "threshold", "random"], "which further choices are kept"
-    ] = "as-is"
-    threshold: Annotated[
-        float | None, "what the policy compares renormalised gates with; none: 0.2"
-    ] = None
-    padding_mask: Annotated[
-        bool | None, "padding, by an input mask, gets no slot and counts in no loss"
-    ] = None
-    priority: Annotated[
-        bool | None, "tokens take turns by probability (batch-prioritised routing); not causal"
-    ] = None
-    after_drop: Annotated[
-        Literal["keep", "rescale"] | None, "what becomes of the gates that are left after a drop"
-    ] = None
-    jitter: Annotated[float | None, "train: the router's input times 1 ± this (Switch: 0.01)"] = (
-        None
-    )
-    input_dropout: Annotated[float | None, "train: dropout on the router's input"] = None
-    router_noise: Annotated[float | None, "train: the std of normal noise on the logits"] = None
-    dropout: Annotated[
-        float | None, "train: dropout on what sublayers add, and on the hidden values of dense ones"
-    ] = None
-    expert_dropout: Annotated[float | None, "train: dropout on the experts' hidden values"] = None
-    force: Annotated[bool, "allow in a decoder what looks at later tokens"] = False
-
+from moecc_passes.specialize.layer import (
+    ATTRIBUTE,
+    FACTOR,
+    GROUP,
+    Keys,
+    ModeConfig,
+    drop,
+    recorded,
+    specialise,
+    undo,
+)
 
 # Checks of the options of ``specialize``, alone and for a layer.
 
-TRAIN_ONLY = ("jitter", "input_dropout", "router_noise", "dropout", "expert_dropout")
-"""Options that perturb a model on purpose, which only training uses."""
+NOISE = {
+    "jitter": "jitter",
+    "input_dropout": "dropout on the router's input",
+    "router_noise": "noise on the router's logits",
+    "dropout": "dropout",
+    "expert_dropout": "expert dropout",
+}
+"""Options that perturb a model on purpose, which only training uses, and what they are."""
 
 FURTHER = ("none", "threshold", "random")
 """Policies about choices after the first."""
@@ -86,90 +56,55 @@ CAPACITY = ("capacity_factor", "convention", "rounding", "multiple", "minimum", 
 """Options that determine how many rows an expert takes."""
 
 
-def problems(item: SpecializeOptions) -> list[Problem]:
-    """Return the problems of the options, independent of the model."""
-    return [*_out_of_range(item), *_contradictions(item)]
-
-
-def _out_of_range(item: SpecializeOptions) -> Iterator[Problem]:
-    checks = (
-        ("capacity-factor", item.capacity_factor, "more than 0", _within(0, inf, open=True)),
-        ("multiple", item.multiple, "at least 1", _within(1, inf)),
-        ("minimum", item.minimum, "at least 1", _within(1, inf)),
-        ("groups", item.groups, "at least 1", _within(1, inf)),
-        ("group-size", item.group_size, "at least 1", _within(1, inf)),
-        ("decoder-group-size", item.decoder_group_size, "at least 1", _within(1, inf)),
-        ("threshold", item.threshold, "at least 0", _within(0, inf)),
-        ("jitter", item.jitter, "0 <= jitter < 1", _within(0, 1)),
-        ("input-dropout", item.input_dropout, "0 <= rate < 1", _within(0, 1)),
-        ("router-noise", item.router_noise, "at least 0", _within(0, inf)),
-        ("dropout", item.dropout, "0 <= rate < 1", _within(0, 1)),
-        ("expert-dropout", item.expert_dropout, "0 <= rate < 1", _within(0, 1)),
-    )
-    hints = {
-        "capacity-factor": "ST-MoE: 1.25 in training, 2.0 at evaluation",
-        "group-size": "ST-MoE has 2 to 8 sequences in a group",
-    }
-    for name, value, expected, fits in checks:
-        if value is not None and not fits(value):
-            yield Problem("an option is out of range", name, expected, str(value), hints.get(name))
-
-
-def _within(least: float, below: float, *, open: bool = False) -> Callable[[float], bool]:
-    return lambda value: (least < value if open else least <= value) and value < below
-
-
-def _contradictions(item: SpecializeOptions) -> Iterator[Problem]:
+def problems(item: ModeConfig) -> Iterator[Problem]:
+    """Yield the contradictions of the options, independent of the model."""
+    hint = "omit one of them"
     for field in CAPACITY if item.dropless else ():
-        value = getattr(item, field)
+        value, name = getattr(item, field), field.replace("_", "-")
         if value is not None:
-            name = field.replace("_", "-")
-            yield Problem(f"{name} bounds rows, contradicting dropless", "dropless",
-                          found=f"{name}={value}", hint="omit one of them")  # fmt: skip
+            message = f"{name} bounds rows, contradicting dropless"
+            yield Problem(message, "dropless", found=f"{name}={value}", hint=hint)
     sizes = {"group-size": item.group_size, "decoder-group-size": item.decoder_group_size}
     for name, size in sizes.items():
         if item.groups is not None and size is not None:
-            yield Problem("groups are defined by their number or by their size", name,
-                          found=f"groups={item.groups} {name}={size}",
-                          hint="omit one of them")  # fmt: skip
-    for field in TRAIN_ONLY if item.mode == "eval" else ():
-        if getattr(item, field):
-            yield Problem("an evaluation is not perturbed", field.replace("_", "-"),
-                          "nothing, with mode=eval", str(getattr(item, field)),
-                          "mode=train has it; ST-MoE has none of it in pre-training"
-                          )  # fmt: skip
+            message = "groups are defined by their number or by their size"
+            yield Problem(message, name, found=f"groups={item.groups} {name}={size}", hint=hint)
+    for field in NOISE if item.mode == "eval" else ():
+        if value := getattr(item, field):
+            yield Problem(
+                "an evaluation is not perturbed", field.replace("_", "-"),
+                "nothing, with mode=eval", str(value),
+                "mode=train has it; ST-MoE has none of it in pre-training",
+            )  # fmt: skip
     if item.threshold is not None and item.policy in ("all", "none"):
-        yield Problem(f"policy={item.policy} compares with no threshold", "threshold",
-                      found=str(item.threshold), hint="policy=random threshold=0.2 is ST-MoE's"
-                      )  # fmt: skip
+        message, hint = f"policy={item.policy} compares with no threshold", "threshold"
+        yield Problem(message, hint, found=str(item.threshold),
+                      hint="policy=random threshold=0.2 is ST-MoE's")  # fmt: skip
 
 
-def problems_after(item: SpecializeOptions, earlier: Sequence[Pass]) -> Iterator[Problem]:
+def problems_after(item: ModeConfig, earlier: Sequence[Pass]) -> Iterator[Problem]:
     """Yield the contradictions of the options with an earlier conversion, if there is one."""
-    made = next((p for p in reversed(earlier) if hasattr(p, "top_k")), None)
-    if made is None:
+    conversion = next((p for p in reversed(earlier) if hasattr(p, "top_k")), None)
+    if conversion is None:
         return
-    routing = getattr(made, "routing", "token-choice")
-    if item.policy in FURTHER and (made.top_k == 1 or routing != "token-choice"):
-        found = f"{made.name}{{top-k={made.top_k} routing={routing}}}"
-        yield Problem(f"policy={item.policy} decides about second experts, and there are none",
-                      "policy", "token choice with top-k of 2 or more", found,
-                      "ST-MoE has top-k=2 and, in training, policy=random threshold=0.2"
-                      )  # fmt: skip
-    if item.expert_dropout and item.capacity_factor is None and _is_dropless(made):
-        yield Problem("dropout in experts needs slots that can be numbered", "expert-dropout",
-                      "a capacity", "dropless rows", "capacity-factor=1.25, as ST-MoE trains"
-                      )  # fmt: skip
-
-
-def _is_dropless(made: Pass) -> bool:
-    return (
-        getattr(made, "slots", "") == "ragged" and getattr(made, "routing", "") != "expert-choice"
-    )
+    routing = getattr(conversion, "routing", "token-choice")
+    if item.policy in FURTHER and (conversion.top_k == 1 or routing != "token-choice"):
+        yield Problem(
+            f"policy={item.policy} decides about second experts, and there are none", "policy",
+            "token choice with top-k of 2 or more",
+            f"{conversion.name}{{top-k={conversion.top_k} routing={routing}}}",
+            "ST-MoE has top-k=2 and, in training, policy=random threshold=0.2",
+        )  # fmt: skip
+    is_dropless = getattr(conversion, "slots", "") == "ragged" and routing != "expert-choice"
+    if item.expert_dropout and item.capacity_factor is None and is_dropless:
+        yield Problem(
+            "dropout in experts needs slots that can be numbered", "expert-dropout", "a capacity",
+            "dropless rows", "capacity-factor=1.25, as ST-MoE trains",
+        )  # fmt: skip
 
 
 def misfits(
-    item: SpecializeOptions, layer: RoutedLayer, settings: ModeConfig, is_decoder: bool
+    item: ModeConfig, layer: RoutedLayer, settings: ModeConfig, is_decoder: bool
 ) -> Iterator[Problem]:
     """Yield why the settings are not valid for `layer`.
 
@@ -181,11 +116,11 @@ def misfits(
     """
     chooses = layer.experts_choose
     if (settings.priority or chooses) and is_decoder and not item.force:
-        what = "expert choice" if chooses else "batch-prioritised routing"
-        other = "; layers=encoder.*" if is_decoder_at(layer.assigner.loc) else ""
+        routing = "expert choice" if chooses else "batch-prioritised routing"
+        option = "; layers=encoder.*" if is_decoder_at(layer.assigner.loc) else ""
         yield Problem(
-            f"{what} in a decoder decides about a token by later ones", layer.name,
-            hint=f"ST-MoE (Appendix D) has it in encoders only{other}; force=true allows it",
+            f"{routing} in a decoder decides about a token by later ones", layer.name,
+            hint=f"ST-MoE (Appendix D) has it in encoders only{option}; force=true allows it",
         )  # fmt: skip
     if item.policy in FURTHER and (layer.top_k == 1 or layer.route is None):
         yield Problem(
@@ -208,7 +143,15 @@ def misfits(
         misfit = mask_misfit(graph, type, layer.tokens, loc)
         yield from [misfit] if misfit else []
     if settings.expert_dropout:
-        yield from _cannot_drop(layer, settings)
+        slots = {**layer.assigner.attrs, **settings.assignment()}["slots"]
+        if slots != "capacity" and not layer.experts_choose:
+            yield Problem(
+                "dropout in experts needs slots that can be numbered", layer.name,
+                "a capacity", "dropless rows", "capacity-factor=1.25, say",
+            )  # fmt: skip
+        if layer.last_matrix is None:
+            message = "the last matrix of the experts was not found"
+            yield Problem(message, layer.name, hint="expert-dropout=0.0")
 
 
 def _kind(layer: RoutedLayer) -> str:
@@ -217,46 +160,22 @@ def _kind(layer: RoutedLayer) -> str:
     return "experts by a hash" if layer.scorer is None else "one expert of each prototype"
 
 
-def _cannot_drop(layer: RoutedLayer, settings: ModeConfig) -> Iterator[Problem]:
-    bounded = {**layer.assigner.attrs, **settings.assignment()}["slots"] == "capacity"
-    if not bounded and not layer.experts_choose:
-        yield Problem(
-            "dropout in experts needs slots that can be numbered", layer.name,
-            "a capacity", "dropless rows", "capacity-factor=1.25, say",
-        )  # fmt: skip
-    if layer.last_matrix is None:
-        yield Problem("the last matrix of the experts was not found", layer.name,
-                      hint="expert-dropout=0.0")  # fmt: skip
-
-
 # What ST-MoE advises against among the options of ``specialize``.
 
-NOISE = (
-    ("jitter", "jitter"),
-    ("input_dropout", "dropout on the router's input"),
-    ("router_noise", "noise on the router's logits"),
-    ("dropout", "dropout"),
-    ("expert_dropout", "expert dropout"),
-)
-"""Options that make training noisy, and what they are."""
 
-
-def lints(item: SpecializeOptions) -> list[Problem]:
-    """Return the lints of the options, in training."""
-    if item.mode != "train":
-        return []
-    found = [
-        advice(f"in pre-training {what} costs quality", field.replace("_", "-"), "section 3.2",
-               expected="0; fine-tuning is another matter (section 4.1)",
-               value=getattr(item, field))
-        for field, what in NOISE
-        if getattr(item, field)
-    ]  # fmt: skip
-    if item.dropout and item.expert_dropout is not None and item.expert_dropout < item.dropout:
-        what = "experts have less dropout than the rest, and overfit sooner"
-        least, place = f"{item.dropout:g} or more", "expert-dropout"
-        found.append(advice(what, place, "section 4.1", expected=least, value=item.expert_dropout))
-    return found
+def lints(item: ModeConfig) -> Iterator[Problem]:
+    """Yield the lints of the options, in training."""
+    for field, noise in NOISE.items() if item.mode == "train" else ():
+        if value := getattr(item, field):
+            yield advice(
+                f"in pre-training {noise} costs quality", field.replace("_", "-"), "section 3.2",
+                expected="0; fine-tuning is another matter (section 4.1)", value=value,
+            )  # fmt: skip
+    rate = item.expert_dropout
+    if item.mode == "train" and item.dropout and rate is not None and rate < item.dropout:
+        message = "experts have less dropout than the rest, and overfit sooner"
+        expected = f"{item.dropout:g} or more"
+        yield advice(message, "expert-dropout", "section 4.1", expected=expected, value=rate)
 
 
 # The remarks of ``specialize`` on layers that it changed.
@@ -267,7 +186,11 @@ def remarks(
 ) -> Iterator[Remark]:
     """Yield remarks on the layers as they are now."""
     bounded = [y for y in layers if y.assignment.slots == "capacity"]
-    leaks = [y for y in bounded if is_decoder[y.name] and _looks_ahead(y)]
+    leaks = [
+        y
+        for y in bounded
+        if is_decoder[y.name] and y.top_k > 1 and y.assigner.attrs.get("order") == "choice"
+    ]
     if leaks:
         yield Remark(
             leaks[0].name,
@@ -287,13 +210,8 @@ def remarks(
         yield Remark("", "policy=random makes an evaluation random, too; policy=all does not")
 
 
-def _looks_ahead(layer: RoutedLayer) -> bool:
-    attrs = layer.assigner.attrs
-    return layer.top_k > 1 and attrs.get("order") == "choice"
-
-
 @dataclass(frozen=True)
-class SpecializePass(SpecializeOptions, Pass):
+class SpecializePass(ModeConfig, Pass):
     """Set the capacity, the policy and the noise of training or evaluation on the routed layers.
 
     Weights stay as they are, so one checkpoint serves any capacity factor.  An option that is not
@@ -324,7 +242,7 @@ class SpecializePass(SpecializeOptions, Pass):
 
     def validate(self) -> list[Problem]:
         """Return which options are out of range or contradict each other."""
-        return problems(self)
+        return [*super().validate(), *problems(self)]
 
     def validate_after(self, earlier: Sequence[Pass]) -> list[Problem]:
         """Return contradictions with an earlier conversion."""
@@ -332,7 +250,7 @@ class SpecializePass(SpecializeOptions, Pass):
 
     def lints(self) -> list[Problem]:
         """Return what the paper would not do in training."""
-        return lints(self)
+        return list(lints(self))
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
         """Specialise every routed layer.
@@ -343,23 +261,37 @@ class SpecializePass(SpecializeOptions, Pass):
         before = fingerprint(graph)
         losses = remove_losses(graph)
         undo(graph, self.covers)
-        settings = ModeConfig.of(self).over(recorded(graph, self.mode))
-        layers = self._layers(graph)
+        settings = self.over(recorded(graph, self.mode))
+        routed = routed_layers(graph)
+        layers = [y for y in routed if self.covers(y.assigner.loc)]
         causal = causal_values(graph)
         is_decoder = {y.name: y.dispatch.operands[0] in causal for y in layers}
         problems = [p for y in layers for p in misfits(self, y, settings, is_decoder[y.name])]
         if problems:
             raise InputError(problems)
-        stats = self._specialise(graph, layers, settings)
+        keys, dropped = Keys(graph), 0
+        for layer in layers:
+            specialise(layer, settings.at(layer.assigner.loc), keys)
+        for name in ("mask", "decoder_mask") if settings.padding_mask is False else ():
+            if name in graph.inputs and not graph.inputs[name].users:
+                graph.erase_input(name)
+        if settings.dropout and layers:
+            dropped = drop(graph, settings.dropout, keys, self.covers)
         if layers:
             graph.attrs["mode"] = self.mode
-        for remark in remarks(self._layers(graph), settings, is_decoder, self.mode):
+        changed = [y for y in routed_layers(graph) if self.covers(y.assigner.loc)]
+        for remark in remarks(changed, settings, is_decoder, self.mode):
             ctx.remark(remark)
         if losses is not None:
             # They read capacity and policy, so they are computed again.
             losses.apply(graph, ctx)
+        stats = {"layers": len(layers), "keys": keys.count, "dropouts": dropped}
         result = PassResult(fingerprint(graph) != before, len(layers), stats)
-        result.near_misses = [] if layers else [self._near_miss(graph)]
+        if not routed:
+            result.near_misses = [NOTHING_ROUTED]
+        elif not layers:
+            reason = f"layers={self.layers} names none of {routed[0].name} … {routed[-1].name}"
+            result.near_misses = [NearMiss("specialize", "the graph", reason)]
         result.preserves = self.preserves if result.changed else EXACT
         return result
 
@@ -367,30 +299,53 @@ class SpecializePass(SpecializeOptions, Pass):
         """Return whether the option ``layers`` selects the location `loc`."""
         return self.layers == "all" or fnmatchcase(loc, self.layers)
 
-    def _layers(self, graph: Graph) -> list[RoutedLayer]:
-        return [y for y in routed_layers(graph) if self.covers(y.assigner.loc)]
 
-    def _near_miss(self, graph: Graph) -> NearMiss:
-        routed = routed_layers(graph)
-        if not routed:
-            return NOTHING_ROUTED
-        places = f"{routed[0].name} … {routed[-1].name}"
-        return NearMiss("specialize", "the graph", f"layers={self.layers} names none of {places}")
-
-    def _specialise(
-        self, graph: Graph, layers: list[RoutedLayer], settings: ModeConfig
-    ) -> dict[str, int]:
-        keys, dropped = Keys(graph), 0
-        for layer in layers:
-            specialise(layer, settings.at(layer.assigner.loc), keys)
-        if settings.padding_mask is False:
-            _erase_unused_masks(graph)
-        if settings.dropout and layers:
-            dropped = drop(graph, settings.dropout, keys, self.covers)
-        return {"layers": len(layers), "keys": keys.count, "dropouts": dropped}
+MODES = ("train", "eval")
+"""The modes that a graph can be specialised for."""
 
 
-def _erase_unused_masks(graph: Graph) -> None:
-    for name in ("mask", "decoder_mask"):
-        if name in graph.inputs and not graph.inputs[name].users:
-            graph.erase_input(name)
+@dataclass(frozen=True)
+class RecordModesPass(Pass):
+    """Record the defaults of ``specialize`` for each mode in the graph.
+
+    Before::
+
+        graph model { … }
+
+    After ``record-modes``::
+
+        attr routing = {"train": {"capacity_factor": 1.25, "policy": "random", …}, "eval": {…}}
+    """
+
+    name: ClassVar[str] = "record-modes"
+    summary: ClassVar[str] = "record the settings of training and evaluation in the graph"
+    preserves = EXACT
+
+    train_capacity_factor: Annotated[float, "the capacity factor of training", FACTOR] = 1.25
+    eval_capacity_factor: Annotated[float, "that of evaluation", FACTOR] = 2.0
+    train_policy: Annotated[Policy, "which second choices training keeps"] = "random"
+    eval_policy: Annotated[Policy, "which ones evaluation keeps"] = "all"
+    threshold: Annotated[float, "what the policies compare gates with", Bounds(0)] = 0.2
+    group_size: Annotated[
+        int | None, "the tokens of a group; none: the whole batch is one", GROUP
+    ] = None
+    decoder_group_size: Annotated[
+        int | None, "that of the decoder of an encoder-decoder, if it differs", Bounds(1)
+    ] = None
+
+    def settings(self, mode: str) -> ModeConfig:
+        """Return the settings of `mode`, one of `MODES`."""
+        policy: Policy = getattr(self, f"{mode}_policy")
+        return ModeConfig(
+            capacity_factor=getattr(self, f"{mode}_capacity_factor"),
+            policy=policy,
+            threshold=self.threshold if policy in ("threshold", "random") else None,
+            group_size=self.group_size,
+            decoder_group_size=self.decoder_group_size,
+        )
+
+    def apply(self, graph: Graph, ctx: Context) -> PassResult:
+        """Write the attribute ``routing`` of the graph."""
+        before = graph.attrs.get(ATTRIBUTE)
+        graph.attrs[ATTRIBUTE] = {mode: self.settings(mode).settings() for mode in MODES}
+        return PassResult(changed=graph.attrs[ATTRIBUTE] != before, matched=len(MODES))
