@@ -1,8 +1,7 @@
 """The storage types of GGUF: plain, or blocks of quantised elements.
 
 The numbers are those of `ggml_type` in ggml.h; sizes in bytes are those of the block structures
-in ggml-common.h.  moecc supports the types that `gguf.quants` can dequantise and that dense
-models are published in.
+in ggml-common.h.  moecc supports the types that `gguf.quants` can dequantise.
 """
 
 from __future__ import annotations
@@ -45,117 +44,65 @@ class Storage:
         return self.block > 1
 
 
-_ALL = (
-    Storage("F32", 0, 1, 4, F32),
-    Storage("F16", 1, 1, 2, F16),
-    Storage("BF16", 30, 1, 2, BF16),
-    Storage("Q8_0", 8, 32, 34, F32),
-    Storage("Q4_0", 2, 32, 18, F32),
-    Storage("Q4_1", 3, 32, 20, F32),
-    Storage("Q5_0", 6, 32, 22, F32),
-    Storage("Q5_1", 7, 32, 24, F32),
-    Storage("Q4_K", 12, 256, 144, F32),
-    Storage("Q5_K", 13, 256, 176, F32),
-    Storage("Q6_K", 14, 256, 210, F32),
-)
-
-STORAGES: dict[int, Storage] = {storage.code: storage for storage in _ALL}
-BY_NAME: dict[str, Storage] = {storage.name: storage for storage in _ALL}
-
 FILE_NAME = "model.gguf"
 """The name of the file in a folder that moecc writes, and in its manifest."""
 
 SUFFIX = ".gguf"
 
-_NOT_READ = {
-    4: "Q4_2",
-    5: "Q4_3",
-    9: "Q8_1",
-    10: "Q2_K",
-    11: "Q3_K",
-    15: "Q8_K",
-    16: "IQ2_XXS",
-    17: "IQ2_XS",
-    18: "IQ3_XXS",
-    19: "IQ1_S",
-    20: "IQ4_NL",
-    21: "IQ3_S",
-    22: "IQ2_S",
-    23: "IQ4_XS",
-    24: "I8",
-    25: "I16",
-    26: "I32",
-    27: "I64",
-    28: "F64",
-    29: "IQ1_M",
-    34: "TQ1_0",
-    35: "TQ2_0",
-    39: "MXFP4",
-    40: "NVFP4",
-    41: "Q1_0",
+# Name, code, elements and bytes of a block, as the `gguf` package states them in
+# GGML_QUANT_SIZES; the package is not imported to read a header.
+STORAGES: dict[int, Storage] = {
+    code: Storage(name, code, block, block_bytes, {"F16": F16, "BF16": BF16}.get(name, F32))
+    for name, code, block, block_bytes in (
+        ("F32", 0, 1, 4),
+        ("F16", 1, 1, 2),
+        ("BF16", 30, 1, 2),
+        ("Q8_0", 8, 32, 34),
+        ("Q4_0", 2, 32, 18),
+        ("Q4_1", 3, 32, 20),
+        ("Q5_0", 6, 32, 22),
+        ("Q5_1", 7, 32, 24),
+        ("Q2_K", 10, 256, 84),
+        ("Q3_K", 11, 256, 110),
+        ("Q4_K", 12, 256, 144),
+        ("Q5_K", 13, 256, 176),
+        ("Q6_K", 14, 256, 210),
+        ("IQ1_S", 19, 256, 50),
+        ("IQ1_M", 29, 256, 56),
+        ("IQ2_XXS", 16, 256, 66),
+        ("IQ2_XS", 17, 256, 74),
+        ("IQ2_S", 22, 256, 82),
+        ("IQ3_XXS", 18, 256, 98),
+        ("IQ3_S", 21, 256, 110),
+        ("IQ4_NL", 20, 32, 18),
+        ("IQ4_XS", 23, 256, 136),
+        ("TQ1_0", 34, 256, 54),
+        ("TQ2_0", 35, 256, 66),
+        ("MXFP4", 39, 32, 17),
+        ("NVFP4", 40, 64, 36),
+    )
 }
+BY_NAME: dict[str, Storage] = {storage.name: storage for storage in STORAGES.values()}
+
+_UNSUPPORTED = {
+    4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64",
+    28: "F64", 41: "Q1_0",
+}  # fmt: skip
 
 
 def storage_label(code: int) -> str:
     """Return the name of a storage type that moecc does not support."""
-    name = _NOT_READ.get(code)
+    name = _UNSUPPORTED.get(code)
     return f"{name} (type {code})" if name else f"the unknown type {code}"
 
 
-# Quantise to blocks that the `gguf` package cannot make, by the library of llama.cpp itself.
-#
-# `llama-cpp-py-sync` has it.  Its function ``ggml_quantize_chunk`` (ggml.h) is called on rows of
-# one
-# block, which are made each for itself; nothing else of the engine is loaded.
+# Quantise and dequantise blocks, with the `gguf` package, imported when first needed, or with the
+# library of llama.cpp, which `llama-cpp-py-sync` has.  Its function ``ggml_quantize_chunk``
+# (ggml.h) is called on rows of one block; nothing else of the engine is loaded.
 
-PACKAGE, DISTRIBUTION = "llama_cpp_py_sync", "llama-cpp-py-sync"
+ENGINE_PACKAGE, ENGINE_DISTRIBUTION = "llama_cpp_py_sync", "llama-cpp-py-sync"
 BY_ENGINE = ("Q4_K",)
-"""The storage types that are made so."""
-
-
-def quantised(values: Array, storage: Storage) -> Array:
-    """Return float32 elements, whole blocks, as blocks [bytes].
-
-    Raises:
-      MachineError: the package is not installed, or its library cannot be used.
-    """
-    made = np.empty(values.size // storage.block * storage.block_bytes, np.uint8)
-    flat = np.ascontiguousarray(values, np.float32).reshape(-1)
-    rows = flat.size // storage.block
-    written = quantize_chunk(storage)(
-        storage.code, flat.ctypes.data, made.ctypes.data, 0, rows, storage.block, None
-    )
-    if written != made.size:
-        raise _unusable(storage, f"it wrote {written:,} bytes of {made.size:,}")
-    return made
-
-
-@cache
-def quantize_chunk(storage: Storage) -> Any:
-    """Return the function of the library. Raises as `quantised`."""
-    found = find_spec(PACKAGE)
-    places = [] if found is None else list(found.submodule_search_locations or ())
-    files = [file for place in places for file in sorted(Path(place).glob("*ggml-base*"))]
-    if not files:
-        raise _unusable(storage, f"no {PACKAGE}")
-    try:
-        function = ctypes.CDLL(str(files[0])).ggml_quantize_chunk
-    except (OSError, AttributeError) as error:
-        raise _unusable(storage, str(error)) from None
-    whole, address = ctypes.c_int64, ctypes.c_void_p
-    function.restype = ctypes.c_size_t
-    function.argtypes = [ctypes.c_int, address, address, whole, whole, whole, address]
-    return function
-
-
-def _unusable(storage: Storage, found: str) -> MachineError:
-    return MachineError(
-        f"{storage.name} blocks are made by the library of llama.cpp", found=found,
-        hint=f"pip install {DISTRIBUTION}; or --dtype q8_0, which moecc makes itself",
-    )  # fmt: skip
-
-
-# Quantise and dequantise blocks, with the `gguf` package, imported when first needed.
+"""The storage types that the library makes, because the `gguf` package only reads them."""
 
 # The package works row by row, slowly if rows are short.  Blocks are independent of rows, so they
 # are passed in pieces of this many elements, whose temporary arrays stay in the cache.
@@ -163,7 +110,7 @@ _PIECE = 1 << 16
 
 
 def dequantise(raw: Array, storage: Storage) -> Array:
-    """Return the elements of whole blocks [bytes] as float32 [elements].
+    """Return the elements of blocks [bytes] as float32 [elements].
 
     Raises:
       MachineError: the `gguf` package is not installed.
@@ -180,16 +127,22 @@ def dequantise(raw: Array, storage: Storage) -> Array:
 
 
 def quantise(values: Array, storage: Storage) -> Array:
-    """Return float32 elements [..., n], n whole blocks, as blocks [bytes].
+    """Return float32 elements [..., n], n a multiple of the block, as blocks [bytes].
 
     Raises:
-      MachineError: the package that makes them is not installed.
+      MachineError: the package that makes them is not installed, or its library fails.
     """
-    if storage.name in BY_ENGINE:
-        return quantised(values, storage)
-    quants, kind = _package(storage)
     flat = np.ascontiguousarray(values, np.float32).reshape(-1)
     raw = np.empty(flat.size // storage.block * storage.block_bytes, np.uint8)
+    if storage.name in BY_ENGINE:
+        rows = flat.size // storage.block
+        written = quantize_chunk(storage)(
+            storage.code, flat.ctypes.data, raw.ctypes.data, 0, rows, storage.block, None
+        )
+        if written != raw.size:
+            raise _engine_error(storage, f"it wrote {written:,} bytes of {raw.size:,}")
+        return raw
+    quants, kind = _package(storage)
     piece_bytes = _PIECE // storage.block * storage.block_bytes
     # A block of zeros has the scale 0, by which the package divides.
     with np.errstate(all="ignore"):
@@ -216,3 +169,29 @@ def _package(storage: Storage) -> tuple[Any, Any]:
             hint=install_hint("gguf"),
         ) from None
     return quants, GGMLQuantizationType(storage.code)
+
+
+@cache
+def quantize_chunk(storage: Storage) -> Any:
+    """Return the function of llama.cpp's library. Raises MachineError if there is none."""
+    spec = find_spec(ENGINE_PACKAGE)
+    folders = [] if spec is None else list(spec.submodule_search_locations or ())
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*ggml-base*"))]
+    if not files:
+        raise _engine_error(storage, f"no {ENGINE_PACKAGE}")
+    try:
+        function = ctypes.CDLL(str(files[0])).ggml_quantize_chunk
+    except (OSError, AttributeError) as error:
+        raise _engine_error(storage, str(error)) from None
+    size, address = ctypes.c_int64, ctypes.c_void_p
+    function.restype = ctypes.c_size_t
+    function.argtypes = [ctypes.c_int, address, address, size, size, size, address]
+    return function
+
+
+def _engine_error(storage: Storage, found: str) -> MachineError:
+    return MachineError(
+        f"{storage.name} blocks are made by the library of llama.cpp",
+        found=found,
+        hint=f"pip install {ENGINE_DISTRIBUTION}; or --dtype q8_0, which moecc makes itself",
+    )

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moecc.formats.gguf.storage import STORAGES
+
 SCALARS = {
     "u8": (0, "B"),
     "i8": (1, "b"),
@@ -23,20 +25,8 @@ SCALARS = {
     "i64": (11, "q"),
     "f64": (12, "d"),
 }
-CODES = {
-    "F32": (0, 1, 4),
-    "F16": (1, 1, 2),
-    "Q4_0": (2, 32, 18),
-    "Q4_1": (3, 32, 20),
-    "Q5_0": (6, 32, 22),
-    "Q5_1": (7, 32, 24),
-    "Q8_0": (8, 32, 34),
-    "Q2_K": (10, 256, 84),
-    "Q4_K": (12, 256, 144),
-    "Q5_K": (13, 256, 176),
-    "Q6_K": (14, 256, 210),
-    "BF16": (30, 1, 2),
-}
+CODES = {s.name: (s.code, s.block, s.block_bytes) for s in STORAGES.values()}
+CODES["Q8_K"] = (15, 256, 292)
 
 
 def text(value: str | bytes) -> bytes:

@@ -179,7 +179,7 @@ def test_q8_0(small_model: Any, tmp_path: Path) -> None:
 
 
 def test_blocks_of_an_engine_that_is_missing(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("moecc.formats.gguf.storage.PACKAGE", "no_such_package")
+    monkeypatch.setattr("moecc.formats.gguf.storage.ENGINE_PACKAGE", "no_such_package")
     quantize_chunk.cache_clear()
     with pytest.raises(MachineError, match=r"by the library of llama.cpp(.|\n)*--dtype q8_0"):
         convert("llama_gqa", "gguf:llama", tmp_path / "m.gguf", dtype=BY_NAME["Q4_K"])
