@@ -257,7 +257,7 @@ def test_the_router_of_switch_is_cut_at_two_standard_deviations() -> None:
         ("routing=hash gate-scale=2.0", "gate-scale", "gate-scale=1.0"),
         ("routing=hash balance-bias", "balance-bias", "balance-bias=false"),
         ("routing=soft slots=capacity", "slots", "drops nothing"),
-        ("routing=soft soft-slots=0", "soft-slots", "soft-slots >= 1"),
+        ("routing=soft soft-slots=0", "soft-slots", "at least 1"),
         ("routing=soft decoder-layers=every:2", "decoder-layers", "Appendix D"),
         ("routing=expert-choice decoder-layers=all", "decoder-layers", "Appendix D"),
         ("routing=expert-choice layers=decoder.layers.*", "layers", "Appendix D"),

@@ -262,7 +262,7 @@ def test_experts_that_choose_tokens_keep_the_function_of_those_they_take() -> No
         ("gates=softmax", "expected: gates=renormalised"),
         ("granularity=2", "expected: granularity=1"),
         ("gate-scale=2.0", "expected: gate-scale=1.0"),
-        ("capacity-factor=0.0", "expected: capacity-factor > 0"),
+        ("capacity-factor=0.0", "expected: more than 0"),
     ],
 )
 def test_options_of_choices_that_tokens_do_not_make(options: str, message: str) -> None:

@@ -8,7 +8,7 @@ for any router where Σ w is constant, and only for a zero router where it is no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import sqrt
@@ -16,54 +16,13 @@ from math import sqrt
 import numpy as np
 
 from moecc.analysis import FFNBlock
-from moecc.ir.conventions import Gates, convention
-from moecc.ir.graph import Node, Value
+from moecc.ir.conventions import convention
+from moecc.ir.graph import Value
 from moecc.pipeline.passes import Preserves, weakest
 from moecc.types import Doubles as Array
-
-
-@dataclass(frozen=True)
-class GateLaw:
-    """The sum of the gates under one convention.
-
-    Attributes:
-      convention: the gate convention, as in ``route``.
-      experts: N, the stored experts.
-      top_k: k, the experts a token goes to.
-      granularity: G, the slices of the dense block that make up one group.
-      gate_scale: the factor of ``route`` on the gates.
-      has_prototypes: whether the experts are k groups with a softmax and one choice each.
-    """
-
-    convention: Gates
-    experts: int
-    top_k: int
-    granularity: int = 1
-    gate_scale: float = 1.0
-    has_prototypes: bool = False
-
-    @property
-    def is_constant(self) -> bool:
-        """Whether the sum of the gates is the same for every router."""
-        return convention(self.convention).sum_is_constant(self.experts, self.top_k)
-
-    @property
-    def total(self) -> float:
-        """The sum of the gates; if it is not constant, that of a zero router."""
-        # Each prototype is one of k groups with its own softmax, so the sum is k times as large.
-        choices = self.top_k**2 if self.has_prototypes else self.top_k
-        return convention(self.convention).zero_router_sum(self.experts, choices) * self.gate_scale
-
-    @property
-    def weight_scale(self) -> float:
-        """The factor s = G / Σ w that an expert's matrices take together."""
-        return self.granularity / self.total
-
-    @property
-    def bias_scale(self) -> float:
-        """1 / Σ w, the factor that an output bias takes in every expert."""
-        return 1 / self.total
-
+from moecc.weights.branches import BASE
+from moecc_passes.upcycle.options import GateLaw as GateLaw
+from moecc_passes.upcycle.options import UpcycleOptions
 
 # Gates of random tokens under one law, and the moments of their sum: what upcycling is off by.
 
@@ -181,27 +140,23 @@ def scale_factors(block: FFNBlock, placement: str, scale: float) -> Factors | st
     """
     if scale == 1:
         return {}
-    chosen = _of_matrices(block, placement, scale)
-    if isinstance(chosen, str):
-        return chosen
-    for up in block.ups:
-        if up.operands[1] in chosen:
-            chosen |= dict.fromkeys(block.biases_of(up), chosen[up.operands[1]])
-    if placement == "cube-root" or is_scaled(block, chosen, scale):
-        return chosen
-    return "a parameter is used in two positions that would need different factors"
-
-
-def _of_matrices(block: FFNBlock, placement: str, scale: float) -> dict[Value, float] | str:
     down = block.down.operands[1]
-    if placement == "down":
-        return {down: scale}
+    factors = {down: scale}
     if placement == "cube-root":
-        return dict.fromkeys((*block.degrees(), down), scale ** (1 / shares(block)))
-    linear = [w for w, degree in block.degrees().items() if degree == 1]
-    if not linear:
-        return "no matrix before the activation can be scaled, because the block is linear in none"
-    return {linear[-1]: scale**0.5, down: scale**0.5}
+        factors = dict.fromkeys((*block.degrees(), down), scale ** (1 / shares(block)))
+    elif placement == "up-down":
+        linear = [w for w, degree in block.degrees().items() if degree == 1]
+        if not linear:
+            return (
+                "no matrix before the activation can be scaled, because the block is linear in none"
+            )
+        factors = {linear[-1]: scale**0.5, down: scale**0.5}
+    for up in block.ups:
+        if up.operands[1] in factors:
+            factors |= dict.fromkeys(block.biases_of(up), factors[up.operands[1]])
+    if placement == "cube-root" or is_scaled(block, factors, scale):
+        return factors
+    return "a parameter is used in two positions that would need different factors"
 
 
 def shares(block: FFNBlock) -> int:
@@ -214,119 +169,96 @@ def is_scaled(block: FFNBlock, factors: Factors, scale: float) -> bool:
 
     The output bias is excluded.  The result is false if the dataflow does not show it.
     """
-    known: dict[Value, float | None] = {block.x: 1.0}
+    scales: dict[Value, float | None] = {block.x: 1.0}
     for node in block.nodes:
-        given = [known.get(v, factors.get(v, 1.0)) for v in node.operands]
-        known[node.result] = _scaled_by(node, given)
+        operands = [scales.get(v, factors.get(v, 1.0)) for v in node.operands]
+        positive = [f for f in operands if f is not None]
+        is_known = len(positive) == len(operands)
+        scales[node.result] = node.op.homogeneity.factor(positive) if is_known else None
         if node is block.down:
             break
-    found = known[block.down.result]
-    return found is not None and abs(found / scale - 1) < 1e-9
-
-
-def _scaled_by(node: Node, given: list[float | None]) -> float | None:
-    """Return the factor on the result if the operands have positive factors."""
-    factors = [f for f in given if f is not None]
-    if len(factors) < len(given):
-        return None
-    return node.op.homogeneity.factor(factors)
+    total = scales[block.down.result]
+    return total is not None and abs(total / scale - 1) < 1e-9
 
 
 # The promise of an upcycling, by the lemmas of ``docs/exactness.md``.
 
 
-@dataclass(frozen=True)
-class Contract:
-    """The changes of a block that may change its function.
+def promise(item: UpcycleOptions, block: FFNBlock | None, logit_std: float | None) -> Preserves:
+    """Return the promise for a block, or of the options alone, with the error of its output.
 
-    Attributes:
-      law: the sum of the gates.
+    The error is the root mean square for a block of many independent neurons.  The chosen groups
+    give ρ times the block, plus errors.  Of a share r of neurons that are drawn anew ρ·r is missing
+    whatever the number of groups, and what varies from expert to expert, r (1 − r) for the choice
+    of neurons, r for the new ones, or (1 + λ²)ᵐ − 1 for noise λ on m matrices, is averaged over the
+    groups.  A shared expert takes no part in any of it.
+
+    Args:
+      item: the options.
+      block: the block.
       logit_std: the standard deviation of the router's logits; None if unknown yet.
-      drop: the share of the neurons of every expert that is redrawn.
-      noise: the standard deviation of the noise on every expert.
-      noise_is_relative: whether it is in units of the tensor's standard deviation.
-      matrices: the matrices of an expert.
-      shared: the share of the neurons that a shared expert keeps.
-      placement: the effect of the scale's placement on the function; None if exact.
-      capacity_factor: bounds the rows of an expert; None if nothing is dropped.
-      is_soft: whether experts get averages of tokens.
-      parts: the parts of a split block that a token gets, and all; None if that is all of it.
-      models: the models that the experts come from; empty if from one.
     """
+    law, matrices = item.law, 3 if block is None else len(block.ups) + 1
+    logit_std = 0.0 if item.router_is_zero else logit_std
+    drop = item.drop_ratio if item.init == "drop" else 0.0
+    noise = item.noise_std if item.init == "noise" else 0.0
+    is_complete = item.top_k == item.experts and (item.router_is_zero or item.gates == "ones")
+    is_partial = item.is_split and not is_complete
+    models = dict.fromkeys(item.models) if set(item.models) != {BASE} else {}
+    is_soft, placement = item.routing == "soft", _inexact_placement(item, block)
+    parts = (
+        f"a token gets {item.top_k} of the {item.experts} parts of a block"
+        if item.top_k < item.experts
+        else "gates weigh the parts of a block unequally unless the router is zero"
+    )
+    reasons = (
+        (is_soft, "a soft mixture gives experts averages of tokens, and the block is not linear"),
+        (
+            not (law.is_constant or logit_std == 0 or is_partial),
+            f"{law.convention} gates do not add up to a constant unless the router is zero",
+        ),
+        (noise, f"{item.noise} noise of std {noise:g} on every expert"),
+        (drop, f"a share of {drop:g} of the neurons of every expert is drawn anew"),
+        (is_partial, parts),
+        (models, f"experts come from several models: {', '.join(models)}"),
+        (placement, placement),
+        (
+            item.is_bounded,
+            f"a capacity factor of {item.capacity_factor:g} may drop choices",
+        ),
+    )
+    reason = "; ".join(text for holds, text in reasons if holds)
+    if not reason:
+        return Preserves("reassociation")
+    is_unknown = logit_std is None and not law.is_constant
+    is_bounded = item.is_bounded or is_soft or is_partial
+    if is_unknown or is_bounded or models or placement or (noise and item.noise == "absolute"):
+        return Preserves("approximate", reason)
+    moments = gate_moments(law, logit_std or 0.0)
+    varies = drop * (2 - drop) + (1 + noise**2) ** matrices - 1
+    common = 1 - 2 * (1 - drop) * moments.ratio + (1 - drop) ** 2 * moments.squared
+    square = max(common + varies * moments.concentration, 0.0)
+    return Preserves("approximate", reason, sqrt(square * (1 - item.shared)))
 
-    law: GateLaw
-    logit_std: float | None
-    drop: float = 0.0
-    noise: float = 0.0
-    noise_is_relative: bool = True
-    matrices: int = 3
-    shared: float = 0.0
-    placement: str | None = None
-    capacity_factor: float | None = None
-    is_soft: bool = False
-    parts: tuple[int, int] | None = None
-    models: tuple[str, ...] = ()
 
-    @property
-    def preserves(self) -> Preserves:
-        """The promise for a block, with the expected error of its output."""
-        reasons = "; ".join(self._reasons())
-        if not reasons:
-            return Preserves("reassociation")
-        return Preserves("approximate", reasons, self._predicted_error())
+def factors_of(item: UpcycleOptions, block: FFNBlock) -> Factors:
+    """Return the factor of each parameter of a valid block."""
+    factors = scale_factors(block, item.scale_placement, item.law.weight_scale)
+    assert not isinstance(factors, str), "checked before anything was changed"
+    return factors
 
-    def _reasons(self) -> Iterator[str]:
-        if self.is_soft:
-            yield "a soft mixture gives experts averages of tokens, and the block is not linear"
-        if not (self.law.is_constant or self.logit_std == 0 or self.parts is not None):
-            gates = self.law.convention
-            yield f"{gates} gates do not add up to a constant unless the router is zero"
-        if self.noise:
-            kind = "relative" if self.noise_is_relative else "absolute"
-            yield f"{kind} noise of std {self.noise:g} on every expert"
-        if self.drop:
-            yield f"a share of {self.drop:g} of the neurons of every expert is drawn anew"
-        if self.parts is not None:
-            some, every = self.parts
-            yield (
-                f"a token gets {some} of the {every} parts of a block" if some < every
-                else "gates weigh the parts of a block unequally unless the router is zero"
-            )  # fmt: skip
-        if self.models:
-            yield f"experts come from several models: {', '.join(self.models)}"
-        if self.placement:
-            yield self.placement
-        if self.capacity_factor is not None:
-            yield f"a capacity factor of {self.capacity_factor:g} may drop choices"
 
-    def _predicted_error(self) -> float | None:
-        """Return the root mean square error of a block of many independent neurons, or None.
-
-        The chosen groups give ρ times the block, plus errors.  Of a share r of neurons that are
-        drawn anew ρ·r is missing whatever the number of groups, and what varies from expert to
-        expert, r (1 − r) for the choice of neurons, r for the new ones, or (1 + λ²)ᵐ − 1 for noise
-        λ on m matrices, is averaged over the groups.  A shared expert takes no part in any of it.
-        """
-        unknown = self.logit_std is None and not self.law.is_constant
-        absolute = self.noise and not self.noise_is_relative
-        is_bounded = self.capacity_factor is not None
-        if (
-            unknown
-            or absolute
-            or self.placement
-            or is_bounded
-            or self.is_soft
-            or self.models
-            or self.parts
-        ):
-            return None
-        # Only here: it imports numpy, which most uses of a pass do not need.
-
-        found = gate_moments(self.law, self.logit_std or 0.0)
-        kept = 1 - self.drop
-        varies = self.drop * (2 - self.drop) + (1 + self.noise**2) ** self.matrices - 1
-        common = 1 - 2 * kept * found.ratio + kept**2 * found.squared
-        return sqrt(max(common + varies * found.concentration, 0.0) * (1 - self.shared))
+def _inexact_placement(item: UpcycleOptions, block: FFNBlock | None) -> str:
+    """Return why the placement of the scale is not exact; empty if it is."""
+    scale = item.law.weight_scale
+    if item.scale_placement != "cube-root" or scale == 1:
+        return ""
+    if block is not None and is_scaled(block, factors_of(item, block), scale):
+        return ""
+    return (
+        f"scale-placement=cube-root puts {scale:g}^(1/{3 if block is None else shares(block)}) "
+        "before the activation too, which is exact only for activations that are homogeneous"
+    )
 
 
 def of_blocks(promises: Sequence[Preserves]) -> Preserves:
@@ -339,11 +271,3 @@ def of_blocks(promises: Sequence[Preserves]) -> Preserves:
     if joined.predicted_error is None:
         return joined
     return replace(joined, predicted_error=max(p.predicted_error or 0.0 for p in promises))
-
-
-def inexact_placement(shares: int, scale: float) -> str:
-    """Return why the published placement of the scale is not exact."""
-    return (
-        f"scale-placement=cube-root puts {scale:g}^(1/{shares}) before the activation too, which "
-        "is exact only for activations that are homogeneous"
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -11,10 +11,12 @@ from typing import Annotated, Literal
 
 from moecc.analysis import FFNBlock, FFNSearch
 from moecc.errors import InputError, Problem
+from moecc.ir.conventions import Gates as GateConvention
 from moecc.ir.conventions import convention
-from moecc.pipeline.passes import advice, too_many_experts, too_much_capacity
+from moecc.ir.moe import SlotOptions
+from moecc.pipeline.passes import Bounds, advice, too_many_experts, too_much_capacity
+from moecc.support.text import ranges
 from moecc_passes.inputs import is_decoder
-from moecc_passes.upcycle.gates import GateLaw
 
 Gates = Literal[
     "renormalised", "top-k-softmax", "softmax", "sigmoid-renormalised", "sigmoid", "switch",
@@ -23,7 +25,53 @@ Gates = Literal[
 FITTED = ("centroids", "ridge")
 """The values of ``router-init`` that read statistics."""
 
+POSITIVE = Bounds(0, is_open=True)
+FACTOR = Bounds(0, is_open=True, hint="ST-MoE: 1.25 in training, 2.0 at evaluation")
+
 Routing = Literal["token-choice", "prototypes", "hash", "expert-choice", "soft"]
+
+
+@dataclass(frozen=True)
+class GateLaw:
+    """The sum of the gates under one convention.
+
+    Attributes:
+      convention: the gate convention, as in ``route``.
+      experts: N, the stored experts.
+      top_k: k, the experts a token goes to.
+      granularity: G, the slices of the dense block that make up one group.
+      gate_scale: the factor of ``route`` on the gates.
+      has_prototypes: whether the experts are k groups with a softmax and one choice each.
+    """
+
+    convention: GateConvention
+    experts: int
+    top_k: int
+    granularity: int = 1
+    gate_scale: float = 1.0
+    has_prototypes: bool = False
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the sum of the gates is the same for every router."""
+        return convention(self.convention).sum_is_constant(self.experts, self.top_k)
+
+    @property
+    def total(self) -> float:
+        """The sum of the gates; if it is not constant, that of a zero router."""
+        # Each prototype is one of k groups with its own softmax, so the sum is k times as large.
+        choices = self.top_k**2 if self.has_prototypes else self.top_k
+        return convention(self.convention).zero_router_sum(self.experts, choices) * self.gate_scale
+
+    @property
+    def weight_scale(self) -> float:
+        """The factor s = G / Σ w that an expert's matrices take together."""
+        return self.granularity / self.total
+
+    @property
+    def bias_scale(self) -> float:
+        """1 / Σ w, the factor that an output bias takes in every expert."""
+        return 1 / self.total
 
 
 @dataclass(frozen=True)
@@ -46,8 +94,12 @@ class UpcycleOptions:
         int,
         "0: neurons that do not divide are rejected; n: neurons that add nothing are added until "
         "each expert has a multiple of n",
+        # Kernels ask for multiples of 8 to 256.
+        Bounds(0, 1 << 12, is_closed=True),
     ] = 0
-    shared: Annotated[float, "the share of the neurons that a shared expert keeps"] = 0.0
+    shared: Annotated[
+        float, "the share of the neurons that a shared expert keeps", Bounds(0, 1)
+    ] = 0.0
     shared_gate: Annotated[
         Literal["sigmoid", "none"],
         "what the shared expert is multiplied by: the sigmoid of a vector's product with the "
@@ -56,7 +108,9 @@ class UpcycleOptions:
     gates: Annotated[
         Gates, "the gate convention; top-k-softmax, of the chosen, is renormalised by another name"
     ] = "renormalised"
-    gate_scale: Annotated[float, "what the gates are multiplied by (routed scaling factor)"] = 1.0
+    gate_scale: Annotated[
+        float, "what the gates are multiplied by (routed scaling factor)", POSITIVE
+    ] = 1.0
     scale_placement: Annotated[
         Literal["down", "up-down", "cube-root"], "where the factor that gates ask for is put"
     ] = "down"
@@ -67,11 +121,13 @@ class UpcycleOptions:
     rest: Annotated[
         Literal["base", "mean"], "sources: where all else comes from, or the mean of them"
     ] = "base"
-    noise_std: Annotated[float, "init=noise: the standard deviation"] = 0.01
+    noise_std: Annotated[float, "init=noise: the standard deviation", Bounds(0)] = 0.01
     noise: Annotated[
         Literal["relative", "absolute"], "init=noise: whether std is in units of the tensor's own"
     ] = "relative"
-    drop_ratio: Annotated[float, "init=drop: the share of neurons drawn anew"] = 0.5
+    drop_ratio: Annotated[
+        float, "init=drop: the share of neurons drawn anew", Bounds(0, 1, is_closed=True)
+    ] = 0.5
     router_init: Annotated[
         Literal[
             "normal",
@@ -88,15 +144,19 @@ class UpcycleOptions:
         "the same, cut at 2 std; centroids, ridge: from statistics, with logits of router-std: of "
         "the texts, one an expert, or of the neurons of a split",
     ] = "normal"
-    router_std: Annotated[float, "their standard deviation"] = 0.02
+    router_std: Annotated[float, "their standard deviation", Bounds(0)] = 0.02
     router_ridge: Annotated[
-        float, "router-init=ridge: the strength, in units of the mean variance of the input"
+        float,
+        "router-init=ridge: the strength, in units of the mean variance of the input",
+        POSITIVE,
     ] = 0.01
     slots: Annotated[Literal["ragged", "capacity"], "dropless, or a bound on rows an expert"] = (
         "ragged"
     )
-    capacity_factor: Annotated[float, "slots=capacity: the capacity factor"] = 1.25
-    groups: Annotated[int, "slots=capacity: the token groups that capacity counts in"] = 1
+    capacity_factor: Annotated[float, "slots=capacity: the capacity factor", FACTOR] = 1.25
+    groups: Annotated[
+        int, "slots=capacity: the token groups that capacity counts in", Bounds(1)
+    ] = 1
     routing: Annotated[
         Routing,
         "token-choice; prototypes: one expert from each of top-k groups (M6-T); hash: the token's "
@@ -106,7 +166,7 @@ class UpcycleOptions:
     balance_bias: Annotated[
         bool, "a bias [expert] that takes part in the choice alone, for loss-free balancing"
     ] = False
-    soft_slots: Annotated[int, "routing=soft: the slots of an expert"] = 1
+    soft_slots: Annotated[int, "routing=soft: the slots of an expert", Bounds(1)] = 1
     decoder_layers: Annotated[
         str | None, "layers for the decoder of an encoder-decoder; none: as layers says"
     ] = None
@@ -157,6 +217,19 @@ class UpcycleOptions:
     def is_bounded(self) -> bool:
         """Whether an expert takes a bounded number of rows."""
         return self.routing == "expert-choice" or self.slots == "capacity"
+
+    @property
+    def assignment(self) -> SlotOptions:
+        """The attributes of ``assign_slots``."""
+        if not self.is_bounded:
+            return {"slots": self.slots}
+        factor, groups = self.capacity_factor, self.groups
+        return {"slots": self.slots, "capacity_factor": factor, "groups": groups}
+
+    @property
+    def router_is_zero(self) -> bool:
+        """Whether all experts have equal logits."""
+        return self.router_init == "zero" or self.router_std == 0
 
 
 # The selection of layers: the option ``layers`` of ``upcycle``.
@@ -213,8 +286,8 @@ def choose(search: FFNSearch, spec: str, decoder_spec: str | None) -> list[FFNBl
             found=f"decoder-layers={decoder_spec}, and no such layer",
             hint="use layers for a model with one stack",
         )
-    specs = zip(stacks, (spec, decoder_spec), strict=True)
-    return [b for stack, one in specs for b in select(stack.blocks, one, _total(stack))]
+    blocks = select(stacks[0].blocks, spec, _total(stacks[0]))
+    return [*blocks, *select(stacks[1].blocks, decoder_spec, _total(stacks[1]))]
 
 
 def _stack(search: FFNSearch, decoder: bool) -> FFNSearch:
@@ -241,9 +314,18 @@ def select(blocks: Sequence[FFNBlock], spec: str, total: int) -> list[FFNBlock]:
     Raises:
       InputError: a listed layer does not exist, or has no block.
     """
-    numbered = [(_number(block, i), block) for i, block in enumerate(blocks)]
+    numbered = [(i if b.layer is None else b.layer, b) for i, b in enumerate(blocks)]
     if _LIST.match(spec):
-        return _listed(numbered, spec)
+        listed = {int(part) for part in spec.split(",")}
+        dense = {n for n, _ in numbered}
+        if not listed <= dense:
+            raise InputError(
+                "no feed-forward block to convert in layer "
+                f"{ranges(sorted(listed - dense)) or 'none'}",
+                expected=f"layers with a dense block: {ranges(sorted(dense)) or 'none'}",
+                found=f"layers={spec}",
+            )
+        return [block for n, block in numbered if n in listed]
     if spec in ("all", "nowhere"):
         return list(blocks) if spec == "all" else []
     match = _COUNT.match(spec)
@@ -261,33 +343,6 @@ def select(blocks: Sequence[FFNBlock], spec: str, total: int) -> list[FFNBlock]:
     return [b for n, b in numbered if n >= total - count]
 
 
-def _listed(numbered: Sequence[tuple[int, FFNBlock]], spec: str) -> list[FFNBlock]:
-    wanted = {int(part) for part in spec.split(",")}
-    there = {n for n, _ in numbered}
-    if not wanted <= there:
-        raise InputError(
-            f"no feed-forward block to convert in layer {_ranges(sorted(wanted - there))}",
-            expected=f"layers with a dense block: {_ranges(sorted(there))}",
-            found=f"layers={spec}",
-        )
-    return [block for n, block in numbered if n in wanted]
-
-
-def _number(block: FFNBlock, position: int) -> int:
-    return position if block.layer is None else block.layer
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Return `numbers`, sorted, with runs shortened: 0-3, 7."""
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and n == runs[-1][-1] + 1:
-            runs[-1].append(n)
-        else:
-            runs.append([n])
-    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs) or "none"
-
-
 # What ST-MoE advises against among the options of ``upcycle``.
 
 LEAST_STD, MOST_STD = 1e-3, 0.2
@@ -297,32 +352,20 @@ LEAST_LOGIT_STD, MOST_LOGIT_STD = 0.03, 3.0
 """Those of its logits: Switch's initialisation has √0.1."""
 
 
-def lints(item: UpcycleOptions) -> list[Problem]:
-    """Return the lints of the options."""
+def lints(item: UpcycleOptions) -> Iterator[Problem]:
+    """Yield the lints of the options."""
+    yield from too_many_experts(item.experts, "experts")
     bound = item.capacity_factor if item.is_bounded else None
-    return [
-        *too_many_experts(item.experts, "experts"),
-        *too_much_capacity(bound, item.experts, "capacity-factor"),
-        *_router(item),
-        *_gates(item),
-    ]
-
-
-def _router(item: UpcycleOptions) -> list[Problem]:
-    if item.router_init == "zero" or item.routing in ("hash", "soft"):
-        return []
-    is_of_logits = item.router_init in ("logit-std", "switch", "centroids", "ridge")
-    least, most = (LEAST_LOGIT_STD, MOST_LOGIT_STD) if is_of_logits else (LEAST_STD, MOST_STD)
-    if least <= item.router_std <= most:
-        return []
-    what = "logits" if is_of_logits else "weights"
-    return [advice(f"the router's {what} begin far from those of the paper", "router-std",
-                   "section 6.2", expected=f"{least:g} to {most:g}; router-init=switch",
-                   value=item.router_std)]  # fmt: skip
-
-
-def _gates(item: UpcycleOptions) -> list[Problem]:
-    if item.top_k < 2 or item.gates not in ("softmax", "switch") or item.routing != "token-choice":
-        return []
-    return [advice("gates of several experts are not renormalised over those chosen", "gates",
-                   "appendix G", expected="renormalised", value=item.gates)]  # fmt: skip
+    yield from too_much_capacity(bound, item.experts, "capacity-factor")
+    if item.router_init != "zero" and item.routing not in ("hash", "soft"):
+        is_of_logits = item.router_init in ("logit-std", "switch", *FITTED)
+        least, most = (LEAST_LOGIT_STD, MOST_LOGIT_STD) if is_of_logits else (LEAST_STD, MOST_STD)
+        if not least <= item.router_std <= most:
+            yield advice(
+                f"the router's {'logits' if is_of_logits else 'weights'} begin far from those of "
+                "the paper", "router-std", "section 6.2",
+                expected=f"{least:g} to {most:g}; router-init=switch", value=item.router_std,
+            )  # fmt: skip
+    if item.top_k > 1 and item.gates in ("softmax", "switch") and item.routing == "token-choice":
+        yield advice("gates of several experts are not renormalised over those chosen", "gates",
+                     "appendix G", expected="renormalised", value=item.gates)  # fmt: skip

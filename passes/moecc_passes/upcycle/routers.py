@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import erf, exp, pi, sqrt
 
 from moecc.analysis import FFNBlock
 from moecc.errors import Problem
-from moecc.ir.attributes import Gates
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
 from moecc.ir.moe import (
     Finish,
-    SlotOptions,
     emit_chosen,
     emit_expert_choice,
     emit_hash_routing,
@@ -54,181 +52,102 @@ LOOKS_AHEAD = ("expert-choice", "soft")
 NAMES = {"expert-choice": "expert choice", "soft": "a soft mixture"}
 
 
+Perturb = Callable[[str, Expr, Expr], Expr]
+"""Makes copies differ: from a parameter's name, its dense weight, and its lifted weight."""
+
+
 @dataclass(frozen=True)
-class Router:
-    """How the tokens of a block are routed to the experts.
+class UpcycleRecipe:
+    """All inputs of the rewrite of a block.
 
     Attributes:
-      kind: token-choice, prototypes, hash, expert-choice or soft.
-      weight: the router's weight, ``[expert, embed]``; of a soft mixture ``[expert, slot, embed]``;
+      item: the options.
+      division: how the neurons are divided.
+      router: the router's weight, ``[expert, embed]``; of a soft mixture ``[expert, slot, embed]``;
         a hash has none.
-      experts: the number of experts.
-      top_k: experts per token, if the kind has a fixed number.
-      gates: the gate convention, as in ``route``.
-      gate_scale: the factor on the gates.
-      has_bias: whether a bias for loss-free balancing takes part in the choice.
-      seed: the seed of the hash.
-      assignment: the attributes of ``assign_slots``: slots, capacity_factor and so on.
+      factors: the factor of each parameter of the experts.
+      perturb: makes copies differ.
+      seed: the seed of a hash.
     """
 
-    kind: str
-    weight: Expr | None
-    experts: int
-    top_k: int
-    gates: Gates
-    gate_scale: float
-    has_bias: bool
+    item: UpcycleOptions
+    division: Division
+    router: Expr | None
+    factors: Mapping[Value, float]
+    perturb: Perturb
     seed: int
-    assignment: SlotOptions
-
-    def emit(self, builder: Builder, block: FFNBlock, prefix: str) -> tuple[Value, Finish]:
-        """Emit the routing; return the experts' rows and the function that combines their results.
-
-        Args:
-          builder: where operations are appended.
-          block: the dense block, not yet rewritten.
-          prefix: the prefix of the names of new parameters.
-        """
-        return _EMIT[self.kind](_Place(builder, block, prefix), self)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """The position and inputs of an emitted routing."""
+def emit_router(
+    builder: Builder, block: FFNBlock, recipe: UpcycleRecipe, prefix: str
+) -> tuple[Value, Finish]:
+    """Emit the routing; return the experts' rows and the function that combines their results.
 
-    builder: Builder
-    block: FFNBlock
-    prefix: str
+    Args:
+      builder: where operations are appended.
+      block: the dense block, not yet rewritten.
+      recipe: the inputs of the rewrite.
+      prefix: the prefix of the names of new parameters.
+    """
+    item, b, x, embed = recipe.item, builder, block.x, block.outer
+    tokens = tuple(n for n in x.type.names if n != embed)
 
-    @property
-    def x(self) -> Value:
-        return self.block.x
+    def param(name: str, weight: Expr) -> Value:
+        graph, type = b.graph, weight.type.with_dtype(x.type.dtype)
+        return graph.param(graph.fresh(f"{prefix}.{name}"), type, weight, loc=block.loc)
 
-    @property
-    def tokens(self) -> tuple[str, ...]:
-        return tuple(n for n in self.x.type.names if n != self.block.outer)
-
-    def param(self, name: str, weight: Expr) -> Value:
-        graph = self.builder.graph
-        type = weight.type.with_dtype(self.x.type.dtype)
-        return graph.param(graph.fresh(f"{self.prefix}.{name}"), type, weight, loc=self.block.loc)
-
-    def router(self, router: Router) -> Value:
-        assert router.weight is not None, "only a hash has no weight"
-        return self.param("router.weight", router.weight)
-
-
-def _token_choice(at: _Place, router: Router) -> tuple[Value, Finish]:
-    weight = at.router(router)
-    bias = None
-    if router.has_bias:
-        type = tensor(at.x.type.dtype, expert=router.experts)
-        bias = at.param("router.balance_bias", Full(0.0, type))
-    return emit_routing(
-        at.builder, at.x, weight, experts=router.experts, top_k=router.top_k, gates=router.gates,
-        scale=router.gate_scale, tokens=at.tokens, bias=bias, **router.assignment,
-    )  # fmt: skip
-
-
-def _prototypes(at: _Place, router: Router) -> tuple[Value, Finish]:
-    b, weight = at.builder, at.router(router)
-    logits = b.contract(at.x, weight, over=at.block.outer, precision="f32", name="router")
-    chosen, gates = emit_prototypes(b, logits, router.top_k, gates="softmax")
-    if router.gates == "renormalised":
-        gates = b.div(gates, b.sum(gates, axes="choice"))
-    if router.gate_scale != 1:
-        gates = b.scale(gates, by=router.gate_scale)
-    return _placed(at, router, chosen, gates)
-
-
-def _hash(at: _Place, router: Router) -> tuple[Value, Finish]:
-    ids = token_ids(at.builder.graph, at.x.type, at.tokens, at.block.loc)
-    assert ids is not None, "checked before anything was changed"
-    chosen, gates = emit_hash_routing(
-        at.builder, ids, at.x, experts=router.experts, top_k=router.top_k, seed=router.seed
-    )
-    return _placed(at, router, chosen, gates)
-
-
-def _placed(at: _Place, router: Router, chosen: Value, gates: Value) -> tuple[Value, Finish]:
-    return emit_chosen(
-        at.builder, at.x, chosen, gates, experts=router.experts, tokens=at.tokens,
-        **router.assignment,
-    )  # fmt: skip
-
-
-def _expert_choice(at: _Place, router: Router) -> tuple[Value, Finish]:
-    """Let experts choose tokens; the gates of a token that is taken at all add up to one."""
-    b, weight = at.builder, at.router(router)
-    factor, groups = router.assignment["capacity_factor"], router.assignment["groups"]
-    chosen, scores, slots = emit_expert_choice(
-        b, at.x, weight, tokens=at.tokens, capacity_factor=factor, groups=groups
-    )
-    gates = emit_rescaled(b, scores, slots)
-    rows = b.dispatch(at.x, chosen, slots)
-
-    def finish(rows_out: Value) -> Value:
-        return b.combine(rows_out, chosen, slots, gates)
-
-    return rows, finish
-
-
-def _soft(at: _Place, router: Router) -> tuple[Value, Finish]:
-    """Mix the tokens of a sequence into slots; the logits are cosines times a learned scale."""
-    b, weight = at.builder, at.router(router)
-    scale = at.param("router.scale", Full(1.0, tensor(at.x.type.dtype)))
-    slots = b.mul(emit_unit(b, weight, at.block.outer), scale)
-    logits_of = emit_unit(b, at.x, at.block.outer)
+    if recipe.router is None:
+        ids = token_ids(b.graph, x.type, tokens, block.loc)
+        assert ids is not None, "checked before anything was changed"
+        chosen, gates = emit_hash_routing(
+            b, ids, x, experts=item.experts, top_k=item.top_k, seed=recipe.seed
+        )
+        return emit_chosen(
+            b, x, chosen, gates, experts=item.experts, tokens=tokens, **item.assignment
+        )
+    weight = param("router.weight", recipe.router)
+    if item.routing == "token-choice":
+        bias = None
+        if item.balance_bias:
+            type = tensor(x.type.dtype, expert=item.experts)
+            bias = param("router.balance_bias", Full(0.0, type))
+        return emit_routing(
+            b, x, weight, experts=item.experts, top_k=item.top_k, gates=item.law.convention,
+            scale=item.gate_scale, tokens=tokens, bias=bias, **item.assignment,
+        )  # fmt: skip
+    if item.routing == "prototypes":
+        logits = b.contract(x, weight, over=embed, precision="f32", name="router")
+        chosen, gates = emit_prototypes(b, logits, item.top_k, gates="softmax")
+        if item.law.convention == "renormalised":
+            gates = b.div(gates, b.sum(gates, axes="choice"))
+        if item.gate_scale != 1:
+            gates = b.scale(gates, by=item.gate_scale)
+        return emit_chosen(
+            b, x, chosen, gates, experts=item.experts, tokens=tokens, **item.assignment
+        )
+    if item.routing == "expert-choice":
+        # The gates of a token that is chosen at all add up to one.
+        chosen, scores, slots = emit_expert_choice(
+            b, x, weight, tokens=tokens, capacity_factor=item.capacity_factor, groups=item.groups
+        )
+        gates = emit_rescaled(b, scores, slots)
+        rows = b.dispatch(x, chosen, slots)
+        return rows, lambda rows_out: b.combine(rows_out, chosen, slots, gates)
+    # The tokens of a sequence are mixed into slots; the logits are cosines times a learned scale.
+    scale = param("router.scale", Full(1.0, tensor(x.type.dtype)))
+    directions = b.mul(emit_unit(b, weight, embed), scale)
     rows, weights = emit_soft_slots(
-        b, at.x, slots, tokens=at.tokens[-1], embed=at.block.outer, like=logits_of
+        b, x, directions, tokens=tokens[-1], embed=embed, like=emit_unit(b, x, embed)
     )
-
-    def finish(rows_out: Value) -> Value:
-        return b.contract(weights, rows_out, over=("expert", "slot"))
-
-    return rows, finish
-
-
-_EMIT: dict[str, Callable[[_Place, Router], tuple[Value, Finish]]] = {
-    "token-choice": _token_choice,
-    "prototypes": _prototypes,
-    "hash": _hash,
-    "expert-choice": _expert_choice,
-    "soft": _soft,
-}
-"""The functions that emit each kind, by the words of the option ``routing``."""
+    return rows, lambda rows_out: b.contract(weights, rows_out, over=("expert", "slot"))
 
 
 # The weights of new routers: drawn from scratch, in one of several ways.
 
 
-def router_weight(
-    init: str, std: float, embed: Axis, division: Division, *, key: int, name: str = "expert"
-) -> Expr:
-    """Return the router's rows: one draw a group, repeated for the slices of the group.
-
-    Args:
-      init: normal, truncated-normal, switch, uniform or zero.
-      std: the standard deviation of the entries.
-      embed: the axis of the model's width.
-      division: the numbers of groups and slices.
-      key: the key of the draw.
-      name: the name of the axis of experts.
-    """
-    copies = Axis(name if division.slices == 1 else "copy", division.copies)
-    draw = _drawn(init, std, TensorType(F32, (copies, embed)), key)
-    return draw if division.slices == 1 else repeated(draw, division.slices, name)
-
-
 def repeated(rows: Expr, slices: int, name: str = "expert") -> Expr:
     """Return rows ``[copy, embed]``, each for all the slices of its group, over an axis `name`."""
     return Merge(Tile(rows, "part", slices, position=1), ("copy", "part"), name)
-
-
-def slot_weight(init: str, std: float, embed: Axis, experts: int, slots: int, *, key: int) -> Expr:
-    """Return the weight ``[expert, slot, embed]`` that makes the slots of a soft mixture."""
-    axes = (Axis("expert", experts), Axis("slot", slots), embed)
-    return _drawn(init, std, TensorType(F32, axes), key)
 
 
 BOUNDS = {"truncated-normal": 3.0, "switch": 2.0}
@@ -247,7 +166,8 @@ def left_of_std(init: str) -> float:
     return sqrt(1 - 2 * b * density / erf(b / sqrt(2)))
 
 
-def _drawn(init: str, std: float, type: TensorType, key: int) -> Expr:
+def drawn(init: str, std: float, type: TensorType, key: int) -> Expr:
+    """Return a router's weights, drawn from scratch with the standard deviation `std`."""
     if init == "zero" or std == 0:
         return Full(0.0, type)
     if init == "uniform":
@@ -332,37 +252,34 @@ def fitted_weight(
       division: how its neurons are divided.
       texts: the texts of the statistics.
     """
-    embed = block.x.type[block.outer]
-    cross = _of_parts(block, division, embed) if item.is_split else _of_texts(item, block, texts)
-    rows = Fitted(
+    embed, inner = block.x.type[block.outer], block.inner
+    cross: Expr
+    if item.is_split:
+        # The covariances with the mean size of each part's neurons, ordered in the layout of the
+        # statistics: a row of them is read once, not once a neuron.
+        neurons = Axis(inner, block.width)
+        parts = division.ordered(statistic(block, "hidden.cross", embed, neurons), is_last=True)
+        if division.shared:
+            parts = Slice(parts, inner, division.shared, division.dense)
+        cut = Split(parts, inner, (("expert", division.slices), (inner, division.width)))
+        moment = Moment("mean", cut, None, (embed.name, "expert"))
+        cross = Permute(moment, ("expert", embed.name))
+    else:
+        # The covariances with which text a token is of, those of the experts' texts.
+        cross = statistic(block, "texts.cross", Axis("text", len(texts)), embed)
+        if item.models:
+            rows = tuple(Index(cross, "text", texts.index(name)) for name in item.models)
+            cross = Stack(rows, "expert")
+        else:
+            cross = Rename(cross, "text", "expert")
+    fitted = Fitted(
         statistic(block, "input.covariance", embed, Axis(OTHER, embed.size)),
         statistic(block, "input.mean", embed), cross,
         item.router_ridge if item.router_init == "ridge" else 0.0, item.router_std,
     )  # fmt: skip
     if item.is_split or division.slices == 1:
-        return rows
-    return repeated(Rename(rows, "expert", "copy"), division.slices)
-
-
-def _of_parts(block: FFNBlock, division: Division, embed: Axis) -> Expr:
-    """Return the covariances with the mean size of each part's neurons."""
-    inner = block.inner
-    cross = statistic(block, "hidden.cross", embed, Axis(inner, block.width))
-    # Ordered in its own layout: a row of the statistics is read once, not once a neuron.
-    whole = division.ordered(cross, is_last=True)
-    parts = Slice(whole, inner, division.shared, division.dense) if division.shared else whole
-    cut = Split(parts, inner, (("expert", division.slices), (inner, division.width)))
-    return Permute(Moment("mean", cut, None, (embed.name, "expert")), ("expert", embed.name))
-
-
-def _of_texts(item: UpcycleOptions, block: FFNBlock, texts: tuple[str, ...]) -> Expr:
-    """Return the covariances with which text a token is of, those of the experts' texts."""
-    embed = block.x.type[block.outer]
-    cross = statistic(block, "texts.cross", Axis("text", len(texts)), embed)
-    if not item.models:
-        return Rename(cross, "text", "expert")
-    rows = tuple(Index(cross, "text", texts.index(name)) for name in item.models)
-    return Stack(rows, "expert")
+        return fitted
+    return repeated(Rename(fitted, "expert", "copy"), division.slices)
 
 
 def unread(item: UpcycleOptions, statistics: Statistics | None) -> list[Problem]:
@@ -392,19 +309,14 @@ def missing(item: UpcycleOptions, block: FFNBlock, statistics: Statistics | None
     """Return which statistic of a block is missing or of another shape, or None."""
     if statistics is None:
         return None
-    return statistics.problem(block.loc, dict(_wanted(item, block, statistics)))
-
-
-def _wanted(
-    item: UpcycleOptions, block: FFNBlock, statistics: Statistics
-) -> Iterator[tuple[str, tuple[int, ...]]]:
     embed, width = block.embed, block.width
+    shapes: dict[str, tuple[int, ...]] = {}
     if item.split == "activation":
-        yield "hidden.pairs", (width, width)
+        shapes["hidden.pairs"] = (width, width)
     if item.is_fitted:
-        yield "input.covariance", (embed, embed)
-        yield "input.mean", (embed,)
+        shapes |= {"input.covariance": (embed, embed), "input.mean": (embed,)}
         if item.is_split:
-            yield "hidden.cross", (embed, width)
+            shapes["hidden.cross"] = (embed, width)
         else:
-            yield "texts.cross", (len(statistics.texts), embed)
+            shapes["texts.cross"] = (len(statistics.texts), embed)
+    return statistics.problem(block.loc, shapes)

@@ -3,47 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from math import isfinite, sqrt
+from dataclasses import dataclass
+from math import sqrt
 from typing import ClassVar
 
 from moecc.analysis import FFNBlock, find_ffn_blocks
 from moecc.errors import InputError, Problem, nearest
 from moecc.ir.conventions import convention
 from moecc.ir.graph import Graph, Value
-from moecc.ir.moe import SlotOptions
 from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, ReadWeight, Remark
 from moecc.rewrite.driver import may_rewrite
 from moecc.rewrite.pattern import NearMiss
 from moecc.support.text import amount
+from moecc.types import F32, Axis, TensorType
 from moecc.weights.branches import BASE
 from moecc.weights.draws import derive_key
 from moecc.weights.expr import Expr
 from moecc_passes.inputs import is_decoder, token_ids
 from moecc_passes.routed import causal_values
-from moecc_passes.upcycle.gates import (
-    Contract,
-    Factors,
-    inexact_placement,
-    is_scaled,
-    of_blocks,
-    scale_factors,
-    shares,
-)
+from moecc_passes.upcycle.gates import factors_of, of_blocks, promise, scale_factors
 from moecc_passes.upcycle.lift import Division, Drop, Noise
 from moecc_passes.upcycle.options import UpcycleOptions, check_layers, choose, lints
-from moecc_passes.upcycle.rewrite import Perturb, Recipe, average_rest, rewrite_block, surroundings
+from moecc_passes.upcycle.rewrite import average_rest, rewrite_block, surroundings
 from moecc_passes.upcycle.routers import (
     LOOKS_AHEAD,
     NAMES,
-    Router,
+    Perturb,
+    UpcycleRecipe,
+    drawn,
     fitted_weight,
     input_rms,
     left_of_std,
     missing,
     neuron_order,
-    router_weight,
-    slot_weight,
+    repeated,
     unread,
 )
 
@@ -63,9 +56,6 @@ GATES_OF = {
 MOST_EXPERTS = 1 << 14
 """Each expert is a weight of its own on disk: a limit keeps a typo from taking hours."""
 
-MOST_PADDING = 1 << 12
-"""Kernels ask for multiples of 8 to 256."""
-
 _WHY = {
     "prototypes": "each prototype chooses by a softmax of its own",
     "hash": "a hash has no scores that gates could be made of",
@@ -79,9 +69,8 @@ def problems(item: UpcycleOptions) -> list[Problem]:
     layers = check_layers(item.layers)
     decoder = check_layers(item.decoder_layers or "all", "decoder-layers")
     spelled = [p for p in (layers, decoder) if p]
-    found = (_counts(item), _gates(item), _routing(item), _sources(item), _split(item),
-             _out_of_range(item))  # fmt: skip
-    return [*(problem for part in found for problem in part), *spelled]
+    checks = (_counts, _gates, _routing, _sources, _split)
+    return [*(problem for check in checks for problem in check(item)), *spelled]
 
 
 def _counts(item: UpcycleOptions) -> Iterator[Problem]:
@@ -207,30 +196,6 @@ def _decoders(item: UpcycleOptions) -> Iterator[Problem]:
                       "layers of an encoder", item.layers, hint)  # fmt: skip
 
 
-def _out_of_range(item: UpcycleOptions) -> list[Problem]:
-    checks = (
-        ("shared", 0 <= item.shared < 1, "0 <= shared < 1", item.shared),
-        ("pad", 0 <= item.pad <= MOST_PADDING, f"0 <= pad <= {MOST_PADDING}", item.pad),
-        ("drop-ratio", 0 <= item.drop_ratio <= 1, "0 <= drop-ratio <= 1", item.drop_ratio),
-        ("noise-std", item.noise_std >= 0, "noise-std >= 0", item.noise_std),
-        ("router-std", item.router_std >= 0, "router-std >= 0", item.router_std),
-        ("router-ridge", item.router_ridge > 0, "router-ridge > 0", item.router_ridge),
-        ("gate-scale", item.gate_scale > 0, "gate-scale > 0", item.gate_scale),
-        ("groups", item.groups >= 1, "groups >= 1", item.groups),
-        ("soft-slots", item.soft_slots >= 1, "soft-slots >= 1", item.soft_slots),
-        (
-            "capacity-factor", item.capacity_factor > 0,
-            "capacity-factor > 0", item.capacity_factor,
-        ),
-    )  # fmt: skip
-    hints = {"capacity-factor": "ST-MoE: 1.25 in training, 2.0 at evaluation"}
-    return [
-        Problem("an option is out of range", name, expected, str(found), hints.get(name))
-        for name, fits, expected, found in checks
-        if not (fits and isfinite(found))
-    ]
-
-
 def warnings(item: UpcycleOptions) -> list[Problem]:
     """Return warnings of options that are allowed but rarely intended."""
     found = []
@@ -351,14 +316,9 @@ def _groups_fit(item: UpcycleOptions, slices: int, neurons: int) -> bool:
     return not (neurons % slices or item.top_k % slices or item.experts % slices)
 
 
-def factors_of(item: UpcycleOptions, block: FFNBlock) -> Factors:
-    """Return the factor of each parameter of a valid block."""
-    chosen = scale_factors(block, item.scale_placement, item.law.weight_scale)
-    assert not isinstance(chosen, str), "checked before anything was changed"
-    return chosen
-
-
-def recipe(item: UpcycleOptions, block: FFNBlock, seed: int, texts: tuple[str, ...] = ()) -> Recipe:
+def recipe(
+    item: UpcycleOptions, block: FFNBlock, seed: int, texts: tuple[str, ...] = ()
+) -> UpcycleRecipe:
     """Return the recipe for the rewrite of a valid block.
 
     Args:
@@ -367,70 +327,42 @@ def recipe(item: UpcycleOptions, block: FFNBlock, seed: int, texts: tuple[str, .
       seed: of the conversion.
       texts: the texts of the statistics, if there are any.
     """
-    division = _division(item, block, seed)
-    factors = dict(factors_of(item, block))
-    if block.output_bias is not None:
-        factors[block.output_bias] = item.law.bias_scale
-    return Recipe(
-        division=division,
-        router=_router(item, block, division, seed, texts),
-        factors=factors,
-        perturb=_perturb(item, block, division, seed),
-        expert_bias=item.expert_bias,
-        extra_ffn=item.extra_ffn,
-        shared_gate=item.shared_gate,
-        models=item.models,
-    )
-
-
-def _division(item: UpcycleOptions, block: FFNBlock, seed: int) -> Division:
+    # The location alone may not be unique.
+    draws = f"{block.loc}/{block.down.operands[1].name}"
     shared = round(item.shared * block.width)
     padding = item.padding(block.width, shared)
-    return Division(
+    division = Division(
         inner=block.inner,
         shared=shared,
         slices=item.slices,
         copies=item.experts // item.slices,
         width=(block.width + padding - shared) // item.slices,
-        order=neuron_order(item, block, shared, seed, _slots(block)),
+        order=neuron_order(item, block, shared, seed, draws),
         padding=padding,
     )
-
-
-def _router(
-    item: UpcycleOptions, block: FFNBlock, division: Division, seed: int, texts: tuple[str, ...]
-) -> Router:
-    assignment: SlotOptions = {"slots": item.slots}
-    if item.is_bounded:
-        assignment["capacity_factor"], assignment["groups"] = item.capacity_factor, item.groups
-    return Router(
-        kind=item.routing,
-        weight=_weight(item, block, division, seed, texts),
-        experts=item.experts,
-        top_k=item.top_k,
-        gates=item.law.convention,
-        gate_scale=item.gate_scale,
-        has_bias=item.balance_bias,
-        seed=seed,
-        assignment=assignment,
-    )
-
-
-def _weight(
-    item: UpcycleOptions, block: FFNBlock, division: Division, seed: int, texts: tuple[str, ...]
-) -> Expr | None:
-    if item.routing == "hash":
-        return None
+    factors = dict(factors_of(item, block))
+    if block.output_bias is not None:
+        factors[block.output_bias] = item.law.bias_scale
+    perturb: Perturb = lambda name, dense, experts: experts  # noqa: E731
+    if item.init == "noise":
+        perturb = Noise(item.noise_std, item.noise == "relative", seed, draws).apply
+    elif item.init == "drop":
+        perturb = Drop(item.drop_ratio, seed, draws, division).apply
+    router: Expr | None = None
     if item.is_fitted:
-        return fitted_weight(item, block, division, texts)
-    kind = DRAWN.get(item.router_init, item.router_init)
-    std, outer = router_std(item, block), block.x.type[block.outer]
-    key = derive_key(seed, f"{_slots(block)}/router")
-    if item.routing == "soft":
-        return slot_weight(kind, std, outer, item.experts, item.soft_slots, key=key)
-    # The parts of a split block are chosen each for itself.
-    rows = replace(division, copies=item.experts, slices=1) if item.is_split else division
-    return router_weight(kind, std, outer, rows, key=key)
+        router = fitted_weight(item, block, division, texts)
+    elif item.routing != "hash":
+        kind = DRAWN.get(item.router_init, item.router_init)
+        # The parts of a split block are chosen each for itself.
+        slices = 1 if item.is_split else division.slices
+        axes = [Axis("expert" if slices == 1 else "copy", item.experts // slices)]
+        if item.routing == "soft":
+            axes.append(Axis("slot", item.soft_slots))
+        type = TensorType(F32, (*axes, block.x.type[block.outer]))
+        router = drawn(kind, router_std(item, block), type, derive_key(seed, f"{draws}/router"))
+        if slices > 1:
+            router = repeated(router, slices)
+    return UpcycleRecipe(item, division, router, factors, perturb, seed)
 
 
 def router_std(item: UpcycleOptions, block: FFNBlock) -> float:
@@ -440,23 +372,6 @@ def router_std(item: UpcycleOptions, block: FFNBlock) -> float:
     """
     is_of_logits = item.router_init in DRAWN or item.is_fitted
     return item.router_std / sqrt(block.embed) if is_of_logits else item.router_std
-
-
-def _perturb(item: UpcycleOptions, block: FFNBlock, division: Division, seed: int) -> Perturb:
-    if item.init == "noise":
-        return Noise(item.noise_std, item.noise == "relative", seed, _slots(block)).apply
-    if item.init == "drop":
-        return Drop(item.drop_ratio, seed, _slots(block), division).apply
-    return _unperturbed
-
-
-def _slots(block: FFNBlock) -> str:
-    """Return the key of a block's draws; the location alone may not be unique."""
-    return f"{block.loc}/{block.down.operands[1].name}"
-
-
-def _unperturbed(name: str, dense: Expr, experts: Expr) -> Expr:
-    return experts
 
 
 # The remarks of ``upcycle`` on converted blocks.
@@ -523,56 +438,17 @@ class UpcyclePass(UpcycleOptions, Pass):
     @property
     def preserves(self) -> Preserves:
         """The promise of the options; `apply` refines it by the model's width."""
-        return self._contract(None, None).preserves
-
-    def _contract(self, block: FFNBlock | None, read: ReadWeight | None) -> Contract:
-        logit_std = None if block is None or read is None else self._logit_std(block, read)
-        return Contract(
-            law=self.law,
-            logit_std=0.0 if self._router_is_zero else logit_std,
-            drop=self.drop_ratio if self.init == "drop" else 0.0,
-            noise=self.noise_std if self.init == "noise" else 0.0,
-            noise_is_relative=self.noise == "relative",
-            matrices=3 if block is None else len(block.ups) + 1,
-            shared=self.shared,
-            placement=self._inexact_placement(block),
-            capacity_factor=self.capacity_factor if self.is_bounded else None,
-            is_soft=self.routing == "soft",
-            parts=self._parts,
-            models=tuple(dict.fromkeys(self.models)) if set(self.models) != {BASE} else (),
-        )
-
-    @property
-    def _parts(self) -> tuple[int, int] | None:
-        """The parts of a block that a token gets, and all, where that is not all of the block."""
-        is_whole = self.top_k == self.experts and (self._router_is_zero or self.gates == "ones")
-        return (self.top_k, self.experts) if self.is_split and not is_whole else None
-
-    def _inexact_placement(self, block: FFNBlock | None) -> str | None:
-        scale = self.law.weight_scale
-        if self.scale_placement != "cube-root" or scale == 1:
-            return None
-        if block is None:
-            return inexact_placement(3, scale)
-        if is_scaled(block, factors_of(self, block), scale):
-            return None
-        return inexact_placement(shares(block), scale)
-
-    @property
-    def _router_is_zero(self) -> bool:
-        return self.router_init == "zero" or self.router_std == 0
+        return promise(self, None, None)
 
     def _logit_std(self, block: FFNBlock, read: ReadWeight) -> float:
-        if self._router_is_zero:
-            return 0.0
         std = router_std(self, block) * left_of_std(self.router_init) * sqrt(block.embed)
         # Equal copies under gates with a constant sum are exact for any logits.
-        is_exact = self.law.is_constant and self.init == "copy"
+        is_exact = self.router_is_zero or (self.law.is_constant and self.init == "copy")
         return std if is_exact else std * input_rms(block, read)
 
     def validate(self) -> list[Problem]:
         """Return the problems of the options, independent of the model."""
-        return problems(self)
+        return [*super().validate(), *problems(self)]
 
     def warnings(self) -> list[Problem]:
         """Return warnings of unwise combinations of options."""
@@ -580,7 +456,7 @@ class UpcyclePass(UpcycleOptions, Pass):
 
     def lints(self) -> list[Problem]:
         """Return what the paper advises against."""
-        return lints(self)
+        return list(lints(self))
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
         """Convert the blocks that ``layers`` selects.
@@ -611,7 +487,7 @@ class UpcyclePass(UpcycleOptions, Pass):
             if not may_rewrite(self.name, block.loc):
                 break
             if ctx.promises:
-                promises.append(self._contract(block, ctx.read).preserves)
+                promises.append(promise(self, block, self._logit_std(block, ctx.read)))
             rewrite_block(graph, block, recipe(self, block, ctx.seed, texts))
         if chosen and self.rest == "mean":
             average_rest(graph, self.models)
