@@ -292,8 +292,8 @@ class _Parser:
         scan.expect("{")
         while not scan.take("}"):
             if scan.is_at_end():
-                what = f"the {'graph' if self.around is None else 'body'} has no closing brace"
-                self.problems.append(scan.problem(what, scan.at))
+                message = f"the {'graph' if self.around is None else 'body'} has no closing brace"
+                self.problems.append(scan.problem(message, scan.at))
                 return False
             self.line(scan.skip())
         return True

@@ -133,8 +133,8 @@ def read_reproducer(path: Path) -> Replay:
                 break
     try:
         stated = json.loads(line.removeprefix(_REPLAY)) if line.startswith(_REPLAY) else {}
-        found = Replay(**{**stated, "load": tuple(stated["load"])})
-        _check_types(found)
+        replay = Replay(**{**stated, "load": tuple(stated["load"])})
+        _check_types(replay)
     except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(
             "not a reproducer", where=str(path),
@@ -142,17 +142,17 @@ def read_reproducer(path: Path) -> Replay:
             hint="moecc opt runs a pipeline over any graph",
         ) from None  # fmt: skip
     # Beside the reproducer, or where the user said that it is.
-    load = tuple(str(path.parent / str(name)) for name in found.load)
-    return replace(found, load=load)
+    load = tuple(str(path.parent / str(name)) for name in replay.load)
+    return replace(replay, load=load)
 
 
-def _check_types(found: Replay) -> None:
+def _check_types(replay: Replay) -> None:
     """Raise TypeError for a field of another type than its default; a boolean is no number."""
     for field in fields(Replay):
         default = "" if field.name == "pipeline" else field.default
-        if type(getattr(found, field.name)) is not type(default):
+        if type(getattr(replay, field.name)) is not type(default):
             raise TypeError(field.name)
-    if not all(isinstance(name, str) for name in found.load):
+    if not all(isinstance(name, str) for name in replay.load):
         raise TypeError("load")
 
 

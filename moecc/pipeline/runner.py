@@ -213,11 +213,11 @@ def _unmatched(item: Pass, result: PassResult) -> Problem:
     lines = [f"\n    {m.where}: {m.reason}" for m in misses]
     if left:
         lines.append(f"\n    and {left} more")
-    found = f"nearest misses:{''.join(lines)}" if misses else "no candidate"
+    misses_text = f"nearest misses:{''.join(lines)}" if misses else "no candidate"
     return Problem(
         "matched nothing, but must match",
         item.name,
-        found=found,
+        found=misses_text,
         hint="leave it out; moecc opt and convert also go on without it by --allow-unmatched",
     )
 

@@ -145,10 +145,10 @@ def find(graph: Graph, *rules: Rule, misses: Misses | None = None) -> Iterator[M
         for candidate in index.get(node.op, ()):
             if candidate.rule is matched:
                 continue
-            found = candidate.find(node, misses)
-            if found is not None:
+            hit = candidate.find(node, misses)
+            if hit is not None:
                 matched = candidate.rule
-                yield found
+                yield hit
 
 
 class _Candidate:
@@ -170,8 +170,8 @@ class _Candidate:
         if len(operands) < len(self.pattern.operands):
             return True
         if self.pattern.commutative:
-            made = [v.node.op if v.node is not None else None for v in operands]
-            return any(made[0] not in h and made[1] not in h for _, h in self.heads)
+            operations = [v.node.op if v.node is not None else None for v in operands]
+            return any(operations[0] not in h and operations[1] not in h for _, h in self.heads)
         for i, heads in self.heads:
             maker = operands[i].node
             if (maker.op if maker is not None else None) not in heads:
@@ -185,14 +185,14 @@ class _Candidate:
             if misses is not None and misses.beats(self.name, 1):
                 match(self.pattern, node, misses, self.name)
             return None
-        found = match(self.pattern, node, misses, self.name)
-        if found is None:
+        matched = match(self.pattern, node, misses, self.name)
+        if matched is None:
             return None
-        reason = self.rule.check(found)
+        reason = self.rule.check(matched)
         if reason is None:
-            return found
+            return matched
         if misses is not None:
-            misses.note(self.name, node, reason, len(found.nodes) + 1)
+            misses.note(self.name, node, reason, len(matched.nodes) + 1)
         return None
 
 
@@ -254,31 +254,31 @@ class _Driver:
             stats = candidate.stats
             stats.attempts += 1
             start = perf_counter()
-            found = candidate.find(node, self.misses)
-            if found is not None:
-                self.apply(candidate.rule, found)
+            matched = candidate.find(node, self.misses)
+            if matched is not None:
+                self.apply(candidate.rule, matched)
                 stats.hits += 1
             stats.seconds += perf_counter() - start
-            if found is not None:
+            if matched is not None:
                 return
 
-    def apply(self, rule: Rule, found: Match) -> None:
+    def apply(self, rule: Rule, matched: Match) -> None:
         self.count(rule)
-        root = found.root
+        root = matched.root
         origin = f"{self.origin}/{rule.name}"
         if self.watch is not None:
             self.watch.note(origin, root)
         builder = _RecordingBuilder(self.graph, loc=root.loc, origin=origin, before=root)
-        built = rule.build(found, builder)
+        built = rule.build(matched, builder)
         values = built if isinstance(built, tuple) else (built,)
         _check_values(origin, root, values, builder.made)
         users = [user for old in root.results for user in old.users]
-        made = set(builder.made)
+        new_nodes = set(builder.made)
         pairs = list(zip(root.results, values, strict=True))
-        names = [(new, old.name) for old, new in pairs if new.node in made]
+        names = [(new, old.name) for old, new in pairs if new.node in new_nodes]
         for old, new in pairs:
             replace_value(old, new)
-        self.erase_dead([*found.nodes, *builder.made])
+        self.erase_dead([*matched.nodes, *builder.made])
         for new, name in names:
             # A replacement takes over the name of the value, so that the text differs less.
             if new.name in self.graph and name not in self.graph:
@@ -330,9 +330,11 @@ class _Driver:
             level = list(dict.fromkeys(u for n in level for v in n.results for u in v.users))
 
 
-def _check_values(origin: str, root: Node, values: tuple[Value, ...], made: Sequence[Node]) -> None:
+def _check_values(
+    origin: str, root: Node, values: tuple[Value, ...], new_nodes: Sequence[Node]
+) -> None:
     """Raise ValueError unless `values` can replace the results of `root`: a bug of the rule."""
-    if any(node in value.users for value in root.results for node in made):
+    if any(node in value.users for value in root.results for node in new_nodes):
         raise ValueError(f"{origin} uses the results of {where(root)}, which it replaces")
     if len(values) != len(root.results):
         raise ValueError(

@@ -28,9 +28,9 @@ Heads = frozenset[OpDef | None]
 class Pattern:
     """Base of all patterns of a value."""
 
-    def __or__(self, other: Pattern) -> OneOf:
+    def __or__(self, alternative: Pattern) -> OneOf:
         """Return a pattern that matches where either does; this one is tried first."""
-        return OneOf((*_choices(self), *_choices(other)))
+        return OneOf((*_choices(self), *_choices(alternative)))
 
     @property
     def heads(self) -> Heads | None:
@@ -82,7 +82,7 @@ class OpPattern(Pattern):
       ops: the operations.
       operands: patterns of its operands, in order.
       attrs: names of attributes, each with a literal or an `AttrPattern`.
-      rest: whether more operands may follow.
+      is_open: whether more operands may follow.
       name: the name that captures the node and its value.
       alone: whether nothing outside the match may use the value.
       index: the number of the node's result that is the value.
@@ -94,7 +94,7 @@ class OpPattern(Pattern):
     ops: frozenset[OpDef]
     operands: tuple[Pattern, ...]
     attrs: tuple[tuple[str, object], ...] = ()
-    rest: bool = False
+    is_open: bool = False
     name: str | None = None
     alone: bool = False
     index: int = 0
@@ -167,10 +167,10 @@ def roots(pattern: Pattern) -> tuple[OpPattern, ...]:
     Raises:
       UsageError: the root may also be a value that no operation defines.
     """
-    found = _choices(pattern)
-    if not all(isinstance(p, OpPattern) for p in found):
+    choices = _choices(pattern)
+    if not all(isinstance(p, OpPattern) for p in choices):
         raise UsageError("a rule's pattern begins with an operation", hint="P.add(…), not P.any(…)")
-    return tuple(p for p in found if isinstance(p, OpPattern))
+    return tuple(p for p in choices if isinstance(p, OpPattern))
 
 
 class Patterns:
@@ -215,21 +215,21 @@ class Patterns:
           InputError: there is no such operation.
         """
         entries = [op(n) for n in ([names] if isinstance(names, str) else names)]
-        rest = bool(operands) and operands[-1] is ...
-        given = tuple(p for p in operands if isinstance(p, Pattern))
-        if len(given) + rest != len(operands):
+        is_open = bool(operands) and operands[-1] is ...
+        patterns = tuple(p for p in operands if isinstance(p, Pattern))
+        if len(patterns) + is_open != len(operands):
             raise UsageError(f"operands of a pattern of {entries[0]} are patterns")
         for entry in entries:
-            _check(entry, len(given), rest, attrs)
+            _check(entry, len(patterns), is_open, attrs)
         commutative = all(e.commutative for e in entries)
-        if commutative and rest:
+        if commutative and is_open:
             # So that the one operand pattern is tried on both sides.
-            given, rest = (*given, Leaf(), Leaf())[:2], False
+            patterns, is_open = (*patterns, Leaf(), Leaf())[:2], False
         return OpPattern(
             frozenset(entries),
-            given,
+            patterns,
             tuple((n, _attr(entries[0], n, v)) for n, v in attrs.items()),
-            rest=rest,
+            is_open=is_open,
             commutative=commutative,
         )
 
@@ -244,9 +244,9 @@ class Patterns:
         return make
 
 
-def _check(entry: OpDef, count: int, rest: bool, attrs: dict[str, object]) -> None:
+def _check(entry: OpDef, count: int, is_open: bool, attrs: dict[str, object]) -> None:
     least = len(entry.operands)
-    if (count > least and not entry.variadic) or (count < least and not rest):
+    if (count > least and not entry.variadic) or (count < least and not is_open):
         raise UsageError(
             f"a pattern of {entry.name} has other operands",
             expected=f"{least} ({', '.join(entry.operands)})",
@@ -343,8 +343,8 @@ class Misses:
 
     def beats(self, rule: str, score: int) -> bool:
         """Whether a miss of `rule` with `score` nodes would be its nearest."""
-        known = self.best.get(rule)
-        return known is None or score > known.score
+        best = self.best.get(rule)
+        return best is None or score > best.score
 
     def note(self, rule: str, root: Node, reason: str, score: int) -> None:
         """Record a miss, unless `rule` has one as near."""
@@ -394,9 +394,9 @@ def fits(pattern: Pattern, node: Node | None) -> Match | None:
     for choice in pattern.choices if isinstance(pattern, OneOf) else (pattern,):
         # Most nodes are another operation, so this quick check avoids an attempt.
         if isinstance(choice, OpPattern) and node.op in choice.ops:
-            found = match(choice, node)
-            if found is not None:
-                return found
+            matched = match(choice, node)
+            if matched is not None:
+                return matched
     return None
 
 
@@ -415,13 +415,13 @@ class _Attempt:
 
     def step(self, todo: _Todo) -> _Todo | None:
         """Match the first pair of the agenda; return the rest, or set `failure`."""
-        pattern, value, rest = todo
+        pattern, value, remaining = todo
         if isinstance(pattern, OpPattern):
-            return self.enter(pattern, value, rest)
+            return self.enter(pattern, value, remaining)
         if isinstance(pattern, OneOf):
-            for other in reversed(pattern.choices[1:]):
-                self.remember((other, value, rest))
-            return (pattern.choices[0], value, rest)
+            for alternative in reversed(pattern.choices[1:]):
+                self.remember((alternative, value, remaining))
+            return (pattern.choices[0], value, remaining)
         assert isinstance(pattern, Leaf)
         if (pattern.kind == "param" and not value.is_param) or (
             pattern.kind == "input" and (value.is_param or value.node is not None)
@@ -431,9 +431,9 @@ class _Attempt:
             self.failure = (pattern, value, "where")
         elif pattern.name is not None and not self.bind(pattern.name, value):
             self.failure = (pattern, value, "bind")
-        return rest
+        return remaining
 
-    def enter(self, pattern: OpPattern, value: Value, rest: _Todo | None) -> _Todo | None:
+    def enter(self, pattern: OpPattern, value: Value, remaining: _Todo | None) -> _Todo | None:
         node = value.node
         why = ""
         if node is None or node.op not in pattern.ops:
@@ -441,7 +441,7 @@ class _Attempt:
         elif value.index != pattern.index:
             why = "index"
         elif len(node.operands) != len(pattern.operands) and (
-            not pattern.rest or len(node.operands) < len(pattern.operands)
+            not pattern.is_open or len(node.operands) < len(pattern.operands)
         ):
             why = "arity"
         elif pattern.attrs and not self.attributes(pattern, node):
@@ -458,11 +458,11 @@ class _Attempt:
             self.alone.append(value)
         if pattern.commutative:
             (p, q), (a, b) = pattern.operands, node.operands
-            self.remember((p, b, (q, a, rest)))
-            return (p, a, (q, b, rest))
+            self.remember((p, b, (q, a, remaining)))
+            return (p, a, (q, b, remaining))
         for i in range(len(pattern.operands) - 1, -1, -1):
-            rest = (pattern.operands[i], node.operands[i], rest)
-        return rest
+            remaining = (pattern.operands[i], node.operands[i], remaining)
+        return remaining
 
     def attributes(self, pattern: OpPattern, node: Node) -> bool:
         for name, wanted in pattern.attrs:
@@ -535,14 +535,15 @@ class _Attempt:
 
     def _explain_attrs(self, pattern: OpPattern, node: Node) -> str:
         for name, wanted in pattern.attrs:
-            have, place = node.attrs[name], f"attribute {name!r} of %{node.results[0].name}"
+            have, description = node.attrs[name], f"attribute {name!r} of %{node.results[0].name}"
             if not isinstance(wanted, AttrPattern):
                 if have != wanted:
-                    return f"{place} is {have!r}, expected {wanted!r}"
+                    return f"{description} is {have!r}, expected {wanted!r}"
             elif wanted.where is not None and not wanted.where(have):
-                return f"{place}, {have!r}, {wanted.why}"
+                return f"{description}, {have!r}, {wanted.why}"
             elif wanted.name is not None and self.captures.get(wanted.name, have) != have:
-                return f"{place} is {have!r}, expected {self.captures[wanted.name]!r} as elsewhere"
+                bound = self.captures[wanted.name]
+                return f"{description} is {have!r}, expected {bound!r} as elsewhere"
         raise AssertionError("every attribute matches")
 
 

@@ -109,8 +109,8 @@ class Scanner:
     def lookup(self, name: str, table: Mapping[str, T], kind: str, at: int) -> T:
         """Return the entry `name` of `table`. Raises: ParseError with the nearest name."""
         if name not in table:
-            what = f"unknown {kind} {printable(name, 40)!r}"
-            raise self.error(what, at, hint=nearest(name, table))
+            message = f"unknown {kind} {printable(name, 40)!r}"
+            raise self.error(message, at, hint=nearest(name, table))
         return table[name]
 
     def problem(self, message: str, at: int, **more: str | None) -> Problem:

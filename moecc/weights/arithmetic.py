@@ -140,8 +140,8 @@ class Moment(Expr):
         if self.mask is not None:
             check_mask(self, self.mask)
             _check_contained(self, self.x.type, self.mask.type)
-        kept = self.x.type.with_axes(a for a in self.x.type.axes if a.name in self.keep)
-        return kept.with_dtype(computed(self, self.x))
+        type = self.x.type.with_axes(a for a in self.x.type.axes if a.name in self.keep)
+        return type.with_dtype(computed(self, self.x))
 
 
 def check_mask(expr: Expr, mask: Expr) -> None:
@@ -218,10 +218,10 @@ def round_to(values: Array, dtype: DType) -> Array:
 def _to_bf16(values: Array) -> Array:
     """Round f32 to bf16; a NaN becomes the positive quiet one, whatever its sign and payload."""
     with np.errstate(over="ignore", invalid="ignore"):
-        made = values.astype(BF16.numpy)
-    if first_nonfinite(made) is not None:
-        made[np.isnan(values)] = np.nan
-    return made
+        rounded = values.astype(BF16.numpy)
+    if first_nonfinite(rounded) is not None:
+        rounded[np.isnan(values)] = np.nan
+    return rounded
 
 
 def _round_to_odd(values: Array) -> Array:

@@ -30,8 +30,8 @@ def name_in(branch: str, tensor: str) -> str:
 
 def branch_and_name(name: str) -> tuple[str, str]:
     """Return the branch and the tensor that `name_in` made a name of."""
-    branch, found, tensor = name.partition(_SEPARATOR)
-    return (branch, tensor) if found else (BASE, name)
+    branch, separator, tensor = name.partition(_SEPARATOR)
+    return (branch, tensor) if separator else (BASE, name)
 
 
 def is_statistic(name: str) -> bool:

@@ -92,8 +92,8 @@ class TruncatedNormal(Draw):
     def _infer(self) -> TensorType:
         _check_spread(self, self.std)
         if not 0.0 < self.bound <= 8.0:
-            what = "the bound is out of range"
-            raise self.error(what, expected="0 < bound <= 8", found=str(self.bound))
+            message = "the bound is out of range"
+            raise self.error(message, expected="0 < bound <= 8", found=str(self.bound))
         return self._check_draw(self.type, self.bound * self.std)
 
 
@@ -189,20 +189,20 @@ def box_words(key: int, sizes: tuple[int, ...], box: Box) -> Words:
     extents = [stop - start for start, stop in box]
     if not prod(extents):
         return np.empty(extents, np.uint64)
-    whole = _first_whole(sizes, box)
-    inner = max(0, whole - 1)
+    complete = _first_whole(sizes, box)
+    inner = max(0, complete - 1)
     if prod(extents[:inner]) > 1 and prod(sizes[inner:]) <= _MAX_WASTE * prod(extents[inner:]):
         # One long run is faster than many short ones, although some of its words are unused.
         rows = box_words(key, sizes, (*box[:inner], *((0, n) for n in sizes[inner:])))
         return rows[(slice(None),) * inner + tuple(slice(*ends) for ends in box[inner:])]
     if prod(extents[:inner]) == 1:
         return stream(key, _flat(sizes, [s for s, _ in box]), prod(extents)).reshape(extents)
-    found = np.empty(extents, np.uint64)
-    for place in product(*(range(start, stop) for start, stop in box[:inner])):
-        first = _flat(sizes, [*place, *(start for start, _ in box[inner:])])
-        row = tuple(at - start for at, (start, _) in zip(place, box, strict=False))
-        found[row] = stream(key, first, prod(extents[inner:])).reshape(extents[inner:])
-    return found
+    words = np.empty(extents, np.uint64)
+    for position in product(*(range(start, stop) for start, stop in box[:inner])):
+        first = _flat(sizes, [*position, *(start for start, _ in box[inner:])])
+        row = tuple(at - start for at, (start, _) in zip(position, box, strict=False))
+        words[row] = stream(key, first, prod(extents[inner:])).reshape(extents[inner:])
+    return words
 
 
 def _first_whole(sizes: tuple[int, ...], box: Box) -> int:
@@ -213,10 +213,10 @@ def _first_whole(sizes: tuple[int, ...], box: Box) -> int:
     return at
 
 
-def _flat(sizes: tuple[int, ...], place: list[int]) -> int:
-    """Return the row-major index of the element at `place`, as an exact integer."""
+def _flat(sizes: tuple[int, ...], element: list[int]) -> int:
+    """Return the row-major index of the element at `element`, as an exact integer."""
     flat = 0
-    for length, position in zip(sizes, place, strict=True):
+    for length, position in zip(sizes, element, strict=True):
         flat = flat * length + position
     return flat
 
@@ -252,10 +252,10 @@ def open_unit(words: Words) -> Floats:
 
 def _blockwise(words: Words, draw: Any) -> npt.NDArray[np.float32]:
     flat = np.ascontiguousarray(words).reshape(-1)
-    made = np.empty(flat.shape, np.float32)
+    numbers = np.empty(flat.shape, np.float32)
     for at in range(0, flat.size, _BLOCK):
-        made[at : at + _BLOCK] = draw(flat[at : at + _BLOCK])
-    return made.reshape(words.shape)
+        numbers[at : at + _BLOCK] = draw(flat[at : at + _BLOCK])
+    return numbers.reshape(words.shape)
 
 
 # Rational approximations of the normal quantile: Wichura, "Algorithm AS 241", Applied Statistics

@@ -208,10 +208,10 @@ class Evaluator:
         parts = e.xs[slice(*box[at])]
         if len(parts) == 1:
             return np.expand_dims(self.block(parts[0], inner), at)
-        made = np.empty(extents(box), e.type.dtype.numpy)
+        stacked = np.empty(extents(box), e.type.dtype.numpy)
         for i, x in enumerate(parts):
-            made[(slice(None),) * at + (i,)] = self.block(x, inner)
-        return made
+            stacked[(slice(None),) * at + (i,)] = self.block(x, inner)
+        return stacked
 
     def _concat(self, e: Concat, box: Box) -> Array:
         at = e.type.names.index(e.axis)
@@ -288,10 +288,10 @@ class Evaluator:
             low, high = int(order.min()), int(order.max()) + 1
             x = self.block(e.x, (*box[:at], (low, high), *box[at + 1 :]))
             return np.take(x, order - low, axis=at)
-        made = np.empty(extents(box), e.type.dtype.numpy)
+        ordered = np.empty(extents(box), e.type.dtype.numpy)
         for start, stop, places in runs(order):
-            made[places] = self.block(e.x, ((start, stop), *box[1:]))
-        return made
+            ordered[places] = self.block(e.x, ((start, stop), *box[1:]))
+        return ordered
 
     def _check_order(self, e: Take, order: Array) -> None:
         limit = size(e.x.type[e.axis])
@@ -323,8 +323,10 @@ class Evaluator:
             try:
                 return fitted_rows(*parts, ridge=e.ridge, std=e.std)
             except np.linalg.LinAlgError:
-                what = "the covariance with the ridge has no inverse"
-                raise e.error(what, hint="statistics of more tokens, or a larger ridge") from None
+                message = "the covariance with the ridge has no inverse"
+                raise e.error(
+                    message, hint="statistics of more tokens, or a larger ridge"
+                ) from None
 
         return remembered(e, self._read, compute)[tuple(slice(*ends) for ends in box)]
 
@@ -340,28 +342,28 @@ class Evaluator:
         wide = _widened(x, e.type.dtype)
         with self._overflow(e):
             # What was widened is nobody else's.
-            own = None if wide is x else wide
-            return np.asarray(np.multiply(wide, wide.dtype.type(e.factor), out=own))
+            out = None if wide is x else wide
+            return np.asarray(np.multiply(wide, wide.dtype.type(e.factor), out=out))
 
     def _cast(self, e: Cast, box: Box) -> Array:
         x = self.block(e.x, box)
-        made = round_to(x, e.dtype)
-        self._check_cast(e, x, made, box)
-        return made
+        rounded = round_to(x, e.dtype)
+        self._check_cast(e, x, rounded, box)
+        return rounded
 
-    def _check_cast(self, e: Cast, x: Array, made: Array, box: Box) -> None:
-        if first_nonfinite(made) is None:
+    def _check_cast(self, e: Cast, x: Array, rounded: Array, box: Box) -> None:
+        if first_nonfinite(rounded) is None:
             return
         with np.errstate(invalid="ignore"):  # a signalling NaN
-            over = np.isfinite(x) & ~np.isfinite(made)
+            over = np.isfinite(x) & ~np.isfinite(rounded)
         if not over.any():
             return
-        place = np.unravel_index(int(np.argmax(over)), over.shape)
-        index = [int(at) + start for at, (start, _) in zip(place, box, strict=True)]
+        position = np.unravel_index(int(np.argmax(over)), over.shape)
+        index = [int(at) + start for at, (start, _) in zip(position, box, strict=True)]
         raise ValuesOverflow(
             e.error(
                 f"values overflow {e.dtype}",
-                found=f"{float(x[place])} at {index}",
+                found=f"{float(x[position])} at {index}",
                 hint="choose an element type with a larger range, bf16 or f32",
             ).problems
         )
@@ -416,8 +418,8 @@ class _Overflow:
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         self._state.__exit__(None, None, None)
         if kind is not None and issubclass(kind, FloatingPointError):
-            what = f"values overflow {self._expr.type.dtype}"
-            raise ValuesOverflow(self._expr.error(what).problems) from None
+            message = f"values overflow {self._expr.type.dtype}"
+            raise ValuesOverflow(self._expr.error(message).problems) from None
 
 
 _RULES: dict[type[Expr], Callable[[Evaluator, Any, Box], Array]] = {

@@ -45,9 +45,9 @@ class _Interned(type):
     if not TYPE_CHECKING:  # mypy takes the signature of the dataclass
 
         def __call__(cls, *args, **kwargs):
-            made = super().__call__(*args, **kwargs)
+            expr = super().__call__(*args, **kwargs)
             with _lock:
-                return _table.setdefault(made._key(), made)
+                return _table.setdefault(expr._key(), expr)
 
 
 class Expr(metaclass=_Interned):
@@ -125,9 +125,9 @@ class Expr(metaclass=_Interned):
         values = dict(zip(self.__dataclass_fields__, self._fields(), strict=True))
         return self.__class__(**values | fields)
 
-    def error(self, what: str, **more: str | None) -> InputError:
+    def error(self, message: str, **more: str | None) -> InputError:
         """Return an error that names this expression; `more` as of a `Problem`."""
-        return InputError(what, where=f"weight expression {printable(str(self), 200)}", **more)
+        return InputError(message, where=f"weight expression {printable(str(self), 200)}", **more)
 
     def __str__(self) -> str:
         """Return the text, on one line; `moecc.weights.text` parses it."""
@@ -194,13 +194,13 @@ def _identity(value: object) -> object:
 @dataclass_transform(frozen_default=True, eq_default=False)
 def node(cls: type[T]) -> type[T]:
     """Make `cls`, an `Expr`, a node class: fields, equality by identity, the text as its repr."""
-    made: Any = dataclass(frozen=True, eq=False, repr=False)(cls)
-    fields = {f.name: f for f in dataclasses.fields(made)}
-    made._coerced = tuple(
+    decorated: Any = dataclass(frozen=True, eq=False, repr=False)(cls)
+    fields = {f.name: f for f in dataclasses.fields(decorated)}
+    decorated._coerced = tuple(
         (name, _COERCIONS[str(f.type)]) for name, f in fields.items() if str(f.type) in _COERCIONS
     )
     groups = []
-    for at, text in enumerate(re.split(r"[\[\]]", made.syntax)):
+    for at, text in enumerate(re.split(r"[\[\]]", decorated.syntax)):
         pieces = [*_FIELD.split(text), "", ""]
         parts = tuple(
             (literal, name, form or (str(fields[name].type) if name else ""))
@@ -209,8 +209,8 @@ def node(cls: type[T]) -> type[T]:
         # The pieces between brackets have odd numbers.
         defaults = (_identity(fields[parts[0][1]].default),) if at % 2 else ()
         groups.append(SyntaxGroup(parts, defaults))
-    made.parsed_syntax = tuple(groups)
-    return cast("type[T]", made)
+    decorated.parsed_syntax = tuple(groups)
+    return cast("type[T]", decorated)
 
 
 def _operands(expr: Expr) -> Iterator[Expr]:
@@ -302,10 +302,10 @@ def check_name(expr: Expr, name: str) -> None:
         raise expr.error("not a valid axis name", found=repr(printable(name, 40)))
 
 
-def check_finite(expr: Expr, what: str, value: float) -> None:
+def check_finite(expr: Expr, name: str, value: float) -> None:
     """Check that a number of `expr` is finite. Raises: InputError."""
     if not math.isfinite(value):
-        raise expr.error(f"{what} is not finite", found=str(value))
+        raise expr.error(f"{name} is not finite", found=str(value))
 
 
 def computed_dtype(expr: Expr, *operands: Expr) -> DType:
@@ -362,10 +362,10 @@ def transform(expr: Expr, change: Callable[[Expr], Expr]) -> Expr:
       expr: the expression to transform.
       change: receives a node whose operands are transformed; returns it, or a replacement.
     """
-    made: dict[Expr, Expr] = {}
+    changed: dict[Expr, Expr] = {}
     for x in walk(expr):
-        made[x] = change(x.with_operands(*(made[y] for y in x.operands)))
-    return made[expr]
+        changed[x] = change(x.with_operands(*(changed[y] for y in x.operands)))
+    return changed[expr]
 
 
 # Boxes: a range of each axis of a type, and mappings between them.
@@ -392,9 +392,9 @@ def project(box: Box, large: TensorType, small: TensorType) -> Box:
 
 def align(values: Array, names: tuple[str, ...], order: tuple[str, ...]) -> Array:
     """Return `values`, whose axes are `names`, with the axes `order`, new ones of size 1."""
-    known = [names.index(name) for name in order if name in names]
+    axes = [names.index(name) for name in order if name in names]
     absent = tuple(at for at, name in enumerate(order) if name not in names)
-    return np.expand_dims(values.transpose(known), absent)
+    return np.expand_dims(values.transpose(axes), absent)
 
 
 def flat_boxes(sizes: tuple[int, ...], start: int, stop: int) -> list[Box]:
@@ -406,8 +406,9 @@ def flat_boxes(sizes: tuple[int, ...], start: int, stop: int) -> list[Box]:
     inner = prod(sizes[1:])
     first, last = start // inner, (stop - 1) // inner
     if first == last:
-        rest = flat_boxes(sizes[1:], start - first * inner, stop - first * inner)
-        return [((first, first + 1), *box) for box in rest]
+        offset = first * inner
+        inside = flat_boxes(sizes[1:], start - offset, stop - offset)
+        return [((first, first + 1), *box) for box in inside]
     boxes: list[Box] = []
     if start % inner:
         boxes += flat_boxes(sizes, start, (first + 1) * inner)
@@ -434,10 +435,10 @@ def row_blocks(type: TensorType, block_bytes: int) -> Iterator[Box]:
     at = next(i for i in range(len(sizes)) if prod(sizes[i + 1 :]) <= limit)
     step = max(1, limit // prod(sizes[at + 1 :]))
     inner = tuple((0, size) for size in sizes[at + 1 :])
-    for place in product(*map(range, sizes[:at])):
+    for position in product(*map(range, sizes[:at])):
         for start in range(0, sizes[at], step):
             ends = (start, min(start + step, sizes[at]))
-            yield (*((i, i + 1) for i in place), ends, *inner)
+            yield (*((i, i + 1) for i in position), ends, *inner)
 
 
 def runs(order: Array) -> Iterator[tuple[int, int, Array]]:

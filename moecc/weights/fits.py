@@ -90,13 +90,13 @@ def remembered(expr: Expr, reader: object, compute: Callable[[], Array]) -> Arra
     """
     owner = getattr(reader, "__self__", reader)
     with _lock:
-        known = _kept.get(expr)
-        if known is not None and known[0]() is owner:
-            return known[1]
-        made = compute()
-        if made.nbytes <= MAX_KEPT_BYTES:
-            _kept[expr] = (ref(owner), made)
-    return made
+        entry = _kept.get(expr)
+        if entry is not None and entry[0]() is owner:
+            return entry[1]
+        value = compute()
+        if value.nbytes <= MAX_KEPT_BYTES:
+            _kept[expr] = (ref(owner), value)
+    return value
 
 
 def fitted_rows(
@@ -151,17 +151,17 @@ def cluster_order(rows: Rows, neurons: int, first: int, groups: int) -> Array:
     rates = np.concatenate([_diagonal(rows, start, stop) for start, stop in _chunks(neurons)])
     # Equal rates keep the order of their numbers.
     by_rate = np.argsort(-rates, kind="stable")
-    leading, rest = by_rate[:first], np.sort(by_rate[first:])
+    leading, others = by_rate[:first], np.sort(by_rate[first:])
     if groups == 1:
-        return np.concatenate([leading, rest]).astype(np.int32)
-    member = _seeded(rows, rates, rest, groups)
+        return np.concatenate([leading, others]).astype(np.int32)
+    member = _seeded(rows, rates, others, groups)
     for _ in range(ROUNDS):
-        moved = _assigned(_distances(rows, rates, rest, member, groups))
+        moved = _assigned(_distances(rows, rates, others, member, groups))
         if np.array_equal(moved, member):
             break
         member = moved
     inside = np.argsort(member, kind="stable")
-    return np.concatenate([leading, rest[inside]]).astype(np.int32)
+    return np.concatenate([leading, others[inside]]).astype(np.int32)
 
 
 def _chunks(neurons: int) -> list[tuple[int, int]]:
@@ -172,31 +172,31 @@ def _diagonal(rows: Rows, start: int, stop: int) -> Doubles:
     return np.diagonal(rows(start, stop), offset=start).astype(np.float64)
 
 
-def _seeded(rows: Rows, rates: Doubles, rest: Array, groups: int) -> Array:
+def _seeded(rows: Rows, rates: Doubles, others: Array, groups: int) -> Array:
     """Return first clusters, around neurons that are far apart.
 
     The first is the most active one, each next one is the farthest from those before: the most
     active neurons alone, as in CMoE, may all be of one cluster.
     """
-    seed = int(rest[np.argmax(rates[rest])])
+    seed = int(others[np.argmax(rates[others])])
     far = []
     for _ in range(groups):
-        together = rows(seed, seed + 1)[0, rest].astype(np.float64)
-        far.append(rates[rest] + rates[seed] - 2 * together)
-        seed = int(rest[np.argmax(np.min(far, axis=0))])
+        together = rows(seed, seed + 1)[0, others].astype(np.float64)
+        far.append(rates[others] + rates[seed] - 2 * together)
+        seed = int(others[np.argmax(np.min(far, axis=0))])
     return _assigned(np.stack(far, axis=1))
 
 
-def _distances(rows: Rows, rates: Doubles, rest: Array, member: Array, groups: int) -> Doubles:
-    """Return the squared distance of each of `rest` from each cluster, ``[rest, groups]``."""
-    size = len(rest) // groups
+def _distances(rows: Rows, rates: Doubles, others: Array, member: Array, groups: int) -> Doubles:
+    """Return the squared distance of each of `others` from each cluster, ``[rest, groups]``."""
+    size = len(others) // groups
     inside = np.zeros((len(rates), groups))
-    inside[rest, member] = 1.0
+    inside[others, member] = 1.0
     sums = np.concatenate(
         [rows(a, b).astype(np.float64) @ inside for a, b in _chunks(len(rates))]
-    )[rest]  # fmt: skip
-    within = (sums * inside[rest]).sum(axis=0)
-    return np.asarray(rates[rest][:, None] - 2 / size * sums + within / size**2)
+    )[others]  # fmt: skip
+    within = (sums * inside[others]).sum(axis=0)
+    return np.asarray(rates[others][:, None] - 2 / size * sums + within / size**2)
 
 
 def _assigned(distances: Doubles) -> Array:
@@ -244,13 +244,13 @@ class Memory:
           box: a range of each kept axis.
         """
         with self._lock:
-            known = self._known.get((e, box))
-        if known is not None:
-            return known
-        made = self._computed(block, e, box)
-        if made.nbytes <= _REMEMBERED_BYTES:
-            self._remember((e, box), made)
-        return made
+            cached = self._known.get((e, box))
+        if cached is not None:
+            return cached
+        moments = self._computed(block, e, box)
+        if moments.nbytes <= _REMEMBERED_BYTES:
+            self._remember((e, box), moments)
+        return moments
 
     def _computed(self, block: Block, e: Moment, box: Box) -> Floats:
         """Return a moment, of a few kept positions at a time, in the order in which x is stored."""
@@ -280,13 +280,13 @@ def _cut(e: Moment, box: Box) -> tuple[int, int] | None:
 
     The outermost axis of x first: its pieces lie together.
     """
-    kept = dict(zip(e.keep, box, strict=True))
+    ranges = dict(zip(e.keep, box, strict=True))
     elements = prod(
-        kept[n][1] - kept[n][0] if n in kept else size
+        ranges[n][1] - ranges[n][0] if n in ranges else size
         for n, size in zip(e.x.type.names, e.x.type.shape, strict=True)
     )
     for name in e.x.type.names if elements > _WORK_ELEMENTS else ():
-        start, stop = kept.get(name, (0, 1))
+        start, stop = ranges.get(name, (0, 1))
         if stop - start > 1:
             return e.keep.index(name), max(1, _WORK_ELEMENTS * (stop - start) // elements)
     return None
@@ -294,9 +294,9 @@ def _cut(e: Moment, box: Box) -> tuple[int, int] | None:
 
 def _mean(block: Block, e: Moment, box: Box, centre: Floats | None) -> Floats:
     """Return the mean over the reduced axes of x, or of its squared distance from `centre`."""
-    kept = dict(zip(e.keep, box, strict=True))
+    ranges = dict(zip(e.keep, box, strict=True))
     reduced = tuple(name for name in e.x.type.names if name not in e.keep)
-    total, count = _Sums(block, e, centre).sums(kept, reduced)
+    total, count = _Sums(block, e, centre).sums(ranges, reduced)
     return np.divide(total, count, out=np.zeros_like(total), where=count > 0)
 
 
@@ -308,24 +308,24 @@ class _Sums:
     e: Moment
     centre: Floats | None
 
-    def sums(self, kept: Ranges, reduced: tuple[str, ...]) -> tuple[Floats, Counts]:
-        """Return sums and numbers of elements, with the axes of `kept` in their order."""
+    def sums(self, ranges: Ranges, reduced: tuple[str, ...]) -> tuple[Floats, Counts]:
+        """Return sums and numbers of elements, with the axes of `ranges` in their order."""
         sizes = [self.e.x.type.shape[self.e.x.type.names.index(name)] for name in reduced]
-        elements = prod(stop - start for start, stop in kept.values()) * prod(sizes)
+        elements = prod(stop - start for start, stop in ranges.values()) * prod(sizes)
         if not reduced or elements <= _WORK_ELEMENTS:
-            return self.direct(kept, reduced)
+            return self.direct(ranges, reduced)
         step = max(1, _WORK_ELEMENTS * sizes[0] // elements)
         parts = [
-            self.sums({**kept, reduced[0]: (at, min(at + step, sizes[0]))}, reduced[1:])
+            self.sums({**ranges, reduced[0]: (at, min(at + step, sizes[0]))}, reduced[1:])
             for at in range(0, sizes[0], step)
         ]
         total = np.concatenate([part for part, _ in parts], axis=-1)
         return _fold(total), np.concatenate([n for _, n in parts], axis=-1).sum(axis=-1)
 
-    def direct(self, kept: Ranges, reduced: tuple[str, ...]) -> tuple[Floats, Counts]:
+    def direct(self, ranges: Ranges, reduced: tuple[str, ...]) -> tuple[Floats, Counts]:
         x = self.e.x.type
-        box = tuple(kept.get(n, (0, size)) for n, size in zip(x.names, x.shape, strict=True))
-        order = (*kept, *reduced)
+        box = tuple(ranges.get(n, (0, size)) for n, size in zip(x.names, x.shape, strict=True))
+        order = (*ranges, *reduced)
         values = widen(align(self.block(self.e.x, box), x.names, order), F64)
         if self.centre is not None:
             centre = self.centre.reshape(self.centre.shape + (1,) * (x.rank - self.centre.ndim))
@@ -338,7 +338,7 @@ class _Sums:
             counted = align(self.block(self.e.mask, project(box, x, mask)), mask.names, order)
             values = np.where(counted, values, 0.0)
         count = np.broadcast_to(counted, values.shape).sum(
-            axis=tuple(range(len(kept), x.rank)), dtype=np.int64
+            axis=tuple(range(len(ranges), x.rank)), dtype=np.int64
         )
         for _ in reduced:
             values = _fold(values)

@@ -24,10 +24,10 @@ def in_short(texts: Sequence[str], axis: str) -> str | None:
     mark = f"{{{axis}}}"
     if len(texts) < 2 or any(mark in text for text in texts):
         return None
-    found = varying(texts)
-    if found is None or len(set(found[1].values())) != 1:
+    variation = varying(texts)
+    if variation is None or len(set(variation[1].values())) != 1:
         return None
-    pieces, numbers = found
+    pieces, numbers = variation
     spelled = "".join(mark if i in numbers else piece for i, piece in enumerate(pieces))
     return f"{axis}={next(iter(numbers.values()))}, {spelled}"
 
@@ -174,13 +174,13 @@ class Split(Expr):
 
     def _infer(self) -> TensorType:
         at = axis_of(self, self.x, self.axis)
-        whole = size(self.x.type.axes[at])
+        total = size(self.x.type.axes[at])
         if not self.into or any(s < 1 for _, s in self.into):
             raise self.error("the parts of an axis need sizes of at least 1")
-        if prod(s for _, s in self.into) != whole:
+        if prod(s for _, s in self.into) != total:
             raise self.error(
                 f"the product of the parts is not the size of axis {self.axis!r}",
-                expected=str(whole),
+                expected=str(total),
                 found=" * ".join(str(s) for _, s in self.into),
             )
         parts = tuple(Axis(n, s) for n, s in self.into)
@@ -322,8 +322,8 @@ class Permutation(Draw):
     def _infer(self) -> TensorType:
         check_type(self, self.type)
         if self.type.dtype is not I32 or self.type.rank != 1:
-            what = "an order is a vector of whole numbers"
-            raise self.error(what, expected="i32[axis=n]", found=str(self.type))
+            message = "an order is a vector of whole numbers"
+            raise self.error(message, expected="i32[axis=n]", found=str(self.type))
         return self._check_key(self.type)
 
 

@@ -35,8 +35,8 @@ def under_movement(e: Scale | Cast) -> Expr | None:
 
 def drop_widening(e: Scale | Add | Mul | Minimum | Moment) -> Expr | None:
     """Drop a cast that widens an operand, which arithmetic does anyway."""
-    made = e.with_operands(*map(_narrow, e.operands))
-    return made if made is not e and made.type == e.type else None
+    narrowed = e.with_operands(*map(_narrow, e.operands))
+    return narrowed if narrowed is not e and narrowed.type == e.type else None
 
 
 def _narrow(x: Expr) -> Expr:
@@ -49,8 +49,8 @@ def fold_numbers(e: Scale | Cast | Add | Mul | Minimum) -> Expr | None:
         return None
     from moecc.weights.arithmetic import compute_constant as computed
 
-    made = computed(e, [x for x in e.operands if isinstance(x, Full)])
-    return Full(made, e.type) if isfinite(made) else None
+    value = computed(e, [x for x in e.operands if isinstance(x, Full)])
+    return Full(value, e.type) if isfinite(value) else None
 
 
 def scale_by_one(e: Scale) -> Expr | None:
@@ -95,9 +95,9 @@ def mul_by_full(e: Mul) -> Expr | None:
         if isinstance(full, Full):
             from moecc.weights.arithmetic import value_of
 
-            made = Scale(x, value_of(full))
-            if made.type == e.type:
-                return made
+            scaled = Scale(x, value_of(full))
+            if scaled.type == e.type:
+                return scaled
     return None
 
 
@@ -179,9 +179,9 @@ def renamed(x: Expr, old: str, new: str) -> Expr:
 
 def _below(e: View, inner: Expr) -> Expr:
     """Move a view to all operands that have its axis."""
-    made = inner.with_operands(*(_again(e, x) for x in inner.operands))
+    viewed = inner.with_operands(*(_again(e, x) for x in inner.operands))
     # The largest operand, which determines the order of the axes, may have changed.
-    return made if made.type.names == e.type.names else Permute(made, e.type.names)
+    return viewed if viewed.type.names == e.type.names else Permute(viewed, e.type.names)
 
 
 def _rename(e: View, inner: Rename) -> Expr:
@@ -318,16 +318,16 @@ def _slice_split(e: Slice, inner: Split) -> Expr | None:
 def _slice_merge(e: Slice, inner: Merge) -> Expr | None:
     if e.axis != inner.into:
         return _moved(e, inner)
-    first, *rest = inner.axes
-    run = prod(_size(inner.x, name) for name in rest)
+    first, *inner_axes = inner.axes
+    run = prod(_size(inner.x, name) for name in inner_axes)
     if e.start % run == 0 and e.stop % run == 0:
         x = Slice(inner.x, first, e.start // run, e.stop // run)
         return Merge(x, inner.axes, inner.into)
     row = e.start // run
     if row != (e.stop - 1) // run:
         return None  # the range starts or ends within a row
-    one = Merge(Index(inner.x, first, row), tuple(rest), inner.into)
-    return Slice(one, e.axis, e.start - row * run, e.stop - row * run)
+    merged = Merge(Index(inner.x, first, row), tuple(inner_axes), inner.into)
+    return Slice(merged, e.axis, e.start - row * run, e.stop - row * run)
 
 
 def _slice_moment(e: Slice, inner: Moment) -> Expr:
@@ -502,8 +502,8 @@ def merge_of_split(e: Merge) -> Expr | None:
     at = [name for name, _ in inner.into].index(e.axes[0])
     size = e.type[e.into].size
     assert isinstance(size, int)
-    rest = inner.into[at + len(e.axes) :]
-    return Split(inner.x, inner.axis, (*inner.into[:at], (e.into, size), *rest))
+    inner_axes = inner.into[at + len(e.axes) :]
+    return Split(inner.x, inner.axis, (*inner.into[:at], (e.into, size), *inner_axes))
 
 
 def merge_of_merge(e: Merge) -> Expr | None:
@@ -678,14 +678,14 @@ RULES: dict[type[Expr], tuple[Rule, ...]] = {
 def simplify(expr: Expr) -> Expr:
     """Return the simplified expression, which has the same bytes."""
     passed: list[Expr] = []
-    while (known := getattr(expr, "_simple", None)) is None:
+    while (simple := getattr(expr, "_simple", None)) is None:
         passed.append(expr)
-        made = _step(expr)
-        if made is expr:
+        simpler = _step(expr)
+        if simpler is expr:
             break
-        expr = made
-    if isinstance(known, Expr):
-        expr = known
+        expr = simpler
+    if isinstance(simple, Expr):
+        expr = simple
     for e in passed:
         # A self-referencing expression would have to wait for the cyclic collector.
         e._set("_simple", True if e is expr else expr)
@@ -697,25 +697,27 @@ def steps(expr: Expr) -> Iterator[tuple[str, Expr, Expr]]:
     for operand in expr.operands:
         yield from steps(operand)
     below = expr.with_operands(*map(simplify, expr.operands))
-    found = _by_rule(below)
-    if found is not None:
-        yield (found[0].__name__, below, found[1])
-        yield from steps(found[1])
+    rewritten = _by_rule(below)
+    if rewritten is not None:
+        yield (rewritten[0].__name__, below, rewritten[1])
+        yield from steps(rewritten[1])
 
 
 def _step(expr: Expr) -> Expr:
     below = expr.with_operands(*map(simplify, expr.operands))
     if below is not expr:
         return below
-    found = _by_rule(expr)
-    return expr if found is None else found[1]
+    rewritten = _by_rule(expr)
+    return expr if rewritten is None else rewritten[1]
 
 
 def _by_rule(expr: Expr) -> tuple[Rule, Expr] | None:
     """Return the first rule that changes an expression, and what it makes of it."""
     for rule in RULES.get(expr.__class__, ()):
-        made = rule(expr)
-        if made is not None and made is not expr:
-            assert made.type == expr.type, f"{rule.__name__}: {expr} : {expr.type} to {made.type}"
-            return rule, made
+        rewritten = rule(expr)
+        if rewritten is not None and rewritten is not expr:
+            assert rewritten.type == expr.type, (
+                f"{rule.__name__}: {expr} : {expr.type} to {rewritten.type}"
+            )
+            return rule, rewritten
     return None

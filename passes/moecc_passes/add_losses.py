@@ -45,46 +45,46 @@ Weighted = list[tuple[str, float, Value]]
 """Losses of one layer: name, coefficient, value."""
 
 
-def metrics_of(made: MetricBuilder, layer: RoutedLayer) -> dict[str, Value]:
+def metrics_of(metrics: MetricBuilder, layer: RoutedLayer) -> dict[str, Value]:
     """Return the metrics of a layer by name: those defined for its kind of routing."""
-    loads, scores = made.loads(), made.means.routed.scores
-    found = {
-        "left_behind": made.left_behind(),
-        "gate_mean": made.gate_mean(),
-        "max_violation": made.max_violation(loads),
-        "dead_experts": made.dead_experts(loads),
+    loads, scores = metrics.loads(), metrics.means.routed.scores
+    values = {
+        "left_behind": metrics.left_behind(),
+        "gate_mean": metrics.gate_mean(),
+        "max_violation": metrics.max_violation(loads),
+        "dead_experts": metrics.dead_experts(loads),
         "loads": loads,
     }
     if not layer.experts_choose:
-        found["dropped"] = made.dropped()
+        values["dropped"] = metrics.dropped()
     if layer.assigner.attrs["slots"] == "capacity":
-        found["utilisation"] = made.utilisation()
+        values["utilisation"] = metrics.utilisation()
     if scores is not None:
-        found["entropy"] = made.entropy(scores)
+        values["entropy"] = metrics.entropy(scores)
     if scores is not None and scores.count > 1:
-        found["margin"] = made.margin(scores)
-    return found
+        values["margin"] = metrics.margin(scores)
+    return values
 
 
-def tallies_of(made: MetricBuilder, layer: RoutedLayer) -> dict[str, Value]:
+def tallies_of(metrics: MetricBuilder, layer: RoutedLayer) -> dict[str, Value]:
     """Return the sums over the parts of a batch from which metrics are made."""
-    scores = made.means.routed.scores
-    found = {
-        CHOSEN: made.chosen(),
-        "rows": made.rows(),
-        "left_behind": made.left_behind(),
-        "gate_mean": made.gate_mean(),
+    scores = metrics.means.routed.scores
+    values = {
+        CHOSEN: metrics.chosen(),
+        "rows": metrics.rows(),
+        "left_behind": metrics.left_behind(),
+        "gate_mean": metrics.gate_mean(),
     }
     if not layer.experts_choose:
-        found["asked"] = made.asked()
+        values["asked"] = metrics.asked()
     if layer.assigner.attrs["slots"] == "capacity":
-        found["utilisation"] = made.utilisation()
+        values["utilisation"] = metrics.utilisation()
     if scores is not None:
-        found["entropy"] = made.entropy(scores)
-        found["logit_square"] = made.logit_square(scores)
+        values["entropy"] = metrics.entropy(scores)
+        values["logit_square"] = metrics.logit_square(scores)
     if scores is not None and scores.count > 1:
-        found["margin"] = made.margin(scores)
-    return found
+        values["margin"] = metrics.margin(scores)
+    return values
 
 
 def joined(builder: Builder, losses: Iterable[Weighted], how: str) -> Weighted:
@@ -94,7 +94,7 @@ def joined(builder: Builder, losses: Iterable[Weighted], how: str) -> Weighted:
     for name, factor, value in chain.from_iterable(losses):
         kinds.setdefault(name, []).append(value)
         coefficients[name] = factor
-    found: Weighted = []
+    totals: Weighted = []
     for name in sorted(kinds, key=ORDER.index):
         total = kinds[name][0]
         if len(kinds[name]) > 1:
@@ -105,8 +105,8 @@ def joined(builder: Builder, losses: Iterable[Weighted], how: str) -> Weighted:
                 if how == "sum"
                 else builder.mean(every, axes="layer")
             )
-        found.append((name, coefficients[name], total))
-    return found
+        totals.append((name, coefficients[name], total))
+    return totals
 
 
 def total_of(builder: Builder, losses: Weighted) -> Value:
@@ -188,38 +188,38 @@ class AddLossesPass(Pass):
 
     def validate(self) -> list[Problem]:
         """Return which options are out of range, or leave nothing to add."""
-        found = [
+        problems = [
             Problem("a coefficient must not be negative", name, "at least 0", str(value))
             for name, value in self._coefficients()
             if not (isfinite(value) and value >= 0)
         ]
         if self.load_noise is not None and not 0 < self.load_noise < float("inf"):
-            found.append(
+            problems.append(
                 Problem("the noise of the load loss is positive", "load-noise", "more than 0",
                         str(self.load_noise))
             )  # fmt: skip
         if self.parts < 0:
-            found.append(Problem("parts are counted", "parts", "at least 0", str(self.parts)))
+            problems.append(Problem("parts are counted", "parts", "at least 0", str(self.parts)))
         if self.parts > 1 and self.over == "global":
-            found.append(
+            problems.append(
                 Problem("a loss over the whole batch is no sum over its parts", "over",
                         "group or sequence, with several parts", "global",
                         "one part, or over=group")
             )  # fmt: skip
-        if not found and not self.metrics and not any(v for _, v in self._coefficients()):
-            found.append(
+        if not problems and not self.metrics and not any(v for _, v in self._coefficients()):
+            problems.append(
                 Problem("no loss and no metric is left", hint="the paper has balance-coef=0.01 "
                         "z-coef=0.001")
             )  # fmt: skip
-        return found
+        return problems
 
     def warnings(self) -> list[Problem]:
         """Return a warning where nothing spreads the tokens over the experts."""
         spreading = {"balance-coef", "importance-coef", "load-coef"}
         if any(value for name, value in self._coefficients() if name in spreading):
             return []
-        what = "no loss spreads the tokens over the experts, so a few of them may get all"
-        return [Problem(what, "balance-coef", "0.01, as ST-MoE has it", f"{self.balance_coef}")]
+        message = "no loss spreads the tokens over the experts, so a few of them may get all"
+        return [Problem(message, "balance-coef", "0.01, as ST-MoE has it", f"{self.balance_coef}")]
 
     def lints(self) -> list[Problem]:
         """Return which coefficients the paper would not have."""
@@ -255,10 +255,10 @@ class AddLossesPass(Pass):
         """
         if self.replace:
             remove_losses(graph)
-        taken = [n for n in graph.output_names if n.startswith(PREFIXES)]
-        if taken:
+        present = [n for n in graph.output_names if n.startswith(PREFIXES)]
+        if present:
             raise InputError(
-                "the graph has losses or metrics already", found=", ".join(taken[:5]),
+                "the graph has losses or metrics already", found=", ".join(present[:5]),
                 hint="add them once, and last",
             )  # fmt: skip
         layers = routed_layers(graph)
@@ -299,28 +299,28 @@ class AddLossesPass(Pass):
             ctx.remark(Remark(layer.name, "has no balance loss: experts choose as many tokens"))
         return list(self._losses(LossBuilder(means, routed.scores)))
 
-    def _losses(self, made: LossBuilder) -> Iterator[tuple[str, float, Value]]:
-        scores = made.scores
+    def _losses(self, losses: LossBuilder) -> Iterator[tuple[str, float, Value]]:
+        scores = losses.scores
         if self.z_coef:
-            yield "router_z", self.z_coef, made.router_z()
+            yield "router_z", self.z_coef, losses.router_z()
         if scores.chosen is None:
             return
         if self.balance != "none" and self.balance_coef:
             choices = 1 if self.balance == "top-1" else scores.top_k
-            yield "balance", self.balance_coef, made.balance(choices)
+            yield "balance", self.balance_coef, losses.balance(choices)
         if self.importance_coef:
-            yield "importance", self.importance_coef, made.importance()
+            yield "importance", self.importance_coef, losses.importance()
         if self.load_coef:
             std = self.load_noise or scores.noise_std or 1 / scores.count
-            yield "load", self.load_coef, made.load(std)
+            yield "load", self.load_coef, losses.load(std)
 
     def _attention_z(self, softmax: Node) -> Weighted:
         builder = Builder(softmax.graph, loc=softmax.loc, origin=f"{ORIGIN}attention")
         builder.before = softmax
         scores, axis = softmax.operands[0], SoftmaxAttrs.of_node(softmax).axis
         mean = emit_z(builder, scores, axis)
-        made = mean if self.parts < 2 else builder.scale(mean, by=1 / self.parts)
-        return [("attention_z", self.attention_z_coef, made)]
+        loss = mean if self.parts < 2 else builder.scale(mean, by=1 / self.parts)
+        return [("attention_z", self.attention_z_coef, loss)]
 
     def _output_z(self, builder: Builder, graph: Graph) -> Weighted:
         if not self.output_z_coef:
@@ -361,5 +361,5 @@ def remove_losses(graph: Graph) -> AddLossesPass | None:
             node.erase()
     for name in totals:
         graph.erase_input(name)
-    known = {f.name for f in fields(AddLossesPass)}
-    return AddLossesPass(**{n: v for n, v in options.items() if n in known})
+    names = {f.name for f in fields(AddLossesPass)}
+    return AddLossesPass(**{n: v for n, v in options.items() if n in names})

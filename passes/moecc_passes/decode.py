@@ -106,30 +106,30 @@ class Sides:
 
     def is_positions(self, value: Value) -> bool:
         """Whether `value` is 0, 1, 2 … for the tokens."""
-        found = fits(POSITIONS_PATTERN, value.node)
-        return found is not None and self.is_query(found.value("like")) and value.type.names == (
-            self.axis,
-        )  # fmt: skip
+        positions = fits(POSITIONS_PATTERN, value.node)
+        if positions is None or not self.is_query(positions.value("like")):
+            return False
+        return value.type.names == (self.axis,)
 
     def is_key_positions(self, value: Value) -> bool:
         """Whether `value` is 0, 1, 2 … for the tokens as keys."""
-        found = fits(RENAME, value.node)
-        return found is not None and self.is_positions(found.value("x"))
+        renamed = fits(RENAME, value.node)
+        return renamed is not None and self.is_positions(renamed.value("x"))
 
     def _kind(self, node: Node) -> Kind:
         kind = max((self.kinds[v] for v in node.operands), default=Kind.FIXED)
-        found = fits(POSITIONS_PATTERN, node)
-        if found is None or kind < Kind.PLACE:
+        positions = fits(POSITIONS_PATTERN, node)
+        if positions is None or kind < Kind.PLACE:
             return kind
-        return Kind.PLACE if found.attr("axis") in (self.axis, *self._of(node)) else Kind.FIXED
+        return Kind.PLACE if positions.attr("axis") in (self.axis, *self._of(node)) else Kind.FIXED
 
     def _keys(self, node: Node) -> frozenset[str]:
         keys = self._of(node)
-        found = fits(RENAME, node)
-        if found is None:
+        renamed = fits(RENAME, node)
+        if renamed is None:
             return keys
-        old, new = found.attr("axis"), found.attr("to")
-        is_token = old in keys or (old == self.axis and self.is_query(found.value("x")))
+        old, new = renamed.attr("axis"), renamed.attr("to")
+        is_token = old in keys or (old == self.axis and self.is_query(renamed.value("x")))
         return (keys - {old}) | {new} if is_token else keys
 
     def _of(self, node: Node) -> frozenset[str]:
@@ -189,19 +189,19 @@ def _input_problems(sides: Sides) -> Iterator[Problem]:
     for name, value in sides.graph.inputs.items():
         if value is sides.tokens:
             continue
-        place = f"input {name}"
+        location = f"input {name}"
         if value.type.dtype.kind == "key":
             hint = "specialize{mode=eval} makes a graph without noise"
-            yield Problem("the graph draws random numbers", place, hint=hint)
+            yield Problem("the graph draws random numbers", location, hint=hint)
         elif sides.tokens.type.axes[-1] in value.type.axes or sides.tokens.name != DECODER_TOKENS:
-            what = f"another input beside {sides.tokens.name} is for tokens that are continued"
-            yield Problem(what, place, expected=str(sides.tokens), found=str(value.type))
+            message = f"another input beside {sides.tokens.name} is for tokens that are continued"
+            yield Problem(message, location, expected=str(sides.tokens), found=str(value.type))
 
 
 def _hidden(sides: Sides, node: Node, hidden: dict[Value, Hidden]) -> Hidden:
     """Return what the results of `node` have where a key is hidden."""
-    found = fits(MASK, node)
-    if found is not None and _is_causal(sides, found.value("keep")):
+    masked = fits(MASK, node)
+    if masked is not None and _is_causal(sides, masked.value("keep")):
         return Hidden.INFINITE
     if _is_causal(sides, node.results[0]):
         return Hidden.ZERO
@@ -210,7 +210,7 @@ def _hidden(sides: Sides, node: Node, hidden: dict[Value, Hidden]) -> Hidden:
         return Hidden.ZERO
     if Hidden.ZERO in states and (node.op.is_scaling or _keeps_zero(node)):
         return Hidden.ZERO
-    is_kept = node.op.carries or found is not None or node.op.is_sum
+    is_kept = node.op.carries or masked is not None or node.op.is_sum
     return Hidden.INFINITE if Hidden.INFINITE in states and is_kept else Hidden.NOTHING
 
 
@@ -221,11 +221,11 @@ def _keeps_zero(node: Node) -> bool:
 
 def _is_causal(sides: Sides, keep: Value) -> bool:
     """Whether `keep` hides the keys after each query."""
-    found = fits(CAUSAL, keep.node)
+    causal = fits(CAUSAL, keep.node)
     return (
-        found is not None
-        and sides.is_positions(found.value("query"))
-        and sides.is_key_positions(found.value("key"))
+        causal is not None
+        and sides.is_positions(causal.value("query"))
+        and sides.is_key_positions(causal.value("key"))
     )
 
 
@@ -316,8 +316,8 @@ class Rewriter:
         """Yield the names that the graph has given to inputs already."""
         for name in (POSITIONS, KEY_POSITIONS, START):
             if name in self.graph.inputs:
-                found = f"the input {name}"
-                yield Problem("the graph decodes already, or is packed", found=found)
+                present = f"the input {name}"
+                yield Problem("the graph decodes already, or is packed", found=present)
 
     def keep(self, outputs: dict[str, Value]) -> None:
         """Make `outputs` the only ones."""
@@ -328,12 +328,12 @@ class Rewriter:
 
     def encoded(self) -> dict[str, Value]:
         """Return by name what tokens read of what an encoder makes."""
-        found: dict[Value, str] = {}
+        names: dict[Value, str] = {}
         for node in self.graph:
             for _, value in self.sides.encoded(node):
-                if value not in found:
-                    found[value] = self._name(MEMORY, node, value, found.values())
-        return {name: value for value, name in found.items()}
+                if value not in names:
+                    names[value] = self._name(MEMORY, node, value, names.values())
+        return {name: value for value, name in names.items()}
 
     def decode(self) -> None:
         """Rewrite the graph."""
@@ -352,22 +352,22 @@ class Rewriter:
                     self._replace(node, number, self._key_positions(value))
         self._take_positions()
         infer_again(self.graph, self.touched)
-        for made in cached.values():
-            update = made.node
+        for updated in cached.values():
+            update = updated.node
             assert update is not None, "an update of a cache"
-            self.graph.set_output(update.operands[0].name, made)
+            self.graph.set_output(update.operands[0].name, updated)
 
     def unbound(self) -> list[str]:
         """Give every choice a slot, and return where a capacity bounded them before."""
         bounded = [node for node in self.graph if fits(BOUNDED, node) is not None]
-        found = []
+        locations = []
         for node in bounded:
-            given = operands_by_word(node.operands, node.attrs)
-            kept = {w: v for w, v in given.items() if w != "priority"}
-            found.append(node.loc)
+            operands = operands_by_word(node.operands, node.attrs)
+            remaining = {w: v for w, v in operands.items() if w != "priority"}
+            locations.append(node.loc)
             attrs = {"slots": "ragged", "groups": 1, "group_size": 0, "capacity_factor": 0.0}
-            reassign_slots(node, kept, attrs)
-        return found
+            reassign_slots(node, remaining, attrs)
+        return locations
 
     def _replace(self, node: Node, number: int, value: Value) -> None:
         node.set_operand(number, value)
@@ -390,17 +390,17 @@ class Rewriter:
     def _key_positions(self, value: Value) -> Value:
         """Return the positions of the tokens in the caches, ``[batch, kv_seq]``."""
         (axis,) = self.sides.keys[value]
-        taken = {v.type.names[-1]: n for n, v in self.graph.inputs.items() if KEY_POSITIONS in n}
-        name = taken.get(axis) or (KEY_POSITIONS if not taken else f"{KEY_POSITIONS}.{axis}")
+        names = {v.type.names[-1]: n for n, v in self.graph.inputs.items() if KEY_POSITIONS in n}
+        name = names.get(axis) or (KEY_POSITIONS if not names else f"{KEY_POSITIONS}.{axis}")
         return self._input(name, self._of_tokens(Axis(axis, CAPACITY)))
 
     def _take_positions(self) -> None:
         """Read the positions of tokens from an input, in place of counting from 0."""
         for node in list(self.graph):
             if self.sides.kinds.get(node.results[0]) and self.sides.is_positions(node.results[0]):
-                given = self._input(POSITIONS, self._of_tokens(self.sides.tokens.type.axes[-1]))
+                positions = self._input(POSITIONS, self._of_tokens(self.sides.tokens.type.axes[-1]))
                 self.touched += node.result.users
-                node.replace_by(given)
+                node.replace_by(positions)
 
     def _of_tokens(self, axis: Axis) -> TensorType:
         batch = self.sides.tokens.type.axes[:-1]
@@ -414,17 +414,17 @@ class Rewriter:
             self.graph.rename(self.graph.value(name), self.graph.fresh(name))
         return self.graph.input(name, type)
 
-    def _name(self, what: str, node: Node, value: Value, taken: Container[str]) -> str:
+    def _name(self, prefix: str, node: Node, value: Value, used_names: Container[str]) -> str:
         """Return the name of a cache: of keys where scores are made, of values where they weigh."""
         is_mask = value.type.dtype.kind == "bool"
         is_weighed = self._normalised & set(node.mixes) & set(value.type.names)
         part = "mask" if is_mask else "values" if is_weighed else "keys"
-        name = f"{what}.{node.loc}.{part}" if node.loc else f"{what}.{part}"
-        number, found = 1, name
-        while found in taken:
+        name = f"{prefix}.{node.loc}.{part}" if node.loc else f"{prefix}.{part}"
+        number, unique = 1, name
+        while unique in used_names:
             number += 1
-            found = f"{name}{number}"
-        return found
+            unique = f"{name}{number}"
+        return unique
 
 
 def _cached(type: TensorType, axis: str, size: str) -> TensorType:
@@ -521,9 +521,9 @@ class DecodePass(Pass):
             return PassResult(True, 0, near_misses=[NOTHING], remarks=remarks)
         reasons = [STEPS]
         if self.part == "decode":
-            found = list(_differences(graph, rewriter.unbound()))
-            remarks += [remark for remark, _ in found]
-            reasons += dict.fromkeys(reason for _, reason in found)
+            differences = list(_differences(graph, rewriter.unbound()))
+            remarks += [remark for remark, _ in differences]
+            reasons += dict.fromkeys(reason for _, reason in differences)
         preserves = Preserves("approximate", "; ".join(reasons))
         return PassResult(True, sum(stats.values()), stats, remarks, preserves=preserves)
 
@@ -545,16 +545,16 @@ class DecodePass(Pass):
         first.keep({LOGITS: graph.outputs[LOGITS]})
         _clean(graph, inputs=False)
         rewriter = Rewriter(Sides.of(graph, graph.inputs[tokens]), self.name)
-        found = [*rewriter.problems(), *problems(rewriter.sides)]
-        if found:
-            raise InputError(found)
+        obstacles = [*rewriter.problems(), *problems(rewriter.sides)]
+        if obstacles:
+            raise InputError(obstacles)
         return rewriter
 
     def _encode(self, rewriter: Rewriter) -> dict[str, int]:
-        found = rewriter.encoded()
-        if found:
-            rewriter.keep(found)
-        return {"memories": len(found)} if found else {}
+        memories = rewriter.encoded()
+        if memories:
+            rewriter.keep(memories)
+        return {"memories": len(memories)} if memories else {}
 
     def _decode(self, rewriter: Rewriter) -> dict[str, int]:
         rewriter.decode()
@@ -564,8 +564,8 @@ class DecodePass(Pass):
 
 def _differences(graph: Graph, unbound: Iterable[str]) -> Iterator[tuple[Remark, str]]:
     """Yield what a step computes otherwise than the whole text, and the reason for the promise."""
-    for place in unbound:
-        yield Remark(place, "its capacity drops no token of a step"), DROPS
+    for location in unbound:
+        yield Remark(location, "its capacity drops no token of a step"), DROPS
     for node in graph:
         if _decode_fits(STRETCHED, node) is not None:
             yield Remark(where(node), STRETCHES), STRETCHES

@@ -43,10 +43,10 @@ class FreezePass(Pass):
         """Return a problem unless exactly one of the options is set."""
         if bool(self.groups) != bool(self.only):
             return []
-        found = "both" if self.groups else "neither"
+        stated = "both" if self.groups else "neither"
         return [
             Problem("state either the frozen groups or the only trained ones", "groups",
-                    "groups or only", found, "groups=moe is the paper's way to save memory")
+                    "groups or only", stated, "groups=moe is the paper's way to save memory")
         ]  # fmt: skip
 
     def lints(self) -> list[Problem]:

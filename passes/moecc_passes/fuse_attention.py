@@ -92,13 +92,13 @@ def attentions(graph: Graph) -> Iterator[Attention | NotFused]:
     for node in graph:
         if params.issuperset(node.operands):
             params.update(node.results)
-        found = fits(SOFTMAX, node)
-        if found is None or _is_of_params(node.operands[0], params):
+        softmax = fits(SOFTMAX, node)
+        if softmax is None or _is_of_params(node.operands[0], params):
             continue
         weights = _weights(node)
-        root = _root(weights, found.attr("axis"))
+        root = _root(weights, softmax.attr("axis"))
         if root is None:
-            if _reaches_product(node.result, found.attr("axis")):
+            if _reaches_product(node.result, softmax.attr("axis")):
                 yield NotFused(node, "something stands between its weights and the values")
             continue
         try:
@@ -120,8 +120,8 @@ def _is_of_params(scores: Value, params: set[Value]) -> bool:
 def _weights(softmax: Node) -> Value:
     """Return what weighs the values: the softmax, or what sinks leave of it."""
     for user in softmax.result.users:
-        found = fits(SUNK, user)
-        if found is not None and found.node("softmax") is softmax:
+        sunk = fits(SUNK, user)
+        if sunk is not None and sunk.node("softmax") is softmax:
             return user.result
     return softmax.result
 
@@ -129,8 +129,8 @@ def _weights(softmax: Node) -> Value:
 def _root(weights: Value, axis: str) -> Node | None:
     """Return the product of values with `weights` over `axis`, if nothing else uses them."""
     user = weights.only_user
-    found = None if user is None else fits(PRODUCT, user)
-    return user if found is not None and found.attr("over") == (axis,) else None
+    product = None if user is None else fits(PRODUCT, user)
+    return user if product is not None and product.attr("over") == (axis,) else None
 
 
 _STEPS_TO_PRODUCT = 4
@@ -149,8 +149,8 @@ def _reaches_product(weights: Value, axis: str) -> bool:
 
 
 def _is_over(node: Node, axis: str) -> bool:
-    found = fits(PRODUCT, node)
-    return found is not None and axis in found.attr("over")
+    product = fits(PRODUCT, node)
+    return product is not None and axis in product.attr("over")
 
 
 def _has_param(node: Node) -> bool:
@@ -180,10 +180,10 @@ def _read(softmax: Node, weights: Value, root: Node) -> Attention:
     (value,) = (v for v in root.operands if v is not weights)
     scores, sinks, users = softmax.operands[0], None, 1
     if weights is not softmax.result:
-        found = fits(SUNK, weights.node)
-        assert found is not None, "sinks were found"
-        sinks, users = found.value("sinks"), 2
-        if found.attr("axes") != (along,):
+        sunk = fits(SUNK, weights.node)
+        assert sunk is not None, "sinks were found"
+        sinks, users = sunk.value("sinks"), 2
+        if sunk.attr("axes") != (along,):
             raise _NotFusedError("its sinks are not those of its softmax")
     scores, masks = _unmasked(scores, users)
     scores, bias = _bias(scores, along)
@@ -200,13 +200,13 @@ def _read(softmax: Node, weights: Value, root: Node) -> Attention:
 
 def _bias(scores: Value, along: str) -> tuple[Value, Value | None]:
     """Return scores without what is added to them, and that."""
-    found = fits(SUM, scores.node)
-    if found is None:
+    total = fits(SUM, scores.node)
+    if total is None:
         return scores, None
     for x, bias in (("a", "b"), ("b", "a")):
-        value = found.value(x)
+        value = total.value(x)
         if value.type == scores.type and _is_product(value):
-            return _alone(value), found.value(bias)
+            return _alone(value), total.value(bias)
     raise _NotFusedError(f"%{scores.name} is no sum of products and a bias")
 
 
@@ -233,9 +233,9 @@ def _scaled(scores: Value) -> tuple[Value, float, float]:
 def _factor(value: Value) -> tuple[Value, float]:
     """Return what is scaled in `value`, and by what."""
     factor = 1.0
-    while (found := fits(SCALE, value.node)) is not None:
-        factor *= float(found.attr("by"))
-        value = _alone(found.value("x"))
+    while (scale := fits(SCALE, value.node)) is not None:
+        factor *= float(scale.attr("by"))
+        value = _alone(scale.value("x"))
     return value, factor
 
 
@@ -287,16 +287,18 @@ class FuseAttentionPass(Pass):
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
         """Fuse all attentions; remark on those that are left."""
-        made = 0
+        count = 0
         remarks: list[Remark] = []
-        for found in list(attentions(graph)):
-            reason = found.reason if isinstance(found, NotFused) else _fused(graph, found)
-            node = found.node if isinstance(found, NotFused) else found.root
+        for attention in list(attentions(graph)):
+            reason = (
+                attention.reason if isinstance(attention, NotFused) else _fused(graph, attention)
+            )
+            node = attention.node if isinstance(attention, NotFused) else attention.root
             if reason is None:
-                made += 1
+                count += 1
             else:
                 remarks.append(Remark(where(node), f"this attention is not fused: {reason}"))
-        return PassResult(bool(made), made, {"attentions-fused": made}, remarks)
+        return PassResult(bool(count), count, {"attentions-fused": count}, remarks)
 
 
 def _fused(graph: Graph, attention: Attention) -> str | None:
@@ -306,35 +308,35 @@ def _fused(graph: Graph, attention: Attention) -> str | None:
         reason = hidden.add(keep, attention)
         if reason is not None:
             return reason
-    given = hidden.given
+    operands = hidden.given
     if attention.bias is not None:
-        given["bias"] = attention.bias
+        operands["bias"] = attention.bias
     if attention.sinks is not None:
-        given["sinks"] = attention.sinks
+        operands["sinks"] = attention.sinks
     root = attention.root
     builder = Builder(graph, loc=root.loc, origin=FuseAttentionPass.name, before=root)
     try:
-        made = builder.attention(
+        fused = builder.attention(
             attention.query,
             attention.key,
             attention.value,
-            *given.values(),
+            *operands.values(),
             over=attention.over,
             along=attention.along,
             scale=attention.scale,
             cap=attention.cap,
             causal=hidden.causal,
             window=hidden.window,
-            given=tuple(given),
+            given=tuple(operands),
             name="mixed",
         )
     except InputError as error:
         return error.problems[0].what
-    if made.type != root.result.type:
-        assert made.node is not None, "it was built"
-        made.node.erase()
-        return f"its axes would be in another order: {made.type}"
-    replace_value(root.result, made)
+    if fused.type != root.result.type:
+        assert fused.node is not None, "it was built"
+        fused.node.erase()
+        return f"its axes would be in another order: {fused.type}"
+    replace_value(root.result, fused)
     _erase_dead(root)
     return None
 

@@ -78,15 +78,15 @@ def find_siblings(graph: Graph, *, need_weights: bool = True) -> list[Siblings]:
         concatenates their values itself (see `Fusion`) does not need expressions.
     """
     order = {node: i for i, node in enumerate(graph)}
-    found: list[Siblings] = []
-    taken: set[Node] = set()
+    groups: list[Siblings] = []
+    grouped: set[Node] = set()
     for down in graph:
         for group in _groups(down, order):
             axis = _fusable_axis(group, need_weights)
-            if axis is not None and taken.isdisjoint(group):
-                found.append(Siblings(tuple(group), axis))
-                taken.update(group)
-    return found
+            if axis is not None and grouped.isdisjoint(group):
+                groups.append(Siblings(tuple(group), axis))
+                grouped.update(group)
+    return groups
 
 
 def fuse_siblings(graph: Graph, *, origin: str, need_weights: bool = True) -> list[Fusion]:
@@ -108,26 +108,26 @@ def fuse_siblings(graph: Graph, *, origin: str, need_weights: bool = True) -> li
       origin: the pass and rewrite, for the new nodes.
       need_weights: see `find_siblings`.
     """
-    made: dict[str, Value] = {}
+    fused: dict[str, Value] = {}
     fusions = []
     for siblings in find_siblings(graph, need_weights=need_weights):
-        whole = _fused_param(graph, siblings)
+        fused_param = _fused_param(graph, siblings)
         parts = tuple(param.name for param in siblings.params)
-        _replace(graph, siblings, whole, origin)
-        made |= dict.fromkeys(parts, whole)
-        fusions.append(Fusion(whole.name, parts, siblings.axis))
-    _take_places(graph, made)
+        _replace(graph, siblings, fused_param, origin)
+        fused |= dict.fromkeys(parts, fused_param)
+        fusions.append(Fusion(fused_param.name, parts, siblings.axis))
+    _take_places(graph, fused)
     return fusions
 
 
 def _groups(down: Node, order: dict[Node, int]) -> Iterator[list[Node]]:
     """Yield the contractions that meet in the operand of `down`, grouped by their input."""
-    found = fits(PROJECTION, down)
-    if found is None or len(found.attr("over")) != 1:
+    projection = fits(PROJECTION, down)
+    if projection is None or len(projection.attr("over")) != 1:
         return
-    (inner,) = found.attr("over")
+    (inner,) = projection.attr("over")
     groups: dict[object, list[Node]] = {}
-    for node in _projections_to(found.value("x"), inner):
+    for node in _projections_to(projection.value("x"), inner):
         attrs = ContractAttrs.of_node(node)
         key = (node.operands[0], attrs.over, attrs.precision)
         groups.setdefault(key, []).append(node)
@@ -186,13 +186,13 @@ def _fused_param(graph: Graph, siblings: Siblings) -> Value:
     return graph.param(graph.fresh(f"{first.name}.fused"), type, weight, loc=first.loc)
 
 
-def _replace(graph: Graph, siblings: Siblings, whole: Value, origin: str) -> None:
+def _replace(graph: Graph, siblings: Siblings, param: Value, origin: str) -> None:
     """Replace the siblings by one contraction and its slices."""
     first, axis = siblings.nodes[0], siblings.axis
     builder = Builder(graph, loc=first.loc, origin=origin, before=first)
     attrs = ContractAttrs.of_node(first)
     product = builder.contract(
-        first.operands[0], whole, over=attrs.over, precision=attrs.precision, name="fused"
+        first.operands[0], param, over=attrs.over, precision=attrs.precision, name="fused"
     )
     parts: list[Value] = []
     start = 0
@@ -208,10 +208,10 @@ def _replace(graph: Graph, siblings: Siblings, whole: Value, origin: str) -> Non
         graph.rename(part, name)
 
 
-def _take_places(graph: Graph, made: dict[str, Value]) -> None:
+def _take_places(graph: Graph, fused: dict[str, Value]) -> None:
     """Put each new parameter at the position of the first that it replaces, and erase those."""
-    order = dict.fromkeys(made.get(name, value) for name, value in graph.params.items())
-    for name in made:
+    order = dict.fromkeys(fused.get(name, value) for name, value in graph.params.items())
+    for name in fused:
         graph.erase_param(name)
     graph.order_params(order)
 
@@ -253,7 +253,7 @@ class FuseGateUpPass(Pass):
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
         """Fuse all siblings."""
-        made = fuse_siblings(graph, origin=f"{self.name}/concatenate")
-        parts = sum(len(fusion.parts) for fusion in made)
-        stats = {"products-fused": parts, "products-made": len(made)}
-        return PassResult(bool(made), len(made), stats)
+        fusions = fuse_siblings(graph, origin=f"{self.name}/concatenate")
+        parts = sum(len(fusion.parts) for fusion in fusions)
+        stats = {"products-fused": parts, "products-made": len(fusions)}
+        return PassResult(bool(fusions), len(fusions), stats)

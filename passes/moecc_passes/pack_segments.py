@@ -116,13 +116,13 @@ class _Packing:
     def problems(self) -> Iterator[Problem]:
         """Yield why documents cannot be kept apart."""
         if TOKENS not in self._graph.inputs:
-            found = ", ".join(self._graph.inputs)
-            yield Problem("the graph has no tokens", expected=f"the input {TOKENS}", found=found)
+            inputs = ", ".join(self._graph.inputs)
+            yield Problem("the graph has no tokens", expected=f"the input {TOKENS}", found=inputs)
             return
         for name in ("segments", "positions"):
-            for taken in (name, f"decoder_{name}"):
-                if taken in self._graph.inputs:
-                    yield Problem("the graph is packed already", found=f"the input {taken}")
+            for input_name in (name, f"decoder_{name}"):
+                if input_name in self._graph.inputs:
+                    yield Problem("the graph is packed already", found=f"the input {input_name}")
 
     def mixtures(self) -> Iterator[Problem]:
         """Yield where tokens of several documents meet otherwise than by attention."""
@@ -148,19 +148,19 @@ class _Packing:
 
     def attentions(self) -> list[_Attention]:
         """Return the attentions of the graph."""
-        found = []
+        problems = []
         for node in self._graph:
             if node.op.is_distribution:
                 values = _weighted(node.result, _axis(node))
                 if values is not None and set(self._token_axes) <= set(node.result.type.names):
                     query, key = self._sequence(node.result), self._sequence(values)
-                    found.append(_Attention(node, _axis(node), query, key))
-        return found
+                    problems.append(_Attention(node, _axis(node), query, key))
+        return problems
 
     def positioned(self) -> list[Node]:
         """Return what reads absolute positions, rotary tables and learned ones."""
-        made = (node for node in self._graph if fits(POSITIONS, node) is not None)
-        users = (user for node in made for user in node.result.users)
+        counted = (node for node in self._graph if fits(POSITIONS, node) is not None)
+        users = (user for node in counted for user in node.result.users)
         return [n for n in users if fits(ROPE, n) is not None or n.op.cost is Cost.LOOK_UP]
 
     def assigners(self) -> list[Node]:
@@ -187,9 +187,9 @@ class _Packing:
 
     def assign(self, node: Node) -> None:
         """Give no slot to padding."""
-        given = operands_by_word(node.operands, node.attrs)
-        given["mask"] = self._tokens(self._sequence(node.operands[0]))
-        reassign_slots(node, given, {})
+        operands = operands_by_word(node.operands, node.attrs)
+        operands["mask"] = self._tokens(self._sequence(node.operands[0]))
+        reassign_slots(node, operands, {})
 
     @property
     def _origin(self) -> str:
@@ -243,11 +243,11 @@ def _axis(node: Node) -> str:
 
 def _dependents(graph: Graph, start: Value | None) -> set[Value]:
     """Return the values that depend on `start`."""
-    found: set[Value] = set() if start is None else {start}
+    values: set[Value] = set() if start is None else {start}
     for node in graph:
-        if any(value in found for value in node.operands):
-            found.update(node.results)
-    return found
+        if any(value in values for value in node.operands):
+            values.update(node.results)
+    return values
 
 
 def _weighted(weights: Value, axis: str) -> Value | None:
@@ -257,8 +257,8 @@ def _weighted(weights: Value, axis: str) -> Value | None:
         uses = [(value, node) for value in values for node in value.users]
         for value, node in uses:
             if node.op.is_product and axis not in node.result.type:
-                (other,) = (v for v in node.operands if v is not value)
-                return other if _varies(other, weights, axis) else None
+                (operand,) = (v for v in node.operands if v is not value)
+                return operand if _varies(operand, weights, axis) else None
         values = [v for _, n in uses if n.op.elementwise for v in n.results if axis in v.type]
     return None
 

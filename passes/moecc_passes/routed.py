@@ -111,8 +111,8 @@ class RoutedLayer:
     def last_matrix(self) -> Node | None:
         """The experts' last contraction, before an output bias; None if it was not found."""
         value = self.combine.operands[0]
-        while found := fits(AFTER_PRODUCT, value.node):
-            value = found.root.operands[0]
+        while product := fits(AFTER_PRODUCT, value.node):
+            value = product.root.operands[0]
         return value.node if fits(PRODUCT, value.node) else None
 
     @property
@@ -154,7 +154,7 @@ def routed_layers(graph: Graph) -> list[RoutedLayer]:
     Raises:
       InputError: some are in the body of a scan, where they cannot be distinguished.
     """
-    found: list[RoutedLayer] = []
+    layers: list[RoutedLayer] = []
     names: dict[str, int] = {}
     for node in graph:
         if node.body is not None and any(n.op.assigns_slots for n in node.body):
@@ -172,8 +172,8 @@ def routed_layers(graph: Graph) -> list[RoutedLayer]:
         base = node.loc or "layer"
         names[base] = names.get(base, 0) + 1
         name = base if names[base] == 1 else f"{base}.{names[base]}"
-        found.append(RoutedLayer(node, _route_of(node), combine, dispatch, name))
-    return found
+        layers.append(RoutedLayer(node, _route_of(node), combine, dispatch, name))
+    return layers
 
 
 NOTHING_ROUTED = NearMiss(
@@ -196,18 +196,18 @@ def _route_of(assigner: Node) -> Node | None:
 def _first_ancestor(value: Value, wanted: Pattern, through: Pattern) -> Node | None:
     """Return the nearest node matching `wanted` that `value` depends on via `through` nodes."""
     values = [value]
-    for one in values:
-        if fits(wanted, one.node):
-            return one.node
-        if found := fits(through, one.node):
-            values += found.root.operands
+    for candidate in values:
+        if fits(wanted, candidate.node):
+            return candidate.node
+        if intermediate := fits(through, candidate.node):
+            values += intermediate.root.operands
     return None
 
 
 def _clean(logits: Value) -> tuple[Value | None, float]:
     """Return the logits without added noise, and its standard deviation."""
-    found = fits(NOISY, logits.node)
-    return (found.value("clean"), found.attr("std")) if found else (None, 0.0)
+    noisy = fits(NOISY, logits.node)
+    return (noisy.value("clean"), noisy.attr("std")) if noisy else (None, 0.0)
 
 
 def attention_scores(graph: Graph) -> list[Node]:
@@ -216,7 +216,7 @@ def attention_scores(graph: Graph) -> list[Node]:
     Raises:
       InputError: some are in the body of a scan.
     """
-    found = []
+    scores = []
     for node in graph:
         if node.body is not None and any(_is_attention(inner) for inner in node.body):
             raise InputError(
@@ -225,8 +225,8 @@ def attention_scores(graph: Graph) -> list[Node]:
                 hint="run this pass before roll-layers, or unroll-layers before it",
             )
         if _is_attention(node):
-            found.append(node)
-    return found
+            scores.append(node)
+    return scores
 
 
 def _is_attention(node: Node) -> bool:
@@ -252,8 +252,8 @@ def causal_values(graph: Graph) -> set[Value]:
 
 
 def _masks_causally(node: Node) -> bool:
-    found = fits(MASKED, node)
-    return found is not None and any(fits(CAUSAL, n) for n in _ancestors(found.value("seen"), 3))
+    masked = fits(MASKED, node)
+    return masked is not None and any(fits(CAUSAL, n) for n in _ancestors(masked.value("seen"), 3))
 
 
 def _ancestors(value: Value, steps: int) -> Iterator[Node]:

@@ -51,8 +51,8 @@ def _learns(item: TemplatePass) -> Iterator[Problem]:
 def _advise(item: TemplatePass) -> Iterator[Problem]:
     experts = getattr(item, "experts", 0)
     for name in ("train_capacity_factor", "eval_capacity_factor"):
-        place = name.replace("_", "-")
-        yield from too_much_capacity(getattr(item, name, None), experts, place)
+        option = name.replace("_", "-")
+        yield from too_much_capacity(getattr(item, name, None), experts, option)
     if getattr(item, "extra_ffn", "") == "none":
         yield advice("no dense sublayer stands beside the sparse ones", "extra-ffn", "appendix C",
                      expected="after or before", value="none")  # fmt: skip

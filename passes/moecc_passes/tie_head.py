@@ -71,5 +71,5 @@ def _table(graph: Graph) -> Value | None:
     """Return the parameter that looks tokens up."""
     tokens = graph.inputs.get(TOKENS)
     users = [] if tokens is None else list(tokens.users)
-    found = (u.operands[0] for u in users if u.op.cost is Cost.LOOK_UP and u.operands[0].is_param)
-    return next(found, None)
+    tables = (u.operands[0] for u in users if u.op.cost is Cost.LOOK_UP and u.operands[0].is_param)
+    return next(tables, None)

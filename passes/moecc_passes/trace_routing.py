@@ -51,9 +51,9 @@ class TraceRoutingPass(Pass):
         Raises:
           InputError: the graph has such outputs already.
         """
-        taken = [n for n in graph.output_names if n.startswith(PREFIX)]
-        if taken:
-            raise InputError("the graph is traced already", found=", ".join(taken[:5]))
+        present = [n for n in graph.output_names if n.startswith(PREFIX)]
+        if present:
+            raise InputError("the graph is traced already", found=", ".join(present[:5]))
         layers = routed_layers(graph)
         for layer in layers:
             values = {"experts": layer.experts, "gates": layer.gates, "slots": layer.slots}

@@ -51,16 +51,16 @@ class TraceValuesPass(Pass):
         Raises:
           InputError: the graph has such outputs already.
         """
-        taken = [n for n in graph.output_names if n.startswith(PREFIX)]
-        if taken:
-            raise InputError("values are traced already", found=", ".join(taken[:5]))
-        found = dict(self._values(graph))
-        for name, value in found.items():
+        present = [n for n in graph.output_names if n.startswith(PREFIX)]
+        if present:
+            raise InputError("values are traced already", found=", ".join(present[:5]))
+        values = dict(self._values(graph))
+        for name, value in values.items():
             graph.set_output(f"{PREFIX}{name}", value)
-        layers = len({name.rpartition(".")[0] for name in found})
+        layers = len({name.rpartition(".")[0] for name in values})
         missing = NearMiss(self.name, "the graph", f"no block or layer of experts is at {self.at}")
         return PassResult(
-            bool(found), layers, {"values": len(found)}, near_misses=[] if found else [missing]
+            bool(values), layers, {"values": len(values)}, near_misses=[] if values else [missing]
         )
 
     def _values(self, graph: Graph) -> Iterator[tuple[str, Value]]:
@@ -84,5 +84,5 @@ def _result(graph: Graph, layer: RoutedLayer, choice: int) -> Value:
     number = b.constant(value=float(choice), dtype="i32")
     places = b.positions(gates, axis=layer.choice)
     is_chosen = b.broadcast(b.equal(places, b.broadcast(number, places)), gates)
-    one = b.broadcast(b.constant(value=1.0, dtype=gates.type.dtype.name), gates)
-    return b.combine(rows, experts, slots, b.mask(one, is_chosen, fill=0.0))
+    ones = b.broadcast(b.constant(value=1.0, dtype=gates.type.dtype.name), gates)
+    return b.combine(rows, experts, slots, b.mask(ones, is_chosen, fill=0.0))

@@ -60,8 +60,8 @@ def _weight(layer: RoutedLayer, builder: Builder) -> None:
     builder.before = combine
     row_gates = builder.dispatch_gates(gates, experts, slots)
     weighted = builder.weight_rows(last.operands[number], row_gates)
-    made = weighted if last is combine else _again(last, number, weighted, builder)
-    together = builder.combine_weighted(made, experts, slots, name=combine.result.name)
+    rows_out = weighted if last is combine else _again(last, number, weighted, builder)
+    together = builder.combine_weighted(rows_out, experts, slots, name=combine.result.name)
     replace_value(combine.result, together)
     combine.erase()
     if last is not combine:
@@ -82,6 +82,6 @@ def _again(product: Node, number: int, weighted: Value, builder: Builder) -> Val
     """Return what `product` makes of weighted rows, in its place behind these."""
     operands = [weighted if i == number else v for i, v in enumerate(product.operands)]
     name = product.result.name
-    made = builder.node(product.op.name, *operands, names=(name,), **product.attrs)
-    made.loc, made.origin = product.loc, product.origin
-    return made.result
+    again = builder.node(product.op.name, *operands, names=(name,), **product.attrs)
+    again.loc, again.origin = product.loc, product.origin
+    return again.result

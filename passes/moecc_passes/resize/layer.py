@@ -128,8 +128,8 @@ def of_layer(layer: RoutedLayer) -> Anatomy | Problem:
     """Return the parts of a layer, or why it cannot be built anew."""
     route, router = layer.route, layer.router
     if route is None or router is None or layer.scorer is not route or not route.op.routes:
-        what = "only experts that a token chooses by a router can be changed"
-        return Problem(what, layer.name, hint="prototypes, a hash, soft mixtures are left")
+        message = "only experts that a token chooses by a router can be changed"
+        return Problem(message, layer.name, hint="prototypes, a hash, soft mixtures are left")
     nodes = list(_between(router, layer.combine))
     inside = {*nodes, layer.combine}
     read = [v for node in nodes for v in node.results if not v.users.keys() <= inside]

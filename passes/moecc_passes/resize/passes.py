@@ -138,8 +138,8 @@ class GrowPass(ResizePass):
         if self.times < 2:
             problems.append(Problem("nothing grows", "times", "2 or more", str(self.times)))
         if self.bias != "auto" and self.chosen == "all":
-            what = "no bias is needed where all copies are chosen"
-            problems.append(Problem(what, "bias", "auto", self.bias, "chosen=same"))
+            message = "no bias is needed where all copies are chosen"
+            problems.append(Problem(message, "bias", "auto", self.bias, "chosen=same"))
         return problems
 
     def problems(self, layer: Anatomy, ctx: Context) -> Iterator[Problem]:
@@ -284,8 +284,8 @@ class MergePass(ResizePass):
             yield from unread(layer, "experts.result", ctx)
         if layer.experts % self.size:
             expected = f"a divisor of {layer.experts}"
-            what = "the experts do not divide into groups"
-            yield Problem(what, layer.name, expected, f"size={self.size}")
+            message = "the experts do not divide into groups"
+            yield Problem(message, layer.name, expected, f"size={self.size}")
         elif layer.experts == self.size:
             yield Problem("one expert is no mixture", layer.name, hint="to-dense{how=mean}")
 
@@ -362,16 +362,16 @@ class PrunePass(ResizePass):
         """Return the problems of the options."""
         problems = []
         if self.keep < 2:
-            what, expected = "one expert is no mixture", "2 or more"
-            problems.append(Problem(what, "keep", expected, str(self.keep), "to-dense"))
+            message, expected = "one expert is no mixture", "2 or more"
+            problems.append(Problem(message, "keep", expected, str(self.keep), "to-dense"))
         numbers = expert_numbers(self.experts)
         if isinstance(numbers, Problem):
             return [*problems, numbers]
         if numbers and self.by != "draw":
             problems.append(Problem("the experts are listed", "by", "the default", self.by))
         if numbers and len(numbers) != self.keep:
-            what, expected = "another number of experts is listed", f"{self.keep} numbers"
-            problems.append(Problem(what, "experts", expected, f"{len(numbers)}"))
+            message, expected = "another number of experts is listed", f"{self.keep} numbers"
+            problems.append(Problem(message, "experts", expected, f"{len(numbers)}"))
         return problems
 
     def problems(self, layer: Anatomy, ctx: Context) -> Iterator[Problem]:
@@ -380,9 +380,9 @@ class PrunePass(ResizePass):
             yield from unread(layer, f"experts.{self.by}", ctx)
         top_k = layer.attrs.top_k
         if not top_k <= self.keep <= layer.experts:
-            what, expected = "a layer cannot keep that many experts", f"top-k {top_k} to"
+            message, expected = "a layer cannot keep that many experts", f"top-k {top_k} to"
             expected = f"{expected} {layer.experts}"
-            yield Problem(what, layer.name, expected, f"keep={self.keep}")
+            yield Problem(message, layer.name, expected, f"keep={self.keep}")
         yield from _missing(layer, _listed(self.experts))
 
     def build(self, graph: Graph, layer: Anatomy, ctx: Context) -> str:

@@ -56,10 +56,10 @@ class Cuts:
         return self._moved("shard", self._axis(value.type), value, graph, before)
 
     def joined(
-        self, value: Value, whole: TensorType, graph: Graph, before: Node | None = None
+        self, value: Value, full_type: TensorType, graph: Graph, before: Node | None = None
     ) -> Value:
         """Return `value` gathered again, as it was before it was cut."""
-        return self._moved("all_gather", self._axis(whole), value, graph, before)
+        return self._moved("all_gather", self._axis(full_type), value, graph, before)
 
     def _moved(
         self, op: str, at: int | None, value: Value, graph: Graph, before: Node | None
@@ -67,11 +67,11 @@ class Cuts:
         if at is None:
             return value
         attrs = {"axis": value.type.axes[at].name, "mesh": (self.mesh,)}
-        made = graph.append(
+        collective = graph.append(
             op, [value], attrs, names=[graph.fresh(value.name)], loc=self.loc, origin=SPLIT_ORIGIN,
             before=before,
         )  # fmt: skip
-        return made.result
+        return collective.result
 
     def _axis(self, type: TensorType) -> int | None:
         """Return the axis to shard, the largest that divides; None if there is none."""
@@ -204,14 +204,14 @@ def _enter(wiring: Wiring, each: Each, home: Home, slots: dict[Each, None]) -> N
 def _carried(each: Each, home: Home) -> int:
     """Return the number of the value that is carried from each block to the next."""
     first, *later = (home.get(v) for v in each)
-    numbers = {place[1] for place in later if place is not None}
-    steps = [place[0] if place is not None else -1 for place in later]
+    numbers = {source[1] for source in later if source is not None}
+    steps = [source[0] if source is not None else -1 for source in later]
     if first is not None or len(numbers) != 1 or steps != list(range(len(later))):
         wrong = next(v for v in each if v in home)
         raise CannotRoll(f"%{wrong.name} is used farther away than in the layer after its own")
     if each[0].type != each[1].type:
-        what = "what goes from layer to layer changes its type"
-        raise CannotRoll(what, expected=repr(each[0]), found=repr(each[1]))
+        message = "what goes from layer to layer changes its type"
+        raise CannotRoll(message, expected=repr(each[0]), found=repr(each[1]))
     return numbers.pop()
 
 
@@ -223,7 +223,7 @@ def _is_own(wiring: Wiring, each: Each, slots: dict[Each, None]) -> bool:
         return False
     if len({v.weight and v.weight.type for v in each}) != 1:
         return False
-    if any(value in other for other in slots if other is not each for value in each):
+    if any(value in slot for slot in slots if slot is not each for value in each):
         return False
     name = joined([v.name for v in each])
     return name is not None and name not in each[0].graph
@@ -282,8 +282,8 @@ class Fold:
 
     def __post_init__(self) -> None:
         values = [v for b in self.wiring.blocks for n in b for v in (*n.operands, *n.results)]
-        taken = {name for v in values for name in v.type.names}
-        free = (n for n in (AXIS, *(f"{AXIS}{i}" for i in range(2, 99))) if n not in taken)
+        used_names = {name for v in values for name in v.type.names}
+        free = (n for n in (AXIS, *(f"{AXIS}{i}" for i in range(2, 99))) if n not in used_names)
         self.axis = Axis(next(free), len(self.wiring.blocks))
 
     def run(self, keeping: Keeping) -> Node:
@@ -326,7 +326,7 @@ class Fold:
 
     def locations(self) -> list[str]:
         """Return the location of each node of the body, which stands for that of every layer."""
-        found = []
+        locations = []
         for nodes in zip(*self.wiring.blocks, strict=True):
             loc = joined([node.loc for node in nodes])
             if loc is None:
@@ -334,8 +334,8 @@ class Fold:
                     "the numbers of the layers do not rise in equal steps",
                     found=", ".join(node.loc for node in nodes),
                 )
-            found.append(loc)
-        return found
+            locations.append(loc)
+        return locations
 
     def body(self, locs: Sequence[str], cuts: Cuts) -> Graph:
         """Return the body: the computation of a block, from the values that flow into it."""
@@ -344,13 +344,13 @@ class Fold:
             graph.attrs[MESH] = self.graph.attrs[MESH]
         entered = (*wiring.carries, *wiring.params, *wiring.stacked, *wiring.captured)
         types = {e: cuts.type(e[0].type) if e in wiring.carries else e[0].type for e in entered}
-        given = {e: graph.input(graph.fresh(_hint(e)), types[e]) for e in entered}
-        inputs = dict(given)
+        entries = {e: graph.input(graph.fresh(_hint(e)), types[e]) for e in entered}
+        inputs = dict(entries)
         for each in wiring.carries:
-            inputs[each] = cuts.joined(given[each], each[0].type, graph)
+            inputs[each] = cuts.joined(entries[each], each[0].type, graph)
         values: dict[Value, Value] = {}
         for first, slots, loc in zip(wiring.blocks[0], wiring.operands, locs, strict=True):
-            made = graph.append(
+            node = graph.append(
                 first.op,
                 [inputs[e] if e in inputs else values[e[0]] for e in slots],
                 copied(first.attrs),
@@ -358,35 +358,35 @@ class Fold:
                 loc=loc,
                 origin=first.origin,
             )
-            values.update(zip(first.results, made.results, strict=True))
+            values.update(zip(first.results, node.results, strict=True))
         results = wiring.results(0)
         for at, number in enumerate((*wiring.carries.values(), *wiring.collected)):
             value = values[results[number]]
-            kept = cuts.cut(value, graph) if at < len(wiring.carries) else value
-            graph.set_output(_free(value.name, graph.output_names), kept)
+            sharded = cuts.cut(value, graph) if at < len(wiring.carries) else value
+            graph.set_output(_free(value.name, graph.output_names), sharded)
         return graph
 
     def whole(self, scan: Node, cuts: Cuts, before: Node) -> list[Value]:
         """Return the results of the scan, gathered if anything uses them."""
-        made = list(scan.results)
+        results = list(scan.results)
         for at, (each, number) in enumerate(self.wiring.carries.items()):
             if number in self.wiring.returned:
-                made[at] = cuts.joined(made[at], each[0].type, self.graph, before)
-        return made
+                results[at] = cuts.joined(results[at], each[0].type, self.graph, before)
+        return results
 
     def param(self, each: Each) -> Value:
         """Return the stacked parameter for one parameter of each block."""
         weights = [v.weight for v in each if v.weight is not None]
         name = joined([v.name for v in each])
         assert name is not None, "its names are those of a range"
-        made = self.graph.param(
+        param = self.graph.param(
             name,
             stacked(each[0].type, self.axis),
             Stack(tuple(weights), self.axis.name) if weights else None,
             loc=joined([v.loc for v in each]) or "",
         )
-        self.merged[each] = made
-        return made
+        self.merged[each] = param
+        return param
 
     def stack(self, each: Each, before: Node) -> Value:
         """Return values of all blocks, stacked."""
@@ -395,47 +395,47 @@ class Fold:
         )
         return node.result
 
-    def connect(self, made: Sequence[Value], before: Node) -> None:
+    def connect(self, scan_results: Sequence[Value], before: Node) -> None:
         """Replace the uses of values of the layers by results of the scan."""
         wiring, last = self.wiring, len(self.wiring.blocks) - 1
         every = [wiring.results(block) for block in range(last + 1)]
         numbers = list(wiring.carries.values())
-        for value, number in zip(made[len(numbers) :], wiring.collected, strict=True):
+        for value, number in zip(scan_results[len(numbers) :], wiring.collected, strict=True):
             self.join(value, [results[number] for results in every])
         for number, blocks in wiring.returned.items():
             for block in blocks:
                 old = every[block][number]
                 if block == last and number in numbers:
-                    old.replace_by(made[numbers.index(number)])
+                    old.replace_by(scan_results[numbers.index(number)])
                 elif self.is_needed(old):
-                    whole = made[len(numbers) + wiring.collected.index(number)]
-                    old.replace_by(self.pick(whole, block, before))
+                    result = scan_results[len(numbers) + wiring.collected.index(number)]
+                    old.replace_by(self.pick(result, block, before))
 
-    def join(self, whole: Value, parts: list[Value]) -> None:
+    def join(self, result: Value, parts: list[Value]) -> None:
         """Replace what was stacked of all blocks by the stacked result of the scan."""
         along = P.stack(P.any(), ..., axis=self.axis.name)
         for user in list(parts[0].users):
             if fits(along, user) and user.operands == parts:
-                user.replace_by(whole)
+                user.replace_by(result)
 
     def is_needed(self, value: Value) -> bool:
         """Return whether a value of the layers is used outside them."""
         return any(user not in self.wiring.inside for user in value.users)
 
-    def pick(self, whole: Value, at: int, before: Node) -> Value:
+    def pick(self, result: Value, at: int, before: Node) -> Value:
         """Return one block's value of a stacked result."""
         attrs = {"axis": self.axis.name, "at": at}
         node = self.graph.append(
-            "index", [whole], attrs, loc=self.name, origin=ORIGIN, before=before
+            "index", [result], attrs, loc=self.name, origin=ORIGIN, before=before
         )
         return node.result
 
     def order(self) -> None:
         """Put each merged parameter at the position of its first part, and erase the parts."""
         graph = self.graph
-        place = {each[0]: made for each, made in self.merged.items()}
+        merged = {each[0]: param for each, param in self.merged.items()}
         gone = {v for each in self.merged for v in each} | set(self.merged.values())
-        order = [place.get(v, v) for v in graph.params.values() if v in place or v not in gone]
+        order = [merged.get(v, v) for v in graph.params.values() if v in merged or v not in gone]
         for each in self.merged:
             for value in each:
                 graph.erase_param(value.name)
@@ -447,5 +447,5 @@ def _hint(each: Each) -> str:
     return name or each[0].name
 
 
-def _free(name: str, taken: Sequence[str]) -> str:
-    return name if name not in taken else _free(f"{name}_", taken)
+def _free(name: str, used_names: Sequence[str]) -> str:
+    return name if name not in used_names else _free(f"{name}_", used_names)

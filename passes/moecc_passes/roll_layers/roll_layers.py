@@ -82,7 +82,7 @@ def repetitions_in(layers: Sequence[Layer]) -> list[Repeated]:
     """Return the repetitions in `layers`: from each position the most, short periods first."""
     classes: dict[object, int] = {}
     keys = [classes.setdefault(key(layer.nodes), len(classes)) for layer in layers]
-    found: list[Repeated] = []
+    repetitions: list[Repeated] = []
     start = 0
     while start < len(keys):
         best = max(
@@ -91,9 +91,9 @@ def repetitions_in(layers: Sequence[Layer]) -> list[Repeated]:
             default=Repeated(start, 1, 1),
         )
         if best.runs > 1:
-            found.append(best)
+            repetitions.append(best)
         start = best.stop if best.runs > 1 else start + 1
-    return found
+    return repetitions
 
 
 def _repeated(keys: Sequence[int], start: int, period: int) -> Repeated:
@@ -137,15 +137,17 @@ def _axis_key(axis: Axis, numbers: dict[Value, int]) -> object:
     return (axis.name, axis.mesh, axis.size.kind, numbers.get(setter_of(axis.size)))
 
 
-def difference(layer: Layer, other: Layer) -> str:
+def difference(layer: Layer, reference: Layer) -> str:
     """Return the first difference of two layers that are not equal."""
     numbers: dict[Value, int] = {}
     others: dict[Value, int] = {}
-    for a, b in zip(layer.nodes, other.nodes, strict=False):
+    for a, b in zip(layer.nodes, reference.nodes, strict=False):
         if line(a, numbers) != line(b, others):
-            what = f"its {a.op.name} @{a.loc} uses other parts of its layer than in {other.name}"
-            return next(_reasons(a, b), what)
-    return f"it has {len(layer.nodes)} operations, and {other.name} has {len(other.nodes)}"
+            message = (
+                f"its {a.op.name} @{a.loc} uses other parts of its layer than in {reference.name}"
+            )
+            return next(_reasons(a, b), message)
+    return f"it has {len(layer.nodes)} operations, and {reference.name} has {len(reference.nodes)}"
 
 
 def _reasons(a: Node, b: Node) -> Iterator[str]:
@@ -170,12 +172,12 @@ POSITIONS = P.positions(P.any())
 
 def data_dependent(graph: Graph) -> set[Value]:
     """Return the values that depend on data of the inputs, random keys excluded."""
-    found = {v for v in graph.inputs.values() if v.type.dtype.kind != "key"}
+    dependent = {v for v in graph.inputs.values() if v.type.dtype.kind != "key"}
     for node in graph:
         # Positions are known from the shape.
-        if not fits(POSITIONS, node) and any(v in found for v in node.operands):
-            found.update(node.results)
-    return found
+        if not fits(POSITIONS, node) and any(v in dependent for v in node.operands):
+            dependent.update(node.results)
+    return dependent
 
 
 def hoist(layers: Sequence[Layer], dependent: set[Value]) -> int:
@@ -289,13 +291,13 @@ class RollLayersPass(Pass):
         for layers in stacks_of(graph):
             stats["hoisted"] += hoist(layers, dependent)
             repeated = repetitions_in(layers)
-            rest = list(_left(layers, repeated))
+            unrolled = list(_left(layers, repeated))
             reasons = [self._roll(graph, layers, r, ctx) for r in repeated]
             done = [r for r, why in zip(repeated, reasons, strict=True) if why is None]
-            rest = [*(why for why in reasons if why is not None), *rest]
-            for remark in rest:
+            unrolled = [*(why for why in reasons if why is not None), *unrolled]
+            for remark in unrolled:
                 ctx.remark(remark)
-            told += rest
+            told += unrolled
             rolled = sum(r.stop - r.start for r in done)
             stats["scans"] += len(done)
             stats["layers-rolled"] += rolled
@@ -318,21 +320,21 @@ class RollLayersPass(Pass):
         mesh.size((self.split,))
 
     def _roll(
-        self, graph: Graph, layers: Sequence[Layer], found: Repeated, ctx: Context
+        self, graph: Graph, layers: Sequence[Layer], repeated: Repeated, ctx: Context
     ) -> Remark | None:
         """Roll layers that repeat, or return a remark on why they cannot be rolled."""
-        some = layers[found.start : found.stop]
+        some = layers[repeated.start : repeated.stop]
         blocks = [
-            [node for layer in some[i : i + found.period] for node in layer.nodes]
-            for i in range(0, len(some), found.period)
+            [node for layer in some[i : i + repeated.period] for node in layer.nodes]
+            for i in range(0, len(some), repeated.period)
         ]
         name = joined([layer.name for layer in some]) or some[0].stack
         try:
             Fold(graph, wire(blocks), some[0].stack).run(self._keeping)
         except InputError as error:
             return Remark(name, f"equal, but not rolled: {error.problems[0]}")
-        each = f"{found.period} layers" if found.period > 1 else "one layer"
-        ctx.remark(Remark(name, f"rolled: {each}, repeated {found.runs} times"))
+        each = f"{repeated.period} layers" if repeated.period > 1 else "one layer"
+        ctx.remark(Remark(name, f"rolled: {each}, repeated {repeated.runs} times"))
         return None
 
 
@@ -342,6 +344,6 @@ def _left(layers: Sequence[Layer], repeated: Sequence[Repeated]) -> Iterator[Rem
     for at, layer in enumerate(layers):
         near = [i for i in (at + 1, at - 1) if 0 <= i < len(layers)]
         if at not in inside and near:
-            other = next((layers[i] for i in near if i in inside), layers[near[0]])
-            why = difference(layer, other)
-            yield Remark(layer.name, f"not rolled with {other.name}: {why}")
+            neighbour = next((layers[i] for i in near if i in inside), layers[near[0]])
+            why = difference(layer, neighbour)
+            yield Remark(layer.name, f"not rolled with {neighbour.name}: {why}")

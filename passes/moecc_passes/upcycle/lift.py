@@ -104,8 +104,8 @@ def branched(
     weight: Expr, division: Division, models: Sequence[str], *, is_last: bool = False
 ) -> Expr:
     """Return a dense weight lifted over ``expert``, each copy from the model of its number."""
-    one = replace(division, copies=1)
-    parts = (lifted(read_from(weight, model), one, is_last=is_last) for model in models)
+    single = replace(division, copies=1)
+    parts = (lifted(read_from(weight, model), single, is_last=is_last) for model in models)
     return Concat(tuple(parts), "expert")
 
 

@@ -168,39 +168,39 @@ def _split(item: UpcycleOptions) -> Iterator[Problem]:
             ("routing", item.routing == "token-choice", item.routing),
         ):  # fmt: skip
             if not fits:
-                what = "a split block has each neuron once, in an expert that a token chooses"
-                yield Problem(what, name, "the default", str(value))
+                message = "a split block has each neuron once, in an expert that a token chooses"
+                yield Problem(message, name, "the default", str(value))
     if item.is_fitted and item.routing in ("hash", "soft"):
         yield Problem("there is no router to fit", "router-init", "token-choice",
                       f"routing={item.routing}")  # fmt: skip
 
 
-def unknown_models(item: UpcycleOptions, known: Sequence[str]) -> list[Problem]:
-    """Return a problem for each of ``sources`` that is neither the source nor in `known`."""
+def unknown_models(item: UpcycleOptions, names: Sequence[str]) -> list[Problem]:
+    """Return a problem for each of ``sources`` that is neither the source nor in `names`."""
     return [
-        Problem("there is no model of this name", "sources", " or ".join((BASE, *known)), name,
-                nearest(name, known) or "name it: --experts NAME=DIR")
+        Problem("there is no model of this name", "sources", " or ".join((BASE, *names)), name,
+                nearest(name, names) or "name it: --experts NAME=DIR")
         for name in dict.fromkeys(item.models)
-        if name not in (BASE, *known)
+        if name not in (BASE, *names)
     ]  # fmt: skip
 
 
 def _decoders(item: UpcycleOptions) -> Iterator[Problem]:
-    what = NAMES[item.routing]
+    routing = NAMES[item.routing]
     hint = "ST-MoE (Appendix D) has what looks ahead in encoders only: decoder-layers=nowhere"
     if item.decoder_layers not in (None, "nowhere"):
-        yield Problem(f"{what} in a decoder decides about a token by later ones",
+        yield Problem(f"{routing} in a decoder decides about a token by later ones",
                       "decoder-layers", "nowhere", item.decoder_layers, hint)  # fmt: skip
     if is_decoder(item.layers):
-        yield Problem(f"{what} in a decoder decides about a token by later ones", "layers",
+        yield Problem(f"{routing} in a decoder decides about a token by later ones", "layers",
                       "layers of an encoder", item.layers, hint)  # fmt: skip
 
 
 def warnings(item: UpcycleOptions) -> list[Problem]:
     """Return warnings of options that are allowed but rarely intended."""
-    found = []
+    messages = []
     if has_constant_gate(item):
-        found.append(
+        messages.append(
             Problem(
                 "the gate of one expert, renormalised, is always 1, so the router gets no "
                 "gradient from the model's loss", "top-k", "top-k=2, as ST-MoE has it", "top-k=1",
@@ -208,12 +208,12 @@ def warnings(item: UpcycleOptions) -> list[Problem]:
             )
         )  # fmt: skip
     if item.experts & (item.experts - 1):
-        found.append(
+        messages.append(
             Problem("the experts are not a power of two, which meshes and some kernels ask for",
                     "experts", found=str(item.experts))
         )  # fmt: skip
     if item.router_init == "zero" and item.routing == "token-choice":
-        found.append(
+        messages.append(
             Problem("every token has equal logits, so the first experts are always chosen",
                     "router-init", "another, unless the router is trained or noisy first", "zero")
         )  # fmt: skip
@@ -222,11 +222,11 @@ def warnings(item: UpcycleOptions) -> list[Problem]:
             ("capacity-factor", item.capacity_factor, 1.25), ("groups", item.groups, 1)
         ):  # fmt: skip
             if value != default:
-                found.append(
+                messages.append(
                     Problem(f"{name} bounds nothing where slots are ragged", name,
                             found=f"{name}={value}", hint="slots=capacity")
                 )  # fmt: skip
-    return found
+    return messages
 
 
 def has_constant_gate(item: UpcycleOptions) -> bool:
@@ -244,21 +244,21 @@ DRAWN = {"logit-std": "normal", "switch": "switch"}
 def misfit(item: UpcycleOptions, block: FFNBlock) -> Problem | None:
     """Return why `block` cannot be divided or scaled as the options require, or None."""
     shared = item.shared * block.width
-    whole = round(shared)
-    if item.shared and (abs(shared - whole) > 1e-6 or not 0 < whole < block.width):
-        nearest = min(max(whole, 1), block.width - 1)
+    neurons = round(shared)
+    if item.shared and (abs(shared - neurons) > 1e-6 or not 0 < neurons < block.width):
+        nearest = min(max(neurons, 1), block.width - 1)
         return Problem(
             "the shared expert does not get a whole number of neurons, or leaves none",
             block.loc, f"shared={nearest / block.width:.10g}, say",
             f"{item.shared:g} of {block.width}",
         )  # fmt: skip
-    padding = item.padding(block.width, whole)
+    padding = item.padding(block.width, neurons)
     if padding > block.width:
         return Problem(
             "more neurons would be added than there are", block.loc,
             f"at most {block.width}", str(padding), "a smaller pad, or fewer slices",
         )  # fmt: skip
-    routed = block.width + padding - whole
+    routed = block.width + padding - neurons
     if item.is_split and routed % item.experts:
         return Problem(
             f"the {routed} neurons do not divide into parts", block.loc,
@@ -296,10 +296,10 @@ def misrouted(
       causal: the values after a causal mask.
     """
     if item.routing in LOOKS_AHEAD and block.x in causal:
-        other = ", or decoder-layers=nowhere" if is_decoder(block.loc) else ""
+        option = ", or decoder-layers=nowhere" if is_decoder(block.loc) else ""
         return Problem(
             f"{NAMES[item.routing]} in a decoder decides about a token by later ones", block.loc,
-            hint=f"routing=token-choice{other}; ST-MoE (Appendix D) has what looks ahead in "
+            hint=f"routing=token-choice{option}; ST-MoE (Appendix D) has what looks ahead in "
             "encoders only",
         )  # fmt: skip
     tokens = [n for n in block.x.type.names if n != block.outer]
@@ -386,20 +386,20 @@ def remarks(item: UpcycleOptions, blocks: list[FFNBlock]) -> list[Remark]:
         "expert-choice": "which choose tokens",
         "soft": f"of {amount(item.soft_slots, 'soft slot')}",
     }[item.routing]
-    found = [Remark(b.loc, f"became {item.experts} experts, {how}") for b in blocks]
+    lines = [Remark(b.loc, f"became {item.experts} experts, {how}") for b in blocks]
     if has_constant_gate(item):
-        found.append(
+        lines.append(
             Remark("", "top-1 with renormalised gates: the gate is always 1, so the router "
                        "gets no gradient from the loss; gates=switch or top-k=2 trains it")
         )  # fmt: skip
     if item.router_init == "zero":
-        found.append(
+        lines.append(
             Remark("", "a zero router sends every token to the first experts, and ties last "
                        "until something breaks them; use it to check, not to train")
         )  # fmt: skip
     if item.experts & (item.experts - 1):
-        found.append(Remark("", "some runtimes want a power of two of experts"))
-    return found
+        lines.append(Remark("", "some runtimes want a power of two of experts"))
+    return lines
 
 
 @dataclass(frozen=True)
@@ -468,13 +468,13 @@ class UpcyclePass(UpcycleOptions, Pass):
         search = find_ffn_blocks(graph)
         chosen = choose(search, self.layers, self.decoder_layers)
         causal = causal_values(graph)
-        found = [
+        misfits = [
             misfit(self, b) or misrouted(self, graph, b, causal)
             or missing(self, b, ctx.statistics) for b in chosen
         ]  # fmt: skip
         unknown = [*unknown_models(self, ctx.models), *unread(self, ctx.statistics)]
-        if any(found) or unknown:
-            raise InputError([*unknown, *(p for p in found if p is not None)])
+        if any(misfits) or unknown:
+            raise InputError([*unknown, *(p for p in misfits if p is not None)])
         result = PassResult(changed=bool(chosen), matched=len(chosen))
         result.near_misses = [NearMiss("upcycle", r.loc, r.reason) for r in search.refusals]
         if search.blocks and not chosen:
