@@ -602,7 +602,7 @@ def stages_of(checkpoint: Checkpoint) -> list[Stage]:
         return [*earlier, {**last, "steps": step.number, "tokens": step.facts.get("tokens", 0)}]
     if isinstance(checkpoint, GivenParams):
         own = {"kind": TRAINED, "source": checkpoint.path.name, "outside": True}
-        return [*stages_of(checkpoint.source), own]
+        return [*stages_of(checkpoint.base), own]
     return _converted(checkpoint.path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Protocol, Self
 import numpy as np
 
 from moecc.support.process import Closing
+from moecc.support.text import amount
 from moecc.support.untyped import Json
 from moecc.types import DTYPES, Array, DType
 
@@ -97,29 +99,60 @@ class Checkpoint(Protocol):
     ) -> None: ...
 
 
-# Parameters that someone hands over as a checkpoint, with the files of the source beside them.
-
-
-class GivenParams(Closing):
-    """Arrays in place of the tensors of a source; see `moecc.formats.source.Checkpoint`.
-
-    Args:
-      source: the checkpoint that they began from.
-      arrays: by name, of NumPy or of what NumPy can read.
+class DerivedCheckpoint(Closing):
+    """A checkpoint that reads its tensors from another one and has its files.
 
     Attributes:
-      source: as given.
+      base: the other checkpoint.
+    """
+
+    def __init__(self, base: Checkpoint) -> None:
+        self.base = base
+        self.path: Path = base.path
+        self.config = base.config
+
+    def companions(self) -> dict[str, Path | bytes]:
+        """Return the files of the base that an export copies, by their name in the folder."""
+        return self.base.companions()
+
+    def card(self) -> dict[str, tuple[str, ...]]:
+        """Return what is kept of the base's card."""
+        return self.base.card()
+
+    def files(self) -> list[Path]:
+        """Return the files of the base, for digests."""
+        return self.base.files()
+
+    def require_unchanged(self) -> None:
+        """Raise InputError if a file of the base changed since it was opened."""
+        self.base.require_unchanged()
+
+    def close(self) -> None:
+        """Close the files of the base."""
+        self.base.close()
+
+
+class GivenParams(DerivedCheckpoint):
+    """Arrays in place of the tensors of a checkpoint, whose other files stand beside them.
+
+    Args:
+      base: the checkpoint that they began from.
+      arrays: arrays of NumPy, or of what NumPy can read, by name.
     """
 
     format = "arrays"
 
-    def __init__(self, source: Checkpoint, arrays: Json) -> None:
-        self.source = source
-        self.path = source.path
-        self.config = source.config
+    def __init__(self, base: Checkpoint, arrays: Json) -> None:
+        super().__init__(base)
         self._arrays = {name: np.asarray(array) for name, array in arrays.items()}
+        by_numpy = {d.numpy: d for d in reversed(DTYPES.values()) if d.kind != "key"}
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
-            {name: _info(name, array, source.path) for name, array in self._arrays.items()}
+            {
+                name: TensorInfo(
+                    name, by_numpy[array.dtype], array.shape, array.nbytes, base.path, 0
+                )
+                for name, array in self._arrays.items()
+            }
         )
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
@@ -127,30 +160,16 @@ class GivenParams(Closing):
         array = self._arrays[name]
         return array[start:stop] if array.ndim else array
 
-    def companions(self) -> dict[str, Path | bytes]:
-        """Return the files of the source that an export copies."""
-        return self.source.companions()
-
     def remarks(self) -> list[str]:
-        """Return that the parameters are not those of the source."""
+        """Return that the parameters are not those of the base."""
         return ["the parameters were trained by a loop outside of moecc"]
 
-    def card(self) -> dict[str, tuple[str, ...]]:
-        """Return what is kept of the source's card."""
-        return self.source.card()
-
-    def files(self) -> list[Path]:
-        """Return the files of the source."""
-        return self.source.files()
-
-    def require_unchanged(self) -> None:
-        """Raise InputError if a file of the source changed since it was opened."""
-        self.source.require_unchanged()
-
     def close(self) -> None:
-        """Close nothing: the source is closed by who opened it."""
+        """Close nothing: the base is closed by who opened it."""
 
 
-def _info(name: str, array: Array, path: Path) -> TensorInfo:
-    dtype = next(d for d in DTYPES.values() if d.kind != "key" and d.numpy == array.dtype)
-    return TensorInfo(name, dtype, array.shape, array.nbytes, path, 0)
+def quantised_remark(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Return the remark that tensors were quantised, if any were, with the count of each kind."""
+    kinds = Counter(info.storage for info in tensors.values() if info.storage).most_common()
+    counts = ", ".join(f"{amount(count, 'tensor')} in {kind}" for kind, count in kinds)
+    return [f"the weights were quantised, which lost precision: {counts}"] if kinds else []

@@ -66,6 +66,7 @@ class Check:
     expected: str
 
 
+Positive = Annotated[int, Check(lambda number: number > 0, "a whole number above 0")]
 Count = Annotated[int, Check(lambda number: number >= 0, "a whole number, 0 or more")]
 Sha256 = Annotated[str, Check(re.compile("[0-9a-f]{64}").fullmatch, "64 hexadecimal digits")]
 
@@ -104,17 +105,22 @@ class RecordReader:
         self.problems: list[tuple[KeyPath, Problem]] = []
         self.count = 0
 
-    def section(self, cls: Callable[..., T], table: object, path: KeyPath = ()) -> T:
+    def section(
+        self, cls: Callable[..., T], table: object, path: KeyPath = (), *, is_open: bool = False
+    ) -> T:
         """Return a record from its table; a field that is wrong has its default.
 
-        A field without a default has an arbitrary value then, and a problem was noted.
+        A field without a default has an arbitrary value then, and a problem was noted.  In an open
+        table, of another project, keys without a field are ignored, and null stands for no value.
         """
         if not isinstance(table, Mapping):
             expected = f"a table with {', '.join(_fields_of(cls))}"
             self.reject(path, "not a table", expected, table)
             return RecordReader(self.where).section(cls, {}, path)
         keys = _fields_of(cls)
-        for name in table:
+        if is_open:
+            table = {key: value for key, value in table.items() if value is not None}
+        for name in () if is_open else table:
             if name not in keys:
                 hint = nearest(str(name), keys) or f"keys: {', '.join(keys)}"
                 self.add((*path, name), Problem("no such key", hint=hint))
@@ -172,6 +178,7 @@ def read_record(
     *,
     versions: Collection[object] = (),
     error: type[MoeccError] = InputError,
+    is_open: bool = False,
 ) -> T:
     """Return a record from parsed JSON.
 
@@ -180,7 +187,8 @@ def read_record(
       document: the JSON value.
       where: the file, for messages.
       versions: the schemas that are read; by default the one that is written.
-      error: what is raised.
+      error: the class of the error.
+      is_open: whether keys without a field are ignored, see `RecordReader.section`.
 
     Raises:
       InputError: or `error`: another version, or else everything that is wrong.
@@ -197,7 +205,7 @@ def read_record(
                 found=describe(version),
             )
     reader = RecordReader(lambda path: where)
-    record = reader.section(cls, document)
+    record = reader.section(cls, document, is_open=is_open)
     reader.raise_if_any(error)
     return record
 

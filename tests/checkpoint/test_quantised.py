@@ -116,8 +116,8 @@ GPTQ = CASES["gptq"]
             GPTQ,
             ["'m.scales'", "[4, 16] of f32 or f16", "[3, 16] of f16", "[4, 2] of i32"],
         ),
-        ({"m.qweight": WORDS}, GPTQ | {"bits": 3}, ["quantization_config.bits", "2 or 4 or 8"]),
-        ({"m.qweight": WORDS}, GPTQ | {"group_size": 0}, ["group_size", "not a size"]),
+        ({"m.qweight": WORDS}, GPTQ | {"bits": 3}, ["quantization_config.bits", "2 | 4 | 8"]),
+        ({"m.qweight": WORDS}, GPTQ | {"group_size": 0}, ["group_size", "a size, or -1"]),
         (
             {"m.qweight": WORDS},
             CASES["awq"] | {"version": "gemv"},
@@ -140,7 +140,7 @@ GPTQ = CASES["gptq"]
         (
             {"m.weight.quant_state.bitsandbytes__nf4": np.frombuffer(b'{"shape": [0]}', np.uint8)},
             BITSANDBYTES,
-            ["not the state of a quantised matrix", "bitsandbytes__nf4"],
+            ["shape.0", "blocksize: a key is missing", "bitsandbytes__nf4"],
         ),
         (
             {"m": WORDS},
@@ -148,7 +148,7 @@ GPTQ = CASES["gptq"]
                 "quant_method": "compressed-tensors",
                 "config_groups": {"group_0": {"weights": {"type": "int", "num_bits": 4}}},
             },
-            ["config_groups", "floats of 8 bits", '"int" of 4'],
+            ["config_groups.weights.type", "float", '"int"', "num_bits"],
         ),
     ],
 )
