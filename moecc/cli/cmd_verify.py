@@ -151,7 +151,7 @@ def _against_digests(model: str, run: str, which: str, format: Format) -> None:
 
     step = choose_step(Path(run), which)
     check_step(Path(run), step)
-    tensors = len(step.facts.get("tensors", {}))
+    tensors = len(step.facts.tensors)
     data = {"model": model, "tensors": tensors, "passed": True}
     text = f"step {step.number}: {amount(tensors, 'tensor')} as they were saved"
     report("verify-manifest", data, lambda: text, format)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from math import isfinite, prod
-from pathlib import Path, PurePosixPath
+from math import prod
+from pathlib import Path
 from types import MappingProxyType
+from typing import Annotated
 
 from moecc.errors import CheckError, InputError, MoeccError, Problem, nearest
 from moecc.formats.adapter import models_of
@@ -18,19 +18,25 @@ from moecc.formats.files import (
     Identity,
     identify,
     link_fault,
-    read_bounded,
     read_json_object,
     require_unchanged,
 )
 from moecc.formats.folder import find_companions
-from moecc.formats.manifest import MANIFEST_NAME, FileRecord, file_records, load, seal
+from moecc.formats.manifest import (
+    MANIFEST_NAME,
+    FileName,
+    FileRecord,
+    file_records,
+    load,
+    read_sealed,
+)
 from moecc.formats.source import Checkpoint, GivenParams, TensorInfo
 from moecc.formats.trees.arrays import ZarrArrays
-from moecc.support.documents import parse_json_object
-from moecc.support.problems import Problems, describe, quoted
+from moecc.support.problems import Problems, quoted
 from moecc.support.process import Closing
+from moecc.support.record import Check, Count, RecordReader, read_record
 from moecc.support.text import amount
-from moecc.support.untyped import Json, JsonDict
+from moecc.support.untyped import Json
 from moecc.types import DTYPES, Array
 
 # The layout of a run folder, and the steps that it holds.
@@ -55,87 +61,73 @@ PARAMS = "params"
 """The part of a state that holds the parameters."""
 
 BEST, LAST = "best", "last"
+Stage = Json
+"""A stage of a lineage: a conversion or a training."""
+
 _MAX_JSON_BYTES = 64 << 20
-_SEAL = b',\n"seal": "'
+_HINT = "restore the file, or use another checkpoint of the run"
 
 
-_LARGEST = 1 << 63
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+@dataclass(frozen=True)
+class StoredArray:
+    """The element type and shape of a parameter in a saved state."""
+
+    dtype: Annotated[str, Check(DTYPES.__contains__, "an element type of moecc")]
+    shape: tuple[Count, ...]
 
 
-def is_count(value: object) -> bool:
-    """Return whether a JSON value is an integer of 64 bits that is not negative."""
-    return type(value) is int and 0 <= value < _LARGEST
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """The content of ``step.json``.
+
+    Attributes:
+      schema: the version of this layout.
+      step: steps done.
+      recipe: the digest of the recipe.
+      tokens: tokens seen.
+      left_out: the documents that were left out.
+      loss: the held-out loss at this step, if it was evaluated then.
+      tensors: the parameters, by name.
+      files: the digests of the state, by paths in its folder.
+      run_files: the digests of the run's own files, by paths in its folder.
+    """
+
+    schema: str = STEP_SCHEMA
+    step: Count
+    recipe: str = ""
+    tokens: Count
+    left_out: tuple[Count, ...]
+    loss: float | None = None
+    tensors: Mapping[str, StoredArray]
+    files: Mapping[FileName, FileRecord]
+    run_files: Mapping[FileName, FileRecord]
 
 
-def is_number(value: object) -> bool:
-    """Return whether a JSON value is a number that a float can hold."""
-    if type(value) is int:
-        return abs(value) < _LARGEST
-    return isinstance(value, float) and isfinite(value)
+@dataclass(frozen=True)
+class Lineage:
+    """The content of ``lineage.json``: what is kept of the source's card, and the stages."""
+
+    schema: str = LINEAGE_SCHEMA
+    moecc: str = ""
+    card: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    stages: tuple[Json, ...] = ()
 
 
-def _is_counts(value: object) -> bool:
-    return isinstance(value, list) and all(map(is_count, value))
+@dataclass(frozen=True)
+class _StageFields:
+    """The fields of a stage that are relied on."""
 
-
-def _is_object(value: object) -> bool:
-    return isinstance(value, dict)
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_digests(value: object) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(record, dict)
-        and is_count(record.get("size_bytes"))
-        and isinstance(record.get("sha256"), str)
-        and _SHA256.fullmatch(record["sha256"]) is not None
-        for record in value.values()
-    )
-
-
-def _is_stages(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
-
-
-_Form = tuple[Callable[[object], bool], str]
-_COUNT: _Form = (is_count, "an integer, 0 or more")
-_OBJECT: _Form = (_is_object, "an object")
-_TEXT: _Form = (_is_text, "a text")
-_DIGESTS: _Form = (_is_digests, "size_bytes and sha256 by the paths of files")
-
-_STEP_FORMS: Mapping[str, _Form] = {
-    "tokens": _COUNT,
-    "left_out": (_is_counts, "a list of integers, 0 or more"),
-    "loss": (lambda value: value is None or is_number(value), "a number or null"),
-    "tensors": _OBJECT,
-    "files": _DIGESTS,
-    "run_files": _DIGESTS,
-}
-_LINEAGE_FORMS: Mapping[str, _Form] = {
-    "card": _OBJECT,
-    "stages": (_is_stages, "a list of objects, one at least"),
-}
-_STAGE_FORMS: Mapping[str, _Form] = {
-    **dict.fromkeys(("kind", "source", "pipeline", "preserves", "start", "recipe"), _TEXT),
-    **dict.fromkeys(("from_step", "steps", "tokens"), _COUNT),
-    "data": _OBJECT,
-    "recipe_toml": _TEXT,
-}
-
-
-def _check_forms(
-    facts: Mapping[str, object], forms: Mapping[str, _Form], where: str, problems: Problems
-) -> None:
-    """Add a problem for each key whose value has another form; a key may be absent."""
-    for key, (is_right, expected) in forms.items():
-        if key in facts and not is_right(facts[key]):
-            found = describe(facts[key])
-            problems.add("not what moecc wrote", where=f"{where}: {key}", expected=expected,
-                         found=found)  # fmt: skip
+    kind: str = ""
+    source: str = ""
+    pipeline: str = ""
+    preserves: str = ""
+    start: str = ""
+    recipe: str = ""
+    recipe_toml: str = ""
+    from_step: Count = 0
+    steps: Count = 0
+    tokens: Count = 0
+    data: Json = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -156,7 +148,7 @@ class SavedStep:
         return self.folder / STATE
 
     @cached_property
-    def facts(self) -> Json:
+    def facts(self) -> StepRecord:
         """The content of ``step.json``.
 
         Raises:
@@ -164,31 +156,21 @@ class SavedStep:
             another form.
         """
         path = self.folder / STEP
-        data = read_bounded(path, _MAX_JSON_BYTES)
-        if seal(data[: max(0, data.rfind(_SEAL))]) != data:
-            raise InputError(
-                "step.json was changed after it was written: its seal does not match its content",
-                where=str(path), hint="restore the file, or use another checkpoint of the run",
-            )  # fmt: skip
-        found = parse_json_object(data, str(path))
-        if found.get("schema") != STEP_SCHEMA or found.get("step") != self.number:
+        document = read_sealed(path, _MAX_JSON_BYTES, InputError, _HINT)
+        record = read_record(StepRecord, document, str(path))
+        if record.step != self.number:
             raise InputError(
                 "the step is of another version of moecc, or was moved",
                 where=str(path),
-                expected=f'"schema": "{STEP_SCHEMA}", "step": {self.number}',
-                found=f'"schema": {describe(found.get("schema"))}, '
-                f'"step": {describe(found.get("step"))}',
+                expected=f'"step": {self.number}',
+                found=f'"step": {record.step}',
             )
-        problems = Problems()
-        _check_forms(found, _STEP_FORMS, str(path), problems)
-        problems.raise_if_any()
-        return found
+        return record
 
     @property
     def loss(self) -> float | None:
         """The held-out loss at this step, if it was evaluated then."""
-        loss = self.facts.get("loss")
-        return float(loss) if isinstance(loss, int | float) else None
+        return self.facts.loss
 
 
 def is_run(path: str | os.PathLike[str]) -> bool:
@@ -211,8 +193,8 @@ def saved_steps(run: Path) -> list[SavedStep]:
     if not steps.is_dir():
         return []
     names = [name for name in os.listdir(steps) if name.isdecimal() and str(int(name)) == name]
-    found = [SavedStep(int(name), steps / name) for name in names]
-    return sorted((s for s in found if (s.folder / STEP).is_file()), key=lambda s: s.number)
+    numbered = [SavedStep(int(name), steps / name) for name in names]
+    return sorted((s for s in numbered if (s.folder / STEP).is_file()), key=lambda s: s.number)
 
 
 def best_step(steps: list[SavedStep]) -> SavedStep | None:
@@ -240,12 +222,12 @@ def choose_step(run: Path, which: str) -> SavedStep:
     if which == LAST:
         return steps[-1]
     if which == BEST:
-        if (found := best_step(steps)) is None:
+        if (best := best_step(steps)) is None:
             raise InputError(
                 "no checkpoint of the run was evaluated", where=f"{run}@{BEST}",
                 hint=f"its steps: {numbers}",
             )  # fmt: skip
-        return found
+        return best
     chosen = next((s for s in steps if str(s.number) == which), None)
     if chosen is None:
         names = [BEST, LAST, *(str(s.number) for s in steps)]
@@ -256,37 +238,28 @@ def choose_step(run: Path, which: str) -> SavedStep:
     return chosen
 
 
-def read_lineage(run: Path) -> JsonDict:
+def read_lineage(run: Path) -> Lineage:
     """Return the content of ``lineage.json``.
 
     Raises:
-      InputError: it is missing, or of another version.
+      InputError: it is missing, or of another version, or a value has another form.
     """
     path = run / LINEAGE
-    found = read_json_object(path, limit_bytes=_MAX_JSON_BYTES)
-    if found.get("schema") != LINEAGE_SCHEMA:
-        raise InputError(
-            "the run is of a version that this moecc does not read", where=str(path),
-            expected=f'"schema": "{LINEAGE_SCHEMA}"',
-            found=f'"schema": {describe(found.get("schema"))}',
-        )  # fmt: skip
-    problems = Problems()
-    _check_forms(found, _LINEAGE_FORMS, str(path), problems)
-    problems.raise_if_any()
-    stages = found.get("stages", [])
-    assert isinstance(stages, list), "its form is checked"
-    for number, stage in enumerate(stages):
-        _check_forms(stage, _STAGE_FORMS, f"{path}: stages.{number}", problems)
-    problems.raise_if_any()
-    return found
+    document = read_json_object(path, limit_bytes=_MAX_JSON_BYTES)
+    lineage = read_record(Lineage, document, str(path))
+    reader = RecordReader(lambda keys: str(path))
+    for number, stage in enumerate(lineage.stages):
+        reader.section(_StageFields, stage, ("stages", number), is_open=True)
+    reader.raise_if_any()
+    return lineage
 
 
-def run_stages(run: Path) -> list[JsonDict]:
+def run_stages(run: Path) -> tuple[Stage, ...]:
     """Return the stages that led to a run, its own last. Raises InputError; see `read_lineage`."""
-    stages = read_lineage(run).get("stages")
+    stages = read_lineage(run).stages
     if not stages:
-        raise InputError("the lineage of the run has no stages", where=str(run / LINEAGE))
-    return list(stages)
+        raise InputError("the lineage of the run has no stages", where=f"{run / LINEAGE}: stages")
+    return stages
 
 
 def check_inside(run: Path, step: SavedStep) -> None:
@@ -304,28 +277,19 @@ def check_inside(run: Path, step: SavedStep) -> None:
 
 def _links(run: Path, step: SavedStep) -> Iterator[Path]:
     """Yield the symbolic links of a step and of its run."""
-    own = [run / name for name in (RECIPE, LINEAGE, GRAPH, METRICS, STEPS, SOURCE)]
-    yield from (path for path in (*own, step.folder) if path.is_symlink())
+    paths = [run / name for name in (RECIPE, LINEAGE, GRAPH, METRICS, STEPS, SOURCE)]
+    yield from (path for path in (*paths, step.folder) if path.is_symlink())
     for top in (run / SOURCE, step.folder):
         for folder, folders, files in os.walk(top):
             entries = (Path(folder, name) for name in (*folders, *files))
             yield from (path for path in entries if path.is_symlink())
 
 
-# The digests of a saved step, and whether its files still have them.
-
-_STATE, _RUN = "files", "run_files"
-"""The keys of ``step.json`` with the digests of the state, and of the run's own files."""
+# Whether the files of a saved step have the digests in its step.json.
 
 _records: dict[tuple[Path, Identity], FileRecord] = {}
 """The files that this process has hashed while it checked steps."""
 _hashing = threading.Lock()
-
-
-def digests(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, object]]:
-    """Return size and digest of `files` by their paths in `folder`."""
-    named = {path.relative_to(folder).as_posix(): path for path in files}
-    return {name: _to_json(record) for name, record in file_records(named).items()}
 
 
 def check_step(run: Path, step: SavedStep) -> None:
@@ -339,8 +303,8 @@ def check_step(run: Path, step: SavedStep) -> None:
     check_inside(run, step)
     problems = Problems()
     try:
-        for folder, key in ((step.state, _STATE), (run, _RUN)):
-            problems.extend(_differences(folder, _digests_of(step, key)))
+        problems.extend(_differences(step.state, step.facts.files))
+        problems.extend(_differences(run, step.facts.run_files))
     except InputError as error:
         raise CheckError(error.problems) from None
     problems.raise_if_any(CheckError)
@@ -353,7 +317,7 @@ def require_run_files(step: SavedStep) -> None:
       InputError: a file is missing or differs; all of them.
       MachineError: a file cannot be read.
     """
-    _require(step, step.folder.parent.parent, _RUN)
+    _require(step, step.folder.parent.parent, lambda facts: facts.run_files)
 
 
 def require_state(step: SavedStep) -> None:
@@ -361,12 +325,14 @@ def require_state(step: SavedStep) -> None:
 
     Raises: as `require_run_files`.
     """
-    _require(step, step.state, _STATE)
+    _require(step, step.state, lambda facts: facts.files)
 
 
-def _require(step: SavedStep, folder: Path, key: str) -> None:
+def _require(
+    step: SavedStep, folder: Path, digests: Callable[[StepRecord], Mapping[str, FileRecord]]
+) -> None:
     try:
-        problems = _differences(folder, _digests_of(step, key))
+        problems = _differences(folder, digests(step.facts))
     except InputError as error:
         problems = list(error.problems)
     if problems and not (step.folder / STEP).is_file():
@@ -383,51 +349,24 @@ def step_removed(folder: Path) -> Problem:
     )  # fmt: skip
 
 
-def _digests_of(step: SavedStep, key: str) -> Mapping[str, object]:
-    """Return the digests that ``step.json`` records, by paths that stay in their folder."""
-    recorded, where = step.facts.get(key), str(step.folder / STEP)
-    if not isinstance(recorded, dict):
-        raise InputError(f"step.json has no digests: {key!r} is missing", where=where)
-    problems = Problems()
-    for name in recorded:
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\0" in name:
-            problems.add(f"the file {quoted(name)} is not in the folder of the run", where=where)
-    problems.raise_if_any()
-    return recorded
-
-
-def _differences(folder: Path, expected: Mapping[str, object]) -> list[Problem]:
+def _differences(folder: Path, expected: Mapping[str, FileRecord]) -> list[Problem]:
     present = {name: folder / name for name in expected if (folder / name).is_file()}
     problems = [
         Problem(f"the file {quoted(name)} is missing", str(folder))
         for name in expected
         if name not in present
     ]
-    for name, record in _hashed(present).items():
-        recorded, saved = expected[name], _to_json(record)
-        if recorded != saved:
-            digest = recorded.get("sha256") if isinstance(recorded, dict) else recorded
-            problems.append(
-                Problem(
-                    "the file differs from the one that moecc wrote", str(folder / name),
-                    str(digest), str(record.sha256),
-                    hint="restore the file, or use another checkpoint of the run",
-                )
-            )  # fmt: skip
-    return problems
-
-
-def _hashed(files: Mapping[str, Path]) -> dict[str, FileRecord]:
     with _hashing:
-        keys = {name: (path.absolute(), identify(path)) for name, path in files.items()}
-        unknown = {name: files[name] for name, key in keys.items() if key not in _records}
-        _records.update((keys[n], record) for n, record in file_records(unknown).items())
-        return {name: _records[key] for name, key in keys.items()}
-
-
-def _to_json(record: FileRecord) -> dict[str, object]:
-    return {"size_bytes": record.size_bytes, "sha256": record.sha256}
+        keys = {name: (path.absolute(), identify(path)) for name, path in present.items()}
+        unhashed = {name: present[name] for name, key in keys.items() if key not in _records}
+        _records.update((keys[n], record) for n, record in file_records(unhashed).items())
+        records = {name: _records[key] for name, key in keys.items()}
+    for name, record in records.items():
+        if record != expected[name]:
+            what = "the file differs from the one that moecc wrote"
+            digests = (expected[name].sha256, record.sha256)
+            problems.append(Problem(what, str(folder / name), *digests, hint=_HINT))
+    return problems
 
 
 # The arrays of a saved state: zarr in one database, as Orbax writes them.
@@ -480,7 +419,7 @@ class RunCheckpoint(Closing):
         self.path = run
         check_inside(run, step)
         require_run_files(step)
-        self.lineage: Json = read_lineage(run)
+        self.lineage = read_lineage(run)
         self.config = read_json_object(run / SOURCE / CONFIG, limit_bytes=_MAX_CONFIG_BYTES)
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(_tensors(step))
         problems = Problems()
@@ -517,14 +456,12 @@ class RunCheckpoint(Closing):
 
     def remarks(self) -> list[str]:
         """Return how far the model was trained."""
-        tokens = self.step.facts.get("tokens", 0)
-        return [f"trained for {amount(self.step.number, 'step')}, {tokens:,} tokens"]
+        steps = amount(self.step.number, "step")
+        return [f"trained for {steps}, {self.step.facts.tokens:,} tokens"]
 
     def card(self) -> dict[str, tuple[str, ...]]:
         """Return what is kept of the source's card."""
-        found = self.lineage.get("card", {})
-        kept = found if isinstance(found, dict) else {}
-        return {str(k): tuple(map(str, v)) for k, v in kept.items() if isinstance(v, list)}
+        return dict(self.lineage.card)
 
     def files(self) -> list[Path]:
         """Return graph, recipe, lineage, config and step.json, which has digests of the state."""
@@ -554,11 +491,11 @@ def open_run(reference: str) -> RunCheckpoint:
     Raises:
       InputError: it is no run, or has no such checkpoint.
     """
-    found = split_reference(reference)
-    if found is None:
+    parts = split_reference(reference)
+    if parts is None:
         raise InputError("this is not the folder of a run", where=reference)
-    run, which = Path(found[0]), found[1]
-    return RunCheckpoint(run, choose_step(run, which))
+    run = Path(parts[0])
+    return RunCheckpoint(run, choose_step(run, parts[1]))
 
 
 def _state_files(step: SavedStep) -> list[Path]:
@@ -566,29 +503,18 @@ def _state_files(step: SavedStep) -> list[Path]:
 
 
 def _tensors(step: SavedStep) -> dict[str, TensorInfo]:
-    listed = step.facts.get("tensors")
-    if not isinstance(listed, dict):
-        raise InputError("step.json lists no tensors", where=str(step.folder / STEP))
-    return {name: _info(step, name, facts) for name, facts in listed.items()}
-
-
-def _info(step: SavedStep, name: str, facts: object) -> TensorInfo:
-    where = str(step.folder / STEP)
-    if not isinstance(facts, dict) or facts.get("dtype") not in DTYPES:
-        raise InputError(f"step.json does not give the type of {name!r}", where=where)
-    shape, dtype = facts.get("shape"), DTYPES[facts["dtype"]]
-    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-        raise InputError(f"step.json does not give the shape of {name!r}", where=where)
-    nbytes = prod(shape) * dtype.itemsize_bytes
-    return TensorInfo(name, dtype, tuple(shape), nbytes, step.state, 0)
+    tensors = {}
+    for name, array in step.facts.tensors.items():
+        dtype = DTYPES[array.dtype]
+        nbytes = prod(array.shape) * dtype.itemsize_bytes
+        tensors[name] = TensorInfo(name, dtype, array.shape, nbytes, step.state, 0)
+    return tensors
 
 
 # The stages from a first source to a checkpoint: conversions and trainings, and their story.
 
 CONVERTED, TRAINED = "convert", "train"
 """The kinds of stages."""
-
-Stage = Json
 
 _DIGITS = 19
 """So much of a digest is shown: ``sha256:`` and twelve digits."""
@@ -599,10 +525,10 @@ def stages_of(checkpoint: Checkpoint) -> list[Stage]:
     if isinstance(checkpoint, RunCheckpoint):
         *earlier, last = run_stages(checkpoint.run)
         step = checkpoint.step
-        return [*earlier, {**last, "steps": step.number, "tokens": step.facts.get("tokens", 0)}]
+        return [*earlier, {**last, "steps": step.number, "tokens": step.facts.tokens}]
     if isinstance(checkpoint, GivenParams):
-        own = {"kind": TRAINED, "source": checkpoint.path.name, "outside": True}
-        return [*stages_of(checkpoint.base), own]
+        stage = {"kind": TRAINED, "source": checkpoint.path.name, "outside": True}
+        return [*stages_of(checkpoint.base), stage]
     return _converted(checkpoint.path)
 
 
@@ -614,11 +540,11 @@ def _converted(folder: Path) -> list[Stage]:
         manifest = load(folder)
     except MoeccError:
         return []  # a conversion does not rely on it
-    own = {
+    stage = {
         "kind": CONVERTED, "source": manifest.source, "pipeline": manifest.pipeline,
         "preserves": manifest.preserves, "seed": manifest.seed,
     }  # fmt: skip
-    return [*manifest.lineage, own]
+    return [*manifest.lineage, stage]
 
 
 def is_trained(stages: Sequence[Stage]) -> bool:
@@ -633,17 +559,17 @@ def story(stages: Sequence[Stage]) -> list[str]:
 
 def _sentence(stage: Stage) -> str:
     source, pipeline = stage.get("source", "a model"), stage.get("pipeline") or ""
-    made = f" through {pipeline} ({stage.get('preserves')})" if pipeline else ""
+    conversion = f" through {pipeline} ({stage.get('preserves')})" if pipeline else ""
     if stage.get("kind") != TRAINED:
-        return f"{source} was converted{made}."
+        return f"{source} was converted{conversion}."
     if stage.get("outside"):
         return f"{source} was trained by a loop outside of moecc."
     if "from_step" in stage:
         start = f"{source} was trained on from its step {stage['from_step']:,}"
     elif stage.get("start") == "random":
-        start = f"The architecture of {source}{made} was trained from scratch"
+        start = f"The architecture of {source}{conversion} was trained from scratch"
     else:
-        start = f"{source}{made} was trained"
+        start = f"{source}{conversion} was trained"
     texts = [n for n in stage.get("data", {}) if n != "order" and not n.startswith("evaluate/")]
     on = f" of {', '.join(texts)}" if texts else ""
     recipe = str(stage.get("recipe", ""))[:_DIGITS]

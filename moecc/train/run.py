@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,7 +21,7 @@ import numpy as np
 from moecc.errors import InputError, MachineError
 from moecc.formats.disk import remove, replace_durable, synchronise_folder, write_durable
 from moecc.formats.files import os_problem, read_whole
-from moecc.formats.manifest import MANIFEST_NAME, file_records, seal
+from moecc.formats.manifest import MANIFEST_NAME, FileRecord, file_records, seal
 from moecc.formats.modelcard import hub_repository
 from moecc.formats.output import output_folder
 from moecc.formats.run import (
@@ -34,13 +34,10 @@ from moecc.formats.run import (
     SPEED,
     STATE,
     STEP,
-    STEP_SCHEMA,
     STEPS,
     SavedStep,
+    StepRecord,
     best_step,
-    digests,
-    is_count,
-    is_number,
     is_run,
     require_state,
     run_stages,
@@ -50,6 +47,7 @@ from moecc.formats.run import (
 from moecc.model.open import Model
 from moecc.support.problems import describe
 from moecc.support.process import Closing
+from moecc.support.record import to_json
 from moecc.support.text import brief, facts_table
 from moecc.support.untyped import Json, JsonDict
 from moecc.train.events import (
@@ -120,8 +118,8 @@ def _copy_step(run: Path, step: SavedStep, recipe: str) -> None:
         shutil.copytree(step.state, state)
     except (shutil.Error, OSError) as error:
         raise MachineError(f"the state cannot be copied: {error}", where=str(step.state)) from None
-    own = {k: v for k, v in step.facts.items() if k in ("tokens", "left_out", "tensors")}
-    finish_step(run, step.number, {**own, "recipe": recipe, "loss": None})
+    facts = {name: getattr(step.facts, name) for name in ("tokens", "left_out", "tensors")}
+    finish_step(run, step.number, {**facts, "recipe": recipe, "loss": None})
 
 
 @contextmanager
@@ -173,12 +171,12 @@ def finish_step(run: Path, number: int, facts: Json) -> SavedStep:
     if not (folder / STATE).is_dir():
         raise MachineError("the arrays of a checkpoint were removed", where=str(folder))
     described = [run / name for name in (RECIPE, LINEAGE, GRAPH)]
-    content = {
-        "schema": STEP_SCHEMA, "step": number, **facts,
-        "files": digests(folder / STATE, _files_in(folder / STATE)),
-        "run_files": digests(run, [*described, *_files_in(run / SOURCE)]),
-    }  # fmt: skip
-    replace_durable(folder / STEP, seal(_json(content).removesuffix(b"\n}\n")))
+    content = StepRecord(
+        step=number, **facts,
+        files=digests(folder / STATE, _files_in(folder / STATE)),
+        run_files=digests(run, [*described, *_files_in(run / SOURCE)]),
+    )  # fmt: skip
+    replace_durable(folder / STEP, seal(_json(to_json(content)).removesuffix(b"\n}\n")))
     synchronise_folder(folder.parent)
     return SavedStep(number, folder)
 
@@ -201,6 +199,11 @@ def remove_incomplete(run: Path) -> None:
     for folder in (run / STEPS).iterdir():
         if folder not in complete:
             remove(folder)
+
+
+def digests(folder: Path, files: Iterable[Path]) -> dict[str, FileRecord]:
+    """Return size and digest of `files` by their paths in `folder`."""
+    return file_records({path.relative_to(folder).as_posix(): path for path in files})
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -468,6 +471,20 @@ def _place(part: str) -> tuple[int, str]:
     return (int(part), "") if is_index else (sys.maxsize, part)
 
 
+_LARGEST = 1 << 63
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < _LARGEST
+
+
+def _is_number(value: object) -> bool:
+    """Return whether a JSON value is a number that a float can hold."""
+    if type(value) is int:
+        return abs(value) < _LARGEST
+    return isinstance(value, float) and isfinite(value)
+
+
 def _check_lines(lines: Sequence[JsonDict], path: Path) -> None:
     """Check the values of a journal. Raises InputError with the first line that is wrong."""
     lengths: dict[str, int | None] = {}
@@ -493,7 +510,7 @@ def _line_faults(line: JsonDict, lengths: dict[str, int | None]) -> Iterator[tup
       lengths: of the lists of earlier lines by key, None for numbers; keys of this one are added.
     """
     for key in ("step", "tokens"):
-        if (key == "step" or key in line) and not is_count(line.get(key)):
+        if (key == "step" or key in line) and not _is_count(line.get(key)):
             yield key, "an integer, 0 or more"
     for key, value in line.items():
         if key in _UNSERIAL:
@@ -506,7 +523,7 @@ def _line_faults(line: JsonDict, lengths: dict[str, int | None]) -> Iterator[tup
             entries = entry if isinstance(entry, list) else [entry]
             length = len(entry) if isinstance(entry, list) else None
             is_listed = key == "spread" or key.endswith(".loads")
-            if not entries or not all(e is None or is_number(e) for e in entries):
+            if not entries or not all(e is None or _is_number(e) for e in entries):
                 yield key, "numbers, or lists of numbers"
             elif _is_scalar(key) and length is not None:
                 yield key, "a number"

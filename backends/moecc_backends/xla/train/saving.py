@@ -19,10 +19,11 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from moecc.errors import InputError, MachineError, MoeccError
+from moecc.errors import MachineError, MoeccError
 from moecc.formats.run import (
     PARAMS,
     StateReader,
+    StepRecord,
     array_key,
     best_step,
     check_inside,
@@ -267,16 +268,9 @@ class RunCheckpoints:
         return self.saver.wait()
 
 
-def position_of(facts: Mapping[str, Any]) -> Position:
-    """Return the position that a ``step.json`` states.
-
-    Raises:
-      InputError: it states none.
-    """
-    step, tokens, gone = facts.get("step"), facts.get("tokens"), facts.get("left_out")
-    if not isinstance(step, int) or not isinstance(tokens, int) or not isinstance(gone, list):
-        raise InputError("step.json does not say where the run was", where=f"step {step}")
-    return Position(step, tokens, tuple(gone))
+def position_of(facts: StepRecord) -> Position:
+    """Return the position that a ``step.json`` states."""
+    return Position(facts.step, facts.tokens, facts.left_out)
 
 
 def _listed(tensors: Tensors) -> dict[str, dict[str, object]]:
