@@ -17,7 +17,7 @@ jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from moecc_backends.jaxpr.call import Given  # noqa: E402
+from moecc_backends.jaxpr.call import ConvertedParams  # noqa: E402
 from moecc_backends.reference import ReferenceBackend  # noqa: E402
 from moecc_passes.upcycle.options import UpcycleOptions  # noqa: E402
 
@@ -51,7 +51,8 @@ def function(p: Any, x: Any) -> Any:
 
 def reference(moe: Any, params: Any) -> Any:
     """Return what the converted graph computes of its parameters, in float64."""
-    given, slots = Given.of(moe.state.tree, params), moe.state.storage.slots
+    storage = moe.state.storage
+    given, slots = ConvertedParams.of(moe.state.tree, storage, params), storage.slots
     arrays = {}
     for name in moe.graph.params:
         whole = np.asarray(given.array(slots[name]), np.float64)

@@ -1,17 +1,21 @@
-"""What a conversion did: blocks, near misses with reasons, what stayed JAX."""
+"""A conversion: new parameters, functions of them, and its folder.
+
+The folder has the arrays by their names, the graph, a manifest and a receipt.  The graph reads the
+arrays beside it, so that ``moecc inspect`` and ``moecc verify`` take the folder like any other;
+``config.json`` has what functions of the parameters need to know.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from moecc.api.arguments import flag, folder_text
 from moecc.errors import InputError, Problem, UsageError
@@ -34,7 +38,7 @@ from moecc.ir.text import print_graph
 from moecc.model.open import CONFIG_NAME, GRAPH_NAME, MODEL_TYPE, read_graph
 from moecc.pipeline.passes import Preserves
 from moecc.pipeline.text import Pipeline, installed
-from moecc.support.untyped import Json, JsonDict
+from moecc.support.untyped import Json
 from moecc.tasks.contracts import Contracts
 from moecc.tasks.receipt import RECEIPT_NAME, Receipt
 from moecc.types import DTYPES, Axis, TensorType
@@ -42,17 +46,25 @@ from moecc.version import __version__
 from moecc.weights.expr import Expr, Source
 from moecc.weights.movement import Index, Stack
 from moecc.weights.text import parse_expr
-from moecc_backends.jaxpr.call import BESIDE, TREE, Call, Given, State
-from moecc_backends.jaxpr.graph import cut
+from moecc_backends.jaxpr.call import (
+    BESIDE,
+    TREE,
+    ConversionState,
+    ConvertedParams,
+    call_converted,
+)
+from moecc_backends.jaxpr.graph import cut_graph
 from moecc_backends.jaxpr.jaxprs import AnyArray
 from moecc_backends.jaxpr.run import Execution
-from moecc_backends.jaxpr.scopes import ParamTree, leaf_of
-from moecc_backends.jaxpr.storage import Slot, Storage, Stored
-from moecc_backends.jaxpr.survey import Instance, Key
-from moecc_backends.jaxpr.views import Leaf
+from moecc_backends.jaxpr.scopes import ParamTree, leaves_of
+from moecc_backends.jaxpr.storage import ParamSlot, ParamStorage, StoredParam, rows_of
+from moecc_backends.jaxpr.survey import BlockInstance
+from moecc_backends.jaxpr.views import TreeLeaf
 from moecc_backends.xla.dispatch.choose import check_dispatch
 from moecc_backends.xla.trace.context import AUTO, Options
 from moecc_backends.xla.trace.typed_jax import Function, PyTree
+
+SCHEMA = "moecc.function/1"
 
 
 @dataclass(frozen=True)
@@ -73,13 +85,13 @@ class BlockReport:
 
     def __str__(self) -> str:
         state = "converted" if self.is_converted else "left as it is"
-        place = f" ({self.line})" if self.line else ""
-        return f"{self.loc}: {state}, {self.operations}{place}"
+        line = f" ({self.line})" if self.line else ""
+        return f"{self.loc}: {state}, {self.operations}{line}"
 
 
 @dataclass(frozen=True)
-class Report:
-    """A conversion.
+class FunctionReport:
+    """What a conversion did: blocks, near misses with reasons, what stayed JAX.
 
     Attributes:
       function: the name of the function.
@@ -112,11 +124,11 @@ class Report:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, found: Mapping[str, AnyArray]) -> Report:
+    def from_json(cls, document: Mapping[str, Any]) -> FunctionReport:
         """Return the report that `to_json` wrote."""
-        blocks = tuple(BlockReport(**block) for block in found["blocks"])
-        lists = {n: tuple(found[n]) for n in ("misses", "unused", "remarks")}
-        return cls(**{**found, **lists, "blocks": blocks})
+        blocks = tuple(BlockReport(**block) for block in document["blocks"])
+        lists = {n: tuple(v) for n, v in document.items() if isinstance(v, list)}
+        return cls(**{**document, **lists, "blocks": blocks})
 
     def __str__(self) -> str:
         count = sum(b.is_converted for b in self.blocks)
@@ -133,16 +145,13 @@ class Report:
             by = f" by {self.line}" if self.line else ""
             lines.append(f"not used{by}: {', '.join(self.unused)}")
         if self.remarks:
-            lines += ["remarks:", *(f"  {r}" for r in self.remarks)]
+            lines += ["remarks:", *(f"  {remark}" for remark in self.remarks)]
         return "\n".join(lines)
 
 
-# What a conversion consists of.
-
-
 @dataclass(frozen=True)
-class Record:
-    """New parameters, the graph that they are of, and how they were made.
+class FunctionConversion:
+    """Converted parameters, and every function of them.
 
     Attributes:
       params: ``{"params": …, "moe": …}``, the tree with experts in place, and routers by name.
@@ -157,243 +166,19 @@ class Record:
 
     params: PyTree
     graph: Graph
-    report: Report
+    report: FunctionReport
     preserves: Preserves
     pipeline: Pipeline
     seed: int
     contracts: Contracts
-    state: State
-
-
-# Trees of parameters as JSON: dictionaries, lists and tuples; every other container is not.
-
-JsonTree = Any
-"""``{"dict": …}``, ``{"list": …}``, ``{"tuple": …}``, None, or the number of a leaf."""
-
-
-def to_json(treedef: Any) -> JsonTree:
-    """Return the structure of a tree as JSON values, or None where it has other containers."""
-    count = treedef.num_leaves
-    numbered = jax.tree_util.tree_unflatten(treedef, list(range(count)))
-    try:
-        return {"tree": _written(numbered)}
-    except TypeError:
-        return None
-
-
-def from_json(tree: JsonTree) -> Any:
-    """Return the structure that `to_json` wrote."""
-    return jax.tree_util.tree_structure(_read(tree["tree"]))
-
-
-def _written(node: Any) -> JsonTree:
-    kind = type(node)
-    if node is None or kind is int:
-        return node
-    if kind is dict and all(type(key) is str for key in node):
-        return {"dict": {key: _written(value) for key, value in node.items()}}
-    if kind in (list, tuple):
-        return {kind.__name__: [_written(value) for value in node]}
-    raise TypeError(kind.__name__)
-
-
-def _read(node: JsonTree) -> Any:
-    if not isinstance(node, dict):
-        return node
-    ((kind, inner),) = node.items()
-    if kind == "dict":
-        return {key: _read(value) for key, value in inner.items()}
-    made = [_read(value) for value in inner]
-    return tuple(made) if kind == "tuple" else made
-
-
-# Save a conversion as a folder: arrays by their names, the graph, manifest and receipt.
-#
-# The graph reads the arrays beside it, so that ``moecc inspect`` and ``moecc verify`` take the
-# folder like any other; ``config.json`` has what functions of the parameters need to know.
-
-SCHEMA = "moecc.function/1"
-
-
-def write_folder(
-    record: Record, folder: Path, params: PyTree = None, *, force: bool = False
-) -> Path:
-    """Write parameters to a folder, atomically; return the folder.
-
-    Args:
-      record: the record.
-      folder: the folder, new or empty.
-      params: parameters of the same tree, trained for example; those of the conversion if None.
-      force: whether an existing folder is replaced.
-
-    Raises:
-      InputError: the folder cannot be used, the parameters do not fit, or an array cannot be
-        stored.
-      MachineError: the disk is too small, or a write failed.
-    """
-    arrays = named_arrays(record.state, record.params if params is None else params)
-    leaves = _leaves(arrays)
-    tensors = [OutputTensor(n, leaf.source, leaf.dtype) for n, leaf in leaves.items()]
-    needed = sum(int(a.nbytes) for a in arrays.values())
-    with output_folder(folder, force=force, needed_bytes=needed) as temporary:
-        written = write_checkpoint(
-            temporary,
-            tensors,
-            lambda name, start=0, stop=None: _rows(arrays[name], start, stop),
-            metadata={"moecc": __version__, "pipeline": record.pipeline.in_full()},
-        )
-        graph = print_graph(_saved_graph(record, leaves))
-        write_durable(temporary / GRAPH_NAME, graph.encode())
-        write_durable(temporary / CONFIG_NAME, _text(_config(record)))
-        write_durable(temporary / RECEIPT_NAME, _receipt(record).content())
-        write_durable(temporary / MANIFEST_NAME, _manifest(temporary, record, written))
-    return folder
-
-
-def _text(document: object) -> bytes:
-    return (json.dumps(document, indent=2) + "\n").encode()
-
-
-def _rows(array: AnyArray, start: int, stop: int | None) -> AnyArray:
-    whole = np.asarray(array)
-    return whole[start:stop] if whole.ndim else whole
-
-
-def named_arrays(state: State, params: PyTree) -> dict[str, AnyArray]:
-    """Return the arrays of new parameters by the names under which they are stored.
-
-    Raises:
-      InputError: they are not those of the record.
-    """
-    given = Given.of(state.tree, params)
-    given.check(state.storage)
-    found = {n: a for n, a in given.leaves.items() if a is not None}
-    return found | {beside_name(n, state.tree.names): a for n, a in given.beside.items()}
-
-
-def beside_name(name: str, leaves: Collection[str]) -> str:
-    """Return the name under which an array beside a tree of `leaves` is stored."""
-    return f"{BESIDE}.{name}" if name in leaves else name
-
-
-def _leaves(arrays: Mapping[str, AnyArray]) -> dict[str, Leaf]:
-    """Return the arrays as leaves. Raises InputError for types that are not stored."""
-    problems = []
-    leaves: dict[str, Leaf] = {}
-    for name, array in arrays.items():
-        leaf = None if isinstance(array, jax.ShapeDtypeStruct) else leaf_of(name, array)
-        if leaf is None or leaf.dtype.safetensors is None:
-            what = "an array cannot be stored"
-            found = f"{type(array).__name__} of {array.dtype}"
-            hint = "convert arrays and not shapes, and keep random keys elsewhere"
-            problems.append(Problem(what, f"params {name}", found=found, hint=hint))
-        else:
-            leaves[name] = leaf
-    if problems:
-        raise InputError(problems)
-    return leaves
-
-
-def _saved_graph(record: Record, leaves: Mapping[str, Leaf]) -> Graph:
-    """Return the graph with its parameters read from the arrays as they are stored."""
-    graph, state = clone(record.graph), record.state
-    stored = {(s.key, s.in_tree): s for s in state.storage.arrays}
-    for name, param in graph.params.items():
-        slot = state.storage.slots.get(name)
-        if slot is not None:
-            one = stored[slot.key, slot.in_tree]
-            key = slot.key if slot.in_tree else beside_name(slot.key, state.tree.names)
-            param.weight = _saving_read(leaves[key], one, slot.row)
-    graph.attrs["checkpoint"] = "."
-    return graph
-
-
-def _saving_read(leaf: Leaf, stored: Stored, row: int | None) -> Expr:
-    """Return a parameter as it is read from a stored array: all of it, or a part of a stack."""
-    type = TensorType(
-        leaf.dtype,
-        tuple(Axis(a.name, n) for a, n in zip(stored.weight.type.axes, leaf.shape, strict=True)),
-    )
-    whole = Source(leaf.name, type)
-    if row is None:
-        return whole
-    assert isinstance(stored.weight, Stack), "rows are those of stacks"
-    return Index(whole, stored.weight.axis, row)
-
-
-def _numbers(tree: ParamTree) -> dict[int, object]:
-    """Return the leaves of a tree, by position, that are Python's numbers or texts."""
-    return {at: leaf for at, leaf in tree.fixed.items() if isinstance(leaf, (int, float, str))}
-
-
-def _config(record: Record) -> dict[str, object]:
-    """Return what functions of the parameters need to know, as JSON values."""
-    state = record.state
-    storage = state.storage
-    return {
-        "model_type": MODEL_TYPE,
-        "schema": SCHEMA,
-        "pipeline": record.pipeline.in_full(),
-        "seed": record.seed,
-        "preserves": asdict(record.preserves),
-        "report": record.report.to_json(),
-        "tree": to_json(state.tree.treedef),
-        "names": list(state.tree.names),
-        "numbers": sorted(_numbers(state.tree).items()),
-        "fixed": sorted(state.tree.fixed.keys() - _numbers(state.tree).keys()),
-        "leaves": {n: [leaf.dtype.name, list(leaf.shape)] for n, leaf in state.leaves.items()},
-        "blocks": [
-            {"loc": one.loc, "text": key[0], "params": list(one.params),
-             "weights": list(map(str, one.weights)), "summary": one.summary, "line": one.line,
-             "identity": one.identity}
-            for key, one in state.instances.items()
-        ],
-        "converted": sorted(state.converted),
-        "slots": {n: [s.key, s.in_tree, s.row] for n, s in storage.slots.items()},
-        "arrays": [[s.key, s.in_tree, str(s.weight), s.like] for s in storage.arrays],
-        "gone": sorted(storage.gone),
-    }  # fmt: skip
-
-
-def _receipt(record: Record) -> Receipt:
-    return Receipt(MODEL_TYPE, record.preserves, record.contracts, None, (), library_versions())
-
-
-def _manifest(folder: Path, record: Record, written: WriteReport) -> bytes:
-    tensors = {t.name: TensorRecord(t.sha256, t.dtype, t.shape, t.file) for t in written.tensors}
-    weights = sorted({t.file for t in written.tensors})
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    others = {name: folder / name for name in names if name not in weights}
-    manifest = Manifest(
-        pipeline=record.pipeline.in_full(),
-        seed=record.seed,
-        source=record.report.function,
-        source_files={},
-        family_from=MODEL_TYPE,
-        family_to=MODEL_TYPE,
-        dtype="as stored",
-        preserves=str(record.preserves),
-        weights={name: weight_file_record(folder / name) for name in weights},
-        files=file_records(others),
-        tensors=tensors,
-        notes=tuple(f"not finite: {found}" for found in written.nonfinite),
-    )
-    return dump(manifest)
-
-
-# A conversion: new parameters, and functions of them.
-
-
-@dataclass(frozen=True)
-class Conversion(Record):
-    """Converted parameters, and every function of them; see `Record` for the attributes."""
+    state: ConversionState
 
     def __call__(
         self,
         function: Function,
         *,
         losses: bool = False,
-        mesh: jax.sharding.Mesh | None = None,
+        mesh: object = None,
         dispatch: str = AUTO,
     ) -> Function:
         """Return `function` on the new parameters, traced and rewritten anew at each trace.
@@ -417,9 +202,17 @@ class Conversion(Record):
         """
         if not callable(function):
             raise UsageError("not a function", expected="a function", found=type(function).__name__)
+        devices: jax.sharding.Mesh | None = None
+        if isinstance(mesh, jax.sharding.Mesh):
+            # The axes of `jax.make_mesh` are explicit by default; here XLA's partitioner places
+            # values over them.
+            devices = jax.sharding.Mesh(mesh.devices, mesh.axis_names)
+        elif mesh is not None:
+            expected, actual = "a jax.sharding.Mesh", type(mesh).__name__
+            raise UsageError("not a mesh of devices", expected=expected, found=actual)
         options = Options(dispatch)
         check_dispatch(self.graph, options)
-        execution = Execution(options, _partitioned(mesh))
+        execution = Execution(options, devices)
 
         @wraps(function)
         def converted(
@@ -428,8 +221,10 @@ class Conversion(Record):
             moe_inputs: Mapping[str, AnyArray] | None = None,
             **kwargs: PyTree,
         ) -> AnyArray:
-            call = Call(self.state, function, losses, execution)
-            return call.run(params, args, kwargs, moe_inputs or {})
+            arguments, extra = (args, kwargs), moe_inputs or {}
+            return call_converted(
+                self.state, function, execution, params, arguments, extra, losses=losses
+            )
 
         return converted
 
@@ -447,29 +242,134 @@ class Conversion(Record):
             stored.
           MachineError: the disk is too small, or a write failed.
         """
-        return write_folder(self, Path(folder_text(folder)), params, force=flag("force", force))
+        path, force = Path(folder_text(folder)), flag("force", force)
+        arrays = _named_arrays(self.state, self.params if params is None else params)
+        leaves = _stored_leaves(arrays)
+        tensors = [OutputTensor(n, leaf.source, leaf.dtype) for n, leaf in leaves.items()]
+        needed = sum(int(a.nbytes) for a in arrays.values())
+        with output_folder(path, force=force, needed_bytes=needed) as temporary:
+            written = write_checkpoint(
+                temporary,
+                tensors,
+                lambda name, start=0, stop=None: rows_of(arrays[name], start, stop),
+                metadata={"moecc": __version__, "pipeline": self.pipeline.in_full()},
+            )
+            graph = print_graph(_saved_graph(self, leaves))
+            config = json.dumps(_config(self), indent=2) + "\n"
+            receipt = Receipt(
+                MODEL_TYPE, self.preserves, self.contracts, None, (), library_versions()
+            )
+            write_durable(temporary / GRAPH_NAME, graph.encode())
+            write_durable(temporary / CONFIG_NAME, config.encode())
+            write_durable(temporary / RECEIPT_NAME, receipt.content())
+            write_durable(temporary / MANIFEST_NAME, _manifest(temporary, self, written))
+        return path
 
 
-def _partitioned(mesh: object) -> jax.sharding.Mesh | None:
-    """Return a mesh over whose axes XLA's partitioner places values.
-
-    The axes of `jax.make_mesh` are explicit by default: it must not.
-
-    Raises:
-      UsageError: it is no mesh of devices.
-    """
-    if mesh is None:
-        return None
-    if not isinstance(mesh, jax.sharding.Mesh):
-        expected, found = "a jax.sharding.Mesh", type(mesh).__name__
-        raise UsageError("not a mesh of devices", expected=expected, found=found)
-    return jax.sharding.Mesh(mesh.devices, mesh.axis_names)
+def _beside_name(name: str, leaves: Collection[str]) -> str:
+    """Return the name under which an array beside a tree of `leaves` is stored."""
+    return f"{BESIDE}.{name}" if name in leaves else name
 
 
-# Load a conversion that was saved: its parameters, and what functions of them need to know.
+def _named_arrays(state: ConversionState, params: PyTree) -> dict[str, AnyArray]:
+    """Return the arrays of new parameters by the names under which they are stored."""
+    converted = ConvertedParams.of(state.tree, state.storage, params)
+    arrays = {n: a for n, a in converted.leaves.items() if a is not None}
+    return arrays | {_beside_name(n, state.tree.names): a for n, a in converted.beside.items()}
 
 
-def load(folder: str | Path, like: PyTree = None) -> Conversion:
+def _stored_leaves(arrays: Mapping[str, AnyArray]) -> dict[str, TreeLeaf]:
+    """Return the arrays as leaves. Raises InputError for types that are not stored."""
+    present = {n: a for n, a in arrays.items() if not isinstance(a, jax.ShapeDtypeStruct)}
+    leaves = {n: leaf for n, leaf in leaves_of(present).items() if leaf.dtype.safetensors}
+    problems = [
+        Problem(
+            "an array cannot be stored",
+            f"params {name}",
+            found=f"{type(array).__name__} of {array.dtype}",
+            hint="convert arrays and not shapes, and keep random keys elsewhere",
+        )
+        for name, array in arrays.items()
+        if name not in leaves
+    ]
+    if problems:
+        raise InputError(problems)
+    return leaves
+
+
+def _saved_graph(conversion: FunctionConversion, leaves: Mapping[str, TreeLeaf]) -> Graph:
+    """Return the graph with its parameters read from the arrays as they are stored."""
+    graph, state = clone(conversion.graph), conversion.state
+    arrays = {(s.key, s.in_tree): s.weight for s in state.storage.arrays}
+    for name, param in graph.params.items():
+        slot = state.storage.slots.get(name)
+        if slot is None:
+            continue
+        key = slot.key if slot.in_tree else _beside_name(slot.key, state.tree.names)
+        leaf, weight = leaves[key], arrays[slot.key, slot.in_tree]
+        sizes = zip(weight.type.names, leaf.shape, strict=True)
+        type = TensorType(leaf.dtype, tuple(Axis(n, size) for n, size in sizes))
+        read: Expr = Source(leaf.name, type)
+        if slot.row is not None:
+            assert isinstance(weight, Stack), "rows are those of stacks"
+            read = Index(read, weight.axis, slot.row)
+        param.weight = read
+    graph.attrs["checkpoint"] = "."
+    return graph
+
+
+def _config(conversion: FunctionConversion) -> dict[str, object]:
+    """Return what functions of the parameters need to know, as JSON values."""
+    state = conversion.state
+    tree, storage = state.tree, state.storage
+    numbers = {i: leaf for i, leaf in tree.fixed.items() if isinstance(leaf, int | float | str)}
+    return {
+        "model_type": MODEL_TYPE,
+        "schema": SCHEMA,
+        "pipeline": conversion.pipeline.in_full(),
+        "seed": conversion.seed,
+        "preserves": asdict(conversion.preserves),
+        "report": conversion.report.to_json(),
+        "tree": _tree_to_json(tree.treedef),
+        "names": list(tree.names),
+        "numbers": sorted(numbers.items()),
+        "fixed": sorted(tree.fixed.keys() - numbers),
+        "leaves": {n: [leaf.dtype.name, list(leaf.shape)] for n, leaf in state.leaves.items()},
+        "blocks": [
+            {"loc": i.loc, "text": text, "params": list(i.params),
+             "weights": list(map(str, i.weights)), "summary": i.summary, "line": i.line,
+             "identity": i.identity}
+            for (text, _), i in state.instances.items()
+        ],
+        "converted": sorted(state.converted),
+        "slots": {n: list(astuple(slot)) for n, slot in storage.slots.items()},
+        "arrays": [[s.key, s.in_tree, str(s.weight), s.like] for s in storage.arrays],
+        "gone": sorted(storage.gone),
+    }  # fmt: skip
+
+
+def _manifest(folder: Path, conversion: FunctionConversion, written: WriteReport) -> bytes:
+    tensors = {t.name: TensorRecord(t.sha256, t.dtype, t.shape, t.file) for t in written.tensors}
+    weights = sorted({t.file for t in written.tensors})
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    manifest = Manifest(
+        pipeline=conversion.pipeline.in_full(),
+        seed=conversion.seed,
+        source=conversion.report.function,
+        source_files={},
+        family_from=MODEL_TYPE,
+        family_to=MODEL_TYPE,
+        dtype="as stored",
+        preserves=str(conversion.preserves),
+        weights={name: weight_file_record(folder / name) for name in weights},
+        files=file_records({name: folder / name for name in names if name not in weights}),
+        tensors=tensors,
+        notes=tuple(f"not finite: {tensor}" for tensor in written.nonfinite),
+    )
+    return dump(manifest)
+
+
+def load(folder: str | Path, like: PyTree = None) -> FunctionConversion:
     """Return the conversion that `save` wrote to a folder, with its parameters.
 
     Args:
@@ -481,71 +381,58 @@ def load(folder: str | Path, like: PyTree = None) -> Conversion:
       UsageError: `folder` is no path.
       InputError: the folder has no such conversion, or `like` is another tree.
     """
-    place = Path(folder_text(folder))
-    with open_folder(place) as checkpoint:
-        config = checkpoint.config
+    path = Path(folder_text(folder))
+    with open_folder(path) as checkpoint:
+        config: Json = checkpoint.config
         if config.get("model_type") != MODEL_TYPE or config.get("schema") != SCHEMA:
             raise InputError(
                 "the folder does not hold a converted function",
-                where=str(place),
+                where=str(path),
                 expected=f"{MODEL_TYPE} {SCHEMA}",
                 found=f"{config.get('model_type')} {config.get('schema')}",
                 hint="`save` of a conversion writes one",
             )
-        state = _state(config, str(place / GRAPH_NAME), like)
+        state = _loaded_state(config, str(path / GRAPH_NAME), like)
         arrays = {name: jnp.asarray(checkpoint.read(name)) for name in checkpoint.tensors}
     leaves = {n: arrays[n] for n in state.tree.array_names if n in arrays}
-    beside = {s.key: arrays[beside_name(s.key, state.tree.names)]
-              for s in state.storage.arrays if not s.in_tree}  # fmt: skip
-    report = Report.from_json(_object(config["report"]))
-    promise = _object(config["preserves"])
-    return Conversion(
+    names = {s.key: _beside_name(s.key, state.tree.names)
+             for s in state.storage.arrays if not s.in_tree}  # fmt: skip
+    beside = {key: arrays[name] for key, name in names.items()}
+    return FunctionConversion(
         params={TREE: state.tree.unflatten(leaves), BESIDE: beside},
         graph=state.parts.graph,
-        report=report,
-        preserves=Preserves(**promise),
-        pipeline=Pipeline.parse(str(config["pipeline"]), installed()),
-        seed=_number(config["seed"]),
+        report=FunctionReport.from_json(config["report"]),
+        preserves=Preserves(**config["preserves"]),
+        pipeline=Pipeline.parse(config["pipeline"], installed()),
+        seed=config["seed"],
         contracts=Contracts(unchecked="read from a folder"),
         state=state,
     )
 
 
-def _object(value: object) -> JsonDict:
-    assert isinstance(value, dict), "the schema says so"
-    return value
-
-
-def _number(value: object) -> int:
-    assert isinstance(value, int), "the schema says so"
-    return value
-
-
-def _state(config: Json, graph: str, like: PyTree) -> State:
-    leaves = {n: Leaf(n, tuple(shape), DTYPES[dtype])
-              for n, (dtype, shape) in config["leaves"].items()}  # fmt: skip
-    instances = dict(map(_instance, config["blocks"]))
-    storage = Storage(
-        {n: Slot(*one) for n, one in config["slots"].items()},
-        [Stored(key, in_tree, parse_expr(weight)[0], of)
-         for key, in_tree, weight, of in config["arrays"]],
-        set(config["gone"]),
-    )  # fmt: skip
-    parts = cut(read_graph(graph), [one.loc for one in instances.values()])
-    return State(
-        _tree(config, like), leaves, parts, instances, frozenset(config["converted"]), storage
+def _loaded_state(config: Json, graph: str, like: PyTree) -> ConversionState:
+    instances = {}
+    for block in config["blocks"]:
+        weights = tuple(parse_expr(text)[0] for text in block["weights"])
+        words = (block[n] for n in ("summary", "line", "identity"))
+        instance = BlockInstance(block["loc"], tuple(block["params"]), weights, *words)
+        instances[block["text"], weights] = instance
+    stored = [
+        StoredParam(key, in_tree, parse_expr(weight)[0], leaf)
+        for key, in_tree, weight, leaf in config["arrays"]
+    ]
+    slots = {n: ParamSlot(*fields) for n, fields in config["slots"].items()}
+    return ConversionState(
+        _loaded_tree(config, like),
+        {n: TreeLeaf(n, tuple(shape), DTYPES[d]) for n, (d, shape) in config["leaves"].items()},
+        cut_graph(read_graph(graph), [i.loc for i in instances.values()]),
+        instances,
+        frozenset(config["converted"]),
+        ParamStorage(slots, stored, set(config["gone"])),
     )
 
 
-def _instance(block: Json) -> tuple[Key, Instance]:
-    weights = tuple(parse_expr(text)[0] for text in block["weights"])
-    params = tuple(block["params"])
-    said = (str(block[n]) for n in ("summary", "line", "identity"))
-    made = Instance(block["loc"], params, weights, *said)
-    return (block["text"], weights), made
-
-
-def _tree(config: Json, like: PyTree) -> ParamTree:
+def _loaded_tree(config: Json, like: PyTree) -> ParamTree:
     names, numbers = tuple(config["names"]), dict(config["numbers"])
     if like is not None:
         tree, _ = ParamTree.of(like)
@@ -561,4 +448,40 @@ def _tree(config: Json, like: PyTree) -> ParamTree:
             "the tree of parameters has containers that a file cannot hold",
             hint="load(folder, like=params), with dense parameters or their shapes",
         )
-    return ParamTree(from_json(config["tree"]), names, numbers)
+    treedef = jax.tree_util.tree_structure(_read_tree(config["tree"]["tree"]))
+    return ParamTree(treedef, names, numbers)
+
+
+# Trees of parameters as JSON: ``{"dict": …}``, ``{"list": …}``, ``{"tuple": …}``, None, or the
+# number of a leaf; every other container is not.
+
+
+def _tree_to_json(treedef: PyTree) -> Json | None:
+    """Return the structure of a tree as JSON values, or None where it has other containers."""
+
+    def write(node: Any) -> Any:
+        kind = type(node)
+        if node is None or kind is int:
+            return node
+        if kind is dict and all(type(key) is str for key in node):
+            return {"dict": {key: write(value) for key, value in node.items()}}
+        if kind in (list, tuple):
+            return {kind.__name__: [write(value) for value in node]}
+        raise TypeError(kind.__name__)
+
+    numbers = range(treedef.num_leaves)
+    try:
+        return {"tree": write(jax.tree_util.tree_unflatten(treedef, numbers))}
+    except TypeError:
+        return None
+
+
+def _read_tree(node: Any) -> Any:
+    """Return the tree that `_tree_to_json` wrote."""
+    if not isinstance(node, dict):
+        return node
+    ((kind, inner),) = node.items()
+    if kind == "dict":
+        return {key: _read_tree(value) for key, value in inner.items()}
+    values = [_read_tree(value) for value in inner]
+    return tuple(values) if kind == "tuple" else values

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
 import jax
@@ -11,29 +11,42 @@ from moecc.api.arguments import flag, pipeline_of, whole
 from moecc.errors import InputError, Problem, UsageError
 from moecc.ir.graph import Graph
 from moecc.pipeline.passes import Context, Pass, ReadWeight
-from moecc.pipeline.runner import Report as PipelineReport
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.tasks.contracts import Contracts, check_contracts
 from moecc.types import Array
 from moecc.weights.expr import Expr
-from moecc_backends.jaxpr.blocks import Miss
-from moecc_backends.jaxpr.call import BESIDE, TREE, State
-from moecc_backends.jaxpr.conversion import BlockReport, Conversion, Report
-from moecc_backends.jaxpr.graph import Parts, build_graph, cut, part_key, surroundings
+from moecc_backends.jaxpr.blocks import NearMiss
+from moecc_backends.jaxpr.call import BESIDE, TREE, ConversionState
+from moecc_backends.jaxpr.conversion import BlockReport, FunctionConversion, FunctionReport
+from moecc_backends.jaxpr.graph import (
+    BlockParts,
+    VariableLabels,
+    cut_graph,
+    graph_of_blocks,
+    graph_of_function,
+)
 from moecc_backends.jaxpr.jaxprs import AnyArray, function_line, shape_of
-from moecc_backends.jaxpr.labels import Dims, refuse_mixing, token_labels
-from moecc_backends.jaxpr.scopes import ParamTree, Traced, Val, leaves_of, trace_function
-from moecc_backends.jaxpr.storage import LeafEvaluator, Storage, make_array, plan_storage
-from moecc_backends.jaxpr.survey import Instance, Key, Survey, settle, steps_of, survey, uses
-from moecc_backends.jaxpr.views import Leaf
+from moecc_backends.jaxpr.labels import refuse_mixing, token_labels
+from moecc_backends.jaxpr.scopes import (
+    ParamTree,
+    TracedFunction,
+    leaves_of,
+    trace_function,
+)
+from moecc_backends.jaxpr.storage import LeafEvaluator, new_array, plan_storage
+from moecc_backends.jaxpr.survey import (
+    BlockInstance,
+    Survey,
+    equations_of,
+    leaf_uses,
+    refuse_shared_weights,
+    survey_blocks,
+)
 from moecc_backends.xla.trace.typed_jax import Function, PyTree
 
 MAX_READ_ELEMENTS = 1 << 20
 """The largest parameter that a promise may depend on."""
-
-NOT_CHECKED = Contracts(unchecked="convert(…, check=True) does")
-"""What is said where passes are not held to their promises, which is the default here."""
 
 
 def convert(
@@ -47,7 +60,7 @@ def convert(
     allow_unmatched: bool = False,
     check: bool = False,
     **kwargs: PyTree,
-) -> Conversion:
+) -> FunctionConversion:
     """Upcycle a function of parameters: ``convert(loss, params, batch, "upcycle{experts=8}")``.
 
     Args:
@@ -71,29 +84,66 @@ def convert(
     if not callable(function):
         raise UsageError("not a function", expected="a function", found=type(function).__name__)
     if pipeline is None:
-        *given, pipeline = args or (None,)
-        args = tuple(given)
+        *args_before, pipeline = args or (None,)
+        args = tuple(args_before)
     passes, seed = _parsed(pipeline), whole("seed", seed)
-    for what, value in (("causal", causal), ("allow_unmatched", allow_unmatched), ("check", check)):
-        flag(what, value)
+    for name, value in (("causal", causal), ("allow_unmatched", allow_unmatched), ("check", check)):
+        flag(name, value)
     tree, arrays = ParamTree.of(params)
-    _, found, labels = _surveyed(function, (tree, arrays), (args, kwargs), tokens or {})
-    name, instances = _name(function), found.instances()
-    graph = build_graph(found, name=name, is_causal=causal, labels=labels)
+    _, survey, labels = _survey_function(function, tree, arrays, (args, kwargs), tokens or {})
+    instances = survey.instances()
     locations = [i.loc for i in instances.values()]
-    before = {loc: part_key(part) for loc, part in cut(graph, locations).blocks.items()}
+    graph = graph_of_blocks(survey, name=_name(function), is_causal=causal, labels=labels)
+    keys = {loc: part.key() for loc, part in cut_graph(graph, locations).blocks.items()}
     context = Context(seed=seed, allow_unmatched=allow_unmatched, read=_reader(arrays))
-    contracts = check_contracts(graph, passes, context) if check else NOT_CHECKED
-    done = _run(graph, passes, context, found.misses)
-    parts = cut(graph, locations)
-    converted = frozenset(n for n, part in parts.blocks.items() if part_key(part) != before[n])
-    _check_loops(found, instances, parts, converted)
+    contracts = Contracts(unchecked="convert(…, check=True) does")
+    if check:
+        contracts = check_contracts(graph, passes, context)
+    try:
+        run = run_pipeline(graph, passes, context=context)
+    except InputError as error:
+        # Where a pass matches nothing, the near misses say why.
+        raise InputError([*error.problems, *_problems(survey.misses)]) from None
+    parts = cut_graph(graph, locations)
+    converted = frozenset(loc for loc, part in parts.blocks.items() if part.key() != keys[loc])
+    groups = [(site, [instances[key] for key in site.keys]) for site in survey.sites]
+    _check_loops((blocks for _, blocks in groups), parts, converted)
+    replaced = [(site, blocks) for site, blocks in groups if blocks[0].loc in converted]
+    uses = leaf_uses(survey.scope, equations_of(site for site, _ in replaced))
     leaves = leaves_of(arrays)
-    storage = _storage(found, instances, graph, parts, converted, leaves)
-    state = State(tree, leaves, parts, instances, converted, storage)
-    made = _new_params(state, arrays)
-    report = _report((name, function_line(function)), passes, done, found, state, (arrays, made))
-    return Conversion(made, graph, report, done.preserves, passes, seed, contracts, state)
+    storage = plan_storage(
+        graph,
+        leaves,
+        [(bool(site.loops), blocks) for site, blocks in replaced],
+        {use.view.leaf.name for use in uses},
+        {loc: [p.name for p in parts.blocks[loc].params] for loc in converted},
+    )
+    state = ConversionState(tree, leaves, parts, instances, converted, storage)
+    new = {(s.key, s.in_tree): new_array(s, leaves, arrays) for s in storage.arrays}
+    in_place = {n: a for n, a in arrays.items() if n not in storage.gone}
+    in_place |= {key: array for (key, in_tree), array in new.items() if in_tree}
+    new_params = {
+        TREE: tree.unflatten(in_place),
+        BESIDE: {key: array for (key, in_tree), array in new.items() if not in_tree},
+    }
+    report = FunctionReport(
+        function=_name(function),
+        line=function_line(function),
+        pipeline=str(passes),
+        preserves=str(run.preserves),
+        blocks=tuple(
+            BlockReport(i.loc, i.line, i.summary, i.loc in converted) for i in instances.values()
+        ),
+        misses=tuple(map(str, survey.misses)),
+        unused=survey.unused,
+        remarks=tuple(dict.fromkeys(str(r) for each in run.runs for r in each.remarks)),
+        equations=len([*survey.scope.every_equation()]) - len(equations_of(survey.sites)),
+        elements_before=_count_elements(arrays),
+        elements_after=_count_elements(new_params),
+    )
+    return FunctionConversion(
+        new_params, graph, report, run.preserves, passes, seed, contracts, state
+    )
 
 
 def graph(
@@ -112,36 +162,54 @@ def graph(
     Raises:
       InputError: the function cannot be traced, or has no such block.
     """
-    traced, found, labels = _surveyed(function, ParamTree.of(params), (args, kwargs), tokens or {})
-    around = surroundings(traced, found, labels)
-    return build_graph(found, name=_name(function), is_causal=causal, labels=labels, around=around)
+    tree, arrays = ParamTree.of(params)
+    traced, survey, labels = _survey_function(function, tree, arrays, (args, kwargs), tokens or {})
+    return graph_of_function(traced, survey, name=_name(function), is_causal=causal, labels=labels)
 
 
 def _name(function: Function) -> str:
     return str(getattr(function, "__name__", "function"))
 
 
-def _surveyed(
+def _survey_function(
     function: Function,
-    params: tuple[ParamTree, Mapping[str, AnyArray]],
+    tree: ParamTree,
+    arrays: Mapping[str, AnyArray],
     arguments: tuple[Sequence[AnyArray], Mapping[str, AnyArray]],
     tokens: Mapping[str, Sequence[str]],
-) -> tuple[Traced, Survey, dict[Val, Dims]]:
+) -> tuple[TracedFunction, Survey, VariableLabels]:
     """Return a function traced, its blocks, and the labels of its values.
 
     Raises:
       InputError: the function cannot be traced, or has no such block.
     """
-    tree, arrays = params
     shapes = {n: shape_of(a.shape, a.dtype) for n, a in arrays.items()}
-    traced, _ = trace_function(function, tree, shapes, leaves_of(arrays), arguments)
-    found = survey(traced.scope)
-    labels = token_labels(traced, tokens, function_line(function)) if tokens else {}
-    refuse_mixing(found, labels)
-    settle(found)
-    if not found.sites:
-        raise InputError([_no_block(function, found), *map(_near, found.misses)])
-    return traced, found, labels
+    traced = trace_function(function, tree, shapes, leaves_of(arrays), arguments)
+    survey, line = survey_blocks(traced.scope), function_line(function)
+    labels = token_labels(traced, tokens, line) if tokens else {}
+    refuse_mixing(survey, labels)
+    refuse_shared_weights(survey)
+    if survey.sites:
+        return traced, survey, labels
+    words = "the function has no feed-forward block of its parameters"
+    if not survey.leaves:
+        words = "the parameters have none of the element types that a block can have"
+    elif len(survey.unused) == len(survey.leaves):
+        words = "the function uses none of its parameters"
+    problem = Problem(
+        words,
+        where=line,
+        expected="a product with a weight, functions of elements, a product with a weight",
+        hint="the parameters are the first argument; weights that are closed over are constants",
+    )
+    raise InputError([problem, *_problems(survey.misses)])
+
+
+def _problems(misses: Iterable[NearMiss]) -> list[Problem]:
+    return [
+        Problem(f"not a block: {miss.reason}", where=miss.line or ", ".join(miss.weights))
+        for miss in misses
+    ]
 
 
 def _parsed(pipeline: object) -> Pipeline:
@@ -155,34 +223,6 @@ def _parsed(pipeline: object) -> Pipeline:
     )
 
 
-def _run(
-    graph: Graph, pipeline: Pipeline, context: Context, misses: Sequence[Miss]
-) -> PipelineReport:
-    """Run the pipeline; where a pass matches nothing, say what is nearly a block."""
-    try:
-        return run_pipeline(graph, pipeline, context=context)
-    except InputError as error:
-        raise InputError([*error.problems, *map(_near, misses)]) from None
-
-
-def _near(miss: Miss) -> Problem:
-    return Problem(f"not a block: {miss.reason}", where=miss.line or ", ".join(miss.weights))
-
-
-def _no_block(function: Function, found: Survey) -> Problem:
-    what = "the function has no feed-forward block of its parameters"
-    if not found.leaves:
-        what = "the parameters have none of the element types that a block can have"
-    elif len(found.unused) == len(found.leaves):
-        what = "the function uses none of its parameters"
-    return Problem(
-        what,
-        where=function_line(function),
-        expected="a product with a weight, functions of elements, a product with a weight",
-        hint="the parameters are the first argument; weights that are closed over are constants",
-    )
-
-
 def _reader(arrays: Mapping[str, AnyArray]) -> ReadWeight:
     """Return what reads small parameters on which promises depend."""
     are_shapes = any(isinstance(a, jax.ShapeDtypeStruct) for a in arrays.values())
@@ -190,88 +230,32 @@ def _reader(arrays: Mapping[str, AnyArray]) -> ReadWeight:
     def read(weight: Expr) -> Array | None:
         if are_shapes or prod(weight.type.shape) > MAX_READ_ELEMENTS:
             return None
-        box = tuple((0, n) for n in weight.type.shape)
-        return LeafEvaluator(arrays).block(weight, box)
+        return LeafEvaluator(arrays).evaluate(weight)
 
     return read
 
 
 def _check_loops(
-    found: Survey, instances: Mapping[Key, Instance], parts: Parts, converted: frozenset[str]
+    groups: Iterable[Sequence[BlockInstance]], parts: BlockParts, converted: frozenset[str]
 ) -> None:
-    """Raise InputError unless the blocks of one loop became alike."""
+    """Raise InputError unless the blocks of each loop became alike."""
     problems = []
-    for site in found.sites:
-        locs = [instances[key].loc for key in site.keys]
-        kinds = {part_key(parts.blocks[loc]) for loc in locs}
-        count = sum(loc in converted for loc in locs)
-        if len(kinds) > 1 or count not in (0, len(locs)):
-            what = f"all {len(locs)} alike: {locs[0]} to {locs[-1]}"
-            hint = "layers=all; or split the scan into two, each with alike layers"
-            where = site.island.line or locs[0]
-            problems.append(
-                Problem("blocks of one scan would differ", where, what, f"{count} converted", hint)
+    for blocks in groups:
+        count = sum(i.loc in converted for i in blocks)
+        kinds = {parts.blocks[i.loc].key() for i in blocks}
+        if len(kinds) > 1 or count not in (0, len(blocks)):
+            problem = Problem(
+                "blocks of one scan would differ",
+                where=blocks[0].line or blocks[0].loc,
+                expected=f"all {len(blocks)} alike: {blocks[0].loc} to {blocks[-1].loc}",
+                found=f"{count} converted",
+                hint="layers=all; or split the scan into two, each with alike layers",
             )
+            problems.append(problem)
     if problems:
         raise InputError(problems)
 
 
-def _storage(
-    found: Survey,
-    instances: Mapping[Key, Instance],
-    graph: Graph,
-    parts: Parts,
-    converted: frozenset[str],
-    leaves: Mapping[str, Leaf],
-) -> Storage:
-    sites = [s for s in found.sites if instances[s.keys[0]].loc in converted]
-    still_used = {u.view.leaf.name for u in uses(found.scope, steps_of(sites))}
-    return plan_storage(
-        graph,
-        leaves,
-        [i for i in instances.values() if i.loc in converted],
-        sites,
-        instances,
-        still_used,
-        {loc: [p.name for p in parts.blocks[loc].params] for loc in converted},
-    )
-
-
-def _new_params(state: State, arrays: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
-    """Return the new parameters: the tree with experts in place, and the rest by name."""
-    made: dict[bool, dict[str, AnyArray]] = {True: {}, False: {}}
-    for one in state.storage.arrays:
-        made[one.in_tree][one.key] = make_array(one, state.leaves, arrays)
-    kept = {n: a for n, a in arrays.items() if n not in state.storage.gone}
-    return {TREE: state.tree.unflatten(kept | made[True]), BESIDE: made[False]}
-
-
-def _report(
-    function: tuple[str, str],
-    pipeline: Pipeline,
-    done: PipelineReport,
-    found: Survey,
-    state: State,
-    params: tuple[AnyArray, AnyArray],
-) -> Report:
-    name, line = function
-    before, after = (
-        sum(prod(x.shape) for x in jax.tree_util.tree_leaves(p) if hasattr(x, "shape"))
-        for p in params
-    )
-    return Report(
-        function=name,
-        line=line,
-        pipeline=str(pipeline),
-        preserves=str(done.preserves),
-        blocks=tuple(
-            BlockReport(i.loc, i.line, i.summary, i.loc in state.converted)
-            for i in state.instances.values()
-        ),
-        misses=tuple(map(str, found.misses)),
-        unused=found.unused,
-        remarks=tuple(dict.fromkeys(str(r) for run in done.runs for r in run.remarks)),
-        equations=sum(1 for _ in found.scope.every_step()) - len(steps_of(found.sites)),
-        elements_before=before,
-        elements_after=after,
-    )
+def _count_elements(params: PyTree) -> int:
+    leaves = jax.tree_util.tree_leaves(params)
+    return sum(prod(x.shape) for x in leaves if hasattr(x, "shape"))

@@ -1,4 +1,4 @@
-"""Jaxprs as the versions of jax have them: their parts, and the evaluation of some equations.
+"""Jaxprs as the versions of jax have them: their parts, their lines in the user's program, names.
 
 What jax calls an equation, a variable and a jaxpr has no public type, so they are `Any` here; this
 module alone knows how versions differ, and calls what has no annotations (pyproject.toml).
@@ -22,10 +22,9 @@ import jax.numpy as jnp
 from jax.extend import core
 
 Jaxpr = Any
-Equation = Any
+JaxEquation = Any
 Atom = Any
 Aval = Any
-Tracer = Any
 AnyArray = Any
 """An array, of jax or NumPy, or the tracer of one."""
 
@@ -40,8 +39,7 @@ def trace(function: Callable[..., Any], avals: Sequence[Aval]) -> tuple[Jaxpr, A
 
 def opened(jaxpr: Jaxpr) -> tuple[Jaxpr, list[Any]]:
     """Return a jaxpr with variables for its constants, and these."""
-    inner = getattr(jaxpr, "jaxpr", jaxpr)
-    return inner, list(getattr(jaxpr, "consts", ()))
+    return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
 
 
 def shape_of(shape: Sequence[int], dtype: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
@@ -54,40 +52,54 @@ def is_literal(atom: Atom) -> bool:
     return isinstance(atom, core.Literal)
 
 
+def is_float(dtype: Any) -> bool:
+    """Return whether a type is of floating point."""
+    return bool(jnp.issubdtype(dtype, jnp.floating))
+
+
 def float_bits(dtype: Any) -> tuple[int, int]:
     """Return the bits of the fraction and of the exponent of a floating-point type."""
-    found = jnp.finfo(dtype)
-    return int(found.nmant), int(found.nexp)
+    info = jnp.finfo(dtype)
+    return int(info.nmant), int(info.nexp)
 
 
-def callee(equation: Equation) -> Jaxpr | None:
+def callee(eqn: JaxEquation) -> Jaxpr | None:
     """Return the jaxpr of a plain call; None for every other equation."""
-    if equation.primitive.name not in CALLS:
+    if eqn.primitive.name not in CALLS:
         return None
-    return equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
+    return eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
 
 
-def inner_jaxprs(equation: Equation) -> list[Jaxpr]:
+def inner_jaxprs(eqn: JaxEquation) -> list[Jaxpr]:
     """Return the jaxprs among the parameters of an equation."""
-    found = []
-    for value in equation.params.values():
-        parts = value if isinstance(value, tuple | list) else (value,)
-        found += [part for part in parts if hasattr(part, "eqns") or hasattr(part, "jaxpr")]
-    return found
+    values = (v if isinstance(v, tuple | list) else (v,) for v in eqn.params.values())
+    return [p for parts in values for p in parts if hasattr(p, "eqns") or hasattr(p, "jaxpr")]
 
 
-def contains(jaxpr: Jaxpr, primitive: str, seen: dict[int, bool] | None = None) -> bool:
+def run_jaxprs(eqn: JaxEquation) -> list[Jaxpr]:
+    """Return the jaxprs that an equation runs: branches, the condition and the body of a loop."""
+    if "branches" in eqn.params:
+        return list(eqn.params["branches"])
+    names = ("jaxpr", "call_jaxpr", "cond_jaxpr", "body_jaxpr")
+    return [eqn.params[n] for n in names if n in eqn.params]
+
+
+def contains(jaxpr: Jaxpr, primitive: str, memo: dict[int, bool] | None = None) -> bool:
     """Return whether an equation of `primitive` is in a jaxpr, at any depth."""
-    memo = {} if seen is None else seen
+    memo = {} if memo is None else memo
     inner, _ = opened(jaxpr)
-    key = id(inner)
-    if key not in memo:
-        memo[key] = any(
+    if id(inner) not in memo:
+        memo[id(inner)] = any(
             e.primitive.name == primitive
             or any(contains(sub, primitive, memo) for sub in inner_jaxprs(e))
             for e in inner.eqns
         )
-    return memo[key]
+    return memo[id(inner)]
+
+
+def has_inside(eqn: JaxEquation, primitive: str) -> bool:
+    """Return whether an equation of `primitive` is in the jaxprs of an equation."""
+    return any(contains(jaxpr, primitive) for jaxpr in inner_jaxprs(eqn))
 
 
 def scan_sizes(params: Mapping[str, Any]) -> tuple[int, int]:
@@ -99,50 +111,50 @@ def scan_sizes(params: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def evaluate(
-    equations: Sequence[Equation],
-    given: Mapping[Any, Tracer],
-    wanted: Sequence[Any],
+    eqns: Sequence[JaxEquation],
+    values: Mapping[Any, AnyArray],
+    results: Sequence[Any],
     like: Jaxpr,
-) -> list[Tracer]:
-    """Evaluate `equations` of the jaxpr `like` as they are; return what is `wanted` of them.
+) -> list[AnyArray]:
+    """Evaluate equations as they are; return the values of the variables `results`.
 
     Args:
-      equations: in order.
-      given: values of the variables that they use and do not define, by variable.
-      wanted: variables that they define.
+      eqns: the equations, in order.
+      values: values of the variables that they use and do not define, by variable.
+      results: variables that they define.
       like: the jaxpr that they are of.
     """
-    effects = frozenset().union(*(e.effects for e in equations))
     part = like.replace(
         constvars=[],
-        invars=list(given),
-        outvars=list(wanted),
-        eqns=list(equations),
-        effects=effects,
+        invars=list(values),
+        outvars=list(results),
+        eqns=list(eqns),
+        effects=frozenset().union(*(e.effects for e in eqns)),
         debug_info=like.debug_info.with_unknown_names(),
     )
-    return list(core.jaxpr_as_fun(core.ClosedJaxpr(part, []))(*given.values()))
+    return list(core.jaxpr_as_fun(core.ClosedJaxpr(part, []))(*values.values()))
 
 
 # Where an equation comes from in the user's program.
-
-_SELF = str(Path(__file__).parent)
 
 
 @cache
 def _is_library(file: str) -> bool:
     folders = (get_paths()["purelib"], get_paths()["platlib"], get_paths()["stdlib"])
-    return file.startswith((*folders, _SELF, "<"))
+    return file.startswith((*folders, str(Path(__file__).parent), "<"))
 
 
-def user_line(equation: Equation) -> str:
+def _line(file: str, number: int | None, function: str) -> str:
+    return f"{Path(file).name}:{number} in {function}"
+
+
+def user_line(eqn: JaxEquation) -> str:
     """Return ``file.py:12 in block`` for the innermost line outside of libraries, or nothing."""
-    traceback = equation.source_info.traceback
-    frames = [] if traceback is None else list(traceback.frames)
-    found = next((f for f in frames if not _is_library(f.file_name)), None)
-    if found is None:
-        return ""
-    return f"{Path(found.file_name).name}:{found.line_num} in {found.function_name}"
+    traceback = eqn.source_info.traceback
+    for frame in [] if traceback is None else traceback.frames:
+        if not _is_library(frame.file_name):
+            return _line(frame.file_name, frame.line_num, frame.function_name)
+    return ""
 
 
 def function_line(function: Callable[..., object]) -> str:
@@ -152,73 +164,63 @@ def function_line(function: Callable[..., object]) -> str:
         inner = inner.func
     name = str(getattr(inner, "__qualname__", "function"))
     code = getattr(inner, "__code__", None)
-    if code is None:
-        return name
-    return f"{Path(code.co_filename).name}:{code.co_firstlineno} in {name}"
+    return name if code is None else _line(code.co_filename, code.co_firstlineno, name)
 
 
 def line_of(traceback: TracebackType | None) -> str | None:
     """Return the innermost line of an exception outside of libraries, or None."""
     frames = [] if traceback is None else tracebacks.extract_tb(traceback)
-    found = [f for f in frames if not _is_library(f.filename)]
-    if not found:
-        return None
-    last = found[-1]
-    return f"{Path(last.filename).name}:{last.lineno} in {last.name}"
+    lines = [_line(f.filename, f.lineno, f.name) for f in frames if not _is_library(f.filename)]
+    return lines[-1] if lines else None
 
 
 # Names: of leaves from their paths, of parameters of one layer of a stack, of blocks.
 
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_\-]+")
 _STACK = re.compile(r"(?:layers?|blocks?|stack|h|encoder|decoder|groups?)\Z")
-_NUMBER = re.compile(r"\d+")
+_NUMBER = re.compile(r"(\d+)")
 
 
 def path_name(path: Sequence[Any]) -> str:
     """Return ``layers.0.mlp.up`` for a path of jax's; characters beyond names become ``_``."""
-    parts = (_NOT_IN_NAMES.sub("_", _key(entry)).strip("_") for entry in path)
+    keys = (
+        next((getattr(entry, a) for a in ("key", "name", "idx") if hasattr(entry, a)), entry)
+        for entry in path
+    )
+    parts = (_NOT_IN_NAMES.sub("_", str(key)).strip("_") for key in keys)
     return ".".join(part or "_" for part in parts) or "params"
 
 
-def _key(entry: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(entry, attribute):
-            return str(getattr(entry, attribute))
-    return str(entry)
-
-
 def unique(names: Iterable[str]) -> list[str]:
-    """Return `names`, those that are taken already with a number."""
-    taken: set[str] = set()
-    made = []
+    """Return `names`, a repeated one with a number."""
+    result: dict[str, None] = {}
     for name in names:
-        number, one = 2, name
-        while one in taken:
-            one, number = f"{name}_{number}", number + 1
-        taken.add(one)
-        made.append(one)
-    return made
+        number, candidate = 2, name
+        while candidate in result:
+            candidate, number = f"{name}_{number}", number + 1
+        result[candidate] = None
+    return list(result)
 
 
-def indexed(name: str, at: int) -> str:
-    """Return the name of part `at` of a stacked leaf: ``layers.mlp.up`` to ``layers.3.mlp.up``."""
+def indexed_name(name: str, index: int) -> str:
+    """Return the name of part `index` of a stacked leaf: ``layers.up`` to ``layers.3.up``."""
     parts = name.split(".")
     stacks = [i for i, part in enumerate(parts[:-1]) if _STACK.search(part)]
     # A name that a number follows is of a list, or of a stack that is cut already.
-    whole = [i for i in stacks if not parts[i + 1].isdigit()]
-    where = (whole or stacks or [0 if len(parts) > 1 else -1])[-1] + 1
-    while 0 < where < len(parts) and parts[where].isdigit():
-        where += 1
-    return ".".join([*parts[:where], str(at), *parts[where:]])
+    uncut = [i for i in stacks if not parts[i + 1].isdigit()]
+    at = (uncut or stacks or [0 if len(parts) > 1 else -1])[-1] + 1
+    while 0 < at < len(parts) and parts[at].isdigit():
+        at += 1
+    return ".".join([*parts[:at], str(index), *parts[at:]])
 
 
-def location(names: Sequence[str]) -> str:
+def block_location(names: Sequence[str]) -> str:
     """Return the location of a block from the names of its parameters: what they share."""
     shared = _shared([n.split(".")[:-1] for n in names])
     if shared:
         return ".".join(shared)
-    rest = "".join(_shared(names))
-    return rest.rstrip("._-") if rest.endswith(("_", "-")) else "ffn"
+    prefix = "".join(_shared(names))
+    return prefix.rstrip("._-") if prefix.endswith(("_", "-")) else "ffn"
 
 
 def _shared(names: Sequence[Sequence[str]]) -> list[str]:
@@ -227,22 +229,19 @@ def _shared(names: Sequence[Sequence[str]]) -> list[str]:
     return [parts[0] for parts in columns]
 
 
-def ranged(names: Sequence[str]) -> str:
-    """Return one name for names that differ in one number: ``layers.{0..5}.mlp.up``."""
-    pieces = [_NUMBER.split(n) for n in names]
-    numbers = [[int(k) for k in _NUMBER.findall(n)] for n in names]
-    first = numbers[0]
-    differing = [i for i in range(len(first)) if any(n[i : i + 1] != [first[i]] for n in numbers)]
-    alike = all(p == pieces[0] for p in pieces) and len(differing) == 1
-    if not alike:
+def ranged_name(names: Sequence[str]) -> str:
+    """Return one name for names that differ in one number: ``layers.{0..5}.mlp.up``.
+
+    Names that differ otherwise have the first one.
+    """
+    pieces = [[int(p) if i % 2 else p for i, p in enumerate(_NUMBER.split(n))] for n in names]
+    columns = list(zip(*pieces, strict=False))
+    differing = [i for i, column in enumerate(columns) if len(set(column)) > 1]
+    if len(set(map(len, pieces))) > 1 or len(differing) != 1 or not differing[0] % 2:
         return names[0]
-    (at,) = differing
-    counts = [n[at] for n in numbers]
-    if counts != list(range(counts[0], counts[0] + len(counts))):
+    numbers = [int(n) for n in columns[differing[0]]]
+    if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
         return names[0]
-    texts = [str(n) for n in first]
-    texts[at] = f"{{{counts[0]}..{counts[-1]}}}"
-    made = pieces[0][0]
-    for text, piece in zip(texts, pieces[0][1:], strict=True):
-        made += text + piece
-    return made
+    texts = [str(column[0]) for column in columns]
+    texts[differing[0]] = f"{{{numbers[0]}..{numbers[-1]}}}"
+    return "".join(texts)

@@ -1,8 +1,8 @@
-"""A traced function as steps on values: calls inlined where they touch weights, loops with bodies.
+"""A traced function as equations on variables: inlined calls, loops with bodies, views of weights.
 
-A scope is a jaxpr at one level: the function, the body of a scan, a branch.  Values know who uses
-them, and which leaf of the parameters they are a view of.  Equations are kept, so that what is not
-rewritten runs as the user wrote it.
+A scope is a jaxpr at one level: the function, the body of a scan, a branch.  Variables know who
+uses them, and which leaf of the parameters they are a view of.  Equations of jax are kept, so that
+what is not rewritten runs as the user wrote it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,59 +22,70 @@ from moecc_backends.jaxpr.jaxprs import (
     AnyArray,
     Atom,
     Aval,
-    Equation,
+    JaxEquation,
     Jaxpr,
     callee,
     contains,
+    float_bits,
     function_line,
-    inner_jaxprs,
+    has_inside,
+    is_float,
     is_literal,
     line_of,
     opened,
     path_name,
+    run_jaxprs,
     scan_sizes,
     trace,
     unique,
+    user_line,
 )
-from moecc_backends.jaxpr.views import STRUCTURAL, Leaf, View, dtype_named, views_through
+from moecc_backends.jaxpr.views import (
+    LeafView,
+    NotABlock,
+    TreeLeaf,
+    dtype_named,
+    reshape_groups,
+)
 from moecc_backends.xla.trace.typed_jax import Function, PyTree
 
 UNKNOWN = object()
-"""Stands for the value of what is not constant."""
+"""Stands for the value of a variable that is not constant."""
+
+CHECKPOINTS = ("remat2", "checkpoint", "remat")
+LOOPS = frozenset(("scan", "while", "cond", *CHECKPOINTS))
+"""Loops, branches and checkpoints: equations that may have bodies."""
 
 
 @dataclass(eq=False, repr=False)
-class Val:
-    """A value of a scope.
+class Variable:
+    """A variable of a scope.
 
     Attributes:
       aval: its shape and type.
-      step: the step that defines it; None for what comes into the scope.
-      index: which result of it.
+      equation: the equation that defines it; None for what comes into the scope.
       const: its value, where it is a constant; else `UNKNOWN`.
       view: the leaf that it is a view of, or None.
-      users: the steps that use it, one entry for each operand.
-      same: an earlier value that is equal, or this one.
+      users: the equations that use it, one entry for each operand.
+      is_returned: whether the scope returns it.
+      same: the first variable that the same equation makes of the same, such as a cast.
     """
 
     aval: Aval
-    step: Step | None = None
-    index: int = 0
+    equation: Equation | None = None
     const: Any = UNKNOWN
-    view: View | None = None
-    users: list[Step] = field(default_factory=list)
+    view: LeafView | None = None
+    users: list[Equation] = field(default_factory=list)
     is_returned: bool = False
-    _same: Val | None = None
+    same: Variable = field(init=False)
 
-    @property
-    def same(self) -> Val:
-        """The first value that is made of the same by the same step, such as a cast."""
-        return self if self._same is None else self._same
+    def __post_init__(self) -> None:
+        self.same = self
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape."""
-        return tuple(self.aval.shape)
+        return tuple(getattr(self.aval, "shape", ()))
 
 
 @dataclass(eq=False, repr=False)
@@ -83,67 +94,104 @@ class Frame:
 
     Attributes:
       jaxpr: the jaxpr.
-      values: the values of its variables.
+      values: the variables of the scope by those of the jaxpr.
     """
 
     jaxpr: Jaxpr
-    values: dict[Atom, Val] = field(default_factory=dict)
+    values: dict[Atom, Variable] = field(default_factory=dict)
 
-    def read(self, atom: Atom) -> Val:
-        """Return the value of a variable, or of a number in an equation."""
-        return Val(atom.aval, const=atom.val) if is_literal(atom) else self.values[atom]
+    def read(self, atom: Atom) -> Variable:
+        """Return the variable for one of the jaxpr, or for a number in an equation."""
+        return Variable(atom.aval, const=atom.val) if is_literal(atom) else self.values[atom]
 
 
 @dataclass(eq=False, repr=False)
-class Step:
+class Equation:
     """An equation of a scope.
 
     Attributes:
-      equation: the equation.
+      eqn: jax's equation.
       frame: the jaxpr that it is of.
-      inputs: the values of its operands.
-      outputs: the values that it defines.
+      inputs: its operands.
+      outputs: the variables that it defines.
       scope: the scope that it is in.
       bodies: the scopes of its jaxprs, where they may hold blocks.
     """
 
-    equation: Equation
+    eqn: JaxEquation
     frame: Frame
-    inputs: list[Val]
-    outputs: list[Val]
+    inputs: list[Variable]
+    outputs: list[Variable]
     scope: Scope
     bodies: tuple[Scope, ...] = ()
-    _inside: Scope | None = None
+    _inner: dict[int, Scope] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """The name of its primitive."""
-        return str(self.equation.primitive.name)
+        return str(self.eqn.primitive.name)
 
     @property
     def params(self) -> JsonDict:
-        """The parameters of its equation."""
-        found: JsonDict = self.equation.params
-        return found
+        """The parameters of its primitive."""
+        params: JsonDict = self.eqn.params
+        return params
 
-    def inside(self, *, custom: bool = False) -> Scope | None:
-        """Return the scope of a plain call; None for every other step.
+    @property
+    def line(self) -> str:
+        """Its line in the user's program, or nothing."""
+        return user_line(self.eqn)
 
-        It is for looking at: its steps are no users of the operands.
-
-        Args:
-          custom: whether a function with a derivative of its own counts as a call.
-        """
-        jaxpr = callee(self.equation)
-        if custom and self.name == "custom_jvp_call":
-            jaxpr = self.params["call_jaxpr"]
-        if jaxpr is None:
+    @property
+    def weight(self) -> int | None:
+        """Which operand is the weight of a product with one; None for any other equation."""
+        if self.name != "dot_general":
             return None
-        if self._inside is None:
-            self._inside = Scope(self.scope, None)
-            inputs = [Val(v.aval, const=v.const, view=v.view, _same=v) for v in self.inputs]
-            fill(self._inside, jaxpr, inputs)
-        return self._inside
+        views = [v.view is not None for v in self.inputs]
+        return views.index(True) if sum(views) == 1 else None
+
+    def body_operands(self) -> list[list[tuple[int, str]]]:
+        """Return for each body of a loop, branch or checkpoint which operands come into it.
+
+        They do so ``fixed``, ``carried`` from iteration to iteration, or ``stacked``: row by row.
+        """
+        count = len(self.inputs)
+        if self.name == "scan":
+            consts, carried = scan_sizes(self.params)
+            roles = ["fixed"] * consts + ["carried"] * carried
+            return [list(enumerate(roles + ["stacked"] * (count - len(roles))))]
+        if self.name == "while":
+            first, second = self.params["cond_nconsts"], self.params["body_nconsts"]
+            state = [(i, "carried") for i in range(first + second, count)]
+            fixed = [(i, "fixed") for i in range(first + second)]
+            return [[*fixed[:first], *state], [*fixed[first:], *state]]
+        if self.name == "cond":
+            return [[(i, "fixed") for i in range(1, count)]] * len(self.params["branches"])
+        return [[(i, "fixed") for i in range(count)]]
+
+    def bound(self) -> list[list[Variable]]:
+        """Return for each operand the variables in bodies that stand for it."""
+        inner: list[list[Variable]] = [[] for _ in self.inputs]
+        for body, operands in zip(self.bodies, self.body_operands(), strict=True):
+            for (i, _), variable in zip(operands, body.inputs, strict=True):
+                inner[i].append(variable)
+        return inner
+
+    def inner(self, index: int = 0) -> Scope:
+        """Return the scope of one of its jaxprs, a body or one that is only for looking at.
+
+        The equations of the latter are no users of the operands.
+        """
+        if self.bodies:
+            return self.bodies[index]
+        if index not in self._inner:
+            jaxpr = run_jaxprs(self.eqn)[index]
+            inputs = [Variable(v.aval) for v in opened(jaxpr)[0].invars]
+            if self.name not in LOOPS:
+                for variable, operand in zip(inputs, self.inputs, strict=False):
+                    variable.const, variable.view = operand.const, operand.view
+            self._inner[index] = fill(Scope(self.scope, None), jaxpr, inputs)
+        return self._inner[index]
 
 
 @dataclass(eq=False, repr=False)
@@ -152,191 +200,258 @@ class Scope:
 
     Attributes:
       outer: the scope around it, or None.
-      owner: the step of the outer scope whose body it is.
-      inputs: the values that come in.
-      steps: its steps, in order.
-      outputs: the values that it returns.
+      owner: the equation of the outer scope whose body it is.
+      inputs: the variables that come in.
+      equations: its equations, in order.
+      outputs: the variables that it returns.
     """
 
-    outer: Scope | None
-    owner: Step | None
-    inputs: list[Val] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)
-    outputs: list[Val] = field(default_factory=list)
+    outer: Scope | None = None
+    owner: Equation | None = None
+    inputs: list[Variable] = field(default_factory=list)
+    equations: list[Equation] = field(default_factory=list)
+    outputs: list[Variable] = field(default_factory=list)
 
-    def every_step(self) -> Iterator[Step]:
-        """Yield all steps, those of bodies after the step that has them."""
-        for step in self.steps:
-            yield step
-            for body in step.bodies:
-                yield from body.every_step()
+    def every_equation(self) -> Iterator[Equation]:
+        """Yield all equations, those of bodies after the equation that has them."""
+        for equation in self.equations:
+            yield equation
+            for body in equation.bodies:
+                yield from body.every_equation()
 
     @property
-    def owners(self) -> tuple[Step, ...]:
-        """The steps around it, outermost first."""
+    def owners(self) -> tuple[Equation, ...]:
+        """The equations around it, outermost first."""
         if self.outer is None or self.owner is None:
             return ()
         return (*self.outer.owners, self.owner)
 
 
-def function_scope(jaxpr: Jaxpr, leaves: Sequence[Leaf | None]) -> Scope:
-    """Return a traced function as a scope; its first arguments are the parameters `leaves`.
-
-    A parameter that is no weight, such as a random key, is None.
-    """
-    scope = Scope(None, None)
-    variables = opened(jaxpr)[0].invars
-    views = [None if leaf is None else View.whole(leaf) for leaf in leaves]
-    inputs = [Val(v.aval, view=views[i] if i < len(views) else None)
-              for i, v in enumerate(variables)]  # fmt: skip
-    fill(scope, jaxpr, inputs)
+def fill(scope: Scope, jaxpr: Jaxpr, inputs: list[Variable]) -> Scope:
+    """Put the equations of `jaxpr` into an empty scope; return it."""
+    scope.inputs = inputs
+    scope.outputs = _inline(scope, jaxpr, inputs, {})
+    for variable in scope.outputs:
+        variable.is_returned = True
     return scope
 
 
-def fill(scope: Scope, jaxpr: Jaxpr, inputs: list[Val]) -> None:
-    """Put the steps of `jaxpr` into an empty scope."""
-    scope.inputs = inputs
-    scope.outputs = _Filler(scope).inline(jaxpr, inputs)
-    for value in scope.outputs:
-        value.is_returned = True
+def _inline(
+    scope: Scope, jaxpr: Jaxpr, inputs: Sequence[Variable], numbered: dict[object, Variable]
+) -> list[Variable]:
+    """Append the equations of `jaxpr` to a scope; return its results.
+
+    Args:
+      scope: the scope.
+      jaxpr: the jaxpr.
+      inputs: its arguments.
+      numbered: the first result of each structural equation on the same operand.
+    """
+    inner, consts = opened(jaxpr)
+    frame = Frame(inner)
+    for variable, const in zip(inner.constvars, consts, strict=True):
+        frame.values[variable] = Variable(variable.aval, const=const)
+    frame.values.update(zip(inner.invars, inputs, strict=True))
+    for eqn in inner.eqns:
+        operands = [frame.read(atom) for atom in eqn.invars]
+        called = callee(eqn)
+        if called is not None and _is_inlined(called, operands):
+            results = _inline(scope, called, operands, numbered)
+        else:
+            equation = Equation(eqn, frame, operands, [], scope)
+            results = equation.outputs = [Variable(v.aval, equation) for v in eqn.outvars]
+            _connect(equation, numbered)
+            scope.equations.append(equation)
+        frame.values.update(zip(eqn.outvars, results, strict=True))
+    return [frame.read(atom) for atom in inner.outvars]
 
 
-class _Filler:
-    def __init__(self, scope: Scope) -> None:
-        self._scope = scope
-        self._known: dict[object, Val] = {}
-
-    def inline(self, jaxpr: Jaxpr, inputs: Sequence[Val]) -> list[Val]:
-        """Append the equations of `jaxpr`; return the values of its results."""
-        inner, consts = opened(jaxpr)
-        frame = Frame(inner)
-        for variable, const in zip(inner.constvars, consts, strict=True):
-            frame.values[variable] = Val(variable.aval, const=const)
-        frame.values.update(zip(inner.invars, inputs, strict=True))
-        for equation in inner.eqns:
-            given = [frame.read(atom) for atom in equation.invars]
-            called = callee(equation)
-            if called is not None and _is_inlined(called, given):
-                made = self.inline(called, given)
-            else:
-                made = self._append(equation, frame, given)
-            frame.values.update(zip(equation.outvars, made, strict=True))
-        return [frame.read(atom) for atom in inner.outvars]
-
-    def _append(self, equation: Equation, frame: Frame, given: list[Val]) -> list[Val]:
-        step = Step(equation, frame, given, [], self._scope)
-        step.outputs = [Val(v.aval, step, i) for i, v in enumerate(equation.outvars)]
-        for value in given:
-            value.users.append(step)
-        seen = views_through(step.name, step.params, given)
-        for value, view in zip(step.outputs, seen, strict=False):
-            value.view = view
-        self._number(step)
-        step.bodies = tuple(_bodies(step))
-        self._scope.steps.append(step)
-        return step.outputs
-
-    def _number(self, step: Step) -> None:
-        """Find out whether the same was made before of the same value."""
-        if step.name not in STRUCTURAL or len(step.inputs) != 1 or len(step.outputs) != 1:
-            return
-        (x,) = step.inputs
-        key = (step.name, id(x.same), repr(sorted(step.params.items(), key=str)))
-        first = self._known.setdefault(key, step.outputs[0])
-        if first is not step.outputs[0]:
-            step.outputs[0]._same = first
-
-
-def _is_inlined(called: Jaxpr, given: Sequence[Val]) -> bool:
+def _is_inlined(called: Jaxpr, operands: Sequence[Variable]) -> bool:
     """Whether a call may hold a product with a weight, or only changes the view of one."""
-    if not any(v.view is not None for v in given):
+    if not any(v.view is not None for v in operands):
         return False
-    inner, _ = opened(called)
-    only_views = all(e.primitive.name in STRUCTURAL for e in inner.eqns)
+    only_views = all(e.primitive.name in STRUCTURAL for e in opened(called)[0].eqns)
     return only_views or contains(called, "dot_general")
 
 
-def _bodies(step: Step) -> Iterator[Scope]:
-    """Yield the scopes of a loop, a branch or a checkpoint that a weight comes into."""
-    enter = _ENTER.get(step.name)
-    if enter is None or not any(v.view is not None for v in step.inputs):
-        return
-    if not any(contains(j, "dot_general") for j in inner_jaxprs(step.equation)):
-        return
-    for jaxpr, given, views in enter(step):
-        inner, _ = opened(jaxpr)
-        inputs = [Val(var.aval, const=v.const, view=view)
-                  for var, v, view in zip(inner.invars, given, views, strict=True)]  # fmt: skip
-        body = Scope(step.scope, step)
-        fill(body, jaxpr, inputs)
-        yield body
+def _connect(equation: Equation, numbered: dict[object, Variable]) -> None:
+    """Fill in the users of operands, the views of results, and bodies."""
+    inputs, outputs = equation.inputs, equation.outputs
+    for operand in inputs:
+        operand.users.append(equation)
+    for variable, view in zip(outputs, _views_of(equation), strict=False):
+        variable.view = view
+    if equation.name in STRUCTURAL and len(inputs) == len(outputs) == 1:
+        params = repr(sorted(equation.params.items(), key=str))
+        key = (equation.name, id(inputs[0].same), params)
+        outputs[0].same = numbered.setdefault(key, outputs[0])
+    has_weight = any(v.view is not None for v in inputs)
+    if equation.name in LOOPS and has_weight and has_inside(equation.eqn, "dot_general"):
+        pairs = zip(run_jaxprs(equation.eqn), equation.body_operands(), strict=True)
+        equation.bodies = tuple(_body(equation, jaxpr, operands) for jaxpr, operands in pairs)
 
 
-Entered = Iterator[tuple[Jaxpr, Sequence[Val], list[View | None]]]
+def _body(equation: Equation, jaxpr: Jaxpr, operands: list[tuple[int, str]]) -> Scope:
+    """Return the scope of a body; what a loop slices or carries is no constant there."""
+    inputs = [Variable(v.aval) for v in opened(jaxpr)[0].invars]
+    for variable, (i, role) in zip(inputs, operands, strict=True):
+        operand = equation.inputs[i]
+        if role == "fixed":
+            variable.const, variable.view = operand.const, operand.view
+        elif role == "stacked" and operand.view is not None:
+            variable.view = operand.view.each(equation)
+    return fill(Scope(equation.scope, equation), jaxpr, inputs)
 
 
-def _enter_scan(step: Step) -> Entered:
-    consts, carried = scan_sizes(step.params)
-    stacked = consts + carried
-    views = [v.view for v in step.inputs[:consts]] + [None] * carried
-    views += [v.view and v.view.each(0, step) for v in step.inputs[stacked:]]
-    # What a scan slices or carries is no constant.
-    given = [v if i < consts else Val(v.aval) for i, v in enumerate(step.inputs)]
-    yield step.params["jaxpr"], given, views
+# Equations that only rearrange an array.
+
+IDENTITY = frozenset(("copy", "copy_p", "name", "sharding_constraint", "pvary", "pcast"))
+"""Equations whose result has the elements of the operand, in their places."""
+
+REARRANGING = frozenset(
+    ("transpose", "squeeze", "slice", "dynamic_slice", "split", "broadcast_in_dim", "reshape")
+)
+"""Equations that `rearranged` understands."""
+
+STRUCTURAL = IDENTITY | REARRANGING | {"convert_element_type", "reduce_precision"}
+"""Primitives through which a weight stays a view of its leaf."""
+
+Content = TypeVar("Content")
+AxisId = TypeVar("AxisId")
 
 
-def _enter_as_it_is(step: Step) -> Entered:
-    yield step.params["jaxpr"], step.inputs, [v.view for v in step.inputs]
+class AxisMoves(Protocol[Content, AxisId]):
+    """How an array changes with its axes: views of leaves, terms of blocks, labels of tokens."""
+
+    def sliced(
+        self, content: Content, axis: AxisId, start: int, stop: int, /
+    ) -> tuple[Content, AxisId]:
+        """Return the part ``[start, stop)`` of an axis."""
+        ...
+
+    def indexed(self, content: Content, axis: AxisId, index: int, /) -> Content:
+        """Return one element of an axis."""
+        ...
+
+    def regrouped(
+        self, content: Content, axes: Sequence[AxisId | None], parts: Sequence[int], /
+    ) -> tuple[Content, Sequence[AxisId | None]]:
+        """Return neighbouring axes joined, and cut again into the sizes `parts`."""
+        ...
 
 
-def _enter_branches(step: Step) -> Entered:
-    given = step.inputs[1:]
-    for branch in step.params["branches"]:
-        yield branch, given, [v.view for v in given]
+Arranged = tuple[Content, tuple[AxisId | None, ...]]
+"""An array, and the axis of each of its dimensions; None where it does not vary along it."""
 
 
-def _enter_while(step: Step) -> Entered:
-    first, second = step.params["cond_nconsts"], step.params["body_nconsts"]
-    carried = step.inputs[first + second :]
-    loose = [Val(v.aval) for v in carried]
-    for name, consts in (
-        ("cond_jaxpr", step.inputs[:first]),
-        ("body_jaxpr", step.inputs[first : first + second]),
-    ):
-        views = [*(v.view for v in consts), *(None for _ in carried)]
-        yield step.params[name], [*consts, *loose], views
+def rearranged(
+    moves: AxisMoves[Content, AxisId], array: Arranged[Content, AxisId], equation: Equation
+) -> list[Arranged[Content, AxisId]]:
+    """Return the results of an equation of `REARRANGING`.
+
+    Raises:
+      NotABlock: the array cannot be rearranged so.
+    """
+    (content, dims), params, shape = array, equation.params, equation.inputs[0].shape
+    axes: list[AxisId | None] = []
+    if equation.name == "transpose":
+        return [(content, tuple(dims[i] for i in params["permutation"]))]
+    if equation.name == "squeeze":
+        for i in params["dimensions"]:
+            axis = dims[i]
+            content = content if axis is None else moves.indexed(content, axis, 0)
+        return [(content, tuple(d for i, d in enumerate(dims) if i not in params["dimensions"]))]
+    if equation.name == "broadcast_in_dim":
+        axes = [None] * len(params["shape"])
+        for i, j in enumerate(params["broadcast_dimensions"]):
+            axis = dims[i]
+            if shape[i] == params["shape"][j]:
+                axes[j] = axis
+            elif axis is not None:
+                content = moves.indexed(content, axis, 0)
+        return [(content, tuple(axes))]
+    if equation.name == "reshape":
+        for before, after in reshape_groups(shape, params["new_sizes"]):
+            sizes, parts = [shape[i] for i in before], [params["new_sizes"][j] for j in after]
+            group: Sequence[AxisId | None] = [dims[i] for i in before]
+            if sizes == parts:
+                axes += group
+                continue
+            for axis, size in zip(group, sizes, strict=True):
+                if size == 1 and axis is not None:
+                    content = moves.indexed(content, axis, 0)
+            group = [axis for axis, size in zip(group, sizes, strict=True) if size != 1]
+            wide = [n for n in parts if n != 1]
+            if wide != [n for n in sizes if n != 1]:
+                content, group = moves.regrouped(content, group, wide)
+            remaining = iter(group)
+            axes += [next(remaining) if n != 1 else None for n in parts]
+        return [(content, tuple(axes))]
+    results: list[Arranged[Content, AxisId]] = []
+    for ranges in _ranges(equation, shape):
+        part, axes = content, list(dims)
+        for i, ((start, stop, stride), size) in enumerate(zip(ranges, shape, strict=True)):
+            axis = axes[i]
+            if axis is None or (start, stop, stride) == (0, size, 1):
+                continue
+            if stride == 1:
+                part, axes[i] = moves.sliced(part, axis, start, stop)
+                continue
+            if size % stride or start >= stride or stop <= size - stride + start:
+                raise NotABlock("a slice with strides inside takes no part of equal parts")
+            part, (axes[i], phase) = moves.regrouped(part, [axis], (size // stride, stride))
+            assert phase is not None, "it is cut from an axis"
+            part = moves.indexed(part, phase, start)
+        results.append((part, tuple(axes)))
+    return results
 
 
-_ENTER = {
-    "scan": _enter_scan,
-    "while": _enter_while,
-    "cond": _enter_branches,
-    "remat2": _enter_as_it_is,
-    "checkpoint": _enter_as_it_is,
-    "remat": _enter_as_it_is,
-}
-
-LOOPS = frozenset(_ENTER)
-"""Loops, branches and checkpoints: steps that may have bodies."""
-
-
-def bound(step: Step) -> list[list[Val]]:
-    """Return for each operand of a step with bodies the values in bodies that stand for it."""
-    if step.name == "cond":
-        return [[], *([b.inputs[i] for b in step.bodies] for i in range(len(step.inputs) - 1))]
-    if step.name == "while":
-        first, second = step.params["cond_nconsts"], step.params["body_nconsts"]
-        condition, body = step.bodies
-        count = len(step.inputs) - first - second
-        return [
-            *([v] for v in condition.inputs[:first]),
-            *([v] for v in body.inputs[:second]),
-            *([condition.inputs[first + i], body.inputs[second + i]] for i in range(count)),
-        ]
-    return [[v] for v in step.bodies[0].inputs]
+def _ranges(equation: Equation, shape: tuple[int, ...]) -> list[list[tuple[int, int, int]]]:
+    """Return start, stop and stride of each dimension, for each result of a slice or split."""
+    params = equation.params
+    if equation.name == "slice":
+        starts, stops = params["start_indices"], params["limit_indices"]
+        return [list(zip(starts, stops, params["strides"] or [1] * len(shape), strict=True))]
+    if equation.name == "split":
+        ranges, start = [], 0
+        for size in params["sizes"]:
+            ends = [(0, n, 1) for n in shape]
+            ends[params["axis"]] = (start, start + int(size), 1)
+            ranges.append(ends)
+            start += int(size)
+        return ranges
+    if any(v.const is UNKNOWN for v in equation.inputs[1:]):
+        raise NotABlock("a slice from a place that is only known when it runs is inside")
+    triples = zip(
+        (int(v.const) for v in equation.inputs[1:]), params["slice_sizes"], shape, strict=True
+    )
+    clamped = [(min(max(start, 0), n - size), size) for start, size, n in triples]
+    return [[(start, start + size, 1) for start, size in clamped]]
 
 
-# Functions of parameters as scopes: traced anew for each call, over the shapes of dense leaves.
+def _views_of(equation: Equation) -> list[LeafView]:
+    """Return the views that an equation makes of a view; nothing where they are none."""
+    name, inputs = equation.name, equation.inputs
+    view = inputs[0].view if inputs else None
+    if view is None or name not in STRUCTURAL or not is_float(inputs[0].aval.dtype):
+        return []
+    if name in IDENTITY:
+        return [view]
+    if name == "convert_element_type":
+        dtype = equation.params["new_dtype"]
+        return [view.cast(str(jnp.dtype(dtype)))] if is_float(dtype) else []
+    if name == "reduce_precision":
+        fraction, exponent = float_bits(inputs[0].aval.dtype)
+        params = equation.params
+        is_exact = params["mantissa_bits"] >= fraction and params["exponent_bits"] >= exponent
+        return [view] if is_exact else []
+    try:
+        return [v.with_dims(dims) for v, dims in rearranged(LeafView, (view, view.dims), equation)]
+    except NotABlock:
+        return []
+
+
+# Functions of a tree of parameters, traced anew for each call over the shapes of dense leaves.
 
 
 @dataclass(frozen=True)
@@ -363,10 +478,9 @@ class ParamTree:
         pairs, treedef = jax.tree_util.tree_flatten_with_path(params)
         names = tuple(unique(path_name(path) for path, _ in pairs))
         fixed = {i: leaf for i, (_, leaf) in enumerate(pairs) if not is_array(leaf)}
-        arrays = {n: leaf for i, (n, (_, leaf)) in enumerate(zip(names, pairs, strict=True))
-                  if i not in fixed}  # fmt: skip
-        if not arrays:
+        if len(fixed) == len(pairs):
             raise InputError("the parameters have no array", found=str(treedef)[:80])
+        arrays = {n: leaf for n, (_, leaf) in zip(names, pairs, strict=True) if is_array(leaf)}
         return cls(treedef, names, fixed), arrays
 
     @property
@@ -376,9 +490,8 @@ class ParamTree:
 
     def unflatten(self, leaves: Mapping[str, AnyArray]) -> AnyArray:
         """Return the tree of the arrays `leaves`; those that are missing are None."""
-        every = [self.fixed[i] if i in self.fixed else leaves.get(n)
-                 for i, n in enumerate(self.names)]  # fmt: skip
-        return jax.tree_util.tree_unflatten(self.treedef, every)
+        filled = [self.fixed.get(i, leaves.get(n)) for i, n in enumerate(self.names)]
+        return jax.tree_util.tree_unflatten(self.treedef, filled)
 
     def flatten(self, tree: PyTree, where: str | None = None) -> dict[str, AnyArray]:
         """Return what stands in the places of leaves, by name.
@@ -412,51 +525,43 @@ def is_array(leaf: AnyArray) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
-def leaf_of(name: str, array: AnyArray) -> Leaf | None:
-    """Return a leaf as a weight is read from it; None where the type has no name in the IR."""
-    dtype = dtype_named(np.dtype(array.dtype)) if not _is_key(array) else None
-    return None if dtype is None else Leaf(name, tuple(array.shape), dtype)
+def is_key(dtype: Any) -> bool:
+    """Return whether a type is of random keys."""
+    return bool(jnp.issubdtype(dtype, jax.dtypes.extended))
 
 
-def leaves_of(arrays: Mapping[str, AnyArray]) -> dict[str, Leaf]:
-    """Return the leaves that weights can be read from."""
-    found = ((n, leaf_of(n, array)) for n, array in arrays.items())
-    return {n: leaf for n, leaf in found if leaf is not None}
-
-
-def _is_key(array: AnyArray) -> bool:
-    return bool(jnp.issubdtype(array.dtype, jax.dtypes.extended))
+def leaves_of(arrays: Mapping[str, AnyArray]) -> dict[str, TreeLeaf]:
+    """Return the leaves that weights can be read from: those whose types have names in the IR."""
+    typed = {n: a for n, a in arrays.items() if not is_key(a.dtype)}
+    dtypes = {n: dtype_named(np.dtype(a.dtype)) for n, a in typed.items()}
+    return {n: TreeLeaf(n, tuple(typed[n].shape), d) for n, d in dtypes.items() if d is not None}
 
 
 @dataclass(frozen=True)
-class Traced:
+class TracedFunction:
     """A function, traced.
 
     Attributes:
-      scope: its steps; the first inputs are the leaves that are arrays.
+      scope: its equations; the first inputs are the leaves that are arrays.
       treedef: the structure of its result.
-      arguments: the names of the arrays among the other arguments, in order: ``batch.tokens``.
+      arguments: its other inputs by name, in order: ``batch.tokens``.
+      arrays: what was passed for them.
     """
 
     scope: Scope
     treedef: PyTree
-    arguments: tuple[str, ...]
-
-    @property
-    def argument_values(self) -> dict[str, Val]:
-        """The arrays among the other arguments by name."""
-        given = self.scope.inputs[len(self.scope.inputs) - len(self.arguments) :]
-        return dict(zip(self.arguments, given, strict=True))
+    arguments: Mapping[str, Variable]
+    arrays: Sequence[AnyArray]
 
 
 def trace_function(
     function: Function,
     tree: ParamTree,
     avals: Mapping[str, AnyArray],
-    weights: Mapping[str, Leaf],
+    weights: Mapping[str, TreeLeaf],
     arguments: tuple[Sequence[AnyArray], Mapping[str, AnyArray]],
-) -> tuple[Traced, list[AnyArray]]:
-    """Trace ``function(params, *args, **kwargs)``; return it, and the arrays among the arguments.
+) -> TracedFunction:
+    """Trace ``function(params, *args, **kwargs)``.
 
     Args:
       function: the user's function.
@@ -468,21 +573,25 @@ def trace_function(
     Raises:
       InputError: jax cannot trace it.
     """
-    paths, treedef = jax.tree_util.tree_flatten_with_path(tuple(arguments))
-    leaves = [leaf for _, leaf in paths]
-    is_traced = [is_array(x) or isinstance(x, int | float | complex) for x in leaves]
-    given = [x for x, traced in zip(leaves, is_traced, strict=True) if traced]
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(tuple(arguments))
+    passed = {
+        i: leaf
+        for i, (_, leaf) in enumerate(pairs)
+        if is_array(leaf) or isinstance(leaf, int | float | complex)
+    }
     names = tree.array_names
 
     def flat(*arrays: AnyArray) -> AnyArray:
         params = tree.unflatten(dict(zip(names, arrays, strict=False)))
-        rest = iter(arrays[len(names) :])
-        every = [next(rest) if traced else x for x, traced in zip(leaves, is_traced, strict=True)]
-        args, kwargs = jax.tree_util.tree_unflatten(treedef, every)
-        return _arrays(function(params, *args, **kwargs), function)
+        traced = dict(zip(passed, arrays[len(names) :], strict=True))
+        leaves = [traced.get(i, leaf) for i, (_, leaf) in enumerate(pairs)]
+        args, kwargs = jax.tree_util.tree_unflatten(treedef, leaves)
+        result = function(params, *args, **kwargs)
+        _check_arrays(result, function)
+        return result
 
     try:
-        jaxpr, result = trace(flat, [*(avals[n] for n in names), *given])
+        jaxpr, result = trace(flat, [*(avals[n] for n in names), *passed.values()])
     except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
         raise InputError(
             "jax cannot trace the function",
@@ -490,15 +599,22 @@ def trace_function(
             found=str(error).split("\n", 1)[0],
             hint="it must run under jax.jit with all its arguments traced",
         ) from None
-    scope = function_scope(jaxpr, [weights.get(n) for n in names])
+    inputs = [Variable(v.aval) for v in opened(jaxpr)[0].invars]
+    for variable, name in zip(inputs, names, strict=False):
+        variable.view = LeafView.of(weights[name]) if name in weights else None
+    scope = fill(Scope(), jaxpr, inputs)
     positions = _positions(function)
-    called = [_argument_name(path, positions) for path, _ in paths]
-    arrays = tuple(n for n, traced in zip(called, is_traced, strict=True) if traced)
-    return Traced(scope, jax.tree_util.tree_structure(result), arrays), given
+    labels = [_argument_name(pairs[i][0], positions) for i in passed]
+    return TracedFunction(
+        scope,
+        jax.tree_util.tree_structure(result),
+        dict(zip(labels, scope.inputs[len(names) :], strict=True)),
+        list(passed.values()),
+    )
 
 
-def _arrays(result: PyTree, function: Function) -> PyTree:
-    """Return a result. Raises InputError where it has a leaf that is no array."""
+def _check_arrays(result: PyTree, function: Function) -> None:
+    """Raise InputError where a result has a leaf that is no array."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(result)[0]:
         if not is_array(leaf) and not isinstance(leaf, int | float | complex):
             raise InputError(
@@ -508,7 +624,6 @@ def _arrays(result: PyTree, function: Function) -> PyTree:
                 found=f"{type(leaf).__name__} at {path_name(path) if path else 'the top'}",
                 hint="return it from another function; jax.jit takes no such function either",
             )
-    return result
 
 
 def _positions(function: Function) -> list[str]:
@@ -517,14 +632,14 @@ def _positions(function: Function) -> list[str]:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return []
-    fixed = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [p.name for p in parameters if p.kind in fixed][1:]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in parameters if p.kind in positional][1:]
 
 
 def _argument_name(path: Sequence[AnyArray], positions: Sequence[str]) -> str:
     """Return the name of an array of ``(args, kwargs)``."""
-    (kind, first, *rest) = path
+    (kind, first, *inner) = path
     name = path_name([first])
     if kind.idx == 0 and first.idx < len(positions):
         name = positions[first.idx]
-    return ".".join([name, path_name(rest)]) if rest else name
+    return ".".join([name, path_name(inner)]) if inner else name

@@ -1,4 +1,4 @@
-"""Where the parameters of a converted graph lie: in place of leaves, or beside the tree.
+"""Where the parameters of a converted graph lie, and their arrays.
 
 A leaf whose use is all converted is replaced by what became of it, stacked as it was; what has no
 place in the tree, routers and parts of fused leaves, is beside it under the name of the graph.
@@ -6,10 +6,9 @@ place in the tree, routers and parts of fused leaves, is beside it under the nam
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
 
 import jax
 import numpy as np
@@ -23,14 +22,14 @@ from moecc.weights.evaluate import Evaluator
 from moecc.weights.expr import Box, Expr, Source, extents, sources
 from moecc.weights.movement import Index, Merge, Rename, Split, Stack, Tile
 from moecc.weights.simplify import simplify
-from moecc_backends.jaxpr.jaxprs import AnyArray, ranged, shape_of
-from moecc_backends.jaxpr.survey import Instance, Key, Site
-from moecc_backends.jaxpr.views import Leaf
+from moecc_backends.jaxpr.jaxprs import AnyArray, ranged_name, shape_of
+from moecc_backends.jaxpr.survey import BlockInstance
+from moecc_backends.jaxpr.views import TreeLeaf
 from moecc_backends.xla.mesh.specs import sharded_array
 
 
 @dataclass(frozen=True)
-class Slot:
+class ParamSlot:
     """Where a parameter lies.
 
     Attributes:
@@ -45,7 +44,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredParam:
     """An array of the new parameters.
 
     Attributes:
@@ -62,7 +61,7 @@ class Stored:
 
 
 @dataclass
-class Storage:
+class ParamStorage:
     """Where the parameters of converted blocks lie.
 
     Attributes:
@@ -71,123 +70,99 @@ class Storage:
       gone: the leaves that nothing uses any more.
     """
 
-    slots: dict[str, Slot] = field(default_factory=dict)
-    arrays: list[Stored] = field(default_factory=list)
+    slots: dict[str, ParamSlot] = field(default_factory=dict)
+    arrays: list[StoredParam] = field(default_factory=list)
     gone: set[str] = field(default_factory=set)
+
+    def put(
+        self, key: str, in_tree: bool, like: str, params: Mapping[str, Expr], *, is_stack: bool
+    ) -> None:
+        """Store parameters as one array, a stack or a single one; those with a slot keep it."""
+        weights = tuple(params.values())
+        for row, name in enumerate(params):
+            self.slots.setdefault(name, ParamSlot(key, in_tree, row if is_stack else None))
+        weight = Stack(weights, "layer") if is_stack else weights[0]
+        self.arrays.append(StoredParam(key, in_tree, weight, like))
 
 
 def plan_storage(
     graph: Graph,
-    leaves: Mapping[str, Leaf],
-    converted: Sequence[Instance],
-    sites: Iterable[Site],
-    by_key: Mapping[Key, Instance],
+    leaves: Mapping[str, TreeLeaf],
+    sites: Sequence[tuple[bool, Sequence[BlockInstance]]],
     still_used: set[str],
     params_of: Mapping[str, Sequence[str]],
-) -> Storage:
+) -> ParamStorage:
     """Return where the parameters of converted blocks lie.
 
     Args:
       graph: the converted graph.
       leaves: the leaves by name.
-      converted: the blocks that were converted.
-      sites: where blocks run.
-      by_key: blocks by their keys.
+      sites: the converted blocks of each site, and whether loops pick them.
       still_used: leaves that something else uses.
       params_of: the names of the parameters of each block in the graph, by location, in order.
     """
-    storage = Storage()
+    storage = ParamStorage()
+    weights = {n: p.weight for n, p in graph.params.items() if p.weight is not None}
     dense: dict[str, dict[str, Expr]] = {}
-    for instance in converted:
+    for instance in {i.loc: i for _, instances in sites for i in instances}.values():
         for name, weight in zip(instance.params, instance.weights, strict=True):
             (source,) = sources(weight)
             dense.setdefault(source.name, {})[name] = weight
     for leaf, parts in dense.items():
-        if leaf in still_used:
-            continue
-        storage.gone.add(leaf)
-        _in_place(storage, graph, leaves[leaf], parts)
-    for site in sites:
-        blocks = [by_key[key] for key in site.keys]
-        if all(b.loc in params_of for b in blocks):
-            names = [params_of[b.loc] for b in blocks]
-            _beside(storage, graph, names, _like(blocks[0]), is_stack=bool(site.loops))
+        if leaf not in still_used:
+            storage.gone.add(leaf)
+            _put_in_place(storage, leaves[leaf], parts, weights)
+    for is_stack, instances in sites:
+        (source, *_) = sources(instances[0].weights[0])
+        for names in zip(*(params_of[i.loc] for i in instances), strict=True):
+            if any(n not in storage.slots for n in names):
+                key = ranged_name(names) if is_stack else names[0]
+                params = {n: weights[n] for n in (names if is_stack else names[:1])}
+                storage.put(key, False, source.name, params, is_stack=is_stack)
     return storage
 
 
-def _like(instance: Instance) -> str:
-    (source, *_) = sources(instance.weights[0])
-    return source.name
-
-
-def _in_place(storage: Storage, graph: Graph, leaf: Leaf, parts: Mapping[str, Expr]) -> None:
-    """Put what became of a leaf in its place, where that is one array."""
-    if not all(name in graph.params for name in parts):
+def _put_in_place(
+    storage: ParamStorage,
+    leaf: TreeLeaf,
+    parts: Mapping[str, Expr],
+    weights: Mapping[str, Expr],
+) -> None:
+    """Put what became of the parts of a leaf in its place, where that is one array."""
+    if not all(n in weights for n in parts) or len({weights[n].type for n in parts}) != 1:
         return
-    weights = {name: graph.params[name].weight for name in parts}
-    made = [w for w in weights.values() if w is not None]
-    whole = [_bare(w) for w in parts.values()]
-    if len(made) < len(parts) or len({w.type for w in made}) != 1:
+    bare = {name: _without_names(weight) for name, weight in parts.items()}
+    rows = {_row(weight, leaf): name for name, weight in bare.items()}
+    if leaf.shape and rows.keys() == set(range(leaf.shape[0])):
+        ordered = (rows[i] for i in range(leaf.shape[0]))
+        stacked = {n: weights[n] for n in ordered}
+        storage.put(leaf.name, True, leaf.name, stacked, is_stack=True)
         return
-    rows = {_row(w, leaf): name for w, name in zip(whole, parts, strict=True)}
-    if leaf.shape and sorted(rows, key=str) == sorted(range(leaf.shape[0]), key=str):
-        ordered = [weights[rows[i]] for i in range(leaf.shape[0])]
-        stack = Stack(tuple(w for w in ordered if w is not None), "layer")
-        for i in range(leaf.shape[0]):
-            storage.slots[rows[i]] = Slot(leaf.name, in_tree=True, row=i)
-        storage.arrays.append(Stored(leaf.name, True, stack, leaf.name))
-    elif len(parts) == 1 and prod(whole[0].type.shape) == prod(leaf.shape):
-        (name,) = parts
-        storage.slots[name] = Slot(leaf.name, in_tree=True)
-        storage.arrays.append(Stored(leaf.name, True, made[0], leaf.name))
+    ((name, weight), *more) = bare.items()
+    if not more and prod(weight.type.shape) == prod(leaf.shape):
+        storage.put(leaf.name, True, leaf.name, {name: weights[name]}, is_stack=False)
 
 
-def _bare(weight: Expr) -> Expr:
+def _without_names(weight: Expr) -> Expr:
     """Return a weight without the names that blocks give to its axes."""
     while isinstance(weight, Rename):
         weight = weight.x
     return weight
 
 
-def _row(weight: Expr, leaf: Leaf) -> int | None:
+def _row(weight: Expr, leaf: TreeLeaf) -> int | None:
     """Return which part along the first axis of `leaf` a weight is; None if it is none."""
-    is_row = isinstance(weight, Index) and weight.x is leaf.source and weight.axis == leaf.axes[0]
-    return weight.at if is_row and isinstance(weight, Index) else None
+    if not isinstance(weight, Index) or weight.x is not leaf.source:
+        return None
+    return weight.at if weight.axis == leaf.axes[0] else None
 
 
-def _beside(
-    storage: Storage,
-    graph: Graph,
-    params: Sequence[Sequence[str]],
-    like: str,
-    *,
-    is_stack: bool,
-) -> None:
-    """Put what has no place yet beside the tree: of a loop, one stack for each parameter."""
-    for names in zip(*params, strict=True):
-        missing = [n for n in names if n not in storage.slots]
-        if not missing:
-            continue
-        weights = [graph.params[n].weight for n in names]
-        made = tuple(w for w in weights if w is not None)
-        assert len(made) == len(names), "parameters of blocks have weights"
-        if not is_stack:
-            storage.slots[names[0]] = Slot(names[0], in_tree=False)
-            storage.arrays.append(Stored(names[0], False, made[0], like))
-            continue
-        key = ranged(names)
-        for row, name in enumerate(names):
-            storage.slots.setdefault(name, Slot(key, in_tree=False, row=row))
-        storage.arrays.append(Stored(key, False, Stack(made, "layer"), like))
-
-
-# Where new parameters lie: sharded as the dense leaf is, experts over the mesh axis for them.
+# Placement: sharded as the dense leaf is, experts over the mesh axis for them.
 
 EXPERT = "expert"
 """The axis of experts, and the mesh axis that it is sharded over where there is one."""
 
-MeshAxes = tuple[str, ...]
-Spec = dict[str, MeshAxes]
+MeshAxes = dict[str, tuple[str, ...]]
 """The mesh axes of each axis that is sharded."""
 
 
@@ -205,59 +180,48 @@ def sharding_of(weight: Expr, like: AnyArray) -> NamedSharding | None:
     if not isinstance(sharding, NamedSharding) or sharding.num_devices == 1:
         return None
     mesh = sharding.mesh
-    spec = _spec(weight, sharding)
+    mesh_axes = _mesh_axes(weight, sharding)
     if EXPERT in mesh.shape and EXPERT in weight.type.names:
-        spec = {EXPERT: (EXPERT,), **spec}
-    taken: set[str] = set()
-    parts: list[MeshAxes | None] = []
+        mesh_axes = {EXPERT: (EXPERT,), **mesh_axes}
+    used: set[str] = set()
+    parts: list[tuple[str, ...] | None] = []
     for axis, size in zip(weight.type.names, weight.type.shape, strict=True):
-        wanted = tuple(m for m in spec.get(axis, ()) if m not in taken)
-        count = 1
-        for name in wanted:
-            count *= mesh.shape[name]
-        fits = bool(wanted) and size % count == 0
-        parts.append(wanted if fits else None)
-        taken.update(wanted if fits else ())
+        names = tuple(m for m in mesh_axes.get(axis, ()) if m not in used)
+        fits = bool(names) and size % prod(mesh.shape[n] for n in names) == 0
+        parts.append(names if fits else None)
+        used.update(names if fits else ())
     return NamedSharding(mesh, PartitionSpec(*parts))
 
 
-def _spec(weight: Expr, sharding: NamedSharding) -> Spec:
+def _mesh_axes(weight: Expr, sharding: NamedSharding) -> MeshAxes:
     """Return the mesh axes of the axes of a weight."""
+    axes: MeshAxes = {}
     if isinstance(weight, Source):
-        entries = (*sharding.spec, *(None for _ in weight.type.names))
-        pairs = zip(weight.type.names, entries, strict=False)
-        return {n: _mesh_axes(e) for n, e in pairs if e is not None}
+        for name, entry in zip(weight.type.names, sharding.spec, strict=False):
+            if entry is not None:
+                axes[name] = (entry,) if isinstance(entry, str) else tuple(entry)
+        return axes
     if isinstance(weight, Stack):
-        return _stacked(weight, sharding)
-    found: Spec = {}
+        axes = _mesh_axes(weight.xs[0], sharding)
+        # The axis of the stack is that along which the leaf was taken apart.
+        inner: Expr = weight.xs[0]
+        while inner.operands and not isinstance(inner, Index):
+            inner = inner.operands[0]
+        if isinstance(inner, Index):
+            stacked = _mesh_axes(inner.x, sharding).get(inner.axis)
+            axes |= {weight.axis: stacked} if stacked else {}
+        return axes
     for operand in weight.operands:
-        found |= _spec(operand, sharding)
-    if isinstance(weight, Rename) and weight.old in found:
-        found[weight.new] = found.pop(weight.old)
+        axes |= _mesh_axes(operand, sharding)
+    if isinstance(weight, Rename) and weight.old in axes:
+        axes[weight.new] = axes.pop(weight.old)
     elif isinstance(weight, Index | Tile):
-        found.pop(weight.axis, None)
-    elif isinstance(weight, Split) and weight.axis in found:
-        found[weight.into[0][0]] = found.pop(weight.axis)
-    elif isinstance(weight, Merge) and weight.axes[0] in found:
-        found[weight.into] = found.pop(weight.axes[0])
-    return {n: axes for n, axes in found.items() if n in weight.type}
-
-
-def _stacked(weight: Stack, sharding: NamedSharding) -> Spec:
-    """Return those of a stack: its own axis is that along which the leaf was taken apart."""
-    found = _spec(weight.xs[0], sharding)
-    inner: Expr = weight.xs[0]
-    while inner.operands and not isinstance(inner, Index):
-        inner = inner.operands[0]
-    if isinstance(inner, Index):
-        whole = _spec(inner.x, sharding)
-        if inner.axis in whole:
-            found[weight.axis] = whole[inner.axis]
-    return found
-
-
-def _mesh_axes(entry: Any) -> MeshAxes:
-    return (entry,) if isinstance(entry, str) else tuple(entry)
+        axes.pop(weight.axis, None)
+    elif isinstance(weight, Split) and weight.axis in axes:
+        axes[weight.into[0][0]] = axes.pop(weight.axis)
+    elif isinstance(weight, Merge) and weight.axes[0] in axes:
+        axes[weight.into] = axes.pop(weight.axes[0])
+    return {n: names for n, names in axes.items() if n in weight.type}
 
 
 def is_sharded(array: AnyArray) -> bool:
@@ -265,7 +229,7 @@ def is_sharded(array: AnyArray) -> bool:
     return isinstance(array, jax.Array) and len(array.sharding.device_set) > 1
 
 
-# Arrays of new parameters from leaves: weight expressions evaluated where the leaves lie.
+# Arrays: weight expressions evaluated where the leaves lie.
 
 
 class LeafEvaluator(Evaluator):
@@ -276,12 +240,8 @@ class LeafEvaluator(Evaluator):
     """
 
     def __init__(self, leaves: Mapping[str, AnyArray]) -> None:
-        super().__init__(self._rows)
+        super().__init__(lambda name, start=0, stop=None: rows_of(leaves[name], start, stop))
         self._leaves = leaves
-
-    def _rows(self, name: str, start: int = 0, stop: int | None = None) -> Array:
-        whole: Array = np.asarray(self._leaves[name])
-        return whole[start:stop] if whole.ndim else whole
 
     def block(self, expr: Expr, box: Box) -> Array:
         """Return the elements of `expr` in `box`.
@@ -293,13 +253,22 @@ class LeafEvaluator(Evaluator):
             return _part(expr.name, self._leaves[expr.name], box)
         return super().block(expr, box)
 
+    def evaluate(self, expr: Expr) -> Array:
+        """Return all elements of `expr`."""
+        return self.block(expr, tuple((0, n) for n in expr.type.shape))
+
+
+def rows_of(leaf: AnyArray, start: int = 0, stop: int | None = None) -> Array:
+    """Return rows of an array; all of one without axes."""
+    array: Array = np.asarray(leaf)
+    return array[start:stop] if array.ndim else array
+
 
 def _part(name: str, leaf: AnyArray, box: Box) -> Array:
     """Return a box of a leaf from the shards that are here, without putting the leaf together."""
     if not is_sharded(leaf):
-        whole: Array = np.asarray(leaf)[tuple(slice(*ends) for ends in box)]
-        return whole
-    made: Array = np.empty(extents(box), leaf.dtype)
+        return np.asarray(leaf)[tuple(slice(*ends) for ends in box)]
+    part: Array = np.empty(extents(box), leaf.dtype)
     missing = np.ones(extents(box), bool)
     for shard in leaf.addressable_shards:
         ends = [s.indices(n)[:2] for s, n in zip(shard.index, leaf.shape, strict=True)]
@@ -309,7 +278,7 @@ def _part(name: str, leaf: AnyArray, box: Box) -> Array:
         into = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(both, box, strict=True))
         if missing[into].any():
             from_ = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(both, ends, strict=True))
-            made[into] = np.asarray(shard.data)[from_]
+            part[into] = np.asarray(shard.data)[from_]
             missing[into] = False
     if missing.any():
         raise InputError(
@@ -318,11 +287,11 @@ def _part(name: str, leaf: AnyArray, box: Box) -> Array:
             expected="a leaf whose shards go where the experts' go, or a replicated one",
             found=str(leaf.sharding),
         )
-    return made
+    return part
 
 
-def make_array(
-    stored: Stored, leaves: Mapping[str, Leaf], arrays: Mapping[str, AnyArray]
+def new_array(
+    stored: StoredParam, leaves: Mapping[str, TreeLeaf], arrays: Mapping[str, AnyArray]
 ) -> AnyArray:
     """Return an array of the new parameters, or its shape where leaves are shapes.
 
@@ -341,12 +310,12 @@ def make_array(
     sharding = sharding_of(stored.weight, like)
     if isinstance(like, jax.ShapeDtypeStruct):
         return shape_of(shape, dtype.numpy, sharding)
-    wanted = simplify(Cast(stored.weight, dtype))
+    weight = simplify(Cast(stored.weight, dtype))
     evaluator = LeafEvaluator(arrays)
     if sharding is not None:
-        return sharded_array(evaluator, wanted, shape, sharding)
-    whole = np.array(evaluator.block(wanted, tuple((0, n) for n in shape)), order="C")
+        return sharded_array(evaluator, weight, shape, sharding)
+    array = np.array(evaluator.evaluate(weight), order="C")
     if not isinstance(like, jax.Array):
-        return whole
+        return array
     is_fixed = getattr(like, "committed", True) and not is_sharded(like)
-    return jax.device_put(whole, like.sharding if is_fixed else None)
+    return jax.device_put(array, like.sharding if is_fixed else None)

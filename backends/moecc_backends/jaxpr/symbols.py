@@ -1,4 +1,8 @@
-"""Which equations work element by element, and what formulas call them."""
+"""What a block computes, on named axes instead of dimensions: equations run on symbols.
+
+Axes are numbers that are found to be one as equations show it.  Two axes become one only if no
+value has both: an embedding times its transpose must not become square.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +19,36 @@ from moecc.ir.formula import FUNCTIONS, Formula, FormulaStep
 from moecc.ir.ops.elementwise import FORMULAS
 from moecc_backends.jaxpr.jaxprs import (
     AnyArray,
-    Equation,
+    JaxEquation,
     Jaxpr,
     callee,
     evaluate,
     float_bits,
+    is_float,
     is_literal,
     opened,
     shape_of,
     trace,
 )
-from moecc_backends.jaxpr.scopes import UNKNOWN, Scope, Step, Val, fill
-from moecc_backends.jaxpr.views import STRUCTURAL, View, groups
+from moecc_backends.jaxpr.scopes import (
+    IDENTITY,
+    REARRANGING,
+    STRUCTURAL,
+    UNKNOWN,
+    Equation,
+    Scope,
+    Variable,
+    fill,
+    rearranged,
+)
+from moecc_backends.jaxpr.views import LeafView, NotABlock
 from moecc_backends.xla.trace.typed_jax import Function
+
+ONE_VALUE = "a block takes one value, so apply the other before it or behind it"
+MATRICES = "reshape its weights to matrices"
+"""Ways out of reasons."""
+
+# Equations that work element by element, and what formulas call them.
 
 _SAME_NAME = FUNCTIONS.keys() - {
     "sigmoid", "maximum", "minimum", "less", "less_equal", "greater", "greater_equal", "equal",
@@ -49,112 +70,75 @@ _RENAMED = {
     "integer_pow": "pow",
 }
 
-_TO_EVEN = 1
-"""What rounds as formulas do, of jax's ways to round."""
-
 LINEAR = frozenset(("add", "sub", "neg", "wide", "narrow", "stop_gradient"))
 """Functions that are linear in all operands together."""
 
 
-def function_of(equation: Equation) -> str | None:
+def function_of(eqn: JaxEquation) -> str | None:
     """Return what formulas call the function of an equation, or None if it has no name there."""
-    name = str(equation.primitive.name)
-    if name in _SAME_NAME:
-        return name
-    if name == "round" and int(equation.params["rounding_method"]) == _TO_EVEN:
-        return "round"
+    name = str(eqn.primitive.name)
+    if name == "round":
+        # Formulas round to even, which is number 1 of jax's ways to round.
+        return name if int(eqn.params["rounding_method"]) == 1 else None
     if name == "select_n":
-        return "where" if len(equation.invars) == 3 else None
-    return _RENAMED.get(name)
+        return "where" if len(eqn.invars) == 3 else None
+    return name if name in _SAME_NAME else _RENAMED.get(name)
 
 
-def is_elementwise(equation: Equation) -> bool:
+def is_elementwise(eqn: JaxEquation) -> bool:
     """Return whether an equation works element by element, or only on shapes."""
-    called = callee(equation)
+    called = callee(eqn)
     if called is not None:
         return all(map(is_elementwise, opened(called)[0].eqns))
-    known = function_of(equation) is not None or equation.primitive.name in STRUCTURAL
-    return known or equation.primitive.name == "custom_jvp_call"
+    name = eqn.primitive.name
+    return function_of(eqn) is not None or name in STRUCTURAL or name == "custom_jvp_call"
 
 
-def is_elementwise_call(jaxpr: Jaxpr) -> bool:
-    """Return whether every equation of a jaxpr works so."""
-    return all(map(is_elementwise, opened(jaxpr)[0].eqns))
-
-
-def folded(function: str, numbers: tuple[float, ...]) -> float:
-    """Return a function of formulas of numbers."""
-    with np.errstate(all="ignore"):
-        return float(FORMULAS[function](*numbers))
-
-
-# The computation of a block on named axes: products with weights, and functions of elements.
-#
-# Axes are numbers that are found to be one as equations show it.  Two axes become one only if no
-# value has both: an embedding times its transpose must not become square.
-
-ONE_VALUE = "a block takes one value, so apply the other before it or behind it"
-MATRICES = "reshape its weights to matrices"
-"""Ways out of reasons."""
-
-
-class Misfit(Exception):
-    """Why a part of a program is not a block: shown as the reason of a near miss."""
+# Terms: what is computed.
 
 
 @dataclass(frozen=True, eq=False)
-class Node:
+class Term:
     """A value of a block; compared by identity."""
 
 
 @dataclass(frozen=True, eq=False)
-class Input(Node):
-    """The input of the block, or of a formula.
+class InputTerm(Term):
+    """The input of the block, or of a formula, with its axes by dimension."""
 
-    Attributes:
-      axes: its axes, by dimension.
-      name: what a formula calls it.
-    """
-
-    axes: tuple[int, ...] = ()
-    name: str = "a"
+    axes: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Weight(Node):
-    """A view of a leaf.
+class WeightTerm(Term):
+    """A view of a leaf, with the number of each axis of the view by its name."""
 
-    Attributes:
-      view: the view.
-      axes: the number of each axis of the view, by its name.
-    """
-
-    view: View
-    axes: dict[str, int]
+    view: LeafView
+    axes: Mapping[str, int]
 
 
 @dataclass(frozen=True, eq=False)
-class Product(Node):
+class ProductTerm(Term):
     """A contraction with a weight over one axis."""
 
-    x: Node
-    weight: Weight
+    x: Term
+    weight: WeightTerm
     over: int
 
 
 @dataclass(frozen=True, eq=False)
-class Apply(Node):
+class FunctionTerm(Term):
     """A function of formulas, element by element; numbers stand for themselves."""
 
     function: str
-    operands: tuple[Node | float, ...]
+    operands: tuple[Term | float, ...]
 
 
 @dataclass(frozen=True)
-class Sym:
-    """An array of the program: a value of the block, and which dimension is which axis."""
+class Symbol:
+    """An array of the program: a term, and which dimension is which axis; of numbers, none."""
 
-    node: Node | float
+    term: Term | float
     dims: tuple[int | None, ...] = ()
 
 
@@ -178,7 +162,11 @@ class Axes:
             axis = self._first[axis]
         return axis
 
-    def note(self, axes: tuple[int, ...]) -> None:
+    def find_all(self, dims: Sequence[int | None]) -> list[int]:
+        """Return the numbers that stand for the axes among `dims`, in order."""
+        return [self.find(axis) for axis in dims if axis is not None]
+
+    def note(self, axes: Sequence[int]) -> None:
         """Note that a value has all of `axes`, which are therefore different."""
         self._values.append(frozenset(axes))
 
@@ -186,441 +174,301 @@ class Axes:
         """Make two axes one.
 
         Raises:
-          Misfit: a value has both, or they differ in size.
+          NotABlock: a value has both, or they differ in size.
         """
         a, b = self.find(a), self.find(b)
         if a == b:
             return a
         if self.sizes[a] != self.sizes[b]:
-            raise Misfit(f"an axis has the sizes {self.sizes[a]} and {self.sizes[b]}")
+            raise NotABlock(f"an axis has the sizes {self.sizes[a]} and {self.sizes[b]}")
         for axes in self._values:
             if {a, b} <= {self.find(n) for n in axes}:
-                raise Misfit("two axes of one value would have to be the same")
+                raise NotABlock("two axes of one value would have to be the same")
         self._first[max(a, b)] = min(a, b)
         return min(a, b)
 
+    def of(self, term: Term | float) -> frozenset[int]:
+        """Return the axes of a term."""
+        memo: dict[int, frozenset[int]] = {}
 
-def axes_of(node: Node | float, axes: Axes) -> frozenset[int]:
-    """Return the axes of a value, each as the number that stands for it."""
-    found: dict[int, frozenset[int]] = {}
+        def axes_of(x: Term | float) -> frozenset[int]:
+            if isinstance(x, float):
+                return frozenset()
+            if id(x) not in memo:
+                if isinstance(x, InputTerm | WeightTerm):
+                    axes = x.axes if isinstance(x, InputTerm) else x.axes.values()
+                    memo[id(x)] = frozenset(map(self.find, axes))
+                elif isinstance(x, ProductTerm):
+                    memo[id(x)] = (axes_of(x.x) | axes_of(x.weight)) - {self.find(x.over)}
+                else:
+                    assert isinstance(x, FunctionTerm), "there is no other term"
+                    memo[id(x)] = frozenset().union(*map(axes_of, x.operands))
+            return memo[id(x)]
 
-    def of(x: Node | float) -> frozenset[int]:
-        if isinstance(x, float):
-            return frozenset()
-        if id(x) not in found:
-            found[id(x)] = own(x)
-        return found[id(x)]
-
-    def own(x: Node) -> frozenset[int]:
-        if isinstance(x, Input):
-            return frozenset(map(axes.find, x.axes))
-        if isinstance(x, Weight):
-            return frozenset(map(axes.find, x.axes.values()))
-        if isinstance(x, Product):
-            return (of(x.x) | of(x.weight)) - {axes.find(x.over)}
-        assert isinstance(x, Apply)
-        return frozenset().union(*map(of, x.operands))
-
-    return of(node)
+        return axes_of(term)
 
 
-def reweighted(node: Node, axis: int, change: Callable[[Weight, str], Weight], axes: Axes) -> Node:
-    """Return a value whose weights that have an axis are changed.
-
-    Args:
-      node: the value.
-      axis: the axis.
-      change: takes a weight, and what the weight calls the axis.
-      axes: the axes.
-
-    Raises:
-      Misfit: the input of the block has the axis.
-    """
-    made: dict[int, Node | float] = {}
-
-    def changed(x: Node | float) -> Node | float:
-        if isinstance(x, float) or axis not in axes_of(x, axes):
-            return x
-        if id(x) not in made:
-            made[id(x)] = own(x)
-        return made[id(x)]
-
-    def own(x: Node) -> Node | float:
-        if isinstance(x, Weight):
-            (name,) = (n for n, number in x.axes.items() if axes.find(number) == axis)
-            return change(x, name)
-        if isinstance(x, Product):
-            inner, weight = changed(x.x), changed(x.weight)
-            assert isinstance(weight, Weight)
-            assert isinstance(inner, Node)
-            return Product(inner, weight, x.over)
-        if isinstance(x, Apply):
-            return Apply(x.function, tuple(map(changed, x.operands)))
-        raise Misfit("a part of its input is used")
-
-    found = changed(node)
-    assert isinstance(found, Node)
-    return found
-
-
-def sliced(weight: Weight, name: str, part: tuple[int, int], number: int) -> Weight:
-    """Return a weight with an axis cut to `part`, under another number."""
-    return Weight(weight.view.sliced(name, *part), {**weight.axes, name: number})
-
-
-def indexed(weight: Weight, name: str, at: int) -> Weight:
-    """Return one element along an axis of a weight."""
-    left = {n: number for n, number in weight.axes.items() if n != name}
-    return Weight(weight.view.with_dims((name,)).indexed(name, at), left)
-
-
-def split(weight: Weight, name: str, parts: tuple[int, ...], numbers: tuple[int, ...]) -> Weight:
-    """Return a weight with an axis cut into axes of the sizes `parts`."""
-    view, names = weight.view.with_dims((name,)).split(name, parts)
-    left = {n: number for n, number in weight.axes.items() if n != name}
-    return Weight(view, left | dict(zip(names, numbers, strict=True)))
-
-
-# Equations run on symbols: what a block computes, on named axes instead of dimensions.
-
-Custom = Callable[[Step], str | None]
-"""Names the function with a derivative of its own that a step calls, where it is known."""
-
-IDENTITY = frozenset(("copy", "copy_p", "name", "sharding_constraint", "pvary", "pcast"))
-"""Equations whose result has the elements of the operand, in their places."""
+NameCustom = Callable[[Equation], str | None]
+"""Names the function with a derivative of its own that an equation calls, where it has a name."""
 
 
 class Symbols:
-    """Runs steps on symbols.
+    """Runs equations on symbols.
 
     Args:
-      axes: the axes found so far.
+      axes: the axes so far.
       dtype: the type that the block computes in.
-      custom: names functions with derivatives of their own; None runs what they call instead.
+      name_custom: names functions with derivatives of their own; None runs what they call instead.
     """
 
-    def __init__(self, axes: Axes, dtype: Any, custom: Custom | None) -> None:
+    def __init__(self, axes: Axes, dtype: Any, name_custom: NameCustom | None) -> None:
         self.axes = axes
-        self.values: dict[Val, Sym] = {}
+        self.values: dict[Variable, Symbol] = {}
         self._dtype = jnp.dtype(dtype)
-        self._itemsize = self._dtype.itemsize
-        self._custom = custom
+        self._name_custom = name_custom
 
-    def read(self, value: Val) -> Sym:
-        """Return the symbol of a value.
+    def read(self, variable: Variable) -> Symbol:
+        """Return the symbol of a variable.
 
         Raises:
-          Misfit: it is neither known, nor a weight, nor a number.
+          NotABlock: it is neither of the block, nor a weight, nor a number.
         """
-        found = self.values.get(value) or self.values.get(value.same)
-        if found is None:
-            found = self._outside(value)
-            self.values[value] = found
-        return found
+        symbol = self.values.get(variable) or self.values.get(variable.same)
+        if symbol is not None:
+            return symbol
+        if variable.view is not None:
+            symbol = self._weight(variable.view)
+        elif variable.const is not UNKNOWN:
+            symbol = _number(variable)
+        elif variable.equation is None or not all(map(_is_constant, variable.equation.inputs)):
+            raise NotABlock(f"it takes another value from outside: {ONE_VALUE}")
+        else:
+            self.run(variable.equation)
+            symbol = self.values[variable]
+        self.values[variable] = symbol
+        return symbol
 
-    def _outside(self, value: Val) -> Sym:
-        if value.view is not None:
-            return self._weight(value)
-        if value.const is not UNKNOWN:
-            return _number(value)
-        step = value.step
-        if step is None or not all(_is_constant(v) for v in step.inputs):
-            raise Misfit(f"it takes another value from outside: {ONE_VALUE}")
-        self.run(step)
-        return self.values[value]
-
-    def _weight(self, value: Val) -> Sym:
-        view = value.view
-        assert view is not None, "asked for because it has one"
-        self._check_casts(view)
-        numbers = {name: self.axes.new(size) for name, size in view.sizes}
-        self.axes.note(tuple(numbers.values()))
-        return Sym(Weight(view, numbers), tuple(n if n is None else numbers[n] for n in view.dims))
-
-    def _check_casts(self, view: View) -> None:
-        """Raise Misfit where a weight is rounded to less than the block computes in."""
+    def _weight(self, view: LeafView) -> Symbol:
+        """Return a weight, unless it is rounded to less than the block computes in."""
+        needed = list(map(min, float_bits(self._dtype), float_bits(view.leaf.dtype.numpy)))
         for dtype in view.casts:
-            wanted = (float_bits(self._dtype), float_bits(view.leaf.dtype.numpy))
-            pairs = zip(float_bits(dtype), *wanted, strict=True)
-            if any(kept < min(needed) for kept, *needed in pairs):
-                raise Misfit(
+            if any(bits < n for bits, n in zip(float_bits(dtype), needed, strict=True)):
+                raise NotABlock(
                     f"its weight {view.leaf.name} is rounded to {dtype} first: a block has leaves "
                     f"as they are; cast its input to {dtype}, too, or the leaf"
                 )
+        numbers = {name: self.axes.new(size) for name, size in view.sizes}
+        self.axes.note(tuple(numbers.values()))
+        dims = tuple(n if n is None else numbers[n] for n in view.dims)
+        return Symbol(WeightTerm(view, numbers), dims)
 
-    def run(self, step: Step) -> None:
-        """Find the symbols of what `step` defines.
+    def run(self, equation: Equation) -> None:
+        """Find the symbols of what `equation` defines.
 
         Raises:
-          Misfit: it is no step of a block.
+          NotABlock: it is no equation of a block.
         """
-        if step.outputs and step.outputs[0].view is not None:
+        if equation.outputs and equation.outputs[0].view is not None:
             return
-        inside = step.inside(custom=self._custom is None)
-        if inside is not None:
-            self._call(step, inside)
-            return
-        for value, made in zip(step.outputs, self._made(step), strict=True):
-            self.values[value] = made
-
-    def _call(self, step: Step, inside: Scope) -> None:
-        for outer, inner in zip(step.inputs, inside.inputs, strict=True):
-            self.values[inner] = self.read(outer)
-        for one in inside.steps:
-            self.run(one)
-        for outer, inner in zip(step.outputs, inside.outputs, strict=True):
-            self.values[outer] = self.read(inner)
-
-    def _made(self, step: Step) -> list[Sym]:
-        rule = _RULES.get(step.name)
-        if rule is not None:
-            return rule(self, step)
-        if step.name == "custom_jvp_call" and self._custom is not None:
-            name = self._custom(step)
-            if name is None:
-                raise Misfit("a function with a gradient of its own is inside")
+        is_custom = equation.name == "custom_jvp_call"
+        if callee(equation.eqn) is not None or (is_custom and self._name_custom is None):
+            inside = equation.inner()
+            for operand, variable in zip(equation.inputs, inside.inputs, strict=True):
+                self.values[variable] = self.read(operand)
+            for inner in inside.equations:
+                self.run(inner)
+            symbols = [self.read(variable) for variable in inside.outputs]
         else:
-            name = function_of(step.equation)
-        if name is None:
-            raise Misfit(f"`{step.name}` inside it does not work element by element")
-        return [self.apply(name, step)]
+            symbols = self._evaluate(equation)
+        self.values.update(zip(equation.outputs, symbols, strict=True))
 
-    def apply(self, function: str, step: Step) -> Sym:
-        """Return a function of the operands of a step, element by element."""
-        given = [self.read(v) for v in step.inputs]
+    def _evaluate(self, equation: Equation) -> list[Symbol]:
+        name = equation.name
+        if name in IDENTITY:
+            return [self.read(equation.inputs[0])]
+        if name == "convert_element_type":
+            return [self._converted(equation)]
+        if name == "dot_general":
+            return [self._product(equation)]
+        if name in REARRANGING:
+            x = self.read(equation.inputs[0])
+            if isinstance(x.term, float):
+                return [x for _ in equation.outputs]
+            results = rearranged(self, (x.term, x.dims), equation)
+            return [Symbol(term, dims) for term, dims in results]
+        if name == "custom_jvp_call" and self._name_custom is not None:
+            function = self._name_custom(equation)
+            if function is None:
+                raise NotABlock("a function with a gradient of its own is inside")
+        else:
+            function = function_of(equation.eqn)
+        if function is None:
+            raise NotABlock(f"`{name}` inside it does not work element by element")
+        return [self._function(function, equation)]
+
+    def _function(self, function: str, equation: Equation) -> Symbol:
+        """Return a function of the operands of an equation, element by element."""
+        symbols = [self.read(v) for v in equation.inputs]
+        for dtype in (v.aval.dtype for v in equation.inputs if v.const is UNKNOWN):
+            if not is_float(dtype) and dtype != np.dtype(bool):
+                raise NotABlock(f"values of the type {dtype} are inside")
         if function == "where":
-            given = [given[0], given[2], given[1]]
-        _check_numbers(step)
-        operands: list[Node | float] = [s.node for s in given]
-        if step.name == "integer_pow":
-            operands.append(float(step.params["y"]))
-        numbers = tuple(x for x in operands if isinstance(x, float))
+            # `select_n` has the value where the condition is false first.
+            symbols = [symbols[0], symbols[2], symbols[1]]
+        operands = [s.term for s in symbols]
+        if equation.name == "integer_pow":
+            operands.append(float(equation.params["y"]))
+        numbers = [x for x in operands if isinstance(x, float)]
         if len(numbers) == len(operands):
-            return Sym(folded(function, numbers))
-        return Sym(Apply(function, tuple(operands)), self._together(given))
-
-    def _together(self, given: Sequence[Sym]) -> tuple[int | None, ...]:
-        rank = max(len(s.dims) for s in given)
-        dims: list[int | None] = [None] * rank
-        for symbol in given:
+            with np.errstate(all="ignore"):
+                return Symbol(float(FORMULAS[function](*numbers)))
+        dims: list[int | None] = [None] * max(len(s.dims) for s in symbols)
+        for symbol in symbols:
             for i, axis in enumerate(symbol.dims):
-                if axis is None:
-                    continue
-                before = dims[i]
-                dims[i] = axis if before is None else self.axes.unite(before, axis)
-        found = tuple(d if d is None else self.axes.find(d) for d in dims)
-        named = tuple(d for d in found if d is not None)
-        if len(set(named)) < len(named):
-            raise Misfit("two axes of one value would have to be the same")
-        return found
+                if axis is not None:
+                    before = dims[i]
+                    dims[i] = axis if before is None else self.axes.unite(before, axis)
+        axes = self.axes.find_all(dims)
+        if len(set(axes)) < len(axes):
+            raise NotABlock("two axes of one value would have to be the same")
+        merged = tuple(d if d is None else self.axes.find(d) for d in dims)
+        return Symbol(FunctionTerm(function, tuple(operands)), merged)
 
-    # --- steps that are not element by element
-
-    def converted(self, step: Step) -> list[Sym]:
-        """A cast: to a wider type and back, or of truth values to numbers."""
-        x = self.read(step.inputs[0])
-        old, new = step.inputs[0].aval.dtype, jnp.dtype(step.params["new_dtype"])
-        if isinstance(x.node, float):
-            return [x]
-        if old == np.dtype(bool) and jnp.issubdtype(new, jnp.floating):
-            return [Sym(Apply("where", (x.node, 1.0, 0.0)), x.dims)]
-        if not (jnp.issubdtype(old, jnp.floating) and jnp.issubdtype(new, jnp.floating)):
-            raise Misfit(f"a cast from {old} to {new} is inside")
-        if new.itemsize < self._itemsize:
-            raise Misfit(f"a cast to {new} is inside, narrower than its input: cast that, too")
-        if new.itemsize == old.itemsize or isinstance(x.node, Weight | Product):
-            return [x]
-        wide = new.itemsize > old.itemsize
-        return [Sym(Apply("wide" if wide else "narrow", (x.node,)), x.dims)]
-
-    def same(self, step: Step) -> list[Sym]:
-        """The operand as it is."""
-        return [self.read(step.inputs[0])]
-
-    def transposed(self, step: Step) -> list[Sym]:
-        """The dimensions in another order."""
-        x = self.read(step.inputs[0])
-        return [Sym(x.node, tuple(x.dims[i] for i in step.params["permutation"]))]
-
-    def broadcast(self, step: Step) -> list[Sym]:
-        """More dimensions, along which nothing varies."""
-        x = self.read(step.inputs[0])
-        shape = step.params["shape"]
-        if isinstance(x.node, float):
-            return [Sym(x.node)]
-        dims: list[int | None] = [None] * len(shape)
-        for old, new in enumerate(step.params["broadcast_dimensions"]):
-            if step.inputs[0].shape[old] == shape[new]:
-                dims[new] = x.dims[old]
-            elif x.dims[old] is not None:
-                raise Misfit("an axis of size one is repeated inside")
-        return [Sym(x.node, tuple(dims))]
-
-    def reshaped(self, step: Step) -> list[Sym]:
-        """Dimensions of size one come or go; an axis of weights is cut into several."""
-        x = self.read(step.inputs[0])
-        old, new = step.inputs[0].shape, step.outputs[0].shape
-        if isinstance(x.node, float):
-            return [Sym(x.node)]
-        node, dims = x.node, list[int | None]()
-        for before, after in groups(old, new):
-            axes = [x.dims[i] for i in before if old[i] != 1]
-            wide = [new[j] for j in after if new[j] != 1]
-            if axes and len(axes) == 1 and len(wide) > 1 and axes[0] is not None:
-                node, axes = self._parted(node, axes[0], tuple(wide))
-            if len(axes) != len(wide):
-                raise Misfit("a reshape inside joins axes")
-            left = iter(axes)
-            dims += [next(left) if new[j] != 1 else None for j in after]
-        return [Sym(node, tuple(dims))]
-
-    def _parted(
-        self, node: Node, axis: int, parts: tuple[int, ...]
-    ) -> tuple[Node, list[int | None]]:
-        numbers = tuple(map(self.axes.new, parts))
-
-        def change(weight: Weight, name: str) -> Weight:
-            return split(weight, name, parts, numbers)
-
-        return reweighted(node, self.axes.find(axis), change, self.axes), list(numbers)
-
-    def squeezed(self, step: Step) -> list[Sym]:
-        """Dimensions of size one go; an axis along which there is one element goes with them."""
-        x = self.read(step.inputs[0])
-        gone = step.params["dimensions"]
-        node = x.node
-        for i in gone:
-            axis = x.dims[i] if x.dims else None
-            if axis is not None and not isinstance(node, float):
-                node = self._at(node, axis, 0)
-        return [Sym(node, tuple(d for i, d in enumerate(x.dims) if i not in gone))]
-
-    def _at(self, node: Node, axis: int, at: int) -> Node:
-        def change(weight: Weight, name: str) -> Weight:
-            return indexed(weight, name, at)
-
-        return reweighted(node, self.axes.find(axis), change, self.axes)
-
-    def cut(self, step: Step) -> list[Sym]:
-        """A part of an axis that only weights have, or every n-th of its elements."""
-        starts, stops = step.params["start_indices"], step.params["limit_indices"]
-        strides = step.params["strides"] or [1] * len(starts)
-        x = self.read(step.inputs[0])
-        for dimension, ends in enumerate(zip(starts, stops, strides, strict=True)):
-            start, stop, stride = map(int, ends)
-            size = step.inputs[0].shape[dimension]
-            if stride == 1:
-                x = self._part(x, dimension, start, stop, size)
-            else:
-                x = self._every(x, dimension, start, stop, (stride, size))
-        return [x]
-
-    def split(self, step: Step) -> list[Sym]:
-        """All parts of an axis that only weights have."""
-        x, at, made = self.read(step.inputs[0]), 0, []
-        whole = step.inputs[0].shape[step.params["axis"]]
-        for size in step.params["sizes"]:
-            made.append(self._part(x, step.params["axis"], at, at + int(size), whole))
-            at += int(size)
-        return made
-
-    def _part(self, x: Sym, dimension: int, start: int, stop: int, size: int) -> Sym:
-        axis = x.dims[dimension] if x.dims else None
-        if axis is None or isinstance(x.node, float) or (start, stop) == (0, size):
+    def _converted(self, equation: Equation) -> Symbol:
+        """Return a cast: to a wider type and back, or of truth values to numbers."""
+        x = self.read(equation.inputs[0])
+        old, new = equation.inputs[0].aval.dtype, jnp.dtype(equation.params["new_dtype"])
+        if isinstance(x.term, float):
             return x
-        new = self.axes.new(stop - start)
-
-        def change(weight: Weight, name: str) -> Weight:
-            return sliced(weight, name, (start, stop), new)
-
-        node = reweighted(x.node, self.axes.find(axis), change, self.axes)
-        return Sym(node, tuple(new if i == dimension else d for i, d in enumerate(x.dims)))
-
-    def _every(self, x: Sym, dimension: int, start: int, stop: int, steps: tuple[int, int]) -> Sym:
-        stride, size = steps
-        axis = x.dims[dimension] if x.dims else None
-        if axis is None or isinstance(x.node, float):
+        if old == np.dtype(bool) and is_float(new):
+            return Symbol(FunctionTerm("where", (x.term, 1.0, 0.0)), x.dims)
+        if not (is_float(old) and is_float(new)):
+            raise NotABlock(f"a cast from {old} to {new} is inside")
+        if new.itemsize < self._dtype.itemsize:
+            raise NotABlock(f"a cast to {new} is inside, narrower than its input: cast that, too")
+        if new.itemsize == old.itemsize or isinstance(x.term, WeightTerm | ProductTerm):
             return x
-        if size % stride or start >= stride or stop <= size - stride + start:
-            raise Misfit("a slice with strides inside takes no part of equal parts")
-        node, parts = self._parted(x.node, axis, (size // stride, stride))
-        assert parts[1] is not None
-        dims = tuple(parts[0] if i == dimension else d for i, d in enumerate(x.dims))
-        return Sym(self._at(node, parts[1], start), dims)
+        function = "wide" if new.itemsize > old.itemsize else "narrow"
+        return Symbol(FunctionTerm(function, (x.term,)), x.dims)
 
-    def product(self, step: Step) -> list[Sym]:
-        """A contraction with a weight over one axis."""
-        (contracted, batch) = step.params["dimension_numbers"]
-        given = [self.read(v) for v in step.inputs]
-        at = next((i for i, v in enumerate(step.inputs) if v.view is not None), None)
-        if at is None or isinstance(given[1 - at].node, Weight | float):
-            raise Misfit("a product without a weight is inside")
+    def _product(self, equation: Equation) -> Symbol:
+        """Return a contraction with a weight over one axis."""
+        (contracted, batch) = equation.params["dimension_numbers"]
+        symbols, at = [self.read(v) for v in equation.inputs], equation.weight
+        x, weight = (symbols[1 - (at or 0)].term, symbols[at or 0].term)
+        if at is None or isinstance(x, WeightTerm | float):
+            raise NotABlock("a product without a weight is inside")
         if batch[0]:
-            raise Misfit(
+            raise NotABlock(
                 "its weights have a matrix for each of several heads or groups: convert the "
                 "function of one, and vmap the converted one"
             )
         if len(contracted[0]) != 1:
-            raise Misfit(f"a product inside sums over more than one axis, or none: {MATRICES}")
-        over = [s.dims[c[0]] for s, c in zip(given, contracted, strict=True)]
+            raise NotABlock(f"a product inside sums over more than one axis, or none: {MATRICES}")
+        over = [s.dims[c[0]] for s, c in zip(symbols, contracted, strict=True)]
         if over[0] is None or over[1] is None:
-            raise Misfit("a product inside sums what is repeated")
-        axis = self.axes.unite(over[0], over[1])
-        free = [[d for i, d in enumerate(s.dims) if i != c[0]]
-                for s, c in zip(given, contracted, strict=True)]  # fmt: skip
-        x, weight = given[1 - at].node, given[at].node
-        assert isinstance(weight, Weight)
-        assert not isinstance(x, float)
-        made = Product(x, weight, axis)
-        self.axes.note(tuple(axes_of(made, self.axes)))
-        is_wide = step.outputs[0].aval.dtype.itemsize > self._itemsize
-        node: Node = Apply("wide", (made,)) if is_wide else made
-        return [Sym(node, (*free[0], *free[1]))]
+            raise NotABlock("a product inside sums what is repeated")
+        assert isinstance(weight, WeightTerm), "it is a view of a leaf"
+        term: Term = ProductTerm(x, weight, self.axes.unite(over[0], over[1]))
+        self.axes.note(tuple(self.axes.of(term)))
+        if equation.outputs[0].aval.dtype.itemsize > self._dtype.itemsize:
+            term = FunctionTerm("wide", (term,))
+        pairs = zip(symbols, contracted, strict=True)
+        return Symbol(term, tuple(d for s, c in pairs for i, d in enumerate(s.dims) if i != c[0]))
+
+    # A part of an axis that weights alone have is a part of the weights (`scopes.AxisMoves`).
+
+    def sliced(self, term: Term, axis: int, start: int, stop: int) -> tuple[Term, int]:
+        """Return the part ``[start, stop)`` of an axis of weights, which is a new one."""
+        new = self.axes.new(stop - start)
+
+        def change(view: LeafView, name: str) -> tuple[LeafView, dict[str, int]]:
+            return view.sliced(name, start, stop)[0], {name: new}
+
+        return self._reweighted(term, axis, change), new
+
+    def indexed(self, term: Term, axis: int, index: int) -> Term:
+        """Return one element along an axis of weights."""
+        return self._reweighted(term, axis, lambda view, name: (view.indexed(name, index), {}))
+
+    def regrouped(
+        self, term: Term, axes: Sequence[int | None], parts: Sequence[int]
+    ) -> tuple[Term, list[int | None]]:
+        """Return an axis of weights cut into several.
+
+        Raises:
+          NotABlock: there are several axes.
+        """
+        if len(axes) != 1 or axes[0] is None:
+            raise NotABlock("a reshape inside joins axes")
+        numbers = [self.axes.new(size) for size in parts]
+
+        def change(view: LeafView, name: str) -> tuple[LeafView, dict[str, int]]:
+            view, names = view.regrouped([name], parts)
+            return view, dict(zip(names, numbers, strict=True))
+
+        return self._reweighted(term, axes[0], change), [*numbers]
+
+    def _reweighted(
+        self,
+        term: Term,
+        axis: int,
+        change: Callable[[LeafView, str], tuple[LeafView, dict[str, int]]],
+    ) -> Term:
+        """Return a term whose weights that have an axis are changed.
+
+        Args:
+          term: the term.
+          axis: the axis.
+          change: takes a view and what it calls the axis; returns what it has instead.
+
+        Raises:
+          NotABlock: the input of the block has the axis.
+        """
+        memo: dict[int, Any] = {}
+        axis = self.axes.find(axis)
+
+        def changed(x: Any) -> Any:
+            if isinstance(x, float) or axis not in self.axes.of(x):
+                return x
+            if id(x) not in memo:
+                if isinstance(x, WeightTerm):
+                    (name,) = (n for n, a in x.axes.items() if self.axes.find(a) == axis)
+                    view, new = change(x.view, name)
+                    unchanged = {n: a for n, a in x.axes.items() if n != name}
+                    memo[id(x)] = WeightTerm(view, unchanged | new)
+                elif isinstance(x, ProductTerm):
+                    memo[id(x)] = ProductTerm(changed(x.x), changed(x.weight), x.over)
+                elif isinstance(x, FunctionTerm):
+                    memo[id(x)] = FunctionTerm(x.function, tuple(map(changed, x.operands)))
+                else:
+                    raise NotABlock("a part of its input is used")
+            return memo[id(x)]
+
+        result: Term = changed(term)
+        return result
 
 
-def _number(value: Val) -> Sym:
-    data = np.asarray(value.const)
+def _number(variable: Variable) -> Symbol:
+    data = np.asarray(variable.const)
     if data.size != 1:
-        raise Misfit("it takes an array of constants: make it a parameter")
+        raise NotABlock("it takes an array of constants: make it a parameter")
     if not (jnp.issubdtype(data.dtype, jnp.number) or data.dtype == bool):
-        raise Misfit("it takes a constant that is no number")
-    return Sym(float(data.reshape(()).astype(np.float64)))
+        raise NotABlock("it takes a constant that is no number")
+    return Symbol(float(data.reshape(()).astype(np.float64)))
 
 
-def _is_constant(value: Val) -> bool:
-    if value.const is not UNKNOWN:
+def _is_constant(variable: Variable) -> bool:
+    if variable.const is not UNKNOWN:
         return True
-    step = value.step
-    if value.view is not None or step is None or callee(step.equation) is not None:
+    equation = variable.equation
+    if variable.view is not None or equation is None or callee(equation.eqn) is not None:
         return False
-    known = function_of(step.equation) is not None or step.name in _RULES
-    return known and bool(step.inputs) and all(map(_is_constant, step.inputs))
+    is_simple = function_of(equation.eqn) is not None or equation.name in STRUCTURAL
+    return is_simple and bool(equation.inputs) and all(map(_is_constant, equation.inputs))
 
 
-def _check_numbers(step: Step) -> None:
-    for value in step.inputs:
-        dtype = value.aval.dtype
-        fits = jnp.issubdtype(dtype, jnp.floating) or dtype == np.dtype(bool)
-        if not fits and value.const is UNKNOWN:
-            raise Misfit(f"values of the type {dtype} are inside")
-
-
-Rule = Callable[[Symbols, Step], list[Sym]]
-
-_RULES: dict[str, Rule] = {
-    **dict.fromkeys(IDENTITY, Symbols.same),
-    "convert_element_type": Symbols.converted,
-    "transpose": Symbols.transposed,
-    "broadcast_in_dim": Symbols.broadcast,
-    "reshape": Symbols.reshaped,
-    "squeeze": Symbols.squeezed,
-    "slice": Symbols.cut,
-    "split": Symbols.split,
-    "dot_general": Symbols.product,
-}
-
-
-# Formulas of blocks: which functions of elements are activations by name, and which are not.
+# Formulas: which functions of elements are activations by name, and which are not.
 
 CUSTOM: dict[str, Function] = {
     "relu": jax.nn.relu,
@@ -644,68 +492,68 @@ ACTIVATIONS: dict[str, Callable[[AnyArray], AnyArray]] = {
 """Activations that are operations, as jax has them."""
 
 
-def formula_of(node: Node, base: Node) -> Formula:
-    """Return `node`, a function of the elements of `base`, as a formula."""
+def formula_of(term: Term, base: Term) -> Formula:
+    """Return `term`, a function of the elements of `base`, as a formula."""
     numbers: dict[int, int] = {id(base): 0}
-    steps: list[FormulaStep] = []
+    calls: list[FormulaStep] = []
 
-    def number(x: Node | float) -> int | float:
+    def number(x: Term | float) -> int | float:
         if isinstance(x, float):
             return x
         if id(x) not in numbers:
-            assert isinstance(x, Apply), "a formula is made of functions"
-            steps.append(FormulaStep(x.function, tuple(map(number, x.operands))))
-            numbers[id(x)] = len(steps)
+            assert isinstance(x, FunctionTerm), "a formula is made of functions"
+            calls.append(FormulaStep(x.function, tuple(map(number, x.operands))))
+            numbers[id(x)] = len(calls)
         return numbers[id(x)]
 
-    result = number(node)
-    assert isinstance(result, int)
-    return Formula(tuple(steps), result)
+    result = number(term)
+    assert isinstance(result, int), "a term is no number"
+    return Formula(tuple(calls), result)
 
 
 @lru_cache(maxsize=8)
 def activations(dtype: str) -> Mapping[str, str]:
     """Return operations by the formulas that jax's functions have in an element type."""
-    found: dict[str, str] = {}
+    operations: dict[str, str] = {}
     for name, function in ACTIVATIONS.items():
         jaxpr, _ = trace(function, [shape_of((3,), dtype)])
-        base, (made,) = _symbols(jaxpr, custom_function)
-        assert isinstance(made.node, Node)
-        found[str(formula_of(made.node, base[0]))] = name
-    return found
-
-
-def custom_function(step: Step) -> str | None:
-    """Return the name of a function of `CUSTOM` that a step calls, derivative included."""
-    atoms = step.equation.invars
-    if any(not jnp.issubdtype(a.aval.dtype, jnp.floating) for a in atoms):
-        return None
-    numbers = tuple(float(a.val) if is_literal(a) else None for a in atoms)
-    variables = [a for a in atoms if not is_literal(a)]
-    avals = tuple((tuple(a.aval.shape), str(a.aval.dtype)) for a in variables)
-
-    def called(*given: AnyArray) -> AnyArray:
-        outs = step.equation.outvars
-        values = dict(zip(variables, given, strict=True))
-        return evaluate([step.equation], values, outs, step.frame.jaxpr)[0]
-
-    found = _spelled(called, avals)
-    if found is None:
-        return None
-    return next((name for name in CUSTOM if _known(name, numbers, avals) == found), None)
+        inputs, (result,) = _run(jaxpr, custom_function)
+        assert isinstance(result.term, Term), "an activation is no number"
+        operations[str(formula_of(result.term, inputs[0]))] = name
+    return operations
 
 
 Avals = tuple[tuple[tuple[int, ...], str], ...]
 
 
+def custom_function(equation: Equation) -> str | None:
+    """Return the name of a function of `CUSTOM` that an equation calls, derivative included."""
+    atoms = equation.eqn.invars
+    if not all(is_float(a.aval.dtype) for a in atoms):
+        return None
+    numbers = tuple(float(a.val) if is_literal(a) else None for a in atoms)
+    variables = [a for a in atoms if not is_literal(a)]
+    avals = tuple((tuple(a.aval.shape), str(a.aval.dtype)) for a in variables)
+
+    def called(*arrays: AnyArray) -> AnyArray:
+        values = dict(zip(variables, arrays, strict=True))
+        return evaluate([equation.eqn], values, equation.eqn.outvars, equation.frame.jaxpr)[0]
+
+    text = _spelled(called, avals)
+    names = (name for name in CUSTOM if _spelled_custom(name, numbers, avals) == text)
+    return None if text is None else next(names, None)
+
+
 @lru_cache(maxsize=64)
-def _known(name: str, numbers: tuple[float | None, ...], avals: Avals) -> tuple[str, ...] | None:
+def _spelled_custom(
+    name: str, numbers: tuple[float | None, ...], avals: Avals
+) -> tuple[str, ...] | None:
     if (name == "logaddexp") != (len(numbers) == 2):
         return None
 
-    def called(*given: AnyArray) -> AnyArray:
-        left = iter(given)
-        return CUSTOM[name](*(next(left) if n is None else n for n in numbers))
+    def called(*arrays: AnyArray) -> AnyArray:
+        remaining = iter(arrays)
+        return CUSTOM[name](*(next(remaining) if n is None else n for n in numbers))
 
     return _spelled(called, avals)
 
@@ -714,44 +562,48 @@ def _spelled(function: Function, avals: Avals) -> tuple[str, ...] | None:
     """Return a function and its derivative as text; None where they are no formulas."""
     count = len(avals)
 
-    def with_derivative(*given: AnyArray) -> AnyArray:
-        return jax.jvp(function, given[:count], given[count:])
+    def with_derivative(*arrays: AnyArray) -> AnyArray:
+        return jax.jvp(function, arrays[:count], arrays[count:])
 
     jaxpr, _ = trace(with_derivative, [shape_of(*a) for a in avals] * 2)
     try:
-        inputs, made = _symbols(jaxpr, None)
-    except Misfit:
+        inputs, results = _run(jaxpr, None)
+    except NotABlock:
         return None
-    names = {id(x): f"x{i}" for i, x in enumerate(inputs)}
-    return tuple(_spell(s.node, names) for s in made)
+    texts = {id(x): f"x{i}" for i, x in enumerate(inputs)}
+
+    def spell(x: Term | float) -> str:
+        if isinstance(x, float):
+            return repr(x)
+        if id(x) not in texts:
+            assert isinstance(x, FunctionTerm), "there are no weights"
+            texts[id(x)] = f"{x.function}({', '.join(map(spell, x.operands))})"
+        return texts[id(x)]
+
+    return tuple(spell(s.term) for s in results)
 
 
-def _spell(x: Node | float, names: dict[int, str]) -> str:
-    if isinstance(x, float):
-        return repr(x)
-    if id(x) not in names:
-        assert isinstance(x, Apply)
-        names[id(x)] = f"{x.function}({', '.join(_spell(o, names) for o in x.operands)})"
-    return names[id(x)]
-
-
-def _symbols(jaxpr: Jaxpr, custom: Custom | None) -> tuple[list[Input], list[Sym]]:
+def _run(jaxpr: Jaxpr, name_custom: NameCustom | None) -> tuple[list[InputTerm], list[Symbol]]:
     """Run a jaxpr of elementwise equations on symbols; return its inputs and results.
 
     Raises:
-      Misfit: it has other equations.
+      NotABlock: it has other equations.
     """
     axes = Axes()
-    values = [Val(v.aval) for v in opened(jaxpr)[0].invars]
-    scope = Scope(None, None)
-    fill(scope, jaxpr, values)
+    variables = [Variable(v.aval) for v in opened(jaxpr)[0].invars]
+    scope = fill(Scope(), jaxpr, variables)
+    symbols = Symbols(axes, variables[0].aval.dtype, name_custom)
     # Axes are told apart by their places, counted from the last: two may have one size.
-    places = [tuple(enumerate(reversed(v.shape)))[::-1] for v in values]
-    named = {place: axes.new(place[1]) for one in places for place in one}
-    symbols = Symbols(axes, values[0].aval.dtype, custom)
-    inputs = [Input(tuple(named[place] for place in one)) for one in places]
-    for value, one in zip(values, inputs, strict=True):
-        symbols.values[value] = Sym(one, one.axes)
-    for step in scope.steps:
-        symbols.run(step)
+    numbers: dict[tuple[int, int], int] = {}
+    inputs = []
+    for variable in variables:
+        places = list(enumerate(reversed(variable.shape)))[::-1]
+        for place in places:
+            if place not in numbers:
+                numbers[place] = axes.new(place[1])
+        term = InputTerm(tuple(numbers[place] for place in places))
+        symbols.values[variable] = Symbol(term, term.axes)
+        inputs.append(term)
+    for equation in scope.equations:
+        symbols.run(equation)
     return inputs, [symbols.read(v) for v in scope.outputs]

@@ -1,29 +1,32 @@
 """A leaf of the parameters as an equation sees it: sliced, reshaped, cut from a stack.
 
-A view is a chain of steps on a leaf.  Orders of axes, casts and repetitions along new axes are not
+A view is a chain of moves on a leaf.  Orders of axes, casts and repetitions along new axes are not
 among them: axes have names here, so these change only which dimension of the array is which axis.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Protocol
-
-import jax.numpy as jnp
+from typing import Any, NamedTuple
 
 from moecc.types import DTYPES, Axis, DType, TensorType
 from moecc.weights.expr import Expr, Source
 from moecc.weights.movement import Index, Merge, Permute, Slice, Split
-from moecc_backends.jaxpr.jaxprs import float_bits
 
-Dims = tuple[str | None, ...]
-"""The axis of each dimension of an array; None where it does not vary along it."""
+
+class NotABlock(Exception):
+    """Why a part of a program is not a block: the reason of a near miss."""
+
+
+def dtype_named(dtype: Any) -> DType | None:
+    """Return an element type of NumPy's as the IR has it, or None."""
+    return next((d for d in DTYPES.values() if d.numpy == dtype and d.kind != "key"), None)
 
 
 @dataclass(frozen=True)
-class Leaf:
+class TreeLeaf:
     """A leaf of the parameters: its name from the path in the tree, and its type.
 
     Attributes:
@@ -44,362 +47,151 @@ class Leaf:
     @property
     def source(self) -> Source:
         """The leaf as a weight expression."""
-        sizes = zip(self.axes, self.shape, strict=True)
-        return Source(self.name, TensorType(self.dtype, tuple(Axis(n, s) for n, s in sizes)))
+        return Source(self.name, TensorType(self.dtype, tuple(map(Axis, self.axes, self.shape))))
 
 
-@dataclass(frozen=True)
-class Step:
-    """One step of a view: ``slice``, ``index``, ``each``, ``split`` or ``merge`` of an axis.
+class Move(NamedTuple):
+    """One step from a leaf to a view of it.
 
     Attributes:
-      kind: which.
+      kind: ``slice``, ``index``, ``each`` (a loop counts the index), ``split`` or ``merge``.
       axis: the axis it is about; of ``merge`` the new one.
-      args: start and stop; the index; the loop that counts it; the parts; the axes merged.
+      args: start and stop; the index; the loop; the parts; the merged axes.
     """
 
     kind: str
     axis: str
-    args: tuple[Hashable, ...]
+    args: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
-class View:
-    """A leaf seen through steps.
+class LeafView:
+    """A leaf seen through moves.
 
     Attributes:
       leaf: the leaf.
-      dims: the axes by dimension of the array.
-      sizes: the size of each axis that is left.
-      steps: what is done to the leaf, in order.
+      dims: the axis of each dimension of the array; None where it does not vary along it.
+      sizes: the size of each remaining axis.
+      moves: the moves on the leaf, in order.
       casts: the element types that it was cast to, in order.
     """
 
-    leaf: Leaf
-    dims: Dims
+    leaf: TreeLeaf
+    dims: tuple[str | None, ...]
     sizes: tuple[tuple[str, int], ...]
-    steps: tuple[Step, ...] = ()
+    moves: tuple[Move, ...] = ()
     casts: tuple[str, ...] = ()
 
     @classmethod
-    def whole(cls, leaf: Leaf) -> View:
+    def of(cls, leaf: TreeLeaf) -> LeafView:
         """Return the view of all of `leaf`."""
         return cls(leaf, leaf.axes, tuple(zip(leaf.axes, leaf.shape, strict=True)))
-
-    def size(self, axis: str) -> int:
-        """Return the size of an axis."""
-        return dict(self.sizes)[axis]
 
     @property
     def loops(self) -> tuple[Hashable, ...]:
         """The loops that pick a part of the leaf, outermost first."""
-        return tuple(s.args[0] for s in self.steps if s.kind == "each")
+        return tuple(move.args[0] for move in self.moves if move.kind == "each")
 
-    def with_dims(self, dims: Dims) -> View:
+    def with_dims(self, dims: Sequence[str | None]) -> LeafView:
         """Return this view with its axes along other dimensions."""
-        return replace(self, dims=dims)
+        return replace(self, dims=tuple(dims))
 
-    def cast(self, dtype: str) -> View:
+    def cast(self, dtype: str) -> LeafView:
         """Return this view in another element type."""
         return replace(self, casts=(*self.casts, dtype))
 
-    def sliced(self, axis: str, start: int, stop: int) -> View:
-        """Return the part ``[start, stop)`` of an axis."""
-        if (start, stop) == (0, self.size(axis)):
-            return self
-        sizes = tuple((n, stop - start if n == axis else s) for n, s in self.sizes)
-        return self._then(Step("slice", axis, (start, stop)), self.dims, sizes)
+    def each(self, loop: Hashable) -> LeafView:
+        """Return the view that iteration by iteration `loop` has of the first dimension."""
+        axis, *dims = self.dims
+        view = self if axis is None else self._moved(Move("each", axis, (loop,)), {axis: ()})
+        return view.with_dims(dims)
 
-    def indexed(self, axis: str, at: int) -> View:
-        """Return one element of an axis, without the axis; its dimension is taken out."""
-        return self._without(axis, Step("index", axis, (at,)))
+    # The methods below change axes, and leave `dims` to the caller (`scopes.rearranged`).
 
-    def each(self, dimension: int, loop: Hashable) -> View:
-        """Return what iteration by iteration `loop` sees of the axis at `dimension`."""
-        axis = self.dims[dimension]
-        if axis is None:
-            return self.with_dims((*self.dims[:dimension], *self.dims[dimension + 1 :]))
-        return self._without(axis, Step("each", axis, (loop,)))
+    def sliced(self, axis: str, start: int, stop: int) -> tuple[LeafView, str]:
+        """Return the part ``[start, stop)`` of an axis, which keeps its name."""
+        parts = ((axis, stop - start),)
+        return self._moved(Move("slice", axis, (start, stop)), {axis: parts}), axis
 
-    def split(self, axis: str, parts: tuple[int, ...]) -> tuple[View, tuple[str, ...]]:
-        """Return the view with an axis cut into axes of the sizes `parts`, and their names.
+    def indexed(self, axis: str, index: int) -> LeafView:
+        """Return one element of an axis, without the axis."""
+        return self._moved(Move("index", axis, (index,)), {axis: ()})
 
-        The dimension of the axis becomes as many dimensions.
+    def regrouped(
+        self, axes: Sequence[str | None], parts: Sequence[int]
+    ) -> tuple[LeafView, tuple[str, ...]]:
+        """Return the view with neighbouring axes joined and cut again, and the new names.
+
+        Raises:
+          NotABlock: it does not vary along one of them.
         """
+        names = tuple(axis for axis in axes if axis is not None)
+        if len(names) < len(axes):
+            raise NotABlock("a reshape joins an axis with one that is repeated")
+        view, axis = self, names[0]
+        if len(names) > 1:
+            axis = "x".join(names)
+            merged = ((axis, prod(dict(self.sizes)[n] for n in names)),)
+            replaced = {n: merged if n == names[0] else () for n in names}
+            view = self._moved(Move("merge", axis, names), replaced)
+        if len(parts) == 1:
+            return view, (axis,)
         names = tuple(f"{axis}_{i}" for i in range(len(parts)))
         into = tuple(zip(names, parts, strict=True))
-        at = self.dims.index(axis)
-        dims = (*self.dims[:at], *names, *self.dims[at + 1 :])
-        where = [n for n, _ in self.sizes].index(axis)
-        sizes = (*self.sizes[:where], *into, *self.sizes[where + 1 :])
-        return self._then(Step("split", axis, into), dims, sizes), names
+        return view._moved(Move("split", axis, into), {axis: into}), names
 
-    def merged(self, axes: tuple[str, ...]) -> tuple[View, str]:
-        """Return the view with axes of neighbouring dimensions as one, and its name."""
-        name = "x".join(axes)
-        at = self.dims.index(axes[0])
-        dims = (*self.dims[:at], name, *self.dims[at + len(axes) :])
-        left = [(n, s) for n, s in self.sizes if n not in axes]
-        where = [n for n, _ in self.sizes].index(axes[0])
-        before = len([n for n, _ in self.sizes[:where] if n not in axes])
-        left.insert(before, (name, prod(self.size(n) for n in axes)))
-        return self._then(Step("merge", name, axes), dims, tuple(left)), name
+    def _moved(self, move: Move, replaced: Mapping[str, tuple[tuple[str, int], ...]]) -> LeafView:
+        """Return the view after `move`, with some axes replaced by others."""
+        sizes = (part for axis in self.sizes for part in replaced.get(axis[0], (axis,)))
+        return replace(self, sizes=tuple(sizes), moves=(*self.moves, move))
 
-    def expression(self, at: Mapping[Hashable, int]) -> Expr:
-        """Return the view as a weight expression, in the iterations `at` of loops."""
-        made: Expr = self.leaf.source
-        for step in self.steps:
-            made = _apply(made, step, at)
-        return made
-
-    def _without(self, axis: str, step: Step) -> View:
-        dims = tuple(n for n in self.dims if n != axis)
-        return self._then(step, dims, tuple((n, s) for n, s in self.sizes if n != axis))
-
-    def _then(self, step: Step, dims: Dims, sizes: tuple[tuple[str, int], ...]) -> View:
-        return replace(self, dims=dims, sizes=sizes, steps=(*self.steps, step))
+    def expression(self, iteration: Mapping[Hashable, int]) -> Expr:
+        """Return the view as a weight expression, in one iteration of each loop."""
+        expr: Expr = self.leaf.source
+        for kind, axis, args in self.moves:
+            if kind == "slice":
+                expr = Slice(expr, axis, *args)
+            elif kind == "split":
+                expr = Split(expr, axis, args)
+            elif kind == "merge":
+                expr = _merged(expr, args, axis)
+            else:
+                expr = Index(expr, axis, args[0] if kind == "index" else iteration[args[0]])
+        return expr
 
 
-def _apply(made: Expr, step: Step, at: Mapping[Hashable, int]) -> Expr:
-    args = step.args
-    if step.kind == "slice":
-        start, stop = args
-        assert isinstance(start, int)
-        assert isinstance(stop, int)
-        return Slice(made, step.axis, start, stop)
-    if step.kind == "split":
-        return Split(made, step.axis, tuple(args))  # type: ignore[arg-type]
-    if step.kind == "merge":
-        axes = tuple(str(a) for a in args)
-        first = made.type.names.index(axes[0])
-        rest = [n for n in made.type.names if n not in axes]
-        before = len([n for n in made.type.names[:first] if n not in axes])
-        order = (*rest[:before], *axes, *rest[before:])
-        return Merge(made if order == made.type.names else Permute(made, order), axes, step.axis)
-    index = args[0] if step.kind == "index" else at[args[0]]
-    assert isinstance(index, int)
-    return Index(made, step.axis, index)
+def _merged(expr: Expr, axes: tuple[str, ...], name: str) -> Expr:
+    """Return `expr` with `axes` merged where the first of them is."""
+    names = expr.type.names
+    remaining = [n for n in names if n not in axes]
+    before = len([n for n in names[: names.index(axes[0])] if n not in axes])
+    order = (*remaining[:before], *axes, *remaining[before:])
+    return Merge(expr if order == names else Permute(expr, order), axes, name)
 
 
-def dtype_named(dtype: Any) -> DType | None:
-    """Return an element type of NumPy's as the IR has it, or None."""
-    return next((d for d in DTYPES.values() if d.numpy == dtype and d.kind != "key"), None)
+def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Return which dimensions become which in a reshape: the smallest groups of equal products.
 
-
-# Equations that only change how an array is seen: what they make of a view of a leaf.
-
-Params = Mapping[str, Any]
-
-
-class Seen(Protocol):
-    """A value that may be a view of a leaf."""
-
-    @property
-    def view(self) -> View | None:
-        """The view."""
-        ...
-
-    @property
-    def const(self) -> Any:
-        """Its value, where it is a constant."""
-        ...
-
-    @property
-    def aval(self) -> Any:
-        """Its shape and type."""
-        ...
-
-
-def views_through(name: str, params: Params, given: Sequence[Seen]) -> list[View | None]:
-    """Return what an equation makes of a view; nothing where it is none after it."""
-    view = given[0].view if given else None
-    rule = _RULES.get(name)
-    if view is None or rule is None:
-        return []
-    if not jnp.issubdtype(given[0].aval.dtype, jnp.floating):
-        return []
-    return list(rule(view, params, given))
-
-
-def _same(view: View, params: Params, given: Sequence[Seen]) -> list[View | None]:
-    return [view]
-
-
-def _converted(view: View, params: Params, given: Sequence[Seen]) -> list[View | None]:
-    dtype = params["new_dtype"]
-    return [view.cast(str(jnp.dtype(dtype)))] if jnp.issubdtype(dtype, jnp.floating) else []
-
-
-def _rounded(view: View, params: Params, given: Sequence[Seen]) -> list[View | None]:
-    """The same where nothing is lost."""
-    fraction, exponent = float_bits(given[0].aval.dtype)
-    keeps = params["mantissa_bits"] >= fraction and params["exponent_bits"] >= exponent
-    return [view] if keeps else []
-
-
-def _transposed(view: View, params: Params, given: Sequence[Seen]) -> list[View | None]:
-    return [view.with_dims(tuple(view.dims[i] for i in params["permutation"]))]
-
-
-def _squeezed(view: View, params: Params, given: Sequence[Seen]) -> list[View | None]:
-    gone = params["dimensions"]
-    for dimension in gone:
-        axis = view.dims[dimension]
-        if axis is not None:
-            # The dimensions of others must not move meanwhile.
-            dims = view.dims
-            view = view.indexed(axis, 0).with_dims(tuple(None if n == axis else n for n in dims))
-    return [view.with_dims(tuple(n for i, n in enumerate(view.dims) if i not in gone))]
-
-
-def _sliced(view: View, params: Params, given: Sequence[Seen]) -> list[View | None]:
-    strides = params["strides"]
-    if strides is not None and any(s != 1 for s in strides):
-        return []
-    return [_cut(view, params["start_indices"], params["limit_indices"])]
-
-
-def _cut(view: View, starts: Sequence[int], stops: Sequence[int]) -> View:
-    for axis, start, stop in zip(view.dims, starts, stops, strict=True):
-        if axis is not None:
-            view = view.sliced(axis, int(start), int(stop))
-    return view
-
-
-def _dynamically_sliced(view: View, params: Params, given: Sequence[Seen]) -> list[View | None]:
-    """A slice whose start is written into the program."""
-    try:
-        starts = [int(v.const) for v in given[1:]]
-    except TypeError:
-        return []
-    sizes, shape = params["slice_sizes"], given[0].aval.shape
-    starts = [min(max(s, 0), n - k) for s, n, k in zip(starts, shape, sizes, strict=True)]
-    return [_cut(view, starts, [s + k for s, k in zip(starts, sizes, strict=True)])]
-
-
-def _split(view: View, params: Params, given: Sequence[Seen]) -> list[View | None]:
-    axis = view.dims[params["axis"]]
-    if axis is None:
-        return [view for _ in params["sizes"]]
-    parts: list[View | None] = []
-    at = 0
-    for size in params["sizes"]:
-        parts.append(view.sliced(axis, at, at + int(size)))
-        at += int(size)
-    return parts
-
-
-def _broadcast(view: View, params: Params, given: Sequence[Seen]) -> list[View | None]:
-    shape, where = params["shape"], params["broadcast_dimensions"]
-    dims: list[str | None] = [None] * len(shape)
-    for old, new in enumerate(where):
-        axis = view.dims[old]
-        if axis is not None and view.size(axis) != shape[new]:
-            left = view.dims
-            view = view.indexed(axis, 0).with_dims(tuple(None if n == axis else n for n in left))
-            axis = None
-        dims[new] = axis
-    return [view.with_dims(tuple(dims))]
-
-
-def _reshaped(view: View, params: Params, given: Sequence[Seen]) -> list[View | None]:
-    if params.get("dimensions") is not None:
-        return []
-    found = reshaped(view, given[0].aval.shape, params["new_sizes"])
-    return [] if found is None else [found]
-
-
-def reshaped(view: View, old: Sequence[int], new: Sequence[int]) -> View | None:
-    """Return a view reshaped from `old` to `new`, or None if axes are cut in no simple way."""
-    dims: list[str | None] = []
-    before_all = view.dims
-    for before, after in groups(old, new):
-        wide = [i for i in before if old[i] != 1]
-        names = tuple(before_all[i] for i in wide)
-        axes = tuple(n for n in names if n is not None)
-        if len(axes) < len(names):
-            if [old[i] for i in before] != [new[j] for j in after]:
-                return None
-            dims += [before_all[i] for i in before]
-            continue
-        view = _without_ones(view, [before_all[i] for i in before if old[i] == 1])
-        view, made = _regrouped(view, axes, tuple(new[j] for j in after if new[j] != 1))
-        left = iter(made)
-        dims += [next(left) if new[j] != 1 else None for j in after]
-    return view.with_dims(tuple(dims))
-
-
-def _without_ones(view: View, axes: Sequence[str | None]) -> View:
-    """Return a view without axes of size one."""
-    for axis in axes:
-        if axis is not None:
-            view = view.with_dims((axis,)).indexed(axis, 0)
-    return view
-
-
-def _regrouped(
-    view: View, axes: tuple[str, ...], parts: tuple[int, ...]
-) -> tuple[View, tuple[str, ...]]:
-    """Return a view with neighbouring axes joined and cut again into `parts`, and their names."""
-    if tuple(view.size(a) for a in axes) == parts:
-        return view, axes
-    if len(axes) > 1:
-        view, axis = view.with_dims(axes).merged(axes)
-        axes = (axis,)
-    if len(parts) > 1:
-        view, axes = view.with_dims(axes).split(axes[0], parts)
-    return view, axes
-
-
-def groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Return which dimensions become which in a reshape: the smallest groups of equal products."""
-    found: list[tuple[list[int], list[int]]] = []
+    Raises:
+      NotABlock: a dimension is zero, so that products say nothing.
+    """
+    groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(old) or j < len(new):
-        before, after = [], []
-        p = q = 1
+        before: list[int] = []
+        after: list[int] = []
         if i < len(old):
-            before.append(i)
-            p = old[i]
-            i += 1
-        if j < len(new) and (not before or p != 1 or new[j] == 1):
-            after.append(j)
-            q = new[j]
-            j += 1
-        while p != q:
-            if p < q and i < len(old):
+            before, i = [i], i + 1
+        if j < len(new) and (not before or old[before[0]] != 1 or new[j] == 1):
+            after, j = [j], j + 1
+        while (p := prod(old[n] for n in before)) != (q := prod(new[n] for n in after)):
+            if i == len(old) and j == len(new):
+                raise NotABlock("an array without elements is reshaped")
+            if (p < q and i < len(old)) or j == len(new):
                 before.append(i)
-                p *= old[i]
                 i += 1
-            elif j < len(new):
-                after.append(j)
-                q *= new[j]
-                j += 1
             else:
-                before.append(i)
-                p *= old[i]
-                i += 1
-        found.append((before, after))
-    return found
-
-
-_RULES: dict[str, Callable[[View, Params, Sequence[Seen]], list[View | None]]] = {
-    "convert_element_type": _converted,
-    "copy": _same,
-    "copy_p": _same,
-    "name": _same,
-    "sharding_constraint": _same,
-    "reduce_precision": _rounded,
-    "pvary": _same,
-    "pcast": _same,
-    "transpose": _transposed,
-    "squeeze": _squeezed,
-    "slice": _sliced,
-    "dynamic_slice": _dynamically_sliced,
-    "split": _split,
-    "broadcast_in_dim": _broadcast,
-    "reshape": _reshaped,
-}
-
-STRUCTURAL = frozenset(_RULES)
-"""Primitives through which a weight stays a view of its leaf."""
+                after.append(j)
+                j += 1
+        groups.append((before, after))
+    return groups
