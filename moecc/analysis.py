@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from moecc.errors import InputError
-from moecc.ir.attributes import ProductAttrs
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.ops.contraction import ProductOp
 from moecc.ir.traits import Cost, Role, RowMove
 from moecc.ir.unroll import users_within
 
@@ -184,12 +184,12 @@ def _is_projection(node: Node) -> bool:
     """Whether `node` contracts an activation with a parameter over a single axis."""
     if not (node.op.is_product and node.operands[1].is_param):
         return False
-    return len(ProductAttrs.of_node(node).over) == 1
+    return len(ProductOp.of_node(node).over) == 1
 
 
 def _outer_axis(down: Node) -> str | None:
     """Return the one axis that the weight of `down` adds, or None."""
-    inner = ProductAttrs.of_node(down).over[0]
+    inner = ProductOp.of_node(down).over[0]
     x = down.operands[0].type
     added = [n for n in down.operands[1].type.names if n != inner and n not in x]
     return added[0] if len(added) == 1 else None
@@ -197,7 +197,7 @@ def _outer_axis(down: Node) -> str | None:
 
 def _block_of(down: Node, order: dict[Node, int]) -> FFNBlock | Refusal | None:
     """Return the block that ends in `down`, a near miss, or None if `down` is no candidate."""
-    inner, outer = ProductAttrs.of_node(down).over[0], _outer_axis(down)
+    inner, outer = ProductOp.of_node(down).over[0], _outer_axis(down)
     if outer is None or down.operands[0].node is None:
         return None
     region = _walk_back(down, inner, outer)
@@ -250,7 +250,7 @@ def _wrong_axes(x: Value, down: Node, outer: str) -> str | None:
         return f"it reads %{x.name}, which has no axis of tokens"
     if x.type.by_name.keys() != down.result.type.by_name.keys():
         return f"it does not map {outer!r} back to {outer!r}"
-    taken = [n for n in (*x.type.names, *ProductAttrs.of_node(down).over) if n in ROUTING_AXES]
+    taken = [n for n in (*x.type.names, *ProductOp.of_node(down).over) if n in ROUTING_AXES]
     return f"its axis {taken[0]!r} has the name of an axis that routing adds" if taken else None
 
 

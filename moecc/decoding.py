@@ -11,9 +11,8 @@ import numpy as np
 from moecc.analysis import LOGITS
 from moecc.backend import Backend, Program
 from moecc.errors import InputError, Problem, UsageError
-from moecc.ir.attributes import RopeAttrs
 from moecc.ir.graph import Graph, Value
-from moecc.ir.ops.attention import LENGTH_SCALINGS
+from moecc.ir.ops.attention import LENGTH_SCALINGS, RopeOp
 from moecc.ir.structure import clone
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
@@ -78,7 +77,7 @@ def rewritten(graph: Graph, pipeline: str) -> Graph:
 
 def unstretched(graph: Graph) -> int | None:
     """Return up to which length rotary positions do not depend on it; None where they never do."""
-    found = [RopeAttrs.of_node(node) for node in graph.every_node() if fits(_ROPE, node)]
+    found = [RopeOp.of_node(node) for node in graph.every_node() if fits(_ROPE, node)]
     return min((a.original_context for a in found if a.scaling in LENGTH_SCALINGS), default=None)
 
 

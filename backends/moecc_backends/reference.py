@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moecc.backend import Arrays
 from moecc.errors import InputError, Problem
-from moecc.ir.arrays import MEANINGS, Data
+from moecc.ir.arrays import Data
 from moecc.ir.devices import simulate
 from moecc.ir.graph import Graph, where
 from moecc.ir.interpreter import ReferenceProgram
@@ -25,7 +25,7 @@ class ReferenceBackend:
         problems = [
             Problem("the reference backend has no meaning for this operation", where(node))
             for node in graph
-            if MEANINGS.get(node.op.name) is None
+            if node.op.meaning is None
         ]
         if problems:
             raise InputError(problems)

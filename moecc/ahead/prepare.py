@@ -8,8 +8,8 @@ from functools import cache, partial
 from moecc.ahead.request import Job, Request, update_of
 from moecc.analysis import check_trainable, reads_tokens
 from moecc.errors import InputError, UsageError
-from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph
+from moecc.ir.ops.slots import SlotsOp
 from moecc.ir.structure import clone
 from moecc.model.open import open_model, registry_with
 from moecc.pipeline.runner import run_pipeline
@@ -133,7 +133,7 @@ def _bounded(graph: Graph, config: StepConfig) -> tuple[Bound | None, list[str]]
     A dropless model stays dropless unless the way to the experts is ``capacity``.
     """
     places = [
-        SlotAttrs.of_node(node) for node in graph if node.op.assigns_slots and not node.op.chooses
+        SlotsOp.of_node(node) for node in graph if node.op.assigns_slots and not node.op.chooses
     ]
     is_dropless = all(p.slots == "ragged" for p in places)
     keeps = config.via not in (None, "capacity") and config.capacity_factor is None
@@ -157,7 +157,7 @@ def _bounded(graph: Graph, config: StepConfig) -> tuple[Bound | None, list[str]]
     return bound, []
 
 
-def _stated(places: list[SlotAttrs]) -> float | None:
+def _stated(places: list[SlotsOp]) -> float | None:
     stated = {p.capacity_factor for p in places if p.slots == "capacity"}
     return float(stated.pop()) if len(stated) == 1 else None
 

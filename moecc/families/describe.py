@@ -17,9 +17,8 @@ from moecc.families.experts import (
     rows_of,
     rows_per_token,
 )
-from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph, Node, Value, setter_of
-from moecc.ir.ops.slots import assigner
+from moecc.ir.ops.slots import SlotsOp, assigner
 from moecc.ir.structure import length_bounds, uses_of
 from moecc.ir.traits import Cost
 from moecc.ir.unroll import unrolled
@@ -107,7 +106,7 @@ def _size(name: str, size: object, lengths: Mapping[str, int]) -> int:
 def dispatched_tokens(rows: Value, lengths: Mapping[str, int]) -> int:
     """Return the tokens of a sequence that were dispatched to `rows`."""
     slots = setter_of(rows.type.extents[0])
-    tokens = SlotAttrs.of_node(assigner(slots)).tokens
+    tokens = SlotsOp.of_node(assigner(slots)).tokens
     return prod(_size(n, slots.type[n].size, lengths) for n in tokens)
 
 

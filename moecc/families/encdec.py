@@ -15,7 +15,7 @@ from moecc.families.reader import (
     key_problem,
     refuse_attention_to_later_tokens,
 )
-from moecc.ir.attributes import Gates
+from moecc.ir.conventions import Gates
 
 STACKS = ("encoder", "decoder")
 

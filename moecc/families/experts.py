@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from moecc.families.encdec import Experts
-from moecc.ir.attributes import ProductAttrs, RouteAttrs, SlotAttrs
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.operation import OpDef
-from moecc.ir.ops.slots import assigner
+from moecc.ir.ops.contraction import ProductOp
+from moecc.ir.ops.routing import RouteOp
+from moecc.ir.ops.slots import SlotsOp, assigner
 from moecc.ir.traits import RowMove
 from moecc.rewrite import P, match
 
@@ -126,7 +127,7 @@ def expert_layers(graph: Graph) -> list[ExpertLayer]:
 
 
 def _layer_of(route: Node, slots: Node) -> ExpertLayer:
-    attrs, assignment = RouteAttrs.of_node(route), SlotAttrs.of_node(slots)
+    attrs, assignment = RouteOp.of_node(route), SlotsOp.of_node(slots)
     size = route.operands[0].type[attrs.axis].size
     dispatch = _user(slots.result, lambda entry: entry.moves is RowMove.TO_SLOTS)
     combine = _user(slots.result, lambda entry: entry.moves is RowMove.TO_TOKENS)
@@ -196,7 +197,7 @@ def _gated(scaling: Node) -> tuple[int, bool]:
 
 def _inner(down: Node) -> int:
     sizes: Mapping[str, object] = {a.name: a.size for a in down.operands[0].type}
-    size = sizes.get(ProductAttrs.of_node(down).over[0])
+    size = sizes.get(ProductOp.of_node(down).over[0])
     return size if isinstance(size, int) else 0
 
 
@@ -214,7 +215,7 @@ def rows_per_token(rows: Value) -> float:
       rows: a value between ``dispatch`` and ``combine``.
     """
     node = assigner(setter_of(rows.type.extents[0]))
-    attrs = SlotAttrs.of_node(node)
+    attrs = SlotsOp.of_node(node)
     if attrs.slots == "ragged":
         return _choices(rows)
     factor = attrs.capacity_factor
@@ -237,5 +238,5 @@ def choices_kept(rows: Value) -> float:
 
 def _choices(rows: Value) -> int:
     slots = setter_of(rows.type.extents[0])
-    tokens = SlotAttrs.of_node(assigner(slots)).tokens
+    tokens = SlotsOp.of_node(assigner(slots)).tokens
     return prod(a.size for a in slots.type if a.name not in tokens and isinstance(a.size, int))

@@ -13,7 +13,7 @@ from typing import ClassVar
 from moecc.families.config import ModelConfig, config_class
 from moecc.families.encdec import ENCDEC_DEFAULTS, STACKS, EncDecConfig, Experts, read_activation
 from moecc.families.reader import TOKEN_KEYS, KeyProblem, Reader, key_problem, one_of
-from moecc.ir.attributes import Gates
+from moecc.ir.conventions import Gates
 
 FAMILY = "st_moe"
 EXTRA_FFN = ("none", "before", "after")

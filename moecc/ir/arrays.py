@@ -42,7 +42,7 @@ class Array:
       data: float64, int64 (uint64 for u64 and keys) or bool.
       axes: the names of its axes, in order.
       dtype: the declared element type; only a cast reads it.
-      placement: for a result of ``assign_slots``, the data that ``dispatch`` and ``combine`` need.
+      assignment: for a result of ``assign_slots``, the data that ``dispatch`` and ``combine`` need.
     """
 
     data: Data
@@ -76,19 +76,29 @@ def together(*arrays: Array) -> tuple[tuple[str, ...], list[Data]]:
     return axes, [a.to(axes) for a in arrays]
 
 
-Meaning = Callable[..., "Array | tuple[Array, ...]"]
-"""Takes the operands, then the attributes as keywords."""
+def stored(data: Data, dtype: DType) -> Data:
+    """Return `data` in the interpreter's representation of the type `dtype`."""
+    if dtype.name in ("u64", "key"):
+        return data.astype(np.uint64)
+    return data.astype({"float": np.float64, "int": np.int64, "bool": np.bool_}[dtype.kind])
 
-MEANINGS: dict[str, Meaning] = {}
+
+def poison(data: Data) -> float | int | bool:
+    """Return the filler of nonexistent elements: NaN, the least integer, or False."""
+    if data.dtype.kind == "f":
+        return float("nan")
+    return NOTHING if data.dtype.kind == "i" else False
 
 
-def meaning(name: str) -> Callable[[Meaning], Meaning]:
-    """Register a function as the implementation of the operation `name`."""
+def poisoned(x: Array, slot: str, assignment: SlotAssignment) -> Array:
+    """Return `x` with fillers beyond the extents of its ragged axis `slot`.
 
-    def register(function: Meaning) -> Meaning:
-        if name in MEANINGS:
-            raise ValueError(f"operation {name!r} has two meanings")
-        MEANINGS[name] = function
-        return function
-
-    return register
+    A value that lost its group or expert axis, or part of one, is returned as it is.
+    """
+    where = ("group", "expert", slot)
+    shape = (*assignment.extents.shape, assignment.slots)
+    if not set(where) <= set(x.axes) or tuple(x.size(a) for a in where) != shape:
+        return x
+    beyond = np.arange(assignment.slots) >= assignment.extents[..., None]
+    data = np.where(Array(beyond, where).to(x.axes), poison(x.data), x.data)
+    return replace(x, data=data.astype(x.data.dtype))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
-from moecc.ir.attributes import AttentionAttrs
+from moecc.ir.ops.attention import AttentionOp
 
 # Blocks of queries and the keys that each of them meets, where attention runs block by block.
 
@@ -305,9 +305,7 @@ class AttentionAxes:
     wide: tuple[str, ...]
 
     @classmethod
-    def of(
-        cls, query: Sizes, key: Sizes, value: Sizes, attrs: AttentionAttrs
-    ) -> AttentionAxes | None:
+    def of(cls, query: Sizes, key: Sizes, value: Sizes, attrs: AttentionOp) -> AttentionAxes | None:
         """Return the axes of operands; None where only two of the three share one."""
         own = {attrs.over, attrs.along}
         shared = tuple(a for a in query if a in key and a in value and a not in own)
@@ -345,7 +343,7 @@ class Program:
 
 
 def facts_of(
-    query: Sizes, key: Sizes, value: Sizes, attrs: AttentionAttrs, program: Program
+    query: Sizes, key: Sizes, value: Sizes, attrs: AttentionOp, program: Program
 ) -> AttentionFacts:
     """Return what decides the kernel of an attention in `program`."""
     axes = AttentionAxes.of(query, key, value, attrs)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.operation import op as find_op
@@ -99,16 +98,3 @@ class Builder(Operations):
         """
         names = tuple(v.name for v in node.results)
         return self.node(node.op.name, *operands, names=names, **{**node.attrs, **attrs})
-
-    if not TYPE_CHECKING:
-        # An operation registered from outside is a method too, which no checker can know of.
-        def __getattr__(self, name):
-            if name.startswith("_"):
-                raise AttributeError(name)
-            entry = find_op(name)
-
-            def emit(*operands, name=None, **attrs):
-                results = self.values(entry.name, *operands, name=name, **attrs)
-                return results[0] if len(results) == 1 else results
-
-            return emit

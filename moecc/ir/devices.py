@@ -16,27 +16,24 @@ from typing import TypeVar
 import numpy as np
 
 from moecc.errors import InputError, Problem
-from moecc.ir.arrays import MEANINGS, NOTHING, Array, Data
-from moecc.ir.attributes import (
-    AllGatherAttrs,
-    AllReduceAttrs,
-    AllToAllAttrs,
-    CollectiveAttrs,
-    EmbeddingAttrs,
-    MeanAttrs,
-    RaggedAllToAllAttrs,
-    ReduceScatterAttrs,
-    ScanAttrs,
-    ShardAttrs,
-    SlotAttrs,
-)
+from moecc.ir.arrays import NOTHING, Array, Data, poison, stored
 from moecc.ir.graph import Graph, Node, Value, setter_of, where
 from moecc.ir.interpreter import bind
 from moecc.ir.mesh import Coordinates, Mesh, mesh_of
-from moecc.ir.ops.elementwise import stored
-from moecc.ir.ops.repetition import picked, repetitions, stacked_along
-from moecc.ir.ops.routing import kept_from
-from moecc.ir.ops.slots import poison
+from moecc.ir.ops.axes import EmbeddingOp
+from moecc.ir.ops.collectives import (
+    AllGatherOp,
+    AllReduceOp,
+    AllToAllOp,
+    CollectiveOp,
+    RaggedAllToAllOp,
+    ReduceScatterOp,
+    ShardOp,
+)
+from moecc.ir.ops.contraction import MeanOp
+from moecc.ir.ops.repetition import ScanOp, picked, repetitions, stacked_along
+from moecc.ir.ops.routing import WithinBufferOp
+from moecc.ir.ops.slots import SlotsOp
 from moecc.ir.structure import local_attrs, local_size
 from moecc.ir.traits import Collective
 from moecc.types import Arrays, TensorType
@@ -81,7 +78,7 @@ def _together(pieces: list[Array], axis: str) -> Array:
 
 @exchange("shard")
 def _shard(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
-    attrs = ShardAttrs.of_node(node)
+    attrs = ShardOp.of_node(node)
     over, n = attrs.mesh, mesh.size(attrs.mesh)
     parts = {d: _block(a, attrs.axis, mesh.part(d, over), n) for d, a in x.items()}
     return parts, dict.fromkeys(x, 0)
@@ -89,7 +86,7 @@ def _shard(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
 
 @exchange("all_gather")
 def _all_gather(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
-    attrs = AllGatherAttrs.of_node(node)
+    attrs = AllGatherOp.of_node(node)
     over = attrs.mesh
     parts = {d: _together([x[p] for p in mesh.peers(d, over)], attrs.axis) for d in x}
     return parts, {d: a.data.size * (mesh.size(over) - 1) for d, a in x.items()}
@@ -113,14 +110,14 @@ def _sums(x: Parts, over: tuple[str, ...], mesh: Mesh) -> Parts:
 
 @exchange("all_reduce")
 def _all_reduce(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
-    over = AllReduceAttrs.of_node(node).mesh
+    over = AllReduceOp.of_node(node).mesh
     n = mesh.size(over)
     return _sums(x, over, mesh), {d: 2 * a.data.size * (n - 1) // n for d, a in x.items()}
 
 
 @exchange("reduce_scatter")
 def _reduce_scatter(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
-    attrs = ReduceScatterAttrs.of_node(node)
+    attrs = ReduceScatterOp.of_node(node)
     over, n, sums = attrs.mesh, mesh.size(attrs.mesh), _sums(x, attrs.mesh, mesh)
     parts = {d: _block(a, attrs.axis, mesh.part(d, over), n) for d, a in sums.items()}
     return parts, {d: a.data.size * (n - 1) // n for d, a in x.items()}
@@ -128,12 +125,12 @@ def _reduce_scatter(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts
 
 @exchange("all_to_all")
 def _all_to_all(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
-    attrs = AllToAllAttrs.of_node(node)
+    attrs = AllToAllOp.of_node(node)
     n = mesh.size(attrs.mesh)
     return _exchanged(attrs, x, mesh), {d: a.data.size * (n - 1) // n for d, a in x.items()}
 
 
-def _exchanged(attrs: AllToAllAttrs | RaggedAllToAllAttrs, x: Parts, mesh: Mesh) -> Parts:
+def _exchanged(attrs: AllToAllOp | RaggedAllToAllOp, x: Parts, mesh: Mesh) -> Parts:
     over, split, gather = attrs.mesh, attrs.split, attrs.gather
     return {
         d: _together(
@@ -147,7 +144,7 @@ def _exchanged(attrs: AllToAllAttrs | RaggedAllToAllAttrs, x: Parts, mesh: Mesh)
 @exchange("ragged_all_to_all")
 def _ragged_all_to_all(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
     """Send the occupied rows; every device has room for the same number of slots."""
-    type, attrs = node.operands[0].type, RaggedAllToAllAttrs.of_node(node)
+    type, attrs = node.operands[0].type, RaggedAllToAllOp.of_node(node)
     ragged = type.ragged
     assert ragged is not None, "the type is checked"
     return _exchanged(attrs, x, mesh), {
@@ -173,7 +170,7 @@ def _row_size(x: Array, slot: str) -> int:
 
 # One operation on one device: its meaning on local shards, given the device's coordinates.
 
-PerDevice = Callable[[Node, list[Array], Coordinates, Mesh], "Array | tuple[Array, ...]"]
+PerDevice = Callable[[Node, list[Array], Coordinates, Mesh], Array]
 
 LOCAL: dict[str, PerDevice] = {}
 """Implementations of operations that depend on the coordinates of the device."""
@@ -191,15 +188,15 @@ def local(*names: str) -> Callable[[PerDevice], PerDevice]:
 
 def run_local(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> tuple[Array, ...]:
     """Return the results of `node` on the device at `at`, from its local shards of the operands."""
-    function = LOCAL.get(node.op.name, _plain)
-    made = function(node, operands, at, mesh)
-    return made if isinstance(made, tuple) else (made,)
+    function = LOCAL.get(node.op.name)
+    if function is not None:
+        return (function(node, operands, at, mesh),)
+    return node.op.evaluate(operands, local_attrs(node, mesh))
 
 
-def _plain(
-    node: Node, operands: list[Array], at: Coordinates, mesh: Mesh
-) -> Array | tuple[Array, ...]:
-    return MEANINGS[node.op.name](*operands, **local_attrs(node, mesh))
+def _plain(node: Node, operands: list[Array], mesh: Mesh) -> Array:
+    (result,) = node.op.evaluate(operands, local_attrs(node, mesh))
+    return result
 
 
 @local("positions")
@@ -215,9 +212,8 @@ def _random(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> A
     key, like = operands
     axes = [node.result.type[n] for n in like.axes]
     shape = [s * mesh.size(a.mesh) for s, a in zip(like.data.shape, axes, strict=True)]
-    made = MEANINGS[node.op.name](key, Array(np.empty(shape), like.axes), **node.attrs)
-    assert isinstance(made, Array), "one result"
-    data = made.data
+    (numbers,) = node.op.evaluate([key, Array(np.empty(shape), like.axes)], node.attrs)
+    data = numbers.data
     for number, axis in enumerate(axes):
         size = like.data.shape[number]
         start = mesh.part(at, axis.mesh) * size
@@ -228,26 +224,24 @@ def _random(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> A
 @local("mean")
 def _mean(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> Array:
     """Return this device's share of the mean: the sum of its shard over the global size."""
-    made = _plain(node, operands, at, mesh)
-    assert isinstance(made, Array), "one result"
     type = node.operands[0].type
-    parts = mesh.size(m for n in MeanAttrs.of_node(node).axes for m in type[n].mesh)
-    return made.map(lambda d: d / parts)
+    parts = mesh.size(m for n in MeanOp.of_node(node).axes for m in type[n].mesh)
+    return _plain(node, operands, mesh).map(lambda d: d / parts)
 
 
 @local("embedding")
 def _embedding(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> Array:
     """Return the rows of this device's shard, and zeros for the others."""
     table, ids = operands
-    axis = node.operands[0].type[EmbeddingAttrs.of_node(node).axis]
+    axis = node.operands[0].type[EmbeddingOp.of_node(node).axis]
     size = table.size(axis.name)
     if not axis.mesh:
-        return _one(_plain(node, operands, at, mesh))
+        return _plain(node, operands, mesh)
     there = ids.data != NOTHING
     index = np.where(there, ids.data - mesh.part(at, axis.mesh) * size, 0)
     mine = (index >= 0) & (index < size)
     picked = replace(ids, data=np.where(mine, index, 0))
-    rows = _one(_plain(node, [table, picked], at, mesh))
+    rows = _plain(node, [table, picked], mesh)
     mask = Array(mine, ids.axes).to(rows.axes)
     return rows.map(lambda d: np.where(mask, d, 0))
 
@@ -261,24 +255,19 @@ def _combine(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> 
     index = experts.data - mesh.part(at, axis.mesh) * size
     mine = (index >= 0) & (index < size)
     own = replace(slots, data=np.where(Array(mine, experts.axes).to(slots.axes), slots.data, -1))
-    return _one(_plain(node, [rows, replace(experts, data=index), own, *gates], at, mesh))
+    return _plain(node, [rows, replace(experts, data=index), own, *gates], mesh)
 
 
 @local("within_buffer")
 def _within_buffer(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> Array:
     """Return which of this device's choices fit, from the counts of all that exchange rows."""
     experts, slots, counts = operands
-    attrs = dict(local_attrs(node, mesh))
-    tokens = node.operands[0].type[attrs["tokens"][0]].mesh
+    attrs = WithinBufferOp(local_attrs(node, mesh))
+    tokens = node.operands[0].type[attrs.tokens[0]].mesh
     over = tokens[len(node.operands[2].type["group"].mesh) :]
     groups = counts.size("group") // mesh.size(over)
     first = mesh.part(at, over) * groups
-    return kept_from(experts, slots, counts, attrs["tokens"], attrs, first=first, groups=groups)
-
-
-def _one(made: Array | tuple[Array, ...]) -> Array:
-    assert isinstance(made, Array), "one result"
-    return made
+    return attrs.kept_from(experts, slots, counts, first=first, groups=groups)
 
 
 T = TypeVar("T")
@@ -419,7 +408,7 @@ class _Simulator:
 
     def _repeated(self, node: Node, body: Graph) -> list[Parts]:
         """Run the body of a ``scan`` for each position, on all devices in step."""
-        (axis, runs), attrs = repetitions(node.attrs), ScanAttrs.of_node(node)
+        (axis, runs), attrs = repetitions(node.attrs), ScanOp.of_node(node)
         carries, end = attrs.carries, attrs.carries + attrs.stacked
         given = [self.held[v] for v in node.operands]
         carried, collected = given[:carries], []
@@ -440,7 +429,7 @@ class _Simulator:
         size = node.result.type.dtype.itemsize_bytes
         total = tuple(sent[d] * size for d in self.mesh.coordinates())
         if node.op.collective is not Collective.LOCAL:
-            mesh = CollectiveAttrs.of_node(node).mesh
+            mesh = CollectiveOp.of_node(node).mesh
             self.result.traffic.append(Traffic(node.op.name, mesh, where(node), total))
 
     def _note_extents(self, node: Node) -> None:
@@ -450,7 +439,7 @@ class _Simulator:
         found = {d: p for d, a in held.items() if (p := a.assignment) is not None}
         if len(found) < len(held):
             return
-        outermost = value.type[SlotAttrs.of_node(node).tokens[0]]
+        outermost = value.type[SlotsOp.of_node(node).tokens[0]]
         by_part = {self.mesh.part(d, outermost.mesh): p for d, p in found.items()}
         counted = [by_part[i].extents for i in sorted(by_part)]
         self.extents[value] = np.concatenate(counted)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import moecc.ir.ops as _filled
 from moecc.ir.operation import OPS, REQUIRED, Attr, OpDef, mixes_none
@@ -17,24 +18,16 @@ from moecc.support.generated_docs import GeneratedPart
 
 GROUPS = (
     ("Arithmetic, selection, constants", "elementwise"),
-    ("Products", "contraction"),
-    ("Convolutions", "convolution"),
-    ("Reductions and norms", "reduction"),
-    ("Axes", "axes"),
-    ("Positions and masks", "attention"),
-    ("Attention", "fused_attention"),
+    ("Products, reductions and norms", "contraction"),
+    ("Axes, chunks and caches", "axes"),
+    ("Positions, masks and attention", "attention"),
     ("Routing", "routing"),
-    ("Slots", "slots"),
-    ("Rows and their gates", "row_gates"),
+    ("Slots and rows", "slots"),
     ("Random numbers", "random"),
     ("Collectives", "collectives"),
-    ("Bounded buffers", "buffers"),
-    ("Caches", "caches"),
-    ("Chunks", "chunks"),
-    ("Repetition", "repetition"),
-    ("Regions of JAX", "opaque"),
+    ("Repetition, and regions of JAX", "repetition"),
 )
-"""Headings, and the module of `moecc.ir.ops` whose rows are listed under each."""
+"""Headings, and the module of `moecc.ir.ops` whose operations are listed under each."""
 
 OPERATION_COLUMNS = ("operation", "computes", "mixes", "linear in")
 ATTRIBUTE_COLUMNS = ("operation", "attribute", "kind", "default", "meaning")
@@ -64,9 +57,9 @@ def _heading() -> str:
 
 
 def _module(entry: OpDef) -> str:
-    # A row is listed under the module of its inference rule; shared rules count as arithmetic.
-    name = entry.infer.__module__.rpartition(".")[2]
-    return "elementwise" if name == "rules" else name
+    # Elementwise operations without attributes have no class of their own.
+    module = entry.declared.__module__ if entry.declared is not None else "elementwise"
+    return module.rpartition(".")[2]
 
 
 def _table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
@@ -133,11 +126,11 @@ def _attributes(entry: OpDef) -> Iterator[tuple[str, ...]]:
         yield f"`{entry.name}`", f"`{name}`", _kind(spec), _default(spec), _cell(spec.doc)
 
 
-def _kind(spec: Attr) -> str:
+def _kind(spec: Attr[Any]) -> str:
     return ", ".join(f"`{c}`" for c in spec.choices) if spec.choices else spec.kind
 
 
-def _default(spec: Attr) -> str:
+def _default(spec: Attr[Any]) -> str:
     return "required" if spec.default is REQUIRED else f"`{format_attr(spec, spec.default)}`"
 
 

@@ -14,10 +14,8 @@ from typing import Any
 import numpy as np
 
 from moecc.errors import InputError, Problem, nearest
-from moecc.ir.arrays import MEANINGS, Array, Data, SlotAssignment
+from moecc.ir.arrays import Array, Data, SlotAssignment, poisoned, stored
 from moecc.ir.graph import Graph, Node, Value, setter_of, where
-from moecc.ir.ops.elementwise import stored
-from moecc.ir.ops.slots import poisoned
 from moecc.types import Arrays, Extent
 
 
@@ -81,12 +79,11 @@ class _State:
         operands = [self.arrays[v] for v in node.operands]
         try:
             with np.errstate(all="ignore"):
-                made = MEANINGS[node.op.name](*operands, **node.attrs)
+                results = node.op.evaluate(operands, node.attrs)
         except InputError as error:
             raise InputError(
                 replace(p, where=p.where or where(node)) for p in error.problems
             ) from None
-        results = made if isinstance(made, tuple) else (made,)
         pairs = list(zip(node.results, map(self.finish, results, node.results), strict=True))
         for value, array in pairs:
             self.left[value] = sum(value.users.values())

@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Required, TypedDict, Unpack
 
 from moecc.errors import InputError
-from moecc.ir.attributes import Convention, Gates, Order, Rounding, Slots, Using
 from moecc.ir.builder import Builder
+from moecc.ir.conventions import Gates
 from moecc.ir.graph import Value
+from moecc.ir.ops.slots import Convention, Order, Rounding, Slots, Using
 from moecc.types import Axis
 
 Finish = Callable[[Value], Value]

@@ -1,11 +1,12 @@
 """The operation table: one row an operation, from which everything else is derived.
 
-A row states how result types are inferred from the operands (`infer`), which axes the
-operation *mixes* (an element of the result needs other elements along them), in which operands it
-is linear, and its further traits (`moecc.ir.traits`).  Lifting over an expert axis, raggedness,
-sharding, unreduced sums, the finding of FFN blocks, scaling, shrinking and the planner all read
-these, and none of them knows an operation by name.  The reference backend defines the meaning of
-each operation.
+An operation is declared in one place (`moecc.ir.ops`): a class `Op` with its attributes, its typing
+and its meaning in NumPy, registered with its traits.  Its row, an `OpDef`, states how result types
+are inferred from the operands (`infer`), which axes the operation *mixes* (an element of the result
+needs other elements along them), in which operands it is linear, and its further traits
+(`moecc.ir.traits`).  Lifting over an expert axis, raggedness, sharding, unreduced sums, the finding
+of FFN blocks, scaling, shrinking and the planner all read these, and none of them knows an
+operation by name.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import ClassVar, NoReturn, Self, dataclass_transform
+from typing import Any, ClassVar, Generic, NoReturn, Self, TypeVar, overload
 
 from moecc.errors import InputError, Problem, nearest
+from moecc.ir.arrays import Array
 from moecc.ir.operand import Attrs as Attrs
 from moecc.ir.operand import Definition, Operand, Region
 from moecc.ir.sharding_rules import Rule, propagate_sharding
@@ -34,36 +36,224 @@ from moecc.ir.traits import (
 )
 from moecc.types import Size, TensorType, is_name, is_size, is_whole
 
-REQUIRED = object()
+T = TypeVar("T")
+W = TypeVar("W", bound=str)
+D = TypeVar("D", bound="type[Op]")
+REQUIRED: Any = object()
 """Marks an attribute without a default."""
 
 
-@dataclass(frozen=True)
-class Attr:
-    """An attribute of an operation.
+@dataclass(eq=False)
+class Attr(Generic[T]):
+    """An attribute of an operation, declared in its class; of an instance it is the value.
 
     Attributes:
-      kind: ``int``, ``float``, ``bool``, ``str``, ``words`` (a tuple of words), ``axis`` (a name),
-        ``axes`` (a tuple of names), ``sizes`` (a tuple of (name, size) pairs), ``numbers`` (a
-        tuple of numbers) or ``region`` (a graph, printed in braces after the line).
-      default: its value where the text omits it, or REQUIRED.
-      choices: the only values allowed, for ``str``, or the only words, for ``words``.
+      kind: the kind of its values, as the documentation names it.
+      expected: what a message expects of a value.
       doc: its meaning, in half a line.
+      default: its value where the text omits it, or REQUIRED.
+      choices: the only values allowed, for a word, or the only words, for words.
       shrinks: whether the number is a size, or a bound within one, that shrinking a graph reduces.
       pins: whether the size it states, or the size of the axis it names, is kept when a graph is
         shrunk.
     """
 
-    kind: str
-    default: object = REQUIRED
+    kind: ClassVar[str]
+    expected: ClassVar[str]
+
+    doc: str
+    default: T = REQUIRED
     choices: tuple[str, ...] = ()
-    doc: str = ""
     shrinks: bool = False
     pins: bool = False
 
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
 
-Infer = Callable[[Sequence[Operand], Attrs], tuple[TensorType, ...]]
+    @overload
+    def __get__(self, instance: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, instance: Op, owner: type) -> T: ...
+    def __get__(self, instance: Op | None, owner: type) -> Self | T:
+        if instance is None:
+            return self
+        value: T = instance.attrs[self.name]
+        return value
+
+    def __set__(self, instance: Op, value: NoReturn) -> None:
+        raise TypeError("an instance is for reading; attributes are set in node.attrs")
+
+    @staticmethod
+    def fits(value: object) -> bool:
+        """Return whether `value` is of the kind."""
+        raise NotImplementedError
+
+    def normalised(self, value: Any) -> object:
+        """Return a value that fits, as graphs store it."""
+        return value
+
+    def mismatch(self, value: object) -> str | None:
+        """Return what was expected of `value`, or None if it is valid."""
+        if not self.fits(value):
+            return self.expected
+        if self.choices and isinstance(value, tuple) and not set(value) <= set(self.choices):
+            return f"words among {', '.join(self.choices)}"
+        if self.choices and self.kind == "str" and value not in self.choices:
+            return f"one of {', '.join(self.choices)}"
+        return None
+
+
+class Int(Attr[int]):
+    """A whole number."""
+
+    kind, expected = "int", "a whole number"
+    fits = staticmethod(is_whole)
+
+
+class Float(Attr[float]):
+    """A number, which may be infinite."""
+
+    kind, expected = "float", "a number"
+
+    @staticmethod
+    def fits(value: object) -> bool:
+        """Return whether `value` is a number, and not NaN."""
+        return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+    def normalised(self, value: Any) -> float:
+        """Return a float; −0.0 equals 0.0, so graphs that differ in it alone would be equal."""
+        return float(value) + 0.0
+
+
+class Bool(Attr[bool]):
+    """True or false."""
+
+    kind, expected = "bool", "true or false"
+
+    @staticmethod
+    def fits(value: object) -> bool:
+        """Return whether `value` is a truth value."""
+        return isinstance(value, bool)
+
+
+class Word(Attr[W]):
+    """A word, or a text."""
+
+    kind, expected = "str", "a word"
+
+    @staticmethod
+    def fits(value: object) -> bool:
+        """Return whether `value` is a text."""
+        return isinstance(value, str)
+
+
+class AxisName(Attr[str]):
+    """The name of an axis."""
+
+    kind, expected = "axis", "the name of an axis"
+    fits = staticmethod(is_name)
+
+
+class Words(Attr[tuple[str, ...]]):
+    """Different words."""
+
+    kind, expected = "words", "words in parentheses"
+
+    @staticmethod
+    def fits(value: object) -> bool:
+        """Return whether `value` is a tuple of different names."""
+        if not isinstance(value, tuple) or not all(map(is_name, value)):
+            return False
+        return len(set(value)) == len(value)
+
+
+class AxisNames(Words):
+    """The names of different axes."""
+
+    kind, expected = "axes", "names of axes in parentheses, each once"
+
+
+class Numbers(Attr[tuple[float, ...]]):
+    """Finite numbers."""
+
+    kind, expected = "numbers", "finite numbers in parentheses"
+
+    @staticmethod
+    def fits(value: object) -> bool:
+        """Return whether `value` is a tuple of finite numbers."""
+        return isinstance(value, tuple) and all(Float.fits(v) and isfinite(v) for v in value)
+
+    def normalised(self, value: Any) -> tuple[float, ...]:
+        """Return floats, without −0.0."""
+        return tuple(float(v) + 0.0 for v in value)
+
+
+class Sizes(Attr[tuple[tuple[str, Size], ...]]):
+    """Axes with their sizes."""
+
+    kind, expected = "sizes", "axes with sizes, (head=9, head_dim=64)"
+
+    @staticmethod
+    def fits(value: object) -> bool:
+        """Return whether `value` is a tuple of pairs of a name and a size."""
+        return isinstance(value, tuple) and all(
+            isinstance(p, tuple) and len(p) == 2 and is_name(p[0]) and is_size(p[1]) for p in value
+        )
+
+
+class Body(Attr[Any]):
+    """A graph, printed in braces after the line."""
+
+    kind, expected = "region", "a graph, in braces after the line"
+
+    @staticmethod
+    def fits(value: object) -> bool:
+        """Return whether `value` is a graph."""
+        return isinstance(value, Region)
+
+
+Types = TensorType | tuple[TensorType, ...]
+Results = Array | tuple[Array, ...]
+Infer = Callable[[Sequence[Operand], Attrs], Types]
 Mixes = Callable[[Sequence[Operand], Attrs], tuple[str, ...]]
+Meaning = Callable[[Sequence[Array], Attrs], Results]
+"""The results of an operation for the arrays of its operands: what it means, in float64."""
+
+
+class Op:
+    """The class of an operation: its attributes, its typing and its meaning; a base class.
+
+    A class attribute that is an `Attr` is an attribute of the operation.  An instance reads the
+    attributes of a node, typed: ``ContractOp.of_node(node).over`` is a tuple of names.
+
+    Attributes:
+      attrs: the complete attributes.
+    """
+
+    def __init__(self, attrs: Attrs) -> None:
+        self.attrs = attrs
+
+    @classmethod
+    def of_node(cls, node: Definition) -> Self:
+        """Return the attributes of `node`.
+
+        Raises:
+          TypeError: it is an operation of another class.
+        """
+        declared = op(node.op.name).declared
+        if declared is None or not issubclass(declared, cls):
+            raise TypeError(f"{node.op.name} has not the attributes of {cls.__name__}")
+        return cls(node.attrs)
+
+    infer: Any
+    """Types of the results from the operands; raises InputError."""
+
+    def mixes(self, *operands: Operand) -> tuple[str, ...]:
+        """Return the operand axes that it mixes: none if it works element by element."""
+        return ()
+
+    meaning: Any = None
+    """The results from the arrays of the operands, in float64."""
 
 
 def mixes_none(operands: Sequence[Operand], attrs: Attrs) -> tuple[str, ...]:
@@ -80,6 +270,8 @@ class OpDef:
       doc: what the operation computes; the first line is the summary in ``docs/ir.md``.
       operands: the names of the operands; with `variadic`, of the mandatory ones.
       infer: result types from operands and attributes; raises InputError.
+      meaning: what it computes, in NumPy and float64; None: the reference backend cannot run it.
+      declared: the class that declares it, if one does.
       attrs: the attributes by name, in printing order.
       results: hints for the names of the results.
       mixes: the operand axes that the operation mixes.
@@ -113,7 +305,9 @@ class OpDef:
     doc: str
     operands: tuple[str, ...]
     infer: Infer
-    attrs: Mapping[str, Attr] = field(default_factory=dict)
+    meaning: Meaning | None = None
+    declared: type[Op] | None = None
+    attrs: Mapping[str, Attr[Any]] = field(default_factory=dict)
     results: tuple[str, ...] = ("v",)
     mixes: Mixes = mixes_none
     linear: tuple[int, ...] = ()
@@ -145,6 +339,11 @@ class OpDef:
     def liftable(self) -> bool:
         """Whether it may be used inside an expert: an expert axis passes through it unchanged."""
         return self.elementwise and not self.logical and not self.variadic
+
+    @property
+    def has_body(self) -> bool:
+        """Whether it repeats a graph, which says how many results it has."""
+        return any(isinstance(spec, Body) for spec in self.attrs.values())
 
     @property
     def carries(self) -> bool:
@@ -253,18 +452,13 @@ class OpDef:
             value = attrs.get(name, spec.default)
             if value is REQUIRED:
                 problems.append(Problem(f"{self.name} needs the attribute {name!r}"))
-                continue
-            full[name] = value
-            if value is not spec.default:
-                reason = _mismatch(spec, value)
-                if reason is None and spec.kind == "float":
-                    # −0.0 equals 0.0, so graphs that differ in it alone would be equal.
-                    full[name] = float(value) + 0.0
-                elif reason is None and spec.kind == "numbers":
-                    full[name] = tuple(float(v) + 0.0 for v in value)
-                elif reason is not None:
-                    what = f"attribute {name!r} of {self.name} is wrong"
-                    problems.append(Problem(what, expected=reason, found=repr(value)))
+            elif value is spec.default:
+                full[name] = value
+            elif (expected := spec.mismatch(value)) is None:
+                full[name] = spec.normalised(value)
+            else:
+                message = f"attribute {name!r} of {self.name} is wrong"
+                problems.append(Problem(message, expected=expected, found=repr(value)))
         if problems:
             raise InputError(problems)
         return full
@@ -276,6 +470,8 @@ class OpDef:
           InputError: operands or attributes are invalid for the operation.
         """
         types = self.infer(operands, attrs)
+        if not isinstance(types, tuple):
+            types = (types,)
         if self.places or not any(v.type.is_sharded for v in operands):
             return types
         return propagate_sharding(self, operands, attrs, types)
@@ -283,6 +479,17 @@ class OpDef:
     def _unknown(self, name: str) -> Problem:
         hint = nearest(name, self.attrs) or f"attributes: {', '.join(self.attrs) or 'none'}"
         return Problem(f"{self.name} has no attribute {name!r}", hint=hint)
+
+    def evaluate(self, arrays: Sequence[Array], attrs: Attrs) -> tuple[Array, ...]:
+        """Return the arrays of the results, as `meaning` defines them.
+
+        Raises:
+          InputError: the operation has no meaning, or none for these data.
+        """
+        if self.meaning is None:
+            raise InputError(f"{self.name} has no meaning in NumPy")
+        results = self.meaning(arrays, attrs)
+        return results if isinstance(results, tuple) else (results,)
 
     def check_arity(self, count: int) -> None:
         """Raise InputError unless the operation accepts `count` operands."""
@@ -294,58 +501,6 @@ class OpDef:
                 expected=f"{len(self.operands)} ({names})",
                 found=str(count),
             )
-
-
-def _is_pairs(value: object) -> bool:
-    return isinstance(value, tuple) and all(
-        isinstance(p, tuple) and len(p) == 2 and is_name(p[0]) and is_size(p[1]) for p in value
-    )
-
-
-def _is_words(value: object) -> bool:
-    return isinstance(value, tuple) and all(map(is_name, value)) and len(set(value)) == len(value)
-
-
-def _is_numbers(value: object) -> bool:
-    return isinstance(value, tuple) and all(
-        isinstance(v, int | float) and not isinstance(v, bool) and isfinite(v) for v in value
-    )
-
-
-def _is_graph(value: object) -> bool:
-    return isinstance(value, Region)
-
-
-_KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
-    "int": ("a whole number", is_whole),
-    "float": (
-        "a number",
-        lambda v: isinstance(v, int | float) and not isinstance(v, bool) and v == v,
-    ),
-    "bool": ("true or false", lambda v: isinstance(v, bool)),
-    "str": ("a word", lambda v: isinstance(v, str)),
-    "axis": ("the name of an axis", is_name),
-    "axes": (
-        "names of axes in parentheses, each once",
-        lambda v: isinstance(v, tuple) and all(map(is_name, v)) and len(set(v)) == len(v),
-    ),
-    "words": ("words in parentheses", _is_words),
-    "numbers": ("finite numbers in parentheses", _is_numbers),
-    "region": ("a graph, in braces after the line", _is_graph),
-    "sizes": ("axes with sizes, (head=9, head_dim=64)", _is_pairs),
-}
-
-
-def _mismatch(spec: Attr, value: object) -> str | None:
-    """Return what was expected of `value`, or None if it is valid."""
-    expected, fits = _KINDS[spec.kind]
-    if not fits(value):
-        return expected
-    if spec.choices and isinstance(value, tuple) and not set(value) <= set(spec.choices):
-        return f"words among {', '.join(spec.choices)}"
-    if spec.choices and spec.kind == "str" and value not in spec.choices:
-        return f"one of {', '.join(spec.choices)}"
-    return None
 
 
 OPS: dict[str, OpDef] = {}
@@ -363,6 +518,35 @@ def register(entry: OpDef) -> OpDef:
     return entry
 
 
+def operation(name: str, operands: str = "", **traits: Any) -> Callable[[D], D]:
+    """Register a class as the operation `name`, whose docstring says what it computes.
+
+    Args:
+      name: the name in the text format.
+      operands: the names of the operands, separated by spaces.
+      traits: further columns of the row.
+    """
+
+    def declare(declared: D) -> D:
+        # Texts print attributes in this order: one declared again stays where it was.
+        fields = {n: a for c in reversed(declared.__mro__) for n, a in vars(c).items()}
+        attrs = {n: a for n, a in fields.items() if isinstance(a, Attr)}
+        columns: dict[str, Any] = {
+            "doc": declared.__doc__,
+            "infer": lambda values, attrs: declared(attrs).infer(*values),
+            "declared": declared,
+            "attrs": attrs,
+        }
+        if declared.mixes is not Op.mixes:
+            columns["mixes"] = lambda values, attrs: declared(attrs).mixes(*values)
+        if declared.meaning is not None:
+            columns["meaning"] = lambda arrays, attrs: declared(attrs).meaning(*arrays)
+        register(OpDef(name, operands=tuple(operands.split()), **columns | traits))
+        return declared
+
+    return declare
+
+
 def op(name: str) -> OpDef:
     """Return the row `name` of the table.
 
@@ -375,52 +559,3 @@ def op(name: str) -> OpDef:
         hint = nearest(name, OPS) if now is None else f"`{name}` is now `{now}`"
         raise InputError(f"unknown operation {name!r}", hint=hint)
     return entry
-
-
-# Typed views of the attributes of a node; `moecc.ir.attributes` has one for each operation.
-#
-#     ContractAttrs.of_node(node).over
-#
-# is a tuple of names to mypy, where ``node.attrs["over"]`` could be anything.
-
-Names = str | tuple[str, ...]
-"""Names of axes, or words; a single one needs no parentheses."""
-
-Sizes = tuple[tuple[str, Size], ...]
-"""Axes with their sizes."""
-
-
-@dataclass_transform(frozen_default=True, kw_only_default=True)
-class View:
-    """The attributes of a node as they were when it was looked at; a base class.
-
-    A checker reads the annotations of a subclass as the fields of a frozen dataclass.  Making sixty
-    real ones would cost each start of the command line some 20 ms.
-
-    Attributes:
-      operations: the names of the operations that have these attributes.
-    """
-
-    operations: ClassVar[frozenset[str]]
-
-    @classmethod
-    def of_node(cls, node: Definition) -> Self:
-        """Return the attributes of `node`.
-
-        Raises:
-          TypeError: it is another operation.
-        """
-        if node.op.name not in cls.operations:
-            names = ", ".join(sorted(cls.operations))
-            raise TypeError(f"{cls.__name__} views {names}, not {node.op.name}")
-        return cls.of_attrs(node.attrs)
-
-    @classmethod
-    def of_attrs(cls, attrs: Attrs) -> Self:
-        """Return `attrs`, the complete ones of such a node."""
-        view = cls.__new__(cls)
-        view.__dict__.update(attrs)
-        return view
-
-    def __setattr__(self, name: str, value: object) -> NoReturn:
-        raise TypeError("a view is for reading; attributes are set in node.attrs")

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
-from moecc.ir.attributes import SlotAttrs
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
-from moecc.ir.ops.slots import assigner, operands_by_word
+from moecc.ir.ops.slots import SlotsOp, assigner, operands_by_word
 from moecc.types import F32, TensorType
 
 UNITS = ("group", "sequence", "global")
@@ -77,7 +76,7 @@ class Routed:
     @property
     def tokens(self) -> tuple[str, ...]:
         """The token axes, outermost first."""
-        return SlotAttrs.of_node(assigner(self.slots)).tokens
+        return SlotsOp.of_node(assigner(self.slots)).tokens
 
     @property
     def choice(self) -> str:
@@ -88,7 +87,7 @@ class Routed:
     @property
     def count(self) -> int:
         """The number of experts."""
-        return SlotAttrs.of_node(assigner(self.slots)).experts
+        return SlotsOp.of_node(assigner(self.slots)).experts
 
     @property
     def given(self) -> dict[str, Value]:
@@ -238,7 +237,7 @@ class Means:
         graph, groups, size = self.builder.graph, 0, 0
         mask = _mask_name(graph, self.routed.given["mask"])
         if unit == "group":
-            attrs = SlotAttrs.of_node(assigner(self.routed.slots))
+            attrs = SlotsOp.of_node(assigner(self.routed.slots))
             groups, size = attrs.groups, attrs.group_size
         total = Total(unit, mask, groups, size).input_of(graph)
         return self.at_least_one(self.cast(total, own))

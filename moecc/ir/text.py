@@ -44,7 +44,7 @@ def format_number(value: float) -> str:
     return repr(value)
 
 
-def format_attr(spec: Attr, value: Any) -> str:
+def format_attr(spec: Attr[Any], value: Any) -> str:
     """Return the text of an attribute's value."""
     if spec.kind == "bool":
         return "true" if value else "false"
@@ -151,7 +151,7 @@ def parse_attrs(entry: OpDef, text: str) -> dict[str, object]:
     return attrs
 
 
-def _parse_value(spec: Attr | None, text: str) -> object:
+def _parse_value(spec: Attr[Any] | None, text: str) -> object:
     kind = spec.kind if spec is not None else ""
     if kind in ("str", "axis") and text[0] not in '("':
         # A word is never parsed as a number: an axis may well be called inf.

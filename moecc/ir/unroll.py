@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from moecc.ir.attributes import ScanAttrs
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.ops.repetition import picked_at, repetitions, stacked_parts
+from moecc.ir.ops.repetition import ScanOp, picked_at, repetitions, stacked_parts
 from moecc.ir.structure import clone
 from moecc.support.ranges import element, lengths
 
@@ -68,7 +67,7 @@ class _Unroller:
 
     def run(self) -> None:
         node, runs = self.node, self.runs
-        attrs = ScanAttrs.of_node(node)
+        attrs = ScanOp.of_node(node)
         carries, last = attrs.carries, attrs.carries + attrs.stacked
         carry, captured = list(node.operands[:carries]), node.operands[last:]
         slices = self.slices(node.operands[carries:last])

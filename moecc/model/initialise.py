@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from moecc.capture import fingerprint, open_capture
 from moecc.errors import InputError, UsageError
 from moecc.formats.adapter import SeveralCheckpoints
-from moecc.ir.attributes import EmbeddingAttrs
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.ops.axes import EmbeddingOp
 from moecc.ir.structure import uses_of
 from moecc.ir.traits import Role
 from moecc.model.open import Model
@@ -72,7 +72,7 @@ def _fan_in(node: Node, value: Value) -> int:
         # What is summed away: in a convolution also the places of a window.
         names = tuple(a.name for a in value.type if a.name not in node.result.type)
     elif role is Role.TABLE:
-        axis = EmbeddingAttrs.of_node(node).axis
+        axis = EmbeddingOp.of_node(node).axis
         names = tuple(a.name for a in value.type if a.name != axis)
     else:
         raise InputError(

@@ -14,8 +14,8 @@ from math import prod
 
 from moecc.analysis import is_trainable, split_head
 from moecc.ir.attention import AttentionFacts, AttentionKernel, Program, are_written_out, facts_of
-from moecc.ir.attributes import AttentionAttrs
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.ops.attention import AttentionOp
 from moecc.ir.traits import Cost, RowMove
 
 # Global shapes of values, each once, so that what a layout makes of one is worked out once.
@@ -95,7 +95,7 @@ def attention_of(
     """
     if not node.op.attends:
         return None
-    attrs = AttentionAttrs.of_node(node)
+    attrs = AttentionOp.of_node(node)
     query, key, value = (
         {a.name: int(size(a.size)) for a in v.type.axes} for v in node.operands[:3]
     )

@@ -14,10 +14,11 @@ from math import prod
 from moecc.analysis import ATTRIBUTE, trainable
 from moecc.errors import InputError
 from moecc.families.experts import choices_kept, rows_of, rows_per_token
-from moecc.ir.attributes import ProductAttrs, RouteAttrs, SlotAttrs
 from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.mesh import mesh_of
-from moecc.ir.ops.slots import assigner
+from moecc.ir.ops.contraction import ProductOp
+from moecc.ir.ops.routing import RouteOp
+from moecc.ir.ops.slots import SlotsOp, assigner
 from moecc.ir.traits import RowMove
 from moecc.plan.batches import Batch
 from moecc.plan.parts import (
@@ -270,10 +271,10 @@ def _check_plain(graph: Graph) -> None:
         )
 
 
-def _slots(graph: Graph) -> list[SlotAttrs]:
+def _slots(graph: Graph) -> list[SlotsOp]:
     """Return how slots are assigned to the rows of each expert layer, whoever chooses."""
     sent = (node for node in graph if node.op.moves is RowMove.TO_SLOTS)
-    return [SlotAttrs.of_node(assigner(node.operands[2])) for node in sent]
+    return [SlotsOp.of_node(assigner(node.operands[2])) for node in sent]
 
 
 def _tensor_sizes(graph: Graph) -> dict[str, int]:
@@ -334,7 +335,7 @@ class _Reader:
         """Return the mean rows of an expert, all groups together."""
         slots = setter_of(value.type.extents[0])
         node = assigner(slots)
-        tokens = prod(self._size(slots.type[n].size) for n in SlotAttrs.of_node(node).tokens)
+        tokens = prod(self._size(slots.type[n].size) for n in SlotsOp.of_node(node).tokens)
         return tokens * rows_per_token(value) / self._size(value.type["expert"].size)
 
     def of_experts(self, value: Value) -> bool:
@@ -450,7 +451,7 @@ class _Reader:
         roots: dict[Value, int] = {}
         weights = tuple(self._new(v for n in nodes for v in n.operands if v.is_param))
         steps = tuple(self._step(node, roots, number, unit) for node in nodes)
-        top_k = max((RouteAttrs.of_node(n).top_k for n in nodes if n.op.routes), default=0)
+        top_k = max((RouteOp.of_node(n).top_k for n in nodes if n.op.routes), default=0)
         in_layer, onward = match is not None, unit.looped[number]
         return Part(name, 1, steps, weights, top_k, in_layer, onward, tuple(nodes))
 
@@ -480,7 +481,7 @@ class _Reader:
             moves=node.op.moves,
             operands=operands,
             results=results,
-            over=ProductAttrs.of_node(node).over if node.op.is_product else (),
+            over=ProductOp.of_node(node).over if node.op.is_product else (),
             weights=tuple(self.weight(v) if v.is_param else None for v in node.operands),
             again=times_again(number, unit, *of_own),
             block_again=times_again(number, unit.as_whole, *of_own),

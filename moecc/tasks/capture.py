@@ -14,8 +14,8 @@ import numpy as np
 from moecc.capture import BlockSums, CaptureFacts, ExpertSums, fingerprint, write_capture
 from moecc.errors import InputError, Problem, UsageError
 from moecc.formats.output import check_output, output_folder
-from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph
+from moecc.ir.ops.slots import SlotsOp
 from moecc.ir.structure import clone
 from moecc.model.open import Model, open_model
 from moecc.pipeline.passes import Context
@@ -237,4 +237,4 @@ def _parted(name: str) -> tuple[str, str]:
 
 def _experts(graph: Graph, loc: str) -> int:
     chosen = graph.outputs[f"{PREFIX}{loc}.experts"]
-    return next(SlotAttrs.of_node(node).experts for node in chosen.users if node.op.assigns_slots)
+    return next(SlotsOp.of_node(node).experts for node in chosen.users if node.op.assigns_slots)

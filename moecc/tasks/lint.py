@@ -11,8 +11,8 @@ from moecc.analysis import parameter_groups, trainable
 from moecc.errors import Problem
 from moecc.families.experts import expert_layers
 from moecc.formats.run import split_reference
-from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph, Value
+from moecc.ir.ops.slots import SlotsOp
 from moecc.ir.unroll import unrolled
 from moecc.model.open import open_model
 from moecc.pipeline.passes import advice, too_many_experts, too_much_capacity
@@ -82,7 +82,7 @@ def graph_lints(graph: Graph, cores: int | None = None) -> Iterator[Problem]:
 def _capacities(graph: Graph) -> Iterator[Problem]:
     for node in graph:
         if node.op.assigns_slots and node.attrs["slots"] == "capacity":
-            attrs = SlotAttrs.of_node(node)
+            attrs = SlotsOp.of_node(node)
             yield from too_much_capacity(attrs.capacity_factor, attrs.experts, node.loc)
 
 

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 from moecc.errors import InputError, MoeccError, Problem, UsageError
 from moecc.families.describe import describe
-from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph
-from moecc.ir.ops.slots import assigner
+from moecc.ir.ops.slots import SlotsOp, assigner
 from moecc.ir.structure import clone, without_opaque
 from moecc.ir.traits import RowMove
 from moecc.pipeline.passes import Context
@@ -195,7 +194,7 @@ def _has(graph: Graph) -> Point:
     """Return the experts, choices and capacity factor of a graph: of its layers the largest."""
     layers = describe(graph).expert_layers
     sent = (node for node in graph if node.op.moves is RowMove.TO_SLOTS)
-    slots = [SlotAttrs.of_node(assigner(node.operands[2])) for node in sent]
+    slots = [SlotsOp.of_node(assigner(node.operands[2])) for node in sent]
     if not layers or not slots:
         return Point()
     ragged = any(attrs.slots == "ragged" for attrs in slots)

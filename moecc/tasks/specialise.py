@@ -12,8 +12,8 @@ import numpy as np
 
 from moecc.analysis import parameter_groups
 from moecc.errors import InputError
-from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph, Value
+from moecc.ir.ops.slots import SlotsOp
 from moecc.ir.structure import clone
 from moecc.model.open import Model, open_model
 from moecc.pipeline.passes import Context
@@ -140,7 +140,7 @@ def _pairs(value: Value, chosen: Array, batch: Mapping[str, Array]) -> tuple[Arr
 def _routed(graph: Graph, name: str, parts: list[tuple[Array, Array]]) -> Routed:
     layer = name.removeprefix(PREFIX).removesuffix(EXPERTS)
     chosen = graph.outputs[name]
-    size = next(SlotAttrs.of_node(node).experts for node in chosen.users if node.op.assigns_slots)
+    size = next(SlotsOp.of_node(node).experts for node in chosen.users if node.op.assigns_slots)
     tokens, first = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return Routed(layer, size, tokens, first)
 

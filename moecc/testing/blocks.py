@@ -8,12 +8,13 @@ from typing import get_args
 
 from hypothesis import strategies as st
 
-from moecc.ir.attributes import Gates, Policy, Using
 from moecc.ir.builder import Builder
-from moecc.ir.conventions import GATES, convention
+from moecc.ir.conventions import GATES, Gates, convention
 from moecc.ir.graph import Graph, Value
 from moecc.ir.moe import SlotOptions, emit_hash_routing, emit_priority, emit_rescaled
 from moecc.ir.operation import OPS
+from moecc.ir.ops.routing import Policy
+from moecc.ir.ops.slots import Using
 from moecc.testing.growth import Growth, Step, mixable_fixed, symbolic, token_width
 from moecc.testing.steps import UNARY, emit_function, emit_norm, rotate
 from moecc.types import F32, I32, KEY, PRED, Axis, TensorType, tensor

@@ -12,9 +12,9 @@ from math import prod
 
 import numpy as np
 
-from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph, Value
 from moecc.ir.ops.repetition import repetitions
+from moecc.ir.ops.slots import SlotsOp
 from moecc.ir.structure import index_sizes
 from moecc.support.ranges import element, lengths
 from moecc.testing.draws import generator, moved
@@ -36,7 +36,7 @@ def sizes_for(graph: Graph, seed: int) -> dict[str, int]:
     sizes = {n: int(generator(seed, "size", n).integers(1, MAX_SIZE + 1)) for n in sorted(names)}
     for node in graph.every_node():
         if node.op.assigns_slots:
-            attrs = SlotAttrs.of_node(node)
+            attrs = SlotsOp.of_node(node)
             groups = attrs.group_size or attrs.groups
             _make_divisible(sizes, node.operands[0].type, attrs.tokens, groups)
     return sizes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from types import CodeType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
@@ -244,7 +244,7 @@ def operand_type(g: Growth, anchor: TensorType, names: Sequence[str], is_param: 
 
 
 def attribute(
-    g: Growth, spec: Attr, wanted: object, types: Sequence[TensorType], names: Sequence[str]
+    g: Growth, spec: Attr[Any], wanted: object, types: Sequence[TensorType], names: Sequence[str]
 ) -> object:
     """Guess the value of an attribute.
 
@@ -266,7 +266,7 @@ def attribute(
 
 
 def _options(
-    g: Growth, spec: Attr, types: Sequence[TensorType], names: Sequence[str]
+    g: Growth, spec: Attr[Any], types: Sequence[TensorType], names: Sequence[str]
 ) -> Sequence[object]:
     anchor = types[0]
     given = [spec.default] if isinstance(spec.default, int | float | str | tuple) else []
@@ -301,7 +301,7 @@ def _runs(type: TensorType) -> list[object]:
     return [tuple(pairs[i : i + n]) for n in (2, 3) for i in range(len(pairs) - n + 1)]
 
 
-def _constants(where: object, spec: Attr) -> list[object]:
+def _constants(where: object, spec: Attr[Any]) -> list[object]:
     code = getattr(where, "__code__", None)
     types = {"int": int, "float": (int, float), "str": str, "axis": str}.get(spec.kind, tuple)
     found = code.co_consts if isinstance(code, CodeType) else ()

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
+from typing import Any
 
 from moecc.errors import InputError
 from moecc.ir.graph import Graph, Node, Value
@@ -250,7 +251,7 @@ class PatternMaker:
         made = self.g.builder.node(entry.name, *operands, names=(), **attrs)
         return self._checked(pattern, made, goal)
 
-    def _attribute(self, spec: Attr, wanted: object, types: Sequence[TensorType]) -> object:
+    def _attribute(self, spec: Attr[Any], wanted: object, types: Sequence[TensorType]) -> object:
         if wanted is not None and not isinstance(wanted, AttrPattern):
             return wanted
         name = wanted.name if wanted is not None else None

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 from moecc.analysis import LOGITS
 from moecc.errors import InputError
-from moecc.ir.attributes import RouteAttrs, SlotAttrs
 from moecc.ir.conventions import convention
 from moecc.ir.graph import Graph, Node
+from moecc.ir.ops.routing import RouteOp
+from moecc.ir.ops.slots import SlotsOp
 from moecc.ir.structure import clone
 from moecc.model.initialise import set_router_dtype
 from moecc.pipeline.passes import Context
@@ -436,9 +437,7 @@ def _layout(graph: Graph, recipe: Recipe) -> Layout | None:
     mesh = recipe.step_config.device_mesh
     if mesh is None:
         return None
-    counts = {
-        SlotAttrs.of_node(node).experts for node in graph.every_node() if node.op.assigns_slots
-    }
+    counts = {SlotsOp.of_node(node).experts for node in graph.every_node() if node.op.assigns_slots}
     return Layout(mesh, min(counts, default=0), own=recipe.mesh.rules)
 
 
@@ -453,7 +452,7 @@ def _via(graph: Graph, layout: Layout, specialised: str) -> str:
     copy = clone(graph)
     run_passes(copy, specialised)
     assigners = [node for node in copy.every_node() if node.op.assigns_slots]
-    bounded = all(SlotAttrs.of_node(node).slots == "capacity" for node in assigners)
+    bounded = all(SlotsOp.of_node(node).slots == "capacity" for node in assigners)
     return "capacity" if bounded else "ring"
 
 
@@ -474,7 +473,7 @@ def training_remarks(graph: Graph) -> Iterator[str]:
 
 def _is_constant(node: Node) -> bool:
     """Whether the gates of a ``route`` do not depend on the logits of what is chosen."""
-    made = RouteAttrs.of_node(node)
+    made = RouteOp.of_node(node)
     how = convention(made.gates)
     if made.top_k == 1:
         return not how.learns_at_top_1

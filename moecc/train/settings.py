@@ -11,8 +11,9 @@ from typing import Any
 
 from moecc.analysis import CHUNK_BYTES, GROUPS, parameter_groups, trainable
 from moecc.errors import InputError, Problem, nearest
-from moecc.ir.attributes import ProductAttrs, SlotAttrs
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.ops.contraction import ProductOp
+from moecc.ir.ops.slots import SlotsOp
 from moecc.ir.routing_losses import BALANCE_BIASES, TOTALS, Total
 from moecc.ir.traits import Role
 from moecc.model.initialise import updated_bias
@@ -110,7 +111,7 @@ def _settings(
 
 def _is_summed(value: Value, name: str) -> bool:
     """Return whether a product that reads `value` sums over its axis `name`."""
-    return any(name in ProductAttrs.of_node(node).over for node in _products(value))
+    return any(name in ProductOp.of_node(node).over for node in _products(value))
 
 
 def _products(param: Value) -> Iterator[Node]:
@@ -498,7 +499,7 @@ def rows_together(graph: Graph, sizes: Mapping[str, int]) -> int:
 
 
 def _rows(node: Node, sizes: Mapping[str, int]) -> tuple[int, Problem | None]:
-    attrs, type = SlotAttrs.of_node(node), node.results[-1].type
+    attrs, type = SlotsOp.of_node(node), node.results[-1].type
     batch, *lengths = (_size(type[n].size, sizes) for n in attrs.tokens)
     sequence = prod(lengths)
     tokens = attrs.group_size or batch * sequence // max(attrs.groups, 1)

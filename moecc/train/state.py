@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from moecc.errors import InputError
-from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph, Value, setter_of
-from moecc.ir.ops.slots import assigner
+from moecc.ir.ops.slots import SlotsOp, assigner
 from moecc.ir.structure import clone
 from moecc.ir.unroll import unroll, users_within
 from moecc.translate.export import tensors_of
@@ -223,7 +222,7 @@ class Carried:
             if slots is not None and param.weight is not None:
                 copies = _copies(param.weight)
                 node = assigner(slots)
-                attrs = SlotAttrs.of_node(node)
+                attrs = SlotsOp.of_node(node)
                 (choices,) = (a.size for a in slots.type if a.name not in attrs.tokens)
                 # Experts that choose take so many tokens that each has this number on average.
                 each = attrs.capacity_factor if node.op.chooses else choices

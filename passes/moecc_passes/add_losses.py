@@ -10,9 +10,10 @@ from math import isfinite
 from typing import Annotated, ClassVar, Literal
 
 from moecc.errors import InputError, Problem
-from moecc.ir.attributes import RouteAttrs, SoftmaxAttrs
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.ops.contraction import SoftmaxOp
+from moecc.ir.ops.routing import RouteOp
 from moecc.ir.ops.slots import operands_by_word
 from moecc.ir.routing_losses import (
     BALANCE_BIASES,
@@ -317,7 +318,7 @@ class AddLossesPass(Pass):
     def _attention_z(self, softmax: Node) -> Weighted:
         builder = Builder(softmax.graph, loc=softmax.loc, origin=f"{ORIGIN}attention")
         builder.before = softmax
-        scores, axis = softmax.operands[0], SoftmaxAttrs.of_node(softmax).axis
+        scores, axis = softmax.operands[0], SoftmaxOp.of_node(softmax).axis
         mean = emit_z(builder, scores, axis)
         loss = mean if self.parts < 2 else builder.scale(mean, by=1 / self.parts)
         return [("attention_z", self.attention_z_coef, loss)]
@@ -338,7 +339,7 @@ class AddLossesPass(Pass):
 def _record_bias(graph: Graph, layer: RoutedLayer) -> None:
     """Record which output counts the choices that a layer's balance bias is updated by."""
     route = layer.route
-    if route is None or "bias" not in RouteAttrs.of_node(route).using:
+    if route is None or "bias" not in RouteOp.of_node(route).using:
         return
     bias = operands_by_word(route.operands, route.attrs)["bias"]
     if bias.is_param:

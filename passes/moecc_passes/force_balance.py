@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moecc.ir.attributes import RouteAttrs
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node
+from moecc.ir.ops.routing import RouteOp
 from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark
 from moecc_passes.routed import NOTHING_ROUTED, RoutedLayer, routed_layers
 
@@ -56,7 +56,7 @@ class ForceBalancePass(Pass):
 
 
 def _force(layer: RoutedLayer, route: Node) -> None:
-    attrs, chosen = RouteAttrs.of_node(route), route.results[0]
+    attrs, chosen = RouteOp.of_node(route), route.results[0]
     (experts,) = (a.size for a in route.operands[0].type if a.name == attrs.axis)
     assert isinstance(experts, int), "the number of experts is known"
     users = list(chosen.users)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from moecc.errors import InputError
-from moecc.ir.attributes import Given
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value, where
+from moecc.ir.ops.attention import Given
 from moecc.ir.structure import replace_value
 from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark
 from moecc.rewrite import P, fits

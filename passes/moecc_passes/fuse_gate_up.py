@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moecc.ir.attributes import ContractAttrs
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.ops.contraction import ContractOp
 from moecc.ir.structure import replace_value
 from moecc.pipeline.passes import Context, Pass, PassResult, Preserves
 from moecc.rewrite.pattern import P, fits
@@ -128,7 +128,7 @@ def _groups(down: Node, order: dict[Node, int]) -> Iterator[list[Node]]:
     (inner,) = projection.attr("over")
     groups: dict[object, list[Node]] = {}
     for node in _projections_to(projection.value("x"), inner):
-        attrs = ContractAttrs.of_node(node)
+        attrs = ContractOp.of_node(node)
         key = (node.operands[0], attrs.over, attrs.precision)
         groups.setdefault(key, []).append(node)
     for group in groups.values():
@@ -157,7 +157,7 @@ def _projections_to(value: Value, inner: str) -> list[Node]:
 def _fusable_axis(group: list[Node], need_weights: bool) -> str | None:
     """Return the axis along which the matrices of `group` can be concatenated, or None."""
     params = [node.operands[1] for node in group]
-    x, over = group[0].operands[0], ContractAttrs.of_node(group[0]).over
+    x, over = group[0].operands[0], ContractOp.of_node(group[0]).over
     added = [n for n in params[0].type.names if n not in over and n not in x.type]
     if len(added) != 1 or len(set(params)) != len(params):
         return None
@@ -190,7 +190,7 @@ def _replace(graph: Graph, siblings: Siblings, param: Value, origin: str) -> Non
     """Replace the siblings by one contraction and its slices."""
     first, axis = siblings.nodes[0], siblings.axis
     builder = Builder(graph, loc=first.loc, origin=origin, before=first)
-    attrs = ContractAttrs.of_node(first)
+    attrs = ContractOp.of_node(first)
     product = builder.contract(
         first.operands[0], param, over=attrs.over, precision=attrs.precision, name="fused"
     )

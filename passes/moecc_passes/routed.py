@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moecc.errors import InputError
-from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph, Node, Value, where
-from moecc.ir.ops.slots import operands_by_word
+from moecc.ir.ops.slots import SlotsOp, operands_by_word
 from moecc.ir.routing_losses import Routed, Scores
 from moecc.ir.traits import RowMove
 from moecc.rewrite.pattern import NearMiss, P, Pattern, fits
@@ -85,9 +84,9 @@ class RoutedLayer:
         return self.combine.operands[1]
 
     @property
-    def assignment(self) -> SlotAttrs:
+    def assignment(self) -> SlotsOp:
         """The attributes of the slot assignment."""
-        return SlotAttrs.of_node(self.assigner)
+        return SlotsOp.of_node(self.assigner)
 
     @property
     def tokens(self) -> tuple[str, ...]:

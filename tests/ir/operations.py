@@ -11,7 +11,7 @@ import numpy as np
 from moecc_backends.reference import ReferenceBackend
 
 from moecc.ir import Builder, Graph, Node, Value
-from moecc.ir.arrays import MEANINGS, Array, Data
+from moecc.ir.arrays import Array, Data
 from moecc.ir.operation import OPS, OpDef
 from moecc.ir.traits import Domain
 from moecc.types import DTYPES, Axis, TensorType
@@ -247,8 +247,7 @@ class Function:
     def __call__(self, arrays: Sequence[Array]) -> list[Array]:
         """Return the results."""
         with np.errstate(all="ignore"):
-            made = MEANINGS[self.node.op.name](*arrays, **self.node.attrs)
-        return list(made) if isinstance(made, tuple) else [made]
+            return list(self.node.op.evaluate(arrays, self.node.attrs))
 
     def floats(self, arrays: Sequence[Array]) -> Data:
         """Return the elements of all floating-point results, one after the other."""

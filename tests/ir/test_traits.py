@@ -360,7 +360,7 @@ def test_what_is_opaque_has_no_meaning_and_no_trait_but_to_mix_all() -> None:
     node = graph.append(name, [x], {"into": (("c", 4),)})
     graph.set_output("y", node.result)
     assert set(entry.mixes(node.operands, node.attrs)) == {"a", "b"}
-    stated = ("attrs", "results", "mixes", "variadic", "opaque")
+    stated = ("attrs", "declared", "meaning", "results", "mixes", "variadic", "opaque")
     for trait in fields(OpDef):
         if trait.name not in stated:
             assert getattr(entry, trait.name) == getattr(plain, trait.name)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moecc.errors import InputError
 from moecc.ir.arrays import Array
-from moecc.ir.ops.attention import bucket_starts, relative_buckets
+from moecc.ir.ops.attention import RelativeBucketsOp, bucket_starts
 
 ROPE = {"axis": "head_dim", "size": 8, "theta": 100.0}
 
@@ -227,13 +227,13 @@ def test_buckets_grow_with_distance_and_start_where_the_table_says(
     }
     distances = np.arange(exact + reach + 5)
     zero = Array(np.array([0]), ("seq",))
-    behind = relative_buckets(zero, Array(-distances, ("kv_seq",)), **attrs).data[0]
+    behind = RelativeBucketsOp(attrs).meaning(zero, Array(-distances, ("kv_seq",))).data[0]
     assert behind[: exact + 1].tolist() == list(range(exact + 1))
     assert (np.diff(behind) >= 0).all()
     assert behind[-1] == count - 1 == len(bucket_starts(attrs))
     starts = np.searchsorted(bucket_starts(attrs), distances, side="right")
     np.testing.assert_array_equal(behind, starts)
-    ahead = relative_buckets(zero, Array(distances[1:], ("kv_seq",)), **attrs).data[0]
+    ahead = RelativeBucketsOp(attrs).meaning(zero, Array(distances[1:], ("kv_seq",))).data[0]
     expected = count + behind[1:] if both else np.zeros(len(distances) - 1)
     np.testing.assert_array_equal(ahead, expected)
 

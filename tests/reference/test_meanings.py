@@ -16,14 +16,13 @@ from hypothesis import strategies as st
 
 from moecc.errors import InputError
 from moecc.ir import BF16, DTYPES, F32, F64, I32, OPS, Builder, Graph, tensor
-from moecc.ir.arrays import MEANINGS
 from moecc.testing import run_reference
 
 RNG = np.random.default_rng(7)
 
 
-def test_every_operation_has_a_meaning_and_no_other() -> None:
-    assert set(MEANINGS) == set(OPS)
+def test_every_operation_has_a_meaning() -> None:
+    assert all(entry.meaning is not None for entry in OPS.values())
 
 
 UNARY = {

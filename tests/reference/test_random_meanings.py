@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moecc.errors import InputError
 from moecc.ir import F32, F64, I32, Axis, Builder, Graph, TensorType, tensor
-from moecc.ir.ops.elementwise import folded, threefry, uniform
+from moecc.ir.ops.random import folded, threefry, uniform
 from moecc.testing import run_reference
 from moecc.types import KEY
 

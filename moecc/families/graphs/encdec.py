@@ -9,10 +9,10 @@ from moecc.families.experts import emit_sequence_capacity
 from moecc.families.graphs.decoder import ffn_axes, two_or_three
 from moecc.families.graphs.parameters import DtypeOf, Parameters, float32_of
 from moecc.families.names import names_of
-from moecc.ir.attributes import Using
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
 from moecc.ir.moe import SlotOptions, emit_routing
+from moecc.ir.ops.slots import Using
 from moecc.types import I32, PRED, Size, tensor
 
 # The feed-forward sublayers of an encoder-decoder: dense, sparse, and an extra dense one.

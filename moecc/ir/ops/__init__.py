@@ -1,6 +1,4 @@
-"""The rows of the operation table; importing this package fills it."""
-
-from __future__ import annotations
+"""The operations, each with its row and its meaning; importing this package fills the table."""
 
 from moecc.ir.ops import (
     attention,
@@ -8,6 +6,7 @@ from moecc.ir.ops import (
     collectives,
     contraction,
     elementwise,
+    random,
     repetition,
     routing,
     slots,
@@ -19,6 +18,7 @@ __all__ = [
     "collectives",
     "contraction",
     "elementwise",
+    "random",
     "repetition",
     "routing",
     "slots",

@@ -1,24 +1,23 @@
 """Collectives: the identity on the global value, changing only its sharding.
 
 A mesh axis is added to and removed from an axis as its innermost mesh axis,
-so that a part is always a run of neighbouring elements.
+so that a part is always a run of neighbouring elements.  The effect of a collective on each device
+is in `moecc.ir.devices`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from moecc.errors import InputError, nearest
-from moecc.ir.arrays import Array, meaning
-from moecc.ir.operand import Operand
-from moecc.ir.operation import OPS, Attr, Attrs, OpDef, register
+from moecc.ir.arrays import Array
+from moecc.ir.operand import Attrs, Operand
+from moecc.ir.operation import OPS, AxisName, AxisNames, Op, Word, operation
 from moecc.ir.ops.rules import axis_of
 from moecc.ir.sharding_rules import spelled
 from moecc.ir.traits import Collective
 from moecc.types import Axis, Extent, TensorType, is_name
-
-_MESH = Attr("axes", doc="the mesh axes, outermost first")
 
 
 def _gathered(type: TensorType, name: str, mesh: tuple[str, ...]) -> TensorType:
@@ -63,49 +62,6 @@ def _reduced(type: TensorType, mesh: tuple[str, ...]) -> TensorType:
     return TensorType(type.dtype, type.axes, left)
 
 
-def _all_gather(type: TensorType, attrs: Attrs) -> TensorType:
-    return _gathered(type, attrs["axis"], attrs["mesh"])
-
-
-def _shard(type: TensorType, attrs: Attrs) -> TensorType:
-    return _scattered(type, attrs["axis"], attrs["mesh"])
-
-
-def _all_reduce(type: TensorType, attrs: Attrs) -> TensorType:
-    return _reduced(type, attrs["mesh"])
-
-
-def _reduce_scatter(type: TensorType, attrs: Attrs) -> TensorType:
-    return _scattered(_reduced(type, attrs["mesh"]), attrs["axis"], attrs["mesh"])
-
-
-def _moved(type: TensorType, attrs: Attrs) -> TensorType:
-    if attrs["split"] == attrs["gather"]:
-        raise InputError("an axis cannot be split and gathered at once", found=attrs["split"])
-    gathered = _gathered(type, attrs["gather"], attrs["mesh"])
-    return _scattered(gathered, attrs["split"], attrs["mesh"])
-
-
-def _all_to_all(type: TensorType, attrs: Attrs) -> TensorType:
-    if type.ragged is not None:
-        raise InputError(
-            "ragged rows are exchanged by ragged_all_to_all, which sends the rows that are there",
-            found=str(type),
-        )
-    return _moved(type, attrs)
-
-
-def _ragged_all_to_all(type: TensorType, attrs: Attrs) -> TensorType:
-    if type.ragged is None or {attrs["split"], attrs["gather"]} != {"group", "expert"}:
-        raise InputError(
-            "ragged_all_to_all exchanges ragged rows between their groups and their experts",
-            expected="an axis slot=ragged(%slots); split and gather group and expert",
-            found=str(type),
-            hint="all_to_all moves what is not ragged",
-        )
-    return _moved(type, attrs)
-
-
 def parse_sharding(text: str) -> dict[str, tuple[str, ...]]:
     """Return the mesh axes of each axis that ``batch@data,mlp@model*expert`` names.
 
@@ -129,123 +85,158 @@ def format_sharding(type: TensorType) -> str:
     return ",".join(spelled(a) for a in type.axes if a.mesh)
 
 
-def _reshard(type: TensorType, attrs: Attrs) -> TensorType:
-    placement = parse_sharding(attrs["to"])
-    for name in placement:
-        if name not in type:
-            hint = nearest(name, type.names)
-            raise InputError(f"there is no axis {name!r}", found=str(type), hint=hint)
-    axes = tuple(Axis(a.name, a.size, placement.get(a.name, ())) for a in type.axes)
-    made = TensorType(type.dtype, axes)
-    if format_sharding(made) != attrs["to"]:
-        raise InputError(
-            "a sharding names axes in their order, without spaces",
-            expected=format_sharding(made),
-            found=attrs["to"],
-        )
-    used = [m for a in axes for m in a.mesh]
-    if len(set(used)) != len(used):
-        raise InputError("a mesh axis is used twice", found=attrs["to"])
-    return made
-
-
-Change = Callable[[TensorType, Attrs], TensorType]
-
-_CHANGES: dict[str, Change] = {}
-
-
 def collective_type(name: str, type: TensorType, attrs: Attrs) -> TensorType:
-    """Return what the collective `name` makes of the type of its operand.
+    """Return the type of the result of the collective `name` for an operand of `type`.
 
     Raises:
       InputError: the collective cannot be done to such a value.
     """
-    return _CHANGES[name](type, attrs)
+    declared = OPS[name].declared
+    assert declared is not None, name
+    assert issubclass(declared, _ShardingOp), name
+    return declared(attrs).changed(type)
 
 
-def _register(name: str, doc: str, change: Change, does: Collective, **attrs: Attr) -> None:
-    def infer(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
-        return (change(operands[0].type, attrs),)
-
-    _CHANGES[name] = change
-    row = OpDef(name, doc, ("x",), infer, attrs=attrs, linear=(0,), places=True, collective=does)
-    register(row)
+_collective = partial(operation, operands="x", linear=(0,), places=True)
 
 
-_SPLIT = Attr("axis", doc="the axis that is split over them afterwards")
+class _ShardingOp(Op):
+    """An operation that changes only a value's sharding."""
 
-_register(
-    "reshard",
+    def infer(self, x: Operand) -> TensorType:
+        return self.changed(x.type)
+
+    def changed(self, type: TensorType) -> TensorType:
+        """Return the type of the result for an operand of `type`."""
+        raise NotImplementedError
+
+    def meaning(self, x: Array) -> Array:
+        return x
+
+
+@_collective("reshard", collective=Collective.ANY)
+class ReshardOp(_ShardingOp):
     """x, lying elsewhere, however it gets there.
 
     ``annotate-sharding`` puts it where the placements of two operations disagree;
-    ``lower-collectives`` makes collectives of it.  A sum that is not yet carried out is.""",
-    _reshard,
-    Collective.ANY,
-    to=Attr("str", "", doc="the sharded axes, `batch@data,mlp@model`; others are not"),
-)
-_register(
-    "shard",
-    "x, of which every device keeps its part along an axis; nothing is sent.",
-    _shard,
-    Collective.LOCAL,
-    axis=_SPLIT,
-    mesh=_MESH,
-)
-_register(
-    "all_gather",
-    "x, of which every device gets the parts of the others along an axis.",
-    _all_gather,
-    Collective.BRINGS,
-    axis=Attr("axis", doc="the axis that is whole afterwards"),
-    mesh=_MESH,
-)
-_register(
-    "all_reduce",
-    "x, a sum that is carried out over mesh axes; every device gets all of it.",
-    _all_reduce,
-    Collective.BRINGS,
-    mesh=_MESH,
-)
-_register(
-    "reduce_scatter",
-    "x, a sum that is carried out over mesh axes; every device gets its part along an axis.",
-    _reduce_scatter,
-    Collective.BRINGS,
-    axis=_SPLIT,
-    mesh=_MESH,
-)
-_register(
-    "all_to_all",
-    "x, of which every device gives parts along one axis for parts along another.",
-    _all_to_all,
-    Collective.EXCHANGES,
-    mesh=_MESH,
-    split=_SPLIT,
-    gather=Attr("axis", doc="the axis that is whole afterwards"),
-)
-_register(
-    "ragged_all_to_all",
-    "Ragged rows, exchanged between their groups and their experts; only rows that are there.",
-    _ragged_all_to_all,
-    Collective.EXCHANGES,
-    mesh=_MESH,
-    split=_SPLIT,
-    gather=Attr("axis", doc="the axis that is whole afterwards"),
-)
+    ``lower-collectives`` makes collectives of it.  A sum that is not yet carried out is.
+    """
+
+    to = Word("the sharded axes, `batch@data,mlp@model`; others are not", "")
+
+    def changed(self, type: TensorType) -> TensorType:
+        placement = parse_sharding(self.to)
+        for name in placement:
+            if name not in type:
+                hint = nearest(name, type.names)
+                raise InputError(f"there is no axis {name!r}", found=str(type), hint=hint)
+        axes = tuple(Axis(a.name, a.size, placement.get(a.name, ())) for a in type.axes)
+        resharded = TensorType(type.dtype, axes)
+        if format_sharding(resharded) != self.to:
+            raise InputError(
+                "a sharding names axes in their order, without spaces",
+                expected=format_sharding(resharded),
+                found=self.to,
+            )
+        used = [m for a in axes for m in a.mesh]
+        if len(set(used)) != len(used):
+            raise InputError("a mesh axis is used twice", found=self.to)
+        return resharded
+
+
+class CollectiveOp(_ShardingOp):
+    """An operation that moves data between devices."""
+
+    @property
+    def mesh(self) -> tuple[str, ...]:
+        """The mesh axes, outermost first."""
+        return self.attrs["mesh"]  # type: ignore[no-any-return]
+
+
+class _AxisCollectiveOp(CollectiveOp):
+    """A collective along one axis."""
+
+    axis = AxisName("the axis that is split over them afterwards")
+    mesh = AxisNames("the mesh axes, outermost first")
+
+
+@_collective("shard", collective=Collective.LOCAL)
+class ShardOp(_AxisCollectiveOp):
+    """x, of which every device keeps its part along an axis; nothing is sent."""
+
+    def changed(self, type: TensorType) -> TensorType:
+        return _scattered(type, self.axis, self.mesh)
+
+
+@_collective("all_gather", collective=Collective.BRINGS)
+class AllGatherOp(_AxisCollectiveOp):
+    """x, of which every device gets the parts of the others along an axis."""
+
+    axis = AxisName("the axis that is whole afterwards")
+
+    def changed(self, type: TensorType) -> TensorType:
+        return _gathered(type, self.axis, self.mesh)
+
+
+@_collective("all_reduce", collective=Collective.BRINGS)
+class AllReduceOp(CollectiveOp):
+    """x, a sum that is carried out over mesh axes; every device gets all of it."""
+
+    mesh = AxisNames("the mesh axes, outermost first")
+
+    def changed(self, type: TensorType) -> TensorType:
+        return _reduced(type, self.mesh)
+
+
+@_collective("reduce_scatter", collective=Collective.BRINGS)
+class ReduceScatterOp(_AxisCollectiveOp):
+    """x, a sum that is carried out over mesh axes; every device gets its part along an axis."""
+
+    def changed(self, type: TensorType) -> TensorType:
+        return _scattered(_reduced(type, self.mesh), self.axis, self.mesh)
+
+
+class ExchangeOp(CollectiveOp):
+    """A collective in which devices give parts along one axis for parts along another."""
+
+    mesh = AxisNames("the mesh axes, outermost first")
+    split = AxisName("the axis that is split over them afterwards")
+    gather = AxisName("the axis that is whole afterwards")
+
+    def changed(self, type: TensorType) -> TensorType:
+        if self.split == self.gather:
+            raise InputError("an axis cannot be split and gathered at once", found=self.split)
+        return _scattered(_gathered(type, self.gather, self.mesh), self.split, self.mesh)
+
+
+@_collective("all_to_all", collective=Collective.EXCHANGES)
+class AllToAllOp(ExchangeOp):
+    """x, of which every device gives parts along one axis for parts along another."""
+
+    def changed(self, type: TensorType) -> TensorType:
+        if type.ragged is not None:
+            raise InputError(
+                "ragged rows are exchanged by ragged_all_to_all, which sends the rows that are "
+                "there",
+                found=str(type),
+            )
+        return super().changed(type)
+
+
+@_collective("ragged_all_to_all", collective=Collective.EXCHANGES)
+class RaggedAllToAllOp(ExchangeOp):
+    """Ragged rows, exchanged between their groups and their experts; only rows that are there."""
+
+    def changed(self, type: TensorType) -> TensorType:
+        if type.ragged is None or {self.split, self.gather} != {"group", "expert"}:
+            raise InputError(
+                "ragged_all_to_all exchanges ragged rows between their groups and their experts",
+                expected="an axis slot=ragged(%slots); split and gather group and expert",
+                found=str(type),
+                hint="all_to_all moves what is not ragged",
+            )
+        return super().changed(type)
+
 
 COLLECTIVES = tuple(name for name, entry in OPS.items() if entry.collective is not None)
 """The operations that change only a value's sharding."""
-
-
-# The meaning of collectives on the global value: the identity.
-#
-# Their effect on each device is in `moecc.ir.devices`.
-
-
-def _identity(x: Array, **attrs: object) -> Array:
-    return x
-
-
-for _name in COLLECTIVES:
-    meaning(_name)(_identity)

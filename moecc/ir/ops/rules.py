@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from moecc.errors import InputError, nearest
-from moecc.ir.operand import Attrs as _ShardingAttrs
-from moecc.ir.operand import Entry, Operand
-from moecc.ir.operation import Attrs
+from moecc.ir.operand import Attrs, Entry, Operand
 from moecc.ir.sharding_rules import Names, Rule, Space
 from moecc.types import Axis, DType, TensorType
 
@@ -91,17 +89,17 @@ def widest(types: Sequence[TensorType]) -> TensorType:
     return wide
 
 
-def elementwise(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
+def elementwise(operands: Sequence[Operand], attrs: Attrs) -> TensorType:
     """Infer the type of an elementwise operation: the operand type with all the axes."""
     first = operands[0].type
     if all(v.type is first for v in operands):
-        return (first,)
+        return first
     types = [v.type for v in operands]
     same_dtype(types)
-    return (widest(types),)
+    return widest(types)
 
 
-def arithmetic(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
+def arithmetic(operands: Sequence[Operand], attrs: Attrs) -> TensorType:
     """Infer an elementwise type of numeric operands."""
     for v in operands:
         if v.type.dtype.kind not in ("float", "int"):
@@ -109,16 +107,11 @@ def arithmetic(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, .
     return elementwise(operands, attrs)
 
 
-def float_elementwise(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
+def float_elementwise(operands: Sequence[Operand], attrs: Attrs) -> TensorType:
     """Infer an elementwise type of floating-point operands."""
     for v in operands:
         need_float(v.type)
     return elementwise(operands, attrs)
-
-
-def mixes_axis(operands: Sequence[Operand], attrs: Attrs) -> tuple[str, ...]:
-    """Return the axis that the attribute ``axis`` names."""
-    return (attrs["axis"],)
 
 
 def no_duplicates(axes: Iterable[Axis]) -> tuple[Axis, ...]:
@@ -176,12 +169,12 @@ def named_dimensions(operands: Sequence[Operand]) -> tuple[tuple[Names, ...], di
     return tuple(_identity(v.type.names) for v in operands), every
 
 
-def by_name(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs) -> Space:
+def by_name(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Axes of one name are one dimension; mixed axes must not be sharded."""
     return Space(*named_dimensions(operands), whole=frozenset(entry.mixes(operands, attrs)))
 
 
-def by_place(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs) -> Space:
+def by_place(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Axes of one name are one dimension, and every device knows its elements' global indices.
 
     So random numbers may be sharded, although each depends on its global index.
@@ -192,33 +185,33 @@ def by_place(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs) -
 def summing(attribute: str) -> Rule:
     """Axes of one name are one dimension, and those that `attribute` names are summed over."""
 
-    def rule(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs) -> Space:
+    def rule(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
         return Space(*named_dimensions(operands), summed=frozenset(attrs[attribute]))
 
     return rule
 
 
-def in_parts(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs) -> Space:
+def in_parts(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Axes of one name are one dimension, and its shards must divide the equal runs."""
     counts = {attrs["axis"]: ("parts", attrs["parts"])}
     return Space(*named_dimensions(operands), counts=counts)
 
 
-def renamed(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs) -> Space:
+def renamed(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """The new name runs along the dimension of the old one."""
     axes = _identity(operands[0].type.names)
     kept = {n: d for n, d in axes.items() if n != attrs["axis"]}
     return Space((axes,), {**kept, attrs["to"]: attrs["axis"]})
 
 
-def cut(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs) -> Space:
+def cut(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """The first of the new axes is the outermost, so a shard of the old axis is a shard of it."""
     axes = _identity(operands[0].type.names)
     kept = {n: d for n, d in axes.items() if n != attrs["axis"]}
     return Space((axes,), {**kept, attrs["into"][0][0]: attrs["axis"]})
 
 
-def merged(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs) -> Space:
+def merged(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """The merged axis is sharded as its outermost part is; the others must not be."""
     axes = _identity(operands[0].type.names)
     first, *others = attrs["axes"]
@@ -226,13 +219,13 @@ def merged(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs) -> 
     return Space((axes,), {**kept, attrs["into"]: first}, whole=frozenset(others))
 
 
-def along_axis(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs) -> Space:
+def along_axis(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Only the axis named by the attribute counts."""
     one = _identity([attrs["axis"]])
     return Space((one,), one, shape_only=True)
 
 
-def looked_up(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs) -> Space:
+def looked_up(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """A device adds the rows of its shard of the table, and zeros for the others."""
     table, ids = (v.type for v in operands)
     rows = {n: n for n in table.names if n != attrs["axis"]}
@@ -258,7 +251,7 @@ def _tokens_of(slots: Operand) -> tuple[str, ...]:
     return tokens
 
 
-def numbered(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs) -> Space:
+def numbered(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Tokens are numbered in their groups, which may be sharded; nothing else may."""
     tokens = attrs["tokens"]
     names = tuple(_tokens(v.type.names, tokens) for v in operands)
@@ -267,7 +260,7 @@ def numbered(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs) -
     return Space(names, every, whole=frozenset(every.values()) - {"group"}, counts=counts)
 
 
-def received(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs) -> Space:
+def received(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """As slots are numbered; counts are left as they are."""
     # Where the counts lie is checked by the operation: of all that a device exchanges with.
     names = tuple(_tokens(v.type.names, attrs["tokens"]) for v in operands[:2])
@@ -275,7 +268,7 @@ def received(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs) -
     return Space((*names, {}), every, whole=frozenset(every.values()) - {"group"})
 
 
-def dispatched(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs) -> Space:
+def dispatched(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Groups of tokens become groups of rows; other token axes must not be sharded."""
     tokens = _tokens_of(operands[-1])
     names = tuple(_tokens(v.type.names, tokens) for v in operands)
@@ -285,14 +278,14 @@ def dispatched(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs)
     return Space(names, {**kept, "group": "group"}, whole=whole)
 
 
-def gates_dispatched(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs) -> Space:
+def gates_dispatched(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Groups of tokens become groups of gates; nothing else of a choice may be sharded."""
     names = tuple(_tokens(v.type.names, _tokens_of(operands[-1])) for v in operands)
     every = {d for axes in names for d in axes.values()}
     return Space(names, {"group": "group"}, whole=frozenset(every - {"group"}))
 
 
-def combined(entry: Entry, operands: Sequence[Operand], attrs: _ShardingAttrs) -> Space:
+def combined(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """A device combines the rows of its experts; what other experts add is summed afterwards."""
     rows, _, slots = operands[:3]
     tokens = _tokens_of(slots)

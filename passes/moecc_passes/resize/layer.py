@@ -11,10 +11,10 @@ from typing import Literal
 import numpy as np
 
 from moecc.errors import InputError, Problem
-from moecc.ir.attributes import RouteAttrs
 from moecc.ir.builder import Builder
 from moecc.ir.conventions import convention
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.ops.routing import RouteOp
 from moecc.pipeline.passes import NO_STATISTICS, Context
 from moecc.types import F32, Axis, Doubles, TensorType, tensor
 from moecc.weights.arithmetic import Add, Scale
@@ -46,9 +46,9 @@ class Anatomy:
     params: tuple[Value, ...]
 
     @property
-    def attrs(self) -> RouteAttrs:
+    def attrs(self) -> RouteOp:
         """The attributes of the choice."""
-        return RouteAttrs.of_node(self.route)
+        return RouteOp.of_node(self.route)
 
     @property
     def experts(self) -> int:

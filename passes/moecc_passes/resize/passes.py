@@ -11,9 +11,9 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 
 from moecc.errors import InputError, Problem
-from moecc.ir.attributes import ProductAttrs
 from moecc.ir.conventions import convention
 from moecc.ir.graph import Graph, Value
+from moecc.ir.ops.contraction import ProductOp
 from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark, weakest
 from moecc.rewrite.driver import may_rewrite
 from moecc.weights.arithmetic import Add
@@ -503,7 +503,7 @@ def _inner_axis(param: Value, is_last: bool) -> str | None:
     products = [node for node in param.users if node.op.is_product]
     if not products:
         return None if is_last else param.type.names[-1]
-    over = ProductAttrs.of_node(products[0]).over
+    over = ProductOp.of_node(products[0]).over
     names = [name for name in param.type.names if name != "expert"]
     summed = [name for name in names if name in over]
     return summed[0] if is_last else next(name for name in names if name not in summed)

@@ -8,12 +8,11 @@ from math import inf
 from typing import Annotated, ClassVar, Literal
 
 from moecc.errors import InputError, Problem
-from moecc.ir.attributes import SlotAttrs
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import Mesh, mesh_of, nearest_multiple
 from moecc.ir.ops.collectives import format_sharding
-from moecc.ir.ops.slots import operands_by_word
+from moecc.ir.ops.slots import SlotsOp, operands_by_word
 from moecc.ir.structure import infer_again, replace_value
 from moecc.ir.traits import Collective, RowMove
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves, Remark
@@ -454,7 +453,7 @@ def cut_groups(graph: Graph, assigner: Assigner) -> list[Remark]:
     remarks: list[Remark] = []
     for node in list(graph):
         parts = _parts(node, assigner)
-        was = SlotAttrs.of_node(node).groups if parts is not None else 0
+        was = SlotsOp.of_node(node).groups if parts is not None else 0
         if parts is None or was % parts == 0:
             continue
         before[node.results[-1].name] = was
@@ -481,7 +480,7 @@ def _parts(node: Node, assigner: Assigner) -> int | None:
     """Return over how many shards a dropless ``assign_slots`` has its tokens; None elsewhere."""
     if not node.op.assigns_slots:
         return None
-    attrs = SlotAttrs.of_node(node)
+    attrs = SlotsOp.of_node(node)
     if attrs.slots != "ragged" or attrs.group_size:
         return None
     if any(user.op.name == "group_sum" for user in node.results[-1].users):

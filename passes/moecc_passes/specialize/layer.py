@@ -7,11 +7,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
 from moecc.analysis import find_ffn_blocks
-from moecc.ir.attributes import RouteAttrs
 from moecc.ir.builder import Builder
 from moecc.ir.conventions import convention
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.moe import emit_dropout, emit_jitter, emit_noise, emit_priority, emit_rescaled
+from moecc.ir.ops.routing import RouteOp
 from moecc.ir.structure import replace_value
 from moecc.pipeline.passes import Bounds
 from moecc.rewrite import P, fits
@@ -298,7 +298,7 @@ def _operands(layer: RoutedLayer, settings: ModeConfig, next_key: NextKey) -> di
     if policy != "all" and layer.top_k > 1 and route is not None:
         # The policy decides by gates that add up to one.
         builder = _builder(assigner, "policy")
-        gates, attrs = original(layer.gates), RouteAttrs.of_node(route)
+        gates, attrs = original(layer.gates), RouteOp.of_node(route)
         if not convention(attrs.gates).renormalised:
             gates = builder.div(gates, builder.sum(gates, axes=layer.choice))
         elif attrs.scale != 1:

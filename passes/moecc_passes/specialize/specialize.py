@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 from typing import Annotated, ClassVar
 
 from moecc.errors import InputError, Problem
-from moecc.ir.attributes import Policy
 from moecc.ir.graph import Graph
+from moecc.ir.ops.routing import Policy
 from moecc.ir.structure import fingerprint
 from moecc.pipeline.passes import (
     EXACT,

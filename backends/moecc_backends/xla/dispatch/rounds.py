@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from moecc.ir.attributes import CollectiveAttrs, WithinBufferAttrs
 from moecc.ir.graph import Node, Value, setter_of
-from moecc.ir.ops.routing import buffer_rows
+from moecc.ir.ops.collectives import CollectiveOp
+from moecc.ir.ops.routing import WithinBufferOp, buffer_rows
 from moecc.ir.ops.slots import operands_by_word
 from moecc.ir.traits import Collective, RowMove
 from moecc.sharding.vias import ROUND_ROOM
@@ -315,7 +315,7 @@ def _at_once(
     ctx: Context, node: Node, x: Rows, layout: SortedRows
 ) -> tuple[ExchangeMap, ExchangeSpec]:
     """Return how all rows are exchanged at once, with room for all that can arrive."""
-    mesh, count = CollectiveAttrs.of_node(node).mesh, x.array.shape[0]
+    mesh, count = CollectiveOp.of_node(node).mesh, x.array.shape[0]
     assert ctx.view.mesh is not None, "without a mesh nothing is sent"
     devices = ctx.view.mesh.size(mesh)
     room = _room(node, layout, devices, layout.routing.num_experts // devices)
@@ -334,7 +334,7 @@ def send_rows_back(x: Rows, layout: SortedRows) -> Rows:
 
 def local_rows(ctx: Context, node: Node, x: Rows, layout: SortedRows) -> Rows:
     """Return the rows of the local experts, of rows that every device has for all of them."""
-    mesh = CollectiveAttrs.of_node(node).mesh
+    mesh = CollectiveOp.of_node(node).mesh
     assert ctx.view.mesh is not None, "without a mesh all experts are local"
     count = layout.routing.num_experts // ctx.view.mesh.size(mesh)
     first = jax.lax.axis_index(mesh) * count
@@ -368,7 +368,7 @@ def _room(node: Node, layout: SortedRows, devices: int, num_experts: int) -> int
     bound = _buffer(node.operands[0])
     if bound is None:
         return room
-    parts = WithinBufferAttrs.of_node(bound).parts
+    parts = WithinBufferOp.of_node(bound).parts
     if parts * num_experts != bound.operands[2].type["expert"].size:
         return room
     return min(room, buffer_rows(bound.attrs, tokens * devices, choices))
@@ -390,7 +390,7 @@ def exchanged_once(slots: Value) -> tuple[str, ...] | None:
     others = (n for n in region(slots) if n not in entries and n is not back[0])
     if any(_exchanges_or_agrees(n) or why_meets(n, slots) for n in others):
         return None
-    return CollectiveAttrs.of_node(entries[0]).mesh
+    return CollectiveOp.of_node(entries[0]).mesh
 
 
 _TO_SLOTS = (RowMove.TO_SLOTS, RowMove.GATES_TO_SLOTS)

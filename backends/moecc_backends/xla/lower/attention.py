@@ -21,16 +21,15 @@ from moecc.ir.attention import (
     choose_attention,
     facts_of,
 )
-from moecc.ir.attributes import (
-    AttentionAttrs,
-    CausalAttrs,
-    Given,
-    RelativeBucketsAttrs,
-    RopeAttrs,
-    RotateAttrs,
-)
 from moecc.ir.graph import Node
-from moecc.ir.ops.attention import bucket_starts, frequencies
+from moecc.ir.ops.attention import (
+    AttentionOp,
+    CausalOp,
+    RelativeBucketsOp,
+    RopeOp,
+    RotateOp,
+    bucket_starts,
+)
 from moecc.types import DTYPES
 from moecc_backends.xla.kernels.attention import (
     AttentionArrays,
@@ -46,7 +45,7 @@ from moecc_backends.xla.trace.values import Named, Operand, Rows, accumulator
 
 @lowering("rope")
 def _rope(ctx: Context, node: Node, positions: Operand) -> tuple[Operand, ...]:
-    attrs = RopeAttrs.of_node(node)
+    attrs = RopeOp.of_node(node)
     wide = accumulator(ctx.dtype)
 
     def tables(full: Named) -> tuple[Named, Named]:
@@ -71,16 +70,16 @@ def _twice(half: jax.Array, target: str) -> jax.Array:
     return jnp.matmul(half, unit, precision="highest")
 
 
-def _rates(attrs: RopeAttrs, positions: jax.Array, dtype: DTypeLike) -> jax.Array:
+def _rates(attrs: RopeOp, positions: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Return the angle per position of each pair of entries, ``[size / 2]``."""
     if attrs.scaling == "longrope":
         # The number of positions is known at run time only.
         context = attrs.original_context
-        short, long = (frequencies(attrs.size, n, attrs) for n in (context, context + 1))
+        short, long = (attrs.frequencies(n) for n in (context, context + 1))
         is_long = jnp.max(positions, initial=0) >= context
         return jnp.where(is_long, jnp.asarray(long, dtype), jnp.asarray(short, dtype))
     if attrs.scaling != "dynamic":
-        return jnp.asarray(frequencies(attrs.size, 0, attrs), dtype)
+        return jnp.asarray(attrs.frequencies(0), dtype)
     # The number of positions is known at run time only (NTK scaling of bloc97 and emozilla).
     size, factor, context = attrs.size, attrs.factor, attrs.original_context
     length = jnp.max(positions, initial=0).astype(dtype) + 1
@@ -92,7 +91,7 @@ def _rates(attrs: RopeAttrs, positions: jax.Array, dtype: DTypeLike) -> jax.Arra
 @lowering("rotate")
 def _rotate(ctx: Context, node: Node, x: Operand, *tables: Operand) -> Operand:
     def turn(full: Named) -> Named:
-        at = full.axes.index(RotateAttrs.of_node(node).axis)
+        at = full.axes.index(RotateOp.of_node(node).axis)
         first, second = jnp.split(full.array, 2, axis=at)
         turned = jnp.concatenate([-second, first], axis=at)
         cos, sin = (broadcast_like(t, x).over(full.axes).astype(full.array.dtype) for t in tables)
@@ -103,7 +102,7 @@ def _rotate(ctx: Context, node: Node, x: Operand, *tables: Operand) -> Operand:
 
 @lowering("causal")
 def _causal(ctx: Context, node: Node, query: Operand, key: Operand) -> Operand:
-    attrs = CausalAttrs.of_node(node)
+    attrs = CausalOp.of_node(node)
 
     def compare(q: Named, k: Named) -> Named:
         axes = _both(q, k)
@@ -128,7 +127,7 @@ def _same_segment(ctx: Context, node: Node, query: Operand, key: Operand) -> Ope
 
 @lowering("relative_buckets")
 def _relative_buckets(ctx: Context, node: Node, query: Operand, key: Operand) -> Operand:
-    attrs = RelativeBucketsAttrs.of_node(node)
+    attrs = RelativeBucketsOp.of_node(node)
     both = attrs.bidirectional
 
     def compare(q: Named, k: Named) -> Named:
@@ -166,7 +165,7 @@ def _crossed(query: Operand, key: Operand, compare: Callable[[Named, Named], Nam
 
 @lowering("attention", names_result=True)
 def _attention(ctx: Context, node: Node, *operands: Named) -> Named:
-    attrs = AttentionAttrs.of_node(node)
+    attrs = AttentionOp.of_node(node)
     query, key, value, *more = operands
     given = dict(zip(attrs.given, more, strict=True))
     sizes = (query.sizes, key.sizes, value.sizes)
@@ -236,7 +235,7 @@ assert (*_RUN, "plain") == ATTENTIONS, "options name what there is"
 
 
 def _arrays(
-    axes: AttentionAxes, query: Named, key: Named, value: Named, given: dict[Given, Named]
+    axes: AttentionAxes, query: Named, key: Named, value: Named, given: dict[str, Named]
 ) -> AttentionArrays:
     """Return the operands as kernels take them."""
     dims = (axes.batch, axes.heads, axes.groups, axes.queries)
@@ -264,7 +263,7 @@ def _laid_out(x: Named, dims: tuple[tuple[str, ...], ...], sizes: dict[str, int]
 
 
 def plain_attention(
-    query: Named, key: Named, value: Named, given: dict[Given, Named], attrs: AttentionAttrs
+    query: Named, key: Named, value: Named, given: dict[str, Named], attrs: AttentionOp
 ) -> Named:
     """Return the averaged values, product by product; the scores are one array."""
     kind, wide = query.array.dtype, accumulator(query.array.dtype)
@@ -282,7 +281,7 @@ def plain_attention(
     return einsum(weights, value, (attrs.along,))
 
 
-def _seen(scores: Named, given: dict[Given, Named], attrs: AttentionAttrs) -> Iterator[jax.Array]:
+def _seen(scores: Named, given: dict[str, Named], attrs: AttentionOp) -> Iterator[jax.Array]:
     """Yield what hides keys from queries, each to be broadcast over the scores."""
     for axis in attrs.causal:
         queries, keys = (

@@ -10,17 +10,17 @@ import jax
 import jax.numpy as jnp
 
 from moecc.errors import InputError
-from moecc.ir.attributes import (
-    EmbeddingAttrs,
-    JoinAttrs,
-    MergeAttrs,
-    OneHotAttrs,
-    RenameAttrs,
-    SliceAttrs,
-    SplitAttrs,
-    UpdateSliceAttrs,
-)
 from moecc.ir.graph import Node, where
+from moecc.ir.ops.axes import (
+    EmbeddingOp,
+    JoinOp,
+    MergeOp,
+    OneHotOp,
+    RenameOp,
+    SliceOp,
+    SplitOp,
+    UpdateSliceOp,
+)
 from moecc_backends.xla.trace.arrays import lifted, with_masked_rows
 from moecc_backends.xla.trace.context import Context, DeviceView, lowering
 from moecc_backends.xla.trace.typed_jax import varies
@@ -38,7 +38,7 @@ Array = jax.Array
 
 @lowering("rename")
 def _rename(ctx: Context, node: Node, x: Operand) -> Operand:
-    attrs = RenameAttrs.of_node(node)
+    attrs = RenameOp.of_node(node)
     old, new = attrs.axis, attrs.to
     axes = tuple(new if a == old else a for a in x.axes)
     return x.with_array(x.array, axes) if isinstance(x, Rows) else Named(x.array, axes)
@@ -46,11 +46,11 @@ def _rename(ctx: Context, node: Node, x: Operand) -> Operand:
 
 @lowering("split")
 def _split(ctx: Context, node: Node, x: Operand) -> Operand:
-    names = tuple(n for n, _ in SplitAttrs.of_node(node).into)
+    names = tuple(n for n, _ in SplitOp.of_node(node).into)
     sizes = tuple(s for _, s in ctx.view.attrs(node)["into"])
 
     def cut(full: Named) -> Named:
-        at, shape = full.axes.index(SplitAttrs.of_node(node).axis), full.array.shape
+        at, shape = full.axes.index(SplitOp.of_node(node).axis), full.array.shape
         array = full.array.reshape(*shape[:at], *sizes, *shape[at + 1 :])
         return Named(array, (*full.axes[:at], *names, *full.axes[at + 1 :]))
 
@@ -59,7 +59,7 @@ def _split(ctx: Context, node: Node, x: Operand) -> Operand:
 
 @lowering("merge")
 def _merge(ctx: Context, node: Node, x: Operand) -> Operand:
-    attrs = MergeAttrs.of_node(node)
+    attrs = MergeOp.of_node(node)
     parts: tuple[str, ...] = attrs.axes
 
     def join(full: Named) -> Named:
@@ -77,7 +77,7 @@ def _merge(ctx: Context, node: Node, x: Operand) -> Operand:
 
 @lowering("slice")
 def _slice(ctx: Context, node: Node, x: Operand) -> Operand:
-    attrs = SliceAttrs.of_node(node)
+    attrs = SliceOp.of_node(node)
 
     def cut(full: Named) -> Named:
         at = full.axes.index(attrs.axis)
@@ -113,7 +113,7 @@ def _size(like: Operand | DeferredRows, axis: str) -> int:
 
 @lowering("embedding")
 def _embedding(ctx: Context, node: Node, table: Operand, ids: Operand) -> Operand:
-    axis, type = EmbeddingAttrs.of_node(node).axis, node.operands[0].type
+    axis, type = EmbeddingOp.of_node(node).axis, node.operands[0].type
     declared, view = type[axis], ctx.view
     in_columns = any(view.shard_count(a) > 1 for a in type if a != declared)
 
@@ -175,7 +175,7 @@ _take_of_columns.defvjp(_take_forward, _take_backward)
 
 @lowering("one_hot")
 def _one_hot(ctx: Context, node: Node, ids: Operand) -> Operand:
-    ((name, size),) = OneHotAttrs.of_node(node).into
+    ((name, size),) = OneHotOp.of_node(node).into
     assert isinstance(size, int), "the type is checked"
     # Counts are made of these, which a narrow type would round.
     kind = accumulator(ctx.dtype)
@@ -199,7 +199,7 @@ def _chunk(ctx: Context, node: Node, x: Operand) -> Named:
 @lowering("join")
 def _join(ctx: Context, node: Node, *chunks: Operand) -> Named:
     first, parts = _named(node, chunks[0]), ctx.view.attrs(node)["parts"]
-    axis = JoinAttrs.of_node(node).axis
+    axis = JoinOp.of_node(node).axis
     at, size = first.axes.index(axis), first.size(axis)
     shape = first.array.shape
     arrays = [_named(node, c).to(first.axes).array for c in chunks]
@@ -227,7 +227,7 @@ def _named(node: Node, x: Operand) -> Named:
 @lowering("update_slice")
 def _update_slice(ctx: Context, node: Node, x: Named, update: Named, start: Named) -> Named:
     part = update.to(x.axes).array.astype(x.array.dtype)
-    at = x.axes.index(UpdateSliceAttrs.of_node(node).axis)
+    at = x.axes.index(UpdateSliceOp.of_node(node).axis)
     # JAX counts a negative start from the end; the operation does not.
     first = jnp.maximum(start.array, 0)
     return Named(jax.lax.dynamic_update_slice_in_dim(x.array, part, first, at), x.axes)

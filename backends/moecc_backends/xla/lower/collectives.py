@@ -8,14 +8,8 @@ from functools import partial
 import jax
 
 from moecc.errors import InputError
-from moecc.ir.attributes import (
-    AllGatherAttrs,
-    AllReduceAttrs,
-    AllToAllAttrs,
-    ReduceScatterAttrs,
-    ShardAttrs,
-)
 from moecc.ir.graph import Node, Value
+from moecc.ir.ops.collectives import AllGatherOp, AllReduceOp, AllToAllOp, ReduceScatterOp, ShardOp
 from moecc_backends.xla.dispatch.rounds import local_rows, send_rows, send_rows_back
 from moecc_backends.xla.dispatch.sorted_rows import SortedRows
 from moecc_backends.xla.trace.arrays import lifted
@@ -69,7 +63,7 @@ def _exchange_rows(ctx: Context, node: Node, x: Rows, layout: SortedRows) -> Row
 
 @collective("shard", of_rows=local_rows)
 def _shard(view: DeviceView, node: Node, x: Named) -> jax.Array:
-    attrs = ShardAttrs.of_node(node)
+    attrs = ShardOp.of_node(node)
     name, mesh = attrs.axis, attrs.mesh
     at, before = x.axes.index(name), node.operands[0].type[name]
     assert view.mesh is not None, "without a mesh nothing is sent"
@@ -112,7 +106,7 @@ _shard_of_replicated.defvjp(_shard_forward, _shard_backward)
 
 @collective("all_gather")
 def _all_gather(view: DeviceView, node: Node, x: Named) -> jax.Array:
-    attrs = AllGatherAttrs.of_node(node)
+    attrs = AllGatherOp.of_node(node)
     mesh = attrs.mesh
     array = view.varying(x.array, frozenset(mesh))
     to = "invarying" if any(_is_agreed(node.result, m) for m in mesh) else "varying"
@@ -138,13 +132,13 @@ def _is_sharded(value: Value, mesh: str) -> bool:
 
 @collective("all_reduce")
 def _all_reduce(view: DeviceView, node: Node, x: Named) -> jax.Array:
-    mesh = AllReduceAttrs.of_node(node).mesh
+    mesh = AllReduceOp.of_node(node).mesh
     return jax.lax.psum(view.varying(x.array, frozenset(mesh)), mesh)
 
 
 @collective("reduce_scatter")
 def _reduce_scatter(view: DeviceView, node: Node, x: Named) -> jax.Array:
-    attrs = ReduceScatterAttrs.of_node(node)
+    attrs = ReduceScatterOp.of_node(node)
     array = view.varying(x.array, frozenset(attrs.mesh))
     return jax.lax.psum_scatter(
         array, attrs.mesh, scatter_dimension=x.axes.index(attrs.axis), tiled=True
@@ -153,7 +147,7 @@ def _reduce_scatter(view: DeviceView, node: Node, x: Named) -> jax.Array:
 
 @collective("all_to_all", of_rows=_exchange_rows)
 def _all_to_all(view: DeviceView, node: Node, x: Named) -> jax.Array:
-    attrs = AllToAllAttrs.of_node(node)
+    attrs = AllToAllOp.of_node(node)
     array = view.varying(x.array, frozenset(attrs.mesh))
     return jax.lax.all_to_all(
         array, attrs.mesh, x.axes.index(attrs.split), x.axes.index(attrs.gather), tiled=True

@@ -11,15 +11,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from moecc.ir.attributes import (
-    ContractAttrs,
-    ConvolveAttrs,
-    MeanAttrs,
-    NormAttrs,
-    ReductionAttrs,
-    SoftmaxAttrs,
-)
 from moecc.ir.graph import Node, Value
+from moecc.ir.ops.contraction import ContractOp, ConvolveOp, MeanOp, NormOp, ReductionOp, SoftmaxOp
 from moecc_backends.xla.kernels.grouped_matmul import rows_times, slot_matmul
 from moecc_backends.xla.trace.arrays import (
     broadcast_like,
@@ -66,7 +59,7 @@ def _reads_precisely(user: Node, value: Value) -> bool:
 
 @lowering("contract")
 def _contract(ctx: Context, node: Node, x: Operand, w: Operand) -> Operand:
-    over: tuple[str, ...] = ContractAttrs.of_node(node).over
+    over: tuple[str, ...] = ContractOp.of_node(node).over
     if isinstance(x, Named) and isinstance(w, Named):
         if is_precise(node):
             wide = accumulator(ctx.dtype)
@@ -141,13 +134,13 @@ def _shared_product(x: Rows, w: Named, over: tuple[str, ...]) -> Operand:
 
 @lowering("convolve")
 def _convolve(ctx: Context, node: Node, x: Operand, w: Operand) -> Operand:
-    attrs = ConvolveAttrs.of_node(node)
+    attrs = ConvolveOp.of_node(node)
     assert isinstance(w, Named), "the type rule refuses ragged weights"
     kind = product_type(w.array.dtype, ctx.options.target)
     return lifted(x, lambda full: _windows(full, w, attrs, kind))
 
 
-def _windows(x: Named, w: Named, attrs: ConvolveAttrs, kind: DTypeLike) -> Named:
+def _windows(x: Named, w: Named, attrs: ConvolveOp, kind: DTypeLike) -> Named:
     over, along, taps = attrs.over, attrs.along, attrs.taps
     batch = tuple(n for n in x.axes if n not in (*over, *along))
     made = tuple(n for n in w.axes if n not in (*over, *taps))
@@ -193,7 +186,7 @@ _REDUCTIONS: dict[str, Callable[..., Array]] = {
 def _reduce(
     function: Callable[..., Array], ctx: Context, node: Node, x: Operand, *, parts: int = 1
 ) -> Operand:
-    axes = ReductionAttrs.of_node(node).axes
+    axes = ReductionOp.of_node(node).axes
 
     def along(full: Named) -> Named:
         at = tuple(full.axes.index(a) for a in axes)
@@ -214,7 +207,7 @@ for _name, _function in _REDUCTIONS.items():
 def _mean(ctx: Context, node: Node, x: Operand) -> Operand:
     # The means of the shards add up to that of the whole; they are of one size.
     given = node.operands[0].type
-    parts = prod(ctx.view.shard_count(given[a]) for a in MeanAttrs.of_node(node).axes)
+    parts = prod(ctx.view.shard_count(given[a]) for a in MeanOp.of_node(node).axes)
     return _reduce(jnp.mean, ctx, node, x, parts=parts)
 
 
@@ -243,7 +236,7 @@ def _softmax_jvp(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> tu
 
 @lowering("softmax", names_result=True)
 def _softmax(ctx: Context, node: Node, x: Operand) -> Operand:
-    axis = SoftmaxAttrs.of_node(node).axis
+    axis = SoftmaxOp.of_node(node).axis
 
     def along(full: Named) -> Named:
         return Named(softmax(full.array, full.axes.index(axis)), full.axes)
@@ -253,7 +246,7 @@ def _softmax(ctx: Context, node: Node, x: Operand) -> Operand:
 
 def _unit(full: Named, node: Node, *, centre: bool) -> Array:
     """Return the array in wide precision divided by its root mean square, then narrowed."""
-    attrs = NormAttrs.of_node(node)
+    attrs = NormOp.of_node(node)
     at = full.axes.index(attrs.axis)
     wide = full.array.astype(_wide(full.array))
     if centre:

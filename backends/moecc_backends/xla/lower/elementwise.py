@@ -14,18 +14,10 @@ from jax import lax
 from jax.dtypes import canonicalize_dtype
 from jax.typing import DTypeLike
 
-from moecc.ir.attributes import (
-    CastAttrs,
-    ConstantAttrs,
-    FoldKeyAttrs,
-    MaskAttrs,
-    PointwiseAttrs,
-    RandomNormalAttrs,
-    RandomUniformAttrs,
-    ScaleAttrs,
-)
 from moecc.ir.formula import Formula, parse_formula
 from moecc.ir.graph import Node
+from moecc.ir.ops.elementwise import CastOp, ConstantOp, MaskOp, PointwiseOp, ScaleOp
+from moecc.ir.ops.random import FoldKeyOp, RandomNormalOp, RandomUniformOp
 from moecc.types import BY_TORCH, DTYPES, is_lossless
 from moecc_backends.xla.trace.arrays import elementwise
 from moecc_backends.xla.trace.context import Context, bits_at, lowering
@@ -176,18 +168,18 @@ _register(_BINARY)
 
 @lowering("pointwise")
 def _pointwise(ctx: Context, node: Node, x: Operand) -> Operand:
-    formula = parse_formula(PointwiseAttrs.of_node(node).function)
+    formula = parse_formula(PointwiseOp.of_node(node).function)
     return elementwise(lambda v: evaluate(formula, v), x)
 
 
 @lowering("scale")
 def _scale(ctx: Context, node: Node, x: Operand) -> Operand:
-    return elementwise(lambda v: v * jnp.asarray(ScaleAttrs.of_node(node).by, v.dtype), x)
+    return elementwise(lambda v: v * jnp.asarray(ScaleOp.of_node(node).by, v.dtype), x)
 
 
 @lowering("cast")
 def _cast(ctx: Context, node: Node, x: Operand) -> Operand:
-    dtype = DTYPES[CastAttrs.of_node(node).dtype]
+    dtype = DTYPES[CastOp.of_node(node).dtype]
     if not dtype.is_float:
         wanted = canonicalize_dtype(dtype.numpy)
         return elementwise(lambda v: v.astype(wanted), x)
@@ -208,13 +200,13 @@ def _select(ctx: Context, node: Node, condition: Operand, a: Operand, b: Operand
 
 @lowering("mask")
 def _mask(ctx: Context, node: Node, x: Operand, keep: Operand) -> Operand:
-    fill = MaskAttrs.of_node(node).fill
+    fill = MaskOp.of_node(node).fill
     return elementwise(lambda v, k: jnp.where(k, v, number(fill, v.dtype)), x, keep)
 
 
 @lowering("constant")
 def _constant(ctx: Context, node: Node) -> Operand:
-    attrs = ConstantAttrs.of_node(node)
+    attrs = ConstantOp.of_node(node)
     declared = DTYPES[attrs.dtype]
     dtype = ctx.dtype if declared.is_float else canonicalize_dtype(declared.numpy)
     return Named(number(attrs.value, dtype), ())
@@ -255,7 +247,7 @@ def _broadcast_type(a: Array, b: Array, ctx: Context) -> DTypeLike:
 
 @lowering("fold_key")
 def _fold_key(ctx: Context, node: Node, key: Named) -> Operand:
-    return Named(jax.random.fold_in(key.array, FoldKeyAttrs.of_node(node).by), ())
+    return Named(jax.random.fold_in(key.array, FoldKeyOp.of_node(node).by), ())
 
 
 def _uniform(
@@ -277,7 +269,7 @@ def _numbered(like: Named) -> tuple[tuple[str, ...], tuple[int, ...]]:
 
 @lowering("random_uniform")
 def _random_uniform(ctx: Context, node: Node, key: Named, like: Named) -> Operand:
-    attrs = RandomUniformAttrs.of_node(node)
+    attrs = RandomUniformOp.of_node(node)
     axes, shape = _numbered(like)
     low, high = attrs.low, attrs.high
     numbers = low + _uniform(ctx, key.array, node, axes, shape) * (high - low)
@@ -289,7 +281,7 @@ def _random_normal(ctx: Context, node: Node, key: Named, like: Named) -> Operand
     axes, shape = _numbered(like)
     keys = (jax.random.fold_in(key.array, by) for by in (0, 1))
     first, second = (_uniform(ctx, k, node, axes, shape) for k in keys)
-    std = RandomNormalAttrs.of_node(node).std
+    std = RandomNormalOp.of_node(node).std
     numbers = jnp.sqrt(-2 * jnp.log1p(-first)) * jnp.cos(2 * pi * second) * std
     return Named(numbers.astype(_kind(like, ctx)), axes).to(like.axes)
 

@@ -9,18 +9,11 @@ from math import prod
 import jax
 import jax.numpy as jnp
 
-from moecc.ir.attributes import (
-    HashExpertsAttrs,
-    KeepChoicesAttrs,
-    RouteAttrs,
-    SlotAttrs,
-    WithinBufferAttrs,
-)
 from moecc.ir.conventions import convention
 from moecc.ir.graph import Node, Value
 from moecc.ir.operation import Attrs
-from moecc.ir.ops.routing import buffer_rows
-from moecc.ir.ops.slots import capacity, group_count
+from moecc.ir.ops.routing import HashExpertsOp, KeepChoicesOp, RouteOp, WithinBufferOp, buffer_rows
+from moecc.ir.ops.slots import SlotsOp, capacity, group_count
 from moecc_backends.xla.dispatch.choose import plan_dispatch
 from moecc_backends.xla.dispatch.flat import rank_in_expert, sort_by_expert
 from moecc_backends.xla.dispatch.rounds import InRounds, RoundSpec, exchanged_once
@@ -42,7 +35,7 @@ from moecc_backends.xla.trace.values import (
 
 @lowering("route")
 def _route(ctx: Context, node: Node, logits: Operand, *bias: Named) -> tuple[Operand, ...]:
-    attrs = RouteAttrs.of_node(node)
+    attrs = RouteOp.of_node(node)
 
     def choose(full: Named) -> tuple[Named, Named]:
         rest = tuple(a for a in full.axes if a != attrs.axis)
@@ -116,7 +109,7 @@ chosen, and of the experts that were."""
 
 @lowering("keep_choices")
 def _keep_choices(ctx: Context, node: Node, gates: Operand, *uniform: Operand) -> Operand:
-    attrs = KeepChoicesAttrs.of_node(node)
+    attrs = KeepChoicesOp.of_node(node)
     policy, threshold = attrs.policy, attrs.threshold
 
     def decide(full: Named) -> Named:
@@ -146,7 +139,7 @@ def _hashed(ids: jax.Array, seed: int) -> jax.Array:
 
 @lowering("hash_experts")
 def _hash_experts(ctx: Context, node: Node, ids: Operand) -> Operand:
-    attrs = HashExpertsAttrs.of_node(node)
+    attrs = HashExpertsOp.of_node(node)
 
     def choose(full: Named) -> Named:
         ids = full.array.astype(jnp.uint32)
@@ -208,7 +201,7 @@ def _wanted_choices(
     """Return which choices ask for a slot, ``[token, choice]``, or None if all do."""
     wanted = None
     if not _always_names_experts(node.operands[0]):
-        wanted = (chosen >= 0) & (chosen < SlotAttrs.of_node(node).experts)
+        wanted = (chosen >= 0) & (chosen < SlotsOp.of_node(node).experts)
     if "keep" in more:
         keep = more["keep"].to(layout).array.reshape(chosen.shape)
         wanted = keep if wanted is None else wanted & keep
@@ -371,7 +364,7 @@ def _layout_of(
 
 @lowering("within_buffer")
 def _within_buffer(ctx: Context, node: Node, experts: Named, slots: Named, counts: Named) -> Named:
-    attrs, tokens = ctx.view.attrs(node), WithinBufferAttrs.of_node(node).tokens
+    attrs, tokens = ctx.view.attrs(node), WithinBufferOp.of_node(node).tokens
     (choice,) = (a for a in experts.axes if a not in tokens)
     layout = (*tokens, choice)
     whole = experts.to(layout).array
@@ -396,7 +389,7 @@ def _within_buffer(ctx: Context, node: Node, experts: Named, slots: Named, count
 
 def _over(node: Node) -> tuple[str, ...]:
     """Return the mesh axes along which the counts are of all tokens, and the tokens of some."""
-    tokens = node.operands[0].type[WithinBufferAttrs.of_node(node).tokens[0]].mesh
+    tokens = node.operands[0].type[WithinBufferOp.of_node(node).tokens[0]].mesh
     return tokens[len(node.operands[2].type["group"].mesh) :]
 
 

@@ -22,9 +22,8 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 
-from moecc.ir.attributes import IndexAttrs, ScanAttrs, StackAttrs
 from moecc.ir.graph import Graph, Node, Value, setter_of
-from moecc.ir.ops.repetition import repetitions
+from moecc.ir.ops.repetition import IndexOp, ScanOp, StackOp, repetitions
 from moecc.ir.ops.slots import is_slots
 from moecc.ir.remat_names import DEFAULT
 from moecc.types import Axis, Extent, TensorType
@@ -258,7 +257,7 @@ _WIDENINGS = 3
 
 def is_stacked(scan: Node, value: Value) -> bool:
     """Return whether each turn of the loop `scan` takes a slice of `value`."""
-    attrs = ScanAttrs.of_node(scan)
+    attrs = ScanOp.of_node(scan)
     return value in scan.operands[attrs.carries : attrs.carries + attrs.stacked]
 
 
@@ -271,12 +270,12 @@ def is_cast_by_layer(value: Value) -> bool:
 @lowering("stack")
 def _stack(ctx: Context, node: Node, *xs: Named) -> Operand:
     axes = xs[0].axes
-    return Named(jnp.stack([x.to(axes).array for x in xs]), (StackAttrs.of_node(node).axis, *axes))
+    return Named(jnp.stack([x.to(axes).array for x in xs]), (StackOp.of_node(node).axis, *axes))
 
 
 @lowering("index")
 def _index(ctx: Context, node: Node, x: Operand) -> Operand:
-    attrs = IndexAttrs.of_node(node)
+    attrs = IndexOp.of_node(node)
     axis, at = attrs.axis, attrs.at
 
     def pick(full: Named) -> Named:
@@ -288,7 +287,7 @@ def _index(ctx: Context, node: Node, x: Operand) -> Operand:
 
 @lowering("scan")
 def _scan(ctx: Context, node: Node, *operands: Named) -> tuple[Operand, ...]:
-    attrs = ScanAttrs.of_node(node)
+    attrs = ScanOp.of_node(node)
     body = node.body
     assert body is not None, "a scan has a body"
     carries, last = attrs.carries, attrs.carries + attrs.stacked
@@ -354,7 +353,7 @@ def _repeat(
 
 def _remembering(node: Node) -> Remembering | None:
     """Return what makes a gradient keep what `node` names, and recompute the rest."""
-    attrs = ScanAttrs.of_node(node)
+    attrs = ScanOp.of_node(node)
     if attrs.remat == "none":
         return None
     policy = None

@@ -9,9 +9,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moecc.errors import InputError
-from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph, Value
 from moecc.ir.mesh import mesh_of
+from moecc.ir.ops.slots import SlotsOp
 from moecc.types import F32, Array, DType, TensorType
 from moecc.weights.arithmetic import Cast
 from moecc.weights.evaluate import Evaluator, Reader
@@ -125,5 +125,5 @@ def sharded_array(
 def group_counts(graph: Graph) -> set[int]:
     """Return the numbers of token groups in which slots are counted under a capacity."""
     nodes = (node for node in graph.every_node() if node.op.assigns_slots and not node.op.chooses)
-    bounded = (attrs for attrs in map(SlotAttrs.of_node, nodes) if attrs.slots == "capacity")
+    bounded = (attrs for attrs in map(SlotsOp.of_node, nodes) if attrs.slots == "capacity")
     return {attrs.groups for attrs in bounded}
