@@ -14,14 +14,16 @@ import stat
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
+from typing import NamedTuple
 
 from moecc.errors import InputError, MachineError, MoeccError, Problem
 from moecc.support.documents import parse_json_object
-from moecc.support.problems import Problems
+from moecc.support.problems import Problems, quoted
+from moecc.support.text import amount
 from moecc.support.untyped import JsonDict
 
 OPEN_DESCRIPTORS = 16
@@ -433,6 +435,69 @@ def name_fault(name: str) -> str | None:
     if not name.isprintable():
         return "the name has control or invisible characters"
     return None
+
+
+class Span(NamedTuple):
+    """The bytes [begin, end) that the data of a tensor take."""
+
+    begin: int
+    end: int
+    name: str
+
+
+def check_layout(
+    spans: Iterable[Span],
+    start_bytes: int,
+    size_bytes: int,
+    path: Path,
+    problems: Problems,
+    *,
+    must_cover: bool,
+) -> None:
+    """Report data of tensors that overlap, or end beyond the end of their file.
+
+    Args:
+      spans: the bytes that tensors claim, from `start_bytes` on.
+      start_bytes: the offset in the file from which they count.
+      size_bytes: the size of the file.
+      path: the file.
+      problems: receives what is wrong.
+      must_cover: whether bytes that belong to no tensor are reported, too.
+    """
+    ordered = sorted(spans, key=lambda span: (span.begin, span.end))
+    last = Span(0, 0, "")
+    where = str(path)
+    for span in ordered:
+        if span.begin < last.end and span.end > span.begin:
+            problems.add(
+                f"the data of {quoted(last.name)} and {quoted(span.name)} overlap",
+                where=where,
+                found=f"bytes {last.begin:,}-{last.end:,} and {span.begin:,}-{span.end:,}",
+            )
+        elif must_cover and span.begin > last.end:
+            after = f"of {quoted(last.name)}" if last.name else "of the header"
+            problems.add(
+                f"a hole between the end {after} and the data of {quoted(span.name)}",
+                where=where,
+                found=f"bytes {last.end:,}-{span.begin:,}",
+            )
+        if span.end > last.end:
+            last = span
+    surplus = size_bytes - start_bytes - last.end
+    fault = hint = None
+    if surplus < 0:
+        beyond = [span.name for span in ordered if start_bytes + span.end > size_bytes]
+        fault = (
+            f"the file is cut short: the data of {amount(len(beyond), 'tensor')}, the first of "
+            f"them {quoted(beyond[0])}, end beyond the end of the file"
+        )
+        hint = "the download may be incomplete; fetch the file again"
+    elif surplus and must_cover:
+        after = f"the last tensor {quoted(last.name)}" if last.name else "the header"
+        fault = f"{surplus:,} bytes after {after} belong to no tensor"
+    if fault:
+        expected, found = f"a file of {start_bytes + last.end:,} bytes", f"{size_bytes:,} bytes"
+        problems.add(fault, where=where, expected=expected, found=found, hint=hint)
 
 
 def is_recordable(name: str) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -21,6 +20,8 @@ from moecc.formats.files import (
     MAX_SIZE,
     SNIFFED_BYTES,
     Identity,
+    Span,
+    check_layout,
     file_fault,
     name_fault,
     open_regular,
@@ -33,7 +34,6 @@ from moecc.formats.source import TensorInfo
 from moecc.support.documents import parse_json
 from moecc.support.problems import Problems, describe, quoted
 from moecc.support.process import gc_paused
-from moecc.support.text import amount
 from moecc.types import BY_SAFETENSORS, DType
 
 MAX_HEADER_BYTES = 100_000_000
@@ -79,49 +79,37 @@ def read_header(path: Path) -> Header:
     finally:
         os.close(descriptor)
     with gc_paused():
-        return _Check(path, len(raw), identity).header(_parse(raw, path))
+        return _HeaderCheck(path, len(raw), identity).header(_parse(raw, path))
 
 
 def _read_raw(descriptor: int, size_bytes: int, path: Path) -> bytearray:
     head = bytearray(min(SNIFFED_BYTES, size_bytes))
     read_into(descriptor, memoryview(head), 0, path)
     length = int.from_bytes(head[:_LENGTH_BYTES], "little")
-    if fault := _length_fault(length, bytes(head), size_bytes):
-        raise _not_safetensors(path, bytes(head), *fault)
-    raw = bytearray(length)
-    read_into(descriptor, memoryview(raw), _LENGTH_BYTES, path)
-    return raw
-
-
-def _length_fault(length: int, head: bytes, size_bytes: int) -> tuple[str, str, str] | None:
-    """Return the problem, the expected and the found value of a wrong start of a file, or None."""
+    hint = "the download may be incomplete; fetch the file again"
     if size_bytes < _LENGTH_BYTES:
-        return "the file is too small to have a header", "8 bytes or more", f"{size_bytes} bytes"
-    if length > MAX_HEADER_BYTES:
+        fault = "the file is too small to have a header", "8 bytes or more", f"{size_bytes} bytes"
+    elif length > MAX_HEADER_BYTES:
         expected = f"at most {MAX_HEADER_BYTES:,} bytes of header"
-        return "the header is too long", expected, f"{length:,} bytes"
-    if length > size_bytes - _LENGTH_BYTES:
+        fault = "the header is too long", expected, f"{length:,} bytes"
+    elif length > size_bytes - _LENGTH_BYTES:
         found = f"{length:,} bytes of header in a file of {size_bytes:,} bytes"
-        return "the header is longer than the file", "a header that ends in the file", found
-    if length < 2:
-        return "the header is too short", "2 bytes or more", f"{length} bytes"
-    if head[_LENGTH_BYTES] != ord("{"):
-        return "the header is not a JSON object", "'{'", f"byte 0x{head[_LENGTH_BYTES]:02x}"
-    return None
-
-
-def _not_safetensors(path: Path, head: bytes, what: str, expected: str, found: str) -> InputError:
-    kind = sniff(head)
-    if kind is None:
-        hint = "the download may be incomplete; fetch the file again"
-        return InputError(what, where=str(path), expected=expected, found=found, hint=hint)
-    return InputError(
-        "this is not a safetensors file",
-        where=str(path),
-        expected="the safetensors format, as the name says",
-        found=kind.text,
-        hint=kind.hint,
-    )
+        fault = "the header is longer than the file", "a header that ends in the file", found
+    elif length < 2:
+        fault = "the header is too short", "2 bytes or more", f"{length} bytes"
+    elif head[_LENGTH_BYTES] != ord("{"):
+        found = f"byte 0x{head[_LENGTH_BYTES]:02x}"
+        fault = "the header is not a JSON object", "'{'", found
+    else:
+        raw = bytearray(length)
+        read_into(descriptor, memoryview(raw), _LENGTH_BYTES, path)
+        return raw
+    if kind := sniff(bytes(head)):
+        expected = "the safetensors format, as the name says"
+        fault = "this is not a safetensors file", expected, kind.text
+        raise InputError(fault[0], where=str(path), expected=fault[1], found=fault[2],
+                         hint=kind.hint)  # fmt: skip
+    raise InputError(fault[0], where=str(path), expected=fault[1], found=fault[2], hint=hint)
 
 
 def _parse(raw: bytearray, path: Path) -> dict[str, object]:
@@ -145,61 +133,61 @@ def _parse(raw: bytearray, path: Path) -> dict[str, object]:
     return entries
 
 
-@dataclass(frozen=True, slots=True)
-class _Span:
-    """The bytes [begin, end) of the buffer that a tensor claims."""
-
-    begin: int
-    end: int
-    name: str
-
-
-class _Check:
+class _HeaderCheck:
     """One pass over the entries of a header that collects every problem."""
 
     def __init__(self, path: Path, header_bytes: int, identity: Identity) -> None:
         self.path = path
         self.data_start = _LENGTH_BYTES + header_bytes
         self.identity = identity
-        self.buffer_bytes = identity.size_bytes - self.data_start
         self.problems = Problems()
-        self.spans: list[_Span] = []
-        self.spans_complete = True
+        self.spans: list[Span] = []
 
     def header(self, entries: dict[str, object]) -> Header:
         """Return the checked header, or raise with all its problems."""
         metadata = self._metadata(entries.pop("__metadata__", {}))
         tensors = {}
         for name, entry in entries.items():
+            if fault := name_fault(name):
+                self._add(name, fault, None, describe(name))
             info = self._tensor(name, entry)
             if info is not None:
                 tensors[name] = info
-        self._layout()
+        check_layout(
+            self.spans, self.data_start, self.identity.size_bytes, self.path, self.problems,
+            must_cover=len(self.spans) == len(entries),
+        )  # fmt: skip
         self.problems.raise_if_any()
         return Header(tensors, metadata, self.data_start, self.identity)
 
     def _add(
-        self, name: str, what: str, expected: str | None, found: object, hint: str | None = None
+        self, name: str, fault: str, expected: str | None, found: str, hint: str | None = None
     ) -> None:
         where = f"{self.path}, tensor {quoted(name)}"
-        self.problems.add(what, where=where, expected=expected, found=describe(found), hint=hint)
+        self.problems.add(fault, where=where, expected=expected, found=found, hint=hint)
 
     def _metadata(self, value: object) -> dict[str, str]:
         if not isinstance(value, dict):
-            self._add("__metadata__", "the metadata is not an object", "an object", value)
+            fault = "the metadata is not an object"
+            self._add("__metadata__", fault, "an object", describe(value))
             return {}
         for key, text in value.items():
             if not isinstance(text, str):
-                what = f"the metadata {quoted(key)} is not a string"
-                self._add("__metadata__", what, "a string", text)
+                fault = f"the metadata {quoted(key)} is not a string"
+                self._add("__metadata__", fault, "a string", describe(text))
         return value
 
     def _tensor(self, name: str, entry: object) -> TensorInfo | None:
-        if fault := name_fault(name):
-            self._add(name, fault, None, name)
         if type(entry) is not dict or entry.keys() != _FIELDS:
-            self.spans_complete = False
-            self._wrong_fields(name, entry)
+            expected = "an object with dtype, shape and data_offsets, and nothing else"
+            if not isinstance(entry, dict):
+                fault = "the entry of the tensor is not an object"
+                self._add(name, fault, expected, describe(entry))
+                return None
+            faults = [f"no {key}" for key in sorted(_FIELDS - entry.keys())]
+            faults += [f"an extra {quoted(key)}" for key in sorted(entry.keys() - _FIELDS)[:5]]
+            fault = "the entry of the tensor has the wrong fields"
+            self._add(name, fault, expected, ", ".join(faults))
             return None
         dtype = self._dtype(name, entry["dtype"])
         shape = self._shape(name, entry["shape"])
@@ -207,114 +195,58 @@ class _Check:
         if dtype is None or shape is None or span is None:
             return None
         nbytes = span.end - span.begin
-        needed = prod(shape) * dtype.itemsize_bytes
-        if nbytes != needed:
-            what = "the shape and the offsets of the tensor contradict each other"
-            expected = f"{needed:,} bytes for {dtype.safetensors} {list(shape)}"
-            self.problems.add(
-                what,
-                where=f"{self.path}, tensor {quoted(name)}",
-                expected=expected,
-                found=f"{nbytes:,} bytes between the offsets {span.begin:,} and {span.end:,}",
+        needed_bytes = prod(shape) * dtype.itemsize_bytes
+        if nbytes != needed_bytes:
+            self._add(
+                name,
+                "the shape and the offsets of the tensor contradict each other",
+                f"{needed_bytes:,} bytes for {dtype.safetensors} {list(shape)}",
+                f"{nbytes:,} bytes between the offsets {span.begin:,} and {span.end:,}",
             )
         offset = self.data_start + span.begin
         return TensorInfo(name, dtype, shape, nbytes, self.path, offset)
-
-    def _wrong_fields(self, name: str, entry: object) -> None:
-        expected = "an object with dtype, shape and data_offsets, and nothing else"
-        if not isinstance(entry, dict):
-            self._add(name, "the entry of the tensor is not an object", expected, entry)
-            return
-        missing = sorted(_FIELDS - entry.keys())
-        extra = [quoted(key) for key in sorted(entry.keys() - _FIELDS)[:5]]
-        found = [f"no {field}" for field in missing] + [f"an extra {key}" for key in extra]
-        self.problems.add(
-            "the entry of the tensor has the wrong fields",
-            where=f"{self.path}, tensor {quoted(name)}",
-            expected=expected,
-            found=", ".join(found),
-        )
 
     def _dtype(self, name: str, value: object) -> DType | None:
         dtype = BY_SAFETENSORS.get(value) if type(value) is str else None
         if dtype is not None:
             return dtype
-        expected = f"one of {', '.join(BY_SAFETENSORS)}"
         word = value if type(value) is str and len(value) <= _LONGEST_DTYPE else ""
         if word in _SUB_BYTE:
-            what = "moecc does not support types that pack several elements into a byte"
-            self._add(name, what, expected, value, hint="use an unpacked copy of the model")
+            fault = "moecc does not support types that pack several elements into a byte"
+            hint: str | None = "use an unpacked copy of the model"
         elif word in _UNSUPPORTED:
-            self._add(name, "moecc does not compute with this element type", expected, value)
+            fault, hint = "moecc does not compute with this element type", None
         else:
+            fault = "the element type is unknown"
             hint = nearest(word.upper(), BY_SAFETENSORS)
-            self._add(name, "the element type is unknown", expected, value, hint=hint)
+        self._add(name, fault, f"one of {', '.join(BY_SAFETENSORS)}", describe(value), hint)
         return None
 
     def _shape(self, name: str, value: object) -> tuple[int, ...] | None:
-        if type(value) is not list or len(value) > MAX_RANK or not _naturals(value):
+        if type(value) is not list or len(value) > MAX_RANK or not _are_sizes(value):
             expected = f"a list of at most {MAX_RANK} whole numbers from 0 to 2^63 - 1"
-            self._add(name, "the shape is not usable", expected, _first_odd(value))
+            self._add(name, "the shape is not usable", expected, _first_fault(value))
             return None
         # Axes of size 0 are excluded: NumPy rejects [0, 2**62, 2**62] although it has no element.
         elements = prod(size for size in value if size)
         if elements > MAX_SIZE:
             expected = "fewer than 2^63 elements"
-            self._add(name, "the shape has too many elements", expected, elements)
+            self._add(name, "the shape has too many elements", expected, describe(elements))
             return None
         return tuple(value)
 
-    def _span(self, name: str, value: object) -> _Span | None:
+    def _span(self, name: str, value: object) -> Span | None:
         pair = value if type(value) is list and len(value) == 2 else []
-        if not pair or not _naturals(pair) or pair[0] > pair[1]:
-            self.spans_complete = False
+        if not pair or not _are_sizes(pair) or pair[0] > pair[1]:
             expected = "two whole numbers [begin, end], 0 <= begin <= end < 2^63"
-            self._add(name, "the data offsets are not usable", expected, _first_odd(value))
+            self._add(name, "the data offsets are not usable", expected, _first_fault(value))
             return None
-        span = _Span(pair[0], pair[1], name)
+        span = Span(pair[0], pair[1], name)
         self.spans.append(span)
         return span
 
-    def _layout(self) -> None:
-        """Check that the tensors cover the buffer exactly once."""
-        where = str(self.path)
-        reach = _Span(0, 0, "")
-        for span in sorted(self.spans, key=lambda span: (span.begin, span.end)):
-            if span.begin < reach.end and span.end > span.begin:
-                what = f"the data of {quoted(reach.name)} and {quoted(span.name)} overlap"
-                found = f"bytes {reach.begin:,}-{reach.end:,} and {span.begin:,}-{span.end:,}"
-                self.problems.add(what, where=where, found=found)
-            elif span.begin > reach.end and self.spans_complete:
-                after = f"of {quoted(reach.name)}" if reach.name else "of the header"
-                what = f"a hole between the end {after} and the data of {quoted(span.name)}"
-                self.problems.add(what, where=where, found=f"bytes {reach.end:,}-{span.begin:,}")
-            if span.end > reach.end:
-                reach = span
-        self._end(reach)
 
-    def _end(self, last: _Span) -> None:
-        if last.end > self.buffer_bytes:
-            beyond = [span for span in self.spans if span.end > self.buffer_bytes]
-            first = min(beyond, key=lambda span: span.begin)
-            self.problems.add(
-                f"the file is cut short: the data of {amount(len(beyond), 'tensor')}, "
-                f"the first of them {quoted(first.name)}, end beyond the end of the file",
-                where=str(self.path),
-                expected=f"a file of {describe(self.data_start + last.end)} bytes",
-                found=f"{self.identity.size_bytes:,} bytes",
-                hint="the download may be incomplete; fetch the file again",
-            )
-        elif last.end < self.buffer_bytes and self.spans_complete:
-            after = f"the last tensor {quoted(last.name)}" if last.name else "the header"
-            self.problems.add(
-                f"{self.buffer_bytes - last.end:,} bytes after {after} belong to no tensor",
-                where=str(self.path),
-                expected=f"a file of {self.data_start + last.end:,} bytes",
-                found=f"{self.identity.size_bytes:,} bytes",
-            )
-
-
-def _naturals(values: list[object]) -> bool:
+def _are_sizes(values: list[object]) -> bool:
     # Not all(): a generator takes three times as long, on 200,000 short lists.
     for value in values:  # noqa: SIM110
         if type(value) is not int or not 0 <= value <= MAX_SIZE:
@@ -322,11 +254,11 @@ def _naturals(values: list[object]) -> bool:
     return True
 
 
-def _first_odd(value: object) -> object:
-    """Return the first element of a list that is not a usable size, if any."""
+def _first_fault(value: object) -> str:
+    """Describe the first element of a list that is not a usable size, if any."""
     if type(value) is not list:
-        return value
-    return next((item for item in value if not _naturals([item])), value)
+        return describe(value)
+    return describe(next((item for item in value if not _are_sizes([item])), value))
 
 
 # Read ``model.safetensors.index.json``, which maps tensors to shards.
@@ -375,74 +307,63 @@ def read_index(path: Path, problems: Problems) -> Index:
             found=describe(weight_map),
         )
         return Index(path, {}, frozenset(), total)
-    usable = _usable(weight_map, path, problems)
+    usable: dict[str, str] = {}
+    # Each bad file is reported once, with the first tensor that names it.
+    tensors_of: dict[str, list[str]] = {}
+    faults: dict[str, str | None] = {}
+    for name, file in weight_map.items():
+        if fault := name_fault(name):
+            problems.add(fault, where=f"{path}, tensor {quoted(name)}")
+        key = file if isinstance(file, str) else describe(file)
+        if key not in faults:
+            faults[key] = shard_name_fault(file)
+        if faults[key] is not None:
+            tensors_of.setdefault(key, []).append(name)
+        else:
+            usable[name] = file
+    for key, names in tensors_of.items():
+        more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+        problems.add(
+            f"the file of the tensor {quoted(names[0])}{more} {faults[key]}",
+            where=str(path),
+            expected="the plain name of a .safetensors file in the same folder",
+            found=describe(weight_map[names[0]]),
+        )
     return Index(path, usable, frozenset(weight_map), total)
 
 
 def compare_with_headers(index: Index, headers: dict[Path, Header], problems: Problems) -> None:
     """Compare an index with the headers of the shards that could be read."""
+    where = str(index.path)
     homes: dict[str, Path] = {}
     for file, header in headers.items():
         for name in header.tensors:
-            other = homes.setdefault(name, file)
-            if other is not file:
-                what = f"the tensor {quoted(name)} is in two shards"
-                both = f"{other.name} and {file.name}"
-                problems.add(what, where=str(index.path), found=both)
+            home = homes.setdefault(name, file)
+            if home is not file:
+                files = f"{home.name} and {file.name}"
+                problems.add(f"the tensor {quoted(name)} is in two shards", where=where,
+                             found=files)  # fmt: skip
     by_name = {file.name: header.tensors for file, header in headers.items()}
     for name, shard in index.weight_map.items():
         if shard in by_name and name not in by_name[shard]:
-            what = f"the index puts the tensor {quoted(name)} into a shard that lacks it"
-            found = f"it is in {homes[name].name}" if name in homes else None
-            expected = f"it in {quoted(shard)}"
-            problems.add(what, where=str(index.path), expected=expected, found=found)
+            problems.add(
+                f"the index puts the tensor {quoted(name)} into a shard that lacks it",
+                where=where,
+                expected=f"it in {quoted(shard)}",
+                found=f"it is in {homes[name].name}" if name in homes else None,
+            )
     for name, home in homes.items():
         if name not in index.named:
-            what = f"the tensor {quoted(name)} of {home.name} is not in the index"
-            problems.add(what, where=str(index.path))
-    if not problems:
-        _compare_total(index, headers, problems)
-
-
-def _compare_total(index: Index, headers: dict[Path, Header], problems: Problems) -> None:
+            fault = f"the tensor {quoted(name)} of {home.name} is not in the index"
+            problems.add(fault, where=where)
     total = sum(info.nbytes for header in headers.values() for info in header.tensors.values())
-    if index.total_size_bytes is not None and index.total_size_bytes != total:
+    if not problems and index.total_size_bytes not in (None, total):
         problems.add(
             "the index states another total size than the tensors have",
-            where=str(index.path),
+            where=where,
             expected=f"{total:,} bytes",
             found=f"{index.total_size_bytes:,} bytes",
         )
-
-
-def _usable(weight_map: dict[str, object], path: Path, problems: Problems) -> dict[str, str]:
-    """Return the entries with a usable file name; report each bad tensor name and file once."""
-    for name in weight_map:
-        if name_problem := name_fault(name):
-            problems.add(name_problem, where=f"{path}, tensor {quoted(name)}")
-    usable = {}
-    refused: Counter[str] = Counter()
-    examples: dict[str, tuple[str, object, str]] = {}
-    checked: dict[str, str | None] = {}
-    for name, file in weight_map.items():
-        key = file if isinstance(file, str) else describe(file)
-        if key not in checked:
-            checked[key] = shard_name_fault(file)
-        reason = checked[key]
-        if reason is not None:
-            refused[key] += 1
-            examples.setdefault(key, (name, file, reason))
-        elif isinstance(file, str):
-            usable[name] = file
-    for key, (name, file, why) in examples.items():
-        others = f" and {refused[key] - 1:,} more" if refused[key] > 1 else ""
-        problems.add(
-            f"the file of the tensor {quoted(name)}{others} {why}",
-            where=str(path),
-            expected="the plain name of a .safetensors file in the same folder",
-            found=describe(file),
-        )
-    return usable
 
 
 def shard_name_fault(file: object) -> str | None:
@@ -466,12 +387,9 @@ def shard_name_fault(file: object) -> str | None:
 
 def _total_size(metadata: object, path: Path, problems: Problems) -> int | None:
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    if total is None:
-        return None
     # Older versions of transformers wrote it as a float.
-    whole = isinstance(total, int | float) and not isinstance(total, bool) and total == int(total)
-    if whole and total >= 0:
-        return int(total)
+    if total is None or (type(total) in (int, float) and total == int(total) and total >= 0):
+        return None if total is None else int(total)
     problems.add(
         "the total_size of the index is not a size",
         where=str(path),
@@ -577,11 +495,11 @@ def _ambiguous(path: Path, found: list[str], problems: Problems) -> None:
 def _no_weights(path: Path, names: set[str], problems: Problems) -> None:
     """Report what a folder without a usable set of weights holds instead."""
     expected = f"{SINGLE_NAME}, or shards with {INDEX_NAME}"
-    what, found, hint = _what_instead(names)
-    problems.add(what, where=str(path), expected=expected, found=found, hint=hint)
+    fault, content, hint = _other_content(names)
+    problems.add(fault, where=str(path), expected=expected, found=content, hint=hint)
 
 
-def _what_instead(names: set[str]) -> tuple[str, str | None, str | None]:
+def _other_content(names: set[str]) -> tuple[str, str | None, str | None]:
     pickled = sorted(n for n in names if _PICKLED.fullmatch(n) and not _NOT_WEIGHTS.fullmatch(n))
     others = sorted(name for name in names if name.endswith(SHARD_SUFFIX))
     adapters = [name for name in others if name.startswith("adapter_")]
@@ -619,7 +537,7 @@ def _what_instead(names: set[str]) -> tuple[str, str | None, str | None]:
 def lacks_weights(names: set[str]) -> bool:
     """Whether a folder with these files holds no weights of any kind, and no part of them."""
     return not any(n.endswith((SHARD_SUFFIX, INDEX_NAME)) for n in names) and (
-        _what_instead(names)[0] == _NONE
+        _other_content(names)[0] == _NONE
     )
 
 

@@ -14,15 +14,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import NoReturn, TypeAlias, TypeVar, overload
+from typing import TypeAlias, TypeVar, overload
 
 import numpy as np
 
 from moecc.errors import InputError, printable
-from moecc.formats.files import MAX_SIZE, Identity, name_fault, open_regular, read_into
+from moecc.formats.files import (
+    MAX_SIZE,
+    Identity,
+    Span,
+    check_layout,
+    name_fault,
+    open_regular,
+    read_into,
+)
 from moecc.formats.gguf.storage import STORAGES, Storage, storage_label
 from moecc.support.problems import Problems, describe, quoted
-from moecc.support.text import amount
 from moecc.types import Array
 
 # Scan the header of a GGUF file, whose length is not stated anywhere.
@@ -64,7 +71,7 @@ class Cursor:
     @property
     def where(self) -> str:
         """The file and the part being read."""
-        return f"{self.path}, {self._place}"
+        return f"{self.path}, {self._part_text}"
 
     def number(self, layout: struct.Struct) -> int | float:
         """Read one number.
@@ -74,8 +81,8 @@ class Cursor:
         """
         begin = self._see(layout.size)
         self.offset += layout.size
-        found: int | float = layout.unpack_from(self._window, begin)[0]
-        return found
+        number: int | float = layout.unpack_from(self._window, begin)[0]
+        return number
 
     def code(self) -> int:
         """Read a 32-bit code or small count. Raises as `number`."""
@@ -146,20 +153,20 @@ class Cursor:
                 found=f"{count:,} more bytes at {self.offset:,}",
             )
         raise self.error(
-            f"the file ends in the middle of {self._place}",
+            f"the file ends in the middle of {self._part_text}",
             expected=f"{count:,} more bytes",
             found=f"{self.size_bytes - self.offset:,} bytes",
             hint="the download may be incomplete; fetch the file again",
         )
 
     def error(
-        self, what: str, *, expected: str | None = None, found: str, hint: str | None = None
+        self, fault: str, *, expected: str | None = None, found: str, hint: str | None = None
     ) -> InputError:
         """Return the error for the part being read."""
-        return InputError(what, where=self.where, expected=expected, found=found, hint=hint)
+        return InputError(fault, where=self.where, expected=expected, found=found, hint=hint)
 
     @property
-    def _place(self) -> str:
+    def _part_text(self) -> str:
         # Truncated before it is escaped, because a name may be megabytes.
         return printable(self.reading[:300], 1000)
 
@@ -256,8 +263,8 @@ class GgufArray:
         return bytes(raw)
 
     def _wrong(self, expected: str) -> InputError:
-        what = "an array of the metadata has elements of the wrong kind"
-        return InputError(what, where=str(self.path), expected=expected, found=self.kind)
+        fault = "an array of the metadata has elements of the wrong kind"
+        return InputError(fault, where=str(self.path), expected=expected, found=self.kind)
 
 
 Value: TypeAlias = int | float | bool | str | GgufArray
@@ -307,8 +314,8 @@ def _value(cursor: Cursor, code: int, identity: Identity, problems: Problems) ->
     value = cursor.number(_LAYOUTS[code])
     if code == _BOOL:
         if value > 1:
-            what = "neither true nor false"
-            problems.add(what, where=cursor.where, expected="0 or 1", found=f"{value}")
+            fault = "neither true nor false"
+            problems.add(fault, where=cursor.where, expected="0 or 1", found=f"{value}")
         return bool(value)
     if code == _FLOAT32:
         # The shortest decimal that rounds to the same number: 1e-05, not 9.999999747378752e-06.
@@ -327,8 +334,8 @@ def _array(cursor: Cursor, identity: Identity) -> GgufArray:
         cursor.skip(count * _LAYOUTS[code].size)
         kind, letter = _SCALARS[code]
     elif code == _ARRAY:
-        found = f"an array of {count:,} arrays"
-        raise cursor.error("arrays of arrays are not read", expected="a flat array", found=found)
+        nested = f"an array of {count:,} arrays"
+        raise cursor.error("arrays of arrays are not read", expected="a flat array", found=nested)
     else:
         raise cursor.error("unknown type of an array", expected="0 to 12", found=f"{code}")
     nbytes = cursor.offset - offset
@@ -413,22 +420,12 @@ def read_gguf_header(path: Path) -> GgufHeader:
     """
     descriptor, identity = open_regular(path)
     try:
-        return _Check(Cursor(descriptor, path, identity.size_bytes), identity).header()
+        return _HeaderCheck(Cursor(descriptor, path, identity.size_bytes), identity).header()
     finally:
         os.close(descriptor)
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """A tensor's entry in the header, before it is checked."""
-
-    name: str
-    dimensions: tuple[int, ...]
-    code: int
-    offset: int
-
-
-class _Check:
+class _HeaderCheck:
     """One pass over a header that collects every problem."""
 
     def __init__(self, cursor: Cursor, identity: Identity) -> None:
@@ -436,32 +433,49 @@ class _Check:
         self.path = cursor.path
         self.identity = identity
         self.problems = Problems()
-        self.unread: dict[int, list[str]] = {}
+        self.unsupported: dict[int, list[str]] = {}
         self.spans: Spans = {}
 
     def header(self) -> GgufHeader:
         """Return the checked header, or raise with all its problems."""
+        cursor = self.cursor
         version = self._preamble()
         try:
-            tensor_count, key_count = self.cursor.length(), self.cursor.length()
-            metadata = read_metadata(
-                self.cursor, key_count, self.identity, self.problems, self.spans
-            )
+            tensor_count, key_count = cursor.length(), cursor.length()
+            metadata = read_metadata(cursor, key_count, self.identity, self.problems, self.spans)
             entries = self._entries(tensor_count, may_be_none=part_count(metadata) > 1)
         except InputError as error:
-            self._give_up(error)
-        data_start = self._data_start(metadata)
-        tensors = self._tensors(entries, data_start)
-        self._report_unread()
-        self._layout(list(tensors.values()), data_start)
+            self.problems.extend(error.problems)
+            raise InputError(self.problems.listed()) from None
+        self.alignment = self._alignment(metadata)
+        data_start = -(-cursor.offset // self.alignment) * self.alignment
+        tensors: dict[str, StoredTensor] = {}
+        names: set[str] = set()
+        for entry in entries:
+            name = entry[0]
+            if fault := name_fault(name):
+                self._add(name, fault, None, describe(name))
+            if name in names:
+                self._add(name, "two tensors have this name", None, "a second entry")
+            names.add(name)
+            tensor = self._tensor(*entry, data_start)
+            if tensor is not None:
+                tensors[name] = tensor
+        for code, unread in self.unsupported.items():
+            self.problems.add(
+                "moecc does not support this storage type",
+                where=f"{self.path}, {len(unread):,} tensors, the first {quoted(unread[0])}",
+                expected=f"one of {', '.join(storage.name for storage in STORAGES.values())}",
+                found=storage_label(code),
+                hint="take the same model in Q8_0, BF16 or F16",
+            )
+        spans = [Span(t.offset, t.offset + t.nbytes, t.name) for t in tensors.values()]
+        size = self.identity.size_bytes
+        check_layout(spans, 0, size, self.path, self.problems, must_cover=False)
         self.problems.raise_if_any()
         return GgufHeader(
             self.path, version, metadata, tensors, data_start, self.identity, self.spans
         )
-
-    def _give_up(self, error: InputError) -> NoReturn:
-        self.problems.extend(error.problems)
-        raise InputError(self.problems.listed()) from None
 
     def _preamble(self) -> int:
         cursor = self.cursor
@@ -477,17 +491,24 @@ class _Check:
         if version in VERSIONS:
             return version
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
-        big_endian = swapped in VERSIONS
+        if swapped in VERSIONS:
+            raise cursor.error(
+                "the file is big-endian",
+                expected="little-endian GGUF",
+                found=f"version {swapped}, big-endian",
+                hint="convert it: gguf-convert-endian FILE little, of the gguf package",
+            )
         raise cursor.error(
-            "the file is big-endian" if big_endian else "this version of GGUF is not read",
-            expected="little-endian GGUF" if big_endian else "version 2 or 3",
-            found=f"version {swapped}, big-endian" if big_endian else f"version {version}",
-            hint="convert it: gguf-convert-endian FILE little, of the gguf package"
-            if big_endian
-            else "convert the original model again, with a current llama.cpp",
+            "this version of GGUF is not read",
+            expected="version 2 or 3",
+            found=f"version {version}",
+            hint="convert the original model again, with a current llama.cpp",
         )
 
-    def _entries(self, count: int, *, may_be_none: bool) -> list[_Entry]:
+    def _entries(
+        self, count: int, *, may_be_none: bool
+    ) -> list[tuple[str, tuple[int, ...], int, int]]:
+        """Read the name, sizes (innermost first), storage code and offset of each tensor."""
         cursor = self.cursor
         cursor.reading = "the list of tensors"
         if count > MAX_TENSORS or count * _LEAST_TENSOR_BYTES > cursor.left_bytes:
@@ -496,122 +517,66 @@ class _Check:
             raise cursor.error("too many tensors", expected=expected, found=f"{count:,}")
         if not count and not may_be_none:
             self.problems.add("the file has no tensors", where=str(self.path))
-        return [self._entry(index, count) for index in range(count)]
+        entries = []
+        for index in range(count):
+            cursor.reading = f"tensor {index + 1:,} of {count:,}"
+            name = cursor.text()
+            cursor.reading = f"tensor '{name}'"
+            rank = cursor.code()
+            if not 1 <= rank <= MAX_RANK:
+                # With a wrong rank the start of the next entry is unknown.
+                raise cursor.error("wrong number of axes", expected="1 to 4", found=f"{rank:,}")
+            sizes = tuple(cursor.length() for _ in range(rank))
+            entries.append((name, sizes, cursor.code(), cursor.length()))
+        return entries
 
-    def _entry(self, index: int, count: int) -> _Entry:
-        cursor = self.cursor
-        cursor.reading = f"tensor {index + 1:,} of {count:,}"
-        name = cursor.text()
-        cursor.reading = f"tensor '{name}'"
-        rank = cursor.code()
-        if not 1 <= rank <= MAX_RANK:
-            # With a wrong rank the start of the next entry is unknown.
-            raise cursor.error("wrong number of axes", expected="1 to 4", found=f"{rank:,}")
-        dimensions = tuple(cursor.length() for _ in range(rank))
-        return _Entry(name, dimensions, cursor.code(), cursor.length())
+    def _alignment(self, metadata: dict[str, Value]) -> int:
+        value = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        if type(value) is int and 1 <= value <= MAX_ALIGNMENT and not value & (value - 1):
+            return value
+        self.problems.add(
+            "the alignment of the data is not usable",
+            where=f"{self.path}, metadata key 'general.alignment'",
+            expected=f"a power of two up to {MAX_ALIGNMENT:,}",
+            found=describe(value) if isinstance(value, int | str) else "another type",
+        )
+        return 1
 
-    def _data_start(self, metadata: dict[str, Value]) -> int:
-        alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-        whole = type(alignment) is int and 1 <= alignment <= MAX_ALIGNMENT
-        if not isinstance(alignment, int) or not whole or alignment & (alignment - 1):
-            self.problems.add(
-                "the alignment of the data is not usable",
-                where=f"{self.path}, metadata key 'general.alignment'",
-                expected=f"a power of two up to {MAX_ALIGNMENT:,}",
-                found=describe(alignment) if isinstance(alignment, int | str) else "another type",
-            )
-            alignment = 1
-        self.alignment = alignment
-        return -(-self.cursor.offset // alignment) * alignment
-
-    def _tensors(self, entries: list[_Entry], data_start: int) -> dict[str, StoredTensor]:
-        tensors: dict[str, StoredTensor] = {}
-        seen: set[str] = set()
-        for entry in entries:
-            if fault := name_fault(entry.name):
-                self._add(entry, fault, None, describe(entry.name))
-            if entry.name in seen:
-                self._add(entry, "two tensors have this name", None, "a second entry")
-            seen.add(entry.name)
-            tensor = self._tensor(entry, data_start)
-            if tensor is not None:
-                tensors[entry.name] = tensor
-        return tensors
-
-    def _tensor(self, entry: _Entry, data_start: int) -> StoredTensor | None:
-        storage = STORAGES.get(entry.code)
+    def _tensor(
+        self, name: str, sizes: tuple[int, ...], code: int, offset: int, data_start: int
+    ) -> StoredTensor | None:
+        storage = STORAGES.get(code)
         if storage is None:
-            self.unread.setdefault(entry.code, []).append(entry.name)
-        shape = self._shape(entry, storage)
-        if entry.offset % self.alignment or entry.offset > MAX_SIZE:
+            self.unsupported.setdefault(code, []).append(name)
+        has_shape = self._check_shape(name, sizes, storage)
+        if offset % self.alignment or offset > MAX_SIZE:
             expected = f"a multiple of {self.alignment}, below 2^63"
-            self._add(entry, "the offset is not usable", expected, f"{entry.offset:,}")
-        elif storage is not None and shape is not None:
-            nbytes = prod(shape) // storage.block * storage.block_bytes
-            offset = data_start + entry.offset
-            return StoredTensor(entry.name, self.path, storage, shape, offset, nbytes)
+            self._add(name, "the offset is not usable", expected, f"{offset:,}")
+        elif storage is not None and has_shape:
+            nbytes = prod(sizes) // storage.block * storage.block_bytes
+            return StoredTensor(name, self.path, storage, sizes[::-1], data_start + offset, nbytes)
         return None
 
-    def _shape(self, entry: _Entry, storage: Storage | None) -> tuple[int, ...] | None:
-        sizes = entry.dimensions
-        found = f"{list(sizes)}, innermost first"
+    def _check_shape(self, name: str, sizes: tuple[int, ...], storage: Storage | None) -> bool:
+        shape_text = f"{list(sizes)}, innermost first"
         if min(sizes) < 1 or prod(sizes) > MAX_SIZE:
             expected = "sizes of at least 1, with a product below 2^63"
-            self._add(entry, "the shape is not usable", expected, found)
-            return None
-        if storage is not None and sizes[0] % storage.block:
+            self._add(name, "the shape is not usable", expected, shape_text)
+        elif storage is not None and sizes[0] % storage.block:
             expected = (
                 f"rows of a multiple of {storage.block} elements, the block of {storage.name}"
             )
-            self._add(entry, "the rows are not whole blocks", expected, found)
-            return None
-        if storage is not None and storage.is_quantised and len(sizes) == 1:
+            self._add(name, "the rows are not whole blocks", expected, shape_text)
+        elif storage is not None and storage.is_quantised and len(sizes) == 1:
             expected = "a vector in F32, F16 or BF16"
-            self._add(entry, "a vector is quantised", expected, storage.name)
-            return None
-        return sizes[::-1]
+            self._add(name, "a vector is quantised", expected, storage.name)
+        else:
+            return True
+        return False
 
-    def _report_unread(self) -> None:
-        for code, names in self.unread.items():
-            self.problems.add(
-                "moecc does not support this storage type",
-                where=f"{self.path}, {len(names):,} tensors, the first {quoted(names[0])}",
-                expected=f"one of {', '.join(storage.name for storage in STORAGES.values())}",
-                found=storage_label(code),
-                hint="take the same model in Q8_0, BF16 or F16",
-            )
-
-    def _layout(self, tensors: list[StoredTensor], data_start: int) -> None:
-        """Check that the data of each tensor are inside the file and do not overlap."""
-        size = self.identity.size_bytes
-        reach: StoredTensor | None = None
-        for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
-            if reach is not None and tensor.offset < _end(reach):
-                what = f"the data of {quoted(reach.name)} and {quoted(tensor.name)} overlap"
-                spans = f"{reach.offset:,}-{_end(reach):,} and {tensor.offset:,}-{_end(tensor):,}"
-                self.problems.add(what, where=str(self.path), found=f"bytes {spans}")
-            if reach is None or _end(tensor) > _end(reach):
-                reach = tensor
-        if reach is None or _end(reach) <= size:
-            return
-        beyond = [tensor for tensor in tensors if _end(tensor) > size]
-        first = min(beyond, key=lambda tensor: tensor.offset)
-        self.problems.add(
-            f"the data of {amount(len(beyond), 'tensor')}, the first of them {quoted(first.name)}, "
-            "end beyond the end of the file",
-            where=str(self.path),
-            expected=f"a file of {_end(reach):,} bytes",
-            found=f"{size:,} bytes",
-            hint="the download may be incomplete; fetch the file again",
-        )
-
-    def _add(self, entry: _Entry, what: str, expected: str | None, found: str) -> None:
-        where = f"{self.path}, tensor {quoted(entry.name)}"
-        self.problems.add(what, where=where, expected=expected, found=found)
-
-
-def _end(tensor: StoredTensor) -> int:
-    return tensor.offset + tensor.nbytes
+    def _add(self, name: str, fault: str, expected: str | None, found: str) -> None:
+        where = f"{self.path}, tensor {quoted(name)}"
+        self.problems.add(fault, where=where, expected=expected, found=found)
 
 
 # Typed metadata values of a GGUF file; every problem is collected, not only the first.
@@ -635,17 +600,17 @@ class Keys:
         self._prefix = f"{architecture}."
 
     def refuse(
-        self, key: str, what: str, *, expected: str | None = None, hint: str | None = None
+        self, key: str, fault: str, *, expected: str | None = None, hint: str | None = None
     ) -> None:
         """Record that the value of a key is rejected."""
         where = f"{self.where}, metadata key {self._prefix + key!r}"
         value = self._metadata.get(self._prefix + key)
-        self.problems.add(what, where=where, expected=expected, found=shown(value), hint=hint)
+        self.problems.add(fault, where=where, expected=expected, found=shown(value), hint=hint)
 
     def unused(self) -> list[str]:
         """Return the keys of the architecture that were never read."""
-        own = (key for key in self._metadata if key.startswith(self._prefix))
-        return [name for key in own if (name := key[len(self._prefix) :]) not in self.used]
+        keys = (key for key in self._metadata if key.startswith(self._prefix))
+        return [name for key in keys if (name := key[len(self._prefix) :]) not in self.used]
 
     def value(self, key: str) -> Value | None:
         """Return a value, or None if it is missing; an array with equal layers is unwrapped."""
@@ -655,12 +620,12 @@ class Keys:
 
     def size(self, key: str, default: int | None = None) -> int:
         """Return a positive integer; without a default it is required."""
-        value = default if (found := self.value(key)) is None else found
+        stated = self.value(key)
+        value = default if stated is None else stated
         if type(value) is int and value >= 1:
             return value
-        missing = found is None
-        what = "the file does not state this size" if missing else "not a usable size"
-        self.refuse(key, what, expected="a whole number above 0")
+        fault = "the file does not state this size" if stated is None else "not a usable size"
+        self.refuse(key, fault, expected="a whole number above 0")
         return default or 1
 
     @overload
@@ -693,8 +658,8 @@ class Keys:
         if array.letter and 1 <= array.count <= MAX_LAYERS:
             values = set(array.numbers().tolist())
             if len(values) == 1:
-                found: Value = values.pop()
-                return found
+                value: Value = values.pop()
+                return value
         self.refuse(key, "the layers differ", expected="the same value in each layer")
         return None
 

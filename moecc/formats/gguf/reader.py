@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
@@ -38,13 +37,14 @@ from moecc.formats.gguf.header import (
     StoredTensor,
     part_count,
     read_gguf_header,
+    shown,
 )
 from moecc.formats.gguf.storage import BY_NAME, dequantise
 from moecc.formats.gguf.tokenizer import tokenizer_files
-from moecc.formats.source import TensorInfo
-from moecc.support.problems import Problems, describe, quoted
+from moecc.formats.source import TensorInfo, quantised_remark
+from moecc.support.problems import Problems, quoted
 from moecc.support.process import Closing
-from moecc.support.text import amount, with_article
+from moecc.support.text import with_article
 from moecc.types import Array
 
 # A model in several GGUF files, as llama-gguf-split writes it.
@@ -73,41 +73,41 @@ def read_gguf(path: Path) -> GgufHeader:
     return _joined(parts, problems)
 
 
-def _parts(given: GgufHeader, problems: Problems) -> Iterator[GgufHeader]:
-    """Yield the headers of all parts in order, the given one among them."""
-    count = part_count(given.metadata)
-    named = _PART.fullmatch(given.path.name)
+def _parts(header: GgufHeader, problems: Problems) -> Iterator[GgufHeader]:
+    """Yield the headers of all parts in order, the given one included."""
+    count = part_count(header.metadata)
+    named = _PART.fullmatch(header.path.name)
     if named is None or int(named["count"]) != count or count > _LARGEST:
         raise InputError(
             "the name is not that of a part of a split model, so the others cannot be found",
-            where=str(given.path),
+            where=str(header.path),
             expected=f"NAME-00001-of-{count:05}.gguf, up to {_LARGEST:,} parts",
             found=f"one of {count:,} parts",
             hint="name the parts as llama-gguf-split does, or join them with its --merge",
         )
     for number in range(count):
-        path = given.path.with_name(f"{named['stem']}-{number + 1:05}-of-{count:05}.gguf")
-        if path == given.path:
-            part = given
+        path = header.path.with_name(f"{named['stem']}-{number + 1:05}-of-{count:05}.gguf")
+        if path == header.path:
+            part = header
         elif path.exists():
             part = read_gguf_header(path)
         else:
             hint = "a split model is read with all of its parts beside each other"
             problems.add("a part of the model is missing", where=str(path), hint=hint)
             continue
-        _check(part, number, count, problems)
+        _check_part(part, number, count, problems)
         yield part
 
 
-def _check(part: GgufHeader, number: int, count: int, problems: Problems) -> None:
+def _check_part(part: GgufHeader, number: int, count: int, problems: Problems) -> None:
     for key, expected in (("split.no", number), ("split.count", count)):
-        found = part.metadata.get(key)
-        if found != expected:
+        value = part.metadata.get(key)
+        if value != expected:
             problems.add(
                 "the part is not the one that its name says",
                 where=f"{part.path}, metadata key {key!r}",
                 expected=f"{expected}",
-                found=describe(found) if isinstance(found, int | str) else "nothing",
+                found=shown(value),
             )
 
 
@@ -118,14 +118,14 @@ def _joined(parts: list[GgufHeader], problems: Problems) -> GgufHeader:
         for name, tensor in part.tensors.items():
             if name in tensors:
                 where = f"{part.path}, tensor {quoted(name)}"
-                found = f"also in {tensors[name].file.name}"
-                problems.add("two parts have this tensor", where=where, found=found)
+                home = f"also in {tensors[name].file.name}"
+                problems.add("two parts have this tensor", where=where, found=home)
             tensors[name] = tensor
     stated = first.metadata.get("split.tensors.count", len(tensors))
     if stated != len(tensors):
         where = f"{first.path}, metadata key 'split.tensors.count'"
-        found = f"{len(tensors):,} in all parts"
-        problems.add("tensors are missing", where=where, expected=f"{stated}", found=found)
+        count = f"{len(tensors):,} in all parts"
+        problems.add("tensors are missing", where=where, expected=f"{stated}", found=count)
     problems.raise_if_any()
     others = {part.path: part.identity for part in parts[1:]}
     return replace(first, tensors=tensors, parts=others)
@@ -209,13 +209,7 @@ class GgufFile(Closing):
 
     def remarks(self) -> list[str]:
         """Return notes on what this file lost or could not provide. Raises as `companions`."""
-        remarks = []
-        stored = Counter(info.storage for info in self.tensors.values() if info.storage)
-        if stored:
-            kinds = ", ".join(
-                f"{amount(count, 'tensor')} in {name}" for name, count in stored.most_common()
-            )
-            remarks.append(f"the weights were quantised, which lost precision: {kinds}")
+        remarks = quantised_remark(self.tensors)
         reason = self._tokenizer()[1]
         if reason is not None:
             remarks.append(f"no tokenizer could be made from this file: {reason}")
@@ -238,14 +232,14 @@ class GgufFile(Closing):
 
     def card(self) -> dict[str, tuple[str, ...]]:
         """Return licence, language and data sets as the metadata state them."""
-        kept: dict[str, tuple[str, ...]] = {}
+        card: dict[str, tuple[str, ...]] = {}
         for key, name in _CARD_KEYS.items():
-            found = self.metadata.get(f"general.{name}")
-            if isinstance(found, str) and found:
-                kept[key] = (found,)
-            elif isinstance(found, GgufArray) and not found.letter and found.count <= _MOST_VALUES:
-                kept[key] = tuple(found.strings())
-        return kept
+            value = self.metadata.get(f"general.{name}")
+            if isinstance(value, str) and value:
+                card[key] = (value,)
+            elif isinstance(value, GgufArray) and not value.letter and value.count <= _MOST_VALUES:
+                card[key] = tuple(value.strings())
+        return card
 
     def files(self) -> list[Path]:
         """Return the file itself, or all files of a model in several."""
@@ -357,30 +351,30 @@ def _family(header: GgufHeader) -> GgufFamily:
     table = GGUF_MIXTURES if sparse else GGUF_FAMILIES
     if architecture in table:
         return table[architecture]
-    known = table if sparse else (*table, *SHAPES)
+    architectures = table if sparse else (*table, *SHAPES)
     raise InputError(
         f"moecc does not support {'mixtures of ' if sparse else ''}this architecture",
         where=f"{header.path}, metadata key 'general.architecture'",
-        expected=f"one of {', '.join(known)}",
+        expected=f"one of {', '.join(architectures)}",
         found=printable(architecture[:100]),
-        hint=nearest(architecture[:100], known),
+        hint=nearest(architecture[:100], architectures),
     )
 
 
 def _names(header: GgufHeader, family: GgufFamily, problems: Problems) -> dict[str, str]:
     """Return the Hugging Face name of each tensor; unknown tensors go to `problems`."""
     names: dict[str, str] = {}
-    known, guesses = known_names(family), _GUESSES
+    candidates, guesses = known_names(family), _GUESSES
     for name in header.tensors:
         new = hugging_face_name(name, family)
         if new is not None:
             names[name] = new
         elif name != ROPE_FACTORS:
             kind = family.model_type if family.experts else f"dense {family.model_type}"
-            what = f"{with_article(kind)} has no tensor {quoted(name)}"
+            fault = f"{with_article(kind)} has no tensor {quoted(name)}"
             # Suggesting the nearest name takes longer than everything else.
-            hint = nearest(name[:100], known) if (guesses := guesses - 1) >= 0 else None
-            problems.add(what, where=str(header.path), hint=hint)
+            hint = nearest(name[:100], candidates) if (guesses := guesses - 1) >= 0 else None
+            problems.add(fault, where=str(header.path), hint=hint)
     return names
 
 
@@ -391,8 +385,8 @@ def _rotary_divisors(header: GgufHeader, pool: DescriptorPool, problems: Problem
         return None
     if stored.storage.name != "F32" or len(stored.shape) > 1 or stored.shape[0] > 1 << 16:
         where = f"{header.path}, tensor {ROPE_FACTORS!r}"
-        found = f"{list(stored.shape)} in {stored.storage.name}"
-        problems.add("not a vector of divisors", where=where, expected="[d] in F32", found=found)
+        form = f"{list(stored.shape)} in {stored.storage.name}"
+        problems.add("not a vector of divisors", where=where, expected="[d] in F32", found=form)
         return None
     raw = np.empty(stored.nbytes, np.uint8)
     pool.read_into(stored.file, header.identities[stored.file], raw.data, stored.offset)
