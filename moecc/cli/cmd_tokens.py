@@ -90,6 +90,7 @@ def tokens(request: TokensRequest) -> None:
 
     from moecc.cli.console import Bar, report
     from moecc.support.process import signals_raised
+    from moecc.support.record import to_json
     from moecc.train.tokens import documents
     from moecc.train.tokens.make import Making, make_tokens
 
@@ -107,7 +108,7 @@ def tokens(request: TokensRequest) -> None:
     with signals_raised(), Bar("encoding") as bar:
         found = make_tokens(made, Path(request.out), force=request.force, progress=bar)
     folders = {str(Path(request.out, name)): facts for name, facts in found.items()}
-    data = {"folders": [{"folder": n, **facts.to_json()} for n, facts in folders.items()]}
+    data = {"folders": [{"folder": n, **to_json(facts)} for n, facts in folders.items()]}
     for one in data["folders"]:
         one.pop("schema")
     report("tokens", data, lambda: tokens_text(folders), request.format)

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moecc.errors import InputError, Problem
 from moecc.formats.files import file_fault, open_regular, os_problem, read_into, read_json_object
-from moecc.support.problems import Problems, describe
-from moecc.support.untyped import JsonDict
-
-# What a token folder says about its tokens: its ``tokens.json``.
-
-T = TypeVar("T")
+from moecc.support.record import Check, Count, read_record
 
 SCHEMA = "moecc.tokens/1"
 
 DOCUMENTS, EXAMPLES, LABELLED = KINDS = ("documents", "examples", "labelled")
 """Texts; prompts with completions; prompts whose completion is one of a few labels."""
+
+ID_TYPES = ("uint16", "uint32")
 
 
 @dataclass(frozen=True)
@@ -37,13 +33,13 @@ class Special:
       sentinels: what stands for hidden spans, in order.
     """
 
-    bos: int | None = None
-    eos: int | None = None
-    pad: int | None = None
-    mask: int | None = None
-    before: tuple[int, ...] = ()
-    after: tuple[int, ...] = ()
-    sentinels: tuple[int, ...] = ()
+    bos: Count | None = None
+    eos: Count | None = None
+    pad: Count | None = None
+    mask: Count | None = None
+    before: tuple[Count, ...] = ()
+    after: tuple[Count, ...] = ()
+    sentinels: tuple[Count, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,8 +53,8 @@ class Label:
     """
 
     text: str
-    tokens: tuple[int, ...]
-    count: int
+    tokens: tuple[Count, ...]
+    count: Count
 
 
 @dataclass(frozen=True)
@@ -73,14 +69,15 @@ class SourceFile:
 
     name: str
     digest: str
-    size_bytes: int
+    size_bytes: Count
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenFacts:
     """The content of ``tokens.json``.
 
     Attributes:
+      schema: the version of the format.
       kind: one of `KINDS`.
       tokenizer: ``bytes``, or the name of the folder that it came from.
       tokenizer_digest: ``sha256:…`` of its ``tokenizer.json``; ``bytes/1`` for bytes.
@@ -97,127 +94,21 @@ class TokenFacts:
       digest: ``sha256:…`` of the other files of the folder.
     """
 
-    kind: str
+    schema: str = SCHEMA
+    kind: Annotated[str, Check(KINDS.__contains__, " | ".join(KINDS))]
     tokenizer: str
     tokenizer_digest: str
-    vocab_size: int
+    vocab_size: Count
     special: Special
-    dtype: str
-    documents: int
-    tokens: int
-    largest_id: int
+    dtype: Annotated[str, Check(ID_TYPES.__contains__, " | ".join(ID_TYPES))]
+    documents: Count
+    tokens: Count
+    largest_id: Count
     digest: str
-    duplicates: int = 0
+    duplicates: Count = 0
     held_out: str = ""
     labels: tuple[Label, ...] = ()
-    sources: tuple[SourceFile, ...] = field(default=())
-
-    def to_json(self) -> JsonDict:
-        """Return what ``tokens.json`` contains."""
-        return {"schema": SCHEMA, **asdict(self)}
-
-    @classmethod
-    def of_json(cls, data: Mapping[str, object], where: str) -> TokenFacts:
-        """Return the facts in a ``tokens.json``.
-
-        Raises:
-          InputError: it is of another version, or keys are missing or of another type.
-        """
-        if data.get("schema") != SCHEMA:
-            raise InputError(
-                "not tokens that this version reads", where=where, expected=SCHEMA,
-                found=describe(data.get("schema")), hint="moecc tokens writes them anew",
-            )  # fmt: skip
-        problems = Problems()
-        given = _Keys(data, where, problems)
-        found = cls(
-            kind=given.one_of("kind", KINDS),
-            tokenizer=given.text("tokenizer"),
-            tokenizer_digest=given.text("tokenizer_digest"),
-            vocab_size=given.count("vocab_size"),
-            special=_special(given.inner("special")),
-            dtype=given.one_of("dtype", ("uint16", "uint32")),
-            documents=given.count("documents"),
-            tokens=given.count("tokens"),
-            largest_id=given.count("largest_id"),
-            digest=given.text("digest"),
-            duplicates=given.count("duplicates"),
-            held_out=given.text("held_out"),
-            labels=tuple(
-                Label(each.text("text"), each.ids("tokens"), each.count("count"))
-                for each in given.all("labels")
-            ),
-            sources=tuple(
-                SourceFile(each.text("name"), each.text("digest"), each.count("size_bytes"))
-                for each in given.all("sources")
-            ),
-        )
-        problems.raise_if_any()
-        return found
-
-
-def _special(given: _Keys) -> Special:
-    return Special(
-        bos=given.id_or_none("bos"),
-        eos=given.id_or_none("eos"),
-        pad=given.id_or_none("pad"),
-        mask=given.id_or_none("mask"),
-        before=given.ids("before"),
-        after=given.ids("after"),
-        sentinels=given.ids("sentinels"),
-    )
-
-
-class _Keys:
-    """Reads the keys of a JSON object and notes what is wrong."""
-
-    def __init__(self, data: Mapping[str, object], where: str, problems: Problems) -> None:
-        self._data = data
-        self._where = where
-        self._problems = problems
-
-    def text(self, key: str) -> str:
-        value = self._data.get(key)
-        return value if isinstance(value, str) else self._wrong(key, "a text", "")
-
-    def one_of(self, key: str, choices: tuple[str, ...]) -> str:
-        value = self._data.get(key)
-        known = isinstance(value, str) and value in choices
-        return str(value) if known else self._wrong(key, " | ".join(choices), choices[0])
-
-    def count(self, key: str) -> int:
-        value = self._data.get(key)
-        whole = type(value) is int and value >= 0
-        return int(str(value)) if whole else self._wrong(key, "a whole number", 0)
-
-    def id_or_none(self, key: str) -> int | None:
-        return None if self._data.get(key) is None else self.count(key)
-
-    def ids(self, key: str) -> tuple[int, ...]:
-        value = self._data.get(key)
-        if isinstance(value, list) and all(type(v) is int and v >= 0 for v in value):
-            return tuple(value)
-        nothing: tuple[int, ...] = ()
-        return self._wrong(key, "a list of ids", nothing)
-
-    def inner(self, key: str) -> _Keys:
-        value = self._data.get(key)
-        found = value if isinstance(value, dict) else self._wrong(key, "an object", {})
-        return _Keys(found, f"{self._where}: {key}", self._problems)
-
-    def all(self, key: str) -> list[_Keys]:
-        value = self._data.get(key)
-        if isinstance(value, list) and all(isinstance(v, dict) for v in value):
-            return [_Keys(v, f"{self._where}: {key}", self._problems) for v in value]
-        nothing: list[_Keys] = []
-        return self._wrong(key, "a list of objects", nothing)
-
-    def _wrong(self, key: str, expected: str, default: T) -> T:
-        found = describe(self._data[key]) if key in self._data else "nothing"
-        self._problems.add(
-            f"not the {key} of tokens", where=self._where, expected=expected, found=found
-        )
-        return default
+    sources: tuple[SourceFile, ...] = ()
 
 
 FACTS = "tokens.json"
@@ -271,43 +162,45 @@ class TokenFolder:
         width = self._dtype.itemsize
         data = bytearray((stop - start) * width)
         read_into(self._descriptor, memoryview(data), start * width, self.path / TOKENS)
-        found = np.frombuffer(data, self._dtype).astype(np.int32)
-        if len(found) and int(found.max()) > self.facts.largest_id:
+        ids = np.frombuffer(data, self._dtype).astype(np.int32)
+        if len(ids) and int(ids.max()) > self.facts.largest_id:
             raise InputError(
-                "the file has other ids than when it was written", where=str(self.path / TOKENS),
-                expected=f"at most {self.facts.largest_id}", found=str(found.max()),
-            )  # fmt: skip
-        return found
+                "the file has other ids than when it was written",
+                where=str(self.path / TOKENS),
+                expected=f"at most {self.facts.largest_id}",
+                found=str(ids.max()),
+            )
+        return ids
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
         """Where documents begin, and the end of the last one, ``i64[documents + 1]``."""
-        found = self._read(STARTS, _START).astype(np.int64)
-        rising = bool((np.diff(found) >= 0).all())
-        if not rising or found[0] != 0 or found[-1] != self.facts.tokens:
+        starts = self._read(STARTS, _START)
+        is_rising = bool((np.diff(starts) >= 0).all())
+        if not is_rising or starts[0] != 0 or starts[-1] != self.facts.tokens:
             raise InputError("documents do not follow each other", where=str(self.path / STARTS))
-        return found
+        return starts
 
     @cached_property
     def completions(self) -> NDArray[np.int64]:
         """The tokens of each document's prompt, after which its completion begins."""
-        found = self._read(COMPLETIONS, _NUMBER).astype(np.int64)
-        if ((found < 0) | (found > np.diff(self.starts))).any():
+        prompts = self._read(COMPLETIONS, _NUMBER)
+        if ((prompts < 0) | (prompts > np.diff(self.starts))).any():
             where = str(self.path / COMPLETIONS)
             raise InputError("a completion begins outside its document", where=where)
-        return found
+        return prompts
 
     @cached_property
     def labels(self) -> NDArray[np.int64]:
         """The number of each document's label."""
-        found = self._read(LABELS, _NUMBER).astype(np.int64)
-        if ((found < 0) | (found >= len(self.facts.labels))).any():
+        numbers = self._read(LABELS, _NUMBER)
+        if ((numbers < 0) | (numbers >= len(self.facts.labels))).any():
             raise InputError("a label is none of the folder's", where=str(self.path / LABELS))
-        return found
+        return numbers
 
-    def _read(self, name: str, dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
+    def _read(self, name: str, dtype: np.dtype[np.generic]) -> NDArray[np.int64]:
         try:
-            return np.fromfile(self.path / name, dtype)
+            return np.fromfile(self.path / name, dtype).astype(np.int64)
         except OSError as error:
             raise os_problem(error, self.path / name) from None
 
@@ -321,15 +214,19 @@ def open_tokens(path: Path | str) -> TokenFolder:
     """
     folder = Path(path)
     if not (folder / FACTS).is_file():
+        parts = [str(folder / n) for n in ("train", "heldout") if (folder / n / FACTS).is_file()]
+        hint = "there is no such folder"
+        if parts:
+            hint = f"it has token folders in it: {', '.join(parts)}"
+        elif folder.exists():
+            hint = "moecc tokens TEXT --tokenizer FOLDER --out DIR makes one"
         raise InputError(
-            "not a token folder", where=str(path), expected=f"a folder with {FACTS}",
-            hint=_hint(folder),
-        )  # fmt: skip
-    data = read_json_object(folder / FACTS, limit_bytes=LARGEST_FACTS_BYTES)
-    facts = TokenFacts.of_json(data, str(folder / FACTS))
-    problems = [
-        p for name, size in expected_sizes(facts).items() for p in _fault(folder, name, size)
-    ]
+            "not a token folder", where=str(path), expected=f"a folder with {FACTS}", hint=hint
+        )
+    document = read_json_object(folder / FACTS, limit_bytes=LARGEST_FACTS_BYTES)
+    facts = read_record(TokenFacts, document, str(folder / FACTS))
+    sizes = expected_sizes(facts).items()
+    problems = [p for name, size in sizes for p in _size_problems(folder, name, size)]
     if problems:
         raise InputError(problems)
     return TokenFolder(folder, facts)
@@ -348,23 +245,14 @@ def expected_sizes(facts: TokenFacts) -> dict[str, int]:
     return sizes
 
 
-def _fault(folder: Path, name: str, size: int) -> list[Problem]:
+def _size_problems(folder: Path, name: str, size: int) -> list[Problem]:
     path = folder / name
     fault = file_fault(path, folder)
     if fault is not None:
         return [fault]
-    found = path.stat().st_size
-    if found == size:
+    actual_size = path.stat().st_size
+    if actual_size == size:
         return []
     what = "the file is not of the size that its facts say"
     hint = "a copy that was cut short? moecc tokens writes the folder anew"
-    return [Problem(what, str(path), f"{size:,} bytes", f"{found:,} bytes", hint)]
-
-
-def _hint(folder: Path) -> str:
-    inner = [n for n in ("train", "heldout") if (folder / n / FACTS).is_file()]
-    if inner:
-        return f"it has token folders in it: {', '.join(str(folder / n) for n in inner)}"
-    if folder.exists():
-        return "moecc tokens TEXT --tokenizer FOLDER --out DIR makes one"
-    return "there is no such folder"
+    return [Problem(what, str(path), f"{size:,} bytes", f"{actual_size:,} bytes", hint)]

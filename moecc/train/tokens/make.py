@@ -19,6 +19,7 @@ from moecc.formats.disk import write_durable
 from moecc.formats.files import os_problem
 from moecc.formats.output import output_folder
 from moecc.support.process import Closing
+from moecc.support.record import to_json
 from moecc.support.text import amount
 from moecc.train.tokens.documents import SPLITS, Document, Format, Reader, text_files
 from moecc.train.tokens.encoders import Encoder, IdArray, open_encoder
@@ -65,7 +66,12 @@ class TokenWriter(Closing):
         self.tokens = 0
         self._largest = 0
         self._stack = ExitStack()
-        self._files = {name: self._open(name) for name in self._names()}
+        names = [TOKENS, STARTS]
+        if kind != DOCUMENTS:
+            names.append(COMPLETIONS)
+        if kind == LABELLED:
+            names.append(LABELS)
+        self._files = {n: self._stack.enter_context(_Appended(folder / n)) for n in names}
         self._write(STARTS, np.zeros(1, "<i8"))
 
     def add(self, ids: IdArray) -> None:
@@ -88,6 +94,7 @@ class TokenWriter(Closing):
 
     def finish(self, *, sources: list[SourceFile], duplicates: int, held_out: str) -> TokenFacts:
         """Complete the folder and return its facts. Raises MachineError."""
+        digests = "\n".join(f"{name} {file.digest}" for name, file in self._files.items())
         facts = TokenFacts(
             kind=self._kind,
             tokenizer=self._encoder.name,
@@ -98,7 +105,7 @@ class TokenWriter(Closing):
             documents=self.documents,
             tokens=self.tokens,
             largest_id=self._largest,
-            digest=self._digest(),
+            digest=f"sha256:{hashlib.sha256(digests.encode()).hexdigest()}",
             duplicates=duplicates,
             held_out=held_out,
             labels=tuple(
@@ -109,7 +116,7 @@ class TokenWriter(Closing):
         )
         for file in self._files.values():
             file.synchronise()
-        lines = (f'  "{key}": {json.dumps(value)}' for key, value in facts.to_json().items())
+        lines = (f'  "{key}": {json.dumps(value)}' for key, value in to_json(facts).items())
         write_durable(self._folder / FACTS, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
         return facts
 
@@ -122,24 +129,8 @@ class TokenWriter(Closing):
         """Close the files."""
         self._stack.close()
 
-    def _names(self) -> list[str]:
-        names = [TOKENS, STARTS]
-        if self._kind != DOCUMENTS:
-            names.append(COMPLETIONS)
-        if self._kind == LABELLED:
-            names.append(LABELS)
-        return names
-
-    def _open(self, name: str) -> _Appended:
-        return self._stack.enter_context(_Appended(self._folder / name))
-
     def _write(self, name: str, array: NDArray[Any]) -> None:
         self._files[name].write(array.tobytes())
-
-    def _digest(self) -> str:
-        """Return one digest of the digests of all files."""
-        digests = "\n".join(f"{name} {file.digest}" for name, file in self._files.items())
-        return f"sha256:{hashlib.sha256(digests.encode()).hexdigest()}"
 
 
 class _Appended(Closing):
@@ -258,12 +249,12 @@ class _Maker:
         self._encoder = encoder
         self._reader = Reader(making.format)
         self._duplicates = {"": 0, TRAIN: 0, HELD_OUT: 0}
-        self._seen: set[int] = set()
+        self._hashes: set[int] = set()
         self._writers: dict[str, TokenWriter] = {}
         for name in (TRAIN, HELD_OUT) if making.hold_out else ("",):
-            place = folder / name
-            place.mkdir(exist_ok=True)
-            writer = TokenWriter(place, encoder, making.format.kind)
+            part = folder / name
+            part.mkdir(exist_ok=True)
+            writer = TokenWriter(part, encoder, making.format.kind)
             self._writers[name] = stack.enter_context(writer)
 
     def make(self, files: Sequence[Path], progress: Progress | None) -> dict[str, TokenFacts]:
@@ -291,17 +282,17 @@ class _Maker:
         batch: list[tuple[str, Document]] = []
         size = 0
         for document in self._reader.read(file):
-            place = self._place(document)
-            if place is None:
+            part = self._part_of(document)
+            if part is None:
                 continue
-            batch.append((place, document))
+            batch.append((part, document))
             size += len(document.text)
             if size > _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
                 yield batch
                 batch, size = [], 0
         yield batch
 
-    def _place(self, document: Document) -> str | None:
+    def _part_of(self, document: Document) -> str | None:
         """Return the folder of a document, or None where an equal one came before.
 
         Examples with equal prompts are in one folder: the answer must not be in the other.
@@ -311,11 +302,13 @@ class _Maker:
         name = (HELD_OUT if held_out else TRAIN) if self._making.hold_out else ""
         if not self._making.deduplicate:
             return name
-        whole = draw if document.completion is None else _hash(_joined(document))
-        if whole in self._seen:
+        identity = draw
+        if document.completion is not None:
+            identity = _hash(f"{len(document.text)} {document.text}{document.completion}")
+        if identity in self._hashes:
             self._duplicates[name] += 1
             return None
-        self._seen.add(whole)
+        self._hashes.add(identity)
         return name
 
     def _write(self, batch: Sequence[tuple[str, Document]]) -> None:
@@ -356,7 +349,3 @@ def _hash(text: str) -> int:
     """Return 64 bits that depend on nothing but `text`."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8)
     return int.from_bytes(digest.digest(), "big")
-
-
-def _joined(document: Document) -> str:
-    return f"{len(document.text)} {document.text}{document.completion}"
