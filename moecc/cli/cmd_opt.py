@@ -152,7 +152,7 @@ def _instruments(request: OptRequest) -> list[Instrument]:
     if request.timing:
         made.append(instruments.Timing(sys.stderr))
     if request.stats:
-        made.append(instruments.Statistics(sys.stderr))
+        made.append(instruments.StatisticsTable(sys.stderr))
     if request.remarks:
         made.append(instruments.Remarks(sys.stderr))
     return made

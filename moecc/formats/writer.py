@@ -40,7 +40,7 @@ from moecc.support.record import read_record, stored, to_json
 from moecc.support.untyped import Json, JsonDict
 from moecc.types import Array, DType
 from moecc.weights.arithmetic import Cast, first_nonfinite
-from moecc.weights.evaluate import Evaluator, Reader, ValuesOverflow, same_bytes
+from moecc.weights.evaluate import Evaluator, TensorReader, ValuesOverflow, same_bytes
 from moecc.weights.expr import Expr, row_blocks, sources
 from moecc.weights.movement import Tile
 from moecc.weights.simplify import simplify
@@ -84,7 +84,7 @@ class ScanningReader:
       reader: the wrapped reader.
     """
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: TensorReader) -> None:
         self._reader = reader
         self._lock = threading.Lock()
         self._scanned: set[tuple[str, int, int | None]] = set()
@@ -434,7 +434,7 @@ class WriteReport:
 def write_checkpoint(
     folder: Path,
     tensors: Sequence[OutputTensor],
-    reader: Reader,
+    reader: TensorReader,
     *,
     max_shard_bytes: int = 5 * 10**9,
     metadata: Mapping[str, str] | None = None,
@@ -483,7 +483,7 @@ def write_files(
     folder: Path,
     tensors: Sequence[OutputTensor],
     files: Sequence[Shard],
-    reader: Reader,
+    reader: TensorReader,
     *,
     threads: int = 2,
     progress: Progress | None = None,

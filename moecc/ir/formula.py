@@ -124,12 +124,12 @@ def parse_formula(text: str) -> Formula:
             found=f"{len(text):,}",
         )
     try:
-        return _Parser(text).formula()
+        return _FormulaParser(text).formula()
     except ParseError as error:
         raise InputError(f"not a formula: {text}", found=error.message) from None
 
 
-class _Parser:
+class _FormulaParser:
     """Parses one formula from left to right; nesting is bounded by the length of the text."""
 
     def __init__(self, text: str) -> None:

@@ -242,11 +242,11 @@ def parse(text: str, file: str = "<text>") -> Graph:
       ParseError: all problems found, up to a limit.
     """
     with gc_paused():
-        return _Parser(Scanner(text, file, blanks=_BLANKS)).module()
+        return _GraphParser(Scanner(text, file, blanks=_BLANKS)).module()
 
 
-class _Parser:
-    def __init__(self, scan: Scanner, around: _Parser | None = None) -> None:
+class _GraphParser:
+    def __init__(self, scan: Scanner, around: _GraphParser | None = None) -> None:
         self.scan = scan
         self.around = around
         self.graph = Graph() if around is None else Graph("body")
@@ -442,7 +442,7 @@ class _Parser:
         """Parse the body of the node whose operation is at offset `at`, in braces."""
         if self.around is not None:
             raise self.scan.error("a scan within a scan", at, hint="unroll the inner one")
-        inner, before = _Parser(self.scan, self), len(self.problems)
+        inner, before = _GraphParser(self.scan, self), len(self.problems)
         if MESH in self.graph.attrs:
             inner.graph.attrs[MESH] = self.graph.attrs[MESH]
         if not inner.statements() or len(self.problems) > before:

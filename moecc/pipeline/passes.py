@@ -294,7 +294,7 @@ _SCALARS: dict[object, tuple[str, re.Pattern[str], Callable[[str], object]]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ValuePiece:
     """A part of a value between commas: its text, and whether it was quoted."""
 
     text: str
@@ -409,7 +409,7 @@ class _NoFit(ValueError):
     """The text is not a value of the type."""
 
 
-def read(type: object, pieces: tuple[Piece, ...]) -> object:
+def read(type: object, pieces: tuple[ValuePiece, ...]) -> object:
     """Return the value of `type` parsed from `pieces`.
 
     Raises:
@@ -424,7 +424,7 @@ def read(type: object, pieces: tuple[Piece, ...]) -> object:
                 continue
         raise _NoFit
     if origin is tuple:
-        pieces = () if pieces == (Piece("()"),) else pieces
+        pieces = () if pieces == (ValuePiece("()"),) else pieces
         elements = _elements(type, len(pieces))
         if len(elements) != len(pieces):
             raise _NoFit
@@ -499,12 +499,12 @@ def _write_scalar(type: object, value: object) -> str:
     if not isinstance(value, str):
         return repr(value)
     parts = value.split(",")
-    if all(map(_BARE.match, parts)) and _is_text_of(type, tuple(map(Piece, parts)), value):
+    if all(map(_BARE.match, parts)) and _is_text_of(type, tuple(map(ValuePiece, parts)), value):
         return value
     return json.dumps(value)
 
 
-def _is_text_of(type: object, pieces: tuple[Piece, ...], value: object) -> bool:
+def _is_text_of(type: object, pieces: tuple[ValuePiece, ...], value: object) -> bool:
     try:
         again = read(type, pieces)
     except _NoFit:
@@ -516,13 +516,13 @@ def _is_text_of(type: object, pieces: tuple[Piece, ...], value: object) -> bool:
 _PIECE = re.compile(r'"((?:[^"\\]|\\.)*)"|([^\s{}",]+)')
 
 
-def split(text: str) -> tuple[Piece, ...]:
+def split(text: str) -> tuple[ValuePiece, ...]:
     """Return the pieces of a value's text.
 
     Raises:
       ValueError: it is not a value.
     """
-    pieces: list[Piece] = []
+    pieces: list[ValuePiece] = []
     at = 0
     while not pieces or at < len(text):
         at += bool(pieces)
@@ -532,7 +532,7 @@ def split(text: str) -> tuple[Piece, ...]:
         # json rejects control characters inside quotes, which a shell may well pass on.
         is_quoted = match.group(1) is not None
         word = json.loads(match.group(), strict=False) if is_quoted else match.group()
-        pieces.append(Piece(word, is_quoted))
+        pieces.append(ValuePiece(word, is_quoted))
         at = match.end()
     return tuple(pieces)
 

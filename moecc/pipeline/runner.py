@@ -56,7 +56,7 @@ class PassRun:
 
 
 @dataclass(frozen=True)
-class Report:
+class PipelineReport:
     """A pipeline, run."""
 
     runs: tuple[PassRun, ...]
@@ -118,7 +118,7 @@ class Instrument:
     def after(self, run: PassRun, graph: Graph) -> None:
         """Receive the verified graph after a pass."""
 
-    def finish(self, report: Report) -> None:
+    def finish(self, report: PipelineReport) -> None:
         """Receive the report of all passes."""
 
 
@@ -129,7 +129,7 @@ def run_pipeline(
     context: Context | None = None,
     instruments: Sequence[Instrument] = (),
     crash_folder: Callable[[], Path] | None = None,
-) -> Report:
+) -> PipelineReport:
     """Run `pipeline` on `graph`, in place, and return a report of the passes.
 
     Args:
@@ -166,7 +166,7 @@ def run_pipeline(
             reproducer.item = None
             for instrument in instruments:
                 instrument.after(run, graph)
-    report = Report(tuple(runs))
+    report = PipelineReport(tuple(runs))
     for instrument in instruments:
         instrument.finish(report)
     return report
@@ -376,7 +376,7 @@ class Timing(Instrument):
 
     stream: TextIO
 
-    def finish(self, report: Report) -> None:
+    def finish(self, report: PipelineReport) -> None:
         """Print the table."""
         total = sum(r.seconds + r.verify_seconds for r in report.runs)
         rows = [("pass", "seconds", "verify", "share")]
@@ -389,12 +389,12 @@ class Timing(Instrument):
 
 
 @dataclass
-class Statistics(Instrument):
+class StatisticsTable(Instrument):
     """Prints the counts of each pass, and of its rules hits, attempts and time."""
 
     stream: TextIO
 
-    def finish(self, report: Report) -> None:
+    def finish(self, report: PipelineReport) -> None:
         """Print a table for each pass."""
         for run in report.runs:
             result = run.result

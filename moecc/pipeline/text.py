@@ -29,8 +29,8 @@ from moecc.pipeline.passes import (
     Option,
     Pass,
     PassResult,
-    Piece,
     Preserves,
+    ValuePiece,
     apply_pass,
     blamed,
     choices,
@@ -436,7 +436,7 @@ MAX_PROBLEMS = 20
 _NOTHING = re.compile("")
 _SPACE = re.compile(r"\s*")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]*")
-_SET = (Piece("true"),)
+_SET = (ValuePiece("true"),)
 _BRACES = "options are in braces: upcycle{experts=8 top-k=2}"
 _EQUALS = "an option and its value are joined by =, without blanks: upcycle{experts=8 top-k=2}"
 _BETWEEN = "passes are separated by commas: upcycle{experts=8},dce"
@@ -464,7 +464,9 @@ class Pipeline:
         Raises:
           UsageError: all problems of the text.
         """
-        return cls(_Parser(text, file, installed() if registry is None else registry).passes())
+        return cls(
+            _PipelineParser(text, file, installed() if registry is None else registry).passes()
+        )
 
     def __iter__(self) -> Iterator[Pass]:
         return iter(self.passes)
@@ -539,7 +541,7 @@ class _StatedOption:
 
     name: str
     at: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[ValuePiece, ...]
     text: str
 
 
@@ -553,7 +555,7 @@ class _Item:
     stated: list[_StatedOption] = field(default_factory=list)
 
 
-class _Parser:
+class _PipelineParser:
     def __init__(self, text: str, file: str, registry: Registry) -> None:
         self.scan = Scanner(text, file, blanks=_NOTHING)
         self.registry = registry

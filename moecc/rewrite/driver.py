@@ -151,7 +151,7 @@ def find(graph: Graph, *rules: Rule, misses: Misses | None = None) -> Iterator[M
                 yield hit
 
 
-class _Candidate:
+class _RootPattern:
     """A rule with one of the operation patterns that may be its root."""
 
     __slots__ = ("heads", "name", "pattern", "rule", "stats")
@@ -198,12 +198,12 @@ class _Candidate:
 
 def _by_operation(
     rules: Sequence[Rule], stats: Mapping[str, RuleStats]
-) -> dict[OpDef, list[_Candidate]]:
+) -> dict[OpDef, list[_RootPattern]]:
     """Return the candidates for a node by its operation, those of one rule in a row."""
-    index: dict[OpDef, list[_Candidate]] = {}
+    index: dict[OpDef, list[_RootPattern]] = {}
     for rule in rules:
         for pattern in roots(rule.pattern):
-            candidate = _Candidate(rule, pattern, stats[rule.name])
+            candidate = _RootPattern(rule, pattern, stats[rule.name])
             for op in pattern.ops:
                 index.setdefault(op, []).append(candidate)
     return index

@@ -44,7 +44,7 @@ class Pattern:
 
 
 @dataclass(frozen=True, eq=False)
-class Leaf(Pattern):
+class LeafPattern(Pattern):
     """Any value, whatever defines it.
 
     Attributes:
@@ -177,25 +177,25 @@ class Patterns:
     """Makes patterns: every operation of the table is a method; see `P`."""
 
     def any(
-        self, name: str | None = None, *, where: Where | None = None, why: str = Leaf.why
-    ) -> Leaf:
+        self, name: str | None = None, *, where: Where | None = None, why: str = LeafPattern.why
+    ) -> LeafPattern:
         """Return a pattern of any value."""
-        return Leaf("value", name, where, why)
+        return LeafPattern("value", name, where, why)
 
     def param(
-        self, name: str | None = None, *, where: Where | None = None, why: str = Leaf.why
-    ) -> Leaf:
+        self, name: str | None = None, *, where: Where | None = None, why: str = LeafPattern.why
+    ) -> LeafPattern:
         """Return a pattern of a parameter."""
-        return Leaf("param", name, where, why)
+        return LeafPattern("param", name, where, why)
 
     def input(
-        self, name: str | None = None, *, where: Where | None = None, why: str = Leaf.why
-    ) -> Leaf:
+        self, name: str | None = None, *, where: Where | None = None, why: str = LeafPattern.why
+    ) -> LeafPattern:
         """Return a pattern of an input of the graph."""
-        return Leaf("input", name, where, why)
+        return LeafPattern("input", name, where, why)
 
     def attr(
-        self, name: str | None = None, *, where: Where | None = None, why: str = Leaf.why
+        self, name: str | None = None, *, where: Where | None = None, why: str = LeafPattern.why
     ) -> AttrPattern:
         """Return a pattern of an attribute, which captures it as `name`."""
         return AttrPattern(name, where, why)
@@ -224,7 +224,7 @@ class Patterns:
         commutative = all(e.commutative for e in entries)
         if commutative and is_open:
             # So that the one operand pattern is tried on both sides.
-            patterns, is_open = (*patterns, Leaf(), Leaf())[:2], False
+            patterns, is_open = (*patterns, LeafPattern(), LeafPattern())[:2], False
         return OpPattern(
             frozenset(entries),
             patterns,
@@ -422,7 +422,7 @@ class _Attempt:
             for alternative in reversed(pattern.choices[1:]):
                 self.remember((alternative, value, remaining))
             return (pattern.choices[0], value, remaining)
-        assert isinstance(pattern, Leaf)
+        assert isinstance(pattern, LeafPattern)
         if (pattern.kind == "param" and not value.is_param) or (
             pattern.kind == "input" and (value.is_param or value.node is not None)
         ):
@@ -511,14 +511,14 @@ class _Attempt:
         if why == "alone":
             return _other_user(value, self.nodes)
         if why == "kind":
-            assert isinstance(pattern, Leaf)
+            assert isinstance(pattern, LeafPattern)
             wanted = {"param": "a parameter", "input": "an input of the graph"}[pattern.kind]
             return f"{_made(value)}, expected {wanted}"
         if why == "where":
-            assert isinstance(pattern, Leaf | OpPattern)
+            assert isinstance(pattern, LeafPattern | OpPattern)
             return f"%{value.name} {pattern.why}"
         if why == "bind":
-            assert isinstance(pattern, Leaf | OpPattern)
+            assert isinstance(pattern, LeafPattern | OpPattern)
             bound = self.captures[pattern.name or ""]
             assert isinstance(bound, Value), "a name is of a value or of an attribute, not of both"
             return f"%{value.name} should be the same value as %{bound.name}"
@@ -547,7 +547,7 @@ class _Attempt:
         raise AssertionError("every attribute matches")
 
 
-_NOWHERE = Leaf()
+_NOWHERE = LeafPattern()
 
 
 def _made(value: Value) -> str:

@@ -19,7 +19,7 @@ from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.operation import Attr, OpDef
 from moecc.rewrite.pattern import (
     AttrPattern,
-    Leaf,
+    LeafPattern,
     OneOf,
     OpPattern,
     Pattern,
@@ -128,7 +128,7 @@ class PatternMaker:
         """
         if isinstance(pattern, OneOf):
             return self.build(self.g.pick(pattern.choices), near, goal)
-        if isinstance(pattern, Leaf):
+        if isinstance(pattern, LeafPattern):
             return self.leaf(pattern, near, goal)
         assert isinstance(pattern, OpPattern)
         entry = self.g.pick(sorted(pattern.ops, key=str))
@@ -145,7 +145,7 @@ class PatternMaker:
 
     # --- leaves
 
-    def leaf(self, pattern: Leaf, near: Value | None, goal: TensorType | None) -> Value:
+    def leaf(self, pattern: LeafPattern, near: Value | None, goal: TensorType | None) -> Value:
         """Return what a leaf of the pattern may be: what its name stands for, near, or new."""
         known = self.bound.get(pattern.name or "")
         if isinstance(known, Value):
@@ -159,7 +159,7 @@ class PatternMaker:
             return self._bind(pattern.name, found)
         return self._bind(pattern.name, self._new(pattern, type))
 
-    def _new(self, pattern: Leaf, type: TensorType) -> Value:
+    def _new(self, pattern: LeafPattern, type: TensorType) -> Value:
         if type.extents:
             raise Misfit
         is_static = type.is_static and type.dtype.is_float
@@ -230,7 +230,7 @@ class PatternMaker:
             if at in operands:
                 continue
             anchor = next(iter(operands.values()), None)
-            leaf = item if isinstance(item, Leaf) else Leaf()
+            leaf = item if isinstance(item, LeafPattern) else LeafPattern()
             is_param = leaf.kind == "param"
             goal = operand_type(self.g, anchor.type, self.names, is_param) if anchor else None
             operands[at] = self.leaf(leaf, near if anchor is None else anchor, goal)
@@ -310,7 +310,7 @@ def find_type(g: Growth, type: TensorType) -> Value | None:
     return g.find(lambda v: v.type == type)
 
 
-def _accepts(pattern: Leaf, value: Value) -> bool:
+def _accepts(pattern: LeafPattern, value: Value) -> bool:
     is_input = value.node is None and not value.is_param
     of_kind = {"value": True, "param": value.is_param, "input": is_input}[pattern.kind]
     return of_kind and (pattern.where is None or bool(pattern.where(value)))
@@ -333,7 +333,7 @@ def _padded(pattern: OpPattern, node: Node) -> list[Pattern | None]:
 @cache
 def _is_guessable(entry: OpDef) -> bool:
     """Return whether guesses ever make the operation; they are tried on graphs of their own."""
-    pattern = OpPattern(frozenset({entry}), tuple(Leaf() for _ in entry.operands))
+    pattern = OpPattern(frozenset({entry}), tuple(LeafPattern() for _ in entry.operands))
     for seed in range(4):
         g = _new_growth(seed)
         with suppress(Misfit):

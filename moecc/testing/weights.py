@@ -13,7 +13,7 @@ from moecc.types import F16, F32, F64, Array, DType, TensorType
 from moecc.weights import draws as random
 from moecc.weights.arithmetic import Add, Cast, Minimum, Moment, Mul, Scale, Select
 from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform
-from moecc.weights.evaluate import Reader, evaluate
+from moecc.weights.evaluate import TensorReader, evaluate
 from moecc.weights.expr import Expr, Full, Source, sources, transform
 from moecc.weights.fits import Fitted, cluster_order, fitted_rows
 from moecc.weights.movement import (
@@ -112,7 +112,7 @@ class _Sources:
         return whole[start:stop] if type.axes else whole
 
 
-def stored_sources(weights: Iterable[Expr], seed: int) -> Reader:
+def stored_sources(weights: Iterable[Expr], seed: int) -> TensorReader:
     """Return what reads random source tensors of several expressions, in their element types."""
     return _Stored(tuple(weights), seed)
 
@@ -130,7 +130,7 @@ class _Stored(_Sources):
 # functions that turn random words into numbers, that cluster, and that fit routers.
 
 
-def whole_naively(expr: Expr, read: Reader) -> Array:
+def whole_naively(expr: Expr, read: TensorReader) -> Array:
     """Return the tensor of `expr`.
 
     Args:
@@ -141,7 +141,7 @@ def whole_naively(expr: Expr, read: Reader) -> Array:
         return _naive(expr, read)
 
 
-def _naive(e: Expr, read: Reader) -> Array:
+def _naive(e: Expr, read: TensorReader) -> Array:
     x = [_naive(y, read) for y in e.operands]
     n = e.type.names
     match e:

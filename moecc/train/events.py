@@ -15,7 +15,7 @@ from moecc.support.untyped import JsonDict
 from moecc.train.batches import Batches
 from moecc.train.recipe import Recipe
 from moecc.train.state import Weights
-from moecc.weights.evaluate import Reader
+from moecc.weights.evaluate import TensorReader
 
 Metric = float | list[float]
 """A number, or one for each expert."""
@@ -184,7 +184,7 @@ class Beginning:
     """
 
     weights: Weights
-    read: Reader
+    read: TensorReader
     moments: Weights
 
 

@@ -72,7 +72,7 @@ class ValuesOverflow(InputError):
     """Finite values that overflow a type."""
 
 
-class Reader(Protocol):
+class TensorReader(Protocol):
     """Reads the tensors of a checkpoint: `moecc.formats.source.Checkpoint.read`."""
 
     def __call__(self, name: str, start: int = 0, stop: int | None = None) -> Array:
@@ -82,7 +82,7 @@ class Reader(Protocol):
 
 def evaluate(
     expr: Expr,
-    reader: Reader,
+    reader: TensorReader,
     dtype: DType | None = None,
     rows: tuple[int, int] | None = None,
 ) -> Array:
@@ -106,13 +106,13 @@ def evaluate(
     return np.array(Evaluator(reader).block(wanted, box), order="C")
 
 
-def materialise(expr: Expr, reader: Reader, dtype: DType | None = None) -> Array:
+def materialise(expr: Expr, reader: TensorReader, dtype: DType | None = None) -> Array:
     """Return the whole value of `expr`, for small tensors. Raises as `evaluate`."""
     return evaluate(expr, reader, dtype)
 
 
 def blocks(
-    expr: Expr, reader: Reader, dtype: DType | None = None, block_bytes: int = BLOCK_BYTES
+    expr: Expr, reader: TensorReader, dtype: DType | None = None, block_bytes: int = BLOCK_BYTES
 ) -> Iterator[Array]:
     """Yield the value of `expr` in contiguous pieces of at most about `block_bytes`, in order.
 
@@ -144,9 +144,9 @@ class Evaluator:
       reader: reads the sources.
     """
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: TensorReader) -> None:
         self._read = reader
-        self._moments = moments.Memory()
+        self._moments = moments.MomentCache()
 
     def block(self, expr: Expr, box: Box) -> Array:
         """Return the elements of `expr` in `box`; the array may be read-only and not contiguous.

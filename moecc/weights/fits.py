@@ -228,7 +228,7 @@ _REMEMBERED = 4096
 _REMEMBERED_BYTES = 1 << 16
 
 
-class Memory:
+class MomentCache:
     """Computes moments and caches small results, which each block of a tensor needs again."""
 
     def __init__(self) -> None:
@@ -296,12 +296,12 @@ def _mean(block: Block, e: Moment, box: Box, centre: Floats | None) -> Floats:
     """Return the mean over the reduced axes of x, or of its squared distance from `centre`."""
     ranges = dict(zip(e.keep, box, strict=True))
     reduced = tuple(name for name in e.x.type.names if name not in e.keep)
-    total, count = _Sums(block, e, centre).sums(ranges, reduced)
+    total, count = _MomentSums(block, e, centre).sums(ranges, reduced)
     return np.divide(total, count, out=np.zeros_like(total), where=count > 0)
 
 
 @dataclass(frozen=True)
-class _Sums:
+class _MomentSums:
     """Sums the elements that count, axis after axis, the last first."""
 
     block: Block

@@ -13,16 +13,24 @@ from itertools import count
 from math import frexp, isfinite, prod
 from typing import Any
 
-from moecc.types import Axis, TensorType, is_lossless
-from moecc.weights.arithmetic import Add, Cast, Minimum, Moment, Mul, Scale, Select
+from moecc.types import is_lossless
+from moecc.weights.arithmetic import (
+    Add,
+    Cast,
+    Minimum,
+    Moment,
+    Mul,
+    Scale,
+    Select,
+    compute_constant,
+    rounded,
+    value_of,
+)
 from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform
 from moecc.weights.expr import Expr, Full
 from moecc.weights.movement import Concat, Index, Merge, Permute, Rename, Slice, Split, Stack, Tile
 
 # Rules for arithmetic nodes: only those that rounding cannot distinguish.
-#
-# What needs numpy, which takes longer to import than the rest of moecc, is in
-# `moecc.weights.arithmetic`, imported where there is a number to compute.
 
 
 def under_movement(e: Scale | Cast) -> Expr | None:
@@ -47,9 +55,7 @@ def fold_numbers(e: Scale | Cast | Add | Mul | Minimum) -> Expr | None:
     """Fold operations on constant tensors."""
     if not all(isinstance(x, Full) for x in e.operands):
         return None
-    from moecc.weights.arithmetic import compute_constant as computed
-
-    value = computed(e, [x for x in e.operands if isinstance(x, Full)])
+    value = compute_constant(e, [x for x in e.operands if isinstance(x, Full)])
     return Full(value, e.type) if isfinite(value) else None
 
 
@@ -67,8 +73,6 @@ def scale_of_scale(e: Scale) -> Expr | None:
     inner = e.x
     if not isinstance(inner, Scale) or abs(frexp(inner.factor)[0]) != 0.5:
         return None
-    from moecc.weights.arithmetic import rounded
-
     dtype = e.type.dtype
     factor = inner.factor * rounded(e.factor, dtype)
     if abs(inner.factor) < 1.0 or not isfinite(rounded(factor, dtype)):
@@ -93,8 +97,6 @@ def mul_by_full(e: Mul) -> Expr | None:
     """Scale by a constant tensor."""
     for x, full in ((e.a, e.b), (e.b, e.a)):
         if isinstance(full, Full):
-            from moecc.weights.arithmetic import value_of
-
             scaled = Scale(x, value_of(full))
             if scaled.type == e.type:
                 return scaled
@@ -128,31 +130,19 @@ def drop_slice(e: Slice) -> Expr | None:
     return e.x if e.type == e.x.type else None
 
 
-def push_index(e: Index) -> Expr | None:
-    """Move an index below its operand."""
-    push = _PUSH_INDEX.get(e.x.__class__)
-    return push(e, e.x) if push else None
-
-
-def push_slice(e: Slice) -> Expr | None:
-    """Move a slice below its operand."""
-    push = _PUSH_SLICE.get(e.x.__class__)
-    return push(e, e.x) if push else None
-
-
-def reorder(e: View, simplify: Callable[[Expr], Expr]) -> Expr | None:
+def reorder_views(e: View) -> Expr | None:
     """Order views of several axes: slices first, each in the order of the axes.
 
-    The outer view is pushed instead if it can go deeper than the inner one, as `simplify` shows.
+    The outer view is pushed instead if it can go deeper than the inner one.
     """
     inner = e.x
     if not isinstance(inner, View) or inner.axis == e.axis:
         return None
-    alone = _again(e, inner.x)
+    alone = _viewed(e, inner.x)
     pushed = simplify(alone)
     if pushed is alone and _order(e) > _order(inner):
         return None
-    return _again(inner, pushed)
+    return _viewed(inner, pushed)
 
 
 def _order(e: View) -> tuple[bool, int]:
@@ -162,11 +152,9 @@ def _order(e: View) -> tuple[bool, int]:
     return isinstance(e, Index), base.type.names.index(e.axis)
 
 
-def _again(e: View, x: Expr) -> Expr:
+def _viewed(e: View, x: Expr) -> Expr:
     """Return the view `e` of `x`, or `x` if it has no such axis."""
-    if e.axis not in x.type:
-        return x
-    return Index(x, e.axis, e.at) if isinstance(e, Index) else Slice(x, e.axis, e.start, e.stop)
+    return e.with_operands(x) if e.axis in x.type else x
 
 
 def renamed(x: Expr, old: str, new: str) -> Expr:
@@ -174,203 +162,94 @@ def renamed(x: Expr, old: str, new: str) -> Expr:
     return x if old == new else Rename(x, old, new)
 
 
-# --- shared by both
+def push_view(e: View) -> Expr | None:
+    """Move an index or a slice below its operand."""
+    x, axis, is_index = e.x, e.axis, isinstance(e, Index)
+    start, stop = (e.at, e.at + 1) if isinstance(e, Index) else (e.start, e.stop)
+    at = x.type.names.index(axis)
+    match x:
+        case Full():
+            return Full(x.value, e.type)
+        case Scale() | Cast() | Add() | Mul() | Minimum() | Select():
+            below = x.with_operands(*(_viewed(e, y) for y in x.operands))
+            # The largest operand, which determines the order of the axes, may have changed.
+            return below if below.type.names == e.type.names else Permute(below, e.type.names)
+        case Rename() if axis != x.new:
+            return Rename(_viewed(e, x.x), x.old, x.new)
+        case Rename():
+            below = e.replace(x=x.x, axis=x.old)
+            return below if is_index else Rename(below, x.old, x.new)
+        case Tile() if axis == x.axis:
+            return x.x if is_index else x.replace(size=stop - start)
+        case Stack() if axis == x.axis:
+            return x.xs[start] if is_index else x.replace(xs=x.xs[start:stop])
+        case Tile():
+            position = x.position - (is_index and at < x.position)
+            return x.replace(x=_viewed(e, x.x), position=position)
+        case Stack():
+            position = x.position - (is_index and at < x.position)
+            return x.replace(xs=tuple(_viewed(e, y) for y in x.xs), position=position)
+        case Concat() if axis != x.axis:
+            return x.with_operands(*(_viewed(e, y) for y in x.xs))
+        case Concat():
+            parts: list[Expr] = []
+            offset = 0
+            for y in x.xs:
+                size = _size(y, axis)
+                ends = max(start - offset, 0), min(stop - offset, size)
+                if ends[0] < ends[1]:
+                    parts.append(Index(y, axis, ends[0]) if is_index else Slice(y, axis, *ends))
+                offset += size
+            return parts[0] if is_index else Concat(tuple(parts), axis)
+        case Slice() if axis == x.axis:
+            first = x.start + start
+            return Index(x.x, axis, first) if is_index else Slice(x.x, axis, first, x.start + stop)
+        case Permute():
+            return Permute(_viewed(e, x.x), tuple(n for n in x.order if n in e.type))
+        case Moment():
+            mask = _viewed(e, x.mask) if x.mask is not None else None
+            keep = tuple(n for n in x.keep if n in e.type)
+            return Moment(x.kind, _viewed(e, x.x), mask, keep)
+        case Split() if axis in dict(x.into):
+            number = [name for name, _ in x.into].index(axis)
+            before, after = x.into[:number], x.into[number + 1 :]
+            if prod(size for _, size in before) > 1:
+                return None  # a strided range, which slice cannot express
+            run = prod(size for _, size in after)
+            kept = () if is_index else ((axis, stop - start),)
+            part = Slice(x.x, x.axis, start * run, stop * run)
+            return Split(part, x.axis, (*before, *kept, *after))
+        case Merge() if axis == x.into:
+            return _merged_index(x, start) if is_index else _merged_slice(x, start, stop)
+        case Split() | Merge():
+            return x.with_operands(_viewed(e, x.x))
+    return None
 
 
-def _below(e: View, inner: Expr) -> Expr:
-    """Move a view to all operands that have its axis."""
-    viewed = inner.with_operands(*(_again(e, x) for x in inner.operands))
-    # The largest operand, which determines the order of the axes, may have changed.
-    return viewed if viewed.type.names == e.type.names else Permute(viewed, e.type.names)
-
-
-def _rename(e: View, inner: Rename) -> Expr:
-    if e.axis != inner.new:
-        return Rename(_again(e, inner.x), inner.old, inner.new)
-    if isinstance(e, Index):
-        return Index(inner.x, inner.old, e.at)
-    return Rename(Slice(inner.x, inner.old, e.start, e.stop), inner.old, inner.new)
-
-
-def _full(e: View, inner: Full) -> Expr:
-    return Full(inner.value, e.type)
-
-
-def _moved(e: View, inner: Split | Merge) -> Expr:
-    """Move a view of an axis that a split or merge does not touch."""
-    return inner.with_operands(_again(e, inner.x))
-
-
-# --- index
-
-
-def _index_tile(e: Index, inner: Tile) -> Expr:
-    if e.axis == inner.axis:
-        return inner.x
-    position = inner.position - (e.x.type.names.index(e.axis) < inner.position)
-    return Tile(_again(e, inner.x), inner.axis, inner.size, position)
-
-
-def _index_stack(e: Index, inner: Stack) -> Expr:
-    if e.axis == inner.axis:
-        return inner.xs[e.at]
-    position = inner.position - (e.x.type.names.index(e.axis) < inner.position)
-    return Stack(tuple(_again(e, x) for x in inner.xs), inner.axis, position)
-
-
-def _index_concat(e: Index, inner: Concat) -> Expr:
-    if e.axis != inner.axis:
-        return Concat(tuple(_again(e, x) for x in inner.xs), inner.axis)
-    at = e.at
-    for x in inner.xs:
-        if at < _size(x, e.axis):
-            return Index(x, e.axis, at)
-        at -= _size(x, e.axis)
-    raise AssertionError("an index lies within the parts")
-
-
-def _index_slice(e: Index, inner: Slice) -> Expr | None:
-    return Index(inner.x, e.axis, inner.start + e.at) if e.axis == inner.axis else None
-
-
-def _index_permute(e: Index, inner: Permute) -> Expr:
-    return Permute(_again(e, inner.x), tuple(n for n in inner.order if n != e.axis))
-
-
-def _index_split(e: Index, inner: Split) -> Expr | None:
-    names = [name for name, _ in inner.into]
-    if e.axis not in names:
-        return _moved(e, inner)
-    sizes = [size for _, size in inner.into]
-    at = names.index(e.axis)
-    if prod(sizes[:at]) > 1:
-        return None  # a strided range, which slice cannot express
-    run = prod(sizes[at + 1 :])
-    x = Slice(inner.x, inner.axis, e.at * run, (e.at + 1) * run)
-    return Split(x, inner.axis, inner.into[:at] + inner.into[at + 1 :])
-
-
-def _index_merge(e: Index, inner: Merge) -> Expr:
-    if e.axis != inner.into:
-        return _moved(e, inner)
-    x, at = inner.x, e.at
-    for name in reversed(inner.axes):
-        at, here = divmod(at, _size(inner.x, name))
-        x = Index(x, name, here)
+def _merged_index(merge: Merge, at: int) -> Expr:
+    x = merge.x
+    for name in reversed(merge.axes):
+        at, position = divmod(at, _size(merge.x, name))
+        x = Index(x, name, position)
     return x
 
 
-def _index_moment(e: Index, inner: Moment) -> Expr:
-    mask = _again(e, inner.mask) if inner.mask is not None else None
-    keep = tuple(name for name in inner.keep if name != e.axis)
-    return Moment(inner.kind, _again(e, inner.x), mask, keep)
-
-
-# --- slice
-
-
-def _slice_tile(e: Slice, inner: Tile) -> Expr:
-    if e.axis == inner.axis:
-        return Tile(inner.x, inner.axis, e.stop - e.start, inner.position)
-    return inner.with_operands(_again(e, inner.x))
-
-
-def _slice_stack(e: Slice, inner: Stack) -> Expr:
-    if e.axis == inner.axis:
-        return Stack(inner.xs[e.start : e.stop], inner.axis, inner.position)
-    return _below(e, inner)
-
-
-def _slice_concat(e: Slice, inner: Concat) -> Expr:
-    if e.axis != inner.axis:
-        return _below(e, inner)
-    parts: list[Expr] = []
-    offset = 0
-    for x in inner.xs:
-        size = _size(x, e.axis)
-        start, stop = max(e.start - offset, 0), min(e.stop - offset, size)
-        if start < stop:
-            parts.append(Slice(x, e.axis, start, stop))
-        offset += size
-    return Concat(tuple(parts), inner.axis)
-
-
-def _slice_slice(e: Slice, inner: Slice) -> Expr | None:
-    if e.axis != inner.axis:
-        return None
-    return Slice(inner.x, e.axis, inner.start + e.start, inner.start + e.stop)
-
-
-def _slice_split(e: Slice, inner: Split) -> Expr | None:
-    names = [name for name, _ in inner.into]
-    if e.axis not in names:
-        return _moved(e, inner)
-    sizes = [size for _, size in inner.into]
-    at = names.index(e.axis)
-    if prod(sizes[:at]) > 1:
-        return None
-    run = prod(sizes[at + 1 :])
-    x = Slice(inner.x, inner.axis, e.start * run, e.stop * run)
-    into = (*inner.into[:at], (e.axis, e.stop - e.start), *inner.into[at + 1 :])
-    return Split(x, inner.axis, into)
-
-
-def _slice_merge(e: Slice, inner: Merge) -> Expr | None:
-    if e.axis != inner.into:
-        return _moved(e, inner)
-    first, *inner_axes = inner.axes
-    run = prod(_size(inner.x, name) for name in inner_axes)
-    if e.start % run == 0 and e.stop % run == 0:
-        x = Slice(inner.x, first, e.start // run, e.stop // run)
-        return Merge(x, inner.axes, inner.into)
-    row = e.start // run
-    if row != (e.stop - 1) // run:
+def _merged_slice(merge: Merge, start: int, stop: int) -> Expr | None:
+    first, *inner_axes = merge.axes
+    run = prod(_size(merge.x, name) for name in inner_axes)
+    if start % run == 0 and stop % run == 0:
+        return Merge(Slice(merge.x, first, start // run, stop // run), merge.axes, merge.into)
+    row = start // run
+    if row != (stop - 1) // run:
         return None  # the range starts or ends within a row
-    merged = Merge(Index(inner.x, first, row), tuple(inner_axes), inner.into)
-    return Slice(merged, e.axis, e.start - row * run, e.stop - row * run)
-
-
-def _slice_moment(e: Slice, inner: Moment) -> Expr:
-    mask = _again(e, inner.mask) if inner.mask is not None else None
-    return Moment(inner.kind, _again(e, inner.x), mask, inner.keep)
+    merged = Merge(Index(merge.x, first, row), tuple(inner_axes), merge.into)
+    return Slice(merged, merge.into, start - row * run, stop - row * run)
 
 
 def _size(x: Expr, name: str) -> int:
-    axis: Axis = x.type[name]
-    assert isinstance(axis.size, int)
-    return axis.size
-
-
-_BOTH: dict[type[Expr], Callable[[Any, Any], Expr | None]] = {
-    Rename: _rename,
-    Full: _full,
-    Scale: _below,
-    Cast: _below,
-    Add: _below,
-    Mul: _below,
-    Minimum: _below,
-    Select: _below,
-}
-_PUSH_INDEX = _BOTH | {
-    Tile: _index_tile,
-    Stack: _index_stack,
-    Concat: _index_concat,
-    Slice: _index_slice,
-    Permute: _index_permute,
-    Split: _index_split,
-    Merge: _index_merge,
-    Moment: _index_moment,
-}
-_PUSH_SLICE = _BOTH | {
-    Permute: _below,
-    Tile: _slice_tile,
-    Stack: _slice_stack,
-    Concat: _slice_concat,
-    Slice: _slice_slice,
-    Split: _slice_split,
-    Merge: _slice_merge,
-    Moment: _slice_moment,
-}
+    size = x.type[name].size
+    assert isinstance(size, int)
+    return size
 
 
 # Rules for the nodes that move data.
@@ -404,17 +283,12 @@ def stack_of_indices(e: Stack) -> Expr | None:
     first = e.xs[0]
     if not isinstance(first, Index):
         return None
-    for i, x in enumerate(e.xs):
-        if x is not _index_at(first, first.at + i):
-            return None
+    if first.at + len(e.xs) > _size(first.x, first.axis):
+        return None
+    if any(x is not first.replace(at=first.at + i) for i, x in enumerate(e.xs)):
+        return None
     x = Slice(first.x, first.axis, first.at, first.at + len(e.xs))
     return Permute(renamed(x, first.axis, e.axis), e.type.names)
-
-
-def _index_at(e: Index, at: int) -> Expr | None:
-    axis = e.x.type[e.axis]
-    assert isinstance(axis.size, int)
-    return Index(e.x, e.axis, at) if at < axis.size else None
 
 
 def same_fulls(e: Concat) -> Expr | None:
@@ -535,29 +409,17 @@ def drop_rename(e: Rename) -> Expr | None:
 def absorb_rename(e: Rename) -> Expr | None:
     """Name the axis where it is created."""
     x = e.x
-    if isinstance(x, Tile) and x.axis == e.old:
-        return Tile(x.x, e.new, x.size, x.position)
-    if isinstance(x, Stack) and x.axis == e.old:
-        return Stack(x.xs, e.new, x.position)
-    if isinstance(x, Split) and e.old in dict(x.into):
-        return Split(x.x, x.axis, tuple((e.new if n == e.old else n, s) for n, s in x.into))
-    if isinstance(x, Merge) and x.into == e.old:
-        return Merge(x.x, x.axes, e.new)
-    return _retyped(x, e.type, e.old, e.new)
-
-
-def _retyped(x: Expr, type: TensorType, old: str, new: str) -> Expr | None:
-    """Rename an axis of a leaf that is not a checkpoint tensor."""
-    if isinstance(x, Full):
-        return Full(x.value, type)
-    if isinstance(x, Normal):
-        return Normal(type, x.std, x.key, x.mean)
-    if isinstance(x, TruncatedNormal):
-        return TruncatedNormal(type, x.std, x.key, x.bound)
-    if isinstance(x, Uniform):
-        return Uniform(type, x.low, x.high, x.key)
-    if isinstance(x, Subset):
-        return Subset(type, new if x.axis == old else x.axis, x.count, x.key)
+    match x:
+        case Tile() | Stack() if x.axis == e.old:
+            return x.replace(axis=e.new)
+        case Split() if e.old in dict(x.into):
+            return x.replace(into=tuple((e.new if n == e.old else n, s) for n, s in x.into))
+        case Merge() if x.into == e.old:
+            return x.replace(into=e.new)
+        case Subset():
+            return x.replace(type=e.type, axis=e.new if x.axis == e.old else x.axis)
+        case Full() | Normal() | TruncatedNormal() | Uniform():
+            return x.replace(type=e.type)
     return None
 
 
@@ -622,13 +484,9 @@ def permute_of_rename(e: Permute) -> Expr | None:
 Rule = Callable[[Any], Expr | None]
 
 
-def _reorder(e: Index | Slice) -> Expr | None:
-    return reorder(e, simplify)
-
-
 RULES: dict[type[Expr], tuple[Rule, ...]] = {
-    Index: (push_index, _reorder),
-    Slice: (drop_slice, push_slice, _reorder),
+    Index: (push_view, reorder_views),
+    Slice: (drop_slice, push_view, reorder_views),
     Tile: (fold_full, rename_over_tile),
     Stack: (same_operands, stack_of_indices),
     Concat: (same_fulls, flatten_concat, concat_of_slices),
@@ -680,7 +538,9 @@ def simplify(expr: Expr) -> Expr:
     passed: list[Expr] = []
     while (simple := getattr(expr, "_simple", None)) is None:
         passed.append(expr)
-        simpler = _step(expr)
+        simpler = expr.with_operands(*map(simplify, expr.operands))
+        if simpler is expr:
+            _, simpler = _by_rule(expr)
         if simpler is expr:
             break
         expr = simpler
@@ -697,27 +557,17 @@ def steps(expr: Expr) -> Iterator[tuple[str, Expr, Expr]]:
     for operand in expr.operands:
         yield from steps(operand)
     below = expr.with_operands(*map(simplify, expr.operands))
-    rewritten = _by_rule(below)
-    if rewritten is not None:
-        yield (rewritten[0].__name__, below, rewritten[1])
-        yield from steps(rewritten[1])
+    rule, rewritten = _by_rule(below)
+    if rule is not None:
+        yield (rule.__name__, below, rewritten)
+        yield from steps(rewritten)
 
 
-def _step(expr: Expr) -> Expr:
-    below = expr.with_operands(*map(simplify, expr.operands))
-    if below is not expr:
-        return below
-    rewritten = _by_rule(expr)
-    return expr if rewritten is None else rewritten[1]
-
-
-def _by_rule(expr: Expr) -> tuple[Rule, Expr] | None:
+def _by_rule(expr: Expr) -> tuple[Rule | None, Expr]:
     """Return the first rule that changes an expression, and what it makes of it."""
     for rule in RULES.get(expr.__class__, ()):
         rewritten = rule(expr)
         if rewritten is not None and rewritten is not expr:
-            assert rewritten.type == expr.type, (
-                f"{rule.__name__}: {expr} : {expr.type} to {rewritten.type}"
-            )
+            assert rewritten.type == expr.type, f"{rule.__name__}: {expr} : {expr.type}"
             return rule, rewritten
-    return None
+    return None, expr

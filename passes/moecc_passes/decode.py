@@ -35,7 +35,7 @@ POSITIONS_PATTERN = P.positions(P.any("like"), axis=P.attr("axis"))
 RENAME = P.rename(P.any("x"), axis=P.attr("axis"), to=P.attr("to"))
 
 
-class Kind(IntEnum):
+class Dependence(IntEnum):
     """What a value depends on at most, in the order in which one outweighs another."""
 
     FIXED = 0
@@ -63,16 +63,16 @@ class Sides:
     graph: Graph
     tokens: Value
     axis: str
-    kinds: dict[Value, Kind] = field(default_factory=dict)
+    kinds: dict[Value, Dependence] = field(default_factory=dict)
     keys: dict[Value, frozenset[str]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, graph: Graph, tokens: Value) -> Sides:
         """Classify all values of `graph`."""
         sides = cls(graph, tokens, tokens.type.names[-1])
-        sides.kinds.update(dict.fromkeys(graph.params.values(), Kind.FIXED))
-        sides.kinds.update(dict.fromkeys(graph.inputs.values(), Kind.ENCODED))
-        sides.kinds[tokens] = Kind.DATA
+        sides.kinds.update(dict.fromkeys(graph.params.values(), Dependence.FIXED))
+        sides.kinds.update(dict.fromkeys(graph.inputs.values(), Dependence.ENCODED))
+        sides.kinds[tokens] = Dependence.DATA
         for node in graph:
             kind, keys = sides._kind(node), sides._keys(node)
             for value in node.results:
@@ -82,7 +82,7 @@ class Sides:
 
     def is_query(self, value: Value) -> bool:
         """Whether `value` has an element for each token, by the name that the tokens have."""
-        return self.kinds[value] >= Kind.PLACE and self.axis in value.type
+        return self.kinds[value] >= Dependence.PLACE and self.axis in value.type
 
     def is_key(self, value: Value) -> bool:
         """Whether `value` has tokens as keys, and not as queries."""
@@ -98,10 +98,10 @@ class Sides:
 
     def encoded(self, node: Node) -> Iterator[tuple[int, Value]]:
         """Yield the operands of `node` that an encoder makes, if tokens come to it here."""
-        if all(self.kinds[v] < Kind.PLACE for v in node.results):
+        if all(self.kinds[v] < Dependence.PLACE for v in node.results):
             return
         for number, value in enumerate(node.operands):
-            if self.kinds[value] is Kind.ENCODED:
+            if self.kinds[value] is Dependence.ENCODED:
                 yield number, value
 
     def is_positions(self, value: Value) -> bool:
@@ -116,12 +116,16 @@ class Sides:
         renamed = fits(RENAME, value.node)
         return renamed is not None and self.is_positions(renamed.value("x"))
 
-    def _kind(self, node: Node) -> Kind:
-        kind = max((self.kinds[v] for v in node.operands), default=Kind.FIXED)
+    def _kind(self, node: Node) -> Dependence:
+        kind = max((self.kinds[v] for v in node.operands), default=Dependence.FIXED)
         positions = fits(POSITIONS_PATTERN, node)
-        if positions is None or kind < Kind.PLACE:
+        if positions is None or kind < Dependence.PLACE:
             return kind
-        return Kind.PLACE if positions.attr("axis") in (self.axis, *self._of(node)) else Kind.FIXED
+        return (
+            Dependence.PLACE
+            if positions.attr("axis") in (self.axis, *self._of(node))
+            else Dependence.FIXED
+        )
 
     def _keys(self, node: Node) -> frozenset[str]:
         keys = self._of(node)
@@ -177,7 +181,7 @@ def problems(sides: Sides) -> Iterator[Problem]:
     yield from _input_problems(sides)
     hidden: dict[Value, Hidden] = {}
     for node in sides.graph:
-        if sides.kinds[node.results[0]] < Kind.PLACE:
+        if sides.kinds[node.results[0]] < Dependence.PLACE:
             continue
         hidden.update(dict.fromkeys(node.results, _hidden(sides, node, hidden)))
         problem = _problem(sides, node, hidden)
@@ -245,7 +249,7 @@ def _problem(sides: Sides, node: Node, hidden: dict[Value, Hidden]) -> Problem |
         )  # fmt: skip
     strange = [
         v for _, v in sides.met(node)
-        if sides.kinds[v] is Kind.PLACE and not sides.is_key_positions(v)
+        if sides.kinds[v] is Dependence.PLACE and not sides.is_key_positions(v)
     ]  # fmt: skip
     if strange:
         return Problem(
@@ -344,7 +348,7 @@ class Rewriter:
             for number, value in self.sides.encoded(node):
                 self._replace(node, number, self._memory(value, encoded[value]))
             for number, value in meets:
-                if self.sides.kinds[value] is Kind.DATA:
+                if self.sides.kinds[value] is Dependence.DATA:
                     if value not in cached:
                         cached[value] = self._extended(node, value)
                     self._replace(node, number, cached[value])

@@ -6,7 +6,12 @@ from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
-from moecc_passes.roll_layers.roll_layers import Layer, Repeated, RollLayersPass, repetitions_in
+from moecc_passes.roll_layers.roll_layers import (
+    LayerNodes,
+    Repeated,
+    RollLayersPass,
+    repetitions_in,
+)
 from moecc_passes.unroll_layers import UnrollLayersPass
 from tiers import examples
 
@@ -123,7 +128,7 @@ PATTERNS = {
 def test_what_repeats(pattern: str) -> None:
     kinds = {"a": "silu", "b": "tanh", "c": "relu", "d": "gelu"}
     graph = chain(*(kinds[letter] for letter in pattern))
-    layers = [Layer("layers", f"layers.{i}", [node]) for i, node in enumerate(graph)]
+    layers = [LayerNodes("layers", f"layers.{i}", [node]) for i, node in enumerate(graph)]
     assert repetitions_in(layers) == [Repeated(*found) for found in PATTERNS[pattern]]
 
 

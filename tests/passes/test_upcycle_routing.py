@@ -294,11 +294,6 @@ def test_what_is_warned_of_when_it_is_read(options: str, message: str) -> None:
     assert message in str(warning)
 
 
-@pytest.mark.parametrize("options", ["top-k=1 gates=switch", "slots=capacity groups=4", "top-k=2"])
-def test_what_is_not_warned_of(options: str) -> None:
-    assert Pipeline.parse(f"upcycle{{{options}}}").warnings() == []
-
-
 @pytest.mark.parametrize("routing", ["soft", "expert-choice"])
 def test_what_looks_ahead_is_refused_behind_a_causal_mask(routing: Any) -> None:
     graph = Graph("decoder")

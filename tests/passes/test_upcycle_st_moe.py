@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moecc_passes.upcycle.rewrite import extra_location
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
-from moecc.errors import InputError, UsageError
+from moecc.errors import InputError
 from moecc.ir import F64, Builder, Graph, Value, tensor
 from moecc.ir.structure import clone
 from moecc.model.open import open_model
@@ -172,12 +171,6 @@ def test_a_block_without_a_residual_gets_no_sublayer_beside_it() -> None:
         UpcyclePass(extra_ffn="after").apply(Dense().graph(), Context())
 
 
-def test_locations() -> None:
-    assert extra_location("decoder.layers.3.ffn") == "decoder.layers.3.extra_ffn"
-    assert extra_location("ffn") == "extra_ffn"
-    assert extra_location("") == "extra_ffn"
-
-
 # --- placement
 
 
@@ -228,12 +221,6 @@ def test_encoder_and_decoder_may_differ() -> None:
     assert converted(graph, layers="every:2") == [*encoder, "decoder.layers.1.ffn"]
 
 
-@pytest.mark.parametrize("option", ["layers", "decoder-layers"])
-def test_what_says_no_layers(option: str) -> None:
-    with pytest.raises(UsageError, match="middle:half cannot be read"):
-        run_pipeline(two_stacks(), Pipeline.parse(f"upcycle{{{option}=middle:half}}"))
-
-
 # --- experts that choose tokens
 
 
@@ -254,36 +241,6 @@ def test_experts_that_choose_tokens_keep_the_function_of_those_they_take() -> No
     assert 0 < taken.mean() < 1
     assert relative(found["y"][taken], expected[taken]) <= EXACT
     np.testing.assert_array_equal(found["y"][~taken], inputs["x"][~taken])
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("gates=softmax", "expected: gates=renormalised"),
-        ("granularity=2", "expected: granularity=1"),
-        ("gate-scale=2.0", "expected: gate-scale=1.0"),
-        ("capacity-factor=0.0", "expected: more than 0"),
-    ],
-)
-def test_options_of_choices_that_tokens_do_not_make(options: str, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        run_pipeline(two_stacks(), Pipeline.parse(f"upcycle{{routing=expert-choice {options}}}"))
-
-
-def test_expert_choice_in_a_decoder_is_refused() -> None:
-    graph = Graph("decoder")
-    b = Builder(graph)
-    x = graph.input("x", tensor(F64, batch="B", seq="S", embed=2))
-    here = b.positions(x, axis="seq")
-    seen = b.causal(here, b.rename(here, axis="seq", to="kv_seq"))
-    keys = b.rename(x, axis="seq", to="kv_seq")
-    scores = b.mask(b.contract(x, keys, over="embed"), seen)
-    x = b.contract(b.softmax(scores, axis="kv_seq"), keys, over="kv_seq")
-    with b.at("layers.0.ffn"):
-        graph.set_output("y", Dense(embed=2, mlp=2).block(b, x, "layers.0"))
-    with pytest.raises(InputError, match="decides about a token by later ones"):
-        UpcyclePass(routing="expert-choice").apply(clone(graph), Context())
-    assert UpcyclePass().apply(graph, Context()).matched == 1
 
 
 def test_groups_that_do_not_divide_a_batch_of_known_size() -> None:

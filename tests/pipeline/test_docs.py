@@ -10,32 +10,16 @@ import pytest
 
 from moecc.errors import InputError
 from moecc.ir import equal, parse
-from moecc.pipeline.docs import main, render
+from moecc.pipeline.docs import render
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline, installed
-
-from .samples import REGISTRY
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_the_page_is_current() -> None:
     assert (DOCS / "passes.md").read_text("utf-8") == render(), "run: make docs"
-
-
-def test_the_command_writes_the_page(tmp_path: Path) -> None:
-    assert main([str(tmp_path / "page.md")]) == 0
-    assert (tmp_path / "page.md").read_text("utf-8") == render()
-
-
-def test_what_a_section_says() -> None:
-    text = render(REGISTRY)
-    assert "| [`every-kind`](#every-kind) | have options of every kind |" in text
-    assert "| `count` | a whole number | required | how many |" in text
-    assert "| `kind` | one of copy, noise, drop-half | `copy` |  |" in text
-    assert "Preserves, without options: approximate: times 1.5." in text
-    assert text.count("--allow-unmatched") == 2
 
 
 def graph_text(lines: str) -> str:

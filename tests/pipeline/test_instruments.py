@@ -19,7 +19,7 @@ from moecc.pipeline.runner import (
     Instrument,
     PrintAfter,
     Remarks,
-    Statistics,
+    StatisticsTable,
     Timing,
     run_pipeline,
 )
@@ -106,7 +106,7 @@ def test_timing() -> None:
 
 
 def test_statistics() -> None:
-    text = shown(Statistics, PIPELINE)
+    text = shown(StatisticsTable, PIPELINE)
     assert "pass 1 un-neg: changed, 2 matched\n" in text
     assert re.search(r"pair +2 hits +\d+ attempts +[\d.]+ ms", text)
     assert "pass 2 top: unchanged, 0 matched\n" in text

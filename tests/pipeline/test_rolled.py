@@ -11,7 +11,7 @@ from moecc.families.registry import parse_config
 from moecc.ir import Graph, clone, equal, verify
 from moecc.ir.unroll import is_rolled, unroll
 from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import Report, run_pass, run_pipeline
+from moecc.pipeline.runner import PipelineReport, run_pass, run_pipeline
 from moecc.pipeline.text import Pipeline, installed
 from moecc.presets import preset_config
 from moecc.tasks.check import check_pipeline
@@ -29,7 +29,7 @@ def dense() -> Graph:
     return build(parse_config({**preset_config("smollm2-135m"), **SMALL}))
 
 
-def then(graph: Graph, text: str) -> Report:
+def then(graph: Graph, text: str) -> PipelineReport:
     return run_pipeline(graph, Pipeline.parse(text))
 
 

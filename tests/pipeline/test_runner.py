@@ -12,13 +12,13 @@ from moecc.errors import CheckError, InputError, MoeccError, UsageError
 from moecc.ir import Graph, equal, parse
 from moecc.ir.verify import VerifyError
 from moecc.pipeline.passes import EXACT, Context, PassCrash, Preserves, Remark, weakest
-from moecc.pipeline.runner import Instrument, PassRun, Report, run_pipeline
+from moecc.pipeline.runner import Instrument, PassRun, PipelineReport, run_pipeline
 from moecc.pipeline.text import Pipeline
 
 from .samples import REGISTRY, BadPass, TopPass, negations
 
 
-def run(graph: Graph, text: str, **more: object) -> Report:
+def run(graph: Graph, text: str, **more: object) -> PipelineReport:
     return run_pipeline(graph, Pipeline.parse(text, REGISTRY), **more)  # type: ignore[arg-type]
 
 
@@ -34,7 +34,7 @@ class Watching(Instrument):
     def after(self, run: PassRun, graph: Graph) -> None:
         self.seen.append(f"{run.title} {len(graph)}")
 
-    def finish(self, report: Report) -> None:
+    def finish(self, report: PipelineReport) -> None:
         self.seen.append(f"finish {report.changed}")
 
 

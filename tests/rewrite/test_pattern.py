@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from moecc.errors import InputError, UsageError
 from moecc.ir import F32, Builder, Graph, Node, Value, tensor
 from moecc.rewrite import Match, Misses, P, Pattern, match
-from moecc.rewrite.pattern import Leaf, OpPattern, roots
+from moecc.rewrite.pattern import LeafPattern, OpPattern, roots
 from moecc.testing import graphs
 
 
@@ -202,7 +202,7 @@ def test_what_is_there_matches(graph: Graph, data: st.DataObject) -> None:
 
 def _fits(pattern: Pattern, value: Value, found: Match) -> bool:
     """Whether what a match says holds, by the plainest reading of the pattern."""
-    if isinstance(pattern, Leaf):
+    if isinstance(pattern, LeafPattern):
         return pattern.name is None or found.value(pattern.name) is value
     assert isinstance(pattern, OpPattern)
     node = value.node

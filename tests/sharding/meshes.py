@@ -7,7 +7,7 @@ from pathlib import Path
 from moecc.families import build
 from moecc.ir import Graph
 from moecc.pipeline.passes import Context, Remark
-from moecc.pipeline.runner import Report, run_pipeline
+from moecc.pipeline.runner import PipelineReport, run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.testing.configs import read_config
 
@@ -19,7 +19,7 @@ def model(case: str) -> Graph:
     return build(read_config(GOLDEN / case))
 
 
-def run(graph: Graph, pipeline: str, told: list[Remark] | None = None) -> Report:
+def run(graph: Graph, pipeline: str, told: list[Remark] | None = None) -> PipelineReport:
     """Run a pipeline on `graph`, in place; remarks go to `told`."""
     report = run_pipeline(graph, Pipeline.parse(pipeline), context=Context())
     if told is not None:

@@ -403,14 +403,6 @@ def test_dropout_in_experts_needs_a_capacity() -> None:
         SpecializePass(expert_dropout=0.1).apply(model(), Context())
 
 
-def test_random_evaluation_is_remarked() -> None:
-    told: list[str] = []
-    SpecializePass(mode="eval", policy="random").apply(
-        model(), Context(remark=lambda r: told.append(str(r)))
-    )
-    assert any("makes an evaluation random" in t for t in told)
-
-
 def test_a_dense_graph_has_nothing_to_specialise() -> None:
     graph = Graph()
     graph.set_output("y", Builder(graph).relu(graph.input("x", tensor(F64, a=2))))

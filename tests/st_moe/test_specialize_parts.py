@@ -230,19 +230,6 @@ def test_contradictions(text: str, message: str) -> None:
         Pipeline.parse(text)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "upcycle,specialize{policy=random}",
-        "upcycle{slots=capacity},specialize{expert-dropout=0.1}",
-        "upcycle{top-k=1 gates=switch},canonicalize,specialize{policy=all}",
-        "st-moe,specialize{expert-dropout=0.1}",
-    ],
-)
-def test_no_contradictions(text: str) -> None:
-    assert len(Pipeline.parse(text)) > 1
-
-
 def test_unrouted_padding_is_remarked() -> None:
     told: list[Any] = []
     graph = then(made("upcycle{experts=4}"), "specialize{padding-mask=true}")

@@ -186,26 +186,6 @@ def test_masks(text: str, trained: Any) -> None:
     assert trainable(graph) == {n: trained(of) for n, of in groups.items()}
 
 
-def test_without_the_attribute_all_is_trained() -> None:
-    graph = transformer(1)
-    assert all(trainable(graph).values())
-    assert set(trainable(graph)) == set(graph.params)
-
-
-@pytest.mark.parametrize(
-    ("options", "remark"),
-    [
-        ({"groups": ("moe",)}, "no parameter is in the group 'moe'"),
-        ({"groups": ("all",)}, "nothing is left to train"),
-        ({"only": ("moe",)}, "much worse"),
-    ],
-)
-def test_what_is_remarked(options: dict[str, Any], remark: str) -> None:
-    told: list[str] = []
-    FreezePass(**options).apply(transformer(1), Context(remark=lambda r: told.append(str(r))))
-    assert any(remark in t for t in told)
-
-
 @pytest.mark.parametrize("options", ["", "groups=moe only=ffn"])
 def test_freeze_needs_one_of_its_options(options: str) -> None:
     with pytest.raises(UsageError, match="state either the frozen groups or the only trained"):

@@ -123,15 +123,6 @@ def test_what_does_not_fit_is_refused_by_name(make: object, message: str) -> Non
     assert "weight expression" in str(caught.value)
 
 
-def test_errors_quote_the_expression() -> None:
-    with pytest.raises(InputError) as caught:
-        Index(Tile(W, "expert", 8), "expert", 8)
-    problem = caught.value.problems[0]
-    assert problem.where is not None
-    assert 'index(tile(source("w"' in problem.where
-    assert problem.expected == "0 to 7"
-
-
 def test_equal_expressions_are_one_object() -> None:
     assert Tile(W, "expert", 8) is Tile(W, "expert", 8)
     assert Tile(W, "expert", 8) is not Tile(V, "expert", 8)

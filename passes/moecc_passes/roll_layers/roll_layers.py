@@ -25,7 +25,7 @@ _LAYER = re.compile(r"((?:.*?\.)?layers)\.(\d+)(?:\.|$)")
 
 
 @dataclass
-class Layer:
+class LayerNodes:
     """Consecutive nodes whose locations share a layer.
 
     Attributes:
@@ -59,10 +59,10 @@ class Repeated:
         return self.start + self.period * self.runs
 
 
-def stacks_of(graph: Graph) -> list[list[Layer]]:
+def stacks_of(graph: Graph) -> list[list[LayerNodes]]:
     """Return the stacks of `graph`: layers that follow one another with nothing in between."""
-    stacks: list[list[Layer]] = []
-    last: Layer | None = None
+    stacks: list[list[LayerNodes]] = []
+    last: LayerNodes | None = None
     for node in graph:
         match = _LAYER.match(node.loc)
         if match is None:
@@ -72,13 +72,13 @@ def stacks_of(graph: Graph) -> list[list[Layer]]:
         if last is None or last.stack != match[1]:
             stacks.append([])
         if last is None or last.name != name:
-            last = Layer(match[1], name)
+            last = LayerNodes(match[1], name)
             stacks[-1].append(last)
         last.nodes.append(node)
     return stacks
 
 
-def repetitions_in(layers: Sequence[Layer]) -> list[Repeated]:
+def repetitions_in(layers: Sequence[LayerNodes]) -> list[Repeated]:
     """Return the repetitions in `layers`: from each position the most, short periods first."""
     classes: dict[object, int] = {}
     keys = [classes.setdefault(key(layer.nodes), len(classes)) for layer in layers]
@@ -137,7 +137,7 @@ def _axis_key(axis: Axis, numbers: dict[Value, int]) -> object:
     return (axis.name, axis.mesh, axis.size.kind, numbers.get(setter_of(axis.size)))
 
 
-def difference(layer: Layer, reference: Layer) -> str:
+def difference(layer: LayerNodes, reference: LayerNodes) -> str:
     """Return the first difference of two layers that are not equal."""
     numbers: dict[Value, int] = {}
     others: dict[Value, int] = {}
@@ -180,7 +180,7 @@ def data_dependent(graph: Graph) -> set[Value]:
     return dependent
 
 
-def hoist(layers: Sequence[Layer], dependent: set[Value]) -> int:
+def hoist(layers: Sequence[LayerNodes], dependent: set[Value]) -> int:
     """Move computations shared by layers before the first layer; return how many nodes moved.
 
     They depend on no data: constants, tables of positions, functions of parameters alone.
@@ -320,7 +320,7 @@ class RollLayersPass(Pass):
         mesh.size((self.split,))
 
     def _roll(
-        self, graph: Graph, layers: Sequence[Layer], repeated: Repeated, ctx: Context
+        self, graph: Graph, layers: Sequence[LayerNodes], repeated: Repeated, ctx: Context
     ) -> Remark | None:
         """Roll layers that repeat, or return a remark on why they cannot be rolled."""
         some = layers[repeated.start : repeated.stop]
@@ -338,7 +338,7 @@ class RollLayersPass(Pass):
         return None
 
 
-def _left(layers: Sequence[Layer], repeated: Sequence[Repeated]) -> Iterator[Remark]:
+def _left(layers: Sequence[LayerNodes], repeated: Sequence[Repeated]) -> Iterator[Remark]:
     """Yield how each layer that is not repeated differs from its neighbour."""
     inside = {i for r in repeated for i in range(r.start, r.stop)}
     for at, layer in enumerate(layers):

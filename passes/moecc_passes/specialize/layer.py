@@ -232,7 +232,7 @@ NextKey = Callable[[], Value]
 FOLDED = P.fold_key(P.any(), by=P.attr("by"))
 
 
-class Keys:
+class RandomKeys:
     """Keys for the random numbers of a graph, all derived from one input."""
 
     def __init__(self, graph: Graph) -> None:

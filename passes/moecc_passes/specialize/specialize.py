@@ -30,8 +30,8 @@ from moecc_passes.specialize.layer import (
     ATTRIBUTE,
     FACTOR,
     GROUP,
-    Keys,
     ModeConfig,
+    RandomKeys,
     drop,
     recorded,
     specialise,
@@ -269,7 +269,7 @@ class SpecializePass(ModeConfig, Pass):
         problems = [p for y in layers for p in misfits(self, y, settings, is_decoder[y.name])]
         if problems:
             raise InputError(problems)
-        keys, dropped = Keys(graph), 0
+        keys, dropped = RandomKeys(graph), 0
         for layer in layers:
             specialise(layer, settings.at(layer.assigner.loc), keys)
         for name in ("mask", "decoder_mask") if settings.padding_mask is False else ():

@@ -28,7 +28,7 @@ SUM = P.add(P.any(), P.any())
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class ResidualStream:
     """The residual stream around a block.
 
     Attributes:
@@ -44,7 +44,7 @@ class Surroundings:
     sum: Node
 
 
-def surroundings(block: FFNBlock) -> Surroundings | str:
+def surroundings(block: FFNBlock) -> ResidualStream | str:
     """Return the residual stream around `block`, or why no sublayer can be added to it."""
     total = block.output.only_user
     while match := fits(SCALED, total):
@@ -53,13 +53,13 @@ def surroundings(block: FFNBlock) -> Surroundings | str:
         return "nothing adds its output to a residual stream"
     norm = block.x.node
     if norm is not None and norm.op.is_norm and norm.operands[0] in total.operands:
-        return Surroundings(norm.operands[0], total.result, norm, total)
+        return ResidualStream(norm.operands[0], total.result, norm, total)
     if block.x not in total.operands:
         return "its output is added to another value than its input"
     behind = total.result.only_user
     is_normed = behind is not None and behind.op.is_norm
     after = behind.result if behind is not None and is_normed else total.result
-    return Surroundings(block.x, after, None, total)
+    return ResidualStream(block.x, after, None, total)
 
 
 def extra_location(loc: str) -> str:

@@ -14,7 +14,7 @@ from moecc.ir.mesh import mesh_of
 from moecc.ir.ops.slots import SlotsOp
 from moecc.types import F32, Array, DType, TensorType
 from moecc.weights.arithmetic import Cast
-from moecc.weights.evaluate import Evaluator, Reader
+from moecc.weights.evaluate import Evaluator, TensorReader
 from moecc.weights.expr import Box, Expr
 from moecc.weights.simplify import simplify
 
@@ -66,7 +66,7 @@ def spec(type: TensorType) -> PartitionSpec:
 
 
 def load_params(
-    graph: Graph, reader: Reader, mesh: jax.sharding.Mesh, *, dtype: DType = F32
+    graph: Graph, reader: TensorReader, mesh: jax.sharding.Mesh, *, dtype: DType = F32
 ) -> dict[str, jax.Array]:
     """Return the parameters of `graph` as arrays on `mesh`, each made from its weight expression.
 

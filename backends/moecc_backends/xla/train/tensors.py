@@ -20,7 +20,7 @@ from moecc.ir.graph import Graph
 from moecc.train.state import Weights, initial, moment, stored
 from moecc.types import DTYPES, Array
 from moecc.weights.arithmetic import Cast
-from moecc.weights.evaluate import Evaluator, Reader
+from moecc.weights.evaluate import Evaluator, TensorReader
 from moecc.weights.expr import Box, Expr, Full, Source, transform
 from moecc.weights.movement import Index, Merge, Permute, Rename, Slice, Split
 from moecc.weights.simplify import simplify
@@ -187,7 +187,7 @@ def _chain(expr: Expr) -> list[Expr]:
     return chain
 
 
-def restore(slots: list[Slot], reader: Reader, tree: PyTree) -> PyTree:
+def restore(slots: list[Slot], reader: TensorReader, tree: PyTree) -> PyTree:
     """Return a state whose leaves are made from saved tensors.
 
     Args:
@@ -203,7 +203,7 @@ def restore(slots: list[Slot], reader: Reader, tree: PyTree) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
-def _restored(slot: Slot, evaluator: Evaluator, reader: Reader) -> jax.Array:
+def _restored(slot: Slot, evaluator: Evaluator, reader: TensorReader) -> jax.Array:
     shape, dtype = tuple(slot.abstract.shape), np.dtype(slot.abstract.dtype)
     if slot.is_empty:
         return _placed(shape, slot.sharding, lambda box: np.zeros(_extent(box), dtype))
@@ -213,7 +213,9 @@ def _restored(slot: Slot, evaluator: Evaluator, reader: Reader) -> jax.Array:
     return made(slot.expr, evaluator, dtype, slot.sharding)
 
 
-def with_moments(state: PyTree, slots: list[Slot], moments: Weights, reader: Reader) -> PyTree:
+def with_moments(
+    state: PyTree, slots: list[Slot], moments: Weights, reader: TensorReader
+) -> PyTree:
     """Return a state with moments that are made from those of another one.
 
     Args:
@@ -243,7 +245,7 @@ def _carried(x: Expr, moments: Weights) -> Expr:
 def load(
     graph: Graph,
     weights: Weights,
-    reader: Reader,
+    reader: TensorReader,
     abstract: Mapping[str, jax.ShapeDtypeStruct],
 ) -> Tensors:
     """Return the parameters of a program before the first step.
