@@ -147,7 +147,7 @@ def main() -> None:
     if given.worker:
         print(json.dumps(work(given.parts[0], dict(o.split("=", 1) for o in given.option))))
         return
-    from moecc.ahead.process import allocator_environment
+    from moecc.jobs.compile import allocator_environment
 
     rows = [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
     print("\n".join(rows), flush=True)

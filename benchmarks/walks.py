@@ -198,8 +198,8 @@ def mesh() -> list[Visit]:
 
 def graph() -> list[Visit]:
     """Convert a model, and return the functions that read its graph, nodes and values."""
-    from moecc.cli import cmd_convert
     from moecc.ir.graph import Graph, Node, Value
+    from moecc.jobs import convert as cmd_convert
 
     # What checks passes on the model at small sizes follows another graph.
     unchecked = ["--no-check"] if "--no-check" in inspect.getsource(cmd_convert) else []

@@ -20,10 +20,9 @@ from typing import Any
 
 from script import OUT, console, exit_code, step
 
-from moecc.ahead.process import compile_in_subprocess
 from moecc.ahead.request import Request
-from moecc.ahead.text import compile_text
-from moecc.cli.files import write_whole
+from moecc.jobs.command import write_whole
+from moecc.jobs.compile import compile_in_subprocess, compile_text
 from moecc.model.open import open_model
 from moecc.plan.batches import make_batch
 from moecc.plan.machines import parse_machine

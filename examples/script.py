@@ -12,9 +12,9 @@ from time import perf_counter
 from rich.console import Console
 from rich.markup import escape
 
-from moecc.cli.console import show_error
 from moecc.cli.main import main as moecc
 from moecc.errors import MachineError, MoeccError
+from moecc.support.console import show_error
 
 OUT = Path(__file__).resolve().parent.parent / "demo-output"
 """The folder that examples write into unless they are told another one."""

@@ -33,12 +33,12 @@ from texts import Text, help_topics
 from moecc.backend import get_backend
 from moecc.decoding import ReadOnce
 from moecc.errors import InputError
+from moecc.jobs.generate import load_tokenizer
 from moecc.model.inputs import longest
 from moecc.model.open import Model, open_model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.tasks.generate import load_tokenizer
 from moecc.train.scoring import Routed
 
 if TYPE_CHECKING:

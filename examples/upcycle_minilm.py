@@ -29,11 +29,11 @@ from script import OUT, console, exit_code, step
 from moecc.backend import get_backend
 from moecc.errors import CheckError, InputError
 from moecc.formats.manifest import MANIFEST_NAME
+from moecc.jobs.convert import plan, write
+from moecc.jobs.generate import load_tokenizer
 from moecc.model.open import Model, open_model
 from moecc.pipeline.text import Pipeline
 from moecc.support.text import count_text, size_text
-from moecc.tasks.convert import plan, write
-from moecc.tasks.generate import load_tokenizer
 
 PIPELINE = "st-moe{experts=8 layers=every:2}"
 BOUND = 1e-5

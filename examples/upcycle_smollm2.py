@@ -20,16 +20,16 @@ from rich.markup import escape
 from rich.table import Table
 from script import OUT, console, exit_code, step
 
-from moecc.cli.console import Bar
 from moecc.errors import CheckError
 from moecc.formats.manifest import MANIFEST_NAME, check_manifest
 from moecc.ir.text import print_graph
+from moecc.jobs.comparison import Verdict, compare
+from moecc.jobs.convert import Conversion, Plan, plan, write
+from moecc.jobs.generate import Continuing, generate_texts
 from moecc.model.open import open_model
 from moecc.pipeline.text import Pipeline
+from moecc.support.console import Bar
 from moecc.support.text import count_text, size_text
-from moecc.tasks.convert import Conversion, Plan, plan, write
-from moecc.tasks.generate import generate
-from moecc.tasks.verify import Verdict, compare
 from moecc.types import BF16
 
 PIPELINE = "upcycle{experts=8 top-k=2}"
@@ -94,7 +94,7 @@ def verify(folder: Path, source: Path) -> Verdict:
 def continued(model: Path, prompt: str, tokens: int) -> str:
     """Return what a model makes of the prompt."""
     with open_model(str(model)) as opened:
-        return generate(opened, prompt, tokens)
+        return generate_texts(opened, [prompt], Continuing(tokens))[0].text
 
 
 def rows_table(*rows: tuple[str, str]) -> Table:

@@ -1,29 +1,30 @@
-"""moecc: a compiler that turns dense Transformers into sparse mixtures of experts."""
+"""moecc: a compiler that turns dense Transformers into sparse mixtures of experts.
+
+Besides `open` and the names below, each command is a function: ``moecc.convert("a", "b")``.  `plan`
+and `train`, whose names packages have, are ``moecc.jobs.plan.plan`` and ``moecc.jobs.train.train``.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from moecc.jobs import COMMANDS, python_name
 from moecc.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from moecc.api.load_step import load_step as load_step
     from moecc.api.model import Model as Model
+    from moecc.api.model import load_step as load_step
     from moecc.api.model import open as open
-    from moecc.api.write_params import write_params as write_params
+    from moecc.api.model import write_params as write_params
 
-_LATE = {
-    "Model": "moecc.api.model",
-    "load_step": "moecc.api.load_step",
-    "open": "moecc.api.model",
-    "write_params": "moecc.api.write_params",
-}
-"""What is imported when it is first asked for, and from where: `moecc --help` needs none of it."""
+_API = ("Model", "load_step", "open", "write_params")
 
 
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    if name not in _LATE:
+    # Imported when it is first asked for: `moecc --help` needs none of it.
+    if name not in (*_API, *map(python_name, COMMANDS)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_LATE[name]), name)
+    module = import_module("moecc.api.model" if name in _API else f"moecc.jobs.{name}")
+    return getattr(module, name)

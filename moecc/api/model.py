@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moecc.ahead.request import LoadedStep, StepLoader
 from moecc.api.arguments import (
     arrays_of,
     dtype_of,
@@ -24,26 +26,122 @@ from moecc.api.arguments import (
     swept_values,
     whole,
 )
-from moecc.errors import UsageError
+from moecc.backend import get_backend
+from moecc.errors import InputError, Problem, UsageError, nearest
 from moecc.formats.adapter import branches_of
+from moecc.formats.files import read_whole
+from moecc.formats.source import GivenParams
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
+from moecc.jobs.convert import Conversion, plan, write
 from moecc.model.initialise import add_statistics, reads_small
 from moecc.model.open import Model as OpenModel
+from moecc.model.open import Model as _WriteParamsModel
 from moecc.model.open import Params, add_branches, open_model
 from moecc.pipeline.passes import EXACT, Context, Preserves, Statistics, weakest
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
+from moecc.plan.report import PlanReport, Report, plan_text
+from moecc.plan.search import seconds_text
+from moecc.plan.sweeps import SweepPoint, SweepReport, sweep_text
+from moecc.support.page import render
 from moecc.support.process import Closing
-from moecc.support.text import brief, facts_table
-from moecc.types import F32, Array, Arrays
+from moecc.support.text import brief, count_text, facts_table, size_text
+from moecc.support.untyped import Json
+from moecc.types import DTYPES, F32, Array, Arrays, DType, TensorType
+from moecc.weights.expr import Source
 
 if TYPE_CHECKING:
-    from moecc.api.shown import PlanSweep, StepPlan
     from moecc.families.describe import Description
-    from moecc.tasks.continue_tokens import Continuer
-    from moecc.tasks.conversion import Plan
-    from moecc.tasks.verify import Verdict
+    from moecc.jobs.comparison import Verdict
+    from moecc.jobs.conversion import Plan
+    from moecc.jobs.generate import Continuer
+
+
+# Models and plans as a notebook shows them: a line, or a table of HTML.
+
+
+@dataclass(frozen=True, repr=False)
+class StepPlan:
+    """A plan of a step on a machine.
+
+    Attributes:
+      report: its numbers, the keys as ``docs/cli.md`` has them.
+    """
+
+    report: Report
+
+    @property
+    def best(self) -> PlanReport:
+        """The fastest strategy that fits and keeps the function."""
+        return self.report["best"]
+
+    def __str__(self) -> str:
+        return plan_text(self.report)
+
+    def __repr__(self) -> str:
+        best, machine = self.best, self.report["machine"]
+        mesh = ",".join(f"{name}={size}" for name, size in best["mesh"].items())
+        rows = [
+            ("", f"{self.report['model']} on {machine['name']}"), ("mesh", mesh or "one device"),
+            ("step", seconds_text(best["seconds"])),
+            ("memory", f"{size_text(best['total_bytes'])} of {size_text(machine['usable_bytes'])}"),
+        ]  # fmt: skip
+        return brief("moecc.StepPlan", rows)
+
+    def _repr_html_(self) -> str:
+        return render("text.html", text=plan_text(self.report))
+
+
+@dataclass(frozen=True, repr=False)
+class PlanSweep:
+    """Plans of one model with other numbers of experts, choices and capacities.
+
+    Attributes:
+      report: the numbers, the keys as ``docs/cli.md`` has them.
+      pipeline: the passes of the models, as text.
+    """
+
+    report: SweepReport
+    pipeline: str = ""
+
+    @property
+    def points(self) -> list[SweepPoint]:
+        """The models, each planned, or with the problem that it has."""
+        return self.report["points"]
+
+    def __str__(self) -> str:
+        return sweep_text(self.report)
+
+    def __repr__(self) -> str:
+        axes = (f"{n}={','.join(map(str, v))}" for n, v in self.report["axes"].items())
+        planned = sum(point["best"] is not None for point in self.points)
+        rows = [
+            ("", f"{self.report['model']} on {self.report['machine']['name']}"),
+            ("", " ".join(axes)), ("planned", f"{planned} of {len(self.points)}"),
+        ]  # fmt: skip
+        return brief("moecc.PlanSweep", rows)
+
+    def _repr_html_(self) -> str:
+        return render("text.html", text=sweep_text(self.report))
+
+
+def summary(
+    name: str, facts: Description, pipeline: Pipeline, preserves: Preserves
+) -> dict[str, str]:
+    """Return what is said of a model in a line: a text for each name, empty if there is none."""
+    experts = {f"{layer.experts} experts, top-{layer.top_k}" for layer in facts.expert_layers}
+    return {
+        "name": name,
+        "family": facts.family,
+        "layers": str(facts.layers),
+        "parameters": count_text(facts.parameters.total),
+        "active": count_text(facts.parameters.active),
+        "experts": "; ".join(sorted(experts)),
+        "pipeline": str(pipeline),
+        "preserves": str(preserves) if len(pipeline) else "",
+    }
+
 
 Compiled = Callable[[Arrays, Arrays], dict[str, Array]]
 """A graph as a pure function of parameters and inputs, which jax transforms."""
@@ -245,7 +343,7 @@ class Model(Closing):
           InputError: the model cannot continue texts, or there is no tokenizer beside its weights.
         """
         from moecc.api.arguments import continuing, texts_of
-        from moecc.tasks.generate import generate_texts
+        from moecc.jobs.generate import generate_texts
 
         how = continuing(tokens, temperature, top_k, top_p, seed, dtype)
         prompts, ends = texts_of("prompt", prompt), texts_of("stop", stop)
@@ -265,8 +363,7 @@ class Model(Closing):
           UsageError: there is no such machine or option.
           InputError: nothing fits.
         """
-        from moecc.api.shown import StepPlan
-        from moecc.tasks.plan_step import plan_step
+        from moecc.jobs.plan import plan_step
 
         place, step = machine_text(machine), step_request(options)
         explored = flag("explore", explore)
@@ -295,9 +392,8 @@ class Model(Closing):
           UsageError: there is no such machine or option, or a value is not one.
           InputError: no model of these can be made and fits.
         """
-        from moecc.api.shown import PlanSweep
+        from moecc.jobs.plan import Swept, plan_sweep
         from moecc.plan.sweeps import sweep_of
-        from moecc.tasks.plan_sweep import Swept, plan_sweep
 
         found = sweep_of(*map(swept_values, (experts, top_k, capacity_factor)))
         step, passes = step_request(options), self.pipeline
@@ -318,7 +414,7 @@ class Model(Closing):
           InputError: the family cannot express the model, or the source has no weights.
           CheckError: a pass broke its promise.
         """
-        from moecc.tasks.conversion import plan
+        from moecc.jobs.conversion import plan
 
         to, check = family_text(to), flag("check", check)
         fresh = OpenModel(clone(self.opened.graph), self.name, self.opened.checkpoint)
@@ -345,7 +441,7 @@ class Model(Closing):
 
         Raises: as `prepare`; InputError or MachineError if the output cannot be written.
         """
-        from moecc.tasks.convert import write
+        from moecc.jobs.convert import write
 
         place, force = folder_text(folder), flag("force", force)
         write(self.prepare(family_text(to), dtype=dtype), place, force=force)
@@ -359,7 +455,7 @@ class Model(Closing):
         Raises:
           InputError: the two have other inputs or shapes, or no weights.
         """
-        from moecc.tasks.verify import compare
+        from moecc.jobs.comparison import compare
 
         positive("tolerance", tolerance)
         return compare(self.model, open(against).model, tolerance=tolerance)
@@ -376,13 +472,12 @@ class Model(Closing):
         return facts_table([*self._rows(), *remarks])
 
     def _rows(self) -> list[tuple[str, str]]:
-        from moecc.api.shown import summary
 
         return list(summary(self.name, self.facts, self.pipeline, self.preserves).items())
 
     @cached_property
     def _continuer(self) -> Continuer:
-        from moecc.tasks.continue_tokens import Continuer
+        from moecc.jobs.generate import Continuer
 
         return Continuer(self.model)
 
@@ -390,3 +485,118 @@ class Model(Closing):
     def model(self) -> OpenModel:
         """The source with the graph after all passes, as tasks take it."""
         return OpenModel(self.graph, self.name, self.opened.checkpoint)
+
+
+# Write parameters that a loop of one's own trained, as a checkpoint with manifest and card.
+
+
+def write_arrays(
+    model: _WriteParamsModel,
+    params: Json,
+    folder: str | Path,
+    *,
+    to: str = "auto",
+    dtype: DType | None = None,
+    force: bool = False,
+) -> Conversion:
+    """Write `params` in place of the parameters of `model` to a new folder.
+
+    Args:
+      model: opened, its graph perhaps rewritten by passes; its checkpoint gives tokenizer,
+        licences and card.
+      params: an array for each parameter of the graph, by name, NumPy's or jax's.
+      folder: where to.
+      to: the family to write; ``auto`` chooses one that engines read.
+      dtype: the type to write; None for that of the arrays.
+      force: whether an existing folder is replaced.
+
+    Raises:
+      InputError: an array is missing, unknown or of another shape, or holds what is not finite; the
+        family cannot express the model; the folder cannot be used.
+      MachineError: the disk is too small.
+    """
+    if model.checkpoint is None:
+        raise InputError(f"{model.name} has no files to write beside parameters")
+    problems = list(_misfits(model.graph, params))
+    if problems:
+        raise InputError(problems)
+    used = {n: params[n] for n in model.graph.params}
+    given = GivenParams(model.checkpoint, used)
+    graph = clone(model.graph)
+    for name, param in graph.params.items():
+        param.weight = Source(name, TensorType(given.tensors[name].dtype, param.type.bare.axes))
+    planned = plan(_WriteParamsModel(graph, model.name, given), Pipeline.parse(""), to, dtype=dtype)
+    return write(planned, folder, force=force)
+
+
+def _misfits(graph: Graph, params: Json) -> Iterator[Problem]:
+    known = {d.numpy for d in DTYPES.values() if d.is_float}
+    for name in params:
+        if name not in graph.params:
+            what = "the model has no such parameter"
+            yield Problem(what, str(name), hint=nearest(str(name), graph.params))
+    for name, param in graph.params.items():
+        if name not in params:
+            yield Problem("no array is given", f"param %{name}", str(param.type))
+            continue
+        array = params[name]
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            found = type(array).__name__
+            yield Problem("this is no array", f"param %{name}", str(param.type), found)
+        elif tuple(array.shape) != param.type.shape or array.dtype not in known:
+            yield Problem("the array does not fit", f"param %{name}", str(param.type),
+                          f"{array.dtype}{list(array.shape)}")  # fmt: skip
+
+
+# `moecc.write_params`: arguments as a caller writes them, or rejected by name.
+
+
+def write_params(
+    model: Model | OpenModel | str | os.PathLike[str],
+    params: Mapping[str, Json],
+    folder: str | os.PathLike[str],
+    *,
+    to: str | None = None,
+    dtype: object = None,
+    force: bool = False,
+) -> Conversion:
+    """Write `params` in place of the parameters of `model` to a new folder.
+
+    Args:
+      model: what `moecc.open` returned, perhaps rewritten by passes, or what it takes.
+      params: an array for each parameter of the graph, by name, NumPy's or jax's.
+      folder: where to.
+      to: the family to write; None for one that engines read.
+      dtype: the element type to write; None for that of the arrays.
+      force: whether an existing folder is replaced.
+
+    Raises:
+      UsageError: an argument cannot be used.
+      InputError: an array is missing, unknown or of another shape, or holds what is not finite; the
+        family cannot express the model; the folder cannot be used.
+      MachineError: the disk is too small.
+    """
+    if not isinstance(params, Mapping):
+        raise UsageError("parameters are arrays by name", found=type(params).__name__)
+    opened = model if isinstance(model, OpenModel) else open(model).model
+    return write_arrays(
+        opened, params, folder_text(folder), to=family_text(to), dtype=dtype_of(dtype),
+        force=flag("force", force),
+    )  # fmt: skip
+
+
+# `moecc.load_step`: a program that `moecc compile --save` wrote, to call.
+
+
+def load_step(file: str | os.PathLike[str]) -> LoadedStep:
+    """Return the step in a file that ``moecc compile --save`` wrote, to be called.
+
+    Raises:
+      UsageError: the argument is no path.
+      InputError: the file is missing, or is no such artefact.
+      MachineError: jax or flatbuffers is not installed.
+    """
+    place = source_text(file)
+    backend = get_backend("xla")
+    assert isinstance(backend, StepLoader), "the xla backend exports"
+    return backend.load_step(read_whole(Path(place)), place)

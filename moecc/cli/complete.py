@@ -11,8 +11,11 @@ import os
 import re
 from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from types import NoneType
 from typing import Literal, get_args, get_origin
+
+from moecc.errors import InputError
 
 _PASS = re.compile(r"@?[a-z0-9-]*\Z")
 _OPTION = re.compile(r"(@?)([a-z0-9-]+)\{(?:[^{}]*\s)?([a-z0-9-]*)\Z")
@@ -135,44 +138,89 @@ def _values(type: object) -> Iterator[str]:
             yield from _values(part)
 
 
-# --- how bash splits words
+# The script of a shell, and how bash splits words.
 
-_BASH, _SHELL = "complete_bash", "_MOECC_COMPLETE"
+SHELL_VARIABLE = "_MOECC_COMPLETE"
+"""The environment variable by which the script of a shell asks for a completion."""
+
 _WORDS, _CURRENT = "COMP_WORDS", "COMP_CWORD"
+_START_FILES = {"bash": ".bashrc", "zsh": ".zshrc", "fish": ".config/fish/config.fish"}
+
+
+def _supported(shell: str) -> str:
+    shell = shell or Path(os.environ.get("SHELL", "")).name
+    if shell not in _START_FILES:
+        raise InputError("the shell cannot complete commands", where="SHELL",
+                         expected=", ".join(_START_FILES), found=shell or "nothing")  # fmt: skip
+    return shell
+
+
+def shell_script(shell: str) -> str:
+    """Return the script by which a shell, the user's by default, completes commands.
+
+    Raises:
+      InputError: the shell is not one of bash, zsh and fish.
+    """
+    from click import Command
+    from click.shell_completion import get_completion_class
+
+    complete = get_completion_class(_supported(shell))
+    assert complete is not None, "click knows the shells of _START_FILES"
+    return complete(Command("moecc"), {}, "moecc", SHELL_VARIABLE).source()
+
+
+def install_completion(shell: str) -> str:
+    """Write the script to a file that a shell reads when it starts, and return a line on that.
+
+    Raises:
+      InputError: as `shell_script`.
+    """
+    shell, home = _supported(shell), Path.home()
+    script, start = home / f".local/share/moecc/complete.{shell}", home / _START_FILES[shell]
+    for path in (script, start):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    script.write_text(shell_script(shell), "utf-8")
+    line = f"source {script}\n"
+    if not start.exists() or line not in start.read_text("utf-8"):
+        with start.open("a", encoding="utf-8") as file:
+            file.write(line)
+    return f"{start} reads {script}: start {shell} anew"
 
 
 @contextmanager
 def words_of_bash() -> Iterator[None]:
     """Complete whole words in bash, which splits them at ``:`` and ``=`` and completes a part.
 
-    The parts are joined for the completion, and from what it prints only what bash replaces is
-    passed on.
+    The parts are joined for the completion, and from its lines (``plain,WORD``) only the part of
+    the word that bash replaces is passed on.
     """
-    if os.environ.get(_SHELL) != _BASH or _CURRENT not in os.environ:
+    if os.environ.get(SHELL_VARIABLE) != "bash_complete" or _CURRENT not in os.environ:
         yield
         return
     front = _join(os.environ)
-    printed = io.StringIO()
+    printed = io.TextIOWrapper(io.BytesIO(), "utf-8")  # click writes bytes
     try:
         with redirect_stdout(printed):
             yield
     finally:
-        print("\n".join(line.removeprefix(front) for line in printed.getvalue().splitlines()))
+        printed.seek(0)
+        for line in printed.read().splitlines():
+            kind, _, word = line.partition(",")
+            print(f"{kind},{word.removeprefix(front)}")
 
 
 def _join(environ: MutableMapping[str, str]) -> str:
-    """Join the parts of the word that is completed; return what stands before the last of them."""
+    """Join the parts of the word that is completed; return the part before the last of them."""
     words = environ.get(_WORDS, "").split("\n")
     current = int(environ[_CURRENT])
     words += [""] * (current + 1 - len(words))
     first = current
     while first > 1 and (words[first] in (":", "=") or words[first - 1] in (":", "=")):
         first -= 1
-    whole = "".join(words[first : current + 1])
+    joined = "".join(words[first : current + 1])
     if first == current or words[first].startswith("-"):
         return ""
-    is_break = words[current] in (":", "=")
-    front = whole if is_break else whole[: len(whole) - len(words[current])]
-    environ[_WORDS] = "\n".join([*words[:first], whole, *words[current + 1 :]])
+    front = joined if words[current] in (":", "=") else joined.removesuffix(words[current])
+    environ[_WORDS] = "\n".join([*words[:first], joined, *words[current + 1 :]])
     environ[_CURRENT] = str(first)
     return front

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import errno
 import gc
-import importlib
 import os
 import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import typer
-from typer.core import TyperGroup
+import click
+from click.shell_completion import CompletionItem
 
+from moecc.cli.commands import command_of
 from moecc.cli.complete import words_of_bash
-from moecc.cli.console import open_closed_streams, say, show_error, write_utf8
 from moecc.errors import (
     MachineError,
     MoeccError,
@@ -31,102 +30,101 @@ from moecc.errors import (
     nearest,
     printable,
 )
+from moecc.jobs import COMMANDS
+from moecc.support.console import open_closed_streams, say, show_error, write_utf8
 from moecc.support.process import Terminated
-
-if TYPE_CHECKING:
-    from click import Command, Context, HelpFormatter
 
 EPILOG = (
     "Exit codes: 0 done, 1 wrong for this input, 2 wrong by itself, 3 a check of meaning failed, "
     "4 the machine, 70 a bug in moecc, 130 interrupted, 143 terminated."
 )
 
-SUMMARIES = {
-    "inspect": "Describe a model from its headers; no weights are read.",
-    "import": "Print the graph of a model; no weights are read.",
-    "opt": "Run a pipeline over a graph, verified after every pass.",
-    "reduce": "Make a graph and a pipeline small while they fail.",
-    "bisect": "Find the first pass of a pipeline that is wrong.",
-    "replay": "Repeat a failure from its reproducer.",
-    "convert": "Convert a model and write it to a folder or .gguf.",
-    "clean": "Remove what killed conversions left beside outputs.",
-    "verify": "Check the files, logits or plan of a model.",
-    "run": "Run a model and write its logits or hidden states.",
-    "lower": "Print a model as jax or XLA sees it.",
-    "generate": "Continue a text.",
-    "plan": "Predict memory, time and traffic, and find a mesh.",
-    "compile": "Compile a step for a machine that is not attached.",
-    "tokens": "Write the token ids of texts to a folder.",
-    "train": "Train the model of a recipe, or resume a run.",
-    "evaluate": "Evaluate models on token folders, in pairs.",
-    "report": "Write a page that compares runs.",
-    "specialise": "Show which tokens tell each expert from others.",
-    "capture": "Take statistics of a model's values over texts.",
-    "launch": "Run a command in several processes.",
-    "lint": "Show what the design guide advises against.",
-    "passes": "List the passes, or show one.",
-}
-"""The subcommands, in the order of ``--help``, with the lines that it prints; each is in a module
-``moecc.cli.cmd_NAME``, which ``--help`` does not import."""
 
-COMMANDS = tuple(SUMMARIES)
+class Commands(click.Group):
+    """The commands of `moecc.jobs`, each imported when it is called."""
 
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of the commands in their own order."""
+        return list(COMMANDS)
 
-class Commands(TyperGroup):
-    """The group of commands, which suggests the nearest name for an unknown one."""
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return the command of a name."""
+        return command_of(cmd_name) if cmd_name in COMMANDS else None
 
     def resolve_command(
-        self, ctx: Context, args: list[str]
-    ) -> tuple[str | None, Command | None, list[str]]:
-        """Return the command that `args` names."""
-        name = args[0] if args else ""
-        if name and self.get_command(ctx, name) is None and not name.startswith("-"):
-            hint = nearest(name, COMMANDS) or f"commands: {', '.join(COMMANDS)}"
-            ctx.fail(f"no such command {name!r}; {hint}")
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that `args` name; the nearest one is suggested for an unknown one."""
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            hint = nearest(args[0], COMMANDS) or f"commands: {', '.join(COMMANDS)}"
+            ctx.fail(f"no such command {args[0]!r}; {hint}")
         return super().resolve_command(ctx, args)
 
-    def list_commands(self, ctx: Context) -> list[str]:
-        """Return the names of the commands in their own order."""
-        return [c for c in COMMANDS if c in self.commands]
-
-    def format_commands(self, ctx: Context, formatter: HelpFormatter) -> None:
-        """Write a line for each command, whether the group has it or not."""
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a line for each command, none of which is imported."""
         with formatter.section("Commands"):
-            formatter.write_dl(list(SUMMARIES.items()))
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Return the commands and options that begin so; no command is imported."""
+        names = [CompletionItem(n, help=h) for n, h in COMMANDS.items() if n.startswith(incomplete)]
+        return [*names, *click.Command.shell_complete(self, ctx, incomplete)]
 
 
-def _version(value: bool) -> None:
+def _print_version(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
     if value:
         from moecc.version import __version__
 
         print(f"moecc {__version__}")
-        raise typer.Exit
+        ctx.exit()
 
 
-def build_app(names: Sequence[str] = COMMANDS) -> typer.Typer:
-    """Return the application with the commands `names`: all take half of a start."""
-    app = typer.Typer(
-        cls=Commands,
-        add_completion=True,
+def _complete(ctx: click.Context, parameter: click.Parameter, shell: str | None) -> None:
+    if shell is not None:
+        from moecc.cli.complete import install_completion, shell_script
+
+        is_installed = parameter.name == "install_completion"
+        print(install_completion(shell) if is_installed else shell_script(shell))
+        ctx.exit()
+
+
+def build_app() -> Commands:
+    """Return the application."""
+    eager: dict[str, Any] = {"is_eager": True, "expose_value": False}
+    shell: dict[str, Any] = {
+        "is_flag": False,
+        "flag_value": "",
+        "metavar": "[SHELL]",
+        "callback": _complete,
+    }
+    return Commands(
+        "moecc",
+        params=[
+            click.Option(
+                ["--version"],
+                is_flag=True,
+                callback=_print_version,
+                help="Print the version.",
+                **eager,
+            ),
+            click.Option(
+                ["--install-completion"],
+                help="Teach a shell to complete commands.",
+                **shell,
+                **eager,
+            ),
+            click.Option(
+                ["--show-completion"],
+                help="Print the script by which a shell completes commands.",
+                **shell,
+                **eager,
+            ),
+        ],
         no_args_is_help=True,
-        pretty_exceptions_enable=False,
-        rich_markup_mode=None,
         help="Turn dense Transformers into sparse ones, and say what that does to the function.",
         epilog=EPILOG,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-
-    @app.callback()
-    def root(
-        version: bool = typer.Option(
-            False, "--version", help="Print the version.", callback=_version, is_eager=True
-        ),
-    ) -> None:
-        pass
-
-    for name in names:
-        importlib.import_module(f"moecc.cli.cmd_{name}").register(app)
-    return app
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -178,36 +176,24 @@ def _check_words(words: Sequence[str]) -> None:
 
 
 def _run(argv: list[str]) -> int:
-    # What completes a line asks every command; anything else needs the one that it names.
-    named = COMMANDS if _COMPLETION in os.environ else [w for w in argv if w in COMMANDS][:1]
-    app = typer.main.get_command(build_app(named))
     try:
         with words_of_bash():
-            result = app.main(argv, prog_name="moecc", standalone_mode=False)
-    except typer.Abort:
-        result = _INTERRUPTED
-    except _UsageError as error:
+            result = build_app().main(argv, prog_name="moecc", standalone_mode=False)
+    except click.Abort:
+        raise KeyboardInterrupt from None
+    except click.UsageError as error:
         if not argv:  # this is the help
             say(error.format_message())
         else:
             show_error(_in_our_style(error, argv))
-        return int(error.exit_code)
-    # Some versions of typer turn an interrupt into this code themselves.
-    if result == _INTERRUPTED:
-        raise KeyboardInterrupt
+        return error.exit_code
     return result if isinstance(result, int) else 0
 
 
 _INTERRUPTED = 130
 
-_COMPLETION = "_MOECC_COMPLETE"
-"""The environment variable that click reads for a program of this name."""
 
-# Newer versions of typer bundle click, older ones import it; both derive this from its base.
-_UsageError: Any = typer.BadParameter.__mro__[1]
-
-
-def _in_our_style(error: Any, argv: Sequence[str]) -> UsageError:
+def _in_our_style(error: click.UsageError, argv: Sequence[str]) -> UsageError:
     """Return an error of click as moecc's own: the words, and which help answers them.
 
     Where an option lacks its value, click does not say of which command.

@@ -264,12 +264,11 @@ def _with_transformers(facts: CardFacts) -> list[str]:
 
 def _generating(facts: CardFacts) -> list[str]:
     return [
-        "from moecc.tasks.generate import generate",
-        "from moecc.model.open import open_model",
+        "import moecc",
         "",
         _folder(facts),
-        "with open_model(folder) as model:",
-        '    print(generate(model, "Once upon a time", 20))',
+        "with moecc.open(folder) as model:",
+        '    print(model.generate("Once upon a time", 20))',
     ]
 
 

@@ -6,7 +6,6 @@ from math import isfinite, prod, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moecc.capture import fingerprint, open_capture
 from moecc.errors import InputError, UsageError
 from moecc.formats.adapter import SeveralCheckpoints
 from moecc.ir.graph import Graph, Node, Value
@@ -14,6 +13,7 @@ from moecc.ir.ops.axes import EmbeddingOp
 from moecc.ir.structure import uses_of
 from moecc.ir.traits import Role
 from moecc.model.open import Model
+from moecc.model.statistics import fingerprint, open_capture
 from moecc.pipeline.passes import Statistics
 from moecc.types import F32, DType, TensorType
 from moecc.weights.arithmetic import Cast

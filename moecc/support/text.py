@@ -102,3 +102,12 @@ def facts_table(rows: Rows) -> str:
     from moecc.support.page import render
 
     return render("facts.html", rows=[(name, text) for name, text in rows if text])
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration in hours, minutes and seconds: ``2 h 5 min``, ``3 min 20 s``, ``4 s``."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

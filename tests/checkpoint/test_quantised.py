@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from moecc.cli.cmd_convert import ConvertRequest, convert
 from moecc.errors import InputError
 from moecc.formats.open import open_checkpoint
 from moecc.formats.source import Checkpoint
+from moecc.jobs.convert import convert
 from moecc.types import Array
 
 FILES = Path(__file__).parent / "quantised"
@@ -185,7 +185,7 @@ def test_a_quantised_model_is_converted(tmp_path: Path) -> None:
     save_file(parts, source / "model.safetensors")
     text = json.dumps(config | {"quantization_config": CASES["int8"]})
     (source / "config.json").write_text(text)
-    convert(ConvertRequest(str(source), str(out), "", "llama", no_check=True))
+    convert(str(source), str(out), to="llama", no_check=True)
     written = load_file(out / "model.safetensors")
     expected = parts[name].astype(np.float32) * scale[:, None] * np.float32(1 / 127)
     np.testing.assert_array_equal(written[name], expected)

@@ -9,8 +9,8 @@ from ctypes.util import find_library
 
 import pytest
 
-from moecc.ahead import process as allocator
-from moecc.ahead.process import environment
+from moecc.jobs import compile as allocator
+from moecc.jobs.compile import environment
 from moecc.plan.machines import parse_machine
 
 TPU = "tpu:v5p:2x2x1"

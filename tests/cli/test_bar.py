@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moecc.cli.console import Bar
+from moecc.support.console import Bar
 
 
 def test_a_bar_predicts_the_end_from_the_last_minute() -> None:

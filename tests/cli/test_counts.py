@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moecc.cli.cmd_evaluate import evaluation_text
-from moecc.tasks.evaluate import Evaluated, SetScore
+from moecc.jobs.evaluate import Evaluated, SetScore, evaluation_text
 from moecc.train.scoring import RowScores
 
 

@@ -98,7 +98,7 @@ def test_padding_and_truncation_of_batches_are_no_part_of_a_prompt(
 def test_a_tokenizer_too_large_to_be_one_is_refused(
     moecc: Callable, dense: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moecc.tasks.generate.MAX_TOKENIZER_BYTES", 100)
+    monkeypatch.setattr("moecc.jobs.generate.MAX_TOKENIZER_BYTES", 100)
     (dense / "tokenizer.json").write_bytes(changed())
     done = moecc("generate", dense, "--prompt", "the cat", "--tokens", "1")
     assert done.code == 1

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from moecc.cli import heartbeat
-from moecc.cli.heartbeat import Heartbeat, Progress
+from moecc.cli import commands
 from moecc.cli.main import main
+from moecc.support.console import PROGRESS
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -32,11 +32,11 @@ class Terminal(io.StringIO):
 
 def beat(monkeypatch: pytest.MonkeyPatch, watched: bool) -> str:
     stream = Terminal(watched)
-    monkeypatch.delenv(heartbeat.VARIABLE, raising=False)
+    monkeypatch.delenv(commands.VARIABLE, raising=False)
     monkeypatch.setattr("sys.stderr", stream)
-    monkeypatch.setattr(heartbeat, "FIRST_SECONDS", 0.01)
-    monkeypatch.setattr(heartbeat, "LINE_SECONDS", (0.01, 60.0))
-    with Heartbeat("compile", Progress.NONE):
+    monkeypatch.setattr(commands, "FIRST_SECONDS", 0.01)
+    monkeypatch.setattr(commands, "LINE_SECONDS", (0.01, 60.0))
+    with commands.heartbeat("compile", quiet=False):
         assert stream.written.wait(60)
     return stream.getvalue()
 
@@ -54,15 +54,18 @@ def test_elsewhere_lines_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_quiet_and_commands_that_show_it_themselves_have_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(heartbeat, "LINE_SECONDS", (0.0, 60.0))
-    monkeypatch.delenv(heartbeat.VARIABLE, raising=False)
-    before = threading.active_count()
-    silent = [Heartbeat("x", Progress.NONE, quiet=True), Heartbeat("x", Progress.OWN)]
-    monkeypatch.setenv(heartbeat.VARIABLE, "off")
-    silent.append(Heartbeat("x", Progress.NONE))
-    for made in silent:
-        with made:
-            assert threading.active_count() == before
+    monkeypatch.setattr(commands, "LINE_SECONDS", (0.05, 60.0))
+    monkeypatch.delenv(commands.VARIABLE, raising=False)
+    stream = Terminal(watched=False)
+    monkeypatch.setattr("sys.stderr", stream)
+    with commands.heartbeat("x", quiet=False):
+        PROGRESS.set()
+    monkeypatch.setattr(commands, "LINE_SECONDS", (0.0, 60.0))
+    with commands.heartbeat("x", quiet=True):
+        assert not stream.written.wait(0.05)
+    monkeypatch.setenv(commands.VARIABLE, "off")
+    with commands.heartbeat("x", quiet=False):
+        assert not stream.written.wait(0.05)
 
 
 def test_quiet_leaves_warnings_and_errors(

@@ -134,7 +134,7 @@ def test_the_files_of_an_output_do_not_depend_on_where_it_is(
 def test_of_a_large_output_the_first_layers_are_compared(
     moecc: Moecc, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moecc.tasks.verify_written.MAX_VERIFIED_PARAMETERS", 12_000)
+    monkeypatch.setattr("moecc.jobs.comparison.MAX_VERIFIED_PARAMETERS", 12_000)
     out = tmp_path / "out"
     assert moecc("convert", dense, out, *UPCYCLE, "--verify").code == 0
     assert receipt(out)["verified"]["layers"] == 2

@@ -17,9 +17,9 @@ from moecc_passes.upcycle import rewrite as upcycling
 
 from moecc.formats import writer
 from moecc.ir import Graph, parse
+from moecc.jobs.reduce import Candidate, pass_cuts
 from moecc.pipeline.passes import Context
 from moecc.pipeline.text import Pipeline
-from moecc.tasks.cuts import Candidate, pass_cuts
 from moecc.weights import simplify as simplifier
 from moecc.weights.arithmetic import Scale
 from moecc.weights.expr import Expr, Source, sources

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moecc.cli.console import Bar
+from moecc.support.console import Bar
 
 from .conftest import Done
 

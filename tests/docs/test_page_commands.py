@@ -13,7 +13,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import typer
 
 from moecc.cli.main import build_app
 from moecc.errors import MoeccError
@@ -77,11 +76,11 @@ def words(line: str) -> Iterator[list[str]]:
 @pytest.mark.parametrize("page", [*OTHERS, ROOT / "docs" / "jobs.md"], ids=lambda p: p.name)
 def test_commands_and_pipelines_are_read(page: Path) -> None:
     """With the options that there are, of the types that they have, and passes that there are."""
-    app = typer.main.get_command(build_app())
+    app = build_app()
     for line in lines(page):
         for command in words(line):
             with app.make_context("moecc", list(command)) as context:
-                name, found, rest = app.resolve_command(context, command)  # type: ignore[attr-defined]
+                name, found, rest = app.resolve_command(context, command)
                 found.make_context(name, list(rest), parent=context).close()
             for option, text in pairwise(command):
                 if option == "-p" and "--load" not in command:

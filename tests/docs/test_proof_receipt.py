@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from moecc.tasks.receipt import receipt_lines
+from moecc.jobs.receipt import receipt_lines
 
 from .pages import ROOT
 

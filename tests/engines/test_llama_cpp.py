@@ -23,11 +23,10 @@ from moecc.backend import get_backend
 from moecc.formats.gguf.families import GGUF_MIXTURES, GgufFamily
 from moecc.formats.gguf.header import read_gguf_header
 from moecc.formats.gguf.storage import BY_NAME, dequantise, quantise
+from moecc.jobs.convert import plan, write
+from moecc.jobs.generate import continue_tokens, load_tokenizer
 from moecc.model.open import open_model
 from moecc.pipeline.text import Pipeline
-from moecc.tasks.continue_tokens import continue_tokens
-from moecc.tasks.convert import plan, write
-from moecc.tasks.generate import load_tokenizer
 from moecc.types import F64
 from tests.train.tiny import draw_weights, make_model
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moecc.jobs.convert import plan, write
 from moecc.model.open import open_model
 from moecc.pipeline.text import Pipeline
-from moecc.tasks.convert import plan, write
 from moecc.testing.oracle import run_reference
 
 from .engine import ask, interpreter, needs

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moecc.jobs.convert import plan, write
 from moecc.model.open import open_model
 from moecc.pipeline.text import Pipeline
-from moecc.tasks.convert import plan, write
 
 from .engine import ask, interpreter, needs
 from .sources import write_source

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from moecc.errors import InputError, MachineError
+from moecc.jobs.convert import plan, write
 from moecc.model.open import open_model
 from moecc.pipeline.text import Pipeline
-from moecc.tasks.convert import plan, write
 
 from .conftest import WORDS
 from .loading import load

@@ -11,8 +11,8 @@ from moecc.cli.main import main
 from moecc.errors import MachineError
 from moecc.formats.manifest import verify_manifest
 from moecc.ir import parse, verify
+from moecc.jobs.receipt import receipt_lines
 from moecc.model.open import open_model
-from moecc.tasks.receipt import receipt_lines
 
 from .loading import load
 

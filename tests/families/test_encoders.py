@@ -26,9 +26,9 @@ from moecc.families.switch_transformers import SwitchTransformersConfig
 from moecc.families.t5 import T5Config
 from moecc.formats.open import open_checkpoint
 from moecc.ir import Graph, equal, parse, print_graph, verify
+from moecc.jobs.checks import check_pipeline
 from moecc.pipeline.passes import Context
 from moecc.pipeline.text import Pipeline
-from moecc.tasks.check import check_pipeline
 from moecc.testing.configs import (
     MemoryCheckpoint,
     exported_checkpoint,

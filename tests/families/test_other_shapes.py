@@ -19,11 +19,11 @@ from moecc.families.describe import describe
 from moecc.families.registry import parse_config
 from moecc.formats.open import open_checkpoint
 from moecc.ir import equal, parse, print_graph, verify
+from moecc.jobs.checks import check_pipeline
+from moecc.jobs.convert import plan
 from moecc.model.open import Model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.text import Pipeline
-from moecc.tasks.check import check_pipeline
-from moecc.tasks.convert import plan
 from moecc.testing.configs import MemoryCheckpoint, exported_checkpoint, random_checkpoint
 from moecc.testing.data import inputs_for
 from moecc.translate.export import export_graph

@@ -15,13 +15,13 @@ from moecc.families.registry import CONFIGS, parse_config
 from moecc.families.switch_transformers import SwitchTransformersConfig
 from moecc.formats.gguf.families import GGUF_MIXTURES
 from moecc.ir import Graph
+from moecc.jobs import conversion as targets
+from moecc.jobs.convert import plan, write
+from moecc.jobs.targets import choose, fits
 from moecc.model.open import open_model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.tasks import targets
-from moecc.tasks.convert import plan, write
-from moecc.tasks.targets import choose, fits
 from moecc.translate.engines import CONDITIONS, UNKNOWN, Verdict, engine_table, summary, verdicts
 from moecc.translate.export import Export, export_graph
 

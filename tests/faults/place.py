@@ -47,9 +47,9 @@ class Spoilt:
 
     def convert(self, pipeline: str = UPCYCLE, **more: Any) -> Path:
         """Plan a conversion to Mixtral, and write it."""
+        from moecc.jobs.convert import check_place, plan, write
         from moecc.model.open import open_model
         from moecc.pipeline.text import Pipeline
-        from moecc.tasks.convert import check_place, plan, write
 
         target, dtype = more.pop("to", "mixtral"), more.pop("dtype", None)
         out = Path(more.pop("out", self.root / "out"))

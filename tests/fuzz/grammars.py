@@ -272,7 +272,7 @@ def run_manifest(data: bytes) -> None:
 
 def run_receipt(data: bytes) -> None:
     """Read a receipt, and say it in lines."""
-    from moecc.tasks.receipt import RECEIPT_NAME, load_receipt, receipt_lines
+    from moecc.jobs.receipt import RECEIPT_NAME, load_receipt, receipt_lines
 
     folder = _folder() / f"{os.getpid()}-received"
     folder.mkdir(exist_ok=True)
@@ -324,7 +324,7 @@ def run_tokenizer(data: bytes) -> None:
 
 def run_arrays(data: bytes) -> None:
     """Read inputs from a .npy or .npz file."""
-    from moecc.cli.input_files import read_inputs
+    from moecc.model.inputs import read_inputs
 
     ending = "npz" if data[:2] == b"PK" else "npy"
     read_inputs(str(_file(f"tokens.{ending}", data)), _tiny())

@@ -18,10 +18,10 @@ from pathlib import Path
 from moecc.errors import MoeccError
 from moecc.formats.disk import injected
 from moecc.formats.output import clean
+from moecc.jobs.convert import Plan, plan, write
 from moecc.model.open import open_model
 from moecc.pipeline.text import Pipeline, installed
 from moecc.support.process import Terminated, signals_raised
-from moecc.tasks.convert import Plan, plan, write
 
 from .disks import CountingDisk, FullDisk, KillingDisk, SignalDisk
 from .power import ForgettingDisk

@@ -37,9 +37,9 @@ def test_outputs_change_the_disk_through_one_module() -> None:
     )
     files = [
         *(ROOT / "moecc" / "checkpoint").glob("*.py"),
-        ROOT / "moecc/tasks/convert.py",
-        ROOT / "moecc/tasks/convert_gguf.py",
-        ROOT / "moecc/tasks/convert_records.py",
+        ROOT / "moecc/jobs/convert.py",
+        ROOT / "moecc/jobs/convert.py",
+        ROOT / "moecc/jobs/receipt.py",
     ]
     found = {
         (file.name, match[0])

@@ -15,9 +15,9 @@ import pytest
 from tiers import few
 
 from moecc.errors import MachineError, UsageError
+from moecc.jobs.launch import free_port
 from moecc.launch.processes import JOIN, ProcessInfo, seconds_of_environment
 from moecc.launch.rendezvous import meet
-from moecc.launch.supervisor import free_port
 
 LLAMA = Path(__file__).parent.parent / "golden" / "llama_gqa"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from moecc.launch.supervisor import Ended, Supervisor, free_port
+from moecc.jobs.launch import Ended, Supervisor, free_port
 
 BOUND_SECONDS = 5
 
@@ -147,7 +147,7 @@ def test_processes_end_when_their_supervisor_is_killed(tmp_path: Path) -> None:
     )
     parent = (
         "import sys\n"
-        "from moecc.launch.supervisor import Supervisor\n"
+        "from moecc.jobs.launch import Supervisor\n"
         f"Supervisor([sys.executable, '-c', {child!r}], 2).run()\n"
     )
     supervisor = subprocess.Popen([sys.executable, "-c", parent], stderr=subprocess.DEVNULL)
@@ -203,7 +203,7 @@ def test_an_interrupt_during_the_start_leaves_no_process(monkeypatch: pytest.Mon
             if len(started) == 2:
                 signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("moecc.launch.supervisor.subprocess.Popen", Interrupted)
+    monkeypatch.setattr("moecc.jobs.launch.subprocess.Popen", Interrupted)
     sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
     try:
         with pytest.raises(KeyboardInterrupt):

@@ -17,11 +17,11 @@ from moecc_passes.resize import passes as resizing
 from moecc_passes.upcycle import upcycle
 from safetensors.numpy import save_file
 
-from moecc.capture import BlockSums, ExpertSums
 from moecc.formats import adapter
 from moecc.formats.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from moecc.ir import Graph
 from moecc.ir.structure import clone
+from moecc.model.statistics import BlockSums, ExpertSums
 from moecc.pipeline.passes import Context, Pass, Statistics
 from moecc.testing.configs import MemoryCheckpoint
 from moecc.types import F64

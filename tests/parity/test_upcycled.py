@@ -15,10 +15,10 @@ from moecc.backend import get_backend
 from moecc.families.decoder import DecoderConfig
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import CONFIGS
+from moecc.jobs.convert import plan, write
+from moecc.jobs.targets import fits as fits_of
 from moecc.model.open import open_model
 from moecc.pipeline.text import Pipeline
-from moecc.tasks.convert import plan, write
-from moecc.tasks.targets import fits as fits_of
 from moecc.testing.oracle import run_reference, with_errors
 from moecc.types import F64
 

@@ -13,10 +13,10 @@ from moecc_passes.fuse_gate_up import FuseGateUpPass, Fusion, find_siblings, fus
 from moecc.families import build
 from moecc.families.registry import parse_config
 from moecc.ir import Graph, clone, equal, parse, print_graph
+from moecc.jobs.checks import broken_promise
 from moecc.pipeline.passes import EXACT, Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.tasks.check import broken_promise
 from moecc.testing import assert_same, laws
 from moecc.testing.blocks import experts, feed_forward
 from moecc.testing.strategies import random_graph

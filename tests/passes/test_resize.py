@@ -11,11 +11,11 @@ from safetensors.numpy import load_file
 from moecc.analysis import find_ffn_blocks
 from moecc.backend import get_backend
 from moecc.errors import InputError, UsageError
+from moecc.jobs.convert import plan, write
 from moecc.model.open import open_model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.tasks.convert import plan, write
 from moecc.types import F64, Array
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -14,11 +14,11 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 from moecc.errors import InputError
 from moecc.ir import F64, Builder, Graph, Value, tensor
 from moecc.ir.structure import clone
+from moecc.jobs.checks import broken_promise
 from moecc.model.open import open_model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.tasks.check import broken_promise
 from moecc.testing import laws
 from moecc.weights.expr import Full, Source
 

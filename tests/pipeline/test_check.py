@@ -11,11 +11,10 @@ from moecc.errors import CheckError, InputError
 from moecc.families import build
 from moecc.families.registry import parse_config
 from moecc.ir import F32, I32, Builder, Graph, clone, equal, print_graph, tensor, verify
+from moecc.jobs.checks import check_pipeline, measure, reduce_sizes, reduced
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.tasks.check import check_pipeline, measure
-from moecc.tasks.shrink import reduce_sizes, reduced
 
 from .samples import REGISTRY, negations
 

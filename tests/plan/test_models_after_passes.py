@@ -10,10 +10,10 @@ import pytest
 
 from moecc.analysis import parameter_groups
 from moecc.ir.graph import Graph
+from moecc.jobs.plan import plan_step
 from moecc.model.open import open_model
 from moecc.plan.report import Report
 from moecc.plan.step import StepConfig
-from moecc.tasks.plan_step import plan_step
 from moecc.train.graphs import run_passes
 
 GOLDEN = Path(__file__).parent.parent / "golden"

@@ -11,11 +11,11 @@ from moecc_backends.xla.aot.topology import require
 
 from moecc.cli.main import main
 from moecc.errors import InputError, UsageError
+from moecc.jobs.plan import plan_step
 from moecc.model.open import open_model
 from moecc.plan.machines import find_machine, parse_machine, sizes_of_kind
 from moecc.plan.networks import Switch, Torus
 from moecc.plan.step import StepConfig
-from moecc.tasks.plan_step import plan_step
 
 MODEL = str(Path(__file__).parents[1] / "golden" / "llama_gqa")
 

@@ -11,8 +11,8 @@ from moecc.ahead.prepare import prepare
 from moecc.ahead.request import Request
 from moecc.ahead.worker import would_fit_text
 from moecc.cli.main import main
+from moecc.jobs.train import as_setting
 from moecc.plan.step import StepConfig
-from moecc.tasks.dry_run import as_setting
 from tests.support.tiers import few
 
 LLAMA = "preset:llama-3.1-8b --machine"

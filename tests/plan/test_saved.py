@@ -7,16 +7,16 @@ import os
 import shlex
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moecc.cli.cmd_compile import CompileRequest, ahead_request, planned
-from moecc.cli.cmd_plan import DenseWeights, Optimizer, Remat, Via
+from moecc.ahead.request import Request
 from moecc.cli.main import main
 from moecc.errors import InputError, UsageError
+from moecc.jobs.compile import CompileOutcome, compile
 from moecc.plan.step import read_plan
 from tests.support.rotary_tables import table_flops
 from tests.train.tiny import draw_weights, make_corpus, make_model
@@ -54,30 +54,47 @@ def saved_again(path: Path) -> int:
     return main(["plan", MODEL, "--machine", "cpu:8", "--save", str(path)])
 
 
-def test_compile_takes_all_of_it(tmp_path: Path) -> None:
+Requested = Callable[..., Request]
+
+
+@pytest.fixture
+def requested(monkeypatch: pytest.MonkeyPatch) -> Requested:
+    """Return a function that returns the request to the compiling process."""
+    requests: list[Request] = []
+
+    def compile_in_subprocess(request: Request, seconds: float) -> CompileOutcome:
+        requests.append(request)
+        return CompileOutcome({"remarks": [], "fits": True})  # type: ignore[typeddict-item]
+
+    def run(**options: Any) -> Request:
+        compile(MODEL, **options)
+        return requests[-1]
+
+    monkeypatch.setattr("moecc.jobs.compile.compile_in_subprocess", compile_in_subprocess)
+    return run
+
+
+def test_compile_takes_all_of_it(tmp_path: Path, requested: Requested) -> None:
     more = ("--mesh", "fsdp=2,expert=4", "--via", "ring", "--remat", "full",
             "--dense-weights", "split", "--optimizer", "adafactor", "--micro-batches", "2",
             "--weight-dtype", "bf16", "--reduce-dtype", "float32")  # fmt: skip
     path = str(saved(tmp_path, *more))
-    job = ahead_request(planned(CompileRequest(MODEL, plan=path), path))
-    options = CompileRequest(
-        MODEL, "cpu:8", pipeline=PIPELINE, sequence="64", mesh="fsdp=2,expert=4", via=Via("ring"),
-        remat=Remat("full"), dense_weights=DenseWeights("split"),
-        optimizer=Optimizer("adafactor"), rules=read_plan(path).config.rules,
-        weight_dtype="bf16", micro_batches=2, reduce_dtype="float32",
+    assert requested(plan=path) == requested(
+        machine="cpu:8", pipeline=PIPELINE, sequence="64", mesh="fsdp=2,expert=4", via="ring",
+        remat="full", dense_weights="split", optimizer="adafactor",
+        rules=read_plan(path).config.rules, weight_dtype="bf16", micro_batches=2,
+        reduce_dtype="float32",
     )  # fmt: skip
-    assert job == ahead_request(options)
 
 
-def test_what_the_plan_says_is_said_once(tmp_path: Path) -> None:
+def test_what_the_plan_says_is_said_once(tmp_path: Path, requested: Requested) -> None:
     path = str(saved(tmp_path))
-    request = CompileRequest(MODEL, plan=path)
     twice = {"machine": "cpu", "mesh": "data=8", "pipeline": "cse", "micro_batches": 2}
     for name, value in twice.items():
         with pytest.raises(UsageError, match="the plan says it"):
-            planned(replace(request, **{name: value}), path)
+            requested(plan=path, **{name: value})
     with pytest.raises(UsageError, match="no machine is named"):
-        ahead_request(CompileRequest(MODEL))
+        requested()
 
 
 def test_a_recipe_gets_mesh_and_remat(tmp_path: Path) -> None:
@@ -165,11 +182,11 @@ steps = 3
     return path
 
 
-def test_plans_of_earlier_versions_are_read(tmp_path: Path) -> None:
+def test_plans_of_earlier_versions_are_read(tmp_path: Path, requested: Requested) -> None:
     path = saved(tmp_path)
     for name in ("micro_batches", "weight_dtype", "reduce_dtype"):
         spoilt(path, lambda data, name=name: data["request"].pop(name))
-    request = planned(CompileRequest(MODEL, plan=str(path)), str(path))
+    request = requested(plan=str(path)).config
     assert (request.micro_batches, request.weight_dtype, request.reduce_dtype) == (1, None, None)
 
 

@@ -19,7 +19,6 @@ from safetensors.numpy import save_file
 
 from moecc.analysis import find_ffn_blocks
 from moecc.backend import get_backend
-from moecc.capture import BlockSums
 from moecc.errors import MoeccError
 from moecc.families.registry import CONFIGS
 from moecc.formats.adapter import (
@@ -32,6 +31,7 @@ from moecc.formats.adapter import (
 from moecc.formats.open import open_checkpoint
 from moecc.formats.source import Checkpoint
 from moecc.ir.graph import Graph
+from moecc.model.statistics import BlockSums
 from moecc.pipeline.passes import Context, Statistics
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline

@@ -22,12 +22,12 @@ from typing import Any
 
 from moecc.ir.graph import Graph
 from moecc.ir.unroll import unrolled
+from moecc.jobs.train import planned_step
 from moecc.model.open import open_model
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.plan.batches import length_variables
 from moecc.plan.machines import parse_machine
-from moecc.tasks.dry_run import planned_step
 from moecc.train.graphs import step_spec, train_graph, train_passes
 from moecc.train.recipe import Recipe
 from moecc.train.recipe_text import load_recipe

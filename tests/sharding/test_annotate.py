@@ -10,10 +10,10 @@ import pytest
 from moecc.errors import InputError, UsageError
 from moecc.ir import clone, equal
 from moecc.ir.mesh import mesh_of
+from moecc.jobs.checks import check_pipeline
 from moecc.model.open import open_model
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.tasks.check import check_pipeline
 from moecc.testing import laws
 
 from .meshes import census, model, run

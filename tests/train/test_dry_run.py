@@ -12,11 +12,11 @@ from moecc.errors import InputError
 from moecc.families.describe import describe
 from moecc.ir import Graph
 from moecc.ir.structure import clone
+from moecc.jobs.train import dry_run_facts, dry_run_text
 from moecc.model.open import open_model
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.plan.machines import parse_machine
-from moecc.tasks.dry_run import dry_run, dry_run_text
 from moecc.train.batches import open_batches
 from moecc.train.recipe_text import parse_recipe
 from moecc.train.rows import ModelFacts
@@ -49,7 +49,7 @@ def told(tokens: Path, name: str, passes: str, *sets: str, machine: str = "") ->
     run_pipeline(graph, Pipeline.parse(passes))
     recipe = parse_recipe(RECIPE, "r", folder=tokens, sets=sets)
     batches = open_batches(recipe.data, ModelFacts("m", 384, tuple(graph.inputs)))
-    return dry_run(recipe, graph, batches, parse_machine(machine) if machine else None)
+    return dry_run_facts(recipe, graph, batches, parse_machine(machine) if machine else None)
 
 
 def test_counts_are_those_of_the_model(tokens: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from moecc.cli.train_progress import TrainProgress
 from moecc.errors import InputError
+from moecc.jobs.train import TrainProgress
 from moecc.train.events import (
     Evaluated,
     Event,

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from moecc.jobs.generate import load_tokenizer
+from moecc.jobs.lm_eval_model import HarnessModel, lm_eval_model
 from moecc.model.open import open_model
-from moecc.tasks.generate import load_tokenizer
-from moecc.tasks.lm_eval_model import HarnessModel, lm_eval_model
 from moecc.train.tokens.encoders import byte_tokenizer
 
 from .tiny import draw_weights, make_model

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from moecc.cli.main import main
-from moecc.cli.train_progress import TrainProgress
 from moecc.errors import InputError
 from moecc.formats.run import LINEAGE_SCHEMA
+from moecc.jobs.train import TrainProgress
 from moecc.train.events import (
     DEAD_STEPS,
     SATURATED_STEPS,

@@ -16,7 +16,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moecc.cli.cmd_tokens import TokensRequest
 from moecc.cli.main import main
 from moecc.errors import InputError, MachineError, UsageError
 from moecc.train.tokens import documents, encoders
@@ -359,4 +358,3 @@ def test_the_command_reports_what_it_wrote(
     assert "2 labelled examples, 11 tokens (uint16, bytes)" in capsys.readouterr().out
     assert main(command) == 1
     assert "--force" in capsys.readouterr().err
-    assert TokensRequest([], "bytes", "x").hold_out == 0.0

@@ -14,8 +14,8 @@ from tiers import few, some
 
 from moecc.backend import get_backend
 from moecc.decoding import Batch, DecodeGraphs, Sampling
+from moecc.jobs.generate import Continuing, continue_texts
 from moecc.model.open import Model, open_model
-from moecc.tasks.continue_tokens import Continuing, continue_texts
 from moecc.types import F32
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -35,12 +35,12 @@ from moecc.formats.writer import OutputTensor, WriteReport, write_checkpoint
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.ir.text import print_graph
+from moecc.jobs.checks import Contracts
+from moecc.jobs.receipt import RECEIPT_NAME, Receipt
 from moecc.model.open import CONFIG_NAME, GRAPH_NAME, MODEL_TYPE, read_graph
 from moecc.pipeline.passes import Preserves
 from moecc.pipeline.text import Pipeline, installed
 from moecc.support.untyped import Json
-from moecc.tasks.contracts import Contracts
-from moecc.tasks.receipt import RECEIPT_NAME, Receipt
 from moecc.types import DTYPES, Axis, TensorType
 from moecc.version import __version__
 from moecc.weights.expr import Expr, Source

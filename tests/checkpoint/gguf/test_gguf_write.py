@@ -26,9 +26,9 @@ from moecc.formats.gguf.tokenizer_keys import tokenizer_keys
 from moecc.formats.manifest import verify_manifest
 from moecc.formats.open import open_checkpoint
 from moecc.formats.safetensors import Entry
+from moecc.jobs.convert import Plan, plan, write
 from moecc.model.open import open_model
 from moecc.pipeline.text import Pipeline
-from moecc.tasks.convert import Plan, plan, write
 from moecc.types import BF16, F32, F64
 
 from .test_gguf_tokenizer import byte_level, sentence_piece
@@ -249,7 +249,7 @@ def test_nothing_is_left_of_a_failure(tmp_path: Path, monkeypatch: pytest.Monkey
     def fail(*given: Any, **named: Any) -> None:
         raise OSError("no")
 
-    monkeypatch.setattr("moecc.tasks.convert_gguf.manifest", fail)
+    monkeypatch.setattr("moecc.jobs.convert.manifest", fail)
     with pytest.raises(OSError, match="no"):
         convert("llama_gqa", "gguf:llama", tmp_path / "m.gguf")
     assert list(tmp_path.iterdir()) == []

@@ -20,11 +20,11 @@ from moecc_backends.xla.aot.census import census
 from moecc_backends.xla.aot.hlo import ITEMSIZE_BYTES, parse_hlo
 from moecc_backends.xla.aot.topology import missing
 
-from moecc.ahead.process import compile_in_subprocess
 from moecc.ahead.request import Request
 from moecc.families import build
 from moecc.families.registry import parse_config
 from moecc.ir.text import print_graph
+from moecc.jobs.compile import compile_in_subprocess
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline, installed
 from moecc.plan.machines import parse_machine

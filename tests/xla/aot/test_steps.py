@@ -12,8 +12,8 @@ pytest.importorskip("optax")
 
 from moecc_backends.xla.aot.topology import missing
 
-from moecc.ahead.process import compile_in_subprocess
 from moecc.ahead.request import Request
+from moecc.jobs.compile import compile_in_subprocess
 from moecc.plan.machines import parse_machine
 from moecc.plan.step import StepConfig
 from moecc.sharding.vias import PARTITIONS

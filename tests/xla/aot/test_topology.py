@@ -8,8 +8,8 @@ import pytest
 from moecc_backends.xla.aot import topology
 from moecc_backends.xla.aot.topology import GPUS, description, require
 
-from moecc.ahead.process import environment
 from moecc.errors import MachineError
+from moecc.jobs.compile import environment
 from moecc.plan.machines import parse_machine, table
 
 

@@ -13,8 +13,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from moecc.ahead.process import environment
 from moecc.errors import MachineError, UsageError
+from moecc.jobs.compile import environment
 from moecc.plan.machines import Machine
 from moecc.plan.networks import Slices
 from moecc.support.extras import install_hint

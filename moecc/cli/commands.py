@@ -1,0 +1,263 @@
+"""Commands of `click`, derived from the functions of `moecc.jobs`.
+
+Positional parameters of a job become arguments, keyword parameters become options.  The types,
+defaults and `moecc.jobs.command.Spelling` say how they are read; the docstring is the help, its
+section ``Args`` describes the parameters.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import click
+from click.shell_completion import CompletionItem
+
+from moecc.errors import escaped
+from moecc.jobs import python_name
+from moecc.jobs.command import Report, Spelling
+from moecc.support.console import PROGRESS, clear_line, quietly, say
+from moecc.support.text import duration_text, json_text
+
+_SECTION = re.compile(r"^(Args|Returns|Raises|Attributes|Example):\s*$")
+
+
+@dataclass(frozen=True)
+class Docstring:
+    """The parts of a docstring in Google's style.
+
+    Attributes:
+      text: what stands above the sections.
+      args: the descriptions of the parameters, by name.
+      example: the lines of the section ``Example``.
+    """
+
+    text: str
+    args: Mapping[str, str] = field(default_factory=dict)
+    example: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, function: object) -> Docstring:
+        """Return the docstring of a function, its sections apart."""
+        sections: dict[str, list[str]] = {"": []}
+        lines = sections[""]
+        for line in (inspect.getdoc(function) or "").splitlines():
+            if match := _SECTION.match(line):
+                lines = sections.setdefault(match[1], [])
+            else:
+                lines.append(line)
+        args, name = dict[str, str](), ""
+        for line in inspect.cleandoc("\n" + "\n".join(sections.get("Args", []))).splitlines():
+            if line.startswith(" "):
+                args[name] += f" {line.strip()}"
+            elif line:
+                name, _, text = line.partition(": ")
+                args[name] = text
+        example = tuple(line.strip() for line in sections.get("Example", []) if line.strip())
+        return cls("\n".join(sections[""]).strip(), args, example)
+
+
+def job_function(name: str) -> Callable[..., Report | int | None]:
+    """Return the function of a command: `moecc.jobs.NAME.NAME`, with ``_`` after a keyword."""
+    function: Callable[..., Report | int | None]
+    module = importlib.import_module(f"moecc.jobs.{python_name(name)}")
+    function = getattr(module, python_name(name))
+    return function
+
+
+@cache
+def command_of(name: str) -> Command:
+    """Return the command of a job."""
+    return make_command(name, job_function(name))
+
+
+def make_command(name: str, job: Callable[..., Report | int | None]) -> Command:
+    """Return a command that calls `job`; every one takes ``--quiet``, and reports ``--format``."""
+    doc, hints = Docstring.of(job), get_type_hints(job, include_extras=True)
+    parameters = [
+        _parameter(p, hints[p.name], doc.args.get(p.name, ""))
+        for p in inspect.signature(job).parameters.values()
+    ]
+    if hints["return"] is not int:
+        help = "Report for people, or as one JSON object on standard output."
+        kinds = click.Choice(("human", "json"))
+        parameters.append(
+            click.Option(["--format"], type=kinds, default="human", show_default=True, help=help)
+        )
+    help = "Print only warnings and errors on standard error."
+    parameters.append(click.Option(["--quiet"], is_flag=True, help=help))
+
+    def run(*, quiet: bool, format: str = "human", **arguments: object) -> None:
+        with quietly(quiet), heartbeat(name, quiet=quiet):
+            positional = [arguments.pop(p.name) for p in parameters if isinstance(p, Argument)]
+            result = job(*positional, **arguments)
+        code = show(result, format) if isinstance(result, Report) else result
+        if code:
+            raise click.exceptions.Exit(code)
+
+    epilog = "\n\n".join(f"Example: {line}" for line in doc.example)
+    return Command(name, callback=run, params=parameters, help=_plain(doc.text), epilog=epilog)
+
+
+def _plain(text: str) -> str:
+    """Return the text of a docstring without the marks of code."""
+    return text.replace("``", "").replace("`", "")
+
+
+def _parameter(parameter: inspect.Parameter, hint: Any, help: str) -> click.Parameter:
+    spelling = Spelling()
+    if hasattr(hint, "__metadata__"):
+        spelling = next(m for m in hint.__metadata__ if isinstance(m, Spelling))
+        hint = hint.__origin__
+    is_required = parameter.default is parameter.empty
+    if NoneType in get_args(hint):
+        hint = next(t for t in get_args(hint) if t is not NoneType)
+    is_sequence = get_origin(hint) is Sequence
+    if is_sequence:
+        (hint,) = get_args(hint)
+    name, settings = parameter.name, dict[str, Any](required=is_required)
+    if not is_required:
+        settings["default"] = None if is_sequence else parameter.default
+    settings["type"] = _type(hint, spelling)
+    if spelling.complete:
+        settings["shell_complete"] = _completion(spelling.complete)
+    if parameter.kind is not parameter.KEYWORD_ONLY:
+        metavar = spelling.metavar or name.upper()
+        count = -1 if is_sequence else 1
+        argument = Argument([name], metavar=metavar, nargs=count, **settings)
+        argument.help = _plain(help or spelling.help)
+        return argument
+    words = [
+        f"--{name.replace('_', '-')}",
+        name,
+        *([f"-{spelling.short}"] if spelling.short else []),
+    ]
+    if hint is bool:
+        del settings["type"]
+        settings["is_flag"] = True
+    return click.Option(
+        words, metavar=spelling.metavar, multiple=is_sequence, help=_plain(help or spelling.help),
+        show_default=parameter.default not in (None, "", False, ()) and not is_required, **settings,
+    )  # fmt: skip
+
+
+def _type(hint: Any, spelling: Spelling) -> click.ParamType[Any]:
+    if get_origin(hint) is Literal:
+        return click.Choice(get_args(hint))
+    if spelling.low is None:
+        types: dict[object, click.ParamType[Any]]
+        types = {int: click.INT, float: click.FLOAT, str: click.STRING, bool: click.BOOL}
+        return types[hint]
+    if hint is float:
+        return click.FloatRange(spelling.low)
+    return click.IntRange(int(spelling.low), spelling.high)
+
+
+def _completion(function: str) -> Callable[..., list[CompletionItem]]:
+    """Return what completes a value by a function of `moecc.cli.complete`, or by files."""
+
+    def complete(context: object, parameter: object, incomplete: str) -> list[CompletionItem]:
+        from moecc.cli import complete
+
+        words = getattr(complete, function)(incomplete)
+        return [*map(CompletionItem, words)] or [CompletionItem(incomplete, type="file")]
+
+    return complete
+
+
+class Argument(click.Argument):
+    """An argument with a help text."""
+
+    help = ""
+
+
+class Command(click.Command):
+    """A command whose help also lists its arguments."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the arguments, then the options."""
+        arguments = [p for p in self.params if isinstance(p, Argument)]
+        if arguments:
+            with formatter.section("Arguments"):
+                formatter.write_dl([(p.make_metavar(ctx), p.help) for p in arguments])
+        super().format_options(ctx, formatter)
+
+
+def show(report: Report, format: str) -> int:
+    """Print what a command reports, and return its exit code.
+
+    Raises:
+      MoeccError: the error that the report ends with.
+    """
+    if report.is_silent:
+        pass
+    elif report.data is not None and format == "json":
+        clear_line()
+        print(json_text(report.to_json(), indent=2))
+    elif report.is_aside:
+        say(report.text())
+    elif report.is_raw:
+        text = report.text()
+        sys.stdout.write(escaped(text) if sys.stdout.isatty() else text)
+        sys.stdout.flush()
+    else:
+        clear_line()
+        print(escaped(report.text()))
+    if report.error is not None:
+        raise report.error
+    return report.exit_code
+
+
+# A sign of life of a command that says nothing: on a terminal after a second, else in lines.
+
+VARIABLE = "MOECC_PROGRESS"
+"""The environment variable by which scripts that compare standard error switch it ``off``."""
+
+FIRST_SECONDS = 1.0
+LINE_SECONDS = (10.0, 30.0, 60.0)
+"""When lines come where standard error is no terminal; after the last, each so much later."""
+
+
+@contextmanager
+def heartbeat(name: str, *, quiet: bool) -> Iterator[None]:
+    """Show on the standard error for how long the command `name` has been working."""
+    if quiet or os.environ.get(VARIABLE) == "off":
+        yield
+        return
+    PROGRESS.clear()
+    over = threading.Event()
+    thread = threading.Thread(target=_beat, args=(name, over), name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _beat(name: str, over: threading.Event) -> None:
+    start, is_watched, lines = time.monotonic(), sys.stderr.isatty(), 0
+    times = FIRST_SECONDS if is_watched else LINE_SECONDS[0]
+    while not over.wait(max(0.0, start + times - time.monotonic())) and not PROGRESS.is_set():
+        text = f"{name}: {duration_text(times)} so far"
+        if is_watched:
+            # What is printed next begins at the start of this line, and hides it.
+            print(f"\r\033[K{text}\r", end="", file=sys.stderr, flush=True)
+            times += FIRST_SECONDS
+            continue
+        print(text, file=sys.stderr, flush=True)
+        lines += 1
+        times = LINE_SECONDS[lines] if lines < len(LINE_SECONDS) else times + LINE_SECONDS[-1]
+    if is_watched and times > FIRST_SECONDS:
+        clear_line()

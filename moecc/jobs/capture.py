@@ -1,0 +1,296 @@
+"""``moecc capture``: statistics of the values of a model over texts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import numpy as np
+
+from moecc.errors import InputError, Problem, UsageError
+from moecc.formats.output import check_output, output_folder
+from moecc.ir.graph import Graph
+from moecc.ir.ops.slots import SlotsOp
+from moecc.ir.structure import clone
+from moecc.jobs.command import (
+    BatchSize,
+    Force,
+    LoadFamilies,
+    PipelineText,
+    Report,
+    SequenceLength,
+    Spelling,
+)
+from moecc.jobs.evaluate import EvaluationSpec, Tracing, is_token
+from moecc.model.open import Model, open_model
+from moecc.model.statistics import BlockSums, CaptureFacts, ExpertSums, fingerprint, write_capture
+from moecc.pipeline.passes import Context
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.support.console import Bar
+from moecc.support.text import amount
+from moecc.train.rows import facts_of
+from moecc.train.tokens.encoders import BYTES, BYTES_DIGEST
+from moecc.train.tokens.folder import FACTS as TOKEN_FACTS
+from moecc.train.tokens.folder import TokenFolder, open_tokens
+from moecc.train.tokens.make import Making, make_tokens
+from moecc.types import Array
+
+# Take statistics of the values of a model over texts: `moecc capture`.
+
+PREFIX = "values."
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class CaptureSpec:
+    """What is captured.
+
+    Attributes:
+      at: the locations, as a pattern of the shell.
+      batches: the most batches of a text.
+      sequence: tokens of a sequence.
+      batch: sequences at a time.
+      active: the share of the neurons of a token that count as active.
+    """
+
+    at: str = "*"
+    batches: int = 64
+    sequence: int = 512
+    batch: int = 2
+    active: float = 0.1
+
+    def problems(self) -> list[Problem]:
+        """Return what is out of range."""
+        if 0 < self.active < 1:
+            return []
+        return [Problem("not a share of neurons", "--active", "above 0, below 1",
+                        f"{self.active:g}")]  # fmt: skip
+
+
+@dataclass
+class _Layer:
+    """The sums of one location."""
+
+    block: BlockSums | None = None
+    experts: ExpertSums | None = None
+
+    def statistics(self) -> dict[str, Array]:
+        parts = (self.block, self.experts)
+        return {k: v for part in parts if part is not None for k, v in part.statistics().items()}
+
+
+@dataclass
+class _Sums:
+    """The sums of all locations."""
+
+    graph: Graph
+    texts: int
+    active: float
+    layers: dict[str, _Layer] = field(default_factory=dict)
+
+    def add(self, text: int, outputs: Mapping[str, Array], batch: Mapping[str, Array]) -> int:
+        """Add the outputs of a batch; return the number of its tokens."""
+        found: dict[str, dict[str, Array]] = {}
+        count = 0
+        for name, array in outputs.items():
+            loc, what = _parted(name)
+            kept = is_token(self.graph.outputs[name], batch)[1]
+            count = max(count, int(kept.sum()))
+            found.setdefault(loc, {})[what] = array.reshape(-1, array.shape[-1])[kept]
+        for loc, values in found.items():
+            self._add(text, loc, values)
+        return count
+
+    def _add(self, text: int, loc: str, values: Mapping[str, Array]) -> None:
+        layer = self.layers.setdefault(loc, _Layer())
+        if "hidden" in values:
+            x, hidden = values["input"], values["hidden"]
+            if layer.block is None:
+                layer.block = BlockSums(self.texts, x.shape[1], hidden.shape[1], self.active)
+            layer.block.add(text, x, hidden)
+        if "experts" in values:
+            chosen, gates = values["experts"], values["gates"]
+            results = [values[f"result.{c}"] for c in range(chosen.shape[1])]
+            if layer.experts is None:
+                layer.experts = ExpertSums(_experts(self.graph, loc), results[0].shape[1])
+            for choice, result in enumerate(results):
+                layer.experts.add(chosen[:, choice], gates[:, choice], result)
+
+
+def capture_statistics(
+    name: str,
+    texts: Sequence[str],
+    out: str,
+    spec: CaptureSpec,
+    *,
+    pipeline: str = "",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> CaptureFacts:
+    """Write the statistics of a model over texts to the folder `out`.
+
+    Args:
+      name: the model.
+      texts: files or token folders, ``NAME=PATH`` or a path, whose name then is its stem.
+      out: the folder to write.
+      spec: what is captured.
+      pipeline: passes that are run first.
+      force: whether an existing folder is replaced.
+      progress: is called with the texts that are read, and all.
+
+    Raises:
+      UsageError: an option is out of range, or two texts have one name.
+      InputError: nothing is at the location, a text is missing or of another tokenizer, or the
+        output is not empty.
+      MachineError: a library is missing, or the disk is full.
+    """
+    if problems := spec.problems():
+        raise UsageError(problems)
+    named = parse_texts(texts)
+    inputs = [Path(path) for path in named.values()]
+    check_output(Path(out), inputs=inputs, force=force)
+    with open_model(name) as model, ExitStack() as stack:
+        if model.checkpoint is None:
+            raise InputError(f"{name} has no weights", hint="give a checkpoint")
+        folders = {n: _tokens(model, path, stack) for n, path in named.items()}
+        graph = _traced(model, pipeline, spec.at)
+        sums, tokens = _run(model, graph, list(folders.values()), spec, progress)
+        facts = CaptureFacts(
+            fingerprint(model.checkpoint), {n: f.facts.digest for n, f in folders.items()}, tokens,
+            spec.sequence, spec.active,
+        )  # fmt: skip
+        with output_folder(Path(out), inputs=inputs, force=force) as folder:
+            return write_capture(folder, facts, dict(_statistics(sums)))
+
+
+def parse_texts(words: Sequence[str]) -> dict[str, str]:
+    """Return the paths of texts by name. Raises UsageError: two have one name."""
+    found: dict[str, str] = {}
+    for word in words:
+        name, equals, path = word.partition("=")
+        named = (name, path) if equals else (Path(word).stem, word)
+        if named[0] in found:
+            raise UsageError("two texts have the same name", where="--text", found=word,
+                             hint="NAME=FILE gives one a name")  # fmt: skip
+        found[named[0]] = named[1]
+    return found
+
+
+def _tokens(model: Model, path: str, stack: ExitStack) -> TokenFolder:
+    """Return a token folder, which is made of a text that is none."""
+    if (Path(path) / TOKEN_FACTS).is_file():
+        return open_tokens(path)
+    folder = Path(stack.enter_context(TemporaryDirectory()), "tokens")
+    make_tokens(Making((path,), _tokenizer(model)), folder)
+    return open_tokens(str(folder))
+
+
+def _tokenizer(model: Model) -> str:
+    """Return the tokenizer of a model, as `open_encoder` takes it; bytes where it has none."""
+    if model.checkpoint is None or facts_of(model).tokenizer_digest in (None, BYTES_DIGEST):
+        return BYTES
+    found = model.checkpoint.companions()["tokenizer.json"]
+    return str(found if isinstance(found, Path) else model.checkpoint.path)
+
+
+def _traced(model: Model, pipeline: str, at: str) -> Graph:
+    run_pipeline(model.graph, Pipeline.parse(pipeline), context=Context())
+    made = clone(model.graph)
+    context = Context(allow_unmatched=True)
+    done = run_pipeline(made, Pipeline.parse(f"trace-values{{at={at}}}"), context=context)
+    if not done.changed:
+        raise InputError(
+            "no feed-forward block or layer of experts is there", where="--at", found=at,
+            hint="the locations are those of moecc import: layers.3.ffn, encoder.layers.*",
+        )  # fmt: skip
+    return made
+
+
+def _run(
+    model: Model,
+    graph: Graph,
+    folders: Sequence[TokenFolder],
+    spec: CaptureSpec,
+    progress: Progress | None,
+) -> tuple[_Sums, int]:
+    seen = EvaluationSpec(spec.sequence, spec.batch, spec.batches)
+    sums = _Sums(graph, len(folders), spec.active)
+    tokens = 0
+    for number, folder in enumerate(folders):
+        tracing = Tracing.of(model, graph, folder, seen)
+        for outputs, batch, bare in tracing.run(model, lambda name: name.startswith(PREFIX)):
+            sums.graph = bare
+            tokens += sums.add(number, outputs, batch)
+        if progress is not None:
+            progress(number + 1, len(folders))
+    return sums, tokens
+
+
+def _statistics(sums: _Sums) -> Iterator[tuple[str, Array]]:
+    for loc, layer in sums.layers.items():
+        for name, array in layer.statistics().items():
+            yield f"{loc}.{name}", np.ascontiguousarray(array)
+
+
+def _parted(name: str) -> tuple[str, str]:
+    """Return the location of an output, and what it is of it."""
+    found = re.fullmatch(
+        rf"{re.escape(PREFIX)}(.*)\.(input|hidden|experts|gates|result\.\d+)", name
+    )
+    assert found is not None, "the pass names its outputs so"
+    return found[1], found[2]
+
+
+def _experts(graph: Graph, loc: str) -> int:
+    chosen = graph.outputs[f"{PREFIX}{loc}.experts"]
+    return next(SlotsOp.of_node(node).experts for node in chosen.users if node.op.assigns_slots)
+
+
+def capture(
+    source: Annotated[str, Spelling(complete="models")],
+    *,
+    text: Annotated[Sequence[str], Spelling("[NAME=]PATH")],
+    out: Annotated[str, Spelling("DIR")],
+    at: Annotated[str, Spelling("GLOB")] = "*",
+    pipeline: PipelineText = "",
+    sequence: SequenceLength = 512,
+    batch: BatchSize = 2,
+    batches: Annotated[int, Spelling("N", low=1)] = 64,
+    active: Annotated[float, Spelling("SHARE")] = 0.1,
+    load: LoadFamilies = (),
+    force: Force = False,
+) -> Report:
+    """Take statistics of a model's values over texts.
+
+    They are of its feed-forward blocks and experts. Methods read them: convert --capture DIR with
+    upcycle{split=activation}, upcycle{router-init=ridge}, prune{by=saliency} or merge{by=result}.
+
+    Args:
+      source: Model with weights.
+      text: File of text, or token folder; may be repeated, each a text of its own.
+      out: Folder to write.
+      at: Pattern of the locations to capture, for example layers.3.*.
+      batches: Maximal number of batches of a text.
+      active: Share of a token's neurons that count as active.
+
+    Example:
+      moecc capture SmolLM2-135M --text README.md --out captured
+    """
+    from moecc.families.outside import load_families
+    from moecc.support.process import signals_raised
+
+    load_families(load)
+    spec = CaptureSpec(at, batches, sequence, batch, active)
+    with signals_raised(), Bar("capturing", unit_bytes=False) as bar:
+        facts = capture_statistics(
+            source, text, out, spec, pipeline=pipeline, force=force, progress=bar
+        )
+    summary = f"{out}: statistics of {amount(facts.tokens, 'token')} of {', '.join(facts.texts)}"
+    return Report("capture", {"folder": out, **asdict(facts)}, lambda: summary)

@@ -1,0 +1,462 @@
+"""``--check``: verify that the passes of a pipeline keep their promises, on a reduced graph.
+
+Each pass runs on the reduced graph, and the reference interpreter compares before and after on
+random data: bit for bit where ``exact`` is promised, to 1e-12 of the magnitude for
+``reassociation``; the error of an ``approximate`` pass is measured and shown beside the predicted
+one.  The oracle is that of `moecc.testing`, which compares gradients, weights as they are stored
+and the devices of small meshes, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import gcd, lcm, prod
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moecc.backend import Arrays
+from moecc.errors import CheckError, InputError, MoeccError, Problem, described
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.operand import Attrs
+from moecc.ir.structure import clone, without_opaque
+from moecc.ir.traits import Cut, Product
+from moecc.pipeline.passes import Context, Pass, Preserves
+from moecc.pipeline.runner import run_pass
+from moecc.pipeline.text import Pipeline, format_pass
+from moecc.support.untyped import JsonDict
+from moecc.types import Axis, TensorType
+
+if TYPE_CHECKING:
+    from moecc.weights.expr import Expr
+
+
+# A graph at reduced sizes, on which the reference interpreter can check promises of passes.
+#
+# A graph as imported is built again from a smaller config.  Any other graph is
+# shrunk by its size constraints: equal numbers stay equal, the parts of a split or merge still
+# make
+# up the whole, slices still cut at the same fractions, and experts and top-k stay.  Its
+# parameters
+# become source tensors, which are drawn at random; parameters themselves cannot be drawn, since
+# those
+# that a pass copies from each other would then differ.
+
+KEPT = 8
+"""Sizes up to this are not reduced."""
+
+MAX_SIZE = 24
+"""The largest value of an unconstrained size."""
+
+MAX_ELEMENTS = 4_000_000
+"""The limit on the elements of all parameters together, for the interpreter."""
+
+Form = tuple[int, tuple[int, ...]]
+"""A size as a product: a fixed factor, and other sizes to be reduced."""
+
+
+def reduced(graph: Graph) -> Graph:
+    """Return `graph` at reduced sizes, its parameters made from sources.
+
+    Raises:
+      InputError: the graph is not reducible, with the reason.
+    """
+    graph = without_opaque(graph)
+    again = _from_config(graph)
+    if again is not None:
+        return again
+    sizes = reduce_sizes(graph)
+    try:
+        small = resized(graph, sizes)
+    except InputError as error:
+        raise not_reducible(error.problems[0].what, error.problems[0].where) from None
+    count = sum(prod(s for s in v.type.sizes if isinstance(s, int)) for v in small.params.values())
+    if count > MAX_ELEMENTS:
+        largest = max((s for v in small.params.values() for s in v.type.sizes), key=_number)
+        raise not_reducible(f"{count:,} elements are left, and the size {largest} cannot shrink")
+    return small
+
+
+def small_if_possible(graph: Graph) -> Graph:
+    """Return `graph` at reduced sizes, or as it is if it cannot be reduced."""
+    try:
+        return reduced(graph)
+    except InputError:
+        return graph
+
+
+def not_reducible(why: str, where: str | None = None) -> InputError:
+    """Return the error for a graph that cannot be reduced."""
+    return InputError(
+        f"the graph is not reducible, so it cannot be checked: {why}",
+        where=where,
+        hint="check the graph as `moecc import` writes it, before other passes",
+    )
+
+
+def _number(size: object) -> int:
+    return size if isinstance(size, int) else 0
+
+
+def _from_config(graph: Graph) -> Graph | None:
+    """Return the graph built from a reduced config, or None if the graph was changed since."""
+    if not {"family", "config"} <= set(graph.attrs):
+        return None
+    from moecc.families import rebuild
+
+    try:
+        whole = rebuild(graph.attrs, shrink=False)
+        small = rebuild(graph.attrs, shrink=True)
+    except InputError:
+        return None
+    # A rewritten graph keeps its config, but differs from what the config builds.
+    return small if _skeleton(whole) == _skeleton(graph) else None
+
+
+def _skeleton(graph: Graph) -> list[tuple[str, str, int]]:
+    return [(n.op.name, n.loc, len(n.operands)) for n in graph]
+
+
+def _source(value: Value) -> Expr | None:
+    from moecc.weights.expr import Source
+
+    if not value.type.is_static or not value.type.dtype.is_float:
+        return None
+    plain = TensorType(value.type.dtype, tuple(Axis(a.name, a.size) for a in value.type))
+    return Source(value.name, plain)
+
+
+def reduce_sizes(graph: Graph) -> dict[int, int]:
+    """Return a reduced size for each fixed size of `graph`.
+
+    Sizes for which the constraints leave no other value are not reduced.
+    """
+    pinned, forms = _constraints(graph)
+    numbers = {s for v in _values(graph) for s in v.type.sizes if isinstance(s, int)}
+    numbers |= {part for some in forms.values() for _, parts in some for part in parts}
+    while True:
+        sizes = _settle(sorted(numbers | set(forms)), pinned, forms)
+        if isinstance(sizes, dict):
+            return sizes
+        # Two products disagree: the size and its parts are kept.
+        pinned.add(sizes)
+        pinned.update(part for _, parts in forms[sizes] for part in parts)
+
+
+def _settle(
+    numbers: Iterable[int], pinned: set[int], forms: Mapping[int, set[Form]]
+) -> dict[int, int] | int:
+    """Return reduced sizes, or the first number with two contradicting sizes."""
+    from moecc.families.shrinking import shrink_size
+
+    sizes: dict[int, int] = {}
+    # The parts of a number are smaller, so they are settled before it.
+    for number in numbers:
+        made = {factor * prod(sizes[p] for p in parts) for factor, parts in forms.get(number, ())}
+        if number in pinned or number <= KEPT:
+            made.add(number)
+        if len(made) > 1:
+            return number
+        sizes[number] = made.pop() if made else shrink_size(number, MAX_SIZE)
+    return sizes
+
+
+def _values(graph: Graph) -> Iterable[Value]:
+    yield from graph.inputs.values()
+    yield from graph.params.values()
+    for node in graph.every_node():
+        yield from node.results
+        if node.body is not None:
+            yield from node.body.inputs.values()
+
+
+def _constraints(graph: Graph) -> tuple[set[int], dict[int, set[Form]]]:
+    """Return the sizes to keep, and the products that sizes must equal."""
+    pinned: set[int] = set()
+    forms: dict[int, set[Form]] = {}
+    cuts: dict[int, int] = {}
+    for node in graph.every_node():
+        rule = None if node.op.sizes is None else node.op.sizes(node)
+        if isinstance(rule, Product):
+            # A part of size 1 makes the whole equal to another part, which then is the same number.
+            parts = tuple(p for p in map(_number, rule.parts) if p > 1)
+            if len(parts) > 1:
+                forms.setdefault(_number(rule.whole), set()).add((1, parts))
+        elif isinstance(rule, Cut):
+            size = _number(rule.whole)
+            cuts[size] = gcd(cuts.get(size, size), *rule.ends)
+        pinned.update(_pinned(node))
+    for size, unit in cuts.items():
+        for count in range(1, size // unit + 1):
+            forms.setdefault(count * unit, set()).add((count, (unit,)))
+        forms[unit].discard((1, (unit,)))
+    return pinned, {n: some for n, some in forms.items() if some}
+
+
+def _pinned(node: Node) -> Iterator[int]:
+    """Yield the sizes kept because of `node`: layers, experts, and how many are chosen."""
+    attrs: Attrs = node.attrs
+    for name, spec in node.op.attrs.items():
+        if not spec.pins:
+            continue
+        value = attrs[name]
+        if spec.kind == "axis":
+            yield _number(node.operands[0].type[value].size)
+        elif spec.kind == "sizes":
+            yield from (_number(size) for _, size in value)
+        else:
+            yield value
+
+
+def resized(graph: Graph, sizes: Mapping[int, int]) -> Graph:
+    """Return `graph` with other sizes, its parameters made from sources.
+
+    Raises:
+      InputError: the sizes do not fit together.
+    """
+    small = Graph(graph.name, graph.attrs)
+    image: dict[Value, Value] = {}
+    for name, value in graph.inputs.items():
+        image[value] = small.input(name, _map_type(value.type, sizes))
+    for name, value in graph.params.items():
+        image[value] = small.param(name, _map_type(value.type, sizes), loc=value.loc)
+        image[value].weight = _source(image[value])
+    for node in graph:
+        made = small.append(
+            node.op,
+            [image[v] for v in node.operands],
+            _map_attrs(node, sizes),
+            names=[v.name for v in node.results],
+            loc=node.loc,
+            origin=node.origin,
+        )
+        image.update(zip(node.results, made.results, strict=True))
+    for name, value in graph.outputs.items():
+        small.set_output(name, image[value])
+    return small
+
+
+def _map_type(type: TensorType, sizes: Mapping[int, int]) -> TensorType:
+    return type.with_axes(
+        Axis(a.name, sizes[a.size], a.mesh) if isinstance(a.size, int) else a for a in type.axes
+    )
+
+
+def _map_attrs(node: Node, sizes: Mapping[int, int]) -> dict[str, object]:
+    attrs: JsonDict = dict(node.attrs)
+    if node.body is not None:
+        return {**attrs, "body": resized(node.body, sizes)}
+    for name, spec in node.op.attrs.items():
+        if spec.kind == "sizes":
+            attrs[name] = tuple((n, sizes.get(s, s)) for n, s in attrs[name])
+        elif spec.shrinks and attrs[name]:
+            attrs[name] = sizes.get(attrs[name], attrs[name])
+    return attrs
+
+
+SEEDS = (0, 1)
+"""The seeds of the random data on which each pass is compared."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The result of checking a pass.
+
+    Attributes:
+      number: its position, from 1.
+      item: the pass.
+      promise: its promise for the reduced graph.
+      measured: the root mean square of the change of outputs, relative to the outputs.
+      problems: the violations of its promise.
+    """
+
+    number: int
+    item: Pass
+    promise: Preserves
+    measured: float
+    problems: tuple[Problem, ...] = ()
+
+    def __str__(self) -> str:
+        return (
+            f"{self.number} {format_pass(self.item)}: promised {self.promise}; "
+            f"measured relative error {self.measured:.2g}"
+        )
+
+
+def check_pipeline(
+    graph: Graph,
+    pipeline: Pipeline,
+    *,
+    context: Context | None = None,
+    seeds: Sequence[int] = SEEDS,
+) -> list[Checked]:
+    """Check each pass of `pipeline` on `graph` at reduced sizes; `graph` is not changed.
+
+    Raises:
+      CheckError: a pass broke its promise; all such passes are named.
+      InputError: the graph cannot be reduced, or a pass cannot be applied to the reduced graph.
+    """
+    context = Context() if context is None else context
+    small = reduced(graph)
+    done: list[Checked] = []
+    for number, item in enumerate(pipeline, 1):
+        before = clone(small)
+        try:
+            run = run_pass(small, item, context, number)
+        except InputError as error:
+            raise InputError(_on_reduced(p, number, item) for p in error.problems) from None
+        done.append(_checked(number, item, run.preserves, before, small, seeds))
+    problems = [p for one in done for p in one.problems]
+    if problems:
+        raise CheckError(problems)
+    return done
+
+
+def _on_reduced(problem: Problem, number: int, item: Pass) -> Problem:
+    where = f"--check, pass {number}, {item.name}, on the reduced graph"
+    where = f"{where}, {problem.where}" if problem.where else where
+    return Problem(problem.what, where, problem.expected, problem.found, problem.hint)
+
+
+def _checked(
+    number: int,
+    item: Pass,
+    promise: Preserves,
+    before: Graph,
+    after: Graph,
+    seeds: Sequence[int],
+) -> Checked:
+    same = _with_outputs_of(before, after)
+    found = broken_promise(promise, before, same, seeds)
+    problems = tuple(
+        Problem("the pass broke its promise", f"pass {number}, {item.name}", str(promise), text)
+        for text in found
+    )
+    measured = 0.0 if found else max(_measured(item, before, same, after, s) for s in seeds)
+    return Checked(number, item, promise, measured, problems)
+
+
+def _measured(item: Pass, before: Graph, same: Graph, after: Graph, seed: int) -> float:
+    own = item.measure(before, after, seed)
+    return measure(before, same, seed) if own is None else own
+
+
+def _with_outputs_of(before: Graph, after: Graph) -> Graph:
+    """Return `after` without the outputs that a pass added: a loss, say; the others must stay."""
+    same = clone(after)
+    for name in [n for n in same.output_names if n not in before.output_names]:
+        same.drop_output(name)
+    return same
+
+
+def broken_promise(
+    promise: Preserves, before: Graph, after: Graph, seeds: Sequence[int] = SEEDS
+) -> list[str]:
+    """Return what differs between two graphs although it was promised not to, a line each.
+
+    An ``approximate`` pass promises nothing that random data could refute.
+    """
+    from moecc.testing.oracle import differences
+
+    if promise.kind == "approximate":
+        return []
+    same = _with_outputs_of(before, after)
+    return [d for s in seeds for d in differences(before, same, s, promise.kind == "exact")]
+
+
+def measure(before: Graph, after: Graph, seed: int = 0) -> float:
+    """Return the difference of the outputs of `after` from those of `before` on random data.
+
+    This is the root mean square of the difference over that of the output; the maximum over
+    floating-point outputs.
+    """
+    from moecc.testing.data import inputs_for, params_for, sizes_for
+    from moecc.testing.oracle import run_reference
+
+    old, new = sizes_for(before, seed), sizes_for(after, seed)
+    sizes = {n: lcm(old.get(n, 1), new.get(n, 1)) for n in old | new}
+    # A pass may add an input, such as a random key.
+    inputs = inputs_for(after, seed, sizes) | inputs_for(before, seed, sizes)
+    given = {n: inputs[n] for n in before.inputs}
+    expected = run_reference(before, params=params_for(before, seed, sizes), inputs=given)
+    found = run_reference(
+        after, params=params_for(after, seed, sizes), inputs={n: inputs[n] for n in after.inputs}
+    )
+    return max(_errors(expected, found), default=0.0)
+
+
+def _errors(expected: Arrays, found: Arrays) -> Iterable[float]:
+    for name, a in expected.items():
+        b = found.get(name)
+        if b is None or a.dtype.kind != "f" or a.shape != b.shape or not a.size:
+            continue
+        finite = np.isfinite(a) & np.isfinite(b)
+        apart, size = np.where(finite, a - b, 0.0), np.where(finite, a, 0.0)
+        scale = float(np.sqrt(np.mean(size**2)))
+        error = float(np.sqrt(np.mean(apart**2)))
+        yield error / scale if scale else error
+
+
+# Check the promises of the passes of a conversion, before anything is written.
+
+CONTRACT_TOLERANCE = 1e-12
+"""Errors up to this are those of float64, and differ from machine to machine."""
+
+CONTRACT_SEEDS = (0,)
+"""The seed of the random data on which a conversion checks each pass; ``--check`` takes two."""
+
+
+@dataclass(frozen=True)
+class PassReceipt:
+    """One pass: its text, its promise, and the relative error measured on the small model."""
+
+    text: str
+    promised: Preserves
+    measured: float
+
+
+@dataclass(frozen=True)
+class Contracts:
+    """What the passes of a conversion were found to keep, on the model at reduced sizes.
+
+    Attributes:
+      passes: those that were checked.
+      unchecked: why they were not; empty if they were.
+    """
+
+    passes: tuple[PassReceipt, ...] = ()
+    unchecked: str = ""
+
+
+def check_contracts(graph: Graph, pipeline: Pipeline, context: Context) -> Contracts:
+    """Hold each pass of a conversion to its promise, on `graph` at reduced sizes.
+
+    Raises:
+      CheckError: a pass broke its promise, or left an invalid graph.
+    """
+    # Neither weights nor statistics are read: they have the sizes of the real model.
+    seed, models = context.seed, context.models
+    statistics = None if context.statistics is None else replace(context.statistics, shapes=None)
+    plain = Context(seed=seed, allow_unmatched=context.allow_unmatched, models=models,
+                    statistics=statistics)  # fmt: skip
+    try:
+        checked = check_pipeline(graph, pipeline, context=plain, seeds=CONTRACT_SEEDS)
+    except CheckError:
+        raise
+    except MoeccError as error:
+        return Contracts(unchecked=error.problems[0].what)
+    except Exception as error:  # a crash has its reproducer when the real model is converted
+        return Contracts(unchecked=described(error))
+    return Contracts(
+        tuple(PassReceipt(format_pass(c.item), c.promise, _rounded(c.measured)) for c in checked)
+    )
+
+
+def _rounded(error: float) -> float:
+    """Return an error of two digits; 0 for one that rounding explains, which machines differ in."""
+    return float(f"{error:.1e}") if error > CONTRACT_TOLERANCE else 0.0
+
+
+NOT_CHECKED = Contracts(unchecked="--no-check")
+"""What is said if nobody wanted the passes to be checked."""

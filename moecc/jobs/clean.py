@@ -1,0 +1,33 @@
+"""``moecc clean``: remove what killed conversions left beside an output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from moecc.jobs.command import Report, Spelling
+
+
+def clean(out: Annotated[Sequence[str], Spelling("OUT…")]) -> Report:
+    """Remove what killed conversions left beside outputs.
+
+    An old output that was being replaced is put back if the new one is not there. A conversion that
+    is running is left alone.
+
+    Args:
+      out: Output of a conversion, whether it was written or not.
+
+    Example:
+      moecc clean smollm2-8x
+    """
+    from pathlib import Path
+
+    from moecc.formats.output import clean as clean_output
+
+    removed = {path: clean_output(Path(path)) for path in out}
+    lines = [
+        line
+        for path, actions in removed.items()
+        for line in actions or [f"{path}: nothing was left beside it"]
+    ]
+    return Report("clean", {"outputs": removed}, lambda: "\n".join(lines), is_aside=True)

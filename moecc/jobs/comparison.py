@@ -1,0 +1,320 @@
+"""Compare two models: differences of outputs, and the effect of rounding alone."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from moecc.backend import Arrays, Backend, get_backend
+from moecc.errors import CheckError, InputError
+from moecc.ir.graph import Graph
+from moecc.jobs.conversion import Plan
+from moecc.model.inputs import default_inputs, first_layers, layer_count
+from moecc.model.open import Model, open_model
+from moecc.support.text import brief, facts_table
+from moecc.types import F32, F64, Array, DType
+
+TOLERANCE = 1e-5
+"""The default bound on the largest difference of logits, relative to the largest logit."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The difference of two outputs, logits ``[batch, seq, vocab]`` or hidden states.
+
+    Attributes:
+      max_relative: max |Δ| / max |reference|.
+      kl_nats: for logits, the mean over tokens of KL(reference ‖ other), in nats; else None.
+      top1_agreement: for logits, the share of tokens with the same most likely next token.
+    """
+
+    max_relative: float
+    kl_nats: float | None
+    top1_agreement: float | None
+
+
+def difference(reference: Array, other: Array, output: str = "logits") -> Difference:
+    """Return the difference of `other` from `reference`; both are the output `output`.
+
+    Raises:
+      InputError: the shapes differ, or a logit is not finite.
+      CheckError: all logits of the reference are 0.
+    """
+    if reference.shape != other.shape:
+        raise InputError(
+            f"the two models give {output} of different shapes",
+            expected=str(reference.shape), found=str(other.shape),
+            hint="compare models with the same vocabulary" if output == "logits" else None,
+        )  # fmt: skip
+    for name, array in (("reference", reference), ("model", other)):
+        if not np.isfinite(array).all():
+            raise InputError(f"the {output} of the {name} are not all finite")
+    scale = float(np.abs(reference).max())
+    if scale == 0:
+        raise CheckError(
+            f"the {output} of the reference are all 0, so comparing them says nothing",
+            hint="look at its weights, or give other --inputs",
+        )
+    # Token by token, so that two float64 copies of all logits are never held.
+    kl, same, worst = 0.0, 0, 0.0
+    rows = reference.reshape(-1, reference.shape[-1]), other.reshape(-1, other.shape[-1])
+    for a, b in zip(*rows, strict=True):
+        a64, b64 = a.astype(np.float64), b.astype(np.float64)
+        worst = max(worst, float(np.abs(a64 - b64).max()))
+        if output != "logits":
+            continue
+        log_p, log_q = _log_softmax(a64), _log_softmax(b64)
+        kl += float(np.sum(np.exp(log_p) * (log_p - log_q)))
+        same += int(a64.argmax() == b64.argmax())
+    if output != "logits":
+        return Difference(worst / scale, None, None)
+    count = len(rows[0])
+    return Difference(worst / scale, max(kl / count, 0.0), same / count)
+
+
+def _log_softmax(x: Array) -> Array:
+    shifted = x - x.max()
+    result: Array = shifted - np.log(np.exp(shifted).sum())
+    return result
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The result of `compare`.
+
+    Attributes:
+      model: the name of the model that was checked.
+      source: the name of the model that it was checked against.
+      output: the compared output, ``logits`` or ``hidden``.
+      inputs: the shapes of the inputs, by name.
+      dtype: the type of the model's weights, to which the source's were rounded first.
+      compute_dtype: the type that both were computed in.
+      difference: model against source, the source's weights rounded.
+      rounding: the rounded source against the source; None if nothing was rounded.
+      tolerance: the bound on `difference.max_relative`.
+    """
+
+    model: str
+    source: str
+    output: str
+    inputs: dict[str, tuple[int, ...]]
+    dtype: str
+    compute_dtype: str
+    difference: Difference
+    rounding: Difference | None
+    tolerance: float
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The shape of the first input, ``(batch, seq)``."""
+        return next(iter(self.inputs.values()))
+
+    @property
+    def passed(self) -> bool:
+        """Whether the model is the source's function within the tolerance."""
+        return self.difference.max_relative <= self.tolerance
+
+    def __repr__(self) -> str:
+        return brief("moecc.Verdict", self._rows())
+
+    def _repr_html_(self) -> str:
+        return facts_table(self._rows())
+
+    def _rows(self) -> list[tuple[str, str]]:
+        found = self.difference
+        kl = "" if found.kl_nats is None else f"{found.kl_nats:.2e} nats a token"
+        same = "" if found.top1_agreement is None else f"{found.top1_agreement:.2%}"
+        return [
+            ("", f"{self.model} against {self.source}"),
+            ("", "passed" if self.passed else "failed"),
+            (f"max relative difference of the {self.output}",
+             f"{found.max_relative:.2e} (at most {self.tolerance:g})"),
+            ("KL divergence", kl), ("top-1 agreement", same),
+        ]  # fmt: skip
+
+    def to_json(self) -> dict[str, object]:
+        """Return the verdict as JSON values."""
+        shapes = {name: list(shape) for name, shape in self.inputs.items()}
+        tokens = list(self.tokens)
+        return {**asdict(self), "inputs": shapes, "tokens": tokens, "passed": self.passed}
+
+
+def compare(
+    model: Model,
+    source: Model,
+    *,
+    inputs: Arrays | None = None,
+    tolerance: float = TOLERANCE,
+    compute_dtype: DType = F32,
+    backend: Backend | None = None,
+) -> Verdict:
+    """Run `model` and `source` on the same inputs and compare the source's first output.
+
+    In float32 a difference may be amplified rounding; float64 distinguishes the two.
+    All weights are first rounded to the type that most of the model's have, so that the comparison
+    sees the effect of the conversion; the effect of that rounding alone is reported separately.
+    Vectors and routers may be stored in a wider type, which the source's then are not.
+
+    Raises:
+      InputError: a model has no weights, or inputs or outputs of the two differ.
+    """
+    backend = backend or get_backend("xla")
+    output = source.graph.output_names[0]
+    if output not in model.graph.output_names:
+        found = ", ".join(model.graph.output_names)
+        raise InputError(
+            "the two models have different outputs", expected=output, found=found, where=model.name
+        )
+    given = default_inputs(source.graph, model.graph) if inputs is None else inputs
+    dtype = model.dtype
+
+    def run(which: Model, rounded: DType | None = None) -> Array:
+        program = backend.compile(which.graph, dtype=compute_dtype)
+        params = which.params(dtype=compute_dtype, rounded=rounded)
+        return program.run(params, given)[output]
+
+    rounded = run(source, dtype)
+    result = run(model, dtype)
+    plain = rounded if source.dtype == dtype else run(source)
+    return Verdict(
+        model=model.name,
+        source=source.name,
+        output=output,
+        inputs={name: array.shape for name, array in given.items()},
+        dtype=dtype.name,
+        compute_dtype=compute_dtype.name,
+        difference=difference(rounded, result, output),
+        rounding=None if plain is rounded else difference(plain, rounded, output),
+        tolerance=tolerance,
+    )
+
+
+def vocabulary(model: Model) -> int:
+    """Return the vocabulary size of `model`.
+
+    Raises:
+      InputError: it has no logits.
+    """
+    logits = model.graph.outputs.get("logits")
+    if logits is None:
+        found = ", ".join(model.graph.output_names)
+        raise InputError(
+            "the model has no logits", where=model.name, expected="logits", found=found
+        )
+    size = logits.type["vocab"].size
+    assert isinstance(size, int), "a parameter has the axis vocab, so its size is known"
+    return size
+
+
+# Compare what a conversion has written with its source, before it is put in place.
+
+MAX_VERIFIED_PARAMETERS = 4 * 10**9
+"""Of a larger output only the first layers are compared, as many as have so many parameters."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was found at the logits.
+
+    Attributes:
+      output: what was compared, ``logits`` or ``hidden``.
+      inputs: the shapes of the inputs, by name.
+      dtype: the type of the weights that were written.
+      compute_dtype: the type that was computed in.
+      layers: how many layers were compared, the first ones; 0 for all.
+      difference: of the result from the source, whose weights were rounded to `dtype` first.
+      rounding: what that rounding alone changes; None if nothing was rounded.
+      tolerance: the bound on `difference.max_relative`; None where a difference was announced.
+    """
+
+    output: str
+    inputs: dict[str, tuple[int, ...]]
+    dtype: str
+    compute_dtype: str
+    layers: int
+    difference: Difference
+    rounding: Difference | None
+    tolerance: float | None
+
+    def to_json(self) -> dict[str, object]:
+        """Return it as JSON values."""
+        shapes = {name: list(shape) for name, shape in self.inputs.items()}
+        return {**asdict(self), "inputs": shapes, "layers": self.layers or None}
+
+
+def verify_written(planned: Plan, written: Path) -> Verified:
+    """Run source and result on the same tokens, and compare the logits.
+
+    Where the passes promise the same function, a difference above the tolerance is computed again
+    in float64, in which rounding explains nothing.
+
+    Args:
+      planned: the conversion.
+      written: the folder or the GGUF file that it wrote.
+
+    Raises:
+      CheckError: the result is not the function that was promised.
+    """
+    with ExitStack() as opened:
+        padding = "mask" in planned.graph.inputs
+        source = opened.enter_context(open_model(planned.model.name, padding=padding))
+        result = opened.enter_context(open_model(str(written), padding=padding))
+        made = replace(planned.model, graph=planned.graph)
+        layers = _budget(result.graph)
+        if layers:
+            source, made, result = (_cut(model, layers) for model in (source, made, result))
+        exact = planned.preserves.kind != "approximate" and planned.storage is None
+        verdict = compare(result, source, compute_dtype=F32)
+        if exact and not verdict.passed:
+            verdict = _without_rounding(source, made, result)
+    if exact and not verdict.passed:
+        raise CheckError(
+            f"the {verdict.output} differ from those of the source",
+            where=planned.model.name,
+            expected=f"{planned.preserves}: at most {TOLERANCE:g} of the largest",
+            found=f"{verdict.difference.max_relative:.2e} in float64",
+            hint="moecc bisect finds the pass",
+        )
+    return _verified(verdict, layers, exact)
+
+
+def _without_rounding(source: Model, made: Model, result: Model) -> Verdict:
+    """Return the verdict in float64, in which only weights are rounded.
+
+    A factor that is no power of two is rounded with the weight: 3 W is no multiple of a rounded W.
+    So where it fails, it is of the larger difference of two steps: of what the passes made, before
+    it is rounded, from the source, and of the result from that, rounded.
+    """
+    verdict = compare(result, source, compute_dtype=F64)
+    if verdict.passed or result.dtype == source.dtype:
+        return verdict
+    steps = (
+        compare(made, source, compute_dtype=F64),
+        compare(result, made, compute_dtype=F64),
+    )
+    larger = max((step.difference for step in steps), key=lambda one: one.max_relative)
+    return replace(verdict, difference=larger)
+
+
+def _verified(verdict: Verdict, layers: int, exact: bool) -> Verified:
+    return Verified(
+        verdict.output, verdict.inputs, verdict.dtype, verdict.compute_dtype, layers,
+        verdict.difference, verdict.rounding, verdict.tolerance if exact else None,
+    )  # fmt: skip
+
+
+def _budget(graph: Graph) -> int:
+    """Return how many layers of the result are compared; 0 for all."""
+    sizes = [prod(s for s in v.type.sizes if isinstance(s, int)) for v in graph.params.values()]
+    total, layers = sum(sizes), layer_count(graph)
+    if total <= MAX_VERIFIED_PARAMETERS or not layers:
+        return 0
+    return max(1, layers * MAX_VERIFIED_PARAMETERS // total)
+
+
+def _cut(model: Model, layers: int) -> Model:
+    return replace(model, graph=first_layers(model.graph, layers))

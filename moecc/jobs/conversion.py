@@ -1,0 +1,283 @@
+"""Plan a conversion: only configs and headers are read, and invalid ones are rejected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moecc.errors import InputError
+from moecc.formats.adapter import branches_of, other_bases
+from moecc.ir.graph import Graph
+from moecc.ir.unroll import unroll
+from moecc.jobs.checks import NOT_CHECKED, Contracts, check_contracts
+from moecc.jobs.targets import AUTO, choose
+from moecc.model.initialise import reads_small
+from moecc.model.open import Model
+from moecc.pipeline.passes import Context, Preserves
+from moecc.pipeline.text import Pipeline
+from moecc.support.text import amount, brief, count_text, facts_table, size_text
+from moecc.types import DType
+from moecc.weights.branches import branch_and_name
+from moecc.weights.expr import sources
+
+if TYPE_CHECKING:
+    from moecc.families.describe import Description
+    from moecc.formats.gguf.storage import Storage
+    from moecc.formats.source import Checkpoint
+    from moecc.formats.writer import OutputTensor
+    from moecc.pipeline.passes import Statistics
+    from moecc.translate.engines import Verdict
+    from moecc.translate.export import Export
+    from moecc.translate.gguf import GgufExport
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A validated conversion.
+
+    Attributes:
+      model: the opened source.
+      graph: the rewritten graph.
+      pipeline: the passes applied to it.
+      preserves: their combined promise.
+      target: the output family, or ``gguf:ARCH``.
+      export: its config and tensors.
+      dtype: the requested element type; None keeps that of the source.
+      storage: the blocks that a GGUF file's matrices are quantised to, if any.
+      options: further options of the command that decide the result.
+      seed: of the random numbers.
+      remarks: the remarks of the passes.
+      contracts: what the passes were found to keep, on the model at small sizes.
+    """
+
+    model: Model
+    graph: Graph
+    pipeline: Pipeline
+    preserves: Preserves
+    target: str
+    export: Export | GgufExport
+    dtype: DType | None
+    seed: int
+    remarks: tuple[str, ...] = ()
+    storage: Storage | None = None
+    options: tuple[str, ...] = ()
+    contracts: Contracts = NOT_CHECKED
+
+    @cached_property
+    def unread(self) -> tuple[str, ...]:
+        """The models beside the source that no weight is read from."""
+        assert self.model.checkpoint is not None, "a plan has weights"
+        return unread_models(self.graph, branches_of(self.model.checkpoint))
+
+    @cached_property
+    def engines(self) -> tuple[Verdict, ...]:
+        """Whether each engine runs the model that will be written."""
+        from moecc.translate.engines import verdicts, verdicts_on_gguf
+        from moecc.translate.gguf import GgufExport
+
+        if isinstance(self.export, GgufExport):
+            return verdicts_on_gguf(self.export.architecture)
+        return verdicts(self.export.config)
+
+    @cached_property
+    def tensors(self) -> list[OutputTensor]:
+        """The tensors to write, by their names on disk."""
+        from moecc.formats.writer import OutputTensor
+        from moecc.translate.gguf import GgufExport, stored_as
+        from moecc.weights.branches import is_statistic
+        from moecc.weights.expr import sources
+
+        made = []
+        for name, weight in self.export.tensors:
+            read = [source for source in sources(weight) if not is_statistic(source.name)]
+            # Drawn tensors have no type on disk and take that of most of the model.
+            kept = self.dtype or (read[0].type.dtype if read else self.model.dtype)
+            if isinstance(self.export, GgufExport):
+                made.append(stored_as(name, weight, kept, self.storage))
+            else:
+                made.append(OutputTensor(name, weight, kept))
+        return made
+
+    @property
+    def size_bytes(self) -> int:
+        """The bytes of all tensors to write."""
+        return sum(t.entry.nbytes for t in self.tensors)
+
+    @property
+    def dtype_name(self) -> str:
+        """The requested element type or blocks, or ``as stored``."""
+        if self.storage is not None:
+            return self.storage.name.lower()
+        return self.dtype.name if self.dtype else "as stored"
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters to write."""
+        return sum(prod(t.expr.type.shape) for t in self.tensors)
+
+    @cached_property
+    def facts(self) -> Description:
+        """What is said of the model that will be written."""
+        from moecc.families.describe import describe
+
+        return describe(self.graph)
+
+    def __repr__(self) -> str:
+        return brief("moecc.ConversionPlan", self._rows())
+
+    def _repr_html_(self) -> str:
+        remarks = (("remark", remark) for remark in dict.fromkeys(self.remarks))
+        return facts_table([*self._rows(), *remarks])
+
+    def _rows(self) -> list[tuple[str, str]]:
+        from moecc.translate.engines import summary
+
+        return [
+            ("", f"{self.model.name} as {self.target}"), ("pipeline", str(self.pipeline)),
+            ("preserves", str(self.preserves)), ("parameters", count_text(self.parameters)),
+            ("on disk", f"{size_text(self.size_bytes)} in {amount(len(self.tensors), 'tensor')}, "
+             f"{self.dtype_name}"),
+            ("runs in", summary(self.engines) if self.engines else ""),
+        ]  # fmt: skip
+
+    def to_json(self) -> dict[str, object]:
+        """Return the plan as JSON values."""
+        facts = self.facts
+        return {
+            "source": self.model.name,
+            "family_from": self.graph.attrs.get("family"),
+            "family_to": self.target,
+            "pipeline": str(self.pipeline),
+            "preserves": {
+                "kind": self.preserves.kind,
+                "reason": self.preserves.reason,
+                "predicted_error": self.preserves.predicted_error,
+            },
+            "seed": self.seed,
+            "dtype": self.dtype_name,
+            "tensors": len(self.tensors),
+            "parameters": {"total": self.parameters, "active": facts.parameters.active},
+            "flops_per_token": facts.flops_per_token,
+            "size_bytes": self.size_bytes,
+            "engines": [verdict.to_json() for verdict in self.engines],
+            "remarks": list(self.remarks),
+        }
+
+
+def plan(
+    model: Model,
+    pipeline: Pipeline,
+    target: str,
+    *,
+    dtype: DType | Storage | None = None,
+    seed: int = 0,
+    allow_unmatched: bool = False,
+    loaded: Sequence[str] = (),
+    check: bool = True,
+    statistics: Statistics | None = None,
+) -> Plan:
+    """Return the plan of a conversion.
+
+    Only headers are read, and the vectors of norms where an error is predicted by them.
+
+    Args:
+      model: the source; its graph is rewritten in place.
+      pipeline: the passes.
+      target: the output family, ``gguf:ARCH`` for a file of llama.cpp, or ``auto``.
+      dtype: the element type to write, or a GGUF file's blocks; None keeps that of the source.
+      seed: of the random numbers.
+      allow_unmatched: whether a pass that must match may match nothing.
+      loaded: the files that passes of one's own are from, for the command on the card.
+      check: whether each pass is held to its promise, on the model at small sizes.
+      statistics: what was captured of the model's values; see `moecc.model.initialise`.
+
+    Raises:
+      UsageError: there is no such target, or no such type in it.
+      InputError: a pass cannot be applied to this model, or the target cannot express the result.
+      CheckError: a pass broke its promise.
+    """
+    from moecc.formats.gguf.storage import Storage
+    from moecc.pipeline.reproducer import temporary_folder
+    from moecc.pipeline.runner import run_pipeline
+    from moecc.translate.export import export_graph
+    from moecc.translate.gguf import architecture_of, check_type, export_gguf, quantising_remarks
+    from moecc.translate.propose import check_target
+
+    architecture = architecture_of(target)
+    check_type(dtype, architecture)
+    if architecture is None and target != AUTO:
+        check_target(target)
+    if model.checkpoint is None:
+        raise InputError(f"{model.name} has no weights to convert", hint="give a checkpoint")
+    # The passes may drop further tensors, which is their purpose.
+    remarks = model.left_out()
+    context = Context(
+        seed=seed, allow_unmatched=allow_unmatched, remark=lambda r: remarks.append(str(r)),
+        read=reads_small(model.checkpoint), models=branches_of(model.checkpoint),
+        statistics=statistics,
+    )  # fmt: skip
+    contracts = check_contracts(model.graph, pipeline, context) if check else NOT_CHECKED
+    done = run_pipeline(model.graph, pipeline, context=context, crash_folder=temporary_folder)
+    unread = unread_models(model.graph, context.models)
+    remarks += [f"{name}: no pass reads this model" for name in unread]
+    if unroll(model.graph):
+        remarks.append("repeated layers were unrolled: a checkpoint stores each layer")
+    if target == AUTO:
+        choice = choose(model.graph)
+        target, remarks = choice.target, [*remarks, choice.reason]
+    storage = dtype if isinstance(dtype, Storage) else None
+    if architecture is None:
+        export: Export | GgufExport = export_graph(model.graph, target)
+    else:
+        export, said = _with_tokenizer(export_gguf(model.graph, architecture), model.checkpoint)
+        remarks += [*said, *quantising_remarks(export, storage)]
+    remarks += _misreadings(export)
+    return Plan(
+        model, model.graph, pipeline, done.preserves, target, export,
+        None if isinstance(dtype, Storage) else dtype, seed, tuple(remarks), storage,
+        (*(f"--experts {name}={name.upper()}" for name in context.models if name not in unread),
+         *(["--allow-other-base"] if other_bases(model.checkpoint) else []),
+         *(["--capture STATISTICS"] if statistics is not None else []),
+         *(f"--load {Path(file).name}" for file in loaded),
+         *(["--allow-unmatched"] if allow_unmatched else [])),
+        contracts,
+    )  # fmt: skip
+
+
+def unread_models(graph: Graph, models: Iterable[str]) -> tuple[str, ...]:
+    """Return the models beside the base that no weight is read from."""
+    read = {
+        branch_and_name(source.name)[0]
+        for value in graph.params.values()
+        if value.weight is not None
+        for source in sources(value.weight)
+    }
+    return tuple(name for name in models if name not in read)
+
+
+def _misreadings(export: Export | GgufExport) -> list[str]:
+    """Return a remark for each engine that computes another function without an error."""
+    from moecc.translate.engines import verdicts
+    from moecc.translate.gguf import GgufExport
+
+    if isinstance(export, GgufExport):
+        return []
+    return [
+        f"{v.release} would load this and compute something else, because it does not "
+        f"read {' and '.join(v.reasons)}"
+        for v in verdicts(export.config)
+        if v.silent
+    ]
+
+
+def _with_tokenizer(export: GgufExport, checkpoint: Checkpoint) -> tuple[GgufExport, list[str]]:
+    """Return the export with the tokenizer of the source, and a remark if it has none."""
+    from moecc.formats.gguf.tokenizer_keys import tokenizer_keys
+
+    keys, reason = tokenizer_keys(checkpoint, export.config.vocab_size)
+    remarks = [] if reason is None else [f"the file has no tokenizer: {reason}"]
+    return replace(export, tokenizer=keys), remarks

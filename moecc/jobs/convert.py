@@ -1,0 +1,479 @@
+"""``moecc convert``: convert a checkpoint through a pipeline to another family."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from moecc.errors import Problem, UsageError
+from moecc.jobs.command import (
+    AllowUnmatched,
+    Force,
+    Load,
+    PaddingMask,
+    PipelineText,
+    Report,
+    Seed,
+    SourceName,
+    Spelling,
+    read_pipeline,
+    say_weights,
+)
+from moecc.jobs.conversion import Plan
+from moecc.jobs.conversion import plan as plan
+from moecc.jobs.receipt import MAX_SHARD_BYTES, Progress, WriteOptions, card, manifest, receipt_of
+from moecc.jobs.receipt import conversion_facts as conversion_facts
+from moecc.support.console import Bar, say, warn
+from moecc.support.text import with_article
+from moecc.version import __version__
+
+if TYPE_CHECKING:
+    from moecc.formats.gguf.encode import Key
+    from moecc.formats.writer import Done, Facts, Journal, WriteReport
+
+
+# Write a planned GGUF file: keys, tokenizer, tensors, and what stands beside it.
+
+_LICENCES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY")
+_ONE = {"license": "license", "license_name": "license.name", "license_link": "license.link"}
+_SEVERAL = {"language": "languages", "datasets": "datasets"}
+"""The keys of a model card, one value or several, and the metadata that say the same."""
+
+_FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "q4_k": 14, "bf16": 32}
+"""llama.cpp's numbers for what most of a file is stored in."""
+
+
+def is_file(planned: Plan, out: Path) -> bool:
+    """Whether the output is the GGUF file itself, and not a folder with one."""
+    from moecc.formats.gguf.storage import SUFFIX
+    from moecc.translate.gguf import GgufExport
+
+    return isinstance(planned.export, GgufExport) and out.suffix == SUFFIX
+
+
+def write_gguf(folder: Path, planned: Plan, options: WriteOptions) -> WriteReport:
+    """Write ``model.gguf`` into `folder`, with licences, receipt, card and manifest.
+
+    Raises: as `moecc.jobs.convert.write`.
+    """
+    from moecc.formats.disk import write_durable
+    from moecc.formats.files import read_whole
+    from moecc.formats.gguf.storage import FILE_NAME
+    from moecc.formats.manifest import MANIFEST_NAME
+    from moecc.formats.modelcard import CARD_NAME
+    from moecc.jobs.receipt import RECEIPT_NAME
+
+    checkpoint = planned.model.checkpoint
+    assert checkpoint is not None, "a plan has weights"
+    written = _write_weights(folder, planned, options)
+    for name, content in checkpoint.companions().items():
+        if name.startswith(_LICENCES):
+            data = read_whole(content) if isinstance(content, Path) else content
+            write_durable(folder / name, data)
+    receipt = receipt_of(planned, folder / FILE_NAME, options)
+    words = ["--allow-nonfinite"] if options.allow_nonfinite else []
+    write_durable(folder / RECEIPT_NAME, receipt.content())
+    write_durable(folder / CARD_NAME, card(planned, receipt, words).encode())
+    write_durable(
+        folder / MANIFEST_NAME, manifest(folder, planned, written, options.source_files())
+    )
+    return written
+
+
+def write_gguf_file(folder: Path, planned: Plan, options: WriteOptions) -> WriteReport:
+    """Write ``model.gguf`` and its manifest into `folder`, from where they get their names.
+
+    Raises: as `moecc.jobs.convert.write`.
+    """
+    from moecc.formats.disk import write_durable
+    from moecc.formats.gguf.storage import FILE_NAME
+    from moecc.formats.manifest import MANIFEST_NAME
+
+    written = _write_weights(folder, planned, options)
+    receipt = receipt_of(planned, folder / FILE_NAME, options).to_json()
+    write_durable(
+        folder / MANIFEST_NAME, manifest(folder, planned, written, options.source_files(), receipt)
+    )
+    return written
+
+
+def _write_weights(folder: Path, planned: Plan, options: WriteOptions) -> WriteReport:
+    from moecc.formats.gguf.encode import plan_file
+    from moecc.formats.gguf.storage import FILE_NAME
+    from moecc.formats.writer import write_files
+
+    checkpoint = planned.model.checkpoint
+    assert checkpoint is not None, "a plan has weights"
+    tensors = planned.tensors
+    file = plan_file(FILE_NAME, [t.entry for t in tensors], gguf_keys(planned))
+    return write_files(
+        folder, tensors, [file], checkpoint.read, progress=options.progress,
+        allow_nonfinite=options.allow_nonfinite, journal=options.journal,
+    )  # fmt: skip
+
+
+def gguf_keys(planned: Plan) -> list[Key]:
+    """Return all keys of the file: of the model, its origin and its tokenizer."""
+    from moecc.formats.gguf.encode import Key
+    from moecc.translate.gguf import GgufExport
+
+    export, checkpoint = planned.export, planned.model.checkpoint
+    assert isinstance(export, GgufExport), "a plan of a GGUF file"
+    assert checkpoint is not None, "a plan has weights"
+    kept = checkpoint.card()
+    return [
+        Key("general.architecture", export.architecture),
+        Key("general.type", "model"),
+        *(Key(f"general.{name}", kept[key][0]) for key, name in _ONE.items() if key in kept),
+        *(Key(f"general.{name}", kept[key]) for key, name in _SEVERAL.items() if key in kept),
+        Key("general.file_type", _file_type(planned)),
+        Key("general.quantization_version", 2),
+        Key("moecc.version", __version__),
+        Key("moecc.pipeline", planned.pipeline.in_full()),
+        *export.keys,
+        *export.tokenizer,
+    ]
+
+
+def _file_type(planned: Plan) -> int:
+    sizes: dict[str, int] = {}
+    for entry in (t.entry for t in planned.tensors):
+        name = entry.storage.name.lower() if entry.storage else entry.dtype.name
+        sizes[name] = sizes.get(name, 0) + entry.nbytes
+    return _FILE_TYPES[max(sizes, key=lambda name: sizes[name])]
+
+
+# Convert a checkpoint: everything is planned from headers, then streamed to disk.
+#
+# `plan` reads only configs and headers, and rejects invalid conversions.  `write` evaluates the
+# plan's weight expressions tensor by tensor into a temporary folder, which is renamed when
+# complete.
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A completed conversion.
+
+    Attributes:
+      folder: the output folder, or file.
+      plan: the plan.
+      written: the writer's report: sizes, digests, values that are not finite.
+    """
+
+    folder: Path
+    plan: Plan
+    written: WriteReport
+
+
+def write(
+    planned: Plan,
+    out: str | Path,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    force: bool = False,
+    allow_nonfinite: bool = False,
+    verify: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Write a planned conversion to `out`, atomically.
+
+    `out` is a folder; for a plan of a GGUF file it may also be that file, with its manifest beside
+    it.
+
+    Args:
+      planned: the conversion.
+      out: the output.
+      max_shard_bytes: the limit of a shard.
+      force: whether an existing output is replaced.
+      allow_nonfinite: whether sources may hold NaN and infinity.
+      verify: whether source and result are run and compared before the result is in place.
+      resume: whether to continue what a killed run of the same conversion has written.
+      progress: receives the bytes written so far, and all.
+
+    Raises:
+      CheckError: the result is not the function that was promised.
+      InputError: the output cannot be used; a weight is not finite; the source changed meanwhile.
+      MachineError: the disk is too small, or a write failed.
+    """
+    from moecc.formats.adapter import files_of
+    from moecc.formats.manifest import hashed_beside
+    from moecc.formats.output import output_folder
+    from moecc.formats.run import inputs_of
+    from moecc.translate.gguf import GgufExport
+
+    checkpoint = planned.model.checkpoint
+    assert checkpoint is not None, "a plan has weights"
+    place = Path(out)
+    one_file = is_file(planned, place)
+    options = WriteOptions(max_shard_bytes, allow_nonfinite, verify, progress)
+    earlier = _Earlier(conversion_facts(planned, options))
+    with output_folder(
+        place, inputs=inputs_of(checkpoint), force=force, needed_bytes=planned.size_bytes,
+        can_resume=earlier.can_resume if resume else None, is_file=one_file,
+    ) as temporary, earlier.journal(temporary) as journal, \
+            hashed_beside(files_of(checkpoint)) as source_files:  # fmt: skip
+        options = replace(options, journal=journal, source_files=source_files)
+        if isinstance(planned.export, GgufExport):
+            fill = write_gguf_file if one_file else write_gguf
+            written = fill(temporary, planned, options)
+        else:
+            written = _write_folder(temporary, planned, options)
+        # After all of it was hashed and read: the digests are those of what was converted.
+        checkpoint.require_unchanged()
+        if one_file:
+            journal.synchronise()
+        else:
+            journal.remove()
+    return Conversion(place, planned, written)
+
+
+class _Earlier:
+    """What a killed run of the same conversion completed."""
+
+    def __init__(self, facts: Facts) -> None:
+        self._facts = facts
+        self._known: dict[str, Done] = {}
+
+    def can_resume(self, folder: Path) -> bool:
+        """Read its journal; return whether it is of use. Raises InputError if it is of another."""
+        from moecc.formats.writer import read_journal
+
+        self._known = read_journal(folder, self._facts)
+        return bool(self._known)
+
+    @contextmanager
+    def journal(self, folder: Path) -> Iterator[Journal]:
+        """Yield the journal of this run, which begins with it."""
+        from moecc.formats.writer import Journal
+
+        journal = Journal(folder, self._facts, self._known)
+        try:
+            yield journal
+        finally:
+            journal.close()
+
+
+def check_place(
+    planned: Plan, out: str | Path, *, force: bool = False, resume: bool = False
+) -> None:
+    """Check whether `write` could write to `out`, before anything is; nothing is created.
+
+    Raises: as `write`.
+    """
+    from moecc.formats.output import check_output
+    from moecc.formats.run import inputs_of
+
+    _check_suffix(planned, Path(out))
+    inputs = inputs_of(planned.model.checkpoint)
+    check_output(
+        Path(out), inputs=inputs, force=force, needed_bytes=planned.size_bytes, resume=resume,
+        is_file=is_file(planned, Path(out)),
+    )  # fmt: skip
+
+
+def _check_suffix(planned: Plan, out: Path) -> None:
+    """Raise UsageError for a folder that would be taken for a GGUF file."""
+    from moecc.formats.gguf.storage import SUFFIX
+
+    if out.suffix == SUFFIX and not is_file(planned, out):
+        raise UsageError(
+            "a .gguf file is written for an architecture of llama.cpp", where=str(out),
+            expected="--to gguf:ARCH, for example gguf:llama",
+            found=f"a folder, of {with_article(planned.target)}",
+            hint="or a folder, whose name does not end in .gguf",
+        )  # fmt: skip
+
+
+def _write_folder(folder: Path, planned: Plan, options: WriteOptions) -> WriteReport:
+    from moecc.formats.disk import write_durable
+    from moecc.formats.manifest import MANIFEST_NAME
+    from moecc.formats.modelcard import CARD_NAME
+    from moecc.formats.writer import write_checkpoint
+    from moecc.jobs.receipt import RECEIPT_NAME
+
+    checkpoint = planned.model.checkpoint
+    assert checkpoint is not None, "a plan has weights"
+    written = write_checkpoint(
+        folder,
+        planned.tensors,
+        checkpoint.read,
+        max_shard_bytes=options.max_shard_bytes,
+        metadata=_provenance(planned),
+        progress=options.progress,
+        allow_nonfinite=options.allow_nonfinite,
+        journal=options.journal,
+    )
+    _write_companions(folder, planned)
+    receipt = receipt_of(planned, folder, options)
+    write_durable(folder / RECEIPT_NAME, receipt.content())
+    write_durable(folder / CARD_NAME, card(planned, receipt, options.words).encode())
+    write_durable(
+        folder / MANIFEST_NAME, manifest(folder, planned, written, options.source_files())
+    )
+    return written
+
+
+def _provenance(planned: Plan) -> dict[str, str]:
+    return {"moecc": __version__, "pipeline": planned.pipeline.in_full()}
+
+
+def _write_companions(folder: Path, planned: Plan) -> None:
+    """Copy tokenizer and licence files byte for byte, and write config.json."""
+    from moecc.formats.disk import make_folder, write_durable
+    from moecc.formats.files import read_whole
+
+    checkpoint = planned.model.checkpoint
+    assert checkpoint is not None, "a plan has weights"
+    for name, content in checkpoint.companions().items():
+        data = read_whole(content) if isinstance(content, Path) else content
+        place = folder / name
+        make_folder(place.parent)  # chat templates are in a subfolder
+        write_durable(place, data)
+    config = dict(planned.export.config_json)
+    if planned.dtype is not None:
+        config["torch_dtype"] = config["dtype"] = planned.dtype.torch
+    write_durable(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+_SHOWN = 10
+
+
+def plan_text(planned: Plan, out: str, dry_run: bool) -> str:
+    """Return the human-readable plan, written unless `dry_run`."""
+    from moecc.support.text import amount, count_text, size_text
+    from moecc.translate.engines import summary
+
+    facts, family = planned.facts, planned.graph.attrs.get("family") or "no family"
+    rows = [
+        f"{planned.model.name} ({family}) -> {out} ({planned.target})",
+        f"  pipeline    {planned.pipeline}",
+        f"  preserves   {planned.preserves}",
+        f"  parameters  {count_text(planned.parameters)}, "
+        f"{count_text(facts.parameters.active)} active per token",
+        f"  FLOPs       {count_text(facts.flops_per_token)} per {facts.unit}",
+        f"  on disk     {size_text(planned.size_bytes)} in "
+        f"{amount(len(planned.tensors), 'tensor')}, {planned.dtype_name}",
+        *([f"  runs in     {summary(planned.engines)}"] if planned.engines else []),
+        *(f"  remark      {r}" for r in _shortened(planned.remarks)),
+        "nothing was written (--dry-run)" if dry_run else f"written to {out}",
+    ]
+    return "\n".join(rows)
+
+
+def _shortened(remarks: Iterable[str]) -> list[str]:
+    """Return the remarks, with equal texts at several layers of a stack merged into one line."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for remark in remarks:
+        where, _, text = remark.partition(": ")
+        stack = re.match(r"((?:\w+\.)?layers)\.\d", where)
+        key, place = ((stack[1], text), where) if stack else (("", remark), "")
+        places.setdefault(key, []).append(place)
+    return [
+        text if not where[0]
+        else f"{where[0]}: {text}" if len(where) == 1
+        else f"{where[0]} … {where[-1]} ({len(where)}): {text}"
+        for (_, text), where in places.items()
+    ]  # fmt: skip
+
+
+def convert(
+    source: SourceName,
+    out: str,
+    *,
+    pipeline: PipelineText = "",
+    to: Annotated[str, Spelling("FAMILY", complete="targets")] = "auto",
+    dtype: Annotated[str | None, Spelling("TYPE")] = None,
+    seed: Seed = 0,
+    experts: Annotated[Sequence[str], Spelling("NAME=DIR")] = (),
+    capture: Annotated[str | None, Spelling("DIR")] = None,
+    padding_mask: PaddingMask = False,
+    max_shard_bytes: Annotated[str, Spelling("SIZE")] = "5000000000",
+    dry_run: bool = False,
+    load: Load = (),
+    allow_nonfinite: bool = False,
+    allow_unmatched: AllowUnmatched = False,
+    allow_other_base: bool = False,
+    no_check: bool = False,
+    verify: bool = False,
+    resume: bool = False,
+    force: Force = False,
+) -> Report:
+    """Convert a model and write it to a folder or .gguf.
+
+    Everything is checked from headers and configs before the first weight is read, and each pass is
+    held to its promise on the model at small sizes; exit code 3 if one breaks it.
+
+    Args:
+      source: Hugging Face folder, .gguf file, or preset:NAME.
+      out: Folder to write, or file that ends in .gguf.
+      to: Family to write, gguf:ARCH with llama.cpp's name of an architecture, or auto.
+      dtype: Element type to write: f32, bf16, f16 or f64, in a GGUF file also q8_0 and q4_k
+        (default: as stored).
+      experts: Model like SOURCE, or LoRA adapter of it, by the name that the option sources of
+        upcycle has for it; may be repeated.
+      capture: Folder of statistics of SOURCE that moecc capture wrote.
+      max_shard_bytes: Maximal size of a shard: 5000000000, 5GB, 500 MB.
+      dry_run: Plan from headers, report, and write nothing.
+      allow_nonfinite: Write NaN and infinity, and note them in the manifest.
+      allow_other_base: Accept an adapter that names another model than SOURCE as its base.
+      no_check: Do not hold passes to their promises.
+      verify: Run source and result on the same tokens before the result is put in place, and
+        compare their logits.
+      resume: Continue the same conversion after it was killed.
+      force: Replace an existing output, once the new one is complete.
+
+    Example:
+      moecc convert SmolLM2-135M smollm2-8x -p 'upcycle{experts=8 top-k=2}' --to mixtral
+    """
+    from moecc.model.initialise import add_statistics
+    from moecc.model.open import add_branches, open_model, parse_branches
+    from moecc.support.process import signals_raised
+    from moecc.translate.gguf import QUANTISED
+    from moecc.types import count_bytes, float_type
+
+    type = None if dtype is None else QUANTISED.get(dtype.lower()) or float_type(dtype)
+    limit, branches = count_bytes(max_shard_bytes), parse_branches(experts)
+    passes = read_pipeline(pipeline, load)
+    with signals_raised(), open_model(source, padding=padding_mask) as model:
+        add_branches(model, branches, allow_other_base=allow_other_base)
+        say_weights(model, source)
+        for text in model.warnings():
+            warn(text)
+        planned = plan(
+            model, passes, to, dtype=type, seed=seed, allow_unmatched=allow_unmatched, loaded=load,
+            check=not no_check, statistics=add_statistics(model, capture),
+        )  # fmt: skip
+        if planned.unread:
+            raise UsageError(
+                Problem("no pass reads this model", f"--experts {name}",
+                        hint=f"upcycle{{sources=base,{name}}}")
+                for name in planned.unread
+            )  # fmt: skip
+        check_place(planned, out, force=force, resume=resume)
+        if not dry_run:
+            with Bar("writing") as bar:
+                written = write(
+                    planned, out, max_shard_bytes=limit, force=force, verify=verify,
+                    allow_nonfinite=allow_nonfinite, resume=resume, progress=bar,
+                ).written  # fmt: skip
+            _say_weights_written(written, resume)
+    data = planned.to_json() | {"out": out, "dry_run": dry_run}
+    return Report("convert", data, lambda: plan_text(planned, out, dry_run))
+
+
+def _say_weights_written(written: WriteReport, resume: bool) -> None:
+    if resume and written.resumed_bytes:
+        complete, total = written.resumed_bytes, written.total_bytes
+        say(f"continued: {complete:,} of {total:,} bytes of weights were complete")
+    for text in written.spread:
+        warn(f"not finite: {text}")
+    for name in written.zeros[:_SHOWN]:
+        warn(f"all zero: {name}")
+    if len(written.zeros) > _SHOWN:
+        warn(f"all zero: {len(written.zeros) - _SHOWN:,} more, in the manifest")

@@ -1,0 +1,347 @@
+"""``moecc evaluate``: held-out losses and accuracies of models, paired."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from math import exp
+from typing import Annotated, Any
+
+import numpy as np
+
+from moecc.analysis import LOGITS
+from moecc.backend import get_backend
+from moecc.decoding import ReadOnce
+from moecc.ir.graph import Graph, Value
+from moecc.ir.structure import clone
+from moecc.jobs.command import (
+    BatchSize,
+    ComputeType,
+    LoadFamilies,
+    Report,
+    SequenceLength,
+    Spelling,
+)
+from moecc.model.open import Model, open_model
+from moecc.support.console import Bar
+from moecc.support.text import amount
+from moecc.train.batches import Evaluation, collate, label_rows, open_batches
+from moecc.train.graphs import check_objective, eval_graph
+from moecc.train.recipe import (
+    Corpus,
+    DataSection,
+    ModelSection,
+    Objective,
+    Recipe,
+    RunSection,
+    corpus_name,
+)
+from moecc.train.rows import LabelChoices, ModelFacts, facts_of
+from moecc.train.scoring import (
+    Difference,
+    RowScores,
+    Scorer,
+    ScoringBackend,
+    macro_f1,
+    paired_difference,
+)
+from moecc.train.tokens.folder import DOCUMENTS, LABELLED, TokenFolder, open_tokens
+from moecc.types import F32, Array, DType
+
+# Evaluate models on held-out token folders: losses, paired differences, accuracies of tasks.
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class EvaluationSpec:
+    """How models are evaluated.
+
+    Attributes:
+      seq: tokens of a sequence.
+      batch: sequences at a time; within them tokens compete for slots under a capacity.
+      batches: the most batches of a folder.
+      dtype: the type of the computation.
+    """
+
+    seq: int = 512
+    batch: int = 8
+    batches: int = 64
+    dtype: DType = F32
+
+
+@dataclass(frozen=True)
+class SetScore:
+    """What a model makes of a folder.
+
+    Attributes:
+      kind: of `moecc.train.tokens.folder.KINDS`.
+      scores: of its rows.
+      accuracy: of labelled examples: the share whose likeliest label is theirs.
+      f1: likewise, the macro F1.
+    """
+
+    kind: str
+    scores: RowScores
+    accuracy: float | None = None
+    f1: float | None = None
+
+    @property
+    def exact(self) -> float | None:
+        """Of examples: the share that greedy decoding finds: every token is the likeliest."""
+        if self.kind == DOCUMENTS:
+            return None
+        rows = self.scores.tokens > 0
+        return float((self.scores.hits == self.scores.tokens)[rows].mean())
+
+    def to_json(self) -> dict[str, object]:
+        """Return the score as JSON values."""
+        tokens = int(self.scores.tokens.sum())
+        return {
+            "kind": self.kind,
+            "loss": self.scores.loss,
+            "perplexity": exp(min(self.scores.loss, 700.0)),
+            "tokens": tokens,
+            "rows": len(self.scores.tokens),
+            "token_accuracy": int(self.scores.hits.sum()) / max(tokens, 1),
+            "exact_match": self.exact,
+            "accuracy": self.accuracy,
+            "f1": self.f1,
+        }
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One model on all folders, by their names; `against` is paired with the first model's."""
+
+    model: str
+    sets: Mapping[str, SetScore]
+    against: Mapping[str, Difference]
+
+    def to_json(self) -> dict[str, object]:
+        """Return the evaluation as JSON values."""
+        paired = {
+            name: {"difference": d.mean, "low": d.low, "high": d.high}
+            for name, d in self.against.items()
+        }
+        sets = {n: {**s.to_json(), "against_first": paired.get(n)} for n, s in self.sets.items()}
+        return {"model": self.model, "sets": sets}
+
+
+def evaluate_models(
+    models: Sequence[str],
+    data: Sequence[str],
+    settings: EvaluationSpec,
+    progress: Progress | None = None,
+) -> list[Evaluated]:
+    """Evaluate each of `models` on the same rows of each folder of `data`.
+
+    Raises:
+      InputError: a folder is none, or does not suit a model.
+    """
+    folders = {name: open_tokens(path) for name, path in _named(data)}
+    found: list[Evaluated] = []
+    for number, name in enumerate(models):
+        with open_model(name) as model:
+            sets = {n: _score(model, folder, settings) for n, folder in folders.items()}
+        first = found[0].sets if found else {}
+        against = {
+            n: paired_difference(first[n].scores, s.scores) for n, s in sets.items() if n in first
+        }
+        found.append(Evaluated(name, sets, against))
+        if progress is not None:
+            progress(number + 1, len(models))
+    return found
+
+
+def _named(data: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the folders by the last parts of their paths that tell them apart."""
+    names = [corpus_name(Corpus(path)) for path in data]
+    for path, name in zip(data, names, strict=True):
+        yield (name if names.count(name) == 1 else path), path
+
+
+def _score(model: Model, folder: TokenFolder, settings: EvaluationSpec) -> SetScore:
+    recipe = evaluation_recipe(model.graph, folder, settings)
+    check_objective(model.graph, recipe.data.objective)
+    graph = eval_graph(model.graph, recipe)
+    facts = facts_of(model, graph)
+    batches = open_batches(recipe.data, facts)
+    scorer = _scorer(model, graph, settings.dtype)
+    held_out = next(iter(batches.evaluations.values()))
+    rows = _joined(scorer(held_out.batch(number)) for number in range(held_out.batches))
+    kept = RowScores(*(part[rows.tokens > 0] for part in (rows.losses, rows.tokens, rows.hits)))
+    score = SetScore(folder.facts.kind, kept)
+    return score if score.kind != LABELLED else _labels(score, folder, recipe.data, facts, scorer)
+
+
+def evaluation_recipe(graph: Graph, folder: TokenFolder, settings: EvaluationSpec) -> Recipe:
+    """Return a recipe whose evaluation is that of `folder` by a model with `graph`."""
+    kind = folder.facts.kind
+    if kind == LABELLED:
+        objective = Objective.CLASSIFY
+    elif kind != DOCUMENTS:
+        objective = Objective.COMPLETION
+    elif "decoder_tokens" in graph.inputs:
+        objective = Objective.SPANS
+    else:
+        objective = Objective.CAUSAL if LOGITS in graph.outputs else Objective.MASKED
+    corpus = (Corpus(str(folder.path), name="data"),)
+    data = DataSection(
+        train=corpus, evaluate=corpus, objective=objective, batch=settings.batch,
+        seq=settings.seq, packing=kind == DOCUMENTS, evaluate_batches=settings.batches,
+    )  # fmt: skip
+    return Recipe(ModelSection("model"), data, RunSection(steps=1, dtype=settings.dtype.name))
+
+
+def _scorer(model: Model, graph: Graph, dtype: DType) -> Scorer:
+    backend = get_backend("xla")
+    assert isinstance(backend, ScoringBackend), "the backend xla scores"
+    params = Model(graph, model.name, model.checkpoint).params(dtype=dtype)
+    return backend.scorer(graph, params, dtype=dtype)
+
+
+def _joined(parts: Iterator[RowScores]) -> RowScores:
+    return reduce(RowScores.joined, parts)
+
+
+def _labels(
+    score: SetScore, folder: TokenFolder, data: DataSection, facts: ModelFacts, scorer: Scorer
+) -> SetScore:
+    """Return `score` with accuracy and F1: the label of the lowest loss, its end included."""
+    examples = min(folder.facts.documents, data.batch * data.evaluate_batches)
+    choices = LabelChoices(folder, examples)
+    shape, rows = label_rows(choices, data, facts)
+    rng = np.random.default_rng(0)
+    found = []
+    for start in range(0, rows.rows, data.batch):
+        numbers = range(start, min(start + data.batch, rows.rows))
+        made: list[Any] = [rows.segments(row, rng) for row in numbers]
+        made += [[]] * (data.batch - len(made))
+        found.append(scorer(collate(made, shape)))
+    losses = _joined(iter(found)).losses[: rows.rows].reshape(examples, choices.labels)
+    guesses = losses.argmin(axis=1)
+    accuracy = float((guesses == choices.answers).mean())
+    return replace(score, accuracy=accuracy, f1=macro_f1(choices.answers, guesses, choices.labels))
+
+
+def evaluation_text(found: Sequence[Evaluated]) -> str:
+    """Return the human-readable report."""
+    lines = []
+    for one in found:
+        lines.append(one.model)
+        for name, score in one.sets.items():
+            parts = [f"loss {score.scores.loss:.4f}"]
+            for title, value in (
+                ("exact", score.exact), ("accuracy", score.accuracy), ("F1", score.f1)
+            ):  # fmt: skip
+                if value is not None:
+                    parts.append(f"{title} {value:.3f}")
+            against = one.against.get(name)
+            if against is not None:
+                parts.append(
+                    f"{against.mean:+.4f} ({against.low:+.4f} to {against.high:+.4f}) against "
+                    f"{found[0].model}"
+                )
+            tokens = int(score.scores.tokens.sum())
+            lines.append(f"  {name:16} {', '.join(parts)}, {amount(tokens, 'token')}")
+    return "\n".join(lines)
+
+
+# Run a model over the batches of a token folder, for values inside it rather than its logits.
+
+
+@dataclass(frozen=True)
+class Tracing:
+    """A graph whose outputs are read, over a token folder.
+
+    Attributes:
+      graph: the graph of an evaluation step, its layers apart.
+      held_out: the batches.
+    """
+
+    graph: Graph
+    held_out: Evaluation
+
+    @classmethod
+    def of(cls, model: Model, graph: Graph, folder: TokenFolder, spec: EvaluationSpec) -> Tracing:
+        """Return the evaluation of `graph`, of `model`, over a folder.
+
+        Raises:
+          InputError: the folder does not suit the model.
+        """
+        recipe = evaluation_recipe(graph, folder, spec)
+        program = eval_graph(graph, replace(recipe, run=replace(recipe.run, rolled=False)))
+        batches = open_batches(recipe.data, facts_of(model, program))
+        return cls(program, next(iter(batches.evaluations.values())))
+
+    def run(
+        self, model: Model, wanted: Callable[[str], bool], graph: Graph | None = None
+    ) -> Iterator[tuple[Mapping[str, Array], Mapping[str, Array], Graph]]:
+        """Yield the outputs that are wanted, the batch, and the graph of those outputs.
+
+        Args:
+          model: whose weights are read.
+          wanted: whether an output is, by its name.
+          graph: another one than that of the evaluation, with the same outputs.
+        """
+        bare = clone(self.graph if graph is None else graph)
+        for name in list(bare.output_names):
+            if not wanted(name):
+                bare.drop_output(name)
+        program = get_backend("xla").compile(bare)
+        params = ReadOnce(Model(bare, model.name, model.checkpoint).params())
+        keys = [n for n, v in bare.inputs.items() if v.type.dtype.kind == "key"]
+        for number in range(self.held_out.batches):
+            batch = self.held_out.batch(number)
+            inputs = {n: batch[n] for n in bare.inputs if n in batch}
+            inputs |= {name: np.zeros((), np.uint64) for name in keys}
+            yield program.run(params, inputs), batch, bare
+
+
+def is_token(value: Value, batch: Mapping[str, Array]) -> tuple[Array, Array]:
+    """Return the ids of the tokens that a value is of, and which of them are no padding; flat."""
+    decoder = value.graph.inputs.get("decoder_tokens")
+    in_decoder = decoder is not None and set(decoder.type.sizes) <= set(value.type.sizes)
+    prefix = "decoder_" if in_decoder else ""
+    tokens = batch[f"{prefix}tokens"]
+    real = batch.get(f"{prefix}segments", batch.get(f"{prefix}mask", np.ones_like(tokens)))
+    return tokens.reshape(-1), np.asarray(real, bool).reshape(-1)
+
+
+def evaluate(
+    models: Annotated[Sequence[str], Spelling("MODEL…", complete="models")],
+    *,
+    data: Annotated[Sequence[str], Spelling("DIR")],
+    sequence: SequenceLength = 512,
+    batch: BatchSize = 8,
+    batches: Annotated[int, Spelling("N", low=1)] = 64,
+    dtype: ComputeType = "f32",
+    load: LoadFamilies = (),
+) -> Report:
+    """Evaluate models on token folders, in pairs.
+
+    The second model and later ones are paired with the first. Texts have a loss, examples an exact
+    match, labelled examples an accuracy and a macro F1.
+
+    Args:
+      models: Hugging Face folder, .gguf file, .moe graph, or run.
+      data: Token folder; may be repeated.
+      batches: Maximal number of batches of a folder.
+
+    Example:
+      moecc evaluate SmolLM2-135M run@best --data tokens/heldout
+    """
+    from moecc.families.outside import load_families
+    from moecc.types import float_type
+
+    load_families(load)
+    spec = EvaluationSpec(sequence, batch, batches, float_type(dtype))
+    with Bar("evaluating", unit_bytes=False) as bar:
+        results = evaluate_models(models, data, spec, bar)
+    facts = {
+        "sequence": sequence, "batch": batch, "dtype": spec.dtype.name,
+        "models": [result.to_json() for result in results],
+    }  # fmt: skip
+    return Report("evaluate", facts, lambda: evaluation_text(results))

@@ -1,0 +1,300 @@
+"""What may fail of a graph and a pipeline, each as a test that is run again and again.
+
+`moecc.jobs.reduce` makes a failing input small, `moecc.jobs.bisect` finds the step that is wrong;
+both only ask whether the failure is still the same.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from moecc.backend import get_backend
+from moecc.errors import CheckError, InputError, UsageError
+from moecc.ir.graph import Graph, Value
+from moecc.ir.structure import clone
+from moecc.ir.text import format_node, print_graph
+from moecc.jobs.checks import SEEDS, broken_promise
+from moecc.pipeline.passes import KNOWN, Context
+from moecc.pipeline.runner import run_pass
+from moecc.pipeline.text import Pipeline
+from moecc.types import F64, Array
+
+# The first value of a graph that is not what it means: of the XLA backend, or of its weights.
+
+TOLERANCE = 1e-9
+"""The difference allowed between two backends in float64, times the magnitude of a value."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A value that differs.
+
+    Attributes:
+      place: the line of its node, or the name of the parameter.
+      expected: one element.
+      found: the same element.
+    """
+
+    place: str
+    expected: object
+    found: object
+
+    def __str__(self) -> str:
+        return f"{self.place}: expected {self.expected}, found {self.found}"
+
+
+def line_of(value: Value) -> str:
+    """Return the line of the node that makes a value, or its name."""
+    return f"%{value.name}" if value.node is None else format_node(value.node)
+
+
+def gap(value: Value, expected: Array, found: Array, tolerance: float) -> Gap | None:
+    """Return the element in which two arrays differ most, or None if they agree.
+
+    Args:
+      value: what they are of.
+      expected: the right one; what is NaN in it may be anything.
+      found: the other.
+      tolerance: of floats, times the largest magnitude; 0 compares bit for bit.
+    """
+    if expected.shape != found.shape:
+        return Gap(line_of(value), f"shape {expected.shape}", f"shape {found.shape}")
+    from moecc.testing.oracle import distance, magnitude
+
+    if expected.dtype.kind not in "fV":
+        apart = np.asarray(expected != found, np.float64)
+        allowed = 0.0
+    else:
+        apart, allowed = distance(expected, found), tolerance * magnitude(expected)
+    if not (apart > allowed).any():
+        return None
+    at = np.unravel_index(int(np.argmax(apart)), apart.shape)
+    return Gap(f"{line_of(value)}, element {[int(i) for i in at]}", expected[at], found[at])
+
+
+def xla_gap(graph: Graph, seed: int = 0) -> Gap | None:
+    """Return the first value that XLA computes otherwise than the reference, on random data.
+
+    Both compute in float64.
+
+    Raises:
+      InputError: one of them cannot run the graph.
+    """
+    from moecc.testing.data import inputs_for, params_for
+
+    params, inputs = params_for(graph, seed), inputs_for(graph, seed)
+    names = watched(graph)
+    expected = values_of(graph, params, inputs)
+    with_all = _returning(graph, names)
+    found = get_backend("xla").compile(with_all, dtype=F64).run(params, inputs)
+    for name, output in names.items():
+        value = graph.value(name)
+        differs = gap(value, expected[value], np.asarray(found[output]), TOLERANCE)
+        if differs is not None:
+            return differs
+    return None
+
+
+def watched(graph: Graph) -> dict[str, str]:
+    """Return the values that a backend can return, by name, with names of outputs for them.
+
+    Rows of experts have no shape of their own; what is combined from them is compared.
+    """
+    made = [v for node in graph for v in node.results if not v.type.extents]
+    free = [v for v in made if v.type.dtype.kind != "key" and not v.type.unreduced]
+    return {value.name: f"value.{number}" for number, value in enumerate(free)}
+
+
+def values_of(
+    graph: Graph, params: Mapping[str, Array], inputs: Mapping[str, Array]
+) -> dict[Value, Array]:
+    """Return all values of `graph` in the reference, without those of repeated bodies."""
+    program = cast(Any, get_backend("reference").compile(graph))
+    return {value: np.asarray(array.data) for value, array in program.trace(params, inputs)}
+
+
+def _returning(graph: Graph, names: Mapping[str, str]) -> Graph:
+    copy = clone(graph)
+    for name in list(copy.output_names):
+        copy.drop_output(name)
+    for name, output in names.items():
+        copy.set_output(output, copy.value(name))
+    if not copy.output_names:
+        raise InputError("the graph has no value that could be compared")
+    return copy
+
+
+def weight_gap(graph: Graph, seed: int = 0) -> Gap | None:
+    """Return the first parameter that is written otherwise than its expression says.
+
+    The weights are written as a checkpoint, of random sources, and read back; the oracle evaluates
+    the expressions as they stand, without the simplifier.
+
+    Raises:
+      InputError: the weights cannot be written.
+    """
+    from moecc.formats.safetensors import read_header
+    from moecc.formats.writer import OutputTensor, write_checkpoint
+    from moecc.testing.weights import stored_sources, whole_naively
+
+    weights = {n: v.weight for n, v in graph.params.items() if v.weight is not None}
+    read = stored_sources(weights.values(), seed)
+    tensors = [OutputTensor(n, w, w.type.dtype) for n, w in weights.items()]
+    with tempfile.TemporaryDirectory(prefix="moecc-weights-") as name:
+        written = write_checkpoint(Path(name), tensors, read, max_shard_bytes=1 << 16)
+        files = {t.name: Path(name) / t.file for t in written.tensors}
+        headers = {path: read_header(path) for path in set(files.values())}
+        for tensor in tensors:
+            expected = whole_naively(tensor.expr, read)
+            info = headers[files[tensor.name]].tensors[tensor.name]
+            with info.file.open("rb") as file:
+                file.seek(info.offset)
+                raw = file.read(info.nbytes)
+            found = np.frombuffer(raw, info.dtype.numpy).reshape(info.shape)
+            if expected.tobytes() != raw:
+                differs = gap(graph.params[tensor.name], expected, found, 0.0)
+                return differs or Gap(f"%{tensor.name}", "the same bits", "others")
+    return None
+
+
+RUN, WEIGHTS = "run", "weights"
+COMPARED = (RUN, WEIGHTS)
+"""What may be compared beside promises: XLA with the reference, written weights with the oracle."""
+
+COMMAND_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A failure.
+
+    Attributes:
+      kind: ``crash``, ``promise``, ``invalid`` (graph), ``run``, ``weights`` or ``command``.
+      where: what stays the same while the input shrinks: the pass, the exception, the exit code.
+      text: what was found, for people.
+    """
+
+    kind: str
+    where: str
+    text: str
+
+    def is_like(self, other: Failure | None) -> bool:
+        """Whether the other failure is this one, perhaps on another input."""
+        return other is not None and (self.kind, self.where) == (other.kind, other.where)
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.where}: {self.text}" if self.where else self.text
+
+
+class FailureTest(Protocol):
+    """Runs a pipeline on a graph, which it leaves as it is, and returns the first failure."""
+
+    def __call__(self, graph: Graph, pipeline: Pipeline) -> Failure | None:
+        """Return the first failure, or None."""
+        ...
+
+
+@dataclass(frozen=True)
+class PromiseTest:
+    """Crashes, invalid graphs and broken promises of passes.
+
+    Attributes:
+      context: of the passes.
+      seeds: of the random data on which promises are checked.
+    """
+
+    context: Context = field(default_factory=Context)
+    seeds: Sequence[int] = SEEDS
+
+    def __call__(self, graph: Graph, pipeline: Pipeline) -> Failure | None:
+        """Return the first failure of a pass; what the user would have to mend is none."""
+        after = clone(graph)
+        for number, item in enumerate(pipeline, 1):
+            before = clone(after)
+            try:
+                run = run_pass(after, item, self.context, number)
+            except CheckError as error:
+                return Failure("invalid", item.name, str(error.problems[0]))
+            except KNOWN:
+                return None
+            except Exception as error:
+                kind = type(error).__name__
+                return Failure("crash", f"{item.name}: {kind}", f"{kind}: {error}")
+            if found := broken_promise(run.preserves, before, after, self.seeds):
+                return Failure("promise", item.name, f"promised {run.preserves}; {found[0]}")
+        return None
+
+
+@dataclass(frozen=True)
+class ComparisonTest:
+    """Values of the XLA backend against the reference, or written weights against the oracle.
+
+    Attributes:
+      what: one of `COMPARED`.
+      context: of the passes.
+    """
+
+    what: str
+    context: Context = field(default_factory=Context)
+
+    def __post_init__(self) -> None:
+        if self.what not in COMPARED:
+            expected = " or ".join(COMPARED)
+            raise UsageError("unknown comparison", expected=expected, found=self.what)
+
+    def __call__(self, graph: Graph, pipeline: Pipeline) -> Failure | None:
+        """Return what differs once the pipeline has run, if anything does."""
+        after = clone(graph)
+        try:
+            for number, item in enumerate(pipeline, 1):
+                run_pass(after, item, self.context, number)
+            found = xla_gap(after) if self.what == RUN else weight_gap(after)
+        except KNOWN:
+            return None
+        except Exception as error:
+            kind = type(error).__name__
+            return Failure("crash", kind, f"{kind}: {error}")
+        return Failure(self.what, "", str(found)) if found else None
+
+
+@dataclass(frozen=True)
+class CommandTest:
+    """A command of the user that fails: ``{}`` is the graph's file, ``{pipeline}`` the pipeline.
+
+    Attributes:
+      command: the command; no shell is involved.
+    """
+
+    command: str
+
+    def __call__(self, graph: Graph, pipeline: Pipeline) -> Failure | None:
+        """Return a failure with the exit code of the command, unless that is 0.
+
+        Raises:
+          UsageError: there is no such command.
+        """
+        with tempfile.TemporaryDirectory(prefix="moecc-reduce-") as folder:
+            file = Path(folder) / "graph.moe"
+            file.write_text(print_graph(graph), "utf-8")
+            stated = {"{}": str(file), "{pipeline}": str(pipeline)}
+            try:
+                words = [stated.get(word, word) for word in shlex.split(self.command)]
+                done = subprocess.run(
+                    words, capture_output=True, timeout=COMMAND_SECONDS, stdin=subprocess.DEVNULL
+                )
+            except subprocess.TimeoutExpired:
+                return None
+            except (OSError, IndexError, ValueError) as error:
+                raise UsageError(f"the command cannot be run: {error}", where="--test") from None
+        if done.returncode == 0:
+            return None
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        return Failure("command", f"exit code {done.returncode}", "".join(last))

@@ -1,0 +1,159 @@
+"""``moecc inspect``: describe a model, its feed-forward blocks and its export targets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from textwrap import wrap
+from typing import TYPE_CHECKING, Annotated
+
+from moecc.jobs.command import LoadFamilies, Report, Spelling, say_weights
+from moecc.support.untyped import JsonDict
+
+if TYPE_CHECKING:
+    from moecc.model.open import Model
+
+_SHOWN = 4
+"""The number of refused blocks that are shown."""
+
+
+def inspect(
+    source: Annotated[str, Spelling(complete="models")], *, load: LoadFamilies = ()
+) -> Report:
+    """Describe a model from its headers; no weights are read.
+
+    The report has the family, layers, parameters, the feed-forward blocks and how many can be
+    upcycled, and which families could hold the result, with the reasons why others cannot.
+
+    Args:
+      source: Hugging Face folder, .gguf file, .moe graph, or preset:NAME.
+
+    Example:
+      moecc inspect SmolLM2-135M --format json
+    """
+    from moecc.families.outside import load_families
+    from moecc.model.open import open_model
+    from moecc.support.process import gc_paused
+
+    load_families(load)
+    # Neither imports nor layers leave garbage: of 10,000 layers, the collector would take half of
+    # the time, and of three a tenth.
+    with gc_paused(), open_model(source, config_alone=True) as model:
+        say_weights(model, source)
+        data = inspection(model)
+    return Report("inspect", data, lambda: inspection_text(data))
+
+
+def inspection(model: Model) -> JsonDict:
+    """Return the inspection of `model` as JSON values."""
+    from moecc.analysis import find_ffn_blocks
+    from moecc.families.describe import CONVENTION, describe, paper_groups
+    from moecc.ir.structure import without_opaque
+    from moecc.ir.unroll import unrolled
+    from moecc.jobs.targets import fits
+    from moecc.model.open import MODEL_TYPE, function_name
+
+    # Repeated layers count once per repetition.
+    graph = unrolled(without_opaque(model.graph))
+    facts, name, search = describe(graph), function_name(graph), find_ffn_blocks(graph)
+    groups = facts.parameters.groups
+    return {
+        "source": model.name,
+        "format": model.checkpoint.format if model.checkpoint else None,
+        "dtype": model.dtype.name if model.checkpoint else None,
+        "remarks": model.remarks(),
+        "family": graph.attrs.get("family") if name is None else MODEL_TYPE,
+        "function": name,
+        "layers": facts.layers,
+        "stacks": facts.stacks,
+        "nodes": len(graph),
+        "parameters": {
+            "total": facts.parameters.total,
+            "active": facts.parameters.active,
+            "groups": {**paper_groups(groups), **groups},
+        },
+        "flops_per_token": facts.flops_per_token,
+        "flops_per_sequence": facts.sequence.paper,
+        "flops_convention": CONVENTION,
+        "flops_per_sequence_counted": {
+            "weights": facts.sequence.weights,
+            "attention": facts.sequence.attention,
+        },
+        "sequence_lengths": facts.sequence.lengths,
+        "ffn_blocks": {
+            "found": len(search.blocks) + len(search.refusals),
+            "convertible": len(search.blocks),
+            "refused": [{"where": r.loc, "reason": r.reason} for r in search.refusals],
+        },
+        # A function is no model of a family, with blocks or without.
+        "targets": {} if name is not None else {f.target: f.to_json() for f in fits(graph)},
+    }
+
+
+def inspection_text(data: JsonDict) -> str:
+    """Return a human-readable inspection."""
+    from moecc.families.describe import PAPER_GROUPS
+    from moecc.support.text import amount, count_text
+
+    parameters, blocks = data["parameters"], data["ffn_blocks"]
+    named = {k: f"{k} {count_text(v)}" for k, v in parameters["groups"].items()}
+    groups = ", ".join(text for k, text in named.items() if k not in PAPER_GROUPS)
+    papers = ", ".join(text for k, text in named.items() if k in PAPER_GROUPS)
+    stacks = " (" + ", ".join(f"{n} {k}" for k, n in data["stacks"].items()) + ")"
+    lengths = " and ".join(map(str, data["sequence_lengths"].values()))
+    # A model of images takes no tokens, and all of its sizes are fixed.
+    unit, length = ("token", f"of {lengths} tokens") if lengths else ("input", "of fixed length")
+    counted = data["flops_per_sequence_counted"]
+    family = data["family"] or "no family"
+    shown = blocks["refused"]
+    if len(shown) > _SHOWN:
+        shown = [*shown[:_SHOWN], {"where": "…", "reason": f"{len(shown) - _SHOWN} more"}]
+    of_function = f"the blocks of a JAX function, `{data['function']}`"
+    rows = [
+        f"{data['source']}: "
+        + (of_function if data["function"] else f"{family}, {amount(data['layers'], 'layer')}")
+        + (stacks if data["stacks"] else "")
+        + (f", {data['format']}, {data['dtype']}" if data["format"] else ", no weights"),
+        *(f"  remark      {r}" for r in data["remarks"]),
+        f"  parameters  {count_text(parameters['total'])} ({groups})",
+        f"  groups      {papers}",
+        f"  active      {count_text(parameters['active'])} per token",
+        f"  FLOPs       {count_text(data['flops_per_token'])} per {unit}",
+        f"  sequence    {length}: {count_text(data['flops_per_sequence'])} FLOPs as papers count; "
+        f"{count_text(counted['weights'])} and {count_text(counted['attention'])} of attention in "
+        "the graph",
+        f"  FFN blocks  {blocks['found']} found, {blocks['convertible']} can be upcycled",
+        *(f"    not {r['where']}: {r['reason']}" for r in shown),
+    ]
+    if data["function"]:
+        rows += [
+            "  counted     the blocks alone: what stayed JAX is no part of the graph",
+            "  read by     moecc.jax.load: the parameters, for the function in your program",
+        ]
+    else:
+        rows += ["  targets", *_target_rows(data["targets"])]
+    return "\n".join(rows)
+
+
+def _target_rows(targets: JsonDict) -> Iterator[str]:
+    """Yield a line for each target; those that are no target for the same reasons share theirs."""
+    said: dict[tuple[str, bool], list[str]] = {}
+    for name, target in targets.items():
+        why = [f"        {line}" for r in target["reasons"] for line in r.splitlines()]
+        key = "\n".join([_fit_text(target), *why]), bool(target["fits"])
+        said.setdefault(key, []).append(name)
+    for (text, fits), names in said.items():
+        if len(names) == 1 or fits:
+            yield from (f"    {name:12} {text}" for name in names)
+        else:
+            shown = wrap(", ".join(names), 96, initial_indent="    ", subsequent_indent="    ")
+            yield "\n".join([*shown, f"        {text}"])
+
+
+def _fit_text(target: JsonDict) -> str:
+    from moecc.translate.engines import Verdict, summary
+
+    if not target["fits"]:
+        return "does not fit"
+    after = f" after {target['after']}" if target["after"] else ""
+    engines = [Verdict(**verdict) for verdict in target["engines"]]
+    return f"fits{after}" + (f"; runs in: {summary(engines)}" if engines else "")

@@ -1,0 +1,386 @@
+"""``moecc launch``: run several processes on this machine, or print scripts for clusters."""
+
+from __future__ import annotations
+
+import os
+import re
+import selectors
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.resources import files
+from string import Template
+from typing import IO, Annotated, Literal
+
+from moecc.errors import MachineError, UsageError, nearest
+from moecc.jobs import COMMANDS
+from moecc.jobs.command import Spelling
+from moecc.launch.processes import BEATS, LIFELINE, ProcessInfo
+from moecc.support.console import PROGRESS
+from moecc.support.process import signals_noted, signals_raised
+
+# Start processes on this machine, and end all of them when one fails, dies or hangs.
+#
+# The supervisor imports no jax: nothing that hangs the processes can hang it.
+
+POLL_SECONDS = 0.05
+GRACE_SECONDS = 1.5
+"""The grace period between SIGTERM and SIGKILL."""
+
+
+START_SECONDS = 120
+"""The minimum time for a process's first step: it imports, and waits for the others."""
+
+
+@dataclass
+class Process:
+    """A started process.
+
+    Attributes:
+      number: its number, from 0.
+      popen: the process.
+      beats: the read end of a pipe into which it writes a byte at each step.
+      last_beat: the time of its last step, or of its start, on the monotonic clock.
+      steps: whether it has made a step.
+    """
+
+    number: int
+    popen: subprocess.Popen[bytes]
+    beats: int
+    last_beat: float = field(default_factory=time.monotonic)
+    steps: bool = False
+
+    def is_late(self, limit_seconds: float) -> bool:
+        """Whether its next step is overdue."""
+        limit = limit_seconds if self.steps else max(limit_seconds, START_SECONDS)
+        return time.monotonic() - self.last_beat > limit
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The outcome of a run.
+
+    Attributes:
+      exit_code: 0, that of the process that failed first, or `MachineError`'s for one that was
+        killed or hung.
+      reason: the reason, or empty.
+    """
+
+    exit_code: int
+    reason: str = ""
+
+
+def free_port() -> int:
+    """Return a port of the loopback that nothing listens on."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+class Supervisor:
+    """Runs one command in several processes on this machine.
+
+    Args:
+      command: the program and its arguments.
+      processes: how many.
+      stuck_seconds: how long a process may report no step; None for no limit.
+      environment: variables besides those of this process.
+      say: prints a human-readable line.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        processes: int,
+        *,
+        stuck_seconds: float | None = None,
+        environment: Mapping[str, str] | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self.command = list(command)
+        self.count = processes
+        self.stuck_seconds = stuck_seconds
+        self.environment = dict(environment or {})
+        self.say = say or (lambda line: print(line, file=sys.stderr, flush=True))
+        self.processes: list[Process] = []
+        self._pumps: list[threading.Thread] = []
+        self._lifeline = os.pipe()
+
+    def run(self) -> Ended:
+        """Start the processes, wait for them, and end all when one fails.
+
+        Output of the first goes to standard output; errors of all to standard error, each line
+        with the number of its process.
+
+        Raises:
+          MachineError: a process cannot be started.
+          KeyboardInterrupt: the user interrupted; the processes have been ended.
+        """
+        try:
+            # A process that is started and not listed yet would outlive an interrupt.
+            with signals_noted() as noted:
+                self._start()
+            if noted.signal is not None:
+                signal.raise_signal(noted.signal)
+            ended = self._wait()
+            if ended.reason:
+                self.say(f"error: {ended.reason}")
+            return ended
+        finally:
+            self._end_all()
+            for pump in self._pumps:
+                pump.join(timeout=GRACE_SECONDS)
+            for descriptor in (*self._lifeline, *(p.beats for p in self.processes)):
+                with suppress(OSError):
+                    os.close(descriptor)
+
+    def _start(self) -> None:
+        coordinator = f"127.0.0.1:{free_port()}"
+        for number in range(self.count):
+            try:
+                self.processes.append(self._start_one(ProcessInfo(coordinator, self.count, number)))
+            except OSError as error:
+                what = f"process {number} cannot be started: {error.strerror or error}"
+                raise MachineError(what, where=self.command[0]) from None
+
+    def _start_one(self, process: ProcessInfo) -> Process:
+        reading, writing = os.pipe()
+        os.set_blocking(reading, False)
+        held = (self._lifeline[0], writing)
+        names = {LIFELINE: str(held[0]), BEATS: str(held[1])}
+        popen = subprocess.Popen(
+            self.command,
+            env={**os.environ, **self.environment, **process.environment(), **names},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if process.process == 0 else subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=held,
+            # A separate process group: an interrupt reaches only the supervisor at first.
+            start_new_session=True,
+        )
+        os.close(writing)
+        for pump, stream in ((self._pump_errors, popen.stderr), (self._pump_output, popen.stdout)):
+            if stream is not None:
+                thread = threading.Thread(target=pump, args=(process.process, stream), daemon=True)
+                thread.start()
+                self._pumps.append(thread)
+        return Process(process.process, popen, reading)
+
+    def _pump_errors(self, number: int, stream: IO[bytes]) -> None:
+        with stream:
+            for line in stream:
+                self.say(f"[{number}] {line.decode(errors='replace').rstrip()}")
+
+    def _pump_output(self, number: int, stream: IO[bytes]) -> None:
+        with stream:
+            for line in stream:
+                # The library's log of its connections is not part of the artefact.
+                if not line.startswith(b"[Gloo] "):
+                    _copy(line)
+
+    def _wait(self) -> Ended:
+        with selectors.DefaultSelector() as selector:
+            for process in self.processes:
+                selector.register(process.beats, selectors.EVENT_READ, process)
+            while True:
+                self._read_beats(selector)
+                running = [p for p in self.processes if p.popen.poll() is None]
+                ended = self._failed() or self._stuck(running)
+                if ended is not None:
+                    return ended
+                if not running:
+                    return Ended(0)
+
+    def _read_beats(self, selector: selectors.BaseSelector) -> None:
+        # Without anything to read this is the pause between two checks.
+        if not selector.get_map():
+            time.sleep(POLL_SECONDS)
+            return
+        for key, _ in selector.select(POLL_SECONDS):
+            if os.read(key.fd, 4096):
+                key.data.last_beat, key.data.steps = time.monotonic(), True
+            else:
+                selector.unregister(key.fd)
+
+    def _failed(self) -> Ended | None:
+        for process in self.processes:
+            code = process.popen.poll()
+            if code is None or code == 0:
+                continue
+            who = f"process {process.number} of {self.count}"
+            others = "; the others were ended" if self.count > 1 else ""
+            if code < 0:
+                what = f"{who} was ended by {_signal_name(-code)}{others}"
+                return Ended(MachineError.exit_code, what)
+            return Ended(code, f"{who} failed with exit code {code}{others}")
+        return None
+
+    def _stuck(self, running: list[Process]) -> Ended | None:
+        if self.stuck_seconds is None:
+            return None
+        stuck = [p for p in running if p.is_late(self.stuck_seconds)]
+        if not stuck:
+            return None
+        # The one that fell silent first holds up the others, which wait for it.
+        first = min(stuck, key=lambda p: p.last_beat)
+        return Ended(
+            MachineError.exit_code,
+            f"process {first.number} of {self.count} made no step for "
+            f"{time.monotonic() - first.last_beat:.0f} s; all were ended",
+        )
+
+    def _end_all(self) -> None:
+        """End running processes: terminate, and after a short wait kill."""
+        running = [p.popen for p in self.processes if p.popen.poll() is None]
+        for popen in running:
+            _signal(popen, signal.SIGTERM)
+        limit = time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < limit and any(p.poll() is None for p in running):
+            time.sleep(POLL_SECONDS)
+        for popen in running:
+            if popen.poll() is None:
+                _signal(popen, signal.SIGKILL)
+                popen.wait()
+
+
+def _signal_name(number: int) -> str:
+    """Return the name of a signal; Python has none for real-time signals."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _signal(popen: subprocess.Popen[bytes], number: int) -> None:
+    """Send a signal to a process and its descendants."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(popen.pid, number)
+
+
+def _copy(line: bytes) -> None:
+    """Write a line of a program to our output; once its reader has exited, to nobody."""
+    try:
+        sys.stdout.buffer.write(line)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# Cluster scripts that start moecc: printed, for people to read and change, never run.
+
+MOST_LOCAL = 64
+TEMPLATES = ("slurm", "xpk")
+
+_LABEL = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?\Z")
+
+
+@dataclass(frozen=True)
+class Job:
+    """The parameters of a template.
+
+    Attributes:
+      command: arguments of moecc, ``run`` first.
+      name: the name of the job: a DNS label, as Kubernetes requires.
+      nodes: the number of machines, or slices of TPUs.
+      stuck_seconds: how long a process may report no step.
+    """
+
+    command: Sequence[str]
+    name: str = "moecc"
+    nodes: int = 1
+    stuck_seconds: int = 300
+
+
+def fill_template(kind: str, job: Job) -> str:
+    """Return the script of a cluster.
+
+    Args:
+      kind: one of `TEMPLATES`.
+      job: what to run.
+
+    Raises:
+      UsageError: there is no such template, or the name is not a DNS label.
+    """
+    if kind not in TEMPLATES:
+        hint = nearest(kind, TEMPLATES) or f"templates: {', '.join(TEMPLATES)}"
+        raise UsageError(f"unknown template {kind!r}", hint=hint)
+    if _LABEL.match(job.name) is None:
+        raise UsageError(
+            "not a valid name of a job",
+            expected="a DNS label of at most 40: small letters, digits and dashes",
+            found=job.name,
+        )
+    text = (files("moecc.launch") / "scripts" / f"{kind}.sh").read_text("utf-8")
+    command = shlex.join(["moecc", *job.command])
+    return Template(text).substitute(
+        name=job.name,
+        nodes=job.nodes,
+        seconds=job.stuck_seconds,
+        command=command,
+        quoted=shlex.quote(
+            f"MOECC_DISTRIBUTED=cluster MOECC_STEP_SECONDS={job.stuck_seconds} {command}"
+        ),
+    )
+
+
+def launch(
+    how: Annotated[Literal["local", "template"], Spelling("local|template")],
+    command: Annotated[Sequence[str], Spelling("[slurm|xpk] -- COMMAND…")],
+    *,
+    processes: Annotated[int, Spelling("N", "n", low=1, high=MOST_LOCAL)] = 2,
+    nodes: Annotated[int, Spelling("N", low=1)] = 1,
+    name: str = "moecc",
+    step_seconds: Annotated[int, Spelling("SECONDS", low=1)] = 300,
+) -> int:
+    """Run a command in several processes.
+
+    They run on this machine and compute together; the first process that fails, dies or hangs ends
+    all, with a message. With template, a script is printed that would run them on a cluster.
+
+    Args:
+      how: Start processes on this machine, or print the script of a cluster.
+      command: Command of moecc, or: python FILE. For a template, the cluster stands first.
+      processes: Number of processes on this machine.
+      nodes: Number of machines in a template, or of slices of TPUs.
+      name: Name of the job in a template.
+      step_seconds: Time without a step after which a process counts as stuck.
+
+    Example:
+      moecc launch local -n 2 -- run smollm2-8x --outputs logits.npy
+    """
+    if how == "template":
+        kind, *words = command
+        job = Job(_checked(words), name, nodes, step_seconds)
+        sys.stdout.write(fill_template(kind, job))
+        return 0
+    if command[0] == "python" and len(command) > 1:
+        program = [sys.executable, "-m", "moecc.launch.script", *command[1:]]
+    else:
+        program = [sys.executable, "-m", "moecc", *_checked(command)]
+    PROGRESS.set()
+    # Processes of one machine cannot share its accelerators, but can share its cores.
+    platforms = {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
+    supervisor = Supervisor(program, processes, stuck_seconds=step_seconds, environment=platforms)
+    with signals_raised():  # the processes must not outlive this one
+        return supervisor.run().exit_code
+
+
+def _checked(command: Sequence[str]) -> Sequence[str]:
+    """Return the arguments if they are a command of moecc. Raises UsageError."""
+    names = [name for name in COMMANDS if name != "launch"]
+    if not command or command[0] not in names:
+        word = command[0] if command else ""
+        raise UsageError(
+            "the command to run is not a command of moecc",
+            expected="for example run, after --",
+            found=word or "nothing",
+            hint=nearest(word, names),
+        )
+    return command

@@ -1,0 +1,66 @@
+"""``moecc lower``: print a model's program at a level of lowering."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from moecc.jobs.command import (
+    AnyModelName,
+    ComputeType,
+    Force,
+    LoadFamilies,
+    Output,
+    Report,
+    Spelling,
+    Weights,
+    artefact,
+    check_writable,
+)
+
+AtLeastOne = Annotated[int, Spelling("N", low=1)]
+
+
+def lower(
+    model: AnyModelName,
+    *,
+    emit: str = "stablehlo",
+    dispatch: str = "auto",
+    platform: str | None = None,
+    batch: AtLeastOne = 2,
+    seq: AtLeastOne = 128,
+    dtype: ComputeType = "f32",
+    output: Output = None,
+    force: Force = False,
+    weights: Weights = None,
+    load: LoadFamilies = (),
+) -> Report:
+    """Print a model as jax or XLA sees it.
+
+    No weights are read, and nothing is run.
+
+    Args:
+      emit: Language of the program: jaxpr, stablehlo, or hlo as compiled on this machine.
+      dispatch: Implementation of expert layers: auto, or one for all of gather,
+        grouped, blocks, ragged_dot, gathered, used.
+      platform: Platform to lower for: cpu, gpu or tpu (default: that of this machine).
+      batch: Number of sequences.
+      seq: Number of tokens in a sequence.
+
+    Example:
+      moecc lower layer.moe --emit stablehlo --dispatch grouped
+    """
+    from moecc.backend import get_lowering_backend
+    from moecc.families.outside import load_families
+    from moecc.model.inputs import default_inputs
+    from moecc.model.open import open_model
+    from moecc.types import float_type
+
+    check_writable(output, force=force)
+    load_families(load)
+    type, backend = float_type(dtype), get_lowering_backend("xla")
+    options = {"dispatch": dispatch, "platform": platform}
+    with open_model(model, weights=weights) as opened:
+        inputs = default_inputs(opened.graph, batch=batch, seq=seq)
+        text = backend.lower(opened.graph, inputs, emit=emit, dtype=type, options=options)
+    text = text if text.endswith("\n") else f"{text}\n"
+    return artefact("lower", text, output, force=force, emit=emit)

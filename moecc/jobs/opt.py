@@ -1,0 +1,199 @@
+"""``moecc opt``: run passes over a graph; text in, text out."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from moecc.ir.graph import Graph, Node
+from moecc.ir.text import format_attrs
+from moecc.jobs.command import (
+    AllowUnmatched,
+    Force,
+    GraphFile,
+    Load,
+    Output,
+    PipelineText,
+    Report,
+    Seed,
+    Spelling,
+    artefact,
+    check_writable,
+    graph_text,
+    read_pipeline,
+    write_whole,
+)
+from moecc.support.console import say
+from moecc.support.page import render_page
+from moecc.weights.text import format_expr
+
+if TYPE_CHECKING:
+    pass
+
+
+# A graph and its rewrite as a page: layers folded, nodes with weights and origin, a search.
+
+
+@dataclass
+class _Group:
+    """Nodes of one place in the model, and the places whose nodes are alike."""
+
+    nodes: list[Node]
+    places: list[str] = field(default_factory=list)
+
+
+def graph_page(
+    before: Graph, after: Graph | None = None, pipeline: str = "", remarks: Sequence[str] = ()
+) -> str:
+    """Return the page of a graph, and of what a pipeline made of it.
+
+    Args:
+      before: the graph.
+      after: the rewritten one, if it was.
+      pipeline: the passes between the two.
+      remarks: what they reported.
+    """
+    graphs = {"graph": before} if after is None else {"before": before, "after": after}
+    counts = [
+        (title, f"{len(graph):,} nodes, {len(graph.params):,} parameters")
+        for title, graph in graphs.items()
+    ]
+    return render_page(
+        "graph.html", f"graph {before.name}", scripts=("search.js",),
+        facts=[("pipeline", pipeline or "none"), *counts],
+        sides=[_side(title, graph) for title, graph in graphs.items()],
+        remarks=list(dict.fromkeys(remarks)),
+    )  # fmt: skip
+
+
+def _side(title: str, graph: Graph) -> dict[str, object]:
+    ends = [(f"input %{n}", str(v.type)) for n, v in graph.inputs.items()]
+    ends += [(f"output {n}", f"%{v.name} : {v.type}") for n, v in graph.outputs.items()]
+    return {"title": title, "ends": ends, "groups": map(_layer, _groups(graph))}
+
+
+def _groups(graph: Graph) -> list[_Group]:
+    """Return the nodes by place; places that do the same are one group."""
+    found: dict[tuple[str, ...], _Group] = {}
+    for place, some in groupby(graph.every_node(), key=lambda node: node.loc):
+        nodes = list(some)
+        key = (re.sub(r"\d+", "#", place), *map(_alike, nodes))
+        found.setdefault(key, _Group(nodes)).places.append(place)
+    return list(found.values())
+
+
+def _alike(node: Node) -> str:
+    # A type may name the value that sets a size of it, each layer its own.
+    types = ", ".join(re.sub(r"%[\w.]+", "%", str(v.type.bare)) for v in node.results)
+    return f"{node.op.name}{format_attrs(node.op, node.attrs)}{types}{node.origin}"
+
+
+def _layer(group: _Group) -> dict[str, object]:
+    first, last, number = group.places[0], group.places[-1], len(group.places)
+    return {
+        "title": (first or "of no layer") + (f" … {last}, {number} alike" if number > 1 else ""),
+        "made": any(node.origin for node in group.nodes),
+        "nodes": [_node(node) for node in group.nodes],
+    }
+
+
+def _node(node: Node) -> dict[str, object]:
+    results = ", ".join(f"%{v.name}" for v in node.results)
+    operands = ", ".join(f"%{v.name}" for v in node.operands)
+    facts = [("type", ", ".join(str(v.type) for v in node.results))]
+    if attrs := format_attrs(node.op, node.attrs).strip():
+        facts.append(("attributes", attrs))
+    facts.append(("made by", node.origin or "the importer"))
+    for value in node.operands:
+        if value.is_param:
+            weight = "" if value.weight is None else f" = {format_expr(value.weight)}"
+            facts.append((f"parameter %{value.name}", f"{value.type}{weight}"))
+    title = f"{results} = {node.op.name} {operands}"
+    return {"title": title, "made": bool(node.origin), "facts": facts}
+
+
+def opt(
+    file: GraphFile,
+    *,
+    pipeline: PipelineText = "",
+    output: Output = None,
+    print_before: Annotated[str | None, Spelling("all|NAME,…")] = None,
+    print_after: Annotated[str | None, Spelling("all|changed|NAME,…")] = None,
+    diff: bool = False,
+    dump_dir: Annotated[str | None, Spelling("DIR")] = None,
+    check: bool = False,
+    timing: bool = False,
+    stats: bool = False,
+    remarks: bool = False,
+    seed: Seed = 0,
+    allow_unmatched: AllowUnmatched = False,
+    load: Load = (),
+    html: Annotated[str | None, Spelling("FILE")] = None,
+    force: Force = False,
+) -> Report:
+    """Run a pipeline over a graph, verified after every pass.
+
+    The graph goes to stdout or -o, everything else to stderr.
+
+    Args:
+      print_before: Print the graph to standard error before all passes, or those named.
+      print_after: Print the graph to standard error after all passes, those that changed it, or
+        those named.
+      diff: Print the changes of each pass as a unified diff.
+      dump_dir: Folder to write the graph to after each pass: 000_input.moe, 001_canonicalize.moe.
+      check: Hold each pass to its promise: the reference interpreter compares before and after,
+        on the graph at reduced sizes and random data.
+      timing: Print the time that each pass and the verifier took.
+      stats: Print the counts of each pass, and of its rules the hits, attempts and time.
+      remarks: Print remarks of passes, and near misses with the reason.
+      html: File to write a page to, with the graph before and after side by side, the type,
+        weight expression and origin of each node, and a search.
+
+    Example:
+      moecc import SmolLM2-135M | moecc opt - -p 'upcycle{experts=8}' --diff
+    """
+    from moecc.ir.structure import clone
+    from moecc.jobs.checks import check_pipeline
+    from moecc.model.open import read_graph
+    from moecc.pipeline import runner
+    from moecc.pipeline.passes import Context
+    from moecc.pipeline.reproducer import temporary_folder
+
+    def names(stated: str, *words: str) -> str | frozenset[str]:
+        return stated if stated in words else frozenset(n.strip() for n in stated.split(","))
+
+    passes = read_pipeline(pipeline, load)
+    for path in (output, html):
+        check_writable(path, force=force)
+    instruments: list[runner.Instrument] = []
+    if print_before is not None:
+        instruments.append(runner.PrintBefore(names(print_before, "all"), sys.stderr))
+    if print_after is not None:
+        instruments.append(runner.PrintAfter(names(print_after, "all", "changed"), sys.stderr))
+    if dump_dir is not None:
+        instruments.append(runner.DumpFolder(Path(dump_dir)))
+    kinds = {runner.DiffAfter: diff, runner.Timing: timing, runner.StatisticsTable: stats,
+             runner.Remarks: remarks}  # fmt: skip
+    instruments += [kind(sys.stderr) for kind, is_wanted in kinds.items() if is_wanted]
+    graph, said = read_graph(file), list[str]()
+    before = clone(graph) if html is not None else graph
+    context = Context(seed, allow_unmatched, remark=lambda remark: said.append(str(remark)))
+    if check:
+        for checked in check_pipeline(graph, passes, context=context):
+            say(f"checked: {checked}")
+    folder = partial(Path, dump_dir) if dump_dir else temporary_folder
+    runner.run_pipeline(
+        graph, passes, context=context, instruments=instruments, crash_folder=folder
+    )
+    if html is not None:
+        page = graph_page(before, graph if len(passes) else None, str(passes), said)
+        write_whole(html, page.encode(), force=force)
+        say(f"the graph is in {html}")
+    text = graph_text(graph, output)
+    return artefact("opt", text, output, force=force, pipeline=str(passes), remarks=said)

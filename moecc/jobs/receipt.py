@@ -1,0 +1,525 @@
+"""The receipt of a conversion: what was promised, what was measured, and what will load the result.
+
+``moecc_receipt.json`` holds nothing but what decides the result and what was found of it: no path
+of the output, no time, no host.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moecc.errors import InputError
+from moecc.families.st_moe import GraphConfig
+from moecc.formats.adapter import branches_of, files_of
+from moecc.formats.files import identify
+from moecc.formats.source import Checkpoint, GivenParams
+from moecc.jobs.checks import Contracts
+from moecc.jobs.conversion import Plan
+from moecc.model.open import MODEL_TYPE
+from moecc.pipeline.passes import Preserves
+from moecc.pipeline.reproducer import loaded_files
+from moecc.support.page import render_page
+from moecc.translate.engines import release_of
+from moecc.version import __version__
+
+if TYPE_CHECKING:
+    from moecc.formats.manifest import FileRecord
+    from moecc.formats.writer import Journal, WriteReport
+    from moecc.jobs.comparison import Verified
+    from moecc.translate.engines import Verdict
+
+
+RECEIPT_NAME = "moecc_receipt.json"
+SCHEMA = "moecc.receipt/1"
+MAX_RECEIPT_BYTES = 4 << 20
+_OUTPUTS = {"hidden": "hidden states"}
+"""What outputs are called, where it is not their name."""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What is to be said for a conversion.
+
+    Attributes:
+      target: the family of the result.
+      promised: the combined promise of the passes.
+      contracts: what was found on the small model.
+      verified: what was found at the logits; None if nobody looked.
+      engines: whether each engine runs the result.
+      versions: of what decides the bytes.
+    """
+
+    target: str
+    promised: Preserves
+    contracts: Contracts
+    verified: Verified | None
+    engines: Sequence[Verdict]
+    versions: Mapping[str, str]
+
+    def to_json(self) -> dict[str, object]:
+        """Return the receipt as JSON values."""
+        return {
+            "schema": SCHEMA,
+            "versions": dict(self.versions),
+            "target": self.target,
+            "promised": _promise(self.promised),
+            "checked": [
+                {"pass": p.text, "promised": _promise(p.promised), "measured_error": p.measured}
+                for p in self.contracts.passes
+            ],
+            "unchecked": self.contracts.unchecked or None,
+            "verified": None if self.verified is None else self.verified.to_json(),
+            "engines": [verdict.to_json() for verdict in self.engines],
+        }
+
+    def content(self) -> bytes:
+        """Return the content of ``moecc_receipt.json``."""
+        return (json.dumps(self.to_json(), indent=2) + "\n").encode()
+
+
+def _promise(promise: Preserves) -> dict[str, object]:
+    return {
+        "kind": promise.kind,
+        "reason": promise.reason,
+        "predicted_error": promise.predicted_error,
+    }
+
+
+def receipt_lines(stated: Mapping[str, object]) -> list[str]:
+    """Return a receipt in three lines: what was promised, what was measured, what runs it."""
+    promised = object_of(stated.get("promised"))
+    reason, error = promised.get("reason"), promised.get("predicted_error")
+    text = f"{promised.get('kind')}" + (f": {reason}" if reason else "")
+    if error is not None:
+        text += f" (predicted relative error {number_text(error, '.2g')})"
+    return [
+        f"Promised: {text}",
+        f"Measured: {_measured(stated)}; {_at_the_logits(stated)}",
+        f"Runs in: {_engines(stated)}",
+    ]
+
+
+def _measured(stated: Mapping[str, object]) -> str:
+    errors = [one.get("measured_error") for one in objects_of(stated.get("checked"))]
+    numbers = [e for e in errors if isinstance(e, int | float)]
+    if stated.get("unchecked"):
+        return f"passes not checked ({stated['unchecked']})"
+    if not numbers:
+        return "no pass to check"
+    count = f"each of {len(numbers)} passes" if len(numbers) > 1 else "the pass"
+    largest = max(numbers)
+    error = f"relative error {number_text(largest, '.2g')}" if largest else "no more than rounding"
+    return f"{count} on the model at small sizes, {error}"
+
+
+def _at_the_logits(stated: Mapping[str, object]) -> str:
+    found = object_of(stated.get("verified"))
+    if not found:
+        return "not at the logits, which `convert --verify` does"
+    difference, layers = object_of(found.get("difference")), found.get("layers")
+    part = f" of the first {layers} layers" if layers else ""
+    output = str(found.get("output"))
+    return (
+        f"the {_OUTPUTS.get(output, output)}{part} in {found.get('compute_dtype')}, "
+        f"{number_text(difference.get('max_relative'), '.2e')} of the largest"
+    )
+
+
+def number_text(value: object, form: str) -> str:
+    """Format a number that a file states, which may be anything."""
+    try:
+        return format(float(value), form) if isinstance(value, int | float) else "unknown"
+    except OverflowError:
+        return "unknown"
+
+
+def _engines(stated: Mapping[str, object]) -> str:
+    rows = objects_of(stated.get("engines"))
+    runs = [release_of(str(e.get("engine")), str(e.get("version"))) for e in rows if e.get("runs")]
+    others = [str(e.get("engine")) for e in rows if not e.get("runs")]
+    if not rows:
+        target = stated.get("target")
+        own = target in (None, GraphConfig.model_type, MODEL_TYPE)
+        return "moecc" if own else f"what runs a dense {target}; mixtures alone were looked at"
+    text = ", ".join(runs) if runs else "moecc alone"
+    return f"{text}; not in {', '.join(others)}" if others else text
+
+
+def objects_of(value: object) -> list[dict[str, object]]:
+    """Return a list of objects that a file states, which may be anything."""
+    return [object_of(one) for one in value] if isinstance(value, list) else []
+
+
+def object_of(value: object) -> dict[str, object]:
+    """Return an object that a file states, which may be anything."""
+    return value if isinstance(value, dict) else {}
+
+
+def load_receipt(place: Path) -> dict[str, object] | None:
+    """Return the receipt of an output, a folder or one file; None if it has none.
+
+    Raises:
+      InputError: it is no receipt.
+    """
+    from moecc.formats.files import read_bounded
+    from moecc.formats.manifest import load
+    from moecc.support.documents import parse_json
+
+    if not place.is_dir():
+        found = load(place).receipt
+        return None if found is None else dict(found)
+    path = place / RECEIPT_NAME
+    if not path.is_file():
+        return None
+    document = parse_json(read_bounded(path, MAX_RECEIPT_BYTES), str(path))
+    if object_of(document).get("schema") != SCHEMA:
+        found_schema = str(object_of(document).get("schema"))
+        raise InputError(
+            "not a receipt", where=str(path), expected=f'"schema": "{SCHEMA}"', found=found_schema
+        )
+    return object_of(document)
+
+
+# The receipt of a conversion as a page: what was promised, what was found, what runs it.
+
+
+def receipt_page(name: str, stated: Mapping[str, object]) -> str:
+    """Return the page of a receipt.
+
+    Args:
+      name: of the checkpoint.
+      stated: what `load_receipt` returned.
+    """
+    lines = (line.replace("`", "").split(": ", 1) for line in receipt_lines(stated))
+    return render_page(
+        "receipt.html", f"receipt of {name}",
+        facts=[(title, text) for title, text in lines],
+        passes=[
+            (str(check.get("pass")), _receipt_page_promise(check.get("promised")),
+             number_text(check.get("measured_error"), ".2g"))
+            for check in objects_of(stated.get("checked"))
+        ],
+        unchecked=stated.get("unchecked") or "there is none",
+        logits=_logits(object_of(stated.get("verified"))),
+        engines=[
+            (str(engine.get("engine")), str(engine.get("version")),
+             "yes" if engine.get("runs") else "no", _reasons(engine))
+            for engine in objects_of(stated.get("engines"))
+        ],
+        versions=object_of(stated.get("versions")).items(),
+    )  # fmt: skip
+
+
+def _receipt_page_promise(stated: object) -> str:
+    promise = object_of(stated)
+    reason = promise.get("reason")
+    return f"{promise.get('kind')}" + (f": {reason}" if reason else "")
+
+
+def _logits(comparison: Mapping[str, object]) -> list[tuple[str, str]]:
+    if not comparison:
+        return []
+    difference = object_of(comparison.get("difference"))
+    formats = {"max_relative": ".2e", "kl_nats": ".2e", "top1_agreement": ".2%"}
+    return [
+        *((n.replace("_", " "), number_text(difference.get(n), f)) for n, f in formats.items()),
+        ("tolerance", number_text(comparison.get("tolerance"), ".2e")),
+        ("computed in", str(comparison.get("compute_dtype"))),
+    ]
+
+
+def _reasons(engine: Mapping[str, object]) -> str:
+    reasons = engine.get("reasons")
+    texts = [str(reason) for reason in reasons] if isinstance(reasons, list) else []
+    note = engine.get("note")
+    return "; ".join([*texts, *([str(note)] if note else [])])
+
+
+# What is written beside converted weights: the model card and the manifest.
+
+MAX_SHARD_BYTES = 5 * 10**9
+"""The default limit of a shard; a larger tensor gets a shard of its own."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How a planned conversion is written.
+
+    Attributes:
+      max_shard_bytes: the limit of a shard.
+      allow_nonfinite: whether sources may hold NaN and infinity.
+      verify: whether source and result are run and compared.
+      progress: receives the bytes written so far, and all.
+      journal: notes what is complete.
+      source_files: waits for the digests of the source's files, and returns them.
+    """
+
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    allow_nonfinite: bool = False
+    verify: bool = False
+    progress: Progress | None = None
+    journal: Journal | None = None
+    source_files: Callable[[], Mapping[str, FileRecord]] = dict
+
+    @property
+    def words(self) -> list[str]:
+        """What of them decides the files that are written, as options of the command."""
+        shards = self.max_shard_bytes != MAX_SHARD_BYTES
+        nonfinite = ["--allow-nonfinite"] if self.allow_nonfinite else []
+        return [f"--max-shard-bytes {self.max_shard_bytes}"] * shards + nonfinite
+
+
+def conversion_facts(planned: Plan, options: WriteOptions) -> dict[str, object]:
+    """Return what decides the bytes of a conversion, for its journal.
+
+    Whether source and result are run and compared is not among it: nothing is kept of that.
+    """
+    from moecc.formats.manifest import file_digest, library_versions
+
+    checkpoint = planned.model.checkpoint
+    assert checkpoint is not None, "a plan has weights"
+    return {
+        "versions": library_versions(),
+        "source": _states(checkpoint),
+        "pipeline": planned.pipeline.in_full(),
+        "own passes": {
+            Path(file).name: file_digest(Path(file)) for file in loaded_files(planned.pipeline)
+        },
+        "target": planned.target,
+        "dtype": planned.dtype_name,
+        "seed": planned.seed,
+        "padding mask": "mask" in planned.graph.inputs,
+        "options": [*planned.options, *options.words],
+        "max shard bytes": options.max_shard_bytes,
+    }
+
+
+def _states(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the state of each file of a source; arrays that someone handed over have none."""
+    if isinstance(checkpoint, GivenParams):
+        return {"arrays": os.urandom(16).hex()}
+    files = files_of(checkpoint)
+    files |= {n: p for n, p in checkpoint.companions().items() if isinstance(p, Path)}
+    return {name: _state(path) for name, path in sorted(files.items())}
+
+
+def _state(path: Path) -> str:
+    found = identify(path)
+    # Not the inode: a network file system may number anew what it mounts again.
+    return f"{found.size_bytes:,} bytes, modified {found.modified_ns}, changed {found.changed_ns}"
+
+
+def receipt_of(planned: Plan, written: Path, options: WriteOptions) -> Receipt:
+    """Return the receipt of a conversion, after running source and result if that is wanted.
+
+    Args:
+      planned: the conversion.
+      written: the folder or the GGUF file that it wrote.
+      options: how.
+
+    Raises:
+      CheckError: the result is not the function that was promised.
+    """
+    from moecc.formats.manifest import library_versions
+    from moecc.jobs.comparison import verify_written
+
+    verified = verify_written(planned, written) if options.verify else None
+    return Receipt(
+        planned.target, planned.preserves, planned.contracts, verified, planned.engines,
+        library_versions(),
+    )  # fmt: skip
+
+
+def card(planned: Plan, receipt: Receipt, options: Sequence[str] = ()) -> str:
+    """Return the model card of a conversion.
+
+    Args:
+      planned: the conversion.
+      receipt: its receipt.
+      options: further options of the command that decide what is written.
+    """
+    from moecc.formats.gguf.storage import FILE_NAME
+    from moecc.formats.modelcard import CardFacts, hub_repository, model_card
+    from moecc.formats.run import is_trained, stages_of, story
+    from moecc.translate.gguf import GgufExport
+
+    checkpoint = planned.model.checkpoint
+    assert checkpoint is not None, "a plan has weights"
+    stages = stages_of(checkpoint)
+    path, facts = checkpoint.path, planned.facts
+    kinds = Counter(str(layer) for layer in facts.expert_layers)
+    task, auto_class = _loaded_as(planned)
+    made = (
+        f"{count} of {facts.layers} layers {'has' if count == 1 else 'have'} {kind}"
+        for kind, count in kinds.items()
+    )
+    return model_card(
+        CardFacts(
+            title=f"{path.name}-{planned.target.replace(':', '-')}",
+            family_from=str(planned.graph.attrs.get("family", "")),
+            family_to=planned.target,
+            command=command(planned, options),
+            receipt=tuple(receipt_lines(receipt.to_json())),
+            dtype=planned.dtype_name,
+            parameters=planned.parameters,
+            active_parameters=facts.parameters.active,
+            moecc_version=__version__,
+            task=task,
+            auto_class=auto_class,
+            is_sparse=bool(kinds),
+            base_model=hub_repository(path) or _base_model(stages),
+            story=tuple(story(stages)) if is_trained(stages) else (),
+            relation=_relation(planned),
+            kept=checkpoint.card(),
+            engines=tuple((f"{v.engine} ({v.version})", v.runs, _why(v)) for v in planned.engines),
+            serving=_serving(planned),
+            training=_training(planned) if kinds else "",
+            file=FILE_NAME if isinstance(planned.export, GgufExport) else "",
+            notes=(*made, *_notes(planned)),
+        )
+    )
+
+
+def _relation(planned: Plan) -> str:
+    """Return the relation to the source, in the words of the Hub."""
+    if planned.model.checkpoint is not None and branches_of(planned.model.checkpoint):
+        return "merge"
+    return "finetune" if planned.storage is None else "quantized"
+
+
+def _base_model(stages: Sequence[Mapping[str, object]]) -> str | None:
+    """Return the model of the Hub that the first stage began with, if it says so."""
+    found = stages[0].get("base_model") if stages else None
+    return found if isinstance(found, str) else None
+
+
+def command(planned: Plan, options: Sequence[str] = ()) -> str:
+    """Return the command of a conversion, with every option that decides the result."""
+    words = ["moecc convert SOURCE OUT", f"-p {shlex.quote(planned.pipeline.in_full())}"]
+    words += [f"--to {planned.target}", f"--seed {planned.seed}"]
+    if planned.dtype is not None or planned.storage is not None:
+        words.append(f"--dtype {planned.dtype_name}")
+    if "mask" in planned.graph.inputs:
+        words.append("--padding-mask")
+    return " ".join([*words, *planned.options, *options])
+
+
+def _why(verdict: Verdict) -> str:
+    if verdict.silent:
+        return f"silently computes something else: {'; '.join(verdict.reasons)}"
+    return "; ".join(verdict.reasons) or verdict.note
+
+
+def _serving(planned: Plan) -> str:
+    """Return that no engine serves st_moe, and which change would let one."""
+    from moecc.families.graphs.stored import FAMILY
+    from moecc.jobs.targets import nearest_family
+
+    if planned.target != FAMILY:
+        return ""
+    near = nearest_family(planned.graph)
+    change = (
+        f" The nearest family that engines read is {near.target}; to be one, this would have to "
+        f"change: {'; '.join(reason.what for reason in near.reasons)}."
+        if near
+        else ""
+    )
+    return f"No engine serves this layout; moecc alone runs it.{change}"
+
+
+def _training(planned: Plan) -> str:
+    """Return how to train the model on: transformers leaves the router's losses off."""
+    from moecc.families.graphs.stored import FAMILY
+    from moecc.translate.gguf import GgufExport
+
+    config = planned.export.config_json
+    own = "`moecc train` adds the losses that its recipe names."
+    if isinstance(planned.export, GgufExport):
+        return f"A GGUF file is not trained: train the source or a folder. {own}"
+    if planned.target == FAMILY:
+        return f"Only moecc trains this layout. {own}"
+    if "output_router_logits" not in config or config.get("router_aux_loss_coef") is None:
+        return f"transformers computes no loss that balances the experts of this family. {own}"
+    return (
+        "transformers leaves the router's balance loss off: load the model with "
+        f"`output_router_logits=True`, and it is added with the weight "
+        f"{config.get('router_aux_loss_coef', 0)} (`router_aux_loss_coef`). Without it a few "
+        f"experts may end up with all tokens. {own}"
+    )
+
+
+def _loaded_as(planned: Plan) -> tuple[str, str | None]:
+    """Return the Hub task of the output, and the transformers class that loads it."""
+    from moecc.families.graphs.stored import FAMILY
+
+    if "logits" not in planned.graph.outputs:
+        task, auto_class = "feature-extraction", "AutoModel"
+    elif "decoder_tokens" in planned.graph.inputs:
+        task, auto_class = "text2text-generation", "AutoModelForSeq2SeqLM"
+    else:
+        task, auto_class = "text-generation", "AutoModelForCausalLM"
+    return task, None if planned.target == FAMILY else auto_class
+
+
+def _notes(planned: Plan) -> tuple[str, ...]:
+    return tuple(planned.model.remarks())
+
+
+def manifest(
+    folder: Path,
+    planned: Plan,
+    written: WriteReport,
+    source_files: Mapping[str, FileRecord],
+    receipt: Mapping[str, object] | None = None,
+) -> bytes:
+    """Return the content of the manifest of what was written into `folder`."""
+    from moecc.formats.manifest import (
+        Manifest,
+        TensorRecord,
+        dump,
+        file_records,
+        weight_file_record,
+    )
+    from moecc.formats.run import is_trained, stages_of
+    from moecc.formats.writer import JOURNAL_NAME
+
+    checkpoint = planned.model.checkpoint
+    assert checkpoint is not None, "a plan has weights"
+    tensors: Mapping[str, TensorRecord] = {
+        t.name: TensorRecord(t.sha256, t.dtype, t.shape, t.file) for t in written.tensors
+    }
+    weights = sorted({t.file for t in written.tensors})
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    others = [name for name in names if name not in weights and name != JOURNAL_NAME]
+    stages = stages_of(checkpoint)
+    nonfinite = (
+        *(f"not finite: {found}" for found in written.nonfinite),
+        *(f"written and not finite: {text}" for text in written.spread),
+        *(f"all zero: {name}" for name in written.zeros),
+    )
+    made = Manifest(
+        pipeline=planned.pipeline.in_full(),
+        seed=planned.seed,
+        source=checkpoint.path.name,
+        source_files=source_files,
+        family_from=str(planned.graph.attrs.get("family", "")),
+        family_to=planned.target,
+        dtype=planned.dtype_name,
+        preserves=str(planned.preserves),
+        weights={name: weight_file_record(folder / name) for name in weights},
+        files=file_records({name: folder / name for name in others}),
+        tensors=tensors,
+        notes=(*_notes(planned), *nonfinite),
+        receipt=receipt,
+        lineage=tuple(stages) if is_trained(stages) else (),
+    )
+    return dump(made)

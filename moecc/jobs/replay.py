@@ -1,0 +1,78 @@
+"""``moecc replay``: let a pipeline fail once more, from its reproducer."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+from moecc.errors import CheckError, InputError, MoeccError
+from moecc.formats.files import read_utf8
+from moecc.formats.open import open_checkpoint
+from moecc.ir.graph import Graph
+from moecc.ir.text import parse
+from moecc.jobs.checks import check_pipeline
+from moecc.jobs.command import Load, Report, Spelling
+from moecc.jobs.failures import ComparisonTest
+from moecc.model.initialise import reads_small
+from moecc.model.open import registry_with
+from moecc.pipeline.passes import Context
+from moecc.pipeline.reproducer import Replay, check_loaded, read_reproducer
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.version import __version__
+
+# Repeat what a reproducer holds: its graph, pipeline, options and own passes.
+
+
+def replay(reproducer: Annotated[str, Spelling("REPRODUCER")], *, load: Load = ()) -> Report:
+    """Repeat a failure from its reproducer.
+
+    It ends with the message and exit code of the failure. Passes of your own that it needs are
+    copied beside it, and run only where --load names them.
+
+    Args:
+      reproducer: File that a failure left, with its graph and pipeline.
+
+    Raises:
+      InputError: the file is no reproducer, or needs passes and `load` is empty.
+      UsageError: `load` lacks a pass, or cannot be run.
+      MoeccError: the failure, if it happens again.
+
+    Example:
+      moecc replay moecc-crash-1.moe
+    """
+    path = Path(reproducer)
+    if not path.is_file():
+        raise InputError("no such file", where=reproducer)
+    stated = read_reproducer(path)
+    check_loaded(path, stated, load)
+    graph = parse(read_utf8(path, sys.maxsize, "a .moe file"), reproducer)
+    pipeline = Pipeline.parse(stated.pipeline, registry_with(load))
+    with ExitStack() as opened:
+        context = _context(graph, stated, opened)
+        if stated.check:
+            check_pipeline(graph, pipeline, context=context)
+        if stated.compare:
+            failure = ComparisonTest(stated.compare, context)(graph, pipeline)
+            if failure is not None:
+                raise CheckError(str(failure), where=reproducer)
+        run_pipeline(graph, pipeline, context=context)
+    since = "" if stated.moecc == __version__ else f"; it failed in moecc {stated.moecc}"
+    data = {"fails": False, "pipeline": stated.pipeline, "failed_in": stated.moecc}
+    text = f"nothing fails: {stated.pipeline}{since}"
+    return Report("replay", data, lambda: text, is_aside=True)
+
+
+def _context(graph: Graph, stated: Replay, opened: ExitStack) -> Context:
+    """Return the context of the passes; it reads the checkpoint if that is still there."""
+    plain = Context(seed=stated.seed, allow_unmatched=stated.allow_unmatched)
+    place = graph.attrs.get("checkpoint")
+    if not isinstance(place, str) or not place:
+        return plain
+    try:
+        checkpoint = opened.enter_context(open_checkpoint(place))
+    except MoeccError:
+        return plain
+    return Context(stated.seed, stated.allow_unmatched, read=reads_small(checkpoint))

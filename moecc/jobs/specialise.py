@@ -1,0 +1,246 @@
+"""``moecc specialise``: which tokens go to which expert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from math import log
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+
+from moecc.analysis import parameter_groups
+from moecc.errors import InputError
+from moecc.ir.graph import Graph, Value
+from moecc.ir.ops.slots import SlotsOp
+from moecc.ir.structure import clone
+from moecc.jobs.command import (
+    BatchSize,
+    LoadFamilies,
+    ModelName,
+    PipelineText,
+    Report,
+    Seed,
+    SequenceLength,
+    Spelling,
+)
+from moecc.jobs.evaluate import EvaluationSpec, Tracing, is_token
+from moecc.jobs.generate import load_tokenizer
+from moecc.model.open import Model, open_model
+from moecc.pipeline.passes import Context
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.support.untyped import JsonDict
+from moecc.train.scoring import Routed
+from moecc.train.tokens.folder import Special, TokenFolder, open_tokens
+from moecc.types import F32, Array, TensorType
+from moecc.weights.draws import Normal, derive_key
+
+if TYPE_CHECKING:
+    from moecc.tokenizer.process import Tokenizer
+
+
+# Trace the routers of a model over a token folder, beside routers that learnt nothing.
+
+PREFIX, EXPERTS = "trace.", ".experts"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What is known of one layer.
+
+    Attributes:
+      routed: where tokens went.
+      untrained: where they went when the routers were drawn anew.
+      sentinels: the ids that stand for hidden spans.
+      names: of the ids that are shown.
+    """
+
+    routed: Routed
+    untrained: Routed
+    sentinels: frozenset[int]
+    names: Mapping[int, str]
+
+    def to_json(self) -> dict[str, object]:
+        """Return the report as JSON values."""
+        routed = self.routed
+        of_sentinels, of_others = routed.entropies(self.sentinels)
+        experts = [
+            {
+                "share": float(share),
+                "tokens": [
+                    {"token": self.names.get(i, str(i)), "part": part}
+                    for i, part in routed.typical(expert)
+                ],
+            }
+            for expert, share in enumerate(routed.shares)
+        ]
+        return {
+            "layer": routed.layer,
+            "tokens": len(routed.tokens),
+            "explained": routed.explained,
+            "by_chance": routed.by_chance,
+            "untrained": self.untrained.explained,
+            "sentinel_entropy": of_sentinels,
+            "other_entropy": of_others,
+            "even_entropy": log(routed.experts),
+            "experts": experts,
+        }
+
+
+def specialisation(
+    name: str, data: str, spec: EvaluationSpec, *, pipeline: str = "", seed: int = 0
+) -> list[LayerReport]:
+    """Return, for each routed layer, which tokens of a folder went to which expert.
+
+    Args:
+      name: the model.
+      data: a token folder.
+      spec: how much of it is read.
+      pipeline: passes that are run first, as to give a dense model experts.
+      seed: of what they draw, and of routers that learnt nothing.
+
+    Raises:
+      InputError: no layer of the model has tokens that choose experts; the folder does not suit it.
+    """
+    folder = open_tokens(data)
+    with open_model(name) as model, _tokenizer(model) as tokenizer:
+        run_pipeline(model.graph, Pipeline.parse(pipeline), context=Context(seed=seed))
+        graph = _traced(model.graph, name)
+        tracing = Tracing.of(model, graph, folder, spec)
+        found = _trace(model, tracing)
+        untrained = _trace(model, tracing, _with_drawn_routers(tracing.graph, seed))
+        special = folder.facts.special
+        return [
+            LayerReport(one, other, frozenset(special.sentinels), _names(one, tokenizer, folder))
+            for one, other in zip(found, untrained, strict=True)
+        ]
+
+
+def _traced(graph: Graph, name: str) -> Graph:
+    made = clone(graph)
+    context = Context(allow_unmatched=True)
+    done = run_pipeline(made, Pipeline.parse("trace-routing"), context=context)
+    if not done.changed:
+        raise InputError(
+            "no layer of the model has tokens that choose experts", where=name,
+            hint="-p 'upcycle{experts=8}' gives it some, with routers that learnt nothing",
+        )  # fmt: skip
+    return made
+
+
+def _trace(model: Model, tracing: Tracing, graph: Graph | None = None) -> list[Routed]:
+    """Return where the tokens of all batches went, by layer."""
+    found: dict[str, list[tuple[Array, Array]]] = {}
+    for outputs, batch, bare in tracing.run(model, _is_choice, graph):
+        for name, chosen in outputs.items():
+            found.setdefault(name, []).append(_pairs(bare.outputs[name], chosen, batch))
+    return [_routed(tracing.graph, name, parts) for name, parts in found.items()]
+
+
+def _is_choice(name: str) -> bool:
+    return name.startswith(PREFIX) and name.endswith(EXPERTS)
+
+
+def _pairs(value: Value, chosen: Array, batch: Mapping[str, Array]) -> tuple[Array, Array]:
+    """Return the ids of the tokens that a layer routed, and their first choices."""
+    tokens, kept = is_token(value, batch)
+    first = np.take(chosen, 0, axis=value.type.names.index("choice")).reshape(-1)
+    return tokens[kept], first[kept]
+
+
+def _routed(graph: Graph, name: str, parts: list[tuple[Array, Array]]) -> Routed:
+    layer = name.removeprefix(PREFIX).removesuffix(EXPERTS)
+    chosen = graph.outputs[name]
+    size = next(SlotsOp.of_node(node).experts for node in chosen.users if node.op.assigns_slots)
+    tokens, first = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return Routed(layer, size, tokens, first)
+
+
+def _with_drawn_routers(graph: Graph, seed: int) -> Graph:
+    """Return a copy of `graph` whose routers are random; the scale decides no choice."""
+    made = clone(graph)
+    for name, groups in parameter_groups(made).items():
+        param = made.params[name]
+        if "router" in groups and param.type.rank > 1:
+            type = TensorType(F32, param.type.bare.axes)
+            param.weight = Normal(type, 1.0, derive_key(seed, f"untrained {name}"))
+    return made
+
+
+@contextmanager
+def _tokenizer(model: Model) -> Iterator[Tokenizer | None]:
+    """Yield the tokenizer beside a model, or None without one."""
+    companions = {} if model.checkpoint is None else model.checkpoint.companions()
+    has_one = "tokenizer.json" in companions
+    with load_tokenizer(model) if has_one else nullcontext() as found:
+        yield found
+
+
+def _names(routed: Routed, tokenizer: Tokenizer | None, folder: TokenFolder) -> dict[int, str]:
+    """Return the ids that are shown, as the vocabulary writes them."""
+    shown = {i for expert in range(routed.experts) for i, _ in routed.typical(expert)}
+    if tokenizer is not None:
+        return {i: str(tokenizer.token(i)).replace("\n", "↵") for i in sorted(shown)}
+    return {i: _byte_name(i, folder.facts.special) for i in sorted(shown)}
+
+
+def _byte_name(i: int, special: Special) -> str:
+    if i < 256:
+        return repr(chr(i)) if i < 128 else f"0x{i:02x}"
+    return "eos" if i == special.eos else f"<{i}>"
+
+
+def specialisation_text(layers: Sequence[JsonDict]) -> str:
+    """Return the human-readable report."""
+    lines = []
+    for layer in layers:
+        lines.append(
+            f"{layer['layer']}: the token alone explains {layer['explained']:.0%} of the choice "
+            f"(untrained routers {layer['untrained']:.0%}, by chance {layer['by_chance']:.0%})"
+        )
+        if layer["sentinel_entropy"] is not None:
+            lines.append(
+                f"  entropy over experts: sentinels {layer['sentinel_entropy']:.2f}, other tokens "
+                f"{layer['other_entropy']:.2f}, even {layer['even_entropy']:.2f} nats"
+            )
+        lines.append("  expert  share  tokens that tell it from others, and how many went there")
+        for expert, one in enumerate(layer["experts"]):
+            shown = "   ".join(f"{t['token']} {t['part']:.0%}" for t in one["tokens"])
+            lines.append(f"  {expert:6}  {one['share']:5.0%}  {shown}")
+    return "\n".join(lines)
+
+
+def specialise(
+    model: ModelName,
+    *,
+    data: Annotated[str, Spelling("DIR")],
+    pipeline: PipelineText = "",
+    sequence: SequenceLength = 512,
+    batch: BatchSize = 8,
+    batches: Annotated[int, Spelling("N", low=1)] = 8,
+    seed: Seed = 0,
+    load: LoadFamilies = (),
+) -> Report:
+    """Show which tokens tell each expert from others.
+
+    The routers are traced over a text. Beside it stands what routers explain that learnt nothing:
+    they also send like tokens to like experts.
+
+    Args:
+      data: Token folder to trace the routers over.
+      batches: Maximal number of batches to read.
+      seed: Seed for the passes, and for routers that learnt nothing.
+
+    Example:
+      moecc specialise run@best --data tokens/heldout
+    """
+    from moecc.families.outside import load_families
+
+    load_families(load)
+    spec = EvaluationSpec(sequence, batch, batches)
+    traced = specialisation(model, data, spec, pipeline=pipeline, seed=seed)
+    layers = [layer.to_json() for layer in traced]
+    facts = {"model": model, "data": data, "layers": layers}
+    return Report("specialise", facts, lambda: specialisation_text(layers))

@@ -1,0 +1,598 @@
+"""``moecc train``: train a model by a recipe; go on with a run, or fork it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from moecc.errors import CheckError, InputError, MoeccError, Problem, UsageError
+from moecc.families.describe import count_parameters, sequence_flops
+from moecc.ir.graph import Graph
+from moecc.ir.unroll import unrolled
+from moecc.jobs.command import Load, OptionalMachine, Report, SavedPlanFile, Spelling
+from moecc.pipeline.text import Pipeline
+from moecc.plan.batches import Batch, length_variables
+from moecc.plan.machines import Machine, parse_machine
+from moecc.plan.search import search
+from moecc.plan.step import OPTIMIZERS, SavedPlan
+from moecc.plan.time import Estimate
+from moecc.plan.workload import Workload, workload
+from moecc.sharding.vias import LOCAL
+from moecc.support.console import PROGRESS, is_quiet, say, use_colour
+from moecc.support.process import Closing
+from moecc.support.text import amount, count_text, duration_text, size_text
+from moecc.support.untyped import JsonDict
+from moecc.train.batches import Batches
+from moecc.train.events import (
+    Evaluated,
+    Event,
+    Exported,
+    Saved,
+    Skipped,
+    Stepped,
+    Stopped,
+    TrainJob,
+    Watch,
+)
+from moecc.train.graphs import StepPasses, eval_passes, step_graph, train_passes
+from moecc.train.recipe import Recipe
+from moecc.train.settings import moment_types, parameter_settings
+from moecc.types import float_type
+
+if TYPE_CHECKING:
+    from moecc.support.process import Asked
+    from moecc.train.events import Reason, Trainer, Training
+    from moecc.train.trackers import Tracker
+
+
+# How a training goes: a line on a terminal that changes, or lines now and then.
+
+LINE_SECONDS = 10.0
+"""Where the standard error is no terminal: at most a line of steps in so many seconds."""
+
+_REFRESH_SECONDS = 0.2
+_FORGETTING = 0.9
+
+
+class TrainProgress(Closing):
+    """Shows the events of a training on the standard error.
+
+    Args:
+      steps: of the whole run.
+      quiet: whether nothing is shown, as in all processes but the first.
+      predicted: tokens a second of a plan, of which the share that is reached is shown.
+    """
+
+    def __init__(self, steps: int, *, quiet: bool = False, predicted: float | None = None) -> None:
+        PROGRESS.set()
+        self._steps, self._quiet, self._predicted = steps, quiet or is_quiet(), predicted
+        self._is_live = sys.stderr.isatty() and use_colour()
+        self._shown_seconds = -LINE_SECONDS
+        self._tokens = 0
+        self._rate = 0.0
+        self._step_seconds = 0.0
+        self._watch = Watch()
+        self._is_open = False
+
+    def close(self) -> None:
+        """End the line that is rewritten."""
+        self._end_line()
+
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+        if self._quiet:
+            return
+        match event:
+            case Stepped():
+                self._stepped(event)
+            case Skipped() if event.back_to is not None:
+                gone = ", ".join(map(str, event.left_out))
+                self._say(f"back to step {event.back_to:,}; left out: batches {gone}")
+            case Skipped():
+                self._say(f"step {event.step:,} skipped: {'; '.join(map(str, event.faults))}")
+            case Evaluated():
+                each = ", ".join(f"{name} {loss:.4f}" for name, loss in event.losses.items())
+                self._say(f"step {event.step:,}: held out {each}")
+            case Saved():
+                best = ", the best" if event.best else ""
+                self._say(f"step {event.step:,}: saved to {event.folder}{best}")
+            case Exported():
+                self._say(f"step {event.step:,}: exported to {event.folder}")
+            case Stopped():
+                self._end_line()
+
+    def _stepped(self, event: Stepped) -> None:
+        for alarm in self._watch(event.step, event.metrics):
+            self._say(f"alarm: {alarm}")
+        is_first = not self._tokens
+        tokens, self._tokens = event.tokens - self._tokens, event.tokens
+        if not is_first:
+            self._keep_pace(tokens, event.seconds)
+        now = time.monotonic()
+        wait = _REFRESH_SECONDS if self._is_live else LINE_SECONDS
+        if now - self._shown_seconds < wait and event.step != self._steps:
+            return
+        self._shown_seconds = now
+        loss = event.metrics.get("loss")
+        shown = f"{loss:.4f}" if isinstance(loss, float) else str(loss)
+        pace = (
+            f"{duration_text(event.seconds)} with its compilation"
+            if is_first
+            else self._pace(event)
+        )
+        text = f"step {event.step:,} of {self._steps:,}  loss {shown}  {pace}"
+        if not self._is_live:
+            say(text)
+            return
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        self._is_open = True
+
+    def _keep_pace(self, tokens: int, seconds: float) -> None:
+        """Let a step, but for the first, count for the rate."""
+        weight = _FORGETTING if self._rate else 0.0
+        self._rate = weight * self._rate + (1 - weight) * tokens / max(seconds, 1e-9)
+        self._step_seconds = weight * self._step_seconds + (1 - weight) * seconds
+
+    def _pace(self, event: Stepped) -> str:
+        left = duration_text((self._steps - event.step) * self._step_seconds)
+        return f"{count_text(round(self._rate))} tokens/s{self._share()}  {left} left"
+
+    def _share(self) -> str:
+        """Return which share of a plan's tokens a second is reached, if there is a plan."""
+        if self._predicted is None:
+            return ""
+        return f" ({self._rate / self._predicted:.0%} of the plan)"
+
+    def _say(self, text: str) -> None:
+        self._end_line()
+        say(text)
+
+    def _end_line(self) -> None:
+        if self._is_open:
+            print(file=sys.stderr)
+        self._is_open = False
+
+
+# What a run of training would be: sizes, FLOPs, passes, and what a plan predicts of it.
+
+TRAIN_PASSES = 3
+"""FLOPs of a training step over those of its forward pass: backward, there are twice as many."""
+
+_DAY_SECONDS = 86_400
+
+Facts = JsonDict
+
+
+def dry_run_facts(
+    recipe: Recipe, graph: Graph, batches: Batches, machine: Machine | None = None
+) -> Facts:
+    """Return what a run would be, as JSON values; nothing is read but headers.
+
+    Args:
+      recipe: the recipe.
+      graph: the canonical graph of the model.
+      batches: its data.
+      machine: what a plan is made for; by default CPUs, as many as the mesh of the recipe has.
+
+    Raises:
+      InputError: the recipe does not suit the graph, or it does not fit the machine.
+    """
+    graph = unrolled(graph)
+    training = train_passes(graph, recipe)
+    where = machine or _own_machine(recipe)
+    return {
+        "steps": recipe.run.steps,
+        "parameters": _parameters(recipe, graph),
+        "data": _data(recipe, batches),
+        "flops": _flops(recipe, graph, batches),
+        "passes": {"train": str(training), "evaluate": str(eval_passes(graph, recipe))},
+        "plan": _plan(recipe, graph, batches, where),
+    }
+
+
+def dry_run_text(facts: Facts) -> str:
+    """Return `dry_run` for people."""
+    return "\n".join(_lines(facts))
+
+
+def _own_machine(recipe: Recipe) -> Machine:
+    mesh = recipe.step_config.device_mesh
+    return parse_machine(f"cpu:{1 if mesh is None else mesh.devices}")
+
+
+def _parameters(recipe: Recipe, graph: Graph) -> Facts:
+    """Return the parameters, how many are used for a token and trained, and their bytes."""
+    counts = count_parameters(graph)
+    settings = parameter_settings(graph, recipe.optimizer)
+    types = {name: graph.params[name].type for name in settings}
+    trained = [name for name, one in settings.items() if one.trained]
+    moments = moment_types(recipe.optimizer.name, types, settings)
+    width = float_type(recipe.run.weight_dtype).itemsize_bytes
+    kept = sum(prod(t.shape) for of_kind in moments.values() for t in of_kind.values())
+    return {
+        "total": counts.total,
+        "active": counts.active,
+        "trained": sum(prod(types[name].shape) for name in trained),
+        "bytes": counts.total * width,
+        "moment_bytes": kept * width,
+    }
+
+
+def _data(recipe: Recipe, batches: Batches) -> Facts:
+    """Return the tokens of the run, padding included, and the epochs of each corpus."""
+    data, shape = recipe.data, batches.shape
+    rows = data.batch * recipe.run.steps
+    whole = sum(corpus.weight for corpus in data.train)
+    shares = zip(batches.rows.items(), data.train, strict=True)
+    return {
+        "sequences": data.batch,
+        "seq": shape.seq,
+        "decoder_seq": shape.decoder_seq,
+        "tokens": rows * (shape.seq + shape.decoder_seq),
+        "epochs": {name: rows * c.weight / whole / count for (name, count), c in shares},
+    }
+
+
+def _flops(recipe: Recipe, graph: Graph, batches: Batches) -> Facts:
+    """Return the model's FLOPs: of a token, forward, and of the run, forward and backward."""
+    lengths = dict(_lengths(graph, batches))
+    counted = sequence_flops(graph, lengths)
+    sequence = counted.weights + counted.attention
+    return {
+        "forward_per_token": sequence / max(sum(lengths.values()), 1),
+        "run": float(TRAIN_PASSES * sequence * recipe.data.batch * recipe.run.steps),
+    }
+
+
+def _planned_graph(graph: Graph, training: StepPasses) -> Graph:
+    """Return the graph that is planned: in its mode, unrolled and on no mesh, as plans take it."""
+    passes = replace(training, losses=None, mesh=None, rolled=False)
+    return step_graph(graph, passes)
+
+
+def _plan(recipe: Recipe, graph: Graph, batches: Batches, machine: Machine) -> Facts:
+    """Return what a plan predicts of time and memory, as JSON values."""
+    found = planned_step(recipe, graph, dict(_lengths(graph, batches)), machine)
+    return {
+        "machine": machine.name,
+        "strategy": str(found.strategy),
+        "step_seconds": found.seconds,
+        "seconds": found.seconds * recipe.run.steps,
+        "tokens_per_second": _tokens(batches) / found.seconds,
+        "memory_bytes": found.memory.total,
+        "usable_bytes": machine.usable_bytes,
+    }
+
+
+def planned_step(
+    recipe: Recipe, graph: Graph, lengths: Mapping[str, int], machine: Machine
+) -> Estimate:
+    """Return what a plan predicts of the step that would be run.
+
+    The mesh of a recipe leaves no way to the experts open, and shards no other weights over them.
+
+    Args:
+      recipe: the recipe.
+      graph: the canonical graph of the model, unrolled.
+      lengths: what the length variables of the graph stand for.
+      machine: what is planned for.
+
+    Raises:
+      InputError: it does not fit the machine.
+    """
+    training = train_passes(graph, recipe)
+    on, planned = training.mesh, _planned_graph(graph, training)
+    config = recipe.step_config
+    config = replace(
+        config,
+        optimizer=config.optimizer if config.optimizer in OPTIMIZERS else OPTIMIZERS[0],
+        via=on.via if on is not None and on.via != LOCAL else config.via,
+        dense_weights="whole" if config.mesh and not config.rules else None,
+    )
+
+    def work_on(other: Machine, parts: int) -> Workload:
+        batch = Batch(recipe.data.batch // parts, tuple(lengths.items()))
+        return workload(planned, batch)
+
+    part = work_on(machine, config.micro_batches)
+    return search(part, machine, config, keep=0, work_on=work_on, spelling=as_setting).best
+
+
+def as_setting(name: str, value: str) -> str:
+    """Return a field and its value as `moecc train` takes them."""
+    key = {"mesh": "mesh.mesh", "optimizer": "optimizer.name"}.get(name, f"run.{name}")
+    return f"--set {key}={value}"
+
+
+def _lengths(graph: Graph, batches: Batches) -> Iterator[tuple[str, int]]:
+    """Yield the length that each variable of the graph stands for."""
+    shape = batches.shape
+    yield from zip(length_variables(graph), (shape.seq, shape.decoder_seq), strict=False)
+
+
+def _tokens(batches: Batches) -> int:
+    shape = batches.shape
+    return shape.batch * (shape.seq + shape.decoder_seq)
+
+
+def _lines(facts: Facts) -> Iterator[str]:
+    parameters, data, plan = facts["parameters"], facts["data"], facts["plan"]
+    yield (
+        f"parameters   {count_text(parameters['total'])}, {count_text(parameters['active'])} for "
+        f"a token, {count_text(parameters['trained'])} trained: {size_text(parameters['bytes'])}"
+    )
+    yield f"moments      {size_text(parameters['moment_bytes'])}"
+    lengths = f"{data['seq']}" + (f" + {data['decoder_seq']}" if data["decoder_seq"] else "")
+    steps, tokens = amount(facts["steps"], "step"), count_text(data["tokens"])
+    yield f"data         {steps} of {data['sequences']:,} x {lengths} tokens: {tokens}"
+    for name, epochs in data["epochs"].items():
+        yield f"             {epochs:.2f} epochs of {name}"
+    yield (
+        f"FLOPs        {facts['flops']['forward_per_token']:.3g} a token forward, "
+        f"{facts['flops']['run']:.3g} in all"
+    )
+    yield f"training     {facts['passes']['train']}"
+    yield f"evaluation   {facts['passes']['evaluate']}"
+    yield f"plan         {plan['machine']}: {plan['strategy']}"
+    yield (
+        f"             {_time(plan['step_seconds'])} a step, {_time(plan['seconds'])} in all; "
+        f"{size_text(plan['memory_bytes'])} of {size_text(plan['usable_bytes'])} a device"
+    )
+
+
+def _time(seconds: float) -> str:
+    """Return a time for people."""
+    for unit, size in (("days", _DAY_SECONDS), ("h", 3600), ("min", 60), ("s", 1.0)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds * 1000:.1f} ms"
+
+
+# Whether a saved plan is of the step that a recipe trains.
+
+_HINT = "moecc plan MODEL -p PIPELINE --save FILE, of the recipe's model and passes"
+
+
+def check_plan(plan: SavedPlan, job: TrainJob, path: str) -> None:
+    """Check that a plan is of a training step, of the passes and the size of a run's model.
+
+    A model that was converted before needs no passes, so that passes are compared where both plan
+    and recipe have some.
+
+    Args:
+      plan: the plan.
+      job: the run.
+      path: of the plan, for messages.
+
+    Raises:
+      InputError: it is of another step or model; with everything that differs.
+    """
+    problems = list(_differences(plan, job, path))
+    if problems:
+        raise InputError(problems)
+
+
+def _differences(plan: SavedPlan, job: TrainJob, path: str) -> Iterator[Problem]:
+    section = job.recipe.model
+    if not plan.config.train:
+        yield Problem("the plan is of another step", f"{path}: request.step", "train",
+                      plan.config.step, "moecc plan … --step train --save FILE")  # fmt: skip
+    if plan.pipeline and section.pipeline and _passes(plan.pipeline) != _passes(section.pipeline):
+        expected = f"{section.pipeline}, as model.pipeline is"
+        yield Problem("the plan is of other passes", f"{path}: request.pipeline", expected,
+                      plan.pipeline, _HINT)  # fmt: skip
+    count = count_parameters(job.graph).total
+    if plan.parameters not in (None, count):
+        planned = f"{plan.parameters:,}, of {plan.model} with {plan.pipeline or 'no passes'}"
+        trained = f"{count:,}, of {section.source} with {section.pipeline or 'no passes'}"
+        yield Problem("the plan is of a model with other parameters", f"{path}: parameters",
+                      trained, planned, _HINT)  # fmt: skip
+
+
+def _passes(text: str) -> object:
+    """Return passes so that equal ones compare equal; those of a user's file stay text."""
+    try:
+        return tuple(Pipeline.parse(text))
+    except MoeccError:
+        return text
+
+
+def plan_remarks(plan: SavedPlan, job: TrainJob) -> list[str]:
+    """Return what a plan's figures are of that the run has otherwise, in a sentence.
+
+    None of it makes the mesh of the plan wrong.
+    """
+    recipe = job.recipe
+    tokens = recipe.data.batch * (recipe.data.seq + recipe.data.decoder_seq)
+    pairs = (
+        ("optimizer", plan.config.optimizer, recipe.optimizer.name),
+        ("dtype", plan.config.dtype, recipe.run.dtype),
+        ("tokens of a batch", plan.config.batch_tokens, tokens),
+    )
+    found = [f"{n} {said}, here {has}" for n, said, has in pairs if said not in (None, has)]
+    return [f"the plan's time and memory are of other settings: {'; '.join(found)}"] * bool(found)
+
+
+def train(
+    recipe: Annotated[str | None, Spelling("[RECIPE]")] = None,
+    *,
+    out: Annotated[str | None, Spelling("RUN")] = None,
+    resume: Annotated[str | None, Spelling("RUN")] = None,
+    fork: Annotated[str | None, Spelling("RUN[@STEP]")] = None,
+    set: Annotated[Sequence[str], Spelling("KEY=VALUE")] = (),
+    plan: SavedPlanFile = None,
+    dry_run: bool = False,
+    machine: OptionalMachine = None,
+    tensorboard: bool = False,
+    wandb: Annotated[str | None, Spelling("PROJECT")] = None,
+    load: Load = (),
+) -> Report:
+    """Train the model of a recipe, or resume a run.
+
+    Everything is checked before the folder is made.  SIGTERM and Ctrl-C finish the step and save;
+    then --resume goes on as if nothing had been.  The exit code is 3 where too many steps in a row
+    had to be skipped.
+
+    Args:
+      recipe: File of a recipe, or recipe:NAME.
+      out: Folder of the run to write.
+      resume: Run to continue where it was saved.
+      fork: Run to continue from a step, under another recipe and in another folder.
+      set: Value of the recipe to replace, for example run.steps=500; may be repeated.
+      dry_run: Check everything, report, and train nothing.
+      machine: Machine that a dry run plans for, as moecc plan takes it.
+      tensorboard: Also write event files of TensorBoard to the folder of the run.
+      wandb: Also log to this Weights & Biases project.
+
+    Example:
+      moecc train recipe:upcycle --out run --set model.source=SmolLM2-135M
+    """
+    from moecc.plan.machines import find_machine
+    from moecc.plan.step import read_plan
+    from moecc.support.extras import require
+    from moecc.support.process import signals_noted
+    from moecc.train.graphs import training_remarks
+
+    if not dry_run:
+        require("training", ("train",))
+    with ExitStack() as opened:
+        saved = None if plan is None else read_plan(plan)
+        sets = [*(saved.recipe_values(is_new=resume is None) if saved else ()), *set]
+        job = _job(opened, recipe, out, resume, fork, sets, load)
+        remarks = [*training_remarks(job.graph), *job.batches.remarks]
+        if saved is not None:
+            check_plan(saved, job, str(plan))
+            remarks += plan_remarks(saved, job)
+        for remark in remarks:
+            say(f"remark: {remark}")
+        if dry_run:
+            where = None if machine is None else find_machine(machine)
+            facts = dry_run_facts(job.recipe, job.graph, job.batches, where)
+            return Report("train-dry-run", facts, lambda: dry_run_text(facts))
+        noted = opened.enter_context(signals_noted())
+        training = opened.enter_context(_trainer().train(job))
+        trackers = _trackers(job, tensorboard, wandb) if training.writes else []
+        predicted = None if saved is None else saved.tokens_per_second
+        stopped = _watch(job, training, noted, trackers, predicted)
+    return _outcome(stopped, job, training.writes)
+
+
+def _job(
+    opened: ExitStack,
+    recipe: str | None,
+    out: str | None,
+    resume: str | None,
+    fork: str | None,
+    sets: Sequence[str],
+    load: Sequence[str],
+) -> TrainJob:
+    """Return the job of one of the three forms. Raises UsageError for anything else."""
+    from moecc.jobs.training import forked_run, new_run, open_source, resumed_run
+    from moecc.model.open import registry_with
+    from moecc.train.recipe_text import load_recipe
+
+    if resume is not None or fork is not None:
+        registry_with(load)
+    if resume is not None:
+        if fork is not None:
+            raise UsageError("--resume goes on with a run, and --fork begins another from it",
+                             hint="leave --fork out, or --resume: one of them")  # fmt: skip
+        if out is not None:
+            raise UsageError("--resume goes on with a run where it is", hint="leave --out out")
+        expected = None if recipe is None else load_recipe(recipe, sets)
+        return resumed_run(Path(resume), sets, expected, load)
+    if recipe is None or out is None:
+        raise UsageError(
+            "not what moecc train takes",
+            expected="RECIPE --out RUN, or --resume RUN, or RECIPE --fork RUN --out RUN2",
+        )
+    loaded = load_recipe(recipe, sets)
+    if fork is not None:
+        return forked_run(loaded, fork, Path(out))
+    source = opened.enter_context(open_source(loaded, load))
+    for remark in source.remarks:
+        say(f"remark: {remark}")
+    return new_run(loaded, source, Path(out))
+
+
+def _trainer() -> Trainer:
+    from moecc.backend import get_backend
+    from moecc.train.events import Trainer
+
+    backend = get_backend("xla")
+    assert isinstance(backend, Trainer), "the backend xla trains"
+    return backend
+
+
+def _watch(
+    job: TrainJob,
+    training: Training,
+    noted: Asked,
+    trackers: Sequence[Tracker],
+    predicted: float | None,
+) -> Stopped:
+    """Run a training to its end, and show its progress."""
+    from signal import SIGINT
+
+    from moecc.jobs.training import exported
+    from moecc.train.events import Reason, Stopped
+    from moecc.train.run import followed
+    from moecc.train.trackers import tracked
+
+    def stop() -> Reason | None:
+        if noted.signal is None:
+            return None
+        return Reason.INTERRUPTED if noted.signal is SIGINT else Reason.TERMINATED
+
+    events = followed(job, training, stop)
+    if training.writes:
+        events = tracked(exported(job, events), trackers, job.recipe.run.log_steps)
+    quiet = not training.writes
+    with TrainProgress(job.recipe.run.steps, quiet=quiet, predicted=predicted) as progress:
+        for event in events:
+            progress(event)
+            if isinstance(event, Stopped):
+                return event
+    raise AssertionError("a training ends with Stopped")
+
+
+def _trackers(job: TrainJob, tensorboard: bool, wandb: str | None) -> list[Tracker]:
+    """Return the places besides the journal to which metrics go."""
+    from dataclasses import asdict
+
+    from moecc.formats.run import saved_steps
+    from moecc.train.trackers import TensorBoard, WeightsAndBiases
+
+    steps = saved_steps(job.run)
+    trackers: list[Tracker] = []
+    if tensorboard:
+        trackers.append(TensorBoard(job.run, steps[-1].number if steps else 0))
+    if wandb is not None:
+        trackers.append(WeightsAndBiases(job.run, wandb, asdict(job.recipe)))
+    return trackers
+
+
+def _outcome(stopped: Stopped, job: TrainJob, writes: bool) -> Report:
+    """Return the report of a training; processes that do not write print none."""
+    from moecc.train.events import Reason
+
+    error = None
+    if stopped.reason is Reason.GUARD:
+        skips = job.recipe.run.guard.skips
+        error = CheckError(
+            f"training gave up: {'; '.join(map(str, stopped.faults))}",
+            where=f"{job.run}, after step {stopped.step:,}",
+            found=f"{skips} skipped steps in a row, twice after the same checkpoint",
+            hint="a lower optimizer.rate, or a longer warm-up; metrics.jsonl has the faults of all",
+        )
+    code = {Reason.TERMINATED: 143, Reason.INTERRUPTED: 130}.get(stopped.reason, 0)
+    reason, step = stopped.reason.value, amount(stopped.step, "step")
+    data = {"run": str(job.run), "step": stopped.step, "reason": reason}
+    text = f"{job.run}: {reason} after {step}" if writes else ""
+    return Report("train", data, lambda: text, exit_code=code, error=error, is_silent=not writes)

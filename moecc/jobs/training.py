@@ -1,0 +1,565 @@
+"""Prepare a run of training: a new one, one that goes on, or a fork of another.
+
+Everything that a recipe, a model and its data can have wrong is found here, before a folder is made
+or a device is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from moecc.errors import InputError, Problem
+from moecc.families import build
+from moecc.families.registry import parse_config
+from moecc.formats.folder import CONFIG_NAME, open_folder
+from moecc.formats.manifest import check_manifest
+from moecc.formats.output import check_output
+from moecc.formats.run import (
+    GRAPH,
+    LINEAGE,
+    RECIPE,
+    SOURCE,
+    TRAINED,
+    RunCheckpoint,
+    choose_step,
+    inputs_of,
+    is_run,
+    require_run_files,
+    run_stages,
+    saved_steps,
+    split_reference,
+)
+from moecc.formats.trees.checkpoint import SavedMoments, TreeCheckpoint
+from moecc.ir.graph import Graph
+from moecc.ir.structure import clone
+from moecc.ir.text import print_graph
+from moecc.jobs.convert import plan, write
+from moecc.model.initialise import initialise
+from moecc.model.open import Model, no_tensors, open_model, read_graph, registry_with
+from moecc.pipeline.passes import Context
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.presets import PREFIX, preset_config
+from moecc.support.untyped import JsonDict
+from moecc.train.batches import Batches, open_batches, resolved
+from moecc.train.events import Beginning, Event, Exported, Saved, TrainJob
+from moecc.train.graphs import eval_graph, step_spec, train_graph
+from moecc.train.recipe import ModelSection, Moments, OptimizerSection, Recipe, Start
+from moecc.train.recipe_text import (
+    parse_recipe,
+    recipe_differences,
+    recipe_digest,
+    recipe_file,
+    write_recipe,
+)
+from moecc.train.rows import ModelFacts, facts_of
+from moecc.train.run import create_run, lineage, source_files
+from moecc.train.settings import (
+    COUNT,
+    FIRST,
+    SAVED,
+    carried_moments,
+    count_of,
+    parameter_settings,
+    phases_of,
+    saved_moments,
+    section_at,
+)
+from moecc.train.state import Canonical, Weights, canonical
+from moecc.train.tokens.encoders import (
+    BYTES_DIGEST,
+    byte_tokenizer,
+    byte_tokenizer_config,
+    tokenizer_digest,
+)
+from moecc.translate.export import export_graph
+from moecc.translate.gguf import architecture_of
+from moecc.translate.propose import check_target
+from moecc.types import Array, TensorType, float_type
+from moecc.weights.expr import sources
+
+# The model of a recipe: opened, its pipeline run, its parameters under their own names.
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as a recipe takes it.
+
+    Attributes:
+      model: opened.
+      made: its canonical graph, and how its parameters are made.
+      preserves: what the pipeline does to the function.
+      pipeline: in full.
+      remarks: of its passes.
+    """
+
+    model: Model
+    made: Canonical
+    preserves: str
+    pipeline: str
+    remarks: tuple[str, ...]
+
+
+@contextmanager
+def open_source(recipe: Recipe, files: Sequence[str] = ()) -> Iterator[Source]:
+    """Open the model of a recipe and run its pipeline.
+
+    Args:
+      recipe: the recipe.
+      files: of the user, with passes and families.
+
+    Raises:
+      InputError: the source is faulty, or a pass does not suit it.
+      UsageError: the pipeline is faulty.
+    """
+    section = recipe.model
+    pipeline = Pipeline.parse(section.pipeline, registry_with(files))
+    remarks: list[str] = []
+    context = Context(seed=section.seed, remark=lambda r: remarks.append(str(r)))
+    with _opened(section) as model:
+        done = run_pipeline(model.graph, pipeline, context=context)
+        if section.start is Start.RANDOM:
+            initialise(model.graph, seed=section.seed)
+        elif model.checkpoint is None:
+            raise InputError(
+                "the source has no weights", where=section.source,
+                hint='model.start = "random" draws them',
+            )  # fmt: skip
+        made = canonical(model.graph, float_type(recipe.run.weight_dtype))
+        made.graph.attrs.pop("checkpoint", None)
+        yield Source(model, made, str(done.preserves), pipeline.in_full(), tuple(remarks))
+
+
+def _opened(section: ModelSection) -> Model:
+    """Open the source of a recipe; where weights are drawn, a folder with a config is enough."""
+    folder = Path(section.source)
+    if section.start is Start.RANDOM and folder.is_dir() and not is_run(folder):
+        checkpoint = open_folder(folder, with_weights=False)
+        config = parse_config(checkpoint.config, str(folder / CONFIG_NAME))
+        return Model(build(config), section.source, checkpoint)
+    return open_model(section.source)
+
+
+def config_of(model: Model) -> bytes:
+    """Return the config.json of a source."""
+    found: object = model.graph.attrs.get("config", {})
+    if model.checkpoint is not None:
+        found = model.checkpoint.config
+    elif model.name.startswith(PREFIX):
+        found = preset_config(model.name)
+    return (json.dumps(found, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+# The moments of a source, for the model that a recipe's pipeline made of it.
+
+Known = Mapping[str, Mapping[str, TensorType]]
+"""The types of moments by kind and tensor."""
+
+_PREFIX = SAVED.partition("{")[0]
+_RESET = 'model.moments = "reset" begins with zeros'
+
+
+@dataclass(frozen=True)
+class CarriedState:
+    """Moments over those of a trained model, and what reads its parameters and moments.
+
+    Attributes:
+      moments: expressions by name, ``moments.m.NAME``.
+      checkpoint: of the run, or of the program that trained it.
+      factors: by which moments are multiplied that were begun later than others, by their names.
+    """
+
+    moments: Weights
+    checkpoint: RunCheckpoint | TreeCheckpoint
+    factors: Mapping[str, float] = field(default_factory=dict)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """Return rows of a parameter, or of what begins with ``moments.``."""
+        if not name.startswith(_PREFIX):
+            return self.checkpoint.read(name, start, stop)
+        if isinstance(self.checkpoint, RunCheckpoint):
+            found = self.checkpoint.state.read(name, start, stop)
+            return found * np.float32(self.factors[name]) if name in self.factors else found
+        kind, _, tensor = name.removeprefix(_PREFIX).partition(".")
+        if kind == COUNT:
+            assert self.checkpoint.moments is not None, "it has been looked at"
+            return np.asarray(self.checkpoint.moments.count, np.int32)
+        return self.checkpoint.read_moment(kind, tensor, start, stop)
+
+
+def carried_from(source: Source, section: OptimizerSection) -> CarriedState:
+    """Return the moments of a model before its first step, where its source has some.
+
+    Raises:
+      InputError: the source has none, or was trained by another optimiser.
+    """
+    checkpoint, graph = source.model.checkpoint, over_its_source(source.made)
+    factors: Mapping[str, float] = {}
+    if isinstance(checkpoint, RunCheckpoint):
+        known, count, factors = _of_run(checkpoint, section)
+    elif isinstance(checkpoint, TreeCheckpoint) and checkpoint.moments is not None:
+        known, count = _of_tree(checkpoint, checkpoint.moments, graph, section)
+    else:
+        raise InputError(
+            "only a run, or a checkpoint of Orbax or T5X with its optimiser, has moments to carry "
+            "over", where="model.moments", found=source.model.name, hint=_RESET,
+        )  # fmt: skip
+    return CarriedState(carried_moments(graph, section, known, count), checkpoint, factors)
+
+
+def _of_run(
+    checkpoint: RunCheckpoint, section: OptimizerSection
+) -> tuple[Known, int, Mapping[str, float]]:
+    recipe = checkpoint.run / RECIPE
+    before = parse_recipe(recipe_file(recipe), str(recipe), folder=checkpoint.run).optimizer
+    _require_same(before.name, section, str(checkpoint.run))
+    graph, step = read_graph(str(checkpoint.run / GRAPH)), checkpoint.step
+    known = saved_moments(graph, section_at(before, step.number))
+    read, firsts = checkpoint.state.read, {p.first_step for p in phases_of(before)}
+    counts = {n: int(read(f"{_PREFIX}{count_of(n)}")) for n in firsts if n <= step.number}
+    settings = parameter_settings(graph, before)
+    factors = {
+        SAVED.format(kind, name): factor
+        for kind, types in known.items()
+        for name in types
+        if (factor := _factor(before, kind, counts[settings[name].first_step], counts[0])) != 1
+    }
+    return known, counts[0], factors
+
+
+def _factor(section: OptimizerSection, kind: str, count: int, counted: int) -> float:
+    """Return what makes a mean of `count` updates one that is corrected as of `counted`.
+
+    A mean that began with zeros is divided by 1 - decay^count (Kingma and Ba 2015, §3), but for
+    Adafactor, which corrects none.
+    """
+    if section.name == "adafactor" or not 0 < count < counted:
+        return 1.0
+    decay = section.b1 if kind == FIRST else section.b2
+    return (1 - decay**counted) / (1 - decay**count)
+
+
+def _of_tree(
+    checkpoint: TreeCheckpoint, found: SavedMoments, graph: Graph, section: OptimizerSection
+) -> tuple[Known, int]:
+    _require_same(found.optimizer, section, str(checkpoint.path))
+    weights = [p.weight for p in graph.params.values() if p.weight is not None]
+    types = {leaf.name: leaf.type for weight in weights for leaf in sources(weight)}
+    known = {
+        kind: {n: checkpoint.moment_type(kind, n, types[n]) for n in of if n in types}
+        for kind, of in found.of.items()
+    }
+    return known, found.count
+
+
+def _require_same(before: str, section: OptimizerSection, where: str) -> None:
+    if before != section.name:
+        raise InputError(
+            f"the source has no moments of {section.name}", where="model.moments",
+            found=f"{where} was trained by {before}", hint=_RESET,
+        )  # fmt: skip
+
+
+def over_its_source(made: Canonical) -> Graph:
+    """Return a copy of the graph of a model whose weights read the tensors of its source."""
+    graph = clone(made.graph)
+    for name, param in graph.params.items():
+        param.weight = made.weights[name]
+    return graph
+
+
+# Exports of a run while it is trained: written, read back, and compared with their manifest.
+
+EXPORTS = "exports"
+"""The folder of a run with its exports, by the numbers of their steps."""
+
+DEFAULT_TARGET = "auto"
+
+
+def exported(job: TrainJob, events: Iterable[Event]) -> Iterator[Event]:
+    """Yield `events`, and `Exported` after a step that was saved and is due to be exported.
+
+    Raises:
+      InputError: the family cannot express the model.
+      CheckError: what was written is not what is read back.
+      MachineError: the disk is full.
+    """
+    every = job.recipe.run.export_steps
+    for event in events:
+        yield event
+        if isinstance(event, Saved) and every and event.step % every == 0:
+            yield Exported(event.step, export_step(job, event.step))
+
+
+def check_export(graph: Graph, target: str) -> None:
+    """Check the family that is named for exports, if one is.
+
+    Raises:
+      UsageError: there is no such family.
+      InputError: it cannot express `graph`.
+    """
+    if target and target != DEFAULT_TARGET and architecture_of(target) is None:
+        check_target(target)
+        export_graph(graph, target)
+
+
+def export_step(job: TrainJob, step: int) -> Path:
+    """Write ``exports/N`` of a run, and compare it with its manifest. Raises as `exported`."""
+    out = job.run / EXPORTS / str(step)
+    out.parent.mkdir(exist_ok=True)
+    with open_model(f"{job.run}@{step}") as model:
+        target = job.recipe.run.export_to or DEFAULT_TARGET
+        # The folder is beside its source, in a place of its own.
+        write(plan(model, Pipeline.parse(""), target), out, force=True)
+    check_manifest(out)
+    return out
+
+
+TOKENIZER = "tokenizer.json"
+
+_FULL = "give another folder; moecc train --resume RUN goes on with a run"
+
+
+def new_run(recipe: Recipe, source: Source, out: Path) -> TrainJob:
+    """Return the job of a new run.
+
+    Raises:
+      InputError: recipe, model and data do not suit one another, or `out` cannot be used.
+    """
+    inputs = tuple(inputs_of(source.model.checkpoint))
+    check_output(out, inputs=inputs, hint=_FULL)
+    graph = source.made.graph
+    batches = _checked(recipe, graph, partial(facts_of, source.model))
+    recipe = resolved(recipe, batches)
+    if recipe.model.moments is Moments.CARRY:
+        carried_from(source, recipe.optimizer)
+    digest = recipe_digest(recipe)
+
+    def create() -> None:
+        create_run(
+            out, recipe=write_recipe(recipe), graph=print_graph(graph), inputs=inputs,
+            lineage=lineage(source.model, _stage(recipe, digest, source, batches)),
+            source=_source_files(source.model, batches),
+        )  # fmt: skip
+
+    return TrainJob(out, recipe, digest, graph, batches, create, lambda: _beginning(recipe, source))
+
+
+def resumed_run(
+    run: Path,
+    sets: Sequence[str] = (),
+    recipe: Recipe | None = None,
+    files: Sequence[str] = (),
+) -> TrainJob:
+    """Return the job of a run that goes on.
+
+    Args:
+      run: its folder.
+      sets: values of its recipe to replace; only the mesh may be.
+      recipe: one that the run is expected to have.
+      files: of the user, with the passes and families that it began with.
+
+    Raises:
+      InputError: it is no run, its recipe was changed, or another one is expected.
+    """
+    if not is_run(run):
+        raise InputError("this is not the folder of a run", where=str(run))
+    begun = _begun_with(run)
+    text = recipe_file(run / RECIPE)
+    found = recipe or parse_recipe(text, str(run / RECIPE), folder=run, sets=sets)
+    if not found.data.decoder_seq:
+        # The run has the length that its data needed.
+        found = replace(found, data=replace(found.data, decoder_seq=begun.data.decoder_seq))
+    differences = recipe_differences(begun, found)
+    if differences:
+        raise InputError(
+            "the run was begun with another recipe", where=str(run / RECIPE),
+            expected="the same, but for its mesh", found="; ".join(differences),
+            hint=f"moecc train RECIPE --fork {run} --out FOLDER goes on with another recipe",
+        )  # fmt: skip
+    if steps := saved_steps(run):
+        require_run_files(steps[-1])
+    graph = read_graph(str(run / GRAPH))
+    batches = _checked(found, graph, partial(_facts_of_run, run, graph))
+    _check_data(run, batches)
+    return TrainJob(
+        run, found, recipe_digest(found), graph, batches, lambda: None,
+        lambda: _beginning_again(found, graph, files),
+    )  # fmt: skip
+
+
+def forked_run(recipe: Recipe, reference: str, out: Path) -> TrainJob:
+    """Return the job of a new run that goes on from a step of another, under another recipe.
+
+    Step, position in the data, parameters and moments are those of the other run.
+
+    Raises:
+      InputError: the other is no run, or recipe, model and data do not suit one another.
+    """
+    found = split_reference(reference)
+    if found is None:
+        raise InputError("this is not the folder of a run", where=reference)
+    run, step = Path(found[0]), choose_step(Path(found[0]), found[1])
+    if step.number >= recipe.run.steps:
+        raise InputError(
+            "the run has as many steps already", where="run.steps",
+            expected=f"more than {step.number}, where {reference} is", found=str(recipe.run.steps),
+        )  # fmt: skip
+    require_run_files(step)
+    graph = read_graph(str(run / GRAPH))
+    check_output(out, inputs=[run], hint=_FULL)
+    _check_moments(graph, _begun_with(run).optimizer, recipe.optimizer, step.number)
+    batches = _checked(recipe, graph, partial(_facts_of_run, run, graph))
+    recipe = resolved(recipe, batches)
+    digest = recipe_digest(recipe)
+
+    def create() -> None:
+        with open_model(f"{run}@{step.number}") as model:
+            stage = {
+                "kind": TRAINED, "from_step": step.number, "recipe": digest,
+                "recipe_toml": write_recipe(recipe), "data": batches.digests,
+            }  # fmt: skip
+            create_run(
+                out, recipe=write_recipe(recipe), graph=print_graph(graph), inputs=(run,),
+                lineage=lineage(model, stage), begun=(step, digest),
+                source=source_files(model, (run / SOURCE / "config.json").read_bytes()),
+            )  # fmt: skip
+
+    return TrainJob(
+        out, recipe, digest, graph, batches, create, lambda: _beginning_again(recipe, graph)
+    )
+
+
+def _check_moments(
+    graph: Graph, known: OptimizerSection, asked: OptimizerSection, step: int
+) -> None:
+    """Raise InputError if training goes on from `step` with moments that were not kept there."""
+    kept, wanted = (
+        {
+            (kind, name)
+            for kind, types in saved_moments(graph, section_at(section, step)).items()
+            for name in types
+        }
+        for section in (known, asked)
+    )
+    missing = sorted(name for _, name in wanted - kept)
+    if missing:
+        raise InputError(
+            "the run kept no such moments of what would be trained",
+            where="optimizer",
+            expected=f"the optimiser and the frozen groups that it had at step {step}",
+            found=f"{len(missing)} parameters, {missing[0]} first",
+            hint='model.source = "RUN" begins a run of its own, with moments = "carry" or none',
+        )
+
+
+def _checked(recipe: Recipe, graph: Graph, facts: Callable[[Graph], ModelFacts]) -> Batches:
+    """Return the batches of a recipe, once graphs and step are known to suit it.
+
+    Args:
+      recipe: the recipe.
+      graph: the model's.
+      facts: makes what batches have to know of the graph of a step.
+    """
+    step = train_graph(graph, recipe)
+    for phase in phases_of(recipe.optimizer):
+        parameter_settings(step, phase.section)
+    eval_graph(graph, recipe)
+    step_spec(graph, recipe)
+    if recipe.run.export_steps:
+        check_export(graph, recipe.run.export_to)
+    return open_batches(recipe.data, facts(step))
+
+
+def _stage(recipe: Recipe, digest: str, source: Source, batches: Batches) -> JsonDict:
+    section = recipe.model
+    return {
+        "kind": TRAINED,
+        "family": str(source.made.graph.attrs.get("family", "")),
+        "pipeline": section.pipeline,
+        "pipeline_in_full": source.pipeline,
+        "seed": section.seed,
+        "preserves": source.preserves,
+        "start": section.start.value,
+        "moments": section.moments.value,
+        "recipe": digest,
+        "recipe_toml": write_recipe(recipe),
+        "data": batches.digests,
+    }
+
+
+def _source_files(model: Model, batches: Batches) -> dict[str, Path | bytes]:
+    """Return the files of a source that a run keeps; of bytes there is a tokenizer, too."""
+    files = source_files(model, config_of(model))
+    folders = batches.folders.values()
+    if TOKENIZER not in files and all(f.facts.tokenizer_digest == BYTES_DIGEST for f in folders):
+        files |= {TOKENIZER: byte_tokenizer(), "tokenizer_config.json": byte_tokenizer_config()}
+    return files
+
+
+@contextmanager
+def _beginning(recipe: Recipe, source: Source) -> Iterator[Beginning]:
+    checkpoint = source.model.checkpoint
+    read = no_tensors if checkpoint is None else checkpoint.read
+    if recipe.model.moments is Moments.CARRY:
+        found = carried_from(source, recipe.optimizer)
+        yield Beginning(source.made.weights, found.read, found.moments)
+    else:
+        yield Beginning(source.made.weights, read, {})
+
+
+@contextmanager
+def _beginning_again(
+    recipe: Recipe, graph: Graph, files: Sequence[str] = ()
+) -> Iterator[Beginning]:
+    """Open the source of a run that has no checkpoint yet. Raises InputError if it changed."""
+    with open_source(recipe, files) as source:
+        before, now = _types(graph), _types(source.made.graph)
+        if before != now:
+            odd = sorted(before.items() ^ now.items())[:4]
+            raise InputError(
+                "the source is not the model that the run began with", where=recipe.model.source,
+                found=", ".join(f"{name}: {type}" for name, type in odd),
+            )  # fmt: skip
+        with _beginning(recipe, source) as found:
+            yield found
+
+
+def _types(graph: Graph) -> dict[str, str]:
+    return {name: str(param.type) for name, param in graph.params.items()}
+
+
+def _facts_of_run(run: Path, graph: Graph, step: Graph) -> ModelFacts:
+    model = Model(graph, str(run))
+    tokenizer = run / SOURCE / TOKENIZER
+    digest = tokenizer_digest(tokenizer.read_bytes()) if tokenizer.is_file() else None
+    return replace(facts_of(model, step), tokenizer_digest=digest)
+
+
+def _last_stage(run: Path) -> JsonDict:
+    return dict(run_stages(run)[-1])
+
+
+def _begun_with(run: Path) -> Recipe:
+    """Return the recipe that a run was begun with, whatever its file says now."""
+    text = _last_stage(run).get("recipe_toml")
+    return parse_recipe(str(text), str(run / LINEAGE), folder=run)
+
+
+def _check_data(run: Path, batches: Batches) -> None:
+    """Raise InputError if the data are not those that the run began with."""
+    before, now = _last_stage(run).get("data", {}), batches.digests
+    problems = [
+        Problem("the data changed since the run began", name, str(before.get(name)), digest)
+        for name, digest in now.items()
+        if before.get(name) != digest
+    ]
+    if problems:
+        raise InputError(problems)

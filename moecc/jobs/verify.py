@@ -1,0 +1,186 @@
+"""``moecc verify``: check a model against its manifest, or against its source model."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from moecc.errors import CheckError, InputError, UsageError
+from moecc.jobs.command import (
+    ComputeType,
+    Force,
+    Inputs,
+    LoadFamilies,
+    ModelName,
+    Report,
+    Spelling,
+    Weights,
+    check_writable,
+    say_weights,
+    write_whole,
+)
+from moecc.support.console import say
+from moecc.support.text import amount
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from moecc.jobs.comparison import Verdict
+
+
+def _way_out(verdict: Verdict) -> str | None:
+    """Return how to tell a change from rounding, of the computation or of weights with factors."""
+    if verdict.compute_dtype != "f64":
+        return "--dtype f64 tells a change from rounding"
+    rounding = verdict.rounding.max_relative if verdict.rounding else 0.0
+    if verdict.difference.max_relative > rounding:
+        return None
+    return f"{verdict.dtype} rounds factors, too: moecc convert --verify tells a change from that"
+
+
+_KINDS = {"decoder_tokens": "tokens of the decoder"}
+
+
+def verdict_text(verdict: Verdict) -> str:
+    """Return a human-readable verdict."""
+    found = verdict.difference
+    shapes = " and ".join(
+        f"{' x '.join(map(str, shape))} {_KINDS.get(name, name)}"
+        for name, shape in verdict.inputs.items()
+    )
+    name = {"logits": "logit"}.get(verdict.output, verdict.output)
+    rows = [
+        f"{verdict.model} against {verdict.source}",
+        f"  {shapes} in {verdict.compute_dtype}, the source's weights rounded to {verdict.dtype}",
+        f"  max |Δ{name}| / max |{name}|  {found.max_relative:.2e} (at most {verdict.tolerance:g})",
+    ]
+    if found.kl_nats is not None:
+        rows.append(f"  KL divergence               {found.kl_nats:.2e} nats a token")
+        rows.append(f"  top-1 agreement             {found.top1_agreement:.2%}")
+    if verdict.rounding is not None:
+        rounding = verdict.rounding
+        rows.append(
+            f"  rounding the source to {verdict.dtype} alone changes {rounding.max_relative:.2e}"
+            + (
+                ""
+                if rounding.kl_nats is None
+                else f", KL {rounding.kl_nats:.2e}, top-1 {rounding.top1_agreement:.2%}"
+            )
+        )
+    return "\n".join(rows)
+
+
+def verify(
+    model: ModelName,
+    *,
+    against: Annotated[str | None, Spelling("SOURCE")] = None,
+    inputs: Inputs = None,
+    tolerance: Annotated[float, Spelling("E")] = 1e-5,
+    dtype: ComputeType = "f32",
+    allow_edited_card: bool = False,
+    weights: Weights = None,
+    load: LoadFamilies = (),
+    html: Annotated[str | None, Spelling("FILE")] = None,
+    force: Force = False,
+) -> Report:
+    """Check the files, logits or plan of a model.
+
+    Every file is compared with the manifest, or with --against the logits with those of another
+    model. A run of a training is checked against the digests of its step.
+
+    Both models run in float32, or the type of --dtype; the weights of SOURCE are first rounded to
+    the type of MODEL's. Without --inputs, 2 x 128 seeded random tokens are used. The exit code is 3
+    above the tolerance.
+
+    Args:
+      against: Model to compare the logits with.
+      tolerance: Bound on max |Δlogit| / max |logit|.
+      dtype: Element type of the computation; f64 tells a change from rounding.
+      allow_edited_card: Accept a model card that was edited after the conversion.
+      html: File to write a page of the receipt to.
+
+    Example:
+      moecc verify smollm2-8x
+      moecc verify smollm2-8x --against smollm2
+    """
+    from moecc.families.outside import load_families
+    from moecc.formats.run import check_step, choose_step, split_reference
+
+    load_families(load)
+    run = split_reference(model)
+    if html is not None and (against is not None or run is not None):
+        raise UsageError("--html is the page of a receipt, which a converted folder has")
+    if against is not None:
+        return _verify_logits(model, against, inputs, tolerance, dtype, weights)
+    if run is None:
+        return _verify_files(model, allow_edited_card, html, force)
+    step = choose_step(Path(run[0]), run[1])
+    check_step(Path(run[0]), step)
+    tensors = len(step.facts.tensors)
+    text = f"step {step.number}: {amount(tensors, 'tensor')} as they were saved"
+    data = {"model": model, "tensors": tensors, "passed": True}
+    return Report("verify-manifest", data, lambda: text)
+
+
+def _verify_files(model: str, allow_edited_card: bool, html: str | None, force: bool) -> Report:
+    """Compare the files of a model with its manifest."""
+    from moecc.formats.gguf.storage import SUFFIX
+    from moecc.formats.manifest import check_manifest
+    from moecc.formats.manifest import load as load_manifest
+    from moecc.formats.open import PREFIX as HUB
+    from moecc.formats.open import missing_place
+    from moecc.jobs.receipt import load_receipt, receipt_lines, receipt_page
+    from moecc.presets import PREFIX as PRESET
+
+    path = Path(model)
+    if not path.exists() and not model.startswith((HUB, PRESET)):
+        raise missing_place(path)
+    if not path.is_dir() and not (path.is_file() and path.suffix == SUFFIX):
+        raise InputError(
+            "only a folder or a GGUF file has a manifest", where=model,
+            hint="or give --against SOURCE",
+        )  # fmt: skip
+    check_manifest(path, allow_edited_card=allow_edited_card)
+    count, receipt = len(load_manifest(path).tensors), load_receipt(path)
+    rows = [f"{amount(count, 'tensor')} {'matches' if count == 1 else 'match'} the manifest"]
+    rows += [] if receipt is None else [f"  {line}" for line in receipt_lines(receipt)]
+    if html is not None:
+        check_writable(html, force=force)
+        if receipt is None:
+            raise InputError("there is no receipt", where=model, hint="moecc convert writes one")
+        write_whole(html, receipt_page(path.name, receipt).encode(), force=force)
+        say(f"the receipt is in {html}")
+    data = {"model": model, "tensors": count, "passed": True, "receipt": receipt}
+    return Report("verify-manifest", data, lambda: "\n".join(rows))
+
+
+def _verify_logits(
+    model: str, against: str, inputs: str | None, tolerance: float, dtype: str, weights: str | None
+) -> Report:
+    """Compare the logits of two models."""
+    from moecc.jobs.comparison import compare
+    from moecc.model.inputs import read_inputs
+    from moecc.model.open import open_model
+    from moecc.types import float_type
+
+    if not tolerance >= 0:
+        raise UsageError("a tolerance must not be negative", found=str(tolerance))
+    type = float_type(dtype)
+    with ExitStack() as opened:
+        checked = opened.enter_context(open_model(model, weights=weights))
+        say_weights(checked, model)
+        # A model converted with a padding mask is compared with a source that has one.
+        masked = "mask" in checked.graph.inputs
+        source = opened.enter_context(open_model(against, padding=masked))
+        say_weights(source, against)
+        arrays = None if inputs is None else read_inputs(inputs, source.graph)
+        verdict = compare(checked, source, inputs=arrays, tolerance=tolerance, compute_dtype=type)
+    error = None
+    if not verdict.passed:
+        error = CheckError(
+            f"the {verdict.output} differ by more than the tolerance", where=model,
+            expected=f"at most {tolerance:g}",
+            found=f"{verdict.difference.max_relative:.2e}", hint=_way_out(verdict),
+        )  # fmt: skip
+    return Report("verify", verdict.to_json(), lambda: verdict_text(verdict), error=error)

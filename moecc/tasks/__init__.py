@@ -1,1 +1,0 @@
-"""The functions behind commands: convert, verify, generate, check."""

@@ -1,0 +1,123 @@
+"""A command is a plain function, from which the command line is derived."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+
+import moecc as package
+from moecc.cli.commands import Docstring, command_of, job_function, make_command
+from moecc.errors import CheckError
+from moecc.jobs import COMMANDS
+from moecc.jobs.command import Report, Spelling
+from moecc.jobs.compile import CompileOutcome
+
+from .conftest import Done
+
+
+def test_a_checkpoint_is_converted_and_verified_without_a_command_line(
+    dense: Path, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "sparse")
+    done = package.convert(str(dense), out, pipeline="upcycle{experts=4 top-k=2}", to="mixtral")
+    assert "written to" in str(done)
+    assert done.data["family_to"] == "mixtral"
+    assert "match the manifest" in str(package.verify(out))
+    verdict = package.verify(out, against=str(dense), tolerance=0.0)
+    assert isinstance(verdict.error, CheckError)
+    assert verdict.data["passed"] is False
+
+
+def test_the_same_graph_by_words_and_by_function(moecc: Callable[..., Done], dense: Path) -> None:
+    assert str(package.import_(str(dense))) == moecc("import", dense).out
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_an_exit_code_becomes_that_of_the_process(
+    fits: bool, moecc: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def compile_in_subprocess(request: Any, seconds: float) -> CompileOutcome:
+        asked.append((request, seconds))
+        return CompileOutcome({"remarks": [], "fits": fits}, program="module")
+
+    monkeypatch.setattr("moecc.jobs.compile.compile_in_subprocess", compile_in_subprocess)
+    by_function = package.compile("preset:st-moe-base", machine="cpu:8", emit="hlo", via="ring")
+    assert by_function.exit_code == (0 if fits else 1)
+    words = ("--emit", "hlo", "--via", "ring", "--time-limit", "5")
+    done = moecc("compile", "preset:st-moe-base", "--machine", "cpu:8", *words)
+    assert done.code == (0 if fits else 1)
+    assert done.out == "module\n"
+    (request, limit), (by_words, seconds) = asked
+    assert request == by_words
+    assert (by_words.emit, by_words.config.via, by_words.config.remat) == ("hlo", "ring", None)
+    assert (limit, seconds) == (3600.0, 5.0)
+
+
+def count(
+    what: Annotated[str, Spelling("WHAT|-")],
+    places: Sequence[str] = (),
+    *,
+    least: Annotated[int, Spelling("N", "n", low=1)] = 3,
+    kind: Literal["sheep", "goats"] | None = None,
+    tags: Annotated[Sequence[str], Spelling(help="Tag; may be repeated.")] = (),
+    share: float = 0.5,
+    is_loud: bool = False,
+) -> Report:
+    """Count animals.
+
+    The long description.
+
+    Args:
+      what: Animals, or `-`
+        for all.
+      least: Least ``number``.
+
+    Example:
+      moecc count sheep
+    """
+    data = {"what": what, "places": list(places), "least": least, "kind": kind,
+            "tags": list(tags), "share": share, "is_loud": is_loud}  # fmt: skip
+    return Report("count", data, lambda: f"{least} {what}\x1b", exit_code=least - 3)
+
+
+def test_a_signature_becomes_arguments_and_options(capsys: pytest.CaptureFixture[str]) -> None:
+    command = make_command("count", count)
+    assert command.main(["x"], standalone_mode=False) in (None, 0)
+    assert capsys.readouterr().out == "3 x\\x1b\n"
+    words = "x here there -n 7 --kind goats --tags a --tags b --share 1 --is-loud --format json"
+    assert command.main(words.split(), standalone_mode=False) == 4
+    report = count("x", ("here", "there"), least=7, kind="goats", tags=("a", "b"), share=1.0,
+                   is_loud=True)  # fmt: skip
+    assert json.loads(capsys.readouterr().out) == report.to_json()
+    assert report.to_json()["schema"] == "moecc.count/1"
+    for wrong in (["x", "-n", "0"], ["x", "--kind", "cows"], []):
+        with pytest.raises(Exception, match=r"not in the range|is not one of|Missing parameter"):
+            command.main(wrong, standalone_mode=False)
+
+
+def test_help_is_the_docstring(capsys: pytest.CaptureFixture[str]) -> None:
+    make_command("count", count).main(["--help"], standalone_mode=False)
+    lines = " ".join(capsys.readouterr().out.split())
+    assert "Count animals. The long description. Arguments: WHAT|- Animals, or - for all." in lines
+    assert "-n, --least N Least number. [default: 3; x>=1]" in lines
+    assert "--tags TEXT Tag; may be repeated." in lines
+    assert lines.endswith("Example: moecc count sheep")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_is_described(name: str) -> None:
+    """By the line of ``moecc --help``, an example, and a phrase for each parameter."""
+    doc = Docstring.of(job_function(name))
+    assert doc.text.partition("\n")[0] == COMMANDS[name]
+    assert f"moecc {name}" in " ".join(doc.example)
+    for parameter in command_of(name).params:
+        text = parameter.help  # type: ignore[attr-defined]
+        assert text, parameter.name
+        assert text[0].isupper(), text
+        assert text.endswith("."), text
