@@ -199,7 +199,7 @@ _elementwise(
 class PointwiseOp(Op):
     """A function of each element that has no operation of its own, as a formula of a."""
 
-    function = Word("the formula, `mul(a, tanh(logaddexp(a, 0.0)))`")
+    function: Word[str] = Word("the formula, `mul(a, tanh(logaddexp(a, 0.0)))`")
 
     def infer(self, x: Operand) -> TensorType:
         parse_formula(self.function)
@@ -234,7 +234,7 @@ def dtype_of(name: str) -> DType:
 class CastOp(Op):
     """x in another element type, to nearest even; from a float to an integer, towards zero."""
 
-    dtype = Word("the element type")
+    dtype: Word[str] = Word("the element type")
 
     def infer(self, x: Operand) -> TensorType:
         return x.type.with_dtype(dtype_of(self.dtype))
