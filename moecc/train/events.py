@@ -287,29 +287,29 @@ class Watch:
 
     def __call__(self, step: int, metrics: Mapping[str, Metric]) -> list[Alarm]:
         """Return the alarms that a step sets off."""
-        found = []
-        for layer, what, is_wrong, limit in _findings(metrics):
-            key = (layer, what)
+        alarms = []
+        for layer, finding, is_wrong, limit in _findings(metrics):
+            key = (layer, finding)
             self.counts[key] = self.counts.get(key, 0) + 1 if is_wrong else 0
             if self.counts[key] == limit:
-                found.append(Alarm(step, layer, what))
-        return found
+                alarms.append(Alarm(step, layer, finding))
+        return alarms
 
 
 def _findings(metrics: Mapping[str, Metric]) -> list[tuple[str, str, bool, int]]:
     """Return layer, what may be wrong, whether it is, and for how many steps it has to be."""
-    found = []
+    findings = []
     for name, value in metrics.items():
         layer, _, kind = name.removeprefix(PREFIX).rpartition(".")
         if not name.startswith(PREFIX):
             continue
         if kind == "loads" and isinstance(value, list):
             for expert, load in enumerate(value):
-                what = f"expert {expert} got no row for {DEAD_STEPS} steps"
-                found.append((layer, what, load == 0, DEAD_STEPS))
+                finding = f"expert {expert} got no row for {DEAD_STEPS} steps"
+                findings.append((layer, finding, load == 0, DEAD_STEPS))
         loads = metrics.get(f"{PREFIX}{layer}.loads")
         if kind == "entropy" and isinstance(value, float) and isinstance(loads, list):
             is_low = value < SATURATED_ENTROPY * log(max(len(loads), 2))
-            what = f"the router is saturated: its entropy is below {SATURATED_ENTROPY:.0%}"
-            found.append((layer, what, is_low, SATURATED_STEPS))
-    return found
+            finding = f"the router is saturated: its entropy is below {SATURATED_ENTROPY:.0%}"
+            findings.append((layer, finding, is_low, SATURATED_STEPS))
+    return findings

@@ -183,9 +183,9 @@ def planned_graph(graph: Graph, train: bool) -> Graph:
     """
     if any(node.body is not None for node in graph):
         return graph
-    made = clone(graph)
-    run_passes(made, "fuse-attention,weight-rows" if train else "fuse-attention")
-    return made
+    training_graph = clone(graph)
+    run_passes(training_graph, "fuse-attention,weight-rows" if train else "fuse-attention")
+    return training_graph
 
 
 def step_graph(graph: Graph, passes: StepPasses) -> Graph:
@@ -194,9 +194,9 @@ def step_graph(graph: Graph, passes: StepPasses) -> Graph:
     Raises:
       InputError: the mesh or the groups do not suit the graph.
     """
-    made = clone(graph)
-    run_passes(made, str(passes))
-    return made
+    result = clone(graph)
+    run_passes(result, str(passes))
+    return result
 
 
 # What a recipe makes of a model: the graphs of training and evaluation, and the step's spec.
@@ -209,8 +209,8 @@ def train_graph(graph: Graph, recipe: Recipe) -> Graph:
       InputError: the recipe does not suit the graph.
     """
     check_objective(graph, recipe.data.objective)
-    made = _step_graph(graph, recipe, train_passes(graph, recipe))
-    if recipe.routing.bias_rate and not bias_counts(made):
+    training_graph = _step_graph(graph, recipe, train_passes(graph, recipe))
+    if recipe.routing.bias_rate and not bias_counts(training_graph):
         raise InputError(
             "no layer has a balance bias that could be updated",
             where="routing.bias_rate",
@@ -218,7 +218,7 @@ def train_graph(graph: Graph, recipe: Recipe) -> Graph:
             found=str(recipe.routing.bias_rate),
             hint="upcycle{balance-bias=true} in model.pipeline adds them",
         )
-    return made
+    return training_graph
 
 
 def eval_graph(graph: Graph, recipe: Recipe) -> Graph:
@@ -245,10 +245,10 @@ def check_objective(graph: Graph, objective: Objective) -> None:
 
 def _step_graph(graph: Graph, recipe: Recipe, passes: StepPasses) -> Graph:
     """Return the graph of a step, with routers in the type of the recipe."""
-    made, asked = step_graph(graph, passes), float_type(recipe.routing.router_dtype)
-    set_router_dtype(made, asked.name, float_type(recipe.run.dtype), where="routing.router_dtype")
+    result, asked = step_graph(graph, passes), float_type(recipe.routing.router_dtype)
+    set_router_dtype(result, asked.name, float_type(recipe.run.dtype), where="routing.router_dtype")
     _check_batch(graph, recipe)
-    return made
+    return result
 
 
 def _check_batch(graph: Graph, recipe: Recipe) -> None:
@@ -258,9 +258,9 @@ def _check_batch(graph: Graph, recipe: Recipe) -> None:
         return
     sizes = batch_sizes(graph, recipe)
     lengths = tuple((name, sizes[name]) for name in length_variables(graph))
-    found = list(batch_problems(layout, Batch(recipe.data.batch, lengths)))
-    if found:
-        raise InputError(found)
+    problems = list(batch_problems(layout, Batch(recipe.data.batch, lengths)))
+    if problems:
+        raise InputError(problems)
 
 
 def train_passes(graph: Graph, recipe: Recipe) -> StepPasses:
@@ -297,8 +297,10 @@ def step_spec(graph: Graph, recipe: Recipe, platform: str = "cpu") -> StepSpec:
 def _output_z(graph: Graph, recipe: Recipe) -> float:
     """Return the coefficient of the z-loss of the output: the recipe's, or that of the graph."""
     recorded = graph.attrs.get("losses")
-    own = recorded.get("output_z_coef", 0.0) if isinstance(recorded, Mapping) else 0.0
-    return recipe.run.output_z or float(own)
+    recorded_coefficient = (
+        recorded.get("output_z_coef", 0.0) if isinstance(recorded, Mapping) else 0.0
+    )
+    return recipe.run.output_z or float(recorded_coefficient)
 
 
 def batch_sizes(graph: Graph, recipe: Recipe) -> dict[str, int]:
@@ -308,10 +310,10 @@ def batch_sizes(graph: Graph, recipe: Recipe) -> dict[str, int]:
       InputError: the graph has more lengths than a recipe says.
     """
     lengths = length_variables(graph)
-    given = (recipe.data.seq, recipe.data.decoder_seq or recipe.data.seq)
-    if len(lengths) > len(given):
+    row_lengths = (recipe.data.seq, recipe.data.decoder_seq or recipe.data.seq)
+    if len(lengths) > len(row_lengths):
         raise InputError("a recipe has two lengths at most", found=", ".join(lengths))
-    sizes = dict(zip(lengths, given, strict=False))
+    sizes = dict(zip(lengths, row_lengths, strict=False))
     for value in graph.inputs.values():
         if "batch" in value.type and isinstance(name := value.type["batch"].size, str):
             sizes[name] = recipe.data.batch
@@ -388,15 +390,15 @@ def _groups(graph: Graph, recipe: Recipe, mode: str) -> int | None:
 
 def _records_group_size(graph: Graph, mode: str) -> bool:
     modes = graph.attrs.get("routing")
-    found = modes.get(mode) if isinstance(modes, Mapping) else None
-    return isinstance(found, Mapping) and bool(found.get("group_size"))
+    settings = modes.get(mode) if isinstance(modes, Mapping) else None
+    return isinstance(settings, Mapping) and bool(settings.get("group_size"))
 
 
 def _losses(graph: Graph, recipe: Recipe) -> dict[str, object]:
     """Return the options of ``add-losses``: the graph's or the paper's, then the recipe's."""
     recorded = graph.attrs.get("losses")
-    found = dict(recorded) if isinstance(recorded, Mapping) else {}
-    options = {n.replace("_", "-"): v for n, v in found.items() if v is not None}
+    coefficients_by_name = dict(recorded) if isinstance(recorded, Mapping) else {}
+    options = {n.replace("_", "-"): v for n, v in coefficients_by_name.items() if v is not None}
     options |= {"replace": True, "metrics": True, "parts": recipe.run.micro_batches}
     # The step computes it with the cross entropy, where logits are in memory a chunk at a time.
     options.pop("output-z-coef", None)
@@ -463,9 +465,9 @@ def training_remarks(graph: Graph) -> Iterator[str]:
     """Yield remarks on training the model whose graph is `graph`."""
     fixed = [node.loc for node in graph.every_node() if node.op.routes and _is_constant(node)]
     if fixed:
-        rest = f" and {len(fixed) - 3} more" if len(fixed) > 3 else ""
+        ending = f" and {len(fixed) - 3} more" if len(fixed) > 3 else ""
         yield (
-            f"{', '.join(fixed[:3])}{rest}: the gates of a token are the same whatever the router "
+            f"{', '.join(fixed[:3])}{ending}: the gates of a token are equal whatever the router "
             "says, so that only the router's own losses train it; top-k=2, or gates=switch for one "
             "expert a token, trains it by the model's loss"
         )
@@ -473,8 +475,8 @@ def training_remarks(graph: Graph) -> Iterator[str]:
 
 def _is_constant(node: Node) -> bool:
     """Whether the gates of a ``route`` do not depend on the logits of what is chosen."""
-    made = RouteOp.of_node(node)
-    how = convention(made.gates)
-    if made.top_k == 1:
+    defining_node = RouteOp.of_node(node)
+    how = convention(defining_node.gates)
+    if defining_node.top_k == 1:
         return not how.learns_at_top_1
     return how.constant_sum and not how.renormalised

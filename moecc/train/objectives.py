@@ -63,13 +63,13 @@ class Spans:
         encoder: list[Ids] = []
         decoder: list[Ids] = []
         at = 0
-        for kept, gone, sentinel in zip(
+        for visible_length, gone, sentinel in zip(
             kept_lengths, hidden_lengths, self.sentinels[:spans], strict=True
         ):
             mark = np.asarray([sentinel], np.int32)
-            encoder += [ids[at : at + kept], mark]
-            decoder += [mark, ids[at + kept : at + kept + gone]]
-            at += kept + gone
+            encoder += [ids[at : at + visible_length], mark]
+            decoder += [mark, ids[at + visible_length : at + visible_length + gone]]
+            at += visible_length + gone
         end = np.asarray([] if self.end is None else [self.end], np.int32)
         return np.concatenate([*encoder, end]), np.concatenate([*decoder, end])
 
@@ -84,11 +84,11 @@ def restored(encoder: Ids, decoder: Ids, sentinels: tuple[int, ...], end: int | 
             current = spans.setdefault(token, [])
         elif token != end:
             current.append(token)
-    found: list[int] = []
+    token_ids: list[int] = []
     for token in encoder.tolist():
         if token != end:
-            found += spans.get(token, [token] if token not in marks else [])
-    return np.asarray(found, np.int32)
+            token_ids += spans.get(token, [token] if token not in marks else [])
+    return np.asarray(token_ids, np.int32)
 
 
 def _partition(total: int, parts: int, rng: np.random.Generator) -> list[int]:
@@ -120,8 +120,8 @@ class Masking:
         draw = rng.random(len(ids))
         seen = ids.copy()
         seen[chosen & (draw < MASKED)] = self.mask
-        other = chosen & (draw >= MASKED) & (draw < MASKED + RANDOM)
-        seen[other] = rng.integers(0, self.vocab, int(other.sum()))
+        is_random = chosen & (draw >= MASKED) & (draw < MASKED + RANDOM)
+        seen[is_random] = rng.integers(0, self.vocab, int(is_random.sum()))
         return seen, chosen
 
 
@@ -220,15 +220,15 @@ class CausalRows(Rows):
 
     def segments(self, row: int, rng: np.random.Generator) -> list[Segment]:
         """Return the tokens of pieces, each with the next one of its document as target."""
-        found = []
+        segments = []
         for piece in self._plan.pieces(row):
             size = piece.stop - piece.start
             # One token more, where the document goes on.
             ids = self._document(piece.document, piece.start, piece.stop + 1)
             targets = np.full(size, IGNORED, np.int32)
             targets[: len(ids) - 1] = ids[1:]
-            found.append(Segment(ids[:size], targets))
-        return found
+            segments.append(Segment(ids[:size], targets))
+        return segments
 
     def _document(self, number: int, start: int, stop: int) -> Ids:
         """Return a part of a document with what is put around it."""
@@ -268,13 +268,13 @@ class SpanRows(Rows):
 
     def segments(self, row: int, rng: np.random.Generator) -> list[Segment]:
         """Return pieces with hidden spans."""
-        found = []
+        segments = []
         for piece in self._plan.pieces(row):
             first = int(self._folder.starts[piece.document])
             ids = self._folder.ids(first + piece.start, first + piece.stop)
             encoder, decoder = self._spans.apply(ids, rng)
-            found.append(Segment(encoder, decoder, shifted(decoder, self._start)))
-        return found
+            segments.append(Segment(encoder, decoder, shifted(decoder, self._start)))
+        return segments
 
 
 def _longest(spans: Spans, seq: int, decoder_seq: int) -> int:
@@ -299,7 +299,7 @@ class MaskedRows(Rows):
 
     def segments(self, row: int, rng: np.random.Generator) -> list[Segment]:
         """Return pieces of which some tokens are masked."""
-        found = []
+        segments = []
         before, after = self._special.before, self._special.after
         for piece in self._plan.pieces(row):
             first = int(self._folder.starts[piece.document])
@@ -308,8 +308,8 @@ class MaskedRows(Rows):
             aims = np.where(chosen, ids, IGNORED).astype(np.int32)
             ignored = ((IGNORED,) * len(before), (IGNORED,) * len(after))
             targets = _joined(ignored[0], aims, ignored[1])
-            found.append(Segment(_joined(before, seen, after), targets))
-        return found
+            segments.append(Segment(_joined(before, seen, after), targets))
+        return segments
 
 
 class ExampleRows(Rows):
@@ -370,8 +370,8 @@ class ExampleRows(Rows):
         start, stop = (int(n) for n in self._folder.starts[number : number + 2])
         middle = start + int(self._folder.completions[number])
         prompt = self._folder.ids(middle - int(self._prompts[number]), middle)
-        whole = _joined((), self._folder.ids(middle, stop), self._end)
-        completion = whole[: int(self._completions[number])]
+        joined = _joined((), self._folder.ids(middle, stop), self._end)
+        completion = joined[: int(self._completions[number])]
         if self._start is not None:
             tokens = _joined(self._before, prompt, self._tail)
             return Segment(tokens, completion, shifted(completion, self._start))

@@ -453,16 +453,16 @@ def _data(data: DataSection) -> Iterator[Fault]:
 def _corpora(corpora: tuple[Corpus, ...], key: str) -> Iterator[Fault]:
     counts = Counter(corpus_name(each) for each in corpora)
     for number, corpus in enumerate(corpora):
-        place: KeyPath = ("data", key, number)
+        key_path: KeyPath = ("data", key, number)
         if not corpus.tokens.strip():
-            yield Fault(((*place, "tokens"),), "out of bounds", _WORDS.expected, "")
+            yield Fault(((*key_path, "tokens"),), "out of bounds", _WORDS.expected, "")
         if corpus.weight <= 0:
             bad, hint = str(corpus.weight), "leave the corpus out"
-            yield Fault(((*place, "weight"),), "out of bounds", _POSITIVE.expected, bad, hint)
+            yield Fault(((*key_path, "weight"),), "out of bounds", _POSITIVE.expected, bad, hint)
         if counts[name := corpus_name(corpus)] > 1:
             counts[name] = 0
             yield Fault(
-                ((*place, "name"),), f"more than one corpus is called {name!r}",
+                ((*key_path, "name"),), f"more than one corpus is called {name!r}",
                 hint="give each a name of its own",
             )  # fmt: skip
 
@@ -546,23 +546,23 @@ def _schedule(optimizer: OptimizerSection, run: RunSection) -> Iterator[Fault]:
 def _parameter_groups(groups: tuple[ParameterGroup, ...], steps: int) -> Iterator[Fault]:
     seen: set[str] = set()
     for number, group in enumerate(groups):
-        place: KeyPath = ("optimizer", "groups", number)
+        key_path: KeyPath = ("optimizer", "groups", number)
         if not group.match.strip():
-            yield Fault(((*place, "match"),), "out of bounds", _WORDS.expected, "")
+            yield Fault(((*key_path, "match"),), "out of bounds", _WORDS.expected, "")
         elif group.match in seen:
-            yield Fault(((*place, "match"),), "an earlier group matches the same parameters",
+            yield Fault(((*key_path, "match"),), "an earlier group matches the same parameters",
                         found=group.match)  # fmt: skip
         seen.add(group.match)
         if not 0 <= group.from_step < max(steps, 1):
-            yield Fault(((*place, "from_step"),), "out of bounds", f"0 to {steps - 1}",
+            yield Fault(((*key_path, "from_step"),), "out of bounds", f"0 to {steps - 1}",
                         str(group.from_step), "freeze = true never trains them")  # fmt: skip
         if group.freeze and (group.rate != 1.0 or group.decay >= 0 or group.from_step):
             keys = ("freeze", "rate", "decay", "from_step")
-            yield Fault(tuple((*place, key) for key in keys),
+            yield Fault(tuple((*key_path, key) for key in keys),
                         "frozen parameters have neither rate nor decay nor a first step",
                         "freeze alone")  # fmt: skip
         elif group.rate <= 0:
-            yield Fault(((*place, "rate"),), "out of bounds", _POSITIVE.expected,
+            yield Fault(((*key_path, "rate"),), "out of bounds", _POSITIVE.expected,
                         str(group.rate), "freeze = true trains none of them")  # fmt: skip
 
 
@@ -602,5 +602,5 @@ def _raised(path: KeyPath, read: Callable[[], object]) -> Iterator[Fault]:
     try:
         read()
     except MoeccError as error:
-        for found in error.problems:
-            yield Fault((path,), found.what, found.expected, found.found, found.hint)
+        for issue in error.problems:
+            yield Fault((path,), issue.what, issue.expected, issue.found, issue.hint)

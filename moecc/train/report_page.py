@@ -76,12 +76,12 @@ def _loads(run: RunSeries) -> JsonDict:
 
     rows, names, steps = [], [], np.zeros(0)
     for layer in run.layers:
-        found = run.of_layer(layer, "loads")
-        if found is None:
+        layer_loads = run.of_layer(layer, "loads")
+        if layer_loads is None:
             continue
-        steps = found.steps
-        rows += [*(found.values * found.values.shape[1]).T]
-        names += [f"{layer} · {expert}" for expert in range(found.values.shape[1])]
+        steps = layer_loads.steps
+        rows += [*(layer_loads.values * layer_loads.values.shape[1]).T]
+        names += [f"{layer} · {expert}" for expert in range(layer_loads.values.shape[1])]
     heat = graph_objects.Heatmap(
         x=steps, y=names, z=np.array(rows), colorscale="Viridis", zmin=0, zmax=2,
         colorbar={"title": "× even"},

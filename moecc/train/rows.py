@@ -71,14 +71,14 @@ class StreamPlan(RowPlan):
         start = row * self._row
         stop = min(start + self._row, int(self._starts[-1]))
         document = int(np.searchsorted(self._starts, start, "right")) - 1
-        found = []
+        pieces = []
         while start < stop:
             first, last = int(self._starts[document]), int(self._starts[document + 1])
             end = min(last, stop)
             if end > start:
-                found.append(Piece(document, start - first, end - first))
+                pieces.append(Piece(document, start - first, end - first))
             start, document = end, document + 1
-        return found
+        return pieces
 
 
 class PackedPlan(RowPlan):
@@ -99,8 +99,12 @@ class PackedPlan(RowPlan):
         before = np.repeat(np.cumsum(counts) - counts, counts)
         starts = (np.arange(len(documents)) - before) * most
         sizes = np.minimum(most, lengths[documents] - starts)
-        kept = sizes >= least
-        self._documents, self._starts, self.sizes = documents[kept], starts[kept], sizes[kept]
+        is_long_enough = sizes >= least
+        self._documents, self._starts, self.sizes = (
+            documents[is_long_enough],
+            starts[is_long_enough],
+            sizes[is_long_enough],
+        )
         self._packed = Packed.alone(len(self.sizes))
         self.rows = self._packed.rows
 
@@ -111,12 +115,12 @@ class PackedPlan(RowPlan):
 
     def pieces(self, row: int) -> list[Piece]:
         """Return the pieces of a row."""
-        found = []
+        pieces = []
         for number in self._packed.pieces(row):
             start = int(self._starts[number])
             stop = start + int(self.sizes[number])
-            found.append(Piece(int(self._documents[number]), start, stop))
-        return found
+            pieces.append(Piece(int(self._documents[number]), start, stop))
+        return pieces
 
 
 @dataclass(frozen=True)
@@ -312,7 +316,9 @@ def _vocabulary(graph: Graph) -> int:
 
 def _digest(model: Model) -> str | None:
     companions = {} if model.checkpoint is None else model.checkpoint.companions()
-    found = companions.get("tokenizer.json")
-    if found is None:
+    tokenizer_file = companions.get("tokenizer.json")
+    if tokenizer_file is None:
         return None
-    return tokenizer_digest(found.read_bytes() if isinstance(found, Path) else found)
+    return tokenizer_digest(
+        tokenizer_file.read_bytes() if isinstance(tokenizer_file, Path) else tokenizer_file
+    )

@@ -103,9 +103,11 @@ def create_run(
         write_durable(folder / LINEAGE, _json(lineage))
         write_durable(folder / METRICS, b"")
         for name, content in source.items():
-            place = folder / SOURCE / name
-            place.parent.mkdir(exist_ok=True)
-            write_durable(place, read_whole(content) if isinstance(content, Path) else content)
+            target_path = folder / SOURCE / name
+            target_path.parent.mkdir(exist_ok=True)
+            write_durable(
+                target_path, read_whole(content) if isinstance(content, Path) else content
+            )
         if begun is not None:
             _copy_step(folder, *begun)
 
@@ -184,10 +186,10 @@ def finish_step(run: Path, number: int, facts: Json) -> SavedStep:
 def keep_steps(run: Path, count: int) -> None:
     """Remove the steps of a run but the last `count` and the best."""
     steps = saved_steps(run)
-    kept = {s.number for s in steps[-max(count, 1) :]}
+    retained = {s.number for s in steps[-max(count, 1) :]}
     best = best_step(steps)
     for step in steps:
-        if step.number not in kept and step != best:
+        if step.number not in retained and step != best:
             # A folder without its step.json is no step, whatever else is still in it.
             (step.folder / STEP).unlink(missing_ok=True)
             remove(step.folder)
@@ -299,22 +301,22 @@ def cut_back(path: Path, step: int) -> None:
         return
     try:
         with path.open("r+b") as file:
-            kept = 0
+            size = 0
             for raw in file:
                 if not _is_kept(raw, step):
                     break
-                kept += len(raw)
-            file.truncate(kept)
+                size += len(raw)
+            file.truncate(size)
     except OSError as error:
         raise os_problem(error, path, "write") from None
 
 
 def _is_kept(raw: bytes, step: int) -> bool:
     try:
-        found = json.loads(raw)["step"]
+        line_step = json.loads(raw)["step"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return False
-    return raw.endswith(b"\n") and isinstance(found, int) and found <= step
+    return raw.endswith(b"\n") and isinstance(line_step, int) and line_step <= step
 
 
 def read_journal(path: Path) -> Iterator[JsonDict]:
@@ -415,8 +417,8 @@ class RunSeries:
 
     def scalar(self, name: str) -> Series | None:
         """Return a number over the steps, or None where it was not measured."""
-        found = [(line["step"], line[name]) for line in self.stepped if name in line]
-        return _series(found)
+        points = [(line["step"], line[name]) for line in self.stepped if name in line]
+        return _series(points)
 
     @property
     def held_out(self) -> dict[str, Series]:
@@ -425,11 +427,13 @@ class RunSeries:
         names = dict.fromkeys(name for line in lines for name in line["held_out"])
         pairs = {
             name: [
-                (line["step"], found[name]) for line in lines if name in (found := line["held_out"])
+                (line["step"], held_out[name])
+                for line in lines
+                if name in (held_out := line["held_out"])
             ]
             for name in names
         }
-        return {name: s for name, found in pairs.items() if (s := _series(found)) is not None}
+        return {name: s for name, held_out in pairs.items() if (s := _series(held_out)) is not None}
 
     @cached_property
     def layers(self) -> list[str]:
@@ -458,10 +462,10 @@ class RunSeries:
             yield from watch(line["step"], line)
 
 
-def _series(found: Sequence[tuple[int, Any]]) -> Series | None:
-    if not found:
+def _series(points: Sequence[tuple[int, Any]]) -> Series | None:
+    if not points:
         return None
-    steps, values = zip(*found, strict=True)
+    steps, values = zip(*points, strict=True)
     return Series(np.array(steps, np.float64), np.array(values, np.float64)).thinned()
 
 
@@ -612,9 +616,9 @@ def lineage(model: Model, stage: Json) -> JsonDict:
       stage: what the run itself adds: pipeline, recipe, data.
     """
     checkpoint = model.checkpoint
-    found: JsonDict = {"schema": LINEAGE_SCHEMA, "moecc": __version__}
+    document: JsonDict = {"schema": LINEAGE_SCHEMA, "moecc": __version__}
     if checkpoint is None:
-        return {**found, "card": {}, "stages": [{"source": model.name, **stage}]}
+        return {**document, "card": {}, "stages": [{"source": model.name, **stage}]}
     records = file_records(checkpoint.files())
     source = {
         "source": checkpoint.path.name,
@@ -622,7 +626,7 @@ def lineage(model: Model, stage: Json) -> JsonDict:
         "source_files": {n: r.sha256 for n, r in sorted(records.items())},
     }
     stages = [*stages_of(checkpoint), {**source, **stage}]
-    return {**found, "card": checkpoint.card(), "stages": stages}
+    return {**document, "card": checkpoint.card(), "stages": stages}
 
 
 def source_files(model: Model, config: bytes) -> dict[str, Path | bytes]:
@@ -633,7 +637,7 @@ def source_files(model: Model, config: bytes) -> dict[str, Path | bytes]:
     files |= model.checkpoint.companions()
     folder = model.checkpoint.path
     places = (folder / MANIFEST_NAME, folder / SOURCE / MANIFEST_NAME)
-    manifest = next((place for place in places if place.is_file()), None)
+    manifest = next((candidate for candidate in places if candidate.is_file()), None)
     return files if manifest is None else {**files, MANIFEST_NAME: manifest}
 
 

@@ -104,8 +104,8 @@ def paired_difference(first: RowScores, other: RowScores) -> Difference:
     rows = len(tokens)
     if rows < 2:
         return Difference(mean, -np.inf, np.inf)
-    rest = differences - mean * tokens
-    error = sqrt(float((rest**2).sum()) * rows / (rows - 1)) / total
+    residuals = differences - mean * tokens
+    error = sqrt(float((residuals**2).sum()) * rows / (rows - 1)) / total
     reach = student_quantile(rows - 1) * error
     return Difference(mean, mean - reach, mean + reach)
 
@@ -127,13 +127,13 @@ def macro_f1(answers: Array, guesses: Array, labels: int) -> float:
       guesses: what was chosen.
       labels: how many there are.
     """
-    found = []
+    scores = []
     for label in range(labels):
         right = int(((answers == label) & (guesses == label)).sum())
         total = int((answers == label).sum() + (guesses == label).sum())
         if total:
-            found.append(2 * right / total)
-    return sum(found) / max(len(found), 1)
+            scores.append(2 * right / total)
+    return sum(scores) / max(len(scores), 1)
 
 
 # Which tokens go to which expert: counts, what the token alone explains, entropy of sentinels.

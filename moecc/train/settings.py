@@ -70,20 +70,20 @@ def parameter_settings(graph: Graph, section: OptimizerSection) -> dict[str, Par
     """
     free, groups = trainable(graph), parameter_groups(graph)
     chosen = _Chosen(section.groups)
-    made, problems = {}, []
+    settings_by_name, problems = {}, []
     for name, value in graph.params.items():
         if not value.users or not value.type.dtype.is_float:
             continue
-        found = chosen.group_of(name, groups[name])
-        problems += found[1]
-        made[name] = _settings(value, free[name], found[0], section)
+        group_and_problems = chosen.group_of(name, groups[name])
+        problems += group_and_problems[1]
+        settings_by_name[name] = _settings(value, free[name], group_and_problems[0], section)
     problems += chosen.unmatched()
-    if made and not any(settings.trained for settings in made.values()):
+    if settings_by_name and not any(settings.trained for settings in settings_by_name.values()):
         hint = "moecc evaluate measures a model as it is"
         problems.append(Problem("no parameter is trained", "optimizer.groups", hint=hint))
     if problems:
         raise InputError(problems)
-    return made
+    return settings_by_name
 
 
 def _settings(
@@ -96,8 +96,8 @@ def _settings(
         # The rows of a router are those of one matrix.
         blocks = tuple(n for n in blocks if n != "expert")
     is_matrix = bool(over) and len(names) > len(over) + len(blocks)
-    own = group is not None and group.decay >= 0
-    decay = group.decay if group is not None and own else section.decay * is_matrix
+    has_own_decay = group is not None and group.decay >= 0
+    decay = group.decay if group is not None and has_own_decay else section.decay * is_matrix
     return ParamSettings(
         free and not (group is not None and group.freeze),
         1.0 if group is None else group.rate,
@@ -120,16 +120,16 @@ def _products(param: Value) -> Iterator[Node]:
     while left:
         value = left.pop()
         for node in value.users:
-            made: list[Value] = []
+            results: list[Value] = []
             if node.body is not None:
                 inner = zip(node.operands, node.body.inputs.values(), strict=True)
-                made = [i for v, i in inner if v is value]
+                results = [i for v, i in inner if v is value]
             elif node.op.carries or node.op.collective is not None:
-                made = list(node.results)
+                results = list(node.results)
             elif node.op.role(node.operands.index(value)) is Role.MATRIX:
                 yield node
-            left += [v for v in made if v not in seen]
-            seen.update(made)
+            left += [v for v in results if v not in seen]
+            seen.update(results)
 
 
 @dataclass
@@ -150,16 +150,16 @@ class _Chosen:
     ) -> tuple[ParameterGroup | None, list[Problem]]:
         """Return the group of a parameter, and what is wrong with it."""
         members = _members(name)
-        found = [self._first(m, kinds) for m in members]
-        self._matched.update(i for i in found if i is not None)
-        if len(set(found)) > 1:
-            odd = next(m for m, i in zip(members, found, strict=True) if i != found[0])
+        matching = [self._first(m, kinds) for m in members]
+        self._matched.update(i for i in matching if i is not None)
+        if len(set(matching)) > 1:
+            odd = next(m for m, i in zip(members, matching, strict=True) if i != matching[0])
             return None, [
                 Problem("equal layers that are rolled belong to different groups", name,
                         f"the group of {members[0]}", f"{odd} is in another",
                         "run.rolled = false keeps layers apart")
             ]  # fmt: skip
-        return (None if found[0] is None else self.groups[found[0]]), []
+        return (None if matching[0] is None else self.groups[matching[0]]), []
 
     def _first(self, name: str, kinds: frozenset[str]) -> int | None:
         fits = (
@@ -172,7 +172,7 @@ class _Chosen:
     def unmatched(self) -> Iterator[Problem]:
         """Yield the groups that no parameter is in, for which one is looked in vain."""
         for number, group in enumerate(self.groups):
-            hidden = any(group.match == other.match for other in self.groups[:number])
+            hidden = any(group.match == earlier.match for earlier in self.groups[:number])
             if number not in self._matched and not hidden:
                 is_known = group.match in GROUPS
                 yield Problem(
@@ -264,10 +264,10 @@ def uses_muon(settings: ParamSettings) -> bool:
 
 def moment_axes(kind: str, type: TensorType, settings: ParamSettings) -> tuple[str, ...]:
     """Return the axes that a moment has of those of its parameter, in their order."""
-    found = factored_axes(type, settings)
-    if found is None or kind not in (ROW, COLUMN):
+    factored = factored_axes(type, settings)
+    if factored is None or kind not in (ROW, COLUMN):
         return type.names
-    gone = found[0] if kind == ROW else found[1]
+    gone = factored[0] if kind == ROW else factored[1]
     return tuple(n for n in type.names if n != gone)
 
 
@@ -287,12 +287,12 @@ def moment_types(
     optimizer: str, params: Mapping[str, TensorType], settings: Mapping[str, ParamSettings]
 ) -> dict[str, dict[str, TensorType]]:
     """Return the types of all moments, by kind and parameter."""
-    made: dict[str, dict[str, TensorType]] = {}
+    types_by_moment: dict[str, dict[str, TensorType]] = {}
     for name, type in params.items():
         for kind in moment_kinds(optimizer, type, settings[name]):
             axes = moment_axes(kind, type, settings[name])
-            made.setdefault(kind, {})[name] = type.with_axes(type[n] for n in axes)
-    return made
+            types_by_moment.setdefault(kind, {})[name] = type.with_axes(type[n] for n in axes)
+    return types_by_moment
 
 
 # What decides a compiled step, besides its graph.
@@ -361,13 +361,13 @@ def counted(total: Total, batch: Json, parts: int) -> Any:
 def bias_counts(graph: Graph) -> dict[str, tuple[str, ...]]:
     """Return the outputs that count choices, one for each layer, by the balance bias in `graph`."""
     counts: Mapping[str, str] = graph.attrs.get(BALANCE_BIASES) or {}
-    found = {}
+    bias_counts = {}
     for name in graph.params:
         layers = max(lengths(name), default=0)
         members = [element(name, at) for at in range(layers)] if layers else [name]
         if all(member in counts for member in members):
-            found[name] = tuple(counts[member] for member in members)
-    return found
+            bias_counts[name] = tuple(counts[member] for member in members)
+    return bias_counts
 
 
 def moved(bias: Any, counts: Any, rate: float) -> Any:
@@ -378,8 +378,8 @@ def moved(bias: Any, counts: Any, rate: float) -> Any:
       counts: how many choices of the batch name each expert, of the same shape.
       rate: the step, γ.
     """
-    made = updated_bias(bias, counts, rate)
-    return made - made.mean(-1)[..., None]
+    updated = updated_bias(bias, counts, rate)
+    return updated - updated.mean(-1)[..., None]
 
 
 # All moments of a model that was made of a trained one, by what a state saves them as.
@@ -435,10 +435,10 @@ ROWS, ASKED = "rows", "asked"
 def coefficients(graph: Graph) -> dict[str, float]:
     """Return the coefficients of the losses of routers, by the output that is the loss."""
     options = graph.attrs.get(LOSSES)
-    found = options if isinstance(options, Mapping) else {}
+    recorded = options if isinstance(options, Mapping) else {}
     return {
         f"loss.{LONG.get(name, name)}": float(value)
-        for key, value in found.items()
+        for key, value in recorded.items()
         if (name := key.removesuffix("_coef")) != key and value
     }
 
@@ -453,20 +453,20 @@ def finished(sums: Json) -> JsonDict:
     Args:
       sums: the outputs of the graph of a micro-batch, added.
     """
-    found = dict(sums)
+    results = dict(sums)
     for name, rows in sums.items():
         if not (name.startswith(PREFIX) and name.endswith(f".{ROWS}")):
             continue
         layer = name.removesuffix(ROWS)
         total = rows.sum()
         loads = rows / (total + (total == 0))
-        found[f"{layer}loads"] = loads
-        found[f"{layer}max_violation"] = loads.max() * rows.shape[0] - 1
-        found[f"{layer}dead_experts"] = (rows == 0).sum()
+        results[f"{layer}loads"] = loads
+        results[f"{layer}max_violation"] = loads.max() * rows.shape[0] - 1
+        results[f"{layer}dead_experts"] = (rows == 0).sum()
         if f"{layer}{ASKED}" in sums:
             asked = sums[f"{layer}{ASKED}"]
-            found[f"{layer}dropped"] = (asked - total) / (asked + (asked == 0))
-    return found
+            results[f"{layer}dropped"] = (asked - total) / (asked + (asked == 0))
+    return results
 
 
 # Micro-batches: parts of a batch that hold whole token groups.
@@ -483,11 +483,11 @@ def rows_together(graph: Graph, sizes: Mapping[str, int]) -> int:
       InputError: a token group ends within a sequence of another.
     """
     nodes = [n for n in graph.every_node() if n.op.assigns_slots]
-    found = [_rows(node, sizes) for node in nodes]
-    problems = [problem for _, problem in found if problem is not None]
+    row_counts = [_rows(node, sizes) for node in nodes]
+    problems = [problem for _, problem in row_counts if problem is not None]
     if problems:
         raise InputError(problems)
-    rows = sorted({number for number, _ in found} | {1})
+    rows = sorted({number for number, _ in row_counts} | {1})
     odd = [n for n in rows if rows[-1] % n]
     if odd:
         raise InputError(

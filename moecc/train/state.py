@@ -182,10 +182,10 @@ class Carried:
         """
         zeros = Full(0.0, type.bare.with_dtype(F32))
         param = self.graph.params[name]
-        found = None if param.weight is None else self._moment(param, param.weight, kind, type)
-        if found is None or set(found.type.names) != set(type.names):
+        cached = None if param.weight is None else self._moment(param, param.weight, kind, type)
+        if cached is None or set(cached.type.names) != set(type.names):
             return zeros
-        return found if found.type.names == type.names else Permute(found, type.names)
+        return cached if cached.type.names == type.names else Permute(cached, type.names)
 
     def _moment(self, param: Value, weight: Expr, kind: str, type: TensorType) -> Expr | None:
         gone = frozenset(param.type.names) - frozenset(type.names)
@@ -199,12 +199,12 @@ class Carried:
         if kind == FIRST:
             return Scale(moved, share)
         square = share / self._chosen[param] if param in self._chosen else share
-        made: Expr = Scale(moved, square)
+        moment_expr: Expr = Scale(moved, square)
         first = _Moved(self.known, self.name_of, FIRST, gone).of(weight)
         if kind != SECOND or first is None or square == share**2:
-            return made
+            return moment_expr
         mean = Scale(Mul(first, first), self._correction)
-        return Add(made, Scale(Minimum(mean, moved), share**2 - square))
+        return Add(moment_expr, Scale(Minimum(mean, moved), share**2 - square))
 
     @cached_property
     def _correction(self) -> float:
@@ -216,7 +216,7 @@ class Carried:
     @cached_property
     def _chosen(self) -> dict[Value, float]:
         """How many copies of each part a token goes to, by the parameter of experts."""
-        found = {}
+        experts_by_layer = {}
         for param in self.graph.params.values():
             slots = next(_slots_of(param), None)
             if slots is not None and param.weight is not None:
@@ -227,8 +227,8 @@ class Carried:
                 # Experts that choose take so many tokens that each has this number on average.
                 each = attrs.capacity_factor if node.op.chooses else choices
                 assert isinstance(each, int | float), "the number of choices is known"
-                found[param] = max(each * copies / attrs.experts, 1e-6)
-        return found
+                experts_by_layer[param] = max(each * copies / attrs.experts, 1e-6)
+        return experts_by_layer
 
 
 def _slots_of(param: Value) -> Iterator[Value]:
@@ -310,24 +310,28 @@ class _Moved:
 
     def _select(self, e: Select) -> Expr | None:
         """Return the moment of neurons of which some are drawn anew."""
-        kept = self.of(e.b)
-        if kept is None or self.kind != FIRST or not set(e.mask.type.names) <= set(kept.type.names):
-            return kept
-        return Select(e.mask, Full(0.0, kept.type), kept)
+        selected = self.of(e.b)
+        if (
+            selected is None
+            or self.kind != FIRST
+            or not set(e.mask.type.names) <= set(selected.type.names)
+        ):
+            return selected
+        return Select(e.mask, Full(0.0, selected.type), selected)
 
     def _moved(self, e: Expr) -> Expr | None:
         inner = [self.of(x) for x in e.operands]
-        made = [x for x in inner if x is not None]
-        if len(made) < len(inner) or not made:
+        moments = [x for x in inner if x is not None]
+        if len(moments) < len(inner) or not moments:
             return None
-        x, names = made[0], made[0].type.names
+        x, names = moments[0], moments[0].type.names
         match e:
             case Tile():
                 return Tile(x, e.axis, e.size, min(e.position, x.type.rank))
             case Stack():
-                return Stack(tuple(made), e.axis, min(e.position, x.type.rank))
+                return Stack(tuple(moments), e.axis, min(e.position, x.type.rank))
             case Concat():
-                return Concat(tuple(made), e.axis) if e.axis in names else x
+                return Concat(tuple(moments), e.axis) if e.axis in names else x
             case Index():
                 return Index(x, e.axis, e.at) if e.axis in names else x
             case Slice():

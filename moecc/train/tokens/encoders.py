@@ -40,16 +40,16 @@ def byte_tokenizer() -> bytes:
         }
         for n, name in enumerate(extra)
     ]  # fmt: skip
-    whole = {"add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    byte_level = {"add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     document: dict[str, object] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": added,
         "normalizer": None,
-        "pre_tokenizer": {"type": "ByteLevel", **whole},
+        "pre_tokenizer": {"type": "ByteLevel", **byte_level},
         "post_processor": None,
-        "decoder": {"type": "ByteLevel", **whole},
+        "decoder": {"type": "ByteLevel", **byte_level},
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -161,12 +161,12 @@ class TokenizerEncoder(Encoder):
       MachineError: the extra ``tokenizers`` is not installed.
     """
 
-    def __init__(self, place: Path) -> None:
-        folder = place.parent if place.is_file() else place
-        file = place if place.is_file() else folder / "tokenizer.json"
+    def __init__(self, path: Path) -> None:
+        folder = path.parent if path.is_file() else path
+        file = path if path.is_file() else folder / "tokenizer.json"
         if not file.is_file():
             raise InputError(
-                "no tokenizer.json", where=str(place),
+                "no tokenizer.json", where=str(path),
                 hint="--tokenizer takes the folder of a checkpoint, or the word bytes",
             )  # fmt: skip
         self._data = read_bounded(file, _LARGEST_TOKENIZER_BYTES)
@@ -186,7 +186,7 @@ class TokenizerEncoder(Encoder):
         """Return the ids of each text. Raises InputError."""
         pieces = [list(_pieces(text)) for text in texts]
         flat = [piece for each in pieces for piece in each]
-        ids = iter([found for batch in _batches(flat) for found in self._ask(batch)])
+        ids = iter([piece_ids for batch in _batches(flat) for piece_ids in self._ask(batch)])
         return [np.concatenate([_EMPTY, *(next(ids) for _ in each)]) for each in pieces]
 
     def _ask(self, texts: Sequence[str]) -> list[IdArray]:
@@ -194,8 +194,8 @@ class TokenizerEncoder(Encoder):
             self._tokenizer.close()
             self._tokenizer, self._used = Tokenizer(self._data, self._where), 0
         self._used += sum(map(len, texts))
-        found = self._tokenizer.encode_all(texts, special=False)
-        return [np.asarray(ids, np.int32) for ids in found]
+        encode_all = self._tokenizer.encode_all(texts, special=False)
+        return [np.asarray(ids, np.int32) for ids in encode_all]
 
     def _special(self, folder: Path) -> Special:
         """Return the special tokens that the files beside the tokenizer name."""
@@ -205,7 +205,7 @@ class TokenizerEncoder(Encoder):
         ids = self._tokenizer.ids([*named.values(), *extra])
         by_name = dict(zip(names, ids, strict=False))
         sentinels = ids[len(names) :]
-        known = sentinels.index(None) if None in sentinels else len(sentinels)
+        sentinel_count = sentinels.index(None) if None in sentinels else len(sentinels)
         before, after = self._template()
         return Special(
             bos=by_name.get("bos"),
@@ -214,16 +214,16 @@ class TokenizerEncoder(Encoder):
             mask=by_name.get("mask"),
             before=before,
             after=after,
-            sentinels=tuple(id for id in sentinels[:known] if id is not None),
+            sentinels=tuple(id for id in sentinels[:sentinel_count] if id is not None),
         )
 
     def _template(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the ids that the tokenizer puts before and after a text."""
         (plain,) = self._tokenizer.encode_all(["a"], special=False)
-        (whole,) = self._tokenizer.encode_all(["a"])
-        for start in range(len(whole) - len(plain) + 1):
-            if whole[start : start + len(plain)] == plain:
-                return tuple(whole[:start]), tuple(whole[start + len(plain) :])
+        (encoded,) = self._tokenizer.encode_all(["a"])
+        for start in range(len(encoded) - len(plain) + 1):
+            if encoded[start : start + len(plain)] == plain:
+                return tuple(encoded[:start]), tuple(encoded[start + len(plain) :])
         return (), ()
 
     def close(self) -> None:
@@ -242,10 +242,10 @@ def open_encoder(name: str) -> Encoder:
     """
     if name == BYTES:
         return ByteEncoder()
-    place, run = Path(name), split_reference(name)
+    path, run = Path(name), split_reference(name)
     if run is not None:
         return _of_run(Path(run[0]))
-    return _of_model(place) if place.suffix == ".gguf" else TokenizerEncoder(place)
+    return _of_model(path) if path.suffix == ".gguf" else TokenizerEncoder(path)
 
 
 def _of_run(run: Path) -> Encoder:
@@ -255,9 +255,9 @@ def _of_run(run: Path) -> Encoder:
         BYTES_DIGEST
     ):
         return ByteEncoder()
-    made = TokenizerEncoder(run / SOURCE)
-    made.name = run.resolve().name
-    return made
+    encoder = TokenizerEncoder(run / SOURCE)
+    encoder.name = run.resolve().name
+    return encoder
 
 
 def _of_model(file: Path) -> TokenizerEncoder:
@@ -272,9 +272,9 @@ def _of_model(file: Path) -> TokenizerEncoder:
         if not Path(folder, "tokenizer.json").is_file():
             raise InputError("the file has no tokenizer", where=str(file),
                              found="; ".join(checkpoint.remarks()))  # fmt: skip
-        made = TokenizerEncoder(Path(folder))
-    made.name = file.stem
-    return made
+        encoder = TokenizerEncoder(Path(folder))
+    encoder.name = file.stem
+    return encoder
 
 
 def tokenizer_digest(data: bytes) -> str:
@@ -290,8 +290,8 @@ _EMPTY: IdArray = np.zeros(0, np.int32)
 def _pieces(text: str) -> Iterator[str]:
     """Yield `text` in pieces that end with a line, where there is one."""
     while len(text) > PIECE_CHARACTERS:
-        found = _LAST_BREAK.search(text, 0, PIECE_CHARACTERS)
-        end = found.end() if found else PIECE_CHARACTERS
+        match = _LAST_BREAK.search(text, 0, PIECE_CHARACTERS)
+        end = match.end() if match else PIECE_CHARACTERS
         yield text[:end]
         text = text[end:]
     yield text
@@ -311,7 +311,7 @@ def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
 
 def _named_tokens(folder: Path) -> dict[str, str]:
     """Return the special tokens by name, from the files that name them; missing ones are left."""
-    found: dict[str, str] = {}
+    ids_by_name: dict[str, str] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         if not (folder / file).is_file():
             continue
@@ -321,5 +321,5 @@ def _named_tokens(folder: Path) -> dict[str, str]:
             if isinstance(value, dict):
                 value = value.get("content")
             if isinstance(value, str):
-                found[name] = value
-    return found
+                ids_by_name[name] = value
+    return ids_by_name

@@ -253,6 +253,6 @@ def _size_problems(folder: Path, name: str, size: int) -> list[Problem]:
     actual_size = path.stat().st_size
     if actual_size == size:
         return []
-    what = "the file is not of the size that its facts say"
+    message = "the file is not of the size that its facts say"
     hint = "a copy that was cut short? moecc tokens writes the folder anew"
-    return [Problem(what, str(path), f"{size:,} bytes", f"{actual_size:,} bytes", hint)]
+    return [Problem(message, str(path), f"{size:,} bytes", f"{actual_size:,} bytes", hint)]
