@@ -8,37 +8,33 @@ Its test is ``tests/examples/test_my_family.py``; the parts are explained in
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 from moecc.families.building import GraphRequest
-from moecc.families.config import ModelConfig, activation_problem
-from moecc.families.encdec import read_activation
+from moecc.families.config import ModelConfig, Only, activation, config_class, flag, size
 from moecc.families.graphs.blocks import Blocks
-from moecc.families.graphs.parameters import Parameters, float32_of
+from moecc.families.graphs.parameters import Parameters
 from moecc.families.names import TensorNames
 from moecc.families.outside import Family
-from moecc.families.reader import KeyProblem, Reader, key_problem
+from moecc.families.reader import COUNT, LAYERS, LENGTH, NEURONS, WIDTH, KeyProblem
 from moecc.ir import I32, Builder, Graph, Value, tensor
 
-SIZES = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "max_position_embeddings",
-)  # fmt: skip
-NAMES = TensorNames(embedding="biogpt.embed_tokens.weight", head="output_projection.weight")
 FIRST_POSITION = 2
 """The row of the table of positions that the first token has."""
 EPS = 1e-5
-"""Of the norms; transformers has a key for it in the config, and does not read it."""
+"""The epsilon of the norms; transformers has a key for it, and does not read it."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class BioGptConfig(ModelConfig):
     """A BioGPT: norms first, biases, learned positions, and the embedding as its head."""
 
     model_type: ClassVar[str] = "biogpt"
     architecture: ClassVar[str] = "BioGptForCausalLM"
     kind: ClassVar[str] = "a decoder with layer norms"
+    names: ClassVar[TensorNames] = TensorNames(
+        embedding="biogpt.embed_tokens.weight", head="output_projection.weight"
+    )
     defaults: ClassVar[Mapping[str, object]] = {
         "vocab_size": 42_384,
         "hidden_size": 1024,
@@ -51,14 +47,19 @@ class BioGptConfig(ModelConfig):
         "tie_word_embeddings": True,
         "initializer_range": 0.02,
     }
+    only: ClassVar[Only] = {
+        "tie_word_embeddings": (True, "an output matrix of its own is not supported")
+    }
+    always: ClassVar[Mapping[str, object]] = {"tie_word_embeddings": True}
+    idle: ClassVar[tuple[str, ...]] = ("layer_norm_eps",)  # see EPS
 
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    max_position_embeddings: int
-    hidden_act: str = "gelu"
-    scale_embedding: bool = True
+    hidden_size: int = size(WIDTH)
+    intermediate_size: int = size(NEURONS)
+    num_hidden_layers: int = size(LAYERS)
+    num_attention_heads: int = size(COUNT)
+    max_position_embeddings: int = size(LENGTH)
+    hidden_act: str = activation(default="gelu")
+    scale_embedding: bool = flag(default=True)
     tie_word_embeddings: ClassVar[bool] = True
 
     @property
@@ -66,49 +67,28 @@ class BioGptConfig(ModelConfig):
         """The number of heads, and their width."""
         return self.num_attention_heads, self.hidden_size // self.num_attention_heads
 
-    @classmethod
-    def _read(cls, reader: Reader) -> dict[str, object]:
-        if not reader.flag("tie_word_embeddings"):
-            what = "a BioGPT with an output matrix of its own is not supported"
-            reader.refuse("tie_word_embeddings", what, expected="true")
-        reader.value("layer_norm_eps")  # every key has to be read; see EPS
-        return {
-            **super()._read(reader),
-            **{name: reader.size(name) for name in SIZES},
-            "hidden_act": read_activation(reader, "hidden_act"),
-            "scale_embedding": reader.flag("scale_embedding"),
-        }
-
-    def _write(self) -> dict[str, object]:
-        names = (*SIZES, "hidden_act", "scale_embedding", "tie_word_embeddings")
-        return {name: getattr(self, name) for name in names}
-
     def checks(self) -> Iterator[KeyProblem]:
         """Yield inconsistent values."""
-        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
-            keys = ("hidden_size", "num_attention_heads")
-            found = f"{self.hidden_size} and {self.num_attention_heads}"
-            yield key_problem("the heads do not divide the width", None, found, *keys)
-        yield from activation_problem(self.hidden_act)
         yield from super().checks()
+        yield from self.head_checks("hidden_size", "num_attention_heads")
 
 
 def build_biogpt(config: BioGptConfig, request: GraphRequest) -> Graph:
     """Return the graph from ``tokens : i32[batch, seq]`` to ``logits : f32[batch, seq, vocab]``."""
-    attrs = {"family": "biogpt", "config": config.to_json(), "checkpoint": request.checkpoint}
-    graph = Graph("biogpt", attrs)
-    blocks = Blocks(Builder(graph), Parameters(graph, NAMES, request.dtype_of or float32_of), EPS)
-    builder, width = blocks.builder, config.hidden_size
+    params = Parameters.of(config, request)
+    graph, width = params.graph, config.hidden_size
+    blocks = Blocks(Builder(graph), params, EPS)
+    builder = blocks.builder
     tokens = graph.input("tokens", tensor(I32, batch=request.batch, seq=request.seq))
     with builder.at("embed"):
-        words = blocks.params.plain(NAMES.embedding, "embed", vocab=config.vocab_size, embed=width)
+        words = params.plain(config.names.embedding, "embed", vocab=config.vocab_size, embed=width)
         hidden = builder.embedding(words, tokens, axis="vocab", name="hidden")
         if config.scale_embedding:
             hidden = builder.scale(hidden, by=width**0.5)
         positions = builder.positions(tokens, axis="seq", name="positions")
         count = config.max_position_embeddings + FIRST_POSITION
         name = "biogpt.embed_positions.weight"
-        table = blocks.params.plain(name, "embed", position=count, embed=width)
+        table = params.plain(name, "embed", position=count, embed=width)
         table = builder.slice(table, axis="position", start=FIRST_POSITION, stop=count)
         hidden = builder.add(hidden, builder.embedding(table, positions, axis="position"))
         seen = builder.causal(positions, blocks.as_keys(positions), name="causal")
@@ -140,4 +120,4 @@ def _layer(blocks: Blocks, config: BioGptConfig, hidden: Value, layer: int, seen
         return builder.add(hidden, made, name="hidden")
 
 
-BIOGPT = Family(BioGptConfig, build_biogpt, NAMES)
+BIOGPT = Family(BioGptConfig, build_biogpt)

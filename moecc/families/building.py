@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from moecc.errors import InputError
@@ -12,9 +12,7 @@ from moecc.families.config import ModelConfig
 from moecc.families.decoder import DecoderConfig
 from moecc.families.encdec import EncDecConfig
 from moecc.families.gpt import GptConfig
-from moecc.families.graphs.decoder import build_decoder
-from moecc.families.graphs.parameters import DtypeOf
-from moecc.families.graphs.stored import build_graph
+from moecc.families.graphs.parameters import DtypeOf, GraphRequest
 from moecc.families.st_moe import GraphConfig, StMoeConfig
 from moecc.families.vision import VisionConfig
 from moecc.families.whisper import WhisperConfig
@@ -22,87 +20,29 @@ from moecc.ir.graph import Graph
 from moecc.support.process import gc_paused
 from moecc.types import Size
 
-
-@dataclass(frozen=True, slots=True)
-class GraphRequest:
-    """What a graph is built with, beside its config.
-
-    Attributes:
-      dtype_of: the element type of each tensor on disk; float32 by default.
-      checkpoint: the path of the weights.
-      layout: how experts are stored on disk, see `moecc.families.graphs.parameters.LAYOUTS`.
-      padding: whether there is an input ``mask``.
-      batch: the size of the batch axis.
-      seq: the length of the sequences, in an encoder-decoder those of the encoder.
-      decoder_seq: the length of the decoder's.
-    """
-
-    dtype_of: DtypeOf | None = None
-    checkpoint: str = ""
-    layout: str = "experts"
-    padding: bool = False
-    batch: Size = "B"
-    seq: Size = "S"
-    decoder_seq: Size = "T"
-
-
 GraphBuilder = Callable[[Any, GraphRequest], Graph]
 """Builds the graph of a config of one class."""
 
 
-def _decoder(config: DecoderConfig, r: GraphRequest) -> Graph:
-    return build_decoder(
-        config, r.dtype_of, r.checkpoint, layout=r.layout, batch=r.batch, seq=r.seq
-    )
+def _of_shape(name: str) -> GraphBuilder:
+    """Return the builder of a module of `moecc.families.graphs`, which is imported on first use."""
 
+    def build(config: ModelConfig, request: GraphRequest) -> Graph:
+        module: Any = import_module(f"moecc.families.graphs.{name}")
+        graph: Graph = module.build(config, request)
+        return graph
 
-# Only the builder of a model's own shape is imported: a decoder needs none of the others.
-def _encdec(config: EncDecConfig, r: GraphRequest) -> Graph:
-    from moecc.families.graphs.encdec import build_encdec
-
-    return build_encdec(
-        config, r.dtype_of, r.checkpoint,
-        layout="stacked" if isinstance(config, StMoeConfig) else r.layout,
-        padding=r.padding, batch=r.batch, seq=r.seq, decoder_seq=r.decoder_seq,
-    )  # fmt: skip
-
-
-def _gpt(config: GptConfig, r: GraphRequest) -> Graph:
-    from moecc.families.graphs.gpt import build_gpt
-
-    return build_gpt(config, r.dtype_of, r.checkpoint, batch=r.batch, seq=r.seq)
-
-
-def _bert(config: BertConfig, r: GraphRequest) -> Graph:
-    from moecc.families.graphs.bert import build_bert
-
-    return build_bert(config, r.dtype_of, r.checkpoint, padding=r.padding, batch=r.batch, seq=r.seq)
-
-
-def _vision(config: VisionConfig, r: GraphRequest) -> Graph:
-    from moecc.families.graphs.vision import build_vision
-
-    return build_vision(config, r.dtype_of, r.checkpoint, batch=r.batch)
-
-
-def _whisper(config: WhisperConfig, r: GraphRequest) -> Graph:
-    from moecc.families.graphs.whisper import build_whisper
-
-    return build_whisper(config, r.dtype_of, r.checkpoint, batch=r.batch, decoder_seq=r.decoder_seq)
-
-
-def _stored(config: GraphConfig, r: GraphRequest) -> Graph:
-    return build_graph(config, r.dtype_of, r.checkpoint)
+    return build
 
 
 BUILDERS: dict[type[ModelConfig], GraphBuilder] = {
-    DecoderConfig: _decoder,
-    EncDecConfig: _encdec,
-    GptConfig: _gpt,
-    BertConfig: _bert,
-    VisionConfig: _vision,
-    WhisperConfig: _whisper,
-    GraphConfig: _stored,
+    DecoderConfig: _of_shape("decoder"),
+    EncDecConfig: _of_shape("encdec"),
+    GptConfig: _of_shape("gpt"),
+    BertConfig: _of_shape("bert"),
+    VisionConfig: _of_shape("vision"),
+    WhisperConfig: _of_shape("whisper"),
+    GraphConfig: _of_shape("stored"),
 }
 """What builds the graph of each class of config, and of those derived from it."""
 
@@ -127,6 +67,8 @@ def build_model(
         raise InputError(
             f"{config.kind} takes no mask", where=config.model_type, hint=config.mask_hint
         )
+    if isinstance(config, StMoeConfig):
+        layout = "stacked"
     request = GraphRequest(dtype_of, checkpoint, layout, padding, batch, seq, decoder_seq)
     build = next((BUILDERS[c] for c in type(config).__mro__ if c in BUILDERS), None)
     if build is None:

@@ -1,15 +1,17 @@
-"""The base of every config, whatever the shape of the model: reading, writing, checks."""
+"""The base of every config: its fields, from which reading, writing and checks follow."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
-from typing import ClassVar, Self, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
 from moecc.errors import InputError
+from moecc.families.names import EngineReading, GgufFacts, MaxTextFacts, TensorNames
 from moecc.families.reader import (
     KEPT_NUMBERS,
+    VOCABULARY,
     KeyProblem,
     Reader,
     key_problem,
@@ -18,7 +20,8 @@ from moecc.families.reader import (
     refuse_what_needs_other_code,
     shown,
 )
-from moecc.support.untyped import JsonDict
+from moecc.support.untyped import Json, JsonDict
+from moecc.weights.expr import Expr
 
 ACTIVATIONS: Mapping[str, str] = {
     "silu": "silu",
@@ -33,10 +36,116 @@ ACTIVATIONS: Mapping[str, str] = {
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
+Only = Mapping[str, tuple[object, str]]
+"""Keys with the one value that is supported, and why others are not."""
+
+CAUSAL: Only = {"is_causal": (True, "every token of such a decoder attends to later ones, too")}
+"""Of decoders: any value that Python takes for false switches the mask off in transformers 5."""
+
 Config = TypeVar("Config")
 
 
-@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field, field))
+@dataclass(frozen=True, slots=True)
+class KeyRule:
+    """How a field is read from config.json and written to it, see `ModelConfig.key`.
+
+    Attributes:
+      kind: ``size``, ``number``, ``flag``, ``choice`` or ``activation``.
+      least: the least size or number.
+      above: a number that has to be exceeded.
+      most: the largest size.
+      choices: the values of a choice.
+      null: what null stands for, given the fields that were read before.
+    """
+
+    kind: str
+    least: float | None = None
+    above: float | None = None
+    most: int = 0
+    choices: tuple[str, ...] = ()
+    null: Callable[[Json], object] | None = None
+
+    def read(self, reader: Reader, key: str, values: Json) -> object:
+        """Return the value at `key`; what is wrong is recorded by `reader`."""
+        if self.null is not None and reader.value(key) is None:
+            return self.null(values)
+        match self.kind:
+            case "size":
+                return reader.size(key, self.most, smallest=int(self.least or 0))
+            case "number":
+                return reader.number(key, least=self.least, above=self.above)
+            case "flag":
+                return reader.flag(key)
+            case "choice":
+                return reader.choice(key, self.choices)
+        return ACTIVATIONS[reader.choice(key, ACTIVATIONS)]
+
+    def problem(self, value: Any, key: str) -> KeyProblem | None:
+        """Return why a field cannot have `value`, or None."""
+        if self.kind == "size" and not (self.least or 0) <= value <= self.most:
+            return key_problem("not a usable size", f"1 to {self.most:,}", f"{value}", key)
+        if self.kind == "activation" and value not in ACTIVATIONS.values():
+            return key_problem("unknown activation", one_of(set(ACTIVATIONS.values())), value, key)
+        if self.kind == "choice" and value not in self.choices:
+            return key_problem("not supported", one_of(self.choices), f"{value}", key)
+        if self.kind == "number" and self.least is not None and value < self.least:
+            return key_problem("too small", f"at least {self.least:g}", f"{value}", key)
+        return None
+
+
+def _with_rule(default: object, rule: KeyRule | None, feature: str = "") -> Any:
+    return field(default=default, metadata={"rule": rule, "feature": feature})
+
+
+def size(
+    most: int,
+    *,
+    least: int = 1,
+    null: Callable[[Json], object] | None = None,
+    default: object = MISSING,
+) -> Any:
+    """Declare a field that is a size up to `most`; `null` says what null stands for."""
+    return _with_rule(default, KeyRule("size", least, most=most, null=null))
+
+
+def number(
+    *, least: float | None = None, above: float | None = None, default: object = MISSING
+) -> Any:
+    """Declare a field that is a finite number, at least `least` or greater than `above`."""
+    return _with_rule(default, KeyRule("number", least, above))
+
+
+def flag(*, null: Callable[[Json], object] | None = None, default: object = MISSING) -> Any:
+    """Declare a field that is true or false; `null` says what null stands for."""
+    return _with_rule(default, KeyRule("flag", null=null))
+
+
+def choice(choices: tuple[str, ...], *, default: object = MISSING) -> Any:
+    """Declare a field with one of `choices`."""
+    return _with_rule(default, KeyRule("choice", choices=choices))
+
+
+def activation(*, default: object = MISSING) -> Any:
+    """Declare a field that is the activation of feed-forward blocks, by moecc's name."""
+    return _with_rule(default, KeyRule("activation"))
+
+
+def feature(words: str, rule: KeyRule | None = None, *, default: object = MISSING) -> Any:
+    """Declare a feature that most families lack; it is read where `ModelConfig.options` has it.
+
+    Args:
+      words: what it is, in a message: "llama has no …".
+      rule: how it is read; None if the family does so itself.
+      default: the value without the feature.
+    """
+    return _with_rule(default, rule, words)
+
+
+@dataclass_transform(
+    kw_only_default=True,
+    frozen_default=True,
+    field_specifiers=(Field, field, size, number, flag, choice, activation, feature),
+)
 def config_class(cls: type[Config]) -> type[Config]:
     """Make a class derived from `ModelConfig` a frozen dataclass, its fields given by name.
 
@@ -51,6 +160,9 @@ def config_class(cls: type[Config]) -> type[Config]:
 class ModelConfig:
     """A model of any family; sizes count elements.
 
+    A class of a family states its deviations from the shape of its base, and what every format
+    and engine makes of it.  Tables of the bases hold for it, too.
+
     Raises InputError on construction if the values are inconsistent or the family
     cannot express them.
     """
@@ -61,7 +173,31 @@ class ModelConfig:
     kind: ClassVar[str] = "an encoder alone"
     # Other names that the class in `architectures` has had.
     aliases: ClassVar[tuple[str, ...]] = ()
+    # The defaults of transformers, by key.
     defaults: ClassVar[Mapping[str, object]]
+    # The key of a field in config.json, where it has another name; empty if it has none.
+    keys: ClassVar[Mapping[str, str]] = {}
+    # Fields whose null transformers rejects.
+    strict: ClassVar[tuple[str, ...]] = ()
+    # Fields that have the same value in every model of the family.
+    fixed: ClassVar[Mapping[str, object]] = {}
+    # Features that the family leaves open.
+    options: ClassVar[frozenset[str]] = frozenset()
+    # Keys of which moecc supports one value, and why others are rejected.
+    only: ClassVar[Only] = {}
+    # Keys that change nothing in the graph, and are not kept.
+    idle: ClassVar[tuple[str, ...]] = ()
+    # Keys that are written with the same value in every model.
+    always: ClassVar[Mapping[str, object]] = {}
+    # Keys that set another one in transformers, whose value they replace.
+    synonyms: ClassVar[Mapping[str, str]] = {}
+    # Numbers that an export keeps with their default if the file omits them.
+    kept_numbers: ClassVar[tuple[str, ...]] = KEPT_NUMBERS
+    names: ClassVar[TensorNames] = TensorNames()
+    gguf: ClassVar[GgufFacts | None] = None
+    maxtext: ClassVar[MaxTextFacts | None] = None
+    # How each engine reads the family; of families without experts nothing is stated.
+    engines: ClassVar[Mapping[str, EngineReading]] = {}
     # Whether code named after the family, which its first checkpoints bring, is in transformers.
     own_code: ClassVar[bool] = False
     # The prefix of the base model's tensors, which files of it alone lack.
@@ -75,36 +211,27 @@ class ModelConfig:
     # Whether its graph may have a mask of padding, and a word for those who ask in vain.
     takes_mask: ClassVar[bool] = False
     mask_hint: ClassVar[str | None] = None
-    # Whether it reads tokens at all.
-    has_vocabulary: ClassVar[bool] = True
-    least_vocabulary: ClassVar[int] = 1
-    # Keys that set another one in transformers, whose value they replace.
-    synonyms: ClassVar[Mapping[str, str]] = {}
-    # The key of a field in config.json, where it has another name.
-    keys: ClassVar[Mapping[str, str]] = {}
-    # Numbers that an export keeps with their default if the file omits them.
-    kept_numbers: ClassVar[tuple[str, ...]] = KEPT_NUMBERS
 
-    vocab_size: int = 0
+    vocab_size: int = size(VOCABULARY, default=0)
     dtype: str | None = None
     extra: Mapping[str, object] = field(default_factory=dict, hash=False)
 
     __dataclass_fields__: ClassVar[dict[str, Field[object]]]
 
-    def __init__(self, **given: object) -> None:
+    def __init__(self, **values: object) -> None:
         for f in fields(self):
             default = f.default if f.default_factory is MISSING else f.default_factory()
-            value = given.pop(f.name, default)
+            value = values.pop(f.name, self.fixed.get(f.name, default))
             if value is MISSING:
                 raise TypeError(f"{type(self).__name__}: the field {f.name!r} is missing")
             object.__setattr__(self, f.name, value)
-        if given:
-            raise TypeError(f"{type(self).__name__} has no field {next(iter(given))!r}")
+        if values:
+            raise TypeError(f"{type(self).__name__} has no field {next(iter(values))!r}")
         self.__post_init__()
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))
-        return f"{type(self).__qualname__}({shown})"
+        values = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))
+        return f"{type(self).__qualname__}({values})"
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
@@ -123,9 +250,21 @@ class ModelConfig:
             )
 
     @classmethod
+    def table(cls, name: str) -> JsonDict:
+        """Return a table of the class and its bases: `keys`, `only` or `always`."""
+        rows: JsonDict = {}
+        for base in reversed(cls.__mro__):
+            rows.update(vars(base).get(name, {}))
+        return rows
+
+    @classmethod
     def key(cls, name: str) -> str:
-        """Return the key of a field in config.json."""
-        return cls.keys.get(name, name)
+        """Return the key of a field in config.json, empty if it has none."""
+        table = _KEYS.get(cls)
+        if table is None:
+            table = _KEYS[cls] = cls.table("keys")
+        key: str = table.get(name, name)
+        return key
 
     @classmethod
     def from_json(cls, data: Mapping[str, object], where: str = "config.json") -> Self:
@@ -137,21 +276,29 @@ class ModelConfig:
         refuse_what_needs_other_code(
             reader, cls.architecture, cls._is_architecture, own_code=cls.own_code
         )
-        cls._check_synonyms(reader)
-        values = cls._read(reader)
-        values["extra"] = read_extra(reader, cls.kept_numbers)
-        config = cls._construct(values, reader)
-        if config is None or reader.problems:
-            raise InputError(reader.problems)
-        return config
-
-    @classmethod
-    def _check_synonyms(cls, reader: Reader) -> None:
-        """Reject a key that replaces the value of another one; equal ones are not kept."""
         for key, usual in cls.synonyms.items():
+            # transformers takes the one for the other; equal ones are not kept.
             if reader.has(key) and reader.data[key] != reader.value(usual):
                 what = f"transformers takes it for {usual}, which is {shown(reader.value(usual))}"
                 reader.refuse(key, what, hint=f"state the size as {usual} alone")
+        for key, (supported, why) in cls.table("only").items():
+            value = reader.value(key)
+            is_stated = key in reader.data or key in reader.defaults
+            if is_stated and (type(value) is not type(supported) or value != supported):
+                reader.refuse(key, why, expected=f"{supported}".lower())
+        for key in cls.idle:
+            reader.value(key)
+        values = cls._read(reader)
+        values["extra"] = read_extra(reader, cls.kept_numbers)
+        try:
+            config = cls(**values)
+        except InputError as error:
+            for problem in error.problems:
+                reader.accept(problem)
+            raise InputError(reader.problems) from None
+        if reader.problems:
+            raise InputError(reader.problems)
+        return config
 
     @classmethod
     def _is_architecture(cls, name: str) -> bool:
@@ -159,15 +306,6 @@ class ModelConfig:
         if cls.with_heads and name.startswith(cls.architecture.removesuffix("Model")):
             return True
         return name == cls.architecture or name in cls.aliases
-
-    @classmethod
-    def _construct(cls, values: JsonDict, reader: Reader) -> Self | None:
-        try:
-            return cls(**values)
-        except InputError as error:
-            for problem in error.problems:
-                reader.accept(problem)
-            return None
 
     def to_json(self) -> dict[str, object]:
         """Return config.json with the keys of transformers 4 and 5 side by side, sorted."""
@@ -177,7 +315,7 @@ class ModelConfig:
             "model_type": self.model_type,
             "dtype": self.dtype,
             "torch_dtype": self.dtype,
-            **({"vocab_size": self.vocab_size} if self.has_vocabulary else {}),
+            **self.table("always"),
             **self._write(),
         }
         return {key: copy.deepcopy(keys[key]) for key in sorted(keys)}
@@ -186,25 +324,49 @@ class ModelConfig:
         """Return the fields that every config of this shape has, to build another family's from."""
         return {f.name: getattr(self, f.name) for f in fields(self.shape())}
 
+    def completed(self) -> tuple[ModelConfig, dict[str, Expr]]:
+        """Return the config that engines read, and tensors that they want and a model lacks.
+
+        Engines build some parts unconditionally, and take what lies in memory for a tensor that is
+        not in the file; the values of these change nothing.
+        """
+        return self, {}
+
     @classmethod
     def shape(cls) -> type[ModelConfig]:
         """Return the class whose fields all families of this shape of model share."""
         return ModelConfig
 
     @classmethod
-    def _read(cls, reader: Reader) -> dict[str, object]:
-        """Read the fields that all families have; families add their own."""
-        dtype = {"dtype": _read_dtype(reader)}
-        if not cls.has_vocabulary:
-            return {**dtype}
-        return {**dtype, "vocab_size": reader.size("vocab_size", smallest=cls.least_vocabulary)}
+    def rules(cls) -> Iterator[tuple[str, KeyRule, str]]:
+        """Yield the fields that have a key in the family's config.json: name, rule and key."""
+        for f in fields(cls):
+            rule, key = f.metadata.get("rule"), cls.key(f.name)
+            if rule is not None and key and (not f.metadata["feature"] or f.name in cls.options):
+                yield f.name, rule, key
 
-    def _write(self) -> dict[str, object]:
-        """Return the keys of the family."""
-        return {}
+    @classmethod
+    def _read(cls, reader: Reader) -> JsonDict:
+        """Read the fields; families add what no rule can say."""
+        stated = [key for key in ("dtype", "torch_dtype") if reader.value(key) is not None]
+        dtypes = {key: reader.choice(key, DTYPES) for key in stated}
+        if len(set(dtypes.values())) > 1:
+            reader.conflict(("dtype", "torch_dtype"), "the dtype is stated twice and differs")
+        values: JsonDict = {**cls.fixed, "dtype": next(iter(dtypes.values()), None)}
+        for name, rule, key in cls.rules():
+            read = replace(rule, null=None) if name in cls.strict else rule
+            values[name] = read.read(reader, key, values)
+        return values
+
+    def _write(self) -> JsonDict:
+        """Return the keys of the fields; families add what no rule can say."""
+        return {key: getattr(self, name) for name, _, key in self.rules()}
 
     def checks(self) -> Iterator[KeyProblem]:
         """Yield inconsistent values, and those that this family cannot express."""
+        for name, rule, key in self.rules():
+            if problem := rule.problem(getattr(self, name), key):
+                yield problem
         if self.dtype is not None and self.dtype not in DTYPES:
             yield key_problem("unknown dtype", one_of(DTYPES), self.dtype, "dtype")
         padding = self.extra.get("pad_token_id")
@@ -213,17 +375,14 @@ class ModelConfig:
             expected = f"below {self.vocab_size}, or null"
             yield key_problem(what, expected, f"{padding}", "pad_token_id", "vocab_size")
 
+    def head_checks(self, width: str, heads: str) -> Iterator[KeyProblem]:
+        """Yield a problem unless the heads of a field divide the width of another."""
+        size, count = getattr(self, width), getattr(self, heads)
+        if count > 0 and size % count:
+            what = "the heads do not divide the width"
+            keys = (self.key(width), self.key(heads))
+            yield key_problem(what, f"a multiple of {count}", f"{size}", *keys)
 
-def activation_problem(act: str, key: str = "hidden_act") -> Iterator[KeyProblem]:
-    """Yield a problem unless `act` is an activation that moecc supports."""
-    if act not in ACTIVATIONS.values():
-        yield key_problem("unknown activation", one_of(set(ACTIVATIONS.values())), act, key)
 
-
-def _read_dtype(reader: Reader) -> str | None:
-    """Read the type of the stored weights, `torch_dtype` in version 4 and `dtype` in 5."""
-    stated = [key for key in ("dtype", "torch_dtype") if reader.value(key) is not None]
-    found = {key: reader.choice(key, DTYPES) for key in stated}
-    if len(set(found.values())) > 1:
-        reader.conflict(("dtype", "torch_dtype"), "the dtype is stated twice and differs")
-    return next(iter(found.values()), None)
+_KEYS: dict[type[ModelConfig], JsonDict] = {}
+"""The tables `keys` that `ModelConfig.key` has put together."""

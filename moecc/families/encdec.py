@@ -6,14 +6,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moecc.families.config import ACTIVATIONS, ModelConfig, activation_problem, config_class
+from moecc.families.config import (
+    CAUSAL,
+    ModelConfig,
+    activation,
+    config_class,
+    flag,
+    number,
+    size,
+)
+from moecc.families.names import TensorNames
 from moecc.families.reader import (
+    COUNT,
     EXTRA_DEFAULTS,
-    LARGEST_SIZES,
+    LAYERS,
+    NEURONS,
+    WIDTH,
     KeyProblem,
-    Reader,
     key_problem,
-    refuse_attention_to_later_tokens,
 )
 from moecc.ir.conventions import Gates
 
@@ -38,18 +48,6 @@ ENCDEC_DEFAULTS: Mapping[str, object] = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
-
-KEYS: Mapping[str, str] = {
-    "hidden_size": "d_model",
-    "head_dim": "d_kv",
-    "intermediate_size": "d_ff",
-    "num_hidden_layers": "num_layers",
-    "num_decoder_layers": "num_decoder_layers",
-    "num_attention_heads": "num_heads",
-    "relative_attention_num_buckets": "relative_attention_num_buckets",
-    "relative_attention_max_distance": "relative_attention_max_distance",
-}
-"""Fields that are sizes, and their names in T5's config.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,31 +82,58 @@ class EncDecConfig(ModelConfig):
     ``hidden_size ** -0.5`` before the logits.
     """
 
-    kind: ClassVar[str] = "an encoder-decoder"
-    takes_mask: ClassVar[bool] = True
-    synonyms: ClassVar[Mapping[str, str]] = {
+    kind = "an encoder-decoder"
+    takes_mask = True
+    synonyms = {
         "hidden_size": "d_model",
         "num_attention_heads": "num_heads",
         "num_hidden_layers": "num_layers",
     }
-    defaults: ClassVar[Mapping[str, object]] = ENCDEC_DEFAULTS
+    defaults = ENCDEC_DEFAULTS
+    keys = {
+        "hidden_size": "d_model",
+        "head_dim": "d_kv",
+        "intermediate_size": "d_ff",
+        "num_hidden_layers": "num_layers",
+        "num_attention_heads": "num_heads",
+        "rms_norm_eps": "layer_norm_epsilon",
+        "hidden_act": "dense_act_fn",
+        "gated": "is_gated_act",
+        "scale_outputs": "scale_decoder_outputs",
+    }
+    only = {
+        **CAUSAL,
+        "is_encoder_decoder": (True, "an encoder-decoder without a decoder is not supported"),
+    }
+    always = {"is_encoder_decoder": True}
+    kept_numbers = ("dropout_rate", "initializer_factor")
+    names = TensorNames(
+        embedding="shared.weight",
+        dense="DenseReluDense.",
+        router="router.classifier.weight",
+        expert="experts.expert_{expert}.",
+        gate="wi_0",
+        up="wi_1",
+        single="wi",
+        down="wo",
+        copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+    )
     # Whether every layer has its own biases by distance, not all those of the first.
     biases_of_layers: ClassVar[bool] = False
-    kept_numbers: ClassVar[tuple[str, ...]] = ("dropout_rate", "initializer_factor")
 
-    hidden_size: int
-    head_dim: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_decoder_layers: int
-    num_attention_heads: int
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    rms_norm_eps: float = 1e-6
-    hidden_act: str = "relu"
-    gated: bool = False
-    tie_word_embeddings: bool = True
-    scale_outputs: bool = True
+    hidden_size: int = size(WIDTH)
+    head_dim: int = size(COUNT)
+    intermediate_size: int = size(NEURONS)
+    num_hidden_layers: int = size(LAYERS)
+    num_decoder_layers: int = size(LAYERS, null=lambda values: values["num_hidden_layers"])
+    num_attention_heads: int = size(COUNT)
+    relative_attention_num_buckets: int = size(1 << 10, default=32)
+    relative_attention_max_distance: int = size(COUNT, default=128)
+    rms_norm_eps: float = number(least=0, default=1e-6)
+    hidden_act: str = activation(default="relu")
+    gated: bool = flag(default=False)
+    tie_word_embeddings: bool = flag(default=True)
+    scale_outputs: bool = flag(null=lambda values: values["tie_word_embeddings"], default=True)
 
     @classmethod
     def shape(cls) -> type[ModelConfig]:
@@ -130,17 +155,7 @@ class EncDecConfig(ModelConfig):
 
     def checks(self) -> Iterator[KeyProblem]:
         """Yield inconsistent values, and those that this family cannot express."""
-        for name, key in KEYS.items():
-            value = getattr(self, name)
-            if not 1 <= value <= LARGEST_SIZES[key]:
-                yield key_problem(
-                    "not a usable size", f"1 to {LARGEST_SIZES[key]:,}", f"{value}", key
-                )
-        yield from self._bucket_checks()
-        yield from activation_problem(self.hidden_act)
         yield from super().checks()
-
-    def _bucket_checks(self) -> Iterator[KeyProblem]:
         buckets, furthest = "relative_attention_num_buckets", "relative_attention_max_distance"
         count, reach = self.relative_attention_num_buckets, self.relative_attention_max_distance
         if count < 4 or count % 2:
@@ -150,36 +165,6 @@ class EncDecConfig(ModelConfig):
             what = "the buckets of the decoder reach further than the largest distance"
             yield key_problem(what, f"more than {count // 2}", f"{reach}", furthest, buckets)
 
-    @classmethod
-    def _read(cls, reader: Reader) -> dict[str, object]:
-        refuse_attention_to_later_tokens(reader)
-        sizes = {name: reader.size(key) for name, key in KEYS.items() if key != DECODER_LAYERS}
-        if not reader.flag("is_encoder_decoder"):
-            reader.refuse("is_encoder_decoder", f"a {cls.model_type} without a decoder")
-        return {
-            **super()._read(reader),
-            **sizes,
-            # Without the key both stacks are equally deep.
-            DECODER_LAYERS: reader.optional_size(DECODER_LAYERS) or sizes["num_hidden_layers"],
-            "rms_norm_eps": reader.number("layer_norm_epsilon", least=0),
-            "tie_word_embeddings": reader.flag("tie_word_embeddings"),
-        }
-
-    def _write(self) -> dict[str, object]:
-        return {
-            **{key: getattr(self, name) for name, key in KEYS.items()},
-            "layer_norm_epsilon": self.rms_norm_eps,
-            "tie_word_embeddings": self.tie_word_embeddings,
-            "is_encoder_decoder": True,
-        }
-
-
-DECODER_LAYERS = "num_decoder_layers"
 
 T5_ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_new", "relu": "relu", "silu": "silu"}
 """T5's names of activations, by moecc's name."""
-
-
-def read_activation(reader: Reader, key: str) -> str:
-    """Return the activation at `key`, by moecc's name."""
-    return ACTIVATIONS[reader.choice(key, ACTIVATIONS)]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
-
 from moecc.families.config import config_class
-from moecc.families.mixture import MOE_DEFAULTS, MoeConfig
+from moecc.families.mixture import FIXED_GATES_DEFAULTS, TRANSFORMERS, MoeConfig
+from moecc.families.names import EngineReading, GgufFacts, TensorNames
 from moecc.families.reader import Reader
+from moecc.support.untyped import JsonDict
 
 
 @config_class
@@ -17,25 +16,40 @@ class Ernie45MoeConfig(MoeConfig):
     On disk the rows of queries and keys are ordered so that neighbours are rotated together.
     """
 
-    model_type: ClassVar[str] = "ernie4_5_moe"
-    architecture: ClassVar[str] = "Ernie4_5_MoeForCausalLM"
-    fixed: ClassVar[Mapping[str, object]] = {
-        "qkv_bias": False,
-        "output_bias": False,
-        "mlp_bias": False,
-        "qk_norm": False,
+    model_type = "ernie4_5_moe"
+    architecture = "Ernie4_5_MoeForCausalLM"
+    fixed = {"norm_topk_prob": True}
+    keys = {"experts_per_token": "moe_k"}
+    only = {"use_bias": (False, "biases in this family are not supported")}
+    always = {"use_bias": False, "moe_norm_min": 1e-12}
+    experts_keys = ("moe_num_experts",)
+    sparse_style = "interval"
+    has_shared_expert = True
+    shared_is_optional = True
+    shared_count_key = "moe_num_shared_experts"
+    shared_gate = False
+    has_routing_bias = True
+    names = TensorNames(
+        shared="shared_experts.",
+        routing_bias="moe_statics.e_score_correction_bias",
+        routing_bias_rows=True,
+        pairs_neighbours=True,
+    )
+    gguf = GgufFacts(
+        "ernie4_5-moe",
+        keys=(
+            ("leading_dense_block_count", "moe_layer_start_index"),
+            ("interleave_moe_layer_step", "moe_layer_interval"),
+        ),
+    )
+    engines = {
+        **TRANSFORMERS,
+        "vLLM": EngineReading(("silu",)),
+        "SGLang": EngineReading(("silu",)),
+        "mlx-lm": EngineReading(silent=("no routing bias", "plain rope", "silu")),
     }
-    experts_keys: ClassVar[tuple[str, ...]] = ("moe_num_experts",)
-    top_k_key: ClassVar[str] = "moe_k"
-    sparse_style: ClassVar[str] = "interval"
-    renormalises: ClassVar[bool | None] = True
-    has_shared_expert: ClassVar[bool] = True
-    shared_is_optional: ClassVar[bool] = True
-    shared_count_key: ClassVar[str] = "moe_num_shared_experts"
-    shared_gate: ClassVar[bool] = False
-    has_routing_bias: ClassVar[bool] = True
-    defaults: ClassVar[Mapping[str, object]] = {
-        **{key: value for key, value in MOE_DEFAULTS.items() if key != "norm_topk_prob"},
+    defaults = {
+        **FIXED_GATES_DEFAULTS,
         "vocab_size": 103_424,
         "hidden_size": 2560,
         "intermediate_size": 12_288,
@@ -60,14 +74,7 @@ class Ernie45MoeConfig(MoeConfig):
         "eos_token_id": 2,
     }
 
-    norm_topk_prob: bool = True
-
     @classmethod
-    def _read_layout(cls, reader: Reader) -> dict[str, object]:
+    def _read(cls, reader: Reader) -> JsonDict:
         reader.number("moe_norm_min", above=0)
-        if reader.flag("use_bias"):
-            reader.refuse("use_bias", "biases in this family are not supported", expected="false")
-        return {}
-
-    def _write_layout(self) -> dict[str, object]:
-        return {"use_bias": False, "moe_norm_min": 1e-12}
+        return super()._read(reader)

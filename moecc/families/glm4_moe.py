@@ -2,42 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
-
 from moecc.families.config import config_class
-from moecc.families.mixture import MOE_DEFAULTS, MoeConfig
-from moecc.families.reader import Reader
-from moecc.families.rope import partial_rotary_factor, read_partial_rotary, read_rope
-
-NO_PREDICTION = {"num_nextn_predict_layers": 0, "num_mtp_layers": 0}
-"""Keys of both versions of transformers for layers that predict further tokens: there are none."""
+from moecc.families.mixture import MOE_DEFAULTS, TRANSFORMERS, MoeConfig
+from moecc.families.names import EngineReading, GgufFacts, TensorNames
+from moecc.families.reader import COUNT, Reader
+from moecc.support.untyped import JsonDict
 
 
 @config_class
 class Glm4MoeConfig(MoeConfig):
     """A glm4_moe: attention of a llama, a qwen2 or a qwen3, and the experts of DeepSeek-V3."""
 
-    model_type: ClassVar[str] = "glm4_moe"
-    architecture: ClassVar[str] = "Glm4MoeForCausalLM"
-    fixed: ClassVar[Mapping[str, object]] = {"output_bias": False, "mlp_bias": False}
-    options: ClassVar[frozenset[str]] = frozenset({"rotary_dim"})
-    bias_key: ClassVar[str | None] = "attention_bias"
-    groups_may_be_null: ClassVar[bool] = False
-    experts_keys: ClassVar[tuple[str, ...]] = ("n_routed_experts",)
-    sparse_style: ClassVar[str] = "leading"
-    score: ClassVar[str] = "sigmoid"
-    has_shared_expert: ClassVar[bool] = True
-    shared_count_key: ClassVar[str] = "n_shared_experts"
-    shared_gate: ClassVar[bool] = False
-    has_gate_scale: ClassVar[bool] = True
-    has_routing_bias: ClassVar[bool] = True
-    has_balance_loss: ClassVar[bool] = False
-    upcycle_options: ClassVar[str] = (
-        "top-k=2 gates=sigmoid-renormalised shared=0.5 shared-gate=none"
+    model_type = "glm4_moe"
+    architecture = "Glm4MoeForCausalLM"
+    options = frozenset({"qkv_bias", "qk_norm", "rotary_dim"})
+    keys = {
+        "qk_norm": "use_qk_norm",
+        "gate_scale": "routed_scaling_factor",
+        # transformers has no balance loss for the family.
+        "router_aux_loss_coef": "",
+    }
+    # No layers predict further tokens; the two versions of transformers count them by two keys.
+    idle = ("num_nextn_predict_layers", "num_mtp_layers")
+    always = {"n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0, "num_mtp_layers": 0}
+    strict = ("num_key_value_heads",)
+    experts_keys = ("n_routed_experts",)
+    sparse_style = "leading"
+    score = "sigmoid"
+    has_shared_expert = True
+    shared_count_key = "n_shared_experts"
+    shared_gate = False
+    has_routing_bias = True
+    upcycle_options = "top-k=2 gates=sigmoid-renormalised shared=0.5 shared-gate=none"
+    names = TensorNames(shared="shared_experts.")
+    gguf = GgufFacts(
+        "glm4moe",
+        output_bias=True,
+        norms=(
+            ("attn_norm", "input_layernorm"),
+            ("post_attention_norm", "post_attention_layernorm"),
+        ),
+        keys=(
+            ("leading_dense_block_count", "first_k_dense_replace"),
+            ("expert_weights_scale", "routed_scaling_factor"),
+            ("expert_weights_norm", "norm_topk_prob"),
+        ),
+        # Scores are sigmoids.
+        fixed=(("expert_gating_func", 2),),
+        renormalises=None,
     )
-    defaults: ClassVar[Mapping[str, object]] = {
-        **{k: v for k, v in MOE_DEFAULTS.items() if k not in ("router_aux_loss_coef",)},
+    engines = {
+        **TRANSFORMERS,
+        "vLLM": EngineReading(("silu",), ("untied",)),
+        "SGLang": EngineReading(("silu",), ("untied",)),
+        "mlx-lm": EngineReading(("untied",), ("plain rope", "silu", "several choices")),
+    }
+    defaults = {
+        **{k: v for k, v in MOE_DEFAULTS.items() if k != "router_aux_loss_coef"},
         "vocab_size": 151_552,
         "hidden_size": 4096,
         "intermediate_size": 10_944,
@@ -63,39 +84,9 @@ class Glm4MoeConfig(MoeConfig):
     norm_topk_prob: bool = True
 
     @classmethod
-    def _read_features(cls, reader: Reader) -> dict[str, object]:
-        return {**super()._read_features(reader), "qk_norm": reader.flag("use_qk_norm")}
-
-    @classmethod
-    def _read_rope(cls, reader: Reader, head_dim: int) -> dict[str, object]:
-        length = reader.size("max_position_embeddings")
-        key, default = "partial_rotary_factor", 0.5
-        return {
-            "rope": read_rope(reader, length, types=cls.rope_types, partial=True),
-            "rotary_dim": read_partial_rotary(reader, head_dim, key, default),
-        }
-
-    @classmethod
-    def _read_layout(cls, reader: Reader) -> dict[str, object]:
-        groups, chosen = reader.size("n_group"), reader.size("topk_group")
+    def _read(cls, reader: Reader) -> JsonDict:
+        groups, chosen = reader.size("n_group", COUNT), reader.size("topk_group", COUNT)
         if groups != chosen:
             what = "moecc does not restrict a token to some groups of experts"
             reader.refuse("topk_group", what, expected=f"n_group = {groups}, or both 1")
-        for key in NO_PREDICTION:
-            reader.value(key)
-        return {}
-
-    def _write_rope(self) -> dict[str, object]:
-        share = partial_rotary_factor(self.rotated_dim, self.head_dim)
-        keys = super()._write_rope()
-        parameters = keys["rope_parameters"]
-        assert isinstance(parameters, dict), "as the rope writes them"
-        return {
-            **keys,
-            "rope_parameters": {**parameters, "partial_rotary_factor": share},
-            "partial_rotary_factor": share,
-        }
-
-    def _write_layout(self) -> dict[str, object]:
-        groups = {"n_group": 1, "topk_group": 1}
-        return {**groups, **NO_PREDICTION, "use_qk_norm": self.qk_norm}
+        return super()._read(reader)

@@ -1,29 +1,34 @@
-"""gpt2 and gpt_neox: decoders with layer norms, biases everywhere and a block of two matrices."""
+"""gpt2, gpt_neox and opt: decoders with layer norms, biases and a block of two matrices."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import ClassVar
 
-from moecc.families.config import ModelConfig, activation_problem, config_class
-from moecc.families.encdec import read_activation
+from moecc.families.config import (
+    CAUSAL,
+    ModelConfig,
+    Only,
+    activation,
+    config_class,
+    flag,
+    number,
+    size,
+)
+from moecc.families.names import BlockNames, GgufFacts
 from moecc.families.reader import (
+    COUNT,
     EXTRA_DEFAULTS,
-    LARGEST_SIZES,
+    LAYERS,
+    LENGTH,
+    NEURONS,
+    WIDTH,
     KeyProblem,
     Reader,
     key_problem,
-    refuse_attention_to_later_tokens,
 )
 from moecc.families.rope import RopeConfig, partial_rotary_factor, read_partial_rotary, read_rope
-
-SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-)
+from moecc.support.untyped import JsonDict
 
 
 @config_class
@@ -34,25 +39,25 @@ class GptConfig(ModelConfig):
     `norms_first` whether norms come before the sublayers and at the end, or after each sum.
     """
 
-    kind: ClassVar[str] = "a decoder with layer norms"
-    mask_hint: ClassVar[str | None] = (
-        "padding after a text changes nothing: no earlier token attends to it"
-    )
+    kind = "a decoder with layer norms"
+    mask_hint = "padding after a text changes nothing: no earlier token attends to it"
+    only: ClassVar[Only] = CAUSAL
+    keys = {"attention_bias": "", "parallel_residual": "", "norms_first": "", "word_width": ""}
     # The rows of the table of positions before that of the first token.
     position_offset: ClassVar[int] = 0
 
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    max_position_embeddings: int
-    layer_norm_eps: float = 1e-5
-    hidden_act: str = "gelu"
-    tie_word_embeddings: bool = False
-    attention_bias: bool = True
-    parallel_residual: bool = False
-    norms_first: bool = True
-    word_width: int = 0
+    hidden_size: int = size(WIDTH)
+    intermediate_size: int = size(NEURONS)
+    num_hidden_layers: int = size(LAYERS)
+    num_attention_heads: int = size(COUNT)
+    max_position_embeddings: int = size(LENGTH)
+    layer_norm_eps: float = number(least=0, default=1e-5)
+    hidden_act: str = activation(default="gelu")
+    tie_word_embeddings: bool = flag(default=False)
+    attention_bias: bool = flag(default=True)
+    parallel_residual: bool = flag(default=False)
+    norms_first: bool = flag(default=True)
+    word_width: int = size(WIDTH, null=lambda values: values["hidden_size"], default=0)
 
     @property
     def embedding_width(self) -> int:
@@ -80,62 +85,26 @@ class GptConfig(ModelConfig):
 
     def checks(self) -> Iterator[KeyProblem]:
         """Yield inconsistent values, and those that this family cannot express."""
-        for name in SIZES:
-            value = getattr(self, name)
-            if not 1 <= value <= LARGEST_SIZES[name]:
-                expected = f"1 to {LARGEST_SIZES[name]:,}"
-                yield key_problem("not a usable size", expected, f"{value}", self.key(name))
-        if self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
-            what = "the heads do not divide the width"
-            expected = f"a multiple of {self.num_attention_heads}"
-            between = (self.key("hidden_size"), self.key("num_attention_heads"))
-            yield key_problem(what, expected, f"{self.hidden_size}", *between)
-        yield from activation_problem(self.hidden_act, self.key("hidden_act"))
         yield from super().checks()
-
-    @classmethod
-    def _read(cls, reader: Reader) -> dict[str, object]:
-        refuse_attention_to_later_tokens(reader)
-        values = {name: reader.size(cls.key(name)) for name in SIZES if name != SIZES[1]}
-        return {
-            **super()._read(reader),
-            **values,
-            "intermediate_size": cls._read_width(reader, values["hidden_size"]),
-            "layer_norm_eps": reader.number(cls.key("layer_norm_eps"), least=0),
-            "hidden_act": read_activation(reader, cls.key("hidden_act")),
-            "tie_word_embeddings": reader.flag("tie_word_embeddings"),
-        }
-
-    @classmethod
-    def _read_width(cls, reader: Reader, hidden: int) -> int:
-        return reader.size(cls.key("intermediate_size"))
-
-    def _write(self) -> dict[str, object]:
-        names = (*SIZES, "layer_norm_eps", "hidden_act", "tie_word_embeddings")
-        return {self.key(name): getattr(self, name) for name in names}
+        yield from self.head_checks("hidden_size", "num_attention_heads")
 
 
 @config_class
 class Gpt2Config(GptConfig):
     """A gpt2: learned positions, matrices with their inputs first, tied embeddings."""
 
-    model_type: ClassVar[str] = "gpt2"
-    architecture: ClassVar[str] = "GPT2LMHeadModel"
-    aliases: ClassVar[tuple[str, ...]] = ("GPT2Model",)
-    base_prefix: ClassVar[str] = "transformer."
-    synonyms: ClassVar[Mapping[str, str]] = {
+    model_type = "gpt2"
+    architecture = "GPT2LMHeadModel"
+    aliases = ("GPT2Model",)
+    base_prefix = "transformer."
+    synonyms = {
         "hidden_size": "n_embd",
         "num_attention_heads": "n_head",
         "num_hidden_layers": "n_layer",
         "max_position_embeddings": "n_positions",
     }
-    kept_numbers: ClassVar[tuple[str, ...]] = (
-        "initializer_range",
-        "attn_pdrop",
-        "embd_pdrop",
-        "resid_pdrop",
-    )
-    keys: ClassVar[Mapping[str, str]] = {
+    kept_numbers = ("initializer_range", "attn_pdrop", "embd_pdrop", "resid_pdrop")
+    keys = {
         "hidden_size": "n_embd",
         "intermediate_size": "n_inner",
         "num_hidden_layers": "n_layer",
@@ -144,7 +113,25 @@ class Gpt2Config(GptConfig):
         "layer_norm_eps": "layer_norm_epsilon",
         "hidden_act": "activation_function",
     }
-    defaults: ClassVar[Mapping[str, object]] = {
+    only = {"add_cross_attention": (False, "a gpt2 that reads an encoder is not supported")}
+    # Only the order in which the scores are scaled depends on it.
+    idle = ("reorder_and_upcast_attn",)
+    names = BlockNames(
+        embedding="transformer.wte.weight",
+        positions="transformer.wpe.weight",
+        layer="transformer.h.{layer}.",
+        norms=("ln_1", "ln_2"),
+        final_norm="transformer.ln_f",
+        qkv="attn.c_attn",
+        output="attn.c_proj",
+        fc_in="mlp.c_fc",
+        fc_out="mlp.c_proj",
+        inputs_first=True,
+    )
+    gguf = GgufFacts(
+        "gpt2", states=(("activation_function", "gelu_new"), ("tie_word_embeddings", True))
+    )
+    defaults = {
         **EXTRA_DEFAULTS,
         "vocab_size": 50_257,
         "n_embd": 768,
@@ -166,51 +153,45 @@ class Gpt2Config(GptConfig):
         "eos_token_id": 50_256,
     }
 
-    tie_word_embeddings: bool = True
-    scale_attn_weights: bool = True
-    scale_attn_by_inverse_layer_idx: bool = False
+    intermediate_size: int = size(NEURONS, null=lambda values: 4 * values["hidden_size"])
+    tie_word_embeddings: bool = flag(default=True)
+    scale_attn_weights: bool = flag(default=True)
+    scale_attn_by_inverse_layer_idx: bool = flag(default=False)
 
     def score_scale(self, layer: int) -> float:
         """Return the factor on the attention scores of a layer."""
         scale = float(self.head_dim**-0.5) if self.scale_attn_weights else 1.0
         return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
 
-    @classmethod
-    def _read(cls, reader: Reader) -> dict[str, object]:
-        if reader.flag("add_cross_attention"):
-            what = "a gpt2 that reads an encoder is not supported"
-            reader.refuse("add_cross_attention", what, expected="false")
-        # Only the order in which the scores are scaled depends on it.
-        reader.value("reorder_and_upcast_attn")
-        flags = ("scale_attn_weights", "scale_attn_by_inverse_layer_idx")
-        return {**super()._read(reader), **{name: reader.flag(name) for name in flags}}
-
-    @classmethod
-    def _read_width(cls, reader: Reader, hidden: int) -> int:
-        return 4 * hidden if reader.value("n_inner") is None else reader.size("n_inner")
-
-    def _write(self) -> dict[str, object]:
-        return {
-            **super()._write(),
-            "scale_attn_weights": self.scale_attn_weights,
-            "scale_attn_by_inverse_layer_idx": self.scale_attn_by_inverse_layer_idx,
-        }
-
 
 @config_class
 class GptNeoXConfig(GptConfig):
     """A gpt_neox (Pythia): rotary positions in part of each head, blocks side by side."""
 
-    model_type: ClassVar[str] = "gpt_neox"
-    architecture: ClassVar[str] = "GPTNeoXForCausalLM"
-    kept_numbers: ClassVar[tuple[str, ...]] = (
+    model_type = "gpt_neox"
+    architecture = "GPTNeoXForCausalLM"
+    kept_numbers = (
         "initializer_range",
         "attention_dropout",
         "hidden_dropout",
         "classifier_dropout",
     )
-    keys: ClassVar[Mapping[str, str]] = {"parallel_residual": "use_parallel_residual"}
-    defaults: ClassVar[Mapping[str, object]] = {
+    keys = {"parallel_residual": "use_parallel_residual", "attention_bias": "attention_bias"}
+    idle = ("is_decoder", "rope_theta")
+    names = BlockNames(
+        embedding="gpt_neox.embed_in.weight",
+        head="embed_out.weight",
+        layer="gpt_neox.layers.{layer}.",
+        norms=("input_layernorm", "post_attention_layernorm"),
+        final_norm="gpt_neox.final_layer_norm",
+        qkv="attention.query_key_value",
+        output="attention.dense",
+        fc_in="mlp.dense_h_to_4h",
+        fc_out="mlp.dense_4h_to_h",
+        by_head=True,
+    )
+    gguf = GgufFacts("gptneox", states=(("hidden_act", "gelu"), ("tie_word_embeddings", False)))
+    defaults = {
         **EXTRA_DEFAULTS,
         "vocab_size": 50_432,
         "hidden_size": 6144,
@@ -233,7 +214,7 @@ class GptNeoXConfig(GptConfig):
 
     rope: RopeConfig
     rotary_dim: int
-    parallel_residual: bool = True
+    parallel_residual: bool = flag(default=True)
 
     @property
     def rotary(self) -> tuple[RopeConfig, int] | None:
@@ -250,49 +231,27 @@ class GptNeoXConfig(GptConfig):
             yield key_problem(what, "an even number", f"{self.rotary_dim}", *keys)
 
     @classmethod
-    def _read(cls, reader: Reader) -> dict[str, object]:
+    def _read(cls, reader: Reader) -> JsonDict:
         values = super()._read(reader)
-        reader.value("is_decoder")
-        hidden, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
-        head_dim, length = max(hidden // heads, 1), reader.size("max_position_embeddings")
+        head_dim = max(values["hidden_size"] // values["num_attention_heads"], 1)
         rotated = read_partial_rotary(reader, head_dim, "rotary_pct", 0.25)
+        # transformers takes no other key than this one outside the rope parameters.
+        data = {key: value for key, value in reader.data.items() if key != "rope_theta"}
+        if reader.has("rotary_emb_base"):
+            data["rope_theta"] = reader.data["rotary_emb_base"]
+        length = values["max_position_embeddings"]
         return {
             **values,
-            "rope": read_rope(_with_usual_theta(reader), length, partial=True),
+            "rope": read_rope(reader.with_data(data), length, partial=True),
             "rotary_dim": head_dim if rotated is None else rotated,
-            "attention_bias": reader.flag("attention_bias"),
-            "parallel_residual": reader.flag("use_parallel_residual"),
         }
 
-    def _write(self) -> dict[str, object]:
+    def _write(self) -> JsonDict:
         share = partial_rotary_factor(self.rotary_dim, self.head_dim)
-        keys = self.rope.to_json()
-        parameters = keys["rope_parameters"]
-        assert isinstance(parameters, dict), "as the rope writes them"
-        return {
-            **super()._write(),
-            **keys,
-            "rope_parameters": {**parameters, "partial_rotary_factor": share},
-            "rotary_emb_base": self.rope.theta,
-            "rotary_pct": share,
-            "attention_bias": self.attention_bias,
-            "use_parallel_residual": self.parallel_residual,
-        }
-
-
-def _with_usual_theta(reader: Reader) -> Reader:
-    """Return `reader` with the family's own key of the base period under the usual name.
-
-    transformers takes no other key than ``rotary_emb_base`` outside the rope parameters.
-    """
-    reader.value("rope_theta")
-    data = {key: value for key, value in reader.data.items() if key != "rope_theta"}
-    if reader.has("rotary_emb_base"):
-        data["rope_theta"] = reader.data["rotary_emb_base"]
-    return reader.with_data(data)
-
-
-# opt: a decoder of the GPT line whose norms come before the sublayers, or after the sums.
+        keys: JsonDict = self.rope.to_json()
+        keys["rope_parameters"] = {**keys["rope_parameters"], "partial_rotary_factor": share}
+        base = {"rotary_emb_base": self.rope.theta, "rotary_pct": share}
+        return {**super()._write(), **keys, **base}
 
 
 @config_class
@@ -303,22 +262,42 @@ class OptConfig(GptConfig):
     million parameters.
     """
 
-    model_type: ClassVar[str] = "opt"
-    architecture: ClassVar[str] = "OPTForCausalLM"
-    aliases: ClassVar[tuple[str, ...]] = ("OPTModel",)
-    base_prefix: ClassVar[str] = "model."
-    position_offset: ClassVar[int] = 2
-    kept_numbers: ClassVar[tuple[str, ...]] = (
-        "init_std",
-        "dropout",
-        "attention_dropout",
-        "layerdrop",
-    )
-    keys: ClassVar[Mapping[str, str]] = {
+    model_type = "opt"
+    architecture = "OPTForCausalLM"
+    aliases = ("OPTModel",)
+    base_prefix = "model."
+    position_offset = 2
+    kept_numbers = ("init_std", "dropout", "attention_dropout", "layerdrop")
+    keys = {
         "intermediate_size": "ffn_dim",
         "hidden_act": "activation_function",
+        "layer_norm_eps": "",
+        "norms_first": "do_layer_norm_before",
+        "word_width": "word_embed_proj_dim",
     }
-    defaults: ClassVar[Mapping[str, object]] = {
+    only: ClassVar[Only] = {
+        "enable_bias": (True, "an opt without biases is not supported"),
+        "layer_norm_elementwise_affine": (True, "norms without parameters are not supported"),
+        "_remove_final_layer_norm": (False, "an opt without its last norm is not supported"),
+        "layer_norm_eps": (1e-5, "transformers computes with 1e-5 whatever the config says"),
+    }
+    # Of the code that trained it; transformers does not read them.
+    idle = ("activation_dropout", "output_projection", "share_decoder_input_output_embed")
+    names = BlockNames(
+        embedding="model.decoder.embed_tokens.weight",
+        positions="model.decoder.embed_positions.weight",
+        layer="model.decoder.layers.{layer}.",
+        norms=("self_attn_layer_norm", "final_layer_norm"),
+        final_norm="model.decoder.final_layer_norm",
+        query="self_attn.q_proj",
+        key="self_attn.k_proj",
+        value="self_attn.v_proj",
+        output="self_attn.out_proj",
+        fc_in="fc1",
+        fc_out="fc2",
+        narrow=("model.decoder.project_in", "model.decoder.project_out"),
+    )
+    defaults = {
         **EXTRA_DEFAULTS,
         "vocab_size": 50_272,
         "hidden_size": 768,
@@ -343,45 +322,6 @@ class OptConfig(GptConfig):
         "eos_token_id": 2,
     }
 
-    hidden_act: str = "relu"
-    tie_word_embeddings: bool = True
-    norms_first: bool = True
-    word_width: int
-
-    def checks(self) -> Iterator[KeyProblem]:
-        """Yield inconsistent values, and those that this family cannot express."""
-        yield from super().checks()
-        if not 1 <= self.word_width <= LARGEST_SIZES["hidden_size"]:
-            expected = f"1 to {LARGEST_SIZES['hidden_size']:,}"
-            found, key = f"{self.word_width}", "word_embed_proj_dim"
-            yield key_problem("not a usable size", expected, found, key)
-
-    @classmethod
-    def _read(cls, reader: Reader) -> dict[str, object]:
-        for key in ("activation_dropout", "output_projection", "share_decoder_input_output_embed"):
-            reader.value(key)  # of the code that trained it; transformers does not read them
-        for key, usual in (
-            ("enable_bias", True),
-            ("layer_norm_elementwise_affine", True),
-            ("_remove_final_layer_norm", False),
-        ):
-            if reader.flag(key) != usual:
-                what = "an opt without biases, or without parameters of norms, is not supported"
-                reader.refuse(key, what, expected=str(usual).lower())
-        if reader.value("layer_norm_eps") != cls.defaults["layer_norm_eps"]:
-            what = "transformers computes with 1e-5 whatever the config says"
-            reader.refuse("layer_norm_eps", what, expected="1e-5")
-        narrow, width = "word_embed_proj_dim", reader.size("hidden_size")
-        return {
-            **super()._read(reader),
-            "norms_first": reader.flag("do_layer_norm_before"),
-            "word_width": width if reader.value(narrow) is None else reader.size(narrow),
-        }
-
-    def _write(self) -> dict[str, object]:
-        written = {k: v for k, v in super()._write().items() if k != "layer_norm_eps"}
-        return {
-            **written,
-            "do_layer_norm_before": self.norms_first,
-            "word_embed_proj_dim": self.word_width,
-        }
+    hidden_act: str = activation(default="relu")
+    tie_word_embeddings: bool = flag(default=True)
+    word_width: int = size(WIDTH, null=lambda values: values["hidden_size"])

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from collections.abc import Iterator
+from dataclasses import replace
 
-from moecc.families.config import config_class
-from moecc.families.decoder import Windows, typed_windows
-from moecc.families.mixture import MOE_DEFAULTS, MoeConfig
+from moecc.families.config import ModelConfig, config_class, number
+from moecc.families.decoder import ATTENTION_BIASES
+from moecc.families.mixture import FIXED_GATES_DEFAULTS, ONE_WIDTH, TRANSFORMERS, MoeConfig
+from moecc.families.names import EngineReading, TensorNames
 from moecc.families.reader import KeyProblem, Reader, key_problem
 from moecc.families.rope import RopeConfig
+from moecc.support.untyped import JsonDict
+from moecc.types import F32, tensor
+from moecc.weights.expr import Expr, Full
+from moecc.weights.movement import Merge, Stack
 
 USUAL_ROPE = RopeConfig(
     theta=150_000.0,
@@ -25,6 +30,9 @@ USUAL_ROPE = RopeConfig(
 NO_LIMIT = 1e6
 """A bound on the activations that none reaches."""
 
+NO_SINK = -1e4
+"""A score beside which every other is infinitely larger, and that fits half precision."""
+
 
 @config_class
 class GptOssConfig(MoeConfig):
@@ -35,18 +43,35 @@ class GptOssConfig(MoeConfig):
     they do with `swiglu_alpha` 1 and a `swiglu_limit` that is never reached.  No file says so.
     """
 
-    model_type: ClassVar[str] = "gpt_oss"
-    architecture: ClassVar[str] = "GptOssForCausalLM"
-    fixed: ClassVar[Mapping[str, object]] = {"qk_norm": False, "mlp_bias": False}
-    bias_key: ClassVar[str | None] = "attention_bias"
-    window_style: ClassVar[str] = "typed"
-    experts_keys: ClassVar[tuple[str, ...]] = ("num_local_experts",)
-    sparse_style: ClassVar[str] = "all"
-    has_expert_width: ClassVar[bool] = False
-    renormalises: ClassVar[bool | None] = True
-    has_logits_bias: ClassVar[bool] = True
-    defaults: ClassVar[Mapping[str, object]] = {
-        **{key: value for key, value in MOE_DEFAULTS.items() if key != "norm_topk_prob"},
+    model_type = "gpt_oss"
+    architecture = "GptOssForCausalLM"
+    fixed = {"norm_topk_prob": True}
+    options = ATTENTION_BIASES
+    keys = ONE_WIDTH
+    strict = ("head_dim",)
+    window_style = "typed"
+    experts_keys = ("num_local_experts",)
+    sparse_style = "all"
+    has_logits_bias = True
+    names = TensorNames(
+        router="router.weight",
+        expert_gate_up="experts.gate_up_proj",
+        expert_down="experts.down_proj",
+        inputs_first=True,
+    )
+    # All but transformers 5 and SGLang compute it with alpha 1.702 and limit 7, whatever it says.
+    engines = {
+        **TRANSFORMERS,
+        "transformers 4": EngineReading(silent=("released SwiGLU",)),
+        "vLLM": EngineReading(
+            ("yarn",), ("released SwiGLU", "attention biases", "every second window", "untied")
+        ),
+        "SGLang": EngineReading(silent=("untied",)),
+        "llama.cpp": EngineReading(never="moecc writes no GGUF of this family"),
+        "mlx-lm": EngineReading(never="it reads the experts of the released files only"),
+    }
+    defaults = {
+        **FIXED_GATES_DEFAULTS,
         "vocab_size": 201_088,
         "hidden_size": 2880,
         "intermediate_size": 2880,
@@ -66,10 +91,19 @@ class GptOssConfig(MoeConfig):
         "hidden_act_alpha": None,
     }
 
-    norm_topk_prob: bool = True
-    swiglu_alpha: float = 1.702
-    swiglu_limit: float = 7.0
+    swiglu_alpha: float = number(above=0, default=1.702)
+    swiglu_limit: float = number(above=0, default=7.0)
     plain: bool = False
+
+    @property
+    def has_sinks(self) -> bool:
+        """Whether each head's softmax has one more score, its sink."""
+        return not self.plain
+
+    @property
+    def clamp(self) -> tuple[float, float] | None:
+        """Steepness and limit of the clamped activation; None of a plain one."""
+        return None if self.plain else (self.swiglu_alpha, self.swiglu_limit)
 
     def checks(self) -> Iterator[KeyProblem]:
         """Yield inconsistent values, and those that this family cannot express."""
@@ -83,27 +117,45 @@ class GptOssConfig(MoeConfig):
         """Return the fields of a model that comes from another family."""
         return {"plain": True, "swiglu_alpha": 1.0, "swiglu_limit": NO_LIMIT}
 
-    @classmethod
-    def _read_windows(cls, reader: Reader, layers: int) -> Windows:
-        """Read the windows; without `layer_types` every second layer has one, the first too."""
-        return typed_windows(reader, tuple(layer % 2 == 0 for layer in range(layers)))
+    def completed(self) -> tuple[ModelConfig, dict[str, Expr]]:
+        """Return a plain one with sinks that take nothing and biases that add nothing.
+
+        The bias of `up` undoes the 1 that is added to it.
+        """
+        config, tensors = super().completed()
+        if not self.plain:
+            return config, tensors
+        count, width, names = self.num_experts, self.intermediate_size, self.names
+        half = tensor(F32, expert=count, mlp=width)
+        turns = Stack((Full(0.0, half), Full(-1.0, half)), "turn", 2)
+        for layer in range(self.num_hidden_layers):
+            prefix = names.layer.format(layer=layer)
+            experts = f"{prefix}{names.sparse}"
+            tensors |= {
+                f"{prefix}self_attn.sinks": Full(
+                    NO_SINK, tensor(F32, head=self.num_attention_heads)
+                ),
+                f"{experts}router.bias": Full(0.0, tensor(F32, expert=count)),
+                f"{experts}{names.expert_gate_up}_bias": Merge(turns, ("mlp", "turn"), "gate_up"),
+                f"{experts}{names.expert_down}_bias": Full(
+                    0.0, tensor(F32, expert=count, embed=self.hidden_size)
+                ),
+            }
+        return replace(self, plain=False), tensors
 
     @classmethod
-    def _read_rope(cls, reader: Reader, head_dim: int) -> dict[str, object]:
-        stated = any(key in reader.data for key in ("rope_scaling", "rope_parameters"))
-        return super()._read_rope(reader, head_dim) if stated else {"rope": USUAL_ROPE}
+    def _usual_windows(cls, reader: Reader, layers: int) -> tuple[bool, ...]:
+        return tuple(layer % 2 == 0 for layer in range(layers))
 
     @classmethod
-    def _read_layout(cls, reader: Reader) -> dict[str, object]:
+    def _read_rope(cls, reader: Reader, values: JsonDict) -> JsonDict:
         reader.optional_number("hidden_act_alpha", above=0)  # SGLang's name of swiglu_alpha
-        return {key: reader.number(key, above=0) for key in ("swiglu_alpha", "swiglu_limit")}
+        if any(key in reader.data for key in ("rope_scaling", "rope_parameters")):
+            return super()._read_rope(reader, values)
+        return {"rope": USUAL_ROPE}
 
-    def _write_layout(self) -> dict[str, object]:
+    def _write(self) -> JsonDict:
         # transformers wants a window even where no layer has one.
         window = next((w for w in self.sliding_windows if w is not None), 128)
-        return {
-            "sliding_window": window,
-            "swiglu_alpha": self.swiglu_alpha,
-            "hidden_act_alpha": self.swiglu_alpha,
-            "swiglu_limit": self.swiglu_limit,
-        }
+        keys = super()._write()
+        return {**keys, "sliding_window": window, "hidden_act_alpha": self.swiglu_alpha}

@@ -1,25 +1,26 @@
-"""llama and mistral: the plain decoder, and the same with a sliding window."""
+"""llama, mistral and mixtral: the plain decoder, with a sliding window, with experts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from collections.abc import Iterator
 
 from moecc.families.config import config_class
-from moecc.families.decoder import DEFAULTS, DecoderConfig
-from moecc.families.mixture import MOE_DEFAULTS, MoeConfig
-from moecc.families.reader import KeyProblem, Reader, key_problem
+from moecc.families.decoder import BIASES, DEFAULTS, DecoderConfig
+from moecc.families.mixture import MOE_DEFAULTS, ONE_WIDTH, TRANSFORMERS, MoeConfig
+from moecc.families.names import EngineReading, GgufFacts, MaxTextFacts, TensorNames
+from moecc.families.reader import KeyProblem, key_problem
 
 
 @config_class
 class LlamaConfig(DecoderConfig):
     """A llama: optional biases on all four attention projections and in the feed-forward block."""
 
-    model_type: ClassVar[str] = "llama"
-    architecture: ClassVar[str] = "LlamaForCausalLM"
-    fixed: ClassVar[Mapping[str, bool]] = {"qk_norm": False}
-    bias_key: ClassVar[str | None] = "attention_bias"
-    defaults: ClassVar[Mapping[str, object]] = {
+    model_type = "llama"
+    architecture = "LlamaForCausalLM"
+    options = BIASES
+    gguf = GgufFacts("llama", pairs_neighbours=True, output_bias=True, mlp_bias=True)
+    maxtext = MaxTextFacts(folds_scale=True)
+    defaults = {
         **DEFAULTS,
         "vocab_size": 32_000,
         "hidden_size": 4096,
@@ -44,16 +45,12 @@ class LlamaConfig(DecoderConfig):
 class MistralConfig(DecoderConfig):
     """A mistral: no biases, and one sliding window in every layer or in none."""
 
-    model_type: ClassVar[str] = "mistral"
-    architecture: ClassVar[str] = "MistralForCausalLM"
-    fixed: ClassVar[Mapping[str, bool]] = {
-        "qkv_bias": False,
-        "output_bias": False,
-        "mlp_bias": False,
-        "qk_norm": False,
-    }
-    window_style: ClassVar[str] = "uniform"
-    defaults: ClassVar[Mapping[str, object]] = {
+    model_type = "mistral"
+    architecture = "MistralForCausalLM"
+    window_style = "uniform"
+    gguf = LlamaConfig.gguf
+    maxtext = MaxTextFacts(folds_scale=True)
+    defaults = {
         **DEFAULTS,
         "vocab_size": 32_000,
         "hidden_size": 4096,
@@ -65,30 +62,32 @@ class MistralConfig(DecoderConfig):
     }
 
 
-# mixtral: a mistral whose every feed-forward block is a mixture of experts.
-
-
 @config_class
 class MixtralConfig(MoeConfig):
-    """A mixtral: experts in every layer, gates always renormalised, no biases.
+    """A mixtral: a mistral with experts in every layer, gates always renormalised.
 
     `intermediate_size` is the width of an expert; both size fields hold it.
     """
 
-    model_type: ClassVar[str] = "mixtral"
-    architecture: ClassVar[str] = "MixtralForCausalLM"
-    fixed: ClassVar[Mapping[str, bool]] = {
-        "qkv_bias": False,
-        "output_bias": False,
-        "mlp_bias": False,
-        "qk_norm": False,
+    model_type = "mixtral"
+    architecture = "MixtralForCausalLM"
+    fixed = {"norm_topk_prob": True}
+    keys = {**ONE_WIDTH, "router_jitter_noise": "router_jitter_noise"}
+    window_style = "uniform"
+    experts_keys = ("num_local_experts",)
+    sparse_style = "all"
+    names = TensorNames(sparse="block_sparse_moe.", gate="w1", up="w3", down="w2")
+    gguf = GgufFacts("llama", pairs_neighbours=True)
+    maxtext = MaxTextFacts(folds_scale=True)
+    engines = {
+        **TRANSFORMERS,
+        "vLLM": EngineReading(silent=("silu",)),
+        "SGLang": EngineReading(
+            ("plain heads",), ("untied", "full attention", "plain rope", "silu")
+        ),
+        "mlx-lm": EngineReading(("plain heads",), ("full attention", "plain rope", "silu")),
     }
-    window_style: ClassVar[str] = "uniform"
-    experts_keys: ClassVar[tuple[str, ...]] = ("num_local_experts",)
-    sparse_style: ClassVar[str] = "all"
-    has_expert_width: ClassVar[bool] = False
-    renormalises: ClassVar[bool | None] = True
-    defaults: ClassVar[Mapping[str, object]] = {
+    defaults = {
         **MOE_DEFAULTS,
         "vocab_size": 32_000,
         "hidden_size": 4096,
@@ -105,12 +104,3 @@ class MixtralConfig(MoeConfig):
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-
-    norm_topk_prob: bool = True
-
-    @classmethod
-    def _read_layout(cls, reader: Reader) -> dict[str, object]:
-        return {"router_jitter_noise": reader.number("router_jitter_noise", least=0)}
-
-    def _write_layout(self) -> dict[str, object]:
-        return {"router_jitter_noise": self.router_jitter_noise}

@@ -1,29 +1,24 @@
-"""olmo2, olmoe and flex_olmo."""
+"""olmo2, olmoe and flex_olmo: norms over all heads of queries and keys together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
-
 from moecc.families.config import config_class
-from moecc.families.decoder import DEFAULTS, DecoderConfig
-from moecc.families.mixture import MOE_DEFAULTS, MoeConfig
+from moecc.families.decoder import ATTENTION_BIASES, DEFAULTS, DecoderConfig
+from moecc.families.mixture import MOE_DEFAULTS, ONE_WIDTH, TRANSFORMERS, MoeConfig
+from moecc.families.names import EngineReading, GgufFacts
+from moecc.support.untyped import JsonDict
 
 
 @config_class
 class Olmo2Config(DecoderConfig):
     """An olmo2: what a block adds is normalised, what it reads is not."""
 
-    model_type: ClassVar[str] = "olmo2"
-    architecture: ClassVar[str] = "Olmo2ForCausalLM"
-    fixed: ClassVar[Mapping[str, object]] = {
-        "mlp_bias": False,
-        "qk_norm": True,
-        "qk_norm_across": True,
-        "norm_placement": "after",
-    }
-    bias_key: ClassVar[str | None] = "attention_bias"
-    defaults: ClassVar[Mapping[str, object]] = {
+    model_type = "olmo2"
+    architecture = "Olmo2ForCausalLM"
+    fixed = {"qk_norm": True, "qk_norm_across": True, "norm_placement": "after"}
+    options = ATTENTION_BIASES
+    gguf = GgufFacts("olmo2", needs_head=True)
+    defaults = {
         **DEFAULTS,
         "vocab_size": 50_304,
         "hidden_size": 4096,
@@ -35,37 +30,38 @@ class Olmo2Config(DecoderConfig):
         "eos_token_id": 50_279,
     }
 
-    qk_norm: bool = True
-    qk_norm_across: bool = True
-    norm_placement: str = "after"
-
-    def _write_rope(self) -> dict[str, object]:
-        """Return the keys; version 4 takes the scalings that it knows by their older name."""
+    def _write_rope(self) -> JsonDict:
         keys = super()._write_rope()
         if self.rope.type in ("linear", "dynamic"):
+            # Version 4 takes the scalings that it knows by their older name.
             keys["rope_scaling"] = {"type": self.rope.type, "factor": self.rope.factor}
         return keys
 
 
-# olmoe and flex_olmo: experts in every layer, norms over all heads of the queries together.
-
-
 @config_class
 class OlmoeConfig(MoeConfig):
-    """An olmoe: norms before each block; `clip_qkv` is not supported."""
+    """An olmoe: experts in every layer, norms before each block; `clip_qkv` is not supported."""
 
-    model_type: ClassVar[str] = "olmoe"
-    architecture: ClassVar[str] = "OlmoeForCausalLM"
-    fixed: ClassVar[Mapping[str, object]] = {
-        "mlp_bias": False,
-        "qk_norm": True,
-        "qk_norm_across": True,
+    model_type = "olmoe"
+    architecture = "OlmoeForCausalLM"
+    fixed = {"qk_norm": True, "qk_norm_across": True}
+    options = ATTENTION_BIASES
+    keys = ONE_WIDTH
+    experts_keys = ("num_experts",)
+    sparse_style = "all"
+    gguf = GgufFacts("olmoe", has_groups=False, needs_head=True, renormalises=False)
+    engines = {
+        **TRANSFORMERS,
+        "vLLM": EngineReading(
+            ("plain heads",),
+            ("no attention biases", "not renormalised", "untied", "epsilon 1e-5", "silu"),
+        ),
+        "SGLang": EngineReading(
+            ("plain heads",), ("no attention biases", "not renormalised", "untied", "silu")
+        ),
+        "mlx-lm": EngineReading(silent=("usual rope factor", "silu")),
     }
-    bias_key: ClassVar[str | None] = "attention_bias"
-    experts_keys: ClassVar[tuple[str, ...]] = ("num_experts",)
-    sparse_style: ClassVar[str] = "all"
-    has_expert_width: ClassVar[bool] = False
-    defaults: ClassVar[Mapping[str, object]] = {
+    defaults = {
         **MOE_DEFAULTS,
         "vocab_size": 50_304,
         "hidden_size": 2048,
@@ -82,27 +78,20 @@ class OlmoeConfig(MoeConfig):
         "eos_token_id": 50_279,
     }
 
-    qk_norm: bool = True
-    qk_norm_across: bool = True
-
 
 @config_class
 class FlexOlmoConfig(MoeConfig):
     """A flex_olmo: the mixture of experts of an olmo2, whose norms come after each block."""
 
-    model_type: ClassVar[str] = "flex_olmo"
-    architecture: ClassVar[str] = "FlexOlmoForCausalLM"
-    fixed: ClassVar[Mapping[str, object]] = {
-        "mlp_bias": False,
-        "qk_norm": True,
-        "qk_norm_across": True,
-        "norm_placement": "after",
-    }
-    bias_key: ClassVar[str | None] = "attention_bias"
-    experts_keys: ClassVar[tuple[str, ...]] = ("num_experts",)
-    sparse_style: ClassVar[str] = "all"
-    has_expert_width: ClassVar[bool] = False
-    defaults: ClassVar[Mapping[str, object]] = {
+    # vLLM has it through its backend for models of transformers, which was not looked at.
+    model_type = "flex_olmo"
+    architecture = "FlexOlmoForCausalLM"
+    fixed = Olmo2Config.fixed
+    options = ATTENTION_BIASES
+    keys = ONE_WIDTH
+    experts_keys = ("num_experts",)
+    sparse_style = "all"
+    defaults = {
         **MOE_DEFAULTS,
         "vocab_size": 100_352,
         "hidden_size": 4096,
@@ -118,7 +107,3 @@ class FlexOlmoConfig(MoeConfig):
         "pad_token_id": 100_277,
         "eos_token_id": 100_257,
     }
-
-    qk_norm: bool = True
-    qk_norm_across: bool = True
-    norm_placement: str = "after"

@@ -14,9 +14,8 @@ from typing import Any
 from moecc.errors import Problem, UsageError
 from moecc.families.building import BUILDERS, GraphBuilder
 from moecc.families.config import ModelConfig
-from moecc.families.decoder import DecoderConfig
-from moecc.families.names import NAMES, TensorNames
-from moecc.families.registry import CONFIGS, DECODERS, ORIGINS
+from moecc.families.names import TensorNames
+from moecc.families.registry import CONFIGS, ORIGINS
 from moecc.families.shrinking import SHRINKERS
 from moecc.support.user_files import run_file
 
@@ -53,12 +52,10 @@ class Family:
             raise UsageError(problems)
         config, name = self.config, self.config.model_type
         CONFIGS[name], ORIGINS[name] = config, origin
-        if issubclass(config, DecoderConfig):
-            DECODERS[name] = config
         if self.build is not None:
             BUILDERS[config] = self.build
         if self.names is not None:
-            NAMES[name] = self.names
+            config.names = self.names
         if self.shrink is not None:
             SHRINKERS[config] = self.shrink
 

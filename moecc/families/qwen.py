@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from dataclasses import replace
 
-from moecc.families.config import config_class
-from moecc.families.decoder import DEFAULTS, DecoderConfig
-from moecc.families.mixture import MOE_DEFAULTS, MoeConfig
-from moecc.families.reader import KeyProblem, Reader, key_problem
+from moecc.families.config import ModelConfig, config_class
+from moecc.families.decoder import ATTENTION_BIASES, DEFAULTS, DecoderConfig
+from moecc.families.mixture import MOE_DEFAULTS, TRANSFORMERS, MoeConfig
+from moecc.families.names import EngineReading, GgufFacts, MaxTextFacts
+from moecc.types import F32, tensor
+from moecc.weights.expr import Expr, Full
 
 
 @config_class
 class Qwen2Config(DecoderConfig):
     """A qwen2: biases on query, key and value, and a sliding window in the upper layers."""
 
-    model_type: ClassVar[str] = "qwen2"
-    architecture: ClassVar[str] = "Qwen2ForCausalLM"
-    fixed: ClassVar[Mapping[str, bool]] = {
-        "qkv_bias": True,
-        "output_bias": False,
-        "mlp_bias": False,
-        "qk_norm": False,
-    }
-    window_style: ClassVar[str] = "top"
-    defaults: ClassVar[Mapping[str, object]] = {
+    model_type = "qwen2"
+    architecture = "Qwen2ForCausalLM"
+    fixed = {"qkv_bias": True}
+    window_style = "top"
+    gguf = GgufFacts("qwen2")
+    maxtext = MaxTextFacts(biases=True)
+    defaults = {
         **DEFAULTS,
         "hidden_size": 4096,
         "intermediate_size": 22_016,
@@ -32,26 +30,33 @@ class Qwen2Config(DecoderConfig):
         "max_position_embeddings": 32_768,
     }
 
-    qkv_bias: bool = True
-
 
 @config_class
 class Qwen2MoeConfig(MoeConfig):
     """A qwen2_moe: a shared expert with a sigmoid gate beside the routed ones."""
 
-    model_type: ClassVar[str] = "qwen2_moe"
-    architecture: ClassVar[str] = "Qwen2MoeForCausalLM"
-    fixed: ClassVar[Mapping[str, bool]] = {
-        "output_bias": False,
-        "mlp_bias": False,
-        "qk_norm": False,
+    model_type = "qwen2_moe"
+    architecture = "Qwen2MoeForCausalLM"
+    options = frozenset({"qkv_bias"})
+    keys = {"qkv_bias": "qkv_bias"}
+    strict = ("num_key_value_heads",)
+    window_style = "agreed"
+    # transformers 4 raises for others, and other runtimes do not read the key.
+    plain_heads = "qwen2_moe has heads of hidden_size / num_attention_heads"
+    experts_keys = ("num_experts",)
+    has_shared_expert = True
+    upcycle_options = "top-k=2 shared=0.5"
+    gguf = GgufFacts("qwen2moe", needs_head=True, renormalises=False)
+    engines = {
+        **TRANSFORMERS,
+        "vLLM": EngineReading(("silu",), ("qkv biases",)),
+        "SGLang": EngineReading(("silu", "every layer"), ("untied", "full attention")),
+        "mlx-lm": EngineReading(
+            ("untied", "every layer", "qkv biases", "plain rope"),
+            ("not renormalised", "full attention", "silu"),
+        ),
     }
-    window_style: ClassVar[str] = "agreed"
-    groups_may_be_null: ClassVar[bool] = False
-    experts_keys: ClassVar[tuple[str, ...]] = ("num_experts",)
-    has_shared_expert: ClassVar[bool] = True
-    upcycle_options: ClassVar[str] = "top-k=2 shared=0.5"
-    defaults: ClassVar[Mapping[str, object]] = {
+    defaults = {
         **MOE_DEFAULTS,
         "hidden_size": 2048,
         "intermediate_size": 5632,
@@ -66,39 +71,37 @@ class Qwen2MoeConfig(MoeConfig):
         "qkv_bias": True,
     }
 
-    qkv_bias: bool = True
-
-    def checks(self) -> Iterator[KeyProblem]:
-        """Yield inconsistent values, and those that this family cannot express."""
-        yield from super().checks()
-        width = self.head_dim * self.num_attention_heads
-        if width != self.hidden_size:
-            # transformers 4 raises for it, and other runtimes do not read the key.
-            what = "qwen2_moe has heads of hidden_size / num_attention_heads"
-            keys = ("head_dim", "hidden_size", "num_attention_heads")
-            yield key_problem(what, f"heads x head_dim = {self.hidden_size}", f"{width}", *keys)
-
-    @classmethod
-    def _read_features(cls, reader: Reader) -> dict[str, object]:
-        return {**cls.fixed, "qkv_bias": reader.flag("qkv_bias")}
-
-    def _write(self) -> dict[str, object]:
-        return {**super()._write(), "qkv_bias": self.qkv_bias}
-
-
-# qwen3 and qwen3_moe: norms of queries and keys in each head, optional attention biases.
+    def completed(self) -> tuple[ModelConfig, dict[str, Expr]]:
+        """Return the config and the tensors with the biases that vLLM and mlx-lm always read."""
+        config, tensors = super().completed()
+        if self.qkv_bias:
+            return config, tensors
+        kv_heads = self.num_key_value_heads
+        for layer in range(self.num_hidden_layers):
+            prefix = self.names.layer.format(layer=layer)
+            for letter, heads in (
+                ("q", self.num_attention_heads),
+                ("k", kv_heads),
+                ("v", kv_heads),
+            ):
+                zeros = Full(0.0, tensor(F32, heads=heads * self.head_dim))
+                tensors[f"{prefix}self_attn.{letter}_proj.bias"] = zeros
+        return replace(config, qkv_bias=True), tensors  # type: ignore[call-arg]
 
 
 @config_class
 class Qwen3Config(DecoderConfig):
-    """A qwen3: norms of queries and keys over each head's width."""
+    """A qwen3: norms of queries and keys over each head's width, optional attention biases."""
 
-    model_type: ClassVar[str] = "qwen3"
-    architecture: ClassVar[str] = "Qwen3ForCausalLM"
-    fixed: ClassVar[Mapping[str, bool]] = {"mlp_bias": False, "qk_norm": True}
-    bias_key: ClassVar[str | None] = "attention_bias"
-    window_style: ClassVar[str] = "top"
-    defaults: ClassVar[Mapping[str, object]] = {
+    model_type = "qwen3"
+    architecture = "Qwen3ForCausalLM"
+    fixed = {"qk_norm": True}
+    options = ATTENTION_BIASES
+    strict = ("head_dim",)
+    window_style = "top"
+    gguf = GgufFacts("qwen3")
+    maxtext = MaxTextFacts(biases=True)
+    defaults = {
         **DEFAULTS,
         "hidden_size": 4096,
         "intermediate_size": 22_016,
@@ -107,22 +110,28 @@ class Qwen3Config(DecoderConfig):
         "max_position_embeddings": 32_768,
     }
 
-    qk_norm: bool = True
-
 
 @config_class
 class Qwen3MoeConfig(MoeConfig):
     """A qwen3_moe: qwen3's attention, routed experts without a shared one."""
 
-    model_type: ClassVar[str] = "qwen3_moe"
-    architecture: ClassVar[str] = "Qwen3MoeForCausalLM"
-    fixed: ClassVar[Mapping[str, bool]] = {"mlp_bias": False, "qk_norm": True}
-    bias_key: ClassVar[str | None] = "attention_bias"
-    window_style: ClassVar[str] = "switched"
-    groups_may_be_null: ClassVar[bool] = False
+    model_type = "qwen3_moe"
+    architecture = "Qwen3MoeForCausalLM"
+    fixed = {"qk_norm": True}
+    options = ATTENTION_BIASES
+    strict = ("num_key_value_heads",)
+    window_style = "switched"
     # Version 4 writes num_experts, version 5 num_local_experts, and each reads its own.
-    experts_keys: ClassVar[tuple[str, ...]] = ("num_experts", "num_local_experts")
-    defaults: ClassVar[Mapping[str, object]] = {
+    experts_keys = ("num_experts", "num_local_experts")
+    gguf = GgufFacts("qwen3moe")
+    maxtext = MaxTextFacts(biases=True)
+    engines = {
+        **TRANSFORMERS,
+        "vLLM": EngineReading(("silu",), ("no attention biases",)),
+        "SGLang": EngineReading(("every layer", "silu"), ("untied", "full attention")),
+        "mlx-lm": EngineReading(("no attention biases",), ("full attention", "plain rope", "silu")),
+    }
+    defaults = {
         **MOE_DEFAULTS,
         "hidden_size": 2048,
         "intermediate_size": 6144,
@@ -133,5 +142,3 @@ class Qwen3MoeConfig(MoeConfig):
         "num_experts_per_tok": 8,
         "num_experts": 128,
     }
-
-    qk_norm: bool = True

@@ -16,70 +16,8 @@ from moecc.errors import Problem, nearest, printable
 
 # No published model comes near these; a larger size is a mistake or an attack, and would
 # otherwise be found only when memory runs out.
-LARGEST_SIZES: Mapping[str, int] = {
-    "vocab_size": 1 << 26,
-    "hidden_size": 1 << 20,
-    "intermediate_size": 1 << 24,
-    "num_hidden_layers": 10_000,
-    "num_attention_heads": 1 << 16,
-    "num_key_value_heads": 1 << 16,
-    "head_dim": 1 << 16,
-    "max_position_embeddings": 1 << 40,
-    "sliding_window": 1 << 40,
-    "max_window_layers": 1 << 40,
-    "original_max_position_embeddings": 1 << 40,
-    "num_experts": 1 << 16,
-    "num_local_experts": 1 << 16,
-    "num_experts_per_tok": 1 << 16,
-    "moe_intermediate_size": 1 << 24,
-    "shared_expert_intermediate_size": 1 << 24,
-    "decoder_sparse_step": 10_000,
-    "first_k_dense_replace": 10_000,
-    "n_routed_experts": 1 << 16,
-    "n_shared_experts": 1 << 10,
-    "n_group": 1 << 16,
-    "topk_group": 1 << 16,
-    "moe_k": 1 << 16,
-    "moe_num_experts": 1 << 16,
-    "moe_num_shared_experts": 1 << 10,
-    "moe_layer_interval": 10_000,
-    "moe_layer_start_index": 10_000,
-    "moe_layer_end_index": 10_000,
-    "d_model": 1 << 20,
-    "d_kv": 1 << 16,
-    "d_ff": 1 << 24,
-    "num_layers": 10_000,
-    "num_decoder_layers": 10_000,
-    "num_heads": 1 << 16,
-    "relative_attention_num_buckets": 1 << 10,
-    "relative_attention_max_distance": 1 << 16,
-    "expert_capacity": 1 << 40,
-    "num_sparse_encoder_layers": 10_000,
-    "num_sparse_decoder_layers": 10_000,
-    "type_vocab_size": 1 << 16,
-    "no_rope_layer_interval": 10_000,
-    "sliding_window_pattern": 10_000,
-    "encoder_layers": 10_000,
-    "decoder_layers": 10_000,
-    "encoder_attention_heads": 1 << 16,
-    "decoder_attention_heads": 1 << 16,
-    "encoder_ffn_dim": 1 << 24,
-    "decoder_ffn_dim": 1 << 24,
-    "num_mel_bins": 1 << 16,
-    "max_source_positions": 1 << 24,
-    "max_target_positions": 1 << 40,
-    "image_size": 1 << 16,
-    "patch_size": 1 << 12,
-    "num_channels": 1 << 12,
-    "n_embd": 1 << 20,
-    "n_inner": 1 << 24,
-    "n_layer": 10_000,
-    "n_head": 1 << 16,
-    "n_positions": 1 << 40,
-}
-
-LARGEST_OTHER = 1 << 24
-"""The limit of the sizes of families that are added."""
+LAYERS, COUNT, WIDTH, NEURONS = 10_000, 1 << 16, 1 << 20, 1 << 24
+VOCABULARY, LENGTH = 1 << 26, 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +45,9 @@ class Reader:
 
     def with_data(self, data: Mapping[str, object]) -> Reader:
         """Return a reader of `data` that collects its problems with those of this one."""
-        other = Reader(data, self.defaults, self.where)
-        other.problems, other.bad, other.used = self.problems, self.bad, self.used
-        return other
+        reader = Reader(data, self.defaults, self.where)
+        reader.problems, reader.bad, reader.used = self.problems, self.bad, self.used
+        return reader
 
     def has(self, key: str) -> bool:
         """Return whether the object states `key`, even as null."""
@@ -127,7 +65,9 @@ class Reader:
         self.bad.add(key)
         found = shown(self.data[key]) if key in self.data else "nothing"
         where = f"{self.where}: {printable(key, 60)}"
-        self.problems.append(Problem(what, where, expected, found, hint))
+        problem = Problem(what, where, expected, found, hint)
+        if problem not in self.problems:
+            self.problems.append(problem)
 
     def conflict(self, keys: tuple[str, ...], what: str, *, hint: str | None = None) -> None:
         """Record that several keys contradict each other."""
@@ -143,19 +83,18 @@ class Reader:
         elif not self.bad.intersection(problem.keys):
             self.problems.append(replace(problem, where=f"{self.where}: {problem.keys[0]}"))
 
-    def size(self, key: str, *, smallest: int = 1) -> int:
-        """Return an integer of at least `smallest` and of plausible magnitude."""
-        found = self.value(key)
-        largest = LARGEST_SIZES.get(key, LARGEST_OTHER)
-        if isinstance(found, int) and not isinstance(found, bool) and smallest <= found <= largest:
-            return found
-        self.refuse(key, "not a usable size", expected=f"a whole number, {smallest} to {largest:,}")
+    def size(self, key: str, most: int = NEURONS, *, smallest: int = 1) -> int:
+        """Return an integer from `smallest` to `most`."""
+        value = self.value(key)
+        if isinstance(value, int) and not isinstance(value, bool) and smallest <= value <= most:
+            return value
+        self.refuse(key, "not a usable size", expected=f"a whole number, {smallest} to {most:,}")
         default = self.defaults.get(key)
         return default if isinstance(default, int) else smallest
 
-    def optional_size(self, key: str) -> int | None:
+    def optional_size(self, key: str, most: int = NEURONS) -> int | None:
         """Return a size, or None for null without a default."""
-        return None if self.value(key) is None else self.size(key)
+        return None if self.value(key) is None else self.size(key, most)
 
     def number(
         self,
@@ -166,9 +105,14 @@ class Reader:
         most: float = math.inf,
     ) -> float:
         """Return a finite number, greater than `above` or at least `least`, if stated."""
-        found = as_number(self.value(key))
-        if found is not None and not _out_of_range(found, above, least) and found <= most:
-            return found
+        number = as_number(self.value(key))
+        in_range = number is not None and not (
+            (above is not None and number <= above)
+            or (least is not None and number < least)
+            or number > most
+        )
+        if number is not None and in_range:
+            return number
         bound = f" above {above:g}" if above is not None else ""
         bound = f" of at least {least:g}" if least is not None else bound
         bound += f", at most {most:g}" if most < math.inf else ""
@@ -182,47 +126,56 @@ class Reader:
 
     def numbers(self, key: str) -> tuple[float, ...]:
         """Return a list of finite numbers."""
-        found = [as_number(value) for value in self.items(key)]
-        if any(number is None for number in found):
+        items = self.items(key)
+        numbers = tuple(n for n in map(as_number, items) if n is not None)
+        if len(numbers) < len(items):
             self.refuse(key, "not a list of numbers", expected="finite numbers")
             return ()
-        return tuple(number for number in found if number is not None)
+        return numbers
+
+    def layer_numbers(self, key: str) -> tuple[int, ...]:
+        """Return a list of integers, whether or not there are such layers."""
+        items = self.items(key)
+        layers = tuple(layer for layer in items if type(layer) is int)
+        if len(layers) < len(items):
+            self.refuse(key, "not a list of layer numbers", expected="whole numbers")
+        return layers
 
     def flag(self, key: str) -> bool:
         """Return a boolean."""
-        found = self.value(key)
-        if isinstance(found, bool):
-            return found
+        value = self.value(key)
+        if isinstance(value, bool):
+            return value
         self.refuse(key, "neither true nor false", expected="true or false")
         return self.defaults.get(key) is True
 
     def choice(self, key: str, choices: Collection[str]) -> str:
         """Return one of `choices`."""
-        found = self.value(key)
-        if isinstance(found, str) and found in choices:
-            return found
-        hint = nearest(found, choices) if isinstance(found, str) else None
+        value = self.value(key)
+        if isinstance(value, str) and value in choices:
+            return value
+        hint = nearest(value, choices) if isinstance(value, str) else None
         self.refuse(key, "not supported", expected=one_of(choices), hint=hint)
         default = self.defaults.get(key)
         return default if isinstance(default, str) else next(iter(choices))
 
     def items(self, key: str) -> tuple[object, ...]:
         """Return the members of a list; null is the empty list."""
-        found = self.value(key)
-        if found is None:
+        value = self.value(key)
+        if value is None:
             return ()
-        if isinstance(found, list | tuple):
-            return tuple(found)
+        if isinstance(value, list | tuple):
+            return tuple(value)
         self.refuse(key, "not a list", expected="a list")
         return ()
 
     def mapping(self, key: str) -> Mapping[str, object] | None:
         """Return an object, or None if it is absent, null or empty."""
-        found = self.value(key)
-        if found is None or found == {}:
+        value = self.value(key)
+        if value is None or value == {}:
             return None
-        if isinstance(found, Mapping):
-            return found
+        if isinstance(value, Mapping):
+            return value
         self.refuse(key, "not an object", expected="an object or null")
         return None
 
@@ -258,10 +211,6 @@ def shown(value: object) -> str:
         simple = len(value) <= 8 and not any(isinstance(v, list | tuple | Mapping) for v in value)
         return f"[{', '.join(map(shown, value))}]" if simple else f"a list of {len(value)}"
     return repr(value) if isinstance(value, float) else f"a {type(value).__name__}"
-
-
-def _out_of_range(number: float, above: float | None, least: float | None) -> bool:
-    return (above is not None and number <= above) or (least is not None and number < least)
 
 
 # Keys that do not affect the function: those an export keeps, drops or rejects.
@@ -362,10 +311,11 @@ def refuse_what_needs_other_code(
 
     With `own_code` the code of the family itself, which transformers took over, is not remote.
     """
-    family = reader.value("model_type")
-    if not (own_code and _is_own_code(reader.value("auto_map"), str(family))) and (
-        reader.value("auto_map") not in (None, {})
-    ):
+    family, modules = reader.value("model_type"), reader.value("auto_map")
+    own = (f"configuration_{family}.", f"modeling_{family}.")
+    paths = modules.values() if isinstance(modules, Mapping) else ()
+    is_remote = not own_code or not all(isinstance(v, str) and v.startswith(own) for v in paths)
+    if is_remote and modules not in (None, {}):
         what = "the checkpoint brings its own Python code, which moecc never runs"
         hint = f"if the model is a plain {architecture}, remove auto_map"
         reader.refuse("auto_map", what, expected="nothing", hint=hint)
@@ -382,94 +332,53 @@ def refuse_what_needs_other_code(
         reader.refuse("architectures", what, expected=f"[{architecture!r}]")
 
 
-def refuse_attention_to_later_tokens(reader: Reader) -> None:
-    """Reject a decoder that `is_causal` makes attend to later tokens, as transformers 5 reads it.
-
-    Any value that Python takes for false, null included, switches the mask off there.
-    """
-    if reader.has("is_causal") and reader.value("is_causal") is not True:
-        what = "every token of such a decoder attends to later ones, too"
-        hint = "remove the key if the model ran with a causal mask"
-        reader.refuse("is_causal", what, expected="true", hint=hint)
-
-
-def _is_own_code(found: object, family: str) -> bool:
-    """Whether an ``auto_map`` names nothing but the family's own modules."""
-    own = (f"configuration_{family}.", f"modeling_{family}.")
-    values = found.values() if isinstance(found, Mapping) else ()
-    return all(isinstance(value, str) and value.startswith(own) for value in values)
-
-
 def read_extra(reader: Reader, numbers: tuple[str, ...] = KEPT_NUMBERS) -> dict[str, object]:
     """Return the keys that an export keeps: everything not yet read, checked and copied."""
-    extra = _known_extra(reader, numbers)
-    for key in reader.data:
-        if key in OTHER_FAMILIES and key not in reader.used:
-            _refuse_unless_idle(reader, key)
-        elif key not in DROPPED and key not in reader.used:
-            extra[key] = reader.data[key]
-    unfit = {key: what for key, value in extra.items() if (what := unfit_for_json(value))}
-    for key, what in unfit.items():
-        reader.refuse(key, what, expected="a plain JSON value")
-    return {key: copy.deepcopy(value) for key, value in extra.items() if key not in unfit}
-
-
-def unfit_for_json(value: object) -> str | None:
-    """Return why `value` cannot be written back as JSON, or None; without recursion."""
-    level, seen = [value], 0
-    for _ in range(DEEPEST_EXTRA):
-        seen += len(level)
-        if seen > MOST_EXTRA_VALUES:
-            return f"more than {MOST_EXTRA_VALUES:,} values"
-        wrong = next((found for found in level if not _is_json(found)), level)
-        if wrong is not level:
-            return f"not a JSON value: {shown(wrong)}"
-        level = [inner for outer in level for inner in _members(outer)]
-        if not level:
-            return None
-    return f"nested more than {DEEPEST_EXTRA} deep"
-
-
-def _known_extra(reader: Reader, numbers: tuple[str, ...]) -> dict[str, object]:
     extra: dict[str, object] = {"use_cache": reader.flag("use_cache")}
     for key in numbers:
         # transformers accepts null for a dropout and then drops nothing.
         absent = key.endswith("dropout") and reader.value(key) is None
         extra[key] = 0.0 if absent else reader.number(key, least=0)
     for key in TOKEN_KEYS:
-        extra[key] = _token_ids(reader, key)
-    return extra
+        extra[key] = token = reader.value(key)
+        ids = token if isinstance(token, list) and key == "eos_token_id" else [token]
+        if token is not None and not all(type(id) is int for id in ids):
+            expected = "a whole number" + (", a list of them" if key == "eos_token_id" else "")
+            reader.refuse(key, "not a token id", expected=f"{expected} or null")
+    for key, value in reader.data.items():
+        if key in OTHER_FAMILIES and key not in reader.used:
+            no_window = key == "sliding_window" and reader.data.get("use_sliding_window") is False
+            if value in (None, False, 0, [], {}) or no_window:
+                continue
+            what = "this family has no such key; transformers ignores it, other families read it"
+            hint = "remove it if the model ran with transformers, or correct model_type"
+            reader.refuse(key, what, expected="nothing", hint=hint)
+        elif key not in DROPPED and key not in reader.used:
+            extra[key] = value
+    unfit = {key: fault for key, value in extra.items() if (fault := unfit_for_json(value))}
+    for key, fault in unfit.items():
+        reader.refuse(key, fault, expected="a plain JSON value")
+    return {key: copy.deepcopy(value) for key, value in extra.items() if key not in unfit}
 
 
-def _token_ids(reader: Reader, key: str) -> object:
-    value = reader.value(key)
-    several = isinstance(value, list) and key == "eos_token_id"
-    ids = value if isinstance(value, list) and several else [value]
-    if value is not None and not all(type(one) is int for one in ids):
-        expected = "a whole number" + (", a list of them" if key == "eos_token_id" else "")
-        reader.refuse(key, "not a token id", expected=f"{expected} or null")
-    return value
-
-
-def _refuse_unless_idle(reader: Reader, key: str) -> None:
-    value = reader.data[key]
-    switched_off = key == "sliding_window" and reader.data.get("use_sliding_window") is False
-    if value in (None, False, 0, [], {}) or switched_off:
-        return
-    what = "this family has no such key; transformers ignores it, other families would read it"
-    hint = "remove it if the model ran with transformers, or correct model_type"
-    reader.refuse(key, what, expected="nothing", hint=hint)
-
-
-def _is_json(value: object) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    if isinstance(value, Mapping):
-        return all(isinstance(key, str) for key in value)
-    return value is None or isinstance(value, str | bool | int | list)
-
-
-def _members(value: object) -> list[object]:
-    if isinstance(value, Mapping):
-        return list(value.values())
-    return value if isinstance(value, list) else []
+def unfit_for_json(value: object) -> str | None:
+    """Return why `value` cannot be written back as JSON, or None; without recursion."""
+    level, count = [value], 0
+    for _ in range(DEEPEST_EXTRA):
+        count += len(level)
+        if count > MOST_EXTRA_VALUES:
+            return f"more than {MOST_EXTRA_VALUES:,} values"
+        inner: list[object] = []
+        for item in level:
+            if isinstance(item, Mapping) and all(isinstance(key, str) for key in item):
+                inner.extend(item.values())
+            elif isinstance(item, list):
+                inner.extend(item)
+            elif isinstance(item, float) and math.isfinite(item):
+                continue
+            elif item is not None and not isinstance(item, str | int):
+                return f"not a JSON value: {shown(item)}"
+        if not inner:
+            return None
+        level = inner
+    return f"nested more than {DEEPEST_EXTRA} deep"

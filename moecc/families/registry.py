@@ -24,6 +24,7 @@ from moecc.families.gpt import Gpt2Config, GptNeoXConfig, OptConfig
 from moecc.families.gpt_oss import GptOssConfig
 from moecc.families.granite import GraniteConfig, GraniteMoeConfig
 from moecc.families.llama import LlamaConfig, MistralConfig, MixtralConfig
+from moecc.families.mixture import MoeConfig
 from moecc.families.olmo import FlexOlmoConfig, Olmo2Config, OlmoeConfig
 from moecc.families.phi import Phi3Config, PhimoeConfig
 from moecc.families.qwen import Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
@@ -35,60 +36,32 @@ from moecc.families.t5 import MT5Config, T5Config, UMT5Config
 from moecc.families.vision import Dinov2Config, ViTConfig
 from moecc.families.whisper import WhisperConfig
 
-DECODERS: dict[str, type[DecoderConfig]] = {
+# Of families that run in as many engines, `--to auto` takes the first.
+CONFIGS: dict[str, type[ModelConfig]] = {
     config.model_type: config
     for config in (
-        LlamaConfig,
-        MistralConfig,
-        Qwen2Config,
-        Qwen3Config,
-        Olmo2Config,
-        GraniteConfig,
-        Phi3Config,
-        SmolLM3Config,
-        GemmaConfig,
-        Gemma2Config,
-        Gemma3TextConfig,
-        MixtralConfig,
-        Qwen2MoeConfig,
-        Qwen3MoeConfig,
-        Glm4MoeConfig,
-        GraniteMoeConfig,
-        FlexOlmoConfig,
-        Ernie45MoeConfig,
-        OlmoeConfig,
-        GptOssConfig,
-        PhimoeConfig,
+        LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Olmo2Config, GraniteConfig,
+        Phi3Config, SmolLM3Config, GemmaConfig, Gemma2Config, Gemma3TextConfig,
+        MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig, Glm4MoeConfig, GraniteMoeConfig,
+        FlexOlmoConfig, Ernie45MoeConfig, OlmoeConfig, GptOssConfig, PhimoeConfig,
+        Gpt2Config, GptNeoXConfig, OptConfig,
+        T5Config, MT5Config, UMT5Config, SwitchTransformersConfig,
+        BertConfig, RobertaConfig, XlmRobertaConfig, CamembertConfig, MPNetConfig, DistilBertConfig,
+        ViTConfig, Dinov2Config, WhisperConfig, StMoeConfig,
     )
-}
-"""The decoder-only families, by `model_type`."""
-
-CONFIGS: dict[str, type[ModelConfig]] = {
-    **DECODERS,
-    **{
-        config.model_type: config
-        for config in (
-            Gpt2Config,
-            GptNeoXConfig,
-            OptConfig,
-            T5Config,
-            MT5Config,
-            UMT5Config,
-            SwitchTransformersConfig,
-            BertConfig,
-            RobertaConfig,
-            XlmRobertaConfig,
-            CamembertConfig,
-            MPNetConfig,
-            DistilBertConfig,
-            ViTConfig,
-            Dinov2Config,
-            WhisperConfig,
-            StMoeConfig,
-        )
-    },
-}
+}  # fmt: skip
 """The families that moecc reads and writes, by `model_type`; others may be added."""
+
+
+def decoders() -> dict[str, type[DecoderConfig]]:
+    """Return the decoder-only families."""
+    return {name: c for name, c in CONFIGS.items() if issubclass(c, DecoderConfig)}
+
+
+def mixtures() -> dict[str, type[MoeConfig]]:
+    """Return the decoder-only families with experts."""
+    return {name: c for name, c in CONFIGS.items() if issubclass(c, MoeConfig)}
+
 
 ORIGINS: dict[str, str] = {}
 """The package or file of each family that was added."""
@@ -143,7 +116,10 @@ def load_installed() -> None:
 
 def _way_out(data: Mapping[str, object]) -> str:
     """Return what to do about a config without a family that is known."""
-    likely = _families_of(data.get("architectures"))
+    named = data.get("architectures")
+    classes = named if isinstance(named, list) else []
+    # Those with similar names are other families.
+    likely = [name for name, config in CONFIGS.items() if config.architecture in classes]
     if data.get("model_type") is None:
         if likely:
             return f'add "model_type": "{likely[0]}", as the class in architectures has it'
@@ -155,9 +131,3 @@ def _way_out(data: Mapping[str, object]) -> str:
     if likely:
         return f"the class in architectures is that of model_type {likely[0]!r}; else {ways}"
     return ways
-
-
-def _families_of(architectures: object) -> list[str]:
-    """Return the families whose class a config names; those with similar names are others."""
-    named = architectures if isinstance(architectures, list) else []
-    return [name for name, config in CONFIGS.items() if config.architecture in named]

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 
 from moecc.errors import nearest
-from moecc.families.reader import KeyProblem, Reader, key_problem, one_of
+from moecc.families.reader import LENGTH, KeyProblem, Reader, key_problem, one_of
 from moecc.support.untyped import JsonDict
 
 SCALING_PARAMETERS: Mapping[str, tuple[str, ...]] = {
@@ -178,7 +178,7 @@ def read_rope(
     }
     theta = _theta(reader, stated)
     if outside:
-        length = reader.optional_size("original_max_position_embeddings")
+        length = reader.optional_size("original_max_position_embeddings", LENGTH)
     else:
         length = _original_length(reader, stated, max_position_embeddings)
     read = {
@@ -257,7 +257,7 @@ def _original_length(
     Version 5 prefers a key outside the rope parameters, version 4 ignores it.
     """
     key = "original_max_position_embeddings"
-    outside = reader.optional_size(key)
+    outside = reader.optional_size(key, LENGTH)
     for name, part in stated.items():
         uses = key in SCALING_PARAMETERS.get(str(_type_of(part)), ())
         inside = part.data.get(key, max_position_embeddings)
@@ -292,7 +292,7 @@ def _rope(
             values[name] = part.numbers(name)
         elif name not in ("truncate", "original_max_position_embeddings"):
             values[name] = _optional(part, name)
-    length = part.optional_size("original_max_position_embeddings")
+    length = part.optional_size("original_max_position_embeddings", LENGTH)
     uses_length = "original_max_position_embeddings" in SCALING_PARAMETERS[kind]
     if kind == "llama3" and length is None:
         # Version 5 falls back to max_position_embeddings here, version 4 rejects it.
@@ -311,7 +311,7 @@ def _longrope(
 ) -> RopeConfig:
     """Read the scaling of phi3, which transformers 4 takes with nothing but its two lists."""
     key = "original_max_position_embeddings"
-    length = part.optional_size(key) or original_length
+    length = part.optional_size(key, LENGTH) or original_length
     for name in ("factor", "attention_factor"):
         if part.value(name) is not None:
             part.refuse(name, "transformers 4 rejects it beside the two lists", expected="nothing")

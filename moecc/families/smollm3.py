@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
-
 from moecc.families.config import config_class
-from moecc.families.decoder import DEFAULTS, DecoderConfig, Windows, typed_windows
-from moecc.families.reader import Reader
+from moecc.families.decoder import BIASES, DEFAULTS, DecoderConfig
+from moecc.families.names import GgufFacts
+from moecc.families.reader import LAYERS, Reader
+from moecc.support.untyped import JsonDict
 
 
 @config_class
 class SmolLM3Config(DecoderConfig):
     """A smollm3; every fourth layer has no rotary positions unless `no_rope_layers` says other."""
 
-    model_type: ClassVar[str] = "smollm3"
-    architecture: ClassVar[str] = "SmolLM3ForCausalLM"
-    fixed: ClassVar[Mapping[str, object]] = {"qk_norm": False}
-    options: ClassVar[frozenset[str]] = frozenset({"rope_layers"})
-    bias_key: ClassVar[str | None] = "attention_bias"
-    window_style: ClassVar[str] = "typed"
-    defaults: ClassVar[Mapping[str, object]] = {
+    model_type = "smollm3"
+    architecture = "SmolLM3ForCausalLM"
+    options = BIASES | {"rope_layers"}
+    window_style = "typed"
+    gguf = GgufFacts("smollm3", pairs_neighbours=True, no_rope_step=4)
+    defaults = {
         **DEFAULTS,
         "vocab_size": 128_256,
         "hidden_size": 2048,
@@ -39,41 +37,47 @@ class SmolLM3Config(DecoderConfig):
     }
 
     @classmethod
-    def _read_rope(cls, reader: Reader, head_dim: int) -> dict[str, object]:
-        layers = reader.size("num_hidden_layers")
-        found = _rope_layers(reader, layers)
-        kept = None if all(found) else found
-        return {**super()._read_rope(reader, head_dim), "rope_layers": kept}
+    def _read(cls, reader: Reader) -> JsonDict:
+        if reader.flag("use_sliding_window"):
+            return super()._read(reader)
+        if "sliding_attention" in reader.items("layer_types"):
+            what = "transformers gives these layers a window in spite of use_sliding_window"
+            hint = "set use_sliding_window to true, or make every layer full_attention"
+            reader.refuse("layer_types", what, expected="full_attention", hint=hint)
+        reader.used.update(("sliding_window", "layer_types"))
+        hidden = {
+            k: v for k, v in reader.data.items() if k not in ("sliding_window", "layer_types")
+        }
+        return super()._read(reader.with_data(hidden))
 
     @classmethod
-    def _read_windows(cls, reader: Reader, layers: int) -> Windows:
-        """Read the windows; without `layer_types`, layers without rotary positions have one."""
-        if not reader.flag("use_sliding_window"):
-            reader.value("sliding_window")
-            if "sliding_attention" in reader.items("layer_types"):
-                what = "transformers gives these layers a window in spite of use_sliding_window"
-                hint = "set use_sliding_window to true, or make every layer full_attention"
-                reader.refuse("layer_types", what, expected="full_attention", hint=hint)
-            return (None,) * layers
-        return typed_windows(reader, tuple(not rope for rope in _rope_layers(reader, layers)))
+    def _read_rope(cls, reader: Reader, values: JsonDict) -> JsonDict:
+        layers = cls._rope_layers(reader, values["num_hidden_layers"])
+        rope = super()._read_rope(reader, values)
+        return {**rope, "rope_layers": None if all(layers) else layers}
 
-    def _write(self) -> dict[str, object]:
+    @classmethod
+    def _usual_windows(cls, reader: Reader, layers: int) -> tuple[bool, ...]:
+        return tuple(not rope for rope in cls._rope_layers(reader, layers))
+
+    @classmethod
+    def _rope_layers(cls, reader: Reader, layers: int) -> tuple[bool, ...]:
+        """Return for each layer whether it has rotary positions, as ``no_rope_layers`` says it."""
+        interval = reader.size("no_rope_layer_interval", LAYERS)
+        usual = tuple((layer + 1) % interval != 0 for layer in range(layers))
+        if reader.value("no_rope_layers") is None:
+            return usual
+        flags = reader.items("no_rope_layers")
+        if len(flags) < layers or not all(flag in (0, 1) for flag in flags):
+            expected = f"{layers} of them"
+            reader.refuse("no_rope_layers", "not 0 or 1 for each layer", expected=expected)
+            return usual
+        return tuple(bool(flag) for flag in flags[:layers])
+
+    def _write(self) -> JsonDict:
         layers = self.rope_layers or (True,) * self.num_hidden_layers
         return {
             **super()._write(),
             "no_rope_layers": [int(rope) for rope in layers],
             "use_sliding_window": any(self.sliding_windows),
         }
-
-
-def _rope_layers(reader: Reader, layers: int) -> tuple[bool, ...]:
-    """Return for each layer whether it has rotary positions, as ``no_rope_layers`` says it."""
-    interval = reader.size("no_rope_layer_interval")
-    usual = tuple((layer + 1) % interval != 0 for layer in range(layers))
-    if reader.value("no_rope_layers") is None:
-        return usual
-    found = reader.items("no_rope_layers")
-    if len(found) < layers or not all(flag in (0, 1) for flag in found):
-        reader.refuse("no_rope_layers", "not 0 or 1 for each layer", expected=f"{layers} of them")
-        return usual
-    return tuple(bool(flag) for flag in found[:layers])

@@ -7,17 +7,16 @@ tensors are named after the graph's parameters; any rewritten graph can be store
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from collections.abc import Iterator
+from dataclasses import replace
 
-from moecc.families.config import ModelConfig, config_class
-from moecc.families.encdec import ENCDEC_DEFAULTS, STACKS, EncDecConfig, Experts, read_activation
-from moecc.families.reader import TOKEN_KEYS, KeyProblem, Reader, key_problem, one_of
+from moecc.families.config import ModelConfig, choice, config_class, number, size
+from moecc.families.encdec import ENCDEC_DEFAULTS, STACKS, EncDecConfig, Experts
+from moecc.families.reader import COUNT, TOKEN_KEYS, VOCABULARY, KeyProblem, Reader, key_problem
 from moecc.ir.conventions import Gates
+from moecc.support.untyped import JsonDict
 
 FAMILY = "st_moe"
-EXTRA_FFN = ("none", "before", "after")
-GATES = ("renormalised", "softmax")
 
 
 @config_class
@@ -28,9 +27,11 @@ class StMoeConfig(EncDecConfig):
     over tokens per expert; the graph is built with the second.  0 means no bound.
     """
 
-    model_type: ClassVar[str] = FAMILY
-    architecture: ClassVar[str] = "StMoeForConditionalGeneration"
-    defaults: ClassVar[Mapping[str, object]] = {
+    model_type = FAMILY
+    architecture = "StMoeForConditionalGeneration"
+    keys = {"experts_per_token": "num_experts_per_tok"}
+    names = replace(EncDecConfig.names, dense="mlp.")
+    defaults = {
         **ENCDEC_DEFAULTS,
         "dense_act_fn": "gelu_pytorch_tanh",
         "is_gated_act": True,
@@ -45,14 +46,14 @@ class StMoeConfig(EncDecConfig):
         "eval_capacity_factor": 0.0,
     }
 
-    num_experts: int
-    experts_per_token: int = 2
-    gates: Gates = "renormalised"
+    num_experts: int = size(COUNT)
+    experts_per_token: int = size(COUNT, default=2)
+    gates: Gates = choice(("renormalised", "softmax"), default="renormalised")
     sparse_encoder_layers: tuple[int, ...] = ()
     sparse_decoder_layers: tuple[int, ...] = ()
-    extra_ffn: str = "none"
-    train_capacity_factor: float = 0.0
-    eval_capacity_factor: float = 0.0
+    extra_ffn: str = choice(("none", "before", "after"), default="none")
+    train_capacity_factor: float = number(least=0, default=0.0)
+    eval_capacity_factor: float = number(least=0, default=0.0)
 
     @property
     def experts(self) -> Experts:
@@ -67,8 +68,8 @@ class StMoeConfig(EncDecConfig):
 
     def sparse_layers(self, stack: str) -> tuple[bool, ...]:
         """Return for each layer of a stack whether it has experts."""
-        chosen = set(getattr(self, f"sparse_{stack}_layers"))
-        return tuple(layer in chosen for layer in range(self.layers(stack)))
+        sparse = set(getattr(self, f"sparse_{stack}_layers"))
+        return tuple(layer in sparse for layer in range(self.layers(stack)))
 
     def checks(self) -> Iterator[KeyProblem]:
         """Yield inconsistent values."""
@@ -77,63 +78,22 @@ class StMoeConfig(EncDecConfig):
             what, found = "a token cannot choose that many experts", f"{self.experts_per_token}"
             keys = ("num_experts_per_tok", "num_experts")
             yield key_problem(what, f"1 to {self.num_experts}", found, *keys)
-        for key, choices in (("extra_ffn", EXTRA_FFN), ("gates", GATES)):
-            if getattr(self, key) not in choices:
-                yield key_problem("not supported", one_of(choices), f"{getattr(self, key)}", key)
         for stack in STACKS:
             key = f"sparse_{stack}_layers"
             layers, last = getattr(self, key), self.layers(stack) - 1
-            wrong = [n for n in layers if not 0 <= n <= last]
-            if wrong or tuple(sorted(set(layers))) != layers:
+            outside = [n for n in layers if not 0 <= n <= last]
+            if outside or tuple(sorted(set(layers))) != layers:
                 what = "not ascending layers of the stack"
                 yield key_problem(what, f"0 to {last}", f"{layers[:8]}", key)
-        for key in ("train_capacity_factor", "eval_capacity_factor"):
-            if getattr(self, key) < 0:
-                yield key_problem("negative", "at least 0", f"{getattr(self, key)}", key)
 
     @classmethod
-    def _read(cls, reader: Reader) -> dict[str, object]:
-        values = super()._read(reader)
-        stated = reader.value("scale_decoder_outputs") is not None
-        tied = values["tie_word_embeddings"]
-        return {
-            **values,
-            "hidden_act": read_activation(reader, "dense_act_fn"),
-            "gated": reader.flag("is_gated_act"),
-            "scale_outputs": reader.flag("scale_decoder_outputs") if stated else tied,
-            "num_experts": reader.size("num_experts"),
-            "experts_per_token": reader.size("num_experts_per_tok"),
-            "gates": reader.choice("gates", GATES),
-            "extra_ffn": reader.choice("extra_ffn", EXTRA_FFN),
-            "sparse_encoder_layers": _layers(reader, "sparse_encoder_layers"),
-            "sparse_decoder_layers": _layers(reader, "sparse_decoder_layers"),
-            "train_capacity_factor": reader.number("train_capacity_factor", least=0),
-            "eval_capacity_factor": reader.number("eval_capacity_factor", least=0),
-        }
+    def _read(cls, reader: Reader) -> JsonDict:
+        keys = [f"sparse_{stack}_layers" for stack in STACKS]
+        return super()._read(reader) | {key: reader.layer_numbers(key) for key in keys}
 
-    def _write(self) -> dict[str, object]:
-        return {
-            **super()._write(),
-            "dense_act_fn": self.hidden_act,
-            "is_gated_act": self.gated,
-            "scale_decoder_outputs": self.scale_outputs,
-            "num_experts": self.num_experts,
-            "num_experts_per_tok": self.experts_per_token,
-            "gates": self.gates,
-            "extra_ffn": self.extra_ffn,
-            "sparse_encoder_layers": list(self.sparse_encoder_layers),
-            "sparse_decoder_layers": list(self.sparse_decoder_layers),
-            "train_capacity_factor": self.train_capacity_factor,
-            "eval_capacity_factor": self.eval_capacity_factor,
-        }
-
-
-def _layers(reader: Reader, key: str) -> tuple[int, ...]:
-    found = reader.items(key)
-    layers = tuple(layer for layer in found if type(layer) is int)
-    if len(layers) != len(found):
-        reader.refuse(key, "not a list of layer numbers", expected="whole numbers")
-    return layers
+    def _write(self) -> JsonDict:
+        sparse = {f"sparse_{s}_layers": list(getattr(self, f"sparse_{s}_layers")) for s in STACKS}
+        return {**super()._write(), **sparse}
 
 
 LAYOUT = 1
@@ -144,17 +104,16 @@ LAYOUT = 1
 class GraphConfig(ModelConfig):
     """The general layout of st_moe: the lines of a graph whose parameters are the tensors."""
 
-    model_type: ClassVar[str] = FAMILY
-    takes_mask: ClassVar[bool] = True
-    # A graph may take no tokens.
-    least_vocabulary: ClassVar[int] = 0
-    architecture: ClassVar[str] = "StMoeGraph"
-    kept_numbers: ClassVar[tuple[str, ...]] = ()
-    defaults: ClassVar[Mapping[str, object]] = dict.fromkeys(TOKEN_KEYS) | {
-        "use_cache": True,
-        "moecc_layout": LAYOUT,
-    }
+    model_type = FAMILY
+    architecture = "StMoeGraph"
+    takes_mask = True
+    only = {"moecc_layout": (LAYOUT, "written by another version of moecc")}
+    always = {"moecc_layout": LAYOUT}
+    kept_numbers = ()
+    defaults = dict.fromkeys(TOKEN_KEYS) | {"use_cache": True, "moecc_layout": LAYOUT}
 
+    # A graph may take no tokens.
+    vocab_size: int = size(VOCABULARY, least=0, default=0)
     lines: tuple[str, ...]
 
     @classmethod
@@ -168,15 +127,12 @@ class GraphConfig(ModelConfig):
         return "\n".join(self.lines) + "\n"
 
     @classmethod
-    def _read(cls, reader: Reader) -> dict[str, object]:
-        if reader.value("moecc_layout") != LAYOUT:
-            what = "written by another version of moecc"
-            reader.refuse("moecc_layout", what, expected=str(LAYOUT))
-        found = reader.items("graph")
-        lines = tuple(line for line in found if isinstance(line, str))
-        if len(lines) != len(found) or not lines:
+    def _read(cls, reader: Reader) -> JsonDict:
+        items = reader.items("graph")
+        lines = tuple(line for line in items if isinstance(line, str))
+        if len(lines) != len(items) or not lines:
             reader.refuse("graph", "not the lines of a graph", expected="a list of texts")
         return {**super()._read(reader), "lines": lines}
 
-    def _write(self) -> dict[str, object]:
-        return {"moecc_layout": LAYOUT, "graph": list(self.lines)}
+    def _write(self) -> JsonDict:
+        return {**super()._write(), "graph": list(self.lines)}

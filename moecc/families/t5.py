@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
-from moecc.families.config import ACTIVATIONS, config_class
-from moecc.families.encdec import ENCDEC_DEFAULTS, T5_ACTIVATIONS, EncDecConfig, read_activation
+from moecc.families.config import ACTIVATIONS, config_class, flag
+from moecc.families.encdec import ENCDEC_DEFAULTS, T5_ACTIVATIONS, EncDecConfig
 from moecc.families.reader import KeyProblem, Reader, key_problem, one_of
+from moecc.support.untyped import JsonDict
 
 GATED = "gated-"
 
@@ -21,10 +22,12 @@ class T5Config(EncDecConfig):
     whether or not there is an output matrix, so an importer looks for that tensor.
     """
 
-    model_type: ClassVar[str] = "t5"
-    architecture: ClassVar[str] = "T5ForConditionalGeneration"
+    model_type = "t5"
+    architecture = "T5ForConditionalGeneration"
     aliases: ClassVar[tuple[str, ...]] = ("T5WithLMHeadModel",)
-    synonyms: ClassVar[Mapping[str, str]] = {**EncDecConfig.synonyms, "head_dim": "d_kv"}
+    keys = {"hidden_act": "", "gated": ""}
+    synonyms = {**EncDecConfig.synonyms, "head_dim": "d_kv"}
+    idle: ClassVar[tuple[str, ...]] = ("is_decoder",)
     defaults: ClassVar[Mapping[str, object]] = {
         **ENCDEC_DEFAULTS,
         "feed_forward_proj": "relu",
@@ -39,38 +42,36 @@ class T5Config(EncDecConfig):
             what = f"{family} scales its outputs only where the output matrix is the embedding"
             keys = ("scale_decoder_outputs", "tie_word_embeddings")
             yield key_problem(what, "false", "true", *keys)
+        stating = ("feed_forward_proj", "dense_act_fn", "is_gated_act")
         if self.gated and self.hidden_act == "gelu":
             what = f"{self.model_type} gates with the tanh approximation of GELU"
-            stating = ("feed_forward_proj", "dense_act_fn", "is_gated_act")
             yield key_problem(what, "gelu_pytorch_tanh", "gelu", *stating)
+        if self.hidden_act not in T5_ACTIVATIONS:
+            what = "unknown activation"
+            yield key_problem(what, one_of(T5_ACTIVATIONS), self.hidden_act, *stating)
 
     @classmethod
-    def _read(cls, reader: Reader) -> dict[str, object]:
-        values = super()._read(reader)
-        act, gated = _read_projection(reader)
+    def _read(cls, reader: Reader) -> JsonDict:
+        values, stated = super()._read(reader), reader.value("feed_forward_proj")
+        gated = isinstance(stated, str) and stated.startswith(GATED)
+        name = stated.removeprefix(GATED) if isinstance(stated, str) else ""
+        if name not in ACTIVATIONS:
+            expected = f"{one_of(ACTIVATIONS)}, or gated- before it"
+            reader.refuse("feed_forward_proj", "not supported", expected=expected)
+            name, gated = "relu", False
+        # In transformers gated-gelu is the tanh approximation, and plain gelu the error function.
+        act = "gelu_pytorch_tanh" if gated and name == "gelu" else ACTIVATIONS[name]
         # transformers derives these two from the projection, and takes those that are stated.
         if reader.has("dense_act_fn"):
-            act = read_activation(reader, "dense_act_fn")
+            act = ACTIVATIONS[reader.choice("dense_act_fn", ACTIVATIONS)]
         if reader.has("is_gated_act"):
             gated = reader.flag("is_gated_act")
-        reader.value("is_decoder")
-        stated = reader.value("scale_decoder_outputs") is not None
-        tied = values["tie_word_embeddings"]
-        scaled = reader.flag("scale_decoder_outputs") if stated else tied
-        return {**values, "hidden_act": act, "gated": gated, "scale_outputs": scaled}
+        return {**values, "hidden_act": act, "gated": gated}
 
-    def _write(self) -> dict[str, object]:
-        return {
-            **super()._write(),
-            "feed_forward_proj": self._projection,
-            "scale_decoder_outputs": self.scale_outputs,
-        }
-
-    @property
-    def _projection(self) -> str:
-        if not self.gated:
-            return T5_ACTIVATIONS[self.hidden_act]
-        return f"{GATED}{T5_ACTIVATIONS[self.hidden_act].replace('gelu_new', 'gelu')}"
+    def _write(self) -> JsonDict:
+        act = T5_ACTIVATIONS[self.hidden_act]
+        projection = f"{GATED}{act.replace('gelu_new', 'gelu')}" if self.gated else act
+        return {**super()._write(), "feed_forward_proj": projection}
 
 
 _MANY_LANGUAGES: Mapping[str, object] = {
@@ -91,12 +92,12 @@ class MT5Config(T5Config):
     checkpoint does; version 5 writes so for every model, and scales none.
     """
 
-    model_type: ClassVar[str] = "mt5"
-    architecture: ClassVar[str] = "MT5ForConditionalGeneration"
-    aliases: ClassVar[tuple[str, ...]] = ()
-    defaults: ClassVar[Mapping[str, object]] = {**_MANY_LANGUAGES, "tie_word_embeddings": False}
+    model_type = "mt5"
+    architecture = "MT5ForConditionalGeneration"
+    aliases = ()
+    defaults = {**_MANY_LANGUAGES, "tie_word_embeddings": False}
 
-    scale_outputs: bool = False
+    scale_outputs: bool = flag(null=lambda values: False, default=False)
 
     def checks(self) -> Iterator[KeyProblem]:
         """Yield inconsistent values, and those that this family cannot express."""
@@ -104,37 +105,15 @@ class MT5Config(T5Config):
         if self.scale_outputs:
             yield key_problem("mt5 scales no outputs", "false", "true", "scale_decoder_outputs")
 
-    @classmethod
-    def _read(cls, reader: Reader) -> dict[str, object]:
-        stated = reader.value("scale_decoder_outputs") is not None
-        scaled = stated and reader.flag("scale_decoder_outputs")
-        return {**super()._read(reader), "scale_outputs": scaled}
-
 
 @config_class
 class UMT5Config(T5Config):
     """A umt5: a t5 of many languages, with biases by distance of its own in every layer."""
 
-    model_type: ClassVar[str] = "umt5"
-    architecture: ClassVar[str] = "UMT5ForConditionalGeneration"
-    aliases: ClassVar[tuple[str, ...]] = ()
-    defaults: ClassVar[Mapping[str, object]] = _MANY_LANGUAGES
-    biases_of_layers: ClassVar[bool] = True
-
-    @classmethod
-    def _read(cls, reader: Reader) -> dict[str, object]:
-        reader.value("scalable_attention")  # of the training code; transformers does not read it
-        return super()._read(reader)
-
-
-def _read_projection(reader: Reader) -> tuple[str, bool]:
-    """Return the activation that ``feed_forward_proj`` names, and whether it gates."""
-    stated = reader.value("feed_forward_proj")
-    name = stated.removeprefix(GATED) if isinstance(stated, str) else ""
-    gated = isinstance(stated, str) and stated.startswith(GATED)
-    if name not in ACTIVATIONS:
-        expected = f"{one_of(ACTIVATIONS)}, or gated- before it"
-        reader.refuse("feed_forward_proj", "not supported", expected=expected)
-        return "relu", False
-    # In transformers gated-gelu is the tanh approximation, and plain gelu the error function.
-    return ("gelu_pytorch_tanh" if gated and name == "gelu" else ACTIVATIONS[name]), gated
+    model_type = "umt5"
+    architecture = "UMT5ForConditionalGeneration"
+    aliases = ()
+    # The second key is of the training code; transformers does not read it.
+    idle = ("is_decoder", "scalable_attention")
+    defaults = _MANY_LANGUAGES
+    biases_of_layers = True

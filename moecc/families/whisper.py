@@ -2,54 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from collections.abc import Iterator
 
-from moecc.families.config import ModelConfig, activation_problem, config_class
-from moecc.families.encdec import read_activation
+from moecc.families.config import CAUSAL, ModelConfig, activation, config_class, size
+from moecc.families.names import TensorNames
 from moecc.families.reader import (
+    COUNT,
     EXTRA_DEFAULTS,
-    LARGEST_SIZES,
+    LAYERS,
+    LENGTH,
+    NEURONS,
+    WIDTH,
     KeyProblem,
-    Reader,
-    key_problem,
-    refuse_attention_to_later_tokens,
 )
 
-SIZES = (
-    "d_model",
-    "num_mel_bins",
-    "encoder_layers",
-    "encoder_attention_heads",
-    "encoder_ffn_dim",
-    "decoder_layers",
-    "decoder_attention_heads",
-    "decoder_ffn_dim",
-    "max_source_positions",
-    "max_target_positions",
-)
+TIE = "whisper ties its output matrix to an embedding that it does not scale"
 
 
 @config_class
 class WhisperConfig(ModelConfig):
     """A whisper; `max_source_positions` is half the frames of its input, of which it takes all."""
 
-    model_type: ClassVar[str] = "whisper"
-    architecture: ClassVar[str] = "WhisperForConditionalGeneration"
-    kind: ClassVar[str] = "an encoder of speech with a decoder"
-    kept_numbers: ClassVar[tuple[str, ...]] = (
-        "init_std",
-        "activation_dropout",
-        "attention_dropout",
-        "dropout",
-    )
-    synonyms: ClassVar[Mapping[str, str]] = {
+    model_type = "whisper"
+    architecture = "WhisperForConditionalGeneration"
+    kind = "an encoder of speech with a decoder"
+    kept_numbers = ("init_std", "activation_dropout", "attention_dropout", "dropout")
+    keys = {"hidden_act": "activation_function"}
+    only = {
+        **CAUSAL,
+        "scale_embedding": (False, TIE),
+        "tie_word_embeddings": (True, TIE),
+        "is_encoder_decoder": (True, "a whisper without one of its halves is not supported"),
+    }
+    always = {"is_encoder_decoder": True, "scale_embedding": False, "tie_word_embeddings": True}
+    synonyms = {
         "hidden_size": "d_model",
         "num_attention_heads": "encoder_attention_heads",
         "num_key_value_heads": "encoder_attention_heads",
         "num_hidden_layers": "encoder_layers",
     }
-    defaults: ClassVar[Mapping[str, object]] = {
+    names = TensorNames(embedding="model.decoder.embed_tokens.weight", head="proj_out.weight")
+    defaults = {
         **EXTRA_DEFAULTS,
         "vocab_size": 51_865,
         "d_model": 384,
@@ -74,17 +67,17 @@ class WhisperConfig(ModelConfig):
         "eos_token_id": 50_256,
     }
 
-    d_model: int
-    num_mel_bins: int
-    encoder_layers: int
-    encoder_attention_heads: int
-    encoder_ffn_dim: int
-    decoder_layers: int
-    decoder_attention_heads: int
-    decoder_ffn_dim: int
-    max_source_positions: int = 1500
-    max_target_positions: int = 448
-    hidden_act: str = "gelu"
+    d_model: int = size(WIDTH)
+    num_mel_bins: int = size(COUNT)
+    encoder_layers: int = size(LAYERS)
+    encoder_attention_heads: int = size(COUNT)
+    encoder_ffn_dim: int = size(NEURONS)
+    decoder_layers: int = size(LAYERS)
+    decoder_attention_heads: int = size(COUNT)
+    decoder_ffn_dim: int = size(NEURONS)
+    max_source_positions: int = size(NEURONS, default=1500)
+    max_target_positions: int = size(LENGTH, default=448)
+    hidden_act: str = activation(default="gelu")
 
     @classmethod
     def shape(cls) -> type[ModelConfig]:
@@ -93,7 +86,7 @@ class WhisperConfig(ModelConfig):
 
     @property
     def layer_norm_eps(self) -> float:
-        """What norms add under the root; transformers states it nowhere."""
+        """The epsilon of the norms; transformers states it nowhere."""
         return 1e-5
 
     def layers(self, stack: str) -> int:
@@ -112,40 +105,6 @@ class WhisperConfig(ModelConfig):
 
     def checks(self) -> Iterator[KeyProblem]:
         """Yield inconsistent values, and those that this family cannot express."""
-        for name in SIZES:
-            value = getattr(self, name)
-            if not 1 <= value <= LARGEST_SIZES[name]:
-                expected = f"1 to {LARGEST_SIZES[name]:,}"
-                yield key_problem("not a usable size", expected, f"{value}", name)
-        for key in ("encoder_attention_heads", "decoder_attention_heads"):
-            heads = getattr(self, key)
-            if heads > 0 and self.d_model % heads:
-                what, expected = "the heads do not divide the width", f"a multiple of {heads}"
-                yield key_problem(what, expected, f"{self.d_model}", "d_model", key)
-        yield from activation_problem(self.hidden_act, "activation_function")
         yield from super().checks()
-
-    @classmethod
-    def _read(cls, reader: Reader) -> dict[str, object]:
-        refuse_attention_to_later_tokens(reader)
-        for key, value in (("scale_embedding", False), ("tie_word_embeddings", True)):
-            if reader.flag(key) != value:
-                what = "whisper ties its output matrix to an embedding that it does not scale"
-                reader.refuse(key, what, expected=f"{value}".lower())
-        if not reader.flag("is_encoder_decoder"):
-            what = "a whisper without one of its halves is not supported"
-            reader.refuse("is_encoder_decoder", what, expected="true")
-        return {
-            **super()._read(reader),
-            **{name: reader.size(name) for name in SIZES},
-            "hidden_act": read_activation(reader, "activation_function"),
-        }
-
-    def _write(self) -> dict[str, object]:
-        return {
-            **{name: getattr(self, name) for name in SIZES},
-            "activation_function": self.hidden_act,
-            "is_encoder_decoder": True,
-            "scale_embedding": False,
-            "tie_word_embeddings": True,
-        }
+        yield from self.head_checks("d_model", "encoder_attention_heads")
+        yield from self.head_checks("d_model", "decoder_attention_heads")

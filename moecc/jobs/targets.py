@@ -25,7 +25,7 @@ from moecc.pipeline.runner import run_pass
 from moecc.pipeline.text import Pipeline
 from moecc.translate.engines import Verdict, verdicts
 from moecc.translate.export import export_graph
-from moecc.translate.propose import MIXTURES, source_config
+from moecc.translate.propose import source_config
 
 MANY_LAYERS = 64
 """A dense model with more layers, of few kinds, is exported with so many to see where it fits."""
@@ -185,7 +185,7 @@ def choose(graph: Graph) -> Choice:
     """
     fitting = _fitting(graph)
     own = str(graph.attrs.get("family", ""))
-    stays = own if own in MIXTURES else ""
+    stays = own if issubclass(CONFIGS.get(own, ModelConfig), MoeConfig) else ""
     if not fitting:
         near = nearest_family(graph)
         what = "; ".join(reason.what for reason in near.reasons[:3]) if near else ""

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from moecc.families.bert import BertConfig
 from moecc.families.config import ModelConfig
-from moecc.families.decoder import DecoderConfig
+from moecc.families.decoder import ATTENTION_BIASES, DecoderConfig
 from moecc.families.encdec import EncDecConfig
 from moecc.families.mixture import MoeConfig
-from moecc.families.registry import DECODERS, parse_config
+from moecc.families.registry import decoders, parse_config
 from moecc.families.rope import RopeConfig
 from moecc.families.st_moe import StMoeConfig
 from moecc.families.switch_transformers import SwitchTransformersConfig
@@ -43,13 +43,13 @@ _ROPES = (
 
 @st.composite
 def small_configs(
-    draw: st.DrawFn, families: Collection[str] = tuple(DECODERS), most_layers: int = 3
+    draw: st.DrawFn, families: Collection[str] = tuple(decoders()), most_layers: int = 3
 ) -> DecoderConfig:
     """Draw a config of one of `families`, decoders, with every feature that the family has."""
-    family = DECODERS[draw(st.sampled_from(sorted(families)))]
+    family = decoders()[draw(st.sampled_from(sorted(families)))]
     kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2))
     layers, head_dim = draw(st.integers(1, most_layers)), draw(st.sampled_from([4, 6]))
-    heads, bias = kv_heads * group, draw(st.booleans())
+    heads = kv_heads * group
     values: JsonDict = {
         "vocab_size": draw(st.integers(3, 12)),
         "hidden_size": heads * (head_dim if fills_width(family) else draw(st.sampled_from([4, 7]))),
@@ -66,9 +66,6 @@ def small_configs(
         "dtype": "float32",
         # The usual padding token of some families is beyond so small a vocabulary.
         "extra": {"pad_token_id": None},
-        "qkv_bias": bias,
-        "output_bias": bias,
-        "mlp_bias": draw(st.booleans()),
         **family.fixed,
     }
     values |= draw(feature_values(family, values))
@@ -87,7 +84,7 @@ def activations(family: type[DecoderConfig]) -> st.SearchStrategy[str]:
 
 def fills_width(family: type[DecoderConfig]) -> bool:
     """Whether the heads of a family together have the model's width."""
-    return family.model_type in ("qwen2_moe", "phi3")
+    return bool(family.plain_heads)
 
 
 @st.composite
@@ -102,6 +99,8 @@ def feature_values(draw: st.DrawFn, family: type[DecoderConfig], values: Json) -
     layers, rope = values["num_hidden_layers"], values["rope"]
     local = st.just(RopeConfig(theta=30.0))
     kinds: dict[str, st.SearchStrategy[Any]] = {
+        "mlp_bias": st.booleans(),
+        "qk_norm": st.booleans(),
         "embedding_multiplier": st.sampled_from([1.0, 3.0]),
         "residual_multiplier": st.sampled_from([1.0, 0.22]),
         "attention_scale": st.sampled_from([None, 11**-0.5]),
@@ -114,7 +113,8 @@ def feature_values(draw: st.DrawFn, family: type[DecoderConfig], values: Json) -
         "local_rope": local if rope.type != "default" else st.none() | local,
     }
     # That all layers have rotary positions is not stated by listing them.
-    drawn = {name: draw(kinds[name]) for name in sorted(family.options)}
+    drawn = {name: draw(kinds[name]) for name in sorted(family.options - ATTENTION_BIASES)}
+    drawn |= dict.fromkeys(ATTENTION_BIASES & family.options, draw(st.booleans()))
     listed = drawn.get("rope_layers")
     return {**drawn, "rope_layers": None} if listed and all(listed) else drawn
 
@@ -133,7 +133,7 @@ def _windows(draw: st.DrawFn, style: str, layers: int) -> tuple[int | None, ...]
 @st.composite
 def _experts(draw: st.DrawFn, family: type[MoeConfig], layers: int, width: int) -> JsonDict:
     count = draw(st.integers(2, 4))
-    own = draw(st.integers(1, 8)) if family.has_expert_width else width
+    own = draw(st.integers(1, 8)) if family.has_expert_width() else width
     return {
         "num_experts": count,
         "experts_per_token": draw(choices(family, count)),
@@ -157,10 +157,11 @@ def gate_values(draw: st.DrawFn, family: type[MoeConfig]) -> JsonDict:
       draw: of Hypothesis.
       family: the class of config.
     """
-    divides = st.booleans() if family.renormalises is None else st.just(family.renormalises)
+    always = family.renormalises()
+    divides = st.booleans() if always is None else st.just(always)
     return {
         "norm_topk_prob": draw(divides),
-        "gate_scale": draw(st.sampled_from([1.0, 1.5])) if family.has_gate_scale else 1.0,
+        "gate_scale": draw(st.sampled_from([1.0, 1.5])) if family.key("gate_scale") else 1.0,
         # A checkpoint of such a family has the bias.
         "routing_bias": family.has_routing_bias,
     }

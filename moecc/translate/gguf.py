@@ -7,14 +7,14 @@ and the rows of queries and keys put in the order of llama.cpp's rotary embeddin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from moecc.errors import InputError, Problem, UsageError, nearest
 from moecc.families.decoder import DecoderConfig
 from moecc.families.experts import expert_layers
 from moecc.families.mixture import MoeConfig
-from moecc.families.registry import CONFIGS
+from moecc.families.registry import CONFIGS, decoders
 from moecc.formats.gguf.config import config_keys, misfits, rotary_divisors
 from moecc.formats.gguf.encode import Key, storage_of
 from moecc.formats.gguf.families import (
@@ -31,7 +31,7 @@ from moecc.formats.gguf.families import (
 from moecc.formats.gguf.storage import BY_NAME, Storage, require_package
 from moecc.formats.writer import OutputTensor
 from moecc.ir.graph import Graph
-from moecc.support.text import either, with_article
+from moecc.support.text import with_article
 from moecc.translate.export import export_graph
 from moecc.types import F16, F32, F64, DType, tensor
 from moecc.weights.arithmetic import Add
@@ -41,8 +41,6 @@ from moecc.weights.simplify import simplify
 
 PREFIX = "gguf:"
 
-# Files of `llama` are of these dense families too; any other architecture has one.
-_DENSE_FAMILIES: Mapping[str, Sequence[str]] = {"llama": ("llama", "mistral")}
 # llama.cpp computes the sigmoid of a shared expert's gate as silu(x) / x, which is NaN for the
 # zeros that `upcycle` writes.  Added to any other weight this changes no bit.
 _ALMOST_ZERO = 1e-20
@@ -86,19 +84,14 @@ def architecture_of(target: str) -> str | None:
     known = architectures()
     if name in known:
         return name
-    of_family = [f"{PREFIX}{n}" for n, row in _rows() if name == row.model_type]
-    of_family += [f"{PREFIX}{n}" for n, families in _DENSE_FAMILIES.items() if name in families]
-    hint = f"{name} is {either(of_family)} there" if of_family else nearest(name, known)
-    if not of_family and name in CONFIGS:
+    config = CONFIGS.get(name)
+    facts = config.gguf if config is not None and issubclass(config, DecoderConfig) else None
+    hint = f"{name} is {PREFIX}{facts.architecture} there" if facts else nearest(name, known)
+    if config is not None and facts is None:
         hint = f"no GGUF of {with_article(name)} is written; --to {name} writes a folder"
     raise UsageError(
         f"unknown architecture of GGUF {name!r}", expected=f"one of {', '.join(known)}", hint=hint
     )
-
-
-def _rows() -> Iterator[tuple[str, GgufFamily]]:
-    yield from GGUF_FAMILIES.items()
-    yield from GGUF_MIXTURES.items()
 
 
 def architectures() -> tuple[str, ...]:
@@ -123,14 +116,21 @@ def export_gguf(graph: Graph, architecture: str) -> GgufExport:
             hint=None if sparse else "make some layers sparse first, with upcycle",
         )
     family = table[architecture]
-    names = [family.model_type] if sparse else _DENSE_FAMILIES.get(architecture)
-    config, tensors = _as_family(graph, names or [family.model_type])
+    # Files of `llama` are of several dense families, any others of one.
+    names = [
+        name
+        for name, c in decoders().items()
+        if c.gguf is not None
+        and c.gguf.architecture == architecture
+        and issubclass(c, MoeConfig) == sparse
+    ]
+    config, tensors = _as_family(graph, names)
     stated = config.to_json()
     layers = config.sparse_layers if isinstance(config, MoeConfig) else ()
     if problems := list(misfits(architecture, family, stated, layers)):
         raise InputError(problems)
     made = {gguf_name(n, family): _turned(n, e, family, config) for n, e in tensors}
-    if family.needs_head:
+    if family.facts.needs_head:
         made.setdefault(HEAD, made[EMBEDDING])
     if (divisors := rotary_divisors(stated)) is not None:
         made[ROPE_FACTORS] = _vector(divisors)
@@ -161,15 +161,14 @@ def _of_folders(problem: Problem) -> Problem:
 
 def _turned(name: str, made: Expr, family: GgufFamily, config: DecoderConfig) -> Expr:
     """Return a tensor with rows and axes as the file stores them."""
-    if family.norms_plus_one and is_norm(name):
+    if family.has("norm_offset") and is_norm(name):
         return simplify(Add(made, Full(1.0, made.type.with_dtype(F32))))
-    experts = family.experts
-    if experts and experts.rows() and name.endswith(experts.rows()):
+    if name.endswith(family.rows()):
         row = Index(made, made.type.names[0], 0)
-        if not experts.shared_gate:
+        if family.mixture is None or not family.mixture.shared_gate:
             return simplify(row)
         return simplify(Add(row, Full(_ALMOST_ZERO, row.type.with_dtype(F32))))
-    turned = turned_projection(name) if family.pairs_neighbours else None
+    turned = turned_projection(name) if family.facts.pairs_neighbours else None
     if turned is None:
         return made
     heads = config.num_attention_heads if turned == "q" else config.num_key_value_heads

@@ -11,8 +11,8 @@ from moecc.families.building import build_model
 from moecc.families.config import ModelConfig
 from moecc.families.encdec import STACKS, EncDecConfig
 from moecc.families.mixture import MoeConfig
-from moecc.families.names import FUSED_GATE_UP, names_of
-from moecc.families.registry import parse_config
+from moecc.families.names import FUSED_GATE_UP
+from moecc.families.registry import CONFIGS, parse_config
 from moecc.families.st_moe import StMoeConfig
 from moecc.families.t5 import T5Config
 from moecc.families.whisper import WhisperConfig
@@ -130,7 +130,7 @@ class StoredNames:
 
 def stored_names(config: ModelConfig, tensors: Container[str]) -> StoredNames:
     """Return how the names of the file with `tensors` differ from those of the family."""
-    embedding = names_of(config.model_type).embedding
+    embedding = config.names.embedding
     candidates = [StoredNames()]
     if config.base_prefix:
         candidates.append(StoredNames(lacking=config.base_prefix))
@@ -202,7 +202,7 @@ def import_checkpoint(checkpoint: Checkpoint, *, padding: bool = False) -> Graph
         )
     for name in _repeated(config):
         if name in tensors:
-            embedding = stored(names_of(config.model_type).embedding)
+            embedding = stored(config.names.embedding)
             _check_repeated(name, embedding, config, checkpoint)
     return graph
 
@@ -211,7 +211,8 @@ def unread_tensors(graph: Graph, checkpoint: Checkpoint) -> list[str]:
     """Return the tensors that are not part of the graph; copies of others do not count."""
     weights = (value.weight for value in graph.params.values() if value.weight is not None)
     read = {source.name for weight in weights for source in sources(weight)}
-    names = names_of(str(graph.attrs.get("family", "")))
+    family = CONFIGS.get(str(graph.attrs.get("family", "")), ModelConfig)
+    names = family.names
     read.update((names.head, *names.copies))
     return [n for n in checkpoint.tensors if n not in read and not _IDLE.fullmatch(n)]
 
@@ -219,14 +220,14 @@ def unread_tensors(graph: Graph, checkpoint: Checkpoint) -> list[str]:
 def _fitted(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> ModelConfig:
     """Return the config with the embedding tie that transformers 5 applies, whatever is stated."""
     if isinstance(config, T5Config) and not config.scale_outputs:
-        apart = names_of(config.model_type).head in tensors
+        apart = config.names.head in tensors
         return replace(config, tie_word_embeddings=config.tie_word_embeddings and not apart)
     return config
 
 
 def _repeated(config: ModelConfig) -> list[str]:
     """Return the tensors that a file may hold as copies of the embedding."""
-    names = names_of(config.model_type)
+    names = config.names
     return [*([names.head] if is_tied(config) else []), *names.copies]
 
 
@@ -240,7 +241,7 @@ def _layout(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> str:
         return "stacked"
     if not isinstance(config, MoeConfig):
         return "experts"
-    names = names_of(config.model_type)
+    names = config.names
     usual = f"{names.sparse}{names.expert_gate_up}" == FUSED_GATE_UP
     if not usual and any(name.endswith(f".{FUSED_GATE_UP}") for name in tensors):
         return "fused"
@@ -284,7 +285,7 @@ def _mixed_stacks(
 def _problems(
     config: ModelConfig, expected: Mapping[str, TensorType], tensors: Mapping[str, TensorInfo]
 ) -> Iterator[Problem]:
-    head = names_of(config.model_type).head
+    head = config.names.head
     allowed = set(_repeated(config))
     missing = [name for name in expected if name not in tensors]
     extra = [
@@ -430,7 +431,7 @@ def _check_repeated(
 
     transformers 4 would drop it, transformers 5 would keep it.
     """
-    names = names_of(config.model_type)
+    names = config.names
     head, embedding = checkpoint.tensors[name], checkpoint.tensors[embedding_name]
     place = f"{checkpoint.path}: {name}"
     is_head = name == names.head

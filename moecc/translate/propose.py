@@ -15,7 +15,7 @@ from moecc.families.encdec import STACKS, EncDecConfig
 from moecc.families.experts import ExpertLayer, expert_layers, layer_number
 from moecc.families.graphs.stored import FAMILY, graph_config
 from moecc.families.mixture import MoeConfig
-from moecc.families.registry import CONFIGS, DECODERS, parse_config
+from moecc.families.registry import CONFIGS, decoders, mixtures, parse_config
 from moecc.families.switch_transformers import UNBOUNDED, SwitchTransformersConfig
 from moecc.ir.graph import Graph
 from moecc.support.text import both, either, ranges, with_article
@@ -170,12 +170,6 @@ Layers = Mapping[int, ExpertLayer]
 """Expert layers by their number; the other layers are dense."""
 
 
-MIXTURES: Mapping[str, type[MoeConfig]] = {
-    name: family for name, family in DECODERS.items() if issubclass(family, MoeConfig)
-}
-"""The decoder-only families with experts."""
-
-
 def targets() -> tuple[str, ...]:
     """Return the families that a graph can be exported to."""
     return tuple(CONFIGS)
@@ -303,7 +297,7 @@ def propose_config(
     made = _try(source, layers, target, width)
     if isinstance(made, DecoderConfig) or made[-1].hint is not None:
         return made
-    others = [name for name in DECODERS if name != target and _can(source, layers, name, width)]
+    others = [name for name in decoders() if name != target and _can(source, layers, name, width)]
     if others:
         made[-1] = replace(made[-1], hint=f"{either(others)} can express this model")
     return made
@@ -312,14 +306,14 @@ def propose_config(
 def _try(
     source: DecoderConfig, layers: Layers, target: str, width: int | None
 ) -> DecoderConfig | list[Problem]:
-    family = DECODERS[target]
+    family = decoders()[target]
     reasons = list(_reasons(source, layers, family, width))
     return _construct(family, _fields(source, layers, family, width), reasons)
 
 
 def _can(source: DecoderConfig, layers: Layers, target: str, width: int | None) -> bool:
     """Whether `_try` has a config; the first reason against it is enough to know."""
-    family = DECODERS[target]
+    family = decoders()[target]
     if any(True for _ in _reasons(source, layers, family, width)):
         return False
     made = _construct(family, _fields(source, layers, family, width), [])
@@ -400,16 +394,16 @@ def _propose_layer_reasons(layer: ExpertLayer, family: type[MoeConfig]) -> Itera
     conventions = family.conventions()
     if layer.gates not in conventions:
         what = f"{target} cannot express {layer.gates} gates"
-        able = [n for n, f in MIXTURES.items() if layer.gates in f.conventions() and n != target]
+        able = [n for n, f in mixtures().items() if layer.gates in f.conventions() and n != target]
         hint = f"{either(able)} can express them" if able else None
         yield Problem(what, expected=" or ".join(conventions), found=layer.gates, hint=hint)
-    if layer.scale != 1 and not family.has_gate_scale:
+    if layer.scale != 1 and not family.key("gate_scale"):
         what = f"{target} has no factor on the gates"
         hint = "upcycle with gate-scale=1, or scale the experts' last matrix instead"
         yield Problem(what, expected="1", found=f"{layer.scale:g}", hint=hint)
     if layer.bias and not family.has_routing_bias:
         what = f"{target} has no bias in the choice of experts"
-        able = [n for n, f in MIXTURES.items() if f.has_routing_bias]
+        able = [n for n, f in mixtures().items() if f.has_routing_bias]
         hint = f"{both(able)} have one; upcycle with balance-bias=false makes none"
         yield Problem(what, hint=hint)
     if layer.slots != "ragged":
@@ -434,7 +428,7 @@ def _shared_reasons(layer: ExpertLayer, family: type[MoeConfig]) -> Iterator[Pro
         yield Problem(what, hint=hint)
     elif layer.shared and not family.has_shared_expert:
         what = f"{target} has no shared expert"
-        able = [n for n, f in MIXTURES.items() if f.has_shared_expert]
+        able = [n for n, f in mixtures().items() if f.has_shared_expert]
         hint = f"upcycle without shared, or write {either(able)}"
         yield Problem(what, found=f"one of {layer.shared} neurons", hint=hint)
     elif layer.shared and layer.shared_gate != family.shared_gate:
@@ -457,7 +451,7 @@ def _pattern_reasons(
     target, dense = family.model_type, _dense_layers(source, layers)
     if dense and family.sparse_style == "all":
         what = f"{target} has an expert layer at every depth; layers {ranges(dense)} here are dense"
-        able = [n for n, f in MIXTURES.items() if f.sparse_style == "step"]
+        able = [n for n, f in mixtures().items() if f.sparse_style == "step"]
         yield Problem(what, hint=f"{both(able)} can express that with mlp_only_layers")
 
 
@@ -472,14 +466,14 @@ def _sparse_fields(
     layer = next(iter(layers.values()), ExpertLayer("", 1, 1))
     width = layer.width or 1
     fields = source.common()
-    if not family.has_expert_width:
+    if not family.has_expert_width():
         fields["intermediate_size"] = width
     if family.sparse_style != "all":
         fields |= _pattern(source, layers)
     shared = layer.shared or (None if family.shared_is_optional else width)
     fields |= {
         "norm_topk_prob": _is_renormalised(layer, family),
-        "gate_scale": layer.scale if family.has_gate_scale else 1.0,
+        "gate_scale": layer.scale if family.key("gate_scale") else 1.0,
         "routing_bias": layer.bias and family.has_routing_bias,
         "num_experts": layer.experts,
         "experts_per_token": layer.top_k,
@@ -493,8 +487,8 @@ def _sparse_fields(
 
 
 def _is_renormalised(layer: ExpertLayer, family: type[MoeConfig]) -> bool:
-    if family.renormalises is not None:
-        return family.renormalises
+    if (always := family.renormalises()) is not None:
+        return always
     return layer.gates not in ("softmax", "sigmoid")
 
 

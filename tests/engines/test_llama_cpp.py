@@ -188,7 +188,8 @@ def test_experts_that_differ(tmp_path: Path) -> None:
 
 def test_what_llama_cpp_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine refuses a tied qwen2moe without the head that moecc writes."""
-    row = replace(GGUF_MIXTURES["qwen2moe"], needs_head=False)
+    row = GGUF_MIXTURES["qwen2moe"]
+    row = replace(row, facts=replace(row.facts, needs_head=False))
     monkeypatch.setitem(cast("dict[str, GgufFamily]", GGUF_MIXTURES), "qwen2moe", row)
     case = ("qwen2_gqa_tied", "qwen2moe", "upcycle{experts=4 top-k=4 shared=0.5}")
     (report,) = ask(python(), PROBE, written([case], tmp_path))

@@ -15,8 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from moecc.cli.main import main
 from moecc.errors import UsageError
-from moecc.families import building, names, shrinking
-from moecc.families import registry as parse
+from moecc.families import building, registry, shrinking
 from moecc.families.llama import LlamaConfig
 from moecc.families.outside import Family, load_families
 from moecc.formats.open import open_checkpoint
@@ -32,10 +31,7 @@ BIOGPT = Path(__file__).parent / "biogpt"
 @pytest.fixture(autouse=True)
 def families() -> Iterator[None]:
     """Take out what a test adds."""
-    tables = (
-        parse.CONFIGS, parse.DECODERS, parse.ORIGINS, building.BUILDERS, names.NAMES,
-        shrinking.SHRINKERS,
-    )  # fmt: skip
+    tables = (registry.CONFIGS, registry.ORIGINS, building.BUILDERS, shrinking.SHRINKERS)
     before = [dict(table) for table in tables]
     yield
     for table, old in zip(tables, before, strict=True):
@@ -181,17 +177,17 @@ def test_faults_of_a_file_are_its_authors(
 
 def test_a_package_adds_its_families(monkeypatch: pytest.MonkeyPatch) -> None:
     load_families([FILE])
-    assert parse.CONFIGS.pop("biogpt").model_type == "biogpt"
-    point = EntryPoint("llama", f"{__name__}:AGAIN", parse.ENTRY_POINT)
-    monkeypatch.setattr(EntryPoint, "load", lambda self: Family(parse.CONFIGS["mistral"]))
-    monkeypatch.setattr(parse, "entry_points", lambda group: [point])
-    parse.load_installed.cache_clear()
-    parse.load_installed()
-    assert parse.ORIGINS["mistral"] == point.value
+    assert registry.CONFIGS.pop("biogpt").model_type == "biogpt"
+    point = EntryPoint("llama", f"{__name__}:AGAIN", registry.ENTRY_POINT)
+    monkeypatch.setattr(EntryPoint, "load", lambda self: Family(registry.CONFIGS["mistral"]))
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+    registry.load_installed.cache_clear()
+    registry.load_installed()
+    assert registry.ORIGINS["mistral"] == point.value
     monkeypatch.setattr(EntryPoint, "load", lambda self: 1)
-    parse.load_installed.cache_clear()
+    registry.load_installed.cache_clear()
     with pytest.raises(UsageError, match="a family that cannot be loaded"):
-        parse.load_installed()
-    monkeypatch.setattr(parse, "entry_points", lambda group: [])
-    parse.load_installed.cache_clear()
-    assert issubclass(parse.CONFIGS["llama"], LlamaConfig)
+        registry.load_installed()
+    monkeypatch.setattr(registry, "entry_points", lambda group: [])
+    registry.load_installed.cache_clear()
+    assert issubclass(registry.CONFIGS["llama"], LlamaConfig)

@@ -15,7 +15,7 @@ from moecc.errors import InputError
 from moecc.families.decoder import DecoderConfig
 from moecc.families.llama import MixtralConfig
 from moecc.families.mixture import MoeConfig
-from moecc.families.registry import DECODERS, parse_config
+from moecc.families.registry import decoders, parse_config
 from moecc.families.rope import RopeConfig, attention_factor, rotary_frequencies
 from moecc.testing.configs import (
     activations,
@@ -54,13 +54,11 @@ def ropes(draw: st.DrawFn, kinds: tuple[str, ...]) -> RopeConfig:
 
 @st.composite
 def configs(draw: st.DrawFn) -> DecoderConfig:
-    family = DECODERS[draw(st.sampled_from(sorted(DECODERS)))]
+    family = decoders()[draw(st.sampled_from(sorted(decoders())))]
     groups, repeats = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     head_dim = 2 * draw(st.integers(2, 8))
     heads = groups * repeats
     layers = draw(st.integers(1, 6))
-    bias = draw(st.booleans())
-    features = {"qkv_bias": bias, "output_bias": bias, "mlp_bias": draw(st.booleans())}
     values: dict[str, Any] = {
         "vocab_size": draw(st.integers(10, 100)),
         "hidden_size": heads * (head_dim if fills_width(family) else draw(sizes)),
@@ -77,7 +75,6 @@ def configs(draw: st.DrawFn) -> DecoderConfig:
         "sliding_windows": draw(windows(family.window_style, layers)),
         "dtype": draw(st.sampled_from([None, "float32", "bfloat16"])),
         "extra": draw(extras()),
-        **features,
         **family.fixed,
     }
     values |= draw(feature_values(family, values))
@@ -112,7 +109,7 @@ def extras(draw: st.DrawFn) -> dict[str, object]:
 @st.composite
 def experts(draw: st.DrawFn, family: type[MoeConfig], layers: int, width: int) -> dict[str, Any]:
     number = draw(st.integers(2, 8))
-    own = draw(sizes) if family.has_expert_width else width
+    own = draw(sizes) if family.has_expert_width() else width
     values: dict[str, Any] = {
         "num_experts": number,
         "experts_per_token": draw(choices(family, number)),
@@ -121,7 +118,7 @@ def experts(draw: st.DrawFn, family: type[MoeConfig], layers: int, width: int) -
         "shared_expert_intermediate_size": draw(shared_widths(family, own)),
         "output_router_logits": draw(st.booleans()),
     }
-    if family.has_balance_loss:
+    if family.key("router_aux_loss_coef"):
         values["router_aux_loss_coef"] = draw(st.floats(0, 1))
     if family is MixtralConfig:
         values["router_jitter_noise"] = draw(st.floats(0, 1))

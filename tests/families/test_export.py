@@ -19,7 +19,7 @@ from moecc.backend import get_backend
 from moecc.errors import InputError, UsageError
 from moecc.families import build
 from moecc.families.decoder import DecoderConfig
-from moecc.families.registry import DECODERS, parse_config
+from moecc.families.registry import decoders, parse_config
 from moecc.formats.open import open_checkpoint
 from moecc.ir import Builder, Graph, clone, parse, print_graph, verify
 from moecc.pipeline.passes import Context
@@ -31,7 +31,7 @@ from moecc.testing.configs import (
 )
 from moecc.translate.export import Export, export_graph
 from moecc.translate.importing import import_checkpoint
-from moecc.translate.propose import MIXTURES, propose
+from moecc.translate.propose import propose
 from moecc.weights.evaluate import materialise
 from moecc.weights.expr import Full, Source, sources
 
@@ -440,7 +440,7 @@ def test_what_exports_reads_back_and_computes_the_same(
         before, after = run(graph, checkpoint), run(again, written)
         assert np.abs(after - before).max() <= 1e-5 * np.abs(before).max()
         # The zeros of a bias in the choice are read back as such a bias.
-        stored = replace(made.config, routing_bias=MIXTURES[target].has_routing_bias)
+        stored = replace(made.config, routing_bias=decoders()[target].has_routing_bias)
         # As written: in which layers experts are may be said in two ways that are one on disk.
         assert export_graph(again, target).config_json == stored.to_json()
         read = {s.name for _, expr in made.tensors for s in sources(expr)}
@@ -448,7 +448,7 @@ def test_what_exports_reads_back_and_computes_the_same(
 
 
 def test_every_family_is_a_target() -> None:
-    for family in DECODERS:
+    for family in decoders():
         keys = {"mixtral": {"num_local_experts": 2}, "qwen2_moe": {"num_experts": 4}}
         config = config_of(family, **keys.get(family, {}))
         assert export_graph(build(config), family).config == config

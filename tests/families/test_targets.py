@@ -11,9 +11,8 @@ from tiers import some
 from moecc.families.config import ModelConfig
 from moecc.families.experts import layer_number
 from moecc.families.mixture import MoeConfig
-from moecc.families.registry import CONFIGS, parse_config
+from moecc.families.registry import CONFIGS, mixtures, parse_config
 from moecc.families.switch_transformers import SwitchTransformersConfig
-from moecc.formats.gguf.families import GGUF_MIXTURES
 from moecc.ir import Graph
 from moecc.jobs import conversion as targets
 from moecc.jobs.convert import plan, write
@@ -22,7 +21,7 @@ from moecc.model.open import open_model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.translate.engines import CONDITIONS, UNKNOWN, Verdict, engine_table, summary, verdicts
+from moecc.translate.engines import CONDITIONS, ENGINES, UNKNOWN, Verdict, summary, verdicts
 from moecc.translate.export import Export, export_graph
 
 from .test_propose import SIZES, graph_of
@@ -138,20 +137,13 @@ def verdict(found: MoeConfig, engine: str) -> Verdict:
 
 
 def test_the_table_is_whole() -> None:
-    table = engine_table()
-    names = {engine.name for engine in table.engines}
-    for family, rows in table.reads.items():
-        assert issubclass(CONFIGS[family], MoeConfig | SwitchTransformersConfig)
-        assert rows.keys() <= names
-        for reading in rows.values():
-            assert {*reading.needs, *reading.silent} <= CONDITIONS.keys()
-            assert not reading.gguf or reading.gguf in GGUF_MIXTURES
-    mixtures = {n for n, c in CONFIGS.items() if issubclass(c, MoeConfig)}
-    assert mixtures <= table.reads.keys()
-    readings = [reading for rows in table.reads.values() for reading in rows.values()]
+    names = {engine.name for engine in ENGINES}
+    assert all(config.engines for config in mixtures().values())
+    assert all(config.engines.keys() <= names for config in CONFIGS.values())
+    readings = [reading for c in CONFIGS.values() for reading in c.engines.values()]
     used = {word for reading in readings for word in (*reading.needs, *reading.silent)}
     assert used == CONDITIONS.keys()
-    assert all(engine.checked in ("run", "read") for engine in table.engines)
+    assert all(engine.checked in ("run", "read") for engine in ENGINES)
 
 
 def test_known_misreadings() -> None:

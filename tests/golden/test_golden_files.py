@@ -168,7 +168,7 @@ def misreadings(config: DecoderConfig) -> list[tuple[str, DecoderConfig]]:
         wrong.append(("window ignored", replace(config, sliding_windows=none)))
         wrong.append(("window one too long", replace(config, sliding_windows=longer)))
     for feature in FEATURES:
-        neutral = FEATURES[feature].neutral
+        neutral, _ = FEATURES[feature]
         # Norms elsewhere have other names, and lists of divisors another length.
         if getattr(config, feature) == neutral or feature == "norm_placement":
             continue
@@ -177,7 +177,7 @@ def misreadings(config: DecoderConfig) -> list[tuple[str, DecoderConfig]]:
         wrong.append((feature, without(config, feature, neutral)))
     # A norm right after the experts takes a factor of their sum away again.
     scaled = config.norm_placement != "after"
-    if isinstance(config, MoeConfig) and config.renormalises is None and scaled:
+    if isinstance(config, MoeConfig) and config.renormalises() is None and scaled:
         flipped = replace(config, norm_topk_prob=not config.norm_topk_prob)
         wrong.append(("renormalisation", flipped))
     if isinstance(config, MoeConfig) and config.gate_scale != 1:

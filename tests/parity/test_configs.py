@@ -8,7 +8,7 @@ import pytest
 
 from moecc.families.decoder import DecoderConfig
 from moecc.families.mixture import MoeConfig
-from moecc.families.registry import DECODERS, parse_config
+from moecc.families.registry import decoders, parse_config
 from moecc.families.rope import attention_factor, rotary_frequencies
 
 from .interpreters import ask, in_each_interpreter
@@ -30,7 +30,7 @@ VARIANTS: list[dict[str, Any]] = [
     *(
         {"model_type": name, "rope_scaling": YARN, "rope_theta": 777.0}
         for name in NAMES
-        if "yarn" in DECODERS[name].rope_types and name != "olmo2"
+        if "yarn" in decoders()[name].rope_types and name != "olmo2"
     ),
     *({"model_type": name, "dtype": "bfloat16", "tie_word_embeddings": True} for name in NAMES),
     {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 3}},

@@ -2,97 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moecc.families.bert import BertConfig
 from moecc.families.graphs.blocks import Blocks
-from moecc.families.graphs.parameters import DtypeOf, Parameters, float32_of
-from moecc.families.names import names_of
+from moecc.families.graphs.parameters import GraphRequest, Parameters
+from moecc.families.names import BlockNames
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
-from moecc.types import I32, PRED, Size, tensor
-
-
-@dataclass(frozen=True)
-class BertNames:
-    """The names of a layer's tensors; the tables have the same names in each family.
-
-    Attributes:
-      query, key, value, output: the projections of attention.
-      norm: the norm of the sum with it.
-      layers: where the layers are.
-      up, down: the matrices of the feed-forward block.
-      ffn_norm: the norm of the sum with it.
-    """
-
-    query: str = "attention.self.query"
-    key: str = "attention.self.key"
-    value: str = "attention.self.value"
-    output: str = "attention.output.dense"
-    norm: str = "attention.output.LayerNorm"
-    layers: str = "encoder.layer"
-    up: str = "intermediate.dense"
-    down: str = "output.dense"
-    ffn_norm: str = "output.LayerNorm"
-
-
-BERT_NAMES: Mapping[str, BertNames] = {
-    "mpnet": BertNames(
-        "attention.attn.q",
-        "attention.attn.k",
-        "attention.attn.v",
-        "attention.attn.o",
-        "attention.LayerNorm",
-    ),
-    "distilbert": BertNames(
-        "attention.q_lin",
-        "attention.k_lin",
-        "attention.v_lin",
-        "attention.out_lin",
-        "sa_layer_norm",
-        "transformer.layer",
-        "ffn.lin1",
-        "ffn.lin2",
-        "output_layer_norm",
-    ),
-}
-"""By family; one that is not listed has the default names."""
+from moecc.types import I32, PRED, tensor
 
 BIAS_TABLE = "encoder.relative_attention_bias.weight"
 FURTHEST = 128
 """The distance from which on all of mpnet's distances share one bucket."""
 
 
-def build_bert(
-    config: BertConfig,
-    dtype_of: DtypeOf | None = None,
-    checkpoint: str = "",
-    *,
-    batch: Size = "B",
-    seq: Size = "S",
-    padding: bool = False,
-) -> Graph:
+def build(config: BertConfig, request: GraphRequest) -> Graph:
     """Return the graph from ``tokens : i32[batch, seq]`` to ``hidden : f32[batch, seq, embed]``.
 
     All tokens are of type 0, as in a single text; the pooler is not part of the graph.  With
-    `padding` there is an input ``mask : pred[batch, seq]``, true where a token is one; padding is
-    behind the text.
-
-    Args:
-      config: the config.
-      dtype_of: the element type of each tensor on disk; float32 by default.
-      checkpoint: the path of the weights, for the graph's attributes.
-      batch: the size of the batch axis.
-      seq: the size of the sequence axis, up to the number of positions.
-      padding: whether sequences are padded.
+    padding there is an input ``mask : pred[batch, seq]``, true where a token is one; padding is
+    behind the text.  A sequence is no longer than the number of positions.
     """
-    attrs = {"family": config.model_type, "config": config.to_json(), "checkpoint": checkpoint}
-    graph = Graph(config.model_type, attrs)
-    params = Parameters(graph, names_of(config.model_type), dtype_of or float32_of)
+    params, names = Parameters.of(config, request), config.names
+    assert isinstance(names, BlockNames), "the names of a model with layer norms"
+    graph, batch, seq = params.graph, request.batch, request.seq
     tokens = graph.input("tokens", tensor(I32, batch=batch, seq=seq))
-    mask = graph.input("mask", tensor(PRED, batch=batch, seq=seq)) if padding else None
-    names = BERT_NAMES.get(config.model_type, BertNames())
+    mask = graph.input("mask", tensor(PRED, batch=batch, seq=seq)) if request.padding else None
     blocks = Blocks(Builder(graph), params, config.layer_norm_eps)
     encoder = _Encoder(blocks, config, names)
     keep = None
@@ -113,7 +49,7 @@ class _Encoder:
 
     blocks: Blocks
     config: BertConfig
-    names: BertNames
+    names: BlockNames
 
     @property
     def builder(self) -> Builder:
@@ -163,16 +99,16 @@ class _Encoder:
     def layer(self, hidden: Value, layer: int, bias: Value | None, keep: Value | None) -> Value:
         """Emit one layer: each sublayer's result is added, and then the sum normalised."""
         names, config = self.names, self.config
-        prefix = f"{names.layers}.{layer}."
+        prefix = names.layer.format(layer=layer)
         with self.builder.at(f"layers.{layer}.attention"):
-            found = self._attention(hidden, prefix, bias, keep)
-            hidden = self.builder.add(found, hidden)
-            hidden = self.blocks.norm(hidden, f"{prefix}{names.norm}")
+            mixed = self._attention(hidden, prefix, bias, keep)
+            hidden = self.builder.add(mixed, hidden)
+            hidden = self.blocks.norm(hidden, f"{prefix}{names.norms[0]}")
         with self.builder.at(f"layers.{layer}.ffn"):
-            up, down = f"{prefix}{names.up}", f"{prefix}{names.down}"
+            up, down = f"{prefix}{names.fc_in}", f"{prefix}{names.fc_out}"
             width = config.intermediate_size
-            found = self.blocks.two_layers(hidden, up, down, config.hidden_act, width)
-            return self.blocks.norm(self.builder.add(found, hidden), f"{prefix}{names.ffn_norm}")
+            mixed = self.blocks.two_layers(hidden, up, down, config.hidden_act, width)
+            return self.blocks.norm(self.builder.add(mixed, hidden), f"{prefix}{names.norms[1]}")
 
     def _attention(self, x: Value, prefix: str, bias: Value | None, keep: Value | None) -> Value:
         blocks, config, names = self.blocks, self.config, self.names

@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped queries and rotary positions."""
+"""The graph of a decoder-only model, dense or sparse, of any family."""
 
 from __future__ import annotations
 
@@ -7,66 +7,13 @@ from dataclasses import dataclass
 from math import prod, sqrt
 
 from moecc.families.decoder import DecoderConfig
-from moecc.families.gpt_oss import GptOssConfig
-from moecc.families.graphs.parameters import DtypeOf, Parameters, float32_of
+from moecc.families.graphs.parameters import GraphRequest, Parameters
 from moecc.families.mixture import MoeConfig
-from moecc.families.names import names_of
 from moecc.families.rope import RopeConfig, attention_factor
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
 from moecc.ir.moe import emit_routing, emit_shared_gate
-from moecc.types import I32, Size, tensor
-
-# What a gpt_oss has beyond other mixtures: sinks, biases of experts, a clamped activation.
-
-
-def sunk(
-    builder: Builder, weights: Value, scores: Value, sinks: Value, axes: tuple[str, str]
-) -> Value:
-    """Return attention weights of which each head's sink has taken its part.
-
-    A softmax over scores and one more, the sink, is that over the scores times
-    ``sigmoid(logsumexp(scores) − sink)``.
-
-    Args:
-      builder: where operations are appended.
-      weights: the softmax of the scores, ``[…, kv_head, query_group, kv_seq]``.
-      scores: the masked scores.
-      sinks: one for each head, ``[head]``.
-      axes: the names of the heads' axes and of that of the keys.
-    """
-    heads, keys = axes
-    assert heads == "head", "the axis of the sinks on disk"
-    sizes = [(name, _size(weights, name)) for name in ("kv_head", "query_group")]
-    sink = builder.split(sinks, axis=heads, into=tuple(sizes))
-    seen = builder.logsumexp(scores, axes=(keys,))
-    return builder.mul(weights, builder.sigmoid(builder.sub(seen, sink)))
-
-
-def _size(value: Value, axis: str) -> int:
-    size = value.type[axis].size
-    assert isinstance(size, int), "heads are counted"
-    return size
-
-
-def clamped_experts(
-    builder: Builder, rows: Value, prefix: str, config: GptOssConfig, params: Parameters
-) -> Value:
-    """Emit the experts on their `rows`; `prefix` is that of the layer's tensors."""
-    embed, width, count = config.hidden_size, config.intermediate_size, config.num_experts
-
-    def linear(x: Value, name: str, over: str) -> Value:
-        weight = params.turned_expert(prefix, name, builder.loc, embed, width, count)
-        bias = params.turned_expert_bias(prefix, name, builder.loc, embed, width, count)
-        return builder.add(builder.contract(x, weight, over=over, name=name), bias)
-
-    limit, one = (builder.constant(value=v) for v in (config.swiglu_limit, 1.0))
-    least = builder.constant(value=-config.swiglu_limit)
-    gate = builder.minimum(linear(rows, "gate", "embed"), limit)
-    up = builder.maximum(builder.minimum(linear(rows, "up", "embed"), limit), least)
-    opened = builder.mul(gate, builder.sigmoid(builder.scale(gate, by=config.swiglu_alpha)))
-    return linear(builder.mul(builder.add(up, one), opened), "down", "mlp")
-
+from moecc.types import I32, tensor
 
 # The norms of decoders: RMS norms, of one parameter or one more than it, and layer norms.
 
@@ -227,9 +174,14 @@ def attention(
     seen = tables.masks[config.sliding_windows[layer] or 0]
     scores = builder.mask(scores, seen)
     weights = builder.softmax(scores, axis=KV_SEQ, name="weights")
-    if isinstance(config, GptOssConfig) and not config.plain:
+    if config.has_sinks:
+        # A softmax over scores and one more, the sink, is that over the scores times
+        # sigmoid(logsumexp(scores) − sink).
         sinks = params.plain(f"{heads.prefix}sinks", builder.loc, head=config.num_attention_heads)
-        weights = sunk(builder, weights, scores, sinks, ("head", KV_SEQ))
+        into = tuple(list(heads.query_axes.items())[:2])
+        sink = builder.split(sinks, axis="head", into=into)
+        total = builder.logsumexp(scores, axes=(KV_SEQ,))
+        weights = builder.mul(weights, builder.sigmoid(builder.sub(total, sink)))
     return heads.output(builder.contract(weights, value, over=KV_SEQ, name="mixed"))
 
 
@@ -399,57 +351,65 @@ def ffn_axes(embed: int, mlp: int) -> dict[str, dict[str, int]]:
 def _sparse(
     builder: Builder, x: Value, prefix: str, config: MoeConfig, params: Parameters
 ) -> Value:
-    embed, experts = config.hidden_size, config.num_experts
-    loc = builder.loc
-    bias = params.routing_bias(prefix, loc, expert=experts) if config.routing_bias else None
+    embed, count, loc, clamp = config.hidden_size, config.num_experts, builder.loc, config.clamp
+    shift, names = None, params.names
+    bias = params.routing_bias(prefix, loc, expert=count) if config.routing_bias else None
+    router = params.router(prefix, loc, expert=count, embed=embed)
+    if clamp is not None:
+        name = f"{prefix}{names.sparse}{names.router.removesuffix('weight')}bias"
+        shift = params.plain(name, loc, expert=count)
     rows, finish = emit_routing(
         builder,
         x,
-        params.router(prefix, builder.loc, expert=experts, embed=embed),
-        experts=experts,
+        router,
+        experts=count,
         top_k=config.experts_per_token,
         gates=config.gates,
         scale=config.gate_scale,
         tokens=("batch", "seq"),
         bias=bias,
-        shift=_router_shift(prefix, builder.loc, config, params),
+        shift=shift,
     )
-    if isinstance(config, GptOssConfig) and not config.plain:
-        return finish(clamped_experts(builder, rows, prefix, config, params))
     axes = ffn_axes(embed, config.expert_intermediate_size)
 
-    def expert(name: str) -> Value:
-        if isinstance(config, GptOssConfig):
-            width = config.intermediate_size
-            return params.turned_expert(prefix, name, builder.loc, embed, width, experts)
-        return params.expert(prefix, name, builder.loc, axes[name], experts)
+    def matrix(name: str) -> Value:
+        return params.expert(prefix, name, loc, axes[name], count)
 
-    out = finish(
-        gated(
-            builder,
-            rows,
-            config.hidden_act,
-            expert,
-            lambda name: None,
-        )
-    )
-    if config.shared_expert_intermediate_size is None:
-        return out
+    if clamp is None:
+        out = finish(gated(builder, rows, config.hidden_act, matrix, lambda name: None))
+    else:
+
+        def linear(x: Value, name: str, over: str) -> Value:
+            weight = matrix(name)
+            bias = params.expert_bias(prefix, name, loc, axes[name], count)
+            return builder.add(builder.contract(x, weight, over=over, name=name), bias)
+
+        out = finish(_clamped(builder, rows, clamp, linear))
     width = config.shared_expert_intermediate_size
-    shared_prefix = prefix + params.names.sparse + params.names.shared
+    if width is None:
+        return out
+    shared_prefix = prefix + names.sparse + names.shared
     shared = _dense(builder, x, shared_prefix, width, config, params)
     if not config.shared_gate:
         return builder.add(out, shared)
-    gate = params.shared_gate(prefix, builder.loc, embed=embed)
+    gate = params.shared_gate(prefix, loc, embed=embed)
     return builder.add(out, emit_shared_gate(builder, x, gate, shared))
 
 
-def _router_shift(prefix: str, loc: str, config: MoeConfig, params: Parameters) -> Value | None:
-    """Return what a family adds to the router's logits, ``[expert]``, if anything."""
-    if not isinstance(config, GptOssConfig) or config.plain:
-        return None
-    name = f"{prefix}{params.names.sparse}{params.names.router.removesuffix('weight')}bias"
-    return params.plain(name, loc, expert=config.num_experts)
+def _clamped(
+    builder: Builder,
+    rows: Value,
+    clamp: tuple[float, float],
+    linear: Callable[[Value, str, str], Value],
+) -> Value:
+    """Emit ``down((up + 1) · gate · sigmoid(alpha · gate))`` with gate and up clamped."""
+    alpha, bound = clamp
+    limit, unit = (builder.constant(value=v) for v in (bound, 1.0))
+    least = builder.constant(value=-bound)
+    gate = builder.minimum(linear(rows, "gate", "embed"), limit)
+    up = builder.maximum(builder.minimum(linear(rows, "up", "embed"), limit), least)
+    opened = builder.mul(gate, builder.sigmoid(builder.scale(gate, by=alpha)))
+    return linear(builder.mul(builder.add(up, unit), opened), "down", "mlp")
 
 
 # The graph of a decoder-only model, dense or sparse, of any family.
@@ -467,30 +427,12 @@ NORMS = {
 """By placement the norms before and after the attention, and before and after the feed-forward."""
 
 
-def build_decoder(
-    config: DecoderConfig,
-    dtype_of: DtypeOf | None = None,
-    checkpoint: str = "",
-    *,
-    layout: str = "experts",
-    batch: Size = "B",
-    seq: Size = "S",
-) -> Graph:
-    """Return the graph from ``tokens : i32[batch, seq]`` to ``logits : f32[batch, seq, vocab]``.
-
-    Args:
-      config: the config.
-      dtype_of: the element type of each tensor on disk; float32 by default.
-      checkpoint: the path of the weights, for the graph's attributes.
-      layout: ``experts`` (one tensor an expert) or ``fused`` (as transformers 5 stores them).
-      batch: the size of the batch axis.
-      seq: the size of the sequence axis.
-    """
-    attrs = {"family": config.model_type, "config": config.to_json(), "checkpoint": checkpoint}
-    graph = Graph(config.model_type, attrs)
-    params = Parameters(graph, names_of(config.model_type), dtype_of or float32_of, layout)
+def build(config: DecoderConfig, request: GraphRequest) -> Graph:
+    """Return the graph from ``tokens : i32[batch, seq]`` to ``logits : f32[batch, seq, vocab]``."""
+    params = Parameters.of(config, request)
+    graph = params.graph
     decoder = _Decoder(Builder(graph), config, params)
-    tokens = graph.input("tokens", tensor(I32, batch=batch, seq=seq))
+    tokens = graph.input("tokens", tensor(I32, batch=request.batch, seq=request.seq))
     with decoder.builder.at("embed"):
         hidden = decoder.embed(tokens)
         tables = Tables.of(decoder.builder, config, tokens)

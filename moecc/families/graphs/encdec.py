@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from moecc.families.encdec import EncDecConfig, Experts
 from moecc.families.experts import emit_sequence_capacity
 from moecc.families.graphs.decoder import ffn_axes, two_or_three
-from moecc.families.graphs.parameters import DtypeOf, Parameters, float32_of
-from moecc.families.names import names_of
+from moecc.families.graphs.parameters import GraphRequest, Parameters
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
 from moecc.ir.moe import SlotOptions, emit_routing
 from moecc.ir.ops.slots import Using
-from moecc.types import I32, PRED, Size, tensor
+from moecc.types import I32, PRED, tensor
 
 # The feed-forward sublayers of an encoder-decoder: dense, sparse, and an extra dense one.
 
@@ -96,8 +95,9 @@ def _sparse(
     axes = ffn_axes(config.hidden_size, config.intermediate_size)
 
     def matrix(name: str) -> Value:
-        word = params.names.matrix(name, config.gated)
-        return params.expert_matrix(prefix, word, builder.loc, axes[name], experts.count)
+        return params.expert(
+            prefix, name, builder.loc, axes[name], experts.count, is_gated=config.gated
+        )
 
     return finish(two_or_three(builder, rows, config.hidden_act, matrix, config.gated))
 
@@ -106,39 +106,20 @@ KV_SEQ = "kv_seq"
 """The name of a sequence axis of keys and values."""
 
 
-def build_encdec(
-    config: EncDecConfig,
-    dtype_of: DtypeOf | None = None,
-    checkpoint: str = "",
-    *,
-    layout: str = "experts",
-    batch: Size = "B",
-    seq: Size = "S",
-    decoder_seq: Size = "T",
-    padding: bool = False,
-) -> Graph:
+def build(config: EncDecConfig, request: GraphRequest) -> Graph:
     """Return the graph from two token inputs to ``logits : f32[batch, seq, vocab]``.
 
     The inputs are ``tokens : i32[batch, seq]`` of the encoder and ``decoder_tokens``, whose length
-    is another variable; with `padding` also ``mask : pred[batch, seq]``, true where the encoder's
+    is another variable; with padding also ``mask : pred[batch, seq]``, true where the encoder's
     token is one.
-
-    Args:
-      config: the config.
-      dtype_of: the element type of each tensor on disk; float32 by default.
-      checkpoint: the path of the weights, for the graph's attributes.
-      layout: ``experts`` (one tensor an expert) or ``stacked`` (one tensor for all of a layer).
-      batch: the size of the batch axis.
-      seq: the encoder's length.
-      decoder_seq: the decoder's length.
-      padding: whether the encoder's sequences are padded.
     """
-    attrs = {"family": config.model_type, "config": config.to_json(), "checkpoint": checkpoint}
-    graph = Graph(config.model_type, attrs)
-    params = Parameters(graph, names_of(config.model_type), dtype_of or float32_of, layout)
+    params = Parameters.of(config, request)
+    graph, batch, seq = params.graph, request.batch, request.seq
     tokens = graph.input("tokens", tensor(I32, batch=batch, seq=seq))
-    decoder_tokens = graph.input("decoder_tokens", tensor(I32, batch=batch, seq=decoder_seq))
-    mask = graph.input("mask", tensor(PRED, batch=batch, seq=seq)) if padding else None
+    decoder_tokens = graph.input(
+        "decoder_tokens", tensor(I32, batch=batch, seq=request.decoder_seq)
+    )
+    mask = graph.input("mask", tensor(PRED, batch=batch, seq=seq)) if request.padding else None
     builder = Builder(graph)
     keep = None
     if mask is not None:
@@ -149,7 +130,12 @@ def build_encdec(
     with builder.at("head"):
         if config.scale_outputs:
             hidden = builder.scale(hidden, by=config.hidden_size**-0.5, name="scaled")
-        head = embedding_of(config, params) if config.tie_word_embeddings else _head(config, params)
+        axes = {"vocab": config.vocab_size, "embed": config.hidden_size}
+        head = (
+            embedding_of(config, params)
+            if config.tie_word_embeddings
+            else params.plain(params.names.head, "head", **axes)
+        )
         graph.set_output("logits", builder.contract(hidden, head, over="embed", name="logits"))
     return graph
 
@@ -163,11 +149,6 @@ def embedding_of(config: EncDecConfig, params: Parameters) -> Value:
     """Return the token embedding, ``[vocab, embed]``."""
     axes = {"vocab": config.vocab_size, "embed": config.hidden_size}
     return params.plain(params.names.embedding, "embed", **axes)
-
-
-def _head(config: EncDecConfig, params: Parameters) -> Value:
-    axes = {"vocab": config.vocab_size, "embed": config.hidden_size}
-    return params.plain(params.names.head, "head", **axes)
 
 
 @dataclass
@@ -244,24 +225,24 @@ class _Stack:
         with self.builder.at(f"{self.stack}.layers.{layer}.attention"):
             x = self._norm(hidden, f"{self._prefix(layer)}layer.0.layer_norm.weight")
             heads = _Heads(self, f"{self._prefix(layer)}layer.0.SelfAttention.")
-            found = heads.attend(x, as_keys(self.builder, x), bias, masks)
-            return self.builder.add(hidden, found, name="hidden")
+            mixed = heads.attend(x, as_keys(self.builder, x), bias, masks)
+            return self.builder.add(hidden, mixed, name="hidden")
 
     def _cross_attention(self, hidden: Value, layer: int, memory: Value) -> Value:
         with self.builder.at(f"{self.stack}.layers.{layer}.cross_attention"):
             x = self._norm(hidden, f"{self._prefix(layer)}layer.1.layer_norm.weight")
             heads = _Heads(self, f"{self._prefix(layer)}layer.1.EncDecAttention.")
             masks = [] if self.keep is None else [self.keep]
-            found = heads.attend(x, memory, None, masks)
-            return self.builder.add(hidden, found, name="hidden")
+            mixed = heads.attend(x, memory, None, masks)
+            return self.builder.add(hidden, mixed, name="hidden")
 
     def _ffn(self, hidden: Value, layer: int, sublayer: Sublayer) -> Value:
         prefix = f"{self._prefix(layer)}layer.{1 if self.is_encoder else 2}."
         prefix = f"{prefix}{sublayer.prefix}"
         with self.builder.at(f"{self.stack}.layers.{layer}.{sublayer.place}"):
             x = self._norm(hidden, f"{prefix}layer_norm.weight")
-            found = sublayer.emit(self.builder, x, prefix, self.config, self.params)
-            return self.builder.add(hidden, found, name="hidden")
+            mixed = sublayer.emit(self.builder, x, prefix, self.config, self.params)
+            return self.builder.add(hidden, mixed, name="hidden")
 
     def _norm(self, x: Value, name: str) -> Value:
         scale = self.params.plain(name, self.builder.loc, embed=self.config.hidden_size)

@@ -2,120 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moecc.families.gpt import GptConfig
 from moecc.families.graphs.blocks import Blocks
 from moecc.families.graphs.decoder import Rotation, rope_tables, rotated
-from moecc.families.graphs.parameters import DtypeOf, Parameters, float32_of
-from moecc.families.names import names_of
+from moecc.families.graphs.parameters import GraphRequest, Parameters
+from moecc.families.names import BlockNames
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
-from moecc.types import I32, Size, tensor
-
-
-@dataclass(frozen=True)
-class GptNames:
-    """The names of a family's tensors; a layer's are relative to its prefix.
-
-    Attributes:
-      layer: the prefix of a layer's tensors.
-      norms: the norms before attention and feed-forward block.
-      final_norm: the last norm.
-      qkv, output: the projections of the attention.
-      up, down: the matrices of the feed-forward block.
-      apart: the projections to queries, keys and values, if each has a matrix of its own.
-      narrow: the projections from and to narrower embeddings.
-      positions: the learned positions; empty if there are none.
-      inputs_first: whether matrices are stored with their inputs first.
-      by_head: whether queries, keys and values lie together for each head, not each by itself.
-    """
-
-    layer: str
-    norms: tuple[str, str]
-    final_norm: str
-    output: str
-    up: str
-    down: str
-    qkv: str = ""
-    apart: tuple[str, ...] = ()
-    narrow: tuple[str, str] = ("", "")
-    positions: str = ""
-    inputs_first: bool = False
-    by_head: bool = False
-
-
-GPT_NAMES: Mapping[str, GptNames] = {
-    "gpt2": GptNames(
-        layer="transformer.h.{layer}.",
-        norms=("ln_1", "ln_2"),
-        final_norm="transformer.ln_f",
-        qkv="attn.c_attn",
-        output="attn.c_proj",
-        up="mlp.c_fc",
-        down="mlp.c_proj",
-        positions="transformer.wpe.weight",
-        inputs_first=True,
-    ),
-    "gpt_neox": GptNames(
-        layer="gpt_neox.layers.{layer}.",
-        norms=("input_layernorm", "post_attention_layernorm"),
-        final_norm="gpt_neox.final_layer_norm",
-        qkv="attention.query_key_value",
-        output="attention.dense",
-        up="mlp.dense_h_to_4h",
-        down="mlp.dense_4h_to_h",
-        by_head=True,
-    ),
-    "opt": GptNames(
-        layer="model.decoder.layers.{layer}.",
-        norms=("self_attn_layer_norm", "final_layer_norm"),
-        final_norm="model.decoder.final_layer_norm",
-        apart=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        output="self_attn.out_proj",
-        up="fc1",
-        down="fc2",
-        narrow=("model.decoder.project_in", "model.decoder.project_out"),
-        positions="model.decoder.embed_positions.weight",
-    ),
-}
-"""The names of each family, as transformers writes them."""
+from moecc.types import I32, tensor
 
 _PARTS = ("query", "key", "value")
 
 
-def build_gpt(
-    config: GptConfig,
-    dtype_of: DtypeOf | None = None,
-    checkpoint: str = "",
-    *,
-    batch: Size = "B",
-    seq: Size = "S",
-) -> Graph:
+def build(config: GptConfig, request: GraphRequest) -> Graph:
     """Return the graph from ``tokens : i32[batch, seq]`` to ``logits : f32[batch, seq, vocab]``.
 
-    Args:
-      config: the config.
-      dtype_of: the element type of each tensor on disk; float32 by default.
-      checkpoint: the path of the weights, for the graph's attributes.
-      batch: the size of the batch axis.
-      seq: the size of the sequence axis; with learned positions up to their number.
+    With learned positions a sequence is no longer than their number.
     """
-    attrs = {"family": config.model_type, "config": config.to_json(), "checkpoint": checkpoint}
-    graph = Graph(config.model_type, attrs)
-    params = Parameters(graph, names_of(config.model_type), dtype_of or float32_of)
-    names = GPT_NAMES[config.model_type]
+    params, names = Parameters.of(config, request), config.names
+    assert isinstance(names, BlockNames), "the names of a model with layer norms"
+    graph = params.graph
     blocks = Blocks(Builder(graph), params, config.layer_norm_eps, inputs_first=names.inputs_first)
     decoder = _Gpt(blocks, config, names)
-    tokens = graph.input("tokens", tensor(I32, batch=batch, seq=seq))
+    tokens = graph.input("tokens", tensor(I32, batch=request.batch, seq=request.seq))
     with decoder.builder.at("embed"):
         positions = decoder.builder.positions(tokens, axis="seq", name="positions")
         hidden = decoder.embed(tokens, positions)
         rotation = decoder.rotation(positions)
-        seen = blocks.builder.causal(positions, blocks.as_keys(positions), name="causal")
+        causal = blocks.builder.causal(positions, blocks.as_keys(positions), name="causal")
     for layer in range(config.num_hidden_layers):
-        hidden = decoder.layer(hidden, layer, rotation, seen)
+        hidden = decoder.layer(hidden, layer, rotation, causal)
     if config.norms_first:
         with decoder.builder.at("norm"):
             hidden = blocks.norm(hidden, names.final_norm)
@@ -130,7 +48,7 @@ class _Gpt:
 
     blocks: Blocks
     config: GptConfig
-    names: GptNames
+    names: BlockNames
 
     @property
     def builder(self) -> Builder:
@@ -165,7 +83,7 @@ class _Gpt:
         length = self.config.max_position_embeddings
         return rope_tables(self.builder, positions, rope, size, length)
 
-    def layer(self, hidden: Value, layer: int, rotation: Rotation | None, seen: Value) -> Value:
+    def layer(self, hidden: Value, layer: int, rotation: Rotation | None, causal: Value) -> Value:
         """Emit one layer; attention and feed-forward block may read the same value."""
         builder, blocks, names = self.builder, self.blocks, self.names
         prefix, config = names.layer.format(layer=layer), self.config
@@ -173,15 +91,15 @@ class _Gpt:
         before, width = config.norms_first, config.intermediate_size
         with builder.at(f"layers.{layer}.attention"):
             x = blocks.norm(hidden, first) if before else hidden
-            found = self._attention(x, prefix, layer, rotation, seen)
-            after = builder.add(hidden, found, name="hidden")
+            mixed = self._attention(x, prefix, layer, rotation, causal)
+            after = builder.add(hidden, mixed, name="hidden")
             after = after if before else blocks.norm(after, first)
         with builder.at(f"layers.{layer}.ffn"):
             x = hidden if config.parallel_residual else after
             x = blocks.norm(x, second) if before else x
-            up, down = f"{prefix}{names.up}", f"{prefix}{names.down}"
-            made = blocks.two_layers(x, up, down, config.hidden_act, width)
-            hidden = builder.add(after, made, name="hidden")
+            up, down = f"{prefix}{names.fc_in}", f"{prefix}{names.fc_out}"
+            block = blocks.two_layers(x, up, down, config.hidden_act, width)
+            hidden = builder.add(after, block, name="hidden")
             return hidden if before else blocks.norm(hidden, second)
 
     def logits(self, hidden: Value) -> Value:
@@ -211,14 +129,14 @@ class _Gpt:
         return self.params.plain(self.params.names.embedding, "embed", **axes)
 
     def _attention(
-        self, x: Value, prefix: str, layer: int, rotation: Rotation | None, seen: Value
+        self, x: Value, prefix: str, layer: int, rotation: Rotation | None, causal: Value
     ) -> Value:
         builder, blocks, config = self.builder, self.blocks, self.config
         query, key, value = (self._heads(x, prefix, n) for n in range(3))
         query = rotated(builder, query, rotation, config.head_dim)
         key = blocks.as_keys(rotated(builder, key, rotation, config.head_dim))
         scale, value = config.score_scale(layer), blocks.as_keys(value)
-        mixed = blocks.attend(query, key, value, scale, masks=(seen,))
+        mixed = blocks.attend(query, key, value, scale, masks=(causal,))
         name, to = f"{prefix}{self.names.output}", ("embed", config.hidden_size)
         return blocks.linear(mixed, name, to, "q", has_bias=config.attention_bias)
 
@@ -226,9 +144,10 @@ class _Gpt:
         """Emit queries, keys or values by head, from their matrix or part of the fused one."""
         config, builder, names = self.config, self.builder, self.names
         axis, width = ("q" if part == 0 else "kv"), config.hidden_size
-        if names.apart:
+        if not names.qkv:
             heads = (config.num_attention_heads, config.head_dim)
-            return self.blocks.heads(x, f"{prefix}{names.apart[part]}", heads, axis)
+            name = (names.query, names.key, names.value)[part]
+            return self.blocks.heads(x, f"{prefix}{name}", heads, axis)
         name = f"{prefix}{names.qkv}"
         axes = self.blocks.stored({axis: width, "embed": width})
         y = builder.contract(x, self._part(name, "weight", part, axes), over="embed")
@@ -237,11 +156,13 @@ class _Gpt:
         return self.blocks.split(y, axis, (config.num_attention_heads, config.head_dim))
 
     def _part(self, name: str, kind: str, part: int, axes: dict[str, int]) -> Value:
-        own = f"{name}.{_PARTS[part]}.{kind}"
+        part_name = f"{name}.{_PARTS[part]}.{kind}"
         loc, cut = self.builder.loc, "q" if part == 0 else "kv"
         if self.names.by_head:
             heads = (self.config.num_attention_heads, self.config.head_dim)
-            return self.params.head_part(own, f"{name}.{kind}", loc, (part, 3), heads, axes, cut)
+            return self.params.head_part(
+                part_name, f"{name}.{kind}", loc, (part, 3), heads, axes, cut
+            )
         width = self.config.hidden_size
-        whole = ("qkv", 3 * width)
-        return self.params.part(own, f"{name}.{kind}", loc, part * width, whole, axes, cut)
+        fused = ("qkv", 3 * width)
+        return self.params.part(part_name, f"{name}.{kind}", loc, part * width, fused, axes, cut)

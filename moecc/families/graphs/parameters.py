@@ -7,11 +7,13 @@ parameter, with the name in the checkpoint without the number of the expert.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from moecc.errors import InputError
+from moecc.families.config import ModelConfig
 from moecc.families.names import FUSED_DOWN, FUSED_GATE_UP, FUSED_ROUTER, TensorNames
 from moecc.ir.graph import Graph, Value
-from moecc.types import F32, DType, tensor
+from moecc.types import F32, DType, Size, tensor
 from moecc.weights.expr import Expr, Source
 from moecc.weights.movement import Index, Merge, Permute, Rename, Slice, Split, Stack
 
@@ -25,6 +27,29 @@ LAYOUTS = ("experts", "fused", "stacked")
 def float32_of(name: str) -> DType:
     """Return float32, whatever the tensor."""
     return F32
+
+
+@dataclass(frozen=True, slots=True)
+class GraphRequest:
+    """What a graph is built with, beside its config.
+
+    Attributes:
+      dtype_of: the element type of each tensor on disk; float32 by default.
+      checkpoint: the path of the weights.
+      layout: how experts are stored on disk, one of `LAYOUTS`.
+      padding: whether there is an input ``mask``.
+      batch: the size of the batch axis.
+      seq: the length of the sequences, in an encoder-decoder those of the encoder.
+      decoder_seq: the length of the decoder's.
+    """
+
+    dtype_of: DtypeOf | None = None
+    checkpoint: str = ""
+    layout: str = "experts"
+    padding: bool = False
+    batch: Size = "B"
+    seq: Size = "S"
+    decoder_seq: Size = "T"
 
 
 class Parameters:
@@ -50,6 +75,17 @@ class Parameters:
         self.names = names
         self.dtype_of = dtype_of
         self.layout = layout
+
+    @classmethod
+    def of(cls, config: ModelConfig, request: GraphRequest) -> Parameters:
+        """Return the parameters of a new graph of `config`, without any yet."""
+        attrs = {
+            "family": config.model_type,
+            "config": config.to_json(),
+            "checkpoint": request.checkpoint,
+        }
+        graph = Graph(config.model_type, attrs)
+        return cls(graph, config.names, request.dtype_of or float32_of, request.layout)
 
     def plain(self, name: str, loc: str, **axes: int) -> Value:
         """Return the parameter that is the tensor `name`, with axes in their order on disk."""
@@ -80,10 +116,10 @@ class Parameters:
         """
         if name in self.graph.params:
             return self.graph.params[name]
-        own, (along, size) = cut or next(iter(axes)), whole
-        source = self._source(of, **_with_axis(axes, own, along, size))
-        read: Expr = Slice(source, along, at, at + axes[own])
-        return self._param(name, loc, axes, read if along == own else Rename(read, along, own))
+        cut, (along, size) = cut or next(iter(axes)), whole
+        source = self._source(of, **_with_axis(axes, cut, along, size))
+        read: Expr = Slice(source, along, at, at + axes[cut])
+        return self._param(name, loc, axes, read if along == cut else Rename(read, along, cut))
 
     def without_axis(self, name: str, loc: str, axis: str, **axes: int) -> Value:
         """Return the tensor `name` without its first axis, which has size 1 on disk."""
@@ -118,8 +154,8 @@ class Parameters:
         number, count = part
         source = self._source(of, **_with_axis(axes, cut, "qkv", count * axes[cut]))
         parts = (("head", heads[0]), ("part", count), ("head_dim", heads[1]))
-        one = Index(Split(source, "qkv", parts), "part", number)
-        return self._param(name, loc, axes, Merge(one, ("head", "head_dim"), cut))
+        by_head = Index(Split(source, "qkv", parts), "part", number)
+        return self._param(name, loc, axes, Merge(by_head, ("head", "head_dim"), cut))
 
     def router(self, layer: str, loc: str, *, expert: int, embed: int) -> Value:
         """Return the router's matrix, ``[expert, embed]``."""
@@ -154,18 +190,25 @@ class Parameters:
         """
         if not self.names.pairs_neighbours:
             return self.plain(name, loc, **axes)
-        rows, *others = axes
+        rows, *columns = axes
         split = Split(
             self._source(name, **axes), rows,
             (("head", heads), ("pair", head_dim // 2), ("half", 2)),
         )  # fmt: skip
         read = Merge(
-            Permute(split, ("head", "half", "pair", *others)), ("head", "half", "pair"), rows
+            Permute(split, ("head", "half", "pair", *columns)), ("head", "half", "pair"), rows
         )
         return self._param(name, loc, axes, read)
 
     def expert(
-        self, layer: str, matrix: str, loc: str, axes: dict[str, int], experts: int
+        self,
+        layer: str,
+        matrix: str,
+        loc: str,
+        axes: dict[str, int],
+        experts: int,
+        *,
+        is_gated: bool = True,
     ) -> Value:
         """Return one matrix of all experts, stacked.
 
@@ -173,94 +216,61 @@ class Parameters:
           layer: the prefix of the layer's tensors.
           matrix: ``gate``, ``up`` or ``down``.
           loc: the location in the model.
-          axes: the axes of one expert's matrix, in their order on disk.
+          axes: the axes of one expert's matrix: outputs first, as on disk unless
+            `TensorNames.inputs_first`.
           experts: the number of experts.
+          is_gated: whether there is a gate.
         """
-        word = self.names.matrix(matrix)
-        own = self.layout == "experts" and self.names.expert_gate_up
-        if self.layout != "fused" and not own:
-            return self.expert_matrix(layer, word, loc, axes, experts)
-        read = self._fused(layer, matrix, experts, axes)
-        name = f"{layer}{self.names.sparse}{self.names.stack}{word}.weight"
-        return self._param(name, loc, {"expert": experts, **axes}, read)
-
-    def turned_expert(
-        self, layer: str, matrix: str, loc: str, embed: int, mlp: int, experts: int
-    ) -> Value:
-        """Return a matrix of all experts of a gpt_oss, inputs first on disk.
-
-        Gate and up are one tensor there, in turns.
-
-        Args:
-          layer: the prefix of the layer's tensors.
-          matrix: ``gate``, ``up`` or ``down``.
-          loc: the location in the model.
-          embed: the model's width.
-          mlp: the experts' width.
-          experts: their number.
-        """
-        prefix, names = f"{layer}{self.names.sparse}", self.names
-        name = f"{prefix}{names.stack}{names.matrix(matrix)}.weight"
+        names, word = self.names, self.names.matrix(matrix, is_gated)
+        prefix, stacked = f"{layer}{names.sparse}", {"expert": experts, **axes}
+        name = f"{prefix}{names.stack}{word}.weight"
+        down, gate_up = prefix + names.expert_down, prefix + names.expert_gate_up
+        if names.inputs_first:
+            return self._param(name, loc, stacked, self._in_turns(down, gate_up, matrix, stacked))
+        if self.layout == "fused":
+            down, gate_up = layer + FUSED_DOWN, layer + FUSED_GATE_UP
+        elif self.layout == "stacked":
+            return self.plain(name, loc, **stacked)
+        elif not names.expert_gate_up:
+            read = self._stacked(f"{prefix}{names.expert}{word}.weight", experts, axes)
+            return self._param(name, loc, stacked, read)
         if matrix == "down":
-            axes = {"expert": experts, "embed": embed, "mlp": mlp}
-            source = self._source(prefix + names.expert_down, expert=experts, mlp=mlp, embed=embed)
-            return self._param(name, loc, axes, Permute(source, tuple(axes)))
-        axes = {"expert": experts, "mlp": mlp, "embed": embed}
-        both = self._source(
-            prefix + names.expert_gate_up, expert=experts, embed=embed, gate_up=2 * mlp
-        )
-        turns = Split(both, "gate_up", (("mlp", mlp), ("turn", 2)))
-        one = Index(turns, "turn", 0 if matrix == "gate" else 1)
-        return self._param(name, loc, axes, Permute(one, tuple(axes)))
+            return self._param(name, loc, stacked, self._source(down, **stacked))
+        width = axes["mlp"]
+        both = self._source(gate_up, **{**stacked, "mlp": 2 * width})
+        start = 0 if matrix == "gate" else width
+        return self._param(name, loc, stacked, Slice(both, "mlp", start, start + width))
 
-    def turned_expert_bias(
-        self, layer: str, matrix: str, loc: str, embed: int, mlp: int, experts: int
+    def expert_bias(
+        self, layer: str, matrix: str, loc: str, axes: dict[str, int], experts: int
     ) -> Value:
-        """Return a bias of all experts of a gpt_oss; arguments as for `turned_expert`."""
+        """Return a bias of all experts, those of gate and up in turns on disk; see `expert`."""
         prefix, names = f"{layer}{self.names.sparse}", self.names
         name = f"{prefix}{names.stack}{names.matrix(matrix)}.bias"
-        if matrix == "down":
-            axes = {"expert": experts, "embed": embed}
-            source = self._source(f"{prefix}{names.expert_down}_bias", **axes)
-            return self._param(name, loc, axes, source)
-        both = self._source(f"{prefix}{names.expert_gate_up}_bias", expert=experts, gate_up=2 * mlp)
-        turns = Split(both, "gate_up", (("mlp", mlp), ("turn", 2)))
-        one = Index(turns, "turn", 0 if matrix == "gate" else 1)
-        return self._param(name, loc, {"expert": experts, "mlp": mlp}, one)
+        out = next(iter(axes))
+        stacked = {"expert": experts, out: axes[out]}
+        down, gate_up = prefix + names.expert_down, prefix + names.expert_gate_up
+        read = self._in_turns(f"{down}_bias", f"{gate_up}_bias", matrix, stacked)
+        return self._param(name, loc, stacked, read)
 
-    def expert_matrix(
-        self, layer: str, word: str, loc: str, axes: dict[str, int], experts: int
-    ) -> Value:
-        """Return the matrix with the family's name `word`, of all experts; see `expert`."""
-        prefix = f"{layer}{self.names.sparse}"
-        name = f"{prefix}{self.names.stack}{word}.weight"
-        whole = {"expert": experts, **axes}
-        if self.layout == "stacked":
-            return self.plain(name, loc, **whole)
-        read = self._stacked(prefix + self.names.expert + f"{word}.weight", experts, axes)
-        return self._param(name, loc, whole, read)
+    def _in_turns(self, down: str, gate_up: str, matrix: str, axes: dict[str, int]) -> Expr:
+        """Return a tensor of all experts whose inputs are first, and gate and up in turns."""
+        experts, *others = axes
+        on_disk = {name: axes[name] for name in (experts, *reversed(others))}
+        if matrix == "down":
+            read: Expr = self._source(down, **on_disk)
+        else:
+            both = self._source(gate_up, **_with_axis(on_disk, "mlp", "gate_up", 2 * axes["mlp"]))
+            turns = Split(both, "gate_up", (("mlp", axes["mlp"]), ("turn", 2)))
+            read = Index(turns, "turn", 0 if matrix == "gate" else 1)
+        return read if len(others) == 1 else Permute(read, tuple(axes))
 
     def _stacked(self, name: str, experts: int, axes: dict[str, int]) -> Expr:
         names = [name.format(expert=e) for e in range(experts)]
-        dtypes = [self.dtype_of(each) for each in names]
+        dtypes = [self.dtype_of(expert) for expert in names]
         types = {dtype: tensor(dtype, **axes) for dtype in set(dtypes)}
         parts = (Source(n, types[d]) for n, d in zip(names, dtypes, strict=True))
         return Stack(tuple(parts), "expert")
-
-    def _fused(self, layer: str, matrix: str, experts: int, axes: dict[str, int]) -> Expr:
-        prefix, names = f"{layer}{self.names.sparse}", self.names
-        own = self.layout == "experts"
-        down = prefix + names.expert_down if own else layer + FUSED_DOWN
-        gate_up = prefix + names.expert_gate_up if own else layer + FUSED_GATE_UP
-        if matrix == "down":
-            return self._source(down, expert=experts, **axes)
-        width = axes["mlp"]
-        both = self._source(gate_up, expert=experts, **{**axes, "mlp": 2 * width})
-        return (
-            Slice(both, "mlp", 0, width)
-            if matrix == "gate"
-            else Slice(both, "mlp", width, 2 * width)
-        )
 
     def _source(self, name: str, **axes: int) -> Expr:
         return Source(name, tensor(self.dtype_of(name), **axes))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from moecc.errors import InputError, Problem
-from moecc.families.graphs.parameters import DtypeOf, float32_of
+from moecc.families.graphs.parameters import GraphRequest, float32_of
 from moecc.families.reader import TOKEN_KEYS
 from moecc.families.st_moe import GraphConfig
 from moecc.ir.graph import Graph
@@ -21,15 +21,13 @@ from moecc.weights.expr import Expr, Source
 FAMILY = GraphConfig.model_type
 
 
-def build_graph(
-    config: GraphConfig, dtype_of: DtypeOf | None = None, checkpoint: str = ""
-) -> Graph:
+def build(config: GraphConfig, request: GraphRequest) -> Graph:
     """Return the graph stored in a config, its parameters read from the tensors of their names.
 
     Raises:
       InputError: the lines are not a valid graph.
     """
-    dtype_of = dtype_of or float32_of
+    dtype_of = request.dtype_of or float32_of
     graph = parse(config.text, "config.json: graph")
     verify(graph)
     stated = [name for name, value in graph.params.items() if value.weight is not None]
@@ -42,7 +40,7 @@ def build_graph(
             found = f"%{name} : {value.type}"
             raise InputError("a stored parameter has known sizes", where="graph", found=found)
         value.weight = Source(name, TensorType(dtype_of(name), value.type.axes))
-    graph.attrs = {**graph.attrs, "family": FAMILY, "checkpoint": checkpoint}
+    graph.attrs = {**graph.attrs, "family": FAMILY, "checkpoint": request.checkpoint}
     graph.attrs.setdefault("config", config.to_json())
     return graph
 

@@ -6,43 +6,27 @@ from dataclasses import dataclass
 
 from moecc.families.graphs.blocks import Blocks
 from moecc.families.graphs.decoder import ACTIVATION_OPS
-from moecc.families.graphs.parameters import DtypeOf, Parameters, float32_of
-from moecc.families.names import names_of
+from moecc.families.graphs.parameters import GraphRequest, Parameters
 from moecc.families.whisper import WhisperConfig
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
-from moecc.types import F32, I32, Size, tensor
+from moecc.types import F32, I32, tensor
 
 
-def build_whisper(
-    config: WhisperConfig,
-    dtype_of: DtypeOf | None = None,
-    checkpoint: str = "",
-    *,
-    batch: Size = "B",
-    decoder_seq: Size = "T",
-) -> Graph:
+def build(config: WhisperConfig, request: GraphRequest) -> Graph:
     """Return the graph from ``features`` and ``decoder_tokens`` to ``logits``.
 
     The inputs are ``features : f32[batch, mel, frame]``, the log-mel spectrogram of as many frames
-    as the config says, and ``decoder_tokens : i32[batch, seq]``; the output is
-    ``logits : f32[batch, seq, vocab]``.
-
-    Args:
-      config: the config.
-      dtype_of: the element type of each tensor on disk; float32 by default.
-      checkpoint: the path of the weights, for the graph's attributes.
-      batch: the size of the batch axis.
-      decoder_seq: the decoder's length, up to its number of positions.
+    as the config says, and ``decoder_tokens : i32[batch, seq]``, up to the number of positions; the
+    output is ``logits : f32[batch, seq, vocab]``.
     """
-    attrs = {"family": config.model_type, "config": config.to_json(), "checkpoint": checkpoint}
-    graph = Graph(config.model_type, attrs)
-    params = Parameters(graph, names_of(config.model_type), dtype_of or float32_of)
+    params = Parameters.of(config, request)
+    graph, batch = params.graph, request.batch
     blocks = Blocks(Builder(graph), params, config.layer_norm_eps)
     frames = 2 * config.max_source_positions
     sizes = {"mel": config.num_mel_bins, "frame": frames}
     features = graph.input("features", tensor(F32, batch=batch, **sizes))
-    tokens = graph.input("decoder_tokens", tensor(I32, batch=batch, seq=decoder_seq))
+    tokens = graph.input("decoder_tokens", tensor(I32, batch=batch, seq=request.decoder_seq))
     memory = _Stack(blocks, config, "encoder").encode(features)
     graph.set_output("logits", _Stack(blocks, config, "decoder").decode(tokens, memory))
     return graph
@@ -89,16 +73,16 @@ class _Stack:
                 "embed_tokens.weight", vocab=config.vocab_size, embed=config.d_model
             )
             hidden = builder.embedding(words, tokens, axis="vocab", name="words")
-            places = {"position": config.max_target_positions, "embed": config.d_model}
-            table = self._plain("embed_positions.weight", **places)
+            axes = {"position": config.max_target_positions, "embed": config.d_model}
+            table = self._plain("embed_positions.weight", **axes)
             positions = builder.positions(tokens, axis="seq", name="positions")
             learned = builder.embedding(table, positions, axis="position")
             hidden = builder.add(hidden, learned, name="hidden")
-            seen = builder.causal(positions, self.blocks.as_keys(positions), name="causal")
+            causal = builder.causal(positions, self.blocks.as_keys(positions), name="causal")
         with builder.at("encoder.memory"):
             memory = self.blocks.as_keys(memory)
         for layer in range(config.decoder_layers):
-            hidden = self._attention(hidden, layer, seen)
+            hidden = self._attention(hidden, layer, causal)
             hidden = self._cross_attention(hidden, layer, memory)
             hidden = self._ffn(hidden, layer)
         with builder.at("decoder.norm"):
@@ -117,26 +101,26 @@ class _Stack:
         # Whatever the activation of the blocks is, that of the convolutions is GELU.
         return self.builder.node(ACTIVATION_OPS["gelu"], self.builder.add(y, bias)).result
 
-    def _attention(self, hidden: Value, layer: int, seen: Value | None) -> Value:
+    def _attention(self, hidden: Value, layer: int, causal: Value | None) -> Value:
         prefix = f"{self.prefix}layers.{layer}.self_attn"
         with self.builder.at(f"{self.stack}.layers.{layer}.attention"):
             x = self.blocks.norm(hidden, f"{prefix}_layer_norm")
-            made = self._attend(x, self.blocks.as_keys(x), prefix, seen)
-            return self.builder.add(hidden, made, name="hidden")
+            mixed = self._attend(x, self.blocks.as_keys(x), prefix, causal)
+            return self.builder.add(hidden, mixed, name="hidden")
 
     def _cross_attention(self, hidden: Value, layer: int, memory: Value) -> Value:
         prefix = f"{self.prefix}layers.{layer}.encoder_attn"
         with self.builder.at(f"{self.stack}.layers.{layer}.cross_attention"):
             x = self.blocks.norm(hidden, f"{prefix}_layer_norm")
-            made = self._attend(x, memory, prefix, None)
-            return self.builder.add(hidden, made, name="hidden")
+            mixed = self._attend(x, memory, prefix, None)
+            return self.builder.add(hidden, mixed, name="hidden")
 
-    def _attend(self, x: Value, memory: Value, prefix: str, seen: Value | None) -> Value:
+    def _attend(self, x: Value, memory: Value, prefix: str, causal: Value | None) -> Value:
         blocks, heads = self.blocks, self.config.heads(self.stack)
         query = blocks.heads(x, f"{prefix}.q_proj", heads, "q")
         key = blocks.heads(memory, f"{prefix}.k_proj", heads, "kv", has_bias=False)
         value = blocks.heads(memory, f"{prefix}.v_proj", heads, "kv")
-        masks = () if seen is None else (seen,)
+        masks = () if causal is None else (causal,)
         mixed = blocks.attend(query, key, value, heads[1] ** -0.5, masks=masks)
         return blocks.linear(mixed, f"{prefix}.out_proj", ("embed", self.config.d_model), "q")
 
@@ -145,8 +129,8 @@ class _Stack:
         with self.builder.at(f"{self.stack}.layers.{layer}.ffn"):
             x = self.blocks.norm(hidden, f"{prefix}final_layer_norm")
             up, down, width = f"{prefix}fc1", f"{prefix}fc2", config.width(self.stack)
-            made = self.blocks.two_layers(x, up, down, config.hidden_act, width)
-            return self.builder.add(hidden, made, name="hidden")
+            mixed = self.blocks.two_layers(x, up, down, config.hidden_act, width)
+            return self.builder.add(hidden, mixed, name="hidden")
 
     def _plain(self, name: str, **axes: int) -> Value:
         return self.blocks.params.plain(f"{self.prefix}{name}", self.builder.loc, **axes)

@@ -7,21 +7,23 @@ computes, and is rejected rather than dropped.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from moecc.errors import InputError, Problem, nearest
+from moecc.families.config import ModelConfig
+from moecc.families.mixture import MoeConfig
+from moecc.families.names import BlockNames, GgufFacts
 from moecc.formats.gguf.encode import Key, Written
 from moecc.formats.gguf.families import (
+    BLOCK,
     EMBEDDING,
     HEAD,
     LLAMA3_HIGH,
     LLAMA3_LOW,
-    GgufExperts,
     GgufFamily,
 )
 from moecc.formats.gguf.header import GgufHeader, Keys, StoredTensor, token_id
@@ -189,8 +191,8 @@ def make_config(
     sizes = _head_sizes(keys, hidden, family)
     vocab = _vocabulary_size(keys, header)
     config: dict[str, object] = {
-        "architectures": [family.architecture],
-        "model_type": family.model_type,
+        "architectures": [family.config.architecture],
+        "model_type": family.config.model_type,
         "vocab_size": vocab,
         "hidden_size": hidden,
         "intermediate_size": keys.size("feed_forward_length"),
@@ -198,13 +200,16 @@ def make_config(
         "num_attention_heads": sizes.heads,
         "num_key_value_heads": sizes.groups,
         "head_dim": sizes.head_dim,
-        family.act_key: family.activation,
+        family.config.key("hidden_act"): family.activation,
         "max_position_embeddings": context,
         "rms_norm_eps": _epsilon(keys),
         "tie_word_embeddings": HEAD not in header.tensors,
         **read_rope(keys, context, divisors),
-        **_flags(family, header.tensors),
-        **(_experts(keys, family.experts, header.tensors) if family.experts else {}),
+        **{
+            k: any(n.endswith(f".{end}") for n in header.tensors)
+            for k, end in family.flags().items()
+        },
+        **_experts(keys, family, header.tensors),
         **_further(keys, family, sizes),
         **special_tokens(header, vocab, problems),
         "torch_dtype": torch_dtype(header.tensors),
@@ -214,55 +219,59 @@ def make_config(
 
 
 def _experts(
-    keys: Keys, experts: GgufExperts, tensors: Mapping[str, StoredTensor]
+    keys: Keys, family: GgufFamily, tensors: Mapping[str, StoredTensor]
 ) -> dict[str, object]:
-    """Return the keys of the experts: `num_experts` in either spelling, widths, gates."""
-    found: dict[str, object] = dict.fromkeys(experts.count, keys.size("expert_count"))
-    found[experts.chosen] = keys.size("expert_used_count")
+    """Return the keys of the experts: their number in every spelling, widths, gates."""
+    mixture = family.mixture
+    if mixture is None:
+        return {}
+    config: dict[str, object] = dict.fromkeys(mixture.experts_keys, keys.size("expert_count"))
+    config[mixture.key("experts_per_token")] = keys.size("expert_used_count")
     width = 0
-    if experts.width_key:
+    if mixture.has_expert_width():
         width = keys.size("expert_feed_forward_length")
-        found["moe_intermediate_size"] = width
-    if experts.renormalises is not None and experts.norm_key:
-        found["norm_topk_prob"] = experts.renormalises
-    if experts.shared_count:
-        stored = [t for n, t in tensors.items() if n.endswith("ffn_gate_shexp.weight")]
+        config["moe_intermediate_size"] = width
+    if family.facts.renormalises is not None and "norm_topk_prob" in mixture.defaults:
+        config["norm_topk_prob"] = family.facts.renormalises
+    if not mixture.has_shared_expert:
+        return config
+    stored = [t for n, t in tensors.items() if n.endswith("ffn_gate_shexp.weight")]
+    if mixture.shared_count_key:
         for name in ("expert_shared_count", "expert_shared_feed_forward_length"):
             keys.value(name)
-        found[experts.shared_count] = stored[0].shape[0] // width if stored and width else 0
-    elif experts.shared:
-        stored = [t for n, t in tensors.items() if n.endswith("ffn_gate_shexp.weight")]
+        config[mixture.shared_count_key] = stored[0].shape[0] // width if stored and width else 0
+    else:
         size = keys.size("expert_shared_feed_forward_length", stored[0].shape[0] if stored else 1)
-        found["shared_expert_intermediate_size"] = size
-    return found
+        config["shared_expert_intermediate_size"] = size
+    return config
 
 
 def _further(keys: Keys, family: GgufFamily, sizes: Sizes) -> dict[str, object]:
     """Return what else the architecture states."""
-    found: dict[str, object] = {}
-    for name, ours in family.keys:
-        value = keys.value(name)
-        if value is None:
+    config: dict[str, object] = {}
+    facts = family.facts
+    for name, key in facts.keys:
+        config[key] = keys.value(name)
+        if config[key] is None:
             keys.refuse(name, "the file does not state this", expected="a value")
-        else:
-            found[ours] = value
-    for name, ours in family.optional_keys:
-        found[ours] = keys.value(name)
-    for name, value in family.fixed:
+            del config[key]
+    for name, key in facts.optional_keys:
+        config[key] = keys.value(name)
+    for name, value in facts.fixed:
         if keys.value(name) != value:
             what = "moecc does not know this variant of the architecture"
             keys.refuse(name, what, expected=str(value))
-    if family.local_theta:
-        found["rope_local_base_freq"] = keys.number("rope.freq_base_swa", family.local_theta)
-    if family.score_layers:
-        is_wide = keys.size("block_count") == family.score_layers
+    if facts.local_theta:
+        config["rope_local_base_freq"] = keys.number("rope.freq_base_swa", facts.local_theta)
+    if facts.score_layers:
+        is_wide = keys.size("block_count") == facts.score_layers
         width = keys.size("embedding_length") // sizes.heads if is_wide else sizes.head_dim
-        found["query_pre_attn_scalar"] = width
-    if family.no_rope_step:
-        found["no_rope_layer_interval"] = family.no_rope_step
-    if family.partial_rotary:
-        found["partial_rotary_factor"] = sizes.rotated / sizes.head_dim
-    return found
+        config["query_pre_attn_scalar"] = width
+    if facts.no_rope_step:
+        config["no_rope_layer_interval"] = facts.no_rope_step
+    if family.has("rotary_dim"):
+        config["partial_rotary_factor"] = sizes.rotated / sizes.head_dim
+    return config
 
 
 def _head_sizes(keys: Keys, hidden: int, family: GgufFamily) -> Sizes:
@@ -273,7 +282,7 @@ def _head_sizes(keys: Keys, hidden: int, family: GgufFamily) -> Sizes:
         keys.refuse("attention.head_count", f"does not divide the width {hidden:,}")
     rotated = keys.size("rope.dimension_count", head_dim)
     widths = {"attention.value_length": keys.size("attention.value_length", head_dim)}
-    if not family.partial_rotary:
+    if not family.has("rotary_dim"):
         widths["rope.dimension_count"] = rotated
     for other, size in widths.items():
         if size != head_dim:
@@ -299,11 +308,6 @@ def _epsilon(keys: Keys) -> float:
     if epsilon is None:
         keys.refuse(name, "the file does not state the epsilon of the norms", expected="a number")
     return epsilon or 0.0
-
-
-def _flags(family: GgufFamily, tensors: Mapping[str, StoredTensor]) -> dict[str, bool]:
-    """Return what the presence of a tensor says, such as whether there are biases."""
-    return {key: any(name.endswith(f".{end}") for name in tensors) for key, end in family.flags}
 
 
 def special_tokens(header: GgufHeader, vocab: int, problems: Problems) -> dict[str, int | None]:
@@ -350,7 +354,7 @@ def refuse_the_rest(keys: Keys) -> None:
 
 def config_keys(architecture: str, family: GgufFamily, config: Json) -> list[Key]:
     """Return the keys of `architecture` for a config that `misfits` does not object to."""
-    heads, head_dim = config["num_attention_heads"], config["head_dim"]
+    heads, head_dim, facts = config["num_attention_heads"], config["head_dim"], family.facts
     values: dict[str, Written] = {
         "block_count": config["num_hidden_layers"],
         "context_length": config["max_position_embeddings"],
@@ -364,27 +368,30 @@ def config_keys(architecture: str, family: GgufFamily, config: Json) -> list[Key
         "rope.dimension_count": round(head_dim * config.get("partial_rotary_factor", 1)),
         "vocab_size": config["vocab_size"],
         **rope_keys(config),
-        **(_config_keys_experts(family.experts, config) if family.experts else {}),
-        **{name: config[ours] for name, ours in family.keys},
-        **{n: config[ours] for n, ours in family.optional_keys if config[ours] is not None},
-        **({"rope.freq_base_swa": config["rope_local_base_freq"]} if family.local_theta else {}),
-        **dict(family.fixed),
+        **_expert_keys(family, config),
+        **{name: config[key] for name, key in facts.keys},
+        **{name: config[key] for name, key in facts.optional_keys if config[key] is not None},
+        **({"rope.freq_base_swa": config["rope_local_base_freq"]} if facts.local_theta else {}),
+        **dict(facts.fixed),
     }
     return [Key(f"{architecture}.{name}", value) for name, value in values.items()]
 
 
-def _config_keys_experts(experts: GgufExperts, config: Json) -> dict[str, Written]:
+def _expert_keys(family: GgufFamily, config: Json) -> dict[str, Written]:
+    mixture = family.mixture
+    if mixture is None:
+        return {}
     values: dict[str, Written] = {
         "expert_count": config["num_experts"],
-        "expert_used_count": config[experts.chosen],
+        "expert_used_count": config[mixture.key("experts_per_token")],
     }
-    if experts.width_key:
+    if mixture.has_expert_width():
         values["expert_feed_forward_length"] = config["moe_intermediate_size"]
-    if experts.shared_count:
-        count = config[experts.shared_count]
+    if mixture.shared_count_key:
+        count = config[mixture.shared_count_key]
         values["expert_shared_count"] = count
         values["expert_shared_feed_forward_length"] = count * config["moe_intermediate_size"]
-    elif experts.shared:
+    elif mixture.has_shared_expert:
         values["expert_shared_feed_forward_length"] = config["shared_expert_intermediate_size"]
     return values
 
@@ -406,70 +413,62 @@ def misfits(
       config: the config.
       sparse: for each layer whether it has experts; empty for a dense model.
     """
-    place = f"gguf:{architecture}"
-    if config[family.act_key] != family.activation:
+    where, facts = f"gguf:{architecture}", family.facts
+    act = config[family.config.key("hidden_act")]
+    if act != family.activation:
         does = "SiLU" if family.activation == "silu" else "GELU's tanh approximation"
         what = f"llama.cpp computes {does} in this architecture, whatever the config says"
-        yield Problem(what, place, family.activation, f"the activation {config[family.act_key]}")
-    if config.get("mlp_bias") and "mlp_bias" not in dict(family.flags):
+        yield Problem(what, where, str(family.activation), f"the activation {act}")
+    if config.get("mlp_bias") and not facts.mlp_bias:
         what = "llama.cpp reads no biases of feed-forward blocks in this architecture"
-        yield Problem(what, place, "no bias", "biases of feed-forward blocks")
-    if family.is_tied and not config["tie_word_embeddings"]:
+        yield Problem(what, where, "no bias", "biases of feed-forward blocks")
+    if facts.is_tied and not config["tie_word_embeddings"]:
         what = "llama.cpp takes the embedding as the output matrix in this architecture"
-        yield Problem(what, place, "tied embeddings", "an output matrix of its own")
-    if problem := _no_rope_misfit(place, family, config):
-        yield problem
-    if config.get("attention_bias") and not family.output_bias:
+        yield Problem(what, where, "tied embeddings", "an output matrix of its own")
+    step, flags = facts.no_rope_step, list(config.get("no_rope_layers") or ())
+    usual = [int((layer + 1) % step != 0) for layer in range(len(flags))] if step else flags
+    if flags != usual:
+        what = f"llama.cpp gives every {step}th layer no rotary positions, whatever the config says"
+        yield Problem(what, where, str(usual[:12]), str(flags[:12]))
+    if config.get("attention_bias") and not facts.output_bias:
         what = "llama.cpp refuses a bias of the attention's output projection here"
-        yield Problem(what, place, "no bias", "a bias of the output projection")
+        yield Problem(what, where, "no bias", "a bias of the output projection")
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
-    if heads != groups and not family.has_groups:
+    if heads != groups and not facts.has_groups:
         what = "llama.cpp wants as many key-value heads as query heads here"
-        yield Problem(what, place, f"{heads}", "grouped key-value heads")
-    yield from _score_misfits(place, family, config)
-    window = None if family.window_period else _window(config)
-    if window is not None and window < config["max_position_embeddings"]:
+        yield Problem(what, where, f"{heads}", "grouped key-value heads")
+    yield from _score_misfits(where, facts, config)
+    window = config.get("sliding_window")
+    if facts.window_period or config.get("use_sliding_window") is False:
+        window = None
+    if isinstance(window, int) and window < config["max_position_embeddings"]:
         what = "llama.cpp has no sliding window in this architecture"
         hint = "texts no longer than the window are the same: lower max_position_embeddings to it"
-        yield Problem(what, place, "none", f"a window of {window:,} tokens", hint)
-    scaled = "scaled rotary positions"
+        yield Problem(what, where, "none", f"a window of {window:,} tokens", hint)
     for fault, way_out in _rope_misfits(config, family):
-        yield Problem(fault, place, found=scaled, hint=way_out)
-    if family.experts is not None:
-        yield from _expert_misfits(place, family.experts, config, sparse)
+        yield Problem(fault, where, found="scaled rotary positions", hint=way_out)
+    if family.mixture is not None:
+        yield from _expert_misfits(where, family, family.mixture, config, sparse)
 
 
-def _no_rope_misfit(place: str, family: GgufFamily, config: Json) -> Problem | None:
-    """Return a problem if other layers lack rotary positions than in llama.cpp."""
-    step, found = family.no_rope_step, config.get("no_rope_layers")
-    expected = [int((layer + 1) % step != 0) for layer in range(len(found or ()))] if step else []
-    if not step or found == expected:
-        return None
-    what = f"llama.cpp gives every {step}th layer no rotary positions, whatever the config says"
-    return Problem(what, place, str(expected[:12]), str(list(found or ())[:12]))
-
-
-def _score_misfits(place: str, family: GgufFamily, config: Json) -> Iterator[Problem]:
+def _score_misfits(where: str, facts: GgufFacts, config: Json) -> Iterator[Problem]:
     """Yield where llama.cpp scales scores, or gives layers a window, otherwise than the config."""
-    for name, ours in family.keys:
-        if config[ours] is None:
+    for name, key in facts.keys:
+        if config[key] is None:
             what = f"llama.cpp has a value of its own where {name} is not stated"
-            yield Problem(what, place, f"{ours}, a number", "null")
-    if family.window_period:
-        found = [kind == "sliding_attention" for kind in config["layer_types"]]
-        expected = [(layer + 1) % family.window_period != 0 for layer in range(len(found))]
-        if found != expected:
-            period = family.window_period
+            yield Problem(what, where, f"{key}, a number", "null")
+    if period := facts.window_period:
+        windows = [kind == "sliding_attention" for kind in config["layer_types"]]
+        if windows != [(layer + 1) % period != 0 for layer in range(len(windows))]:
             what = f"llama.cpp gives a window to all layers but one in {period}, the last of each"
-            yield Problem(what, place, found="other layers with a window")
-    if family.score_layers:
-        is_wide = config["num_hidden_layers"] == family.score_layers
+            yield Problem(what, where, found="other layers with a window")
+    if facts.score_layers:
+        is_wide = config["num_hidden_layers"] == facts.score_layers
         width = config["hidden_size"] // config["num_attention_heads"]
-        scalar = width if is_wide else config["head_dim"]
-        if config["query_pre_attn_scalar"] != scalar:
+        usual, scalar = width if is_wide else config["head_dim"], config["query_pre_attn_scalar"]
+        if scalar != usual:
             what = "llama.cpp scales the scores of attention otherwise"
-            found_scalar = f"{config['query_pre_attn_scalar']}"
-            yield Problem(what, place, f"query_pre_attn_scalar {scalar}", found_scalar)
+            yield Problem(what, where, f"query_pre_attn_scalar {usual}", f"{scalar}")
 
 
 def _rope_misfits(config: Json, family: GgufFamily) -> Iterator[tuple[str, str | None]]:
@@ -483,7 +482,7 @@ def _rope_misfits(config: Json, family: GgufFamily) -> Iterator[tuple[str, str |
         yield "llama.cpp has no dynamic scaling of rotary positions", "write a folder instead"
     if kind == "longrope":
         yield "moecc does not write the factors of longrope", "write a folder instead"
-    if kind == "llama3" and not family.pairs_neighbours:
+    if kind == "llama3" and not family.facts.pairs_neighbours:
         yield "llama.cpp reads the divisors of Llama 3's scaling in llama files alone", None
     elif kind == "llama3" and (
         scaling["low_freq_factor"] != LLAMA3_LOW or scaling["high_freq_factor"] != LLAMA3_HIGH
@@ -494,32 +493,25 @@ def _rope_misfits(config: Json, family: GgufFamily) -> Iterator[tuple[str, str |
         yield f"a GGUF file cannot state {', '.join(sorted(unusual))} of YaRN", None
 
 
-def _window(config: Json) -> int | None:
-    if config.get("use_sliding_window") is False:
-        return None
-    found = config.get("sliding_window")
-    return found if isinstance(found, int) else None
-
-
 def _expert_misfits(
-    place: str, experts: GgufExperts, config: Json, sparse: Sequence[bool]
+    where: str, family: GgufFamily, mixture: type[MoeConfig], config: Json, sparse: Sequence[bool]
 ) -> Iterator[Problem]:
-    norm = config.get("norm_topk_prob", True)
-    everyone = config["num_experts"] == config[experts.chosen]
-    if experts.renormalises not in (None, norm) and not everyone:
-        does = "divides" if experts.renormalises else "does not divide"
+    norm, divides = config.get("norm_topk_prob", True), family.facts.renormalises
+    all_chosen = config["num_experts"] == config[mixture.key("experts_per_token")]
+    if divides not in (None, norm) and not all_chosen:
+        does = "divides" if divides else "does not divide"
         hint = "upcycle with gates=softmax router-init=zero" if norm else "upcycle with its default"
         what = f"llama.cpp {does} the chosen gates by their sum in this architecture"
         found = "renormalised gates" if norm else "gates that are not renormalised"
-        yield Problem(what, place, found=found, hint=hint)
+        yield Problem(what, where, found=found, hint=hint)
     dense = [layer for layer, is_sparse in enumerate(sparse) if not is_sparse]
-    leading = dense == list(range(len(dense)))
-    if dense and not (experts.leading_dense and leading):
-        allowed = "after the first ones " if experts.leading_dense else ""
+    leading = family.leading_dense and dense == list(range(len(dense)))
+    if dense and not leading:
+        allowed = "after the first ones " if family.leading_dense else ""
         what = f"llama.cpp refuses a dense layer {allowed}in a file with experts"
         shown = ", ".join(map(str, dense[:8])) + (" …" if len(dense) > 8 else "")
         found = f"dense layers among sparse ones: {shown}"
-        yield Problem(what, place, "experts in every layer", found)
+        yield Problem(what, where, "experts in every layer", found)
 
 
 # Architectures of GGUF whose models are no decoders of Llama's line: gpt2, gptneox, bert.
@@ -528,14 +520,14 @@ def _expert_misfits(
 # transposes the matrices of GPT-2 and puts queries, keys and values of GPT-NeoX one after
 # another.
 
-_BLOCK = re.compile(r"blk\.(0|[1-9]\d{0,5})\.(\w+)\.(weight|bias)", re.ASCII)
-_USUAL = {
+_SIZES = {
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
     "block_count": "num_hidden_layers",
     "attention.head_count": "num_attention_heads",
     "context_length": "max_position_embeddings",
 }
+"""The keys of sizes, with the fields of a config."""
 
 
 @dataclass(frozen=True)
@@ -561,116 +553,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class GgufShape:
-    """An architecture.
-
-    Attributes:
-      model_type: its name in config.json.
-      architecture: the model class in config.json.
-      whole: the tensors of no layer, without ``.weight`` and ``.bias``.
-      layer: the prefix of a layer in Hugging Face.
-      stems: the tensors of a layer, likewise.
-      sizes: the keys of sizes, with those of config.json.
-      epsilon: the key of config.json with the epsilon of the norms.
-      fixed: what config.json says of every such model.
-      transposed: those of `stems` whose matrices are stored the other way round.
-      by_head: that of `stems` that has queries, keys and values of each head together in Hugging
-        Face, and one after another here.
-    """
-
-    model_type: str
-    architecture: str
-    whole: Mapping[str, str]
-    layer: str
-    stems: Mapping[str, str]
-    sizes: Mapping[str, str] = field(default_factory=lambda: _USUAL)
-    epsilon: str = "layer_norm_eps"
-    fixed: Mapping[str, object] = field(default_factory=dict)
-    transposed: frozenset[str] = frozenset()
-    by_head: str = ""
-
-    def name(self, stored: str) -> str | None:
-        """Return the name in Hugging Face, or None if there is no such tensor."""
-        stem, _, part = stored.rpartition(".")
-        if stem in self.whole and part in ("weight", "bias"):
-            return f"{self.whole[stem]}.{part}"
-        match = _BLOCK.fullmatch(stored)
-        if match is None or match[2] not in self.stems:
-            return None
-        return f"{self.layer.format(layer=match[1])}{self.stems[match[2]]}.{match[3]}"
-
-    def order(self, stored: str, heads: int) -> Order | None:
-        """Return how a tensor is brought into the order of Hugging Face, or None."""
-        match = _BLOCK.fullmatch(stored)
-        if match is None:
-            return None
-        if match[2] in self.transposed and match[3] == "weight":
-            return Order()
-        return Order(heads) if match[2] == self.by_head else None
-
-
-SHAPES: Mapping[str, GgufShape] = {
-    "gpt2": GgufShape(
-        "gpt2",
-        "GPT2LMHeadModel",
-        {
-            "token_embd": "transformer.wte", "position_embd": "transformer.wpe",
-            "output_norm": "transformer.ln_f", "output": "lm_head",
-        },
-        "transformer.h.{layer}.",
-        {
-            "attn_norm": "ln_1", "attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj",
-            "ffn_norm": "ln_2", "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj",
-        },
-        {
-            "embedding_length": "n_embd", "feed_forward_length": "n_inner",
-            "block_count": "n_layer", "attention.head_count": "n_head",
-            "context_length": "n_positions",
-        },
-        "layer_norm_epsilon",
-        {"activation_function": "gelu_new", "tie_word_embeddings": True},
-        frozenset({"attn_qkv", "attn_output", "ffn_up", "ffn_down"}),
-    ),
-    "gptneox": GgufShape(
-        "gpt_neox",
-        "GPTNeoXForCausalLM",
-        {
-            "token_embd": "gpt_neox.embed_in", "output_norm": "gpt_neox.final_layer_norm",
-            "output": "embed_out",
-        },
-        "gpt_neox.layers.{layer}.",
-        {
-            "attn_norm": "input_layernorm", "attn_qkv": "attention.query_key_value",
-            "attn_output": "attention.dense", "ffn_norm": "post_attention_layernorm",
-            "ffn_up": "mlp.dense_h_to_4h", "ffn_down": "mlp.dense_4h_to_h",
-        },
-        fixed={"hidden_act": "gelu", "tie_word_embeddings": False},
-        by_head="attn_qkv",
-    ),
-    "bert": GgufShape(
-        "bert",
-        "BertModel",
-        {
-            "token_embd": "embeddings.word_embeddings",
-            "position_embd": "embeddings.position_embeddings",
-            "token_types": "embeddings.token_type_embeddings",
-            "token_embd_norm": "embeddings.LayerNorm",
-        },
-        "encoder.layer.{layer}.",
-        {
-            "attn_q": "attention.self.query", "attn_k": "attention.self.key",
-            "attn_v": "attention.self.value", "attn_output": "attention.output.dense",
-            "attn_output_norm": "attention.output.LayerNorm", "ffn_up": "intermediate.dense",
-            "ffn_down": "output.dense", "layer_output_norm": "output.LayerNorm",
-        },
-        fixed={"hidden_act": "gelu"},
-    ),
-}  # fmt: skip
-"""By ``general.architecture``; RoBERTa is published as ``bert``, whose graph its is."""
-
-
-@dataclass(frozen=True)
-class Read:
+class ShapeContent:
     """A file as a model: its config, the names of its tensors, and their orders by that name."""
 
     config: dict[str, object]
@@ -678,68 +561,87 @@ class Read:
     orders: dict[str, Order]
 
 
-def read_shape(header: GgufHeader, shape: GgufShape, problems: Problems) -> Read:
+def _shape_names(config: type[ModelConfig]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the names of a model's own tensors and of a layer's, without the last part."""
+    names = config.names
+    assert isinstance(names, BlockNames), "the names of a model with layer norms"
+    stems = {
+        "attn_output": names.output,
+        "ffn_up": names.fc_in,
+        "ffn_down": names.fc_out,
+    }
+    model = {"token_embd": names.embedding.removesuffix(".weight")}
+    if config.model_type == "bert":
+        tables = {"position_embd": "position_embeddings", "token_types": "token_type_embeddings"}
+        model |= {stored: f"embeddings.{table}" for stored, table in tables.items()}
+        model["token_embd_norm"] = "embeddings.LayerNorm"
+        stems |= {"attn_q": names.query, "attn_k": names.key, "attn_v": names.value}
+        norms = ("attn_output_norm", "layer_output_norm")
+    else:
+        model |= {"output_norm": names.final_norm, "output": names.head.removesuffix(".weight")}
+        if names.positions:
+            model["position_embd"] = names.positions.removesuffix(".weight")
+        stems["attn_qkv"] = names.qkv
+        norms = ("attn_norm", "ffn_norm")
+    return model, stems | dict(zip(norms, names.norms, strict=True))
+
+
+def read_shape(header: GgufHeader, config: type[ModelConfig], problems: Problems) -> ShapeContent:
     """Return the model of a file of such an architecture; every error goes to `problems`."""
+    content, heads = _shape_config(header, config, problems)
+    model, stems = _shape_names(config)
     names: dict[str, str] = {}
+    orders: dict[str, Order] = {}
     for stored in header.tensors:
-        name = shape.name(stored)
-        if name is None:
-            known = [*shape.whole, *(f"blk.0.{stem}.weight" for stem in shape.stems)]
-            hint = nearest(stored[:100], known)
-            what = f"{with_article(shape.model_type)} has no tensor {quoted(stored)}"
-            problems.add(what, where=str(header.path), hint=hint)
+        stem, _, part = stored.rpartition(".")
+        match = BLOCK.fullmatch(stored)
+        if stem in model and part in ("weight", "bias"):
+            names[stored] = f"{model[stem]}.{part}"
+        elif match is not None and match[2] in stems:
+            prefix = config.names.layer.format(layer=match[1])
+            names[stored] = name = f"{prefix}{stems[match[2]]}.{part}"
+            is_matrix = not match[2].endswith("norm") and part == "weight"
+            if config.names.inputs_first and is_matrix:
+                orders[name] = Order()
+            elif match[2] == "attn_qkv" and getattr(config.names, "by_head", False):
+                orders[name] = Order(heads)
         else:
-            names[stored] = name
-    config, heads = _config(header, shape, problems)
-    found = {name: shape.order(stored, heads) for stored, name in names.items()}
-    orders = {name: order for name, order in found.items() if order is not None}
-    return Read(config, names, orders)
+            known = [*model, *(f"blk.0.{stem}.weight" for stem in stems)]
+            hint = nearest(stored[:100], known)
+            what = f"{with_article(config.model_type)} has no tensor {quoted(stored)}"
+            problems.add(what, where=str(header.path), hint=hint)
+    return ShapeContent(content, names, orders)
 
 
-def _config(
-    header: GgufHeader, shape: GgufShape, problems: Problems
+def _shape_config(
+    header: GgufHeader, family: type[ModelConfig], problems: Problems
 ) -> tuple[dict[str, object], int]:
     architecture = str(header.metadata["general.architecture"])
     keys = Keys(header.metadata, architecture, header.path, problems)
-    sizes = {key: keys.size(key) for key in shape.sizes}
+    sizes = {key: keys.size(key) for key in _SIZES}
     vocab = _rows(header, EMBEDDING)
     keys.value("vocab_size")
     heads = sizes["attention.head_count"]
+    assert family.gguf is not None, "a family with an architecture"
     config: dict[str, object] = {
-        "architectures": [shape.architecture],
-        "model_type": shape.model_type,
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "vocab_size": vocab,
-        **{ours: sizes[key] for key, ours in shape.sizes.items()},
-        shape.epsilon: keys.number("attention.layer_norm_epsilon", 1e-5),
-        **shape.fixed,
-        **_shapes_further(header, shape, keys, sizes, problems),
+        **{family.key(field): sizes[key] for key, field in _SIZES.items()},
+        family.key("layer_norm_eps"): keys.number("attention.layer_norm_epsilon", 1e-5),
+        **dict(family.gguf.states),
         **special_tokens(header, vocab, problems),
         "torch_dtype": torch_dtype(header.tensors),
     }
-    if keys.size("attention.head_count_kv", heads) != heads:
-        keys.refuse("attention.head_count_kv", "not supported here", expected=f"{heads}")
-    refuse_the_rest(keys)
-    return config, heads
-
-
-def _shapes_further(
-    header: GgufHeader,
-    shape: GgufShape,
-    keys: Keys,
-    sizes: Mapping[str, int],
-    problems: Problems,
-) -> dict[str, object]:
-    """Return what else the config of one of the architectures says."""
-    if shape.model_type == "gpt_neox":
-        width = sizes["embedding_length"] // sizes["attention.head_count"]
-        rope = read_rope(keys, sizes["context_length"], None)
-        return {
-            **rope,
+    if family.model_type == "gpt_neox":
+        width = sizes["embedding_length"] // heads
+        config |= {
+            **read_rope(keys, sizes["context_length"], None),
             "rotary_pct": keys.size("rope.dimension_count", width) / max(width, 1),
             "use_parallel_residual": keys.value("use_parallel_residual") is not False,
             "attention_bias": any(n.endswith("attn_qkv.bias") for n in header.tensors),
         }
-    if shape.model_type == "bert":
+    if family.model_type == "bert":
         if keys.value("attention.causal") is not False:
             what = "a bert whose tokens do not see later ones is not supported"
             keys.refuse("attention.causal", what, expected="false")
@@ -748,8 +650,11 @@ def _shapes_further(
         positions, types = (_rows(header, f"{n}.weight") for n in ("position_embd", "token_types"))
         if not types:
             problems.add("a bert without token types is not supported", where=str(header.path))
-        return {"max_position_embeddings": positions, "type_vocab_size": max(types, 1)}
-    return {}
+        config |= {"max_position_embeddings": positions, "type_vocab_size": max(types, 1)}
+    if keys.size("attention.head_count_kv", heads) != heads:
+        keys.refuse("attention.head_count_kv", "not supported here", expected=f"{heads}")
+    refuse_the_rest(keys)
+    return config, heads
 
 
 def _rows(header: GgufHeader, name: str) -> int:

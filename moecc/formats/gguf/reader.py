@@ -16,13 +16,15 @@ from types import MappingProxyType
 import numpy as np
 
 from moecc.errors import InputError, nearest, printable
+from moecc.families.config import ModelConfig
 from moecc.formats.files import DescriptorPool, require_unchanged
 from moecc.formats.folder import rows_of
-from moecc.formats.gguf.config import SHAPES, GgufShape, Order, Sizes, make_config, read_shape
+from moecc.formats.gguf.config import Order, Sizes, make_config, read_shape
 from moecc.formats.gguf.encode import Key, Stored
 from moecc.formats.gguf.families import (
     GGUF_FAMILIES,
     GGUF_MIXTURES,
+    GGUF_SHAPES,
     ROPE_FACTORS,
     GgufFamily,
     first_expert,
@@ -306,7 +308,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
       MachineError: the system denies access.
     """
     header = read_gguf(Path(path))
-    shape = SHAPES.get(str(header.metadata.get("general.architecture")))
+    shape = GGUF_SHAPES.get(str(header.metadata.get("general.architecture")))
     if shape is not None and first_expert(header.tensors) is None:
         return _open_shape(header, shape)
     family = _family(header)
@@ -321,13 +323,13 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
     except BaseException:
         pool.close()
         raise
-    rows = family.experts.rows() if family.experts else ()
+    rows = family.rows()
     tensors = {new: _info(header.tensors[old], new, rows) for old, new in names.items()}
-    plus_one = family.norms_plus_one
+    plus_one = family.has("norm_offset")
     return GgufFile(header, config, tensors, pool, head_dims=head_dims, norms_plus_one=plus_one)
 
 
-def _open_shape(header: GgufHeader, shape: GgufShape) -> GgufFile:
+def _open_shape(header: GgufHeader, shape: type[ModelConfig]) -> GgufFile:
     """Open a file of one of the architectures that are read only."""
     problems = Problems()
     read = read_shape(header, shape, problems)
@@ -344,14 +346,14 @@ def _family(header: GgufHeader) -> GgufFamily:
         raise InputError(
             "the file does not state its architecture",
             where=f"{header.path}, metadata key 'general.architecture'",
-            expected=f"one of {', '.join((*GGUF_FAMILIES, *SHAPES))}",
+            expected=f"one of {', '.join((*GGUF_FAMILIES, *GGUF_SHAPES))}",
         )
     experts = header.metadata.get(f"{architecture}.expert_count", 0)
     sparse = first_expert(header.tensors) is not None or (type(experts) is int and experts > 0)
     table = GGUF_MIXTURES if sparse else GGUF_FAMILIES
     if architecture in table:
         return table[architecture]
-    architectures = table if sparse else (*table, *SHAPES)
+    architectures = table if sparse else (*table, *GGUF_SHAPES)
     raise InputError(
         f"moecc does not support {'mixtures of ' if sparse else ''}this architecture",
         where=f"{header.path}, metadata key 'general.architecture'",
@@ -370,7 +372,8 @@ def _names(header: GgufHeader, family: GgufFamily, problems: Problems) -> dict[s
         if new is not None:
             names[name] = new
         elif name != ROPE_FACTORS:
-            kind = family.model_type if family.experts else f"dense {family.model_type}"
+            model_type = family.config.model_type
+            kind = model_type if family.mixture else f"dense {model_type}"
             fault = f"{with_article(kind)} has no tensor {quoted(name)}"
             # Suggesting the nearest name takes longer than everything else.
             hint = nearest(name[:100], candidates) if (guesses := guesses - 1) >= 0 else None
@@ -413,7 +416,7 @@ def _head_dims(
     problems: Problems,
 ) -> dict[str, int]:
     """Return the head width of the tensors whose rows are stored in another order."""
-    if not family.pairs_neighbours:
+    if not family.facts.pairs_neighbours:
         return {}
     head_dims = {}
     for old, new in names.items():
