@@ -89,11 +89,11 @@ class MachineError(MoeccError):
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
     """Return a "did you mean" hint for the closest of `choices`, or None."""
-    known = list(choices)
+    names = list(choices)
     # The beginning of a name is nearer than a short name with the same letters.
-    begun = [name for name in known if len(word) > 2 and name.startswith(word)]
-    found = begun[:1] or get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {found[0]!r}?" if found else None
+    begun = [name for name in names if len(word) > 2 and name.startswith(word)]
+    matches = begun[:1] or get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"did you mean {matches[0]!r}?" if matches else None
 
 
 def described(error: BaseException) -> str:

@@ -126,16 +126,16 @@ class AdaptedCheckpoint(Closing):
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(base.tensors))
         self._settings = settings
         self._stored = SafetensorsFolder(path, {}, {file: read_header(file)}, {})
-        found = _Reading(base, settings, self._stored.tensors, path)
-        other = self.other_base()
-        if other is not None and not allow_other_base:
-            found.problems.add(
+        reading = _Reading(base, settings, self._stored.tensors, path)
+        other_base = self.other_base()
+        if other_base is not None and not allow_other_base:
+            reading.problems.add(
                 "the adapter is of another model", expected=f"{base.path.name}, which is SOURCE",
-                where=f"{path / ADAPTER_CONFIG}: base_model_name_or_path", found=quoted(other),
+                where=f"{path / ADAPTER_CONFIG}: base_model_name_or_path", found=quoted(other_base),
                 hint="if that is SOURCE under another name, --allow-other-base merges it",
             )  # fmt: skip
-        found.problems.raise_if_any()
-        self._deltas, self._whole = found.deltas, found.whole
+        reading.problems.raise_if_any()
+        self._deltas, self._whole = reading.deltas, reading.whole
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows [start, stop) of the first axis of a merged tensor; thread-safe.
@@ -185,8 +185,8 @@ class AdaptedCheckpoint(Closing):
         if not isinstance(of, str) or not of:
             return None
         stated = self.base.config.get("_name_or_path")
-        known = _names(str(self.base.path)) | (_names(stated) if isinstance(stated, str) else set())
-        return None if known & _names(of) else of
+        names = _names(str(self.base.path)) | (_names(stated) if isinstance(stated, str) else set())
+        return None if names & _names(of) else of
 
     def card(self) -> dict[str, tuple[str, ...]]:
         """Return what is kept of the adapter's card."""
@@ -205,15 +205,15 @@ class AdaptedCheckpoint(Closing):
         self._stored.close()
 
 
-def _names(place: str) -> set[str]:
+def _names(source: str) -> set[str]:
     """Return the names of a model that a path, also one of the Hub's cache, or a hub id states."""
-    path = Path(place.replace("\\", "/").rstrip("/"))
-    found = {
+    path = Path(source.replace("\\", "/").rstrip("/"))
+    names = {
         path.name,
         path.expanduser().resolve().name,
         (hub_repository(path) or "").split("/")[-1],
     }
-    return {_STORED_AS.sub("", name.lower()) for name in found} - {""}
+    return {_STORED_AS.sub("", name.lower()) for name in names} - {""}
 
 
 class _Reading:
@@ -233,12 +233,12 @@ class _Reading:
         self._check_settings()
         pairs: dict[str, dict[str, str]] = {}
         for name in tensors:
-            found = _MATRIX.fullmatch(_without_prefix(name))
-            if found is None:
+            match = _MATRIX.fullmatch(_without_prefix(name))
+            if match is None:
                 self._add_whole(name)
             else:
-                kind = found["letter"] + ("t" if found["table"] else "")
-                pairs.setdefault(found["module"], {})[kind] = name
+                kind = match["letter"] + ("t" if match["table"] else "")
+                pairs.setdefault(match["module"], {})[kind] = name
         for module, parts in pairs.items():
             self._add_pair(module, parts)
 
@@ -250,10 +250,10 @@ class _Reading:
                 "only LoRA adapters can be merged", where=f"{where}: peft_type",
                 expected="LORA", found=str(kind),
             )  # fmt: skip
-        for key, what in _UNSUPPORTED.items():
+        for key, feature in _UNSUPPORTED.items():
             if self.settings.get(key):
                 self.problems.add(
-                    f"moecc does not merge {what}", where=f"{where}: {key}",
+                    f"moecc does not merge {feature}", where=f"{where}: {key}",
                     hint=_MERGE_WITH_PEFT,
                 )  # fmt: skip
         for key in ("fan_in_fan_out", "use_rslora"):
@@ -308,11 +308,11 @@ class _Reading:
         tensor = (
             _without_prefix(name).replace(".modules_to_save.", ".").replace(".base_layer.", ".")
         )
-        known = self.base.tensors.get(tensor)
-        if known is None:
+        info = self.base.tensors.get(tensor)
+        if info is None:
             self._unknown(tensor, name)
-        elif known.shape != self.tensors[name].shape:
-            self._misshapen(name, str(known.shape), str(self.tensors[name].shape))
+        elif info.shape != self.tensors[name].shape:
+            self._misshapen(name, str(info.shape), str(self.tensors[name].shape))
         else:
             self.whole[tensor] = name
 
@@ -320,33 +320,33 @@ class _Reading:
         is_table = any(kind.endswith("t") for kind in parts)
         first, second = (parts.get(letter + "t" * is_table) for letter in "AB")
         tensor = f"{module}.weight"
-        known = self.base.tensors.get(tensor)
+        info = self.base.tensors.get(tensor)
         if first is None or second is None:
             self.problems.add(
                 "an adapter's matrix lacks its partner", where=f"{self.path}: {module}",
                 expected="lora_A and lora_B", found=", ".join(parts.values()),
             )  # fmt: skip
             return
-        if known is None:
+        if info is None:
             self._unknown(tensor, first)
             return
         shapes = self.tensors[first].shape, self.tensors[second].shape
         is_gpt2 = self.base.config.get("model_type") == "gpt2"
         is_turned = is_table or (is_gpt2 and _INPUTS_FIRST.fullmatch(module) is not None)
         if not is_turned and not is_gpt2 and self.settings.get("fan_in_fan_out") is True:
-            if len(set(known.shape)) == 1:
+            if len(set(info.shape)) == 1:
                 self.problems.add(
                     "the matrix is square: its shape does not tell whether inputs come first",
                     where=f"{self.path / ADAPTER_CONFIG}: fan_in_fan_out", expected="false",
-                    found=f"true, and {quoted(tensor)} of {known.shape}",
+                    found=f"true, and {quoted(tensor)} of {info.shape}",
                     hint="set it to false: PEFT turns no matrix of a linear layer",
                 )  # fmt: skip
                 return
             is_turned = True
-        made = _product_shape(*shapes, is_turned=is_turned)
-        if made != known.shape:
-            found = f"{shapes[1]} times {shapes[0]}"
-            self._misshapen(tensor, f"a product of shape {known.shape}", found)
+        shape = _product_shape(*shapes, is_turned=is_turned)
+        if shape != info.shape:
+            product = f"{shapes[1]} times {shapes[0]}"
+            self._misshapen(tensor, f"a product of shape {info.shape}", product)
             return
         scale = self._scale(module, shapes[0][0])
         if scale is not None:
@@ -371,10 +371,10 @@ class _Reading:
             hint=nearest(tensor, _similar(self.base.tensors, tensor)),
         )
 
-    def _misshapen(self, name: str, expected: str, found: str) -> None:
+    def _misshapen(self, name: str, expected: str, actual: str) -> None:
         self.problems.add(
             "the adapter does not suit the model's shapes", where=f"{self.path}: {quoted(name)}",
-            expected=expected, found=found, hint="it is of another model, or of another size",
+            expected=expected, found=actual, hint="it is of another model, or of another size",
         )  # fmt: skip
 
 
@@ -403,7 +403,7 @@ def _is_finite(value: object) -> TypeGuard[float]:
 
 def _similar(names: Iterable[str], name: str) -> list[str]:
     # Comparing with every name of a large model would take seconds.
-    return [known for known in names if abs(len(known) - len(name)) <= 4][:2000]
+    return [candidate for candidate in names if abs(len(candidate) - len(name)) <= 4][:2000]
 
 
 # A checkpoint with others beside it: models of the same architecture, and statistics, by name.
@@ -455,9 +455,9 @@ class SeveralCheckpoints(Closing):
             return self.tables[branch].read(tensor, start, stop)
         if branch not in self.branches:
             return self.base.read(name, start, stop)
-        found = self.branches[branch].read(tensor, start, stop)
+        values = self.branches[branch].read(tensor, start, stop)
         wanted = self.tensors[name].dtype.numpy
-        return found if found.dtype == wanted else found.astype(wanted)
+        return values if values.dtype == wanted else values.astype(wanted)
 
     def companions(self) -> dict[str, Path | bytes]:
         """Return the files of the base that an export copies."""
@@ -465,13 +465,13 @@ class SeveralCheckpoints(Closing):
 
     def remarks(self) -> list[str]:
         """Return notes for readers of the result, those of the branches with their name."""
-        found = [*self.base.remarks(), *self._narrowed()]
+        remarks = [*self.base.remarks(), *self._narrowed()]
         for branch, checkpoint in self.branches.items():
-            found += [f"{branch}: {remark}" for remark in checkpoint.remarks()]
-        return found
+            remarks += [f"{branch}: {remark}" for remark in checkpoint.remarks()]
+        return remarks
 
     def _narrowed(self) -> list[str]:
-        found = []
+        remarks = []
         for branch, checkpoint in self.branches.items():
             pairs = {
                 (info.dtype.name, self.base.tensors[name].dtype.name)
@@ -479,8 +479,8 @@ class SeveralCheckpoints(Closing):
                 if name in self.base.tensors
                 and info.dtype.itemsize_bytes > self.base.tensors[name].dtype.itemsize_bytes
             }
-            found += [f"{branch} is stored in {a}, and read in {b}" for a, b in sorted(pairs)]
-        return found
+            remarks += [f"{branch} is stored in {a}, and read in {b}" for a, b in sorted(pairs)]
+        return remarks
 
     def card(self) -> dict[str, tuple[str, ...]]:
         """Return what is kept of the base's card."""
@@ -492,13 +492,13 @@ class SeveralCheckpoints(Closing):
 
     def named_files(self) -> dict[str, Path]:
         """Return the files of all by name, those of a branch below its name."""
-        own = {path.name: path for path in self.base.files()}
+        base_files = {path.name: path for path in self.base.files()}
         others = {
             f"{branch}/{path.name}": path
             for branch, checkpoint in (*self.branches.items(), *self.tables.items())
             for path in checkpoint.files()
         }
-        return own | others
+        return base_files | others
 
     def require_unchanged(self) -> None:
         """Raise InputError if a file of any changed since it was opened."""

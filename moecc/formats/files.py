@@ -191,8 +191,8 @@ def read_utf8(path: Path, limit_bytes: int, kind: str) -> str:
     try:
         return read_bounded(path, limit_bytes).decode()
     except UnicodeDecodeError as error:
-        place = f"{path}: byte {error.start}"
-        raise InputError(f"not text: {kind} is UTF-8", where=place) from None
+        where = f"{path}: byte {error.start}"
+        raise InputError(f"not text: {kind} is UTF-8", where=where) from None
 
 
 def read_whole(path: Path) -> bytes:

@@ -79,8 +79,8 @@ def find_companions(folder: Path, problems: Problems) -> dict[str, Path]:
     names = [name for name in os.listdir(folder) if is_companion(name)]
     templates = folder / _TEMPLATES
     if templates.is_dir():
-        found = (name for name in os.listdir(templates) if name.endswith(".jinja"))
-        names += [f"{_TEMPLATES}/{name}" for name in found]
+        template_names = (name for name in os.listdir(templates) if name.endswith(".jinja"))
+        names += [f"{_TEMPLATES}/{name}" for name in template_names]
     companions = {}
     for name in sorted(names):
         path = folder / name
@@ -205,7 +205,9 @@ class SafetensorsFolder(Closing):
         info = self.tensors.get(name)
         if info is None:
             # Comparing with every name of a large model would take seconds.
-            similar = (known for known in self.tensors if abs(len(known) - len(name)) <= 4)
+            similar = (
+                candidate for candidate in self.tensors if abs(len(candidate) - len(name)) <= 4
+            )
             hint = nearest(name, islice(similar, 2000))
             raise InputError(f"there is no tensor {quoted(name)}", where=str(self.path), hint=hint)
         return info
@@ -261,11 +263,11 @@ def open_folder(
 
 def _identify_all(paths: Iterable[Path]) -> dict[Path, Identity]:
     """Identify the files that exist; what is wrong with others is reported when they are read."""
-    found = {}
+    identities = {}
     for path in paths:
         with suppress(InputError):
-            found[path] = identify(path)
-    return found
+            identities[path] = identify(path)
+    return identities
 
 
 def _list(path: Path) -> set[str]:
@@ -363,12 +365,12 @@ def _largest_token(tokenizer: Json) -> int:
     model = tokenizer.get("model")
     pieces = model.get("vocab") if isinstance(model, dict) else None
     added = tokenizer.get("added_tokens")
-    found = [t.get("id") for t in added if isinstance(t, dict)] if isinstance(added, list) else []
+    ids = [t.get("id") for t in added if isinstance(t, dict)] if isinstance(added, list) else []
     if isinstance(pieces, dict):
-        found += pieces.values()
+        ids += pieces.values()
     elif isinstance(pieces, list):  # Unigram: pairs in the order of their ids
-        found.append(len(pieces) - 1)
-    return max((number for number in found if type(number) is int), default=-1)
+        ids.append(len(pieces) - 1)
+    return max((number for number in ids if type(number) is int), default=-1)
 
 
 def _json(content: Path | bytes | None, limit_bytes: int) -> Json:
@@ -378,10 +380,10 @@ def _json(content: Path | bytes | None, limit_bytes: int) -> Json:
     try:
         data = read_bounded(content, limit_bytes) if isinstance(content, Path) else content
         parse_json(data, "", max_values=_MAX_VALUES)
-        made = json.loads(data)
+        value = json.loads(data)
     except (InputError, ValueError, RecursionError):
         return {}
-    return made if isinstance(made, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def _unscaled(checkpoint: Checkpoint) -> Iterator[str]:

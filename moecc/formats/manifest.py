@@ -272,7 +272,7 @@ def hashed_beside(
     with ThreadPoolExecutor(HASH_THREADS) as threads:
         hashed = {name: threads.submit(_file_record, path, stop) for name, path in named.items()}
         try:
-            yield lambda: {name: one.result() for name, one in hashed.items()}
+            yield lambda: {name: record.result() for name, record in hashed.items()}
         finally:
             stop.set()
             threads.shutdown(cancel_futures=True)
@@ -319,15 +319,15 @@ def _header(path: Path) -> Header:
     """Return the header of a safetensors or GGUF file, with the names and types in it."""
     if path.suffix != SUFFIX:
         return read_header(path)
-    found = read_gguf_header(path)
+    header = read_gguf_header(path)
     tensors = {
         name: TensorInfo(
             name, t.storage.dtype, t.shape, t.nbytes, path, t.offset,
             t.storage.name if t.storage.is_quantised else "",
         )
-        for name, t in found.tensors.items()
+        for name, t in header.tensors.items()
     }  # fmt: skip
-    return Header(tensors, {}, found.data_start_bytes, found.identity)
+    return Header(tensors, {}, header.data_start_bytes, header.identity)
 
 
 def verify_manifest(output: Path, *, allow_edited_card: bool = False) -> list[Problem]:
@@ -389,8 +389,7 @@ class _Verification:
     def _usable(self, name: str) -> bool:
         path = self._path(name)
         if not os.path.lexists(path):
-            what = f"the file {quoted(name)} is missing"
-            self._problems.add(what, where=str(self._folder))
+            self._problems.add(f"the file {quoted(name)} is missing", where=str(self._folder))
             return False
         if fault := file_fault(path, self._folder):
             self._problems.extend((fault,))
@@ -399,17 +398,17 @@ class _Verification:
 
     def _files(self) -> None:
         names = [name for name in self._manifest.files if self._usable(name)]
-        found = file_records({name: self._path(name) for name in names})
+        records = file_records({name: self._path(name) for name in names})
         for name in names:
             if name in self._editable:
                 continue
-            self._compare(name, self._manifest.files[name].sha256, found[name].sha256)
+            self._compare(name, self._manifest.files[name].sha256, records[name].sha256)
 
-    def _compare(self, name: str, expected: str, found: str, part: str = "the file") -> None:
-        if expected != found:
-            what = f"{part} differs from the one that moecc wrote"
+    def _compare(self, name: str, expected: str, actual: str, part: str = "the file") -> None:
+        if expected != actual:
+            fault = f"{part} differs from the one that moecc wrote"
             where = str(self._path(name))
-            self._problems.add(what, where=where, expected=f"sha256 {expected}", found=found)
+            self._problems.add(fault, where=where, expected=f"sha256 {expected}", found=actual)
 
     def _headers(self) -> dict[str, Header]:
         headers = {}
@@ -424,26 +423,26 @@ class _Verification:
                 continue
             headers[name] = header
             self._identities[path] = header.identity
-            found = _weight_record(path, header)
-            self._compare(name, record.header_sha256, found.header_sha256, "the header")
+            actual = _weight_record(path, header)
+            self._compare(name, record.header_sha256, actual.header_sha256, "the header")
         return headers
 
     def _added(self) -> None:
-        known = {MANIFEST_NAME, *self._manifest.weights, *self._manifest.files}
+        listed = {MANIFEST_NAME, *self._manifest.weights, *self._manifest.files}
         if self._manifest.schema < CARD_SCHEMA:
-            known.add(CARD_NAME)
-        found = set(_files_in(self._folder)) if self._single_file is None else set()
-        for name in sorted(found - known):
+            listed.add(CARD_NAME)
+        present = set(_files_in(self._folder)) if self._single_file is None else set()
+        for name in sorted(present - listed):
             kind = "weight file" if name.endswith((SHARD_SUFFIX, SUFFIX)) else "file"
-            what = f"the {kind} {quoted(name)} is not in the manifest"
-            self._problems.add(what, where=str(self._folder), hint="move it out of the folder")
+            fault = f"the {kind} {quoted(name)} is not in the manifest"
+            self._problems.add(fault, where=str(self._folder), hint="move it out of the folder")
 
     def _tensors(self, headers: dict[str, Header]) -> list[TensorInfo]:
         """Compare names, types and shapes; return the tensors whose bytes can be compared."""
         for file, header in headers.items():
             for name in header.tensors.keys() - self._manifest.tensors.keys():
-                what = f"the tensor {quoted(name)} is not in the manifest"
-                self._problems.add(what, where=str(self._path(file)))
+                fault = f"the tensor {quoted(name)} is not in the manifest"
+                self._problems.add(fault, where=str(self._path(file)))
         comparable = []
         for name, record in self._manifest.tensors.items():
             where = str(self._path(record.file))
@@ -469,16 +468,16 @@ class _Verification:
         """Hash the bytes of tensors, in their order on disk."""
         ordered = sorted(tensors, key=lambda info: (info.file, info.offset))
         with ThreadPoolExecutor(HASH_THREADS) as threads:
-            for info, found in zip(ordered, threads.map(self._digest, ordered), strict=True):
+            for info, digest in zip(ordered, threads.map(self._digest, ordered), strict=True):
                 expected = self._manifest.tensors[info.name].sha256
-                if isinstance(found, InputError):
-                    self._problems.extend(found.problems)
-                elif found != expected:
+                if isinstance(digest, InputError):
+                    self._problems.extend(digest.problems)
+                elif digest != expected:
                     self._problems.add(
                         f"the data of the tensor {quoted(info.name)} differ from what moecc wrote",
                         where=str(info.file),
                         expected=f"sha256 {expected}",
-                        found=found,
+                        found=digest,
                     )
 
     def _digest(self, info: TensorInfo) -> str | InputError:

@@ -46,13 +46,13 @@ def front_matter(text: str) -> dict[str, tuple[str, ...]]:
     if not lines or lines[0].strip() != "---":
         return {}
     end = next((i for i, line in enumerate(lines[1:], 1) if line.strip() == "---"), len(lines))
-    found: dict[str, tuple[str, ...]] = {}
+    card: dict[str, tuple[str, ...]] = {}
     for at, line in enumerate(lines[1:end], 1):
         key, colon, value = line.partition(":")
         if colon and key in (*SCALARS, *LISTS):
             items = _items(value.strip()) or _listed(lines[at + 1 : end])
-            found[key] = tuple(items[:1] if key in SCALARS else items)
-    return {key: values for key, values in found.items() if values}
+            card[key] = tuple(items[:1] if key in SCALARS else items)
+    return {key: values for key, values in card.items() if values}
 
 
 def _items(text: str) -> list[str]:

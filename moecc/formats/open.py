@@ -122,10 +122,10 @@ def open_checkpoint(path: str | os.PathLike[str], *, needs_config: bool = True) 
 
 
 def _open_folder(source: Path, needs_config: bool) -> Checkpoint:
-    if place := _tree_in(source):
+    if tree := _tree_in(source):
         from moecc.formats.trees.checkpoint import open_tree
 
-        return open_tree(source, place, needs_config=needs_config)
+        return open_tree(source, tree, needs_config=needs_config)
     folder = open_folder(source, needs_config=needs_config)
     if folder.config.get("quantization_config") is None:
         return folder
@@ -160,8 +160,8 @@ def _open_file(source: Path) -> Checkpoint:
 
         return open_gguf(source)
     if source.suffix == ".gguf":
-        found = kind.text if kind else "a file that does not begin with the letters GGUF"
-        raise InputError("this is not a GGUF file", where=str(source), found=found)
+        content = kind.text if kind else "a file that does not begin with the letters GGUF"
+        raise InputError("this is not a GGUF file", where=str(source), found=content)
     if kind is None and source.suffix in (".safetensors", ".json"):
         raise InputError(
             "a checkpoint is a folder, not one file of it",

@@ -405,8 +405,8 @@ def _commit_folder(temporary: Path, folder: Path, replaces: bool) -> None:
             disk().rename(temporary, folder)  # also replaces an empty folder
         except OSError as error:
             if os.path.isdir(folder) and os.listdir(folder):
-                what = "the output folder was filled by another process in the meantime"
-                raise InputError(what, where=str(folder)) from None
+                fault = "the output folder was filled by another process in the meantime"
+                raise InputError(fault, where=str(folder)) from None
             raise os_problem(error, folder, "rename") from None
         _confirm(folder)
     except BaseException:

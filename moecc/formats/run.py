@@ -363,9 +363,9 @@ def _differences(folder: Path, expected: Mapping[str, FileRecord]) -> list[Probl
         records = {name: _records[key] for name, key in keys.items()}
     for name, record in records.items():
         if record != expected[name]:
-            what = "the file differs from the one that moecc wrote"
+            fault = "the file differs from the one that moecc wrote"
             digests = (expected[name].sha256, record.sha256)
-            problems.append(Problem(what, str(folder / name), *digests, hint=_HINT))
+            problems.append(Problem(fault, str(folder / name), *digests, hint=_HINT))
     return problems
 
 

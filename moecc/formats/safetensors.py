@@ -93,13 +93,13 @@ def _read_raw(descriptor: int, size_bytes: int, path: Path) -> bytearray:
         expected = f"at most {MAX_HEADER_BYTES:,} bytes of header"
         fault = "the header is too long", expected, f"{length:,} bytes"
     elif length > size_bytes - _LENGTH_BYTES:
-        found = f"{length:,} bytes of header in a file of {size_bytes:,} bytes"
-        fault = "the header is longer than the file", "a header that ends in the file", found
+        actual = f"{length:,} bytes of header in a file of {size_bytes:,} bytes"
+        fault = "the header is longer than the file", "a header that ends in the file", actual
     elif length < 2:
         fault = "the header is too short", "2 bytes or more", f"{length} bytes"
     elif head[_LENGTH_BYTES] != ord("{"):
-        found = f"byte 0x{head[_LENGTH_BYTES]:02x}"
-        fault = "the header is not a JSON object", "'{'", found
+        actual = f"byte 0x{head[_LENGTH_BYTES]:02x}"
+        fault = "the header is not a JSON object", "'{'", actual
     else:
         raw = bytearray(length)
         read_into(descriptor, memoryview(raw), _LENGTH_BYTES, path)
@@ -161,10 +161,10 @@ class _HeaderCheck:
         return Header(tensors, metadata, self.data_start, self.identity)
 
     def _add(
-        self, name: str, fault: str, expected: str | None, found: str, hint: str | None = None
+        self, name: str, fault: str, expected: str | None, actual: str, hint: str | None = None
     ) -> None:
         where = f"{self.path}, tensor {quoted(name)}"
-        self.problems.add(fault, where=where, expected=expected, found=found, hint=hint)
+        self.problems.add(fault, where=where, expected=expected, found=actual, hint=hint)
 
     def _metadata(self, value: object) -> dict[str, str]:
         if not isinstance(value, dict):
@@ -482,12 +482,12 @@ def _refuse_strangers(
         )
 
 
-def _ambiguous(path: Path, found: list[str], problems: Problems) -> None:
+def _ambiguous(path: Path, files: list[str], problems: Problems) -> None:
     problems.add(
         "the folder holds more than one set of weights",
         where=str(path),
         expected=f"either {SINGLE_NAME}, or shards with {INDEX_NAME}",
-        found=_some(found),
+        found=_some(files),
         hint="move the set that is not wanted out of the folder",
     )
 
@@ -569,8 +569,8 @@ def _other_format(names: set[str]) -> tuple[str, str] | None:
 
 def _some(names: list[str]) -> str:
     shown = ", ".join(quoted(name) for name in names[:_SHOWN_NAMES])
-    rest = len(names) - _SHOWN_NAMES
-    return f"{shown} and {rest:,} more" if rest > 0 else shown
+    more = len(names) - _SHOWN_NAMES
+    return f"{shown} and {more:,} more" if more > 0 else shown
 
 
 # Assign tensors to safetensors files and offsets, and write the headers.

@@ -15,11 +15,11 @@ _MODULES = {
 """What is imported of the packages of an extra."""
 
 
-def require(what: str, extras: Sequence[str], and_also: Sequence[str] = ()) -> None:
+def require(feature: str, extras: Sequence[str], and_also: Sequence[str] = ()) -> None:
     """Check that everything is installed, before the first of it is missed.
 
     Args:
-      what: what needs it, ``training``.
+      feature: the feature that needs them, ``training``.
       extras: their names.
       and_also: extras that are looked for later, and named here if any of the others is missing.
 
@@ -30,7 +30,7 @@ def require(what: str, extras: Sequence[str], and_also: Sequence[str] = ()) -> N
     missing = [name for name in named if find_spec(name) is None]
     if missing:
         hint = install_hint(*extras, *and_also)
-        raise MachineError(f"{what} needs {', '.join(missing)}", hint=hint)
+        raise MachineError(f"{feature} needs {', '.join(missing)}", hint=hint)
 
 
 def install_hint(*extras: str) -> str:
@@ -50,8 +50,10 @@ def _requirements(extra: str) -> list[str]:
     except PackageNotFoundError:
         every = []
     marked = [text.split(";") for text in every if ";" in text]
-    found = [r.strip() for r, marker in marked if marker.split("==")[-1].strip(" '\"") == extra]
-    return found or [f"moecc[{extra}]"]
+    requirements = [
+        r.strip() for r, marker in marked if marker.split("==")[-1].strip(" '\"") == extra
+    ]
+    return requirements or [f"moecc[{extra}]"]
 
 
 def _is_missing(requirement: str) -> bool:

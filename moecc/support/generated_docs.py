@@ -41,11 +41,11 @@ class GeneratedPart:
         Raises:
           InputError: the page lacks a marker.
         """
-        before, begin, rest = page.partition(self.begin)
-        _, end, after = rest.partition(self.end)
+        before, begin, after = page.partition(self.begin)
+        _, end, after = after.partition(self.end)
         if not begin or not end:
-            what = f"the page has no markers for the part {self.name!r}"
-            raise InputError(what, expected=f"{self.begin} … {self.end}")
+            fault = f"the page has no markers for the part {self.name!r}"
+            raise InputError(fault, expected=f"{self.begin} … {self.end}")
         return f"{before}{begin}\n\n{self.render()}\n\n{end}{after}"
 
     def main(self, argv: Sequence[str] | None = None) -> int:

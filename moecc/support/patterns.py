@@ -115,12 +115,12 @@ class _Parser:
             if not self._take(")"):
                 raise UnsupportedPattern("a parenthesis is not closed")
             return read
-        found = _ATOM.match(self.text, self.at)
-        if found is None:
+        atom = _ATOM.match(self.text, self.at)
+        if atom is None:
             raise UnsupportedPattern(f"{self.text[self.at]!r} at character {self.at + 1}")
-        self.at = found.end()
+        self.at = atom.end()
         try:
-            character = re.compile(found[0])
+            character = re.compile(atom[0])
         except re.error as error:
             raise UnsupportedPattern(str(error)) from None
         return _one(character), False

@@ -82,13 +82,13 @@ def signals_raised() -> Iterator[None]:
     """
     is_main = threading.current_thread() is threading.main_thread()
     before = {s: signal.getsignal(s) for s in _ENDING if is_main}
-    taken = [s for s, handler in before.items() if handler == signal.SIG_DFL]
-    for number in taken:
+    caught = [s for s, handler in before.items() if handler == signal.SIG_DFL]
+    for number in caught:
         signal.signal(number, _raise)
     try:
         yield
     finally:
-        for number in taken:
+        for number in caught:
             signal.signal(number, before[number])
 
 
@@ -120,17 +120,17 @@ def signals_noted() -> Iterator[Asked]:
     is_main = threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGINT, *_ENDING) if is_main else ()
     before = {s: signal.getsignal(s) for s in numbers}
-    taken = [s for s, handler in before.items() if handler != signal.SIG_IGN]
-    for number in taken:
+    caught = [s for s, handler in before.items() if handler != signal.SIG_IGN]
+    for number in caught:
         signal.signal(number, asked)
     try:
         yield asked
     finally:
-        for number in taken:
+        for number in caught:
             signal.signal(number, before[number])
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
-    for other in _ENDING:
-        signal.signal(other, signal.SIG_IGN)
+    for ending in _ENDING:
+        signal.signal(ending, signal.SIG_IGN)
     raise Terminated(number)

@@ -36,9 +36,9 @@ def progression(numbers: Sequence[int]) -> Progression | None:
     """Return `numbers`, two at least, as a rising progression, or None if they are not one."""
     if len(numbers) < 2:
         return None
-    found = Progression(numbers[0], numbers[1] - numbers[0], len(numbers))
-    fits = all(n == found.start + i * found.step for i, n in enumerate(numbers))
-    return found if fits and found.step > 0 else None
+    numbered = Progression(numbers[0], numbers[1] - numbers[0], len(numbers))
+    fits = all(n == numbered.start + i * numbered.step for i, n in enumerate(numbers))
+    return numbered if fits and numbered.step > 0 else None
 
 
 def varying(texts: Sequence[str]) -> tuple[list[str], dict[int, Progression]] | None:
@@ -49,7 +49,7 @@ def varying(texts: Sequence[str]) -> tuple[list[str], dict[int, Progression]] | 
     split = [_NUMBER.split(text) for text in texts]
     if len({len(pieces) for pieces in split}) != 1 or any(map(has_range, texts)):
         return None
-    found: dict[int, Progression] = {}
+    progressions: dict[int, Progression] = {}
     for at, pieces in enumerate(zip(*split, strict=True)):
         if len(set(pieces)) == 1:
             continue
@@ -59,18 +59,18 @@ def varying(texts: Sequence[str]) -> tuple[list[str], dict[int, Progression]] | 
         numbers = progression([int(p) for p in pieces])
         if numbers is None:
             return None
-        found[at] = numbers
-    return split[0], found
+        progressions[at] = numbers
+    return split[0], progressions
 
 
 def joined(texts: Sequence[str]) -> str | None:
     """Return the text with ranges whose elements are `texts`, or None if there is none."""
     if len(texts) < 2:
         return texts[0] if texts and not has_range(texts[0]) else None
-    found = varying(texts)
-    if found is None:
+    parts = varying(texts)
+    if parts is None:
         return None
-    pieces, ranges = found
+    pieces, ranges = parts
     return "".join(f"{{{ranges[i]}}}" if i in ranges else p for i, p in enumerate(pieces))
 
 
@@ -94,5 +94,5 @@ def lengths(text: str) -> set[int]:
 
 
 def _length(first: int, last: int, step: int) -> int:
-    whole = step > 0 and last >= first and (last - first) % step == 0
-    return (last - first) // step + 1 if whole else 0
+    is_valid = step > 0 and last >= first and (last - first) % step == 0
+    return (last - first) // step + 1 if is_valid else 0

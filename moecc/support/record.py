@@ -138,15 +138,15 @@ class RecordReader:
         """Note a problem of the value at `path`, where its text gets its place."""
         self.count += 1
         if self.count <= SHOWN_PROBLEMS:
-            place = f"{self.where(path)}: {dotted(path)}" if path else self.where(path)
-            problem = Problem(problem.what, place, problem.expected, problem.found, problem.hint)
+            where = f"{self.where(path)}: {dotted(path)}" if path else self.where(path)
+            problem = Problem(problem.what, where, problem.expected, problem.found, problem.hint)
             self.problems.append((path, problem))
 
     def reject(
-        self, path: KeyPath, what: str, expected: str, value: object, hint: str | None = None
+        self, path: KeyPath, fault: str, expected: str, value: object, hint: str | None = None
     ) -> None:
         """Note that a value is not as expected."""
-        self.add(path, Problem(what, None, expected, describe(value), hint))
+        self.add(path, Problem(fault, None, expected, describe(value), hint))
 
     def raise_if_any(self, error: type[MoeccError] = InputError) -> None:
         """Raise `error` with all problems, if there are any."""
@@ -197,11 +197,13 @@ def read_record(
     if schema is not None:
         readable = versions or (schema[0].default,)
         version = document.get("schema") if isinstance(document, Mapping) else None
-        if not any(type(version) is type(one) and version == one for one in readable):
+        if not any(
+            type(version) is type(accepted) and version == accepted for accepted in readable
+        ):
             raise error(
                 "the file is of a version that this moecc does not read",
                 where=where,
-                expected=f'"schema": {" or ".join(describe(one) for one in readable)}',
+                expected=f'"schema": {" or ".join(describe(accepted) for accepted in readable)}',
                 found=describe(version),
             )
     reader = RecordReader(lambda path: where)

@@ -72,7 +72,7 @@ def both(names: Sequence[str]) -> str:
 
 
 def capped(
-    problems: Iterable[Problem], one: str, several: str, most: int = MOST_PER_KIND
+    problems: Iterable[Problem], singular: str, plural: str, most: int = MOST_PER_KIND
 ) -> Iterator[Problem]:
     """Yield the first problems, and one that counts the others: "7 more " and `several`."""
     more = 0
@@ -82,7 +82,7 @@ def capped(
         else:
             more += 1
     if more:
-        yield Problem(f"{more} more {one if more == 1 else several}")
+        yield Problem(f"{more} more {singular if more == 1 else plural}")
 
 
 # How objects show themselves: in a line at a prompt, as a small table in a notebook.

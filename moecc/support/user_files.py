@@ -25,10 +25,10 @@ def run_file(path: Path) -> ModuleType:
     """
     if not path.is_file():
         raise UsageError("there is no such file", where=str(path))
-    known = (str(path.resolve()), path.stat().st_mtime_ns)
-    if known not in _RUN:
-        _RUN[known] = _run(path)
-    return _RUN[known]
+    key = (str(path.resolve()), path.stat().st_mtime_ns)
+    if key not in _RUN:
+        _RUN[key] = _run(path)
+    return _RUN[key]
 
 
 def _run(path: Path) -> ModuleType:
@@ -59,8 +59,8 @@ class Blamed:
         if error is None or isinstance(error, KeyboardInterrupt | Terminated):
             return
         line = error.lineno if isinstance(error, SyntaxError) else _line_in(self.path, error)
-        place = f"{self.path}:{line}" if line else str(self.path)
-        raise UsageError(described(error), where=place) from error
+        where = f"{self.path}:{line}" if line else str(self.path)
+        raise UsageError(described(error), where=where) from error
 
 
 def _line_in(path: Path, error: BaseException) -> int | None:
@@ -74,10 +74,10 @@ def _line_in(path: Path, error: BaseException) -> int | None:
 
 def line_of_user(error: BaseException) -> str | None:
     """Return file and line of the innermost call of a user's file that failed, if one did."""
-    trace, place = error.__traceback__, None
+    trace, where = error.__traceback__, None
     while trace is not None:
         name = trace.tb_frame.f_globals.get("__name__", "")
         if isinstance(name, str) and name.startswith(LOADED):
-            place = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+            where = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
         trace = trace.tb_next
-    return place
+    return where

@@ -89,11 +89,11 @@ def _value(value: Written | Stored) -> bytes:
     if isinstance(value, bool | int | float | str):
         code, body = _scalar(value)
         return struct.pack("<I", code) + body
-    made = [_scalar(item) for item in value]
+    items = [_scalar(item) for item in value]
     # An array of whole numbers is of signed ones, as the types of tokens are.
-    code = {_U32: _I32}.get(made[0][0], made[0][0]) if made else _STRING
-    head = struct.pack("<IIQ", _ARRAY, code, len(made))
-    return head + b"".join(body for _, body in made)
+    code = {_U32: _I32}.get(items[0][0], items[0][0]) if items else _STRING
+    head = struct.pack("<IIQ", _ARRAY, code, len(items))
+    return head + b"".join(body for _, body in items)
 
 
 def _scalar(value: float | str) -> tuple[int, bytes]:

@@ -113,8 +113,8 @@ class Cursor:
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
-            found = f"byte 0x{raw[error.start]:02x} at {self.offset - count + error.start:,}"
-            raise self.error("a string is not UTF-8", found=found) from None
+            byte = f"byte 0x{raw[error.start]:02x} at {self.offset - count + error.start:,}"
+            raise self.error("a string is not UTF-8", found=byte) from None
 
     def skip(self, count: int) -> None:
         """Skip `count` bytes without reading them. Raises as `number`."""
@@ -484,9 +484,9 @@ class _HeaderCheck:
         magic = cursor.code().to_bytes(4, "little")
         if magic != MAGIC:
             older = _OLDER.get(magic)
-            found = f"the older {older} format" if older else f"the bytes {magic!r}"
+            actual = f"the older {older} format" if older else f"the bytes {magic!r}"
             hint = "convert the original model with a current llama.cpp" if older else None
-            raise cursor.error("this is not a GGUF file", expected="GGUF", found=found, hint=hint)
+            raise cursor.error("this is not a GGUF file", expected="GGUF", found=actual, hint=hint)
         version = cursor.code()
         if version in VERSIONS:
             return version
@@ -574,9 +574,9 @@ class _HeaderCheck:
             return True
         return False
 
-    def _add(self, name: str, fault: str, expected: str | None, found: str) -> None:
+    def _add(self, name: str, fault: str, expected: str | None, actual: str) -> None:
         where = f"{self.path}, tensor {quoted(name)}"
-        self.problems.add(fault, where=where, expected=expected, found=found)
+        self.problems.add(fault, where=where, expected=expected, found=actual)
 
 
 # Typed metadata values of a GGUF file; every problem is collected, not only the first.

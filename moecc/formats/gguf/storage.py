@@ -189,9 +189,9 @@ def quantize_chunk(storage: Storage) -> Any:
     return function
 
 
-def _engine_error(storage: Storage, found: str) -> MachineError:
+def _engine_error(storage: Storage, reason: str) -> MachineError:
     return MachineError(
         f"{storage.name} blocks are made by the library of llama.cpp",
-        found=found,
+        found=reason,
         hint=f"pip install {ENGINE_DISTRIBUTION}; or --dtype q8_0, which moecc makes itself",
     )

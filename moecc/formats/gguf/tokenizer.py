@@ -108,8 +108,8 @@ def _refuse_duplicates(tokens: list[str]) -> None:
     seen: set[str] = set()
     for token in tokens:
         if token in seen:
-            what = f"two ids have the token {quoted(token)}"
-            raise _unusable("tokens", what, "one id each", "a second one")
+            fault = f"two ids have the token {quoted(token)}"
+            raise _unusable("tokens", fault, "one id each", "a second one")
         seen.add(token)
 
 
@@ -124,13 +124,13 @@ def _types(metadata: Mapping[str, Value], count: int) -> list[int]:
 def _special(
     metadata: Mapping[str, Value], defaults: Mapping[str, int], count: int
 ) -> dict[str, int]:
-    found: dict[str, int] = {}
+    ids: dict[str, int] = {}
     for name in (*_NAMED, "eot", "eom"):
         stated = f"{_PREFIX}{name}_token_id" in metadata
         number = token_id(metadata, name, count) if stated else defaults.get(name)
         if number is not None and number < count:
-            found[name] = number
-    return found
+            ids[name] = number
+    return ids
 
 
 def _ends(special: Mapping[str, int]) -> list[int]:
@@ -152,8 +152,8 @@ def _text(metadata: Mapping[str, Value], name: str) -> str:
     value = metadata.get(_PREFIX + name)
     if isinstance(value, str):
         return value
-    what = "the file does not state this" if value is None else "not a string"
-    raise _unusable(name, what, "a string", shown(value))
+    fault = "the file does not state this" if value is None else "not a string"
+    raise _unusable(name, fault, "a string", shown(value))
 
 
 def _flag(metadata: Mapping[str, Value], name: str, default: bool) -> bool:
@@ -178,8 +178,8 @@ def _numbers(metadata: Mapping[str, Value], name: str, count: int) -> list[float
     raise _unusable(name, "not one number a token", f"an array of {count:,} numbers", shown(value))
 
 
-def _unusable(name: str, what: str, expected: str, found: str) -> InputError:
-    return InputError(what, where=_PREFIX + name, expected=expected, found=found)
+def _unusable(name: str, fault: str, expected: str, actual: str) -> InputError:
+    return InputError(fault, where=_PREFIX + name, expected=expected, found=actual)
 
 
 _LLAMA3_WORDS = (

@@ -51,8 +51,8 @@ def tokenizer_keys(checkpoint: Checkpoint, rows: int) -> tuple[list[Key], str | 
       MachineError: a file cannot be read.
     """
     if isinstance(checkpoint, GgufFile):
-        kept = checkpoint.stored_keys("tokenizer.")
-        return (kept, None) if kept else (_NONE, "the source has none")
+        keys = checkpoint.stored_keys("tokenizer.")
+        return (keys, None) if keys else (_NONE, "the source has none")
     files = checkpoint.companions()
     if "tokenizer.json" not in files:
         return _NONE, "there is no tokenizer.json"
@@ -80,8 +80,8 @@ class _Settings:
         if isinstance(text, str) and text in ids:
             return ids[text]
         for stated in (self.generation, self.model):
-            found = stated.get(f"{short}_token_id")
-            first = found[0] if isinstance(found, list) and found else found
+            stated_id = stated.get(f"{short}_token_id")
+            first = stated_id[0] if isinstance(stated_id, list) and stated_id else stated_id
             if type(first) is int:
                 return first
         return None
@@ -90,18 +90,18 @@ class _Settings:
         """Return the default chat template."""
         if "chat_template.jinja" in self._files:
             return _bytes_of(self._files["chat_template.jinja"]).decode("utf-8", "replace")
-        found = self.tokenizer.get("chat_template")
-        named = found if isinstance(found, list) else []
+        stated = self.tokenizer.get("chat_template")
+        named = stated if isinstance(stated, list) else []
         texts = {str(t.get("name")): t.get("template") for t in named if isinstance(t, Mapping)}
-        template = texts.get("default", found)
+        template = texts.get("default", stated)
         return template if isinstance(template, str) else None
 
 
 def _json_of(files: Json, name: str) -> JsonDict:
     if name not in files:
         return {}
-    found = parse_json(_bytes_of(files[name]), name, max_values=_MAX_VALUES)
-    return found if isinstance(found, dict) else {}
+    document = parse_json(_bytes_of(files[name]), name, max_values=_MAX_VALUES)
+    return document if isinstance(document, dict) else {}
 
 
 def _bytes_of(content: Any) -> bytes:
@@ -111,8 +111,8 @@ def _bytes_of(content: Any) -> bytes:
 def _translated(file: Json, settings: _Settings, rows: int) -> list[Key]:
     model = file.get("model")
     if not isinstance(model, Mapping) or model.get("type") != "BPE":
-        found = model.get("type") if isinstance(model, Mapping) else None
-        raise _unusable("only byte-level and SentencePiece BPE have a form in GGUF", str(found))
+        kind = model.get("type") if isinstance(model, Mapping) else None
+        raise _unusable("only byte-level and SentencePiece BPE have a form in GGUF", str(kind))
     is_pieces = bool(model.get("byte_fallback"))
     tokens, types = _vocabulary(file, model, rows)
     make = _pieces if is_pieces else _byte_level
@@ -129,10 +129,10 @@ def _translated(file: Json, settings: _Settings, rows: int) -> list[Key]:
         number = settings.special(short, named)
         if number is not None and 0 <= number < rows:
             keys[f"{word}_token_id"] = number
-    made = [Key(_PREFIX + name, value) for name, value in keys.items()]
+    entries = [Key(_PREFIX + name, value) for name, value in keys.items()]
     template = settings.chat_template()
     _require_text(template or "")
-    return made if template is None else [*made, Key("tokenizer.chat_template", template)]
+    return entries if template is None else [*entries, Key("tokenizer.chat_template", template)]
 
 
 def _vocabulary(file: Json, model: Json, rows: int) -> Vocab:
@@ -140,21 +140,21 @@ def _vocabulary(file: Json, model: Json, rows: int) -> Vocab:
     vocab = model.get("vocab")
     if not isinstance(vocab, Mapping) or not all(type(n) is int for n in vocab.values()):
         raise _unusable("the vocabulary does not number its tokens", "")
-    found = {number: (text, NORMAL) for text, number in vocab.items()}
+    pieces = {number: (text, NORMAL) for text, number in vocab.items()}
     for token in _objects(file, "added_tokens"):
         kind = CONTROL if token.get("special") else USER_DEFINED
         number, text = token.get("id"), token.get("content")
         if type(number) is not int or not isinstance(text, str):
             raise _misshapen("added_tokens")
-        found[number] = (text, kind)
-    for number in (min(found, default=0), max(found, default=0)):
+        pieces[number] = (text, kind)
+    for number in (min(pieces, default=0), max(pieces, default=0)):
         if not 0 <= number < rows:
-            what = "more tokens than the embedding has rows" if number > 0 else "a negative id"
-            raise _unusable(what, f"id {quoted(str(number))}")
-    _require_text("".join(text for text, _ in found.values()))
+            fault = "more tokens than the embedding has rows" if number > 0 else "a negative id"
+            raise _unusable(fault, f"id {quoted(str(number))}")
+    _require_text("".join(text for text, _ in pieces.values()))
     tokens = [f"[PAD{number}]" for number in range(rows)]
     types = [UNUSED] * rows
-    for number, (text, kind) in found.items():
+    for number, (text, kind) in pieces.items():
         tokens[number], types[number] = text, kind
     return tokens, types
 
@@ -164,8 +164,8 @@ def _byte_level(file: Json, model: Json, vocab: Vocab) -> JsonDict:
     normalizer = _object(file, "normalizer").get("type")
     for name, expected in PRE_TOKENIZERS.items():
         same = steps == [_plain(step) for step in expected]
-        whole = bool(model.get("ignore_merges")) == (name in WHOLE_WORDS)
-        if same and whole and normalizer == ("NFC" if name == "qwen2" else None):
+        keeps_words = bool(model.get("ignore_merges")) == (name in WHOLE_WORDS)
+        if same and keeps_words and normalizer == ("NFC" if name == "qwen2" else None):
             return {"model": "gpt2", "pre": name, "merges": [*_merges(model)]}
     raise _unusable("llama.cpp has no name for the way in which this tokenizer cuts words", "")
 
@@ -181,8 +181,8 @@ def _steps(step: Json) -> Iterator[dict[str, object]]:
 
 def _plain(step: Json) -> dict[str, object]:
     idle = {"trim_offsets", *(["add_prefix_space"] if not step.get("add_prefix_space") else [])}
-    kept = {key: value for key, value in step.items() if key not in idle}
-    return {"use_regex": True, **kept} if kept.get("type") == "ByteLevel" else kept
+    settings = {key: value for key, value in step.items() if key not in idle}
+    return {"use_regex": True, **settings} if settings.get("type") == "ByteLevel" else settings
 
 
 def _merges(model: Json) -> Iterator[str]:
@@ -241,23 +241,23 @@ def _template(step: Json) -> Sequence[Json]:
     if step.get("type") == "TemplateProcessing":
         return _objects(step, "single")
     inner = (_template(part) for part in _objects(step, "processors"))
-    return next((found for found in inner if found), ())
+    return next((parts for parts in inner if parts), ())
 
 
 def _object(of: Json, key: str) -> Json:
     """Return a member that is an object, or an empty one where it is null or absent."""
-    found = of.get(key) or {}
-    if not isinstance(found, Mapping):
+    value = of.get(key) or {}
+    if not isinstance(value, Mapping):
         raise _misshapen(key)
-    return found
+    return value
 
 
 def _objects(of: Json, key: str) -> list[Json]:
     """Return a member that is a list of objects, or an empty one where it is null or absent."""
-    found = of.get(key) or []
-    if not isinstance(found, list) or not all(isinstance(one, Mapping) for one in found):
+    values = of.get(key) or []
+    if not isinstance(values, list) or not all(isinstance(value, Mapping) for value in values):
         raise _misshapen(key)
-    return found
+    return values
 
 
 def _require_text(text: str) -> None:
@@ -270,5 +270,5 @@ def _misshapen(key: str) -> InputError:
     return _unusable("tokenizer.json is not as the library writes it", f"its {key}")
 
 
-def _unusable(what: str, found: str) -> InputError:
-    return InputError(what, found=found or None)
+def _unusable(fault: str, actual: str) -> InputError:
+    return InputError(fault, found=actual or None)

@@ -76,8 +76,8 @@ class ZarrArrays:
 
     def dtype(self, key: str) -> np.dtype[Any]:
         """Return the element type of an array. Raises InputError if there is none."""
-        found: np.dtype[Any] = np.dtype(self._array(key).dtype.numpy_dtype)
-        return found
+        dtype: np.dtype[Any] = np.dtype(self._array(key).dtype.numpy_dtype)
+        return dtype
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows [start, stop) of the first axis of an array.
@@ -189,12 +189,12 @@ def _find_orbax(folder: Path) -> Path | None:
     """Return the folder of the tree in a checkpoint, a step, or a folder of steps: its last."""
     names = {int(n): n for n in os.listdir(folder) if n.isdecimal() and n.isascii()}
     steps = (folder / names[number] for number in sorted(names, reverse=True))
-    return next((tree for place in (folder, *steps) if (tree := _tree_in(place))), None)
+    return next((tree for candidate in (folder, *steps) if (tree := _tree_in(candidate))), None)
 
 
 def _tree_in(folder: Path) -> Path | None:
-    places = (folder, *(folder / name for name in ITEMS))
-    return next((place for place in places if (place / METADATA).is_file()), None)
+    candidates = (folder, *(folder / name for name in ITEMS))
+    return next((candidate for candidate in candidates if (candidate / METADATA).is_file()), None)
 
 
 def _find_t5x(folder: Path) -> Path | None:
@@ -203,8 +203,8 @@ def _find_t5x(folder: Path) -> Path | None:
         return folder
     names = [n for n in os.listdir(folder) if n.startswith(_STEP)]
     steps = {int(n[len(_STEP) :]): n for n in names if n[len(_STEP) :].isdecimal()}
-    places = (folder / steps[number] for number in sorted(steps, reverse=True))
-    return next((place for place in places if (place / FILE).is_file()), None)
+    candidates = (folder / steps[number] for number in sorted(steps, reverse=True))
+    return next((candidate for candidate in candidates if (candidate / FILE).is_file()), None)
 
 
 # A tree of arrays, and tensors that are pieces of its arrays.
@@ -252,10 +252,10 @@ class Tree:
 
         Optimisers keep arrays of the same names, below words of theirs.
         """
-        found = [p[: -len(m)] for p in self.keys for m in marks if p[-len(m) :] == m]
-        if not found:
+        prefixes = [p[: -len(m)] for p in self.keys for m in marks if p[-len(m) :] == m]
+        if not prefixes:
             return {}
-        prefix = min(found, key=lambda path: (not _MOMENTS.isdisjoint(path), len(path)))
+        prefix = min(prefixes, key=lambda path: (not _MOMENTS.isdisjoint(path), len(path)))
         return {
             path[len(prefix) :]: key
             for path, key in self.keys.items()
@@ -292,7 +292,7 @@ class Piece:
         def moved(old: int) -> int:
             return old + (old >= axis)
 
-        at = {moved(old): place for old, place in (self.at or {}).items()}
+        at = {moved(old): index for old, index in (self.at or {}).items()}
         rows, columns = (tuple(map(moved, axes)) for axes in (self.rows, self.columns))
         return replace(self, rows=rows, columns=columns, at={**at, axis: layer})
 
@@ -309,12 +309,12 @@ class Piece:
         inner = prod(sizes[axis] for axis in self.rows[1:])
         first, last = start // inner, -(-stop // inner)
         box = [(0, size) for size in sizes]
-        for axis, place in (self.at or {}).items():
-            box[axis] = (place, place + 1)
+        for axis, index in (self.at or {}).items():
+            box[axis] = (index, index + 1)
         box[self.rows[0]] = (first, last)
         array = arrays.read_box(self.key, box)
-        rest = tuple((self.at or {}).keys())
-        array = array.transpose(*self.rows, *self.columns, *rest)
+        fixed = tuple((self.at or {}).keys())
+        array = array.transpose(*self.rows, *self.columns, *fixed)
         if self.halves:
             array = _halves(array, len(self.rows) - 1)
         values = array.reshape((last - first) * inner, *self.shape(sizes)[1:])
@@ -386,5 +386,5 @@ def _keys(
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    for place, _, names in os.walk(folder):
-        yield from (Path(place) / name for name in sorted(names))
+    for path, _, names in os.walk(folder):
+        yield from (Path(path) / name for name in sorted(names))

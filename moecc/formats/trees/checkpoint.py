@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from pathlib import Path as _CheckpointPath
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -29,13 +29,11 @@ from moecc.types import DTYPES, Array, DType, TensorType
 # The moments of an optimiser in a tree of arrays, by the tensors of the model that they are of.
 #
 # optax keeps a tree of the model's shape for each kind of moment (``mu``, ``nu``, and Adafactor's
-# ``v_row``, ``v_col``, ``v``), T5X the kinds below each array (``m``, ``v``, ``v_row``,
-# ``v_col``,
+# ``v_row``, ``v_col``, ``v``), T5X the kinds below each array (``m``, ``v``, ``v_row``, ``v_col``,
 # and ``grad_ema``, ``grad_sq_ema`` of Adam).  Factors lack one axis of their array: of two, the
-# row
-# factor lacks the larger, the second of equal ones (``adafactor.py`` of t5x, ``factorized.py`` of
-# optax); of arrays with experts or layers besides, T5X averages rows over all but the model's
-# width.
+# row factor lacks the larger, the second of equal ones (``adafactor.py`` of t5x,
+# ``factorized.py`` of optax); of arrays with experts or layers besides, T5X averages rows over all
+# but the model's width.
 
 FIRST, SECOND, ROW, COLUMN = "m", "v", "v_row", "v_col"
 """Kinds of moments, as `moecc.train.settings` has them."""
@@ -48,7 +46,7 @@ _LEAVES = {
 }  # fmt: skip
 """What T5X has below an array, by kind."""
 
-Path = tuple[str, ...]
+TreePath = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class SavedMoments:
     of: Mapping[str, Mapping[str, SavedMoment]]
 
 
-def find_moments(tree: Tree, arrays: Mapping[Path, str], pieces: Mapping[str, Piece]) -> (
+def find_moments(tree: Tree, arrays: Mapping[TreePath, str], pieces: Mapping[str, Piece]) -> (
     SavedMoments | None
 ):  # fmt: skip
     """Return the moments in a tree, or None if there are none.
@@ -90,24 +88,24 @@ def find_moments(tree: Tree, arrays: Mapping[Path, str], pieces: Mapping[str, Pi
       pieces: the tensors of the model.
     """
     keys: dict[str, dict[str, str]] = {}
-    places: set[Path] = set()
+    prefixes: set[TreePath] = set()
     for path, key in tree.keys.items():
         for kind, inside, before in _readings(path):
             if inside in arrays and key != arrays[inside]:
                 keys.setdefault(kind, {})[arrays[inside]] = key
-                places.add(before)
-    found = {
+                prefixes.add(before)
+    moments = {
         kind: {n: m for n, p in pieces.items() if (m := _moment(tree, kind, p, of))}
         for kind, of in keys.items()
     }
-    found = {kind: of for kind, of in found.items() if of}
-    if not found:
+    moments = {kind: of for kind, of in moments.items() if of}
+    if not moments:
         return None
-    optimizer = "adafactor" if FIRST not in found or ROW in found else "adamw"
-    return SavedMoments(optimizer, _count(tree, places), found)
+    optimizer = "adafactor" if FIRST not in moments or ROW in moments else "adamw"
+    return SavedMoments(optimizer, _count(tree, prefixes), moments)
 
 
-def _readings(path: Path) -> Iterator[tuple[str, Path, Path]]:
+def _readings(path: TreePath) -> Iterator[tuple[str, TreePath, TreePath]]:
     """Yield the kinds of moment that a path may be of: kind, array, and what is before it."""
     # Programs on NNX keep an array below its variable.
     path = path[:-1] if path[-1] == "value" else path
@@ -123,9 +121,9 @@ def _readings(path: Path) -> Iterator[tuple[str, Path, Path]]:
             yield _TREES[word], inside, path[:at]
 
 
-def _count(tree: Tree, places: set[Path]) -> int:
+def _count(tree: Tree, prefixes: set[TreePath]) -> int:
     """Return the number of updates, which is beside the moments; else that of steps."""
-    beside = [(*place, word) for place in sorted(places) for word in ("count", "step")]
+    beside = [(*prefix, word) for prefix in sorted(prefixes) for word in ("count", "step")]
     for path in (*beside, ("state", "step"), ("step",)):
         if path in tree.keys and not tree.arrays.shape(tree.keys[path]):
             return int(np.asarray(tree.arrays.read_box(tree.keys[path], ())))
@@ -137,27 +135,29 @@ def _moment(tree: Tree, kind: str, piece: Piece, of: Mapping[str, str]) -> Saved
     key = of.get(piece.key)
     if key is None:
         return None
-    shape, found = tree.arrays.shape(piece.key), tree.arrays.shape(key)
-    if found == shape and kind in (FIRST, SECOND):
+    shape, moment_shape = tree.arrays.shape(piece.key), tree.arrays.shape(key)
+    if moment_shape == shape and kind in (FIRST, SECOND):
         # A gradient is divided by what its weight is multiplied by.
         scale = piece.scale ** (-1 if kind == FIRST else -2)
         return SavedMoment(replace(piece, key=key, scale=scale), (0, 1) if piece.columns else (0,))
     if kind not in (ROW, COLUMN) or len(piece.rows) != 1 or len(piece.columns) != 1:
         return None
-    gone = _gone(kind, piece, shape, found)
-    if gone is None or piece.limit is not None:
+    missing = _missing_axis(kind, piece, shape, moment_shape)
+    if missing is None or piece.limit is not None:
         return None
-    left = next(axis for axis in (*piece.rows, *piece.columns) if axis != gone)
-    at = {axis - (axis > gone): place for axis, place in (piece.at or {}).items()}
-    made = Piece(key, (left - (left > gone),), at=at or None)
-    return SavedMoment(made, (0,) if left == piece.rows[0] else (1,))
+    left = next(axis for axis in (*piece.rows, *piece.columns) if axis != missing)
+    at = {axis - (axis > missing): index for axis, index in (piece.at or {}).items()}
+    factor = Piece(key, (left - (left > missing),), at=at or None)
+    return SavedMoment(factor, (0,) if left == piece.rows[0] else (1,))
 
 
-def _gone(kind: str, piece: Piece, shape: tuple[int, ...], found: tuple[int, ...]) -> int | None:
+def _missing_axis(
+    kind: str, piece: Piece, shape: tuple[int, ...], factor_shape: tuple[int, ...]
+) -> int | None:
     """Return the axis of an array that a factor of its second moment lacks."""
     fits = [
         axis for axis in sorted((*piece.rows, *piece.columns))
-        if shape[:axis] + shape[axis + 1 :] == found
+        if shape[:axis] + shape[axis + 1 :] == factor_shape
     ]  # fmt: skip
     if len(fits) < 2:
         return fits[0] if fits else None
@@ -177,7 +177,7 @@ def _width(piece: Piece) -> int:
     return piece.rows[0] if is_last else piece.columns[0]
 
 
-MOST_KEPT_BYTES = 1 << 30
+MAX_CACHED_BYTES = 1 << 30
 """The size of the largest matrix that is read as a whole."""
 
 
@@ -186,14 +186,14 @@ class TreeCheckpoint(Closing):
 
     def __init__(
         self,
-        path: _CheckpointPath,
+        path: Path,
         tree: Tree,
         config: dict[str, object],
         pieces: Mapping[str, Piece],
     ) -> None:
         self.path, self.format, self.config = path, tree.format, config
         self._tree, self._pieces = tree, pieces
-        self._kept, self._reading = threading.local(), threading.Lock()
+        self._cache, self._reading = threading.local(), threading.Lock()
         infos = {name: _info(name, piece, tree) for name, piece in pieces.items()}
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(infos)
         problems = Problems()
@@ -201,7 +201,7 @@ class TreeCheckpoint(Closing):
         problems.raise_if_any()
         self._config = path / CONFIG_NAME
         files = [*self.files(), *self._companions.values()]
-        self._identities: dict[_CheckpointPath, Identity] = {file: identify(file) for file in files}
+        self._identities: dict[Path, Identity] = {file: identify(file) for file in files}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows [start, stop) of the first axis of a tensor; thread-safe.
@@ -217,26 +217,26 @@ class TreeCheckpoint(Closing):
             return self._tree.arrays.read_box(self._pieces[name].key, ())
         shape, _ = rows_of(info, start, stop)
         piece = self._pieces[name]
-        if piece.columns and info.nbytes <= MOST_KEPT_BYTES:
-            return self._whole(name, info.shape[0])[start : start + shape[0]]
+        if piece.columns and info.nbytes <= MAX_CACHED_BYTES:
+            return self._matrix(name, info.shape[0])[start : start + shape[0]]
         if piece.rows:
             return piece.read(self._tree.arrays, start, start + shape[0])
         sizes = [(0, size) for size in info.shape[1:]]
         return self._tree.arrays.read_box(piece.key, [(start, start + shape[0]), *sizes])
 
-    def _whole(self, name: str, rows: int) -> Array:
+    def _matrix(self, name: str, rows: int) -> Array:
         """Return a matrix, which a thread keeps until it reads another one.
 
         Its rows lie across the chunks of its array, so every block of rows decodes all of them.
         """
-        kept: tuple[str, Array] | None = getattr(self._kept, "matrix", None)
-        if kept is None or kept[0] != name:
-            self._kept.matrix = None
+        cached: tuple[str, Array] | None = getattr(self._cache, "matrix", None)
+        if cached is None or cached[0] != name:
+            self._cache.matrix = None
             # One at a time: a chunk may hold all layers, and is decoded in memory.
             with self._reading:
                 matrix = self._pieces[name].read(self._tree.arrays, 0, rows)
-            kept = self._kept.matrix = name, matrix
-        return kept[1]
+            cached = self._cache.matrix = name, matrix
+        return cached[1]
 
     @cached_property
     def moments(self) -> SavedMoments | None:
@@ -264,7 +264,7 @@ class TreeCheckpoint(Closing):
         rows = piece.shape(self._tree.arrays.shape(piece.key))[0]
         return piece.read(self._tree.arrays, start, rows if stop is None else stop)
 
-    def companions(self) -> dict[str, _CheckpointPath | bytes]:
+    def companions(self) -> dict[str, Path | bytes]:
         """Return the files beside the config that an export copies."""
         return dict(self._companions)
 
@@ -286,7 +286,7 @@ class TreeCheckpoint(Closing):
         """Return what is kept of a card in the folder."""
         return read_card(self.path)
 
-    def files(self) -> list[_CheckpointPath]:
+    def files(self) -> list[Path]:
         """Return all files of the tree, and the config."""
         return [*self._tree.files, *([self._config] if self._config.exists() else [])]
 
@@ -298,9 +298,7 @@ class TreeCheckpoint(Closing):
         """Close the files."""
 
 
-def open_tree(
-    path: _CheckpointPath, place: _CheckpointPath, *, needs_config: bool
-) -> TreeCheckpoint:
+def open_tree(path: Path, folder: Path, *, needs_config: bool) -> TreeCheckpoint:
     """Open the tree in `place`, a folder in `path`, which may hold the model's config.
 
     Without a config, and where none is inferred, tensors have the names of the arrays.
@@ -309,7 +307,7 @@ def open_tree(
       InputError: a faulty tree, or one without a config that is needed; all problems.
       MachineError: tensorstore or msgpack is missing.
     """
-    tree = open_orbax(place) if (place / METADATA).is_file() else open_t5x(place)
+    tree = open_orbax(folder) if (folder / METADATA).is_file() else open_t5x(folder)
     config: dict[str, object] = {}
     if (path / CONFIG_NAME).exists():
         config = read_json_object(path / CONFIG_NAME, limit_bytes=MAX_CONFIG_BYTES)
@@ -343,11 +341,11 @@ def _info(name: str, piece: Piece, tree: Tree) -> TensorInfo:
 
 
 def _dtype(tree: Tree, key: str) -> DType:
-    found = tree.arrays.dtype(key)
-    known = [d for d in DTYPES.values() if d.kind != "key" and d.numpy == found]
-    if not known:
+    element_type = tree.arrays.dtype(key)
+    matches = [d for d in DTYPES.values() if d.kind != "key" and d.numpy == element_type]
+    if not matches:
         raise InputError(
             "moecc does not know this type of elements",
-            where=f"{tree.folder}, array {quoted(key)}", found=str(found),
+            where=f"{tree.folder}, array {quoted(key)}", found=str(element_type),
         )  # fmt: skip
-    return known[0]
+    return matches[0]

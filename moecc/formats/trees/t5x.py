@@ -62,7 +62,7 @@ def open_t5x(folder: Path) -> Tree:
         keys[steps] = name
     problems.raise_if_any()
     stored = ZarrArrays(folder, "zarr", is_database=False)
-    files = (Path(place) / n for place, _, names in os.walk(folder) for n in sorted(names))
+    files = (Path(path) / n for path, _, names in os.walk(folder) for n in sorted(names))
     return Tree("t5x", folder, keys, T5xArrays(inside, stored), tuple(files))
 
 
@@ -78,16 +78,16 @@ class T5xArrays:
 
     def dtype(self, key: str) -> np.dtype[Any]:
         """Return the element type of an array."""
-        found = self._inside[key].dtype if key in self._inside else self._stored.dtype(key)
-        return _as_float(found)
+        dtype = self._inside[key].dtype if key in self._inside else self._stored.dtype(key)
+        return _as_float(dtype)
 
     def read_box(self, key: str, box: Sequence[tuple[int, int]]) -> Array:
         """Return a box of an array, a range of each axis."""
         if key not in self._inside:
-            found = self._stored.read_box(key, box)
+            values = self._stored.read_box(key, box)
         else:
-            found = self._inside[key][tuple(slice(*bounds) for bounds in box)]
-        return found.view(_as_float(found.dtype))
+            values = self._inside[key][tuple(slice(*bounds) for bounds in box)]
+        return values.view(_as_float(values.dtype))
 
 
 def _as_float(dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -142,11 +142,11 @@ def _extension(code: int, data: bytes) -> object:
     return np.frombuffer(raw, dtype).reshape(sizes)
 
 
-def _whole(found: dict[str, Any]) -> object:
+def _whole(entry: dict[str, Any]) -> object:
     """Join an array that was too large for one entry."""
-    if not found.get(_CHUNKED):
-        return found
-    shape, chunks = found["shape"], found["chunks"]
+    if not entry.get(_CHUNKED):
+        return entry
+    shape, chunks = entry["shape"], entry["chunks"]
     order = sorted(chunks, key=int)
     sizes = [shape[k] for k in sorted(shape, key=int)]
     return np.concatenate([chunks[k] for k in order]).reshape(sizes)
@@ -197,23 +197,23 @@ def t5_pieces(tree: Tree, problems: Problems) -> dict[str, Piece]:
     )
     pieces: dict[str, Piece] = {}
     for path, key in arrays.items():
-        found = dict(names.pieces(path, key, tree.arrays.shape(key)))
-        if not found:
+        named = dict(names.pieces(path, key, tree.arrays.shape(key)))
+        if not named:
             why = next((text for word, text in _WHY.items() if word in path), None)
-            what = "moecc does not know this array of a dense T5"
+            unknown = "moecc does not know this array of a dense T5"
             problems.add(
-                why if why is not None and names.is_sparse else what,
+                why if why is not None and names.is_sparse else unknown,
                 where=f"{tree.folder}, array {quoted('.'.join(path))}",
                 hint="write a .moe graph over the arrays: docs/adding-a-family.md",
             )
-        pieces.update(found)
+        pieces.update(named)
     return pieces
 
 
 def _block_size(arrays: Iterable[TreePath], stack: str) -> int:
     """Return how many layers of a stack are scanned as one block."""
     words = (path[2] for path in arrays if path[:2] == (stack, stack) and len(path) > 2)
-    numbers = [int(found[1]) for word in words if (found := _SUBBLOCK.fullmatch(word))]
+    numbers = [int(match[1]) for word in words if (match := _SUBBLOCK.fullmatch(word))]
     return max(numbers, default=0) + 1
 
 
@@ -241,25 +241,25 @@ class _Names:
             case (("encoder" | "decoder") as stack, "relpos_bias", "rel_embedding"):
                 inside = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
                 yield f"{stack}.{inside}", Piece(key, (1,), (0,))
-            case (("encoder" | "decoder") as stack, layer, *rest) if found := _LAYER.fullmatch(
+            case (("encoder" | "decoder") as stack, layer, *rest) if number := _LAYER.fullmatch(
                 layer
             ):
                 for name, piece in self._layer(stack, tuple(rest), key, shape):
-                    yield f"{stack}.block.{int(found[1])}.layer.{name}", piece
+                    yield f"{stack}.block.{int(number[1])}.layer.{name}", piece
             case (("encoder" | "decoder") as stack, block, *rest) if block == stack:
                 yield from self._scanned(stack, tuple(rest), key, shape)
 
     def _scanned(
         self, stack: str, path: TreePath, key: str, shape: Sequence[int]
     ) -> Iterator[tuple[str, Piece]]:
-        found = _SUBBLOCK.fullmatch(path[0]) if path else None
-        inside = path[1:] if found else path
+        match = _SUBBLOCK.fullmatch(path[0]) if path else None
+        inside = path[1:] if match else path
         if len(shape) < 2:
             return
-        one = (shape[0], *shape[2:])
-        for name, piece in self._layer(stack, inside, key, one):
+        layer_shape = (shape[0], *shape[2:])
+        for name, piece in self._layer(stack, inside, key, layer_shape):
             for block in range(shape[1]):
-                layer = block * self.block_size[stack] + (int(found[1]) if found else 0)
+                layer = block * self.block_size[stack] + (int(match[1]) if match else 0)
                 yield f"{stack}.block.{layer}.layer.{name}", piece.of_layer(block)
 
     def _layer(
@@ -302,7 +302,7 @@ def t5_config(shapes: Mapping[str, tuple[int, ...]], problems: Problems) -> dict
         return {}
     buckets, heads = shapes[bias]
     vocab, width = shapes["shared.weight"]
-    found: dict[str, object] = {
+    config: dict[str, object] = {
         "vocab_size": vocab,
         "d_model": width,
         "d_kv": shapes[query][0] // max(heads, 1),
@@ -320,12 +320,12 @@ def t5_config(shapes: Mapping[str, tuple[int, ...]], problems: Problems) -> dict
     }
     experts = {int(n[1]) for name in shapes if (n := _EXPERT.search(name))}
     if experts:
-        return {**found, **_sparse(shapes, len(experts), problems)}
+        return {**config, **_sparse(shapes, len(experts), problems)}
     is_gated = "wi_0" in ups[0]
     return {
         "model_type": "t5",
         "architectures": ["T5ForConditionalGeneration"],
-        **found,
+        **config,
         "feed_forward_proj": "gated-gelu" if is_gated else "relu",
     }
 
@@ -343,7 +343,7 @@ def _sparse(
     Of n layers, those that are 1 modulo a step are sparse in transformers, those before a multiple
     of it in flaxformer: the same for a step of 2.
     """
-    found: dict[str, object] = {
+    config: dict[str, object] = {
         "model_type": "switch_transformers",
         "architectures": ["SwitchTransformersForConditionalGeneration"],
         "num_experts": experts,
@@ -363,8 +363,8 @@ def _sparse(
                 found=", ".join(map(str, sparse)) or "none",
                 hint="write a .moe graph over the arrays: docs/adding-a-family.md",
             )  # fmt: skip
-        found[f"num_sparse_{stack}_layers"] = len(sparse)
-    return found
+        config[f"num_sparse_{stack}_layers"] = len(sparse)
+    return config
 
 
 def _count(shapes: Mapping[str, tuple[int, ...]], stack: str) -> int:
