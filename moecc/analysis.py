@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from moecc.errors import InputError
@@ -17,10 +17,8 @@ from moecc.ir.unroll import users_within
 #
 # A block goes from the model's width to an inner axis and back: one or more contractions of one
 # value with parameters, elementwise operations that are not all linear, a contraction over the
-# inner
-# axis with a parameter, and possibly a bias.  Nothing inside mixes token axes, its parameters
-# have no
-# token axis, and no inner value is used outside the block.
+# inner axis with a parameter, and possibly a bias.  Nothing inside mixes token axes, its parameters
+# have no token axis, and no inner value is used outside the block.
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})(?:\.|$)")
 
@@ -79,8 +77,7 @@ class FFNBlock:
     @property
     def params(self) -> tuple[Value, ...]:
         """The parameters of the block without duplicates, in the order of use."""
-        found = (v for n in self.nodes for v in n.operands if v.is_param)
-        return tuple(dict.fromkeys(found))
+        return tuple(dict.fromkeys(v for n in self.nodes for v in n.operands if v.is_param))
 
     def biases_of(self, up: Node) -> tuple[Value, ...]:
         """The bias parameters added directly to the result of `up`."""
@@ -117,7 +114,7 @@ class FFNBlock:
 
 
 @dataclass
-class Refusal:
+class RejectedBlock:
     """Why a candidate is not an FFN block: the reason and the location."""
 
     loc: str
@@ -134,19 +131,20 @@ class FFNSearch:
     """The FFN blocks of a graph, and the candidates that were rejected."""
 
     blocks: list[FFNBlock] = field(default_factory=list)
-    refusals: list[Refusal] = field(default_factory=list)
+    refusals: list[RejectedBlock] = field(default_factory=list)
 
 
 def _combine(node: Node, degree: dict[Value, int | None]) -> int | None:
     carried = [degree.get(v, 0) for v in node.operands]
-    known = [d for d in carried if d is not None]
-    if len(known) < len(carried):
+    degrees = [d for d in carried if d is not None]
+    if len(degrees) < len(carried):
         return None
     if _is_bias(node):
         # A bias added directly to the product is scaled with the weight, so it changes no degree.
-        return max(known) if all(v.is_param or _is_product(v) for v in node.operands) else None
-    found = node.op.homogeneity.degree(known)
-    return int(found) if found is not None and found == int(found) else None
+        is_direct = all(v.is_param or (v.node and v.node.op.is_product) for v in node.operands)
+        return max(degrees) if is_direct else None
+    combined = node.op.homogeneity.degree(degrees)
+    return int(combined) if combined is not None and combined == int(combined) else None
 
 
 def _is_bias(node: Node) -> bool:
@@ -156,10 +154,6 @@ def _is_bias(node: Node) -> bool:
     return node.op.elementwise and node.op.commutative and any(v.is_param for v in added)
 
 
-def _is_product(value: Value) -> bool:
-    return value.node is not None and value.node.op.is_product
-
-
 def find_ffn_blocks(graph: Graph) -> FFNSearch:
     """Return the feed-forward blocks of `graph`, first to last, with near misses.
 
@@ -167,16 +161,16 @@ def find_ffn_blocks(graph: Graph) -> FFNSearch:
     """
     search = FFNSearch()
     order = {node: i for i, node in enumerate(graph)}
-    taken: set[Node] = set()
+    used: set[Node] = set()
     for node in graph:
-        found = _block_of(node, order) if _is_projection(node) else None
-        if isinstance(found, FFNBlock) and not taken.isdisjoint(found.nodes):
-            found = Refusal(node.loc, "it overlaps another block, which comes before it")
-        if isinstance(found, FFNBlock):
-            search.blocks.append(found)
-            taken.update(found.nodes)
-        elif found is not None:
-            search.refusals.append(found)
+        block = _block_of(node, order) if _is_projection(node) else None
+        if isinstance(block, FFNBlock) and not used.isdisjoint(block.nodes):
+            block = RejectedBlock(node.loc, "it overlaps another block, which comes before it")
+        if isinstance(block, FFNBlock):
+            search.blocks.append(block)
+            used.update(block.nodes)
+        elif block is not None:
+            search.refusals.append(block)
     return search
 
 
@@ -187,26 +181,19 @@ def _is_projection(node: Node) -> bool:
     return len(ProductOp.of_node(node).over) == 1
 
 
-def _outer_axis(down: Node) -> str | None:
-    """Return the one axis that the weight of `down` adds, or None."""
-    inner = ProductOp.of_node(down).over[0]
-    x = down.operands[0].type
-    added = [n for n in down.operands[1].type.names if n != inner and n not in x]
-    return added[0] if len(added) == 1 else None
-
-
-def _block_of(down: Node, order: dict[Node, int]) -> FFNBlock | Refusal | None:
+def _block_of(down: Node, order: dict[Node, int]) -> FFNBlock | RejectedBlock | None:
     """Return the block that ends in `down`, a near miss, or None if `down` is no candidate."""
-    inner, outer = ProductOp.of_node(down).over[0], _outer_axis(down)
-    if outer is None or down.operands[0].node is None:
+    hidden, weight = down.operands[:2]
+    inner = ProductOp.of_node(down).over[0]
+    added = [n for n in weight.type.names if n != inner and n not in hidden.type]
+    if len(added) != 1 or hidden.node is None:
         return None
-    region = _walk_back(down, inner, outer)
-    if region is None:
+    (outer,) = added
+    ups, inside, outside = _walk_back(down, outer)
+    if not ups:
         return None
-    ups, inside, problem = region
-    reason = problem or _why_not(ups, inside, down, (outer, inner))
-    if reason is not None:
-        return Refusal(down.loc, reason)
+    for reason in (*outside, *_why_not(ups, inside, down, outer, inner)):
+        return RejectedBlock(down.loc, reason)
     bias = _bias_after(down, outer)
     nodes = tuple(sorted(inside | {down} | ({bias} if bias else set()), key=order.__getitem__))
     return FFNBlock(
@@ -220,74 +207,11 @@ def _block_of(down: Node, order: dict[Node, int]) -> FFNBlock | Refusal | None:
     )
 
 
-def _why_not(ups: list[Node], inside: set[Node], down: Node, axes: tuple[str, str]) -> str | None:
-    """Return why the nodes `inside`, from `ups` to `down`, are not a block, or None."""
-    outer, inner = axes
-    roots = list(dict.fromkeys(up.operands[0] for up in ups))
-    if len(roots) != 1:
-        names = ", ".join(sorted(f"%{v.name}" for v in roots))
-        return f"its contractions take different values: {names}"
-    x = roots[0]
-    return (
-        _sparse_already(x)
-        or _wrong_axes(x, down, outer)
-        or _wrong_params(inside | {down}, {outer, inner})
-        or _linear(inside, ups)
-        or _escape(inside, down)
-    )
-
-
-def _sparse_already(x: Value) -> str | None:
-    if "expert" in x.type:
-        return "it is sparse already"
-    if any(user.op.moves is RowMove.TO_SLOTS for user in x.users):
-        return "it is parallel to experts, in a layer that is sparse already"
-    return None
-
-
-def _wrong_axes(x: Value, down: Node, outer: str) -> str | None:
-    if x.is_param or len(x.type) == 1:
-        return f"it reads %{x.name}, which has no axis of tokens"
-    if x.type.by_name.keys() != down.result.type.by_name.keys():
-        return f"it does not map {outer!r} back to {outer!r}"
-    taken = [n for n in (*x.type.names, *ProductOp.of_node(down).over) if n in ROUTING_AXES]
-    return f"its axis {taken[0]!r} has the name of an axis that routing adds" if taken else None
-
-
-ROUTING_AXES = frozenset(("group", "expert", "slot", "choice"))
-"""The axes that a block gains when it becomes sparse."""
-
-
-def _wrong_params(nodes: set[Node], axes: set[str]) -> str | None:
-    for param in sorted((v for n in nodes for v in n.operands if v.is_param), key=lambda v: v.name):
-        beyond = [n for n in param.type.names if n not in axes]
-        if beyond:
-            return f"its parameter %{param.name} also has the axis {beyond[0]!r}"
-        if not param.type.is_static:
-            return f"the sizes of its parameter %{param.name} are not known: {param.type}"
-    return None
-
-
-def _linear(inside: set[Node], ups: list[Node]) -> str | None:
-    """Return a reason if the nodes `inside` are linear in the results of `ups`."""
-    tokens = {v for n in inside for v in n.results}
-    for node in inside.difference(ups):
-        carried = [i for i, v in enumerate(node.operands) if v in tokens]
-        if (len(carried) > 1 and not node.op.jointly) or not set(carried) <= set(node.op.linear):
-            return None
-    return "it is linear: there is no activation between its contractions"
-
-
-def _walk_back(
-    down: Node, inner: str, outer: str
-) -> tuple[list[Node], set[Node], str | None] | None:
-    """Return the contractions from `outer` that feed `down`, all nodes between, and a problem.
-
-    Return None if no such contraction is reached: then `down` does not end a block.
-    """
-    ups: list[Node] = []
+def _walk_back(down: Node, outer: str) -> tuple[set[Node], set[Node], list[str]]:
+    """Return the contractions from `outer` that feed `down`, all nodes between, and problems."""
+    ups: set[Node] = set()
     inside: set[Node] = set()
-    problem: str | None = None
+    problems: list[str] = []
     stack = [down.operands[0]]
     while stack:
         value = stack.pop()
@@ -295,29 +219,67 @@ def _walk_back(
         if value.is_param or node in inside or (node and not node.operands):
             continue
         if node is None:
-            problem = problem or f"%{value.name} comes in from outside"
-            continue
-        if _is_projection(node) and node.attrs["over"] == (outer,):
-            ups.append(node)
+            problems.append(f"%{value.name} comes in from outside")
+        elif _is_projection(node) and node.attrs["over"] == (outer,):
+            ups.add(node)
             inside.add(node)
         elif node.mixes or not node.op.liftable:
-            problem = problem or f"%{value.name} = {node.op.name} is not elementwise"
+            problems.append(f"%{value.name} = {node.op.name} is not elementwise")
         else:
             inside.add(node)
             stack.extend(node.operands)
-    return (ups, inside, problem) if ups else None
+    return ups, inside, problems
 
 
-def _escape(inside: set[Node], down: Node) -> str | None:
-    """Return a reason if a value inside the block is used outside it."""
-    for node in inside:
-        for value in node.results:
-            for user in value.users:
-                if user is node.graph.terminator:
-                    return f"%{value.name} inside it is an output of the graph"
-                if user not in inside and user is not down:
-                    return f"%{value.name} inside it is also used by {user.op.name} @{user.loc}"
-    return None
+ROUTING_AXES = frozenset(("group", "expert", "slot", "choice"))
+"""The axes that a block gains when it becomes sparse."""
+
+
+def _why_not(
+    ups: set[Node], inside: set[Node], down: Node, outer: str, inner: str
+) -> Iterator[str]:
+    """Yield why the nodes `inside`, from `ups` to `down`, are not a block."""
+    roots = {up.operands[0] for up in ups}
+    if len(roots) != 1:
+        names = ", ".join(sorted(f"%{v.name}" for v in roots))
+        yield f"its contractions take different values: {names}"
+    x = next(iter(roots))
+    if "expert" in x.type:
+        yield "it is sparse already"
+    if any(user.op.moves is RowMove.TO_SLOTS for user in x.users):
+        yield "it is parallel to experts, in a layer that is sparse already"
+    if x.is_param or len(x.type) == 1:
+        yield f"it reads %{x.name}, which has no axis of tokens"
+    if x.type.by_name.keys() != down.result.type.by_name.keys():
+        yield f"it does not map {outer!r} back to {outer!r}"
+    for axis in (*x.type.names, inner):
+        if axis in ROUTING_AXES:
+            yield f"its axis {axis!r} has the name of an axis that routing adds"
+    params = {v for n in (*inside, down) for v in n.operands if v.is_param}
+    for param in sorted(params, key=lambda v: v.name):
+        for axis in param.type.names:
+            if axis not in (outer, inner):
+                yield f"its parameter %{param.name} also has the axis {axis!r}"
+        if not param.type.is_static:
+            yield f"the sizes of its parameter %{param.name} are not known: {param.type}"
+    if _is_linear(inside, ups):
+        yield "it is linear: there is no activation between its contractions"
+    for value in (v for node in inside for v in node.results):
+        for user in value.users:
+            if user is down.graph.terminator:
+                yield f"%{value.name} inside it is an output of the graph"
+            elif user not in inside and user is not down:
+                yield f"%{value.name} inside it is also used by {user.op.name} @{user.loc}"
+
+
+def _is_linear(inside: set[Node], ups: set[Node]) -> bool:
+    """Whether the nodes `inside` are linear in the results of `ups`."""
+    hidden = {v for n in inside for v in n.results}
+    for node in inside - ups:
+        carried = [i for i, v in enumerate(node.operands) if v in hidden]
+        if (len(carried) > 1 and not node.op.jointly) or not set(carried) <= set(node.op.linear):
+            return False
+    return True
 
 
 def _bias_after(down: Node, outer: str) -> Node | None:
@@ -325,8 +287,8 @@ def _bias_after(down: Node, outer: str) -> Node | None:
     user = down.result.only_user
     if user is None or not _is_bias(user):
         return None
-    other = user.operands[1] if user.operands[0] is down.result else user.operands[0]
-    return user if other.is_param and other.type.names == (outer,) else None
+    added = (v for v in user.operands if v is not down.result)
+    return user if all(v.is_param and v.type.names == (outer,) for v in added) else None
 
 
 # Parameter groups of sparse models for selective fine-tuning (ST-MoE, section 4.2).
@@ -358,14 +320,14 @@ def _groups(value: Value) -> Iterable[str]:
     yield "non-moe"
     users = list(users_within(value))
     uses = [node.op for node in users]
-    place = value.loc.rpartition(".")[2]
+    layer = value.loc.rpartition(".")[2]
     if any(entry.is_norm for entry in uses) or any(map(scales_norms, users)):
         yield "norm"
-    elif any(entry.cost is Cost.LOOK_UP for entry in uses) or place == "head":
+    elif any(entry.cost is Cost.LOOK_UP for entry in uses) or layer == "head":
         yield "embedding"
-    elif "attention" in place:
+    elif "attention" in layer:
         yield "attention"
-    elif place.endswith("ffn"):
+    elif layer.endswith("ffn"):
         yield "ffn"
 
 
@@ -373,8 +335,8 @@ def scales_norms(node: Node) -> bool:
     """Whether `node` is the scale of norms: one more than what is stored, in gemma."""
     if not node.results:  # the outputs of a graph
         return False
-    made = node.results[0]
-    uses = [(user, i) for user in made.users for i, v in enumerate(user.operands) if v is made]
+    sum_ = node.results[0]
+    uses = [(user, i) for user in sum_.users for i, v in enumerate(user.operands) if v is sum_]
     gains = (user.op.is_norm and user.op.role(i) is Role.GAIN for user, i in uses)
     return node.op.is_sum and bool(uses) and all(gains)
 
@@ -385,8 +347,8 @@ def trainable(graph: Graph) -> dict[str, bool]:
     The graph's attribute ``frozen`` names the groups that are not (set by the pass ``freeze``);
     without it every parameter is trained.
     """
-    found = graph.attrs.get(ATTRIBUTE)
-    chosen: Mapping[str, Iterable[str]] = found if isinstance(found, Mapping) else {}
+    attribute = graph.attrs.get(ATTRIBUTE)
+    chosen: Mapping[str, Iterable[str]] = attribute if isinstance(attribute, Mapping) else {}
     groups = parameter_groups(graph)
     only, frozen = set(chosen.get("only", ())), set(chosen.get("groups", ()))
     if only:
@@ -396,8 +358,7 @@ def trainable(graph: Graph) -> dict[str, bool]:
 
 # The head of a graph: what makes logits, apart from what makes the hidden states before it.
 #
-# Logits of a large vocabulary need not all be in memory at once where the head runs over a chunk
-# of
+# Logits of a large vocabulary need not all be in memory at once where the head runs over a chunk of
 # tokens at a time.
 
 LOGITS = "logits"
@@ -482,7 +443,10 @@ def split_head(graph: Graph) -> Head:
     """
     check_trainable(graph)
     logits = graph.outputs[LOGITS]
-    of_tokens = _of_inputs(graph)
+    of_tokens = set(graph.inputs.values())
+    for node in graph:
+        if not of_tokens.isdisjoint(node.operands):
+            of_tokens.update(node.results)
     inside = _head_nodes(logits, of_tokens)
     nodes = tuple(node for node in graph if node in inside)
     read = dict.fromkeys(v for n in nodes for v in n.operands if v.node not in inside)
@@ -492,34 +456,22 @@ def split_head(graph: Graph) -> Head:
     return Head(trunk, nodes, hidden, weights, logits)
 
 
-def _of_inputs(graph: Graph) -> set[Value]:
-    """Return the values that depend on inputs."""
-    found = set(graph.inputs.values())
-    for node in graph:
-        if not found.isdisjoint(node.operands):
-            found.update(node.results)
-    return found
-
-
 def _head_nodes(logits: Value, of_tokens: set[Value]) -> set[Node]:
     """Return the nodes from the first value of a token that has the vocabulary on to `logits`.
 
     None where something else reads what they make, or one of them mixes tokens.
     """
-    found: set[Node] = set()
-    left = [logits]
-    while left:
-        value = left.pop()
+    head: set[Node] = set()
+    stack = [logits]
+    while stack:
+        value = stack.pop()
         node = value.node
-        if node is None or node in found or value not in of_tokens or VOCAB not in value.type:
+        if node is None or node in head or value not in of_tokens or VOCAB not in value.type:
             continue
-        others = [u for v in node.results for u in v.users if u not in found]
-        if any(u is not node.graph.terminator for u in others) or _mixes_tokens(node, value):
+        users = [u for v in node.results for u in v.users if u not in head]
+        mixes_tokens = any(name in node.mixes for name in value.type.names if name != VOCAB)
+        if mixes_tokens or any(u is not node.graph.terminator for u in users):
             return set()
-        found.add(node)
-        left.extend(node.operands)
-    return found
-
-
-def _mixes_tokens(node: Node, value: Value) -> bool:
-    return any(name in node.mixes for name in value.type.names if name != VOCAB)
+        head.add(node)
+        stack.extend(node.operands)
+    return head

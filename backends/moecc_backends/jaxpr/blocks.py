@@ -10,7 +10,7 @@ found, which is how a block of another function is known to be one that was conv
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -40,7 +40,7 @@ from moecc_backends.jaxpr.symbols import (
     function_of,
     is_elementwise,
 )
-from moecc_backends.jaxpr.views import LeafView, NotABlock
+from moecc_backends.jaxpr.views import Iteration, LeafView, NotABlock
 
 OUTER, INNER = "embed", "mlp"
 """The names of the two axes of a block's parameters."""
@@ -69,7 +69,7 @@ _RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
 
 
 @dataclass(frozen=True)
-class NearMiss:
+class BlockMiss:
     """What is nearly a block, and why it is none.
 
     Attributes:
@@ -128,13 +128,13 @@ class BlockSlice:
         return tuple(sorted({v.leaf.name for v in views if v is not None}))
 
 
-def find_blocks(scope: Scope) -> tuple[list[BlockSlice], list[NearMiss]]:
+def find_blocks(scope: Scope) -> tuple[list[BlockSlice], list[BlockMiss]]:
     """Return the blocks of a scope and of the bodies in it, in order, and near misses.
 
     No two blocks share an equation.
     """
     blocks: list[BlockSlice] = []
-    misses: dict[Equation, NearMiss] = {}
+    misses: dict[Equation, BlockMiss] = {}
     used: set[Equation] = set()
 
     def search(scope: Scope) -> None:
@@ -142,8 +142,8 @@ def find_blocks(scope: Scope) -> tuple[list[BlockSlice], list[NearMiss]]:
         for equation in scope.equations:
             for body in equation.bodies:
                 search(body)
-            block = None if equation.weight is None else _Candidate(equation, order).examine()
-            if isinstance(block, NearMiss):
+            block = None if equation.weight is None else _RegionSearch(equation, order).examine()
+            if isinstance(block, BlockMiss):
                 misses[equation] = block
             elif block is not None and used.isdisjoint(block.equations):
                 used.update(block.equations)
@@ -160,7 +160,7 @@ def _data(product: Equation) -> int:
     return 1 - product.weight
 
 
-class _Candidate:
+class _RegionSearch:
     """The region that a product with a weight ends."""
 
     def __init__(self, down: Equation, order: dict[Equation, int]) -> None:
@@ -171,7 +171,7 @@ class _Candidate:
         self._outside: list[Variable] = []
         self._hiding: list[str] = []
 
-    def examine(self) -> BlockSlice | NearMiss | None:
+    def examine(self) -> BlockSlice | BlockMiss | None:
         """Return the block, why it is none, or None where it is no candidate."""
         self._walk(self._down.inputs[_data(self._down)])
         is_linear = all(map(_is_linear, self._inside.difference(self._ups)))
@@ -184,7 +184,7 @@ class _Candidate:
         except NotABlock as reason:
             views = (v.view for e in (*self._ups, self._down) for v in e.inputs)
             names = {v.leaf.name for v in views if v is not None}
-            return NearMiss(tuple(sorted(names)), str(reason), self._down.line)
+            return BlockMiss(tuple(sorted(names)), str(reason), self._down.line)
 
     def _walk(self, hidden: Variable) -> None:
         """Collect the equations that `hidden` is made by, back to products with weights."""
@@ -395,7 +395,7 @@ class Param:
     view: LeafView
     names: tuple[tuple[str, str], ...]
 
-    def expression(self, iteration: Mapping[Hashable, int]) -> Expr:
+    def expression(self, iteration: Iteration) -> Expr:
         """Return its weight, in one iteration of each loop."""
         expr = self.view.expression(iteration)
         for old, new in self.names:

@@ -16,7 +16,7 @@ from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.types import Array
 from moecc.weights.expr import Expr
-from moecc_backends.jaxpr.blocks import NearMiss
+from moecc_backends.jaxpr.blocks import BlockMiss
 from moecc_backends.jaxpr.call import BESIDE, TREE, ConversionState
 from moecc_backends.jaxpr.conversion import BlockReport, FunctionConversion, FunctionReport
 from moecc_backends.jaxpr.graph import (
@@ -205,7 +205,7 @@ def _survey_function(
     raise InputError([problem, *_problems(survey.misses)])
 
 
-def _problems(misses: Iterable[NearMiss]) -> list[Problem]:
+def _problems(misses: Iterable[BlockMiss]) -> list[Problem]:
     return [
         Problem(f"not a block: {miss.reason}", where=miss.line or ", ".join(miss.weights))
         for miss in misses

@@ -74,7 +74,7 @@ def graph_of_function(
       labels: the axes of tokens.
     """
     graph = Graph(GRAPH, {"function": name})
-    walk = _Walk(survey)
+    walk = _RegionWalk(survey)
     arguments = {v: n for n, v in traced.arguments.items()}
     results = walk.run(traced.scope, arguments)
     blocks = _Blocks(survey, labels, order=list(walk.regions))
@@ -131,7 +131,7 @@ class _Blocks:
         self, survey: Survey, labels: VariableLabels, order: Sequence[str] | None = None
     ) -> None:
         sites = survey.first_sites
-        blocks = {i.loc: (i, sites[key]) for key, i in survey.instances().items()}
+        blocks = {i.loc: (i, sites[key][0]) for key, i in survey.instances().items()}
         self._blocks = {loc: blocks[loc] for loc in order or blocks}
         self._variables: dict[tuple[str, int], str] = {}
         self.types = {
@@ -193,7 +193,7 @@ class JaxRegion:
     lines: str
 
 
-class _Walk:
+class _RegionWalk:
     """Follows a function with the names of what its values depend on: its arguments, and blocks.
 
     Loops that pick the weights of blocks are followed iteration by iteration, as the blocks are.

@@ -6,27 +6,27 @@ A block in the body of a scan is one for each iteration.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice, product
+from itertools import combinations, islice, product
 from math import prod
 
-from moecc.weights.expr import Box, Expr, Source, sources
-from moecc.weights.movement import Index, Permute, Slice
+from moecc.weights.expr import Box, Expr, Source
+from moecc.weights.movement import Index, Slice
 from moecc.weights.simplify import simplify
 from moecc_backends.jaxpr.blocks import (
     OPAQUE,
     Block,
+    BlockMiss,
     BlockSlice,
-    NearMiss,
     block_of,
     find_blocks,
     identity,
 )
 from moecc_backends.jaxpr.jaxprs import block_location, has_inside, indexed_name, unique
 from moecc_backends.jaxpr.scopes import LOOPS, UNKNOWN, Equation, Scope, Variable
-from moecc_backends.jaxpr.views import LeafView, NotABlock
+from moecc_backends.jaxpr.views import Iteration, LeafView, NotABlock
 
 BlockKey = tuple[str, tuple[Expr, ...]]
 """What identifies a block: its text, and what its parameters are of the leaves."""
@@ -61,14 +61,18 @@ class BlockSite:
         return tuple(int(loop.params["length"]) for loop in self.loops)
 
     @cached_property
+    def iterations(self) -> list[Iteration]:
+        """The numbers of the loops' iterations, the last loop fastest."""
+        numbers = product(*map(range, self.lengths))
+        return [dict(zip(self.loops, each, strict=True)) for each in numbers]
+
+    @cached_property
     def keys(self) -> list[BlockKey]:
-        """The blocks that it is, the last loop fastest."""
-        keys = []
-        for numbers in product(*map(range, self.lengths)):
-            iteration: dict[Hashable, int] = dict(zip(self.loops, numbers, strict=True))
-            weights = (simplify(p.expression(iteration)) for p in self.block.params)
-            keys.append((self.block.text, tuple(weights)))
-        return keys
+        """The blocks that it is, one for each iteration."""
+        return [
+            (self.block.text, tuple(simplify(p.expression(each)) for p in self.block.params))
+            for each in self.iterations
+        ]
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ class Survey:
 
     scope: Scope
     sites: list[BlockSite] = field(default_factory=list)
-    misses: list[NearMiss] = field(default_factory=list)
+    misses: list[BlockMiss] = field(default_factory=list)
 
     @property
     def leaves(self) -> tuple[str, ...]:
@@ -118,19 +122,19 @@ class Survey:
         return tuple(view.leaf.name for view in idle if view is not None)
 
     @property
-    def first_sites(self) -> dict[BlockKey, BlockSite]:
-        """Where each block runs first, in order."""
-        sites: dict[BlockKey, BlockSite] = {}
+    def first_sites(self) -> dict[BlockKey, tuple[BlockSite, Iteration]]:
+        """Where each block runs first, and in which iteration, in order."""
+        sites: dict[BlockKey, tuple[BlockSite, Iteration]] = {}
         for site in self.sites:
-            for key in site.keys:
-                sites.setdefault(key, site)
+            for key, iteration in zip(site.keys, site.iterations, strict=True):
+                sites.setdefault(key, (site, iteration))
         return sites
 
     def refuse(self, site: BlockSite, reason: str) -> None:
         """Note that `site` is no block after all, and why."""
         leaves = tuple(sorted({p.view.leaf.name for p in site.block.params}))
         self.sites = [s for s in self.sites if s is not site]
-        self.misses.append(NearMiss(leaves, reason, site.slice.line))
+        self.misses.append(BlockMiss(leaves, reason, site.slice.line))
 
     def instances(self) -> dict[BlockKey, BlockInstance]:
         """Return the blocks of the model, each once, in order."""
@@ -143,7 +147,7 @@ class Survey:
             key: BlockInstance(
                 loc, names, key[1], site.block.summary, site.slice.line, site.identity
             )
-            for (key, site), names, loc in zip(sites.items(), params, locations, strict=True)
+            for (key, (site, _)), names, loc in zip(sites.items(), params, locations, strict=True)
         }
 
 
@@ -165,7 +169,7 @@ def survey_blocks(scope: Scope) -> Survey:
         try:
             survey.sites.append(BlockSite(block, block_of(block)))
         except NotABlock as reason:
-            survey.misses.append(NearMiss(block.leaves, str(reason), block.line))
+            survey.misses.append(BlockMiss(block.leaves, str(reason), block.line))
     survey.misses += _unseen(scope)
     return survey
 
@@ -184,14 +188,14 @@ _NO_PRODUCTS = ("pallas_call", "pure_callback", "io_callback", "ffi_call", "cust
 """Work whose products no jaxpr shows."""
 
 
-def _unseen(scope: Scope) -> Iterator[NearMiss]:
+def _unseen(scope: Scope) -> Iterator[BlockMiss]:
     """Yield what products with weights there are besides those that blocks are made of."""
     computed: dict[Variable, Reason] = {}
     for equation in scope.every_equation():
         _note_computed(equation, computed)
         hidden = _why_hidden(equation, computed)
         if hidden is not None:
-            yield NearMiss(tuple(sorted(hidden[1])), hidden[0], equation.line)
+            yield BlockMiss(tuple(sorted(hidden[1])), hidden[0], equation.line)
 
 
 def _why_hidden(equation: Equation, computed: Mapping[Variable, Reason]) -> Reason | None:
@@ -346,76 +350,29 @@ def _refuse_used(survey: Survey) -> bool:
     before = len(survey.sites)
     for site in list(survey.sites):
         views = [p.view for p in site.block.params]
-        overlapping = (u for v in views for u in uses[v.leaf.name] if _may_overlap(v, u.view))
+        overlapping = (u for v in views for u in uses[v.leaf.name] if _meet(v.box(), u.view.box()))
         for use in islice(overlapping, 1):
             name = use.view.leaf.name
             survey.refuse(site, f"`{name}` is also used by {use}: {_SEPARATE}")
     return len(survey.sites) < before
 
 
-def _may_overlap(a: LeafView, b: LeafView) -> bool:
-    """Return whether two views of one leaf may see the same part of it."""
-    (first, last), (start, stop) = _rows_of(a), _rows_of(b)
-    return first < stop and start < last
-
-
-def _rows_of(view: LeafView) -> tuple[int, int]:
-    """Return the range of the first axis of the leaf that a view sees, or a range around it."""
-    start, stop = 0, view.leaf.shape[0] if view.leaf.shape else 1
-    for kind, axis, args in view.moves:
-        if axis != view.leaf.axes[0]:
-            continue
-        if kind in ("split", "each"):
-            break
-        if kind == "slice":
-            start, stop = start + args[0], start + args[1]
-        elif kind == "index":
-            start, stop = start + args[0], start + args[0] + 1
-    return start, stop
-
-
 def _refuse_shared(survey: Survey) -> bool:
     """Refuse blocks that share a weight and differ otherwise; return whether there were any."""
-    boxes: dict[str, list[tuple[Box, BlockKey]]] = defaultdict(list)
-    for key in survey.first_sites:
-        for weight in key[1]:
-            (source,) = sources(weight)
-            boxes[source.name].append((_box(weight), key))
+    parts: dict[str, list[tuple[Box, BlockKey]]] = defaultdict(list)
+    for key, (site, iteration) in survey.first_sites.items():
+        for view in (p.view for p in site.block.params):
+            parts[view.leaf.name].append((view.box(iteration), key))
     shared: set[BlockKey] = set()
-    for parts in boxes.values():
-        parts.sort(key=lambda part: part[0])
-        active: list[tuple[Box, BlockKey]] = []
-        for box, key in parts:
-            start = box[0][0] if box else 0
-            active = [part for part in active if not part[0] or part[0][0][1] > start]
-            for earlier, user in active:
-                ends = zip(box, earlier, strict=True)
-                if user != key and all(p < s and r < q for (p, q), (r, s) in ends):
-                    shared |= {key, user}
-            active.append((box, key))
+    for boxes in parts.values():
+        for (box, key), (another, user) in combinations(boxes, 2):
+            if key != user and _meet(box, another):
+                shared |= {key, user}
     sites = [site for site in survey.sites if not shared.isdisjoint(site.keys)]
     for site in sites:
         survey.refuse(site, f"another block uses its weights in another way: {_SEPARATE}")
     return bool(sites)
 
 
-def _box(weight: Expr) -> Box:
-    """Return the part of its leaf that a weight is of, or a box around it."""
-    chain = [weight]
-    while chain[-1].operands:
-        chain.append(chain[-1].operands[0])
-    leaf = chain[-1].type
-    ends = {name: (0, size) for name, size in zip(leaf.names, leaf.shape, strict=True)}
-    uncut = set(ends)
-    for move in reversed(chain[:-1]):
-        if isinstance(move, Index) and move.axis in uncut:
-            ends[move.axis] = (move.at, move.at + 1)
-            uncut.discard(move.axis)
-        elif isinstance(move, Slice) and move.axis in uncut:
-            ends[move.axis] = (move.start, move.stop)
-            uncut.discard(move.axis)
-        elif not isinstance(move, Permute):
-            uncut &= set(move.type.names)
-            if not isinstance(move, Index | Slice):
-                break
-    return tuple(ends.values())
+def _meet(a: Box, b: Box) -> bool:
+    return all(p < s and r < q for (p, q), (r, s) in zip(a, b, strict=True))

@@ -597,11 +597,11 @@ def _run(jaxpr: Jaxpr, name_custom: NameCustom | None) -> tuple[list[InputTerm],
     numbers: dict[tuple[int, int], int] = {}
     inputs = []
     for variable in variables:
-        places = list(enumerate(reversed(variable.shape)))[::-1]
-        for place in places:
-            if place not in numbers:
-                numbers[place] = axes.new(place[1])
-        term = InputTerm(tuple(numbers[place] for place in places))
+        sized = list(enumerate(reversed(variable.shape)))[::-1]
+        for position, size in sized:
+            if (position, size) not in numbers:
+                numbers[position, size] = axes.new(size)
+        term = InputTerm(tuple(map(numbers.__getitem__, sized)))
         symbols.values[variable] = Symbol(term, term.axes)
         inputs.append(term)
     for equation in scope.equations:

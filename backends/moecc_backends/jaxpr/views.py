@@ -12,8 +12,11 @@ from math import prod
 from typing import Any, NamedTuple
 
 from moecc.types import DTYPES, Axis, DType, TensorType
-from moecc.weights.expr import Expr, Source
+from moecc.weights.expr import Box, Expr, Source
 from moecc.weights.movement import Index, Merge, Permute, Slice, Split
+
+Iteration = Mapping[Hashable, int]
+"""The number of the iteration of each loop."""
 
 
 class NotABlock(Exception):
@@ -145,7 +148,28 @@ class LeafView:
         sizes = (part for axis in self.sizes for part in replaced.get(axis[0], (axis,)))
         return replace(self, sizes=tuple(sizes), moves=(*self.moves, move))
 
-    def expression(self, iteration: Mapping[Hashable, int]) -> Expr:
+    def box(self, iteration: Iteration | None = None) -> Box:
+        """Return the part of the leaf that the view sees, or a box around it.
+
+        Without an iteration it is the part that all iterations of loops see.
+        """
+        ends = {axis: (0, size) for axis, size in zip(self.leaf.axes, self.leaf.shape, strict=True)}
+        uncut = set(ends)
+        for kind, axis, args in self.moves:
+            if kind == "merge" or axis not in uncut:
+                uncut.difference_update(args)
+                continue
+            start, _ = ends[axis]
+            if kind == "slice":
+                ends[axis] = (start + args[0], start + args[1])
+                continue
+            uncut.discard(axis)
+            index = args[0] if kind == "index" else (iteration or {}).get(args[0])
+            if kind != "split" and index is not None:
+                ends[axis] = (start + index, start + index + 1)
+        return tuple(ends.values())
+
+    def expression(self, iteration: Iteration) -> Expr:
         """Return the view as a weight expression, in one iteration of each loop."""
         expr: Expr = self.leaf.source
         for kind, axis, args in self.moves:
