@@ -17,7 +17,7 @@ jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from moecc_backends.jaxpr.call import ConvertedParams  # noqa: E402
+from moecc_backends.jaxpr.run import ConvertedParams  # noqa: E402
 from moecc_backends.reference import ReferenceBackend  # noqa: E402
 from moecc_passes.upcycle.options import UpcycleOptions  # noqa: E402
 

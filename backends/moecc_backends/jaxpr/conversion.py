@@ -46,16 +46,16 @@ from moecc.version import __version__
 from moecc.weights.expr import Expr, Source
 from moecc.weights.movement import Index, Stack
 from moecc.weights.text import parse_expr
-from moecc_backends.jaxpr.call import (
+from moecc_backends.jaxpr.graph import cut_graph
+from moecc_backends.jaxpr.jaxprs import AnyArray
+from moecc_backends.jaxpr.run import (
     BESIDE,
     TREE,
     ConversionState,
     ConvertedParams,
+    Execution,
     call_converted,
 )
-from moecc_backends.jaxpr.graph import cut_graph
-from moecc_backends.jaxpr.jaxprs import AnyArray
-from moecc_backends.jaxpr.run import Execution
 from moecc_backends.jaxpr.scopes import ParamTree, leaves_of
 from moecc_backends.jaxpr.storage import ParamSlot, ParamStorage, StoredParam, rows_of
 from moecc_backends.jaxpr.survey import BlockInstance

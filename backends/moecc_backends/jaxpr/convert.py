@@ -17,7 +17,6 @@ from moecc.pipeline.text import Pipeline
 from moecc.types import Array
 from moecc.weights.expr import Expr
 from moecc_backends.jaxpr.blocks import BlockMiss
-from moecc_backends.jaxpr.call import BESIDE, TREE, ConversionState
 from moecc_backends.jaxpr.conversion import BlockReport, FunctionConversion, FunctionReport
 from moecc_backends.jaxpr.graph import (
     BlockParts,
@@ -28,6 +27,7 @@ from moecc_backends.jaxpr.graph import (
 )
 from moecc_backends.jaxpr.jaxprs import AnyArray, function_line, shape_of
 from moecc_backends.jaxpr.labels import refuse_mixing, token_labels
+from moecc_backends.jaxpr.run import BESIDE, TREE, ConversionState
 from moecc_backends.jaxpr.scopes import (
     ParamTree,
     TracedFunction,
