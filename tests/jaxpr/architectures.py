@@ -136,36 +136,10 @@ class Architecture:
         return jax.lax.scan(body, x, (params["layers"], routers))[0]
 
     def by_hand(self, params: Any, x: Any) -> Any:
-        """The model on converted parameters."""
-        return self.model(self.whole(params), x, self.routers(params["moe"]))
-
-    def routers(self, beside: Any) -> Any:
-        found = [a for n, a in beside.items() if n.endswith("router.weight")]
-        if self.loop == "unrolled":
-            return found
-        return found[0]
-
-    def whole(self, params: Any) -> Any:
-        """The tree with fused matrices, which converted parameters have in parts, in one again."""
-        if self.gating != "fused":
-            return params["params"]
-        tree, beside = params["params"], params["moe"]
-        axis = -2 if self.layout == "transposed" else -1
-
-        def fused(at: str, name: str, along: int) -> Any:
-            halves = [beside[f"layers.{at}mlp.{name}.{part}"]
-                      for part in (f"0_{self.mlp}", f"{self.mlp}_{2 * self.mlp}")]  # fmt: skip
-            return jnp.concatenate(halves, along)
-
-        def filled(mlp: Any, at: str) -> Any:
-            new = {"up": fused(at, "up", axis)}
-            return {**mlp, **new, **({"up_bias": fused(at, "up_bias", -1)} if self.bias else {})}
-
-        if self.loop == "unrolled":
-            return {"layers": [{**p, "mlp": filled(p["mlp"], f"{i}.")}
-                               for i, p in enumerate(tree["layers"])]}  # fmt: skip
-        at = f"{{0..{self.depth - 1}}}." if self.depth > 1 else "0."
-        return {"layers": {**tree["layers"], "mlp": filled(tree["layers"]["mlp"], at)}}
+        """The model on converted parameters, where no leaf is in parts."""
+        routers = [a for n, a in params["moe"].items() if n.endswith("router.weight")]
+        stacked = self.loop != "unrolled"
+        return self.model(params["params"], x, routers[0] if stacked else routers)
 
 
 @st.composite

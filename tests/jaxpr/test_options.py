@@ -37,11 +37,13 @@ def draw(*shape: int) -> Any:
 
 
 X = draw(2, 6, E)
-DENSE = {"layers": {"g": draw(2, E, F), "u": draw(2, E, F), "c": draw(2, F), "w": draw(2, F, E)}}
+DENSE = {"layers": {"gu": draw(2, E, 2 * F), "c": draw(2, F), "w": draw(2, F, E)}}
 
 
 def block(p: Any, x: Any) -> Any:
-    return (jax.nn.silu(x @ p["g"] + p["c"]) * (x @ p["u"])) @ p["w"]
+    """A gated block, both of whose first products are halves of one."""
+    gate, up = jnp.split(x @ p["gu"], 2, -1)
+    return (jax.nn.silu(gate + p["c"]) * up) @ p["w"]
 
 
 def function(p: Any, x: Any) -> Any:
