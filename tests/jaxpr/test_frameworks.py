@@ -14,7 +14,6 @@ import pytest
 
 jax = pytest.importorskip("jax")
 
-import jax.numpy as jnp  # noqa: E402
 
 from moecc import jax as mx  # noqa: E402
 
