@@ -17,6 +17,7 @@ from moecc.ahead.request import BoundReport, Compiler, CompileReport, Request, R
 from moecc.backend import get_backend
 from moecc.errors import MoeccError
 from moecc.launch.processes import hold_lifeline
+from moecc.plan.overlap import overlap
 from moecc.plan.report import batch_json
 from moecc.plan.search import way_out
 from moecc.train.graphs import Bound
@@ -141,7 +142,9 @@ def report(request: Request, prepared: PreparedJob, result: Result) -> CompileRe
                 op.replace("_", "-"): {"count": c["count"], "bytes": c["tensor_bytes"]}
                 for op, c in estimate.collectives.items()
             },
-            "overlap": {op.replace("_", "-"): o for op, o in estimate.overlap(job.overlap).items()},
+            "overlap": {
+                op.replace("_", "-"): o for op, o in overlap(estimate, job.overlap).items()
+            },
         },
     }
 

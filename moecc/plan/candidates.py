@@ -8,9 +8,9 @@ from itertools import product
 from moecc.errors import InputError, Problem
 from moecc.ir.mesh import Mesh, nearest_divisor
 from moecc.plan.batches import Batch
+from moecc.plan.collectives import SLICED
 from moecc.plan.machines import Machine
 from moecc.plan.step import AXES, StepConfig, Strategy
-from moecc.plan.traffic import SLICED
 from moecc.plan.workload import Workload
 from moecc.sharding.layout import DENSE_WEIGHTS, Layout
 from moecc.sharding.rules import mesh_axes

@@ -1,4 +1,7 @@
-"""Bytes and seconds of a collective.
+"""The collectives of a step: which a layout and a strategy ask for, how often, bytes and seconds.
+
+They are those that propagation finds for a part of a model, which passes write into the graph that
+runs, and their transposes in the backward pass.
 
 Bytes are what each device sends to others, by the algorithm that sends the least: rings for gathers
 and reductions, a message to each peer for exchanges.  ``tensor_bytes`` is how compiled programs are
@@ -7,16 +10,30 @@ counted: the size of the full tensor, of an exchange that of one device's rows.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from moecc.ir.graph import Value
-from moecc.ir.traits import Cost
-from moecc.plan.machines import Machine
-from moecc.plan.networks import Route
-from moecc.plan.parts import Part, Step
+from moecc.ir.graph import Node, Value
+from moecc.ir.traits import RowMove
+from moecc.plan.machines import Route
+from moecc.plan.memory import Sharded, Sharding
+from moecc.plan.parts import Part, Shape, Step, Weight, root_of
+from moecc.plan.step import StepConfig, Strategy
+from moecc.plan.workload import Workload
+from moecc.sharding.collectives import (
+    TRANSPOSED,
+    GradientSum,
+    Slice,
+    SparseLayer,
+    Stage,
+    route,
+    sent,
+    sparse_layer,
+)
+from moecc.sharding.propagate import Ref, Reshard
+from moecc.sharding.vias import ROUND_ROOM, WAYS, Via, via
+from moecc.types import TensorType
 
 
 def sent_bytes(op: str, devices: int, tensor_bytes: float) -> float:
@@ -35,16 +52,6 @@ def sent_bytes(op: str, devices: int, tensor_bytes: float) -> float:
     return tensor_bytes * share * (2 if op == "all_reduce" else 1)
 
 
-def rows_sent(counts: Sequence[Sequence[int]], row_bytes: float) -> list[float]:
-    """Return the bytes that each device sends in an exchange whose numbers of rows are known.
-
-    Args:
-      counts: for each device, how many of its rows go to each device, itself included.
-      row_bytes: of one row.
-    """
-    return [row_bytes * (sum(row) - row[i]) for i, row in enumerate(counts)]
-
-
 def seconds(op: str, route: Route, tensor_bytes: float) -> float:
     """Return the seconds of a collective on ideal links; arguments as for `sent_bytes`."""
     if op.endswith("all_to_all"):
@@ -52,422 +59,458 @@ def seconds(op: str, route: Route, tensor_bytes: float) -> float:
     return route.all_gather(tensor_bytes) * (2 if op == "all_reduce" else 1)
 
 
-class Transfer(NamedTuple):
-    """A collective of a step.
+Phase = Literal["parameters", "gradients", "forward", "backward", "route"]
+"""The reason for a collective: it gathers parameters; sums their gradients; brings values elsewhere
+in the forward pass; sums gradients of values; takes tokens to experts and back."""
+
+
+class Collective(NamedTuple):
+    """A collective of one part of a step.
 
     Attributes:
-      op: a collective that sends something.
-      axes: the mesh axes that it runs over.
-      tensor_bytes: of one, see `sent_bytes`.
-      times: how often a step does it, in one part.
-      why: what for, in a few words.
-      waits: whether computation has to wait for it; parameters and their gradients do not.
-      odd: whether it gathers shards with odd numbers of rows.
-      weight: the parameter that it gathers, or whose gradient it sums.
-      leaves_work: of one that computation waits for, whether its layer has products that do not.
+      op: its operation.
+      axes: the mesh axes that it runs over, in the order of the mesh.
+      elements: of the tensor that it moves, on one device.
+      why: its purpose, in a few words.
+      phase: see `Phase`.
+      weight: the parameter that it gathers, or whose gradient it sums; empty for a collective that
+        computation waits for.
+      step: the operation with which it runs, forward and again; None: once, in the backward pass.
+      share: of a collective that several parts have in common, the share of one.
+      stream: mesh axes, one of which must shard the activations between layers for it to run.
+      in_route: whether it brings a value to the experts or back, as the way to them does.
+      of_rows: whether it moves rows of experts, of which there may be more than in the graph.
+      is_odd: whether it gathers shards with odd numbers of rows.
+      is_wide: whether an element has four bytes at least: gates are float32, token ids int32.
+      leaves_work: whether its layer has products that do not wait for it.
+      tensor_bytes: of one run, see `sent_bytes`; of a priced collective.
+      times: runs in a step; of a priced collective.
+      seconds: of all runs; of a priced collective.
     """
 
     op: str
     axes: tuple[str, ...]
-    tensor_bytes: float
-    times: float
+    elements: float
     why: str
-    waits: bool = True
-    odd: bool = False
+    phase: Phase = "forward"
     weight: str = ""
+    step: Step | None = None
+    share: float = 1.0
+    stream: tuple[str, ...] = ()
+    in_route: bool = False
+    of_rows: bool = False
+    is_odd: bool = False
+    is_wide: bool = False
     leaves_work: bool = False
+    tensor_bytes: float = 0.0
+    times: float = 0.0
+    seconds: float = 0.0
 
-    def on(self, kind: str) -> Transfer:
-        """Return what a machine of `kind` makes of it.
+    @property
+    def waits(self) -> bool:
+        """Whether computation waits for it; parameters and their gradients it does not wait for."""
+        return not self.weight
+
+    def on(self, kind: str) -> Collective:
+        """Return the collective that a machine of `kind` runs.
 
         XLA puts odd numbers of rows together on a TPU by a sum of arrays that are zero but for a
         shard.
         """
-        return self._replace(op="all_reduce") if self.odd and kind == "tpu" else self
-
-
-# Which gathers and reductions of a turn of a loop over layers find a product on a TPU.
-#
-# XLA schedules a turn from its end (latency hiding).  One gather is on its way at a time: it ends
-# before the product that reads it, begins where the next one, towards the beginning of the turn,
-# has
-# to end, and is fused with a product between, if there is one.  So it has the last of the
-# products
-# before its reader that has no gather yet.  A reduction of gradients is for the cores that a chip
-# has
-# for embeddings, which do one at a time: nothing in the turn waits for it, so it goes to the end,
-# beside products that nothing waits for either, as many as last as long.  Those are the gradients
-# of
-# the layer's input; and the gradient of a weight, once its own reduction has a place behind it.
-#
-# What waits for the longest chain of transfers is the last.  So of the reductions the largest
-# are, if
-# all wait for the same.
-#
-# Products of experts without a capacity are kernels, and the gradients of their parameters loops
-# over
-# rows.  XLA does not see inside of a kernel, and fuses no gather with it.  Rounds of an exchange
-# are
-# one loop for all experts and products, before which all their parameters have to be there, and
-# beside which nothing is reduced.  Other kernels follow on one another: each ends the gather of
-# its
-# parameter, so that the one behind it is on its way beside a kernel, and exposed.  Where they are
-# computed again, parameters are copied, too, for the transposed products, which does not wait for
-# tokens: where these are gathered for longer than a parameter, it is copied before they are
-# there,
-# and its kernel ends no gather.  The gradient that the loop of one expert makes is copied before
-# it
-# is reduced, for as long as another is reduced; a loop for each of several experts leaves nothing
-# to
-# copy, and the next gradient is reduced beside it.
-
-
-class Kernel(NamedTuple):
-    """A product of groups of rows, one for each expert of a device.
-
-    Attributes:
-      in_rounds: whether it is in the loop of the rounds of an exchange.
-      experts: how many a device has.
-    """
-
-    in_rounds: bool
-    experts: int
-
-    @property
-    def leaves_loop(self) -> bool:
-        """Whether another gradient is reduced beside the loop that makes that of its parameter."""
-        return self.experts > 1 and not self.in_rounds
+        return self._replace(op="all_reduce") if self.is_odd and kind == "tpu" else self
 
 
 @dataclass(frozen=True)
-class Product:
-    """A product with a parameter, forward.
+class PartTraffic:
+    """The collectives of a part under a layout, whatever the strategy.
 
     Attributes:
-      weight: the parameter.
-      seconds: what it takes; the gradients of both operands take as long each.
-      is_first: whether no other product of its part is before it.
-      kernel: what it is, if it is a kernel.
+      collectives: all but those of a way to the experts.
+      layer: its routed layer, if it has one.
+      steps: its steps by node.
     """
 
-    weight: str
-    seconds: float
-    is_first: bool
-    kernel: Kernel | None = None
+    collectives: tuple[Collective, ...]
+    layer: SparseLayer | None
+    steps: Mapping[Node, Step]
 
 
-def products_of(
-    part: Part, seconds: Callable[[Step], float], kernel: Kernel | None
-) -> Iterator[Product]:
-    """Yield the products of a part with its parameters, in order.
-
-    Args:
-      part: the part.
-      seconds: of a step, forward.
-      kernel: what products of experts are that have unequal numbers of rows.
-    """
-    behind = set[Value]()
-    for node, step in zip(part.nodes, part.steps, strict=True):
-        is_behind = not behind.isdisjoint(node.operands)
-        weight = next(filter(None, step.weights), None)
-        if weight is not None and step.cost is Cost.PRODUCT:
-            is_behind, is_first = True, not is_behind
-            of_rows = kernel if weight.of_experts else None
-            yield Product(weight.name, seconds(step), is_first, of_rows)
-        if is_behind:
-            behind.update(node.results)
-
-
-def exposed_gathers(
-    products: Sequence[Product],
-    gathered: Collection[str],
-    early: Collection[str] = (),
-    others: Iterable[str] = (),
-) -> set[str]:
-    """Return what is gathered beside no product.
-
-    Args:
-      products: of a turn, forward, in order.
-      gathered: the parameters that are gathered.
-      early: those that have to be there before what the kernels that read them wait for.
-      others: what else is gathered, and has to be there before any kernel.
-    """
-    waiting, exposed = deque[str](), set[str]()
-    for product in reversed(products):
-        is_gathered = product.weight in gathered
-        if product.kernel is None:
-            waiting.extend(others)
-            others = ()
-            if waiting:
-                waiting.popleft()
-        elif waiting and is_gathered and not (product.kernel.in_rounds or product.weight in early):
-            exposed.add(waiting.popleft())
-        if is_gathered:
-            waiting.append(product.weight)
-    return exposed.union(waiting, others)
+def part_collectives(
+    part: Part, config: StepConfig, strategy: Strategy, local: Sharding
+) -> Iterator[Collective]:
+    """Yield the collectives of one part with bytes and times, forward and backward."""
+    sharded = local.sharded
+    traffic = sharded.once(id(part), lambda: _traffic_of(part, sharded))
+    layer, way = traffic.layer, None if traffic.layer is None else via(strategy.via)
+    times: dict[Collective, float] = {}
+    if layer is not None and way is not None:
+        part_of_row = (
+            Slice(layer.width, strategy.layout.tensor_axes[0]) if strategy.sliced else None
+        )
+        routed = sharded.once(
+            (id(part), way.name, strategy.sliced),
+            lambda: tuple(_routed(layer, way, part_of_row, traffic.steps, sharded)),
+        )
+        for each in routed:
+            # Equal ones are one row of a report, whatever they run with.
+            key = each._replace(step=None, stream=())
+            times[key] = times.get(key, 0) + _times(each, part, config, strategy, way)
+    width = config.compute_type.itemsize_bytes
+    plain = ((each, _times(each, part, config, strategy, way)) for each in traffic.collectives)
+    for each, count in (*plain, *times.items()):
+        if not count:
+            continue
+        elements = each.elements * local.values.rows if each.of_rows else each.elements
+        size = elements * max(width, 4 * each.is_wide)
+        if each.phase == "gradients" and each.op == "all_reduce":
+            # Gradients of parameters that are stored in parts are scattered in each micro-batch, by
+            # the transpose of their gather, in the type of the computation.  Others are added
+            # first, and reduced once.
+            size *= config.reduce_type.itemsize_bytes / width
+            count /= config.micro_batches
+        yield each._replace(
+            step=None, tensor_bytes=size, times=count, leaves_work=each.leaves_work and config.train
+        )
 
 
-def exposed_gradients(
-    products: Sequence[Product], seconds: Mapping[str, float], begins: int
-) -> set[str]:
-    """Return the parameters whose gradients are reduced beside no product.
-
-    Args:
-      products: of a turn, forward, in order.
-      seconds: of the reduction of each gradient, the last of a turn first.
-      begins: how many products read what the first reads, before all others.
-    """
-    free = deque(product.seconds for product in reversed(products[:begins]))
-    of = {product.weight: product for product in products}
-    exposed = set[str]()
-    for product in (of[weight] for weight in seconds if weight in of):
-        if not free:
-            exposed.add(product.weight)
-        left = seconds[product.weight]
-        while free and left > 0:
-            left -= free.popleft()
-        if product.kernel is None or product.kernel.leaves_loop:
-            free.append(product.seconds)
-    return exposed
+def _times(
+    one: Collective, part: Part, config: StepConfig, strategy: Strategy, way: Via | None
+) -> float:
+    """Return how often a collective runs in a micro-batch."""
+    if one.phase == "parameters":
+        # Those of layers are gathered once more for the backward pass, whatever else is kept.
+        if not config.train or not part.in_layer:
+            return 1
+        return 2 + (part.onward and strategy.remat != "none")
+    if one.phase == "backward":
+        return one.share * (config.train and not (one.in_route and strategy.sliced))
+    if one.step is None:
+        return int(config.train and (not one.stream or strategy.stream_axis in one.stream))
+    if one.in_route and way is not None:
+        return 0
+    again = one.step.computed_again(strategy.remat, strategy.in_rounds) if config.train else 0
+    if one.phase == "route":
+        return 1 + again
+    # A value that several layers take is brought to all of them at once, and stays there.
+    return (1 + again if one.share == 1 else 1) * one.share
 
 
-# The collectives of equal parts of a model, as a compiler schedules them, and their kinds.
-
-
-@dataclass(frozen=True)
-class PartTransfers:
-    """The collectives of equal parts of a model.
-
-    Attributes:
-      layers: of which layers they are parts: those that have one name are in one loop.
-      count: how many there are.
-      in_layer: whether they are parts of layers.
-      transfers: of one part.
-      seconds: what each transfer takes on ideal links, once.
-      chunks: in how many parts rows are exchanged.
-      products: of one part with its parameters, forward, in order.
-    """
-
-    layers: str
-    count: int
-    in_layer: bool
-    transfers: Sequence[Transfer]
-    seconds: Sequence[float]
-    chunks: int = 1
-    products: Sequence[Product] = ()
-
-
-def is_gather(transfer: Transfer) -> bool:
-    """Whether it gathers a parameter."""
-    return transfer.op == "all_gather" and not transfer.waits
-
-
-def is_reduction(transfer: Transfer) -> bool:
-    """Whether it reduces the gradient of a parameter, in a loop over layers."""
-    return transfer.op == "reduce_scatter" and not transfer.waits
-
-
-def is_awaited(transfer: Transfer) -> bool:
-    """Whether layers wait for it, or it is done behind their loop."""
-    return transfer.waits or transfer.op == "all_reduce"
-
-
-# Which collectives of a layer run beside products on a TPU, forward and backward.
-#
-# A turn of the loop over layers has its gathers of parameters and reductions of gradients as
-# `moecc.plan.collectives` says.  A turn backward begins with the gradient of what leaves the layer:
-# what is
-# gathered of that waits for nothing, and takes part as the gathers of parameters do.  Sums that
-# the
-# layer waits for are reduced beside what need not wait for them.
-
-
-def shares_on_tpu(layer: Sequence[PartTransfers]) -> Iterator[list[float]]:
-    """Yield for each part the share of each transfer that is beside products, in a loop."""
-    turns = _turns(layer)
-    for part in layer:
-        yield [turns.share(t) for t in part.transfers]
-
-
-@dataclass(frozen=True)
-class _Turns:
-    """What the turns of a layer have beside no product.
-
-    Attributes:
-      backward: how often the gradient of each parameter is reduced, once in a turn backward.
-      forward: the parameters whose gathers are exposed forward.
-      again: those whose gathers are backward, and what else is gathered.
-      begins: what is gathered of gradients that turns backward begin with.
-      reduced: the parameters whose gradients are reduced beside no product.
-    """
-
-    backward: Mapping[str, float]
-    forward: Collection[str]
-    again: Collection[str]
-    begins: Collection[str]
-    reduced: Collection[str]
-
-    def share(self, one: Transfer) -> float:
-        """Return which share of the runs of a transfer is beside a product."""
-        if is_gather(one):
-            back = self.backward.get(one.weight, 0.0) / one.times
-            forward, again = one.weight not in self.forward, one.weight not in self.again
-            return (1 - back) * forward + back * again
-        if one.op == "all_gather":
-            begins = one.leaves_work and one.why in self.begins
-            return float(begins and one.why not in self.again)
-        return float(one.leaves_work or not (is_awaited(one) or one.weight in self.reduced))
-
-
-def _turns(layer: Sequence[PartTransfers]) -> _Turns:
-    gathered = {t.weight: t.tensor_bytes for part in layer for t in part.transfers if is_gather(t)}
-    products, _ = _in_order(layer, gathered)
-    early = [name for part in layer for name in _early(part)]
-    begins = [t.why for t in layer[-1].transfers if t.op == "all_gather" and t.leaves_work]
-    return _Turns(
-        {t.weight: t.times for part in layer for t in part.transfers if is_reduction(t)},
-        exposed_gathers(products, gathered),
-        exposed_gathers(products, gathered, early, begins),
-        begins,
-        set(_reduced_alone(layer, gathered)),
+def _traffic_of(part: Part, sharded: Sharded) -> PartTraffic:
+    sites = (sharded.work.sample.sites[node] for node in part.nodes)
+    layer = sparse_layer(sites, sharded.propagation) if part.is_sparse else None
+    steps = dict(zip(part.nodes, part.steps, strict=True))
+    gathers = [(weight, list(_gathers(weight, sharded))) for weight in part.weights]
+    summed = (c for w, each in gathers if w.trained for c in _summed(w, each, sharded))
+    forward = list(_forward(part, steps, layer, sharded))
+    returned = (
+        one._replace(op=TRANSPOSED[one.op], why=f"gradients of {one.why}", phase="backward")
+        for one in forward
+        if one.op in ("reduce_scatter", "all_to_all") and not (one.is_wide or one.in_route)
     )
+    return PartTraffic(
+        (*(c for _, each in gathers for c in each), *summed, *forward,
+         *_backward(steps, sharded), *returned), layer, steps,
+    )  # fmt: skip
 
 
-def _early(part: PartTransfers) -> Iterator[str]:
-    """Yield the parameters whose gathers move less than those of values that the part waits for."""
-    awaited = (t.tensor_bytes for t in part.transfers if t.op == "all_gather" and t.waits)
-    most = max(awaited, default=0.0)
-    yield from (t.weight for t in part.transfers if is_gather(t) and t.tensor_bytes < most)
+def _moved(
+    sharded: Sharded, step: tuple[str, tuple[str, ...], TensorType], shape: Shape, why: str,
+    phase: Phase, *, is_transposed: bool = False,
+) -> Collective | None:  # fmt: skip
+    """Return a collective on a value of `shape`, or its transpose; None where nothing is sent."""
+    op, mesh, type = step
+    sending = TRANSPOSED.get(op) if is_transposed else None if op == "shard" else op
+    axes = sharded.layout.ordered(mesh)
+    if sending is None or sharded.layout.size(axes) == 1:
+        return None
+    elements = shape.elements / sharded.layout.shards_of(type)
+    is_wide = not type.dtype.is_float
+    return Collective(sending, axes, elements, why, phase, of_rows=shape.has_slots, is_wide=is_wide)
 
 
-class _Reduction(NamedTuple):
-    """The reduction of a gradient, or of sums that the layer waits for.
+PARAMETERS = "parameters"
 
-    Attributes:
-      chain: the bytes of full tensors that it reduces, and of all sums that it waits for.  XLA
-        prices a collective by these, whatever links it has.
-      weight: the parameter whose gradient it is; empty: sums.
-      seconds: what it takes.
-      part: of which part, by number.
+
+def _gathers(weight: Weight, sharded: Sharded) -> Iterator[Collective]:
+    """Yield the gathers of a parameter that is stored in parts."""
+    stored, used = sharded.stored(weight), sharded.used(weight)
+    for step in sharded.work.sample.resharded(stored, used):
+        gather = _moved(sharded, step, weight.shape, PARAMETERS, "parameters")
+        if gather is not None:
+            yield gather._replace(is_odd=sharded.is_odd(weight), weight=weight.name)
+
+
+def _summed(weight: Weight, gathers: list[Collective], sharded: Sharded) -> Iterator[Collective]:
+    """Yield the sums of a gradient: scattered where it is stored in parts, else reduced."""
+    layout, left = sharded.layout, set(sharded.summed(weight))
+    for gather in gathers:
+        axes = tuple(n for n in gather.axes if n in left)
+        left.difference_update(gather.axes)
+        if axes:
+            yield Collective(
+                "reduce_scatter", axes, gather.elements, "gradients", "gradients", weight.name
+            )
+    axes = layout.ordered(left)
+    if layout.size(axes) > 1:
+        elements = weight.shape.elements / layout.shards_of(sharded.stored(weight))
+        yield Collective("all_reduce", axes, elements, "gradients", "gradients", weight.name)
+
+
+def _forward(
+    part: Part, steps: Mapping[Node, Step], layer: SparseLayer | None, sharded: Sharded
+) -> Iterator[Collective]:
+    """Yield the collectives that carry out the sums of a part, and bring other values elsewhere."""
+    propagation, routed = sharded.propagation, _reshards_of_route(layer, sharded)
+
+    def brought(
+        reshard: Reshard, step: Step, shape: Shape, why: str, share: float = 1.0
+    ) -> Iterator[Collective]:
+        in_route = reshard in routed or reshard.operand in routed
+        for each in sharded.work.sample.resharded(reshard.source, reshard.target):
+            if one := _moved(sharded, each, shape, why, "forward"):
+                yield one._replace(step=step, share=share, in_route=in_route)
+
+    for node, step in steps.items():
+        operands = zip(propagation.operands[node], step.operands, step.shares, strict=True)
+        for ref, shape, share in operands:
+            if isinstance(ref, Reshard) and ref.node is node and not ref.value.is_param:
+                # A value that is brought to the first of several layers is there for the others.
+                part_share = share if part.in_layer else 1.0
+                yield from brought(ref, step, shape, "values to where they are used", part_share)
+        for value, shape in zip(node.results, step.results, strict=True):
+            seen = propagation.visible[value]
+            if isinstance(seen, Reshard):
+                why = "partial sums" if seen.is_sum else "what was looked up"
+                yield from brought(seen, step, shape, why)
+
+
+def _reshards_of_route(layer: SparseLayer | None, sharded: Sharded) -> set[Ref]:
+    """Return the values between which a reshard belongs to the way to the experts."""
+    if layer is None:
+        return set()
+    combine = layer.combine.node
+    ends: set[Ref] = {layer.dispatch.node.result, combine.result}
+    if layer.gates is not None:
+        ends.add(layer.gates.dispatch.node.result)
+    last: Ref = sharded.propagation.operands[combine][0]
+    while isinstance(last, Reshard):
+        ends |= {last, last.operand}
+        last = last.operand
+    return ends
+
+
+def _backward(steps: Mapping[Node, Step], sharded: Sharded) -> Iterator[Collective]:
+    """Yield the sums of gradients of values that several operations may take.
+
+    Those of one value are added first, and summed once.
     """
-
-    chain: float
-    weight: str
-    seconds: float
-    part: int
-
-
-def _reductions(layer: Sequence[PartTransfers]) -> Iterator[_Reduction]:
-    """Yield all reductions of a turn backward; those of a part wait for sums of later parts."""
-    waits = 0.0
-    for number, part in reversed(list(enumerate(layer))):
-        both = list(zip(part.transfers, part.seconds, strict=True))
-        for one, each in both:
-            if is_reduction(one):
-                yield _Reduction(waits + one.tensor_bytes, one.weight, each, number)
-        for one, each in both:
-            if one.op == "reduce_scatter" and one.leaves_work:
-                waits += one.tensor_bytes
-                yield _Reduction(waits, "", each, number)
-
-
-def _reduced_alone(layer: Sequence[PartTransfers], gathered: Mapping[str, float]) -> Iterator[str]:
-    """Yield the parameters whose gradients are reduced beside no product.
-
-    One after the other is reduced, and what is at the end of the longest chain is the last.  What
-    is reduced before sums of a part has none of the products behind these.
-    """
-    stretches: dict[int, dict[str, float]] = {0: {}}
-    first = 0
-    for one in sorted(_reductions(layer), key=lambda one: -one.chain):
-        if one.weight:
-            stretches[first][one.weight] = one.seconds
-        else:
-            first = one.part
-            stretches.setdefault(first, {})
-    for first, seconds in stretches.items():
-        products, begins = _in_order(layer[first:], gathered)
-        yield from exposed_gradients(products, seconds, begins)
+    sums: dict[Value, tuple[GradientSum, set[str]]] = {}
+    for node in steps:
+        for each in sharded.gradient_sums.get(node, ()):
+            root = root_of(each.site.operands[each.number])
+            earlier = sums[root][1] if root in sums else set()
+            sums[root] = each, earlier | each.axes
+    propagation, layout, why = sharded.propagation, sharded.layout, "gradients of partial sums"
+    for each, axes in sums.values():
+        node, number = each.site.node, each.number
+        step, shape = steps[node], steps[node].operands[number]
+        share, ref = step.source_share if number == 0 else 1.0, propagation.operands[node][number]
+        elements = shape.elements / layout.shards_of(propagation.used(node)[number])
+        scattered: set[str] = set()
+        if isinstance(ref, Reshard):
+            # The gradient is scattered over the axes over which the value was gathered.
+            done = sharded.work.sample.resharded(ref.source, ref.target)
+            scattered = axes & {m for op, mesh, _ in done if op == "all_gather" for m in mesh}
+        for op, over in (("reduce_scatter", scattered), ("all_reduce", axes - scattered)):
+            if over:
+                mesh, rows = layout.ordered(over), shape.has_slots
+                yield Collective(op, mesh, elements, why, "backward", share=share, in_route=rows,
+                                 of_rows=rows)  # fmt: skip
+                elements /= layout.size(mesh)
 
 
-def _in_order(
-    parts: Sequence[PartTransfers], gathered: Mapping[str, float]
-) -> tuple[list[Product], int]:
-    """Return the products of `parts`, forward, and how many of them read what the first reads."""
-    first = next((part.products for part in parts if part.products), ())
-    # What reads the same input can be in any order: the smallest parameter comes first.
-    products = sorted((p for p in first if p.is_first), key=lambda p: gathered.get(p.weight, 0.0))
-    begins = len(products)
-    return [*products, *(p for x in parts for p in x.products if p not in products)], begins
+# Ways to the experts: the stages of a route, forward, again and transposed.
 
 
-# Which collectives a compiled program has beside products, as far as a plan can say.
-#
-# A compiler decides it when it schedules.  It is foreseen here for those whose schedules were
-# read
-# (`moecc compile` reads that of every program).  A turn of a loop over layers is products one
-# after
-# the other.  A gather of parameters can run beside a product that stands before the one that
-# reads
-# them, and gradients are reduced beside products that nothing waits for, those of other weights.
-# What layers wait for is exposed, and so is what stands outside of the loops: embedding and head,
-# and
-# gradients of parameters that are stored whole, which are added up first.
-#
-# * TPUs have a gather in a product of XLA's own (`moecc.plan.collectives`).
-# * XLA for GPUs begins the gathers of all first products together (queries, keys and values), and
-# so
-#   again after an exchange, beside which it runs no other collective.  Of an exchange in chunks
-# all
-#   but the first are beside the products of another chunk.
-
-OVERLAPPING = ("gpu",)
-"""Machines whose compilers do so by themselves, by the beginning of their names; XLA for CPUs and
-TPUs has collectives that are waited for."""
-
-ASKED = ("tpu:v5p",)
-"""Machines whose compilers do so if they are asked to."""
-
-
-def overlap(
-    machine: Machine, parts: Iterable[PartTransfers], is_asked: bool
-) -> dict[str, dict[str, float]]:
-    """Return by operation the ``overlapped_bytes`` of full tensors, and the ``exposed_bytes``.
+def _routed(
+    layer: SparseLayer, way: Via, part: Slice | None, steps: Mapping[Node, Step], sharded: Sharded
+) -> Iterator[Collective]:
+    """Yield the collectives on tokens and rows of a layer on a way to the experts and back.
 
     Args:
-      machine: where.
-      parts: of the model, those of a layer in the order in which they run.
-      is_asked: whether the compiler is asked to have them beside products.
+      layer: the layer.
+      way: the way.
+      part: the slice of a row that a device sends; None: whole rows.
+      steps: the steps of the part that has the layer, by node.
+      sharded: the part under its layout.
     """
-    name = machine.compiled_as or machine.name
-    does = name.startswith((*OVERLAPPING, *(ASKED if is_asked else ())))
-    shares = _on_gpu if machine.kind == "gpu" else shares_on_tpu
-    layers: dict[str, list[PartTransfers]] = {}
-    for part in parts:
-        layers.setdefault(part.layers, []).append(part)
-    found: dict[str, dict[str, float]] = {}
-    for layer in layers.values():
-        for part, beside in zip(layer, shares(layer), strict=True):
-            for transfer, share in zip(part.transfers, beside, strict=True):
-                size = part.count * transfer.times * transfer.tensor_bytes
-                hidden = size * share if does and part.in_layer else 0.0
-                row = found.setdefault(transfer.op, {"overlapped_bytes": 0.0, "exposed_bytes": 0.0})
-                row["overlapped_bytes"] += hidden
-                row["exposed_bytes"] += size - hidden
-    return found
+    leaving_work = _stages_leaving_work(layer, way, steps)
+    for stage in route(layer, way, sharded.propagation, part):
+        step, shape = _subject(stage, layer, steps)
+        for each in sent(stage.source, stage.steps):
+            for is_transposed in (False, True):
+                one = _moved(sharded, each, shape, "", "route", is_transposed=is_transposed)
+                if one is None:
+                    continue
+                # Where all devices have all of a gradient, they take their part of it.
+                takes_part = is_transposed and stage.value == "added" and each[0] == "all_gather"
+                yield one._replace(
+                    why=_why(stage, way, one.op),
+                    step=None if is_transposed else step,
+                    stream=each[1] if takes_part else (),
+                    is_wide=stage.value == "gates",
+                    leaves_work=(stage.value, one.op) in leaving_work,
+                )
+    if way.tokens_everywhere:
+        yield from _gradients_of_rows(layer, steps, sharded)
 
 
-def _on_gpu(layer: Sequence[PartTransfers]) -> Iterator[list[float]]:
-    """Yield shares as `shares_on_tpu` does."""
-    begins = True
-    for part in layer:
-        exchanges = [t for t in part.transfers if t.op.endswith("all_to_all")]
-        gathers = [t for t in part.transfers if is_gather(t)]
-        # The last product of a part, of results or back to the model's width, has others before it.
-        first = {id(t) for t in gathers[:-1]} if begins or exchanges else set()
-        in_chunks = 1 - 1 / part.chunks
-        yield [
-            in_chunks if t in exchanges else float(id(t) not in first and not is_awaited(t))
-            for t in part.transfers
-        ]
-        begins = begins and not gathers
+def _stages_leaving_work(
+    layer: SparseLayer, way: Via, steps: Mapping[Node, Step]
+) -> Collection[tuple[str, str]]:
+    """Return the stages, and their collectives, beside which a layer has products.
+
+    Gathered tokens are routed again.  So while sums are scattered there is the routing of the
+    device's own tokens, which losses read, and while gradients are, that of the router.  And the
+    gradient of what experts add to tokens is that of what leaves the layer, if nothing else is done
+    with it: a turn that computes the layer again begins with it.
+    """
+    if way.exchanges_rows:
+        return ()
+    stages = [("added", "reduce_scatter"), ("tokens", "reduce_scatter")]
+    pending, seen = [layer.combine.node], set[Node]()
+    while pending:
+        users = {u for v in pending.pop().results for u in v.users if u in steps} - seen
+        if not all(user.op.is_sum for user in users):
+            return stages
+        seen |= users
+        pending.extend(users)
+    return [*stages, ("added", "all_gather")]
+
+
+def _gradients_of_rows(
+    layer: SparseLayer, steps: Mapping[Node, Step], sharded: Sharded
+) -> Iterator[Collective]:
+    """Yield the collectives on gradients of rows, of which a device has its experts' own.
+
+    All devices of the experts dispatch all rows, and gates that go with them.  Slots of fixed
+    number are gathered from those that have their experts; as many as there are are packed
+    otherwise on each device, and summed.
+    """
+    mesh = tuple(m for m in layer.expert_mesh if m not in layer.exchanged)
+    op = "all_gather" if layer.rows.ragged is None else "all_reduce"
+    dispatched = [(layer.dispatch.node, layer.rows, False)]
+    if layer.gates is not None:
+        dispatched.append((layer.gates.dispatch.node, layer.gates.sent, True))
+    for node, type, is_gate in dispatched:
+        shape = steps[node].results[0]
+        if one := _moved(sharded, (op, mesh, type), shape, "gradients of rows", "route"):
+            yield one._replace(is_wide=is_gate)
+
+
+def _subject(stage: Stage, layer: SparseLayer, steps: Mapping[Node, Step]) -> tuple[Step, Shape]:
+    """Return the step that makes the value of a stage, and its shape."""
+    dispatch, combine = steps[layer.dispatch.node], steps[layer.combine.node]
+    if stage.value == "tokens":
+        return dispatch, dispatch.operands[0]
+    if stage.value == "rows":
+        return dispatch, dispatch.results[0]
+    if stage.value == "gates":
+        assert layer.gates is not None, "they are sent"
+        gates = steps[layer.gates.dispatch.node]
+        return gates, gates.results[0]
+    if stage.value == "added":
+        return combine, combine.results[0]
+    maker = layer.combine.operands[0].node
+    assert maker is not None, "experts make what is combined"
+    return steps[maker], combine.operands[0]
+
+
+_ROWS = {"all_gather": "parts of rows", "reduce_scatter": "sums of rows"}
+_SLICES = {"all_gather": "parts of tokens", "reduce_scatter": "sums of tokens"}
+_TOKENS = {"all_gather": "tokens to all experts", "reduce_scatter": "sums to their tokens"}
+
+
+def _why(stage: Stage, way: Via, op: str) -> str:
+    """Return the purpose of a collective, in a few words."""
+    if op == "all_reduce":
+        return "sums of all experts" if way.tokens_everywhere else "partial sums"
+    if not way.exchanges_rows:
+        is_gradient = stage.value == "added" and op == "all_gather"
+        return "gradients to all experts" if is_gradient else _TOKENS.get(op, "")
+    names = _ROWS if stage.value in ("rows", "made") else _SLICES
+    return names.get(op, "rows to experts and back")
+
+
+# Rows of a device on each way to the experts; the ways are the rows of `moecc.sharding.vias`.
+
+SLICED = tuple(way.name for way in WAYS if way.is_sliced and not way.per_axis)
+"""The ways that a plan tries in slices: devices that share neurons send a part of a row each."""
+
+BOUND = 1.25
+"""The capacity factor of an exchange whose experts take every token in the graph."""
+
+
+@dataclass(frozen=True)
+class LayerRows:
+    """The tokens and rows of one device at one sparse layer.
+
+    Attributes:
+      tokens: tokens.
+      rows: rows that the graph asks for, the padding of its capacity included.
+      devices: of the experts' axes.
+      top_k: choices of a token.
+      experts: how many there are.
+      dropless: whether every token is taken.
+      in_rounds: whether a dropless exchange has as many rounds as its rows need.
+    """
+
+    tokens: float
+    rows: float
+    devices: int
+    top_k: int
+    experts: int
+    dropless: bool
+    in_rounds: bool = False
+
+    def factor(self, name: str) -> float:
+        """Return how many rows are computed for each row of the graph."""
+        return 1.0 if is_exact(name, self.dropless) else BOUND
+
+    def buffer_rows(self, name: str) -> float:
+        """Return the rows that a device must have room for.
+
+        Dropless, the worst case is that all choices of all devices fall on one: a token has at most
+        one row for each expert there.  In rounds there is room for somewhat more than the mean.
+        """
+        way = via(name)
+        if not self.dropless or way is None or way.is_bounded:
+            return self.rows * self.factor(name)
+        most = min(self.top_k, self.experts // self.devices)
+        worst = self.tokens * most * (1 if way.tokens_everywhere else self.devices)
+        return min(worst, ROUND_ROOM * self.rows) if self.in_rounds else worst
+
+
+def is_exact(name: str, dropless: bool) -> bool:
+    """Whether an exchange loses no row that the graph keeps."""
+    way = via(name)
+    return way is None or not (way.is_bounded and dropless)
+
+
+def sparse_rows(part: Part, work: Workload, strategy: Strategy, local: Sharding) -> LayerRows:
+    """Return the tokens and rows of a device at `part`, which has experts."""
+    dispatched = (s for s in part.steps if s.moves is RowMove.TO_SLOTS)
+    # Losses and metrics may send a number of each token, too.
+    step = next(s for s in dispatched if "embed" in s.results[0].names)
+    layout, rows = strategy.layout, step.results[0]
+    embed = rows.size("embed")
+    return LayerRows(
+        tokens=local.values.elements(step.operands[0]) / embed,
+        # Rows are counted where their tokens are, before any exchange.
+        rows=rows.elements / embed / layout.shards["batch"],
+        devices=layout.shards["expert"],
+        top_k=part.top_k,
+        experts=work.experts,
+        dropless=work.dropless,
+        in_rounds=strategy.in_rounds,
+    )

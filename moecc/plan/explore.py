@@ -14,8 +14,7 @@ from moecc.ir.mesh import Mesh
 from moecc.plan.batches import Batch
 from moecc.plan.candidates import problems
 from moecc.plan.collectives import seconds
-from moecc.plan.machines import Machine, efficiency, sizes_of_kind
-from moecc.plan.networks import Slices, Switch, Torus
+from moecc.plan.machines import Machine, Slices, Switch, Torus, efficiency, sizes_of_kind
 from moecc.plan.parts import Part, Shape, Step, Weight
 from moecc.plan.report import Idea
 from moecc.plan.search import Ranking, WorkOn, seconds_text, why_slower

@@ -7,12 +7,11 @@ from textwrap import wrap
 from typing import TypedDict
 
 from moecc.plan.batches import Batch
-from moecc.plan.collectives import sent_bytes
+from moecc.plan.collectives import is_exact, sent_bytes
 from moecc.plan.machines import Machine
 from moecc.plan.search import Ranking, seconds_text, why_slower
 from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.time import Estimate, PartCost
-from moecc.plan.traffic import exact
 from moecc.plan.workload import Workload
 from moecc.support.text import amount
 
@@ -242,7 +241,7 @@ def _strategy(strategy: Strategy) -> StrategyReport:
 def _summary(estimate: Estimate, work: Workload) -> SummaryReport:
     return {
         **_strategy(estimate.strategy),
-        "exact": exact(estimate.strategy.via, work.dropless),
+        "exact": is_exact(estimate.strategy.via, work.dropless),
         "seconds": estimate.seconds,
         "mfu": estimate.mfu,
         "total_bytes": estimate.memory.total,
@@ -286,15 +285,15 @@ def _part(part: PartCost, estimate: Estimate) -> PartReport:
         },
         "transfers": [
             {
-                "op": t.op,
-                "axes": list(t.axes),
-                "why": t.why,
-                "times": part.count * t.times,
-                "tensor_bytes": t.tensor_bytes,
-                "sent_bytes": sent_bytes(t.op, layout.size(t.axes), t.tensor_bytes),
-                "seconds": part.count * each,
+                "op": c.op,
+                "axes": list(c.axes),
+                "why": c.why,
+                "times": part.count * c.times,
+                "tensor_bytes": c.tensor_bytes,
+                "sent_bytes": sent_bytes(c.op, layout.size(c.axes), c.tensor_bytes),
+                "seconds": part.count * c.seconds,
             }
-            for t, each in part.transfers
+            for c in part.collectives
         ],
     }
 

@@ -8,10 +8,10 @@ from itertools import combinations
 
 from moecc.errors import InputError
 from moecc.plan.candidates import check_constraints, strategies
+from moecc.plan.collectives import is_exact
 from moecc.plan.machines import Machine, sizes_of_kind
 from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.time import Estimate, Estimator
-from moecc.plan.traffic import exact
 from moecc.plan.workload import Workload
 from moecc.support.text import amount, size_text
 from moecc.support.untyped import JsonDict
@@ -285,7 +285,7 @@ def search(
     found.sort(key=lambda e: e.seconds)
     keeping = found
     if config.via is None:
-        keeping = [e for e in found if exact(e.strategy.via, work.dropless)] or found
+        keeping = [e for e in found if is_exact(e.strategy.via, work.dropless)] or found
     best, *others = _distinct(keeping)
     others = _of_other_kinds(best, others, keep)
     lossy = found[0] if found[0] is not best else None
@@ -343,11 +343,11 @@ def _slowest(other: Estimate, best: Estimate) -> str:
 
 def _heaviest(estimate: Estimate, *, waits: bool) -> str:
     """Return the collective that takes the longest, with its mesh axes and purpose."""
-    found = ((p.count * s, t) for p in estimate.parts for t, s in p.transfers if t.waits is waits)
-    best = max(found, key=lambda pair: pair[0], default=None)
-    if best is None:
+    each = ((p, c) for p in estimate.parts for c in p.collectives if c.waits is waits)
+    longest = max(each, key=lambda pair: pair[0].count * pair[1].seconds, default=None)
+    if longest is None:
         return "no collective"
-    return f"{best[1].op} over {' x '.join(best[1].axes)} ({best[1].why})"
+    return f"{longest[1].op} over {' x '.join(longest[1].axes)} ({longest[1].why})"
 
 
 def seconds_text(seconds: float) -> str:

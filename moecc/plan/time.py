@@ -1,40 +1,65 @@
-"""What a step costs under a strategy: arithmetic, memory traffic, collectives, time."""
+"""The cost of a step under a strategy: arithmetic, memory traffic, collectives, time."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
+from typing import NamedTuple
 
 from moecc.ir.attention import AttentionFacts, KernelChoice, choose_attention
+from moecc.ir.graph import Value
 from moecc.ir.traits import Cost
 from moecc.plan.collectives import (
-    Kernel,
-    PartTransfers,
-    Product,
-    Transfer,
-    overlap,
-    products_of,
+    PARAMETERS,
+    Collective,
+    is_exact,
+    part_collectives,
     seconds,
     sent_bytes,
+    sparse_rows,
 )
 from moecc.plan.machines import Machine, efficiency
-from moecc.plan.memory import Memory, memory, optimizer_bytes
+from moecc.plan.memory import Memory, Sharded, Sharding, Values, memory, optimizer_bytes
 from moecc.plan.parts import Part, PlannedAttention, Step, passes_of_products
-from moecc.plan.sharding import Sharded, Sharding, Values
 from moecc.plan.step import StepConfig, Strategy
-from moecc.plan.traffic import PARAMETERS, exact, part_transfers, sparse_rows
 from moecc.plan.workload import Workload
 from moecc.sharding.layout import Layout
 
 BOUNDS = ("compute", "hbm", "network")
 
-Products = Callable[[], Iterable[Product]]
-"""Yields the products of a part."""
-
 SCORE_MOVES = 4.0
 """How often scores go through memory where no kernel keeps them: made, read, weighed, read."""
+
+
+class Kernel(NamedTuple):
+    """A product of groups of rows, one for each expert of a device.
+
+    Attributes:
+      in_rounds: whether it is in the loop of the rounds of an exchange.
+      experts: how many a device has.
+    """
+
+    in_rounds: bool
+    experts: int
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product with a parameter, forward.
+
+    Attributes:
+      weight: the parameter.
+      seconds: of the product; the gradients of both operands take as long each.
+      is_first: whether no other product of its part is before it.
+      kernel: the kernel that computes it, if one does.
+    """
+
+    weight: str
+    seconds: float
+    is_first: bool
+    kernel: Kernel | None = None
 
 
 @dataclass(frozen=True)
@@ -46,11 +71,11 @@ class PartCost:
       count: how many there are.
       flops: FLOPs of all of them, forward, backward and again.
       hbm_bytes: what they read and write.
-      compute_seconds: what the FLOPs take.
-      hbm_seconds: what the bytes take.
-      local_seconds: both: of each operation the longer.
-      transfers: their collectives, with seconds, of one part.
-      chunks: in how many parts rows are exchanged.
+      compute_seconds: of the FLOPs.
+      hbm_seconds: of the bytes.
+      local_seconds: of both: of each operation the longer.
+      collectives: of one part.
+      chunks: number of parts in which rows are exchanged.
       in_layer: whether they are parts of layers.
       products: yields those of one part with its parameters, forward; few estimates need them.
     """
@@ -62,20 +87,20 @@ class PartCost:
     compute_seconds: float
     hbm_seconds: float
     local_seconds: float
-    transfers: tuple[tuple[Transfer, float], ...]
+    collectives: tuple[Collective, ...] = ()
     chunks: int = 1
     in_layer: bool = True
-    products: Products = field(default=tuple, compare=False, repr=False)
+    products: Callable[[], Iterable[Product]] = field(default=tuple, compare=False, repr=False)
 
     @property
     def waiting_seconds(self) -> float:
         """The collectives that computation waits for."""
-        return self.count * sum(s for t, s in self.transfers if t.waits)
+        return self.count * sum(c.seconds for c in self.collectives if c.waits)
 
     @property
     def hidden_seconds(self) -> float:
         """The collectives of parameters and gradients, which run beside computation."""
-        return self.count * sum(s for t, s in self.transfers if not t.waits)
+        return self.count * sum(c.seconds for c in self.collectives if not c.waits)
 
     @property
     def network_seconds(self) -> float:
@@ -95,8 +120,8 @@ class PartCost:
         Link and products are two machines in a row, through which equal chunks go: the first chunk
         is waited for, and then the slower of both works without a pause (Johnson 1954).
         """
-        exchanges = (s for t, s in self.transfers if t.waits and t.op.endswith("all_to_all"))
-        rows, local = self.count * sum(exchanges), self.local_seconds
+        exchanges = (c for c in self.collectives if c.waits and c.op.endswith("all_to_all"))
+        rows, local = self.count * sum(c.seconds for c in exchanges), self.local_seconds
         chunked = (rows + local + (self.chunks - 1) * max(rows, local)) / self.chunks
         return rows + local - chunked
 
@@ -154,38 +179,18 @@ class Estimate:
     @cached_property
     def collectives(self) -> dict[str, dict[str, float]]:
         """Collectives by operation: how often, bytes of full tensors, bytes sent, seconds."""
-        found: dict[str, dict[str, float]] = {}
+        rows: dict[str, dict[str, float]] = {}
         for part in self.parts:
-            for transfer, each in part.transfers:
-                row = found.setdefault(
-                    transfer.op,
-                    {"count": 0.0, "tensor_bytes": 0.0, "sent_bytes": 0.0, "seconds": 0.0},
+            for one in part.collectives:
+                row = rows.setdefault(
+                    one.op, {"count": 0.0, "tensor_bytes": 0.0, "sent_bytes": 0.0, "seconds": 0.0}
                 )
-                times = part.count * transfer.times
-                devices = self.strategy.layout.size(transfer.axes)
+                times, devices = part.count * one.times, self.strategy.layout.size(one.axes)
                 row["count"] += times
-                row["tensor_bytes"] += times * transfer.tensor_bytes
-                row["sent_bytes"] += times * sent_bytes(transfer.op, devices, transfer.tensor_bytes)
-                row["seconds"] += part.count * each
-        return found
-
-    def overlap(self, is_asked: bool) -> dict[str, dict[str, float]]:
-        """Return the bytes of collectives beside products and those exposed, see `overlap`."""
-        # A compiler prices links at their full rate.
-        ideal = efficiency("network")
-        parts = (
-            PartTransfers(
-                p.name.rpartition(".")[0],
-                p.count,
-                p.in_layer,
-                [t for t, _ in p.transfers],
-                [s * ideal / t.times for t, s in p.transfers],
-                p.chunks,
-                tuple(p.products()),
-            )
-            for p in self.parts
-        )
-        return overlap(self.machine, parts, is_asked)
+                row["tensor_bytes"] += times * one.tensor_bytes
+                row["sent_bytes"] += times * sent_bytes(one.op, devices, one.tensor_bytes)
+                row["seconds"] += part.count * one.seconds
+        return rows
 
     @cached_property
     def by_kind(self) -> dict[str, float]:
@@ -216,22 +221,20 @@ class Estimator:
         return memory(self.work, self.config, strategy, local, self.machine.kind)
 
     def _sharding(self, layout: Layout, rows: float = 1.0) -> Sharding:
-        """Return sizes on one device; what is worked out for one strategy serves the next."""
-        found = self._local.get((layout, rows))
-        if found is None:
-            key, work = (layout.of_values, rows), self.work
-            sharded = self._sharded.setdefault(layout, Sharded(layout, work))
-            found = Sharding(sharded, self._values.setdefault(key, Values(key[0], work, rows)))
-            self._local[layout, rows] = found
-        return found
+        """Return sizes on one device; those of one strategy serve the next."""
+        key, values_key = (layout, rows), (layout.of_values, rows)
+        if key not in self._local:
+            values = self._values.setdefault(values_key, Values(layout.of_values, self.work, rows))
+            sharded = self._sharded.setdefault(layout, Sharded(layout, self.work))
+            self._local[key] = Sharding(sharded, values)
+        return self._local[key]
 
     def _row_factor(self, strategy: Strategy, *, buffer: bool) -> float:
         """Return how many rows there are, or there is room for, by each row of the graph."""
-        local = self._sharding(strategy.layout)
         part = next((p for p in self.work.parts if p.is_sparse), None)
         if part is None:
             return 1.0
-        rows = sparse_rows(part, self.work, self.config, strategy, local)
+        rows = sparse_rows(part, self.work, strategy, self._sharding(strategy.layout))
         return rows.buffer_rows(strategy.via) / rows.rows if buffer else rows.factor(strategy.via)
 
     def estimate(self, strategy: Strategy, needed: Memory | None = None) -> Estimate:
@@ -242,22 +245,27 @@ class Estimator:
           needed: its memory, where that is known already.
         """
         local = self._sharding(strategy.layout, self._row_factor(strategy, buffer=False))
-        times = self.config.micro_batches
-        parts = [
-            _repeated(self._part(part, strategy, local), times, self._gathers_of(part))
-            for part in self.work.parts
-        ]
-        if self.config.train:
+        times, train = self.config.micro_batches, self.config.train
+        parts = []
+        for part in self.work.parts:
+            # For a CPU, XLA moves out of the loop of micro-batches the gathers of parameters, but
+            # for those of equal layers, which are in a loop of their own.  For TPUs and GPUs it
+            # leaves all of them where they are.
+            gathers = 1 if self.machine.kind == "cpu" and not part.in_layer else times
+            # Without experts, of a strategy only the layout and the rematerialisation count.
+            key = ("cost", id(part), strategy.remat)
+            cost = partial(self._part, part, strategy, local)
+            once = cost() if part.is_sparse else local.sharded.once(key, cost)
+            parts.append(_repeated(once, times, gathers))
+        if train:
             parts += (_repeated(x, times, times) for x in self._streams(strategy, local))
-        if self.config.train:
             parts.append(self._update(local))
-        passes = 3 * times if self.config.train else 1
-        frozen = times * self.work.frozen_flops if self.config.train else 0.0
+        frozen = times * self.work.frozen_flops if train else 0.0
         return Estimate(
             strategy=strategy,
             memory=self.memory(strategy) if needed is None else needed,
             parts=tuple(parts),
-            model_flops=passes * self.work.model_flops - frozen,
+            model_flops=(3 * times if train else 1) * self.work.model_flops - frozen,
             machine=self.machine,
             dtype=self.config.compute_type.name,
             attention=self._attention,
@@ -268,22 +276,6 @@ class Estimator:
         pairs = ((part.name, self.kernel(step)) for part in self.work.parts for step in part.steps)
         return tuple(dict.fromkeys((name, kernel) for name, kernel in pairs if kernel is not None))
 
-    def _gathers_of(self, part: Part) -> int:
-        """Return in how many micro-batches the parameters of a part are gathered.
-
-        For a CPU, XLA moves out of their loop the gathers of what is the same in each of them, but
-        for those of equal layers, which are in a loop of their own.  For TPUs and GPUs it leaves
-        all of them where they are.
-        """
-        return 1 if self.machine.kind == "cpu" and not part.in_layer else self.config.micro_batches
-
-    def _part(self, part: Part, strategy: Strategy, local: Sharding) -> PartCost:
-        if part.is_sparse:
-            return self._cost(part, strategy, local)
-        # Without experts, of a strategy only the layout and what is computed again count.
-        key = ("cost", id(part), strategy.remat)
-        return local.sharded.once(key, lambda: self._cost(part, strategy, local))
-
     @cached_property
     def _rates(self) -> tuple[float, float]:
         """FLOPs and bytes of memory per second that a device reaches in practice."""
@@ -292,78 +284,86 @@ class Estimator:
             self.machine.hbm_bytes_per_second * efficiency("hbm"),
         )
 
-    def _cost(self, part: Part, strategy: Strategy, local: Sharding) -> PartCost:
+    def _part(self, part: Part, strategy: Strategy, local: Sharding) -> PartCost:
         width, rates = self.config.compute_type.itemsize_bytes, self._rates
-        flops = moved = compute = hbm = both = 0.0
-        sizes = local.values.once(("steps", id(part)), lambda: _step_sizes(part, local.values))
-        for step, (each, elements) in zip(part.steps, sizes, strict=True):
-            passes = _passes(step, strategy, self.config)
-            elements += self._score_elements(step, local.values)
-            work, bytes_ = each * self._work(step, passes), elements * width
-            times = (work / rates[0], bytes_ * passes / rates[1])
-            flops, moved = flops + work, moved + bytes_ * passes
+        flops = hbm_bytes = compute = hbm = both = 0.0
+        sizes = local.values.once(
+            ("steps", id(part)),
+            lambda: tuple(
+                (_flops(s, local.values), _elements(s, local.values)) for s in part.steps
+            ),
+        )
+        for step, (forward_flops, elements) in zip(part.steps, sizes, strict=True):
+            # Forward, twice backward (or once), and again.
+            passes = products = 1.0
+            if self.config.train:
+                again = step.computed_again(strategy.remat, strategy.in_rounds)
+                passes = products = 1.0 + step.backward + again
+            choice = self.kernel(step)
+            if choice is not None and step.attention is not None:
+                facts = self._facts(step.attention)
+                products = passes_of_products(choice.kernel, facts, passes)
+                if choice.kernel.moves_scores:
+                    elements += SCORE_MOVES * local.values.elements(step.attention.scores)
+            step_flops, step_bytes = forward_flops * products, elements * width
+            times = (step_flops / rates[0], step_bytes * passes / rates[1])
+            flops, hbm_bytes = flops + step_flops, hbm_bytes + step_bytes * passes
             compute, hbm, both = compute + times[0], hbm + times[1], both + max(times)
-        found = part_transfers(part, self.config, strategy, local)
         return PartCost(
             name=part.name,
             count=part.count,
             flops=part.count * flops,
-            hbm_bytes=part.count * moved,
+            hbm_bytes=part.count * hbm_bytes,
             compute_seconds=part.count * compute,
             hbm_seconds=part.count * hbm,
             local_seconds=part.count * both,
-            transfers=self._timed(found, local),
+            collectives=self._timed(part_collectives(part, self.config, strategy, local), local),
             chunks=strategy.chunks if part.is_sparse else 1,
             in_layer=part.in_layer,
-            products=self._products(part, strategy, local.values),
+            products=partial(self._products, part, strategy, local.values),
         )
 
-    def _products(self, part: Part, strategy: Strategy, values: Values) -> Products:
-        rate, ragged = self._rates[0], self.work.dropless and exact(strategy.via, dropless=True)
+    def _products(self, part: Part, strategy: Strategy, values: Values) -> Iterator[Product]:
+        """Yield the products of a part with its parameters, in order."""
+        is_ragged = self.work.dropless and is_exact(strategy.via, dropless=True)
         experts = self.work.experts // strategy.layout.shards["expert"]
-        kernel = Kernel(strategy.in_rounds, experts) if ragged else None
-        return lambda: products_of(part, lambda step: _step_flops(step, values) / rate, kernel)
-
-    def _work(self, step: Step, passes: float) -> float:
-        """Return how often all products of a step are computed, in `passes` over its arrays."""
-        if step.attention is None:
-            return passes
-        facts = self._facts(step.attention)
-        return passes_of_products(choose_attention(facts).kernel, facts, passes)
+        kernel = Kernel(strategy.in_rounds, experts) if is_ragged else None
+        behind = set[Value]()
+        for node, step in zip(part.nodes, part.steps, strict=True):
+            is_behind = not behind.isdisjoint(node.operands)
+            weight = next(filter(None, step.weights), None)
+            if weight is not None and step.cost is Cost.PRODUCT:
+                is_behind, is_first = True, not is_behind
+                time = _flops(step, values) / self._rates[0]
+                yield Product(weight.name, time, is_first, kernel if weight.of_experts else None)
+            if is_behind:
+                behind.update(node.results)
 
     def kernel(self, step: Step) -> KernelChoice | None:
         """Return the kernel of a step that is an attention; None for any other step."""
         return None if step.attention is None else choose_attention(self._facts(step.attention))
 
     def _facts(self, attention: PlannedAttention) -> AttentionFacts:
-        """Return what is known of an attention, and of the program."""
+        """Return the facts of an attention, and of the program."""
         machine, dtype = self.machine, self.config.compute_type.name
         on_mesh = machine.devices > 1
         return replace(attention.facts, platform=machine.kind, dtype=dtype, on_mesh=on_mesh)
 
-    def _score_elements(self, step: Step, values: Values) -> float:
-        """Return the elements of scores that an attention reads and writes, forward."""
-        choice = self.kernel(step)
-        if choice is None or step.attention is None or not choice.kernel.moves_scores:
-            return 0.0
-        return SCORE_MOVES * values.elements(step.attention.scores)
-
-    def _timed(
-        self, found: Iterable[Transfer], local: Sharding
-    ) -> tuple[tuple[Transfer, float], ...]:
-        """Return collectives with the seconds that they take."""
+    def _timed(self, collectives: Iterable[Collective], local: Sharding) -> tuple[Collective, ...]:
+        """Return collectives as the machine runs them, with their seconds."""
         sizes, reached = local.layout.sizes, efficiency("network")
         routes = local.sharded.once("routes", lambda: self.machine.network.routes(sizes))
+        run = (one.on(self.machine.kind) for one in collectives)
         return tuple(
-            (t, t.times * seconds(t.op, routes[t.axes], t.tensor_bytes) / reached)
-            for t in (each.on(self.machine.kind) for each in found)
+            c._replace(seconds=c.times * seconds(c.op, routes[c.axes], c.tensor_bytes) / reached)
+            for c in run
         )
 
     def _streams(self, strategy: Strategy, local: Sharding) -> Iterator[PartCost]:
-        """Yield what gathers the stream that goes from unit to unit, kept in parts.
+        """Yield the gathers of the activations between units, kept in parts.
 
-        It is gathered for each unit forward and again, and its gradient behind the unit; and so are
-        what leaves the last unit of a stack and its gradient.
+        They are gathered for each unit forward and again, and their gradient behind the unit; and
+        so are the output of the last unit of a stack and its gradient.
         """
         axis, width = strategy.stream_axis, self.config.compute_type.itemsize_bytes
         units: Counter[str] = Counter()
@@ -371,10 +371,13 @@ class Estimator:
             units[layer.name] += layer.count * layer.is_first
         for layer in self.work.layers if axis is not None else ():
             for shape in layer.inputs if layer.is_first else ():
-                size, each = local.elements(shape) * width, 3 + 2 / units[layer.name]
-                found = Transfer("all_gather", (str(axis),), size, each, "what layers hand on")
-                times = self._timed([found], local)
-                yield PartCost(f"{layer.name}.stream", layer.count, 0.0, 0.0, 0.0, 0.0, 0.0, times)
+                elements, times = local.values.elements(shape), 3 + 2 / units[layer.name]
+                gather = Collective(
+                    "all_gather", (str(axis),), elements, "what layers hand on",
+                    tensor_bytes=elements * width, times=times,
+                )  # fmt: skip
+                each = self._timed([gather], local)
+                yield PartCost(f"{layer.name}.stream", layer.count, 0.0, 0.0, 0.0, 0.0, 0.0, each)
 
     def _update(self, local: Sharding) -> PartCost:
         """Return the cost of the optimizer: parameters, gradients and state, read and written."""
@@ -386,50 +389,33 @@ class Estimator:
             stored * self.config.reduce_type.itemsize_bytes * 2 * (self.config.micro_batches - 1)
         )
         time = moved / (self.machine.hbm_bytes_per_second * efficiency("hbm"))
-        return PartCost("optimizer", 1, 0.0, moved, 0.0, time, time, ())
+        return PartCost("optimizer", 1, 0.0, moved, 0.0, time, time)
 
 
 def _repeated(part: PartCost, times: int, gathers: int) -> PartCost:
-    """Return the cost of a part in a step of `times` micro-batches.
-
-    Its parameters are gathered in `gathers` of them.
-    """
+    """Return the cost of a part in `times` micro-batches; parameters are gathered in `gathers`."""
     if times == 1:
         return part
+    scaled = ("flops", "hbm_bytes", "compute_seconds", "hbm_seconds", "local_seconds")
+    runs = ((c, gathers if c.why == PARAMETERS else times) for c in part.collectives)
     return replace(
-        part, flops=part.flops * times, hbm_bytes=part.hbm_bytes * times,
-        compute_seconds=part.compute_seconds * times, hbm_seconds=part.hbm_seconds * times,
-        local_seconds=part.local_seconds * times,
-        transfers=tuple(
-            (t._replace(times=t.times * each), s * each)
-            for t, s in part.transfers
-            for each in [gathers if t.why == PARAMETERS else times]
+        part,
+        **{name: getattr(part, name) * times for name in scaled},
+        collectives=tuple(
+            c._replace(times=c.times * count, seconds=c.seconds * count) for c, count in runs
         ),
-    )  # fmt: skip
+    )
 
 
-def _passes(step: Step, strategy: Strategy, config: StepConfig) -> float:
-    """Return how often a step's work is done: forward, twice backward (or once), again."""
-    if not config.train:
-        return 1.0
-    return 1.0 + step.backward + step.computed_again(strategy.remat, strategy.in_rounds)
-
-
-def _step_sizes(part: Part, values: Values) -> tuple[tuple[float, float], ...]:
-    """Return the FLOPs of each step of a part, forward, and the elements that it moves."""
-    return tuple((_step_flops(step, values), _step_elements(step, values)) for step in part.steps)
-
-
-def _step_flops(step: Step, values: Values) -> float:
+def _flops(step: Step, values: Values) -> float:
+    """Return the FLOPs of a step on one device, forward."""
     return 2.0 * step.cost.products * values.elements(step.axes) if step.cost.products else 0.0
 
 
-def _step_elements(step: Step, values: Values) -> float:
+def _elements(step: Step, values: Values) -> float:
     """Return the elements that a step reads and writes, forward."""
     if step.cost is Cost.FUSED:
         return 0.0
-    shapes = [*step.operands, *step.results]
-    if step.cost is Cost.LOOK_UP:
-        # Of the table only the rows that are looked up.
-        shapes = [*step.results, *step.results]
-    return sum(map(values.elements, shapes))
+    # Of a table only the rows that are looked up.
+    operands = step.results if step.cost is Cost.LOOK_UP else step.operands
+    return sum(map(values.elements, [*operands, *step.results]))

@@ -45,7 +45,6 @@ from moecc.sharding.assign import ROWS, Assigner, Site, cuts_of, sites_of
 from moecc.sharding.collectives import (
     Dependence,
     Gradients,
-    Sent,
     dependence,
     gradients,
     sent,
@@ -56,6 +55,9 @@ from moecc.sharding.propagate import Alike, Propagation, propagate
 from moecc.types import F32, Axis, TensorType
 
 # One layer of each kind: the nodes whose sharding determines that of the whole model.
+
+SentStep = tuple[str, tuple[str, ...], TensorType]
+"""An operation, its mesh axes and the larger type, see `moecc.sharding.collectives.sent`."""
 
 Found = tuple[Propagation, Gradients]
 """How values are sharded, and what the backward pass sums."""
@@ -72,7 +74,7 @@ class Sample:
     graph: Graph
     _found: Alike[Found] = field(default_factory=Alike)
     _alone: dict[Shape, tuple[TensorType, Sequence[Axis]]] = field(default_factory=dict)
-    _sent: dict[tuple[TensorType, TensorType], tuple[Sent, ...]] = field(default_factory=dict)
+    _sent: dict[tuple[TensorType, TensorType], tuple[SentStep, ...]] = field(default_factory=dict)
 
     @cached_property
     def sites(self) -> Mapping[Node, Site]:
@@ -104,7 +106,7 @@ class Sample:
             self._alone[shape] = _alone(shape)
         return layout.assigner.lone(*self._alone[shape])
 
-    def resharded(self, source: TensorType, target: TensorType) -> tuple[Sent, ...]:
+    def resharded(self, source: TensorType, target: TensorType) -> tuple[SentStep, ...]:
         """Return the collectives that bring a value of type `source` to where `target` is."""
         key = (source, target)
         if key not in self._sent:

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from moecc.ir.graph import Value
-from moecc.ir.operation import op as entry_of
 from moecc.ir.ops.collectives import collective_type
 from moecc.ir.sharding_rules import Given, sharded_results
-from moecc.ir.traits import Collective, RowMove
+from moecc.ir.traits import RowMove
 from moecc.sharding.assign import Site
 from moecc.sharding.propagate import Propagation, Reshard
 from moecc.sharding.vias import Via
@@ -31,30 +30,19 @@ TRANSPOSED = {
 scattered.  The gradient of a sum that was carried out is there already."""
 
 
-class Sent(NamedTuple):
-    """A collective that is done to a value.
+def sent(
+    source: TensorType, steps: Iterable[Step]
+) -> Iterator[tuple[str, tuple[str, ...], TensorType]]:
+    """Yield the operations of `steps` on a value of type `source`, with mesh axes and a type.
 
-    Attributes:
-      op: its name.
-      mesh: the mesh axes that it runs over.
-      type: the type of its operand or result, of which a device has more.
-      is_local: whether nothing is sent, as where a device takes its shard.
+    The type is that of the operand or result, of which a device has more.  A ``shard`` sends
+    nothing: a device takes its part.
     """
-
-    op: str
-    mesh: tuple[str, ...]
-    type: TensorType
-    is_local: bool
-
-
-def sent(source: TensorType, steps: Iterable[Step]) -> Iterator[Sent]:
-    """Yield what `steps`, one after the other, do to a value of type `source`."""
     type = source
     for op, attrs in steps:
-        made = collective_type(op, type, attrs)
-        larger = type if _is_larger(type, made) else made
-        yield Sent(op, attrs["mesh"], larger, entry_of(op).collective is Collective.LOCAL)
-        type = made
+        result = collective_type(op, type, attrs)
+        yield op, attrs["mesh"], type if _is_larger(type, result) else result
+        type = result
 
 
 def _is_larger(type: TensorType, other: TensorType) -> bool:

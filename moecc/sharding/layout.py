@@ -148,6 +148,10 @@ class Layout:
         """Return the number of shards over mesh axes together."""
         return self.mesh.size(axes)
 
+    def shards_of(self, type: TensorType) -> int:
+        """Return the number of shards of a value of `type`."""
+        return self.mesh.size(m for a in type.axes for m in a.mesh)
+
     def ordered(self, axes: Collection[str]) -> tuple[str, ...]:
         """Return mesh axes in the order of the mesh."""
         return tuple(n for n in self.mesh.names if n in axes)

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from moecc.ir import OPS
 from moecc.ir.traits import Collective
 from moecc.plan.collectives import seconds, sent_bytes
-from moecc.plan.machines import efficiency, parse_machine, table
-from moecc.plan.networks import HOP_SECONDS, Dim, TorusRoute
+from moecc.plan.machines import HOP_SECONDS, Dim, TorusRoute, efficiency, parse_machine, table
 
 Array = np.ndarray
 

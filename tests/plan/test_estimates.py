@@ -20,12 +20,11 @@ from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.plan.batches import Batch, make_batch
 from moecc.plan.candidates import layouts, legal_vias, meshes
+from moecc.plan.collectives import LayerRows
 from moecc.plan.machines import parse_machine
-from moecc.plan.memory import GAPS, STACKS_GAPS, _zeros
-from moecc.plan.sharding import Sharding
+from moecc.plan.memory import GAPS, STACKS_GAPS, Sharding, _zeros
 from moecc.plan.step import REMATS, StepConfig, Strategy, plan_mesh
 from moecc.plan.time import Estimate, Estimator
-from moecc.plan.traffic import Rows
 from moecc.plan.workload import Workload, workload
 from moecc.sharding.layout import Layout
 from moecc.types import F32
@@ -194,7 +193,7 @@ def test_no_plan_beats_the_peak(model: str, data: st.DataObject, machine: str) -
 def test_the_worst_case_has_room_for_every_choice(top_k: int, experts: int, devices: int) -> None:
     """By trying to send as many choices to one device as there can be."""
     tokens, mine = 4, experts // devices
-    rows = Rows(tokens, tokens * top_k, 2.0, devices, top_k, experts, True)
+    rows = LayerRows(tokens, tokens * top_k, devices, top_k, experts, True)
     # Each token of each device chooses as many experts of the first device as it can.
     landed = sum(min(top_k, mine) for _ in range(tokens * devices))
     assert rows.buffer_rows("ragged") == rows.buffer_rows("ring") == landed
@@ -208,7 +207,7 @@ def census(model: str, mesh: str, via: str, remat: str, *, train: bool) -> dict[
     found = estimate(work, strategy, "tpu:v5p:2x2x4", train=train)
     sparse = next(p for p in found.parts if p.name == "layers.ffn")
     return {
-        f"{t.op} {t.why}": t.times for t, _ in sparse.transfers if t.waits and t.axes == ("expert",)
+        f"{t.op} {t.why}": t.times for t in sparse.collectives if t.waits and t.axes == ("expert",)
     }
 
 

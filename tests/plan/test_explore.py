@@ -15,7 +15,7 @@ import moecc
 from moecc.errors import InputError
 from moecc.model.open import open_model
 from moecc.plan.batches import Batch
-from moecc.plan.collectives import Transfer
+from moecc.plan.collectives import Collective
 from moecc.plan.explore import (
     in_context,
     part_of_machine,
@@ -24,8 +24,7 @@ from moecc.plan.explore import (
     staged,
     whole_keys,
 )
-from moecc.plan.machines import efficiency, parse_machine
-from moecc.plan.networks import HOP_SECONDS, Switch
+from moecc.plan.machines import HOP_SECONDS, Switch, efficiency, parse_machine
 from moecc.plan.step import StepConfig, Strategy, plan_mesh
 from moecc.plan.time import PartCost
 from moecc.plan.workload import Workload, workload
@@ -160,11 +159,11 @@ def finished(exchange: float, products: float, chunks: int) -> float:
 
 @given(st.floats(1e-6, 1.0), st.floats(1e-6, 1.0), st.integers(1, 16))
 def test_chunks_take_what_two_machines_in_a_row_take(rows: float, local: float, n: int) -> None:
-    move = Transfer("all_to_all", ("expert",), 1.0, 1.0, "rows")
-    other = Transfer("all_reduce", ("model",), 1.0, 1.0, "sums")
-    part = PartCost("ffn", 1, 0.0, 0.0, 0.0, 0.0, local, ((move, rows), (other, 0.5)), n)
+    move = Collective("all_to_all", ("expert",), 1.0, "rows", seconds=rows)
+    other = Collective("all_reduce", ("model",), 1.0, "sums", seconds=0.5)
+    part = PartCost("ffn", 1, 0.0, 0.0, 0.0, 0.0, local, (move, other), n)
     assert part.seconds == pytest.approx(finished(rows, local, n) + 0.5)
-    alone = replace(part, transfers=((other, 0.5),))
+    alone = replace(part, collectives=(other,))
     assert alone.seconds == pytest.approx(local + 0.5)
 
 

@@ -38,7 +38,7 @@ def sent(estimate: Estimate) -> Counter[str]:
     found: Counter[str] = Counter()
     for part in estimate.parts:
         of = " of tables" if part.name in ("embed", "head") else ""
-        for t, _ in part.transfers:
+        for t in part.collectives:
             found[f"{t.op} {t.why}{of}"] += round(part.count * t.times * t.tensor_bytes)
     return found
 

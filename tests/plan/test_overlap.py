@@ -9,8 +9,9 @@ import pytest
 
 from moecc.model.open import open_model
 from moecc.plan.batches import make_batch
-from moecc.plan.collectives import Transfer
+from moecc.plan.collectives import Collective
 from moecc.plan.machines import parse_machine
+from moecc.plan.overlap import overlap
 from moecc.plan.step import StepConfig, Strategy, plan_mesh
 from moecc.plan.time import Estimate, Estimator
 from moecc.plan.workload import workload
@@ -39,7 +40,7 @@ def test_parameters_of_layers_are_beside_products_where_compilers_do_so(
     machine: str, asked: bool, does: bool
 ) -> None:
     estimate = planned(machine)
-    found = estimate.overlap(asked)
+    found = overlap(estimate, asked)
     for op, row in estimate.collectives.items():
         assert sum(found[op].values()) == pytest.approx(row["tensor_bytes"])
     for op in ("all_gather", "reduce_scatter"):
@@ -49,19 +50,19 @@ def test_parameters_of_layers_are_beside_products_where_compilers_do_so(
     assert found["all_to_all"]["overlapped_bytes"] == 0 < found["all_to_all"]["exposed_bytes"]
 
 
-def gathers(estimate: Estimate) -> dict[str, list[Transfer]]:
+def gathers(estimate: Estimate) -> dict[str, list[Collective]]:
     """Return the gathers of parameters of each part, in order."""
     return {
-        part.name: [t for t, _ in part.transfers if t.op == "all_gather" and not t.waits]
+        part.name: [t for t in part.collectives if t.op == "all_gather" and not t.waits]
         for part in estimate.parts
     }
 
 
 def exposed(estimate: Estimate, op: str) -> float:
-    return estimate.overlap(True)[op]["exposed_bytes"]
+    return overlap(estimate, True)[op]["exposed_bytes"]
 
 
-def moved(transfers: Iterable[Transfer], layers: int = 1) -> float:
+def moved(transfers: Iterable[Collective], layers: int = 1) -> float:
     return layers * sum(t.tensor_bytes * t.times for t in transfers)
 
 
@@ -87,10 +88,10 @@ def test_on_a_tpu_dropless_experts_leave_their_gathers_the_products_of_attention
     assert exposed(gpu, "reduce_scatter") == exposed(capacity, "reduce_scatter")
 
 
-def of_ring(estimate: Estimate, op: str) -> list[Transfer]:
+def of_ring(estimate: Estimate, op: str) -> list[Collective]:
     """Return what a ring does with tokens."""
     (part,) = (p for p in estimate.parts if p.name == "layers.ffn")
-    return [t for t, _ in part.transfers if t.op == op and t.waits]
+    return [t for t in part.collectives if t.op == op and t.waits]
 
 
 def test_on_a_tpu_a_ring_waits_for_tokens_and_not_for_gradients_of_its_sums() -> None:

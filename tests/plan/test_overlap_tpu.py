@@ -3,33 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 
-from moecc.plan.collectives import Kernel, PartTransfers, Product, Transfer, shares_on_tpu
+from moecc.plan.collectives import Collective
+from moecc.plan.machines import efficiency
+from moecc.plan.overlap import shares_on_tpu
+from moecc.plan.time import Kernel, PartCost, Product
 
 SIZES = {"query": 3.0, "output": 3.0, "router": 1.0, "up": 9.0, "down": 9.0}
 """The bytes of each parameter."""
 
 
-def of_parameters(names: Sequence[str]) -> Iterator[Transfer]:
-    for name in names:
-        yield Transfer("all_gather", (), SIZES[name], 2, "parameters", False, weight=name)
-        yield Transfer("reduce_scatter", (), SIZES[name], 1, "gradients", False, weight=name)
-
-
-def part(names: Sequence[str], products: Sequence[Product], tokens: float = 0.0) -> PartTransfers:
-    ring = (
-        Transfer("all_gather", (), tokens, 2, "tokens"),
-        Transfer("all_gather", (), tokens, 1, "tokens", leaves_work=True),
-        Transfer("reduce_scatter", (), tokens, 2, "sums", leaves_work=True),
+def moved(op: str, size: float, times: int, why: str, **more: Any) -> Collective:
+    """Return a collective on links of which a plan counts on a byte a second."""
+    each = size / efficiency("network")
+    return Collective(
+        op, (), size, why, tensor_bytes=size, times=times, seconds=times * each, **more
     )
-    transfers = [*of_parameters(names), *(ring if tokens else ())]
-    seconds = [t.tensor_bytes for t in transfers]
-    return PartTransfers("layers", 1, True, transfers, seconds, 1, products)
 
 
-def layer(tokens: float, experts: int) -> list[PartTransfers]:
+def of_parameters(names: Sequence[str]) -> Iterator[Collective]:
+    for name in names:
+        yield moved("all_gather", SIZES[name], 2, "parameters", weight=name)
+        yield moved("reduce_scatter", SIZES[name], 1, "gradients", weight=name)
+
+
+def part(names: Sequence[str], products: Sequence[Product], tokens: float = 0.0) -> PartCost:
+    ring = (
+        moved("all_gather", tokens, 2, "tokens"),
+        moved("all_gather", tokens, 1, "tokens", leaves_work=True),
+        moved("reduce_scatter", tokens, 2, "sums", leaves_work=True),
+    )
+    collectives = (*of_parameters(names), *(ring if tokens else ()))
+    return PartCost(
+        "layers.part", 1, 0.0, 0.0, 0.0, 0.0, 0.0, collectives, products=lambda: products
+    )
+
+
+def layer(tokens: float, experts: int) -> list[PartCost]:
     kernel = Kernel(in_rounds=False, experts=experts)
     attention = [Product("query", 9.0, True), Product("output", 9.0, False)]
     ffn = [Product("router", 1.0, True)]
@@ -38,17 +51,17 @@ def layer(tokens: float, experts: int) -> list[PartTransfers]:
     return [part(["query", "output"], attention), part(names, ffn, tokens)]
 
 
-def shares(parts: Sequence[PartTransfers], op: str) -> dict[str, list[float]]:
+def shares(parts: Sequence[PartCost], op: str) -> dict[str, list[float]]:
     """Return for each parameter, or for what else is moved, the shares beside products."""
     found: dict[str, list[float]] = {}
     for one, beside in zip(parts, shares_on_tpu(parts), strict=True):
-        for transfer, share in zip(one.transfers, beside, strict=True):
+        for transfer, share in zip(one.collectives, beside, strict=True):
             if transfer.op == op:
                 found.setdefault(transfer.weight or transfer.why, []).append(share)
     return found
 
 
-def exposed(parts: Sequence[PartTransfers], op: str) -> set[str]:
+def exposed(parts: Sequence[PartCost], op: str) -> set[str]:
     return {name for name, each in shares(parts, op).items() if 0.0 in each}
 
 

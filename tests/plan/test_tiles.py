@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecc.plan.networks import padded, stacked
+from moecc.plan.machines import padded
 
 
 def rooms(sizes: list[int]) -> list[int]:
@@ -56,5 +56,5 @@ def test_the_room_of_some_parameters(sizes: tuple[int, ...], expected: int) -> N
 def test_parameters_of_layers_are_padded_as_one(
     sizes: tuple[int, ...], count: int, expected: int
 ) -> None:
-    assert padded(stacked(sizes, count), "tpu") == expected
-    assert padded(stacked(sizes, count), "gpu") == count * padded(sizes, "gpu")
+    assert padded((count, *sizes), "tpu") == expected
+    assert padded((count, *sizes), "gpu") == count * padded(sizes, "gpu")

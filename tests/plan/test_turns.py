@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from moecc.plan.collectives import Kernel, Product, exposed_gathers, exposed_gradients
+from moecc.plan.overlap import exposed_gathers, exposed_gradients
+from moecc.plan.time import Kernel, Product
 
 FIRST = (Product("k", 1.0, True), Product("v", 1.0, True), Product("q", 4.0, True))
 DENSE = (*FIRST, Product("o", 4.0, False))

@@ -19,7 +19,7 @@ from moecc.ir.mesh import parse_mesh
 from moecc.ir.text import print_graph
 from moecc.plan.batches import make_batch
 from moecc.plan.candidates import layouts, meshes
-from moecc.plan.sharding import Sharding
+from moecc.plan.memory import Sharding
 from moecc.plan.workload import workload
 from moecc.presets import preset_config
 from moecc.sharding.assign import ROWS, Assigner, cuts_of, sites_of
@@ -82,7 +82,7 @@ def test_a_sum_over_sharded_neurons_is_carried_out_at_once_for_all() -> None:
     assert found.operands[z.node] == (graph.value("x"), summed)
     assert found.reshards == [summed]
     assert [r.axis for r in summed.rules] == ["mlp"]
-    done = [(s.op, s.mesh) for s in sent(summed.source, steps(summed.source, summed.target))]
+    done = [(op, mesh) for op, mesh, _ in sent(summed.source, steps(summed.source, summed.target))]
     assert done == [("all_reduce", ("model",))]
 
 
@@ -95,7 +95,7 @@ def test_a_parameter_is_gathered_from_where_it_is_stored() -> None:
     assert found.types[graph.value("scale")].is_sharded is False, "vectors are small"
     assert {r.value.name for r in found.reshards} == {"up", "down"}
     (one,) = sent(found.types[up], steps(found.types[up], found.wanted[up]))
-    assert (one.op, one.mesh, one.type) == ("all_gather", ("fsdp",), found.wanted[up])
+    assert one == ("all_gather", ("fsdp",), found.wanted[up])
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -165,8 +165,8 @@ def test_a_value_by_itself_has_as_much_on_a_device_as_in_its_layer(name: str) ->
             for node, step in zip(part.nodes, part.steps, strict=True):
                 for value, shape in zip(node.results, step.results, strict=True):
                     if value.type.dtype.is_float and "batch" in shape.names:
-                        shards = sharded.shards(sharded.found.types[value])
-                        alone = shape.elements / local.elements(shape)
+                        shards = layout.shards_of(sharded.propagation.types[value])
+                        alone = shape.elements / local.values.elements(shape)
                         # A table that is looked up again, and stored over an axis that the batch
                         # leaves free, is not gathered: what is looked up is sharded as it is.
                         free = layout.replicated and layout.dense_weights == "split"
@@ -246,7 +246,7 @@ def test_rows_are_brought_to_their_experts_and_back() -> None:
     by = Assigner(parse_mesh("data:4"), read_layouts(["st-moe"]))
     found = found_in(graph, by)
     kinds = [
-        [s.op for s in sent(r.source, steps(r.source, r.target))]
+        [op for op, _, _ in sent(r.source, steps(r.source, r.target))]
         for r in found.reshards
         if "slot" in r.source
     ]

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 
 from moecc.errors import MachineError, UsageError
 from moecc.jobs.compile import environment
-from moecc.plan.machines import Machine
-from moecc.plan.networks import Slices
+from moecc.plan.machines import Machine, Slices
 from moecc.support.extras import install_hint
 
 if TYPE_CHECKING:

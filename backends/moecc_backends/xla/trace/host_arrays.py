@@ -16,7 +16,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from moecc.backend import Arrays
 from moecc.errors import InputError, Problem, nearest
 from moecc.ir.graph import Graph, Value
-from moecc.plan.networks import in_tiles
+from moecc.plan.machines import in_tiles
 from moecc.types import Array as NumpyArray
 
 

@@ -1,0 +1,245 @@
+"""The collectives that a compiled program runs beside products, as far as a plan can say.
+
+A compiler decides it when it schedules.  It is foreseen here for those whose schedules were read
+(`moecc compile` reads that of every program).  A turn of a loop over layers is products one after
+the other.  A gather of parameters can run beside a product that stands before the one that reads
+them, and gradients are reduced beside products that nothing waits for, those of other weights.
+Collectives that layers wait for are exposed, and so are those outside of the loops: embedding and
+head, and gradients of parameters that are stored whole, which are added up first.
+
+* TPUs have a gather in a product of XLA's own, see below.
+* XLA for GPUs begins the gathers of all first products together (queries, keys and values), and so
+  again after an exchange, beside which it runs no other collective.  Of an exchange in chunks all
+  but the first are beside the products of another chunk.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+
+from moecc.plan.collectives import Collective
+from moecc.plan.machines import efficiency
+from moecc.plan.time import Estimate, PartCost, Product
+
+OVERLAPPING = ("gpu",)
+"""Machines whose compilers overlap by themselves, by the beginning of their names; XLA for CPUs and
+TPUs has collectives that are waited for."""
+
+ASKED = ("tpu:v5p",)
+"""Machines whose compilers overlap if they are asked to."""
+
+
+def overlap(estimate: Estimate, is_asked: bool) -> dict[str, dict[str, float]]:
+    """Return by operation the ``overlapped_bytes`` of full tensors, and the ``exposed_bytes``.
+
+    Args:
+      estimate: of a step.
+      is_asked: whether the compiler is asked to have collectives beside products.
+    """
+    machine = estimate.machine
+    name = machine.compiled_as or machine.name
+    overlaps = name.startswith((*OVERLAPPING, *(ASKED if is_asked else ())))
+    shares_of = shares_on_gpu if machine.kind == "gpu" else shares_on_tpu
+    layers: dict[str, list[PartCost]] = {}
+    for part in estimate.parts:
+        layers.setdefault(part.name.rpartition(".")[0], []).append(part)
+    rows: dict[str, dict[str, float]] = {}
+    for layer in layers.values():
+        for part, shares in zip(layer, shares_of(layer), strict=True):
+            for one, share in zip(part.collectives, shares, strict=True):
+                size = part.count * one.times * one.tensor_bytes
+                hidden = size * share if overlaps and part.in_layer else 0.0
+                row = rows.setdefault(one.op, {"overlapped_bytes": 0.0, "exposed_bytes": 0.0})
+                row["overlapped_bytes"] += hidden
+                row["exposed_bytes"] += size - hidden
+    return rows
+
+
+def shares_on_gpu(layer: Sequence[PartCost]) -> Iterator[list[float]]:
+    """Yield for each part the share of each collective that is beside products, in a loop."""
+    begins = True
+    for part in layer:
+        exchanges = [one for one in part.collectives if one.op.endswith("all_to_all")]
+        gathers = [one for one in part.collectives if is_gather(one)]
+        # The last product of a part, of results or back to the model's width, has others before it.
+        first = {id(one) for one in gathers[:-1]} if begins or exchanges else set()
+        in_chunks = 1 - 1 / part.chunks
+        yield [
+            in_chunks if one in exchanges else float(id(one) not in first and not is_awaited(one))
+            for one in part.collectives
+        ]
+        begins = begins and not gathers
+
+
+def is_gather(one: Collective) -> bool:
+    """Whether it gathers a parameter."""
+    return one.op == "all_gather" and not one.waits
+
+
+def is_reduction(one: Collective) -> bool:
+    """Whether it reduces the gradient of a parameter, in a loop over layers."""
+    return one.op == "reduce_scatter" and not one.waits
+
+
+def is_awaited(one: Collective) -> bool:
+    """Whether layers wait for it, or it runs behind their loop."""
+    return one.waits or one.op == "all_reduce"
+
+
+# XLA for TPUs schedules a turn of a loop over layers from its end (latency hiding).  One gather is
+# on its way at a time: it ends before the product that reads it, begins where the next one, towards
+# the beginning of the turn, has to end, and is fused with a product between, if there is one.  So
+# it has the last of the products before its reader that has no gather yet.  A reduction of gradients
+# is for the cores that a chip has for embeddings, which do one at a time: nothing in the turn waits
+# for it, so it goes to the end, beside products that nothing waits for either, as many as last as
+# long.  Those are the gradients of the layer's input; and the gradient of a weight, once its own
+# reduction has a place behind it.
+#
+# The reductions with the longest chains of transfers before them are the last; of equal chains the
+# largest.
+#
+# Products of experts without a capacity are kernels, and the gradients of their parameters loops
+# over rows.  XLA does not see inside of a kernel, and fuses no gather with it.  Rounds of an
+# exchange are one loop for all experts and products, before which all their parameters have to be
+# there, and beside which nothing is reduced.  Other kernels follow on one another: each ends the
+# gather of its parameter, so that the one behind it is on its way beside a kernel, and exposed.
+# Where they are computed again, parameters are copied, too, for the transposed products, which does
+# not wait for tokens: where these are gathered for longer than a parameter, it is copied before
+# they are there, and its kernel ends no gather.  The gradient that the loop of one expert makes is
+# copied before it is reduced, for as long as another is reduced; a loop for each of several experts
+# leaves nothing to copy, and the next gradient is reduced beside it.
+
+
+def exposed_gathers(
+    products: Sequence[Product],
+    gathered: Collection[str],
+    early: Collection[str] = (),
+    others: Iterable[str] = (),
+) -> set[str]:
+    """Return the parameters that are gathered beside no product.
+
+    Args:
+      products: of a turn, forward, in order.
+      gathered: the parameters that are gathered.
+      early: those that have to be there before the values that the kernels that read them wait for.
+      others: other gathers, which have to end before any kernel.
+    """
+    waiting, exposed = deque[str](), set[str]()
+    for product in reversed(products):
+        is_gathered = product.weight in gathered
+        if product.kernel is None:
+            waiting.extend(others)
+            others = ()
+            if waiting:
+                waiting.popleft()
+        elif waiting and is_gathered and not (product.kernel.in_rounds or product.weight in early):
+            exposed.add(waiting.popleft())
+        if is_gathered:
+            waiting.append(product.weight)
+    return exposed.union(waiting, others)
+
+
+def exposed_gradients(
+    products: Sequence[Product], seconds: Mapping[str, float], begins: int
+) -> set[str]:
+    """Return the parameters whose gradients are reduced beside no product.
+
+    Args:
+      products: of a turn, forward, in order.
+      seconds: of the reduction of each gradient, the last of a turn first.
+      begins: how many products read the input of the first, before all others.
+    """
+    free = deque(product.seconds for product in reversed(products[:begins]))
+    by_weight = {product.weight: product for product in products}
+    exposed = set[str]()
+    for product in (by_weight[weight] for weight in seconds if weight in by_weight):
+        if not free:
+            exposed.add(product.weight)
+        left = seconds[product.weight]
+        while free and left > 0:
+            left -= free.popleft()
+        if product.kernel is None or (product.kernel.experts > 1 and not product.kernel.in_rounds):
+            free.append(product.seconds)
+    return exposed
+
+
+def shares_on_tpu(layer: Sequence[PartCost]) -> Iterator[list[float]]:
+    """Yield for each part the share of each collective that is beside products, in a loop.
+
+    A turn backward begins with the gradient of the layer's output: gathers of it wait for nothing,
+    and take part as the gathers of parameters do.  Sums that the layer waits for are reduced beside
+    products that need not wait for them.
+    """
+    each = [one for part in layer for one in part.collectives]
+    gathered = {one.weight: one.tensor_bytes for one in each if is_gather(one)}
+    reductions = {one.weight: one.times for one in each if is_reduction(one)}
+    products, _ = _in_order(layer, gathered)
+    early = [name for part in layer for name in _early(part)]
+    last = layer[-1].collectives
+    begins = [one.why for one in last if one.op == "all_gather" and one.leaves_work]
+    forward = exposed_gathers(products, gathered)
+    again = exposed_gathers(products, gathered, early, begins)
+    reduced = set(_reduced_alone(layer, gathered))
+
+    def share(one: Collective) -> float:
+        if is_gather(one):
+            backward = reductions.get(one.weight, 0.0) / one.times
+            return (1 - backward) * (one.weight not in forward) + backward * (
+                one.weight not in again
+            )
+        if one.op == "all_gather":
+            return float(one.leaves_work and one.why in begins and one.why not in again)
+        return float(one.leaves_work or not (is_awaited(one) or one.weight in reduced))
+
+    for part in layer:
+        yield [share(one) for one in part.collectives]
+
+
+def _early(part: PartCost) -> Iterator[str]:
+    """Yield the parameters whose gathers move less than those of values that the part waits for."""
+    each = part.collectives
+    awaited = (one.tensor_bytes for one in each if one.op == "all_gather" and one.waits)
+    most = max(awaited, default=0.0)
+    yield from (one.weight for one in each if is_gather(one) and one.tensor_bytes < most)
+
+
+def _reduced_alone(layer: Sequence[PartCost], gathered: Mapping[str, float]) -> Iterator[str]:
+    """Yield the parameters whose gradients are reduced beside no product.
+
+    One after the other is reduced, and the one at the end of the longest chain is the last.
+    Reductions before sums of a part have none of the products behind these.
+    """
+    # The chain of a reduction: the bytes of full tensors that it reduces, and of all sums that it
+    # waits for.  XLA prices a collective by these, whatever links it has, and links at full rate.
+    chains: list[tuple[float, Collective, int]] = []
+    waits, ideal = 0.0, efficiency("network")
+    for number, part in reversed(list(enumerate(layer))):
+        chains += [(waits + c.tensor_bytes, c, number) for c in part.collectives if is_reduction(c)]
+        for one in part.collectives:
+            if one.op == "reduce_scatter" and one.leaves_work:
+                waits += one.tensor_bytes
+                chains.append((waits, one, number))
+    stretches: dict[int, dict[str, float]] = {0: {}}
+    first = 0
+    for _, one, number in sorted(chains, key=lambda chain: -chain[0]):
+        if one.weight:
+            stretches[first][one.weight] = one.seconds * ideal / one.times
+        else:
+            first = number
+            stretches.setdefault(first, {})
+    for first, seconds in stretches.items():
+        products, begins = _in_order(layer[first:], gathered)
+        yield from exposed_gradients(products, seconds, begins)
+
+
+def _in_order(
+    parts: Sequence[PartCost], gathered: Mapping[str, float]
+) -> tuple[list[Product], int]:
+    """Return the products of `parts`, forward, and how many read the input of the first."""
+    by_part = [tuple(part.products()) for part in parts]
+    first = next(filter(None, by_part), ())
+    # Products of the same input can be in any order: the smallest parameter comes first.
+    products = sorted((p for p in first if p.is_first), key=lambda p: gathered.get(p.weight, 0.0))
+    begins = len(products)
+    return [*products, *(p for each in by_part for p in each if p not in products)], begins
