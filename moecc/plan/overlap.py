@@ -88,13 +88,13 @@ def is_awaited(one: Collective) -> bool:
 
 
 # XLA for TPUs schedules a turn of a loop over layers from its end (latency hiding).  One gather is
-# on its way at a time: it ends before the product that reads it, begins where the next one, towards
-# the beginning of the turn, has to end, and is fused with a product between, if there is one.  So
-# it has the last of the products before its reader that has no gather yet.  A reduction of gradients
-# is for the cores that a chip has for embeddings, which do one at a time: nothing in the turn waits
-# for it, so it goes to the end, beside products that nothing waits for either, as many as last as
-# long.  Those are the gradients of the layer's input; and the gradient of a weight, once its own
-# reduction has a place behind it.
+# on its way at a time: it ends before the product that reads it, begins where the next one,
+# towards the beginning of the turn, has to end, and is fused with a product between, if there is
+# one.  So it has the last of the products before its reader that has no gather yet.  A reduction
+# of gradients is for the cores that a chip has for embeddings, which do one at a time: nothing in
+# the turn waits for it, so it goes to the end, beside products that nothing waits for either, as
+# many as last as long.  Those are the gradients of the layer's input; and the gradient of a
+# weight, once its own reduction has a place behind it.
 #
 # The reductions with the longest chains of transfers before them are the last; of equal chains the
 # largest.
@@ -104,11 +104,11 @@ def is_awaited(one: Collective) -> bool:
 # exchange are one loop for all experts and products, before which all their parameters have to be
 # there, and beside which nothing is reduced.  Other kernels follow on one another: each ends the
 # gather of its parameter, so that the one behind it is on its way beside a kernel, and exposed.
-# Where they are computed again, parameters are copied, too, for the transposed products, which does
-# not wait for tokens: where these are gathered for longer than a parameter, it is copied before
-# they are there, and its kernel ends no gather.  The gradient that the loop of one expert makes is
-# copied before it is reduced, for as long as another is reduced; a loop for each of several experts
-# leaves nothing to copy, and the next gradient is reduced beside it.
+# Where they are computed again, parameters are copied, too, for the transposed products, which
+# does not wait for tokens: where these are gathered for longer than a parameter, it is copied
+# before they are there, and its kernel ends no gather.  The gradient that the loop of one expert
+# makes is copied before it is reduced, for as long as another is reduced; a loop for each of
+# several experts leaves nothing to copy, and the next gradient is reduced beside it.
 
 
 def exposed_gathers(

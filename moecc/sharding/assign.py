@@ -357,7 +357,7 @@ class Assigner:
             f"the axis {axis.name!r} does not divide over the mesh",
             expected=f"a multiple of {parts} ({sizes})",
             found=f"{axis}, and the rule {rule} ({rule.source})",
-            hint=f"{would}, or a size of {whole}; a ? after the rule leaves it out here",
+            hint=f"{would}, or a size of {whole}; optional = true leaves the rule out here",
         )
 
     def _sizes(self, mesh: Iterable[str]) -> str:

@@ -1,107 +1,121 @@
-"""Layouts: which mesh axes shard which named axes, as lines that users can write.
+"""Layouts: which mesh axes shard which named axes, as TOML that users can write.
 
-    # one rule a line; what is nearer to the top takes a mesh axis first
-    batch = data
-    mlp = model
-    kv_head = model ?          # not where it does not divide
-    expert with slot = data    # only in operations that run along slots, too
-    param embed = data*fsdp    # parameters alone, while they are stored
+    rules = [                      # a rule nearer to the top takes a mesh axis first
+      { axis = "batch", mesh = ["data"] },
+      { axis = "kv_head", mesh = ["model"], optional = true },     # not where it does not divide
+      { axis = "expert", mesh = ["data"], with = "slot" },         # only beside slots
+      { axis = "embed", mesh = ["data", "fsdp"], stored = true },  # parameters, while stored
+    ]
 
-A layout is a file of such lines, or one of those that moecc ships, by name.
+A layout is a file of such rules, or one of those that moecc ships, by name.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Annotated
 
-from moecc.errors import InputError, UsageError, nearest, printable
+from moecc.errors import InputError, UsageError, nearest
 from moecc.formats.files import read_bounded
-from moecc.support.problems import Problems
+from moecc.support.record import Check, toml_reader
 from moecc.types import is_name
 
-SUFFIX = ".rules"
-
-GRAMMAR = "[param] axis [with axis] = mesh*axes [?]"
-
+SUFFIXES = (".toml", ".rules")
 MAX_FILE_BYTES = 1 << 20
-_LONGEST_RULE = 1000  # characters; the time of matching grows with their square
 
+# A line of the format before TOML: ``[param] axis [with axis] = mesh*axes [?]``.
 _LINE = re.compile(
-    r"(?:(param)\s+)?(\w+)(?:\s+with\s+(\w+))?\s*=\s*([\w\s*]+?)\s*(\?)?\Z", re.ASCII
+    r"[^\S\n]*(param )?(\w+)(?: with (\w+))? *= *([\w *]{1,200}?) *(\?)? *(?:#.*)?$",
+    re.ASCII | re.MULTILINE,
 )
+
+AxisName = Annotated[str, Check(is_name, "a name: letters, digits and _")]
 
 
 @dataclass(frozen=True)
 class LayoutRule:
-    """One line of a layout.
+    """A rule of a layout.
 
     Attributes:
       axis: the named axis.
       mesh: the mesh axes that shard it, outermost first, as far as the mesh has them.
       stored: whether only parameters are sharded so, and are gathered for use.
-      beside: an axis that the operation must run along, too; empty: none.
       optional: whether it is left out where it does not divide.
+      beside: an axis that the operation must run along, too; empty: none.
       source: the layout and line that it stands in.
     """
 
-    axis: str
-    mesh: tuple[str, ...]
+    axis: AxisName
+    mesh: Annotated[tuple[AxisName, ...], Check(bool, "a mesh axis or more")]
     stored: bool = False
     optional: bool = False
-    beside: str = ""
-    source: str = ""
+    beside: str = field(default="", metadata={"key": "with"})
+    source: str = field(default="", init=False)
 
     def __str__(self) -> str:
         kind = "param " if self.stored else ""
         beside = f" with {self.beside}" if self.beside else ""
         return f"{kind}{self.axis}{beside} = {'*'.join(self.mesh)}{' ?' if self.optional else ''}"
 
+    @property
+    def toml(self) -> str:
+        """The rule as a line of a layout."""
+        mesh = ", ".join(f'"{name}"' for name in self.mesh)
+        beside = f', with = "{self.beside}"' if self.beside else ""
+        flags = "".join(f", {n} = true" for n in ("stored", "optional") if getattr(self, n))
+        return f'{{ axis = "{self.axis}", mesh = [{mesh}]{beside}{flags} }}'
+
+
+@dataclass(frozen=True)
+class LayoutFile:
+    """The keys of a layout's file."""
+
+    rules: tuple[LayoutRule, ...]
+
 
 def parse_layout(text: str, name: str) -> list[LayoutRule]:
-    """Return the rules that `text` writes.
-
-    Args:
-      text: a rule a line; ``#`` starts a comment.
-      name: what messages call it.
+    """Return the rules that the TOML `text` of a layout called `name` states.
 
     Raises:
-      InputError: with every line that is no rule.
+      InputError: with every rule that is wrong; or how a file in the earlier format is spelled now.
     """
-    rules: list[LayoutRule] = []
-    problems = Problems()
-    for number, line in enumerate(text.splitlines(), 1):
-        content = line.partition("#")[0].strip()
-        if not content:
-            continue
-        match = _LINE.match(content) if len(content) <= _LONGEST_RULE else None
-        mesh = tuple(p.strip() for p in match.group(4).split("*")) if match else ()
-        if match is None or not is_name(match.group(2)) or not all(map(is_name, mesh)):
-            found = printable(content)
-            problems.add("not a rule", where=f"{name}:{number}", expected=GRAMMAR, found=found)
-            continue
-        stored, axis, beside, _, optional = match.groups()
-        rules.append(
-            LayoutRule(axis, mesh, bool(stored), bool(optional), beside or "", f"{name}:{number}")
-        )
-    problems.raise_if_any()
-    return rules
+    try:
+        table, reader = toml_reader(text, name)
+        rules = reader.section(LayoutFile, table).rules
+        reader.raise_if_any()
+    except InputError:
+        if line := None if re.search(r"^\s*rules\s*=", text, re.M) else _LINE.search(text):
+            kind, axis, beside, mesh, optional = line.groups()
+            axes = tuple(re.findall(r"\w+", mesh))
+            rule = LayoutRule(axis, axes, bool(kind), bool(optional), beside or "")
+            raise InputError(
+                "layouts are TOML",
+                where=name,
+                expected=f"rules = [{rule.toml}, …]",
+                found=line.group().strip(),
+            ) from None
+        raise
+    for number, rule in enumerate(rules):
+        object.__setattr__(rule, "source", reader.where(("rules", number)))
+    return list(rules)
 
 
 @cache
 def builtin_layouts() -> dict[str, str]:
     """Return the layouts that moecc ships, by name, as text."""
-    folder = files("moecc.layouts")
-    found = sorted(f.name for f in folder.iterdir() if f.name.endswith(SUFFIX))
-    return {n.removesuffix(SUFFIX): (folder / n).read_text("utf-8") for n in found}
+    paths = [path for path in files("moecc.layouts").iterdir() if path.name.endswith(".toml")]
+    texts = {path.name.removesuffix(".toml"): path.read_text("utf-8") for path in paths}
+    return dict(sorted(texts.items()))
 
 
 @cache
-def _shipped(name: str) -> tuple[LayoutRule, ...]:
+def read_builtin(name: str) -> tuple[LayoutRule, ...]:
+    """Return the rules of a layout that moecc ships."""
     return tuple(parse_layout(builtin_layouts()[name], name))
 
 
@@ -110,15 +124,15 @@ def read_layout(name: str) -> list[LayoutRule]:
 
     Raises:
       UsageError: there is neither.
-      InputError: there is no such regular file, it is too large or not UTF-8, or a line of it is
-        no rule.
+      InputError: there is no such regular file, it is too large or not UTF-8, or its rules are
+        wrong.
       MachineError: the file cannot be read.
     """
-    shipped = builtin_layouts()
-    if name in shipped:
-        return list(_shipped(name))
-    if not name.endswith(SUFFIX) and "/" not in name:
-        hint = nearest(name, shipped) or f"layouts: {', '.join(shipped)}; or a file, my{SUFFIX}"
+    builtin = builtin_layouts()
+    if name in builtin:
+        return list(read_builtin(name))
+    if not name.endswith(SUFFIXES) and "/" not in name:
+        hint = nearest(name, builtin) or f"layouts: {', '.join(builtin)}; or a file, my.toml"
         raise UsageError(f"unknown layout {name!r}", hint=hint)
     try:
         text = read_bounded(Path(name), MAX_FILE_BYTES).decode("utf-8")
@@ -133,5 +147,5 @@ def read_layouts(names: Iterable[str]) -> list[LayoutRule]:
 
 
 def mesh_axes(names: Iterable[str]) -> tuple[str, ...]:
-    """Return the mesh axes that the rules of several layouts speak of, in their order."""
+    """Return the mesh axes that the rules of several layouts name, in their order."""
     return tuple(dict.fromkeys(m for rule in read_layouts(names) for m in rule.mesh))

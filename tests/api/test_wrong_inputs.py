@@ -286,7 +286,7 @@ COMMANDS: dict[str, tuple[int, str]] = {
     f"{SMALL} --batch-tokens many": (2, "not a valid integer"),
     f"{SMALL} --batch-tokens 7": (1, "not whole sequences"),
     f"{SMALL} --sequence 1,2,3": (1, "another number of sequence lengths"),
-    f"{SMALL} --rules bad.rules": (1, "not a rule"),
+    f"{SMALL} --rules bad.rules": (1, "not TOML"),
     f"{SMALL} --optimizer sgd": (2, "'adamw', 'adafactor'"),
     f"{SMALL} --weight-dtype f31": (2, "did you mean 'f32'"),
     f"{SMALL} --save file": (1, "the file exists"),

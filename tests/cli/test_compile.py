@@ -15,6 +15,7 @@ from moecc.plan.machines import parse_machine
 from moecc.plan.step import StepConfig
 from moecc.sharding.vias import PARTITIONS
 from moecc.types import F32
+from tests.support.layouts import layout_text
 from tests.support.tiers import few
 
 from .conftest import Done
@@ -128,14 +129,14 @@ def test_rules_of_a_file_lay_what_is_compiled(tmp_path: Path) -> None:
     from moecc.ir.mesh import mesh_of
 
     file = tmp_path / "grid.rules"
-    file.write_text("batch = rows\nexpert with slot = rows\ngroup = rows\n")
+    file.write_text(layout_text("batch = rows", "expert with slot = rows", "group = rows"))
     asked = Request(MIXTRAL, "cpu:4", replace(FORWARD, mesh="rows=4", rules=str(file)))
     prepared = prepare(Request.from_json(asked.to_json()))
     assert f"rules={file}" in prepared.pipeline
     assert str(mesh_of(prepared.graph)) == "rows:4"
     assert prepared.estimate.collectives["all_to_all"]["count"] == 4, "two layers, there and back"
     # Where groups stand first they take the mesh axis; then experts are everywhere.
-    file.write_text("batch = rows\ngroup = rows\nexpert with slot = rows\n")
+    file.write_text(layout_text("batch = rows", "group = rows", "expert with slot = rows"))
     local = prepare(asked)
     assert "all_to_all" not in local.estimate.collectives
     assert "all_to_all" not in {node.op.name for node in local.graph.every_node()}

@@ -148,7 +148,7 @@ def run_rules(data: bytes) -> None:
     from moecc.sharding.rules import parse_layout
 
     found = parse_layout(_text(data), "my.rules")
-    again = parse_layout("\n".join(map(str, found)), "my.rules")
+    again = parse_layout(f"rules = [{','.join(rule.toml for rule in found)}]", "my.rules")
     if list(map(str, again)) != list(map(str, found)):
         raise Broken("the printed rules are others")
     if _seldom(data, 20) and len(found) < 50:

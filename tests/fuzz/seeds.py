@@ -11,6 +11,7 @@ from typing import Any
 
 from moecc.ir.text import print_graph
 from moecc.testing.strategies import random_graph
+from tests.support.layouts import layout_text
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -51,9 +52,10 @@ WEIGHTS = (
 )
 
 RULES = (
-    "batch = data\nmlp = model\nkv_head = model ?\nexpert with slot = data\nparam embed = data\n",
-    "# mine\nparam expert = data*model # stored\ngroup = data\n\nhead = model ?\nvocab = model",
-    "batch = fsdp*data\nparam embed = fsdp\nexpert = expert\nseq = model\n",
+    layout_text("batch = data", "mlp = model", "kv_head = model ?", "expert with slot = data"),
+    "# mine\n" + layout_text("param expert = data*model", "group = data", "vocab = model ?"),
+    layout_text("batch = fsdp*data", "param embed = fsdp", "expert = expert", "seq = model"),
+    "batch = data\nparam embed = data ?\n",
 )
 
 MACHINES = (

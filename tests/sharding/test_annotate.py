@@ -15,6 +15,7 @@ from moecc.model.open import open_model
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.testing import laws
+from tests.support.layouts import layout_text
 
 from .meshes import census, model, run
 
@@ -72,22 +73,32 @@ def test_the_text_of_a_sequence_parallel_layer() -> None:
     down = next(n for n in graph if n.op.name == "reduce_scatter" and n.loc == "layers.0.ffn")
     assert str(down.result.type) == "f32[batch@data=B, seq@model=S, embed=16]"
     assert down.origin == "lower-collectives/mlp"
-    assert any("mlp = model (tensor-parallel:9)" in r.text for r in told)
+    assert any("mlp = model (tensor-parallel:10)" in r.text for r in told)
 
 
 def test_a_layout_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.rules"
-    path.write_text("# own\nbatch = rows\n\nmlp = columns ?   # where it divides\nparam q = rows\n")
+    path.write_text(layout_text("batch = rows", "mlp = columns ?", "param q = rows"))
     graph = model("llama_gqa")
     run(graph, f"annotate-sharding{{mesh=rows:2,columns:4 rules={path}}}")
     assert str(graph.inputs["tokens"].type) == "i32[batch@rows=B, seq=S]"
     types = {str(p.type) for p in graph.params.values()}
     assert "f32[q@rows=16, embed=16]" in types
     assert any(t.startswith("f32[mlp@columns=") for t in types)
-    path.write_text("batch: data\nmlp =\n")
+    path.write_text('rules = [{ axis = "batch" }, { axis = "a b", mesh = ["rows"] }]')
     with pytest.raises(UsageError) as caught:
         Pipeline.parse(f"annotate-sharding{{mesh=rows:2 rules={path}}}")
-    assert str(caught.value).count("not a rule") == 2
+    assert "a key is missing" in str(caught.value)
+    assert "letters, digits and _" in str(caught.value)
+
+
+def test_a_layout_in_the_earlier_format_is_told_how_it_is_spelled(tmp_path: Path) -> None:
+    path = tmp_path / "mine.rules"
+    path.write_text("# own\nparam embed = data*fsdp ?  # stored\n")
+    with pytest.raises(UsageError) as caught:
+        Pipeline.parse(f"annotate-sharding{{mesh=data:2 rules={path}}}")
+    spelled = '{ axis = "embed", mesh = ["data", "fsdp"], stored = true, optional = true }'
+    assert spelled in str(caught.value)
 
 
 REFUSED = {

@@ -17,6 +17,7 @@ from moecc.sharding.propagate import Propagation, propagate
 from moecc.sharding.rules import parse_layout, read_layouts
 from moecc.testing import run_reference
 from moecc.types import F32, I32, tensor
+from tests.support.layouts import layout_text
 
 from .meshes import run
 
@@ -37,7 +38,7 @@ def looking_up(vocab: int = VOCAB, *, tied: bool = False) -> Graph:
 
 
 def found_in(graph: Graph, mesh: str, lines: str) -> Propagation:
-    by = Assigner(parse_mesh(mesh), parse_layout(lines.replace(";", "\n"), "test"))
+    by = Assigner(parse_mesh(mesh), parse_layout(layout_text(*lines.split(";")), "test"))
     return propagate(sites_of(graph), graph.inputs.values(), graph.params.values(), by)
 
 
@@ -142,7 +143,7 @@ def test_what_is_looked_up_is_the_same_and_its_bytes_are_those_of_tokens(
     mesh, lines, _, crossed = COLUMNS[case]
     graph = looking_up(tied=tied)
     whole, parsed = clone(graph), parse_mesh(mesh)
-    lay(graph, parsed, parse_layout(lines.replace(";", "\n"), "test"))
+    lay(graph, parsed, parse_layout(layout_text(*lines.split(";")), "test"))
     run(graph, "lower-collectives")
     rng = np.random.default_rng(0)
     params = {"table": rng.normal(size=(VOCAB, EMBED))}

@@ -27,6 +27,7 @@ from moecc.sharding.collectives import dependence, gradients, sent, steps
 from moecc.sharding.propagate import Propagation, Reshard, propagate
 from moecc.sharding.rules import parse_layout, read_layouts
 from moecc.types import F32, Axis, TensorType, tensor
+from tests.support.layouts import layout_text
 
 MEGATRON = ("batch = data", "mlp = model", "kv_head = model ?", "q = model ?")
 FEW: dict[str, dict[str, Any]] = {
@@ -44,7 +45,7 @@ def model(name: str) -> Graph:
 
 
 def assigner(mesh: str, *lines: str) -> Assigner:
-    return Assigner(parse_mesh(mesh), parse_layout("\n".join(lines), "test"))
+    return Assigner(parse_mesh(mesh), parse_layout(layout_text(*lines), "test"))
 
 
 def found_in(graph: Graph, by: Assigner) -> Propagation:
