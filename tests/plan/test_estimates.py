@@ -27,7 +27,6 @@ from moecc.plan.step import REMATS, StepConfig, Strategy, plan_mesh
 from moecc.plan.time import Estimate, Estimator
 from moecc.plan.workload import Workload, workload
 from moecc.sharding.layout import Layout
-from moecc.types import F32
 
 MODELS = ("mixtral-8x7b", "st-moe-l", "smollm2-135m", "switch-c")
 MACHINES = ("tpu:v5p:2x2x4", "tpu:v4:2x2x2", "tpu:v6e:4x4", "gpu:h100:16")
@@ -104,7 +103,7 @@ def test_every_device_has_its_part_of_the_parameters(model: str, data: st.DataOb
 def test_devices_share_the_flops_of_the_model(model: str, data: st.DataObject) -> None:
     work = work_of(model)
     strategy = data.draw(strategies(model))
-    found = estimate(work, strategy, "tpu:v5p:2x2x4", train=False)
+    found = estimate(work, strategy, "tpu:v5p:2x2x4", step="forward")
     whole = sum(p.count * s.flops for p in work.parts for s in p.steps)
     least = whole * 0.999 / strategy.layout.mesh.devices
     assert found.flops >= least
@@ -170,7 +169,7 @@ def test_adafactor_keeps_less_than_adamw_and_both_less_than_all_copies(
     assert adamw.optimizer == pytest.approx(2 * adamw.parameters)
     assert factored.optimizer <= adamw.optimizer / 2
     assert factored.parameters == adamw.parameters
-    narrow = estimate(work, strategy, "tpu:v5p:2x2x4", dtype=F32).memory
+    narrow = estimate(work, strategy, "tpu:v5p:2x2x4", dtype="f32").memory
     assert narrow.activations == pytest.approx(2 * adamw.activations)
 
 
@@ -200,11 +199,11 @@ def test_the_worst_case_has_room_for_every_choice(top_k: int, experts: int, devi
     assert rows.buffer_rows("capacity") == 1.25 * rows.rows
 
 
-def census(model: str, mesh: str, via: str, remat: str, *, train: bool) -> dict[str, float]:
+def census(model: str, mesh: str, via: str, remat: str, step: str) -> dict[str, float]:
     work = work_of(model)
     layout = Layout(plan_mesh(mesh), work.experts, "whole", via == "replicated")
     strategy = Strategy(layout, via, "index", remat)
-    found = estimate(work, strategy, "tpu:v5p:2x2x4", train=train)
+    found = estimate(work, strategy, "tpu:v5p:2x2x4", step=step)
     sparse = next(p for p in found.parts if p.name == "layers.ffn")
     return {
         f"{t.op} {t.why}": t.times for t in sparse.collectives if t.waits and t.axes == ("expert",)
@@ -212,26 +211,26 @@ def census(model: str, mesh: str, via: str, remat: str, *, train: bool) -> dict[
 
 
 @pytest.mark.parametrize(
-    ("via", "remat", "train", "expected"),
+    ("via", "remat", "step", "expected"),
     [
-        ("capacity", "none", False, {"all_to_all rows to experts and back": 2}),
-        ("capacity", "none", True, {"all_to_all rows to experts and back": 4}),
-        ("capacity", "full", True, {"all_to_all rows to experts and back": 6}),
-        ("ragged", "full", True, {"ragged_all_to_all rows to experts and back": 6}),
+        ("capacity", "none", "forward", {"all_to_all rows to experts and back": 2}),
+        ("capacity", "none", "train", {"all_to_all rows to experts and back": 4}),
+        ("capacity", "full", "train", {"all_to_all rows to experts and back": 6}),
+        ("ragged", "full", "train", {"ragged_all_to_all rows to experts and back": 6}),
         (
-            "ring", "none", False,
+            "ring", "none", "forward",
             {
                 "all_gather tokens to all experts": 1,
                 "reduce_scatter sums to their tokens": 1,
             },
         ),
-        ("replicated", "none", False, {"all_reduce sums of all experts": 1}),
+        ("replicated", "none", "forward", {"all_reduce sums of all experts": 1}),
     ],
 )  # fmt: skip
 def test_the_collectives_of_a_sparse_layer(
-    via: str, remat: str, train: bool, expected: dict[str, float]
+    via: str, remat: str, step: str, expected: dict[str, float]
 ) -> None:
-    assert census("mixtral-8x7b", "data=2,expert=8", via, remat, train=train) == expected
+    assert census("mixtral-8x7b", "data=2,expert=8", via, remat, step) == expected
 
 
 def test_a_tied_table_has_one_gradient() -> None:
@@ -346,5 +345,5 @@ def test_more_is_lost_between_arrays_where_two_stacks_are_computed_again(
     strategy = next(s for s in legal_strategies(model) if s.remat == remat)
     memory = estimate(work_of(model), strategy, machine).memory
     assert memory.heap == pytest.approx(memory.temporaries * (1 + expected))
-    forward = estimate(work_of(model), strategy, machine, train=False).memory
+    forward = estimate(work_of(model), strategy, machine, step="forward").memory
     assert forward.gaps <= GAPS["tpu"]
