@@ -28,11 +28,11 @@ from moecc.types import is_name
 SUFFIXES = (".toml", ".rules")
 MAX_FILE_BYTES = 1 << 20
 
-# A line of the format before TOML: ``[param] axis [with axis] = mesh*axes [?]``.
+# A line of the format before TOML; its time grows with the square of the length.
 _LINE = re.compile(
-    r"[^\S\n]*(param )?(\w+)(?: with (\w+))? *= *([\w *]{1,200}?) *(\?)? *(?:#.*)?$",
-    re.ASCII | re.MULTILINE,
+    r"(?:(param)\s+)?(\w+)(?:\s+with\s+(\w+))?\s*=\s*([\w\s*]+?)\s*(\?)?\Z", re.ASCII
 )
+_LONGEST_LINE = 200
 
 AxisName = Annotated[str, Check(is_name, "a name: letters, digits and _")]
 
@@ -89,15 +89,17 @@ def parse_layout(text: str, name: str) -> list[LayoutRule]:
         rules = reader.section(LayoutFile, table).rules
         reader.raise_if_any()
     except InputError:
-        if line := None if re.search(r"^\s*rules\s*=", text, re.M) else _LINE.search(text):
-            kind, axis, beside, mesh, optional = line.groups()
+        lines = (line.partition("#")[0].strip() for line in text.splitlines())
+        first = next(filter(None, lines), "")
+        if match := _LINE.match(first) if len(first) <= _LONGEST_LINE else None:
+            kind, axis, beside, mesh, optional = match.groups()
             axes = tuple(re.findall(r"\w+", mesh))
             rule = LayoutRule(axis, axes, bool(kind), bool(optional), beside or "")
             raise InputError(
                 "layouts are TOML",
                 where=name,
                 expected=f"rules = [{rule.toml}, …]",
-                found=line.group().strip(),
+                found=first,
             ) from None
         raise
     for number, rule in enumerate(rules):
