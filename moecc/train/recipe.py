@@ -12,13 +12,24 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property, partial
-from typing import Any
+from typing import Annotated
 
 from moecc.errors import MoeccError, nearest
 from moecc.ir.mesh import parse_mesh
 from moecc.plan.step import StepConfig, choice_problems
 from moecc.support.documents import KeyPath
+from moecc.support.record import Check, Count
 from moecc.types import float_type
+
+Words = Annotated[str, Check(str.strip, "a text that is not empty")]
+AtLeastOne = Annotated[int, Check(lambda n: n >= 1, "1 or more")]
+AtLeastTwo = Annotated[int, Check(lambda n: n >= 2, "2 or more")]
+OneOrMore = Annotated[float, Check(lambda x: x >= 1, "1 or more")]
+Positive = Annotated[float, Check(lambda x: x > 0, "more than 0")]
+NonNegative = Annotated[float, Check(lambda x: x >= 0, "0 or more")]
+Fraction = Annotated[float, Check(lambda x: 0 <= x < 1, "at least 0 and less than 1")]
+OpenShare = Annotated[float, Check(lambda x: 0 < x < 1, "more than 0 and less than 1")]
+Share = Annotated[float, Check(lambda x: 0 <= x <= 1, "from 0 to 1")]
 
 
 class Start(Enum):
@@ -66,9 +77,9 @@ class ModelSection:
       moments: carried over from a source that is a run, by formula, or reset.
     """
 
-    source: str
+    source: Words
     pipeline: str = ""
-    seed: int = 0
+    seed: Count = 0
     start: Start = Start.SOURCE
     moments: Moments = Moments.RESET
 
@@ -83,8 +94,8 @@ class Corpus:
       name: in metrics; the folder's by default.
     """
 
-    tokens: str
-    weight: float = 1.0
+    tokens: Words
+    weight: Positive = 1.0
     name: str = ""
 
 
@@ -109,14 +120,14 @@ class DataSection:
     train: tuple[Corpus, ...]
     evaluate: tuple[Corpus, ...] = ()
     objective: Objective = Objective.CAUSAL
-    batch: int = 8
-    seq: int = 512
-    decoder_seq: int = 0
+    batch: AtLeastOne = 8
+    seq: AtLeastTwo = 512
+    decoder_seq: Count = 0
     packing: bool = True
-    seed: int = 0
-    noise_density: float = 0.15
-    mean_span: float = 3.0
-    evaluate_batches: int = 16
+    seed: Count = 0
+    noise_density: OpenShare = 0.15
+    mean_span: OneOrMore = 3.0
+    evaluate_batches: AtLeastOne = 16
 
 
 @dataclass(frozen=True)
@@ -138,15 +149,15 @@ class RoutingSection:
       force_balance: route evenly, whatever the router says: for timing alone.
     """
 
-    groups: int = 0
-    capacity_factor: float = 0.0
-    eval_capacity_factor: float = 0.0
+    groups: Count = 0
+    capacity_factor: NonNegative = 0.0
+    eval_capacity_factor: NonNegative = 0.0
     balance: float = -1.0
     z_loss: float = -1.0
-    bias_rate: float = 0.0
-    jitter: float = 0.0
-    dropout: float = 0.0
-    expert_dropout: float = 0.0
+    bias_rate: NonNegative = 0.0
+    jitter: Fraction = 0.0
+    dropout: Fraction = 0.0
+    expert_dropout: Fraction = 0.0
     router_dtype: str = "f32"
     force_balance: bool = False
 
@@ -163,11 +174,11 @@ class ParameterGroup:
       from_step: trained after so many steps; until then as under `freeze`.
     """
 
-    match: str
-    rate: float = 1.0
+    match: Words
+    rate: Positive = 1.0
     decay: float = -1.0
     freeze: bool = False
-    from_step: int = 0
+    from_step: Count = 0
 
 
 @dataclass(frozen=True)
@@ -193,17 +204,17 @@ class OptimizerSection:
     """
 
     name: str = "adamw"
-    rate: float = 1e-3
+    rate: Positive = 1e-3
     schedule: Schedule = Schedule.CONSTANT
-    warmup: int = 0
-    decay_steps: int = 0
-    end_factor: float = 0.1
-    clip: float = 1.0
-    update_clip: float = 1.0
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    decay: float = 0.1
+    warmup: Count = 0
+    decay_steps: Count = 0
+    end_factor: Share = 0.1
+    clip: NonNegative = 1.0
+    update_clip: Positive = 1.0
+    b1: Fraction = 0.9
+    b2: Fraction = 0.95
+    eps: Positive = 1e-8
+    decay: NonNegative = 0.1
     groups: tuple[ParameterGroup, ...] = ()
 
 
@@ -219,9 +230,9 @@ class GuardSection:
         out; the second time, training stops.
     """
 
-    sigma: float = 6.0
-    window: int = 128
-    skips: int = 4
+    sigma: NonNegative = 6.0
+    window: AtLeastTwo = 128
+    skips: AtLeastOne = 4
 
 
 @dataclass(frozen=True)
@@ -249,8 +260,8 @@ class RunSection:
       guard: which steps are skipped.
     """
 
-    steps: int
-    micro_batches: int = 1
+    steps: AtLeastOne
+    micro_batches: AtLeastOne = 1
     dtype: str = "f32"
     weight_dtype: str = "f32"
     reduce_dtype: str = ""
@@ -258,13 +269,13 @@ class RunSection:
     output_z: float = 0.0
     attention_z: float = 0.0
     rolled: bool = True
-    seed: int = 0
-    save_steps: int = 0
-    save_minutes: float = 10.0
-    keep: int = 2
-    evaluate_steps: int = 0
-    log_steps: int = 1
-    export_steps: int = 0
+    seed: Count = 0
+    save_steps: Count = 0
+    save_minutes: NonNegative = 10.0
+    keep: AtLeastOne = 2
+    evaluate_steps: Count = 0
+    log_steps: AtLeastOne = 1
+    export_steps: Count = 0
     export_to: str = ""
     guard: GuardSection = field(default_factory=GuardSection)
 
@@ -339,69 +350,14 @@ class Fault:
     hint: str | None = None
 
 
-@dataclass(frozen=True)
-class _Bound:
-    holds: Callable[[Any], bool]
-    expected: str
-
-
-_POSITIVE = _Bound(lambda x: x > 0, "more than 0")
-_ONE = _Bound(lambda x: x >= 1, "1 or more")
-_TWO = _Bound(lambda x: x >= 2, "2 or more")
-_ZERO = _Bound(lambda x: x >= 0, "0 or more")
-_DECAY = _Bound(lambda x: 0 <= x < 1, "at least 0 and less than 1")
-_SHARE = _Bound(lambda x: 0 < x < 1, "more than 0 and less than 1")
-_PART = _Bound(lambda x: 0 <= x <= 1, "from 0 to 1")
-_WORDS = _Bound(lambda x: bool(x.strip()), "a text that is not empty")
-
-BOUNDS: dict[str, _Bound] = {
-    "model.source": _WORDS,
-    "model.seed": _ZERO,
-    "data.batch": _ONE,
-    "data.seq": _TWO,
-    "data.decoder_seq": _ZERO,
-    "data.seed": _ZERO,
-    "data.noise_density": _SHARE,
-    "data.mean_span": _ONE,
-    "data.evaluate_batches": _ONE,
-    "routing.groups": _ZERO,
-    "routing.capacity_factor": _ZERO,
-    "routing.eval_capacity_factor": _ZERO,
-    "routing.bias_rate": _ZERO,
-    "routing.jitter": _DECAY,
-    "routing.dropout": _DECAY,
-    "routing.expert_dropout": _DECAY,
-    "optimizer.rate": _POSITIVE,
-    "optimizer.warmup": _ZERO,
-    "optimizer.decay_steps": _ZERO,
-    "optimizer.end_factor": _PART,
-    "optimizer.clip": _ZERO,
-    "optimizer.update_clip": _POSITIVE,
-    "optimizer.b1": _DECAY,
-    "optimizer.b2": _DECAY,
-    "optimizer.eps": _POSITIVE,
-    "optimizer.decay": _ZERO,
-    "run.steps": _ONE,
-    "run.micro_batches": _ONE,
-    "run.seed": _ZERO,
-    "run.save_steps": _ZERO,
-    "run.save_minutes": _ZERO,
-    "run.keep": _ONE,
-    "run.evaluate_steps": _ZERO,
-    "run.log_steps": _ONE,
-    "run.export_steps": _ZERO,
-    "run.guard.sigma": _ZERO,
-    "run.guard.window": _TWO,
-    "run.guard.skips": _ONE,
-}
-"""What each value must satisfy by itself."""
-
-
 def faults(recipe: Recipe) -> Iterator[Fault]:
     """Yield what is wrong about the values of `recipe`."""
-    yield from _bounds(recipe)
-    yield from _update(recipe.optimizer)
-    yield from _model(recipe.model)
+    yield from update_faults(recipe.optimizer)
+    if recipe.model.start is Start.RANDOM and recipe.model.moments is Moments.CARRY:
+        yield Fault(
+            (("model", "moments"), ("model", "start")),
+            "random parameters have no moments to carry", "moments = \"reset\"",
+        )  # fmt: skip
     yield from _data(recipe.data)
     yield from _groups(recipe.data, recipe.routing, recipe.run)
     yield from _router_dtype(recipe.routing, recipe.run)
@@ -409,32 +365,6 @@ def faults(recipe: Recipe) -> Iterator[Fault]:
     yield from _parameter_groups(recipe.optimizer.groups, recipe.run.steps)
     yield from _run(recipe.run, recipe.data)
     yield from _mesh(recipe.mesh)
-
-
-def update_faults(optimizer: OptimizerSection) -> Iterator[Fault]:
-    """Yield what is wrong about the values of an update that is no part of a run."""
-    yield from _bounds(optimizer, "optimizer.")
-    yield from _update(optimizer)
-
-
-def _bounds(section: object, prefix: str = "") -> Iterator[Fault]:
-    for name, bound in BOUNDS.items():
-        if not name.startswith(prefix):
-            continue
-        path = tuple(name.split("."))
-        value: Any = section
-        for part in name.removeprefix(prefix).split("."):
-            value = getattr(value, part)
-        if not bound.holds(value):
-            yield Fault((path,), "out of bounds", bound.expected, str(value))
-
-
-def _model(model: ModelSection) -> Iterator[Fault]:
-    if model.start is Start.RANDOM and model.moments is Moments.CARRY:
-        yield Fault(
-            (("model", "moments"), ("model", "start")),
-            "random parameters have no moments to carry", "moments = \"reset\"",
-        )  # fmt: skip
 
 
 def _data(data: DataSection) -> Iterator[Fault]:
@@ -453,17 +383,11 @@ def _data(data: DataSection) -> Iterator[Fault]:
 def _corpora(corpora: tuple[Corpus, ...], key: str) -> Iterator[Fault]:
     counts = Counter(corpus_name(each) for each in corpora)
     for number, corpus in enumerate(corpora):
-        key_path: KeyPath = ("data", key, number)
-        if not corpus.tokens.strip():
-            yield Fault(((*key_path, "tokens"),), "out of bounds", _WORDS.expected, "")
-        if corpus.weight <= 0:
-            bad, hint = str(corpus.weight), "leave the corpus out"
-            yield Fault(((*key_path, "weight"),), "out of bounds", _POSITIVE.expected, bad, hint)
         if counts[name := corpus_name(corpus)] > 1:
             counts[name] = 0
             yield Fault(
-                ((*key_path, "name"),), f"more than one corpus is called {name!r}",
-                hint="give each a name of its own",
+                (("data", key, number, "name"),), f"more than one corpus is called {name!r}",
+                hint="give each another name",
             )  # fmt: skip
 
 
@@ -474,8 +398,6 @@ def corpus_name(corpus: Corpus) -> str:
 
 def _groups(data: DataSection, routing: RoutingSection, run: RunSection) -> Iterator[Fault]:
     batch, micro, groups = data.batch, run.micro_batches, routing.groups
-    if micro < 1 or batch < 1 or groups < 0:
-        return
     micro_key, batch_key, groups_key = (
         ("run", "micro_batches"), ("data", "batch"), ("routing", "groups"),
     )  # fmt: skip
@@ -510,7 +432,8 @@ def _router_dtype(routing: RoutingSection, run: RunSection) -> Iterator[Fault]:
                     routing.router_dtype)  # fmt: skip
 
 
-def _update(optimizer: OptimizerSection) -> Iterator[Fault]:
+def update_faults(optimizer: OptimizerSection) -> Iterator[Fault]:
+    """Yield the faults of an update, which may be no part of a run."""
     name: KeyPath = ("optimizer", "name")
     if optimizer.name not in OPTIMIZERS:
         hint = nearest(optimizer.name, OPTIMIZERS)
@@ -525,7 +448,7 @@ def _update(optimizer: OptimizerSection) -> Iterator[Fault]:
 def _schedule(optimizer: OptimizerSection, run: RunSection) -> Iterator[Fault]:
     keys: dict[str, KeyPath] = {k: ("optimizer", k) for k in ("warmup", "decay_steps")}
     steps: KeyPath = ("run", "steps")
-    if optimizer.warmup > run.steps > 0:
+    if optimizer.warmup > run.steps:
         yield Fault((keys["warmup"], steps), "the warm-up is longer than the run",
                     f"at most steps = {run.steps}", str(optimizer.warmup))  # fmt: skip
     is_wsd = optimizer.schedule is Schedule.WSD
@@ -546,24 +469,19 @@ def _schedule(optimizer: OptimizerSection, run: RunSection) -> Iterator[Fault]:
 def _parameter_groups(groups: tuple[ParameterGroup, ...], steps: int) -> Iterator[Fault]:
     seen: set[str] = set()
     for number, group in enumerate(groups):
-        key_path: KeyPath = ("optimizer", "groups", number)
-        if not group.match.strip():
-            yield Fault(((*key_path, "match"),), "out of bounds", _WORDS.expected, "")
-        elif group.match in seen:
-            yield Fault(((*key_path, "match"),), "an earlier group matches the same parameters",
+        path: KeyPath = ("optimizer", "groups", number)
+        if group.match in seen:
+            yield Fault(((*path, "match"),), "an earlier group matches the same parameters",
                         found=group.match)  # fmt: skip
         seen.add(group.match)
-        if not 0 <= group.from_step < max(steps, 1):
-            yield Fault(((*key_path, "from_step"),), "out of bounds", f"0 to {steps - 1}",
+        if group.from_step >= max(steps, 1):
+            yield Fault(((*path, "from_step"),), "out of bounds", f"0 to {steps - 1}",
                         str(group.from_step), "freeze = true never trains them")  # fmt: skip
         if group.freeze and (group.rate != 1.0 or group.decay >= 0 or group.from_step):
             keys = ("freeze", "rate", "decay", "from_step")
-            yield Fault(tuple((*key_path, key) for key in keys),
+            yield Fault(tuple((*path, key) for key in keys),
                         "frozen parameters have neither rate nor decay nor a first step",
                         "freeze alone")  # fmt: skip
-        elif group.rate <= 0:
-            yield Fault(((*key_path, "rate"),), "out of bounds", _POSITIVE.expected,
-                        str(group.rate), "freeze = true trains none of them")  # fmt: skip
 
 
 def _run(run: RunSection, data: DataSection) -> Iterator[Fault]:

@@ -6,7 +6,7 @@ import tomllib
 from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import pytest
 from hypothesis import given
@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from moecc.errors import InputError, MoeccError, UsageError
 from moecc.support.documents import toml_lines
 from moecc.train.recipe import (
-    BOUNDS,
     Corpus,
     DataSection,
     MeshSection,
@@ -48,8 +47,12 @@ def problems(text: str, *sets: str, error: type[MoeccError] = InputError) -> lis
 
 def any_value(type_: Any) -> st.SearchStrategy[Any]:
     if is_dataclass(type_) and isinstance(type_, type):
-        hints = get_type_hints(type_)
+        hints = get_type_hints(type_, include_extras=True)
         return st.builds(type_, **{f.name: any_value(hints[f.name]) for f in fields(type_)})
+    if get_origin(type_) is Annotated:
+        base, *checks = get_args(type_)
+        plain = st.sampled_from([0.25, 0.5, 1.0, 3.5]) if base is float else any_value(base)
+        return plain.filter(lambda value: all(check.is_valid(value) for check in checks))
     if get_args(type_):
         return st.lists(any_value(get_args(type_)[0]), max_size=2).map(tuple)
     if issubclass(type_, Enum):
@@ -75,10 +78,6 @@ def test_a_recipe_round_trips_with_every_default_written_out() -> None:
     recipe = small("mesh.mesh=data:2", 'optimizer.groups=[{match="moe", freeze=true}]')
     text = write_recipe(recipe)
     assert parse_recipe(text, "x") == recipe
-    for name in BOUNDS:
-        table: Any = tomllib.loads(text)
-        for part in name.split("."):
-            table = table[part]
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -104,8 +103,8 @@ def test_all_problems_come_at_once_with_their_lines() -> None:
         "r.toml:10: data.train.0.wieght: no such key   hint: did you mean 'weight'?",
         "r.toml:13: run.step: no such key   hint: did you mean 'steps'?",
         "r.toml:12: run.steps: a key is missing   expected: a whole number",
-        "r.toml:14: run.micro_batches: out of bounds   expected: 1 or more   found: 0",
-        "r.toml:15: run.guard.sigma: out of bounds   expected: 0 or more   found: -1.0",
+        "r.toml:14: run.micro_batches: a wrong value   expected: 1 or more   found: 0",
+        "r.toml:15: run.guard.sigma: a wrong value   expected: 0 or more   found: -1.0",
         "r.toml:16: optimiser: no such key   hint: did you mean 'optimizer'?",
         "r.toml:19: mesh.mesh: not a mesh   expected: axes with sizes, data:8,model:4   "
         "found: data",
@@ -161,7 +160,7 @@ def test_an_option_replaces_a_schedule_with_its_decay(schedule: str) -> None:
         (["optimizer.update_clip=0.1"], "only adafactor clips the update of a matrix"),
         (["routing.dropout=1"], "at least 0 and less than 1"),
         (['optimizer.groups=[{match="moe", from_step=10}]'], "freeze = true never trains them"),
-        (['optimizer.groups=[{match="moe", rate=0}]'], "freeze = true trains none of them"),
+        (['optimizer.groups=[{match="moe", rate=0}]'], "more than 0"),
         (['optimizer.groups=[{match="moe", rate=2, freeze=true}]'], "neither rate nor decay"),
         (['optimizer.groups=[{match="a"}, {match="a"}]'], "an earlier group matches"),
         (["run.remat=some"], "unknown remat"),
@@ -173,7 +172,7 @@ def test_an_option_replaces_a_schedule_with_its_decay(schedule: str) -> None:
         (["mesh.partition=manual"], "unknown partition"),
         (["data.train=[]"], "the mixture is empty"),
         (["data.train=[{tokens='a'}, {tokens='b/a'}]"], "more than one corpus is called 'a'"),
-        (["data.train.0.weight=0"], "leave the corpus out"),
+        (["data.train.0.weight=0"], "more than 0"),
         (["data.decoder_seq=4"], "the objective causal has one sequence"),
         (["model.start=random", "model.moments=carry"], "no moments to carry"),
         (["run.steps=1e400"], "another type"),

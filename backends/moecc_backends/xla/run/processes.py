@@ -154,6 +154,12 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def meet_processes(what: str) -> None:
+    """Wait until all processes have come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
 def configuration(**more: str) -> dict[str, str]:
     """Return what has to be equal in all processes, as short texts."""
     flags = os.environ.get("XLA_FLAGS", "")

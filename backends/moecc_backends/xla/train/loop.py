@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from math import inf
 from pathlib import Path
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +36,6 @@ from moecc.train.events import (
     GuardFault,
     Metric,
     Reason,
-    Saved,
     Skipped,
     Stepped,
     Stopped,
@@ -48,10 +46,16 @@ from moecc.train.graphs import eval_graph, step_spec, train_graph
 from moecc.train.recipe import MeshSection, RunSection
 from moecc.train.run import Position, batch_of, locked_run, remove_incomplete
 from moecc.train.schedule import rate_at
-from moecc.types import Array, DType, TensorType, float_type
+from moecc.types import Array, TensorType, float_type
 from moecc_backends.xla.import_jax import find_devices
 from moecc_backends.xla.run.memory import in_precision, keep_freed_memory, within_memory
-from moecc_backends.xla.run.processes import configuration, is_first, join, preflight
+from moecc_backends.xla.run.processes import (
+    configuration,
+    is_first,
+    join,
+    meet_processes,
+    preflight,
+)
 from moecc_backends.xla.trace.typed_jax import PyTree
 from moecc_backends.xla.train.gradients import LOSS_SUM, TOKENS
 from moecc_backends.xla.train.saving import RunCheckpoints, Saver
@@ -65,65 +69,6 @@ Placed = Mapping[str, jax.Array]
 SKIPPED = "guard.skipped"
 LIMIT = "guard.limit"
 """The metric of a step that says whether its update was left out."""
-
-
-class Program(Protocol):
-    """The compiled functions of a recipe."""
-
-    def step(
-        self, state: State, batch: Placed, key: jax.Array, rate: float
-    ) -> tuple[State, Mapping[str, jax.Array]]:
-        """Return state and metrics after one step; the state that is given is donated."""
-        ...
-
-    def entered(self, state: State, done: int) -> State:
-        """Return a state as the step after so many takes it: more may be trained from there on."""
-        ...
-
-    def model_params(self, state: State) -> Mapping[str, jax.Array]:
-        """Return the parameters of the model in a state."""
-        ...
-
-    def evaluate(self, params: Mapping[str, jax.Array], batch: Placed) -> Mapping[str, jax.Array]:
-        """Return `LOSS_SUM` and `TOKENS` of a batch."""
-        ...
-
-
-class Feed(Protocol):
-    """The batches of a recipe, on their devices."""
-
-    @property
-    def held_out(self) -> Mapping[str, int]:
-        """The number of batches of each held-out text."""
-        ...
-
-    def train(self, number: int) -> Placed:
-        """Return a batch of the mixture."""
-        ...
-
-    def evaluate(self, name: str, number: int) -> Placed:
-        """Return a batch of a held-out text."""
-        ...
-
-
-class Checkpoints(Protocol):
-    """Saves the state of a run, and begins from what was saved."""
-
-    def begin(self) -> tuple[State, Position, float | None]:
-        """Return state, position and best held-out loss of the last checkpoint, or the start."""
-        ...
-
-    def save(self, state: State, at: Position, loss: float | None) -> list[Saved]:
-        """Begin to save, and return what is complete since."""
-        ...
-
-    def finished(self) -> list[Saved]:
-        """Return what is complete since."""
-        ...
-
-    def wait(self) -> list[Saved]:
-        """Wait until nothing is being saved, and return what is complete since."""
-        ...
 
 
 @dataclass
@@ -141,9 +86,9 @@ class Loop:
       spread: returns how far experts are apart, from the parameters; None without experts.
     """
 
-    program: Program
-    feed: Feed
-    checkpoints: Checkpoints
+    program: PhasedStep
+    feed: DeviceFeed
+    checkpoints: RunCheckpoints
     run: RunSection
     rate: Callable[[int], float]
     stop: Callable[[], Reason | None]
@@ -191,7 +136,10 @@ class Loop:
         batch = self.feed.train(self._at.batch) if self._at.step < self.run.steps else {}
         while self._at.step < self.run.steps:
             number, started = self._at.batch, time.monotonic()
-            metrics = self._dispatch(batch)
+            key = jax.random.fold_in(jax.random.key(self.run.seed), number)
+            self._state, metrics = self.program.step(
+                self._state, batch, key, self.rate(self._at.step)
+            )
             if self._at.step + 1 < self.run.steps:
                 # While the devices compute.
                 batch = self.feed.train(batch_of(self._at.step + 1, self._at.left_out))
@@ -216,11 +164,6 @@ class Loop:
         yield Stopped(self._at.step, Reason.DONE)
         return None
 
-    def _dispatch(self, batch: Placed) -> Mapping[str, jax.Array]:
-        key = jax.random.fold_in(jax.random.key(self.run.seed), self._at.batch)
-        self._state, metrics = self.program.step(self._state, batch, key, self.rate(self._at.step))
-        return metrics
-
     def _between(self, is_skipped: bool) -> Generator[Event, None, bool]:
         """Evaluate, save and stop where it is time to; return whether the run stops."""
         step, is_last = self._at.step, self._at.step == self.run.steps
@@ -232,27 +175,20 @@ class Loop:
             loss = evaluated.mean
         is_best = loss is not None and (self._best is None or loss < self._best)
         # Between skipped steps a checkpoint would be one to which a return is of no use.
-        if is_last or why is not None or (not is_skipped and (is_best or self._is_time(step))):
+        minutes, elapsed_seconds = self.run.save_minutes, self.clock() - self._saved_seconds
+        is_time = any(is_due(step, n) for n in (self.run.save_steps, self.run.export_steps))
+        is_time = is_time or 0 < minutes * 60 <= elapsed_seconds
+        if is_last or why is not None or (not is_skipped and (is_best or is_time)):
             self._best = loss if is_best else self._best
-            yield from self._save(loss)
+            if self._saved != self._at or loss is not None:
+                yield from self.checkpoints.save(self._state, self._at, loss)
+                self._saved, self._saved_seconds = self._at, self.clock()
         yield from self.checkpoints.finished()
         if why is None or is_last:
             return False
         yield from self.checkpoints.wait()
         yield Stopped(step, why)
         return True
-
-    def _is_time(self, step: int) -> bool:
-        minutes = self.run.save_minutes
-        elapsed_seconds = self.clock() - self._saved_seconds
-        is_step = is_due(step, self.run.save_steps) or is_due(step, self.run.export_steps)
-        return is_step or 0 < minutes * 60 <= elapsed_seconds
-
-    def _save(self, loss: float | None) -> Iterator[Saved]:
-        if self._saved == self._at and loss is None:
-            return
-        yield from self.checkpoints.save(self._state, self._at, loss)
-        self._saved, self._saved_seconds = self._at, self.clock()
 
     def _evaluate(self) -> Evaluated:
         losses, params = {}, self.program.model_params(self._state)
@@ -273,12 +209,11 @@ def is_due(step: int, every: int) -> bool:
 
 def on_host(metrics: Mapping[str, jax.Array]) -> dict[str, Metric]:
     """Return metrics as numbers, and lists of them."""
-    found = jax.device_get(dict(metrics))
-    return {name: _plain(np.asarray(value)) for name, value in sorted(found.items())}
-
-
-def _plain(value: Array) -> Metric:
-    return [float(x) for x in value.reshape(-1)] if value.ndim else float(value)
+    arrays = {name: np.asarray(a) for name, a in sorted(jax.device_get(dict(metrics)).items())}
+    return {
+        name: [float(x) for x in a.reshape(-1)] if a.ndim else float(a)
+        for name, a in arrays.items()
+    }
 
 
 def scalar(metric: Metric) -> float:
@@ -501,9 +436,15 @@ def training(job: TrainJob) -> Iterator[XlaTraining]:
     keep_freed_memory()
     find_devices()
     keep_compiled_programs()
-    with in_precision(*_types(job.recipe.run)), watchdog_of_environment() as watchdog:
+    run = job.recipe.run
+    names = (run.dtype, run.weight_dtype, run.reduce_dtype)
+    types = (float_type(name) for name in names if name)
+    with in_precision(*types), watchdog_of_environment() as watchdog:
         watchdog.beat("all processes have met")
-        program = _program(job)
+        devices = _devices(job.recipe.mesh)
+        spec = step_spec(job.graph, job.recipe, devices[0].platform)
+        judge = eval_graph(job.graph, job.recipe)
+        program = make_phased_step(train_graph(job.graph, job.recipe), spec, devices, judge)
         preflight(
             configuration(
                 graph=fingerprint(job.graph)[:16],
@@ -521,32 +462,18 @@ def training(job: TrainJob) -> Iterator[XlaTraining]:
                 saver.close()
 
 
-def _types(run: RunSection) -> Iterator[DType]:
-    """Yield the types that a run computes in and stores."""
-    yield from (
-        float_type(name) for name in (run.dtype, run.weight_dtype, run.reduce_dtype) if name
-    )
-
-
 @contextmanager
 def _own_folder(job: TrainJob) -> Iterator[None]:
     """Make the folder of a run, or take it over, in the first process; the others wait for it."""
     if not is_first():
-        _meet("moecc made the folder")
+        meet_processes("moecc made the folder")
         yield
         return
     job.create()
     with locked_run(job.run):
         remove_incomplete(job.run)
-        _meet("moecc made the folder")
+        meet_processes("moecc made the folder")
         yield
-
-
-def _program(job: TrainJob) -> PhasedStep:
-    devices = _devices(job.recipe.mesh)
-    spec = step_spec(job.graph, job.recipe, devices[0].platform)
-    judge = eval_graph(job.graph, job.recipe)
-    return make_phased_step(train_graph(job.graph, job.recipe), spec, devices, judge)
 
 
 def _devices(section: MeshSection) -> list[jax.Device]:
@@ -557,24 +484,21 @@ def _devices(section: MeshSection) -> list[jax.Device]:
     """
     found = jax.devices()
     wanted, processes = parse_mesh(section.mesh).devices if section.mesh else 1, jax.process_count()
+    of_all = f'mesh.mesh = "data={len(found)}"'
     if wanted > len(found):
         raise InputError(
             "the mesh has more devices than there are", where="mesh.mesh",
             expected=f"at most {amount(len(found), 'device')}", found=str(wanted),
             hint=f"XLA_FLAGS=--xla_force_host_platform_device_count={wanted} makes a CPU many"
-            if found[0].platform == "cpu" and processes == 1 else f"{_of_all(found)} takes them",
+            if found[0].platform == "cpu" and processes == 1 else f"{of_all} takes them",
         )  # fmt: skip
     if processes > 1 and wanted != len(found):
         raise InputError(
             "the mesh leaves devices out, and several processes use all of them", where="mesh.mesh",
             expected=f"{amount(len(found), 'device')}, of {processes} processes", found=str(wanted),
-            hint=f"{_of_all(found)} takes them",
+            hint=f"{of_all} takes them",
         )  # fmt: skip
     return found[:wanted]
-
-
-def _of_all(devices: Sequence[jax.Device]) -> str:
-    return f'mesh.mesh = "data={len(devices)}"'
 
 
 def agreed_reason(reason: Reason | None) -> Reason | None:
@@ -591,8 +515,3 @@ def agreed_seconds() -> float:
     if jax.process_count() == 1:
         return now
     return float(multihost_utils.broadcast_one_to_all(np.float32(now)))
-
-
-def _meet(what: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)

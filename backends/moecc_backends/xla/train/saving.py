@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
 from moecc.errors import MachineError, MoeccError
 from moecc.formats.run import (
@@ -35,6 +34,7 @@ from moecc.support.extras import install_hint
 from moecc.train.events import Saved
 from moecc.train.run import Position, begin_step, finish_step, keep_steps
 from moecc.types import DTYPES
+from moecc_backends.xla.run.processes import is_first, meet_processes
 from moecc_backends.xla.trace.typed_jax import PyTree
 from moecc_backends.xla.train.tensors import Slot, Tensors, restore, slots_of, to_tensors
 
@@ -98,10 +98,10 @@ class Saver:
           MachineError: the disk is full, or cannot be written, this time or the last.
         """
         done = self.wait()
-        first, started = jax.process_index() == 0, time.monotonic()
-        if first:
+        started = time.monotonic()
+        if is_first():
             begin_step(self._run, step)
-        _meet(f"moecc begins step {step}")
+        meet_processes(f"moecc begins step {step}")
         folder = self._run / "steps" / str(step) / "state"
         if self._checkpointer is None:
             self._checkpointer = _checkpointer(_largest_bytes(tensors))
@@ -148,7 +148,7 @@ class Saver:
             pending.error = error
 
     def _completed(self, step: int, facts: Mapping[str, Any], started: float) -> Saved:
-        if jax.process_index() != 0:
+        if not is_first():
             return Saved(step, self._run / "steps" / str(step), False, time.monotonic() - started)
         done = finish_step(self._run, step, facts)
         best = best_step(saved_steps(self._run))
@@ -180,11 +180,6 @@ def _largest_bytes(tensors: Tensors) -> int:
         for array in tensors.values()
     )
     return max(pieces, default=0)
-
-
-def _meet(what: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
 
 
 def _failed(error: BaseException, folder: Path) -> MoeccError:

@@ -6,9 +6,8 @@ partitioner adds the collectives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import jax
 import numpy as np
@@ -18,188 +17,100 @@ from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph, Value
 from moecc.ir.mesh import Mesh, mesh_of
 from moecc.ir.ops.repetition import repetitions
-from moecc.sharding.layout import Layout, value_spec
+from moecc.sharding.layout import value_spec
 from moecc.train.settings import StepSpec
 from moecc.types import Axis, TensorType
 from moecc_backends.xla.lower.function import function
 from moecc_backends.xla.lower.mesh import GspmdLowering, sharded_function
 from moecc_backends.xla.lower.scan import is_stacked
 from moecc_backends.xla.mesh.specs import group_counts, spec
-from moecc_backends.xla.trace.context import DeviceView, Options
+from moecc_backends.xla.trace.context import DIRECT, DeviceView, Options
 from moecc_backends.xla.trace.typed_jax import Function, PyTree
 from moecc_backends.xla.train.gradients import LoweringConfig
 
-Model = Callable[[Mapping[str, PyTree], Mapping[str, PyTree]], dict[str, jax.Array]]
-"""A graph as ``(params, inputs) → outputs``."""
 
+@dataclass(frozen=True)
+class StepShardings:
+    """Where the parameters and inputs of a step lie, and how its graph is lowered there.
 
-class StepShardings(Protocol):
-    """How parameters and inputs of a graph are sharded, and how it is lowered there."""
+    Attributes:
+      spec: the settings of the step.
+      device: the first device, which has everything where there is no mesh.
+      mesh: the devices; None for one device.
+      grid: the mesh of the graph, whose types state the shardings and which has collectives of its
+        own; None on one device, or where XLA's partitioner adds the collectives.
+      interceptor: the hints for the partitioner.
+    """
 
-    def param(self, value: Value) -> Sharding:
-        """Return the sharding of a parameter."""
-        ...
-
-    def along(self, type: TensorType) -> Sharding:
-        """Return the sharding of an array of inputs or targets."""
-        ...
+    spec: StepSpec
+    device: jax.Device
+    mesh: jax.sharding.Mesh | None = None
+    grid: Mesh | None = None
+    interceptor: GspmdLowering | None = None
 
     @property
     def whole(self) -> Sharding:
-        """What every device has."""
-        ...
+        """The sharding of an array that every device has."""
+        if self.mesh is None:
+            return jax.sharding.SingleDeviceSharding(self.device)
+        return NamedSharding(self.mesh, PartitionSpec())
 
     @property
     def lowering(self) -> LoweringConfig:
-        """How and where nodes are lowered."""
-        ...
+        """How and where nodes are lowered: on the shards of a device, or on whole arrays."""
+        return LoweringConfig(
+            self.spec.config.compute_type,
+            Options(platform=self.spec.platform),
+            None if self.grid is None else DeviceView(self.grid),
+            self.interceptor or DIRECT,
+        )
+
+    def param(self, value: Value) -> Sharding:
+        """Return the sharding of a parameter."""
+        if self.interceptor is None:
+            return self.along(value.type)
+        # The axis along which a scan has stacked the parameter.
+        scans = [node for node in value.users if node.body is not None]
+        stacked = {repetitions(node.attrs)[0] for node in scans if is_stacked(node, value)}
+        layers = stacked.pop() if stacked else ""
+        return self.interceptor.weight_sharding(value, stored=True, layers=layers)
+
+    def along(self, type: TensorType) -> Sharding:
+        """Return the sharding of an array of inputs or targets."""
+        if self.interceptor is not None:
+            sizes = {a.name: size_of(a, self.spec.sizes) for a in type.axes}
+            return self.interceptor.sharding(tuple(sizes), value_spec(self.interceptor.plan, sizes))
+        return self.whole if self.mesh is None else NamedSharding(self.mesh, spec(type))
 
     def mapped(self, function: Function, given: Sequence[PyTree], made: PyTree) -> Function:
         """Return `function`, which works on what `lowering` says, as one of whole arrays.
 
         Args:
           function: takes trees of arrays.
-          given: types in place of the arrays that it takes, a tree for each argument; None for what
-            every device has.
+          given: types in place of the arrays that it takes, a tree for each argument; None for
+            arrays that every device has.
           made: types in place of the arrays that it returns, likewise.
         """
-        ...
-
-    def model(self, graph: Graph) -> Model:
-        """Return `graph` as a function of whole arrays."""
-        ...
-
-
-@dataclass(frozen=True)
-class OneDevice:
-    """One device, which has everything."""
-
-    device: jax.Device
-    spec: StepSpec
-
-    @property
-    def whole(self) -> Sharding:
-        """What the device has."""
-        return jax.sharding.SingleDeviceSharding(self.device)
-
-    @property
-    def lowering(self) -> LoweringConfig:
-        """How nodes are lowered."""
-        return LoweringConfig(self.spec.config.compute_type, options(self.spec))
-
-    def param(self, value: Value) -> Sharding:
-        """Return the sharding of a parameter."""
-        return self.whole
-
-    def along(self, type: TensorType) -> Sharding:
-        """Return the sharding of an array of inputs or targets."""
-        return self.whole
-
-    def mapped(self, function: Function, given: Sequence[PyTree], made: PyTree) -> Function:
-        """Return `function`."""
-        return function
-
-    def model(self, graph: Graph) -> Model:
-        """Return `graph` as a function of whole arrays."""
-        return function(graph, dtype=self.spec.config.compute_type, options=options(self.spec))
-
-
-@dataclass(frozen=True)
-class ExplicitShardings:
-    """Shardings as the types of the graph say them, with the graph's own collectives."""
-
-    mesh: jax.sharding.Mesh
-    own: Mesh
-    spec: StepSpec
-
-    @property
-    def whole(self) -> Sharding:
-        """What every device has."""
-        return NamedSharding(self.mesh, PartitionSpec())
-
-    @property
-    def lowering(self) -> LoweringConfig:
-        """How and where nodes are lowered: on the shards of a device."""
-        return LoweringConfig(
-            self.spec.config.compute_type, options(self.spec), DeviceView(self.own)
+        if self.grid is None:
+            return function
+        in_specs, out_specs = jax.tree.map(
+            lambda t: PartitionSpec() if t is None else spec(t),
+            (tuple(given), made),
+            is_leaf=lambda t: t is None or isinstance(t, TensorType),
         )
-
-    def param(self, value: Value) -> Sharding:
-        """Return the sharding of a parameter."""
-        return self.along(value.type)
-
-    def along(self, type: TensorType) -> Sharding:
-        """Return the sharding of an array of inputs or targets."""
-        return NamedSharding(self.mesh, spec(type))
-
-    def mapped(self, function: Function, given: Sequence[PyTree], made: PyTree) -> Function:
-        """Return `function`, run shard by shard."""
         return jax.shard_map(
-            function, mesh=self.mesh, in_specs=_specs(tuple(given)), out_specs=_specs(made),
-            check_vma=True,
-        )  # fmt: skip
-
-    def model(self, graph: Graph) -> Model:
-        """Return `graph` as a function of whole arrays."""
-        return sharded_function(
-            graph, self.mesh, dtype=self.spec.config.compute_type, options=options(self.spec)
+            function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=True
         )
 
-
-def _specs(types: PyTree) -> PyTree:
-    """Return types as the specs of jax, in the same tree."""
-    return jax.tree.map(
-        lambda t: PartitionSpec() if t is None else spec(t),
-        types,
-        is_leaf=lambda t: t is None or isinstance(t, TensorType),
-    )
-
-
-@dataclass(frozen=True)
-class GspmdShardings:
-    """Shardings of a layout of the plan, with the collectives that XLA's partitioner adds."""
-
-    interceptor: GspmdLowering
-    spec: StepSpec
-
-    @property
-    def whole(self) -> Sharding:
-        """What every device has."""
-        return NamedSharding(self.interceptor.mesh, PartitionSpec())
-
-    @property
-    def lowering(self) -> LoweringConfig:
-        """How nodes are lowered: for one device, with hints for the partitioner."""
-        return LoweringConfig(
-            self.spec.config.compute_type, options(self.spec), interceptor=self.interceptor
-        )
-
-    def param(self, value: Value) -> Sharding:
-        """Return the sharding of a parameter."""
-        return self.interceptor.weight_sharding(value, stored=True, layers=_layer_axis(value))
-
-    def along(self, type: TensorType) -> Sharding:
-        """Return the sharding of an array of inputs or targets."""
-        sizes = {a.name: size_of(a, self.spec.sizes) for a in type.axes}
-        return self.interceptor.sharding(tuple(sizes), value_spec(self.interceptor.plan, sizes))
-
-    def mapped(self, function: Function, given: Sequence[PyTree], made: PyTree) -> Function:
-        """Return `function`."""
-        return function
-
-    def model(self, graph: Graph) -> Model:
-        """Return `graph` as a function of whole arrays."""
+    def model(self, graph: Graph) -> Function:
+        """Return `graph` as a function ``(params, inputs) → outputs`` of whole arrays."""
+        config = self.lowering
+        if self.grid is not None:
+            assert self.mesh is not None, "a grid is one of devices"
+            return sharded_function(graph, self.mesh, dtype=config.dtype, options=config.options)
         return function(
-            graph,
-            dtype=self.spec.config.compute_type,
-            options=options(self.spec),
-            interceptor=self.interceptor,
+            graph, dtype=config.dtype, options=config.options, interceptor=config.interceptor
         )
-
-
-def options(spec: StepSpec) -> Options:
-    """Return what is chosen for the lowering."""
-    return Options(platform=spec.platform)
 
 
 def size_of(axis: Axis, sizes: Mapping[str, int]) -> int:
@@ -216,22 +127,17 @@ def step_shardings(graph: Graph, spec: StepSpec, devices: list[jax.Device]) -> S
     """
     grid = mesh_of(graph) if spec.layout is None else spec.layout.mesh
     if grid is None and len(devices) == 1:
-        return OneDevice(devices[0], spec)
+        return StepShardings(spec, devices[0])
     if grid is None:
         raise InputError(
             "the graph is on no mesh", hint="annotate-sharding{mesh=data:8 rules=st-moe}"
         )
     mesh = jax.sharding.Mesh(np.array(devices).reshape(grid.shape), grid.names)
     if spec.layout is None:
-        return ExplicitShardings(mesh, grid, spec)
-    check_groups(graph, spec.layout)
-    return GspmdShardings(GspmdLowering(mesh, spec.layout), spec)
-
-
-def check_groups(graph: Graph, layout: Layout) -> None:
-    """Raise InputError if a group of tokens, within which slots are counted, would be cut."""
+        return StepShardings(spec, devices[0], mesh, grid)
+    layout = spec.layout
     shards = layout.shards["batch"]
-    found = [
+    problems = [
         Problem(
             f"{' x '.join(layout.batch_axes)} cuts the token groups",
             f"mesh {layout.mesh}",
@@ -242,12 +148,7 @@ def check_groups(graph: Graph, layout: Layout) -> None:
         for groups in sorted(group_counts(graph))
         if groups % shards
     ]
-    if found:
-        raise InputError(found)
-
-
-def _layer_axis(value: Value) -> str:
-    """Return the axis along which `value` is stacked for a scan, or an empty string."""
-    scans = [node for node in value.users if node.body is not None]
-    names = {repetitions(node.attrs)[0] for node in scans if is_stacked(node, value)}
-    return names.pop() if names else ""
+    if problems:
+        raise InputError(problems)
+    lowering = GspmdLowering(mesh, spec.layout)
+    return StepShardings(spec, devices[0], mesh, interceptor=lowering)
