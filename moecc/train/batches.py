@@ -25,7 +25,7 @@ from moecc.train.objectives import (
     Spans,
     end_of,
 )
-from moecc.train.recipe import Corpus, DataSection, Objective, Recipe, corpus_name
+from moecc.train.recipe import DataSection, Objective, Recipe, corpus_name
 from moecc.train.rows import LabelChoices, ModelFacts
 from moecc.train.tokens.folder import DOCUMENTS, LABELLED, Special, TokenFolder, open_tokens
 from moecc.types import Array
@@ -543,7 +543,9 @@ def open_batches(data: DataSection, model: ModelFacts) -> Batches:
         _rows=trained,
         _mixture=mixture,
         _evaluations={
-            name: Evaluation(name, _count(each, data), each, shape)
+            name: Evaluation(
+                name, min(data.evaluate_batches, -(-each.rows // data.batch)), each, shape
+            )
             for (use, name), each in rows.items()
             if use == "evaluate"
         },
@@ -562,15 +564,11 @@ def _opened(data: DataSection) -> Iterator[tuple[tuple[str, str], TokenFolder]]:
     for use, corpora in (("train", data.train), ("evaluate", data.evaluate)):
         for corpus in corpora:
             try:
-                yield (use, corpus_name(corpus)), _open(corpus)
+                yield (use, corpus_name(corpus)), open_tokens(corpus.tokens)
             except InputError as error:
                 problems.extend(error.problems)
     if problems:
         raise InputError(problems)
-
-
-def _open(corpus: Corpus) -> TokenFolder:
-    return open_tokens(corpus.tokens)
 
 
 def _label(use: str, name: str) -> str:
@@ -582,10 +580,6 @@ def _remarks(rows: Mapping[tuple[str, str], Rows]) -> Iterator[str]:
         if isinstance(each, ExampleRows) and each.cut:
             are = "is cut, as it is" if each.cut == 1 else "are cut, as they are"
             yield f"{name}: {amount(each.cut, 'example')} {are} longer than a sequence"
-
-
-def _count(rows: Rows, data: DataSection) -> int:
-    return min(data.evaluate_batches, -(-rows.rows // data.batch))
 
 
 def _numbers(number: int, batch: int, rows: slice | None) -> Numbers:

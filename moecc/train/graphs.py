@@ -159,11 +159,7 @@ def _on_mesh(mesh: MeshPasses) -> Iterator[str]:
 def _pass(name: str, options: dict[str, object]) -> str:
     if not options:
         return name
-    return f"{name}{{{' '.join(f'{n}={_value(v)}' for n, v in options.items())}}}"
-
-
-def _value(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return f"{name}{{{' '.join(f'{n}={(str(v).lower() if isinstance(v, bool) else str(v))}' for n, v in options.items())}}}"
 
 
 def run_passes(graph: Graph, passes: str) -> None:

@@ -224,19 +224,16 @@ class CausalRows(Rows):
         for piece in self._plan.pieces(row):
             size = piece.stop - piece.start
             # One token more, where the document goes on.
-            ids = self._document(piece.document, piece.start, piece.stop + 1)
+            stop = piece.stop + 1
+            first, last = (int(n) for n in self._folder.starts[piece.document : piece.document + 2])
+            begin, end = len(self._before), len(self._before) + last - first
+            inner = (first + min(max(n, begin), end) - begin for n in (piece.start, stop))
+            tail = self._after[max(piece.start - end, 0) : max(stop - end, 0)]
+            ids = _joined(self._before[piece.start : stop], self._folder.ids(*inner), tail)
             targets = np.full(size, IGNORED, np.int32)
             targets[: len(ids) - 1] = ids[1:]
             segments.append(Segment(ids[:size], targets))
         return segments
-
-    def _document(self, number: int, start: int, stop: int) -> Ids:
-        """Return a part of a document with what is put around it."""
-        first, last = (int(n) for n in self._folder.starts[number : number + 2])
-        begin, end = len(self._before), len(self._before) + last - first
-        inner = (first + min(max(n, begin), end) - begin for n in (start, stop))
-        tail = self._after[max(start - end, 0) : max(stop - end, 0)]
-        return _joined(self._before[start:stop], self._folder.ids(*inner), tail)
 
 
 class SpanRows(Rows):
@@ -333,7 +330,8 @@ class ExampleRows(Rows):
         self._end = _one(end_of(special))
         self._tail = (special.after or self._end) if start is not None else ()
         self._start = start
-        prompts, completions = self._wanted()
+        completions = np.diff(self._folder.starts) - self._folder.completions
+        prompts, completions = self._folder.completions, completions + len(self._end)
         around = len(self._before) + len(self._tail)
         if start is None:
             # The last token is predicted and not seen.
@@ -356,11 +354,6 @@ class ExampleRows(Rows):
         """Return what the longest completion needs."""
         longest = np.diff(folder.starts) - folder.completions
         return int(longest.max(initial=0)) + len(_one(end_of(special)))
-
-    def _wanted(self) -> tuple[_ObjectivesNumbers, _ObjectivesNumbers]:
-        """Return the tokens of prompts, and of completions with their end."""
-        completions = np.diff(self._folder.starts) - self._folder.completions
-        return self._folder.completions, completions + len(self._end)
 
     def segments(self, row: int, rng: np.random.Generator) -> list[Segment]:
         """Return whole examples."""

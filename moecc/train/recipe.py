@@ -364,7 +364,13 @@ def faults(recipe: Recipe) -> Iterator[Fault]:
     yield from _schedule(recipe.optimizer, recipe.run)
     yield from _parameter_groups(recipe.optimizer.groups, recipe.run.steps)
     yield from _run(recipe.run, recipe.data)
-    yield from _mesh(recipe.mesh)
+    if recipe.mesh.mesh:
+        yield from _raised(("mesh", "mesh"), partial(parse_mesh, recipe.mesh.mesh))
+    if recipe.mesh.rules and not recipe.mesh.mesh:
+        yield Fault((("mesh", "mesh"), ("mesh", "rules")), "rules need a mesh", "data:8, say")
+    yield from _choices(
+        "mesh", {"via": recipe.mesh.via or None, "partition": recipe.mesh.partition}
+    )
 
 
 def _data(data: DataSection) -> Iterator[Fault]:
@@ -497,14 +503,6 @@ def _run(run: RunSection, data: DataSection) -> Iterator[Fault]:
     if run.export_steps > 0 and not run.export_to:
         yield Fault((("run", "export_to"), ("run", "export_steps")),
                     "exports need a family", "auto, or what moecc convert --to takes")  # fmt: skip
-
-
-def _mesh(mesh: MeshSection) -> Iterator[Fault]:
-    if mesh.mesh:
-        yield from _raised(("mesh", "mesh"), partial(parse_mesh, mesh.mesh))
-    if mesh.rules and not mesh.mesh:
-        yield Fault((("mesh", "mesh"), ("mesh", "rules")), "rules need a mesh", "data:8, say")
-    yield from _choices("mesh", {"via": mesh.via or None, "partition": mesh.partition})
 
 
 def _choices(section: str, values: Mapping[str, object]) -> Iterator[Fault]:

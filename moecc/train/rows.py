@@ -239,11 +239,7 @@ class LabelChoices:
 
     def ids(self, start: int, stop: int) -> Ids:
         """Return the ids from `start` to `stop`."""
-        return self._ids[start:stop]
-
-    @cached_property
-    def _ids(self) -> Ids:
-        return np.concatenate(self._documents)
+        return np.concatenate(self._documents)[start:stop]
 
     @cached_property
     def _documents(self) -> list[Ids]:

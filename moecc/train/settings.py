@@ -90,7 +90,9 @@ def _settings(
     value: Value, free: bool, group: ParameterGroup | None, section: OptimizerSection
 ) -> ParamSettings:
     names = value.type.names
-    over = tuple(n for n in names if _is_summed(value, n))
+    over = tuple(
+        n for n in names if any(n in ProductOp.of_node(node).over for node in _products(value))
+    )
     blocks = tuple(n for n in _REPEATED if n in names and n not in over)
     if set(names) == {*over, *blocks}:
         # The rows of a router are those of one matrix.
@@ -107,11 +109,6 @@ def _settings(
         "vocab" in names,
         0 if group is None else group.from_step,
     )
-
-
-def _is_summed(value: Value, name: str) -> bool:
-    """Return whether a product that reads `value` sums over its axis `name`."""
-    return any(name in ProductOp.of_node(node).over for node in _products(value))
 
 
 def _products(param: Value) -> Iterator[Node]:
@@ -149,11 +146,12 @@ class _Chosen:
         self, name: str, kinds: frozenset[str]
     ) -> tuple[ParameterGroup | None, list[Problem]]:
         """Return the group of a parameter, and what is wrong with it."""
-        members = _members(name)
-        matching = [self._first(m, kinds) for m in members]
-        self._matched.update(i for i in matching if i is not None)
-        if len(set(matching)) > 1:
-            odd = next(m for m, i in zip(members, matching, strict=True) if i != matching[0])
+        count = next(iter(lengths(name)), 0)
+        members = [element(name, at) for at in range(count)] if count else [name]
+        found = [self._first(m, kinds) for m in members]
+        self._matched.update(i for i in found if i is not None)
+        if len(set(found)) > 1:
+            odd = next(m for m, i in zip(members, found, strict=True) if i != found[0])
             return None, [
                 Problem("equal layers that are rolled belong to different groups", name,
                         f"the group of {members[0]}", f"{odd} is in another",
@@ -180,12 +178,6 @@ class _Chosen:
                     f"a glob over names, or one of {', '.join(GROUPS)}", group.match,
                     "the model has none of them" if is_known else nearest(group.match, GROUPS),
                 )  # fmt: skip
-
-
-def _members(name: str) -> list[str]:
-    """Return the parameters of the model that a rolled parameter holds, or its own name."""
-    count = next(iter(lengths(name)), 0)
-    return [element(name, at) for at in range(count)] if count else [name]
 
 
 # Phases of a run: from one step on, groups of parameters are trained that were not before.

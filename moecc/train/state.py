@@ -281,11 +281,24 @@ class _Moved:
     def of(self, e: Expr) -> Expr | None:
         """Return the moment of `e`, or None where nothing is known of it."""
         if isinstance(e, Source):
-            return self._source(e)
+            wanted = frozenset(e.type.names) - self.gone
+            kinds = FACTORS if self.kind in FACTORS else (self.kind,)
+            for kind in kinds:
+                type = self.known.get(kind, {}).get(e.name)
+                if type is not None and frozenset(type.names) == wanted:
+                    return Source(self.name_of(kind, e.name), type)
+            return None
         if isinstance(e, Draw | Full):
             return None
         if isinstance(e, Select):
-            return self._select(e)
+            kept = self.of(e.b)
+            if (
+                kept is None
+                or self.kind != FIRST
+                or not set(e.mask.type.names) <= set(kept.type.names)
+            ):
+                return kept
+            return Select(e.mask, Full(0.0, kept.type), kept)
         if isinstance(e, Add):
             # Noise on a copy.
             parts = [x for x in e.operands if _brings(x)]
@@ -297,27 +310,6 @@ class _Moved:
             power = 1 if self.kind == FIRST else 2
             return None if inner is None or not e.factor else Scale(inner, e.factor**-power)
         return self._moved(e)
-
-    def _source(self, e: Source) -> Expr | None:
-        """Return the saved moment that has the axes that are wanted; of factors, either may."""
-        wanted = frozenset(e.type.names) - self.gone
-        kinds = FACTORS if self.kind in FACTORS else (self.kind,)
-        for kind in kinds:
-            type = self.known.get(kind, {}).get(e.name)
-            if type is not None and frozenset(type.names) == wanted:
-                return Source(self.name_of(kind, e.name), type)
-        return None
-
-    def _select(self, e: Select) -> Expr | None:
-        """Return the moment of neurons of which some are drawn anew."""
-        selected = self.of(e.b)
-        if (
-            selected is None
-            or self.kind != FIRST
-            or not set(e.mask.type.names) <= set(selected.type.names)
-        ):
-            return selected
-        return Select(e.mask, Full(0.0, selected.type), selected)
 
     def _moved(self, e: Expr) -> Expr | None:
         inner = [self.of(x) for x in e.operands]
@@ -341,16 +333,13 @@ class _Moved:
             case Permute():
                 return Permute(x, tuple(n for n in e.order if n in names))
             case Split():
-                return self._split(e, x)
+                if e.axis in x.type.names:
+                    return Split(x, e.axis, e.into)
+                # A mean along an axis that is cut is taken for the mean along each of its parts.
+                for name, size in e.into:
+                    if name != e.axis:
+                        x = Tile(x, name, size)
+                return x
             case Merge():
                 return Merge(x, e.axes, e.into) if set(e.axes) <= set(names) else None
         return None
-
-    def _split(self, e: Split, x: Expr) -> Expr:
-        if e.axis in x.type.names:
-            return Split(x, e.axis, e.into)
-        # A mean along an axis that is cut is taken for the mean along each of its parts.
-        for name, size in e.into:
-            if name != e.axis:
-                x = Tile(x, name, size)
-        return x

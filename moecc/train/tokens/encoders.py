@@ -199,7 +199,18 @@ class TokenizerEncoder(Encoder):
 
     def _special(self, folder: Path) -> Special:
         """Return the special tokens that the files beside the tokenizer name."""
-        named = _named_tokens(folder)
+        found: dict[str, str] = {}
+        for file in ("special_tokens_map.json", "tokenizer_config.json"):
+            if not (folder / file).is_file():
+                continue
+            data = read_json_object(folder / file, limit_bytes=_LARGEST_JSON_BYTES)
+            for name in ("bos", "eos", "pad", "mask"):
+                value = data.get(f"{name}_token")
+                if isinstance(value, dict):
+                    value = value.get("content")
+                if isinstance(value, str):
+                    found[name] = value
+        named = found
         extra = [f"<extra_id_{n}>" for n in range(_MOST_SENTINELS)]
         names = list(named)
         ids = self._tokenizer.ids([*named.values(), *extra])
@@ -307,19 +318,3 @@ def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
         size += len(text)
     if start < len(texts):
         yield texts[start:]
-
-
-def _named_tokens(folder: Path) -> dict[str, str]:
-    """Return the special tokens by name, from the files that name them; missing ones are left."""
-    ids_by_name: dict[str, str] = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        if not (folder / file).is_file():
-            continue
-        data = read_json_object(folder / file, limit_bytes=_LARGEST_JSON_BYTES)
-        for name in ("bos", "eos", "pad", "mask"):
-            value = data.get(f"{name}_token")
-            if isinstance(value, dict):
-                value = value.get("content")
-            if isinstance(value, str):
-                ids_by_name[name] = value
-    return ids_by_name

@@ -274,7 +274,16 @@ class _Counter:
         if name not in self._done:
             where = self._module.computations[name]
             made = {i.name: list(self._parts(where, i)) for i in where}
-            self._done[name] = _sum(_scheduled(where, made))
+            parts = _scheduled(where, made)
+            opaque: Counter[str] = Counter()
+            for part in parts:
+                opaque.update(part.opaque)
+            self._done[name] = Census(
+                tuple(_once(found for part in parts for found in part.collectives)),
+                sum(part.flops for part in parts),
+                sum(part.unknown_loops for part in parts),
+                opaque,
+            )
         return self._done[name]
 
     def _parts(self, where: Computation, made: Instruction) -> Iterator[Census]:
@@ -339,18 +348,6 @@ def _scheduled(where: Computation, made: dict[str, list[Census]]) -> list[Census
         for name, parts in made.items()
         for part in parts
     ]  # fmt: skip
-
-
-def _sum(parts: list[Census]) -> Census:
-    opaque: Counter[str] = Counter()
-    for part in parts:
-        opaque.update(part.opaque)
-    return Census(
-        tuple(_once(found for part in parts for found in part.collectives)),
-        sum(part.flops for part in parts),
-        sum(part.unknown_loops for part in parts),
-        opaque,
-    )
 
 
 def _once(found: Iterable[Collective]) -> Iterator[Collective]:

@@ -204,18 +204,6 @@ def _gpus(machine: Machine) -> list[jax.Device]:
 
     hosts = max(machine.devices // _GPUS_PER_HOST, 1)
     shape = f"1x{hosts}x{machine.devices // hosts}"
-    _register_cuda()
-    described = topologies.get_topology_desc(
-        platform="cuda",
-        topology_name="",
-        topology=shape,
-        target_config=description(machine.compiled_as.split(":")[1]),
-    )
-    return list(described.devices)
-
-
-def _register_cuda() -> None:
-    """Make the CUDA plug-in known to jax, which skips it where no GPU is asked for."""
     from importlib import import_module
 
     name = _cuda_plugin()
@@ -224,3 +212,10 @@ def _register_cuda() -> None:
 
     if not xla_bridge.is_known_platform("cuda"):
         import_module(name).initialize()
+    described = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name="",
+        topology=shape,
+        target_config=description(machine.compiled_as.split(":")[1]),
+    )
+    return list(described.devices)

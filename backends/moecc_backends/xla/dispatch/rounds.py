@@ -301,7 +301,7 @@ def send_rows(ctx: Context, node: Node, x: Rows, layout: SortedRows) -> Rows:
         routing=replace(
             layout.routing, num_experts=layout.routing.num_experts // ctx.view.mesh.size(spec.mesh)
         ),
-        permutation=_elsewhere(map, layout.routing.experts),
+        permutation=Permutation(map.arrival_of_row, jnp.full_like(layout.routing.experts, -1)),
         group_sizes=map.group_sizes,
         exchange=ExchangeRecord(layout, map, spec),
         sends=None,
@@ -349,11 +349,6 @@ def local_rows(ctx: Context, node: Node, x: Rows, layout: SortedRows) -> Rows:
     taken = jnp.take(array, jnp.where(choice >= 0, row, 0), axis=0)
     is_used = own.is_used.reshape(-1, *[1] * (taken.ndim - 1))
     return Rows(jnp.where(is_used, taken, jnp.zeros((), taken.dtype)), x.axes, own)
-
-
-def _elsewhere(plan: ExchangeMap, experts: jax.Array) -> Permutation:
-    """Return a map of which rows are used; their choices are on other devices."""
-    return Permutation(plan.arrival_of_row, jnp.full_like(experts, -1))
 
 
 def _room(node: Node, layout: SortedRows, devices: int, num_experts: int) -> int:

@@ -279,7 +279,10 @@ def _walk_rows(
         first = jnp.minimum(start, num_rows - size) if is_partial else start
         product = block_product(_block(rows, first, size), weight, axis)
         mask = inside(first, size, start, begin + count) if is_partial else None
-        return _write(output, store(product.astype(rows.dtype)), first, mask)
+        block = store(product.astype(rows.dtype))
+        if mask is not None:
+            block = jnp.where(mask, block, lax.dynamic_slice_in_dim(output, first, block.shape[0]))
+        return lax.dynamic_update_slice_in_dim(output, block, first, 0)
 
     return walk_blocks(begin, count, sizes, step, output)
 
@@ -376,14 +379,6 @@ def _transposed(block: jax.Array) -> jax.Array:
     # Folded into the product, the transpose would keep it from XLA's faster kernels, which can
     # also start from the sum so far.
     return load(lax.optimization_barrier(store(block).T), block.dtype)
-
-
-def _write(
-    output: jax.Array, block: jax.Array, first: jax.Array, mask: jax.Array | None
-) -> jax.Array:
-    if mask is not None:
-        block = jnp.where(mask, block, lax.dynamic_slice_in_dim(output, first, block.shape[0]))
-    return lax.dynamic_update_slice_in_dim(output, block, first, 0)
 
 
 # Rows times a matrix, with the gradients that are quick on a CPU.

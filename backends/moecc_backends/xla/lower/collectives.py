@@ -123,11 +123,11 @@ def _is_agreed(value: Value, mesh: str) -> bool:
     if value.is_output:
         return True
     made = [r for user in value.users for r in user.results]
-    return any(not _is_sharded(r, mesh) and _is_agreed(r, mesh) for r in made)
-
-
-def _is_sharded(value: Value, mesh: str) -> bool:
-    return mesh in value.type.unreduced or any(mesh in a.mesh for a in value.type.axes)
+    return any(
+        not (mesh in r.type.unreduced or any(mesh in a.mesh for a in r.type.axes))
+        and _is_agreed(r, mesh)
+        for r in made
+    )
 
 
 @collective("all_reduce")

@@ -67,8 +67,15 @@ def _contract(ctx: Context, node: Node, x: Operand, w: Operand) -> Operand:
         if _fits_slots(x, w, over):
             return _slots_times(ctx, x, w, over)
         kind = product_type(x.array.dtype, ctx.options.target)
-        if _is_on_cpu(ctx) and _is_matrix(x, w, over) and x.array.dtype == w.array.dtype == kind:
-            return _flat_product(x, w, over)
+        if (
+            (ctx.options.target == "cpu" and ctx.interceptor is DIRECT)
+            and _is_matrix(x, w, over)
+            and x.array.dtype == w.array.dtype == kind
+        ):
+            *lead, width = x.array.shape
+            product = rows_times(x.array.reshape(prod(lead), width), w.array, w.axes.index(over[0]))
+            (rest,) = (a for a in w.axes if a not in over)
+            return Named(product.reshape(*lead, product.shape[-1]), (*x.axes[:-1], rest))
         return einsum(x, w, over, kind)
     if isinstance(x, Rows):
         return _rows_times(ctx, x, w, over)
@@ -83,23 +90,10 @@ def _fits_slots(x: Named, w: Named, over: tuple[str, ...]) -> bool:
     return is_slots and is_matrix and set(w.axes) & set(x.axes) == {"expert", *over}
 
 
-def _is_on_cpu(ctx: Context) -> bool:
-    """Whether a CPU has all of the arrays, or its shards of them, whose axes may be joined."""
-    return ctx.options.target == "cpu" and ctx.interceptor is DIRECT
-
-
 def _is_matrix(x: Named, w: Named, over: tuple[str, ...]) -> bool:
     """Whether each row of `x` along its last axis is multiplied with the matrix `w`."""
     is_matrix = len(w.axes) == 2 and len(over) == 1 and set(x.axes) & set(w.axes) == set(over)
     return is_matrix and len(x.axes) > 2 and x.axes[-1:] == over
-
-
-def _flat_product(x: Named, w: Named, over: tuple[str, ...]) -> Named:
-    """Multiply rows ``[…, a]`` with a matrix as one array of rows."""
-    *lead, width = x.array.shape
-    product = rows_times(x.array.reshape(prod(lead), width), w.array, w.axes.index(over[0]))
-    (rest,) = (a for a in w.axes if a not in over)
-    return Named(product.reshape(*lead, product.shape[-1]), (*x.axes[:-1], rest))
 
 
 def _slots_times(ctx: Context, x: Named, w: Named, over: tuple[str, ...]) -> Named:

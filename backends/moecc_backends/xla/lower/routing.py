@@ -179,7 +179,17 @@ def _assign(ctx: Context, node: Node, experts: Named, *given: Named) -> Operand:
     chosen = experts.to((*tokens, choice)).array.reshape(prod(sizes), experts.size(choice))
     groups = group_count(attrs, chosen.shape[0])
     more = dict(zip(attrs["using"], given, strict=True))
-    wanted = _wanted_choices(node, chosen, more, (*tokens, choice))
+    layout = (*tokens, choice)
+    wanted = None
+    if not _always_names_experts(node.operands[0]):
+        wanted = (chosen >= 0) & (chosen < SlotsOp.of_node(node).experts)
+    if "keep" in more:
+        keep = more["keep"].to(layout).array.reshape(chosen.shape)
+        wanted = keep if wanted is None else wanted & keep
+    if "mask" in more:
+        mask = more["mask"].to(layout[:-1]).array.reshape(-1, 1)
+        wanted = jnp.broadcast_to(mask, chosen.shape) if wanted is None else wanted & mask
+    wanted = wanted
     priority = more["priority"].to(tokens).array.reshape(-1) if "priority" in more else None
     rank, limit = partial(_ranks_in_experts, attrs), None
     if attrs["slots"] == "capacity":
@@ -193,22 +203,6 @@ def _assign(ctx: Context, node: Node, experts: Named, *given: Named) -> Operand:
     _plan(ctx, node.result, routing)
     shape = (*sizes, chosen.shape[1])
     return Named(slots.reshape(shape), (*tokens, choice)).to(experts.axes)
-
-
-def _wanted_choices(
-    node: Node, chosen: jax.Array, more: dict[str, Named], layout: tuple[str, ...]
-) -> jax.Array | None:
-    """Return which choices ask for a slot, ``[token, choice]``, or None if all do."""
-    wanted = None
-    if not _always_names_experts(node.operands[0]):
-        wanted = (chosen >= 0) & (chosen < SlotsOp.of_node(node).experts)
-    if "keep" in more:
-        keep = more["keep"].to(layout).array.reshape(chosen.shape)
-        wanted = keep if wanted is None else wanted & keep
-    if "mask" in more:
-        mask = more["mask"].to(layout[:-1]).array.reshape(-1, 1)
-        wanted = jnp.broadcast_to(mask, chosen.shape) if wanted is None else wanted & mask
-    return wanted
 
 
 def _always_names_experts(experts: Value) -> bool:
@@ -372,7 +366,7 @@ def _within_buffer(ctx: Context, node: Node, experts: Named, slots: Named, count
     counted = counts.to(("group", "expert")).array.astype(jnp.int32)
     groups, num_experts = counted.shape
     blocks, parts = attrs["blocks"], attrs["parts"]
-    mine = groups // _peers(ctx, node)
+    mine = groups // (1 if ctx.view.mesh is None else ctx.view.mesh.size(_over(node)))
     each = chosen.shape[0] // mine
     rows = buffer_rows(attrs, each * groups // blocks, chosen.shape[1])
     cells = counted.reshape(blocks, groups // blocks, parts, num_experts // parts)
@@ -391,7 +385,3 @@ def _over(node: Node) -> tuple[str, ...]:
     """Return the mesh axes along which the counts are of all tokens, and the tokens of some."""
     tokens = node.operands[0].type[WithinBufferOp.of_node(node).tokens[0]].mesh
     return tokens[len(node.operands[2].type["group"].mesh) :]
-
-
-def _peers(ctx: Context, node: Node) -> int:
-    return 1 if ctx.view.mesh is None else ctx.view.mesh.size(_over(node))

@@ -26,7 +26,7 @@ from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.ops.repetition import IndexOp, ScanOp, StackOp, repetitions
 from moecc.ir.ops.slots import is_slots
 from moecc.ir.remat_names import DEFAULT
-from moecc.types import Axis, Extent, TensorType
+from moecc.types import Axis, Extent
 from moecc_backends.xla.lower.contract import is_precise_param
 from moecc_backends.xla.trace.arrays import lifted
 from moecc_backends.xla.trace.context import DIRECT, Context, lower_nodes, lowering
@@ -72,7 +72,14 @@ def segments(graph: Graph) -> list[Segment]:
     at = {node: i for i, segment in enumerate(found) for node in segment.nodes}
     at[graph.terminator] = len(found)
     for i, segment in enumerate(found):
-        _fill(segment, i, at)
+        mine = set(segment.nodes)
+        outside = dict.fromkeys(v for n in segment.nodes for v in n.operands if v.node not in mine)
+        segment.params = [v for v in outside if v.is_param]
+        segment.inputs = [v for v in outside if not v.is_param]
+        results = [v for n in segment.nodes for v in n.results]
+        segment.outputs = [v for v in results if not v.users.keys() <= mine]
+        segment.last_uses = [v for v in segment.inputs if max(at[u] for u in v.users) == i]
+        segment.key = _key(segment)
     return found
 
 
@@ -103,17 +110,6 @@ def _runs(graph: Graph) -> Iterator[list[Node]]:
         yield run
 
 
-def _fill(segment: Segment, index: int, at: dict[Node, int]) -> None:
-    mine = set(segment.nodes)
-    outside = dict.fromkeys(v for n in segment.nodes for v in n.operands if v.node not in mine)
-    segment.params = [v for v in outside if v.is_param]
-    segment.inputs = [v for v in outside if not v.is_param]
-    results = [v for n in segment.nodes for v in n.results]
-    segment.outputs = [v for v in results if not v.users.keys() <= mine]
-    segment.last_uses = [v for v in segment.inputs if max(at[u] for u in v.users) == index]
-    segment.key = _key(segment)
-
-
 def _key(segment: Segment) -> tuple[object, ...]:
     numbers: dict[Value, int] = {}
     for value in (*segment.inputs, *segment.params):
@@ -125,14 +121,13 @@ def _key(segment: Segment) -> tuple[object, ...]:
         uses = tuple(numbers[v] for v in node.operands)
         for value in node.results:
             numbers[value] = len(numbers)
-        types = tuple(_type_key(v.type, numbers) for v in node.results)
+        types = tuple(
+            (v.type.dtype.name, tuple(_axis_key(a, numbers) for a in v.type.axes))
+            for v in node.results
+        )
         lines.append((node.op.name, uses, tuple(node.attrs.items()), types))
     lines.append(tuple(numbers[v] for v in segment.outputs))
     return tuple(lines)
-
-
-def _type_key(type: TensorType, numbers: dict[Value, int]) -> object:
-    return (type.dtype.name, tuple(_axis_key(a, numbers) for a in type.axes))
 
 
 def _axis_key(axis: Axis, numbers: dict[Value, int]) -> object:
@@ -292,7 +287,7 @@ def _scan(ctx: Context, node: Node, *operands: Named) -> tuple[Operand, ...]:
     assert body is not None, "a scan has a body"
     carries, last = attrs.carries, attrs.carries + attrs.stacked
     axis, runs = repetitions(node.attrs)
-    slices = [_leading(x, axis) for x in operands[carries:last]]
+    slices = [x.to((axis, *(a for a in x.axes if a != axis))) for x in operands[carries:last]]
     captured = [x.array for x in operands[last:]]
     names = [x.axes for x in operands]
     names[carries:last] = [x.axes[1:] for x in slices]
@@ -333,10 +328,6 @@ def _is_written_out(ctx: Context, body: Graph, slices: Slices, runs: int) -> boo
     is_worth_it = stacked_bytes >= UNROLLED_BYTES and runs * len(body) <= UNROLLED_NODES
     is_whole = ctx.view.mesh is None and ctx.interceptor is DIRECT
     return ctx.options.target == "cpu" and is_whole and is_worth_it
-
-
-def _leading(x: Named, axis: str) -> Named:
-    return x.to((axis, *(a for a in x.axes if a != axis)))
 
 
 def _repeat(

@@ -126,12 +126,6 @@ def join(process: ProcessInfo | None, *, seconds: float | None = None) -> None:
     if process.is_found_by_jax:
         process, devices = find_cluster(ceil(limit))
     meet(process, limit)
-    _initialize(process, devices, ceil(limit))
-    _joined.append(process)
-    note_joined()
-
-
-def _initialize(process: ProcessInfo, devices: Sequence[int] | None, seconds: int) -> None:
     # CPU devices of several processes need a library to talk through.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
@@ -140,13 +134,15 @@ def _initialize(process: ProcessInfo, devices: Sequence[int] | None, seconds: in
             process.processes,
             process.process,
             local_device_ids=devices,
-            initialization_timeout=seconds,
+            initialization_timeout=ceil(limit),
         )
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise MachineError(
             f"the processes did not meet: {reason}", where=process.coordinator
         ) from None
+    _joined.append(process)
+    note_joined()
 
 
 def is_first() -> bool:

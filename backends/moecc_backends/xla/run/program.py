@@ -55,7 +55,13 @@ class XlaProgram:
           InputError: an array is missing or does not fit its type.
           MachineError: the memory of a device is too small.
         """
-        self._check(inputs, params)
+        problems = missing(self.graph, params, inputs)
+        sizes: dict[str, int] = {}
+        for name, value in self.graph.inputs.items():
+            if name in inputs:
+                problems += misfits(value, inputs[name], sizes)
+        if problems:
+            raise InputError(problems)
         with within_memory(), in_precision(self.dtype):
             return self._run_all(params, inputs)
 
@@ -93,15 +99,6 @@ class XlaProgram:
             compiled = self._compiled[segment.key] = jax.jit(function)
         results = compiled([], [*given.values()], [*weights.values()])
         return dict(zip(segment.outputs, results, strict=True))
-
-    def _check(self, inputs: Arrays, params: Arrays) -> None:
-        problems = missing(self.graph, params, inputs)
-        sizes: dict[str, int] = {}
-        for name, value in self.graph.inputs.items():
-            if name in inputs:
-                problems += misfits(value, inputs[name], sizes)
-        if problems:
-            raise InputError(problems)
 
 
 def segment_function(
@@ -181,7 +178,10 @@ class XlaSession:
           MachineError: the memory of a device is too small.
         """
         with within_memory(), self._precision():
-            alive = {v: self._input(n, v, inputs) for n, v in graph.inputs.items()}
+            alive = {
+                v: (to_device(inputs[n], v) if n in inputs else self._values[n])
+                for n, v in graph.inputs.items()
+            }
             donated = {v for n, v in graph.inputs.items() if n not in inputs}
             donated &= {graph.inputs[n] for n in graph.outputs if n in graph.inputs}
             for segment in self._cut(graph):
@@ -217,9 +217,6 @@ class XlaSession:
         if graph not in self._segments:
             self._segments[graph] = segments(graph)
         return self._segments[graph]
-
-    def _input(self, name: str, value: Value, inputs: Arrays) -> jax.Array:
-        return to_device(inputs[name], value) if name in inputs else self._values[name]
 
     def _weight(self, value: Value) -> Weight:
         if value.name not in self._weights:

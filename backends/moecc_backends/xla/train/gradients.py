@@ -397,7 +397,10 @@ class BatchLoss:
         of_head = HeadLoss(head, self.lowering, self.output_z, self.chunk_bytes)
         summed, sums = of_head(hidden, weights, inputs[TARGETS])
         summed, sums = self._everywhere((summed, sums))
-        outputs = {n: self._settled(values[v], v) for n, v in summed_outputs(graph).items()}
+        outputs = {
+            n: self.lowering.fresh().settled(finalize_output(values[v], v), v.type)
+            for n, v in summed_outputs(graph).items()
+        }
         loss = summed / jnp.maximum(total, 1).astype(summed.dtype)
         return loss + outputs.get(AUXILIARY, 0.0), {**outputs, **sums}
 
@@ -446,9 +449,6 @@ class BatchLoss:
         view = self.lowering.fresh()
         return jax.tree.map(lambda a: jax.lax.psum(view.varying(a, frozenset(axes)), axes), local)
 
-    def _settled(self, value: Named, declared: Value) -> jax.Array:
-        return self.lowering.fresh().settled(finalize_output(value, declared), declared.type)
-
     def _targets(self, targets: jax.Array) -> jax.Array:
         """Return the number of targets of the whole batch."""
         return self._everywhere(jnp.sum(targets != IGNORED))
@@ -470,7 +470,7 @@ class BatchLoss:
         Raises:
           InputError: micro-batches would cut token groups.
         """
-        at = self._types[name].names.index("batch")
+        at = batch_types(self.graph)[name].names.index("batch")
         array = jnp.moveaxis(array, at, 0)
         batch = array.shape[0]
         together = self.micro_batches * self.rows
@@ -487,11 +487,6 @@ class BatchLoss:
         turned = jnp.moveaxis(array.reshape(shape), 1, 0)
         parts = turned.reshape(self.micro_batches, batch // self.micro_batches, *array.shape[1:])
         return jnp.moveaxis(parts, 1, at + 1)
-
-    @property
-    def _types(self) -> dict[str, TensorType]:
-        """The types of what a batch holds."""
-        return batch_types(self.graph)
 
 
 def token_axes(logits: TensorType) -> frozenset[str]:

@@ -46,7 +46,7 @@ from moecc.train.graphs import eval_graph, step_spec, train_graph
 from moecc.train.recipe import MeshSection, RunSection
 from moecc.train.run import Position, batch_of, locked_run, remove_incomplete
 from moecc.train.schedule import rate_at
-from moecc.types import Array, TensorType, float_type
+from moecc.types import Array, float_type
 from moecc_backends.xla.import_jax import find_devices
 from moecc_backends.xla.run.memory import in_precision, keep_freed_memory, within_memory
 from moecc_backends.xla.run.processes import (
@@ -170,7 +170,15 @@ class Loop:
         why = self.stop()
         loss: float | None = None
         if self.feed.held_out and (is_last or is_due(step, self.run.evaluate_steps)):
-            evaluated = self._evaluate()
+            losses, params = {}, self.program.model_params(self._state)
+            for name, batches in self.feed.held_out.items():
+                sums = [
+                    self.program.evaluate(params, self.feed.evaluate(name, number))
+                    for number in range(batches)
+                ]
+                total = sum(float(s[LOSS_SUM]) for s in sums)
+                losses[name] = total / max(sum(float(s[TOKENS]) for s in sums), 1.0)
+            evaluated = Evaluated(self._at.step, losses, self.spread(params) if self.spread else {})
             yield evaluated
             loss = evaluated.mean
         is_best = loss is not None and (self._best is None or loss < self._best)
@@ -189,17 +197,6 @@ class Loop:
         yield from self.checkpoints.wait()
         yield Stopped(step, why)
         return True
-
-    def _evaluate(self) -> Evaluated:
-        losses, params = {}, self.program.model_params(self._state)
-        for name, batches in self.feed.held_out.items():
-            sums = [
-                self.program.evaluate(params, self.feed.evaluate(name, number))
-                for number in range(batches)
-            ]
-            total = sum(float(s[LOSS_SUM]) for s in sums)
-            losses[name] = total / max(sum(float(s[TOKENS]) for s in sums), 1.0)
-        return Evaluated(self._at.step, losses, self.spread(params) if self.spread else {})
 
 
 def is_due(step: int, every: int) -> bool:
@@ -272,7 +269,14 @@ def spread_of(graph: Graph, whole: Sharding) -> SpreadOf | None:
     def squares(params: PyTree) -> dict[str, tuple[jax.Array, jax.Array]]:
         found: dict[str, tuple[jax.Array, jax.Array]] = {}
         for name, type in chosen.items():
-            own = _squares(params[name], type)
+            array = params[name]
+            order = [n for n in (LAYER, EXPERT) if n in type]
+            wide = jnp.moveaxis(
+                array.astype(jnp.float32), [type.names.index(n) for n in order], range(len(order))
+            )
+            mean = jnp.mean(wide, axis=len(order) - 1, keepdims=True)
+            rest = tuple(range(len(order), wide.ndim))
+            own = jnp.sum((wide - mean) ** 2, axis=rest), jnp.sum(mean**2, axis=rest)
             before = found.get(places[name], (0.0, 0.0))
             found[places[name]] = (before[0] + own[0], before[1] + own[1])
         return found
@@ -291,17 +295,6 @@ def spread_of(graph: Graph, whole: Sharding) -> SpreadOf | None:
         return made
 
     return spread
-
-
-def _squares(array: jax.Array, type: TensorType) -> tuple[jax.Array, jax.Array]:
-    """Return the squared distances ``[layer, expert]``, and the squared norm of the mean."""
-    order = [n for n in (LAYER, EXPERT) if n in type]
-    wide = jnp.moveaxis(
-        array.astype(jnp.float32), [type.names.index(n) for n in order], range(len(order))
-    )
-    mean = jnp.mean(wide, axis=len(order) - 1, keepdims=True)
-    rest = tuple(range(len(order), wide.ndim))
-    return jnp.sum((wide - mean) ** 2, axis=rest), jnp.sum(mean**2, axis=rest)
 
 
 # Batches on their devices: each process reads the rows of its own.

@@ -347,17 +347,14 @@ class TrainStep:
             # for this part of a step, and 608 MB of temporaries in place of 415.
             kept = keep(after, before)
             return (
-                jax.tree.map(jax.lax.optimization_barrier, kept) if self._target == "cpu" else kept
+                jax.tree.map(jax.lax.optimization_barrier, kept)
+                if self.where.lowering.options.target == "cpu"
+                else kept
             )
 
         clipped = self._clipped(slopes, norm)
         made, after = self.optimizer.directions(clipped, moments, trained, settle)
         return {n: self._moved(n, trained[n], d, rate) for n, d in made.items()}, after
-
-    @property
-    def _target(self) -> str:
-        """The platform that the step is lowered for."""
-        return self.where.lowering.options.target
 
     def _clipped(self, slopes: Arrays, norm: jax.Array) -> Arrays:
         if not self.section.clip:

@@ -206,7 +206,11 @@ def restore(slots: list[Slot], reader: TensorReader, tree: PyTree) -> PyTree:
 def _restored(slot: Slot, evaluator: Evaluator, reader: TensorReader) -> jax.Array:
     shape, dtype = tuple(slot.abstract.shape), np.dtype(slot.abstract.dtype)
     if slot.is_empty:
-        return _placed(shape, slot.sharding, lambda box: np.zeros(_extent(box), dtype))
+        return _placed(
+            shape,
+            slot.sharding,
+            lambda box: np.zeros(tuple(stop - start for start, stop in box), dtype),
+        )
     if slot.expr is None:
         whole = reader(slot.key).astype(dtype)
         return _placed(shape, slot.sharding, lambda box: whole[tuple(slice(*b) for b in box)])
@@ -289,7 +293,3 @@ def _placed(shape: tuple[int, ...], where: Sharding, part: Callable[[Box], Array
         return known[box]
 
     return jax.make_array_from_callback(shape, where, callback)
-
-
-def _extent(box: Box) -> tuple[int, ...]:
-    return tuple(stop - start for start, stop in box)
