@@ -56,13 +56,13 @@ class Shape:
 
     def arrays(self) -> dict[str, tuple[tuple[int, int], str]]:
         """Return shape and element type of each array, by name."""
-        arrays_by_name: dict[str, tuple[tuple[int, int], str]] = {}
+        arrays: dict[str, tuple[tuple[int, int], str]] = {}
         for prefix, length in (("", self.seq), ("decoder_", self.decoder_seq)):
             for part in PARTS:
                 if f"{prefix}{part}" in self.inputs:
                     kind = "bool" if part == "mask" else "int32"
-                    arrays_by_name[f"{prefix}{part}"] = ((self.batch, length), kind)
-        return {**arrays_by_name, "targets": ((self.batch, self.decoder_seq or self.seq), "int32")}
+                    arrays[f"{prefix}{part}"] = ((self.batch, length), kind)
+        return {**arrays, "targets": ((self.batch, self.decoder_seq or self.seq), "int32")}
 
 
 def collate(rows: Sequence[Sequence[Segment]], shape: Shape) -> dict[str, Array]:
@@ -184,8 +184,8 @@ class _Maker:
 
     @property
     def pad(self) -> int:
-        pad_ids = [p for p in (self.special.pad, self.model.pad) if p is not None]
-        return next((p for p in pad_ids if p < self.model.vocab), 0)
+        pads = [p for p in (self.special.pad, self.model.pad) if p is not None]
+        return next((p for p in pads if p < self.model.vocab), 0)
 
     @property
     def decoder_seq(self) -> int:
@@ -384,16 +384,14 @@ class Mixture:
 
     def find(self, numbers: Sequence[int] | Numbers) -> tuple[Numbers, Numbers, Numbers]:
         """Return the corpus, the epoch in it, and the row, of each of `numbers`."""
-        row_numbers = np.asarray(numbers, np.int64)
-        turn, position = np.divmod(row_numbers, PERIOD)
-        corpus = self._pattern[0][position]
-        ordinal = turn * self._quotas[corpus] + self._pattern[1][position]
+        ordinals = np.asarray(numbers, np.int64)
+        turn, offset = np.divmod(ordinals, PERIOD)
+        corpus = self._pattern[0][offset]
+        ordinal = turn * self._quotas[corpus] + self._pattern[1][offset]
         epoch, row = np.divmod(ordinal, np.asarray(self.rows, np.int64)[corpus])
-        for epoch_of_corpus in set(zip(corpus.tolist(), epoch.tolist(), strict=True)):
-            here = (corpus == epoch_of_corpus[0]) & (epoch == epoch_of_corpus[1])
-            row[here] = permuted(
-                row[here], self.rows[epoch_of_corpus[0]], mixed(self.seed, *epoch_of_corpus)
-            )
+        for pair in set(zip(corpus.tolist(), epoch.tolist(), strict=True)):
+            here = (corpus == pair[0]) & (epoch == pair[1])
+            row[here] = permuted(row[here], self.rows[pair[0]], mixed(self.seed, *pair))
         return corpus, epoch, row
 
     @cached_property
@@ -449,13 +447,13 @@ class Evaluation:
     def batch(self, number: int, rows: slice | None = None) -> dict[str, Array]:
         """Return a batch, as `Batches.batch`; rows after the last one are padding."""
         numbers = _numbers(number, self._shape.batch, rows)
-        valid_numbers = numbers[numbers < self._rows.rows]
-        places = permuted(valid_numbers, self._rows.rows, mixed(_EVALUATION))
-        row_segments = [
-            self._rows.segments(int(position), _rng(_EVALUATION, int(n)))
-            for n, position in zip(valid_numbers, places, strict=True)
+        present = numbers[numbers < self._rows.rows]
+        places = permuted(present, self._rows.rows, mixed(_EVALUATION))
+        rows_of_batch = [
+            self._rows.segments(int(row), _rng(_EVALUATION, int(n)))
+            for n, row in zip(present, places, strict=True)
         ]
-        return collate(row_segments + [[]] * (len(numbers) - len(valid_numbers)), self._shape)
+        return collate(rows_of_batch + [[]] * (len(numbers) - len(present)), self._shape)
 
 
 @dataclass(frozen=True)
@@ -491,11 +489,11 @@ class Batches:
         """
         numbers = _numbers(number, self.shape.batch, rows)
         corpora, _, places = self._mixture.find(numbers)
-        row_segments: list[list[Segment]] = [
-            self._rows[corpus].segments(int(position), _rng(self.seed + 1, int(n)))
-            for n, corpus, position in zip(numbers, corpora, places, strict=True)
+        rows_of_batch: list[list[Segment]] = [
+            self._rows[corpus].segments(int(row), _rng(self.seed + 1, int(n)))
+            for n, corpus, row in zip(numbers, corpora, places, strict=True)
         ]
-        return collate(row_segments, self.shape)
+        return collate(rows_of_batch, self.shape)
 
     @property
     def evaluations(self) -> Mapping[str, Evaluation]:

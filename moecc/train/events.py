@@ -269,10 +269,10 @@ class Alarm:
 
     step: int
     layer: str
-    what: str
+    fault: str
 
     def __str__(self) -> str:
-        return f"step {self.step:,}: {self.layer}: {self.what}"
+        return f"step {self.step:,}: {self.layer}: {self.fault}"
 
 
 @dataclass
@@ -288,11 +288,11 @@ class Watch:
     def __call__(self, step: int, metrics: Mapping[str, Metric]) -> list[Alarm]:
         """Return the alarms that a step sets off."""
         alarms = []
-        for layer, finding, is_wrong, limit in _findings(metrics):
-            key = (layer, finding)
+        for layer, fault, is_wrong, limit in _findings(metrics):
+            key = (layer, fault)
             self.counts[key] = self.counts.get(key, 0) + 1 if is_wrong else 0
             if self.counts[key] == limit:
-                alarms.append(Alarm(step, layer, finding))
+                alarms.append(Alarm(step, layer, fault))
         return alarms
 
 
@@ -305,11 +305,11 @@ def _findings(metrics: Mapping[str, Metric]) -> list[tuple[str, str, bool, int]]
             continue
         if kind == "loads" and isinstance(value, list):
             for expert, load in enumerate(value):
-                finding = f"expert {expert} got no row for {DEAD_STEPS} steps"
-                findings.append((layer, finding, load == 0, DEAD_STEPS))
+                fault = f"expert {expert} got no row for {DEAD_STEPS} steps"
+                findings.append((layer, fault, load == 0, DEAD_STEPS))
         loads = metrics.get(f"{PREFIX}{layer}.loads")
         if kind == "entropy" and isinstance(value, float) and isinstance(loads, list):
             is_low = value < SATURATED_ENTROPY * log(max(len(loads), 2))
-            finding = f"the router is saturated: its entropy is below {SATURATED_ENTROPY:.0%}"
-            findings.append((layer, finding, is_low, SATURATED_STEPS))
+            fault = f"the router is saturated: its entropy is below {SATURATED_ENTROPY:.0%}"
+            findings.append((layer, fault, is_low, SATURATED_STEPS))
     return findings

@@ -159,7 +159,8 @@ def _on_mesh(mesh: MeshPasses) -> Iterator[str]:
 def _pass(name: str, options: dict[str, object]) -> str:
     if not options:
         return name
-    return f"{name}{{{' '.join(f'{n}={(str(v).lower() if isinstance(v, bool) else str(v))}' for n, v in options.items())}}}"
+    values = (str(v).lower() if isinstance(v, bool) else str(v) for v in options.values())
+    return f"{name}{{{' '.join(map('='.join, zip(options, values, strict=True)))}}}"
 
 
 def run_passes(graph: Graph, passes: str) -> None:
@@ -179,9 +180,9 @@ def planned_graph(graph: Graph, train: bool) -> Graph:
     """
     if any(node.body is not None for node in graph):
         return graph
-    training_graph = clone(graph)
-    run_passes(training_graph, "fuse-attention,weight-rows" if train else "fuse-attention")
-    return training_graph
+    copy = clone(graph)
+    run_passes(copy, "fuse-attention,weight-rows" if train else "fuse-attention")
+    return copy
 
 
 def step_graph(graph: Graph, passes: StepPasses) -> Graph:
@@ -190,9 +191,9 @@ def step_graph(graph: Graph, passes: StepPasses) -> Graph:
     Raises:
       InputError: the mesh or the groups do not suit the graph.
     """
-    result = clone(graph)
-    run_passes(result, str(passes))
-    return result
+    copy = clone(graph)
+    run_passes(copy, str(passes))
+    return copy
 
 
 # What a recipe makes of a model: the graphs of training and evaluation, and the step's spec.
@@ -205,8 +206,8 @@ def train_graph(graph: Graph, recipe: Recipe) -> Graph:
       InputError: the recipe does not suit the graph.
     """
     check_objective(graph, recipe.data.objective)
-    training_graph = _step_graph(graph, recipe, train_passes(graph, recipe))
-    if recipe.routing.bias_rate and not bias_counts(training_graph):
+    step = _step_graph(graph, recipe, train_passes(graph, recipe))
+    if recipe.routing.bias_rate and not bias_counts(step):
         raise InputError(
             "no layer has a balance bias that could be updated",
             where="routing.bias_rate",
@@ -214,7 +215,7 @@ def train_graph(graph: Graph, recipe: Recipe) -> Graph:
             found=str(recipe.routing.bias_rate),
             hint="upcycle{balance-bias=true} in model.pipeline adds them",
         )
-    return training_graph
+    return step
 
 
 def eval_graph(graph: Graph, recipe: Recipe) -> Graph:
@@ -241,10 +242,10 @@ def check_objective(graph: Graph, objective: Objective) -> None:
 
 def _step_graph(graph: Graph, recipe: Recipe, passes: StepPasses) -> Graph:
     """Return the graph of a step, with routers in the type of the recipe."""
-    result, asked = step_graph(graph, passes), float_type(recipe.routing.router_dtype)
-    set_router_dtype(result, asked.name, float_type(recipe.run.dtype), where="routing.router_dtype")
+    step, asked = step_graph(graph, passes), float_type(recipe.routing.router_dtype)
+    set_router_dtype(step, asked.name, float_type(recipe.run.dtype), where="routing.router_dtype")
     _check_batch(graph, recipe)
-    return result
+    return step
 
 
 def _check_batch(graph: Graph, recipe: Recipe) -> None:
@@ -293,10 +294,8 @@ def step_spec(graph: Graph, recipe: Recipe, platform: str = "cpu") -> StepSpec:
 def _output_z(graph: Graph, recipe: Recipe) -> float:
     """Return the coefficient of the z-loss of the output: the recipe's, or that of the graph."""
     recorded = graph.attrs.get("losses")
-    recorded_coefficient = (
-        recorded.get("output_z_coef", 0.0) if isinstance(recorded, Mapping) else 0.0
-    )
-    return recipe.run.output_z or float(recorded_coefficient)
+    coefficient = recorded.get("output_z_coef", 0.0) if isinstance(recorded, Mapping) else 0.0
+    return recipe.run.output_z or float(coefficient)
 
 
 def batch_sizes(graph: Graph, recipe: Recipe) -> dict[str, int]:
@@ -306,10 +305,10 @@ def batch_sizes(graph: Graph, recipe: Recipe) -> dict[str, int]:
       InputError: the graph has more lengths than a recipe says.
     """
     lengths = length_variables(graph)
-    row_lengths = (recipe.data.seq, recipe.data.decoder_seq or recipe.data.seq)
-    if len(lengths) > len(row_lengths):
+    sequence_lengths = (recipe.data.seq, recipe.data.decoder_seq or recipe.data.seq)
+    if len(lengths) > len(sequence_lengths):
         raise InputError("a recipe has two lengths at most", found=", ".join(lengths))
-    sizes = dict(zip(lengths, row_lengths, strict=False))
+    sizes = dict(zip(lengths, sequence_lengths, strict=False))
     for value in graph.inputs.values():
         if "batch" in value.type and isinstance(name := value.type["batch"].size, str):
             sizes[name] = recipe.data.batch
@@ -348,15 +347,15 @@ def _noise(recipe: Recipe, *, routed: bool) -> dict[str, float]:
       InputError: there are some, and the model has no experts.
     """
     names = ("jitter", "dropout", "expert_dropout")
-    found = {n: float(value) for n in names if (value := getattr(recipe.routing, n))}
-    if found and not routed:
+    options = {n: float(value) for n in names if (value := getattr(recipe.routing, n))}
+    if options and not routed:
         raise InputError(
             "a model without experts is trained as it is",
-            where=", ".join(f"routing.{n}" for n in found), expected="0",
-            found=", ".join(map(str, found.values())),
+            where=", ".join(f"routing.{n}" for n in options), expected="0",
+            found=", ".join(map(str, options.values())),
             hint="upcycle in model.pipeline makes experts",
         )  # fmt: skip
-    return {n.replace("_", "-"): value for n, value in found.items()}
+    return {n.replace("_", "-"): value for n, value in options.items()}
 
 
 def is_routed(graph: Graph) -> bool:
@@ -386,15 +385,15 @@ def _groups(graph: Graph, recipe: Recipe, mode: str) -> int | None:
 
 def _records_group_size(graph: Graph, mode: str) -> bool:
     modes = graph.attrs.get("routing")
-    settings = modes.get(mode) if isinstance(modes, Mapping) else None
-    return isinstance(settings, Mapping) and bool(settings.get("group_size"))
+    routing = modes.get(mode) if isinstance(modes, Mapping) else None
+    return isinstance(routing, Mapping) and bool(routing.get("group_size"))
 
 
 def _losses(graph: Graph, recipe: Recipe) -> dict[str, object]:
     """Return the options of ``add-losses``: the graph's or the paper's, then the recipe's."""
     recorded = graph.attrs.get("losses")
-    coefficients_by_name = dict(recorded) if isinstance(recorded, Mapping) else {}
-    options = {n.replace("_", "-"): v for n, v in coefficients_by_name.items() if v is not None}
+    losses = dict(recorded) if isinstance(recorded, Mapping) else {}
+    options = {n.replace("_", "-"): v for n, v in losses.items() if v is not None}
     options |= {"replace": True, "metrics": True, "parts": recipe.run.micro_batches}
     # The step computes it with the cross entropy, where logits are in memory a chunk at a time.
     options.pop("output-z-coef", None)
@@ -461,9 +460,9 @@ def training_remarks(graph: Graph) -> Iterator[str]:
     """Yield remarks on training the model whose graph is `graph`."""
     fixed = [node.loc for node in graph.every_node() if node.op.routes and _is_constant(node)]
     if fixed:
-        ending = f" and {len(fixed) - 3} more" if len(fixed) > 3 else ""
+        more = f" and {len(fixed) - 3} more" if len(fixed) > 3 else ""
         yield (
-            f"{', '.join(fixed[:3])}{ending}: the gates of a token are equal whatever the router "
+            f"{', '.join(fixed[:3])}{more}: the gates of a token are the same whatever the router "
             "says, so that only the router's own losses train it; top-k=2, or gates=switch for one "
             "expert a token, trains it by the model's loss"
         )
@@ -471,8 +470,8 @@ def training_remarks(graph: Graph) -> Iterator[str]:
 
 def _is_constant(node: Node) -> bool:
     """Whether the gates of a ``route`` do not depend on the logits of what is chosen."""
-    defining_node = RouteOp.of_node(node)
-    how = convention(defining_node.gates)
-    if defining_node.top_k == 1:
+    attrs = RouteOp.of_node(node)
+    how = convention(attrs.gates)
+    if attrs.top_k == 1:
         return not how.learns_at_top_1
     return how.constant_sum and not how.renormalised

@@ -63,13 +63,13 @@ class Spans:
         encoder: list[Ids] = []
         decoder: list[Ids] = []
         at = 0
-        for visible_length, gone, sentinel in zip(
+        for shown, gone, sentinel in zip(
             kept_lengths, hidden_lengths, self.sentinels[:spans], strict=True
         ):
             mark = np.asarray([sentinel], np.int32)
-            encoder += [ids[at : at + visible_length], mark]
-            decoder += [mark, ids[at + visible_length : at + visible_length + gone]]
-            at += visible_length + gone
+            encoder += [ids[at : at + shown], mark]
+            decoder += [mark, ids[at + shown : at + shown + gone]]
+            at += shown + gone
         end = np.asarray([] if self.end is None else [self.end], np.int32)
         return np.concatenate([*encoder, end]), np.concatenate([*decoder, end])
 
@@ -84,11 +84,11 @@ def restored(encoder: Ids, decoder: Ids, sentinels: tuple[int, ...], end: int | 
             current = spans.setdefault(token, [])
         elif token != end:
             current.append(token)
-    token_ids: list[int] = []
+    ids: list[int] = []
     for token in encoder.tolist():
         if token != end:
-            token_ids += spans.get(token, [token] if token not in marks else [])
-    return np.asarray(token_ids, np.int32)
+            ids += spans.get(token, [token] if token not in marks else [])
+    return np.asarray(ids, np.int32)
 
 
 def _partition(total: int, parts: int, rng: np.random.Generator) -> list[int]:
@@ -120,8 +120,8 @@ class Masking:
         draw = rng.random(len(ids))
         seen = ids.copy()
         seen[chosen & (draw < MASKED)] = self.mask
-        is_random = chosen & (draw >= MASKED) & (draw < MASKED + RANDOM)
-        seen[is_random] = rng.integers(0, self.vocab, int(is_random.sum()))
+        replaced = chosen & (draw >= MASKED) & (draw < MASKED + RANDOM)
+        seen[replaced] = rng.integers(0, self.vocab, int(replaced.sum()))
         return seen, chosen
 
 
@@ -363,8 +363,8 @@ class ExampleRows(Rows):
         start, stop = (int(n) for n in self._folder.starts[number : number + 2])
         middle = start + int(self._folder.completions[number])
         prompt = self._folder.ids(middle - int(self._prompts[number]), middle)
-        joined = _joined((), self._folder.ids(middle, stop), self._end)
-        completion = joined[: int(self._completions[number])]
+        answer = _joined((), self._folder.ids(middle, stop), self._end)
+        completion = answer[: int(self._completions[number])]
         if self._start is not None:
             tokens = _joined(self._before, prompt, self._tail)
             return Segment(tokens, completion, shifted(completion, self._start))

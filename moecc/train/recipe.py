@@ -344,9 +344,9 @@ class Fault:
     """
 
     keys: tuple[KeyPath, ...]
-    what: str
+    message: str
     expected: str | None = None
-    found: str | None = None
+    value: str | None = None
     hint: str | None = None
 
 
@@ -478,7 +478,7 @@ def _parameter_groups(groups: tuple[ParameterGroup, ...], steps: int) -> Iterato
         path: KeyPath = ("optimizer", "groups", number)
         if group.match in seen:
             yield Fault(((*path, "match"),), "an earlier group matches the same parameters",
-                        found=group.match)  # fmt: skip
+                        value=group.match)  # fmt: skip
         seen.add(group.match)
         if group.from_step >= max(steps, 1):
             yield Fault(((*path, "from_step"),), "out of bounds", f"0 to {steps - 1}",
@@ -518,5 +518,5 @@ def _raised(path: KeyPath, read: Callable[[], object]) -> Iterator[Fault]:
     try:
         read()
     except MoeccError as error:
-        for issue in error.problems:
-            yield Fault((path,), issue.what, issue.expected, issue.found, issue.hint)
+        for problem in error.problems:
+            yield Fault((path,), problem.what, problem.expected, problem.found, problem.hint)

@@ -112,8 +112,8 @@ def parse_update(optimizer: str, sets: Sequence[str]) -> OptimizerSection:
 
 def shipped_recipes() -> list[str]:
     """Return the names of the recipes that moecc ships."""
-    file_names = (f.name for f in SHIPPED.iterdir() if f.name.endswith(".toml"))
-    return sorted(name.removesuffix(".toml") for name in file_names)
+    names = (f.name for f in SHIPPED.iterdir() if f.name.endswith(".toml"))
+    return sorted(name.removesuffix(".toml") for name in names)
 
 
 def shipped_text(name: str) -> str:
@@ -146,11 +146,11 @@ def recipe_digest(recipe: Recipe) -> str:
 
 def recipe_differences(before: Recipe, after: Recipe) -> list[str]:
     """Return what differs in the digests of two recipes: ``run.steps: 100 → 200``."""
-    first_fields, second_fields = _decisive(before), _decisive(after)
+    first, second = _decisive(before), _decisive(after)
     return [
-        f"{key}: {first_fields.get(key, 'none')} → {second_fields.get(key, 'none')}"
-        for key in sorted(first_fields.keys() | second_fields.keys())
-        if first_fields.get(key) != second_fields.get(key)
+        f"{key}: {first.get(key, 'none')} → {second.get(key, 'none')}"
+        for key in sorted(first.keys() | second.keys())
+        if first.get(key) != second.get(key)
     ]
 
 
@@ -190,18 +190,18 @@ class _Option:
 
 def _options(sets: Sequence[str], table: JsonDict) -> list[_Option]:
     """Put the values of the options into `table`, and return them. Raises UsageError."""
-    parsed_options: list[_Option] = []
+    options: list[_Option] = []
     problems: list[Problem] = []
     for text in sets:
         try:
-            parsed_options.append(_option(text))
-            _put(table, parsed_options[-1])
+            options.append(_option(text))
+            _put(table, options[-1])
         except UsageError as error:
             problems.extend(error.problems)
     if problems:
         raise UsageError(problems)
-    _leave_decay_out(table, parsed_options)
-    return parsed_options
+    _leave_decay_out(table, options)
+    return options
 
 
 def _leave_decay_out(table: JsonDict, options: Sequence[_Option]) -> None:
@@ -232,10 +232,10 @@ def _option(text: str) -> _Option:
 def _value(text: str) -> object:
     """Return the TOML value that `text` spells, or `text` itself where it spells none."""
     try:
-        document = tomllib.loads(f"value = {text}")
+        table = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):  # not TOML, more digits than Python reads, or too deep
         return text
-    return document["value"] if len(document) == 1 else text
+    return table["value"] if len(table) == 1 else text
 
 
 def _put(table: JsonDict, option: _Option) -> None:
@@ -262,8 +262,8 @@ def _put(table: JsonDict, option: _Option) -> None:
 
 def _set_by(path: KeyPath, options: Sequence[_Option]) -> _Option | None:
     """Return the last option that gave the value at `path`."""
-    matching = (o for o in reversed(options) if path[: len(o.path)] == o.path)
-    return next(matching, None)
+    options_above = (o for o in reversed(options) if path[: len(o.path)] == o.path)
+    return next(options_above, None)
 
 
 def _place(
@@ -276,21 +276,21 @@ def _place(
 
 
 def _faulty(
-    faults_of_check: Iterable[Fault], reader: RecordReader, options: Sequence[_Option]
+    found_faults: Iterable[Fault], reader: RecordReader, options: Sequence[_Option]
 ) -> Iterator[tuple[KeyPath, Problem]]:
     """Yield the problems of values that were read, but for those that concern unread ones.
 
     Each with the path of the value that is to blame: the first that an option gave, or the file.
     """
     bad, where = [path for path, _ in reader.problems], reader.where
-    for fault in faults_of_check:
+    for fault in found_faults:
         about = (path[: len(b)] == b or b[: len(path)] == path for path in fault.keys for b in bad)
         if any(about):
             continue
-        keys = [key for key in fault.keys if _set_by(key, options)]
-        blamed = next((k for k in keys or fault.keys if where(k) != where(())), fault.keys[0])
+        set_keys = [key for key in fault.keys if _set_by(key, options)]
+        blamed = next((k for k in set_keys or fault.keys if where(k) != where(())), fault.keys[0])
         location = f"{where(blamed)}: {dotted(fault.keys[0])}"
-        yield blamed, Problem(fault.what, location, fault.expected, fault.found, fault.hint)
+        yield blamed, Problem(fault.message, location, fault.expected, fault.value, fault.hint)
 
 
 def _resolved(recipe: Recipe, folder: FilePath, options: Sequence[_Option]) -> Recipe:
@@ -302,10 +302,10 @@ def _resolved(recipe: Recipe, folder: FilePath, options: Sequence[_Option]) -> R
         base = FilePath() if _set_by(path, options) else folder
         return os.path.abspath(base / os.path.expanduser(text))
 
-    def corpora(key: str, given: tuple[Corpus, ...]) -> tuple[Corpus, ...]:
+    def corpora(key: str, relative: tuple[Corpus, ...]) -> tuple[Corpus, ...]:
         return tuple(
             replace(c, tokens=absolute(c.tokens, ("data", key, n, "tokens")))
-            for n, c in enumerate(given)
+            for n, c in enumerate(relative)
         )
 
     model = replace(recipe.model, source=absolute(recipe.model.source, ("model", "source")))
@@ -357,11 +357,11 @@ def _text(value: object) -> str:
 
 def _decisive(recipe: Recipe) -> dict[str, str]:
     """Return what the digest is of: the text of each value by its key."""
-    fields_by_name: dict[str, str] = {}
+    values: dict[str, str] = {}
     for section in fields(recipe):
         if section.name != "mesh":
-            fields_by_name.update(_flat(getattr(recipe, section.name), section.name))
-    return fields_by_name
+            values.update(_flat(getattr(recipe, section.name), section.name))
+    return values
 
 
 _WHERE = re.compile(r"model\.source|data\.(train|evaluate)\.\d+\.tokens")
@@ -369,8 +369,8 @@ _WHERE = re.compile(r"model\.source|data\.(train|evaluate)\.\d+\.tokens")
 
 def _flat(value: Any, path: str) -> Iterator[tuple[str, str]]:
     if is_dataclass(value):
-        for item in fields(value):
-            yield from _flat(getattr(value, item.name), f"{path}.{item.name}")
+        for member in fields(value):
+            yield from _flat(getattr(value, member.name), f"{path}.{member.name}")
     elif _has_tables(value):
         for number, each in enumerate(value):
             yield from _flat(each, f"{path}.{number}")

@@ -76,12 +76,12 @@ def _loads(run: RunSeries) -> JsonDict:
 
     rows, names, steps = [], [], np.zeros(0)
     for layer in run.layers:
-        layer_loads = run.of_layer(layer, "loads")
-        if layer_loads is None:
+        loads = run.of_layer(layer, "loads")
+        if loads is None:
             continue
-        steps = layer_loads.steps
-        rows += [*(layer_loads.values * layer_loads.values.shape[1]).T]
-        names += [f"{layer} · {expert}" for expert in range(layer_loads.values.shape[1])]
+        steps = loads.steps
+        rows += [*(loads.values * loads.values.shape[1]).T]
+        names += [f"{layer} · {expert}" for expert in range(loads.values.shape[1])]
     heat = graph_objects.Heatmap(
         x=steps, y=names, z=np.array(rows), colorscale="Viridis", zmin=0, zmax=2,
         colorbar={"title": "× even"},

@@ -99,11 +99,11 @@ class PackedPlan(RowPlan):
         before = np.repeat(np.cumsum(counts) - counts, counts)
         starts = (np.arange(len(documents)) - before) * most
         sizes = np.minimum(most, lengths[documents] - starts)
-        is_long_enough = sizes >= least
+        is_long = sizes >= least
         self._documents, self._starts, self.sizes = (
-            documents[is_long_enough],
-            starts[is_long_enough],
-            sizes[is_long_enough],
+            documents[is_long],
+            starts[is_long],
+            sizes[is_long],
         )
         self._packed = Packed.alone(len(self.sizes))
         self.rows = self._packed.rows
@@ -312,9 +312,7 @@ def _vocabulary(graph: Graph) -> int:
 
 def _digest(model: Model) -> str | None:
     companions = {} if model.checkpoint is None else model.checkpoint.companions()
-    tokenizer_file = companions.get("tokenizer.json")
-    if tokenizer_file is None:
+    tokenizer = companions.get("tokenizer.json")
+    if tokenizer is None:
         return None
-    return tokenizer_digest(
-        tokenizer_file.read_bytes() if isinstance(tokenizer_file, Path) else tokenizer_file
-    )
+    return tokenizer_digest(tokenizer.read_bytes() if isinstance(tokenizer, Path) else tokenizer)

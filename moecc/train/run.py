@@ -103,11 +103,9 @@ def create_run(
         write_durable(folder / LINEAGE, _json(lineage))
         write_durable(folder / METRICS, b"")
         for name, content in source.items():
-            target_path = folder / SOURCE / name
-            target_path.parent.mkdir(exist_ok=True)
-            write_durable(
-                target_path, read_whole(content) if isinstance(content, Path) else content
-            )
+            path = folder / SOURCE / name
+            path.parent.mkdir(exist_ok=True)
+            write_durable(path, read_whole(content) if isinstance(content, Path) else content)
         if begun is not None:
             _copy_step(folder, *begun)
 
@@ -186,10 +184,10 @@ def finish_step(run: Path, number: int, facts: Json) -> SavedStep:
 def keep_steps(run: Path, count: int) -> None:
     """Remove the steps of a run but the last `count` and the best."""
     steps = saved_steps(run)
-    retained = {s.number for s in steps[-max(count, 1) :]}
+    newest = {s.number for s in steps[-max(count, 1) :]}
     best = best_step(steps)
     for step in steps:
-        if step.number not in retained and step != best:
+        if step.number not in newest and step != best:
             # A folder without its step.json is no step, whatever else is still in it.
             (step.folder / STEP).unlink(missing_ok=True)
             remove(step.folder)
@@ -301,12 +299,12 @@ def cut_back(path: Path, step: int) -> None:
         return
     try:
         with path.open("r+b") as file:
-            size = 0
+            length = 0
             for raw in file:
                 if not _is_kept(raw, step):
                     break
-                size += len(raw)
-            file.truncate(size)
+                length += len(raw)
+            file.truncate(length)
     except OSError as error:
         raise os_problem(error, path, "write") from None
 
@@ -427,13 +425,13 @@ class RunSeries:
         names = dict.fromkeys(name for line in lines for name in line["held_out"])
         pairs = {
             name: [
-                (line["step"], held_out[name])
+                (line["step"], series[name])
                 for line in lines
-                if name in (held_out := line["held_out"])
+                if name in (series := line["held_out"])
             ]
             for name in names
         }
-        return {name: s for name, held_out in pairs.items() if (s := _series(held_out)) is not None}
+        return {name: s for name, series in pairs.items() if (s := _series(series)) is not None}
 
     @cached_property
     def layers(self) -> list[str]:
@@ -616,9 +614,9 @@ def lineage(model: Model, stage: Json) -> JsonDict:
       stage: what the run itself adds: pipeline, recipe, data.
     """
     checkpoint = model.checkpoint
-    document: JsonDict = {"schema": LINEAGE_SCHEMA, "moecc": __version__}
+    header: JsonDict = {"schema": LINEAGE_SCHEMA, "moecc": __version__}
     if checkpoint is None:
-        return {**document, "card": {}, "stages": [{"source": model.name, **stage}]}
+        return {**header, "card": {}, "stages": [{"source": model.name, **stage}]}
     records = file_records(checkpoint.files())
     source = {
         "source": checkpoint.path.name,
@@ -626,7 +624,7 @@ def lineage(model: Model, stage: Json) -> JsonDict:
         "source_files": {n: r.sha256 for n, r in sorted(records.items())},
     }
     stages = [*stages_of(checkpoint), {**source, **stage}]
-    return {**document, "card": checkpoint.card(), "stages": stages}
+    return {**header, "card": checkpoint.card(), "stages": stages}
 
 
 def source_files(model: Model, config: bytes) -> dict[str, Path | bytes]:
@@ -637,7 +635,7 @@ def source_files(model: Model, config: bytes) -> dict[str, Path | bytes]:
     files |= model.checkpoint.companions()
     folder = model.checkpoint.path
     places = (folder / MANIFEST_NAME, folder / SOURCE / MANIFEST_NAME)
-    manifest = next((candidate for candidate in places if candidate.is_file()), None)
+    manifest = next((path for path in places if path.is_file()), None)
     return files if manifest is None else {**files, MANIFEST_NAME: manifest}
 
 

@@ -31,12 +31,12 @@ class RowScores:
     tokens: Array
     hits: Array
 
-    def joined(self, other: RowScores) -> RowScores:
+    def joined(self, more: RowScores) -> RowScores:
         """Return the rows of both."""
         return RowScores(
-            np.concatenate([self.losses, other.losses]),
-            np.concatenate([self.tokens, other.tokens]),
-            np.concatenate([self.hits, other.hits]),
+            np.concatenate([self.losses, more.losses]),
+            np.concatenate([self.tokens, more.tokens]),
+            np.concatenate([self.hits, more.hits]),
         )
 
     @property
@@ -90,8 +90,8 @@ class Difference:
         return self.low > 0 or self.high < 0
 
 
-def paired_difference(first: RowScores, other: RowScores) -> Difference:
-    """Return how `other` differs from `first` on the same rows.
+def paired_difference(first: RowScores, second: RowScores) -> Difference:
+    """Return how `second` differs from `first` on the same rows.
 
     A ratio estimator, with its variance by linearisation (Cochran 1977, §6.4) and the quantile of
     Student's t by Cornish and Fisher's expansion: rows differ in length, and losses within a row
@@ -99,7 +99,7 @@ def paired_difference(first: RowScores, other: RowScores) -> Difference:
     """
     tokens = first.tokens.astype(np.float64)
     total = max(float(tokens.sum()), 1.0)
-    differences = other.losses - first.losses
+    differences = second.losses - first.losses
     mean = float(differences.sum() / total)
     rows = len(tokens)
     if rows < 2:

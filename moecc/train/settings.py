@@ -70,20 +70,20 @@ def parameter_settings(graph: Graph, section: OptimizerSection) -> dict[str, Par
     """
     free, groups = trainable(graph), parameter_groups(graph)
     chosen = _Chosen(section.groups)
-    settings_by_name, problems = {}, []
+    settings_of, problems = {}, []
     for name, value in graph.params.items():
         if not value.users or not value.type.dtype.is_float:
             continue
-        group_and_problems = chosen.group_of(name, groups[name])
-        problems += group_and_problems[1]
-        settings_by_name[name] = _settings(value, free[name], group_and_problems[0], section)
+        match = chosen.group_of(name, groups[name])
+        problems += match[1]
+        settings_of[name] = _settings(value, free[name], match[0], section)
     problems += chosen.unmatched()
-    if settings_by_name and not any(settings.trained for settings in settings_by_name.values()):
+    if settings_of and not any(settings.trained for settings in settings_of.values()):
         hint = "moecc evaluate measures a model as it is"
         problems.append(Problem("no parameter is trained", "optimizer.groups", hint=hint))
     if problems:
         raise InputError(problems)
-    return settings_by_name
+    return settings_of
 
 
 def _settings(
@@ -98,8 +98,8 @@ def _settings(
         # The rows of a router are those of one matrix.
         blocks = tuple(n for n in blocks if n != "expert")
     is_matrix = bool(over) and len(names) > len(over) + len(blocks)
-    has_own_decay = group is not None and group.decay >= 0
-    decay = group.decay if group is not None and has_own_decay else section.decay * is_matrix
+    decays = group is not None and group.decay >= 0
+    decay = group.decay if group is not None and decays else section.decay * is_matrix
     return ParamSettings(
         free and not (group is not None and group.freeze),
         1.0 if group is None else group.rate,
@@ -117,16 +117,16 @@ def _products(param: Value) -> Iterator[Node]:
     while left:
         value = left.pop()
         for node in value.users:
-            results: list[Value] = []
+            passed_on: list[Value] = []
             if node.body is not None:
                 inner = zip(node.operands, node.body.inputs.values(), strict=True)
-                results = [i for v, i in inner if v is value]
+                passed_on = [i for v, i in inner if v is value]
             elif node.op.carries or node.op.collective is not None:
-                results = list(node.results)
+                passed_on = list(node.results)
             elif node.op.role(node.operands.index(value)) is Role.MATRIX:
                 yield node
-            left += [v for v in results if v not in seen]
-            seen.update(results)
+            left += [v for v in passed_on if v not in seen]
+            seen.update(passed_on)
 
 
 @dataclass
@@ -148,16 +148,16 @@ class _Chosen:
         """Return the group of a parameter, and what is wrong with it."""
         count = next(iter(lengths(name)), 0)
         members = [element(name, at) for at in range(count)] if count else [name]
-        found = [self._first(m, kinds) for m in members]
-        self._matched.update(i for i in found if i is not None)
-        if len(set(found)) > 1:
-            odd = next(m for m, i in zip(members, found, strict=True) if i != found[0])
+        groups = [self._first(m, kinds) for m in members]
+        self._matched.update(i for i in groups if i is not None)
+        if len(set(groups)) > 1:
+            odd = next(m for m, i in zip(members, groups, strict=True) if i != groups[0])
             return None, [
                 Problem("equal layers that are rolled belong to different groups", name,
                         f"the group of {members[0]}", f"{odd} is in another",
                         "run.rolled = false keeps layers apart")
             ]  # fmt: skip
-        return (None if matching[0] is None else self.groups[matching[0]]), []
+        return (None if groups[0] is None else self.groups[groups[0]]), []
 
     def _first(self, name: str, kinds: frozenset[str]) -> int | None:
         fits = (
@@ -279,12 +279,12 @@ def moment_types(
     optimizer: str, params: Mapping[str, TensorType], settings: Mapping[str, ParamSettings]
 ) -> dict[str, dict[str, TensorType]]:
     """Return the types of all moments, by kind and parameter."""
-    types_by_moment: dict[str, dict[str, TensorType]] = {}
+    types: dict[str, dict[str, TensorType]] = {}
     for name, type in params.items():
         for kind in moment_kinds(optimizer, type, settings[name]):
             axes = moment_axes(kind, type, settings[name])
-            types_by_moment.setdefault(kind, {})[name] = type.with_axes(type[n] for n in axes)
-    return types_by_moment
+            types.setdefault(kind, {})[name] = type.with_axes(type[n] for n in axes)
+    return types
 
 
 # What decides a compiled step, besides its graph.
@@ -353,13 +353,13 @@ def counted(total: Total, batch: Json, parts: int) -> Any:
 def bias_counts(graph: Graph) -> dict[str, tuple[str, ...]]:
     """Return the outputs that count choices, one for each layer, by the balance bias in `graph`."""
     counts: Mapping[str, str] = graph.attrs.get(BALANCE_BIASES) or {}
-    bias_counts = {}
+    outputs = {}
     for name in graph.params:
         layers = max(lengths(name), default=0)
         members = [element(name, at) for at in range(layers)] if layers else [name]
         if all(member in counts for member in members):
-            bias_counts[name] = tuple(counts[member] for member in members)
-    return bias_counts
+            outputs[name] = tuple(counts[member] for member in members)
+    return outputs
 
 
 def moved(bias: Any, counts: Any, rate: float) -> Any:
@@ -390,7 +390,7 @@ def saved_moments(graph: Graph, section: OptimizerSection) -> dict[str, dict[str
 def carried_moments(
     graph: Graph,
     section: OptimizerSection,
-    known: Mapping[str, Mapping[str, TensorType]],
+    before: Mapping[str, Mapping[str, TensorType]],
     count: int,
 ) -> dict[str, Expr]:
     """Return the moments of `graph` before its first step, over those of the model before.
@@ -399,10 +399,10 @@ def carried_moments(
       graph: what a pipeline made of the model before, unrolled; its weights read the tensors of
         that model, by which its moments are saved, too.
       section: the optimiser, of both.
-      known: the types of the moments before, as `saved_moments` returns them of that model.
+      before: the types of the moments before, as `saved_moments` returns them of that model.
       count: the updates that they are made of, which go on to be counted.
     """
-    carried = Carried(graph, known, count, section.b1, section.b2, SAVED.format)
+    carried = Carried(graph, before, count, section.b1, section.b2, SAVED.format)
     return {
         SAVED.format(kind, name): carried.moment(name, kind, type)
         for kind, types in saved_moments(graph, section).items()
@@ -427,10 +427,10 @@ ROWS, ASKED = "rows", "asked"
 def coefficients(graph: Graph) -> dict[str, float]:
     """Return the coefficients of the losses of routers, by the output that is the loss."""
     options = graph.attrs.get(LOSSES)
-    recorded = options if isinstance(options, Mapping) else {}
+    named = options if isinstance(options, Mapping) else {}
     return {
         f"loss.{LONG.get(name, name)}": float(value)
-        for key, value in recorded.items()
+        for key, value in named.items()
         if (name := key.removesuffix("_coef")) != key and value
     }
 
@@ -445,20 +445,20 @@ def finished(sums: Json) -> JsonDict:
     Args:
       sums: the outputs of the graph of a micro-batch, added.
     """
-    results = dict(sums)
+    metrics = dict(sums)
     for name, rows in sums.items():
         if not (name.startswith(PREFIX) and name.endswith(f".{ROWS}")):
             continue
         layer = name.removesuffix(ROWS)
         total = rows.sum()
         loads = rows / (total + (total == 0))
-        results[f"{layer}loads"] = loads
-        results[f"{layer}max_violation"] = loads.max() * rows.shape[0] - 1
-        results[f"{layer}dead_experts"] = (rows == 0).sum()
+        metrics[f"{layer}loads"] = loads
+        metrics[f"{layer}max_violation"] = loads.max() * rows.shape[0] - 1
+        metrics[f"{layer}dead_experts"] = (rows == 0).sum()
         if f"{layer}{ASKED}" in sums:
             asked = sums[f"{layer}{ASKED}"]
-            results[f"{layer}dropped"] = (asked - total) / (asked + (asked == 0))
-    return results
+            metrics[f"{layer}dropped"] = (asked - total) / (asked + (asked == 0))
+    return metrics
 
 
 # Micro-batches: parts of a batch that hold whole token groups.
@@ -475,11 +475,11 @@ def rows_together(graph: Graph, sizes: Mapping[str, int]) -> int:
       InputError: a token group ends within a sequence of another.
     """
     nodes = [n for n in graph.every_node() if n.op.assigns_slots]
-    row_counts = [_rows(node, sizes) for node in nodes]
-    problems = [problem for _, problem in row_counts if problem is not None]
+    counted_rows = [_rows(node, sizes) for node in nodes]
+    problems = [problem for _, problem in counted_rows if problem is not None]
     if problems:
         raise InputError(problems)
-    rows = sorted({number for number, _ in row_counts} | {1})
+    rows = sorted({number for number, _ in counted_rows} | {1})
     odd = [n for n in rows if rows[-1] % n]
     if odd:
         raise InputError(

@@ -166,7 +166,7 @@ class Carried:
     """
 
     graph: Graph
-    known: Mapping[str, Mapping[str, TensorType]]
+    types_before: Mapping[str, Mapping[str, TensorType]]
     count: int
     b1: float = 0.9
     b2: float = 0.95
@@ -182,14 +182,14 @@ class Carried:
         """
         zeros = Full(0.0, type.bare.with_dtype(F32))
         param = self.graph.params[name]
-        cached = None if param.weight is None else self._moment(param, param.weight, kind, type)
-        if cached is None or set(cached.type.names) != set(type.names):
+        moment = None if param.weight is None else self._moment(param, param.weight, kind, type)
+        if moment is None or set(moment.type.names) != set(type.names):
             return zeros
-        return cached if cached.type.names == type.names else Permute(cached, type.names)
+        return moment if moment.type.names == type.names else Permute(moment, type.names)
 
     def _moment(self, param: Value, weight: Expr, kind: str, type: TensorType) -> Expr | None:
         gone = frozenset(param.type.names) - frozenset(type.names)
-        moved = _Moved(self.known, self.name_of, kind, gone).of(weight)
+        moved = _Moved(self.types_before, self.name_of, kind, gone).of(weight)
         if moved is None:
             return None
         copies = _copies(weight)
@@ -199,12 +199,12 @@ class Carried:
         if kind == FIRST:
             return Scale(moved, share)
         square = share / self._chosen[param] if param in self._chosen else share
-        moment_expr: Expr = Scale(moved, square)
-        first = _Moved(self.known, self.name_of, FIRST, gone).of(weight)
+        scaled: Expr = Scale(moved, square)
+        first = _Moved(self.types_before, self.name_of, FIRST, gone).of(weight)
         if kind != SECOND or first is None or square == share**2:
-            return moment_expr
+            return scaled
         mean = Scale(Mul(first, first), self._correction)
-        return Add(moment_expr, Scale(Minimum(mean, moved), share**2 - square))
+        return Add(scaled, Scale(Minimum(mean, moved), share**2 - square))
 
     @cached_property
     def _correction(self) -> float:
@@ -216,7 +216,7 @@ class Carried:
     @cached_property
     def _chosen(self) -> dict[Value, float]:
         """How many copies of each part a token goes to, by the parameter of experts."""
-        experts_by_layer = {}
+        chosen = {}
         for param in self.graph.params.values():
             slots = next(_slots_of(param), None)
             if slots is not None and param.weight is not None:
@@ -227,8 +227,8 @@ class Carried:
                 # Experts that choose take so many tokens that each has this number on average.
                 each = attrs.capacity_factor if node.op.chooses else choices
                 assert isinstance(each, int | float), "the number of choices is known"
-                experts_by_layer[param] = max(each * copies / attrs.experts, 1e-6)
-        return experts_by_layer
+                chosen[param] = max(each * copies / attrs.experts, 1e-6)
+        return chosen
 
 
 def _slots_of(param: Value) -> Iterator[Value]:
@@ -273,7 +273,7 @@ class _Moved:
       gone: axes of the parameter that the moment does not have.
     """
 
-    known: Mapping[str, Mapping[str, TensorType]]
+    types_before: Mapping[str, Mapping[str, TensorType]]
     name_of: NameOf
     kind: str
     gone: frozenset[str]
@@ -284,21 +284,21 @@ class _Moved:
             wanted = frozenset(e.type.names) - self.gone
             kinds = FACTORS if self.kind in FACTORS else (self.kind,)
             for kind in kinds:
-                type = self.known.get(kind, {}).get(e.name)
+                type = self.types_before.get(kind, {}).get(e.name)
                 if type is not None and frozenset(type.names) == wanted:
                     return Source(self.name_of(kind, e.name), type)
             return None
         if isinstance(e, Draw | Full):
             return None
         if isinstance(e, Select):
-            kept = self.of(e.b)
+            moment = self.of(e.b)
             if (
-                kept is None
+                moment is None
                 or self.kind != FIRST
-                or not set(e.mask.type.names) <= set(kept.type.names)
+                or not set(e.mask.type.names) <= set(moment.type.names)
             ):
-                return kept
-            return Select(e.mask, Full(0.0, kept.type), kept)
+                return moment
+            return Select(e.mask, Full(0.0, moment.type), moment)
         if isinstance(e, Add):
             # Noise on a copy.
             parts = [x for x in e.operands if _brings(x)]

@@ -31,16 +31,16 @@ class Tracker(Protocol):
 
 def tracked(events: Iterable[Event], trackers: Iterable[Tracker], every: int) -> Iterator[Event]:
     """Yield `events`, after `trackers` had what they measure: steps every so many, evaluations."""
-    all_trackers = list(trackers)
+    opened = list(trackers)
     try:
         for event in events:
             if not isinstance(event, Stepped) or event.step % every == 0:
                 values = scalars(event)
-                for tracker in all_trackers if values else ():
+                for tracker in opened if values else ():
                     tracker.log(event.step, values)
             yield event
     finally:
-        for tracker in all_trackers:
+        for tracker in opened:
             tracker.close()
 
 
@@ -52,7 +52,7 @@ def scalars(event: Event) -> dict[str, float]:
             return {**speed, **dict(_named(event.metrics))}
         case Evaluated():
             losses = {f"held_out/{name}": loss for name, loss in event.losses.items()}
-            spreads = {f"{_METRIC}{location}.spread": s for location, s in event.spread.items()}
+            spreads = {f"{_METRIC}{layer}.spread": s for layer, s in event.spread.items()}
             return {**losses, **dict(_named(spreads))}
     return {}
 
@@ -64,7 +64,7 @@ def _named(metrics: Mapping[str, Metric]) -> Iterator[tuple[str, float]]:
         if not isinstance(value, list):
             yield title, value
         elif len(value) <= MOST_EXPERTS:
-            yield from ((f"{title}/{number}", item) for number, item in enumerate(value))
+            yield from ((f"{title}/{number}", entry) for number, entry in enumerate(value))
         else:
             yield from ((f"{title}/largest", max(value)), (f"{title}/smallest", min(value)))
 
@@ -118,9 +118,9 @@ class WeightsAndBiases:
             raise MachineError("Weights & Biases needs wandb", hint=install_hint("wandb")) from None
         folder = run / "wandb"
         folder.mkdir(exist_ok=True)
-        id_file = folder / "id"
-        identity = id_file.read_text("utf-8") if id_file.is_file() else wandb.util.generate_id()
-        id_file.write_text(identity, "utf-8")
+        path = folder / "id"
+        identity = path.read_text("utf-8") if path.is_file() else wandb.util.generate_id()
+        path.write_text(identity, "utf-8")
         self._run: Any = wandb.init(
             project=project, name=run.name, dir=str(run), id=identity, resume="allow",
             config=dict(recipe),

@@ -136,8 +136,8 @@ def _problems(graph: Graph, options: Options) -> Iterator[Problem]:
     """Yield all that keeps `graph` from being lowered."""
     for name, value in graph.outputs.items():
         if value.type.ragged:
-            what = "a ragged value cannot be returned"
-            yield Problem(what, f"output {name}", found=str(value.type))
+            message = "a ragged value cannot be returned"
+            yield Problem(message, f"output {name}", found=str(value.type))
     for node in graph:
         if not is_lowered(node.op):
             yield Problem(f"the xla backend cannot lower {node.op}", where(node))

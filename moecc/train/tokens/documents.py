@@ -68,8 +68,8 @@ class Format:
         """The keys that a record must have."""
         if self.kind == DOCUMENTS:
             return (self.field,)
-        field_names = _FIELD.findall(self.prompt) + _FIELD.findall(self.completion)
-        return tuple(dict.fromkeys(field_names))
+        names = _FIELD.findall(self.prompt) + _FIELD.findall(self.completion)
+        return tuple(dict.fromkeys(names))
 
     def document(self, record: Mapping[str, object]) -> Document:
         """Return the document of a record that has the keys."""
@@ -82,19 +82,19 @@ def _filled(template: str, record: Mapping[str, object]) -> str:
     return _FIELD.sub(lambda match: str(record[match.group(1)]), template)
 
 
-def text_files(texts: Sequence[str], include: Sequence[str] = ()) -> list[Path]:
-    """Return the files of `texts`; those of a folder in the order of their names.
+def text_files(paths: Sequence[str], include: Sequence[str] = ()) -> list[Path]:
+    """Return the files that are given, those of folders in the order of their names.
 
     Args:
-      texts: files and folders; what is hidden in a folder is left out.
+      paths: files and folders; what is hidden in a folder is left out.
       include: patterns, one of which the name of a file in a folder must match; all by default.
 
     Raises:
       InputError: one does not exist or is no regular file, or there is no file at all.
     """
-    paths: list[Path] = []
+    files_of_text: list[Path] = []
     problems = Problems()
-    for name in texts:
+    for name in paths:
         path = Path(name)
         files = _inside(path, include) if path.is_dir() else [path]
         for file in files:
@@ -102,22 +102,22 @@ def text_files(texts: Sequence[str], include: Sequence[str] = ()) -> list[Path]:
                 identify(file)
             except InputError as error:
                 problems.extend(error.problems)
-        paths.extend(files)
+        files_of_text.extend(files)
     problems.raise_if_any()
-    if not paths:
-        raise InputError("no files of text", where=", ".join(texts))
-    return paths
+    if not files_of_text:
+        raise InputError("no files of text", where=", ".join(paths))
+    return files_of_text
 
 
 def _inside(folder: Path, include: Sequence[str]) -> list[Path]:
-    paths = []
+    files = []
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         for name in sorted(names):
             fits = not include or any(fnmatchcase(name, pattern) for pattern in include)
             if fits and not name.startswith("."):
-                paths.append(Path(root, name))
-    return paths
+                files.append(Path(root, name))
+    return files
 
 
 @dataclass
@@ -232,9 +232,9 @@ def _key_fault(
     record: Mapping[str, object], key: str, format: Format, where: str
 ) -> Iterator[Problem]:
     if key not in record:
-        present_keys = ", ".join(map(str, list(record)[:8])) or "no keys"
+        keys = ", ".join(map(str, list(record)[:8])) or "no keys"
         hint = _other_key(key, format)
-        yield Problem(f"the record has no {key!r}", where, None, present_keys, hint=hint)
+        yield Problem(f"the record has no {key!r}", where, None, keys, hint=hint)
     elif not isinstance(record[key], str | int | float) or isinstance(record[key], bool):
         yield Problem(f"{key!r} is not a text", where, "a text", describe(record[key]))
     elif any("\ud800" <= c <= "\udfff" for c in str(record[key])):
@@ -373,9 +373,9 @@ class _Part:
 
     def take(self) -> bytes:
         """Return the lines, and begin anew."""
-        part_text = b"".join(self._lines)
+        joined = b"".join(self._lines)
         self._lines, self._size_bytes = [], 0
-        return part_text
+        return joined
 
 
 def _paragraphs(lines: Iterable[bytes], path: Path) -> Iterator[bytes]:
@@ -395,7 +395,7 @@ def _pages(lines: Iterable[bytes], path: Path) -> Iterator[bytes]:
     for line in lines:
         first, *others = line.split(b"\f")
         part.add(first)
-        for neighbour in others:
+        for page in others:
             yield part.take()
-            part.add(neighbour)
+            part.add(page)
     yield part.take()

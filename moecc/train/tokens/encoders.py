@@ -186,7 +186,7 @@ class TokenizerEncoder(Encoder):
         """Return the ids of each text. Raises InputError."""
         pieces = [list(_pieces(text)) for text in texts]
         flat = [piece for each in pieces for piece in each]
-        ids = iter([piece_ids for batch in _batches(flat) for piece_ids in self._ask(batch)])
+        ids = iter([encoded for batch in _batches(flat) for encoded in self._ask(batch)])
         return [np.concatenate([_EMPTY, *(next(ids) for _ in each)]) for each in pieces]
 
     def _ask(self, texts: Sequence[str]) -> list[IdArray]:
@@ -194,12 +194,12 @@ class TokenizerEncoder(Encoder):
             self._tokenizer.close()
             self._tokenizer, self._used = Tokenizer(self._data, self._where), 0
         self._used += sum(map(len, texts))
-        encode_all = self._tokenizer.encode_all(texts, special=False)
-        return [np.asarray(ids, np.int32) for ids in encode_all]
+        encoded = self._tokenizer.encode_all(texts, special=False)
+        return [np.asarray(ids, np.int32) for ids in encoded]
 
     def _special(self, folder: Path) -> Special:
         """Return the special tokens that the files beside the tokenizer name."""
-        found: dict[str, str] = {}
+        tokens_by_name: dict[str, str] = {}
         for file in ("special_tokens_map.json", "tokenizer_config.json"):
             if not (folder / file).is_file():
                 continue
@@ -209,14 +209,14 @@ class TokenizerEncoder(Encoder):
                 if isinstance(value, dict):
                     value = value.get("content")
                 if isinstance(value, str):
-                    found[name] = value
-        named = found
+                    tokens_by_name[name] = value
+        named = tokens_by_name
         extra = [f"<extra_id_{n}>" for n in range(_MOST_SENTINELS)]
         names = list(named)
         ids = self._tokenizer.ids([*named.values(), *extra])
         by_name = dict(zip(names, ids, strict=False))
         sentinels = ids[len(names) :]
-        sentinel_count = sentinels.index(None) if None in sentinels else len(sentinels)
+        count = sentinels.index(None) if None in sentinels else len(sentinels)
         before, after = self._template()
         return Special(
             bos=by_name.get("bos"),
@@ -225,16 +225,16 @@ class TokenizerEncoder(Encoder):
             mask=by_name.get("mask"),
             before=before,
             after=after,
-            sentinels=tuple(id for id in sentinels[:sentinel_count] if id is not None),
+            sentinels=tuple(id for id in sentinels[:count] if id is not None),
         )
 
     def _template(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the ids that the tokenizer puts before and after a text."""
         (plain,) = self._tokenizer.encode_all(["a"], special=False)
-        (encoded,) = self._tokenizer.encode_all(["a"])
-        for start in range(len(encoded) - len(plain) + 1):
-            if encoded[start : start + len(plain)] == plain:
-                return tuple(encoded[:start]), tuple(encoded[start + len(plain) :])
+        (around,) = self._tokenizer.encode_all(["a"])
+        for start in range(len(around) - len(plain) + 1):
+            if around[start : start + len(plain)] == plain:
+                return tuple(around[:start]), tuple(around[start + len(plain) :])
         return (), ()
 
     def close(self) -> None:

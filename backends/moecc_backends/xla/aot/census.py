@@ -30,17 +30,17 @@ from moecc_backends.xla.trace.values import most_rounds
 _FIELDS = ("size", "stride", "pad", "lhs_dilate", "rhs_dilate")
 
 
-def convolution_flops(where: Computation, made: Instruction) -> int:
-    """Return 2 · products of the convolution `made` in `where`, those with padding left out.
+def convolution_flops(where: Computation, instruction: Instruction) -> int:
+    """Return 2 · products of the convolution `instruction` in `where`, those with padding left out.
 
     With output features and batch from the result and input features from the kernel, grouped
     convolutions need no case of their own.
     """
-    left, kernel = (where.operand(made, i).shapes[0].sizes for i in (0, 1))
-    out = made.shapes[0].sizes
-    labels = re.split(r"_|->", made.attribute("dim_labels"))
+    left, kernel = (where.operand(instruction, i).shapes[0].sizes for i in (0, 1))
+    out = instruction.shapes[0].sizes
+    labels = re.split(r"_|->", instruction.attribute("dim_labels"))
     left_at, kernel_at, out_at = ({c: i for i, c in enumerate(text)} for text in labels)
-    window = _window(made.attribute("window"))
+    window = _window(instruction.attribute("window"))
     spatial = sorted(c for c in out_at if c.isdigit())
     pairs = (
         _pairs(left[left_at[c]], kernel[kernel_at[c]], out[out_at[c]], *_along(window, int(c)))
@@ -51,8 +51,8 @@ def convolution_flops(where: Computation, made: Instruction) -> int:
 
 
 def _window(text: str) -> dict[str, list[str]]:
-    found = dict(re.findall(r"(\w+)=([\w\-]+)", text))
-    return {name: found[name].split("x") for name in _FIELDS if name in found}
+    entries = dict(re.findall(r"(\w+)=([\w\-]+)", text))
+    return {name: entries[name].split("x") for name in _FIELDS if name in entries}
 
 
 def _along(window: dict[str, list[str]], axis: int) -> tuple[int, int, int, int]:
@@ -96,19 +96,20 @@ def overlapped(
       multiplying: the names of instructions that multiply, loops and calls included.
     """
     order = list(where)
-    at = {made.name: number for number, made in enumerate(order)}
-    busy = [made.name in multiplying for made in order]
-    found = {
-        made.name
-        for made in order
-        if made.opcode.endswith("-start") and any(busy[at[made.name] + 1 : _end(order, at, made)])
+    at = {instruction.name: number for number, instruction in enumerate(order)}
+    busy = [instruction.name in multiplying for instruction in order]
+    beside = {
+        instruction.name
+        for instruction in order
+        if instruction.opcode.endswith("-start")
+        and any(busy[at[instruction.name] + 1 : _end(order, at, instruction)])
     }
     for chain in set(chains.values()):
         parts = [name for name, of in chains.items() if of == chain]
         numbers = [at[name] for name in parts]
         if any(busy[min(numbers) : max(numbers) + 1]):
-            found.update(parts)
-    return frozenset(found)
+            beside.update(parts)
+    return frozenset(beside)
 
 
 def _end(order: list[Instruction], at: Mapping[str, int], start: Instruction) -> int:
@@ -128,9 +129,9 @@ def _end(order: list[Instruction], at: Mapping[str, int], start: Instruction) ->
 def _waiting(
     order: list[Instruction], at: Mapping[str, int], begun: Instruction
 ) -> Iterator[Instruction]:
-    for made in order[at[begun.name] + 1 :]:
-        if made.opcode.endswith(("-done", "-update")) and begun.name in made.operands:
-            yield made
+    for instruction in order[at[begun.name] + 1 :]:
+        if instruction.opcode.endswith(("-done", "-update")) and begun.name in instruction.operands:
+            yield instruction
 
 
 # What kernels of Pallas multiply.
@@ -144,16 +145,16 @@ _FLOATS = ("bf16", "f32")
 """The types that these kernels compute in, as HLO spells them."""
 
 
-def pallas_flops(where: Computation, made: Instruction) -> int | None:
+def pallas_flops(where: Computation, instruction: Instruction) -> int | None:
     """Return the FLOPs of a kernel of attention; None of any other kernel.
 
     Two for each pair of a query and a key, entry of a head, and product.
     """
-    products = next((n for name, n in _PRODUCTS.items() if name in made.source), None)
-    pairs = score_pairs_of(made.source)
+    products = next((n for name, n in _PRODUCTS.items() if name in instruction.source), None)
+    pairs = score_pairs_of(instruction.source)
     if products is None or pairs is None:
         return None
-    operands = (where.operand(made, i).shapes[0] for i in range(len(made.operands)))
+    operands = (where.operand(instruction, i).shapes[0] for i in range(len(instruction.operands)))
     # Queries are the first numbers; the integers before say which blocks are skipped.  A batch of
     # one sequence has no axis.
     queries = next(shape.sizes for shape in operands if shape.dtype in _FLOATS)
@@ -230,11 +231,11 @@ class Census:
         routing.
         """
         totals: dict[str, dict[str, int]] = {}
-        for found in self.collectives:
-            total = totals.setdefault(found.kind, {"count": 0, "runs": 0, "bytes": 0})
+        for collective in self.collectives:
+            total = totals.setdefault(collective.kind, {"count": 0, "runs": 0, "bytes": 0})
             total["count"] += 1
-            total["runs"] += found.times
-            total["bytes"] += found.total_bytes
+            total["runs"] += collective.times
+            total["bytes"] += collective.total_bytes
         for kind in {c.kind for c in self.collectives if c.worst_times != c.times}:
             worst = (c.size_bytes * c.worst_times for c in self.collectives if c.kind == kind)
             totals[kind]["worst_bytes"] = sum(worst)
@@ -243,10 +244,10 @@ class Census:
     def overlap(self) -> dict[str, dict[str, int]]:
         """Return for each kind the bytes ``overlapped_bytes`` beside products, and the exposed."""
         totals: dict[str, dict[str, int]] = {}
-        for found in self.collectives:
+        for collective in self.collectives:
             empty = {"overlapped_bytes": 0, "exposed_bytes": 0}
-            key = "overlapped_bytes" if found.is_overlapped else "exposed_bytes"
-            totals.setdefault(found.kind, empty)[key] += found.total_bytes
+            key = "overlapped_bytes" if collective.is_overlapped else "exposed_bytes"
+            totals.setdefault(collective.kind, empty)[key] += collective.total_bytes
         return dict(sorted(totals.items()))
 
 
@@ -273,49 +274,49 @@ class _Counter:
         """Return the census of one run of the computation `name`."""
         if name not in self._done:
             where = self._module.computations[name]
-            made = {i.name: list(self._parts(where, i)) for i in where}
-            parts = _scheduled(where, made)
+            counted = {i.name: list(self._parts(where, i)) for i in where}
+            parts = _scheduled(where, counted)
             opaque: Counter[str] = Counter()
             for part in parts:
                 opaque.update(part.opaque)
             self._done[name] = Census(
-                tuple(_once(found for part in parts for found in part.collectives)),
+                tuple(_once(collective for part in parts for collective in part.collectives)),
                 sum(part.flops for part in parts),
                 sum(part.unknown_loops for part in parts),
                 opaque,
             )
         return self._done[name]
 
-    def _parts(self, where: Computation, made: Instruction) -> Iterator[Census]:
-        kind = made.opcode.removesuffix("-start")
+    def _parts(self, where: Computation, instruction: Instruction) -> Iterator[Census]:
+        kind = instruction.opcode.removesuffix("-start")
         if kind in KINDS:
-            moved = _collective(self._module, where, made, kind)
+            moved = _collective(self._module, where, instruction, kind)
             if moved.group_size > 1:
                 yield Census((moved,), 0)
-        elif made.opcode in ("dot", "convolution", "custom-call"):
-            yield _product(where, made)
-        elif made.opcode == "while":
-            yield self._loop(where, made)
-        elif made.opcode == "conditional":
-            yield max(map(self.of, made.called), key=_weight)
-        elif made.opcode in ("fusion", "call", "async-start", "call-start"):
-            yield from map(self._called, made.called)
+        elif instruction.opcode in ("dot", "convolution", "custom-call"):
+            yield _product(where, instruction)
+        elif instruction.opcode == "while":
+            yield self._loop(where, instruction)
+        elif instruction.opcode == "conditional":
+            yield max(map(self.of, instruction.called), key=_weight)
+        elif instruction.opcode in ("fusion", "call", "async-start", "call-start"):
+            yield from map(self._called, instruction.called)
 
     def _called(self, name: str) -> Census:
         """Return the census of a computation; on a TPU one may be a collective by itself."""
-        found = self.of(name)
+        counted = self.of(name)
         if not name.startswith(_REDUCE_SCATTER):
-            return found
-        made = tuple(
+            return counted
+        collectives = tuple(
             replace(c, kind="reduce-scatter") if c.kind == "all-reduce" else c
-            for c in found.collectives
+            for c in counted.collectives
         )
-        return replace(found, collectives=made)
+        return replace(counted, collectives=collectives)
 
-    def _loop(self, where: Computation, made: Instruction) -> Census:
-        times = self._module.trip_count(where, made)
-        (body,) = (self.of(name) for name in made.called)
-        rounds = most_rounds(made.source) if times is None else None
+    def _loop(self, where: Computation, instruction: Instruction) -> Census:
+        times = self._module.trip_count(where, instruction)
+        (body,) = (self.of(name) for name in instruction.called)
+        rounds = most_rounds(instruction.source) if times is None else None
         turns = 1 if times is None else times
         most = rounds or turns
         return Census(
@@ -329,76 +330,80 @@ class _Counter:
         )
 
 
-def _scheduled(where: Computation, made: dict[str, list[Census]]) -> list[Census]:
+def _scheduled(where: Computation, counted: dict[str, list[Census]]) -> list[Census]:
     """Return the parts of a computation, by instruction, its collectives marked as scheduled."""
     chains = {
-        i.name: found.chain
+        i.name: collective.chain
         for i in where
         if i.opcode == "fusion"
-        for part in made[i.name]
-        for found in part.collectives
-        if found.chain
+        for part in counted[i.name]
+        for collective in part.collectives
+        if collective.chain
     }
-    multiplying = {n for n, parts in made.items() if any(p.flops or p.opaque for p in parts)}
+    multiplying = {n for n, parts in counted.items() if any(p.flops or p.opaque for p in parts)}
     beside = overlapped(where, chains, multiplying)
     return [
         replace(
             part, collectives=tuple(replace(c, is_overlapped=True) for c in part.collectives)
         ) if name in beside else part
-        for name, parts in made.items()
+        for name, parts in counted.items()
         for part in parts
     ]  # fmt: skip
 
 
-def _once(found: Iterable[Collective]) -> Iterator[Collective]:
+def _once(collectives: Iterable[Collective]) -> Iterator[Collective]:
     """Yield collectives, of the parts of one only the first.
 
     A TPU that computes while it exchanges has a fusion for the beginning, one for each step and one
     for the end, and writes the whole collective into all of them.
     """
     seen: set[str] = set()
-    for one in found:
-        if one.chain not in seen:
-            yield one
-        if one.chain:
-            seen.add(one.chain)
+    for collective in collectives:
+        if collective.chain not in seen:
+            yield collective
+        if collective.chain:
+            seen.add(collective.chain)
 
 
 def _weight(counted: Census) -> tuple[int, int]:
-    return counted.flops, sum(found.total_bytes for found in counted.collectives)
+    return counted.flops, sum(collective.total_bytes for collective in counted.collectives)
 
 
 # --- collectives
 
 
-def _collective(module: Module, where: Computation, made: Instruction, kind: str) -> Collective:
-    given = [s for i in range(len(made.operands)) for s in where.operand(made, i).shapes]
+def _collective(
+    module: Module, where: Computation, instruction: Instruction, kind: str
+) -> Collective:
+    shapes = [
+        s for i in range(len(instruction.operands)) for s in where.operand(instruction, i).shapes
+    ]
     if kind == "ragged-all-to-all":
         # Its other operands are the offsets and sizes of the rows.
-        given = given[:2]
-    in_bytes = sum(s.size_bytes for s in given)
-    out_bytes = sum(s.size_bytes for s in made.shapes if s.sizes)
-    if made.opcode.endswith("-start") and kind != "all-reduce":
+        shapes = shapes[:2]
+    in_bytes = sum(s.size_bytes for s in shapes)
+    out_bytes = sum(s.size_bytes for s in instruction.shapes if s.sizes)
+    if instruction.opcode.endswith("-start") and kind != "all-reduce":
         # The start of an exchange returns its operands beside its results.
         out_bytes -= in_bytes
     full = max(in_bytes, out_bytes)
     if kind == "ragged-all-to-all":
-        full = max(s.size_bytes for s in given)
-    dtype = given[0].dtype if given else made.shapes[0].dtype
-    group = _group_size(module, made)
-    return Collective(kind, full, group, 1, dtype, made.source, _chain(made))
+        full = max(s.size_bytes for s in shapes)
+    dtype = shapes[0].dtype if shapes else instruction.shapes[0].dtype
+    group = _group_size(module, instruction)
+    return Collective(kind, full, group, 1, dtype, instruction.source, _chain(instruction))
 
 
-def _chain(made: Instruction) -> str:
+def _chain(instruction: Instruction) -> str:
     """Return the chain and channel of a collective that is written in parts, or nothing."""
-    chain = re.search(r'chain_id="(\d+)"', made.attributes)
-    channel = re.search(r"channel_id=(\d+)", made.attributes)
+    chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
+    channel = re.search(r"channel_id=(\d+)", instruction.attributes)
     return f"{chain[1]}/{channel[1]}" if chain and channel else ""
 
 
-def _group_size(module: Module, made: Instruction) -> int:
+def _group_size(module: Module, instruction: Instruction) -> int:
     """Return how many devices exchange; HLO lists them, strides over them, or names mesh axes."""
-    text = made.attributes
+    text = instruction.attributes
     if "source_target_pairs={" in text:
         pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", text)
         return 2 if pairs is None or _moves(pairs[1]) else 1
@@ -427,25 +432,27 @@ def _moves(pairs: str) -> bool:
 # --- products
 
 
-def _product(where: Computation, made: Instruction) -> Census:
-    if made.opcode == "dot":
-        return Census((), _dot_flops(where, made, made.dimensions("lhs_contracting_dims")))
-    if made.opcode == "convolution":
-        return Census((), convolution_flops(where, made))
-    target = made.attribute("custom_call_target").strip('"')
+def _product(where: Computation, instruction: Instruction) -> Census:
+    if instruction.opcode == "dot":
+        return Census(
+            (), _dot_flops(where, instruction, instruction.dimensions("lhs_contracting_dims"))
+        )
+    if instruction.opcode == "convolution":
+        return Census((), convolution_flops(where, instruction))
+    target = instruction.attribute("custom_call_target").strip('"')
     if target in _MATMUL_TARGETS:
-        dims = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', made.attributes)
+        dims = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
         along = tuple(map(int, re.findall(r"\d+", dims[1]))) if dims else ()
-        return Census((), _dot_flops(where, made, along))
-    known = pallas_flops(where, made)
-    if known is not None:
-        return Census((), known)
+        return Census((), _dot_flops(where, instruction, along))
+    kernel_flops = pallas_flops(where, instruction)
+    if kernel_flops is not None:
+        return Census((), kernel_flops)
     is_opaque = any(target.startswith(kind) for kind in _OPAQUE_TARGETS)
     return Census((), 0, 0, Counter({target: 1} if is_opaque else {}))
 
 
-def _dot_flops(where: Computation, made: Instruction, along: tuple[int, ...]) -> int:
+def _dot_flops(where: Computation, instruction: Instruction, along: tuple[int, ...]) -> int:
     """Return 2 · elements of the result · elements summed over."""
-    left = where.operand(made, 0).shapes[0].sizes
+    left = where.operand(instruction, 0).shapes[0].sizes
     # A product of cuBLAS returns its workspace as well.
-    return 2 * made.shapes[0].elements * prod(left[axis] for axis in along)
+    return 2 * instruction.shapes[0].elements * prod(left[axis] for axis in along)

@@ -79,8 +79,8 @@ def overlap_options(machine: Machine) -> dict[str, str]:
     Their programs have run on no device yet, so they are asked for.
     """
     name = machine.compiled_as or machine.name
-    found = next((o for chip, o in BY_CHIP.items() if name.startswith(chip)), None)
-    return dict(found) if found and _libtpu().startswith(TRIED) else {}
+    chip_options = next((o for chip, o in BY_CHIP.items() if name.startswith(chip)), None)
+    return dict(chip_options) if chip_options and _libtpu().startswith(TRIED) else {}
 
 
 def _libtpu() -> str:
@@ -195,8 +195,10 @@ def compile_lowered(
     """
     start = time.perf_counter()
     try:
-        given: dict[str, Any] = dict(options or {})  # jax takes numbers, which its type leaves out
-        compiled = lowered.compile(compiler_options=given or None)
+        xla_options: dict[str, Any] = dict(
+            options or {}
+        )  # jax takes numbers, which its type leaves out
+        compiled = lowered.compile(compiler_options=xla_options or None)
     except RuntimeError as error:
         raise refusal(error) from None
     seconds = time.perf_counter() - start
@@ -230,10 +232,10 @@ def _memory(analysis: object, *, is_cpu: bool) -> Memory:
 def refusal(error: RuntimeError) -> Exception:
     """Return the compiler's error, as `DoesNotFit` where it is about the memory of a device."""
     matches = (pattern.search(str(error)) for pattern in _TOO_LARGE)
-    found = next((match for match in matches if match is not None), None)
-    if found is None:
+    report = next((match for match in matches if match is not None), None)
+    if report is None:
         return error
-    needed, available = (int(float(found[at]) * _UNITS[found[at + 1]]) for at in (1, 3))
+    needed, available = (int(float(report[at]) * _UNITS[report[at + 1]]) for at in (1, 3))
     return DoesNotFit(needed, available)
 
 
@@ -284,18 +286,18 @@ def options_of(job: Job) -> dict[str, str | float]:
 
 
 def _result(compiled: Compiled, program: str, artefact: bytes) -> Result:
-    found = census(compiled.hlo)
+    counted = census(compiled.hlo)
     return Result(
         lower_seconds=compiled.lowered_seconds,
         compile_seconds=compiled.compiled_seconds,
         host_peak_bytes=compiled.host_peak_bytes,
         memory=compiled.memory.to_json(),
         needed_bytes=compiled.memory.peak,
-        flops=found.flops,
-        collectives=found.by_kind(),
-        overlap=found.overlap(),
-        unknown_loops=found.unknown_loops,
-        opaque=found.opaque,
+        flops=counted.flops,
+        collectives=counted.by_kind(),
+        overlap=counted.overlap(),
+        unknown_loops=counted.unknown_loops,
+        opaque=counted.opaque,
         program=program,
         artefact=artefact,
     )
@@ -305,8 +307,8 @@ def _exported(step: AbstractStep, job: Job) -> bytes:
     from jax import export
 
     platform = {"gpu": "cuda"}.get(job.machine.kind, job.machine.kind)
-    made = export.export(step.function, platforms=[platform])(*step.arguments)
-    return bytes(made.serialize())
+    exported = export.export(step.function, platforms=[platform])(*step.arguments)
+    return bytes(exported.serialize())
 
 
 # A step that `moecc compile --save` wrote, read back and called.
@@ -375,19 +377,19 @@ def _type(leaf: object) -> str:
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         return f"{leaf.dtype}{list(leaf.shape)}"
     try:
-        made = jax.eval_shape(lambda x: x, leaf)
+        shape = jax.eval_shape(lambda x: x, leaf)
     except TypeError:
         return f"no array, but {type(leaf).__name__}"
-    return f"{made.dtype}{list(made.shape)}"
+    return f"{shape.dtype}{list(shape.shape)}"
 
 
-def _differences(found: Mapping[str, str], expected: Mapping[str, str]) -> Iterator[Problem]:
+def _differences(types: Mapping[str, str], expected: Mapping[str, str]) -> Iterator[Problem]:
     """Yield a problem for each array that is missing, too many, or of another type; the first."""
-    names = [n for n in {**expected, **found} if found.get(n) != expected.get(n)]
+    names = [n for n in {**expected, **types} if types.get(n) != expected.get(n)]
     for name in names[:_FEW]:
         yield Problem(
             f"the program takes other arguments ({len(names)} differ)", f"argument {name}",
-            expected=expected.get(name, "no such array"), found=found.get(name, "none"),
+            expected=expected.get(name, "no such array"), found=types.get(name, "none"),
             hint="step.arguments has them; parameters are those after the passes of the report",
         )  # fmt: skip
 

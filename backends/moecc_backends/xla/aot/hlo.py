@@ -84,8 +84,8 @@ class Instruction:
     @property
     def called(self) -> tuple[str, ...]:
         """The computations that it runs; of a loop, the body; of a branch, all of them."""
-        found = _BRANCHES.search(self.attributes)
-        branches = _NAME.findall(found[1]) if found else []
+        match = _BRANCHES.search(self.attributes)
+        branches = _NAME.findall(match[1]) if match else []
         return (*_CALLED.findall(self.attributes), *branches)
 
     @property
@@ -173,14 +173,14 @@ class Module:
         direction = root.attribute("direction")
         if root.opcode != "compare" or direction not in ("LT", "LE"):
             return None
-        found = []
+        numbers = []
         for name in root.operands:
             if outer is not None and name in inner.parameters:
                 name = outer.operands[inner.parameters[name]]
-                found.append(_number(where, loop, condition, name))
+                numbers.append(_number(where, loop, condition, name))
             else:
-                found.append(_number(where, loop, inner, name))
-        first, last = found
+                numbers.append(_number(where, loop, inner, name))
+        first, last = numbers
         if first is None or last is None:
             return None
         return first, last + (direction == "LE")
@@ -212,16 +212,16 @@ def parse_hlo(text: str) -> Module:
 
 def _joined(lines: Iterable[str]) -> Iterator[str]:
     """Yield lines; those of an instruction that goes on, as what kernels say does, as one."""
-    whole = ""
+    joined = ""
     for line in lines:
-        if whole and not (_ends(line) or _INSTRUCTION.match(line)):
-            whole += line
+        if joined and not (_ends(line) or _INSTRUCTION.match(line)):
+            joined += line
             continue
-        if whole:
-            yield whole
-            whole = ""
+        if joined:
+            yield joined
+            joined = ""
         if _INSTRUCTION.match(line):
-            whole = line
+            joined = line
         else:
             yield line
 
@@ -245,7 +245,7 @@ def _add(computation: Computation, line: str) -> None:
     computation.instructions[head[2]] = Instruction(
         head[2],
         opcode,
-        tuple(_shape(*found) for found in _SHAPE.findall(line[start:end])),
+        tuple(_shape(*match) for match in _SHAPE.findall(line[start:end])),
         (inside,) if is_literal else _operands(inside),
         line[closed + 1 :],
     )
@@ -268,10 +268,10 @@ def _closing(text: str, start: int) -> int:
     """Return where the bracket that opens at `start` closes; a string may hold others."""
     depth = 0
     for match in re.compile(r'"(?:[^"\\]|\\.)*"|[(){}\[\]]').finditer(text, start):
-        found = match[0]
-        if found in "([{":
+        bracket = match[0]
+        if bracket in "([{":
             depth += 1
-        elif found in ")]}":
+        elif bracket in ")]}":
             depth -= 1
             if depth == 0:
                 return match.start()
@@ -293,29 +293,33 @@ def _until_comma(text: str, start: int) -> str:
 
 def _added(body: Computation, name: str, index: int) -> int:
     """Return what `name` adds to the carried value `index` in all, or 0 if it is no such sum."""
-    total, made = 0, body.instructions[name]
-    while made.opcode in ("add", "copy"):
-        operands = [body.instructions[operand] for operand in made.operands]
+    total, instruction = 0, body.instructions[name]
+    while instruction.opcode in ("add", "copy"):
+        operands = [body.instructions[operand] for operand in instruction.operands]
         constants = [i for i in operands if i.opcode == "constant"]
-        rest = [i for i in operands if i.opcode != "constant"]
-        if len(rest) != 1 or not all(i.operands[0].isdigit() for i in constants):
+        terms = [i for i in operands if i.opcode != "constant"]
+        if len(terms) != 1 or not all(i.operands[0].isdigit() for i in constants):
             return 0
         total += sum(int(i.operands[0]) for i in constants)
-        made = rest[0]
-    is_counter = made.opcode == "get-tuple-element" and made.attribute("index") == str(index)
-    return total if is_counter and made.operands[0] in body.parameters else 0
+        instruction = terms[0]
+    is_counter = instruction.opcode == "get-tuple-element" and instruction.attribute(
+        "index"
+    ) == str(index)
+    return total if is_counter and instruction.operands[0] in body.parameters else 0
 
 
 def _number(where: Computation, loop: Instruction, inner: Computation, name: str) -> int | None:
     """Return the integer that `name` is when the loop begins: a constant, or carried from one."""
-    made = inner.instructions[name]
-    if made.opcode == "get-tuple-element" and made.operands[0] in inner.parameters:
+    instruction = inner.instructions[name]
+    if instruction.opcode == "get-tuple-element" and instruction.operands[0] in inner.parameters:
         carried = where.operand(loop, 0)
         if carried.opcode != "tuple":
             return None
-        made = where.operand(carried, int(made.attribute("index")))
-    while made.opcode in ("copy", "bitcast") and made.operands[0] in where.instructions:
-        made = where.instructions[made.operands[0]]
-    if made.opcode != "constant" or not made.operands[0].lstrip("-").isdigit():
+        instruction = where.operand(carried, int(instruction.attribute("index")))
+    while (
+        instruction.opcode in ("copy", "bitcast") and instruction.operands[0] in where.instructions
+    ):
+        instruction = where.instructions[instruction.operands[0]]
+    if instruction.opcode != "constant" or not instruction.operands[0].lstrip("-").isdigit():
         return None
-    return int(made.operands[0])
+    return int(instruction.operands[0])

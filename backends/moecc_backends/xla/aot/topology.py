@@ -127,11 +127,11 @@ def _other_libtpu() -> str | None:
     A pair that jax was not built for crashes the compiler of a training step.
     """
     try:
-        found, asked = version("libtpu"), requires("jax") or []
+        installed, asked = version("libtpu"), requires("jax") or []
     except PackageNotFoundError:
         return None  # built by hand: nothing is known of it
     wanted = next((m for line in asked if (m := _LIBTPU.match(line))), None)
-    if wanted is None or f"{found}.".startswith(f"{wanted[1]}."):
+    if wanted is None or f"{installed}.".startswith(f"{wanted[1]}."):
         return None
     return wanted[0].replace(" ", "")
 
@@ -161,9 +161,9 @@ def require(machine: Machine) -> None:
             "nothing is known of this machine's chip that a program could be compiled for",
             where=machine.name, hint='in its file, like = "gpu:h100:8" names one of the table',
         )  # fmt: skip
-    what = missing(machine.kind)
-    if what is not None:
-        raise MachineError(what)
+    reason = missing(machine.kind)
+    if reason is not None:
+        raise MachineError(reason)
 
 
 def prepare(machine: Machine) -> None:
@@ -183,12 +183,12 @@ def devices(machine: Machine) -> list[jax.Device]:
 
     require(machine)
     if machine.kind == "cpu":
-        found = jax.devices("cpu")
-        if len(found) < machine.devices:
+        cpus = jax.devices("cpu")
+        if len(cpus) < machine.devices:
             raise MachineError(
-                f"jax was started with {len(found)} CPU devices, not {machine.devices}"
+                f"jax was started with {len(cpus)} CPU devices, not {machine.devices}"
             )
-        return list(found[: machine.devices])
+        return list(cpus[: machine.devices])
     if machine.kind == "gpu":
         return _gpus(machine)
     name = machine.compiled_as.partition(":")[2]

@@ -148,8 +148,8 @@ class Made(NamedTuple):
     """
 
     rows: Sequence[jax.Array] = ()
-    kept: Sequence[jax.Array] = ()
-    own: Sequence[jax.Array] = ()
+    products: Sequence[jax.Array] = ()
+    weights: Sequence[jax.Array] = ()
     shared: Sequence[jax.Array] = ()
 
 
@@ -204,8 +204,8 @@ class BlockWalk:
         shapes = jax.eval_shape(first_block)
         sums = walk_experts(counts, of_expert, self._zeros(tokens, shapes))
         rows = [load(x, s.dtype) for x, s in zip(sums.rows, shapes.rows, strict=True)]
-        kept = [load(x, s.dtype) for x, s in zip(sums.kept, shapes.kept, strict=True)]
-        return sums._replace(rows=rows, kept=kept)
+        products = [load(x, s.dtype) for x, s in zip(sums.products, shapes.products, strict=True)]
+        return sums._replace(rows=rows, products=products)
 
     def _walk(
         self, expert: jax.Array, part: jax.Array | int, end: jax.Array, count: jax.Array, sums: Made
@@ -221,37 +221,37 @@ class BlockWalk:
     def _block_of(
         self, expert: jax.Array, part: jax.Array | int, end: jax.Array
     ) -> Callable[[jax.Array, int], Made]:
-        own = {v: self.parts.of(x, expert, part) for v, x in self.stacks.items()}
+        weights = {v: self.parts.of(x, expert, part) for v, x in self.stacks.items()}
 
         def block(first: jax.Array, size: int) -> Made:
             choices = self.layout.permutation.choice_of_row
             choice = jax.lax.dynamic_slice_in_dim(choices, first, size)
             is_used = first + jnp.arange(size, dtype=first.dtype) < end
             rows = BlockOfExpert(self.layout.routing, choice, is_used)
-            return self.work(rows, own, BlockAt(expert, part, first))
+            return self.work(rows, weights, BlockAt(expert, part, first))
 
         return block
 
-    def _with_block(self, sums: Made, made: Made, place: BlockAt, size: int) -> Made:
+    def _with_block(self, sums: Made, result: Made, position: BlockAt, size: int) -> Made:
         """Return what there is of all blocks so far, with one more."""
 
         def written(rows: jax.Array, block: jax.Array) -> jax.Array:
-            at = place.first * (block.shape[0] // size)  # Each row may stand for several.
+            at = position.first * (block.shape[0] // size)  # Each row may stand for several.
             before = jax.lax.dynamic_slice_in_dim(rows, at, block.shape[0])
-            whole = self.parts.added(before, block, place.part)
-            return jax.lax.dynamic_update_slice_in_dim(rows, store(whole), at, 0)
+            total = self.parts.added(before, block, position.part)
+            return jax.lax.dynamic_update_slice_in_dim(rows, store(total), at, 0)
 
         def kept(rows: jax.Array, block: jax.Array) -> jax.Array:
-            at = place.of_kept(block.shape[0] // size, rows.ndim)
+            at = position.of_kept(block.shape[0] // size, rows.ndim)
             return jax.lax.dynamic_update_slice(rows, store(block)[None], at)
 
         like = [self.stacks[v] for v in self.owners]
-        owns = zip(sums.own, made.own, like, strict=True)
+        owns = zip(sums.weights, result.weights, like, strict=True)
         return Made(
-            [written(*pair) for pair in zip(sums.rows, made.rows, strict=True)],
-            [kept(*pair) for pair in zip(sums.kept, made.kept, strict=True)],
-            [self.parts.with_own(*pair, place.expert, place.part) for pair in owns],
-            [a + b for a, b in zip(sums.shared, made.shared, strict=True)],
+            [written(*pair) for pair in zip(sums.rows, result.rows, strict=True)],
+            [kept(*pair) for pair in zip(sums.products, result.products, strict=True)],
+            [self.parts.with_own(*pair, position.expert, position.part) for pair in owns],
+            [a + b for a, b in zip(sums.shared, result.shared, strict=True)],
         )
 
     def _zeros(self, tokens: jax.Array, block: Made) -> Made:
@@ -260,17 +260,17 @@ class BlockWalk:
         salts = iter(range(1, 1 + sum(map(len, block))))
 
         def zeros(like: jax.Array, shape: tuple[int, ...], kind: DTypeLike) -> jax.Array:
-            made = zeros_after(tokens, shape, kind, next(salts))
-            return DeviceView().varying(made, varies(like))
+            array = zeros_after(tokens, shape, kind, next(salts))
+            return DeviceView().varying(array, varies(like))
 
         def of_rows(x: jax.Array, *parts: int) -> jax.Array:
             shape = (*parts, rows * (x.shape[0] // self.sizes[0]), *x.shape[1:])
             return zeros(x, shape, stored_as(x.dtype))
 
-        owns = zip(block.own, self.owners, strict=True)
+        owns = zip(block.weights, self.owners, strict=True)
         return Made(
             [of_rows(x) for x in block.rows],
-            [of_rows(x, self.parts.count) for x in block.kept],
+            [of_rows(x, self.parts.count) for x in block.products],
             [zeros(x, self.stacks[v].array.shape, x.dtype) for x, v in owns],
             [zeros(x, x.shape, x.dtype) for x in block.shared],
         )
@@ -318,7 +318,7 @@ class Layer:
     """
 
     rows: DeferredRows
-    taken: Mapping[Value, Named]
+    operands: Mapping[Value, Named]
     like: SortedRows
     parts: Parts
 
@@ -340,7 +340,7 @@ class Layer:
     @property
     def ends_in_product(self) -> bool:
         """Whether the rows are products, which nothing reads for a gradient but their sums."""
-        return ends_in_product(self.rows, sliced_by_expert(self.rows, self.taken))
+        return ends_in_product(self.rows, sliced_by_expert(self.rows, self.operands))
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -348,72 +348,74 @@ class Layer:
         rows = self.like.permutation.choice_of_row.size
         return cover_sizes(rows, self.like.group_sizes.size)
 
-    def layout(self, given: Given) -> SortedRows:
+    def layout(self, inputs: Given) -> SortedRows:
         """Return the sorted rows, and rows without a token where the last block may end."""
-        assert given.experts is not None
-        assert given.slots is not None
-        assert given.permutation is not None
-        assert given.group_sizes is not None
+        assert inputs.experts is not None
+        assert inputs.slots is not None
+        assert inputs.permutation is not None
+        assert inputs.group_sizes is not None
         routing = replace(
-            self.like.routing, experts=given.experts, slots=given.slots, wanted=given.wanted
+            self.like.routing, experts=inputs.experts, slots=inputs.slots, wanted=inputs.wanted
         )
-        choices = given.permutation.choice_of_row
+        choices = inputs.permutation.choice_of_row
         choices = jnp.pad(choices, (0, overhang(self.sizes)), constant_values=-1)
-        permutation = given.permutation._replace(choice_of_row=choices)
+        permutation = inputs.permutation._replace(choice_of_row=choices)
         return replace(
-            self.like, routing=routing, permutation=permutation, group_sizes=given.group_sizes
+            self.like, routing=routing, permutation=permutation, group_sizes=inputs.group_sizes
         )
 
-    def outside(self, given: Given) -> dict[Value, Named]:
+    def outside(self, inputs: Given) -> dict[Value, Named]:
         """Return what the rows are made of."""
-        arrays = zip(self.taken.items(), given.arrays, strict=True)
+        arrays = zip(self.operands.items(), inputs.arrays, strict=True)
         return {v: Named(array, x.axes) for (v, x), array in arrays if array is not None}
 
-    def stacks(self, given: Given) -> dict[Value, Named]:
+    def stacks(self, inputs: Given) -> dict[Value, Named]:
         """Return what has a part for each expert, with the experts in front."""
-        found = sliced_by_expert(self.rows, self.outside(given))
-        return {v: x.to(("expert", *_rest(x))) for v, x in found.items()}
+        stacks = sliced_by_expert(self.rows, self.outside(inputs))
+        return {v: x.to(("expert", *_rest(x))) for v, x in stacks.items()}
 
     def made(self, values: Mapping[Value, Operand], layout: DispatchLayout) -> jax.Array:
         """Return the rows ``[rows, *row_axes]``, made of `values` in a layout."""
-        made = self.rows.make(values, layout)
-        assert isinstance(made, Rows), "`permute` made rows"
-        return made.inner().to(("rows", *self.row_axes)).array
+        result = self.rows.make(values, layout)
+        assert isinstance(result, Rows), "`permute` made rows"
+        return result.inner().to(("rows", *self.row_axes)).array
 
-    def combined(self, given: Given, rows: jax.Array) -> jax.Array:
+    def combined(self, inputs: Given, rows: jax.Array) -> jax.Array:
         """Return what each token gets of the rows of all experts."""
-        layout = self.layout(given)
-        return layout.unpermute(Rows(rows, self.row_axes, layout), given.gates).to(self.axes).array
+        layout = self.layout(inputs)
+        return layout.unpermute(Rows(rows, self.row_axes, layout), inputs.gates).to(self.axes).array
 
-    def at_once(self, given: Given) -> jax.Array:
+    def at_once(self, inputs: Given) -> jax.Array:
         """Return what each token gets, by one operation on all rows after the other."""
-        return self.combined(given, self.made(self.outside(given), self.layout(given)))
+        return self.combined(inputs, self.made(self.outside(inputs), self.layout(inputs)))
 
-    def by_block(self, given: Given) -> jax.Array:
+    def by_block(self, inputs: Given) -> jax.Array:
         """Return what each token gets, by one block after the other."""
-        outside = self.outside(given)
+        outside = self.outside(inputs)
 
-        def work(block: BlockOfExpert, own: Mapping[Value, jax.Array], place: BlockAt) -> Made:
-            return Made([self.made({**outside, **self.named(own)}, block)])
+        def work(
+            block: BlockOfExpert, weights: Mapping[Value, jax.Array], position: BlockAt
+        ) -> Made:
+            return Made([self.made({**outside, **self.named(weights)}, block)])
 
-        return self.combined(given, self.walk(given, work).rows[0])
+        return self.combined(inputs, self.walk(inputs, work).rows[0])
 
-    def named(self, own: Mapping[Value, jax.Array]) -> dict[Value, Named]:
+    def named(self, weights: Mapping[Value, jax.Array]) -> dict[Value, Named]:
         """Return what one expert has, with an axis of one expert.
 
         Where there is one of groups as well, rows pick by both, so that it has none.
         """
-        rest = {v: _rest(self.taken[v]) for v in own}
+        axes = {v: _rest(self.operands[v]) for v in weights}
         return {
-            v: Named(x, rest[v]) if "group" in rest[v] else Named(x[None], ("expert", *rest[v]))
-            for v, x in own.items()
+            v: Named(x, axes[v]) if "group" in axes[v] else Named(x[None], ("expert", *axes[v]))
+            for v, x in weights.items()
         }
 
-    def walk(self, given: Given, work: Work, owners: Sequence[Value] = ()) -> Made:
+    def walk(self, inputs: Given, work: Work, owners: Sequence[Value] = ()) -> Made:
         """Return what `work` makes of all blocks; `own` are of the stacks `owners`."""
-        tokens = self.outside(given)[self.moves[0].operands[0]].array
-        stacks = self.stacks(given)
-        return BlockWalk(self.layout(given), stacks, self.parts, self.sizes, work, owners).run(
+        tokens = self.outside(inputs)[self.moves[0].operands[0]].array
+        stacks = self.stacks(inputs)
+        return BlockWalk(self.layout(inputs), stacks, self.parts, self.sizes, work, owners).run(
             tokens
         )
 
@@ -438,53 +440,53 @@ Kept = tuple[Given, jax.Array, Sequence[jax.Array]]
 """What a layer is given, its rows in their order, and the products that they are made of."""
 
 
-def has_gradient_by_block(given: Given) -> bool:
+def has_gradient_by_block(inputs: Given) -> bool:
     """Whether sums in the types of the weights are wide enough, and no mesh has parts of them."""
-    floats = [a for a in given.arrays if a is not None and _is_float(a)]
+    floats = [a for a in inputs.arrays if a is not None and _is_float(a)]
     return all(a.dtype.itemsize >= 4 and not varies(a) for a in floats)
 
 
-def forward(layer: Layer, given: Given) -> tuple[jax.Array, Kept]:
+def forward(layer: Layer, inputs: Given) -> tuple[jax.Array, Kept]:
     """Return what each token gets, and what the gradient needs."""
-    outside = layer.outside(given)
+    outside = layer.outside(inputs)
 
-    def work(block: BlockOfExpert, own: Mapping[Value, jax.Array], place: BlockAt) -> Made:
+    def work(block: BlockOfExpert, weights: Mapping[Value, jax.Array], position: BlockAt) -> Made:
         products: list[jax.Array] = []
 
         def product(rows: jax.Array, matrix: jax.Array, axis: int) -> jax.Array:
             products.append(matrix_product(rows, matrix, axis))
             return products[-1]
 
-        values = {**outside, **layer.named(own)}
-        made = layer.made(values, replace(block, product=product))
-        return Made([made], products[:-1] if layer.ends_in_product else products)
+        values = {**outside, **layer.named(weights)}
+        result = layer.made(values, replace(block, product=product))
+        return Made([result], products[:-1] if layer.ends_in_product else products)
 
-    every = layer.walk(given, work)
+    every = layer.walk(inputs, work)
     rows = checkpoint_name(every.rows[0], "experts")
-    return layer.combined(given, rows), (given, rows, every.kept)
+    return layer.combined(inputs, rows), (inputs, rows, every.products)
 
 
-def backward(layer: Layer, kept: Kept, d_total: jax.Array) -> tuple[Given]:
+def backward(layer: Layer, residuals: Kept, d_total: jax.Array) -> tuple[Given]:
     """Return the cotangents of what a layer is given."""
-    given, rows, products = kept
-    _, pull = jax.vjp(lambda r, g: layer.combined(given._replace(gates=g), r), rows, given.gates)
+    inputs, rows, products = residuals
+    _, pull = jax.vjp(lambda r, g: layer.combined(inputs._replace(gates=g), r), rows, inputs.gates)
     d_rows, d_gates = pull(d_total)
-    outside, stacks = layer.outside(given), layer.stacks(given)
+    outside, stacks = layer.outside(inputs), layer.stacks(inputs)
     read = {v for n in layer.rows.nodes if n not in layer.moves for v in n.operands}
     smooth = [v for v, x in outside.items() if v in read and _is_float(x.array)]
     of_expert = [v for v in smooth if v in stacks]
     shared = [v for v in smooth if v not in stacks]
 
-    def work(block: BlockOfExpert, own: Mapping[Value, jax.Array], place: BlockAt) -> Made:
+    def work(block: BlockOfExpert, weights: Mapping[Value, jax.Array], position: BlockAt) -> Made:
         size = block.choice_of_row.size
         moved = dispatched(layer, outside, block)
-        mine = [_of_block(p, d_rows.shape[0], place, size) for p in products]
+        mine = [_of_block(p, d_rows.shape[0], position, size) for p in products]
 
         def made(
             rows: list[jax.Array], each: list[jax.Array], all_read: list[jax.Array]
         ) -> jax.Array:
             again = replace(block, product=_Kept(iter(mine), block.is_used))
-            values: dict[Value, Operand] = {**outside, **layer.named(own)}
+            values: dict[Value, Operand] = {**outside, **layer.named(weights)}
             values |= layer.named(dict(zip(of_expert, each, strict=True)))
             values |= {v: Named(a, outside[v].axes) for v, a in zip(shared, all_read, strict=True)}
             values |= {
@@ -495,19 +497,19 @@ def backward(layer: Layer, kept: Kept, d_total: jax.Array) -> tuple[Given]:
 
         given_rows = [x.array for x in moved.values()]
         _, pull = jax.vjp(
-            made, given_rows, [own[v] for v in of_expert], [outside[v].array for v in shared]
+            made, given_rows, [weights[v] for v in of_expert], [outside[v].array for v in shared]
         )
-        d_block = jax.lax.dynamic_slice_in_dim(d_rows, place.first, size)
+        d_block = jax.lax.dynamic_slice_in_dim(d_rows, position.first, size)
         d_moved, d_own, d_shared = pull(zeroed(d_block, block.is_used))
         return Made(d_moved, (), d_own, d_shared)
 
-    sums = layer.walk(given, work, of_expert)
-    found = dict(zip(shared, sums.shared, strict=True))
-    for v, array in zip(of_expert, sums.own, strict=True):
-        found[v] = Named(array, stacks[v].axes).to(outside[v].axes).array
-    for v, array in _of_tokens(layer, given, sums.rows).items():
-        found[v] = found[v] + array if v in found else array
-    arrays = [found.get(v) for v in outside]
+    sums = layer.walk(inputs, work, of_expert)
+    cotangents = dict(zip(shared, sums.shared, strict=True))
+    for v, array in zip(of_expert, sums.weights, strict=True):
+        cotangents[v] = Named(array, stacks[v].axes).to(outside[v].axes).array
+    for v, array in _of_tokens(layer, inputs, sums.rows).items():
+        cotangents[v] = cotangents[v] + array if v in cotangents else array
+    arrays = [cotangents.get(v) for v in outside]
     return (Given(None, None, None, None, None, arrays, d_gates),)
 
 
@@ -515,15 +517,15 @@ def dispatched(
     layer: Layer, outside: Mapping[Value, Named], layout: DispatchLayout
 ) -> dict[Value, Rows]:
     """Return the rows that are gathered from tokens, in a layout."""
-    made = {
+    moved = {
         n.result: replace(layer.rows, value=n.result).make(outside, layout) for n in layer.moves
     }
-    return {v: x for v, x in made.items() if isinstance(x, Rows)}
+    return {v: x for v, x in moved.items() if isinstance(x, Rows)}
 
 
-def _of_tokens(layer: Layer, given: Given, d_moved: Sequence[jax.Array]) -> dict[Value, jax.Array]:
+def _of_tokens(layer: Layer, inputs: Given, d_moved: Sequence[jax.Array]) -> dict[Value, jax.Array]:
     """Return the cotangents of tokens, of those of the rows that were gathered from them."""
-    outside, layout = layer.outside(given), layer.layout(given)
+    outside, layout = layer.outside(inputs), layer.layout(inputs)
     sources = list(dict.fromkeys(n.operands[0] for n in layer.moves))
 
     def move(arrays: list[jax.Array]) -> list[jax.Array]:
@@ -534,10 +536,10 @@ def _of_tokens(layer: Layer, given: Given, d_moved: Sequence[jax.Array]) -> dict
     return dict(zip(sources, pull(list(d_moved))[0], strict=True))
 
 
-def _of_block(products: jax.Array, rows: int, place: BlockAt, size: int) -> jax.Array:
+def _of_block(products: jax.Array, rows: int, position: BlockAt, size: int) -> jax.Array:
     """Return a block of products ``[parts, rows, …]``, each of which may be several a row."""
     times = products.shape[1] // rows
-    at = place.of_kept(times, products.ndim)
+    at = position.of_kept(times, products.ndim)
     return jax.lax.dynamic_slice(products, at, (1, size * times, *products.shape[2:]))[0]
 
 
@@ -556,10 +558,10 @@ class _Kept:
         """Return the next one, which multiplied `rows` with `matrix`."""
         used = jnp.repeat(self.is_used, rows.shape[0] // self.is_used.size)
         # Nothing reads the last product of an expert that ends in it, and it was not kept.
-        made = next(self.products, None)
-        if made is None:
-            made = jnp.zeros((rows.shape[0], matrix.shape[1 - axis]), rows.dtype)
-        return _kept(rows, matrix, made, used, axis)
+        product = next(self.products, None)
+        if product is None:
+            product = jnp.zeros((rows.shape[0], matrix.shape[1 - axis]), rows.dtype)
+        return _kept(rows, matrix, product, used, axis)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -601,32 +603,32 @@ class ExpertBlocks(Deferral):
         """Return the sum of each token's rows, which are made here."""
         assert isinstance(rows, DeferredRows), "`permute` makes no rows"
         sorted_rows = SortedRows.of(self.routing, grouped_matmul)
-        taken = rows.outside()
-        layer = Layer(rows, taken, sorted_rows, parts_of(rows, taken))
-        given = Given(
+        outside = rows.outside()
+        layer = Layer(rows, outside, sorted_rows, parts_of(rows, outside))
+        inputs = Given(
             self.routing.experts,
             self.routing.slots,
             self.routing.wanted,
             sorted_rows.permutation,
             sorted_rows.group_sizes,
-            [x.array for x in layer.taken.values()],
+            [x.array for x in layer.operands.values()],
             gates,
         )
-        return Named(_with_gradient(layer, given), layer.axes)
+        return Named(_with_gradient(layer, inputs), layer.axes)
 
     def of_experts(self, first: jax.Array | int, count: int) -> ExpertBlocks:
         """Return the blocks of `count` experts from `first` on."""
         return ExpertBlocks(self.routing.of_experts(first, count))
 
 
-def _with_gradient(layer: Layer, given: Given) -> jax.Array:
+def _with_gradient(layer: Layer, inputs: Given) -> jax.Array:
     if not layer.like.routing.num_choices:
-        return layer.at_once(given)
-    made = jax.custom_vjp(layer.by_block)
-    if has_gradient_by_block(given):
-        made.defvjp(partial(forward, layer), partial(backward, layer))
+        return layer.at_once(inputs)
+    differentiable = jax.custom_vjp(layer.by_block)
+    if has_gradient_by_block(inputs):
+        differentiable.defvjp(partial(forward, layer), partial(backward, layer))
     else:
-        made.defvjp(
-            lambda given: jax.vjp(layer.at_once, given), lambda pull, cotangent: pull(cotangent)
+        differentiable.defvjp(
+            lambda inputs: jax.vjp(layer.at_once, inputs), lambda pull, cotangent: pull(cotangent)
         )
-    return made(given)
+    return differentiable(inputs)

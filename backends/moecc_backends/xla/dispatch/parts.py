@@ -58,20 +58,20 @@ class Parts:
     def of(self, stack: Named, expert: jax.Array, part: jax.Array | int) -> jax.Array:
         """Return what an expert, or a part of it, has of a stack with the experts in front."""
         at, sizes = self._place(stack, expert, part)
-        own = jax.lax.dynamic_slice(store(stack.array), at, sizes)
-        return load(own[0], stack.array.dtype)
+        slices = jax.lax.dynamic_slice(store(stack.array), at, sizes)
+        return load(slices[0], stack.array.dtype)
 
     def with_own(
         self,
         total: jax.Array,
-        own: jax.Array,
+        gradient: jax.Array,
         like: Named,
         expert: jax.Array,
         part: jax.Array | int,
     ) -> jax.Array:
         """Add what `of` would return of a stack that is `like` another to that stack, `total`."""
         at, sizes = self._place(like, expert, part)
-        more = jax.lax.dynamic_slice(total, at, sizes) + own
+        more = jax.lax.dynamic_slice(total, at, sizes) + gradient
         updated: jax.Array = jax.lax.dynamic_update_slice(total, more, at)
         return updated
 
@@ -96,13 +96,13 @@ class Parts:
         return [jnp.asarray(i, expert.dtype) for i in at.values()], tuple(sizes.values())
 
 
-def parts_of(rows: DeferredRows, taken: Mapping[Value, Named]) -> Parts:
-    """Choose how the experts that make `rows` of `taken` are cut: not at all, if need not be.
+def parts_of(rows: DeferredRows, operands: Mapping[Value, Named]) -> Parts:
+    """Choose how the experts that make `rows` of `operands` are cut: not at all, if need not be.
 
     Sums of narrow types are not cut, since each part would be rounded.
     """
-    stacks = sliced_by_expert(rows, taken)
-    arrays = [x.array for x in taken.values() if jnp.issubdtype(x.array.dtype, jnp.floating)]
+    stacks = sliced_by_expert(rows, operands)
+    arrays = [x.array for x in operands.values() if jnp.issubdtype(x.array.dtype, jnp.floating)]
     if any(a.dtype.itemsize < 4 for a in arrays):
         return Parts()
     widths = {
@@ -134,15 +134,17 @@ def _can_cut(rows: DeferredRows, stacks: Mapping[Value, Named], axis: str) -> bo
             types |= _results(node, types)
     except InputError:
         return False
-    made = [v for n in rows.nodes[:-1] if _is_product(n, stacks) for v in n.results]
-    return types[rows.value].unreduced == _PARTS and all(_is_cut(types[v]) for v in made)
+    products = [v for n in rows.nodes[:-1] if _is_product(n, stacks) for v in n.results]
+    return types[rows.value].unreduced == _PARTS and all(_is_cut(types[v]) for v in products)
 
 
 def _results(node: Node, types: Mapping[Value, TensorType]) -> dict[Value, TensorType]:
     space = space_of(node.op, node.operands, node.attrs)
-    given = [Given(v.name, types.get(v, v.type.bare)) for v in node.operands]
-    found = sharded_results(node.op, space, given, [v.type for v in node.results], None)
-    return dict(zip(node.results, found, strict=True))
+    operands = [Given(v.name, types.get(v, v.type.bare)) for v in node.operands]
+    types_of_results = sharded_results(
+        node.op, space, operands, [v.type for v in node.results], None
+    )
+    return dict(zip(node.results, types_of_results, strict=True))
 
 
 def _sharded(type: TensorType, axis: str) -> TensorType:

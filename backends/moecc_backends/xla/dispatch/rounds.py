@@ -128,9 +128,9 @@ class InRounds(Deferral):
     def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array | None) -> Named:
         """Return the sum over all rounds of the rows of each token."""
         assert isinstance(rows, DeferredRows), "`permute` makes no rows"
-        taken = rows.outside()
-        learned = [v for v, x in taken.items() if jnp.issubdtype(x.array.dtype, jnp.floating)]
-        others = [v for v in taken if v not in learned]
+        operands = rows.outside()
+        learned = [v for v, x in operands.items() if jnp.issubdtype(x.array.dtype, jnp.floating)]
+        others = [v for v in operands if v not in learned]
         axes: tuple[str, ...] = ()
 
         def one(
@@ -138,13 +138,13 @@ class InRounds(Deferral):
         ) -> jax.Array:
             nonlocal axes
             arrays = [*zip(learned, floats, strict=False), *zip(others, routed.others, strict=True)]
-            made = {v: replace(taken[v], array=array) for v, array in arrays}
+            values = {v: replace(operands[v], array=array) for v, array in arrays}
             weights = floats[-1] if gates is not None else None
-            result = self._round(rows, made, self._turn(turn, routed), weights, kind)
+            result = self._round(rows, values, self._turn(turn, routed), weights, kind)
             axes = result.axes
             return result.array
 
-        floats = [taken[v].array for v in learned] + ([] if gates is None else [gates])
+        floats = [operands[v].array for v in learned] + ([] if gates is None else [gates])
         mesh = frozenset[str]().union(*map(varies, floats), self.spec.mesh)
         # Devices that differ in one of them differ in all that is made of it.
         floats = [self.view.varying(array, mesh) for array in floats]
@@ -152,7 +152,7 @@ class InRounds(Deferral):
             self.routing.experts,
             self.rows.permutation,
             jax.lax.all_gather(self.rows.group_sizes, self.spec.mesh),
-            [taken[v].array for v in others],
+            [operands[v].array for v in others],
         )
         return Named(_Rounds(self.spec, one)(floats, routed), axes)
 
@@ -187,11 +187,11 @@ class InRounds(Deferral):
         kind: DTypeLike | None,
     ) -> Named:
         """Return what a round adds to each token, in the type `kind`; None: in that of the rows."""
-        made = rows.make(outside, layout)
-        assert isinstance(made, Rows), "`permute` made rows"
+        sums = rows.make(outside, layout)
+        assert isinstance(sums, Rows), "`permute` made rows"
         return rows_to_tokens(
             layout.routing,
-            made,
+            sums,
             lambda flat: sum_rows(flat.astype(kind or flat.dtype), layout.permutation, gates),
         )
 
@@ -206,7 +206,7 @@ class _Rounds:
     """
 
     spec: RoundSpec
-    one: Round
+    round: Round
 
     def __call__(self, floats: Floats, routed: _Routed) -> jax.Array:
         """Return the sum ``[tokens, …]``."""
@@ -217,11 +217,11 @@ class _Rounds:
         return total(floats, routed)
 
     def _forward(self, floats: Floats, routed: _Routed) -> jax.Array:
-        shape = jax.eval_shape(lambda f, r: self.one(jnp.int32(0), f, r, None), floats, routed)
+        shape = jax.eval_shape(lambda f, r: self.round(jnp.int32(0), f, r, None), floats, routed)
         kind = accumulator(shape.dtype)
 
         def add(turn: jax.Array, total: jax.Array) -> jax.Array:
-            return total + self.one(turn, floats, routed, kind)
+            return total + self.round(turn, floats, routed, kind)
 
         zeros = zeros_like_on_devices(shape).astype(kind)
         total: jax.Array = self._repeated(routed, add, zeros)
@@ -231,7 +231,7 @@ class _Rounds:
         floats, routed = residuals
 
         def add(turn: jax.Array, totals: Floats) -> Floats:
-            _, pull = jax.vjp(lambda given: self.one(turn, given, routed, None), floats)
+            _, pull = jax.vjp(lambda arrays: self.round(turn, arrays, routed, None), floats)
             (parts,) = pull(slope)
             return [total + part for total, part in zip(totals, parts, strict=True)]
 
@@ -247,12 +247,12 @@ class _Rounds:
         busiest = (jnp.max(sent) + self.spec.rows - 1) // self.spec.rows
         turns = jax.lax.pmax(busiest, tuple(sorted(varies(busiest))))
         with jax.named_scope(rounds_scope(self.spec.most)):
-            _, made = jax.lax.while_loop(
+            _, sums = jax.lax.while_loop(
                 lambda state: state[0] < turns,
                 lambda state: (state[0] + 1, add(*state)),
                 (jnp.int32(0), total),
             )
-        return made
+        return sums
 
 
 def rows_in_round(
@@ -276,14 +276,14 @@ def rows_in_round(
     devices = sizes.shape[0]
     sent = sizes[jax.lax.axis_index(mesh)].reshape(devices, -1).sum(1)
     starts, first = jnp.cumsum(sent) - sent, turn * rows
-    place = first + jnp.arange(rows, dtype=jnp.int32)
-    row = starts[:, None] + place
+    index = first + jnp.arange(rows, dtype=jnp.int32)
+    row = starts[:, None] + index
     choice = jnp.take(permutation.choice_of_row, row, mode="clip")
     device = jnp.clip(experts // (sizes.shape[1] // devices), 0, devices - 1)
     at = permutation.row_of_choice - starts[device] - first
     is_now = (permutation.row_of_choice >= 0) & (at >= 0) & (at < rows)
     return Permutation(
-        jnp.where(place < sent[:, None], choice, -1).reshape(-1),
+        jnp.where(index < sent[:, None], choice, -1).reshape(-1),
         jnp.where(is_now, device * rows + at, -1).astype(jnp.int32),
     )
 
@@ -338,17 +338,17 @@ def local_rows(ctx: Context, node: Node, x: Rows, layout: SortedRows) -> Rows:
     assert ctx.view.mesh is not None, "without a mesh all experts are local"
     count = layout.routing.num_experts // ctx.view.mesh.size(mesh)
     first = jax.lax.axis_index(mesh) * count
-    own = layout.of_experts(first, count)
+    local = layout.of_experts(first, count)
     # A token goes to an expert at most once, so few local experts have fewer rows than all.
     tokens, choices = layout.routing.experts.shape
-    most = own.permutation.choice_of_row[: tokens * min(choices, count)]
-    own = replace(own, permutation=own.permutation._replace(choice_of_row=most))
-    choice = own.permutation.choice_of_row
+    most = local.permutation.choice_of_row[: tokens * min(choices, count)]
+    local = replace(local, permutation=local.permutation._replace(choice_of_row=most))
+    choice = local.permutation.choice_of_row
     row = layout.permutation.row_of_choice.reshape(-1)[jnp.maximum(choice, 0)]
     array = ctx.view.varying(x.array, frozenset(mesh))
-    taken = jnp.take(array, jnp.where(choice >= 0, row, 0), axis=0)
-    is_used = own.is_used.reshape(-1, *[1] * (taken.ndim - 1))
-    return Rows(jnp.where(is_used, taken, jnp.zeros((), taken.dtype)), x.axes, own)
+    picked = jnp.take(array, jnp.where(choice >= 0, row, 0), axis=0)
+    is_used = local.is_used.reshape(-1, *[1] * (picked.ndim - 1))
+    return Rows(jnp.where(is_used, picked, jnp.zeros((), picked.dtype)), x.axes, local)
 
 
 def _room(node: Node, layout: SortedRows, devices: int, num_experts: int) -> int:

@@ -145,9 +145,12 @@ def _terms(rows: jax.Array, permutation: Permutation) -> Iterator[jax.Array]:
 
 def _sum_choices(rows: jax.Array, permutation: Permutation, gates: jax.Array | None) -> jax.Array:
     kind = accumulator(rows.dtype)
-    terms = [term.astype(kind) for term in _terms(rows, permutation)]
-    if gates is not None:
-        terms = [t * gates[:, n, None].astype(kind) for n, t in enumerate(terms)]
+    terms = (
+        term.astype(kind)
+        if gates is None
+        else term.astype(kind) * gates[:, choice, None].astype(kind)
+        for choice, term in enumerate(_terms(rows, permutation))
+    )
     return reduce(jnp.add, terms).astype(rows.dtype)
 
 

@@ -182,8 +182,8 @@ class UsedExperts(Deferral):
                 def add(
                     sums: jax.Array, *sliced: list[jax.Array], number: int = number
                 ) -> jax.Array:
-                    own = sliced[0] if sliced else weights(number)
-                    return sums + weighted(number, own, operands)
+                    expert_weights = sliced[0] if sliced else weights(number)
+                    return sums + weighted(number, expert_weights, operands)
 
                 sliced = () if in_place else (weights(number),)
                 sums = jax.lax.cond(is_used, add, lambda sums, *_: sums, sums, *sliced)

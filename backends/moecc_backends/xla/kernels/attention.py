@@ -125,9 +125,9 @@ def _backward(
 
     zeros = (zeros_after(d_mixed, a.shape, wide, i) for i, a in enumerate(summed))
     sums, (d_query,) = _walk(rule, arrays, block, tuple(zeros))
-    made = iter(a.astype(a_.dtype) for a, a_ in zip(sums, summed, strict=True))
-    d_key, d_value = next(made), next(made)
-    more = (None if a is None else next(made) for a in arrays[3:5])
+    gradients = iter(a.astype(a_.dtype) for a, a_ in zip(sums, summed, strict=True))
+    d_key, d_value = next(gradients), next(gradients)
+    more = (None if a is None else next(gradients) for a in arrays[3:5])
     return (AttentionArrays(d_query, d_key, d_value, *more),)
 
 
@@ -139,16 +139,16 @@ def _walk(
 ) -> tuple[Arrays, Arrays]:
     """Call `block` for each block of queries; return the sums, and its arrays along all queries."""
     queries, keys = arrays.query.shape[_QUERIES], arrays.key.shape[2]
-    found: list[Arrays] = []
+    spanned: list[Arrays] = []
     for span in spans(queries, keys, causal=rule.causal, window=rule.window):
         if span.blocks == 1:
-            sums, made = block(span, sums, span.start)
+            sums, arrays_of_span = block(span, sums, span.start)
         else:
             starts = span.start + span.size * jnp.arange(span.blocks)
             sums, stacked = lax.scan(partial(block, span), sums, starts)
-            made = tuple(map(_unstacked, stacked))
-        found.append(made)
-    return sums, tuple(jnp.concatenate(parts, _QUERIES) for parts in zip(*found, strict=True))
+            arrays_of_span = tuple(map(_unstacked, stacked))
+        spanned.append(arrays_of_span)
+    return sums, tuple(jnp.concatenate(parts, _QUERIES) for parts in zip(*spanned, strict=True))
 
 
 def _unstacked(blocks: jax.Array) -> jax.Array:
@@ -180,8 +180,8 @@ def _block(arrays: AttentionArrays, span: Span, start: jax.Array | int) -> Atten
 
 def _rows(array: jax.Array) -> jax.Array:
     """Return ``[batch, head, group, query, …]`` with the queries of a group as rows."""
-    batch, head, group, query, *rest = array.shape
-    return array.reshape(batch, head, group * query, *rest)
+    batch, head, group, query, *sizes = array.shape
+    return array.reshape(batch, head, group * query, *sizes)
 
 
 @dataclass(frozen=True)
@@ -208,8 +208,8 @@ class _Form:
         """Return the products of ``[…, row, entry]`` with ``[…, key, entry]``."""
         batch, head, *query = block.query.shape[:-1]
         if self.is_by_key:
-            made = _product("bhtd,bhrd->bhtr", keys, rows)
-            return made.reshape(batch, head, -1, *query)
+            products = _product("bhtd,bhrd->bhtr", keys, rows)
+            return products.reshape(batch, head, -1, *query)
         return _product("bhrd,bhtd->bhrt", rows, keys).reshape(batch, head, *query, -1)
 
     def flat(self, pairs: jax.Array) -> jax.Array:
@@ -314,8 +314,8 @@ def _block_gradient(
     form = BY_KEY if rule.by_key and block.bias is None else BY_QUERY
     rows, kind = _rows(d_mixed), block.query.dtype
     scores, slope = _scores(rule, block, first, form)
-    top, rest = jnp.split(denominators, 2, -1)
-    weights = jnp.exp(scores - form.of(top) - form.of(rest))
+    top, log_total = jnp.split(denominators, 2, -1)
+    weights = jnp.exp(scores - form.of(top) - form.of(log_total))
     d_scores = weights * (form.pairs(rows, block.value, block) - form.of(spread))
     d_products = d_scores * rule.scale if slope is None else d_scores * slope * rule.scale
     d_rows = form.flat(d_products.astype(kind))
@@ -325,7 +325,7 @@ def _block_gradient(
     if block.bias is not None:
         yield _summed_to(d_scores, block.bias)
     if block.sinks is not None:
-        sunk = jnp.exp(block.sinks.astype(scores.dtype) - top - rest)
+        sunk = jnp.exp(block.sinks.astype(scores.dtype) - top - log_total)
         yield _summed_to(-sunk * spread, block.sinks)
 
 
@@ -338,7 +338,7 @@ def _summed_to(array: jax.Array, like: jax.Array) -> jax.Array:
 def _added(total: jax.Array, new: jax.Array, at: Sequence[jax.Array | int]) -> jax.Array:
     """Return `total` with `new` added, which begins at the indices `at` where it is smaller."""
     pairs = zip(at, total.shape, new.shape, strict=True)
-    start = [0 if whole == size else place for place, whole, size in pairs]
+    start = [0 if full == size else index for index, full, size in pairs]
     now = lax.dynamic_slice(total, start, new.shape)
     return lax.dynamic_update_slice(total, now + new, start)
 
@@ -403,8 +403,8 @@ def score_pairs_of(op_name: str) -> int | None:
     Args:
       op_name: the name in its metadata.
     """
-    found = re.search(rf"{_MARK}(\d+)", op_name)
-    return int(found[1]) if found else None
+    match = re.search(rf"{_MARK}(\d+)", op_name)
+    return int(match[1]) if match else None
 
 
 # Attention of TPUs: JAX's splash attention, whose blocks of scores stay in VMEM.
@@ -529,14 +529,14 @@ def _splash_backward(
         query: jax.Array, key: jax.Array, value: jax.Array, mixed: jax.Array,
         denominators: jax.Array, d_mixed: jax.Array, *sinks: jax.Array,
     ) -> SplashArrays:  # fmt: skip
-        kept = (query, key, value, None, *(sinks or (None,)), mixed, denominators)
-        return _gradient(kernel, kept, d_mixed)
+        residuals = (query, key, value, None, *(sinks or (None,)), mixed, denominators)
+        return _gradient(kernel, residuals, d_mixed)
 
     run = jax.vmap(one, (*(0 for _ in range(6)), *(None for _ in more)))
     with score_pairs_scope(_pairs(rule, query.shape[2], key.shape[2])):
-        made = _untracked(run, query, key, value, mixed, denominators, d_mixed, *more)
-    d_sinks = None if sinks is None else jnp.sum(made[3], 0).astype(sinks.dtype)
-    pairs = zip(made, (query, key, value), strict=False)
+        gradients = _untracked(run, query, key, value, mixed, denominators, d_mixed, *more)
+    d_sinks = None if sinks is None else jnp.sum(gradients[3], 0).astype(sinks.dtype)
+    pairs = zip(gradients, (query, key, value), strict=False)
     return (*(d.astype(x.dtype) for d, x in pairs), d_sinks)
 
 
@@ -549,19 +549,19 @@ def _untracked(run: Callable[..., SplashArrays], *arrays: jax.Array) -> SplashAr
     return tuple(DeviceView().varying(a, axes) for a in unchecked(run, *arrays))
 
 
-def _gradient(kernel: PyTree, kept: PyTree, d_mixed: jax.Array) -> SplashArrays:
+def _gradient(kernel: PyTree, residuals: PyTree, d_mixed: jax.Array) -> SplashArrays:
     """Return the gradients of the operands of a splash attention.
 
     Args:
       kernel: made with residuals.
-      kept: queries, keys, values, segments, sinks, averaged values, logarithms of denominators.
+      residuals: queries, keys, values, segments, sinks, averages, logarithms of denominators.
       d_mixed: the gradient of the averaged values.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
     told = kernel.kwargs
     # The public function differentiates itself, which a program that tracks what varies rejects.
-    made = splash_attention_kernel._splash_attention_bwd(
+    gradients = splash_attention_kernel._splash_attention_bwd(
         False,
         told["mask_value"],
         told["is_mqa"],
@@ -570,7 +570,7 @@ def _gradient(kernel: PyTree, kept: PyTree, d_mixed: jax.Array) -> SplashArrays:
         told["mask_function"],
         told["attn_logits_soft_cap"],
         told["interpret"],
-        (*kept, kernel.dq_mask_info, kernel.dkv_mask_info),
+        (*residuals, kernel.dq_mask_info, kernel.dkv_mask_info),
         d_mixed,
     )
-    return tuple(d for d in (*made[3:6], made[7]) if d is not None)
+    return tuple(d for d in (*gradients[3:6], gradients[7]) if d is not None)

@@ -123,13 +123,13 @@ def cover_blocks(
     overwritten by the next expert's, where experts are walked in order and an array has `overhang`
     rows more than there are.
     """
-    whole = sizes[-2] if len(sizes) > 1 else sizes[-1]
-    before = jnp.maximum(count - sizes[-1] + whole - 1, 0) // whole
-    left = count - before * whole
+    usual = sizes[-2] if len(sizes) > 1 else sizes[-1]
+    before = jnp.maximum(count - sizes[-1] + usual - 1, 0) // usual
+    left = count - before * usual
     fits = [(left > low) & (left <= size) for low, size in pairwise((0, *sizes))]
-    for size, is_last in sorted(zip(sizes, fits, strict=True), key=lambda s: s[0] != whole):
-        times = is_last.astype(jnp.int32) + (before if size == whole else 0)
-        first = start if size == whole else start + before * whole
+    for size, is_last in sorted(zip(sizes, fits, strict=True), key=lambda s: s[0] != usual):
+        times = is_last.astype(jnp.int32) + (before if size == usual else 0)
+        first = start if size == usual else start + before * usual
 
         def body(
             turn: jax.Array, carry: Carry, first: jax.Array = first, size: int = size
@@ -307,11 +307,11 @@ def _walk_gradient(
 
         # The last, partial block comes first: it makes the sum, which needs no zeros then.
         smallest = sizes[-1]
-        whole = (group_sizes[expert] - 1) // smallest * smallest
-        tail = starts[expert] + whole
+        full_rows = (group_sizes[expert] - 1) // smallest * smallest
+        tail = starts[expert] + full_rows
         first = jnp.minimum(tail, num_rows - smallest)
         total = outer(first, smallest, inside(first, smallest, tail, end))
-        total = walk_blocks(starts[expert], whole, sizes, step, total)
+        total = walk_blocks(starts[expert], full_rows, sizes, step, total)
         narrow = store(total.astype(weights.dtype))
         return lax.dynamic_update_index_in_dim(gradient, narrow, expert, 0)
 
@@ -332,8 +332,8 @@ def _gradient_of_few(
     is_used = (numbers < group_sizes[:, None])[..., None]
 
     def of_experts(x: jax.Array) -> jax.Array:
-        own = jnp.take(store(x), starts[:, None] + numbers, axis=0, mode="clip")
-        return load(jnp.where(is_used, own, 0), x.dtype)
+        picked = jnp.take(store(x), starts[:, None] + numbers, axis=0, mode="clip")
+        return load(jnp.where(is_used, picked, 0), x.dtype)
 
     left, right = of_experts(rows), of_experts(d_product)
     pair = (left, right) if axis == 1 else (right, left)
@@ -410,9 +410,9 @@ def _row_product_forward(
 
 
 def _row_product_backward(
-    at: int, kept: tuple[jax.Array, jax.Array], slope: jax.Array
+    at: int, residuals: tuple[jax.Array, jax.Array], slope: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    rows, matrix = kept
+    rows, matrix = residuals
     by_rows = jax.lax.dot_general(slope, matrix, (((1,), (1 - at,)), ((), ())))
     pair = (rows, slope) if at == 0 else (slope, rows)
     return by_rows, _summed_over_rows(*pair)

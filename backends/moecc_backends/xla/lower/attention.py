@@ -51,8 +51,8 @@ def _rope(ctx: Context, node: Node, positions: Operand) -> tuple[Operand, ...]:
     def tables(full: Named) -> tuple[Named, Named]:
         half = full.array.astype(wide)[..., None] * _rates(attrs, full.array, wide)
         axes, factor = (*full.axes, attrs.axis), attrs.attention_factor
-        made = (_twice(f(half) * factor, ctx.options.target) for f in (jnp.cos, jnp.sin))
-        cos, sin = (Named(table, axes) for table in made)
+        pair = (_twice(f(half) * factor, ctx.options.target) for f in (jnp.cos, jnp.sin))
+        cos, sin = (Named(table, axes) for table in pair)
         return cos, sin
 
     return lifted_all(positions, tables)
@@ -167,16 +167,16 @@ def _crossed(query: Operand, key: Operand, compare: Callable[[Named, Named], Nam
 def _attention(ctx: Context, node: Node, *operands: Named) -> Named:
     attrs = AttentionOp.of_node(node)
     query, key, value, *more = operands
-    given = dict(zip(attrs.given, more, strict=True))
+    extras = dict(zip(attrs.given, more, strict=True))
     sizes = (query.sizes, key.sizes, value.sizes)
     kernel = _kernel(ctx, node, facts_of(*sizes, attrs, _program(ctx, query)))
     axes = AttentionAxes.of(*sizes, attrs)
     if kernel == "plain" or axes is None:
-        return plain_attention(query, key, value, given, attrs)
+        return plain_attention(query, key, value, extras, attrs)
     rule = AttentionRule(attrs.scale, attrs.cap, bool(attrs.causal), attrs.window)
-    made = _RUN[kernel](ctx, rule, _arrays(axes, query, key, value, given))
-    known = query.sizes | {a: value.size(a) for a in axes.wide}
-    return Named(made.reshape([known[a] for a in axes.result]), axes.result)
+    mixed = _RUN[kernel](ctx, rule, _arrays(axes, query, key, value, extras))
+    axis_sizes = query.sizes | {a: value.size(a) for a in axes.wide}
+    return Named(mixed.reshape([axis_sizes[a] for a in axes.result]), axes.result)
 
 
 def _program(ctx: Context, query: Named) -> Program:
@@ -235,13 +235,13 @@ assert (*_RUN, "plain") == ATTENTIONS, "options name what there is"
 
 
 def _arrays(
-    axes: AttentionAxes, query: Named, key: Named, value: Named, given: dict[str, Named]
+    axes: AttentionAxes, query: Named, key: Named, value: Named, extras: dict[str, Named]
 ) -> AttentionArrays:
     """Return the operands as kernels take them."""
     dims = (axes.batch, axes.heads, axes.groups, axes.queries)
     sizes = query.sizes | key.sizes
     scores = (*dims, (axes.keys,))
-    more = {word: _laid_out(x, scores, sizes) for word, x in given.items()}
+    more = {word: _laid_out(x, scores, sizes) for word, x in extras.items()}
     return AttentionArrays(
         _laid_out(query, (*dims, (axes.width,)), sizes),
         _laid_out(key, (*dims[:2], (axes.keys,), (axes.width,)), sizes),
@@ -255,15 +255,15 @@ def _laid_out(x: Named, dims: tuple[tuple[str, ...], ...], sizes: dict[str, int]
     shape = []
     axes: list[str] = []
     for names in dims:
-        found = [a for a in names if a in x.axes]
-        axes += names if found else []
-        shape.append(prod(sizes[a] for a in names) if found else 1)
+        present = [a for a in names if a in x.axes]
+        axes += names if present else []
+        shape.append(prod(sizes[a] for a in names) if present else 1)
     full = [sizes[a] for a in axes]
     return jnp.broadcast_to(x.over(tuple(axes)), full).reshape(shape)
 
 
 def plain_attention(
-    query: Named, key: Named, value: Named, given: dict[str, Named], attrs: AttentionOp
+    query: Named, key: Named, value: Named, extras: dict[str, Named], attrs: AttentionOp
 ) -> Named:
     """Return the averaged values, product by product; the scores are one array."""
     kind, wide = query.array.dtype, accumulator(query.array.dtype)
@@ -271,17 +271,17 @@ def plain_attention(
     axes, scores = products.axes, products.array * attrs.scale
     if attrs.cap:
         scores = attrs.cap * jnp.tanh(scores / attrs.cap)
-    if "bias" in given:
-        scores = scores + given["bias"].over(axes).astype(wide)
-    for seen in _seen(Named(scores, axes), given, attrs):
+    if "bias" in extras:
+        scores = scores + extras["bias"].over(axes).astype(wide)
+    for seen in _seen(Named(scores, axes), extras, attrs):
         scores = jnp.where(seen, scores, -jnp.inf)
     at = axes.index(attrs.along)
-    sinks = given["sinks"].over(axes).astype(wide) if "sinks" in given else None
+    sinks = extras["sinks"].over(axes).astype(wide) if "sinks" in extras else None
     weights = Named(_weights(scores, at, sinks).astype(kind), axes)
     return einsum(weights, value, (attrs.along,))
 
 
-def _seen(scores: Named, given: dict[str, Named], attrs: AttentionOp) -> Iterator[jax.Array]:
+def _seen(scores: Named, extras: dict[str, Named], attrs: AttentionOp) -> Iterator[jax.Array]:
     """Yield what hides keys from queries, each to be broadcast over the scores."""
     for axis in attrs.causal:
         queries, keys = (
@@ -289,10 +289,10 @@ def _seen(scores: Named, given: dict[str, Named], attrs: AttentionOp) -> Iterato
         )
         seen = queries >= keys
         yield seen & (queries - keys < attrs.window) if attrs.window else seen
-    if "keep" in given:
-        yield given["keep"].over(scores.axes)
-    if "query_segments" in given:
-        queries, keys = (given[w].over(scores.axes) for w in ("query_segments", "key_segments"))
+    if "keep" in extras:
+        yield extras["keep"].over(scores.axes)
+    if "query_segments" in extras:
+        queries, keys = (extras[w].over(scores.axes) for w in ("query_segments", "key_segments"))
         yield (queries == keys) | (queries == 0)
 
 
@@ -301,5 +301,5 @@ def _weights(scores: jax.Array, axis: int, sinks: jax.Array | None) -> jax.Array
     if sinks is None:
         return softmax(scores, axis)
     sunk = jnp.broadcast_to(sinks, [n if i != axis else 1 for i, n in enumerate(scores.shape)])
-    whole = softmax(jnp.concatenate([scores, sunk], axis), axis)
-    return jax.lax.slice_in_dim(whole, 0, scores.shape[axis], axis=axis)
+    joined = softmax(jnp.concatenate([scores, sunk], axis), axis)
+    return jax.lax.slice_in_dim(joined, 0, scores.shape[axis], axis=axis)

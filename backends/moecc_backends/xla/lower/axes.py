@@ -96,8 +96,8 @@ def _positions(ctx: Context, node: Node, like: Operand | DeferredRows) -> Operan
         size = axis.size // ctx.view.shard_count(axis)
     else:
         size = _size(like, axis.name)
-    own = jnp.arange(size, dtype=jnp.int32) + ctx.view.offset(axis, size)
-    return Named(own, (axis.name,))
+    local = jnp.arange(size, dtype=jnp.int32) + ctx.view.offset(axis, size)
+    return Named(local, (axis.name,))
 
 
 def _size(like: Operand | DeferredRows, axis: str) -> int:
@@ -118,16 +118,16 @@ def _embedding(ctx: Context, node: Node, table: Operand, ids: Operand) -> Operan
     in_columns = any(view.shard_count(a) > 1 for a in type if a != declared)
 
     def pick(rows: Named, index: Named) -> Named:
-        rest = tuple(a for a in rows.axes if a != axis)
-        own, take = rows.to((axis, *rest)).array, _take
+        columns = tuple(a for a in rows.axes if a != axis)
+        local, take = rows.to((axis, *columns)).array, _take
         if in_columns:
-            own = view.varying(own, varies(index.array))
-            take = partial(_take_of_columns, len(own))
+            local = view.varying(local, varies(index.array))
+            take = partial(_take_of_columns, len(local))
         if view.shard_count(declared) == 1:
-            picked = take(own, index.array)
+            picked = take(local, index.array)
         else:
-            picked = _of_local_rows(own, index.array - view.offset(declared, len(own)), take)
-        return Named(picked, (*index.axes, *rest))
+            picked = _of_local_rows(local, index.array - view.offset(declared, len(local)), take)
+        return Named(picked, (*index.axes, *columns))
 
     # Either may be rows of experts, but not both: their axes would be there twice.
     if isinstance(ids, Rows):

@@ -50,8 +50,8 @@ def _reshard(view: DeviceView, node: Node, x: Named) -> jax.Array:
 
 
 def _not_lowered(node: Node, hint: str | None = None) -> InputError:
-    what = f"the xla backend cannot lower {node.op} on a mesh"
-    return InputError(what, found=str(node.operands[0].type), hint=hint)
+    message = f"the xla backend cannot lower {node.op} on a mesh"
+    return InputError(message, found=str(node.operands[0].type), hint=hint)
 
 
 def _exchange_rows(ctx: Context, node: Node, x: Rows, layout: SortedRows) -> Rows:
@@ -122,11 +122,11 @@ def _is_agreed(value: Value, mesh: str) -> bool:
     """
     if value.is_output:
         return True
-    made = [r for user in value.users for r in user.results]
+    results = [r for user in value.users for r in user.results]
     return any(
         not (mesh in r.type.unreduced or any(mesh in a.mesh for a in r.type.axes))
         and _is_agreed(r, mesh)
-        for r in made
+        for r in results
     )
 
 

@@ -74,8 +74,8 @@ def _contract(ctx: Context, node: Node, x: Operand, w: Operand) -> Operand:
         ):
             *lead, width = x.array.shape
             product = rows_times(x.array.reshape(prod(lead), width), w.array, w.axes.index(over[0]))
-            (rest,) = (a for a in w.axes if a not in over)
-            return Named(product.reshape(*lead, product.shape[-1]), (*x.axes[:-1], rest))
+            (column,) = (a for a in w.axes if a not in over)
+            return Named(product.reshape(*lead, product.shape[-1]), (*x.axes[:-1], column))
         return einsum(x, w, over, kind)
     if isinstance(x, Rows):
         return _rows_times(ctx, x, w, over)
@@ -98,19 +98,19 @@ def _is_matrix(x: Named, w: Named, over: tuple[str, ...]) -> bool:
 
 def _slots_times(ctx: Context, x: Named, w: Named, over: tuple[str, ...]) -> Named:
     """Multiply ``[expert, group, slot, a]`` with the matrices of the experts, in one product."""
-    (rest,) = (a for a in w.axes[1:] if a not in over)
+    (column,) = (a for a in w.axes[1:] if a not in over)
     experts, groups, slots, width = x.array.shape
     rows = x.array.reshape(experts, groups * slots, width)
     kind = product_type(rows.dtype, ctx.options.target)
     product = slot_matmul(rows, w.array.astype(rows.dtype), w.axes.index(over[0]), kind)
-    return Named(product.reshape(experts, groups, slots, -1), (*SLOT_AXES, rest))
+    return Named(product.reshape(experts, groups, slots, -1), (*SLOT_AXES, column))
 
 
 def _rows_times(ctx: Context, x: Rows, w: Operand, over: tuple[str, ...]) -> Operand:
     """Multiply rows with the weights of their experts, or with what all of them share."""
     if isinstance(w, Rows):
-        other = w.inner()
-        return lifted(x, lambda rows: einsum(rows, other, over))
+        named = w.inner()
+        return lifted(x, lambda rows: einsum(rows, named, over))
     if not {"expert", "group"} & set(w.axes):
         return _shared_product(x, w, over)
     return x.layout.matmul(x, w, over, product_type(x.array.dtype, ctx.options.target))
@@ -137,15 +137,15 @@ def _convolve(ctx: Context, node: Node, x: Operand, w: Operand) -> Operand:
 def _windows(x: Named, w: Named, attrs: ConvolveOp, kind: DTypeLike) -> Named:
     over, along, taps = attrs.over, attrs.along, attrs.taps
     batch = tuple(n for n in x.axes if n not in (*over, *along))
-    made = tuple(n for n in w.axes if n not in (*over, *taps))
+    features = tuple(n for n in w.axes if n not in (*over, *taps))
     # XLA has one axis each for the batch, for what is summed, and for what is made.
     left = x.to((*batch, *over, *along)).array
-    right = w.to((*made, *over, *taps)).array
+    right = w.to((*features, *over, *taps)).array
     spread = left.reshape(
         prod(x.size(n) for n in batch), prod(x.size(n) for n in over), *map(x.size, along)
     )
     kernel = right.reshape(
-        prod(w.size(n) for n in made), prod(w.size(n) for n in over), *map(w.size, taps)
+        prod(w.size(n) for n in features), prod(w.size(n) for n in over), *map(w.size, taps)
     )
     out: jax.Array = jax.lax.conv_general_dilated(
         spread,
@@ -155,9 +155,9 @@ def _windows(x: Named, w: Named, attrs: ConvolveOp, kind: DTypeLike) -> Named:
         preferred_element_type=kind,
     )
     places = out.shape[2:]
-    split = out.astype(x.array.dtype).reshape(*map(x.size, batch), *map(w.size, made), *places)
-    order = [n for n in x.axes if n not in over] + list(made)
-    return Named(split, (*batch, *made, *along)).to(tuple(order))
+    split = out.astype(x.array.dtype).reshape(*map(x.size, batch), *map(w.size, features), *places)
+    order = [n for n in x.axes if n not in over] + list(features)
+    return Named(split, (*batch, *features, *along)).to(tuple(order))
 
 
 # Lowering of reductions along axes, softmax and norms, in float32 at least.
@@ -187,8 +187,8 @@ def _reduce(
         result = function(full.array.astype(_wide(full.array)), axis=at)
         if parts != 1:
             result = result / parts
-        rest = tuple(a for a in full.axes if a not in axes)
-        return Named(result.astype(full.array.dtype), rest)
+        left = tuple(a for a in full.axes if a not in axes)
+        return Named(result.astype(full.array.dtype), left)
 
     return lifted(x, along)
 
@@ -200,8 +200,8 @@ for _name, _function in _REDUCTIONS.items():
 @lowering("mean")
 def _mean(ctx: Context, node: Node, x: Operand) -> Operand:
     # The means of the shards add up to that of the whole; they are of one size.
-    given = node.operands[0].type
-    parts = prod(ctx.view.shard_count(given[a]) for a in MeanOp.of_node(node).axes)
+    type = node.operands[0].type
+    parts = prod(ctx.view.shard_count(type[a]) for a in MeanOp.of_node(node).axes)
     return _reduce(jnp.mean, ctx, node, x, parts=parts)
 
 

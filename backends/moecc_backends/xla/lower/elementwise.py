@@ -32,8 +32,8 @@ Term = Any
 def evaluate(formula: Formula, x: jax.Array) -> jax.Array:
     """Return a formula of each element of `x`, in the type of `x`."""
     functions = {**FUNCTIONS, "narrow": lambda v: v.astype(x.dtype)}
-    made: Term = formula.evaluate(functions, x)
-    return jnp.asarray(made, x.dtype)
+    term: Term = formula.evaluate(functions, x)
+    return jnp.asarray(term, x.dtype)
 
 
 def _where(condition: jax.Array, a: Term, b: Term) -> jax.Array:

@@ -68,10 +68,10 @@ class GspmdLowering:
         if not _WEIGHTS.isdisjoint(node.op.roles):
             pairs = zip(operands, node.operands, strict=True)
             operands = [self._gathered(x, v, node) for x, v in pairs]
-        made = function(ctx, node, *operands)
-        if isinstance(made, Deferred):
-            return made
-        results = made if isinstance(made, tuple) else (made,)
+        lowered = function(ctx, node, *operands)
+        if isinstance(lowered, Deferred):
+            return lowered
+        results = lowered if isinstance(lowered, tuple) else (lowered,)
         return tuple(map(self._held, results))
 
     def by_group(
@@ -84,8 +84,8 @@ class GspmdLowering:
         if not self._divides(groups):
             return function(groups, *arrays)
         each = (None if a is None else self.grouped(a, groups) for a in arrays)
-        made = jax.vmap(partial(function, 1))(*each)
-        return made.reshape(-1, *made.shape[2:])
+        grouped = jax.vmap(partial(function, 1))(*each)
+        return grouped.reshape(-1, *grouped.shape[2:])
 
     def layout(self, routing: Routing) -> DispatchLayout | None:
         """Return slots that are filled group by group, where groups have slots of their own."""
@@ -270,7 +270,7 @@ def sharded_function(
         a dispatch lowering is forced that does not fit.  The function raises it for inputs with
         an axis that the mesh does not divide.
     """
-    own = _checked(graph, mesh)
+    grid = _checked(graph, mesh)
     check_dispatch(graph, options)
     nodes = list(graph)
     params = {n: v for n, v in graph.params.items() if v.users}
@@ -278,8 +278,8 @@ def sharded_function(
     def one(weights: Tree, inputs: Tree) -> dict[str, jax.Array]:
         arrays = {v: inputs[n] for n, v in graph.inputs.items()}
         arrays |= {v: weights[n] for n, v in params.items()}
-        values = lower_values(nodes, arrays, dtype, options, view=DeviceView(own))
-        return {n: _settled(values[v], v, own) for n, v in graph.outputs.items()}
+        values = lower_values(nodes, arrays, dtype, options, view=DeviceView(grid))
+        return {n: _settled(values[v], v, grid) for n, v in graph.outputs.items()}
 
     mapped = jax.shard_map(
         one,
@@ -290,25 +290,25 @@ def sharded_function(
     )
 
     def run(weights: Tree, inputs: Tree) -> dict[str, jax.Array]:
-        _check_divided({v: inputs[n] for n, v in graph.inputs.items()}, own)
+        _check_divided({v: inputs[n] for n, v in graph.inputs.items()}, grid)
         return mapped({n: weights[n] for n in params}, {n: inputs[n] for n in graph.inputs})
 
     return run
 
 
 def _checked(graph: Graph, mesh: jax.sharding.Mesh) -> Mesh:
-    own = mesh_of(graph)
-    found = ",".join(f"{n}:{s}" for n, s in mesh.shape.items())
-    if own is None or str(own) != found:
+    grid = mesh_of(graph)
+    spelling = ",".join(f"{n}:{s}" for n, s in mesh.shape.items())
+    if grid is None or str(grid) != spelling:
         raise InputError(
             "the graph is on another mesh than the devices",
-            expected="no mesh" if own is None else str(own),
-            found=found,
+            expected="no mesh" if grid is None else str(grid),
+            found=spelling,
         )
     problems = list(_unfinalize_output(graph))
     if problems:
         raise InputError(problems)
-    return own
+    return grid
 
 
 def _check_divided(arrays: Mapping[Value, jax.Array], mesh: Mesh) -> None:
@@ -333,8 +333,8 @@ def _unfinalize_output(graph: Graph) -> Iterator[Problem]:
     hint = "run lower-collectives"
     for name, value in graph.outputs.items():
         if value.type.unreduced:
-            what = "an output is an unreduced sum"
-            yield Problem(what, f"output {name}", found=str(value.type), hint=hint)
+            message = "an output is an unreduced sum"
+            yield Problem(message, f"output {name}", found=str(value.type), hint=hint)
     for node in graph:
         if node.op.collective is Collective.ANY:
             yield Problem("the collectives are not lowered", where(node), hint=hint)

@@ -38,8 +38,8 @@ def _route(ctx: Context, node: Node, logits: Operand, *bias: Named) -> tuple[Ope
     attrs = RouteOp.of_node(node)
 
     def choose(full: Named) -> tuple[Named, Named]:
-        rest = tuple(a for a in full.axes if a != attrs.axis)
-        scores = full.to((*rest, attrs.axis)).array
+        outer = tuple(a for a in full.axes if a != attrs.axis)
+        scores = full.to((*outer, attrs.axis)).array
         if attrs.precision == "f32":
             scores = scores.astype(accumulator(scores.dtype))
         if bias:
@@ -49,7 +49,7 @@ def _route(ctx: Context, node: Node, logits: Operand, *bias: Named) -> tuple[Ope
         else:
             best, experts = jax.lax.top_k(scores, attrs.top_k)
         gates = GATES[attrs.gates](scores, best, experts) * attrs.scale
-        axes = (*rest, attrs.choice)
+        axes = (*outer, attrs.choice)
         return Named(experts.astype(jnp.int32), axes), Named(gates, axes)
 
     return lifted_all(logits, choose)
@@ -90,8 +90,8 @@ def _sparsemixer(scores: jax.Array, best: jax.Array, experts: jax.Array) -> jax.
         distance = (top - scores) / jnp.maximum(jnp.abs(scores), top)
         near = jnp.where(distance > 0.02, -jnp.inf, left)
         gates.append(jnp.take_along_axis(softmax(near, -1), experts[..., k : k + 1], -1))
-        taken = jax.nn.one_hot(experts[..., k], scores.shape[-1], dtype=bool)
-        left = jnp.where(taken, -jnp.inf, left)
+        chosen = jax.nn.one_hot(experts[..., k], scores.shape[-1], dtype=bool)
+        left = jnp.where(chosen, -jnp.inf, left)
     return jnp.concatenate(gates, axis=-1)
 
 
@@ -171,14 +171,14 @@ def _plan(ctx: Context, slots: Value, routing: Routing) -> None:
 
 
 @lowering("assign_slots")
-def _assign(ctx: Context, node: Node, experts: Named, *given: Named) -> Operand:
+def _assign(ctx: Context, node: Node, experts: Named, *extras: Named) -> Operand:
     attrs = ctx.view.attrs(node)
     tokens: tuple[str, ...] = attrs["tokens"]
     (choice,) = (a for a in experts.axes if a not in tokens)
     sizes = tuple(experts.size(a) for a in tokens)
     chosen = experts.to((*tokens, choice)).array.reshape(prod(sizes), experts.size(choice))
     groups = group_count(attrs, chosen.shape[0])
-    more = dict(zip(attrs["using"], given, strict=True))
+    more = dict(zip(attrs["using"], extras, strict=True))
     layout = (*tokens, choice)
     wanted = None
     if not _always_names_experts(node.operands[0]):
@@ -279,13 +279,13 @@ def _taken(ranked: jax.Array, groups: int, limit: int) -> jax.Array:
 def _group_sum(ctx: Context, node: Node, x: Named, slots: Named) -> Operand:
     (attrs,) = (ctx.view.attrs(v.node) for v in node.operands[1:] if v.node is not None)
     tokens: tuple[str, ...] = attrs["tokens"]
-    rest = tuple(a for a in x.axes if a not in tokens)
-    source = x.to((*tokens, *rest)).array
+    inner = tuple(a for a in x.axes if a not in tokens)
+    source = x.to((*tokens, *inner)).array
     flat = source.reshape(prod(source.shape[: len(tokens)]), *source.shape[len(tokens) :])
     groups = group_count(attrs, flat.shape[0])
     parts = flat.reshape(groups, flat.shape[0] // max(groups, 1), *flat.shape[1:])
     total = jnp.sum(parts.astype(accumulator(ctx.dtype)), axis=1).astype(x.array.dtype)
-    return Named(total, ("group", *rest))
+    return Named(total, ("group", *inner))
 
 
 # Lowering of dispatch and combine: what the strategy of their routing makes of them.
@@ -327,9 +327,9 @@ def _combine(
 ) -> Operand:
     layout = _layout_of(ctx, node.operands[0], rows, ctx.layouts[node.operands[2]])
     tokens = layout.routing.tokens
-    made = layout.unpermute(rows, None if gates is None else _by_token(gates, layout))
+    tokens_out = layout.unpermute(rows, None if gates is None else _by_token(gates, layout))
     outer = tuple(a for a in node.result.type.names if a in tokens)
-    return made.to((*outer, *(a for a in made.axes if a not in tokens)))
+    return tokens_out.to((*outer, *(a for a in tokens_out.axes if a not in tokens)))
 
 
 def _by_token(gates: Named, layout: DispatchLayout) -> jax.Array:
@@ -361,8 +361,8 @@ def _within_buffer(ctx: Context, node: Node, experts: Named, slots: Named, count
     attrs, tokens = ctx.view.attrs(node), WithinBufferOp.of_node(node).tokens
     (choice,) = (a for a in experts.axes if a not in tokens)
     layout = (*tokens, choice)
-    whole = experts.to(layout).array
-    chosen, taken = (x.to(layout).array.reshape(-1, whole.shape[-1]) for x in (experts, slots))
+    full = experts.to(layout).array
+    chosen, ranks = (x.to(layout).array.reshape(-1, full.shape[-1]) for x in (experts, slots))
     counted = counts.to(("group", "expert")).array.astype(jnp.int32)
     groups, num_experts = counted.shape
     blocks, parts = attrs["blocks"], attrs["parts"]
@@ -376,9 +376,9 @@ def _within_buffer(ctx: Context, node: Node, experts: Named, slots: Named, count
     limit = back.transpose(0, 2, 1, 3).reshape(groups, num_experts)
     first = ctx.view.shard_index(_over(node)) * mine
     group = first + jnp.arange(chosen.shape[0]) // max(each, 1)
-    there = (taken >= 0) & (chosen >= 0) & (chosen < num_experts)
-    keep = there & (taken < limit[group[:, None], jnp.where(there, chosen, 0)])
-    return Named(keep.reshape(whole.shape), layout).to(experts.axes)
+    there = (ranks >= 0) & (chosen >= 0) & (chosen < num_experts)
+    keep = there & (ranks < limit[group[:, None], jnp.where(there, chosen, 0)])
+    return Named(keep.reshape(full.shape), layout).to(experts.axes)
 
 
 def _over(node: Node) -> tuple[str, ...]:

@@ -68,10 +68,10 @@ class Segment:
 
 def segments(graph: Graph) -> list[Segment]:
     """Return the segments of `graph`, in order."""
-    found = [Segment(run) for run in _runs(graph)]
-    at = {node: i for i, segment in enumerate(found) for node in segment.nodes}
-    at[graph.terminator] = len(found)
-    for i, segment in enumerate(found):
+    cut = [Segment(run) for run in _runs(graph)]
+    at = {node: i for i, segment in enumerate(cut) for node in segment.nodes}
+    at[graph.terminator] = len(cut)
+    for i, segment in enumerate(cut):
         mine = set(segment.nodes)
         outside = dict.fromkeys(v for n in segment.nodes for v in n.operands if v.node not in mine)
         segment.params = [v for v in outside if v.is_param]
@@ -80,7 +80,7 @@ def segments(graph: Graph) -> list[Segment]:
         segment.outputs = [v for v in results if not v.users.keys() <= mine]
         segment.last_uses = [v for v in segment.inputs if max(at[u] for u in v.users) == i]
         segment.key = _key(segment)
-    return found
+    return cut
 
 
 def layer_of(node: Node) -> str | None:
@@ -192,23 +192,23 @@ def _kind(segment: Segment) -> tuple[object, ...]:
 
 def _is_alike(each: tuple[Value, ...]) -> bool:
     """Whether the values of all layers have one type, of a size that no routing decides."""
-    one = each[0]
-    return all(v.type == one.type for v in each) and not (one.type.extents or is_slots(one))
+    first = each[0]
+    return all(v.type == first.type for v in each) and not (first.type.extents or is_slots(first))
 
 
 def _loop(layers: list[Segment]) -> LayerLoop | None:
     """Return the loop over `layers`; None where they hang together in another way than a chain."""
     loop = LayerLoop(layers)
-    made = {v for layer in layers for v in layer.outputs}
-    given = [tuple(each) for each in zip(*(layer.inputs for layer in layers), strict=True)]
+    produced = {v for layer in layers for v in layer.outputs}
+    inputs = [tuple(each) for each in zip(*(layer.inputs for layer in layers), strict=True)]
     outputs = [loop.output(n) for n in range(len(loop.first.outputs))]
-    if not all(map(_is_alike, (*given, *outputs))):
+    if not all(map(_is_alike, (*inputs, *outputs))):
         return None
-    for each in given:
+    for each in inputs:
         number = next((n for n, some in enumerate(outputs) if each[1:] == some[:-1]), None)
         if number is not None and each[0].type == outputs[number][0].type:
             loop.carries[each] = number
-        elif made.intersection(each):
+        elif produced.intersection(each):
             return None
         elif len(set(each)) == 1:
             loop.captured.append(each)
@@ -274,8 +274,8 @@ def _index(ctx: Context, node: Node, x: Operand) -> Operand:
     axis, at = attrs.axis, attrs.at
 
     def pick(full: Named) -> Named:
-        rest = tuple(a for a in full.axes if a != axis)
-        return Named(jnp.take(full.array, at, axis=full.axes.index(axis)), rest)
+        axes = tuple(a for a in full.axes if a != axis)
+        return Named(jnp.take(full.array, at, axis=full.axes.index(axis)), axes)
 
     return lifted(x, pick)
 
@@ -303,12 +303,14 @@ def _scan(ctx: Context, node: Node, *operands: Named) -> tuple[Operand, ...]:
             now = tuple(
                 a.as_stored(ctx.options.target) if isinstance(a, Master) else a for a in now
             )
-        given = zip((*carry, *cast_all(now), *captured), names, strict=True)
+        pairs = zip((*carry, *cast_all(now), *captured), names, strict=True)
         within = replace(ctx, weights=set(weights))
-        made = run_body(within, body, [Named(array, axes) for array, axes in given], in_loops)
+        outputs = run_body(within, body, [Named(array, axes) for array, axes in pairs], in_loops)
         # A carry keeps the order of its axes from run to run.
-        kept = tuple(m.to(n).array for m, n in zip(made[:carries], names[:carries], strict=True))
-        return kept, tuple(m.array for m in made[carries:])
+        carried = tuple(
+            m.to(n).array for m, n in zip(outputs[:carries], names[:carries], strict=True)
+        )
+        return carried, tuple(m.array for m in outputs[carries:])
 
     initial = zip(operands[:carries], node.operands, strict=False)
     first = tuple(ctx.view.settled(x.array, v.type) for x, v in initial)
@@ -316,10 +318,10 @@ def _scan(ctx: Context, node: Node, *operands: Named) -> tuple[Operand, ...]:
     step = (remembering or _KEEPING)(run, prevent_cse=False)
     now = tuple(x.master if isinstance(x, Uncast) else x.array for x in slices)
     unroll = remembering is None and _is_written_out(ctx, body, now, runs)
-    carry, made = _repeat(step, first, now, runs, unroll)
-    whole = [Named(a, n) for a, n in zip(carry, names[:carries], strict=True)]
-    more = zip(made, node.results[carries:], strict=True)
-    return (*whole, *(Named(array, value.type.names) for array, value in more))
+    carry, stacked = _repeat(step, first, now, runs, unroll)
+    finals = [Named(a, n) for a, n in zip(carry, names[:carries], strict=True)]
+    more = zip(stacked, node.results[carries:], strict=True)
+    return (*finals, *(Named(array, value.type.names) for array, value in more))
 
 
 def _is_written_out(ctx: Context, body: Graph, slices: Slices, runs: int) -> bool:
@@ -335,10 +337,10 @@ def _repeat(
 ) -> tuple[Arrays, Arrays]:
     """Scan, with carries of a type that does not change: that which comes out."""
     for _ in range(_WIDENINGS):
-        made, _ = jax.eval_shape(run, carry, jax.tree.map(lambda a: a[0], slices))
-        if all(a.dtype == m.dtype for a, m in zip(carry, made, strict=True)):
+        carried, _ = jax.eval_shape(run, carry, jax.tree.map(lambda a: a[0], slices))
+        if all(a.dtype == m.dtype for a, m in zip(carry, carried, strict=True)):
             break
-        carry = tuple(a.astype(m.dtype) for a, m in zip(carry, made, strict=True))
+        carry = tuple(a.astype(m.dtype) for a, m in zip(carry, carried, strict=True))
     return jax.lax.scan(run, carry, slices, runs, unroll=unroll)
 
 
@@ -360,9 +362,9 @@ def _worth_keeping(primitive: jax.extend.core.Primitive, *_: object, **params: o
     Values of the graph are kept by their names, and between them what is not cheap.  A cast with a
     gradient of its own, that of a parameter, is cheap: else every run would keep a copy of its own.
     """
-    whole = params.get("call_jaxpr")
-    if isinstance(whole, jax.extend.core.ClosedJaxpr):
-        return not {e.primitive.name for e in whole.jaxpr.eqns} <= _CASTS
+    call = params.get("call_jaxpr")
+    if isinstance(call, jax.extend.core.ClosedJaxpr):
+        return not {e.primitive.name for e in call.jaxpr.eqns} <= _CASTS
     return primitive.name not in _CHEAP
 
 
@@ -402,23 +404,23 @@ def _lower_loop(ctx: Context, loop: LayerLoop, remembering: Remembering) -> None
     def run(carry: Arrays, now: Arrays) -> tuple[Arrays, Arrays]:
         if ctx.options.target == "tpu":
             now = tuple(map(_apart, now))
-        given = zip(entries, (*carry, *now), strict=True)
-        inner = ctx.within(captured | {v: Named(a, v.type.names) for v, a in given})
+        pairs = zip(entries, (*carry, *now), strict=True)
+        inner = ctx.within(captured | {v: Named(a, v.type.names) for v, a in pairs})
         lower_nodes(inner, loop.first.nodes)
-        made = [_whole(inner, inner.values[v], v).array for v in loop.first.outputs]
-        kept = tuple(made[number] for number in loop.carries.values())
-        return kept, tuple(made[number] for number in loop.collected)
+        outputs = [_whole(inner, inner.values[v], v).array for v in loop.first.outputs]
+        carried = tuple(outputs[number] for number in loop.carries.values())
+        return carried, tuple(outputs[number] for number in loop.collected)
 
     first = tuple(_whole(ctx, ctx.values[each[0]], each[0]).array for each in loop.carries)
     slices = tuple(
         jnp.stack([_whole(ctx, ctx.values[v], v).array for v in each]) for each in loop.stacked
     )
     step = remembering(run, prevent_cse=False)
-    carry, made = _repeat(step, first, slices, len(loop.layers))
+    carry, collected = _repeat(step, first, slices, len(loop.layers))
     for number, array in zip(loop.carries.values(), carry, strict=True):
         last = loop.output(number)[-1]
         ctx.values[last] = Named(array, last.type.names)
-    for number, stacked in zip(loop.collected, made, strict=True):
+    for number, stacked in zip(loop.collected, collected, strict=True):
         for value, array in zip(loop.output(number), stacked, strict=True):
             ctx.values[value] = Named(array, value.type.names)
 

@@ -75,14 +75,14 @@ def exchange_map(group_sizes: jax.Array, mesh: Mesh, arrivals: int) -> ExchangeM
       arrivals: how many rows a device has room for.
     """
     sizes = jax.lax.all_gather(group_sizes, mesh)
-    own = jax.lax.axis_index(mesh)
+    device = jax.lax.axis_index(mesh)
     devices = sizes.shape[0]
     by_device = sizes.reshape(devices, devices, -1).sum(2)
-    sent, got = by_device[own], by_device[:, own]
-    there = RaggedArgs(_starts(sent), sent, _starts(by_device, 0)[own], got)
-    back = RaggedArgs(_starts(got), got, _starts(by_device, 1)[:, own], sent)
+    sent, got = by_device[device], by_device[:, device]
+    there = RaggedArgs(_starts(sent), sent, _starts(by_device, 0)[device], got)
+    back = RaggedArgs(_starts(got), got, _starts(by_device, 1)[:, device], sent)
     parts = jax.lax.dynamic_slice_in_dim(
-        sizes, own * (sizes.shape[1] // devices), sizes.shape[1] // devices, 1
+        sizes, device * (sizes.shape[1] // devices), sizes.shape[1] // devices, 1
     )
     arrived = _starts(parts.reshape(-1)).reshape(parts.shape)
     sorted_ = _starts(parts.T.reshape(-1)).reshape(parts.T.shape)
@@ -104,9 +104,9 @@ def round_map(sizes: jax.Array, mesh: Mesh, turn: jax.Array, rows: int) -> Excha
       turn: the number of the round.
       rows: how many rows go to each device; those that are there come first.
     """
-    devices, own = sizes.shape[0], jax.lax.axis_index(mesh)
+    devices, device = sizes.shape[0], jax.lax.axis_index(mesh)
     count = devices * rows
-    runs = jax.lax.dynamic_index_in_dim(sizes.reshape(devices, devices, -1), own, 1, False)
+    runs = jax.lax.dynamic_index_in_dim(sizes.reshape(devices, devices, -1), device, 1, False)
     ends = jnp.cumsum(runs, 1)
     first = turn * rows
     inside = [jnp.clip(at, first, first + rows) for at in (ends - runs, ends)]
@@ -126,21 +126,21 @@ def _starts(sizes: jax.Array, axis: int = 0) -> jax.Array:
     return jnp.cumsum(sizes, axis) - sizes
 
 
-def _matched(mine: jax.Array, other: jax.Array, sizes: jax.Array, count: int) -> jax.Array:
+def _matched(mine: jax.Array, theirs: jax.Array, sizes: jax.Array, count: int) -> jax.Array:
     """Return for each of `count` rows in one order of runs its number in another, or −1 between.
 
     Args:
       mine: where each run begins in the one order; rising.
-      other: where it begins in the other.
+      theirs: where it begins in the other.
       sizes: how long it is.
       count: the number of rows.
     """
-    starts, moved, lengths = (a.reshape(-1) for a in (mine, other, sizes))
+    starts, moved, lengths = (a.reshape(-1) for a in (mine, theirs, sizes))
     row = jnp.arange(count, dtype=jnp.int32)
     run = jnp.searchsorted(starts + lengths, row, side="right")
-    known = jnp.minimum(run, starts.size - 1)
-    is_there = (run < starts.size) & (row >= starts[known])
-    return jnp.where(is_there, row - starts[known] + moved[known], -1).astype(jnp.int32)
+    bounded = jnp.minimum(run, starts.size - 1)
+    is_there = (run < starts.size) & (row >= starts[bounded])
+    return jnp.where(is_there, row - starts[bounded] + moved[bounded], -1).astype(jnp.int32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -169,8 +169,8 @@ send_back.defvjp(
 
 
 def _picked(rows: jax.Array, index: jax.Array) -> jax.Array:
-    taken = jnp.take(rows, index, axis=0, mode="clip")
-    return jnp.where((index >= 0)[:, None], taken, jnp.zeros((), rows.dtype))
+    picked = jnp.take(rows, index, axis=0, mode="clip")
+    return jnp.where((index >= 0)[:, None], picked, jnp.zeros((), rows.dtype))
 
 
 def _exchanged(
@@ -198,15 +198,15 @@ def emulated(
 
     Every device sees the rows of all, so this tests a program and does not show its cost.
     """
-    own = jax.lax.axis_index(axis_name)
+    device = jax.lax.axis_index(axis_name)
     every = jax.lax.all_gather(operand, axis_name)
     starts, sizes, targets = (
-        jax.lax.all_gather(a, axis_name)[:, own]
+        jax.lax.all_gather(a, axis_name)[:, device]
         for a in (input_offsets, send_sizes, output_offsets)
     )
     row = jnp.arange(output.shape[0], dtype=jnp.int32)[:, None]
     is_there = (row >= targets) & (row < targets + sizes)
     sender = jnp.argmax(is_there, axis=1)
     source = row[:, 0] - targets[sender] + starts[sender]
-    found = every[sender, jnp.clip(source, 0, operand.shape[0] - 1)]
-    return jnp.where(is_there.any(axis=1)[:, None], found, output)
+    picked = every[sender, jnp.clip(source, 0, operand.shape[0] - 1)]
+    return jnp.where(is_there.any(axis=1)[:, None], picked, output)

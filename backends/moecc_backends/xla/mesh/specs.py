@@ -25,20 +25,21 @@ def device_mesh(graph: Graph, devices: list[jax.Device] | None = None) -> jax.sh
     Raises:
       InputError: the graph is on no mesh, or there are not enough devices.
     """
-    own = mesh_of(graph)
-    if own is None:
+    grid = mesh_of(graph)
+    if grid is None:
         raise InputError(
             "the graph is on no mesh", hint="annotate-sharding{mesh=data:8 rules=st-moe}"
         )
     devices = jax.devices() if devices is None else devices
-    if len(devices) < own.devices:
+    if len(devices) < grid.devices:
         raise InputError(
-            "there are not enough devices", expected=f"{own.devices} ({own})",
+            "there are not enough devices", expected=f"{grid.devices} ({grid})",
             found=f"{len(devices)} of {devices[0].platform}",
-            hint=f"XLA_FLAGS=--xla_force_host_platform_device_count={own.devices} makes a CPU many",
+            hint=f"XLA_FLAGS=--xla_force_host_platform_device_count={grid.devices} makes a CPU "
+            "many",
         )  # fmt: skip
-    kinds = (jax.sharding.AxisType.Auto,) * len(own.axes)
-    return jax.make_mesh(own.shape, own.names, kinds, devices=devices[: own.devices])
+    kinds = (jax.sharding.AxisType.Auto,) * len(grid.axes)
+    return jax.make_mesh(grid.shape, grid.names, kinds, devices=devices[: grid.devices])
 
 
 def shardings(
@@ -106,15 +107,15 @@ def sharded_array(
       shape: of the array.
       where: its devices, each of which evaluates its own part.
     """
-    made: dict[Box, Array] = {}
+    blocks: dict[Box, Array] = {}
 
     def part(index: tuple[slice, ...] | None) -> Array:
         assert index is not None, "every device has its part"
         box = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
         # Devices that are copies of one another ask for the same part.
-        if box not in made:
-            made[box] = np.array(evaluator.block(wanted, box), order="C")
-        return made[box]
+        if box not in blocks:
+            blocks[box] = np.array(evaluator.block(wanted, box), order="C")
+        return blocks[box]
 
     return jax.make_array_from_callback(shape, where, part)
 

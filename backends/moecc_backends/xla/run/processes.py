@@ -68,10 +68,10 @@ def find_cluster(seconds: int) -> tuple[ProcessInfo, Sequence[int] | None]:
         raise _none_found(described(error)) from None
     if address is None or count is None or number is None:
         raise _none_found(None)
-    found = ProcessInfo(str(address), int(count), int(number))
+    process = ProcessInfo(str(address), int(count), int(number))
     try:
         # As if a user had stated them: whole numbers in range, and an address with a port.
-        checked = process_info(found.environment())
+        checked = process_info(process.environment())
     except UsageError as error:
         raise _none_found(str(error.problems[0])) from None
     assert checked is not None, "all of the variables are given"
@@ -82,18 +82,18 @@ def _detect(seconds: int) -> tuple[Any, Any, Any, Any]:
     from jax._src.clusters import ClusterEnv
 
     stated = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    found: tuple[Any, Any, Any, Any] = ClusterEnv.auto_detect_unset_distributed_params(
+    detected: tuple[Any, Any, Any, Any] = ClusterEnv.auto_detect_unset_distributed_params(
         stated, None, None, None, None, seconds
     )
-    return found
+    return detected
 
 
-def _none_found(found: str | None) -> UsageError:
+def _none_found(reason: str | None) -> UsageError:
     return UsageError(
         "no cluster is found in the environment",
         where=DISTRIBUTED,
         expected="Slurm, Open MPI, or a TPU of GKE or GCE, as JAX detects them",
-        found=found,
+        found=reason,
         hint="moecc launch local starts processes on one machine",
     )
 
@@ -150,10 +150,10 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def meet_processes(what: str) -> None:
+def meet_processes(point: str) -> None:
     """Wait until all processes have come here."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+        multihost_utils.sync_global_devices(point)
 
 
 def configuration(**more: str) -> dict[str, str]:
@@ -210,13 +210,13 @@ def differences(everyone: list[list[tuple[str, str]]]) -> list[Problem]:
     Args:
       everyone: for each process the names and values, in one order.
     """
-    found = []
+    problems = []
     for number, theirs in enumerate(everyone):
         for (name, first), (_, value) in zip(everyone[0], theirs, strict=True):
             if value != first:
-                what = f"process {number} has another {name} than process 0"
-                found.append(Problem(what, None, first or "none", value or "none"))
-    return found
+                message = f"process {number} has another {name} than process 0"
+                problems.append(Problem(message, None, first or "none", value or "none"))
+    return problems
 
 
 def _encoded(text: str) -> Array:
@@ -282,8 +282,8 @@ def value_and_grad(
       InputError: the devices do not divide the batch.
     """
     shared = jax.tree.map(lambda a: replicated(np.asarray(a)), params)
-    given = {name: split_batch(array, 0) for name, array in inputs.items()}
-    value, gradients = jax.jit(jax.value_and_grad(loss))(shared, given)
+    batch = {name: split_batch(array, 0) for name, array in inputs.items()}
+    value, gradients = jax.jit(jax.value_and_grad(loss))(shared, batch)
     return whole(value), jax.tree.map(whole, gradients)
 
 
@@ -358,9 +358,9 @@ class MultiProcessProgram(XlaProgram):
         return whole(array)
 
     def _run(
-        self, segment: Segment, given: dict[Value, jax.Array], weights: dict[Value, jax.Array]
+        self, segment: Segment, inputs: dict[Value, jax.Array], weights: dict[Value, jax.Array]
     ) -> dict[Value, jax.Array]:
-        results = super()._run(segment, given, weights)
+        results = super()._run(segment, inputs, weights)
         # What was dispatched may still wait for another process.
         jax.block_until_ready(list(results.values()))
         self.watchdog.beat(segment.nodes[-1].loc or "the graph")

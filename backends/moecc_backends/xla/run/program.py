@@ -69,9 +69,9 @@ class XlaProgram:
         alive = {v: self._to_devices(inputs[n], v) for n, v in self.graph.inputs.items()}
         returned = set(self.graph.outputs.values())
         for segment in self._segments:
-            given = {v: alive[v] for v in segment.inputs}
+            arrays = {v: alive[v] for v in segment.inputs}
             weights = {v: self._to_devices(params[v.name], v) for v in segment.params}
-            alive.update(self._run(segment, given, weights))
+            alive.update(self._run(segment, arrays, weights))
             for value in segment.last_uses:
                 if value not in returned:
                     del alive[value]
@@ -91,13 +91,13 @@ class XlaProgram:
         return to_numpy(array)
 
     def _run(
-        self, segment: Segment, given: dict[Value, jax.Array], weights: dict[Value, jax.Array]
+        self, segment: Segment, inputs: dict[Value, jax.Array], weights: dict[Value, jax.Array]
     ) -> dict[Value, jax.Array]:
         compiled = self._compiled.get(segment.key)
         if compiled is None:
             function = segment_function(segment, segment.inputs, self.dtype, self.options)
             compiled = self._compiled[segment.key] = jax.jit(function)
-        results = compiled([], [*given.values()], [*weights.values()])
+        results = compiled([], [*inputs.values()], [*weights.values()])
         return dict(zip(segment.outputs, results, strict=True))
 
 
@@ -115,10 +115,10 @@ def segment_function(
 
     def run(
         spent: list[jax.Array],
-        given: list[jax.Array],
+        borrowed: list[jax.Array],
         weights: list[jax.Array | tuple[jax.Array, ...]],
     ) -> list[jax.Array]:
-        arrays = (*spent, *given, *weights)
+        arrays = (*spent, *borrowed, *weights)
         named = dict(zip((*inputs, *segment.params), arrays, strict=True))
         values = lower_values(segment.nodes, named, dtype, options)
         return [_boundary(values[v], v) for v in segment.outputs]
@@ -164,8 +164,8 @@ class XlaSession:
     def keep(self, values: Mapping[str, NumpyArray]) -> None:
         """Keep `values` on the device, in the type of the computation."""
         with self._precision():
-            made = {n: cast_input(jnp.asarray(a), self.dtype) for n, a in values.items()}
-        self._values.update(made)
+            arrays = {n: cast_input(jnp.asarray(a), self.dtype) for n, a in values.items()}
+        self._values.update(arrays)
 
     def kept(self) -> dict[str, NumpyArray]:
         """Return what is kept."""
@@ -197,20 +197,20 @@ class XlaSession:
             if name in graph.inputs:
                 self._values[name] = alive[value]
             else:
-                made = finalize_output(Named(alive[value], value.type.names), value)
-                returned[name] = to_numpy(made)
+                array = finalize_output(Named(alive[value], value.type.names), value)
+                returned[name] = to_numpy(array)
         return returned
 
     def _run(self, segment: Segment, alive: Alive, donated: set[Value]) -> Alive:
-        given = [v for v in segment.inputs if not (v in donated and v in segment.last_uses)]
-        spent = [v for v in segment.inputs if v not in given]
+        borrowed = [v for v in segment.inputs if not (v in donated and v in segment.last_uses)]
+        spent = [v for v in segment.inputs if v not in borrowed]
         key = (*segment.key, tuple(segment.inputs.index(v) for v in spent))
         if key not in self._compiled:
             options = replace(self.options, in_place=True)
-            function = segment_function(segment, [*spent, *given], self.dtype, options)
+            function = segment_function(segment, [*spent, *borrowed], self.dtype, options)
             self._compiled[key] = jax.jit(function, donate_argnums=0)
         weights = [self._weight(v) for v in segment.params]
-        arrays = [alive[v] for v in spent], [alive[v] for v in given], weights
+        arrays = [alive[v] for v in spent], [alive[v] for v in borrowed], weights
         return dict(zip(segment.outputs, self._compiled[key](*arrays), strict=True))
 
     def _cut(self, graph: Graph) -> list[Segment]:
@@ -268,8 +268,8 @@ def emitted(graph: Graph, inputs: Arrays, *, emit: str, dtype: DType, options: O
         )
     with in_precision(dtype):
         params = {n: _shape(v, v.type.shape, dtype) for n, v in graph.params.items() if v.users}
-        given = {n: _shape(v, inputs[n].shape, dtype) for n, v in graph.inputs.items()}
-        traced = jax.jit(function(graph, dtype=dtype, options=options)).trace(params, given)
+        shapes = {n: _shape(v, inputs[n].shape, dtype) for n, v in graph.inputs.items()}
+        traced = jax.jit(function(graph, dtype=dtype, options=options)).trace(params, shapes)
         return _EMITTERS[emit](traced, options)
 
 

@@ -95,12 +95,12 @@ def lifted_all(x: Operand, function: Callable[[Named], tuple[Named, ...]]) -> tu
     """Apply to `x` a function of several results, as `lifted` does."""
     if isinstance(x, Named):
         return function(x)
-    return tuple(_packed(made, x) for made in function(x.inner()))
+    return tuple(_packed(result, x) for result in function(x.inner()))
 
 
-def _packed(made: Named, like: Rows) -> Rows:
-    inner = tuple(a for a in made.axes if a != "rows")
-    return like.with_array(made.to(("rows", *inner)).array, inner)
+def _packed(result: Named, like: Rows) -> Rows:
+    inner = tuple(a for a in result.axes if a != "rows")
+    return like.with_array(result.to(("rows", *inner)).array, inner)
 
 
 def elementwise(function: Callable[..., jax.Array], *operands: Operand) -> Operand:
@@ -157,15 +157,15 @@ def _vector_product(x: Named, w: Named, over: tuple[str, ...], kind: DTypeLike) 
 
     A step of decoding is made of these.  The matrix is read as it is stored.
     """
-    rest = tuple(a for a in w.axes if a not in over)
-    kept = tuple(a for a in x.axes if a not in over)
-    vector = x.to((*kept, *over)).array.reshape([x.size(a) for a in over])
+    columns = tuple(a for a in w.axes if a not in over)
+    outer = tuple(a for a in x.axes if a not in over)
+    vector = x.to((*outer, *over)).array.reshape([x.size(a) for a in over])
     at = tuple(w.axes.index(a) for a in over), tuple(range(len(over)))
     product = jax.lax.dot_general(
         w.array, vector, (at, ((), ())), preferred_element_type=kind
     )  # fmt: skip
-    shape = [1] * len(kept) + [w.size(a) for a in rest]
-    return Named(product.astype(x.array.dtype).reshape(shape), (*kept, *rest))
+    shape = [1] * len(outer) + [w.size(a) for a in columns]
+    return Named(product.astype(x.array.dtype).reshape(shape), (*outer, *columns))
 
 
 def per_row(value: Operand, layout: RowLayout) -> Named:
@@ -181,8 +181,8 @@ def per_row(value: Operand, layout: RowLayout) -> Named:
         return _masked(_per_group(value, layout), layout)
     if "expert" not in value.axes:
         return _masked(value, layout)
-    rest = tuple(a for a in value.axes if a != "expert")
-    return Named(layout.by_expert(value.to(("expert", *rest)).array), ("rows", *rest))
+    inner = tuple(a for a in value.axes if a != "expert")
+    return Named(layout.by_expert(value.to(("expert", *inner)).array), ("rows", *inner))
 
 
 def broadcast_like(value: Operand, x: Operand) -> Named:
@@ -219,13 +219,13 @@ def _masked(value: Named, layout: RowLayout) -> Named:
     is_used, array = layout.is_used, value.array
     if "rows" not in value.axes:
         array = jnp.broadcast_to(array, (is_used.size, *array.shape))
-    rest = tuple(a for a in value.axes if a != "rows")
-    return Named(with_masked_gradient(array, is_used), ("rows", *rest))
+    inner = tuple(a for a in value.axes if a != "rows")
+    return Named(with_masked_gradient(array, is_used), ("rows", *inner))
 
 
 def _per_group(value: Named, layout: RowLayout) -> Named:
-    rest = tuple(a for a in value.axes if a not in ("group", "expert"))
-    by_group = value.to(tuple(a for a in ("group", "expert") if a in value.axes) + rest).array
+    inner = tuple(a for a in value.axes if a not in ("group", "expert"))
+    by_group = value.to(tuple(a for a in ("group", "expert") if a in value.axes) + inner).array
     group = layout.row_groups
     index = (group, layout.row_experts) if "expert" in value.axes else (group,)
-    return Named(by_group[index], ("rows", *rest))
+    return Named(by_group[index], ("rows", *inner))

@@ -109,9 +109,9 @@ class DeviceView:
             return array
         key = (id(array), missing)
         if key not in self.varied:
-            made = jax.lax.pcast(array, tuple(sorted(missing)), to="varying")
+            varied = jax.lax.pcast(array, tuple(sorted(missing)), to="varying")
             # The array is kept with it, so that no other takes its id.
-            self.varied[key] = (array, made)
+            self.varied[key] = (array, varied)
         return self.varied[key][1]
 
     def settled(self, array: jax.Array, type: TensorType) -> jax.Array:
@@ -182,11 +182,13 @@ class Options:
         return self.platform or str(jax.default_backend())
 
 
-def _unknown(what: str, name: str, known: tuple[str, ...]) -> list[Problem]:
-    if name in known:
+def _unknown(kind: str, name: str, choices: tuple[str, ...]) -> list[Problem]:
+    if name in choices:
         return []
     return [
-        Problem(f"unknown {what} {name!r}", expected=", ".join(known), hint=nearest(name, known))
+        Problem(
+            f"unknown {kind} {name!r}", expected=", ".join(choices), hint=nearest(name, choices)
+        )
     ]
 
 
@@ -354,36 +356,36 @@ def lower_nodes(ctx: Context, nodes: Iterable[Node]) -> None:
     for node in nodes:
         if node.operands and ctx.weights.issuperset(node.operands):
             ctx.weights.update(node.results)
-        made = _deferred(ctx, node) or _lowered(ctx, node)
-        if isinstance(made, Deferred):
-            made.nodes.append(node)
-            ctx.deferred.update(dict.fromkeys(node.results, made))
+        lowered = _deferred(ctx, node) or _lowered(ctx, node)
+        if isinstance(lowered, Deferred):
+            lowered.nodes.append(node)
+            ctx.deferred.update(dict.fromkeys(node.results, lowered))
         else:
-            ctx.values.update(zip(node.results, made, strict=True))
+            ctx.values.update(zip(node.results, lowered, strict=True))
 
 
 def _deferred(ctx: Context, node: Node) -> Deferred | None:
     """Return what `node` is deferred with, because an operand is and it cannot do without."""
-    found = next((ctx.deferred[v] for v in node.operands if v in ctx.deferred), None)
-    return None if found is None or _entry(node).takes_deferred else found
+    deferred = next((ctx.deferred[v] for v in node.operands if v in ctx.deferred), None)
+    return None if deferred is None or _entry(node).takes_deferred else deferred
 
 
 def _entry(node: Node) -> Lowering:
-    found = LOWERINGS.get(node.op.name)
-    if found is None:
+    entry = LOWERINGS.get(node.op.name)
+    if entry is None:
         raise InputError(f"the xla backend cannot lower {node.op}", where=where(node))
-    return found
+    return entry
 
 
 def _lowered(ctx: Context, node: Node) -> tuple[Operand, ...] | Deferred:
     entry = _entry(node)
     try:
-        made = ctx.interceptor(ctx, node, [*map(ctx.operand, node.operands)], entry.function)
+        lowered = ctx.interceptor(ctx, node, [*map(ctx.operand, node.operands)], entry.function)
     except InputError as error:
         raise InputError(replace(p, where=p.where or where(node)) for p in error.problems) from None
-    if isinstance(made, Deferred):
-        return made
-    results: tuple[Operand, ...] = made if isinstance(made, tuple) else (made,)
+    if isinstance(lowered, Deferred):
+        return lowered
+    results: tuple[Operand, ...] = lowered if isinstance(lowered, tuple) else (lowered,)
     if ctx.options.poison:
         results = tuple(poisoned_rows(x) if isinstance(x, Rows) else x for x in results)
     first = remat_name(node)
@@ -401,8 +403,8 @@ def _alike(ctx: Context, node: Node, operands: list[Given]) -> list[Given]:
     """
     if ctx.view.mesh is None or node.op.places or node.body is not None:
         return operands
-    made = [x for x in operands if not isinstance(x, DeferredRows)]
-    axes = frozenset[str]().union(*(varies(x.array) for x in made))
+    present = [x for x in operands if not isinstance(x, DeferredRows)]
+    axes = frozenset[str]().union(*(varies(x.array) for x in present))
     return [
         x if isinstance(x, DeferredRows) else replace(x, array=ctx.view.varying(x.array, axes))
         for x in operands

@@ -58,12 +58,12 @@ def to_numpy(array: jax.Array) -> NumpyArray:
 
 def missing(graph: Graph, params: Collection[str], inputs: Collection[str]) -> list[Problem]:
     """Return which inputs, and which parameters that something reads, are not given."""
-    found = [
+    problems = [
         Problem("no array is given", f"input %{n}", str(v.type), hint=nearest(n, inputs))
         for n, v in graph.inputs.items()
         if n not in inputs
     ]
-    return found + [
+    return problems + [
         Problem("no array is given", f"param %{n}", str(v.type))
         for n, v in graph.params.items()
         if v.users and n not in params
@@ -78,11 +78,13 @@ def check_given(graph: Graph, params: Collection[str], inputs: Mapping[str, Any]
         if array is None:
             continue
         if not hasattr(array, "dtype"):
-            found = type(array).__name__
-            problems.append(Problem("this is no array", f"input %{name}", str(value.type), found))
+            type_name = type(array).__name__
+            problems.append(
+                Problem("this is no array", f"input %{name}", str(value.type), type_name)
+            )
         elif value.type.dtype.kind != "key" and array.ndim != value.type.rank:
-            what, shape = "the array has another number of axes", str(list(array.shape))
-            problems.append(Problem(what, f"input %{name}", str(value.type), shape))
+            message, shape = "the array has another number of axes", str(list(array.shape))
+            problems.append(Problem(message, f"input %{name}", str(value.type), shape))
     if problems:
         raise InputError(problems)
 
@@ -193,9 +195,9 @@ def stored_order(shape: tuple[int, ...], platform: str) -> tuple[int, ...]:
     order = tuple(range(len(shape)))
     if platform != "tpu" or len(shape) < 2 or 1 in shape[-2:]:
         return order
-    *rest, outer, inner = order
+    *leading, outer, inner = order
     is_turned = in_tiles(shape[-1], shape[-2]) < in_tiles(shape[-2], shape[-1])
-    return (*rest, inner, outer) if is_turned else order
+    return (*leading, inner, outer) if is_turned else order
 
 
 def cast_all(arrays: Iterable[jax.Array | Master]) -> tuple[jax.Array, ...]:
@@ -209,8 +211,8 @@ def _cast(stored: jax.Array, slope: jax.Array) -> jax.Array:
     # whole parameter before the loop: it narrows what is only read to be cast (its pass
     # bfloat16-propagation), across a barrier, too.
     kind = np.finfo(stored.dtype)
-    kept = jax.lax.reduce_precision(stored, kind.nexp, kind.nmant)
-    return kept.astype(slope.dtype)
+    rounded = jax.lax.reduce_precision(stored, kind.nexp, kind.nmant)
+    return rounded.astype(slope.dtype)
 
 
 def _forward(stored: jax.Array, slope: jax.Array) -> tuple[jax.Array, None]:

@@ -189,13 +189,13 @@ class DeferredRows:
     def outside(self) -> dict[Value, Named]:
         """Return what the operations take that was made before."""
         nodes = self.nodes
-        made = {v for node in nodes for v in node.results}
-        taken: dict[Value, Named] = {}
-        for value in (v for node in nodes for v in node.operands if v not in made):
-            found = self.values[value]
-            assert isinstance(found, Named), "rows of two routings never meet"
-            taken[value] = found
-        return taken
+        inside = {v for node in nodes for v in node.results}
+        operands: dict[Value, Named] = {}
+        for value in (v for node in nodes for v in node.operands if v not in inside):
+            operand = self.values[value]
+            assert isinstance(operand, Named), "rows of two routings never meet"
+            operands[value] = operand
+        return operands
 
     def make(self, outside: Mapping[Value, Operand], layout: DispatchLayout) -> Operand:
         """Return the rows, made of what `outside` holds, in a layout.
@@ -351,5 +351,5 @@ def rounds_scope(most: int) -> str:
 
 def most_rounds(source: str) -> int | None:
     """Return how many turns the loop traced as `source` has at most; None if of no rounds."""
-    found = _FOUND.findall(source)
-    return int(found[-1]) if found else None
+    counts = _FOUND.findall(source)
+    return int(counts[-1]) if counts else None

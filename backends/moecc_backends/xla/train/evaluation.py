@@ -88,8 +88,8 @@ class Evaluation:
         graph = self.graph
         types = {n: graph.params[n].type for n in self._params}
         totals = totals_for(graph, self.spec, self.where, batch)
-        given = (types, {**batch_types(graph), **dict.fromkeys(totals)}, None)
-        run = self.where.mapped(self.loss.values, given, sum_types(graph))
+        types_of_arguments = (types, {**batch_types(graph), **dict.fromkeys(totals)}, None)
+        run = self.where.mapped(self.loss.values, types_of_arguments, sum_types(graph))
         sums: Outputs = run(params, {**batch, **totals}, key)
         return {**told(sums, graph), LOSS_SUM: sums[LOSS_SUM], "hits": sums["hits"]}
 
@@ -129,9 +129,9 @@ def totals_for(graph: Graph, spec: StepSpec, where: StepShardings, batch: Arrays
     totals = totals_of(graph)
     if not totals:
         return {}
-    known = {**batch, **_masks(graph, where, batch)}
+    arrays = {**batch, **_masks(graph, where, batch)}
     return {
-        n: jnp.asarray(counted(t, known, spec.config.micro_batches), jnp.float32)
+        n: jnp.asarray(counted(t, arrays, spec.config.micro_batches), jnp.float32)
         for n, t in totals.items()
     }
 
@@ -199,16 +199,16 @@ def abstract_arrays(
     types: Mapping[str, TensorType], spec: StepSpec, where: StepShardings
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Return arrays of inputs and targets, abstractly."""
-    made = {}
+    abstract = {}
     for name, type in types.items():
         kind = {"float": spec.config.compute_type.numpy, "bool": np.dtype(bool)}.get(
             type.dtype.kind
         )
         shape = tuple(size_of(a, spec.sizes) for a in type.axes)
-        made[name] = jax.ShapeDtypeStruct(
+        abstract[name] = jax.ShapeDtypeStruct(
             shape, kind or np.dtype("int32"), sharding=where.along(type)
         )
-    return made
+    return abstract
 
 
 # Scores of rows: the loss of each row of a batch, as one compiled function.
@@ -238,9 +238,11 @@ class XlaScorer:
         with in_precision(self.dtype):
             inputs = {n: jnp.asarray(a) for n, a in batch.items() if n in self.graph.inputs}
             keys = (n for n, v in self.graph.inputs.items() if v.type.dtype.kind == "key")
-            given = {**inputs, **{name: jax.random.key(0) for name in keys}}
-            found = jax.device_get(self._function(self.params, given, jnp.asarray(batch[TARGETS])))
-        losses, tokens, hits = (np.asarray(part) for part in found)
+            arguments = {**inputs, **{name: jax.random.key(0) for name in keys}}
+            scores = jax.device_get(
+                self._function(self.params, arguments, jnp.asarray(batch[TARGETS]))
+            )
+        losses, tokens, hits = (np.asarray(part) for part in scores)
         return RowScores(losses.astype(np.float64), tokens, hits)
 
     @cached_property

@@ -78,11 +78,11 @@ class LoweringConfig:
 
     def lower(self, nodes: Sequence[Node], arrays: Mapping[Value, Given]) -> Mapping[Value, Named]:
         """Return the values of `nodes`, lowered under the current trace."""
-        found = lower_values(
+        values = lower_values(
             list(nodes), arrays, self.dtype, self.options, self.fresh(), self.interceptor
         )
         # What the head and its users read has no slots: rows stay inside of expert layers.
-        return cast("Mapping[Value, Named]", found)
+        return cast("Mapping[Value, Named]", values)
 
 
 @dataclass(frozen=True)
@@ -142,11 +142,11 @@ class HeadLoss:
         values = self.lowering.lower(self.head.nodes, arrays)
         logits, type = values[self.head.logits], self.head.logits.type
         names = (*(n for n in type.names if n != VOCAB), VOCAB)
-        found = token_losses(
+        losses = token_losses(
             logits.to(names).array, targets, type[VOCAB].mesh, self.lowering.fresh()
         )
         counted = targets != IGNORED
-        sums = {n: jnp.sum(jnp.where(counted, a, 0)) for n, a in found.items()}
+        sums = {n: jnp.sum(jnp.where(counted, a, 0)) for n, a in losses.items()}
         loss = sums["loss.sum"]
         return (loss + self.output_z * sums["output_z"] if self.output_z else loss), sums
 
@@ -198,15 +198,15 @@ def _chunks(x: Named, axes: tuple[str, ...], count: int, fill: int) -> jax.Array
       count: the number of chunks.
       fill: what is put behind the last token, to make chunks whole.
     """
-    rest = tuple(n for n in x.axes if n not in axes)
-    array = x.to((*axes, *rest)).array
+    inner = tuple(n for n in x.axes if n not in axes)
+    array = x.to((*axes, *inner)).array
     tokens = prod(array.shape[: len(axes)])
     each = -(-tokens // count)
     rows = array.reshape(tokens, *array.shape[len(axes) :])
-    padding = [(0, count * each - tokens), *((0, 0) for _ in rest)]
+    padding = [(0, count * each - tokens), *((0, 0) for _ in inner)]
     rows = jnp.pad(rows, padding, constant_values=fill)
     ones = (1,) * (len(axes) - 1)
-    chunks = Named(rows.reshape(count, *ones, each, *rows.shape[1:]), ("chunk", *axes, *rest))
+    chunks = Named(rows.reshape(count, *ones, each, *rows.shape[1:]), ("chunk", *axes, *inner))
     return chunks.to(("chunk", *x.axes)).array
 
 
@@ -230,8 +230,8 @@ def _forward(
     slopes_of = jax.value_and_grad(loss.summed, argnums=(0, 1), has_aux=True)
 
     def add(total: PyTree, chunk: tuple[LossArrays, jax.Array]) -> tuple[PyTree, LossArrays]:
-        made, (by_weights, by_hidden) = slopes_of(weights, *chunk)
-        return jax.tree.map(jnp.add, total, (made, by_weights)), by_hidden
+        sums, (by_weights, by_hidden) = slopes_of(weights, *chunk)
+        return jax.tree.map(jnp.add, total, (sums, by_weights)), by_hidden
 
     view = loss.lowering.fresh()
     empty = tuple(
@@ -239,15 +239,15 @@ def _forward(
         for w in weights
     )
     start = _zeros(loss, weights, hidden, targets), empty
-    (made, by_weights), by_hidden = jax.lax.scan(add, start, (hidden, targets))
+    (sums, by_weights), by_hidden = jax.lax.scan(add, start, (hidden, targets))
     narrow = tuple(g.astype(w.dtype) for g, w in zip(by_weights, weights, strict=True))
-    return made, (narrow, by_hidden)
+    return sums, (narrow, by_hidden)
 
 
 def _backward(
-    loss: HeadLoss, slopes: tuple[LossArrays, LossArrays], given: tuple[jax.Array, Sums]
+    loss: HeadLoss, slopes: tuple[LossArrays, LossArrays], cotangents: tuple[jax.Array, Sums]
 ) -> tuple[LossArrays, LossArrays, None]:
-    by_weights, by_hidden = jax.tree.map(lambda g: g * given[0].astype(g.dtype), slopes)
+    by_weights, by_hidden = jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), slopes)
     return by_weights, by_hidden, None
 
 
@@ -325,12 +325,12 @@ class BatchLoss:
         apart = {n: view.varying(a, over - self._own(n)) for n, a in trained.items()}
         total = self._targets(inputs[TARGETS])
         stored = self._stored({**apart, **fixed})
-        taken = {n: self._slope(stored[n]) if n in stored else a for n, a in apart.items()}
+        differentiated = {n: self._slope(stored[n]) if n in stored else a for n, a in apart.items()}
 
         def of_part(part: Arrays, number: jax.Array | int) -> tuple[PyTree, Outputs]:
             loss = partial(self._loss, stored=stored, fixed=fixed, inputs=part, total=total,
                            key=jax.random.fold_in(key, number))  # fmt: skip
-            slopes, sums = jax.grad(loss, has_aux=True)(taken)
+            slopes, sums = jax.grad(loss, has_aux=True)(differentiated)
             return self._narrow(slopes), sums
 
         slopes, sums = self._over_parts(of_part, inputs)
@@ -356,8 +356,8 @@ class BatchLoss:
         parts = {n: self._cut(n, a) for n, a in inputs.items() if n not in totals}
 
         def add(total: PyTree, part: tuple[Arrays, jax.Array]) -> tuple[PyTree, None]:
-            made = of_part({**part[0], **totals}, part[1])
-            return jax.tree.map(jnp.add, total, made), None
+            sums = of_part({**part[0], **totals}, part[1])
+            return jax.tree.map(jnp.add, total, sums), None
 
         # From zeros, and not from the first part: a scan over what is left of two would be no loop,
         # and XLA would keep what both need at the same time.

@@ -143,21 +143,21 @@ class Loop:
             if self._at.step + 1 < self.run.steps:
                 # While the devices compute.
                 batch = self.feed.train(batch_of(self._at.step + 1, self._at.left_out))
-            found = on_host(metrics)
-            skipped, tokens = bool(found.pop(SKIPPED, 0)), int(scalar(found.pop(TOKENS)))
-            limit = scalar(found.pop(LIMIT, inf))
+            measured = on_host(metrics)
+            skipped, tokens = bool(measured.pop(SKIPPED, 0)), int(scalar(measured.pop(TOKENS)))
+            limit = scalar(measured.pop(LIMIT, inf))
             self._at = self._at.after(0 if skipped else tokens)
             self._state = self.program.entered(self._state, self._at.step)
             if skipped:
                 streak.append(number)
-                self._faults = guard_faults(found, limit)
-                yield Skipped(self._at.step, found, number, faults=self._faults)
+                self._faults = guard_faults(measured, limit)
+                yield Skipped(self._at.step, measured, number, faults=self._faults)
                 if len(streak) >= self.run.guard.skips > 0:
                     return tuple(streak)
             else:
                 streak.clear()
                 seconds = time.monotonic() - started
-                yield Stepped(self._at.step, found, self._at.tokens, seconds)
+                yield Stepped(self._at.step, measured, self._at.tokens, seconds)
             if (yield from self._between(bool(streak))):
                 return None
         yield from self.checkpoints.wait()
@@ -246,7 +246,7 @@ EXPERT, LAYER = "expert", "layer"
 SpreadOf = Callable[[Mapping[str, jax.Array]], dict[str, list[float]]]
 
 
-def spread_of(graph: Graph, whole: Sharding) -> SpreadOf | None:
+def spread_of(graph: Graph, replicated: Sharding) -> SpreadOf | None:
     """Return a function from parameters to the spread of the experts of each layer, by location.
 
     For each expert: ‖W − mean of all experts‖ / ‖mean of all experts‖, over all of its matrices.
@@ -254,7 +254,7 @@ def spread_of(graph: Graph, whole: Sharding) -> SpreadOf | None:
 
     Args:
       graph: of a program.
-      whole: where every device of the program has all of an array.
+      replicated: where every device of the program has all of an array.
     """
     groups = parameter_groups(graph)
     chosen = {
@@ -267,7 +267,7 @@ def spread_of(graph: Graph, whole: Sharding) -> SpreadOf | None:
     places = {name: graph.params[name].loc for name in chosen}
 
     def squares(params: PyTree) -> dict[str, tuple[jax.Array, jax.Array]]:
-        found: dict[str, tuple[jax.Array, jax.Array]] = {}
+        sums: dict[str, tuple[jax.Array, jax.Array]] = {}
         for name, type in chosen.items():
             array = params[name]
             order = [n for n in (LAYER, EXPERT) if n in type]
@@ -275,24 +275,24 @@ def spread_of(graph: Graph, whole: Sharding) -> SpreadOf | None:
                 array.astype(jnp.float32), [type.names.index(n) for n in order], range(len(order))
             )
             mean = jnp.mean(wide, axis=len(order) - 1, keepdims=True)
-            rest = tuple(range(len(order), wide.ndim))
-            own = jnp.sum((wide - mean) ** 2, axis=rest), jnp.sum(mean**2, axis=rest)
-            before = found.get(places[name], (0.0, 0.0))
-            found[places[name]] = (before[0] + own[0], before[1] + own[1])
-        return found
+            inner = tuple(range(len(order), wide.ndim))
+            squared = jnp.sum((wide - mean) ** 2, axis=inner), jnp.sum(mean**2, axis=inner)
+            before = sums.get(places[name], (0.0, 0.0))
+            sums[places[name]] = (before[0] + squared[0], before[1] + squared[1])
+        return sums
 
-    compiled = jax.jit(squares, out_shardings=whole)
+    compiled = jax.jit(squares, out_shardings=replicated)
 
     def spread(params: Mapping[str, jax.Array]) -> dict[str, list[float]]:
-        made: dict[str, list[float]] = {}
-        found = jax.device_get(compiled({name: params[name] for name in chosen}))
-        for place, (apart, size) in found.items():
+        spreads: dict[str, list[float]] = {}
+        sums = jax.device_get(compiled({name: params[name] for name in chosen}))
+        for location, (apart, size) in sums.items():
             ratios = (apart / (size + (size == 0))) ** 0.5
             rows = ratios if ratios.ndim == 2 else ratios[None]
             for at, row in enumerate(rows):
-                where = element(place, at) if has_range(place) else place
-                made[where] = [float(x) for x in row]
-        return made
+                where = element(location, at) if has_range(location) else location
+                spreads[where] = [float(x) for x in row]
+        return spreads
 
     return spread
 
@@ -317,7 +317,7 @@ class DeviceFeed:
     @cached_property
     def held_out(self) -> Mapping[str, int]:
         """The number of batches of each held-out text."""
-        return {name: found.batches for name, found in self.batches.evaluations.items()}
+        return {name: evaluation.batches for name, evaluation in self.batches.evaluations.items()}
 
     def train(self, number: int) -> dict[str, jax.Array]:
         """Return a batch of the mixture."""
@@ -325,19 +325,19 @@ class DeviceFeed:
 
     def evaluate(self, name: str, number: int) -> dict[str, jax.Array]:
         """Return a batch of a held-out text."""
-        found = self.batches.evaluation(name)
-        return self._placed(lambda rows: found.batch(number, rows))
+        evaluation = self.batches.evaluation(name)
+        return self._placed(lambda rows: evaluation.batch(number, rows))
 
     def _placed(self, read: Rows) -> dict[str, jax.Array]:
-        known: dict[tuple[int, int], Mapping[str, Array]] = {}
+        read_rows: dict[tuple[int, int], Mapping[str, Array]] = {}
 
         def of_rows(name: str, index: tuple[slice, ...] | None) -> Array:
             assert index is not None, "every device has its part"
             shape = self.abstract[name].shape
             start, stop, _ = index[0].indices(shape[0])
-            if (start, stop) not in known:
-                known[start, stop] = read(slice(start, stop))
-            part = known[start, stop][name][(slice(None), *index[1:])]
+            if (start, stop) not in read_rows:
+                read_rows[start, stop] = read(slice(start, stop))
+            part = read_rows[start, stop][name][(slice(None), *index[1:])]
             return np.asarray(part, self.abstract[name].dtype)
 
         return {
@@ -475,23 +475,24 @@ def _devices(section: MeshSection) -> list[jax.Device]:
     Raises:
       InputError: there are others; in several processes every device has to be in the mesh.
     """
-    found = jax.devices()
+    available = jax.devices()
     wanted, processes = parse_mesh(section.mesh).devices if section.mesh else 1, jax.process_count()
-    of_all = f'mesh.mesh = "data={len(found)}"'
-    if wanted > len(found):
+    of_all = f'mesh.mesh = "data={len(available)}"'
+    if wanted > len(available):
         raise InputError(
             "the mesh has more devices than there are", where="mesh.mesh",
-            expected=f"at most {amount(len(found), 'device')}", found=str(wanted),
+            expected=f"at most {amount(len(available), 'device')}", found=str(wanted),
             hint=f"XLA_FLAGS=--xla_force_host_platform_device_count={wanted} makes a CPU many"
-            if found[0].platform == "cpu" and processes == 1 else f"{of_all} takes them",
+            if available[0].platform == "cpu" and processes == 1 else f"{of_all} takes them",
         )  # fmt: skip
-    if processes > 1 and wanted != len(found):
+    if processes > 1 and wanted != len(available):
         raise InputError(
             "the mesh leaves devices out, and several processes use all of them", where="mesh.mesh",
-            expected=f"{amount(len(found), 'device')}, of {processes} processes", found=str(wanted),
+            expected=f"{amount(len(available), 'device')}, of {processes} processes",
+            found=str(wanted),
             hint=f"{of_all} takes them",
         )  # fmt: skip
-    return found[:wanted]
+    return available[:wanted]
 
 
 def agreed_reason(reason: Reason | None) -> Reason | None:

@@ -99,21 +99,23 @@ class Optimizer:
           params: the parameters.
           settle: says which moments stay; AdamW's directions are those of the moments that do.
         """
-        made: dict[str, jax.Array] = {}
+        directions: dict[str, jax.Array] = {}
         after: Moments = {kind: {} for kind in self.moment_types}
         for first, names in self._parts.items():
             count = count_of(first)
-            given = ((k, moments[k]) for k in self.moment_types)
-            parts = {k: {n: a for n, a in arrays.items() if n in names} for k, arrays in given}
-            own: Moments = {kind: arrays for kind, arrays in parts.items() if arrays}
-            found, moved = DIRECTIONS[self.section.name](
-                self, _some(gradients, names), {**own, COUNT: moments[count]}, params, settle
+            all_moments = ((k, moments[k]) for k in self.moment_types)
+            parts = {
+                k: {n: a for n, a in arrays.items() if n in names} for k, arrays in all_moments
+            }
+            part: Moments = {kind: arrays for kind, arrays in parts.items() if arrays}
+            updates, moved = DIRECTIONS[self.section.name](
+                self, _some(gradients, names), {**part, COUNT: moments[count]}, params, settle
             )
-            made |= found
+            directions |= updates
             after[count] = settle(moved.pop(COUNT), moments[count])
             for kind, arrays in moved.items():
                 after[kind] |= arrays
-        return made, {COUNT: settle(moments[COUNT] + 1, moments[COUNT]), **after}
+        return directions, {COUNT: settle(moments[COUNT] + 1, moments[COUNT]), **after}
 
     @property
     def _parts(self) -> dict[int, list[str]]:
@@ -150,8 +152,8 @@ def _adamw(
     first = optax.tree.bias_correction(moved[FIRST], section.b1, after.count)
     second = optax.tree.bias_correction(moved[SECOND], section.b2, after.count)
     # As optax has it, of the moments that stay.
-    made = {n: m / (jnp.sqrt(second[n]) + section.eps) for n, m in first.items()}
-    return made, {**moved, COUNT: after.count}
+    directions = {n: m / (jnp.sqrt(second[n]) + section.eps) for n, m in first.items()}
+    return directions, {**moved, COUNT: after.count}
 
 
 def _muon(
@@ -165,19 +167,21 @@ def _muon(
 
     section, settings = optimizer.section, optimizer.settings
     mine = [n for n in gradients if uses_muon(settings[n])]
-    rest = [n for n in gradients if n not in mine]
+    plain_names = [n for n in gradients if n not in mine]
     sides = {n: MuonDimensionNumbers(*_sides(settings[n], params[n].ndim)) for n in mine}
     muon = scale_by_muon(beta=section.b1, eps=section.eps, weight_dimension_numbers=sides)
     start = muon.init({})
-    given = start._replace(count=moments[COUNT], mu=_some(moments[FIRST], mine))
-    made, after = muon.update(_some(gradients, mine), given)
-    made = {n: d * _muon_scale(optimizer.types[n], settings[n]) for n, d in made.items()}
-    plain = {**moments, FIRST: _some(moments[FIRST], rest), SECOND: moments.get(SECOND, {})}
-    others, moved = _adamw(optimizer, _some(gradients, rest), plain, params, settle)
-    first = {**settle(after.mu, given.mu), **moved[FIRST]}
-    return {**made, **others}, {
+    before = start._replace(count=moments[COUNT], mu=_some(moments[FIRST], mine))
+    directions, after = muon.update(_some(gradients, mine), before)
+    directions = {
+        n: d * _muon_scale(optimizer.types[n], settings[n]) for n, d in directions.items()
+    }
+    plain = {**moments, FIRST: _some(moments[FIRST], plain_names), SECOND: moments.get(SECOND, {})}
+    others, moved = _adamw(optimizer, _some(gradients, plain_names), plain, params, settle)
+    first = {**settle(after.mu, before.mu), **moved[FIRST]}
+    return {**directions, **others}, {
         **({FIRST: first} if first else {}),
-        **({SECOND: moved[SECOND]} if rest else {}),
+        **({SECOND: moved[SECOND]} if plain_names else {}),
         COUNT: moved[COUNT],
     }
 
@@ -194,8 +198,8 @@ def _some(arrays: Arrays, names: Iterable[str]) -> dict[str, jax.Array]:
 
 def _sides(settings: ParamSettings, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the dimensions that a matrix sums over, and those that it makes."""
-    made = (d for d in range(rank) if d not in (*settings.blocks, *settings.over))
-    return settings.over, tuple(made)
+    columns = (d for d in range(rank) if d not in (*settings.blocks, *settings.over))
+    return settings.over, tuple(columns)
 
 
 def _adafactor(
@@ -205,20 +209,20 @@ def _adafactor(
 
     A block is clipped and scaled by itself: a layer of a rolled parameter, an expert.
     """
-    section, kept = optimizer.section, optimizer.moment_types
-    made: dict[str, jax.Array] = {}
+    section, types_of_moments = optimizer.section, optimizer.moment_types
+    directions: dict[str, jax.Array] = {}
     after: Moments = {kind: {} for kind in moments if kind != COUNT}
     for name, gradient in gradients.items():
         kinds = tuple(kind for kind in after if name in moments[kind])
-        types = (optimizer.types[name], *(kept[kind][name] for kind in kinds))
+        types = (optimizer.types[name], *(types_of_moments[kind][name] for kind in kinds))
         like = _Factored(types, kinds, optimizer.settings[name].blocks, section.update_clip)
-        own = (moments[kind][name] for kind in kinds)
-        found = _by_block(like, moments[COUNT], gradient, params[name], *own)
-        made[name] = found[0]
-        for kind, array in zip(kinds, found[1:], strict=True):
+        moment_arrays = (moments[kind][name] for kind in kinds)
+        updated = _by_block(like, moments[COUNT], gradient, params[name], *moment_arrays)
+        directions[name] = updated[0]
+        for kind, array in zip(kinds, updated[1:], strict=True):
             after[kind][name] = array
     stay = {kind: settle(arrays, moments[kind]) for kind, arrays in after.items()}
-    return made, {**stay, COUNT: moments[COUNT] + 1}
+    return directions, {**stay, COUNT: moments[COUNT] + 1}
 
 
 @dataclass(frozen=True)
@@ -253,12 +257,12 @@ def _by_block(
     chain = optax.chain(*parts)
 
     def of_block(gradient: jax.Array, param: jax.Array, *moments: jax.Array) -> PyTree:
-        given = dict(zip(like.kinds, moments, strict=True))
+        by_kind = dict(zip(like.kinds, moments, strict=True))
         initial = chain.init(param)
         names = {ROW: "v_row", COLUMN: "v_col", SECOND: "v"}
-        state = initial[0]._replace(count=count, **{names[k]: a for k, a in given.items()})
-        made, after = chain.update(gradient, (state, *initial[1:]), param)
-        return made, *(getattr(after[0], names[kind]) for kind in like.kinds)
+        state = initial[0]._replace(count=count, **{names[k]: a for k, a in by_kind.items()})
+        direction, after = chain.update(gradient, (state, *initial[1:]), param)
+        return direction, *(getattr(after[0], names[kind]) for kind in like.kinds)
 
     function, type = of_block, like.types[0]
     arguments = [type.names, *(t.names for t in like.types)]
@@ -267,8 +271,8 @@ def _by_block(
         axis = left.pop(0)
         at = tuple([n for n in names if n not in left].index(axis) for names in arguments)
         function = jax.vmap(function, in_axes=at, out_axes=(at[0], *at[2:]))
-    made: tuple[jax.Array, ...] = function(gradient, param, *moments)
-    return made
+    updated: tuple[jax.Array, ...] = function(gradient, param, *moments)
+    return updated
 
 
 DIRECTIONS: dict[str, Directions] = {

@@ -186,10 +186,10 @@ def _failed(error: BaseException, folder: Path) -> MoeccError:
     if isinstance(error, MoeccError):
         return error
     text = " ".join(str(error).split())
-    found = _SYSTEM.search(text)
+    match = _SYSTEM.search(text)
     return MachineError(
         "a checkpoint cannot be written", where=str(folder),
-        found=found[1] if found else text[:200],
+        found=match[1] if match else text[:200],
         hint="free some space; moecc train --resume goes on from the last complete checkpoint",
     )  # fmt: skip
 

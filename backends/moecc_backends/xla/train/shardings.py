@@ -82,20 +82,20 @@ class StepShardings:
             return self.interceptor.sharding(tuple(sizes), value_spec(self.interceptor.plan, sizes))
         return self.whole if self.mesh is None else NamedSharding(self.mesh, spec(type))
 
-    def mapped(self, function: Function, given: Sequence[PyTree], made: PyTree) -> Function:
+    def mapped(self, function: Function, arguments: Sequence[PyTree], results: PyTree) -> Function:
         """Return `function`, which works on what `lowering` says, as one of whole arrays.
 
         Args:
           function: takes trees of arrays.
-          given: types in place of the arrays that it takes, a tree for each argument; None for
+          arguments: types in place of the arrays that it takes, a tree for each argument; None for
             arrays that every device has.
-          made: types in place of the arrays that it returns, likewise.
+          results: types in place of the arrays that it returns, likewise.
         """
         if self.grid is None:
             return function
         in_specs, out_specs = jax.tree.map(
             lambda t: PartitionSpec() if t is None else spec(t),
-            (tuple(given), made),
+            (tuple(arguments), results),
             is_leaf=lambda t: t is None or isinstance(t, TensorType),
         )
         return jax.shard_map(

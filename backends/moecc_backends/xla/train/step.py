@@ -148,8 +148,8 @@ class TrainStep:
     @cached_property
     def settings(self) -> dict[str, ParamSettings]:
         """How each parameter is trained, by its name in the graph; biases of balance are not."""
-        found = parameter_settings(self.graph, self.section)
-        return {n: s for n, s in found.items() if n not in self.biases}
+        settings = parameter_settings(self.graph, self.section)
+        return {n: s for n, s in settings.items() if n not in self.biases}
 
     @cached_property
     def biases(self) -> dict[str, tuple[str, ...]]:
@@ -214,10 +214,10 @@ class TrainStep:
         """The shapes, types and shardings of the state."""
         params = {n: self._abstract_param(n) for n in self.settings}
         bias = {n: self._abstract_param(n) for n in self.biases}
-        made = jax.eval_shape(self._initial, {**params, **bias})
-        whole = self.where.whole
+        shapes = jax.eval_shape(self._initial, {**params, **bias})
+        replicated = self.where.whole
         state: State = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), made
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), shapes
         )
         state |= {"params": params, "bias": bias}
         for kind, types in self.optimizer.moment_types.items():
@@ -231,10 +231,16 @@ class TrainStep:
 
     def _abstract_moment(self, name: str, type: TensorType) -> jax.ShapeDtypeStruct:
         """Return a moment, sharded along the axes that it has of its parameter."""
-        own, param = self.graph.params[name].type, self._abstract_param(name)
+        type_of_param, param = self.graph.params[name].type, self._abstract_param(name)
         sharding = param.sharding
         if isinstance(sharding, NamedSharding):
-            parts = dict(zip(own.names, [*sharding.spec, *[None] * own.rank], strict=False))
+            parts = dict(
+                zip(
+                    type_of_param.names,
+                    [*sharding.spec, *[None] * type_of_param.rank],
+                    strict=False,
+                )
+            )
             sharding = NamedSharding(sharding.mesh, PartitionSpec(*map(parts.get, type.names)))
         return jax.ShapeDtypeStruct(type.shape, param.dtype, sharding=sharding)
 
@@ -255,8 +261,8 @@ class TrainStep:
     @cached_property
     def function(self) -> PyTree:
         """The jitted step ``(state, batch, key, rate) → (state, metrics)``; it takes the state."""
-        kept = jax.tree.map(lambda a: a.sharding, self.abstract_state)
-        return jax.jit(self.pure, donate_argnums=(0,), out_shardings=(kept, None))
+        shardings = jax.tree.map(lambda a: a.sharding, self.abstract_state)
+        return jax.jit(self.pure, donate_argnums=(0,), out_shardings=(shardings, None))
 
     def step(
         self, state: State, batch: Arrays, key: jax.Array, rate: jax.Array | float
@@ -323,11 +329,16 @@ class TrainStep:
         """Return the gradients of what is trained, and sums over the batch; a function to trace."""
         graph = self.graph
         types = {n: graph.params[n].type for n in (*self.settings, *self.biases)}
-        own = {n: types[n] for n in trained}
-        rest = {n: types[n] for n in fixed}
+        trained_types = {n: types[n] for n in trained}
+        fixed_types = {n: types[n] for n in fixed}
         totals = totals_for(graph, self.spec, self.where, batch)
-        given = (own, rest, {**batch_types(graph), **dict.fromkeys(totals)}, None)
-        run = self.where.mapped(self.loss.gradients, given, (own, sum_types(graph)))
+        arguments = (
+            trained_types,
+            fixed_types,
+            {**batch_types(graph), **dict.fromkeys(totals)},
+            None,
+        )
+        run = self.where.mapped(self.loss.gradients, arguments, (trained_types, sum_types(graph)))
         return run(trained, fixed, {**batch, **totals}, key)
 
     def update(
@@ -345,16 +356,16 @@ class TrainStep:
             # XLA for CPUs would compute the moments once more within the update of a parameter,
             # from those before, which it copies for that: with 30 M parameters a third more time
             # for this part of a step, and 608 MB of temporaries in place of 415.
-            kept = keep(after, before)
+            settled = keep(after, before)
             return (
-                jax.tree.map(jax.lax.optimization_barrier, kept)
+                jax.tree.map(jax.lax.optimization_barrier, settled)
                 if self.where.lowering.options.target == "cpu"
-                else kept
+                else settled
             )
 
         clipped = self._clipped(slopes, norm)
-        made, after = self.optimizer.directions(clipped, moments, trained, settle)
-        return {n: self._moved(n, trained[n], d, rate) for n, d in made.items()}, after
+        directions, after = self.optimizer.directions(clipped, moments, trained, settle)
+        return {n: self._moved(n, trained[n], d, rate) for n, d in directions.items()}, after
 
     def _clipped(self, slopes: Arrays, norm: jax.Array) -> Arrays:
         if not self.section.clip:
@@ -436,14 +447,14 @@ class PhasedStep:
         program = self.at(done)
         if self._by_structure[jax.tree.structure(state)] is program:
             return state
-        wanted, known = _by_path(program.abstract_state), _by_path(state)
-        new = {path: kind for path, kind in wanted.items() if path not in known}
+        wanted, present = _by_path(program.abstract_state), _by_path(state)
+        new = {path: kind for path, kind in wanted.items() if path not in present}
         shardings = {path: kind.sharding for path, kind in new.items()}
         zeros = jax.jit(
             lambda: {path: jnp.zeros(kind.shape, kind.dtype) for path, kind in new.items()},
             out_shardings=shardings,
         )()
-        leaves = [known[path] if path in known else zeros[path] for path in wanted]
+        leaves = [present[path] if path in present else zeros[path] for path in wanted]
         return jax.tree.unflatten(jax.tree.structure(program.abstract_state), leaves)
 
     def model_params(self, state: State) -> dict[str, jax.Array]:

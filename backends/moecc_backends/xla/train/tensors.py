@@ -94,26 +94,26 @@ def to_tensors(slots: list[Slot]) -> Callable[[PyTree], Tensors]:
     while it is read.  Of an accelerator the tensors are in the memory of its host, and were made
     there a group at a time, so that a device has room for a group of them beside the state at most.
     """
-    made = [_tensors_of(slot) for slot in slots]
-    groups = [(group, _compiled([made[at] for at in group])) for group in _groups(slots)]
+    parts = [_tensors_of(slot) for slot in slots]
+    groups = [(group, _compiled([parts[at] for at in group])) for group in _groups(slots)]
 
     def tensors(state: PyTree) -> Tensors:
-        leaves, found = jax.tree.leaves(state), {}
+        leaves, named = jax.tree.leaves(state), {}
         for group, compiled in groups:
-            found.update(compiled([leaves[at] for at in group]))
-        return found
+            named.update(compiled([leaves[at] for at in group]))
+        return named
 
     return tensors
 
 
-def _compiled(made: list[_Parts]) -> Callable[[list[jax.Array]], Tensors]:
+def _compiled(parts_of_arrays: list[_Parts]) -> Callable[[list[jax.Array]], Tensors]:
     """Return a compiled function from some arrays of a state to their tensors."""
-    shardings = {key: _on_host(where) for parts in made for key, _, where in parts}
+    shardings = {key: _on_host(where) for parts in parts_of_arrays for key, _, where in parts}
 
     def tensors(arrays: list[jax.Array]) -> Tensors:
         return {
             key: array if expr is None else _moved(expr, array)
-            for array, parts in zip(arrays, made, strict=True)
+            for array, parts in zip(arrays, parts_of_arrays, strict=True)
             for key, expr, _ in parts
         }
 
@@ -212,8 +212,8 @@ def _restored(slot: Slot, evaluator: Evaluator, reader: TensorReader) -> jax.Arr
             lambda box: np.zeros(tuple(stop - start for start, stop in box), dtype),
         )
     if slot.expr is None:
-        whole = reader(slot.key).astype(dtype)
-        return _placed(shape, slot.sharding, lambda box: whole[tuple(slice(*b) for b in box)])
+        array = reader(slot.key).astype(dtype)
+        return _placed(shape, slot.sharding, lambda box: array[tuple(slice(*b) for b in box)])
     return made(slot.expr, evaluator, dtype, slot.sharding)
 
 
@@ -242,8 +242,8 @@ def with_moments(
 def _carried(x: Expr, moments: Weights) -> Expr:
     if not isinstance(x, Source):
         return x
-    found = moments.get(x.name)
-    return Full(0.0, x.type) if found is None else Cast(found, x.type.dtype)
+    moment_expr = moments.get(x.name)
+    return Full(0.0, x.type) if moment_expr is None else Cast(moment_expr, x.type.dtype)
 
 
 def load(
@@ -263,13 +263,13 @@ def load(
     Raises:
       InputError: a tensor of the source is missing or of another type.
     """
-    evaluator, found = Evaluator(reader), {}
+    evaluator, params = Evaluator(reader), {}
     for name, leaf in abstract.items():
         weight = graph.params[name].weight
         assert weight is not None, "parameters of a program have expressions"
         where = leaf.sharding or SingleDeviceSharding(jax.devices()[0])
-        found[name] = made(initial(weight, weights), evaluator, np.dtype(leaf.dtype), where)
-    return found
+        params[name] = made(initial(weight, weights), evaluator, np.dtype(leaf.dtype), where)
+    return params
 
 
 def made(expr: Expr, evaluator: Evaluator, dtype: np.dtype[Any], where: Sharding) -> jax.Array:
@@ -283,13 +283,13 @@ def made(expr: Expr, evaluator: Evaluator, dtype: np.dtype[Any], where: Sharding
 
 def _placed(shape: tuple[int, ...], where: Sharding, part: Callable[[Box], Array]) -> jax.Array:
     # Devices that are copies of one another ask for the same part.
-    known: dict[Box, Array] = {}
+    blocks: dict[Box, Array] = {}
 
     def callback(index: tuple[slice, ...] | None) -> Array:
         assert index is not None, "every device has its part"
         box = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
-        if box not in known:
-            known[box] = part(box)
-        return known[box]
+        if box not in blocks:
+            blocks[box] = part(box)
+        return blocks[box]
 
     return jax.make_array_from_callback(shape, where, callback)
