@@ -39,7 +39,8 @@ from moecc.model.open import Model, open_model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.train.scoring import Routed
+from moecc.tasks.generate import load_tokenizer
+from moecc.train.scoring import RoutedTokens
 
 if TYPE_CHECKING:
     from moecc.tokenizer.process import Tokenizer
@@ -115,7 +116,7 @@ def windows(tokenizer: Tokenizer, text: Text, count: int, seq: int) -> Array:
     return np.stack([ids[start : start + seq] for start in starts])
 
 
-def trace(model: Model, ids: Array) -> list[Routed]:
+def trace(model: Model, ids: Array) -> list[RoutedTokens]:
     """Run `model` on windows ``[window, seq]``, and return where the tokens went, by layer.
 
     Raises:
@@ -137,12 +138,12 @@ def trace(model: Model, ids: Array) -> list[Routed]:
         for layer in sizes:
             found[layer].append(outputs[f"trace.{layer}.experts"][..., 0].reshape(-1))
     return [
-        Routed(layer, size, ids.reshape(-1), np.concatenate(found[layer]))
+        RoutedTokens(layer, size, ids.reshape(-1), np.concatenate(found[layer]))
         for layer, size in sizes.items()
     ]
 
 
-def show(layer: Routed, tokenizer: Tokenizer) -> None:
+def show(layer: RoutedTokens, tokenizer: Tokenizer) -> None:
     """Print a layer: each expert with its share and its tokens."""
     table = Table(
         title=f"{layer.layer}: the token alone explains {layer.explained:.0%} of the choice "
@@ -165,7 +166,7 @@ def spell(tokenizer: Tokenizer, token: int) -> str:
 
 
 def write(
-    path: Path, layers: Sequence[Routed], tokenizer: Tokenizer, text: Text, drawn: bool
+    path: Path, layers: Sequence[RoutedTokens], tokenizer: Tokenizer, text: Text, drawn: bool
 ) -> None:
     """Write the tables as JSON."""
     found = [

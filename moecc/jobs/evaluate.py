@@ -39,7 +39,7 @@ from moecc.train.recipe import (
 )
 from moecc.train.rows import LabelChoices, ModelFacts, facts_of
 from moecc.train.scoring import (
-    Difference,
+    LossDifference,
     RowScores,
     Scorer,
     ScoringBackend,
@@ -117,7 +117,7 @@ class Evaluated:
 
     model: str
     sets: Mapping[str, SetScore]
-    against: Mapping[str, Difference]
+    against: Mapping[str, LossDifference]
 
     def to_json(self) -> dict[str, object]:
         """Return the evaluation as JSON values."""

@@ -31,8 +31,10 @@ from moecc.model.open import Model, open_model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.support.untyped import JsonDict
-from moecc.train.scoring import Routed
+from moecc.tasks.evaluate import EvaluationSpec
+from moecc.tasks.generate import load_tokenizer
+from moecc.tasks.traced import Tracing, is_token
+from moecc.train.scoring import RoutedTokens
 from moecc.train.tokens.folder import Special, TokenFolder, open_tokens
 from moecc.types import F32, Array, TensorType
 from moecc.weights.draws import Normal, derive_key
@@ -57,8 +59,8 @@ class LayerReport:
       names: of the ids that are shown.
     """
 
-    routed: Routed
-    untrained: Routed
+    routed: RoutedTokens
+    untrained: RoutedTokens
     sentinels: frozenset[int]
     names: Mapping[int, str]
 
@@ -130,7 +132,7 @@ def _traced(graph: Graph, name: str) -> Graph:
     return made
 
 
-def _trace(model: Model, tracing: Tracing, graph: Graph | None = None) -> list[Routed]:
+def _trace(model: Model, tracing: Tracing, graph: Graph | None = None) -> list[RoutedTokens]:
     """Return where the tokens of all batches went, by layer."""
     found: dict[str, list[tuple[Array, Array]]] = {}
     for outputs, batch, bare in tracing.run(model, _is_choice, graph):
@@ -150,12 +152,12 @@ def _pairs(value: Value, chosen: Array, batch: Mapping[str, Array]) -> tuple[Arr
     return tokens[kept], first[kept]
 
 
-def _routed(graph: Graph, name: str, parts: list[tuple[Array, Array]]) -> Routed:
+def _routed(graph: Graph, name: str, parts: list[tuple[Array, Array]]) -> RoutedTokens:
     layer = name.removeprefix(PREFIX).removesuffix(EXPERTS)
     chosen = graph.outputs[name]
     size = next(SlotsOp.of_node(node).experts for node in chosen.users if node.op.assigns_slots)
     tokens, first = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return Routed(layer, size, tokens, first)
+    return RoutedTokens(layer, size, tokens, first)
 
 
 def _with_drawn_routers(graph: Graph, seed: int) -> Graph:
@@ -178,7 +180,9 @@ def _tokenizer(model: Model) -> Iterator[Tokenizer | None]:
         yield found
 
 
-def _names(routed: Routed, tokenizer: Tokenizer | None, folder: TokenFolder) -> dict[int, str]:
+def _names(
+    routed: RoutedTokens, tokenizer: Tokenizer | None, folder: TokenFolder
+) -> dict[int, str]:
     """Return the ids that are shown, as the vocabulary writes them."""
     shown = {i for expert in range(routed.experts) for i, _ in routed.typical(expert)}
     if tokenizer is not None:

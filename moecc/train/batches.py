@@ -15,12 +15,12 @@ from moecc.support.text import amount
 from moecc.train.objectives import (
     IGNORED,
     CausalRows,
+    CorpusRows,
     ExampleRows,
     MaskedRows,
     Masking,
     Room,
-    Rows,
-    Segment,
+    RowSegment,
     SpanRows,
     Spans,
     end_of,
@@ -37,7 +37,7 @@ PARTS = ("tokens", "segments", "positions", "mask")
 
 
 @dataclass(frozen=True)
-class Shape:
+class BatchShape:
     """What the arrays of a batch are like.
 
     Attributes:
@@ -65,7 +65,7 @@ class Shape:
         return {**arrays, "targets": ((self.batch, self.decoder_seq or self.seq), "int32")}
 
 
-def collate(rows: Sequence[Sequence[Segment]], shape: Shape) -> dict[str, Array]:
+def collate(rows: Sequence[Sequence[RowSegment]], shape: BatchShape) -> dict[str, Array]:
     """Return the arrays of rows, ``[rows, seq]``; a row without segments is padding.
 
     ``segments`` numbers the documents of a row from 1, 0 is padding; ``positions`` counts in each
@@ -122,13 +122,13 @@ Key = tuple[str, str]
 
 def open_rows(
     folders: Mapping[Key, TokenFolder], data: DataSection, model: ModelFacts
-) -> tuple[Shape, dict[Key, Rows]]:
+) -> tuple[BatchShape, dict[Key, CorpusRows]]:
     """Return the shape of batches, and the rows of each folder.
 
     Raises:
       InputError: the folders do not suit each other, the model or the objective; all at once.
     """
-    maker = _Maker(folders, data, model)
+    maker = _RowMaker(folders, data, model)
     problems = [*maker.misfits()]
     if problems:
         raise InputError(problems)
@@ -142,7 +142,9 @@ def open_rows(
     return maker.shape, rows
 
 
-def label_rows(choices: LabelChoices, data: DataSection, model: ModelFacts) -> tuple[Shape, Rows]:
+def label_rows(
+    choices: LabelChoices, data: DataSection, model: ModelFacts
+) -> tuple[BatchShape, CorpusRows]:
     """Return the shape of batches, and rows of each example with each of its labels, in order.
 
     Args:
@@ -150,15 +152,15 @@ def label_rows(choices: LabelChoices, data: DataSection, model: ModelFacts) -> t
       data: how long sequences are.
       model: the model.
     """
-    maker = _Maker({("evaluate", ""): choices.folder}, data, model)
+    maker = _RowMaker({("evaluate", ""): choices.folder}, data, model)
     decoder_seq = ExampleRows.decoder_seq(choices, maker.special) if model.has_decoder else 0
     start = maker.start if model.has_decoder else None
     rows = ExampleRows(choices, maker.special, start, Room(data.seq, decoder_seq, packing=False))
-    return Shape(data.batch, data.seq, decoder_seq, model.inputs, maker.pad), rows
+    return BatchShape(data.batch, data.seq, decoder_seq, model.inputs, maker.pad), rows
 
 
 @dataclass(frozen=True)
-class _Maker:
+class _RowMaker:
     """Makes rows of folders."""
 
     folders: Mapping[Key, TokenFolder]
@@ -200,10 +202,12 @@ class _Maker:
         return min(max(needed), self.data.seq)
 
     @property
-    def shape(self) -> Shape:
-        return Shape(self.data.batch, self.data.seq, self.decoder_seq, self.model.inputs, self.pad)
+    def shape(self) -> BatchShape:
+        return BatchShape(
+            self.data.batch, self.data.seq, self.decoder_seq, self.model.inputs, self.pad
+        )
 
-    def rows(self, folder: TokenFolder) -> Rows:
+    def rows(self, folder: TokenFolder) -> CorpusRows:
         """Return the rows of a folder, for which there are no misfits."""
         room = Room(self.data.seq, self.decoder_seq, self.data.packing)
         match self.data.objective:
@@ -431,7 +435,7 @@ _EVALUATION = 0
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class HeldOutBatches:
     """The batches of a held-out corpus, the same ones each time and for every seed.
 
     Attributes:
@@ -441,8 +445,8 @@ class Evaluation:
 
     name: str
     batches: int
-    _rows: Rows
-    _shape: Shape
+    _rows: CorpusRows
+    _shape: BatchShape
 
     def batch(self, number: int, rows: slice | None = None) -> dict[str, Array]:
         """Return a batch, as `Batches.batch`; rows after the last one are padding."""
@@ -467,13 +471,13 @@ class Batches:
       remarks: what a reader of the run should know.
     """
 
-    shape: Shape
+    shape: BatchShape
     seed: int
     folders: Mapping[str, TokenFolder]
     remarks: tuple[str, ...]
-    _rows: tuple[Rows, ...]
+    _rows: tuple[CorpusRows, ...]
     _mixture: Mixture
-    _evaluations: Mapping[str, Evaluation]
+    _evaluations: Mapping[str, HeldOutBatches]
 
     def batch(self, number: int, rows: slice | None = None) -> dict[str, Array]:
         """Return the arrays of batch `number`, by the names of the inputs of the graph.
@@ -489,18 +493,18 @@ class Batches:
         """
         numbers = _numbers(number, self.shape.batch, rows)
         corpora, _, places = self._mixture.find(numbers)
-        rows_of_batch: list[list[Segment]] = [
+        rows_of_batch: list[list[RowSegment]] = [
             self._rows[corpus].segments(int(row), _rng(self.seed + 1, int(n)))
             for n, corpus, row in zip(numbers, corpora, places, strict=True)
         ]
         return collate(rows_of_batch, self.shape)
 
     @property
-    def evaluations(self) -> Mapping[str, Evaluation]:
+    def evaluations(self) -> Mapping[str, HeldOutBatches]:
         """The held-out corpora, by name."""
         return self._evaluations
 
-    def evaluation(self, corpus: str) -> Evaluation:
+    def evaluation(self, corpus: str) -> HeldOutBatches:
         """Return the batches of a held-out corpus. Raises KeyError for an unknown name."""
         return self._evaluations[corpus]
 
@@ -541,7 +545,7 @@ def open_batches(data: DataSection, model: ModelFacts) -> Batches:
         _rows=trained,
         _mixture=mixture,
         _evaluations={
-            name: Evaluation(
+            name: HeldOutBatches(
                 name, min(data.evaluate_batches, -(-each.rows // data.batch)), each, shape
             )
             for (use, name), each in rows.items()
@@ -573,7 +577,7 @@ def _label(use: str, name: str) -> str:
     return name if use == "train" else f"{use}/{name}"
 
 
-def _remarks(rows: Mapping[tuple[str, str], Rows]) -> Iterator[str]:
+def _remarks(rows: Mapping[tuple[str, str], CorpusRows]) -> Iterator[str]:
     for (_, name), each in rows.items():
         if isinstance(each, ExampleRows) and each.cut:
             are = "is cut, as it is" if each.cut == 1 else "are cut, as they are"

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecc.train.rows import Numbers as _ObjectivesNumbers
-from moecc.train.rows import Packed, PackedPlan, RowPlan, StreamPlan, pack
+from moecc.train.rows import PackedPlan, PackedRows, RowPlan, StreamPlan, pack
 from moecc.train.tokens.folder import Special, TokenFolder
 
 # What a model has to restore: spans behind sentinels (T5), single tokens behind a mask (BERT).
@@ -130,7 +130,7 @@ IGNORED = -1
 
 
 @dataclass(frozen=True)
-class Segment:
+class RowSegment:
     """What one document adds to a row.
 
     Attributes:
@@ -177,7 +177,7 @@ class Examples(Protocol):
         ...
 
 
-class Rows(ABC):
+class CorpusRows(ABC):
     """The rows of a corpus under an objective.
 
     Attributes:
@@ -187,7 +187,7 @@ class Rows(ABC):
     rows: int
 
     @abstractmethod
-    def segments(self, row: int, rng: np.random.Generator) -> list[Segment]:
+    def segments(self, row: int, rng: np.random.Generator) -> list[RowSegment]:
         """Return what a row consists of, in order. Raises InputError as `TokenFolder.ids`."""
 
 
@@ -198,7 +198,7 @@ def end_of(special: Special) -> int | None:
     return special.after[-1] if special.after else None
 
 
-class CausalRows(Rows):
+class CausalRows(CorpusRows):
     """The next token, within each document.
 
     A document begins with what the tokenizer puts before a text, and ends with the end of text.
@@ -218,7 +218,7 @@ class CausalRows(Rows):
         )
         self.rows = self._plan.rows
 
-    def segments(self, row: int, rng: np.random.Generator) -> list[Segment]:
+    def segments(self, row: int, rng: np.random.Generator) -> list[RowSegment]:
         """Return the tokens of pieces, each with the next one of its document as target."""
         segments = []
         for piece in self._plan.pieces(row):
@@ -232,11 +232,11 @@ class CausalRows(Rows):
             ids = _joined(self._before[piece.start : stop], self._folder.ids(*inner), tail)
             targets = np.full(size, IGNORED, np.int32)
             targets[: len(ids) - 1] = ids[1:]
-            segments.append(Segment(ids[:size], targets))
+            segments.append(RowSegment(ids[:size], targets))
         return segments
 
 
-class SpanRows(Rows):
+class SpanRows(CorpusRows):
     """Hidden spans, of an encoder-decoder.
 
     Args:
@@ -263,14 +263,14 @@ class SpanRows(Rows):
         most = _longest(spans, seq, 2 * seq)
         return int(spans.sizes(np.asarray([max(most, 2)]))[1][0])
 
-    def segments(self, row: int, rng: np.random.Generator) -> list[Segment]:
+    def segments(self, row: int, rng: np.random.Generator) -> list[RowSegment]:
         """Return pieces with hidden spans."""
         segments = []
         for piece in self._plan.pieces(row):
             first = int(self._folder.starts[piece.document])
             ids = self._folder.ids(first + piece.start, first + piece.stop)
             encoder, decoder = self._spans.apply(ids, rng)
-            segments.append(Segment(encoder, decoder, shifted(decoder, self._start)))
+            segments.append(RowSegment(encoder, decoder, shifted(decoder, self._start)))
         return segments
 
 
@@ -281,7 +281,7 @@ def _longest(spans: Spans, seq: int, decoder_seq: int) -> int:
     return int(every[(encoder <= seq) & (decoder <= decoder_seq)].max(initial=0))
 
 
-class MaskedRows(Rows):
+class MaskedRows(CorpusRows):
     """Masked tokens, of an encoder; each piece is between what the tokenizer puts around a text."""
 
     def __init__(self, folder: TokenFolder, masking: Masking, special: Special, room: Room) -> None:
@@ -294,7 +294,7 @@ class MaskedRows(Rows):
             self._plan.pack((self._plan.sizes + around)[None], np.asarray([room.seq]))
         self.rows = self._plan.rows if room.seq > around else 0
 
-    def segments(self, row: int, rng: np.random.Generator) -> list[Segment]:
+    def segments(self, row: int, rng: np.random.Generator) -> list[RowSegment]:
         """Return pieces of which some tokens are masked."""
         segments = []
         before, after = self._special.before, self._special.after
@@ -305,11 +305,11 @@ class MaskedRows(Rows):
             aims = np.where(chosen, ids, IGNORED).astype(np.int32)
             ignored = ((IGNORED,) * len(before), (IGNORED,) * len(after))
             targets = _joined(ignored[0], aims, ignored[1])
-            segments.append(Segment(_joined(before, seen, after), targets))
+            segments.append(RowSegment(_joined(before, seen, after), targets))
         return segments
 
 
-class ExampleRows(Rows):
+class ExampleRows(CorpusRows):
     """What follows a prompt; a label is a completion like any other.
 
     A prompt that is too long loses its beginning, a completion its end.
@@ -346,7 +346,7 @@ class ExampleRows(Rows):
             costs = np.stack([self._prompts + around, self._completions])
             budgets = np.asarray([room.seq, room.decoder_seq])
         self.cut = int(((self._prompts < prompts) | (self._completions < completions)).sum())
-        self._packed = pack(costs, budgets) if room.packing else Packed.alone(len(prompts))
+        self._packed = pack(costs, budgets) if room.packing else PackedRows.alone(len(prompts))
         self.rows = self._packed.rows
 
     @staticmethod
@@ -355,11 +355,11 @@ class ExampleRows(Rows):
         longest = np.diff(folder.starts) - folder.completions
         return int(longest.max(initial=0)) + len(_one(end_of(special)))
 
-    def segments(self, row: int, rng: np.random.Generator) -> list[Segment]:
+    def segments(self, row: int, rng: np.random.Generator) -> list[RowSegment]:
         """Return whole examples."""
         return [self._segment(number) for number in self._packed.pieces(row)]
 
-    def _segment(self, number: int) -> Segment:
+    def _segment(self, number: int) -> RowSegment:
         start, stop = (int(n) for n in self._folder.starts[number : number + 2])
         middle = start + int(self._folder.completions[number])
         prompt = self._folder.ids(middle - int(self._prompts[number]), middle)
@@ -367,11 +367,11 @@ class ExampleRows(Rows):
         completion = answer[: int(self._completions[number])]
         if self._start is not None:
             tokens = _joined(self._before, prompt, self._tail)
-            return Segment(tokens, completion, shifted(completion, self._start))
+            return RowSegment(tokens, completion, shifted(completion, self._start))
         tokens = _joined(self._before, np.concatenate([prompt, completion]), ())
         targets = tokens[1:].copy()
         targets[: len(tokens) - len(completion) - 1] = IGNORED
-        return Segment(tokens[:-1], targets)
+        return RowSegment(tokens[:-1], targets)
 
 
 def shifted(targets: Ids, start: int) -> Ids:

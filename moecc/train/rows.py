@@ -26,7 +26,7 @@ PACKED_TOGETHER = 4096
 
 
 @dataclass(frozen=True)
-class Piece:
+class DocumentPiece:
     """A part of a document.
 
     Attributes:
@@ -49,7 +49,7 @@ class RowPlan(ABC):
     rows: int
 
     @abstractmethod
-    def pieces(self, row: int) -> list[Piece]:
+    def pieces(self, row: int) -> list[DocumentPiece]:
         """Return what a row consists of, in order."""
 
 
@@ -66,7 +66,7 @@ class StreamPlan(RowPlan):
         self._row = row
         self.rows = -(-int(self._starts[-1]) // row)
 
-    def pieces(self, row: int) -> list[Piece]:
+    def pieces(self, row: int) -> list[DocumentPiece]:
         """Return the parts of documents in a row."""
         start = row * self._row
         stop = min(start + self._row, int(self._starts[-1]))
@@ -76,7 +76,7 @@ class StreamPlan(RowPlan):
             first, last = int(self._starts[document]), int(self._starts[document + 1])
             end = min(last, stop)
             if end > start:
-                pieces.append(Piece(document, start - first, end - first))
+                pieces.append(DocumentPiece(document, start - first, end - first))
             start, document = end, document + 1
         return pieces
 
@@ -105,7 +105,7 @@ class PackedPlan(RowPlan):
             starts[is_long],
             sizes[is_long],
         )
-        self._packed = Packed.alone(len(self.sizes))
+        self._packed = PackedRows.alone(len(self.sizes))
         self.rows = self._packed.rows
 
     def pack(self, costs: Numbers, budgets: Numbers) -> None:
@@ -113,18 +113,18 @@ class PackedPlan(RowPlan):
         self._packed = pack(costs, budgets)
         self.rows = self._packed.rows
 
-    def pieces(self, row: int) -> list[Piece]:
+    def pieces(self, row: int) -> list[DocumentPiece]:
         """Return the pieces of a row."""
         pieces = []
         for number in self._packed.pieces(row):
             start = int(self._starts[number])
             stop = start + int(self.sizes[number])
-            pieces.append(Piece(int(self._documents[number]), start, stop))
+            pieces.append(DocumentPiece(int(self._documents[number]), start, stop))
         return pieces
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedRows:
     """Which pieces make up each row.
 
     Attributes:
@@ -136,7 +136,7 @@ class Packed:
     firsts: Numbers
 
     @classmethod
-    def alone(cls, count: int) -> Packed:
+    def alone(cls, count: int) -> PackedRows:
         """Return rows of one piece each."""
         return cls(np.arange(count), np.arange(count + 1))
 
@@ -151,7 +151,7 @@ class Packed:
         return [int(n) for n in self.order[first:last]]
 
 
-def pack(costs: Numbers, budgets: Numbers) -> Packed:
+def pack(costs: Numbers, budgets: Numbers) -> PackedRows:
     """Return rows of pieces that fit together, nearly full ones.
 
     Best fit, the longest first, within blocks of pieces (Ding et al. 2024, "Fewer Truncations").
@@ -167,7 +167,7 @@ def pack(costs: Numbers, budgets: Numbers) -> Packed:
         for row in _best_fit(block[0].tolist(), block[1:].T.tolist(), budgets.tolist()):
             order += (start + number for number in row)
             firsts.append(len(order))
-    return Packed(np.asarray(order, np.int64), np.asarray(firsts, np.int64))
+    return PackedRows(np.asarray(order, np.int64), np.asarray(firsts, np.int64))
 
 
 def _best_fit(sizes: list[int], others: list[list[int]], budgets: list[int]) -> list[list[int]]:

@@ -72,7 +72,7 @@ class ScoringBackend(Protocol):
 
 
 @dataclass(frozen=True)
-class Difference:
+class LossDifference:
     """The difference of two mean losses on the same rows, in nats a token.
 
     Attributes:
@@ -90,7 +90,7 @@ class Difference:
         return self.low > 0 or self.high < 0
 
 
-def paired_difference(first: RowScores, second: RowScores) -> Difference:
+def paired_difference(first: RowScores, second: RowScores) -> LossDifference:
     """Return how `second` differs from `first` on the same rows.
 
     A ratio estimator, with its variance by linearisation (Cochran 1977, §6.4) and the quantile of
@@ -103,11 +103,11 @@ def paired_difference(first: RowScores, second: RowScores) -> Difference:
     mean = float(differences.sum() / total)
     rows = len(tokens)
     if rows < 2:
-        return Difference(mean, -np.inf, np.inf)
+        return LossDifference(mean, -np.inf, np.inf)
     residuals = differences - mean * tokens
     error = sqrt(float((residuals**2).sum()) * rows / (rows - 1)) / total
     reach = student_quantile(rows - 1) * error
-    return Difference(mean, mean - reach, mean + reach)
+    return LossDifference(mean, mean - reach, mean + reach)
 
 
 def student_quantile(degrees: int) -> float:
@@ -144,7 +144,7 @@ SEED_OF_SHUFFLES = 0
 
 
 @dataclass(frozen=True)
-class Routed:
+class RoutedTokens:
     """Where the tokens of a text went in one layer.
 
     Attributes:

@@ -22,7 +22,7 @@ from moecc.sharding.layout import Layout
 from moecc.support.ranges import element, lengths
 from moecc.support.untyped import Json, JsonDict
 from moecc.train.recipe import GuardSection, OptimizerSection, ParameterGroup
-from moecc.train.state import Carried
+from moecc.train.state import CarriedMoments
 from moecc.types import TensorType
 from moecc.weights.expr import Expr
 
@@ -402,7 +402,7 @@ def carried_moments(
       before: the types of the moments before, as `saved_moments` returns them of that model.
       count: the updates that they are made of, which go on to be counted.
     """
-    carried = Carried(graph, before, count, section.b1, section.b2, SAVED.format)
+    carried = CarriedMoments(graph, before, count, section.b1, section.b2, SAVED.format)
     return {
         SAVED.format(kind, name): carried.moment(name, kind, type)
         for kind, types in saved_moments(graph, section).items()

@@ -153,7 +153,7 @@ NameOf = Callable[[str, str], str]
 
 
 @dataclass(frozen=True)
-class Carried:
+class CarriedMoments:
     """The moments of a graph's parameters, as expressions over those of the model before.
 
     Attributes:
@@ -189,7 +189,7 @@ class Carried:
 
     def _moment(self, param: Value, weight: Expr, kind: str, type: TensorType) -> Expr | None:
         gone = frozenset(param.type.names) - frozenset(type.names)
-        moved = _Moved(self.types_before, self.name_of, kind, gone).of(weight)
+        moved = _MomentMover(self.types_before, self.name_of, kind, gone).of(weight)
         if moved is None:
             return None
         copies = _copies(weight)
@@ -200,7 +200,7 @@ class Carried:
             return Scale(moved, share)
         square = share / self._chosen[param] if param in self._chosen else share
         scaled: Expr = Scale(moved, square)
-        first = _Moved(self.types_before, self.name_of, FIRST, gone).of(weight)
+        first = _MomentMover(self.types_before, self.name_of, FIRST, gone).of(weight)
         if kind != SECOND or first is None or square == share**2:
             return scaled
         mean = Scale(Mul(first, first), self._correction)
@@ -263,7 +263,7 @@ def _brings(e: Expr) -> bool:
 
 
 @dataclass(frozen=True)
-class _Moved:
+class _MomentMover:
     """Moves moments as an expression moves weights.
 
     Attributes:

@@ -17,8 +17,8 @@ from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.testing.data import params_for
-from moecc.train.batches import Shape, collate
-from moecc.train.objectives import Segment
+from moecc.train.batches import BatchShape, collate
+from moecc.train.objectives import RowSegment
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -43,7 +43,7 @@ def packed(graph: Graph) -> Graph:
     return made
 
 
-def documents(graph: Graph, seed: int = 0) -> list[list[Segment]]:
+def documents(graph: Graph, seed: int = 0) -> list[list[RowSegment]]:
     """Return random documents of each row."""
     rng = np.random.default_rng(seed)
     vocab = index_bound(graph.inputs["tokens"])
@@ -54,9 +54,9 @@ def documents(graph: Graph, seed: int = 0) -> list[list[Segment]]:
 
     none = np.zeros(0, np.int32)
     if "decoder_tokens" not in graph.inputs:
-        return [[Segment(ids(n), none) for n in row] for row in DOCUMENTS]
+        return [[RowSegment(ids(n), none) for n in row] for row in DOCUMENTS]
     both = zip(DOCUMENTS, DECODER_DOCUMENTS, strict=True)
-    return [[Segment(ids(n), none, ids(m)) for n, m in zip(*row, strict=True)] for row in both]
+    return [[RowSegment(ids(n), none, ids(m)) for n, m in zip(*row, strict=True)] for row in both]
 
 
 def compare(graph: Graph) -> float:
@@ -64,7 +64,9 @@ def compare(graph: Graph) -> float:
     after = packed(graph)
     rows = documents(graph)
     params = params_for(graph, 1)
-    shape = Shape(len(rows), 10, 7 * ("decoder_tokens" in graph.inputs), tuple(after.inputs), 0)
+    shape = BatchShape(
+        len(rows), 10, 7 * ("decoder_tokens" in graph.inputs), tuple(after.inputs), 0
+    )
     batch = {n: a for n, a in collate(rows, shape).items() if n in after.inputs}
     backend = ReferenceBackend()
     (found,) = backend.compile(after).run(params, batch).values()
@@ -117,7 +119,7 @@ def test_padding_of_an_encoder_may_be_an_input_besides() -> None:
 def test_without_the_pass_documents_see_each_other() -> None:
     graph = imported("llama_gqa")
     rows = documents(graph)
-    batch = collate(rows, Shape(3, 10, 0, ("tokens",), 0))
+    batch = collate(rows, BatchShape(3, 10, 0, ("tokens",), 0))
     params, backend = params_for(graph, 1), ReferenceBackend()
     program = backend.compile(graph)
     whole = program.run(params, {"tokens": batch["tokens"]})["logits"][0, 5:8]
@@ -128,7 +130,7 @@ def test_without_the_pass_documents_see_each_other() -> None:
 def test_padding_takes_no_slot() -> None:
     graph = packed(imported("llama_gqa", "upcycle{experts=4 top-k=2},trace-routing"))
     rows = documents(graph)
-    batch = collate(rows, Shape(3, 10, 0, tuple(graph.inputs), 0))
+    batch = collate(rows, BatchShape(3, 10, 0, tuple(graph.inputs), 0))
     given = {n: batch[n] for n in graph.inputs}
     found = ReferenceBackend().compile(graph).run(params_for(graph, 1), given)
     slots = [a for n, a in found.items() if n.endswith("slots")]
@@ -197,7 +199,7 @@ def test_xla_computes_the_same() -> None:
 
     graph = packed(imported("t5_relu_tied"))
     rows = documents(graph)
-    batch = collate(rows, Shape(3, 10, 7, tuple(graph.inputs), 0))
+    batch = collate(rows, BatchShape(3, 10, 7, tuple(graph.inputs), 0))
     given = {n: batch[n] for n in graph.inputs}
     params = params_for(graph, 1)
     expected = ReferenceBackend().compile(graph).run(params, given)["logits"]

@@ -18,7 +18,7 @@ from moecc.train.batches import Batches, open_batches
 from moecc.train.objectives import CausalRows, Room, restored
 from moecc.train.recipe import Corpus, DataSection, Objective
 from moecc.train.rows import ModelFacts, facts_of
-from moecc.train.tokens.documents import Format
+from moecc.train.tokens.documents import DocumentFormat
 from moecc.train.tokens.encoders import ByteEncoder
 from moecc.train.tokens.make import Making, make_tokens
 
@@ -32,7 +32,7 @@ BOTH = ModelFacts("both", 384, (*PACKED, *(f"decoder_{n}" for n in PACKED)), dec
 def write(place: Path, *records: dict[str, str], kind: str = "documents") -> str:
     source = place.with_suffix(".jsonl")
     source.write_text("".join(json.dumps(r) + "\n" for r in records))
-    form = Format(kind, completion="{label}" if kind == "labelled" else "{completion}")
+    form = DocumentFormat(kind, completion="{label}" if kind == "labelled" else "{completion}")
     make_tokens(Making((str(source),), "bytes", form, deduplicate=False), place)
     return str(place)
 

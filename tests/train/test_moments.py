@@ -11,7 +11,7 @@ from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.train.state import Carried
+from moecc.train.state import CarriedMoments
 from moecc.types import F32, I32, TensorType, tensor
 from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import Full, Source
@@ -80,7 +80,7 @@ def test_what_training_on_copies_would_have_left(mean: float, noise: float) -> N
     graph = dense()
     known = types_of(graph, "m", "v")
     made = upcycled(graph, f"experts={EXPERTS} top-k={TOP_K}")
-    carried = Carried(made, known, STEPS, B1, B2)
+    carried = CarriedMoments(made, known, STEPS, B1, B2)
     saved = {"moments.m.up": m.reshape(16, 8).astype("f"), "moments.v.up": v.reshape(16, 8)}
     saved["moments.v.up"] = saved["moments.v.up"].astype("f")
     found = {
@@ -95,7 +95,7 @@ def test_what_training_on_copies_would_have_left(mean: float, noise: float) -> N
 
 
 def moment(graph: Graph, known: Any, arrays: dict[str, Any], name: str, kind: str) -> Any:
-    carried = Carried(graph, known, 10, B1, B2)
+    carried = CarriedMoments(graph, known, 10, B1, B2)
     return evaluate(carried.moment(name, kind, graph.params[name].type), read(arrays))
 
 
@@ -169,7 +169,7 @@ def test_the_factors_of_adafactor_follow_their_axes() -> None:
         "moments.v_col.up": rng.random(8).astype("f"),
     }
     made = upcycled(graph, "experts=4 granularity=2 top-k=4")
-    carried = Carried(made, known, 10)
+    carried = CarriedMoments(made, known, 10)
     rows = carried.moment("up", "v_row", tensor(F32, expert=4, mlp=8))
     columns = carried.moment("up", "v_col", tensor(F32, expert=4, embed=8))
     found = evaluate(rows, read(saved)), evaluate(columns, read(saved))

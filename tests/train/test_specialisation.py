@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from moecc.cli.main import main
-from moecc.train.scoring import Routed, information
-from moecc.train.tokens.documents import Format
+from moecc.train.scoring import RoutedTokens, information
+from moecc.train.tokens.documents import DocumentFormat
 from moecc.train.tokens.make import Making, make_tokens
 
 from .tiny import DOCS, draw_weights, make_model
 
 
-def routed(tokens: list[int], experts: list[int], size: int = 4) -> Routed:
-    return Routed("layers.0.ffn", size, np.array(tokens), np.array(experts))
+def routed(tokens: list[int], experts: list[int], size: int = 4) -> RoutedTokens:
+    return RoutedTokens("layers.0.ffn", size, np.array(tokens), np.array(experts))
 
 
 def test_a_choice_that_follows_from_the_token_is_explained() -> None:
@@ -63,7 +63,7 @@ def specialise(model: Path, data: Path, *more: str, capsys: pytest.CaptureFixtur
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tokens") / "tokens"
     texts = (str(DOCS / "tour.md"),)
-    make_tokens(Making(texts, "bytes", Format("documents", "text", "paragraph")), out)
+    make_tokens(Making(texts, "bytes", DocumentFormat("documents", "text", "paragraph")), out)
     return out
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from moecc.cli.main import main
 from moecc.errors import InputError, MachineError, UsageError
 from moecc.train.tokens import documents, encoders
-from moecc.train.tokens.documents import Format
+from moecc.train.tokens.documents import DocumentFormat
 from moecc.train.tokens.folder import TokenFacts, TokenFolder, open_tokens
 from moecc.train.tokens.make import Making, make_tokens
 
@@ -90,7 +90,7 @@ def test_every_text_is_kept_once(texts: list[str]) -> None:
 )
 def test_text_files_are_split(tmp_path: Path, split: str, expected: list[str]) -> None:
     (tmp_path / "x.txt").write_text("a\nb\n\n\f c\nd\f")
-    make(tmp_path / "out", tmp_path / "x.txt", format=Format(split=split))
+    make(tmp_path / "out", tmp_path / "x.txt", format=DocumentFormat(split=split))
     assert texts_of(open_tokens(tmp_path / "out")) == expected
 
 
@@ -117,7 +117,7 @@ def test_examples_have_prompts_and_labels(tmp_path: Path) -> None:
         {"a": "two", "b": 3, "label": "no"},
         {"a": "two", "b": 4, "label": "yes"},
     )
-    form = Format("labelled", prompt="{a} and {b}?", completion=" {label}")
+    form = DocumentFormat("labelled", prompt="{a} and {b}?", completion=" {label}")
     facts = make(tmp_path / "out", source, format=form)[""]
     folder = open_tokens(tmp_path / "out")
     assert texts_of(folder) == ["one and 2? yes", "two and 3? no", "two and 4? yes"]
@@ -130,7 +130,7 @@ def test_examples_have_prompts_and_labels(tmp_path: Path) -> None:
 def test_equal_prompts_are_held_out_together(tmp_path: Path) -> None:
     records = [{"prompt": f"q{n}", "completion": f"{m}"} for n in range(60) for m in range(3)]
     source = lines(tmp_path / "x.jsonl", *records)
-    make(tmp_path / "out", source, format=Format("examples"), hold_out=0.3)
+    make(tmp_path / "out", source, format=DocumentFormat("examples"), hold_out=0.3)
     held = open_tokens(tmp_path / "out" / "heldout")
     prompts = [text[:-1] for text in texts_of(held)]
     assert all(prompts.count(p) == 3 for p in prompts)
@@ -144,10 +144,10 @@ def test_parquet_is_read_where_pyarrow_is(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         make(tmp_path / "out", tmp_path / "x.parquet")
     assert "x.parquet: row 2: 'text' is not a text" in problems(caught)[0]
-    make(tmp_path / "out", tmp_path / "x.parquet", format=Format(field="n"))
+    make(tmp_path / "out", tmp_path / "x.parquet", format=DocumentFormat(field="n"))
     assert texts_of(open_tokens(tmp_path / "out")) == ["1", "2", "3"]
     with pytest.raises(InputError, match="the table lacks columns"):
-        make(tmp_path / "no", tmp_path / "x.parquet", format=Format(field="body"))
+        make(tmp_path / "no", tmp_path / "x.parquet", format=DocumentFormat(field="body"))
     (tmp_path / "y.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(InputError, match="not Parquet"):
         make(tmp_path / "no", tmp_path / "y.parquet")
@@ -187,13 +187,13 @@ def test_all_problems_of_the_texts_come_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("format", "hint"),
     [
-        (Format(), "--field names"),
-        (Format("examples"), "--prompt '{KEY}' names"),
-        (Format("labelled", prompt="{q}"), "--completion '{KEY}' names"),
+        (DocumentFormat(), "--field names"),
+        (DocumentFormat("examples"), "--prompt '{KEY}' names"),
+        (DocumentFormat("labelled", prompt="{q}"), "--completion '{KEY}' names"),
     ],
 )
 def test_the_option_that_names_a_missing_key_is_told(
-    tmp_path: Path, format: Format, hint: str
+    tmp_path: Path, format: DocumentFormat, hint: str
 ) -> None:
     (tmp_path / "x.jsonl").write_text('{"q": "a", "label": "b"}\n')
     with pytest.raises(InputError, match=hint):
@@ -223,9 +223,9 @@ def test_long_documents_are_rejected_with_a_way_out(
     (tmp_path / "x.txt").write_text("a line of text\n" * 20)
     for split in ("file", "paragraph", "form-feed"):
         with pytest.raises(InputError, match="--split"):
-            make(tmp_path / "out", tmp_path / "x.txt", format=Format(split=split))
+            make(tmp_path / "out", tmp_path / "x.txt", format=DocumentFormat(split=split))
     facts = make(
-        tmp_path / "out", tmp_path / "x.txt", format=Format(split="line"), deduplicate=False
+        tmp_path / "out", tmp_path / "x.txt", format=DocumentFormat(split="line"), deduplicate=False
     )
     assert facts[""].documents == 20
 

@@ -12,7 +12,7 @@ from moecc.families import build
 from moecc.families.registry import parse_config
 from moecc.model.initialise import initialise
 from moecc.model.open import Model
-from moecc.train.tokens.documents import Format
+from moecc.train.tokens.documents import DocumentFormat
 from moecc.train.tokens.make import Making, make_tokens
 from moecc.weights.expr import sources
 
@@ -65,7 +65,7 @@ def make_corpus(out: Path) -> Path:
     """Write token folders ``train`` and ``heldout`` of the documentation, as bytes."""
     texts = (str(DOCS / "tour.md"), str(DOCS / "routing.md"))
     made = Making(
-        texts=texts, tokenizer="bytes", format=Format("documents", "text", "paragraph"),
+        texts=texts, tokenizer="bytes", format=DocumentFormat("documents", "text", "paragraph"),
         hold_out=0.2,
     )  # fmt: skip
     make_tokens(made, out)

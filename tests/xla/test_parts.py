@@ -17,7 +17,10 @@ import jax.numpy as jnp  # noqa: E402
 from moecc_backends.xla.backend import function  # noqa: E402
 from moecc_backends.xla.dispatch import blocks as expert_blocks  # noqa: E402
 from moecc_backends.xla.dispatch import parts  # noqa: E402
-from moecc_backends.xla.dispatch.parts import Parts, parts_of  # noqa: E402
+from moecc_backends.xla.dispatch.parts import (
+    ExpertParts,
+    parts_of,
+)
 from moecc_backends.xla.trace.context import Options  # noqa: E402
 
 TOKENS, EMBED, MLP, EXPERTS = 700, 4, 12, 4
@@ -73,11 +76,11 @@ def draw(graph: Graph) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @pytest.fixture
-def chosen(monkeypatch: pytest.MonkeyPatch) -> list[Parts]:
+def chosen(monkeypatch: pytest.MonkeyPatch) -> list[ExpertParts]:
     """Let every matrix be too large, and tell how experts are cut."""
-    found: list[Parts] = []
+    found: list[ExpertParts] = []
 
-    def told(*given: Any) -> Parts:
+    def told(*given: Any) -> ExpertParts:
         found.append(parts_of(*given))
         return found[-1]
 
@@ -101,17 +104,17 @@ def results(graph: Graph, options: Options, dtype: DType) -> tuple[Any, Any]:
     return y, (slopes[0], slopes[1][inputs["wanted"]])
 
 
-def test_parts_give_what_all_rows_at_once_give(chosen: list[Parts]) -> None:
+def test_parts_give_what_all_rows_at_once_give(chosen: list[ExpertParts]) -> None:
     with jax.enable_x64(True):
         found = results(layer(), BLOCKS, F64)
-        assert chosen[0] == Parts("mlp", 3)
+        assert chosen[0] == ExpertParts("mlp", 3)
         expected = results(layer(), Options("grouped", platform="cpu"), F64)
     for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         assert np.isfinite(other).all()
         np.testing.assert_allclose(other, one, rtol=1e-9, atol=1e-9)
 
 
-def test_parts_give_what_the_reference_gives(chosen: list[Parts]) -> None:
+def test_parts_give_what_the_reference_gives(chosen: list[ExpertParts]) -> None:
     params, inputs = draw(layer())
     inputs["x"][::5] = 0
     expected = run_reference(layer(), params=params, inputs=inputs)["y"]
@@ -133,13 +136,15 @@ LATE_BIAS = "\n  %late_o = add %o, %late : f32[{rows}, embed=4]"
     ],
     ids=["a bias behind the last product", "a norm over what is cut", "sums that are rounded"],
 )
-def test_what_cannot_be_cut_is_done_whole(chosen: list[Parts], graph: Graph, dtype: DType) -> None:
+def test_what_cannot_be_cut_is_done_whole(
+    chosen: list[ExpertParts], graph: Graph, dtype: DType
+) -> None:
     params, inputs = draw(graph)
     inputs["x"][::5] = 0
     with jax.enable_x64(True):
         run = function(graph, dtype=dtype, options=BLOCKS)
         found = np.asarray(jax.jit(run)(params, inputs)["y"], np.float64)
-    assert chosen == [Parts()] * len(chosen)
+    assert chosen == [ExpertParts()] * len(chosen)
     assert chosen
     if dtype is not BF16:
         expected = run_reference(graph, params=params, inputs=inputs)["y"]

@@ -46,7 +46,7 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Format:
+class DocumentFormat:
     """How documents are made of what files contain.
 
     Attributes:
@@ -121,7 +121,7 @@ def _inside(folder: Path, include: Sequence[str]) -> list[Path]:
 
 
 @dataclass
-class Reader:
+class DocumentReader:
     """Reads documents, file by file.
 
     Attributes:
@@ -130,7 +130,7 @@ class Reader:
       sources: the files that were read to their end.
     """
 
-    format: Format
+    format: DocumentFormat
     problems: Problems = field(default_factory=Problems)
     sources: list[SourceFile] = field(default_factory=list)
 
@@ -229,7 +229,7 @@ class Reader:
 
 
 def _key_fault(
-    record: Mapping[str, object], key: str, format: Format, where: str
+    record: Mapping[str, object], key: str, format: DocumentFormat, where: str
 ) -> Iterator[Problem]:
     if key not in record:
         keys = ", ".join(map(str, list(record)[:8])) or "no keys"
@@ -241,7 +241,7 @@ def _key_fault(
         yield Problem(f"{key!r} has half a surrogate pair", where, "characters of Unicode")
 
 
-def _other_key(key: str, format: Format) -> str:
+def _other_key(key: str, format: DocumentFormat) -> str:
     """Return how another key than one that is missing is named."""
     if format.kind == DOCUMENTS:
         return "--field names another key"

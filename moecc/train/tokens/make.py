@@ -21,7 +21,13 @@ from moecc.formats.output import output_folder
 from moecc.support.process import Closing
 from moecc.support.record import to_json
 from moecc.support.text import amount
-from moecc.train.tokens.documents import SPLITS, Document, Format, Reader, text_files
+from moecc.train.tokens.documents import (
+    SPLITS,
+    Document,
+    DocumentFormat,
+    DocumentReader,
+    text_files,
+)
 from moecc.train.tokens.encoders import Encoder, IdArray, open_encoder
 from moecc.train.tokens.folder import (
     COMPLETIONS,
@@ -194,7 +200,7 @@ class Making:
 
     texts: tuple[str, ...]
     tokenizer: str
-    format: Format = field(default_factory=Format)
+    format: DocumentFormat = field(default_factory=DocumentFormat)
     include: tuple[str, ...] = ()
     hold_out: float = 0.0
     deduplicate: bool = True
@@ -224,7 +230,7 @@ def make_tokens(
     with ExitStack() as stack:
         encoder = stack.enter_context(open_encoder(making.tokenizer))
         folder = stack.enter_context(output_folder(out, inputs=files, force=force))
-        return _Maker(making, encoder, folder, stack).make(files, progress)
+        return _TokenMaker(making, encoder, folder, stack).make(files, progress)
 
 
 def _check(making: Making) -> None:
@@ -241,13 +247,13 @@ def _check(making: Making) -> None:
         raise UsageError(problems)
 
 
-class _Maker:
+class _TokenMaker:
     """Writes one folder, or two."""
 
     def __init__(self, making: Making, encoder: Encoder, folder: Path, stack: ExitStack) -> None:
         self._making = making
         self._encoder = encoder
-        self._reader = Reader(making.format)
+        self._reader = DocumentReader(making.format)
         self._duplicates = {"": 0, TRAIN: 0, HELD_OUT: 0}
         self._hashes: set[int] = set()
         self._writers: dict[str, TokenWriter] = {}

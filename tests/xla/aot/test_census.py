@@ -13,7 +13,10 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 from jax import lax  # noqa: E402
 from moecc_backends.xla.aot.census import census  # noqa: E402
-from moecc_backends.xla.aot.hlo import Shape, parse_hlo  # noqa: E402
+from moecc_backends.xla.aot.hlo import (
+    HloShape,
+    parse_hlo,
+)
 
 
 def program(body: str, *, more: str = "") -> str:
@@ -259,7 +262,11 @@ def test_types_with_layouts_tuples_and_long_constants() -> None:
     )
     module = parse_hlo(program(body))
     made = module.computations["main"].instructions
-    assert made["p"].shapes == (Shape("bf16", (2, 3)), Shape("pred", ()), Shape("u8", (7,)))
+    assert made["p"].shapes == (
+        HloShape("bf16", (2, 3)),
+        HloShape("pred", ()),
+        HloShape("u8", (7,)),
+    )
     assert made["p"].size_bytes == 12 + 1 + 7
     assert made["c"].source == "a(b)={c"
     assert module.partitions == 8

@@ -15,7 +15,7 @@ from moecc.pipeline.text import Pipeline
 from moecc.plan.step import StepConfig
 from moecc.train.recipe import OptimizerSection
 from moecc.train.settings import StepSpec
-from moecc.train.state import Carried
+from moecc.train.state import CarriedMoments
 from moecc.types import F32, tensor
 from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import Source
@@ -93,7 +93,7 @@ def test_moments_are_those_of_training_on_copies(name: str) -> None:
         if kind != "count"
         for n, a in arrays.items()
     }
-    carried = Carried(sparse, step.optimizer.moment_types, 4, section.b1, section.b2)
+    carried = CarriedMoments(sparse, step.optimizer.moment_types, 4, section.b1, section.b2)
     assert moments is not None
     for kind, types in copies.optimizer.moment_types.items():
         for parameter in ("up", "down", "table", "head"):

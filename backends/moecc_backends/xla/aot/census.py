@@ -176,7 +176,7 @@ _OPAQUE_TARGETS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic", "__onedn
 
 
 @dataclass(frozen=True, slots=True)
-class Collective:
+class HloCollective:
     """One collective of the text.
 
     Attributes:
@@ -219,7 +219,7 @@ class Census:
       opaque: kernels that may multiply in a way that HLO does not tell, by name.
     """
 
-    collectives: tuple[Collective, ...]
+    collectives: tuple[HloCollective, ...]
     flops: int
     unknown_loops: int = 0
     opaque: Counter[str] = field(default_factory=Counter)
@@ -351,7 +351,7 @@ def _scheduled(where: Computation, counted: dict[str, list[Census]]) -> list[Cen
     ]  # fmt: skip
 
 
-def _once(collectives: Iterable[Collective]) -> Iterator[Collective]:
+def _once(collectives: Iterable[HloCollective]) -> Iterator[HloCollective]:
     """Yield collectives, of the parts of one only the first.
 
     A TPU that computes while it exchanges has a fusion for the beginning, one for each step and one
@@ -374,7 +374,7 @@ def _weight(counted: Census) -> tuple[int, int]:
 
 def _collective(
     module: Module, where: Computation, instruction: Instruction, kind: str
-) -> Collective:
+) -> HloCollective:
     shapes = [
         s for i in range(len(instruction.operands)) for s in where.operand(instruction, i).shapes
     ]
@@ -391,7 +391,7 @@ def _collective(
         full = max(s.size_bytes for s in shapes)
     dtype = shapes[0].dtype if shapes else instruction.shapes[0].dtype
     group = _group_size(module, instruction)
-    return Collective(kind, full, group, 1, dtype, instruction.source, _chain(instruction))
+    return HloCollective(kind, full, group, 1, dtype, instruction.source, _chain(instruction))
 
 
 def _chain(instruction: Instruction) -> str:

@@ -102,7 +102,7 @@ _TOO_LARGE = (
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class DeviceMemory:
     """The memory of one device, in bytes.
 
     Attributes:
@@ -159,7 +159,7 @@ class Compiled:
 
     lowered_seconds: float
     compiled_seconds: float
-    memory: Memory
+    memory: DeviceMemory
     hlo: str
     host_peak_bytes: int
 
@@ -217,7 +217,7 @@ def host_peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _memory(analysis: object, *, is_cpu: bool) -> Memory:
+def _memory(analysis: object, *, is_cpu: bool) -> DeviceMemory:
     arguments, outputs, aliased, temporaries, code = (
         int(getattr(analysis, f"{kind}_size_in_bytes"))
         for kind in ("argument", "output", "alias", "temp", "generated_code")
@@ -226,7 +226,7 @@ def _memory(analysis: object, *, is_cpu: bool) -> Memory:
     if is_cpu or not peak:
         # The peak that XLA's CPU compiler reports leaves the temporaries out.
         peak = arguments + outputs - aliased + temporaries
-    return Memory(arguments, outputs, aliased, temporaries, code, peak)
+    return DeviceMemory(arguments, outputs, aliased, temporaries, code, peak)
 
 
 def refusal(error: RuntimeError) -> Exception:

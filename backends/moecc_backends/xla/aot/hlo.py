@@ -32,7 +32,7 @@ _PARTITIONS = re.compile(r"num_partitions=(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class HloShape:
     """The type of an array: its element type, as HLO spells it, and its sizes."""
 
     dtype: str
@@ -63,7 +63,7 @@ class Instruction:
 
     name: str
     opcode: str
-    shapes: tuple[Shape, ...]
+    shapes: tuple[HloShape, ...]
     operands: tuple[str, ...]
     attributes: str
 
@@ -260,8 +260,8 @@ def _operands(text: str) -> tuple[str, ...]:
     return tuple(part.split()[-1] for part in text.split(","))
 
 
-def _shape(dtype: str, sizes: str) -> Shape:
-    return Shape(dtype, tuple(int(s.lstrip("<=")) for s in sizes.split(",") if s))
+def _shape(dtype: str, sizes: str) -> HloShape:
+    return HloShape(dtype, tuple(int(s.lstrip("<=")) for s in sizes.split(",") if s))
 
 
 def _closing(text: str, start: int) -> int:

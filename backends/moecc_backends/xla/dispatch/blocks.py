@@ -20,8 +20,8 @@ from jax.typing import DTypeLike
 
 from moecc.ir.graph import Node, Value
 from moecc.ir.traits import RowMove
-from moecc_backends.xla.dispatch.flat import Permutation, tokens_to_rows
-from moecc_backends.xla.dispatch.parts import Parts, ends_in_product, parts_of
+from moecc_backends.xla.dispatch.flat import RowPermutation, tokens_to_rows
+from moecc_backends.xla.dispatch.parts import ExpertParts, ends_in_product, parts_of
 from moecc_backends.xla.dispatch.sorted_rows import Deferral, Matrices, SortedRows, flat_matmul
 from moecc_backends.xla.dispatch.used_experts import sliced_by_expert
 from moecc_backends.xla.kernels.grouped_matmul import (
@@ -137,7 +137,7 @@ class BlockOfExpert:
 # A walk over blocks of rows sorted by expert, which adds up or writes what is made of each.
 
 
-class Made(NamedTuple):
+class BlockResult(NamedTuple):
     """What is made of a block, or of all: then of all rows, and some after them that mean nothing.
 
     Attributes:
@@ -166,7 +166,7 @@ class BlockAt(NamedTuple):
         return [jnp.asarray(i, self.first.dtype) for i in at]
 
 
-Work = Callable[["BlockOfExpert", "Mapping[Value, jax.Array]", BlockAt], Made]
+Work = Callable[["BlockOfExpert", "Mapping[Value, jax.Array]", BlockAt], BlockResult]
 """Makes something of a block and what its expert has of stacks, or a part of that."""
 
 
@@ -185,20 +185,20 @@ class BlockWalk:
 
     layout: SortedRows
     stacks: Mapping[Value, Named]
-    parts: Parts
+    parts: ExpertParts
     sizes: tuple[int, ...]
     work: Work
     owners: Sequence[Value]
 
-    def run(self, tokens: jax.Array) -> Made:
+    def run(self, tokens: jax.Array) -> BlockResult:
         """Return it, made once there are `tokens`."""
         counts, ends = self.layout.group_sizes, jnp.cumsum(self.layout.group_sizes)
 
-        def of_expert(expert: jax.Array, sums: Made) -> Made:
+        def of_expert(expert: jax.Array, sums: BlockResult) -> BlockResult:
             end, count = ends[expert], counts[expert]
             return self.parts.each(lambda part, s: self._walk(expert, part, end, count, s), sums)
 
-        def first_block() -> Made:
+        def first_block() -> BlockResult:
             return self._block_of(ends[0], 0, ends[0])(ends[0], self.sizes[0])
 
         shapes = jax.eval_shape(first_block)
@@ -208,22 +208,27 @@ class BlockWalk:
         return sums._replace(rows=rows, products=products)
 
     def _walk(
-        self, expert: jax.Array, part: jax.Array | int, end: jax.Array, count: jax.Array, sums: Made
-    ) -> Made:
+        self,
+        expert: jax.Array,
+        part: jax.Array | int,
+        end: jax.Array,
+        count: jax.Array,
+        sums: BlockResult,
+    ) -> BlockResult:
         """Return `sums` and what is made of the blocks of an expert, or of a part of it."""
         block = self._block_of(expert, part, end)
 
-        def step(first: jax.Array, size: int, sums: Made) -> Made:
+        def step(first: jax.Array, size: int, sums: BlockResult) -> BlockResult:
             return self._with_block(sums, block(first, size), BlockAt(expert, part, first), size)
 
         return cover_blocks(end - count, count, self.sizes, step, sums)
 
     def _block_of(
         self, expert: jax.Array, part: jax.Array | int, end: jax.Array
-    ) -> Callable[[jax.Array, int], Made]:
+    ) -> Callable[[jax.Array, int], BlockResult]:
         weights = {v: self.parts.of(x, expert, part) for v, x in self.stacks.items()}
 
-        def block(first: jax.Array, size: int) -> Made:
+        def block(first: jax.Array, size: int) -> BlockResult:
             choices = self.layout.permutation.choice_of_row
             choice = jax.lax.dynamic_slice_in_dim(choices, first, size)
             is_used = first + jnp.arange(size, dtype=first.dtype) < end
@@ -232,7 +237,9 @@ class BlockWalk:
 
         return block
 
-    def _with_block(self, sums: Made, result: Made, position: BlockAt, size: int) -> Made:
+    def _with_block(
+        self, sums: BlockResult, result: BlockResult, position: BlockAt, size: int
+    ) -> BlockResult:
         """Return what there is of all blocks so far, with one more."""
 
         def written(rows: jax.Array, block: jax.Array) -> jax.Array:
@@ -247,14 +254,14 @@ class BlockWalk:
 
         like = [self.stacks[v] for v in self.owners]
         owns = zip(sums.weights, result.weights, like, strict=True)
-        return Made(
+        return BlockResult(
             [written(*pair) for pair in zip(sums.rows, result.rows, strict=True)],
             [kept(*pair) for pair in zip(sums.products, result.products, strict=True)],
             [self.parts.with_own(*pair, position.expert, position.part) for pair in owns],
             [a + b for a, b in zip(sums.shared, result.shared, strict=True)],
         )
 
-    def _zeros(self, tokens: jax.Array, block: Made) -> Made:
+    def _zeros(self, tokens: jax.Array, block: BlockResult) -> BlockResult:
         """Return zeros of what is made of blocks like `block`, made once there are tokens."""
         rows = self.layout.permutation.choice_of_row.size
         salts = iter(range(1, 1 + sum(map(len, block))))
@@ -268,7 +275,7 @@ class BlockWalk:
             return zeros(x, shape, stored_as(x.dtype))
 
         owns = zip(block.weights, self.owners, strict=True)
-        return Made(
+        return BlockResult(
             [of_rows(x) for x in block.rows],
             [of_rows(x, self.parts.count) for x in block.products],
             [zeros(x, self.stacks[v].array.shape, x.dtype) for x, v in owns],
@@ -284,7 +291,7 @@ class BlockWalk:
 # Where matrices are large, an expert is done part by part (`moecc_backends.xla.dispatch.parts`).
 
 
-class Given(NamedTuple):
+class LayerArrays(NamedTuple):
     """All arrays that a layer is made of: a function with a gradient of its own closes over none.
 
     Attributes:
@@ -300,14 +307,14 @@ class Given(NamedTuple):
     experts: jax.Array | None
     slots: jax.Array | None
     wanted: jax.Array | None
-    permutation: Permutation | None
+    permutation: RowPermutation | None
     group_sizes: jax.Array | None
     arrays: list[jax.Array | None]
     gates: jax.Array | None
 
 
 @dataclass(frozen=True)
-class Layer:
+class ExpertLayer:
     """The experts of a routing.
 
     Attributes:
@@ -320,7 +327,7 @@ class Layer:
     rows: DeferredRows
     operands: Mapping[Value, Named]
     like: SortedRows
-    parts: Parts
+    parts: ExpertParts
 
     @property
     def row_axes(self) -> tuple[str, ...]:
@@ -348,7 +355,7 @@ class Layer:
         rows = self.like.permutation.choice_of_row.size
         return cover_sizes(rows, self.like.group_sizes.size)
 
-    def layout(self, inputs: Given) -> SortedRows:
+    def layout(self, inputs: LayerArrays) -> SortedRows:
         """Return the sorted rows, and rows without a token where the last block may end."""
         assert inputs.experts is not None
         assert inputs.slots is not None
@@ -364,12 +371,12 @@ class Layer:
             self.like, routing=routing, permutation=permutation, group_sizes=inputs.group_sizes
         )
 
-    def outside(self, inputs: Given) -> dict[Value, Named]:
+    def outside(self, inputs: LayerArrays) -> dict[Value, Named]:
         """Return what the rows are made of."""
         arrays = zip(self.operands.items(), inputs.arrays, strict=True)
         return {v: Named(array, x.axes) for (v, x), array in arrays if array is not None}
 
-    def stacks(self, inputs: Given) -> dict[Value, Named]:
+    def stacks(self, inputs: LayerArrays) -> dict[Value, Named]:
         """Return what has a part for each expert, with the experts in front."""
         stacks = sliced_by_expert(self.rows, self.outside(inputs))
         return {v: x.to(("expert", *_rest(x))) for v, x in stacks.items()}
@@ -380,23 +387,23 @@ class Layer:
         assert isinstance(result, Rows), "`permute` made rows"
         return result.inner().to(("rows", *self.row_axes)).array
 
-    def combined(self, inputs: Given, rows: jax.Array) -> jax.Array:
+    def combined(self, inputs: LayerArrays, rows: jax.Array) -> jax.Array:
         """Return what each token gets of the rows of all experts."""
         layout = self.layout(inputs)
         return layout.unpermute(Rows(rows, self.row_axes, layout), inputs.gates).to(self.axes).array
 
-    def at_once(self, inputs: Given) -> jax.Array:
+    def at_once(self, inputs: LayerArrays) -> jax.Array:
         """Return what each token gets, by one operation on all rows after the other."""
         return self.combined(inputs, self.made(self.outside(inputs), self.layout(inputs)))
 
-    def by_block(self, inputs: Given) -> jax.Array:
+    def by_block(self, inputs: LayerArrays) -> jax.Array:
         """Return what each token gets, by one block after the other."""
         outside = self.outside(inputs)
 
         def work(
             block: BlockOfExpert, weights: Mapping[Value, jax.Array], position: BlockAt
-        ) -> Made:
-            return Made([self.made({**outside, **self.named(weights)}, block)])
+        ) -> BlockResult:
+            return BlockResult([self.made({**outside, **self.named(weights)}, block)])
 
         return self.combined(inputs, self.walk(inputs, work).rows[0])
 
@@ -411,7 +418,7 @@ class Layer:
             for v, x in weights.items()
         }
 
-    def walk(self, inputs: Given, work: Work, owners: Sequence[Value] = ()) -> Made:
+    def walk(self, inputs: LayerArrays, work: Work, owners: Sequence[Value] = ()) -> BlockResult:
         """Return what `work` makes of all blocks; `own` are of the stacks `owners`."""
         tokens = self.outside(inputs)[self.moves[0].operands[0]].array
         stacks = self.stacks(inputs)
@@ -436,21 +443,23 @@ _MANY_ROWS = 128
 """From this many rows on it is quicker to sum over the first axis of both than to transpose one
 (``benchmarks/moe_layer.py``)."""
 
-Kept = tuple[Given, jax.Array, Sequence[jax.Array]]
+Residuals = tuple[LayerArrays, jax.Array, Sequence[jax.Array]]
 """What a layer is given, its rows in their order, and the products that they are made of."""
 
 
-def has_gradient_by_block(inputs: Given) -> bool:
+def has_gradient_by_block(inputs: LayerArrays) -> bool:
     """Whether sums in the types of the weights are wide enough, and no mesh has parts of them."""
     floats = [a for a in inputs.arrays if a is not None and _is_float(a)]
     return all(a.dtype.itemsize >= 4 and not varies(a) for a in floats)
 
 
-def forward(layer: Layer, inputs: Given) -> tuple[jax.Array, Kept]:
+def forward(layer: ExpertLayer, inputs: LayerArrays) -> tuple[jax.Array, Residuals]:
     """Return what each token gets, and what the gradient needs."""
     outside = layer.outside(inputs)
 
-    def work(block: BlockOfExpert, weights: Mapping[Value, jax.Array], position: BlockAt) -> Made:
+    def work(
+        block: BlockOfExpert, weights: Mapping[Value, jax.Array], position: BlockAt
+    ) -> BlockResult:
         products: list[jax.Array] = []
 
         def product(rows: jax.Array, matrix: jax.Array, axis: int) -> jax.Array:
@@ -459,14 +468,14 @@ def forward(layer: Layer, inputs: Given) -> tuple[jax.Array, Kept]:
 
         values = {**outside, **layer.named(weights)}
         result = layer.made(values, replace(block, product=product))
-        return Made([result], products[:-1] if layer.ends_in_product else products)
+        return BlockResult([result], products[:-1] if layer.ends_in_product else products)
 
     every = layer.walk(inputs, work)
     rows = checkpoint_name(every.rows[0], "experts")
     return layer.combined(inputs, rows), (inputs, rows, every.products)
 
 
-def backward(layer: Layer, residuals: Kept, d_total: jax.Array) -> tuple[Given]:
+def backward(layer: ExpertLayer, residuals: Residuals, d_total: jax.Array) -> tuple[LayerArrays]:
     """Return the cotangents of what a layer is given."""
     inputs, rows, products = residuals
     _, pull = jax.vjp(lambda r, g: layer.combined(inputs._replace(gates=g), r), rows, inputs.gates)
@@ -477,7 +486,9 @@ def backward(layer: Layer, residuals: Kept, d_total: jax.Array) -> tuple[Given]:
     of_expert = [v for v in smooth if v in stacks]
     shared = [v for v in smooth if v not in stacks]
 
-    def work(block: BlockOfExpert, weights: Mapping[Value, jax.Array], position: BlockAt) -> Made:
+    def work(
+        block: BlockOfExpert, weights: Mapping[Value, jax.Array], position: BlockAt
+    ) -> BlockResult:
         size = block.choice_of_row.size
         moved = dispatched(layer, outside, block)
         mine = [_of_block(p, d_rows.shape[0], position, size) for p in products]
@@ -485,7 +496,7 @@ def backward(layer: Layer, residuals: Kept, d_total: jax.Array) -> tuple[Given]:
         def made(
             rows: list[jax.Array], each: list[jax.Array], all_read: list[jax.Array]
         ) -> jax.Array:
-            again = replace(block, product=_Kept(iter(mine), block.is_used))
+            again = replace(block, product=_SavedProducts(iter(mine), block.is_used))
             values: dict[Value, Operand] = {**outside, **layer.named(weights)}
             values |= layer.named(dict(zip(of_expert, each, strict=True)))
             values |= {v: Named(a, outside[v].axes) for v, a in zip(shared, all_read, strict=True)}
@@ -501,7 +512,7 @@ def backward(layer: Layer, residuals: Kept, d_total: jax.Array) -> tuple[Given]:
         )
         d_block = jax.lax.dynamic_slice_in_dim(d_rows, position.first, size)
         d_moved, d_own, d_shared = pull(zeroed(d_block, block.is_used))
-        return Made(d_moved, (), d_own, d_shared)
+        return BlockResult(d_moved, (), d_own, d_shared)
 
     sums = layer.walk(inputs, work, of_expert)
     cotangents = dict(zip(shared, sums.shared, strict=True))
@@ -510,11 +521,11 @@ def backward(layer: Layer, residuals: Kept, d_total: jax.Array) -> tuple[Given]:
     for v, array in _of_tokens(layer, inputs, sums.rows).items():
         cotangents[v] = cotangents[v] + array if v in cotangents else array
     arrays = [cotangents.get(v) for v in outside]
-    return (Given(None, None, None, None, None, arrays, d_gates),)
+    return (LayerArrays(None, None, None, None, None, arrays, d_gates),)
 
 
 def dispatched(
-    layer: Layer, outside: Mapping[Value, Named], layout: DispatchLayout
+    layer: ExpertLayer, outside: Mapping[Value, Named], layout: DispatchLayout
 ) -> dict[Value, Rows]:
     """Return the rows that are gathered from tokens, in a layout."""
     moved = {
@@ -523,7 +534,9 @@ def dispatched(
     return {v: x for v, x in moved.items() if isinstance(x, Rows)}
 
 
-def _of_tokens(layer: Layer, inputs: Given, d_moved: Sequence[jax.Array]) -> dict[Value, jax.Array]:
+def _of_tokens(
+    layer: ExpertLayer, inputs: LayerArrays, d_moved: Sequence[jax.Array]
+) -> dict[Value, jax.Array]:
     """Return the cotangents of tokens, of those of the rows that were gathered from them."""
     outside, layout = layer.outside(inputs), layer.layout(inputs)
     sources = list(dict.fromkeys(n.operands[0] for n in layer.moves))
@@ -547,7 +560,7 @@ def _is_float(array: jax.Array) -> bool:
     return bool(jnp.issubdtype(array.dtype, jnp.floating))
 
 
-class _Kept:
+class _SavedProducts:
     """Products in the order in which they were kept, as functions of what made them."""
 
     def __init__(self, products: Iterator[jax.Array], is_used: jax.Array) -> None:
@@ -561,17 +574,17 @@ class _Kept:
         product = next(self.products, None)
         if product is None:
             product = jnp.zeros((rows.shape[0], matrix.shape[1 - axis]), rows.dtype)
-        return _kept(rows, matrix, product, used, axis)
+        return _saved_product(rows, matrix, product, used, axis)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _kept(
+def _saved_product(
     rows: jax.Array, matrix: jax.Array, product: jax.Array, is_used: jax.Array, axis: int
 ) -> jax.Array:
     return product
 
 
-def _kept_backward(
+def _saved_product_backward(
     axis: int, residuals: tuple[jax.Array, jax.Array, jax.Array], d_product: jax.Array
 ) -> tuple[jax.Array, jax.Array, None, None]:
     rows, matrix, is_used = residuals
@@ -589,9 +602,9 @@ def _outer_product_of_many(rows: jax.Array, d_rows: jax.Array, axis: int) -> jax
     return jax.lax.dot_general(left, right, dimensions, preferred_element_type=kind)
 
 
-_kept.defvjp(
+_saved_product.defvjp(
     lambda rows, matrix, product, is_used, axis: (product, (rows, matrix, is_used)),
-    _kept_backward,
+    _saved_product_backward,
 )
 
 
@@ -604,8 +617,8 @@ class ExpertBlocks(Deferral):
         assert isinstance(rows, DeferredRows), "`permute` makes no rows"
         sorted_rows = SortedRows.of(self.routing, grouped_matmul)
         outside = rows.outside()
-        layer = Layer(rows, outside, sorted_rows, parts_of(rows, outside))
-        inputs = Given(
+        layer = ExpertLayer(rows, outside, sorted_rows, parts_of(rows, outside))
+        inputs = LayerArrays(
             self.routing.experts,
             self.routing.slots,
             self.routing.wanted,
@@ -621,7 +634,7 @@ class ExpertBlocks(Deferral):
         return ExpertBlocks(self.routing.of_experts(first, count))
 
 
-def _with_gradient(layer: Layer, inputs: Given) -> jax.Array:
+def _with_gradient(layer: ExpertLayer, inputs: LayerArrays) -> jax.Array:
     if not layer.like.routing.num_choices:
         return layer.at_once(inputs)
     differentiable = jax.custom_vjp(layer.by_block)

@@ -11,7 +11,7 @@ from typing import Self
 import jax
 
 from moecc_backends.xla.dispatch.flat import (
-    Permutation,
+    RowPermutation,
     capacity_permutation,
     slots_to_tokens,
     tokens_to_slots,
@@ -35,7 +35,7 @@ class CapacitySlots:
     poison: bool = False
 
     @cached_property
-    def permutation(self) -> Permutation:
+    def permutation(self) -> RowPermutation:
         """The map between choices and slots, experts first, as a batched product takes them."""
         routing = self.routing
         experts, groups, limit = routing.slot_shape

@@ -93,7 +93,7 @@ class SortedChoices(NamedTuple):
     group_sizes: jax.Array
 
 
-class Permutation(NamedTuple):
+class RowPermutation(NamedTuple):
     """A partial one-to-one map between choices and rows; -1 stands for "none".
 
     Attributes:
@@ -143,12 +143,12 @@ def rank_in_expert(sorted_choices: SortedChoices, experts: jax.Array) -> jax.Arr
     return sorted_choices.inverse - starts[experts]
 
 
-def sorted_permutation(sorted_choices: SortedChoices) -> Permutation:
+def sorted_permutation(sorted_choices: SortedChoices) -> RowPermutation:
     """Give every choice its row of the sorted order; rows ``[tokens * choices]``."""
     order, inverse, group_sizes = sorted_choices
     num_assigned = jnp.sum(group_sizes)
     index = jnp.arange(order.size, dtype=jnp.int32)
-    return Permutation(
+    return RowPermutation(
         jnp.where(index < num_assigned, order, -1),
         jnp.where(inverse < num_assigned, inverse, -1),
     )
@@ -162,7 +162,7 @@ def capacity_permutation(
     groups: int = 1,
     *,
     expert_major: bool = False,
-) -> Permutation:
+) -> RowPermutation:
     """Give the choices ``[tokens, choice]`` their rows ``[groups * experts * capacity]``.
 
     `slots` is the slot of each choice within its group and expert, or -1 where it was dropped;
@@ -180,4 +180,4 @@ def capacity_permutation(
     target = jnp.where(row >= 0, row, num_rows).reshape(-1)
     choice = jnp.arange(row.size, dtype=jnp.int32)
     choice_of_row = jnp.full(num_rows, -1, jnp.int32).at[target].set(choice, mode="drop")
-    return Permutation(choice_of_row, row)
+    return RowPermutation(choice_of_row, row)

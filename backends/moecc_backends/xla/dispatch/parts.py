@@ -37,7 +37,7 @@ Carry = TypeVar("Carry")
 
 
 @dataclass(frozen=True)
-class Parts:
+class ExpertParts:
     """How an expert is cut.
 
     Attributes:
@@ -96,7 +96,7 @@ class Parts:
         return [jnp.asarray(i, expert.dtype) for i in at.values()], tuple(sizes.values())
 
 
-def parts_of(rows: DeferredRows, operands: Mapping[Value, Named]) -> Parts:
+def parts_of(rows: DeferredRows, operands: Mapping[Value, Named]) -> ExpertParts:
     """Choose how the experts that make `rows` of `operands` are cut: not at all, if need not be.
 
     Sums of narrow types are not cut, since each part would be rounded.
@@ -104,14 +104,14 @@ def parts_of(rows: DeferredRows, operands: Mapping[Value, Named]) -> Parts:
     stacks = sliced_by_expert(rows, operands)
     arrays = [x.array for x in operands.values() if jnp.issubdtype(x.array.dtype, jnp.floating)]
     if any(a.dtype.itemsize < 4 for a in arrays):
-        return Parts()
+        return ExpertParts()
     widths = {
         n: size for x in stacks.values() for n, size in zip(x.axes, x.array.shape, strict=True)
     }
     for axis, width in widths.items():
         if axis != "expert" and _can_cut(rows, stacks, axis):
-            return Parts(axis, _count(_largest(stacks, axis), width))
-    return Parts()
+            return ExpertParts(axis, _count(_largest(stacks, axis), width))
+    return ExpertParts()
 
 
 def ends_in_product(rows: DeferredRows, stacks: Mapping[Value, Named]) -> bool:

@@ -28,7 +28,7 @@ from moecc.ir.traits import Collective, RowMove
 from moecc.sharding.vias import ROUND_ROOM
 from moecc.types import Extent
 from moecc_backends.xla.dispatch.choose import region, why_meets
-from moecc_backends.xla.dispatch.flat import Permutation, rows_to_tokens
+from moecc_backends.xla.dispatch.flat import RowPermutation, rows_to_tokens
 from moecc_backends.xla.dispatch.sorted_rows import Deferral, ExchangeRecord, SortedRows, sum_rows
 from moecc_backends.xla.mesh.all_to_all import (
     ExchangeMap,
@@ -39,7 +39,7 @@ from moecc_backends.xla.mesh.all_to_all import (
     send,
     send_back,
 )
-from moecc_backends.xla.trace.context import Context, DeviceView, zeros_like_on_devices
+from moecc_backends.xla.trace.context import DeviceView, TraceContext, zeros_like_on_devices
 from moecc_backends.xla.trace.routing import Routing
 from moecc_backends.xla.trace.typed_jax import PyTree, varies
 from moecc_backends.xla.trace.values import (
@@ -98,7 +98,7 @@ class _Routed(NamedTuple):
     """
 
     experts: jax.Array
-    permutation: Permutation
+    permutation: RowPermutation
     sizes: jax.Array
     others: list[jax.Array]
 
@@ -256,13 +256,13 @@ class _Rounds:
 
 
 def rows_in_round(
-    permutation: Permutation,
+    permutation: RowPermutation,
     experts: jax.Array,
     sizes: jax.Array,
     mesh: Mesh,
     turn: jax.Array,
     rows: int,
-) -> Permutation:
+) -> RowPermutation:
     """Return the choices whose rows are sent in a round, ``[devices * rows]``, by device.
 
     Args:
@@ -282,7 +282,7 @@ def rows_in_round(
     device = jnp.clip(experts // (sizes.shape[1] // devices), 0, devices - 1)
     at = permutation.row_of_choice - starts[device] - first
     is_now = (permutation.row_of_choice >= 0) & (at >= 0) & (at < rows)
-    return Permutation(
+    return RowPermutation(
         jnp.where(index < sent[:, None], choice, -1).reshape(-1),
         jnp.where(is_now, device * rows + at, -1).astype(jnp.int32),
     )
@@ -291,7 +291,7 @@ def rows_in_round(
 # Sorted rows on a mesh: sent to the devices of their experts, and back.
 
 
-def send_rows(ctx: Context, node: Node, x: Rows, layout: SortedRows) -> Rows:
+def send_rows(ctx: TraceContext, node: Node, x: Rows, layout: SortedRows) -> Rows:
     """Return the rows that all devices have for the local experts, sorted by expert."""
     map, spec = layout.sends or _at_once(ctx, node, x, layout)
     mesh = frozenset(spec.mesh)
@@ -301,7 +301,7 @@ def send_rows(ctx: Context, node: Node, x: Rows, layout: SortedRows) -> Rows:
         routing=replace(
             layout.routing, num_experts=layout.routing.num_experts // ctx.view.mesh.size(spec.mesh)
         ),
-        permutation=Permutation(map.arrival_of_row, jnp.full_like(layout.routing.experts, -1)),
+        permutation=RowPermutation(map.arrival_of_row, jnp.full_like(layout.routing.experts, -1)),
         group_sizes=map.group_sizes,
         exchange=ExchangeRecord(layout, map, spec),
         sends=None,
@@ -312,7 +312,7 @@ def send_rows(ctx: Context, node: Node, x: Rows, layout: SortedRows) -> Rows:
 
 
 def _at_once(
-    ctx: Context, node: Node, x: Rows, layout: SortedRows
+    ctx: TraceContext, node: Node, x: Rows, layout: SortedRows
 ) -> tuple[ExchangeMap, ExchangeSpec]:
     """Return how all rows are exchanged at once, with room for all that can arrive."""
     mesh, count = CollectiveOp.of_node(node).mesh, x.array.shape[0]
@@ -332,7 +332,7 @@ def send_rows_back(x: Rows, layout: SortedRows) -> Rows:
     return Rows(flat.reshape(-1, *x.array.shape[1:]), x.axes, record.origin)
 
 
-def local_rows(ctx: Context, node: Node, x: Rows, layout: SortedRows) -> Rows:
+def local_rows(ctx: TraceContext, node: Node, x: Rows, layout: SortedRows) -> Rows:
     """Return the rows of the local experts, of rows that every device has for all of them."""
     mesh = CollectiveOp.of_node(node).mesh
     assert ctx.view.mesh is not None, "without a mesh all experts are local"

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from moecc_backends.xla.dispatch.flat import (
-    Permutation,
+    RowPermutation,
     gathered_matmul,
     rows_to_tokens,
     sort_by_expert,
@@ -43,7 +43,7 @@ from moecc_backends.xla.trace.values import (
 
 
 @jax.custom_vjp
-def permute(tokens: jax.Array, permutation: Permutation) -> jax.Array:
+def permute(tokens: jax.Array, permutation: RowPermutation) -> jax.Array:
     """Copy ``[tokens, embed]`` into ``[rows, embed]``; rows without a token are zero."""
     return _take(tokens, permutation.token_of_row, permutation.choice_of_row >= 0)
 
@@ -55,14 +55,14 @@ permute.defvjp(
 
 
 @jax.custom_vjp
-def permute_choices(values: jax.Array, permutation: Permutation) -> jax.Array:
+def permute_choices(values: jax.Array, permutation: RowPermutation) -> jax.Array:
     """Copy ``[tokens, choice]`` into ``[rows]``; rows without a token have zero."""
     choice = permutation.choice_of_row
     return jnp.where(choice >= 0, jnp.take(values.reshape(-1), choice, mode="clip"), 0)
 
 
 def _permute_choices_backward(
-    permutation: Permutation, d_rows: jax.Array
+    permutation: RowPermutation, d_rows: jax.Array
 ) -> tuple[jax.Array, None]:
     row = permutation.row_of_choice
     return jnp.where(row >= 0, jnp.take(d_rows, row, mode="clip"), 0), None
@@ -74,7 +74,7 @@ permute_choices.defvjp(
 )
 
 
-def sum_rows(rows: jax.Array, permutation: Permutation, gates: jax.Array | None) -> jax.Array:
+def sum_rows(rows: jax.Array, permutation: RowPermutation, gates: jax.Array | None) -> jax.Array:
     """Sum the rows ``[rows, embed]`` of each token, as they are or weighted with `gates`."""
     if gates is None:
         return unpermute_weighted(rows, permutation)
@@ -82,7 +82,7 @@ def sum_rows(rows: jax.Array, permutation: Permutation, gates: jax.Array | None)
 
 
 @jax.custom_vjp
-def unpermute_weighted(rows: jax.Array, permutation: Permutation) -> jax.Array:
+def unpermute_weighted(rows: jax.Array, permutation: RowPermutation) -> jax.Array:
     """Sum the rows ``[rows, embed]`` of each token, of which nothing is kept for the gradient."""
     return _sum_choices(rows, permutation, None)
 
@@ -97,7 +97,7 @@ unpermute_weighted.defvjp(
 
 
 @jax.custom_vjp
-def unpermute(rows: jax.Array, permutation: Permutation, gates: jax.Array) -> jax.Array:
+def unpermute(rows: jax.Array, permutation: RowPermutation, gates: jax.Array) -> jax.Array:
     """Sum the rows ``[rows, embed]`` of each token, weighted with `gates` ``[tokens, choice]``.
 
     A choice without a row contributes nothing. The sum runs in float32 at least.
@@ -106,7 +106,7 @@ def unpermute(rows: jax.Array, permutation: Permutation, gates: jax.Array) -> ja
 
 
 def _unpermute_backward(
-    residuals: tuple[jax.Array, Permutation, jax.Array], d_tokens: jax.Array
+    residuals: tuple[jax.Array, RowPermutation, jax.Array], d_tokens: jax.Array
 ) -> tuple[jax.Array, None, jax.Array]:
     rows, permutation, gates = residuals
     kind, has_row = accumulator(rows.dtype), permutation.choice_of_row >= 0
@@ -135,7 +135,7 @@ def _take(values: jax.Array, index: jax.Array, is_valid: jax.Array) -> jax.Array
     return load(jnp.where(is_valid[:, None], rows, 0), values.dtype)
 
 
-def _terms(rows: jax.Array, permutation: Permutation) -> Iterator[jax.Array]:
+def _terms(rows: jax.Array, permutation: RowPermutation) -> Iterator[jax.Array]:
     """Yield the rows of the tokens' first choices, of their second ones, and so on."""
     # One gather a choice, not one of all: XLA fuses the terms of a sum and stores none of them.
     for choice in range(permutation.row_of_choice.shape[1]):
@@ -143,7 +143,9 @@ def _terms(rows: jax.Array, permutation: Permutation) -> Iterator[jax.Array]:
         yield _take(rows, row, row >= 0)
 
 
-def _sum_choices(rows: jax.Array, permutation: Permutation, gates: jax.Array | None) -> jax.Array:
+def _sum_choices(
+    rows: jax.Array, permutation: RowPermutation, gates: jax.Array | None
+) -> jax.Array:
     kind = accumulator(rows.dtype)
     terms = (
         term.astype(kind)
@@ -172,7 +174,7 @@ class PermutedRows:
     """
 
     routing: Routing
-    permutation: Permutation
+    permutation: RowPermutation
 
     @classmethod
     def unsorted(cls, routing: Routing) -> PermutedRows:
@@ -180,7 +182,7 @@ class PermutedRows:
         row = jnp.arange(routing.num_choices, dtype=jnp.int32)
         if routing.assigned is not None:
             row = jnp.where(routing.assigned.reshape(-1), row, -1)
-        return cls(routing, Permutation(row, row.reshape(routing.experts.shape)))
+        return cls(routing, RowPermutation(row, row.reshape(routing.experts.shape)))
 
     @property
     def is_used(self) -> jax.Array:

@@ -39,12 +39,12 @@ from moecc_backends.xla.kernels.attention import (
 )
 from moecc_backends.xla.lower.contract import softmax
 from moecc_backends.xla.trace.arrays import broadcast_like, einsum, lifted, lifted_all
-from moecc_backends.xla.trace.context import AUTO, DIRECT, Context, lowering
+from moecc_backends.xla.trace.context import AUTO, DIRECT, TraceContext, lowering
 from moecc_backends.xla.trace.values import Named, Operand, Rows, accumulator
 
 
 @lowering("rope")
-def _rope(ctx: Context, node: Node, positions: Operand) -> tuple[Operand, ...]:
+def _rope(ctx: TraceContext, node: Node, positions: Operand) -> tuple[Operand, ...]:
     attrs = RopeOp.of_node(node)
     wide = accumulator(ctx.dtype)
 
@@ -89,7 +89,7 @@ def _rates(attrs: RopeOp, positions: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 
 @lowering("rotate")
-def _rotate(ctx: Context, node: Node, x: Operand, *tables: Operand) -> Operand:
+def _rotate(ctx: TraceContext, node: Node, x: Operand, *tables: Operand) -> Operand:
     def turn(full: Named) -> Named:
         at = full.axes.index(RotateOp.of_node(node).axis)
         first, second = jnp.split(full.array, 2, axis=at)
@@ -101,7 +101,7 @@ def _rotate(ctx: Context, node: Node, x: Operand, *tables: Operand) -> Operand:
 
 
 @lowering("causal")
-def _causal(ctx: Context, node: Node, query: Operand, key: Operand) -> Operand:
+def _causal(ctx: TraceContext, node: Node, query: Operand, key: Operand) -> Operand:
     attrs = CausalOp.of_node(node)
 
     def compare(q: Named, k: Named) -> Named:
@@ -116,7 +116,7 @@ def _causal(ctx: Context, node: Node, query: Operand, key: Operand) -> Operand:
 
 
 @lowering("same_segment")
-def _same_segment(ctx: Context, node: Node, query: Operand, key: Operand) -> Operand:
+def _same_segment(ctx: TraceContext, node: Node, query: Operand, key: Operand) -> Operand:
     def compare(q: Named, k: Named) -> Named:
         axes = _both(q, k)
         queries = q.over(axes)
@@ -126,7 +126,7 @@ def _same_segment(ctx: Context, node: Node, query: Operand, key: Operand) -> Ope
 
 
 @lowering("relative_buckets")
-def _relative_buckets(ctx: Context, node: Node, query: Operand, key: Operand) -> Operand:
+def _relative_buckets(ctx: TraceContext, node: Node, query: Operand, key: Operand) -> Operand:
     attrs = RelativeBucketsOp.of_node(node)
     both = attrs.bidirectional
 
@@ -164,7 +164,7 @@ def _crossed(query: Operand, key: Operand, compare: Callable[[Named, Named], Nam
 
 
 @lowering("attention", names_result=True)
-def _attention(ctx: Context, node: Node, *operands: Named) -> Named:
+def _attention(ctx: TraceContext, node: Node, *operands: Named) -> Named:
     attrs = AttentionOp.of_node(node)
     query, key, value, *more = operands
     extras = dict(zip(attrs.given, more, strict=True))
@@ -179,14 +179,14 @@ def _attention(ctx: Context, node: Node, *operands: Named) -> Named:
     return Named(mixed.reshape([axis_sizes[a] for a in axes.result]), axes.result)
 
 
-def _program(ctx: Context, query: Named) -> Program:
+def _program(ctx: TraceContext, query: Named) -> Program:
     """Return what decides a kernel besides the attention itself."""
     dtype = next(name for name, kind in DTYPES.items() if kind.numpy == query.array.dtype)
     on_mesh = ctx.view.mesh is not None
     return Program(ctx.options.target, dtype, ctx.interceptor is not DIRECT, on_mesh)
 
 
-def _kernel(ctx: Context, node: Node, facts: AttentionFacts) -> str:
+def _kernel(ctx: TraceContext, node: Node, facts: AttentionFacts) -> str:
     """Return the kernel that is chosen, or forced.
 
     Raises:
@@ -209,22 +209,22 @@ def _kernel(ctx: Context, node: Node, facts: AttentionFacts) -> str:
     return forced
 
 
-def _splash(ctx: Context, rule: AttentionRule, arrays: AttentionArrays) -> jax.Array:
+def _splash(ctx: TraceContext, rule: AttentionRule, arrays: AttentionArrays) -> jax.Array:
     # Pallas takes a second to import.
     from moecc_backends.xla.kernels.attention import splash_attention
 
     return splash_attention(rule, arrays, interpret=ctx.options.target != "tpu")
 
 
-def _cudnn(ctx: Context, rule: AttentionRule, arrays: AttentionArrays) -> jax.Array:
+def _cudnn(ctx: TraceContext, rule: AttentionRule, arrays: AttentionArrays) -> jax.Array:
     return cudnn_attention(rule, arrays)
 
 
-def _blocks(ctx: Context, rule: AttentionRule, arrays: AttentionArrays) -> jax.Array:
+def _blocks(ctx: TraceContext, rule: AttentionRule, arrays: AttentionArrays) -> jax.Array:
     return block_attention(replace(rule, by_key=ctx.options.target == "cpu"), arrays)
 
 
-_RUN: dict[str, Callable[[Context, AttentionRule, AttentionArrays], jax.Array]] = {
+_RUN: dict[str, Callable[[TraceContext, AttentionRule, AttentionArrays], jax.Array]] = {
     "splash": _splash,
     "cudnn": _cudnn,
     "blocks": _blocks,

@@ -22,7 +22,7 @@ from moecc.ir.ops.axes import (
     UpdateSliceOp,
 )
 from moecc_backends.xla.trace.arrays import lifted, with_masked_rows
-from moecc_backends.xla.trace.context import Context, DeviceView, lowering
+from moecc_backends.xla.trace.context import DeviceView, TraceContext, lowering
 from moecc_backends.xla.trace.typed_jax import varies
 from moecc_backends.xla.trace.values import (
     Deferred,
@@ -37,7 +37,7 @@ Array = jax.Array
 
 
 @lowering("rename")
-def _rename(ctx: Context, node: Node, x: Operand) -> Operand:
+def _rename(ctx: TraceContext, node: Node, x: Operand) -> Operand:
     attrs = RenameOp.of_node(node)
     old, new = attrs.axis, attrs.to
     axes = tuple(new if a == old else a for a in x.axes)
@@ -45,7 +45,7 @@ def _rename(ctx: Context, node: Node, x: Operand) -> Operand:
 
 
 @lowering("split")
-def _split(ctx: Context, node: Node, x: Operand) -> Operand:
+def _split(ctx: TraceContext, node: Node, x: Operand) -> Operand:
     names = tuple(n for n, _ in SplitOp.of_node(node).into)
     sizes = tuple(s for _, s in ctx.view.attrs(node)["into"])
 
@@ -58,7 +58,7 @@ def _split(ctx: Context, node: Node, x: Operand) -> Operand:
 
 
 @lowering("merge")
-def _merge(ctx: Context, node: Node, x: Operand) -> Operand:
+def _merge(ctx: TraceContext, node: Node, x: Operand) -> Operand:
     attrs = MergeOp.of_node(node)
     parts: tuple[str, ...] = attrs.axes
 
@@ -76,7 +76,7 @@ def _merge(ctx: Context, node: Node, x: Operand) -> Operand:
 
 
 @lowering("slice")
-def _slice(ctx: Context, node: Node, x: Operand) -> Operand:
+def _slice(ctx: TraceContext, node: Node, x: Operand) -> Operand:
     attrs = SliceOp.of_node(node)
 
     def cut(full: Named) -> Named:
@@ -88,7 +88,7 @@ def _slice(ctx: Context, node: Node, x: Operand) -> Operand:
 
 
 @lowering("positions", takes_deferred=True)
-def _positions(ctx: Context, node: Node, like: Operand | DeferredRows) -> Operand | Deferred:
+def _positions(ctx: TraceContext, node: Node, like: Operand | DeferredRows) -> Operand | Deferred:
     axis = node.result.type.axes[0]
     if isinstance(like, DeferredRows) and axis.name not in ("expert", "group"):
         return like.deferred
@@ -112,7 +112,7 @@ def _size(like: Operand | DeferredRows, axis: str) -> int:
 
 
 @lowering("embedding")
-def _embedding(ctx: Context, node: Node, table: Operand, ids: Operand) -> Operand:
+def _embedding(ctx: TraceContext, node: Node, table: Operand, ids: Operand) -> Operand:
     axis, type = EmbeddingOp.of_node(node).axis, node.operands[0].type
     declared, view = type[axis], ctx.view
     in_columns = any(view.shard_count(a) > 1 for a in type if a != declared)
@@ -174,7 +174,7 @@ _take_of_columns.defvjp(_take_forward, _take_backward)
 
 
 @lowering("one_hot")
-def _one_hot(ctx: Context, node: Node, ids: Operand) -> Operand:
+def _one_hot(ctx: TraceContext, node: Node, ids: Operand) -> Operand:
     ((name, size),) = OneHotOp.of_node(node).into
     assert isinstance(size, int), "the type is checked"
     # Counts are made of these, which a narrow type would round.
@@ -186,7 +186,7 @@ def _one_hot(ctx: Context, node: Node, ids: Operand) -> Operand:
 
 
 @lowering("chunk")
-def _chunk(ctx: Context, node: Node, x: Operand) -> Named:
+def _chunk(ctx: TraceContext, node: Node, x: Operand) -> Named:
     attrs, full = ctx.view.attrs(node), _named(node, x)
     at, size = full.axes.index(attrs["axis"]), full.size(attrs["axis"])
     shape = full.array.shape
@@ -197,7 +197,7 @@ def _chunk(ctx: Context, node: Node, x: Operand) -> Named:
 
 
 @lowering("join")
-def _join(ctx: Context, node: Node, *chunks: Operand) -> Named:
+def _join(ctx: TraceContext, node: Node, *chunks: Operand) -> Named:
     first, parts = _named(node, chunks[0]), ctx.view.attrs(node)["parts"]
     axis = JoinOp.of_node(node).axis
     at, size = first.axes.index(axis), first.size(axis)
@@ -225,7 +225,7 @@ def _named(node: Node, x: Operand) -> Named:
 
 
 @lowering("update_slice")
-def _update_slice(ctx: Context, node: Node, x: Named, update: Named, start: Named) -> Named:
+def _update_slice(ctx: TraceContext, node: Node, x: Named, update: Named, start: Named) -> Named:
     part = update.to(x.axes).array.astype(x.array.dtype)
     at = x.axes.index(UpdateSliceOp.of_node(node).axis)
     # JAX counts a negative start from the end; the operation does not.

@@ -13,12 +13,12 @@ from moecc.ir.ops.collectives import AllGatherOp, AllReduceOp, AllToAllOp, Reduc
 from moecc_backends.xla.dispatch.rounds import local_rows, send_rows, send_rows_back
 from moecc_backends.xla.dispatch.sorted_rows import SortedRows
 from moecc_backends.xla.trace.arrays import lifted
-from moecc_backends.xla.trace.context import Context, DeviceView, lowering
+from moecc_backends.xla.trace.context import DeviceView, TraceContext, lowering
 from moecc_backends.xla.trace.typed_jax import varies
 from moecc_backends.xla.trace.values import Named, Operand, Rows
 
 Collective = Callable[[DeviceView, Node, Named], jax.Array]
-OfRows = Callable[[Context, Node, Rows, SortedRows], Rows]
+OfRows = Callable[[TraceContext, Node, Rows, SortedRows], Rows]
 
 
 def collective(name: str, of_rows: OfRows | None = None) -> Callable[[Collective], Collective]:
@@ -32,7 +32,7 @@ def collective(name: str, of_rows: OfRows | None = None) -> Callable[[Collective
 
 
 def _collective(
-    function: Collective, of_rows: OfRows | None, ctx: Context, node: Node, x: Operand
+    function: Collective, of_rows: OfRows | None, ctx: TraceContext, node: Node, x: Operand
 ) -> Operand:
     if ctx.view.mesh is None:
         # On the global value it is the identity.
@@ -54,7 +54,7 @@ def _not_lowered(node: Node, hint: str | None = None) -> InputError:
     return InputError(message, found=str(node.operands[0].type), hint=hint)
 
 
-def _exchange_rows(ctx: Context, node: Node, x: Rows, layout: SortedRows) -> Rows:
+def _exchange_rows(ctx: TraceContext, node: Node, x: Rows, layout: SortedRows) -> Rows:
     """Bring rows to the devices of their experts, or back from them."""
     if node.attrs["split"] == "expert":
         return send_rows(ctx, node, x, layout)

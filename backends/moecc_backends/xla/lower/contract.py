@@ -21,7 +21,7 @@ from moecc_backends.xla.trace.arrays import (
     with_masked_rows,
     zeroed_rows,
 )
-from moecc_backends.xla.trace.context import DIRECT, VALUE, Context, lowering
+from moecc_backends.xla.trace.context import DIRECT, VALUE, TraceContext, lowering
 from moecc_backends.xla.trace.values import (
     SLOT_AXES,
     Named,
@@ -58,7 +58,7 @@ def _reads_precisely(user: Node, value: Value) -> bool:
 
 
 @lowering("contract")
-def _contract(ctx: Context, node: Node, x: Operand, w: Operand) -> Operand:
+def _contract(ctx: TraceContext, node: Node, x: Operand, w: Operand) -> Operand:
     over: tuple[str, ...] = ContractOp.of_node(node).over
     if isinstance(x, Named) and isinstance(w, Named):
         if is_precise(node):
@@ -96,7 +96,7 @@ def _is_matrix(x: Named, w: Named, over: tuple[str, ...]) -> bool:
     return is_matrix and len(x.axes) > 2 and x.axes[-1:] == over
 
 
-def _slots_times(ctx: Context, x: Named, w: Named, over: tuple[str, ...]) -> Named:
+def _slots_times(ctx: TraceContext, x: Named, w: Named, over: tuple[str, ...]) -> Named:
     """Multiply ``[expert, group, slot, a]`` with the matrices of the experts, in one product."""
     (column,) = (a for a in w.axes[1:] if a not in over)
     experts, groups, slots, width = x.array.shape
@@ -106,7 +106,7 @@ def _slots_times(ctx: Context, x: Named, w: Named, over: tuple[str, ...]) -> Nam
     return Named(product.reshape(experts, groups, slots, -1), (*SLOT_AXES, column))
 
 
-def _rows_times(ctx: Context, x: Rows, w: Operand, over: tuple[str, ...]) -> Operand:
+def _rows_times(ctx: TraceContext, x: Rows, w: Operand, over: tuple[str, ...]) -> Operand:
     """Multiply rows with the weights of their experts, or with what all of them share."""
     if isinstance(w, Rows):
         named = w.inner()
@@ -127,7 +127,7 @@ def _shared_product(x: Rows, w: Named, over: tuple[str, ...]) -> Operand:
 
 
 @lowering("convolve")
-def _convolve(ctx: Context, node: Node, x: Operand, w: Operand) -> Operand:
+def _convolve(ctx: TraceContext, node: Node, x: Operand, w: Operand) -> Operand:
     attrs = ConvolveOp.of_node(node)
     assert isinstance(w, Named), "the type rule refuses ragged weights"
     kind = product_type(w.array.dtype, ctx.options.target)
@@ -178,7 +178,7 @@ _REDUCTIONS: dict[str, Callable[..., Array]] = {
 
 
 def _reduce(
-    function: Callable[..., Array], ctx: Context, node: Node, x: Operand, *, parts: int = 1
+    function: Callable[..., Array], ctx: TraceContext, node: Node, x: Operand, *, parts: int = 1
 ) -> Operand:
     axes = ReductionOp.of_node(node).axes
 
@@ -198,7 +198,7 @@ for _name, _function in _REDUCTIONS.items():
 
 
 @lowering("mean")
-def _mean(ctx: Context, node: Node, x: Operand) -> Operand:
+def _mean(ctx: TraceContext, node: Node, x: Operand) -> Operand:
     # The means of the shards add up to that of the whole; they are of one size.
     type = node.operands[0].type
     parts = prod(ctx.view.shard_count(type[a]) for a in MeanOp.of_node(node).axes)
@@ -229,7 +229,7 @@ def _softmax_jvp(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> tu
 
 
 @lowering("softmax", names_result=True)
-def _softmax(ctx: Context, node: Node, x: Operand) -> Operand:
+def _softmax(ctx: TraceContext, node: Node, x: Operand) -> Operand:
     axis = SoftmaxOp.of_node(node).axis
 
     def along(full: Named) -> Named:
@@ -250,7 +250,7 @@ def _unit(full: Named, node: Node, *, centre: bool) -> Array:
 
 
 @lowering("rms_norm")
-def _rms_norm(ctx: Context, node: Node, x: Operand, scale: Named) -> Operand:
+def _rms_norm(ctx: TraceContext, node: Node, x: Operand, scale: Named) -> Operand:
     def norm(full: Named) -> Named:
         factor = broadcast_like(scale, x).over(full.axes)
         return Named(_unit(full, node, centre=False) * factor, full.axes)
@@ -259,7 +259,7 @@ def _rms_norm(ctx: Context, node: Node, x: Operand, scale: Named) -> Operand:
 
 
 @lowering("layer_norm")
-def _layer_norm(ctx: Context, node: Node, x: Operand, scale: Named, bias: Named) -> Operand:
+def _layer_norm(ctx: TraceContext, node: Node, x: Operand, scale: Named, bias: Named) -> Operand:
     def norm(full: Named) -> Named:
         unit = _unit(full, node, centre=True)
         factor, shift = (broadcast_like(v, x).over(full.axes) for v in (scale, bias))

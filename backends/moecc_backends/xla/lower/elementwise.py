@@ -20,7 +20,7 @@ from moecc.ir.ops.elementwise import CastOp, ConstantOp, MaskOp, PointwiseOp, Sc
 from moecc.ir.ops.random import FoldKeyOp, RandomNormalOp, RandomUniformOp
 from moecc.types import BY_TORCH, DTYPES, is_lossless
 from moecc_backends.xla.trace.arrays import elementwise
-from moecc_backends.xla.trace.context import Context, bits_at, lowering
+from moecc_backends.xla.trace.context import TraceContext, bits_at, lowering
 from moecc_backends.xla.trace.values import Named, Operand, accumulator
 
 # What the names of formulas are in JAX (`moecc.ir.formula`).
@@ -158,7 +158,9 @@ def _register(table: dict[str, Callable[..., Array]]) -> None:
         lowering(name)(partial(_apply, function))
 
 
-def _apply(function: Callable[..., Array], ctx: Context, node: Node, *operands: Operand) -> Operand:
+def _apply(
+    function: Callable[..., Array], ctx: TraceContext, node: Node, *operands: Operand
+) -> Operand:
     return elementwise(function, *operands)
 
 
@@ -167,18 +169,18 @@ _register(_BINARY)
 
 
 @lowering("pointwise")
-def _pointwise(ctx: Context, node: Node, x: Operand) -> Operand:
+def _pointwise(ctx: TraceContext, node: Node, x: Operand) -> Operand:
     formula = parse_formula(PointwiseOp.of_node(node).function)
     return elementwise(lambda v: evaluate(formula, v), x)
 
 
 @lowering("scale")
-def _scale(ctx: Context, node: Node, x: Operand) -> Operand:
+def _scale(ctx: TraceContext, node: Node, x: Operand) -> Operand:
     return elementwise(lambda v: v * jnp.asarray(ScaleOp.of_node(node).by, v.dtype), x)
 
 
 @lowering("cast")
-def _cast(ctx: Context, node: Node, x: Operand) -> Operand:
+def _cast(ctx: TraceContext, node: Node, x: Operand) -> Operand:
     dtype = DTYPES[CastOp.of_node(node).dtype]
     if not dtype.is_float:
         wanted = canonicalize_dtype(dtype.numpy)
@@ -194,18 +196,18 @@ def _cast(ctx: Context, node: Node, x: Operand) -> Operand:
 
 
 @lowering("select")
-def _select(ctx: Context, node: Node, condition: Operand, a: Operand, b: Operand) -> Operand:
+def _select(ctx: TraceContext, node: Node, condition: Operand, a: Operand, b: Operand) -> Operand:
     return elementwise(jnp.where, condition, a, b)
 
 
 @lowering("mask")
-def _mask(ctx: Context, node: Node, x: Operand, keep: Operand) -> Operand:
+def _mask(ctx: TraceContext, node: Node, x: Operand, keep: Operand) -> Operand:
     fill = MaskOp.of_node(node).fill
     return elementwise(lambda v, k: jnp.where(k, v, number(fill, v.dtype)), x, keep)
 
 
 @lowering("constant")
-def _constant(ctx: Context, node: Node) -> Operand:
+def _constant(ctx: TraceContext, node: Node) -> Operand:
     attrs = ConstantOp.of_node(node)
     declared = DTYPES[attrs.dtype]
     dtype = ctx.dtype if declared.is_float else canonicalize_dtype(declared.numpy)
@@ -224,14 +226,14 @@ def number(value: float, dtype: DTypeLike) -> jax.Array:
 
 
 @lowering("broadcast")
-def _broadcast(ctx: Context, node: Node, x: Operand, like: Operand) -> Operand:
+def _broadcast(ctx: TraceContext, node: Node, x: Operand, like: Operand) -> Operand:
     def widened(a: Array, b: Array) -> Array:
         return jnp.broadcast_to(a.astype(_broadcast_type(a, b, ctx)), b.shape)
 
     return elementwise(widened, x, like)
 
 
-def _broadcast_type(a: Array, b: Array, ctx: Context) -> DTypeLike:
+def _broadcast_type(a: Array, b: Array, ctx: TraceContext) -> DTypeLike:
     """Return the type of `a` broadcast over `b`: as wide as `b`, and not narrow where it counts.
 
     A 1 for each choice is summed to a count, which a narrow type would round.
@@ -246,12 +248,12 @@ def _broadcast_type(a: Array, b: Array, ctx: Context) -> DTypeLike:
 
 
 @lowering("fold_key")
-def _fold_key(ctx: Context, node: Node, key: Named) -> Operand:
+def _fold_key(ctx: TraceContext, node: Node, key: Named) -> Operand:
     return Named(jax.random.fold_in(key.array, FoldKeyOp.of_node(node).by), ())
 
 
 def _uniform(
-    ctx: Context, key: jax.Array, node: Node, axes: tuple[str, ...], shape: tuple[int, ...]
+    ctx: TraceContext, key: jax.Array, node: Node, axes: tuple[str, ...], shape: tuple[int, ...]
 ) -> jax.Array:
     """Return 23 random bits for each element as numbers on [0, 1)."""
     type = node.result.type
@@ -268,7 +270,7 @@ def _numbered(like: Named) -> tuple[tuple[str, ...], tuple[int, ...]]:
 
 
 @lowering("random_uniform")
-def _random_uniform(ctx: Context, node: Node, key: Named, like: Named) -> Operand:
+def _random_uniform(ctx: TraceContext, node: Node, key: Named, like: Named) -> Operand:
     attrs = RandomUniformOp.of_node(node)
     axes, shape = _numbered(like)
     low, high = attrs.low, attrs.high
@@ -277,7 +279,7 @@ def _random_uniform(ctx: Context, node: Node, key: Named, like: Named) -> Operan
 
 
 @lowering("random_normal")
-def _random_normal(ctx: Context, node: Node, key: Named, like: Named) -> Operand:
+def _random_normal(ctx: TraceContext, node: Node, key: Named, like: Named) -> Operand:
     axes, shape = _numbered(like)
     keys = (jax.random.fold_in(key.array, by) for by in (0, 1))
     first, second = (_uniform(ctx, k, node, axes, shape) for k in keys)
@@ -286,6 +288,6 @@ def _random_normal(ctx: Context, node: Node, key: Named, like: Named) -> Operand
     return Named(numbers.astype(_kind(like, ctx)), axes).to(like.axes)
 
 
-def _kind(like: Named, ctx: Context) -> DTypeLike:
+def _kind(like: Named, ctx: TraceContext) -> DTypeLike:
     is_float = jnp.issubdtype(like.array.dtype, jnp.floating)
     return like.array.dtype if is_float else accumulator(ctx.dtype)

@@ -26,10 +26,10 @@ from moecc_backends.xla.lower.contract import is_precise_param
 from moecc_backends.xla.trace.context import (
     DEFAULTS,
     DIRECT,
-    Context,
     DeviceView,
     Interceptor,
     Options,
+    TraceContext,
     lower_nodes,
 )
 from moecc_backends.xla.trace.host_arrays import Master, check_given, check_keys
@@ -100,7 +100,7 @@ def lower_values(
     """
     # What another segment computed has its type already: a loss may be wider than the model.
     values: dict[Value, Operand] = {v: _operand(v, array, dtype) for v, array in arrays.items()}
-    context = Context(
+    context = TraceContext(
         dtype.numpy, values, options, view=view or DeviceView(), interceptor=interceptor
     )
     lower_nodes(context, nodes)

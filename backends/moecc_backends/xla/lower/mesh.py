@@ -18,19 +18,19 @@ from moecc.ir.traits import Collective, Role
 from moecc.sharding.layout import Layout, ShardingSpec, group_spec, param_spec, value_spec
 from moecc.types import F32, DType
 from moecc_backends.xla.dispatch.choose import check_dispatch
-from moecc_backends.xla.dispatch.flat import Permutation, capacity_permutation, flat_tokens
+from moecc_backends.xla.dispatch.flat import RowPermutation, capacity_permutation, flat_tokens
 from moecc_backends.xla.dispatch.sorted_rows import permute, permute_choices, sum_rows
 from moecc_backends.xla.lower.contract import is_precise, is_precise_param
 from moecc_backends.xla.lower.function import Tree, finalize_output, lower_values
 from moecc_backends.xla.mesh.specs import specs
 from moecc_backends.xla.trace.context import (
     DEFAULTS,
-    Context,
     DeviceView,
     Function,
     Given,
     Lowered,
     Options,
+    TraceContext,
 )
 from moecc_backends.xla.trace.routing import Routing
 from moecc_backends.xla.trace.values import (
@@ -62,7 +62,7 @@ class GspmdLowering:
     plan: Layout
 
     def __call__(
-        self, ctx: Context, node: Node, operands: list[Given], function: Function
+        self, ctx: TraceContext, node: Node, operands: list[Given], function: Function
     ) -> Lowered:
         """Return the results of a lowering, each held to its sharding."""
         if not _WEIGHTS.isdisjoint(node.op.roles):
@@ -195,7 +195,7 @@ class GroupSlots:
     shards: GspmdLowering
 
     @cached_property
-    def permutations(self) -> Permutation:
+    def permutations(self) -> RowPermutation:
         """Choices and rows ``[expert * slot]`` of each group, with the groups as axis in front."""
         experts, groups, limit = self.routing.slot_shape
         chosen, slots = (
@@ -214,7 +214,7 @@ class GroupSlots:
 
     def _exchanged(
         self,
-        move: Callable[[jax.Array, Permutation], jax.Array],
+        move: Callable[[jax.Array, RowPermutation], jax.Array],
         tokens: jax.Array,
         inner: tuple[str, ...],
         sizes: tuple[int, ...],

@@ -20,7 +20,7 @@ from moecc_backends.xla.dispatch.rounds import InRounds, RoundSpec, exchanged_on
 from moecc_backends.xla.dispatch.sorted_rows import SortedRows
 from moecc_backends.xla.lower.contract import is_precise, softmax
 from moecc_backends.xla.trace.arrays import elementwise, lifted, lifted_all
-from moecc_backends.xla.trace.context import Context, lowering
+from moecc_backends.xla.trace.context import TraceContext, lowering
 from moecc_backends.xla.trace.routing import Routing
 from moecc_backends.xla.trace.values import (
     Deferred,
@@ -34,7 +34,7 @@ from moecc_backends.xla.trace.values import (
 
 
 @lowering("route")
-def _route(ctx: Context, node: Node, logits: Operand, *bias: Named) -> tuple[Operand, ...]:
+def _route(ctx: TraceContext, node: Node, logits: Operand, *bias: Named) -> tuple[Operand, ...]:
     attrs = RouteOp.of_node(node)
 
     def choose(full: Named) -> tuple[Named, Named]:
@@ -108,7 +108,7 @@ chosen, and of the experts that were."""
 
 
 @lowering("keep_choices")
-def _keep_choices(ctx: Context, node: Node, gates: Operand, *uniform: Operand) -> Operand:
+def _keep_choices(ctx: TraceContext, node: Node, gates: Operand, *uniform: Operand) -> Operand:
     attrs = KeepChoicesOp.of_node(node)
     policy, threshold = attrs.policy, attrs.threshold
 
@@ -138,7 +138,7 @@ def _hashed(ids: jax.Array, seed: int) -> jax.Array:
 
 
 @lowering("hash_experts")
-def _hash_experts(ctx: Context, node: Node, ids: Operand) -> Operand:
+def _hash_experts(ctx: TraceContext, node: Node, ids: Operand) -> Operand:
     attrs = HashExpertsOp.of_node(node)
 
     def choose(full: Named) -> Named:
@@ -157,7 +157,7 @@ def _hash_experts(ctx: Context, node: Node, ids: Operand) -> Operand:
 # must not mix, the tokens of several groups, the interceptor of the context keeps apart.
 
 
-def _plan(ctx: Context, slots: Value, routing: Routing) -> None:
+def _plan(ctx: TraceContext, slots: Value, routing: Routing) -> None:
     """Lay out the rows of `routing`, as the interceptor must have it, or as is best here."""
     layout = ctx.interceptor.layout(routing)
     if layout is None:
@@ -171,7 +171,7 @@ def _plan(ctx: Context, slots: Value, routing: Routing) -> None:
 
 
 @lowering("assign_slots")
-def _assign(ctx: Context, node: Node, experts: Named, *extras: Named) -> Operand:
+def _assign(ctx: TraceContext, node: Node, experts: Named, *extras: Named) -> Operand:
     attrs = ctx.view.attrs(node)
     tokens: tuple[str, ...] = attrs["tokens"]
     (choice,) = (a for a in experts.axes if a not in tokens)
@@ -244,7 +244,9 @@ def _ranks_in_experts(
 
 
 @lowering("expert_choice")
-def _expert_choice(ctx: Context, node: Node, scores: Named, *mask: Named) -> tuple[Operand, ...]:
+def _expert_choice(
+    ctx: TraceContext, node: Node, scores: Named, *mask: Named
+) -> tuple[Operand, ...]:
     attrs = ctx.view.attrs(node)
     tokens: tuple[str, ...] = attrs["tokens"]
     sizes = tuple(scores.size(a) for a in tokens)
@@ -276,7 +278,7 @@ def _taken(ranked: jax.Array, groups: int, limit: int) -> jax.Array:
 
 
 @lowering("group_sum")
-def _group_sum(ctx: Context, node: Node, x: Named, slots: Named) -> Operand:
+def _group_sum(ctx: TraceContext, node: Node, x: Named, slots: Named) -> Operand:
     (attrs,) = (ctx.view.attrs(v.node) for v in node.operands[1:] if v.node is not None)
     tokens: tuple[str, ...] = attrs["tokens"]
     inner = tuple(a for a in x.axes if a not in tokens)
@@ -293,21 +295,21 @@ def _group_sum(ctx: Context, node: Node, x: Named, slots: Named) -> Operand:
 
 @lowering("dispatch")
 def _dispatch(
-    ctx: Context, node: Node, x: Named, experts: Named, slots: Named
+    ctx: TraceContext, node: Node, x: Named, experts: Named, slots: Named
 ) -> Operand | Deferred:
     return ctx.layouts[node.operands[2]].permute(x)
 
 
 @lowering("dispatch_gates")
 def _dispatch_gates(
-    ctx: Context, node: Node, gates: Named, experts: Named, slots: Named
+    ctx: TraceContext, node: Node, gates: Named, experts: Named, slots: Named
 ) -> Operand | Deferred:
     layout = ctx.layouts[node.operands[2]]
     return layout.permute_gates(_by_token(gates, layout))
 
 
 @lowering("weight_rows")
-def _weight_rows(ctx: Context, node: Node, rows: Operand, gates: Operand) -> Operand:
+def _weight_rows(ctx: TraceContext, node: Node, rows: Operand, gates: Operand) -> Operand:
     def weighted(x: jax.Array, weights: jax.Array) -> jax.Array:
         wide = jnp.promote_types(accumulator(x.dtype), weights.dtype)
         kind = wide if is_precise(node) else x.dtype
@@ -318,7 +320,7 @@ def _weight_rows(ctx: Context, node: Node, rows: Operand, gates: Operand) -> Ope
 
 @lowering("combine", "combine_weighted", takes_deferred=True)
 def _combine(
-    ctx: Context,
+    ctx: TraceContext,
     node: Node,
     rows: Operand | DeferredRows,
     experts: Named,
@@ -341,7 +343,7 @@ def _by_token(gates: Named, layout: DispatchLayout) -> jax.Array:
 
 
 def _layout_of(
-    ctx: Context, value: Value, rows: Operand | DeferredRows, planned: DispatchLayout
+    ctx: TraceContext, value: Value, rows: Operand | DeferredRows, planned: DispatchLayout
 ) -> DispatchLayout:
     """Return the layout of `rows`: on a mesh, a device may have those of some experts alone."""
     if isinstance(rows, Rows):
@@ -357,7 +359,7 @@ def _layout_of(
 
 
 @lowering("within_buffer")
-def _within_buffer(ctx: Context, node: Node, experts: Named, slots: Named, counts: Named) -> Named:
+def _within_buffer(ctx: TraceContext, node: Node, experts: Named, slots: Named, counts: Named) -> Named:
     attrs, tokens = ctx.view.attrs(node), WithinBufferOp.of_node(node).tokens
     (choice,) = (a for a in experts.axes if a not in tokens)
     layout = (*tokens, choice)

@@ -29,7 +29,7 @@ from moecc.ir.remat_names import DEFAULT
 from moecc.types import Axis, Extent
 from moecc_backends.xla.lower.contract import is_precise_param
 from moecc_backends.xla.trace.arrays import lifted
-from moecc_backends.xla.trace.context import DIRECT, Context, lower_nodes, lowering
+from moecc_backends.xla.trace.context import DIRECT, TraceContext, lower_nodes, lowering
 from moecc_backends.xla.trace.host_arrays import Master, cast_all
 from moecc_backends.xla.trace.typed_jax import Function
 from moecc_backends.xla.trace.values import Named, Operand, Uncast
@@ -46,7 +46,7 @@ _LAYER = re.compile(r"(.*?layers\.(?:\d+|\{[^}]*\}))(?:\.|$)")
 
 
 @dataclass
-class Segment:
+class GraphSegment:
     """A run of nodes with what flows in and out of it.
 
     Attributes:
@@ -66,9 +66,9 @@ class Segment:
     key: tuple[object, ...] = ()
 
 
-def segments(graph: Graph) -> list[Segment]:
+def segments(graph: Graph) -> list[GraphSegment]:
     """Return the segments of `graph`, in order."""
-    cut = [Segment(run) for run in _runs(graph)]
+    cut = [GraphSegment(run) for run in _runs(graph)]
     at = {node: i for i, segment in enumerate(cut) for node in segment.nodes}
     at[graph.terminator] = len(cut)
     for i, segment in enumerate(cut):
@@ -110,7 +110,7 @@ def _runs(graph: Graph) -> Iterator[list[Node]]:
         yield run
 
 
-def _key(segment: Segment) -> tuple[object, ...]:
+def _key(segment: GraphSegment) -> tuple[object, ...]:
     numbers: dict[Value, int] = {}
     for value in (*segment.inputs, *segment.params):
         numbers[value] = len(numbers)
@@ -158,14 +158,14 @@ class LayerLoop:
       collected: the outputs, by number, that something outside uses of other layers than the last.
     """
 
-    layers: list[Segment]
+    layers: list[GraphSegment]
     carries: dict[Each, int] = field(default_factory=dict)
     stacked: list[Each] = field(default_factory=list)
     captured: list[Each] = field(default_factory=list)
     collected: list[int] = field(default_factory=list)
 
     @property
-    def first(self) -> Segment:
+    def first(self) -> GraphSegment:
         """The layer that stands for all of them."""
         return self.layers[0]
 
@@ -174,7 +174,7 @@ class LayerLoop:
         return tuple(layer.outputs[number] for layer in self.layers)
 
 
-def pieces_of(body: Graph) -> Iterator[Segment | LayerLoop]:
+def pieces_of(body: Graph) -> Iterator[GraphSegment | LayerLoop]:
     """Yield `body` piece by piece, in order; layers that are alike as one loop."""
     for (is_layer, *_), group in groupby(segments(body), key=_kind):
         layers = list(group)
@@ -185,7 +185,7 @@ def pieces_of(body: Graph) -> Iterator[Segment | LayerLoop]:
             yield loop
 
 
-def _kind(segment: Segment) -> tuple[object, ...]:
+def _kind(segment: GraphSegment) -> tuple[object, ...]:
     # Where operands come from, which stands first in a key, is looked at in `_loop`.
     return (layer_of(segment.nodes[0]) is not None, *segment.key[1:])
 
@@ -196,7 +196,7 @@ def _is_alike(each: tuple[Value, ...]) -> bool:
     return all(v.type == first.type for v in each) and not (first.type.extents or is_slots(first))
 
 
-def _loop(layers: list[Segment]) -> LayerLoop | None:
+def _loop(layers: list[GraphSegment]) -> LayerLoop | None:
     """Return the loop over `layers`; None where they hang together in another way than a chain."""
     loop = LayerLoop(layers)
     produced = {v for layer in layers for v in layer.outputs}
@@ -263,13 +263,13 @@ def is_cast_by_layer(value: Value) -> bool:
 
 
 @lowering("stack")
-def _stack(ctx: Context, node: Node, *xs: Named) -> Operand:
+def _stack(ctx: TraceContext, node: Node, *xs: Named) -> Operand:
     axes = xs[0].axes
     return Named(jnp.stack([x.to(axes).array for x in xs]), (StackOp.of_node(node).axis, *axes))
 
 
 @lowering("index")
-def _index(ctx: Context, node: Node, x: Operand) -> Operand:
+def _index(ctx: TraceContext, node: Node, x: Operand) -> Operand:
     attrs = IndexOp.of_node(node)
     axis, at = attrs.axis, attrs.at
 
@@ -281,7 +281,7 @@ def _index(ctx: Context, node: Node, x: Operand) -> Operand:
 
 
 @lowering("scan")
-def _scan(ctx: Context, node: Node, *operands: Named) -> tuple[Operand, ...]:
+def _scan(ctx: TraceContext, node: Node, *operands: Named) -> tuple[Operand, ...]:
     attrs = ScanOp.of_node(node)
     body = node.body
     assert body is not None, "a scan has a body"
@@ -324,7 +324,7 @@ def _scan(ctx: Context, node: Node, *operands: Named) -> tuple[Operand, ...]:
     return (*finals, *(Named(array, value.type.names) for array, value in more))
 
 
-def _is_written_out(ctx: Context, body: Graph, slices: Slices, runs: int) -> bool:
+def _is_written_out(ctx: TraceContext, body: Graph, slices: Slices, runs: int) -> bool:
     """Whether runs are compiled one by one, see `UNROLLED_BYTES`."""
     stacked_bytes = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(slices))
     is_worth_it = stacked_bytes >= UNROLLED_BYTES and runs * len(body) <= UNROLLED_NODES
@@ -373,7 +373,7 @@ _KEEPING: Remembering = partial(jax.checkpoint, policy=_worth_keeping)
 
 
 def run_body(
-    ctx: Context, body: Graph, operands: list[Named], in_loops: Remembering | None = None
+    ctx: TraceContext, body: Graph, operands: list[Named], in_loops: Remembering | None = None
 ) -> list[Named]:
     """Return the outputs of `body`, in order, lowered under the current trace.
 
@@ -396,7 +396,7 @@ def run_body(
     return [_whole(inner, inner.values[v], v) for v in body.terminator.operands]
 
 
-def _lower_loop(ctx: Context, loop: LayerLoop, remembering: Remembering) -> None:
+def _lower_loop(ctx: TraceContext, loop: LayerLoop, remembering: Remembering) -> None:
     """Lower layers that are alike as a loop; what is used later goes to the values of `ctx`."""
     captured = {each[0]: ctx.values[each[0]] for each in loop.captured}
     entries = [each[0] for each in (*loop.carries, *loop.stacked)]
@@ -440,7 +440,7 @@ _apart.defvjp(
 )
 
 
-def _whole(ctx: Context, value: Operand, declared: Value) -> Named:
+def _whole(ctx: TraceContext, value: Operand, declared: Value) -> Named:
     assert isinstance(value, Named), "rows do not leave a body, nor a layer of it"
     settled = ctx.view.settled(value.array, declared.type)
     return replace(value, array=settled).to(declared.type.names)

@@ -40,7 +40,7 @@ from moecc.launch.rendezvous import meet
 from moecc.types import Array, DType
 from moecc.types import Array as NumpyArray
 from moecc.version import __version__
-from moecc_backends.xla.lower.scan import Segment
+from moecc_backends.xla.lower.scan import GraphSegment
 from moecc_backends.xla.run.program import XlaProgram
 from moecc_backends.xla.trace.context import Options
 from moecc_backends.xla.trace.typed_jax import PyTree
@@ -358,7 +358,7 @@ class MultiProcessProgram(XlaProgram):
         return whole(array)
 
     def _run(
-        self, segment: Segment, inputs: dict[Value, jax.Array], weights: dict[Value, jax.Array]
+        self, segment: GraphSegment, inputs: dict[Value, jax.Array], weights: dict[Value, jax.Array]
     ) -> dict[Value, jax.Array]:
         results = super()._run(segment, inputs, weights)
         # What was dispatched may still wait for another process.

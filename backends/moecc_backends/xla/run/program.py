@@ -19,7 +19,7 @@ from moecc.ir.graph import Graph, Value
 from moecc.types import Array as NumpyArray
 from moecc.types import DType
 from moecc_backends.xla.lower.function import cast_input, finalize_output, function, lower_values
-from moecc_backends.xla.lower.scan import Segment, segments
+from moecc_backends.xla.lower.scan import GraphSegment, segments
 from moecc_backends.xla.run.memory import in_precision, within_memory
 from moecc_backends.xla.trace.context import DEFAULTS, Options
 from moecc_backends.xla.trace.host_arrays import misfits, missing, to_device, to_numpy
@@ -91,7 +91,7 @@ class XlaProgram:
         return to_numpy(array)
 
     def _run(
-        self, segment: Segment, inputs: dict[Value, jax.Array], weights: dict[Value, jax.Array]
+        self, segment: GraphSegment, inputs: dict[Value, jax.Array], weights: dict[Value, jax.Array]
     ) -> dict[Value, jax.Array]:
         compiled = self._compiled.get(segment.key)
         if compiled is None:
@@ -102,7 +102,7 @@ class XlaProgram:
 
 
 def segment_function(
-    segment: Segment, inputs: list[Value], dtype: DType, options: Options
+    segment: GraphSegment, inputs: list[Value], dtype: DType, options: Options
 ) -> Callable[..., list[jax.Array]]:
     """Return a segment as a function of inputs that are spent, other inputs, and parameters.
 
@@ -158,7 +158,7 @@ class XlaSession:
     options: Options = DEFAULTS
     _weights: dict[str, Weight] = field(default_factory=dict)
     _values: dict[str, jax.Array] = field(default_factory=dict)
-    _segments: dict[Graph, list[Segment]] = field(default_factory=dict)
+    _segments: dict[Graph, list[GraphSegment]] = field(default_factory=dict)
     _compiled: dict[tuple[object, ...], Any] = field(default_factory=dict)
 
     def keep(self, values: Mapping[str, NumpyArray]) -> None:
@@ -201,7 +201,7 @@ class XlaSession:
                 returned[name] = to_numpy(array)
         return returned
 
-    def _run(self, segment: Segment, alive: Alive, donated: set[Value]) -> Alive:
+    def _run(self, segment: GraphSegment, alive: Alive, donated: set[Value]) -> Alive:
         borrowed = [v for v in segment.inputs if not (v in donated and v in segment.last_uses)]
         spent = [v for v in segment.inputs if v not in borrowed]
         key = (*segment.key, tuple(segment.inputs.index(v) for v in spent))
@@ -213,7 +213,7 @@ class XlaSession:
         arrays = [alive[v] for v in spent], [alive[v] for v in borrowed], weights
         return dict(zip(segment.outputs, self._compiled[key](*arrays), strict=True))
 
-    def _cut(self, graph: Graph) -> list[Segment]:
+    def _cut(self, graph: Graph) -> list[GraphSegment]:
         if graph not in self._segments:
             self._segments[graph] = segments(graph)
         return self._segments[graph]

@@ -248,7 +248,7 @@ class Interceptor(Protocol):
     """What stands between the framework and lowerings, where something else shards values."""
 
     def __call__(
-        self, ctx: Context, node: Node, operands: list[Given], function: Function
+        self, ctx: TraceContext, node: Node, operands: list[Given], function: Function
     ) -> Lowered:
         """Return what the lowering `function` of `node` makes of `operands`."""
         ...
@@ -277,7 +277,7 @@ class DirectCalls:
     """Calls lowerings as they are: what arrays need of a mesh, a device knows itself."""
 
     def __call__(
-        self, ctx: Context, node: Node, operands: list[Given], function: Function
+        self, ctx: TraceContext, node: Node, operands: list[Given], function: Function
     ) -> Lowered:
         """Return what the lowering `function` of `node` makes of `operands`."""
         return function(ctx, node, *_alike(ctx, node, operands))
@@ -300,7 +300,7 @@ DIRECT = DirectCalls()
 
 
 @dataclass
-class Context:
+class TraceContext:
     """The state of one trace.
 
     Attributes:
@@ -327,7 +327,7 @@ class Context:
         self,
         values: dict[Value, Operand],
         layouts: Mapping[Value, DispatchLayout] | None = None,
-    ) -> Context:
+    ) -> TraceContext:
         """Return the state of a trace within this one, which sees `values` alone."""
         # An array that was made varying within the inner trace must not leave it.
         view = replace(self.view, varied={})
@@ -347,7 +347,7 @@ class Context:
         lower_nodes(self.within(values, layouts), left)
 
 
-def lower_nodes(ctx: Context, nodes: Iterable[Node]) -> None:
+def lower_nodes(ctx: TraceContext, nodes: Iterable[Node]) -> None:
     """Lower `nodes` in order, under trace; their results go to the values of `ctx`.
 
     Raises:
@@ -364,7 +364,7 @@ def lower_nodes(ctx: Context, nodes: Iterable[Node]) -> None:
             ctx.values.update(zip(node.results, lowered, strict=True))
 
 
-def _deferred(ctx: Context, node: Node) -> Deferred | None:
+def _deferred(ctx: TraceContext, node: Node) -> Deferred | None:
     """Return what `node` is deferred with, because an operand is and it cannot do without."""
     deferred = next((ctx.deferred[v] for v in node.operands if v in ctx.deferred), None)
     return None if deferred is None or _entry(node).takes_deferred else deferred
@@ -377,7 +377,7 @@ def _entry(node: Node) -> Lowering:
     return entry
 
 
-def _lowered(ctx: Context, node: Node) -> tuple[Operand, ...] | Deferred:
+def _lowered(ctx: TraceContext, node: Node) -> tuple[Operand, ...] | Deferred:
     entry = _entry(node)
     try:
         lowered = ctx.interceptor(ctx, node, [*map(ctx.operand, node.operands)], entry.function)
@@ -396,7 +396,7 @@ def _lowered(ctx: Context, node: Node) -> tuple[Operand, ...] | Deferred:
     return (_named(results[0], first or VALUE), *(_named(x, VALUE) for x in results[1:]))
 
 
-def _alike(ctx: Context, node: Node, operands: list[Given]) -> list[Given]:
+def _alike(ctx: TraceContext, node: Node, operands: list[Given]) -> list[Given]:
     """Return `operands` so that all of them vary over the mesh as one of them does.
 
     An own gradient, such as that of a grouped product, knows nothing of what only some vary over.

@@ -37,7 +37,7 @@ from moecc_backends.xla.train.shardings import StepShardings, size_of, step_shar
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationStep:
     """A compiled evaluation.
 
     Attributes:
@@ -94,14 +94,14 @@ class Evaluation:
         return {**told(sums, graph), LOSS_SUM: sums[LOSS_SUM], "hits": sums["hits"]}
 
 
-def make_evaluation(graph: Graph, spec: StepSpec, devices: list[jax.Device]) -> Evaluation:
+def make_evaluation(graph: Graph, spec: StepSpec, devices: list[jax.Device]) -> EvaluationStep:
     """Return the evaluation of `graph` over `devices`.
 
     Raises:
       InputError: the mesh or micro-batches cut a group of tokens, or the graph has no logits.
     """
     check_trainable(graph)
-    return Evaluation(graph, spec, step_shardings(graph, spec, devices))
+    return EvaluationStep(graph, spec, step_shardings(graph, spec, devices))
 
 
 def batch_loss(graph: Graph, spec: StepSpec, where: StepShardings) -> BatchLoss:

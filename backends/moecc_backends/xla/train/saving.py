@@ -36,7 +36,7 @@ from moecc.train.run import Position, begin_step, finish_step, keep_steps
 from moecc.types import DTYPES
 from moecc_backends.xla.run.processes import is_first, meet_processes
 from moecc_backends.xla.trace.typed_jax import PyTree
-from moecc_backends.xla.train.tensors import Slot, Tensors, restore, slots_of, to_tensors
+from moecc_backends.xla.train.tensors import StateLeaf, Tensors, restore, slots_of, to_tensors
 
 _SYSTEM = re.compile(r"([^:]+) \[os_error_code=")
 """The system's own words at the end of what tensorstore says."""
@@ -219,7 +219,7 @@ class RunCheckpoints:
 
     _known: tuple[PyTree, Callable[[PyTree], Tensors]] | None = field(init=False, default=None)
 
-    def _slots(self, step: int) -> list[Slot]:
+    def _slots(self, step: int) -> list[StateLeaf]:
         return slots_of(self.graph, self.abstract(step))
 
     def _tensors(self, state: PyTree, step: int) -> Tensors:

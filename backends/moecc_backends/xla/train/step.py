@@ -32,7 +32,7 @@ from moecc.train.settings import (
 from moecc.types import KEY, TensorType
 from moecc_backends.xla.trace.typed_jax import PyTree
 from moecc_backends.xla.train.evaluation import (
-    Evaluation,
+    EvaluationStep,
     abstract_arrays,
     batch_loss,
     make_evaluation,
@@ -135,7 +135,7 @@ class TrainStep:
     graph: Graph
     spec: StepSpec
     where: StepShardings
-    evaluation: Evaluation | None = None
+    evaluation: EvaluationStep | None = None
 
     # --- what there is
 
@@ -291,7 +291,7 @@ class TrainStep:
             self.evaluation.check(self.model_params(state), batch, key)
 
     def evaluate(self, params: Arrays, batch: Arrays, key: jax.Array | None = None) -> Outputs:
-        """Return the metrics of a batch in evaluation; see `Evaluation.evaluate`."""
+        """Return the metrics of a batch in evaluation; see `EvaluationStep.evaluate`."""
         assert self.evaluation is not None, "make_train_step was given the graph of evaluation"
         return self.evaluation.evaluate(params, batch, key)
 

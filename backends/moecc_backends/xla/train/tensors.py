@@ -42,7 +42,7 @@ _Parts = list[tuple[str, Expr | None, Sharding]]
 
 
 @dataclass(frozen=True)
-class Slot:
+class StateLeaf:
     """A leaf of the state.
 
     Attributes:
@@ -63,7 +63,7 @@ class Slot:
         return self.abstract.sharding or SingleDeviceSharding(jax.devices()[0])
 
 
-def slots_of(graph: Graph, state: PyTree) -> list[Slot]:
+def slots_of(graph: Graph, state: PyTree) -> list[StateLeaf]:
     """Return the leaves of a state, in the order of its tree.
 
     Args:
@@ -74,20 +74,20 @@ def slots_of(graph: Graph, state: PyTree) -> list[Slot]:
     return [_slot(graph, path, leaf) for path, leaf in leaves]
 
 
-def _slot(graph: Graph, path: tuple[PyTree, ...], leaf: jax.ShapeDtypeStruct) -> Slot:
+def _slot(graph: Graph, path: tuple[PyTree, ...], leaf: jax.ShapeDtypeStruct) -> StateLeaf:
     words = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
     name = next((w for w in words if w in graph.params), None)
     # A balance bias is a parameter of the model that the optimiser does not know.
     key = ".".join("params" if w == "bias" else w for w in words if w != name)
     if name is None:
-        return Slot(key, None, False, leaf)
+        return StateLeaf(key, None, False, leaf)
     weight = graph.params[name].weight
     assert weight is not None, "parameters of a program have expressions"
     expr = moment(weight, key, tuple(leaf.shape))
-    return Slot(key, expr, expr is None, leaf)
+    return StateLeaf(key, expr, expr is None, leaf)
 
 
-def to_tensors(slots: list[Slot]) -> Callable[[PyTree], Tensors]:
+def to_tensors(slots: list[StateLeaf]) -> Callable[[PyTree], Tensors]:
     """Return a function from a state to its tensors, by the names that are saved.
 
     A tensor that is a whole array of the state is that array itself, which must not be donated
@@ -120,7 +120,7 @@ def _compiled(parts_of_arrays: list[_Parts]) -> Callable[[list[jax.Array]], Tens
     return jax.jit(tensors, out_shardings=shardings)
 
 
-def _groups(slots: list[Slot]) -> Iterator[list[int]]:
+def _groups(slots: list[StateLeaf]) -> Iterator[list[int]]:
     """Yield the leaves of a state in groups of a part of its bytes, or of one large leaf."""
     sizes = [prod(slot.abstract.shape) * slot.abstract.dtype.itemsize for slot in slots]
     group: list[int] = []
@@ -139,7 +139,7 @@ def _on_host(where: Sharding) -> Sharding:
     return where.with_memory_kind("pinned_host")
 
 
-def _tensors_of(slot: Slot) -> _Parts:
+def _tensors_of(slot: StateLeaf) -> _Parts:
     if slot.is_empty:
         return []
     if slot.expr is None:
@@ -187,7 +187,7 @@ def _chain(expr: Expr) -> list[Expr]:
     return chain
 
 
-def restore(slots: list[Slot], reader: TensorReader, tree: PyTree) -> PyTree:
+def restore(slots: list[StateLeaf], reader: TensorReader, tree: PyTree) -> PyTree:
     """Return a state whose leaves are made from saved tensors.
 
     Args:
@@ -203,7 +203,7 @@ def restore(slots: list[Slot], reader: TensorReader, tree: PyTree) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
-def _restored(slot: Slot, evaluator: Evaluator, reader: TensorReader) -> jax.Array:
+def _restored(slot: StateLeaf, evaluator: Evaluator, reader: TensorReader) -> jax.Array:
     shape, dtype = tuple(slot.abstract.shape), np.dtype(slot.abstract.dtype)
     if slot.is_empty:
         return _placed(
@@ -218,7 +218,7 @@ def _restored(slot: Slot, evaluator: Evaluator, reader: TensorReader) -> jax.Arr
 
 
 def with_moments(
-    state: PyTree, slots: list[Slot], moments: Weights, reader: TensorReader
+    state: PyTree, slots: list[StateLeaf], moments: Weights, reader: TensorReader
 ) -> PyTree:
     """Return a state with moments that are made from those of another one.
 
