@@ -359,7 +359,9 @@ def _layout_of(
 
 
 @lowering("within_buffer")
-def _within_buffer(ctx: TraceContext, node: Node, experts: Named, slots: Named, counts: Named) -> Named:
+def _within_buffer(
+    ctx: TraceContext, node: Node, experts: Named, slots: Named, counts: Named
+) -> Named:
     attrs, tokens = ctx.view.attrs(node), WithinBufferOp.of_node(node).tokens
     (choice,) = (a for a in experts.axes if a not in tokens)
     layout = (*tokens, choice)
