@@ -102,9 +102,9 @@ def test_all_problems_come_at_once_with_their_lines() -> None:
         "| classify   found: \"causel\"   hint: did you mean 'causal'?",
         "r.toml:10: data.train.0.wieght: no such key   hint: did you mean 'weight'?",
         "r.toml:13: run.step: no such key   hint: did you mean 'steps'?",
-        "r.toml:12: run.steps: a key is missing   expected: a whole number",
+        "r.toml:12: run.steps: a key is missing   expected: 1 or more",
         "r.toml:14: run.micro_batches: a wrong value   expected: 1 or more   found: 0",
-        "r.toml:15: run.guard.sigma: a wrong value   expected: 0 or more   found: -1.0",
+        "r.toml:15: run.guard.sigma: a wrong value   expected: 0 or more   found: -1",
         "r.toml:16: optimiser: no such key   hint: did you mean 'optimizer'?",
         "r.toml:19: mesh.mesh: not a mesh   expected: axes with sizes, data:8,model:4   "
         "found: data",

@@ -13,10 +13,7 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 from jax import lax  # noqa: E402
 from moecc_backends.xla.aot.census import census  # noqa: E402
-from moecc_backends.xla.aot.hlo import (
-    HloShape,
-    parse_hlo,
-)
+from moecc_backends.xla.aot.hlo import HloShape, parse_hlo  # noqa: E402
 
 
 def program(body: str, *, more: str = "") -> str:
