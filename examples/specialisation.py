@@ -39,7 +39,6 @@ from moecc.model.open import Model, open_model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.tasks.generate import load_tokenizer
 from moecc.train.scoring import RoutedTokens
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from moecc.jobs.command import (
 from moecc.model.open import Model, open_model
 from moecc.support.console import Bar
 from moecc.support.text import amount
-from moecc.train.batches import Evaluation, collate, label_rows, open_batches
+from moecc.train.batches import HeldOutBatches, collate, label_rows, open_batches
 from moecc.train.graphs import check_objective, eval_graph
 from moecc.train.recipe import (
     Corpus,
@@ -262,7 +262,7 @@ class Tracing:
     """
 
     graph: Graph
-    held_out: Evaluation
+    held_out: HeldOutBatches
 
     @classmethod
     def of(cls, model: Model, graph: Graph, folder: TokenFolder, spec: EvaluationSpec) -> Tracing:

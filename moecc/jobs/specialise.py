@@ -31,9 +31,7 @@ from moecc.model.open import Model, open_model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.tasks.evaluate import EvaluationSpec
-from moecc.tasks.generate import load_tokenizer
-from moecc.tasks.traced import Tracing, is_token
+from moecc.support.untyped import JsonDict
 from moecc.train.scoring import RoutedTokens
 from moecc.train.tokens.folder import Special, TokenFolder, open_tokens
 from moecc.types import F32, Array, TensorType

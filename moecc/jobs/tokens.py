@@ -76,7 +76,7 @@ def tokens(
     making = Making(
         texts=tuple(texts),
         tokenizer=tokenizer,
-        format=documents.Format(kind, field, split, prompt, completion),
+        format=documents.DocumentFormat(kind, field, split, prompt, completion),
         include=tuple(include),
         hold_out=hold_out,
         deduplicate=not keep_duplicates,
