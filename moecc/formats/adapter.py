@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
-from math import isfinite, sqrt
+from dataclasses import dataclass, field, replace
+from math import isfinite, nan, sqrt
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeGuard
+from typing import Literal
 
 import numpy as np
 
@@ -18,18 +17,18 @@ from moecc.formats.files import Identity, identify, read_json_object, require_un
 from moecc.formats.folder import SafetensorsFolder
 from moecc.formats.modelcard import hub_repository, read_card
 from moecc.formats.safetensors import ADAPTER_CONFIG, read_header
-from moecc.formats.source import Checkpoint, TensorInfo
-from moecc.support.patterns import Pattern, UnsupportedPattern, parse_pattern
-from moecc.support.problems import Problems, describe, quoted
-from moecc.support.process import Closing
+from moecc.formats.source import Checkpoint, DerivedCheckpoint, TensorInfo
+from moecc.support.patterns import NamePattern, UnsupportedPattern, parse_pattern
+from moecc.support.problems import Problems, quoted
+from moecc.support.record import RecordReader
 from moecc.support.text import amount
+from moecc.support.untyped import Json
 from moecc.types import Array
 from moecc.weights.branches import BASE, branch_and_name, name_in
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _MAX_CONFIG_BYTES = 1 << 20
 _PREFIX = "base_model.model."
-_ALPHAS = "alpha_pattern"
 _MOST_PATTERNS = 4096
 _MERGE_WITH_PEFT = "merge the adapter with PEFT (merge_and_unload), and give that model"
 _MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<table>embedding_)?(?P<letter>[AB])(?:\.weight)?")
@@ -77,8 +76,31 @@ def is_adapter(path: Path) -> bool:
 
 
 @dataclass(frozen=True)
+class LoraSettings:
+    """The keys of ``adapter_config.json`` that say how it is merged.
+
+    Attributes:
+      peft_type: the kind of adapter.
+      lora_alpha: the numerator of the scale.
+      alpha_pattern: other numerators, by patterns of modules; the first that matches counts.
+      use_rslora: whether the denominator is the root of the rank (Kalajdzievski 2023).
+      fan_in_fan_out: whether the matrices of linear layers are ``[in, out]``.
+      base_model_name_or_path: the model that it is of, if it says so.
+      init_lora_weights: how A and B began.
+    """
+
+    peft_type: Literal["LORA"]
+    lora_alpha: float = nan
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    fan_in_fan_out: bool = False
+    base_model_name_or_path: object = ""
+    init_lora_weights: object = None
+
+
+@dataclass(frozen=True)
 class _Delta:
-    """What is added to a matrix of the model.
+    """The product that is added to a matrix of the model.
 
     Attributes:
       first: the tensor A, ``[rank, in]``.
@@ -93,7 +115,7 @@ class _Delta:
     is_turned: bool
 
 
-class AdaptedCheckpoint(Closing):
+class AdaptedCheckpoint(DerivedCheckpoint):
     """A model with a LoRA adapter merged into it; see `moecc.formats.source.Checkpoint`.
 
     A matrix of the model is W + s · B A, computed in float32 and rounded once to the type of W; a
@@ -119,23 +141,25 @@ class AdaptedCheckpoint(Closing):
         self._identities: dict[Path, Identity] = {
             p: identify(p) for p in (path / ADAPTER_CONFIG, file)
         }
-        settings = read_json_object(path / ADAPTER_CONFIG, limit_bytes=_MAX_CONFIG_BYTES)
-        self.base = base
+        config = read_json_object(path / ADAPTER_CONFIG, limit_bytes=_MAX_CONFIG_BYTES)
+        super().__init__(base)
         self.path = path
-        self.config = base.config
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(base.tensors))
-        self._settings = settings
         self._stored = SafetensorsFolder(path, {}, {file: read_header(file)}, {})
-        reading = _Reading(base, settings, self._stored.tensors, path)
+        reading = _AdapterReading(base, config, self._stored.tensors, path)
+        stated = reading.settings.base_model_name_or_path
+        self._stated_base = stated if isinstance(stated, str) else ""
         other_base = self.other_base()
         if other_base is not None and not allow_other_base:
             reading.problems.add(
-                "the adapter is of another model", expected=f"{base.path.name}, which is SOURCE",
-                where=f"{path / ADAPTER_CONFIG}: base_model_name_or_path", found=quoted(other_base),
+                "the adapter is of another model",
+                where=f"{path / ADAPTER_CONFIG}: base_model_name_or_path",
+                expected=f"{base.path.name}, which is SOURCE",
+                found=quoted(other_base),
                 hint="if that is SOURCE under another name, --allow-other-base merges it",
-            )  # fmt: skip
+            )
         reading.problems.raise_if_any()
-        self._deltas, self._whole = reading.deltas, reading.whole
+        self._deltas, self._replaced = reading.deltas, reading.replaced
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows [start, stop) of the first axis of a merged tensor; thread-safe.
@@ -143,8 +167,8 @@ class AdaptedCheckpoint(Closing):
         Raises: as the model's.
         """
         dtype = self.tensors[name].dtype.numpy if name in self.tensors else None
-        if name in self._whole:
-            return self._stored.read(self._whole[name], start, stop).astype(dtype)
+        if name in self._replaced:
+            return self._stored.read(self._replaced[name], start, stop).astype(dtype)
         weight = self.base.read(name, start, stop)
         delta = self._deltas.get(name)
         if delta is None:
@@ -163,17 +187,12 @@ class AdaptedCheckpoint(Closing):
         second = self._stored.read(delta.second)
         return second.astype(np.float32).T, first.astype(np.float32).T[start:stop]
 
-    def companions(self) -> dict[str, Path | bytes]:
-        """Return the files of the model that an export copies."""
-        return self.base.companions()
-
     def remarks(self) -> list[str]:
         """Return what the adapter is of, if it says so, and how much of the model it changes."""
-        of = self._settings.get("base_model_name_or_path")
-        name = f" of {of}" if isinstance(of, str) and of else ""
-        count = len(self._deltas) + len(self._whole)
+        model = f" of {self._stated_base}" if self._stated_base else ""
+        count = len(self._deltas) + len(self._replaced)
         differ = "differs" if count == 1 else "differ"
-        return [f"a LoRA adapter{name}: {amount(count, 'tensor')} {differ}"]
+        return [f"a LoRA adapter{model}: {amount(count, 'tensor')} {differ}"]
 
     def other_base(self) -> str | None:
         """Return the model that the adapter says it is of, if this one has another name.
@@ -181,12 +200,10 @@ class AdaptedCheckpoint(Closing):
         Names are compared without owner and folder, and without an end that states how weights are
         stored (``-bnb-4bit``, ``-Q4_K_M.gguf``); a model that was renamed has another one, too.
         """
-        of = self._settings.get("base_model_name_or_path")
-        if not isinstance(of, str) or not of:
-            return None
         stated = self.base.config.get("_name_or_path")
         names = _names(str(self.base.path)) | (_names(stated) if isinstance(stated, str) else set())
-        return None if names & _names(of) else of
+        is_other = self._stated_base and not names & _names(self._stated_base)
+        return self._stated_base if is_other else None
 
     def card(self) -> dict[str, tuple[str, ...]]:
         """Return what is kept of the adapter's card."""
@@ -216,95 +233,76 @@ def _names(source: str) -> set[str]:
     return {_STORED_AS.sub("", name.lower()) for name in names} - {""}
 
 
-class _Reading:
+class _AdapterReading:
     """The tensors of an adapter, matched with those of the model; collects the problems."""
 
     def __init__(
-        self,
-        base: Checkpoint,
-        settings: Mapping[str, object],
-        tensors: Mapping[str, TensorInfo],
-        path: Path,
+        self, base: Checkpoint, config: Json, tensors: Mapping[str, TensorInfo], path: Path
     ) -> None:
-        self.base, self.settings, self.tensors, self.path = base, settings, tensors, path
+        self.base, self.tensors, self.path = base, tensors, path
         self.problems = Problems()
         self.deltas: dict[str, _Delta] = {}
-        self.whole: dict[str, str] = {}
-        self._check_settings()
+        self.replaced: dict[str, str] = {}
+        self._config_path = str(path / ADAPTER_CONFIG)
+        self.settings = self._read_settings(config)
+        self._patterns = self._read_patterns()
         pairs: dict[str, dict[str, str]] = {}
         for name in tensors:
             match = _MATRIX.fullmatch(_without_prefix(name))
             if match is None:
-                self._add_whole(name)
+                self._add_replaced(name)
             else:
                 kind = match["letter"] + ("t" if match["table"] else "")
                 pairs.setdefault(match["module"], {})[kind] = name
         for module, parts in pairs.items():
             self._add_pair(module, parts)
 
-    def _check_settings(self) -> None:
-        where = str(self.path / ADAPTER_CONFIG)
-        kind = self.settings.get("peft_type")
-        if kind != "LORA":
-            self.problems.add(
-                "only LoRA adapters can be merged", where=f"{where}: peft_type",
-                expected="LORA", found=str(kind),
-            )  # fmt: skip
+    def _read_settings(self, config: Json) -> LoraSettings:
+        reader = RecordReader(lambda path: self._config_path)
+        settings = reader.section(LoraSettings, config, is_open=True)
+        self.problems.extend(problem for _, problem in reader.problems)
         for key, feature in _UNSUPPORTED.items():
-            if self.settings.get(key):
+            if config.get(key):
                 self.problems.add(
-                    f"moecc does not merge {feature}", where=f"{where}: {key}",
+                    f"moecc does not merge {feature}",
+                    where=f"{self._config_path}: {key}",
                     hint=_MERGE_WITH_PEFT,
-                )  # fmt: skip
-        for key in ("fan_in_fan_out", "use_rslora"):
-            value = self.settings.get(key)
-            if value is not None and not isinstance(value, bool):
-                self.problems.add(
-                    "not a truth value", where=f"{where}: {key}", expected="true or false",
-                    found=quoted(str(value)),
-                )  # fmt: skip
-        start = self.settings.get("init_lora_weights")
+                )
+        start = settings.init_lora_weights
         if (start.lower() if isinstance(start, str) else start) not in _PLAIN_INITIALISATIONS:
             self.problems.add(
                 "the training of this adapter began with other matrices than the model's",
-                where=f"{where}: init_lora_weights", found=quoted(str(start)),
+                where=f"{self._config_path}: init_lora_weights",
                 expected="true, false, gaussian, eva, orthogonal or mica",
+                found=quoted(str(start)),
                 hint="write it as a plain LoRA first: save_pretrained of PEFT with "
                 "path_initial_model_for_weight_conversion",
-            )  # fmt: skip
+            )
+        return settings
 
-    @cached_property
-    def _alphas(self) -> Mapping[str, object]:
-        """The scales by patterns of modules."""
-        stated = self.settings.get(_ALPHAS)
-        return stated if isinstance(stated, Mapping) else {}
-
-    @cached_property
-    def _alpha_patterns(self) -> list[Pattern]:
-        """The patterns of modules with scales of their own; the first that matches counts."""
-        where = f"{self.path / ADAPTER_CONFIG}: {_ALPHAS}"
-        if self.settings.get(_ALPHAS) is not None and not isinstance(
-            self.settings[_ALPHAS], Mapping
-        ):
-            self.problems.add("not an object", where=where, expected="numbers by patterns",
-                              found=describe(self.settings[_ALPHAS]))  # fmt: skip
-        if len(self._alphas) > _MOST_PATTERNS:
-            self.problems.add("too many patterns", where=where, expected=f"{_MOST_PATTERNS:,}",
-                              found=f"{len(self._alphas):,}")  # fmt: skip
+    def _read_patterns(self) -> list[NamePattern]:
+        where = f"{self._config_path}: alpha_pattern"
+        count = len(self.settings.alpha_pattern)
+        if count > _MOST_PATTERNS:
+            expected = f"at most {_MOST_PATTERNS:,}"
+            self.problems.add("too many patterns", where=where, expected=expected,
+                              found=f"{count:,}")  # fmt: skip
             return []
         patterns = []
-        for text in self._alphas:
+        for text in self.settings.alpha_pattern:
             try:
                 patterns.append(parse_pattern(text))
             except UnsupportedPattern as error:
                 self.problems.add(
-                    f"moecc does not match the pattern {quoted(text)}", where=where,
+                    f"moecc does not match the pattern {quoted(text)}",
+                    where=where,
                     expected="names, dots, classes, groups, and repetitions that are not nested",
-                    found=str(error), hint=_MERGE_WITH_PEFT,
-                )  # fmt: skip
+                    found=str(error),
+                    hint=_MERGE_WITH_PEFT,
+                )
         return patterns
 
-    def _add_whole(self, name: str) -> None:
+    def _add_replaced(self, name: str) -> None:
         tensor = (
             _without_prefix(name).replace(".modules_to_save.", ".").replace(".base_layer.", ".")
         )
@@ -314,7 +312,7 @@ class _Reading:
         elif info.shape != self.tensors[name].shape:
             self._misshapen(name, str(info.shape), str(self.tensors[name].shape))
         else:
-            self.whole[tensor] = name
+            self.replaced[tensor] = name
 
     def _add_pair(self, module: str, parts: Mapping[str, str]) -> None:
         is_table = any(kind.endswith("t") for kind in parts)
@@ -333,7 +331,7 @@ class _Reading:
         shapes = self.tensors[first].shape, self.tensors[second].shape
         is_gpt2 = self.base.config.get("model_type") == "gpt2"
         is_turned = is_table or (is_gpt2 and _INPUTS_FIRST.fullmatch(module) is not None)
-        if not is_turned and not is_gpt2 and self.settings.get("fan_in_fan_out") is True:
+        if not is_turned and not is_gpt2 and self.settings.fan_in_fan_out:
             if len(set(info.shape)) == 1:
                 self.problems.add(
                     "the matrix is square: its shape does not tell whether inputs come first",
@@ -354,14 +352,13 @@ class _Reading:
 
     def _scale(self, module: str, rank: int) -> float | None:
         """Return s: alpha / rank, or / √rank where it is stabilised (Kalajdzievski 2023)."""
-        key = next((p.text for p in self._alpha_patterns if p.matches(module)), None)
-        alpha = self._alphas[key] if key is not None else self.settings.get("lora_alpha")
-        if not _is_finite(alpha):
-            where = f"{self.path / ADAPTER_CONFIG}: {'lora_alpha' if key is None else _ALPHAS}"
-            self.problems.add("not a usable number", where=where, expected="a finite number",
-                              found=describe(alpha))  # fmt: skip
+        key = next((p.text for p in self._patterns if p.matches(module)), None)
+        alpha = self.settings.lora_alpha if key is None else self.settings.alpha_pattern[key]
+        if not isfinite(alpha):
+            where = f"{self._config_path}: lora_alpha"
+            self.problems.add("not a usable number", where=where, expected="a finite number")
             return None
-        return alpha / (sqrt(rank) if self.settings.get("use_rslora") is True else rank)
+        return alpha / (sqrt(rank) if self.settings.use_rslora else rank)
 
     def _unknown(self, tensor: str, name: str) -> None:
         self.problems.add(
@@ -391,16 +388,6 @@ def _product_shape(
     return (first[1], second[0]) if is_turned else (second[0], first[1])
 
 
-def _is_finite(value: object) -> TypeGuard[float]:
-    """Return whether a JSON value is a number that a float can hold."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return isfinite(value)
-    except OverflowError:
-        return False
-
-
 def _similar(names: Iterable[str], name: str) -> list[str]:
     # Comparing with every name of a large model would take seconds.
     return [candidate for candidate in names if abs(len(candidate) - len(name)) <= 4][:2000]
@@ -409,7 +396,7 @@ def _similar(names: Iterable[str], name: str) -> list[str]:
 # A checkpoint with others beside it: models of the same architecture, and statistics, by name.
 
 
-class SeveralCheckpoints(Closing):
+class SeveralCheckpoints(DerivedCheckpoint):
     """A base and its branches as one; see `moecc.formats.source.Checkpoint`.
 
     Config and companions are those of the base.  A tensor that a branch stores in another type is
@@ -427,12 +414,10 @@ class SeveralCheckpoints(Closing):
         branches: Mapping[str, Checkpoint],
         tables: Mapping[str, Checkpoint] | None = None,
     ) -> None:
-        self.base = base
+        super().__init__(base)
         self.branches = dict(branches)
         self.tables = dict(tables or {})
-        self.path: Path = base.path
         self.format = base.format
-        self.config = base.config
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
             dict(base.tensors)
             | {
@@ -459,10 +444,6 @@ class SeveralCheckpoints(Closing):
         wanted = self.tensors[name].dtype.numpy
         return values if values.dtype == wanted else values.astype(wanted)
 
-    def companions(self) -> dict[str, Path | bytes]:
-        """Return the files of the base that an export copies."""
-        return self.base.companions()
-
     def remarks(self) -> list[str]:
         """Return notes for readers of the result, those of the branches with their name."""
         remarks = [*self.base.remarks(), *self._narrowed()]
@@ -481,10 +462,6 @@ class SeveralCheckpoints(Closing):
             }
             remarks += [f"{branch} is stored in {a}, and read in {b}" for a, b in sorted(pairs)]
         return remarks
-
-    def card(self) -> dict[str, tuple[str, ...]]:
-        """Return what is kept of the base's card."""
-        return self.base.card()
 
     def files(self) -> list[Path]:
         """Return the files of all."""

@@ -360,7 +360,7 @@ _FETCH = "the download did not fetch the content; fetch it again"
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class FileKind:
     """A type of file: its name, a description for messages, and a way out."""
 
     name: str
@@ -368,29 +368,29 @@ class Kind:
     hint: str | None = None
 
 
-PICKLE = Kind("pickle", "a Python pickle", _CONVERT)
-ZIP = Kind("zip", "a zip archive (PyTorch's own format is one, with a pickle inside)", _CONVERT)
-LFS = Kind(
+PICKLE = FileKind("pickle", "a Python pickle", _CONVERT)
+ZIP = FileKind("zip", "a zip archive (PyTorch's own format is one, with a pickle inside)", _CONVERT)
+LFS = FileKind(
     "lfs", "a Git LFS pointer: three lines of text in place of the file", "run `git lfs pull`"
 )
-HTML = Kind("html", "an HTML page, perhaps an error page of a server", _FETCH)
+HTML = FileKind("html", "an HTML page, perhaps an error page of a server", _FETCH)
 
-_MAGIC: tuple[tuple[bytes, Kind], ...] = (
-    (b"GGUF", Kind("GGUF", "a GGUF file", "give the .gguf file itself as the source")),
+_MAGIC: tuple[tuple[bytes, FileKind], ...] = (
+    (b"GGUF", FileKind("GGUF", "a GGUF file", "give the .gguf file itself as the source")),
     (b"PK\x03\x04", ZIP),
     (b"PK\x05\x06", ZIP),
-    (b"\x89HDF\r\n\x1a\n", Kind("hdf5", "an HDF5 file (Keras, TensorFlow)", _CONVERT)),
-    (b"\x93NUMPY", Kind("numpy", "a NumPy array file")),
+    (b"\x89HDF\r\n\x1a\n", FileKind("hdf5", "an HDF5 file (Keras, TensorFlow)", _CONVERT)),
+    (b"\x93NUMPY", FileKind("numpy", "a NumPy array file")),
     (b"version https://git-lfs", LFS),
-    (b"\x1f\x8b", Kind("gzip", "a gzip archive", "unpack it first")),
-    (b"\xfd7zXZ\x00", Kind("xz", "an xz archive", "unpack it first")),
-    (b"\x28\xb5\x2f\xfd", Kind("zstd", "a zstd archive", "unpack it first")),
+    (b"\x1f\x8b", FileKind("gzip", "a gzip archive", "unpack it first")),
+    (b"\xfd7zXZ\x00", FileKind("xz", "an xz archive", "unpack it first")),
+    (b"\x28\xb5\x2f\xfd", FileKind("zstd", "a zstd archive", "unpack it first")),
 )
 _PICKLE_PROTOCOLS = range(2, 6)
 _MARKUP = (b"<!doctype html", b"<html", b"<head", b"<?xml")
 
 
-def sniff(head: bytes) -> Kind | None:
+def sniff(head: bytes) -> FileKind | None:
     """Return the kind of a file that begins with `head`, or None if unknown."""
     for magic, kind in _MAGIC:
         if head.startswith(magic):
@@ -402,7 +402,7 @@ def sniff(head: bytes) -> Kind | None:
     return None
 
 
-def sniff_file(path: Path) -> Kind | None:
+def sniff_file(path: Path) -> FileKind | None:
     """Return the kind of a regular file.
 
     Raises:
@@ -437,7 +437,7 @@ def name_fault(name: str) -> str | None:
     return None
 
 
-class Span(NamedTuple):
+class DataSpan(NamedTuple):
     """The bytes [begin, end) that the data of a tensor take."""
 
     begin: int
@@ -446,7 +446,7 @@ class Span(NamedTuple):
 
 
 def check_layout(
-    spans: Iterable[Span],
+    spans: Iterable[DataSpan],
     start_bytes: int,
     size_bytes: int,
     path: Path,
@@ -465,7 +465,7 @@ def check_layout(
       must_cover: whether bytes that belong to no tensor are reported, too.
     """
     ordered = sorted(spans, key=lambda span: (span.begin, span.end))
-    last = Span(0, 0, "")
+    last = DataSpan(0, 0, "")
     where = str(path)
     for span in ordered:
         if span.begin < last.end and span.end > span.begin:

@@ -19,8 +19,8 @@ from moecc.errors import InputError, nearest
 from moecc.formats.files import (
     MAX_SIZE,
     SNIFFED_BYTES,
+    DataSpan,
     Identity,
-    Span,
     check_layout,
     file_fault,
     name_fault,
@@ -141,7 +141,7 @@ class _HeaderCheck:
         self.data_start = _LENGTH_BYTES + header_bytes
         self.identity = identity
         self.problems = Problems()
-        self.spans: list[Span] = []
+        self.spans: list[DataSpan] = []
 
     def header(self, entries: dict[str, object]) -> Header:
         """Return the checked header, or raise with all its problems."""
@@ -235,13 +235,13 @@ class _HeaderCheck:
             return None
         return tuple(value)
 
-    def _span(self, name: str, value: object) -> Span | None:
+    def _span(self, name: str, value: object) -> DataSpan | None:
         pair = value if type(value) is list and len(value) == 2 else []
         if not pair or not _are_sizes(pair) or pair[0] > pair[1]:
             expected = "two whole numbers [begin, end], 0 <= begin <= end < 2^63"
             self._add(name, "the data offsets are not usable", expected, _first_fault(value))
             return None
-        span = Span(pair[0], pair[1], name)
+        span = DataSpan(pair[0], pair[1], name)
         self.spans.append(span)
         return span
 
@@ -268,7 +268,7 @@ SHARD_SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True, slots=True)
-class Index:
+class ShardIndex:
     """An index.
 
     Attributes:
@@ -289,7 +289,7 @@ class Index:
         return sorted(set(self.weight_map.values()))
 
 
-def read_index(path: Path, problems: Problems) -> Index:
+def read_index(path: Path, problems: Problems) -> ShardIndex:
     """Read and check an index; errors in its content go to `problems`.
 
     Raises:
@@ -306,7 +306,7 @@ def read_index(path: Path, problems: Problems) -> Index:
             expected='"weight_map": an object from tensor names to file names',
             found=describe(weight_map),
         )
-        return Index(path, {}, frozenset(), total)
+        return ShardIndex(path, {}, frozenset(), total)
     usable: dict[str, str] = {}
     # Each bad file is reported once, with the first tensor that names it.
     tensors_of: dict[str, list[str]] = {}
@@ -329,10 +329,12 @@ def read_index(path: Path, problems: Problems) -> Index:
             expected="the plain name of a .safetensors file in the same folder",
             found=describe(weight_map[names[0]]),
         )
-    return Index(path, usable, frozenset(weight_map), total)
+    return ShardIndex(path, usable, frozenset(weight_map), total)
 
 
-def compare_with_headers(index: Index, headers: dict[Path, Header], problems: Problems) -> None:
+def compare_with_headers(
+    index: ShardIndex, headers: dict[Path, Header], problems: Problems
+) -> None:
     """Compare an index with the headers of the shards that could be read."""
     where = str(index.path)
     homes: dict[str, Path] = {}
@@ -413,7 +415,7 @@ _NONE = "the folder has no weights"
 
 def choose_weights(
     path: Path, names: set[str], problems: Problems
-) -> tuple[Index | None, list[str]]:
+) -> tuple[ShardIndex | None, list[str]]:
     """Return the index of a folder, if there is one, and the names of the files to open.
 
     Args:
@@ -453,7 +455,7 @@ def choose_weights(
     return None, []
 
 
-def _read_index(path: Path, problems: Problems) -> Index | None:
+def _read_index(path: Path, problems: Problems) -> ShardIndex | None:
     file = path / INDEX_NAME
     if fault := file_fault(file, path):
         problems.extend((fault,))
@@ -466,7 +468,7 @@ def _read_index(path: Path, problems: Problems) -> Index | None:
 
 
 def _refuse_strangers(
-    path: Path, names: set[str], numbered: list[str], index: Index, problems: Problems
+    path: Path, names: set[str], numbered: list[str], index: ShardIndex, problems: Problems
 ) -> None:
     """Report weight files that transformers might load instead of those the index names."""
     shards = set(index.shards)

@@ -183,7 +183,7 @@ class Done:
     zeros: tuple[str, ...] = field(default=(), metadata=stored(omit_default=True))
 
 
-class Journal:
+class OutputJournal:
     """The journal of one output; thread-safe.
 
     Attributes:
@@ -441,7 +441,7 @@ def write_checkpoint(
     threads: int = 2,
     progress: Progress | None = None,
     allow_nonfinite: bool = False,
-    journal: Journal | None = None,
+    journal: OutputJournal | None = None,
 ) -> WriteReport:
     """Write `tensors` into `folder`, and synchronise it to the disk.
 
@@ -488,7 +488,7 @@ def write_files(
     threads: int = 2,
     progress: Progress | None = None,
     allow_nonfinite: bool = False,
-    journal: Journal | None = None,
+    journal: OutputJournal | None = None,
 ) -> WriteReport:
     """Write `tensors` at the offsets of `files`, whatever their format, and synchronise them.
 
@@ -615,7 +615,7 @@ class _Work:
         progress: Progress | None,
         total_bytes: int,
         allow_nonfinite: bool,
-        journal: Journal | None,
+        journal: OutputJournal | None,
     ) -> None:
         self._evaluator = Evaluator(scan)
         self._scan = scan

@@ -34,7 +34,7 @@ from moecc.version import __version__
 
 if TYPE_CHECKING:
     from moecc.formats.gguf.encode import Key
-    from moecc.formats.writer import Done, Facts, Journal, WriteReport
+    from moecc.formats.writer import Done, Facts, OutputJournal, WriteReport
 
 
 # Write a planned GGUF file: keys, tokenizer, tensors, and what stands beside it.
@@ -248,11 +248,11 @@ class _Earlier:
         return bool(self._known)
 
     @contextmanager
-    def journal(self, folder: Path) -> Iterator[Journal]:
+    def journal(self, folder: Path) -> Iterator[OutputJournal]:
         """Yield the journal of this run, which begins with it."""
-        from moecc.formats.writer import Journal
+        from moecc.formats.writer import OutputJournal
 
-        journal = Journal(folder, self._facts, self._known)
+        journal = OutputJournal(folder, self._facts, self._known)
         try:
             yield journal
         finally:

@@ -31,7 +31,7 @@ from moecc.version import __version__
 
 if TYPE_CHECKING:
     from moecc.formats.manifest import FileRecord
-    from moecc.formats.writer import Journal, WriteReport
+    from moecc.formats.writer import OutputJournal, WriteReport
     from moecc.jobs.comparison import Verified
     from moecc.translate.engines import Verdict
 
@@ -267,7 +267,7 @@ class WriteOptions:
     allow_nonfinite: bool = False
     verify: bool = False
     progress: Progress | None = None
-    journal: Journal | None = None
+    journal: OutputJournal | None = None
     source_files: Callable[[], Mapping[str, FileRecord]] = dict
 
     @property

@@ -46,7 +46,7 @@ from moecc.train.settings import moment_types, parameter_settings
 from moecc.types import float_type
 
 if TYPE_CHECKING:
-    from moecc.support.process import Asked
+    from moecc.support.process import StopRequest
     from moecc.train.events import Reason, Trainer, Training
     from moecc.train.trackers import Tracker
 
@@ -533,7 +533,7 @@ def _trainer() -> Trainer:
 def _watch(
     job: TrainJob,
     training: Training,
-    noted: Asked,
+    noted: StopRequest,
     trackers: Sequence[Tracker],
     predicted: float | None,
 ) -> Stopped:

@@ -28,7 +28,7 @@ class UnsupportedPattern(ValueError):
 
 
 @dataclass(frozen=True)
-class Pattern:
+class NamePattern:
     """A regular expression without look-around, back-references, counts and lazy repetitions.
 
     Attributes:
@@ -45,7 +45,7 @@ class Pattern:
         return len(name) in self.step(name, starts)
 
 
-def parse_pattern(text: str) -> Pattern:
+def parse_pattern(text: str) -> NamePattern:
     """Return the pattern that `text` spells.
 
     Raises:
@@ -53,14 +53,14 @@ def parse_pattern(text: str) -> Pattern:
     """
     if len(text) > LONGEST:
         raise UnsupportedPattern(f"more than {LONGEST:,} characters")
-    parser = _Parser(text)
+    parser = _PatternParser(text)
     step, _ = parser.alternatives(0)
     if parser.at != len(text):
         raise UnsupportedPattern(f"{text[parser.at]!r} at character {parser.at + 1}")
-    return Pattern(text, step)
+    return NamePattern(text, step)
 
 
-class _Parser:
+class _PatternParser:
     """Reads a pattern from left to right; each method returns a step, and whether it repeats."""
 
     def __init__(self, text: str) -> None:

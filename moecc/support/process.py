@@ -92,7 +92,7 @@ def signals_raised() -> Iterator[None]:
             signal.signal(number, before[number])
 
 
-class Asked:
+class StopRequest:
     """The signal that asked a command to end, once there is one.
 
     Attributes:
@@ -110,13 +110,13 @@ class Asked:
 
 
 @contextmanager
-def signals_noted() -> Iterator[Asked]:
+def signals_noted() -> Iterator[StopRequest]:
     """Note SIGINT, SIGTERM and SIGHUP, so that work comes to an end in order; the second raises.
 
     A signal that the caller ignores stays ignored, and in another thread than the main one nothing
     changes.
     """
-    asked = Asked()
+    asked = StopRequest()
     is_main = threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGINT, *_ENDING) if is_main else ()
     before = {s: signal.getsignal(s) for s in numbers}

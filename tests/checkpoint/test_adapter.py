@@ -120,13 +120,21 @@ def test_tables_and_whole_tensors(base: Checkpoint, tmp_path: Path) -> None:
     [
         (pair("model.layers.9.mlp.gate_proj", 24, 16), {}, "a module that the model does not have"),
         (pair(GATE, 24, 17), {}, "does not suit the model's shapes"),
-        (pair(GATE, 24, 16), {"peft_type": "IA3"}, "only LoRA adapters"),
+        (pair(GATE, 24, 16), {"peft_type": "IA3"}, "peft_type: no such choice"),
         (pair(GATE, 24, 16), {"use_dora": True}, "DoRA"),
         (pair(GATE, 24, 16), {"kasa_config": {"beta": 1}}, "singular values"),
         (pair(GATE, 24, 16), {"lora_alpha": "much"}, "not a usable number"),
         (pair(GATE, 24, 16), {"lora_alpha": 10**400}, "not a usable number"),
-        (pair(GATE, 24, 16), {"alpha_pattern": {"gate_proj": 10**400}}, "not a usable number"),
-        (pair(GATE, 24, 16), {"alpha_pattern": {"gate_proj": None}}, "not a usable number"),
+        (
+            pair(GATE, 24, 16),
+            {"alpha_pattern": {"gate_proj": 10**400}},
+            "alpha_pattern.gate_proj: a value of another type",
+        ),
+        (
+            pair(GATE, 24, 16),
+            {"alpha_pattern": {"gate_proj": None}},
+            "alpha_pattern.gate_proj: a value of another type",
+        ),
         (pair(GATE, 24, 16), {"alpha_pattern": {"(.+)+x": 8}}, "does not match the pattern"),
         (pair(GATE, 24, 16), {"alpha_pattern": {"(?=a)gate": 8}}, "does not match the pattern"),
         (pair(GATE, 24, 16), {"alpha_pattern": {"(" * 3000: 8}}, "does not match the pattern"),
@@ -137,8 +145,8 @@ def test_tables_and_whole_tensors(base: Checkpoint, tmp_path: Path) -> None:
             (pair(GATE, 24, 16), {"init_lora_weights": start}, "path_initial_model_for_weight")
             for start in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", ["x"])
         ),
-        (pair(GATE, 24, 16), {"use_rslora": "true"}, "use_rslora: not a truth value"),
-        (pair(GATE, 24, 16), {"fan_in_fan_out": 1}, "fan_in_fan_out: not a truth value"),
+        (pair(GATE, 24, 16), {"use_rslora": "true"}, "use_rslora: a value of another type"),
+        (pair(GATE, 24, 16), {"fan_in_fan_out": 1}, "fan_in_fan_out: a value of another type"),
         (pair(QUERY, 16, 16), {"fan_in_fan_out": True}, "the matrix is square"),
     ],
 )

@@ -36,8 +36,7 @@ def test_outputs_change_the_disk_through_one_module() -> None:
         r"\.(write_bytes|write_text|mkdir|unlink|rmdir|rename)\((?!\")"
     )
     files = [
-        *(ROOT / "moecc" / "checkpoint").glob("*.py"),
-        ROOT / "moecc/jobs/convert.py",
+        *(ROOT / "moecc" / "formats").rglob("*.py"),
         ROOT / "moecc/jobs/convert.py",
         ROOT / "moecc/jobs/receipt.py",
     ]
@@ -48,7 +47,7 @@ def test_outputs_change_the_disk_through_one_module() -> None:
         for match in changing.finditer(re.sub(r"disk\(\)\.\w+\(", "", file.read_text()))
     }
     # An empty folder that was made a moment before; it is in no state that anyone waits for.
-    assert found == {("locks.py", "os.rmdir(")}
+    assert found == {("output.py", "os.rmdir(")}
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from moecc.formats.gguf.families import (
     LLAMA3_LOW,
     GgufFamily,
 )
-from moecc.formats.gguf.header import GgufHeader, Keys, StoredTensor, token_id
+from moecc.formats.gguf.header import GgufHeader, GgufKeys, StoredTensor, token_id
 from moecc.support.problems import Problems, quoted
 from moecc.support.text import with_article
 from moecc.support.untyped import Json
@@ -50,7 +50,7 @@ _BETAS = ("beta_fast", "beta_slow")
 _TYPES = ("none", "linear", "yarn")
 
 
-def read_rope(keys: Keys, context_length: int, divisors: Array | None) -> dict[str, object]:
+def read_rope(keys: GgufKeys, context_length: int, divisors: Array | None) -> dict[str, object]:
     """Return ``rope_theta`` and ``rope_scaling``; what config.json cannot express is a problem.
 
     `divisors` [head_dim / 2] is the content of ``rope_freqs.weight`` if there is one.
@@ -64,7 +64,7 @@ def read_rope(keys: Keys, context_length: int, divisors: Array | None) -> dict[s
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
-def _stated(keys: Keys, context_length: int) -> dict[str, object] | None:
+def _stated(keys: GgufKeys, context_length: int) -> dict[str, object] | None:
     older = keys.number("rope.scale_linear", 0.0)
     factor = keys.number("rope.scaling.factor", 0.0) or older
     kind = keys.text("rope.scaling.type", "linear")
@@ -88,7 +88,7 @@ def _stated(keys: Keys, context_length: int) -> dict[str, object] | None:
     return None
 
 
-def _llama3(keys: Keys, theta: float, divisors: Array) -> dict[str, object] | None:
+def _llama3(keys: GgufKeys, theta: float, divisors: Array) -> dict[str, object] | None:
     """Find the parameters that yield these divisors.
 
     Only the ratios of the old length to the two wavelength factors determine them, so with the
@@ -186,7 +186,7 @@ def make_config(
 ) -> tuple[dict[str, object], Sizes]:
     """Return config.json and the sizes of a head; every error goes to `problems`."""
     architecture = str(header.metadata["general.architecture"])
-    keys = Keys(header.metadata, architecture, header.path, problems)
+    keys = GgufKeys(header.metadata, architecture, header.path, problems)
     hidden, context = keys.size("embedding_length"), keys.size("context_length")
     sizes = _head_sizes(keys, hidden, family)
     vocab = _vocabulary_size(keys, header)
@@ -219,7 +219,7 @@ def make_config(
 
 
 def _experts(
-    keys: Keys, family: GgufFamily, tensors: Mapping[str, StoredTensor]
+    keys: GgufKeys, family: GgufFamily, tensors: Mapping[str, StoredTensor]
 ) -> dict[str, object]:
     """Return the keys of the experts: their number in every spelling, widths, gates."""
     mixture = family.mixture
@@ -246,7 +246,7 @@ def _experts(
     return config
 
 
-def _further(keys: Keys, family: GgufFamily, sizes: Sizes) -> dict[str, object]:
+def _further(keys: GgufKeys, family: GgufFamily, sizes: Sizes) -> dict[str, object]:
     """Return what else the architecture states."""
     config: dict[str, object] = {}
     facts = family.facts
@@ -274,7 +274,7 @@ def _further(keys: Keys, family: GgufFamily, sizes: Sizes) -> dict[str, object]:
     return config
 
 
-def _head_sizes(keys: Keys, hidden: int, family: GgufFamily) -> Sizes:
+def _head_sizes(keys: GgufKeys, hidden: int, family: GgufFamily) -> Sizes:
     heads = keys.size("attention.head_count")
     groups = keys.size("attention.head_count_kv", heads)
     head_dim = keys.size("attention.key_length", max(hidden // heads, 1))
@@ -290,7 +290,7 @@ def _head_sizes(keys: Keys, hidden: int, family: GgufFamily) -> Sizes:
     return Sizes(heads, groups, head_dim, rotated)
 
 
-def _vocabulary_size(keys: Keys, header: GgufHeader) -> int:
+def _vocabulary_size(keys: GgufKeys, header: GgufHeader) -> int:
     embedding = header.tensors.get(EMBEDDING)
     if embedding is None:
         problem = "the file has no token embedding"
@@ -302,7 +302,7 @@ def _vocabulary_size(keys: Keys, header: GgufHeader) -> int:
     return rows
 
 
-def _epsilon(keys: Keys) -> float:
+def _epsilon(keys: GgufKeys) -> float:
     name = "attention.layer_norm_rms_epsilon"
     epsilon = keys.number(name, None)
     if epsilon is None:
@@ -332,7 +332,7 @@ def torch_dtype(tensors: Mapping[str, StoredTensor]) -> str:
     return max(_TORCH_ORDER, key=lambda name: elements[name])
 
 
-def refuse_the_rest(keys: Keys) -> None:
+def refuse_the_rest(keys: GgufKeys) -> None:
     """Record keys that were not read and may change what the model computes."""
     for name, values in _NEUTRAL.items():
         if name in keys.used:
@@ -617,7 +617,7 @@ def _shape_config(
     header: GgufHeader, family: type[ModelConfig], problems: Problems
 ) -> tuple[dict[str, object], int]:
     architecture = str(header.metadata["general.architecture"])
-    keys = Keys(header.metadata, architecture, header.path, problems)
+    keys = GgufKeys(header.metadata, architecture, header.path, problems)
     sizes = {key: keys.size(key) for key in _SIZES}
     vocab = _rows(header, EMBEDDING)
     keys.value("vocab_size")

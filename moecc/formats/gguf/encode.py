@@ -21,7 +21,7 @@ _U32, _I32, _F32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredValue:
     """A value as another file stores it: its type and its bytes."""
 
     data: bytes
@@ -36,7 +36,7 @@ class Key:
     """A key of the metadata with its value."""
 
     name: str
-    value: Written | Stored
+    value: Written | StoredValue
 
 
 def plan_file(name: str, entries: Sequence[Entry], keys: Sequence[Key]) -> Shard:
@@ -83,8 +83,8 @@ def _listed(entry: Entry, offset: int) -> bytes:
     return _text(entry.name) + sizes + struct.pack("<IQ", storage.code, offset)
 
 
-def _value(value: Written | Stored) -> bytes:
-    if isinstance(value, Stored):
+def _value(value: Written | StoredValue) -> bytes:
+    if isinstance(value, StoredValue):
         return value.data
     if isinstance(value, bool | int | float | str):
         code, body = _scalar(value)

@@ -21,8 +21,8 @@ import numpy as np
 from moecc.errors import InputError, printable
 from moecc.formats.files import (
     MAX_SIZE,
+    DataSpan,
     Identity,
-    Span,
     check_layout,
     name_fault,
     open_regular,
@@ -420,12 +420,12 @@ def read_gguf_header(path: Path) -> GgufHeader:
     """
     descriptor, identity = open_regular(path)
     try:
-        return _HeaderCheck(Cursor(descriptor, path, identity.size_bytes), identity).header()
+        return _GgufHeaderCheck(Cursor(descriptor, path, identity.size_bytes), identity).header()
     finally:
         os.close(descriptor)
 
 
-class _HeaderCheck:
+class _GgufHeaderCheck:
     """One pass over a header that collects every problem."""
 
     def __init__(self, cursor: Cursor, identity: Identity) -> None:
@@ -469,7 +469,7 @@ class _HeaderCheck:
                 found=storage_label(code),
                 hint="take the same model in Q8_0, BF16 or F16",
             )
-        spans = [Span(t.offset, t.offset + t.nbytes, t.name) for t in tensors.values()]
+        spans = [DataSpan(t.offset, t.offset + t.nbytes, t.name) for t in tensors.values()]
         size = self.identity.size_bytes
         check_layout(spans, 0, size, self.path, self.problems, must_cover=False)
         self.problems.raise_if_any()
@@ -587,7 +587,7 @@ MAX_LAYERS = 1 << 16
 Default = TypeVar("Default")
 
 
-class Keys:
+class GgufKeys:
     """Reads the keys of one architecture, ``llama.block_count`` as ``block_count``."""
 
     def __init__(

@@ -20,7 +20,7 @@ from moecc.families.config import ModelConfig
 from moecc.formats.files import DescriptorPool, require_unchanged
 from moecc.formats.folder import rows_of
 from moecc.formats.gguf.config import Order, Sizes, make_config, read_shape
-from moecc.formats.gguf.encode import Key, Stored
+from moecc.formats.gguf.encode import Key, StoredValue
 from moecc.formats.gguf.families import (
     GGUF_FAMILIES,
     GGUF_MIXTURES,
@@ -229,7 +229,7 @@ class GgufFile(Closing):
             if name.startswith(prefix):
                 raw = bytearray(end - begin)
                 self._pool.read_into(self.path, self._identities[self.path], memoryview(raw), begin)
-                keys.append(Key(name, Stored(bytes(raw))))
+                keys.append(Key(name, StoredValue(bytes(raw))))
         return keys
 
     def card(self) -> dict[str, tuple[str, ...]]:

@@ -264,7 +264,7 @@ class Tree:
 
 
 @dataclass(frozen=True)
-class Piece:
+class ArrayPiece:
     """A tensor that is a piece of an array, as a matrix ``[rows, columns]`` or a vector.
 
     Attributes:
@@ -286,7 +286,7 @@ class Piece:
     halves: bool = False
     scale: float = 1.0
 
-    def of_layer(self, layer: int, axis: int = 1) -> Piece:
+    def of_layer(self, layer: int, axis: int = 1) -> ArrayPiece:
         """Return the piece of one layer, of an array that has an axis of layers besides."""
 
         def moved(old: int) -> int:

@@ -17,7 +17,7 @@ from moecc.formats.files import Identity, identify, read_json_object, require_un
 from moecc.formats.folder import CONFIG_NAME, MAX_CONFIG_BYTES, find_companions, rows_of
 from moecc.formats.modelcard import read_card
 from moecc.formats.source import TensorInfo
-from moecc.formats.trees.arrays import METADATA, Piece, Tree, open_orbax
+from moecc.formats.trees.arrays import METADATA, ArrayPiece, Tree, open_orbax
 from moecc.formats.trees.maxtext import MARKS as MAXTEXT_MARKS
 from moecc.formats.trees.maxtext import maxtext_pieces
 from moecc.formats.trees.t5x import MARKS as T5_MARKS
@@ -58,7 +58,7 @@ class SavedMoment:
       axes: which axes of the tensor it has, 0 for its rows, 1 for its columns.
     """
 
-    piece: Piece
+    piece: ArrayPiece
     axes: tuple[int, ...]
 
 
@@ -77,7 +77,7 @@ class SavedMoments:
     of: Mapping[str, Mapping[str, SavedMoment]]
 
 
-def find_moments(tree: Tree, arrays: Mapping[TreePath, str], pieces: Mapping[str, Piece]) -> (
+def find_moments(tree: Tree, arrays: Mapping[TreePath, str], pieces: Mapping[str, ArrayPiece]) -> (
     SavedMoments | None
 ):  # fmt: skip
     """Return the moments in a tree, or None if there are none.
@@ -130,7 +130,7 @@ def _count(tree: Tree, prefixes: set[TreePath]) -> int:
     return 0
 
 
-def _moment(tree: Tree, kind: str, piece: Piece, of: Mapping[str, str]) -> SavedMoment | None:
+def _moment(tree: Tree, kind: str, piece: ArrayPiece, of: Mapping[str, str]) -> SavedMoment | None:
     """Return the moment of a tensor; None where a zero keeps its place, or nothing does."""
     key = of.get(piece.key)
     if key is None:
@@ -147,12 +147,12 @@ def _moment(tree: Tree, kind: str, piece: Piece, of: Mapping[str, str]) -> Saved
         return None
     left = next(axis for axis in (*piece.rows, *piece.columns) if axis != missing)
     at = {axis - (axis > missing): index for axis, index in (piece.at or {}).items()}
-    factor = Piece(key, (left - (left > missing),), at=at or None)
+    factor = ArrayPiece(key, (left - (left > missing),), at=at or None)
     return SavedMoment(factor, (0,) if left == piece.rows[0] else (1,))
 
 
 def _missing_axis(
-    kind: str, piece: Piece, shape: tuple[int, ...], factor_shape: tuple[int, ...]
+    kind: str, piece: ArrayPiece, shape: tuple[int, ...], factor_shape: tuple[int, ...]
 ) -> int | None:
     """Return the axis of an array that a factor of its second moment lacks."""
     fits = [
@@ -167,7 +167,7 @@ def _missing_axis(
     return next(axis for axis in fits if (axis != width) == (kind == ROW))
 
 
-def _width(piece: Piece) -> int:
+def _width(piece: ArrayPiece) -> int:
     """Return the axis of the model's width of an array with experts or layers besides.
 
     T5 writes back into the stream by the matrices that are last in a block.
@@ -189,7 +189,7 @@ class TreeCheckpoint(Closing):
         path: Path,
         tree: Tree,
         config: dict[str, object],
-        pieces: Mapping[str, Piece],
+        pieces: Mapping[str, ArrayPiece],
     ) -> None:
         self.path, self.format, self.config = path, tree.format, config
         self._tree, self._pieces = tree, pieces
@@ -278,7 +278,7 @@ class TreeCheckpoint(Closing):
             words.append(f"{len(cut)} arrays have rows beyond the vocabulary, which are left out")
         return words
 
-    def _padding(self, piece: Piece) -> bool:
+    def _padding(self, piece: ArrayPiece) -> bool:
         sizes = self._tree.arrays.shape(piece.key)
         return prod(sizes[axis] for axis in piece.rows) > (piece.limit or 0)
 
@@ -320,7 +320,7 @@ def open_tree(path: Path, folder: Path, *, needs_config: bool) -> TreeCheckpoint
     elif config and tree.below(MAXTEXT_MARKS):
         pieces = maxtext_pieces(tree, config, problems)
     else:
-        pieces = {".".join(keys): Piece(key, ()) for keys, key in tree.keys.items()}
+        pieces = {".".join(keys): ArrayPiece(key, ()) for keys, key in tree.keys.items()}
     if needs_config and not config:
         problems.add(
             f"the {tree.format} checkpoint says no architecture", where=str(path),
@@ -332,7 +332,7 @@ def open_tree(path: Path, folder: Path, *, needs_config: bool) -> TreeCheckpoint
     return TreeCheckpoint(path, tree, config, pieces)
 
 
-def _info(name: str, piece: Piece, tree: Tree) -> TensorInfo:
+def _info(name: str, piece: ArrayPiece, tree: Tree) -> TensorInfo:
     array = tree.arrays.shape(piece.key)
     shape = piece.shape(array) if piece.rows else array
     dtype = _dtype(tree, piece.key)

@@ -14,7 +14,7 @@ from math import sqrt
 from moecc.families.config import ModelConfig
 from moecc.families.names import MaxTextFacts
 from moecc.families.registry import CONFIGS
-from moecc.formats.trees.arrays import Piece, Tree
+from moecc.formats.trees.arrays import ArrayPiece, Tree
 from moecc.support.problems import Problems, quoted
 from moecc.support.text import with_article
 
@@ -47,10 +47,10 @@ class _Decoder:
 
 def maxtext_pieces(
     tree: Tree, config: Mapping[str, object], problems: Problems
-) -> dict[str, Piece]:
+) -> dict[str, ArrayPiece]:
     """Return the tensors of the model by their Hugging Face names; what is unknown is reported."""
     decoder = _decoder(config, problems)
-    pieces: dict[str, Piece] = {}
+    pieces: dict[str, ArrayPiece] = {}
     if decoder is None:
         return pieces
     for path, key in tree.below(MARKS).items():
@@ -99,14 +99,17 @@ def _size(config: Mapping[str, object], key: str) -> int:
 
 def _pieces(
     path: tuple[str, ...], key: str, rank: int, decoder: _Decoder
-) -> Iterator[tuple[str, Piece]]:
+) -> Iterator[tuple[str, ArrayPiece]]:
     match path:
         case ("token_embedder", "embedding"):
-            yield "model.embed_tokens.weight", Piece(key, (0,), (1,), limit=decoder.vocab or None)
+            yield (
+                "model.embed_tokens.weight",
+                ArrayPiece(key, (0,), (1,), limit=decoder.vocab or None),
+            )
         case ("decoder", "decoder_norm", "scale"):
-            yield "model.norm.weight", Piece(key, (0,))
+            yield "model.norm.weight", ArrayPiece(key, (0,))
         case ("decoder", "logits_dense", "kernel"):
-            yield "lm_head.weight", Piece(key, (1,), (0,), limit=decoder.vocab or None)
+            yield "lm_head.weight", ArrayPiece(key, (1,), (0,), limit=decoder.vocab or None)
         case ("decoder", stack, *inner) if named := _LAYER.fullmatch(stack):
             is_scanned = named[1] is None
             layers = range(decoder.layers) if is_scanned else (int(named[1]),)
@@ -118,28 +121,28 @@ def _pieces(
 
 def _layer(
     path: tuple[str, ...], key: str, rank: int, decoder: _Decoder
-) -> Iterator[tuple[str, Piece]]:
+) -> Iterator[tuple[str, ArrayPiece]]:
     """Yield the tensors of one layer that an array without an axis of layers has."""
     facts, names = decoder.facts, decoder.family.names
     match path, rank:
         case _, 1 if path in _VECTORS:
-            yield _VECTORS[path], Piece(key, (0,))
+            yield _VECTORS[path], ArrayPiece(key, (0,))
         case ("self_attention", ("query" | "key" | "value") as part, "kernel"), 3:
             halves = decoder.turned and part != "value"
             folded = facts.folds_scale and part == "query"
             scale = sqrt(decoder.head_dim) if folded else 1.0
             name = f"self_attn.{_HEADS[part]}_proj.weight"
-            yield name, Piece(key, (1, 2), (0,), halves=halves, scale=scale)
+            yield name, ArrayPiece(key, (1, 2), (0,), halves=halves, scale=scale)
         case ("self_attention", ("query" | "key" | "value") as part, "bias"), 2 if facts.biases:
-            yield f"self_attn.{_HEADS[part]}_proj.bias", Piece(key, (0, 1))
+            yield f"self_attn.{_HEADS[part]}_proj.bias", ArrayPiece(key, (0, 1))
         case ("self_attention", "out", "kernel"), 3:
-            yield "self_attn.o_proj.weight", Piece(key, (2,), (0, 1))
+            yield "self_attn.o_proj.weight", ArrayPiece(key, (2,), (0, 1))
         case ("mlp", matrix, "kernel"), 2 if matrix in _MATRICES:
-            yield f"mlp.{_MATRICES[matrix]}_proj.weight", Piece(key, (1,), (0,))
+            yield f"mlp.{_MATRICES[matrix]}_proj.weight", ArrayPiece(key, (1,), (0,))
         case (block, "gate", "kernel"), 2 if block in _BLOCKS:
-            yield names.sparse + names.router, Piece(key, (1,), (0,))
+            yield names.sparse + names.router, ArrayPiece(key, (1,), (0,))
         case (block, matrix), 3 if block in _BLOCKS and matrix in _MATRICES:
             word = names.matrix(_MATRICES[matrix])
             for expert in range(decoder.experts):
                 prefix = names.sparse + names.expert.format(expert=expert)
-                yield f"{prefix}{word}.weight", Piece(key, (2,), (1,), at={0: expert})
+                yield f"{prefix}{word}.weight", ArrayPiece(key, (2,), (1,), at={0: expert})

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from moecc.errors import InputError, MachineError, described
-from moecc.formats.trees.arrays import FILE, Piece, Tree, ZarrArrays
+from moecc.formats.trees.arrays import FILE, ArrayPiece, Tree, ZarrArrays
 from moecc.support.extras import install_hint
 from moecc.support.problems import Problems, quoted
 from moecc.types import Array
@@ -188,14 +188,14 @@ _WHY: Mapping[str, str] = {
 """Why arrays of a mixture have no name there, by a word of their path."""
 
 
-def t5_pieces(tree: Tree, problems: Problems) -> dict[str, Piece]:
+def t5_pieces(tree: Tree, problems: Problems) -> dict[str, ArrayPiece]:
     """Return the tensors of the model by their Hugging Face names; what is unknown is reported."""
     arrays = tree.below(MARKS)
     names = _Names(
         any("expert" in path for path in arrays),
         {stack: _block_size(arrays, stack) for stack in _SELF},
     )
-    pieces: dict[str, Piece] = {}
+    pieces: dict[str, ArrayPiece] = {}
     for path, key in arrays.items():
         named = dict(names.pieces(path, key, tree.arrays.shape(key)))
         if not named:
@@ -229,18 +229,20 @@ class _Names:
     is_sparse: bool
     block_size: Mapping[str, int]
 
-    def pieces(self, path: TreePath, key: str, shape: Sequence[int]) -> Iterator[tuple[str, Piece]]:
+    def pieces(
+        self, path: TreePath, key: str, shape: Sequence[int]
+    ) -> Iterator[tuple[str, ArrayPiece]]:
         """Yield the tensors that an array has, by name."""
         match path:
             case ("token_embedder", "embedding"):
-                yield "shared.weight", Piece(key, (0,), (1,))
+                yield "shared.weight", ArrayPiece(key, (0,), (1,))
             case ("decoder", "logits_dense", "kernel"):
-                yield "lm_head.weight", Piece(key, (1,), (0,))
+                yield "lm_head.weight", ArrayPiece(key, (1,), (0,))
             case (("encoder" | "decoder") as stack, norm, "scale") if norm == f"{stack}_norm":
-                yield f"{stack}.final_layer_norm.weight", Piece(key, (0,))
+                yield f"{stack}.final_layer_norm.weight", ArrayPiece(key, (0,))
             case (("encoder" | "decoder") as stack, "relpos_bias", "rel_embedding"):
                 inside = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-                yield f"{stack}.{inside}", Piece(key, (1,), (0,))
+                yield f"{stack}.{inside}", ArrayPiece(key, (1,), (0,))
             case (("encoder" | "decoder") as stack, layer, *rest) if number := _LAYER.fullmatch(
                 layer
             ):
@@ -251,7 +253,7 @@ class _Names:
 
     def _scanned(
         self, stack: str, path: TreePath, key: str, shape: Sequence[int]
-    ) -> Iterator[tuple[str, Piece]]:
+    ) -> Iterator[tuple[str, ArrayPiece]]:
         match = _SUBBLOCK.fullmatch(path[0]) if path else None
         inside = path[1:] if match else path
         if len(shape) < 2:
@@ -264,14 +266,14 @@ class _Names:
 
     def _layer(
         self, stack: str, path: TreePath, key: str, shape: Sequence[int]
-    ) -> Iterator[tuple[str, Piece]]:
+    ) -> Iterator[tuple[str, ArrayPiece]]:
         """Yield the tensors of an array of a layer; names begin with the number of the sublayer."""
         last = len(_NORMS[stack]) - 1
         dense = "mlp" if self.is_sparse else "DenseReluDense"
-        matrix = Piece(key, (1,), (0,))
+        matrix = ArrayPiece(key, (1,), (0,))
         match path:
             case (norm, "scale") if norm in _NORMS[stack]:
-                yield f"{_NORMS[stack].index(norm)}.layer_norm.weight", Piece(key, (0,))
+                yield f"{_NORMS[stack].index(norm)}.layer_norm.weight", ArrayPiece(key, (0,))
             case (block, part, "kernel") if block == _SELF[stack] and part in _PARTS:
                 yield f"0.SelfAttention.{_PARTS[part]}.weight", matrix
             case ("encoder_decoder_attention", part, "kernel") if part in _PARTS and last == 2:
@@ -285,7 +287,7 @@ class _Names:
             case ("mlp", "expert", ("wi" | "wo") as word, "kernel") if len(shape) == 3:
                 for expert in range(shape[0]):
                     name = f"{last}.mlp.experts.expert_{expert}.{word}.weight"
-                    yield name, Piece(key, (2,), (1,), at={0: expert})
+                    yield name, ArrayPiece(key, (2,), (1,), at={0: expert})
 
 
 def t5_config(shapes: Mapping[str, tuple[int, ...]], problems: Problems) -> dict[str, object]:
