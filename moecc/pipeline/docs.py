@@ -41,35 +41,22 @@ def _section(cls: type[Pass]) -> str:
     parts = [f"## {cls.name}", *paragraphs]
     if cls.must_match:
         parts.append("Finding nothing to do is an error, unless `--allow-unmatched` is given.")
-    promise = _default_promise(cls)
-    if promise is not None:
-        parts.append(promise)
+    if not any(option.required for option in options(cls).values()):
+        parts.append(f"Preserves, without options: {cls().preserves}.")
     parts.append(_table(list(options(cls).values())))
     return "\n\n".join(parts)
-
-
-def _default_promise(cls: type[Pass]) -> str | None:
-    """Return the promise of a pass without options, if it needs none."""
-    if any(option.required for option in options(cls).values()):
-        return None
-    return f"Preserves, without options: {cls().preserves}."
 
 
 def _table(some: list[Option]) -> str:
     if not some:
         return "No options."
-    rows = [
-        f"| `{o.name}` | {_cell(describe(o.type))} | {_default(o)} | {_cell(o.doc)} |" for o in some
-    ]
+    rows = []
+    for o in some:
+        bounds = "" if o.bounds is None else f", {o.bounds}"
+        default = "required" if o.required else f"`{write(o.type, o.default)}`"
+        value, doc = (text.replace("|", "\\|") for text in (describe(o.type) + bounds, o.doc))
+        rows.append(f"| `{o.name}` | {value} | {default} | {doc} |")
     return "\n".join(["| option | value | default | meaning |", "|---|---|---|---|", *rows])
-
-
-def _default(option: Option) -> str:
-    return "required" if option.required else f"`{write(option.type, option.default)}`"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def _paragraphs(cls: type[Pass]) -> Iterator[str]:
@@ -84,11 +71,7 @@ def _paragraphs(cls: type[Pass]) -> Iterator[str]:
             literal = False
             continue
         literal = block.endswith("::")
-        yield _markdown(block[:-1] if literal else block)
-
-
-def _markdown(text: str) -> str:
-    return text.replace("``", "`")
+        yield (block[:-1] if literal else block).replace("``", "`")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

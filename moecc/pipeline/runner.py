@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from difflib import unified_diff
 from pathlib import Path
 from time import perf_counter
-from typing import TextIO
+from typing import ClassVar, TextIO
 
 from moecc.errors import CheckError, InputError, MachineError, Problem, UsageError, nearest
 from moecc.ir.graph import Graph
@@ -73,37 +73,27 @@ class PipelineReport:
 
     def as_dict(self) -> dict[str, object]:
         """Return the report as JSON values."""
-        total = self.preserves
         return {
             "changed": self.changed,
-            "preserves": _promise_dict(total),
-            "passes": [_run_dict(run) for run in self.runs],
+            "preserves": asdict(self.preserves),
+            "passes": [
+                {
+                    "pass": format_pass(run.item),
+                    "changed": run.result.changed,
+                    "matched": run.result.matched,
+                    "preserves": asdict(run.preserves),
+                    "statistics": run.result.stats,
+                    "remarks": [asdict(remark) for remark in run.remarks],
+                    "near_misses": [
+                        {"rule": m.rule, "where": m.where, "reason": m.reason}
+                        for m in run.result.near_misses
+                    ],
+                    "seconds": run.seconds,
+                    "verify_seconds": run.verify_seconds,
+                }
+                for run in self.runs
+            ],
         }
-
-
-def _promise_dict(promise: Preserves) -> dict[str, object]:
-    return {
-        "kind": promise.kind,
-        "reason": promise.reason,
-        "predicted_error": promise.predicted_error,
-    }
-
-
-def _run_dict(run: PassRun) -> dict[str, object]:
-    result = run.result
-    return {
-        "pass": format_pass(run.item),
-        "changed": result.changed,
-        "matched": result.matched,
-        "preserves": _promise_dict(run.preserves),
-        "statistics": result.stats,
-        "remarks": [{"where": r.where, "text": r.text} for r in run.remarks],
-        "near_misses": [
-            {"rule": m.rule, "where": m.where, "reason": m.reason} for m in result.near_misses
-        ],
-        "seconds": run.seconds,
-        "verify_seconds": run.verify_seconds,
-    }
 
 
 class Instrument:
@@ -202,24 +192,18 @@ def run_pass(graph: Graph, item: Pass, context: Context, number: int = 1) -> Pas
         ) from None
     end = perf_counter()
     if item.must_match and not result.matched and not context.allow_unmatched:
-        raise InputError([_unmatched(item, result)])
+        misses = sorted(result.near_misses, key=lambda m: -m.score)[:MAX_NEAR_MISSES]
+        lines = [f"\n    {m.where}: {m.reason}" for m in misses]
+        if left := len(result.near_misses) - len(misses):
+            lines.append(f"\n    and {left} more")
+        raise InputError(
+            "matched nothing, but must match",
+            where=item.name,
+            found=f"nearest misses:{''.join(lines)}" if misses else "no candidate",
+            hint="leave it out; moecc opt and convert also go on without it by --allow-unmatched",
+        )
     remarks = tuple(dict.fromkeys([*remarked, *result.remarks]))
     return PassRun(number, item, result, remarks, middle - start, end - middle)
-
-
-def _unmatched(item: Pass, result: PassResult) -> Problem:
-    misses = sorted(result.near_misses, key=lambda m: -m.score)[:MAX_NEAR_MISSES]
-    left = len(result.near_misses) - len(misses)
-    lines = [f"\n    {m.where}: {m.reason}" for m in misses]
-    if left:
-        lines.append(f"\n    and {left} more")
-    misses_text = f"nearest misses:{''.join(lines)}" if misses else "no candidate"
-    return Problem(
-        "matched nothing, but must match",
-        item.name,
-        found=misses_text,
-        hint="leave it out; moecc opt and convert also go on without it by --allow-unmatched",
-    )
 
 
 # Instruments: observers that print a pipeline's progress and results.
@@ -239,6 +223,7 @@ class PrintAfter(Instrument):
 
     which: str | frozenset[str]
     stream: TextIO
+    position: ClassVar[str] = "after"
 
     def start(self, graph: Graph, pipeline: Pipeline) -> None:
         """Check the pass names.
@@ -246,59 +231,41 @@ class PrintAfter(Instrument):
         Raises:
           UsageError: a name is not that of a pass of the pipeline.
         """
-        if not isinstance(self.which, str):
-            _check_names(self.which, pipeline, "after")
+        available = {item.name for item in pipeline}
+        names = frozenset() if isinstance(self.which, str) else self.which - available
+        passes = ", ".join(sorted(available)) or "none"
+        problems = [
+            Problem(
+                f"the pipeline has no pass {name!r} to print {self.position}",
+                hint=nearest(name, available) or f"passes: {passes}",
+            )
+            for name in sorted(names)
+        ]
+        if problems:
+            raise UsageError(problems)
+
+    def print(self, title: str, name: str, graph: Graph, *, changed: bool = False) -> None:
+        """Print the graph if it is requested at this pass."""
+        by_change = self.which == "changed" and changed
+        if self.which == "all" or by_change or (self.which != "changed" and name in self.which):
+            self.stream.write(f"# {self.position} pass {title}\n{print_graph(graph)}")
 
     def after(self, run: PassRun, graph: Graph) -> None:
         """Print the graph if it is requested after this pass."""
-        if self.which == "changed":
-            wanted = run.result.changed
-        else:
-            wanted = self.which == "all" or run.item.name in self.which
-        if wanted:
-            self.stream.write(f"# after pass {run.title}\n{print_graph(graph)}")
+        self.print(run.title, run.item.name, graph, changed=run.result.changed)
 
 
-@dataclass
-class PrintBefore(Instrument):
-    """Prints the graph before passes; the output can be parsed.
+class PrintBefore(PrintAfter):
+    """Prints the graph before passes: all, or those that are named."""
 
-    Attributes:
-      which: ``all``, or names of passes.
-      stream: the output stream.
-    """
-
-    which: str | frozenset[str]
-    stream: TextIO
-
-    def start(self, graph: Graph, pipeline: Pipeline) -> None:
-        """Check the pass names.
-
-        Raises:
-          UsageError: a name is not that of a pass of the pipeline.
-        """
-        if not isinstance(self.which, str):
-            _check_names(self.which, pipeline, "before")
+    position = "before"
 
     def before(self, number: int, item: Pass, graph: Graph) -> None:
         """Print the graph if it is requested before this pass."""
-        if self.which == "all" or item.name in self.which:
-            title = f"{number} {format_pass(item)}"
-            self.stream.write(f"# before pass {title}\n{print_graph(graph)}")
+        self.print(f"{number} {format_pass(item)}", item.name, graph)
 
-
-def _check_names(names: frozenset[str], pipeline: Pipeline, when: str) -> None:
-    """Raise UsageError for names that no pass of the pipeline has."""
-    there = {item.name for item in pipeline}
-    problems = [
-        Problem(
-            f"the pipeline has no pass {name!r} to print {when}",
-            hint=nearest(name, there) or f"passes: {', '.join(sorted(there)) or 'none'}",
-        )
-        for name in sorted(names - there)
-    ]
-    if problems:
-        raise UsageError(problems)
+    def after(self, run: PassRun, graph: Graph) -> None:
+        """Print nothing."""
 
 
 class DiffAfter(Instrument):

@@ -8,6 +8,7 @@ costs only that row, and the bytes do not depend on how the whole is divided int
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import prod
 from typing import Any, Protocol
 
@@ -104,11 +105,6 @@ def evaluate(
         if not wanted.type.axes or not 0 <= rows[0] <= rows[1] <= wanted.type.shape[0]:
             raise ValueError(f"rows {rows} of {wanted.type}")
     return np.array(Evaluator(reader).block(wanted, box), order="C")
-
-
-def materialise(expr: Expr, reader: TensorReader, dtype: DType | None = None) -> Array:
-    """Return the whole value of `expr`, for small tensors. Raises as `evaluate`."""
-    return evaluate(expr, reader, dtype)
 
 
 def blocks(
@@ -283,7 +279,14 @@ class Evaluator:
     def _take(self, e: Take, box: Box) -> Array:
         at = e.type.names.index(e.axis)
         order = self.block(e.order, (box[at],))
-        self._check_order(e, order)
+        limit = size(e.x.type[e.axis])
+        wrong = order[(order < 0) | (order >= limit)]
+        if wrong.size:
+            raise e.error(
+                f"the order has a position that axis {e.axis!r} has not",
+                expected=f"0 to {limit - 1}",
+                found=str(int(wrong[0])),
+            )
         if at:
             low, high = int(order.min()), int(order.max()) + 1
             x = self.block(e.x, (*box[:at], (low, high), *box[at + 1 :]))
@@ -292,15 +295,6 @@ class Evaluator:
         for start, stop, places in runs(order):
             ordered[places] = self.block(e.x, ((start, stop), *box[1:]))
         return ordered
-
-    def _check_order(self, e: Take, order: Array) -> None:
-        limit = size(e.x.type[e.axis])
-        wrong = order[(order < 0) | (order >= limit)]
-        if wrong.size:
-            raise e.error(
-                f"the order has a position that axis {e.axis!r} has not",
-                expected=f"0 to {limit - 1}", found=str(int(wrong[0])),
-            )  # fmt: skip
 
     def _permutation(self, e: Permutation, box: Box) -> Array:
         words = random.box_words(e.key, e.type.shape, whole(e.type))
@@ -340,7 +334,7 @@ class Evaluator:
     def _scale(self, e: Scale, box: Box) -> Array:
         x = self.block(e.x, box)
         wide = _widened(x, e.type.dtype)
-        with self._overflow(e):
+        with _overflow(e):
             # What was widened is nobody else's.
             out = None if wide is x else wide
             return np.asarray(np.multiply(wide, wide.dtype.type(e.factor), out=out))
@@ -348,16 +342,12 @@ class Evaluator:
     def _cast(self, e: Cast, box: Box) -> Array:
         x = self.block(e.x, box)
         rounded = round_to(x, e.dtype)
-        self._check_cast(e, x, rounded, box)
-        return rounded
-
-    def _check_cast(self, e: Cast, x: Array, rounded: Array, box: Box) -> None:
         if first_nonfinite(rounded) is None:
-            return
+            return rounded
         with np.errstate(invalid="ignore"):  # a signalling NaN
             over = np.isfinite(x) & ~np.isfinite(rounded)
         if not over.any():
-            return
+            return rounded
         position = np.unravel_index(int(np.argmax(over)), over.shape)
         index = [int(at) + start for at, (start, _) in zip(position, box, strict=True)]
         raise ValuesOverflow(
@@ -372,20 +362,17 @@ class Evaluator:
         (x, y), dtype = (self._operand(x, e.type, box) for x in e.operands), e.type.dtype
         a, b = _widened(x, dtype), _widened(y, dtype)
         out = a if a is not x and a.shape == extents(box) else None
-        with self._overflow(e):
+        with _overflow(e):
             return np.asarray(np.add(a, b, out=out))
 
     def _mul(self, e: Mul, box: Box) -> Array:
-        a, b = self._wide(e, box)
-        with self._overflow(e):
+        a, b = (_widened(self._operand(x, e.type, box), e.type.dtype) for x in e.operands)
+        with _overflow(e):
             return np.asarray(a * b)
 
     def _minimum(self, e: Minimum, box: Box) -> Array:
-        return np.asarray(np.minimum(*self._wide(e, box)))
-
-    def _wide(self, e: Mul | Minimum, box: Box) -> tuple[Array, Array]:
         a, b = (_widened(self._operand(x, e.type, box), e.type.dtype) for x in e.operands)
-        return a, b
+        return np.asarray(np.minimum(a, b))
 
     def _select(self, e: Select, box: Box) -> Array:
         mask, a, b = (self._operand(x, e.type, box) for x in e.operands)
@@ -396,30 +383,21 @@ class Evaluator:
     def _moment(self, e: Moment, box: Box) -> Array:
         return self._moments.moment(self.block, e, box).astype(e.type.dtype.numpy)
 
-    def _overflow(self, e: Expr) -> _Overflow:
-        return _Overflow(e)
-
 
 def _widened(values: Array, dtype: DType) -> Array:
     """Return `values` in `dtype`: the very array if it has that type, else a new one."""
     return values if values.dtype == dtype.numpy else widen(values, dtype)
 
 
-class _Overflow:
-    """Turns an overflow of arithmetic into an error; operands that are infinite are not one."""
-
-    def __init__(self, expr: Expr) -> None:
-        self._expr = expr
-        self._state = np.errstate(over="raise", invalid="ignore", under="ignore")
-
-    def __enter__(self) -> None:
-        self._state.__enter__()
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        self._state.__exit__(None, None, None)
-        if kind is not None and issubclass(kind, FloatingPointError):
-            message = f"values overflow {self._expr.type.dtype}"
-            raise ValuesOverflow(self._expr.error(message).problems) from None
+@contextmanager
+def _overflow(expr: Expr) -> Iterator[None]:
+    """Turn an overflow of arithmetic into an error; operands that are infinite are not one."""
+    try:
+        with np.errstate(over="raise", invalid="ignore", under="ignore"):
+            yield
+    except FloatingPointError:
+        message = f"values overflow {expr.type.dtype}"
+        raise ValuesOverflow(expr.error(message).problems) from None
 
 
 _RULES: dict[type[Expr], Callable[[Evaluator, Any, Box], Array]] = {

@@ -249,7 +249,10 @@ class MomentCache:
             return cached
         moments = self._computed(block, e, box)
         if moments.nbytes <= _REMEMBERED_BYTES:
-            self._remember((e, box), moments)
+            with self._lock:
+                self._known[e, box] = moments
+                if len(self._known) > _REMEMBERED:
+                    self._known.popitem(last=False)
         return moments
 
     def _computed(self, block: Block, e: Moment, box: Box) -> Floats:
@@ -267,12 +270,6 @@ class MomentCache:
             return _mean(block, e, box, None)
         centre = self.moment(block, Moment("mean", e.x, e.mask, e.keep), box)
         return np.asarray(np.sqrt(_mean(block, e, box, centre)))
-
-    def _remember(self, key: tuple[Moment, Box], value: Floats) -> None:
-        with self._lock:
-            self._known[key] = value
-            if len(self._known) > _REMEMBERED:
-                self._known.popitem(last=False)
 
 
 def _cut(e: Moment, box: Box) -> tuple[int, int] | None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import reduce
 from itertools import chain
-from math import isfinite
 from typing import Annotated, ClassVar, Literal
 
 from moecc.errors import InputError, Problem
@@ -29,6 +28,7 @@ from moecc.pipeline.passes import (
     BALANCE,
     EXACT,
     ROUTER_Z,
+    Bounds,
     Context,
     Pass,
     PassResult,
@@ -46,45 +46,29 @@ Weighted = list[tuple[str, float, Value]]
 """Losses of one layer: name, coefficient, value."""
 
 
-def metrics_of(metrics: MetricBuilder, layer: RoutedLayer) -> dict[str, Value]:
-    """Return the metrics of a layer by name: those defined for its kind of routing."""
-    loads, scores = metrics.loads(), metrics.means.routed.scores
-    values = {
-        "left_behind": metrics.left_behind(),
-        "gate_mean": metrics.gate_mean(),
-        "max_violation": metrics.max_violation(loads),
-        "dead_experts": metrics.dead_experts(loads),
-        "loads": loads,
-    }
-    if not layer.experts_choose:
-        values["dropped"] = metrics.dropped()
-    if layer.assigner.attrs["slots"] == "capacity":
-        values["utilisation"] = metrics.utilisation()
-    if scores is not None:
-        values["entropy"] = metrics.entropy(scores)
-    if scores is not None and scores.count > 1:
-        values["margin"] = metrics.margin(scores)
-    return values
+def metrics_of(metrics: MetricBuilder, layer: RoutedLayer, is_part: bool) -> dict[str, Value]:
+    """Return the metrics of a layer by name: those defined for its kind of routing.
 
-
-def tallies_of(metrics: MetricBuilder, layer: RoutedLayer) -> dict[str, Value]:
-    """Return the sums over the parts of a batch from which metrics are made."""
+    Of a part of a batch they are sums, from which the metrics of the batch are made.
+    """
     scores = metrics.means.routed.scores
-    values = {
-        CHOSEN: metrics.chosen(),
-        "rows": metrics.rows(),
-        "left_behind": metrics.left_behind(),
-        "gate_mean": metrics.gate_mean(),
-    }
+    loads = None if is_part else metrics.loads()
+    values = {CHOSEN: metrics.chosen(), "rows": metrics.rows()} if is_part else {}
+    values |= {"left_behind": metrics.left_behind(), "gate_mean": metrics.gate_mean()}
+    if loads is not None:
+        values["max_violation"] = metrics.max_violation(loads)
+        values["dead_experts"] = metrics.dead_experts(loads)
+        values["loads"] = loads
     if not layer.experts_choose:
-        values["asked"] = metrics.asked()
+        values |= {"asked": metrics.asked()} if is_part else {"dropped": metrics.dropped()}
     if layer.assigner.attrs["slots"] == "capacity":
         values["utilisation"] = metrics.utilisation()
     if scores is not None:
         values["entropy"] = metrics.entropy(scores)
-        values["logit_square"] = metrics.logit_square(scores)
-    if scores is not None and scores.count > 1:
-        values["margin"] = metrics.margin(scores)
+        if is_part:
+            values["logit_square"] = metrics.logit_square(scores)
+        if scores.count > 1:
+            values["margin"] = metrics.margin(scores)
     return values
 
 
@@ -100,12 +84,8 @@ def joined(builder: Builder, losses: Iterable[Weighted], how: str) -> Weighted:
         total = kinds[name][0]
         if len(kinds[name]) > 1:
             # One sum over all layers, which is the same for rolled layers.
-            every = builder.stack(*kinds[name], axis="layer")
-            total = (
-                builder.sum(every, axes="layer")
-                if how == "sum"
-                else builder.mean(every, axes="layer")
-            )
+            stacked = builder.stack(*kinds[name], axis="layer")
+            total = (builder.sum if how == "sum" else builder.mean)(stacked, axes="layer")
         totals.append((name, coefficients[name], total))
     return totals
 
@@ -168,65 +148,62 @@ class AddLossesPass(Pass):
     balance: Annotated[
         Literal["top-1", "k-hot", "none"], "whether f counts first choices or all of them"
     ] = "top-1"
-    balance_coef: Annotated[float, "the coefficient of the balance loss"] = 0.01
-    z_coef: Annotated[float, "that of the router z-loss; 0: no such loss"] = 0.001
-    importance_coef: Annotated[float, "that of V-MoE's importance loss"] = 0.0
-    load_coef: Annotated[float, "that of V-MoE's load loss"] = 0.0
+    balance_coef: Annotated[float, "the coefficient of the balance loss", Bounds(0)] = 0.01
+    z_coef: Annotated[float, "that of the router z-loss; 0: no such loss", Bounds(0)] = 0.001
+    importance_coef: Annotated[float, "that of V-MoE's importance loss", Bounds(0)] = 0.0
+    load_coef: Annotated[float, "that of V-MoE's load loss", Bounds(0)] = 0.0
     load_noise: Annotated[
-        float | None, "the noise of the load loss; none: what is added to the logits, or 1/experts"
+        float | None,
+        "the noise of the load loss; none: what is added to the logits, or 1/experts",
+        Bounds(0, is_open=True),
     ] = None
-    attention_z_coef: Annotated[float, "that of the z-loss of attention, of every layer"] = 0.0
-    output_z_coef: Annotated[float, "that of the z-loss of the output softmax"] = 0.0
+    attention_z_coef: Annotated[
+        float, "that of the z-loss of attention, of every layer", Bounds(0)
+    ] = 0.0
+    output_z_coef: Annotated[float, "that of the z-loss of the output softmax", Bounds(0)] = 0.0
     over: Annotated[
         Literal["group", "sequence", "global"], "what f and P are means over, before averaging"
     ] = "group"
     layers: Annotated[Literal["sum", "mean"], "how the losses of layers are joined"] = "sum"
     metrics: Annotated[bool, "whether metrics of each layer are added"] = True
     parts: Annotated[
-        int, "losses and metrics of one of so many parts of a batch, which add up; 0: of all of it"
+        int,
+        "losses and metrics of one of so many parts of a batch, which add up; 0: of all of it",
+        Bounds(0),
     ] = 0
     replace: Annotated[bool, "whether losses and metrics that are there are replaced"] = False
 
     def validate(self) -> list[Problem]:
         """Return which options are out of range, or leave nothing to add."""
-        problems = [
-            Problem("a coefficient must not be negative", name, "at least 0", str(value))
-            for name, value in self._coefficients()
-            if not (isfinite(value) and value >= 0)
-        ]
-        if self.load_noise is not None and not 0 < self.load_noise < float("inf"):
-            problems.append(
-                Problem("the noise of the load loss is positive", "load-noise", "more than 0",
-                        str(self.load_noise))
-            )  # fmt: skip
-        if self.parts < 0:
-            problems.append(Problem("parts are counted", "parts", "at least 0", str(self.parts)))
+        problems = super().validate()
         if self.parts > 1 and self.over == "global":
-            problems.append(
-                Problem("a loss over the whole batch is no sum over its parts", "over",
-                        "group or sequence, with several parts", "global",
-                        "one part, or over=group")
-            )  # fmt: skip
-        if not problems and not self.metrics and not any(v for _, v in self._coefficients()):
-            problems.append(
-                Problem("no loss and no metric is left", hint="the paper has balance-coef=0.01 "
-                        "z-coef=0.001")
-            )  # fmt: skip
+            message = "a loss over the whole batch is no sum over its parts"
+            expected = "group or sequence, with several parts"
+            hint = "one part, or over=group"
+            problems.append(Problem(message, "over", expected, "global", hint))
+        if not problems and not self.metrics and not any(self._coefficients().values()):
+            hint = "the paper has balance-coef=0.01 z-coef=0.001"
+            problems.append(Problem("no loss and no metric is left", hint=hint))
         return problems
 
     def warnings(self) -> list[Problem]:
         """Return a warning where nothing spreads the tokens over the experts."""
-        spreading = {"balance-coef", "importance-coef", "load-coef"}
-        if any(value for name, value in self._coefficients() if name in spreading):
+        coefficients = self._coefficients()
+        if any(coefficients[name] for name in ("balance", "importance", "load")):
             return []
         message = "no loss spreads the tokens over the experts, so a few of them may get all"
         return [Problem(message, "balance-coef", "0.01, as ST-MoE has it", f"{self.balance_coef}")]
 
     def lints(self) -> list[Problem]:
         """Return which coefficients the paper would not have."""
-        balance = 0.0 if self.balance == "none" else self.balance_coef
         return [
-            *coefficient(balance, BALANCE, "the balance loss", "balance-coef", "appendix A"),
+            *coefficient(
+                self._coefficients()["balance"],
+                BALANCE,
+                "the balance loss",
+                "balance-coef",
+                "appendix A",
+            ),
             *coefficient(self.z_coef, ROUTER_Z, "the router z-loss", "z-coef", "section 3.3"),
         ]
 
@@ -240,13 +217,15 @@ class AddLossesPass(Pass):
                 ]  # fmt: skip
         return []
 
-    def _coefficients(self) -> Iterator[tuple[str, float]]:
-        yield "balance-coef", 0.0 if self.balance == "none" else self.balance_coef
-        yield "z-coef", self.z_coef
-        yield "importance-coef", self.importance_coef
-        yield "load-coef", self.load_coef
-        yield "attention-z-coef", self.attention_z_coef
-        yield "output-z-coef", self.output_z_coef
+    def _coefficients(self) -> dict[str, float]:
+        return {
+            "balance": 0.0 if self.balance == "none" else self.balance_coef,
+            "router_z": self.z_coef,
+            "importance": self.importance_coef,
+            "load": self.load_coef,
+            "attention_z": self.attention_z_coef,
+            "output_z": self.output_z_coef,
+        }
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
         """Add the outputs.
@@ -263,9 +242,7 @@ class AddLossesPass(Pass):
                 hint="add them once, and last",
             )  # fmt: skip
         layers = routed_layers(graph)
-        losses: list[Weighted] = []
-        for layer in layers:
-            losses.append(self._add_to_layer(graph, layer, ctx))
+        losses = [self._add_to_layer(graph, layer, ctx) for layer in layers]
         attentions = attention_scores(graph) if self.attention_z_coef else []
         losses += [self._attention_z(node) for node in attentions]
         builder = Builder(graph, loc="loss", origin=f"{ORIGIN}join")
@@ -288,32 +265,30 @@ class AddLossesPass(Pass):
         routed = layer.routed()
         means = Means(builder, routed, self.over, max(self.parts, 1))
         if self.metrics:
-            told = tallies_of if self.parts else metrics_of
             if self.parts:
                 _record_bias(graph, layer)
-            for name, value in told(MetricBuilder(means), layer).items():
+            values = metrics_of(MetricBuilder(means), layer, self.parts > 0)
+            for name, value in values.items():
                 graph.set_output(f"metric.{layer.name}.{name}", value)
         if routed.scores is None:
             ctx.remark(Remark(layer.name, "has no loss: a hash has nothing to train"))
             return []
         if routed.scores.chosen is None and self.balance != "none":
             ctx.remark(Remark(layer.name, "has no balance loss: experts choose as many tokens"))
-        return list(self._losses(LossBuilder(means, routed.scores)))
-
-    def _losses(self, losses: LossBuilder) -> Iterator[tuple[str, float, Value]]:
-        scores = losses.scores
-        if self.z_coef:
-            yield "router_z", self.z_coef, losses.router_z()
-        if scores.chosen is None:
-            return
-        if self.balance != "none" and self.balance_coef:
-            choices = 1 if self.balance == "top-1" else scores.top_k
-            yield "balance", self.balance_coef, losses.balance(choices)
-        if self.importance_coef:
-            yield "importance", self.importance_coef, losses.importance()
-        if self.load_coef:
-            std = self.load_noise or scores.noise_std or 1 / scores.count
-            yield "load", self.load_coef, losses.load(std)
+        losses, scores, coefficients = (
+            LossBuilder(means, routed.scores),
+            routed.scores,
+            self._coefficients(),
+        )
+        std = self.load_noise or scores.noise_std or 1 / scores.count
+        emitters: dict[str, Callable[[], Value]] = {"router_z": losses.router_z}
+        if scores.chosen is not None:
+            emitters |= {
+                "balance": lambda: losses.balance(1 if self.balance == "top-1" else scores.top_k),
+                "importance": losses.importance,
+                "load": lambda: losses.load(std),
+            }
+        return [(n, coefficients[n], emit()) for n, emit in emitters.items() if coefficients[n]]
 
     def _attention_z(self, softmax: Node) -> Weighted:
         builder = Builder(softmax.graph, loc=softmax.loc, origin=f"{ORIGIN}attention")

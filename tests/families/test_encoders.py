@@ -39,7 +39,7 @@ from moecc.testing.configs import (
 from moecc.testing.data import inputs_for
 from moecc.translate.export import export_graph
 from moecc.translate.importing import import_checkpoint, unread_tensors
-from moecc.weights.evaluate import materialise
+from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import Source
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -57,7 +57,7 @@ def config_of(family: str, **keys: Any) -> ModelConfig:
 
 
 def run(graph: Graph, checkpoint: MemoryCheckpoint, inputs: dict[str, Array]) -> Array:
-    params = {n: materialise(v.weight, checkpoint.read) for n, v in graph.params.items()}
+    params = {n: evaluate(v.weight, checkpoint.read) for n, v in graph.params.items()}
     found = get_backend("reference").compile(graph).run(params, inputs)
     return next(iter(found.values()))
 

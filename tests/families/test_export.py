@@ -32,7 +32,7 @@ from moecc.testing.configs import (
 from moecc.translate.export import Export, export_graph
 from moecc.translate.importing import import_checkpoint
 from moecc.translate.propose import propose
-from moecc.weights.evaluate import materialise
+from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import Full, Source, sources
 
 from .small_config import SMALL as SIZES
@@ -85,7 +85,7 @@ def upcycled(graph: Graph, target: str, **options: Any) -> Graph:
 def run(graph: Graph, checkpoint: MemoryCheckpoint, seq: int = 5) -> np.ndarray:
     vocab = graph.outputs["logits"].type["vocab"].size
     tokens = (np.arange(2 * seq).reshape(2, seq) * 7 + 3) % vocab
-    params = {n: materialise(v.weight, checkpoint.read) for n, v in graph.params.items()}
+    params = {n: evaluate(v.weight, checkpoint.read) for n, v in graph.params.items()}
     return get_backend("reference").compile(graph).run(params, {"tokens": tokens})["logits"]
 
 

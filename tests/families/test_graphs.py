@@ -18,7 +18,7 @@ from moecc.formats.open import open_checkpoint
 from moecc.ir import BF16, Graph, equal, parse, print_graph, verify
 from moecc.testing.configs import MemoryCheckpoint, random_checkpoint, small_configs
 from moecc.translate.importing import import_checkpoint
-from moecc.weights.evaluate import materialise
+from moecc.weights.evaluate import evaluate
 
 from .small_config import SMALL as SIZES
 
@@ -31,7 +31,7 @@ def config_of(family: str, **keys: object) -> DecoderConfig:
 
 
 def run(graph: Graph, checkpoint: MemoryCheckpoint, tokens: np.ndarray) -> np.ndarray:
-    params = {n: materialise(v.weight, checkpoint.read) for n, v in graph.params.items()}
+    params = {n: evaluate(v.weight, checkpoint.read) for n, v in graph.params.items()}
     return get_backend("reference").compile(graph).run(params, {"tokens": tokens})["logits"]
 
 
@@ -46,7 +46,7 @@ def test_the_imported_graph_gives_the_golden_logits(case: str) -> None:
         verify(graph)
         (output,) = graph.outputs
         inputs = {name: np.load(GOLDEN / case / f"{name}.npy") for name in graph.inputs}
-        params = {n: materialise(v.weight, checkpoint.read) for n, v in graph.params.items()}
+        params = {n: evaluate(v.weight, checkpoint.read) for n, v in graph.params.items()}
     golden = np.load(GOLDEN / case / f"{output}.npy")
     found = get_backend("reference").compile(graph).run(params, inputs)[output]
     # The file holds float32, rounded once; the reference computes in float64.

@@ -28,7 +28,7 @@ from moecc.testing.configs import MemoryCheckpoint, exported_checkpoint, random_
 from moecc.testing.data import inputs_for
 from moecc.translate.export import export_graph
 from moecc.translate.importing import import_checkpoint, unread_tensors
-from moecc.weights.evaluate import materialise
+from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import Source
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -81,7 +81,7 @@ each = pytest.mark.parametrize("keys", CONFIGS, ids=NAMES)
 
 def run(checkpoint: MemoryCheckpoint) -> np.ndarray:
     graph = import_checkpoint(checkpoint)
-    params = {n: materialise(v.weight, checkpoint.read) for n, v in graph.params.items()}
+    params = {n: evaluate(v.weight, checkpoint.read) for n, v in graph.params.items()}
     inputs = inputs_for(graph, 3, {"B": 2, "S": 6, "T": 5})
     return next(iter(get_backend("reference").compile(graph).run(params, inputs).values()))
 
@@ -139,7 +139,7 @@ def test_a_mask_hides_the_padding_of_encoders() -> None:
     for keys in (roberta, mpnet, DISTILBERT):
         checkpoint = random_checkpoint(parse_config(keys), seed=3)
         graph = import_checkpoint(checkpoint, padding=True)
-        params = {n: materialise(v.weight, checkpoint.read) for n, v in graph.params.items()}
+        params = {n: evaluate(v.weight, checkpoint.read) for n, v in graph.params.items()}
         program = get_backend("reference").compile(graph)
         tokens = np.array([[5, 6, 7, 8, 9, 10]])
         mask = np.arange(6)[None] < 4

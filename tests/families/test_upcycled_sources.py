@@ -18,7 +18,7 @@ from moecc.pipeline.passes import Context
 from moecc.testing.configs import MemoryCheckpoint
 from moecc.translate.export import export_graph
 from moecc.translate.importing import import_checkpoint
-from moecc.weights.evaluate import evaluate, materialise
+from moecc.weights.evaluate import evaluate
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = (
@@ -59,7 +59,7 @@ def test_copies_written_as_st_moe_compute_the_golden_outputs(case: str) -> None:
     config = json.loads(json.dumps(made.config_json))
     written = MemoryCheckpoint(config, arrays)
     again = import_checkpoint(written)
-    params = {n: materialise(v.weight, written.read) for n, v in again.params.items()}
+    params = {n: evaluate(v.weight, written.read) for n, v in again.params.items()}
     inputs = {name: np.load(GOLDEN / case / f"{name}.npy") for name in again.inputs}
     (output,) = again.outputs
     golden = np.load(GOLDEN / case / f"{output}.npy")

@@ -20,7 +20,7 @@ from moecc.pipeline.passes import Context
 from moecc.testing.configs import exported_checkpoint, random_checkpoint
 from moecc.translate.export import export_graph
 from moecc.translate.importing import import_checkpoint
-from moecc.weights.evaluate import materialise
+from moecc.weights.evaluate import evaluate
 
 from .interpreters import ask, in_each_interpreter, interpreters
 
@@ -82,7 +82,7 @@ def write(folder: Path, keys: dict[str, Any], target: str, options: dict[str, An
     inputs = {"tokens": rng.integers(0, 40, (2, 14)), "mask": np.arange(14) < [[14], [9]]}
     if "decoder_tokens" in graph.inputs:
         inputs["decoder_tokens"] = rng.integers(0, 40, (2, 7))
-    params = {n: materialise(v.weight, checkpoint.read) for n, v in graph.params.items()}
+    params = {n: evaluate(v.weight, checkpoint.read) for n, v in graph.params.items()}
     (output,) = get_backend("reference").compile(graph).run(params, inputs).values()
     for name, array in {**inputs, "output": output}.items():
         np.save(folder / f"{name}.npy", array)

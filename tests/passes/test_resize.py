@@ -146,11 +146,11 @@ def test_experts_that_nobody_chose_may_go() -> None:
 @pytest.mark.parametrize(
     ("passes", "message"),
     [
-        ("grow{times=1}", "nothing grows"),
+        ("grow{times=1}", "at least 2"),
         ("grow{bias=choice}", "no bias is needed"),
-        ("zero-experts{count=0}", "no expert is added"),
-        ("merge{size=1}", "nothing is merged"),
-        ("prune{keep=1}", "one expert is no mixture"),
+        ("zero-experts{count=0}", "at least 1"),
+        ("merge{size=1}", "at least 2"),
+        ("prune{keep=1}", "at least 2"),
         ("prune{keep=2 experts=0,x}", "not numbers of experts"),
         ("prune{keep=2 experts=1,0}", "not in ascending order"),
         ("prune{keep=2 experts=1}", "another number of experts is listed"),

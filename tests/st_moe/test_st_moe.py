@@ -129,7 +129,7 @@ def test_options_reach_the_parts(options: str) -> None:
         ("group-size=0", "group-size"),
         ("threshold=-1.0", "threshold"),
         ("layers=every:half", "every:half cannot be read"),
-        ("z-coef=-1.0", "must not be negative"),
+        ("z-coef=-1.0", "at least 0"),
     ],
 )
 def test_what_contradicts_itself_is_refused_before_anything_runs(

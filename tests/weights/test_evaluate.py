@@ -26,7 +26,7 @@ from moecc.weights.arithmetic import (
     round_to,
     widen,
 )
-from moecc.weights.evaluate import Evaluator, ValuesOverflow, blocks, evaluate, materialise
+from moecc.weights.evaluate import Evaluator, ValuesOverflow, blocks, evaluate
 from moecc.weights.expr import MAX_DEPTH, Expr, Full, Source
 from moecc.weights.movement import Concat, Index, Merge, Permute, Split, Stack, Tile
 from moecc.weights.simplify import simplify
@@ -113,7 +113,7 @@ def test_empty_tensors_and_scalars() -> None:
         assert evaluate(e, reader).shape == e.type.shape
     assert evaluate(Moment("mean", empty, None, ("embed",)), reader).tolist() == [0.0] * 4
     scalar = Source("s", tensor(BF16))
-    assert float(materialise(Scale(scalar, 2.0), reader, F16)) == 5.0
+    assert float(evaluate(Scale(scalar, 2.0), reader, F16)) == 5.0
     assert evaluate(Tile(scalar, "expert", 3), reader).tolist() == [2.5] * 3
 
 

@@ -14,7 +14,7 @@ from moecc.errors import InputError, Problem
 from moecc.ir.conventions import convention
 from moecc.ir.graph import Graph, Value
 from moecc.ir.ops.contraction import ProductOp
-from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark, weakest
+from moecc.pipeline.passes import Bounds, Context, Pass, PassResult, Preserves, Remark, weakest
 from moecc.rewrite.driver import may_rewrite
 from moecc.weights.arithmetic import Add
 from moecc.weights.draws import derive_key
@@ -119,7 +119,7 @@ class GrowPass(ResizePass):
     name: ClassVar[str] = "grow"
     summary: ClassVar[str] = "store every expert several times, and choose as many more"
 
-    times: Annotated[int, "how often every expert is stored"] = 2
+    times: Annotated[int, "how often every expert is stored", Bounds(2)] = 2
     chosen: Annotated[
         Literal["all", "same"],
         "how many a token goes to: as many more; or the same, and a bias keeps the copies from "
@@ -134,9 +134,7 @@ class GrowPass(ResizePass):
 
     def validate(self) -> list[Problem]:
         """Return the problems of the options."""
-        problems = []
-        if self.times < 2:
-            problems.append(Problem("nothing grows", "times", "2 or more", str(self.times)))
+        problems = super().validate()
         if self.bias != "auto" and self.chosen == "all":
             message = "no bias is needed where all copies are chosen"
             problems.append(Problem(message, "bias", "auto", self.bias, "chosen=same"))
@@ -200,19 +198,13 @@ class ZeroExpertsPass(ResizePass):
     name: ClassVar[str] = "zero-experts"
     summary: ClassVar[str] = "add experts that add nothing, kept from being chosen by a bias"
 
-    count: Annotated[int, "how many are added to each layer"] = 1
+    count: Annotated[int, "how many are added to each layer", Bounds(1)] = 1
     bias: Annotated[BiasChoice, BIAS_DOC] = "auto"
 
     @property
     def preserves(self) -> Preserves:
         """The same function, for any router; `promise` refines it where a bias weighs already."""
         return Preserves("reassociation")
-
-    def validate(self) -> list[Problem]:
-        """Return the problems of the options."""
-        if self.count >= 1:
-            return []
-        return [Problem("no expert is added", "count", "1 or more", str(self.count))]
 
     def problems(self, layer: Anatomy, ctx: Context) -> Iterator[Problem]:
         """Yield why a layer cannot have experts that are never chosen."""
@@ -261,7 +253,7 @@ class MergePass(ResizePass):
     name: ClassVar[str] = "merge"
     summary: ClassVar[str] = "replace every few experts by their mean"
 
-    size: Annotated[int, "how many experts become one"] = 2
+    size: Annotated[int, "how many experts become one", Bounds(2)] = 2
     by: Annotated[
         Literal["number", "result"],
         "which: neighbours; or, from convert --capture, those whose mean results are alike",
@@ -271,12 +263,6 @@ class MergePass(ResizePass):
     def preserves(self) -> Preserves:
         """The promise for experts that differ; `promise` refines it where they are copies."""
         return Preserves("approximate", f"means of {self.size} experts")
-
-    def validate(self) -> list[Problem]:
-        """Return the problems of the options."""
-        if self.size >= 2:
-            return []
-        return [Problem("nothing is merged", "size", "2 or more", str(self.size))]
 
     def problems(self, layer: Anatomy, ctx: Context) -> Iterator[Problem]:
         """Yield why the experts do not divide into groups."""
@@ -343,7 +329,7 @@ class PrunePass(ResizePass):
     name: ClassVar[str] = "prune"
     summary: ClassVar[str] = "remove some of the experts"
 
-    keep: Annotated[int, "how many experts of a layer stay"] = 4
+    keep: Annotated[int, "how many experts of a layer stay", Bounds(2, hint="to-dense")] = 4
     experts: Annotated[
         str, "which: numbers 0,2,5 for all layers; empty: as by says, for each layer"
     ] = ""
@@ -360,10 +346,7 @@ class PrunePass(ResizePass):
 
     def validate(self) -> list[Problem]:
         """Return the problems of the options."""
-        problems = []
-        if self.keep < 2:
-            message, expected = "one expert is no mixture", "2 or more"
-            problems.append(Problem(message, "keep", expected, str(self.keep), "to-dense"))
+        problems = super().validate()
         numbers = expert_numbers(self.experts)
         if isinstance(numbers, Problem):
             return [*problems, numbers]
