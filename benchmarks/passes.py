@@ -25,7 +25,7 @@ from collections.abc import Callable
 from time import process_time
 from typing import Any, TypeVar
 
-from moecc_passes.canonicalize import RULES
+from moecc_passes.cleanup import RULES
 
 from moecc.ir import F32, Builder, Graph, Value, clone, parse, print_graph, tensor, verify
 from moecc.rewrite import Misses, find, rewrite

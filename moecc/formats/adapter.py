@@ -24,7 +24,7 @@ from moecc.support.record import RecordReader
 from moecc.support.text import amount
 from moecc.support.untyped import Json
 from moecc.types import Array
-from moecc.weights.branches import BASE, branch_and_name, name_in
+from moecc.weights.arithmetic import BASE, branch_and_name, name_in
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _MAX_CONFIG_BYTES = 1 << 20

@@ -21,7 +21,7 @@ from moecc.pipeline.passes import Context, Preserves
 from moecc.pipeline.text import Pipeline
 from moecc.support.text import amount, brief, count_text, facts_table, size_text
 from moecc.types import DType
-from moecc.weights.branches import branch_and_name
+from moecc.weights.arithmetic import branch_and_name
 from moecc.weights.expr import sources
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Plan:
         """The tensors to write, by their names on disk."""
         from moecc.formats.writer import OutputTensor
         from moecc.translate.gguf import GgufExport, stored_as
-        from moecc.weights.branches import is_statistic
+        from moecc.weights.arithmetic import is_statistic
         from moecc.weights.expr import sources
 
         made = []

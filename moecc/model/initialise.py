@@ -16,8 +16,7 @@ from moecc.model.open import Model
 from moecc.model.statistics import fingerprint, open_capture
 from moecc.pipeline.passes import Statistics
 from moecc.types import F32, DType, TensorType
-from moecc.weights.arithmetic import Cast
-from moecc.weights.branches import STATISTICS
+from moecc.weights.arithmetic import STATISTICS, Cast
 from moecc.weights.draws import Normal, derive_key
 from moecc.weights.expr import Expr, Full, sources
 

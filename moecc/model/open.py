@@ -30,7 +30,7 @@ from moecc.presets import PREFIX, preset_config
 from moecc.support.process import Closing
 from moecc.support.text import brief, count_text, facts_table
 from moecc.types import F32, Array, DType
-from moecc.weights.branches import BASE, STATISTICS
+from moecc.weights.arithmetic import BASE, STATISTICS
 from moecc.weights.expr import sources
 
 # The checkpoint that a graph names: beside its file on disk, from the working folder in memory.
@@ -177,7 +177,7 @@ class Model(Closing):
         if self.checkpoint is None:
             return F32
         from moecc.types import DTYPES
-        from moecc.weights.branches import is_statistic
+        from moecc.weights.arithmetic import is_statistic
 
         counts: dict[str, int] = {}
         for name, info in self.checkpoint.tensors.items():

@@ -20,7 +20,7 @@ from moecc.rewrite.pattern import NearMiss
 from moecc.rewrite.pattern import P as _DecodeP
 from moecc.rewrite.pattern import fits as _decode_fits
 from moecc.types import I32, Axis, TensorType
-from moecc_passes.dce import DcePass
+from moecc_passes.cleanup import DcePass
 from moecc_passes.specialize.layer import reassign_slots
 
 # What the values of a graph depend on, and on which side of an attention they are.

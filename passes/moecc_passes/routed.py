@@ -1,16 +1,23 @@
-"""The routed layers of a graph, for passes on routing."""
+"""The routed layers of a graph, and passes that weight their rows and return what they do."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Annotated, ClassVar
 
-from moecc.errors import InputError
+from moecc.analysis import find_ffn_blocks
+from moecc.errors import InputError, Problem
+from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value, where
 from moecc.ir.ops.slots import SlotsOp, operands_by_word
 from moecc.ir.routing_losses import Routed, Scores
+from moecc.ir.structure import replace_value
 from moecc.ir.traits import RowMove
+from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves
 from moecc.rewrite.pattern import NearMiss, P, Pattern, fits
+from moecc.types import PRED, TensorType
 
 # The anatomy of a routed layer: router, scorer, slots, dispatch, experts, combine.  The scorer
 # reads the router's logits, behind noise or the cut into prototypes; slots are given to what it
@@ -262,3 +269,272 @@ def _ancestors(value: Value, steps: int) -> Iterator[Node]:
         nodes = [v.node for v in values if v.node is not None]
         yield from nodes
         values = [v for n in nodes for v in n.operands]
+
+
+# The inputs that belong to a graph's tokens: their ids and their padding mask.
+
+
+def is_decoder(loc: str) -> bool:
+    """Return whether `loc` is a location in the decoder of an encoder-decoder."""
+    return loc == "decoder" or loc.startswith("decoder.")
+
+
+def token_ids(graph: Graph, like: TensorType, tokens: Sequence[str], loc: str) -> Value | None:
+    """Return the input that holds the ids of the tokens of a layer, or None.
+
+    Args:
+      graph: the graph.
+      like: the type of a value of the layer.
+      tokens: the axes of `like` that number tokens.
+      loc: the location of the layer: two stacks may have sequences of one length.
+    """
+    fitting = [
+        v
+        for v in graph.inputs.values()
+        if v.type.dtype.kind == "int" and _same_tokens(v.type, like, tokens)
+    ]
+    mine = [v for v in fitting if v.name.startswith("decoder") == is_decoder(loc)]
+    return next(iter(mine or fitting), None)
+
+
+def mask_name(loc: str) -> str:
+    """Return the name of the input that is true for tokens and false for padding."""
+    return "decoder_mask" if is_decoder(loc) else "mask"
+
+
+def mask_misfit(graph: Graph, like: TensorType, tokens: Sequence[str], loc: str) -> Problem | None:
+    """Return why an input with the name of a layer's padding mask is not one, or None."""
+    there = graph.inputs.get(mask_name(loc))
+    if there is None or (there.type.dtype == PRED and _same_tokens(there.type, like, tokens)):
+        return None
+    wanted = TensorType(PRED, tuple(like[n] for n in tokens))
+    return Problem(f"%{there.name} is not a padding mask", loc, str(wanted), str(there.type))
+
+
+def padding_mask(graph: Graph, like: TensorType, tokens: Sequence[str], loc: str) -> Value:
+    """Return the padding mask of a layer, an input that is added if it is missing.
+
+    Args:
+      graph: the graph, for which `mask_misfit` returns None.
+      like: the type of a value of the layer.
+      tokens: the axes of `like` that number tokens.
+      loc: the location of the layer.
+    """
+    name = mask_name(loc)
+    if name in graph.inputs:
+        return graph.inputs[name]
+    return graph.input(name, TensorType(PRED, tuple(like[n] for n in tokens)))
+
+
+def _same_tokens(type: TensorType, like: TensorType, tokens: Sequence[str]) -> bool:
+    return set(type.names) == set(tokens) and all(type[n].size == like[n].size for n in tokens)
+
+
+# The pass ``weight-rows``: rows are weighted at their experts, before the last product.
+
+NAME = "weight-rows"
+
+
+@dataclass(frozen=True)
+class WeightRowsPass(Pass):
+    """Send gates with the rows, and weight each row before the last product of its expert.
+
+    The gradient of a gate is the product of a row that its expert made with the gradient of its
+    token.  Where rows are weighted at their tokens, a backward pass that did not keep them makes
+    them again, and brings them back from other devices once more.  Weighted before the last
+    product, which is linear, the gradient of a gate comes of what the product reads and of its own
+    gradient: nothing is made again, and a number a row returns.  Where something follows the last
+    product, a bias say, what follows is weighted.
+
+    Before::
+
+        %y = contract %m, %down {over=mlp} : f32[group=1, expert=8, slot=…, embed=16]
+        %c = combine %y, %e, %s, %g : f32[batch=B, seq=S, embed=16]
+
+    After::
+
+        %w = dispatch_gates %g, %e, %s : f32[group=1, expert=8, slot=…]
+        %m1 = weight_rows %m, %w : f32[group=1, expert=8, slot=…, mlp=32]
+        %y = contract %m1, %down {over=mlp} : f32[group=1, expert=8, slot=…, embed=16]
+        %c = combine_weighted %y, %e, %s : f32[batch=B, seq=S, embed=16]
+    """
+
+    name: ClassVar[str] = NAME
+    summary: ClassVar[str] = "weight rows at their experts, before the last product"
+    must_match: ClassVar[bool] = True
+    preserves = Preserves("reassociation", "rows are weighted before their last product")
+
+    def apply(self, graph: Graph, ctx: Context) -> PassResult:
+        """Weight the rows of every routed layer that has not."""
+        layers = [y for y in routed_layers(graph) if y.gates is y.combine.operands[-1]]
+        for layer in layers:
+            _weight(layer, Builder(graph, loc=layer.combine.loc, origin=NAME))
+        missing = [] if layers else [NOTHING_ROUTED]
+        stats = {"layers": len(layers)}
+        return PassResult(bool(layers), len(layers), stats, near_misses=missing)
+
+
+def _weight(layer: RoutedLayer, builder: Builder) -> None:
+    combine = layer.combine
+    rows, experts, slots, gates = combine.operands
+    last, number = _read_by_last_product(rows, combine) or (combine, 0)
+    builder.before = combine
+    row_gates = builder.dispatch_gates(gates, experts, slots)
+    weighted = builder.weight_rows(last.operands[number], row_gates)
+    rows_out = weighted if last is combine else _again(last, number, weighted, builder)
+    together = builder.combine_weighted(rows_out, experts, slots, name=combine.result.name)
+    replace_value(combine.result, together)
+    combine.erase()
+    if last is not combine:
+        last.erase()
+
+
+def _read_by_last_product(rows: Value, combine: Node) -> tuple[Node, int] | None:
+    """Return the product that makes `rows` for `combine` alone, and which operand has rows."""
+    node = rows.node
+    if node is None or not node.op.is_product or set(rows.users) != {combine} or rows.is_output:
+        return None
+    axes = {"group", "expert", "slot"}
+    numbers = [i for i, v in enumerate(node.operands) if axes <= set(v.type.names)]
+    return (node, numbers[0]) if len(numbers) == 1 else None
+
+
+def _again(product: Node, number: int, weighted: Value, builder: Builder) -> Value:
+    """Return what `product` makes of weighted rows, in its place behind these."""
+    operands = [weighted if i == number else v for i, v in enumerate(product.operands)]
+    name = product.result.name
+    again = builder.node(product.op.name, *operands, names=(name,), **product.attrs)
+    again.loc, again.origin = product.loc, product.origin
+    return again.result
+
+
+# The pass ``trace-routing``: the routing of tokens as outputs.
+
+ROUTING_PREFIX = "trace."
+
+
+@dataclass(frozen=True)
+class TraceRoutingPass(Pass):
+    """Return, for every routed layer, the chosen experts, their gates, slots and logits.
+
+    Before::
+
+        %p = assign_slots %e {tokens=(batch, seq), experts=8} : i32[…, choice=2] @layers.3.ffn
+        output logits = %y
+
+    After::
+
+        output logits = %y
+        output trace.layers.3.ffn.experts = %e
+        output trace.layers.3.ffn.gates = %g
+        output trace.layers.3.ffn.slots = %p     # −1: dropped
+        output trace.layers.3.ffn.logits = %l    # where experts are chosen by route
+
+    With the ids of the tokens this is the specialisation of ST-MoE, section 7.
+    """
+
+    name: ClassVar[str] = "trace-routing"
+    summary: ClassVar[str] = "return which tokens went to which experts"
+    must_match: ClassVar[bool] = True
+    preserves = EXACT
+
+    def validate_after(self, earlier: Sequence[Pass]) -> list[Problem]:
+        """Return a problem if an earlier pass traces already."""
+        if not any(isinstance(item, TraceRoutingPass) for item in earlier):
+            return []
+        return [Problem("a graph is traced once", hint="one trace-routing, after the conversion")]
+
+    def apply(self, graph: Graph, ctx: Context) -> PassResult:
+        """Add the outputs.
+
+        Raises:
+          InputError: the graph has such outputs already.
+        """
+        present = [n for n in graph.output_names if n.startswith(ROUTING_PREFIX)]
+        if present:
+            raise InputError("the graph is traced already", found=", ".join(present[:5]))
+        layers = routed_layers(graph)
+        for layer in layers:
+            values = {"experts": layer.experts, "gates": layer.gates, "slots": layer.slots}
+            if layer.route is not None:
+                values["logits"] = layer.route.operands[0]
+            for name, value in values.items():
+                graph.set_output(f"{ROUTING_PREFIX}{layer.name}.{name}", value)
+        missing = [] if layers else [NOTHING_ROUTED]
+        stats = {"layers": len(layers)}
+        return PassResult(bool(layers), len(layers), stats, near_misses=missing)
+
+
+# The pass ``trace-values``: what goes into blocks and experts, and comes out, as outputs.
+
+VALUES_PREFIX = "values."
+
+
+@dataclass(frozen=True)
+class TraceValuesPass(Pass):
+    """Return the input and the hidden value of dense blocks, and each expert's result of tokens.
+
+    Before::
+
+        %m = mul %s, %u : f32[batch=B, seq=S, mlp=1536]           @layers.3.ffn
+        output logits = %y
+
+    After::
+
+        output logits = %y
+        output values.layers.3.ffn.input = %n
+        output values.layers.3.ffn.hidden = %m
+
+    A layer of experts has the outputs ``experts``, ``gates`` and, for each choice c, ``result.c``:
+    what the expert of that choice made of the token, before it is multiplied by its gate.
+    ``moecc capture`` takes statistics of them.
+    """
+
+    name: ClassVar[str] = "trace-values"
+    summary: ClassVar[str] = "return what goes into blocks and experts, and comes out"
+    must_match: ClassVar[bool] = True
+    preserves = EXACT
+
+    at: Annotated[str, "the locations, as a pattern of the shell: layers.3.*"] = "*"
+
+    def apply(self, graph: Graph, ctx: Context) -> PassResult:
+        """Add the outputs.
+
+        Raises:
+          InputError: the graph has such outputs already.
+        """
+        present = [n for n in graph.output_names if n.startswith(VALUES_PREFIX)]
+        if present:
+            raise InputError("values are traced already", found=", ".join(present[:5]))
+        values = dict(self._values(graph))
+        for name, value in values.items():
+            graph.set_output(f"{VALUES_PREFIX}{name}", value)
+        layers = len({name.rpartition(".")[0] for name in values})
+        missing = NearMiss(self.name, "the graph", f"no block or layer of experts is at {self.at}")
+        return PassResult(
+            bool(values), layers, {"values": len(values)}, near_misses=[] if values else [missing]
+        )
+
+    def _values(self, graph: Graph) -> Iterator[tuple[str, Value]]:
+        for block in find_ffn_blocks(graph).blocks:
+            if fnmatchcase(block.loc, self.at):
+                yield f"{block.loc}.input", block.x
+                yield f"{block.loc}.hidden", block.down.operands[0]
+        for layer in routed_layers(graph):
+            if fnmatchcase(layer.name, self.at) and not layer.experts_choose:
+                yield f"{layer.name}.experts", layer.experts
+                yield f"{layer.name}.gates", layer.gates
+                for choice in range(layer.top_k):
+                    yield f"{layer.name}.result.{choice}", _result(graph, layer, choice)
+
+
+def _result(graph: Graph, layer: RoutedLayer, choice: int) -> Value:
+    """Emit what the expert of one choice made of each token: the sum with a gate of 1 for it."""
+    loc, node = layer.combine.loc, layer.combine
+    b = Builder(graph, loc=loc, origin="trace-values", before=node)
+    rows, experts, slots, gates = node.operands[:4]
+    number = b.constant(value=float(choice), dtype="i32")
+    places = b.positions(gates, axis=layer.choice)
+    is_chosen = b.broadcast(b.equal(places, b.broadcast(number, places)), gates)
+    ones = b.broadcast(b.constant(value=1.0, dtype=gates.type.dtype.name), gates)
+    return b.combine(rows, experts, slots, b.mask(ones, is_chosen, fill=0.0))

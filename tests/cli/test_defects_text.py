@@ -136,7 +136,7 @@ def test_10_a_crash_of_an_own_pass_names_its_line_and_can_be_replayed(
 def test_10_a_crash_of_a_pass_of_moecc_is_a_bug_with_a_reproducer(
     moecc: Moecc, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moecc_passes.dce import DcePass
+    from moecc_passes.cleanup import DcePass
 
     def crash(self: DcePass, graph: object, ctx: object) -> None:
         raise KeyError("gone")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import moecc_passes.canonicalize as canonicalize
+import moecc_passes.cleanup as canonicalize
 import numpy as np
 import pytest
 from moecc_backends.xla.lower import function as every_lowering

@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moecc_passes.canonicalize import CanonicalizePass
-from moecc_passes.cse import CsePass
-from moecc_passes.dce import DcePass
+from moecc_passes.cleanup import CanonicalizePass, CsePass, DcePass
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.backend import get_backend

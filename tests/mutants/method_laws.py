@@ -25,7 +25,7 @@ from moecc.model.statistics import BlockSums, ExpertSums
 from moecc.pipeline.passes import Context, Pass, Statistics
 from moecc.testing.configs import MemoryCheckpoint
 from moecc.types import F64
-from moecc.weights.branches import STATISTICS, name_in
+from moecc.weights.arithmetic import STATISTICS, name_in
 from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import Expr, Source
 from tests.passes.dense_blocks import Array, Arrays, Dense, relative, run, tokens

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from hypothesis import given
-from moecc_passes.canonicalize import CanonicalizePass, order_operands
+from moecc_passes.cleanup import CanonicalizePass, order_operands
 
 from moecc.ir import F32, I32, Builder, Graph, Value, clone, equal, parse, print_graph, tensor
 from moecc.pipeline.passes import Context, PassResult

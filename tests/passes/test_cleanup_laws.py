@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import given
-from moecc_passes.canonicalize import CanonicalizePass
-from moecc_passes.cse import CsePass
-from moecc_passes.dce import DcePass
+from moecc_passes.cleanup import CanonicalizePass, CsePass, DcePass
 
 from moecc.ir import Graph
 from moecc.pipeline.passes import Pass

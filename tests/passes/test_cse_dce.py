@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from hypothesis import given
-from moecc_passes.cse import CsePass
-from moecc_passes.dce import DcePass
+from moecc_passes.cleanup import CsePass, DcePass
 
 from moecc.ir import F32, Builder, Graph, Value, clone, equal, print_graph, tensor, verify
 from moecc.pipeline.passes import Context, PassResult

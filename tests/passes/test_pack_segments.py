@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from moecc_backends.reference import ReferenceBackend
-from moecc_passes.pack_segments import PackSegmentsPass
+from moecc_passes.training import PackSegmentsPass
 
 from moecc.errors import InputError
 from moecc.ir import Graph, verify

@@ -10,9 +10,9 @@ from moecc_passes.roll_layers.roll_layers import (
     LayerNodes,
     Repeated,
     RollLayersPass,
+    UnrollLayersPass,
     repetitions_in,
 )
-from moecc_passes.unroll_layers import UnrollLayersPass
 from tiers import examples
 
 from moecc.errors import UsageError

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moecc_passes.routed import routed_layers
-from moecc_passes.weight_rows import WeightRowsPass
+from moecc_passes.routed import WeightRowsPass, routed_layers
 
 from moecc.errors import InputError
 from moecc.ir import Graph, clone, equal, parse, print_graph

@@ -222,7 +222,7 @@ def test_a_faulty_declaration_is_refused_with_its_fault(changes: Any, fault: str
 
 
 OWN = """
-from moecc_passes.dce import DcePass
+from moecc_passes.cleanup import DcePass
 from moecc_passes.st_moe import ST_MOE
 from moecc.pipeline.text import PipelineTemplate, TemplateStep
 

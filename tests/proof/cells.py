@@ -39,7 +39,7 @@ from moecc.testing.configs import MemoryCheckpoint, exported_checkpoint
 from moecc.translate.export import export_graph
 from moecc.translate.importing import import_checkpoint
 from moecc.types import F64, Array
-from moecc.weights.branches import STATISTICS
+from moecc.weights.arithmetic import STATISTICS
 from moecc.weights.evaluate import evaluate
 
 GOLDEN = Path(__file__).parents[1] / "golden"

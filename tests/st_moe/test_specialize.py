@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moecc_passes.canonicalize import CanonicalizePass
+from moecc_passes.cleanup import CanonicalizePass
 from moecc_passes.specialize.layer import ModeConfig, recorded
 from moecc_passes.specialize.specialize import SpecializePass
 from tiers import examples

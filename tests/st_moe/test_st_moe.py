@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from moecc_passes.freeze import FreezePass
 from moecc_passes.specialize.specialize import SpecializePass
+from moecc_passes.training import FreezePass
 
 from moecc.analysis import GROUPS, parameter_groups, trainable
 from moecc.errors import InputError, UsageError

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import given, settings
-from moecc_passes.canonicalize import AXIS_RULES as AXES
-from moecc_passes.canonicalize import ELEMENTWISE_RULES as ELEMENTWISE
+from moecc_passes.cleanup import AXIS_RULES as AXES
+from moecc_passes.cleanup import ELEMENTWISE_RULES as ELEMENTWISE
 
 from moecc.ir import Graph, parse, print_graph, verify
 from moecc.rewrite import P, Pattern, Rule, find

@@ -17,8 +17,7 @@ from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.ops.routing import RouteOp
 from moecc.pipeline.passes import NO_STATISTICS, Context
 from moecc.types import F32, Axis, Doubles, TensorType, tensor
-from moecc.weights.arithmetic import Add, Scale
-from moecc.weights.branches import STATISTICS, name_in
+from moecc.weights.arithmetic import STATISTICS, Add, Scale, name_in
 from moecc.weights.expr import Expr, Full, Source
 from moecc.weights.movement import Index, Stack
 from moecc.weights.simplify import simplify

@@ -16,8 +16,7 @@ from moecc.ir.structure import replace_value
 from moecc.pipeline.passes import Bounds
 from moecc.rewrite import P, fits
 from moecc.types import KEY, TensorType
-from moecc_passes.inputs import is_decoder, padding_mask
-from moecc_passes.routed import PRODUCT, RoutedLayer, routed_layers
+from moecc_passes.routed import PRODUCT, RoutedLayer, is_decoder, padding_mask, routed_layers
 
 # The settings of a mode for routed layers, and their record in a graph.
 

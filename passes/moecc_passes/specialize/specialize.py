@@ -23,9 +23,15 @@ from moecc.pipeline.passes import (
 )
 from moecc.rewrite.pattern import NearMiss
 from moecc_passes.add_losses import remove_losses
-from moecc_passes.inputs import is_decoder as is_decoder_at
-from moecc_passes.inputs import mask_misfit, mask_name
-from moecc_passes.routed import NOTHING_ROUTED, RoutedLayer, causal_values, routed_layers
+from moecc_passes.routed import (
+    NOTHING_ROUTED,
+    RoutedLayer,
+    causal_values,
+    mask_misfit,
+    mask_name,
+    routed_layers,
+)
+from moecc_passes.routed import is_decoder as is_decoder_at
 from moecc_passes.specialize.layer import (
     ATTRIBUTE,
     FACTOR,

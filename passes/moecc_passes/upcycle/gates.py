@@ -20,7 +20,7 @@ from moecc.ir.conventions import convention
 from moecc.ir.graph import Value
 from moecc.pipeline.passes import Preserves, weakest
 from moecc.types import Doubles as Array
-from moecc.weights.branches import BASE
+from moecc.weights.arithmetic import BASE
 from moecc_passes.upcycle.options import GateLaw as GateLaw
 from moecc_passes.upcycle.options import UpcycleOptions
 

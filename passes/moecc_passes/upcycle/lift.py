@@ -13,8 +13,7 @@ from fractions import Fraction
 from typing import Literal
 
 from moecc.types import F32, PRED, Axis, TensorType
-from moecc.weights.arithmetic import Add, Moment, Mul, Scale, Select
-from moecc.weights.branches import read_from
+from moecc.weights.arithmetic import Add, Moment, Mul, Scale, Select, read_from
 from moecc.weights.draws import Normal, Subset, derive_key
 from moecc.weights.expr import Expr, Full
 from moecc.weights.movement import Concat, Merge, Permute, Slice, Split, Take, Tile

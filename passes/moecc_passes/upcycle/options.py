@@ -16,7 +16,7 @@ from moecc.ir.conventions import convention
 from moecc.ir.moe import SlotOptions
 from moecc.pipeline.passes import Bounds, advice, too_many_experts, too_much_capacity
 from moecc.support.text import ranges
-from moecc_passes.inputs import is_decoder
+from moecc_passes.routed import is_decoder
 
 Gates = Literal[
     "renormalised", "top-k-softmax", "softmax", "sigmoid-renormalised", "sigmoid", "switch",

@@ -12,7 +12,7 @@ from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.moe import emit_shared_gate
 from moecc.rewrite import P, fits
 from moecc.types import Axis, tensor
-from moecc.weights.branches import mean_over
+from moecc.weights.arithmetic import mean_over
 from moecc.weights.expr import Expr, Full, Source
 from moecc_passes.upcycle.lift import branched, lifted, scaled, shared_part
 from moecc_passes.upcycle.routers import UpcycleRecipe, emit_router

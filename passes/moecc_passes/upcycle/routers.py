@@ -24,8 +24,7 @@ from moecc.ir.moe import (
 from moecc.ir.traits import Role
 from moecc.pipeline.passes import NO_STATISTICS, ReadWeight, Statistics
 from moecc.types import F32, Axis, TensorType, tensor
-from moecc.weights.arithmetic import Moment
-from moecc.weights.branches import STATISTICS, name_in
+from moecc.weights.arithmetic import STATISTICS, Moment, name_in
 from moecc.weights.draws import Normal, TruncatedNormal, Uniform, derive_key
 from moecc.weights.expr import Expr, Full, Source
 from moecc.weights.fits import Fitted
@@ -42,7 +41,7 @@ from moecc.weights.movement import (
     Stack,
     Tile,
 )
-from moecc_passes.inputs import token_ids
+from moecc_passes.routed import token_ids
 from moecc_passes.upcycle.lift import Division, padded
 from moecc_passes.upcycle.options import UpcycleOptions
 

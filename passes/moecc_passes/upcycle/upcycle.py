@@ -16,11 +16,10 @@ from moecc.rewrite.driver import may_rewrite
 from moecc.rewrite.pattern import NearMiss
 from moecc.support.text import amount
 from moecc.types import F32, Axis, TensorType
-from moecc.weights.branches import BASE
+from moecc.weights.arithmetic import BASE
 from moecc.weights.draws import derive_key
 from moecc.weights.expr import Expr
-from moecc_passes.inputs import is_decoder, token_ids
-from moecc_passes.routed import causal_values
+from moecc_passes.routed import causal_values, is_decoder, token_ids
 from moecc_passes.upcycle.gates import factors_of, of_blocks, promise, scale_factors
 from moecc_passes.upcycle.lift import Division, Drop, Noise
 from moecc_passes.upcycle.options import UpcycleOptions, check_layers, choose, lints

@@ -1,9 +1,9 @@
-"""Canonicalisation: one form for equivalent graphs."""
+"""Clean-up: one canonical form, common subexpressions, dead code."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from math import copysign, isfinite
 from typing import Annotated, ClassVar
@@ -11,9 +11,10 @@ from zlib import crc32
 
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.structure import attributes
+from moecc.ir.structure import attributes, replace_value
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves
 from moecc.rewrite import Match, P, Pattern, Rule, rewrite
+from moecc.rewrite.driver import may_rewrite
 
 # Rules for negations, scales, casts and gradients.
 
@@ -357,3 +358,102 @@ class CanonicalizePass(Pass):
         if ordered:
             result.stats["operands-ordered"] = ordered
         return result
+
+
+# Common-subexpression elimination.
+
+
+@dataclass(frozen=True)
+class CsePass(Pass):
+    """Keep the first of nodes that compute the same from the same operands.
+
+    Attributes must be equal too, and types; operands of a commutative operation may be in
+    either order.  Randomness is an operand, a key, so two draws are one only if their keys are.
+    Parameters are never merged: equal values may diverge in training.
+
+    Before::
+
+        %a = silu %x : f32[batch=B, embed=4]
+        %b = silu %x : f32[batch=B, embed=4]
+        %c = mul %a, %b : f32[batch=B, embed=4]
+
+    After::
+
+        %a = silu %x : f32[batch=B, embed=4]
+        %c = mul %a, %a : f32[batch=B, embed=4]
+    """
+
+    name: ClassVar[str] = "cse"
+    summary: ClassVar[str] = "keep the first of nodes that compute the same"
+    takes_rolled: ClassVar[bool] = True
+    preserves = EXACT
+
+    def apply(self, graph: Graph, ctx: Context) -> PassResult:
+        """Walk the graph once, in order, so that operands are merged before their users."""
+        first: dict[Hashable, Node] = {}
+        merged = 0
+        for node in graph:
+            same = first.setdefault(_key(node), node)
+            # The order of operands may determine the order of the result's axes, so types count.
+            if same is node or any(
+                a.type != b.type for a, b in zip(same.results, node.results, strict=True)
+            ):
+                continue
+            if not may_rewrite(self.name, node):
+                break
+            for old, new in zip(node.results, same.results, strict=True):
+                replace_value(old, new)
+            node.erase()
+            merged += 1
+        return PassResult(merged > 0, merged, {"nodes-merged": merged})
+
+
+def _key(node: Node) -> Hashable:
+    operands = tuple(map(id, node.operands))
+    if node.op.commutative:
+        operands = tuple(sorted(operands))
+    # repr distinguishes −0.0 from 0.0, and a float from an equal int; a NaN equals itself.
+    return (node.op, operands, repr(node.attrs) if node.attrs else "")
+
+
+# Dead-code elimination.
+
+
+@dataclass(frozen=True)
+class DcePass(Pass):
+    """Erase the nodes and parameters that no output depends on.
+
+    Inputs stay: they are how the graph is called.
+
+    Before::
+
+        param %w : f32[embed=4, mlp=8]
+        %a = silu %x : f32[batch=B, embed=4]
+        %b = contract %x, %w {over=embed} : f32[batch=B, mlp=8]
+        output y = %a
+
+    After::
+
+        %a = silu %x : f32[batch=B, embed=4]
+        output y = %a
+    """
+
+    name: ClassVar[str] = "dce"
+    summary: ClassVar[str] = "erase nodes and parameters that no output depends on"
+    takes_rolled: ClassVar[bool] = True
+    preserves = EXACT
+
+    keep_params: Annotated[bool, "keep unused parameters"] = False
+
+    def apply(self, graph: Graph, ctx: Context) -> PassResult:
+        """Erase dead nodes, users before their operands."""
+        nodes = 0
+        for node in graph.walk_back():
+            if node.is_dead:
+                node.erase()
+                nodes += 1
+        unused = [] if self.keep_params else [n for n, v in graph.params.items() if not v.users]
+        for name in unused:
+            graph.erase_param(name)
+        stats = {"nodes-erased": nodes, "params-erased": len(unused)}
+        return PassResult(nodes + len(unused) > 0, nodes + len(unused), stats)

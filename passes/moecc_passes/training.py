@@ -1,4 +1,4 @@
-"""The pass ``pack-segments``: keep documents apart that share a sequence."""
+"""Passes that prepare a graph for training: freeze, tie-head, force-balance, pack-segments."""
 
 from __future__ import annotations
 
@@ -6,16 +6,220 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
+from moecc.analysis import ATTRIBUTE, parameter_groups, trainable
 from moecc.errors import InputError, Problem
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value, where
+from moecc.ir.ops.routing import RouteOp
 from moecc.ir.ops.slots import operands_by_word
 from moecc.ir.structure import infer_again
 from moecc.ir.traits import Cost
-from moecc.pipeline.passes import Context, Pass, PassResult, Preserves
+from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves, Remark, advice
 from moecc.rewrite.pattern import NearMiss, P, fits
 from moecc.types import TensorType
+from moecc_passes.routed import NOTHING_ROUTED, RoutedLayer, routed_layers
 from moecc_passes.specialize.layer import reassign_slots
+
+Group = Literal["all", "moe", "non-moe", "router", "attention", "ffn", "norm", "embedding"]
+
+
+@dataclass(frozen=True)
+class FreezePass(Pass):
+    """Mark parameters, by groups, that an optimiser must not update.
+
+    Before::
+
+        attr family = "mixtral"
+
+    After ``freeze{groups=moe}``::
+
+        attr family = "mixtral"
+        attr frozen = {"groups": ["moe"], "only": []}
+
+    ``moecc.analysis.trainable`` makes the mask from it.  ST-MoE found that training all but
+    the experts is as good as training everything, and training the experts alone much worse.
+    """
+
+    name: ClassVar[str] = "freeze"
+    summary: ClassVar[str] = "mark groups of parameters as not trained"
+    must_match: ClassVar[bool] = True
+    takes_rolled: ClassVar[bool] = True
+    preserves = EXACT
+
+    groups: Annotated[tuple[Group, ...], "the frozen groups"] = ()
+    only: Annotated[tuple[Group, ...], "the only trained groups"] = ()
+
+    def validate(self) -> list[Problem]:
+        """Return a problem unless exactly one of the options is set."""
+        if bool(self.groups) != bool(self.only):
+            return []
+        stated = "both" if self.groups else "neither"
+        return [
+            Problem("state either the frozen groups or the only trained ones", "groups",
+                    "groups or only", stated, "groups=moe is the paper's way to save memory")
+        ]  # fmt: skip
+
+    def lints(self) -> list[Problem]:
+        """Return what the paper found to be worse."""
+        if self.only == ("moe",):
+            return [advice("the experts alone are trained, which is much worse", "only",
+                           "section 4.2", expected="groups=moe", value="moe")]  # fmt: skip
+        if "router" in self.groups and not {"moe", "all"} & set(self.groups):
+            return [advice("experts are trained and their router is frozen, so that no loss can "
+                           "balance them", "groups", "appendix A", expected="groups=moe",
+                           value="router")]  # fmt: skip
+        return []
+
+    def apply(self, graph: Graph, ctx: Context) -> PassResult:
+        """Set the attribute of the graph, replacing an earlier one."""
+        before = graph.attrs.get(ATTRIBUTE)
+        there = set().union(*parameter_groups(graph).values()) if graph.params else set()
+        graph.attrs[ATTRIBUTE] = {"groups": list(self.groups), "only": list(self.only)}
+        mask = trainable(graph)
+        for group in (*self.groups, *self.only):
+            if group not in there:
+                ctx.remark(Remark("", f"no parameter is in the group {group!r}"))
+        if mask and not any(mask.values()):
+            ctx.remark(Remark("", "nothing is left to train"))
+        if self.only == ("moe",):
+            ctx.remark(
+                Remark("", "training the experts alone was much worse in ST-MoE (section 4.2)")
+            )
+        frozen = len(mask) - sum(mask.values())
+        stats = {"parameters": len(mask), "frozen": frozen}
+        return PassResult(graph.attrs[ATTRIBUTE] != before, len(mask), stats)
+
+
+# The pass ``tie-head``: logits of an encoder without a head, by its embedding.
+
+HIDDEN, LOGITS = "hidden", "logits"
+
+
+@dataclass(frozen=True)
+class TieHeadPass(Pass):
+    """Make logits of the hidden states by the table that looks tokens up.
+
+    Before::
+
+        %v = embedding %table, %tokens {axis=vocab}
+        output hidden = %hidden
+
+    After::
+
+        output hidden = %hidden
+        %logits = contract %hidden, %table {over=embed} : f32[batch=B, seq=S, vocab=30522]
+        output logits = %logits
+
+    An encoder that is stored without a head is trained on masked tokens so (Press and Wolf 2017);
+    the head adds no parameter and is not exported.
+    """
+
+    name: ClassVar[str] = "tie-head"
+    summary: ClassVar[str] = "make logits of hidden states by the embedding"
+
+    only: Annotated[bool, "the hidden states are no output any more"] = False
+
+    @property
+    def preserves(self) -> Preserves:
+        """Exact, where the outputs stay."""
+        return Preserves("approximate", "an output is left out") if self.only else EXACT
+
+    def apply(self, graph: Graph, ctx: Context) -> PassResult:
+        """Add the output ``logits``, unless there is one.
+
+        Raises:
+          InputError: the graph has no hidden states, or no table of tokens that suits them.
+        """
+        if LOGITS in graph.output_names:
+            return PassResult(changed=False)
+        hidden = graph.outputs.get(HIDDEN)
+        table = _table(graph)
+        if hidden is None or table is None:
+            raise InputError(
+                "the graph has no hidden states and embedding to make logits of",
+                expected=f"the output {HIDDEN}, and a table that looks {TOKENS} up",
+                found=", ".join(graph.output_names),
+            )
+        (width,) = (n for n in table.type.names if n in hidden.type)
+        builder = Builder(graph, loc="head", origin=self.name)
+        graph.set_output(LOGITS, builder.contract(hidden, table, over=width, name=LOGITS))
+        if self.only:
+            graph.drop_output(HIDDEN)
+        return PassResult(changed=True, matched=1)
+
+
+def _table(graph: Graph) -> Value | None:
+    """Return the parameter that looks tokens up."""
+    tokens = graph.inputs.get(TOKENS)
+    users = [] if tokens is None else list(tokens.users)
+    tables = (u.operands[0] for u in users if u.op.cost is Cost.LOOK_UP and u.operands[0].is_param)
+    return next(tables, None)
+
+
+# The pass ``force-balance``: experts in turn, whatever the router says, for timing alone.
+
+
+@dataclass(frozen=True)
+class ForceBalancePass(Pass):
+    """Let tokens take experts in turn: every expert has as many rows, whatever its router says.
+
+    Before::
+
+        %e, %g = route %l {top_k=2} : i32[batch=B, seq=S, choice=2], f32[batch=B, seq=S, choice=2]
+
+    After::
+
+        %e, %g = route %l {top_k=2} : …
+        %n = positions %e {axis=seq} : i32[seq=S]
+        %t = hash_experts %n {experts=8, top_k=2, hash=modulo} : i32[seq=S, choice=2]
+        %f = broadcast %t, %e : i32[batch=B, seq=S, choice=2]    # in place of %e
+
+    A router that has not learned yet sends tokens unevenly; the time of a step then says little
+    about that of a trained model.  The gates are still those of the router, so that all of its
+    work is done.
+    """
+
+    name: ClassVar[str] = "force-balance"
+    summary: ClassVar[str] = "let tokens take experts in turn, to time a step"
+    must_match: ClassVar[bool] = True
+
+    @property
+    def preserves(self) -> Preserves:
+        """Nothing is preserved: tokens go to other experts."""
+        return Preserves("approximate", "tokens go to experts in turn, not to those of the router")
+
+    def apply(self, graph: Graph, ctx: Context) -> PassResult:
+        """Replace the choices of every router; experts that choose are balanced as they are."""
+        layers = routed_layers(graph)
+        changed = 0
+        for layer in layers:
+            if layer.route is None:
+                ctx.remark(Remark(layer.name, "is left: its router does not choose"))
+                continue
+            _force(layer, layer.route)
+            changed += 1
+        missing = [] if layers else [NOTHING_ROUTED]
+        return PassResult(changed > 0, len(layers), {"layers": changed}, near_misses=missing)
+
+
+def _force(layer: RoutedLayer, route: Node) -> None:
+    attrs, chosen = RouteOp.of_node(route), route.results[0]
+    (experts,) = (a.size for a in route.operands[0].type if a.name == attrs.axis)
+    assert isinstance(experts, int), "the number of experts is known"
+    users = list(chosen.users)
+    builder = Builder(route.graph, loc=route.loc, origin="force-balance", before=route._next)
+    numbers = builder.positions(chosen, axis=layer.tokens[-1])
+    turns = builder.hash_experts(
+        numbers, experts=experts, top_k=attrs.top_k, choice=attrs.choice, hash="modulo"
+    )
+    forced = builder.broadcast(turns, chosen)
+    for node in users:
+        for index, value in enumerate(node.operands):
+            if value is chosen:
+                node.set_operand(index, forced)
+
+
+# The pass ``pack-segments``: keep documents apart that share a sequence.
 
 TOKENS, DECODER_TOKENS = "tokens", "decoder_tokens"
 
