@@ -14,7 +14,7 @@ from moecc.families.mixture import MoeConfig
 from moecc.families.registry import CONFIGS, mixtures, parse_config
 from moecc.families.switch_transformers import SwitchTransformersConfig
 from moecc.ir import Graph
-from moecc.jobs import conversion as targets
+from moecc.jobs import targets
 from moecc.jobs.convert import plan, write
 from moecc.jobs.targets import choose, fits
 from moecc.model.open import open_model

@@ -9,6 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from moecc.families.bert import BertConfig
+from moecc.families.encdec import EncDecConfig
+from moecc.families.registry import CONFIGS
+from moecc.families.vision import VisionConfig
+from moecc.families.whisper import WhisperConfig
+
 SMALL: dict[str, object] = {
     "vocab_size": 37,
     "hidden_size": 16,
@@ -204,13 +210,6 @@ BASES = {
 }
 
 
-T5_KIN = ("t5", "mt5", "umt5")
-
-ENCODERS = (
-    *("bert", "roberta", "xlm-roberta", "camembert", "mpnet", "distilbert", "vit", "dinov2"),
-)
-
-
 @dataclass(frozen=True)
 class Case:
     """One checkpoint: a family, the keys that differ from SMALL, and how it is stored."""
@@ -231,18 +230,20 @@ class Case:
     @property
     def output(self) -> str:
         """What the model returns: ``logits``, or of an encoder alone its ``hidden`` states."""
-        return "hidden" if self.family in ENCODERS else "logits"
+        alone = issubclass(CONFIGS[self.family], BertConfig | VisionConfig)
+        return "hidden" if alone else "logits"
 
     @property
     def decodes(self) -> bool:
         """Whether the model is an encoder-decoder, with tokens for the decoder."""
-        return self.family in (*T5_KIN, "switch_transformers", "whisper")
+        return issubclass(CONFIGS[self.family], EncDecConfig | WhisperConfig)
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """The names of the model's inputs."""
-        first = {"vit": "pixels", "dinov2": "pixels", "whisper": "features"}
-        name = first.get(self.family, "tokens")
+        shapes = {VisionConfig: "pixels", WhisperConfig: "features"}
+        family = CONFIGS[self.family]
+        name = next((n for shape, n in shapes.items() if issubclass(family, shape)), "tokens")
         return (name, "decoder_tokens") if self.decodes else (name,)
 
 

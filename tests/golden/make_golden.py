@@ -45,10 +45,10 @@ from transformers import (
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
-from case import T5_KIN  # noqa: E402
 from cases import CASES, Case  # noqa: E402
 
-from moecc.families.registry import parse_config  # noqa: E402
+from moecc.families.registry import CONFIGS, parse_config  # noqa: E402
+from moecc.families.t5 import T5Config  # noqa: E402
 
 Inputs = dict[str, np.ndarray[Any, Any]]
 
@@ -162,7 +162,11 @@ def _auto(case: Case) -> Any:
 def _save(folder: Path, case: Case, key: str) -> None:
     config = AutoConfig.for_model(case.family, **json.loads(json.dumps(case.config())))
     model = _auto(case).from_config(config)
-    if case.config().get("tie_word_embeddings") is False and case.family in T5_KIN and MAJOR > 4:
+    if (
+        case.config().get("tie_word_embeddings") is False
+        and issubclass(CONFIGS[case.family], T5Config)
+        and MAJOR > 4
+    ):
         # Version 5 always ties in memory, and gives the output matrix back when it is in the file.
         model.lm_head.weight = torch.nn.Parameter(model.shared.weight.detach().clone())
     with torch.no_grad():
@@ -317,7 +321,9 @@ def _differences(name: str, golden: np.ndarray[Any, Any]) -> dict[str, float]:
 def _config(name: str) -> Any:
     """Return the config of a case as moecc spells it, which both versions understand."""
     stated = json.loads((HERE / name / "config.json").read_text())
-    if CASES[name].family in T5_KIN and "lm_head.weight" in _tensor_names(HERE / name):
+    if issubclass(CONFIGS[CASES[name].family], T5Config) and "lm_head.weight" in _tensor_names(
+        HERE / name
+    ):
         # As version 5 writes a config, it says that the matrices are tied; see T5Config.
         stated["tie_word_embeddings"] = False
     written = parse_config(stated).to_json()

@@ -13,17 +13,14 @@ from safetensors.numpy import load_file
 
 from moecc.families.bert import BertConfig
 from moecc.families.encdec import EncDecConfig
+from moecc.families.registry import CONFIGS
 from moecc.families.switch_transformers import SwitchTransformersConfig
 from moecc.testing.configs import read_config
 
 HERE = Path(__file__).parent
 ENTRIES = json.loads((HERE / "manifest.json").read_text())["cases"]
 BERTS = sorted(name for name, entry in ENTRIES.items() if entry["family"] == "bert")
-T5S = sorted(
-    name
-    for name, e in ENTRIES.items()
-    if e["family"] in ("t5", "mt5", "umt5", "switch_transformers")
-)
+T5S = sorted(name for name, e in ENTRIES.items() if issubclass(CONFIGS[e["family"]], EncDecConfig))
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Tensors = dict[str, Array]
