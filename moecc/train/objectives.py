@@ -74,23 +74,6 @@ class Spans:
         return np.concatenate([*encoder, end]), np.concatenate([*decoder, end])
 
 
-def restored(encoder: Ids, decoder: Ids, sentinels: tuple[int, ...], end: int | None) -> Ids:
-    """Return the sequence that spans were hidden of: the inverse of `Spans.apply`."""
-    marks = set(sentinels)
-    spans: dict[int, list[int]] = {}
-    current: list[int] = []
-    for token in decoder.tolist():
-        if token in marks:
-            current = spans.setdefault(token, [])
-        elif token != end:
-            current.append(token)
-    ids: list[int] = []
-    for token in encoder.tolist():
-        if token != end:
-            ids += spans.get(token, [token] if token not in marks else [])
-    return np.asarray(ids, np.int32)
-
-
 def _partition(total: int, parts: int, rng: np.random.Generator) -> list[int]:
     """Return `parts` positive lengths that add up to `total`, every such choice equally likely."""
     cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1

@@ -54,9 +54,12 @@ def train(config: str, pipeline: str, out: str) -> None:
     program = get_backend("xla").compile(graph)
     outputs = program.run(params, inputs)
     import jax
-    from moecc_backends.xla.run.processes import value_and_grad
+    from moecc_backends.xla.run.processes import replicated, split_batch, whole
 
-    value, gradients = value_and_grad(loss_of(graph), params, inputs)
+    shared = {name: replicated(np.asarray(a)) for name, a in params.items()}
+    batch = {name: split_batch(a, 0) for name, a in inputs.items()}
+    results = jax.jit(jax.value_and_grad(loss_of(graph)))(shared, batch)
+    value, gradients = jax.tree.map(whole, results)
     counts = np.array([jax.process_count(), jax.device_count()])
     if program.writes:
         grads = {f"grad {n}": g for n, g in gradients.items()}

@@ -15,12 +15,14 @@ import pytest
 
 from moecc.errors import InputError
 from moecc.train.batches import Batches, open_batches
-from moecc.train.objectives import CausalRows, Room, restored
+from moecc.train.objectives import CausalRows, Room
 from moecc.train.recipe import Corpus, DataSection, Objective
 from moecc.train.rows import ModelFacts, facts_of
 from moecc.train.tokens.documents import DocumentFormat
 from moecc.train.tokens.encoders import ByteEncoder
 from moecc.train.tokens.make import Making, make_tokens
+
+from .tiny import restored
 
 EOS, PAD, MASK = 256, 257, 258
 SENTINELS = ByteEncoder.special.sentinels

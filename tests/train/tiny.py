@@ -79,3 +79,21 @@ def make_recipe(folder: Path, run: str) -> Path:
     path = folder / "recipe.toml"
     path.write_text(RECIPE.format(run=run))
     return path
+
+
+def restored(
+    encoder: np.ndarray, decoder: np.ndarray, sentinels: tuple[int, ...], end: int | None
+) -> np.ndarray:
+    """Return the sequence that spans were hidden of: the inverse of `Spans.apply`."""
+    spans: dict[int, list[int]] = {}
+    current: list[int] = []
+    for token in decoder.tolist():
+        if token in sentinels:
+            current = spans.setdefault(token, [])
+        elif token != end:
+            current.append(token)
+    ids: list[int] = []
+    for token in encoder.tolist():
+        if token != end:
+            ids += spans.get(token, [token] if token not in sentinels else [])
+    return np.asarray(ids, np.int32)

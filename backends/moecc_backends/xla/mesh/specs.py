@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
@@ -12,11 +10,9 @@ from moecc.errors import InputError
 from moecc.ir.graph import Graph, Value
 from moecc.ir.mesh import mesh_of
 from moecc.ir.ops.slots import SlotsOp
-from moecc.types import F32, Array, DType, TensorType
-from moecc.weights.arithmetic import Cast
-from moecc.weights.evaluate import Evaluator, TensorReader
+from moecc.types import Array, TensorType
+from moecc.weights.evaluate import Evaluator
 from moecc.weights.expr import Box, Expr
-from moecc.weights.simplify import simplify
 
 
 def device_mesh(graph: Graph, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -57,43 +53,6 @@ def specs(values: dict[str, Value]) -> dict[str, PartitionSpec]:
 def spec(type: TensorType) -> PartitionSpec:
     """Return how the axes of `type` are sharded, as jax spells it."""
     return PartitionSpec(*(axis.mesh or None for axis in type.axes))
-
-
-# Parameters made on the devices that hold them: each process reads the slices of its devices.
-#
-# A weight expression is evaluated box by box, so no host ever has a whole parameter that is
-# sharded,
-# let alone the whole model.
-
-
-def load_params(
-    graph: Graph, reader: TensorReader, mesh: jax.sharding.Mesh, *, dtype: DType = F32
-) -> dict[str, jax.Array]:
-    """Return the parameters of `graph` as arrays on `mesh`, each made from its weight expression.
-
-    Args:
-      graph: a graph on a mesh.
-      reader: reads the tensors of the checkpoint, a range of rows at a time.
-      mesh: devices, some of them perhaps of other processes.
-      dtype: the element type of floating-point parameters.
-
-    Raises:
-      InputError: a parameter has no weight expression, or a tensor does not fit its type.
-    """
-    where = shardings(graph.params, mesh)
-    evaluator = Evaluator(reader)
-    used: Mapping[str, Value] = {n: v for n, v in graph.params.items() if v.users}
-    return {n: _load(v, evaluator, where[n], dtype) for n, v in used.items()}
-
-
-def _load(
-    param: Value, evaluator: Evaluator, where: jax.sharding.NamedSharding, dtype: DType
-) -> jax.Array:
-    if param.weight is None:
-        raise InputError(f"the parameter %{param.name} has no weight expression")
-    is_float = param.type.dtype.is_float
-    wanted = simplify(Cast(param.weight, dtype) if is_float else param.weight)
-    return sharded_array(evaluator, wanted, param.type.shape, where)
 
 
 def sharded_array(

@@ -10,7 +10,7 @@ import hashlib
 import os
 import sys
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil
 from typing import Any
 
@@ -43,7 +43,6 @@ from moecc.version import __version__
 from moecc_backends.xla.lower.scan import GraphSegment
 from moecc_backends.xla.run.program import XlaProgram
 from moecc_backends.xla.trace.context import Options
-from moecc_backends.xla.trace.typed_jax import PyTree
 
 # The cluster that JAX detects: its first process and the number of this one.
 #
@@ -266,25 +265,6 @@ def whole(array: jax.Array) -> Array:
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
-def value_and_grad(
-    loss: Callable[[PyTree, PyTree], jax.Array], params: PyTree, inputs: Mapping[str, Array]
-) -> tuple[Array, PyTree]:
-    """Return the loss and its gradients, computed by all processes together.
-
-    Args:
-      loss: a scalar of parameters and inputs; it may take means over the whole batch.
-      params: a tree of arrays, the same in every process.
-      inputs: arrays whose first axis is the batch, the same in every process.
-
-    Raises:
-      InputError: the devices do not divide the batch.
-    """
-    shared = jax.tree.map(lambda a: replicated(np.asarray(a)), params)
-    batch = {name: split_batch(array, 0) for name, array in inputs.items()}
-    value, gradients = jax.jit(jax.value_and_grad(loss))(shared, batch)
-    return whole(value), jax.tree.map(whole, gradients)
 
 
 # A graph run by several processes together: the batch sharded over all of their devices.
