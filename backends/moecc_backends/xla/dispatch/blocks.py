@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
@@ -54,7 +55,7 @@ from moecc_backends.xla.trace.values import (
 # Some rows of one expert as a layout, for operations between dispatch and combine.
 
 
-def matrix_product(rows: jax.Array, matrix: jax.Array, axis: int) -> jax.Array:
+def matrix_product(rows: Array, matrix: Array, axis: int) -> Array:
     """Multiply rows ``[rows, a]`` with a matrix, summing over its axis `axis`."""
     return block_product(rows, matrix, axis).astype(rows.dtype)
 
@@ -72,9 +73,9 @@ class BlockOfExpert:
     """
 
     routing: Routing
-    choice_of_row: jax.Array
-    is_used: jax.Array
-    product: Callable[[jax.Array, jax.Array, int], jax.Array] = matrix_product
+    choice_of_row: Array
+    is_used: Array
+    product: Callable[[Array, Array, int], Array] = matrix_product
 
     @property
     def is_full(self) -> bool:
@@ -82,20 +83,20 @@ class BlockOfExpert:
         return False
 
     @property
-    def row_experts(self) -> jax.Array:
+    def row_experts(self) -> Array:
         """The only expert, for each row."""
         return jnp.zeros_like(self.choice_of_row)
 
     @property
-    def row_groups(self) -> jax.Array:
+    def row_groups(self) -> Array:
         """The group of the token of each row."""
         return self.routing.row_groups(self._tokens)
 
     @property
-    def _tokens(self) -> jax.Array:
+    def _tokens(self) -> Array:
         return self.choice_of_row // self.routing.experts.shape[1]
 
-    def by_expert(self, values: jax.Array) -> jax.Array:
+    def by_expert(self, values: Array) -> Array:
         """Repeat what the expert has for each row; a gradient comes from rows that are used."""
         rows = jnp.broadcast_to(values, (self.choice_of_row.size, *values.shape[1:]))
         is_float = jnp.issubdtype(rows.dtype, jnp.floating)
@@ -112,23 +113,23 @@ class BlockOfExpert:
         )
         return replace(rows, are_tokens=True)
 
-    def permute_gates(self, gates: jax.Array) -> Rows:
+    def permute_gates(self, gates: Array) -> Rows:
         """Gather the gates of rows from those of choices; a gradient comes from used rows."""
         rows = jnp.take(gates.reshape(-1), self.choice_of_row, mode="clip")
         return Rows(with_masked_gradient(rows, self.is_used), (), self)
 
-    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array | None) -> Named:
+    def unpermute(self, rows: Operand | DeferredRows, gates: Array | None) -> Named:
         """Not for a block: a token has rows in several."""
         raise AssertionError("all blocks are combined at once")
 
-    def of_experts(self, first: jax.Array | int, count: int) -> BlockOfExpert:
+    def of_experts(self, first: Array | int, count: int) -> BlockOfExpert:
         """Return the same rows: they have an expert already."""
         return self
 
     def matmul(self, x: Rows, weight: Named, over: tuple[str, ...], kind: DTypeLike) -> Rows:
         """Multiply rows with the matrix of the expert."""
 
-        def product(flat: jax.Array, matrices: Matrices, axis: int) -> jax.Array:
+        def product(flat: Array, matrices: Matrices, axis: int) -> Array:
             return self.product(flat, matrices[0].astype(flat.dtype), axis - 1)
 
         return flat_matmul(x, weight, over, product)
@@ -147,26 +148,26 @@ class BlockResult(NamedTuple):
       shared: what is added up over all blocks.
     """
 
-    rows: Sequence[jax.Array] = ()
-    products: Sequence[jax.Array] = ()
-    weights: Sequence[jax.Array] = ()
-    shared: Sequence[jax.Array] = ()
+    rows: Sequence[Array] = ()
+    products: Sequence[Array] = ()
+    weights: Sequence[Array] = ()
+    shared: Sequence[Array] = ()
 
 
 class BlockAt(NamedTuple):
     """Where a block is: its expert, the part of the expert, and its first row."""
 
-    expert: jax.Array
-    part: jax.Array | int
-    first: jax.Array
+    expert: Array
+    part: Array | int
+    first: Array
 
-    def of_kept(self, times: int, rank: int) -> list[jax.Array]:
+    def of_kept(self, times: int, rank: int) -> list[Array]:
         """Return where the block is in an array ``[parts, times * rows, …]`` of `rank` axes."""
         at = (self.part, self.first * times, *[0] * (rank - 2))
         return [jnp.asarray(i, self.first.dtype) for i in at]
 
 
-Work = Callable[["BlockOfExpert", "Mapping[Value, jax.Array]", BlockAt], BlockResult]
+Work = Callable[["BlockOfExpert", "Mapping[Value, Array]", BlockAt], BlockResult]
 """Makes something of a block and what its expert has of stacks, or a part of that."""
 
 
@@ -190,11 +191,11 @@ class BlockWalk:
     work: Work
     owners: Sequence[Value]
 
-    def run(self, tokens: jax.Array) -> BlockResult:
+    def run(self, tokens: Array) -> BlockResult:
         """Return it, made once there are `tokens`."""
         counts, ends = self.layout.group_sizes, jnp.cumsum(self.layout.group_sizes)
 
-        def of_expert(expert: jax.Array, sums: BlockResult) -> BlockResult:
+        def of_expert(expert: Array, sums: BlockResult) -> BlockResult:
             end, count = ends[expert], counts[expert]
             return self.parts.each(lambda part, s: self._walk(expert, part, end, count, s), sums)
 
@@ -209,26 +210,26 @@ class BlockWalk:
 
     def _walk(
         self,
-        expert: jax.Array,
-        part: jax.Array | int,
-        end: jax.Array,
-        count: jax.Array,
+        expert: Array,
+        part: Array | int,
+        end: Array,
+        count: Array,
         sums: BlockResult,
     ) -> BlockResult:
         """Return `sums` and what is made of the blocks of an expert, or of a part of it."""
         block = self._block_of(expert, part, end)
 
-        def step(first: jax.Array, size: int, sums: BlockResult) -> BlockResult:
+        def step(first: Array, size: int, sums: BlockResult) -> BlockResult:
             return self._with_block(sums, block(first, size), BlockAt(expert, part, first), size)
 
         return cover_blocks(end - count, count, self.sizes, step, sums)
 
     def _block_of(
-        self, expert: jax.Array, part: jax.Array | int, end: jax.Array
-    ) -> Callable[[jax.Array, int], BlockResult]:
+        self, expert: Array, part: Array | int, end: Array
+    ) -> Callable[[Array, int], BlockResult]:
         weights = {v: self.parts.of(x, expert, part) for v, x in self.stacks.items()}
 
-        def block(first: jax.Array, size: int) -> BlockResult:
+        def block(first: Array, size: int) -> BlockResult:
             choices = self.layout.permutation.choice_of_row
             choice = jax.lax.dynamic_slice_in_dim(choices, first, size)
             is_used = first + jnp.arange(size, dtype=first.dtype) < end
@@ -242,13 +243,13 @@ class BlockWalk:
     ) -> BlockResult:
         """Return what there is of all blocks so far, with one more."""
 
-        def written(rows: jax.Array, block: jax.Array) -> jax.Array:
+        def written(rows: Array, block: Array) -> Array:
             at = position.first * (block.shape[0] // size)  # Each row may stand for several.
             before = jax.lax.dynamic_slice_in_dim(rows, at, block.shape[0])
             total = self.parts.added(before, block, position.part)
             return jax.lax.dynamic_update_slice_in_dim(rows, store(total), at, 0)
 
-        def kept(rows: jax.Array, block: jax.Array) -> jax.Array:
+        def kept(rows: Array, block: Array) -> Array:
             at = position.of_kept(block.shape[0] // size, rows.ndim)
             return jax.lax.dynamic_update_slice(rows, store(block)[None], at)
 
@@ -261,16 +262,16 @@ class BlockWalk:
             [a + b for a, b in zip(sums.shared, result.shared, strict=True)],
         )
 
-    def _zeros(self, tokens: jax.Array, block: BlockResult) -> BlockResult:
+    def _zeros(self, tokens: Array, block: BlockResult) -> BlockResult:
         """Return zeros of what is made of blocks like `block`, made once there are tokens."""
         rows = self.layout.permutation.choice_of_row.size
         salts = iter(range(1, 1 + sum(map(len, block))))
 
-        def zeros(like: jax.Array, shape: tuple[int, ...], kind: DTypeLike) -> jax.Array:
+        def zeros(like: Array, shape: tuple[int, ...], kind: DTypeLike) -> Array:
             array = zeros_after(tokens, shape, kind, next(salts))
             return DeviceView().varying(array, varies(like))
 
-        def of_rows(x: jax.Array, *parts: int) -> jax.Array:
+        def of_rows(x: Array, *parts: int) -> Array:
             shape = (*parts, rows * (x.shape[0] // self.sizes[0]), *x.shape[1:])
             return zeros(x, shape, stored_as(x.dtype))
 
@@ -304,13 +305,13 @@ class LayerArrays(NamedTuple):
       gates: ``[tokens, choice]``; None where rows have weights.
     """
 
-    experts: jax.Array | None
-    slots: jax.Array | None
-    wanted: jax.Array | None
+    experts: Array | None
+    slots: Array | None
+    wanted: Array | None
     permutation: RowPermutation | None
-    group_sizes: jax.Array | None
-    arrays: list[jax.Array | None]
-    gates: jax.Array | None
+    group_sizes: Array | None
+    arrays: list[Array | None]
+    gates: Array | None
 
 
 @dataclass(frozen=True)
@@ -381,33 +382,33 @@ class ExpertLayer:
         stacks = sliced_by_expert(self.rows, self.outside(inputs))
         return {v: x.to(("expert", *_rest(x))) for v, x in stacks.items()}
 
-    def made(self, values: Mapping[Value, Operand], layout: DispatchLayout) -> jax.Array:
+    def made(self, values: Mapping[Value, Operand], layout: DispatchLayout) -> Array:
         """Return the rows ``[rows, *row_axes]``, made of `values` in a layout."""
         result = self.rows.make(values, layout)
         assert isinstance(result, Rows), "`permute` made rows"
         return result.inner().to(("rows", *self.row_axes)).array
 
-    def combined(self, inputs: LayerArrays, rows: jax.Array) -> jax.Array:
+    def combined(self, inputs: LayerArrays, rows: Array) -> Array:
         """Return what each token gets of the rows of all experts."""
         layout = self.layout(inputs)
         return layout.unpermute(Rows(rows, self.row_axes, layout), inputs.gates).to(self.axes).array
 
-    def at_once(self, inputs: LayerArrays) -> jax.Array:
+    def at_once(self, inputs: LayerArrays) -> Array:
         """Return what each token gets, by one operation on all rows after the other."""
         return self.combined(inputs, self.made(self.outside(inputs), self.layout(inputs)))
 
-    def by_block(self, inputs: LayerArrays) -> jax.Array:
+    def by_block(self, inputs: LayerArrays) -> Array:
         """Return what each token gets, by one block after the other."""
         outside = self.outside(inputs)
 
         def work(
-            block: BlockOfExpert, weights: Mapping[Value, jax.Array], position: BlockAt
+            block: BlockOfExpert, weights: Mapping[Value, Array], position: BlockAt
         ) -> BlockResult:
             return BlockResult([self.made({**outside, **self.named(weights)}, block)])
 
         return self.combined(inputs, self.walk(inputs, work).rows[0])
 
-    def named(self, weights: Mapping[Value, jax.Array]) -> dict[Value, Named]:
+    def named(self, weights: Mapping[Value, Array]) -> dict[Value, Named]:
         """Return what one expert has, with an axis of one expert.
 
         Where there is one of groups as well, rows pick by both, so that it has none.
@@ -443,7 +444,7 @@ _MANY_ROWS = 128
 """From this many rows on it is quicker to sum over the first axis of both than to transpose one
 (``benchmarks/moe_layer.py``)."""
 
-Residuals = tuple[LayerArrays, jax.Array, Sequence[jax.Array]]
+Residuals = tuple[LayerArrays, Array, Sequence[Array]]
 """What a layer is given, its rows in their order, and the products that they are made of."""
 
 
@@ -453,16 +454,16 @@ def has_gradient_by_block(inputs: LayerArrays) -> bool:
     return all(a.dtype.itemsize >= 4 and not varies(a) for a in floats)
 
 
-def forward(layer: ExpertLayer, inputs: LayerArrays) -> tuple[jax.Array, Residuals]:
+def forward(layer: ExpertLayer, inputs: LayerArrays) -> tuple[Array, Residuals]:
     """Return what each token gets, and what the gradient needs."""
     outside = layer.outside(inputs)
 
     def work(
-        block: BlockOfExpert, weights: Mapping[Value, jax.Array], position: BlockAt
+        block: BlockOfExpert, weights: Mapping[Value, Array], position: BlockAt
     ) -> BlockResult:
-        products: list[jax.Array] = []
+        products: list[Array] = []
 
-        def product(rows: jax.Array, matrix: jax.Array, axis: int) -> jax.Array:
+        def product(rows: Array, matrix: Array, axis: int) -> Array:
             products.append(matrix_product(rows, matrix, axis))
             return products[-1]
 
@@ -475,7 +476,7 @@ def forward(layer: ExpertLayer, inputs: LayerArrays) -> tuple[jax.Array, Residua
     return layer.combined(inputs, rows), (inputs, rows, every.products)
 
 
-def backward(layer: ExpertLayer, residuals: Residuals, d_total: jax.Array) -> tuple[LayerArrays]:
+def backward(layer: ExpertLayer, residuals: Residuals, d_total: Array) -> tuple[LayerArrays]:
     """Return the cotangents of what a layer is given."""
     inputs, rows, products = residuals
     _, pull = jax.vjp(lambda r, g: layer.combined(inputs._replace(gates=g), r), rows, inputs.gates)
@@ -487,15 +488,13 @@ def backward(layer: ExpertLayer, residuals: Residuals, d_total: jax.Array) -> tu
     shared = [v for v in smooth if v not in stacks]
 
     def work(
-        block: BlockOfExpert, weights: Mapping[Value, jax.Array], position: BlockAt
+        block: BlockOfExpert, weights: Mapping[Value, Array], position: BlockAt
     ) -> BlockResult:
         size = block.choice_of_row.size
         moved = dispatched(layer, outside, block)
         mine = [_of_block(p, d_rows.shape[0], position, size) for p in products]
 
-        def made(
-            rows: list[jax.Array], each: list[jax.Array], all_read: list[jax.Array]
-        ) -> jax.Array:
+        def made(rows: list[Array], each: list[Array], all_read: list[Array]) -> Array:
             again = replace(block, product=_SavedProducts(iter(mine), block.is_used))
             values: dict[Value, Operand] = {**outside, **layer.named(weights)}
             values |= layer.named(dict(zip(of_expert, each, strict=True)))
@@ -535,13 +534,13 @@ def dispatched(
 
 
 def _of_tokens(
-    layer: ExpertLayer, inputs: LayerArrays, d_moved: Sequence[jax.Array]
-) -> dict[Value, jax.Array]:
+    layer: ExpertLayer, inputs: LayerArrays, d_moved: Sequence[Array]
+) -> dict[Value, Array]:
     """Return the cotangents of tokens, of those of the rows that were gathered from them."""
     outside, layout = layer.outside(inputs), layer.layout(inputs)
     sources = list(dict.fromkeys(n.operands[0] for n in layer.moves))
 
-    def move(arrays: list[jax.Array]) -> list[jax.Array]:
+    def move(arrays: list[Array]) -> list[Array]:
         tokens = {v: Named(a, outside[v].axes) for v, a in zip(sources, arrays, strict=True)}
         return [x.array for x in dispatched(layer, {**outside, **tokens}, layout).values()]
 
@@ -549,25 +548,25 @@ def _of_tokens(
     return dict(zip(sources, pull(list(d_moved))[0], strict=True))
 
 
-def _of_block(products: jax.Array, rows: int, position: BlockAt, size: int) -> jax.Array:
+def _of_block(products: Array, rows: int, position: BlockAt, size: int) -> Array:
     """Return a block of products ``[parts, rows, …]``, each of which may be several a row."""
     times = products.shape[1] // rows
     at = position.of_kept(times, products.ndim)
     return jax.lax.dynamic_slice(products, at, (1, size * times, *products.shape[2:]))[0]
 
 
-def _is_float(array: jax.Array) -> bool:
+def _is_float(array: Array) -> bool:
     return bool(jnp.issubdtype(array.dtype, jnp.floating))
 
 
 class _SavedProducts:
     """Products in the order in which they were kept, as functions of what made them."""
 
-    def __init__(self, products: Iterator[jax.Array], is_used: jax.Array) -> None:
+    def __init__(self, products: Iterator[Array], is_used: Array) -> None:
         self.products = products
         self.is_used = is_used
 
-    def __call__(self, rows: jax.Array, matrix: jax.Array, axis: int) -> jax.Array:
+    def __call__(self, rows: Array, matrix: Array, axis: int) -> Array:
         """Return the next one, which multiplied `rows` with `matrix`."""
         used = jnp.repeat(self.is_used, rows.shape[0] // self.is_used.size)
         # Nothing reads the last product of an expert that ends in it, and it was not kept.
@@ -578,15 +577,13 @@ class _SavedProducts:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _saved_product(
-    rows: jax.Array, matrix: jax.Array, product: jax.Array, is_used: jax.Array, axis: int
-) -> jax.Array:
+def _saved_product(rows: Array, matrix: Array, product: Array, is_used: Array, axis: int) -> Array:
     return product
 
 
 def _saved_product_backward(
-    axis: int, residuals: tuple[jax.Array, jax.Array, jax.Array], d_product: jax.Array
-) -> tuple[jax.Array, jax.Array, None, None]:
+    axis: int, residuals: tuple[Array, Array, Array], d_product: Array
+) -> tuple[Array, Array, None, None]:
     rows, matrix, is_used = residuals
     d_rows = block_product(d_product, matrix, 1 - axis).astype(rows.dtype)
     # Rows of other experts may hold anything, and zero times infinity is no zero.
@@ -595,7 +592,7 @@ def _saved_product_backward(
     return d_rows, outer(used, d_used, axis + 1).astype(matrix.dtype), None, None
 
 
-def _outer_product_of_many(rows: jax.Array, d_rows: jax.Array, axis: int) -> jax.Array:
+def _outer_product_of_many(rows: Array, d_rows: Array, axis: int) -> Array:
     left, right = (rows, d_rows) if axis == 1 else (d_rows, rows)
     kind = accumulator(left.dtype)
     dimensions = (((0,), (0,)), ((), ()))
@@ -612,7 +609,7 @@ _saved_product.defvjp(
 class ExpertBlocks(Deferral):
     """A routing whose rows are made block by block."""
 
-    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array | None) -> Named:
+    def unpermute(self, rows: Operand | DeferredRows, gates: Array | None) -> Named:
         """Return the sum of each token's rows, which are made here."""
         assert isinstance(rows, DeferredRows), "`permute` makes no rows"
         sorted_rows = SortedRows.of(self.routing, grouped_matmul)
@@ -629,12 +626,12 @@ class ExpertBlocks(Deferral):
         )
         return Named(_with_gradient(layer, inputs), layer.axes)
 
-    def of_experts(self, first: jax.Array | int, count: int) -> ExpertBlocks:
+    def of_experts(self, first: Array | int, count: int) -> ExpertBlocks:
         """Return the blocks of `count` experts from `first` on."""
         return ExpertBlocks(self.routing.of_experts(first, count))
 
 
-def _with_gradient(layer: ExpertLayer, inputs: LayerArrays) -> jax.Array:
+def _with_gradient(layer: ExpertLayer, inputs: LayerArrays) -> Array:
     if not layer.like.routing.num_choices:
         return layer.at_once(inputs)
     differentiable = jax.custom_vjp(layer.by_block)

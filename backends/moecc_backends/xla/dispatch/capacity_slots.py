@@ -8,7 +8,7 @@ from functools import cached_property
 from math import prod
 from typing import Self
 
-import jax
+from jax import Array
 
 from moecc_backends.xla.dispatch.flat import (
     RowPermutation,
@@ -51,12 +51,12 @@ class CapacitySlots:
         slots = tokens_to_slots(self.routing, x, lambda tokens: permute(tokens, self.permutation))
         return self._poisoned(slots, with_poisoned_gradient)
 
-    def permute_gates(self, gates: jax.Array) -> Named:
+    def permute_gates(self, gates: Array) -> Named:
         """Gather the gates of slots from those of choices."""
         slots = permute_choices(gates, self.permutation).reshape(self.routing.slot_shape)
         return self._poisoned(Named(slots, SLOT_AXES), with_poisoned_gradient)
 
-    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array | None) -> Named:
+    def unpermute(self, rows: Operand | DeferredRows, gates: Array | None) -> Named:
         """Gather the slots of each token."""
         assert isinstance(rows, Named), "slots have axes"
         return slots_to_tokens(
@@ -65,11 +65,11 @@ class CapacitySlots:
             lambda slots: sum_rows(slots, self.permutation, gates),
         )
 
-    def of_experts(self, first: jax.Array | int, count: int) -> Self:
+    def of_experts(self, first: Array | int, count: int) -> Self:
         """Return the slots of `count` experts from `first` on."""
         return replace(self, routing=self.routing.of_experts(first, count))
 
-    def _poisoned(self, slots: Named, poison: Callable[[jax.Array, jax.Array], jax.Array]) -> Named:
+    def _poisoned(self, slots: Named, poison: Callable[[Array, Array], Array]) -> Named:
         if not self.poison:
             return slots
         slots = slots.to((*SLOT_AXES, *(a for a in slots.axes if a not in SLOT_AXES)))

@@ -6,15 +6,14 @@ from collections.abc import Callable
 from math import prod
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from moecc_backends.xla.trace.arrays import einsum, per_row
 from moecc_backends.xla.trace.routing import Routing
 from moecc_backends.xla.trace.values import SLOT_AXES, Named, RowLayout, Rows
 
-Move = Callable[[jax.Array], jax.Array]
+Move = Callable[[Array], Array]
 
 
 def tokens_to_slots(routing: Routing, x: Named, move: Move) -> Named:
@@ -41,7 +40,7 @@ def rows_to_tokens(routing: Routing, rows: Rows, move: Move) -> Named:
     return _tokens(routing, rows.array, rows.axes, move)
 
 
-def _tokens(routing: Routing, rows: jax.Array, inner: tuple[str, ...], move: Move) -> Named:
+def _tokens(routing: Routing, rows: Array, inner: tuple[str, ...], move: Move) -> Named:
     axes, sizes = (*routing.tokens, *inner), rows.shape[1:]
     shape = (*routing.token_sizes, *sizes)
     if not routing.num_tokens:
@@ -60,7 +59,7 @@ def gathered_matmul(x: Rows, weight: Named, over: tuple[str, ...]) -> Rows:
     return x.with_array(product.to(("rows", *inner)).array, inner)
 
 
-def flat_tokens(routing: Routing, x: Named) -> tuple[jax.Array, tuple[str, ...], tuple[int, ...]]:
+def flat_tokens(routing: Routing, x: Named) -> tuple[Array, tuple[str, ...], tuple[int, ...]]:
     """Return tokens ``[tokens, width]``, and the axes and sizes that the width is made of."""
     inner = tuple(a for a in x.axes if a not in routing.tokens)
     source = x.to((*routing.tokens, *inner)).array
@@ -88,9 +87,9 @@ class SortedChoices(NamedTuple):
       group_sizes: i32 ``[experts]``, how many rows each expert has.
     """
 
-    order: jax.Array
-    inverse: jax.Array
-    group_sizes: jax.Array
+    order: Array
+    inverse: Array
+    group_sizes: Array
 
 
 class RowPermutation(NamedTuple):
@@ -101,17 +100,17 @@ class RowPermutation(NamedTuple):
       row_of_choice: i32 ``[tokens, choice]``.
     """
 
-    choice_of_row: jax.Array
-    row_of_choice: jax.Array
+    choice_of_row: Array
+    row_of_choice: Array
 
     @property
-    def token_of_row(self) -> jax.Array:
+    def token_of_row(self) -> Array:
         """The token of each row, i32 ``[rows]``; negative where the row has none."""
         return self.choice_of_row // self.row_of_choice.shape[1]
 
 
 def sort_by_expert(
-    experts: jax.Array, num_experts: int, assigned: jax.Array | None = None
+    experts: Array, num_experts: int, assigned: Array | None = None
 ) -> SortedChoices:
     """Sort the choices ``[tokens, choice]`` by expert, ties in the order of the choices.
 
@@ -129,14 +128,14 @@ def sort_by_expert(
     return SortedChoices(order, inverse.reshape(experts.shape), group_sizes)
 
 
-def _order(keys: jax.Array, index: jax.Array, num_experts: int) -> jax.Array:
+def _order(keys: Array, index: Array, num_experts: int) -> Array:
     count = max(keys.size, 1)
     if (num_experts + 1) * count > _INT32_MAX:
         return jnp.argsort(keys, stable=True).astype(jnp.int32)
     return lax.rem(lax.sort(keys * count + index, is_stable=False), jnp.int32(count))
 
 
-def rank_in_expert(sorted_choices: SortedChoices, experts: jax.Array) -> jax.Array:
+def rank_in_expert(sorted_choices: SortedChoices, experts: Array) -> Array:
     """Count, for each choice ``[tokens, choice]``, the earlier choices of the same expert."""
     sizes = sorted_choices.group_sizes
     starts = jnp.cumsum(sizes) - sizes
@@ -155,8 +154,8 @@ def sorted_permutation(sorted_choices: SortedChoices) -> RowPermutation:
 
 
 def capacity_permutation(
-    experts: jax.Array,
-    slots: jax.Array,
+    experts: Array,
+    slots: Array,
     num_experts: int,
     capacity: int,
     groups: int = 1,

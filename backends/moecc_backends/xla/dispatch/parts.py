@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from moecc.errors import InputError
 from moecc.ir.graph import Node, Value
@@ -48,14 +49,14 @@ class ExpertParts:
     axis: str = ""
     count: int = 1
 
-    def each(self, step: Callable[[jax.Array | int, Carry], Carry], carry: Carry) -> Carry:
+    def each(self, step: Callable[[Array | int, Carry], Carry], carry: Carry) -> Carry:
         """Run ``step(part, carry)`` for all parts of an expert."""
         if self.count == 1:
             return step(0, carry)
         result: Carry = jax.lax.fori_loop(0, self.count, step, carry)
         return result
 
-    def of(self, stack: Named, expert: jax.Array, part: jax.Array | int) -> jax.Array:
+    def of(self, stack: Named, expert: Array, part: Array | int) -> Array:
         """Return what an expert, or a part of it, has of a stack with the experts in front."""
         at, sizes = self._place(stack, expert, part)
         slices = jax.lax.dynamic_slice(store(stack.array), at, sizes)
@@ -63,19 +64,19 @@ class ExpertParts:
 
     def with_own(
         self,
-        total: jax.Array,
-        gradient: jax.Array,
+        total: Array,
+        gradient: Array,
         like: Named,
-        expert: jax.Array,
-        part: jax.Array | int,
-    ) -> jax.Array:
+        expert: Array,
+        part: Array | int,
+    ) -> Array:
         """Add what `of` would return of a stack that is `like` another to that stack, `total`."""
         at, sizes = self._place(like, expert, part)
         more = jax.lax.dynamic_slice(total, at, sizes) + gradient
-        updated: jax.Array = jax.lax.dynamic_update_slice(total, more, at)
+        updated: Array = jax.lax.dynamic_update_slice(total, more, at)
         return updated
 
-    def added(self, before: jax.Array, block: jax.Array, part: jax.Array | int) -> jax.Array:
+    def added(self, before: Array, block: Array, part: Array | int) -> Array:
         """Return the sum over the parts so far, where `before` is that without this one.
 
         Before the first part there may be anything.
@@ -85,11 +86,11 @@ class ExpertParts:
         return jnp.where(part == 0, block, load(before, block.dtype) + block)
 
     def _place(
-        self, stack: Named, expert: jax.Array, part: jax.Array | int
-    ) -> tuple[list[jax.Array], tuple[int, ...]]:
+        self, stack: Named, expert: Array, part: Array | int
+    ) -> tuple[list[Array], tuple[int, ...]]:
         """Return where the part is in a stack, and its shape there."""
         sizes = dict(zip(stack.axes, (1, *stack.array.shape[1:]), strict=True))
-        at: dict[str, jax.Array | int] = {**dict.fromkeys(stack.axes, 0), "expert": expert}
+        at: dict[str, Array | int] = {**dict.fromkeys(stack.axes, 0), "expert": expert}
         if self.axis in sizes:
             sizes[self.axis] //= self.count
             at[self.axis] = part * sizes[self.axis]

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.typing import DTypeLike
 
 from moecc.ir.graph import Node, Value, setter_of
@@ -97,17 +98,17 @@ class _Routed(NamedTuple):
       others: what the experts take that has no gradient.
     """
 
-    experts: jax.Array
+    experts: Array
     permutation: RowPermutation
-    sizes: jax.Array
-    others: list[jax.Array]
+    sizes: Array
+    others: list[Array]
 
 
-Floats = list[jax.Array]
-Round = Callable[[jax.Array, Floats, _Routed, DTypeLike | None], jax.Array]
+Floats = list[Array]
+Round = Callable[[Array, Floats, _Routed, DTypeLike | None], Array]
 """What a round adds to tokens, in a type; None for that of the rows."""
 
-Add = Callable[[jax.Array, PyTree], PyTree]
+Add = Callable[[Array, PyTree], PyTree]
 """Adds what a round makes."""
 
 
@@ -125,7 +126,7 @@ class InRounds(Deferral):
     spec: RoundSpec
     view: DeviceView
 
-    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array | None) -> Named:
+    def unpermute(self, rows: Operand | DeferredRows, gates: Array | None) -> Named:
         """Return the sum over all rounds of the rows of each token."""
         assert isinstance(rows, DeferredRows), "`permute` makes no rows"
         operands = rows.outside()
@@ -133,9 +134,7 @@ class InRounds(Deferral):
         others = [v for v in operands if v not in learned]
         axes: tuple[str, ...] = ()
 
-        def one(
-            turn: jax.Array, floats: Floats, routed: _Routed, kind: DTypeLike | None
-        ) -> jax.Array:
+        def one(turn: Array, floats: Floats, routed: _Routed, kind: DTypeLike | None) -> Array:
             nonlocal axes
             arrays = [*zip(learned, floats, strict=False), *zip(others, routed.others, strict=True)]
             values = {v: replace(operands[v], array=array) for v, array in arrays}
@@ -156,12 +155,12 @@ class InRounds(Deferral):
         )
         return Named(_Rounds(self.spec, one)(floats, routed), axes)
 
-    def of_experts(self, first: jax.Array | int, count: int) -> InRounds:
+    def of_experts(self, first: Array | int, count: int) -> InRounds:
         """Return the rows of `count` experts from `first` on."""
         rows = self.rows.of_experts(first, count)
         return replace(self, routing=rows.routing, rows=rows)
 
-    def _turn(self, turn: jax.Array, routed: _Routed) -> SortedRows:
+    def _turn(self, turn: Array, routed: _Routed) -> SortedRows:
         """Return the layout of the rows of a round, device by device as they are sent."""
         spec = self.spec
         map = round_map(routed.sizes, spec.mesh, turn, spec.rows)
@@ -183,7 +182,7 @@ class InRounds(Deferral):
         rows: DeferredRows,
         outside: dict[Value, Named],
         layout: SortedRows,
-        gates: jax.Array | None,
+        gates: Array | None,
         kind: DTypeLike | None,
     ) -> Named:
         """Return what a round adds to each token, in the type `kind`; None: in that of the rows."""
@@ -208,7 +207,7 @@ class _Rounds:
     spec: RoundSpec
     round: Round
 
-    def __call__(self, floats: Floats, routed: _Routed) -> jax.Array:
+    def __call__(self, floats: Floats, routed: _Routed) -> Array:
         """Return the sum ``[tokens, …]``."""
         total = jax.custom_vjp(self._forward)
         total.defvjp(
@@ -216,21 +215,21 @@ class _Rounds:
         )
         return total(floats, routed)
 
-    def _forward(self, floats: Floats, routed: _Routed) -> jax.Array:
+    def _forward(self, floats: Floats, routed: _Routed) -> Array:
         shape = jax.eval_shape(lambda f, r: self.round(jnp.int32(0), f, r, None), floats, routed)
         kind = accumulator(shape.dtype)
 
-        def add(turn: jax.Array, total: jax.Array) -> jax.Array:
+        def add(turn: Array, total: Array) -> Array:
             return total + self.round(turn, floats, routed, kind)
 
         zeros = zeros_like_on_devices(shape).astype(kind)
-        total: jax.Array = self._repeated(routed, add, zeros)
+        total: Array = self._repeated(routed, add, zeros)
         return total.astype(shape.dtype)
 
-    def _backward(self, residuals: tuple[Floats, _Routed], slope: jax.Array) -> tuple[Floats, None]:
+    def _backward(self, residuals: tuple[Floats, _Routed], slope: Array) -> tuple[Floats, None]:
         floats, routed = residuals
 
-        def add(turn: jax.Array, totals: Floats) -> Floats:
+        def add(turn: Array, totals: Floats) -> Floats:
             _, pull = jax.vjp(lambda arrays: self.round(turn, arrays, routed, None), floats)
             (parts,) = pull(slope)
             return [total + part for total, part in zip(totals, parts, strict=True)]
@@ -257,10 +256,10 @@ class _Rounds:
 
 def rows_in_round(
     permutation: RowPermutation,
-    experts: jax.Array,
-    sizes: jax.Array,
+    experts: Array,
+    sizes: Array,
     mesh: Mesh,
-    turn: jax.Array,
+    turn: Array,
     rows: int,
 ) -> RowPermutation:
     """Return the choices whose rows are sent in a round, ``[devices * rows]``, by device.

@@ -10,6 +10,7 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.typing import DTypeLike
 
 from moecc_backends.xla.dispatch.flat import (
@@ -43,7 +44,7 @@ from moecc_backends.xla.trace.values import (
 
 
 @jax.custom_vjp
-def permute(tokens: jax.Array, permutation: RowPermutation) -> jax.Array:
+def permute(tokens: Array, permutation: RowPermutation) -> Array:
     """Copy ``[tokens, embed]`` into ``[rows, embed]``; rows without a token are zero."""
     return _take(tokens, permutation.token_of_row, permutation.choice_of_row >= 0)
 
@@ -55,15 +56,13 @@ permute.defvjp(
 
 
 @jax.custom_vjp
-def permute_choices(values: jax.Array, permutation: RowPermutation) -> jax.Array:
+def permute_choices(values: Array, permutation: RowPermutation) -> Array:
     """Copy ``[tokens, choice]`` into ``[rows]``; rows without a token have zero."""
     choice = permutation.choice_of_row
     return jnp.where(choice >= 0, jnp.take(values.reshape(-1), choice, mode="clip"), 0)
 
 
-def _permute_choices_backward(
-    permutation: RowPermutation, d_rows: jax.Array
-) -> tuple[jax.Array, None]:
+def _permute_choices_backward(permutation: RowPermutation, d_rows: Array) -> tuple[Array, None]:
     row = permutation.row_of_choice
     return jnp.where(row >= 0, jnp.take(d_rows, row, mode="clip"), 0), None
 
@@ -74,7 +73,7 @@ permute_choices.defvjp(
 )
 
 
-def sum_rows(rows: jax.Array, permutation: RowPermutation, gates: jax.Array | None) -> jax.Array:
+def sum_rows(rows: Array, permutation: RowPermutation, gates: Array | None) -> Array:
     """Sum the rows ``[rows, embed]`` of each token, as they are or weighted with `gates`."""
     if gates is None:
         return unpermute_weighted(rows, permutation)
@@ -82,7 +81,7 @@ def sum_rows(rows: jax.Array, permutation: RowPermutation, gates: jax.Array | No
 
 
 @jax.custom_vjp
-def unpermute_weighted(rows: jax.Array, permutation: RowPermutation) -> jax.Array:
+def unpermute_weighted(rows: Array, permutation: RowPermutation) -> Array:
     """Sum the rows ``[rows, embed]`` of each token, of which nothing is kept for the gradient."""
     return _sum_choices(rows, permutation, None)
 
@@ -97,7 +96,7 @@ unpermute_weighted.defvjp(
 
 
 @jax.custom_vjp
-def unpermute(rows: jax.Array, permutation: RowPermutation, gates: jax.Array) -> jax.Array:
+def unpermute(rows: Array, permutation: RowPermutation, gates: Array) -> Array:
     """Sum the rows ``[rows, embed]`` of each token, weighted with `gates` ``[tokens, choice]``.
 
     A choice without a row contributes nothing. The sum runs in float32 at least.
@@ -106,8 +105,8 @@ def unpermute(rows: jax.Array, permutation: RowPermutation, gates: jax.Array) ->
 
 
 def _unpermute_backward(
-    residuals: tuple[jax.Array, RowPermutation, jax.Array], d_tokens: jax.Array
-) -> tuple[jax.Array, None, jax.Array]:
+    residuals: tuple[Array, RowPermutation, Array], d_tokens: Array
+) -> tuple[Array, None, Array]:
     rows, permutation, gates = residuals
     kind, has_row = accumulator(rows.dtype), permutation.choice_of_row >= 0
     gate_of_row = jnp.where(has_row, gates.reshape(-1)[permutation.choice_of_row], 0)
@@ -129,13 +128,13 @@ unpermute.defvjp(
 )
 
 
-def _take(values: jax.Array, index: jax.Array, is_valid: jax.Array) -> jax.Array:
+def _take(values: Array, index: Array, is_valid: Array) -> Array:
     # Clipping costs nothing; the mask, not the clipped index, decides what is read.
     rows = jnp.take(store(values), index, axis=0, mode="clip")
     return load(jnp.where(is_valid[:, None], rows, 0), values.dtype)
 
 
-def _terms(rows: jax.Array, permutation: RowPermutation) -> Iterator[jax.Array]:
+def _terms(rows: Array, permutation: RowPermutation) -> Iterator[Array]:
     """Yield the rows of the tokens' first choices, of their second ones, and so on."""
     # One gather a choice, not one of all: XLA fuses the terms of a sum and stores none of them.
     for choice in range(permutation.row_of_choice.shape[1]):
@@ -143,9 +142,7 @@ def _terms(rows: jax.Array, permutation: RowPermutation) -> Iterator[jax.Array]:
         yield _take(rows, row, row >= 0)
 
 
-def _sum_choices(
-    rows: jax.Array, permutation: RowPermutation, gates: jax.Array | None
-) -> jax.Array:
+def _sum_choices(rows: Array, permutation: RowPermutation, gates: Array | None) -> Array:
     kind = accumulator(rows.dtype)
     terms = (
         term.astype(kind)
@@ -156,7 +153,7 @@ def _sum_choices(
     return reduce(jnp.add, terms).astype(rows.dtype)
 
 
-Kernel = Callable[[jax.Array, jax.Array, jax.Array, int, DTypeLike], jax.Array]
+Kernel = Callable[[Array, Array, Array, int, DTypeLike], Array]
 """Multiplies rows ``[rows, a]`` with the weights of their group.
 
 The weights are ``[experts, a, b]``, or ``[experts, b, a]`` where the axis that is summed over (the
@@ -185,7 +182,7 @@ class PermutedRows:
         return cls(routing, RowPermutation(row, row.reshape(routing.experts.shape)))
 
     @property
-    def is_used(self) -> jax.Array:
+    def is_used(self) -> Array:
         """Whether each row has a token: bool ``[rows]``."""
         return self.permutation.choice_of_row >= 0
 
@@ -195,17 +192,17 @@ class PermutedRows:
         return self.routing.assigned is None
 
     @property
-    def row_experts(self) -> jax.Array:
+    def row_experts(self) -> Array:
         """The expert of each row; any expert where the row has no token."""
         experts = self.routing.experts.reshape(-1)
         return experts if self.is_full else jnp.where(self.is_used, experts, 0)
 
     @property
-    def row_groups(self) -> jax.Array:
+    def row_groups(self) -> Array:
         """The group of the token of each row; the first where the row has none."""
         return self.routing.row_groups(self.permutation.token_of_row)
 
-    def by_expert(self, values: jax.Array) -> jax.Array:
+    def by_expert(self, values: Array) -> Array:
         """Gather the entry of each row's expert."""
         picked = jnp.take(values, self.row_experts, axis=0, mode="clip")
         return picked if self.is_full else with_masked_gradient(picked, self.is_used)
@@ -214,18 +211,18 @@ class PermutedRows:
         """Gather rows from tokens, forward and backward."""
         return tokens_to_rows(self, x, lambda tokens: permute(tokens, self.permutation))
 
-    def permute_gates(self, gates: jax.Array) -> Rows:
+    def permute_gates(self, gates: Array) -> Rows:
         """Gather the gates of rows from those of choices."""
         return Rows(permute_choices(gates, self.permutation), (), self)
 
-    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array | None) -> Named:
+    def unpermute(self, rows: Operand | DeferredRows, gates: Array | None) -> Named:
         """Gather the rows of each token, forward and backward."""
         assert isinstance(rows, Rows), "`permute` made rows"
         return rows_to_tokens(
             self.routing, rows, lambda flat: sum_rows(flat, self.permutation, gates)
         )
 
-    def of_experts(self, first: jax.Array | int, count: int) -> PermutedRows:
+    def of_experts(self, first: Array | int, count: int) -> PermutedRows:
         """Return the rows of `count` experts from `first` on; the others stay, unused."""
         return self.unsorted(self.routing.of_experts(first, count))
 
@@ -246,7 +243,7 @@ class SortedRows(PermutedRows):
     """
 
     kernel: Kernel
-    group_sizes: jax.Array
+    group_sizes: Array
     exchange: ExchangeRecord | None = None
     sends: tuple[ExchangeMap, ExchangeSpec] | None = None
 
@@ -266,25 +263,25 @@ class SortedRows(PermutedRows):
         return cls(routing, permutation, kernel, choices.group_sizes)
 
     @property
-    def row_experts(self) -> jax.Array:
+    def row_experts(self) -> Array:
         """The expert of each row; rows that belong to none count to the last expert."""
         ends = jnp.cumsum(self.group_sizes)
         rows = jnp.arange(self.permutation.choice_of_row.size, dtype=ends.dtype)
         expert = jnp.searchsorted(ends, rows, side="right", method="compare_all")
         return jnp.minimum(expert, self.group_sizes.size - 1)
 
-    def by_expert(self, values: jax.Array) -> jax.Array:
+    def by_expert(self, values: Array) -> Array:
         """Repeat the entry of each expert over its rows."""
         return repeat_by_group(values, self.group_sizes, self.permutation.choice_of_row.size)
 
-    def of_experts(self, first: jax.Array | int, count: int) -> SortedRows:
+    def of_experts(self, first: Array | int, count: int) -> SortedRows:
         """Return the rows of `count` experts from `first` on, sorted again."""
         return SortedRows.of(self.routing.of_experts(first, count), self.kernel)
 
     def matmul(self, x: Rows, weight: Named, over: tuple[str, ...], kind: DTypeLike) -> Rows:
         """Multiply rows with the weights of their experts, group by group."""
 
-        def product(flat: jax.Array, matrices: Matrices, axis: int) -> jax.Array:
+        def product(flat: Array, matrices: Matrices, axis: int) -> Array:
             # Each row stands for as many as its other axes have entries.
             counts = self.group_sizes * (flat.shape[0] // max(x.array.shape[0], 1))
             if isinstance(matrices, tuple):
@@ -310,14 +307,14 @@ class ExchangeRecord:
     spec: ExchangeSpec
 
 
-Matrices = jax.Array | tuple[jax.Array, ...]
+Matrices = Array | tuple[Array, ...]
 
 
 def flat_matmul(
     x: Rows,
     weight: Named,
     over: tuple[str, ...],
-    product: Callable[[jax.Array, Matrices, int], jax.Array],
+    product: Callable[[Array, Matrices, int], Array],
 ) -> Rows:
     """Multiply rows with the weights of their experts, by a product of flat rows and matrices.
 
@@ -376,10 +373,10 @@ class Deferral:
         """Make nothing: rows are made when they are combined."""
         return self._deferred
 
-    def permute_gates(self, gates: jax.Array) -> Deferred:
+    def permute_gates(self, gates: Array) -> Deferred:
         """Make nothing yet, as of rows."""
         return self._deferred
 
-    def of_experts(self, first: jax.Array | int, count: int) -> Self:
+    def of_experts(self, first: Array | int, count: int) -> Self:
         """Return `count` experts from `first` on, for all tokens."""
         return replace(self, routing=self.routing.of_experts(first, count))

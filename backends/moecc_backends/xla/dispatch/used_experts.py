@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.typing import DTypeLike
 
 from moecc.ir.graph import Value
@@ -42,31 +43,31 @@ class OneExpert:
     """
 
     routing: Routing
-    expert: jax.Array
+    expert: Array
     is_full = False
 
     @property
-    def _is_choice(self) -> jax.Array:
+    def _is_choice(self) -> Array:
         is_mine = self.routing.experts == self.expert
         assigned = self.routing.assigned
         return is_mine if assigned is None else is_mine & assigned
 
     @property
-    def is_used(self) -> jax.Array:
+    def is_used(self) -> Array:
         """Whether each token chose this expert and has a slot: bool ``[tokens]``."""
         return jnp.any(self._is_choice, axis=1)
 
     @property
-    def row_experts(self) -> jax.Array:
+    def row_experts(self) -> Array:
         """The expert, for each token."""
         return jnp.broadcast_to(self.expert, (self.routing.num_tokens,))
 
     @property
-    def row_groups(self) -> jax.Array:
+    def row_groups(self) -> Array:
         """The group of each token."""
         return self.routing.row_groups(jnp.arange(self.routing.num_tokens, dtype=jnp.int32))
 
-    def by_expert(self, values: jax.Array) -> jax.Array:
+    def by_expert(self, values: Array) -> Array:
         """Repeat the entry of the expert for each token."""
         return jnp.take(values, self.row_experts, axis=0, mode="clip")
 
@@ -75,16 +76,16 @@ class OneExpert:
         rows = tokens_to_rows(self, x, lambda tokens: with_masked_gradient(tokens, self.is_used))
         return replace(rows, are_tokens=True)
 
-    def permute_gates(self, gates: jax.Array) -> Rows:
+    def permute_gates(self, gates: Array) -> Rows:
         """Return the mean of the gates by which each token chose the expert, or zero."""
         total = jnp.sum(jnp.where(self._is_choice, gates, 0), axis=1)
         return Rows(total / jnp.maximum(jnp.sum(self._is_choice, axis=1), 1), (), self)
 
-    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array | None) -> Named:
+    def unpermute(self, rows: Operand | DeferredRows, gates: Array | None) -> Named:
         """Weight the rows of those who chose the expert; the result is float32 at least."""
         assert isinstance(rows, Rows), "`permute` made rows"
 
-        def weighted(flat: jax.Array) -> jax.Array:
+        def weighted(flat: Array) -> Array:
             kind = accumulator(flat.dtype)
             gate = 1 if gates is None else gates.astype(kind)
             weight = jnp.sum(jnp.where(self._is_choice, gate, 0).astype(kind), axis=1)
@@ -92,7 +93,7 @@ class OneExpert:
 
         return rows_to_tokens(self.routing, rows, weighted)
 
-    def of_experts(self, first: jax.Array | int, count: int) -> OneExpert:
+    def of_experts(self, first: Array | int, count: int) -> OneExpert:
         """Return the same expert, as one of `count` from `first` on."""
         return OneExpert(self.routing.of_experts(first, count), self.expert - first)
 
@@ -107,7 +108,7 @@ def sliced_by_expert(rows: DeferredRows, outside: Mapping[Value, Named]) -> dict
     return {v: x for v, x in outside.items() if "expert" in x.axes and v not in dispatched}
 
 
-Stack = jax.Array | tuple[jax.Array, ...]
+Stack = Array | tuple[Array, ...]
 """Arrays of all experts: one array ``[expert, …]``, or an array for each."""
 
 
@@ -122,11 +123,11 @@ class _SumOperands(NamedTuple):
       gates: ``[tokens, choice]``; None where rows have weights.
     """
 
-    experts: jax.Array
-    assigned: jax.Array | None
+    experts: Array
+    assigned: Array | None
     stacks: list[Stack]
-    shared: list[jax.Array]
-    gates: jax.Array | None
+    shared: list[Array]
+    gates: Array | None
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class UsedExperts(Deferral):
     weights of its expert alone: else gradients of all experts would be added up for each of them.
     """
 
-    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array | None) -> Named:
+    def unpermute(self, rows: Operand | DeferredRows, gates: Array | None) -> Named:
         """Return the sum over the experts that are used of their gated rows."""
         assert isinstance(rows, DeferredRows), "`permute` makes no rows"
         outside = rows.outside()
@@ -157,7 +158,7 @@ class UsedExperts(Deferral):
             )
             return OneExpert(routing, jnp.asarray(number, jnp.int32))
 
-        def weighted(number: int, weights: list[jax.Array], operands: _SumOperands) -> jax.Array:
+        def weighted(number: int, weights: list[Array], operands: _SumOperands) -> Array:
             nonlocal axes
             pairs = zip(shared, operands.shared, strict=True)
             values = {v: Named(a, outside[v].axes) for v, a in pairs}
@@ -170,8 +171,8 @@ class UsedExperts(Deferral):
             axes = result.axes
             return result.array
 
-        def total(operands: _SumOperands, *, in_place: bool) -> jax.Array:
-            def weights(number: int) -> list[jax.Array]:
+        def total(operands: _SumOperands, *, in_place: bool) -> Array:
+            def weights(number: int) -> list[Array]:
                 return [stack[number] for stack in operands.stacks]
 
             shape = jax.eval_shape(lambda: weighted(0, weights(0), operands))
@@ -179,9 +180,7 @@ class UsedExperts(Deferral):
             for number in range(self.routing.num_experts):
                 is_used = jnp.any(layout_of(operands, number).is_used)
 
-                def add(
-                    sums: jax.Array, *sliced: list[jax.Array], number: int = number
-                ) -> jax.Array:
+                def add(sums: Array, *sliced: list[Array], number: int = number) -> Array:
                     expert_weights = sliced[0] if sliced else weights(number)
                     return sums + weighted(number, expert_weights, operands)
 

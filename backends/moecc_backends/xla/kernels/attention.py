@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from moecc.ir.attention import Span, share_of_tpu_blocks, spans, tpu_block
@@ -40,14 +40,14 @@ class AttentionArrays(NamedTuple):
       key_segments: the segment of each key.
     """
 
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array
-    bias: jax.Array | None = None
-    sinks: jax.Array | None = None
-    keep: jax.Array | None = None
-    query_segments: jax.Array | None = None
-    key_segments: jax.Array | None = None
+    query: Array
+    key: Array
+    value: Array
+    bias: Array | None = None
+    sinks: Array | None = None
+    keep: Array | None = None
+    query_segments: Array | None = None
+    key_segments: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class AttentionRule:
     by_key: bool = False
 
 
-Arrays = tuple[jax.Array, ...]
-Block = Callable[[Span, Arrays, "jax.Array | int"], tuple[Arrays, Arrays]]
+Arrays = tuple[Array, ...]
+Block = Callable[[Span, Arrays, "Array | int"], tuple[Arrays, Arrays]]
 """Takes a span, sums so far and the first query; returns the sums, and arrays of its queries."""
 
 _QUERIES, _KEYS = 3, 4
@@ -78,7 +78,7 @@ _QUERIES, _KEYS = 3, 4
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def block_attention(rule: AttentionRule, arrays: AttentionArrays) -> jax.Array:
+def block_attention(rule: AttentionRule, arrays: AttentionArrays) -> Array:
     """Return the averaged values, ``[batch, head, group, seq, wide]``, in the type of the queries.
 
     Sums run in float32 at least.
@@ -89,7 +89,7 @@ def block_attention(rule: AttentionRule, arrays: AttentionArrays) -> jax.Array:
 def _blocks(rule: AttentionRule, arrays: AttentionArrays) -> Arrays:
     """Return the averaged values, and what `_averaged` says of each query's denominator."""
 
-    def block(span: Span, sums: Arrays, start: jax.Array | int) -> tuple[Arrays, Arrays]:
+    def block(span: Span, sums: Arrays, start: Array | int) -> tuple[Arrays, Arrays]:
         part = _block(arrays, span, start)
         scores, _ = _scores(rule, part, (start, span.first_key), BY_QUERY)
         return sums, _averaged(part, scores)
@@ -99,7 +99,7 @@ def _blocks(rule: AttentionRule, arrays: AttentionArrays) -> Arrays:
 
 def _forward(
     rule: AttentionRule, arrays: AttentionArrays
-) -> tuple[jax.Array, tuple[AttentionArrays, jax.Array, jax.Array]]:
+) -> tuple[Array, tuple[AttentionArrays, Array, Array]]:
     # Named here, so that the gradient reads the very arrays that are kept.
     mixed, denominators = (checkpoint_name(a, VALUE) for a in _blocks(rule, arrays))
     return mixed, (arrays, mixed, denominators)
@@ -107,15 +107,15 @@ def _forward(
 
 def _backward(
     rule: AttentionRule,
-    residuals: tuple[AttentionArrays, jax.Array, jax.Array],
-    d_mixed: jax.Array,
+    residuals: tuple[AttentionArrays, Array, Array],
+    d_mixed: Array,
 ) -> tuple[AttentionArrays]:
     arrays, mixed, denominators = residuals
     wide = denominators.dtype
     spread = jnp.sum(d_mixed.astype(wide) * mixed.astype(wide), -1, keepdims=True)
     summed = tuple(a for a in arrays[1:5] if a is not None)
 
-    def block(span: Span, sums: Arrays, start: jax.Array | int) -> tuple[Arrays, Arrays]:
+    def block(span: Span, sums: Arrays, start: Array | int) -> tuple[Arrays, Arrays]:
         part = _block(arrays, span, start)
         ends = (_part(a, _QUERIES, start, span.size) for a in (d_mixed, denominators, spread))
         d_query, *more = _block_gradient(rule, part, (start, span.first_key), *ends)
@@ -151,20 +151,20 @@ def _walk(
     return sums, tuple(jnp.concatenate(parts, _QUERIES) for parts in zip(*spanned, strict=True))
 
 
-def _unstacked(blocks: jax.Array) -> jax.Array:
+def _unstacked(blocks: Array) -> Array:
     """Return ``[block, batch, head, group, query, …]`` with the queries of all blocks in a row."""
     rows = jnp.moveaxis(blocks, 0, _QUERIES)
     return rows.reshape(*rows.shape[:_QUERIES], -1, *rows.shape[_QUERIES + 2 :])
 
 
-def _part(array: jax.Array, axis: int, start: jax.Array | int, size: int) -> jax.Array:
+def _part(array: Array, axis: int, start: Array | int, size: int) -> Array:
     """Return a slice of `array`, whose axis may have size 1 in place of any."""
     if array.shape[axis] == 1:
         return array
     return lax.dynamic_slice_in_dim(array, start, size, axis)
 
 
-def _block(arrays: AttentionArrays, span: Span, start: jax.Array | int) -> AttentionArrays:
+def _block(arrays: AttentionArrays, span: Span, start: Array | int) -> AttentionArrays:
     """Return the operands of a block of queries, and of the keys of its span."""
     keys = span.last_key - span.first_key
     query = _part(arrays.query, _QUERIES, start, span.size)
@@ -178,7 +178,7 @@ def _block(arrays: AttentionArrays, span: Span, start: jax.Array | int) -> Atten
     return AttentionArrays(query, key, value, *more)
 
 
-def _rows(array: jax.Array) -> jax.Array:
+def _rows(array: Array) -> Array:
     """Return ``[batch, head, group, query, …]`` with the queries of a group as rows."""
     batch, head, group, query, *sizes = array.shape
     return array.reshape(batch, head, group * query, *sizes)
@@ -200,11 +200,11 @@ class _Form:
 
     is_by_key: bool
 
-    def of(self, array: jax.Array) -> jax.Array:
+    def of(self, array: Array) -> Array:
         """Return ``[batch, head, group, query, key]``, or what is to be broadcast over it, so."""
         return jnp.moveaxis(array, _KEYS, 2) if self.is_by_key else array
 
-    def pairs(self, rows: jax.Array, keys: jax.Array, block: AttentionArrays) -> jax.Array:
+    def pairs(self, rows: Array, keys: Array, block: AttentionArrays) -> Array:
         """Return the products of ``[…, row, entry]`` with ``[…, key, entry]``."""
         batch, head, *query = block.query.shape[:-1]
         if self.is_by_key:
@@ -212,17 +212,17 @@ class _Form:
             return products.reshape(batch, head, -1, *query)
         return _product("bhrd,bhtd->bhrt", rows, keys).reshape(batch, head, *query, -1)
 
-    def flat(self, pairs: jax.Array) -> jax.Array:
+    def flat(self, pairs: Array) -> Array:
         """Return pairs with the queries of a group as rows."""
         if self.is_by_key:
             return pairs.reshape(*pairs.shape[:3], -1)
         return _rows(pairs)
 
-    def to_rows(self, pairs: jax.Array, keys: jax.Array) -> jax.Array:
+    def to_rows(self, pairs: Array, keys: Array) -> Array:
         """Return the sums over keys, ``[…, row, entry]``."""
         return _product("bhtr,bhtd->bhrd" if self.is_by_key else "bhrt,bhtd->bhrd", pairs, keys)
 
-    def to_keys(self, pairs: jax.Array, rows: jax.Array) -> jax.Array:
+    def to_keys(self, pairs: Array, rows: Array) -> Array:
         """Return the sums over queries, ``[…, key, entry]``."""
         return _product("bhtr,bhrd->bhtd" if self.is_by_key else "bhrt,bhrd->bhtd", pairs, rows)
 
@@ -230,14 +230,14 @@ class _Form:
 BY_QUERY, BY_KEY = _Form(is_by_key=False), _Form(is_by_key=True)
 
 
-def _product(spelling: str, a: jax.Array, b: jax.Array) -> jax.Array:
+def _product(spelling: str, a: Array, b: Array) -> Array:
     wide = accumulator(b.dtype)
     return jnp.einsum(spelling, a, b, preferred_element_type=wide)
 
 
 def _scores(
-    rule: AttentionRule, block: AttentionArrays, first: tuple[jax.Array | int, int], form: _Form
-) -> tuple[jax.Array, jax.Array | None]:
+    rule: AttentionRule, block: AttentionArrays, first: tuple[Array | int, int], form: _Form
+) -> tuple[Array, Array | None]:
     """Return the scores of a block in a form, −∞ where hidden, and the slope of the soft cap.
 
     Args:
@@ -259,8 +259,8 @@ def _scores(
 
 
 def _seen(
-    rule: AttentionRule, block: AttentionArrays, first_query: jax.Array | int, first_key: int
-) -> Iterator[jax.Array]:
+    rule: AttentionRule, block: AttentionArrays, first_query: Array | int, first_key: int
+) -> Iterator[Array]:
     """Yield what hides keys from queries, each to be broadcast over ``[…, query, key]``."""
     if rule.causal:
         queries, keys = block.query.shape[_QUERIES], block.key.shape[2]
@@ -273,7 +273,7 @@ def _seen(
         yield (block.query_segments == block.key_segments) | (block.query_segments == 0)
 
 
-def _averaged(block: AttentionArrays, scores: jax.Array) -> Arrays:
+def _averaged(block: AttentionArrays, scores: Array) -> Arrays:
     """Return the averaged values, zeros if nothing is seen, and the denominators.
 
     Of them the largest score, and the logarithm of the sum of exponentials beside it: added up,
@@ -295,11 +295,11 @@ def _averaged(block: AttentionArrays, scores: jax.Array) -> Arrays:
 def _block_gradient(
     rule: AttentionRule,
     block: AttentionArrays,
-    first: tuple[jax.Array | int, int],
-    d_mixed: jax.Array,
-    denominators: jax.Array,
-    spread: jax.Array,
-) -> Iterator[jax.Array]:
+    first: tuple[Array | int, int],
+    d_mixed: Array,
+    denominators: Array,
+    spread: Array,
+) -> Iterator[Array]:
     """Yield the gradients of the queries, keys and values of a block, then of bias and sinks.
 
     Args:
@@ -329,13 +329,13 @@ def _block_gradient(
         yield _summed_to(-sunk * spread, block.sinks)
 
 
-def _summed_to(array: jax.Array, like: jax.Array) -> jax.Array:
+def _summed_to(array: Array, like: Array) -> Array:
     """Return `array` summed along the axes that have size 1 in `like`."""
     axes = [i for i, size in enumerate(like.shape) if size == 1 < array.shape[i]]
     return jnp.sum(array, axes, keepdims=True)
 
 
-def _added(total: jax.Array, new: jax.Array, at: Sequence[jax.Array | int]) -> jax.Array:
+def _added(total: Array, new: Array, at: Sequence[Array | int]) -> Array:
     """Return `total` with `new` added, which begins at the indices `at` where it is smaller."""
     pairs = zip(at, total.shape, new.shape, strict=True)
     start = [0 if full == size else index for index, full, size in pairs]
@@ -350,7 +350,7 @@ def cudnn_attention(
     rule: AttentionRule,
     arrays: AttentionArrays,
     implementation: Literal["cudnn", "xla"] = "cudnn",
-) -> jax.Array:
+) -> Array:
     """Return the averaged values, ``[batch, head, group, seq, wide]``.
 
     Args:
@@ -415,12 +415,12 @@ def score_pairs_of(op_name: str) -> int | None:
 # and
 # the gradient is put together here.
 
-SplashArrays = tuple[jax.Array, ...]
+SplashArrays = tuple[Array, ...]
 
 
 def splash_attention(
     rule: AttentionRule, arrays: AttentionArrays, *, interpret: bool = False
-) -> jax.Array:
+) -> Array:
     """Return the averaged values, ``[batch, head, group, seq, wide]``.
 
     Args:
@@ -484,25 +484,25 @@ def _pairs(rule: AttentionRule, queries: int, keys: int) -> int:
 def _splash(
     rule: AttentionRule,
     interpret: bool,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    sinks: jax.Array | None,
-) -> jax.Array:
+    query: Array,
+    key: Array,
+    value: Array,
+    sinks: Array | None,
+) -> Array:
     return _splash_forward(rule, interpret, query, key, value, sinks)[0]
 
 
 def _splash_forward(
     rule: AttentionRule,
     interpret: bool,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    sinks: jax.Array | None,
-) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
+    query: Array,
+    key: Array,
+    value: Array,
+    sinks: Array | None,
+) -> tuple[Array, tuple[Array | None, ...]]:
     kernel = splash_kernel(rule, query.shape[1], query.shape[2], key.shape[2], interpret)
 
-    def one(query: jax.Array, key: jax.Array, value: jax.Array, *sinks: jax.Array) -> SplashArrays:
+    def one(query: Array, key: Array, value: Array, *sinks: Array) -> SplashArrays:
         mixed, (denominators,) = kernel(query, key, value, None, *sinks)
         return mixed, denominators
 
@@ -518,16 +518,16 @@ def _splash_forward(
 def _splash_backward(
     rule: AttentionRule,
     interpret: bool,
-    residuals: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array, jax.Array],
-    d_mixed: jax.Array,
-) -> tuple[jax.Array | None, ...]:
+    residuals: tuple[Array, Array, Array, Array | None, Array, Array],
+    d_mixed: Array,
+) -> tuple[Array | None, ...]:
     query, key, value, sinks, mixed, denominators = residuals
     kernel = splash_kernel(rule, query.shape[1], query.shape[2], key.shape[2], interpret)
     more = () if sinks is None else (sinks,)
 
     def one(
-        query: jax.Array, key: jax.Array, value: jax.Array, mixed: jax.Array,
-        denominators: jax.Array, d_mixed: jax.Array, *sinks: jax.Array,
+        query: Array, key: Array, value: Array, mixed: Array,
+        denominators: Array, d_mixed: Array, *sinks: Array,
     ) -> SplashArrays:  # fmt: skip
         residuals = (query, key, value, None, *(sinks or (None,)), mixed, denominators)
         return _gradient(kernel, residuals, d_mixed)
@@ -543,13 +543,13 @@ def _splash_backward(
 _splash.defvjp(_splash_forward, _splash_backward)
 
 
-def _untracked(run: Callable[..., SplashArrays], *arrays: jax.Array) -> SplashArrays:
+def _untracked(run: Callable[..., SplashArrays], *arrays: Array) -> SplashArrays:
     """Call `run` where jax does not track what varies; its results vary as the first array does."""
     axes = varies(arrays[0])
     return tuple(DeviceView().varying(a, axes) for a in unchecked(run, *arrays))
 
 
-def _gradient(kernel: PyTree, residuals: PyTree, d_mixed: jax.Array) -> SplashArrays:
+def _gradient(kernel: PyTree, residuals: PyTree, d_mixed: Array) -> SplashArrays:
     """Return the gradients of the operands of a splash attention.
 
     Args:

@@ -18,7 +18,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import Array, lax
 from jax.typing import DTypeLike
 
 from moecc_backends.xla.trace.values import accumulator, load, store, stored_as
@@ -35,7 +35,7 @@ from moecc_backends.xla.trace.values import accumulator, load, store, stored_as
 Carry = TypeVar("Carry")
 
 # step(start, size, is_partial, carry): multiply `size` rows from `start` on.
-Step = Callable[[jax.Array, int, bool, Carry], Carry]
+Step = Callable[[Array, int, bool, Carry], Carry]
 
 # Measured on two AVX-512 cores: from 128 rows on, a product runs within a tenth of its best rate.
 # Every further size costs about 0.05 s of compilation in each loop.
@@ -62,7 +62,7 @@ def block_sizes(num_rows: int, num_experts: int) -> tuple[int, ...]:
 
 
 def walk_blocks(
-    start: jax.Array, count: jax.Array, sizes: tuple[int, ...], step: Step[Carry], carry: Carry
+    start: Array, count: Array, sizes: tuple[int, ...], step: Step[Carry], carry: Carry
 ) -> Carry:
     """Run `step` over blocks that cover the rows ``start … start + count - 1``.
 
@@ -73,9 +73,7 @@ def walk_blocks(
         is_partial = size == sizes[-1]
         turns = (count + size - 1) // size if is_partial else count // size
 
-        def body(
-            turn: jax.Array, carry: Carry, start: jax.Array = start, size: int = size
-        ) -> Carry:
+        def body(turn: Array, carry: Carry, start: Array = start, size: int = size) -> Carry:
             return step(start + turn * size, size, size == sizes[-1], carry)
 
         carry = lax.fori_loop(0, turns, body, carry)
@@ -110,10 +108,10 @@ def overhang(sizes: tuple[int, ...]) -> int:
 
 
 def cover_blocks(
-    start: jax.Array,
-    count: jax.Array,
+    start: Array,
+    count: Array,
     sizes: tuple[int, ...],
-    step: Callable[[jax.Array, int, Carry], Carry],
+    step: Callable[[Array, int, Carry], Carry],
     carry: Carry,
 ) -> Carry:
     """Run ``step(first, size, carry)`` over blocks that cover `count` rows from `start` on.
@@ -131,9 +129,7 @@ def cover_blocks(
         times = is_last.astype(jnp.int32) + (before if size == usual else 0)
         first = start if size == usual else start + before * usual
 
-        def body(
-            turn: jax.Array, carry: Carry, first: jax.Array = first, size: int = size
-        ) -> Carry:
+        def body(turn: Array, carry: Carry, first: Array = first, size: int = size) -> Carry:
             # XLA makes what does not depend on the turn before the loop, even one of no turns.
             return step(first + turn * size, size, carry)
 
@@ -141,9 +137,7 @@ def cover_blocks(
     return carry
 
 
-def walk_experts(
-    group_sizes: jax.Array, body: Callable[[jax.Array, Carry], Carry], carry: Carry
-) -> Carry:
+def walk_experts(group_sizes: Array, body: Callable[[Array, Carry], Carry], carry: Carry) -> Carry:
     """Run `body(expert, carry)` over the experts that have rows, and only over those.
 
     An expert without rows costs nothing, neither a product nor a read of its weights.
@@ -153,13 +147,13 @@ def walk_experts(
     return lax.fori_loop(0, jnp.sum(used), lambda turn, c: body(order[turn], c), carry)
 
 
-def inside(first: jax.Array, size: int, start: jax.Array, end: jax.Array) -> jax.Array:
+def inside(first: Array, size: int, start: Array, end: Array) -> Array:
     """Mask ``[size, 1]`` the rows from `first` on that are in ``start … end - 1``."""
     index = first + jnp.arange(size, dtype=first.dtype)
     return ((index >= start) & (index < end))[:, None]
 
 
-def zeros_after(value: jax.Array, shape: tuple[int, ...], dtype: DTypeLike, salt: int) -> jax.Array:
+def zeros_after(value: Array, shape: tuple[int, ...], dtype: DTypeLike, salt: int) -> Array:
     """Make zeros that exist only once `value` does, and that nothing else shares.
 
     XLA would merge equal constants, make them before anything else, and copy them for each loop
@@ -179,12 +173,12 @@ _FEW_ROWS = 32
 
 
 def grouped_matmul(
-    rows: jax.Array,
-    weights: jax.Array,
-    group_sizes: jax.Array,
+    rows: Array,
+    weights: Array,
+    group_sizes: Array,
     contracting_axis: int,
     kind: DTypeLike | None = None,
-) -> jax.Array:
+) -> Array:
     """Multiply the rows ``[rows, a]`` of each group with the weights of its expert.
 
     `weights` is ``[experts, a, b]`` with ``contracting_axis=1`` or ``[experts, b, a]`` with
@@ -199,11 +193,11 @@ def grouped_matmul(
 
 
 def grouped_matmul_of_parts(
-    rows: jax.Array,
-    weights: tuple[jax.Array, ...],
-    group_sizes: jax.Array,
+    rows: Array,
+    weights: tuple[Array, ...],
+    group_sizes: Array,
     contracting_axis: int,
-) -> jax.Array:
+) -> Array:
     """Multiply rows as `grouped_matmul` does, with an array for each expert, read in place.
 
     `weights` are ``[a, b]`` with ``contracting_axis=1`` or ``[b, a]`` with ``contracting_axis=2``.
@@ -222,21 +216,19 @@ def grouped_matmul_of_parts(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _product_of_groups(
-    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, axis: int
-) -> jax.Array:
+def _product_of_groups(rows: Array, weights: Array, group_sizes: Array, axis: int) -> Array:
     return _walk_product(rows, weights, group_sizes, axis)
 
 
 def _forward(
-    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, axis: int
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    rows: Array, weights: Array, group_sizes: Array, axis: int
+) -> tuple[Array, tuple[Array, Array, Array]]:
     return _product_of_groups(rows, weights, group_sizes, axis), (rows, weights, group_sizes)
 
 
 def _backward(
-    axis: int, residuals: tuple[jax.Array, jax.Array, jax.Array], d_product: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
+    axis: int, residuals: tuple[Array, Array, Array], d_product: Array
+) -> tuple[Array, Array, None]:
     rows, weights, group_sizes = residuals
     d_rows = _walk_product(d_product, weights, group_sizes, 3 - axis)
     is_small = rows.shape[0] <= _FEW_ROWS and weights.dtype.itemsize >= 4
@@ -247,14 +239,12 @@ def _backward(
 _product_of_groups.defvjp(_forward, _backward)
 
 
-def _walk_product(
-    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, axis: int
-) -> jax.Array:
+def _walk_product(rows: Array, weights: Array, group_sizes: Array, axis: int) -> Array:
     """Multiply the rows of each expert with its weights."""
     sizes = block_sizes(rows.shape[0], group_sizes.size)
     starts = jnp.cumsum(group_sizes) - group_sizes
 
-    def expert_body(expert: jax.Array, output: jax.Array) -> jax.Array:
+    def expert_body(expert: Array, output: Array) -> Array:
         stored = lax.dynamic_index_in_dim(store(weights), expert, 0, keepdims=False)
         weight, span = load(stored, weights.dtype), (starts[expert], group_sizes[expert])
         return _walk_rows(rows, weight, axis - 1, span, sizes, output)
@@ -264,17 +254,17 @@ def _walk_product(
 
 
 def _walk_rows(
-    rows: jax.Array,
-    weight: jax.Array,
+    rows: Array,
+    weight: Array,
     axis: int,
-    span: tuple[jax.Array, jax.Array],
+    span: tuple[Array, Array],
     sizes: tuple[int, ...],
-    output: jax.Array,
-) -> jax.Array:
+    output: Array,
+) -> Array:
     """Write the products of one expert's rows, of which `span` is the first and the number."""
     num_rows, (begin, count) = rows.shape[0], span
 
-    def step(start: jax.Array, size: int, is_partial: bool, output: jax.Array) -> jax.Array:
+    def step(start: Array, size: int, is_partial: bool, output: Array) -> Array:
         # At the end of the array the block moves left, over rows that the mask protects.
         first = jnp.minimum(start, num_rows - size) if is_partial else start
         product = block_product(_block(rows, first, size), weight, axis)
@@ -288,21 +278,21 @@ def _walk_rows(
 
 
 def _walk_gradient(
-    rows: jax.Array, d_product: jax.Array, weights: jax.Array, group_sizes: jax.Array, axis: int
-) -> jax.Array:
+    rows: Array, d_product: Array, weights: Array, group_sizes: Array, axis: int
+) -> Array:
     """Sum, for each expert, the outer products of its rows and their cotangents."""
     num_rows = rows.shape[0]
     sizes = block_sizes(num_rows, group_sizes.size)
     starts = jnp.cumsum(group_sizes) - group_sizes
 
-    def expert_body(expert: jax.Array, gradient: jax.Array) -> jax.Array:
+    def expert_body(expert: Array, gradient: Array) -> Array:
         end = starts[expert] + group_sizes[expert]
 
-        def outer(first: jax.Array, size: int, mask: jax.Array | None) -> jax.Array:
+        def outer(first: Array, size: int, mask: Array | None) -> Array:
             block, d_block = (_block(x, first, size, mask) for x in (rows, d_product))
             return outer_product(block, d_block, axis)
 
-        def step(start: jax.Array, size: int, is_partial: bool, total: jax.Array) -> jax.Array:
+        def step(start: Array, size: int, is_partial: bool, total: Array) -> Array:
             return total + outer(start, size, None)
 
         # The last, partial block comes first: it makes the sum, which needs no zeros then.
@@ -320,8 +310,8 @@ def _walk_gradient(
 
 
 def _gradient_of_few(
-    rows: jax.Array, d_product: jax.Array, weights: jax.Array, group_sizes: jax.Array, axis: int
-) -> jax.Array:
+    rows: Array, d_product: Array, weights: Array, group_sizes: Array, axis: int
+) -> Array:
     """Return what `_walk_gradient` does, of few rows: all of them could be those of each expert.
 
     Gradients are larger than what they are made of, and a loop writes them twice.  Sums of narrow
@@ -331,7 +321,7 @@ def _gradient_of_few(
     numbers = jnp.arange(rows.shape[0], dtype=group_sizes.dtype)
     is_used = (numbers < group_sizes[:, None])[..., None]
 
-    def of_experts(x: jax.Array) -> jax.Array:
+    def of_experts(x: Array) -> Array:
         picked = jnp.take(store(x), starts[:, None] + numbers, axis=0, mode="clip")
         return load(jnp.where(is_used, picked, 0), x.dtype)
 
@@ -343,14 +333,12 @@ def _gradient_of_few(
     return outer.astype(weights.dtype)
 
 
-def _block(
-    rows: jax.Array, first: jax.Array, size: int, mask: jax.Array | None = None
-) -> jax.Array:
+def _block(rows: Array, first: Array, size: int, mask: Array | None = None) -> Array:
     block = lax.dynamic_slice_in_dim(store(rows), first, size)
     return load(block if mask is None else jnp.where(mask, block, 0), rows.dtype)
 
 
-def block_product(block: jax.Array, weight: jax.Array, contracting_axis: int) -> jax.Array:
+def block_product(block: Array, weight: Array, contracting_axis: int) -> Array:
     """Multiply a block of rows ``[rows, a]`` with one matrix; the sums are float32 at least.
 
     The matrix is ``[a, b]`` with ``contracting_axis=0``, or ``[b, a]`` with 1.
@@ -360,13 +348,13 @@ def block_product(block: jax.Array, weight: jax.Array, contracting_axis: int) ->
     return _product(block, weight, contracting_axis)
 
 
-def _product(left: jax.Array, right: jax.Array, right_axis: int) -> jax.Array:
+def _product(left: Array, right: Array, right_axis: int) -> Array:
     dimensions = (((1,), (right_axis,)), ((), ()))
     kind = accumulator(left.dtype)
     return lax.dot_general(left, right, dimensions, preferred_element_type=kind)
 
 
-def outer_product(block: jax.Array, d_block: jax.Array, axis: int) -> jax.Array:
+def outer_product(block: Array, d_block: Array, axis: int) -> Array:
     """Sum the outer products of rows ``[rows, a]`` and their cotangents ``[rows, b]``.
 
     The result is ``[a, b]`` with ``axis=1``, or ``[b, a]`` with 2; it is float32 at least.
@@ -375,7 +363,7 @@ def outer_product(block: jax.Array, d_block: jax.Array, axis: int) -> jax.Array:
     return _product(_transposed(left), right, 0)
 
 
-def _transposed(block: jax.Array) -> jax.Array:
+def _transposed(block: Array) -> Array:
     # Folded into the product, the transpose would keep it from XLA's faster kernels, which can
     # also start from the sum so far.
     return load(lax.optimization_barrier(store(block).T), block.dtype)
@@ -392,7 +380,7 @@ def _transposed(block: jax.Array) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def rows_times(rows: jax.Array, matrix: jax.Array, at: int) -> jax.Array:
+def rows_times(rows: Array, matrix: Array, at: int) -> Array:
     """Return ``[rows, b]``, the sum over ``a`` of ``rows [rows, a]`` times `matrix`.
 
     Args:
@@ -403,22 +391,20 @@ def rows_times(rows: jax.Array, matrix: jax.Array, at: int) -> jax.Array:
     return jax.lax.dot_general(rows, matrix, (((1,), (at,)), ((), ())))
 
 
-def _row_product_forward(
-    rows: jax.Array, matrix: jax.Array, at: int
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _row_product_forward(rows: Array, matrix: Array, at: int) -> tuple[Array, tuple[Array, Array]]:
     return rows_times(rows, matrix, at), (rows, matrix)
 
 
 def _row_product_backward(
-    at: int, residuals: tuple[jax.Array, jax.Array], slope: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    at: int, residuals: tuple[Array, Array], slope: Array
+) -> tuple[Array, Array]:
     rows, matrix = residuals
     by_rows = jax.lax.dot_general(slope, matrix, (((1,), (1 - at,)), ((), ())))
     pair = (rows, slope) if at == 0 else (slope, rows)
     return by_rows, _summed_over_rows(*pair)
 
 
-def _summed_over_rows(x: jax.Array, y: jax.Array) -> jax.Array:
+def _summed_over_rows(x: Array, y: Array) -> Array:
     """Return ``[a, b]`` of ``[rows, a]`` and ``[rows, b]``."""
     over_rows = (((0,), (0,)), ((), ()))
     if x.shape[1] <= y.shape[1]:
@@ -438,7 +424,7 @@ _SUMMED_ROWS = 128
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def repeat_by_group(values: jax.Array, group_sizes: jax.Array, num_rows: int) -> jax.Array:
+def repeat_by_group(values: Array, group_sizes: Array, num_rows: int) -> Array:
     """Repeat ``[experts, …]`` over the rows of each expert into ``[rows, …]``.
 
     Rows beyond the last group get the last expert's values; what their cotangent holds does not
@@ -450,24 +436,24 @@ def repeat_by_group(values: jax.Array, group_sizes: jax.Array, num_rows: int) ->
 
 
 def _repeat_by_group_forward(
-    values: jax.Array, group_sizes: jax.Array, num_rows: int
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    values: Array, group_sizes: Array, num_rows: int
+) -> tuple[Array, tuple[Array, Array]]:
     return repeat_by_group(values, group_sizes, num_rows), (values, group_sizes)
 
 
 def _repeat_by_group_backward(
-    num_rows: int, residuals: tuple[jax.Array, jax.Array], d_rows: jax.Array
-) -> tuple[jax.Array, None]:
+    num_rows: int, residuals: tuple[Array, Array], d_rows: Array
+) -> tuple[Array, None]:
     values, group_sizes = residuals
     flat = d_rows.reshape(num_rows, -1)
     stored = store(flat)
     starts = jnp.cumsum(group_sizes) - group_sizes
     size = min(num_rows, _SUMMED_ROWS)
 
-    def expert_body(expert: jax.Array, sums: jax.Array) -> jax.Array:
+    def expert_body(expert: Array, sums: Array) -> Array:
         end = starts[expert] + group_sizes[expert]
 
-        def step(start: jax.Array, size: int, is_partial: bool, total: jax.Array) -> jax.Array:
+        def step(start: Array, size: int, is_partial: bool, total: Array) -> Array:
             first = jnp.minimum(start, num_rows - size)
             block = lax.dynamic_slice_in_dim(stored, first, size)
             block = jnp.where(inside(first, size, start, end), block, 0)
@@ -490,7 +476,7 @@ repeat_by_group.defvjp(_repeat_by_group_forward, _repeat_by_group_backward)
 # Where it has none it masks the rows once for each expert and multiplies them all: as much
 # arithmetic and memory as experts, which is right and slow.
 
-Arrays = tuple[jax.Array, ...]
+Arrays = tuple[Array, ...]
 
 _BLOCK = 2048
 """Rows of a gradient at a time: enough work for a product to hide reading and writing its sum."""
@@ -501,12 +487,12 @@ _LEAST_CAPABILITY = 8.0
 
 
 def ragged_matmul(
-    rows: jax.Array,
-    weights: jax.Array,
-    group_sizes: jax.Array,
+    rows: Array,
+    weights: Array,
+    group_sizes: Array,
     contracting_axis: int,
     kind: DTypeLike | None = None,
-) -> jax.Array:
+) -> Array:
     """Multiply the rows ``[rows, a]`` of each group with the weights of its expert.
 
     `weights` is ``[experts, a, b]`` with ``contracting_axis=1`` or ``[experts, b, a]`` with
@@ -521,21 +507,19 @@ def ragged_matmul(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _products(
-    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, kind: np.dtype[np.generic]
-) -> jax.Array:
+def _products(rows: Array, weights: Array, group_sizes: Array, kind: np.dtype[np.generic]) -> Array:
     return lax.ragged_dot(rows, weights, group_sizes, preferred_element_type=kind)
 
 
 def _ragged_dot_forward(
-    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, kind: np.dtype[np.generic]
-) -> tuple[jax.Array, Arrays]:
+    rows: Array, weights: Array, group_sizes: Array, kind: np.dtype[np.generic]
+) -> tuple[Array, Arrays]:
     return _products(rows, weights, group_sizes, kind), (rows, weights, group_sizes)
 
 
 def _ragged_dot_backward(
-    kind: np.dtype[np.generic], residuals: Arrays, d_products: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
+    kind: np.dtype[np.generic], residuals: Arrays, d_products: Array
+) -> tuple[Array, Array, None]:
     rows, weights, group_sizes = residuals
     narrow = d_products.astype(rows.dtype)
     d_rows = _products(narrow, jnp.swapaxes(weights, 1, 2), group_sizes, kind)
@@ -546,7 +530,7 @@ def _ragged_dot_backward(
 _products.defvjp(_ragged_dot_forward, _ragged_dot_backward)
 
 
-def _outer_products(rows: jax.Array, d_products: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def _outer_products(rows: Array, d_products: Array, group_sizes: Array) -> Array:
     """Sum, for each group, the outer products of its rows and their cotangents.
 
     JAX's own derivative has a kernel nowhere: it multiplies all rows, once for each group.  Here a
@@ -557,10 +541,10 @@ def _outer_products(rows: jax.Array, d_products: jax.Array, group_sizes: jax.Arr
     size = min(num_rows, _BLOCK)
     shape = rows.shape[1], d_products.shape[1]
 
-    def of_group(run: Arrays) -> jax.Array:
+    def of_group(run: Arrays) -> Array:
         start, count = run
 
-        def step(turn: jax.Array, total: jax.Array) -> jax.Array:
+        def step(turn: Array, total: Array) -> Array:
             # At the end of the array the block moves left, over rows that the mask leaves out.
             first = jnp.minimum(start + turn * size, num_rows - size)
             mask = inside(first, size, start + turn * size, start + count)
@@ -618,8 +602,8 @@ def _why_not_this_gpu() -> str | None:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def slot_matmul(
-    slots: jax.Array, weights: jax.Array, contracting_axis: int, kind: DTypeLike | None = None
-) -> jax.Array:
+    slots: Array, weights: Array, contracting_axis: int, kind: DTypeLike | None = None
+) -> Array:
     """Multiply ``[experts, slots, a]`` with each expert's weights into ``[experts, slots, b]``.
 
     `weights` is ``[experts, a, b]`` with ``contracting_axis=1`` or ``[experts, b, a]`` with
@@ -633,17 +617,17 @@ def slot_matmul(
 
 
 def _batched_matmul_forward(
-    slots: jax.Array, weights: jax.Array, contracting_axis: int, kind: DTypeLike | None
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    slots: Array, weights: Array, contracting_axis: int, kind: DTypeLike | None
+) -> tuple[Array, tuple[Array, Array]]:
     return slot_matmul(slots, weights, contracting_axis, kind), (slots, weights)
 
 
 def _batched_matmul_backward(
     contracting_axis: int,
     kind: DTypeLike | None,
-    residuals: tuple[jax.Array, jax.Array],
-    d_products: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+    residuals: tuple[Array, Array],
+    d_products: Array,
+) -> tuple[Array, Array]:
     slots, weights = residuals
     d_slots = slot_matmul(d_products, weights, 3 - contracting_axis, kind)
     left, right = (slots, d_products) if contracting_axis == 1 else (d_products, slots)
@@ -654,8 +638,8 @@ slot_matmul.defvjp(_batched_matmul_forward, _batched_matmul_backward)
 
 
 def _batched(
-    left: jax.Array, right: jax.Array, left_axis: int, right_axis: int, kind: DTypeLike | None
-) -> jax.Array:
+    left: Array, right: Array, left_axis: int, right_axis: int, kind: DTypeLike | None
+) -> Array:
     dimensions = (((left_axis,), (right_axis,)), ((0,), (0,)))
     wanted = kind or accumulator(left.dtype)
     return lax.dot_general(left, right, dimensions, preferred_element_type=wanted)

@@ -9,6 +9,7 @@ from math import prod
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.typing import DTypeLike
 
 from moecc.errors import InputError
@@ -58,7 +59,7 @@ def _rope(ctx: TraceContext, node: Node, positions: Operand) -> tuple[Operand, .
     return lifted_all(positions, tables)
 
 
-def _twice(half: jax.Array, target: str) -> jax.Array:
+def _twice(half: Array, target: str) -> Array:
     """Return ``[…, size]``, the entries of ``[…, size / 2]`` twice.
 
     On a CPU by a product with ones and zeros, which is exact: XLA computes a cosine within the
@@ -70,7 +71,7 @@ def _twice(half: jax.Array, target: str) -> jax.Array:
     return jnp.matmul(half, unit, precision="highest")
 
 
-def _rates(attrs: RopeOp, positions: jax.Array, dtype: DTypeLike) -> jax.Array:
+def _rates(attrs: RopeOp, positions: Array, dtype: DTypeLike) -> Array:
     """Return the angle per position of each pair of entries, ``[size / 2]``."""
     if attrs.scaling == "longrope":
         # The number of positions is known at run time only.
@@ -209,22 +210,22 @@ def _kernel(ctx: TraceContext, node: Node, facts: AttentionFacts) -> str:
     return forced
 
 
-def _splash(ctx: TraceContext, rule: AttentionRule, arrays: AttentionArrays) -> jax.Array:
+def _splash(ctx: TraceContext, rule: AttentionRule, arrays: AttentionArrays) -> Array:
     # Pallas takes a second to import.
     from moecc_backends.xla.kernels.attention import splash_attention
 
     return splash_attention(rule, arrays, interpret=ctx.options.target != "tpu")
 
 
-def _cudnn(ctx: TraceContext, rule: AttentionRule, arrays: AttentionArrays) -> jax.Array:
+def _cudnn(ctx: TraceContext, rule: AttentionRule, arrays: AttentionArrays) -> Array:
     return cudnn_attention(rule, arrays)
 
 
-def _blocks(ctx: TraceContext, rule: AttentionRule, arrays: AttentionArrays) -> jax.Array:
+def _blocks(ctx: TraceContext, rule: AttentionRule, arrays: AttentionArrays) -> Array:
     return block_attention(replace(rule, by_key=ctx.options.target == "cpu"), arrays)
 
 
-_RUN: dict[str, Callable[[TraceContext, AttentionRule, AttentionArrays], jax.Array]] = {
+_RUN: dict[str, Callable[[TraceContext, AttentionRule, AttentionArrays], Array]] = {
     "splash": _splash,
     "cudnn": _cudnn,
     "blocks": _blocks,
@@ -250,7 +251,7 @@ def _arrays(
     )
 
 
-def _laid_out(x: Named, dims: tuple[tuple[str, ...], ...], sizes: dict[str, int]) -> jax.Array:
+def _laid_out(x: Named, dims: tuple[tuple[str, ...], ...], sizes: dict[str, int]) -> Array:
     """Return `x` with the axes of each of `dims` as one; with size 1 where it has none of them."""
     shape = []
     axes: list[str] = []
@@ -281,7 +282,7 @@ def plain_attention(
     return einsum(weights, value, (attrs.along,))
 
 
-def _seen(scores: Named, extras: dict[str, Named], attrs: AttentionOp) -> Iterator[jax.Array]:
+def _seen(scores: Named, extras: dict[str, Named], attrs: AttentionOp) -> Iterator[Array]:
     """Yield what hides keys from queries, each to be broadcast over the scores."""
     for axis in attrs.causal:
         queries, keys = (
@@ -296,7 +297,7 @@ def _seen(scores: Named, extras: dict[str, Named], attrs: AttentionOp) -> Iterat
         yield (queries == keys) | (queries == 0)
 
 
-def _weights(scores: jax.Array, axis: int, sinks: jax.Array | None) -> jax.Array:
+def _weights(scores: Array, axis: int, sinks: Array | None) -> Array:
     """Return the softmax along `axis` of the scores and the sinks, less these."""
     if sinks is None:
         return softmax(scores, axis)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
+from jax import Array
 
 from moecc.errors import InputError
 from moecc.ir.graph import Node, Value
@@ -17,7 +18,7 @@ from moecc_backends.xla.trace.context import DeviceView, TraceContext, lowering
 from moecc_backends.xla.trace.typed_jax import varies
 from moecc_backends.xla.trace.values import Named, Operand, Rows
 
-Collective = Callable[[DeviceView, Node, Named], jax.Array]
+Collective = Callable[[DeviceView, Node, Named], Array]
 OfRows = Callable[[TraceContext, Node, Rows, SortedRows], Rows]
 
 
@@ -45,7 +46,7 @@ def _collective(
 
 
 @collective("reshard")
-def _reshard(view: DeviceView, node: Node, x: Named) -> jax.Array:
+def _reshard(view: DeviceView, node: Node, x: Named) -> Array:
     raise _not_lowered(node, hint="lower-collectives")
 
 
@@ -62,7 +63,7 @@ def _exchange_rows(ctx: TraceContext, node: Node, x: Rows, layout: SortedRows) -
 
 
 @collective("shard", of_rows=local_rows)
-def _shard(view: DeviceView, node: Node, x: Named) -> jax.Array:
+def _shard(view: DeviceView, node: Node, x: Named) -> Array:
     attrs = ShardOp.of_node(node)
     name, mesh = attrs.axis, attrs.mesh
     at, before = x.axes.index(name), node.operands[0].type[name]
@@ -74,14 +75,14 @@ def _shard(view: DeviceView, node: Node, x: Named) -> jax.Array:
     return _part(array, mesh, at, size)
 
 
-def _part(array: jax.Array, mesh: tuple[str, ...], at: int, size: int) -> jax.Array:
+def _part(array: Array, mesh: tuple[str, ...], at: int, size: int) -> Array:
     # The mesh axes join innermost, so the local shard is within the one that is there.
     start = jax.lax.axis_index(mesh) * size
     return jax.lax.dynamic_slice_in_dim(array, start, size, at)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _shard_of_replicated(array: jax.Array, mesh: tuple[str, ...], at: int, size: int) -> jax.Array:
+def _shard_of_replicated(array: Array, mesh: tuple[str, ...], at: int, size: int) -> Array:
     """Slice this device's shard of an array replicated along `mesh`; its gradient is gathered.
 
     The derivative of a slice would be a sum of shards among zeros, which sends twice as much.
@@ -89,15 +90,13 @@ def _shard_of_replicated(array: jax.Array, mesh: tuple[str, ...], at: int, size:
     return _part(jax.lax.pcast(array, mesh, to="varying"), mesh, at, size)
 
 
-def _shard_forward(
-    array: jax.Array, mesh: tuple[str, ...], at: int, size: int
-) -> tuple[jax.Array, None]:
+def _shard_forward(array: Array, mesh: tuple[str, ...], at: int, size: int) -> tuple[Array, None]:
     return _shard_of_replicated(array, mesh, at, size), None
 
 
 def _shard_backward(
-    mesh: tuple[str, ...], at: int, size: int, residuals: None, gradient: jax.Array
-) -> tuple[jax.Array]:
+    mesh: tuple[str, ...], at: int, size: int, residuals: None, gradient: Array
+) -> tuple[Array]:
     return (jax.lax.all_gather(gradient, mesh, axis=at, tiled=True, to="invarying"),)
 
 
@@ -105,7 +104,7 @@ _shard_of_replicated.defvjp(_shard_forward, _shard_backward)
 
 
 @collective("all_gather")
-def _all_gather(view: DeviceView, node: Node, x: Named) -> jax.Array:
+def _all_gather(view: DeviceView, node: Node, x: Named) -> Array:
     attrs = AllGatherOp.of_node(node)
     mesh = attrs.mesh
     array = view.varying(x.array, frozenset(mesh))
@@ -131,13 +130,13 @@ def _is_agreed(value: Value, mesh: str) -> bool:
 
 
 @collective("all_reduce")
-def _all_reduce(view: DeviceView, node: Node, x: Named) -> jax.Array:
+def _all_reduce(view: DeviceView, node: Node, x: Named) -> Array:
     mesh = AllReduceOp.of_node(node).mesh
     return jax.lax.psum(view.varying(x.array, frozenset(mesh)), mesh)
 
 
 @collective("reduce_scatter")
-def _reduce_scatter(view: DeviceView, node: Node, x: Named) -> jax.Array:
+def _reduce_scatter(view: DeviceView, node: Node, x: Named) -> Array:
     attrs = ReduceScatterOp.of_node(node)
     array = view.varying(x.array, frozenset(attrs.mesh))
     return jax.lax.psum_scatter(
@@ -146,7 +145,7 @@ def _reduce_scatter(view: DeviceView, node: Node, x: Named) -> jax.Array:
 
 
 @collective("all_to_all", of_rows=_exchange_rows)
-def _all_to_all(view: DeviceView, node: Node, x: Named) -> jax.Array:
+def _all_to_all(view: DeviceView, node: Node, x: Named) -> Array:
     attrs = AllToAllOp.of_node(node)
     array = view.varying(x.array, frozenset(attrs.mesh))
     return jax.lax.all_to_all(
@@ -155,5 +154,5 @@ def _all_to_all(view: DeviceView, node: Node, x: Named) -> jax.Array:
 
 
 @collective("ragged_all_to_all", of_rows=_exchange_rows)
-def _ragged_all_to_all(view: DeviceView, node: Node, x: Named) -> jax.Array:
+def _ragged_all_to_all(view: DeviceView, node: Node, x: Named) -> Array:
     raise _not_lowered(node)

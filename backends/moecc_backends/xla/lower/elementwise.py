@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import Array, lax
 from jax.dtypes import canonicalize_dtype
 from jax.typing import DTypeLike
 
@@ -29,22 +29,22 @@ Term = Any
 """An array, or a number that takes the type of the array beside it."""
 
 
-def evaluate(formula: Formula, x: jax.Array) -> jax.Array:
+def evaluate(formula: Formula, x: Array) -> Array:
     """Return a formula of each element of `x`, in the type of `x`."""
     functions = {**FUNCTIONS, "narrow": lambda v: v.astype(x.dtype)}
     term: Term = formula.evaluate(functions, x)
     return jnp.asarray(term, x.dtype)
 
 
-def _where(condition: jax.Array, a: Term, b: Term) -> jax.Array:
+def _where(condition: Array, a: Term, b: Term) -> Array:
     first, second = _alike(a, b)
     return jnp.where(condition, first, second)
 
 
 def _alike(*terms: Term) -> list[Any]:
     """Return numbers as the type of the arrays among them, which they must not widen."""
-    dtype = next((x.dtype for x in terms if isinstance(x, jax.Array)), None)
-    return [x if isinstance(x, jax.Array) else jnp.asarray(x, dtype) for x in terms]
+    dtype = next((x.dtype for x in terms if isinstance(x, Array)), None)
+    return [x if isinstance(x, Array) else jnp.asarray(x, dtype) for x in terms]
 
 
 def _of_all(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,9 +113,6 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 def _is_whole(power: Term) -> bool:
     return isinstance(power, float) and power == int(power) and abs(power) < 64
-
-
-Array = jax.Array
 
 
 def _normal_cdf(x: Array) -> Array:
@@ -214,7 +211,7 @@ def _constant(ctx: TraceContext, node: Node) -> Operand:
     return Named(number(attrs.value, dtype), ())
 
 
-def number(value: float, dtype: DTypeLike) -> jax.Array:
+def number(value: float, dtype: DTypeLike) -> Array:
     """Return a number in `dtype`; one that is finite stays so, as the nearest that there is.
 
     A bound such as −1e30 would be −∞ in float16, whose product with zero is NaN.
@@ -253,8 +250,8 @@ def _fold_key(ctx: TraceContext, node: Node, key: Named) -> Operand:
 
 
 def _uniform(
-    ctx: TraceContext, key: jax.Array, node: Node, axes: tuple[str, ...], shape: tuple[int, ...]
-) -> jax.Array:
+    ctx: TraceContext, key: Array, node: Node, axes: tuple[str, ...], shape: tuple[int, ...]
+) -> Array:
     """Return 23 random bits for each element as numbers on [0, 1)."""
     type = node.result.type
     numbers = ctx.view.element_numbers(type.with_axes(type[a] for a in axes), shape)

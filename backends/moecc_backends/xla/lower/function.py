@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import jax
 import jax.numpy as jnp
+from jax import Array
 
 from moecc.errors import InputError
 from moecc.ir.graph import Graph, Node, Value
@@ -35,9 +35,9 @@ from moecc_backends.xla.trace.context import (
 from moecc_backends.xla.trace.host_arrays import Master, check_given, check_keys
 from moecc_backends.xla.trace.values import ExpertArrays, Named, Operand, Uncast, accumulator
 
-Tree = Mapping[str, jax.Array]
+Tree = Mapping[str, Array]
 
-Given = jax.Array | Master | tuple[jax.Array, ...]
+Given = Array | Master | tuple[Array, ...]
 """What is given of a value: an array, a parameter as it is stored, or an array for each expert."""
 
 
@@ -47,7 +47,7 @@ def function(
     dtype: DType = F32,
     options: Options = DEFAULTS,
     interceptor: Interceptor = DIRECT,
-) -> Callable[[Tree, Tree], dict[str, jax.Array]]:
+) -> Callable[[Tree, Tree], dict[str, Array]]:
     """Return `graph` as a pure function of parameters and inputs, by name.
 
     A random key is a key of jax's, ``jax.random.key(0)`` or what `jax_inputs` makes of a number.
@@ -68,7 +68,7 @@ def function(
     nodes = list(graph)
     keys = [name for name, value in graph.inputs.items() if value.type.dtype.kind == "key"]
 
-    def run(params: Tree, inputs: Tree) -> dict[str, jax.Array]:
+    def run(params: Tree, inputs: Tree) -> dict[str, Array]:
         check_given(graph, params, inputs)
         check_keys({name: inputs[name] for name in keys})
         operands = {v: inputs[n] for n, v in graph.inputs.items()}
@@ -124,7 +124,7 @@ def _is_precise(value: Value) -> bool:
     return is_precise_param(value) or not (value.is_param or value.type.axes)
 
 
-def cast_input(array: jax.Array, dtype: DType, *, precise: bool = False) -> jax.Array:
+def cast_input(array: Array, dtype: DType, *, precise: bool = False) -> Array:
     """Return an array cast to the type of the computation if it is floating-point.
 
     Args:
@@ -137,7 +137,7 @@ def cast_input(array: jax.Array, dtype: DType, *, precise: bool = False) -> jax.
     return array.astype(jnp.int32) if jnp.issubdtype(array.dtype, jnp.integer) else array
 
 
-def finalize_output(value: Operand, declared: Value) -> jax.Array:
+def finalize_output(value: Operand, declared: Value) -> Array:
     """Return an output with its axes in the declared order, floats as float32 at least.
 
     Raises:

@@ -9,6 +9,7 @@ from math import prod
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moecc.errors import InputError, Problem
@@ -76,10 +77,10 @@ class GspmdLowering:
 
     def by_group(
         self,
-        function: Callable[..., jax.Array],
+        function: Callable[..., Array],
         groups: int,
-        arrays: tuple[jax.Array | None, ...],
-    ) -> jax.Array:
+        arrays: tuple[Array | None, ...],
+    ) -> Array:
         """Return what `function` makes of each group, on the devices that have its tokens."""
         if not self._divides(groups):
             return function(groups, *arrays)
@@ -130,11 +131,11 @@ class GspmdLowering:
 
     # --- the shards of token groups, see `GroupSlots`
 
-    def grouped(self, array: jax.Array, groups: int) -> jax.Array:
+    def grouped(self, array: Array, groups: int) -> Array:
         """Return ``[tokens, …]`` as ``[group, token, …]``, each group where its tokens are."""
         return self.with_groups(array.reshape(groups, -1, *array.shape[1:]))
 
-    def with_groups(self, array: jax.Array) -> jax.Array:
+    def with_groups(self, array: Array) -> Array:
         """Return ``[group, …]`` with each group where its tokens are."""
         spec = group_spec(self.plan, {"group": array.shape[0]})
         axes = ("group", *("" for _ in array.shape[1:]))
@@ -150,21 +151,19 @@ class GspmdLowering:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered_param(
-    array: jax.Array, used: NamedSharding, stored: NamedSharding | None
-) -> jax.Array:
+def _gathered_param(array: Array, used: NamedSharding, stored: NamedSharding | None) -> Array:
     return jax.lax.with_sharding_constraint(array, used)
 
 
 def _gather_forward(
-    array: jax.Array, used: NamedSharding, stored: NamedSharding | None
-) -> tuple[jax.Array, None]:
+    array: Array, used: NamedSharding, stored: NamedSharding | None
+) -> tuple[Array, None]:
     return _gathered_param(array, used, stored), None
 
 
 def _gather_backward(
-    used: NamedSharding, stored: NamedSharding | None, residuals: None, gradient: jax.Array
-) -> tuple[jax.Array]:
+    used: NamedSharding, stored: NamedSharding | None, residuals: None, gradient: Array
+) -> tuple[Array]:
     if stored is None:
         return (gradient,)
     return (jax.lax.with_sharding_constraint(gradient, stored),)
@@ -208,14 +207,14 @@ class GroupSlots:
         tokens, inner, sizes = flat_tokens(self.routing, x)
         return self._exchanged(permute, tokens, inner, sizes)
 
-    def permute_gates(self, gates: jax.Array) -> Named:
+    def permute_gates(self, gates: Array) -> Named:
         """Gather the gates of the slots of each group, and exchange them for the experts'."""
         return self._exchanged(permute_choices, gates, (), ())
 
     def _exchanged(
         self,
-        move: Callable[[jax.Array, RowPermutation], jax.Array],
-        tokens: jax.Array,
+        move: Callable[[Array, RowPermutation], Array],
+        tokens: Array,
         inner: tuple[str, ...],
         sizes: tuple[int, ...],
     ) -> Named:
@@ -225,7 +224,7 @@ class GroupSlots:
         slots = self.shards.at_groups(Named(rows, (*_GROUP_MAJOR, *inner)))
         return self.shards.at_experts(slots).to((*SLOT_AXES, *inner))
 
-    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array | None) -> Named:
+    def unpermute(self, rows: Operand | DeferredRows, gates: Array | None) -> Named:
         """Exchange the slots for those of the groups, and gather the slots of each token."""
         assert isinstance(rows, Named), "slots have axes"
         routing, groups = self.routing, self.routing.groups
@@ -238,7 +237,7 @@ class GroupSlots:
         tokens = self.shards.with_groups(jax.vmap(sum_rows)(flat, self.permutations, weights))
         return Named(tokens.reshape(*routing.token_sizes, *sizes), (*routing.tokens, *inner))
 
-    def of_experts(self, first: jax.Array | int, count: int) -> GroupSlots:
+    def of_experts(self, first: Array | int, count: int) -> GroupSlots:
         """Return the slots of `count` experts from `first` on."""
         return GroupSlots(self.routing.of_experts(first, count), self.shards)
 
@@ -256,7 +255,7 @@ def sharded_function(
     *,
     dtype: DType = F32,
     options: Options = DEFAULTS,
-) -> Callable[[Tree, Tree], dict[str, jax.Array]]:
+) -> Callable[[Tree, Tree], dict[str, Array]]:
     """Return `graph` as a function of global parameters and inputs, run shard by shard on `mesh`.
 
     Args:
@@ -275,7 +274,7 @@ def sharded_function(
     nodes = list(graph)
     params = {n: v for n, v in graph.params.items() if v.users}
 
-    def one(weights: Tree, inputs: Tree) -> dict[str, jax.Array]:
+    def one(weights: Tree, inputs: Tree) -> dict[str, Array]:
         arrays = {v: inputs[n] for n, v in graph.inputs.items()}
         arrays |= {v: weights[n] for n, v in params.items()}
         values = lower_values(nodes, arrays, dtype, options, view=DeviceView(grid))
@@ -289,7 +288,7 @@ def sharded_function(
         check_vma=True,
     )
 
-    def run(weights: Tree, inputs: Tree) -> dict[str, jax.Array]:
+    def run(weights: Tree, inputs: Tree) -> dict[str, Array]:
         _check_divided({v: inputs[n] for n, v in graph.inputs.items()}, grid)
         return mapped({n: weights[n] for n in params}, {n: inputs[n] for n in graph.inputs})
 
@@ -311,7 +310,7 @@ def _checked(graph: Graph, mesh: jax.sharding.Mesh) -> Mesh:
     return grid
 
 
-def _check_divided(arrays: Mapping[Value, jax.Array], mesh: Mesh) -> None:
+def _check_divided(arrays: Mapping[Value, Array], mesh: Mesh) -> None:
     """Raise InputError with every axis of an input that the mesh does not divide."""
     problems = [
         Problem(
@@ -340,6 +339,6 @@ def _unfinalize_output(graph: Graph) -> Iterator[Problem]:
             yield Problem("the collectives are not lowered", where(node), hint=hint)
 
 
-def _settled(value: Operand, declared: Value, mesh: Mesh) -> jax.Array:
+def _settled(value: Operand, declared: Value, mesh: Mesh) -> Array:
     array = finalize_output(value, declared)
     return DeviceView(mesh).settled(array, declared.type)

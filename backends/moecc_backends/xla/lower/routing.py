@@ -8,6 +8,7 @@ from math import prod
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from moecc.ir.conventions import convention
 from moecc.ir.graph import Node, Value
@@ -55,34 +56,34 @@ def _route(ctx: TraceContext, node: Node, logits: Operand, *bias: Named) -> tupl
     return lifted_all(logits, choose)
 
 
-def _scores(kind: str, logits: jax.Array) -> jax.Array:
+def _scores(kind: str, logits: Array) -> Array:
     """Return what a bias for choosing is added to."""
     is_sigmoid = convention(kind).score == "sigmoid"
     return jax.nn.sigmoid(logits) if is_sigmoid else jax.nn.softmax(logits, axis=-1)
 
 
-def _renormalised(scores: jax.Array, best: jax.Array, experts: jax.Array) -> jax.Array:
+def _renormalised(scores: Array, best: Array, experts: Array) -> Array:
     return softmax(best, -1)
 
 
-def _softmax(scores: jax.Array, best: jax.Array, experts: jax.Array) -> jax.Array:
+def _softmax(scores: Array, best: Array, experts: Array) -> Array:
     return jnp.take_along_axis(softmax(scores, -1), experts, -1)
 
 
-def _sigmoid(scores: jax.Array, best: jax.Array, experts: jax.Array) -> jax.Array:
+def _sigmoid(scores: Array, best: Array, experts: Array) -> Array:
     return jax.nn.sigmoid(best)
 
 
-def _sigmoid_renormalised(scores: jax.Array, best: jax.Array, experts: jax.Array) -> jax.Array:
+def _sigmoid_renormalised(scores: Array, best: Array, experts: Array) -> Array:
     chosen = jax.nn.sigmoid(best)
     return chosen / chosen.sum(-1, keepdims=True)
 
 
-def _ones(scores: jax.Array, best: jax.Array, experts: jax.Array) -> jax.Array:
+def _ones(scores: Array, best: Array, experts: Array) -> Array:
     return jnp.ones_like(best)
 
 
-def _sparsemixer(scores: jax.Array, best: jax.Array, experts: jax.Array) -> jax.Array:
+def _sparsemixer(scores: Array, best: Array, experts: Array) -> Array:
     """Each choice's softmax among the logits near it; earlier choices no longer take part."""
     left, gates = scores, []
     for k in range(experts.shape[-1]):
@@ -95,7 +96,7 @@ def _sparsemixer(scores: jax.Array, best: jax.Array, experts: jax.Array) -> jax.
     return jnp.concatenate(gates, axis=-1)
 
 
-GATES: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
+GATES: dict[str, Callable[[Array, Array, Array], Array]] = {
     "renormalised": _renormalised,
     "softmax": _softmax,
     "sigmoid": _sigmoid,
@@ -130,7 +131,7 @@ def _plain(x: Operand) -> Named:
     return x.inner() if isinstance(x, Rows) else x
 
 
-def _hashed(ids: jax.Array, seed: int) -> jax.Array:
+def _hashed(ids: Array, seed: int) -> Array:
     h = ids ^ jnp.uint32(seed * 0x9E3779B9 % 2**32)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         h = (h ^ (h >> shift)) * jnp.uint32(factor)
@@ -212,10 +213,10 @@ def _always_names_experts(experts: Value) -> bool:
 def _ranks_in_experts(
     attrs: Attrs,
     groups: int,
-    chosen: jax.Array,
-    wanted: jax.Array | None,
-    priority: jax.Array | None,
-) -> jax.Array:
+    chosen: Array,
+    wanted: Array | None,
+    priority: Array | None,
+) -> Array:
     """Return how many choices of one group and expert come before each, −1 where not `wanted`.
 
     Args:
@@ -266,7 +267,7 @@ def _expert_choice(
     return tuple(results)
 
 
-def _taken(ranked: jax.Array, groups: int, limit: int) -> jax.Array:
+def _taken(ranked: Array, groups: int, limit: int) -> Array:
     """Return the slot of each token at each expert, or −1: ``[token, expert]``."""
     size = ranked.shape[0] // max(groups, 1)
     columns = ranked.reshape(groups, size, -1).swapaxes(1, 2)
@@ -310,7 +311,7 @@ def _dispatch_gates(
 
 @lowering("weight_rows")
 def _weight_rows(ctx: TraceContext, node: Node, rows: Operand, gates: Operand) -> Operand:
-    def weighted(x: jax.Array, weights: jax.Array) -> jax.Array:
+    def weighted(x: Array, weights: Array) -> Array:
         wide = jnp.promote_types(accumulator(x.dtype), weights.dtype)
         kind = wide if is_precise(node) else x.dtype
         return (x.astype(kind) * weights.astype(kind)).astype(x.dtype)
@@ -334,7 +335,7 @@ def _combine(
     return tokens_out.to((*outer, *(a for a in tokens_out.axes if a not in tokens)))
 
 
-def _by_token(gates: Named, layout: DispatchLayout) -> jax.Array:
+def _by_token(gates: Named, layout: DispatchLayout) -> Array:
     """Return gates ``[tokens, choice]``, all token axes flattened."""
     tokens = layout.routing.tokens
     (choice,) = (a for a in gates.axes if a not in tokens)

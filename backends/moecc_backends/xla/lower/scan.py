@@ -21,6 +21,7 @@ from itertools import groupby
 import jax
 import jax.extend.core
 import jax.numpy as jnp
+from jax import Array
 
 from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.ops.repetition import IndexOp, ScanOp, StackOp, repetitions
@@ -222,8 +223,8 @@ def _loop(layers: list[GraphSegment]) -> LayerLoop | None:
     return loop
 
 
-Arrays = tuple[jax.Array, ...]
-Slices = tuple[jax.Array | Master, ...]
+Arrays = tuple[Array, ...]
+Slices = tuple[Array | Master, ...]
 Step = Callable[[Arrays, Slices], tuple[Arrays, Arrays]]
 Remembering = Callable[..., Function]
 
@@ -426,7 +427,7 @@ def _lower_loop(ctx: TraceContext, loop: LayerLoop, remembering: Remembering) ->
 
 
 @jax.custom_vjp
-def _apart(array: jax.Array) -> jax.Array:
+def _apart(array: Array) -> Array:
     """Return a slice of a turn as an array of its own.
 
     libtpu compiles equal fusions once.  Without this, XLA gathers the slice with the dimension of

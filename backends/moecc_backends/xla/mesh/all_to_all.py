@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from moecc_backends.xla.trace.typed_jax import varies
 
@@ -33,18 +34,18 @@ class ExchangeMap(NamedTuple):
 
     there: RaggedArgs | None
     back: RaggedArgs | None
-    arrival_of_row: jax.Array
-    row_of_arrival: jax.Array
-    group_sizes: jax.Array
+    arrival_of_row: Array
+    row_of_arrival: Array
+    group_sizes: Array
 
 
 class RaggedArgs(NamedTuple):
     """Four of the operands of ``jax.lax.ragged_all_to_all``, each i32 ``[devices]``."""
 
-    input_offsets: jax.Array
-    send_sizes: jax.Array
-    output_offsets: jax.Array
-    recv_sizes: jax.Array
+    input_offsets: Array
+    send_sizes: Array
+    output_offsets: Array
+    recv_sizes: Array
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class ExchangeSpec:
     is_even: bool = False
 
 
-def exchange_map(group_sizes: jax.Array, mesh: Mesh, arrivals: int) -> ExchangeMap:
+def exchange_map(group_sizes: Array, mesh: Mesh, arrivals: int) -> ExchangeMap:
     """Return the map of an exchange along `mesh` of rows sorted by expert.
 
     Args:
@@ -95,7 +96,7 @@ def exchange_map(group_sizes: jax.Array, mesh: Mesh, arrivals: int) -> ExchangeM
     )
 
 
-def round_map(sizes: jax.Array, mesh: Mesh, turn: jax.Array, rows: int) -> ExchangeMap:
+def round_map(sizes: Array, mesh: Mesh, turn: Array, rows: int) -> ExchangeMap:
     """Return the map of the exchange of a round, in which any two devices exchange `rows` rows.
 
     Args:
@@ -122,11 +123,11 @@ def round_map(sizes: jax.Array, mesh: Mesh, turn: jax.Array, rows: int) -> Excha
     )
 
 
-def _starts(sizes: jax.Array, axis: int = 0) -> jax.Array:
+def _starts(sizes: Array, axis: int = 0) -> Array:
     return jnp.cumsum(sizes, axis) - sizes
 
 
-def _matched(mine: jax.Array, theirs: jax.Array, sizes: jax.Array, count: int) -> jax.Array:
+def _matched(mine: Array, theirs: Array, sizes: Array, count: int) -> Array:
     """Return for each of `count` rows in one order of runs its number in another, or −1 between.
 
     Args:
@@ -144,7 +145,7 @@ def _matched(mine: jax.Array, theirs: jax.Array, sizes: jax.Array, count: int) -
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def send(rows: jax.Array, map: ExchangeMap, spec: ExchangeSpec) -> jax.Array:
+def send(rows: Array, map: ExchangeMap, spec: ExchangeSpec) -> Array:
     """Bring rows ``[rows, width]`` to the devices of their experts: ``[arrivals, width]``.
 
     Rows that nothing arrives for are zero.
@@ -153,7 +154,7 @@ def send(rows: jax.Array, map: ExchangeMap, spec: ExchangeSpec) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def send_back(rows: jax.Array, map: ExchangeMap, spec: ExchangeSpec) -> jax.Array:
+def send_back(rows: Array, map: ExchangeMap, spec: ExchangeSpec) -> Array:
     """Bring rows ``[arrivals, width]`` back to where `send` took them from: ``[rows, width]``."""
     return _exchanged(_picked(rows, map.row_of_arrival), map.back, spec, spec.rows)
 
@@ -168,14 +169,12 @@ send_back.defvjp(
 )
 
 
-def _picked(rows: jax.Array, index: jax.Array) -> jax.Array:
+def _picked(rows: Array, index: Array) -> Array:
     picked = jnp.take(rows, index, axis=0, mode="clip")
     return jnp.where((index >= 0)[:, None], picked, jnp.zeros((), rows.dtype))
 
 
-def _exchanged(
-    rows: jax.Array, args: RaggedArgs | None, spec: ExchangeSpec, count: int
-) -> jax.Array:
+def _exchanged(rows: Array, args: RaggedArgs | None, spec: ExchangeSpec, count: int) -> Array:
     if args is None:
         return jax.lax.all_to_all(rows, spec.mesh, 0, 0, tiled=True)
     zeros = jnp.zeros((count, rows.shape[1]), rows.dtype)
@@ -185,15 +184,15 @@ def _exchanged(
 
 
 def emulated(
-    operand: jax.Array,
-    output: jax.Array,
-    input_offsets: jax.Array,
-    send_sizes: jax.Array,
-    output_offsets: jax.Array,
-    recv_sizes: jax.Array,
+    operand: Array,
+    output: Array,
+    input_offsets: Array,
+    send_sizes: Array,
+    output_offsets: Array,
+    recv_sizes: Array,
     *,
     axis_name: Mesh,
-) -> jax.Array:
+) -> Array:
     """Do as ``jax.lax.ragged_all_to_all``, which a CPU has not: gather all rows and pick.
 
     Every device sees the rows of all, so this tests a program and does not show its cost.

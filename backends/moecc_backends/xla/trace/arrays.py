@@ -8,6 +8,7 @@ from math import prod
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.typing import DTypeLike
 
 from moecc_backends.xla.trace.values import Named, Operand, RowLayout, Rows, accumulator
@@ -21,31 +22,31 @@ from moecc_backends.xla.trace.values import Named, Operand, RowLayout, Rows, acc
 
 
 @jax.custom_vjp
-def zeroed(rows: jax.Array, is_used: jax.Array) -> jax.Array:
+def zeroed(rows: Array, is_used: Array) -> Array:
     """Return ``[rows, …]`` with zeros in padding rows, in values and cotangents."""
     return _selected(rows, is_used)
 
 
-def _selected(rows: jax.Array, is_used: jax.Array) -> jax.Array:
+def _selected(rows: Array, is_used: Array) -> Array:
     return jnp.where(_broadcast_over(is_used, rows), rows, jnp.zeros((), rows.dtype))
 
 
-def _zeroed_forward(rows: jax.Array, is_used: jax.Array) -> tuple[jax.Array, tuple[jax.Array]]:
+def _zeroed_forward(rows: Array, is_used: Array) -> tuple[Array, tuple[Array]]:
     # A choice of the two would keep the mask as wide as the rows for its gradient.
     return _selected(rows, is_used), (is_used,)
 
 
 @jax.custom_vjp
-def with_masked_gradient(rows: jax.Array, is_used: jax.Array) -> jax.Array:
+def with_masked_gradient(rows: Array, is_used: Array) -> Array:
     """Return `rows` as they are; the cotangent is zeroed in padding rows."""
     return rows
 
 
-def _masked_forward(rows: jax.Array, is_used: jax.Array) -> tuple[jax.Array, tuple[jax.Array]]:
+def _masked_forward(rows: Array, is_used: Array) -> tuple[Array, tuple[Array]]:
     return rows, (is_used,)
 
 
-def _masked_backward(residuals: tuple[jax.Array], cotangent: jax.Array) -> tuple[jax.Array, None]:
+def _masked_backward(residuals: tuple[Array], cotangent: Array) -> tuple[Array, None]:
     return _selected(cotangent, residuals[0]), None
 
 
@@ -53,7 +54,7 @@ zeroed.defvjp(_zeroed_forward, _masked_backward)
 with_masked_gradient.defvjp(_masked_forward, _masked_backward)
 
 
-def poisoned_values(rows: jax.Array, is_used: jax.Array) -> jax.Array:
+def poisoned_values(rows: Array, is_used: Array) -> Array:
     """Return floating-point `rows` with NaN in padding rows; cotangents as they are."""
     if not jnp.issubdtype(rows.dtype, jnp.floating):
         return rows
@@ -63,26 +64,26 @@ def poisoned_values(rows: jax.Array, is_used: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def with_poisoned_gradient(rows: jax.Array, is_used: jax.Array) -> jax.Array:
+def with_poisoned_gradient(rows: Array, is_used: Array) -> Array:
     """Return `rows` as they are; the cotangent is NaN in padding rows."""
     return rows
 
 
-def _poisoned_backward(residuals: tuple[jax.Array], cotangent: jax.Array) -> tuple[jax.Array, None]:
+def _poisoned_backward(residuals: tuple[Array], cotangent: Array) -> tuple[Array, None]:
     return poisoned_values(cotangent, residuals[0]), None
 
 
 with_poisoned_gradient.defvjp(_masked_forward, _poisoned_backward)
 
 
-def poisoned(rows: jax.Array, is_used: jax.Array) -> jax.Array:
+def poisoned(rows: Array, is_used: Array) -> Array:
     """Return `rows` with NaN in padding rows, in values and cotangents."""
     if not jnp.issubdtype(rows.dtype, jnp.floating):
         return rows
     return with_poisoned_gradient(poisoned_values(rows, is_used), is_used)
 
 
-def _broadcast_over(is_used: jax.Array, rows: jax.Array) -> jax.Array:
+def _broadcast_over(is_used: Array, rows: Array) -> Array:
     return is_used.reshape(-1, *[1] * (rows.ndim - 1))
 
 
@@ -103,7 +104,7 @@ def _packed(result: Named, like: Rows) -> Rows:
     return like.with_array(result.to(("rows", *inner)).array, inner)
 
 
-def elementwise(function: Callable[..., jax.Array], *operands: Operand) -> Operand:
+def elementwise(function: Callable[..., Array], *operands: Operand) -> Operand:
     """Apply `function` to operands broadcast over the axes of the one that has them all."""
     layout = next((x.layout for x in operands if isinstance(x, Rows)), None)
     named = [x if isinstance(x, Named) else x.inner() for x in operands]

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.random import threefry2x32_p
 from jax.typing import DTypeLike
@@ -51,21 +52,19 @@ class DeviceView:
     """
 
     mesh: Mesh | None = None
-    varied: dict[tuple[int, frozenset[str]], tuple[jax.Array, jax.Array]] = field(
-        default_factory=dict
-    )
+    varied: dict[tuple[int, frozenset[str]], tuple[Array, Array]] = field(default_factory=dict)
 
     def shard_count(self, axis: Axis) -> int:
         """Return the number of shards of `axis`."""
         return 1 if self.mesh is None else self.mesh.size(axis.mesh)
 
-    def shard_index(self, mesh: tuple[str, ...]) -> jax.Array | int:
+    def shard_index(self, mesh: tuple[str, ...]) -> Array | int:
         """Return which of the shards along the mesh axes `mesh` is the local one."""
         if self.mesh is None or self.mesh.size(mesh) == 1:
             return 0
         return jax.lax.axis_index(mesh)
 
-    def offset(self, axis: Axis, size: int) -> jax.Array | int:
+    def offset(self, axis: Axis, size: int) -> Array | int:
         """Return where the local shard of `axis`, of `size` elements, begins."""
         return self.shard_index(axis.mesh) * size
 
@@ -73,7 +72,7 @@ class DeviceView:
         """Return the attributes of `node` for the local shard: sizes and counts are local."""
         return node.attrs if self.mesh is None else local_attrs(node, self.mesh)
 
-    def element_numbers(self, type: TensorType, shape: tuple[int, ...]) -> jax.Array | None:
+    def element_numbers(self, type: TensorType, shape: tuple[int, ...]) -> Array | None:
         """Return the number of each element of a shard among those of the whole, row by row.
 
         None where the shard is the whole.
@@ -102,7 +101,7 @@ class DeviceView:
             number = number * jnp.uint32(size * self.shard_count(axis)) + start + along
         return number
 
-    def varying(self, array: jax.Array, axes: frozenset[str]) -> jax.Array:
+    def varying(self, array: Array, axes: frozenset[str]) -> Array:
         """Return `array` as one that may differ along the mesh axes `axes`."""
         missing = axes - varies(array)
         if not missing or jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
@@ -114,7 +113,7 @@ class DeviceView:
             self.varied[key] = (array, varied)
         return self.varied[key][1]
 
-    def settled(self, array: jax.Array, type: TensorType) -> jax.Array:
+    def settled(self, array: Array, type: TensorType) -> Array:
         """Return `array` as one that may differ wherever its `type` is sharded or unreduced."""
         if self.mesh is None:
             return array
@@ -122,12 +121,12 @@ class DeviceView:
         return self.varying(array, frozenset(axes))
 
 
-def zeros_like_on_devices(shape: jax.ShapeDtypeStruct) -> jax.Array:
+def zeros_like_on_devices(shape: jax.ShapeDtypeStruct) -> Array:
     """Return zeros that may differ along the mesh axes along which what has this shape does."""
     return DeviceView().varying(jnp.zeros(shape.shape, shape.dtype), varies(shape))
 
 
-def bits_at(key: jax.Array, numbers: jax.Array) -> jax.Array:
+def bits_at(key: Array, numbers: Array) -> Array:
     """Return the 32 bits that ``jax.random.bits`` draws for the numbered elements of an array.
 
     They belong to key and number alone (threefry with counters, which jax calls partitionable).
@@ -255,10 +254,10 @@ class Interceptor(Protocol):
 
     def by_group(
         self,
-        function: Callable[..., jax.Array],
+        function: Callable[..., Array],
         groups: int,
-        arrays: tuple[jax.Array | None, ...],
-    ) -> jax.Array:
+        arrays: tuple[Array | None, ...],
+    ) -> Array:
         """Return ``function(groups, *arrays)``, which works on each token group by itself.
 
         Args:
@@ -284,10 +283,10 @@ class DirectCalls:
 
     def by_group(
         self,
-        function: Callable[..., jax.Array],
+        function: Callable[..., Array],
         groups: int,
-        arrays: tuple[jax.Array | None, ...],
-    ) -> jax.Array:
+        arrays: tuple[Array | None, ...],
+    ) -> Array:
         """Return ``function(groups, *arrays)``: all groups at once."""
         return function(groups, *arrays)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import prod
 
-import jax
 import jax.numpy as jnp
+from jax import Array
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Routing:
       token_sizes: their sizes.
     """
 
-    experts: jax.Array
-    slots: jax.Array
-    wanted: jax.Array | None
+    experts: Array
+    slots: Array
+    wanted: Array | None
     num_experts: int
     groups: int
     capacity: int | None
@@ -34,7 +34,7 @@ class Routing:
     token_sizes: tuple[int, ...]
 
     @property
-    def assigned(self) -> jax.Array | None:
+    def assigned(self) -> Array | None:
         """Which choices have a slot, ``[tokens, choice]``; None if all do."""
         return self.wanted if self.capacity is None else self.slots >= 0
 
@@ -59,7 +59,7 @@ class Routing:
         assert self.capacity is not None, "slots need a capacity"
         return self.num_experts, self.groups, self.capacity
 
-    def of_experts(self, first: jax.Array | int, count: int) -> Routing:
+    def of_experts(self, first: Array | int, count: int) -> Routing:
         """Return the routing to `count` experts from `first` on; other choices have no slot."""
         experts = self.experts - first
         is_own = (experts >= 0) & (experts < count)
@@ -72,10 +72,10 @@ class Routing:
             num_experts=count,
         )
 
-    def group_of(self, token: jax.Array) -> jax.Array:
+    def group_of(self, token: Array) -> Array:
         """Return the group of each token; groups are equal runs of tokens."""
         return token // max(self.num_tokens // max(self.groups, 1), 1)
 
-    def row_groups(self, row_tokens: jax.Array) -> jax.Array:
+    def row_groups(self, row_tokens: Array) -> Array:
         """Return the group of the token of each row; any group where the row has no token."""
         return jnp.clip(self.group_of(row_tokens), 0, max(self.groups - 1, 0))

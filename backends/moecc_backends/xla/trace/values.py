@@ -11,10 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import Array, lax
 from jax.typing import DTypeLike
 
 from moecc.ir.graph import Node, Value
@@ -33,7 +32,7 @@ MOST_LISTED = 32
 class Named:
     """An array and the names of its axes, in order."""
 
-    array: jax.Array
+    array: Array
     axes: tuple[str, ...]
 
     def size(self, axis: str) -> int:
@@ -51,7 +50,7 @@ class Named:
             return self
         return Named(jnp.transpose(self.array, [self.axes.index(a) for a in axes]), axes)
 
-    def over(self, axes: tuple[str, ...]) -> jax.Array:
+    def over(self, axes: tuple[str, ...]) -> Array:
         """Return the array laid out for broadcasting over `axes`, which contains all its own."""
         mine = self.to(tuple(a for a in axes if a in self.axes))
         shape = [mine.size(a) if a in mine.axes else 1 for a in axes]
@@ -67,15 +66,15 @@ class ExpertArrays(Named):
       parts: the array of each expert.
     """
 
-    parts: tuple[jax.Array, ...]
+    parts: tuple[Array, ...]
 
-    def __init__(self, parts: tuple[jax.Array, ...], axes: tuple[str, ...]) -> None:
+    def __init__(self, parts: tuple[Array, ...], axes: tuple[str, ...]) -> None:
         assert axes[0] == "expert", "experts come first"
         object.__setattr__(self, "parts", parts)
         object.__setattr__(self, "axes", axes)
 
     @property
-    def array(self) -> jax.Array:
+    def array(self) -> Array:
         """The arrays of all experts, stacked."""
         return jnp.stack(self.parts)
 
@@ -102,7 +101,7 @@ class Uncast(Named):
         object.__setattr__(self, "axes", axes)
 
     @property
-    def array(self) -> jax.Array:
+    def array(self) -> Array:
         """The parameter in the type of the computation."""
         return self.master.cast()
 
@@ -120,12 +119,12 @@ class Rows:
       are_tokens: whether padding rows are tokens as well, of other experts: safe to read.
     """
 
-    array: jax.Array
+    array: Array
     axes: tuple[str, ...]
     layout: RowLayout
     are_tokens: bool = False
 
-    def with_array(self, array: jax.Array, axes: tuple[str, ...] | None = None) -> Rows:
+    def with_array(self, array: Array, axes: tuple[str, ...] | None = None) -> Rows:
         """Return rows of the same layout with other contents."""
         return Rows(array, self.axes if axes is None else axes, self.layout)
 
@@ -227,11 +226,11 @@ class DispatchLayout(Protocol):
         """
         ...
 
-    def permute_gates(self, gates: jax.Array) -> Operand | Deferred:
+    def permute_gates(self, gates: Array) -> Operand | Deferred:
         """Return the gate of each row, of ``[tokens, choice]``; of those without a token, any."""
         ...
 
-    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array | None) -> Named:
+    def unpermute(self, rows: Operand | DeferredRows, gates: Array | None) -> Named:
         """Return for each token the sum of its rows, weighted: ``[*tokens, *axes]``.
 
         The sum runs in float32 at least.  Rows without a token are never read.
@@ -242,7 +241,7 @@ class DispatchLayout(Protocol):
         """
         ...
 
-    def of_experts(self, first: jax.Array | int, count: int) -> DispatchLayout:
+    def of_experts(self, first: Array | int, count: int) -> DispatchLayout:
         """Return the same strategy for `count` experts from `first` on, which a device has."""
         ...
 
@@ -251,11 +250,11 @@ class SlotLayout(DispatchLayout, Protocol):
     """Rows ``[expert, group, slot]``: as many slots for each expert, empty ones zero."""
 
     @property
-    def is_used(self) -> jax.Array:
+    def is_used(self) -> Array:
         """Whether each slot has a token: bool ``[expert * group * slot]``."""
         ...
 
-    def of_experts(self, first: jax.Array | int, count: int) -> SlotLayout:
+    def of_experts(self, first: Array | int, count: int) -> SlotLayout:
         """Return the same strategy for `count` experts from `first` on, which a device has."""
         ...
 
@@ -264,7 +263,7 @@ class RowLayout(DispatchLayout, Protocol):
     """Rows without axes of experts and groups: each stands by itself."""
 
     @property
-    def is_used(self) -> jax.Array:
+    def is_used(self) -> Array:
         """Whether each row has a token: bool ``[rows]``."""
         ...
 
@@ -274,16 +273,16 @@ class RowLayout(DispatchLayout, Protocol):
         ...
 
     @property
-    def row_experts(self) -> jax.Array:
+    def row_experts(self) -> Array:
         """The expert of each row, i32 ``[rows]``; any expert where the row has no token."""
         ...
 
     @property
-    def row_groups(self) -> jax.Array:
+    def row_groups(self) -> Array:
         """The group of the token of each row; any group where the row has no token."""
         ...
 
-    def by_expert(self, values: jax.Array) -> jax.Array:
+    def by_expert(self, values: Array) -> Array:
         """Pick for each row what its expert has of ``[experts, …]``: ``[rows, …]``."""
         ...
 
@@ -327,13 +326,13 @@ def stored_as(dtype: DTypeLike) -> np.dtype[np.generic]:
     return jnp.dtype(dtype) if itemsize_bytes >= 4 else jnp.dtype(f"uint{8 * itemsize_bytes}")
 
 
-def store(values: jax.Array) -> jax.Array:
+def store(values: Array) -> Array:
     """View an array as what it is moved as; the bytes stay."""
     kind = stored_as(values.dtype)
     return values if values.dtype == kind else lax.bitcast_convert_type(values, kind)
 
 
-def load(stored: jax.Array, dtype: DTypeLike) -> jax.Array:
+def load(stored: Array, dtype: DTypeLike) -> Array:
     """View what was stored as `dtype` again."""
     return stored if stored.dtype == dtype else lax.bitcast_convert_type(stored, dtype)
 

@@ -9,6 +9,7 @@ from functools import cached_property
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from moecc.analysis import LOGITS, VOCAB, check_trainable
 from moecc.ir.graph import Graph, Node, Value
@@ -60,7 +61,7 @@ class EvaluationStep:
         """The loss of a batch on one device."""
         return batch_loss(self.graph, self.spec, self.where)
 
-    def evaluate(self, params: Arrays, batch: Arrays, key: jax.Array | None = None) -> Outputs:
+    def evaluate(self, params: Arrays, batch: Arrays, key: Array | None = None) -> Outputs:
         """Return metrics of a batch, and the sums ``loss.sum``, ``hits`` and ``tokens``.
 
         Args:
@@ -83,7 +84,7 @@ class EvaluationStep:
     def _params(self) -> tuple[str, ...]:
         return tuple(n for n, v in self.graph.params.items() if v.users)
 
-    def pure(self, params: Arrays, batch: Arrays, key: jax.Array) -> Outputs:
+    def pure(self, params: Arrays, batch: Arrays, key: Array) -> Outputs:
         """Return what `evaluate` returns, as a function to trace."""
         graph = self.graph
         types = {n: graph.params[n].type for n in self._params}
@@ -225,7 +226,7 @@ class XlaScorer:
     """
 
     graph: Graph
-    params: dict[str, jax.Array]
+    params: dict[str, Array]
     dtype: DType
 
     @within_memory()
@@ -251,7 +252,7 @@ class XlaScorer:
         names = self.graph.outputs[LOGITS].type.names
         order = [n for n in names if n != VOCAB]
 
-        def scores(params: PyTree, inputs: PyTree, targets: jax.Array) -> tuple[jax.Array, ...]:
+        def scores(params: PyTree, inputs: PyTree, targets: Array) -> tuple[Array, ...]:
             logits = jnp.moveaxis(model(params, inputs)[LOGITS], names.index(VOCAB), -1)
             wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
             counted = targets != IGNORED

@@ -15,6 +15,7 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.typing import DTypeLike
 
 from moecc.analysis import LOGITS, VOCAB, Head, chunk_count, split_head
@@ -50,9 +51,9 @@ TARGETS = "targets"
 IGNORED = -1
 """The target of a token that does not take part in the loss: padding, a prompt."""
 
-LossArrays = tuple[jax.Array, ...]
+LossArrays = tuple[Array, ...]
 
-Sums = dict[str, jax.Array]
+Sums = dict[str, Array]
 """Sums over tokens: of the negative log-likelihood, of (log Σ exp)², of targets hit."""
 
 
@@ -102,8 +103,8 @@ class HeadLoss:
     chunk_bytes: int = 1 << 62
 
     def __call__(
-        self, hidden: LossArrays, weights: LossArrays, targets: jax.Array
-    ) -> tuple[jax.Array, Sums]:
+        self, hidden: LossArrays, weights: LossArrays, targets: Array
+    ) -> tuple[Array, Sums]:
         """Return the loss summed over the tokens of this device, and sums besides."""
         axes = tuple(n for n in self.head.logits.type.names if n != VOCAB)
         count = self._chunks(targets.size, weights)
@@ -117,7 +118,7 @@ class HeadLoss:
         apart = tuple(self.lowering.fresh().varying(w, over) for w in weights)
         return _chunked(self, apart, flat, aims)
 
-    def varies(self, *arrays: jax.Array) -> frozenset[str]:
+    def varies(self, *arrays: Array) -> frozenset[str]:
         """Return the mesh axes along which any of `arrays` may differ."""
         if self.lowering.view is None or self.lowering.view.mesh is None:
             return frozenset()
@@ -133,9 +134,7 @@ class HeadLoss:
         weights_bytes = sum(4 * weight.size for weight in weights)
         return min(chunk_count(logits_bytes, weights_bytes, self.chunk_bytes), max(tokens, 1))
 
-    def summed(
-        self, weights: LossArrays, hidden: LossArrays, targets: jax.Array
-    ) -> tuple[jax.Array, Sums]:
+    def summed(self, weights: LossArrays, hidden: LossArrays, targets: Array) -> tuple[Array, Sums]:
         """Return the loss of all tokens at once."""
         arrays = dict(zip(self.head.hidden, hidden, strict=True))
         arrays |= dict(zip(self.head.weights, weights, strict=True))
@@ -152,8 +151,8 @@ class HeadLoss:
 
 
 def token_losses(
-    logits: jax.Array, targets: jax.Array, mesh: tuple[str, ...], view: DeviceView
-) -> dict[str, jax.Array]:
+    logits: Array, targets: Array, mesh: tuple[str, ...], view: DeviceView
+) -> dict[str, Array]:
     """Return −log softmax(logits)[target], (log Σ exp)² and whether it is hit, of each token.
 
     In float32 at least.  No entry is picked by index, because the vocabulary may be sharded.  A
@@ -189,7 +188,7 @@ def token_losses(
     }
 
 
-def _chunks(x: Named, axes: tuple[str, ...], count: int, fill: int) -> jax.Array:
+def _chunks(x: Named, axes: tuple[str, ...], count: int, fill: int) -> Array:
     """Return chunks of tokens in front of the axes of `x`, of which only the last has a size.
 
     Args:
@@ -212,24 +211,24 @@ def _chunks(x: Named, axes: tuple[str, ...], count: int, fill: int) -> jax.Array
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked(
-    loss: HeadLoss, weights: LossArrays, hidden: LossArrays, targets: jax.Array
-) -> tuple[jax.Array, Sums]:
+    loss: HeadLoss, weights: LossArrays, hidden: LossArrays, targets: Array
+) -> tuple[Array, Sums]:
     """Return the loss of chunks of tokens, one after the other."""
 
-    def add(total: PyTree, chunk: tuple[LossArrays, jax.Array]) -> tuple[PyTree, None]:
+    def add(total: PyTree, chunk: tuple[LossArrays, Array]) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, total, loss.summed(weights, *chunk)), None
 
-    total: tuple[jax.Array, Sums]
+    total: tuple[Array, Sums]
     total, _ = jax.lax.scan(add, _zeros(loss, weights, hidden, targets), (hidden, targets))
     return total
 
 
 def _forward(
-    loss: HeadLoss, weights: LossArrays, hidden: LossArrays, targets: jax.Array
-) -> tuple[tuple[jax.Array, Sums], tuple[LossArrays, LossArrays]]:
+    loss: HeadLoss, weights: LossArrays, hidden: LossArrays, targets: Array
+) -> tuple[tuple[Array, Sums], tuple[LossArrays, LossArrays]]:
     slopes_of = jax.value_and_grad(loss.summed, argnums=(0, 1), has_aux=True)
 
-    def add(total: PyTree, chunk: tuple[LossArrays, jax.Array]) -> tuple[PyTree, LossArrays]:
+    def add(total: PyTree, chunk: tuple[LossArrays, Array]) -> tuple[PyTree, LossArrays]:
         sums, (by_weights, by_hidden) = slopes_of(weights, *chunk)
         return jax.tree.map(jnp.add, total, (sums, by_weights)), by_hidden
 
@@ -245,7 +244,7 @@ def _forward(
 
 
 def _backward(
-    loss: HeadLoss, slopes: tuple[LossArrays, LossArrays], cotangents: tuple[jax.Array, Sums]
+    loss: HeadLoss, slopes: tuple[LossArrays, LossArrays], cotangents: tuple[Array, Sums]
 ) -> tuple[LossArrays, LossArrays, None]:
     by_weights, by_hidden = jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), slopes)
     return by_weights, by_hidden, None
@@ -255,8 +254,8 @@ _chunked.defvjp(_forward, _backward)
 
 
 def _zeros(
-    loss: HeadLoss, weights: LossArrays, hidden: LossArrays, targets: jax.Array
-) -> tuple[jax.Array, Sums]:
+    loss: HeadLoss, weights: LossArrays, hidden: LossArrays, targets: Array
+) -> tuple[Array, Sums]:
     """Return sums of no tokens."""
     first = tuple(a[0] for a in hidden)
     shapes = jax.eval_shape(loss.summed, weights, first, targets[0])
@@ -266,8 +265,8 @@ def _zeros(
     return jax.tree.map(lambda a: view.varying(jnp.zeros(a.shape, a.dtype), over), shapes)
 
 
-Arrays = Mapping[str, jax.Array]
-Outputs = dict[str, jax.Array]
+Arrays = Mapping[str, Array]
+Outputs = dict[str, Array]
 
 AUXILIARY = "loss.auxiliary"
 """The output that `add-losses` makes of all the losses of routers."""
@@ -278,7 +277,7 @@ LOSS_SUM, TOKENS = "loss.sum", "tokens"
 SUMS = (LOSS_SUM, "output_z", "hits", TOKENS)
 """Sums over the targets of a batch, and their number, beside the outputs of the graph."""
 
-Gradients = Callable[..., tuple[dict[str, jax.Array], Outputs]]
+Gradients = Callable[..., tuple[dict[str, Array], Outputs]]
 """``(trained, fixed, inputs, key)`` → gradients by name, and sums over the batch."""
 
 
@@ -310,8 +309,8 @@ class BatchLoss:
         return None if self.lowering.view is None else self.lowering.view.mesh
 
     def gradients(
-        self, trained: Arrays, fixed: Arrays, inputs: Arrays, key: jax.Array
-    ) -> tuple[dict[str, jax.Array], Outputs]:
+        self, trained: Arrays, fixed: Arrays, inputs: Arrays, key: Array
+    ) -> tuple[dict[str, Array], Outputs]:
         """Return the gradients of a batch, reduced over devices, and its sums.
 
         Args:
@@ -327,7 +326,7 @@ class BatchLoss:
         stored = self._stored({**apart, **fixed})
         differentiated = {n: self._slope(stored[n]) if n in stored else a for n, a in apart.items()}
 
-        def of_part(part: Arrays, number: jax.Array | int) -> tuple[PyTree, Outputs]:
+        def of_part(part: Arrays, number: Array | int) -> tuple[PyTree, Outputs]:
             loss = partial(self._loss, stored=stored, fixed=fixed, inputs=part, total=total,
                            key=jax.random.fold_in(key, number))  # fmt: skip
             slopes, sums = jax.grad(loss, has_aux=True)(differentiated)
@@ -337,13 +336,13 @@ class BatchLoss:
         reduced = {n: self._reduced(g, trained[n], n) for n, g in slopes.items()}
         return reduced, {**sums, TOKENS: total}
 
-    def values(self, params: Arrays, inputs: Arrays, key: jax.Array) -> Outputs:
+    def values(self, params: Arrays, inputs: Arrays, key: Array) -> Outputs:
         """Return the sums of a batch, without gradients."""
         total = self._targets(inputs[TARGETS])
 
         loss = partial(self._loss, {}, stored=self._stored(params), fixed=params, total=total)
 
-        def of_part(part: Arrays, number: jax.Array | int) -> Outputs:
+        def of_part(part: Arrays, number: Array | int) -> Outputs:
             return loss(inputs=part, key=jax.random.fold_in(key, number))[1]
 
         return {**self._over_parts(of_part, inputs), TOKENS: total}
@@ -355,7 +354,7 @@ class BatchLoss:
         totals = {n: a for n, a in inputs.items() if n in totals_of(self.graph)}
         parts = {n: self._cut(n, a) for n, a in inputs.items() if n not in totals}
 
-        def add(total: PyTree, part: tuple[Arrays, jax.Array]) -> tuple[PyTree, None]:
+        def add(total: PyTree, part: tuple[Arrays, Array]) -> tuple[PyTree, None]:
             sums = of_part({**part[0], **totals}, part[1])
             return jax.tree.map(jnp.add, total, sums), None
 
@@ -368,9 +367,9 @@ class BatchLoss:
         return jax.lax.scan(add, zeros, (parts, numbers))[0]
 
     def _loss(
-        self, trained: Arrays, *, stored: Arrays, fixed: Arrays, inputs: Arrays, total: jax.Array,
-        key: jax.Array,
-    ) -> tuple[jax.Array, Outputs]:  # fmt: skip
+        self, trained: Arrays, *, stored: Arrays, fixed: Arrays, inputs: Arrays, total: Array,
+        key: Array,
+    ) -> tuple[Array, Outputs]:  # fmt: skip
         """Return what a micro-batch adds to the loss, and its sums.
 
         Args:
@@ -406,7 +405,7 @@ class BatchLoss:
 
     # --- parameters that are cast a layer at a time
 
-    def _stored(self, params: Arrays) -> dict[str, jax.Array]:
+    def _stored(self, params: Arrays) -> dict[str, Array]:
         """Return those of `params` that are wider than the computation, and that loops alone read.
 
         Cast beforehand there would be a copy of all layers for the whole step.
@@ -419,7 +418,7 @@ class BatchLoss:
             if a.dtype.itemsize > width and is_cast_by_layer(values[n])
         }
 
-    def _slope(self, stored: jax.Array) -> jax.Array:
+    def _slope(self, stored: Array) -> Array:
         """Return that by which the gradient of a parameter leaves a loop that casts it."""
         kind = self.lowering.dtype.numpy
         return zeros_like_on_devices(jax.eval_shape(lambda a: a.astype(kind), stored))
@@ -449,7 +448,7 @@ class BatchLoss:
         view = self.lowering.fresh()
         return jax.tree.map(lambda a: jax.lax.psum(view.varying(a, frozenset(axes)), axes), local)
 
-    def _targets(self, targets: jax.Array) -> jax.Array:
+    def _targets(self, targets: Array) -> Array:
         """Return the number of targets of the whole batch."""
         return self._everywhere(jnp.sum(targets != IGNORED))
 
@@ -458,13 +457,13 @@ class BatchLoss:
             return slopes
         return jax.tree.map(lambda g: g.astype(self.reduce_dtype), slopes)
 
-    def _reduced(self, slope: jax.Array, param: jax.Array, name: str) -> jax.Array:
+    def _reduced(self, slope: Array, param: Array, name: str) -> Array:
         axes = tuple(sorted(self._batch_axes - self._own(name)))
         if self.mesh is not None and axes:
             slope = jax.lax.psum(slope, axes)
         return slope.astype(param.dtype)
 
-    def _cut(self, name: str, array: jax.Array) -> jax.Array:
+    def _cut(self, name: str, array: Array) -> Array:
         """Return ``[micro-batch, …]``: token groups in turn, so that a mesh does not matter.
 
         Raises:

@@ -15,6 +15,7 @@ from math import prod, sqrt
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from moecc.errors import MachineError, UsageError, nearest
 from moecc.support.extras import install_hint
@@ -33,7 +34,7 @@ from moecc.train.settings import (
 from moecc.types import TensorType
 from moecc_backends.xla.trace.typed_jax import PyTree
 
-Arrays = Mapping[str, jax.Array]
+Arrays = Mapping[str, Array]
 Moments = dict[str, PyTree]
 """``{kind: {parameter: array}}``, and the counts of updates."""
 
@@ -88,7 +89,7 @@ class Optimizer:
         moments: Moments,
         params: Arrays,
         settle: Settle = lambda after, before: after,
-    ) -> tuple[dict[str, jax.Array], Moments]:
+    ) -> tuple[dict[str, Array], Moments]:
         """Return the directions in which parameters go, to be subtracted, and the moments after.
 
         Parameters that are trained from a later step on have a count of updates of their own.
@@ -99,7 +100,7 @@ class Optimizer:
           params: the parameters.
           settle: says which moments stay; AdamW's directions are those of the moments that do.
         """
-        directions: dict[str, jax.Array] = {}
+        directions: dict[str, Array] = {}
         after: Moments = {kind: {} for kind in self.moment_types}
         for first, names in self._parts.items():
             count = count_of(first)
@@ -128,20 +129,20 @@ class Optimizer:
 
 
 Directions = Callable[
-    [Optimizer, Arrays, Moments, Arrays, Settle], tuple[dict[str, jax.Array], Moments]
+    [Optimizer, Arrays, Moments, Arrays, Settle], tuple[dict[str, Array], Moments]
 ]
 """Counts of updates are the caller's to settle."""
 
 
 def _sgd(
     optimizer: Optimizer, gradients: Arrays, moments: Moments, params: Arrays, settle: Settle
-) -> tuple[dict[str, jax.Array], Moments]:
+) -> tuple[dict[str, Array], Moments]:
     return dict(gradients), {COUNT: moments[COUNT] + 1}
 
 
 def _adamw(
     optimizer: Optimizer, gradients: Arrays, moments: Moments, params: Arrays, settle: Settle
-) -> tuple[dict[str, jax.Array], Moments]:
+) -> tuple[dict[str, Array], Moments]:
     import optax
 
     section = optimizer.section
@@ -158,7 +159,7 @@ def _adamw(
 
 def _muon(
     optimizer: Optimizer, gradients: Arrays, moments: Moments, params: Arrays, settle: Settle
-) -> tuple[dict[str, jax.Array], Moments]:
+) -> tuple[dict[str, Array], Moments]:
     """Muon for matrices (Jordan et al. 2024), AdamW's direction for all else, tables and the head.
 
     The count and the momentum of both are one.
@@ -192,7 +193,7 @@ def _muon_scale(type: TensorType, settings: ParamSettings) -> float:
     return MUON_RMS * sqrt(max(sides))
 
 
-def _some(arrays: Arrays, names: Iterable[str]) -> dict[str, jax.Array]:
+def _some(arrays: Arrays, names: Iterable[str]) -> dict[str, Array]:
     return {n: arrays[n] for n in names}
 
 
@@ -204,13 +205,13 @@ def _sides(settings: ParamSettings, rank: int) -> tuple[tuple[int, ...], tuple[i
 
 def _adafactor(
     optimizer: Optimizer, gradients: Arrays, moments: Moments, params: Arrays, settle: Settle
-) -> tuple[dict[str, jax.Array], Moments]:
+) -> tuple[dict[str, Array], Moments]:
     """Adafactor, factored and without momentum (Shazeer and Stern 2018).
 
     A block is clipped and scaled by itself: a layer of a rolled parameter, an expert.
     """
     section, types_of_moments = optimizer.section, optimizer.moment_types
-    directions: dict[str, jax.Array] = {}
+    directions: dict[str, Array] = {}
     after: Moments = {kind: {} for kind in moments if kind != COUNT}
     for name, gradient in gradients.items():
         kinds = tuple(kind for kind in after if name in moments[kind])
@@ -244,8 +245,8 @@ class _Factored:
 
 @partial(jax.jit, static_argnums=0)
 def _by_block(
-    like: _Factored, count: jax.Array, gradient: jax.Array, param: jax.Array, *moments: jax.Array
-) -> tuple[jax.Array, ...]:
+    like: _Factored, count: Array, gradient: Array, param: Array, *moments: Array
+) -> tuple[Array, ...]:
     """Return the direction of one parameter by Adafactor, and its moments after."""
     import optax
 
@@ -256,7 +257,7 @@ def _by_block(
     )
     chain = optax.chain(*parts)
 
-    def of_block(gradient: jax.Array, param: jax.Array, *moments: jax.Array) -> PyTree:
+    def of_block(gradient: Array, param: Array, *moments: Array) -> PyTree:
         by_kind = dict(zip(like.kinds, moments, strict=True))
         initial = chain.init(param)
         names = {ROW: "v_row", COLUMN: "v_col", SECOND: "v"}
@@ -271,7 +272,7 @@ def _by_block(
         axis = left.pop(0)
         at = tuple([n for n in names if n not in left].index(axis) for names in arguments)
         function = jax.vmap(function, in_axes=at, out_axes=(at[0], *at[2:]))
-    updated: tuple[jax.Array, ...] = function(gradient, param, *moments)
+    updated: tuple[Array, ...] = function(gradient, param, *moments)
     return updated
 
 

@@ -13,6 +13,7 @@ from functools import cached_property, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moecc.analysis import check_trainable
@@ -50,7 +51,7 @@ from moecc_backends.xla.train.shardings import StepShardings, step_shardings
 # back
 # to a checkpoint is the loop's to decide.
 
-GuardState = dict[str, jax.Array]
+GuardState = dict[str, Array]
 """``losses``: those of the last steps that were taken; ``taken``, ``skipped``, ``in_a_row``."""
 
 
@@ -71,8 +72,8 @@ class Guard:
         return {"losses": losses, "taken": zero, "skipped": zero, "in_a_row": zero}
 
     def __call__(
-        self, state: GuardState, loss: jax.Array, norm: jax.Array
-    ) -> tuple[jax.Array, GuardState, dict[str, jax.Array]]:
+        self, state: GuardState, loss: Array, norm: Array
+    ) -> tuple[Array, GuardState, dict[str, Array]]:
         """Return whether the step is taken, the state after it, and metrics.
 
         ``guard.limit`` is the largest loss that is taken, infinite until the window is full.
@@ -100,7 +101,7 @@ class Guard:
         }  # fmt: skip
         return ok, after, told
 
-    def _limit(self, state: GuardState) -> jax.Array:
+    def _limit(self, state: GuardState) -> Array:
         """Return the loss above which a loss is far above those of the window."""
         unbounded = jnp.asarray(jnp.inf, jnp.float32)
         if not self.section.sigma:
@@ -265,7 +266,7 @@ class TrainStep:
         return jax.jit(self.pure, donate_argnums=(0,), out_shardings=(shardings, None))
 
     def step(
-        self, state: State, batch: Arrays, key: jax.Array, rate: jax.Array | float
+        self, state: State, batch: Arrays, key: Array, rate: Array | float
     ) -> tuple[State, Outputs]:
         """Return the state after a step, and metrics; the state that is given is used up.
 
@@ -290,19 +291,17 @@ class TrainStep:
         if self.evaluation is not None:
             self.evaluation.check(self.model_params(state), batch, key)
 
-    def evaluate(self, params: Arrays, batch: Arrays, key: jax.Array | None = None) -> Outputs:
+    def evaluate(self, params: Arrays, batch: Arrays, key: Array | None = None) -> Outputs:
         """Return the metrics of a batch in evaluation; see `EvaluationStep.evaluate`."""
         assert self.evaluation is not None, "make_train_step was given the graph of evaluation"
         return self.evaluation.evaluate(params, batch, key)
 
     @staticmethod
-    def model_params(state: State) -> dict[str, jax.Array]:
+    def model_params(state: State) -> dict[str, Array]:
         """Return all parameters of the graph: those that are trained, frozen, and biases."""
         return {**state["params"], **state["bias"]}
 
-    def pure(
-        self, state: State, batch: Arrays, key: jax.Array, rate: jax.Array
-    ) -> tuple[State, Outputs]:
+    def pure(self, state: State, batch: Arrays, key: Array, rate: Array) -> tuple[State, Outputs]:
         """Return what `step` returns, as a function to trace."""
         params = state["params"]
         trained = {n: params[n] for n in self.trained}
@@ -324,8 +323,8 @@ class TrainStep:
         return after, metrics
 
     def gradients(
-        self, trained: Arrays, fixed: Arrays, batch: Arrays, key: jax.Array
-    ) -> tuple[dict[str, jax.Array], Outputs]:
+        self, trained: Arrays, fixed: Arrays, batch: Arrays, key: Array
+    ) -> tuple[dict[str, Array], Outputs]:
         """Return the gradients of what is trained, and sums over the batch; a function to trace."""
         graph = self.graph
         types = {n: graph.params[n].type for n in (*self.settings, *self.biases)}
@@ -346,10 +345,10 @@ class TrainStep:
         trained: Arrays,
         moments: PyTree,
         slopes: Arrays,
-        norm: jax.Array,
-        rate: jax.Array,
+        norm: Array,
+        rate: Array,
         keep: Settle = _as_changed,
-    ) -> tuple[dict[str, jax.Array], PyTree]:
+    ) -> tuple[dict[str, Array], PyTree]:
         """Return what parameters become, and the moments that `keep` keeps; to trace."""
 
         def settle(after: PyTree, before: PyTree) -> PyTree:
@@ -367,29 +366,27 @@ class TrainStep:
         directions, after = self.optimizer.directions(clipped, moments, trained, settle)
         return {n: self._moved(n, trained[n], d, rate) for n, d in directions.items()}, after
 
-    def _clipped(self, slopes: Arrays, norm: jax.Array) -> Arrays:
+    def _clipped(self, slopes: Arrays, norm: Array) -> Arrays:
         if not self.section.clip:
             return slopes
         factor = self.section.clip / jnp.maximum(norm, self.section.clip)
         return {n: g * factor.astype(g.dtype) for n, g in slopes.items()}
 
-    def _moved_bias(self, name: str, bias: jax.Array, sums: Outputs) -> jax.Array:
+    def _moved_bias(self, name: str, bias: Array, sums: Outputs) -> Array:
         """Return a balance bias after a step, by the choices of the whole batch."""
         if not self.spec.bias_rate:
             return bias
         counts = jnp.stack([sums[output] for output in self.biases[name]])
         return moved(bias, counts.reshape(bias.shape), self.spec.bias_rate).astype(bias.dtype)
 
-    def _moved(
-        self, name: str, param: jax.Array, direction: jax.Array, rate: jax.Array
-    ) -> jax.Array:
+    def _moved(self, name: str, param: Array, direction: Array, rate: Array) -> Array:
         settings = self.settings[name]
         if settings.decay:
             direction = direction + settings.decay * param
         return param - (rate * settings.rate).astype(param.dtype) * direction.astype(param.dtype)
 
 
-def gradient_norm(slopes: Arrays) -> jax.Array:
+def gradient_norm(slopes: Arrays) -> Array:
     """Return the norm of all gradients together, in float32 at least."""
     squares = [
         jnp.sum(jnp.square(g.astype(jnp.promote_types(g.dtype, jnp.float32))))
@@ -437,7 +434,7 @@ class PhasedStep:
         return self.steps[phase_at(self.phases, done)]
 
     def step(
-        self, state: State, batch: Arrays, key: jax.Array, rate: jax.Array | float
+        self, state: State, batch: Arrays, key: Array, rate: Array | float
     ) -> tuple[State, Outputs]:
         """Return the state after a step, and metrics; see `TrainStep.step`."""
         return self._by_structure[jax.tree.structure(state)].step(state, batch, key, rate)
@@ -457,7 +454,7 @@ class PhasedStep:
         leaves = [present[path] if path in present else zeros[path] for path in wanted]
         return jax.tree.unflatten(jax.tree.structure(program.abstract_state), leaves)
 
-    def model_params(self, state: State) -> dict[str, jax.Array]:
+    def model_params(self, state: State) -> dict[str, Array]:
         """Return all parameters of the graph; see `TrainStep.model_params`."""
         return self.steps[0].model_params(state)
 
