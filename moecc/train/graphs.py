@@ -262,7 +262,19 @@ def _check_batch(graph: Graph, recipe: Recipe) -> None:
 
 def train_passes(graph: Graph, recipe: Recipe) -> StepPasses:
     """Return the passes of training."""
-    return _passes(graph, recipe, "train", recipe.routing.capacity_factor, _losses(graph, recipe))
+    recorded = graph.attrs.get("losses")
+    losses = dict(recorded) if isinstance(recorded, Mapping) else {}
+    options = {n.replace("_", "-"): v for n, v in losses.items() if v is not None}
+    options |= {"replace": True, "metrics": True, "parts": recipe.run.micro_batches}
+    # The step computes it with the cross entropy, where logits are in memory a chunk at a time.
+    options.pop("output-z-coef", None)
+    if recipe.routing.balance >= 0:
+        options["balance-coef"] = recipe.routing.balance
+    if recipe.routing.z_loss >= 0:
+        options["z-coef"] = recipe.routing.z_loss
+    if recipe.run.attention_z:
+        options["attention-z-coef"] = recipe.run.attention_z
+    return _passes(graph, recipe, "train", recipe.routing.capacity_factor, options)
 
 
 def eval_passes(graph: Graph, recipe: Recipe) -> StepPasses:
@@ -279,23 +291,18 @@ def step_spec(graph: Graph, recipe: Recipe, platform: str = "cpu") -> StepSpec:
       recipe: the recipe.
       platform: what it is lowered for.
     """
+    recorded = graph.attrs.get("losses")
+    coefficient = recorded.get("output_z_coef", 0.0) if isinstance(recorded, Mapping) else 0.0
     return StepSpec(
         batch_sizes(graph, recipe),
         recipe.step_config,
         recipe.optimizer,
         recipe.run.guard,
         recipe.routing.bias_rate,
-        _output_z(graph, recipe),
+        (recipe.run.output_z or float(coefficient)),
         platform=platform,
         layout=_layout(graph, recipe) if recipe.mesh.partition == GSPMD else None,
     )
-
-
-def _output_z(graph: Graph, recipe: Recipe) -> float:
-    """Return the coefficient of the z-loss of the output: the recipe's, or that of the graph."""
-    recorded = graph.attrs.get("losses")
-    coefficient = recorded.get("output_z_coef", 0.0) if isinstance(recorded, Mapping) else 0.0
-    return recipe.run.output_z or float(coefficient)
 
 
 def batch_sizes(graph: Graph, recipe: Recipe) -> dict[str, int]:
@@ -387,23 +394,6 @@ def _records_group_size(graph: Graph, mode: str) -> bool:
     modes = graph.attrs.get("routing")
     routing = modes.get(mode) if isinstance(modes, Mapping) else None
     return isinstance(routing, Mapping) and bool(routing.get("group_size"))
-
-
-def _losses(graph: Graph, recipe: Recipe) -> dict[str, object]:
-    """Return the options of ``add-losses``: the graph's or the paper's, then the recipe's."""
-    recorded = graph.attrs.get("losses")
-    losses = dict(recorded) if isinstance(recorded, Mapping) else {}
-    options = {n.replace("_", "-"): v for n, v in losses.items() if v is not None}
-    options |= {"replace": True, "metrics": True, "parts": recipe.run.micro_batches}
-    # The step computes it with the cross entropy, where logits are in memory a chunk at a time.
-    options.pop("output-z-coef", None)
-    if recipe.routing.balance >= 0:
-        options["balance-coef"] = recipe.routing.balance
-    if recipe.routing.z_loss >= 0:
-        options["z-coef"] = recipe.routing.z_loss
-    if recipe.run.attention_z:
-        options["attention-z-coef"] = recipe.run.attention_z
-    return options
 
 
 def _mesh(graph: Graph, recipe: Recipe, specialised: str) -> MeshPasses | None:

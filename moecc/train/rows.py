@@ -292,22 +292,17 @@ def facts_of(model: Model, graph: Graph | None = None) -> ModelFacts:
     config = model.graph.attrs.get("config")
     config = config if isinstance(config, Mapping) else {}
     pad, start = config.get("pad_token_id"), config.get("decoder_start_token_id")
+    tokens = graph.inputs.get(TOKENS)
+    bound = None if tokens is None else index_bound(tokens)
     return ModelFacts(
         name=model.name,
-        vocab=_vocabulary(graph),
+        vocab=(0 if bound is None else bound),
         inputs=tuple(graph.inputs),
         longest=longest(model.graph),
         pad=pad if isinstance(pad, int) and pad >= 0 else None,
         decoder_start=start if isinstance(start, int) else None,
         tokenizer_digest=_digest(model),
     )
-
-
-def _vocabulary(graph: Graph) -> int:
-    """Return the bound on ids: the rows of the table that looks tokens up."""
-    tokens = graph.inputs.get(TOKENS)
-    bound = None if tokens is None else index_bound(tokens)
-    return 0 if bound is None else bound
 
 
 def _digest(model: Model) -> str | None:

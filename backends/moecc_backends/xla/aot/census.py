@@ -296,7 +296,20 @@ class _Counter:
         elif instruction.opcode in ("dot", "convolution", "custom-call"):
             yield _product(where, instruction)
         elif instruction.opcode == "while":
-            yield self._loop(where, instruction)
+            times = self._module.trip_count(where, instruction)
+            (body,) = (self.of(name) for name in instruction.called)
+            rounds = most_rounds(instruction.source) if times is None else None
+            turns = 1 if times is None else times
+            most = rounds or turns
+            yield Census(
+                tuple(
+                    replace(c, times=c.times * turns, worst_times=c.worst_times * most)
+                    for c in body.collectives
+                ),
+                body.flops * turns,
+                body.unknown_loops + (times is None and rounds is None),
+                Counter({target: n * turns for target, n in body.opaque.items()}),
+            )
         elif instruction.opcode == "conditional":
             yield max(map(self.of, instruction.called), key=_weight)
         elif instruction.opcode in ("fusion", "call", "async-start", "call-start"):
@@ -312,22 +325,6 @@ class _Counter:
             for c in counted.collectives
         )
         return replace(counted, collectives=collectives)
-
-    def _loop(self, where: Computation, instruction: Instruction) -> Census:
-        times = self._module.trip_count(where, instruction)
-        (body,) = (self.of(name) for name in instruction.called)
-        rounds = most_rounds(instruction.source) if times is None else None
-        turns = 1 if times is None else times
-        most = rounds or turns
-        return Census(
-            tuple(
-                replace(c, times=c.times * turns, worst_times=c.worst_times * most)
-                for c in body.collectives
-            ),
-            body.flops * turns,
-            body.unknown_loops + (times is None and rounds is None),
-            Counter({target: n * turns for target, n in body.opaque.items()}),
-        )
 
 
 def _scheduled(where: Computation, counted: dict[str, list[Census]]) -> list[Census]:
@@ -391,14 +388,17 @@ def _collective(
         full = max(s.size_bytes for s in shapes)
     dtype = shapes[0].dtype if shapes else instruction.shapes[0].dtype
     group = _group_size(module, instruction)
-    return HloCollective(kind, full, group, 1, dtype, instruction.source, _chain(instruction))
-
-
-def _chain(instruction: Instruction) -> str:
-    """Return the chain and channel of a collective that is written in parts, or nothing."""
     chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
     channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-    return f"{chain[1]}/{channel[1]}" if chain and channel else ""
+    return HloCollective(
+        kind,
+        full,
+        group,
+        1,
+        dtype,
+        instruction.source,
+        (f"{chain[1]}/{channel[1]}" if chain and channel else ""),
+    )
 
 
 def _group_size(module: Module, instruction: Instruction) -> int:

@@ -202,10 +202,20 @@ def compile_lowered(
     except RuntimeError as error:
         raise refusal(error) from None
     seconds = time.perf_counter() - start
+    analysis = compiled.memory_analysis()
+    is_cpu = machine.kind == "cpu"
+    arguments, outputs, aliased, temporaries, code = (
+        int(getattr(analysis, f"{kind}_size_in_bytes"))
+        for kind in ("argument", "output", "alias", "temp", "generated_code")
+    )
+    peak = int(getattr(analysis, "peak_memory_in_bytes", 0))
+    if is_cpu or not peak:
+        # The peak that XLA's CPU compiler reports leaves the temporaries out.
+        peak = arguments + outputs - aliased + temporaries
     return Compiled(
         lowered_seconds,
         seconds,
-        _memory(compiled.memory_analysis(), is_cpu=machine.kind == "cpu"),
+        DeviceMemory(arguments, outputs, aliased, temporaries, code, peak),
         compiled.as_text() or "",
         host_peak_bytes(),
     )
@@ -215,18 +225,6 @@ def host_peak_bytes() -> int:
     """Return the most memory that this process has had."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _memory(analysis: object, *, is_cpu: bool) -> DeviceMemory:
-    arguments, outputs, aliased, temporaries, code = (
-        int(getattr(analysis, f"{kind}_size_in_bytes"))
-        for kind in ("argument", "output", "alias", "temp", "generated_code")
-    )
-    peak = int(getattr(analysis, "peak_memory_in_bytes", 0))
-    if is_cpu or not peak:
-        # The peak that XLA's CPU compiler reports leaves the temporaries out.
-        peak = arguments + outputs - aliased + temporaries
-    return DeviceMemory(arguments, outputs, aliased, temporaries, code, peak)
 
 
 def refusal(error: RuntimeError) -> Exception:

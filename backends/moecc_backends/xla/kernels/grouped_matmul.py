@@ -220,12 +220,6 @@ def _product_of_groups(rows: Array, weights: Array, group_sizes: Array, axis: in
     return _walk_product(rows, weights, group_sizes, axis)
 
 
-def _forward(
-    rows: Array, weights: Array, group_sizes: Array, axis: int
-) -> tuple[Array, tuple[Array, Array, Array]]:
-    return _product_of_groups(rows, weights, group_sizes, axis), (rows, weights, group_sizes)
-
-
 def _backward(
     axis: int, residuals: tuple[Array, Array, Array], d_product: Array
 ) -> tuple[Array, Array, None]:
@@ -236,7 +230,13 @@ def _backward(
     return d_rows, gradient(rows, d_product, weights, group_sizes, axis), None
 
 
-_product_of_groups.defvjp(_forward, _backward)
+_product_of_groups.defvjp(
+    lambda rows, weights, sizes, axis: (
+        _product_of_groups(rows, weights, sizes, axis),
+        (rows, weights, sizes),
+    ),
+    _backward,
+)
 
 
 def _walk_product(rows: Array, weights: Array, group_sizes: Array, axis: int) -> Array:
@@ -391,10 +391,6 @@ def rows_times(rows: Array, matrix: Array, at: int) -> Array:
     return jax.lax.dot_general(rows, matrix, (((1,), (at,)), ((), ())))
 
 
-def _row_product_forward(rows: Array, matrix: Array, at: int) -> tuple[Array, tuple[Array, Array]]:
-    return rows_times(rows, matrix, at), (rows, matrix)
-
-
 def _row_product_backward(
     at: int, residuals: tuple[Array, Array], slope: Array
 ) -> tuple[Array, Array]:
@@ -414,7 +410,9 @@ def _summed_over_rows(x: Array, y: Array) -> Array:
     return jnp.transpose(turned)
 
 
-rows_times.defvjp(_row_product_forward, _row_product_backward)
+rows_times.defvjp(
+    lambda rows, matrix, at: (rows_times(rows, matrix, at), (rows, matrix)), _row_product_backward
+)
 
 
 # Repeat what each expert has one of, a bias say, over the rows of that expert.
@@ -433,12 +431,6 @@ def repeat_by_group(values: Array, group_sizes: Array, num_rows: int) -> Array:
     ends = jnp.cumsum(group_sizes)
     expert = jnp.searchsorted(ends, jnp.arange(num_rows, dtype=ends.dtype), side="right")
     return load(jnp.take(store(values), expert, axis=0, mode="clip"), values.dtype)
-
-
-def _repeat_by_group_forward(
-    values: Array, group_sizes: Array, num_rows: int
-) -> tuple[Array, tuple[Array, Array]]:
-    return repeat_by_group(values, group_sizes, num_rows), (values, group_sizes)
 
 
 def _repeat_by_group_backward(
@@ -468,7 +460,10 @@ def _repeat_by_group_backward(
     return sums.astype(values.dtype).reshape(values.shape), None
 
 
-repeat_by_group.defvjp(_repeat_by_group_forward, _repeat_by_group_backward)
+repeat_by_group.defvjp(
+    lambda values, sizes, rows: (repeat_by_group(values, sizes, rows), (values, sizes)),
+    _repeat_by_group_backward,
+)
 
 
 # Products of sorted rows by `lax.ragged_dot`, and where XLA has a kernel for it.
@@ -511,12 +506,6 @@ def _products(rows: Array, weights: Array, group_sizes: Array, kind: np.dtype[np
     return lax.ragged_dot(rows, weights, group_sizes, preferred_element_type=kind)
 
 
-def _ragged_dot_forward(
-    rows: Array, weights: Array, group_sizes: Array, kind: np.dtype[np.generic]
-) -> tuple[Array, Arrays]:
-    return _products(rows, weights, group_sizes, kind), (rows, weights, group_sizes)
-
-
 def _ragged_dot_backward(
     kind: np.dtype[np.generic], residuals: Arrays, d_products: Array
 ) -> tuple[Array, Array, None]:
@@ -527,7 +516,13 @@ def _ragged_dot_backward(
     return d_rows.astype(rows.dtype), d_weights.astype(weights.dtype), None
 
 
-_products.defvjp(_ragged_dot_forward, _ragged_dot_backward)
+_products.defvjp(
+    lambda rows, weights, sizes, kind: (
+        _products(rows, weights, sizes, kind),
+        (rows, weights, sizes),
+    ),
+    _ragged_dot_backward,
+)
 
 
 def _outer_products(rows: Array, d_products: Array, group_sizes: Array) -> Array:
@@ -616,12 +611,6 @@ def slot_matmul(
     return _batched(slots, weights, 2, contracting_axis, kind).astype(slots.dtype)
 
 
-def _batched_matmul_forward(
-    slots: Array, weights: Array, contracting_axis: int, kind: DTypeLike | None
-) -> tuple[Array, tuple[Array, Array]]:
-    return slot_matmul(slots, weights, contracting_axis, kind), (slots, weights)
-
-
 def _batched_matmul_backward(
     contracting_axis: int,
     kind: DTypeLike | None,
@@ -634,7 +623,13 @@ def _batched_matmul_backward(
     return d_slots, _batched(left, right, 1, 1, kind).astype(weights.dtype)
 
 
-slot_matmul.defvjp(_batched_matmul_forward, _batched_matmul_backward)
+slot_matmul.defvjp(
+    lambda slots, weights, axis, kind: (
+        slot_matmul(slots, weights, axis, kind),
+        (slots, weights),
+    ),
+    _batched_matmul_backward,
+)
 
 
 def _batched(

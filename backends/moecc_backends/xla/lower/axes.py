@@ -159,10 +159,6 @@ def _take_of_columns(count: int, columns: Array, index: Array) -> Array:
     return _take(columns, index)
 
 
-def _take_forward(count: int, columns: Array, index: Array) -> tuple[Array, Array]:
-    return _take(columns, index), index
-
-
 def _take_backward(count: int, index: Array, gradient: Array) -> tuple[Array, None]:
     kind = jnp.promote_types(gradient.dtype, jnp.float32)
     shape = (count, *gradient.shape[index.ndim :])
@@ -170,7 +166,9 @@ def _take_backward(count: int, index: Array, gradient: Array) -> tuple[Array, No
     return zeros.at[index].add(gradient.astype(kind)).astype(gradient.dtype), None
 
 
-_take_of_columns.defvjp(_take_forward, _take_backward)
+_take_of_columns.defvjp(
+    lambda count, columns, index: (_take(columns, index), index), _take_backward
+)
 
 
 @lowering("one_hot")

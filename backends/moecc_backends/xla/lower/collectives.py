@@ -90,17 +90,12 @@ def _shard_of_replicated(array: Array, mesh: tuple[str, ...], at: int, size: int
     return _part(jax.lax.pcast(array, mesh, to="varying"), mesh, at, size)
 
 
-def _shard_forward(array: Array, mesh: tuple[str, ...], at: int, size: int) -> tuple[Array, None]:
-    return _shard_of_replicated(array, mesh, at, size), None
-
-
-def _shard_backward(
-    mesh: tuple[str, ...], at: int, size: int, residuals: None, gradient: Array
-) -> tuple[Array]:
-    return (jax.lax.all_gather(gradient, mesh, axis=at, tiled=True, to="invarying"),)
-
-
-_shard_of_replicated.defvjp(_shard_forward, _shard_backward)
+_shard_of_replicated.defvjp(
+    lambda array, mesh, at, size: (_shard_of_replicated(array, mesh, at, size), None),
+    lambda mesh, at, size, _, gradient: (
+        jax.lax.all_gather(gradient, mesh, axis=at, tiled=True, to="invarying"),
+    ),
+)
 
 
 @collective("all_gather")

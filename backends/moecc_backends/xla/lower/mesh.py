@@ -155,21 +155,12 @@ def _gathered_param(array: Array, used: NamedSharding, stored: NamedSharding | N
     return jax.lax.with_sharding_constraint(array, used)
 
 
-def _gather_forward(
-    array: Array, used: NamedSharding, stored: NamedSharding | None
-) -> tuple[Array, None]:
-    return _gathered_param(array, used, stored), None
-
-
-def _gather_backward(
-    used: NamedSharding, stored: NamedSharding | None, residuals: None, gradient: Array
-) -> tuple[Array]:
-    if stored is None:
-        return (gradient,)
-    return (jax.lax.with_sharding_constraint(gradient, stored),)
-
-
-_gathered_param.defvjp(_gather_forward, _gather_backward)
+_gathered_param.defvjp(
+    lambda array, used, stored: (_gathered_param(array, used, stored), None),
+    lambda used, stored, _, gradient: (
+        gradient if stored is None else jax.lax.with_sharding_constraint(gradient, stored),
+    ),
+)
 
 
 # Slots that are filled group by group, for XLA's partitioner (GSPMD).

@@ -62,7 +62,13 @@ def find_cluster(seconds: int) -> tuple[ProcessInfo, Sequence[int] | None]:
       UsageError: there is no cluster, or its variables are incomplete or contradict each other.
     """
     try:
-        address, count, number, devices = _detect(seconds)
+        from jax._src.clusters import ClusterEnv
+
+        stated = os.environ.get("JAX_COORDINATOR_ADDRESS")
+        detected: tuple[Any, Any, Any, Any] = ClusterEnv.auto_detect_unset_distributed_params(
+            stated, None, None, None, None, seconds
+        )
+        address, count, number, devices = detected
     except Exception as error:  # whatever a detector of JAX meets in the variables of a cluster
         raise _none_found(described(error)) from None
     if address is None or count is None or number is None:
@@ -75,16 +81,6 @@ def find_cluster(seconds: int) -> tuple[ProcessInfo, Sequence[int] | None]:
         raise _none_found(str(error.problems[0])) from None
     assert checked is not None, "all of the variables are given"
     return checked, None if os.environ.get("JAX_LOCAL_DEVICE_IDS") else devices
-
-
-def _detect(seconds: int) -> tuple[Any, Any, Any, Any]:
-    from jax._src.clusters import ClusterEnv
-
-    stated = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    detected: tuple[Any, Any, Any, Any] = ClusterEnv.auto_detect_unset_distributed_params(
-        stated, None, None, None, None, seconds
-    )
-    return detected
 
 
 def _none_found(reason: str | None) -> UsageError:

@@ -31,27 +31,21 @@ def _selected(rows: Array, is_used: Array) -> Array:
     return jnp.where(_broadcast_over(is_used, rows), rows, jnp.zeros((), rows.dtype))
 
 
-def _zeroed_forward(rows: Array, is_used: Array) -> tuple[Array, tuple[Array]]:
-    # A choice of the two would keep the mask as wide as the rows for its gradient.
-    return _selected(rows, is_used), (is_used,)
-
-
 @jax.custom_vjp
 def with_masked_gradient(rows: Array, is_used: Array) -> Array:
     """Return `rows` as they are; the cotangent is zeroed in padding rows."""
     return rows
 
 
-def _masked_forward(rows: Array, is_used: Array) -> tuple[Array, tuple[Array]]:
-    return rows, (is_used,)
-
-
-def _masked_backward(residuals: tuple[Array], cotangent: Array) -> tuple[Array, None]:
-    return _selected(cotangent, residuals[0]), None
-
-
-zeroed.defvjp(_zeroed_forward, _masked_backward)
-with_masked_gradient.defvjp(_masked_forward, _masked_backward)
+# A choice of the two would keep the mask as wide as the rows for its gradient.
+zeroed.defvjp(
+    lambda rows, is_used: (_selected(rows, is_used), is_used),
+    lambda is_used, cotangent: (_selected(cotangent, is_used), None),
+)
+with_masked_gradient.defvjp(
+    lambda rows, is_used: (rows, is_used),
+    lambda is_used, cotangent: (_selected(cotangent, is_used), None),
+)
 
 
 def poisoned_values(rows: Array, is_used: Array) -> Array:
@@ -69,11 +63,10 @@ def with_poisoned_gradient(rows: Array, is_used: Array) -> Array:
     return rows
 
 
-def _poisoned_backward(residuals: tuple[Array], cotangent: Array) -> tuple[Array, None]:
-    return poisoned_values(cotangent, residuals[0]), None
-
-
-with_poisoned_gradient.defvjp(_masked_forward, _poisoned_backward)
+with_poisoned_gradient.defvjp(
+    lambda rows, is_used: (rows, is_used),
+    lambda is_used, cotangent: (poisoned_values(cotangent, is_used), None),
+)
 
 
 def poisoned(rows: Array, is_used: Array) -> Array:

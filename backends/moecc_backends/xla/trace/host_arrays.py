@@ -215,12 +215,6 @@ def _cast(stored: jax.Array, slope: jax.Array) -> jax.Array:
     return rounded.astype(slope.dtype)
 
 
-def _forward(stored: jax.Array, slope: jax.Array) -> tuple[jax.Array, None]:
-    return _cast(stored, slope), None
-
-
-def _backward(residuals: None, gradient: jax.Array) -> tuple[None, jax.Array]:
-    return None, gradient
-
-
-_cast.defvjp(_forward, _backward)
+_cast.defvjp(
+    lambda stored, slope: (_cast(stored, slope), None), lambda _, gradient: (None, gradient)
+)

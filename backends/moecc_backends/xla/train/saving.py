@@ -104,7 +104,11 @@ class Saver:
         meet_processes(f"moecc begins step {step}")
         folder = self._run / "steps" / str(step) / "state"
         if self._checkpointer is None:
-            self._checkpointer = _checkpointer(_largest_bytes(tensors))
+            pieces = (
+                prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+                for array in tensors.values()
+            )
+            self._checkpointer = _checkpointer(max(pieces, default=0))
         try:
             self._checkpointer.save(folder.absolute(), args=self._arguments(tensors))
         except Exception as error:
@@ -171,15 +175,6 @@ def _checkpointer(largest_bytes: int) -> PyTree:
     return orbax.AsyncCheckpointer(
         orbax.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, handler_impl=handler)
     )
-
-
-def _largest_bytes(tensors: Tensors) -> int:
-    """Return the bytes of the largest piece that a device holds of a tensor."""
-    pieces = (
-        prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
-        for array in tensors.values()
-    )
-    return max(pieces, default=0)
 
 
 def _failed(error: BaseException, folder: Path) -> MoeccError:
