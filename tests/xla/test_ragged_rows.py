@@ -287,34 +287,6 @@ PLACEMENTS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("attrs", PLACEMENTS, ids=str)
-def test_every_placement_is_that_of_the_reference(attrs: dict[str, Any]) -> None:
-    """A choice that names no expert, or finds no slot, is dropped: in the values and gradients."""
-    graph = Graph("placed")
-    b = Builder(graph)
-    x = graph.input("x", tensor(F32, batch="B", seq="S", embed=4))
-    chosen = graph.input("chosen", tensor(I32, batch="B", choice=2, seq="S"))
-    gates = graph.input("gates", tensor(F32, batch="B", choice=2, seq="S"))
-    w = graph.param("w", tensor(F32, expert=3, mlp=5, embed=4))
-    place = b.assign_slots(chosen, tokens=("seq", "batch"), experts=3, **attrs)
-    rows = b.contract(b.dispatch(x, chosen, place), w, over="embed")
-    graph.set_output("assign_slots", place)
-    graph.set_output("y", b.combine(rows, chosen, place, gates))
-    program = compiled(graph, F64)
-    rng = np.random.default_rng(0)
-    even, odd = rng.integers(0, 3, (2, 2, 6)), rng.integers(-1, 5, (2, 2, 6))
-    for experts in (even, odd, np.ones_like(even), np.full_like(even, -1)):
-        inputs = {
-            "x": rng.normal(size=(2, 6, 4)), "chosen": experts.astype(np.int32),
-            "gates": rng.normal(size=(2, 2, 6)),
-        }  # fmt: skip
-        params = {"w": rng.normal(size=(3, 5, 4))}
-        expected = run_reference(graph, params=params, inputs=inputs)
-        found = program.run(params, inputs)
-        np.testing.assert_array_equal(found["assign_slots"], expected["assign_slots"])
-        np.testing.assert_allclose(found["y"], expected["y"], rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("gates", ["renormalised", "softmax", "sigmoid", "sparsemixer", "ones",
                                    "sigmoid-renormalised"])  # fmt: skip
 @pytest.mark.parametrize("top_k", [1, 2])

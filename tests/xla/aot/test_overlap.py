@@ -6,10 +6,7 @@ import pytest
 
 pytest.importorskip("jax")
 
-from moecc_backends.xla.aot import compiler as overlap_options
 from moecc_backends.xla.aot.census import census
-
-from moecc.plan.machines import parse_machine
 
 BYTES = 8 * 4 * 4
 
@@ -121,20 +118,3 @@ def test_loops_count_as_often_as_they_run_and_each_collective_by_itself() -> Non
         "all-gather": {"overlapped_bytes": 3 * BYTES, "exposed_bytes": 4 * BYTES}
     }
     assert found.by_kind()["all-gather"]["bytes"] == 7 * BYTES
-
-
-@pytest.mark.parametrize(
-    ("machine", "libtpu", "some"),
-    [
-        ("tpu:v5p:2x2x2", "0.0.42.1", True),
-        ("tpu:v5p:2x2x2", "0.0.50.1", False),
-        ("tpu:v5p:2x2x2", "", False),
-        ("tpu:v6e:2x4", "0.0.42.1", False),
-        ("gpu:h100:8", "0.0.42.1", False),
-    ],
-)
-def test_options_are_those_that_a_compiler_was_tried_with(
-    machine: str, libtpu: str, some: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(overlap_options, "_libtpu", lambda: libtpu)
-    assert bool(overlap_options.overlap_options(parse_machine(machine))) is some
