@@ -199,8 +199,7 @@ def _parse_scalar(text: str) -> object:
 # Parse the text of a graph: the inverse of the printer, with errors that point at the location.
 #
 # A wrong line is reported and skipped, and lines that depend on it are skipped silently; all
-# problems
-# of a text are raised together.
+# problems of a text are raised together.
 
 MAX_PROBLEMS = 20
 

@@ -46,15 +46,12 @@ from moecc.support.scan import ParseError, Scanner
 from moecc.support.user_files import LOADED as LOADED
 from moecc.support.user_files import run_file
 
-# Pipeline templates: a tuple of passes under one name, whose options are forwarded by
-# declaration.
+# Pipeline templates: a tuple of passes under one name, whose options are forwarded by declaration.
 #
 # A template is data: which passes run, which of their options it exposes (under the same name and
-# type and, unless overridden, with the same default and meaning), and which options it
-# fixes.  `PipelineTemplate.as_pass` turns it into a pass, so that pipelines, the registry,
-# listings
-# and documentation need no special case; ``@st-moe{experts=8}`` and ``st-moe{experts=8}`` name
-# it.
+# type and, unless overridden, with the same default and meaning), and which options it fixes.
+# `PipelineTemplate.as_pass` turns it into a pass, so that pipelines, the registry, listings and
+# documentation need no special case; ``@st-moe{experts=8}`` and ``st-moe{experts=8}`` name it.
 
 INHERITED: object = object()
 """Marks a field of a template option as inherited from the pass that it is forwarded to."""
@@ -281,8 +278,7 @@ class TemplatePass(Pass):
 # The registry of passes: those of installed packages, and those of a user's file.
 #
 # A package registers passes under the entry point ``moecc.passes``: a mapping from a name to a
-# factory that imports and returns the class, or a pipeline template, so that listing names
-# imports
+# factory that imports and returns the class, or a pipeline template, so that listing names imports
 # nothing.  moecc's own passes are registered in the same way.
 
 _KEBAB = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*\Z")

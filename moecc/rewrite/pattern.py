@@ -276,8 +276,7 @@ P = Patterns()
 # Match a pattern at a node, and report near misses.
 #
 # The matcher works through an agenda of (pattern, value) pairs; where there is a choice (operands
-# of
-# a commutative operation, alternatives) it records the alternative and backtracks on failure, so
+# of a commutative operation, alternatives) it records the alternative and backtracks on failure, so
 # that every combination is tried and none needs a rule of its own.
 
 

@@ -310,8 +310,7 @@ def _computed(e: Scale | Cast | Add | Mul | Minimum, values: list[Array]) -> Arr
 # Weights of several models of one architecture: a base, and branches with names.
 #
 # The tensors of the base have their own names, and those of a branch its name before theirs, so
-# that
-# an expression over the base becomes one over a branch by renaming its sources.
+# that an expression over the base becomes one over a branch by renaming its sources.
 
 BASE = "base"
 """The name of the model itself among the branches."""

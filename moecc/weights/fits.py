@@ -66,8 +66,7 @@ class Fitted(Expr):
         return self.cross.type.with_dtype(F32)
 
 
-# Values of expressions that are computed as a whole, and kept for the next tensor that needs
-# them.
+# Values of expressions that are computed as a whole, and kept for the next tensor that needs them.
 #
 # An order is needed by every matrix of a block, and by each of its experts.
 
@@ -123,10 +122,8 @@ def fitted_rows(
 #
 # After CMoE (2502.04416, §3): neurons that are active at most tokens come first, the others are
 # divided into clusters of equal size.  The distance of a neuron from a cluster is that of the
-# vectors
-# that say at which tokens a neuron is active, and follows from the counts of pairs alone:
-# ‖m_i − c‖² = A_ii − 2/n Σ_j A_ij + 1/n² Σ_jk A_jk over the n members j, k.  All sums are of
-# whole
+# vectors that say at which tokens a neuron is active, and follows from the counts of pairs alone:
+# ‖m_i − c‖² = A_ii − 2/n Σ_j A_ij + 1/n² Σ_jk A_jk over the n members j, k.  All sums are of whole
 # numbers below 2⁵³, so they are exact in any order, and the result is the same on every machine.
 
 ROUNDS = 10

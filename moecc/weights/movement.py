@@ -13,10 +13,8 @@ from moecc.weights.expr import Expr, axis_of, check_name, check_type, node, size
 
 # A short text for stacks of many expressions that differ in a number.
 #
-# ``each(layer=0..2, source("layers.{layer}.w" : f32[embed=4]))`` is the stack, along ``layer``,
-# of
-# the three expressions obtained with 0, 1 and 2 substituted for ``{layer}``.
-# They can be nested.
+# ``each(layer=0..2, source("layers.{layer}.w" : f32[embed=4]))`` is the stack, along ``layer``, of
+# the three expressions obtained with 0, 1 and 2 substituted for ``{layer}``. They can be nested.
 
 
 def in_short(texts: Sequence[str], axis: str) -> str | None:
@@ -273,9 +271,8 @@ def _with_new_axis(expr: Expr, type: TensorType, axis: Axis, position: int) -> T
 # Expressions that choose positions of an axis: an order, and what is taken in it.
 #
 # An order is a vector of whole numbers over one axis.  A joint permutation of the neurons of a
-# block
-# changes nothing (lemma L8 of ``docs/exactness.md``); a cut of the permuted axis makes experts of
-# neurons that belong together.
+# block changes nothing (lemma L8 of ``docs/exactness.md``); a cut of the permuted axis makes
+# experts of neurons that belong together.
 
 I32 = DTYPES["i32"]
 

@@ -17,8 +17,6 @@ from moecc.ir.structure import infer_again
 from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark
 from moecc.rewrite import P, fits
 from moecc.rewrite.pattern import NearMiss
-from moecc.rewrite.pattern import P as _DecodeP
-from moecc.rewrite.pattern import fits as _decode_fits
 from moecc.types import I32, Axis, TensorType
 from moecc_passes.cleanup import DcePass
 from moecc_passes.specialize.layer import reassign_slots
@@ -26,8 +24,8 @@ from moecc_passes.specialize.layer import reassign_slots
 # What the values of a graph depend on, and on which side of an attention they are.
 #
 # A decoder has tokens along one axis.  Queries have that axis.  Keys and values have it under
-# another
-# name, since an attention meets its sequence twice; the renaming is where the two sides part.
+# another name, since an attention meets its sequence twice; the renaming is where the two sides
+# part.
 
 TOKENS, DECODER_TOKENS = "tokens", "decoder_tokens"
 
@@ -153,11 +151,9 @@ def continued(graph: Graph) -> Value | None:
 
 # Whether a token depends on itself and those before it alone, and what is in the way if not.
 #
-# Only then is what a token leaves behind (its keys and values) the same whatever follows it.
-# Scores
+# Only then is what a token leaves behind (its keys and values) the same whatever follows it. Scores
 # must have −∞ where a causal mask hides a key, so that their softmax has zeros there; a product
-# over
-# the keys then reads nothing of what is hidden.
+# over the keys then reads nothing of what is hidden.
 
 CAUSAL = P.causal(P.any("query"), P.any("key"), window=P.attr("window"))
 MASK = P.mask(P.any("x"), P.any("keep"), fill=float("-inf"))
@@ -212,15 +208,12 @@ def _hidden(sides: Sides, node: Node, hidden: dict[Value, Hidden]) -> Hidden:
     states = [hidden.get(v, Hidden.NOTHING) for v in node.operands]
     if node.op.is_distribution and Hidden.INFINITE in states:
         return Hidden.ZERO
-    if Hidden.ZERO in states and (node.op.is_scaling or _keeps_zero(node)):
+    is_linear = len(node.operands) == 1 and node.op.linear == (0,) and not node.mixes
+    keeps_zero = node.op.is_scaling or is_linear or fits(CAST, node) is not None
+    if Hidden.ZERO in states and keeps_zero:
         return Hidden.ZERO
     is_kept = node.op.carries or masked is not None or node.op.is_sum
     return Hidden.INFINITE if Hidden.INFINITE in states and is_kept else Hidden.NOTHING
-
-
-def _keeps_zero(node: Node) -> bool:
-    is_linear = len(node.operands) == 1 and node.op.linear == (0,) and not node.mixes
-    return is_linear or fits(CAST, node) is not None
 
 
 def _is_causal(sides: Sides, keep: Value) -> bool:
@@ -236,7 +229,12 @@ def _is_causal(sides: Sides, keep: Value) -> bool:
 def _problem(sides: Sides, node: Node, hidden: dict[Value, Hidden]) -> Problem | None:
     keys = [v for v in node.operands if sides.keys.get(v, frozenset()) & set(node.mixes)]
     states = {hidden.get(v, Hidden.NOTHING) for v in keys}
-    if keys and not _reads_no_hidden(node, states):
+    if node.op.is_product:
+        reads_hidden = Hidden.ZERO not in states
+    else:
+        reduces = node.op.is_distribution or fits(LARGEST, node) is not None
+        reads_hidden = states != {Hidden.INFINITE} or not reduces
+    if keys and reads_hidden:
         return Problem(
             "this attention is not causal: a token would depend on those after it", where(node),
             expected="scores that a causal mask hides before their softmax",
@@ -257,15 +255,6 @@ def _problem(sides: Sides, node: Node, hidden: dict[Value, Hidden]) -> Problem |
             expected="positions renamed, or what is made of tokens",
         )  # fmt: skip
     return None
-
-
-def _reads_no_hidden(node: Node, states: set[Hidden]) -> bool:
-    """Whether the result of a node that mixes keys depends on no hidden one."""
-    if node.op.is_product:
-        return Hidden.ZERO in states
-    return states == {Hidden.INFINITE} and (
-        node.op.is_distribution or fits(LARGEST, node) is not None
-    )
 
 
 def _mixes_tokens(sides: Sides, node: Node) -> bool:
@@ -448,7 +437,7 @@ def check_sizes(graph: Graph) -> None:
 
 NOTHING = NearMiss("attention", "the graph", "no tokens attend to others")
 
-STRETCHED = _DecodeP.rope(_DecodeP.any(), scaling=lambda s: s in ("dynamic", "longrope"))
+STRETCHED = P.rope(P.any(), scaling=lambda s: s in ("dynamic", "longrope"))
 
 STEPS = "other inputs; step by step the logits of all tokens"
 DROPS = "no capacity drops a token"
@@ -517,9 +506,24 @@ class DecodePass(Pass):
             )
         check_sizes(graph)
         dropped = [name for name in graph.outputs if name != LOGITS]
-        rewriter = self._classified(graph, tokens.name)
+        # What only other outputs need is left out before the graph is judged.
+        Rewriter(Sides.of(graph, tokens), self.name).keep({LOGITS: graph.outputs[LOGITS]})
+        _clean(graph, inputs=False)
+        rewriter = Rewriter(Sides.of(graph, graph.inputs[tokens.name]), self.name)
+        obstacles = [*rewriter.problems(), *problems(rewriter.sides)]
+        if obstacles:
+            raise InputError(obstacles)
         remarks = [Remark(f"output {name}", "is no part of a step") for name in dropped]
-        stats = self._encode(rewriter) if self.part == "encode" else self._decode(rewriter)
+        if self.part == "encode":
+            memories = rewriter.encoded()
+            if memories:
+                rewriter.keep(memories)
+            counts = {"memories": len(memories)}
+        else:
+            rewriter.decode()
+            memory_count = len(rewriter.memories) if rewriter.caches else 0
+            counts = {"caches": len(rewriter.caches), "memories": memory_count}
+        stats = {name: count for name, count in counts.items() if count}
         _clean(graph)
         if not stats:
             return PassResult(True, 0, near_misses=[NOTHING], remarks=remarks)
@@ -543,35 +547,13 @@ class DecodePass(Pass):
         parts = [1] * inputs[tokens.name].shape[1]
         return step_error(before, params_for(before, seed), inputs, parts)
 
-    def _classified(self, graph: Graph, tokens: str) -> Rewriter:
-        """Return what rewrites the graph, without what only other outputs need."""
-        first = Rewriter(Sides.of(graph, graph.inputs[tokens]), self.name)
-        first.keep({LOGITS: graph.outputs[LOGITS]})
-        _clean(graph, inputs=False)
-        rewriter = Rewriter(Sides.of(graph, graph.inputs[tokens]), self.name)
-        obstacles = [*rewriter.problems(), *problems(rewriter.sides)]
-        if obstacles:
-            raise InputError(obstacles)
-        return rewriter
-
-    def _encode(self, rewriter: Rewriter) -> dict[str, int]:
-        memories = rewriter.encoded()
-        if memories:
-            rewriter.keep(memories)
-        return {"memories": len(memories)} if memories else {}
-
-    def _decode(self, rewriter: Rewriter) -> dict[str, int]:
-        rewriter.decode()
-        stats = {"caches": len(rewriter.caches), "memories": len(rewriter.memories)}
-        return {name: count for name, count in stats.items() if count} if rewriter.caches else {}
-
 
 def _differences(graph: Graph, unbound: Iterable[str]) -> Iterator[tuple[Remark, str]]:
     """Yield what a step computes otherwise than the whole text, and the reason for the promise."""
     for location in unbound:
         yield Remark(location, "its capacity drops no token of a step"), DROPS
     for node in graph:
-        if _decode_fits(STRETCHED, node) is not None:
+        if fits(STRETCHED, node) is not None:
             yield Remark(where(node), STRETCHES), STRETCHES
 
 

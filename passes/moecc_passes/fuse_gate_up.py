@@ -17,11 +17,10 @@ from moecc.weights.movement import Concat
 
 # Fuse sibling contractions: gate and up, of one value, whose results meet in one down matrix.
 #
-# The rewrite of the pass ``fuse-gate-up``, in the core so that backends can apply it too.
-# Siblings
-# contract the same value, each with its own parameter, over the same axes and to the same new
-# axis, and meet, element by element, in a value whose new axis a further parameter contracts.
-# Query, key and value are therefore no siblings, nor are routers.
+# The rewrite of the pass ``fuse-gate-up``, in the core so that backends can apply it too. Siblings
+# contract the same value, each with its own parameter, over the same axes and to the same new axis,
+# and meet, element by element, in a value whose new axis a further parameter contracts. Query, key
+# and value are therefore no siblings, nor are routers.
 
 PROJECTION = P.contract(P.any("x"), P.param("w"), over=P.attr("over"))
 """A contraction of a value with a parameter."""

@@ -20,8 +20,7 @@ from moecc.weights.movement import Stack
 
 # Sharding of the values carried between iterations, along a mesh axis that replicates them.
 #
-# Under rematerialisation the stream between two layers is all that is kept, and devices that
-# share
+# Under rematerialisation the stream between two layers is all that is kept, and devices that share
 # the neurons of a layer all replicate it.  Sharded, it takes a fraction of the memory, for one
 # gather per iteration (Rajbhandari et al. 2019, §6.1: partitioned activations).
 
@@ -149,15 +148,33 @@ def wire(blocks: list[list[Node]]) -> Wiring:
     """
     wiring = Wiring(blocks)
     home = {v: (i, n) for i in range(len(blocks)) for n, v in enumerate(wiring.results(i))}
-    slots: dict[Each, None] = {}
     wiring.operands = [slots_of(nodes, home) for nodes in zip(*blocks, strict=True)]
-    for node in wiring.operands:
-        for each in node:
-            if each[0] not in home or home[each[0]][0] != 0:
-                slots[each] = None
+    slots = dict.fromkeys(
+        each
+        for node in wiring.operands
+        for each in node
+        if each[0] not in home or home[each[0]][0] != 0
+    )
     for each in slots:
-        _enter(wiring, each, home, slots)
-    _leave(wiring, home)
+        if each[0].type.extents:
+            raise CannotRoll(f"%{each[0].name} has sizes that are set outside the layers")
+        if any(v in home for v in each):
+            wiring.carries[each] = _carried(each, home)
+        elif len(set(each)) == 1:
+            wiring.captured.append(each)
+        elif _is_own(wiring, each, slots):
+            wiring.params.append(each)
+        else:
+            wiring.stacked.append(each)
+    for value, (block, number) in home.items():
+        outside = [user for user in value.users if user not in wiring.inside]
+        if not outside:
+            continue
+        wiring.returned.setdefault(number, []).append(block)
+        if value.type.extents:
+            raise CannotRoll(f"%{value.name} has sizes that its layer sets, and is used outside")
+        if is_slots(value) and any(user.results for user in outside):
+            raise CannotRoll(f"the slots %{value.name} are used outside their layer")
     return wiring
 
 
@@ -188,19 +205,6 @@ def _fit(value: Value, like: Value, block: int, home: Home) -> int:
     return 1 if value.is_param and like.is_param else 0
 
 
-def _enter(wiring: Wiring, each: Each, home: Home, slots: dict[Each, None]) -> None:
-    if each[0].type.extents:
-        raise CannotRoll(f"%{each[0].name} has sizes that are set outside the layers")
-    if any(v in home for v in each):
-        wiring.carries[each] = _carried(each, home)
-    elif len(set(each)) == 1:
-        wiring.captured.append(each)
-    elif _is_own(wiring, each, slots):
-        wiring.params.append(each)
-    else:
-        wiring.stacked.append(each)
-
-
 def _carried(each: Each, home: Home) -> int:
     """Return the number of the value that is carried from each block to the next."""
     first, *later = (home.get(v) for v in each)
@@ -229,37 +233,10 @@ def _is_own(wiring: Wiring, each: Each, slots: dict[Each, None]) -> bool:
     return name is not None and name not in each[0].graph
 
 
-def _leave(wiring: Wiring, home: Home) -> None:
-    for value, (block, number) in home.items():
-        outside = [user for user in value.users if user not in wiring.inside]
-        if not outside:
-            continue
-        wiring.returned.setdefault(number, []).append(block)
-        if value.type.extents:
-            raise CannotRoll(f"%{value.name} has sizes that its layer sets, and is used outside")
-        if is_slots(value) and any(user.results for user in outside):
-            raise CannotRoll(f"the slots %{value.name} are used outside their layer")
-
-
 ORIGIN = "roll-layers/fold"
 
 AXIS = "layer"
 """The name of the axis of repetitions, with a number if a value has an axis of that name."""
-
-
-@dataclass(frozen=True)
-class Keeping:
-    """What a scan keeps of a layer for the gradient.
-
-    Attributes:
-      remat: as of the ``scan``.
-      save: as of the ``scan``.
-      split: a mesh axis along which the values carried between iterations are sharded, or None.
-    """
-
-    remat: str = "none"
-    save: tuple[str, ...] = ()
-    split: str | None = None
 
 
 @dataclass
@@ -286,15 +263,20 @@ class Fold:
         free = (n for n in (AXIS, *(f"{AXIS}{i}" for i in range(2, 99))) if n not in used_names)
         self.axis = Axis(next(free), len(self.wiring.blocks))
 
-    def run(self, keeping: Keeping) -> Node:
-        """Replace the layers by a scan, and return it.
+    def run(self, remat: str, save: tuple[str, ...], split: str | None) -> None:
+        """Replace the layers by a scan.
+
+        Args:
+          remat: as of the ``scan``.
+          save: as of the ``scan``.
+          split: a mesh axis along which the values carried between iterations are sharded.
 
         Raises:
           InputError: the locations of the layers are not a range, or a node is not allowed
             in a body; nothing is changed.
         """
         wiring, first = self.wiring, self.wiring.blocks[0][0]
-        cuts = Cuts(self.graph, keeping.split, self.name)
+        cuts = Cuts(self.graph, split, self.name)
         body = self.body(self.locations(), cuts)
         along = [*map(self.param, wiring.params), *(self.stack(e, first) for e in wiring.stacked)]
         scan = self.graph.append(
@@ -308,8 +290,8 @@ class Fold:
                 "over": ((self.axis.name, self.axis.size),),
                 "carries": len(wiring.carries),
                 "stacked": len(along),
-                "remat": keeping.remat,
-                "save": keeping.save,
+                "remat": remat,
+                "save": save,
                 "body": body,
             },
             names=body.output_names,
@@ -317,12 +299,15 @@ class Fold:
             origin=ORIGIN,
             before=first,
         )
-        self.connect(self.whole(scan, cuts, first), first)
+        results = list(scan.results)
+        for at, (each, number) in enumerate(wiring.carries.items()):
+            if number in wiring.returned:
+                results[at] = cuts.joined(results[at], each[0].type, self.graph, first)
+        self.connect(results, first)
         for block in reversed(wiring.blocks):
             for node in reversed(block):
                 node.erase()
         self.order()
-        return scan
 
     def locations(self) -> list[str]:
         """Return the location of each node of the body, which stands for that of every layer."""
@@ -366,14 +351,6 @@ class Fold:
             graph.set_output(_free(value.name, graph.output_names), sharded)
         return graph
 
-    def whole(self, scan: Node, cuts: Cuts, before: Node) -> list[Value]:
-        """Return the results of the scan, gathered if anything uses them."""
-        results = list(scan.results)
-        for at, (each, number) in enumerate(self.wiring.carries.items()):
-            if number in self.wiring.returned:
-                results[at] = cuts.joined(results[at], each[0].type, self.graph, before)
-        return results
-
     def param(self, each: Each) -> Value:
         """Return the stacked parameter for one parameter of each block."""
         weights = [v.weight for v in each if v.weight is not None]
@@ -400,35 +377,25 @@ class Fold:
         wiring, last = self.wiring, len(self.wiring.blocks) - 1
         every = [wiring.results(block) for block in range(last + 1)]
         numbers = list(wiring.carries.values())
+        along = P.stack(P.any(), ..., axis=self.axis.name)
         for value, number in zip(scan_results[len(numbers) :], wiring.collected, strict=True):
-            self.join(value, [results[number] for results in every])
+            # What was stacked of all blocks is the stacked result of the scan.
+            parts = [results[number] for results in every]
+            for user in list(parts[0].users):
+                if fits(along, user) and user.operands == parts:
+                    user.replace_by(value)
         for number, blocks in wiring.returned.items():
             for block in blocks:
                 old = every[block][number]
                 if block == last and number in numbers:
                     old.replace_by(scan_results[numbers.index(number)])
-                elif self.is_needed(old):
-                    result = scan_results[len(numbers) + wiring.collected.index(number)]
-                    old.replace_by(self.pick(result, block, before))
-
-    def join(self, result: Value, parts: list[Value]) -> None:
-        """Replace what was stacked of all blocks by the stacked result of the scan."""
-        along = P.stack(P.any(), ..., axis=self.axis.name)
-        for user in list(parts[0].users):
-            if fits(along, user) and user.operands == parts:
-                user.replace_by(result)
-
-    def is_needed(self, value: Value) -> bool:
-        """Return whether a value of the layers is used outside them."""
-        return any(user not in self.wiring.inside for user in value.users)
-
-    def pick(self, result: Value, at: int, before: Node) -> Value:
-        """Return one block's value of a stacked result."""
-        attrs = {"axis": self.axis.name, "at": at}
-        node = self.graph.append(
-            "index", [result], attrs, loc=self.name, origin=ORIGIN, before=before
-        )
-        return node.result
+                elif any(user not in wiring.inside for user in old.users):
+                    stacked = scan_results[len(numbers) + wiring.collected.index(number)]
+                    attrs = {"axis": self.axis.name, "at": block}
+                    node = self.graph.append(
+                        "index", [stacked], attrs, loc=self.name, origin=ORIGIN, before=before
+                    )
+                    old.replace_by(node.result)
 
     def order(self) -> None:
         """Put each merged parameter at the position of its first part, and erase the parts."""

@@ -18,7 +18,7 @@ from moecc.rewrite import P, fits
 from moecc.rewrite.pattern import NearMiss
 from moecc.support.ranges import joined
 from moecc.types import Axis, Extent, TensorType
-from moecc_passes.roll_layers.fold import Fold, Keeping, wire
+from moecc_passes.roll_layers.fold import Fold, wire
 
 # The layers of a graph by the locations of its nodes, and which of them repeat one another.
 
@@ -286,7 +286,11 @@ class RollLayersPass(Pass):
         Raises:
           InputError: `split` is not an axis of the graph's mesh.
         """
-        self._check_split(graph)
+        if self.split is not None:
+            mesh = mesh_of(graph)
+            if mesh is None:
+                raise InputError("the graph has no mesh", hint="annotate-sharding first")
+            mesh.size((self.split,))
         stats = {"scans": 0, "layers-rolled": 0, "layers-left": 0, "hoisted": 0}
         dependent, told = data_dependent(graph), list[Remark]()
         for layers in stacks_of(graph):
@@ -308,18 +312,6 @@ class RollLayersPass(Pass):
         near = [] if stats["scans"] else misses
         return PassResult(changed, stats["scans"], stats, near_misses=near)
 
-    @property
-    def _keeping(self) -> Keeping:
-        return Keeping(self.remat, self.save, self.split)
-
-    def _check_split(self, graph: Graph) -> None:
-        if self.split is None:
-            return
-        mesh = mesh_of(graph)
-        if mesh is None:
-            raise InputError("the graph has no mesh", hint="annotate-sharding first")
-        mesh.size((self.split,))
-
     def _roll(
         self, graph: Graph, layers: Sequence[LayerNodes], repeated: Repeated, ctx: Context
     ) -> Remark | None:
@@ -331,7 +323,7 @@ class RollLayersPass(Pass):
         ]
         name = joined([layer.name for layer in some]) or some[0].stack
         try:
-            Fold(graph, wire(blocks), some[0].stack).run(self._keeping)
+            Fold(graph, wire(blocks), some[0].stack).run(self.remat, self.save, self.split)
         except InputError as error:
             return Remark(name, f"equal, but not rolled: {error.problems[0]}")
         each = f"{repeated.period} layers" if repeated.period > 1 else "one layer"

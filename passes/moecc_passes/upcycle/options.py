@@ -236,8 +236,7 @@ class UpcycleOptions:
 #
 # ``all``; ``every:4`` is layers 3, 7, 11 … as Hugging Face's ``decoder_sparse_step`` counts;
 # ``first:half``, ``last:half``, ``first:6``, ``last:6``, ``middle:6``; a list ``3,7,11``; a glob
-# over
-# locations, ``layers.1*.ffn``; or ``nowhere``.
+# over locations, ``layers.1*.ffn``; or ``nowhere``.
 
 FORMS = (
     "all, nowhere, every:N, first:N, first:half, last:N, last:half, middle:N, a list 3,7,11, "

@@ -19,8 +19,8 @@ from moecc_passes.upcycle.routers import UpcycleRecipe, emit_router
 
 # An extra dense feed-forward sublayer beside a sparse one (ST-MoE, section 5 and Table 16).
 #
-# It has the shape of the dense block, its own norm and residual, and its last matrix is zero:
-# it adds exactly nothing until it is trained.
+# It has the shape of the dense block, its own norm and residual, and its last matrix is zero: it
+# adds exactly nothing until it is trained.
 
 
 SCALED = P.scale(P.any())
