@@ -20,7 +20,7 @@ from pathlib import Path
 from moecc.errors import InputError, escaped
 from moecc.ir.graph import Graph
 from moecc.ir.text import print_graph
-from moecc.pipeline.passes import KNOWN, Context, Pass, crash_of
+from moecc.pipeline.passes import Pass
 from moecc.pipeline.text import LOADED
 from moecc.version import __version__
 
@@ -80,7 +80,10 @@ def write_reproducer(folder: Path, text: str, replay: Replay, title: str, notes:
     number = 1
     while (path := folder / f"moecc-crash-{number}.moe").exists():
         number += 1
-    names = tuple(_copied(Path(file), folder, number) for file in replay.load)
+    # Files of own passes are copied beside the reproducer.
+    names = tuple(f"moecc-crash-{number}-{Path(file).name}" for file in replay.load)
+    for file, name in zip(replay.load, names, strict=True):
+        shutil.copyfile(file, folder / name)
     content = _content(text, replace(replay, load=names), title, notes)
     path.write_text(content, encoding="utf-8")
     return path
@@ -101,13 +104,6 @@ def _content(text: str, replay: Replay, title: str, notes: str) -> str:
         *(f"# {line}".rstrip() for line in notes.splitlines()),
     ]
     return f"{escaped(chr(10).join(head))}\n{text}"
-
-
-def _copied(file: Path, folder: Path, number: int) -> str:
-    """Copy a file of own passes beside the reproducer, and return its name there."""
-    name = f"moecc-crash-{number}-{file.name}"
-    shutil.copyfile(file, folder / name)
-    return name
 
 
 def is_reproducer(file: str) -> bool:
@@ -178,52 +174,15 @@ def check_loaded(path: Path, stated: Replay, files: Sequence[str]) -> None:
     )  # fmt: skip
 
 
-class Reproducer:
-    """Turns an unexpected exception inside it into a `PassCrash`, and writes a reproducer.
-
-    The text of the graph is taken when this is made, before any pass changes it.
-
-    Attributes:
-      number: the number of the running pass, from 1.
-      item: the running pass.
-    """
-
-    def __init__(
-        self,
-        graph: Graph,
-        pipeline: str,
-        passes: Iterable[Pass],
-        context: Context,
-        folder: Callable[[], Path] | None,
-    ) -> None:
-        self.text = print_graph(graph) if folder is not None else ""
-        self.replay = Replay(
-            pipeline, context.seed, context.allow_unmatched, load=loaded_files(passes)
-        )
-        self.folder = folder
-        self.number = 0
-        self.item: Pass | None = None
-
-    def __enter__(self) -> Reproducer:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        # Errors of the user or the machine have messages of their own.
-        if not isinstance(error, Exception) or isinstance(error, KNOWN) or self.item is None:
-            return
-        title = f"the pass {self.number}, {self.item.name}, crashed"
-        hint = None if self.folder is None else self.kept(error, title)
-        raise crash_of(type(self.item), title, error, hint) from error
-
-    def kept(self, error: Exception, title: str) -> str:
-        """Write the reproducer and return where it is, or why it could not be written."""
-        assert self.folder is not None
-        notes = "".join(traceback.format_exception(error))
-        try:
-            path = write_reproducer(self.folder(), self.text, self.replay, title, notes)
-        except OSError as failure:
-            return f"the reproducer could not be written: {failure}"
-        copies = read_reproducer(path).load
-        words = ["moecc replay", shlex.quote(str(path))]
-        words += [f"--load {shlex.quote(file)}" for file in copies]
-        return f"{' '.join(words)} repeats it: the input, the pipeline and the seed are in there"
+def save_crash(
+    folder: Callable[[], Path], text: str, replay: Replay, error: Exception, title: str
+) -> str:
+    """Write the reproducer of a crash; return how it is repeated, or why it was not written."""
+    notes = "".join(traceback.format_exception(error))
+    try:
+        path = write_reproducer(folder(), text, replay, title, notes)
+    except OSError as failure:
+        return f"the reproducer could not be written: {failure}"
+    words = ["moecc replay", shlex.quote(str(path))]
+    words += [f"--load {shlex.quote(file)}" for file in read_reproducer(path).load]
+    return f"{' '.join(words)} repeats it: the input, the pipeline and the seed are in there"

@@ -15,8 +15,18 @@ from moecc.ir.graph import Graph
 from moecc.ir.text import print_graph
 from moecc.ir.unroll import is_rolled
 from moecc.ir.verify import VerifyError, verify
-from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark, apply_pass, weakest
-from moecc.pipeline.reproducer import Reproducer
+from moecc.pipeline.passes import (
+    KNOWN,
+    Context,
+    Pass,
+    PassResult,
+    Preserves,
+    Remark,
+    apply_pass,
+    crash_of,
+    weakest,
+)
+from moecc.pipeline.reproducer import Replay, loaded_files, save_crash
 from moecc.pipeline.text import Pipeline, format_pass
 from moecc.support.process import gc_paused
 
@@ -143,19 +153,32 @@ def run_pipeline(
     for instrument in instruments:
         instrument.start(graph, pipeline)
     runs: list[PassRun] = []
-    with (
-        gc_paused(),
-        Reproducer(graph, str(pipeline), pipeline, context, crash_folder) as reproducer,
-    ):
-        for number, item in enumerate(pipeline, 1):
-            for instrument in instruments:
-                instrument.before(number, item, graph)
-            reproducer.number, reproducer.item = number, item
-            run = run_pass(graph, item, context, number)
-            runs.append(run)
-            reproducer.item = None
-            for instrument in instruments:
-                instrument.after(run, graph)
+    # Taken before any pass changes the graph.
+    text = print_graph(graph) if crash_folder is not None else ""
+    running: tuple[int, Pass] | None = None
+    try:
+        with gc_paused():
+            for number, item in enumerate(pipeline, 1):
+                for instrument in instruments:
+                    instrument.before(number, item, graph)
+                running = number, item
+                runs.append(run_pass(graph, item, context, number))
+                running = None
+                for instrument in instruments:
+                    instrument.after(runs[-1], graph)
+    except KNOWN:
+        # Errors of the user or the machine have messages of their own.
+        raise
+    except Exception as error:
+        if running is None:
+            raise
+        number, item = running
+        title, hint = f"the pass {number}, {item.name}, crashed", None
+        if crash_folder is not None:
+            load = loaded_files(pipeline)
+            replay = Replay(str(pipeline), context.seed, context.allow_unmatched, load=load)
+            hint = save_crash(crash_folder, text, replay, error, title)
+        raise crash_of(type(item), title, error, hint) from error
     report = PipelineReport(tuple(runs))
     for instrument in instruments:
         instrument.finish(report)
