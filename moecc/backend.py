@@ -113,13 +113,13 @@ class MeshBackend(Backend, Protocol):
 
 @cache
 def _factories() -> dict[str, Callable[[], Backend]]:
-    found: dict[str, Callable[[], Backend]] = {}
+    factories: dict[str, Callable[[], Backend]] = {}
     for point in entry_points(group="moecc.backends"):
         for name, factory in point.load().items():
-            if name in found:
+            if name in factories:
                 raise UsageError(f"two installed packages define the backend {name!r}")
-            found[name] = factory
-    return found
+            factories[name] = factory
+    return factories
 
 
 def backend_names() -> list[str]:

@@ -64,8 +64,8 @@ class DecodeGraphs:
     @property
     def caches(self) -> dict[str, Value]:
         """The caches by name."""
-        given = self.step.inputs
-        return {name: given[name] for name in self.step.outputs if name in given}
+        inputs = self.step.inputs
+        return {name: inputs[name] for name in self.step.outputs if name in inputs}
 
 
 def rewritten(graph: Graph, pipeline: str) -> Graph:
@@ -77,8 +77,8 @@ def rewritten(graph: Graph, pipeline: str) -> Graph:
 
 def unstretched(graph: Graph) -> int | None:
     """Return up to which length rotary positions do not depend on it; None where they never do."""
-    found = [RopeOp.of_node(node) for node in graph.every_node() if fits(_ROPE, node)]
-    return min((a.original_context for a in found if a.scaling in LENGTH_SCALINGS), default=None)
+    ropes = [RopeOp.of_node(node) for node in graph.every_node() if fits(_ROPE, node)]
+    return min((a.original_context for a in ropes if a.scaling in LENGTH_SCALINGS), default=None)
 
 
 def check_continues(graph: Graph, name: str) -> None:
@@ -156,10 +156,10 @@ class PlainSession:
         """Run `graph`."""
         if graph not in self._programs:
             self._programs[graph] = self.backend.compile(graph, dtype=self.dtype)
-        given = {n: inputs[n] if n in inputs else self._values[n] for n in graph.inputs}
-        made = self._programs[graph].run(self.params, given)
-        self.keep({n: a for n, a in made.items() if n in graph.inputs})
-        return {n: a for n, a in made.items() if n not in graph.inputs}
+        arrays = {n: inputs[n] if n in inputs else self._values[n] for n in graph.inputs}
+        outputs = self._programs[graph].run(self.params, arrays)
+        self.keep({n: a for n, a in outputs.items() if n in graph.inputs})
+        return {n: a for n, a in outputs.items() if n not in graph.inputs}
 
 
 class ReadOnce(Mapping[str, Array]):
@@ -246,11 +246,11 @@ class Batch:
         """Append a token to each text; return the logits after it, ``[text, vocab]``."""
         if self._end == self._positions.shape[1]:
             self._grow()
-        given = np.asarray(tokens, np.int32)[:, None]
+        column = np.asarray(tokens, np.int32)[:, None]
         positions = self._lengths[:, None]
-        made = self._run(self.graphs.step, given, positions, positions)
+        outputs = self._run(self.graphs.step, column, positions, positions)
         self._lengths = self._lengths + 1
-        return made[LOGITS][:, 0]
+        return outputs[LOGITS][:, 0]
 
     def _fill(self, prompts: Sequence[Sequence[int]], width: int) -> None:
         """Write all tokens but the last of each prompt into the caches."""
@@ -265,26 +265,28 @@ class Batch:
             np.where(is_token, places, 0), np.where(is_token, places, NOWHERE),
         )  # fmt: skip
 
-    def _run(self, graph: Graph, tokens: Array, positions: Array, kept: Array) -> dict[str, Array]:
+    def _run(
+        self, graph: Graph, tokens: Array, positions: Array, key_positions: Array
+    ) -> dict[str, Array]:
         start, self._end = self._end, self._end + tokens.shape[1]
-        self._positions[:, start : self._end] = kept
+        self._positions[:, start : self._end] = key_positions
         inputs: dict[str, Array] = {
             self.graphs.tokens: tokens,
             "positions": positions.astype(np.int32),
             "key_positions": self._positions,
             "start": np.array(start, np.int32),
         }
-        given = {n: a for n, a in inputs.items() if n in graph.inputs}
-        return self._session.run(graph, given)
+        arrays = {n: a for n, a in inputs.items() if n in graph.inputs}
+        return self._session.run(graph, arrays)
 
     def _grow(self) -> None:
         """Double the places of the caches."""
         more = self._positions.shape[1]
         at = {n: v.type.sizes.index(CAPACITY) for n, v in self.graphs.caches.items()}
-        kept = self._session.kept()
-        self._session.keep({n: _padded(kept[n], axis, more) for n, axis in at.items()})
-        rest = np.full_like(self._positions, NOWHERE)
-        self._positions = np.concatenate([self._positions, rest], axis=1)
+        caches = self._session.kept()
+        self._session.keep({n: _padded(caches[n], axis, more) for n, axis in at.items()})
+        padding = np.full_like(self._positions, NOWHERE)
+        self._positions = np.concatenate([self._positions, padding], axis=1)
 
     def _empty(self, cache: Value) -> Array:
         texts, places = self._positions.shape
@@ -331,13 +333,13 @@ class Sampling:
             (0 < self.top_p <= 1, "a probability", "top-p", "above 0, at most 1"),
             (self.seed >= 0, "a seed of draws", "seed", "0 or more"),
         )
-        found = [
-            Problem(f"not {what}", f"--{name}", wanted, str(getattr(self, name.replace("-", "_"))))
-            for holds, what, name, wanted in rules
+        problems = [
+            Problem(f"not {text}", f"--{name}", wanted, str(getattr(self, name.replace("-", "_"))))
+            for holds, text, name, wanted in rules
             if not holds
         ]
-        if found:
-            raise UsageError(found)
+        if problems:
+            raise UsageError(problems)
 
     def generators(self, count: int) -> list[np.random.Generator]:
         """Return the source of draws of each text: what a text gets does not depend on others."""

@@ -86,9 +86,9 @@ def prepare(request: Request) -> PreparedJob:
     work = workload(planned, batch)
     of_batch = cache(partial(workload, planned))
 
-    def work_on(other: Machine, parts: int) -> Workload:
+    def work_on(device: Machine, parts: int) -> Workload:
         lengths, tokens = config.lengths, config.batch_tokens
-        return of_batch(make_batch(graph, other.devices, tokens, lengths, parts))
+        return of_batch(make_batch(graph, device.devices, tokens, lengths, parts))
 
     asked = Asked(machine, _fixed(config, work), work, work_on)
     strategy = _in_chunks(config, _strategy(config, asked), work)
@@ -167,13 +167,13 @@ def _losses(graph: Graph, parts: int) -> dict[str, object] | None:
 
     Those of one of several micro-batches are added anew, by the options that the graph records.
     """
-    own = graph.attrs.get(LOSSES)
-    if not isinstance(own, dict):
+    losses = graph.attrs.get(LOSSES)
+    if not isinstance(losses, dict):
         return {"metrics": False} | ({"parts": parts} if parts > 1 else {})
     if parts == 1:
         return None
-    given = {name.replace("_", "-"): value for name, value in own.items() if value is not None}
-    return given | {"parts": parts, "replace": True}
+    options = {name.replace("_", "-"): value for name, value in losses.items() if value is not None}
+    return options | {"parts": parts, "replace": True}
 
 
 def _passes(

@@ -247,13 +247,13 @@ def _foreign(text: str) -> list[Problem]:
     """Return what is wrong with the key of a text."""
     key = text.partition("=")[0].strip()
     name = key.removeprefix(_SECTION).partition(".")[0]
-    known = name in OptimizerSection.__dataclass_fields__
-    if key.startswith(_SECTION) and (name in COMPILED or not known):
+    is_option = name in OptimizerSection.__dataclass_fields__
+    if key.startswith(_SECTION) and (name in COMPILED or not is_option):
         return []
     hint = _OTHERS.get(name, _RATE) if key.startswith(_SECTION) else _MORE
-    what = f"{key!r} is no part of a compiled step"
+    problem = f"{key!r} is no part of a compiled step"
     expected = ", ".join(f"{_SECTION}{name}" for name in COMPILED)
-    return [Problem(what, f"--set {text}", expected, hint=hint)]
+    return [Problem(problem, f"--set {text}", expected, hint=hint)]
 
 
 # What a backend gives of a step that it exported.

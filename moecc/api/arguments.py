@@ -43,19 +43,19 @@ def folder_text(folder: object) -> str:
     return _path(folder, "folder", "a folder, or a .gguf file, as text or Path")
 
 
-def _path(place: object, what: str, expected: str) -> str:
-    if not isinstance(place, (str, os.PathLike)):
-        raise _wrong(what, expected, place)
+def _path(path: object, noun: str, expected: str) -> str:
+    if not isinstance(path, (str, os.PathLike)):
+        raise _wrong(noun, expected, path)
     try:
-        text = os.fspath(place)
+        text = os.fspath(path)
     except TypeError:
-        raise _wrong(what, expected, place) from None
+        raise _wrong(noun, expected, path) from None
     if not isinstance(text, str) or not text or "\0" in text:
-        raise _wrong(what, expected, place)
+        raise _wrong(noun, expected, path)
     return text
 
 
-def whole(what: str, value: object, low: int = 0) -> int:
+def whole(noun: str, value: object, low: int = 0) -> int:
     """Return a whole number, Python's or NumPy's.
 
     Raises:
@@ -63,25 +63,25 @@ def whole(what: str, value: object, low: int = 0) -> int:
     """
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= low:
         return int(value)
-    raise UsageError(f"the {what} is no whole number from {low} on", found=_SHOWN.repr(value))
+    raise UsageError(f"the {noun} is no whole number from {low} on", found=_SHOWN.repr(value))
 
 
-def positive(what: str, value: object) -> None:
+def positive(noun: str, value: object) -> None:
     """Raise UsageError unless `value` is a number above 0."""
     value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
         return
-    raise UsageError(f"the {what} is no number above 0", found=_SHOWN.repr(value))
+    raise UsageError(f"the {noun} is no number above 0", found=_SHOWN.repr(value))
 
 
-def flag(what: str, value: object) -> bool:
+def flag(noun: str, value: object) -> bool:
     """Return whether something is asked for; a text such as "no" would count as true.
 
     Raises:
       UsageError: it is neither True nor False.
     """
     if not isinstance(value, (bool, np.bool_)):
-        raise _wrong(f"option {what}", "True or False", value)
+        raise _wrong(f"option {noun}", "True or False", value)
     return bool(value)
 
 
@@ -106,15 +106,15 @@ def arrays_of(inputs: object) -> dict[str, Array]:
     """
     if not isinstance(inputs, Mapping):
         raise UsageError("inputs are arrays by name", found=type(inputs).__name__)
-    found: dict[str, Array] = {}
+    arrays: dict[str, Array] = {}
     for name, value in inputs.items():
         if not isinstance(name, str):
             raise _wrong("name of an input", "text", name)
         try:
-            found[name] = value if hasattr(value, "ndim") else np.asarray(value)
+            arrays[name] = value if hasattr(value, "ndim") else np.asarray(value)
         except ValueError:
             raise _wrong(f"input {name}", "an array, or lists of equal lengths", value) from None
-    return found
+    return arrays
 
 
 def named_places(models: object) -> dict[str, str]:
@@ -129,7 +129,7 @@ def named_places(models: object) -> dict[str, str]:
         raise _wrong("experts", "folders of models by name, {'a': 'tuned'}", models)
     if any(not isinstance(name, str) or "=" in name for name in models):
         raise _wrong("names of the experts", "text without =", list(models))
-    return parse_branches([f"{name}={source_text(place)}" for name, place in models.items()])
+    return parse_branches([f"{name}={source_text(folder)}" for name, folder in models.items()])
 
 
 def pipeline_of(passes: object) -> Pipeline:
@@ -155,8 +155,8 @@ def _checked(item: Pass) -> Pass:
     Raises:
       UsageError: one has another type.
     """
-    given = {f.name: getattr(item, f.name) for f in fields(item)}
-    scalars = {name: value for name, value in given.items() if isinstance(value, np.generic)}
+    options = {f.name: getattr(item, f.name) for f in fields(item)}
+    scalars = {name: value for name, value in options.items() if isinstance(value, np.generic)}
     item = replace(item, **_plain(**scalars)) if scalars else item
     try:
         format_pass(item)
@@ -208,7 +208,7 @@ def dtype_of(dtype: object) -> DType | None:
     return float_type(str(name).removeprefix("torch."))
 
 
-def texts_of(what: str, texts: object) -> list[str]:
+def texts_of(noun: str, texts: object) -> list[str]:
     """Return one text, or several, as a list.
 
     Raises:
@@ -218,7 +218,7 @@ def texts_of(what: str, texts: object) -> list[str]:
         return [texts]
     if isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts):
         return list(texts)
-    raise _wrong(what, "a text, or a list of texts", texts)
+    raise _wrong(noun, "a text, or a list of texts", texts)
 
 
 def continuing(
@@ -242,9 +242,9 @@ def continuing(
     ]
     if problems:
         raise UsageError(problems)
-    given: JsonDict = {**wholes, **numbers}
-    count = given.pop("tokens")
-    how = Continuing(count, Sampling(**given), dtype=dtype_of(dtype) or F32)
+    settings: JsonDict = {**wholes, **numbers}
+    count = settings.pop("tokens")
+    how = Continuing(count, Sampling(**settings), dtype=dtype_of(dtype) or F32)
     how.check()
     return how
 
@@ -295,9 +295,9 @@ def _expected(hint: object) -> str:
     return "a whole number" if "int" in str(hint) else "text"
 
 
-def _wrong(what: str, expected: str, found: object) -> UsageError:
+def _wrong(noun: str, expected: str, value: object) -> UsageError:
     return UsageError(
-        f"the {what} cannot be used",
+        f"the {noun} cannot be used",
         expected=expected,
-        found=f"{type(found).__name__} {_SHOWN.repr(found)}",
+        found=f"{type(value).__name__} {_SHOWN.repr(value)}",
     )

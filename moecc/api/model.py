@@ -179,9 +179,9 @@ def open(
     if isinstance(source, Model):
         return source
     seed, padding = whole("seed", seed), flag("padding", padding)
-    place = None if weights is None else source_text(weights)
+    checkpoint = None if weights is None else source_text(weights)
     name = source_text(source)
-    opened = open_model(_anywhere(name), weights=place, padding=padding, config_alone=True)
+    opened = open_model(_anywhere(name), weights=checkpoint, padding=padding, config_alone=True)
     opened = replace(opened, name=name)
     allowed = flag("allow_other_base", allow_other_base)
     add_branches(opened, named_places(experts), allow_other_base=allowed)
@@ -259,13 +259,13 @@ class Model(Closing):
         passes, allow_unmatched = pipeline_of(pipeline), flag("allow_unmatched", allow_unmatched)
         remarks: list[str] = []
         context = replace(self._context(allow_unmatched), remark=lambda r: remarks.append(str(r)))
-        whole = Pipeline((*self.pipeline, *passes))
-        if problems := whole.problems():
+        full_pipeline = Pipeline((*self.pipeline, *passes))
+        if problems := full_pipeline.problems():
             raise UsageError(problems)
         graph = clone(self.graph)
         done = run_pipeline(graph, passes, context=context)
         return Model(
-            self.opened, whole, self.seed, graph, weakest((self.preserves, done.preserves)),
+            self.opened, full_pipeline, self.seed, graph, weakest((self.preserves, done.preserves)),
             (*self.remarks, *remarks), self.allow_unmatched or allow_unmatched, self.statistics,
         )  # fmt: skip
 
@@ -308,9 +308,9 @@ class Model(Closing):
         from moecc.backend import get_backend
         from moecc.model.inputs import check_inputs, default_inputs
 
-        given = default_inputs(self.graph) if inputs is None else arrays_of(inputs)
+        arrays = default_inputs(self.graph) if inputs is None else arrays_of(inputs)
         program = get_backend(backend).compile(self.graph, dtype=dtype_of(dtype) or F32)
-        return program.run(self.params(), check_inputs(self.graph, given, "inputs"))
+        return program.run(self.params(), check_inputs(self.graph, arrays, "inputs"))
 
     def generate(
         self,
@@ -347,9 +347,9 @@ class Model(Closing):
 
         how = continuing(tokens, temperature, top_k, top_p, seed, dtype)
         prompts, ends = texts_of("prompt", prompt), texts_of("stop", stop)
-        found = generate_texts(self.model, prompts, how, stop=ends, continuer=self._continuer)
-        made = [m.text for m in found]
-        return made[0] if isinstance(prompt, str) else made
+        generated = generate_texts(self.model, prompts, how, stop=ends, continuer=self._continuer)
+        continuations = [m.text for m in generated]
+        return continuations[0] if isinstance(prompt, str) else continuations
 
     def plan(self, machine: str, *, explore: bool = False, **options: object) -> StepPlan:
         """Predict memory, time and traffic of a step on a machine, and find the best mesh.
@@ -365,9 +365,9 @@ class Model(Closing):
         """
         from moecc.jobs.plan import plan_step
 
-        place, step = machine_text(machine), step_request(options)
+        name, step = machine_text(machine), step_request(options)
         explored = flag("explore", explore)
-        return StepPlan(plan_step(self.graph, self.name, place, step, explored)[0])
+        return StepPlan(plan_step(self.graph, self.name, name, step, explored)[0])
 
     def sweep(
         self,
@@ -395,11 +395,11 @@ class Model(Closing):
         from moecc.jobs.plan import Swept, plan_sweep
         from moecc.plan.sweeps import sweep_of
 
-        found = sweep_of(*map(swept_values, (experts, top_k, capacity_factor)))
+        axes = sweep_of(*map(swept_values, (experts, top_k, capacity_factor)))
         step, passes = step_request(options), self.pipeline
-        place, context = machine_text(machine), self._context(self.allow_unmatched)
-        swept = Swept(self.opened.graph, passes, self.name, place, step, context)
-        return PlanSweep(plan_sweep(swept, found), str(passes))
+        name, context = machine_text(machine), self._context(self.allow_unmatched)
+        swept = Swept(self.opened.graph, passes, self.name, name, step, context)
+        return PlanSweep(plan_sweep(swept, axes), str(passes))
 
     def prepare(self, to: str = "auto", *, dtype: object = None, check: bool = True) -> Plan:
         """Plan a conversion to another family; only headers are read.
@@ -443,9 +443,9 @@ class Model(Closing):
         """
         from moecc.jobs.convert import write
 
-        place, force = folder_text(folder), flag("force", force)
-        write(self.prepare(family_text(to), dtype=dtype), place, force=force)
-        return open(place, seed=self.seed)
+        path, force = folder_text(folder), flag("force", force)
+        write(self.prepare(family_text(to), dtype=dtype), path, force=force)
+        return open(path, seed=self.seed)
 
     def verify(
         self, against: str | os.PathLike[str] | Model, *, tolerance: float = 1e-5
@@ -521,29 +521,33 @@ def write_arrays(
     if problems:
         raise InputError(problems)
     used = {n: params[n] for n in model.graph.params}
-    given = GivenParams(model.checkpoint, used)
+    checkpoint = GivenParams(model.checkpoint, used)
     graph = clone(model.graph)
     for name, param in graph.params.items():
-        param.weight = Source(name, TensorType(given.tensors[name].dtype, param.type.bare.axes))
-    planned = plan(_WriteParamsModel(graph, model.name, given), Pipeline.parse(""), to, dtype=dtype)
+        param.weight = Source(
+            name, TensorType(checkpoint.tensors[name].dtype, param.type.bare.axes)
+        )
+    planned = plan(
+        _WriteParamsModel(graph, model.name, checkpoint), Pipeline.parse(""), to, dtype=dtype
+    )
     return write(planned, folder, force=force)
 
 
 def _misfits(graph: Graph, params: Json) -> Iterator[Problem]:
-    known = {d.numpy for d in DTYPES.values() if d.is_float}
+    dtypes = {d.numpy for d in DTYPES.values() if d.is_float}
     for name in params:
         if name not in graph.params:
-            what = "the model has no such parameter"
-            yield Problem(what, str(name), hint=nearest(str(name), graph.params))
+            problem = "the model has no such parameter"
+            yield Problem(problem, str(name), hint=nearest(str(name), graph.params))
     for name, param in graph.params.items():
         if name not in params:
             yield Problem("no array is given", f"param %{name}", str(param.type))
             continue
         array = params[name]
         if not hasattr(array, "shape") or not hasattr(array, "dtype"):
-            found = type(array).__name__
-            yield Problem("this is no array", f"param %{name}", str(param.type), found)
-        elif tuple(array.shape) != param.type.shape or array.dtype not in known:
+            kind = type(array).__name__
+            yield Problem("this is no array", f"param %{name}", str(param.type), kind)
+        elif tuple(array.shape) != param.type.shape or array.dtype not in dtypes:
             yield Problem("the array does not fit", f"param %{name}", str(param.type),
                           f"{array.dtype}{list(array.shape)}")  # fmt: skip
 
@@ -596,7 +600,7 @@ def load_step(file: str | os.PathLike[str]) -> LoadedStep:
       InputError: the file is missing, or is no such artefact.
       MachineError: jax or flatbuffers is not installed.
     """
-    place = source_text(file)
+    path = source_text(file)
     backend = get_backend("xla")
     assert isinstance(backend, StepLoader), "the xla backend exports"
-    return backend.load_step(read_whole(Path(place)), place)
+    return backend.load_step(read_whole(Path(path)), path)

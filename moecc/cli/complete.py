@@ -114,15 +114,15 @@ def _passes(last: str) -> Iterator[str]:
             elif issubclass(registry.get(name), TemplatePass):
                 yield f"@{name}"
         return
-    found = _OPTION.match(last) or _VALUE.match(last)
-    if found is None or found[2] not in registry.names():
+    match = _OPTION.match(last) or _VALUE.match(last)
+    if match is None or match[2] not in registry.names():
         return
-    there = options(registry.get(found[2]))
-    if found.re is _OPTION:
-        begun = last[: found.start(3)]
+    there = options(registry.get(match[2]))
+    if match.re is _OPTION:
+        begun = last[: match.start(3)]
         yield from (f"{begun}{name}=" for name in there if f"{name}=" not in begun)
-    elif found[3] in there:
-        yield from (f"{last[: found.start(4)]}{value}" for value in _values(there[found[3]].type))
+    elif match[3] in there:
+        yield from (f"{last[: match.start(4)]}{value}" for value in _values(there[match[3]].type))
 
 
 def _values(type: object) -> Iterator[str]:

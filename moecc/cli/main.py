@@ -237,8 +237,8 @@ def _of_user(error: BaseException) -> bool:
 def _bug(error: BaseException) -> int:
     from moecc.support.user_files import line_of_user
 
-    if getattr(error, "reproducer", None) is None and (place := line_of_user(error)):
-        say(f"error: {place}: {described(error)}")
+    if getattr(error, "reproducer", None) is None and (line := line_of_user(error)):
+        say(f"error: {line}: {described(error)}")
         if os.environ.get("MOECC_DEBUG"):
             traceback.print_exc()
         return 1

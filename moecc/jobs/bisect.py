@@ -74,7 +74,7 @@ class Bisection:
 
     def as_dict(self) -> dict[str, object]:
         """Return it as JSON values."""
-        found = self.gap
+        gap = self.gap
         return {
             "kind": self.failure.kind,
             "text": self.failure.text,
@@ -88,11 +88,11 @@ class Bisection:
             if self.rewrite
             else None,
             "value": {
-                "where": found.place,
-                "expected": str(found.expected),
-                "found": str(found.found),
+                "where": gap.place,
+                "expected": str(gap.expected),
+                "found": str(gap.found),
             }
-            if found
+            if gap
             else None,
         }
 
@@ -121,14 +121,14 @@ def bisect_compared(graph: Graph, pipeline: Pipeline, context: Context, compare:
         run_pass(after[-1], item, context, number)
     if _gap(after[-1], compare) is None:
         raise InputError("all values are as they should be", where=f"--compare {compare}")
-    number, found = _first(after, compare)
-    failure = Failure(compare, "", str(found))
+    number, first_gap = _first(after, compare)
+    failure = Failure(compare, "", str(first_gap))
     blamed = items[number - 1] if number else None
     if compare == RUN:
-        return Bisection(failure, LOWERING, number, blamed, gap=found)
-    rule, which = _wrong_rule(after[number], found)
+        return Bisection(failure, LOWERING, number, blamed, gap=first_gap)
+    rule, which = _wrong_rule(after[number], first_gap)
     step = SIMPLIFIER if rule else WRITER
-    return Bisection(failure, step, number, blamed, rule, which, found)
+    return Bisection(failure, step, number, blamed, rule, which, first_gap)
 
 
 def _first(graphs: Sequence[Graph], compare: str) -> tuple[int, Gap]:
@@ -136,9 +136,9 @@ def _first(graphs: Sequence[Graph], compare: str) -> tuple[int, Gap]:
     for number, graph in enumerate(graphs):
         # Before some pass a graph may have values that no backend computes.
         with suppress(InputError):
-            found = _gap(graph, compare)
-            if found is not None:
-                return number, found
+            difference = _gap(graph, compare)
+            if difference is not None:
+                return number, difference
     raise AssertionError("the last graph has a gap")
 
 
@@ -146,14 +146,14 @@ def _gap(graph: Graph, compare: str) -> Gap | None:
     return xla_gap(graph) if compare == RUN else weight_gap(graph)
 
 
-def _wrong_rule(graph: Graph, found: Gap) -> tuple[str, tuple[int, int]]:
+def _wrong_rule(graph: Graph, mismatch: Gap) -> tuple[str, tuple[int, int]]:
     """Return the first rule that changes the value of the parameter, and which step it is."""
-    weight = graph.value(found.place.partition(", element")[0].removeprefix("%")).weight
+    weight = graph.value(mismatch.place.partition(", element")[0].removeprefix("%")).weight
     assert weight is not None, "a weight that is written is one"
-    made = list(steps(weight))
-    for number, (rule, before, after) in enumerate(made, 1):
+    rules = list(steps(weight))
+    for number, (rule, before, after) in enumerate(rules, 1):
         if _differ(before, after):
-            return f"{rule} at {before}", (number, len(made))
+            return f"{rule} at {before}", (number, len(rules))
     return "", (0, 0)
 
 
@@ -232,8 +232,8 @@ def _run(graph: Graph, item: Pass, context: Context) -> bool:
 
 def _fails(before: Graph, item: Pass, limit: int, failure: Failure, context: Context) -> bool:
     with rewrites_watched(limit):
-        found = PromiseTest(context)(before, Pipeline((item,)))
-    return failure.is_like(found)
+        repeated = PromiseTest(context)(before, Pipeline((item,)))
+    return failure.is_like(repeated)
 
 
 def _first_gap(before: Graph, item: Pass, limit: int | None, context: Context) -> Gap | None:
@@ -248,33 +248,33 @@ def _first_gap(before: Graph, item: Pass, limit: int | None, context: Context) -
     inputs = inputs_for(before, 0, sizes)
     try:
         expected = values_of(before, params_for(before, 0, sizes), inputs)
-        found = values_of(after, params_for(after, 0, sizes), inputs_for(after, 0, sizes) | inputs)
+        actual = values_of(after, params_for(after, 0, sizes), inputs_for(after, 0, sizes) | inputs)
     except KNOWN:
         return None
     by_name = {v.name: (v, array) for v, array in expected.items() if v.node is not None}
-    for value, array in found.items():
-        known = by_name.get(value.name)
-        if known is None or value.node is None or known[0].type != value.type:
+    for value, array in actual.items():
+        reference = by_name.get(value.name)
+        if reference is None or value.node is None or reference[0].type != value.type:
             continue
-        differs = gap(value, known[1], array, 1e-12)
+        differs = gap(value, reference[1], array, 1e-12)
         if differs is not None:
             return differs
     return None
 
 
-def bisection_text(found: Bisection) -> str:
+def bisection_text(bisection: Bisection) -> str:
     """Return a human-readable bisection."""
     from moecc.pipeline.text import format_pass
 
-    rows = [f"failure  {found.failure}", f"step     {found.step}"]
-    if found.item is not None:
-        seen = "" if found.step == PASS else "first seen after "
-        rows.append(f"pass     {seen}{found.number}, {format_pass(found.item)}")
-    if found.rewrite:
-        which, of = found.rewrites
-        rows.append(f"rewrite  {found.rewrite} ({which} of {of})")
-    if found.gap is not None:
-        rows.append(f"value    {found.gap}")
+    rows = [f"failure  {bisection.failure}", f"step     {bisection.step}"]
+    if bisection.item is not None:
+        seen = "" if bisection.step == PASS else "first seen after "
+        rows.append(f"pass     {seen}{bisection.number}, {format_pass(bisection.item)}")
+    if bisection.rewrite:
+        which, of = bisection.rewrites
+        rows.append(f"rewrite  {bisection.rewrite} ({which} of {of})")
+    if bisection.gap is not None:
+        rows.append(f"value    {bisection.gap}")
     return "\n".join(rows)
 
 

@@ -97,14 +97,14 @@ class _Sums:
 
     def add(self, text: int, outputs: Mapping[str, Array], batch: Mapping[str, Array]) -> int:
         """Add the outputs of a batch; return the number of its tokens."""
-        found: dict[str, dict[str, Array]] = {}
+        by_location: dict[str, dict[str, Array]] = {}
         count = 0
         for name, array in outputs.items():
-            loc, what = _parted(name)
-            kept = is_token(self.graph.outputs[name], batch)[1]
-            count = max(count, int(kept.sum()))
-            found.setdefault(loc, {})[what] = array.reshape(-1, array.shape[-1])[kept]
-        for loc, values in found.items():
+            loc, quantity = _parted(name)
+            is_real = is_token(self.graph.outputs[name], batch)[1]
+            count = max(count, int(is_real.sum()))
+            by_location.setdefault(loc, {})[quantity] = array.reshape(-1, array.shape[-1])[is_real]
+        for loc, values in by_location.items():
             self._add(text, loc, values)
         return count
 
@@ -172,15 +172,15 @@ def capture_statistics(
 
 def parse_texts(words: Sequence[str]) -> dict[str, str]:
     """Return the paths of texts by name. Raises UsageError: two have one name."""
-    found: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for word in words:
         name, equals, path = word.partition("=")
         named = (name, path) if equals else (Path(word).stem, word)
-        if named[0] in found:
+        if named[0] in paths:
             raise UsageError("two texts have the same name", where="--text", found=word,
                              hint="NAME=FILE gives one a name")  # fmt: skip
-        found[named[0]] = named[1]
-    return found
+        paths[named[0]] = named[1]
+    return paths
 
 
 def _tokens(model: Model, path: str, stack: ExitStack) -> TokenFolder:
@@ -196,21 +196,21 @@ def _tokenizer(model: Model) -> str:
     """Return the tokenizer of a model, as `open_encoder` takes it; bytes where it has none."""
     if model.checkpoint is None or facts_of(model).tokenizer_digest in (None, BYTES_DIGEST):
         return BYTES
-    found = model.checkpoint.companions()["tokenizer.json"]
-    return str(found if isinstance(found, Path) else model.checkpoint.path)
+    tokenizer = model.checkpoint.companions()["tokenizer.json"]
+    return str(tokenizer if isinstance(tokenizer, Path) else model.checkpoint.path)
 
 
 def _traced(model: Model, pipeline: str, at: str) -> Graph:
     run_pipeline(model.graph, Pipeline.parse(pipeline), context=Context())
-    made = clone(model.graph)
+    traced = clone(model.graph)
     context = Context(allow_unmatched=True)
-    done = run_pipeline(made, Pipeline.parse(f"trace-values{{at={at}}}"), context=context)
+    done = run_pipeline(traced, Pipeline.parse(f"trace-values{{at={at}}}"), context=context)
     if not done.changed:
         raise InputError(
             "no feed-forward block or layer of experts is there", where="--at", found=at,
             hint="the locations are those of moecc import: layers.3.ffn, encoder.layers.*",
         )  # fmt: skip
-    return made
+    return traced
 
 
 def _run(
@@ -241,11 +241,11 @@ def _statistics(sums: _Sums) -> Iterator[tuple[str, Array]]:
 
 def _parted(name: str) -> tuple[str, str]:
     """Return the location of an output, and what it is of it."""
-    found = re.fullmatch(
+    match = re.fullmatch(
         rf"{re.escape(PREFIX)}(.*)\.(input|hidden|experts|gates|result\.\d+)", name
     )
-    assert found is not None, "the pass names its outputs so"
-    return found[1], found[2]
+    assert match is not None, "the pass names its outputs so"
+    return match[1], match[2]
 
 
 def _experts(graph: Graph, loc: str) -> int:

@@ -106,12 +106,12 @@ def _from_config(graph: Graph) -> Graph | None:
     from moecc.families import rebuild
 
     try:
-        whole = rebuild(graph.attrs, shrink=False)
+        rebuilt = rebuild(graph.attrs, shrink=False)
         small = rebuild(graph.attrs, shrink=True)
     except InputError:
         return None
     # A rewritten graph keeps its config, but differs from what the config builds.
-    return small if _skeleton(whole) == _skeleton(graph) else None
+    return small if _skeleton(rebuilt) == _skeleton(graph) else None
 
 
 def _skeleton(graph: Graph) -> list[tuple[str, str, int]]:
@@ -153,12 +153,14 @@ def _settle(
     sizes: dict[int, int] = {}
     # The parts of a number are smaller, so they are settled before it.
     for number in numbers:
-        made = {factor * prod(sizes[p] for p in parts) for factor, parts in forms.get(number, ())}
+        candidates = {
+            factor * prod(sizes[p] for p in parts) for factor, parts in forms.get(number, ())
+        }
         if number in pinned or number <= KEPT:
-            made.add(number)
-        if len(made) > 1:
+            candidates.add(number)
+        if len(candidates) > 1:
             return number
-        sizes[number] = made.pop() if made else shrink_size(number, MAX_SIZE)
+        sizes[number] = candidates.pop() if candidates else shrink_size(number, MAX_SIZE)
     return sizes
 
 
@@ -223,7 +225,7 @@ def resized(graph: Graph, sizes: Mapping[int, int]) -> Graph:
         image[value] = small.param(name, _map_type(value.type, sizes), loc=value.loc)
         image[value].weight = _source(image[value])
     for node in graph:
-        made = small.append(
+        copy = small.append(
             node.op,
             [image[v] for v in node.operands],
             _map_attrs(node, sizes),
@@ -231,7 +233,7 @@ def resized(graph: Graph, sizes: Mapping[int, int]) -> Graph:
             loc=node.loc,
             origin=node.origin,
         )
-        image.update(zip(node.results, made.results, strict=True))
+        image.update(zip(node.results, copy.results, strict=True))
     for name, value in graph.outputs.items():
         small.set_output(name, image[value])
     return small
@@ -307,7 +309,7 @@ def check_pipeline(
         except InputError as error:
             raise InputError(_on_reduced(p, number, item) for p in error.problems) from None
         done.append(_checked(number, item, run.preserves, before, small, seeds))
-    problems = [p for one in done for p in one.problems]
+    problems = [p for result in done for p in result.problems]
     if problems:
         raise CheckError(problems)
     return done
@@ -328,18 +330,18 @@ def _checked(
     seeds: Sequence[int],
 ) -> Checked:
     same = _with_outputs_of(before, after)
-    found = broken_promise(promise, before, same, seeds)
+    differences = broken_promise(promise, before, same, seeds)
     problems = tuple(
         Problem("the pass broke its promise", f"pass {number}, {item.name}", str(promise), text)
-        for text in found
+        for text in differences
     )
-    measured = 0.0 if found else max(_measured(item, before, same, after, s) for s in seeds)
+    measured = 0.0 if differences else max(_measured(item, before, same, after, s) for s in seeds)
     return Checked(number, item, promise, measured, problems)
 
 
 def _measured(item: Pass, before: Graph, same: Graph, after: Graph, seed: int) -> float:
-    own = item.measure(before, after, seed)
-    return measure(before, same, seed) if own is None else own
+    error = item.measure(before, after, seed)
+    return measure(before, same, seed) if error is None else error
 
 
 def _with_outputs_of(before: Graph, after: Graph) -> Graph:
@@ -378,17 +380,17 @@ def measure(before: Graph, after: Graph, seed: int = 0) -> float:
     sizes = {n: lcm(old.get(n, 1), new.get(n, 1)) for n in old | new}
     # A pass may add an input, such as a random key.
     inputs = inputs_for(after, seed, sizes) | inputs_for(before, seed, sizes)
-    given = {n: inputs[n] for n in before.inputs}
-    expected = run_reference(before, params=params_for(before, seed, sizes), inputs=given)
-    found = run_reference(
+    arrays = {n: inputs[n] for n in before.inputs}
+    expected = run_reference(before, params=params_for(before, seed, sizes), inputs=arrays)
+    actual = run_reference(
         after, params=params_for(after, seed, sizes), inputs={n: inputs[n] for n in after.inputs}
     )
-    return max(_errors(expected, found), default=0.0)
+    return max(_errors(expected, actual), default=0.0)
 
 
-def _errors(expected: Arrays, found: Arrays) -> Iterable[float]:
+def _errors(expected: Arrays, actual: Arrays) -> Iterable[float]:
     for name, a in expected.items():
-        b = found.get(name)
+        b = actual.get(name)
         if b is None or a.dtype.kind != "f" or a.shape != b.shape or not a.size:
             continue
         finite = np.isfinite(a) & np.isfinite(b)

@@ -37,20 +37,20 @@ class Difference:
     top1_agreement: float | None
 
 
-def difference(reference: Array, other: Array, output: str = "logits") -> Difference:
-    """Return the difference of `other` from `reference`; both are the output `output`.
+def difference(reference: Array, result: Array, output: str = "logits") -> Difference:
+    """Return the difference of `result` from `reference`; both are the output `output`.
 
     Raises:
       InputError: the shapes differ, or a logit is not finite.
       CheckError: all logits of the reference are 0.
     """
-    if reference.shape != other.shape:
+    if reference.shape != result.shape:
         raise InputError(
             f"the two models give {output} of different shapes",
-            expected=str(reference.shape), found=str(other.shape),
+            expected=str(reference.shape), found=str(result.shape),
             hint="compare models with the same vocabulary" if output == "logits" else None,
         )  # fmt: skip
-    for name, array in (("reference", reference), ("model", other)):
+    for name, array in (("reference", reference), ("model", result)):
         if not np.isfinite(array).all():
             raise InputError(f"the {output} of the {name} are not all finite")
     scale = float(np.abs(reference).max())
@@ -61,7 +61,7 @@ def difference(reference: Array, other: Array, output: str = "logits") -> Differ
         )
     # Token by token, so that two float64 copies of all logits are never held.
     kl, same, worst = 0.0, 0, 0.0
-    rows = reference.reshape(-1, reference.shape[-1]), other.reshape(-1, other.shape[-1])
+    rows = reference.reshape(-1, reference.shape[-1]), result.reshape(-1, result.shape[-1])
     for a, b in zip(*rows, strict=True):
         a64, b64 = a.astype(np.float64), b.astype(np.float64)
         worst = max(worst, float(np.abs(a64 - b64).max()))
@@ -125,14 +125,14 @@ class Verdict:
         return facts_table(self._rows())
 
     def _rows(self) -> list[tuple[str, str]]:
-        found = self.difference
-        kl = "" if found.kl_nats is None else f"{found.kl_nats:.2e} nats a token"
-        same = "" if found.top1_agreement is None else f"{found.top1_agreement:.2%}"
+        difference = self.difference
+        kl = "" if difference.kl_nats is None else f"{difference.kl_nats:.2e} nats a token"
+        same = "" if difference.top1_agreement is None else f"{difference.top1_agreement:.2%}"
         return [
             ("", f"{self.model} against {self.source}"),
             ("", "passed" if self.passed else "failed"),
             (f"max relative difference of the {self.output}",
-             f"{found.max_relative:.2e} (at most {self.tolerance:g})"),
+             f"{difference.max_relative:.2e} (at most {self.tolerance:g})"),
             ("KL divergence", kl), ("top-1 agreement", same),
         ]  # fmt: skip
 
@@ -165,17 +165,17 @@ def compare(
     backend = backend or get_backend("xla")
     output = source.graph.output_names[0]
     if output not in model.graph.output_names:
-        found = ", ".join(model.graph.output_names)
+        names = ", ".join(model.graph.output_names)
         raise InputError(
-            "the two models have different outputs", expected=output, found=found, where=model.name
+            "the two models have different outputs", expected=output, found=names, where=model.name
         )
-    given = default_inputs(source.graph, model.graph) if inputs is None else inputs
+    arrays = default_inputs(source.graph, model.graph) if inputs is None else inputs
     dtype = model.dtype
 
     def run(which: Model, rounded: DType | None = None) -> Array:
         program = backend.compile(which.graph, dtype=compute_dtype)
         params = which.params(dtype=compute_dtype, rounded=rounded)
-        return program.run(params, given)[output]
+        return program.run(params, arrays)[output]
 
     rounded = run(source, dtype)
     result = run(model, dtype)
@@ -184,7 +184,7 @@ def compare(
         model=model.name,
         source=source.name,
         output=output,
-        inputs={name: array.shape for name, array in given.items()},
+        inputs={name: array.shape for name, array in arrays.items()},
         dtype=dtype.name,
         compute_dtype=compute_dtype.name,
         difference=difference(rounded, result, output),
@@ -201,9 +201,9 @@ def vocabulary(model: Model) -> int:
     """
     logits = model.graph.outputs.get("logits")
     if logits is None:
-        found = ", ".join(model.graph.output_names)
+        names = ", ".join(model.graph.output_names)
         raise InputError(
-            "the model has no logits", where=model.name, expected="logits", found=found
+            "the model has no logits", where=model.name, expected="logits", found=names
         )
     size = logits.type["vocab"].size
     assert isinstance(size, int), "a parameter has the axis vocab, so its size is known"
@@ -263,14 +263,16 @@ def verify_written(planned: Plan, written: Path) -> Verified:
         padding = "mask" in planned.graph.inputs
         source = opened.enter_context(open_model(planned.model.name, padding=padding))
         result = opened.enter_context(open_model(str(written), padding=padding))
-        made = replace(planned.model, graph=planned.graph)
+        rewritten = replace(planned.model, graph=planned.graph)
         layers = _budget(result.graph)
         if layers:
-            source, made, result = (_cut(model, layers) for model in (source, made, result))
+            source, rewritten, result = (
+                _cut(model, layers) for model in (source, rewritten, result)
+            )
         exact = planned.preserves.kind != "approximate" and planned.storage is None
         verdict = compare(result, source, compute_dtype=F32)
         if exact and not verdict.passed:
-            verdict = _without_rounding(source, made, result)
+            verdict = _without_rounding(source, rewritten, result)
     if exact and not verdict.passed:
         raise CheckError(
             f"the {verdict.output} differ from those of the source",
@@ -282,7 +284,7 @@ def verify_written(planned: Plan, written: Path) -> Verified:
     return _verified(verdict, layers, exact)
 
 
-def _without_rounding(source: Model, made: Model, result: Model) -> Verdict:
+def _without_rounding(source: Model, rewritten: Model, result: Model) -> Verdict:
     """Return the verdict in float64, in which only weights are rounded.
 
     A factor that is no power of two is rounded with the weight: 3 W is no multiple of a rounded W.
@@ -293,10 +295,12 @@ def _without_rounding(source: Model, made: Model, result: Model) -> Verdict:
     if verdict.passed or result.dtype == source.dtype:
         return verdict
     steps = (
-        compare(made, source, compute_dtype=F64),
-        compare(result, made, compute_dtype=F64),
+        compare(rewritten, source, compute_dtype=F64),
+        compare(result, rewritten, compute_dtype=F64),
     )
-    larger = max((step.difference for step in steps), key=lambda one: one.max_relative)
+    larger = max(
+        (step.difference for step in steps), key=lambda difference: difference.max_relative
+    )
     return replace(verdict, difference=larger)
 
 

@@ -74,10 +74,10 @@ def allocator_environment() -> dict[str, str]:
 
     Without jemalloc there are none, and where something else is preloaded it stays.
     """
-    found = None if PRELOAD in os.environ else _jemalloc()
-    if found is None:
+    library = None if PRELOAD in os.environ else _jemalloc()
+    if library is None:
         return {}
-    return {PRELOAD: found, "MALLOC_CONF": os.environ.get("MALLOC_CONF", _RETURNED)}
+    return {PRELOAD: library, "MALLOC_CONF": os.environ.get("MALLOC_CONF", _RETURNED)}
 
 
 @cache
@@ -117,11 +117,11 @@ class CompileOutcome:
 
 def environment(machine: Machine) -> dict[str, str]:
     """Return the environment in which jax can compile for `machine`."""
-    made = {**os.environ, **ENVIRONMENT, **allocator_environment()}
+    variables = {**os.environ, **ENVIRONMENT, **allocator_environment()}
     if machine.kind == "cpu":
         flag = f"--xla_force_host_platform_device_count={machine.devices}"
-        made["XLA_FLAGS"] = f"{made.get('XLA_FLAGS', '')} {flag}".strip()
-    return made
+        variables["XLA_FLAGS"] = f"{variables.get('XLA_FLAGS', '')} {flag}".strip()
+    return variables
 
 
 def compile_in_subprocess(
@@ -153,7 +153,7 @@ def compile_in_subprocess(
 def _worker(folder: Path, machine: Machine, log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
     """Run the worker; it never outlives this context."""
     command = [sys.executable, "-m", "moecc.ahead.worker", str(folder)]
-    held, kept = os.pipe()
+    held, writing = os.pipe()
     process = subprocess.Popen(
         command, stdout=log, stderr=log, start_new_session=True, pass_fds=(held,),
         env=environment(machine) | {LIFELINE: str(held)},
@@ -165,7 +165,7 @@ def _worker(folder: Path, machine: Machine, log: IO[bytes]) -> Iterator[subproce
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         os.close(held)
-        os.close(kept)
+        os.close(writing)
 
 
 def _read(folder: Path, code: int) -> CompileOutcome:
@@ -258,8 +258,8 @@ def _memory(data: CompileReport) -> Iterator[str]:
         ("temporaries", "temporaries_bytes", predicted["temporaries_bytes"]),
     )
     for title, key, planned in rows:
-        found = size_text(memory[key]) if key in memory else "-"
-        yield f"    {title:<11}{found:>12}{size_text(planned):>12}"
+        size = size_text(memory[key]) if key in memory else "-"
+        yield f"    {title:<11}{size:>12}{size_text(planned):>12}"
     if "outputs_bytes" in memory:
         new = memory["outputs_bytes"] - memory["aliased_bytes"]
         yield f"    {'new outputs':<11}{size_text(new):>12}"
@@ -283,12 +283,12 @@ def _work(data: CompileReport) -> Iterator[str]:
 
 
 def _collectives(data: CompileReport) -> Iterator[str]:
-    found, predicted = data["collectives"], data["predicted"]["collectives"]
-    if not found:
+    compiled, predicted = data["collectives"], data["predicted"]["collectives"]
+    if not compiled:
         return
     yield f"  {'collectives of a device':<25}{'text':>6}{'runs':>8}{'bytes':>12}{'planned':>12}"
-    for kind in sorted({*found, *predicted}):
-        total = found.get(kind, {"count": 0, "runs": 0, "bytes": 0})
+    for kind in sorted({*compiled, *predicted}):
+        total = compiled.get(kind, {"count": 0, "runs": 0, "bytes": 0})
         planned = size_text(predicted[kind]["bytes"]) if kind in predicted else "-"
         yield (
             f"    {kind:<23}{total['count']:>6}{total['runs']:>8}"

@@ -91,16 +91,16 @@ class Plan:
         from moecc.weights.arithmetic import is_statistic
         from moecc.weights.expr import sources
 
-        made = []
+        outputs = []
         for name, weight in self.export.tensors:
             read = [source for source in sources(weight) if not is_statistic(source.name)]
             # Drawn tensors have no type on disk and take that of most of the model.
-            kept = self.dtype or (read[0].type.dtype if read else self.model.dtype)
+            element_type = self.dtype or (read[0].type.dtype if read else self.model.dtype)
             if isinstance(self.export, GgufExport):
-                made.append(stored_as(name, weight, kept, self.storage))
+                outputs.append(stored_as(name, weight, element_type, self.storage))
             else:
-                made.append(OutputTensor(name, weight, kept))
-        return made
+                outputs.append(OutputTensor(name, weight, element_type))
+        return outputs
 
     @property
     def size_bytes(self) -> int:

@@ -125,12 +125,20 @@ def gguf_keys(planned: Plan) -> list[Key]:
     export, checkpoint = planned.export, planned.model.checkpoint
     assert isinstance(export, GgufExport), "a plan of a GGUF file"
     assert checkpoint is not None, "a plan has weights"
-    kept = checkpoint.card()
+    card_facts = checkpoint.card()
     return [
         Key("general.architecture", export.architecture),
         Key("general.type", "model"),
-        *(Key(f"general.{name}", kept[key][0]) for key, name in _ONE.items() if key in kept),
-        *(Key(f"general.{name}", kept[key]) for key, name in _SEVERAL.items() if key in kept),
+        *(
+            Key(f"general.{name}", card_facts[key][0])
+            for key, name in _ONE.items()
+            if key in card_facts
+        ),
+        *(
+            Key(f"general.{name}", card_facts[key])
+            for key, name in _SEVERAL.items()
+            if key in card_facts
+        ),
         Key("general.file_type", _file_type(planned)),
         Key("general.quantization_version", 2),
         Key("moecc.version", __version__),
@@ -209,12 +217,12 @@ def write(
 
     checkpoint = planned.model.checkpoint
     assert checkpoint is not None, "a plan has weights"
-    place = Path(out)
-    one_file = is_file(planned, place)
+    path = Path(out)
+    one_file = is_file(planned, path)
     options = WriteOptions(max_shard_bytes, allow_nonfinite, verify, progress)
     earlier = _Earlier(conversion_facts(planned, options))
     with output_folder(
-        place, inputs=inputs_of(checkpoint), force=force, needed_bytes=planned.size_bytes,
+        path, inputs=inputs_of(checkpoint), force=force, needed_bytes=planned.size_bytes,
         can_resume=earlier.can_resume if resume else None, is_file=one_file,
     ) as temporary, earlier.journal(temporary) as journal, \
             hashed_beside(files_of(checkpoint)) as source_files:  # fmt: skip
@@ -230,7 +238,7 @@ def write(
             journal.synchronise()
         else:
             journal.remove()
-    return Conversion(place, planned, written)
+    return Conversion(path, planned, written)
 
 
 class _Earlier:
@@ -332,9 +340,9 @@ def _write_companions(folder: Path, planned: Plan) -> None:
     assert checkpoint is not None, "a plan has weights"
     for name, content in checkpoint.companions().items():
         data = read_whole(content) if isinstance(content, Path) else content
-        place = folder / name
-        make_folder(place.parent)  # chat templates are in a subfolder
-        write_durable(place, data)
+        path = folder / name
+        make_folder(path.parent)  # chat templates are in a subfolder
+        write_durable(path, data)
     config = dict(planned.export.config_json)
     if planned.dtype is not None:
         config["torch_dtype"] = config["dtype"] = planned.dtype.torch
@@ -372,8 +380,8 @@ def _shortened(remarks: Iterable[str]) -> list[str]:
     for remark in remarks:
         where, _, text = remark.partition(": ")
         stack = re.match(r"((?:\w+\.)?layers)\.\d", where)
-        key, place = ((stack[1], text), where) if stack else (("", remark), "")
-        places.setdefault(key, []).append(place)
+        key, layer = ((stack[1], text), where) if stack else (("", remark), "")
+        places.setdefault(key, []).append(layer)
     return [
         text if not where[0]
         else f"{where[0]}: {text}" if len(where) == 1

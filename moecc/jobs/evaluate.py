@@ -141,18 +141,18 @@ def evaluate_models(
       InputError: a folder is none, or does not suit a model.
     """
     folders = {name: open_tokens(path) for name, path in _named(data)}
-    found: list[Evaluated] = []
+    results: list[Evaluated] = []
     for number, name in enumerate(models):
         with open_model(name) as model:
             sets = {n: _score(model, folder, settings) for n, folder in folders.items()}
-        first = found[0].sets if found else {}
+        first = results[0].sets if results else {}
         against = {
             n: paired_difference(first[n].scores, s.scores) for n, s in sets.items() if n in first
         }
-        found.append(Evaluated(name, sets, against))
+        results.append(Evaluated(name, sets, against))
         if progress is not None:
             progress(number + 1, len(models))
-    return found
+    return results
 
 
 def _named(data: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -171,8 +171,8 @@ def _score(model: Model, folder: TokenFolder, settings: EvaluationSpec) -> SetSc
     scorer = _scorer(model, graph, settings.dtype)
     held_out = next(iter(batches.evaluations.values()))
     rows = _joined(scorer(held_out.batch(number)) for number in range(held_out.batches))
-    kept = RowScores(*(part[rows.tokens > 0] for part in (rows.losses, rows.tokens, rows.hits)))
-    score = SetScore(folder.facts.kind, kept)
+    scored = RowScores(*(part[rows.tokens > 0] for part in (rows.losses, rows.tokens, rows.hits)))
+    score = SetScore(folder.facts.kind, scored)
     return score if score.kind != LABELLED else _labels(score, folder, recipe.data, facts, scorer)
 
 
@@ -214,35 +214,35 @@ def _labels(
     choices = LabelChoices(folder, examples)
     shape, rows = label_rows(choices, data, facts)
     rng = np.random.default_rng(0)
-    found = []
+    labels = []
     for start in range(0, rows.rows, data.batch):
         numbers = range(start, min(start + data.batch, rows.rows))
-        made: list[Any] = [rows.segments(row, rng) for row in numbers]
-        made += [[]] * (data.batch - len(made))
-        found.append(scorer(collate(made, shape)))
-    losses = _joined(iter(found)).losses[: rows.rows].reshape(examples, choices.labels)
+        rows_of_examples: list[Any] = [rows.segments(row, rng) for row in numbers]
+        rows_of_examples += [[]] * (data.batch - len(rows_of_examples))
+        labels.append(scorer(collate(rows_of_examples, shape)))
+    losses = _joined(iter(labels)).losses[: rows.rows].reshape(examples, choices.labels)
     guesses = losses.argmin(axis=1)
     accuracy = float((guesses == choices.answers).mean())
     return replace(score, accuracy=accuracy, f1=macro_f1(choices.answers, guesses, choices.labels))
 
 
-def evaluation_text(found: Sequence[Evaluated]) -> str:
+def evaluation_text(results: Sequence[Evaluated]) -> str:
     """Return the human-readable report."""
     lines = []
-    for one in found:
-        lines.append(one.model)
-        for name, score in one.sets.items():
+    for result in results:
+        lines.append(result.model)
+        for name, score in result.sets.items():
             parts = [f"loss {score.scores.loss:.4f}"]
             for title, value in (
                 ("exact", score.exact), ("accuracy", score.accuracy), ("F1", score.f1)
             ):  # fmt: skip
                 if value is not None:
                     parts.append(f"{title} {value:.3f}")
-            against = one.against.get(name)
+            against = result.against.get(name)
             if against is not None:
                 parts.append(
                     f"{against.mean:+.4f} ({against.low:+.4f} to {against.high:+.4f}) against "
-                    f"{found[0].model}"
+                    f"{results[0].model}"
                 )
             tokens = int(score.scores.tokens.sum())
             lines.append(f"  {name:16} {', '.join(parts)}, {amount(tokens, 'token')}")

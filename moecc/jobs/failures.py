@@ -56,28 +56,28 @@ def line_of(value: Value) -> str:
     return f"%{value.name}" if value.node is None else format_node(value.node)
 
 
-def gap(value: Value, expected: Array, found: Array, tolerance: float) -> Gap | None:
+def gap(value: Value, expected: Array, actual: Array, tolerance: float) -> Gap | None:
     """Return the element in which two arrays differ most, or None if they agree.
 
     Args:
       value: what they are of.
       expected: the right one; what is NaN in it may be anything.
-      found: the other.
+      actual: the other.
       tolerance: of floats, times the largest magnitude; 0 compares bit for bit.
     """
-    if expected.shape != found.shape:
-        return Gap(line_of(value), f"shape {expected.shape}", f"shape {found.shape}")
+    if expected.shape != actual.shape:
+        return Gap(line_of(value), f"shape {expected.shape}", f"shape {actual.shape}")
     from moecc.testing.oracle import distance, magnitude
 
     if expected.dtype.kind not in "fV":
-        apart = np.asarray(expected != found, np.float64)
+        apart = np.asarray(expected != actual, np.float64)
         allowed = 0.0
     else:
-        apart, allowed = distance(expected, found), tolerance * magnitude(expected)
+        apart, allowed = distance(expected, actual), tolerance * magnitude(expected)
     if not (apart > allowed).any():
         return None
     at = np.unravel_index(int(np.argmax(apart)), apart.shape)
-    return Gap(f"{line_of(value)}, element {[int(i) for i in at]}", expected[at], found[at])
+    return Gap(f"{line_of(value)}, element {[int(i) for i in at]}", expected[at], actual[at])
 
 
 def xla_gap(graph: Graph, seed: int = 0) -> Gap | None:
@@ -94,10 +94,10 @@ def xla_gap(graph: Graph, seed: int = 0) -> Gap | None:
     names = watched(graph)
     expected = values_of(graph, params, inputs)
     with_all = _returning(graph, names)
-    found = get_backend("xla").compile(with_all, dtype=F64).run(params, inputs)
+    outputs = get_backend("xla").compile(with_all, dtype=F64).run(params, inputs)
     for name, output in names.items():
         value = graph.value(name)
-        differs = gap(value, expected[value], np.asarray(found[output]), TOLERANCE)
+        differs = gap(value, expected[value], np.asarray(outputs[output]), TOLERANCE)
         if differs is not None:
             return differs
     return None
@@ -108,8 +108,8 @@ def watched(graph: Graph) -> dict[str, str]:
 
     Rows of experts have no shape of their own; what is combined from them is compared.
     """
-    made = [v for node in graph for v in node.results if not v.type.extents]
-    free = [v for v in made if v.type.dtype.kind != "key" and not v.type.unreduced]
+    results = [v for node in graph for v in node.results if not v.type.extents]
+    free = [v for v in results if v.type.dtype.kind != "key" and not v.type.unreduced]
     return {value.name: f"value.{number}" for number, value in enumerate(free)}
 
 
@@ -158,9 +158,9 @@ def weight_gap(graph: Graph, seed: int = 0) -> Gap | None:
             with info.file.open("rb") as file:
                 file.seek(info.offset)
                 raw = file.read(info.nbytes)
-            found = np.frombuffer(raw, info.dtype.numpy).reshape(info.shape)
+            stored = np.frombuffer(raw, info.dtype.numpy).reshape(info.shape)
             if expected.tobytes() != raw:
-                differs = gap(graph.params[tensor.name], expected, found, 0.0)
+                differs = gap(graph.params[tensor.name], expected, stored, 0.0)
                 return differs or Gap(f"%{tensor.name}", "the same bits", "others")
     return None
 
@@ -186,9 +186,9 @@ class Failure:
     where: str
     text: str
 
-    def is_like(self, other: Failure | None) -> bool:
+    def is_like(self, failure: Failure | None) -> bool:
         """Whether the other failure is this one, perhaps on another input."""
-        return other is not None and (self.kind, self.where) == (other.kind, other.where)
+        return failure is not None and (self.kind, self.where) == (failure.kind, failure.where)
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.where}: {self.text}" if self.where else self.text
@@ -228,8 +228,8 @@ class PromiseTest:
             except Exception as error:
                 kind = type(error).__name__
                 return Failure("crash", f"{item.name}: {kind}", f"{kind}: {error}")
-            if found := broken_promise(run.preserves, before, after, self.seeds):
-                return Failure("promise", item.name, f"promised {run.preserves}; {found[0]}")
+            if broken := broken_promise(run.preserves, before, after, self.seeds):
+                return Failure("promise", item.name, f"promised {run.preserves}; {broken[0]}")
         return None
 
 
@@ -256,13 +256,13 @@ class ComparisonTest:
         try:
             for number, item in enumerate(pipeline, 1):
                 run_pass(after, item, self.context, number)
-            found = xla_gap(after) if self.what == RUN else weight_gap(after)
+            mismatch = xla_gap(after) if self.what == RUN else weight_gap(after)
         except KNOWN:
             return None
         except Exception as error:
             kind = type(error).__name__
             return Failure("crash", kind, f"{kind}: {error}")
-        return Failure(self.what, "", str(found)) if found else None
+        return Failure(self.what, "", str(mismatch)) if mismatch else None
 
 
 @dataclass(frozen=True)

@@ -219,16 +219,16 @@ class _Rereader:
 
 def check_prompts(model: Model, prompts: Sequence[Sequence[int]]) -> None:
     """Raise InputError for prompts without tokens, or with tokens that `model` does not know."""
-    known = vocabulary(model)
+    size = vocabulary(model)
     problems = [] if prompts else [Problem("there are no prompts", hint=GIVE)]
     for number, prompt in enumerate(prompts, 1):
-        place = f"prompt {number}" if len(prompts) > 1 else model.name
-        strange = [token for token in prompt if not 0 <= token < known]
+        where = f"prompt {number}" if len(prompts) > 1 else model.name
+        strange = [token for token in prompt if not 0 <= token < size]
         if not prompt:
-            problems.append(Problem("the prompt has no tokens", place, hint=GIVE))
+            problems.append(Problem("the prompt has no tokens", where, hint=GIVE))
         elif strange:
-            what = "the tokenizer has tokens that the model does not know"
-            problems.append(Problem(what, place, f"ids below {known}", str(strange[0])))
+            problem = "the tokenizer has tokens that the model does not know"
+            problems.append(Problem(problem, where, f"ids below {size}", str(strange[0])))
     if problems:
         raise InputError(problems)
 
@@ -288,13 +288,13 @@ def load_tokenizer(model: Model) -> Tokenizer:
       MachineError: the extra ``tokenizers`` is not installed.
     """
     companions = {} if model.checkpoint is None else model.checkpoint.companions()
-    found = companions.get("tokenizer.json")
-    if found is None:
+    content = companions.get("tokenizer.json")
+    if content is None:
         raise InputError(
             "no tokenizer.json beside the weights", where=model.name,
             hint="moecc run takes token ids instead of text",
         )  # fmt: skip
-    data = read_bounded(found, MAX_TOKENIZER_BYTES) if isinstance(found, Path) else found
+    data = read_bounded(content, MAX_TOKENIZER_BYTES) if isinstance(content, Path) else content
     return Tokenizer(data, model.name)
 
 
@@ -331,10 +331,10 @@ def generate_texts(
         read = _from_encoder if is_encoded else _columns
         by = continuer or Continuer(model)
         rows = zip(prompts, read(model, by, tokens, how), strict=True)
-        made = [(prompt, tokenizer.decode(ids), tuple(ids)) for prompt, ids in rows]
+        texts = [(prompt, tokenizer.decode(ids), tuple(ids)) for prompt, ids in rows]
     return [
         Generated(prompt, text, ids, len(ids) < how.count, text if is_encoded else prompt + text)
-        for prompt, text, ids in made
+        for prompt, text, ids in texts
     ]
 
 
@@ -346,12 +346,12 @@ def _columns(
     memory: dict[str, Array] | None = None,
 ) -> list[list[int]]:
     """Return the tokens that follow each prompt."""
-    made: list[list[int]] = [[] for _ in prompts]
+    columns: list[list[int]] = [[] for _ in prompts]
     for row in by.texts(prompts, how, memory):
-        for text, token in zip(made, row, strict=True):
+        for text, token in zip(columns, row, strict=True):
             if token is not None:
                 text.append(token)
-    return made
+    return columns
 
 
 def _from_encoder(model: Model, by: Continuer, texts: Prompts, how: Continuing) -> list[list[int]]:
@@ -384,16 +384,16 @@ def _check_takes_text(model: Model) -> None:
 
 
 def _stops(tokenizer: Tokenizer, tokens: Sequence[str]) -> frozenset[int]:
-    found = dict(zip(tokens, tokenizer.ids(tokens), strict=True)) if tokens else {}
+    ids = dict(zip(tokens, tokenizer.ids(tokens), strict=True)) if tokens else {}
     problems = [
         Problem("the vocabulary has no such token", "--stop", found=repr(token),
                 hint="a single token, as tokenizer.json writes it")
-        for token, id in found.items()
+        for token, id in ids.items()
         if id is None
     ]  # fmt: skip
     if problems:
         raise UsageError(problems)
-    return frozenset(id for id in found.values() if id is not None)
+    return frozenset(id for id in ids.values() if id is not None)
 
 
 def end_tokens(model: Model) -> frozenset[int]:
@@ -406,8 +406,8 @@ def end_tokens(model: Model) -> frozenset[int]:
 def decoder_start(model: Model) -> int:
     """Return the token that the decoder of an encoder-decoder begins with, from its config."""
     config = _config(model)
-    found = (config.get(name) for name in ("decoder_start_token_id", "pad_token_id"))
-    return next((token for token in found if isinstance(token, int)), 0)
+    candidates = (config.get(name) for name in ("decoder_start_token_id", "pad_token_id"))
+    return next((token for token in candidates if isinstance(token, int)), 0)
 
 
 def _config(model: Model) -> dict[str, object]:

@@ -147,8 +147,8 @@ class Supervisor:
             try:
                 self.processes.append(self._start_one(ProcessInfo(coordinator, self.count, number)))
             except OSError as error:
-                what = f"process {number} cannot be started: {error.strerror or error}"
-                raise MachineError(what, where=self.command[0]) from None
+                problem = f"process {number} cannot be started: {error.strerror or error}"
+                raise MachineError(problem, where=self.command[0]) from None
 
     def _start_one(self, process: ProcessInfo) -> Process:
         reading, writing = os.pipe()
@@ -217,8 +217,8 @@ class Supervisor:
             who = f"process {process.number} of {self.count}"
             others = "; the others were ended" if self.count > 1 else ""
             if code < 0:
-                what = f"{who} was ended by {_signal_name(-code)}{others}"
-                return Ended(MachineError.exit_code, what)
+                reason = f"{who} was ended by {_signal_name(-code)}{others}"
+                return Ended(MachineError.exit_code, reason)
             return Ended(code, f"{who} failed with exit code {code}{others}")
         return None
 

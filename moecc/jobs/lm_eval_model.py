@@ -72,16 +72,16 @@ class HarnessModel:
         Args:
           requests: ``(text,)``.
         """
-        found = []
+        scores = []
         for request in requests:
             ids = self._ids(request.args[0])
-            whole = [self._start, *ids]
+            tokens = [self._start, *ids]
             rows = [
-                (whole[at : at + self.longest], ids[at : at + self.longest])
+                (tokens[at : at + self.longest], ids[at : at + self.longest])
                 for at in range(0, len(ids), self.longest)
             ]
-            found.append(-float(self._scores(rows).losses.sum()) if rows else 0.0)
-        return found
+            scores.append(-float(self._scores(rows).losses.sum()) if rows else 0.0)
+        return scores
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Return a continuation of each context, up to one of the texts that end it.
@@ -97,13 +97,13 @@ class HarnessModel:
         count = int(options.get("max_gen_toks", _MOST_TOKENS))
         ids = (self._ids(context) or [self._start])[-(self.longest - count) :]
         heat = float(options.get("temperature") or 0.0) if options.get("do_sample") else 0.0
-        made: list[int] = []
+        generated: list[int] = []
         how = Continuing(count, Sampling(heat), end_tokens(self.model), self.dtype)
         text = ""
         for (token,) in self._continuer.texts([ids], how):
             assert token is not None, "one text ends the batch"
-            made.append(token)
-            text = self.tokenizer.decode(made)
+            generated.append(token)
+            text = self.tokenizer.decode(generated)
             if any(end in text for end in ends):
                 break
         return min((text.split(end)[0] for end in ends), key=len, default=text)
@@ -111,13 +111,13 @@ class HarnessModel:
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Return the tokens that are seen, and for each of them the one to predict."""
         before = self._ids(context) if context else []
-        whole = self._ids(context + continuation)
+        tokens = self._ids(context + continuation)
         # A tokenizer may join the end of the context with what follows; then that is scored.
-        begin = min(len(before), len(whole) - 1)
+        begin = min(len(before), len(tokens) - 1)
         before = before or [self._start]
-        own = whole[begin:]
-        seen = [*(whole[:begin] or before), *own][-(self.longest + 1) :]
-        targets = [IGNORED] * (len(seen) - 1 - len(own)) + own[-(len(seen) - 1) :]
+        scored = tokens[begin:]
+        seen = [*(tokens[:begin] or before), *scored][-(self.longest + 1) :]
+        targets = [IGNORED] * (len(seen) - 1 - len(scored)) + scored[-(len(seen) - 1) :]
         return seen[:-1], targets
 
     def _scores(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> RowScores:
@@ -127,10 +127,10 @@ class HarnessModel:
         tokens, hits = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
         for start in range(0, len(order), self.batch):
             chosen = order[start : start + self.batch]
-            found = self._scorer(_padded([rows[n] for n in chosen], self.batch))
-            kept = slice(len(chosen))
-            losses[chosen], tokens[chosen] = found.losses[kept], found.tokens[kept]
-            hits[chosen] = found.hits[kept]
+            scores = self._scorer(_padded([rows[n] for n in chosen], self.batch))
+            real = slice(len(chosen))
+            losses[chosen], tokens[chosen] = scores.losses[real], scores.tokens[real]
+            hits[chosen] = scores.hits[real]
         return RowScores(losses, tokens, hits)
 
     def _ids(self, text: str) -> list[int]:
@@ -151,16 +151,16 @@ class HarnessModel:
     def _start(self) -> int:
         """What stands before a text without a context: its beginning, or an end."""
         config = self.model.graph.attrs.get("config")
-        found = config.get("bos_token_id") if isinstance(config, Mapping) else None
+        token = config.get("bos_token_id") if isinstance(config, Mapping) else None
         ends = sorted(end_tokens(self.model))
-        return found if isinstance(found, int) else (ends or [0])[0]
+        return token if isinstance(token, int) else (ends or [0])[0]
 
     @cached_property
     def longest(self) -> int:
         """The tokens of a window."""
         config = self.model.graph.attrs.get("config")
-        found = config.get("max_position_embeddings") if isinstance(config, Mapping) else None
-        return min(found, LONGEST) if isinstance(found, int) and found > 0 else LONGEST
+        limit = config.get("max_position_embeddings") if isinstance(config, Mapping) else None
+        return min(limit, LONGEST) if isinstance(limit, int) and limit > 0 else LONGEST
 
 
 def _padded(
@@ -169,9 +169,9 @@ def _padded(
     width = -(-max(len(seen) for seen, _ in rows) // BUCKET) * BUCKET
     tokens = np.zeros((batch, width), np.int32)
     targets = np.full((batch, width), IGNORED, np.int32)
-    for number, (seen, own) in enumerate(rows):
+    for number, (seen, scored) in enumerate(rows):
         tokens[number, : len(seen)] = seen
-        targets[number, : len(own)] = own
+        targets[number, : len(scored)] = scored
     return {"tokens": tokens, "targets": targets}
 
 

@@ -80,12 +80,12 @@ def _side(title: str, graph: Graph) -> dict[str, object]:
 
 def _groups(graph: Graph) -> list[_Group]:
     """Return the nodes by place; places that do the same are one group."""
-    found: dict[tuple[str, ...], _Group] = {}
-    for place, some in groupby(graph.every_node(), key=lambda node: node.loc):
+    groups: dict[tuple[str, ...], _Group] = {}
+    for location, some in groupby(graph.every_node(), key=lambda node: node.loc):
         nodes = list(some)
-        key = (re.sub(r"\d+", "#", place), *map(_alike, nodes))
-        found.setdefault(key, _Group(nodes)).places.append(place)
-    return list(found.values())
+        key = (re.sub(r"\d+", "#", location), *map(_alike, nodes))
+        groups.setdefault(key, _Group(nodes)).places.append(location)
+    return list(groups.values())
 
 
 def _alike(node: Node) -> str:

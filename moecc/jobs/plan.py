@@ -103,8 +103,8 @@ def plan_step(
 
     work = work_on(device, config.micro_batches)
     ranking = search(work, device, config, work_on=work_on)
-    known = Known(work, device, config, ranking, work_on, of_batch)
-    ideas = explore(known) if explored else ()
+    situation = Known(work, device, config, ranking, work_on, of_batch)
+    ideas = explore(situation) if explored else ()
     return plan_json(name, work, device, config, ranking, ideas), searched_json(ranking, work)
 
 
@@ -177,20 +177,20 @@ def _why(problem: Problem) -> str:
     return f"{text}: {problem.found}" if problem.found else text
 
 
-def _graph(swept: Swept, point: Point, made: dict[Point, Graph | MoeccError]) -> Graph:
+def _graph(swept: Swept, point: Point, graphs: dict[Point, Graph | MoeccError]) -> Graph:
     """Return the model of a point; capacities of the same experts share what is made before."""
     counts = replace(point, capacity_factor=None)
-    if counts not in made:
+    if counts not in graphs:
         try:
-            made[counts] = without_opaque(_with_counts(swept, counts))
+            graphs[counts] = without_opaque(_with_counts(swept, counts))
         except (InputError, UsageError) as error:
-            made[counts] = error
-    found = made[counts]
-    if isinstance(found, MoeccError):
-        raise found
+            graphs[counts] = error
+    planned = graphs[counts]
+    if isinstance(planned, MoeccError):
+        raise planned
     if point.capacity_factor is None:
-        return found
-    graph = clone(found)
+        return planned
+    graph = clone(planned)
     if _has(graph).capacity_factor is None:
         raise InputError("the model has no experts that take a capacity", hint=_MAKES)
     mode = "train" if swept.step.step == "train" else "eval"
@@ -333,10 +333,10 @@ def plan(
     )  # fmt: skip
     if sweep:
         singles = {"--save writes": save is not None, "--explore is about": explore}
-        if stated := [what for what, is_set in singles.items() if is_set]:
+        if stated := [option for option, is_set in singles.items() if is_set]:
             raise UsageError(
-                Problem(f"{what} one plan, and a sweep has several",
-                        hint="plan the model that you choose, without --sweep") for what in stated
+                Problem(f"{option} one plan, and a sweep has several",
+                        hint="plan the model that you choose, without --sweep") for option in stated
             )  # fmt: skip
         axes, passes = parse_sweep(sweep), read_pipeline(pipeline, load)
         check_step(machine, config)

@@ -107,7 +107,7 @@ def receipt_lines(stated: Mapping[str, object]) -> list[str]:
 
 
 def _measured(stated: Mapping[str, object]) -> str:
-    errors = [one.get("measured_error") for one in objects_of(stated.get("checked"))]
+    errors = [check.get("measured_error") for check in objects_of(stated.get("checked"))]
     numbers = [e for e in errors if isinstance(e, int | float)]
     if stated.get("unchecked"):
         return f"passes not checked ({stated['unchecked']})"
@@ -120,14 +120,14 @@ def _measured(stated: Mapping[str, object]) -> str:
 
 
 def _at_the_logits(stated: Mapping[str, object]) -> str:
-    found = object_of(stated.get("verified"))
-    if not found:
+    comparison = object_of(stated.get("verified"))
+    if not comparison:
         return "not at the logits, which `convert --verify` does"
-    difference, layers = object_of(found.get("difference")), found.get("layers")
+    difference, layers = object_of(comparison.get("difference")), comparison.get("layers")
     part = f" of the first {layers} layers" if layers else ""
-    output = str(found.get("output"))
+    output = str(comparison.get("output"))
     return (
-        f"the {_OUTPUTS.get(output, output)}{part} in {found.get('compute_dtype')}, "
+        f"the {_OUTPUTS.get(output, output)}{part} in {comparison.get('compute_dtype')}, "
         f"{number_text(difference.get('max_relative'), '.2e')} of the largest"
     )
 
@@ -146,15 +146,17 @@ def _engines(stated: Mapping[str, object]) -> str:
     others = [str(e.get("engine")) for e in rows if not e.get("runs")]
     if not rows:
         target = stated.get("target")
-        own = target in (None, GraphConfig.model_type, MODEL_TYPE)
-        return "moecc" if own else f"what runs a dense {target}; mixtures alone were looked at"
+        is_unjudged = target in (None, GraphConfig.model_type, MODEL_TYPE)
+        return (
+            "moecc" if is_unjudged else f"what runs a dense {target}; mixtures alone were looked at"
+        )
     text = ", ".join(runs) if runs else "moecc alone"
     return f"{text}; not in {', '.join(others)}" if others else text
 
 
 def objects_of(value: object) -> list[dict[str, object]]:
     """Return a list of objects that a file states, which may be anything."""
-    return [object_of(one) for one in value] if isinstance(value, list) else []
+    return [object_of(entry) for entry in value] if isinstance(value, list) else []
 
 
 def object_of(value: object) -> dict[str, object]:
@@ -162,7 +164,7 @@ def object_of(value: object) -> dict[str, object]:
     return value if isinstance(value, dict) else {}
 
 
-def load_receipt(place: Path) -> dict[str, object] | None:
+def load_receipt(output: Path) -> dict[str, object] | None:
     """Return the receipt of an output, a folder or one file; None if it has none.
 
     Raises:
@@ -172,10 +174,10 @@ def load_receipt(place: Path) -> dict[str, object] | None:
     from moecc.formats.manifest import load
     from moecc.support.documents import parse_json
 
-    if not place.is_dir():
-        found = load(place).receipt
-        return None if found is None else dict(found)
-    path = place / RECEIPT_NAME
+    if not output.is_dir():
+        embedded = load(output).receipt
+        return None if embedded is None else dict(embedded)
+    path = output / RECEIPT_NAME
     if not path.is_file():
         return None
     document = parse_json(read_bounded(path, MAX_RECEIPT_BYTES), str(path))
@@ -313,9 +315,10 @@ def _states(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _state(path: Path) -> str:
-    found = identify(path)
+    identity = identify(path)
     # Not the inode: a network file system may number anew what it mounts again.
-    return f"{found.size_bytes:,} bytes, modified {found.modified_ns}, changed {found.changed_ns}"
+    times = f"modified {identity.modified_ns}, changed {identity.changed_ns}"
+    return f"{identity.size_bytes:,} bytes, {times}"
 
 
 def receipt_of(planned: Plan, written: Path, options: WriteOptions) -> Receipt:
@@ -358,7 +361,7 @@ def card(planned: Plan, receipt: Receipt, options: Sequence[str] = ()) -> str:
     path, facts = checkpoint.path, planned.facts
     kinds = Counter(str(layer) for layer in facts.expert_layers)
     task, auto_class = _loaded_as(planned)
-    made = (
+    layers = (
         f"{count} of {facts.layers} layers {'has' if count == 1 else 'have'} {kind}"
         for kind, count in kinds.items()
     )
@@ -384,7 +387,7 @@ def card(planned: Plan, receipt: Receipt, options: Sequence[str] = ()) -> str:
             serving=_serving(planned),
             training=_training(planned) if kinds else "",
             file=FILE_NAME if isinstance(planned.export, GgufExport) else "",
-            notes=(*made, *_notes(planned)),
+            notes=(*layers, *_notes(planned)),
         )
     )
 
@@ -398,8 +401,8 @@ def _relation(planned: Plan) -> str:
 
 def _base_model(stages: Sequence[Mapping[str, object]]) -> str | None:
     """Return the model of the Hub that the first stage began with, if it says so."""
-    found = stages[0].get("base_model") if stages else None
-    return found if isinstance(found, str) else None
+    base = stages[0].get("base_model") if stages else None
+    return base if isinstance(base, str) else None
 
 
 def command(planned: Plan, options: Sequence[str] = ()) -> str:
@@ -442,18 +445,18 @@ def _training(planned: Plan) -> str:
     from moecc.translate.gguf import GgufExport
 
     config = planned.export.config_json
-    own = "`moecc train` adds the losses that its recipe names."
+    advice = "`moecc train` adds the losses that its recipe names."
     if isinstance(planned.export, GgufExport):
-        return f"A GGUF file is not trained: train the source or a folder. {own}"
+        return f"A GGUF file is not trained: train the source or a folder. {advice}"
     if planned.target == FAMILY:
-        return f"Only moecc trains this layout. {own}"
+        return f"Only moecc trains this layout. {advice}"
     if "output_router_logits" not in config or config.get("router_aux_loss_coef") is None:
-        return f"transformers computes no loss that balances the experts of this family. {own}"
+        return f"transformers computes no loss that balances the experts of this family. {advice}"
     return (
         "transformers leaves the router's balance loss off: load the model with "
         f"`output_router_logits=True`, and it is added with the weight "
         f"{config.get('router_aux_loss_coef', 0)} (`router_aux_loss_coef`). Without it a few "
-        f"experts may end up with all tokens. {own}"
+        f"experts may end up with all tokens. {advice}"
     )
 
 
@@ -502,11 +505,11 @@ def manifest(
     others = [name for name in names if name not in weights and name != JOURNAL_NAME]
     stages = stages_of(checkpoint)
     nonfinite = (
-        *(f"not finite: {found}" for found in written.nonfinite),
+        *(f"not finite: {nonfinite_value}" for nonfinite_value in written.nonfinite),
         *(f"written and not finite: {text}" for text in written.spread),
         *(f"all zero: {name}" for name in written.zeros),
     )
-    made = Manifest(
+    document = Manifest(
         pipeline=planned.pipeline.in_full(),
         seed=planned.seed,
         source=checkpoint.path.name,
@@ -522,4 +525,4 @@ def manifest(
         receipt=receipt,
         lineage=tuple(stages) if is_trained(stages) else (),
     )
-    return dump(made)
+    return dump(document)

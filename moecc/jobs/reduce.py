@@ -121,7 +121,7 @@ def node_cuts(best: Candidate) -> Iterator[Cut]:
     for name in names:
         yield partial(_outputs, best, [name])
     for name in names:
-        yield partial(_outputs, best, [other for other in names if other != name])
+        yield partial(_outputs, best, [output for output in names if output != name])
 
 
 def _kept(best: Candidate, part: range, inside: bool) -> Candidate:
@@ -327,8 +327,8 @@ class _Reducer:
         )
         changed = True
         while changed and not self.is_late:
-            taken = [self.take(kind) for kind in kinds]
-            changed = any(taken)
+            progress = [self.take(kind) for kind in kinds]
+            changed = any(progress)
         return Reduction(
             self.best.graph, self.best.pipeline, self.failure, self.tries,
             time.monotonic() - self.began, not self.is_late,
@@ -356,17 +356,17 @@ class _Reducer:
         if self.is_late:
             return False
         try:
-            made = cut()
-            verify(made.graph)
+            candidate = cut()
+            verify(candidate.graph)
         except Exception:  # it is not smaller in this way, or crashes an earlier pass
             return False
-        if smaller and not measure(made) < measure(self.best):
+        if smaller and not measure(candidate) < measure(self.best):
             return False
         self.tries += 1
-        found = self.test(made.graph, made.pipeline)
-        if found is None or not self.failure.is_like(found):
+        failure = self.test(candidate.graph, candidate.pipeline)
+        if failure is None or not self.failure.is_like(failure):
             return False
-        self.best, self.failure = made, found
+        self.best, self.failure = candidate, failure
         return True
 
 

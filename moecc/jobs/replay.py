@@ -68,11 +68,11 @@ def replay(reproducer: Annotated[str, Spelling("REPRODUCER")], *, load: Load = (
 def _context(graph: Graph, stated: Replay, opened: ExitStack) -> Context:
     """Return the context of the passes; it reads the checkpoint if that is still there."""
     plain = Context(seed=stated.seed, allow_unmatched=stated.allow_unmatched)
-    place = graph.attrs.get("checkpoint")
-    if not isinstance(place, str) or not place:
+    checkpoint_name = graph.attrs.get("checkpoint")
+    if not isinstance(checkpoint_name, str) or not checkpoint_name:
         return plain
     try:
-        checkpoint = opened.enter_context(open_checkpoint(place))
+        checkpoint = opened.enter_context(open_checkpoint(checkpoint_name))
     except MoeccError:
         return plain
     return Context(stated.seed, stated.allow_unmatched, read=reads_small(checkpoint))

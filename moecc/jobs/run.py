@@ -44,11 +44,11 @@ def chosen_values(graph: Graph, pattern: str) -> list[Value]:
       UsageError: there is none.
     """
     every = [*graph.inputs.values(), *graph.params.values(), *(v for n in graph for v in n.results)]
-    found = [v for v in every if _matches(v, pattern)]
-    if not found:
+    matches = [v for v in every if _matches(v, pattern)]
+    if not matches:
         hint = nearest(pattern, [v.name for v in every])
         raise UsageError(f"no value is called {pattern!r}", where="--print-values", hint=hint)
-    return found
+    return matches
 
 
 def _matches(value: Value, pattern: str) -> bool:
@@ -76,20 +76,20 @@ def describe_values(values: list[Value], outputs: Mapping[str, Array]) -> list[s
 
 def _line(value: Value, array: Array | None) -> str:
     loc = value.loc if value.node is None else value.node.loc
-    place = f"%{value.name} : {value.type}" + (f" @{loc}" if loc else "")
+    title = f"%{value.name} : {value.type}" + (f" @{loc}" if loc else "")
     if array is None:
-        return f"{place}: rows of experts, or a random key, have no array to show"
-    shown = f"{place}: {list(array.shape)}"
+        return f"{title}: rows of experts, or a random key, have no array to show"
+    shown = f"{title}: {list(array.shape)}"
     if array.dtype.kind not in "fV":
         return f"{shown} {_numbers(np.unique(array)[:8])}"
     wide = array.astype(np.float64)
     finite = wide[np.isfinite(wide)]
     if not finite.size:
         return f"{shown} no finite element"
-    rest = f", {wide.size - finite.size:,} not finite" if finite.size < wide.size else ""
+    nonfinite = f", {wide.size - finite.size:,} not finite" if finite.size < wide.size else ""
     return (
         f"{shown} mean {finite.mean():.4g}, std {finite.std():.4g}, min {finite.min():.4g}, "
-        f"max {finite.max():.4g}, first {_numbers(wide.reshape(-1)[:4])}{rest}"
+        f"max {finite.max():.4g}, first {_numbers(wide.reshape(-1)[:4])}{nonfinite}"
     )
 
 

@@ -109,34 +109,36 @@ def specialisation(
         run_pipeline(model.graph, Pipeline.parse(pipeline), context=Context(seed=seed))
         graph = _traced(model.graph, name)
         tracing = Tracing.of(model, graph, folder, spec)
-        found = _trace(model, tracing)
+        pairs = _trace(model, tracing)
         untrained = _trace(model, tracing, _with_drawn_routers(tracing.graph, seed))
         special = folder.facts.special
         return [
-            LayerReport(one, other, frozenset(special.sentinels), _names(one, tokenizer, folder))
-            for one, other in zip(found, untrained, strict=True)
+            LayerReport(
+                trained, drawn, frozenset(special.sentinels), _names(trained, tokenizer, folder)
+            )
+            for trained, drawn in zip(pairs, untrained, strict=True)
         ]
 
 
 def _traced(graph: Graph, name: str) -> Graph:
-    made = clone(graph)
+    traced = clone(graph)
     context = Context(allow_unmatched=True)
-    done = run_pipeline(made, Pipeline.parse("trace-routing"), context=context)
+    done = run_pipeline(traced, Pipeline.parse("trace-routing"), context=context)
     if not done.changed:
         raise InputError(
             "no layer of the model has tokens that choose experts", where=name,
             hint="-p 'upcycle{experts=8}' gives it some, with routers that learnt nothing",
         )  # fmt: skip
-    return made
+    return traced
 
 
 def _trace(model: Model, tracing: Tracing, graph: Graph | None = None) -> list[RoutedTokens]:
     """Return where the tokens of all batches went, by layer."""
-    found: dict[str, list[tuple[Array, Array]]] = {}
+    layers: dict[str, list[tuple[Array, Array]]] = {}
     for outputs, batch, bare in tracing.run(model, _is_choice, graph):
         for name, chosen in outputs.items():
-            found.setdefault(name, []).append(_pairs(bare.outputs[name], chosen, batch))
-    return [_routed(tracing.graph, name, parts) for name, parts in found.items()]
+            layers.setdefault(name, []).append(_pairs(bare.outputs[name], chosen, batch))
+    return [_routed(tracing.graph, name, parts) for name, parts in layers.items()]
 
 
 def _is_choice(name: str) -> bool:
@@ -145,9 +147,9 @@ def _is_choice(name: str) -> bool:
 
 def _pairs(value: Value, chosen: Array, batch: Mapping[str, Array]) -> tuple[Array, Array]:
     """Return the ids of the tokens that a layer routed, and their first choices."""
-    tokens, kept = is_token(value, batch)
+    tokens, is_real = is_token(value, batch)
     first = np.take(chosen, 0, axis=value.type.names.index("choice")).reshape(-1)
-    return tokens[kept], first[kept]
+    return tokens[is_real], first[is_real]
 
 
 def _routed(graph: Graph, name: str, parts: list[tuple[Array, Array]]) -> RoutedTokens:
@@ -160,13 +162,13 @@ def _routed(graph: Graph, name: str, parts: list[tuple[Array, Array]]) -> Routed
 
 def _with_drawn_routers(graph: Graph, seed: int) -> Graph:
     """Return a copy of `graph` whose routers are random; the scale decides no choice."""
-    made = clone(graph)
-    for name, groups in parameter_groups(made).items():
-        param = made.params[name]
+    drawn = clone(graph)
+    for name, groups in parameter_groups(drawn).items():
+        param = drawn.params[name]
         if "router" in groups and param.type.rank > 1:
             type = TensorType(F32, param.type.bare.axes)
             param.weight = Normal(type, 1.0, derive_key(seed, f"untrained {name}"))
-    return made
+    return drawn
 
 
 @contextmanager
@@ -174,8 +176,8 @@ def _tokenizer(model: Model) -> Iterator[Tokenizer | None]:
     """Yield the tokenizer beside a model, or None without one."""
     companions = {} if model.checkpoint is None else model.checkpoint.companions()
     has_one = "tokenizer.json" in companions
-    with load_tokenizer(model) if has_one else nullcontext() as found:
-        yield found
+    with load_tokenizer(model) if has_one else nullcontext() as tokenizer:
+        yield tokenizer
 
 
 def _names(
@@ -208,9 +210,9 @@ def specialisation_text(layers: Sequence[JsonDict]) -> str:
                 f"{layer['other_entropy']:.2f}, even {layer['even_entropy']:.2f} nats"
             )
         lines.append("  expert  share  tokens that tell it from others, and how many went there")
-        for expert, one in enumerate(layer["experts"]):
-            shown = "   ".join(f"{t['token']} {t['part']:.0%}" for t in one["tokens"])
-            lines.append(f"  {expert:6}  {one['share']:5.0%}  {shown}")
+        for expert, facts in enumerate(layer["experts"]):
+            shown = "   ".join(f"{t['token']} {t['part']:.0%}" for t in facts["tokens"])
+            lines.append(f"  {expert:6}  {facts['share']:5.0%}  {shown}")
     return "\n".join(lines)
 
 

@@ -75,14 +75,14 @@ def fits(graph: Graph) -> list[Fit]:
     dense = not expert_layers(graph) and "config" in graph.attrs
     graph = _shallow(graph) if dense else graph
     source = _source_of(graph)
-    made: dict[str, Graph | tuple[Problem, ...]] = {}
-    found = []
+    upcycled: dict[str, Graph | tuple[Problem, ...]] = {}
+    verdicts_of_families = []
     for name in mixtures(graph):
         passes = _passes_for(name) if dense else ""
-        if passes not in made:
-            made[passes] = _upcycled(graph, passes)
-        found.append(_fit(made[passes], name, passes, source))
-    return found
+        if passes not in upcycled:
+            upcycled[passes] = _upcycled(graph, passes)
+        verdicts_of_families.append(_fit(upcycled[passes], name, passes, source))
+    return verdicts_of_families
 
 
 def _source_of(graph: Graph) -> ModelConfig | None:
@@ -143,25 +143,28 @@ def _passes_for(target: str) -> str:
 def _upcycled(graph: Graph, passes: str) -> Graph | tuple[Problem, ...]:
     if not passes:
         return graph
-    made = clone(graph)
+    copy = clone(graph)
     try:
         # One by one: a pipeline would verify each copy of a graph that has been verified.
         for number, item in enumerate(Pipeline.parse(passes), 1):
-            run_pass(made, item, _TRIAL, number)
+            run_pass(copy, item, _TRIAL, number)
     except InputError as error:
         return error.problems
-    return made
+    return copy
 
 
 def _fit(
-    made: Graph | tuple[Problem, ...], target: str, passes: str, source: ModelConfig | None = None
+    candidate: Graph | tuple[Problem, ...],
+    target: str,
+    passes: str,
+    source: ModelConfig | None = None,
 ) -> Fit:
-    if not isinstance(made, Graph):
-        return Fit(target, passes, made)
+    if not isinstance(candidate, Graph):
+        return Fit(target, passes, candidate)
     if target == FAMILY:
-        return Fit(target, passes, tuple(storing_problems(made)))
+        return Fit(target, passes, tuple(storing_problems(candidate)))
     try:
-        export = export_graph(made, target, source=source)
+        export = export_graph(candidate, target, source=source)
     except InputError as error:
         return Fit(target, passes, error.problems)
     return Fit(target, passes, (), verdicts(export.config))
@@ -184,12 +187,12 @@ def choose(graph: Graph) -> Choice:
     there is no other.
     """
     fitting = _fitting(graph)
-    own = str(graph.attrs.get("family", ""))
-    stays = own if issubclass(CONFIGS.get(own, ModelConfig), MoeConfig) else ""
+    family = str(graph.attrs.get("family", ""))
+    stays = family if issubclass(CONFIGS.get(family, ModelConfig), MoeConfig) else ""
     if not fitting:
         near = nearest_family(graph)
-        what = "; ".join(reason.what for reason in near.reasons[:3]) if near else ""
-        why = f"; the nearest other is {near.target}: {what}" if near else ""
+        changes = "; ".join(reason.what for reason in near.reasons[:3]) if near else ""
+        why = f"; the nearest other is {near.target}: {changes}" if near else ""
         return Choice(FAMILY, f"auto chose {FAMILY}, which only moecc reads{why}")
     best = max(fitting, key=lambda fit: (fit.target == stays, sum(v.runs for v in fit.engines)))
     others = [fit.target for fit in fitting if fit is not best]
@@ -203,10 +206,12 @@ def choose(graph: Graph) -> Choice:
 
 def _fitting(graph: Graph) -> list[Fit]:
     """Return the families that can hold `graph` as it is, its own first; st_moe is not one."""
-    own = str(graph.attrs.get("family", ""))
-    names = [own, *(name for name in CONFIGS if name != own)] if own in CONFIGS else [*CONFIGS]
-    found = (_fit(graph, name, "") for name in names if name != FAMILY)
-    return [fit for fit in found if fit.fits]
+    family = str(graph.attrs.get("family", ""))
+    names = (
+        [family, *(name for name in CONFIGS if name != family)] if family in CONFIGS else [*CONFIGS]
+    )
+    candidates = (_fit(graph, name, "") for name in names if name != FAMILY)
+    return [fit for fit in candidates if fit.fits]
 
 
 def nearest_family(graph: Graph) -> Fit | None:

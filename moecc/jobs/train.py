@@ -211,16 +211,16 @@ def _parameters(recipe: Recipe, graph: Graph) -> Facts:
     counts = count_parameters(graph)
     settings = parameter_settings(graph, recipe.optimizer)
     types = {name: graph.params[name].type for name in settings}
-    trained = [name for name, one in settings.items() if one.trained]
+    trained = [name for name, setting in settings.items() if setting.trained]
     moments = moment_types(recipe.optimizer.name, types, settings)
     width = float_type(recipe.run.weight_dtype).itemsize_bytes
-    kept = sum(prod(t.shape) for of_kind in moments.values() for t in of_kind.values())
+    moment_count = sum(prod(t.shape) for of_kind in moments.values() for t in of_kind.values())
     return {
         "total": counts.total,
         "active": counts.active,
         "trained": sum(prod(types[name].shape) for name in trained),
         "bytes": counts.total * width,
-        "moment_bytes": kept * width,
+        "moment_bytes": moment_count * width,
     }
 
 
@@ -228,14 +228,14 @@ def _data(recipe: Recipe, batches: Batches) -> Facts:
     """Return the tokens of the run, padding included, and the epochs of each corpus."""
     data, shape = recipe.data, batches.shape
     rows = data.batch * recipe.run.steps
-    whole = sum(corpus.weight for corpus in data.train)
+    total = sum(corpus.weight for corpus in data.train)
     shares = zip(batches.rows.items(), data.train, strict=True)
     return {
         "sequences": data.batch,
         "seq": shape.seq,
         "decoder_seq": shape.decoder_seq,
         "tokens": rows * (shape.seq + shape.decoder_seq),
-        "epochs": {name: rows * c.weight / whole / count for (name, count), c in shares},
+        "epochs": {name: rows * c.weight / total / count for (name, count), c in shares},
     }
 
 
@@ -258,14 +258,14 @@ def _planned_graph(graph: Graph, training: StepPasses) -> Graph:
 
 def _plan(recipe: Recipe, graph: Graph, batches: Batches, machine: Machine) -> Facts:
     """Return what a plan predicts of time and memory, as JSON values."""
-    found = planned_step(recipe, graph, dict(_lengths(graph, batches)), machine)
+    estimates = planned_step(recipe, graph, dict(_lengths(graph, batches)), machine)
     return {
         "machine": machine.name,
-        "strategy": str(found.strategy),
-        "step_seconds": found.seconds,
-        "seconds": found.seconds * recipe.run.steps,
-        "tokens_per_second": _tokens(batches) / found.seconds,
-        "memory_bytes": found.memory.total,
+        "strategy": str(estimates.strategy),
+        "step_seconds": estimates.seconds,
+        "seconds": estimates.seconds * recipe.run.steps,
+        "tokens_per_second": _tokens(batches) / estimates.seconds,
+        "memory_bytes": estimates.memory.total,
         "usable_bytes": machine.usable_bytes,
     }
 
@@ -296,7 +296,7 @@ def planned_step(
         dense_weights="whole" if config.mesh and not config.rules else None,
     )
 
-    def work_on(other: Machine, parts: int) -> Workload:
+    def work_on(device: Machine, parts: int) -> Workload:
         batch = Batch(recipe.data.batch // parts, tuple(lengths.items()))
         return workload(planned, batch)
 
@@ -415,8 +415,10 @@ def plan_remarks(plan: SavedPlan, job: TrainJob) -> list[str]:
         ("dtype", plan.config.dtype, recipe.run.dtype),
         ("tokens of a batch", plan.config.batch_tokens, tokens),
     )
-    found = [f"{n} {said}, here {has}" for n, said, has in pairs if said not in (None, has)]
-    return [f"the plan's time and memory are of other settings: {'; '.join(found)}"] * bool(found)
+    differences = [f"{n} {said}, here {has}" for n, said, has in pairs if said not in (None, has)]
+    return [f"the plan's time and memory are of other settings: {'; '.join(differences)}"] * bool(
+        differences
+    )
 
 
 def train(

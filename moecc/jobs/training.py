@@ -149,12 +149,12 @@ def _opened(section: ModelSection) -> Model:
 
 def config_of(model: Model) -> bytes:
     """Return the config.json of a source."""
-    found: object = model.graph.attrs.get("config", {})
+    config: object = model.graph.attrs.get("config", {})
     if model.checkpoint is not None:
-        found = model.checkpoint.config
+        config = model.checkpoint.config
     elif model.name.startswith(PREFIX):
-        found = preset_config(model.name)
-    return (json.dumps(found, indent=2, ensure_ascii=False) + "\n").encode()
+        config = preset_config(model.name)
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 # The moments of a source, for the model that a recipe's pipeline made of it.
@@ -185,8 +185,8 @@ class CarriedState:
         if not name.startswith(_PREFIX):
             return self.checkpoint.read(name, start, stop)
         if isinstance(self.checkpoint, RunCheckpoint):
-            found = self.checkpoint.state.read(name, start, stop)
-            return found * np.float32(self.factors[name]) if name in self.factors else found
+            moment = self.checkpoint.state.read(name, start, stop)
+            return moment * np.float32(self.factors[name]) if name in self.factors else moment
         kind, _, tensor = name.removeprefix(_PREFIX).partition(".")
         if kind == COUNT:
             assert self.checkpoint.moments is not None, "it has been looked at"
@@ -203,15 +203,15 @@ def carried_from(source: Source, section: OptimizerSection) -> CarriedState:
     checkpoint, graph = source.model.checkpoint, over_its_source(source.made)
     factors: Mapping[str, float] = {}
     if isinstance(checkpoint, RunCheckpoint):
-        known, count, factors = _of_run(checkpoint, section)
+        saved, count, factors = _of_run(checkpoint, section)
     elif isinstance(checkpoint, TreeCheckpoint) and checkpoint.moments is not None:
-        known, count = _of_tree(checkpoint, checkpoint.moments, graph, section)
+        saved, count = _of_tree(checkpoint, checkpoint.moments, graph, section)
     else:
         raise InputError(
             "only a run, or a checkpoint of Orbax or T5X with its optimiser, has moments to carry "
             "over", where="model.moments", found=source.model.name, hint=_RESET,
         )  # fmt: skip
-    return CarriedState(carried_moments(graph, section, known, count), checkpoint, factors)
+    return CarriedState(carried_moments(graph, section, saved, count), checkpoint, factors)
 
 
 def _of_run(
@@ -221,17 +221,17 @@ def _of_run(
     before = parse_recipe(recipe_file(recipe), str(recipe), folder=checkpoint.run).optimizer
     _require_same(before.name, section, str(checkpoint.run))
     graph, step = read_graph(str(checkpoint.run / GRAPH)), checkpoint.step
-    known = saved_moments(graph, section_at(before, step.number))
+    saved = saved_moments(graph, section_at(before, step.number))
     read, firsts = checkpoint.state.read, {p.first_step for p in phases_of(before)}
     counts = {n: int(read(f"{_PREFIX}{count_of(n)}")) for n in firsts if n <= step.number}
     settings = parameter_settings(graph, before)
     factors = {
         SAVED.format(kind, name): factor
-        for kind, types in known.items()
+        for kind, types in saved.items()
         for name in types
         if (factor := _factor(before, kind, counts[settings[name].first_step], counts[0])) != 1
     }
-    return known, counts[0], factors
+    return saved, counts[0], factors
 
 
 def _factor(section: OptimizerSection, kind: str, count: int, counted: int) -> float:
@@ -247,16 +247,16 @@ def _factor(section: OptimizerSection, kind: str, count: int, counted: int) -> f
 
 
 def _of_tree(
-    checkpoint: TreeCheckpoint, found: SavedMoments, graph: Graph, section: OptimizerSection
+    checkpoint: TreeCheckpoint, moments: SavedMoments, graph: Graph, section: OptimizerSection
 ) -> tuple[Known, int]:
-    _require_same(found.optimizer, section, str(checkpoint.path))
+    _require_same(moments.optimizer, section, str(checkpoint.path))
     weights = [p.weight for p in graph.params.values() if p.weight is not None]
     types = {leaf.name: leaf.type for weight in weights for leaf in sources(weight)}
-    known = {
+    saved = {
         kind: {n: checkpoint.moment_type(kind, n, types[n]) for n in of if n in types}
-        for kind, of in found.of.items()
+        for kind, of in moments.of.items()
     }
-    return known, found.count
+    return saved, moments.count
 
 
 def _require_same(before: str, section: OptimizerSection, where: str) -> None:
@@ -267,11 +267,11 @@ def _require_same(before: str, section: OptimizerSection, where: str) -> None:
         )  # fmt: skip
 
 
-def over_its_source(made: Canonical) -> Graph:
+def over_its_source(canonical_model: Canonical) -> Graph:
     """Return a copy of the graph of a model whose weights read the tensors of its source."""
-    graph = clone(made.graph)
+    graph = clone(canonical_model.graph)
     for name, param in graph.params.items():
-        param.weight = made.weights[name]
+        param.weight = canonical_model.weights[name]
     return graph
 
 
@@ -373,11 +373,11 @@ def resumed_run(
         raise InputError("this is not the folder of a run", where=str(run))
     begun = _begun_with(run)
     text = recipe_file(run / RECIPE)
-    found = recipe or parse_recipe(text, str(run / RECIPE), folder=run, sets=sets)
-    if not found.data.decoder_seq:
+    current = recipe or parse_recipe(text, str(run / RECIPE), folder=run, sets=sets)
+    if not current.data.decoder_seq:
         # The run has the length that its data needed.
-        found = replace(found, data=replace(found.data, decoder_seq=begun.data.decoder_seq))
-    differences = recipe_differences(begun, found)
+        current = replace(current, data=replace(current.data, decoder_seq=begun.data.decoder_seq))
+    differences = recipe_differences(begun, current)
     if differences:
         raise InputError(
             "the run was begun with another recipe", where=str(run / RECIPE),
@@ -387,11 +387,11 @@ def resumed_run(
     if steps := saved_steps(run):
         require_run_files(steps[-1])
     graph = read_graph(str(run / GRAPH))
-    batches = _checked(found, graph, partial(_facts_of_run, run, graph))
+    batches = _checked(current, graph, partial(_facts_of_run, run, graph))
     _check_data(run, batches)
     return TrainJob(
-        run, found, recipe_digest(found), graph, batches, lambda: None,
-        lambda: _beginning_again(found, graph, files),
+        run, current, recipe_digest(current), graph, batches, lambda: None,
+        lambda: _beginning_again(current, graph, files),
     )  # fmt: skip
 
 
@@ -403,10 +403,10 @@ def forked_run(recipe: Recipe, reference: str, out: Path) -> TrainJob:
     Raises:
       InputError: the other is no run, or recipe, model and data do not suit one another.
     """
-    found = split_reference(reference)
-    if found is None:
+    parts = split_reference(reference)
+    if parts is None:
         raise InputError("this is not the folder of a run", where=reference)
-    run, step = Path(found[0]), choose_step(Path(found[0]), found[1])
+    run, step = Path(parts[0]), choose_step(Path(parts[0]), parts[1])
     if step.number >= recipe.run.steps:
         raise InputError(
             "the run has as many steps already", where="run.steps",
@@ -438,18 +438,18 @@ def forked_run(recipe: Recipe, reference: str, out: Path) -> TrainJob:
 
 
 def _check_moments(
-    graph: Graph, known: OptimizerSection, asked: OptimizerSection, step: int
+    graph: Graph, before: OptimizerSection, asked: OptimizerSection, step: int
 ) -> None:
     """Raise InputError if training goes on from `step` with moments that were not kept there."""
-    kept, wanted = (
+    present, wanted = (
         {
             (kind, name)
             for kind, types in saved_moments(graph, section_at(section, step)).items()
             for name in types
         }
-        for section in (known, asked)
+        for section in (before, asked)
     )
-    missing = sorted(name for _, name in wanted - kept)
+    missing = sorted(name for _, name in wanted - present)
     if missing:
         raise InputError(
             "the run kept no such moments of what would be trained",
@@ -509,8 +509,8 @@ def _beginning(recipe: Recipe, source: Source) -> Iterator[Beginning]:
     checkpoint = source.model.checkpoint
     read = no_tensors if checkpoint is None else checkpoint.read
     if recipe.model.moments is Moments.CARRY:
-        found = carried_from(source, recipe.optimizer)
-        yield Beginning(source.made.weights, found.read, found.moments)
+        carried = carried_from(source, recipe.optimizer)
+        yield Beginning(source.made.weights, carried.read, carried.moments)
     else:
         yield Beginning(source.made.weights, read, {})
 
@@ -528,8 +528,8 @@ def _beginning_again(
                 "the source is not the model that the run began with", where=recipe.model.source,
                 found=", ".join(f"{name}: {type}" for name, type in odd),
             )  # fmt: skip
-        with _beginning(recipe, source) as found:
-            yield found
+        with _beginning(recipe, source) as beginning:
+            yield beginning
 
 
 def _types(graph: Graph) -> dict[str, str]:

@@ -44,7 +44,7 @@ _KINDS = {"decoder_tokens": "tokens of the decoder"}
 
 def verdict_text(verdict: Verdict) -> str:
     """Return a human-readable verdict."""
-    found = verdict.difference
+    difference = verdict.difference
     shapes = " and ".join(
         f"{' x '.join(map(str, shape))} {_KINDS.get(name, name)}"
         for name, shape in verdict.inputs.items()
@@ -53,11 +53,12 @@ def verdict_text(verdict: Verdict) -> str:
     rows = [
         f"{verdict.model} against {verdict.source}",
         f"  {shapes} in {verdict.compute_dtype}, the source's weights rounded to {verdict.dtype}",
-        f"  max |Δ{name}| / max |{name}|  {found.max_relative:.2e} (at most {verdict.tolerance:g})",
+        f"  max |Δ{name}| / max |{name}|  {difference.max_relative:.2e} "
+        f"(at most {verdict.tolerance:g})",
     ]
-    if found.kl_nats is not None:
-        rows.append(f"  KL divergence               {found.kl_nats:.2e} nats a token")
-        rows.append(f"  top-1 agreement             {found.top1_agreement:.2%}")
+    if difference.kl_nats is not None:
+        rows.append(f"  KL divergence               {difference.kl_nats:.2e} nats a token")
+        rows.append(f"  top-1 agreement             {difference.top1_agreement:.2%}")
     if verdict.rounding is not None:
         rounding = verdict.rounding
         rows.append(

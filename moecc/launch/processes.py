@@ -61,14 +61,14 @@ def process_info(environment: Mapping[str, str] | None = None) -> ProcessInfo | 
     Raises:
       UsageError: some of the variables are missing, or are not numbers.
     """
-    given = os.environ if environment is None else environment
-    mode = given.get(DISTRIBUTED, "")
+    variables = os.environ if environment is None else environment
+    mode = variables.get(DISTRIBUTED, "")
     if mode not in ("", "off", CLUSTER):
         raise UsageError(
             "unknown value", where=DISTRIBUTED, expected=f"{CLUSTER}, or off", found=mode
         )
     names = (COORDINATOR, PROCESSES, PROCESS)
-    there = [n for n in names if given.get(n)]
+    there = [n for n in names if variables.get(n)]
     if not there:
         return ProcessInfo() if mode == CLUSTER else None
     if len(there) < len(names):
@@ -79,44 +79,46 @@ def process_info(environment: Mapping[str, str] | None = None) -> ProcessInfo | 
             expected=missing,
             hint="moecc launch local sets all of them",
         )
-    problems = list(_problems(given))
+    problems = list(_problems(variables))
     if problems:
         raise UsageError(problems)
-    return ProcessInfo(given[COORDINATOR], int(given[PROCESSES]), int(given[PROCESS]))
+    return ProcessInfo(variables[COORDINATOR], int(variables[PROCESSES]), int(variables[PROCESS]))
 
 
-def check_alone(what: str) -> None:
+def check_alone(noun: str) -> None:
     """Check that this process is the only one.
 
     Raises:
-      UsageError: it is one of several, in which `what` is not supported.
+      UsageError: it is one of several, in which `noun` is not supported.
     """
     if process_info() is not None:
         raise UsageError(
-            f"{what} runs in one process",
+            f"{noun} runs in one process",
             where="environment",
             expected="no MOECC_ variables of a multi-process run",
             hint="several processes run --backend xla",
         )
 
 
-def _problems(given: Mapping[str, str]) -> list[Problem]:
-    found = []
-    match = _ADDRESS.match(given[COORDINATOR])
+def _problems(variables: Mapping[str, str]) -> list[Problem]:
+    problems = []
+    match = _ADDRESS.match(variables[COORDINATOR])
     if match is None or not 0 < int(match[1] or match[2]) < 65536:
-        found.append(
-            Problem("not an address", COORDINATOR, "host:port, 10.0.0.1:8476", given[COORDINATOR])
+        problems.append(
+            Problem(
+                "not an address", COORDINATOR, "host:port, 10.0.0.1:8476", variables[COORDINATOR]
+            )
         )
-    count = given[PROCESSES]
+    count = variables[PROCESSES]
     if not count.isdecimal() or not 0 < int(count) <= MOST_PROCESSES:
-        found.append(Problem("not a number of processes", PROCESSES, "1 or more", count))
-        return found
-    number = given[PROCESS]
+        problems.append(Problem("not a number of processes", PROCESSES, "1 or more", count))
+        return problems
+    number = variables[PROCESS]
     if not number.isdecimal() or int(number) >= int(count):
-        found.append(
+        problems.append(
             Problem("not the number of a process", PROCESS, f"0 to {int(count) - 1}", number)
         )
-    return found
+    return problems
 
 
 # A process of a multi-process run: reports its progress, and ends with the others.
@@ -155,9 +157,9 @@ class Watchdog:
         if limit_seconds is not None:
             threading.Thread(target=self._watch, daemon=True, name="moecc-watchdog").start()
 
-    def beat(self, what: str) -> None:
-        """Report that this process reached the step `what`."""
-        self._what = what
+    def beat(self, activity: str) -> None:
+        """Report that this process reached the step `activity`."""
+        self._what = activity
         self._step.set()
         if self._beats is not None:
             try:

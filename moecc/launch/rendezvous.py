@@ -113,11 +113,11 @@ class _Host:
             self._welcome(visitor)
 
     def _welcome(self, visitor: _Visitor) -> None:
-        found = _HELLO.match(visitor.received)
-        if found is None:
+        hello = _HELLO.match(visitor.received)
+        if hello is None:
             self._drop(visitor)
             return
-        number, count = int(found[1]), int(found[2])
+        number, count = int(hello[1]), int(hello[2])
         if count != self.process.processes:
             self._refuse(visitor, f"process {number} was told of {count} processes, "
                          f"process 0 of {self.process.processes}")  # fmt: skip
@@ -234,10 +234,10 @@ def _address(process: ProcessInfo) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _apart(process: ProcessInfo, reason: str, found: str = "") -> MachineError:
+def _apart(process: ProcessInfo, reason: str, actual: str = "") -> MachineError:
     return MachineError(
         f"the processes did not meet: {reason}",
         where=process.coordinator,
-        found=found or None,
+        found=actual or None,
         hint=f"start all of them with the same {COORDINATOR}; {JOIN} waits longer",
     )

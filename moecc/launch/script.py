@@ -22,15 +22,15 @@ def main(words: list[str]) -> None:
 
 
 def _run(words: list[str]) -> None:
-    first, *rest = words
-    if first == "-c" and rest:
-        sys.argv = ["-c", *rest[1:]]
+    first, *arguments = words
+    if first == "-c" and arguments:
+        sys.argv = ["-c", *arguments[1:]]
         sys.path[0] = ""
-        exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
-    elif first == "-m" and rest:
-        sys.argv = rest
+        exec(compile(arguments[0], "<string>", "exec"), {"__name__": "__main__"})
+    elif first == "-m" and arguments:
+        sys.argv = arguments
         sys.path[0] = os.getcwd()
-        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     elif first.startswith("-"):
         sys.exit(f"error: python {first}: only FILE, -m MODULE and -c CODE can be launched")
     else:

@@ -46,13 +46,13 @@ def initialise(graph: Graph, *, seed: int = 0, scale: float = 1.0) -> None:
 
 
 def _drawn(param: Value, seed: int, scale: float) -> Expr:
-    found = next(uses_of(param), None)
-    if found is None or _role(*found) is Role.BIAS:
+    use = next(uses_of(param), None)
+    if use is None or _role(*use) is Role.BIAS:
         return Full(0.0, param.type)
-    if _role(*found) is Role.GAIN:
+    if _role(*use) is Role.GAIN:
         return Full(1.0, param.type)
     key = derive_key(seed, f"initialise {param.name}")
-    std = sqrt(scale / _fan_in(*found))
+    std = sqrt(scale / _fan_in(*use))
     draw = Normal(TensorType(F32, param.type.axes), std, key)
     return draw if param.type.dtype is F32 else Cast(draw, param.type.dtype)
 
@@ -209,29 +209,29 @@ def updated_bias(bias: Any, load: Any, rate: float = 1e-3) -> Any:
 # Statistics beside a model, which its weights may be made of.
 
 
-def add_statistics(model: Model, place: str | None) -> Statistics | None:
+def add_statistics(model: Model, folder: str | None) -> Statistics | None:
     """Open statistics, which then are read beside the weights of `model`; return what they are.
 
     Args:
       model: the model; its checkpoint becomes one of both.
-      place: the folder of the statistics, or None.
+      folder: the folder of the statistics, or None.
 
     Raises:
       InputError: there are none, they were changed, or they are of another model.
     """
-    if place is None:
+    if folder is None:
         return None
     checkpoint = model.checkpoint
     if checkpoint is None:
         raise InputError(f"{model.name} has no weights", hint="give a checkpoint")
-    tensors, facts = open_capture(Path(place))
+    tensors, facts = open_capture(Path(folder))
     several = checkpoint if isinstance(checkpoint, SeveralCheckpoints) else None
     base = checkpoint if several is None else several.base
-    found = fingerprint(base)
-    if found != facts.model:
+    digest = fingerprint(base)
+    if digest != facts.model:
         tensors.close()
         raise InputError(
-            "the statistics are of another model", where=place, expected=f"{base.path}: {found}",
+            "the statistics are of another model", where=folder, expected=f"{base.path}: {digest}",
             found=facts.model, hint="moecc capture takes them of this one",
         )  # fmt: skip
     branches = {} if several is None else several.branches

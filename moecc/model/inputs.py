@@ -55,21 +55,21 @@ def default_inputs(
             "the graph goes on from its caches, which nothing has filled", found=caches[0],
             hint="give all inputs in one .npz file, by name",
         )  # fmt: skip
-    for other in graphs[1:]:
-        if other.inputs.keys() != first.inputs.keys():
+    for second in graphs[1:]:
+        if second.inputs.keys() != first.inputs.keys():
             raise InputError(
                 "the two models take different inputs",
-                expected=", ".join(first.inputs), found=", ".join(other.inputs),
+                expected=", ".join(first.inputs), found=", ".join(second.inputs),
             )  # fmt: skip
     bounds = [bound for graph in graphs if (bound := longest(graph)) is not None]
     lengths = _Lengths(batch, min(seq, *bounds) if bounds else seq)
-    made: dict[str, Array] = {}
+    arrays: dict[str, Array] = {}
     for number, name in enumerate(first.inputs):
         shape = lengths.shape(first.inputs[name])
         limits = (index_bound(graph.inputs[name]) for graph in graphs)
         limit = min((b for b in limits if b is not None), default=ANY_INDEX)
-        made[name] = _draw(first.inputs[name], shape, limit, seed + number)
-    return made
+        arrays[name] = _draw(first.inputs[name], shape, limit, seed + number)
+    return arrays
 
 
 class _Lengths:
@@ -105,7 +105,7 @@ def _draw(value: Value, shape: tuple[int, ...], limit: int, seed: int) -> Array:
     return rng.standard_normal(shape).astype(dtype.numpy)
 
 
-def check_inputs(graph: Graph, given: Mapping[str, Array], where: str) -> dict[str, Array]:
+def check_inputs(graph: Graph, arrays: Mapping[str, Array], where: str) -> dict[str, Array]:
     """Return arrays for the inputs of `graph`; a batch axis is added where one sequence is given.
 
     Raises:
@@ -114,56 +114,56 @@ def check_inputs(graph: Graph, given: Mapping[str, Array], where: str) -> dict[s
     """
     problems = [
         Problem("the model has no such input", f"{where}: {name}", hint=nearest(name, graph.inputs))
-        for name in given
+        for name in arrays
         if name not in graph.inputs
     ]
-    found: dict[str, Array] = {}
+    checked: dict[str, Array] = {}
     bounds = length_bounds(graph)
     for name, value in graph.inputs.items():
-        if name not in given:
+        if name not in arrays:
             hint = "give all inputs in one .npz file, by name" if len(graph.inputs) > 1 else None
-            what = f"the model also takes {name}"
-            problems.append(Problem(what, where, str(value.type), ", ".join(given), hint))
+            problem = f"the model also takes {name}"
+            problems.append(Problem(problem, where, str(value.type), ", ".join(arrays), hint))
             continue
-        array = given[name][None] if given[name].ndim == value.type.rank - 1 else given[name]
-        place = where if len(graph.inputs) == 1 else f"{where}: {name}"
-        wrong = list(_misfits(value, array, place))
-        problems.extend(wrong or _too_long(value, array, place, bounds))
-        found[name] = array
+        array = arrays[name][None] if arrays[name].ndim == value.type.rank - 1 else arrays[name]
+        location = where if len(graph.inputs) == 1 else f"{where}: {name}"
+        wrong = list(_misfits(value, array, location))
+        problems.extend(wrong or _too_long(value, array, location, bounds))
+        checked[name] = array
     if problems:
         raise InputError(problems)
     ids = {n: v.type.dtype.numpy for n, v in graph.inputs.items() if v.type.dtype.kind == "int"}
-    return {name: a.astype(ids[name]) if name in ids else a for name, a in found.items()}
+    return {name: a.astype(ids[name]) if name in ids else a for name, a in checked.items()}
 
 
 def _too_long(
-    value: Value, array: Array, place: str, bounds: Mapping[str, int]
+    value: Value, array: Array, where: str, bounds: Mapping[str, int]
 ) -> Iterator[Problem]:
     for axis, size in zip(value.type, array.shape, strict=True):
         most = bounds.get(axis.size, size) if isinstance(axis.size, str) else size
         if size > most:
-            what = "a sequence is longer than the model has positions"
-            yield Problem(what, place, f"at most {most} tokens", str(size))
+            problem = "a sequence is longer than the model has positions"
+            yield Problem(problem, where, f"at most {most} tokens", str(size))
 
 
-def _misfits(value: Value, array: Array, place: str) -> Iterator[Problem]:
+def _misfits(value: Value, array: Array, where: str) -> Iterator[Problem]:
     shown = f"{array.dtype}{list(array.shape)}"
     if value.type.dtype.kind == "int":
         if array.dtype.kind not in "iu" or array.ndim != value.type.rank or not array.size:
-            yield Problem("not token ids", place, "whole numbers, [batch, seq] or [seq]", shown)
+            yield Problem("not token ids", where, "whole numbers, [batch, seq] or [seq]", shown)
             return
         limit, low, high = index_bound(value), int(array.min()), int(array.max())
         if limit is not None and (low < 0 or high >= limit):
-            what, found = "a token id is outside the vocabulary", low if low < 0 else high
-            yield Problem(what, place, f"0 <= id < {limit}", str(found))
+            problem, token = "a token id is outside the vocabulary", low if low < 0 else high
+            yield Problem(problem, where, f"0 <= id < {limit}", str(token))
         return
     kinds = {"bool": "b", "float": "f", "key": "u"}
     if array.dtype.kind not in kinds[value.type.dtype.kind] or array.ndim != value.type.rank:
-        yield Problem("the array does not fit the input", place, str(value.type), shown)
+        yield Problem("the array does not fit the input", where, str(value.type), shown)
         return
     sizes = zip(value.type, array.shape, strict=True)
     if any(isinstance(axis.size, int) and axis.size != size for axis, size in sizes):
-        yield Problem("the array has other sizes than the input", place, str(value.type), shown)
+        yield Problem("the array has other sizes than the input", where, str(value.type), shown)
 
 
 # The first layers of a deep model, with its embedding and its output: a smaller model to run.
@@ -207,8 +207,8 @@ def first_layers(graph: Graph, count: int) -> Graph:
 
 
 def _number(node: Node) -> int | None:
-    found = _LAYER.match(node.loc)
-    return int(found[1]) if found else None
+    match = _LAYER.match(node.loc)
+    return int(match[1]) if match else None
 
 
 def _stream_into(graph: Graph, layer: int) -> Value:
@@ -217,7 +217,7 @@ def _stream_into(graph: Graph, layer: int) -> Value:
     Raises:
       InputError: there are several.
     """
-    found: dict[Value, None] = {}
+    values: dict[Value, None] = {}
     for node in graph:
         number = _number(node)
         if number is not None and number < layer:
@@ -226,14 +226,14 @@ def _stream_into(graph: Graph, layer: int) -> Value:
             continue
         for value in node.operands:
             if value.node is not None and _number(value.node) == layer - 1:
-                found[value] = None
+                values[value] = None
     for value in graph.outputs.values() if layer == layer_count(graph) else ():
         if value.node is not None and _number(value.node) == layer - 1:
-            found[value] = None
-    if len(found) != 1:
-        names = ", ".join(f"%{value.name}" for value in found) or "nothing"
+            values[value] = None
+    if len(values) != 1:
+        names = ", ".join(f"%{value.name}" for value in values) or "nothing"
         raise InputError("a layer passes on several values", where=f"layers.{layer}", found=names)
-    return next(iter(found))
+    return next(iter(values))
 
 
 # Files with the inputs of a model: arrays as NumPy writes them.
@@ -267,15 +267,15 @@ def _load_all(path: str) -> dict[str, Array]:
     # Pickled objects are code; NumPy rejects them by default.
     try:
         with open(path, "rb") as file, _quiet(), np.load(file, allow_pickle=False) as archive:
-            found = {name: archive[name] for name in archive.files}
+            arrays = {name: archive[name] for name in archive.files}
     except _FOREIGN as error:
         raise InputError(f"not a .npz file: {printable(str(error))}", where=path) from None
     except MemoryError:
         raise MachineError("the arrays do not fit into memory", where=path) from None
     # A member that is no .npy file comes as bytes.
-    if strange := [name for name, array in found.items() if not isinstance(array, np.ndarray)]:
+    if strange := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
         raise InputError("a member is not an array", where=path, found=printable(strange[0]))
-    return found
+    return arrays
 
 
 def _quiet() -> warnings.catch_warnings[None]:

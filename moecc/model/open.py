@@ -362,11 +362,11 @@ def _open_graph(source: str, weights: str | None) -> Model:
     # It may be written as a family of an installed package.
     load_installed()
     graph = read_graph(source)
-    place = weights or graph.attrs.get("checkpoint")
-    if not isinstance(place, str) or not place:
+    checkpoint_name = weights or graph.attrs.get("checkpoint")
+    if not isinstance(checkpoint_name, str) or not checkpoint_name:
         return Model(graph, source)
     # The graph itself is the architecture.
-    checkpoint = open_checkpoint(place, needs_config=False)
+    checkpoint = open_checkpoint(checkpoint_name, needs_config=False)
     problems = list(_missing(graph, checkpoint))
     if problems:
         checkpoint.close()
@@ -419,22 +419,22 @@ def parse_branches(words: Sequence[str]) -> dict[str, str]:
     Raises:
       UsageError: a word has another form, or a name is used twice or reserved.
     """
-    found: dict[str, str] = {}
+    branches: dict[str, str] = {}
     problems = []
     for word in words:
-        name, equals, place = word.partition("=")
-        if not equals or not place or not _NAME.fullmatch(name):
+        name, equals, folder = word.partition("=")
+        if not equals or not folder or not _NAME.fullmatch(name):
             problems.append(Problem("not a model with a name", "--experts", "NAME=DIR", word))
         elif name in _TAKEN:
-            what = f"{name} is the name of {_TAKEN[name]}"
-            problems.append(Problem(what, "--experts", "another name", word))
-        elif name in found:
+            problem = f"{name} is the name of {_TAKEN[name]}"
+            problems.append(Problem(problem, "--experts", "another name", word))
+        elif name in branches:
             problems.append(Problem("two models have the same name", "--experts", found=word))
         else:
-            found[name] = place
+            branches[name] = folder
     if problems:
         raise UsageError(problems)
-    return found
+    return branches
 
 
 def add_branches(
@@ -458,9 +458,9 @@ def add_branches(
         raise InputError(f"{model.name} has no weights", hint="give a checkpoint")
     opened: dict[str, Checkpoint] = {}
     problems: list[Problem] = []
-    for name, place in places.items():
+    for name, folder in places.items():
         try:
-            opened[name] = _open(model.graph, base, place, allow_other_base=allow_other_base)
+            opened[name] = _open(model.graph, base, folder, allow_other_base=allow_other_base)
         except InputError as error:
             problems += error.problems
     if problems:
@@ -470,28 +470,28 @@ def add_branches(
     model.checkpoint = SeveralCheckpoints(base, opened)
 
 
-def _open(graph: Graph, base: Checkpoint, place: str, *, allow_other_base: bool) -> Checkpoint:
-    if is_adapter(Path(place)):
-        return AdaptedCheckpoint(base, Path(place), allow_other_base=allow_other_base)
-    other = open_model(place)
-    if other.checkpoint is None:
-        raise InputError(f"{place} has no weights", hint="give a checkpoint")
-    problems = [*_differences(graph, base, other), *_tokenizer_problems(base, other.checkpoint)]
+def _open(graph: Graph, base: Checkpoint, folder: str, *, allow_other_base: bool) -> Checkpoint:
+    if is_adapter(Path(folder)):
+        return AdaptedCheckpoint(base, Path(folder), allow_other_base=allow_other_base)
+    branch = open_model(folder)
+    if branch.checkpoint is None:
+        raise InputError(f"{folder} has no weights", hint="give a checkpoint")
+    problems = [*_differences(graph, base, branch), *_tokenizer_problems(base, branch.checkpoint)]
     if problems:
-        other.checkpoint.close()
+        branch.checkpoint.close()
         raise InputError(problems)
-    return other.checkpoint
+    return branch.checkpoint
 
 
-def _differences(graph: Graph, base: Checkpoint, other: Model) -> Iterator[Problem]:
+def _differences(graph: Graph, base: Checkpoint, branch: Model) -> Iterator[Problem]:
     """Yield how another model's config and tensors differ from those of the base."""
-    checkpoint = other.checkpoint
+    checkpoint = branch.checkpoint
     assert checkpoint is not None, "it was opened with weights"
     problems = [*_config_problems(base, checkpoint)]
     yield from problems
     if problems:
         return  # the tensors differ in consequence
-    wanted, there = _shapes(graph), _shapes(other.graph)
+    wanted, there = _shapes(graph), _shapes(branch.graph)
     wrong = [name for name in wanted if there.get(name) != wanted[name]]
     for name in wrong[:_SHOWN]:
         yield Problem(
@@ -507,20 +507,20 @@ def _shapes(graph: Graph) -> dict[str, tuple[int | None, ...]]:
     return {source.name: source.type.shape for weight in weights for source in sources(weight)}
 
 
-def _config_problems(base: Checkpoint, other: Checkpoint) -> Iterator[Problem]:
-    ours, theirs = (parse_config(c.config, str(c.path)) for c in (base, other))
+def _config_problems(base: Checkpoint, branch: Checkpoint) -> Iterator[Problem]:
+    ours, theirs = (parse_config(c.config, str(c.path)) for c in (base, branch))
     if type(ours) is not type(theirs):
         yield Problem(
-            "the models are of different families", str(other.path),
+            "the models are of different families", str(branch.path),
             f"{ours.model_type}, as {base.path}", theirs.model_type,
         )  # fmt: skip
         return
     for key in _compared(ours):
-        expected, found = getattr(ours, key), getattr(theirs, key)
-        if expected != found:
+        expected, actual = getattr(ours, key), getattr(theirs, key)
+        if expected != actual:
             yield Problem(
-                "the models differ in their architecture", f"{other.path}: {key}",
-                f"{expected}, as in {base.path}", str(found),
+                "the models differ in their architecture", f"{branch.path}: {key}",
+                f"{expected}, as in {base.path}", str(actual),
             )  # fmt: skip
 
 
@@ -530,15 +530,15 @@ def _compared(config: ModelConfig) -> list[str]:
     return [name for name in names if name not in _FREE]
 
 
-def _tokenizer_problems(base: Checkpoint, other: Checkpoint) -> Iterator[Problem]:
+def _tokenizer_problems(base: Checkpoint, branch: Checkpoint) -> Iterator[Problem]:
     """Yield a problem if both have a tokenizer, and a token has another number in the other."""
-    ours, theirs = (_tokens(checkpoint) for checkpoint in (base, other))
+    ours, theirs = (_tokens(checkpoint) for checkpoint in (base, branch))
     if ours is None or theirs is None or ours == theirs:
         return
     token = next(t for t in (*ours, *theirs) if ours.get(t) != theirs.get(t))
     many = sum(ours.get(t) != theirs.get(t) for t in {*ours, *theirs})
     yield Problem(
-        f"the tokenizers differ, in {many:,} tokens", f"{other.path}: {TOKENIZER}",
+        f"the tokenizers differ, in {many:,} tokens", f"{branch.path}: {TOKENIZER}",
         f"{token!r} is {ours.get(token, 'no token')}, as in {base.path}",
         f"{theirs.get(token, 'no token')}", "experts must mean the same by a token",
     )  # fmt: skip

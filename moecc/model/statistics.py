@@ -54,13 +54,13 @@ class CaptureFacts:
 
 def fingerprint(checkpoint: Checkpoint) -> str:
     """Return what tells a model from another: names, shapes, and the first row of each tensor."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, info in sorted(checkpoint.tensors.items()):
-        found.update(f"{name} {info.dtype.name}{list(info.shape)}\0".encode())
+        digest.update(f"{name} {info.dtype.name}{list(info.shape)}\0".encode())
         values = checkpoint.read(name, 0, min(1, info.shape[0])) if info.shape else (
             checkpoint.read(name))  # fmt: skip
-        found.update(values.tobytes())
-    return found.hexdigest()
+        digest.update(values.tobytes())
+    return digest.hexdigest()
 
 
 def write_capture(folder: Path, facts: CaptureFacts, tensors: Mapping[str, Array]) -> CaptureFacts:
@@ -70,10 +70,10 @@ def write_capture(folder: Path, facts: CaptureFacts, tensors: Mapping[str, Array
       MachineError: the disk is full.
     """
     write_durable(folder / TENSORS, save(dict(tensors), {"format": SCHEMA}))
-    known = asdict(facts) | {"digest": file_digest(folder / TENSORS)}
-    text = json.dumps({"schema": SCHEMA, **known}, indent=2, ensure_ascii=False) + "\n"
+    document = asdict(facts) | {"digest": file_digest(folder / TENSORS)}
+    text = json.dumps({"schema": SCHEMA, **document}, indent=2, ensure_ascii=False) + "\n"
     write_durable(folder / FACTS, text.encode())
-    return CaptureFacts(**known)
+    return CaptureFacts(**document)
 
 
 def open_capture(path: Path) -> tuple[SafetensorsFolder, CaptureFacts]:
@@ -89,12 +89,12 @@ def open_capture(path: Path) -> tuple[SafetensorsFolder, CaptureFacts]:
         )  # fmt: skip
     facts = _facts(read_json_object(path / FACTS, limit_bytes=1 << 20), str(path / FACTS))
     tensors = open_folder(path, needs_config=False)
-    found = file_digest(path / TENSORS)
-    if found != facts.digest:
+    digest = file_digest(path / TENSORS)
+    if digest != facts.digest:
         tensors.close()
         raise InputError(
             "the statistics were changed after they were written", where=str(path / TENSORS),
-            expected=facts.digest, found=found,
+            expected=facts.digest, found=digest,
         )  # fmt: skip
     return tensors, facts
 
@@ -185,15 +185,15 @@ class BlockSums:
         mean = self.input.sum(0) / count
         hidden = self.hidden / count
         share = self.tokens / count
-        found = {
+        sums = {
             "input.mean": mean,
             "input.covariance": self.products / count - np.outer(mean, mean),
             "hidden.mean": hidden,
             "hidden.cross": self.cross / count - np.outer(mean, hidden),
             "texts.cross": self.input / count - share[:, None] * mean,
         }
-        made = {name: value.astype(np.float32) for name, value in found.items()}
-        return made | {"hidden.pairs": self.pairs}
+        statistics = {name: value.astype(np.float32) for name, value in sums.items()}
+        return statistics | {"hidden.pairs": self.pairs}
 
 
 @dataclass
@@ -234,13 +234,13 @@ class ExpertSums:
     def statistics(self) -> dict[str, Array]:
         """Return the statistics by name, float32; those of an expert without tokens are 0."""
         count = np.maximum(self.choices, 1)
-        found = {
+        sums = {
             "experts.share": self.choices / max(self.choices.sum(), 1),
             "experts.gate": self.gates / count,
             "experts.saliency": self.saliency / count,
             "experts.result": self.results / count[:, None],
         }
-        return {name: value.astype(np.float32) for name, value in found.items()}
+        return {name: value.astype(np.float32) for name, value in sums.items()}
 
 
 def _largest(size: Array, count: int) -> Array:

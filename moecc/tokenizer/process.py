@@ -69,14 +69,14 @@ class Tokenizer(Closing):
           texts: the texts.
           special: whether the special tokens are included that the tokenizer puts around a text.
         """
-        what = "encode" if special else "plain"
-        found: list[list[int]] = self._ask({what: list(texts)}, doing="used")
-        return found
+        method = "encode" if special else "plain"
+        rows: list[list[int]] = self._ask({method: list(texts)}, doing="used")
+        return rows
 
     def ids(self, tokens: Sequence[str]) -> list[int | None]:
         """Return the id of each token as the vocabulary writes it. Raises InputError."""
-        found: list[int | None] = self._ask({"ids": list(tokens)}, doing="used")
-        return found
+        ids: list[int | None] = self._ask({"ids": list(tokens)}, doing="used")
+        return ids
 
     def size(self) -> int:
         """Return one more than the largest id, added tokens included. Raises InputError."""
@@ -88,8 +88,8 @@ class Tokenizer(Closing):
 
     def token(self, id: int) -> str | None:
         """Return a token as the vocabulary writes it. Raises InputError as the class."""
-        found: str | None = self._ask({"token": id}, doing="used")
-        return found
+        token: str | None = self._ask({"token": id}, doing="used")
+        return token
 
     def close(self) -> None:
         """End the process."""

@@ -45,19 +45,19 @@ class Worker:
 
     def answer(self, request: JsonDict, stream: BinaryIO) -> Any:
         """Return the result of one request."""
-        ((what, given),) = request.items()
-        match what:
+        ((method, argument),) = request.items()
+        match method:
             case "load":
-                return self._load(stream.read(given))
+                return self._load(stream.read(argument))
             case "encode" | "plain":
-                return self._encode(given, special=what == "encode")
+                return self._encode(argument, special=method == "encode")
             case "decode":
-                return self.tokenizer.decode(given)
+                return self.tokenizer.decode(argument)
             case "ids":
-                return [self.tokenizer.token_to_id(token) for token in given]
+                return [self.tokenizer.token_to_id(token) for token in argument]
             case "size":
                 return max(self.tokenizer.get_vocab().values(), default=-1) + 1
-        return self.tokenizer.id_to_token(given)
+        return self.tokenizer.id_to_token(argument)
 
     def _load(self, data: bytes) -> None:
         from tokenizers import Tokenizer
@@ -68,14 +68,14 @@ class Worker:
         self.tokenizer.no_truncation()
 
     def _encode(self, texts: list[str], *, special: bool) -> list[list[int]]:
-        found, count = [], 0
+        rows, count = [], 0
         for text in texts:
             ids = self.tokenizer.encode(text, add_special_tokens=special).ids
             count += len(ids)
             if count > MOST_TOKENS:
                 raise ValueError(f"more than {MOST_TOKENS:,} tokens")
-            found.append(ids)
-        return found
+            rows.append(ids)
+        return rows
 
 
 def _bound() -> None:
