@@ -52,7 +52,8 @@ def ask_torch(python: str, folder: str) -> Ask:
 def ask_moecc(folder: str) -> Ask:
     """Return what asks moecc, in this process."""
     from moecc.backend import get_backend
-    from moecc.decoding import Batch, DecodeGraphs
+    from moecc.decoding import DecodeGraphs
+    from moecc.decoding import DecodingBatch as Batch
     from moecc.model.open import open_model
     from moecc.types import F32
 

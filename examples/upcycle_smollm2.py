@@ -23,7 +23,8 @@ from script import OUT, console, exit_code, step
 from moecc.errors import CheckError
 from moecc.formats.manifest import MANIFEST_NAME, check_manifest
 from moecc.ir.text import print_graph
-from moecc.jobs.comparison import Verdict, compare
+from moecc.jobs.comparison import ComparisonVerdict as Verdict
+from moecc.jobs.comparison import compare
 from moecc.jobs.convert import Conversion, Plan, plan, write
 from moecc.jobs.generate import Continuing, generate_texts
 from moecc.model.open import open_model

@@ -203,7 +203,7 @@ NOWHERE = 1 << 30
 """The position of a place without a token: no token is so far on, so none sees it."""
 
 
-class Batch:
+class DecodingBatch:
     """Texts that grow by a token at a time.
 
     All texts of a batch write to the same place of their caches.  Prompts are padded on the right

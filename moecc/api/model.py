@@ -53,7 +53,7 @@ from moecc.weights.expr import Source
 
 if TYPE_CHECKING:
     from moecc.families.describe import Description
-    from moecc.jobs.comparison import Verdict
+    from moecc.jobs.comparison import ComparisonVerdict as Verdict
     from moecc.jobs.conversion import Plan
     from moecc.jobs.generate import Continuer
 

@@ -23,7 +23,7 @@ TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
-class Difference:
+class LogitDifference:
     """The difference of two outputs, logits ``[batch, seq, vocab]`` or hidden states.
 
     Attributes:
@@ -37,7 +37,7 @@ class Difference:
     top1_agreement: float | None
 
 
-def difference(reference: Array, result: Array, output: str = "logits") -> Difference:
+def difference(reference: Array, result: Array, output: str = "logits") -> LogitDifference:
     """Return the difference of `result` from `reference`; both are the output `output`.
 
     Raises:
@@ -71,9 +71,9 @@ def difference(reference: Array, result: Array, output: str = "logits") -> Diffe
         kl += float(np.sum(np.exp(log_p) * (log_p - log_q)))
         same += int(a64.argmax() == b64.argmax())
     if output != "logits":
-        return Difference(worst / scale, None, None)
+        return LogitDifference(worst / scale, None, None)
     count = len(rows[0])
-    return Difference(worst / scale, max(kl / count, 0.0), same / count)
+    return LogitDifference(worst / scale, max(kl / count, 0.0), same / count)
 
 
 def _log_softmax(x: Array) -> Array:
@@ -83,7 +83,7 @@ def _log_softmax(x: Array) -> Array:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ComparisonVerdict:
     """The result of `compare`.
 
     Attributes:
@@ -104,8 +104,8 @@ class Verdict:
     inputs: dict[str, tuple[int, ...]]
     dtype: str
     compute_dtype: str
-    difference: Difference
-    rounding: Difference | None
+    difference: LogitDifference
+    rounding: LogitDifference | None
     tolerance: float
 
     @property
@@ -151,7 +151,7 @@ def compare(
     tolerance: float = TOLERANCE,
     compute_dtype: DType = F32,
     backend: Backend | None = None,
-) -> Verdict:
+) -> ComparisonVerdict:
     """Run `model` and `source` on the same inputs and compare the source's first output.
 
     In float32 a difference may be amplified rounding; float64 distinguishes the two.
@@ -180,7 +180,7 @@ def compare(
     rounded = run(source, dtype)
     result = run(model, dtype)
     plain = rounded if source.dtype == dtype else run(source)
-    return Verdict(
+    return ComparisonVerdict(
         model=model.name,
         source=source.name,
         output=output,
@@ -236,8 +236,8 @@ class Verified:
     dtype: str
     compute_dtype: str
     layers: int
-    difference: Difference
-    rounding: Difference | None
+    difference: LogitDifference
+    rounding: LogitDifference | None
     tolerance: float | None
 
     def to_json(self) -> dict[str, object]:
@@ -284,7 +284,7 @@ def verify_written(planned: Plan, written: Path) -> Verified:
     return _verified(verdict, layers, exact)
 
 
-def _without_rounding(source: Model, rewritten: Model, result: Model) -> Verdict:
+def _without_rounding(source: Model, rewritten: Model, result: Model) -> ComparisonVerdict:
     """Return the verdict in float64, in which only weights are rounded.
 
     A factor that is no power of two is rounded with the weight: 3 W is no multiple of a rounded W.
@@ -304,7 +304,7 @@ def _without_rounding(source: Model, rewritten: Model, result: Model) -> Verdict
     return replace(verdict, difference=larger)
 
 
-def _verified(verdict: Verdict, layers: int, exact: bool) -> Verified:
+def _verified(verdict: ComparisonVerdict, layers: int, exact: bool) -> Verified:
     return Verified(
         verdict.output, verdict.inputs, verdict.dtype, verdict.compute_dtype, layers,
         verdict.difference, verdict.rounding, verdict.tolerance if exact else None,

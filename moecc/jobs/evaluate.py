@@ -112,7 +112,7 @@ class SetScore:
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class ModelEvaluation:
     """One model on all folders, by their names; `against` is paired with the first model's."""
 
     model: str
@@ -134,14 +134,14 @@ def evaluate_models(
     data: Sequence[str],
     settings: EvaluationSpec,
     progress: Progress | None = None,
-) -> list[Evaluated]:
+) -> list[ModelEvaluation]:
     """Evaluate each of `models` on the same rows of each folder of `data`.
 
     Raises:
       InputError: a folder is none, or does not suit a model.
     """
     folders = {name: open_tokens(path) for name, path in _named(data)}
-    results: list[Evaluated] = []
+    results: list[ModelEvaluation] = []
     for number, name in enumerate(models):
         with open_model(name) as model:
             sets = {n: _score(model, folder, settings) for n, folder in folders.items()}
@@ -149,7 +149,7 @@ def evaluate_models(
         against = {
             n: paired_difference(first[n].scores, s.scores) for n, s in sets.items() if n in first
         }
-        results.append(Evaluated(name, sets, against))
+        results.append(ModelEvaluation(name, sets, against))
         if progress is not None:
             progress(number + 1, len(models))
     return results
@@ -226,7 +226,7 @@ def _labels(
     return replace(score, accuracy=accuracy, f1=macro_f1(choices.answers, guesses, choices.labels))
 
 
-def evaluation_text(results: Sequence[Evaluated]) -> str:
+def evaluation_text(results: Sequence[ModelEvaluation]) -> str:
     """Return the human-readable report."""
     lines = []
     for result in results:

@@ -12,13 +12,13 @@ import numpy as np
 from moecc.backend import Backend, get_backend
 from moecc.decoding import (
     DECODER_TOKENS,
-    Batch,
     DecodeGraphs,
     ReadOnce,
     Sampling,
     check_continues,
     unstretched,
 )
+from moecc.decoding import DecodingBatch as Batch
 from moecc.errors import InputError, Problem, UsageError
 from moecc.formats.files import read_bounded
 from moecc.jobs.command import (

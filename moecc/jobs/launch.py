@@ -282,7 +282,7 @@ _LABEL = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?\Z")
 
 
 @dataclass(frozen=True)
-class Job:
+class TemplateJob:
     """The parameters of a template.
 
     Attributes:
@@ -298,7 +298,7 @@ class Job:
     stuck_seconds: int = 300
 
 
-def fill_template(kind: str, job: Job) -> str:
+def fill_template(kind: str, job: TemplateJob) -> str:
     """Return the script of a cluster.
 
     Args:
@@ -357,7 +357,7 @@ def launch(
     """
     if how == "template":
         kind, *words = command
-        job = Job(_checked(words), name, nodes, step_seconds)
+        job = TemplateJob(_checked(words), name, nodes, step_seconds)
         sys.stdout.write(fill_template(kind, job))
         return 0
     if command[0] == "python" and len(command) > 1:

@@ -89,7 +89,7 @@ from moecc.weights.expr import sources
 
 
 @dataclass(frozen=True)
-class Source:
+class RecipeSource:
     """A model as a recipe takes it.
 
     Attributes:
@@ -108,7 +108,7 @@ class Source:
 
 
 @contextmanager
-def open_source(recipe: Recipe, files: Sequence[str] = ()) -> Iterator[Source]:
+def open_source(recipe: Recipe, files: Sequence[str] = ()) -> Iterator[RecipeSource]:
     """Open the model of a recipe and run its pipeline.
 
     Args:
@@ -134,7 +134,7 @@ def open_source(recipe: Recipe, files: Sequence[str] = ()) -> Iterator[Source]:
             )  # fmt: skip
         made = canonical(model.graph, float_type(recipe.run.weight_dtype))
         made.graph.attrs.pop("checkpoint", None)
-        yield Source(model, made, str(done.preserves), pipeline.in_full(), tuple(remarks))
+        yield RecipeSource(model, made, str(done.preserves), pipeline.in_full(), tuple(remarks))
 
 
 def _opened(section: ModelSection) -> Model:
@@ -194,7 +194,7 @@ class CarriedState:
         return self.checkpoint.read_moment(kind, tensor, start, stop)
 
 
-def carried_from(source: Source, section: OptimizerSection) -> CarriedState:
+def carried_from(source: RecipeSource, section: OptimizerSection) -> CarriedState:
     """Return the moments of a model before its first step, where its source has some.
 
     Raises:
@@ -327,7 +327,7 @@ TOKENIZER = "tokenizer.json"
 _FULL = "give another folder; moecc train --resume RUN goes on with a run"
 
 
-def new_run(recipe: Recipe, source: Source, out: Path) -> TrainJob:
+def new_run(recipe: Recipe, source: RecipeSource, out: Path) -> TrainJob:
     """Return the job of a new run.
 
     Raises:
@@ -478,7 +478,7 @@ def _checked(recipe: Recipe, graph: Graph, facts: Callable[[Graph], ModelFacts])
     return open_batches(recipe.data, facts(step))
 
 
-def _stage(recipe: Recipe, digest: str, source: Source, batches: Batches) -> JsonDict:
+def _stage(recipe: Recipe, digest: str, source: RecipeSource, batches: Batches) -> JsonDict:
     section = recipe.model
     return {
         "kind": TRAINED,
@@ -505,7 +505,7 @@ def _source_files(model: Model, batches: Batches) -> dict[str, Path | bytes]:
 
 
 @contextmanager
-def _beginning(recipe: Recipe, source: Source) -> Iterator[Beginning]:
+def _beginning(recipe: Recipe, source: RecipeSource) -> Iterator[Beginning]:
     checkpoint = source.model.checkpoint
     read = no_tensors if checkpoint is None else checkpoint.read
     if recipe.model.moments is Moments.CARRY:

@@ -26,7 +26,7 @@ from moecc.support.text import amount
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from moecc.jobs.comparison import Verdict
+    from moecc.jobs.comparison import ComparisonVerdict as Verdict
 
 
 def _way_out(verdict: Verdict) -> str | None:

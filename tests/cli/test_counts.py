@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from moecc.jobs.evaluate import Evaluated, SetScore, evaluation_text
+from moecc.jobs.evaluate import ModelEvaluation as Evaluated
+from moecc.jobs.evaluate import SetScore, evaluation_text
 from moecc.train.scoring import RowScores
 
 

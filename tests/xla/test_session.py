@@ -13,7 +13,8 @@ pytest.importorskip("jax")
 from tiers import few, some
 
 from moecc.backend import get_backend
-from moecc.decoding import Batch, DecodeGraphs, Sampling
+from moecc.decoding import DecodeGraphs, Sampling
+from moecc.decoding import DecodingBatch as Batch
 from moecc.jobs.generate import Continuing, continue_texts
 from moecc.model.open import Model, open_model
 from moecc.types import F32
