@@ -71,8 +71,8 @@ def test_what_the_logits_show_is_refused_too(moecc: Moecc, dense: Path, tmp_path
 def test_a_wrong_writer_is_found_at_the_logits(
     moecc: Moecc, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = writer._bytes
-    monkeypatch.setattr(writer, "_bytes", lambda v: right(v.T if v.shape == (16, 16) else v))
+    right = writer._bytes_of
+    monkeypatch.setattr(writer, "_bytes_of", lambda v: right(v.T if v.shape == (16, 16) else v))
     done = moecc("convert", dense, tmp_path / "out", *UPCYCLE, "--verify")
     assert done.code == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense"]

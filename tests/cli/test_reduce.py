@@ -185,13 +185,13 @@ def test_a_wrong_writer_is_reduced_and_found(
     moecc: Moecc, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Square matrices are written transposed."""
-    right = writer._bytes
+    right = writer._bytes_of
 
     def wrong(values: np.ndarray) -> memoryview:
         square = values.ndim == 2 and values.shape[0] == values.shape[1]
         return right(values.T if square else values)
 
-    monkeypatch.setattr(writer, "_bytes", wrong)
+    monkeypatch.setattr(writer, "_bytes_of", wrong)
     passes = ("-p", "upcycle{experts=4 top-k=2}", "--compare", "weights")
     found = bisected(moecc, model, *passes)
     assert (found["step"], found["pass"], found["rewrite"]) == ("evaluator or writer", None, None)
