@@ -163,9 +163,12 @@ def capture_statistics(
         graph = _traced(model, pipeline, spec.at)
         sums, tokens = _run(model, graph, list(folders.values()), spec, progress)
         facts = CaptureFacts(
-            fingerprint(model.checkpoint), {n: f.facts.digest for n, f in folders.items()}, tokens,
-            spec.sequence, spec.active,
-        )  # fmt: skip
+            model=fingerprint(model.checkpoint),
+            texts={n: f.facts.digest for n, f in folders.items()},
+            tokens=tokens,
+            sequence=spec.sequence,
+            active=spec.active,
+        )
         with output_folder(Path(out), inputs=inputs, force=force) as folder:
             return write_capture(folder, facts, dict(_statistics(sums)))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
 
@@ -18,8 +18,7 @@ from moecc.formats.files import read_json_object
 from moecc.formats.folder import SafetensorsFolder, open_folder
 from moecc.formats.manifest import file_digest
 from moecc.formats.source import Checkpoint
-from moecc.support.problems import Problems, describe
-from moecc.support.untyped import JsonDict
+from moecc.support.record import read_record, to_json
 from moecc.types import Array, Doubles
 
 # A folder of statistics: tensors in one safetensors file, and of what they are.
@@ -31,19 +30,21 @@ FACTS, TENSORS = "capture.json", "model.safetensors"
 SCHEMA = "moecc.capture/1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CaptureFacts:
-    """Of what statistics are.
+    """The content of ``capture.json``: which model and texts the statistics are of.
 
     Attributes:
+      schema: the version of this layout.
       model: the fingerprint of the model; see `fingerprint`.
       texts: the digests of the tokens of each text, by the names of the texts.
-      tokens: how many tokens were read.
+      tokens: the number of tokens that were read.
       sequence: the tokens of a sequence.
       active: the share of the neurons of a token that count as active.
-      digest: of the file of tensors.
+      digest: the digest of the file of tensors.
     """
 
+    schema: str = SCHEMA
     model: str
     texts: Mapping[str, str]
     tokens: int
@@ -70,10 +71,10 @@ def write_capture(folder: Path, facts: CaptureFacts, tensors: Mapping[str, Array
       MachineError: the disk is full.
     """
     write_durable(folder / TENSORS, save(dict(tensors), {"format": SCHEMA}))
-    document = asdict(facts) | {"digest": file_digest(folder / TENSORS)}
-    text = json.dumps({"schema": SCHEMA, **document}, indent=2, ensure_ascii=False) + "\n"
+    facts = replace(facts, digest=file_digest(folder / TENSORS))
+    text = json.dumps(to_json(facts), indent=2, ensure_ascii=False) + "\n"
     write_durable(folder / FACTS, text.encode())
-    return CaptureFacts(**document)
+    return facts
 
 
 def open_capture(path: Path) -> tuple[SafetensorsFolder, CaptureFacts]:
@@ -87,7 +88,8 @@ def open_capture(path: Path) -> tuple[SafetensorsFolder, CaptureFacts]:
             "not a folder of statistics", where=str(path), expected=f"{FACTS} and {TENSORS}",
             hint="moecc capture MODEL --text FILE --out DIR writes one",
         )  # fmt: skip
-    facts = _facts(read_json_object(path / FACTS, limit_bytes=1 << 20), str(path / FACTS))
+    document = read_json_object(path / FACTS, limit_bytes=1 << 20)
+    facts = read_record(CaptureFacts, document, str(path / FACTS))
     tensors = open_folder(path, needs_config=False)
     digest = file_digest(path / TENSORS)
     if digest != facts.digest:
@@ -99,36 +101,13 @@ def open_capture(path: Path) -> tuple[SafetensorsFolder, CaptureFacts]:
     return tensors, facts
 
 
-def _facts(data: JsonDict, where: str) -> CaptureFacts:
-    if data.get("schema") != SCHEMA:
-        raise InputError(
-            "not statistics that this version reads", where=where, expected=SCHEMA,
-            found=describe(data.get("schema")), hint="moecc capture takes them anew",
-        )  # fmt: skip
-    problems = Problems()
-    kinds = {"model": str, "texts": dict, "tokens": int, "sequence": int, "digest": str}
-    for key, kind in kinds.items():
-        if not isinstance(data.get(key), kind):
-            problems.add("a value of another type", where=f"{where}: {key}",
-                         expected=kind.__name__, found=describe(data.get(key)))  # fmt: skip
-    active = data.get("active")
-    if not isinstance(active, float):
-        problems.add("a value of another type", where=f"{where}: active", expected="a share",
-                     found=describe(active))  # fmt: skip
-    problems.raise_if_any()
-    return CaptureFacts(**{key: value for key, value in data.items() if key != "schema"})
-
-
-# Sums over tokens from which statistics follow; they add up in any order, and are kept in
-# float64.
+# Sums over tokens from which statistics follow; they add up in any order, and are in float64.
 #
 # Of a dense block with the input x ``[embed]`` and the hidden value h ``[mlp]``: the mean and the
 # covariance of x, the covariance of x with |h| and with which text a token is of, and how often
-# two
-# neurons are active at the same token.  A neuron is active at the tokens where |h| is among the
-# largest (CMoE, 2502.04416, §3).  Of experts: how many choices went to each, the mean gate, the
-# mean
-# of its result, and of gate times the norm of its result (REAP, 2510.13999).
+# two neurons are active at the same token.  A neuron is active at the tokens where |h| is among
+# the largest (CMoE, 2502.04416, §3).  Of experts: how many choices went to each, the mean gate,
+# the mean of its result, and of gate times the norm of its result (REAP, 2510.13999).
 
 
 @dataclass
