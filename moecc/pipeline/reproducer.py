@@ -133,10 +133,11 @@ def read_reproducer(path: Path) -> Replay:
         _check_types(replay)
     except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(
-            "not a reproducer", where=str(path),
+            "not a reproducer",
+            where=str(path),
             expected=f"a comment {_REPLAY.strip()!r} in its first lines, which moecc wrote",
             hint="moecc opt runs a pipeline over any graph",
-        ) from None  # fmt: skip
+        ) from None
     # Beside the reproducer, or where the user said that it is.
     load = tuple(str(path.parent / str(name)) for name in replay.load)
     return replace(replay, load=load)
@@ -167,11 +168,12 @@ def check_loaded(path: Path, stated: Replay, files: Sequence[str]) -> None:
         return
     names = list(map(shlex.quote, stated.load))
     raise InputError(
-        "the reproducer needs passes of your own", where=str(path),
+        "the reproducer needs passes of your own",
+        where=str(path),
         expected="--load FILE: a file that a reproducer names is run only if you name it, too",
         found=f"{', '.join(names)} in its comment {_REPLAY.strip()!r}",
         hint=f"if you trust their code: {' '.join(f'--load {name}' for name in names)}",
-    )  # fmt: skip
+    )
 
 
 def save_crash(

@@ -194,9 +194,10 @@ def run_pass(graph: Graph, item: Pass, context: Context, number: int = 1) -> Pas
     """
     if not item.takes_rolled and is_rolled(graph):
         raise InputError(
-            "the pass works layer by layer, but the graph repeats its layers", where=item.name,
+            "the pass works layer by layer, but the graph repeats its layers",
+            where=item.name,
             hint="unroll-layers before it, and roll-layers afterwards",
-        )  # fmt: skip
+        )
     remarked: list[Remark] = []
 
     def note(remark: Remark) -> None:

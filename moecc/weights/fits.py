@@ -52,14 +52,16 @@ class Fitted(Expr):
         embed = self.mean.type.axes
         if self.mean.type.rank != 1 or self.cross.type.axes[1:] != embed:
             raise self.error(
-                "the covariances are of the input", expected=f"[expert, {embed[0]}]",
+                "the covariances are of the input",
+                expected=f"[expert, {embed[0]}]",
                 found=str(self.cross.type),
-            )  # fmt: skip
+            )
         if self.covariance.type.shape != (embed[0].size, embed[0].size):
             raise self.error(
-                "a covariance is a square of the input's axis", expected=f"[{embed[0]}, …]",
+                "a covariance is a square of the input's axis",
+                expected=f"[{embed[0]}, …]",
                 found=str(self.covariance.type),
-            )  # fmt: skip
+            )
         for name, value in (("ridge", self.ridge), ("std", self.std)):
             if not (isfinite(value) and value >= 0):
                 raise self.error(f"{name} is not a size", expected="0 or more", found=str(value))
@@ -189,9 +191,9 @@ def _distances(rows: Rows, rates: Doubles, others: Array, member: Array, groups:
     size = len(others) // groups
     inside = np.zeros((len(rates), groups))
     inside[others, member] = 1.0
-    sums = np.concatenate(
-        [rows(a, b).astype(np.float64) @ inside for a, b in _chunks(len(rates))]
-    )[others]  # fmt: skip
+    sums = np.concatenate([rows(a, b).astype(np.float64) @ inside for a, b in _chunks(len(rates))])[
+        others
+    ]
     within = (sums * inside[others]).sum(axis=0)
     return np.asarray(rates[others][:, None] - 2 / size * sums + within / size**2)
 

@@ -297,9 +297,10 @@ class Take(Expr):
         order = self.order.type
         if order.dtype is not I32 or order.names != (self.axis,):
             raise self.error(
-                "an order is a vector of whole numbers", expected=f"i32[{self.axis}=…]",
+                "an order is a vector of whole numbers",
+                expected=f"i32[{self.axis}=…]",
                 found=str(order),
-            )  # fmt: skip
+            )
         axes = list(self.x.type.axes)
         axes[at] = Axis(self.axis, size(order.axes[0]))
         return self.x.type.with_axes(axes)
@@ -351,13 +352,15 @@ class Clusters(Expr):
         sizes = type.shape
         if at != 0 or type.rank != 2 or sizes[0] != sizes[1]:
             raise self.error(
-                "counts of pairs are a square", expected=f"[{self.axis}=n, other=n]",
+                "counts of pairs are a square",
+                expected=f"[{self.axis}=n, other=n]",
                 found=str(type),
-            )  # fmt: skip
+            )
         left = sizes[0] - self.first
         if self.groups < 1 or not 0 <= self.first < sizes[0] or left % self.groups:
             raise self.error(
                 "the neurons do not divide into groups",
-                expected=f"a divisor of {sizes[0]} − {self.first}", found=str(self.groups),
-            )  # fmt: skip
+                expected=f"a divisor of {sizes[0]} − {self.first}",
+                found=str(self.groups),
+            )
         return TensorType(I32, (type.axes[0],))

@@ -212,9 +212,12 @@ class AddLossesPass(Pass):
         for item in () if self.replace else earlier:
             if isinstance(item, AddLossesPass) or getattr(item, "losses", False):
                 return [
-                    Problem("losses are added once", found=f"{item.name} adds them before",
-                            hint="st-moe{losses=false} adds none")
-                ]  # fmt: skip
+                    Problem(
+                        "losses are added once",
+                        found=f"{item.name} adds them before",
+                        hint="st-moe{losses=false} adds none",
+                    )
+                ]
         return []
 
     def _coefficients(self) -> dict[str, float]:
@@ -238,9 +241,10 @@ class AddLossesPass(Pass):
         present = [n for n in graph.output_names if n.startswith(PREFIXES)]
         if present:
             raise InputError(
-                "the graph has losses or metrics already", found=", ".join(present[:5]),
+                "the graph has losses or metrics already",
+                found=", ".join(present[:5]),
                 hint="add them once, and last",
-            )  # fmt: skip
+            )
         layers = routed_layers(graph)
         losses = [self._add_to_layer(graph, layer, ctx) for layer in layers]
         attentions = attention_scores(graph) if self.attention_z_coef else []

@@ -236,24 +236,28 @@ def _problem(sides: Sides, node: Node, hidden: dict[Value, Hidden]) -> Problem |
         reads_hidden = states != {Hidden.INFINITE} or not reduces
     if keys and reads_hidden:
         return Problem(
-            "this attention is not causal: a token would depend on those after it", where(node),
+            "this attention is not causal: a token would depend on those after it",
+            where(node),
             expected="scores that a causal mask hides before their softmax",
             hint="only a decoder continues a text token by token",
-        )  # fmt: skip
+        )
     if any(sides.is_query(v) for v in node.operands) and _mixes_tokens(sides, node):
         return Problem(
-            "tokens meet otherwise than by a causal attention", where(node),
+            "tokens meet otherwise than by a causal attention",
+            where(node),
             hint="moecc run takes the whole text at once",
-        )  # fmt: skip
+        )
     strange = [
-        v for _, v in sides.met(node)
+        v
+        for _, v in sides.met(node)
         if sides.kinds[v] is Dependence.PLACE and not sides.is_key_positions(v)
-    ]  # fmt: skip
+    ]
     if strange:
         return Problem(
-            f"%{strange[0].name} is made of the positions of all tokens", where(node),
+            f"%{strange[0].name} is made of the positions of all tokens",
+            where(node),
             expected="positions renamed, or what is made of tokens",
-        )  # fmt: skip
+        )
     return None
 
 

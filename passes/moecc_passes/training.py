@@ -55,19 +55,38 @@ class FreezePass(Pass):
             return []
         stated = "both" if self.groups else "neither"
         return [
-            Problem("state either the frozen groups or the only trained ones", "groups",
-                    "groups or only", stated, "groups=moe is the paper's way to save memory")
-        ]  # fmt: skip
+            Problem(
+                "state either the frozen groups or the only trained ones",
+                "groups",
+                "groups or only",
+                stated,
+                "groups=moe is the paper's way to save memory",
+            )
+        ]
 
     def lints(self) -> list[Problem]:
         """Return what the paper found to be worse."""
         if self.only == ("moe",):
-            return [advice("the experts alone are trained, which is much worse", "only",
-                           "section 4.2", expected="groups=moe", value="moe")]  # fmt: skip
+            return [
+                advice(
+                    "the experts alone are trained, which is much worse",
+                    "only",
+                    "section 4.2",
+                    expected="groups=moe",
+                    value="moe",
+                )
+            ]
         if "router" in self.groups and not {"moe", "all"} & set(self.groups):
-            return [advice("experts are trained and their router is frozen, so that no loss can "
-                           "balance them", "groups", "appendix A", expected="groups=moe",
-                           value="router")]  # fmt: skip
+            return [
+                advice(
+                    "experts are trained and their router is frozen, so that no loss can "
+                    "balance them",
+                    "groups",
+                    "appendix A",
+                    expected="groups=moe",
+                    value="router",
+                )
+            ]
         return []
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
@@ -336,14 +355,16 @@ class _Packing:
             if node.op.is_distribution and _axis(node) in self._token_axes:
                 yield Problem(
                     "experts read averages of tokens, of whatever document",
-                    where(node), hint="routing=token-choice keeps documents apart",
-                )  # fmt: skip
+                    where(node),
+                    hint="routing=token-choice keeps documents apart",
+                )
             rope = fits(ROPE, node)
             if rope is not None and rope.attr("scaling") == "dynamic":
                 yield Problem(
-                    "rope scaling dynamic depends on the longest document of all", where(node),
+                    "rope scaling dynamic depends on the longest document of all",
+                    where(node),
                     hint="data.packing = false",
-                )  # fmt: skip
+                )
 
     @property
     def _token_axes(self) -> tuple[str, ...]:

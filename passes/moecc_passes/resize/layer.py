@@ -134,10 +134,11 @@ def of_layer(layer: RoutedLayer) -> Anatomy | Problem:
     read = [v for node in nodes for v in node.results if not v.users.keys() <= inside]
     if read:
         return Problem(
-            "its routing is read elsewhere, too", layer.name,
+            "its routing is read elsewhere, too",
+            layer.name,
             found=f"%{read[0].name}",
             hint="run this pass before add-losses or specialize; st-moe{losses=false} adds none",
-        )  # fmt: skip
+        )
     at = nodes.index(layer.dispatch)
     operands = dict.fromkeys(v for node in nodes for v in node.operands if v.is_param)
     params = tuple(v for v in operands if EXPERT in v.type)
@@ -222,19 +223,29 @@ def not_dormant(layer: Anatomy, wanted: BiasChoice) -> Iterator[Problem]:
     """Yield why a layer cannot have such experts."""
     row, slots = convention(layer.attrs.gates), layer.layer.assignment.slots
     if slots != "ragged":
-        yield Problem("a capacity shrinks with more experts, and drops other choices", layer.name,
-                      "slots=ragged", f"slots={slots}",
-                      "specialize{dropless=true} removes the capacity")  # fmt: skip
+        yield Problem(
+            "a capacity shrinks with more experts, and drops other choices",
+            layer.name,
+            "slots=ragged",
+            f"slots={slots}",
+            "specialize{dropless=true} removes the capacity",
+        )
     elif bias_kind(layer, wanted) == "logits":
         if layer.bias_of_choice is not None:
-            yield Problem("the layer has a bias of the choice, by which they could be chosen",
-                          layer.name, "bias=choice", "bias=logits")  # fmt: skip
+            yield Problem(
+                "the layer has a bias of the choice, by which they could be chosen",
+                layer.name,
+                "bias=choice",
+                "bias=logits",
+            )
     elif not row.renormalised and row.score != "sigmoid":
         yield Problem(
-            f"experts that are not chosen have a share of {row.name} gates", layer.name,
-            hint="bias=logits keeps them from it" if layer.bias_of_choice is None else
-            "a bias of the logits would keep them from it; this layer has one of the choice",
-        )  # fmt: skip
+            f"experts that are not chosen have a share of {row.name} gates",
+            layer.name,
+            hint="bias=logits keeps them from it"
+            if layer.bias_of_choice is None
+            else "a bias of the logits would keep them from it; this layer has one of the choice",
+        )
 
 
 def with_bias(

@@ -150,9 +150,12 @@ class GrowPass(ResizePass):
             yield Problem(f"{row.name} gates do not divide among copies", layer.name)
         if slots != "ragged":
             yield Problem(
-                "copies drop other choices than one expert did", layer.name, "slots=ragged",
-                f"slots={slots}", "specialize{dropless=true} removes the capacity",
-            )  # fmt: skip
+                "copies drop other choices than one expert did",
+                layer.name,
+                "slots=ragged",
+                f"slots={slots}",
+                "specialize{dropless=true} removes the capacity",
+            )
 
     def build(self, graph: Graph, layer: Anatomy, ctx: Context) -> str:
         """Store every expert several times."""

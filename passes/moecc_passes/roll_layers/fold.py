@@ -67,9 +67,14 @@ class Cuts:
             return value
         attrs = {"axis": value.type.axes[at].name, "mesh": (self.mesh,)}
         collective = graph.append(
-            op, [value], attrs, names=[graph.fresh(value.name)], loc=self.loc, origin=SPLIT_ORIGIN,
+            op,
+            [value],
+            attrs,
+            names=[graph.fresh(value.name)],
+            loc=self.loc,
+            origin=SPLIT_ORIGIN,
             before=before,
-        )  # fmt: skip
+        )
         return collective.result
 
     def _axis(self, type: TensorType) -> int | None:

@@ -158,8 +158,9 @@ def _reasons(a: Node, b: Node) -> Iterator[str]:
     values = [*zip(a.operands, b.operands, strict=False), *zip(a.results, b.results, strict=False)]
     differing = [(x, y) for x, y in values if x.type != y.type and not x.type.extents]
     # Another parameter says more of a layer than the attributes that follow from it.
-    yield from (f"its {a.op.name} @{a.loc} has {x!r}, and {b.loc} {y!r}"
-                for x, y in differing if x.is_param)  # fmt: skip
+    yield from (
+        f"its {a.op.name} @{a.loc} has {x!r}, and {b.loc} {y!r}" for x, y in differing if x.is_param
+    )
     for name, value in a.attrs.items():
         if value != b.attrs[name]:
             yield f"its {a.op.name} @{a.loc} has {name}={value}, and {b.loc} {name}={b.attrs[name]}"
@@ -270,15 +271,20 @@ class RollLayersPass(Pass):
         """Return which names are unknown or have no effect."""
         if self.save and self.remat != "save":
             return [
-                Problem("names are saved under remat=save alone", "save", found=self.remat,
-                        hint="remat=save")
-            ]  # fmt: skip
+                Problem(
+                    "names are saved under remat=save alone",
+                    "save",
+                    found=self.remat,
+                    hint="remat=save",
+                )
+            ]
         return [
-            Problem(f"nothing is called {name!r}", "save", ", ".join(KEPT),
-                    hint=nearest(name, KEPT))
+            Problem(
+                f"nothing is called {name!r}", "save", ", ".join(KEPT), hint=nearest(name, KEPT)
+            )
             for name in self.save
             if name not in KEPT
-        ]  # fmt: skip
+        ]
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
         """Roll the layers that repeat; remark on them, and on why the rest was not rolled.

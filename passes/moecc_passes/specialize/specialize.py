@@ -78,14 +78,17 @@ def problems(item: ModeConfig) -> Iterator[Problem]:
     for field in NOISE if item.mode == "eval" else ():
         if value := getattr(item, field):
             yield Problem(
-                "an evaluation is not perturbed", field.replace("_", "-"),
-                "nothing, with mode=eval", str(value),
+                "an evaluation is not perturbed",
+                field.replace("_", "-"),
+                "nothing, with mode=eval",
+                str(value),
                 "mode=train has it; ST-MoE has none of it in pre-training",
-            )  # fmt: skip
+            )
     if item.threshold is not None and item.policy in ("all", "none"):
         message, hint = f"policy={item.policy} compares with no threshold", "threshold"
-        yield Problem(message, hint, found=str(item.threshold),
-                      hint="policy=random threshold=0.2 is ST-MoE's")  # fmt: skip
+        yield Problem(
+            message, hint, found=str(item.threshold), hint="policy=random threshold=0.2 is ST-MoE's"
+        )
 
 
 def problems_after(item: ModeConfig, earlier: Sequence[Pass]) -> Iterator[Problem]:
@@ -96,17 +99,21 @@ def problems_after(item: ModeConfig, earlier: Sequence[Pass]) -> Iterator[Proble
     routing = getattr(conversion, "routing", "token-choice")
     if item.policy in FURTHER and (conversion.top_k == 1 or routing != "token-choice"):
         yield Problem(
-            f"policy={item.policy} decides about second experts, and there are none", "policy",
+            f"policy={item.policy} decides about second experts, and there are none",
+            "policy",
             "token choice with top-k of 2 or more",
             f"{conversion.name}{{top-k={conversion.top_k} routing={routing}}}",
             "ST-MoE has top-k=2 and, in training, policy=random threshold=0.2",
-        )  # fmt: skip
+        )
     is_dropless = getattr(conversion, "slots", "") == "ragged" and routing != "expert-choice"
     if item.expert_dropout and item.capacity_factor is None and is_dropless:
         yield Problem(
-            "dropout in experts needs slots that can be numbered", "expert-dropout", "a capacity",
-            "dropless rows", "capacity-factor=1.25, as ST-MoE trains",
-        )  # fmt: skip
+            "dropout in experts needs slots that can be numbered",
+            "expert-dropout",
+            "a capacity",
+            "dropless rows",
+            "capacity-factor=1.25, as ST-MoE trains",
+        )
 
 
 def misfits(
@@ -125,25 +132,34 @@ def misfits(
         routing = "expert choice" if chooses else "batch-prioritised routing"
         option = "; layers=encoder.*" if is_decoder_at(layer.assigner.loc) else ""
         yield Problem(
-            f"{routing} in a decoder decides about a token by later ones", layer.name,
+            f"{routing} in a decoder decides about a token by later ones",
+            layer.name,
             hint=f"ST-MoE (Appendix D) has it in encoders only{option}; force=true allows it",
-        )  # fmt: skip
+        )
     if item.policy in FURTHER and (layer.top_k == 1 or layer.route is None):
         yield Problem(
             f"policy={item.policy} decides about second experts, and there are none",
-            layer.name, "token choice with top-k of 2 or more",
+            layer.name,
+            "token choice with top-k of 2 or more",
             f"top-k={layer.top_k}" if layer.route else f"no best choice: {_kind(layer)}",
             "ST-MoE has top-k=2",
-        )  # fmt: skip
+        )
     if item.priority and layer.route is None:
         yield Problem(
             "batch-prioritised routing goes by the probability of the first choice",
-            layer.name, "token choice", _kind(layer), "priority=false",
-        )  # fmt: skip
+            layer.name,
+            "token choice",
+            _kind(layer),
+            "priority=false",
+        )
     for field in ("jitter", "input_dropout", "router_noise") if layer.scorer is None else ():
         if getattr(item, field):
-            yield Problem("there is no router to perturb", layer.name, found=_kind(layer),
-                          hint=f"leave {field.replace('_', '-')} out")  # fmt: skip
+            yield Problem(
+                "there is no router to perturb",
+                layer.name,
+                found=_kind(layer),
+                hint=f"leave {field.replace('_', '-')} out",
+            )
     if settings.padding_mask:
         graph, type, loc = layer.assigner.graph, layer.slots.type, layer.assigner.loc
         misfit = mask_misfit(graph, type, layer.tokens, loc)
@@ -152,9 +168,12 @@ def misfits(
         slots = {**layer.assigner.attrs, **settings.assignment()}["slots"]
         if slots != "capacity" and not layer.experts_choose:
             yield Problem(
-                "dropout in experts needs slots that can be numbered", layer.name,
-                "a capacity", "dropless rows", "capacity-factor=1.25, say",
-            )  # fmt: skip
+                "dropout in experts needs slots that can be numbered",
+                layer.name,
+                "a capacity",
+                "dropless rows",
+                "capacity-factor=1.25, say",
+            )
         if layer.last_matrix is None:
             message = "the last matrix of the experts was not found"
             yield Problem(message, layer.name, hint="expert-dropout=0.0")
@@ -174,9 +193,12 @@ def lints(item: ModeConfig) -> Iterator[Problem]:
     for field, noise in NOISE.items() if item.mode == "train" else ():
         if value := getattr(item, field):
             yield advice(
-                f"in pre-training {noise} costs quality", field.replace("_", "-"), "section 3.2",
-                expected="0; fine-tuning is another matter (section 4.1)", value=value,
-            )  # fmt: skip
+                f"in pre-training {noise} costs quality",
+                field.replace("_", "-"),
+                "section 3.2",
+                expected="0; fine-tuning is another matter (section 4.1)",
+                value=value,
+            )
     rate = item.expert_dropout
     if item.mode == "train" and item.dropout and rate is not None and rate < item.dropout:
         message = "experts have less dropout than the rest, and overfit sooner"

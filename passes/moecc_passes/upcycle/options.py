@@ -19,9 +19,15 @@ from moecc.support.text import ranges
 from moecc_passes.routed import is_decoder
 
 Gates = Literal[
-    "renormalised", "top-k-softmax", "softmax", "sigmoid-renormalised", "sigmoid", "switch",
-    "sparsemixer", "ones",
-]  # fmt: skip
+    "renormalised",
+    "top-k-softmax",
+    "softmax",
+    "sigmoid-renormalised",
+    "sigmoid",
+    "switch",
+    "sparsemixer",
+    "ones",
+]
 FITTED = ("centroids", "ridge")
 """The values of ``router-init`` that read statistics."""
 
@@ -185,9 +191,13 @@ class UpcycleOptions:
         # The k parts that a token gets of a split block take the place of one group.
         group = self.top_k if self.is_split else self.granularity
         return GateLaw(
-            convention(self.gates).name, self.experts, self.top_k, group,
-            self.gate_scale, has_prototypes=self.routing == "prototypes",
-        )  # fmt: skip
+            convention(self.gates).name,
+            self.experts,
+            self.top_k,
+            group,
+            self.gate_scale,
+            has_prototypes=self.routing == "prototypes",
+        )
 
     @property
     def is_split(self) -> bool:
@@ -362,9 +372,17 @@ def lints(item: UpcycleOptions) -> Iterator[Problem]:
         if not least <= item.router_std <= most:
             yield advice(
                 f"the router's {'logits' if is_of_logits else 'weights'} begin far from those of "
-                "the paper", "router-std", "section 6.2",
-                expected=f"{least:g} to {most:g}; router-init=switch", value=item.router_std,
-            )  # fmt: skip
+                "the paper",
+                "router-std",
+                "section 6.2",
+                expected=f"{least:g} to {most:g}; router-init=switch",
+                value=item.router_std,
+            )
     if item.top_k > 1 and item.gates in ("softmax", "switch") and item.routing == "token-choice":
-        yield advice("gates of several experts are not renormalised over those chosen", "gates",
-                     "appendix G", expected="renormalised", value=item.gates)  # fmt: skip
+        yield advice(
+            "gates of several experts are not renormalised over those chosen",
+            "gates",
+            "appendix G",
+            expected="renormalised",
+            value=item.gates,
+        )

@@ -111,9 +111,17 @@ def emit_router(
             type = tensor(x.type.dtype, expert=item.experts)
             bias = param("router.balance_bias", Full(0.0, type))
         return emit_routing(
-            b, x, weight, experts=item.experts, top_k=item.top_k, gates=item.law.convention,
-            scale=item.gate_scale, tokens=tokens, bias=bias, **item.assignment,
-        )  # fmt: skip
+            b,
+            x,
+            weight,
+            experts=item.experts,
+            top_k=item.top_k,
+            gates=item.law.convention,
+            scale=item.gate_scale,
+            tokens=tokens,
+            bias=bias,
+            **item.assignment,
+        )
     if item.routing == "prototypes":
         logits = b.contract(x, weight, over=embed, precision="f32", name="router")
         chosen, gates = emit_prototypes(b, logits, item.top_k, gates="softmax")
@@ -273,9 +281,11 @@ def fitted_weight(
             cross = Rename(cross, "text", "expert")
     fitted = Fitted(
         statistic(block, "input.covariance", embed, Axis(OTHER, embed.size)),
-        statistic(block, "input.mean", embed), cross,
-        item.router_ridge if item.router_init == "ridge" else 0.0, item.router_std,
-    )  # fmt: skip
+        statistic(block, "input.mean", embed),
+        cross,
+        item.router_ridge if item.router_init == "ridge" else 0.0,
+        item.router_std,
+    )
     if item.is_split or division.slices == 1:
         return fitted
     return repeated(Rename(fitted, "expert", "copy"), division.slices)
@@ -292,16 +302,27 @@ def unread(item: UpcycleOptions, statistics: Statistics | None) -> list[Problem]
     copies = item.experts // item.granularity
     if item.models:
         return [
-            Problem("no text has the name of the model", "sources", ", ".join(statistics.texts),
-                    name, f"moecc capture --text {name}=FILE")
-            for name in dict.fromkeys(item.models) if name not in statistics.texts
-        ]  # fmt: skip
+            Problem(
+                "no text has the name of the model",
+                "sources",
+                ", ".join(statistics.texts),
+                name,
+                f"moecc capture --text {name}=FILE",
+            )
+            for name in dict.fromkeys(item.models)
+            if name not in statistics.texts
+        ]
     if len(statistics.texts) == copies:
         return []
-    return [Problem(
-        "each copy has a text that it is for", "router-init",
-        f"{copies} texts", ", ".join(statistics.texts), "moecc capture --text A --text B …",
-    )]  # fmt: skip
+    return [
+        Problem(
+            "each copy has a text that it is for",
+            "router-init",
+            f"{copies} texts",
+            ", ".join(statistics.texts),
+            "moecc capture --text A --text B …",
+        )
+    ]
 
 
 def missing(item: UpcycleOptions, block: FFNBlock, statistics: Statistics | None) -> Problem | None:

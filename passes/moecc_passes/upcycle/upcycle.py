@@ -63,55 +63,72 @@ _WHY = {
 }
 
 
-def problems(item: UpcycleOptions) -> list[Problem]:
-    """Return the problems of the options, independent of the model."""
-    layers = check_layers(item.layers)
-    decoder = check_layers(item.decoder_layers or "all", "decoder-layers")
-    spelled = [p for p in (layers, decoder) if p]
-    checks = (_counts, _gates, _routing, _sources, _split)
-    return [*(problem for check in checks for problem in check(item)), *spelled]
-
-
 def _counts(item: UpcycleOptions) -> Iterator[Problem]:
     n, k, g = item.experts, item.top_k, item.granularity
     if n < 2:
         yield Problem("a mixture needs at least two experts", "experts", found=str(n))
     if n > MOST_EXPERTS:
-        yield Problem("too many experts", "experts", f"at most {MOST_EXPERTS:,}", f"{n:,}",
-                      "Switch-C, the largest that was published, has 2,048")  # fmt: skip
+        yield Problem(
+            "too many experts",
+            "experts",
+            f"at most {MOST_EXPERTS:,}",
+            f"{n:,}",
+            "Switch-C, the largest that was published, has 2,048",
+        )
     if k > n or k < 1:
         yield Problem(
-            "top-k does not suit the experts", "top-k", f"1 <= top-k <= experts={n}", str(k),
+            "top-k does not suit the experts",
+            "top-k",
+            f"1 <= top-k <= experts={n}",
+            str(k),
             f"store more experts: experts={max(k, 2)}; ST-MoE has top-k=2" if k > n else "top-k=1",
-        )  # fmt: skip
+        )
     if g < 1:
         yield Problem("granularity must be at least 1", "granularity", found=str(g))
     elif k % g or n % g:
         yield Problem(
-            "a token must go to whole virtual groups", "granularity",
-            f"G that divides top-k={k} and experts={n}", str(g),
+            "a token must go to whole virtual groups",
+            "granularity",
+            f"G that divides top-k={k} and experts={n}",
+            str(g),
             f"top-k={-(-k // g) * g} experts={max(-(-n // g), -(-k // g)) * g} would do",
-        )  # fmt: skip
+        )
 
 
 def _gates(item: UpcycleOptions) -> Iterator[Problem]:
     k, g = item.top_k, item.granularity
     if item.gates == "switch" and k != 1:
-        yield Problem("switch routing has one expert a token", "gates", "top-k=1", f"top-k={k}",
-                      "gates=softmax weighs several by their probabilities")  # fmt: skip
+        yield Problem(
+            "switch routing has one expert a token",
+            "gates",
+            "top-k=1",
+            f"top-k={k}",
+            "gates=softmax weighs several by their probabilities",
+        )
     row = convention(item.gates)
     if row.max_top_k is not None and k > row.max_top_k:
-        yield Problem(f"{row.name} gates exist for one or two experts a token", "gates",
-                      f"top-k<={row.max_top_k}", f"top-k={k}", "gates=renormalised takes any top-k"
-                      )  # fmt: skip
+        yield Problem(
+            f"{row.name} gates exist for one or two experts a token",
+            "gates",
+            f"top-k<={row.max_top_k}",
+            f"top-k={k}",
+            "gates=renormalised takes any top-k",
+        )
     if not row.equal_for_equal_logits and g > 1:
-        yield Problem(f"{row.name} gates differ among the members of a virtual group",
-                      "gates", "granularity=1", f"granularity={g}",
-                      "gates=renormalised suits any granularity")  # fmt: skip
+        yield Problem(
+            f"{row.name} gates differ among the members of a virtual group",
+            "gates",
+            "granularity=1",
+            f"granularity={g}",
+            "gates=renormalised suits any granularity",
+        )
     if item.balance_bias and row.score is None:
-        yield Problem(f"{item.gates} gates have no score that a bias could be added to",
-                      "balance-bias", found=f"gates={item.gates}",
-                      hint="gates=sigmoid-renormalised is DeepSeek-V3's")  # fmt: skip
+        yield Problem(
+            f"{item.gates} gates have no score that a bias could be added to",
+            "balance-bias",
+            found=f"gates={item.gates}",
+            hint="gates=sigmoid-renormalised is DeepSeek-V3's",
+        )
 
 
 def _routing(item: UpcycleOptions) -> Iterator[Problem]:
@@ -129,15 +146,23 @@ def _routing(item: UpcycleOptions) -> Iterator[Problem]:
     )
     for name, fits, expected, value in checks:
         if not fits:
-            yield Problem(_WHY[kind], name, expected, str(value),
-                          "routing=token-choice has this option")  # fmt: skip
+            yield Problem(
+                _WHY[kind], name, expected, str(value), "routing=token-choice has this option"
+            )
     if kind == "prototypes" and item.top_k >= 1 and item.experts % item.top_k:
-        yield Problem("the prototypes do not divide the experts", "top-k",
-                      f"a divisor of experts={item.experts}", str(item.top_k))  # fmt: skip
+        yield Problem(
+            "the prototypes do not divide the experts",
+            "top-k",
+            f"a divisor of experts={item.experts}",
+            str(item.top_k),
+        )
     if kind == "soft" and item.slots == "capacity":
-        yield Problem("a soft mixture drops nothing, so it has no capacity", "slots",
-                      found="capacity", hint="soft-slots says how many slots an expert has"
-                      )  # fmt: skip
+        yield Problem(
+            "a soft mixture drops nothing, so it has no capacity",
+            "slots",
+            found="capacity",
+            hint="soft-slots says how many slots an expert has",
+        )
     if kind in LOOKS_AHEAD:
         yield from _decoders(item)
 
@@ -145,18 +170,23 @@ def _routing(item: UpcycleOptions) -> Iterator[Problem]:
 def _sources(item: UpcycleOptions) -> Iterator[Problem]:
     models = item.models
     if not models and item.rest != "base":
-        yield Problem("without sources there is nothing to take a mean of", "rest", "base",
-                      item.rest, "sources=base,a says which models")  # fmt: skip
+        yield Problem(
+            "without sources there is nothing to take a mean of",
+            "rest",
+            "base",
+            item.rest,
+            "sources=base,a says which models",
+        )
     if models and len(models) * item.granularity != item.experts:
         yield Problem(
-            "every copy comes from one model", "sources",
+            "every copy comes from one model",
+            "sources",
             f"experts / granularity = {item.experts}/{item.granularity} names",
             f"{len(models)} names",
             f"experts={len(models) * item.granularity}, or list a model more than once",
-        )  # fmt: skip
+        )
     if models and item.init != "copy":
-        yield Problem("experts of several models are not made to differ", "init", "copy",
-                      item.init)  # fmt: skip
+        yield Problem("experts of several models are not made to differ", "init", "copy", item.init)
 
 
 def _split(item: UpcycleOptions) -> Iterator[Problem]:
@@ -165,67 +195,88 @@ def _split(item: UpcycleOptions) -> Iterator[Problem]:
             ("granularity", item.granularity == 1, item.granularity),
             ("sources", not item.models, item.sources),
             ("routing", item.routing == "token-choice", item.routing),
-        ):  # fmt: skip
+        ):
             if not fits:
                 message = "a split block has each neuron once, in an expert that a token chooses"
                 yield Problem(message, name, "the default", str(value))
     if item.is_fitted and item.routing in ("hash", "soft"):
-        yield Problem("there is no router to fit", "router-init", "token-choice",
-                      f"routing={item.routing}")  # fmt: skip
+        yield Problem(
+            "there is no router to fit", "router-init", "token-choice", f"routing={item.routing}"
+        )
 
 
 def unknown_models(item: UpcycleOptions, names: Sequence[str]) -> list[Problem]:
     """Return a problem for each of ``sources`` that is neither the source nor in `names`."""
     return [
-        Problem("there is no model of this name", "sources", " or ".join((BASE, *names)), name,
-                nearest(name, names) or "name it: --experts NAME=DIR")
+        Problem(
+            "there is no model of this name",
+            "sources",
+            " or ".join((BASE, *names)),
+            name,
+            nearest(name, names) or "name it: --experts NAME=DIR",
+        )
         for name in dict.fromkeys(item.models)
         if name not in (BASE, *names)
-    ]  # fmt: skip
+    ]
 
 
 def _decoders(item: UpcycleOptions) -> Iterator[Problem]:
     routing = NAMES[item.routing]
     hint = "ST-MoE (Appendix D) has what looks ahead in encoders only: decoder-layers=nowhere"
     if item.decoder_layers not in (None, "nowhere"):
-        yield Problem(f"{routing} in a decoder decides about a token by later ones",
-                      "decoder-layers", "nowhere", item.decoder_layers, hint)  # fmt: skip
+        yield Problem(
+            f"{routing} in a decoder decides about a token by later ones",
+            "decoder-layers",
+            "nowhere",
+            item.decoder_layers,
+            hint,
+        )
     if is_decoder(item.layers):
-        yield Problem(f"{routing} in a decoder decides about a token by later ones", "layers",
-                      "layers of an encoder", item.layers, hint)  # fmt: skip
+        yield Problem(
+            f"{routing} in a decoder decides about a token by later ones",
+            "layers",
+            "layers of an encoder",
+            item.layers,
+            hint,
+        )
 
 
-def warnings(item: UpcycleOptions) -> list[Problem]:
-    """Return warnings of options that are allowed but rarely intended."""
-    messages = []
+def _warnings(item: UpcycleOptions) -> Iterator[Problem]:
+    """Yield warnings of options that are allowed but rarely intended."""
     if has_constant_gate(item):
-        messages.append(
-            Problem(
-                "the gate of one expert, renormalised, is always 1, so the router gets no "
-                "gradient from the model's loss", "top-k", "top-k=2, as ST-MoE has it", "top-k=1",
-                "gates=switch is the paper's top-1",
-            )
-        )  # fmt: skip
+        yield Problem(
+            "the gate of one expert, renormalised, is always 1, so the router gets no "
+            "gradient from the model's loss",
+            "top-k",
+            "top-k=2, as ST-MoE has it",
+            "top-k=1",
+            "gates=switch is the paper's top-1",
+        )
     if item.experts & (item.experts - 1):
-        messages.append(
-            Problem("the experts are not a power of two, which meshes and some kernels ask for",
-                    "experts", found=str(item.experts))
-        )  # fmt: skip
+        yield Problem(
+            "the experts are not a power of two, which meshes and some kernels ask for",
+            "experts",
+            found=str(item.experts),
+        )
     if item.router_init == "zero" and item.routing == "token-choice":
-        messages.append(
-            Problem("every token has equal logits, so the first experts are always chosen",
-                    "router-init", "another, unless the router is trained or noisy first", "zero")
-        )  # fmt: skip
+        yield Problem(
+            "every token has equal logits, so the first experts are always chosen",
+            "router-init",
+            "another, unless the router is trained or noisy first",
+            "zero",
+        )
     if item.slots == "ragged" and item.routing not in LOOKS_AHEAD:
         for name, value, default in (
-            ("capacity-factor", item.capacity_factor, 1.25), ("groups", item.groups, 1)
-        ):  # fmt: skip
+            ("capacity-factor", item.capacity_factor, 1.25),
+            ("groups", item.groups, 1),
+        ):
             if value != default:
-                messages.append(
-                    Problem(f"{name} bounds nothing where slots are ragged", name,
-                            found=f"{name}={value}", hint="slots=capacity")
-                )  # fmt: skip
-    return messages
+                yield Problem(
+                    f"{name} bounds nothing where slots are ragged",
+                    name,
+                    found=f"{name}={value}",
+                    hint="slots=capacity",
+                )
 
 
 def has_constant_gate(item: UpcycleOptions) -> bool:
@@ -248,28 +299,37 @@ def misfit(item: UpcycleOptions, block: FFNBlock) -> Problem | None:
         nearest = min(max(neurons, 1), block.width - 1)
         return Problem(
             "the shared expert does not get a whole number of neurons, or leaves none",
-            block.loc, f"shared={nearest / block.width:.10g}, say",
+            block.loc,
+            f"shared={nearest / block.width:.10g}, say",
             f"{item.shared:g} of {block.width}",
-        )  # fmt: skip
+        )
     padding = item.padding(block.width, neurons)
     if padding > block.width:
         return Problem(
-            "more neurons would be added than there are", block.loc,
-            f"at most {block.width}", str(padding), "a smaller pad, or fewer slices",
-        )  # fmt: skip
+            "more neurons would be added than there are",
+            block.loc,
+            f"at most {block.width}",
+            str(padding),
+            "a smaller pad, or fewer slices",
+        )
     routed = block.width + padding - neurons
     if item.is_split and routed % item.experts:
         return Problem(
-            f"the {routed} neurons do not divide into parts", block.loc,
-            f"a divisor of {routed}", f"experts={item.experts}", "pad=1 adds some that add nothing",
-        )  # fmt: skip
+            f"the {routed} neurons do not divide into parts",
+            block.loc,
+            f"a divisor of {routed}",
+            f"experts={item.experts}",
+            "pad=1 adds some that add nothing",
+        )
     if routed % item.granularity:
         fits = [g for g in range(1, item.top_k + 1) if _groups_fit(item, g, routed)]
         return Problem(
             f"the {routed} neurons do not divide into granularity={item.granularity} slices",
-            block.loc, f"G among {', '.join(map(str, fits))}", str(item.granularity),
+            block.loc,
+            f"G among {', '.join(map(str, fits))}",
+            str(item.granularity),
             "pad=1 adds neurons that add nothing",
-        )  # fmt: skip
+        )
     chosen = scale_factors(block, item.scale_placement, item.law.weight_scale)
     if isinstance(chosen, str):
         hint = None if item.scale_placement == "down" else "scale-placement=down"
@@ -277,9 +337,10 @@ def misfit(item: UpcycleOptions, block: FFNBlock) -> Problem | None:
     around = surroundings(block) if item.extra_ffn != "none" else None
     if isinstance(around, str):
         return Problem(
-            f"no extra sublayer can be added to the block: {around}", block.loc,
+            f"no extra sublayer can be added to the block: {around}",
+            block.loc,
             hint="extra-ffn=none",
-        )  # fmt: skip
+        )
     return None
 
 
@@ -297,17 +358,20 @@ def misrouted(
     if item.routing in LOOKS_AHEAD and block.x in causal:
         option = ", or decoder-layers=nowhere" if is_decoder(block.loc) else ""
         return Problem(
-            f"{NAMES[item.routing]} in a decoder decides about a token by later ones", block.loc,
+            f"{NAMES[item.routing]} in a decoder decides about a token by later ones",
+            block.loc,
             hint=f"routing=token-choice{option}; ST-MoE (Appendix D) has what looks ahead in "
             "encoders only",
-        )  # fmt: skip
+        )
     tokens = [n for n in block.x.type.names if n != block.outer]
     if item.routing == "hash" and token_ids(graph, block.x.type, tokens, block.loc) is None:
         return Problem(
-            "a hash needs the ids of the tokens, and the graph has no such input", block.loc,
+            "a hash needs the ids of the tokens, and the graph has no such input",
+            block.loc,
             f"an input of whole numbers, [{', '.join(tokens)}]",
-            ", ".join(f"%{n}" for n in graph.inputs) or "no input", "routing=token-choice",
-        )  # fmt: skip
+            ", ".join(f"%{n}" for n in graph.inputs) or "no input",
+            "routing=token-choice",
+        )
     return None
 
 
@@ -388,14 +452,20 @@ def remarks(item: UpcycleOptions, blocks: list[FFNBlock]) -> list[Remark]:
     lines = [Remark(b.loc, f"became {item.experts} experts, {how}") for b in blocks]
     if has_constant_gate(item):
         lines.append(
-            Remark("", "top-1 with renormalised gates: the gate is always 1, so the router "
-                       "gets no gradient from the loss; gates=switch or top-k=2 trains it")
-        )  # fmt: skip
+            Remark(
+                "",
+                "top-1 with renormalised gates: the gate is always 1, so the router "
+                "gets no gradient from the loss; gates=switch or top-k=2 trains it",
+            )
+        )
     if item.router_init == "zero":
         lines.append(
-            Remark("", "a zero router sends every token to the first experts, and ties last "
-                       "until something breaks them; use it to check, not to train")
-        )  # fmt: skip
+            Remark(
+                "",
+                "a zero router sends every token to the first experts, and ties last "
+                "until something breaks them; use it to check, not to train",
+            )
+        )
     if item.experts & (item.experts - 1):
         lines.append(Remark("", "some runtimes want a power of two of experts"))
     return lines
@@ -447,11 +517,15 @@ class UpcyclePass(UpcycleOptions, Pass):
 
     def validate(self) -> list[Problem]:
         """Return the problems of the options, independent of the model."""
-        return [*super().validate(), *problems(self)]
+        checks = (_counts, _gates, _routing, _sources, _split)
+        layers = check_layers(self.layers)
+        decoder = check_layers(self.decoder_layers or "all", "decoder-layers")
+        spelled = [problem for problem in (layers, decoder) if problem is not None]
+        return [*super().validate(), *(p for check in checks for p in check(self)), *spelled]
 
     def warnings(self) -> list[Problem]:
         """Return warnings of unwise combinations of options."""
-        return warnings(self)
+        return list(_warnings(self))
 
     def lints(self) -> list[Problem]:
         """Return what the paper advises against."""
@@ -468,9 +542,9 @@ class UpcyclePass(UpcycleOptions, Pass):
         chosen = choose(search, self.layers, self.decoder_layers)
         causal = causal_values(graph)
         misfits = [
-            misfit(self, b) or misrouted(self, graph, b, causal)
-            or missing(self, b, ctx.statistics) for b in chosen
-        ]  # fmt: skip
+            misfit(self, b) or misrouted(self, graph, b, causal) or missing(self, b, ctx.statistics)
+            for b in chosen
+        ]
         unknown = [*unknown_models(self, ctx.models), *unread(self, ctx.statistics)]
         if any(misfits) or unknown:
             raise InputError([*unknown, *(p for p in misfits if p is not None)])
