@@ -24,13 +24,12 @@ from moecc.ahead.request import Request
 from moecc.jobs.command import write_whole
 from moecc.jobs.compile import compile_in_subprocess, compile_text
 from moecc.model.open import open_model
-from moecc.plan.batches import make_batch
 from moecc.plan.machines import parse_machine
 from moecc.plan.page import plan_page
 from moecc.plan.report import plan_json, plan_text
 from moecc.plan.search import search
 from moecc.plan.step import StepConfig
-from moecc.plan.workload import workload
+from moecc.plan.workload import make_batch, workload
 
 
 @dataclass(frozen=True)

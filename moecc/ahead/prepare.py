@@ -14,24 +14,14 @@ from moecc.ir.structure import clone
 from moecc.model.open import open_model, registry_with
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.plan.batches import Batch, make_batch
-from moecc.plan.candidates import check_constraints
 from moecc.plan.machines import Machine, find_machine
-from moecc.plan.search import Asked, search
+from moecc.plan.search import Asked, check_constraints, search
 from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.time import Estimate, Estimator
-from moecc.plan.workload import Workload, workload
+from moecc.plan.workload import Batch, Workload, make_batch, planned_graph, workload
 from moecc.sharding.layout import Layout
 from moecc.sharding.vias import BY_NAME, EXPLICIT, GSPMD, LOCAL
-from moecc.train.graphs import (
-    Bound,
-    MeshPasses,
-    StepPasses,
-    planned_graph,
-    run_passes,
-    specialize,
-    weights_rows,
-)
+from moecc.train.graphs import Bound, MeshPasses, StepPasses, run_passes, specialize, weights_rows
 from moecc.train.settings import LOSSES
 
 CAPACITY_FACTOR = 1.25

@@ -41,7 +41,6 @@ from moecc.jobs.command import (
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.plan.batches import make_batch
 from moecc.plan.explore import Known, explore
 from moecc.plan.machines import Machine, find_machine
 from moecc.plan.report import Report as StepReport
@@ -59,10 +58,9 @@ from moecc.plan.sweeps import (
     planned_point,
     sweep_json,
 )
-from moecc.plan.workload import Workload, workload
+from moecc.plan.workload import Workload, make_batch, planned_graph, workload
 from moecc.support.console import say
 from moecc.support.untyped import JsonDict
-from moecc.train.graphs import planned_graph, run_passes
 
 if TYPE_CHECKING:
     from moecc.families.config import ModelConfig
@@ -179,6 +177,9 @@ def _why(problem: Problem) -> str:
 
 def _graph(swept: Swept, point: Point, graphs: dict[Point, Graph | MoeccError]) -> Graph:
     """Return the model of a point; capacities of the same experts share what is made before."""
+    # A plan of one model imports nothing of training.
+    from moecc.train.graphs import run_passes
+
     counts = replace(point, capacity_factor=None)
     if counts not in graphs:
         try:

@@ -17,12 +17,11 @@ from moecc.ir.graph import Graph
 from moecc.ir.unroll import unrolled
 from moecc.jobs.command import Load, OptionalMachine, Report, SavedPlanFile, Spelling
 from moecc.pipeline.text import Pipeline
-from moecc.plan.batches import Batch, length_variables
 from moecc.plan.machines import Machine, parse_machine
 from moecc.plan.search import search
 from moecc.plan.step import OPTIMIZERS, SavedPlan
 from moecc.plan.time import Estimate
-from moecc.plan.workload import Workload, workload
+from moecc.plan.workload import Batch, Workload, length_variables, workload
 from moecc.sharding.vias import LOCAL
 from moecc.support.console import PROGRESS, is_quiet, say, use_colour
 from moecc.support.process import Closing

@@ -11,16 +11,14 @@ from dataclasses import dataclass, replace
 
 from moecc.errors import InputError
 from moecc.ir.mesh import Mesh
-from moecc.plan.batches import Batch
-from moecc.plan.candidates import problems
 from moecc.plan.collectives import seconds
 from moecc.plan.machines import Machine, Slices, Switch, Torus, efficiency, sizes_of_kind
 from moecc.plan.parts import Part, Shape, Step, Weight
 from moecc.plan.report import Idea
-from moecc.plan.search import Ranking, WorkOn, seconds_text, why_slower
+from moecc.plan.search import Ranking, WorkOn, problems, seconds_text, why_slower
 from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.time import Estimate, Estimator
-from moecc.plan.workload import Workload
+from moecc.plan.workload import Batch, Workload
 from moecc.sharding.layout import Layout
 from moecc.sharding.vias import LOCAL
 from moecc.support.text import amount, size_text

@@ -6,13 +6,12 @@ from collections.abc import Iterable, Mapping
 from textwrap import wrap
 from typing import TypedDict
 
-from moecc.plan.batches import Batch
 from moecc.plan.collectives import is_exact, sent_bytes
 from moecc.plan.machines import Machine
 from moecc.plan.search import Ranking, seconds_text, why_slower
 from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.time import Estimate, PartCost
-from moecc.plan.workload import Workload
+from moecc.plan.workload import Batch, Workload
 from moecc.support.text import amount
 
 # The JSON of ``moecc plan``, as types: what `moecc.plan.report` writes and renderers read.

@@ -16,8 +16,8 @@ from moecc.model.initialise import set_router_dtype
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline, installed
-from moecc.plan.batches import Batch, length_variables
-from moecc.plan.candidates import batch_problems
+from moecc.plan.search import batch_problems
+from moecc.plan.workload import Batch, length_variables
 from moecc.sharding.layout import Layout
 from moecc.sharding.vias import GSPMD, LOCAL
 from moecc.train.recipe import Objective, Recipe
@@ -167,22 +167,6 @@ def run_passes(graph: Graph, passes: str) -> None:
     """Run the pipeline text `passes` over `graph`, where passes may match nothing."""
     pipeline = Pipeline.parse(passes, installed())
     run_pipeline(graph, pipeline, context=Context(allow_unmatched=True))
-
-
-def planned_graph(graph: Graph, train: bool) -> Graph:
-    """Return `graph`, which stays as it is, with what every step fuses: as a plan takes it.
-
-    Rolled layers are left to the plan, which rejects them.
-
-    Args:
-      graph: the model's.
-      train: whether the step is one of training, which weights rows at their experts.
-    """
-    if any(node.body is not None for node in graph):
-        return graph
-    copy = clone(graph)
-    run_passes(copy, "fuse-attention,weight-rows" if train else "fuse-attention")
-    return copy
 
 
 def step_graph(graph: Graph, passes: StepPasses) -> Graph:

@@ -170,7 +170,7 @@ def test_the_worked_example_of_the_notes() -> None:
 @settings(max_examples=30)
 @given(data=st.data())
 def test_every_axis_of_every_mesh_has_its_devices(name: str, data: st.DataObject) -> None:
-    from moecc.plan.candidates import meshes
+    from moecc.plan.search import meshes
 
     machine = parse_machine(name)
     mesh = data.draw(st.sampled_from(list(meshes(machine.devices))))

@@ -18,14 +18,13 @@ from moecc.ir.traits import Cost
 from moecc.model.open import open_model
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.plan.batches import Batch, make_batch
-from moecc.plan.candidates import layouts, legal_vias, meshes
 from moecc.plan.collectives import LayerRows
 from moecc.plan.machines import parse_machine
 from moecc.plan.memory import GAPS, STACKS_GAPS, Sharding, _zeros
+from moecc.plan.search import layouts, legal_vias, meshes
 from moecc.plan.step import REMATS, StepConfig, Strategy, plan_mesh
 from moecc.plan.time import Estimate, Estimator
-from moecc.plan.workload import Workload, workload
+from moecc.plan.workload import Batch, Workload, make_batch, workload
 from moecc.sharding.layout import Layout
 
 MODELS = ("mixtral-8x7b", "st-moe-l", "smollm2-135m", "switch-c")

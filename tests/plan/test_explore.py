@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 import moecc
 from moecc.errors import InputError
 from moecc.model.open import open_model
-from moecc.plan.batches import Batch
 from moecc.plan.collectives import Collective
 from moecc.plan.explore import (
     in_context,
@@ -27,9 +26,8 @@ from moecc.plan.explore import (
 from moecc.plan.machines import HOP_SECONDS, Switch, efficiency, parse_machine
 from moecc.plan.step import StepConfig, Strategy, plan_mesh
 from moecc.plan.time import PartCost
-from moecc.plan.workload import Workload, workload
+from moecc.plan.workload import Batch, Workload, planned_graph, workload
 from moecc.sharding.layout import Layout
-from moecc.train.graphs import planned_graph
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CPU = parse_machine("cpu:8")

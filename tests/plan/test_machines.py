@@ -7,7 +7,6 @@ from math import prod
 import pytest
 
 from moecc.errors import InputError, UsageError
-from moecc.plan.candidates import check_devices, meshes
 from moecc.plan.machines import (
     parse_machine,
     short_names,
@@ -15,6 +14,7 @@ from moecc.plan.machines import (
     table,
     topologies,
 )
+from moecc.plan.search import check_devices, meshes
 from moecc.plan.step import plan_mesh
 
 

@@ -10,11 +10,10 @@ import pytest
 
 from moecc.errors import InputError
 from moecc.model.open import open_model
-from moecc.plan.batches import make_batch
 from moecc.plan.machines import parse_machine
 from moecc.plan.step import StepConfig, Strategy, plan_mesh
 from moecc.plan.time import Estimate, Estimator
-from moecc.plan.workload import Workload, workload
+from moecc.plan.workload import Workload, make_batch, workload
 from moecc.sharding.layout import Layout
 
 MODEL = Path(__file__).parents[1] / "golden" / "mixtral_gqa"

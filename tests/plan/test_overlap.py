@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 
 from moecc.model.open import open_model
-from moecc.plan.batches import make_batch
 from moecc.plan.collectives import Collective
 from moecc.plan.machines import parse_machine
 from moecc.plan.overlap import overlap
 from moecc.plan.step import StepConfig, Strategy, plan_mesh
 from moecc.plan.time import Estimate, Estimator
-from moecc.plan.workload import workload
+from moecc.plan.workload import make_batch, workload
 from moecc.sharding.layout import Layout
 
 MODEL = Path(__file__).parents[1] / "golden" / "mixtral_gqa"

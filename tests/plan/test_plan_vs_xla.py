@@ -12,11 +12,10 @@ import pytest
 from moecc.model.open import open_model
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.plan.batches import make_batch
-from moecc.plan.candidates import check_devices, check_layout
 from moecc.plan.machines import parse_machine
+from moecc.plan.search import check_devices, check_layout
 from moecc.plan.step import plan_mesh
-from moecc.plan.workload import workload
+from moecc.plan.workload import make_batch, workload
 from moecc.sharding.layout import Layout
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "plan_vs_xla.py"

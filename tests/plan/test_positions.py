@@ -14,7 +14,7 @@ from moecc.model.inputs import check_inputs, default_inputs
 from moecc.model.open import open_model
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.plan.batches import make_batch
+from moecc.plan.workload import make_batch
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BOUNDS = {

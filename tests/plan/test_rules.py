@@ -18,13 +18,12 @@ from moecc.ir.mesh import mesh_of, parse_mesh
 from moecc.ir.structure import clone, local_type
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.plan.batches import make_batch
-from moecc.plan.candidates import layouts, legal_vias, meshes, problems
 from moecc.plan.machines import parse_machine
 from moecc.plan.memory import Sharding
+from moecc.plan.search import layouts, legal_vias, meshes, problems
 from moecc.plan.step import StepConfig, Strategy, plan_mesh
 from moecc.plan.time import Estimator
-from moecc.plan.workload import Workload, workload
+from moecc.plan.workload import Workload, make_batch, workload
 from moecc.presets import preset_config
 from moecc.sharding.layout import Layout
 from moecc.sharding.rules import read_layout

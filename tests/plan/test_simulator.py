@@ -13,12 +13,11 @@ from moecc.ir.devices import Run, simulate
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.plan.batches import Batch, length_variables
-from moecc.plan.candidates import check_layout
 from moecc.plan.machines import parse_machine
+from moecc.plan.search import check_layout
 from moecc.plan.step import StepConfig, Strategy, plan_mesh
 from moecc.plan.time import Estimate, Estimator
-from moecc.plan.workload import workload
+from moecc.plan.workload import Batch, length_variables, workload
 from moecc.sharding.layout import Layout
 from moecc.testing import inputs_for, params_for, sizes_for
 from moecc.testing.configs import read_config

@@ -20,11 +20,10 @@ from moecc.ir.ops.slots import assigner, capacity
 from moecc.ir.traits import Collective
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.plan.batches import Batch
 from moecc.plan.machines import parse_machine
 from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.time import Estimator
-from moecc.plan.workload import workload
+from moecc.plan.workload import Batch, workload
 from moecc.presets import preset_config
 from moecc.sharding.layout import Layout
 from moecc.sharding.vias import LOCAL

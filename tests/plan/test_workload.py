@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from moecc.model.open import open_model
-from moecc.plan.batches import make_batch
-from moecc.plan.workload import Workload, workload
+from moecc.plan.workload import Workload, make_batch, workload
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FAMILIES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))

@@ -26,8 +26,8 @@ from moecc.jobs.train import planned_step
 from moecc.model.open import open_model
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.plan.batches import length_variables
 from moecc.plan.machines import parse_machine
+from moecc.plan.workload import length_variables
 from moecc.train.graphs import step_spec, train_graph, train_passes
 from moecc.train.recipe import Recipe
 from moecc.train.recipe_text import load_recipe

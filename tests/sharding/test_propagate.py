@@ -17,10 +17,9 @@ from moecc.ir import Graph, clone
 from moecc.ir.builder import Builder
 from moecc.ir.mesh import parse_mesh
 from moecc.ir.text import print_graph
-from moecc.plan.batches import make_batch
-from moecc.plan.candidates import layouts, meshes
 from moecc.plan.memory import Sharding
-from moecc.plan.workload import workload
+from moecc.plan.search import layouts, meshes
+from moecc.plan.workload import make_batch, workload
 from moecc.presets import preset_config
 from moecc.sharding.assign import ROWS, Assigner, cuts_of, sites_of
 from moecc.sharding.collectives import dependence, gradients, sent, steps
