@@ -83,9 +83,9 @@ class Collective(NamedTuple):
       is_odd: whether it gathers shards with odd numbers of rows.
       is_wide: whether an element has four bytes at least: gates are float32, token ids int32.
       leaves_work: whether its layer has products that do not wait for it.
-      tensor_bytes: of one run, see `sent_bytes`; of a priced collective.
-      times: runs in a step; of a priced collective.
-      seconds: of all runs; of a priced collective.
+      tensor_bytes: of one run, see `sent_bytes`; of a priced move.
+      times: runs in a step; of a priced move.
+      seconds: of all runs; of a priced move.
     """
 
     op: str
@@ -174,25 +174,25 @@ def part_collectives(
 
 
 def _times(
-    one: Collective, part: Part, config: StepConfig, strategy: Strategy, way: Via | None
+    move: Collective, part: Part, config: StepConfig, strategy: Strategy, way: Via | None
 ) -> float:
     """Return how often a collective runs in a micro-batch."""
-    if one.phase == "parameters":
+    if move.phase == "parameters":
         # Those of layers are gathered once more for the backward pass, whatever else is kept.
         if not config.train or not part.in_layer:
             return 1
         return 2 + (part.onward and strategy.remat != "none")
-    if one.phase == "backward":
-        return one.share * (config.train and not (one.in_route and strategy.sliced))
-    if one.step is None:
-        return int(config.train and (not one.stream or strategy.stream_axis in one.stream))
-    if one.in_route and way is not None:
+    if move.phase == "backward":
+        return move.share * (config.train and not (move.in_route and strategy.sliced))
+    if move.step is None:
+        return int(config.train and (not move.stream or strategy.stream_axis in move.stream))
+    if move.in_route and way is not None:
         return 0
-    again = one.step.computed_again(strategy.remat, strategy.in_rounds) if config.train else 0
-    if one.phase == "route":
+    again = move.step.computed_again(strategy.remat, strategy.in_rounds) if config.train else 0
+    if move.phase == "route":
         return 1 + again
     # A value that several layers take is brought to all of them at once, and stays there.
-    return (1 + again if one.share == 1 else 1) * one.share
+    return (1 + again if move.share == 1 else 1) * move.share
 
 
 def _traffic_of(part: Part, sharded: Sharded) -> PartTraffic:
@@ -203,9 +203,9 @@ def _traffic_of(part: Part, sharded: Sharded) -> PartTraffic:
     summed = (c for w, each in gathers if w.trained for c in _summed(w, each, sharded))
     forward = list(_forward(part, steps, layer, sharded))
     returned = (
-        one._replace(op=TRANSPOSED[one.op], why=f"gradients of {one.why}", phase="backward")
-        for one in forward
-        if one.op in ("reduce_scatter", "all_to_all") and not (one.is_wide or one.in_route)
+        moved._replace(op=TRANSPOSED[moved.op], why=f"gradients of {moved.why}", phase="backward")
+        for moved in forward
+        if moved.op in ("reduce_scatter", "all_to_all") and not (moved.is_wide or moved.in_route)
     )
     return PartTraffic(
         (*(c for _, each in gathers for c in each), *summed, *forward,
@@ -267,8 +267,8 @@ def _forward(
     ) -> Iterator[Collective]:
         in_route = reshard in routed or reshard.operand in routed
         for each in sharded.work.sample.resharded(reshard.source, reshard.target):
-            if one := _moved(sharded, each, shape, why, "forward"):
-                yield one._replace(step=step, share=share, in_route=in_route)
+            if move := _moved(sharded, each, shape, why, "forward"):
+                yield move._replace(step=step, share=share, in_route=in_route)
 
     for node, step in steps.items():
         operands = zip(propagation.operands[node], step.operands, step.shares, strict=True)
@@ -349,17 +349,17 @@ def _routed(
         step, shape = _subject(stage, layer, steps)
         for each in sent(stage.source, stage.steps):
             for is_transposed in (False, True):
-                one = _moved(sharded, each, shape, "", "route", is_transposed=is_transposed)
-                if one is None:
+                move = _moved(sharded, each, shape, "", "route", is_transposed=is_transposed)
+                if move is None:
                     continue
                 # Where all devices have all of a gradient, they take their part of it.
                 takes_part = is_transposed and stage.value == "added" and each[0] == "all_gather"
-                yield one._replace(
-                    why=_why(stage, way, one.op),
+                yield move._replace(
+                    why=_why(stage, way, move.op),
                     step=None if is_transposed else step,
                     stream=each[1] if takes_part else (),
                     is_wide=stage.value == "gates",
-                    leaves_work=(stage.value, one.op) in leaving_work,
+                    leaves_work=(stage.value, move.op) in leaving_work,
                 )
     if way.tokens_everywhere:
         yield from _gradients_of_rows(layer, steps, sharded)
@@ -404,8 +404,8 @@ def _gradients_of_rows(
         dispatched.append((layer.gates.dispatch.node, layer.gates.sent, True))
     for node, type, is_gate in dispatched:
         shape = steps[node].results[0]
-        if one := _moved(sharded, (op, mesh, type), shape, "gradients of rows", "route"):
-            yield one._replace(is_wide=is_gate)
+        if move := _moved(sharded, (op, mesh, type), shape, "gradients of rows", "route"):
+            yield move._replace(is_wide=is_gate)
 
 
 def _subject(stage: Stage, layer: SparseLayer, steps: Mapping[Node, Step]) -> tuple[Step, Shape]:

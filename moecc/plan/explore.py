@@ -125,7 +125,7 @@ def in_context(
     """
     mesh, axis = _split_mesh(strategy, parts)
     estimator = Estimator(work, machine, config)
-    found = estimator.estimate(strategy)
+    estimate = estimator.estimate(strategy)
     routes = machine.network.routes(mesh.sizes)
     width, shards = config.compute_type.itemsize_bytes, strategy.layout.shards
     most = total = 0.0
@@ -137,7 +137,9 @@ def in_context(
                 most = max(most, size)
                 passes = 2 + step.computed_again(strategy.remat) if config.train else 1
                 total += part.count * passes * seconds("all_gather", routes[axis,], size)
-    return InContext(parts, found, 2 * most, config.micro_batches * total / efficiency("network"))
+    return InContext(
+        parts, estimate, 2 * most, config.micro_batches * total / efficiency("network")
+    )
 
 
 def _split_mesh(strategy: Strategy, parts: int) -> tuple[Mesh, str]:
@@ -214,8 +216,8 @@ def part_of_machine(machine: Machine, stages: int) -> Machine:
     devices, odd = divmod(machine.devices, stages)
     if not odd and machine.kind == "cpu" and isinstance(machine.network, Switch):
         return replace(machine, devices=devices, network=replace(machine.network, devices=devices))
-    found = (m for m in sizes_of_kind(machine) if m.devices == devices)
-    part = None if odd else next(found, None)
+    smaller = (m for m in sizes_of_kind(machine) if m.devices == devices)
+    part = None if odd else next(smaller, None)
     if part is None:
         some = f"{amount(machine.devices, 'device')} {'is' if machine.devices == 1 else 'are'}"
         raise InputError(f"{some} not {stages} machines of that kind")
@@ -257,10 +259,10 @@ def stage_work(work: Workload, stages: int, *, last: bool) -> Workload:
 def _weights(work: Workload, parts: tuple[Part, ...], last: bool) -> Iterator[tuple[Weight, int]]:
     counts: dict[object, tuple[Weight, int]] = {}
     met = [(weight, part.count) for part in parts for weight in part.weights]
-    known = {weight.shape for weight, _ in met}
+    shapes = {weight.shape for weight, _ in met}
     if last and work.head is not None:
         # A head that is tied to the embedding has a copy of it.
-        met += [(weight, 1) for weight in work.head.weights if weight.shape not in known]
+        met += [(weight, 1) for weight in work.head.weights if weight.shape not in shapes]
     for weight, count in met:
         key = (weight.shape, weight.of_experts)
         before = counts[key][1] if key in counts else 0
@@ -292,23 +294,23 @@ def staged(
       InputError: the layers or devices do not divide, or nothing fits.
     """
     ends = [stage_work(work, stages, last=last) for last in (False, True)]
-    found = [
-        one
+    legal = [
+        step
         for mesh in stage_meshes(like.layout.mesh, stages)
         for remat in work.remats
-        if (one := _on(ends, machine, config, _strategy(like, mesh, remat), stages)) is not None
+        if (step := _on(ends, machine, config, _strategy(like, mesh, remat), stages)) is not None
     ]
-    fitting = [one for one in found if one.total_bytes <= machine.usable_bytes]
+    fitting = [step for step in legal if step.total_bytes <= machine.usable_bytes]
     if not fitting:
-        what = "no mesh of a stage divides a micro-batch" if not found else "no stage fits"
-        raise InputError(what, found=f"{config.micro_batches} micro-batches")
-    return min(fitting, key=lambda one: one.seconds)
+        reason = "no mesh of a stage divides a micro-batch" if not legal else "no stage fits"
+        raise InputError(reason, found=f"{config.micro_batches} micro-batches")
+    return min(fitting, key=lambda step: step.seconds)
 
 
 def _strategy(like: Strategy, mesh: Mesh, remat: str) -> Strategy:
     layout = like.layout
-    made = Layout(mesh, layout.experts, layout.dense_weights, layout.replicated, layout.own)
-    return replace(like, layout=made, remat=remat)
+    stage_layout = Layout(mesh, layout.experts, layout.dense_weights, layout.replicated, layout.own)
+    return replace(like, layout=stage_layout, remat=remat)
 
 
 def _on(
@@ -345,10 +347,10 @@ def _boundary_bytes(work: Workload, layout: Layout, config: StepConfig) -> float
 
 def _link(part: Machine, machine: Machine) -> float:
     """Return the bytes per second that a device sends to the same one of the next stage."""
-    network, whole = part.network, machine.network
-    if isinstance(whole, Slices):
+    network, full = part.network, machine.network
+    if isinstance(full, Slices):
         # Stages are cut along the slices first.
-        return whole.outer_bytes_per_second
+        return full.outer_bytes_per_second
     if isinstance(network, Torus):
         return min(dim.link_bytes_per_second for dim in network.dims)
     assert isinstance(network, Switch), "slices are of tori"
@@ -395,21 +397,21 @@ class Known:
         return total_bytes <= self.machine.usable_bytes
 
 
-def explore(known: Known) -> tuple[Idea, ...]:
+def explore(planned: Known) -> tuple[Idea, ...]:
     """Return what one would try beside the best plan: the fastest first, the impossible last."""
     kinds = [_sequences, _chunks, _replicas]
-    if known.config.train:
+    if planned.config.train:
         kinds += [_accumulation, _stages]
-    found = [idea for kind in [*kinds, _contexts] for idea in kind(known)]
-    return tuple(sorted(found, key=lambda idea: (idea["seconds"] is None, idea["seconds"] or 0.0)))
+    ideas = [idea for kind in [*kinds, _contexts] for idea in kind(planned)]
+    return tuple(sorted(ideas, key=lambda idea: (idea["seconds"] is None, idea["seconds"] or 0.0)))
 
 
-def _priced(known: Known, idea: Idea) -> Idea:
+def _priced(planned: Known, idea: Idea) -> Idea:
     """Return an idea, without its price where it does not fit."""
     needed = idea["total_bytes"]
-    if needed is None or known.fits(needed):
+    if needed is None or planned.fits(needed):
         return idea
-    why = f"needs {size_text(needed)} of {size_text(known.machine.usable_bytes)}"
+    why = f"needs {size_text(needed)} of {size_text(planned.machine.usable_bytes)}"
     return {**idea, "seconds": None, "total_bytes": None, "why": why}
 
 
@@ -427,146 +429,150 @@ def _impossible(name: str, how: str, why: str) -> Idea:
     return _made(name, how, why, lowered=name not in NOT_LOWERED)
 
 
-def _accumulation(known: Known) -> Iterator[Idea]:
+def _accumulation(planned: Known) -> Iterator[Idea]:
     """Yield the same mesh with more micro-batches: less is kept, so less may be computed again."""
     for times in (2, 4):
-        count = known.config.micro_batches * times
+        count = planned.config.micro_batches * times
         name, how = "accumulation", f"{count} micro-batches"
         try:
-            work = known.work_on(known.machine, count)
+            work = planned.work_on(planned.machine, count)
         except InputError as error:
             yield _impossible(name, how, f"{error.problems[0].what}: {error.problems[0].found}")
             continue
-        layout = known.best.strategy.layout
+        layout = planned.best.strategy.layout
         if wrong := list(problems(layout, work)):
             yield _impossible(name, how, wrong[0].what)
             continue
-        config = replace(known.config, micro_batches=count)
-        estimator = Estimator(work, known.machine, config)
-        tried = [estimator.estimate(replace(known.best.strategy, remat=r)) for r in work.remats]
-        one = min((e for e in tried if e.fits), key=lambda e: e.seconds, default=tried[-1])
-        options = f"--micro-batches {count} --remat {one.strategy.remat}"
-        yield _priced(known, _idea(name, how, options, one, known))
+        config = replace(planned.config, micro_batches=count)
+        estimator = Estimator(work, planned.machine, config)
+        tried = [estimator.estimate(replace(planned.best.strategy, remat=r)) for r in work.remats]
+        estimate = min((e for e in tried if e.fits), key=lambda e: e.seconds, default=tried[-1])
+        options = f"--micro-batches {count} --remat {estimate.strategy.remat}"
+        yield _priced(planned, _idea(name, how, options, estimate, planned))
 
 
-def _idea(name: str, how: str, options: str, one: Estimate, known: Known) -> Idea:
-    why = _why(one, known)
-    return _made(name, how, why, one.seconds, one.memory.total, options=options, lowered=True)
+def _idea(name: str, how: str, options: str, estimate: Estimate, planned: Known) -> Idea:
+    why = _why(estimate, planned)
+    return _made(
+        name, how, why, estimate.seconds, estimate.memory.total, options=options, lowered=True
+    )
 
 
 def _asking(strategy: Strategy) -> str:
     """Return the options that ask for a strategy; some only ``moecc compile`` has."""
     layout = strategy.layout
-    found = [f"--mesh {','.join(f'{n}={s}' for n, s in layout.mesh.axes)}"]
+    options = [f"--mesh {','.join(f'{n}={s}' for n, s in layout.mesh.axes)}"]
     if layout.own:
-        found.insert(0, f"--rules {','.join(layout.own)}")
+        options.insert(0, f"--rules {','.join(layout.own)}")
     elif layout.dense_weights != "whole":
-        found.append(f"--dense-weights {layout.dense_weights}")
+        options.append(f"--dense-weights {layout.dense_weights}")
     if strategy.via != LOCAL:
-        found.append(f"--via {strategy.via}")
-    found.append(f"--remat {strategy.remat}")
+        options.append(f"--via {strategy.via}")
+    options.append(f"--remat {strategy.remat}")
     compiled = ["--slice"] if strategy.sliced else []
     compiled += [f"--chunks {strategy.chunks}"] if strategy.chunks > 1 else []
-    return " ".join([*(["moecc compile"] if compiled else []), *found, *compiled])
+    return " ".join([*(["moecc compile"] if compiled else []), *options, *compiled])
 
 
-def _why(one: Estimate, known: Known) -> str:
+def _why(estimate: Estimate, planned: Known) -> str:
     """Return what one gains or loses against the best plan."""
-    memory = _memory(one, known.best)
-    if one.seconds <= known.best.seconds:
+    memory = _memory(estimate, planned.best)
+    if estimate.seconds <= planned.best.seconds:
         return memory
-    return f"{memory}; {why_slower(one, known.best)}"
+    return f"{memory}; {why_slower(estimate, planned.best)}"
 
 
-def _sequences(known: Known) -> Iterator[Idea]:
+def _sequences(planned: Known) -> Iterator[Idea]:
     """Yield the fastest plan that splits neurons, with sequences sharded between products."""
     name = "sequence parallelism"
-    split = [e for e in known.ranking.searched if "model" in e.strategy.layout.sizes
+    split = [e for e in planned.ranking.searched if "model" in e.strategy.layout.sizes
              and not e.strategy.layout.own and not e.strategy.sliced]  # fmt: skip
     if not split:
         yield _impossible(name, "along model", "no plan that splits heads and neurons fits")
         return
     like = split[0].strategy
     rules = (*like.layout.names, "sequence-parallel")
-    layout = Layout.ruled(like.layout.mesh, known.work.experts, rules)
+    layout = Layout.ruled(like.layout.mesh, planned.work.experts, rules)
     how = f"mesh {','.join(f'{n}={s}' for n, s in layout.mesh.axes)}"
-    if wrong := list(problems(layout, known.work)):
+    if wrong := list(problems(layout, planned.work)):
         yield _impossible(name, how, wrong[0].what)
         return
-    estimator = Estimator(known.work, known.machine, known.config)
-    one = estimator.estimate(replace(like, layout=layout))
-    idea = _idea(name, how, _asking(one.strategy), one, known)
-    gain = 1 - one.seconds / split[0].seconds
+    estimator = Estimator(planned.work, planned.machine, planned.config)
+    estimate = estimator.estimate(replace(like, layout=layout))
+    idea = _idea(name, how, _asking(estimate.strategy), estimate, planned)
+    gain = 1 - estimate.seconds / split[0].seconds
     time = f"{abs(gain):.1%} {'less' if gain >= 0 else 'more'} time"
-    same = f"{time} and {_memory(one, split[0])} than the same mesh without"
-    yield _priced(known, {**idea, "why": f"{same}; {idea['why']}"})
+    same = f"{time} and {_memory(estimate, split[0])} than the same mesh without"
+    yield _priced(planned, {**idea, "why": f"{same}; {idea['why']}"})
 
 
-def _memory(one: Estimate, other: Estimate) -> str:
+def _memory(estimate: Estimate, reference: Estimate) -> str:
     """Return what one needs beside another."""
-    saved = (other.memory.total - one.memory.total) / 1e9
+    saved = (reference.memory.total - estimate.memory.total) / 1e9
     return f"{abs(saved):.2f} GB {'less' if saved >= 0 else 'more'}"
 
 
-def _chunks(known: Known) -> Iterator[Idea]:
+def _chunks(planned: Known) -> Iterator[Idea]:
     """Yield the fastest plan that exchanges slots, with exchanges beside products of experts."""
     name = "chunked exchanges"
-    some = [e for e in known.ranking.searched if e.strategy.via == "capacity"]
+    some = [e for e in planned.ranking.searched if e.strategy.via == "capacity"]
     if not some:
         yield _impossible(name, "2 chunks", "no plan that fits exchanges slots of a capacity")
         return
-    one = some[0]
-    estimator = Estimator(known.work, known.machine, known.config)
-    groups = known.work.batch.sequences // one.strategy.layout.shards["batch"]
+    unchunked = some[0]
+    estimator = Estimator(planned.work, planned.machine, planned.config)
+    groups = planned.work.batch.sequences // unchunked.strategy.layout.shards["batch"]
     for count in (2, 4):
-        how = f"{count} chunks, {one.strategy}"
+        how = f"{count} chunks, {unchunked.strategy}"
         if groups % count:
             needs = f"each chunk needs token groups of its own; sequences of a device: {groups}"
             yield _impossible(name, how, needs)
             continue
-        cut = estimator.estimate(replace(one.strategy, chunks=count))
-        spared = f"{seconds_text(one.seconds - cut.seconds)} of exchanges beside experts"
-        idea = _idea(name, how, _asking(cut.strategy), cut, known)
+        cut = estimator.estimate(replace(unchunked.strategy, chunks=count))
+        spared = f"{seconds_text(unchunked.seconds - cut.seconds)} of exchanges beside experts"
+        idea = _idea(name, how, _asking(cut.strategy), cut, planned)
         yield {**idea, "why": f"{spared}; {idea['why']}"}
 
 
-def _replicas(known: Known) -> Iterator[Idea]:
+def _replicas(planned: Known) -> Iterator[Idea]:
     """Yield the fastest plan whose experts are on fewer devices than there are, several times."""
     name = "expert replication"
-    if not known.work.experts:
+    if not planned.work.experts:
         return
-    for one in known.ranking.searched:
-        layout = one.strategy.layout
-        copies = known.machine.devices // layout.shards["expert"] // layout.size(layout.tensor_axes)
+    for estimate in planned.ranking.searched:
+        layout = estimate.strategy.layout
+        copies = (
+            planned.machine.devices // layout.shards["expert"] // layout.size(layout.tensor_axes)
+        )
         stored = layout.sizes.get("fsdp", 1)
         if layout.shards["expert"] > 1 and copies > 1 and stored == 1:
-            how = f"{copies} devices have each expert, {one.strategy}"
-            yield _idea(name, how, _asking(one.strategy), one, known)
+            how = f"{copies} devices have each expert, {estimate.strategy}"
+            yield _idea(name, how, _asking(estimate.strategy), estimate, planned)
             return
     yield _impossible(name, "", "no plan fits in which several devices have the same experts")
 
 
-def _stages(known: Known) -> Iterator[Idea]:
+def _stages(planned: Known) -> Iterator[Idea]:
     """Yield the fastest division in two and in four stages."""
     name = "pipeline stages"
     for stages in (2, 4):
         how, best = f"{stages} stages", None
         try:
-            part_of_machine(known.machine, stages)
-            stage_work(known.work, stages, last=False)
+            part_of_machine(planned.machine, stages)
+            stage_work(planned.work, stages, last=False)
         except InputError as error:
             yield _impossible(name, how, error.problems[0].what)
             continue
         why = ""
         for count in (stages, 2 * stages, 4 * stages):
             try:
-                work = known.work_on(known.machine, count)
-                config = replace(known.config, micro_batches=count)
-                one = staged(work, known.machine, config, known.best.strategy, stages)
+                work = planned.work_on(planned.machine, count)
+                config = replace(planned.config, micro_batches=count)
+                candidate = staged(work, planned.machine, config, planned.best.strategy, stages)
             except InputError as error:
                 why = error.problems[0].what
                 continue
-            best = one if best is None or one.seconds < best.seconds else best
+            best = candidate if best is None or candidate.seconds < best.seconds else best
         if best is None:
             yield _impossible(name, how, why)
             continue
@@ -577,18 +583,18 @@ def _stages(known: Known) -> Iterator[Idea]:
         yield _made(name, how, why, best.seconds, best.total_bytes)
 
 
-def _contexts(known: Known) -> Iterator[Idea]:
+def _contexts(planned: Known) -> Iterator[Idea]:
     """Yield parts of sequences on two and on four devices."""
     name = "context parallelism"
     for parts in (2, 4):
         how = f"sequences on {parts} devices"
         try:
-            work = whole_keys(known.of_batch(split_batch(known.work.batch, parts)), parts)
-            one = in_context(work, known.machine, known.config, known.best.strategy, parts)
+            work = whole_keys(planned.of_batch(split_batch(planned.work.batch, parts)), parts)
+            step = in_context(work, planned.machine, planned.config, planned.best.strategy, parts)
         except InputError as error:
             yield _impossible(name, how, error.problems[0].what)
             continue
-        gathers = f"{seconds_text(one.gather_seconds)} of gathers of keys and values"
-        how, why = f"{how}, {one.estimate.strategy}", f"{NOT_LOWERED[name]}; {gathers}"
-        idea = _made(name, how, why, one.seconds, one.total_bytes)
-        yield _priced(known, idea)
+        gathers = f"{seconds_text(step.gather_seconds)} of gathers of keys and values"
+        how, why = f"{how}, {step.estimate.strategy}", f"{NOT_LOWERED[name]}; {gathers}"
+        idea = _made(name, how, why, step.seconds, step.total_bytes)
+        yield _priced(planned, idea)

@@ -194,12 +194,12 @@ class Torus(Network):
 
     def routes(self, sizes: dict[str, int]) -> dict[tuple[str, ...], Route]:
         """Lay axes on rows: the innermost axis chooses first, whole rows before parts of rows."""
-        free, taken = list(self.dims), {}
+        free, rows = list(self.dims), {}
         for name in reversed(sizes):
-            taken[name] = _take(free, sizes[name])
+            rows[name] = _take(free, sizes[name])
         return {
             axes: TorusRoute(
-                prod(sizes[a] for a in axes), _joined(tuple(d for a in axes for d in taken[a]))
+                prod(sizes[a] for a in axes), _joined(tuple(d for a in axes for d in rows[a]))
             )
             for axes in _subsets(tuple(sizes))
         }
@@ -220,18 +220,18 @@ def _take(free: list[Dim], size: int) -> tuple[Dim, ...]:
 
 
 def _take_parts(free: list[Dim], size: int) -> tuple[Dim, ...]:
-    found = []
+    rows = []
     for i, dim in sorted(enumerate(free), key=lambda pair: -pair[1].size):
         part = gcd(dim.size, size)
         if part == 1:
             continue
         # A part of a ring has open ends.
-        whole = part == dim.size
-        found.append(Dim(part, dim.wrap and whole, dim.link_bytes_per_second))
+        is_whole = part == dim.size
+        rows.append(Dim(part, dim.wrap and is_whole, dim.link_bytes_per_second))
         free[i] = Dim(dim.size // part, False, dim.link_bytes_per_second)
         size //= part
     free[:] = [d for d in free if d.size > 1]
-    return tuple(found)
+    return tuple(rows)
 
 
 def _joined(dims: tuple[Dim, ...]) -> tuple[Dim, ...]:
@@ -354,8 +354,8 @@ class Machine:
 @cache
 def table() -> Json:
     """Return the table of machines, as it stands in ``machines.json``."""
-    found: JsonDict = json.loads((files(__package__) / "machines.json").read_text("utf-8"))
-    return found
+    machines: JsonDict = json.loads((files(__package__) / "machines.json").read_text("utf-8"))
+    return machines
 
 
 def efficiency(of: str) -> float:
@@ -384,15 +384,15 @@ def parse_machine(text: str) -> Machine:
       UsageError: there is no such machine, or its topology is not one.
     """
     text = _spelled_out(text.strip())
-    kind, *rest = text.split(":")
-    if kind == "tpu" and len(rest) == 2:
-        return _tpu(text, *rest)
-    if kind == "tpu" and len(rest) == 3:
-        return _slices(text, *rest)
-    if kind == "gpu" and len(rest) == 2:
-        return _gpu(text, *rest)
-    if kind == "cpu" and len(rest) <= 1:
-        return _cpu(text, *rest)
+    kind, *words = text.split(":")
+    if kind == "tpu" and len(words) == 2:
+        return _tpu(text, *words)
+    if kind == "tpu" and len(words) == 3:
+        return _slices(text, *words)
+    if kind == "gpu" and len(words) == 2:
+        return _gpu(text, *words)
+    if kind == "cpu" and len(words) <= 1:
+        return _cpu(text, *words)
     raise _unknown(text)
 
 
@@ -401,8 +401,8 @@ def _spelled_out(text: str) -> str:
     short = _SHORT.match(text.lower())
     if short is None:
         return text
-    if (one := short["one"]) is not None:
-        return f"gpu:{one}:1" if one in table()["gpu"] else text
+    if (single := short["one"]) is not None:
+        return f"gpu:{single}:1" if single in table()["gpu"] else text
     if (gpu := short["gpu"] or short["gpu_"]) is not None:
         return f"gpu:{gpu}:{short['count'] or short['count_']}"
     name = "v5e" if short["tpu"] == "v5litepod" else short["tpu"]
@@ -418,10 +418,10 @@ def _unknown(text: str, hint: str | None = None) -> UsageError:
 
 
 def _entry(text: str, kind: str, name: str) -> Json:
-    found: Json | None = table()[kind].get(name)
-    if found is None:
+    entry: Json | None = table()[kind].get(name)
+    if entry is None:
         raise _unknown(text, nearest(name, table()[kind]))
-    return found
+    return entry
 
 
 def _sources(entry: Json) -> tuple[str, ...]:
@@ -455,17 +455,17 @@ def _tpu(text: str, name: str, topology: str) -> Machine:
 
 def _slices(text: str, name: str, topology: str, count: str) -> Machine:
     """Return several slices of a topology, joined by the network of the data center."""
-    entry, one = _entry(text, "tpu", name), _tpu(f"tpu:{name}:{topology}", name, topology)
+    entry, slice_ = _entry(text, "tpu", name), _tpu(f"tpu:{name}:{topology}", name, topology)
     if not _WHOLE.match(count) or int(count) > MOST_SLICES:
         expected = f"1 to {MOST_SLICES}"
         raise UsageError("not a number of slices", where=text, expected=expected, found=count)
     if int(count) == 1:
-        return one
-    assert isinstance(one.network, Torus), "a slice is a torus"
+        return slice_
+    assert isinstance(slice_.network, Torus), "a slice is a torus"
     outer = entry["scale_out_bytes_per_second"] / entry["devices_per_chip"]
-    network = Slices(int(count), one.network, outer)
-    devices = one.devices * int(count)
-    return replace(one, name=text, devices=devices, network=network, compiled_as="")
+    network = Slices(int(count), slice_.network, outer)
+    devices = slice_.devices * int(count)
+    return replace(slice_, name=text, devices=devices, network=network, compiled_as="")
 
 
 def _wraps(entry: Json, size: int) -> bool:
@@ -574,22 +574,22 @@ def sizes_of_kind(machine: Machine) -> Iterator[Machine]:
     if machine.name != machine.compiled_as:
         yield from _own_sizes(machine)
         return
-    kind, *rest = machine.name.split(":")
+    kind, *words = machine.name.split(":")
     if kind == "tpu":
-        for dims in topologies(rest[0]):
-            yield parse_machine(f"tpu:{rest[0]}:{'x'.join(map(str, dims))}")
+        for dims in topologies(words[0]):
+            yield parse_machine(f"tpu:{words[0]}:{'x'.join(map(str, dims))}")
     elif kind == "gpu":
         for power in range(MOST_GPUS.bit_length()):
-            yield parse_machine(f"gpu:{rest[0]}:{2**power}")
+            yield parse_machine(f"gpu:{words[0]}:{2**power}")
     else:
         yield machine
 
 
 def _more_slices(name: str) -> Iterator[Machine]:
     """Yield one slice of a machine of several, and twice as many up to the most."""
-    one = name.rpartition(":")[0]
+    single = name.rpartition(":")[0]
     for power in range(MOST_SLICES.bit_length()):
-        yield parse_machine(f"{one}:{2**power}")
+        yield parse_machine(f"{single}:{2**power}")
 
 
 def _own_sizes(machine: Machine) -> Iterator[Machine]:
@@ -692,44 +692,44 @@ def read_machine(path: str) -> Machine:
     """Return the machine that a file describes. Raises InputError with every problem."""
     text = read_utf8(Path(path), MAX_BYTES, "a machine")
     table, reader = toml_reader(text, path)
-    own = reader.section(OwnMachine, table, ())
+    stated = reader.section(OwnMachine, table, ())
     problems = [problem for _, problem in reader.problems]
     if not problems:
-        zeros = dict(_zeros(own, table))
-        found = [*zeros.items(), *((key, p) for key, p in _faults(own) if key not in zeros)]
-        problems = [replace(p, where=f"{reader.where((key,))}: {key}") for key, p in found]
+        zeros = dict(_zeros(stated, table))
+        faults = [*zeros.items(), *((key, p) for key, p in _faults(stated) if key not in zeros)]
+        problems = [replace(p, where=f"{reader.where((key,))}: {key}") for key, p in faults]
     if problems:
         raise InputError(problems)
-    return _made(own, path)
+    return _made(stated, path)
 
 
-def _faults(own: OwnMachine) -> Iterator[tuple[str, Problem]]:
+def _faults(stated: OwnMachine) -> Iterator[tuple[str, Problem]]:
     """Yield what is wrong with values that were read, with the key that is to blame."""
-    for key, value in _numbers(own):
+    for key, value in _numbers(stated):
         if value < 0:
             yield key, _not_positive(value)
-    if own.devices > MAX_DEVICES:
+    if stated.devices > MAX_DEVICES:
         yield "devices", Problem("too many devices", expected=f"at most {MAX_DEVICES:,}")
-    if own.memory and _bytes(own.memory) is None:
-        yield "memory", Problem("not a number of bytes", expected='"72 GB"', found=own.memory)
+    if stated.memory and _bytes(stated.memory) is None:
+        yield "memory", Problem("not a number of bytes", expected='"72 GB"', found=stated.memory)
     try:
-        base = parse_machine(own.like) if own.like else None
+        base = parse_machine(stated.like) if stated.like else None
     except UsageError as error:
         yield "like", error.problems[0]
         return
     if base is None:
-        yield from _unsaid(own)
+        yield from _unsaid(stated)
     else:
-        yield from _said_by_name(own, base)
-    yield from _uneven(own, base)
+        yield from _said_by_name(stated, base)
+    yield from _uneven(stated, base)
 
 
-def _zeros(own: OwnMachine, table: Mapping[str, object]) -> Iterator[tuple[str, Problem]]:
+def _zeros(record: OwnMachine, table: Mapping[str, object]) -> Iterator[tuple[str, Problem]]:
     """Yield the numbers that a file says are 0, which otherwise means that it does not say."""
     peaks = table.get("peak_flops", {})
-    said = {**table, **(peaks if isinstance(peaks, dict) else {})}
-    for name, key, value in _named_numbers(own):
-        if value == 0 and name in said:
+    stated = {**table, **(peaks if isinstance(peaks, dict) else {})}
+    for name, key, value in _named_numbers(record):
+        if value == 0 and name in stated:
             yield key, _not_positive(value)
 
 
@@ -737,33 +737,33 @@ def _not_positive(value: float) -> Problem:
     return Problem("not a positive number", expected="more than 0", found=f"{value:g}")
 
 
-def _numbers(own: OwnMachine) -> Iterator[tuple[str, float]]:
+def _numbers(stated: OwnMachine) -> Iterator[tuple[str, float]]:
     """Yield every number of a file with its key."""
-    yield from ((key, value) for _, key, value in _named_numbers(own))
+    yield from ((key, value) for _, key, value in _named_numbers(stated))
 
 
-def _named_numbers(own: OwnMachine) -> Iterator[tuple[str, str, float]]:
+def _named_numbers(stated: OwnMachine) -> Iterator[tuple[str, str, float]]:
     """Yield every number of a file with its name, and the key at the top."""
-    for each in fields(own):
-        value = getattr(own, each.name)
+    for each in fields(stated):
+        value = getattr(stated, each.name)
         if isinstance(value, (int, float)):
             yield each.name, each.name, value
-    for each in fields(own.peak_flops):
-        yield each.name, "peak_flops", getattr(own.peak_flops, each.name)
+    for each in fields(stated.peak_flops):
+        yield each.name, "peak_flops", getattr(stated.peak_flops, each.name)
 
 
-def _unsaid(own: OwnMachine) -> Iterator[tuple[str, Problem]]:
+def _unsaid(stated: OwnMachine) -> Iterator[tuple[str, Problem]]:
     """Yield what a file without `like` must have and has not."""
     needed: dict[str, object] = {
-        "kind": own.kind.value, "devices": own.devices, "memory": own.memory,
-        "memory_bytes_per_second": own.memory_bytes_per_second,
-        "link_bytes_per_second": own.link_bytes_per_second,
-        "peak_flops": own.peak_flops.f32,
+        "kind": stated.kind.value, "devices": stated.devices, "memory": stated.memory,
+        "memory_bytes_per_second": stated.memory_bytes_per_second,
+        "link_bytes_per_second": stated.link_bytes_per_second,
+        "peak_flops": stated.peak_flops.f32,
     }  # fmt: skip
-    if own.slice_bytes_per_second:
+    if stated.slice_bytes_per_second:
         yield "slice_bytes_per_second", Problem("only TPUs have slices", expected='like = "tpu:…"')
-    if own.devices_per_node and own.devices_per_node < own.devices:
-        needed["node_bytes_per_second"] = own.node_bytes_per_second
+    if stated.devices_per_node and stated.devices_per_node < stated.devices:
+        needed["node_bytes_per_second"] = stated.node_bytes_per_second
     expected = {"kind": "gpu | cpu", "peak_flops": "f32 at least"}
     for key, value in needed.items():
         if not value:
@@ -773,24 +773,24 @@ def _unsaid(own: OwnMachine) -> Iterator[tuple[str, Problem]]:
             )  # fmt: skip
 
 
-def _said_by_name(own: OwnMachine, base: Machine) -> Iterator[tuple[str, Problem]]:
+def _said_by_name(stated: OwnMachine, base: Machine) -> Iterator[tuple[str, Problem]]:
     """Yield the keys that the name of a machine decides: a topology, a share of the memory."""
-    if own.kind is not Kind.unsaid:
-        yield "kind", Problem("said twice", found=f"like = {own.like!r} is a {base.kind}")
+    if stated.kind is not Kind.unsaid:
+        yield "kind", Problem("said twice", found=f"like = {stated.like!r} is a {base.kind}")
     keys = {"tpu": ("devices", "devices_per_node", "node_bytes_per_second"), "cpu": ("devices",)}
-    if own.slice_bytes_per_second and not isinstance(base.network, Slices):
+    if stated.slice_bytes_per_second and not isinstance(base.network, Slices):
         expected = 'several slices, like = "tpu:v5p:4x4x4:2"'
-        problem = Problem("the machine has one slice", expected=expected, found=own.like)
+        problem = Problem("the machine has one slice", expected=expected, found=stated.like)
         yield "slice_bytes_per_second", problem
     for key in keys.get(base.kind, ()):
-        if getattr(own, key):
+        if getattr(stated, key):
             example = {"tpu": "tpu:v5e:4x4", "cpu": "cpu:8"}[base.kind]
             yield key, Problem("the name of the machine decides it", hint=f'like = "{example}"')
 
 
-def _uneven(own: OwnMachine, base: Machine | None) -> Iterator[tuple[str, Problem]]:
+def _uneven(stated: OwnMachine, base: Machine | None) -> Iterator[tuple[str, Problem]]:
     """Yield devices that are not whole nodes."""
-    devices, per_node = _nodes(own, base)
+    devices, per_node = _nodes(stated, base)
     if per_node and devices > per_node and devices % per_node:
         yield (
             "devices",
@@ -798,26 +798,26 @@ def _uneven(own: OwnMachine, base: Machine | None) -> Iterator[tuple[str, Proble
         )
 
 
-def _nodes(own: OwnMachine, base: Machine | None) -> tuple[int, int]:
+def _nodes(stated: OwnMachine, base: Machine | None) -> tuple[int, int]:
     """Return how many devices there are, and how many of them in a node."""
-    devices = own.devices or (base.devices if base else 0)
+    devices = stated.devices or (base.devices if base else 0)
     network = base.network if base else None
     per_node = network.per_node if isinstance(network, Switch) else 0
-    return devices, min(own.devices_per_node or per_node or devices, devices)
+    return devices, min(stated.devices_per_node or per_node or devices, devices)
 
 
-def _made(own: OwnMachine, path: str) -> Machine:
-    base = parse_machine(own.like) if own.like else _nothing(own.kind.value)
-    peaks = {f.name: getattr(own.peak_flops, f.name) for f in fields(own.peak_flops)}
+def _made(stated: OwnMachine, path: str) -> Machine:
+    base = parse_machine(stated.like) if stated.like else _nothing(stated.kind.value)
+    peaks = {f.name: getattr(stated.peak_flops, f.name) for f in fields(stated.peak_flops)}
     return replace(
         base,
         name=path,
-        devices=own.devices or base.devices,
+        devices=stated.devices or base.devices,
         peak_flops={**base.peak_flops, **{name: peak for name, peak in peaks.items() if peak}},
-        usable_bytes=_bytes(own.memory) or base.usable_bytes,
-        hbm_bytes_per_second=own.memory_bytes_per_second or base.hbm_bytes_per_second,
-        network=_network(own, base),
-        sources=(own.source or path, *base.sources),
+        usable_bytes=_bytes(stated.memory) or base.usable_bytes,
+        hbm_bytes_per_second=stated.memory_bytes_per_second or base.hbm_bytes_per_second,
+        network=_network(stated, base),
+        sources=(stated.source or path, *base.sources),
     )
 
 
@@ -827,20 +827,20 @@ def _nothing(kind: str) -> Machine:
     return Machine("", kind, 0, {}, 0, 0.0, empty, (), "cpu" if kind == "cpu" else "")
 
 
-def _network(own: OwnMachine, base: Machine) -> Network:
-    network, link = base.network, own.link_bytes_per_second
+def _network(stated: OwnMachine, base: Machine) -> Network:
+    network, link = base.network, stated.link_bytes_per_second
     if isinstance(network, Torus):
         return _relinked(network, link) if link else network
     if isinstance(network, Slices):
         torus = _relinked(network.torus, link) if link else network.torus
-        outer = own.slice_bytes_per_second or network.outer_bytes_per_second
+        outer = stated.slice_bytes_per_second or network.outer_bytes_per_second
         return replace(network, torus=torus, outer_bytes_per_second=outer)
     assert isinstance(network, Switch), "there are three kinds of networks"
-    devices, per_node = _nodes(own, base)
+    devices, per_node = _nodes(stated, base)
     link = link or network.link_bytes_per_second
     return Switch(
         per_node, devices, link,
-        own.node_bytes_per_second or network.node_bytes_per_second or link * per_node,
+        stated.node_bytes_per_second or network.node_bytes_per_second or link * per_node,
     )  # fmt: skip
 
 
@@ -880,11 +880,11 @@ def padded(sizes: Iterable[float], kind: str) -> float:
     Of all orders of its axes XLA takes one that pads least.
     """
     axes = [s for s in sizes if s != 1]
-    whole = float(prod(axes))
+    entries = float(prod(axes))
     if kind != "tpu" or len(axes) < 2:
-        return whole
+        return entries
     return min(
-        whole / (outer * inner) * in_tiles(outer, inner) for outer, inner in permutations(axes, 2)
+        entries / (outer * inner) * in_tiles(outer, inner) for outer, inner in permutations(axes, 2)
     )
 
 

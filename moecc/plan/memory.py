@@ -317,12 +317,12 @@ def _activations(work: Workload, values: Values, strategy: Strategy) -> float:
             residuals = layer.residuals
             shapes = {"none": residuals.kept, "save": residuals.named}.get(remat, ())
             # Of rows, rounds of an exchange keep nothing.
-            kept = sum(
+            saved = sum(
                 values.elements(s) for s in shapes if not (strategy.in_rounds and s.has_slots)
             )
             if remat != "none" and layer.is_first:
-                kept += sum(map(values.elements, layer.inputs)) / streams
-            total += layer.count * kept
+                saved += sum(map(values.elements, layer.inputs)) / streams
+            total += layer.count * saved
         return total
 
     return values.once(("kept", remat, strategy.in_rounds, streams), elements)

@@ -9,7 +9,7 @@ head, and gradients of parameters that are stored whole, which are added up firs
 
 * TPUs have a gather in a product of XLA's own, see below.
 * XLA for GPUs begins the gathers of all first products together (queries, keys and values), and so
-  again after an exchange, beside which it runs no other collective.  Of an exchange in chunks all
+  again after an exchange, beside which it runs no other move.  Of an exchange in chunks all
   but the first are beside the products of another chunk.
 """
 
@@ -47,10 +47,10 @@ def overlap(estimate: Estimate, is_asked: bool) -> dict[str, dict[str, float]]:
     rows: dict[str, dict[str, float]] = {}
     for layer in layers.values():
         for part, shares in zip(layer, shares_of(layer), strict=True):
-            for one, share in zip(part.collectives, shares, strict=True):
-                size = part.count * one.times * one.tensor_bytes
+            for move, share in zip(part.collectives, shares, strict=True):
+                size = part.count * move.times * move.tensor_bytes
                 hidden = size * share if overlaps and part.in_layer else 0.0
-                row = rows.setdefault(one.op, {"overlapped_bytes": 0.0, "exposed_bytes": 0.0})
+                row = rows.setdefault(move.op, {"overlapped_bytes": 0.0, "exposed_bytes": 0.0})
                 row["overlapped_bytes"] += hidden
                 row["exposed_bytes"] += size - hidden
     return rows
@@ -60,31 +60,33 @@ def shares_on_gpu(layer: Sequence[PartCost]) -> Iterator[list[float]]:
     """Yield for each part the share of each collective that is beside products, in a loop."""
     begins = True
     for part in layer:
-        exchanges = [one for one in part.collectives if one.op.endswith("all_to_all")]
-        gathers = [one for one in part.collectives if is_gather(one)]
+        exchanges = [each for each in part.collectives if each.op.endswith("all_to_all")]
+        gathers = [each for each in part.collectives if is_gather(each)]
         # The last product of a part, of results or back to the model's width, has others before it.
-        first = {id(one) for one in gathers[:-1]} if begins or exchanges else set()
+        first = {id(each) for each in gathers[:-1]} if begins or exchanges else set()
         in_chunks = 1 - 1 / part.chunks
         yield [
-            in_chunks if one in exchanges else float(id(one) not in first and not is_awaited(one))
-            for one in part.collectives
+            in_chunks
+            if each in exchanges
+            else float(id(each) not in first and not is_awaited(each))
+            for each in part.collectives
         ]
         begins = begins and not gathers
 
 
-def is_gather(one: Collective) -> bool:
+def is_gather(move: Collective) -> bool:
     """Whether it gathers a parameter."""
-    return one.op == "all_gather" and not one.waits
+    return move.op == "all_gather" and not move.waits
 
 
-def is_reduction(one: Collective) -> bool:
+def is_reduction(move: Collective) -> bool:
     """Whether it reduces the gradient of a parameter, in a loop over layers."""
-    return one.op == "reduce_scatter" and not one.waits
+    return move.op == "reduce_scatter" and not move.waits
 
 
-def is_awaited(one: Collective) -> bool:
+def is_awaited(move: Collective) -> bool:
     """Whether layers wait for it, or it runs behind their loop."""
-    return one.waits or one.op == "all_reduce"
+    return move.waits or move.op == "all_reduce"
 
 
 # XLA for TPUs schedules a turn of a loop over layers from its end (latency hiding).  One gather is
@@ -171,37 +173,37 @@ def shares_on_tpu(layer: Sequence[PartCost]) -> Iterator[list[float]]:
     and take part as the gathers of parameters do.  Sums that the layer waits for are reduced beside
     products that need not wait for them.
     """
-    each = [one for part in layer for one in part.collectives]
-    gathered = {one.weight: one.tensor_bytes for one in each if is_gather(one)}
-    reductions = {one.weight: one.times for one in each if is_reduction(one)}
+    each = [move for part in layer for move in part.collectives]
+    gathered = {move.weight: move.tensor_bytes for move in each if is_gather(move)}
+    reductions = {move.weight: move.times for move in each if is_reduction(move)}
     products, _ = _in_order(layer, gathered)
     early = [name for part in layer for name in _early(part)]
     last = layer[-1].collectives
-    begins = [one.why for one in last if one.op == "all_gather" and one.leaves_work]
+    begins = [move.why for move in last if move.op == "all_gather" and move.leaves_work]
     forward = exposed_gathers(products, gathered)
     again = exposed_gathers(products, gathered, early, begins)
     reduced = set(_reduced_alone(layer, gathered))
 
-    def share(one: Collective) -> float:
-        if is_gather(one):
-            backward = reductions.get(one.weight, 0.0) / one.times
-            return (1 - backward) * (one.weight not in forward) + backward * (
-                one.weight not in again
+    def share(move: Collective) -> float:
+        if is_gather(move):
+            backward = reductions.get(move.weight, 0.0) / move.times
+            return (1 - backward) * (move.weight not in forward) + backward * (
+                move.weight not in again
             )
-        if one.op == "all_gather":
-            return float(one.leaves_work and one.why in begins and one.why not in again)
-        return float(one.leaves_work or not (is_awaited(one) or one.weight in reduced))
+        if move.op == "all_gather":
+            return float(move.leaves_work and move.why in begins and move.why not in again)
+        return float(move.leaves_work or not (is_awaited(move) or move.weight in reduced))
 
     for part in layer:
-        yield [share(one) for one in part.collectives]
+        yield [share(move) for move in part.collectives]
 
 
 def _early(part: PartCost) -> Iterator[str]:
     """Yield the parameters whose gathers move less than those of values that the part waits for."""
     each = part.collectives
-    awaited = (one.tensor_bytes for one in each if one.op == "all_gather" and one.waits)
+    awaited = (moved.tensor_bytes for moved in each if moved.op == "all_gather" and moved.waits)
     most = max(awaited, default=0.0)
-    yield from (one.weight for one in each if is_gather(one) and one.tensor_bytes < most)
+    yield from (moved.weight for moved in each if is_gather(moved) and moved.tensor_bytes < most)
 
 
 def _reduced_alone(layer: Sequence[PartCost], gathered: Mapping[str, float]) -> Iterator[str]:
@@ -216,15 +218,15 @@ def _reduced_alone(layer: Sequence[PartCost], gathered: Mapping[str, float]) -> 
     waits, ideal = 0.0, efficiency("network")
     for number, part in reversed(list(enumerate(layer))):
         chains += [(waits + c.tensor_bytes, c, number) for c in part.collectives if is_reduction(c)]
-        for one in part.collectives:
-            if one.op == "reduce_scatter" and one.leaves_work:
-                waits += one.tensor_bytes
-                chains.append((waits, one, number))
+        for moved in part.collectives:
+            if moved.op == "reduce_scatter" and moved.leaves_work:
+                waits += moved.tensor_bytes
+                chains.append((waits, moved, number))
     stretches: dict[int, dict[str, float]] = {0: {}}
     first = 0
-    for _, one, number in sorted(chains, key=lambda chain: -chain[0]):
-        if one.weight:
-            stretches[first][one.weight] = one.seconds * ideal / one.times
+    for _, moved, number in sorted(chains, key=lambda chain: -chain[0]):
+        if moved.weight:
+            stretches[first][moved.weight] = moved.seconds * ideal / moved.times
         else:
             first = number
             stretches.setdefault(first, {})

@@ -190,9 +190,11 @@ def _quantity(key: str, value: float) -> str:
 def _search(data: Report, searched: Sequence[SummaryReport]) -> JsonDict:
     from plotly import graph_objects
 
-    vias = dict.fromkeys(one["via"] for one in searched)
+    vias = dict.fromkeys(plan["via"] for plan in searched)
     routed = data["experts"] > 0
-    clouds = [_cloud(via, [one for one in searched if one["via"] == via], routed) for via in vias]
+    clouds = [
+        _cloud(via, [plan for plan in searched if plan["via"] == via], routed) for via in vias
+    ]
     best = data["best"]
     star = graph_objects.Scatter(
         x=[best["total_bytes"] / _GB], y=[best["seconds"] * 1e3], mode="markers", name="the plan",
@@ -211,19 +213,19 @@ def _cloud(via: str, some: Sequence[SummaryReport], routed: bool) -> Scatter:
     from plotly import graph_objects
 
     return graph_objects.Scatter(
-        x=[one["total_bytes"] / _GB for one in some], y=[one["seconds"] * 1e3 for one in some],
+        x=[plan["total_bytes"] / _GB for plan in some], y=[plan["seconds"] * 1e3 for plan in some],
         mode="markers", name=f"experts via {via}" if routed else "others",
         marker={"size": 6, "opacity": 0.85},
-        hovertext=[_strategy(one, routed) for one in some], hoverinfo="text",
+        hovertext=[_strategy(plan, routed) for plan in some], hoverinfo="text",
     )  # fmt: skip
 
 
-def _strategy(one: SummaryReport, routed: bool) -> str:
-    mesh = ", ".join(f"{name} {size}" for name, size in one["mesh"].items()) or "one device"
-    way = f"; via {one['via']}" if routed else ""
+def _strategy(plan: SummaryReport, routed: bool) -> str:
+    mesh = ", ".join(f"{name} {size}" for name, size in plan["mesh"].items()) or "one device"
+    way = f"; via {plan['via']}" if routed else ""
     return (
-        f"{mesh}{way}; remat {one['remat']}; dense weights {one['dense_weights']}: "
-        f"{seconds_text(one['seconds'])}, {size_text(one['total_bytes'])}"
+        f"{mesh}{way}; remat {plan['remat']}; dense weights {plan['dense_weights']}: "
+        f"{seconds_text(plan['seconds'])}, {size_text(plan['total_bytes'])}"
     )
 
 

@@ -201,42 +201,44 @@ class Residuals:
 
 def residuals(nodes: Sequence[Node], shape: Callable[[Value], Shape]) -> Residuals:
     """Find the residuals of the layer made of `nodes`."""
-    own = {v for node in nodes for v in node.results}
-    uses = {node: [_root(v, own) for v in _needs(node)] for node in nodes}
-    fused = {node: list(_arrays(found, own)) for node, found in uses.items()}
-    mine = _kept(uses, own)
+    results = {v for node in nodes for v in node.results}
+    uses = {node: [_root(v, results) for v in _needs(node)] for node in nodes}
+    fused = {node: list(_arrays(values, results)) for node, values in uses.items()}
+    mine = _kept(uses, results)
     named = [v for v in map(_named, nodes) if v is not None]
     inside = set(nodes)
-    outputs = [v for v in own if not inside.issuperset(v.users)]
+    outputs = [v for v in results if not inside.issuperset(v.users)]
     return Residuals(
         kept=tuple(map(shape, mine)),
         named=tuple(map(shape, named)),
-        again=_made_again(mine, own, frozenset()),
-        saved_again=_made_again(mine, own, frozenset(named)),
-        onward=_made_again(outputs, own, frozenset()),
-        saved_onward=_made_again(outputs, own, frozenset(named)),
-        plain=Backward(tuple(map(shape, mine)), tuple(_flow(nodes, uses, own, shape, fuses=False))),
+        again=_made_again(mine, results, frozenset()),
+        saved_again=_made_again(mine, results, frozenset(named)),
+        onward=_made_again(outputs, results, frozenset()),
+        saved_onward=_made_again(outputs, results, frozenset(named)),
+        plain=Backward(
+            tuple(map(shape, mine)), tuple(_flow(nodes, uses, results, shape, fuses=False))
+        ),
         fused=Backward(
-            tuple(map(shape, _kept(fused, own))),
-            tuple(_flow(nodes, fused, own, shape, fuses=True)),
+            tuple(map(shape, _kept(fused, results))),
+            tuple(_flow(nodes, fused, results, shape, fuses=True)),
         ),
     )
 
 
-def _kept(uses: dict[Node, list[Value]], own: set[Value]) -> list[Value]:
-    needed = dict.fromkeys(v for found in uses.values() for v in found)
-    return [v for v in needed if v in own and v.type.dtype.is_float]
+def _kept(uses: dict[Node, list[Value]], results: set[Value]) -> list[Value]:
+    needed = dict.fromkeys(v for values in uses.values() for v in values)
+    return [v for v in needed if v in results and v.type.dtype.is_float]
 
 
-def _arrays(values: Iterable[Value], own: set[Value]) -> Iterator[Value]:
+def _arrays(values: Iterable[Value], results: set[Value]) -> Iterator[Value]:
     """Yield what `values` are made of, entry by entry: each an array that is read anyway."""
     work, seen = list(values), set[Value]()
     while work:
-        value = _root(work.pop(), own)
+        value = _root(work.pop(), results)
         if value in seen:
             continue
         seen.add(value)
-        if value in own and value.node is not None and value.node.op.fusable:
+        if value in results and value.node is not None and value.node.op.fusable:
             work += [v for v in value.node.operands if not v.is_param]
         else:
             yield value
@@ -245,15 +247,15 @@ def _arrays(values: Iterable[Value], own: set[Value]) -> Iterator[Value]:
 def _needs(node: Node) -> list[Value]:
     """Return the values that the derivative of `node` reads, parameters aside."""
     reads = node.op.residual
-    found = [node.operands[i] for i in reads.operands]
+    read = [node.operands[i] for i in reads.operands]
     if reads.result:
-        found.append(node.results[0])
+        read.append(node.results[0])
     # Masks and indices are small.
-    return [v for v in found if not v.is_param and v.type.dtype.is_float]
+    return [v for v in read if not v.is_param and v.type.dtype.is_float]
 
 
-def _root(value: Value, own: set[Value]) -> Value:
-    while value in own and value.node is not None and _is_view(value.node):
+def _root(value: Value, results: set[Value]) -> Value:
+    while value in results and value.node is not None and _is_view(value.node):
         value = value.node.operands[0]
     return value
 
@@ -282,24 +284,24 @@ def _named(node: Node) -> Value | None:
 
 
 def _made_again(
-    needed: Iterable[Value], own: set[Value], saved: frozenset[Value]
+    needed: Iterable[Value], results: set[Value], saved: frozenset[Value]
 ) -> frozenset[Node]:
     """Return the nodes that must run again so that `needed` are there, given what is saved."""
-    found: set[Node] = set()
+    nodes: set[Node] = set()
     work = [v for v in needed if v not in saved]
     while work:
         node = work.pop().node
-        if node is None or node in found:
+        if node is None or node in nodes:
             continue
-        found.add(node)
-        work += [v for v in node.operands if v in own and v not in saved]
-    return frozenset(found)
+        nodes.add(node)
+        work += [v for v in node.operands if v in results and v not in saved]
+    return frozenset(nodes)
 
 
 def _flow(
     nodes: Sequence[Node],
     uses: dict[Node, list[Value]],
-    own: set[Value],
+    results: set[Value],
     shape: Callable[[Value], Shape],
     *,
     fuses: bool,
@@ -319,11 +321,11 @@ def _flow(
 
     for node in reversed(nodes):
         met = (*node.results, *(v for v in node.operands if not v.is_param))
-        born = [v for v in dict.fromkeys(_root(v, own) for v in met) if v not in alive]
+        born = [v for v in dict.fromkeys(_root(v, results) for v in met) if v not in alive]
         alive.update(born)
         done = [v for v in node.results if v in alive and not _is_view(node)]
         alive.difference_update(done)
-        freed = [v for v in freed_at.get(node, ()) if v in own]
+        freed = [v for v in freed_at.get(node, ()) if v in results]
         yield Flow(shapes(born), shapes(done), shapes(freed), fuses and node.op.gradient_in_place)
 
 
@@ -589,15 +591,15 @@ def _period(items: Sequence[object]) -> int:
     return 1
 
 
-def times_again(number: int, unit: Unit, own: bool, onward: bool) -> int:
+def times_again(number: int, unit: Unit, for_itself: bool, onward: bool) -> int:
     """Return how often a node runs again.
 
     Args:
       number: of its layer in the unit.
       unit: the unit.
-      own: whether its own layer needs it to be differentiated.
+      for_itself: whether its own layer needs it to be differentiated.
       onward: whether it leads to what the layers behind its own take.
     """
     if unit.looped[number]:
-        return own + onward
-    return int(own or (onward and number + 1 < unit.size))
+        return for_itself + onward
+    return int(for_itself or (onward and number + 1 < unit.size))

@@ -200,8 +200,8 @@ def plan_json(
         "model_flops": best.model_flops,
         "best": _plan(best, work),
         "others": [
-            {**_summary(other, work), "why_slower": why_slower(other, best)}
-            for other in ranking.others
+            {**_summary(slower, work), "why_slower": why_slower(slower, best)}
+            for slower in ranking.others
         ],
         "lossy": _summary(ranking.lossy, work) if ranking.lossy else None,
         "tried": ranking.tried,
@@ -337,9 +337,9 @@ def _heading(data: Report) -> list[str]:
     ]
 
 
-def _attention(found: AttentionReport) -> str:
-    why = "; ".join(f"not {name}: {reason}" for name, reason in found["why"].items())
-    return f"  attention   {found['part']}: {found['kernel']}{f' ({why})' if why else ''}"
+def _attention(choice: AttentionReport) -> str:
+    why = "; ".join(f"not {name}: {reason}" for name, reason in choice["why"].items())
+    return f"  attention   {choice['part']}: {choice['kernel']}{f' ({why})' if why else ''}"
 
 
 def unit_of(batch: BatchReport) -> str:
@@ -419,10 +419,10 @@ def _traffic(data: Report) -> list[str]:
 def _others(data: Report) -> list[str]:
     best = data["best"]
     rows = [f"  {data['fitting']} of {data['tried']} plans fit; the next best"]
-    for other in data["others"]:
-        slower = other["seconds"] / best["seconds"] - 1
-        rows.append(f"    {slower:+7.1%}  {_name(other, data['experts'])}")
-        rows.append(f"             {other['why_slower']}")
+    for plan in data["others"]:
+        slower = plan["seconds"] / best["seconds"] - 1
+        rows.append(f"    {slower:+7.1%}  {_name(plan, data['experts'])}")
+        rows.append(f"             {plan['why_slower']}")
     if not data["others"]:
         rows = [f"  {data['fitting']} of {data['tried']} plans fit"]
     lossy = data["lossy"]

@@ -111,9 +111,9 @@ def check_layout(layout: Layout, work: Workload) -> None:
     Raises:
       InputError: with every axis that does not.
     """
-    found = list(problems(layout, work))
-    if found:
-        raise InputError(found)
+    faults = list(problems(layout, work))
+    if faults:
+        raise InputError(faults)
 
 
 # The meshes of a machine: a grid of all its devices, whose axes have the names of layouts.
@@ -131,13 +131,13 @@ def check_devices(mesh: Mesh, devices: int, machine: str) -> None:
     if mesh.devices == devices:
         return
     name, size = mesh.axes[-1]
-    rest = mesh.devices // size
+    remaining = mesh.devices // size
     raise InputError(
         "the mesh and the machine have different numbers of devices",
         where=f"mesh {mesh}",
         expected=f"{devices} devices of {machine}",
         found=str(mesh.devices),
-        hint=f"{name}:{devices // rest} would" if devices % rest == 0 else None,
+        hint=f"{name}:{devices // remaining} would" if devices % remaining == 0 else None,
     )
 
 
@@ -178,8 +178,8 @@ def _products(of: int, count: int) -> Iterator[tuple[int, ...]]:
         yield (of,)
         return
     for size in (d for d in range(1, of + 1) if of % d == 0):
-        for rest in _products(of // size, count - 1):
-            yield (size, *rest)
+        for remaining in _products(of // size, count - 1):
+            yield (size, *remaining)
 
 
 _NEEDS = {
@@ -228,8 +228,8 @@ def _layouts(work: Workload, machine: Machine, config: StepConfig) -> Iterator[L
     tried: Iterable[Mesh] = searched_meshes(machine.devices, work.experts, config.layout_names)
     for mesh in tried if config.device_mesh is None else (config.device_mesh,):
         if config.layout_names is None:
-            found = layouts(mesh, work)
-            yield from (x for x in found if config.dense_weights in (None, x.dense_weights))
+            candidates = layouts(mesh, work)
+            yield from (x for x in candidates if config.dense_weights in (None, x.dense_weights))
             continue
         layout = Layout.ruled(mesh, work.experts, config.layout_names)
         if not any(problems(layout, work)):
@@ -385,9 +385,9 @@ def _undivided(asked: Asked) -> str:
 
 def way_out(asked: Asked) -> str:
     """Return what would fit, as options of the command line, then the smallest machine."""
-    found = remedies(asked)
+    options = remedies(asked)
     larger = smallest_that_fits(asked)
-    text = f"{' or '.join(found)} would" if found else ""
+    text = f"{' or '.join(options)} would" if options else ""
     if larger is None:
         return text or "no machine of the kind would"
     named = f"{larger.name} is the smallest that would"
@@ -435,8 +435,8 @@ def _tried(asked: Asked, change: Change) -> str | None:
     """Return the options of a change under which something fits, or None."""
     if "micro_batches" in change:
         return _in_parts(asked, {})
-    found = asked.changed(change).fitting()
-    return None if found is None else _options(asked, change, found)
+    strategy = asked.changed(change).fitting()
+    return None if strategy is None else _options(asked, change, strategy)
 
 
 def _in_parts(asked: Asked, change: Change) -> str | None:
@@ -447,16 +447,16 @@ def _in_parts(asked: Asked, change: Change) -> str | None:
     sequences = asked.work.batch.sequences * asked.config.micro_batches
     while parts <= MOST_PARTS and sequences % parts == 0:
         tried = {**change, "micro_batches": parts}
-        found = asked.changed(tried).fitting()
-        if found is not None:
-            return _options(asked, tried, found)
+        strategy = asked.changed(tried).fitting()
+        if strategy is not None:
+            return _options(asked, tried, strategy)
         parts *= 2
     return None
 
 
-def _options(asked: Asked, change: Change, found: Strategy) -> str:
+def _options(asked: Asked, change: Change, strategy: Strategy) -> str:
     """Return the options that stand for a change, and for what was found."""
-    layout = found.layout
+    layout = strategy.layout
     mesh = ",".join(f"{name}={size}" for name, size in layout.mesh.axes)
     said = {n: str(v) for n, v in change.items()}
     if "mesh" in change:
@@ -520,31 +520,31 @@ def search(
     """
     check_constraints(work, machine, config)
     estimator = Estimator(work, machine, config)
-    tried, found, least = 0, [], None
+    tried, fitting, least = 0, [], None
     for strategy in strategies(work, machine, config):
         tried += 1
         needed = estimator.memory(strategy)
         total = needed.total
         if total <= machine.usable_bytes:
-            found.append(estimator.estimate(strategy, needed))
+            fitting.append(estimator.estimate(strategy, needed))
         elif least is None or total < least[0]:
             least = (total, strategy)
-    if not found:
+    if not fitting:
         raise nothing_fits(Asked(machine, config, work, work_on, spelling), least)
-    found.sort(key=lambda e: e.seconds)
-    keeping = found
+    fitting.sort(key=lambda e: e.seconds)
+    keeping = fitting
     if config.via is None:
-        keeping = [e for e in found if is_exact(e.strategy.via, work.dropless)] or found
+        keeping = [e for e in fitting if is_exact(e.strategy.via, work.dropless)] or fitting
     best, *others = _distinct(keeping)
     others = _of_other_kinds(best, others, keep)
-    lossy = found[0] if found[0] is not best else None
-    return Ranking(best, tuple(others), tried, len(found), lossy, tuple(found))
+    lossy = fitting[0] if fitting[0] is not best else None
+    return Ranking(best, tuple(others), tried, len(fitting), lossy, tuple(fitting))
 
 
-def _distinct(found: list[Estimate]) -> Iterator[Estimate]:
+def _distinct(estimates: list[Estimate]) -> Iterator[Estimate]:
     """Yield those that are not an earlier one with other names for its axes."""
     seen: set[tuple[float, float]] = set()
-    for estimate in found:
+    for estimate in estimates:
         figures = (estimate.seconds, estimate.memory.total)
         if figures not in seen:
             seen.add(figures)
@@ -571,23 +571,23 @@ def _kind(estimate: Estimate) -> tuple[frozenset[str], str, str]:
     return axes, strategy.via, strategy.remat
 
 
-def why_slower(other: Estimate, best: Estimate) -> str:
-    """Return why `other` loses to `best`: what it takes longer for."""
-    more = {k: s - best.by_kind[k] for k, s in other.by_kind.items()}
+def why_slower(slower: Estimate, best: Estimate) -> str:
+    """Return why `slower` loses to `best`: what it takes longer for."""
+    more = {k: s - best.by_kind[k] for k, s in slower.by_kind.items()}
     kind = max(more, key=lambda k: more[k])
     words = {"local": "computation", "exchange": "waiting for data", "parameters": "parameters"}
     text = f"{words[kind]} takes {seconds_text(max(more[kind], 0.0))} more"
     if kind != "local":
-        return f"{text}: {_heaviest(other, waits=kind == 'exchange')}"
-    if other.flops > best.flops * 1.01:
-        return f"{text}: {other.flops / best.flops:.2f} times the FLOPs"
-    return f"{text}: {_slowest(other, best)}"
+        return f"{text}: {_heaviest(slower, waits=kind == 'exchange')}"
+    if slower.flops > best.flops * 1.01:
+        return f"{text}: {slower.flops / best.flops:.2f} times the FLOPs"
+    return f"{text}: {_slowest(slower, best)}"
 
 
-def _slowest(other: Estimate, best: Estimate) -> str:
+def _slowest(slower: Estimate, best: Estimate) -> str:
     """Return the part whose computation and memory take the most longer than in `best`."""
     before = {p.name: p.local_seconds for p in best.parts}
-    return max(other.parts, key=lambda p: p.local_seconds - before.get(p.name, 0.0)).name
+    return max(slower.parts, key=lambda p: p.local_seconds - before.get(p.name, 0.0)).name
 
 
 def _heaviest(estimate: Estimate, *, waits: bool) -> str:

@@ -80,20 +80,20 @@ def parse_sweep(texts: Iterable[str]) -> Sweep:
     Raises:
       UsageError: an axis is unknown or stands twice, or a value is not one; all problems at once.
     """
-    found: dict[str, str] = {}
+    texts_by_axis: dict[str, str] = {}
     problems: list[Problem] = []
     for item in (word for text in texts for word in text.split()):
         name, _, values = item.partition("=")
         if name not in AXES:
             hint = nearest(name, AXES) or f"axes: {', '.join(AXES)}"
             problems.append(Problem(f"unknown axis {name!r}", "--sweep", EXAMPLE, item, hint))
-        elif name in found:
+        elif name in texts_by_axis:
             problems.append(Problem(f"{name} stands twice", "--sweep", found=item))
         else:
-            found[name] = values
-    experts = _read("experts", found, _whole, problems)
-    top_k = _read("top-k", found, _whole, problems)
-    factors = _read("capacity-factor", found, _factor, problems)
+            texts_by_axis[name] = values
+    experts = _read("experts", texts_by_axis, _whole, problems)
+    top_k = _read("top-k", texts_by_axis, _whole, problems)
+    factors = _read("capacity-factor", texts_by_axis, _factor, problems)
     if problems:
         raise UsageError(problems)
     return sweep_of(experts, top_k, factors)
@@ -108,32 +108,32 @@ def sweep_of(
       UsageError: one is no value or stands twice, there is none, or there are too many models; all
         problems at once.
     """
-    given = zip(AXES, (experts, top_k, capacity_factor), strict=True)
-    problems = [p for name, values in given for p in _problems(name, values)]
+    axes = zip(AXES, (experts, top_k, capacity_factor), strict=True)
+    problems = [p for name, values in axes for p in _problems(name, values)]
     if problems:
         raise UsageError(problems)
-    made = Sweep(
+    sweep = Sweep(
         tuple(n for n in experts if isinstance(n, int)),
         tuple(n for n in top_k if isinstance(n, int)),
         tuple(f for f in capacity_factor if isinstance(f, (int, float, str))),
     )
-    count = sum(1 for _ in made.points())
-    if made == Sweep():
+    count = sum(1 for _ in sweep.points())
+    if sweep == Sweep():
         raise UsageError("nothing is swept", expected=EXAMPLE)
     if count > MOST_POINTS:
         raise UsageError(
             "too many models", where="--sweep", expected=f"at most {MOST_POINTS}", found=str(count)
         )
-    return made
+    return sweep
 
 
 V = TypeVar("V")
 
 
 def _read(
-    name: str, found: Mapping[str, str], read: Callable[[str], V | None], problems: list[Problem]
+    name: str, texts: Mapping[str, str], read: Callable[[str], V | None], problems: list[Problem]
 ) -> tuple[V, ...]:
-    pieces = found[name].split(",") if name in found else ()
+    pieces = texts[name].split(",") if name in texts else ()
     values = [(piece, read(piece)) for piece in pieces]
     problems += (_not_a_value(name, piece) for piece, value in values if value is None)
     return tuple(value for _, value in values if value is not None)
@@ -171,8 +171,8 @@ def _problems(name: str, values: Sequence[object]) -> list[Problem]:
 def _is_value(name: str, value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return name == "capacity-factor" and value == DROPLESS
-    whole = isinstance(value, int) or name == "capacity-factor"
-    return whole and value > 0 and isfinite(value)
+    is_number = isinstance(value, int) or name == "capacity-factor"
+    return is_number and value > 0 and isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -203,14 +203,14 @@ def frontier(points: Sequence[Planned]) -> tuple[bool, ...]:
 
     Of equal ones, which differ in nothing, all are.
     """
-    return tuple(not any(_beats(other, one) for other in points) for one in points)
+    return tuple(not any(_beats(rival, point) for rival in points) for point in points)
 
 
-def _beats(other: Planned, one: Planned) -> bool:
-    as_much = all(a >= b for a, b in zip(other.gains, one.gains, strict=True))
-    if not as_much or other.seconds > one.seconds:
+def _beats(rival: Planned, point: Planned) -> bool:
+    as_much = all(a >= b for a, b in zip(rival.gains, point.gains, strict=True))
+    if not as_much or rival.seconds > point.seconds:
         return False
-    return other.gains != one.gains or other.seconds < one.seconds
+    return rival.gains != point.gains or rival.seconds < point.seconds
 
 
 # A sweep as JSON values, and as a table for people.
@@ -316,8 +316,10 @@ def sweep_json(sweep: Sweep, shared: Report, points: Sequence[SweepPoint]) -> Sw
 
 
 def _mark_frontier(points: Sequence[SweepPoint]) -> None:
-    planned = [(point, found) for point in points if (found := _planned(point)) is not None]
-    for (point, _), best in zip(planned, frontier([found for _, found in planned]), strict=True):
+    planned = [(point, figures) for point in points if (figures := _planned(point)) is not None]
+    for (point, _), best in zip(
+        planned, frontier([figures for _, figures in planned]), strict=True
+    ):
         point["frontier"] = best
 
 

@@ -181,15 +181,19 @@ class Estimate:
         """Collectives by operation: how often, bytes of full tensors, bytes sent, seconds."""
         rows: dict[str, dict[str, float]] = {}
         for part in self.parts:
-            for one in part.collectives:
+            for move in part.collectives:
                 row = rows.setdefault(
-                    one.op, {"count": 0.0, "tensor_bytes": 0.0, "sent_bytes": 0.0, "seconds": 0.0}
+                    move.op,
+                    {"count": 0.0, "tensor_bytes": 0.0, "sent_bytes": 0.0, "seconds": 0.0},
                 )
-                times, devices = part.count * one.times, self.strategy.layout.size(one.axes)
+                times, devices = (
+                    part.count * move.times,
+                    self.strategy.layout.size(move.axes),
+                )
                 row["count"] += times
-                row["tensor_bytes"] += times * one.tensor_bytes
-                row["sent_bytes"] += times * sent_bytes(one.op, devices, one.tensor_bytes)
-                row["seconds"] += part.count * one.seconds
+                row["tensor_bytes"] += times * move.tensor_bytes
+                row["sent_bytes"] += times * sent_bytes(move.op, devices, move.tensor_bytes)
+                row["seconds"] += part.count * move.seconds
         return rows
 
     @cached_property
@@ -353,7 +357,7 @@ class Estimator:
         """Return collectives as the machine runs them, with their seconds."""
         sizes, reached = local.layout.sizes, efficiency("network")
         routes = local.sharded.once("routes", lambda: self.machine.network.routes(sizes))
-        run = (one.on(self.machine.kind) for one in collectives)
+        run = (each.on(self.machine.kind) for each in collectives)
         return tuple(
             c._replace(seconds=c.times * seconds(c.op, routes[c.axes], c.tensor_bytes) / reached)
             for c in run

@@ -96,12 +96,12 @@ class Batch:
 
 def length_variables(graph: Graph) -> tuple[str, ...]:
     """Return the variables that stand for lengths in `graph`, the encoder's first."""
-    found: dict[str, None] = {}
+    variables: dict[str, None] = {}
     for value in graph.inputs.values():
         for axis in value.type:
             if axis.name != "batch" and isinstance(axis.size, str):
-                found[axis.size] = None
-    return tuple(found)
+                variables[axis.size] = None
+    return tuple(variables)
 
 
 def make_batch(
@@ -125,10 +125,10 @@ def make_batch(
       InputError: the graph has another number of lengths, or fewer positions, its caches are too
         short, or the batch is not whole sequences, or not as many in each micro-batch.
     """
-    one = _sequence(graph, lengths)
-    each = one.sequence_tokens
+    single = _sequence(graph, lengths)
+    each = single.sequence_tokens
     if tokens is None:
-        held = sum(length for _, length in one.lengths) or 1
+        held = sum(length for _, length in single.lengths) or 1
         tokens = devices * each * max(1, TOKENS_PER_DEVICE // held)
     if tokens % each or tokens < each:
         near = max(1, round(tokens / each)) * each
@@ -143,7 +143,7 @@ def make_batch(
             expected=f"a multiple of {micro_batches} sequences", found=str(tokens // each),
             hint=f"{max(1, sequences) * micro_batches * each} would be",
         )  # fmt: skip
-    return replace(one, sequences=sequences)
+    return replace(single, sequences=sequences)
 
 
 def _sequence(graph: Graph, lengths: tuple[int, ...] | None) -> Batch:
@@ -157,22 +157,22 @@ def _sequence(graph: Graph, lengths: tuple[int, ...] | None) -> Batch:
         raise InputError(
             "another number of sequence lengths", expected=expected, found=str(len(lengths))
         )
-    one = Batch(1, tuple(zip(names, lengths, strict=True)), caches)
-    found = ",".join(map(str, lengths))
-    if longer := [name for name, size in one.lengths if size > most.get(name, size)]:
+    batch = Batch(1, tuple(zip(names, lengths, strict=True)), caches)
+    stated = ",".join(map(str, lengths))
+    if longer := [name for name, size in batch.lengths if size > most.get(name, size)]:
         expected = " and ".join(f"{name} at most {most[name]}" for name in longer)
-        what = "sequences are longer than the model has positions"
-        raise InputError(what, expected=expected, found=found)
-    if short := [name for name in caches if one.size(name) < one.sequence_tokens]:
-        expected = f"{short[0]} at least {one.sequence_tokens}"
-        raise InputError("caches are shorter than what is put in", expected=expected, found=found)
-    return one
+        reason = "sequences are longer than the model has positions"
+        raise InputError(reason, expected=expected, found=stated)
+    if short := [name for name in caches if batch.size(name) < batch.sequence_tokens]:
+        expected = f"{short[0]} at least {batch.sequence_tokens}"
+        raise InputError("caches are shorter than what is put in", expected=expected, found=stated)
+    return batch
 
 
 def _cache_lengths(graph: Graph) -> frozenset[str]:
     """Return the variables that are lengths of caches: of inputs that are outputs, too."""
-    kept = (value for name, value in graph.inputs.items() if name in graph.outputs)
-    axes = (axis for value in kept for axis in value.type if axis.name != "batch")
+    caches = (value for name, value in graph.inputs.items() if name in graph.outputs)
+    axes = (axis for value in caches for axis in value.type if axis.name != "batch")
     return frozenset(axis.size for axis in axes if isinstance(axis.size, str))
 
 
@@ -245,8 +245,8 @@ class Sample:
     def _shard(self, assigner: Assigner) -> Found:
         sites, graph = tuple(self.sites.values()), self.graph
         inputs, params = graph.inputs.values(), graph.params.values()
-        found = propagate(sites, inputs, params, assigner, self._cuts)
-        return found, gradients(sites, found, self._depends)
+        propagation = propagate(sites, inputs, params, assigner, self._cuts)
+        return propagation, gradients(sites, propagation, self._depends)
 
 
 def sample_of(
@@ -261,19 +261,19 @@ def sample_of(
     """
     copy, nodes = Graph(graph.name), dict[Node, Node]()
     values = {value: copy.input(name, value.type) for name, value in graph.inputs.items()}
-    taken = {v for node in chosen for v in node.operands}
+    operands_of_all = {v for node in chosen for v in node.operands}
     for name, value in graph.params.items():
         # What nothing takes is stored all the same.
-        if value in taken or not value.users:
+        if value in operands_of_all or not value.users:
             values[value] = copy.param(name, value.type)
     for node in graph:
         if node not in chosen:
             continue
         operands = [values[same.get(v, v)] for v in node.operands]
         names = [v.name for v in node.results]
-        made = copy.append(node.op, operands, dict(node.attrs), names=names, loc=node.loc)
-        values.update(zip(node.results, made.results, strict=True))
-        nodes[node] = made
+        sampled = copy.append(node.op, operands, dict(node.attrs), names=names, loc=node.loc)
+        values.update(zip(node.results, sampled.results, strict=True))
+        nodes[node] = sampled
     return Sample(copy), nodes
 
 
@@ -328,8 +328,8 @@ class Workload:
     @cached_property
     def logits(self) -> tuple[Shape, ...]:
         """The shapes of values over the vocabulary."""
-        found = (s for p in self.parts for step in p.steps for s in step.results)
-        return tuple(dict.fromkeys(s for s in found if "vocab" in s.names))
+        shapes = (s for p in self.parts for step in p.steps for s in step.results)
+        return tuple(dict.fromkeys(s for s in shapes if "vocab" in s.names))
 
     @cached_property
     def remats(self) -> tuple[str, ...]:
@@ -428,12 +428,12 @@ def _slots(graph: Graph) -> list[SlotsOp]:
 
 def _tensor_sizes(graph: Graph) -> dict[str, int]:
     """Return for heads and neurons the size that the ``model`` axis has to divide."""
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for value in (v for node in graph for v in node.results):
         for axis in value.type:
             if axis.name in (*HEADS, "mlp") and isinstance(axis.size, int):
-                found[axis.name] = min(axis.size, found.get(axis.name, axis.size))
-    return found
+                sizes[axis.name] = min(axis.size, sizes.get(axis.name, axis.size))
+    return sizes
 
 
 class _Reader:
@@ -506,25 +506,25 @@ class _Reader:
         for value in self.graph.params.values():
             weight = self.weight(value)
             counts.setdefault(replace(weight, name=""), []).append(weight)
-        yield from ((found[0], len(found)) for found in counts.values())
+        yield from ((equal[0], len(equal)) for equal in counts.values())
 
     def layers(self) -> Iterator[Layer]:
         """Yield the layers, equal ones as one."""
-        found: dict[object, Layer] = {}
+        layers: dict[object, Layer] = {}
         for loc, nodes in self.nodes.items():
             match = LAYER.match(loc)
             if match is None:
                 continue
-            kept = self.residuals[loc]
+            saved = self.residuals[loc]
             name, inputs = match[1].rstrip("."), tuple(self._inputs(nodes))
             at, unit = self._at(loc)
             first, beside = at == 0, self._beside(loc, unit)
-            whole = self._beside(loc, unit.as_whole)
-            layer = Layer(name, 1, kept, inputs, first, beside, whole)
-            key = (name, kept.key, inputs, first, beside, whole)
-            old = found.get(key)
-            found[key] = layer if old is None else replace(old, count=old.count + 1)
-        yield from found.values()
+            in_blocks = self._beside(loc, unit.as_whole)
+            layer = Layer(name, 1, saved, inputs, first, beside, in_blocks)
+            key = (name, saved.key, inputs, first, beside, in_blocks)
+            old = layers.get(key)
+            layers[key] = layer if old is None else replace(old, count=old.count + 1)
+        yield from layers.values()
 
     def _beside(self, loc: str, unit: Unit) -> tuple[tuple[Shape, ...], tuple[Shape, ...]]:
         """Return what there is of the layers before `loc` in `unit`."""
@@ -534,19 +534,19 @@ class _Reader:
         fused: list[Shape] = []
         for back in range(1, at + 1):
             earlier = f"{name}{number - back}"
-            kept = self.residuals[earlier]
+            saved = self.residuals[earlier]
             inputs = tuple(self._inputs(self.nodes[earlier]))
             looped = unit.looped[at - back]
-            plain += inputs if looped else kept.plain.alive
-            fused += inputs if looped else kept.fused.alive
+            plain += inputs if looped else saved.plain.alive
+            fused += inputs if looped else saved.fused.alive
         return tuple(plain), tuple(fused)
 
     def _inputs(self, nodes: list[Node]) -> Iterator[Shape]:
         """Yield what a layer takes from others, once: floating-point values of tokens."""
-        own = {v for node in nodes for v in node.results}
+        results = {v for node in nodes for v in node.results}
         seen: set[Value] = set()
         for value in (v for node in nodes for v in node.operands):
-            if value in own or value in seen or value.is_param:
+            if value in results or value in seen or value.is_param:
                 continue
             seen.add(value)
             # A memory that all layers of a decoder attend to is kept once, behind its encoder.
@@ -557,7 +557,7 @@ class _Reader:
 
     def parts(self) -> Iterator[Part]:
         """Yield the parts, equal ones as one."""
-        found: dict[object, Part] = {}
+        parts: dict[object, Part] = {}
         for loc, nodes in self._sublayers():
             part = self._part(loc, nodes)
             anonymous = tuple(replace(w, name="") for w in part.weights)
@@ -566,11 +566,11 @@ class _Reader:
                 for s in part.steps
             )
             key = (part.name, steps, anonymous)
-            old = found.get(key)
-            found[key] = part if old is None else replace(old, count=old.count + 1)
-            for node, like in zip(nodes, found[key].nodes, strict=True):
+            old = parts.get(key)
+            parts[key] = part if old is None else replace(old, count=old.count + 1)
+            for node, like in zip(nodes, parts[key].nodes, strict=True):
                 self.same.update(zip(node.results, like.results, strict=True))
-        yield from found.values()
+        yield from parts.values()
 
     def sampled(self) -> tuple[Sample, tuple[Part, ...]]:
         """Return one part of each kind as a graph, and the parts with its nodes."""
@@ -581,17 +581,17 @@ class _Reader:
 
     def kinds(self, params: Iterable[Value]) -> dict[tuple[Shape, bool], Value]:
         """Return one of `params` for each shape, of experts or not."""
-        found: dict[tuple[Shape, bool], Value] = {}
+        kinds: dict[tuple[Shape, bool], Value] = {}
         for value in params:
             weight = self.weight(value)
-            found.setdefault((weight.shape, weight.of_experts), value)
-        return found
+            kinds.setdefault((weight.shape, weight.of_experts), value)
+        return kinds
 
     def _sublayers(self) -> Iterable[tuple[str, list[Node]]]:
-        found: dict[str, list[Node]] = {}
+        sublayers: dict[str, list[Node]] = {}
         for node in self.graph:
-            found.setdefault(node.loc, []).append(node)
-        return found.items()
+            sublayers.setdefault(node.loc, []).append(node)
+        return sublayers.items()
 
     def _part(self, loc: str, nodes: list[Node]) -> Part:
         match = LAYER.match(loc)
@@ -612,7 +612,7 @@ class _Reader:
                 yield self.weight(value)
 
     def _step(self, node: Node, roots: dict[Value, int], number: int, unit: Unit) -> Step:
-        kept = self.residuals[layer_of(node.loc)]
+        saved = self.residuals[layer_of(node.loc)]
         root = root_of(node.operands[0]) if node.operands else None
         outside = root is not None and stack_of(root) != stack_of(node)
         rows = rows_of((*node.operands, *node.results))
@@ -624,7 +624,7 @@ class _Reader:
         results = tuple(map(self.shape, node.results))
         # Along an axis that windows run along, the places of the result count.
         axes = {name: size for s in (*operands, *results) for name, size in s}
-        of_own = node in kept.again, node in kept.onward
+        of_own = node in saved.again, node in saved.onward
         return Step(
             cost=node.op.cost,
             moves=node.op.moves,
@@ -635,7 +635,7 @@ class _Reader:
             again=times_again(number, unit, *of_own),
             block_again=times_again(number, unit.as_whole, *of_own),
             saved_again=times_again(
-                number, unit, node in kept.saved_again, node in kept.saved_onward
+                number, unit, node in saved.saved_again, node in saved.saved_onward
             ),
             source=-1 if root is None else roots.setdefault(root, len(roots)),
             source_share=1 / unit.size if outside else 1.0,

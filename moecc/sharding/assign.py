@@ -55,11 +55,11 @@ class Site:
     @cached_property
     def by_axis(self) -> dict[str, list[str]]:
         """The dimensions along which each axis runs, by its name."""
-        found: dict[str, list[str]] = {}
+        dimensions: dict[str, list[str]] = {}
         for dimension, names in self.names.items():
             for name in names:
-                found.setdefault(name, []).append(dimension)
-        return found
+                dimensions.setdefault(name, []).append(dimension)
+        return dimensions
 
     @cached_property
     def _results(self) -> dict[tuple[TensorType, ...], tuple[TensorType, ...]]:
@@ -73,9 +73,9 @@ class Site:
         """
         key = tuple(types)
         if key not in self._results:
-            given = [Given(v.name, t) for v, t in zip(self.operands, key, strict=True)]
+            operands = [Given(v.name, t) for v, t in zip(self.operands, key, strict=True)]
             bare = [v.type for v in self.node.results]
-            self._results[key] = sharded_results(self.node.op, self.space, given, bare, None)
+            self._results[key] = sharded_results(self.node.op, self.space, operands, bare, None)
         return self._results[key]
 
     @cached_property
@@ -99,11 +99,14 @@ def _site(node: Node) -> Site:
     for value, names in values:
         for axis in value.type.axes:
             if axis.name in names:
-                along, one = dimensions.setdefault(names[axis.name], []), Axis(axis.name, axis.size)
-                if one not in along:
-                    along.append(one)
-    for name, (what, count) in space.counts.items():
-        dimensions[name].append(Axis(what, count))
+                along, unsharded = (
+                    dimensions.setdefault(names[axis.name], []),
+                    Axis(axis.name, axis.size),
+                )
+                if unsharded not in along:
+                    along.append(unsharded)
+    for name, (noun, count) in space.counts.items():
+        dimensions[name].append(Axis(noun, count))
     return Site(node, tuple(node.operands), space, dimensions)
 
 
@@ -119,9 +122,9 @@ def cuts_of(sites: Iterable[Site]) -> dict[str, set[int]]:
         product = None if sizes is None else sizes(site.node)
         if not isinstance(product, Product) or not isinstance(product.parts[0], int):
             continue
-        whole = _whole(site.node)
-        if whole is not None:
-            cuts.setdefault(whole, set()).add(product.parts[0])
+        joined = _whole(site.node)
+        if joined is not None:
+            cuts.setdefault(joined, set()).add(product.parts[0])
     return cuts
 
 
@@ -181,8 +184,8 @@ class Assignment(NamedTuple):
         Axes without influence on the operation stay as they are.
         """
         names, dimensions = self.site.space.operands[number], self.dimensions
-        found = [dimensions[names[a.name]].mesh if a.name in names else a.mesh for a in type.axes]
-        return type.sharded(tuple(found))
+        meshes = [dimensions[names[a.name]].mesh if a.name in names else a.mesh for a in type.axes]
+        return type.sharded(tuple(meshes))
 
     def rules(self, number: int, type: TensorType) -> list[LayoutRule]:
         """Return the rules by which operand `number`, of `type`, should be sharded otherwise."""
@@ -190,8 +193,8 @@ class Assignment(NamedTuple):
         if wanted is type:
             return []
         moved = [a.name for a, b in zip(type, wanted, strict=True) if a.mesh != b.mesh]
-        found = (r for n in moved if n in names for r in self.dimensions[names[n]].rules)
-        return list(dict.fromkeys(found))
+        rules = (r for n in moved if n in names for r in self.dimensions[names[n]].rules)
+        return list(dict.fromkeys(rules))
 
 
 @dataclass(frozen=True)
@@ -215,12 +218,14 @@ class Assigner:
     used: set[str] = field(default_factory=set)
     asked: dict[tuple[int, tuple[str, ...]], bool] = field(default_factory=dict)
 
-    def node(self, site: Site, given: Sequence[TensorType | None], cuts: Cuts) -> Assignment:
+    def node(
+        self, site: Site, operand_types: Sequence[TensorType | None], cuts: Cuts
+    ) -> Assignment:
         """Return how the dimensions of an operation are sharded.
 
         Args:
           site: the operation.
-          given: for each operand its type, or None where it is sharded in no way yet.
+          operand_types: for each operand its type, or None where it is sharded in no way yet.
           cuts: what axes are cut into or merged from.
 
         Raises:
@@ -233,10 +238,10 @@ class Assigner:
         for axis, numbers in cuts.items():
             for name in site.by_axis.get(axis, ()):
                 dimensions[name].cuts = {*dimensions[name].cuts, *numbers}
-        _pin(site, given, dimensions)
+        _pin(site, operand_types, dimensions)
         if site.is_product:
             self._by_rules(dimensions, site.by_axis)
-        self._follow(site, given, dimensions)
+        self._follow(site, operand_types, dimensions)
         if not site.is_product and not site.space.shape_only:
             self._by_rules(dimensions, site.by_axis)
         return Assignment(site, dimensions)
@@ -260,12 +265,12 @@ class Assigner:
         """
         if len(type.axes) < 2 or not self.for_storage:
             return type
-        taken = {m for a in type.axes for m in a.mesh}
+        used = {m for a in type.axes for m in a.mesh}
         axes = {a.name: a for a in type.axes}
         for rule in self.for_storage:
             axis = axes.get(rule.axis)
             if axis is not None:
-                more = self._free(rule, taken, Dimension((axis,), mesh=axis.mesh))
+                more = self._free(rule, used, Dimension((axis,), mesh=axis.mesh))
                 axes[rule.axis] = Axis(axis.name, axis.size, (*axis.mesh, *more))
         return type.sharded(tuple([a.mesh for a in axes.values()]), type.unreduced)
 
@@ -281,28 +286,28 @@ class Assigner:
 
     def _on_mesh(self, *, stored: bool) -> tuple[LayoutRule, ...]:
         sizes = self.mesh.sizes
-        found = (r for r in self.rules if r.stored is stored)
-        return tuple(r for r in found if any(m in sizes for m in r.mesh))
+        rules = (r for r in self.rules if r.stored is stored)
+        return tuple(r for r in rules if any(m in sizes for m in r.mesh))
 
     def _by_rules(
         self, dimensions: Mapping[str, Dimension], by_axis: Mapping[str, Sequence[str]]
     ) -> None:
-        taken = {m for d in dimensions.values() for m in d.mesh}
+        used = {m for d in dimensions.values() for m in d.mesh}
         for rule in self._for_use:
             if rule.axis not in by_axis or (rule.beside and rule.beside not in by_axis):
                 continue
             for name in by_axis[rule.axis]:
                 dimension = dimensions[name]
-                more = self._free(rule, taken, dimension) if dimension.split else ()
+                more = self._free(rule, used, dimension) if dimension.split else ()
                 if more:
                     dimension.mesh = (*dimension.mesh, *more)
                     dimension.rules = (*dimension.rules, rule)
 
-    def _free(self, rule: LayoutRule, taken: set[str], dimension: Dimension) -> tuple[str, ...]:
+    def _free(self, rule: LayoutRule, used: set[str], dimension: Dimension) -> tuple[str, ...]:
         """Return the mesh axes of `rule` that are free and divide `dimension`, and take them."""
         more: list[str] = []
         for name in rule.mesh:
-            if name not in self.mesh.sizes or name in taken:
+            if name not in self.mesh.sizes or name in used:
                 continue
             mesh = (*dimension.mesh, *more, name)
             wrong = [a for a in dimension.axes if not self._divides(a, mesh)]
@@ -311,17 +316,17 @@ class Assigner:
                 continue
             if not wrong:
                 more.append(name)
-                taken.add(name)
+                used.add(name)
             elif not optional:
-                whole = (*mesh, *self._left(rule, {*taken, name}))
-                raise InputError([self._problem(rule, wrong[0], mesh, whole)])
+                all_axes = (*mesh, *self._left(rule, {*used, name}))
+                raise InputError([self._problem(rule, wrong[0], mesh, all_axes)])
         self.used.update(more)
         return tuple(more)
 
-    def _left(self, rule: LayoutRule, taken: Collection[str]) -> Iterable[str]:
+    def _left(self, rule: LayoutRule, used: Collection[str]) -> Iterable[str]:
         """Return the mesh axes that `rule`, and others for the same axis, would take besides."""
-        found = (n for r in self._for_use if r.axis == rule.axis and not r.optional for n in r.mesh)
-        return dict.fromkeys(n for n in found if n in self.mesh.sizes and n not in taken)
+        names = (n for r in self._for_use if r.axis == rule.axis and not r.optional for n in r.mesh)
+        return dict.fromkeys(n for n in names if n in self.mesh.sizes and n not in used)
 
     def _problem(
         self, rule: LayoutRule, axis: Axis, mesh: tuple[str, ...], whole_mesh: tuple[str, ...]
@@ -344,20 +349,20 @@ class Assigner:
             )
         parts, sizes = self.mesh.size(whole_mesh), self._sizes(whole_mesh)
         would = f"{amount(nearest_divisor(size, parts), 'part')} would"
-        whole = nearest_multiple(size, parts)
+        multiple = nearest_multiple(size, parts)
         if axis.name == "groups":
             return Problem(
                 "the groups of tokens do not divide over the mesh",
                 expected=f"a multiple of {parts} ({sizes})",
                 found=f"groups={size}, and the rule {rule} ({rule.source})",
-                hint=f"{would}, or specialize{{groups={whole}}} first, capacities being those of "
-                f"a device's own tokens; in a recipe, data.batch={whole}",
+                hint=f"{would}, or specialize{{groups={multiple}}} first, capacities being those "
+                f"of a device's own tokens; in a recipe, data.batch={multiple}",
             )
         return Problem(
             f"the axis {axis.name!r} does not divide over the mesh",
             expected=f"a multiple of {parts} ({sizes})",
             found=f"{axis}, and the rule {rule} ({rule.source})",
-            hint=f"{would}, or a size of {whole}; optional = true leaves the rule out here",
+            hint=f"{would}, or a size of {multiple}; optional = true leaves the rule out here",
         )
 
     def _sizes(self, mesh: Iterable[str]) -> str:
@@ -366,23 +371,23 @@ class Assigner:
     def _follow(
         self,
         site: Site,
-        given: Sequence[TensorType | None],
+        operand_types: Sequence[TensorType | None],
         dimensions: Mapping[str, Dimension],
     ) -> None:
         """Shard dimensions that no rule shards as all of their operands are, where that is free."""
         left = {n: d for n, d in dimensions.items() if d.split and not d.mesh}
-        found: dict[str, set[tuple[str, ...]]] = {}
-        for type, names in zip(given, site.space.operands, strict=True) if left else ():
+        meshes: dict[str, set[tuple[str, ...]]] = {}
+        for type, names in zip(operand_types, site.space.operands, strict=True) if left else ():
             for axis in type.axes if type is not None else ():
                 if axis.name in names and names[axis.name] in left:
-                    found.setdefault(names[axis.name], set()).add(axis.mesh)
-        taken = {m for d in dimensions.values() for m in d.mesh}
-        for name, (mesh, *others) in found.items():
-            if others or not taken.isdisjoint(mesh):
+                    meshes.setdefault(names[axis.name], set()).add(axis.mesh)
+        used = {m for d in dimensions.values() for m in d.mesh}
+        for name, (mesh, *others) in meshes.items():
+            if others or not used.isdisjoint(mesh):
                 continue
             if mesh and self._fits(left[name], mesh):
                 left[name].mesh = mesh
-                taken.update(mesh)
+                used.update(mesh)
 
     def _fits(self, dimension: Dimension, mesh: tuple[str, ...]) -> bool:
         return all(self._divides(a, mesh) for a in dimension.axes)
@@ -409,11 +414,11 @@ class Assigner:
 
 
 def _pin(
-    site: Site, given: Sequence[TensorType | None], dimensions: Mapping[str, Dimension]
+    site: Site, operand_types: Sequence[TensorType | None], dimensions: Mapping[str, Dimension]
 ) -> None:
     """Shard the dimensions of slots as the slots are: these are never brought elsewhere."""
     for number in site.slots:
-        type = given[number]
+        type = operand_types[number]
         for axis in type.axes if type is not None else ():
             if axis.name in site.space.operands[number]:
                 dimension = dimensions[site.space.operands[number][axis.name]]

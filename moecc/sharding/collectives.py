@@ -45,9 +45,9 @@ def sent(
         type = result
 
 
-def _is_larger(type: TensorType, other: TensorType) -> bool:
+def _is_larger(type: TensorType, result: TensorType) -> bool:
     """Whether a device has more of a value of `type`: the fewer mesh axes, the larger the shard."""
-    count, less = (sum(len(a.mesh) for a in t.axes) for t in (type, other))
+    count, less = (sum(len(a.mesh) for a in t.axes) for t in (type, result))
     return count <= less
 
 
@@ -66,12 +66,12 @@ def _sums(
 ) -> Iterator[Step]:
     left = list(source.unreduced)
     while left:
-        found = next(
+        scatter = next(
             ((n, m) for n in now for m in left if goal[n][: len(now[n]) + 1] == (*now[n], m)), None
         )
-        if found is None:
+        if scatter is None:
             break
-        name, mesh = found
+        name, mesh = scatter
         now[name] = (*now[name], mesh)
         left.remove(mesh)
         yield "reduce_scatter", {"axis": name, "mesh": (mesh,)}
@@ -94,13 +94,13 @@ def _moves(
             op = "ragged_all_to_all" if ragged else "all_to_all"
             yield op, {"mesh": mesh, "split": split, "gather": gather}
         elif grow is not None:
-            name, one = grow
-            now[name] = (*now[name], one)
-            yield "shard", {"axis": name, "mesh": (one,)}
+            name, axis = grow
+            now[name] = (*now[name], axis)
+            yield "shard", {"axis": name, "mesh": (axis,)}
         else:
             name = next(n for n in now if _excess(now[n], goal[n]))
-            one, now[name] = now[name][-1], now[name][:-1]
-            yield "all_gather", {"axis": name, "mesh": (one,)}
+            axis, now[name] = now[name][-1], now[name][:-1]
+            yield "all_gather", {"axis": name, "mesh": (axis,)}
 
 
 def _excess(now: tuple[str, ...], goal: tuple[str, ...]) -> bool:
@@ -226,39 +226,39 @@ def dependence(sites: Iterable[Site], inputs: Iterable[Value]) -> Dependence:
     return Dependence(differentiable, of_inputs)
 
 
-def gradients(sites: Sequence[Site], found: Propagation, on: Dependence) -> Gradients:
-    """Return the sums of the backward pass of `sites`, sharded as was `found`."""
-    made = Gradients()
-    deferred: dict[Value, set[str]] = made.params
+def gradients(sites: Sequence[Site], propagation: Propagation, on: Dependence) -> Gradients:
+    """Return the sums of the backward pass of `sites`, sharded as was `propagation`."""
+    sums = Gradients()
+    deferred: dict[Value, set[str]] = sums.params
     for site in reversed(sites):
         left = {m for v in site.node.results for m in deferred.get(v, ())}
         along = None
         for number, value in enumerate(site.operands):
             if value not in on.differentiable:
                 continue
-            along = _along(site, found.used(site.node)) if along is None else along
+            along = _along(site, propagation.used(site.node)) if along is None else along
             axes = _sharded_beside(along, site.space.operands[number].values()) if along else set()
             if on.is_deferred(value):
                 deferred.setdefault(value, set()).update(axes, left)
             elif axes:
-                made.values.append(GradientSum(site, number, frozenset(axes)))
-    made.values.reverse()
-    return made
+                sums.values.append(GradientSum(site, number, frozenset(axes)))
+    sums.values.reverse()
+    return sums
 
 
-def _sharded_beside(along: Mapping[str, Iterable[str]], own: Collection[str]) -> set[str]:
+def _sharded_beside(along: Mapping[str, Iterable[str]], dimensions: Collection[str]) -> set[str]:
     """Return the mesh axes of the dimensions that are not the operand's own."""
-    return {m for dimension, mesh in along.items() if dimension not in own for m in mesh}
+    return {m for dimension, mesh in along.items() if dimension not in dimensions for m in mesh}
 
 
 def _along(site: Site, types: Sequence[TensorType]) -> dict[str, tuple[str, ...]]:
     """Return the mesh axes of the dimensions that are sharded."""
-    found: dict[str, tuple[str, ...]] = {}
+    meshes: dict[str, tuple[str, ...]] = {}
     for type, names in zip(types, site.space.operands, strict=True):
         for axis in type.axes if type.is_sharded else ():
             if axis.mesh and axis.name in names:
-                found[names[axis.name]] = axis.mesh
-    return found
+                meshes[names[axis.name]] = axis.mesh
+    return meshes
 
 
 # The ways of rows to their experts and back: which collectives, on which values of a layer.
@@ -302,9 +302,9 @@ def to_experts(rows: TensorType, target: TensorType, part: Slice | None) -> Iter
         yield part.gather
 
 
-def from_experts(made: TensorType, target: TensorType, part: Slice | None) -> Iterator[Step]:
+def from_experts(outputs: TensorType, target: TensorType, part: Slice | None) -> Iterator[Step]:
     """Yield what brings rows that experts made back to their tokens, in parts if they were cut."""
-    yield from steps(made, target if part is None else part.of(target))
+    yield from steps(outputs, target if part is None else part.of(target))
 
 
 def gathered(type: TensorType, over: Sequence[str]) -> Iterator[Step]:
@@ -323,9 +323,9 @@ def sums_back(source: TensorType, target: TensorType, way: Via) -> Iterator[Step
     if not way.tokens_everywhere:
         yield from steps(source, target)
         return
-    whole = TensorType(source.dtype, source.axes)
-    yield from steps(source, whole)
-    yield from steps(whole, target)
+    reduced = TensorType(source.dtype, source.axes)
+    yield from steps(source, reduced)
+    yield from steps(reduced, target)
 
 
 def without(type: TensorType, over: Sequence[str]) -> TensorType:
@@ -396,25 +396,25 @@ def _row_axes(rows: TensorType) -> Iterator[str]:
     return (name for name in rows.names if name not in ("group", "expert", "slot"))
 
 
-def sparse_layer(sites: Iterable[Site], found: Propagation) -> SparseLayer | None:
-    """Return the routed layer among `sites`, sharded as was `found`, or None."""
+def sparse_layer(sites: Iterable[Site], propagation: Propagation) -> SparseLayer | None:
+    """Return the routed layer among `sites`, sharded as was `propagation`, or None."""
     moving = {site.node.op.moves: site for site in sites if not _sends_numbers(site)}
     dispatch, combine = moving.get(RowMove.TO_SLOTS), moving.get(RowMove.TO_TOKENS)
     if dispatch is None or combine is None:
         return None
-    rows, back = dispatch.node.result, found.operands[combine.node][0]
-    made = back.value if isinstance(back, Reshard) else back
+    rows, back = dispatch.node.result, propagation.operands[combine.node][0]
+    outputs = back.value if isinstance(back, Reshard) else back
     gates = moving.get(RowMove.GATES_TO_SLOTS)
     return SparseLayer(
         dispatch=dispatch,
         combine=combine,
-        tokens=found.used(dispatch.node)[0],
-        rows=found.types[rows],
-        entered=_entered(rows, found),
-        made=found.types[made],
-        leaving=found.types[back],
-        added=found.types[found.visible[combine.node.result]],
-        gates=None if gates is None else _sent(gates, found),
+        tokens=propagation.used(dispatch.node)[0],
+        rows=propagation.types[rows],
+        entered=_entered(rows, propagation),
+        made=propagation.types[outputs],
+        leaving=propagation.types[back],
+        added=propagation.types[propagation.visible[combine.node.result]],
+        gates=None if gates is None else _sent(gates, propagation),
     )
 
 
@@ -424,14 +424,16 @@ def _sends_numbers(site: Site) -> bool:
     return node.op.moves is RowMove.TO_SLOTS and not any(_row_axes(node.result.type))
 
 
-def _entered(rows: Value, found: Propagation) -> TensorType:
+def _entered(rows: Value, propagation: Propagation) -> TensorType:
     """Return the type of what is dispatched as the experts take it."""
-    return next((r.target for r in found.reshards if r.operand is rows), found.types[rows])
+    return next(
+        (r.target for r in propagation.reshards if r.operand is rows), propagation.types[rows]
+    )
 
 
-def _sent(gates: Site, found: Propagation) -> SentGates:
-    made = gates.node.result
-    return SentGates(gates, found.types[made], _entered(made, found))
+def _sent(gates: Site, propagation: Propagation) -> SentGates:
+    rows = gates.node.result
+    return SentGates(gates, propagation.types[rows], _entered(rows, propagation))
 
 
 class Stage(NamedTuple):
@@ -448,30 +450,32 @@ class Stage(NamedTuple):
     steps: tuple[Step, ...]
 
 
-def route(layer: SparseLayer, way: Via, found: Propagation, part: Slice | None) -> list[Stage]:
+def route(
+    layer: SparseLayer, way: Via, propagation: Propagation, part: Slice | None
+) -> list[Stage]:
     """Return what the values of `layer` go through on the way `way`, forward.
 
     Args:
       layer: the layer.
       way: a row of the table.
-      found: the sharding of what it routes by.
+      propagation: the sharding of what it routes by.
       part: how rows are cut in slices; None: they are sent whole.
     """
     if not way.exchanges_rows:
-        return _gathering(layer, way, found)
-    rows, entered, made, leaving = (
+        return _gathering(layer, way, propagation)
+    rows, entered, outputs, leaving = (
         bounded(t) if way.is_bounded else t
         for t in (layer.rows, layer.entered, layer.made, layer.leaving)
     )
-    to, back = to_experts(rows, entered, part), from_experts(made, leaving, part)
+    to, back = to_experts(rows, entered, part), from_experts(outputs, leaving, part)
     beside = _gates_there(layer, way)
     if part is None:
-        return [Stage("rows", rows, tuple(to)), *beside, Stage("made", made, tuple(back))]
+        return [Stage("rows", rows, tuple(to)), *beside, Stage("made", outputs, tuple(back))]
     return [
         Stage("tokens", layer.tokens, (part.shard,)),
         Stage("rows", part.of(rows), tuple(to)),
         *beside,
-        Stage("made", made, tuple(back)),
+        Stage("made", outputs, tuple(back)),
         Stage("added", part.of(layer.added), (part.gather,)),
     ]
 
@@ -485,13 +489,13 @@ def _gates_there(layer: SparseLayer, way: Via) -> list[Stage]:
     return [Stage("gates", sent, tuple(to_experts(sent, entered, None)))]
 
 
-def _gathering(layer: SparseLayer, way: Via, found: Propagation) -> list[Stage]:
+def _gathering(layer: SparseLayer, way: Via, propagation: Propagation) -> list[Stage]:
     """Return the stages where tokens are gathered, and rows stay: experts add to all tokens."""
     over = layer.exchanged
-    types = [layer.made, *(without(t, over) for t in found.used(layer.combine.node)[1:])]
-    given = [Given(v.name, t) for v, t in zip(layer.combine.operands, types, strict=True)]
+    types = [layer.made, *(without(t, over) for t in propagation.used(layer.combine.node)[1:])]
+    operands = [Given(v.name, t) for v, t in zip(layer.combine.operands, types, strict=True)]
     node, space = layer.combine.node, layer.combine.space
-    (sums,) = sharded_results(node.op, space, given, [node.result.type], None)
+    (sums,) = sharded_results(node.op, space, operands, [node.result.type], None)
     return [
         Stage("tokens", layer.tokens, tuple(gathered(layer.tokens, over))),
         Stage("added", sums, tuple(sums_back(sums, layer.added, way))),

@@ -54,8 +54,8 @@ class Layout:
           UsageError: there is no such layout.
           InputError: a file cannot be read, or splits an axis that a plan does not know.
         """
-        found = cls(mesh, experts, own=rules)
-        unknown = [r for r in found.rules if not r.stored and r.axis not in KNOWN]
+        layout = cls(mesh, experts, own=rules)
+        unknown = [r for r in layout.rules if not r.stored and r.axis not in KNOWN]
         if unknown:
             raise InputError(
                 Problem(
@@ -66,7 +66,7 @@ class Layout:
                 )
                 for rule in unknown
             )
-        apart = not set(found.expert_axes) <= set(found.batch_axes)
+        apart = not set(layout.expert_axes) <= set(layout.batch_axes)
         dense = "split" if {"zero", "zero-expert"} & set(rules) else "whole"
         return cls(mesh, experts, dense, apart, rules)
 

@@ -52,10 +52,10 @@ def by_columns(
     """
     site, dimensions = assignment.site, assignment.dimensions
     names, tokens = site.space.operands[:2]
-    found = max(_shared(assignment, stored), key=lambda f: len(f[2]), default=None)
-    if found is None:
+    shared = max(_shared(assignment, stored), key=lambda f: len(f[2]), default=None)
+    if shared is None:
         return None
-    axis, token, mesh = found
+    axis, token, mesh = shared
     column, along = dimensions[names[axis.name]], dimensions[tokens[token]]
     because = tuple(r for r in rules if r.axis == axis.name)
     return Assignment(
@@ -217,17 +217,19 @@ class _Walk:
         if node.op.moves is not None:
             # Slots and the experts that they were given for belong together.
             refs[1] = self._experts_of(site.operands[2])
-        given = [None if ref is None else types[ref] for ref in refs]
-        first = self.assigner.node(site, given, self.cuts)
-        assignment = self._by_columns(first, given[0]) if looks_up_param(site) else first
+        operand_types = [None if ref is None else types[ref] for ref in refs]
+        first = self.assigner.node(site, operand_types, self.cuts)
+        assignment = self._by_columns(first, operand_types[0]) if looks_up_param(site) else first
         for number, value in enumerate(site.operands):
             self._want(assignment, number, value, is_lasting=assignment is first)
-        taken = tuple(
+        operands = tuple(
             self._brought(assignment, number, ref or visible[site.operands[number]])
             for number, ref in enumerate(refs)
         )
-        self.found.operands[node] = taken
-        for value, type in zip(node.results, site.results([types[r] for r in taken]), strict=True):
+        self.found.operands[node] = operands
+        for value, type in zip(
+            node.results, site.results([types[r] for r in operands]), strict=True
+        ):
             self.make(value, type)
             if type.unreduced:
                 visible[value] = self._summed(assignment, value, type)
@@ -276,9 +278,9 @@ class _Walk:
         """Carry out the sum `value`, so that it is sharded as the rules want it."""
         wanted = self.assigner.lone(type.bare)
         # What no rule shards stays as it is.
-        taken = {m for a in wanted.axes for m in a.mesh}
+        used = {m for a in wanted.axes for m in a.mesh}
         meshes = [
-            mesh if mesh or taken & set(old) else old
+            mesh if mesh or used & set(old) else old
             for mesh, old in zip(wanted.meshes, type.meshes, strict=True)
         ]
         summed = sorted(assignment.site.space.summed)
@@ -336,11 +338,11 @@ class Alike(Generic[T]):
           key: what is made.
           make: makes it; of the mesh it may read nothing but what the assigner answers.
         """
-        known = self._known.setdefault((key, layout.names, tuple(layout.sizes)), [])
-        for asked, found in known:
+        outcomes = self._known.setdefault((key, layout.names, tuple(layout.sizes)), [])
+        for asked, outcome in outcomes:
             if layout.assigner.answers(asked):
-                return found
+                return outcome
         assigner = replace(layout.assigner, asked={})
-        found = make(assigner)
-        known.append((assigner.asked, found))
-        return found
+        outcome = make(assigner)
+        outcomes.append((assigner.asked, outcome))
+        return outcome

@@ -61,7 +61,7 @@ class AnnotateShardingPass(Pass):
 
     def validate(self) -> list[Problem]:
         """Return what is wrong with the mesh or the layouts by themselves."""
-        found: list[Problem] = []
+        problems: list[Problem] = []
         for option, action in (
             ("mesh", lambda: parse_mesh(self.mesh)),
             ("rules", lambda: read_layouts(self.rules)),
@@ -69,8 +69,8 @@ class AnnotateShardingPass(Pass):
             try:
                 action()
             except MoeccError as error:
-                found += [replace(p, where=option) for p in error.problems]
-        return found
+                problems += [replace(p, where=option) for p in error.problems]
+        return problems
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
         """Lay the graph on the mesh.
@@ -94,13 +94,13 @@ def lay(graph: Graph, mesh: Mesh, rules: Sequence[LayoutRule]) -> tuple[Assigner
     set_mesh(graph, mesh)
     assigner = Assigner(mesh, rules)
     regrouped = cut_groups(graph, assigner)
-    found = propagate(sites_of(graph), graph.inputs.values(), graph.params.values(), assigner)
-    writer = _Writer(graph, found)
+    propagation = propagate(sites_of(graph), graph.inputs.values(), graph.params.values(), assigner)
+    writer = _Writer(graph, propagation)
     writer.write()
-    stats = {"laid": found.sharded, "reshards": len(found.reshards)}
+    stats = {"laid": propagation.sharded, "reshards": len(propagation.reshards)}
     remarks = [*regrouped, *writer.remarks()]
-    kept = kept_by_cutting(graph)
-    return assigner, PassResult(True, found.sharded, stats, remarks, preserves=kept)
+    preserved = kept_by_cutting(graph)
+    return assigner, PassResult(True, propagation.sharded, stats, remarks, preserves=preserved)
 
 
 def _check_used(assigner: Assigner, names: tuple[str, ...]) -> None:
@@ -108,11 +108,11 @@ def _check_used(assigner: Assigner, names: tuple[str, ...]) -> None:
     for name, size in assigner.mesh.axes:
         if name in assigner.used or size == 1:
             continue
-        known = dict.fromkeys(m for r in assigner.rules for m in r.mesh)
+        axes = dict.fromkeys(m for r in assigner.rules for m in r.mesh)
         raise InputError(
             f"nothing is sharded over the mesh axis {name!r}, so its {size} shards would be equal",
             where=f"mesh {assigner.mesh}",
-            expected=f"axes that the rules of {', '.join(names)} name: {', '.join(known)}",
+            expected=f"axes that the rules of {', '.join(names)} name: {', '.join(axes)}",
             found=name,
             hint="add a layout that uses it, or leave the axis out",
         )
@@ -125,9 +125,9 @@ class _Writer:
       values: what stands for each reshard.
     """
 
-    def __init__(self, graph: Graph, found: Propagation) -> None:
+    def __init__(self, graph: Graph, propagation: Propagation) -> None:
         self.graph = graph
-        self.found = found
+        self.found = propagation
         self.values: dict[Reshard, Value] = {}
         self._caused: Counter[tuple[str, str]] = Counter()
         self._first: dict[tuple[str, str], str] = {}
@@ -159,12 +159,12 @@ class _Writer:
         cause = rules[0].axis if rules else "whole"
         builder = Builder(self.graph, loc=node.loc, origin=f"{NAME}/{cause}", before=before)
         to = format_sharding(reshard.target)
-        made: Value = builder.reshard(value, to=to, name=value.name)
-        step = f"{_shown(value.type)} → {_shown(made.type)} for {node.op.name}"
+        resharded: Value = builder.reshard(value, to=to, name=value.name)
+        step = f"{_shown(value.type)} → {_shown(resharded.type)} for {node.op.name}"
         because = f"{rules[0]} ({rules[0].source})" if rules else "no rule lays them elsewhere"
         self._caused[step, because] += 1
         self._first.setdefault((step, because), node.loc)
-        return made
+        return resharded
 
     def remarks(self) -> list[Remark]:
         """Return what was resharded and why, equal remarks once."""

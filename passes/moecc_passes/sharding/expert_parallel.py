@@ -70,16 +70,16 @@ class LaidLayer:
 
 def laid_layers(graph: Graph) -> list[LaidLayer]:
     """Return the routed layers of `graph` whose experts are sharded, in order."""
-    found: list[LaidLayer] = []
+    layers: list[LaidLayer] = []
     for routed in routed_layers(graph):
         rows = routed.dispatch.results[0]
         gates = () if routed.gate_dispatch is None else (routed.gate_dispatch.result,)
         entries, gate_entries = map(_collectives, ((rows,), gates))
-        made = _before_collectives(routed.combine.operands[0])
-        mesh = made.type["expert"].mesh
+        outputs = _before_collectives(routed.combine.operands[0])
+        mesh = outputs.type["expert"].mesh
         if mesh:
-            found.append(LaidLayer(routed, entries, gate_entries, made, mesh))
-    return found
+            layers.append(LaidLayer(routed, entries, gate_entries, outputs, mesh))
+    return layers
 
 
 def _collectives(values: Iterable[Value]) -> tuple[Node, ...]:
@@ -92,7 +92,7 @@ def _before_collectives(value: Value) -> Value:
     return value
 
 
-def need(holds: bool, layer: LaidLayer, what: str, expected: str, hint: str) -> None:
+def need(holds: bool, layer: LaidLayer, reason: str, expected: str, hint: str) -> None:
     """Raise InputError unless `holds`, with the sharding of tokens and experts of `layer`."""
     if holds:
         return
@@ -100,7 +100,7 @@ def need(holds: bool, layer: LaidLayer, what: str, expected: str, hint: str) -> 
     experts = "*".join(layer.expert_mesh)
     slots = layer.routed.assigner.attrs["slots"]
     raise InputError(
-        what,
+        reason,
         where=layer.routed.name,
         expected=expected,
         found=f"tokens on {tokens}, experts on {experts}, slots={slots}",
@@ -173,9 +173,9 @@ def _placed_again(layer: LaidLayer, builder: Builder, keep: Value) -> Value:
     node = layer.routed.assigner
     need(node.op.name == "assign_slots", layer, "experts that choose have a bound already",
          "slots that assign_slots gives", "leave buffer-factor out")  # fmt: skip
-    given = {**operands_by_word(node.operands, node.attrs), "keep": keep}
-    attrs = {**node.attrs, "using": tuple(given)}
-    operands, names = (node.operands[0], *given.values()), (layer.routed.slots.name,)
+    operands_by_name = {**operands_by_word(node.operands, node.attrs), "keep": keep}
+    attrs = {**node.attrs, "using": tuple(operands_by_name)}
+    operands, names = (node.operands[0], *operands_by_name.values()), (layer.routed.slots.name,)
     return builder.node(node.op.name, *operands, names=names, **attrs).result
 
 
@@ -249,10 +249,10 @@ def _brought(builder: Builder, entries: tuple[Node, ...], steps: Iterable[Step])
 
 
 def _leave(layer: LaidLayer, builder: Builder, part: Slice | None) -> None:
-    combine, made = layer.routed.combine, layer.made
+    combine, outputs = layer.routed.combine, layer.made
     builder.before = combine
     unused = combine.operands[0]
-    combine.set_operand(0, emit(builder, made, from_experts(made.type, unused.type, part)))
+    combine.set_operand(0, emit(builder, outputs, from_experts(outputs.type, unused.type, part)))
     erase_unused(unused)
     if part is None:
         return
@@ -260,9 +260,9 @@ def _leave(layer: LaidLayer, builder: Builder, part: Slice | None) -> None:
     users = uses(combine.result)
     combine.result.type = type
     builder.before = combine._next
-    whole = emit(builder, combine.result, [part.gather])
+    tokens = emit(builder, combine.result, [part.gather])
     for user, number in users:
-        user.set_operand(number, whole)
+        user.set_operand(number, tokens)
 
 
 def uses(value: Value) -> list[tuple[Node, int]]:
@@ -302,16 +302,16 @@ def chunk_rows(graph: Graph, layer: LaidLayer, builder: Builder, mesh: Mesh, cou
          f"a multiple of {parts * count} groups, not {group.size}",
          f"specialize{{groups={parts * count}}} first")  # fmt: skip
     region = _region(layer)
-    made = combine.operands[0]
-    away = graph.input(graph.fresh("away"), made.type)
+    outputs = combine.operands[0]
+    away = graph.input(graph.fresh("away"), outputs.type)
     combine.set_operand(0, away)
-    results = [made]
+    results = [outputs]
     for at in range(1, count):
         builder.before = combine
         values = {v: _chunk(builder, v, at, count, parts) for v in sent}
         for node in region:
             _copy(node, values, builder)
-        results.append(values[made])
+        results.append(values[outputs])
     first: dict[Value, Value] = {}
     for value in sent:
         assert value.node is not None, "it was dispatched"
@@ -323,7 +323,7 @@ def chunk_rows(graph: Graph, layer: LaidLayer, builder: Builder, mesh: Mesh, cou
                 node.set_operand(number, first[value])
     infer_again(graph, region, start=region[0])
     builder.before = combine
-    joined = builder.join(*results, axis="group", parts=parts, name=made.name)
+    joined = builder.join(*results, axis="group", parts=parts, name=outputs.name)
     combine.set_operand(0, joined)
     graph.erase_input(away.name)
 
@@ -343,26 +343,26 @@ def _region(layer: LaidLayer) -> list[Node]:
     """Return the nodes between dispatch and combine, in order."""
     combine = layer.routed.combine
     depends = set(_dispatched(layer))
-    found: list[Node] = []
+    region: list[Node] = []
     for node in layer.routed.dispatch.graph.walk(layer.routed.dispatch):
         if node is combine:
             break
         if any(v in depends for v in node.operands) and node.op.moves is None:
             depends.update(node.results)
-            found.append(node)
-    inside = {*found, combine}
-    other = [u for n in found for v in n.results for u in v.users if u not in inside]
-    need(not other, layer, "something else looks at what the experts make",
+            region.append(node)
+    inside = {*region, combine}
+    outside = [u for n in region for v in n.results for u in v.users if u not in inside]
+    need(not outside, layer, "something else looks at what the experts make",
          "nothing between dispatch and combine is used elsewhere", "leave chunks out")  # fmt: skip
-    return found
+    return region
 
 
 def _copy(node: Node, values: dict[Value, Value], builder: Builder) -> None:
     operands = [values.get(v, v) for v in node.operands]
     names = tuple(v.name for v in node.results)
-    made = builder.node(node.op.name, *operands, names=names, **node.attrs)
-    made.loc, made.origin = node.loc, node.origin
-    values.update(zip(node.results, made.results, strict=True))
+    copy = builder.node(node.op.name, *operands, names=names, **node.attrs)
+    copy.loc, copy.origin = node.loc, node.origin
+    values.update(zip(node.results, copy.results, strict=True))
 
 
 def unchunk(graph: Graph) -> int:
@@ -389,28 +389,28 @@ def unchunk(graph: Graph) -> int:
 
 def _nodes_behind(value: Value) -> list[Node]:
     """Return the nodes that make `value` of the chunks it comes from, these included."""
-    found: dict[Node, None] = {}
+    nodes: dict[Node, None] = {}
     pending = [value.node]
     while pending:
         node = pending.pop()
-        if node is None or node in found or not _has_chunk(node):
+        if node is None or node in nodes or not _has_chunk(node):
             continue
-        found[node] = None
+        nodes[node] = None
         pending.extend(v.node for v in node.operands if node.op.name != "chunk")
-    return list(found)
+    return list(nodes)
 
 
 def _has_chunk(node: Node) -> bool:
     """Whether a chunk is among what `node` is made of, up to a dispatch."""
     pending, seen = [node], set()
     while pending:
-        one = pending.pop()
-        if one.op.name == "chunk":
+        current = pending.pop()
+        if current.op.name == "chunk":
             return True
-        if one in seen or one.op.name in ("dispatch", "join"):
+        if current in seen or current.op.name in ("dispatch", "join"):
             continue
-        seen.add(one)
-        pending.extend(v.node for v in one.operands if v.node is not None)
+        seen.add(current)
+        pending.extend(v.node for v in current.operands if v.node is not None)
     return False
 
 
@@ -523,7 +523,7 @@ def gather_tokens(graph: Graph, layer: LaidLayer, builder: Builder, way: Via) ->
     experts, slots, gates = (replay.value(v) for v in (routed.experts, routed.slots, routed.gates))
     x = replay.value(routed.dispatch.operands[0])
     rows = builder.dispatch(x, experts, slots, name=routed.dispatch.results[0].name)
-    own = builder.shard(rows, axis="expert", mesh=layer.expert_mesh, name=rows.name)
+    local_rows = builder.shard(rows, axis="expert", mesh=layer.expert_mesh, name=rows.name)
     own_gates = _own_gates(layer, builder, (gates, experts, slots))
     combine = routed.combine
     tokens, exits = combine.result, combine.operands[0]
@@ -531,12 +531,12 @@ def gather_tokens(graph: Graph, layer: LaidLayer, builder: Builder, way: Via) ->
     away = graph.input(graph.fresh("away"), tokens.type)
     for user, number in uses(tokens):
         user.set_operand(number, away)
-    given = (layer.made, experts, slots, gates)
-    for number, value in enumerate(given[: len(combine.operands)]):
+    operands = (layer.made, experts, slots, gates)
+    for number, value in enumerate(operands[: len(combine.operands)]):
         combine.set_operand(number, value)
     erase_unused(exits)
     users: list[Node] = []
-    for entries, brought in ((layer.entries, own), (layer.gate_entries, own_gates)):
+    for entries, brought in ((layer.entries, local_rows), (layer.gate_entries, own_gates)):
         for entry in entries:
             assert brought is not None, "gates that are brought were dispatched"
             users += entry.result.users
@@ -546,8 +546,8 @@ def gather_tokens(graph: Graph, layer: LaidLayer, builder: Builder, way: Via) ->
     infer_again(graph, users, start=routed.assigner)
     infer_again(graph, [combine], start=combine)
     builder.before = combine._next
-    made = combine.result
-    y = emit(builder, made, sums_back(made.type, away.type, way))
+    sums = combine.result
+    y = emit(builder, sums, sums_back(sums.type, away.type, way))
     away.replace_by(y)
     graph.erase_input(away.name)
     for value in before:
@@ -560,8 +560,8 @@ def _own_gates(layer: LaidLayer, builder: Builder, of: tuple[Value, ...]) -> Val
     sent = layer.routed.gate_dispatch
     if sent is None:
         return None
-    made = builder.dispatch_gates(*of, name=sent.result.name)
-    return builder.shard(made, axis="expert", mesh=layer.expert_mesh, name=made.name)
+    rows = builder.dispatch_gates(*of, name=sent.result.name)
+    return builder.shard(rows, axis="expert", mesh=layer.expert_mesh, name=rows.name)
 
 
 class _Replay:
@@ -615,9 +615,9 @@ class _Replay:
                 return
             attrs["to"] = format_sharding(type)
         names = tuple(v.name for v in node.results)
-        made = self.builder.node(node.op.name, *operands, names=names, **attrs)
-        made.loc = node.loc
-        self.map.update(zip(node.results, made.results, strict=True))
+        copy = self.builder.node(node.op.name, *operands, names=names, **attrs)
+        copy.loc = node.loc
+        self.map.update(zip(node.results, copy.results, strict=True))
 
 
 def _between(graph: Graph, x: Value, targets: list[Value]) -> list[Node]:
@@ -630,13 +630,13 @@ def _between(graph: Graph, x: Value, targets: list[Value]) -> list[Node]:
             continue
         needed.add(node)
         pending.extend(v.node for v in node.operands if v.node is not None)
-    depends, found = {x}, []
+    depends, nodes = {x}, []
     slots = {v.node for v in targets[:1]}
     for node in graph.walk(x.node):
         if node in needed and (node in slots or any(v in depends for v in node.operands)):
             depends.update(node.results)
-            found.append(node)
-    return found
+            nodes.append(node)
+    return nodes
 
 
 NAME = "expert-parallel"
@@ -703,23 +703,23 @@ class ExpertParallelPass(Pass):
 
     def validate(self) -> list[Problem]:
         """Return which options do not go together."""
-        found: list[Problem] = []
+        problems: list[Problem] = []
         if self.slice is not None and self.via not in EXCHANGES:
             expected = f"one of {', '.join(EXCHANGES)}"
-            what = "rows are sliced where they are exchanged"
-            found.append(Problem(what, "slice", expected, self.via))
+            reason = "rows are sliced where they are exchanged"
+            problems.append(Problem(reason, "slice", expected, self.via))
         factor = self.buffer_factor
         if factor is not None and not 0 < factor < inf:
-            what = "a buffer has room for something"
-            found.append(Problem(what, "buffer-factor", "a positive number", str(factor)))
+            reason = "a buffer has room for something"
+            problems.append(Problem(reason, "buffer-factor", "a positive number", str(factor)))
         if factor is not None and BY_NAME[self.via].is_bounded:
-            what = "a capacity bounds every buffer already"
-            found.append(Problem(what, "buffer-factor", "another way", "via=capacity"))
+            reason = "a capacity bounds every buffer already"
+            problems.append(Problem(reason, "buffer-factor", "another way", "via=capacity"))
         if self.chunks < 1 or (self.chunks > 1 and not BY_NAME[self.via].is_chunked):
-            what = "rows of a fixed number are exchanged in chunks"
+            reason = "rows of a fixed number are exchanged in chunks"
             expected = "at least 1, and capacity or hierarchical"
-            found.append(Problem(what, "chunks", expected, f"{self.chunks}, via={self.via}"))
-        return found
+            problems.append(Problem(reason, "chunks", expected, f"{self.chunks}, via={self.via}"))
+        return problems
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
         """Insert the collectives.

@@ -109,8 +109,8 @@ def layer(slots: Bound, *, embed: int = 8, mlp: int = 16, experts: int = 8) -> G
         rows, finish = emit_routing(b, x, router, experts=experts, top_k=2, **bound)
     act = b.silu(b.add(b.contract(rows, gate, over="embed"), bias))
     hidden = b.mul(act, b.contract(rows, up, over="embed"))
-    made = b.contract(hidden, down, over="mlp")
-    y = b.combine(made, chosen, assigned, gates) if slots == "expert-choice" else finish(made)
+    outputs = b.contract(hidden, down, over="mlp")
+    y = b.combine(outputs, chosen, assigned, gates) if slots == "expert-choice" else finish(outputs)
     graph.set_output("y", b.add(x, y))
     return graph
 
@@ -126,8 +126,8 @@ def outcome(case: Case) -> tuple[Graph | None, str]:
         run_pipeline(graph, Pipeline.parse(case.pipeline))
     except InputError as error:
         return None, error.problems[0].what
-    found = Counter(n.op.name for n in graph if n.op.places and n.op.name != "shard")
-    return graph, ", ".join(f"{count} {op}" for op, count in sorted(found.items()))
+    counts = Counter(n.op.name for n in graph if n.op.places and n.op.name != "shard")
+    return graph, ", ".join(f"{count} {op}" for op, count in sorted(counts.items()))
 
 
 def render() -> str:
@@ -150,13 +150,15 @@ def render() -> str:
     head = ["rules", "mesh", *(f"`{way}`" for way in WAYS)]
     lines = [_row(head), _row(["---"] * len(head))]
     for mesh, rules in MESHES:
-        found = (" ".join(cells.get((mesh, rules, way), ["–"])) for way in WAYS)
-        lines.append(_row([f"`{rules}`", f"`{mesh}`", *found]))
+        texts = (" ".join(cells.get((mesh, rules, way), ["–"])) for way in WAYS)
+        lines.append(_row([f"`{rules}`", f"`{mesh}`", *texts]))
     lines += ["", "C: slots under a capacity; R: ragged; E: experts that choose.", ""]
     lines += [_row(["way", "collectives of one layer"]), _row(["---", "---"])]
     lines += [_row([f"`{way}`", text]) for way, text in sent.items()]
     lines += ["", "What is rejected, with the reason that is reported:", ""]
-    lines += [f"* {what}: {', '.join(sorted(which))}." for what, which in sorted(refused.items())]
+    lines += [
+        f"* {reason}: {', '.join(sorted(which))}." for reason, which in sorted(refused.items())
+    ]
     return "\n".join(lines)
 
 

@@ -54,11 +54,11 @@ class LowerCollectivesPass(Pass):
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
         """Replace every ``reshard``."""
         counts: Counter[str] = Counter()
-        found = 0
+        reshards = 0
         for node in list(graph.every_node()):
             if node.op.collective is not Collective.ANY:
                 continue
-            found += 1
+            reshards += 1
             cause = _cause(node.origin)
             builder = Builder(node.graph, loc=node.loc, origin=f"{NAME}/{cause}", before=node)
             value, target = node.operands[0], node.result.type
@@ -67,7 +67,7 @@ class LowerCollectivesPass(Pass):
             node.replace_by(emit(builder, value, chosen))
         for op, count in sorted(counts.items()):
             ctx.remark(Remark("", f"{count} × {op}"))
-        return PassResult(found > 0, found, dict(sorted(counts.items())))
+        return PassResult(reshards > 0, reshards, dict(sorted(counts.items())))
 
 
 def _cause(origin: str) -> str:

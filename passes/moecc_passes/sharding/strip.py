@@ -46,10 +46,10 @@ class StripShardingPass(Pass):
         regrouped = restore_groups(graph)
         _take_away(graph)
         again = _merge_repeated(graph)
-        whole = unchunk(graph)
-        stats = {"collectives": erased, "repeated": again, "unchunked": whole}
-        kept = REGROUPED if regrouped or whole else EXACT
-        return PassResult(changed, erased, stats, preserves=kept)
+        joined = unchunk(graph)
+        stats = {"collectives": erased, "repeated": again, "unchunked": joined}
+        preserved = REGROUPED if regrouped or joined else EXACT
+        return PassResult(changed, erased, stats, preserves=preserved)
 
 
 def _take_away(graph: Graph) -> None:
@@ -73,8 +73,8 @@ def _merge_repeated(graph: Graph) -> int:
         key = (node.op.name, *node.operands, *sorted(node.attrs.items()))
         first = seen.setdefault(key, node)
         if first is not node and node.origin.startswith(REPEATING):
-            for value, other in zip(node.results, first.results, strict=True):
-                replace_value(value, other)
+            for value, repeated in zip(node.results, first.results, strict=True):
+                replace_value(value, repeated)
             node.erase()
             merged += 1
     return merged
