@@ -15,7 +15,7 @@ from moecc.model.open import open_model, registry_with
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.plan.machines import Machine, find_machine
-from moecc.plan.search import Asked, check_constraints, search
+from moecc.plan.search import PlanQuery, check_constraints, search
 from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.time import Estimate, Estimator
 from moecc.plan.workload import Batch, Workload, make_batch, planned_graph, workload
@@ -44,7 +44,7 @@ class PreparedJob:
 
     graph: Graph
     job: Job
-    asked: Asked
+    asked: PlanQuery
     estimate: Estimate
     bound: Bound | None
     pipeline: str
@@ -80,7 +80,7 @@ def prepare(request: Request) -> PreparedJob:
         lengths, tokens = config.lengths, config.batch_tokens
         return of_batch(make_batch(graph, device.devices, tokens, lengths, parts))
 
-    asked = Asked(machine, _fixed(config, work), work, work_on)
+    asked = PlanQuery(machine, _fixed(config, work), work, work_on)
     strategy = _in_chunks(config, _strategy(config, asked), work)
     passes = str(_passes(graph, config, bound, strategy))
     pipeline = ",".join(filter(None, (str(first), passes)))
@@ -198,7 +198,7 @@ def _fixed(config: StepConfig, work: Workload) -> StepConfig:
     return replace(config, remat=config.remat or "full", dense_weights=dense)
 
 
-def _strategy(config: StepConfig, asked: Asked) -> Strategy:
+def _strategy(config: StepConfig, asked: PlanQuery) -> Strategy:
     """Return the strategy that the settings fix, or the plan's best if the mesh is open."""
     work, mesh = asked.work, config.device_mesh
     if mesh is None:

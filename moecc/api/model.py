@@ -41,7 +41,7 @@ from moecc.model.open import Params, add_branches, open_model
 from moecc.pipeline.passes import EXACT, Context, Preserves, Statistics, weakest
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.plan.report import PlanReport, Report, plan_text
+from moecc.plan.report import PlanReport, StepReport, plan_text
 from moecc.plan.search import seconds_text
 from moecc.plan.sweeps import SweepPoint, SweepReport, sweep_text
 from moecc.support.page import render
@@ -69,7 +69,7 @@ class StepPlan:
       report: its numbers, the keys as ``docs/cli.md`` has them.
     """
 
-    report: Report
+    report: StepReport
 
     @property
     def best(self) -> PlanReport:

@@ -41,10 +41,9 @@ from moecc.jobs.command import (
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.plan.explore import Known, explore
+from moecc.plan.explore import PlannedStep, explore
 from moecc.plan.machines import Machine, find_machine
-from moecc.plan.report import Report as StepReport
-from moecc.plan.report import SummaryReport, plan_json, searched_json
+from moecc.plan.report import StepReport, SummaryReport, plan_json, searched_json
 from moecc.plan.search import search
 from moecc.plan.step import StepConfig
 from moecc.plan.sweeps import (
@@ -101,7 +100,7 @@ def plan_step(
 
     work = work_on(device, config.micro_batches)
     ranking = search(work, device, config, work_on=work_on)
-    situation = Known(work, device, config, ranking, work_on, of_batch)
+    situation = PlannedStep(work, device, config, ranking, work_on, of_batch)
     ideas = explore(situation) if explored else ()
     return plan_json(name, work, device, config, ranking, ideas), searched_json(ranking, work)
 

@@ -18,13 +18,13 @@ from moecc.ir.graph import Node, Value
 from moecc.ir.traits import RowMove
 from moecc.plan.machines import Route
 from moecc.plan.memory import Sharded, Sharding
-from moecc.plan.parts import Part, Shape, Step, Weight, root_of
+from moecc.plan.parts import GlobalShape, Part, Step, Weight, root_of
 from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.workload import Workload
 from moecc.sharding.collectives import (
     TRANSPOSED,
     GradientSum,
-    Slice,
+    RowSlice,
     SparseLayer,
     Stage,
     route,
@@ -145,7 +145,7 @@ def part_collectives(
     times: dict[Collective, float] = {}
     if layer is not None and way is not None:
         part_of_row = (
-            Slice(layer.width, strategy.layout.tensor_axes[0]) if strategy.sliced else None
+            RowSlice(layer.width, strategy.layout.tensor_axes[0]) if strategy.sliced else None
         )
         routed = sharded.once(
             (id(part), way.name, strategy.sliced),
@@ -214,7 +214,7 @@ def _traffic_of(part: Part, sharded: Sharded) -> PartTraffic:
 
 
 def _moved(
-    sharded: Sharded, step: tuple[str, tuple[str, ...], TensorType], shape: Shape, why: str,
+    sharded: Sharded, step: tuple[str, tuple[str, ...], TensorType], shape: GlobalShape, why: str,
     phase: Phase, *, is_transposed: bool = False,
 ) -> Collective | None:  # fmt: skip
     """Return a collective on a value of `shape`, or its transpose; None where nothing is sent."""
@@ -263,7 +263,7 @@ def _forward(
     propagation, routed = sharded.propagation, _reshards_of_route(layer, sharded)
 
     def brought(
-        reshard: Reshard, step: Step, shape: Shape, why: str, share: float = 1.0
+        reshard: Reshard, step: Step, shape: GlobalShape, why: str, share: float = 1.0
     ) -> Iterator[Collective]:
         in_route = reshard in routed or reshard.operand in routed
         for each in sharded.work.sample.resharded(reshard.source, reshard.target):
@@ -333,7 +333,11 @@ def _backward(steps: Mapping[Node, Step], sharded: Sharded) -> Iterator[Collecti
 
 
 def _routed(
-    layer: SparseLayer, way: Via, part: Slice | None, steps: Mapping[Node, Step], sharded: Sharded
+    layer: SparseLayer,
+    way: Via,
+    part: RowSlice | None,
+    steps: Mapping[Node, Step],
+    sharded: Sharded,
 ) -> Iterator[Collective]:
     """Yield the collectives on tokens and rows of a layer on a way to the experts and back.
 
@@ -408,7 +412,9 @@ def _gradients_of_rows(
             yield move._replace(is_wide=is_gate)
 
 
-def _subject(stage: Stage, layer: SparseLayer, steps: Mapping[Node, Step]) -> tuple[Step, Shape]:
+def _subject(
+    stage: Stage, layer: SparseLayer, steps: Mapping[Node, Step]
+) -> tuple[Step, GlobalShape]:
     """Return the step that makes the value of a stage, and its shape."""
     dispatch, combine = steps[layer.dispatch.node], steps[layer.combine.node]
     if stage.value == "tokens":

@@ -13,7 +13,7 @@ from moecc.errors import InputError
 from moecc.ir.mesh import Mesh
 from moecc.plan.collectives import seconds
 from moecc.plan.machines import Machine, Slices, Switch, Torus, efficiency, sizes_of_kind
-from moecc.plan.parts import Part, Shape, Step, Weight
+from moecc.plan.parts import GlobalShape, Part, Step, Weight
 from moecc.plan.report import Idea
 from moecc.plan.search import Ranking, WorkOn, problems, seconds_text, why_slower
 from moecc.plan.step import StepConfig, Strategy
@@ -104,8 +104,8 @@ def _step(step: Step, parts: int) -> Step:
     )
 
 
-def _longer(shape: Shape, parts: int) -> Shape:
-    return Shape(tuple((n, size * parts if n == KEYS else size) for n, size in shape))
+def _longer(shape: GlobalShape, parts: int) -> GlobalShape:
+    return GlobalShape(tuple((n, size * parts if n == KEYS else size) for n, size in shape))
 
 
 def in_context(
@@ -309,7 +309,9 @@ def staged(
 
 def _strategy(like: Strategy, mesh: Mesh, remat: str) -> Strategy:
     layout = like.layout
-    stage_layout = Layout(mesh, layout.experts, layout.dense_weights, layout.replicated, layout.own)
+    stage_layout = Layout(
+        mesh, layout.experts, layout.dense_weights, layout.replicated, layout.stated
+    )
     return replace(like, layout=stage_layout, remat=remat)
 
 
@@ -368,7 +370,7 @@ NOT_LOWERED = {
 
 
 @dataclass(frozen=True)
-class Known:
+class PlannedStep:
     """What was planned.
 
     Attributes:
@@ -397,7 +399,7 @@ class Known:
         return total_bytes <= self.machine.usable_bytes
 
 
-def explore(planned: Known) -> tuple[Idea, ...]:
+def explore(planned: PlannedStep) -> tuple[Idea, ...]:
     """Return what one would try beside the best plan: the fastest first, the impossible last."""
     kinds = [_sequences, _chunks, _replicas]
     if planned.config.train:
@@ -406,7 +408,7 @@ def explore(planned: Known) -> tuple[Idea, ...]:
     return tuple(sorted(ideas, key=lambda idea: (idea["seconds"] is None, idea["seconds"] or 0.0)))
 
 
-def _priced(planned: Known, idea: Idea) -> Idea:
+def _priced(planned: PlannedStep, idea: Idea) -> Idea:
     """Return an idea, without its price where it does not fit."""
     needed = idea["total_bytes"]
     if needed is None or planned.fits(needed):
@@ -429,7 +431,7 @@ def _impossible(name: str, how: str, why: str) -> Idea:
     return _made(name, how, why, lowered=name not in NOT_LOWERED)
 
 
-def _accumulation(planned: Known) -> Iterator[Idea]:
+def _accumulation(planned: PlannedStep) -> Iterator[Idea]:
     """Yield the same mesh with more micro-batches: less is kept, so less may be computed again."""
     for times in (2, 4):
         count = planned.config.micro_batches * times
@@ -451,7 +453,7 @@ def _accumulation(planned: Known) -> Iterator[Idea]:
         yield _priced(planned, _idea(name, how, options, estimate, planned))
 
 
-def _idea(name: str, how: str, options: str, estimate: Estimate, planned: Known) -> Idea:
+def _idea(name: str, how: str, options: str, estimate: Estimate, planned: PlannedStep) -> Idea:
     why = _why(estimate, planned)
     return _made(
         name, how, why, estimate.seconds, estimate.memory.total, options=options, lowered=True
@@ -462,8 +464,8 @@ def _asking(strategy: Strategy) -> str:
     """Return the options that ask for a strategy; some only ``moecc compile`` has."""
     layout = strategy.layout
     options = [f"--mesh {','.join(f'{n}={s}' for n, s in layout.mesh.axes)}"]
-    if layout.own:
-        options.insert(0, f"--rules {','.join(layout.own)}")
+    if layout.stated:
+        options.insert(0, f"--rules {','.join(layout.stated)}")
     elif layout.dense_weights != "whole":
         options.append(f"--dense-weights {layout.dense_weights}")
     if strategy.via != LOCAL:
@@ -474,7 +476,7 @@ def _asking(strategy: Strategy) -> str:
     return " ".join([*(["moecc compile"] if compiled else []), *options, *compiled])
 
 
-def _why(estimate: Estimate, planned: Known) -> str:
+def _why(estimate: Estimate, planned: PlannedStep) -> str:
     """Return what one gains or loses against the best plan."""
     memory = _memory(estimate, planned.best)
     if estimate.seconds <= planned.best.seconds:
@@ -482,11 +484,11 @@ def _why(estimate: Estimate, planned: Known) -> str:
     return f"{memory}; {why_slower(estimate, planned.best)}"
 
 
-def _sequences(planned: Known) -> Iterator[Idea]:
+def _sequences(planned: PlannedStep) -> Iterator[Idea]:
     """Yield the fastest plan that splits neurons, with sequences sharded between products."""
     name = "sequence parallelism"
     split = [e for e in planned.ranking.searched if "model" in e.strategy.layout.sizes
-             and not e.strategy.layout.own and not e.strategy.sliced]  # fmt: skip
+             and not e.strategy.layout.stated and not e.strategy.sliced]  # fmt: skip
     if not split:
         yield _impossible(name, "along model", "no plan that splits heads and neurons fits")
         return
@@ -512,7 +514,7 @@ def _memory(estimate: Estimate, reference: Estimate) -> str:
     return f"{abs(saved):.2f} GB {'less' if saved >= 0 else 'more'}"
 
 
-def _chunks(planned: Known) -> Iterator[Idea]:
+def _chunks(planned: PlannedStep) -> Iterator[Idea]:
     """Yield the fastest plan that exchanges slots, with exchanges beside products of experts."""
     name = "chunked exchanges"
     some = [e for e in planned.ranking.searched if e.strategy.via == "capacity"]
@@ -534,7 +536,7 @@ def _chunks(planned: Known) -> Iterator[Idea]:
         yield {**idea, "why": f"{spared}; {idea['why']}"}
 
 
-def _replicas(planned: Known) -> Iterator[Idea]:
+def _replicas(planned: PlannedStep) -> Iterator[Idea]:
     """Yield the fastest plan whose experts are on fewer devices than there are, several times."""
     name = "expert replication"
     if not planned.work.experts:
@@ -552,7 +554,7 @@ def _replicas(planned: Known) -> Iterator[Idea]:
     yield _impossible(name, "", "no plan fits in which several devices have the same experts")
 
 
-def _stages(planned: Known) -> Iterator[Idea]:
+def _stages(planned: PlannedStep) -> Iterator[Idea]:
     """Yield the fastest division in two and in four stages."""
     name = "pipeline stages"
     for stages in (2, 4):
@@ -583,7 +585,7 @@ def _stages(planned: Known) -> Iterator[Idea]:
         yield _made(name, how, why, best.seconds, best.total_bytes)
 
 
-def _contexts(planned: Known) -> Iterator[Idea]:
+def _contexts(planned: PlannedStep) -> Iterator[Idea]:
     """Yield parts of sequences on two and on four devices."""
     name = "context parallelism"
     for parts in (2, 4):

@@ -624,7 +624,7 @@ MAX_BYTES = 1 << 16
 MAX_DEVICES = 1 << 17
 
 
-class Kind(StrEnum):
+class MachineKind(StrEnum):
     """What a machine consists of, where no machine of the table says it."""
 
     unsaid = ""
@@ -663,7 +663,7 @@ class OwnMachine:
     """
 
     like: str = ""
-    kind: Kind = Kind.unsaid
+    kind: MachineKind = MachineKind.unsaid
     devices: int = 0
     devices_per_node: int = 0
     memory: str = ""
@@ -775,7 +775,7 @@ def _unsaid(stated: OwnMachine) -> Iterator[tuple[str, Problem]]:
 
 def _said_by_name(stated: OwnMachine, base: Machine) -> Iterator[tuple[str, Problem]]:
     """Yield the keys that the name of a machine decides: a topology, a share of the memory."""
-    if stated.kind is not Kind.unsaid:
+    if stated.kind is not MachineKind.unsaid:
         yield "kind", Problem("said twice", found=f"like = {stated.like!r} is a {base.kind}")
     keys = {"tpu": ("devices", "devices_per_node", "node_bytes_per_second"), "cpu": ("devices",)}
     if stated.slice_bytes_per_second and not isinstance(base.network, Slices):

@@ -11,7 +11,7 @@ from typing import TypeVar, cast
 from moecc.analysis import CHUNK_BYTES, chunk_count
 from moecc.ir.graph import Node, Value
 from moecc.plan.machines import PACKED_ROWS, padded
-from moecc.plan.parts import Layer, Shape, Weight
+from moecc.plan.parts import GlobalShape, PlannedLayer, Weight
 from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.workload import Workload
 from moecc.sharding.collectives import Gradients, GradientSum
@@ -49,7 +49,7 @@ class Values(Memo):
     work: Workload
     rows: float = 1.0
 
-    def elements(self, shape: Shape) -> float:
+    def elements(self, shape: GlobalShape) -> float:
         """Return the elements on one device of a value that is looked at by itself."""
         size = self._results.get(shape)
         if size is None:
@@ -173,7 +173,7 @@ CHUNK_PARTS = 3
 
 
 @dataclass(frozen=True)
-class Memory:
+class DeviceMemory:
     """Bytes of one device.
 
     Attributes:
@@ -230,7 +230,7 @@ class Memory:
 
 def memory(
     work: Workload, config: StepConfig, strategy: Strategy, local: Sharding, kind: str
-) -> Memory:
+) -> DeviceMemory:
     """Return the memory of one device.
 
     Args:
@@ -264,7 +264,7 @@ def memory(
     again = train and strategy.remat != "none"
     has_stacks = len({layer.name for layer in work.layers}) > 1
     head, head_gradient = _head(work, local, config)
-    return Memory(
+    return DeviceMemory(
         parameters=every * wide,
         gradients=trained * gradient_width if train else 0.0,
         copies=of_layers * width if width < wide and not train else 0.0,
@@ -315,7 +315,7 @@ def _activations(work: Workload, values: Values, strategy: Strategy) -> float:
         total = 0.0
         for layer in work.layers:
             residuals = layer.residuals
-            shapes = {"none": residuals.kept, "save": residuals.named}.get(remat, ())
+            shapes = {"none": residuals.saved, "save": residuals.named}.get(remat, ())
             # Of rows, rounds of an exchange keep nothing.
             saved = sum(
                 values.elements(s) for s in shapes if not (strategy.in_rounds and s.has_slots)
@@ -352,7 +352,7 @@ def _layer_elements(
     return layers + gathered
 
 
-def _alive(layer: Layer, values: Values, again: bool, in_blocks: bool, fuses: bool) -> float:
+def _alive(layer: PlannedLayer, values: Values, again: bool, in_blocks: bool, fuses: bool) -> float:
     """Return the most elements alive while the backward pass goes through a layer.
 
     Recomputed, its residuals go as they are used, while the gradients of its values come and go.

@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from moecc.plan.collectives import Collective
 from moecc.plan.machines import efficiency
-from moecc.plan.time import Estimate, PartCost, Product
+from moecc.plan.time import Estimate, PartCost, WeightProduct
 
 OVERLAPPING = ("gpu",)
 """Machines whose compilers overlap by themselves, by the beginning of their names; XLA for CPUs and
@@ -114,7 +114,7 @@ def is_awaited(move: Collective) -> bool:
 
 
 def exposed_gathers(
-    products: Sequence[Product],
+    products: Sequence[WeightProduct],
     gathered: Collection[str],
     early: Collection[str] = (),
     others: Iterable[str] = (),
@@ -143,7 +143,7 @@ def exposed_gathers(
 
 
 def exposed_gradients(
-    products: Sequence[Product], seconds: Mapping[str, float], begins: int
+    products: Sequence[WeightProduct], seconds: Mapping[str, float], begins: int
 ) -> set[str]:
     """Return the parameters whose gradients are reduced beside no product.
 
@@ -237,7 +237,7 @@ def _reduced_alone(layer: Sequence[PartCost], gathered: Mapping[str, float]) -> 
 
 def _in_order(
     parts: Sequence[PartCost], gathered: Mapping[str, float]
-) -> tuple[list[Product], int]:
+) -> tuple[list[WeightProduct], int]:
     """Return the products of `parts`, forward, and how many read the input of the first."""
     by_part = [tuple(part.products()) for part in parts]
     first = next(filter(None, by_part), ())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from moecc.plan.report import PartReport, Report, SummaryReport, batch_text, unit_of
+from moecc.plan.report import PartReport, StepReport, SummaryReport, batch_text, unit_of
 from moecc.plan.search import seconds_text
 from moecc.plan.sweeps import (
     FRONTIER,
@@ -51,7 +51,7 @@ _GREY = "#888"
 _BELOW = {"orientation": "h", "y": -0.25, "traceorder": "normal"}
 
 
-def plan_page(data: Report, searched: Sequence[SummaryReport], pipeline: str = "") -> str:
+def plan_page(data: StepReport, searched: Sequence[SummaryReport], pipeline: str = "") -> str:
     """Return the page of a plan.
 
     Args:
@@ -71,7 +71,7 @@ def plan_page(data: Report, searched: Sequence[SummaryReport], pipeline: str = "
     )  # fmt: skip
 
 
-def _collectives(data: Report) -> list[list[str]]:
+def _collectives(data: StepReport) -> list[list[str]]:
     """Return the heads and rows of the table of collectives, empty without any."""
     collectives = data["best"]["collectives"]
     if not collectives:
@@ -85,7 +85,7 @@ def _collectives(data: Report) -> list[list[str]]:
     return [heads, *rows]
 
 
-def _others(data: Report) -> list[list[str]]:
+def _others(data: StepReport) -> list[list[str]]:
     """Return the heads and rows of the table of slower strategies, empty without any."""
     heads = ["the next best", "via", "remat", "a step", "memory", "why it is slower"]
     rows = [
@@ -97,7 +97,7 @@ def _others(data: Report) -> list[list[str]]:
     return lines if data["experts"] else [[*line[:1], *line[2:]] for line in lines]
 
 
-def _subtitle(data: Report) -> str:
+def _subtitle(data: StepReport) -> str:
     best = data["best"]
     mesh = ", ".join(f"{n} {s}" for n, s in best["mesh"].items()) or "one device"
     way = f"; experts via {best['via']}" if data["experts"] else ""
@@ -107,7 +107,7 @@ def _subtitle(data: Report) -> str:
     )
 
 
-def _facts(data: Report, pipeline: str) -> list[tuple[str, str]]:
+def _facts(data: StepReport, pipeline: str) -> list[tuple[str, str]]:
     machine, best = data["machine"], data["best"]
     rows = [
         ("pipeline", pipeline or "none"),
@@ -125,7 +125,7 @@ def _facts(data: Report, pipeline: str) -> list[tuple[str, str]]:
     return rows
 
 
-def _memory(data: Report) -> JsonDict:
+def _memory(data: StepReport) -> JsonDict:
     from plotly import graph_objects
 
     best, limit = data["best"], data["machine"]["usable_bytes"]
@@ -143,7 +143,7 @@ def _memory(data: Report) -> JsonDict:
     return drawing(figure, title, 240, "GB")
 
 
-def _times(data: Report) -> JsonDict:
+def _times(data: StepReport) -> JsonDict:
     from plotly import graph_objects
 
     best = data["best"]
@@ -187,7 +187,7 @@ def _quantity(key: str, value: float) -> str:
     return seconds_text(value) if key.endswith("seconds") else f"{value:g}"
 
 
-def _search(data: Report, searched: Sequence[SummaryReport]) -> JsonDict:
+def _search(data: StepReport, searched: Sequence[SummaryReport]) -> JsonDict:
     from plotly import graph_objects
 
     vias = dict.fromkeys(plan["via"] for plan in searched)

@@ -22,7 +22,7 @@ from moecc.ir.traits import Cost, RowMove
 
 
 @dataclass(frozen=True, eq=False)
-class Shape:
+class GlobalShape:
     """Axes with their global sizes; one object for equal shapes, which `Shapes` sees to.
 
     The experts of a router's logits are called ``choices``: a device has all of a token's.
@@ -57,11 +57,11 @@ class Shape:
 class Shapes:
     """Makes shapes, equal ones only once."""
 
-    made: dict[tuple[tuple[str, float], ...], Shape] = field(default_factory=dict)
+    shapes: dict[tuple[tuple[str, float], ...], GlobalShape] = field(default_factory=dict)
 
-    def of(self, axes: tuple[tuple[str, float], ...]) -> Shape:
+    def of(self, axes: tuple[tuple[str, float], ...]) -> GlobalShape:
         """Return the shape with `axes`."""
-        return self.made.setdefault(axes, Shape(axes))
+        return self.shapes.setdefault(axes, GlobalShape(axes))
 
 
 # What a plan knows of an attention that is one operation: what decides its kernel, its scores.
@@ -80,7 +80,7 @@ class PlannedAttention:
     """
 
     facts: AttentionFacts
-    scores: Shape
+    scores: GlobalShape
 
 
 def attention_of(
@@ -150,9 +150,9 @@ class Flow:
       in_place: whether gradients take the place of those that they are made of.
     """
 
-    born: tuple[Shape, ...]
-    done: tuple[Shape, ...]
-    freed: tuple[Shape, ...]
+    born: tuple[GlobalShape, ...]
+    done: tuple[GlobalShape, ...]
+    freed: tuple[GlobalShape, ...]
     in_place: bool
 
 
@@ -165,7 +165,7 @@ class Backward:
       flow: what comes and goes at each node, from last to first.
     """
 
-    alive: tuple[Shape, ...]
+    alive: tuple[GlobalShape, ...]
     flow: tuple[Flow, ...]
 
 
@@ -174,7 +174,7 @@ class Residuals:
     """What the backward pass of one layer needs.
 
     Attributes:
-      kept: shapes of all residuals, by the dtype's kind.
+      saved: shapes of all residuals, by the dtype's kind.
       named: shapes of what the policy ``save`` keeps: the results of attention and of experts.
       again: nodes that full rematerialisation computes again.
       saved_again: nodes that the policy ``save`` computes again.
@@ -184,8 +184,8 @@ class Residuals:
       fused: its backward pass where what is computed entry by entry is a part of its user.
     """
 
-    kept: tuple[Shape, ...]
-    named: tuple[Shape, ...]
+    saved: tuple[GlobalShape, ...]
+    named: tuple[GlobalShape, ...]
     again: frozenset[Node]
     saved_again: frozenset[Node]
     onward: frozenset[Node]
@@ -196,10 +196,10 @@ class Residuals:
     @property
     def key(self) -> object:
         """What equal layers share."""
-        return self.kept, self.named, self.plain, self.fused
+        return self.saved, self.named, self.plain, self.fused
 
 
-def residuals(nodes: Sequence[Node], shape: Callable[[Value], Shape]) -> Residuals:
+def residuals(nodes: Sequence[Node], shape: Callable[[Value], GlobalShape]) -> Residuals:
     """Find the residuals of the layer made of `nodes`."""
     results = {v for node in nodes for v in node.results}
     uses = {node: [_root(v, results) for v in _needs(node)] for node in nodes}
@@ -209,7 +209,7 @@ def residuals(nodes: Sequence[Node], shape: Callable[[Value], Shape]) -> Residua
     inside = set(nodes)
     outputs = [v for v in results if not inside.issuperset(v.users)]
     return Residuals(
-        kept=tuple(map(shape, mine)),
+        saved=tuple(map(shape, mine)),
         named=tuple(map(shape, named)),
         again=_made_again(mine, results, frozenset()),
         saved_again=_made_again(mine, results, frozenset(named)),
@@ -302,7 +302,7 @@ def _flow(
     nodes: Sequence[Node],
     uses: dict[Node, list[Value]],
     results: set[Value],
-    shape: Callable[[Value], Shape],
+    shape: Callable[[Value], GlobalShape],
     *,
     fuses: bool,
 ) -> Iterable[Flow]:
@@ -316,7 +316,7 @@ def _flow(
         freed_at.setdefault(node, []).append(value)
     alive: set[Value] = set()
 
-    def shapes(values: Iterable[Value]) -> tuple[Shape, ...]:
+    def shapes(values: Iterable[Value]) -> tuple[GlobalShape, ...]:
         return tuple(shape(v) for v in values if v.type.dtype.is_float)
 
     for node in reversed(nodes):
@@ -334,7 +334,7 @@ class Weight:
     """A parameter: its name and shape, and whether it is a part of experts, and trained."""
 
     name: str
-    shape: Shape
+    shape: GlobalShape
     of_experts: bool
     trained: bool = True
 
@@ -368,8 +368,8 @@ class Step:
 
     cost: Cost
     moves: RowMove | None
-    operands: tuple[Shape, ...]
-    results: tuple[Shape, ...]
+    operands: tuple[GlobalShape, ...]
+    results: tuple[GlobalShape, ...]
     over: tuple[str, ...]
     weights: tuple[Weight | None, ...]
     again: int
@@ -379,7 +379,7 @@ class Step:
     source_share: float
     shares: tuple[float, ...]
     exact_rows: float
-    axes: Shape
+    axes: GlobalShape
     attention: PlannedAttention | None = None
 
     @cached_property
@@ -444,7 +444,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Layer:
+class PlannedLayer:
     """Equal layers.
 
     Attributes:
@@ -463,10 +463,10 @@ class Layer:
     name: str
     count: int
     residuals: Residuals
-    inputs: tuple[Shape, ...]
+    inputs: tuple[GlobalShape, ...]
     is_first: bool = True
-    beside: tuple[tuple[Shape, ...], tuple[Shape, ...]] = ((), ())
-    block_beside: tuple[tuple[Shape, ...], tuple[Shape, ...]] = ((), ())
+    beside: tuple[tuple[GlobalShape, ...], tuple[GlobalShape, ...]] = ((), ())
+    block_beside: tuple[tuple[GlobalShape, ...], tuple[GlobalShape, ...]] = ((), ())
 
 
 # What a plan knows of the head, whose logits are in memory a chunk of tokens at a time.
@@ -482,13 +482,13 @@ class PlannedHead:
       is_cut: whether it may run over a chunk of tokens at a time.
     """
 
-    logits: Shape
+    logits: GlobalShape
     weights: tuple[Weight, ...]
     is_cut: bool
 
 
 def head_of(
-    graph: Graph, shape: Callable[[Value], Shape], weight: Callable[[Value], Weight]
+    graph: Graph, shape: Callable[[Value], GlobalShape], weight: Callable[[Value], Weight]
 ) -> PlannedHead | None:
     """Return the head of `graph`; None where it has no logits to train.
 
@@ -559,7 +559,7 @@ def stack_of(of: Value | Node) -> str | None:
     return match[1] if match else None
 
 
-def units_of(graph: Graph, shape: Callable[[Value], Shape]) -> dict[str, Unit]:
+def units_of(graph: Graph, shape: Callable[[Value], GlobalShape]) -> dict[str, Unit]:
     """Return the unit of each stack."""
     layers: dict[str, dict[int, list[Node]]] = {}
     for node in graph:
@@ -572,7 +572,7 @@ def units_of(graph: Graph, shape: Callable[[Value], Shape]) -> dict[str, Unit]:
     }
 
 
-def _look(nodes: Sequence[Node], shape: Callable[[Value], Shape]) -> tuple[object, ...]:
+def _look(nodes: Sequence[Node], shape: Callable[[Value], GlobalShape]) -> tuple[object, ...]:
     return tuple((n.op.name, *map(shape, n.results)) for n in nodes)
 
 

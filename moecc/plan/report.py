@@ -143,7 +143,7 @@ class Idea(TypedDict):
     why: str
 
 
-class Report(TypedDict):
+class StepReport(TypedDict):
     """All that ``moecc plan`` reports."""
 
     model: str
@@ -176,7 +176,7 @@ def plan_json(
     config: StepConfig,
     ranking: Ranking,
     explored: Iterable[Idea] = (),
-) -> Report:
+) -> StepReport:
     """Return the plan as the JSON values that ``docs/cli.md`` lists."""
     best = ranking.best
     return {
@@ -300,7 +300,7 @@ def _part(part: PartCost, estimate: Estimate) -> PartReport:
 # --- for people ----------------------------------------------------------------------------
 
 
-def plan_text(data: Report) -> str:
+def plan_text(data: StepReport) -> str:
     """Return the plan for people.
 
     Args:
@@ -322,7 +322,7 @@ def _within(row: str) -> list[str]:
     )  # fmt: skip
 
 
-def _heading(data: Report) -> list[str]:
+def _heading(data: StepReport) -> list[str]:
     best, machine, batch = data["best"], data["machine"], data["batch"]
     step = f"training with {data['optimizer']}" if data["step"] == "train" else "forward pass"
     rate = batch["tokens"] / best["seconds"] / machine["devices"]
@@ -371,7 +371,7 @@ def _name(plan: StrategyReport, experts: int) -> str:
     return ", ".join([*words, f"remat {plan['remat']}"])
 
 
-def _memory_rows(data: Report) -> list[str]:
+def _memory_rows(data: StepReport) -> list[str]:
     best, usable = data["best"], data["machine"]["usable_bytes"]
     kinds = ", ".join(f"{n} {b / 1e9:.2f}" for n, b in best["memory_bytes"].items() if b >= 5e6)
     left = (usable - best["total_bytes"]) / 1e9
@@ -382,7 +382,7 @@ def _memory_rows(data: Report) -> list[str]:
     ]
 
 
-def _time_rows(data: Report) -> list[str]:
+def _time_rows(data: StepReport) -> list[str]:
     rows = [
         f"  {'part':34} {'count':>5} {'bound':>8} {'total':>9} {'compute':>9} {'hbm':>9} "
         f"{'network':>9} {'TFLOPs':>8}"
@@ -401,7 +401,7 @@ def _time_rows(data: Report) -> list[str]:
     return rows
 
 
-def _traffic(data: Report) -> list[str]:
+def _traffic(data: StepReport) -> list[str]:
     rows = []
     for op, row in data["best"]["collectives"].items():
         rows.append(
@@ -416,7 +416,7 @@ def _traffic(data: Report) -> list[str]:
     return [title, *rows]
 
 
-def _others(data: Report) -> list[str]:
+def _others(data: StepReport) -> list[str]:
     best = data["best"]
     rows = [f"  {data['fitting']} of {data['tried']} plans fit; the next best"]
     for plan in data["others"]:
@@ -433,7 +433,7 @@ def _others(data: Report) -> list[str]:
     return rows
 
 
-def _ideas(data: Report) -> list[str]:
+def _ideas(data: StepReport) -> list[str]:
     """Return what one would try, with what it would take beside the best plan."""
     rows = ["  what one would try"] if data["explored"] else []
     for idea in data["explored"]:

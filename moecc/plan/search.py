@@ -287,7 +287,7 @@ def as_option(name: str, value: str) -> str:
 
 
 @dataclass(frozen=True)
-class Asked:
+class PlanQuery:
     """What was asked of a plan.
 
     Attributes:
@@ -306,14 +306,14 @@ class Asked:
     spelling: Spelling = as_option
     share: float = 1.0
 
-    def changed(self, change: Change) -> Asked:
+    def changed(self, change: Change) -> PlanQuery:
         """Return what is asked after a change."""
         work = self.work
         if self.work_on is not None and "micro_batches" in change:
             work = self.work_on(self.machine, change["micro_batches"])
         return replace(self, config=replace(self.config, **change), work=work)
 
-    def on(self, machine: Machine) -> Asked:
+    def on(self, machine: Machine) -> PlanQuery:
         """Return what is asked of another machine, on any mesh."""
         work = self.work
         if self.work_on is not None:
@@ -335,7 +335,7 @@ class Asked:
         )
 
 
-def nothing_fits(asked: Asked, least: tuple[float, Strategy] | None) -> InputError:
+def nothing_fits(asked: PlanQuery, least: tuple[float, Strategy] | None) -> InputError:
     """Return the error of a plan without a strategy that fits.
 
     Args:
@@ -355,7 +355,7 @@ def nothing_fits(asked: Asked, least: tuple[float, Strategy] | None) -> InputErr
     )
 
 
-def _nothing_legal(asked: Asked) -> InputError:
+def _nothing_legal(asked: PlanQuery) -> InputError:
     machine, config, work = asked.machine, asked.config, asked.work
     free = strategies(work, machine, replace(config, via=None))
     if config.via is not None and next(free, None) is not None:
@@ -375,7 +375,7 @@ def _nothing_legal(asked: Asked) -> InputError:
     )
 
 
-def _undivided(asked: Asked) -> str:
+def _undivided(asked: PlanQuery) -> str:
     """Return what to change where no mesh is legal: the batch, if it is that, or the devices."""
     batch, devices = asked.work.batch, asked.machine.devices * asked.config.micro_batches
     if batch.sequences % devices:
@@ -383,7 +383,7 @@ def _undivided(asked: Asked) -> str:
     return "fewer devices" if asked.config.rules is None else "fewer devices, or other --rules"
 
 
-def way_out(asked: Asked) -> str:
+def way_out(asked: PlanQuery) -> str:
     """Return what would fit, as options of the command line, then the smallest machine."""
     options = remedies(asked)
     larger = smallest_that_fits(asked)
@@ -394,7 +394,7 @@ def way_out(asked: Asked) -> str:
     return f"{text}; {named}" if text else named
 
 
-def remedies(asked: Asked) -> list[str]:
+def remedies(asked: PlanQuery) -> list[str]:
     """Return the options under which something fits on the same machine.
 
     Those that do it alone; where none does, the first that do it together.
@@ -414,7 +414,7 @@ def remedies(asked: Asked) -> list[str]:
     return [text] if text else []
 
 
-def _changes(asked: Asked) -> Iterator[Change]:
+def _changes(asked: PlanQuery) -> Iterator[Change]:
     """Yield what may be changed of what is asked, that which costs the least first."""
     config = asked.config
     if config.dense_weights is not None:
@@ -431,7 +431,7 @@ def _changes(asked: Asked) -> Iterator[Change]:
         yield {"weight_dtype": config.compute_type.name}
 
 
-def _tried(asked: Asked, change: Change) -> str | None:
+def _tried(asked: PlanQuery, change: Change) -> str | None:
     """Return the options of a change under which something fits, or None."""
     if "micro_batches" in change:
         return _in_parts(asked, {})
@@ -439,7 +439,7 @@ def _tried(asked: Asked, change: Change) -> str | None:
     return None if strategy is None else _options(asked, change, strategy)
 
 
-def _in_parts(asked: Asked, change: Change) -> str | None:
+def _in_parts(asked: PlanQuery, change: Change) -> str | None:
     """Return the fewest micro-batches with which something fits after a change, or None."""
     if asked.work_on is None:
         return None
@@ -454,7 +454,7 @@ def _in_parts(asked: Asked, change: Change) -> str | None:
     return None
 
 
-def _options(asked: Asked, change: Change, strategy: Strategy) -> str:
+def _options(asked: PlanQuery, change: Change, strategy: Strategy) -> str:
     """Return the options that stand for a change, and for what was found."""
     layout = strategy.layout
     mesh = ",".join(f"{name}={size}" for name, size in layout.mesh.axes)
@@ -466,7 +466,7 @@ def _options(asked: Asked, change: Change, strategy: Strategy) -> str:
     return " ".join(asked.spelling(name, text) for name, text in said.items())
 
 
-def smallest_that_fits(asked: Asked) -> Machine | None:
+def smallest_that_fits(asked: PlanQuery) -> Machine | None:
     """Return the smallest machine of the same chip on which something fits, or None.
 
     A mesh that was wished for is no longer one.
@@ -530,7 +530,7 @@ def search(
         elif least is None or total < least[0]:
             least = (total, strategy)
     if not fitting:
-        raise nothing_fits(Asked(machine, config, work, work_on, spelling), least)
+        raise nothing_fits(PlanQuery(machine, config, work, work_on, spelling), least)
     fitting.sort(key=lambda e: e.seconds)
     keeping = fitting
     if config.via is None:

@@ -254,7 +254,7 @@ class Strategy:
     def __str__(self) -> str:
         mesh = str(self.layout.mesh) or "one device"
         dense = ", dense weights split" if self.layout.dense_weights == "split" else ""
-        dense += f", rules {','.join(self.layout.own)}" if self.layout.own else ""
+        dense += f", rules {','.join(self.layout.stated)}" if self.layout.stated else ""
         via = f", via {self.via}" if self.via != LOCAL else ""
         via += " in slices" if self.sliced else ""
         via += f" in {self.chunks} chunks" if self.chunks > 1 else ""

@@ -15,7 +15,14 @@ from math import inf, isfinite
 from typing import TypedDict, TypeVar
 
 from moecc.errors import Problem, UsageError, nearest
-from moecc.plan.report import BatchReport, MachineReport, Report, SummaryReport, batch_text, unit_of
+from moecc.plan.report import (
+    BatchReport,
+    MachineReport,
+    StepReport,
+    SummaryReport,
+    batch_text,
+    unit_of,
+)
 from moecc.plan.search import seconds_text
 from moecc.support.text import count_text
 
@@ -260,7 +267,7 @@ def failed_point(point: Point, problem: str) -> SweepPoint:
     }  # fmt: skip
 
 
-def planned_point(point: Point, report: Report, active: int) -> SweepPoint:
+def planned_point(point: Point, report: StepReport, active: int) -> SweepPoint:
     """Return a point that was planned.
 
     Args:
@@ -293,7 +300,7 @@ def _values(point: Point) -> _Values:
     }  # fmt: skip
 
 
-def sweep_json(sweep: Sweep, shared: Report, points: Sequence[SweepPoint]) -> SweepReport:
+def sweep_json(sweep: Sweep, shared: StepReport, points: Sequence[SweepPoint]) -> SweepReport:
     """Return a sweep as the JSON values that ``docs/cli.md`` lists.
 
     Args:

@@ -21,7 +21,7 @@ from moecc.plan.collectives import (
     sparse_rows,
 )
 from moecc.plan.machines import Machine, efficiency
-from moecc.plan.memory import Memory, Sharded, Sharding, Values, memory, optimizer_bytes
+from moecc.plan.memory import DeviceMemory, Sharded, Sharding, Values, memory, optimizer_bytes
 from moecc.plan.parts import Part, PlannedAttention, Step, passes_of_products
 from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.workload import Workload
@@ -46,7 +46,7 @@ class Kernel(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Product:
+class WeightProduct:
     """A product with a parameter, forward.
 
     Attributes:
@@ -90,7 +90,9 @@ class PartCost:
     collectives: tuple[Collective, ...] = ()
     chunks: int = 1
     in_layer: bool = True
-    products: Callable[[], Iterable[Product]] = field(default=tuple, compare=False, repr=False)
+    products: Callable[[], Iterable[WeightProduct]] = field(
+        default=tuple, compare=False, repr=False
+    )
 
     @property
     def waiting_seconds(self) -> float:
@@ -148,7 +150,7 @@ class Estimate:
     """
 
     strategy: Strategy
-    memory: Memory
+    memory: DeviceMemory
     parts: tuple[PartCost, ...]
     model_flops: float
     machine: Machine
@@ -219,7 +221,7 @@ class Estimator:
         self._sharded: dict[Layout, Sharded] = {}
         self._values: dict[tuple[Layout, float], Values] = {}
 
-    def memory(self, strategy: Strategy) -> Memory:
+    def memory(self, strategy: Strategy) -> DeviceMemory:
         """Return the memory of a device."""
         local = self._sharding(strategy.layout, self._row_factor(strategy, buffer=True))
         return memory(self.work, self.config, strategy, local, self.machine.kind)
@@ -241,7 +243,7 @@ class Estimator:
         rows = sparse_rows(part, self.work, strategy, self._sharding(strategy.layout))
         return rows.buffer_rows(strategy.via) / rows.rows if buffer else rows.factor(strategy.via)
 
-    def estimate(self, strategy: Strategy, needed: Memory | None = None) -> Estimate:
+    def estimate(self, strategy: Strategy, needed: DeviceMemory | None = None) -> Estimate:
         """Return what a step costs under `strategy`.
 
         Args:
@@ -327,7 +329,7 @@ class Estimator:
             products=partial(self._products, part, strategy, local.values),
         )
 
-    def _products(self, part: Part, strategy: Strategy, values: Values) -> Iterator[Product]:
+    def _products(self, part: Part, strategy: Strategy, values: Values) -> Iterator[WeightProduct]:
         """Yield the products of a part with its parameters, in order."""
         is_ragged = self.work.dropless and is_exact(strategy.via, dropless=True)
         experts = self.work.experts // strategy.layout.shards["expert"]
@@ -339,7 +341,9 @@ class Estimator:
             if weight is not None and step.cost is Cost.PRODUCT:
                 is_behind, is_first = True, not is_behind
                 time = _flops(step, values) / self._rates[0]
-                yield Product(weight.name, time, is_first, kernel if weight.of_experts else None)
+                yield WeightProduct(
+                    weight.name, time, is_first, kernel if weight.of_experts else None
+                )
             if is_behind:
                 behind.update(node.results)
 

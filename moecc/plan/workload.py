@@ -26,10 +26,10 @@ from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline, installed
 from moecc.plan.parts import (
     LAYER,
-    Layer,
+    GlobalShape,
     Part,
     PlannedHead,
-    Shape,
+    PlannedLayer,
     Shapes,
     Step,
     Unit,
@@ -46,7 +46,7 @@ from moecc.plan.parts import (
 from moecc.plan.step import REMATS
 from moecc.sharding.assign import ROWS, Assigner, Site, cuts_of, sites_of
 from moecc.sharding.collectives import (
-    Dependence,
+    GradientFlow,
     Gradients,
     dependence,
     gradients,
@@ -202,7 +202,7 @@ class Sample:
 
     graph: Graph
     _found: Alike[Found] = field(default_factory=Alike)
-    _alone: dict[Shape, tuple[TensorType, Sequence[Axis]]] = field(default_factory=dict)
+    _alone: dict[GlobalShape, tuple[TensorType, Sequence[Axis]]] = field(default_factory=dict)
     _sent: dict[tuple[TensorType, TensorType], tuple[SentStep, ...]] = field(default_factory=dict)
 
     @cached_property
@@ -215,7 +215,7 @@ class Sample:
         return cuts_of(self.sites.values())
 
     @cached_property
-    def _depends(self) -> Dependence:
+    def _depends(self) -> GradientFlow:
         return dependence(self.sites.values(), self.graph.inputs.values())
 
     def shard(self, layout: Layout) -> Found:
@@ -226,7 +226,7 @@ class Sample:
         """
         return self._found.under(layout, None, self._shard)
 
-    def alone(self, shape: Shape, layout: Layout) -> TensorType:
+    def alone(self, shape: GlobalShape, layout: Layout) -> TensorType:
         """Return how a value of `shape` is sharded that is looked at by itself.
 
         The groups of rows, which a shape counts as slots, are an axis of their own.
@@ -277,7 +277,7 @@ def sample_of(
     return Sample(copy), nodes
 
 
-def _alone(shape: Shape) -> tuple[TensorType, Sequence[Axis]]:
+def _alone(shape: GlobalShape) -> tuple[TensorType, Sequence[Axis]]:
     """Return a type of `shape`, and the axes that run beside it where it is used."""
     if shape.has_slots:
         axes = [Axis("group", "group"), *(Axis(name, name) for name in shape.names)]
@@ -311,22 +311,22 @@ class Workload:
 
     batch: Batch
     parts: tuple[Part, ...]
-    layers: tuple[Layer, ...]
+    layers: tuple[PlannedLayer, ...]
     weights: tuple[tuple[Weight, int], ...]
     experts: int
     dropless: bool
     tensor_sizes: dict[str, int]
     sample: Sample = field(compare=False)
     params: dict[str, Value] = field(compare=False)
-    params_by_kind: dict[tuple[Shape, bool], Value] = field(compare=False)
+    params_by_kind: dict[tuple[GlobalShape, bool], Value] = field(compare=False)
     head: PlannedHead | None = field(compare=False)
-    features: tuple[Shape, ...]
+    features: tuple[GlobalShape, ...]
 
     def __repr__(self) -> str:
         return f"Workload({self.parameters} parameters, {self.batch})"
 
     @cached_property
-    def logits(self) -> tuple[Shape, ...]:
+    def logits(self) -> tuple[GlobalShape, ...]:
         """The shapes of values over the vocabulary."""
         shapes = (s for p in self.parts for step in p.steps for s in step.results)
         return tuple(dict.fromkeys(s for s in shapes if "vocab" in s.names))
@@ -460,7 +460,7 @@ class _Reader:
         unit = self.units[match[1]]
         return int(match[2]) % unit.size, unit
 
-    def shape(self, value: Value) -> Shape:
+    def shape(self, value: Value) -> GlobalShape:
         """Return the global shape of a value."""
         rows = any(a.name == "slot" for a in value.type)
         of_experts = rows or self.of_experts(value)
@@ -508,9 +508,9 @@ class _Reader:
             counts.setdefault(replace(weight, name=""), []).append(weight)
         yield from ((equal[0], len(equal)) for equal in counts.values())
 
-    def layers(self) -> Iterator[Layer]:
+    def layers(self) -> Iterator[PlannedLayer]:
         """Yield the layers, equal ones as one."""
-        layers: dict[object, Layer] = {}
+        layers: dict[object, PlannedLayer] = {}
         for loc, nodes in self.nodes.items():
             match = LAYER.match(loc)
             if match is None:
@@ -520,18 +520,20 @@ class _Reader:
             at, unit = self._at(loc)
             first, beside = at == 0, self._beside(loc, unit)
             in_blocks = self._beside(loc, unit.as_whole)
-            layer = Layer(name, 1, saved, inputs, first, beside, in_blocks)
+            layer = PlannedLayer(name, 1, saved, inputs, first, beside, in_blocks)
             key = (name, saved.key, inputs, first, beside, in_blocks)
             old = layers.get(key)
             layers[key] = layer if old is None else replace(old, count=old.count + 1)
         yield from layers.values()
 
-    def _beside(self, loc: str, unit: Unit) -> tuple[tuple[Shape, ...], tuple[Shape, ...]]:
+    def _beside(
+        self, loc: str, unit: Unit
+    ) -> tuple[tuple[GlobalShape, ...], tuple[GlobalShape, ...]]:
         """Return what there is of the layers before `loc` in `unit`."""
         (at, _), name = self._at(loc), loc.rstrip("0123456789")
         number = int(loc.removeprefix(name))
-        plain: list[Shape] = []
-        fused: list[Shape] = []
+        plain: list[GlobalShape] = []
+        fused: list[GlobalShape] = []
         for back in range(1, at + 1):
             earlier = f"{name}{number - back}"
             saved = self.residuals[earlier]
@@ -541,7 +543,7 @@ class _Reader:
             fused += inputs if looped else saved.fused.alive
         return tuple(plain), tuple(fused)
 
-    def _inputs(self, nodes: list[Node]) -> Iterator[Shape]:
+    def _inputs(self, nodes: list[Node]) -> Iterator[GlobalShape]:
         """Yield what a layer takes from others, once: floating-point values of tokens."""
         results = {v for node in nodes for v in node.results}
         seen: set[Value] = set()
@@ -579,9 +581,9 @@ class _Reader:
         sample, nodes = sample_of(self.graph, chosen, self.same)
         return sample, tuple(replace(p, nodes=tuple(nodes[n] for n in p.nodes)) for p in parts)
 
-    def kinds(self, params: Iterable[Value]) -> dict[tuple[Shape, bool], Value]:
+    def kinds(self, params: Iterable[Value]) -> dict[tuple[GlobalShape, bool], Value]:
         """Return one of `params` for each shape, of experts or not."""
-        kinds: dict[tuple[Shape, bool], Value] = {}
+        kinds: dict[tuple[GlobalShape, bool], Value] = {}
         for value in params:
             weight = self.weight(value)
             kinds.setdefault((weight.shape, weight.of_experts), value)

@@ -197,7 +197,7 @@ class Gradients:
 
 
 @dataclass(frozen=True)
-class Dependence:
+class GradientFlow:
     """What a gradient flows to.
 
     Attributes:
@@ -213,7 +213,7 @@ class Dependence:
         return value in self.differentiable and value not in self.of_inputs
 
 
-def dependence(sites: Iterable[Site], inputs: Iterable[Value]) -> Dependence:
+def dependence(sites: Iterable[Site], inputs: Iterable[Value]) -> GradientFlow:
     """Return which values of `sites` depend on parameters, and which on inputs."""
     differentiable, of_inputs = set[Value](), set(inputs)
     for site in sites:
@@ -223,10 +223,10 @@ def dependence(sites: Iterable[Site], inputs: Iterable[Value]) -> Dependence:
         if site.node.op.blocks_gradient or differentiable.isdisjoint(site.operands):
             continue
         differentiable.update(v for v in site.node.results if v.type.dtype.is_float)
-    return Dependence(differentiable, of_inputs)
+    return GradientFlow(differentiable, of_inputs)
 
 
-def gradients(sites: Sequence[Site], propagation: Propagation, on: Dependence) -> Gradients:
+def gradients(sites: Sequence[Site], propagation: Propagation, on: GradientFlow) -> Gradients:
     """Return the sums of the backward pass of `sites`, sharded as was `propagation`."""
     sums = Gradients()
     deferred: dict[Value, set[str]] = sums.params
@@ -267,7 +267,7 @@ def _along(site: Site, types: Sequence[TensorType]) -> dict[str, tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Slice:
+class RowSlice:
     """Rows of which devices that are copies of one another each send a part.
 
     Attributes:
@@ -293,7 +293,7 @@ class Slice:
         return moved(type, {self.axis: (self.mesh,)})
 
 
-def to_experts(rows: TensorType, target: TensorType, part: Slice | None) -> Iterator[Step]:
+def to_experts(rows: TensorType, target: TensorType, part: RowSlice | None) -> Iterator[Step]:
     """Yield what brings rows to their experts; in slices they were dispatched cut."""
     yield from steps(
         rows if part is None else part.of(rows), target if part is None else part.of(target)
@@ -302,7 +302,7 @@ def to_experts(rows: TensorType, target: TensorType, part: Slice | None) -> Iter
         yield part.gather
 
 
-def from_experts(outputs: TensorType, target: TensorType, part: Slice | None) -> Iterator[Step]:
+def from_experts(outputs: TensorType, target: TensorType, part: RowSlice | None) -> Iterator[Step]:
     """Yield what brings rows that experts made back to their tokens, in parts if they were cut."""
     yield from steps(outputs, target if part is None else part.of(target))
 
@@ -358,7 +358,7 @@ class SparseLayer:
       tokens: the type of the tokens that are dispatched.
       rows: of the rows as they are dispatched.
       entered: of the rows as the experts take them.
-      made: of what the experts make of them, maybe a sum that is still to be carried out.
+      outputs: of what the experts make of them, maybe a sum that is still to be carried out.
       leaving: of that as it is combined.
       gates: what sends the gates with the rows, and their types there and as rows meet them; None
         where tokens are weighted.
@@ -370,7 +370,7 @@ class SparseLayer:
     tokens: TensorType
     rows: TensorType
     entered: TensorType
-    made: TensorType
+    outputs: TensorType
     leaving: TensorType
     added: TensorType
     gates: SentGates | None = None
@@ -378,7 +378,7 @@ class SparseLayer:
     @property
     def expert_mesh(self) -> tuple[str, ...]:
         """The mesh axes over which the experts are sharded."""
-        return self.made["expert"].mesh
+        return self.outputs["expert"].mesh
 
     @property
     def exchanged(self) -> tuple[str, ...]:
@@ -411,7 +411,7 @@ def sparse_layer(sites: Iterable[Site], propagation: Propagation) -> SparseLayer
         tokens=propagation.used(dispatch.node)[0],
         rows=propagation.types[rows],
         entered=_entered(rows, propagation),
-        made=propagation.types[outputs],
+        outputs=propagation.types[outputs],
         leaving=propagation.types[back],
         added=propagation.types[propagation.visible[combine.node.result]],
         gates=None if gates is None else _sent(gates, propagation),
@@ -451,7 +451,7 @@ class Stage(NamedTuple):
 
 
 def route(
-    layer: SparseLayer, way: Via, propagation: Propagation, part: Slice | None
+    layer: SparseLayer, way: Via, propagation: Propagation, part: RowSlice | None
 ) -> list[Stage]:
     """Return what the values of `layer` go through on the way `way`, forward.
 
@@ -465,7 +465,7 @@ def route(
         return _gathering(layer, way, propagation)
     rows, entered, outputs, leaving = (
         bounded(t) if way.is_bounded else t
-        for t in (layer.rows, layer.entered, layer.made, layer.leaving)
+        for t in (layer.rows, layer.entered, layer.outputs, layer.leaving)
     )
     to, back = to_experts(rows, entered, part), from_experts(outputs, leaving, part)
     beside = _gates_there(layer, way)
@@ -492,7 +492,7 @@ def _gates_there(layer: SparseLayer, way: Via) -> list[Stage]:
 def _gathering(layer: SparseLayer, way: Via, propagation: Propagation) -> list[Stage]:
     """Return the stages where tokens are gathered, and rows stay: experts add to all tokens."""
     over = layer.exchanged
-    types = [layer.made, *(without(t, over) for t in propagation.used(layer.combine.node)[1:])]
+    types = [layer.outputs, *(without(t, over) for t in propagation.used(layer.combine.node)[1:])]
     operands = [Given(v.name, t) for v, t in zip(layer.combine.operands, types, strict=True)]
     node, space = layer.combine.node, layer.combine.space
     (sums,) = sharded_results(node.op, space, operands, [node.result.type], None)

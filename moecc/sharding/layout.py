@@ -37,14 +37,14 @@ class Layout:
       experts: how many experts a layer has, 0 in a dense model.
       dense_weights: one of `DENSE_WEIGHTS`.
       replicated: whether all devices of the experts' axes have the same tokens.
-      own: the names or files of the rules; empty: those that the mesh's axes stand for.
+      stated: the names or files of the rules; empty: those that the mesh's axes stand for.
     """
 
     mesh: Mesh
     experts: int = 0
     dense_weights: str = "whole"
     replicated: bool = False
-    own: tuple[str, ...] = ()
+    stated: tuple[str, ...] = ()
 
     @classmethod
     def ruled(cls, mesh: Mesh, experts: int, rules: tuple[str, ...]) -> Layout:
@@ -54,7 +54,7 @@ class Layout:
           UsageError: there is no such layout.
           InputError: a file cannot be read, or splits an axis that a plan does not know.
         """
-        layout = cls(mesh, experts, own=rules)
+        layout = cls(mesh, experts, stated=rules)
         unknown = [r for r in layout.rules if not r.stored and r.axis not in KNOWN]
         if unknown:
             raise InputError(
@@ -80,8 +80,8 @@ class Layout:
         Raises:
           InputError: tokens are to be the same along the axis of data.
         """
-        if self.own:
-            return self.own
+        if self.stated:
+            return self.stated
         names = [n for n in ("fsdp",) if n in self.mesh.names]
         names += self._rows()
         if "model" in self.mesh.names and "st-moe" not in names:
@@ -135,7 +135,7 @@ class Layout:
           name: of the axis.
           of_rows: whether it is one of rows, whose other axes take mesh axes, too.
         """
-        if self.own:
+        if self.stated:
             return _sharded(self.assigner, name, of_rows)
         return _sharded_by_shipped(self.names, self.mesh.names, name, of_rows)
 

@@ -116,12 +116,12 @@ class Refusal:
     """Why a way does not suit a layer.
 
     Attributes:
-      what: the reason.
+      reason: the reason.
       expected: what would suit it.
       hint: a way out.
     """
 
-    what: str
+    reason: str
     expected: str
     hint: str
 

@@ -409,7 +409,7 @@ def _layout(graph: Graph, recipe: Recipe) -> Layout | None:
     if mesh is None:
         return None
     counts = {SlotsOp.of_node(node).experts for node in graph.every_node() if node.op.assigns_slots}
-    return Layout(mesh, min(counts, default=0), own=recipe.mesh.rules)
+    return Layout(mesh, min(counts, default=0), stated=recipe.mesh.rules)
 
 
 def _via(graph: Graph, layout: Layout, specialised: str) -> str:

@@ -295,7 +295,7 @@ def test_a_tpu_fuses_what_is_computed_entry_by_entry() -> None:
     mlp = ("batch", "seq", "mlp")
     assert [plain[mlp], fused[mlp]] == [4, 2]
     assert sum(fused.values()) < sum(plain.values())
-    assert layer.residuals.kept == layer.residuals.plain.alive
+    assert layer.residuals.saved == layer.residuals.plain.alive
 
 
 def test_a_unit_of_two_layers_has_no_loop() -> None:

@@ -12,7 +12,7 @@ from moecc.analysis import parameter_groups
 from moecc.ir.graph import Graph
 from moecc.jobs.plan import plan_step
 from moecc.model.open import open_model
-from moecc.plan.report import Report
+from moecc.plan.report import StepReport
 from moecc.plan.step import StepConfig
 from moecc.train.graphs import run_passes
 
@@ -26,7 +26,7 @@ def made(name: str, passes: str) -> Graph:
     return graph
 
 
-def plan(name: str, passes: str, machine: str = "cpu:4", **options: Any) -> Report:
+def plan(name: str, passes: str, machine: str = "cpu:4", **options: Any) -> StepReport:
     return plan_step(made(name, passes), name, machine, StepConfig(**options))[0]
 
 

@@ -10,7 +10,7 @@ import pytest
 from moecc.plan.collectives import Collective
 from moecc.plan.machines import efficiency
 from moecc.plan.overlap import shares_on_tpu
-from moecc.plan.time import Kernel, PartCost, Product
+from moecc.plan.time import Kernel, PartCost, WeightProduct
 
 SIZES = {"query": 3.0, "output": 3.0, "router": 1.0, "up": 9.0, "down": 9.0}
 """The bytes of each parameter."""
@@ -30,7 +30,7 @@ def of_parameters(names: Sequence[str]) -> Iterator[Collective]:
         yield moved("reduce_scatter", SIZES[name], 1, "gradients", weight=name)
 
 
-def part(names: Sequence[str], products: Sequence[Product], tokens: float = 0.0) -> PartCost:
+def part(names: Sequence[str], products: Sequence[WeightProduct], tokens: float = 0.0) -> PartCost:
     ring = (
         moved("all_gather", tokens, 2, "tokens"),
         moved("all_gather", tokens, 1, "tokens", leaves_work=True),
@@ -44,9 +44,9 @@ def part(names: Sequence[str], products: Sequence[Product], tokens: float = 0.0)
 
 def layer(tokens: float, experts: int) -> list[PartCost]:
     kernel = Kernel(in_rounds=False, experts=experts)
-    attention = [Product("query", 9.0, True), Product("output", 9.0, False)]
-    ffn = [Product("router", 1.0, True)]
-    ffn += [Product(name, 9.0, False, kernel) for name in ("up", "down")]
+    attention = [WeightProduct("query", 9.0, True), WeightProduct("output", 9.0, False)]
+    ffn = [WeightProduct("router", 1.0, True)]
+    ffn += [WeightProduct(name, 9.0, False, kernel) for name in ("up", "down")]
     names = [p.weight for p in ffn]
     return [part(["query", "output"], attention), part(names, ffn, tokens)]
 

@@ -5,18 +5,22 @@ from __future__ import annotations
 import pytest
 
 from moecc.plan.overlap import exposed_gathers, exposed_gradients
-from moecc.plan.time import Kernel, Product
+from moecc.plan.time import Kernel, WeightProduct
 
-FIRST = (Product("k", 1.0, True), Product("v", 1.0, True), Product("q", 4.0, True))
-DENSE = (*FIRST, Product("o", 4.0, False))
+FIRST = (
+    WeightProduct("k", 1.0, True),
+    WeightProduct("v", 1.0, True),
+    WeightProduct("q", 4.0, True),
+)
+DENSE = (*FIRST, WeightProduct("o", 4.0, False))
 EXPERTS = ("gate", "up", "down")
-CAPACITY = (*DENSE, *(Product(name, 32.0, False) for name in EXPERTS))
+CAPACITY = (*DENSE, *(WeightProduct(name, 32.0, False) for name in EXPERTS))
 NAMES = [p.weight for p in CAPACITY]
 
 
-def with_kernels(experts: int = 1, *, in_rounds: bool = False) -> tuple[Product, ...]:
+def with_kernels(experts: int = 1, *, in_rounds: bool = False) -> tuple[WeightProduct, ...]:
     kernel = Kernel(in_rounds, experts)
-    return (*DENSE, *(Product(name, 32.0, False, kernel) for name in EXPERTS))
+    return (*DENSE, *(WeightProduct(name, 32.0, False, kernel) for name in EXPERTS))
 
 
 KERNELS, ROUNDS = with_kernels(), with_kernels(in_rounds=True)
@@ -63,7 +67,7 @@ def test_a_gradient_is_reduced_beside_those_of_other_weights(seconds: float) -> 
 )
 @pytest.mark.parametrize("products", [KERNELS, ROUNDS, with_kernels(2, in_rounds=True)])
 def test_gradients_of_kernels_leave_no_product_to_each_other(
-    products: tuple[Product, ...], seconds: float, expected: set[str]
+    products: tuple[WeightProduct, ...], seconds: float, expected: set[str]
 ) -> None:
     found = exposed_gradients(products, reduced(seconds), len(FIRST))
     assert found == expected

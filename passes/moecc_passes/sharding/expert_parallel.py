@@ -18,7 +18,7 @@ from moecc.ir.traits import Collective, RowMove
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves, Remark
 from moecc.sharding.assign import Assigner
 from moecc.sharding.collectives import (
-    Slice,
+    RowSlice,
     Step,
     from_experts,
     gathered,
@@ -42,14 +42,14 @@ class LaidLayer:
       routed: the layer.
       entries: the collectives that take the dispatched rows to the experts.
       gate_entries: those that take gates there, where these go with the rows.
-      made: what the experts made of them, before anything brings it back.
+      outputs: what the experts made of them, before anything brings it back.
       expert_mesh: the mesh axes that shard the experts.
     """
 
     routed: RoutedLayer
     entries: tuple[Node, ...]
     gate_entries: tuple[Node, ...]
-    made: Value
+    outputs: Value
     expert_mesh: tuple[str, ...]
 
     @property
@@ -203,7 +203,7 @@ def exchange(graph: Graph, layer: LaidLayer, builder: Builder, slice_over: str |
     routed = layer.routed
     rows = routed.dispatch.results[0]
     target = layer.entries[0].result.type
-    part = None if slice_over is None else Slice(_width(layer), slice_over)
+    part = None if slice_over is None else RowSlice(_width(layer), slice_over)
     if part is not None:
         _check_slice(layer, part.mesh, target)
         builder.before = routed.dispatch
@@ -216,7 +216,7 @@ def exchange(graph: Graph, layer: LaidLayer, builder: Builder, slice_over: str |
 
 def _width(layer: LaidLayer) -> str:
     """Return the axis of a row's elements."""
-    left = [n for n in layer.made.type.names if n not in ("group", "expert", "slot")]
+    left = [n for n in layer.outputs.type.names if n not in ("group", "expert", "slot")]
     need(len(left) == 1, layer, "rows have one axis besides group, expert and slot",
          "one axis, embed say", "leave the slice out")  # fmt: skip
     return left[0]
@@ -230,7 +230,7 @@ def _check_slice(layer: LaidLayer, mesh: str, target: TensorType) -> None:
 
 
 def _enter(
-    layer: LaidLayer, builder: Builder, rows: Value, target: TensorType, part: Slice | None
+    layer: LaidLayer, builder: Builder, rows: Value, target: TensorType, part: RowSlice | None
 ) -> None:
     _brought(builder, layer.entries, to_experts(rows.type, target, part))
     for entry in layer.gate_entries[:1]:
@@ -248,8 +248,8 @@ def _brought(builder: Builder, entries: tuple[Node, ...], steps: Iterable[Step])
         entry.erase()
 
 
-def _leave(layer: LaidLayer, builder: Builder, part: Slice | None) -> None:
-    combine, outputs = layer.routed.combine, layer.made
+def _leave(layer: LaidLayer, builder: Builder, part: RowSlice | None) -> None:
+    combine, outputs = layer.routed.combine, layer.outputs
     builder.before = combine
     unused = combine.operands[0]
     combine.set_operand(0, emit(builder, outputs, from_experts(outputs.type, unused.type, part)))
@@ -531,7 +531,7 @@ def gather_tokens(graph: Graph, layer: LaidLayer, builder: Builder, way: Via) ->
     away = graph.input(graph.fresh("away"), tokens.type)
     for user, number in uses(tokens):
         user.set_operand(number, away)
-    operands = (layer.made, experts, slots, gates)
+    operands = (layer.outputs, experts, slots, gates)
     for number, value in enumerate(operands[: len(combine.operands)]):
         combine.set_operand(number, value)
     erase_unused(exits)
@@ -753,7 +753,7 @@ class ExpertParallelPass(Pass):
         way = BY_NAME[self.via]
         slots: Slots = "ragged" if layer.is_ragged else "fixed"
         for refusal in refusals(way, layer.token_mesh, layer.expert_mesh, slots):
-            need(False, layer, refusal.what, refusal.expected, refusal.hint)
+            need(False, layer, refusal.reason, refusal.expected, refusal.hint)
         if way.exchanges_rows:
             exchange(graph, layer, builder, self.slice)
         else:
