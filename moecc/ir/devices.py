@@ -20,16 +20,9 @@ from moecc.ir.arrays import NOTHING, Array, Data, poison, stored
 from moecc.ir.graph import Graph, Node, Value, setter_of, where
 from moecc.ir.interpreter import bind
 from moecc.ir.mesh import Coordinates, Mesh, mesh_of
+from moecc.ir.operand import Attrs
 from moecc.ir.ops.axes import EmbeddingOp
-from moecc.ir.ops.collectives import (
-    AllGatherOp,
-    AllReduceOp,
-    AllToAllOp,
-    CollectiveOp,
-    RaggedAllToAllOp,
-    ReduceScatterOp,
-    ShardOp,
-)
+from moecc.ir.ops.collectives import CollectiveOp
 from moecc.ir.ops.contraction import MeanOp
 from moecc.ir.ops.repetition import ScanOp, picked, repetitions, stacked_along
 from moecc.ir.ops.routing import WithinBufferOp
@@ -38,30 +31,12 @@ from moecc.ir.structure import local_attrs, local_size
 from moecc.ir.traits import Collective
 from moecc.types import Arrays, TensorType
 
-# The effect of collectives on each device, and the number of elements each sends to others.
-#
-# A ring of n devices sends (n − 1)/n of the global value in a gather or a reduce-scatter, and
-# twice
-# that in an all-reduce; an exchange sends what is not for the device itself.
-
 Parts = dict[Coordinates, Array]
+"""The local shard of one value on each device."""
+
 Sent = dict[Coordinates, int]
 Rows = Callable[[TensorType, Coordinates], Data]
 """The slots in use of a device's shard of ragged rows, ``[group, expert]``."""
-
-Exchange = Callable[[Node, Parts, Mesh, Rows], "tuple[Parts, Sent]"]
-
-EXCHANGES: dict[str, Exchange] = {}
-
-
-def exchange(name: str) -> Callable[[Exchange], Exchange]:
-    """Register a function as the implementation of the collective `name`."""
-
-    def register(function: Exchange) -> Exchange:
-        EXCHANGES[name] = function
-        return function
-
-    return register
 
 
 def _block(x: Array, axis: str, part: int, parts: int) -> Array:
@@ -71,25 +46,9 @@ def _block(x: Array, axis: str, part: int, parts: int) -> Array:
     return replace(x, data=x.data.take(range(part * size, (part + 1) * size), at), assignment=None)
 
 
-def _together(pieces: list[Array], axis: str) -> Array:
+def _concatenated(pieces: list[Array], axis: str) -> Array:
     at = pieces[0].axes.index(axis)
     return replace(pieces[0], data=np.concatenate([p.data for p in pieces], at), assignment=None)
-
-
-@exchange("shard")
-def _shard(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
-    attrs = ShardOp.of_node(node)
-    over, n = attrs.mesh, mesh.size(attrs.mesh)
-    parts = {d: _block(a, attrs.axis, mesh.part(d, over), n) for d, a in x.items()}
-    return parts, dict.fromkeys(x, 0)
-
-
-@exchange("all_gather")
-def _all_gather(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
-    attrs = AllGatherOp.of_node(node)
-    over = attrs.mesh
-    parts = {d: _together([x[p] for p in mesh.peers(d, over)], attrs.axis) for d in x}
-    return parts, {d: a.data.size * (mesh.size(over) - 1) for d, a in x.items()}
 
 
 def added(parts: list[Data]) -> Data:
@@ -101,97 +60,45 @@ def added(parts: list[Data]) -> Data:
     return total
 
 
-def _sums(x: Parts, over: tuple[str, ...], mesh: Mesh) -> Parts:
-    """Return the sum over `over` on every device, added in the order of the devices."""
-    return {
-        d: replace(a, data=added([x[p].data for p in mesh.peers(d, over)])) for d, a in x.items()
-    }
+def exchange(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
+    """Return the results of a collective, and the number of elements each device sends to others.
 
+    A ring of n devices sends (n − 1)/n of the global value in a gather or a reduce-scatter, and
+    twice that in an all-reduce; an exchange sends what is not for the device itself.
+    """
+    attrs: Attrs = node.attrs
+    over = CollectiveOp.of_node(node).mesh
+    n, peers = mesh.size(over), {d: [x[p] for p in mesh.peers(d, over)] for d in x}
 
-@exchange("all_reduce")
-def _all_reduce(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
-    over = AllReduceOp.of_node(node).mesh
-    n = mesh.size(over)
-    return _sums(x, over, mesh), {d: 2 * a.data.size * (n - 1) // n for d, a in x.items()}
+    def block(d: Coordinates, data: Array, axis: str) -> Array:
+        return _block(data, axis, mesh.part(d, over), n)
 
-
-@exchange("reduce_scatter")
-def _reduce_scatter(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
-    attrs = ReduceScatterOp.of_node(node)
-    over, n, sums = attrs.mesh, mesh.size(attrs.mesh), _sums(x, attrs.mesh, mesh)
-    parts = {d: _block(a, attrs.axis, mesh.part(d, over), n) for d, a in sums.items()}
-    return parts, {d: a.data.size * (n - 1) // n for d, a in x.items()}
-
-
-@exchange("all_to_all")
-def _all_to_all(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
-    attrs = AllToAllOp.of_node(node)
-    n = mesh.size(attrs.mesh)
-    return _exchanged(attrs, x, mesh), {d: a.data.size * (n - 1) // n for d, a in x.items()}
-
-
-def _exchanged(attrs: AllToAllOp | RaggedAllToAllOp, x: Parts, mesh: Mesh) -> Parts:
-    over, split, gather = attrs.mesh, attrs.split, attrs.gather
-    return {
-        d: _together(
-            [_block(x[p], split, mesh.part(d, over), mesh.size(over)) for p in mesh.peers(d, over)],
-            gather,
-        )
-        for d in x
-    }
-
-
-@exchange("ragged_all_to_all")
-def _ragged_all_to_all(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
-    """Send the occupied rows; every device has room for the same number of slots."""
-    type, attrs = node.operands[0].type, RaggedAllToAllOp.of_node(node)
-    ragged = type.ragged
-    assert ragged is not None, "the type is checked"
-    return _exchanged(attrs, x, mesh), {
-        d: _rows_sent(rows(type, d), attrs.split, mesh, d, attrs.mesh) * _row_size(a, ragged.name)
-        for d, a in x.items()
-    }
-
-
-def _rows_sent(
-    extents: Data, split: str, mesh: Mesh, at: Coordinates, over: tuple[str, ...]
-) -> int:
-    """Return how many of the rows counted by `extents` go to other devices."""
-    n = mesh.size(over)
-    own = _block(Array(extents, ("group", "expert")), split, mesh.part(at, over), n)
-    return int(extents.sum() - own.data.sum())
-
-
-def _row_size(x: Array, slot: str) -> int:
-    """Return the number of elements of one row."""
-    sizes = [x.size(a) for a in x.axes if a not in ("group", "expert", slot)]
-    return int(np.prod(sizes))
+    share = {d: a.data.size * (n - 1) // n for d, a in x.items()}
+    if node.op.name == "shard":
+        return {d: block(d, a, attrs["axis"]) for d, a in x.items()}, dict.fromkeys(x, 0)
+    if node.op.name == "all_gather":
+        parts = {d: _concatenated(peers[d], attrs["axis"]) for d in x}
+        return parts, {d: a.data.size * (n - 1) for d, a in x.items()}
+    if node.op.collective is Collective.BRINGS:
+        sums = {d: replace(a, data=added([p.data for p in peers[d]])) for d, a in x.items()}
+        if node.op.name == "all_reduce":
+            return sums, {d: 2 * a.data.size * (n - 1) // n for d, a in x.items()}
+        return {d: block(d, a, attrs["axis"]) for d, a in sums.items()}, share
+    split = attrs["split"]
+    pieces = {d: [block(d, p, split) for p in peers[d]] for d in x}
+    parts = {d: _concatenated(pieces[d], attrs["gather"]) for d in x}
+    type = node.operands[0].type
+    if type.ragged is not None:
+        # The occupied rows are sent; every device has room for the same number of slots.
+        for d, a in x.items():
+            extents = Array(rows(type, d), ("group", "expert"))
+            leaving = int(extents.data.sum() - block(d, extents, split).data.sum())
+            row = [a.size(n) for n in a.axes if n not in ("group", "expert", type.ragged.name)]
+            share[d] = leaving * int(np.prod(row))
+    return parts, share
 
 
 # One operation on one device: its meaning on local shards, given the device's coordinates.
-
-PerDevice = Callable[[Node, list[Array], Coordinates, Mesh], Array]
-
-LOCAL: dict[str, PerDevice] = {}
-"""Implementations of operations that depend on the coordinates of the device."""
-
-
-def local(*names: str) -> Callable[[PerDevice], PerDevice]:
-    """Register a function as the per-device implementation of the operations `names`."""
-
-    def register(function: PerDevice) -> PerDevice:
-        LOCAL.update(dict.fromkeys(names, function))
-        return function
-
-    return register
-
-
-def run_local(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> tuple[Array, ...]:
-    """Return the results of `node` on the device at `at`, from its local shards of the operands."""
-    function = LOCAL.get(node.op.name)
-    if function is not None:
-        return (function(node, operands, at, mesh),)
-    return node.op.evaluate(operands, local_attrs(node, mesh))
 
 
 def _plain(node: Node, operands: list[Array], mesh: Mesh) -> Array:
@@ -199,14 +106,12 @@ def _plain(node: Node, operands: list[Array], mesh: Mesh) -> Array:
     return result
 
 
-@local("positions")
 def _positions(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> Array:
     (axis,) = node.result.type.axes
     size = operands[0].size(axis.name)
     return Array(np.arange(size) + mesh.part(at, axis.mesh) * size, (axis.name,))
 
 
-@local("random_uniform", "random_normal")
 def _random(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> Array:
     """Draw the global numbers, of which a device keeps its shard."""
     key, like = operands
@@ -221,7 +126,6 @@ def _random(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> A
     return Array(data, like.axes)
 
 
-@local("mean")
 def _mean(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> Array:
     """Return this device's share of the mean: the sum of its shard over the global size."""
     type = node.operands[0].type
@@ -229,7 +133,6 @@ def _mean(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> Arr
     return _plain(node, operands, mesh).map(lambda d: d / parts)
 
 
-@local("embedding")
 def _embedding(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> Array:
     """Return the rows of this device's shard, and zeros for the others."""
     table, ids = operands
@@ -246,7 +149,6 @@ def _embedding(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -
     return rows.map(lambda d: np.where(mask, d, 0))
 
 
-@local("combine", "combine_weighted")
 def _combine(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> Array:
     """Return the contribution of this device's experts to each token."""
     rows, experts, slots, *gates = operands
@@ -258,7 +160,6 @@ def _combine(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> 
     return _plain(node, [rows, replace(experts, data=index), own, *gates], mesh)
 
 
-@local("within_buffer")
 def _within_buffer(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> Array:
     """Return which of this device's choices fit, from the counts of all that exchange rows."""
     experts, slots, counts = operands
@@ -268,6 +169,27 @@ def _within_buffer(node: Node, operands: list[Array], at: Coordinates, mesh: Mes
     groups = counts.size("group") // mesh.size(over)
     first = mesh.part(at, over) * groups
     return attrs.kept_from(experts, slots, counts, first=first, groups=groups)
+
+
+_LOCAL: dict[str, Callable[[Node, list[Array], Coordinates, Mesh], Array]] = {
+    "positions": _positions,
+    "random_uniform": _random,
+    "random_normal": _random,
+    "mean": _mean,
+    "embedding": _embedding,
+    "combine": _combine,
+    "combine_weighted": _combine,
+    "within_buffer": _within_buffer,
+}
+"""Operations whose result depends on the coordinates of the device."""
+
+
+def run_local(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> tuple[Array, ...]:
+    """Return the results of `node` on the device at `at`, from its local shards of the operands."""
+    function = _LOCAL.get(node.op.name)
+    if function is not None:
+        return (function(node, operands, at, mesh),)
+    return node.op.evaluate(operands, local_attrs(node, mesh))
 
 
 T = TypeVar("T")
@@ -385,10 +307,9 @@ class _Simulator:
         return {d: cut(whole, value.type, d, self.mesh) for d in self.mesh.coordinates()}
 
     def _step(self, node: Node) -> Parts:
-        exchange = EXCHANGES.get(node.op.name)
         if node.body is not None:
             self.held.update(zip(node.results, self._repeated(node, node.body), strict=True))
-        elif exchange is None:
+        elif node.op.collective is None:
             for number, parts in enumerate(self._locally(node)):
                 self.held[node.results[number]] = parts
         else:
