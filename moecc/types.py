@@ -274,8 +274,8 @@ class TensorType:
         bare, key = self.bare, (meshes, unreduced)
         if key not in bare._sharded:
             axes = (Axis(a.name, a.size, m) for a, m in zip(self.axes, meshes, strict=True))
-            made = TensorType(self.dtype, tuple(axes), unreduced)
-            bare._sharded[key] = made if made.is_sharded else bare
+            result = TensorType(self.dtype, tuple(axes), unreduced)
+            bare._sharded[key] = result if result.is_sharded else bare
         return bare._sharded[key]
 
     @property
@@ -434,11 +434,11 @@ def float_type(name: str) -> DType:
     Raises:
       UsageError: there is no such type.
     """
-    found = _FLOATS.get(name) or BY_TORCH.get(name)
-    if found is None or found.name not in _FLOATS:
+    dtype = _FLOATS.get(name) or BY_TORCH.get(name)
+    if dtype is None or dtype.name not in _FLOATS:
         hint = nearest(name, [*_FLOATS, "float32", "bfloat16"]) or f"types: {', '.join(_FLOATS)}"
         raise UsageError(f"unknown element type {name!r}", hint=hint)
-    return found
+    return dtype
 
 
 def count_bytes(text: str) -> int:

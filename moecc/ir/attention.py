@@ -40,14 +40,14 @@ def spans(queries: int, keys: int, *, causal: bool, window: int = 0) -> Iterator
       causal: whether a query sees only keys up to its own index.
       window: how many of them; 0 for all.
     """
-    whole, rest = divmod(queries, BLOCK)
-    count = min(whole, MOST_SPANS) if causal or whole <= MOST_SPANS else 1
+    blocks, remainder = divmod(queries, BLOCK)
+    count = min(blocks, MOST_SPANS) if causal or blocks <= MOST_SPANS else 1
     seen = keys if not causal else 0
     for number in range(count):
-        first, last = whole * number // count, whole * (number + 1) // count
+        first, last = blocks * number // count, blocks * (number + 1) // count
         yield _span(first * BLOCK, last - first, BLOCK, keys, seen, window)
-    if rest:
-        yield _span(whole * BLOCK, 1, rest, keys, seen, window)
+    if remainder:
+        yield _span(blocks * BLOCK, 1, remainder, keys, seen, window)
 
 
 def _span(start: int, blocks: int, size: int, keys: int, seen: int, window: int) -> Span:
@@ -140,9 +140,9 @@ def _splash(facts: AttentionFacts) -> Iterator[str]:
     for word in facts.given:
         if word != "sinks":
             yield f"it takes no {word.replace('_', ' ')}"
-    for what, size in (("queries", facts.queries), ("keys", facts.keys)):
+    for side, size in (("queries", facts.queries), ("keys", facts.keys)):
         if size % TPU_BLOCKS[-1]:
-            yield f"{size} {what} are no multiple of {TPU_BLOCKS[-1]}"
+            yield f"{size} {side} are no multiple of {TPU_BLOCKS[-1]}"
     if facts.causal and facts.queries != facts.keys:
         yield "it hides keys from as many queries alone"
     if facts.width != facts.wide:
@@ -307,11 +307,11 @@ class AttentionAxes:
     @classmethod
     def of(cls, query: Sizes, key: Sizes, value: Sizes, attrs: AttentionOp) -> AttentionAxes | None:
         """Return the axes of operands; None where only two of the three share one."""
-        own = {attrs.over, attrs.along}
-        shared = tuple(a for a in query if a in key and a in value and a not in own)
-        free = tuple(a for a in query if a not in shared and a not in own)
+        inner_axes = {attrs.over, attrs.along}
+        shared = tuple(a for a in query if a in key and a in value and a not in inner_axes)
+        free = tuple(a for a in query if a not in shared and a not in inner_axes)
         wide = tuple(a for a in value if a not in shared and a != attrs.along)
-        if set(key) != {*shared, *own} or set(free) & set(wide):
+        if set(key) != {*shared, *inner_axes} or set(free) & set(wide):
             return None
         queries = attrs.causal or tuple(sorted(free, key=lambda a: query[a])[-1:])
         groups = tuple(a for a in free if a not in queries)

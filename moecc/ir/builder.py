@@ -76,8 +76,8 @@ class Builder(Operations):
         Raises:
           InputError: operands or attributes are invalid for the operation.
         """
-        (made,) = self.values(op, *operands, name=name, **attrs)
-        return made
+        (result,) = self.values(op, *operands, name=name, **attrs)
+        return result
 
     def values(
         self, op: str, /, *operands: Value, name: str | None = None, **attrs: object

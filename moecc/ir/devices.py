@@ -156,8 +156,10 @@ def _combine(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> 
     size = rows.size("expert")
     index = experts.data - mesh.part(at, axis.mesh) * size
     mine = (index >= 0) & (index < size)
-    own = replace(slots, data=np.where(Array(mine, experts.axes).to(slots.axes), slots.data, -1))
-    return _plain(node, [rows, replace(experts, data=index), own, *gates], mesh)
+    local_slots = replace(
+        slots, data=np.where(Array(mine, experts.axes).to(slots.axes), slots.data, -1)
+    )
+    return _plain(node, [rows, replace(experts, data=index), local_slots, *gates], mesh)
 
 
 def _within_buffer(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> Array:
@@ -232,10 +234,10 @@ class Run:
     def sent_bytes(self) -> dict[str, int]:
         """The bytes sent by the device that sends most, by collective."""
         total: dict[str, np.ndarray[tuple[int], np.dtype[np.int64]]] = {}
-        for one in self.traffic:
-            total[one.op] = total.get(one.op, np.zeros(self.mesh.devices, np.int64)) + np.asarray(
-                one.sent_bytes
-            )
+        for traffic in self.traffic:
+            total[traffic.op] = total.get(
+                traffic.op, np.zeros(self.mesh.devices, np.int64)
+            ) + np.asarray(traffic.sent_bytes)
         return {op: int(sent.max()) for op, sent in total.items()}
 
 
@@ -256,8 +258,8 @@ def simulate(graph: Graph, params: Arrays, inputs: Arrays) -> Run:
         raise InputError("the graph has no mesh", hint="annotate-sharding shards it on one")
     left = [n for n in graph.every_node() if n.op.collective is Collective.ANY]
     if left:
-        what = "a reshard is not lowered to collectives yet"
-        raise InputError([Problem(what, where(n), hint="lower-collectives first") for n in left])
+        message = "a reshard is not lowered to collectives yet"
+        raise InputError([Problem(message, where(n), hint="lower-collectives first") for n in left])
     return _Simulator(mesh, Run(mesh)).run(graph, params, inputs)
 
 
@@ -278,17 +280,17 @@ class _Simulator:
     def run(self, graph: Graph, params: Arrays, inputs: Arrays) -> Run:
         """Run `graph` on shards of the global arrays."""
         for value, data in bind(graph, params, inputs).items():
-            whole = Array(stored(data, value.type.dtype), value.type.names, value.type.dtype)
-            self.held[value] = self._at(f"%{value.name}", partial(self._cut, whole, value))
+            array = Array(stored(data, value.type.dtype), value.type.names, value.type.dtype)
+            self.held[value] = self._at(f"%{value.name}", partial(self._cut, array, value))
         self._walk(graph)
         for name, value in graph.outputs.items():
             self.result.outputs[name] = assembled(value.type, self.held[value], self.mesh).data
         self.result.held = self.held
         return self.result
 
-    def body(self, graph: Graph, given: Sequence[Parts]) -> list[Parts]:
+    def body(self, graph: Graph, inputs: Sequence[Parts]) -> list[Parts]:
         """Run the body of a ``scan`` once, and return the shards of its outputs."""
-        self.held.update(zip(graph.inputs.values(), given, strict=True))
+        self.held.update(zip(graph.inputs.values(), inputs, strict=True))
         self._walk(graph)
         return [self.held[v] for v in graph.terminator.operands]
 
@@ -296,15 +298,15 @@ class _Simulator:
         for node in graph:
             self._at(where(node), partial(self._step, node))
 
-    def _at(self, place: str, action: Callable[[], T]) -> T:
+    def _at(self, location: str, action: Callable[[], T]) -> T:
         try:
             with np.errstate(all="ignore"):
                 return action()
         except InputError as error:
-            raise InputError(replace(p, where=place) for p in error.problems) from None
+            raise InputError(replace(p, where=location) for p in error.problems) from None
 
-    def _cut(self, whole: Array, value: Value) -> Parts:
-        return {d: cut(whole, value.type, d, self.mesh) for d in self.mesh.coordinates()}
+    def _cut(self, array: Array, value: Value) -> Parts:
+        return {d: cut(array, value.type, d, self.mesh) for d in self.mesh.coordinates()}
 
     def _step(self, node: Node) -> Parts:
         if node.body is not None:
@@ -320,25 +322,25 @@ class _Simulator:
         return self.held[node.results[0]]
 
     def _locally(self, node: Node) -> Iterator[Parts]:
-        made = {
+        by_device = {
             d: run_local(node, [self.held[v][d] for v in node.operands], d, self.mesh)
             for d in self.mesh.coordinates()
         }
         for number in range(len(node.results)):
-            yield {d: results[number] for d, results in made.items()}
+            yield {d: results[number] for d, results in by_device.items()}
 
     def _repeated(self, node: Node, body: Graph) -> list[Parts]:
         """Run the body of a ``scan`` for each position, on all devices in step."""
         (axis, runs), attrs = repetitions(node.attrs), ScanOp.of_node(node)
         carries, end = attrs.carries, attrs.carries + attrs.stacked
-        given = [self.held[v] for v in node.operands]
-        carried, collected = given[:carries], []
+        operands = [self.held[v] for v in node.operands]
+        carried, collected = operands[:carries], []
         for at in range(runs):
-            now = [{d: picked(a, axis, at) for d, a in p.items()} for p in given[carries:end]]
+            now = [{d: picked(a, axis, at) for d, a in p.items()} for p in operands[carries:end]]
             inner = _Simulator(self.mesh, self.result)
-            made = inner.body(body, [*carried, *now, *given[end:]])
-            carried = made[:carries]
-            collected.append(made[carries:])
+            results = inner.body(body, [*carried, *now, *operands[end:]])
+            carried = results[:carries]
+            collected.append(results[carries:])
         stacks = zip(*collected, strict=True)
         return [
             *carried,
@@ -357,20 +359,20 @@ class _Simulator:
         """Assemble the extents of an ``assign_slots`` from those counted by the devices."""
         value = node.results[-1]
         held = self.held[value]
-        found = {d: p for d, a in held.items() if (p := a.assignment) is not None}
-        if len(found) < len(held):
+        assignments = {d: p for d, a in held.items() if (p := a.assignment) is not None}
+        if len(assignments) < len(held):
             return
         outermost = value.type[SlotsOp.of_node(node).tokens[0]]
-        by_part = {self.mesh.part(d, outermost.mesh): p for d, p in found.items()}
+        by_part = {self.mesh.part(d, outermost.mesh): p for d, p in assignments.items()}
         counted = [by_part[i].extents for i in sorted(by_part)]
         self.extents[value] = np.concatenate(counted)
 
     def _rows(self, type: TensorType, at: Coordinates) -> Data:
         """Return the slots in use of the device's shard of ragged rows, ``[group, expert]``."""
-        (place,) = {setter_of(e) for e in type.extents if e.kind == "ragged"}
-        whole = Array(self.extents[place], ("group", "expert"))
-        kept = tuple(a for a in type.axes if a.name in ("group", "expert"))
-        return cut(whole, type.with_axes(kept), at, self.mesh).to(("group", "expert"))
+        (slots,) = {setter_of(e) for e in type.extents if e.kind == "ragged"}
+        extents = Array(self.extents[slots], ("group", "expert"))
+        axes = tuple(a for a in type.axes if a.name in ("group", "expert"))
+        return cut(extents, type.with_axes(axes), at, self.mesh).to(("group", "expert"))
 
     def _finished(self, value: Value) -> Parts:
         """Return the shards of `value` with its type, and with nothing beyond ragged extents."""
@@ -382,8 +384,8 @@ class _Simulator:
 
     def _emptied(self, x: Array, type: TensorType, at: Coordinates, slot: str) -> Array:
         """Return `x` with as many slots as the global value, and nothing beyond the extents."""
-        (place,) = {setter_of(e) for e in type.extents if e.kind == "ragged"}
-        x = _with_slots(x, slot, int(self.extents[place].max(initial=0)))
+        (slots,) = {setter_of(e) for e in type.extents if e.kind == "ragged"}
+        x = _with_slots(x, slot, int(self.extents[slots].max(initial=0)))
         extents = self._rows(type, at)
         beyond = np.arange(x.size(slot)) >= extents[..., None]
         mask = Array(beyond, ("group", "expert", slot)).to(x.axes)
@@ -397,20 +399,20 @@ def _with_slots(x: Array, slot: str, size: int) -> Array:
     return replace(x, data=np.pad(x.data, widths))
 
 
-def cut(whole: Array, type: TensorType, at: Coordinates, mesh: Mesh) -> Array:
-    """Return the local shard of `whole`, a global value of `type`, on the device at `at`.
+def cut(array: Array, type: TensorType, at: Coordinates, mesh: Mesh) -> Array:
+    """Return the local shard of `array`, a global value of `type`, on the device at `at`.
 
     Raises:
       InputError: an axis does not divide.
     """
-    data = whole.data
-    for number, name in enumerate(whole.axes):
+    data = array.data
+    for number, name in enumerate(array.axes):
         axis = type[name]
         if axis.mesh:
             size = local_size(axis, data.shape[number], mesh)
             start = mesh.part(at, axis.mesh) * size
             data = data.take(range(start, start + size), number)
-    return replace(whole, data=data)
+    return replace(array, data=data)
 
 
 def assembled(type: TensorType, parts: Mapping[Coordinates, Array], mesh: Mesh) -> Array:
@@ -424,10 +426,10 @@ def assembled(type: TensorType, parts: Mapping[Coordinates, Array], mesh: Mesh) 
     at = {a.name: a.mesh for a in type.axes}
     places = {d: tuple(mesh.part(d, at[n]) for n in first.axes) for d in reduced}
     by_place: dict[tuple[int, ...], Array] = {}
-    for device, place in places.items():
-        other = by_place.setdefault(place, reduced[device])
+    for device, block in places.items():
+        copy = by_place.setdefault(block, reduced[device])
         same = np.array_equal(
-            other.data, reduced[device].data, equal_nan=other.data.dtype.kind == "f"
+            copy.data, reduced[device].data, equal_nan=copy.data.dtype.kind == "f"
         )
         assert same, f"devices hold different copies of a value of {type}"
     return replace(first, data=_joined(by_place, tuple(mesh.size(at[n]) for n in first.axes)))
@@ -442,9 +444,9 @@ def _summed(type: TensorType, parts: Mapping[Coordinates, Array], mesh: Mesh) ->
 
 def _joined(by_place: Mapping[tuple[int, ...], Array], counts: tuple[int, ...]) -> Data:
     """Return blocks concatenated along every axis, given their number along each."""
-    blocks = {place: a.data for place, a in by_place.items()}
+    blocks = {block: a.data for block, a in by_place.items()}
     for number in reversed(range(len(counts))):
-        heads = dict.fromkeys(place[:number] for place in blocks)
+        heads = dict.fromkeys(block[:number] for block in blocks)
         blocks = {
             h: np.concatenate([blocks[*h, i] for i in range(counts[number])], number) for h in heads
         }

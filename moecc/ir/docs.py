@@ -78,9 +78,9 @@ def _signature(entry: OpDef) -> str:
     """Return the operation's signature in the text format, with ``{…}`` if it has attributes."""
     results = ", ".join(f"%{name}" for name in entry.results)
     operands = [f"%{name}" for name in entry.operands] + ["…"] * entry.variadic
-    made = f"{results} = " if entry.results != OpDef.results else ""
+    prefix = f"{results} = " if entry.results != OpDef.results else ""
     attrs = " {…}" if entry.attrs else ""
-    return f"{made}{' '.join([entry.name, ', '.join(operands)]).strip()}{attrs}"
+    return f"{prefix}{' '.join([entry.name, ', '.join(operands)]).strip()}{attrs}"
 
 
 def _lines(entry: OpDef) -> list[str]:
@@ -89,8 +89,8 @@ def _lines(entry: OpDef) -> list[str]:
 
 def _note(entry: OpDef) -> str:
     """Return the lines of the entry's documentation after the first."""
-    rest = "\n".join(_lines(entry)[1:]).strip()
-    return f"**{entry.name}.** {rest}"
+    note = "\n".join(_lines(entry)[1:]).strip()
+    return f"**{entry.name}.** {note}"
 
 
 def _mixes(entry: OpDef) -> str:

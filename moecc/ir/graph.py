@@ -76,14 +76,14 @@ class Value:
         node, count = next(iter(self.users.items()))
         return node if count == 1 and node is not self.graph.terminator else None
 
-    def replace_by(self, other: Value) -> None:
-        """Replace all uses of this value, outputs included, by `other`."""
-        if other is self:
+    def replace_by(self, replacement: Value) -> None:
+        """Replace all uses of this value, outputs included, by `replacement`."""
+        if replacement is self:
             return
         for node in list(self.users):
             for i, operand in enumerate(node.operands):
                 if operand is self:
-                    node.set_operand(i, other)
+                    node.set_operand(i, replacement)
 
 
 def setter_of(extent: Extent) -> Value:
@@ -198,10 +198,10 @@ class Node:
         self.alive = False
         self.graph.node_count -= 1
 
-    def move_before(self, other: Node) -> None:
-        """Take this node out of the list and put it before `other`."""
+    def move_before(self, successor: Node) -> None:
+        """Take this node out of the list and put it before `successor`."""
         self._prev._next, self._next._prev = self._next, self._prev
-        _link(self, other)
+        _link(self, successor)
 
 
 def _drop_use(value: Value, node: Node) -> None:

@@ -33,8 +33,8 @@ class ReferenceProgram:
           InputError: an array is missing or does not match its type, or an index is out of range.
         """
         outputs = self.graph.outputs
-        kept = set(outputs.values())
-        values = {v: a.data for v, a in self.trace(params, inputs) if v in kept}
+        returned = set(outputs.values())
+        values = {v: a.data for v, a in self.trace(params, inputs) if v in returned}
         return {
             name: data if data.dtype == np.float64 else data.astype(value.type.dtype.numpy)
             for name, value in outputs.items()
@@ -47,15 +47,15 @@ class ReferenceProgram:
         Raises:
           InputError: as `run`.
         """
-        given = bind(self.graph, params, inputs)
-        state = _State({}, {}, {v: sum(v.users.values()) for v in given})
-        for value in given:
+        bound = bind(self.graph, params, inputs)
+        state = _State({}, {}, {v: sum(v.users.values()) for v in bound})
+        for value in bound:
             if value.is_output:
-                yield value, state.load(value, given)
+                yield value, state.load(value, bound)
         for node in self.graph:
             for operand in node.operands:
-                if operand in given and operand not in state.arrays:
-                    yield operand, state.load(operand, given)
+                if operand in bound and operand not in state.arrays:
+                    yield operand, state.load(operand, bound)
             yield from state.step(node)
 
 
@@ -67,10 +67,10 @@ class _State:
     assignments: dict[Value, SlotAssignment]
     left: dict[Value, int]
 
-    def load(self, value: Value, given: Mapping[Value, Data]) -> Array:
+    def load(self, value: Value, bound: Mapping[Value, Data]) -> Array:
         """Return the array of `value` in the interpreter's representation."""
         dtype = value.type.dtype
-        data = np.asarray(stored(given[value], dtype), order="C")
+        data = np.asarray(stored(bound[value], dtype), order="C")
         self.arrays[value] = Array(data, value.type.names, dtype)
         return self.arrays[value]
 
@@ -117,9 +117,9 @@ def run_body(body: Graph, arrays: Sequence[Array]) -> tuple[Array, ...]:
     Raises:
       InputError: a node is not defined for the data.
     """
-    given = dict(zip(body.inputs.values(), arrays, strict=True))
+    inputs = dict(zip(body.inputs.values(), arrays, strict=True))
     # Outputs are uses too, so results are never dropped before the end.
-    state = _State(given, {}, {v: sum(v.users.values()) for v in given})
+    state = _State(inputs, {}, {v: sum(v.users.values()) for v in inputs})
     for node in body:
         state.step(node)
     return tuple(state.arrays[v] for v in body.terminator.operands)
@@ -151,22 +151,22 @@ def bind(graph: Graph, params: Arrays, inputs: Arrays) -> dict[Value, Data]:
 def _misfits(
     value: Value, data: Data, here: str, sizes: dict[str, tuple[int, str]]
 ) -> Iterator[Problem]:
-    found = f"{data.dtype}[{', '.join(map(str, data.shape))}]"
+    actual = f"{data.dtype}[{', '.join(map(str, data.shape))}]"
     # Keys are stored as unsigned integers, which NumPy cannot distinguish from numbers.
     if _kind(data.dtype) != value.type.dtype.kind.replace("key", "int"):
-        yield Problem("the array has elements of another kind", here, str(value.type), found)
+        yield Problem("the array has elements of another kind", here, str(value.type), actual)
     if data.ndim != value.type.rank:
-        yield Problem("the array has another number of axes", here, str(value.type), found)
+        yield Problem("the array has another number of axes", here, str(value.type), actual)
         return
     for axis, size in zip(value.type.axes, data.shape, strict=True):
         if isinstance(axis.size, int) and axis.size != size:
-            what = f"the axis {axis.name!r} has another size"
-            yield Problem(what, here, str(value.type), found)
+            message = f"the axis {axis.name!r} has another size"
+            yield Problem(message, here, str(value.type), actual)
         if isinstance(axis.size, str):
-            known, first = sizes.setdefault(axis.size, (size, here))
-            if known != size:
-                what = f"the size {axis.size} is {known} in {first}"
-                yield Problem(what, here, str(value.type), found)
+            expected_size, first = sizes.setdefault(axis.size, (size, here))
+            if expected_size != size:
+                message = f"the size {axis.size} is {expected_size} in {first}"
+                yield Problem(message, here, str(value.type), actual)
 
 
 def _kind(dtype: np.dtype[Any]) -> str:

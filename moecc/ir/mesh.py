@@ -73,7 +73,7 @@ class Mesh:
         Raises:
           InputError: the mesh has no such axis.
         """
-        found, sizes = 1, self.sizes
+        product, sizes = 1, self.sizes
         for name in axes:
             if name not in sizes:
                 raise InputError(
@@ -81,8 +81,8 @@ class Mesh:
                     expected=str(self),
                     hint=nearest(name, sizes),
                 )
-            found *= sizes[name]
-        return found
+            product *= sizes[name]
+        return product
 
     def coordinates(self) -> Iterator[Coordinates]:
         """Yield the coordinates of every device, in the order of their numbers."""
@@ -92,21 +92,21 @@ class Mesh:
         """Return which of the parts that `axes` make is that of the device at `at`."""
         index = 0
         for name in axes:
-            place = self.names.index(name)
-            index = index * self.shape[place] + at[place]
+            position = self.names.index(name)
+            index = index * self.shape[position] + at[position]
         return index
 
     def peers(self, at: Coordinates, axes: Iterable[str]) -> list[Coordinates]:
         """Return the devices that differ from `at` along `axes` alone, in the order of parts."""
         axes = tuple(axes)
         places = [self.names.index(a) for a in axes]
-        found = []
+        peers = []
         for picked in product(*(range(self.shape[p]) for p in places)):
-            other = list(at)
+            peer = list(at)
             for p, i in zip(places, picked, strict=True):
-                other[p] = i
-            found.append(tuple(other))
-        return found
+                peer[p] = i
+            peers.append(tuple(peer))
+        return peers
 
 
 def parse_mesh(text: str) -> Mesh:

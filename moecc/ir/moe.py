@@ -199,12 +199,12 @@ def emit_rescaled(builder: Builder, gates: Value, slots: Value, choice: str = "c
     to the first.  A token without any slot gets zeros.
     """
     none = builder.constant(value=-1.0, dtype="i32")
-    kept = builder.mask(gates, builder.less(none, slots), fill=0.0)
-    whole, left = (builder.sum(g, axes=choice) for g in (gates, kept))
-    zero, one = (builder.constant(value=v, dtype=gates.type.dtype.name) for v in (0.0, 1.0))
+    kept_gates = builder.mask(gates, builder.less(none, slots), fill=0.0)
+    total, left = (builder.sum(g, axes=choice) for g in (gates, kept_gates))
+    zero, unit = (builder.constant(value=v, dtype=gates.type.dtype.name) for v in (0.0, 1.0))
     # Dividing by 1 where no gate is left keeps 0/0 out of the gradient, too.
-    divisor = builder.select(builder.less(zero, left), left, one)
-    return builder.mul(kept, builder.div(whole, divisor))
+    divisor = builder.select(builder.less(zero, left), left, unit)
+    return builder.mul(kept_gates, builder.div(total, divisor))
 
 
 def emit_prototypes(
@@ -235,8 +235,8 @@ def emit_prototypes(
     offset = builder.mul(builder.positions(cut, axis="choice"), step)
     chosen = builder.add(local, offset)
     axes = ("choice", "first")
-    whole: list[Value] = [builder.merge(v, axes=axes, into="choice") for v in (chosen, weights)]
-    return whole[0], whole[1]
+    merged: list[Value] = [builder.merge(v, axes=axes, into="choice") for v in (chosen, weights)]
+    return merged[0], merged[1]
 
 
 def emit_hash_routing(

@@ -230,17 +230,17 @@ class Means:
         """Return max(`x`, 1), for a count used as a divisor."""
         return self.builder.maximum(x, self.constant(1.0, x))
 
-    def _number(self, unit: str, own: Value) -> Value:
+    def _number(self, unit: str, count: Value) -> Value:
         """Return how many units a mean is over: those that the part has, or those of the batch."""
         if self.parts == 1:
-            return self.at_least_one(own)
+            return self.at_least_one(count)
         graph, groups, size = self.builder.graph, 0, 0
         mask = _mask_name(graph, self.routed.given["mask"])
         if unit == "group":
             attrs = SlotsOp.of_node(assigner(self.routed.slots))
             groups, size = attrs.groups, attrs.group_size
         total = Total(unit, mask, groups, size).input_of(graph)
-        return self.at_least_one(self.cast(total, own))
+        return self.at_least_one(self.cast(total, count))
 
     @cached_property
     def _filled(self) -> Value | None:
@@ -377,10 +377,10 @@ class MetricBuilder:
 
     def chosen(self) -> Value:
         """Return how many choices name each expert, padding excluded, ``[expert]``."""
-        made, given = self.means.named, self._routed.given
-        if "mask" in given:
-            made = self._builder.mask(made, given["mask"], fill=0.0)
-        return self._by_expert(made)
+        metric, operands = self.means.named, self._routed.given
+        if "mask" in operands:
+            metric = self._builder.mask(metric, operands["mask"], fill=0.0)
+        return self._by_expert(metric)
 
     def rows(self) -> Value:
         """Return how many rows with a slot each expert has, ``[expert]``."""
@@ -418,8 +418,8 @@ class MetricBuilder:
     def dead_experts(self, loads: Value) -> Value:
         """Return the number of experts without a row."""
         b = self._builder
-        zero, one = (self.means.constant(v, loads) for v in (0.0, 1.0))
-        idle = b.mask(b.broadcast(one, loads), b.equal(loads, zero), fill=0.0)
+        zero, unit = (self.means.constant(v, loads) for v in (0.0, 1.0))
+        idle = b.mask(b.broadcast(unit, loads), b.equal(loads, zero), fill=0.0)
         return b.sum(idle, axes="expert")
 
     def utilisation(self) -> Value:
@@ -479,11 +479,11 @@ class MetricBuilder:
 
     def _wanted(self) -> Value:
         """Return 1 for each choice that requests a slot, ``[*tokens, choice]``."""
-        made, given = self.means.named, self._routed.given
+        requested, operands = self.means.named, self._routed.given
         for word in ("keep", "mask"):
-            if word in given:
-                made = self._builder.mask(made, given[word], fill=0.0)
-        return made
+            if word in operands:
+                requested = self._builder.mask(requested, operands[word], fill=0.0)
+        return requested
 
     @cached_property
     def _placed(self) -> Value:

@@ -110,8 +110,8 @@ def propagate_sharding(
     """
     space = space_of(entry, operands, attrs)
     mesh = mesh_of(operands[0].graph) if space.counts else None
-    given = [Given(v.name, v.type) for v in operands]
-    return sharded_results(entry, space, given, types, mesh)
+    named = [Given(v.name, v.type) for v in operands]
+    return sharded_results(entry, space, named, types, mesh)
 
 
 class _Sharding(NamedTuple):
@@ -160,26 +160,26 @@ def _check_once(shardings: Mapping[str, _Sharding]) -> None:
     used: dict[str, _Sharding] = {}
     for where in shardings.values():
         for name in where.mesh:
-            other = used.setdefault(name, where)
-            if other is not where:
+            first = used.setdefault(name, where)
+            if first is not where:
                 raise InputError(
                     f"two axes are sharded over the mesh axis {name!r}",
                     expected="each mesh axis at most once",
-                    found=f"{other.axis} of %{other.value}, {where.axis} of %{where.value}",
+                    found=f"{first.axis} of %{first.value}, {where.axis} of %{where.value}",
                     hint="gather one of them",
                 )
 
 
 def _check_counts(mesh: Mesh, space: Space, shardings: Mapping[str, _Sharding]) -> None:
-    for dimension, (what, count) in space.counts.items():
+    for dimension, (noun, count) in space.counts.items():
         where = shardings.get(dimension, _WHOLE)
         parts = mesh.size(where.mesh)
         if count % parts:
             raise InputError(
-                f"{what} do not divide over the mesh as {where.axis!r} of %{where.value} does",
+                f"{noun} do not divide over the mesh as {where.axis!r} of %{where.value} does",
                 expected=f"a multiple of {parts}",
                 found=str(count),
-                hint=f"{what}={nearest_multiple(count, parts)} would, and counts capacities in "
+                hint=f"{noun}={nearest_multiple(count, parts)} would, and counts capacities in "
                 "smaller groups; or replicate the tokens",
             )
 
@@ -210,5 +210,5 @@ def _unreduced(
 def _sharded(
     type: TensorType, names: Names, shardings: Mapping[str, _Sharding], unreduced: tuple[str, ...]
 ) -> TensorType:
-    found = [shardings.get(names.get(name, ""), _WHOLE).mesh for name in type.names]
-    return type.sharded(tuple(found), unreduced)
+    mesh_axes = [shardings.get(names.get(name, ""), _WHOLE).mesh for name in type.names]
+    return type.sharded(tuple(mesh_axes), unreduced)

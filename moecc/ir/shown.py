@@ -46,12 +46,12 @@ class ShownGraph:
 
 def _rows(graph: _Graph) -> Iterator[tuple[str, str]]:
     """Yield what the table says: ends with their types, and which operations there are."""
-    found = Counter(node.op.name for node in graph.every_node())
+    counts = Counter(node.op.name for node in graph.every_node())
     yield "graph", graph.name
     yield from ((f"input {name}", str(value.type)) for name, value in graph.inputs.items())
     yield from ((f"output {name}", str(value.type)) for name, value in graph.outputs.items())
     yield "parameters", f"{len(graph.params):,}"
-    yield "nodes", f"{found.total():,}"
-    most = [f"{name} × {count}" for name, count in found.most_common(SHOWN_OPERATIONS)]
-    more = len(found) - len(most)
+    yield "nodes", f"{counts.total():,}"
+    most = [f"{name} × {count}" for name, count in counts.most_common(SHOWN_OPERATIONS)]
+    more = len(counts) - len(most)
     yield "operations", ", ".join([*most, *([f"and {more} more"] if more > 0 else [])])

@@ -39,7 +39,7 @@ def clone(graph: Graph) -> Graph:
         values[value] = copy.param(name, value.type, value.weight, loc=value.loc)
     for node in graph:
         names = [v.name for v in node.results]
-        made = copy.append(
+        node_copy = copy.append(
             node.op,
             [values[v] for v in node.operands],
             copied(node.attrs),
@@ -47,7 +47,7 @@ def clone(graph: Graph) -> Graph:
             loc=node.loc,
             origin=node.origin,
         )
-        values.update(zip(node.results, made.results, strict=True))
+        values.update(zip(node.results, node_copy.results, strict=True))
     for name, value in graph.outputs.items():
         copy.set_output(name, values[value])
     return copy
@@ -266,23 +266,23 @@ def without_opaque(graph: Graph) -> Graph:
     """
     if not any(node.op.opaque for node in graph):
         return graph
-    made = clone(graph)
-    opaque = [node for node in made if node.op.opaque]
+    copy = clone(graph)
+    opaque = [node for node in copy if node.op.opaque]
     inside = {value for node in opaque for value in node.results}
-    outputs = {n: v for n, v in made.outputs.items() if v not in inside}
-    taken = (v for node in opaque for v in node.operands)
-    outputs |= {v.name: v for v in taken if v.node is not None and v not in inside}
-    for name in list(made.outputs):
-        made.drop_output(name)
+    outputs = {n: v for n, v in copy.outputs.items() if v not in inside}
+    operands = (v for node in opaque for v in node.operands)
+    outputs |= {v.name: v for v in operands if v.node is not None and v not in inside}
+    for name in list(copy.outputs):
+        copy.drop_output(name)
     for node in reversed(opaque):
         names = [value.name for value in node.results]
         for value, name in zip(node.results, names, strict=True):
-            made.rename(value, made.fresh(name))
-        inputs = (made.input(n, v.type) for n, v in zip(names, node.results, strict=True))
+            copy.rename(value, copy.fresh(name))
+        inputs = (copy.input(n, v.type) for n, v in zip(names, node.results, strict=True))
         node.replace_by(*inputs)
     for name, value in outputs.items():
-        made.set_output(name, value)
-    return made
+        copy.set_output(name, value)
+    return copy
 
 
 # Values used as indices, and the bounds of their elements.
@@ -314,10 +314,10 @@ def index_bound(value: Value) -> int | None:
 
 def length_bounds(graph: Graph) -> dict[str, int]:
     """Return the longest sequences that learned positions allow, by the variable of the length."""
-    found: dict[str, int] = {}
+    bounds: dict[str, int] = {}
     for node in graph:
         if node.op.name == "positions" and (bound := index_bound(node.result)) is not None:
             for axis in node.result.type:
                 if isinstance(axis.size, str):
-                    found[axis.size] = min(bound, found.get(axis.size, bound))
-    return found
+                    bounds[axis.size] = min(bound, bounds.get(axis.size, bound))
+    return bounds

@@ -91,10 +91,10 @@ class Homogeneity:
         pairs = list(zip(values, degrees, strict=True))
         if any(d is None and not same(g, neutral) for g, d in pairs):
             return None
-        known = [(g, d) for g, d in pairs if d is not None]
-        if self.alike and not all(same(g, known[0][0]) for g, _ in known):
+        defined = [(g, d) for g, d in pairs if d is not None]
+        if self.alike and not all(same(g, defined[0][0]) for g, _ in defined):
             return None
-        return known
+        return defined
 
 
 def powers(*degrees: float | None) -> Homogeneity:

@@ -71,14 +71,14 @@ class _Unroller:
         carries, last = attrs.carries, attrs.carries + attrs.stacked
         carry, captured = list(node.operands[:carries]), node.operands[last:]
         slices = self.slices(node.operands[carries:last])
-        made: list[list[Value]] = []
+        collected: list[list[Value]] = []
         for at in range(runs):
             results = self.layer([*carry, *(s[at] for s in slices), *captured], at)
             carry = results[:carries]
-            made.append(results[carries:])
+            collected.append(results[carries:])
         for value, final in zip(node.results, carry, strict=False):
             value.replace_by(final)
-        for value, each in zip(node.results[carries:], zip(*made, strict=True), strict=True):
+        for value, each in zip(node.results[carries:], zip(*collected, strict=True), strict=True):
             self.give(value, list(each))
         stacks = dict.fromkeys(
             v.node for v in node.operands if stacked_parts(v, self.axis) is not None
@@ -102,7 +102,7 @@ class _Unroller:
         assert body is not None, "a scan has a body"
         values = dict(zip(body.inputs.values(), operands, strict=True))
         for inner in body:
-            made = self.graph.append(
+            copy = self.graph.append(
                 inner.op,
                 [values[v] for v in inner.operands],
                 inner.attrs,
@@ -111,7 +111,7 @@ class _Unroller:
                 origin=inner.origin,
                 before=self.node,
             )
-            values.update(zip(inner.results, made.results, strict=True))
+            values.update(zip(inner.results, copy.results, strict=True))
         return [values[v] for v in body.terminator.operands]
 
     def slices(self, stacked: list[Value]) -> list[list[Value]]:
@@ -145,7 +145,7 @@ class _Unroller:
     def take_apart(self, stacked: list[Value]) -> dict[Value, list[Value]]:
         """Replace each of `stacked` by one parameter per layer, in position, layer by layer."""
         graph, apart = self.graph, set(stacked)
-        made: dict[Value, list[Value]] = {}
+        layer_params: dict[Value, list[Value]] = {}
         order: list[Value] = []
         for together, group in groupby(list(graph.params.values()), apart.__contains__):
             values = list(group)
@@ -154,12 +154,12 @@ class _Unroller:
                 continue
             layers = [[self.part(v, at) for v in values] for at in range(self.runs)]
             order += [v for layer in layers for v in layer]
-            made |= {v: list(parts) for v, *parts in zip(values, *layers, strict=True)}
-        for value, parts in made.items():
+            layer_params |= {v: list(parts) for v, *parts in zip(values, *layers, strict=True)}
+        for value, parts in layer_params.items():
             self.node.set_operand(self.node.operands.index(value), parts[0])
             graph.erase_param(value.name)
         graph.order_params(order)
-        return made
+        return layer_params
 
     def part(self, value: Value, at: int) -> Value:
         """Create the parameter of one layer of a stacked one."""

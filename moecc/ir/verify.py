@@ -77,10 +77,10 @@ def _check_words(graph: Graph) -> Iterator[Problem]:
         yield from (Problem(f"%{v.name} is listed as %{n}") for n, v in wrong)
     named = [("graph", graph.name), *(("attribute", n) for n in graph.attrs)]
     named += [("output", n) for n in graph.output_names]
-    for what, name in named:
+    for kind, name in named:
         if not _WORD.match(name):
             yield Problem(
-                f"{name!r} is not a valid name of the {what}", hint="letters, digits, _./-"
+                f"{name!r} is not a valid name of the {kind}", hint="letters, digits, _./-"
             )
     for value in graph.params.values():
         if value.loc and not _LOC.match(value.loc):
@@ -131,16 +131,16 @@ def _check_body(node: Node, body: Graph) -> Iterator[Problem]:
         verify(body)
     except VerifyError as error:
         for p in error.problems:
-            place = f"{where(node)}: {p.where or 'its body'}"
-            yield Problem(p.what, place, p.expected, p.found, p.hint)
+            location = f"{where(node)}: {p.where or 'its body'}"
+            yield Problem(p.what, location, p.expected, p.found, p.hint)
     if body.attrs.get(MESH) != node.graph.attrs.get(MESH):
-        found, wanted = (str(g.attrs.get(MESH)) for g in (body, node.graph))
-        yield Problem("the body has another mesh than the graph", where(node), wanted, found)
+        body_mesh, wanted = (str(g.attrs.get(MESH)) for g in (body, node.graph))
+        yield Problem("the body has another mesh than the graph", where(node), wanted, body_mesh)
     _, runs = repetitions(node.attrs)
     for inner in body:
         if not lengths(inner.loc) <= {runs}:
-            what = f"the location {inner.loc!r} is not one per iteration"
-            yield Problem(what, where(node), f"ranges of {runs} numbers")
+            message = f"the location {inner.loc!r} is not one per iteration"
+            yield Problem(message, where(node), f"ranges of {runs} numbers")
 
 
 def _check_uses(node: Node, defined: set[Value], problems: list[Problem]) -> None:
@@ -168,9 +168,9 @@ def _check_value(
             yield Problem(f"%{value.name} lists a user that does not use it: {where(user)}")
     for extent in value.type.extents:
         if extent.value not in defined:
-            other = extent.value.name
+            setter = extent.value.name
             yield Problem(
-                f"the type of %{value.name} refers to %{other}, which is not in the graph"
+                f"the type of %{value.name} refers to %{setter}, which is not in the graph"
             )
     for problem in sharding_problems(value.type, mesh):
         yield replace(problem, where=f"%{value.name}")
@@ -188,14 +188,14 @@ def check_param(value: Value) -> list[Problem]:
     """Return the problems of a parameter's weight expression: other axes, or nothing."""
     if value.weight is None:
         return []
-    made = value.weight.type
-    if _layout(made) == _layout(value.type):
+    weight_type = value.weight.type
+    if _layout(weight_type) == _layout(value.type):
         return []
     return [
         Problem(
             "the weight expression has other axes than the parameter",
             f"param %{value.name}",
             str(value.type),
-            str(made),
+            str(weight_type),
         )
     ]

@@ -77,25 +77,25 @@ def _by_hash(g: Growth, x: Value, axis: Axis, expert: Axis) -> Choice:
     chosen, weights = emit_hash_routing(
         g.builder, ids, x, experts=_size(expert), top_k=top_k, seed=g.pick((0, 1, 5))
     )
-    given: dict[Using, Value] = {}
-    _give_mask(g, x, given)
-    return chosen, weights, _slots(g, x, expert, chosen, given)
+    further: dict[Using, Value] = {}
+    _give_mask(g, x, further)
+    return chosen, weights, _slots(g, x, expert, chosen, further)
 
 
 def _by_expert(g: Growth, x: Value, axis: Axis, expert: Axis) -> Choice:
     """Experts choose tokens."""
-    b, given = g.builder, dict[Using, Value]()
-    _give_mask(g, x, given)
+    b, further = g.builder, dict[Using, Value]()
+    _give_mask(g, x, further)
     scores = b.softmax(_logits(g, x, axis, expert), axis="expert")
     factor, least, groups = g.pick((1.0, 0.5, 2.0)), g.pick((1, 2)), _groups(g)
     return b.expert_choice(
         scores,
-        *given.values(),
+        *further.values(),
         tokens=_tokens(x),
         experts=_size(expert),
         capacity_factor=factor,
         minimum=least,
-        using=("mask",) if given else (),
+        using=("mask",) if further else (),
         groups=groups.get("groups", 1),
         group_size=groups.get("group_size", 0),
     )
@@ -106,7 +106,9 @@ def _logits(g: Growth, x: Value, axis: Axis, expert: Axis) -> Value:
     return g.builder.contract(x, router, over=axis.name, name="router")
 
 
-def _slots(g: Growth, x: Value, expert: Axis, chosen: Value, given: Mapping[Using, Value]) -> Value:
+def _slots(
+    g: Growth, x: Value, expert: Axis, chosen: Value, further: Mapping[Using, Value]
+) -> Value:
     assignment: SlotOptions = {}
     if g.chance(50):
         assignment = {
@@ -119,15 +121,15 @@ def _slots(g: Growth, x: Value, expert: Axis, chosen: Value, given: Mapping[Usin
         }
     assignment["order"] = g.pick(("choice", "token"))
     assignment.update(_groups(g))
-    tokens, using = _tokens(x), tuple(given)
+    tokens, using = _tokens(x), tuple(further)
     return g.builder.assign_slots(
-        chosen, *given.values(), tokens=tokens, experts=_size(expert), using=using, **assignment
+        chosen, *further.values(), tokens=tokens, experts=_size(expert), using=using, **assignment
     )
 
 
 def _given(g: Growth, logits: Value, gates: Value) -> dict[Using, Value]:
     """Return what the slots are given beside the experts: often nothing."""
-    made: dict[Using, Value] = {}
+    further: dict[Using, Value] = {}
     b = g.builder
     # A policy is about choices after the first.
     has_further = gates.type["choice"].size != 1
@@ -136,17 +138,19 @@ def _given(g: Growth, logits: Value, gates: Value) -> dict[Using, Value]:
         numbers = [b.random_uniform(g.input("key", TensorType(KEY)), gates)]
         if policy != "random":
             numbers = []
-        made["keep"] = b.keep_choices(gates, *numbers, policy=policy, threshold=g.pick((0.5, 0.2)))
+        further["keep"] = b.keep_choices(
+            gates, *numbers, policy=policy, threshold=g.pick((0.5, 0.2))
+        )
     if g.chance(25):
-        made["priority"] = emit_priority(b, logits)
-    _give_mask(g, logits, made)
-    return made
+        further["priority"] = emit_priority(b, logits)
+    _give_mask(g, logits, further)
+    return further
 
 
-def _give_mask(g: Growth, like: Value, given: dict[Using, Value]) -> None:
+def _give_mask(g: Growth, like: Value, further: dict[Using, Value]) -> None:
     """Give at times a mask of the tokens of `like`."""
     if g.chance(30):
-        given["mask"] = g.input("mask", TensorType(PRED, tuple(symbolic(like.type))))
+        further["mask"] = g.input("mask", TensorType(PRED, tuple(symbolic(like.type))))
 
 
 def _groups(g: Growth) -> SlotOptions:
@@ -255,12 +259,12 @@ def emit_attention(g: Growth, x: Value, axis: Axis) -> Value:
     """Append multi-head self-attention of `x`, ``[batch, seq, embed]``, along ``seq``."""
     dtype = x.type.dtype
     heads, width = g.pick((2, 1, 3)), g.pick((2, 4))
-    whole, head_dim = Axis("heads", heads * width), Axis("head_dim", width)
+    merged_axis, head_dim = Axis("heads", heads * width), Axis("head_dim", width)
     into = (("head", heads), ("head_dim", width))
     q, k, v = (
         g.emit(
             "split",
-            g.emit("contract", x, g.param(f"w_{n}", (whole, axis), dtype), over=axis.name),
+            g.emit("contract", x, g.param(f"w_{n}", (merged_axis, axis), dtype), over=axis.name),
             axis="heads",
             into=into,
         )
@@ -283,7 +287,7 @@ def emit_attention(g: Growth, x: Value, axis: Axis) -> Value:
     weights = g.emit("softmax", scores, axis="kv_seq")
     mixed = g.emit("contract", weights, v, over="kv_seq")
     merged = g.emit("merge", mixed, axes=("head", "head_dim"), into="heads")
-    return g.emit("contract", merged, g.param("w_o", (axis, whole), dtype), over="heads")
+    return g.emit("contract", merged, g.param("w_o", (axis, merged_axis), dtype), over="heads")
 
 
 BLOCKS: tuple[Step, ...] = (feed_forward, attention, experts)
@@ -376,8 +380,8 @@ class _Stack:
         if self.weight == "normal":
             return Normal(type, 0.5, sum(map(ord, name)))
         if self.weight == "tile":
-            first, *rest = type.axes
-            inner = Source(name, type.with_axes(rest))
+            first, *remaining = type.axes
+            inner = Source(name, type.with_axes(remaining))
             assert isinstance(first.size, int), "parameters have fixed sizes"
             return Tile(inner, first.name, first.size)
         return Source(name, type)
@@ -391,15 +395,15 @@ def stacks(draw: st.DrawFn) -> Graph:
     state = [graph.input("x", stream), graph.input("second", stream)]
     memory = graph.input("memory", tensor(F32, embed=EMBED))
     tied = graph.param("tied", tensor(F32, embed=EMBED))
-    made = _Stack(graph, state, draw(st.sampled_from(WEIGHTS)), memory, tied)
+    stack = _Stack(graph, state, draw(st.sampled_from(WEIGHTS)), memory, tied)
     for number, steps in enumerate(draw(_layers())):
-        made.layer(number, steps)
+        stack.layer(number, steps)
     b = Builder(graph, loc="end")
-    graph.set_output("y", made.state[0])
+    graph.set_output("y", stack.state[0])
     if draw(st.booleans()):
-        graph.set_output("second", made.state[1])
-    if len(made.losses) > 1:
-        graph.set_output("loss", b.sum(b.stack(*made.losses, axis="layer"), axes="layer"))
+        graph.set_output("second", stack.state[1])
+    if len(stack.losses) > 1:
+        graph.set_output("loss", b.sum(b.stack(*stack.losses, axis="layer"), axes="layer"))
     return graph
 
 

@@ -112,11 +112,11 @@ class Growth:
 
     def find(self, fits: Callable[[Value], bool]) -> Value | None:
         """Return an earlier value that fits, if there is one."""
-        found = [v for v in self.values if fits(v)]
-        if not found:
+        candidates = [v for v in self.values if fits(v)]
+        if not candidates:
             return None
         # Patterns are made of what follows one another.
-        return self.pick(found[-3:] if self.chance(50) else found)
+        return self.pick(candidates[-3:] if self.chance(50) else candidates)
 
     def find_float(self, fits: Callable[[TensorType], bool] = lambda _: True) -> Value | None:
         """Return an earlier floating-point value whose type fits, if there is one."""
@@ -194,7 +194,7 @@ _NUMBERS: dict[str, tuple[object, ...]] = {
 
 def named_axes(pattern: Pattern) -> list[str]:
     """Return the axes that a pattern names in its attributes."""
-    found: list[str] = []
+    names: list[str] = []
     left = [pattern]
     while left:
         item = left.pop()
@@ -205,8 +205,8 @@ def named_axes(pattern: Pattern) -> list[str]:
             for name, value in item.attrs:
                 kinds = {entry.attrs[name].kind for entry in item.ops if name in entry.attrs}
                 if kinds & {"axis", "axes"} and not isinstance(value, AttrPattern):
-                    found += value if isinstance(value, tuple) else [str(value)]
-    return list(dict.fromkeys(found))
+                    names += value if isinstance(value, tuple) else [str(value)]
+    return list(dict.fromkeys(names))
 
 
 def axis_called(g: Growth, name: str) -> Axis:
@@ -269,21 +269,21 @@ def _options(
     g: Growth, spec: Attr[Any], types: Sequence[TensorType], names: Sequence[str]
 ) -> Sequence[object]:
     anchor = types[0]
-    given = [spec.default] if isinstance(spec.default, int | float | str | tuple) else []
-    own = [*anchor.names, *names, g.new_axis("head", anchor).name]
+    defaults = [spec.default] if isinstance(spec.default, int | float | str | tuple) else []
+    axis_names = [*anchor.names, *names, g.new_axis("head", anchor).name]
     if spec.choices:
-        return [*given, *(spec.choices if spec.kind == "str" else [(c,) for c in spec.choices])]
+        return [*defaults, *(spec.choices if spec.kind == "str" else [(c,) for c in spec.choices])]
     if spec.kind == "axis":
-        return own
+        return axis_names
     if spec.kind == "axes":
         # What two operands share is what they are contracted over.
         shared = [(n,) for n in anchor.names if any(n in t for t in types[1:2])]
-        return [*((n,) for n in own), *shared * 3, tuple(anchor.names[-2:]), (), *given]
+        return [*((n,) for n in axis_names), *shared * 3, tuple(anchor.names[-2:]), (), *defaults]
     if spec.kind == "sizes":
         return [*_splits(g, anchor), *(p for t in types[1:] for p in _runs(t))]
     if spec.kind == "int":
-        return [*given, *_NUMBERS["int"], *(a.size for a in fixed(anchor))]
-    return [*given, *_NUMBERS.get(spec.kind, ())] or [None]
+        return [*defaults, *_NUMBERS["int"], *(a.size for a in fixed(anchor))]
+    return [*defaults, *_NUMBERS.get(spec.kind, ())] or [None]
 
 
 def _splits(g: Growth, anchor: TensorType) -> list[object]:
@@ -304,8 +304,8 @@ def _runs(type: TensorType) -> list[object]:
 def _constants(where: object, spec: Attr[Any]) -> list[object]:
     code = getattr(where, "__code__", None)
     types = {"int": int, "float": (int, float), "str": str, "axis": str}.get(spec.kind, tuple)
-    found = code.co_consts if isinstance(code, CodeType) else ()
-    return [v for v in found if isinstance(v, types) and not isinstance(v, bool)]  # type: ignore[arg-type]
+    constants = code.co_consts if isinstance(code, CodeType) else ()
+    return [v for v in constants if isinstance(v, types) and not isinstance(v, bool)]  # type: ignore[arg-type]
 
 
 def operands_of(pattern: OpPattern, entry: OpDef) -> list[Pattern | None]:

@@ -254,8 +254,8 @@ def check_rewrite(
         _fail(str(error), graph, after)
 
 
-def _fail(what: str, graph: Graph, after: Graph | None = None) -> NoReturn:
-    text = f"{what}\n\n{print_graph(graph)}"
+def _fail(message: str, graph: Graph, after: Graph | None = None) -> NoReturn:
+    text = f"{message}\n\n{print_graph(graph)}"
     raise AssertionError(text if after is None else f"{text}\nafter:\n\n{print_graph(after)}")
 
 
@@ -281,24 +281,29 @@ def run_in_steps(graph: Graph, params: Arrays, inputs: Arrays, parts: Iterable[i
         session.keep({name: np.zeros(shape)})
     if graphs.encode is not None:
         session.keep(session.run(graphs.encode, {n: inputs[n] for n in graphs.encode.inputs}))
-    known, found, at = np.full((texts, places), NOWHERE), [], 0
+    key_positions, logits, at = np.full((texts, places), NOWHERE), [], 0
     for count in parts:
         here = np.tile(np.arange(at, at + count), (texts, 1))
-        known[:, at : at + count] = here
-        given: dict[str, Array] = {graphs.tokens: tokens[:, at : at + count], "positions": here,
-                 "key_positions": known, "start": np.array(at)}  # fmt: skip
-        made = session.run(graphs.step, {n: a for n, a in given.items() if n in graphs.step.inputs})
-        found.append(made[LOGITS])
+        key_positions[:, at : at + count] = here
+        step_inputs: dict[str, Array] = {
+            graphs.tokens: tokens[:, at : at + count],
+            "positions": here,
+            "key_positions": key_positions,
+            "start": np.array(at),
+        }
+        present = {n: a for n, a in step_inputs.items() if n in graphs.step.inputs}
+        outputs = session.run(graphs.step, present)
+        logits.append(outputs[LOGITS])
         at += count
-    return np.concatenate(found, axis=1)
+    return np.concatenate(logits, axis=1)
 
 
 def step_error(graph: Graph, params: Arrays, inputs: Arrays, parts: Sequence[int]) -> float:
     """Return how far the logits of `graph` in steps are from those at once, of the largest."""
-    whole = get_backend("reference").compile(graph, dtype=F64).run(params, inputs)[LOGITS]
+    expected = get_backend("reference").compile(graph, dtype=F64).run(params, inputs)[LOGITS]
     stepped = run_in_steps(graph, params, inputs, parts)
-    scale = float(np.abs(whole).max()) or 1.0
-    return float(np.abs(stepped - whole).max()) / scale
+    scale = float(np.abs(expected).max()) or 1.0
+    return float(np.abs(stepped - expected).max()) / scale
 
 
 def check_decode(graph: Graph, params: Arrays, inputs: Arrays, parts: Sequence[int]) -> None:

@@ -79,13 +79,13 @@ def run_reference(
 def gaps(
     graph: Graph,
     data: tuple[Arrays, Arrays],
-    found: Mapping[str, Array],
+    actual: Mapping[str, Array],
     *,
     seed: int,
     exact: bool = False,
     tolerance: float = TOLERANCE,
 ) -> list[str]:
-    """Return a line for each output in which `found` is not what `graph` computes.
+    """Return a line for each output in which `actual` is not what `graph` computes.
 
     Where an output differs by more than the tolerance, `graph` runs again with small errors in
     the data and in every result: as far as they move the output, rounding may have.
@@ -93,7 +93,7 @@ def gaps(
     Args:
       graph: the graph that is right.
       data: its parameters and its inputs, by name.
-      found: the outputs to compare, by name.
+      actual: the outputs to compare, by name.
       seed: what the lines name.
       exact: whether the outputs must be equal bit for bit.
       tolerance: the difference allowed otherwise, times the magnitude of the output.
@@ -101,9 +101,9 @@ def gaps(
     params, inputs = data
     expected = run_reference(graph, params=params, inputs=inputs)
     if exact:
-        return list(unequal(expected, found, seed))
+        return list(unequal(expected, actual, seed))
     bounds: JsonDict = {n: tolerance * magnitude(a) for n, a in expected.items()}
-    if not any(beyond(expected, found, bounds, seed)):
+    if not any(beyond(expected, actual, bounds, seed)):
         return []
 
     noisy, key = with_errors(graph)
@@ -115,7 +115,7 @@ def gaps(
 
     moved = amplified(run, expected, EDGE)
     bounds = {n: bounds[n] + moved[n] for n in expected}
-    return list(beyond(expected, found, bounds, seed))
+    return list(beyond(expected, actual, bounds, seed))
 
 
 @dataclass(frozen=True)
@@ -139,10 +139,10 @@ class Trial:
     tolerance: float = TOLERANCE
 
     def gaps(
-        self, graph: Graph, data: tuple[Arrays, Arrays], found: Mapping[str, Array]
+        self, graph: Graph, data: tuple[Arrays, Arrays], actual: Mapping[str, Array]
     ) -> list[str]:
-        """Return `gaps` of `found` and the outputs of `graph`, as strictly as was promised."""
-        return gaps(graph, data, found, seed=self.seed, exact=self.exact, tolerance=self.tolerance)
+        """Return `gaps` of `actual` and the outputs of `graph`, as strictly as was promised."""
+        return gaps(graph, data, actual, seed=self.seed, exact=self.exact, tolerance=self.tolerance)
 
 
 def magnitude(data: Array) -> float:
@@ -215,10 +215,10 @@ def _off(b: Builder, value: Value, key: Value, relative: float) -> Value:
     low, high = 1 - relative, 1 + relative
     if value.type.unreduced or value.type.ragged is not None:
         # No numbers are drawn for parts of a sum, nor for rows whose number the data decide.
-        one = b.random_uniform(
+        factor = b.random_uniform(
             key, b.constant(value=1.0, dtype=value.type.dtype.name), low=low, high=high
         )
-        return b.mul(value, one)
+        return b.mul(value, factor)
     return b.mul(value, b.random_uniform(key, value, low=low, high=high))
 
 
@@ -236,29 +236,29 @@ def _nudged(data: Array, draw: int, name: str) -> Array:
     return np.asarray(data.astype(np.float64) * (1 + PERTURBATION * noise))
 
 
-def distance(expected: Array, found: Array) -> Array:
+def distance(expected: Array, actual: Array) -> Array:
     """Return how far the arrays are apart: 0 where undefined, ∞ where only one is infinite."""
-    a, b = expected.astype(np.float64), found.astype(np.float64)
+    a, b = expected.astype(np.float64), actual.astype(np.float64)
     with np.errstate(all="ignore"):
         apart = np.where(a == b, 0.0, np.abs(a - b))
     # What is not a number before may be anything after; the reverse is a difference.
     return np.where(np.isnan(a), 0.0, np.where(np.isnan(apart), np.inf, apart))
 
 
-def unequal(expected: Mapping[str, Array], found: Mapping[str, Array], seed: int) -> Iterator[str]:
+def unequal(expected: Mapping[str, Array], actual: Mapping[str, Array], seed: int) -> Iterator[str]:
     """Yield a line for each output that is not equal bit for bit."""
     for name, a in expected.items():
-        if not np.array_equal(a, found[name], equal_nan=a.dtype.kind == "f"):
-            yield from beyond({name: a}, found, {name: 0.0}, seed)
+        if not np.array_equal(a, actual[name], equal_nan=a.dtype.kind == "f"):
+            yield from beyond({name: a}, actual, {name: 0.0}, seed)
             yield f"output {name}: not equal bit for bit (seed {seed})"
 
 
 def beyond(
-    expected: Mapping[str, Array], found: Mapping[str, Array], allowed: Json, seed: int
+    expected: Mapping[str, Array], actual: Mapping[str, Array], allowed: Json, seed: int
 ) -> Iterator[str]:
     """Yield a line for each output that differs by more than `allowed`: the worst element."""
     for name, a in expected.items():
-        b = found[name]
+        b = actual[name]
         if a.shape != b.shape:
             yield f"output {name}: shape {a.shape} became {b.shape} (seed {seed})"
             continue
@@ -323,16 +323,16 @@ def moved_values(before: Graph, after: Graph) -> Iterator[str]:
         return
     if meshes[0] != meshes[1]:
         yield f"the mesh differs\n  expected: {meshes[0]}\n  found: {meshes[1]}"
-    for what, old, new in (
+    for kind, old, new in (
         ("input", before.inputs, after.inputs),
         ("output", before.outputs, after.outputs),
     ):
         for name, value in old.items():
-            expected, found = (_placement(v) for v in (value, new[name]))
-            if expected != found:
+            expected, actual = (_placement(v) for v in (value, new[name]))
+            if expected != actual:
                 yield (
-                    f"{what} {name} is sharded in another way\n"
-                    f"  expected: {expected}\n  found: {found}"
+                    f"{kind} {name} is sharded in another way\n"
+                    f"  expected: {expected}\n  found: {actual}"
                 )
 
 
@@ -348,15 +348,15 @@ def device_gaps(trial: Trial) -> list[str]:
     if mesh is None or mesh.devices > MAX_DEVICES or _is_open(trial.after):
         return []
     inputs = inputs_for(trial.before, trial.seed, trial.sizes)
-    given = params_for(trial.before, trial.seed, trial.sizes), inputs
+    data = params_for(trial.before, trial.seed, trial.sizes), inputs
     params = params_for(trial.after, trial.seed, trial.sizes)
     backend = get_backend("reference")
     assert isinstance(backend, MeshBackend)
     try:
-        found = backend.run_on_mesh(trial.after, params, inputs)
+        actual = backend.run_on_mesh(trial.after, params, inputs)
     except (InputError, AssertionError) as error:
         return [f"{_PREFIX}{error} (seed {trial.seed})"]
-    lines = gaps(trial.before, given, found, seed=trial.seed, tolerance=trial.tolerance)
+    lines = gaps(trial.before, data, actual, seed=trial.seed, tolerance=trial.tolerance)
     return [_PREFIX + line for line in lines]
 
 
@@ -394,8 +394,8 @@ def gradient_gaps(trial: Trial) -> list[str]:
         return []
     in_slots = any(n.result.type.extents for s in stops for n in s)
     run = _run_beside_moved if in_slots else _held_run
-    held, found = (run(g, trial) for g in graphs)
-    lines = gaps(held[0], held[1], found[2], seed=trial.seed, tolerance=trial.tolerance)
+    held, moved = (run(g, trial) for g in graphs)
+    lines = gaps(held[0], held[1], moved[2], seed=trial.seed, tolerance=trial.tolerance)
     return [_GradientsPREFIX + line for line in lines]
 
 
@@ -410,9 +410,9 @@ _HeldRun = tuple[Graph, tuple[Arrays, Arrays], dict[str, Array]]
 def _held_run(graph: Graph, trial: Trial) -> _HeldRun:
     """Run `graph` a step away from the data, its stopped values held at what they are there."""
     graph = clone(graph)
-    kept = {graph.fresh(f"held_{at}_{n.result.name}"): n for at, n in enumerate(_stops(graph))}
-    constants = _values_of(graph, kept, trial)
-    for name, node in kept.items():
+    held = {graph.fresh(f"held_{at}_{n.result.name}"): n for at, n in enumerate(_stops(graph))}
+    constants = _values_of(graph, held, trial)
+    for name, node in held.items():
         node.replace_by(graph.input(name, node.result.type))
     # Drawn for one graph: what indexes something in it must not be drawn anew where that is gone.
     inputs = inputs_for(trial.before, trial.seed, trial.sizes, STEP) | constants
@@ -420,15 +420,15 @@ def _held_run(graph: Graph, trial: Trial) -> _HeldRun:
     return graph, (params, inputs), run_reference(graph, params=params, inputs=inputs)
 
 
-def _values_of(graph: Graph, kept: dict[str, Node], trial: Trial) -> dict[str, Array]:
-    """Return, by name, what the nodes `kept` result in where the data are."""
+def _values_of(graph: Graph, held: dict[str, Node], trial: Trial) -> dict[str, Array]:
+    """Return, by name, what the nodes `held` result in where the data are."""
     shown = clone(graph)
-    for name, node in kept.items():
+    for name, node in held.items():
         shown.set_output(name, shown.value(node.result.name))
     inputs = inputs_for(trial.before, trial.seed, trial.sizes)
     params = params_for(graph, trial.seed, trial.sizes)
     outputs = run_reference(shown, params=params, inputs=inputs)
-    return {name: outputs[name] for name in kept}
+    return {name: outputs[name] for name in held}
 
 
 _MOVED = "moved"
@@ -497,14 +497,14 @@ def weight_gaps(trial: Trial) -> list[str]:
         return []
     inputs = inputs_for(trial.before, trial.seed, trial.sizes)
     params = [_stored(g, trial) for g in (trial.before, trial.after)]
-    expected, found = (
+    expected, actual = (
         run_reference(g, params=p, inputs=inputs)
         for g, p in zip((trial.before, trial.after), params, strict=True)
     )
     if trial.exact:
-        return [_PrecisionPREFIX + line for line in unequal(expected, found, trial.seed)]
+        return [_PrecisionPREFIX + line for line in unequal(expected, actual, trial.seed)]
     allowed: JsonDict = {n: trial.tolerance * magnitude(a) for n, a in expected.items()}
-    if not any(beyond(expected, found, allowed, trial.seed)):
+    if not any(beyond(expected, actual, allowed, trial.seed)):
         return []
 
     def run(draw: int) -> Mapping[str, Array]:
@@ -514,7 +514,7 @@ def weight_gaps(trial: Trial) -> list[str]:
     moved = amplified(run, expected, SINGLE_EDGE)
     # A sum of three draws, as it were: weights are few, and three may all round one way.
     bounds = {n: allowed[n] + 3 * moved[n] for n in expected}
-    return [_PrecisionPREFIX + line for line in beyond(expected, found, bounds, trial.seed)]
+    return [_PrecisionPREFIX + line for line in beyond(expected, actual, bounds, trial.seed)]
 
 
 def _expressions(graph: Graph) -> set[object]:
@@ -523,12 +523,12 @@ def _expressions(graph: Graph) -> set[object]:
 
 
 def _stored(graph: Graph, trial: Trial) -> dict[str, Array]:
-    made = {
+    stored = {
         n: stored_weight(v.weight, trial.seed)
         for n, v in graph.params.items()
         if v.weight is not None
     }
-    return params_for(graph, trial.seed, trial.sizes) | made
+    return params_for(graph, trial.seed, trial.sizes) | stored
 
 
 def _rounded(data: Array, draw: int, name: str) -> Array:
@@ -558,9 +558,9 @@ def assert_same(
     Raises:
       AssertionError: with each output that differs, where and how far.
     """
-    found = [d for s in seeds for d in differences(before, after, s, exact, tolerance)]
-    if found:
-        raise AssertionError("the graphs do not compute the same\n" + "\n".join(found))
+    lines = [d for s in seeds for d in differences(before, after, s, exact, tolerance)]
+    if lines:
+        raise AssertionError("the graphs do not compute the same\n" + "\n".join(lines))
 
 
 def differences(
@@ -590,27 +590,27 @@ def differences(
         return changed
     sizes = _common_sizes(before, after, seed) if sizes is None else sizes
     for law in (_value_gaps, gradient_gaps, weight_gaps, device_gaps):
-        found = law(Trial(before, after, seed, sizes, exact, tolerance))
-        if found:
-            return found
+        lines = law(Trial(before, after, seed, sizes, exact, tolerance))
+        if lines:
+            return lines
     return []
 
 
 def _value_gaps(trial: Trial) -> list[str]:
     inputs = inputs_for(trial.before, trial.seed, trial.sizes)
     params = [params_for(g, trial.seed, trial.sizes) for g in (trial.before, trial.after)]
-    found = run_reference(trial.after, params=params[1], inputs=inputs)
-    return trial.gaps(trial.before, (params[0], inputs), found)
+    actual = run_reference(trial.after, params=params[1], inputs=inputs)
+    return trial.gaps(trial.before, (params[0], inputs), actual)
 
 
 def _signature_changes(before: Graph, after: Graph) -> Iterator[str]:
-    for what, old, new in (
+    for kind, old, new in (
         ("inputs", before.inputs, after.inputs),
         ("outputs", before.outputs, after.outputs),
     ):
-        expected, found = (", ".join(map(_signature, vs.items())) for vs in (old, new))
-        if expected != found:
-            yield f"the {what} differ\n  expected: {expected}\n  found: {found}"
+        expected, actual = (", ".join(map(_signature, vs.items())) for vs in (old, new))
+        if expected != actual:
+            yield f"the {kind} differ\n  expected: {expected}\n  found: {actual}"
     yield from moved_values(before, after)
 
 

@@ -75,12 +75,12 @@ class Mark:
 
     def since(self) -> list[Node]:
         """Return the nodes that were appended since then, in order."""
-        found = []
+        nodes = []
         for node in self.g.graph.walk_back():
             if node is self.last:
                 break
-            found.append(node)
-        return found[::-1]
+            nodes.append(node)
+        return nodes[::-1]
 
     def without_waste(self, root: Value) -> list[Node]:
         """Return the nodes that were appended since then, and erase guesses that led nowhere."""
@@ -147,16 +147,16 @@ class PatternMaker:
 
     def leaf(self, pattern: LeafPattern, near: Value | None, goal: TensorType | None) -> Value:
         """Return what a leaf of the pattern may be: what its name stands for, near, or new."""
-        known = self.bound.get(pattern.name or "")
-        if isinstance(known, Value):
-            return known
+        bound = self.bound.get(pattern.name or "")
+        if isinstance(bound, Value):
+            return bound
         type = goal or stream_type(self.g, self.names)
         fits = near is not None and near.type == (goal or near.type) and _accepts(pattern, near)
         if near is not None and fits and self.g.chance(75):
             return self._bind(pattern.name, near)
-        found = find_type(self.g, type)
-        if found is not None and self.g.chance(50) and _accepts(pattern, found):
-            return self._bind(pattern.name, found)
+        candidate = find_type(self.g, type)
+        if candidate is not None and self.g.chance(50) and _accepts(pattern, candidate):
+            return self._bind(pattern.name, candidate)
         return self._bind(pattern.name, self._new(pattern, type))
 
     def _new(self, pattern: LeafPattern, type: TensorType) -> Value:
@@ -169,9 +169,9 @@ class PatternMaker:
         g = self.g
         for _ in range(4):
             hint = pattern.name if is_name(pattern.name) else "w"
-            made = self._param(str(hint), type) if is_param else g.input("t", type)
-            if _accepts(pattern, made):
-                return made
+            value = self._param(str(hint), type) if is_param else g.input("t", type)
+            if _accepts(pattern, value):
+                return value
         raise Misfit
 
     def _param(self, hint: str, type: TensorType) -> Value:
@@ -206,26 +206,26 @@ class PatternMaker:
         self, pattern: OpPattern, entry: OpDef, near: Value | None, goal: TensorType | None
     ) -> Value:
         wanted = operands_of(pattern, entry)
-        made: dict[int, Value] = {}
+        results: dict[int, Value] = {}
         for at, item in enumerate(wanted):
             if isinstance(item, OpPattern | OneOf):
-                beside = next(iter(made.values()), None)
-                made[at] = self.build(item, near, beside.type if beside else None)
+                beside = next(iter(results.values()), None)
+                results[at] = self.build(item, near, beside.type if beside else None)
         for number in range(GUESSES):
             before = dict(self.bound)
             # Of the last guesses, any type will do.
             aim = goal if number < GUESSES // 2 else None
             try:
-                return self._try(pattern, entry, self._open(wanted, made, near), aim)
+                return self._try(pattern, entry, self._open(wanted, results, near), aim)
             except (Misfit, InputError):
                 self.bound = before
         raise Misfit
 
     def _open(
-        self, wanted: Sequence[Pattern | None], made: dict[int, Value], near: Value | None
+        self, wanted: Sequence[Pattern | None], results: dict[int, Value], near: Value | None
     ) -> list[Value]:
         """Return operands: those made, and guesses for the others."""
-        operands = dict(made)
+        operands = dict(results)
         for at, item in enumerate(wanted):
             if at in operands:
                 continue
@@ -248,8 +248,8 @@ class PatternMaker:
         }
         if pattern.commutative and self.g.chance(40):
             operands = operands[::-1]
-        made = self.g.builder.node(entry.name, *operands, names=(), **attrs)
-        return self._checked(pattern, made, goal)
+        node = self.g.builder.node(entry.name, *operands, names=(), **attrs)
+        return self._checked(pattern, node, goal)
 
     def _attribute(self, spec: Attr[Any], wanted: object, types: Sequence[TensorType]) -> object:
         if wanted is not None and not isinstance(wanted, AttrPattern):
@@ -351,14 +351,14 @@ def _new_growth(seed: int) -> Growth:
 @cache
 def steps_by_operation() -> dict[str, tuple[Step, ...]]:
     """Return, for each operation, the steps that now and then append it."""
-    found: dict[str, list[Step]] = {}
+    by_name: dict[str, list[Step]] = {}
     for step in (*SIMPLE, *BLOCKS):
         grown = [_new_growth(seed) for seed in range(16)]
         for g in grown * 2:
             step(g)
         for name in {n.op.name for g in grown for n in g.graph}:
-            found.setdefault(name, []).append(step)
-    return {name: tuple(steps) for name, steps in found.items()}
+            by_name.setdefault(name, []).append(step)
+    return {name: tuple(steps) for name, steps in by_name.items()}
 
 
 Example = Rule | Pattern | Graph
@@ -388,8 +388,8 @@ def plant(g: Growth, example: Example) -> bool:
             mark.restore()
             continue
         if _matches(rule, pattern, root):
-            made = mark.without_waste(root)
-            _expose(g, [v for n in made for v in n.results if v is not root] + [root])
+            planted = mark.without_waste(root)
+            _expose(g, [v for n in planted for v in n.results if v is not root] + [root])
             return True
         mark.restore()
     return False
@@ -397,13 +397,13 @@ def plant(g: Growth, example: Example) -> bool:
 
 def _matches(rule: Rule | None, pattern: Pattern, root: Value) -> bool:
     assert root.node is not None
-    found = [m for p in roots(pattern) if (m := match(p, root.node)) is not None]
-    return bool(found) and (rule.check if rule else accept)(found[0]) is None
+    matches = [m for p in roots(pattern) if (m := match(p, root.node)) is not None]
+    return bool(matches) and (rule.check if rule else accept)(matches[0]) is None
 
 
-def _expose(g: Growth, made: Sequence[Value]) -> None:
-    """Let later steps use the last of `made`, and at times what is inside; return the last."""
-    *inner, root = made
+def _expose(g: Growth, values: Sequence[Value]) -> None:
+    """Let later steps use the last of `values`, and at times what is inside; return the last."""
+    *inner, root = values
     for value in inner:
         if g.chance(15):
             g.taps.append(value)
@@ -418,12 +418,12 @@ def _copied(g: Growth, example: Graph) -> Iterator[Value]:
     """Append a copy of `example`, on values that are there or new, and yield its results."""
     values: dict[Value, Value] = {}
     for value in example.inputs.values():
-        found = find_type(g, value.type)
-        values[value] = found if found and g.chance(50) else g.input(value.name, value.type)
+        candidate = find_type(g, value.type)
+        values[value] = candidate if candidate and g.chance(50) else g.input(value.name, value.type)
     for value in example.params.values():
         name = g.graph.fresh(value.name)
         values[value] = g.graph.param(name, value.type, value.weight, loc=value.loc)
     for node in example:
-        made = g.builder.clone(node, *(values[v] for v in node.operands))
-        values.update(zip(node.results, made.results, strict=True))
-        yield from made.results
+        copy = g.builder.clone(node, *(values[v] for v in node.operands))
+        values.update(zip(node.results, copy.results, strict=True))
+        yield from copy.results

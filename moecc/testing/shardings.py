@@ -104,9 +104,9 @@ class _Sharder:
                 operands[at] = self._moved(builder, operands[at])
         if self.whole_slots and is_slots(node.results[-1]):
             operands = [_gathered(builder, v) for v in operands]
-        made = self._first_that_fits(builder, node, operands, free)
-        self.kept.add(made)
-        for old, new in zip(node.results, made.results, strict=True):
+        copy = self._first_that_fits(builder, node, operands, free)
+        self.kept.add(copy)
+        for old, new in zip(node.results, copy.results, strict=True):
             self.values[old] = self._summed(builder, new)
 
     def _first_that_fits(
@@ -123,14 +123,14 @@ class _Sharder:
 
     def _again(self, node: Node, operands: list[Value]) -> Node:
         names = [v.name for v in node.results]
-        made = self.copy.append(
+        copy = self.copy.append(
             node.op, operands, copied(node.attrs), names=names, loc=node.loc, origin=node.origin
         )
-        problems = [p for v in made.results for p in sharding_problems(v.type, self.mesh)]
+        problems = [p for v in copy.results for p in sharding_problems(v.type, self.mesh)]
         if problems:
-            made.erase()
+            copy.erase()
             raise InputError(problems)
-        return made
+        return copy
 
     def _moved(self, builder: Builder, value: Value) -> Value:
         """Return `value`, brought elsewhere by one collective if one can."""
@@ -153,11 +153,11 @@ class _Sharder:
             if axis.mesh:
                 last = axis.mesh[-1:]
                 yield "all_gather", {"axis": axis.name, "mesh": last}
-                for other in type.axes:
-                    if isinstance(other.size, int) and self._divides(other, last):
+                for target in type.axes:
+                    if isinstance(target.size, int) and self._divides(target, last):
                         attrs: dict[str, object] = {
                             "mesh": last,
-                            "split": other.name,
+                            "split": target.name,
                             "gather": axis.name,
                         }
                         yield "all_to_all", attrs
@@ -194,7 +194,7 @@ def _beside(builder: Builder, value: Value, first: Value) -> Value:
     return value
 
 
-def _erase_unused(graph: Graph, kept: Collection[Node]) -> None:
+def _erase_unused(graph: Graph, roots: Collection[Node]) -> None:
     for node in graph.walk_back():
-        if node.is_dead and node not in kept:
+        if node.is_dead and node not in roots:
             node.erase()

@@ -78,8 +78,8 @@ def guarded(g: Growth) -> None:
     if GUARDED[name] is Domain.MODERATE:
         g.emit(name, g.emit("tanh", x))
         return
-    one = g.constant(1.0, x.type.dtype)
-    positive = g.emit("add", g.emit("square", x), one)
+    unit = g.constant(1.0, x.type.dtype)
+    positive = g.emit("add", g.emit("square", x), unit)
     if len(OPS[name].operands) == 2:
         y = g.find_within(x.type) or x
         g.emit(name, y, positive)
@@ -95,8 +95,8 @@ def contract(g: Growth) -> None:
     over = [g.pick(mixable_fixed(x.type))]
     if g.chance(15):
         over = list(dict.fromkeys([*over, g.pick(mixable_fixed(x.type))]))
-    rest = [a for a in fixed(x.type) if a not in over]
-    shared = [a for a in rest if g.chance(90 if a.name == "expert" else 15)]
+    free = [a for a in fixed(x.type) if a not in over]
+    shared = [a for a in free if g.chance(90 if a.name == "expert" else 15)]
     new = [] if g.chance(10) else [g.new_axis(g.pick(("mlp", "embed", "vocab")), x.type)]
     axes = [*shared, *new, *over] if g.chance(70) else [*over, *shared, *new]
     w = g.param("w", axes, x.type.dtype)
@@ -130,9 +130,9 @@ def windows(g: Growth) -> None:
     along = g.pick(mixable_fixed(x.type))
     others = [a for a in mixable_fixed(x.type) if a != along]
     over = [g.pick(others)] if others and g.chance(70) else []
-    tap, made = g.new_axis("tap", x.type), g.new_axis("mlp", x.type)
+    tap, output = g.new_axis("tap", x.type), g.new_axis("mlp", x.type)
     taps = 1 + g.choices.below(int(str(along.size)))
-    w = g.param("w", [made, *over, Axis(tap.name, taps)], x.type.dtype)
+    w = g.param("w", [output, *over, Axis(tap.name, taps)], x.type.dtype)
     g.emit(
         "convolve",
         x,
@@ -214,10 +214,10 @@ def split(g: Growth) -> None:
     if x is None:
         return
     axis = g.pick(mixable_fixed(x.type))
-    whole = int(str(axis.size))
-    outer = g.pick([d for d in range(1, whole + 1) if whole % d == 0])
+    size = int(str(axis.size))
+    outer = g.pick([d for d in range(1, size + 1) if size % d == 0])
     names = g.new_axis("head", x.type).name, g.new_axis("head_dim", x.type).name
-    g.emit("split", x, axis=axis.name, into=((names[0], outer), (names[1], whole // outer)))
+    g.emit("split", x, axis=axis.name, into=((names[0], outer), (names[1], size // outer)))
 
 
 def merge(g: Growth) -> None:
@@ -279,8 +279,8 @@ def count(g: Growth) -> None:
         return
     at = g.emit("positions", x, axis=g.pick(mixable(x.type)).name)
     if g.chance(40):
-        one = g.constant(g.pick((1.0, 3.0)), I32)
-        at = g.emit(g.pick(BINARY), at, one)
+        number = g.constant(g.pick((1.0, 3.0)), I32)
+        at = g.emit(g.pick(BINARY), at, number)
     if g.chance(50):
         g.emit("cast", at, dtype=g.dtype.name)
 
@@ -342,8 +342,8 @@ def numbers(g: Growth) -> None:
     x = g.find_float(lambda t: not t.ragged)
     if x is None:
         return
-    made = drawn(g, x)
-    g.emit(g.pick(("add", "mul")), x, made)
+    noise = drawn(g, x)
+    g.emit(g.pick(("add", "mul")), x, noise)
 
 
 def drawn(g: Growth, like: Value) -> Value:
@@ -355,8 +355,8 @@ def drawn(g: Growth, like: Value) -> Value:
 
 def key(g: Growth) -> Value:
     """Return a key: one that is there, a new input, or one folded from either."""
-    found = g.find(lambda v: v.type == TensorType(KEY)) if g.chance(50) else None
-    source = found or g.input("key", TensorType(KEY))
+    existing = g.find(lambda v: v.type == TensorType(KEY)) if g.chance(50) else None
+    source = existing or g.input("key", TensorType(KEY))
     return g.emit("fold_key", source, by=g.pick((0, 1, 7))) if g.chance(50) else source
 
 

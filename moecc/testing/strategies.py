@@ -74,8 +74,8 @@ def _return_sinks(growth: Growth) -> None:
     sinks = sinks or [growth.values[-1]]
     count = 1 + growth.choices.below(min(3, len(sinks)))
     first = growth.choices.below(len(sinks))
-    kept: list[Value] = [*(sinks[(first + i) % len(sinks)] for i in range(count)), *growth.taps]
-    for number, value in enumerate(dict.fromkeys(kept)):
+    returned: list[Value] = [*(sinks[(first + i) % len(sinks)] for i in range(count)), *growth.taps]
+    for number, value in enumerate(dict.fromkeys(returned)):
         graph.set_output(f"y{number}", value)
 
 
@@ -119,9 +119,9 @@ def _cut(graph: Graph, node: Node) -> None:
         return
     for name in [n for n, v in graph.outputs.items() if v in node.results]:
         graph.drop_output(name)
-    for value, other in stand_ins.items():
+    for value, stand_in in stand_ins.items():
         name = graph.fresh(f"{value.name}_in")
-        value.replace_by(other if isinstance(other, Value) else graph.input(name, value.type))
+        value.replace_by(stand_in if isinstance(stand_in, Value) else graph.input(name, value.type))
     node.erase()
     for operand in operands:
         if not operand.users and operand.node is not None:
@@ -215,9 +215,9 @@ def _grown(options: _Options, seed: int) -> Graph:
 def _graphs(draw: st.DrawFn, options: _Options, mesh: Mesh | None) -> Graph:
     seed = draw(_SEEDS)
     graph = clone(_grown(options, seed))
-    kept = draw(_KEPT)
-    if 0 in kept:
-        keep_only(graph, lambda position: kept[position % len(kept)] > 0)
+    share = draw(_KEPT)
+    if 0 in share:
+        keep_only(graph, lambda position: share[position % len(share)] > 0)
     if mesh is not None:
         graph = random_sharding(graph, Decisions(seed), mesh)
     note(print_graph(graph))

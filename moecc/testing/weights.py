@@ -41,8 +41,8 @@ def grow_weight(choices: Choices, type: TensorType) -> Expr:
         return Tile(part, axis.name, int(str(axis.size)), type.names.index(axis.name))
     if kind == "stack" and type.axes:
         axis = type.axes[0]
-        rest = type.without(axis.name)
-        return Stack(tuple(_source(choices, rest) for _ in range(int(str(axis.size)))), axis.name)
+        inner = type.without(axis.name)
+        return Stack(tuple(_source(choices, inner) for _ in range(int(str(axis.size)))), axis.name)
     if kind == "permute":
         return Permute(_source(choices, type.with_axes(type.axes[::-1])), type.names)
     if kind == "scale":
@@ -78,8 +78,8 @@ def stored_weight(weight: Expr, seed: int) -> Array:
     Every cast and every product rounds as the types of the expression say; what comes out is in
     float64 again, as far as it is a float.
     """
-    made = evaluate(weight, _Stored((weight,), seed))
-    return made.astype(np.float64) if weight.type.dtype.is_float else made
+    stored = evaluate(weight, _Stored((weight,), seed))
+    return stored.astype(np.float64) if weight.type.dtype.is_float else stored
 
 
 def _in_float64(expr: Expr) -> Expr:
@@ -104,12 +104,12 @@ class _Sources:
         type = self.types[name]
         rng = generator(self.seed, "source", name)
         if not type.dtype.is_float:
-            whole = rng.integers(0, 2, type.shape).astype(type.dtype.numpy)
+            data = rng.integers(0, 2, type.shape).astype(type.dtype.numpy)
         else:
             # As stored: a checkpoint holds what its element type can say.
-            whole = rng.standard_normal(type.shape).astype(type.dtype.numpy).astype(np.float64)
-            whole = moved(whole, self.step, self.seed, "source", name)
-        return whole[start:stop] if type.axes else whole
+            data = rng.standard_normal(type.shape).astype(type.dtype.numpy).astype(np.float64)
+            data = moved(data, self.step, self.seed, "source", name)
+        return data[start:stop] if type.axes else data
 
 
 def stored_sources(weights: Iterable[Expr], seed: int) -> TensorReader:
@@ -199,11 +199,11 @@ def _arithmetic(e: Expr, x: list[Array]) -> Array:
 
 def _spread(v: Array, small: TensorType, large: TensorType) -> Array:
     """Broadcast by looking up each element by the names of its axes."""
-    made = np.empty(large.shape, v.dtype)
-    for place in np.ndindex(large.shape):
-        by_name = dict(zip(large.names, place, strict=True))
-        made[place] = v[tuple(by_name[name] for name in small.names)]
-    return made
+    spread = np.empty(large.shape, v.dtype)
+    for position in np.ndindex(large.shape):
+        by_name = dict(zip(large.names, position, strict=True))
+        spread[position] = v[tuple(by_name[name] for name in small.names)]
+    return spread
 
 
 def _cast(v: Array, dtype: DType) -> Array:
@@ -248,15 +248,15 @@ def _moment(e: Moment, x: Array, mask: Array | None = None) -> Array:
     order = [t.names.index(name) for name in e.keep]
     order += [i for i in range(t.rank) if i not in order]
     x, held = x.transpose(order), held.transpose(order)
-    made = np.zeros(e.type.shape, np.float64)
-    for place in np.ndindex(e.type.shape):
-        count = int(held[place].sum())
+    moment = np.zeros(e.type.shape, np.float64)
+    for position in np.ndindex(e.type.shape):
+        count = int(held[position].sum())
         if count:
-            made[place] = _tree(np.where(held[place], x[place], 0.0)) / count
+            moment[position] = _tree(np.where(held[position], x[position], 0.0)) / count
             if e.kind == "std":
-                square = np.where(held[place], (x[place] - made[place]) ** 2, 0.0)
-                made[place] = np.sqrt(_tree(square) / count)
-    return made.astype(e.type.dtype.numpy)
+                square = np.where(held[position], (x[position] - moment[position]) ** 2, 0.0)
+                moment[position] = np.sqrt(_tree(square) / count)
+    return moment.astype(e.type.dtype.numpy)
 
 
 def _tree(v: Array) -> float:

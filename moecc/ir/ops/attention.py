@@ -189,10 +189,10 @@ class RotateOp(AlongAxisOp):
 # Which keys a query sees, and how far they are: axes of one name are matched, others crossed.
 
 
-def _crossed_types(query: Operand, key: Operand, what: str) -> tuple[Axis, ...]:
+def _crossed_types(query: Operand, key: Operand, noun: str) -> tuple[Axis, ...]:
     """Return the axes of queries and keys; those of one name are matched, others crossed."""
-    need_kind(query.type, "int", f"the {what} of the queries")
-    need_kind(key.type, "int", f"the {what} of the keys")
+    need_kind(query.type, "int", f"the {noun} of the queries")
+    need_kind(key.type, "int", f"the {noun} of the keys")
     for axis in key.type.axes:
         if axis.name in query.type:
             same_size(query.type[axis.name], axis)
@@ -478,10 +478,10 @@ def _softmax_with_sink(scores: Data, axis: int, sink: Data) -> Data:
     return np.asarray(parts / np.where(total == 0, 1, total))
 
 
-def _check_within(type: TensorType, scores: TensorType, what: str) -> None:
+def _check_within(type: TensorType, scores: TensorType, noun: str) -> None:
     for axis in type.axes:
         if axis.name not in scores:
             raise InputError(
-                f"{what} must have axes of the scores", expected=str(scores), found=str(type)
+                f"{noun} must have axes of the scores", expected=str(scores), found=str(type)
             )
     widest((scores, type))

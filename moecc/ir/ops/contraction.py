@@ -109,8 +109,8 @@ class ContractOp(ProductOp):
 
 def _windows(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Axes of one name are one dimension; windows overlap, so what they run along stays whole."""
-    whole = frozenset((*attrs["along"], *attrs["taps"]))
-    return Space(*named_dimensions(operands), summed=frozenset(attrs["over"]), whole=whole)
+    unsplit = frozenset((*attrs["along"], *attrs["taps"]))
+    return Space(*named_dimensions(operands), summed=frozenset(attrs["over"]), whole=unsplit)
 
 
 @operation(
@@ -197,13 +197,13 @@ class ConvolveOp(ProductOp):
         result += [a for a in w.axes if a not in (*self.over, *taps)]
         number = {name: i for i, name in enumerate(dict.fromkeys((*x.axes, *w.axes)))}
         total: float | Data = 0.0
-        for place in combinations(*map(range, counts)):
-            at = dict(zip(along, place, strict=True))
+        for offsets in combinations(*map(range, counts)):
+            at = dict(zip(along, offsets, strict=True))
             window = tuple(
                 slice(at[n], at[n] + last[n] + 1, self.stride) if n in at else slice(None)
                 for n in x.axes
             )
-            tap_index = dict(zip(taps, place, strict=True))
+            tap_index = dict(zip(taps, offsets, strict=True))
             total = total + np.einsum(
                 padded[window],
                 [number[n] for n in x.axes],

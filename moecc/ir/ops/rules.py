@@ -10,7 +10,7 @@ from moecc.ir.sharding_rules import Names, Rule, Space
 from moecc.types import Axis, DType, TensorType
 
 
-def axis_of(type: TensorType, name: str, what: str = "the operand") -> Axis:
+def axis_of(type: TensorType, name: str, noun: str = "the operand") -> Axis:
     """Return the axis `name` of `type`.
 
     Raises:
@@ -19,21 +19,21 @@ def axis_of(type: TensorType, name: str, what: str = "the operand") -> Axis:
     axis = type.by_name.get(name)
     if axis is None:
         raise InputError(
-            f"{what} has no axis {name!r}", found=str(type), hint=nearest(name, type.names)
+            f"{noun} has no axis {name!r}", found=str(type), hint=nearest(name, type.names)
         )
     return axis
 
 
-def need_float(type: TensorType, what: str = "the operand") -> None:
+def need_float(type: TensorType, noun: str = "the operand") -> None:
     """Raise InputError unless `type` has floating-point elements."""
     if not type.dtype.is_float:
-        raise InputError(f"{what} must be floating-point", found=str(type))
+        raise InputError(f"{noun} must be floating-point", found=str(type))
 
 
-def need_kind(type: TensorType, kind: str, what: str) -> None:
+def need_kind(type: TensorType, kind: str, noun: str) -> None:
     """Raise InputError unless the elements of `type` are of `kind`."""
     if type.dtype.kind != kind:
-        raise InputError(f"{what} must have {kind} elements", found=str(type))
+        raise InputError(f"{noun} must have {kind} elements", found=str(type))
 
 
 def same_size(a: Axis, b: Axis) -> None:
@@ -54,12 +54,12 @@ def same_dtype(types: Sequence[TensorType]) -> DType:
       InputError: they differ.
     """
     first = types[0].dtype
-    for other in types:
-        if other.dtype is not first and other.dtype != first:
+    for type in types:
+        if type.dtype is not first and type.dtype != first:
             raise InputError(
                 "the operands have different element types",
                 expected=str(first),
-                found=str(other.dtype),
+                found=str(type.dtype),
                 hint="cast one of them",
             )
     return first
@@ -72,16 +72,16 @@ def widest(types: Sequence[TensorType]) -> TensorType:
       InputError: an operand has an axis that the widest lacks, or sizes differ.
     """
     wide = max(types, key=len)
-    for other in types:
-        if other is wide:
+    for narrow in types:
+        if narrow is wide:
             continue
-        for axis in other.axes:
+        for axis in narrow.axes:
             mine = wide.by_name.get(axis.name)
             if mine is None:
                 raise InputError(
                     f"no operand has all axes: {axis.name!r} is missing from one",
                     expected=f"axes contained in {wide}",
-                    found=str(other),
+                    found=str(narrow),
                     hint="broadcast the operand that lacks the axis",
                 )
             if mine.size != axis.size:
@@ -136,7 +136,7 @@ EXTENT_AXES = ("group", "expert")
 """The axes over which each kind of extent varies."""
 
 
-def no_ragged(type: TensorType, names: Iterable[str], what: str) -> None:
+def no_ragged(type: TensorType, names: Iterable[str], refusal: str) -> None:
     """Raise InputError if `type` is ragged and its extents depend on one of the axes `names`.
 
     Rows beyond an extent do not exist, so nothing may mix along them, nor along the axes on
@@ -147,10 +147,10 @@ def no_ragged(type: TensorType, names: Iterable[str], what: str) -> None:
         return
     for name in names:
         if name == ragged.name:
-            raise InputError(f"{what} along the ragged axis {name!r}", found=str(type))
+            raise InputError(f"{refusal} along the ragged axis {name!r}", found=str(type))
         if name in EXTENT_AXES:
             raise InputError(
-                f"{what} along the axis {name!r}, on which the extents of {ragged.name!r} depend",
+                f"{refusal} along {name!r}, on which the extents of {ragged.name!r} depend",
                 found=str(type),
                 hint="combine the rows first, or give the experts a capacity",
             )
@@ -200,29 +200,29 @@ def in_parts(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
 def renamed(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """The new name runs along the dimension of the old one."""
     axes = _identity(operands[0].type.names)
-    kept = {n: d for n, d in axes.items() if n != attrs["axis"]}
-    return Space((axes,), {**kept, attrs["to"]: attrs["axis"]})
+    result = {n: d for n, d in axes.items() if n != attrs["axis"]}
+    return Space((axes,), {**result, attrs["to"]: attrs["axis"]})
 
 
 def cut(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """The first of the new axes is the outermost, so a shard of the old axis is a shard of it."""
     axes = _identity(operands[0].type.names)
-    kept = {n: d for n, d in axes.items() if n != attrs["axis"]}
-    return Space((axes,), {**kept, attrs["into"][0][0]: attrs["axis"]})
+    result = {n: d for n, d in axes.items() if n != attrs["axis"]}
+    return Space((axes,), {**result, attrs["into"][0][0]: attrs["axis"]})
 
 
 def merged(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """The merged axis is sharded as its outermost part is; the others must not be."""
     axes = _identity(operands[0].type.names)
     first, *others = attrs["axes"]
-    kept = {n: d for n, d in axes.items() if n not in attrs["axes"]}
-    return Space((axes,), {**kept, attrs["into"]: first}, whole=frozenset(others))
+    result = {n: d for n, d in axes.items() if n not in attrs["axes"]}
+    return Space((axes,), {**result, attrs["into"]: first}, whole=frozenset(others))
 
 
 def along_axis(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Only the axis named by the attribute counts."""
-    one = _identity([attrs["axis"]])
-    return Space((one,), one, shape_only=True)
+    names = _identity([attrs["axis"]])
+    return Space((names,), names, shape_only=True)
 
 
 def looked_up(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
@@ -273,9 +273,9 @@ def dispatched(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space
     tokens = _tokens_of(operands[-1])
     names = tuple(_tokens(v.type.names, tokens) for v in operands)
     routing = {d for axes in names[1:] for d in axes.values()}
-    kept = {n: d for n, d in names[0].items() if n not in tokens}
-    whole = frozenset((routing | set(tokens)) - {"group"})
-    return Space(names, {**kept, "group": "group"}, whole=whole)
+    result = {n: d for n, d in names[0].items() if n not in tokens}
+    unsplit = frozenset((routing | set(tokens)) - {"group"})
+    return Space(names, {**result, "group": "group"}, whole=unsplit)
 
 
 def gates_dispatched(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
@@ -291,7 +291,7 @@ def combined(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     tokens = _tokens_of(slots)
     routing = tuple(_tokens(v.type.names, tokens) for v in operands[1:])
     axes = _identity(rows.type.names)
-    whole = frozenset({"slot", *(d for r in routing for d in r.values())} - {"group", "expert"})
-    kept = {n: n for n in rows.type.names if n not in ("group", "expert", "slot")}
-    kept |= {n: d for n, d in routing[1].items() if n in tokens}
-    return Space((axes, *routing), kept, summed=frozenset(["expert"]), whole=whole)
+    unsplit = frozenset({"slot", *(d for r in routing for d in r.values())} - {"group", "expert"})
+    result = {n: n for n in rows.type.names if n not in ("group", "expert", "slot")}
+    result |= {n: d for n, d in routing[1].items() if n in tokens}
+    return Space((axes, *routing), result, summed=frozenset(["expert"]), whole=unsplit)

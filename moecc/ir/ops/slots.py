@@ -76,11 +76,11 @@ def operands_by_word(operands: Sequence[V], attrs: Attrs) -> dict[str, V]:
     return dict(zip(words, further, strict=True))
 
 
-def _check_per_token(type: TensorType, like: TensorType, tokens: Sequence[str], what: str) -> None:
+def _check_per_token(type: TensorType, like: TensorType, tokens: Sequence[str], noun: str) -> None:
     """Raise InputError unless `type` has just the token axes, with the sizes of `like`."""
     if set(type.names) != set(tokens):
         raise InputError(
-            f"{what} has one element per token", expected=", ".join(tokens), found=str(type)
+            f"{noun} has one element per token", expected=", ".join(tokens), found=str(type)
         )
     for name in tokens:
         same_size(like[name], type[name])
@@ -123,9 +123,9 @@ class SlotsOp(Op):
                 "a capacity needs a positive capacity_factor", found=str(self.capacity_factor)
             )
         sizes = [type[n].size for n in self.tokens]
-        known = [s for s in sizes if isinstance(s, int)]
-        if len(known) == len(sizes):
-            group_count(self.attrs, prod(known))
+        known_sizes = [s for s in sizes if isinstance(s, int)]
+        if len(known_sizes) == len(sizes):
+            group_count(self.attrs, prod(known_sizes))
 
     def bounds(self, tokens: int, choices: int) -> tuple[int, int, int | None]:
         """Return the number of groups, the tokens of one, and the capacity if there is one."""
