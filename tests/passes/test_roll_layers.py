@@ -37,8 +37,9 @@ from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.presets import preset_config
 from moecc.testing import assert_same, laws
-from moecc.testing.blocks import stacks
 from moecc.types import KEY, TensorType
+
+from .stacks import stacks
 
 
 def roll(graph: Graph, **options: object) -> tuple[PassResult, list[str]]:
