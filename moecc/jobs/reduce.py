@@ -38,7 +38,7 @@ from moecc.jobs.failures import Failure, FailureTest
 from moecc.pipeline.passes import Context, Pass, apply_pass
 from moecc.pipeline.text import Pipeline
 from moecc.support.console import say
-from moecc.testing.strategies import keep_only, remove_dead
+from moecc.testing.generate import keep_only, remove_dead
 from moecc.weights.expr import Expr, Source, transform, walk
 
 # Ways to make an input that fails smaller, as functions that make a candidate when called.

@@ -14,10 +14,10 @@ from moecc.testing import laws as laws
 from moecc.testing.data import inputs_for as inputs_for
 from moecc.testing.data import params_for as params_for
 from moecc.testing.data import sizes_for as sizes_for
+from moecc.testing.generate import random_graph as random_graph
 from moecc.testing.oracle import assert_same as assert_same
 from moecc.testing.oracle import differences as differences
 from moecc.testing.oracle import run_reference as run_reference
-from moecc.testing.strategies import random_graph as random_graph
 
 if TYPE_CHECKING:
     from moecc.testing.strategies import graphs as graphs

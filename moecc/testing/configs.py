@@ -133,13 +133,13 @@ def _windows(draw: st.DrawFn, style: str, layers: int) -> tuple[int | None, ...]
 @st.composite
 def _experts(draw: st.DrawFn, family: type[MoeConfig], layers: int, width: int) -> JsonDict:
     count = draw(st.integers(2, 4))
-    own = draw(st.integers(1, 8)) if family.has_expert_width() else width
+    expert_width = draw(st.integers(1, 8)) if family.has_expert_width() else width
     return {
         "num_experts": count,
         "experts_per_token": draw(choices(family, count)),
-        "expert_intermediate_size": own,
+        "expert_intermediate_size": expert_width,
         **draw(gate_values(family)),
-        "shared_expert_intermediate_size": draw(shared_widths(family, own)),
+        "shared_expert_intermediate_size": draw(shared_widths(family, expert_width)),
         "mlp_only_layers": draw(_dense_layers(family.sparse_style, layers)),
     }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moecc.ir.text import print_graph
-from moecc.testing.strategies import random_graph
+from moecc.testing.generate import random_graph
 from tests.support.layouts import layout_text
 
 GOLDEN = Path(__file__).parent.parent / "golden"

@@ -20,7 +20,7 @@ from moecc.pipeline.text import Pipeline
 from moecc.testing import assert_same, laws
 from moecc.testing.blocks import attention
 from moecc.testing.configs import small_configs
-from moecc.testing.strategies import random_graph
+from moecc.testing.generate import random_graph
 from tests.support.attention_graphs import FORMS, Form
 from tests.support.tiers import examples, some
 

@@ -19,7 +19,7 @@ from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.testing import assert_same, laws
 from moecc.testing.blocks import experts, feed_forward
-from moecc.testing.strategies import random_graph
+from moecc.testing.generate import random_graph
 from moecc.types import F32
 from moecc.weights.expr import Source
 from moecc.weights.movement import Concat

@@ -14,7 +14,7 @@ from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.testing import laws
 from moecc.testing.blocks import experts, feed_forward
-from moecc.testing.strategies import random_graph
+from moecc.testing.generate import random_graph
 
 from .dense_blocks import Dense, Tensors, relative, run, tokens, upcycled
 

@@ -15,9 +15,9 @@ from moecc.ir import OPS, Graph, clone, equal, print_graph, verify
 from moecc.rewrite import P
 from moecc.testing import graphs, laws, random_graph, run_reference
 from moecc.testing.blocks import BLOCKS, attention, experts, feed_forward
+from moecc.testing.generate import keep_only
 from moecc.testing.growth import Step
 from moecc.testing.steps import BINARY, GUARDED, SIMPLE, UNARY, contract, split, unary
-from moecc.testing.strategies import keep_only
 
 QUIET = settings(database=None, deadline=None, suppress_health_check=list(HealthCheck))
 
