@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import isfinite, nan, sqrt
 from pathlib import Path
@@ -285,8 +285,9 @@ class _AdapterReading:
         count = len(self.settings.alpha_pattern)
         if count > _MOST_PATTERNS:
             expected = f"at most {_MOST_PATTERNS:,}"
-            self.problems.add("too many patterns", where=where, expected=expected,
-                              found=f"{count:,}")  # fmt: skip
+            self.problems.add(
+                "too many patterns", where=where, expected=expected, found=f"{count:,}"
+            )
             return []
         patterns = []
         for text in self.settings.alpha_pattern:
@@ -321,9 +322,11 @@ class _AdapterReading:
         info = self.base.tensors.get(tensor)
         if first is None or second is None:
             self.problems.add(
-                "an adapter's matrix lacks its partner", where=f"{self.path}: {module}",
-                expected="lora_A and lora_B", found=", ".join(parts.values()),
-            )  # fmt: skip
+                "an adapter's matrix lacks its partner",
+                where=f"{self.path}: {module}",
+                expected="lora_A and lora_B",
+                found=", ".join(parts.values()),
+            )
             return
         if info is None:
             self._unknown(tensor, first)
@@ -335,10 +338,11 @@ class _AdapterReading:
             if len(set(info.shape)) == 1:
                 self.problems.add(
                     "the matrix is square: its shape does not tell whether inputs come first",
-                    where=f"{self.path / ADAPTER_CONFIG}: fan_in_fan_out", expected="false",
+                    where=f"{self.path / ADAPTER_CONFIG}: fan_in_fan_out",
+                    expected="false",
                     found=f"true, and {quoted(tensor)} of {info.shape}",
                     hint="set it to false: PEFT turns no matrix of a linear layer",
-                )  # fmt: skip
+                )
                 return
             is_turned = True
         shape = _product_shape(*shapes, is_turned=is_turned)
@@ -361,18 +365,23 @@ class _AdapterReading:
         return alpha / (sqrt(rank) if self.settings.use_rslora else rank)
 
     def _unknown(self, tensor: str, name: str) -> None:
+        # Comparing with every name of a large model would take seconds.
+        similar = [n for n in self.base.tensors if abs(len(n) - len(tensor)) <= 4]
         self.problems.add(
             "the adapter is for a module that the model does not have",
             where=f"{self.path}: {quoted(name)}",
             expected=f"{quoted(tensor)} in {self.base.path}",
-            hint=nearest(tensor, _similar(self.base.tensors, tensor)),
+            hint=nearest(tensor, similar[:2000]),
         )
 
     def _misshapen(self, name: str, expected: str, actual: str) -> None:
         self.problems.add(
-            "the adapter does not suit the model's shapes", where=f"{self.path}: {quoted(name)}",
-            expected=expected, found=actual, hint="it is of another model, or of another size",
-        )  # fmt: skip
+            "the adapter does not suit the model's shapes",
+            where=f"{self.path}: {quoted(name)}",
+            expected=expected,
+            found=actual,
+            hint="it is of another model, or of another size",
+        )
 
 
 def _without_prefix(name: str) -> str:
@@ -386,11 +395,6 @@ def _product_shape(
     if len(first) != 2 or len(second) != 2 or first[0] != second[1] or first[0] == 0:
         return None
     return (first[1], second[0]) if is_turned else (second[0], first[1])
-
-
-def _similar(names: Iterable[str], name: str) -> list[str]:
-    # Comparing with every name of a large model would take seconds.
-    return [candidate for candidate in names if abs(len(candidate) - len(name)) <= 4][:2000]
 
 
 # A checkpoint with others beside it: models of the same architecture, and statistics, by name.

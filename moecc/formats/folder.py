@@ -7,11 +7,10 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from fnmatch import fnmatchcase
-from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 
-from moecc.errors import InputError, nearest, printable
+from moecc.errors import InputError, printable
 from moecc.formats.files import (
     PICKLE,
     ZIP,
@@ -20,7 +19,7 @@ from moecc.formats.files import (
     file_fault,
     identify,
     is_recordable,
-    os_problem,
+    os_errors,
     read_bounded,
     read_json_object,
     require_unchanged,
@@ -34,7 +33,7 @@ from moecc.formats.safetensors import (
     compare_with_headers,
     read_header,
 )
-from moecc.formats.source import Checkpoint, TensorInfo
+from moecc.formats.source import Checkpoint, TensorInfo, tensor_info
 from moecc.support.documents import parse_json
 from moecc.support.problems import Problems, quoted
 from moecc.support.process import Closing
@@ -159,7 +158,7 @@ class SafetensorsFolder(Closing):
           MachineError: the system cannot read it.
           ValueError: rows beyond the tensor.
         """
-        info = self._info(name)
+        info = tensor_info(self.tensors, name, self.path)
         import numpy as np  # headers are read without it
 
         shape, skipped = rows_of(info, start, stop)
@@ -201,17 +200,6 @@ class SafetensorsFolder(Closing):
         """Close the files."""
         self._pool.close()
 
-    def _info(self, name: str) -> TensorInfo:
-        info = self.tensors.get(name)
-        if info is None:
-            # Comparing with every name of a large model would take seconds.
-            similar = (
-                candidate for candidate in self.tensors if abs(len(candidate) - len(name)) <= 4
-            )
-            hint = nearest(name, islice(similar, 2000))
-            raise InputError(f"there is no tensor {quoted(name)}", where=str(self.path), hint=hint)
-        return info
-
 
 def rows_of(info: TensorInfo, start: int, stop: int | None) -> tuple[tuple[int, ...], int]:
     """Return the shape of rows [start, stop) of a tensor, and the number of bytes before them.
@@ -246,7 +234,8 @@ def open_folder(
       MachineError: the system denies access.
     """
     problems = Problems()
-    names = _list(path)
+    with os_errors(path):
+        names = set(os.listdir(path))
     # Identified before they are read, so that no change in between goes unnoticed.
     others = _identify_all(path / name for name in (CONFIG_NAME, INDEX_NAME))
     reads_config = needs_config or os.path.lexists(path / CONFIG_NAME)
@@ -268,13 +257,6 @@ def _identify_all(paths: Iterable[Path]) -> dict[Path, Identity]:
         with suppress(InputError):
             identities[path] = identify(path)
     return identities
-
-
-def _list(path: Path) -> set[str]:
-    try:
-        return set(os.listdir(path))
-    except OSError as error:
-        raise os_problem(error, path) from None
 
 
 def _read_config(path: Path, problems: Problems) -> dict[str, object]:
@@ -313,8 +295,7 @@ def _read_headers(path: Path, shards: list[str], problems: Problems) -> dict[Pat
 
 # Findings about a checkpoint that stop no conversion, and that no reader should have to find.
 #
-# Token ids that the model has no row for, a tokenizer with more tokens than the embedding has
-# rows,
+# Token ids that the model has no row for, a tokenizer with more tokens than the embedding has rows,
 # and 8-bit weights whose scales are missing all load without complaint elsewhere.
 
 MAX_TOKENIZER_BYTES = 64 << 20

@@ -322,11 +322,16 @@ def _header(path: Path) -> Header:
     header = read_gguf_header(path)
     tensors = {
         name: TensorInfo(
-            name, t.storage.dtype, t.shape, t.nbytes, path, t.offset,
+            name,
+            t.storage.dtype,
+            t.shape,
+            t.nbytes,
+            path,
+            t.offset,
             t.storage.name if t.storage.is_quantised else "",
         )
         for name, t in header.tensors.items()
-    }  # fmt: skip
+    }
     return Header(tensors, {}, header.data_start_bytes, header.identity)
 
 

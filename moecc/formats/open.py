@@ -15,15 +15,22 @@ from moecc.formats.source import Checkpoint
 
 # Models of the Hugging Face hub, through the package huggingface_hub where it is installed.
 #
-# ``hf:ORG/NAME`` or ``hf:ORG/NAME@REVISION`` is fetched; a plain ``ORG/NAME`` that is no folder
-# is
+# ``hf:ORG/NAME`` or ``hf:ORG/NAME@REVISION`` is fetched; a plain ``ORG/NAME`` that is no folder is
 # only looked up in the cache, so that a mistyped path asks nobody.
 
 PREFIX = "hf:"
 FETCHED = (
-    "*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt", "*.tiktoken",
-    "LICENSE*", "NOTICE*", "README.md",
-)  # fmt: skip
+    "*.json",
+    "*.safetensors",
+    "*.model",
+    "*.jinja",
+    "merges.txt",
+    "vocab.txt",
+    "*.tiktoken",
+    "LICENSE*",
+    "NOTICE*",
+    "README.md",
+)
 """The files that moecc reads or copies; pickles and code are not fetched."""
 
 _MODEL = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -80,10 +87,11 @@ def fetch(source: str) -> Path:
     except Exception as error:  # of its own kinds, of HTTP libraries and of the system
         first = str(error).strip().split("\n")[0]
         raise MachineError(
-            "the hub does not give the model", where=source,
+            "the hub does not give the model",
+            where=source,
             found=printable(f"{type(error).__name__}: {first}"),
             hint="is the name right, and the hub reachable; is a token needed (hf auth login)?",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, needs_config: bool = True) -> Checkpoint:

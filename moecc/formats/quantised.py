@@ -451,8 +451,14 @@ def _unpack(words: Array, bits: int, is_reordered: bool) -> Array:
 def find_gptq(stored: StoredTensors) -> Iterator[PackedTensor]:
     """Yield the matrices of a GPTQ checkpoint."""
     options = stored.settings(_GptqOptions)
-    yield from _word_matrices(stored, "GPTQ", options.bits, options.group_size,
-                              1 if options.checkpoint_format == "gptq" else 0, False)  # fmt: skip
+    yield from _word_matrices(
+        stored,
+        "GPTQ",
+        options.bits,
+        options.group_size,
+        1 if options.checkpoint_format == "gptq" else 0,
+        False,
+    )
 
 
 def find_awq(stored: StoredTensors) -> Iterator[PackedTensor]:

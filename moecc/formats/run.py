@@ -30,8 +30,8 @@ from moecc.formats.manifest import (
     load,
     read_sealed,
 )
-from moecc.formats.source import Checkpoint, GivenParams, TensorInfo
-from moecc.formats.trees.arrays import ZarrArrays
+from moecc.formats.source import Checkpoint, GivenParams, TensorInfo, tensor_info
+from moecc.formats.trees.arrays import ZarrArrays, files_below
 from moecc.support.problems import Problems, quoted
 from moecc.support.process import Closing
 from moecc.support.record import Check, Count, RecordReader, read_record
@@ -224,17 +224,20 @@ def choose_step(run: Path, which: str) -> SavedStep:
     if which == BEST:
         if (best := best_step(steps)) is None:
             raise InputError(
-                "no checkpoint of the run was evaluated", where=f"{run}@{BEST}",
+                "no checkpoint of the run was evaluated",
+                where=f"{run}@{BEST}",
                 hint=f"its steps: {numbers}",
-            )  # fmt: skip
+            )
         return best
     chosen = next((s for s in steps if str(s.number) == which), None)
     if chosen is None:
         names = [BEST, LAST, *(str(s.number) for s in steps)]
         raise InputError(
-            "the run has no such checkpoint", where=f"{run}@{which}",
-            expected=f"best, last, or one of the steps {numbers}", hint=nearest(which, names),
-        )  # fmt: skip
+            "the run has no such checkpoint",
+            where=f"{run}@{which}",
+            expected=f"best, last, or one of the steps {numbers}",
+            hint=nearest(which, names),
+        )
     return chosen
 
 
@@ -344,9 +347,10 @@ def _require(
 def step_removed(folder: Path) -> Problem:
     """Return the problem of a step that training removed while it was read."""
     return Problem(
-        "the checkpoint was removed while it was read", str(folder),
+        "the checkpoint was removed while it was read",
+        str(folder),
         hint="a run keeps its last run.keep checkpoints; try once more, or RUN@best",
-    )  # fmt: skip
+    )
 
 
 def _differences(folder: Path, expected: Mapping[str, FileRecord]) -> list[Problem]:
@@ -425,7 +429,7 @@ class RunCheckpoint(Closing):
         problems = Problems()
         self._companions = find_companions(run / SOURCE, problems)
         problems.raise_if_any()
-        files = [*_state_files(step), *self.files(), *self._companions.values()]
+        files = [*files_below(step.state), *self.files(), *self._companions.values()]
         self._identities: dict[Path, Identity] = {path: identify(path) for path in files}
 
     @cached_property
@@ -446,8 +450,7 @@ class RunCheckpoint(Closing):
           InputError: there is no such parameter, or it is not as it was saved.
           MachineError: tensorstore is missing.
         """
-        if name not in self.tensors:
-            raise InputError(f"there is no tensor {name!r}", where=str(self.step.folder))
+        tensor_info(self.tensors, name, self.step.folder)
         return self.state.read(array_key(PARAMS, name), start, stop)
 
     def companions(self) -> dict[str, Path | bytes]:
@@ -498,10 +501,6 @@ def open_run(reference: str) -> RunCheckpoint:
     return RunCheckpoint(run, choose_step(run, parts[1]))
 
 
-def _state_files(step: SavedStep) -> list[Path]:
-    return sorted(path for path in step.state.rglob("*") if path.is_file())
-
-
 def _tensors(step: SavedStep) -> dict[str, TensorInfo]:
     tensors = {}
     for name, array in step.facts.tensors.items():
@@ -541,9 +540,12 @@ def _converted(folder: Path) -> list[Stage]:
     except MoeccError:
         return []  # a conversion does not rely on it
     stage = {
-        "kind": CONVERTED, "source": manifest.source, "pipeline": manifest.pipeline,
-        "preserves": manifest.preserves, "seed": manifest.seed,
-    }  # fmt: skip
+        "kind": CONVERTED,
+        "source": manifest.source,
+        "pipeline": manifest.pipeline,
+        "preserves": manifest.preserves,
+        "seed": manifest.seed,
+    }
     return [*manifest.lineage, stage]
 
 

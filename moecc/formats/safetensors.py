@@ -107,8 +107,9 @@ def _read_raw(descriptor: int, size_bytes: int, path: Path) -> bytearray:
     if kind := sniff(bytes(head)):
         expected = "the safetensors format, as the name says"
         fault = "this is not a safetensors file", expected, kind.text
-        raise InputError(fault[0], where=str(path), expected=fault[1], found=fault[2],
-                         hint=kind.hint)  # fmt: skip
+        raise InputError(
+            fault[0], where=str(path), expected=fault[1], found=fault[2], hint=kind.hint
+        )
     raise InputError(fault[0], where=str(path), expected=fault[1], found=fault[2], hint=hint)
 
 
@@ -154,9 +155,13 @@ class _HeaderCheck:
             if info is not None:
                 tensors[name] = info
         check_layout(
-            self.spans, self.data_start, self.identity.size_bytes, self.path, self.problems,
+            self.spans,
+            self.data_start,
+            self.identity.size_bytes,
+            self.path,
+            self.problems,
             must_cover=len(self.spans) == len(entries),
-        )  # fmt: skip
+        )
         self.problems.raise_if_any()
         return Header(tensors, metadata, self.data_start, self.identity)
 
@@ -343,8 +348,9 @@ def compare_with_headers(
             home = homes.setdefault(name, file)
             if home is not file:
                 files = f"{home.name} and {file.name}"
-                problems.add(f"the tensor {quoted(name)} is in two shards", where=where,
-                             found=files)  # fmt: skip
+                problems.add(
+                    f"the tensor {quoted(name)} is in two shards", where=where, found=files
+                )
     by_name = {file.name: header.tensors for file, header in headers.items()}
     for name, shard in index.weight_map.items():
         if shard in by_name and name not in by_name[shard]:

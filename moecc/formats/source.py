@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Protocol, Self
 
 import numpy as np
 
+from moecc.errors import InputError, nearest
+from moecc.support.problems import quoted
 from moecc.support.process import Closing
 from moecc.support.text import amount
 from moecc.support.untyped import Json
@@ -38,6 +41,21 @@ class TensorInfo:
     file: Path
     offset: int
     storage: str = ""
+
+
+def tensor_info(tensors: Mapping[str, TensorInfo], name: str, path: Path) -> TensorInfo:
+    """Return the tensor `name` of the checkpoint in `path`.
+
+    Raises:
+      InputError: there is none, with the nearest name.
+    """
+    info = tensors.get(name)
+    if info is None:
+        # Comparing with every name of a large model would take seconds.
+        similar = (other_name for other_name in tensors if abs(len(other_name) - len(name)) <= 4)
+        hint = nearest(name, islice(similar, 2000))
+        raise InputError(f"there is no tensor {quoted(name)}", where=str(path), hint=hint)
+    return info
 
 
 class Checkpoint(Protocol):

@@ -469,9 +469,15 @@ def write_checkpoint(
     _refuse_names(entries)
     shards = plan_shards(entries, max_shard_bytes, {"format": "pt", **(metadata or {})})
     report = write_files(
-        folder, tensors, shards, reader, threads=threads, progress=progress,
-        allow_nonfinite=allow_nonfinite, journal=journal,
-    )  # fmt: skip
+        folder,
+        tensors,
+        shards,
+        reader,
+        threads=threads,
+        progress=progress,
+        allow_nonfinite=allow_nonfinite,
+        journal=journal,
+    )
     if len(shards) == 1:
         return report
     index = index_json(shards, report.total_bytes, sum(prod(e.shape) for e in entries))

@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 
@@ -43,7 +42,7 @@ from moecc.formats.gguf.header import (
 )
 from moecc.formats.gguf.storage import BY_NAME, dequantise
 from moecc.formats.gguf.tokenizer import tokenizer_files
-from moecc.formats.source import TensorInfo, quantised_remark
+from moecc.formats.source import TensorInfo, quantised_remark, tensor_info
 from moecc.support.problems import Problems, quoted
 from moecc.support.process import Closing
 from moecc.support.text import with_article
@@ -52,8 +51,7 @@ from moecc.types import Array
 # A model in several GGUF files, as llama-gguf-split writes it.
 #
 # The files are named ``NAME-00001-of-00003.gguf``; the first has the metadata, and each says how
-# many
-# there are (``split.count``) and which one it is (``split.no``, from 0).
+# many there are (``split.count``) and which one it is (``split.no``, from 0).
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf", re.DOTALL)
 _LARGEST = 4096
@@ -185,7 +183,7 @@ class GgufFile(Closing):
           MachineError: the system cannot read it, or the `gguf` package is missing.
           ValueError: rows beyond the tensor.
         """
-        info = self._info(name)
+        info = tensor_info(self.tensors, name, self.path)
         shape, _ = rows_of(info, start, stop)
         stop = start + shape[0]
         if order := self._orders.get(name):
@@ -267,13 +265,6 @@ class GgufFile(Closing):
             is_more = self._norms_plus_one and is_norm(info.name)
             return values - np.ones((), values.dtype) if is_more else values
         return dequantise(raw, BY_NAME[info.storage]).reshape(shape)
-
-    def _info(self, name: str) -> TensorInfo:
-        info = self.tensors.get(name)
-        if info is None:
-            hint = nearest(name, islice(self.tensors, 2000))
-            raise InputError(f"there is no tensor {quoted(name)}", where=str(self.path), hint=hint)
-        return info
 
     def _tokenizer(self) -> tuple[dict[str, bytes], str | None]:
         if self._turned is None:

@@ -54,9 +54,10 @@ class ZarrArrays:
             import tensorstore
         except ImportError:
             raise MachineError(
-                "arrays of a JAX program need tensorstore", where=str(folder),
+                "arrays of a JAX program need tensorstore",
+                where=str(folder),
                 hint=install_hint("train"),
-            ) from None  # fmt: skip
+            ) from None
         self._store = tensorstore
         self._folder, self._driver = folder, driver
         self._omits_fill_values = omits_fill_values
@@ -111,9 +112,10 @@ class ZarrArrays:
     def _opened(self, key: str) -> Any:
         kvstore = {**self._base, "path": f"{self._prefix}{key}/"}
         spec = {
-            "driver": self._driver, "kvstore": kvstore,
+            "driver": self._driver,
+            "kvstore": kvstore,
             "fill_missing_data_reads": self._omits_fill_values,
-        }  # fmt: skip
+        }
         opening = self._store.open(spec, open=True, read=True, context=self._context)
         try:
             array = opening.result()
@@ -141,16 +143,18 @@ class ZarrArrays:
         if nbytes > memory:
             raise MachineError(
                 f"the array {key!r} cannot be read: {part} does not fit into memory",
-                where=str(self._folder), expected=f"at most {memory:,} bytes",
+                where=str(self._folder),
+                expected=f"at most {memory:,} bytes",
                 found=f"{nbytes:,} bytes",
-            )  # fmt: skip
+            )
 
     def _unreadable(self, key: str, error: Exception) -> InputError:
         if missing := _MISSING_CHUNK.search(str(error)):
             return InputError(
                 f"the chunk {missing[1].replace(' ', '')} of the array {key!r} is missing",
-                where=str(self._folder), hint="fetch the whole folder again",
-            )  # fmt: skip
+                where=str(self._folder),
+                hint="fetch the whole folder again",
+            )
         reason = str(error).split("[", 1)[0].strip()
         return InputError(
             f"the array {key!r} cannot be read", where=str(self._folder), found=reason[:300]
@@ -359,7 +363,7 @@ def open_orbax(folder: Path) -> Tree:
     # incomplete download is an error there nonetheless; single files cannot be told from lost ones.
     omits = bool(is_database) and not metadata.get("store_array_data_equal_to_fill_value", False)
     arrays = ZarrArrays(folder, driver, is_database=bool(is_database), omits_fill_values=omits)
-    return Tree("orbax", folder, keys, arrays, tuple(_files(folder)))
+    return Tree("orbax", folder, keys, arrays, tuple(files_below(folder)))
 
 
 def _keys(
@@ -385,6 +389,7 @@ def _keys(
         yield steps, ".".join(steps)
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def files_below(folder: Path) -> Iterator[Path]:
+    """Yield the files in a folder and its subfolders."""
     for path, _, names in os.walk(folder):
         yield from (Path(path) / name for name in sorted(names))

@@ -12,11 +12,11 @@ from types import MappingProxyType
 
 import numpy as np
 
-from moecc.errors import InputError, nearest
+from moecc.errors import InputError
 from moecc.formats.files import Identity, identify, read_json_object, require_unchanged
 from moecc.formats.folder import CONFIG_NAME, MAX_CONFIG_BYTES, find_companions, rows_of
 from moecc.formats.modelcard import read_card
-from moecc.formats.source import TensorInfo
+from moecc.formats.source import TensorInfo, tensor_info
 from moecc.formats.trees.arrays import METADATA, ArrayPiece, Tree, open_orbax
 from moecc.formats.trees.maxtext import MARKS as MAXTEXT_MARKS
 from moecc.formats.trees.maxtext import maxtext_pieces
@@ -77,9 +77,9 @@ class SavedMoments:
     of: Mapping[str, Mapping[str, SavedMoment]]
 
 
-def find_moments(tree: Tree, arrays: Mapping[TreePath, str], pieces: Mapping[str, ArrayPiece]) -> (
-    SavedMoments | None
-):  # fmt: skip
+def find_moments(
+    tree: Tree, arrays: Mapping[TreePath, str], pieces: Mapping[str, ArrayPiece]
+) -> SavedMoments | None:
     """Return the moments in a tree, or None if there are none.
 
     Args:
@@ -156,9 +156,10 @@ def _missing_axis(
 ) -> int | None:
     """Return the axis of an array that a factor of its second moment lacks."""
     fits = [
-        axis for axis in sorted((*piece.rows, *piece.columns))
+        axis
+        for axis in sorted((*piece.rows, *piece.columns))
         if shape[:axis] + shape[axis + 1 :] == factor_shape
-    ]  # fmt: skip
+    ]
     if len(fits) < 2:
         return fits[0] if fits else None
     if len(shape) == 2:
@@ -209,10 +210,7 @@ class TreeCheckpoint(Closing):
         Raises:
           InputError: there is no such tensor, or its array cannot be read.
         """
-        info = self.tensors.get(name)
-        if info is None:
-            hint = nearest(name, list(self.tensors)[:2000])
-            raise InputError(f"there is no tensor {quoted(name)}", where=str(self.path), hint=hint)
+        info = tensor_info(self.tensors, name, self.path)
         if not info.shape:
             return self._tree.arrays.read_box(self._pieces[name].key, ())
         shape, _ = rows_of(info, start, stop)
@@ -323,11 +321,12 @@ def open_tree(path: Path, folder: Path, *, needs_config: bool) -> TreeCheckpoint
         pieces = {".".join(keys): ArrayPiece(key, ()) for keys, key in tree.keys.items()}
     if needs_config and not config:
         problems.add(
-            f"the {tree.format} checkpoint says no architecture", where=str(path),
+            f"the {tree.format} checkpoint says no architecture",
+            where=str(path),
             expected=f"{CONFIG_NAME} of the model as transformers has it",
             hint="put it into the folder; or write a .moe graph over the arrays: "
             "docs/adding-a-family.md",
-        )  # fmt: skip
+        )
     problems.raise_if_any()
     return TreeCheckpoint(path, tree, config, pieces)
 
@@ -346,6 +345,7 @@ def _dtype(tree: Tree, key: str) -> DType:
     if not matches:
         raise InputError(
             "moecc does not know this type of elements",
-            where=f"{tree.folder}, array {quoted(key)}", found=str(element_type),
-        )  # fmt: skip
+            where=f"{tree.folder}, array {quoted(key)}",
+            found=str(element_type),
+        )
     return matches[0]

@@ -6,7 +6,6 @@ folder of an array has the name of its path in the tree (``checkpoints.py`` of t
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from moecc.errors import InputError, MachineError, described
-from moecc.formats.trees.arrays import FILE, ArrayPiece, Tree, ZarrArrays
+from moecc.formats.trees.arrays import FILE, ArrayPiece, Tree, ZarrArrays, files_below
 from moecc.support.extras import install_hint
 from moecc.support.problems import Problems, quoted
 from moecc.types import Array
@@ -62,8 +61,7 @@ def open_t5x(folder: Path) -> Tree:
         keys[steps] = name
     problems.raise_if_any()
     stored = ZarrArrays(folder, "zarr", is_database=False)
-    files = (Path(path) / n for path, _, names in os.walk(folder) for n in sorted(names))
-    return Tree("t5x", folder, keys, T5xArrays(inside, stored), tuple(files))
+    return Tree("t5x", folder, keys, T5xArrays(inside, stored), tuple(files_below(folder)))
 
 
 class T5xArrays:
@@ -117,9 +115,12 @@ def _unpacked(path: Path) -> Any:
         raise InputError("the file is too large for one of T5X", where=str(path))
     try:
         return msgpack.unpackb(
-            path.read_bytes(), ext_hook=_extension, raw=False, strict_map_key=False,
+            path.read_bytes(),
+            ext_hook=_extension,
+            raw=False,
+            strict_map_key=False,
             object_hook=_whole,
-        )  # fmt: skip
+        )
     except InputError:
         raise
     except Exception as error:  # msgpack raises kinds of its own, and those of Python
@@ -155,8 +156,7 @@ def _whole(entry: dict[str, Any]) -> object:
 # The T5 of T5X as Hugging Face has it, dense or with experts; its config follows from the arrays.
 #
 # Names are those of ``examples/t5/network.py`` of t5x, and for experts those of flaxformer
-# (``architectures/moe``): kernels of experts are ``[expert, in, out]``, layers that are scanned
-# are
+# (``architectures/moe``): kernels of experts are ``[expert, in, out]``, layers that are scanned are
 # along axis 1, in blocks of a few.  Neither scales the scores of attention.
 
 MARKS = (("encoder", "encoder_norm", "scale"),)
@@ -332,11 +332,6 @@ def t5_config(shapes: Mapping[str, tuple[int, ...]], problems: Problems) -> dict
     }
 
 
-def _layers_with_routers(shapes: Iterable[str], stack: str) -> list[int]:
-    start, end = f"{stack}.block.", ".mlp.router.classifier.weight"
-    return sorted(int(n.split(".")[2]) for n in shapes if n.startswith(start) and n.endswith(end))
-
-
 def _sparse(
     shapes: Mapping[str, tuple[int, ...]], experts: int, problems: Problems
 ) -> dict[str, object]:
@@ -355,16 +350,19 @@ def _sparse(
         "router_jitter_noise": 0.0,
     }
     for stack in _SELF:
-        layers, sparse = _count(shapes, stack), _layers_with_routers(shapes, stack)
+        layers = _count(shapes, stack)
+        routers = re.compile(rf"{stack}\.block\.(\d+)\..*\.mlp\.router\.classifier\.weight")
+        sparse = sorted(int(match[1]) for name in shapes if (match := routers.fullmatch(name)))
         step = layers // len(sparse) if sparse else 0
         usual = list(range(layers)) if step == 1 else list(range(1, layers, step or layers))
         if sparse != usual:
             problems.add(
                 "transformers has experts in other layers",
-                where=stack, expected=", ".join(map(str, usual)),
+                where=stack,
+                expected=", ".join(map(str, usual)),
                 found=", ".join(map(str, sparse)) or "none",
                 hint="write a .moe graph over the arrays: docs/adding-a-family.md",
-            )  # fmt: skip
+            )
         config[f"num_sparse_{stack}_layers"] = len(sparse)
     return config
 
