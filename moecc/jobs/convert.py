@@ -56,67 +56,6 @@ def is_file(planned: Plan, out: Path) -> bool:
     return isinstance(planned.export, GgufExport) and out.suffix == SUFFIX
 
 
-def write_gguf(folder: Path, planned: Plan, options: WriteOptions) -> WriteReport:
-    """Write ``model.gguf`` into `folder`, with licences, receipt, card and manifest.
-
-    Raises: as `moecc.jobs.convert.write`.
-    """
-    from moecc.formats.disk import write_durable
-    from moecc.formats.files import read_whole
-    from moecc.formats.gguf.storage import FILE_NAME
-    from moecc.formats.manifest import MANIFEST_NAME
-    from moecc.formats.modelcard import CARD_NAME
-    from moecc.jobs.receipt import RECEIPT_NAME
-
-    checkpoint = planned.model.checkpoint
-    assert checkpoint is not None, "a plan has weights"
-    written = _write_weights(folder, planned, options)
-    for name, content in checkpoint.companions().items():
-        if name.startswith(_LICENCES):
-            data = read_whole(content) if isinstance(content, Path) else content
-            write_durable(folder / name, data)
-    receipt = receipt_of(planned, folder / FILE_NAME, options)
-    words = ["--allow-nonfinite"] if options.allow_nonfinite else []
-    write_durable(folder / RECEIPT_NAME, receipt.content())
-    write_durable(folder / CARD_NAME, card(planned, receipt, words).encode())
-    write_durable(
-        folder / MANIFEST_NAME, manifest(folder, planned, written, options.source_files())
-    )
-    return written
-
-
-def write_gguf_file(folder: Path, planned: Plan, options: WriteOptions) -> WriteReport:
-    """Write ``model.gguf`` and its manifest into `folder`, from where they get their names.
-
-    Raises: as `moecc.jobs.convert.write`.
-    """
-    from moecc.formats.disk import write_durable
-    from moecc.formats.gguf.storage import FILE_NAME
-    from moecc.formats.manifest import MANIFEST_NAME
-
-    written = _write_weights(folder, planned, options)
-    receipt = receipt_of(planned, folder / FILE_NAME, options).to_json()
-    write_durable(
-        folder / MANIFEST_NAME, manifest(folder, planned, written, options.source_files(), receipt)
-    )
-    return written
-
-
-def _write_weights(folder: Path, planned: Plan, options: WriteOptions) -> WriteReport:
-    from moecc.formats.gguf.encode import plan_file
-    from moecc.formats.gguf.storage import FILE_NAME
-    from moecc.formats.writer import write_files
-
-    checkpoint = planned.model.checkpoint
-    assert checkpoint is not None, "a plan has weights"
-    tensors = planned.tensors
-    file = plan_file(FILE_NAME, [t.entry for t in tensors], gguf_keys(planned))
-    return write_files(
-        folder, tensors, [file], checkpoint.read, progress=options.progress,
-        allow_nonfinite=options.allow_nonfinite, journal=options.journal,
-    )  # fmt: skip
-
-
 def gguf_keys(planned: Plan) -> list[Key]:
     """Return all keys of the file: of the model, its origin and its tokenizer."""
     from moecc.formats.gguf.encode import Key
@@ -213,25 +152,20 @@ def write(
     from moecc.formats.manifest import hashed_beside
     from moecc.formats.output import output_folder
     from moecc.formats.run import inputs_of
-    from moecc.translate.gguf import GgufExport
 
     checkpoint = planned.model.checkpoint
     assert checkpoint is not None, "a plan has weights"
     path = Path(out)
     one_file = is_file(planned, path)
     options = WriteOptions(max_shard_bytes, allow_nonfinite, verify, progress)
-    earlier = _Earlier(conversion_facts(planned, options))
+    interrupted = InterruptedConversion(conversion_facts(planned, options))
     with output_folder(
         path, inputs=inputs_of(checkpoint), force=force, needed_bytes=planned.size_bytes,
-        can_resume=earlier.can_resume if resume else None, is_file=one_file,
-    ) as temporary, earlier.journal(temporary) as journal, \
+        can_resume=interrupted.can_resume if resume else None, is_file=one_file,
+    ) as temporary, interrupted.journal(temporary) as journal, \
             hashed_beside(files_of(checkpoint)) as source_files:  # fmt: skip
         options = replace(options, journal=journal, source_files=source_files)
-        if isinstance(planned.export, GgufExport):
-            fill = write_gguf_file if one_file else write_gguf
-            written = fill(temporary, planned, options)
-        else:
-            written = _write_folder(temporary, planned, options)
+        written = _fill(temporary, planned, options, one_file)
         # After all of it was hashed and read: the digests are those of what was converted.
         checkpoint.require_unchanged()
         if one_file:
@@ -241,30 +175,85 @@ def write(
     return Conversion(path, planned, written)
 
 
-class _Earlier:
-    """What a killed run of the same conversion completed."""
+class InterruptedConversion:
+    """The completed parts of a killed run of the same conversion."""
 
     def __init__(self, facts: Facts) -> None:
         self._facts = facts
-        self._known: dict[str, Done] = {}
+        self._completed: dict[str, Done] = {}
 
     def can_resume(self, folder: Path) -> bool:
         """Read its journal; return whether it is of use. Raises InputError if it is of another."""
         from moecc.formats.writer import read_journal
 
-        self._known = read_journal(folder, self._facts)
-        return bool(self._known)
+        self._completed = read_journal(folder, self._facts)
+        return bool(self._completed)
 
     @contextmanager
     def journal(self, folder: Path) -> Iterator[OutputJournal]:
-        """Yield the journal of this run, which begins with it."""
+        """Yield the journal of this run, which begins with the completed parts."""
         from moecc.formats.writer import OutputJournal
 
-        journal = OutputJournal(folder, self._facts, self._known)
+        journal = OutputJournal(folder, self._facts, self._completed)
         try:
             yield journal
         finally:
             journal.close()
+
+
+def _fill(folder: Path, planned: Plan, options: WriteOptions, one_file: bool) -> WriteReport:
+    """Write the weights, and beside them all files but the journal.
+
+    A GGUF file that stands alone has its receipt in the manifest, and nothing else beside it.
+    """
+    from moecc.formats.disk import make_folder, write_durable
+    from moecc.formats.files import read_whole
+    from moecc.formats.gguf.encode import plan_file
+    from moecc.formats.gguf.storage import FILE_NAME
+    from moecc.formats.manifest import MANIFEST_NAME
+    from moecc.formats.modelcard import CARD_NAME
+    from moecc.formats.writer import write_checkpoint, write_files
+    from moecc.jobs.receipt import RECEIPT_NAME
+    from moecc.translate.gguf import GgufExport
+
+    checkpoint, tensors = planned.model.checkpoint, planned.tensors
+    assert checkpoint is not None, "a plan has weights"
+    is_gguf, words = isinstance(planned.export, GgufExport), options.words
+    if is_gguf:
+        words = ["--allow-nonfinite"] if options.allow_nonfinite else []  # there are no shards
+        file = plan_file(FILE_NAME, [t.entry for t in tensors], gguf_keys(planned))
+        written = write_files(
+            folder, tensors, [file], checkpoint.read, progress=options.progress,
+            allow_nonfinite=options.allow_nonfinite, journal=options.journal,
+        )  # fmt: skip
+    else:
+        written = write_checkpoint(
+            folder, tensors, checkpoint.read, max_shard_bytes=options.max_shard_bytes,
+            metadata={"moecc": __version__, "pipeline": planned.pipeline.in_full()},
+            progress=options.progress, allow_nonfinite=options.allow_nonfinite,
+            journal=options.journal,
+        )  # fmt: skip
+    if not one_file:
+        for name, content in checkpoint.companions().items():
+            # A GGUF file has the tokenizer itself.
+            if is_gguf and not name.startswith(_LICENCES):
+                continue
+            data = read_whole(content) if isinstance(content, Path) else content
+            make_folder((folder / name).parent)  # chat templates are in a subfolder
+            write_durable(folder / name, data)
+    if not is_gguf:
+        config = dict(planned.export.config_json)
+        if planned.dtype is not None:
+            config["torch_dtype"] = config["dtype"] = planned.dtype.torch
+        write_durable(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    receipt = receipt_of(planned, folder / FILE_NAME if is_gguf else folder, options)
+    if not one_file:
+        write_durable(folder / RECEIPT_NAME, receipt.content())
+        write_durable(folder / CARD_NAME, card(planned, receipt, words).encode())
+    embedded = receipt.to_json() if one_file else None
+    document = manifest(folder, planned, written, options.source_files(), embedded)
+    write_durable(folder / MANIFEST_NAME, document)
+    return written
 
 
 def check_place(
@@ -274,79 +263,22 @@ def check_place(
 
     Raises: as `write`.
     """
+    from moecc.formats.gguf.storage import SUFFIX
     from moecc.formats.output import check_output
     from moecc.formats.run import inputs_of
 
-    _check_suffix(planned, Path(out))
-    inputs = inputs_of(planned.model.checkpoint)
-    check_output(
-        Path(out), inputs=inputs, force=force, needed_bytes=planned.size_bytes, resume=resume,
-        is_file=is_file(planned, Path(out)),
-    )  # fmt: skip
-
-
-def _check_suffix(planned: Plan, out: Path) -> None:
-    """Raise UsageError for a folder that would be taken for a GGUF file."""
-    from moecc.formats.gguf.storage import SUFFIX
-
-    if out.suffix == SUFFIX and not is_file(planned, out):
+    one_file = is_file(planned, Path(out))
+    if Path(out).suffix == SUFFIX and not one_file:
         raise UsageError(
             "a .gguf file is written for an architecture of llama.cpp", where=str(out),
             expected="--to gguf:ARCH, for example gguf:llama",
             found=f"a folder, of {with_article(planned.target)}",
             hint="or a folder, whose name does not end in .gguf",
         )  # fmt: skip
-
-
-def _write_folder(folder: Path, planned: Plan, options: WriteOptions) -> WriteReport:
-    from moecc.formats.disk import write_durable
-    from moecc.formats.manifest import MANIFEST_NAME
-    from moecc.formats.modelcard import CARD_NAME
-    from moecc.formats.writer import write_checkpoint
-    from moecc.jobs.receipt import RECEIPT_NAME
-
-    checkpoint = planned.model.checkpoint
-    assert checkpoint is not None, "a plan has weights"
-    written = write_checkpoint(
-        folder,
-        planned.tensors,
-        checkpoint.read,
-        max_shard_bytes=options.max_shard_bytes,
-        metadata=_provenance(planned),
-        progress=options.progress,
-        allow_nonfinite=options.allow_nonfinite,
-        journal=options.journal,
-    )
-    _write_companions(folder, planned)
-    receipt = receipt_of(planned, folder, options)
-    write_durable(folder / RECEIPT_NAME, receipt.content())
-    write_durable(folder / CARD_NAME, card(planned, receipt, options.words).encode())
-    write_durable(
-        folder / MANIFEST_NAME, manifest(folder, planned, written, options.source_files())
-    )
-    return written
-
-
-def _provenance(planned: Plan) -> dict[str, str]:
-    return {"moecc": __version__, "pipeline": planned.pipeline.in_full()}
-
-
-def _write_companions(folder: Path, planned: Plan) -> None:
-    """Copy tokenizer and licence files byte for byte, and write config.json."""
-    from moecc.formats.disk import make_folder, write_durable
-    from moecc.formats.files import read_whole
-
-    checkpoint = planned.model.checkpoint
-    assert checkpoint is not None, "a plan has weights"
-    for name, content in checkpoint.companions().items():
-        data = read_whole(content) if isinstance(content, Path) else content
-        path = folder / name
-        make_folder(path.parent)  # chat templates are in a subfolder
-        write_durable(path, data)
-    config = dict(planned.export.config_json)
-    if planned.dtype is not None:
-        config["torch_dtype"] = config["dtype"] = planned.dtype.torch
-    write_durable(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    check_output(
+        Path(out), inputs=inputs_of(planned.model.checkpoint), force=force,
+        needed_bytes=planned.size_bytes, resume=resume, is_file=one_file,
+    )  # fmt: skip
 
 
 _SHOWN = 10
