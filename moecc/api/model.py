@@ -36,7 +36,6 @@ from moecc.ir.structure import clone
 from moecc.jobs.convert import Conversion, plan, write
 from moecc.model.initialise import add_statistics, reads_small
 from moecc.model.open import Model as OpenModel
-from moecc.model.open import Model as _WriteParamsModel
 from moecc.model.open import Params, add_branches, open_model
 from moecc.pipeline.passes import EXACT, Context, Preserves, Statistics, weakest
 from moecc.pipeline.runner import run_pipeline
@@ -48,7 +47,7 @@ from moecc.support.page import render
 from moecc.support.process import Closing
 from moecc.support.text import brief, count_text, facts_table, size_text
 from moecc.support.untyped import Json
-from moecc.types import DTYPES, F32, Array, Arrays, DType, TensorType
+from moecc.types import DTYPES, F32, Array, Arrays, TensorType
 from moecc.weights.expr import Source
 
 if TYPE_CHECKING:
@@ -490,71 +489,6 @@ class Model(Closing):
 # Write parameters that a loop of one's own trained, as a checkpoint with manifest and card.
 
 
-def write_arrays(
-    model: _WriteParamsModel,
-    params: Json,
-    folder: str | Path,
-    *,
-    to: str = "auto",
-    dtype: DType | None = None,
-    force: bool = False,
-) -> Conversion:
-    """Write `params` in place of the parameters of `model` to a new folder.
-
-    Args:
-      model: opened, its graph perhaps rewritten by passes; its checkpoint gives tokenizer,
-        licences and card.
-      params: an array for each parameter of the graph, by name, NumPy's or jax's.
-      folder: where to.
-      to: the family to write; ``auto`` chooses one that engines read.
-      dtype: the type to write; None for that of the arrays.
-      force: whether an existing folder is replaced.
-
-    Raises:
-      InputError: an array is missing, unknown or of another shape, or holds what is not finite; the
-        family cannot express the model; the folder cannot be used.
-      MachineError: the disk is too small.
-    """
-    if model.checkpoint is None:
-        raise InputError(f"{model.name} has no files to write beside parameters")
-    problems = list(_misfits(model.graph, params))
-    if problems:
-        raise InputError(problems)
-    used = {n: params[n] for n in model.graph.params}
-    checkpoint = GivenParams(model.checkpoint, used)
-    graph = clone(model.graph)
-    for name, param in graph.params.items():
-        param.weight = Source(
-            name, TensorType(checkpoint.tensors[name].dtype, param.type.bare.axes)
-        )
-    planned = plan(
-        _WriteParamsModel(graph, model.name, checkpoint), Pipeline.parse(""), to, dtype=dtype
-    )
-    return write(planned, folder, force=force)
-
-
-def _misfits(graph: Graph, params: Json) -> Iterator[Problem]:
-    dtypes = {d.numpy for d in DTYPES.values() if d.is_float}
-    for name in params:
-        if name not in graph.params:
-            problem = "the model has no such parameter"
-            yield Problem(problem, str(name), hint=nearest(str(name), graph.params))
-    for name, param in graph.params.items():
-        if name not in params:
-            yield Problem("no array is given", f"param %{name}", str(param.type))
-            continue
-        array = params[name]
-        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
-            kind = type(array).__name__
-            yield Problem("this is no array", f"param %{name}", str(param.type), kind)
-        elif tuple(array.shape) != param.type.shape or array.dtype not in dtypes:
-            yield Problem("the array does not fit", f"param %{name}", str(param.type),
-                          f"{array.dtype}{list(array.shape)}")  # fmt: skip
-
-
-# `moecc.write_params`: arguments as a caller writes them, or rejected by name.
-
-
 def write_params(
     model: Model | OpenModel | str | os.PathLike[str],
     params: Mapping[str, Json],
@@ -583,10 +517,38 @@ def write_params(
     if not isinstance(params, Mapping):
         raise UsageError("parameters are arrays by name", found=type(params).__name__)
     opened = model if isinstance(model, OpenModel) else open(model).model
-    return write_arrays(
-        opened, params, folder_text(folder), to=family_text(to), dtype=dtype_of(dtype),
-        force=flag("force", force),
-    )  # fmt: skip
+    path, target, element_type = folder_text(folder), family_text(to), dtype_of(dtype)
+    force = flag("force", force)
+    if opened.checkpoint is None:
+        raise InputError(f"{opened.name} has no files to write beside parameters")
+    if problems := list(_misfits(opened.graph, params)):
+        raise InputError(problems)
+    graph = clone(opened.graph)
+    checkpoint = GivenParams(opened.checkpoint, {name: params[name] for name in graph.params})
+    for name, param in graph.params.items():
+        stored = TensorType(checkpoint.tensors[name].dtype, param.type.bare.axes)
+        param.weight = Source(name, stored)
+    planned = plan(OpenModel(graph, opened.name, checkpoint), NOTHING, target, dtype=element_type)
+    return write(planned, path, force=force)
+
+
+def _misfits(graph: Graph, params: Json) -> Iterator[Problem]:
+    dtypes = {d.numpy for d in DTYPES.values() if d.is_float}
+    for name in params:
+        if name not in graph.params:
+            problem = "the model has no such parameter"
+            yield Problem(problem, str(name), hint=nearest(str(name), graph.params))
+    for name, param in graph.params.items():
+        if name not in params:
+            yield Problem("no array is given", f"param %{name}", str(param.type))
+            continue
+        array = params[name]
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            kind = type(array).__name__
+            yield Problem("this is no array", f"param %{name}", str(param.type), kind)
+        elif tuple(array.shape) != param.type.shape or array.dtype not in dtypes:
+            yield Problem("the array does not fit", f"param %{name}", str(param.type),
+                          f"{array.dtype}{list(array.shape)}")  # fmt: skip
 
 
 # `moecc.load_step`: a program that `moecc compile --save` wrote, to call.
