@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 from moecc.errors import InputError, printable
@@ -23,9 +24,6 @@ CARD_NAME = "README.md"
 SCALARS = ("license", "license_name", "license_link")
 LISTS = ("language", "datasets")
 _MAX_CARD_BYTES = 4 << 20
-
-Kept = Mapping[str, tuple[str, ...]]
-"""The values of each key that is kept; a scalar is one value."""
 
 
 def read_card(folder: Path) -> dict[str, tuple[str, ...]]:
@@ -50,27 +48,17 @@ def front_matter(text: str) -> dict[str, tuple[str, ...]]:
     for at, line in enumerate(lines[1:end], 1):
         key, colon, value = line.partition(":")
         if colon and key in (*SCALARS, *LISTS):
-            items = _items(value.strip()) or _listed(lines[at + 1 : end])
+            value = value.strip()
+            if value.startswith("[") and value.endswith("]"):
+                texts = value[1:-1].split(",")
+            elif value:
+                texts = [value]
+            else:  # a list that begins on the next line
+                below = (line.strip() for line in lines[at + 1 : end])
+                texts = [text[2:] for text in takewhile(lambda text: text.startswith("- "), below)]
+            items = [item for text in texts if (item := _unquoted(text.strip()))]
             card[key] = tuple(items[:1] if key in SCALARS else items)
     return {key: values for key, values in card.items() if values}
-
-
-def _items(text: str) -> list[str]:
-    """Return the members of a value on one line: ``mit``, ``[en, de]``."""
-    if text.startswith("[") and text.endswith("]"):
-        return [item for part in text[1:-1].split(",") if (item := _unquoted(part.strip()))]
-    item = _unquoted(text)
-    return [item] if item else []
-
-
-def _listed(lines: Sequence[str]) -> list[str]:
-    """Return the items of a list that begins on the next line."""
-    items = []
-    for line in lines:
-        if not line.strip().startswith("- "):
-            break
-        items.append(_unquoted(line.strip().removeprefix("- ").strip()))
-    return [item for item in items if item]
 
 
 def _unquoted(item: str) -> str:
@@ -131,7 +119,7 @@ class CardFacts:
     is_sparse: bool = True
     base_model: str | None = None
     relation: str = "finetune"
-    kept: Kept = field(default_factory=dict)
+    kept: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     engines: tuple[tuple[str, bool, str], ...] = ()
     serving: str = ""
     training: str = ""
@@ -147,14 +135,15 @@ def model_card(facts: CardFacts) -> str:
         _front_matter(facts),
         f"# {_escape(facts.title)}",
         _summary(facts),
-        _notes(facts),
+        "\n".join(f"- {_escape(note)}" for note in facts.notes),
         "## Load it",
         _snippet(facts),
         *_engines(facts),
         *(["## Train it on", facts.training] if facts.training else []),
         "## How it was made",
         "\n".join(f"{n}. {_escape(line)}" for n, line in enumerate(facts.story, 1)),
-        _recipe(facts),
+        f"```\n{_code(facts.command)}\n```",
+        "`moecc verify` compares every tensor with `moecc_manifest.json`.",
         _digests(facts),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -213,10 +202,6 @@ def _summary(facts: CardFacts) -> str:
     )
 
 
-def _notes(facts: CardFacts) -> str:
-    return "\n".join(f"- {_escape(note)}" for note in facts.notes)
-
-
 def _engines(facts: CardFacts) -> list[str]:
     """Return the section on engines: a table, and what else is to be known."""
     if not facts.engines and not facts.serving:
@@ -232,66 +217,43 @@ def _engines(facts: CardFacts) -> list[str]:
 def _snippet(facts: CardFacts) -> str:
     if facts.file:
         return f'```\nllama-cli -m {facts.file} -p "Once upon a time" -n 20\n```'
+    folder = f"folder = {json.dumps(facts.title)}  # where these files are"
+    is_generator = facts.task == GENERATION
     if facts.auto_class is not None:
-        lines = _with_transformers(facts)
-    elif facts.task == GENERATION:
-        lines = _generating(facts)
+        lines = [
+            f"from transformers import {facts.auto_class}, AutoTokenizer",
+            "",
+            folder,
+            "tokenizer = AutoTokenizer.from_pretrained(folder)",
+            f'model = {facts.auto_class}.from_pretrained(folder, dtype="auto")',
+        ]
+        if is_generator:
+            lines += [
+                'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+                "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",
+            ]
+    elif is_generator:
+        lines = [
+            "import moecc",
+            "",
+            folder,
+            "with moecc.open(folder) as model:",
+            '    print(model.generate("Once upon a time", 20))',
+        ]
     else:
-        lines = _running(facts)
+        lines = [
+            "from moecc.backend import get_backend",
+            "from moecc.model.inputs import default_inputs",
+            "from moecc.model.open import open_model",
+            "",
+            folder,
+            "with open_model(folder) as model:",
+            '    program = get_backend("xla").compile(model.graph)',
+            "    inputs = default_inputs(model.graph)  # random ones",
+            "    outputs = program.run(model.params(), inputs)",
+            "print({name: array.shape for name, array in outputs.items()})",
+        ]
     return "\n".join(["```python", *lines, "```"])
-
-
-def _folder(facts: CardFacts) -> str:
-    return f"folder = {json.dumps(facts.title)}  # where these files are"
-
-
-def _with_transformers(facts: CardFacts) -> list[str]:
-    lines = [
-        f"from transformers import {facts.auto_class}, AutoTokenizer",
-        "",
-        _folder(facts),
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        f'model = {facts.auto_class}.from_pretrained(folder, dtype="auto")',
-    ]
-    if facts.task != GENERATION:
-        return lines
-    return [
-        *lines,
-        'inputs = tokenizer("Once upon a time", return_tensors="pt")',
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",
-    ]
-
-
-def _generating(facts: CardFacts) -> list[str]:
-    return [
-        "import moecc",
-        "",
-        _folder(facts),
-        "with moecc.open(folder) as model:",
-        '    print(model.generate("Once upon a time", 20))',
-    ]
-
-
-def _running(facts: CardFacts) -> list[str]:
-    return [
-        "from moecc.backend import get_backend",
-        "from moecc.model.inputs import default_inputs",
-        "from moecc.model.open import open_model",
-        "",
-        _folder(facts),
-        "with open_model(folder) as model:",
-        '    program = get_backend("xla").compile(model.graph)',
-        "    inputs = default_inputs(model.graph)  # random ones",
-        "    outputs = program.run(model.params(), inputs)",
-        "print({name: array.shape for name, array in outputs.items()})",
-    ]
-
-
-def _recipe(facts: CardFacts) -> str:
-    return (
-        f"```\n{_code(facts.command)}\n```\n\n"
-        "`moecc verify` compares every tensor with `moecc_manifest.json`."
-    )
 
 
 def _digests(facts: CardFacts) -> str:

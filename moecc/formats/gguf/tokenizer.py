@@ -83,8 +83,19 @@ def read_vocabulary(metadata: Mapping[str, Value], rows: int) -> Vocabulary:
     tokens = _strings(metadata, "tokens")
     if len(tokens) > rows:
         raise _unusable("tokens", "more tokens than the embedding", f"{rows:,}", f"{len(tokens):,}")
-    _refuse_duplicates(tokens)
-    special = _special(metadata, _SPECIAL_DEFAULTS[model], len(tokens))
+    names: set[str] = set()
+    for token in tokens:
+        if token in names:
+            fault = f"two ids have the token {quoted(token)}"
+            raise _unusable("tokens", fault, "one id each", "a second one")
+        names.add(token)
+    special: dict[str, int] = {}
+    for name in (*_NAMED, *_ENDS[1:]):
+        is_stated = f"{_PREFIX}{name}_token_id" in metadata
+        default = _SPECIAL_DEFAULTS[model].get(name)
+        number = token_id(metadata, name, len(tokens)) if is_stated else default
+        if number is not None and number < len(tokens):
+            special[name] = number
     pre = _text(metadata, "pre") if model == "gpt2" else ""
     return Vocabulary(
         model=model,
@@ -92,9 +103,9 @@ def read_vocabulary(metadata: Mapping[str, Value], rows: int) -> Vocabulary:
         tokens=tokens,
         types=_types(metadata, len(tokens)),
         scores=_numbers(metadata, "scores", len(tokens)) if model == "llama" else [],
-        merges=_merges(metadata, set(tokens)) if model == "gpt2" else [],
+        merges=_merges(metadata, names) if model == "gpt2" else [],
         special={name: number for name, number in special.items() if name in _NAMED},
-        ends=_ends(special),
+        ends=list(dict.fromkeys(special[name] for name in _ENDS if name in special)),
         adds_bos=_flag(metadata, "add_bos_token", model == "llama" or pre in BOS_PRE_TOKENIZERS),
         adds_eos=_flag(metadata, "add_eos_token", False),
         adds_space=_flag(metadata, "add_space_prefix", model == "llama"),
@@ -102,39 +113,15 @@ def read_vocabulary(metadata: Mapping[str, Value], rows: int) -> Vocabulary:
 
 
 _NAMED = ("bos", "eos", "unknown", "padding")
-
-
-def _refuse_duplicates(tokens: list[str]) -> None:
-    seen: set[str] = set()
-    for token in tokens:
-        if token in seen:
-            fault = f"two ids have the token {quoted(token)}"
-            raise _unusable("tokens", fault, "one id each", "a second one")
-        seen.add(token)
+_ENDS = ("eos", "eot", "eom")
 
 
 def _types(metadata: Mapping[str, Value], count: int) -> list[int]:
     types = _numbers(metadata, "token_type", count)
-    odd = next((kind for kind in types if kind not in range(NORMAL, BYTE + 1)), None)
-    if odd is not None:
-        raise _unusable("token_type", "unknown type of a token", "1 to 6", f"{odd}")
+    for kind in types:
+        if kind not in range(NORMAL, BYTE + 1):
+            raise _unusable("token_type", "unknown type of a token", "1 to 6", f"{kind}")
     return [int(kind) for kind in types]
-
-
-def _special(
-    metadata: Mapping[str, Value], defaults: Mapping[str, int], count: int
-) -> dict[str, int]:
-    ids: dict[str, int] = {}
-    for name in (*_NAMED, "eot", "eom"):
-        stated = f"{_PREFIX}{name}_token_id" in metadata
-        number = token_id(metadata, name, count) if stated else defaults.get(name)
-        if number is not None and number < count:
-            ids[name] = number
-    return ids
-
-
-def _ends(special: Mapping[str, int]) -> list[int]:
-    return list(dict.fromkeys(special[name] for name in ("eos", "eot", "eom") if name in special))
 
 
 def _merges(metadata: Mapping[str, Value], tokens: set[str]) -> list[tuple[str, str]]:
@@ -227,10 +214,18 @@ def tokenizer_files(
     vocabulary = read_vocabulary(metadata, rows)
     turn = {"gpt2": _byte_level, "llama": _sentence_piece}[vocabulary.model]
     config = _tokenizer_config(vocabulary, metadata, context_length)
+    ends = vocabulary.ends
+    ids = {
+        "bos_token_id": vocabulary.special.get("bos"),
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": vocabulary.special.get("padding"),
+    }
     return {
         "tokenizer.json": _json(turn(vocabulary)),
         "tokenizer_config.json": _json(config, indent=2),
-        "generation_config.json": _json(_generation_config(vocabulary), indent=2),
+        "generation_config.json": _json(
+            {name: value for name, value in ids.items() if value is not None}, indent=2
+        ),
     }
 
 
@@ -411,16 +406,6 @@ def _chat_template(metadata: Mapping[str, Value]) -> str | list[dict[str, str]] 
     if not isinstance(default, str):
         return named or None
     return [{"name": "default", "template": default}, *named] if named else default
-
-
-def _generation_config(vocabulary: Vocabulary) -> dict[str, object]:
-    ends = vocabulary.ends
-    ids = {
-        "bos_token_id": vocabulary.special.get("bos"),
-        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
-        "pad_token_id": vocabulary.special.get("padding"),
-    }
-    return {name: value for name, value in ids.items() if value is not None}
 
 
 def _json(value: object, indent: int | None = None) -> bytes:
