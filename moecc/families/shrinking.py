@@ -75,20 +75,25 @@ def shrink_config(config: ModelConfig) -> ModelConfig:
       InputError: the config holds a graph, whose sizes only its own constraints determine.
     """
     shrink = next((SHRINKERS[c] for c in type(config).__mro__ if c in SHRINKERS), None)
-    if shrink is not None:
-        return shrink(config)
-    raise InputError("the config holds no sizes")
+    if shrink is None:
+        raise InputError("the config holds no sizes")
+    return shrink(config)
+
+
+def _small_vocabulary(config: ModelConfig) -> JsonDict:
+    """Return a smaller vocabulary, which may be without the padding token."""
+    extra = {**config.extra, "pad_token_id": None}
+    return {"vocab_size": shrink_size(config.vocab_size, MOST_VOCAB), "extra": extra}
 
 
 def _shrink_encdec(config: EncDecConfig) -> EncDecConfig:
     return replace(
         config,
-        vocab_size=shrink_size(config.vocab_size, MOST_VOCAB),
+        **_small_vocabulary(config),
         hidden_size=shrink_size(config.hidden_size, MOST_HEADS * MOST_HEAD_DIM),
         head_dim=shrink_size(config.head_dim, MOST_HEAD_DIM),
         num_attention_heads=shrink_size(config.num_attention_heads, MOST_HEADS),
         intermediate_size=shrink_size(config.intermediate_size, MOST_EXPERT),
-        extra={**config.extra, "pad_token_id": None},
     )
 
 
@@ -97,12 +102,11 @@ def _shrink_bert(config: BertConfig) -> BertConfig:
     positions = config.max_position_embeddings - config.position_offset
     return replace(
         config,
-        vocab_size=shrink_size(config.vocab_size, MOST_VOCAB),
+        **_small_vocabulary(config),
         hidden_size=heads * shrink_size(config.head_dim, MOST_HEAD_DIM),
         num_attention_heads=heads,
         intermediate_size=shrink_size(config.intermediate_size, MOST_MLP),
         max_position_embeddings=shrink_size(positions, MOST_VOCAB) + config.position_offset,
-        extra={**config.extra, "pad_token_id": None},
     )
 
 
@@ -110,12 +114,11 @@ def _shrink_gpt(config: GptConfig) -> GptConfig:
     heads = shrink_size(config.num_attention_heads, MOST_HEADS)
     head_dim = shrink_size(config.head_dim, MOST_HEAD_DIM)
     small: JsonDict = {
-        "vocab_size": shrink_size(config.vocab_size, MOST_VOCAB),
+        **_small_vocabulary(config),
         "hidden_size": heads * head_dim,
         "num_attention_heads": heads,
         "intermediate_size": shrink_size(config.intermediate_size, MOST_MLP),
         "max_position_embeddings": shrink_size(config.max_position_embeddings, MOST_VOCAB),
-        "extra": {**config.extra, "pad_token_id": None},
     }
     if config.embedding_width != config.hidden_size:
         # One less or more than the model's width, so that the two stay different.
@@ -147,7 +150,7 @@ def _shrink_whisper(config: WhisperConfig) -> WhisperConfig:
     width = shrink_size(config.heads("encoder")[1], MOST_HEAD_DIM)
     return replace(
         config,
-        vocab_size=shrink_size(config.vocab_size, MOST_VOCAB),
+        **_small_vocabulary(config),
         d_model=lcm(encoder, decoder) * width,
         encoder_attention_heads=encoder,
         decoder_attention_heads=decoder,
@@ -156,7 +159,6 @@ def _shrink_whisper(config: WhisperConfig) -> WhisperConfig:
         num_mel_bins=shrink_size(config.num_mel_bins, MOST_HEAD_DIM),
         max_source_positions=shrink_size(config.max_source_positions, MOST_HEAD_DIM),
         max_target_positions=shrink_size(config.max_target_positions, MOST_VOCAB),
-        extra={**config.extra, "pad_token_id": None},
     )
 
 
@@ -172,7 +174,7 @@ def _shrink_decoder(config: DecoderConfig) -> DecoderConfig:
     head_dim = shrink_size(config.head_dim, MOST_HEAD_DIM)
     width = config.num_attention_heads * config.head_dim
     changes: JsonDict = {
-        "vocab_size": shrink_size(config.vocab_size, MOST_VOCAB),
+        **_small_vocabulary(config),
         # Whether the heads together have the model's width depends on the family.
         "hidden_size": heads * head_dim * (1 if width == config.hidden_size else 2),
         "intermediate_size": shrink_size(config.intermediate_size, MOST_MLP),
@@ -181,7 +183,6 @@ def _shrink_decoder(config: DecoderConfig) -> DecoderConfig:
         "head_dim": head_dim,
         "sliding_windows": tuple(w and min(w, SMALL_WINDOW) for w in config.sliding_windows),
         **_rotary_sizes(config, head_dim),
-        "extra": {**config.extra, "pad_token_id": None},
     }
     if isinstance(config, MoeConfig):
         changes.update(_expert_sizes(config))

@@ -118,7 +118,7 @@ def stored(name: str, param: Expr) -> list[tuple[str, Expr]]:
       InputError: the array is not made by moving tensors alone.
     """
     try:
-        return tensors_of(param, Source(name, param.type))
+        return tensors_of([(param, Source(name, param.type))])
     except ValueError as error:
         raise InputError(f"the parameter %{name} cannot be saved: {error}") from None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from moecc.errors import InputError, Problem
@@ -34,20 +34,8 @@ from moecc.weights.simplify import simplify
 Pair = tuple[Expr, Expr]
 
 
-def tensors_of(read: Expr, made: Expr) -> list[tuple[str, Expr]]:
-    """Return the tensors of `read`, how a family reads a parameter, if the parameter is `made`.
-
-    Returns:
-      The names of the tensors and an expression for each, simplified.
-
-    Raises:
-      ValueError: `read` is not composed of invertible movements.
-    """
-    return tensors_of_all([(read, made)])
-
-
-def tensors_of_all(pairs: Iterable[Pair]) -> list[tuple[str, Expr]]:
-    """Return the tensors that all parameters of a model are read from; see `tensors_of`.
+def tensors_of(pairs: Iterable[Pair]) -> list[tuple[str, Expr]]:
+    """Return the tensors that all parameters of a model are read from, and an expression for each.
 
     Args:
       pairs: for each parameter how it is read, and what it is.
@@ -64,16 +52,14 @@ def tensors_of_all(pairs: Iterable[Pair]) -> list[tuple[str, Expr]]:
             pattern, value = stack.pop()
             if isinstance(pattern, Source):
                 tensors.append((pattern.name, simplify(value)))
-            elif isinstance(pattern, Slice) or _picks_one_of_several(pattern):
+            elif isinstance(pattern, Slice) or (
+                isinstance(pattern, Index) and pattern.x.type[pattern.axis].size != 1
+            ):
                 stack.extend(parts.add(pattern, value))
             else:
                 stack.extend(reversed(_undone(pattern, value)))
     parts.require_complete()
     return tensors
-
-
-def _picks_one_of_several(pattern: Expr) -> bool:
-    return isinstance(pattern, Index) and pattern.x.type[pattern.axis].size != 1
 
 
 @dataclass
@@ -382,9 +368,18 @@ def export_graph(
         raise InputError(config)
     if isinstance(config, GraphConfig):
         return Export(config, list(graph_tensors(graph).items()))
-    wanted = _built_like(graph, config, layout)
+    batch, seq, decoder_seq = _token_sizes(graph)
+    wanted = build_model(
+        config,
+        layout=layout,
+        padding="mask" in graph.inputs,
+        batch=batch,
+        seq=seq,
+        decoder_seq=decoder_seq,
+    )
     weights = match_parameters(wanted, graph)
-    tensors = dict(tensors_of_all(_read_as(value, weights) for value in wanted.params.values()))
+    pairs = [(v.weight, weights[v]) for v in wanted.params.values() if v.weight is not None]
+    tensors = dict(tensors_of(pairs))
     names = config.names
     if config.model_type == "switch_transformers" and not is_tied(config):
         # Without a tie transformers 5 expects an embedding in either stack.
@@ -393,20 +388,6 @@ def export_graph(
         return Export(config, list(tensors.items()))
     config, added = config.completed()
     return Export(config, [*tensors.items(), *added.items()])
-
-
-def _built_like(graph: Graph, config: ModelConfig, layout: str) -> Graph:
-    """Return the model of `config`, with the sizes and the padding mask of `graph`."""
-    batch, seq, decoder_seq = _token_sizes(graph)
-    padding = "mask" in graph.inputs
-    return build_model(
-        config, layout=layout, padding=padding, batch=batch, seq=seq, decoder_seq=decoder_seq
-    )
-
-
-def _read_as(value: Value, weights: Mapping[Value, Expr]) -> Pair:
-    assert value.weight is not None, "a family builds no parameter without a weight"
-    return value.weight, weights[value]
 
 
 def _token_sizes(graph: Graph) -> tuple[Size, Size, Size]:

@@ -14,6 +14,7 @@ from moecc.families.mixture import MoeConfig
 from moecc.families.names import FUSED_GATE_UP
 from moecc.families.registry import CONFIGS, parse_config
 from moecc.families.st_moe import StMoeConfig
+from moecc.families.switch_transformers import SwitchTransformersConfig
 from moecc.families.t5 import T5Config
 from moecc.families.whisper import WhisperConfig
 from moecc.formats.source import Checkpoint, TensorInfo
@@ -50,30 +51,16 @@ def depth(config: ModelConfig, stack: str = "") -> int:
     return found
 
 
-def depth_key(config: ModelConfig, stack: str) -> str:
-    """Return the key of config.json with the number of layers of a stack."""
-    if isinstance(config, EncDecConfig):
-        return "num_layers" if stack.strip() == "encoder" else "num_decoder_layers"
-    if isinstance(config, WhisperConfig):
-        return f"{stack.strip()}_layers"
-    return config.key("num_hidden_layers")
-
-
 def block_count(config: ModelConfig, *, with_experts: bool) -> int:
     """Return the number of layers, plus the experts' blocks of all layers if `with_experts`."""
-    if isinstance(config, EncDecConfig):
-        layers = sum(map(config.layers, STACKS))
+    stacks = STACKS if isinstance(config, EncDecConfig | WhisperConfig) else ("",)
+    layers, experts = sum(depth(config, stack) for stack in stacks), 0
+    if isinstance(config, MoeConfig):
+        experts = sum(config.sparse_layers) * config.num_experts
+    elif isinstance(config, SwitchTransformersConfig):
         sparse = sum(sum(config.sparse_layers(stack)) for stack in STACKS)
-        apart = config.experts if not isinstance(config, StMoeConfig) else None
-        experts = apart.count if apart else 0
-    elif isinstance(config, MoeConfig):
-        layers, sparse = config.num_hidden_layers, sum(config.sparse_layers)
-        experts = config.num_experts
-    elif isinstance(config, WhisperConfig):
-        layers, sparse, experts = sum(map(config.layers, STACKS)), 0, 0
-    else:
-        layers, sparse, experts = depth(config), 0, 0
-    return layers + (sparse * experts if with_experts else 0)
+        experts = sparse * config.num_experts
+    return layers + (experts if with_experts else 0)
 
 
 def is_tied(config: ModelConfig) -> bool:
@@ -174,7 +161,9 @@ def import_checkpoint(checkpoint: Checkpoint, *, padding: bool = False) -> Graph
       MachineError: the system cannot read a file.
     """
     tensors = checkpoint.tensors
-    config = _fitted(parse_config(checkpoint.config, _config_place(checkpoint)), tensors)
+    is_folder = checkpoint.format == "safetensors"
+    where = str(checkpoint.path / "config.json" if is_folder else checkpoint.path)
+    config = _fitted(parse_config(checkpoint.config, where), tensors)
     _check_magnitude(config, tensors, str(checkpoint.path))
     stored = stored_names(config, tensors)
 
@@ -231,11 +220,6 @@ def _repeated(config: ModelConfig) -> list[str]:
     return [*([names.head] if is_tied(config) else []), *names.copies]
 
 
-def _config_place(checkpoint: Checkpoint) -> str:
-    folder = checkpoint.format == "safetensors"
-    return str(checkpoint.path / "config.json") if folder else str(checkpoint.path)
-
-
 def _layout(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> str:
     if isinstance(config, StMoeConfig):
         return "stacked"
@@ -288,10 +272,14 @@ def _problems(
     head = config.names.head
     allowed = set(_repeated(config))
     missing = [name for name in expected if name not in tensors]
+    # Buffers and a pooler may be in a file, and are not part of the graph.
     extra = [
         name
         for name in tensors
-        if name not in expected and name not in allowed and not _left_out(name, config)
+        if name not in expected
+        and name not in allowed
+        and not (config.has_pooler and _POOLER.fullmatch(name))
+        and not _IDLE.fullmatch(name)
     ]
     prefix = _common_prefix(missing, extra, head)
     if prefix is not None:
@@ -300,12 +288,6 @@ def _problems(
     yield from _missing(missing, extra, expected, head)
     yield from _extra(extra, missing, config)
     yield from capped(_unfit(expected, tensors), "tensor does not match", "tensors do not match")
-
-
-def _left_out(name: str, config: ModelConfig) -> bool:
-    """Whether a family's checkpoints may hold a tensor that is not part of its graph."""
-    is_pooler = config.has_pooler and _POOLER.fullmatch(name) is not None
-    return is_pooler or _IDLE.fullmatch(name) is not None
 
 
 def _common_prefix(missing: list[str], extra: list[str], head: str) -> Problem | None:
@@ -366,13 +348,20 @@ def _extra(extra: list[str], missing: list[str], config: ModelConfig) -> Iterato
         if layer is not None and layer[1] >= depth(config, layer[0]):
             beyond.setdefault(layer[0], set()).add(layer[1])
     for stack, numbers in beyond.items():
+        field = "num_decoder_layers" if stack == "decoder " else "num_hidden_layers"
+        whisper = isinstance(config, WhisperConfig)
+        key = f"{stack.strip()}_layers" if whisper else config.key(field)
         yield Problem(
             f"there are tensors of the {stack}layers {ranges(sorted(numbers))}",
             "config.json",
-            f"layers below {depth_key(config, stack)} = {depth(config, stack)}",
+            f"layers below {key} = {depth(config, stack)}",
         )
     candidates = missing[:200]
-    single = (name for name in extra if not _lies_in(layer_of(name), beyond))
+    single = (
+        name
+        for name in extra
+        if (layer := layer_of(name)) is None or layer[1] not in beyond.get(layer[0], ())
+    )
     found = (
         Problem(
             f"{config.model_type} has no such tensor",
@@ -382,10 +371,6 @@ def _extra(extra: list[str], missing: list[str], config: ModelConfig) -> Iterato
         for name in single
     )
     yield from capped(found, "tensor is not the model's", "tensors are not the model's")
-
-
-def _lies_in(layer: tuple[str, int] | None, stacks: Mapping[str, set[int]]) -> bool:
-    return layer is not None and layer[1] in stacks.get(layer[0], ())
 
 
 def _bias_hint(name: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 from typing import TypeVar
 
 from moecc.analysis import find_ffn_blocks
@@ -16,7 +17,7 @@ from moecc.families.experts import ExpertLayer, expert_layers, layer_number
 from moecc.families.graphs.stored import FAMILY, graph_config
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import CONFIGS, decoders, mixtures, parse_config
-from moecc.families.switch_transformers import UNBOUNDED, SwitchTransformersConfig
+from moecc.families.switch_transformers import UNBOUNDED, SwitchTransformersConfig, spread_layers
 from moecc.ir.graph import Graph
 from moecc.support.text import both, either, ranges, with_article
 from moecc.support.untyped import JsonDict
@@ -69,21 +70,9 @@ def in_stacks(layers: list[ExpertLayer]) -> Stacks | list[Problem]:
     return problems or found
 
 
-def encdec_fields(
-    source: EncDecConfig, stacks: Stacks, family: type[EncDecConfig]
-) -> tuple[dict[str, object], list[Problem]]:
-    """Return the fields of a config of `family`, and the reasons why it cannot fit the model."""
-    fields = source.common()
-    layers = [layer for stack in stacks.values() for layer in stack.values()]
-    if issubclass(family, SwitchTransformersConfig):
-        return {**fields, **_switch_fields(source, stacks)}, [*_switch_reasons(source, stacks)]
-    what = f"{family.model_type} has no mixture of experts"
-    found = f"{len(layers)} expert layers"
-    return fields, [Problem(what, found=found)] if layers else []
-
-
 def _switch_fields(source: EncDecConfig, stacks: Stacks) -> dict[str, object]:
-    layer = _first(stacks)
+    layers = [layer for stack in stacks.values() for layer in stack.values()]
+    layer = layers[0] if layers else ExpertLayer("", 1, 1)
     fields: dict[str, object] = {
         "num_experts": layer.experts,
         "expert_capacity": layer.sequence_capacity or UNBOUNDED,
@@ -98,26 +87,16 @@ def _switch_fields(source: EncDecConfig, stacks: Stacks) -> dict[str, object]:
     return fields
 
 
-def _first(stacks: Stacks) -> ExpertLayer:
-    return next((x for stack in stacks.values() for x in stack.values()), ExpertLayer("", 1, 1))
-
-
 def _sparse_count(
     source: EncDecConfig, stack: str, layers: Mapping[int, ExpertLayer]
 ) -> int | None:
     """Return the number of sparse layers for which transformers selects exactly these."""
     depth = source.layers(stack)
-    if isinstance(source, SwitchTransformersConfig):
+    sparse = tuple(n in layers for n in range(depth))
+    if isinstance(source, SwitchTransformersConfig) and source.sparse_layers(stack) == sparse:
         stated: int = getattr(source, f"num_sparse_{stack}_layers")
-        if {n for n, is_sparse in enumerate(source.sparse_layers(stack)) if is_sparse} == set(
-            layers
-        ):
-            return stated
-    for count in range(depth, -1, -1):
-        step = depth // count if count else depth
-        if {n for n in range(depth) if step == 1 or n % step == 1} == set(layers):
-            return count
-    return None
+        return stated
+    return next((n for n in range(depth, -1, -1) if spread_layers(depth, n) == sparse), None)
 
 
 def _switch_reasons(source: EncDecConfig, stacks: Stacks) -> Iterator[Problem]:
@@ -216,21 +195,31 @@ def propose(
         source = source_config(graph) if source is None else source
     except InputError as error:
         return list(error.problems)
-    found = expert_layers(graph)
+    experts, hint = expert_layers(graph), f"{FAMILY} can express this model"
     if CONFIGS[target].shape() is not source.shape():
-        return [_other_shape(source, target)]
+        fault = f"{target} is {CONFIGS[target].kind}, and {source.model_type} {source.kind}"
+        return [Problem(fault, hint=f"{FAMILY} can express any model")]
+    width = None if experts else _dense_width(graph)
     if isinstance(source, EncDecConfig):
-        return _propose_encdec(source, found, target, None if found else _dense_width(graph))
+        return _propose_encdec(source, experts, target, width)
     if not isinstance(source, DecoderConfig):
-        return [_no_experts(target, found)] if found else _of_width(source, _dense_width(graph))
-    unplaced = [layer for layer in found if layer_number(layer.loc) is None]
-    if unplaced:
-        what = "the location of an expert layer does not state its layer"
-        return [Problem(what, layer.loc or None, "layers.N.ffn") for layer in unplaced]
-    layers = {n: layer for layer in found if (n := layer_number(layer.loc)) is not None}
-    if len(layers) < len(found):
+        if experts:
+            fault = f"{target} has no mixture of experts"
+            return [Problem(fault, found=f"{len(experts)} expert layers", hint=hint)]
+        stated = getattr(source, "intermediate_size", None)
+        if width in (None, stated) or stated is None:
+            return source
+        changes: JsonDict = {"intermediate_size": width}
+        return replace(source, **changes)
+    numbers = [layer_number(layer.loc) for layer in experts]
+    if None in numbers:
+        fault = "the location of an expert layer does not state its layer"
+        unplaced = (x for x, number in zip(experts, numbers, strict=True) if number is None)
+        return [Problem(fault, layer.loc or None, "layers.N.ffn") for layer in unplaced]
+    layers = {n: x for n, x in zip(numbers, experts, strict=True) if n is not None}
+    if len(layers) < len(experts):
         return [Problem("a layer has several mixtures of experts", expected="one a layer")]
-    return propose_config(source, layers, target, None if layers else _dense_width(graph))
+    return propose_config(source, layers, target, width)
 
 
 def _dense_width(graph: Graph) -> int | None:
@@ -239,39 +228,24 @@ def _dense_width(graph: Graph) -> int | None:
     return widths.pop() if len(widths) == 1 else None
 
 
-def _of_width(source: ModelConfig, width: int | None) -> ModelConfig:
-    """Return the config with blocks of another width, where its family states one."""
-    stated = getattr(source, "intermediate_size", None)
-    if width in (None, stated) or stated is None:
-        return source
-    changed: JsonDict = {"intermediate_size": width}
-    return replace(source, **changed)
-
-
-def _other_shape(source: ModelConfig, target: str) -> Problem:
-    theirs, ours = CONFIGS[target].kind, source.kind
-    what = f"{target} is {theirs}, and {source.model_type} {ours}"
-    return Problem(what, hint=f"{FAMILY} can express any model")
-
-
-def _no_experts(target: str, found: list[ExpertLayer]) -> Problem:
-    what = f"{target} has no mixture of experts"
-    return Problem(
-        what, found=f"{len(found)} expert layers", hint=f"{FAMILY} can express this model"
-    )
-
-
 def _propose_encdec(
-    source: EncDecConfig, found: list[ExpertLayer], target: str, width: int | None
+    source: EncDecConfig, experts: list[ExpertLayer], target: str, width: int | None
 ) -> ModelConfig | list[Problem]:
     family = CONFIGS[target]
     assert issubclass(family, EncDecConfig), "the shapes have been compared"
-    stacks = in_stacks(found)
+    stacks = in_stacks(experts)
     if isinstance(stacks, list):
         return stacks
-    fields, reasons = encdec_fields(source, stacks, family)
-    changed = {} if width is None else {"intermediate_size": width}
-    return _construct(family, {**fields, **changed}, reasons)
+    fields, reasons = source.common(), []
+    if issubclass(family, SwitchTransformersConfig):
+        fields |= _switch_fields(source, stacks)
+        reasons = list(_switch_reasons(source, stacks))
+    elif experts:
+        fault = f"{target} has no mixture of experts"
+        reasons = [Problem(fault, found=f"{len(experts)} expert layers")]
+    if width is not None:
+        fields["intermediate_size"] = width
+    return _construct(family, fields, reasons)
 
 
 def source_config(graph: Graph) -> ModelConfig:
@@ -294,47 +268,31 @@ def propose_config(
     `width` is that of all blocks of a mixture that was made dense.  The reasons why there is no
     config are complete, and name the families that could express the model.
     """
-    made = _try(source, layers, target, width)
-    if isinstance(made, DecoderConfig) or made[-1].hint is not None:
-        return made
-    others = [name for name in decoders() if name != target and _can(source, layers, name, width)]
-    if others:
-        made[-1] = replace(made[-1], hint=f"{either(others)} can express this model")
-    return made
+    proposal = _try(source, layers, target, width)
+    if isinstance(proposal, DecoderConfig) or proposal[-1].hint is not None:
+        return proposal
+    able = [
+        name
+        for name in decoders()
+        if name != target and isinstance(_try(source, layers, name, width, 1), DecoderConfig)
+    ]
+    if able:
+        proposal[-1] = replace(proposal[-1], hint=f"{either(able)} can express this model")
+    return proposal
 
 
 def _try(
-    source: DecoderConfig, layers: Layers, target: str, width: int | None
+    source: DecoderConfig, layers: Layers, target: str, width: int | None, most: int | None = None
 ) -> DecoderConfig | list[Problem]:
+    """Return the config, or the reasons against it; the first `most` are enough to know."""
     family = decoders()[target]
-    reasons = list(_reasons(source, layers, family, width))
-    return _construct(family, _fields(source, layers, family, width), reasons)
-
-
-def _can(source: DecoderConfig, layers: Layers, target: str, width: int | None) -> bool:
-    """Whether `_try` has a config; the first reason against it is enough to know."""
-    family = decoders()[target]
-    if any(True for _ in _reasons(source, layers, family, width)):
-        return False
-    made = _construct(family, _fields(source, layers, family, width), [])
-    return isinstance(made, DecoderConfig)
-
-
-def _reasons(
-    source: DecoderConfig, layers: Layers, family: type[DecoderConfig], width: int | None
-) -> Iterator[Problem]:
     if issubclass(family, MoeConfig):
-        yield from _sparse_reasons(source, layers, family)
+        reasons = list(islice(_sparse_reasons(source, layers, family), most))
+        fields = _sparse_fields(source, layers, family)
     else:
-        yield from _dense_reasons(source, layers, family.model_type, width)
-
-
-def _fields(
-    source: DecoderConfig, layers: Layers, family: type[DecoderConfig], width: int | None
-) -> JsonDict:
-    if issubclass(family, MoeConfig):
-        return _sparse_fields(source, layers, family)
-    return {**source.common(), **({} if width is None else {"intermediate_size": width})}
+        reasons = list(islice(_dense_reasons(source, layers, target, width), most))
+        fields = source.common() | ({} if width is None else {"intermediate_size": width})
+    return reasons if reasons and most else _construct(family, fields, reasons)
 
 
 def _construct(
@@ -353,14 +311,13 @@ def _construct(
 
 def _dense_reasons(
     source: DecoderConfig, layers: Layers, target: str, width: int | None
-) -> list[Problem]:
+) -> Iterator[Problem]:
     if layers:
-        what = f"{target} has no mixture of experts; layers {ranges(sorted(layers))} here are one"
-        return [Problem(what)]
-    if isinstance(source, MoeConfig) and width is None:
-        what = f"{target} has one width of its blocks, and this model several or none"
-        return [Problem(what, hint=f"{FAMILY} can express this model")]
-    return []
+        numbers = ranges(sorted(layers))
+        yield Problem(f"{target} has no mixture of experts; layers {numbers} here are one")
+    elif isinstance(source, MoeConfig) and width is None:
+        fault = f"{target} has one width of its blocks, and this model several or none"
+        yield Problem(fault, hint=f"{FAMILY} can express this model")
 
 
 def _sparse_reasons(
@@ -432,9 +389,9 @@ def _shared_reasons(layer: ExpertLayer, family: type[MoeConfig]) -> Iterator[Pro
         hint = f"upcycle without shared, or write {either(able)}"
         yield Problem(what, found=f"one of {layer.shared} neurons", hint=hint)
     elif layer.shared and layer.shared_gate != family.shared_gate:
-        has, given = ("a", "sigmoid") if family.shared_gate else ("no", "none")
+        has, gate = ("a", "sigmoid") if family.shared_gate else ("no", "none")
         what = f"the shared expert of {target} has {has} sigmoid gate"
-        yield Problem(what, hint=f"upcycle with shared-gate={given}")
+        yield Problem(what, hint=f"upcycle with shared-gate={gate}")
 
 
 def _pattern_reasons(
@@ -448,15 +405,12 @@ def _pattern_reasons(
             expected=f"{source.num_hidden_layers} layers",
             found=found,
         )
-    target, dense = family.model_type, _dense_layers(source, layers)
+    target = family.model_type
+    dense = [n for n in range(source.num_hidden_layers) if n not in layers]
     if dense and family.sparse_style == "all":
         what = f"{target} has an expert layer at every depth; layers {ranges(dense)} here are dense"
         able = [n for n, f in mixtures().items() if f.sparse_style == "step"]
         yield Problem(what, hint=f"{both(able)} can express that with mlp_only_layers")
-
-
-def _dense_layers(source: DecoderConfig, layers: Layers) -> list[int]:
-    return [n for n in range(source.num_hidden_layers) if n not in layers]
 
 
 def _sparse_fields(
@@ -464,7 +418,7 @@ def _sparse_fields(
 ) -> dict[str, object]:
     """Return the fields of a config; what `_sparse_reasons` rejects has a valid stand-in value."""
     layer = next(iter(layers.values()), ExpertLayer("", 1, 1))
-    width = layer.width or 1
+    width, always = layer.width or 1, family.renormalises()
     fields = source.common()
     if not family.has_expert_width():
         fields["intermediate_size"] = width
@@ -472,7 +426,7 @@ def _sparse_fields(
         fields |= _pattern(source, layers)
     shared = layer.shared or (None if family.shared_is_optional else width)
     fields |= {
-        "norm_topk_prob": _is_renormalised(layer, family),
+        "norm_topk_prob": layer.gates not in ("softmax", "sigmoid") if always is None else always,
         "gate_scale": layer.scale if family.key("gate_scale") else 1.0,
         "routing_bias": layer.bias and family.has_routing_bias,
         "num_experts": layer.experts,
@@ -481,26 +435,12 @@ def _sparse_fields(
         "shared_expert_intermediate_size": shared if family.has_shared_expert else None,
     }
     if isinstance(source, MoeConfig):
-        fields |= _training_fields(source, family)
-    own = source.own_fields() if isinstance(source, family) else family.from_others()
-    return fields | own
-
-
-def _is_renormalised(layer: ExpertLayer, family: type[MoeConfig]) -> bool:
-    if (always := family.renormalises()) is not None:
-        return always
-    return layer.gates not in ("softmax", "sigmoid")
-
-
-def _training_fields(source: MoeConfig, family: type[MoeConfig]) -> dict[str, object]:
-    """Return the fields that do not affect the function and that another family may take over."""
-    kept: dict[str, object] = {
-        "router_aux_loss_coef": source.router_aux_loss_coef,
-        "output_router_logits": source.output_router_logits,
-    }
-    if isinstance(source, family):
-        kept["router_jitter_noise"] = source.router_jitter_noise
-    return kept
+        # Fields that affect training and not the function.
+        fields["router_aux_loss_coef"] = source.router_aux_loss_coef
+        fields["output_router_logits"] = source.output_router_logits
+    if not isinstance(source, family):
+        return fields | family.from_others()
+    return fields | {"router_jitter_noise": source.router_jitter_noise} | source.own_fields()
 
 
 def _pattern(source: DecoderConfig, layers: Layers) -> dict[str, object]:

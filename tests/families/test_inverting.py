@@ -70,7 +70,7 @@ def test_reading_the_tensors_gives_the_parameter(read: Expr) -> None:
         assert name == "parameter"
         return parameter[start:stop]
 
-    tensors = dict(tensors_of(read, made))
+    tensors = dict(tensors_of([(read, made)]))
     arrays = {name: evaluate(expr, whole) for name, expr in tensors.items()}
     again = evaluate(read, lambda name, start=0, stop=None: arrays[name][start:stop])
     np.testing.assert_array_equal(again, parameter)
@@ -78,7 +78,7 @@ def test_reading_the_tensors_gives_the_parameter(read: Expr) -> None:
 
 @given(readings())
 def test_a_parameter_that_is_read_so_gives_its_own_tensors(read: Expr) -> None:
-    for name, expr in tensors_of(read, read):
+    for name, expr in tensors_of([(read, read)]):
         assert isinstance(expr, Source)
         assert expr.name == name
 
@@ -86,10 +86,12 @@ def test_a_parameter_that_is_read_so_gives_its_own_tensors(read: Expr) -> None:
 def test_an_axis_of_one_entry_comes_back() -> None:
     source = Source("gate", tensor(F32, shared=1, embed=3))
     made = Source("vector", tensor(F32, embed=3))
-    ((name, expr),) = tensors_of(Index(source, "shared", 0), made)
+    ((name, expr),) = tensors_of([(Index(source, "shared", 0), made)])
     assert name == "gate"
     assert expr is simplify(Tile(made, "shared", 1))
-    assert tensors_of(Index(source, "shared", 0), Index(source, "shared", 0)) == [("gate", source)]
+    assert tensors_of([(Index(source, "shared", 0), Index(source, "shared", 0))]) == [
+        ("gate", source)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -103,4 +105,4 @@ def test_an_axis_of_one_entry_comes_back() -> None:
 )
 def test_what_loses_elements_or_repeats_them_cannot_be_undone(read: Expr) -> None:
     with pytest.raises(ValueError, match="cannot be inverted"):
-        tensors_of(read, Source("p", read.type))
+        tensors_of([(read, Source("p", read.type))])

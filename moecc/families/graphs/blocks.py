@@ -91,7 +91,7 @@ class Blocks:
         query: Value,
         key: Value,
         value: Value,
-        scale: float,
+        scale: float | None,
         *,
         bias: Value | None = None,
         masks: Sequence[Value] = (),
@@ -102,13 +102,14 @@ class Blocks:
           query: by head, ``[batch, seq, head, head_dim]``.
           key: by head, along ``kv_seq``.
           value: by head, along ``kv_seq``.
-          scale: the factor on the scores.
+          scale: the factor on the scores, if any.
           bias: what is added to them.
           masks: which of them count.
         """
         builder = self.builder
         scores = builder.contract(query, key, over="head_dim", name="scores")
-        scores = builder.scale(scores, by=scale)
+        if scale is not None:
+            scores = builder.scale(scores, by=scale)
         if bias is not None:
             scores = builder.add(scores, bias)
         for mask in masks:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from moecc.families.encdec import EncDecConfig, Experts
 from moecc.families.experts import emit_sequence_capacity
+from moecc.families.graphs.blocks import Blocks
 from moecc.families.graphs.decoder import ffn_axes, two_or_three
 from moecc.families.graphs.parameters import GraphRequest, Parameters
 from moecc.ir.builder import Builder
@@ -102,10 +103,6 @@ def _sparse(
     return finish(two_or_three(builder, rows, config.hidden_act, matrix, config.gated))
 
 
-KV_SEQ = "kv_seq"
-"""The name of a sequence axis of keys and values."""
-
-
 def build(config: EncDecConfig, request: GraphRequest) -> Graph:
     """Return the graph from two token inputs to ``logits : f32[batch, seq, vocab]``.
 
@@ -121,12 +118,13 @@ def build(config: EncDecConfig, request: GraphRequest) -> Graph:
     )
     mask = graph.input("mask", tensor(PRED, batch=batch, seq=seq)) if request.padding else None
     builder = Builder(graph)
+    blocks = Blocks(builder, params, config.rms_norm_eps)
     keep = None
     if mask is not None:
         with builder.at("encoder.embed"):
-            keep = as_keys(builder, mask)
-    memory = _Stack(builder, config, params, "encoder", tokens, keep).emit(None)
-    hidden = _Stack(builder, config, params, "decoder", decoder_tokens, keep).emit(memory)
+            keep = blocks.as_keys(mask)
+    memory = _Stack(blocks, config, "encoder", tokens, keep).emit(None)
+    hidden = _Stack(blocks, config, "decoder", decoder_tokens, keep).emit(memory)
     with builder.at("head"):
         if config.scale_outputs:
             hidden = builder.scale(hidden, by=config.hidden_size**-0.5, name="scaled")
@@ -138,11 +136,6 @@ def build(config: EncDecConfig, request: GraphRequest) -> Graph:
         )
         graph.set_output("logits", builder.contract(hidden, head, over="embed", name="logits"))
     return graph
-
-
-def as_keys(builder: Builder, x: Value) -> Value:
-    """Return `x` with its sequence axis renamed for keys and values."""
-    return builder.rename(x, axis="seq", to=KV_SEQ)
 
 
 def embedding_of(config: EncDecConfig, params: Parameters) -> Value:
@@ -160,12 +153,19 @@ class _Stack:
       keep: which tokens of the encoder may be attended to, ``[batch, kv_seq]``, or None.
     """
 
-    builder: Builder
+    blocks: Blocks
     config: EncDecConfig
-    params: Parameters
     stack: str
     tokens: Value
     keep: Value | None
+
+    @property
+    def builder(self) -> Builder:
+        return self.blocks.builder
+
+    @property
+    def params(self) -> Parameters:
+        return self.blocks.params
 
     @property
     def is_encoder(self) -> bool:
@@ -183,7 +183,7 @@ class _Stack:
         masks = [m for m in (causal, self.keep if self.is_encoder else None) if m is not None]
         if memory is not None:
             with builder.at("encoder.memory"):
-                memory = as_keys(builder, memory)
+                memory = self.blocks.as_keys(memory)
         for layer in range(self.config.layers(self.stack)):
             if layer and self.config.biases_of_layers:
                 with builder.at(f"{self.stack}.layers.{layer}.attention"):
@@ -196,11 +196,31 @@ class _Stack:
         with builder.at(f"{self.stack}.norm"):
             return self._norm(hidden, f"{self.stack}.final_layer_norm.weight")
 
+    def _attend(
+        self, x: Value, memory: Value, prefix: str, bias: Value | None, masks: list[Value]
+    ) -> Value:
+        """Emit attention of ``[batch, seq, embed]`` to ``[batch, kv_seq, embed]``, not scaled."""
+        builder, config, params = self.builder, self.config, self.params
+        embed, heads = config.hidden_size, (config.num_attention_heads, config.head_dim)
+        loc, width = builder.loc, heads[0] * heads[1]
+
+        def project(x: Value, letter: str) -> Value:
+            axis = "q" if letter == "q" else "kv"
+            axes = {axis: width, "embed": embed}
+            weight = params.plain(f"{prefix}{letter}.weight", loc, **axes)
+            y = builder.contract(x, weight, over="embed", name=letter)
+            return self.blocks.split(y, axis, heads)
+
+        query, key, value = project(x, "q"), project(memory, "k"), project(memory, "v")
+        mixed = self.blocks.attend(query, key, value, None, bias=bias, masks=masks)
+        weight = params.plain(f"{prefix}o.weight", loc, embed=embed, q=width)
+        return builder.contract(mixed, weight, over="q")
+
     def _positions(self) -> tuple[Value, Value | None]:
         """Emit the buckets of distances ``[seq, kv_seq]`` and the decoder's causal mask."""
         builder, config = self.builder, self.config
         query = builder.positions(self.tokens, axis="seq", name="positions")
-        key = as_keys(builder, query)
+        key = self.blocks.as_keys(query)
         buckets = builder.relative_buckets(
             query,
             key,
@@ -224,16 +244,16 @@ class _Stack:
     def _attention(self, hidden: Value, layer: int, bias: Value, masks: list[Value]) -> Value:
         with self.builder.at(f"{self.stack}.layers.{layer}.attention"):
             x = self._norm(hidden, f"{self._prefix(layer)}layer.0.layer_norm.weight")
-            heads = _Heads(self, f"{self._prefix(layer)}layer.0.SelfAttention.")
-            mixed = heads.attend(x, as_keys(self.builder, x), bias, masks)
+            prefix = f"{self._prefix(layer)}layer.0.SelfAttention."
+            mixed = self._attend(x, self.blocks.as_keys(x), prefix, bias, masks)
             return self.builder.add(hidden, mixed, name="hidden")
 
     def _cross_attention(self, hidden: Value, layer: int, memory: Value) -> Value:
         with self.builder.at(f"{self.stack}.layers.{layer}.cross_attention"):
             x = self._norm(hidden, f"{self._prefix(layer)}layer.1.layer_norm.weight")
-            heads = _Heads(self, f"{self._prefix(layer)}layer.1.EncDecAttention.")
+            prefix = f"{self._prefix(layer)}layer.1.EncDecAttention."
             masks = [] if self.keep is None else [self.keep]
-            mixed = heads.attend(x, memory, None, masks)
+            mixed = self._attend(x, memory, prefix, None, masks)
             return self.builder.add(hidden, mixed, name="hidden")
 
     def _ffn(self, hidden: Value, layer: int, sublayer: Sublayer) -> Value:
@@ -248,48 +268,3 @@ class _Stack:
         scale = self.params.plain(name, self.builder.loc, embed=self.config.hidden_size)
         eps = self.config.rms_norm_eps
         return self.builder.rms_norm(x, scale, axis="embed", eps=eps, name="norm")
-
-
-@dataclass
-class _Heads:
-    """One attention: its projections and its computation."""
-
-    stack: _Stack
-    prefix: str
-
-    def attend(self, x: Value, memory: Value, bias: Value | None, masks: list[Value]) -> Value:
-        """Emit attention of ``[batch, seq, embed]`` to ``[batch, kv_seq, embed]``, not scaled."""
-        builder = self.stack.builder
-        query, key = self._project(x, "q"), self._project(memory, "k")
-        value = self._project(memory, "v")
-        scores = builder.contract(query, key, over="head_dim", name="scores")
-        if bias is not None:
-            scores = builder.add(scores, bias)
-        for mask in masks:
-            scores = builder.mask(scores, mask)
-        weights = builder.softmax(scores, axis=KV_SEQ, name="weights")
-        mixed = builder.contract(weights, value, over=KV_SEQ, name="mixed")
-        merged = builder.merge(mixed, axes=("head", "head_dim"), into="q")
-        weight = self._weight("o", embed=self._embed, q=self._width)
-        return builder.contract(merged, weight, over="q")
-
-    def _project(self, x: Value, letter: str) -> Value:
-        """Project to heads; the weight is not split, as on disk, but the result is."""
-        config, builder = self.stack.config, self.stack.builder
-        axis = "q" if letter == "q" else "kv"
-        weight = self._weight(letter, **{axis: self._width, "embed": self._embed})
-        y = builder.contract(x, weight, over="embed", name=letter)
-        into = (("head", config.num_attention_heads), ("head_dim", config.head_dim))
-        return builder.split(y, axis=axis, into=into)
-
-    @property
-    def _embed(self) -> int:
-        return self.stack.config.hidden_size
-
-    @property
-    def _width(self) -> int:
-        return self.stack.config.num_attention_heads * self.stack.config.head_dim
-
-    def _weight(self, letter: str, **axes: int) -> Value:
-        loc = self.stack.builder.loc
-        return self.stack.params.plain(f"{self.prefix}{letter}.weight", loc, **axes)
