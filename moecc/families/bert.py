@@ -108,10 +108,10 @@ class BertConfig(ModelConfig):
         yield from super().checks()
         yield from self.head_checks("hidden_size", "num_attention_heads")
         if not 0 <= self.position_offset < self.max_position_embeddings:
-            what = "the table of positions has none for a token"
+            fault = "the table of positions has none for a token"
             expected = f"more than {self.position_offset}"
             keys = ("max_position_embeddings", "pad_token_id")
-            yield key_problem(what, expected, f"{self.max_position_embeddings}", *keys)
+            yield key_problem(fault, expected, f"{self.max_position_embeddings}", *keys)
 
 
 @config_class
@@ -136,8 +136,8 @@ class RobertaConfig(BertConfig):
     def _read(cls, reader: Reader) -> JsonDict:
         padding = reader.value("pad_token_id")
         if type(padding) is not int or padding < 0:
-            what = "positions count from the id of the padding token"
-            reader.refuse("pad_token_id", what, expected="a token id")
+            fault = "positions count from the id of the padding token"
+            reader.refuse("pad_token_id", fault, expected="a token id")
             padding = 1
         return {**super()._read(reader), "position_offset": padding + 1}
 

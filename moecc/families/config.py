@@ -233,10 +233,10 @@ class ModelConfig:
         values = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))
         return f"{type(self).__qualname__}({values})"
 
-    def __eq__(self, other: object) -> bool:
-        if type(self) is not type(other):
+    def __eq__(self, config: object) -> bool:
+        if type(self) is not type(config):
             return NotImplemented
-        return all(getattr(self, f.name) == getattr(other, f.name) for f in fields(self))
+        return all(getattr(self, f.name) == getattr(config, f.name) for f in fields(self))
 
     def __hash__(self) -> int:
         return hash(tuple(getattr(self, f.name) for f in fields(self) if f.hash is not False))
@@ -279,8 +279,8 @@ class ModelConfig:
         for key, usual in cls.synonyms.items():
             # transformers takes the one for the other; equal ones are not kept.
             if reader.has(key) and reader.data[key] != reader.value(usual):
-                what = f"transformers takes it for {usual}, which is {shown(reader.value(usual))}"
-                reader.refuse(key, what, hint=f"state the size as {usual} alone")
+                fault = f"transformers takes it for {usual}, which is {shown(reader.value(usual))}"
+                reader.refuse(key, fault, hint=f"state the size as {usual} alone")
         for key, (supported, why) in cls.table("only").items():
             value = reader.value(key)
             is_stated = key in reader.data or key in reader.defaults
@@ -371,17 +371,17 @@ class ModelConfig:
             yield key_problem("unknown dtype", one_of(DTYPES), self.dtype, "dtype")
         padding = self.extra.get("pad_token_id")
         if isinstance(padding, int) and not -self.vocab_size <= padding < self.vocab_size:
-            what = "the padding token is outside the vocabulary, which transformers rejects"
+            fault = "the padding token is outside the vocabulary, which transformers rejects"
             expected = f"below {self.vocab_size}, or null"
-            yield key_problem(what, expected, f"{padding}", "pad_token_id", "vocab_size")
+            yield key_problem(fault, expected, f"{padding}", "pad_token_id", "vocab_size")
 
     def head_checks(self, width: str, heads: str) -> Iterator[KeyProblem]:
         """Yield a problem unless the heads of a field divide the width of another."""
         size, count = getattr(self, width), getattr(self, heads)
         if count > 0 and size % count:
-            what = "the heads do not divide the width"
+            fault = "the heads do not divide the width"
             keys = (self.key(width), self.key(heads))
-            yield key_problem(what, f"a multiple of {count}", f"{size}", *keys)
+            yield key_problem(fault, f"a multiple of {count}", f"{size}", *keys)
 
 
 _KEYS: dict[type[ModelConfig], JsonDict] = {}

@@ -76,9 +76,9 @@ def read_windows(reader: Reader, style: str, usual: tuple[bool, ...]) -> Windows
     if style in ("none", "uniform", "switched"):
         # transformers ignores the list for these families; other runtimes do not.
         if types is not None and types != (window is not None,) * layers:
-            what = "this family has the same attention in every layer, but the list says otherwise"
+            fault = "this family has the same attention in every layer, but the list says otherwise"
             hint = "remove the key if the model ran with transformers"
-            reader.refuse("layer_types", what, hint=hint)
+            reader.refuse("layer_types", fault, hint=hint)
         return (window,) * layers
     if window is None and types is not None and any(types):
         hint = "state a sliding_window, or make every layer full_attention"
@@ -86,9 +86,9 @@ def read_windows(reader: Reader, style: str, usual: tuple[bool, ...]) -> Windows
     if style == "agreed":
         reader.value("max_window_layers")
         if window is not None and (types is None or not all(types)):
-            what = "transformers 4 puts the window on every layer, 5 on the layers of layer_types"
+            fault = "transformers 4 puts the window on every layer, 5 on the layers of layer_types"
             hint = "set use_sliding_window to false, or layer_types to sliding_attention throughout"
-            reader.refuse("use_sliding_window", what, hint=hint)
+            reader.refuse("use_sliding_window", fault, hint=hint)
         return (window,) * layers
     if style == "top":
         first = reader.size("max_window_layers", LENGTH, smallest=0)
@@ -125,9 +125,9 @@ def _layer_types(reader: Reader, layers: int) -> tuple[bool, ...] | None:
         reader.refuse("layer_types", "unknown kind of layer", expected=expected)
         return None
     if len(names) != layers:
-        what = f"{len(names)} entries for {layers} layers"
+        fault = f"{len(names)} entries for {layers} layers"
         if "num_hidden_layers" not in reader.bad:
-            reader.refuse("layer_types", what, expected=f"{layers} entries")
+            reader.refuse("layer_types", fault, expected=f"{layers} entries")
         return None
     return tuple(LAYER_TYPES[str(name)] for name in names)
 
@@ -253,8 +253,8 @@ class DecoderConfig(ModelConfig):
             and hidden % heads
             and not reader.bad.intersection(("hidden_size", "num_attention_heads", "head_dim"))
         ):
-            what = f"hidden_size {hidden} is not a multiple of {heads} heads"
-            reader.refuse("head_dim", what, expected="head_dim, or sizes that divide")
+            fault = f"hidden_size {hidden} is not a multiple of {heads} heads"
+            reader.refuse("head_dim", fault, expected="head_dim, or sizes that divide")
         usual = cls._usual_windows(reader, values["num_hidden_layers"])
         values["sliding_windows"] = read_windows(reader, cls.window_style, usual)
         return {**values, **cls._read_rope(reader, values)}
@@ -295,24 +295,24 @@ class DecoderConfig(ModelConfig):
         yield from super().checks()
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if groups > 0 and heads % groups:
-            what = "the query heads are not a multiple of the key-value heads"
+            fault = "the query heads are not a multiple of the key-value heads"
             between = ("num_key_value_heads", "num_attention_heads")
-            yield key_problem(what, f"a divisor of {heads}", f"{groups}", *between)
+            yield key_problem(fault, f"a divisor of {heads}", f"{groups}", *between)
         if self.rotated_dim % 2 or not 0 < self.rotated_dim <= self.head_dim:
-            what = "the rotary embedding needs an even number of entries of a head"
-            yield key_problem(what, "an even number", f"{self.rotated_dim}", *HEAD_KEYS, PARTIAL)
+            fault = "the rotary embedding needs an even number of entries of a head"
+            yield key_problem(fault, "an even number", f"{self.rotated_dim}", *HEAD_KEYS, PARTIAL)
         if self.plain_heads and self.head_dim * heads != self.hidden_size:
             expected = f"heads x head_dim = {self.hidden_size}"
             yield key_problem(self.plain_heads, expected, f"{self.head_dim * heads}", *HEAD_KEYS)
         if self.norm_placement not in PLACEMENTS:
-            what = "norms are before, after or around a block"
-            yield key_problem(what, "one of these", self.norm_placement, "norm_placement")
-        for entries, key, what in (
+            fault = "norms are before, after or around a block"
+            yield key_problem(fault, "one of these", self.norm_placement, "norm_placement")
+        for entries, key, fault in (
             (self.rope_layers, "no_rope_layers", "not one entry for each layer"),
             (self.sliding_windows, "sliding_windows", "not one window (or None) for each layer"),
         ):
             if entries is not None and len(entries) != self.num_hidden_layers:
-                yield key_problem(what, f"{self.num_hidden_layers}", f"{len(entries)}", key)
+                yield key_problem(fault, f"{self.num_hidden_layers}", f"{len(entries)}", key)
         yield from self._feature_checks()
         yield from self._window_checks()
         yield from self.rope.checks(self.rotated_dim, self.rope_types)
@@ -322,27 +322,27 @@ class DecoderConfig(ModelConfig):
             value, expected = getattr(self, name), self.fixed.get(name, neutral)
             if name not in self.options and value != expected:
                 has = "has no" if expected == neutral else "always has"
-                what = f"{self.model_type} {has} {words}"
-                yield key_problem(what, f"{expected}".lower(), f"{value}".lower(), name)
+                fault = f"{self.model_type} {has} {words}"
+                yield key_problem(fault, f"{expected}".lower(), f"{value}".lower(), name)
         if "output_bias" in self.options and self.qkv_bias != self.output_bias:
-            what = f"{self.model_type} has attention biases on all four projections or on none"
-            found = f"qkv_bias {self.qkv_bias}, output_bias {self.output_bias}"
-            yield key_problem(what, "both or neither", found, "attention_bias")
+            fault = f"{self.model_type} has attention biases on all four projections or on none"
+            biases = f"qkv_bias {self.qkv_bias}, output_bias {self.output_bias}"
+            yield key_problem(fault, "both or neither", biases, "attention_bias")
 
     def _window_checks(self) -> Iterator[KeyProblem]:
         sizes = {size for size in self.sliding_windows if size is not None}
         if sizes and min(sizes) < 1:
             yield key_problem("empty window", "at least 1", f"{min(sizes)}", "sliding_window")
-        found = f"{sorted(size or 0 for size in set(self.sliding_windows))} (0: none)"
+        shown = f"{sorted(size or 0 for size in set(self.sliding_windows))} (0: none)"
         if self.window_style == "none" and sizes:
-            what = f"{self.model_type} has no sliding window"
-            yield key_problem(what, "None for each layer", found, "sliding_window")
+            fault = f"{self.model_type} has no sliding window"
+            yield key_problem(fault, "None for each layer", shown, "sliding_window")
         elif self.window_style not in ("top", "typed") and len(set(self.sliding_windows)) > 1:
-            what = f"{self.model_type} has the same sliding window in every layer"
-            yield key_problem(what, "one window", found, "sliding_window")
+            fault = f"{self.model_type} has the same sliding window in every layer"
+            yield key_problem(fault, "one window", shown, "sliding_window")
         elif len(sizes) > 1:
-            what = f"{self.model_type} has one size of sliding window"
-            yield key_problem(what, "one size, or None", found, "sliding_window")
+            fault = f"{self.model_type} has one size of sliding window"
+            yield key_problem(fault, "one size, or None", shown, "sliding_window")
 
 
 FEATURES: Mapping[str, tuple[object, str]] = {

@@ -72,15 +72,15 @@ def sequence_flops(graph: Graph, lengths: Mapping[str, int] | None = None) -> Se
     return SequenceFlops(round(paper), round(weights), round(attention), used)
 
 
-def _lengths(graph: Graph, given: Mapping[str, int]) -> dict[str, int]:
-    found: dict[str, int] = {}
+def _lengths(graph: Graph, asked_lengths: Mapping[str, int]) -> dict[str, int]:
+    lengths: dict[str, int] = {}
     most = length_bounds(graph)
     for value in graph.inputs.values():
         for axis in value.type:
             if isinstance(axis.size, str) and axis.name != "batch":
-                asked = given.get(axis.size, 512)
-                found[axis.size] = min(asked, most.get(axis.size, asked))
-    return found
+                asked = asked_lengths.get(axis.size, 512)
+                lengths[axis.size] = min(asked, most.get(axis.size, asked))
+    return lengths
 
 
 def _work(node: Node, lengths: Mapping[str, int]) -> float:
@@ -115,8 +115,8 @@ def _as_in_papers(node: Node, lengths: Mapping[str, int]) -> float:
     rows = rows_of(node.operands)
     if rows is not None:
         return choices_per_token(rows) / rows_per_token(rows)
-    made = [*node.results, *(node.operands if node.op.attends else ())]
-    keys = next((v.type["kv_seq"] for v in made if "kv_seq" in v.type), None)
+    values = [*node.results, *(node.operands if node.op.attends else ())]
+    keys = next((v.type["kv_seq"] for v in values if "kv_seq" in v.type), None)
     if "cross_attention" not in node.loc or keys is None:
         return 1.0
     memory = _size("kv_seq", keys.size, lengths)
@@ -219,8 +219,8 @@ def describe(graph: Graph) -> Description:
 def count_layers(graph: Graph) -> dict[str, int]:
     """Return the number of layers of each stack, by the prefix of ``layers`` in locations."""
     matches = (_LAYER.match(node.loc) for node in graph)
-    found = dict.fromkeys((m[1] or "", int(m[2])) for m in matches if m is not None)
-    return dict(Counter(stack.rstrip(".") for stack, _ in found))
+    layers = dict.fromkeys((m[1] or "", int(m[2])) for m in matches if m is not None)
+    return dict(Counter(stack.rstrip(".") for stack, _ in layers))
 
 
 def paper_groups(groups: Mapping[str, int]) -> dict[str, int]:
@@ -258,13 +258,13 @@ def flops(graph: Graph) -> tuple[int, int]:
     Two for each multiplication.  Experts count once per row that they compute.  Where all sizes
     are fixed, as of images, both are those of one input.
     """
-    given = any(v.type.dtype.kind == "int" for v in graph.inputs.values())
+    has_tokens = any(v.type.dtype.kind == "int" for v in graph.inputs.values())
     tokens = _token_axes(graph)
     fixed = attended = 0.0
     for node in graph:
         if not node.op.products:
             continue
-        work = 2 * node.op.products * _multiplied(node, tokens, given=given)
+        work = 2 * node.op.products * _multiplied(node, tokens, has_tokens=has_tokens)
         if any(v.is_param for v in node.operands):
             fixed += work
         else:
@@ -274,28 +274,28 @@ def flops(graph: Graph) -> tuple[int, int]:
 
 def _token_axes(graph: Graph) -> set[str]:
     """Return the axes that number sequences and tokens, those of keys and values included."""
-    given = (v for v in graph.inputs.values() if v.type.dtype.kind == "int")
-    found = {"batch", *(axis.name for value in given for axis in value.type)}
+    inputs = (v for v in graph.inputs.values() if v.type.dtype.kind == "int")
+    axes = {"batch", *(axis.name for value in inputs for axis in value.type)}
     for node in graph:
         # A view may have an axis under another name.
         if node.op.alias and node.operands[0].type.rank == node.result.type.rank:
             names = zip(node.operands[0].type.names, node.result.type.names, strict=True)
-            found |= {new for old, new in names if old in found}
-    return found
+            axes |= {new for old, new in names if old in axes}
+    return axes
 
 
-def _multiplied(node: Node, tokens: set[str], *, given: bool) -> float:
+def _multiplied(node: Node, tokens: set[str], *, has_tokens: bool) -> float:
     """Return the elements that a product multiplies for a token, or for an input of fixed size.
 
     Windows that a graph with tokens attends along are no axes of a token's product.
     """
     axes = {a.name: a.size for v in (*node.operands, node.result) for a in v.type}
-    along = () if node.op.attends or not given else node.mixes
+    along = () if node.op.attends or not has_tokens else node.mixes
     left = {*tokens, *(n for n in along if n in node.result.type)}
     rows, times = rows_of(node.operands), 1.0
     if rows is not None:
         left |= {"group", "expert", "slot"}
-        times = rows_per_token(rows) * (1 if given else dispatched_tokens(rows, {}))
+        times = rows_per_token(rows) * (1 if has_tokens else dispatched_tokens(rows, {}))
     sizes = (size for name, size in axes.items() if name not in left)
     return times * prod(size for size in sizes if isinstance(size, int))
 
@@ -335,7 +335,7 @@ def _use(node: Node, value: Value) -> str:
     if any(user.op.routes for result in node.results for user in result.users):
         return "router"
     # A graph that was written by hand need not place its parameters.
-    place = (value.loc or node.loc).rpartition(".")[2]
-    if place == "embed":
+    part = (value.loc or node.loc).rpartition(".")[2]
+    if part == "embed":
         return "embedding"
-    return next((group for group in ("attention", "ffn", "head") if group in place), "other")
+    return next((group for group in ("attention", "ffn", "head") if group in part), "other")

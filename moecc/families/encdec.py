@@ -159,11 +159,11 @@ class EncDecConfig(ModelConfig):
         buckets, furthest = "relative_attention_num_buckets", "relative_attention_max_distance"
         count, reach = self.relative_attention_num_buckets, self.relative_attention_max_distance
         if count < 4 or count % 2:
-            what = "the encoder halves the buckets, and half of each half is exact"
-            yield key_problem(what, "an even number of at least 4", f"{count}", buckets)
+            fault = "the encoder halves the buckets, and half of each half is exact"
+            yield key_problem(fault, "an even number of at least 4", f"{count}", buckets)
         elif reach <= count // 2:
-            what = "the buckets of the decoder reach further than the largest distance"
-            yield key_problem(what, f"more than {count // 2}", f"{reach}", furthest, buckets)
+            fault = "the buckets of the decoder reach further than the largest distance"
+            yield key_problem(fault, f"more than {count // 2}", f"{reach}", furthest, buckets)
 
 
 T5_ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_new", "relu": "relu", "silu": "silu"}

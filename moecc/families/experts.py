@@ -56,11 +56,11 @@ def emit_sequence_capacity(builder: Builder, experts: Experts, chosen: Value) ->
 
 def sequence_capacity_of(slots: Node) -> int:
     """Return the bound on the choices of an ``assign_slots``, or 0."""
-    kept = next((v.node for v in slots.operands[1:] if v.node is not None), None)
-    found = None if kept is None else match(_WITHIN, kept)
-    if found is None:
+    bound = next((v.node for v in slots.operands[1:] if v.node is not None), None)
+    match_ = None if bound is None else match(_WITHIN, bound)
+    if match_ is None:
         return 0
-    return int(found.attr("bound"))
+    return int(match_.attr("bound"))
 
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})(?:\.|$)")
@@ -177,8 +177,8 @@ def _shared(combine: Node) -> tuple[int, bool]:
     What the residual adds is itself a sum, or the embedding, and never a product.
     """
     for add in (user for user in combine.result.users if user.op.is_sum):
-        for other in add.operands:
-            node = other.node
+        for operand in add.operands:
+            node = operand.node
             if node is None or node is combine:
                 continue
             if node.op.is_product:

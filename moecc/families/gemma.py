@@ -51,14 +51,14 @@ class GemmaConfig(DecoderConfig):
         """Yield inconsistent values, and those that this family cannot express."""
         yield from super().checks()
         if self.key("hidden_act") == "hidden_act" and self.hidden_act == "gelu":
-            what = "transformers 5 takes gelu for its tanh approximation in this family"
-            yield key_problem(what, "gelu_pytorch_tanh", "gelu", "hidden_act")
+            fault = "transformers 5 takes gelu for its tanh approximation in this family"
+            yield key_problem(fault, "gelu_pytorch_tanh", "gelu", "hidden_act")
 
     @classmethod
     def _read(cls, reader: Reader) -> JsonDict:
         if reader.value("use_bidirectional_attention"):
-            what = "a model whose tokens see later ones is not supported"
-            reader.refuse("use_bidirectional_attention", what, expected="false or null")
+            fault = "a model whose tokens see later ones is not supported"
+            reader.refuse("use_bidirectional_attention", fault, expected="false or null")
         values = super()._read(reader)
         if cls.key("hidden_act") == "hidden_act":
             # Its first checkpoints have exact GELU in one key or the other, and mean tanh's.
@@ -109,13 +109,13 @@ class Gemma2Config(GemmaConfig):
         """Yield inconsistent values, and those that this family cannot express."""
         yield from super().checks()
         if self._scalar() is None:
-            what = f"{self.model_type} divides the scores by the root of a whole number"
-            yield key_problem(what, "such a scale", f"{self.attention_scale}", SCALAR)
+            fault = f"{self.model_type} divides the scores by the root of a whole number"
+            yield key_problem(fault, "such a scale", f"{self.attention_scale}", SCALAR)
         if self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
-            what = f"transformers 5 rejects such a {self.model_type}, whatever its head_dim"
+            fault = f"transformers 5 rejects such a {self.model_type}, whatever its head_dim"
             expected = f"a multiple of {self.num_attention_heads}"
             keys = ("hidden_size", "num_attention_heads")
-            yield key_problem(what, expected, f"{self.hidden_size}", *keys)
+            yield key_problem(fault, expected, f"{self.hidden_size}", *keys)
 
     def _scalar(self) -> int | None:
         """Return n where the scale of the scores is 1 / √n, or None where there is no such n."""
@@ -195,11 +195,11 @@ class Gemma3TextConfig(Gemma2Config):
         yield from super().checks()
         local = self.local_rope
         if local is not None and local != RopeConfig(theta=local.theta):
-            what = "transformers 4 has no scaling of the positions in layers with a window"
-            yield key_problem(what, "rope type default", local.type, "rope_local_base_freq")
+            fault = "transformers 4 has no scaling of the positions in layers with a window"
+            yield key_problem(fault, "rope type default", local.type, "rope_local_base_freq")
         if local is None and self.rope.type != "default":
-            what = "gemma3_text scales no positions in layers with a window"
-            yield key_problem(what, "positions of their own", "none", "rope_local_base_freq")
+            fault = "gemma3_text scales no positions in layers with a window"
+            yield key_problem(fault, "positions of their own", "none", "rope_local_base_freq")
 
     def _write_rope(self) -> JsonDict:
         local = self.local_rope or self.rope

@@ -87,6 +87,6 @@ class Glm4MoeConfig(MoeConfig):
     def _read(cls, reader: Reader) -> JsonDict:
         groups, chosen = reader.size("n_group", COUNT), reader.size("topk_group", COUNT)
         if groups != chosen:
-            what = "moecc does not restrict a token to some groups of experts"
-            reader.refuse("topk_group", what, expected=f"n_group = {groups}, or both 1")
+            fault = "moecc does not restrict a token to some groups of experts"
+            reader.refuse("topk_group", fault, expected=f"n_group = {groups}, or both 1")
         return super()._read(reader)

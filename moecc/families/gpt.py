@@ -226,9 +226,9 @@ class GptNeoXConfig(GptConfig):
         yield from super().checks()
         yield from self.rope.checks(self.rotary_dim)
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
-            what = "the rotary embedding needs an even number of entries of a head"
+            fault = "the rotary embedding needs an even number of entries of a head"
             keys = ("rotary_pct", "hidden_size", "num_attention_heads")
-            yield key_problem(what, "an even number", f"{self.rotary_dim}", *keys)
+            yield key_problem(fault, "an even number", f"{self.rotary_dim}", *keys)
 
     @classmethod
     def _read(cls, reader: Reader) -> JsonDict:

@@ -109,8 +109,8 @@ class GptOssConfig(MoeConfig):
         """Yield inconsistent values, and those that this family cannot express."""
         yield from super().checks()
         if self.hidden_act != "silu":
-            what = "gpt_oss has SwiGLU, by its own formula"
-            yield key_problem(what, "silu", self.hidden_act, "hidden_act")
+            fault = "gpt_oss has SwiGLU, by its own formula"
+            yield key_problem(fault, "silu", self.hidden_act, "hidden_act")
 
     @classmethod
     def from_others(cls) -> dict[str, object]:

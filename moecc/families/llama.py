@@ -35,10 +35,10 @@ class LlamaConfig(DecoderConfig):
         """Yield inconsistent values, and those that this family cannot express."""
         yield from super().checks()
         if self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
-            what = "transformers 5 rejects such a llama, whatever its head_dim, but not a mistral"
+            fault = "transformers 5 rejects such a llama, whatever its head_dim, but not a mistral"
             expected = f"a multiple of {self.num_attention_heads}"
             keys = ("hidden_size", "num_attention_heads", "head_dim")
-            yield key_problem(what, expected, f"{self.hidden_size}", *keys)
+            yield key_problem(fault, expected, f"{self.hidden_size}", *keys)
 
 
 @config_class

@@ -85,20 +85,20 @@ def pattern_checks(
         between = ("mlp_only_layers", "num_hidden_layers")
         yield key_problem("layers that do not exist", f"0 to {last}", f"{outside[:8]}", *between)
     if tuple(sorted(set(excepted))) != excepted:
-        what = "not in ascending order without repetition"
-        yield key_problem(what, "ascending layers", f"{excepted[:8]}", "mlp_only_layers")
+        fault = "not in ascending order without repetition"
+        yield key_problem(fault, "ascending layers", f"{excepted[:8]}", "mlp_only_layers")
     dense = [layer for layer, is_sparse in enumerate(sparse) if not is_sparse]
     if style == "all" and dense:
-        what = f"{family} has experts in every layer; {dense[:8]} would be dense"
-        yield key_problem(what, "no dense layer", f"{len(dense)} of them", *keys)
+        fault = f"{family} has experts in every layer; {dense[:8]} would be dense"
+        yield key_problem(fault, "no dense layer", f"{len(dense)} of them", *keys)
     if style == "leading" and dense != list(range(len(dense))):
-        what = f"{family} has dense layers only before the first layer with experts"
+        fault = f"{family} has dense layers only before the first layer with experts"
         expected = f"layers 0 to {len(dense) - 1}"
-        yield key_problem(what, expected, f"{dense[:8]}", "first_k_dense_replace", *keys)
+        yield key_problem(fault, expected, f"{dense[:8]}", "first_k_dense_replace", *keys)
     if style == "interval" and _interval(sparse) is None:
-        what = f"{family} has experts in every n-th layer of a range"
-        found = f"dense layers {dense[:8]}"
-        yield key_problem(what, "every n-th layer", found, *INTERVAL_KEYS, *keys)
+        fault = f"{family} has experts in every n-th layer of a range"
+        shown = f"dense layers {dense[:8]}"
+        yield key_problem(fault, "every n-th layer", shown, *INTERVAL_KEYS, *keys)
 
 
 def _interval(sparse: Sequence[bool]) -> int | None:
@@ -257,35 +257,35 @@ class MoeConfig(DecoderConfig):
                 yield key_problem("too small", "at least 1", f"{getattr(self, name)}", name)
         if not 1 <= self.experts_per_token <= self.num_experts:
             keys = (self.key("experts_per_token"), *self._count_keys())
-            what = "a token cannot choose that many experts"
-            found = f"{self.experts_per_token}"
-            yield key_problem(what, f"1 to {self.num_experts}", found, *keys)
+            fault = "a token cannot choose that many experts"
+            chosen = f"{self.experts_per_token}"
+            yield key_problem(fault, f"1 to {self.num_experts}", chosen, *keys)
         width = self.expert_intermediate_size
         if not self.has_expert_width() and width != self.intermediate_size:
-            what = f"{family} has one width, that of its experts"
-            yield key_problem(what, f"{self.intermediate_size}", f"{width}", "intermediate_size")
+            fault = f"{family} has one width, that of its experts"
+            yield key_problem(fault, f"{self.intermediate_size}", f"{width}", "intermediate_size")
         always = self.renormalises()
         if always is not None and self.norm_topk_prob != always:
-            what = (
+            fault = (
                 f"{family} {'always' if always else 'never'} divides the chosen gates by their sum"
             )
             shown = [f"{v}".lower() for v in (always, self.norm_topk_prob)]
-            yield key_problem(what, *shown, "norm_topk_prob")
+            yield key_problem(fault, *shown, "norm_topk_prob")
         if not self.key("gate_scale") and self.gate_scale != 1:
-            what = f"{family} has no factor on the gates"
-            yield key_problem(what, "1", f"{self.gate_scale:g}", "routed_scaling_factor")
+            fault = f"{family} has no factor on the gates"
+            yield key_problem(fault, "1", f"{self.gate_scale:g}", "routed_scaling_factor")
         if self.routing_bias and not self.has_routing_bias:
-            what = f"{family} has no bias in the choice of experts"
-            yield key_problem(what, "none", "one", "routing_bias")
+            fault = f"{family} has no bias in the choice of experts"
+            yield key_problem(fault, "none", "one", "routing_bias")
         shared = self.shared_expert_intermediate_size
         if self.has_shared_expert != (shared is not None) and not self.shared_is_optional:
             word = "needs a" if self.has_shared_expert else "has no"
             expected = "a size" if self.has_shared_expert else "None"
             yield key_problem(f"{family} {word} shared expert", expected, f"{shared}", SHARED)
         if self.shared_count_key and shared is not None and width > 0 and shared % width:
-            what = f"{family} has shared experts of the experts' own width"
-            found = f"{shared} neurons"
-            yield key_problem(what, f"a multiple of {width}", found, self.shared_count_key)
+            fault = f"{family} has shared experts of the experts' own width"
+            chosen = f"{shared} neurons"
+            yield key_problem(fault, f"a multiple of {width}", chosen, self.shared_count_key)
         if self.decoder_sparse_step > 0:
             yield from pattern_checks(
                 family, self.sparse_style, self.sparse_layers, self.mlp_only_layers
@@ -317,12 +317,12 @@ class MoeConfig(DecoderConfig):
         counts = {key: reader.size(key, COUNT) for key in stated}
         if len(set(counts.values())) > 1 and not reader.bad.intersection(counts):
             hint = "transformers 4 and 5 would each take another one; count the tensors"
-            what = "the number of experts is stated twice and differs"
-            reader.conflict(tuple(stated), what, hint=hint)
+            fault = "the number of experts is stated twice and differs"
+            reader.conflict(tuple(stated), fault, hint=hint)
         if stated and not set(stated).intersection(cls.experts_keys):
-            what = f"transformers reads {cls.experts_keys[0]} here and would assume its default"
+            fault = f"transformers reads {cls.experts_keys[0]} here and would assume its default"
             hint = f"rename the key to {cls.experts_keys[0]}"
-            reader.refuse(stated[0], what, expected=cls.experts_keys[0], hint=hint)
+            reader.refuse(stated[0], fault, expected=cls.experts_keys[0], hint=hint)
         return next(iter(counts.values())) if stated else reader.size(cls.experts_keys[0], COUNT)
 
     def _write(self) -> JsonDict:

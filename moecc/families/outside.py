@@ -72,9 +72,9 @@ class Family:
             return
         if "__dataclass_fields__" not in vars(config):
             yield "its config is not a dataclass: @dataclass(frozen=True, kw_only=True) is missing"
-        other = ORIGINS.get(config.model_type, "moecc")
-        if CONFIGS.get(config.model_type, config) is not config and other != origin:
-            yield f"the family {config.model_type!r} is defined twice; another is in {other}"
+        previous = ORIGINS.get(config.model_type, "moecc")
+        if CONFIGS.get(config.model_type, config) is not config and previous != origin:
+            yield f"the family {config.model_type!r} is defined twice; another is in {previous}"
         if self.build is None and not any(base in BUILDERS for base in config.__mro__):
             yield "nothing builds its graph: Family(build=…) is missing"
 
@@ -90,10 +90,10 @@ def add_families(file: str) -> int:
       UsageError: the file cannot be run; see `Family.register`.
     """
     module = run_file(Path(file))
-    found = [thing for thing in vars(module).values() if isinstance(thing, Family)]
-    for family in found:
+    families = [thing for thing in vars(module).values() if isinstance(thing, Family)]
+    for family in families:
         family.register(file)
-    return len(found)
+    return len(families)
 
 
 def load_families(files: Sequence[str] | None) -> None:

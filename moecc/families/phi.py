@@ -53,9 +53,9 @@ class Phi3Config(DecoderConfig):
         """Yield inconsistent values, and those that this family cannot express."""
         yield from super().checks()
         if self.rope.type == "longrope" and self.rope.attention_factor is not None:
-            what = "phi3 has no key for the factor on cosine and sine of longrope"
-            found = f"{self.rope.attention_factor:g}"
-            yield key_problem(what, "what follows from the lengths", found, "rope_scaling")
+            fault = "phi3 has no key for the factor on cosine and sine of longrope"
+            factor = f"{self.rope.attention_factor:g}"
+            yield key_problem(fault, "what follows from the lengths", factor, "rope_scaling")
 
     def _write_rope(self) -> JsonDict:
         keys = super()._write_rope()
@@ -142,12 +142,12 @@ class PhimoeConfig(MoeConfig):
         """Yield inconsistent values, and those that this family cannot express."""
         yield from super().checks()
         if self.experts_per_token != 2:
-            what = "SparseMixer makes two choices"
-            yield key_problem(what, "2", f"{self.experts_per_token}", "num_experts_per_tok")
+            fault = "SparseMixer makes two choices"
+            yield key_problem(fault, "2", f"{self.experts_per_token}", "num_experts_per_tok")
         if self.router_jitter_noise != JITTER:
-            what = "moecc has no other distance in SparseMixer, where it changes the gates"
-            found = f"{self.router_jitter_noise:g}"
-            yield key_problem(what, f"{JITTER:g}", found, "router_jitter_noise")
+            fault = "moecc has no other distance in SparseMixer, where it changes the gates"
+            noise = f"{self.router_jitter_noise:g}"
+            yield key_problem(fault, f"{JITTER:g}", noise, "router_jitter_noise")
 
     @classmethod
     def _read_rope(cls, reader: Reader, values: JsonDict) -> JsonDict:
@@ -184,6 +184,6 @@ def _read_factor(reader: Reader, key: str, part: Mapping[str, object]) -> float 
     short, long = (inner.number(name, above=0) for name in MSCALES)
     reader.problems.extend(inner.problems)
     if short != long and not inner.problems:
-        what = "the factor on cosine and sine depends on the length, which moecc does not express"
-        reader.refuse(key, what, expected="the same short_mscale and long_mscale")
+        fault = "the factor on cosine and sine depends on the length, which moecc does not express"
+        reader.refuse(key, fault, expected="the same short_mscale and long_mscale")
     return short

@@ -27,9 +27,9 @@ class KeyProblem(Problem):
     keys: tuple[str, ...] = ()
 
 
-def key_problem(what: str, expected: str | None, found: str, *keys: str) -> KeyProblem:
+def key_problem(fault: str, expected: str | None, value: str, *keys: str) -> KeyProblem:
     """Return a problem at the first of `keys`, silent if reading found any of them bad."""
-    return KeyProblem(what, keys[0], expected, found, None, keys)
+    return KeyProblem(fault, keys[0], expected, value, None, keys)
 
 
 class Reader:
@@ -59,22 +59,22 @@ class Reader:
         return self.data[key] if self.has(key) else self.defaults.get(key)
 
     def refuse(
-        self, key: str, what: str, *, expected: str | None = None, hint: str | None = None
+        self, key: str, fault: str, *, expected: str | None = None, hint: str | None = None
     ) -> None:
         """Record that the value at `key` is rejected."""
         self.bad.add(key)
-        found = shown(self.data[key]) if key in self.data else "nothing"
+        value = shown(self.data[key]) if key in self.data else "nothing"
         where = f"{self.where}: {printable(key, 60)}"
-        problem = Problem(what, where, expected, found, hint)
+        problem = Problem(fault, where, expected, value, hint)
         if problem not in self.problems:
             self.problems.append(problem)
 
-    def conflict(self, keys: tuple[str, ...], what: str, *, hint: str | None = None) -> None:
+    def conflict(self, keys: tuple[str, ...], fault: str, *, hint: str | None = None) -> None:
         """Record that several keys contradict each other."""
         self.bad.update(keys)
-        found = ", ".join(f"{key} = {shown(self.data[key])}" for key in keys if key in self.data)
+        values = ", ".join(f"{key} = {shown(self.data[key])}" for key in keys if key in self.data)
         where = f"{self.where}: {' / '.join(keys)}"
-        self.problems.append(Problem(what, where, "the same in each", found, hint))
+        self.problems.append(Problem(fault, where, "the same in each", values, hint))
 
     def accept(self, problem: Problem) -> None:
         """Record a problem of the finished config, unless it follows from a bad key."""
@@ -312,24 +312,26 @@ def refuse_what_needs_other_code(
     With `own_code` the code of the family itself, which transformers took over, is not remote.
     """
     family, modules = reader.value("model_type"), reader.value("auto_map")
-    own = (f"configuration_{family}.", f"modeling_{family}.")
+    prefixes = (f"configuration_{family}.", f"modeling_{family}.")
     paths = modules.values() if isinstance(modules, Mapping) else ()
-    is_remote = not own_code or not all(isinstance(v, str) and v.startswith(own) for v in paths)
+    is_remote = not own_code or not all(
+        isinstance(v, str) and v.startswith(prefixes) for v in paths
+    )
     if is_remote and modules not in (None, {}):
-        what = "the checkpoint brings its own Python code, which moecc never runs"
+        fault = "the checkpoint brings its own Python code, which moecc never runs"
         hint = f"if the model is a plain {architecture}, remove auto_map"
-        reader.refuse("auto_map", what, expected="nothing", hint=hint)
+        reader.refuse("auto_map", fault, expected="nothing", hint=hint)
     if reader.value("quantization_config") is not None:
-        what = "the weights are quantised"
+        fault = "the weights are quantised"
         hint = (
             "dequantise first: load with transformers, call model.dequantize(), save as bfloat16; "
             "or take the unquantised checkpoint"
         )
-        reader.refuse("quantization_config", what, expected="nothing", hint=hint)
+        reader.refuse("quantization_config", fault, expected="nothing", hint=hint)
     named = reader.items("architectures")
     if "architectures" not in reader.bad and not all(is_own(str(name)) for name in named):
-        what = "another model class than this family's language model"
-        reader.refuse("architectures", what, expected=f"[{architecture!r}]")
+        fault = "another model class than this family's language model"
+        reader.refuse("architectures", fault, expected=f"[{architecture!r}]")
 
 
 def read_extra(reader: Reader, numbers: tuple[str, ...] = KEPT_NUMBERS) -> dict[str, object]:
@@ -350,9 +352,9 @@ def read_extra(reader: Reader, numbers: tuple[str, ...] = KEPT_NUMBERS) -> dict[
             no_window = key == "sliding_window" and reader.data.get("use_sliding_window") is False
             if value in (None, False, 0, [], {}) or no_window:
                 continue
-            what = "this family has no such key; transformers ignores it, other families read it"
+            clash = "this family has no such key; transformers ignores it, other families read it"
             hint = "remove it if the model ran with transformers, or correct model_type"
-            reader.refuse(key, what, expected="nothing", hint=hint)
+            reader.refuse(key, clash, expected="nothing", hint=hint)
         elif key not in DROPPED and key not in reader.used:
             extra[key] = value
     unfit = {key: fault for key, value in extra.items() if (fault := unfit_for_json(value))}

@@ -107,27 +107,29 @@ class RopeConfig:
           types: the scalings that the family has.
         """
         if self.type not in types:
-            known = self.type in SCALING_PARAMETERS
-            what = "a rope type that this family does not have" if known else "unknown rope type"
-            yield key_problem(what, one_of(types), self.type, *ROPE_KEYS)
+            is_known = self.type in SCALING_PARAMETERS
+            fault = (
+                "a rope type that this family does not have" if is_known else "unknown rope type"
+            )
+            yield key_problem(fault, one_of(types), self.type, *ROPE_KEYS)
             return
         yield from self._parameter_checks()
         if self.theta <= (1 if self.type == "yarn" else 0):
             bound = "greater than 1 for yarn, which divides by its logarithm, else than 0"
             yield key_problem("rope_theta is too small", bound, f"{self.theta}", *ROPE_KEYS)
         if self.type == "dynamic" and head_dim <= 2:
-            what = "dynamic scaling has the exponent head_dim / (head_dim - 2)"
-            yield key_problem(what, "head_dim above 2", f"{head_dim}", "head_dim", *ROPE_KEYS)
+            fault = "dynamic scaling has the exponent head_dim / (head_dim - 2)"
+            yield key_problem(fault, "head_dim above 2", f"{head_dim}", "head_dim", *ROPE_KEYS)
         if self.type == "longrope":
             yield from self._factor_checks(head_dim)
 
     def _factor_checks(self, head_dim: int) -> Iterator[KeyProblem]:
         for name in _FACTORS:
-            found = getattr(self, name) or ()
-            if len(found) != head_dim // 2 or not all(f > 0 for f in found):
-                what = f"{name} has a positive divisor for each frequency"
+            factors = getattr(self, name) or ()
+            if len(factors) != head_dim // 2 or not all(f > 0 for f in factors):
+                fault = f"{name} has a positive divisor for each frequency"
                 expected = f"{head_dim // 2} numbers above 0"
-                yield key_problem(what, expected, f"{len(found)} numbers", *ROPE_KEYS)
+                yield key_problem(fault, expected, f"{len(factors)} numbers", *ROPE_KEYS)
 
     def _parameter_checks(self) -> Iterator[KeyProblem]:
         used = SCALING_PARAMETERS[self.type]
@@ -136,19 +138,19 @@ class RopeConfig:
                 continue
             value = getattr(self, field.name)
             if field.name not in used and value != field.default:
-                what = f"rope type {self.type} has no {field.name}"
-                yield key_problem(what, "nothing", f"{value}", *ROPE_KEYS)
+                fault = f"rope type {self.type} has no {field.name}"
+                yield key_problem(fault, "nothing", f"{value}", *ROPE_KEYS)
         needed = [*REQUIRED_PARAMETERS, "original_max_position_embeddings"]
         for name in (name for name in needed if name in used and getattr(self, name) is None):
-            what = f"rope type {self.type} needs {name}"
-            yield key_problem(what, "a number above 0", "nothing", *ROPE_KEYS)
+            fault = f"rope type {self.type} needs {name}"
+            yield key_problem(fault, "a number above 0", "nothing", *ROPE_KEYS)
         low, high = self.low_freq_factor, self.high_freq_factor
         if low is not None and high is not None and high <= low:
-            what = "high_freq_factor must be above low_freq_factor"
-            yield key_problem(what, f"above {low}", f"{high}", *ROPE_KEYS)
+            fault = "high_freq_factor must be above low_freq_factor"
+            yield key_problem(fault, f"above {low}", f"{high}", *ROPE_KEYS)
         if (self.beta_fast or 32) < (self.beta_slow or 1):
-            what = "beta_fast (32 where absent) must not be below beta_slow (1 where absent)"
-            yield key_problem(what, None, f"{self.beta_fast} and {self.beta_slow}", *ROPE_KEYS)
+            fault = "beta_fast (32 where absent) must not be below beta_slow (1 where absent)"
+            yield key_problem(fault, None, f"{self.beta_fast} and {self.beta_slow}", *ROPE_KEYS)
 
 
 _FACTORS = ("short_factor", "long_factor")
@@ -199,18 +201,18 @@ def read_partial_rotary(reader: Reader, head_dim: int, key: str, default: float)
 
     Version 4 reads `key`, version 5 also ``partial_rotary_factor`` of the rope parameters.
     """
-    found: dict[str, float] = {}
+    stated: dict[str, float] = {}
     for name in ROPE_KEYS[1:]:
         part = reader.data.get(name)
         if isinstance(part, Mapping) and part.get("partial_rotary_factor") is not None:
             inner = Reader(part, {}, f"{reader.where}: {name}")
-            found[name] = inner.number("partial_rotary_factor", above=0, most=1)
+            stated[name] = inner.number("partial_rotary_factor", above=0, most=1)
             reader.problems.extend(inner.problems)
     if reader.has(key) and reader.value(key) is not None:
-        found[key] = reader.number(key, above=0, most=1)
-    if len(set(found.values())) > 1:
-        reader.conflict(tuple(found), "the rotated part of a head is stated twice and differs")
-    share = next(iter(found.values()), default)
+        stated[key] = reader.number(key, above=0, most=1)
+    if len(set(stated.values())) > 1:
+        reader.conflict(tuple(stated), "the rotated part of a head is stated twice and differs")
+    share = next(iter(stated.values()), default)
     return None if share == 1 else int(head_dim * share)
 
 
@@ -221,11 +223,11 @@ def partial_rotary_factor(rotary_dim: int, head_dim: int) -> float:
 
 
 def _part(reader: Reader, key: str, partial: bool) -> Reader | None:
-    found = reader.mapping(key)
-    if found is None:
+    parameters = reader.mapping(key)
+    if parameters is None:
         return None
-    part = Reader(found, {"rope_type": "default", "truncate": True}, f"{reader.where}: {key}")
-    for name in found:
+    part = Reader(parameters, {"rope_type": "default", "truncate": True}, f"{reader.where}: {key}")
+    for name in parameters:
         if name not in KNOWN_KEYS:
             hint = "one entry per layer type is not supported" if name.endswith("ention") else None
             hint = hint or nearest(name, KNOWN_KEYS)
@@ -236,17 +238,17 @@ def _part(reader: Reader, key: str, partial: bool) -> Reader | None:
 
 
 def _theta(reader: Reader, stated: Mapping[str, Reader]) -> float:
-    found: dict[str, float] = {}
+    shares: dict[str, float] = {}
     for key, part in {"rope_theta": reader, **stated}.items():
         if part.has("rope_theta"):
-            found[key] = part.number("rope_theta", above=0)
-    if not found:
+            shares[key] = part.number("rope_theta", above=0)
+    if not shares:
         return reader.number("rope_theta", above=0)
-    if len(set(found.values())) > 1:
-        stating = ", ".join(f"{value} in {key}" for key, value in found.items())
-        what = f"the base period is stated twice and differs: {stating}"
-        reader.conflict(tuple(found), what, hint="keep the one that the model was trained with")
-    return next(iter(found.values()))
+    if len(set(shares.values())) > 1:
+        stating = ", ".join(f"{value} in {key}" for key, value in shares.items())
+        fault = f"the base period is stated twice and differs: {stating}"
+        reader.conflict(tuple(shares), fault, hint="keep the one that the model was trained with")
+    return next(iter(shares.values()))
 
 
 def _original_length(
@@ -262,8 +264,8 @@ def _original_length(
         uses = key in SCALING_PARAMETERS.get(str(_type_of(part)), ())
         inside = part.data.get(key, max_position_embeddings)
         if uses and outside is not None and outside != inside:
-            what = f"{key} is outside {name}, where transformers 4 and 5 read it differently"
-            reader.refuse(key, what, expected=f"{inside}", hint=f"move it into {name}")
+            fault = f"{key} is outside {name}, where transformers 4 and 5 read it differently"
+            reader.refuse(key, fault, expected=f"{inside}", hint=f"move it into {name}")
     return max_position_embeddings
 
 
@@ -337,21 +339,21 @@ def _optional(part: Reader, name: str) -> float | None:
 
 def _refuse_contradiction(reader: Reader, read: Mapping[str, RopeConfig]) -> None:
     if len(set(read.values())) > 1 and not reader.bad.intersection(read):
-        what = "rope_scaling and rope_parameters differ"
+        fault = "rope_scaling and rope_parameters differ"
         hint = "transformers 4 reads the first and 5 too, unless it is null; keep the right one"
-        reader.conflict(("rope_scaling", "rope_parameters"), what, hint=hint)
+        reader.conflict(("rope_scaling", "rope_parameters"), fault, hint=hint)
     explicit_null = reader.has("rope_scaling") and reader.value("rope_scaling") is None
-    found = read.get("rope_parameters")
-    if explicit_null and found is not None and found.type != "default":
-        what = f"rope_scaling states none, rope_parameters states {found.type}"
+    rope = read.get("rope_parameters")
+    if explicit_null and rope is not None and rope.type != "default":
+        fault = f"rope_scaling states none, rope_parameters states {rope.type}"
         hint = "remove rope_scaling, or write the scaling in both"
-        reader.conflict(("rope_scaling", "rope_parameters"), what, hint=hint)
+        reader.conflict(("rope_scaling", "rope_parameters"), fault, hint=hint)
 
 
 def _refuse_partial_rotary(reader: Reader) -> None:
     if reader.value("partial_rotary_factor") not in (None, 1):
-        what = "these families do not support a rotation of only part of each head"
-        reader.refuse("partial_rotary_factor", what, expected="1, or nothing")
+        fault = "these families do not support a rotation of only part of each head"
+        reader.refuse("partial_rotary_factor", fault, expected="1, or nothing")
 
 
 # The rotary frequencies of a rope config, in double precision.
@@ -424,8 +426,8 @@ def _llama3(rope: RopeConfig, frequency: float) -> float:
     low, high = _needed(rope.low_freq_factor), _needed(rope.high_freq_factor)
     factor = _needed(rope.factor)
     turns = _needed(rope.original_max_position_embeddings) * frequency / (2 * math.pi)
-    kept = min(max((turns - low) / (high - low), 0.0), 1.0)
-    return (1 - kept) * frequency / factor + kept * frequency
+    share = min(max((turns - low) / (high - low), 0.0), 1.0)
+    return (1 - share) * frequency / factor + share * frequency
 
 
 def _yarn(rope: RopeConfig, plain: tuple[float, ...]) -> tuple[float, ...]:

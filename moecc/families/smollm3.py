@@ -41,9 +41,9 @@ class SmolLM3Config(DecoderConfig):
         if reader.flag("use_sliding_window"):
             return super()._read(reader)
         if "sliding_attention" in reader.items("layer_types"):
-            what = "transformers gives these layers a window in spite of use_sliding_window"
+            fault = "transformers gives these layers a window in spite of use_sliding_window"
             hint = "set use_sliding_window to true, or make every layer full_attention"
-            reader.refuse("layer_types", what, expected="full_attention", hint=hint)
+            reader.refuse("layer_types", fault, expected="full_attention", hint=hint)
         reader.used.update(("sliding_window", "layer_types"))
         hidden = {
             k: v for k, v in reader.data.items() if k not in ("sliding_window", "layer_types")

@@ -75,16 +75,16 @@ class StMoeConfig(EncDecConfig):
         """Yield inconsistent values."""
         yield from super().checks()
         if not 1 <= self.experts_per_token <= self.num_experts:
-            what, found = "a token cannot choose that many experts", f"{self.experts_per_token}"
+            fault, chosen = "a token cannot choose that many experts", f"{self.experts_per_token}"
             keys = ("num_experts_per_tok", "num_experts")
-            yield key_problem(what, f"1 to {self.num_experts}", found, *keys)
+            yield key_problem(fault, f"1 to {self.num_experts}", chosen, *keys)
         for stack in STACKS:
             key = f"sparse_{stack}_layers"
             layers, last = getattr(self, key), self.layers(stack) - 1
             outside = [n for n in layers if not 0 <= n <= last]
             if outside or tuple(sorted(set(layers))) != layers:
-                what = "not ascending layers of the stack"
-                yield key_problem(what, f"0 to {last}", f"{layers[:8]}", key)
+                fault = "not ascending layers of the stack"
+                yield key_problem(fault, f"0 to {last}", f"{layers[:8]}", key)
 
     @classmethod
     def _read(cls, reader: Reader) -> JsonDict:

@@ -74,11 +74,11 @@ class SwitchTransformersConfig(EncDecConfig):
         if self.gated:
             yield key_problem("switch_transformers has no gated blocks", "false", "true", "gated")
         if self.scale_outputs != self.tie_word_embeddings:
-            what = (
+            fault = (
                 "switch_transformers scales its outputs if the embeddings are tied, and only then"
             )
             shown = [f"{v}".lower() for v in (self.tie_word_embeddings, self.scale_outputs)]
-            yield key_problem(what, *shown, "tie_word_embeddings")
+            yield key_problem(fault, *shown, "tie_word_embeddings")
         for stack in STACKS:
             key, layers = f"num_sparse_{stack}_layers", self.layers(stack)
             sparse = getattr(self, key)

@@ -39,16 +39,16 @@ class T5Config(EncDecConfig):
         yield from super().checks()
         if self.scale_outputs and not self.tie_word_embeddings:
             family = self.model_type
-            what = f"{family} scales its outputs only where the output matrix is the embedding"
+            fault = f"{family} scales its outputs only where the output matrix is the embedding"
             keys = ("scale_decoder_outputs", "tie_word_embeddings")
-            yield key_problem(what, "false", "true", *keys)
+            yield key_problem(fault, "false", "true", *keys)
         stating = ("feed_forward_proj", "dense_act_fn", "is_gated_act")
         if self.gated and self.hidden_act == "gelu":
-            what = f"{self.model_type} gates with the tanh approximation of GELU"
-            yield key_problem(what, "gelu_pytorch_tanh", "gelu", *stating)
+            fault = f"{self.model_type} gates with the tanh approximation of GELU"
+            yield key_problem(fault, "gelu_pytorch_tanh", "gelu", *stating)
         if self.hidden_act not in T5_ACTIVATIONS:
-            what = "unknown activation"
-            yield key_problem(what, one_of(T5_ACTIVATIONS), self.hidden_act, *stating)
+            fault = "unknown activation"
+            yield key_problem(fault, one_of(T5_ACTIVATIONS), self.hidden_act, *stating)
 
     @classmethod
     def _read(cls, reader: Reader) -> JsonDict:

@@ -73,12 +73,12 @@ class VisionConfig(ModelConfig):
         yield from super().checks()
         yield from self.head_checks("hidden_size", "num_attention_heads")
         if not 1 <= self.patch_size <= MOST_PATCH:
-            found = f"{self.patch_size}"
-            yield key_problem("not a usable size", f"1 to {MOST_PATCH:,}", found, "patch_size")
+            shown = f"{self.patch_size}"
+            yield key_problem("not a usable size", f"1 to {MOST_PATCH:,}", shown, "patch_size")
         if self.patch_size > 0 and any(n < 1 or n % self.patch_size for n in self.image_size):
-            what = "the image is not cut into whole patches"
+            fault = "the image is not cut into whole patches"
             expected = f"multiples of {self.patch_size}"
-            yield key_problem(what, expected, f"{self.image_size}", "image_size", "patch_size")
+            yield key_problem(fault, expected, f"{self.image_size}", "image_size", "patch_size")
 
     @classmethod
     def _read(cls, reader: Reader) -> JsonDict:
@@ -168,11 +168,11 @@ class Dinov2Config(VisionConfig):
         """Yield inconsistent values, and those that this family cannot express."""
         yield from super().checks()
         if not 1 <= self.intermediate_size <= NEURONS:
-            found = f"{self.intermediate_size}"
-            yield key_problem("not a usable size", f"1 to {NEURONS:,}", found, "mlp_ratio")
+            shown = f"{self.intermediate_size}"
+            yield key_problem("not a usable size", f"1 to {NEURONS:,}", shown, "mlp_ratio")
         if self.image_size[0] != self.image_size[1]:
-            what = "dinov2 resamples its positions for an image that is not square"
-            yield key_problem(what, "a square", f"{self.image_size}", "image_size")
+            fault = "dinov2 resamples its positions for an image that is not square"
+            yield key_problem(fault, "a square", f"{self.image_size}", "image_size")
 
     @classmethod
     def _read(cls, reader: Reader) -> JsonDict:

@@ -12,8 +12,8 @@ PREFIX = "preset:"
 
 def preset_names() -> list[str]:
     """Return the names of the presets."""
-    found = (f.name for f in files(__name__).iterdir() if f.name.endswith(".json"))
-    return sorted(name.removesuffix(".json") for name in found)
+    names = (f.name for f in files(__name__).iterdir() if f.name.endswith(".json"))
+    return sorted(name.removesuffix(".json") for name in names)
 
 
 def preset_config(name: str) -> dict[str, object]:

@@ -108,8 +108,8 @@ def unfulfilled(words: tuple[str, ...], config: ModelConfig) -> tuple[str, ...]:
     """Return what an engine does not do, of the conditions `words` that `config` does not meet."""
     if not isinstance(config, DecoderConfig):
         return ()
-    found = (CONDITIONS[word] for word in words)
-    return tuple(c.otherwise for c in found if not c.holds(config))
+    conditions = (CONDITIONS[word] for word in words)
+    return tuple(c.otherwise for c in conditions if not c.holds(config))
 
 
 # The table of engines: what each reads of each family, with version and source.
@@ -229,6 +229,6 @@ def _verdict(engine: Engine, config: ModelConfig) -> Verdict:
     return Verdict(engine.name, engine.version, not reasons, reasons, silent=is_silent)
 
 
-def summary(found: Iterable[Verdict]) -> str:
+def summary(verdicts: Iterable[Verdict]) -> str:
     """Return the verdicts in one line: ``transformers 5 ✓, SGLang ✗ (…)``."""
-    return ", ".join(map(str, found))
+    return ", ".join(map(str, verdicts))

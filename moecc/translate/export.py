@@ -66,24 +66,25 @@ def tensors_of(pairs: Iterable[Pair]) -> list[tuple[str, Expr]]:
 class _Parts:
     """Parts of expressions, each given by another parameter, until all of one are there."""
 
-    found: dict[tuple[Expr, str], dict[int, Pair]] = field(default_factory=dict)
+    pending: dict[tuple[Expr, str], dict[int, Pair]] = field(default_factory=dict)
 
     def add(self, pattern: Expr, value: Expr) -> list[Pair]:
         """Take what a slice or an entry of an expression is; return the whole once it is known."""
         assert isinstance(pattern, Slice | Index), "the patterns of parts"
         at = pattern.start if isinstance(pattern, Slice) else pattern.at
         key = (pattern.x, pattern.axis)
-        parts = self.found.setdefault(key, {})
+        parts = self.pending.setdefault(key, {})
         parts[at] = (pattern, value)
-        whole = _joined(pattern, [parts[at] for at in sorted(parts)])
-        if whole is None:
+        expr = _joined(pattern, [parts[at] for at in sorted(parts)])
+        if expr is None:
             return []
-        del self.found[key]
-        return [(pattern.x, whole)]
+        del self.pending[key]
+        return [(pattern.x, expr)]
 
     def require_complete(self) -> None:
         """Raise ValueError if a part was never given."""
-        for pattern in (pattern for parts in self.found.values() for pattern, _ in parts.values()):
+        for parts in self.pending.values():
+            pattern, _ = next(iter(parts.values()))
             raise ValueError(f"{pattern} cannot be inverted: the rest of it is read by nothing")
 
 
@@ -99,8 +100,8 @@ def _joined(pattern: Slice | Index, parts: list[Pair]) -> Expr | None:
     ends = [0, *(part.stop for part in slices)]
     if len(slices) < len(parts) or ends[-1] != size:
         return None
-    whole = all(part.start == end for part, end in zip(slices, ends, strict=False))
-    return Concat(values, pattern.axis) if whole else None
+    is_complete = all(part.start == end for part, end in zip(slices, ends, strict=False))
+    return Concat(values, pattern.axis) if is_complete else None
 
 
 def _undone(pattern: Expr, value: Expr) -> list[Pair]:
@@ -138,8 +139,8 @@ def _at(value: Expr, axis: str, position: int) -> Expr:
 def _with_axis(pattern: Index, value: Expr) -> Expr:
     """Return `value` with the size-1 axis that `pattern` removes."""
     if isinstance(value, Index) and value.axis == pattern.axis:
-        whole = value.x.type
-        if whole.names == pattern.x.type.names and whole.shape == pattern.x.type.shape:
+        type = value.x.type
+        if type.names == pattern.x.type.names and type.shape == pattern.x.type.shape:
             return value.x
     return Stack((value,), pattern.axis, pattern.x.type.names.index(pattern.axis))
 
@@ -233,10 +234,10 @@ class _Matcher:
         theirs = self.target.outputs
         ours = {n: v for n, v in self.graph.outputs.items() if not n.startswith(AUXILIARY)}
         if theirs.keys() != ours.keys():
-            expected, found = ", ".join(theirs), ", ".join(ours)
+            expected, outputs = ", ".join(theirs), ", ".join(ours)
             hint = "a family's model has no other outputs"
             self.problems.append(
-                Problem("the graph has other outputs", None, expected, found, hint)
+                Problem("the graph has other outputs", None, expected, outputs, hint)
             )
             return
         stack = [(value, ours[name]) for name, value in theirs.items()]
@@ -268,10 +269,10 @@ class _Matcher:
     def _alike(self, a: Node, operands: list[Value]) -> int:
         """Count the operands that agree; those of the same operation count a little."""
         score = 0
-        for mine, other in zip(a.operands, operands, strict=True):
-            if self.keys[mine] == self.keys[other]:
+        for mine, operand in zip(a.operands, operands, strict=True):
+            if self.keys[mine] == self.keys[operand]:
                 score += 4
-            elif _kind(mine) == _kind(other):
+            elif _kind(mine) == _kind(operand):
                 score += 1
         return score
 
@@ -280,23 +281,23 @@ class _Matcher:
             self._part(a, b)
             return
         if b.weight is None:
-            what = "the parameter has no weight, so it cannot be written"
-            self.problems.append(Problem(what, f"%{b.name}"))
+            fault = "the parameter has no weight, so it cannot be written"
+            self.problems.append(Problem(fault, f"%{b.name}"))
             return
         weight = b.weight
         if b.type.names != a.type.names:
             weight = Permute(weight, a.type.names)
         before = self.weights.setdefault(a, weight)
         if before is not weight and simplify(before) is not simplify(weight):
-            what = f"{self.target.name} has one tensor where the graph has two different ones"
-            self.problems.append(Problem(what, f"%{b.name}", f"the weight of %{a.name}"))
+            fault = f"{self.target.name} has one tensor where the graph has two different ones"
+            self.problems.append(Problem(fault, f"%{b.name}", f"the weight of %{a.name}"))
 
     def _part(self, a: Value, b: Value) -> None:
-        place = b.node.loc if b.node is not None else b.loc
+        loc = b.node.loc if b.node is not None else b.loc
         self.problems.append(
             Problem(
                 f"the graph is not {with_article(self.target.name)}: first difference",
-                place or None,
+                loc or None,
                 _line(a),
                 _line(b),
             )

@@ -81,16 +81,16 @@ def architecture_of(target: str) -> str | None:
     if not target.startswith(PREFIX):
         return None
     name = target.removeprefix(PREFIX)
-    known = architectures()
-    if name in known:
+    names = architectures()
+    if name in names:
         return name
     config = CONFIGS.get(name)
     facts = config.gguf if config is not None and issubclass(config, DecoderConfig) else None
-    hint = f"{name} is {PREFIX}{facts.architecture} there" if facts else nearest(name, known)
+    hint = f"{name} is {PREFIX}{facts.architecture} there" if facts else nearest(name, names)
     if config is not None and facts is None:
         hint = f"no GGUF of {with_article(name)} is written; --to {name} writes a folder"
     raise UsageError(
-        f"unknown architecture of GGUF {name!r}", expected=f"one of {', '.join(known)}", hint=hint
+        f"unknown architecture of GGUF {name!r}", expected=f"one of {', '.join(names)}", hint=hint
     )
 
 
@@ -129,13 +129,13 @@ def export_gguf(graph: Graph, architecture: str) -> GgufExport:
     layers = config.sparse_layers if isinstance(config, MoeConfig) else ()
     if problems := list(misfits(architecture, family, stated, layers)):
         raise InputError(problems)
-    made = {gguf_name(n, family): _turned(n, e, family, config) for n, e in tensors}
+    stored = {gguf_name(n, family): _turned(n, e, family, config) for n, e in tensors}
     if family.facts.needs_head:
-        made.setdefault(HEAD, made[EMBEDDING])
+        stored.setdefault(HEAD, stored[EMBEDDING])
     if (divisors := rotary_divisors(stated)) is not None:
-        made[ROPE_FACTORS] = _vector(divisors)
+        stored[ROPE_FACTORS] = _vector(divisors)
     keys = config_keys(architecture, family, stated)
-    return GgufExport(architecture, family, config, keys, list(made.items()))
+    return GgufExport(architecture, family, config, keys, list(stored.items()))
 
 
 def _as_family(graph: Graph, names: Sequence[str]) -> tuple[DecoderConfig, list[tuple[str, Expr]]]:
@@ -159,29 +159,29 @@ def _of_folders(problem: Problem) -> Problem:
     return replace(problem, hint=f"in a folder, not in GGUF: {problem.hint}")
 
 
-def _turned(name: str, made: Expr, family: GgufFamily, config: DecoderConfig) -> Expr:
+def _turned(name: str, expr: Expr, family: GgufFamily, config: DecoderConfig) -> Expr:
     """Return a tensor with rows and axes as the file stores them."""
     if family.has("norm_offset") and is_norm(name):
-        return simplify(Add(made, Full(1.0, made.type.with_dtype(F32))))
+        return simplify(Add(expr, Full(1.0, expr.type.with_dtype(F32))))
     if name.endswith(family.rows()):
-        row = Index(made, made.type.names[0], 0)
+        row = Index(expr, expr.type.names[0], 0)
         if family.mixture is None or not family.mixture.shared_gate:
             return simplify(row)
         return simplify(Add(row, Full(_ALMOST_ZERO, row.type.with_dtype(F32))))
     turned = turned_projection(name) if family.facts.pairs_neighbours else None
     if turned is None:
-        return made
+        return expr
     heads = config.num_attention_heads if turned == "q" else config.num_key_value_heads
-    return simplify(neighbours_from_halves(made, heads, config.head_dim))
+    return simplify(neighbours_from_halves(expr, heads, config.head_dim))
 
 
-def neighbours_from_halves(made: Expr, heads: int, head_dim: int) -> Expr:
+def neighbours_from_halves(expr: Expr, heads: int, head_dim: int) -> Expr:
     """Return the rows of a projection so that the rotary embedding rotates neighbours.
 
     Row i of a head of Hugging Face becomes row 2i, and row i + head_dim / 2 row 2i + 1.
     """
-    rows, *others = made.type.names
-    split = Split(made, rows, (("head", heads), ("half", 2), ("pair", head_dim // 2)))
+    rows, *others = expr.type.names
+    split = Split(expr, rows, (("head", heads), ("half", 2), ("pair", head_dim // 2)))
     ordered = Permute(split, ("head", "pair", "half", *others))
     return Merge(ordered, ("head", "pair", "half"), rows)
 
@@ -199,8 +199,8 @@ def check_type(dtype: DType | Storage | None, architecture: str | None) -> None:
       architecture: that of a GGUF file, or None for a folder.
     """
     if isinstance(dtype, Storage) and architecture is None:
-        what = f"only a GGUF file can hold {dtype.name.lower()}"
-        raise UsageError(what, hint=f"--to {PREFIX}{next(iter(GGUF_MIXTURES))} writes one")
+        fault = f"only a GGUF file can hold {dtype.name.lower()}"
+        raise UsageError(fault, hint=f"--to {PREFIX}{next(iter(GGUF_MIXTURES))} writes one")
     if isinstance(dtype, DType) and architecture is not None and storage_of(dtype) is None:
         raise UsageError(
             "a GGUF file has no such element type",
@@ -213,7 +213,7 @@ QUANTISED: Mapping[str, Storage] = {n.lower(): BY_NAME[n] for n in ("Q8_0", "Q4_
 """The blocks that are quantised to, by the names of ``--dtype``."""
 
 
-def stored_as(name: str, made: Expr, dtype: DType, storage: Storage | None) -> OutputTensor:
+def stored_as(name: str, expr: Expr, dtype: DType, storage: Storage | None) -> OutputTensor:
     """Return a tensor of a GGUF file in the type that llama.cpp wants of it.
 
     Vectors and routers are float32, as every converter writes them.  Rows that are no whole blocks
@@ -221,18 +221,22 @@ def stored_as(name: str, made: Expr, dtype: DType, storage: Storage | None) -> O
 
     Args:
       name: its name in the file.
-      made: its expression.
+      expr: its expression.
       dtype: the type of plain matrices.
       storage: the blocks of quantised ones, if any.
     """
-    shape = made.type.shape
+    shape = expr.type.shape
     if len(shape) < 2 or ".ffn_gate_inp" in name:
-        return OutputTensor(name, made, F32)
+        return OutputTensor(name, expr, F32)
     if storage is not None:
-        fits = (one for one in (storage, QUANTISED["q8_0"]) if shape[-1] % one.block == 0)
+        fits = (
+            blocks_type
+            for blocks_type in (storage, QUANTISED["q8_0"])
+            if shape[-1] % blocks_type.block == 0
+        )
         blocks = next(fits, None)
-        return OutputTensor(name, made, F16 if blocks is None else F32, blocks)
-    return OutputTensor(name, made, F32 if dtype is F64 or storage_of(dtype) is None else dtype)
+        return OutputTensor(name, expr, F16 if blocks is None else F32, blocks)
+    return OutputTensor(name, expr, F32 if dtype is F64 or storage_of(dtype) is None else dtype)
 
 
 def quantising_remarks(export: GgufExport, storage: Storage | None) -> list[str]:
@@ -244,12 +248,12 @@ def quantising_remarks(export: GgufExport, storage: Storage | None) -> list[str]
     if storage is None:
         return []
     require_package(storage)
-    whole = [stored_as(name, made, F32, storage) for name, made in export.tensors]
+    outputs = [stored_as(name, expr, F32, storage) for name, expr in export.tensors]
     others: dict[str, list[str]] = {}
-    for one in whole:
-        if one.storage is not storage and (one.storage is not None or one.dtype is F16):
-            kind = "f16" if one.storage is None else one.storage.name.lower()
-            others.setdefault(kind, []).append(one.name)
+    for output in outputs:
+        if output.storage is not storage and (output.storage is not None or output.dtype is F16):
+            kind = "f16" if output.storage is None else output.storage.name.lower()
+            others.setdefault(kind, []).append(output.name)
     return [
         f"{len(names)} matrices, the first {names[0]}, are written in {kind}: their rows are no "
         f"multiple of {storage.block}, the block of {storage.name.lower()}"

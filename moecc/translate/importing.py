@@ -47,8 +47,8 @@ def depth(config: ModelConfig, stack: str = "") -> int:
     """Return the number of layers of a stack, as `layer_of` names it."""
     if isinstance(config, EncDecConfig | WhisperConfig):
         return config.layers(stack.strip())
-    found: int = getattr(config, "num_hidden_layers", 0)
-    return found
+    layers: int = getattr(config, "num_hidden_layers", 0)
+    return layers
 
 
 def block_count(config: ModelConfig, *, with_experts: bool) -> int:
@@ -123,10 +123,10 @@ def stored_names(config: ModelConfig, tensors: Container[str]) -> StoredNames:
         candidates.append(StoredNames(lacking=config.base_prefix))
     if config.head_prefix:
         candidates.append(StoredNames(added=config.head_prefix))
-    found = next((names for names in candidates if names(embedding) in tensors), candidates[0])
-    older = replace(found, older=True)
+    stored = next((names for names in candidates if names(embedding) in tensors), candidates[0])
+    older = replace(stored, older=True)
     norm = "embeddings.LayerNorm.weight"
-    return older if found(norm) not in tensors and older(norm) in tensors else found
+    return older if stored(norm) not in tensors and older(norm) in tensors else stored
 
 
 _EXPERT = re.compile(r"(.+\.experts\.)(?:expert_)?\d{1,6}(\.\w+\.weight)", re.DOTALL)
@@ -179,14 +179,12 @@ def import_checkpoint(checkpoint: Checkpoint, *, padding: bool = False) -> Graph
     stored.read_by(graph)
     weights = (value.weight for value in graph.params.values() if value.weight is not None)
     expected = {source.name: source.type for weight in weights for source in sources(weight)}
-    kept = {n: i for n, i in tensors.items() if not stored.is_beside(n)}
-    problems.extend(_problems(config, expected, kept))
+    base = {n: i for n, i in tensors.items() if not stored.is_beside(n)}
+    problems.extend(_problems(config, expected, base))
     if problems:
-        place = str(checkpoint.path)
+        path = str(checkpoint.path)
         raise InputError(
-            Problem(
-                p.what, f"{place}: {p.where}" if p.where else place, p.expected, p.found, p.hint
-            )
+            Problem(p.what, f"{path}: {p.where}" if p.where else path, p.expected, p.found, p.hint)
             for p in problems
         )
     for name in _repeated(config):
@@ -233,15 +231,15 @@ def _layout(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> str:
     return "stacked" if any(name.endswith(f".{stacked}") for name in tensors) else "experts"
 
 
-def _check_magnitude(config: ModelConfig, tensors: Mapping[str, TensorInfo], place: str) -> None:
+def _check_magnitude(config: ModelConfig, tensors: Mapping[str, TensorInfo], where: str) -> None:
     """Reject a config with far more tensors than the file has, before building its graph."""
     blocks = block_count(config, with_experts=_layout(config, tensors) == "experts")
     if blocks <= len(tensors) + 100:
         return
-    layers = {found for found in map(layer_of, tensors) if found}
+    layers = {layer for layer in map(layer_of, tensors) if layer}
     raise InputError(
         "config.json and the tensors cannot belong together",
-        where=place,
+        where=where,
         expected=f"{block_count(config, with_experts=False)} layers, with experts {blocks} blocks",
         found=f"{len(tensors)} tensors, in {len(layers)} layers",
         hint="check num_hidden_layers and the number of experts",
@@ -254,16 +252,16 @@ def _mixed_stacks(
     """Yield the matrices whose experts have several element types."""
     if layout != "experts":
         return
-    found: dict[str, dict[str, str]] = {}
+    dtypes: dict[str, dict[str, str]] = {}
     for name, info in tensors.items():
         match = _EXPERT.fullmatch(name)
         if match is not None:
-            found.setdefault(f"{match[1]}*{match[2]}", {})[str(info.dtype)] = name
-    for names, types in found.items():
+            dtypes.setdefault(f"{match[1]}*{match[2]}", {})[str(info.dtype)] = name
+    for names, types in dtypes.items():
         if len(types) > 1:
             shown = ", ".join(f"{dtype} ({name})" for dtype, name in types.items())
-            what = "the experts of a layer have several element types"
-            yield Problem(what, names, "one", shown, "convert the checkpoint to one type first")
+            fault = "the experts of a layer have several element types"
+            yield Problem(fault, names, "one", shown, "convert the checkpoint to one type first")
 
 
 def _problems(
@@ -306,8 +304,8 @@ def _common_prefix(missing: list[str], extra: list[str], head: str) -> Problem |
 def _missing(
     missing: list[str], extra: list[str], expected: Mapping[str, TensorType], head: str
 ) -> Iterator[Problem]:
-    whole, single = _whole_layers(missing, expected)
-    for stack, layers in whole.items():
+    stacks, single = _whole_layers(missing, expected)
+    for stack, layers in stacks.items():
         hint = "the number of layers in config.json, or an incomplete download?"
         yield Problem(f"no tensor of the {stack}layers {ranges(layers)}", "config.json", hint=hint)
     if head in single:
@@ -320,11 +318,11 @@ def _missing(
         )
     # The search for a similar name takes time for each pair of names, so it is bounded.
     candidates = extra[:200]
-    found = (
+    problems = (
         Problem("this tensor is missing", name, str(expected[name]), hint=nearest(name, candidates))
         for name in single
     )
-    yield from capped(found, "tensor is missing", "tensors are missing")
+    yield from capped(problems, "tensor is missing", "tensors are missing")
 
 
 def _whole_layers(
@@ -334,11 +332,11 @@ def _whole_layers(
     absent = list(missing)
     gone = set(absent)
     present = {layer_of(name) for name in expected if name not in gone}
-    whole = {layer for name in absent if (layer := layer_of(name)) and layer not in present}
+    absent_layers = {layer for name in absent if (layer := layer_of(name)) and layer not in present}
     stacks: dict[str, list[int]] = {}
-    for stack, number in sorted(whole):
+    for stack, number in sorted(absent_layers):
         stacks.setdefault(stack, []).append(number)
-    return stacks, [name for name in absent if layer_of(name) not in whole]
+    return stacks, [name for name in absent if layer_of(name) not in absent_layers]
 
 
 def _extra(extra: list[str], missing: list[str], config: ModelConfig) -> Iterator[Problem]:
@@ -362,7 +360,7 @@ def _extra(extra: list[str], missing: list[str], config: ModelConfig) -> Iterato
         for name in extra
         if (layer := layer_of(name)) is None or layer[1] not in beyond.get(layer[0], ())
     )
-    found = (
+    problems = (
         Problem(
             f"{config.model_type} has no such tensor",
             printable(name),
@@ -370,7 +368,7 @@ def _extra(extra: list[str], missing: list[str], config: ModelConfig) -> Iterato
         )
         for name in single
     )
-    yield from capped(found, "tensor is not the model's", "tensors are not the model's")
+    yield from capped(problems, "tensor is not the model's", "tensors are not the model's")
 
 
 def _bias_hint(name: str) -> str | None:
@@ -405,8 +403,8 @@ def _wrong_shape(name: str, type: TensorType, info: TensorInfo) -> Problem:
     sizes = ", ".join(map(str, type.axes))
     turned = info.shape == type.shape[::-1]
     hint = "it is transposed: outputs come first on disk" if turned else None
-    what = "the tensor has another shape than config.json says"
-    return Problem(what, name, f"[{sizes}]", str(list(info.shape)), hint)
+    fault = "the tensor has another shape than config.json says"
+    return Problem(fault, name, f"[{sizes}]", str(list(info.shape)), hint)
 
 
 def _check_repeated(
@@ -418,13 +416,13 @@ def _check_repeated(
     """
     names = config.names
     head, embedding = checkpoint.tensors[name], checkpoint.tensors[embedding_name]
-    place = f"{checkpoint.path}: {name}"
+    where = f"{checkpoint.path}: {name}"
     is_head = name == names.head
     differs = Problem(
         "config.json ties the output matrix to the embedding, and the two differ"
         if is_head
         else "the stack has an embedding that differs from the shared one",
-        place,
+        where,
         f"{embedding.dtype} {list(embedding.shape)}, the content of {embedding_name}",
         f"{head.dtype} {list(head.shape)}",
         'set "tie_word_embeddings": false to keep both, or remove the tensor' if is_head else None,
@@ -435,5 +433,5 @@ def _check_repeated(
         stop = min(start + _BLOCK_ROWS, head.shape[0])
         ours = checkpoint.read(name, start, stop)
         if ours.tobytes() != checkpoint.read(embedding_name, start, stop).tobytes():
-            found = f"a difference in rows {start} to {stop - 1}"
-            raise InputError([Problem(differs.what, place, differs.expected, found, differs.hint)])
+            rows = f"a difference in rows {start} to {stop - 1}"
+            raise InputError([Problem(differs.what, where, differs.expected, rows, differs.hint)])

@@ -56,18 +56,18 @@ Stacks = Mapping[str, Mapping[int, ExpertLayer]]
 
 def in_stacks(layers: list[ExpertLayer]) -> Stacks | list[Problem]:
     """Return the expert layers by stack and number, or the problems of their locations."""
-    found: dict[str, dict[int, ExpertLayer]] = {stack: {} for stack in STACKS}
+    stacks: dict[str, dict[int, ExpertLayer]] = {stack: {} for stack in STACKS}
     problems = []
     for layer in layers:
         match = _PLACE.match(layer.loc)
         if match is None:
-            what = "the location of an expert layer does not state its layer"
-            problems.append(Problem(what, layer.loc or None, "encoder.layers.N.ffn"))
-        elif int(match[2]) in found[match[1]]:
+            fault = "the location of an expert layer does not state its layer"
+            problems.append(Problem(fault, layer.loc or None, "encoder.layers.N.ffn"))
+        elif int(match[2]) in stacks[match[1]]:
             problems.append(Problem("a layer has several mixtures of experts", layer.loc))
         else:
-            found[match[1]][int(match[2])] = layer
-    return problems or found
+            stacks[match[1]][int(match[2])] = layer
+    return problems or stacks
 
 
 def _switch_fields(source: EncDecConfig, stacks: Stacks) -> dict[str, object]:
@@ -104,41 +104,41 @@ def _switch_reasons(source: EncDecConfig, stacks: Stacks) -> Iterator[Problem]:
     if not layers:
         wanted = "upcycle{experts=8 top-k=1 gates=switch}"
         hint = f"make some layers sparse first: {wanted} in the pipeline"
-        what = "switch_transformers is a mixture of experts, and no layer here is one"
-        yield Problem(what, hint=hint)
+        fault = "switch_transformers is a mixture of experts, and no layer here is one"
+        yield Problem(fault, hint=hint)
         return
     kinds: dict[ExpertLayer, str] = {}
     for layer in layers:
         kinds.setdefault(layer.without_slots(), layer.loc)
     if len(kinds) > 1:
-        found = "; ".join(f"{loc}: {kind}" for kind, loc in kinds.items())
-        what = "switch_transformers has the same experts in every sparse layer"
-        yield Problem(what, found=found)
+        shown = "; ".join(f"{loc}: {kind}" for kind, loc in kinds.items())
+        fault = "switch_transformers has the same experts in every sparse layer"
+        yield Problem(fault, found=shown)
     for kind, loc in kinds.items():
         for reason in _layer_reasons(kind, source.intermediate_size):
             yield replace(reason, where=loc)
     for stack in STACKS:
         if _sparse_count(source, stack, stacks[stack]) is None:
-            what = f"switch_transformers spreads the sparse layers of the {stack} evenly"
+            fault = f"switch_transformers spreads the sparse layers of the {stack} evenly"
             expected = "all, or every n-th from layer 1 on: upcycle{layers=every:2}"
-            found = f"layers {ranges(sorted(stacks[stack]))}" if stacks[stack] else "none"
-            yield Problem(what, expected=expected, found=found, hint="st_moe can express it")
+            shown = f"layers {ranges(sorted(stacks[stack]))}" if stacks[stack] else "none"
+            yield Problem(fault, expected=expected, found=shown, hint="st_moe can express it")
 
 
 def _layer_reasons(layer: ExpertLayer, width: int) -> Iterator[Problem]:
     if layer.top_k != 1 or layer.gates != "softmax":
-        what = "switch_transformers sends a token to one expert and multiplies by its probability"
-        found = f"top-{layer.top_k}, {layer.gates}"
-        yield Problem(what, None, "top-1, softmax", found, "upcycle{top-k=1 gates=switch}")
+        fault = "switch_transformers sends a token to one expert and multiplies by its probability"
+        routing = f"top-{layer.top_k}, {layer.gates}"
+        yield Problem(fault, None, "top-1, softmax", routing, "upcycle{top-k=1 gates=switch}")
     if layer.scale != 1:
-        what = "switch_transformers has no factor on the gates"
-        yield Problem(what, expected="1", found=f"{layer.scale:g}")
+        fault = "switch_transformers has no factor on the gates"
+        yield Problem(fault, expected="1", found=f"{layer.scale:g}")
     if layer.slots != "ragged":
-        what = "switch_transformers counts capacity in tokens of a sequence, not by a factor"
-        yield Problem(what, expected="slots=ragged", found=f"slots={layer.slots}")
+        fault = "switch_transformers counts capacity in tokens of a sequence, not by a factor"
+        yield Problem(fault, expected="slots=ragged", found=f"slots={layer.slots}")
     if layer.width != width:
-        what = "experts of switch_transformers are as wide as dense blocks"
-        yield Problem(what, expected=f"{width}", found=f"{layer.width}")
+        fault = "experts of switch_transformers are as wide as dense blocks"
+        yield Problem(fault, expected=f"{width}", found=f"{layer.width}")
     if layer.shared:
         yield Problem("switch_transformers has no shared expert", hint="upcycle without shared")
 
@@ -332,8 +332,8 @@ def _sparse_reasons(
     for number, layer in layers.items():
         kinds.setdefault(layer.without_slots(), number)
     if len(kinds) > 1:
-        found = "; ".join(f"layer {number}: {kind}" for kind, number in kinds.items())
-        yield Problem(f"{target} has the same experts in every sparse layer", found=found)
+        shown = "; ".join(f"layer {number}: {kind}" for kind, number in kinds.items())
+        yield Problem(f"{target} has the same experts in every sparse layer", found=shown)
     for kind, number in kinds.items():
         slots = layers[number].loc
         for reason in _propose_layer_reasons(kind, family):
@@ -350,25 +350,25 @@ def _propose_layer_reasons(layer: ExpertLayer, family: type[MoeConfig]) -> Itera
     target = family.model_type
     conventions = family.conventions()
     if layer.gates not in conventions:
-        what = f"{target} cannot express {layer.gates} gates"
+        fault = f"{target} cannot express {layer.gates} gates"
         able = [n for n, f in mixtures().items() if layer.gates in f.conventions() and n != target]
         hint = f"{either(able)} can express them" if able else None
-        yield Problem(what, expected=" or ".join(conventions), found=layer.gates, hint=hint)
+        yield Problem(fault, expected=" or ".join(conventions), found=layer.gates, hint=hint)
     if layer.scale != 1 and not family.key("gate_scale"):
-        what = f"{target} has no factor on the gates"
+        fault = f"{target} has no factor on the gates"
         hint = "upcycle with gate-scale=1, or scale the experts' last matrix instead"
-        yield Problem(what, expected="1", found=f"{layer.scale:g}", hint=hint)
+        yield Problem(fault, expected="1", found=f"{layer.scale:g}", hint=hint)
     if layer.bias and not family.has_routing_bias:
-        what = f"{target} has no bias in the choice of experts"
+        fault = f"{target} has no bias in the choice of experts"
         able = [n for n, f in mixtures().items() if f.has_routing_bias]
         hint = f"{both(able)} have one; upcycle with balance-bias=false makes none"
-        yield Problem(what, hint=hint)
+        yield Problem(fault, hint=hint)
     if layer.slots != "ragged":
-        what = f"{target} computes every choice; it has no capacity"
-        yield Problem(what, expected="slots=ragged", found=f"slots={layer.slots}")
+        fault = f"{target} computes every choice; it has no capacity"
+        yield Problem(fault, expected="slots=ragged", found=f"slots={layer.slots}")
     if layer.groups != 1:
-        what = f"{target} has no token groups"
-        yield Problem(what, expected="groups=1", found=f"groups={layer.groups}")
+        fault = f"{target} has no token groups"
+        yield Problem(fault, expected="groups=1", found=f"groups={layer.groups}")
     if layer.width == 0:
         yield Problem(
             "the experts' width cannot be determined", expected="one or two matrices first"
@@ -379,19 +379,19 @@ def _propose_layer_reasons(layer: ExpertLayer, family: type[MoeConfig]) -> Itera
 def _shared_reasons(layer: ExpertLayer, family: type[MoeConfig]) -> Iterator[Problem]:
     target = family.model_type
     if family.has_shared_expert and not layer.shared and not family.shared_is_optional:
-        what = f"{target} has a shared expert in every sparse layer, and there is none"
+        fault = f"{target} has a shared expert in every sparse layer, and there is none"
         gate = "" if family.shared_gate else " shared-gate=none"
         hint = f"keep a part of the neurons for every token: upcycle{{… shared=0.5{gate}}}"
-        yield Problem(what, hint=hint)
+        yield Problem(fault, hint=hint)
     elif layer.shared and not family.has_shared_expert:
-        what = f"{target} has no shared expert"
+        fault = f"{target} has no shared expert"
         able = [n for n, f in mixtures().items() if f.has_shared_expert]
         hint = f"upcycle without shared, or write {either(able)}"
-        yield Problem(what, found=f"one of {layer.shared} neurons", hint=hint)
+        yield Problem(fault, found=f"one of {layer.shared} neurons", hint=hint)
     elif layer.shared and layer.shared_gate != family.shared_gate:
         has, gate = ("a", "sigmoid") if family.shared_gate else ("no", "none")
-        what = f"the shared expert of {target} has {has} sigmoid gate"
-        yield Problem(what, hint=f"upcycle with shared-gate={gate}")
+        fault = f"the shared expert of {target} has {has} sigmoid gate"
+        yield Problem(fault, hint=f"upcycle with shared-gate={gate}")
 
 
 def _pattern_reasons(
@@ -399,18 +399,20 @@ def _pattern_reasons(
 ) -> Iterator[Problem]:
     beyond = [number for number in layers if number >= source.num_hidden_layers]
     if beyond:
-        found = f"layers {ranges(sorted(beyond))}"
+        numbers = f"layers {ranges(sorted(beyond))}"
         yield Problem(
             "there are more layers than in the source",
             expected=f"{source.num_hidden_layers} layers",
-            found=found,
+            found=numbers,
         )
     target = family.model_type
     dense = [n for n in range(source.num_hidden_layers) if n not in layers]
     if dense and family.sparse_style == "all":
-        what = f"{target} has an expert layer at every depth; layers {ranges(dense)} here are dense"
+        fault = (
+            f"{target} has an expert layer at every depth; layers {ranges(dense)} here are dense"
+        )
         able = [n for n, f in mixtures().items() if f.sparse_style == "step"]
-        yield Problem(what, hint=f"{both(able)} can express that with mlp_only_layers")
+        yield Problem(fault, hint=f"{both(able)} can express that with mlp_only_layers")
 
 
 def _sparse_fields(

@@ -30,8 +30,8 @@ def emit_rms_norm(
     """Emit the norm of `x` along `axis` with the parameter `scale`."""
     if config.norm_offset:
         # The parameter stays as it is on disk; one more than it, rounded, would not come back.
-        one = builder.constant(value=1.0, name="one")
-        scale = builder.add(scale, one, name="gain")
+        unit = builder.constant(value=1.0, name="one")
+        scale = builder.add(scale, unit, name="gain")
     return builder.rms_norm(x, scale, axis=axis, eps=config.rms_norm_eps, name=name)
 
 
@@ -75,13 +75,13 @@ def _rotations(
 ) -> tuple[Rotation | None, ...]:
     """Emit the distinct rotary tables, and return for each layer which it takes."""
     ropes = [_rope_of_layer(config, layer) for layer in range(config.num_hidden_layers)]
-    made: dict[RopeConfig | None, Rotation | None] = {None: None}
+    tables: dict[RopeConfig | None, Rotation | None] = {None: None}
     for rope in ropes:
-        if rope is not None and rope not in made:
-            made[rope] = rope_tables(
+        if rope is not None and rope not in tables:
+            tables[rope] = rope_tables(
                 builder, positions, rope, config.rotated_dim, config.max_position_embeddings
             )
-    return tuple(made[rope] for rope in ropes)
+    return tuple(tables[rope] for rope in ropes)
 
 
 def _rope_of_layer(config: DecoderConfig, layer: int) -> RopeConfig | None:
@@ -140,9 +140,9 @@ def rotated(builder: Builder, x: Value, rotation: Rotation | None, head_dim: int
         return builder.rotate(x, cos, sin, axis="head_dim")
     assert isinstance(size, int), "the width of a head is known"
     turned = builder.slice(x, axis="head_dim", start=0, stop=size)
-    kept = builder.slice(x, axis="head_dim", start=size, stop=head_dim)
+    fixed = builder.slice(x, axis="head_dim", start=size, stop=head_dim)
     turned = builder.rotate(turned, cos, sin, axis="head_dim")
-    return builder.join(turned, kept, axis="head_dim")
+    return builder.join(turned, fixed, axis="head_dim")
 
 
 def soft_capped(builder: Builder, x: Value, cap: float | None, by: float = 1.0) -> Value:
@@ -239,8 +239,8 @@ class _Heads:
             return self.params.turned(name, loc, width // head_dim, head_dim, axes)
         queries, keys = prod(self.query_axes.values()), prod(self.kv_axes.values())
         at = {"q": 0, "k": queries, "v": queries + keys}[letter]
-        of, whole = f"{self.prefix}{fused}.weight", ("qkv", queries + 2 * keys)
-        return self.params.part(name, of, self.builder.loc, at, whole, axes)
+        of, extent = f"{self.prefix}{fused}.weight", ("qkv", queries + 2 * keys)
+        return self.params.part(name, of, self.builder.loc, at, extent, axes)
 
     def _norm_scale(self, letter: str, **axes: int) -> Value:
         return self.params.plain(f"{self.prefix}{letter}_norm.weight", self.builder.loc, **axes)
@@ -468,12 +468,12 @@ class _Decoder:
         names = NORMS[config.norm_placement]
         with builder.at(f"layers.{layer}.attention"):
             x = self._layer_norm(hidden, layer, names[0])
-            made = attention(builder, x, layer, config, params, tables)
-            hidden = self._added(hidden, self._layer_norm(made, layer, names[1]))
+            block = attention(builder, x, layer, config, params, tables)
+            hidden = self._added(hidden, self._layer_norm(block, layer, names[1]))
         with builder.at(f"layers.{layer}.ffn"):
             x = self._layer_norm(hidden, layer, names[2])
-            made = feed_forward(builder, x, layer, config, params)
-            return self._added(hidden, self._layer_norm(made, layer, names[3]))
+            block = feed_forward(builder, x, layer, config, params)
+            return self._added(hidden, self._layer_norm(block, layer, names[3]))
 
     def norm(self, x: Value, name: str) -> Value:
         """Emit the norm with the scale `name`."""
@@ -499,9 +499,9 @@ class _Decoder:
         prefix = self.params.names.layer.format(layer=layer)
         return self.norm(x, f"{prefix}{word}.weight") if word else x
 
-    def _added(self, hidden: Value, made: Value) -> Value:
-        made = self._times(made, self.config.residual_multiplier)
-        return self.builder.add(hidden, made, name="hidden")
+    def _added(self, hidden: Value, block: Value) -> Value:
+        block = self._times(block, self.config.residual_multiplier)
+        return self.builder.add(hidden, block, name="hidden")
 
     def _times(self, x: Value, factor: float) -> Value:
         return x if factor == 1 else self.builder.scale(x, by=factor)

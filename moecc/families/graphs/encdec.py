@@ -23,12 +23,12 @@ class Sublayer:
     """A feed-forward sublayer with its own norm and residual.
 
     Attributes:
-      place: the last part of its location, ``ffn`` or ``extra_ffn``.
+      part: the last part of its location, ``ffn`` or ``extra_ffn``.
       prefix: the prefix of its tensors' names, the norm included.
       sparse: its experts, or None.
     """
 
-    place: str = "ffn"
+    part: str = "ffn"
     prefix: str = ""
     sparse: Experts | None = None
 
@@ -259,7 +259,7 @@ class _Stack:
     def _ffn(self, hidden: Value, layer: int, sublayer: Sublayer) -> Value:
         prefix = f"{self._prefix(layer)}layer.{1 if self.is_encoder else 2}."
         prefix = f"{prefix}{sublayer.prefix}"
-        with self.builder.at(f"{self.stack}.layers.{layer}.{sublayer.place}"):
+        with self.builder.at(f"{self.stack}.layers.{layer}.{sublayer.part}"):
             x = self._norm(hidden, f"{prefix}layer_norm.weight")
             mixed = sublayer.emit(self.builder, x, prefix, self.config, self.params)
             return self.builder.add(hidden, mixed, name="hidden")

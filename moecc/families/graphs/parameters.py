@@ -99,7 +99,7 @@ class Parameters:
         of: str,
         loc: str,
         at: int,
-        whole: tuple[str, int],
+        extent: tuple[str, int],
         axes: dict[str, int],
         cut: str | None = None,
     ) -> Value:
@@ -110,13 +110,13 @@ class Parameters:
           of: the name of the tensor.
           loc: the location in the model.
           at: where the range begins.
-          whole: the name and the size of the tensor's axis.
+          extent: the name and the size of the tensor's axis.
           axes: the axes of the parameter, in their order on disk.
           cut: which of them is the range; the first one by default.
         """
         if name in self.graph.params:
             return self.graph.params[name]
-        cut, (along, size) = cut or next(iter(axes)), whole
+        cut, (along, size) = cut or next(iter(axes)), extent
         source = self._source(of, **_with_axis(axes, cut, along, size))
         read: Expr = Slice(source, along, at, at + axes[cut])
         return self._param(name, loc, axes, read if along == cut else Rename(read, along, cut))

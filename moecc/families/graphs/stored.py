@@ -32,13 +32,13 @@ def build(config: GraphConfig, request: GraphRequest) -> Graph:
     verify(graph)
     stated = [name for name, value in graph.params.items() if value.weight is not None]
     if stated:
-        what = "a stored graph reads each parameter from the tensor of its name"
+        fault = "a stored graph reads each parameter from the tensor of its name"
         hint = "remove the weight expression, or convert the model that has it"
-        raise InputError(Problem(what, f"graph: %{name}", hint=hint) for name in stated)
+        raise InputError(Problem(fault, f"graph: %{name}", hint=hint) for name in stated)
     for name, value in graph.params.items():
         if not value.type.is_static:
-            found = f"%{name} : {value.type}"
-            raise InputError("a stored parameter has known sizes", where="graph", found=found)
+            parameter = f"%{name} : {value.type}"
+            raise InputError("a stored parameter has known sizes", where="graph", found=parameter)
         value.weight = Source(name, TensorType(dtype_of(name), value.type.axes))
     graph.attrs = {**graph.attrs, "family": FAMILY, "checkpoint": request.checkpoint}
     graph.attrs.setdefault("config", config.to_json())
@@ -49,8 +49,8 @@ def storing_problems(graph: Graph) -> list[Problem]:
     """Return the reasons why `graph` cannot be stored; its text is not made."""
     if "logits" in graph.outputs or "hidden" in graph.outputs:
         return []
-    found = ", ".join(graph.outputs)
-    return [Problem("a model has an output logits or hidden", found=found)]
+    outputs = ", ".join(graph.outputs)
+    return [Problem("a model has an output logits or hidden", found=outputs)]
 
 
 def graph_config(graph: Graph) -> GraphConfig | list[Problem]:
@@ -81,8 +81,8 @@ def graph_tensors(graph: Graph) -> dict[str, Expr]:
     """
     missing = [name for name, v in graph.params.items() if v.weight is None]
     if missing:
-        what = "the parameter has no weight, so it cannot be written"
-        raise InputError(Problem(what, f"%{name}") for name in missing)
+        fault = "the parameter has no weight, so it cannot be written"
+        raise InputError(Problem(fault, f"%{name}") for name in missing)
     return {name: v.weight for name, v in graph.params.items() if v.weight is not None}
 
 

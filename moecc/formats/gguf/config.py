@@ -119,8 +119,8 @@ def _llama3_divisors(theta: float, count: int, factor: float, length: int) -> Do
     """Return the divisors that Llama 3.1 applies to each of `count` frequencies."""
     frequencies = theta ** (-np.arange(count) / count)
     turns = length * frequencies / (2 * math.pi)
-    kept = np.clip((turns - LLAMA3_LOW) / (LLAMA3_HIGH - LLAMA3_LOW), 0.0, 1.0)
-    divisors: Doubles = 1 / ((1 - kept) / factor + kept)
+    share = np.clip((turns - LLAMA3_LOW) / (LLAMA3_HIGH - LLAMA3_LOW), 0.0, 1.0)
+    divisors: Doubles = 1 / ((1 - share) / factor + share)
     return divisors
 
 
@@ -147,8 +147,8 @@ def rotary_divisors(config: Json) -> list[float] | None:
         return None
     length, factor = scaling["original_max_position_embeddings"], scaling["factor"]
     divisors = _llama3_divisors(config["rope_theta"], config["head_dim"] // 2, factor, length)
-    found: list[float] = divisors.tolist()
-    return found
+    values: list[float] = divisors.tolist()
+    return values
 
 
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
@@ -259,8 +259,8 @@ def _further(keys: GgufKeys, family: GgufFamily, sizes: Sizes) -> dict[str, obje
         config[key] = keys.value(name)
     for name, value in facts.fixed:
         if keys.value(name) != value:
-            what = "moecc does not know this variant of the architecture"
-            keys.refuse(name, what, expected=str(value))
+            fault = "moecc does not know this variant of the architecture"
+            keys.refuse(name, fault, expected=str(value))
     if facts.local_theta:
         config["rope_local_base_freq"] = keys.number("rope.freq_base_swa", facts.local_theta)
     if facts.score_layers:
@@ -284,9 +284,9 @@ def _head_sizes(keys: GgufKeys, hidden: int, family: GgufFamily) -> Sizes:
     widths = {"attention.value_length": keys.size("attention.value_length", head_dim)}
     if not family.has("rotary_dim"):
         widths["rope.dimension_count"] = rotated
-    for other, size in widths.items():
+    for key, size in widths.items():
         if size != head_dim:
-            keys.refuse(other, "differs from the width of a head", expected=f"{head_dim}")
+            keys.refuse(key, "differs from the width of a head", expected=f"{head_dim}")
     return Sizes(heads, groups, head_dim, rotated)
 
 
@@ -343,8 +343,8 @@ def refuse_the_rest(keys: GgufKeys) -> None:
             keys.refuse(name, "moecc does not support models with this key", expected=expected)
     for name in keys.unused():
         if name not in _INERT:
-            what = "moecc does not know the effect of this key on the model"
-            keys.refuse(name, what, expected="only keys that moecc reads")
+            fault = "moecc does not know the effect of this key on the model"
+            keys.refuse(name, fault, expected="only keys that moecc reads")
 
 
 # Translate config.json to the metadata of a GGUF file.
@@ -417,36 +417,36 @@ def misfits(
     act = config[family.config.key("hidden_act")]
     if act != family.activation:
         does = "SiLU" if family.activation == "silu" else "GELU's tanh approximation"
-        what = f"llama.cpp computes {does} in this architecture, whatever the config says"
-        yield Problem(what, where, str(family.activation), f"the activation {act}")
+        fault = f"llama.cpp computes {does} in this architecture, whatever the config says"
+        yield Problem(fault, where, str(family.activation), f"the activation {act}")
     if config.get("mlp_bias") and not facts.mlp_bias:
-        what = "llama.cpp reads no biases of feed-forward blocks in this architecture"
-        yield Problem(what, where, "no bias", "biases of feed-forward blocks")
+        fault = "llama.cpp reads no biases of feed-forward blocks in this architecture"
+        yield Problem(fault, where, "no bias", "biases of feed-forward blocks")
     if facts.is_tied and not config["tie_word_embeddings"]:
-        what = "llama.cpp takes the embedding as the output matrix in this architecture"
-        yield Problem(what, where, "tied embeddings", "an output matrix of its own")
+        fault = "llama.cpp takes the embedding as the output matrix in this architecture"
+        yield Problem(fault, where, "tied embeddings", "an output matrix of its own")
     step, flags = facts.no_rope_step, list(config.get("no_rope_layers") or ())
     usual = [int((layer + 1) % step != 0) for layer in range(len(flags))] if step else flags
     if flags != usual:
-        what = f"llama.cpp gives every {step}th layer no rotary positions, whatever the config says"
-        yield Problem(what, where, str(usual[:12]), str(flags[:12]))
+        fault = f"llama.cpp gives every {step}th layer no rotary positions in any case"
+        yield Problem(fault, where, str(usual[:12]), str(flags[:12]))
     if config.get("attention_bias") and not facts.output_bias:
-        what = "llama.cpp refuses a bias of the attention's output projection here"
-        yield Problem(what, where, "no bias", "a bias of the output projection")
+        fault = "llama.cpp refuses a bias of the attention's output projection here"
+        yield Problem(fault, where, "no bias", "a bias of the output projection")
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     if heads != groups and not facts.has_groups:
-        what = "llama.cpp wants as many key-value heads as query heads here"
-        yield Problem(what, where, f"{heads}", "grouped key-value heads")
+        fault = "llama.cpp wants as many key-value heads as query heads here"
+        yield Problem(fault, where, f"{heads}", "grouped key-value heads")
     yield from _score_misfits(where, facts, config)
     window = config.get("sliding_window")
     if facts.window_period or config.get("use_sliding_window") is False:
         window = None
     if isinstance(window, int) and window < config["max_position_embeddings"]:
-        what = "llama.cpp has no sliding window in this architecture"
+        fault = "llama.cpp has no sliding window in this architecture"
         hint = "texts no longer than the window are the same: lower max_position_embeddings to it"
-        yield Problem(what, where, "none", f"a window of {window:,} tokens", hint)
-    for fault, way_out in _rope_misfits(config, family):
-        yield Problem(fault, where, found="scaled rotary positions", hint=way_out)
+        yield Problem(fault, where, "none", f"a window of {window:,} tokens", hint)
+    for cause, way_out in _rope_misfits(config, family):
+        yield Problem(cause, where, found="scaled rotary positions", hint=way_out)
     if family.mixture is not None:
         yield from _expert_misfits(where, family, family.mixture, config, sparse)
 
@@ -455,20 +455,20 @@ def _score_misfits(where: str, facts: GgufFacts, config: Json) -> Iterator[Probl
     """Yield where llama.cpp scales scores, or gives layers a window, otherwise than the config."""
     for name, key in facts.keys:
         if config[key] is None:
-            what = f"llama.cpp has a value of its own where {name} is not stated"
-            yield Problem(what, where, f"{key}, a number", "null")
+            fault = f"llama.cpp has a value of its own where {name} is not stated"
+            yield Problem(fault, where, f"{key}, a number", "null")
     if period := facts.window_period:
         windows = [kind == "sliding_attention" for kind in config["layer_types"]]
         if windows != [(layer + 1) % period != 0 for layer in range(len(windows))]:
-            what = f"llama.cpp gives a window to all layers but one in {period}, the last of each"
-            yield Problem(what, where, found="other layers with a window")
+            fault = f"llama.cpp gives a window to all layers but one in {period}, the last of each"
+            yield Problem(fault, where, found="other layers with a window")
     if facts.score_layers:
         is_wide = config["num_hidden_layers"] == facts.score_layers
         width = config["hidden_size"] // config["num_attention_heads"]
         usual, scalar = width if is_wide else config["head_dim"], config["query_pre_attn_scalar"]
         if scalar != usual:
-            what = "llama.cpp scales the scores of attention otherwise"
-            yield Problem(what, where, f"query_pre_attn_scalar {usual}", f"{scalar}")
+            fault = "llama.cpp scales the scores of attention otherwise"
+            yield Problem(fault, where, f"query_pre_attn_scalar {usual}", f"{scalar}")
 
 
 def _rope_misfits(config: Json, family: GgufFamily) -> Iterator[tuple[str, str | None]]:
@@ -501,17 +501,17 @@ def _expert_misfits(
     if divides not in (None, norm) and not all_chosen:
         does = "divides" if divides else "does not divide"
         hint = "upcycle with gates=softmax router-init=zero" if norm else "upcycle with its default"
-        what = f"llama.cpp {does} the chosen gates by their sum in this architecture"
-        found = "renormalised gates" if norm else "gates that are not renormalised"
-        yield Problem(what, where, found=found, hint=hint)
+        fault = f"llama.cpp {does} the chosen gates by their sum in this architecture"
+        gates = "renormalised gates" if norm else "gates that are not renormalised"
+        yield Problem(fault, where, found=gates, hint=hint)
     dense = [layer for layer, is_sparse in enumerate(sparse) if not is_sparse]
     leading = family.leading_dense and dense == list(range(len(dense)))
     if dense and not leading:
         allowed = "after the first ones " if family.leading_dense else ""
-        what = f"llama.cpp refuses a dense layer {allowed}in a file with experts"
+        fault = f"llama.cpp refuses a dense layer {allowed}in a file with experts"
         shown = ", ".join(map(str, dense[:8])) + (" …" if len(dense) > 8 else "")
-        found = f"dense layers among sparse ones: {shown}"
-        yield Problem(what, where, "experts in every layer", found)
+        gates = f"dense layers among sparse ones: {shown}"
+        yield Problem(fault, where, "experts in every layer", gates)
 
 
 # Architectures of GGUF whose models are no decoders of Llama's line: gpt2, gptneox, bert.
@@ -606,10 +606,10 @@ def read_shape(header: GgufHeader, config: type[ModelConfig], problems: Problems
             elif match[2] == "attn_qkv" and getattr(config.names, "by_head", False):
                 orders[name] = Order(heads)
         else:
-            known = [*model, *(f"blk.0.{stem}.weight" for stem in stems)]
-            hint = nearest(stored[:100], known)
-            what = f"{with_article(config.model_type)} has no tensor {quoted(stored)}"
-            problems.add(what, where=str(header.path), hint=hint)
+            names_of_files = [*model, *(f"blk.0.{stem}.weight" for stem in stems)]
+            hint = nearest(stored[:100], names_of_files)
+            fault = f"{with_article(config.model_type)} has no tensor {quoted(stored)}"
+            problems.add(fault, where=str(header.path), hint=hint)
     return ShapeContent(content, names, orders)
 
 
@@ -643,8 +643,8 @@ def _shape_config(
         }
     if family.model_type == "bert":
         if keys.value("attention.causal") is not False:
-            what = "a bert whose tokens do not see later ones is not supported"
-            keys.refuse("attention.causal", what, expected="false")
+            fault = "a bert whose tokens do not see later ones is not supported"
+            keys.refuse("attention.causal", fault, expected="false")
         # Pooling is done to the hidden states, which are the output.
         keys.value("pooling_type")
         positions, types = (_rows(header, f"{n}.weight") for n in ("position_embd", "token_types"))

@@ -71,13 +71,13 @@ def maxtext_pieces(
 
 
 def _decoder(config: Mapping[str, object], problems: Problems) -> _Decoder | None:
-    known = {name: c for name, c in CONFIGS.items() if c.maxtext is not None}
-    family = known.get(str(config.get("model_type")))
+    families = {name: c for name, c in CONFIGS.items() if c.maxtext is not None}
+    family = families.get(str(config.get("model_type")))
     if family is None or family.maxtext is None:
         problems.add(
             "moecc reads other families of MaxText than this",
             where="config.json: model_type",
-            expected=" or ".join(known),
+            expected=" or ".join(families),
             found=str(config.get("model_type")),
             hint="export it with MaxText's to_huggingface",
         )
