@@ -310,8 +310,7 @@ class _RowMaker:
 # The order of a mixture: which row of which corpus a number stands for, without any state.
 #
 # Every function here is a pure function of its arguments, and reads or keeps nothing else: step n
-# has
-# the same rows after a stop, on one host and on many.
+# has the same rows after a stop, on one host and on many.
 
 PERIOD = 1 << 16
 """Shares of a mixture are exact over this many rows."""

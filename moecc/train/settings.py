@@ -346,8 +346,7 @@ def counted(total: Total, batch: Json, parts: int) -> Any:
 # The loss-free balance bias: found in a graph, and updated by what a batch chose.
 #
 # It is no parameter of the optimiser: it has no gradient, and is updated once a step, by the
-# choices
-# of the whole batch (Wang et al. 2024; DeepSeek-V3).
+# choices of the whole batch (Wang et al. 2024; DeepSeek-V3).
 
 
 def bias_counts(graph: Graph) -> dict[str, tuple[str, ...]]:

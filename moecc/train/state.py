@@ -125,20 +125,17 @@ def stored(name: str, param: Expr) -> list[tuple[str, Expr]]:
 
 # Moments of an optimiser, carried into a model that a pipeline made of a trained one.
 #
-# They are what training would have left had the copies been there all the while.  A copy i of a
+# They are what training would have left had the copies been there all the while. A copy i of a
 # matrix has the effective weight w in the output of a token: the gate times what the conversion
-# scaled the block by, 0 where the token goes elsewhere.  Copies of a matrix share a weight of 1
-# in
-# all, so with E copies, k of which a token goes to, w has the mean p = 1/E and the mean square
-# q = 1/(E·k) (the gates of a router that has not learned are equal).  Over routings,
+# scaled the block by, 0 where the token goes elsewhere. Copies of a matrix share a weight of 1 in
+# all, so with E copies, k of which a token goes to, w has the mean p = 1/E and the mean square q =
+# 1/(E·k) (the gates of a router that has not learned are equal). Over routings,
 #
 #     E[m'] = p · m,    E[v'] = p² · v + (q − p²) · u,
 #
-# where u is the mean square gradient of single tokens over their number: v without what all
-# tokens
-# have in common, v − m² (docs/training.md).  Where a conversion multiplies a weight by s, its
-# gradient is divided by s.  New parameters have no moments; nor do redrawn neurons, which keep
-# the
+# where u is the mean square gradient of single tokens over their number: v without what all tokens
+# have in common, v − m² (docs/training.md). Where a conversion multiplies a weight by s, its
+# gradient is divided by s. New parameters have no moments; nor do redrawn neurons, which keep the
 # second moment of those that they replace.
 
 FIRST, SECOND = "m", "v"

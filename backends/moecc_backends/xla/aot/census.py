@@ -22,10 +22,8 @@ from moecc_backends.xla.trace.values import most_rounds
 
 # The multiplications of a convolution in HLO, which is how a TPU spells a dot.
 #
-# A batch axis of a dot may come back as a spatial axis, with padding and dilation chosen such
-# that
-# each output meets one input: the product of all sizes would count what is multiplied with
-# padding.
+# A batch axis of a dot may come back as a spatial axis, with padding and dilation chosen such that
+# each output meets one input: the product of all sizes would count what is multiplied with padding.
 
 _FIELDS = ("size", "stride", "pad", "lhs_dilate", "rhs_dilate")
 
@@ -77,12 +75,10 @@ def _pairs(
 
 # Which collectives of a scheduled program have computation beside them.
 #
-# In the text of a compiled program the order of instructions is the order in which a device
-# begins
-# them.  A collective that is one instruction is waited for.  One that has a start and a done runs
+# In the text of a compiled program the order of instructions is the order in which a device begins
+# them. A collective that is one instruction is waited for. One that has a start and a done runs
 # while what stands between them does; and a TPU writes some as a chain of fusions, of which those
-# in
-# the middle compute.  Only products and kernels count: what else stands there is soon done.
+# in the middle compute. Only products and kernels count: what else stands there is soon done.
 
 
 def overlapped(

@@ -31,9 +31,8 @@ from moecc_backends.xla.train.step import AbstractStep, make_step
 
 # Options of XLA by which collectives run beside computation, for the chips where they do.
 #
-# Options are no stable interface: other versions of a compiler lack some, and reject a program
-# for
-# it.  So they are set for the versions and chips alone with which they were tried, and only where
+# Options are no stable interface: other versions of a compiler lack some, and reject a program for
+# it. So they are set for the versions and chips alone with which they were tried, and only where
 # overlap is asked for.
 
 TRIED = "0.0.42"

@@ -286,10 +286,10 @@ class BlockWalk:
 
 # The experts of a routing as a function of arrays, which walks over blocks of an expert's rows.
 #
-# Rows are sorted by expert.  A block is gathered from its tokens, and all operations between
-# dispatch
-# and combine are lowered for it; what is made of it is written where its rows are, or added up.
-# Where matrices are large, an expert is done part by part (`moecc_backends.xla.dispatch.parts`).
+# Rows are sorted by expert. A block is gathered from its tokens, and all operations between
+# dispatch and combine are lowered for it; what is made of it is written where its rows are, or
+# added up. Where matrices are large, an expert is done part by part
+# (`moecc_backends.xla.dispatch.parts`).
 
 
 class LayerArrays(NamedTuple):
@@ -434,10 +434,8 @@ def _rest(x: Named) -> tuple[str, ...]:
 
 # The gradient of a layer, block by block.
 #
-# Forward the products with weights of experts are kept, for all rows.  Backward a block is
-# gathered
-# again and everything but its products is computed again; the gradients of an expert's weights
-# are
+# Forward the products with weights of experts are kept, for all rows. Backward a block is gathered
+# again and everything but its products is computed again; the gradients of an expert's weights are
 # added to their place in those of all experts.
 
 _MANY_ROWS = 128

@@ -69,11 +69,9 @@ def flat_tokens(routing: Routing, x: Named) -> tuple[Array, tuple[str, ...], tup
 
 # Which choice has which row: sorted by expert, or in slots under a capacity.
 #
-# A *choice* is one (token, k) pair, counted ``token * choices + k``.  A *row* is a row of the
-# array
-# that the experts work on.  Both ways of routing are the same partial one-to-one map between the
-# two,
-# kept in both directions, so that moving rows forward and backward are gathers.
+# A *choice* is one (token, k) pair, counted ``token * choices + k``. A *row* is a row of the array
+# that the experts work on. Both ways of routing are the same partial one-to-one map between the
+# two, kept in both directions, so that moving rows forward and backward are gathers.
 
 _INT32_MAX = 2**31 - 1
 

@@ -381,8 +381,7 @@ def cudnn_attention(
 
 # How many scores a kernel computes, written into the program beside it.
 #
-# HLO says nothing of what a kernel of Pallas does.  The scope in which it is traced does: XLA
-# keeps
+# HLO says nothing of what a kernel of Pallas does. The scope in which it is traced does: XLA keeps
 # the names of scopes in the metadata of its instructions.
 
 _MARK = "score_pairs_"
@@ -410,10 +409,8 @@ def score_pairs_of(op_name: str) -> int | None:
 # Attention of TPUs: JAX's splash attention, whose blocks of scores stay in VMEM.
 #
 # Inside a ``shard_map`` that tracks what varies over the mesh, kernels of Pallas say nothing of
-# their
-# results.  So they are called where nothing is tracked, forward and backward each by themselves,
-# and
-# the gradient is put together here.
+# their results. So they are called where nothing is tracked, forward and backward each by
+# themselves, and the gradient is put together here.
 
 SplashArrays = tuple[Array, ...]
 

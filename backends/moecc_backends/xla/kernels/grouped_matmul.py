@@ -25,11 +25,9 @@ from moecc_backends.xla.trace.values import accumulator, load, store, stored_as
 
 # How the rows of one expert are cut into blocks that a compiled loop can multiply.
 #
-# XLA needs static shapes, and the number of rows that an expert gets is known at run time only.
-# So every expert is walked in blocks of a few static sizes: large ones first, where only the
-# smallest
-# size may hold rows that are not the expert's, and only there is a mask needed; or one that
-# covers
+# XLA needs static shapes, and the number of rows that an expert gets is known at run time only. So
+# every expert is walked in blocks of a few static sizes: large ones first, where only the smallest
+# size may hold rows that are not the expert's, and only there is a mask needed; or one that covers
 # what is left, where nothing is masked, since experts after it write over what it wrote too much.
 
 Carry = TypeVar("Carry")
@@ -371,10 +369,8 @@ def _transposed(block: Array) -> Array:
 
 # Rows times a matrix, with the gradients that are quick on a CPU.
 #
-# The gradient of the matrix is a sum over rows, a product of two arrays that both have the rows
-# in
-# front.  XLA's CPU compiler needs 1.4 times as long for it where the second of them is the
-# narrower
+# The gradient of the matrix is a sum over rows, a product of two arrays that both have the rows in
+# front. XLA's CPU compiler needs 1.4 times as long for it where the second of them is the narrower
 # (1,024 rows, widths 768 and 256, one thread), and makes a transposed copy of what it multiplies
 # where the rows are several axes.
 
@@ -590,9 +586,8 @@ def _why_not_this_gpu() -> str | None:
 
 # Expert matrix multiplication under a capacity: one batched product.
 #
-# Every expert has the same number of slots; empty ones are zero rows that cost their share.  Rows
-# are
-# made with `dispatch.gather_vjp.permute`, by `dispatch.permutation.capacity_permutation`.
+# Every expert has the same number of slots; empty ones are zero rows that cost their share. Rows
+# are made with `dispatch.gather_vjp.permute`, by `dispatch.permutation.capacity_permutation`.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -37,6 +37,7 @@ from moecc_backends.xla.kernels.attention import (
     AttentionRule,
     block_attention,
     cudnn_attention,
+    splash_attention,
 )
 from moecc_backends.xla.lower.contract import softmax
 from moecc_backends.xla.trace.arrays import broadcast_like, einsum, lifted, lifted_all
@@ -105,25 +106,17 @@ def _rotate(ctx: TraceContext, node: Node, x: Operand, *tables: Operand) -> Oper
 def _causal(ctx: TraceContext, node: Node, query: Operand, key: Operand) -> Operand:
     attrs = CausalOp.of_node(node)
 
-    def compare(q: Named, k: Named) -> Named:
-        axes = _both(q, k)
-        ahead = q.over(axes) - k.over(axes)
+    def compare(queries: Array, keys: Array) -> Array:
+        ahead = queries - keys
         keep = ahead >= 0
-        if attrs.window:
-            keep &= ahead < attrs.window
-        return Named(keep, axes)
+        return keep & (ahead < attrs.window) if attrs.window else keep
 
     return _crossed(query, key, compare)
 
 
 @lowering("same_segment")
 def _same_segment(ctx: TraceContext, node: Node, query: Operand, key: Operand) -> Operand:
-    def compare(q: Named, k: Named) -> Named:
-        axes = _both(q, k)
-        queries = q.over(axes)
-        return Named((queries == k.over(axes)) | (queries == 0), axes)
-
-    return _crossed(query, key, compare)
+    return _crossed(query, key, lambda queries, keys: (queries == keys) | (queries == 0))
 
 
 @lowering("relative_buckets")
@@ -131,34 +124,33 @@ def _relative_buckets(ctx: TraceContext, node: Node, query: Operand, key: Operan
     attrs = RelativeBucketsOp.of_node(node)
     both = attrs.bidirectional
 
-    def compare(q: Named, k: Named) -> Named:
-        axes = _both(q, k)
-        ahead = k.over(axes) - q.over(axes)
+    def compare(queries: Array, keys: Array) -> Array:
+        ahead = keys - queries
         distance = jnp.abs(ahead) if both else jnp.maximum(-ahead, 0)
         starts = jnp.asarray(bucket_starts(node.attrs), distance.dtype)
         near = jnp.searchsorted(starts, distance, side="right", method="compare_all")
         near = near.astype(jnp.int32)
         if both:
             near = jnp.where(ahead > 0, near + attrs.buckets // 2, near)
-        return Named(near, axes)
+        return near
 
     return _crossed(query, key, compare)
 
 
-def _both(q: Named, k: Named) -> tuple[str, ...]:
-    """Return the axes of queries and keys, each once."""
-    return (*q.axes, *(a for a in k.axes if a not in q.axes))
-
-
-def _crossed(query: Operand, key: Operand, compare: Callable[[Named, Named], Named]) -> Operand:
+def _crossed(query: Operand, key: Operand, compare: Callable[[Array, Array], Array]) -> Operand:
     """Compare every query with every key; either may be rows of experts.
 
     Both cannot be: their axes would be there twice.
     """
+
+    def crossed(q: Named, k: Named) -> Named:
+        axes = (*q.axes, *(a for a in k.axes if a not in q.axes))
+        return Named(compare(q.over(axes), k.over(axes)), axes)
+
     if isinstance(query, Rows):
         assert isinstance(key, Named), "one of the two is"
-        return lifted(query, lambda q: compare(q, key))
-    return lifted(key, lambda k: compare(query, k))
+        return lifted(query, lambda q: crossed(q, key))
+    return lifted(key, lambda k: crossed(query, k))
 
 
 # Lowering of attention as one operation: laid out for a kernel, or product by product.
@@ -170,7 +162,10 @@ def _attention(ctx: TraceContext, node: Node, *operands: Named) -> Named:
     query, key, value, *more = operands
     extras = dict(zip(attrs.given, more, strict=True))
     sizes = (query.sizes, key.sizes, value.sizes)
-    kernel = _kernel(ctx, node, facts_of(*sizes, attrs, _program(ctx, query)))
+    dtype = next(name for name, kind in DTYPES.items() if kind.numpy == query.array.dtype)
+    is_gspmd, on_mesh = ctx.interceptor is not DIRECT, ctx.view.mesh is not None
+    program = Program(ctx.options.target, dtype, is_gspmd, on_mesh)
+    kernel = _kernel(ctx, facts_of(*sizes, attrs, program))
     axes = AttentionAxes.of(*sizes, attrs)
     if kernel == "plain" or axes is None:
         return plain_attention(query, key, value, extras, attrs)
@@ -180,14 +175,7 @@ def _attention(ctx: TraceContext, node: Node, *operands: Named) -> Named:
     return Named(mixed.reshape([axis_sizes[a] for a in axes.result]), axes.result)
 
 
-def _program(ctx: TraceContext, query: Named) -> Program:
-    """Return what decides a kernel besides the attention itself."""
-    dtype = next(name for name, kind in DTYPES.items() if kind.numpy == query.array.dtype)
-    on_mesh = ctx.view.mesh is not None
-    return Program(ctx.options.target, dtype, ctx.interceptor is not DIRECT, on_mesh)
-
-
-def _kernel(ctx: TraceContext, node: Node, facts: AttentionFacts) -> str:
+def _kernel(ctx: TraceContext, facts: AttentionFacts) -> str:
     """Return the kernel that is chosen, or forced.
 
     Raises:
@@ -210,25 +198,14 @@ def _kernel(ctx: TraceContext, node: Node, facts: AttentionFacts) -> str:
     return forced
 
 
-def _splash(ctx: TraceContext, rule: AttentionRule, arrays: AttentionArrays) -> Array:
-    # Pallas takes a second to import.
-    from moecc_backends.xla.kernels.attention import splash_attention
-
-    return splash_attention(rule, arrays, interpret=ctx.options.target != "tpu")
-
-
-def _cudnn(ctx: TraceContext, rule: AttentionRule, arrays: AttentionArrays) -> Array:
-    return cudnn_attention(rule, arrays)
-
-
-def _blocks(ctx: TraceContext, rule: AttentionRule, arrays: AttentionArrays) -> Array:
-    return block_attention(replace(rule, by_key=ctx.options.target == "cpu"), arrays)
-
-
 _RUN: dict[str, Callable[[TraceContext, AttentionRule, AttentionArrays], Array]] = {
-    "splash": _splash,
-    "cudnn": _cudnn,
-    "blocks": _blocks,
+    "splash": lambda ctx, rule, arrays: splash_attention(
+        rule, arrays, interpret=ctx.options.target != "tpu"
+    ),
+    "cudnn": lambda ctx, rule, arrays: cudnn_attention(rule, arrays),
+    "blocks": lambda ctx, rule, arrays: block_attention(
+        replace(rule, by_key=ctx.options.target == "cpu"), arrays
+    ),
 }
 """The kernels that take arrays, by the names of `moecc.ir.attention`."""
 

@@ -121,7 +121,7 @@ def _normal_cdf(x: Array) -> Array:
     return wide.astype(x.dtype)
 
 
-_UNARY: dict[str, Callable[[Array], Array]] = {
+_ELEMENTWISE: dict[str, Callable[..., Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -135,9 +135,6 @@ _UNARY: dict[str, Callable[[Array], Array]] = {
     "normal_cdf": _normal_cdf,
     "neg": jnp.negative,
     "stop_gradient": jax.lax.stop_gradient,
-}
-
-_BINARY: dict[str, Callable[[Array, Array], Array]] = {
     "add": jnp.add,
     "sub": jnp.subtract,
     "mul": jnp.multiply,
@@ -149,20 +146,14 @@ _BINARY: dict[str, Callable[[Array, Array], Array]] = {
 }
 
 
-def _register(table: dict[str, Callable[..., Array]]) -> None:
-    """Register operations that are one function of elements."""
-    for name, function in table.items():
-        lowering(name)(partial(_apply, function))
-
-
 def _apply(
     function: Callable[..., Array], ctx: TraceContext, node: Node, *operands: Operand
 ) -> Operand:
     return elementwise(function, *operands)
 
 
-_register(_UNARY)
-_register(_BINARY)
+for _name, _function in _ELEMENTWISE.items():
+    lowering(_name)(partial(_apply, _function))
 
 
 @lowering("pointwise")

@@ -235,9 +235,8 @@ class GroupSlots:
 
 # A graph on a mesh as one program: the same for every device, on the shards that each holds.
 #
-# What a device does stands in the graph: shards where types are sharded, and collectives where
-# that
-# changes.  So the compiler has nothing to guess, and inserts no collective of its own.
+# What a device does stands in the graph: shards where types are sharded, and collectives where that
+# changes. So the compiler has nothing to guess, and inserts no collective of its own.
 
 
 def sharded_function(

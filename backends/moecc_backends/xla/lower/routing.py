@@ -62,25 +62,8 @@ def _scores(kind: str, logits: Array) -> Array:
     return jax.nn.sigmoid(logits) if is_sigmoid else jax.nn.softmax(logits, axis=-1)
 
 
-def _renormalised(scores: Array, best: Array, experts: Array) -> Array:
-    return softmax(best, -1)
-
-
-def _softmax(scores: Array, best: Array, experts: Array) -> Array:
-    return jnp.take_along_axis(softmax(scores, -1), experts, -1)
-
-
-def _sigmoid(scores: Array, best: Array, experts: Array) -> Array:
-    return jax.nn.sigmoid(best)
-
-
-def _sigmoid_renormalised(scores: Array, best: Array, experts: Array) -> Array:
-    chosen = jax.nn.sigmoid(best)
+def _shares(chosen: Array) -> Array:
     return chosen / chosen.sum(-1, keepdims=True)
-
-
-def _ones(scores: Array, best: Array, experts: Array) -> Array:
-    return jnp.ones_like(best)
 
 
 def _sparsemixer(scores: Array, best: Array, experts: Array) -> Array:
@@ -97,12 +80,12 @@ def _sparsemixer(scores: Array, best: Array, experts: Array) -> Array:
 
 
 GATES: dict[str, Callable[[Array, Array, Array], Array]] = {
-    "renormalised": _renormalised,
-    "softmax": _softmax,
-    "sigmoid": _sigmoid,
-    "sigmoid-renormalised": _sigmoid_renormalised,
+    "renormalised": lambda scores, best, experts: softmax(best, -1),
+    "softmax": lambda scores, best, experts: jnp.take_along_axis(softmax(scores, -1), experts, -1),
+    "sigmoid": lambda scores, best, experts: jax.nn.sigmoid(best),
+    "sigmoid-renormalised": lambda scores, best, experts: _shares(jax.nn.sigmoid(best)),
     "sparsemixer": _sparsemixer,
-    "ones": _ones,
+    "ones": lambda scores, best, experts: jnp.ones_like(best),
 }
 """By convention, see ``route`` in the operation table: gates of scores, of the scores that were
 chosen, and of the experts that were."""

@@ -37,11 +37,10 @@ from moecc_backends.xla.trace.values import Named, Operand, Uncast
 
 # Cutting a graph into segments that repeat, so that equal layers are compiled once.
 #
-# A segment is a run of nodes whose locations share a layer.  Two segments of one structure (the
-# same operations on operands that correspond) get one compiled function, and the parameters of a
-# segment are needed only while it runs: a model of any depth costs the compilation of one layer
-# of
-# each kind, and the memory of one layer's parameters.
+# A segment is a run of nodes whose locations share a layer. Two segments of one structure (the same
+# operations on operands that correspond) get one compiled function, and the parameters of a segment
+# are needed only while it runs: a model of any depth costs the compilation of one layer of each
+# kind, and the memory of one layer's parameters.
 
 _LAYER = re.compile(r"(.*?layers\.(?:\d+|\{[^}]*\}))(?:\.|$)")
 
@@ -139,9 +138,8 @@ def _axis_key(axis: Axis, numbers: dict[Value, int]) -> object:
 
 # Equal layers within a body, which become a loop of their own.
 #
-# One layer in four is sparse, so a body that repeats is a block of four layers, of which three
-# are
-# alike.  Those that are alike and follow one another need to be lowered once.
+# One layer in four is sparse, so a body that repeats is a block of four layers, of which three are
+# alike. Those that are alike and follow one another need to be lowered once.
 
 Each = tuple[Value, ...]
 """A value of every layer, in order."""

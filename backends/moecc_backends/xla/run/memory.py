@@ -37,8 +37,7 @@ def within_memory() -> Iterator[None]:
 
 # What a CPU's memory does between two steps: it is kept, rather than given back and cleared anew.
 #
-# The temporaries of a step are one large buffer.  The C library takes such a buffer from the
-# system
+# The temporaries of a step are one large buffer. The C library takes such a buffer from the system
 # and gives it back, and the system clears each of its pages when it is touched: a fifth of the
 # processor time of a step of 5 M parameters, and a sixth with 692 M, whose buffer has 3 GB.
 

@@ -47,8 +47,7 @@ from moecc_backends.xla.trace.context import Options
 # The cluster that JAX detects: its first process and the number of this one.
 #
 # JAX detects clusters within ``jax.distributed.initialize`` and connects at once, and a client
-# whose
-# peer never comes ends its process with SIGABRT.  Detected before, a cluster is met like any
+# whose peer never comes ends its process with SIGABRT. Detected before, a cluster is met like any
 # other.
 
 

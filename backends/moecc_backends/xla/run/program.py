@@ -133,8 +133,7 @@ def _boundary(value: Operand, declared: Value) -> jax.Array:
 
 # A session: parameters and caches stay on the device, and caches are updated in place.
 #
-# Graphs are cut into segments as in `program`, so equal layers are compiled once.  What a run
-# takes
+# Graphs are cut into segments as in `program`, so equal layers are compiled once. What a run takes
 # from the session and makes anew is donated: XLA writes into the same memory.
 
 Alive = dict[Value, jax.Array]
@@ -163,7 +162,7 @@ class XlaSession:
 
     def keep(self, values: Mapping[str, NumpyArray]) -> None:
         """Keep `values` on the device, in the type of the computation."""
-        with self._precision():
+        with in_precision(self.dtype):
             arrays = {n: cast_input(jnp.asarray(a), self.dtype) for n, a in values.items()}
         self._values.update(arrays)
 
@@ -177,14 +176,16 @@ class XlaSession:
         Raises:
           MachineError: the memory of a device is too small.
         """
-        with within_memory(), self._precision():
+        with within_memory(), in_precision(self.dtype):
             alive = {
                 v: (to_device(inputs[n], v) if n in inputs else self._values[n])
                 for n, v in graph.inputs.items()
             }
             donated = {v for n, v in graph.inputs.items() if n not in inputs}
             donated &= {graph.inputs[n] for n in graph.outputs if n in graph.inputs}
-            for segment in self._cut(graph):
+            if graph not in self._segments:
+                self._segments[graph] = segments(graph)
+            for segment in self._segments[graph]:
                 alive.update(self._run(segment, alive, donated))
                 for value in segment.last_uses:
                     if not value.is_output:
@@ -213,18 +214,10 @@ class XlaSession:
         arrays = [alive[v] for v in spent], [alive[v] for v in borrowed], weights
         return dict(zip(segment.outputs, self._compiled[key](*arrays), strict=True))
 
-    def _cut(self, graph: Graph) -> list[GraphSegment]:
-        if graph not in self._segments:
-            self._segments[graph] = segments(graph)
-        return self._segments[graph]
-
     def _weight(self, value: Value) -> Weight:
         if value.name not in self._weights:
             self._weights[value.name] = _on_device(self.params[value.name], value)
         return self._weights[value.name]
-
-    def _precision(self) -> Any:
-        return in_precision(self.dtype)
 
 
 def _on_device(array: NumpyArray, value: Value) -> Weight:
@@ -260,7 +253,9 @@ def emitted(graph: Graph, inputs: Arrays, *, emit: str, dtype: DType, options: O
     """
     if emit not in _EMITTERS:
         hint = nearest(emit, _EMITTERS)
-        raise UsageError(f"nothing called {emit!r} is emitted", expected=_KNOWN, hint=hint)
+        raise UsageError(
+            f"nothing called {emit!r} is emitted", expected=", ".join(_EMITTERS), hint=hint
+        )
     if emit == "hlo" and options.target != jax.default_backend():
         raise MachineError(
             f"XLA compiles for a device, and there is no {options.target} here",
@@ -270,7 +265,7 @@ def emitted(graph: Graph, inputs: Arrays, *, emit: str, dtype: DType, options: O
         params = {n: _shape(v, v.type.shape, dtype) for n, v in graph.params.items() if v.users}
         shapes = {n: _shape(v, inputs[n].shape, dtype) for n, v in graph.inputs.items()}
         traced = jax.jit(function(graph, dtype=dtype, options=options)).trace(params, shapes)
-        return _EMITTERS[emit](traced, options)
+        return str(_EMITTERS[emit](traced, options))
 
 
 def _shape(value: Value, shape: tuple[int, ...], dtype: DType) -> jax.ShapeDtypeStruct:
@@ -281,21 +276,10 @@ def _shape(value: Value, shape: tuple[int, ...], dtype: DType) -> jax.ShapeDtype
     return jax.ShapeDtypeStruct(shape, element)
 
 
-def _jaxpr(traced: jax.stages.Traced, options: Options) -> str:
-    return str(traced.jaxpr)
-
-
-def _stablehlo(traced: jax.stages.Traced, options: Options) -> str:
-    return str(traced.lower(lowering_platforms=(_XLA_PLATFORMS[options.target],)).as_text())
-
-
-def _hlo(traced: jax.stages.Traced, options: Options) -> str:
-    return str(traced.lower().compile().as_text())
-
-
-_EMITTERS: dict[str, Callable[[jax.stages.Traced, Options], str]] = {
-    "jaxpr": _jaxpr,
-    "stablehlo": _stablehlo,
-    "hlo": _hlo,
+_EMITTERS: dict[str, Callable[[jax.stages.Traced, Options], object]] = {
+    "jaxpr": lambda traced, options: traced.jaxpr,
+    "stablehlo": lambda traced, options: traced.lower(
+        lowering_platforms=(_XLA_PLATFORMS[options.target],)
+    ).as_text(),
+    "hlo": lambda traced, options: traced.lower().compile().as_text(),
 }
-_KNOWN = ", ".join(_EMITTERS)

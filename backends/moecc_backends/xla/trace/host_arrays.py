@@ -154,11 +154,9 @@ def _key(array: Any) -> Any:
 # Parameters in a wider type than that of the computation, cast where they are used.
 #
 # A loop over layers that is given them cast would have a copy of all of them for as long as it
-# runs.
-# One that casts a layer a turn has none; but the gradient of a cast has the wider type, which
-# would
-# take as much.  So the gradient leaves by an array of its own, in the narrower type, that nothing
-# reads.
+# runs. One that casts a layer a turn has none; but the gradient of a cast has the wider type, which
+# would take as much. So the gradient leaves by an array of its own, in the narrower type, that
+# nothing reads.
 
 
 class Master(NamedTuple):

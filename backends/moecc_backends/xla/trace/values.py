@@ -246,19 +246,6 @@ class DispatchLayout(Protocol):
         ...
 
 
-class SlotLayout(DispatchLayout, Protocol):
-    """Rows ``[expert, group, slot]``: as many slots for each expert, empty ones zero."""
-
-    @property
-    def is_used(self) -> Array:
-        """Whether each slot has a token: bool ``[expert * group * slot]``."""
-        ...
-
-    def of_experts(self, first: Array | int, count: int) -> SlotLayout:
-        """Return the same strategy for `count` experts from `first` on, which a device has."""
-        ...
-
-
 class RowLayout(DispatchLayout, Protocol):
     """Rows without axes of experts and groups: each stands by itself."""
 

@@ -41,8 +41,7 @@ from moecc_backends.xla.trace.values import Named
 
 # The cross entropy of a head: a chunk of tokens at a time, on the shards that a device has.
 #
-# Logits of a large vocabulary would take more memory than the rest of a step.  Gradients of a
-# chunk
+# Logits of a large vocabulary would take more memory than the rest of a step. Gradients of a chunk
 # are made with its loss, so that nothing of it is kept or computed again.
 
 TARGETS = "targets"

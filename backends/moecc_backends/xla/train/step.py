@@ -47,8 +47,7 @@ from moecc_backends.xla.train.shardings import StepShardings, step_shardings
 
 # The guard of a step: what is not finite, or a spike of the loss, is not learned from.
 #
-# It is part of the compiled program, so that a bad step costs nothing but its time.  When to go
-# back
+# It is part of the compiled program, so that a bad step costs nothing but its time. When to go back
 # to a checkpoint is the loop's to decide.
 
 GuardState = dict[str, Array]
@@ -490,8 +489,7 @@ def make_phased_step(
 
 # The training step or the forward pass of a graph on a mesh, ready to be compiled or run.
 #
-# No weights are needed: parameters, state and inputs are shapes, types and shardings.  The step
-# that
+# No weights are needed: parameters, state and inputs are shapes, types and shardings. The step that
 # is compiled ahead of time is the step that runs.
 
 
