@@ -63,7 +63,6 @@ from moecc.train.rows import ModelFacts, facts_of
 from moecc.train.run import create_run, lineage, source_files
 from moecc.train.settings import (
     COUNT,
-    FIRST,
     SAVED,
     carried_moments,
     count_of,
@@ -72,7 +71,7 @@ from moecc.train.settings import (
     saved_moments,
     section_at,
 )
-from moecc.train.state import Canonical, Weights, canonical
+from moecc.train.state import FIRST, Canonical, Weights, canonical
 from moecc.train.tokens.encoders import (
     BYTES_DIGEST,
     byte_tokenizer,

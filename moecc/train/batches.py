@@ -468,15 +468,16 @@ class Batches:
       seed: of order, spans and masks.
       folders: the token folders, by the names of their corpora.
       remarks: what a reader of the run should know.
+      evaluations: the held-out corpora, by name.
     """
 
     shape: BatchShape
     seed: int
     folders: Mapping[str, TokenFolder]
     remarks: tuple[str, ...]
+    evaluations: Mapping[str, HeldOutBatches]
     _rows: tuple[CorpusRows, ...]
     _mixture: Mixture
-    _evaluations: Mapping[str, HeldOutBatches]
 
     def batch(self, number: int, rows: slice | None = None) -> dict[str, Array]:
         """Return the arrays of batch `number`, by the names of the inputs of the graph.
@@ -497,15 +498,6 @@ class Batches:
             for n, corpus, row in zip(numbers, corpora, places, strict=True)
         ]
         return collate(rows_of_batch, self.shape)
-
-    @property
-    def evaluations(self) -> Mapping[str, HeldOutBatches]:
-        """The held-out corpora, by name."""
-        return self._evaluations
-
-    def evaluation(self, corpus: str) -> HeldOutBatches:
-        """Return the batches of a held-out corpus. Raises KeyError for an unknown name."""
-        return self._evaluations[corpus]
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -543,7 +535,7 @@ def open_batches(data: DataSection, model: ModelFacts) -> Batches:
         remarks=tuple(_remarks(rows)),
         _rows=trained,
         _mixture=mixture,
-        _evaluations={
+        evaluations={
             name: HeldOutBatches(
                 name, min(data.evaluate_batches, -(-each.rows // data.batch)), each, shape
             )

@@ -253,7 +253,9 @@ class Trainer(Protocol):
 
 # What is wrong with the routers of a run, as its metrics say: dead experts, saturation.
 
-PREFIX = "metric."
+METRIC = "metric."
+"""Metrics of routed layers begin with this."""
+
 DEAD_STEPS = 50
 """An expert without a row for so many steps in a row is dead."""
 
@@ -300,14 +302,14 @@ def _findings(metrics: Mapping[str, Metric]) -> list[tuple[str, str, bool, int]]
     """Return layer, what may be wrong, whether it is, and for how many steps it has to be."""
     findings = []
     for name, value in metrics.items():
-        layer, _, kind = name.removeprefix(PREFIX).rpartition(".")
-        if not name.startswith(PREFIX):
+        layer, _, kind = name.removeprefix(METRIC).rpartition(".")
+        if not name.startswith(METRIC):
             continue
         if kind == "loads" and isinstance(value, list):
             for expert, load in enumerate(value):
                 fault = f"expert {expert} got no row for {DEAD_STEPS} steps"
                 findings.append((layer, fault, load == 0, DEAD_STEPS))
-        loads = metrics.get(f"{PREFIX}{layer}.loads")
+        loads = metrics.get(f"{METRIC}{layer}.loads")
         if kind == "entropy" and isinstance(value, float) and isinstance(loads, list):
             is_low = value < SATURATED_ENTROPY * log(max(len(loads), 2))
             fault = f"the router is saturated: its entropy is below {SATURATED_ENTROPY:.0%}"

@@ -51,6 +51,7 @@ from moecc.support.record import to_json
 from moecc.support.text import brief, facts_table
 from moecc.support.untyped import Json, JsonDict
 from moecc.train.events import (
+    METRIC,
     Alarm,
     Evaluated,
     Event,
@@ -344,7 +345,6 @@ def read_journal(path: Path) -> Iterator[JsonDict]:
 MOST_POINTS = 1000
 """Longer series are means of so many parts."""
 
-_METRIC = "metric."
 _BY_NAME = ("held_out", "spread")
 """The keys of a line whose values have names of their own."""
 
@@ -437,16 +437,16 @@ class RunSeries:
     def layers(self) -> list[str]:
         """The routed layers, in the order of the model."""
         names = {
-            name.removeprefix(_METRIC).rpartition(".")[0]
+            name.removeprefix(METRIC).rpartition(".")[0]
             for line in self.stepped[:1]
             for name in line
-            if name.startswith(_METRIC)
+            if name.startswith(METRIC)
         }
         return sorted(names, key=lambda name: list(map(_place, name.split("."))))
 
     def of_layer(self, layer: str, kind: str) -> Series | None:
         """Return what was measured of a layer: ``loads``, ``entropy``, ``dropped``."""
-        return self.scalar(f"{_METRIC}{layer}.{kind}")
+        return self.scalar(f"{METRIC}{layer}.{kind}")
 
     def spread(self, layer: str) -> Series | None:
         """Return how far the experts of a layer were apart, at each evaluation."""
@@ -500,7 +500,7 @@ def _check_lines(lines: Sequence[JsonDict], path: Path) -> None:
 
 def _is_scalar(key: str) -> bool:
     """Return whether the values of a key are single numbers."""
-    of_router = key.startswith(_METRIC) and key.rpartition(".")[2] in ROUTER_CURVES
+    of_router = key.startswith(METRIC) and key.rpartition(".")[2] in ROUTER_CURVES
     return of_router or key == "held_out" or key in CURVES
 
 

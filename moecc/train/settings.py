@@ -22,7 +22,7 @@ from moecc.sharding.layout import Layout
 from moecc.support.ranges import element, lengths
 from moecc.support.untyped import Json, JsonDict
 from moecc.train.recipe import GuardSection, OptimizerSection, ParameterGroup
-from moecc.train.state import CarriedMoments
+from moecc.train.state import COLUMN, FIRST, ROW, SECOND, CarriedMoments
 from moecc.types import TensorType
 from moecc.weights.expr import Expr
 
@@ -221,9 +221,6 @@ def _at(section: OptimizerSection, first: int) -> OptimizerSection:
 
 
 # The moments that optimisers keep of a parameter: their names, and which of its axes they have.
-
-FIRST, SECOND, ROW, COLUMN = "m", "v", "v_row", "v_col"
-"""Kinds of moments: means of gradients, of squares, and of the squares of rows and of columns."""
 
 COUNT = "count"
 """The number of updates, beside the moments."""

@@ -138,9 +138,10 @@ def stored(name: str, param: Expr) -> list[tuple[str, Expr]]:
 # gradient is divided by s. New parameters have no moments; nor do redrawn neurons, which keep the
 # second moment of those that they replace.
 
-FIRST, SECOND = "m", "v"
-FACTORS = ("v_row", "v_col")
-"""Kinds of moments, as `moecc.train.settings` has them."""
+FIRST, SECOND, ROW, COLUMN = "m", "v", "v_row", "v_col"
+"""Kinds of moments: means of gradients, of squares, and of the squares of rows and of columns."""
+
+FACTORS = (ROW, COLUMN)
 
 COPIES = ("expert", "copy")
 """The axes along which a conversion copies weights."""

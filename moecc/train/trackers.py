@@ -9,12 +9,10 @@ from typing import Any, Protocol
 from moecc.errors import MachineError
 from moecc.support.extras import install_hint
 from moecc.support.untyped import Json
-from moecc.train.events import Evaluated, Event, Metric, Stepped
+from moecc.train.events import METRIC, Evaluated, Event, Metric, Stepped
 
 MOST_EXPERTS = 16
 """Of more experts the largest and the smallest value are shown."""
-
-_METRIC = "metric."
 
 
 class Tracker(Protocol):
@@ -52,15 +50,15 @@ def scalars(event: Event) -> dict[str, float]:
             return {**speed, **dict(_named(event.metrics))}
         case Evaluated():
             losses = {f"held_out/{name}": loss for name, loss in event.losses.items()}
-            spreads = {f"{_METRIC}{layer}.spread": s for layer, s in event.spread.items()}
+            spreads = {f"{METRIC}{layer}.spread": s for layer, s in event.spread.items()}
             return {**losses, **dict(_named(spreads))}
     return {}
 
 
 def _named(metrics: Mapping[str, Metric]) -> Iterator[tuple[str, float]]:
     for name, value in metrics.items():
-        layer, _, kind = name.removeprefix(_METRIC).rpartition(".")
-        title = f"{layer}/{kind}" if name.startswith(_METRIC) else f"train/{name}"
+        layer, _, kind = name.removeprefix(METRIC).rpartition(".")
+        title = f"{layer}/{kind}" if name.startswith(METRIC) else f"train/{name}"
         if not isinstance(value, list):
             yield title, value
         elif len(value) <= MOST_EXPERTS:

@@ -265,8 +265,8 @@ def test_another_process_has_the_same_batches(texts: str) -> None:
 
 
 def test_an_evaluation_is_fixed_and_has_each_row_once(texts: str) -> None:
-    one = opened(texts, evaluate_batches=100, seed=1).evaluation("t")
-    other = opened(texts, evaluate_batches=100, seed=2).evaluation("t")
+    one = opened(texts, evaluate_batches=100, seed=1).evaluations["t"]
+    other = opened(texts, evaluate_batches=100, seed=2).evaluations["t"]
     tokens = 0
     for number in range(one.batches):
         batch = one.batch(number)
@@ -277,7 +277,7 @@ def test_an_evaluation_is_fixed_and_has_each_row_once(texts: str) -> None:
     assert tokens == folder.facts.tokens + 60
     last = one.batch(one.batches - 1)
     assert last["tokens"].shape == (4, 64)
-    assert opened(texts, evaluate_batches=2).evaluation("t").batches == 2
+    assert opened(texts, evaluate_batches=2).evaluations["t"].batches == 2
 
 
 def test_only_inputs_of_the_graph_are_made(texts: str) -> None:

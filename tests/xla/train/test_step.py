@@ -13,6 +13,8 @@ from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph
 from moecc.ir.mesh import Mesh
 from moecc.plan.step import StepConfig
+from moecc.train.batches import TARGETS
+from moecc.train.objectives import IGNORED
 from moecc.train.recipe import GuardSection, OptimizerSection
 from moecc.train.settings import COLUMN, ROW, StepSpec
 from moecc.types import F32, I32, tensor
@@ -22,7 +24,7 @@ pytest.importorskip("optax")
 
 import jax.numpy as jnp  # noqa: E402
 from moecc_backends.xla.trace.context import DeviceView  # noqa: E402
-from moecc_backends.xla.train.gradients import IGNORED, TARGETS, token_losses  # noqa: E402
+from moecc_backends.xla.train.gradients import token_losses  # noqa: E402
 from moecc_backends.xla.train.optimizer import OPTIMIZERS  # noqa: E402
 from moecc_backends.xla.train.step import TrainStep, make_train_step  # noqa: E402
 

@@ -14,6 +14,8 @@ from jax import Array
 from moecc.analysis import LOGITS, VOCAB, check_trainable
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.routing_losses import MASK
+from moecc.train.batches import TARGETS
+from moecc.train.objectives import IGNORED
 from moecc.train.scoring import RowScores
 from moecc.train.settings import StepSpec, coefficients, counted, finished, rows_together, totals_of
 from moecc.types import Arrays as _ScoringArrays
@@ -23,10 +25,8 @@ from moecc_backends.xla.run.memory import in_precision, within_memory
 from moecc_backends.xla.trace.typed_jax import PyTree
 from moecc_backends.xla.train.gradients import (
     AUXILIARY,
-    IGNORED,
     LOSS_SUM,
     SUMS,
-    TARGETS,
     TOKENS,
     Arrays,
     BatchLoss,

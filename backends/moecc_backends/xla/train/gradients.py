@@ -24,6 +24,8 @@ from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import Mesh
 from moecc.ir.routing_losses import MASK
 from moecc.support.text import amount
+from moecc.train.batches import TARGETS
+from moecc.train.objectives import IGNORED
 from moecc.train.settings import totals_of
 from moecc.types import I32, KEY, DType, TensorType
 from moecc_backends.xla.lower.function import Given, finalize_output, lower_values
@@ -43,12 +45,6 @@ from moecc_backends.xla.trace.values import Named
 #
 # Logits of a large vocabulary would take more memory than the rest of a step. Gradients of a chunk
 # are made with its loss, so that nothing of it is kept or computed again.
-
-TARGETS = "targets"
-"""The input of a step besides those of the graph: the tokens to predict, ``[batch, seq]``."""
-
-IGNORED = -1
-"""The target of a token that does not take part in the loss: padding, a prompt."""
 
 LossArrays = tuple[Array, ...]
 

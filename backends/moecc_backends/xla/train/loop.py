@@ -325,7 +325,7 @@ class DeviceFeed:
 
     def evaluate(self, name: str, number: int) -> dict[str, jax.Array]:
         """Return a batch of a held-out text."""
-        evaluation = self.batches.evaluation(name)
+        evaluation = self.batches.evaluations[name]
         return self._placed(lambda rows: evaluation.batch(number, rows))
 
     def _placed(self, read: Rows) -> dict[str, jax.Array]:

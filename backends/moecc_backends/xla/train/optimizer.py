@@ -21,16 +21,13 @@ from moecc.errors import MachineError, UsageError, nearest
 from moecc.support.extras import install_hint
 from moecc.train.recipe import OptimizerSection
 from moecc.train.settings import (
-    COLUMN,
     COUNT,
-    FIRST,
-    ROW,
-    SECOND,
     ParamSettings,
     count_of,
     moment_types,
     uses_muon,
 )
+from moecc.train.state import COLUMN, FIRST, ROW, SECOND
 from moecc.types import TensorType
 from moecc_backends.xla.trace.typed_jax import PyTree
 
