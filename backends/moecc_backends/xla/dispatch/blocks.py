@@ -24,7 +24,7 @@ from moecc.ir.traits import RowMove
 from moecc_backends.xla.dispatch.flat import RowPermutation, tokens_to_rows
 from moecc_backends.xla.dispatch.parts import ExpertParts, ends_in_product, parts_of
 from moecc_backends.xla.dispatch.sorted_rows import Deferral, Matrices, SortedRows, flat_matmul
-from moecc_backends.xla.dispatch.used_experts import sliced_by_expert
+from moecc_backends.xla.dispatch.used_experts import axes_of_expert, sliced_by_expert
 from moecc_backends.xla.kernels.grouped_matmul import (
     block_product,
     cover_blocks,
@@ -296,20 +296,13 @@ class LayerArrays(NamedTuple):
     """All arrays that a layer is made of: a function with a gradient of its own closes over none.
 
     Attributes:
-      experts: i32 ``[tokens, choice]``.
-      slots: of the routing, likewise.
-      wanted: which choices ask for a slot; None if all do.
-      permutation: the map between choices and rows, sorted by expert.
-      group_sizes: i32 ``[experts]``, how many rows each expert has.
-      arrays: what the rows are made of.
+      routed: experts, slots and wanted choices of the routing, the permutation of its rows, sorted
+        by expert, and the number of rows of each expert.
+      arrays: the operands of the rows.
       gates: ``[tokens, choice]``; None where rows have weights.
     """
 
-    experts: Array | None
-    slots: Array | None
-    wanted: Array | None
-    permutation: RowPermutation | None
-    group_sizes: Array | None
+    routed: tuple[Array, Array, Array | None, RowPermutation, Array] | None
     arrays: list[Array | None]
     gates: Array | None
 
@@ -319,9 +312,9 @@ class ExpertLayer:
     """The experts of a routing.
 
     Attributes:
-      rows: what is combined.
-      taken: what the rows are made of.
-      like: the rows sorted, whose arrays stand in `Given`.
+      rows: the rows that are combined.
+      operands: the operands of the rows.
+      like: the sorted rows, whose arrays stand in `LayerArrays`.
       parts: of an expert, done one after the other.
     """
 
@@ -358,19 +351,13 @@ class ExpertLayer:
 
     def layout(self, inputs: LayerArrays) -> SortedRows:
         """Return the sorted rows, and rows without a token where the last block may end."""
-        assert inputs.experts is not None
-        assert inputs.slots is not None
-        assert inputs.permutation is not None
-        assert inputs.group_sizes is not None
-        routing = replace(
-            self.like.routing, experts=inputs.experts, slots=inputs.slots, wanted=inputs.wanted
-        )
-        choices = inputs.permutation.choice_of_row
+        assert inputs.routed is not None, "cotangents have no rows"
+        experts, slots, wanted, permutation, group_sizes = inputs.routed
+        routing = replace(self.like.routing, experts=experts, slots=slots, wanted=wanted)
+        choices = permutation.choice_of_row
         choices = jnp.pad(choices, (0, overhang(self.sizes)), constant_values=-1)
-        permutation = inputs.permutation._replace(choice_of_row=choices)
-        return replace(
-            self.like, routing=routing, permutation=permutation, group_sizes=inputs.group_sizes
-        )
+        permutation = permutation._replace(choice_of_row=choices)
+        return replace(self.like, routing=routing, permutation=permutation, group_sizes=group_sizes)
 
     def outside(self, inputs: LayerArrays) -> dict[Value, Named]:
         """Return what the rows are made of."""
@@ -380,7 +367,7 @@ class ExpertLayer:
     def stacks(self, inputs: LayerArrays) -> dict[Value, Named]:
         """Return what has a part for each expert, with the experts in front."""
         stacks = sliced_by_expert(self.rows, self.outside(inputs))
-        return {v: x.to(("expert", *_rest(x))) for v, x in stacks.items()}
+        return {v: x.to(("expert", *axes_of_expert(x))) for v, x in stacks.items()}
 
     def made(self, values: Mapping[Value, Operand], layout: DispatchLayout) -> Array:
         """Return the rows ``[rows, *row_axes]``, made of `values` in a layout."""
@@ -413,7 +400,7 @@ class ExpertLayer:
 
         Where there is one of groups as well, rows pick by both, so that it has none.
         """
-        axes = {v: _rest(self.operands[v]) for v in weights}
+        axes = {v: axes_of_expert(self.operands[v]) for v in weights}
         return {
             v: Named(x, axes[v]) if "group" in axes[v] else Named(x[None], ("expert", *axes[v]))
             for v, x in weights.items()
@@ -426,10 +413,6 @@ class ExpertLayer:
         return BlockWalk(self.layout(inputs), stacks, self.parts, self.sizes, work, owners).run(
             tokens
         )
-
-
-def _rest(x: Named) -> tuple[str, ...]:
-    return tuple(a for a in x.axes if a != "expert")
 
 
 # The gradient of a layer, block by block.
@@ -518,7 +501,7 @@ def backward(layer: ExpertLayer, residuals: Residuals, d_total: Array) -> tuple[
     for v, array in _of_tokens(layer, inputs, sums.rows).items():
         cotangents[v] = cotangents[v] + array if v in cotangents else array
     arrays = [cotangents.get(v) for v in outside]
-    return (LayerArrays(None, None, None, None, None, arrays, d_gates),)
+    return (LayerArrays(None, arrays, d_gates),)
 
 
 def dispatched(
@@ -613,12 +596,15 @@ class ExpertBlocks(Deferral):
         sorted_rows = SortedRows.of(self.routing, grouped_matmul)
         outside = rows.outside()
         layer = ExpertLayer(rows, outside, sorted_rows, parts_of(rows, outside))
+        routing = self.routing
         inputs = LayerArrays(
-            self.routing.experts,
-            self.routing.slots,
-            self.routing.wanted,
-            sorted_rows.permutation,
-            sorted_rows.group_sizes,
+            (
+                routing.experts,
+                routing.slots,
+                routing.wanted,
+                sorted_rows.permutation,
+                sorted_rows.group_sizes,
+            ),
             [x.array for x in layer.operands.values()],
             gates,
         )
