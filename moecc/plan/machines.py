@@ -12,16 +12,16 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from enum import StrEnum
 from functools import cache, cached_property
 from importlib.resources import files
 from itertools import combinations, permutations
 from math import ceil, gcd, prod
 from pathlib import Path
+from typing import Annotated, Literal
 
 from moecc.errors import InputError, Problem, UsageError, nearest
 from moecc.formats.files import read_utf8
-from moecc.support.record import toml_reader
+from moecc.support.record import Check, toml_reader
 from moecc.support.untyped import Json, JsonDict
 from moecc.types import count_bytes
 
@@ -624,24 +624,30 @@ MAX_BYTES = 1 << 16
 MAX_DEVICES = 1 << 17
 
 
-class MachineKind(StrEnum):
-    """What a machine consists of, where no machine of the table says it."""
+def _is_size(text: str) -> bool:
+    try:
+        return count_bytes(text) > 0
+    except UsageError:
+        return False
 
-    unsaid = ""
-    gpu = "gpu"
-    cpu = "cpu"
+
+# A default is 0 where a file says nothing; a stated number is more.
+Rate = Annotated[float, Check(lambda rate: rate > 0, "more than 0")]
+Devices = Annotated[
+    int, Check(lambda count: 0 < count <= MAX_DEVICES, f"more than 0, at most {MAX_DEVICES:,}")
+]
 
 
 @dataclass(frozen=True)
 class Peaks:
     """FLOP/s of products by element type; 0 where the type has none of its own."""
 
-    f32: float = 0.0
-    bf16: float = 0.0
-    f16: float = 0.0
-    i8: float = 0.0
-    f8e4m3fn: float = 0.0
-    f8e5m2: float = 0.0
+    f32: Rate = 0.0
+    bf16: Rate = 0.0
+    f16: Rate = 0.0
+    i8: Rate = 0.0
+    f8e4m3fn: Rate = 0.0
+    f8e5m2: Rate = 0.0
 
 
 @dataclass(frozen=True)
@@ -663,14 +669,14 @@ class OwnMachine:
     """
 
     like: str = ""
-    kind: MachineKind = MachineKind.unsaid
-    devices: int = 0
-    devices_per_node: int = 0
-    memory: str = ""
-    memory_bytes_per_second: float = 0.0
-    link_bytes_per_second: float = 0.0
-    node_bytes_per_second: float = 0.0
-    slice_bytes_per_second: float = 0.0
+    kind: Literal["", "gpu", "cpu"] = ""
+    devices: Devices = 0
+    devices_per_node: Devices = 0
+    memory: Annotated[str, Check(_is_size, '"72 GB"')] = ""
+    memory_bytes_per_second: Rate = 0.0
+    link_bytes_per_second: Rate = 0.0
+    node_bytes_per_second: Rate = 0.0
+    slice_bytes_per_second: Rate = 0.0
     peak_flops: Peaks = field(default_factory=Peaks)
     source: str = ""
 
@@ -692,70 +698,32 @@ def read_machine(path: str) -> Machine:
     """Return the machine that a file describes. Raises InputError with every problem."""
     text = read_utf8(Path(path), MAX_BYTES, "a machine")
     table, reader = toml_reader(text, path)
-    stated = reader.section(OwnMachine, table, ())
-    problems = [problem for _, problem in reader.problems]
-    if not problems:
-        zeros = dict(_zeros(stated, table))
-        faults = [*zeros.items(), *((key, p) for key, p in _faults(stated) if key not in zeros)]
-        problems = [replace(p, where=f"{reader.where((key,))}: {key}") for key, p in faults]
-    if problems:
-        raise InputError(problems)
+    stated = reader.section(OwnMachine, table)
+    reader.raise_if_any()
+    for key, problem in _faults(stated):
+        reader.add((key,), problem)
+    reader.raise_if_any()
     return _made(stated, path)
 
 
 def _faults(stated: OwnMachine) -> Iterator[tuple[str, Problem]]:
-    """Yield what is wrong with values that were read, with the key that is to blame."""
-    for key, value in _numbers(stated):
-        if value < 0:
-            yield key, _not_positive(value)
-    if stated.devices > MAX_DEVICES:
-        yield "devices", Problem("too many devices", expected=f"at most {MAX_DEVICES:,}")
-    if stated.memory and _bytes(stated.memory) is None:
-        yield "memory", Problem("not a number of bytes", expected='"72 GB"', found=stated.memory)
+    """Yield the problems of values that do not go together, with the key that is to blame."""
     try:
         base = parse_machine(stated.like) if stated.like else None
     except UsageError as error:
         yield "like", error.problems[0]
         return
-    if base is None:
-        yield from _unsaid(stated)
-    else:
-        yield from _said_by_name(stated, base)
-    yield from _uneven(stated, base)
-
-
-def _zeros(record: OwnMachine, table: Mapping[str, object]) -> Iterator[tuple[str, Problem]]:
-    """Yield the numbers that a file says are 0, which otherwise means that it does not say."""
-    peaks = table.get("peak_flops", {})
-    stated = {**table, **(peaks if isinstance(peaks, dict) else {})}
-    for name, key, value in _named_numbers(record):
-        if value == 0 and name in stated:
-            yield key, _not_positive(value)
-
-
-def _not_positive(value: float) -> Problem:
-    return Problem("not a positive number", expected="more than 0", found=f"{value:g}")
-
-
-def _numbers(stated: OwnMachine) -> Iterator[tuple[str, float]]:
-    """Yield every number of a file with its key."""
-    yield from ((key, value) for _, key, value in _named_numbers(stated))
-
-
-def _named_numbers(stated: OwnMachine) -> Iterator[tuple[str, str, float]]:
-    """Yield every number of a file with its name, and the key at the top."""
-    for each in fields(stated):
-        value = getattr(stated, each.name)
-        if isinstance(value, (int, float)):
-            yield each.name, each.name, value
-    for each in fields(stated.peak_flops):
-        yield each.name, "peak_flops", getattr(stated.peak_flops, each.name)
+    yield from _unsaid(stated) if base is None else _said_by_name(stated, base)
+    devices, per_node = _nodes(stated, base)
+    if per_node and devices > per_node and devices % per_node:
+        expected = f"a multiple of {per_node}"
+        yield "devices", Problem("not whole nodes", expected=expected, found=str(devices))
 
 
 def _unsaid(stated: OwnMachine) -> Iterator[tuple[str, Problem]]:
     """Yield what a file without `like` must have and has not."""
     needed: dict[str, object] = {
-        "kind": stated.kind.value, "devices": stated.devices, "memory": stated.memory,
+        "kind": stated.kind, "devices": stated.devices, "memory": stated.memory,
         "memory_bytes_per_second": stated.memory_bytes_per_second,
         "link_bytes_per_second": stated.link_bytes_per_second,
         "peak_flops": stated.peak_flops.f32,
@@ -775,7 +743,7 @@ def _unsaid(stated: OwnMachine) -> Iterator[tuple[str, Problem]]:
 
 def _said_by_name(stated: OwnMachine, base: Machine) -> Iterator[tuple[str, Problem]]:
     """Yield the keys that the name of a machine decides: a topology, a share of the memory."""
-    if stated.kind is not MachineKind.unsaid:
+    if stated.kind:
         yield "kind", Problem("said twice", found=f"like = {stated.like!r} is a {base.kind}")
     keys = {"tpu": ("devices", "devices_per_node", "node_bytes_per_second"), "cpu": ("devices",)}
     if stated.slice_bytes_per_second and not isinstance(base.network, Slices):
@@ -788,16 +756,6 @@ def _said_by_name(stated: OwnMachine, base: Machine) -> Iterator[tuple[str, Prob
             yield key, Problem("the name of the machine decides it", hint=f'like = "{example}"')
 
 
-def _uneven(stated: OwnMachine, base: Machine | None) -> Iterator[tuple[str, Problem]]:
-    """Yield devices that are not whole nodes."""
-    devices, per_node = _nodes(stated, base)
-    if per_node and devices > per_node and devices % per_node:
-        yield (
-            "devices",
-            Problem("not whole nodes", expected=f"a multiple of {per_node}", found=str(devices)),
-        )
-
-
 def _nodes(stated: OwnMachine, base: Machine | None) -> tuple[int, int]:
     """Return how many devices there are, and how many of them in a node."""
     devices = stated.devices or (base.devices if base else 0)
@@ -807,14 +765,14 @@ def _nodes(stated: OwnMachine, base: Machine | None) -> tuple[int, int]:
 
 
 def _made(stated: OwnMachine, path: str) -> Machine:
-    base = parse_machine(stated.like) if stated.like else _nothing(stated.kind.value)
+    base = parse_machine(stated.like) if stated.like else _nothing(stated.kind)
     peaks = {f.name: getattr(stated.peak_flops, f.name) for f in fields(stated.peak_flops)}
     return replace(
         base,
         name=path,
         devices=stated.devices or base.devices,
         peak_flops={**base.peak_flops, **{name: peak for name, peak in peaks.items() if peak}},
-        usable_bytes=_bytes(stated.memory) or base.usable_bytes,
+        usable_bytes=count_bytes(stated.memory) if stated.memory else base.usable_bytes,
         hbm_bytes_per_second=stated.memory_bytes_per_second or base.hbm_bytes_per_second,
         network=_network(stated, base),
         sources=(stated.source or path, *base.sources),
@@ -855,13 +813,6 @@ def _relinked(torus: Torus, link: float) -> Torus:
             for dim in torus.dims
         )
     )
-
-
-def _bytes(text: str) -> int | None:
-    try:
-        return count_bytes(text)
-    except UsageError:
-        return None
 
 
 # The room that an array takes: a TPU keeps arrays in tiles, and pads them to whole ones.

@@ -121,7 +121,7 @@ WRONG = {
     "another type": ('like = "cpu"\nmemory = 5\n', "ours.toml:2: memory", "a text in quotes"),
     "an unknown type": ('like = "cpu"\n[peak_flops]\nbf17 = 1.0\n', ":3: peak_flops.bf17", "bf16"),
     "no bytes": ('like = "cpu"\nmemory = "much"\n', "ours.toml:2: memory", '"72 GB"'),
-    "below nothing": (WHOLE.replace("20e12", "-1.0"), ":10: peak_flops", "more than 0"),
+    "below nothing": (WHOLE.replace("20e12", "-1.0"), ":11: peak_flops.f32", "more than 0"),
     "nothing at all": (WHOLE.replace("1.5e12", "0"), ":6: memory_bytes_per_second", "more than 0"),
     "no peak by name": ('like = "cpu"\n[peak_flops]\nbf16 = 0.0\n', ": peak_flops", "more than 0"),
     "no such machine": ('like = "h1000x8"\n', "ours.toml:1: like", "unknown machine"),
