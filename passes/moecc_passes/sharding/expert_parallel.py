@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from moecc.errors import InputError, Problem
 from moecc.ir.builder import Builder
@@ -19,7 +19,6 @@ from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves, R
 from moecc.sharding.assign import Assigner
 from moecc.sharding.collectives import (
     RowSlice,
-    Step,
     from_experts,
     gathered,
     sums_back,
@@ -27,7 +26,6 @@ from moecc.sharding.collectives import (
     without,
 )
 from moecc.sharding.vias import BY_NAME, WAYS, Slots, Via, refusals
-from moecc.types import TensorType
 from moecc_passes.routed import RoutedLayer, routed_layers
 from moecc_passes.sharding.lower import emit
 
@@ -200,69 +198,42 @@ def exchange(graph: Graph, layer: LaidLayer, builder: Builder, slice_over: str |
     ``d_model_split``).  Results are scattered, sent back and combined in parts, and gathered
     as tokens, of which there are fewer than rows.
     """
-    routed = layer.routed
-    rows = routed.dispatch.results[0]
+    routed, part = layer.routed, None
+    dispatch, combine = routed.dispatch, routed.combine
     target = layer.entries[0].result.type
-    part = None if slice_over is None else RowSlice(_width(layer), slice_over)
-    if part is not None:
-        _check_slice(layer, part.mesh, target)
-        builder.before = routed.dispatch
-        x = routed.dispatch.operands[0]
-        routed.dispatch.set_operand(0, emit(builder, x, [part.shard]))
-        infer_again(graph, [routed.dispatch], start=routed.dispatch)
-    _enter(layer, builder, rows, target, part)
-    _leave(layer, builder, part)
-
-
-def _width(layer: LaidLayer) -> str:
-    """Return the axis of a row's elements."""
-    left = [n for n in layer.outputs.type.names if n not in ("group", "expert", "slot")]
-    need(len(left) == 1, layer, "rows have one axis besides group, expert and slot",
-         "one axis, embed say", "leave the slice out")  # fmt: skip
-    return left[0]
-
-
-def _check_slice(layer: LaidLayer, mesh: str, target: TensorType) -> None:
-    x = layer.routed.dispatch.operands[0]
-    used = {m for t in (x.type, target) for a in t.axes for m in a.mesh}
-    need(mesh not in used, layer, f"rows are sharded over {mesh!r} already",
-         "a mesh axis that shards neither tokens nor experts", "leave the slice out")  # fmt: skip
-
-
-def _enter(
-    layer: LaidLayer, builder: Builder, rows: Value, target: TensorType, part: RowSlice | None
-) -> None:
-    _brought(builder, layer.entries, to_experts(rows.type, target, part))
-    for entry in layer.gate_entries[:1]:
-        # Copies send parts of rows, and each the gates of all.
-        gates, type = entry.operands[0], entry.result.type
-        _brought(builder, layer.gate_entries, to_experts(gates.type, type, None))
-
-
-def _brought(builder: Builder, entries: tuple[Node, ...], steps: Iterable[Step]) -> None:
-    """Put `steps` in the place of collectives that bring one value to one place."""
-    builder.before = entries[0]
-    value = emit(builder, entries[0].operands[0], steps)
-    for entry in entries:
-        replace_value(entry.result, value)
-        entry.erase()
-
-
-def _leave(layer: LaidLayer, builder: Builder, part: RowSlice | None) -> None:
-    combine, outputs = layer.routed.combine, layer.outputs
+    if slice_over is not None:
+        width = [n for n in layer.outputs.type.names if n not in ("group", "expert", "slot")]
+        need(len(width) == 1, layer, "rows have one axis besides group, expert and slot",
+             "one axis, embed say", "leave the slice out")  # fmt: skip
+        part, x = RowSlice(width[0], slice_over), dispatch.operands[0]
+        used = {m for t in (x.type, target) for a in t.axes for m in a.mesh}
+        need(slice_over not in used, layer, f"rows are sharded over {slice_over!r} already",
+             "a mesh axis that shards neither tokens nor experts",
+             "leave the slice out")  # fmt: skip
+        builder.before = dispatch
+        dispatch.set_operand(0, emit(builder, x, [part.shard]))
+        infer_again(graph, [dispatch], start=dispatch)
+    # Devices that are copies send parts of rows, and each the gates of all.
+    for entries, slice_of_row in ((layer.entries, part), (layer.gate_entries, None)):
+        if entries:
+            builder.before = entries[0]
+            source, entered = entries[0].operands[0], entries[0].result.type
+            value = emit(builder, source, to_experts(source.type, entered, slice_of_row))
+            for entry in entries:
+                replace_value(entry.result, value)
+                entry.erase()
     builder.before = combine
-    unused = combine.operands[0]
+    unused, outputs = combine.operands[0], layer.outputs
     combine.set_operand(0, emit(builder, outputs, from_experts(outputs.type, unused.type, part)))
     erase_unused(unused)
-    if part is None:
-        return
-    (type,) = combine.op.result_types(combine.operands, combine.attrs)
-    users = uses(combine.result)
-    combine.result.type = type
-    builder.before = combine._next
-    tokens = emit(builder, combine.result, [part.gather])
-    for user, number in users:
-        user.set_operand(number, tokens)
+    if part is not None:
+        (type,) = combine.op.result_types(combine.operands, combine.attrs)
+        users = uses(combine.result)
+        combine.result.type = type
+        builder.before = combine._next
+        tokens = emit(builder, combine.result, [part.gather])
+        for user, number in users:
+            user.set_operand(number, tokens)
 
 
 def uses(value: Value) -> list[tuple[Node, int]]:
@@ -310,7 +281,9 @@ def chunk_rows(graph: Graph, layer: LaidLayer, builder: Builder, mesh: Mesh, cou
         builder.before = combine
         values = {v: _chunk(builder, v, at, count, parts) for v in sent}
         for node in region:
-            _copy(node, values, builder)
+            copy = _copy(node, [values.get(v, v) for v in node.operands], builder, node.attrs)
+            copy.origin = node.origin
+            values.update(zip(node.results, copy.results, strict=True))
         results.append(values[outputs])
     first: dict[Value, Value] = {}
     for value in sent:
@@ -357,12 +330,14 @@ def _region(layer: LaidLayer) -> list[Node]:
     return region
 
 
-def _copy(node: Node, values: dict[Value, Value], builder: Builder) -> None:
-    operands = [values.get(v, v) for v in node.operands]
+def _copy(
+    node: Node, operands: Sequence[Value], builder: Builder, attrs: Mapping[str, Any]
+) -> Node:
+    """Return a copy of `node`, at its location, with other operands and attributes."""
     names = tuple(v.name for v in node.results)
-    copy = builder.node(node.op.name, *operands, names=names, **node.attrs)
-    copy.loc, copy.origin = node.loc, node.origin
-    values.update(zip(node.results, copy.results, strict=True))
+    copy = builder.node(node.op.name, *operands, names=names, **attrs)
+    copy.loc = node.loc
+    return copy
 
 
 def unchunk(graph: Graph) -> int:
@@ -524,7 +499,11 @@ def gather_tokens(graph: Graph, layer: LaidLayer, builder: Builder, way: Via) ->
     x = replay.value(routed.dispatch.operands[0])
     rows = builder.dispatch(x, experts, slots, name=routed.dispatch.results[0].name)
     local_rows = builder.shard(rows, axis="expert", mesh=layer.expert_mesh, name=rows.name)
-    own_gates = _own_gates(layer, builder, (gates, experts, slots))
+    local_gates = None
+    if routed.gate_dispatch is not None:
+        name = routed.gate_dispatch.result.name
+        all_gates = builder.dispatch_gates(gates, experts, slots, name=name)
+        local_gates = builder.shard(all_gates, axis="expert", mesh=layer.expert_mesh, name=name)
     combine = routed.combine
     tokens, exits = combine.result, combine.operands[0]
     # What follows must not see the types change before the tokens are back where they were.
@@ -536,7 +515,7 @@ def gather_tokens(graph: Graph, layer: LaidLayer, builder: Builder, way: Via) ->
         combine.set_operand(number, value)
     erase_unused(exits)
     users: list[Node] = []
-    for entries, brought in ((layer.entries, local_rows), (layer.gate_entries, own_gates)):
+    for entries, brought in ((layer.entries, local_rows), (layer.gate_entries, local_gates)):
         for entry in entries:
             assert brought is not None, "gates that are brought were dispatched"
             users += entry.result.users
@@ -553,15 +532,6 @@ def gather_tokens(graph: Graph, layer: LaidLayer, builder: Builder, way: Via) ->
     for value in before:
         erase_unused(value)
     replay.take_names()
-
-
-def _own_gates(layer: LaidLayer, builder: Builder, of: tuple[Value, ...]) -> Value | None:
-    """Return the gates of the rows of a device's experts, where gates go with rows."""
-    sent = layer.routed.gate_dispatch
-    if sent is None:
-        return None
-    rows = builder.dispatch_gates(*of, name=sent.result.name)
-    return builder.shard(rows, axis="expert", mesh=layer.expert_mesh, name=rows.name)
 
 
 class _Replay:
@@ -614,9 +584,7 @@ class _Replay:
                 self.map[node.result] = operands[0]
                 return
             attrs["to"] = format_sharding(type)
-        names = tuple(v.name for v in node.results)
-        copy = self.builder.node(node.op.name, *operands, names=names, **attrs)
-        copy.loc = node.loc
+        copy = _copy(node, operands, self.builder, attrs)
         self.map.update(zip(node.results, copy.results, strict=True))
 
 
