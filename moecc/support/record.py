@@ -51,6 +51,7 @@ _WORDS: Mapping[Hint, str] = {
     NoneType: "null",
 }
 _LARGEST = 1 << 63
+_PLAIN = {str, int, float, bool, NoneType}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +121,8 @@ class RecordReader:
         keys = _fields_of(cls)
         if is_open:
             table = {key: value for key, value in table.items() if value is not None}
-        for name in () if is_open else table:
-            if name not in keys:
+        elif not table.keys() <= keys.keys():
+            for name in (name for name in table if name not in keys):
                 hint = nearest(str(name), keys) or f"keys: {', '.join(keys)}"
                 self.add((*path, name), Problem("no such key", hint=hint))
         values = {
@@ -241,6 +242,8 @@ def to_json(record: Any) -> JsonDict:
 
 def plain_json(value: Any) -> Any:
     """Return a value of a field as JSON: records, mappings, tuples and enums included."""
+    if type(value) in _PLAIN:  # first, for files of 100,000 records
+        return value
     if isinstance(value, Enum):
         return value.value
     if is_dataclass(value):
