@@ -132,7 +132,7 @@ GROUPS = ("embedding", "attention", "ffn", "experts", "router", "norm", "head", 
 
 
 @dataclass(frozen=True, slots=True)
-class Parameters:
+class ParameterCounts:
     """Counts of parameters.
 
     Attributes:
@@ -165,7 +165,7 @@ class Description:
     family: str
     layers: int
     stacks: dict[str, int]
-    parameters: Parameters
+    parameters: ParameterCounts
     flops_per_token: int
     attention_flops_per_token: int
     sequence: SequenceFlops
@@ -240,7 +240,7 @@ def paper_groups(groups: Mapping[str, int]) -> dict[str, int]:
     }
 
 
-def count_parameters(graph: Graph) -> Parameters:
+def count_parameters(graph: Graph) -> ParameterCounts:
     """Count the parameters of `graph`; a tied one counts once."""
     groups = dict.fromkeys(GROUPS, 0)
     total = active = 0
@@ -249,7 +249,7 @@ def count_parameters(graph: Graph) -> Parameters:
         total += size
         active += round(size * _active_share(value))
         groups[_group(value)] += size
-    return Parameters(total, active, {name: count for name, count in groups.items() if count})
+    return ParameterCounts(total, active, {name: count for name, count in groups.items() if count})
 
 
 def flops(graph: Graph) -> tuple[int, int]:

@@ -124,6 +124,9 @@ ONE_WIDTH = {"expert_intermediate_size": "intermediate_size"}
 """The keys of families whose experts have the config's only width."""
 
 SHARED = "shared_expert_intermediate_size"
+MOST_SHARED = 1 << 10
+"""The largest number of shared experts."""
+
 TRANSFORMERS = {"transformers 5": EngineReading(), "transformers 4": EngineReading()}
 
 GATES: Mapping[tuple[str, bool], Gates] = {
@@ -344,7 +347,3 @@ class MoeConfig(DecoderConfig):
         if self.renormalises() is None:
             keys["norm_topk_prob"] = self.norm_topk_prob
         return keys
-
-
-MOST_SHARED = 1 << 10
-"""The largest number of shared experts."""

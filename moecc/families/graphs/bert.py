@@ -30,7 +30,7 @@ def build(config: BertConfig, request: GraphRequest) -> Graph:
     tokens = graph.input("tokens", tensor(I32, batch=batch, seq=seq))
     mask = graph.input("mask", tensor(PRED, batch=batch, seq=seq)) if request.padding else None
     blocks = Blocks(Builder(graph), params, config.layer_norm_eps)
-    encoder = _Encoder(blocks, config, names)
+    encoder = _BertEncoder(blocks, config, names)
     keep = None
     with encoder.builder.at("embed"):
         if mask is not None:
@@ -44,7 +44,7 @@ def build(config: BertConfig, request: GraphRequest) -> Graph:
 
 
 @dataclass
-class _Encoder:
+class _BertEncoder:
     """The parts of the encoder."""
 
     blocks: Blocks

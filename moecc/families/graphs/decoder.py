@@ -455,7 +455,7 @@ class _Decoder:
 
     def embed(self, tokens: Value) -> Value:
         """Emit the embedded `tokens`, ``[batch, seq, embed]``, times the family's factor."""
-        table = self._embedding()
+        table = self._vocabulary("embed", self.params.names.embedding)
         hidden = self.builder.embedding(table, tokens, axis="vocab", name="hidden")
         factor = self.config.embedding_multiplier
         if self.config.scale_embedding:
@@ -487,9 +487,13 @@ class _Decoder:
 
     def logits(self, hidden: Value) -> Value:
         """Emit the logits of the normalised `hidden`."""
-        logits = self.builder.contract(hidden, self._head(), over="embed", name="logits")
+        names = self.params.names
+        tied = self.config.tie_word_embeddings
+        loc, name = ("embed", names.embedding) if tied else ("head", names.head)
+        head = self._vocabulary(loc, name)
+        logits = self.builder.contract(hidden, head, over="embed", name="logits")
         if self.config.head_bias:
-            name = f"{self.params.names.head.removesuffix('weight')}bias"
+            name = f"{names.head.removesuffix('weight')}bias"
             bias = self.params.plain(name, "head", vocab=self.config.vocab_size)
             logits = self.builder.add(logits, bias)
         by = 1 / self.config.logits_divisor
@@ -506,12 +510,6 @@ class _Decoder:
     def _times(self, x: Value, factor: float) -> Value:
         return x if factor == 1 else self.builder.scale(x, by=factor)
 
-    def _embedding(self) -> Value:
+    def _vocabulary(self, loc: str, name: str) -> Value:
         axes = {"vocab": self.config.vocab_size, "embed": self.config.hidden_size}
-        return self.params.plain(self.params.names.embedding, "embed", **axes)
-
-    def _head(self) -> Value:
-        if self.config.tie_word_embeddings:
-            return self._embedding()
-        axes = {"vocab": self.config.vocab_size, "embed": self.config.hidden_size}
-        return self.params.plain(self.params.names.head, "head", **axes)
+        return self.params.plain(name, loc, **axes)

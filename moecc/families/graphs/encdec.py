@@ -123,8 +123,8 @@ def build(config: EncDecConfig, request: GraphRequest) -> Graph:
     if mask is not None:
         with builder.at("encoder.embed"):
             keep = blocks.as_keys(mask)
-    memory = _Stack(blocks, config, "encoder", tokens, keep).emit(None)
-    hidden = _Stack(blocks, config, "decoder", decoder_tokens, keep).emit(memory)
+    memory = _T5Stack(blocks, config, "encoder", tokens, keep).emit(None)
+    hidden = _T5Stack(blocks, config, "decoder", decoder_tokens, keep).emit(memory)
     with builder.at("head"):
         if config.scale_outputs:
             hidden = builder.scale(hidden, by=config.hidden_size**-0.5, name="scaled")
@@ -145,7 +145,7 @@ def embedding_of(config: EncDecConfig, params: Parameters) -> Value:
 
 
 @dataclass
-class _Stack:
+class _T5Stack:
     """The encoder or the decoder.
 
     Attributes:

@@ -23,7 +23,7 @@ def build(config: VisionConfig, request: GraphRequest) -> Graph:
     assert isinstance(names, BlockNames), "the names of a model with layer norms"
     graph = params.graph
     blocks = Blocks(Builder(graph), params, config.layer_norm_eps)
-    encoder = _Encoder(blocks, config, names)
+    encoder = _ImageEncoder(blocks, config, names)
     height, width = config.image_size
     sizes = {"channel": config.num_channels, "height": height, "width": width}
     pixels = graph.input("pixels", tensor(F32, batch=request.batch, **sizes))
@@ -37,7 +37,7 @@ def build(config: VisionConfig, request: GraphRequest) -> Graph:
 
 
 @dataclass
-class _Encoder:
+class _ImageEncoder:
     """The parts of the encoder."""
 
     blocks: Blocks

@@ -27,13 +27,13 @@ def build(config: WhisperConfig, request: GraphRequest) -> Graph:
     sizes = {"mel": config.num_mel_bins, "frame": frames}
     features = graph.input("features", tensor(F32, batch=batch, **sizes))
     tokens = graph.input("decoder_tokens", tensor(I32, batch=batch, seq=request.decoder_seq))
-    memory = _Stack(blocks, config, "encoder").encode(features)
-    graph.set_output("logits", _Stack(blocks, config, "decoder").decode(tokens, memory))
+    memory = _WhisperStack(blocks, config, "encoder").encode(features)
+    graph.set_output("logits", _WhisperStack(blocks, config, "decoder").decode(tokens, memory))
     return graph
 
 
 @dataclass
-class _Stack:
+class _WhisperStack:
     """The encoder or the decoder."""
 
     blocks: Blocks

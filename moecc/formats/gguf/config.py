@@ -172,7 +172,7 @@ _TORCH_ORDER = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class HeadSizes:
     """The sizes that determine the row order in a file."""
 
     heads: int
@@ -183,7 +183,7 @@ class Sizes:
 
 def make_config(
     header: GgufHeader, family: GgufFamily, divisors: Array | None, problems: Problems
-) -> tuple[dict[str, object], Sizes]:
+) -> tuple[dict[str, object], HeadSizes]:
     """Return config.json and the sizes of a head; every error goes to `problems`."""
     architecture = str(header.metadata["general.architecture"])
     keys = GgufKeys(header.metadata, architecture, header.path, problems)
@@ -246,7 +246,7 @@ def _experts(
     return config
 
 
-def _further(keys: GgufKeys, family: GgufFamily, sizes: Sizes) -> dict[str, object]:
+def _further(keys: GgufKeys, family: GgufFamily, sizes: HeadSizes) -> dict[str, object]:
     """Return what else the architecture states."""
     config: dict[str, object] = {}
     facts = family.facts
@@ -274,7 +274,7 @@ def _further(keys: GgufKeys, family: GgufFamily, sizes: Sizes) -> dict[str, obje
     return config
 
 
-def _head_sizes(keys: GgufKeys, hidden: int, family: GgufFamily) -> Sizes:
+def _head_sizes(keys: GgufKeys, hidden: int, family: GgufFamily) -> HeadSizes:
     heads = keys.size("attention.head_count")
     groups = keys.size("attention.head_count_kv", heads)
     head_dim = keys.size("attention.key_length", max(hidden // heads, 1))
@@ -287,7 +287,7 @@ def _head_sizes(keys: GgufKeys, hidden: int, family: GgufFamily) -> Sizes:
     for key, size in widths.items():
         if size != head_dim:
             keys.refuse(key, "differs from the width of a head", expected=f"{head_dim}")
-    return Sizes(heads, groups, head_dim, rotated)
+    return HeadSizes(heads, groups, head_dim, rotated)
 
 
 def _vocabulary_size(keys: GgufKeys, header: GgufHeader) -> int:

@@ -18,7 +18,7 @@ from moecc.errors import InputError, nearest, printable
 from moecc.families.config import ModelConfig
 from moecc.formats.files import DescriptorPool, require_unchanged
 from moecc.formats.folder import rows_of
-from moecc.formats.gguf.config import Order, Sizes, make_config, read_shape
+from moecc.formats.gguf.config import HeadSizes, Order, make_config, read_shape
 from moecc.formats.gguf.encode import Key, StoredValue
 from moecc.formats.gguf.families import (
     GGUF_FAMILIES,
@@ -388,7 +388,7 @@ def _rotary_divisors(header: GgufHeader, pool: DescriptorPool, problems: Problem
 
 
 def _check_divisors(
-    header: GgufHeader, divisors: Array | None, sizes: Sizes, problems: Problems
+    header: GgufHeader, divisors: Array | None, sizes: HeadSizes, problems: Problems
 ) -> None:
     if divisors is not None and 2 * divisors.size != sizes.head_dim:
         problems.add(
@@ -403,7 +403,7 @@ def _head_dims(
     header: GgufHeader,
     names: Mapping[str, str],
     family: GgufFamily,
-    sizes: Sizes,
+    sizes: HeadSizes,
     problems: Problems,
 ) -> dict[str, int]:
     """Return the head width of the tensors whose rows are stored in another order."""

@@ -35,7 +35,7 @@ _BLOCKS = {"moe_block", "MoeBlock_0"}
 
 
 @dataclass(frozen=True)
-class _Decoder:
+class _MaxTextDecoder:
     family: type[ModelConfig]
     facts: MaxTextFacts
     head_dim: int
@@ -70,7 +70,7 @@ def maxtext_pieces(
     return pieces
 
 
-def _decoder(config: Mapping[str, object], problems: Problems) -> _Decoder | None:
+def _decoder(config: Mapping[str, object], problems: Problems) -> _MaxTextDecoder | None:
     families = {name: c for name, c in CONFIGS.items() if c.maxtext is not None}
     family = families.get(str(config.get("model_type")))
     if family is None or family.maxtext is None:
@@ -89,7 +89,7 @@ def _decoder(config: Mapping[str, object], problems: Problems) -> _Decoder | Non
     kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, Mapping) else None
     layers, vocab = _size(config, "num_hidden_layers"), _size(config, "vocab_size")
     turned = kind == "llama3"
-    return _Decoder(family, family.maxtext, head_dim, layers, experts, vocab, turned)
+    return _MaxTextDecoder(family, family.maxtext, head_dim, layers, experts, vocab, turned)
 
 
 def _size(config: Mapping[str, object], key: str) -> int:
@@ -98,7 +98,7 @@ def _size(config: Mapping[str, object], key: str) -> int:
 
 
 def _pieces(
-    path: tuple[str, ...], key: str, rank: int, decoder: _Decoder
+    path: tuple[str, ...], key: str, rank: int, decoder: _MaxTextDecoder
 ) -> Iterator[tuple[str, ArrayPiece]]:
     match path:
         case ("token_embedder", "embedding"):
@@ -120,7 +120,7 @@ def _pieces(
 
 
 def _layer(
-    path: tuple[str, ...], key: str, rank: int, decoder: _Decoder
+    path: tuple[str, ...], key: str, rank: int, decoder: _MaxTextDecoder
 ) -> Iterator[tuple[str, ArrayPiece]]:
     """Yield the tensors of one layer that an array without an axis of layers has."""
     facts, names = decoder.facts, decoder.family.names
