@@ -100,10 +100,12 @@ class Expr(metaclass=_Interned):
         object.__setattr__(self, name, value)
 
     def _fields(self) -> tuple[object, ...]:
-        return tuple(getattr(self, name) for name in self.__dataclass_fields__)
+        return tuple([getattr(self, name) for name in self.__dataclass_fields__])
 
     def _key(self) -> tuple[object, ...]:
-        return (self.__class__, *map(_identity, self._fields()))
+        # As `_identity`, which would be called a million times for a large model.
+        values = [getattr(self, name) for name in self.__dataclass_fields__]
+        return (self.__class__, *[v.hex() if isinstance(v, float) else v for v in values])
 
     def with_operands(self, *operands: Expr) -> Expr:
         """Return this node with other operands, in the order of `operands`."""

@@ -154,7 +154,9 @@ def _order(e: View) -> tuple[bool, int]:
 
 def _viewed(e: View, x: Expr) -> Expr:
     """Return the view `e` of `x`, or `x` if it has no such axis."""
-    return e.with_operands(x) if e.axis in x.type else x
+    if e.axis not in x.type:
+        return x
+    return Index(x, e.axis, e.at) if isinstance(e, Index) else Slice(x, e.axis, e.start, e.stop)
 
 
 def renamed(x: Expr, old: str, new: str) -> Expr:
@@ -185,10 +187,10 @@ def push_view(e: View) -> Expr | None:
             return x.xs[start] if is_index else x.replace(xs=x.xs[start:stop])
         case Tile():
             position = x.position - (is_index and at < x.position)
-            return x.replace(x=_viewed(e, x.x), position=position)
+            return Tile(_viewed(e, x.x), x.axis, x.size, position)
         case Stack():
             position = x.position - (is_index and at < x.position)
-            return x.replace(xs=tuple(_viewed(e, y) for y in x.xs), position=position)
+            return Stack(tuple([_viewed(e, y) for y in x.xs]), x.axis, position)
         case Concat() if axis != x.axis:
             return x.with_operands(*(_viewed(e, y) for y in x.xs))
         case Concat():

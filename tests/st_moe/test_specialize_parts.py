@@ -219,10 +219,7 @@ def test_a_hash_has_no_router(option: str) -> None:
         ("upcycle{routing=hash},specialize{policy=none}", "there are none"),
         ("upcycle,specialize{expert-dropout=0.1}", "capacity-factor=1.25, as ST-MoE trains"),
         ("specialize{minimum=0}", "at least 1"),
-        ("specialize{dropless=true minimum=2}", "bounds rows, contradicting dropless"),
-        ("specialize{mode=eval dropout=0.1}", "an evaluation is not perturbed"),
         ("specialize{dropout=1.0}", "at least 0, less than 1"),
-        ("specialize{group-size=0}", "2 to 8 sequences"),
     ],
 )
 def test_contradictions(text: str, message: str) -> None:
