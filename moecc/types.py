@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
 # Element types: their names in the IR, in NumPy and in safetensors.
 #
-# bfloat16 and the 8-bit floats come from ``ml_dtypes``; ``key`` is the type of a random key,
-# which
+# bfloat16 and the 8-bit floats come from ``ml_dtypes``; ``key`` is the type of a random key, which
 # has no arithmetic and is never stored in a checkpoint.
 
 
@@ -117,13 +116,10 @@ def is_lossless(source: DType, target: DType) -> bool:
 
 # Tensor types: an element type and an ordered list of named axes.
 #
-# ``bf16[batch=B, seq=S, embed=576]`` has two symbolic sizes and one fixed one; equal variables
-# are
-# equal sizes.  ``slot=ragged(%p)`` is an axis whose extents the value ``%p`` sets at run time,
-# one
+# ``bf16[batch=B, seq=S, embed=576]`` has two symbolic sizes and one fixed one; equal variables are
+# equal sizes.  ``slot=ragged(%p)`` is an axis whose extents the value ``%p`` sets at run time, one
 # per expert; ``slot=capacity(%p)`` is one whose single extent ``%p`` sets.  ``expert@model`` says
-# that the axis is sharded over the mesh axis ``model``, and ``unreduced(model)`` that the value
-# is
+# that the axis is sharded over the mesh axis ``model``, and ``unreduced(model)`` that the value is
 # still a partial sum over it.  The order is the printed order, and for a parameter the order on
 # disk; no operation's meaning depends on it.
 

@@ -215,13 +215,11 @@ def uses_of(param: Value) -> Iterator[tuple[Node, Value]]:
 
 # The program of one device: local types and local attributes of a graph sharded on a mesh.
 #
-# Every device runs the same operations on its local shards.  Beyond `local_attrs`, these
-# operations
+# Every device runs the same operations on its local shards.  Beyond `local_attrs`, these operations
 # need the device's coordinates, because their result depends on the position in the global value:
-# ``positions`` and random numbers along a sharded axis, ``embedding`` of a table with sharded
-# rows,
-# ``combine`` of sharded experts (other devices add the rest), ``within_buffer``,
-# which numbers groups, and ``mean`` over a sharded axis, which divides by the global size.
+# ``positions`` and random numbers along a sharded axis, ``embedding`` of a table with sharded rows,
+# ``combine`` of sharded experts (other devices add the rest), ``within_buffer``, which numbers
+# groups, and ``mean`` over a sharded axis, which divides by the global size.
 
 
 def local_size(axis: Axis, size: int, mesh: Mesh) -> int:

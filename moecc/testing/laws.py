@@ -31,8 +31,7 @@ from moecc.types import F64, Array, Arrays
 # Counting on how many drawn graphs a pass found something to do, so that no law is empty.
 #
 # Hypothesis tells a test neither when it begins nor when it ends, so graphs are counted by the
-# place
-# in the code that has them checked, and by the pass.
+# place in the code that has them checked, and by the pass.
 
 LEAST = 0.01
 """The share of drawn graphs on which a pass must match, unless the test says otherwise."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import lcm
 
 import numpy as np
@@ -31,8 +32,7 @@ from moecc.types import KEY, Array, Extent, TensorType
 # Running a graph in the reference interpreter, and how far apart arrays may be.
 #
 # In float64 a correct rewrite of a small graph differs by about 1e-14 times the magnitude of what
-# is
-# summed, and a wrong one by 1e-7 or more, so the tolerance of 1e-12 separates them.
+# is summed, and a wrong one by 1e-7 or more, so the tolerance of 1e-12 separates them.
 
 TOLERANCE = 1e-12
 """The difference allowed between equal outputs, times their magnitude (at least 1)."""
@@ -76,51 +76,13 @@ def run_reference(
     return get_backend("reference").compile(graph).run(params, inputs)
 
 
-def gaps(
-    graph: Graph,
-    data: tuple[Arrays, Arrays],
-    actual: Mapping[str, Array],
-    *,
-    seed: int,
-    exact: bool = False,
-    tolerance: float = TOLERANCE,
-) -> list[str]:
-    """Return a line for each output in which `actual` is not what `graph` computes.
-
-    Where an output differs by more than the tolerance, `graph` runs again with small errors in
-    the data and in every result: as far as they move the output, rounding may have.
-
-    Args:
-      graph: the graph that is right.
-      data: its parameters and its inputs, by name.
-      actual: the outputs to compare, by name.
-      seed: what the lines name.
-      exact: whether the outputs must be equal bit for bit.
-      tolerance: the difference allowed otherwise, times the magnitude of the output.
-    """
-    params, inputs = data
-    expected = run_reference(graph, params=params, inputs=inputs)
-    if exact:
-        return list(unequal(expected, actual, seed))
-    bounds: JsonDict = {n: tolerance * magnitude(a) for n, a in expected.items()}
-    if not any(beyond(expected, actual, bounds, seed)):
-        return []
-
-    noisy, key = with_errors(graph)
-
-    def run(draw: int) -> Mapping[str, Array]:
-        near = [{n: _nudged(a, draw, n) for n, a in arrays.items()} for arrays in data]
-        drawn = {**near[1], key: np.asarray(draw, np.uint64)}
-        return run_reference(noisy, params=near[0], inputs=drawn)
-
-    moved = amplified(run, expected, EDGE)
-    bounds = {n: bounds[n] + moved[n] for n in expected}
-    return list(beyond(expected, actual, bounds, seed))
+Run = Callable[[int], Mapping[str, Array]]
+"""Returns the outputs under small errors, which a number draws."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Two graphs, and the data on which they are compared.
+    """Two graphs, the data on which they are compared, and how far their outputs may differ.
 
     Attributes:
       before: the graph that is right.
@@ -139,10 +101,57 @@ class Trial:
     tolerance: float = TOLERANCE
 
     def gaps(
-        self, graph: Graph, data: tuple[Arrays, Arrays], actual: Mapping[str, Array]
+        self,
+        expected: Mapping[str, Array],
+        actual: Mapping[str, Array],
+        rerun: Run,
+        *,
+        exact: bool = False,
+        edge: float = EDGE,
+        draws: int = 1,
     ) -> list[str]:
-        """Return `gaps` of `actual` and the outputs of `graph`, as strictly as was promised."""
-        return gaps(graph, data, actual, seed=self.seed, exact=self.exact, tolerance=self.tolerance)
+        """Return a line for each output in which `actual` is not as expected.
+
+        Where an output differs by more than the tolerance, the right graph runs again under small
+        errors: as far as they move the output, rounding may have.
+
+        Args:
+          expected: the outputs of the right graph, by name.
+          actual: the outputs to compare, by name.
+          rerun: runs the right graph under errors.
+          exact: whether the outputs must be equal bit for bit.
+          edge: the share of an output's magnitude beyond which an error has tipped a choice.
+          draws: how many errors may add up.
+        """
+        if exact:
+            return list(unequal(expected, actual, self.seed))
+        bounds: JsonDict = {n: self.tolerance * magnitude(a) for n, a in expected.items()}
+        if not any(beyond(expected, actual, bounds, self.seed)):
+            return []
+        moved = amplified(rerun, expected, edge)
+        bounds = {n: bounds[n] + draws * moved[n] for n in expected}
+        return list(beyond(expected, actual, bounds, self.seed))
+
+    def data(self, graph: Graph, step: float = 0.0) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Return the parameters of `graph`, and the inputs, which are the same for both graphs."""
+        params = params_for(graph, self.seed, self.sizes, step)
+        return params, inputs_for(self.before, self.seed, self.sizes, step)
+
+
+def rerun_of(graph: Graph, params: Arrays, inputs: Arrays) -> Run:
+    """Return what runs `graph` with small errors in the data and in every result."""
+    noisy = cache(lambda: with_errors(graph))
+
+    def run(draw: int) -> Mapping[str, Array]:
+        copy, key = noisy()
+        near = [
+            {n: _nudged(a, PERTURBATION, draw, "nudge", n) for n, a in arrays.items()}
+            for arrays in (params, inputs)
+        ]
+        drawn = {**near[1], key: np.asarray(draw, np.uint64)}
+        return run_reference(copy, params=near[0], inputs=drawn)
+
+    return run
 
 
 def magnitude(data: Array) -> float:
@@ -153,9 +162,7 @@ def magnitude(data: Array) -> float:
     return max(1.0, float(finite.max(initial=0.0)))
 
 
-def amplified(
-    run: Callable[[int], Mapping[str, Array]], expected: Mapping[str, Array], edge: float
-) -> dict[str, Array]:
+def amplified(run: Run, expected: Mapping[str, Array], edge: float) -> dict[str, Array]:
     """Return how far small errors may move each output; ∞ where they may tip a choice.
 
     Args:
@@ -229,11 +236,11 @@ def _use_instead(old: Value, new: Value, users: Sequence[Node]) -> None:
                 user.set_operand(at, new)
 
 
-def _nudged(data: Array, draw: int, name: str) -> Array:
+def _nudged(data: Array, relative: float, draw: int, *words: str) -> Array:
     if data.dtype.kind not in "fV":
         return data
-    noise = generator(draw, "nudge", name).uniform(-1, 1, data.shape)
-    return np.asarray(data.astype(np.float64) * (1 + PERTURBATION * noise))
+    noise = generator(draw, *words).uniform(-1, 1, data.shape)
+    return np.asarray(data.astype(np.float64) * (1 + relative * noise))
 
 
 def distance(expected: Array, actual: Array) -> Array:
@@ -344,46 +351,38 @@ def _placement(value: Value) -> str:
 
 def device_gaps(trial: Trial) -> list[str]:
     """Return a line for each output that the devices of the mesh of `after` compute otherwise."""
-    mesh = mesh_of(trial.after)
-    if mesh is None or mesh.devices > MAX_DEVICES or _is_open(trial.after):
+    before, after = trial.before, trial.after
+    mesh = mesh_of(after)
+    # It must be decided which collectives reshard a value.
+    is_open = any(n.op.collective is Collective.ANY for n in after.every_node())
+    if mesh is None or mesh.devices > MAX_DEVICES or is_open:
         return []
-    inputs = inputs_for(trial.before, trial.seed, trial.sizes)
-    data = params_for(trial.before, trial.seed, trial.sizes), inputs
-    params = params_for(trial.after, trial.seed, trial.sizes)
+    params, inputs = trial.data(before)
     backend = get_backend("reference")
     assert isinstance(backend, MeshBackend)
     try:
-        actual = backend.run_on_mesh(trial.after, params, inputs)
+        actual = backend.run_on_mesh(after, trial.data(after)[0], inputs)
     except (InputError, AssertionError) as error:
         return [f"{_PREFIX}{error} (seed {trial.seed})"]
-    lines = gaps(trial.before, data, actual, seed=trial.seed, tolerance=trial.tolerance)
+    expected = run_reference(before, params=params, inputs=inputs)
+    lines = trial.gaps(expected, actual, rerun_of(before, params, inputs))
     return [_PREFIX + line for line in lines]
-
-
-def _is_open(graph: Graph) -> bool:
-    """Whether it is still open which collectives reshard a value."""
-    return any(n.op.collective is Collective.ANY for n in graph.every_node())
 
 
 # Whether gradients flow where they did: ``stop_gradient`` is the identity, so values hide it.
 #
 # What a gradient sees of a graph is the function of its inputs and source tensors in which every
 # result of a ``stop_gradient`` is a constant.  So both graphs run once where the data are, then a
-# small step away with those results held at what they were.  Rewrites that keep the values and
-# let
+# small step away with those results held at what they were.  Rewrites that keep the values and let
 # gradients flow where they did keep this function, too; a ``stop_gradient`` removed or put in
 # changes it by the step times the gradient that was lost or gained.
 #
-# Held values are further inputs.  Rows in slots cannot be an input, because their sizes belong to
-# a
-# value of the graph; where a graph stops their gradient, it runs beside a copy of itself whose
-# data
+# Held values are further inputs.  Rows in slots cannot be an input, because their sizes belong to a
+# value of the graph; where a graph stops their gradient, it runs beside a copy of itself whose data
 # have moved, and which reads the held values, and the choices that rows follow, of the first.
 
 STEP = 1e-6
 """How far the data move: few choices and kinks are so near, and 1e-12 still shows a gradient."""
-
-_GradientsPREFIX = "the gradient differs: with the results of stop_gradient held, a step away, "
 
 
 def gradient_gaps(trial: Trial) -> list[str]:
@@ -394,9 +393,11 @@ def gradient_gaps(trial: Trial) -> list[str]:
         return []
     in_slots = any(n.result.type.extents for s in stops for n in s)
     run = _run_beside_moved if in_slots else _held_run
-    held, moved = (run(g, trial) for g in graphs)
-    lines = gaps(held[0], held[1], moved[2], seed=trial.seed, tolerance=trial.tolerance)
-    return [_GradientsPREFIX + line for line in lines]
+    (held, data, expected), (_, _, actual) = (run(g, trial) for g in graphs)
+    return [
+        f"the gradient differs: with the results of stop_gradient held, a step away, {line}"
+        for line in trial.gaps(expected, actual, rerun_of(held, *data))
+    ]
 
 
 def _stops(graph: Graph) -> list[Node]:
@@ -415,8 +416,8 @@ def _held_run(graph: Graph, trial: Trial) -> _HeldRun:
     for name, node in held.items():
         node.replace_by(graph.input(name, node.result.type))
     # Drawn for one graph: what indexes something in it must not be drawn anew where that is gone.
-    inputs = inputs_for(trial.before, trial.seed, trial.sizes, STEP) | constants
-    params = params_for(graph, trial.seed, trial.sizes, STEP)
+    params, inputs = trial.data(graph, STEP)
+    inputs |= constants
     return graph, (params, inputs), run_reference(graph, params=params, inputs=inputs)
 
 
@@ -425,8 +426,7 @@ def _values_of(graph: Graph, held: dict[str, Node], trial: Trial) -> dict[str, A
     shown = clone(graph)
     for name, node in held.items():
         shown.set_output(name, shown.value(node.result.name))
-    inputs = inputs_for(trial.before, trial.seed, trial.sizes)
-    params = params_for(graph, trial.seed, trial.sizes)
+    params, inputs = trial.data(graph)
     outputs = run_reference(shown, params=params, inputs=inputs)
     return {name: outputs[name] for name in held}
 
@@ -439,12 +439,9 @@ def _run_beside_moved(graph: Graph, trial: Trial) -> _HeldRun:
     """Run `graph` as `_held_run`, its held values computed by itself where the data are."""
     beside = clone(graph)
     moved = _append_moved(beside)
-    params = dict(params_for(graph, trial.seed, trial.sizes))
-    inputs = dict(inputs_for(trial.before, trial.seed, trial.sizes))
-    further_params = params_for(graph, trial.seed, trial.sizes, STEP)
-    params |= {moved[n]: a for n, a in further_params.items() if n in moved}
-    further_inputs = inputs_for(trial.before, trial.seed, trial.sizes, STEP)
-    inputs |= {moved[n]: a for n, a in further_inputs.items() if n in moved}
+    params, inputs = trial.data(graph)
+    for data, further in zip((params, inputs), trial.data(graph, STEP), strict=True):
+        data |= {moved[n]: a for n, a in further.items() if n in moved}
     return beside, (params, inputs), run_reference(beside, params=params, inputs=inputs)
 
 
@@ -478,8 +475,7 @@ def _append_moved(graph: Graph) -> dict[str, str]:
 #
 # So where a pass has given parameters other weight expressions, both graphs run once more with
 # parameters as a checkpoint would hold them: sources in their element types, every cast and every
-# product rounded.  ``exact`` means bit for bit there, too.  Real arithmetic allows what rounding
-# to
+# product rounded.  ``exact`` means bit for bit there, too.  Real arithmetic allows what rounding to
 # float32 explains, and no more: weights rounded to bfloat16 are three decimal orders beyond that.
 
 SINGLE = 2.0**-20
@@ -488,33 +484,25 @@ SINGLE = 2.0**-20
 SINGLE_EDGE = 1e4 * SINGLE
 """The share of an output's magnitude that such errors move only where they tip a choice."""
 
-_PrecisionPREFIX = "with weights as they are stored, "
-
 
 def weight_gaps(trial: Trial) -> list[str]:
     """Return a line for each output that weights, as they are stored, change."""
+    graphs = (trial.before, trial.after)
     if _expressions(trial.after) <= _expressions(trial.before):
         return []
     inputs = inputs_for(trial.before, trial.seed, trial.sizes)
-    params = [_stored(g, trial) for g in (trial.before, trial.after)]
+    params = [_stored(g, trial) for g in graphs]
     expected, actual = (
-        run_reference(g, params=p, inputs=inputs)
-        for g, p in zip((trial.before, trial.after), params, strict=True)
+        run_reference(g, params=p, inputs=inputs) for g, p in zip(graphs, params, strict=True)
     )
-    if trial.exact:
-        return [_PrecisionPREFIX + line for line in unequal(expected, actual, trial.seed)]
-    allowed: JsonDict = {n: trial.tolerance * magnitude(a) for n, a in expected.items()}
-    if not any(beyond(expected, actual, allowed, trial.seed)):
-        return []
 
-    def run(draw: int) -> Mapping[str, Array]:
-        near = {n: _rounded(a, draw, n) for n, a in params[0].items()}
+    def rerun(draw: int) -> Mapping[str, Array]:
+        near = {n: _nudged(a, SINGLE, draw, "rounded", n) for n, a in params[0].items()}
         return run_reference(trial.before, params=near, inputs=inputs)
 
-    moved = amplified(run, expected, SINGLE_EDGE)
     # A sum of three draws, as it were: weights are few, and three may all round one way.
-    bounds = {n: allowed[n] + 3 * moved[n] for n in expected}
-    return [_PrecisionPREFIX + line for line in beyond(expected, actual, bounds, trial.seed)]
+    lines = trial.gaps(expected, actual, rerun, exact=trial.exact, edge=SINGLE_EDGE, draws=3)
+    return [f"with weights as they are stored, {line}" for line in lines]
 
 
 def _expressions(graph: Graph) -> set[object]:
@@ -529,13 +517,6 @@ def _stored(graph: Graph, trial: Trial) -> dict[str, Array]:
         if v.weight is not None
     }
     return params_for(graph, trial.seed, trial.sizes) | stored
-
-
-def _rounded(data: Array, draw: int, name: str) -> Array:
-    if data.dtype.kind not in "fV":
-        return data
-    noise = generator(draw, "rounded", name).uniform(-1, 1, data.shape)
-    return np.asarray(data.astype(np.float64) * (1 + SINGLE * noise))
 
 
 def assert_same(
@@ -597,10 +578,10 @@ def differences(
 
 
 def _value_gaps(trial: Trial) -> list[str]:
-    inputs = inputs_for(trial.before, trial.seed, trial.sizes)
-    params = [params_for(g, trial.seed, trial.sizes) for g in (trial.before, trial.after)]
-    actual = run_reference(trial.after, params=params[1], inputs=inputs)
-    return trial.gaps(trial.before, (params[0], inputs), actual)
+    params, inputs = trial.data(trial.before)
+    expected = run_reference(trial.before, params=params, inputs=inputs)
+    actual = run_reference(trial.after, params=trial.data(trial.after)[0], inputs=inputs)
+    return trial.gaps(expected, actual, rerun_of(trial.before, params, inputs), exact=trial.exact)
 
 
 def _signature_changes(before: Graph, after: Graph) -> Iterator[str]:

@@ -46,11 +46,9 @@ from moecc.types import F32, TensorType, is_name
 
 # Making what a pattern matches, from its leaves to its root.
 #
-# Where the pattern leaves something open (the type of an operand, an attribute), it is guessed,
-# and
+# Where the pattern leaves something open (the type of an operand, an attribute), it is guessed, and
 # `infer` decides whether it fits.  Operations whose operands cannot be guessed, as rows in slots
-# and
-# rotary tables, are made after a model: a random step that has one.
+# and rotary tables, are made after a model: a random step that has one.
 
 BUILDS = 6
 """How often the operands of one operation are made anew."""
