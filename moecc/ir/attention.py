@@ -326,7 +326,7 @@ class AttentionAxes:
 
 
 @dataclass(frozen=True)
-class Program:
+class AttentionProgram:
     """What decides a kernel besides the attention itself.
 
     Attributes:
@@ -343,7 +343,7 @@ class Program:
 
 
 def facts_of(
-    query: Sizes, key: Sizes, value: Sizes, attrs: AttentionOp, program: Program
+    query: Sizes, key: Sizes, value: Sizes, attrs: AttentionOp, program: AttentionProgram
 ) -> AttentionFacts:
     """Return what decides the kernel of an attention in `program`."""
     axes = AttentionAxes.of(query, key, value, attrs)

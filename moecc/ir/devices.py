@@ -28,7 +28,7 @@ from moecc.ir.ops.repetition import ScanOp, picked, repetitions, stacked_along
 from moecc.ir.ops.routing import WithinBufferOp
 from moecc.ir.ops.slots import SlotsOp
 from moecc.ir.structure import local_attrs, local_size
-from moecc.ir.traits import Collective
+from moecc.ir.traits import CollectiveKind
 from moecc.types import Arrays, TensorType
 
 Parts = dict[Coordinates, Array]
@@ -79,7 +79,7 @@ def exchange(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]
     if node.op.name == "all_gather":
         parts = {d: _concatenated(peers[d], attrs["axis"]) for d in x}
         return parts, {d: a.data.size * (n - 1) for d, a in x.items()}
-    if node.op.collective is Collective.BRINGS:
+    if node.op.collective is CollectiveKind.BRINGS:
         sums = {d: replace(a, data=added([p.data for p in peers[d]])) for d, a in x.items()}
         if node.op.name == "all_reduce":
             return sums, {d: 2 * a.data.size * (n - 1) // n for d, a in x.items()}
@@ -256,7 +256,7 @@ def simulate(graph: Graph, params: Arrays, inputs: Arrays) -> Run:
     mesh = mesh_of(graph)
     if mesh is None:
         raise InputError("the graph has no mesh", hint="annotate-sharding shards it on one")
-    left = [n for n in graph.every_node() if n.op.collective is Collective.ANY]
+    left = [n for n in graph.every_node() if n.op.collective is CollectiveKind.ANY]
     if left:
         message = "a reshard is not lowered to collectives yet"
         raise InputError([Problem(message, where(n), hint="lower-collectives first") for n in left])
@@ -351,7 +351,7 @@ class _Simulator:
         self.held[node.result], sent = done
         size = node.result.type.dtype.itemsize_bytes
         total = tuple(sent[d] * size for d in self.mesh.coordinates())
-        if node.op.collective is not Collective.LOCAL:
+        if node.op.collective is not CollectiveKind.LOCAL:
             mesh = CollectiveOp.of_node(node).mesh
             self.result.traffic.append(Traffic(node.op.name, mesh, where(node), total))
 

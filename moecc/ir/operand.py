@@ -18,7 +18,7 @@ Attrs = Json
 """Attributes of a node, complete: every attribute of the table entry has a value."""
 
 
-class Entry(Protocol):
+class OperationRow(Protocol):
     """A row of the operation table; `moecc.ir.operation.OpDef` documents its columns."""
 
     @property
@@ -89,7 +89,7 @@ class Definition(Protocol):
     """The node that defines an operand; `moecc.ir.graph.Node`."""
 
     @property
-    def op(self) -> Entry:
+    def op(self) -> OperationRow:
         """The row of the table."""
         ...
 

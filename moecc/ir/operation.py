@@ -23,7 +23,7 @@ from moecc.ir.operand import Definition, Operand, Region
 from moecc.ir.sharding_rules import Rule, propagate_sharding
 from moecc.ir.traits import (
     NOTHING,
-    Collective,
+    CollectiveKind,
     Cost,
     Domain,
     Homogeneity,
@@ -188,7 +188,7 @@ class Numbers(Attr[tuple[float, ...]]):
         return tuple(float(v) + 0.0 for v in value)
 
 
-class Sizes(Attr[tuple[tuple[str, Size], ...]]):
+class AxisSizes(Attr[tuple[tuple[str, Size], ...]]):
     """Axes with their sizes."""
 
     kind, expected = "sizes", "axes with sizes, (head=9, head_dim=64)"
@@ -323,7 +323,7 @@ class OpDef:
     homogeneous: Homogeneity | None = None
     normalises: bool = False
     domain: Domain = Domain.REAL
-    collective: Collective | None = None
+    collective: CollectiveKind | None = None
     sharding: Rule | None = None
     local: LocalRule | None = None
     sizes: SizeRule | None = None

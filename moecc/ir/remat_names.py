@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from moecc.ir.graph import Node, Value
 from moecc.ir.operation import OpDef
-from moecc.ir.traits import Collective, RowMove
+from moecc.ir.traits import CollectiveKind, RowMove
 
 KEPT = ("router", "rows", "experts", "combine", "attention")
 """A router's logits, dispatched rows, the experts' results, and the outputs of sublayers."""
@@ -31,7 +31,7 @@ def remat_name(node: Node) -> str | None:
     The result of a collective on a value that is saved by default has the same name, so that it is
     not sent again.
     """
-    if node.op.collective is Collective.BRINGS and node.operands[0].node is not None:
+    if node.op.collective is CollectiveKind.BRINGS and node.operands[0].node is not None:
         before = remat_name(node.operands[0].node)
         return before if before in DEFAULT else None
     if node.op.moves in _MOVED:

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 from moecc.errors import InputError
 from moecc.ir.mesh import Mesh, mesh_of, nearest_multiple
-from moecc.ir.operand import Attrs, Entry, Operand
+from moecc.ir.operand import Attrs, Operand, OperationRow
 from moecc.types import Axis, TensorType
 
 Names = Mapping[str, str]
@@ -43,10 +43,10 @@ class Space:
     shape_only: bool = False
 
 
-Rule = Callable[[Entry, Sequence[Operand], Attrs], Space]
+Rule = Callable[[OperationRow, Sequence[Operand], Attrs], Space]
 
 
-class ShardedEntry(Entry, Protocol):
+class ShardedEntry(OperationRow, Protocol):
     """A row of the operation table, with its sharding rule."""
 
     @property
@@ -63,7 +63,7 @@ def space_of(entry: ShardedEntry, operands: Sequence[Operand], attrs: Attrs) -> 
     return Space(names, {}, whole=frozenset(d for n in names for d in n.values()))
 
 
-class Given(NamedTuple):
+class NamedType(NamedTuple):
     """An operand by its name, for messages, and its type."""
 
     name: str
@@ -71,9 +71,9 @@ class Given(NamedTuple):
 
 
 def sharded_results(
-    entry: Entry,
+    entry: OperationRow,
     space: Space,
-    operands: Sequence[Given],
+    operands: Sequence[NamedType],
     types: Sequence[TensorType],
     mesh: Mesh | None,
 ) -> tuple[TensorType, ...]:
@@ -110,7 +110,7 @@ def propagate_sharding(
     """
     space = space_of(entry, operands, attrs)
     mesh = mesh_of(operands[0].graph) if space.counts else None
-    named = [Given(v.name, v.type) for v in operands]
+    named = [NamedType(v.name, v.type) for v in operands]
     return sharded_results(entry, space, named, types, mesh)
 
 
@@ -125,7 +125,9 @@ class _Sharding(NamedTuple):
 _WHOLE = _Sharding(())
 
 
-def _dimensions(entry: Entry, operands: Sequence[Given], space: Space) -> dict[str, _Sharding]:
+def _dimensions(
+    entry: OperationRow, operands: Sequence[NamedType], space: Space
+) -> dict[str, _Sharding]:
     shardings: dict[str, _Sharding] = {}
     for value, names in zip(operands, space.operands, strict=True):
         for axis in value.type.axes:
@@ -185,7 +187,7 @@ def _check_counts(mesh: Mesh, space: Space, shardings: Mapping[str, _Sharding]) 
 
 
 def _unreduced(
-    entry: Entry, operands: Sequence[Given], shardings: Mapping[str, _Sharding]
+    entry: OperationRow, operands: Sequence[NamedType], shardings: Mapping[str, _Sharding]
 ) -> Iterator[str]:
     """Yield the mesh axes over which operands, and so the result, are unreduced sums."""
     if not any(v.type.unreduced for v in operands):

@@ -130,7 +130,7 @@ class Domain(Enum):
     POSITIVE = "positive numbers; of a quotient, the divisor"
 
 
-class Collective(Enum):
+class CollectiveKind(Enum):
     """The effect of a collective on a sharded value."""
 
     ANY = "whatever is needed, to be lowered"

@@ -13,7 +13,13 @@ from itertools import groupby
 from math import prod
 
 from moecc.analysis import is_trainable, split_head
-from moecc.ir.attention import AttentionFacts, AttentionKernel, Program, are_written_out, facts_of
+from moecc.ir.attention import (
+    AttentionFacts,
+    AttentionKernel,
+    AttentionProgram,
+    are_written_out,
+    facts_of,
+)
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.ops.attention import AttentionOp
 from moecc.ir.traits import Cost, RowMove
@@ -101,7 +107,7 @@ def attention_of(
     )
     scores = {n: float(s) for n, s in (query | key).items() if n != attrs.over}
     # Of the program the machine decides, which is not known here.
-    facts = facts_of(query, key, value, attrs, Program("", ""))
+    facts = facts_of(query, key, value, attrs, AttentionProgram("", ""))
     return PlannedAttention(facts, shapes.of(tuple(scores.items())))
 
 

@@ -11,7 +11,7 @@ from moecc.errors import InputError, Problem
 from moecc.ir.graph import Node, Value
 from moecc.ir.mesh import Mesh, nearest_divisor, nearest_multiple
 from moecc.ir.ops.slots import is_slots
-from moecc.ir.sharding_rules import Given, Space, sharded_results, space_of
+from moecc.ir.sharding_rules import NamedType, Space, sharded_results, space_of
 from moecc.ir.traits import Cost, Product
 from moecc.sharding.rules import LayoutRule
 from moecc.support.text import amount
@@ -73,7 +73,7 @@ class Site:
         """
         key = tuple(types)
         if key not in self._results:
-            operands = [Given(v.name, t) for v, t in zip(self.operands, key, strict=True)]
+            operands = [NamedType(v.name, t) for v, t in zip(self.operands, key, strict=True)]
             bare = [v.type for v in self.node.results]
             self._results[key] = sharded_results(self.node.op, self.space, operands, bare, None)
         return self._results[key]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from moecc.ir.graph import Value
 from moecc.ir.ops.collectives import collective_type
-from moecc.ir.sharding_rules import Given, sharded_results
+from moecc.ir.sharding_rules import NamedType, sharded_results
 from moecc.ir.traits import RowMove
 from moecc.sharding.assign import Site
 from moecc.sharding.propagate import Propagation, Reshard
@@ -493,7 +493,7 @@ def _gathering(layer: SparseLayer, way: Via, propagation: Propagation) -> list[S
     """Return the stages where tokens are gathered, and rows stay: experts add to all tokens."""
     over = layer.exchanged
     types = [layer.outputs, *(without(t, over) for t in propagation.used(layer.combine.node)[1:])]
-    operands = [Given(v.name, t) for v, t in zip(layer.combine.operands, types, strict=True)]
+    operands = [NamedType(v.name, t) for v, t in zip(layer.combine.operands, types, strict=True)]
     node, space = layer.combine.node, layer.combine.space
     (sums,) = sharded_results(node.op, space, operands, [node.result.type], None)
     return [

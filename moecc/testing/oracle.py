@@ -21,7 +21,7 @@ from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import mesh_of
 from moecc.ir.sharding_rules import spelled
 from moecc.ir.structure import clone, copied
-from moecc.ir.traits import Collective
+from moecc.ir.traits import CollectiveKind
 from moecc.ir.unroll import unrolled
 from moecc.support.untyped import Json, JsonDict
 from moecc.testing.data import Sizes, inputs_for, params_for, sizes_for
@@ -354,7 +354,7 @@ def device_gaps(trial: Trial) -> list[str]:
     before, after = trial.before, trial.after
     mesh = mesh_of(after)
     # It must be decided which collectives reshard a value.
-    is_open = any(n.op.collective is Collective.ANY for n in after.every_node())
+    is_open = any(n.op.collective is CollectiveKind.ANY for n in after.every_node())
     if mesh is None or mesh.devices > MAX_DEVICES or is_open:
         return []
     params, inputs = trial.data(before)

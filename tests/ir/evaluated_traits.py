@@ -10,7 +10,7 @@ import numpy as np
 from moecc.errors import InputError
 from moecc.ir.arrays import Data
 from moecc.ir.operation import OPS
-from moecc.ir.traits import Collective, Domain, Role, RowMove
+from moecc.ir.traits import CollectiveKind, Domain, Role, RowMove
 
 from .evaluated_axes import (
     crosses,
@@ -198,24 +198,24 @@ def moves(name: str) -> RowMove | None:
 
 
 @cache
-def collective(name: str) -> Collective | None:
+def collective(name: str) -> CollectiveKind | None:
     """Return what a collective does, by where its operand and its result lie."""
     f = Function(sample(name))
     if len(f.types) != 1 or (not is_identity_on_mesh(name) and "mesh" not in OPS[name].attrs):
         return (
-            Collective.ANY
+            CollectiveKind.ANY
             if "to" in OPS[name].attrs and len(f.types) == 1 and name == "reshard"
             else None
         )
     if "mesh" not in OPS[name].attrs:
-        return Collective.ANY
+        return CollectiveKind.ANY
     before, after = f.types[0], f.node.result.type
     lies = {a.name: a.mesh for a in before}, {a.name: a.mesh for a in after}
     gained = any(len(lies[1][n]) > len(lies[0][n]) for n in lies[0])
     lost = any(len(lies[1][n]) < len(lies[0][n]) for n in lies[0])
     if before.unreduced != after.unreduced or (lost and not gained):
-        return Collective.BRINGS
-    return Collective.EXCHANGES if lost else Collective.LOCAL
+        return CollectiveKind.BRINGS
+    return CollectiveKind.EXCHANGES if lost else CollectiveKind.LOCAL
 
 
 @cache

@@ -20,7 +20,7 @@ from moecc.ir.devices import simulate
 from moecc.ir.operation import OpDef, mixes_none
 from moecc.ir.ops.rules import by_place
 from moecc.ir.traits import (
-    Collective,
+    CollectiveKind,
     Cut,
     Domain,
     Homogeneity,
@@ -254,7 +254,7 @@ def _flags(entry: OpDef) -> Iterator[tuple[str, OpDef]]:
 def _choices(entry: OpDef) -> Iterator[tuple[str, OpDef]]:
     for name, values in (
         ("domain", tuple(Domain)),
-        ("collective", (None, *Collective)),
+        ("collective", (None, *CollectiveKind)),
         ("moves", (None, *RowMove)),
     ):
         for value in values:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from moecc.errors import InputError
 from moecc.ir import OPS, Builder, Graph, Value
 from moecc.ir.mesh import Mesh, mesh_of, set_mesh
-from moecc.ir.operand import Attrs, Entry, Operand
+from moecc.ir.operand import Attrs, Operand, OperationRow
 from moecc.ir.sharding_rules import Rule, Space
 from moecc.ir.structure import infer_again
 from moecc.types import Axis
@@ -128,7 +128,7 @@ MUTANTS = named(
 def free(rule: Rule) -> Rule:
     """Return a rule that needs nothing whole any more."""
 
-    def wrong(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
+    def wrong(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
         return replace(rule(entry, operands, attrs), whole=frozenset())
 
     return wrong
@@ -137,7 +137,7 @@ def free(rule: Rule) -> Rule:
 def unsummed(rule: Rule) -> Rule:
     """Return a rule that forgets that the operation sums."""
 
-    def wrong(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
+    def wrong(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
         return replace(rule(entry, operands, attrs), summed=frozenset())
 
     return wrong

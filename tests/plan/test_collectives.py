@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moecc.ir import OPS
-from moecc.ir.traits import Collective
+from moecc.ir.traits import CollectiveKind
 from moecc.plan.collectives import seconds, sent_bytes
 from moecc.plan.machines import HOP_SECONDS, Dim, TorusRoute, efficiency, parse_machine, table
 
@@ -122,7 +122,9 @@ def test_an_exchange_takes_what_its_busiest_link_carries(n: int, wrap: bool) -> 
 
 
 SENDING = [
-    name for name, row in OPS.items() if row.collective in (Collective.BRINGS, Collective.EXCHANGES)
+    name
+    for name, row in OPS.items()
+    if row.collective in (CollectiveKind.BRINGS, CollectiveKind.EXCHANGES)
 ]
 
 

@@ -17,7 +17,7 @@ from moecc.ir import Graph, clone
 from moecc.ir.graph import Node
 from moecc.ir.mesh import Mesh, mesh_of, parse_mesh
 from moecc.ir.ops.slots import assigner, capacity
-from moecc.ir.traits import Collective
+from moecc.ir.traits import CollectiveKind
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.plan.machines import parse_machine
@@ -59,7 +59,7 @@ def written(graph: Graph) -> Sends:
     assert mesh is not None
     found: Sends = Counter()
     for node in graph:
-        if node.op.collective not in (None, Collective.LOCAL):
+        if node.op.collective not in (None, CollectiveKind.LOCAL):
             axes = tuple(n for n in mesh.names if n in node.attrs["mesh"])
             found[node.op.name, axes, round(larger(node, mesh))] += 1
     return found

@@ -11,7 +11,7 @@ import numpy as np
 from moecc.errors import InputError
 from moecc.ir.arrays import NOTHING, Array
 from moecc.ir.operand import Attrs, Definition, Operand
-from moecc.ir.operation import AxisName, AxisNames, Int, Op, Sizes, operation
+from moecc.ir.operation import AxisName, AxisNames, AxisSizes, Int, Op, operation
 from moecc.ir.ops.contraction import AlongAxisOp
 from moecc.ir.ops.rules import (
     along_axis,
@@ -75,7 +75,7 @@ class SplitOp(Op):
     """x with one axis cut into several, the first outermost."""
 
     axis = AxisName("the axis")
-    into = Sizes("the new axes")
+    into = AxisSizes("the new axes")
 
     def infer(self, x: Operand) -> TensorType:
         old = axis_of(x.type, self.axis)
@@ -229,7 +229,7 @@ class EmbeddingOp(AlongAxisOp):
 class OneHotOp(Op):
     """1 at the index, 0 elsewhere, along a new axis."""
 
-    into = Sizes("the new axis and its size")
+    into = AxisSizes("the new axis and its size")
 
     def infer(self, ids: Operand) -> TensorType:
         need_kind(ids.type, "int", "the indices")

@@ -16,7 +16,7 @@ from moecc.ir.operand import Attrs, Operand
 from moecc.ir.operation import OPS, AxisName, AxisNames, Op, Word, operation
 from moecc.ir.ops.rules import axis_of
 from moecc.ir.sharding_rules import spelled
-from moecc.ir.traits import Collective
+from moecc.ir.traits import CollectiveKind
 from moecc.types import Axis, Extent, TensorType, is_name
 
 
@@ -114,7 +114,7 @@ class _ShardingOp(Op):
         return x
 
 
-@_collective("reshard", collective=Collective.ANY)
+@_collective("reshard", collective=CollectiveKind.ANY)
 class ReshardOp(_ShardingOp):
     """x, lying elsewhere, however it gets there.
 
@@ -160,7 +160,7 @@ class _AxisCollectiveOp(CollectiveOp):
     mesh = AxisNames("the mesh axes, outermost first")
 
 
-@_collective("shard", collective=Collective.LOCAL)
+@_collective("shard", collective=CollectiveKind.LOCAL)
 class ShardOp(_AxisCollectiveOp):
     """x, of which every device keeps its part along an axis; nothing is sent."""
 
@@ -168,7 +168,7 @@ class ShardOp(_AxisCollectiveOp):
         return _scattered(type, self.axis, self.mesh)
 
 
-@_collective("all_gather", collective=Collective.BRINGS)
+@_collective("all_gather", collective=CollectiveKind.BRINGS)
 class AllGatherOp(_AxisCollectiveOp):
     """x, of which every device gets the parts of the others along an axis."""
 
@@ -178,7 +178,7 @@ class AllGatherOp(_AxisCollectiveOp):
         return _gathered(type, self.axis, self.mesh)
 
 
-@_collective("all_reduce", collective=Collective.BRINGS)
+@_collective("all_reduce", collective=CollectiveKind.BRINGS)
 class AllReduceOp(CollectiveOp):
     """x, a sum that is carried out over mesh axes; every device gets all of it."""
 
@@ -188,7 +188,7 @@ class AllReduceOp(CollectiveOp):
         return _reduced(type, self.mesh)
 
 
-@_collective("reduce_scatter", collective=Collective.BRINGS)
+@_collective("reduce_scatter", collective=CollectiveKind.BRINGS)
 class ReduceScatterOp(_AxisCollectiveOp):
     """x, a sum that is carried out over mesh axes; every device gets its part along an axis."""
 
@@ -209,7 +209,7 @@ class ExchangeOp(CollectiveOp):
         return _scattered(_gathered(type, self.gather, self.mesh), self.split, self.mesh)
 
 
-@_collective("all_to_all", collective=Collective.EXCHANGES)
+@_collective("all_to_all", collective=CollectiveKind.EXCHANGES)
 class AllToAllOp(ExchangeOp):
     """x, of which every device gives parts along one axis for parts along another."""
 
@@ -223,7 +223,7 @@ class AllToAllOp(ExchangeOp):
         return super().changed(type)
 
 
-@_collective("ragged_all_to_all", collective=Collective.EXCHANGES)
+@_collective("ragged_all_to_all", collective=CollectiveKind.EXCHANGES)
 class RaggedAllToAllOp(ExchangeOp):
     """Ragged rows, exchanged between their groups and their experts; only rows that are there."""
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from moecc.errors import InputError
 from moecc.ir.arrays import Array, Data
-from moecc.ir.operand import Attrs, Entry, Operand
+from moecc.ir.operand import Attrs, Operand, OperationRow
 from moecc.ir.operation import AxisName, AxisNames, Float, Int, Op, Word, operation
 from moecc.ir.ops.rules import (
     axis_of,
@@ -107,7 +107,7 @@ class ContractOp(ProductOp):
         return product(x, w, self.over)
 
 
-def _windows(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
+def _windows(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Axes of one name are one dimension; windows overlap, so what they run along stays whole."""
     unsplit = frozenset((*attrs["along"], *attrs["taps"]))
     return Space(*named_dimensions(operands), summed=frozenset(attrs["over"]), whole=unsplit)

@@ -17,7 +17,7 @@ from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.interpreter import run_body
 from moecc.ir.mesh import ATTRIBUTE as MESH
 from moecc.ir.operand import Attrs, Operand
-from moecc.ir.operation import AxisName, Body, Int, Op, Sizes, Word, Words, operation
+from moecc.ir.operation import AxisName, AxisSizes, Body, Int, Op, Word, Words, operation
 from moecc.ir.ops.contraction import AlongAxisOp
 from moecc.ir.ops.elementwise import dtype_of
 from moecc.ir.ops.rules import axis_of, by_name, no_duplicates, no_ragged
@@ -133,7 +133,7 @@ class ScanOp(Op):
     changes a value.
     """
 
-    over = Sizes("the axis, and how often the body runs", pins=True)
+    over = AxisSizes("the axis, and how often the body runs", pins=True)
     carries = Int("how many of the operands are carries", 0)
     stacked = Int("how many of them are stacked", 0)
     remat = Word("what is kept for the gradient", "none", choices=REMATERIALISATION)
@@ -231,7 +231,7 @@ class JaxOp(Op):
     program is around them.  No backend runs it; counts of FLOPs and memory leave it out.
     """
 
-    into = Sizes("the axes of the result and their sizes")
+    into = AxisSizes("the axes of the result and their sizes")
     dtype = Word("the element type of the result", "f32")
     equations = Int("how many equations it has", 0)
     lines = Word("its first and its last line in the program", "")

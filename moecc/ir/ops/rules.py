@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from moecc.errors import InputError, nearest
-from moecc.ir.operand import Attrs, Entry, Operand
+from moecc.ir.operand import Attrs, Operand, OperationRow
 from moecc.ir.sharding_rules import Names, Rule, Space
 from moecc.types import Axis, DType, TensorType
 
@@ -169,12 +169,12 @@ def named_dimensions(operands: Sequence[Operand]) -> tuple[tuple[Names, ...], di
     return tuple(_identity(v.type.names) for v in operands), every
 
 
-def by_name(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
+def by_name(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Axes of one name are one dimension; mixed axes must not be sharded."""
     return Space(*named_dimensions(operands), whole=frozenset(entry.mixes(operands, attrs)))
 
 
-def by_place(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
+def by_place(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Axes of one name are one dimension, and every device knows its elements' global indices.
 
     So random numbers may be sharded, although each depends on its global index.
@@ -185,33 +185,33 @@ def by_place(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
 def summing(attribute: str) -> Rule:
     """Axes of one name are one dimension, and those that `attribute` names are summed over."""
 
-    def rule(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
+    def rule(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
         return Space(*named_dimensions(operands), summed=frozenset(attrs[attribute]))
 
     return rule
 
 
-def in_parts(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
+def in_parts(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Axes of one name are one dimension, and its shards must divide the equal runs."""
     counts = {attrs["axis"]: ("parts", attrs["parts"])}
     return Space(*named_dimensions(operands), counts=counts)
 
 
-def renamed(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
+def renamed(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """The new name runs along the dimension of the old one."""
     axes = _identity(operands[0].type.names)
     result = {n: d for n, d in axes.items() if n != attrs["axis"]}
     return Space((axes,), {**result, attrs["to"]: attrs["axis"]})
 
 
-def cut(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
+def cut(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """The first of the new axes is the outermost, so a shard of the old axis is a shard of it."""
     axes = _identity(operands[0].type.names)
     result = {n: d for n, d in axes.items() if n != attrs["axis"]}
     return Space((axes,), {**result, attrs["into"][0][0]: attrs["axis"]})
 
 
-def merged(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
+def merged(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """The merged axis is sharded as its outermost part is; the others must not be."""
     axes = _identity(operands[0].type.names)
     first, *others = attrs["axes"]
@@ -219,13 +219,13 @@ def merged(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     return Space((axes,), {**result, attrs["into"]: first}, whole=frozenset(others))
 
 
-def along_axis(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
+def along_axis(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Only the axis named by the attribute counts."""
     names = _identity([attrs["axis"]])
     return Space((names,), names, shape_only=True)
 
 
-def looked_up(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
+def looked_up(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """A device adds the rows of its shard of the table, and zeros for the others."""
     table, ids = (v.type for v in operands)
     rows = {n: n for n in table.names if n != attrs["axis"]}
@@ -251,7 +251,7 @@ def _tokens_of(slots: Operand) -> tuple[str, ...]:
     return tokens
 
 
-def numbered(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
+def numbered(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Tokens are numbered in their groups, which may be sharded; nothing else may."""
     tokens = attrs["tokens"]
     names = tuple(_tokens(v.type.names, tokens) for v in operands)
@@ -260,7 +260,7 @@ def numbered(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     return Space(names, every, whole=frozenset(every.values()) - {"group"}, counts=counts)
 
 
-def received(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
+def received(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """As slots are numbered; counts are left as they are."""
     # Where the counts lie is checked by the operation: of all that a device exchanges with.
     names = tuple(_tokens(v.type.names, attrs["tokens"]) for v in operands[:2])
@@ -268,7 +268,7 @@ def received(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     return Space((*names, {}), every, whole=frozenset(every.values()) - {"group"})
 
 
-def dispatched(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
+def dispatched(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Groups of tokens become groups of rows; other token axes must not be sharded."""
     tokens = _tokens_of(operands[-1])
     names = tuple(_tokens(v.type.names, tokens) for v in operands)
@@ -278,14 +278,14 @@ def dispatched(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space
     return Space(names, {**result, "group": "group"}, whole=unsplit)
 
 
-def gates_dispatched(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
+def gates_dispatched(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Groups of tokens become groups of gates; nothing else of a choice may be sharded."""
     names = tuple(_tokens(v.type.names, _tokens_of(operands[-1])) for v in operands)
     every = {d for axes in names for d in axes.values()}
     return Space(names, {"group": "group"}, whole=frozenset(every - {"group"}))
 
 
-def combined(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
+def combined(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """A device combines the rows of its experts; what other experts add is summed afterwards."""
     rows, _, slots = operands[:3]
     tokens = _tokens_of(slots)

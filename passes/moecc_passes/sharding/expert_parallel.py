@@ -14,7 +14,7 @@ from moecc.ir.mesh import Mesh, mesh_of, nearest_multiple
 from moecc.ir.ops.collectives import format_sharding
 from moecc.ir.ops.slots import SlotsOp, operands_by_word
 from moecc.ir.structure import infer_again, replace_value
-from moecc.ir.traits import Collective, RowMove
+from moecc.ir.traits import CollectiveKind, RowMove
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves, Remark
 from moecc.sharding.assign import Assigner
 from moecc.sharding.collectives import (
@@ -578,7 +578,7 @@ class _Replay:
         """Do `node` again, unless the gathered operand is sharded as its result already."""
         operands = [self.value(v) for v in node.operands]
         attrs = dict(node.attrs)
-        if node.op.collective is Collective.ANY:
+        if node.op.collective is CollectiveKind.ANY:
             type = without(node.result.type, self.over)
             if type == operands[0].type:
                 self.map[node.result] = operands[0]

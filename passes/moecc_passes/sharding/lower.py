@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
-from moecc.ir.traits import Collective
+from moecc.ir.traits import CollectiveKind
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Remark
 from moecc.sharding.collectives import Step, steps
 
@@ -56,7 +56,7 @@ class LowerCollectivesPass(Pass):
         counts: Counter[str] = Counter()
         reshards = 0
         for node in list(graph.every_node()):
-            if node.op.collective is not Collective.ANY:
+            if node.op.collective is not CollectiveKind.ANY:
                 continue
             reshards += 1
             cause = _cause(node.origin)

@@ -20,7 +20,7 @@ from jax import Array
 
 from moecc.errors import InputError
 from moecc.ir.graph import Node, Value
-from moecc.ir.sharding_rules import Given, sharded_results, space_of
+from moecc.ir.sharding_rules import NamedType, sharded_results, space_of
 from moecc.types import TensorType
 from moecc_backends.xla.dispatch.used_experts import sliced_by_expert
 from moecc_backends.xla.trace.values import DeferredRows, Named, load, store
@@ -141,7 +141,7 @@ def _can_cut(rows: DeferredRows, stacks: Mapping[Value, Named], axis: str) -> bo
 
 def _results(node: Node, types: Mapping[Value, TensorType]) -> dict[Value, TensorType]:
     space = space_of(node.op, node.operands, node.attrs)
-    operands = [Given(v.name, types.get(v, v.type.bare)) for v in node.operands]
+    operands = [NamedType(v.name, types.get(v, v.type.bare)) for v in node.operands]
     types_of_results = sharded_results(
         node.op, space, operands, [v.type for v in node.results], None
     )

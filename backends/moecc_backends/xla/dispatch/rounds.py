@@ -25,7 +25,7 @@ from moecc.ir.graph import Node, Value, setter_of
 from moecc.ir.ops.collectives import CollectiveOp
 from moecc.ir.ops.routing import WithinBufferOp, buffer_rows
 from moecc.ir.ops.slots import operands_by_word
-from moecc.ir.traits import Collective, RowMove
+from moecc.ir.traits import CollectiveKind, RowMove
 from moecc.sharding.vias import ROUND_ROOM
 from moecc.types import Extent
 from moecc_backends.xla.dispatch.choose import region, why_meets
@@ -397,12 +397,12 @@ def _exchanges_or_agrees(node: Node) -> bool:
     before, after = node.operands[0].type, node.result.type
     sharded = {m for axis in after.axes for m in axis.mesh}
     agreed = set(before.unreduced) - set(after.unreduced) - sharded
-    return node.op.collective is Collective.EXCHANGES or bool(agreed)
+    return node.op.collective is CollectiveKind.EXCHANGES or bool(agreed)
 
 
 def _exchanges(node: Node | None, split: str) -> bool:
     """Whether `node` sends ragged rows: to experts, cut by these, or back, cut by groups."""
-    if node is None or node.op.collective is not Collective.EXCHANGES:
+    if node is None or node.op.collective is not CollectiveKind.EXCHANGES:
         return False
     return bool(node.attrs["split"] == split) and node.operands[0].type.ragged is not None
 

@@ -18,7 +18,7 @@ from moecc.ir.attention import (
     KERNELS,
     AttentionAxes,
     AttentionFacts,
-    Program,
+    AttentionProgram,
     choose_attention,
     facts_of,
 )
@@ -164,7 +164,7 @@ def _attention(ctx: TraceContext, node: Node, *operands: Named) -> Named:
     sizes = (query.sizes, key.sizes, value.sizes)
     dtype = next(name for name, kind in DTYPES.items() if kind.numpy == query.array.dtype)
     is_gspmd, on_mesh = ctx.interceptor is not DIRECT, ctx.view.mesh is not None
-    program = Program(ctx.options.target, dtype, is_gspmd, on_mesh)
+    program = AttentionProgram(ctx.options.target, dtype, is_gspmd, on_mesh)
     kernel = _kernel(ctx, facts_of(*sizes, attrs, program))
     axes = AttentionAxes.of(*sizes, attrs)
     if kernel == "plain" or axes is None:

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph, Node, Value, where
 from moecc.ir.mesh import Mesh, mesh_of, nearest_multiple
-from moecc.ir.traits import Collective, Role
+from moecc.ir.traits import CollectiveKind, Role
 from moecc.sharding.layout import Layout, ShardingSpec, group_spec, param_spec, value_spec
 from moecc.types import F32, DType
 from moecc_backends.xla.dispatch.choose import check_dispatch
@@ -325,7 +325,7 @@ def _unfinalize_output(graph: Graph) -> Iterator[Problem]:
             message = "an output is an unreduced sum"
             yield Problem(message, f"output {name}", found=str(value.type), hint=hint)
     for node in graph:
-        if node.op.collective is Collective.ANY:
+        if node.op.collective is CollectiveKind.ANY:
             yield Problem("the collectives are not lowered", where(node), hint=hint)
 
 
