@@ -261,7 +261,7 @@ class _RegionSearch:
         axes = Axes()
         numbers = tuple(map(axes.new, x.shape))
         axes.note(numbers)
-        source = Symbol(InputTerm(numbers), numbers)
+        source = Symbol(InputTerm(frozenset(numbers)), numbers)
         symbols = Symbols(axes, x.aval.dtype, custom_function)
         symbols.values[x] = source
         equations = sorted(self._inside | {self._down}, key=self._order.__getitem__)
@@ -517,7 +517,7 @@ class _Emitter:
 
     def _param(self, weight: WeightTerm) -> str:
         names = []
-        for axis, number in weight.axes.items():
+        for axis, number in weight.numbers.items():
             name = self._names.get(self._axes.find(number))
             if name is None:
                 raise NotABlock(f"its weight {weight.view.leaf.name} has another axis than the two")

@@ -91,9 +91,8 @@ def convert(
         flag(name, value)
     tree, arrays = ParamTree.of(params)
     _, survey, labels = _survey_function(function, tree, arrays, (args, kwargs), tokens or {})
-    instances = survey.instances()
-    locations = [i.loc for i in instances.values()]
     graph = graph_of_blocks(survey, name=_name(function), is_causal=causal, labels=labels)
+    locations = [i.loc for i in survey.instances().values()]
     keys = {loc: part.key() for loc, part in cut_graph(graph, locations).blocks.items()}
     context = Context(seed=seed, allow_unmatched=allow_unmatched, read=_reader(arrays))
     contracts = Contracts(unchecked="convert(…, check=True) does")
@@ -104,23 +103,9 @@ def convert(
     except InputError as error:
         # Where a pass matches nothing, the near misses say why.
         raise InputError([*error.problems, *_problems(survey.misses)]) from None
-    parts = cut_graph(graph, locations)
-    converted = frozenset(loc for loc, part in parts.blocks.items() if part.key() != keys[loc])
-    groups = [(site, [instances[key] for key in site.keys]) for site in survey.sites]
-    _check_loops((blocks for _, blocks in groups), parts, converted)
-    replaced = [(site, blocks) for site, blocks in groups if blocks[0].loc in converted]
-    uses = leaf_uses(survey.scope, equations_of(site for site, _ in replaced))
-    leaves = leaves_of(arrays)
-    storage = plan_storage(
-        graph,
-        leaves,
-        [(bool(site.loops), blocks) for site, blocks in replaced],
-        {use.view.leaf.name for use in uses},
-        {loc: [p.name for p in parts.blocks[loc].params] for loc in converted},
-    )
-    state = ConversionState(tree, leaves, parts, instances, converted, storage)
-    new = {(s.key, s.in_tree): new_array(s, leaves, arrays) for s in storage.arrays}
-    in_place = {n: a for n, a in arrays.items() if n not in storage.gone}
+    state = _new_state(tree, arrays, survey, graph, keys)
+    new = {(s.key, s.in_tree): new_array(s, state.leaves, arrays) for s in state.storage.arrays}
+    in_place = {n: a for n, a in arrays.items() if n not in state.storage.gone}
     in_place |= {key: array for (key, in_tree), array in new.items() if in_tree}
     new_params = {
         TREE: tree.unflatten(in_place),
@@ -132,7 +117,8 @@ def convert(
         pipeline=str(passes),
         preserves=str(run.preserves),
         blocks=tuple(
-            BlockReport(i.loc, i.line, i.summary, i.loc in converted) for i in instances.values()
+            BlockReport(i.loc, i.line, i.summary, i.loc in state.converted)
+            for i in state.instances.values()
         ),
         misses=tuple(map(str, survey.misses)),
         unused=survey.unused,
@@ -233,6 +219,42 @@ def _reader(arrays: Mapping[str, AnyArray]) -> ReadWeight:
         return LeafEvaluator(arrays).evaluate(weight)
 
     return read
+
+
+def _new_state(
+    tree: ParamTree,
+    arrays: Mapping[str, AnyArray],
+    survey: Survey,
+    graph: Graph,
+    keys: Mapping[str, object],
+) -> ConversionState:
+    """Return which blocks a pipeline converted, and where their parameters lie.
+
+    Args:
+      tree: the dense parameters.
+      arrays: their arrays.
+      survey: the blocks.
+      graph: the converted graph.
+      keys: the computation of each block before, by location.
+
+    Raises:
+      InputError: the blocks of a loop differ now.
+    """
+    parts, instances = cut_graph(graph, keys), survey.instances()
+    converted = frozenset(loc for loc, part in parts.blocks.items() if part.key() != keys[loc])
+    groups = [(site, [instances[key] for key in site.keys]) for site in survey.sites]
+    _check_loops((blocks for _, blocks in groups), parts, converted)
+    replaced = [(site, blocks) for site, blocks in groups if blocks[0].loc in converted]
+    uses = leaf_uses(survey.scope, equations_of(site for site, _ in replaced))
+    leaves = leaves_of(arrays)
+    storage = plan_storage(
+        graph,
+        leaves,
+        [(bool(site.loops), blocks) for site, blocks in replaced],
+        {use.view.leaf.name for use in uses},
+        {loc: [p.name for p in parts.blocks[loc].params] for loc in converted},
+    )
+    return ConversionState(tree, leaves, parts, instances, converted, storage)
 
 
 def _check_loops(

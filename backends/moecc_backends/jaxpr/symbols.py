@@ -6,7 +6,7 @@ value has both: an embedding times its transpose must not become square.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -99,14 +99,18 @@ def is_elementwise(eqn: JaxEquation) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """A value of a block; compared by identity."""
+    """A value of a block; compared by identity.
+
+    Attributes:
+      axes: its axes; `Axes.find` says which of them are one.
+    """
+
+    axes: frozenset[int]
 
 
 @dataclass(frozen=True, eq=False)
 class InputTerm(Term):
-    """The input of the block, or of a formula, with its axes by dimension."""
-
-    axes: tuple[int, ...]
+    """The input of the block, or of a formula."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +118,7 @@ class WeightTerm(Term):
     """A view of a leaf, with the number of each axis of the view by its name."""
 
     view: LeafView
-    axes: Mapping[str, int]
+    numbers: Mapping[str, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +136,17 @@ class FunctionTerm(Term):
 
     function: str
     operands: tuple[Term | float, ...]
+
+
+def weight_term(view: LeafView, numbers: Mapping[str, int]) -> WeightTerm:
+    """Return a view of a leaf as a term."""
+    return WeightTerm(frozenset(numbers.values()), view, numbers)
+
+
+def function_term(function: str, *operands: Term | float) -> FunctionTerm:
+    """Return a function of terms and numbers."""
+    axes = frozenset[int]().union(*(x.axes for x in operands if isinstance(x, Term)))
+    return FunctionTerm(axes, function, operands)
 
 
 @dataclass(frozen=True)
@@ -166,7 +181,7 @@ class Axes:
         """Return the numbers that stand for the axes among `dims`, in order."""
         return [self.find(axis) for axis in dims if axis is not None]
 
-    def note(self, axes: Sequence[int]) -> None:
+    def note(self, axes: Iterable[int]) -> None:
         """Note that a value has all of `axes`, which are therefore different."""
         self._values.append(frozenset(axes))
 
@@ -187,25 +202,14 @@ class Axes:
         self._first[max(a, b)] = min(a, b)
         return min(a, b)
 
-    def of(self, term: Term | float) -> frozenset[int]:
-        """Return the axes of a term."""
-        memo: dict[int, frozenset[int]] = {}
+    def of(self, term: Term) -> frozenset[int]:
+        """Return the axes of a term, each as the number that stands for it."""
+        return frozenset(map(self.find, term.axes))
 
-        def axes_of(x: Term | float) -> frozenset[int]:
-            if isinstance(x, float):
-                return frozenset()
-            if id(x) not in memo:
-                if isinstance(x, InputTerm | WeightTerm):
-                    axes = x.axes if isinstance(x, InputTerm) else x.axes.values()
-                    memo[id(x)] = frozenset(map(self.find, axes))
-                elif isinstance(x, ProductTerm):
-                    memo[id(x)] = (axes_of(x.x) | axes_of(x.weight)) - {self.find(x.over)}
-                else:
-                    assert isinstance(x, FunctionTerm), "there is no other term"
-                    memo[id(x)] = frozenset().union(*map(axes_of, x.operands))
-            return memo[id(x)]
-
-        return axes_of(term)
+    def product(self, x: Term, weight: WeightTerm, over: int) -> ProductTerm:
+        """Return a contraction over an axis."""
+        axes = self.of(x) | self.of(weight)
+        return ProductTerm(axes - {self.find(over)}, x, weight, over)
 
 
 NameCustom = Callable[[Equation], str | None]
@@ -258,9 +262,9 @@ class Symbols:
                     f"as they are; cast its input to {dtype}, too, or the leaf"
                 )
         numbers = {name: self.axes.new(size) for name, size in view.sizes}
-        self.axes.note(tuple(numbers.values()))
+        self.axes.note(numbers.values())
         dims = tuple(n if n is None else numbers[n] for n in view.dims)
-        return Symbol(WeightTerm(view, numbers), dims)
+        return Symbol(weight_term(view, numbers), dims)
 
     def run(self, equation: Equation) -> None:
         """Find the symbols of what `equation` defines.
@@ -332,7 +336,7 @@ class Symbols:
         if len(set(axes)) < len(axes):
             raise NotABlock("two axes of one value would have to be the same")
         merged = tuple(d if d is None else self.axes.find(d) for d in dims)
-        return Symbol(FunctionTerm(function, tuple(operands)), merged)
+        return Symbol(function_term(function, *operands), merged)
 
     def _converted(self, equation: Equation) -> Symbol:
         """Return a cast: to a wider type and back, or of truth values to numbers."""
@@ -341,7 +345,7 @@ class Symbols:
         if isinstance(x.term, float):
             return x
         if old == np.dtype(bool) and is_float(new):
-            return Symbol(FunctionTerm("where", (x.term, 1.0, 0.0)), x.dims)
+            return Symbol(function_term("where", x.term, 1.0, 0.0), x.dims)
         if not (is_float(old) and is_float(new)):
             raise NotABlock(f"a cast from {old} to {new} is inside")
         if new.itemsize < self._dtype.itemsize:
@@ -349,7 +353,7 @@ class Symbols:
         if new.itemsize == old.itemsize or isinstance(x.term, WeightTerm | ProductTerm):
             return x
         function = "wide" if new.itemsize > old.itemsize else "narrow"
-        return Symbol(FunctionTerm(function, (x.term,)), x.dims)
+        return Symbol(function_term(function, x.term), x.dims)
 
     def _product(self, equation: Equation) -> Symbol:
         """Return a contraction with a weight over one axis."""
@@ -369,10 +373,10 @@ class Symbols:
         if over[0] is None or over[1] is None:
             raise NotABlock("a product inside sums what is repeated")
         assert isinstance(weight, WeightTerm), "it is a view of a leaf"
-        term: Term = ProductTerm(x, weight, self.axes.unite(over[0], over[1]))
-        self.axes.note(tuple(self.axes.of(term)))
+        term: Term = self.axes.product(x, weight, self.axes.unite(over[0], over[1]))
+        self.axes.note(term.axes)
         if equation.outputs[0].aval.dtype.itemsize > self._dtype.itemsize:
-            term = FunctionTerm("wide", (term,))
+            term = function_term("wide", term)
         pairs = zip(symbols, contracted, strict=True)
         return Symbol(term, tuple(d for s, c in pairs for i, d in enumerate(s.dims) if i != c[0]))
 
@@ -433,14 +437,14 @@ class Symbols:
                 return x
             if id(x) not in memo:
                 if isinstance(x, WeightTerm):
-                    (name,) = (n for n, a in x.axes.items() if self.axes.find(a) == axis)
+                    (name,) = (n for n, a in x.numbers.items() if self.axes.find(a) == axis)
                     view, new = change(x.view, name)
-                    unchanged = {n: a for n, a in x.axes.items() if n != name}
-                    memo[id(x)] = WeightTerm(view, unchanged | new)
+                    unchanged = {n: a for n, a in x.numbers.items() if n != name}
+                    memo[id(x)] = weight_term(view, unchanged | new)
                 elif isinstance(x, ProductTerm):
-                    memo[id(x)] = ProductTerm(changed(x.x), changed(x.weight), x.over)
+                    memo[id(x)] = self.axes.product(changed(x.x), changed(x.weight), x.over)
                 elif isinstance(x, FunctionTerm):
-                    memo[id(x)] = FunctionTerm(x.function, tuple(map(changed, x.operands)))
+                    memo[id(x)] = function_term(x.function, *map(changed, x.operands))
                 else:
                     raise NotABlock("a part of its input is used")
             return memo[id(x)]
@@ -601,8 +605,9 @@ def _run(jaxpr: Jaxpr, name_custom: NameCustom | None) -> tuple[list[InputTerm],
         for position, size in sized:
             if (position, size) not in numbers:
                 numbers[position, size] = axes.new(size)
-        term = InputTerm(tuple(map(numbers.__getitem__, sized)))
-        symbols.values[variable] = Symbol(term, term.axes)
+        dims = tuple(map(numbers.__getitem__, sized))
+        term = InputTerm(frozenset(dims))
+        symbols.values[variable] = Symbol(term, dims)
         inputs.append(term)
     for equation in scope.equations:
         symbols.run(equation)
