@@ -1,7 +1,7 @@
 """Any JAX function: ``from moecc import jax as mx``, then ``mx.convert(loss, params, batch, …)``.
 
-This is a door: what is behind it needs jax and is in the package of the backends, which is loaded
-when a name is first used.
+The functions need jax and are in the package of the backends, which is loaded when a name is first
+used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from moecc.errors import MachineError
 from moecc.support.extras import install_hint
 
 NAMES = ("Conversion", "convert", "graph", "load")
-"""What the door offers."""
+"""The public names."""
 
 __all__ = list(NAMES)
 
@@ -23,11 +23,11 @@ __all__ = list(NAMES)
 def __getattr__(name: str) -> Any:
     if name not in NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(_behind(), name)
+    return getattr(_package(), name)
 
 
-def _behind() -> Any:
-    """Return the package behind the door.
+def _package() -> Any:
+    """Return the package that has the names.
 
     Raises:
       MachineError: jax is not installed, or moecc was installed without its backends.
