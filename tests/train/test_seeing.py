@@ -39,9 +39,9 @@ def test_a_dead_expert_is_seen_once_and_again_after_it_lived() -> None:
     for step in range(1, 3 * DEAD_STEPS + 2):
         alive = step == 2 * DEAD_STEPS - 5
         found += watch(step, metrics(step, [0.5, 0.5 if alive else 0.0, 0.5, 0.0]))
-    first = [a.step for a in found if "expert 1 " in a.what]
+    first = [a.step for a in found if "expert 1 " in a.fault]
     assert first == [DEAD_STEPS, 3 * DEAD_STEPS - 5]
-    assert [a.step for a in found if "expert 3 " in a.what] == [DEAD_STEPS]
+    assert [a.step for a in found if "expert 3 " in a.fault] == [DEAD_STEPS]
     assert {a.layer for a in found} == {"layers.1.ffn"}
 
 
@@ -49,7 +49,7 @@ def test_a_saturated_router_is_seen() -> None:
     watch, found = Watch(), []
     for step in range(1, 40):
         found += watch(step, metrics(step, [0.25] * 4, entropy=0.01))
-    assert [(a.step, "saturated" in a.what) for a in found] == [(SATURATED_STEPS, True)]
+    assert [(a.step, "saturated" in a.fault) for a in found] == [(SATURATED_STEPS, True)]
 
 
 @pytest.fixture
