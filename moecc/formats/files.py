@@ -496,8 +496,13 @@ def check_layout(
         after = f"the last tensor {quoted(last.name)}" if last.name else "the header"
         fault = f"{surplus:,} bytes after {after} belong to no tensor"
     if fault:
-        expected, found = f"a file of {start_bytes + last.end:,} bytes", f"{size_bytes:,} bytes"
-        problems.add(fault, where=where, expected=expected, found=found, hint=hint)
+        problems.add(
+            fault,
+            where=where,
+            expected=f"a file of {start_bytes + last.end:,} bytes",
+            found=f"{size_bytes:,} bytes",
+            hint=hint,
+        )
 
 
 def is_recordable(name: str) -> bool:

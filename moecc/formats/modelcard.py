@@ -95,7 +95,7 @@ class CardFacts:
       is_sparse: whether the output has experts.
       base_model: the source on the Hub, if known.
       relation: what the output is of it, in the Hub's words.
-      kept: what is kept of the source's card.
+      source_card: the values that are copied from the card of the source.
       engines: a row for each engine: name and version, whether it runs the model, why not.
       serving: what else to know about serving it.
       training: how to train it on.
@@ -119,7 +119,7 @@ class CardFacts:
     is_sparse: bool = True
     base_model: str | None = None
     relation: str = "finetune"
-    kept: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    source_card: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     engines: tuple[tuple[str, bool, str], ...] = ()
     serving: str = ""
     training: str = ""
@@ -166,9 +166,13 @@ def _scalar(value: str) -> str:
 
 def _front_matter(facts: CardFacts) -> str:
     lines = ["---"]
-    lines += [f"{key}: {_scalar(facts.kept[key][0])}" for key in SCALARS if key in facts.kept]
-    for key in (key for key in LISTS if key in facts.kept):
-        lines += [f"{key}:", *(f"- {_scalar(value)}" for value in facts.kept[key])]
+    lines += [
+        f"{key}: {_scalar(facts.source_card[key][0])}"
+        for key in SCALARS
+        if key in facts.source_card
+    ]
+    for key in (key for key in LISTS if key in facts.source_card):
+        lines += [f"{key}:", *(f"- {_scalar(value)}" for value in facts.source_card[key])]
     if facts.base_model:
         lines += ["base_model:", f"- {_scalar(facts.base_model)}"]
         lines += [f"base_model_relation: {facts.relation}"]

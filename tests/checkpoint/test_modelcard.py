@@ -48,14 +48,14 @@ def test_a_licence_is_never_invented():
     assert "license" not in model_card(FACTS)
     licence = {"license": "other", "license_name": "my licence: v1", "license_link": "LICENSE"}
     kept = {key: (value,) for key, value in licence.items()}
-    card = model_card(dataclasses.replace(FACTS, kept=kept, base_model="me/tiny"))
+    card = model_card(dataclasses.replace(FACTS, source_card=kept, base_model="me/tiny"))
     assert 'license: other\nlicense_name: "my licence: v1"\nlicense_link: LICENSE\n' in card
     assert "base_model:\n- me/tiny\nbase_model_relation: finetune\n" in card
 
 
 def test_language_and_data_sets_are_kept():
     kept = {"language": ("en", "no"), "datasets": ("me/text",)}
-    card = model_card(dataclasses.replace(FACTS, kept=kept))
+    card = model_card(dataclasses.replace(FACTS, source_card=kept))
     assert 'language:\n- en\n- "no"\ndatasets:\n- me/text\n' in card
 
 
@@ -88,7 +88,7 @@ def test_foreign_words_cannot_break_out_of_their_place():
     evil = "x`\n# <script>alert(1)</script>\x1b[31m \u202e"
     facts = dataclasses.replace(
         FACTS, title=evil, command=evil, receipt=(evil,), notes=(evil,), base_model=evil,
-        kept={"license": ("mit\nevil: true",)}, digests={evil: "0" * 64},
+        source_card={"license": ("mit\nevil: true",)}, digests={evil: "0" * 64},
     )  # fmt: skip
     card = model_card(facts)
     assert "\x1b" not in card
