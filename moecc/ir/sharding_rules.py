@@ -30,7 +30,7 @@ class Space:
       operands: for each operand, the dimensions of its axes.
       result: the dimensions of the axes of every result.
       summed: dimensions that it sums over; if one is sharded, the result is unreduced.
-      whole: dimensions that must not be sharded.
+      unsharded: dimensions that must not be sharded.
       counts: numbers that the shards of a dimension must divide, and what they count.
       shape_only: whether it reads only the axes of its operands, and no element.
     """
@@ -38,7 +38,7 @@ class Space:
     operands: tuple[Names, ...]
     result: Names
     summed: frozenset[str] = frozenset()
-    whole: frozenset[str] = frozenset()
+    unsharded: frozenset[str] = frozenset()
     counts: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     shape_only: bool = False
 
@@ -60,7 +60,7 @@ def space_of(entry: ShardedEntry, operands: Sequence[Operand], attrs: Attrs) -> 
     if entry.sharding is not None:
         return entry.sharding(entry, operands, attrs)
     names = tuple({n: f"{i}.{n}" for n in v.type.names} for i, v in enumerate(operands))
-    return Space(names, {}, whole=frozenset(d for n in names for d in n.values()))
+    return Space(names, {}, unsharded=frozenset(d for n in names for d in n.values()))
 
 
 class NamedType(NamedTuple):
@@ -134,7 +134,7 @@ def _dimensions(
             dimension = names.get(axis.name)
             if dimension is None:
                 continue
-            if axis.mesh and dimension in space.whole:
+            if axis.mesh and dimension in space.unsharded:
                 raise InputError(
                     f"{entry.name} does not accept a sharded axis {axis.name!r} of %{value.name}",
                     expected=axis.name,

@@ -159,17 +159,17 @@ class Role(Enum):
 
 @dataclass(frozen=True)
 class Product:
-    """The size `whole` is the product of the sizes `parts`."""
+    """A size that is the product of the sizes `parts`."""
 
-    whole: Size
+    size: Size
     parts: tuple[Size, ...]
 
 
 @dataclass(frozen=True)
 class Cut:
-    """The size `whole` is cut at the positions `ends`."""
+    """A size that is cut at the positions `ends`."""
 
-    whole: Size
+    size: Size
     ends: tuple[int, ...]
 
 

@@ -184,9 +184,9 @@ def _constraints(graph: Graph) -> tuple[set[int], dict[int, set[Form]]]:
             # A part of size 1 makes the whole equal to another part, which then is the same number.
             parts = tuple(p for p in map(_number, rule.parts) if p > 1)
             if len(parts) > 1:
-                forms.setdefault(_number(rule.whole), set()).add((1, parts))
+                forms.setdefault(_number(rule.size), set()).add((1, parts))
         elif isinstance(rule, Cut):
-            size = _number(rule.whole)
+            size = _number(rule.size)
             cuts[size] = gcd(cuts.get(size, size), *rule.ends)
         pinned.update(_pinned(node))
     for size, unit in cuts.items():

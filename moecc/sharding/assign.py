@@ -232,7 +232,7 @@ class Assigner:
           InputError: a rule that is not optional does not divide.
         """
         dimensions = {
-            name: Dimension(axes, name not in site.space.whole)
+            name: Dimension(axes, name not in site.space.unsharded)
             for name, axes in site.dimensions.items()
         }
         for axis, numbers in cuts.items():

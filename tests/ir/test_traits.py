@@ -137,11 +137,11 @@ def _sizes(entry: OpDef) -> None:
         assert rule is None
     elif prod(before) == prod(after):
         assert isinstance(rule, Product)
-        assert rule.whole == prod(int(str(p)) for p in rule.parts)
+        assert rule.size == prod(int(str(p)) for p in rule.parts)
     else:
         assert isinstance(rule, Cut)
         size, made = next((a, b) for a, b in zip(before, after, strict=True) if a != b)
-        assert (rule.whole, rule.ends[1] - rule.ends[0]) == (size, made)
+        assert (rule.size, rule.ends[1] - rule.ends[0]) == (size, made)
 
 
 def _attributes(entry: OpDef) -> None:

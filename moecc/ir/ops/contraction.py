@@ -110,7 +110,7 @@ class ContractOp(ProductOp):
 def _windows(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Axes of one name are one dimension; windows overlap, so what they run along stays whole."""
     unsplit = frozenset((*attrs["along"], *attrs["taps"]))
-    return Space(*named_dimensions(operands), summed=frozenset(attrs["over"]), whole=unsplit)
+    return Space(*named_dimensions(operands), summed=frozenset(attrs["over"]), unsharded=unsplit)
 
 
 @operation(

@@ -171,7 +171,7 @@ def named_dimensions(operands: Sequence[Operand]) -> tuple[tuple[Names, ...], di
 
 def by_name(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Axes of one name are one dimension; mixed axes must not be sharded."""
-    return Space(*named_dimensions(operands), whole=frozenset(entry.mixes(operands, attrs)))
+    return Space(*named_dimensions(operands), unsharded=frozenset(entry.mixes(operands, attrs)))
 
 
 def by_place(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
@@ -216,7 +216,7 @@ def merged(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Sp
     axes = _identity(operands[0].type.names)
     first, *others = attrs["axes"]
     result = {n: d for n, d in axes.items() if n not in attrs["axes"]}
-    return Space((axes,), {**result, attrs["into"]: first}, whole=frozenset(others))
+    return Space((axes,), {**result, attrs["into"]: first}, unsharded=frozenset(others))
 
 
 def along_axis(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
@@ -257,7 +257,7 @@ def numbered(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> 
     names = tuple(_tokens(v.type.names, tokens) for v in operands)
     every = {n: d for axes in names for n, d in axes.items()}
     counts = {} if attrs["group_size"] else {"group": ("groups", attrs["groups"])}
-    return Space(names, every, whole=frozenset(every.values()) - {"group"}, counts=counts)
+    return Space(names, every, unsharded=frozenset(every.values()) - {"group"}, counts=counts)
 
 
 def received(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
@@ -265,7 +265,7 @@ def received(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> 
     # Where the counts lie is checked by the operation: of all that a device exchanges with.
     names = tuple(_tokens(v.type.names, attrs["tokens"]) for v in operands[:2])
     every = {n: d for axes in names for n, d in axes.items()}
-    return Space((*names, {}), every, whole=frozenset(every.values()) - {"group"})
+    return Space((*names, {}), every, unsharded=frozenset(every.values()) - {"group"})
 
 
 def dispatched(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
@@ -275,14 +275,14 @@ def dispatched(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -
     routing = {d for axes in names[1:] for d in axes.values()}
     result = {n: d for n, d in names[0].items() if n not in tokens}
     unsplit = frozenset((routing | set(tokens)) - {"group"})
-    return Space(names, {**result, "group": "group"}, whole=unsplit)
+    return Space(names, {**result, "group": "group"}, unsharded=unsplit)
 
 
 def gates_dispatched(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Groups of tokens become groups of gates; nothing else of a choice may be sharded."""
     names = tuple(_tokens(v.type.names, _tokens_of(operands[-1])) for v in operands)
     every = {d for axes in names for d in axes.values()}
-    return Space(names, {"group": "group"}, whole=frozenset(every - {"group"}))
+    return Space(names, {"group": "group"}, unsharded=frozenset(every - {"group"}))
 
 
 def combined(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
@@ -294,4 +294,4 @@ def combined(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> 
     unsplit = frozenset({"slot", *(d for r in routing for d in r.values())} - {"group", "expert"})
     result = {n: n for n in rows.type.names if n not in ("group", "expert", "slot")}
     result |= {n: d for n, d in routing[1].items() if n in tokens}
-    return Space((axes, *routing), result, summed=frozenset(["expert"]), whole=unsplit)
+    return Space((axes, *routing), result, summed=frozenset(["expert"]), unsharded=unsplit)
