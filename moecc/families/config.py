@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
-from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, dataclass_transform
 
 from moecc.errors import InputError
 from moecc.families.names import EngineReading, GgufFacts, MaxTextFacts, TensorNames
@@ -21,7 +21,9 @@ from moecc.families.reader import (
     shown,
 )
 from moecc.support.untyped import Json, JsonDict
-from moecc.weights.expr import Expr
+
+if TYPE_CHECKING:
+    from moecc.weights.expr import Expr
 
 ACTIVATIONS: Mapping[str, str] = {
     "silu": "silu",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from moecc.families.config import (
     CAUSAL,
@@ -25,7 +25,9 @@ from moecc.families.reader import (
     KeyProblem,
     key_problem,
 )
-from moecc.ir.conventions import Gates
+
+if TYPE_CHECKING:
+    from moecc.ir.conventions import Gates
 
 STACKS = ("encoder", "decoder")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from moecc.families.config import ModelConfig, config_class, number
 from moecc.families.decoder import ATTENTION_BIASES
@@ -12,9 +13,9 @@ from moecc.families.names import EngineReading, TensorNames
 from moecc.families.reader import KeyProblem, Reader, key_problem
 from moecc.families.rope import RopeConfig
 from moecc.support.untyped import JsonDict
-from moecc.types import F32, tensor
-from moecc.weights.expr import Expr, Full
-from moecc.weights.movement import Merge, Stack
+
+if TYPE_CHECKING:
+    from moecc.weights.expr import Expr
 
 USUAL_ROPE = RopeConfig(
     theta=150_000.0,
@@ -125,6 +126,10 @@ class GptOssConfig(MoeConfig):
         config, tensors = super().completed()
         if not self.plain:
             return config, tensors
+        from moecc.types import F32, tensor
+        from moecc.weights.expr import Full
+        from moecc.weights.movement import Merge, Stack
+
         count, width, names = self.num_experts, self.intermediate_size, self.names
         half = tensor(F32, expert=count, mlp=width)
         turns = Stack((Full(0.0, half), Full(-1.0, half)), "turn", 2)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from moecc.families.config import ModelConfig, config_class, flag, number, size
 from moecc.families.decoder import DEFAULTS, DecoderConfig
 from moecc.families.names import EngineReading
 from moecc.families.reader import COUNT, LAYERS, NEURONS, KeyProblem, Reader, key_problem
-from moecc.ir.conventions import Gates
 from moecc.support.untyped import JsonDict
-from moecc.types import F32, tensor
-from moecc.weights.expr import Expr, Full
+
+if TYPE_CHECKING:
+    from moecc.ir.conventions import Gates
+    from moecc.weights.expr import Expr
 
 # Which layers of a decoder have experts, in every family's spelling.
 #
@@ -241,6 +242,10 @@ class MoeConfig(DecoderConfig):
         """Return the config, and zeros for the routing biases of a family that has them."""
         if not self.has_routing_bias or self.routing_bias:
             return self, {}
+        # Weights import NumPy, which takes longer than everything that reads a config.
+        from moecc.types import F32, tensor
+        from moecc.weights.expr import Full
+
         names = self.names
         axes = {**({"row": 1} if names.routing_bias_rows else {}), "expert": self.num_experts}
         zeros = Full(0.0, tensor(F32, **axes))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from moecc.families.config import config_class, number
 from moecc.families.decoder import ATTENTION_BIASES, DEFAULTS, DecoderConfig
@@ -11,8 +12,10 @@ from moecc.families.mixture import FIXED_GATES_DEFAULTS, ONE_WIDTH, TRANSFORMERS
 from moecc.families.names import EngineReading, GgufFacts, TensorNames
 from moecc.families.reader import KeyProblem, Reader, key_problem
 from moecc.families.rope import ROPE_KEYS, attention_factor
-from moecc.ir.conventions import Gates
 from moecc.support.untyped import JsonDict
+
+if TYPE_CHECKING:
+    from moecc.ir.conventions import Gates
 
 LENGTH_KEY = "original_max_position_embeddings"
 """The length that longrope starts from."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from moecc.families.config import ModelConfig, config_class
 from moecc.families.decoder import ATTENTION_BIASES, DEFAULTS, DecoderConfig
 from moecc.families.mixture import MOE_DEFAULTS, TRANSFORMERS, MoeConfig
 from moecc.families.names import EngineReading, GgufFacts, MaxTextFacts
-from moecc.types import F32, tensor
-from moecc.weights.expr import Expr, Full
+
+if TYPE_CHECKING:
+    from moecc.weights.expr import Expr
 
 
 @config_class
@@ -76,6 +78,9 @@ class Qwen2MoeConfig(MoeConfig):
         config, tensors = super().completed()
         if self.qkv_bias:
             return config, tensors
+        from moecc.types import F32, tensor
+        from moecc.weights.expr import Full
+
         kv_heads = self.num_key_value_heads
         for layer in range(self.num_hidden_layers):
             prefix = self.names.layer.format(layer=layer)

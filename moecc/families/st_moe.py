@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from moecc.families.config import ModelConfig, choice, config_class, number, size
 from moecc.families.encdec import ENCDEC_DEFAULTS, STACKS, EncDecConfig, Experts
 from moecc.families.reader import COUNT, TOKEN_KEYS, VOCABULARY, KeyProblem, Reader, key_problem
-from moecc.ir.conventions import Gates
 from moecc.support.untyped import JsonDict
+
+if TYPE_CHECKING:
+    from moecc.ir.conventions import Gates
 
 FAMILY = "st_moe"
 
