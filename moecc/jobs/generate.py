@@ -72,37 +72,6 @@ class Continuing:
         self.sampling.check()
 
 
-def continue_tokens(
-    model: Model,
-    tokens: Sequence[int],
-    count: int,
-    *,
-    dtype: DType = F32,
-    temperature: float = 0.0,
-    seed: int = 0,
-    backend: Backend | None = None,
-    stop: frozenset[int] = frozenset(),
-) -> Iterator[int]:
-    """Yield up to `count` tokens that follow `tokens`, ending before one of `stop`.
-
-    Args:
-      model: the model, a decoder.
-      tokens: the prompt, not empty.
-      count: the most tokens to add.
-      dtype: the type to compute in.
-      temperature: 0 takes the likeliest token, and larger values draw one.
-      seed: of the draws.
-      backend: the backend; xla by default.
-      stop: tokens that end the text.
-
-    Raises: as `continue_texts`.
-    """
-    how = Continuing(count, Sampling(temperature, seed=seed), stop, dtype)
-    for (token,) in continue_texts(model, [tokens], how, backend=backend):
-        if token is not None:
-            yield token
-
-
 def continue_texts(
     model: Model,
     prompts: Sequence[Sequence[int]],

@@ -21,7 +21,7 @@ from moecc.ir.moe import (
     emit_rescaled,
     emit_soft_slots,
 )
-from moecc.model.initialise import flaxformer_groups, split_into_groups, updated_bias
+from moecc.model.initialise import updated_bias
 from moecc.testing import run_reference
 from moecc.types import KEY
 
@@ -154,42 +154,6 @@ def test_the_priority_is_the_largest_probability() -> None:
 
 
 # --- rules beside the graph
-
-
-@pytest.mark.parametrize(
-    ("tokens", "size", "multiple", "expected"),
-    [(5008, 1024, 4, (4, 1252)), (1048576, 1024, 16, (1024, 1024)), (100, 1024, 1, (1, 100))],
-)
-def test_groups_of_mesh_tensorflow(
-    tokens: int, size: int, multiple: int, expected: tuple[int, int]
-) -> None:
-    assert split_into_groups(tokens, size, multiple) == expected
-
-
-@pytest.mark.parametrize(
-    ("size", "experts", "expected"), [(8, 2, 4), (9, 2, 4), (16, 4, 8), (32, 2, 2), (64, 2, 2)]
-)
-def test_groups_of_flaxformer(size: int, experts: int, expected: int) -> None:
-    """Its own unit test, of 32 tokens; that with four experts has two replicas."""
-    assert flaxformer_groups(32, size, experts, 2 if experts == 4 else 1) == expected
-
-
-def test_tokens_that_no_groups_divide() -> None:
-    with pytest.raises(InputError, match="pad the batch"):
-        split_into_groups(7, 4, 2)
-    with pytest.raises(InputError, match="pad the batch"):
-        flaxformer_groups(7, 4, 2)
-
-
-@given(st.integers(1, 4000), st.integers(1, 512), st.sampled_from([1, 2, 4, 8]))
-def test_groups_divide_the_tokens_and_the_devices_divide_the_groups(
-    tokens: int, size: int, devices: int
-) -> None:
-    tokens *= devices
-    count, each = split_into_groups(tokens, size, devices)
-    assert count * each == tokens
-    assert count % devices == 0
-    assert count >= max(1, tokens // size)
 
 
 def test_the_bias_moves_towards_the_idle() -> None:
