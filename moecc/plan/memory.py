@@ -173,7 +173,7 @@ CHUNK_PARTS = 3
 
 
 @dataclass(frozen=True)
-class DeviceMemory:
+class StepMemory:
     """Bytes of one device.
 
     Attributes:
@@ -230,7 +230,7 @@ class DeviceMemory:
 
 def memory(
     work: Workload, config: StepConfig, strategy: Strategy, local: Sharding, kind: str
-) -> DeviceMemory:
+) -> StepMemory:
     """Return the memory of one device.
 
     Args:
@@ -264,7 +264,7 @@ def memory(
     again = train and strategy.remat != "none"
     has_stacks = len({layer.name for layer in work.layers}) > 1
     head, head_gradient = _head(work, local, config)
-    return DeviceMemory(
+    return StepMemory(
         parameters=every * wide,
         gradients=trained * gradient_width if train else 0.0,
         copies=of_layers * width if width < wide and not train else 0.0,

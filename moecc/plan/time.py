@@ -21,7 +21,7 @@ from moecc.plan.collectives import (
     sparse_rows,
 )
 from moecc.plan.machines import Machine, efficiency
-from moecc.plan.memory import DeviceMemory, Sharded, Sharding, Values, memory, optimizer_bytes
+from moecc.plan.memory import Sharded, Sharding, StepMemory, Values, memory, optimizer_bytes
 from moecc.plan.parts import Part, PlannedAttention, Step, passes_of_products
 from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.workload import Workload
@@ -150,7 +150,7 @@ class Estimate:
     """
 
     strategy: Strategy
-    memory: DeviceMemory
+    memory: StepMemory
     parts: tuple[PartCost, ...]
     model_flops: float
     machine: Machine
@@ -221,7 +221,7 @@ class Estimator:
         self._sharded: dict[Layout, Sharded] = {}
         self._values: dict[tuple[Layout, float], Values] = {}
 
-    def memory(self, strategy: Strategy) -> DeviceMemory:
+    def memory(self, strategy: Strategy) -> StepMemory:
         """Return the memory of a device."""
         local = self._sharding(strategy.layout, self._row_factor(strategy, buffer=True))
         return memory(self.work, self.config, strategy, local, self.machine.kind)
@@ -243,7 +243,7 @@ class Estimator:
         rows = sparse_rows(part, self.work, strategy, self._sharding(strategy.layout))
         return rows.buffer_rows(strategy.via) / rows.rows if buffer else rows.factor(strategy.via)
 
-    def estimate(self, strategy: Strategy, needed: DeviceMemory | None = None) -> Estimate:
+    def estimate(self, strategy: Strategy, needed: StepMemory | None = None) -> Estimate:
         """Return what a step costs under `strategy`.
 
         Args:
