@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import combinations, islice, product
+from itertools import islice, product
 from math import prod
 
 from moecc.weights.expr import Box, Expr, Source
@@ -365,9 +365,14 @@ def _refuse_shared(survey: Survey) -> bool:
             parts[view.leaf.name].append((view.box(iteration), key))
     shared: set[BlockKey] = set()
     for boxes in parts.values():
-        for (box, key), (another, user) in combinations(boxes, 2):
-            if key != user and _meet(box, another):
-                shared |= {key, user}
+        boxes.sort(key=lambda part: part[0])
+        for i, (box, key) in enumerate(boxes):
+            for another, user in islice(boxes, i + 1, None):
+                # Sorted by where they start: none behind this one starts within the box.
+                if box and another[0][0] >= box[0][1]:
+                    break
+                if key != user and _meet(box, another):
+                    shared |= {key, user}
     sites = [site for site in survey.sites if not shared.isdisjoint(site.keys)]
     for site in sites:
         survey.refuse(site, f"another block uses its weights in another way: {_SEPARATE}")
