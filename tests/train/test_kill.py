@@ -70,7 +70,7 @@ def same(run: Path, whole: Path) -> None:
     ours, theirs = saved_steps(run)[-1], saved_steps(whole)[-1]
     assert ours.number == theirs.number
     first, second = StateReader(ours.state), StateReader(theirs.state)
-    for name in ours.facts["tensors"]:
+    for name in ours.facts.tensors:
         for key in (f"params.{name}", f"moments.m.{name}", f"moments.v.{name}"):
             np.testing.assert_array_equal(first.read(key), second.read(key))
 

@@ -86,7 +86,7 @@ def test_a_resumed_run_is_the_run_that_was_not_killed(folder: Path, call: Any, s
     assert call("train", "--resume", run)[0] == 0
     assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     for ours, theirs in zip(saved_steps(run), saved_steps(whole), strict=True):
-        assert ours.facts["tensors"] == theirs.facts["tensors"]
+        assert ours.facts.tensors == theirs.facts.tensors
     assert call("verify", run, "--against", whole)[0] == 0
     assert call("verify", run)[0] == 0
 
@@ -303,7 +303,7 @@ def test_doubles_are_trained_and_evaluated_as_doubles(
     sets = [word for one in wide for word in ("--set", one)]
     code, _, err = call("train", folder / "recipe.toml", "--out", run, *sets)
     assert (code, "Warning" in err) == (0, False), err
-    assert {t["dtype"] for t in saved_steps(run)[-1].facts["tensors"].values()} == {"f64"}
+    assert {t.dtype for t in saved_steps(run)[-1].facts.tensors.values()} == {"f64"}
     held = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["held_out"]["heldout"]
     losses = {}
     for dtype in ("f32", "f64"):
