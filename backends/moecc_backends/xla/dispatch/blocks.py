@@ -308,7 +308,7 @@ class LayerArrays(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ExpertLayer:
+class BlockwiseLayer:
     """The experts of a routing.
 
     Attributes:
@@ -435,7 +435,7 @@ def has_gradient_by_block(inputs: LayerArrays) -> bool:
     return all(a.dtype.itemsize >= 4 and not varies(a) for a in floats)
 
 
-def forward(layer: ExpertLayer, inputs: LayerArrays) -> tuple[Array, Residuals]:
+def forward(layer: BlockwiseLayer, inputs: LayerArrays) -> tuple[Array, Residuals]:
     """Return what each token gets, and what the gradient needs."""
     outside = layer.outside(inputs)
 
@@ -457,7 +457,7 @@ def forward(layer: ExpertLayer, inputs: LayerArrays) -> tuple[Array, Residuals]:
     return layer.combined(inputs, rows), (inputs, rows, every.products)
 
 
-def backward(layer: ExpertLayer, residuals: Residuals, d_total: Array) -> tuple[LayerArrays]:
+def backward(layer: BlockwiseLayer, residuals: Residuals, d_total: Array) -> tuple[LayerArrays]:
     """Return the cotangents of what a layer is given."""
     inputs, rows, products = residuals
     _, pull = jax.vjp(lambda r, g: layer.combined(inputs._replace(gates=g), r), rows, inputs.gates)
@@ -505,7 +505,7 @@ def backward(layer: ExpertLayer, residuals: Residuals, d_total: Array) -> tuple[
 
 
 def dispatched(
-    layer: ExpertLayer, outside: Mapping[Value, Named], layout: DispatchLayout
+    layer: BlockwiseLayer, outside: Mapping[Value, Named], layout: DispatchLayout
 ) -> dict[Value, Rows]:
     """Return the rows that are gathered from tokens, in a layout."""
     moved = {
@@ -515,7 +515,7 @@ def dispatched(
 
 
 def _of_tokens(
-    layer: ExpertLayer, inputs: LayerArrays, d_moved: Sequence[Array]
+    layer: BlockwiseLayer, inputs: LayerArrays, d_moved: Sequence[Array]
 ) -> dict[Value, Array]:
     """Return the cotangents of tokens, of those of the rows that were gathered from them."""
     outside, layout = layer.outside(inputs), layer.layout(inputs)
@@ -595,7 +595,7 @@ class ExpertBlocks(Deferral):
         assert isinstance(rows, DeferredRows), "`permute` makes no rows"
         sorted_rows = SortedRows.of(self.routing, grouped_matmul)
         outside = rows.outside()
-        layer = ExpertLayer(rows, outside, sorted_rows, parts_of(rows, outside))
+        layer = BlockwiseLayer(rows, outside, sorted_rows, parts_of(rows, outside))
         routing = self.routing
         inputs = LayerArrays(
             (
@@ -615,7 +615,7 @@ class ExpertBlocks(Deferral):
         return ExpertBlocks(self.routing.of_experts(first, count))
 
 
-def _with_gradient(layer: ExpertLayer, inputs: LayerArrays) -> Array:
+def _with_gradient(layer: BlockwiseLayer, inputs: LayerArrays) -> Array:
     if not layer.like.routing.num_choices:
         return layer.at_once(inputs)
     differentiable = jax.custom_vjp(layer.by_block)
