@@ -529,8 +529,13 @@ def operation(name: str, operands: str = "", **traits: Any) -> Callable[[D], D]:
 
     def declare(declared: D) -> D:
         # Texts print attributes in this order: one declared again stays where it was.
-        fields = {n: a for c in reversed(declared.__mro__) for n, a in vars(c).items()}
-        attrs = {n: a for n, a in fields.items() if isinstance(a, Attr)}
+        attrs: dict[str, Attr] = {}
+        for cls in reversed(declared.__mro__):
+            for key, member in vars(cls).items():
+                if isinstance(member, Attr):
+                    attrs[key] = member
+                else:
+                    attrs.pop(key, None)
         columns: dict[str, Any] = {
             "doc": declared.__doc__,
             "infer": lambda values, attrs: declared(attrs).infer(*values),

@@ -27,8 +27,8 @@ class Operations(ABC):
         x: Value,
         /,
         *,
-        mesh: str | tuple[str, ...],
         axis: str,
+        mesh: str | tuple[str, ...],
         name: str | None = None,
     ) -> Value: ...
     def all_reduce(
@@ -487,8 +487,8 @@ class Operations(ABC):
         x: Value,
         /,
         *,
-        mesh: str | tuple[str, ...],
         axis: str,
+        mesh: str | tuple[str, ...],
         name: str | None = None,
     ) -> Value: ...
     def relative_buckets(
@@ -631,8 +631,8 @@ class Operations(ABC):
         x: Value,
         /,
         *,
-        mesh: str | tuple[str, ...],
         axis: str,
+        mesh: str | tuple[str, ...],
         name: str | None = None,
     ) -> Value: ...
     def sigmoid(
