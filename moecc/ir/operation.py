@@ -529,7 +529,7 @@ def operation(name: str, operands: str = "", **traits: Any) -> Callable[[D], D]:
 
     def declare(declared: D) -> D:
         # Texts print attributes in this order: one declared again stays where it was.
-        attrs: dict[str, Attr] = {}
+        attrs: dict[str, Attr[Any]] = {}
         for cls in reversed(declared.__mro__):
             for key, member in vars(cls).items():
                 if isinstance(member, Attr):
