@@ -71,11 +71,11 @@ def drawn(config: dict[str, object]) -> Any:
     import jax.numpy as jnp
 
     from moecc.model.initialise import initialise
-    from moecc.model.open import Model
+    from moecc.model.open import OpenedModel
 
     graph = graph_of(config)
     initialise(graph)
-    return {n: jnp.asarray(a) for n, a in Model(graph, "drawn").params().items()}
+    return {n: jnp.asarray(a) for n, a in OpenedModel(graph, "drawn").params().items()}
 
 
 def compare(name: str, kind: str, args: argparse.Namespace) -> dict[str, object]:

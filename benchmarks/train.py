@@ -203,7 +203,7 @@ def made(name: str, work: Path) -> str:
         from moecc.families import build
         from moecc.families.registry import parse_config
         from moecc.model.initialise import initialise
-        from moecc.model.open import Model
+        from moecc.model.open import OpenedModel
         from moecc.weights.expr import sources
 
         dense.mkdir()
@@ -212,7 +212,7 @@ def made(name: str, work: Path) -> str:
         names = {n: sources(p.weight)[0].name for n, p in graph.params.items() if p.weight}
         initialise(graph)
         arrays = {names[n]: np.ascontiguousarray(a)
-                  for n, a in Model(graph, "drawn").params().items()}  # fmt: skip
+                  for n, a in OpenedModel(graph, "drawn").params().items()}  # fmt: skip
         save_file(arrays, dense / "model.safetensors", metadata={"format": "pt"})
     if name == "dense":
         return str(dense)

@@ -37,7 +37,7 @@ from moecc.families import build
 from moecc.families.registry import parse_config
 from moecc.ir.graph import Graph
 from moecc.model.initialise import initialise
-from moecc.model.open import Model
+from moecc.model.open import OpenedModel
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
@@ -236,7 +236,7 @@ class Trainer:
 
     def train(self, run: Run) -> Run:
         """Train, and fill in what was measured."""
-        model = Model(sparse_graph(self._setting, "train", run.seed), "sparse")
+        model = OpenedModel(sparse_graph(self._setting, "train", run.seed), "sparse")
         params = {name: jnp.asarray(array) for name, array in model.params().items()}
         state, rng = self._optimiser.init(params), np.random.default_rng(run.seed)
         history: list[Mapping[str, Any]] = []

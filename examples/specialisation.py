@@ -35,7 +35,7 @@ from moecc.decoding import ReadOnce
 from moecc.errors import InputError
 from moecc.jobs.generate import load_tokenizer
 from moecc.model.inputs import longest
-from moecc.model.open import Model, open_model
+from moecc.model.open import OpenedModel, open_model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
@@ -89,7 +89,7 @@ def run(source: Path | None, path: Path | None, tokens: int, seed: int, out: Pat
         write(out / "specialisation.json", layers, tokenizer, text, drawn)
 
 
-def add_trace(model: Model, seed: int) -> bool:
+def add_trace(model: OpenedModel, seed: int) -> bool:
     """Trace the routers of `model`; return whether they had to be made first."""
     drawn = not any(node.op.name == "assign_slots" for node in model.graph)
     pipeline = f"{UPCYCLE},{TRACE}" if drawn else TRACE
@@ -115,7 +115,7 @@ def windows(tokenizer: Tokenizer, text: Text, count: int, seq: int) -> Array:
     return np.stack([ids[start : start + seq] for start in starts])
 
 
-def trace(model: Model, ids: Array) -> list[RoutedTokens]:
+def trace(model: OpenedModel, ids: Array) -> list[RoutedTokens]:
     """Run `model` on windows ``[window, seq]``, and return where the tokens went, by layer.
 
     Raises:

@@ -31,7 +31,7 @@ from moecc.errors import CheckError, InputError
 from moecc.formats.manifest import MANIFEST_NAME
 from moecc.jobs.convert import plan, write
 from moecc.jobs.generate import load_tokenizer
-from moecc.model.open import Model, open_model
+from moecc.model.open import OpenedModel, open_model
 from moecc.pipeline.text import Pipeline
 from moecc.support.text import count_text, size_text
 
@@ -128,7 +128,7 @@ def embed(folder: Path, sentences: Sequence[str]) -> Array:
     return means / lengths
 
 
-def encode(model: Model, sentences: Sequence[str]) -> Mapping[str, Array]:
+def encode(model: OpenedModel, sentences: Sequence[str]) -> Mapping[str, Array]:
     """Return the tokens of each sentence and the mask of those that are no padding."""
     with load_tokenizer(model) as tokenizer:
         lines = tokenizer.encode_all(sentences)

@@ -35,8 +35,7 @@ from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.jobs.convert import Conversion, plan, write
 from moecc.model.initialise import add_statistics, reads_small
-from moecc.model.open import Model as OpenModel
-from moecc.model.open import Params, add_branches, open_model
+from moecc.model.open import OpenedModel, Params, add_branches, open_model
 from moecc.pipeline.passes import EXACT, Context, Preserves, Statistics, weakest
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
@@ -208,7 +207,7 @@ class Model(Closing):
       statistics: what was captured of the source's values, if anything.
     """
 
-    opened: OpenModel
+    opened: OpenedModel
     pipeline: Pipeline = NOTHING
     seed: int = 0
     rewritten: Graph | None = None
@@ -416,7 +415,7 @@ class Model(Closing):
         from moecc.jobs.conversion import plan
 
         to, check = family_text(to), flag("check", check)
-        fresh = OpenModel(clone(self.opened.graph), self.name, self.opened.checkpoint)
+        fresh = OpenedModel(clone(self.opened.graph), self.name, self.opened.checkpoint)
         return plan(
             fresh, self.pipeline, to, dtype=dtype_of(dtype), seed=self.seed,
             allow_unmatched=self.allow_unmatched, check=check, statistics=self.statistics,
@@ -481,16 +480,16 @@ class Model(Closing):
         return Continuer(self.model)
 
     @property
-    def model(self) -> OpenModel:
+    def model(self) -> OpenedModel:
         """The source with the graph after all passes, as tasks take it."""
-        return OpenModel(self.graph, self.name, self.opened.checkpoint)
+        return OpenedModel(self.graph, self.name, self.opened.checkpoint)
 
 
 # Write parameters that a loop of one's own trained, as a checkpoint with manifest and card.
 
 
 def write_params(
-    model: Model | OpenModel | str | os.PathLike[str],
+    model: Model | OpenedModel | str | os.PathLike[str],
     params: Mapping[str, Json],
     folder: str | os.PathLike[str],
     *,
@@ -516,7 +515,7 @@ def write_params(
     """
     if not isinstance(params, Mapping):
         raise UsageError("parameters are arrays by name", found=type(params).__name__)
-    opened = model if isinstance(model, OpenModel) else open(model).model
+    opened = model if isinstance(model, OpenedModel) else open(model).model
     path, target, element_type = folder_text(folder), family_text(to), dtype_of(dtype)
     force = flag("force", force)
     if opened.checkpoint is None:
@@ -528,7 +527,7 @@ def write_params(
     for name, param in graph.params.items():
         stored = TensorType(checkpoint.tensors[name].dtype, param.type.bare.axes)
         param.weight = Source(name, stored)
-    planned = plan(OpenModel(graph, opened.name, checkpoint), NOTHING, target, dtype=element_type)
+    planned = plan(OpenedModel(graph, opened.name, checkpoint), NOTHING, target, dtype=element_type)
     return write(planned, path, force=force)
 
 

@@ -27,7 +27,7 @@ from moecc.ir.traits import (
     Cost,
     Domain,
     Homogeneity,
-    Index,
+    IndexOperand,
     LocalRule,
     Residual,
     Role,
@@ -327,7 +327,7 @@ class OpDef:
     sharding: Rule | None = None
     local: LocalRule | None = None
     sizes: SizeRule | None = None
-    index: Index | None = None
+    index: IndexOperand | None = None
     chooses: bool = False
     assigns_slots: bool = False
     moves: RowMove | None = None

@@ -184,7 +184,7 @@ IndexRule = Callable[[Definition], "Size"]
 
 
 @dataclass(frozen=True)
-class Index:
+class IndexOperand:
     """An operand whose integers are indices.
 
     Attributes:

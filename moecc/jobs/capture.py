@@ -27,7 +27,7 @@ from moecc.jobs.command import (
     Spelling,
 )
 from moecc.jobs.evaluate import EvaluationSpec, Tracing, is_token
-from moecc.model.open import Model, open_model
+from moecc.model.open import OpenedModel, open_model
 from moecc.model.statistics import BlockSums, CaptureFacts, ExpertSums, fingerprint, write_capture
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
@@ -186,7 +186,7 @@ def parse_texts(words: Sequence[str]) -> dict[str, str]:
     return paths
 
 
-def _tokens(model: Model, path: str, stack: ExitStack) -> TokenFolder:
+def _tokens(model: OpenedModel, path: str, stack: ExitStack) -> TokenFolder:
     """Return a token folder, which is made of a text that is none."""
     if (Path(path) / TOKEN_FACTS).is_file():
         return open_tokens(path)
@@ -195,7 +195,7 @@ def _tokens(model: Model, path: str, stack: ExitStack) -> TokenFolder:
     return open_tokens(str(folder))
 
 
-def _tokenizer(model: Model) -> str:
+def _tokenizer(model: OpenedModel) -> str:
     """Return the tokenizer of a model, as `open_encoder` takes it; bytes where it has none."""
     if model.checkpoint is None or facts_of(model).tokenizer_digest in (None, BYTES_DIGEST):
         return BYTES
@@ -203,7 +203,7 @@ def _tokenizer(model: Model) -> str:
     return str(tokenizer if isinstance(tokenizer, Path) else model.checkpoint.path)
 
 
-def _traced(model: Model, pipeline: str, at: str) -> Graph:
+def _traced(model: OpenedModel, pipeline: str, at: str) -> Graph:
     run_pipeline(model.graph, Pipeline.parse(pipeline), context=Context())
     traced = clone(model.graph)
     context = Context(allow_unmatched=True)
@@ -217,7 +217,7 @@ def _traced(model: Model, pipeline: str, at: str) -> Graph:
 
 
 def _run(
-    model: Model,
+    model: OpenedModel,
     graph: Graph,
     folders: Sequence[TokenFolder],
     spec: CaptureSpec,

@@ -14,7 +14,7 @@ from moecc.support.console import say, warn
 
 if TYPE_CHECKING:
     from moecc.ir.graph import Graph
-    from moecc.model.open import Model
+    from moecc.model.open import OpenedModel
     from moecc.pipeline.text import Pipeline
 
 
@@ -224,7 +224,7 @@ def graph_text(graph: Graph, path: str | None) -> str:
     return print_graph(graph)
 
 
-def say_weights(model: Model, source: str) -> None:
+def say_weights(model: OpenedModel, source: str) -> None:
     """Say which checkpoint a ``.moe`` file made a command open."""
     if source.endswith(".moe") and model.checkpoint is not None:
         say(f"note: {source} reads the weights of {model.checkpoint.path}")

@@ -14,7 +14,7 @@ from moecc.errors import CheckError, InputError
 from moecc.ir.graph import Graph
 from moecc.jobs.conversion import Plan
 from moecc.model.inputs import default_inputs, first_layers, layer_count
-from moecc.model.open import Model, open_model
+from moecc.model.open import OpenedModel, open_model
 from moecc.support.text import brief, facts_table
 from moecc.types import F32, F64, Array, DType
 
@@ -144,8 +144,8 @@ class ComparisonVerdict:
 
 
 def compare(
-    model: Model,
-    source: Model,
+    model: OpenedModel,
+    source: OpenedModel,
     *,
     inputs: Arrays | None = None,
     tolerance: float = TOLERANCE,
@@ -172,7 +172,7 @@ def compare(
     arrays = default_inputs(source.graph, model.graph) if inputs is None else inputs
     dtype = model.dtype
 
-    def run(which: Model, rounded: DType | None = None) -> Array:
+    def run(which: OpenedModel, rounded: DType | None = None) -> Array:
         program = backend.compile(which.graph, dtype=compute_dtype)
         params = which.params(dtype=compute_dtype, rounded=rounded)
         return program.run(params, arrays)[output]
@@ -193,7 +193,7 @@ def compare(
     )
 
 
-def vocabulary(model: Model) -> int:
+def vocabulary(model: OpenedModel) -> int:
     """Return the vocabulary size of `model`.
 
     Raises:
@@ -284,7 +284,9 @@ def verify_written(planned: Plan, written: Path) -> Verified:
     return _verified(verdict, layers, exact)
 
 
-def _without_rounding(source: Model, rewritten: Model, result: Model) -> ComparisonVerdict:
+def _without_rounding(
+    source: OpenedModel, rewritten: OpenedModel, result: OpenedModel
+) -> ComparisonVerdict:
     """Return the verdict in float64, in which only weights are rounded.
 
     A factor that is no power of two is rounded with the weight: 3 W is no multiple of a rounded W.
@@ -320,5 +322,5 @@ def _budget(graph: Graph) -> int:
     return max(1, layers * MAX_VERIFIED_PARAMETERS // total)
 
 
-def _cut(model: Model, layers: int) -> Model:
+def _cut(model: OpenedModel, layers: int) -> OpenedModel:
     return replace(model, graph=first_layers(model.graph, layers))

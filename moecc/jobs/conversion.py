@@ -16,7 +16,7 @@ from moecc.ir.unroll import unroll
 from moecc.jobs.checks import NOT_CHECKED, Contracts, check_contracts
 from moecc.jobs.targets import AUTO, choose
 from moecc.model.initialise import reads_small
-from moecc.model.open import Model
+from moecc.model.open import OpenedModel
 from moecc.pipeline.passes import Context, Preserves
 from moecc.pipeline.text import Pipeline
 from moecc.support.text import amount, brief, count_text, facts_table, size_text
@@ -54,7 +54,7 @@ class Plan:
       contracts: what the passes were found to keep, on the model at small sizes.
     """
 
-    model: Model
+    model: OpenedModel
     graph: Graph
     pipeline: Pipeline
     preserves: Preserves
@@ -169,7 +169,7 @@ class Plan:
 
 
 def plan(
-    model: Model,
+    model: OpenedModel,
     pipeline: Pipeline,
     target: str,
     *,

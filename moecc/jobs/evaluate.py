@@ -23,7 +23,7 @@ from moecc.jobs.command import (
     SequenceLength,
     Spelling,
 )
-from moecc.model.open import Model, open_model
+from moecc.model.open import OpenedModel, open_model
 from moecc.support.console import Bar
 from moecc.support.text import amount
 from moecc.train.batches import HeldOutBatches, collate, label_rows, open_batches
@@ -162,7 +162,7 @@ def _named(data: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield (name if names.count(name) == 1 else path), path
 
 
-def _score(model: Model, folder: TokenFolder, settings: EvaluationSpec) -> SetScore:
+def _score(model: OpenedModel, folder: TokenFolder, settings: EvaluationSpec) -> SetScore:
     recipe = evaluation_recipe(model.graph, folder, settings)
     check_objective(model.graph, recipe.data.objective)
     graph = eval_graph(model.graph, recipe)
@@ -195,10 +195,10 @@ def evaluation_recipe(graph: Graph, folder: TokenFolder, settings: EvaluationSpe
     return Recipe(ModelSection("model"), data, RunSection(steps=1, dtype=settings.dtype.name))
 
 
-def _scorer(model: Model, graph: Graph, dtype: DType) -> Scorer:
+def _scorer(model: OpenedModel, graph: Graph, dtype: DType) -> Scorer:
     backend = get_backend("xla")
     assert isinstance(backend, ScoringBackend), "the backend xla scores"
-    params = Model(graph, model.name, model.checkpoint).params(dtype=dtype)
+    params = OpenedModel(graph, model.name, model.checkpoint).params(dtype=dtype)
     return backend.scorer(graph, params, dtype=dtype)
 
 
@@ -265,7 +265,9 @@ class Tracing:
     held_out: HeldOutBatches
 
     @classmethod
-    def of(cls, model: Model, graph: Graph, folder: TokenFolder, spec: EvaluationSpec) -> Tracing:
+    def of(
+        cls, model: OpenedModel, graph: Graph, folder: TokenFolder, spec: EvaluationSpec
+    ) -> Tracing:
         """Return the evaluation of `graph`, of `model`, over a folder.
 
         Raises:
@@ -277,7 +279,7 @@ class Tracing:
         return cls(program, next(iter(batches.evaluations.values())))
 
     def run(
-        self, model: Model, wanted: Callable[[str], bool], graph: Graph | None = None
+        self, model: OpenedModel, wanted: Callable[[str], bool], graph: Graph | None = None
     ) -> Iterator[tuple[Mapping[str, Array], Mapping[str, Array], Graph]]:
         """Yield the outputs that are wanted, the batch, and the graph of those outputs.
 
@@ -291,7 +293,7 @@ class Tracing:
             if not wanted(name):
                 bare.drop_output(name)
         program = get_backend("xla").compile(bare)
-        params = ReadOnce(Model(bare, model.name, model.checkpoint).params())
+        params = ReadOnce(OpenedModel(bare, model.name, model.checkpoint).params())
         keys = [n for n, v in bare.inputs.items() if v.type.dtype.kind == "key"]
         for number in range(self.held_out.batches):
             batch = self.held_out.batch(number)

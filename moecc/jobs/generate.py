@@ -33,7 +33,7 @@ from moecc.jobs.command import (
 )
 from moecc.jobs.comparison import vocabulary
 from moecc.model.inputs import longest
-from moecc.model.open import Model
+from moecc.model.open import OpenedModel
 from moecc.tokenizer.process import Tokenizer
 from moecc.types import F32, Array, Arrays, DType
 
@@ -73,7 +73,7 @@ class Continuing:
 
 
 def continue_texts(
-    model: Model,
+    model: OpenedModel,
     prompts: Sequence[Sequence[int]],
     how: Continuing,
     *,
@@ -107,7 +107,7 @@ class Continuer:
     Weights are read, and programs compiled, for the first; they stay in memory for the next.
     """
 
-    def __init__(self, model: Model, backend: Backend | None = None) -> None:
+    def __init__(self, model: OpenedModel, backend: Backend | None = None) -> None:
         self._model = model
         self._backend = backend
         self._readers: dict[tuple[DType, bool], Batch | _Rereader] = {}
@@ -186,7 +186,7 @@ class _Rereader:
         return np.stack([self._program.run(self._params, g)["logits"][0, -1] for g in inputs])
 
 
-def check_prompts(model: Model, prompts: Sequence[Sequence[int]]) -> None:
+def check_prompts(model: OpenedModel, prompts: Sequence[Sequence[int]]) -> None:
     """Raise InputError for prompts without tokens, or with tokens that `model` does not know."""
     size = vocabulary(model)
     problems = [] if prompts else [Problem("there are no prompts", hint=GIVE)]
@@ -202,7 +202,7 @@ def check_prompts(model: Model, prompts: Sequence[Sequence[int]]) -> None:
         raise InputError(problems)
 
 
-def _check_length(model: Model, count: int) -> None:
+def _check_length(model: OpenedModel, count: int) -> None:
     """Raise InputError if `count` tokens are more than a learned table has positions for."""
     most = longest(model.graph)
     # The last token is not read again.
@@ -249,7 +249,7 @@ class Generated:
     whole: str
 
 
-def load_tokenizer(model: Model) -> Tokenizer:
+def load_tokenizer(model: OpenedModel) -> Tokenizer:
     """Return the tokenizer next to the weights of `model`, in a subprocess.
 
     Raises:
@@ -268,7 +268,7 @@ def load_tokenizer(model: Model) -> Tokenizer:
 
 
 def generate_texts(
-    model: Model,
+    model: OpenedModel,
     prompts: Sequence[str],
     how: Continuing,
     *,
@@ -308,7 +308,7 @@ def generate_texts(
 
 
 def _columns(
-    model: Model,
+    model: OpenedModel,
     by: Continuer,
     prompts: Prompts,
     how: Continuing,
@@ -323,7 +323,9 @@ def _columns(
     return columns
 
 
-def _from_encoder(model: Model, by: Continuer, texts: Prompts, how: Continuing) -> list[list[int]]:
+def _from_encoder(
+    model: OpenedModel, by: Continuer, texts: Prompts, how: Continuing
+) -> list[list[int]]:
     """Return what a decoder makes of the texts that its encoder reads.
 
     Without an input that masks padding, texts of different lengths are read one by one.
@@ -341,7 +343,7 @@ def _from_encoder(model: Model, by: Continuer, texts: Prompts, how: Continuing) 
     return _columns(model, by, [first] * len(texts), how, memory)
 
 
-def _check_takes_text(model: Model) -> None:
+def _check_takes_text(model: OpenedModel) -> None:
     check_continues(model.graph, model.name)
     strange = sorted(model.graph.inputs.keys() - {"tokens", "mask", DECODER_TOKENS})
     if strange:
@@ -365,21 +367,21 @@ def _stops(tokenizer: Tokenizer, tokens: Sequence[str]) -> frozenset[int]:
     return frozenset(id for id in ids.values() if id is not None)
 
 
-def end_tokens(model: Model) -> frozenset[int]:
+def end_tokens(model: OpenedModel) -> frozenset[int]:
     """Return the ids that end a text, from the model's config."""
     ends = _config(model).get("eos_token_id")
     ids = ends if isinstance(ends, list) else [ends]
     return frozenset(i for i in ids if isinstance(i, int))
 
 
-def decoder_start(model: Model) -> int:
+def decoder_start(model: OpenedModel) -> int:
     """Return the token that the decoder of an encoder-decoder begins with, from its config."""
     config = _config(model)
     candidates = (config.get(name) for name in ("decoder_start_token_id", "pad_token_id"))
     return next((token for token in candidates if isinstance(token, int)), 0)
 
 
-def _config(model: Model) -> dict[str, object]:
+def _config(model: OpenedModel) -> dict[str, object]:
     return {} if model.checkpoint is None else dict(model.checkpoint.config)
 
 

@@ -10,7 +10,7 @@ from moecc.jobs.command import LoadFamilies, Report, Spelling, say_weights
 from moecc.support.untyped import JsonDict
 
 if TYPE_CHECKING:
-    from moecc.model.open import Model
+    from moecc.model.open import OpenedModel
 
 _SHOWN = 4
 """The number of refused blocks that are shown."""
@@ -43,7 +43,7 @@ def inspect(
     return Report("inspect", data, lambda: inspection_text(data))
 
 
-def inspection(model: Model) -> JsonDict:
+def inspection(model: OpenedModel) -> JsonDict:
     """Return the inspection of `model` as JSON values."""
     from moecc.analysis import find_ffn_blocks
     from moecc.families.describe import CONVENTION, describe, paper_groups

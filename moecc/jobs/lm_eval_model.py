@@ -23,7 +23,7 @@ from moecc.backend import get_backend
 from moecc.decoding import Sampling
 from moecc.errors import InputError, MachineError
 from moecc.jobs.generate import Continuer, Continuing, end_tokens, load_tokenizer
-from moecc.model.open import Model
+from moecc.model.open import OpenedModel
 from moecc.support.untyped import Json
 from moecc.tokenizer.process import Tokenizer
 from moecc.train.scoring import RowScores, Scorer, ScoringBackend
@@ -50,7 +50,7 @@ class HarnessModel:
       dtype: the type of the computation.
     """
 
-    model: Model
+    model: OpenedModel
     tokenizer: Tokenizer
     batch: int = 8
     dtype: DType = F32
@@ -176,7 +176,7 @@ def _padded(
 
 
 @contextmanager
-def lm_eval_model(model: Model, *, batch: int = 8, dtype: DType = F32) -> Iterator[Any]:
+def lm_eval_model(model: OpenedModel, *, batch: int = 8, dtype: DType = F32) -> Iterator[Any]:
     """Yield an ``lm_eval.api.model.LM`` of a decoder.
 
     Args:

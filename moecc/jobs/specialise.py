@@ -27,7 +27,7 @@ from moecc.jobs.command import (
 )
 from moecc.jobs.evaluate import EvaluationSpec, Tracing, is_token
 from moecc.jobs.generate import load_tokenizer
-from moecc.model.open import Model, open_model
+from moecc.model.open import OpenedModel, open_model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
@@ -132,7 +132,7 @@ def _traced(graph: Graph, name: str) -> Graph:
     return traced
 
 
-def _trace(model: Model, tracing: Tracing, graph: Graph | None = None) -> list[RoutedTokens]:
+def _trace(model: OpenedModel, tracing: Tracing, graph: Graph | None = None) -> list[RoutedTokens]:
     """Return where the tokens of all batches went, by layer."""
     layers: dict[str, list[tuple[Array, Array]]] = {}
     for outputs, batch, bare in tracing.run(model, _is_choice, graph):
@@ -172,7 +172,7 @@ def _with_drawn_routers(graph: Graph, seed: int) -> Graph:
 
 
 @contextmanager
-def _tokenizer(model: Model) -> Iterator[Tokenizer | None]:
+def _tokenizer(model: OpenedModel) -> Iterator[Tokenizer | None]:
     """Yield the tokenizer beside a model, or None without one."""
     companions = {} if model.checkpoint is None else model.checkpoint.companions()
     has_one = "tokenizer.json" in companions

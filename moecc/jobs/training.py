@@ -42,7 +42,7 @@ from moecc.ir.structure import clone
 from moecc.ir.text import print_graph
 from moecc.jobs.convert import plan, write
 from moecc.model.initialise import initialise
-from moecc.model.open import Model, no_tensors, open_model, read_graph, registry_with
+from moecc.model.open import OpenedModel, no_tensors, open_model, read_graph, registry_with
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
@@ -99,7 +99,7 @@ class RecipeSource:
       remarks: of its passes.
     """
 
-    model: Model
+    model: OpenedModel
     made: Canonical
     preserves: str
     pipeline: str
@@ -136,17 +136,17 @@ def open_source(recipe: Recipe, files: Sequence[str] = ()) -> Iterator[RecipeSou
         yield RecipeSource(model, made, str(done.preserves), pipeline.in_full(), tuple(remarks))
 
 
-def _opened(section: ModelSection) -> Model:
+def _opened(section: ModelSection) -> OpenedModel:
     """Open the source of a recipe; where weights are drawn, a folder with a config is enough."""
     folder = Path(section.source)
     if section.start is Start.RANDOM and folder.is_dir() and not is_run(folder):
         checkpoint = open_folder(folder, with_weights=False)
         config = parse_config(checkpoint.config, str(folder / CONFIG_NAME))
-        return Model(build(config), section.source, checkpoint)
+        return OpenedModel(build(config), section.source, checkpoint)
     return open_model(section.source)
 
 
-def config_of(model: Model) -> bytes:
+def config_of(model: OpenedModel) -> bytes:
     """Return the config.json of a source."""
     config: object = model.graph.attrs.get("config", {})
     if model.checkpoint is not None:
@@ -494,7 +494,7 @@ def _stage(recipe: Recipe, digest: str, source: RecipeSource, batches: Batches) 
     }
 
 
-def _source_files(model: Model, batches: Batches) -> dict[str, Path | bytes]:
+def _source_files(model: OpenedModel, batches: Batches) -> dict[str, Path | bytes]:
     """Return the files of a source that a run keeps; of bytes there is a tokenizer, too."""
     files = source_files(model, config_of(model))
     folders = batches.folders.values()
@@ -536,7 +536,7 @@ def _types(graph: Graph) -> dict[str, str]:
 
 
 def _facts_of_run(run: Path, graph: Graph, step: Graph) -> ModelFacts:
-    model = Model(graph, str(run))
+    model = OpenedModel(graph, str(run))
     tokenizer = run / SOURCE / TOKENIZER
     digest = tokenizer_digest(tokenizer.read_bytes()) if tokenizer.is_file() else None
     return replace(facts_of(model, step), tokenizer_digest=digest)

@@ -12,7 +12,7 @@ from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.ops.axes import EmbeddingOp
 from moecc.ir.structure import uses_of
 from moecc.ir.traits import Role
-from moecc.model.open import Model
+from moecc.model.open import OpenedModel
 from moecc.model.statistics import fingerprint, open_capture
 from moecc.pipeline.passes import Statistics
 from moecc.types import F32, DType, TensorType
@@ -158,7 +158,7 @@ def updated_bias(bias: Any, load: Any, rate: float = 1e-3) -> Any:
 # Statistics beside a model, which its weights may be made of.
 
 
-def add_statistics(model: Model, folder: str | None) -> Statistics | None:
+def add_statistics(model: OpenedModel, folder: str | None) -> Statistics | None:
     """Open statistics, which then are read beside the weights of `model`; return what they are.
 
     Args:

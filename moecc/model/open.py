@@ -104,7 +104,7 @@ SHOWN_PARAMS = 50
 
 
 @dataclass
-class Model(Closing):
+class OpenedModel(Closing):
     """A graph with the checkpoint that its weights read.
 
     Attributes:
@@ -248,7 +248,7 @@ def no_tensors(name: str, start: int = 0, stop: int | None = None) -> Array:
 
 def open_model(
     source: str, *, weights: str | None = None, padding: bool = False, config_alone: bool = False
-) -> Model:
+) -> OpenedModel:
     """Open a model.
 
     Args:
@@ -274,7 +274,7 @@ def open_model(
         from moecc.families import build
         from moecc.families.registry import parse_config
 
-        return Model(build(parse_config(preset_config(source)), padding=padding), source)
+        return OpenedModel(build(parse_config(preset_config(source)), padding=padding), source)
     if config_alone and _has_config_alone(Path(source)):
         return _open_config(source, padding)
     from moecc.formats.open import open_checkpoint
@@ -282,7 +282,7 @@ def open_model(
 
     checkpoint = open_checkpoint(source)
     try:
-        return Model(import_checkpoint(checkpoint, padding=padding), source, checkpoint)
+        return OpenedModel(import_checkpoint(checkpoint, padding=padding), source, checkpoint)
     except BaseException:
         checkpoint.close()
         raise
@@ -295,7 +295,7 @@ def _has_config_alone(folder: Path) -> bool:
     return os.path.isfile(folder / CONFIG_NAME) and lacks_weights(set(os.listdir(folder)))
 
 
-def _open_config(source: str, padding: bool) -> Model:
+def _open_config(source: str, padding: bool) -> OpenedModel:
     """Open a folder that has a config alone, as if it were a preset."""
     from moecc.families import build
     from moecc.families.registry import parse_config
@@ -305,10 +305,10 @@ def _open_config(source: str, padding: bool) -> Model:
         # How weights are quantised does not matter where there are none.
         config = {k: v for k, v in folder.config.items() if k != "quantization_config"}
     parsed = parse_config(config, str(Path(source) / CONFIG_NAME))
-    return Model(build(parsed, padding=padding), source)
+    return OpenedModel(build(parsed, padding=padding), source)
 
 
-def _open_run(source: str, weights: str | None) -> Model:
+def _open_run(source: str, weights: str | None) -> OpenedModel:
     from moecc.formats.run import open_run
 
     if weights is not None:
@@ -318,7 +318,7 @@ def _open_run(source: str, weights: str | None) -> Model:
     problems = list(_missing(graph, checkpoint))
     if problems:
         raise InputError(problems)
-    return Model(graph, source, checkpoint)
+    return OpenedModel(graph, source, checkpoint)
 
 
 def read_graph(path: str) -> Graph:
@@ -355,7 +355,7 @@ def read_graph(path: str) -> Graph:
     return graph
 
 
-def _open_graph(source: str, weights: str | None) -> Model:
+def _open_graph(source: str, weights: str | None) -> OpenedModel:
     from moecc.families.registry import load_installed
     from moecc.formats.open import open_checkpoint
 
@@ -364,14 +364,14 @@ def _open_graph(source: str, weights: str | None) -> Model:
     graph = read_graph(source)
     checkpoint_name = weights or graph.attrs.get("checkpoint")
     if not isinstance(checkpoint_name, str) or not checkpoint_name:
-        return Model(graph, source)
+        return OpenedModel(graph, source)
     # The graph itself is the architecture.
     checkpoint = open_checkpoint(checkpoint_name, needs_config=False)
     problems = list(_missing(graph, checkpoint))
     if problems:
         checkpoint.close()
         raise InputError(problems)
-    return Model(graph, source, checkpoint)
+    return OpenedModel(graph, source, checkpoint)
 
 
 def _missing(graph: Graph, checkpoint: Checkpoint) -> Iterator[Problem]:
@@ -438,7 +438,7 @@ def parse_branches(words: Sequence[str]) -> dict[str, str]:
 
 
 def add_branches(
-    model: Model, places: Mapping[str, str], *, allow_other_base: bool = False
+    model: OpenedModel, places: Mapping[str, str], *, allow_other_base: bool = False
 ) -> None:
     """Open further models, whose weights then are read beside those of `model`.
 
@@ -483,7 +483,7 @@ def _open(graph: Graph, base: Checkpoint, folder: str, *, allow_other_base: bool
     return branch.checkpoint
 
 
-def _differences(graph: Graph, base: Checkpoint, branch: Model) -> Iterator[Problem]:
+def _differences(graph: Graph, base: Checkpoint, branch: OpenedModel) -> Iterator[Problem]:
     """Yield how another model's config and tensors differ from those of the base."""
     checkpoint = branch.checkpoint
     assert checkpoint is not None, "it was opened with weights"

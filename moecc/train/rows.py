@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from moecc.ir.graph import Graph
 from moecc.ir.structure import index_bound
 from moecc.model.inputs import longest
-from moecc.model.open import Model
+from moecc.model.open import OpenedModel
 from moecc.train.tokens.encoders import tokenizer_digest
 from moecc.train.tokens.folder import Ids, TokenFolder
 
@@ -286,7 +286,7 @@ class ModelFacts:
         return DECODER_TOKENS in self.inputs
 
 
-def facts_of(model: Model, graph: Graph | None = None) -> ModelFacts:
+def facts_of(model: OpenedModel, graph: Graph | None = None) -> ModelFacts:
     """Return the facts of `model`, whose step has the graph `graph`, its own by default."""
     graph = model.graph if graph is None else graph
     config = model.graph.attrs.get("config")
@@ -305,7 +305,7 @@ def facts_of(model: Model, graph: Graph | None = None) -> ModelFacts:
     )
 
 
-def _digest(model: Model) -> str | None:
+def _digest(model: OpenedModel) -> str | None:
     companions = {} if model.checkpoint is None else model.checkpoint.companions()
     tokenizer = companions.get("tokenizer.json")
     if tokenizer is None:

@@ -44,7 +44,7 @@ from moecc.formats.run import (
     saved_steps,
     stages_of,
 )
-from moecc.model.open import Model
+from moecc.model.open import OpenedModel
 from moecc.support.problems import describe
 from moecc.support.process import Closing
 from moecc.support.record import to_json
@@ -606,7 +606,7 @@ def batch_of(step: int, left_out: tuple[int, ...]) -> int:
 # What a run keeps of its source: its files, and how it came about.
 
 
-def lineage(model: Model, stage: Json) -> JsonDict:
+def lineage(model: OpenedModel, stage: Json) -> JsonDict:
     """Return what ``lineage.json`` says of a run that begins from `model`.
 
     Args:
@@ -627,7 +627,7 @@ def lineage(model: Model, stage: Json) -> JsonDict:
     return {**header, "card": checkpoint.card(), "stages": stages}
 
 
-def source_files(model: Model, config: bytes) -> dict[str, Path | bytes]:
+def source_files(model: OpenedModel, config: bytes) -> dict[str, Path | bytes]:
     """Return the files of a source that a run keeps: config, companions, and its manifest."""
     files: dict[str, Path | bytes] = {"config.json": config}
     if model.checkpoint is None:

@@ -15,7 +15,7 @@ from moecc.families.registry import parse_config
 from moecc.ir import Graph, parse
 from moecc.model.initialise import initialise
 from moecc.model.inputs import default_inputs
-from moecc.model.open import Model, open_model
+from moecc.model.open import OpenedModel, open_model
 from moecc.pipeline.passes import Context
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -27,11 +27,11 @@ WIDE = {
 }  # fmt: skip
 
 
-def drawn(seed: int = 0, scale: float = 1.0) -> Model:
+def drawn(seed: int = 0, scale: float = 1.0) -> OpenedModel:
     graph = build(parse_config(WIDE))
     UpcyclePass(experts=4, top_k=2, layers="1").apply(graph, Context())
     initialise(graph, seed=seed, scale=scale)
-    return Model(graph, "drawn")
+    return OpenedModel(graph, "drawn")
 
 
 def test_a_matrix_has_variance_scale_over_fan_in() -> None:
@@ -75,7 +75,7 @@ def test_every_family_gives_outputs_of_order_one(case: str) -> None:
     with open_model(str(GOLDEN / case)) as model:
         initialise(model.graph)
         outputs = get_backend("reference").compile(model.graph).run(
-            Model(model.graph, case).params(), default_inputs(model.graph, seq=6)
+            OpenedModel(model.graph, case).params(), default_inputs(model.graph, seq=6)
         )  # fmt: skip
     for output in outputs.values():
         assert 0.02 < np.sqrt(np.mean(np.square(output))) < 50
@@ -103,4 +103,4 @@ def test_a_scale_that_is_none() -> None:
 
 def test_without_draws_a_model_needs_its_checkpoint() -> None:
     with pytest.raises(InputError, match="has no weights"):
-        Model(build(parse_config(WIDE)), "dense").params()
+        OpenedModel(build(parse_config(WIDE)), "dense").params()

@@ -21,7 +21,7 @@ from moecc.formats.open import open_checkpoint
 from moecc.ir import equal, parse, print_graph, verify
 from moecc.jobs.checks import check_pipeline
 from moecc.jobs.convert import plan
-from moecc.model.open import Model
+from moecc.model.open import OpenedModel
 from moecc.pipeline.passes import Context
 from moecc.pipeline.text import Pipeline
 from moecc.testing.configs import MemoryCheckpoint, exported_checkpoint, random_checkpoint
@@ -182,7 +182,7 @@ def test_a_model_with_a_head_is_read_without_it(
     np.testing.assert_array_equal(run(whole), run(bare))
     graph = import_checkpoint(whole)
     assert unread_tensors(graph, whole) == list(head)
-    planned = plan(Model(graph, "with a head", whole), Pipeline.parse(""), config.model_type)
+    planned = plan(OpenedModel(graph, "with a head", whole), Pipeline.parse(""), config.model_type)
     (remark,) = planned.remarks
     assert remark == f"no part of the graph, and not converted: {', '.join(head)}"
     made = export_graph(graph, config.model_type)

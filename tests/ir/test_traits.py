@@ -24,7 +24,7 @@ from moecc.ir.traits import (
     Cut,
     Domain,
     Homogeneity,
-    Index,
+    IndexOperand,
     Product,
     Residual,
     Role,
@@ -309,7 +309,10 @@ def _rules(entry: OpDef) -> Iterator[tuple[str, OpDef]]:
     if entry.index is not None:
         index = entry.index
         yield "index strict", replace(entry, index=replace(index, strict=not index.strict))
-        yield "index below", replace(entry, index=Index(index.operand, lambda _: 3, index.strict))
+        yield (
+            "index below",
+            replace(entry, index=IndexOperand(index.operand, lambda _: 3, index.strict)),
+        )
     for name, spec in entry.attrs.items():
         for flag in ("pins", "shrinks") if spec.kind == "int" else ("pins",):
             changed = replace(spec, **{flag: not getattr(spec, flag)})

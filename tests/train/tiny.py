@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from moecc.families import build
 from moecc.families.registry import parse_config
 from moecc.model.initialise import initialise
-from moecc.model.open import Model
+from moecc.model.open import OpenedModel
 from moecc.train.tokens.documents import DocumentFormat
 from moecc.train.tokens.make import Making, make_tokens
 from moecc.weights.expr import sources
@@ -55,7 +55,7 @@ def draw_weights(folder: Path) -> Path:
     graph = build(parse_config(json.loads((folder / "config.json").read_text())))
     names = {n: sources(p.weight)[0].name for n, p in graph.params.items() if p.weight}
     initialise(graph)
-    params = Model(graph, "drawn").params()
+    params = OpenedModel(graph, "drawn").params()
     arrays = {names[n]: np.ascontiguousarray(a) for n, a in params.items()}
     save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

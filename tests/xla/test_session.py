@@ -16,14 +16,14 @@ from moecc.backend import get_backend
 from moecc.decoding import DecodeGraphs, Sampling
 from moecc.decoding import DecodingBatch as Batch
 from moecc.jobs.generate import Continuing, continue_texts
-from moecc.model.open import Model, open_model
+from moecc.model.open import OpenedModel, open_model
 from moecc.types import F32
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PROMPTS = ([5, 3, 11], [7], [1, 2, 3, 4, 5, 6])
 
 
-def expected(model: Model, how: Continuing) -> list[list[int]]:
+def expected(model: OpenedModel, how: Continuing) -> list[list[int]]:
     """Return how the whole graph continues the prompts: each token from all before it, at once."""
     program, params = get_backend("xla").compile(model.graph), dict(model.params())
     rngs, lines = how.sampling.generators(len(PROMPTS)), [list(prompt) for prompt in PROMPTS]
@@ -36,7 +36,9 @@ def expected(model: Model, how: Continuing) -> list[list[int]]:
     return [line[len(text) :] for line, text in zip(lines, PROMPTS, strict=True)]
 
 
-def continued(model: Model, prompts: Sequence[Sequence[int]], how: Continuing) -> list[list[int]]:
+def continued(
+    model: OpenedModel, prompts: Sequence[Sequence[int]], how: Continuing
+) -> list[list[int]]:
     steps = list(continue_texts(model, prompts, how))
     return [[t for t in row if t is not None] for row in zip(*steps, strict=True)]
 

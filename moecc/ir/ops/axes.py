@@ -27,7 +27,7 @@ from moecc.ir.ops.rules import (
     renamed,
     same_size,
 )
-from moecc.ir.traits import Cut, Index, Product, Residual, Role, powers
+from moecc.ir.traits import Cut, IndexOperand, Product, Residual, Role, powers
 from moecc.types import F32, I32, Axis, TensorType
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ class PositionsOp(AlongAxisOp):
     linear=(0,),
     residual=Residual((1,)),
     sharding=looked_up,
-    index=Index(1, lambda node: node.operands[0].type[node.attrs["axis"]].size, strict=True),
+    index=IndexOperand(1, lambda node: node.operands[0].type[node.attrs["axis"]].size, strict=True),
     roles=(Role.TABLE,),
 )
 class EmbeddingOp(AlongAxisOp):
@@ -224,7 +224,7 @@ class EmbeddingOp(AlongAxisOp):
 
 
 @operation(
-    "one_hot", "ids", sharding=by_name, index=Index(0, lambda node: node.attrs["into"][0][1])
+    "one_hot", "ids", sharding=by_name, index=IndexOperand(0, lambda node: node.attrs["into"][0][1])
 )
 class OneHotOp(Op):
     """1 at the index, 0 elsewhere, along a new axis."""

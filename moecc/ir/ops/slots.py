@@ -43,7 +43,7 @@ from moecc.ir.ops.rules import (
     numbered,
     same_size,
 )
-from moecc.ir.traits import PAIR, Index, Residual, RowMove
+from moecc.ir.traits import PAIR, IndexOperand, Residual, RowMove
 from moecc.types import I32, Axis, Extent, TensorType
 
 V = TypeVar("V")
@@ -149,7 +149,7 @@ def _local_groups(node: Definition, mesh: Mesh) -> Attrs:
     variadic=True,
     sharding=numbered,
     local=_local_groups,
-    index=Index(0, lambda node: node.attrs["experts"]),
+    index=IndexOperand(0, lambda node: node.attrs["experts"]),
     assigns_slots=True,
 )
 class AssignSlotsOp(SlotsOp):
