@@ -14,7 +14,6 @@ import pytest
 from moecc.plan.machines import parse_machine
 from moecc.plan.step import StepConfig
 from moecc.sharding.vias import PARTITIONS
-from moecc.types import F32
 from tests.support.layouts import layout_text
 from tests.support.tiers import few
 
@@ -331,7 +330,7 @@ def test_an_exported_training_step_takes_the_state(moecc: Moecc, tmp_path: Path)
     }
     tokens = rng.integers(0, 37, (4, 16)).astype(np.int32)
     batch = {"tokens": tokens, "targets": tokens}
-    spec = StepSpec({"B": 4, "S": 16}, F32, OptimizerSection("adafactor"))
+    spec = StepSpec({"B": 4, "S": 16}, StepConfig(dtype="f32"), OptimizerSection("adafactor"))
     step = make_train_step(graph, spec, jax.devices()[:1])
     given = step.init(params), batch, jax.random.key(0), jax.numpy.float32(1e-3)
     found: Any = load_step(out)

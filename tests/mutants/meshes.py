@@ -129,7 +129,7 @@ def free(rule: Rule) -> Rule:
     """Return a rule that needs nothing whole any more."""
 
     def wrong(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
-        return replace(rule(entry, operands, attrs), whole=frozenset())
+        return replace(rule(entry, operands, attrs), unsharded=frozenset())
 
     return wrong
 

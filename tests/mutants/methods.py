@@ -79,7 +79,7 @@ def first_model(weight: Expr, division: Any, models: Any, *, is_last: bool = Fal
 
 def unscaled(self: Any, module: str, rank: int) -> float:
     """α alone, as if it were the factor."""
-    return float(self.settings["lora_alpha"])
+    return float(self.settings.lora_alpha)
 
 
 def awake(self: Any, param: Any, is_last: bool, parts: list[Expr]) -> list[Expr]:
@@ -129,7 +129,7 @@ METHODS: dict[str, tuple[Callable[[int], None], tuple[Mutant, ...]]] = {
             Mutant(rewrite, "branched", first_model),
         ),
     ),
-    "LoRA": (laws.lora, (Mutant(adapter._Reading, "_scale", unscaled),)),
+    "LoRA": (laws.lora, (Mutant(adapter._AdapterReading, "_scale", unscaled),)),
     "grow": (laws.growth, (Mutant(rebuild, "scaled", identity),)),
     "grow, same choices": (laws.growth_by_bias, (Mutant(rebuild.Dormant, "changed", awake),)),
     "zero experts": (

@@ -321,9 +321,9 @@ def test_a_killed_writer_leaves_no_folder(tmp_path: Path, end: signal.Signals) -
     lines(pipe, *({"text": f"text {n}" * 50} for n in range(200)))
     code = (
         "import time, sys\nfrom moecc.train.tokens import documents as d\n"
-        "read = d.Reader.read\n"
+        "read = d.DocumentReader.read\n"
         "def slow(self, path):\n  for one in read(self, path):\n    print('.', flush=True)\n"
-        "    time.sleep(0.05)\n    yield one\nd.Reader.read = slow\n"
+        "    time.sleep(0.05)\n    yield one\nd.DocumentReader.read = slow\n"
         "from moecc.cli.main import main\nsys.exit(main(sys.argv[1:]))"
     )
     out = tmp_path / "out"

@@ -20,7 +20,6 @@ from moecc.plan.step import StepConfig
 from moecc.train.graphs import StepPasses, step_graph
 from moecc.train.recipe import OptimizerSection, ParameterGroup
 from moecc.train.settings import StepSpec
-from moecc.types import F32
 
 jax = pytest.importorskip("jax")
 pytest.importorskip("optax")
@@ -163,7 +162,9 @@ def test_decay_goes_by_what_reads_a_parameter_and_not_by_its_axes() -> None:
     text = "upcycle{experts=4 expert-bias=multiplicative balance-bias=true}"
     run_pipeline(graph, Pipeline.parse(text, installed()))
     rolled = step_graph(graph, StepPasses(groups=BATCH, losses={"parts": 1}))
-    spec = StepSpec({"B": BATCH, "S": SEQ}, F32, OptimizerSection("adamw", decay=0.1))
+    spec = StepSpec(
+        {"B": BATCH, "S": SEQ}, StepConfig(dtype="f32"), OptimizerSection("adamw", decay=0.1)
+    )
     step = make_train_step(rolled, spec, jax.devices()[:1])
     axes = {n: rolled.params[n].type.names for n in step.settings}
     decayed = {n for n, s in step.settings.items() if s.decay}

@@ -130,7 +130,7 @@ def test_no_run_of_a_loop_keeps_a_cast_parameter() -> None:
 
 def test_without_a_loop_or_a_narrower_type_nothing_is_kept_as_stored() -> None:
     for step in (step_of(dtype="f32"), step_of(weight_dtype="bf16")):
-        kind = step.spec.weight_dtype.numpy
+        kind = step.spec.config.weight_type.numpy
         params = {n: jax.numpy.zeros(v.type.shape, kind) for n, v in step.graph.params.items()}
         assert step.loss._stored(params) == {}
 
