@@ -21,6 +21,7 @@ from moecc.formats.source import Checkpoint, TensorInfo
 from moecc.ir.graph import Graph
 from moecc.support.text import capped, ranges
 from moecc.types import F32, DType, TensorType
+from moecc.weights.arithmetic import BASE, branch_and_name
 from moecc.weights.expr import Expr, Source, sources, transform
 
 # Facts that importing needs of any config: depth, experts, layer names on disk.
@@ -195,13 +196,17 @@ def import_checkpoint(checkpoint: Checkpoint, *, padding: bool = False) -> Graph
 
 
 def unread_tensors(graph: Graph, checkpoint: Checkpoint) -> list[str]:
-    """Return the tensors that are not part of the graph; copies of others do not count."""
+    """Return the tensors of the model that are not part of the graph, copies of others left out.
+
+    Statistics and tensors of further models beside it are read by passes alone.
+    """
     weights = (value.weight for value in graph.params.values() if value.weight is not None)
     read = {source.name for weight in weights for source in sources(weight)}
     family = CONFIGS.get(str(graph.attrs.get("family", "")), ModelConfig)
     names = family.names
     read.update((names.head, *names.copies))
-    return [n for n in checkpoint.tensors if n not in read and not _IDLE.fullmatch(n)]
+    of_model = (n for n in checkpoint.tensors if branch_and_name(n)[0] == BASE)
+    return [n for n in of_model if n not in read and not _IDLE.fullmatch(n)]
 
 
 def _fitted(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> ModelConfig:

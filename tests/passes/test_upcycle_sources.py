@@ -110,6 +110,11 @@ def test_one_model_under_several_names_keeps_its_promise(models: dict[str, Path]
     assert planned(models, "experts=2 sources=base,base").preserves.kind == "reassociation"
 
 
+def test_tensors_of_a_further_model_are_not_told_as_left_out(models: dict[str, Path]) -> None:
+    remarks = planned(models, "experts=2 sources=base,a").remarks
+    assert not any("no part of the graph" in remark for remark in remarks)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
