@@ -32,7 +32,7 @@ from moecc.support.scan import WORD, ParseError, Scanner
 from moecc.types import DTYPES, DType, TensorType, parse_type
 from moecc.weights.arithmetic import Add, Cast, Minimum, Moment, Mul, Scale, Select
 from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform
-from moecc.weights.expr import MAX_DEPTH, Expr, Full, Source
+from moecc.weights.expr import MAX_DEPTH, Expr, Full, Source, walk
 from moecc.weights.fits import Fitted
 from moecc.weights.movement import (
     Clusters,
@@ -177,11 +177,44 @@ class ExprParser:
         scan.expect(",")
         start = scan.skip()
         end = _argument_end(scan.text, start)
-        # The marks are substituted, and the resulting texts are parsed one by one.
-        texts = in_full(scan.text[start:end], axis, progression)
-        xs = tuple(self.expanded(text, start) for text in texts)
+        body = scan.text[start:end]
+        xs = self.substituted(body, axis, progression, start)
+        if xs is None:
+            xs = [self.expanded(text, start) for text in in_full(body, axis, progression)]
         scan.at = end
-        return {"xs": xs, "axis": axis}
+        return {"xs": tuple(xs), "axis": axis}
+
+    def substituted(
+        self, body: str, axis: str, progression: Progression, at: int
+    ) -> list[Expr] | None:
+        """Return `body` for each number, where its marks stand in names of sources alone.
+
+        It is parsed once, which takes half of the time of parsing 35,000 texts.  None where it is
+        not an expression before the marks are substituted.
+        """
+        if "\\" in body:  # an escape may stand for a part of a mark
+            return None
+        before = self.expansions[0]
+        try:
+            template = self.expanded(body, at)
+        except ParseError:
+            self.expansions[0] = before
+            return None
+        self.expansions[0] += (self.expansions[0] - before) * (progression.count - 1)
+        if self.expansions[0] > MAX_EACH:
+            raise self.scan.error(f"an expression expands to more than {MAX_EACH:,} others", at)
+        nodes = list(walk(template))
+        sources = {x: in_full(x.name, axis, progression) for x in nodes if isinstance(x, Source)}
+        results = []
+        for number in range(progression.count):
+            values: dict[Expr, Expr] = {}
+            for x in nodes:
+                if isinstance(x, Source):
+                    values[x] = Source(sources[x][number], x.type)
+                else:
+                    values[x] = x.with_operands(*(values[y] for y in x.operands))
+            results.append(values[template])
+        return results
 
     def expanded(self, text: str, at: int) -> Expr:
         """Parse all of another `text`, whose errors are reported at `at`."""

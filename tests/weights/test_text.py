@@ -188,3 +188,19 @@ def test_any_text_is_read_or_refused(text: str) -> None:
     else:
         assert parse_expr(format_expr(expr))[0] is expr
     assert 0 <= at <= len(text)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        'source("layers.{layer}.w" : f32[mlp=6])',
+        'each(expert=0..2, source("layers.{layer}.experts.{expert}.w" : f32[mlp=6]))',
+        'add(source("a" : f32[mlp=6]), scale(source("{layer}.{layer}" : f32[mlp=6]), 2.0))',
+        "normal(f32[mlp=6], std=0.1, key=0x{layer})",
+        'source("layers.\\u007blayer}.w" : f32[mlp=6])',
+    ],
+)
+def test_each_is_the_stack_of_its_texts(body: str) -> None:
+    texts = ", ".join(body.replace("{layer}", str(number)) for number in (1, 3, 5))
+    expanded, _ = parse_expr(f"each(layer=1..5..2, {body})")
+    assert expanded is parse_expr(f"stack({texts}, axis=layer)")[0]
