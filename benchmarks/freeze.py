@@ -1,7 +1,7 @@
 """Record what two checkouts do by their command lines, and compare.
 
-    python benchmarks/freeze.py record --moecc OLD/.venv/bin --work /tmp/frozen --out old.json
-    python benchmarks/freeze.py record --moecc NEW/.venv/bin --work /tmp/frozen --out new.json
+    python benchmarks/freeze.py record --moecc OLD/.venv/bin --work build/frozen --out old.json
+    python benchmarks/freeze.py record --moecc NEW/.venv/bin --work build/frozen --out new.json
     python benchmarks/freeze.py compare old.json new.json
 
 Every job runs the console script `moecc` of the checkout in a folder of its own, in a process that
