@@ -100,7 +100,7 @@ docs: $(STAMP) ## write the pages and modules that are generated
 	$(BIN)/python -m moecc.ir.generate
 	$(BIN)/python -m moecc.ir.docs docs/ir.md
 	$(BIN)/python -m moecc.cli.docs docs/cli.md
-	$(BIN)/python -m moecc.pipeline.docs docs/passes.md
+	$(BIN)/python -m moecc.rewrite.docs docs/passes.md
 	$(BIN)/python -m moecc_passes.sharding.legal docs/sharding.md
 	$(BIN)/python experiments/run.py --page
 

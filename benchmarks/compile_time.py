@@ -32,9 +32,9 @@ from moecc_backends.xla.backend import function
 from moecc.families import build
 from moecc.families.registry import parse_config
 from moecc.ir import Graph
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
 from moecc.presets import preset_config
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 
 SCHEMA = 1
 

@@ -124,8 +124,8 @@ def tokens() -> list[Visit]:
     from moecc_backends.xla.backend import function
 
     from moecc.ir.text import parse
-    from moecc.pipeline.runner import run_pipeline
-    from moecc.pipeline.text import Pipeline
+    from moecc.rewrite.pipeline import Pipeline
+    from moecc.rewrite.runner import run_pipeline
 
     graph = parse(LAYER)
     run_pipeline(graph, Pipeline.parse("upcycle{experts=8}"))

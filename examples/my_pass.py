@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from moecc.ir import Graph
-from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves
 from moecc.rewrite import P, Rule, rewrite
+from moecc.rewrite.passes import EXACT, Context, Pass, PassResult, Preserves
 
 X = P.any("x")
 TWICE = Rule("relu-twice", P.relu(P.relu(X)), lambda m, build: build.relu(m.value("x")))

@@ -18,8 +18,8 @@ import networkx as nx
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.structure import clone
 from moecc.model.open import open_model
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 
 PIPELINE = "upcycle{experts=4 top-k=2}"
 BLOCK = "layers.0.ffn"

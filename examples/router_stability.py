@@ -38,9 +38,9 @@ from moecc.families.registry import parse_config
 from moecc.ir.graph import Graph
 from moecc.model.initialise import initialise
 from moecc.model.open import OpenedModel
-from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.types import DTYPES
 
 try:

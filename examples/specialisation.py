@@ -36,9 +36,9 @@ from moecc.errors import InputError
 from moecc.jobs.generate import load_tokenizer
 from moecc.model.inputs import longest
 from moecc.model.open import OpenedModel, open_model
-from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.train.scoring import RoutedTokens
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from moecc import jax as mx
 from moecc.errors import CheckError
 from moecc.formats.open import open_checkpoint
 from moecc.model.open import open_model
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.types import F32, F64, DType
 
 PIPELINE = "upcycle{{experts=4 top-k=2 layers=every:{every}}},add-losses"

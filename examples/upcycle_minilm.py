@@ -32,7 +32,7 @@ from moecc.formats.manifest import MANIFEST_NAME
 from moecc.jobs.convert import plan, write
 from moecc.jobs.generate import load_tokenizer
 from moecc.model.open import OpenedModel, open_model
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.pipeline import Pipeline
 from moecc.support.text import count_text, size_text
 
 PIPELINE = "st-moe{experts=8 layers=every:2}"

@@ -28,7 +28,7 @@ from moecc.jobs.comparison import compare
 from moecc.jobs.convert import Conversion, Plan, plan, write
 from moecc.jobs.generate import Continuing, generate_texts
 from moecc.model.open import open_model
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.pipeline import Pipeline
 from moecc.support.console import Bar
 from moecc.support.text import count_text, size_text
 from moecc.types import BF16

@@ -14,9 +14,9 @@ from moecc.errors import InputError, Problem, UsageError
 from moecc.ir.graph import Graph, Value
 from moecc.ir.ops.attention import LENGTH_SCALINGS, RopeOp
 from moecc.ir.structure import clone
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
 from moecc.rewrite import P, fits
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.types import Array, Arrays, Doubles, DType
 
 # The graphs that continue texts, made of a model's by the pass ``decode``.

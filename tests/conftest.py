@@ -42,7 +42,7 @@ os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parent.parent / ".pytest_cache
 os.environ["PYTHONPYCACHEPREFIX"] = str(Path(__file__).parent.parent / ".pytest_cache" / "bytecode")
 
 from moecc.ir import Graph, verify  # noqa: E402
-from moecc.pipeline.passes import Context, Pass, PassResult  # noqa: E402
+from moecc.rewrite.passes import Context, Pass, PassResult  # noqa: E402
 
 # Nothing here outlives a loss of power, so that the disk need not be waited for.  That whatever is
 # written is synchronised, and in which order, is tested by what is called (`tests/kill/power.py`).

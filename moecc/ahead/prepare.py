@@ -12,13 +12,13 @@ from moecc.ir.graph import Graph
 from moecc.ir.ops.slots import SlotsOp
 from moecc.ir.structure import clone
 from moecc.model.open import open_model, registry_with
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
 from moecc.plan.machines import Machine, find_machine
 from moecc.plan.search import PlanQuery, check_constraints, search
 from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.time import Estimate, Estimator
 from moecc.plan.workload import Batch, Workload, make_batch, planned_graph, workload
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.sharding.layout import Layout
 from moecc.sharding.vias import BY_NAME, EXPLICIT, GSPMD, LOCAL
 from moecc.train.graphs import Bound, MeshPasses, StepPasses, run_passes, specialize, weights_rows

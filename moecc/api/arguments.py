@@ -14,9 +14,9 @@ from moecc.decoding import Sampling
 from moecc.errors import Problem, UsageError, nearest
 from moecc.jobs.generate import Continuing
 from moecc.model.open import parse_branches
-from moecc.pipeline.passes import Pass
-from moecc.pipeline.text import Pipeline, format_pass
 from moecc.plan.step import COMPILED, StepConfig
+from moecc.rewrite.passes import Pass
+from moecc.rewrite.pipeline import Pipeline, format_pass
 from moecc.support.untyped import JsonDict
 from moecc.types import F32, Array, DType, float_type
 

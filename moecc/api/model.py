@@ -36,12 +36,12 @@ from moecc.ir.structure import clone
 from moecc.jobs.convert import Conversion, plan, write
 from moecc.model.initialise import add_statistics, reads_small
 from moecc.model.open import OpenedModel, Params, add_branches, open_model
-from moecc.pipeline.passes import EXACT, Context, Preserves, Statistics, weakest
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
 from moecc.plan.report import PlanReport, StepReport, plan_text
 from moecc.plan.search import seconds_text
 from moecc.plan.sweeps import SweepPoint, SweepReport, sweep_text
+from moecc.rewrite.passes import EXACT, Context, Preserves, Statistics, weakest
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.support.page import render
 from moecc.support.process import Closing
 from moecc.support.text import brief, count_text, facts_table, size_text

@@ -32,7 +32,7 @@ def pipelines(incomplete: str) -> list[str]:
 
 def passes(incomplete: str) -> list[str]:
     """Return the names of passes."""
-    from moecc.pipeline.text import installed
+    from moecc.rewrite.pipeline import installed
 
     return _beginning(incomplete, installed().names())
 
@@ -102,8 +102,8 @@ def _last_pass(text: str) -> int:
 
 def _passes(last: str) -> Iterator[str]:
     """Yield what the last pass of a pipeline may be completed to."""
-    from moecc.pipeline.passes import options
-    from moecc.pipeline.text import TemplatePass, installed
+    from moecc.rewrite.passes import options
+    from moecc.rewrite.pipeline import TemplatePass, installed
 
     registry = installed()
     if _PASS.match(last):

@@ -30,10 +30,10 @@ from moecc.jobs.failures import (
     weight_gap,
     xla_gap,
 )
-from moecc.pipeline.passes import KNOWN, Context, Pass, apply_pass
-from moecc.pipeline.runner import run_pass
-from moecc.pipeline.text import Pipeline, format_pass
 from moecc.rewrite.driver import RewriteWatch, rewrites_watched
+from moecc.rewrite.passes import KNOWN, Context, Pass, apply_pass
+from moecc.rewrite.pipeline import Pipeline, format_pass
+from moecc.rewrite.runner import run_pass
 from moecc.weights.expr import Expr
 from moecc.weights.simplify import steps
 
@@ -264,7 +264,7 @@ def _first_gap(before: Graph, item: Pass, limit: int | None, context: Context) -
 
 def bisection_text(bisection: Bisection) -> str:
     """Return a human-readable bisection."""
-    from moecc.pipeline.text import format_pass
+    from moecc.rewrite.pipeline import format_pass
 
     rows = [f"failure  {bisection.failure}", f"step     {bisection.step}"]
     if bisection.item is not None:

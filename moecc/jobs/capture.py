@@ -29,9 +29,9 @@ from moecc.jobs.command import (
 from moecc.jobs.evaluate import EvaluationSpec, Tracing, is_token
 from moecc.model.open import OpenedModel, open_model
 from moecc.model.statistics import BlockSums, CaptureFacts, ExpertSums, fingerprint, write_capture
-from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.support.console import Bar
 from moecc.support.text import amount
 from moecc.train.rows import facts_of

@@ -22,9 +22,9 @@ from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.operand import Attrs
 from moecc.ir.structure import clone, without_opaque
 from moecc.ir.traits import Cut, Product
-from moecc.pipeline.passes import Context, Pass, Preserves
-from moecc.pipeline.runner import run_pass
-from moecc.pipeline.text import Pipeline, format_pass
+from moecc.rewrite.passes import Context, Pass, Preserves
+from moecc.rewrite.pipeline import Pipeline, format_pass
+from moecc.rewrite.runner import run_pass
 from moecc.support.untyped import JsonDict
 from moecc.types import Axis, TensorType
 

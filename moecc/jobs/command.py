@@ -15,7 +15,7 @@ from moecc.support.console import say, warn
 if TYPE_CHECKING:
     from moecc.ir.graph import Graph
     from moecc.model.open import OpenedModel
-    from moecc.pipeline.text import Pipeline
+    from moecc.rewrite.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,7 @@ def read_pipeline(text: str, files: Sequence[str] = ()) -> Pipeline:
       UsageError: all problems of the text.
     """
     from moecc.model.open import registry_with
-    from moecc.pipeline.text import Pipeline
+    from moecc.rewrite.pipeline import Pipeline
 
     pipeline = Pipeline.parse(text, registry_with(files))
     for warning in pipeline.warnings():
@@ -296,7 +296,7 @@ def read_failing(
       UsageError: all problems of the pipeline.
     """
     from moecc.model.open import read_graph
-    from moecc.pipeline.reproducer import check_loaded, is_reproducer, read_reproducer
+    from moecc.rewrite.runner import check_loaded, is_reproducer, read_reproducer
 
     if not pipeline and is_reproducer(file):
         stated = read_reproducer(Path(file))

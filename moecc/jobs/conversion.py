@@ -17,8 +17,8 @@ from moecc.jobs.checks import NOT_CHECKED, Contracts, check_contracts
 from moecc.jobs.targets import AUTO, choose
 from moecc.model.initialise import reads_small
 from moecc.model.open import OpenedModel
-from moecc.pipeline.passes import Context, Preserves
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import Context, Preserves
+from moecc.rewrite.pipeline import Pipeline
 from moecc.support.text import amount, brief, count_text, facts_table, size_text
 from moecc.types import DType
 from moecc.weights.arithmetic import branch_and_name
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from moecc.formats.gguf.storage import Storage
     from moecc.formats.source import Checkpoint
     from moecc.formats.writer import OutputTensor
-    from moecc.pipeline.passes import Statistics
+    from moecc.rewrite.passes import Statistics
     from moecc.translate.engines import Verdict
     from moecc.translate.export import Export
     from moecc.translate.gguf import GgufExport
@@ -201,8 +201,7 @@ def plan(
       CheckError: a pass broke its promise.
     """
     from moecc.formats.gguf.storage import Storage
-    from moecc.pipeline.reproducer import temporary_folder
-    from moecc.pipeline.runner import run_pipeline
+    from moecc.rewrite.runner import run_pipeline, temporary_folder
     from moecc.translate.export import export_graph
     from moecc.translate.gguf import architecture_of, check_type, export_gguf, quantising_remarks
     from moecc.translate.propose import check_target

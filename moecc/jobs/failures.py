@@ -22,9 +22,9 @@ from moecc.ir.graph import Graph, Value
 from moecc.ir.structure import clone
 from moecc.ir.text import format_node, print_graph
 from moecc.jobs.checks import SEEDS, broken_promise
-from moecc.pipeline.passes import KNOWN, Context
-from moecc.pipeline.runner import run_pass
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import KNOWN, Context
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pass
 from moecc.types import F64, Array
 
 # The first value of a graph that is not what it means: of the XLA backend, or of its weights.

@@ -17,9 +17,9 @@ from moecc.ir.ops.slots import SlotsOp
 from moecc.ir.unroll import unrolled
 from moecc.jobs.command import Load, Report, Spelling
 from moecc.model.open import open_model, registry_with
-from moecc.pipeline.passes import advice, too_many_experts, too_much_capacity
-from moecc.pipeline.text import Pipeline
 from moecc.presets import PREFIX
+from moecc.rewrite.passes import advice, too_many_experts, too_much_capacity
+from moecc.rewrite.pipeline import Pipeline
 from moecc.weights.draws import Normal, TruncatedNormal
 
 # Lints of a model or a pipeline: what the design guide of ST-MoE advises against.

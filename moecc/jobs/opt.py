@@ -161,9 +161,9 @@ def opt(
     from moecc.ir.structure import clone
     from moecc.jobs.checks import check_pipeline
     from moecc.model.open import read_graph
-    from moecc.pipeline import runner
-    from moecc.pipeline.passes import Context
-    from moecc.pipeline.reproducer import temporary_folder
+    from moecc.rewrite import runner
+    from moecc.rewrite.passes import Context
+    from moecc.rewrite.runner import temporary_folder
 
     def names(stated: str, *words: str) -> str | frozenset[str]:
         return stated if stated in words else frozenset(n.strip() for n in stated.split(","))

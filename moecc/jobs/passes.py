@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from moecc.jobs.command import Load, Report, Spelling
 
 if TYPE_CHECKING:
-    from moecc.pipeline.passes import Pass
+    from moecc.rewrite.passes import Pass
 
 
 def passes(
@@ -41,7 +41,7 @@ def passes(
 
 def pass_json(cls: type[Pass]) -> dict[str, object]:
     """Return a pass and its options as JSON values."""
-    from moecc.pipeline.passes import describe, options
+    from moecc.rewrite.passes import describe, options
 
     return {
         "name": cls.name,
@@ -61,7 +61,7 @@ def pass_json(cls: type[Pass]) -> dict[str, object]:
 
 
 def _pass_text(cls: type[Pass]) -> str:
-    from moecc.pipeline.passes import describe, options, write
+    from moecc.rewrite.passes import describe, options, write
 
     rows = [f"{cls.name}: {cls.summary}", ""]
     for option in options(cls).values():

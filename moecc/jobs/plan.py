@@ -38,9 +38,6 @@ from moecc.jobs.command import (
     read_pipeline,
     write_whole,
 )
-from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
 from moecc.plan.explore import PlannedStep, explore
 from moecc.plan.machines import Machine, find_machine
 from moecc.plan.report import StepReport, SummaryReport, plan_json, searched_json
@@ -58,6 +55,9 @@ from moecc.plan.sweeps import (
     sweep_json,
 )
 from moecc.plan.workload import Workload, make_batch, planned_graph, workload
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.support.console import say
 from moecc.support.untyped import JsonDict
 
@@ -319,11 +319,11 @@ def plan(
     """
     from moecc.ir.structure import without_opaque
     from moecc.model.open import open_model
-    from moecc.pipeline.runner import run_pipeline
     from moecc.plan.page import plan_page, sweep_page
     from moecc.plan.report import plan_text
     from moecc.plan.step import StepConfig, saved_text
     from moecc.plan.sweeps import parse_sweep, sweep_text
+    from moecc.rewrite.runner import run_pipeline
 
     for file in (html, save):
         check_writable(file, force=force)

@@ -23,8 +23,8 @@ from moecc.formats.source import Checkpoint, GivenParams
 from moecc.jobs.checks import Contracts
 from moecc.jobs.conversion import Plan
 from moecc.model.open import MODEL_TYPE
-from moecc.pipeline.passes import Preserves
-from moecc.pipeline.reproducer import loaded_files
+from moecc.rewrite.passes import Preserves
+from moecc.rewrite.runner import loaded_files
 from moecc.support.page import render_page
 from moecc.translate.engines import release_of
 from moecc.version import __version__

@@ -35,8 +35,8 @@ from moecc.jobs.command import (
     read_failing,
 )
 from moecc.jobs.failures import Failure, FailureTest
-from moecc.pipeline.passes import Context, Pass, apply_pass
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import Context, Pass, apply_pass
+from moecc.rewrite.pipeline import Pipeline
 from moecc.support.console import say
 from moecc.testing.generate import keep_only, remove_dead
 from moecc.weights.expr import Expr, Source, transform, walk
@@ -416,7 +416,7 @@ def reduce(
     """
     from moecc.errors import UsageError
     from moecc.jobs.failures import CommandTest, ComparisonTest, PromiseTest
-    from moecc.pipeline.reproducer import Replay, loaded_files, reproducer_text
+    from moecc.rewrite.runner import Replay, loaded_files, reproducer_text
 
     check_writable(output, force=force)
     graph, passes, seed = read_failing(file, pipeline, load, seed)

@@ -17,10 +17,9 @@ from moecc.jobs.command import Load, Report, Spelling
 from moecc.jobs.failures import ComparisonTest
 from moecc.model.initialise import reads_small
 from moecc.model.open import registry_with
-from moecc.pipeline.passes import Context
-from moecc.pipeline.reproducer import Replay, check_loaded, read_reproducer
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import Replay, check_loaded, read_reproducer, run_pipeline
 from moecc.version import __version__
 
 # Repeat what a reproducer holds: its graph, pipeline, options and own passes.

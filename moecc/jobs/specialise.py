@@ -28,9 +28,9 @@ from moecc.jobs.command import (
 from moecc.jobs.evaluate import EvaluationSpec, Tracing, is_token
 from moecc.jobs.generate import load_tokenizer
 from moecc.model.open import OpenedModel, open_model
-from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.support.untyped import JsonDict
 from moecc.train.scoring import RoutedTokens
 from moecc.train.tokens.folder import Special, TokenFolder, open_tokens

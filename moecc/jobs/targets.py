@@ -20,9 +20,9 @@ from moecc.families.registry import CONFIGS
 from moecc.families.switch_transformers import SwitchTransformersConfig
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
-from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import run_pass
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pass
 from moecc.translate.engines import Verdict, verdicts
 from moecc.translate.export import export_graph
 from moecc.translate.propose import source_config

@@ -16,12 +16,12 @@ from moecc.families.describe import count_parameters, sequence_flops
 from moecc.ir.graph import Graph
 from moecc.ir.unroll import unrolled
 from moecc.jobs.command import Load, OptionalMachine, Report, SavedPlanFile, Spelling
-from moecc.pipeline.text import Pipeline
 from moecc.plan.machines import Machine, parse_machine
 from moecc.plan.search import search
 from moecc.plan.step import OPTIMIZERS, SavedPlan
 from moecc.plan.time import Estimate
 from moecc.plan.workload import Batch, Workload, length_variables, workload
+from moecc.rewrite.pipeline import Pipeline
 from moecc.sharding.vias import LOCAL
 from moecc.support.console import PROGRESS, is_quiet, say, use_colour
 from moecc.support.process import Closing

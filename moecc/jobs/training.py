@@ -43,10 +43,10 @@ from moecc.ir.text import print_graph
 from moecc.jobs.convert import plan, write
 from moecc.model.initialise import initialise
 from moecc.model.open import OpenedModel, no_tensors, open_model, read_graph, registry_with
-from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
 from moecc.presets import PREFIX, preset_config
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.support.untyped import JsonDict
 from moecc.train.batches import Batches, open_batches, resolved
 from moecc.train.events import Beginning, Event, Exported, Saved, TrainJob

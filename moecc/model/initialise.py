@@ -14,7 +14,7 @@ from moecc.ir.structure import uses_of
 from moecc.ir.traits import Role
 from moecc.model.open import OpenedModel
 from moecc.model.statistics import fingerprint, open_capture
-from moecc.pipeline.passes import Statistics
+from moecc.rewrite.passes import Statistics
 from moecc.types import F32, DType, TensorType
 from moecc.weights.arithmetic import STATISTICS, Cast
 from moecc.weights.draws import Normal, derive_key
@@ -22,7 +22,7 @@ from moecc.weights.expr import Expr, Full, sources
 
 if TYPE_CHECKING:
     from moecc.formats.source import Checkpoint
-    from moecc.pipeline.passes import ReadWeight
+    from moecc.rewrite.passes import ReadWeight
     from moecc.types import Array
 
 

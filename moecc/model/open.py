@@ -25,8 +25,8 @@ from moecc.formats.run import GRAPH as _OpenGRAPH
 from moecc.formats.run import split_reference
 from moecc.formats.source import Checkpoint
 from moecc.ir.graph import Graph
-from moecc.pipeline.text import Registry, installed
 from moecc.presets import PREFIX, preset_config
+from moecc.rewrite.pipeline import Registry, installed
 from moecc.support.process import Closing
 from moecc.support.text import brief, count_text, facts_table
 from moecc.types import F32, Array, DType

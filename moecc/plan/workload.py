@@ -21,9 +21,6 @@ from moecc.ir.ops.routing import RouteOp
 from moecc.ir.ops.slots import SlotsOp, assigner
 from moecc.ir.structure import clone, length_bounds
 from moecc.ir.traits import RowMove
-from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline, installed
 from moecc.plan.parts import (
     LAYER,
     GlobalShape,
@@ -44,6 +41,9 @@ from moecc.plan.parts import (
     units_of,
 )
 from moecc.plan.step import REMATS
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline, installed
+from moecc.rewrite.runner import run_pipeline
 from moecc.sharding.assign import ROWS, Assigner, Site, cuts_of, sites_of
 from moecc.sharding.collectives import (
     GradientFlow,

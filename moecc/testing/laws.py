@@ -24,7 +24,7 @@ from moecc.ir.graph import Graph
 from moecc.ir.structure import clone, equal, fingerprint
 from moecc.ir.text import parse, print_graph
 from moecc.ir.verify import VerifyError, verify
-from moecc.pipeline.passes import Context, Pass, PassResult
+from moecc.rewrite.passes import Context, Pass, PassResult
 from moecc.testing.oracle import TOLERANCE, assert_same
 from moecc.types import F64, Array, Arrays
 

@@ -13,11 +13,11 @@ from moecc.ir.ops.routing import RouteOp
 from moecc.ir.ops.slots import SlotsOp
 from moecc.ir.structure import clone
 from moecc.model.initialise import set_router_dtype
-from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline, installed
 from moecc.plan.search import batch_problems
 from moecc.plan.workload import Batch, length_variables
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline, installed
+from moecc.rewrite.runner import run_pipeline
 from moecc.sharding.layout import Layout
 from moecc.sharding.vias import GSPMD, LOCAL
 from moecc.train.recipe import Objective, Recipe

@@ -11,8 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
-    from moecc.pipeline.passes import Pass
-    from moecc.pipeline.text import PipelineTemplate
+    from moecc.rewrite.passes import Pass
+    from moecc.rewrite.pipeline import PipelineTemplate
 
 _PASSES = {
     "add-losses": "add_losses:AddLossesPass",

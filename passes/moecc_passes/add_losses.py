@@ -24,7 +24,7 @@ from moecc.ir.routing_losses import (
     MetricBuilder,
     emit_z,
 )
-from moecc.pipeline.passes import (
+from moecc.rewrite.passes import (
     BALANCE,
     EXACT,
     ROUTER_Z,

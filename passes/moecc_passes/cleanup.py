@@ -12,9 +12,9 @@ from zlib import crc32
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.structure import attributes, replace_value
-from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves
 from moecc.rewrite import Match, P, Pattern, Rule, rewrite
 from moecc.rewrite.driver import may_rewrite
+from moecc.rewrite.passes import EXACT, Context, Pass, PassResult, Preserves
 
 # Rules for negations, scales, casts and gradients.
 

@@ -14,8 +14,8 @@ from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value, where
 from moecc.ir.ops.slots import operands_by_word
 from moecc.ir.structure import infer_again
-from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark
 from moecc.rewrite import P, fits
+from moecc.rewrite.passes import Context, Pass, PassResult, Preserves, Remark
 from moecc.rewrite.pattern import NearMiss
 from moecc.types import I32, Axis, TensorType
 from moecc_passes.cleanup import DcePass

@@ -11,8 +11,8 @@ from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value, where
 from moecc.ir.ops.attention import Given
 from moecc.ir.structure import replace_value
-from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark
 from moecc.rewrite import P, fits
+from moecc.rewrite.passes import Context, Pass, PassResult, Preserves, Remark
 
 # Find attention by its dataflow, from the averaged values back to queries and keys.
 #

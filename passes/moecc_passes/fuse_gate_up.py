@@ -10,7 +10,7 @@ from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.ops.contraction import ContractOp
 from moecc.ir.structure import replace_value
-from moecc.pipeline.passes import Context, Pass, PassResult, Preserves
+from moecc.rewrite.passes import Context, Pass, PassResult, Preserves
 from moecc.rewrite.pattern import P, fits
 from moecc.types import Axis
 from moecc.weights.movement import Concat

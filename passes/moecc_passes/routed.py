@@ -15,7 +15,7 @@ from moecc.ir.ops.slots import SlotsOp, operands_by_word
 from moecc.ir.routing_losses import Routed, Scores
 from moecc.ir.structure import replace_value
 from moecc.ir.traits import RowMove
-from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves
+from moecc.rewrite.passes import EXACT, Context, Pass, PassResult, Preserves
 from moecc.rewrite.pattern import NearMiss, P, Pattern, fits
 from moecc.types import PRED, TensorType
 

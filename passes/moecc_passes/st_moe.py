@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Literal
 
 from moecc.errors import Problem
-from moecc.pipeline.passes import advice, too_much_capacity
-from moecc.pipeline.text import PipelineTemplate, TemplateOption, TemplatePass, TemplateStep
+from moecc.rewrite.passes import advice, too_much_capacity
+from moecc.rewrite.pipeline import PipelineTemplate, TemplateOption, TemplatePass, TemplateStep
 from moecc_passes.add_losses import AddLossesPass
 from moecc_passes.specialize.specialize import RecordModesPass, SpecializePass
 from moecc_passes.upcycle.upcycle import UpcyclePass

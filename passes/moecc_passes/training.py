@@ -14,7 +14,7 @@ from moecc.ir.ops.routing import RouteOp
 from moecc.ir.ops.slots import operands_by_word
 from moecc.ir.structure import infer_again
 from moecc.ir.traits import Cost
-from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves, Remark, advice
+from moecc.rewrite.passes import EXACT, Context, Pass, PassResult, Preserves, Remark, advice
 from moecc.rewrite.pattern import NearMiss, P, fits
 from moecc.types import TensorType
 from moecc_passes.routed import NOTHING_ROUTED, RoutedLayer, routed_layers

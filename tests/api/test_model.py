@@ -10,7 +10,7 @@ import pytest
 import moecc
 from moecc.errors import UnknownName
 from moecc.ir import print_graph
-from moecc.pipeline.text import installed
+from moecc.rewrite.pipeline import installed
 from moecc.types import BF16
 
 GOLDEN = Path(__file__).parents[1] / "golden"

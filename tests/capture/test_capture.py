@@ -19,8 +19,8 @@ from moecc.cli.main import main
 from moecc.jobs.evaluate import EvaluationSpec, Tracing
 from moecc.model.open import open_model
 from moecc.model.statistics import BlockSums, open_capture
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.train.tokens.folder import TokenFolder, open_tokens
 from moecc.types import Array
 from tests.train.tiny import DOCS, draw_weights, make_model, make_recipe

@@ -15,8 +15,8 @@ from moecc_backends.xla.backend import XlaBackend
 from moecc_passes.st_moe import ST_MOE
 
 from moecc.ir import Graph, parse, print_graph
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline, installed
+from moecc.rewrite.pipeline import Pipeline, installed
+from moecc.rewrite.runner import run_pipeline
 from moecc.testing import inputs_for, params_for, run_reference
 from moecc.types import BF16
 

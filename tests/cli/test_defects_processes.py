@@ -149,9 +149,9 @@ def test_25_a_sequence_that_the_mesh_does_not_divide_is_reported() -> None:
 
     from moecc.families import build
     from moecc.families.registry import parse_config
-    from moecc.pipeline.runner import run_pipeline
-    from moecc.pipeline.text import Pipeline, installed
     from moecc.presets import preset_config
+    from moecc.rewrite.pipeline import Pipeline, installed
+    from moecc.rewrite.runner import run_pipeline
 
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 32}
     graph = build(parse_config({**preset_config("smollm2-135m"), **small,

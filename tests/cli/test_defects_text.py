@@ -29,7 +29,7 @@ graph g {
 OWN = '''
 from dataclasses import dataclass
 from typing import ClassVar
-from moecc.pipeline.passes import EXACT, Pass, PassResult
+from moecc.rewrite.passes import EXACT, Pass, PassResult
 
 @dataclass(frozen=True)
 class BoomPass(Pass):

@@ -11,8 +11,8 @@ import pytest
 from moecc.ir import print_graph
 from moecc.ir.structure import clone
 from moecc.model.open import open_model
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -22,7 +22,7 @@ LIAR = '''
 from dataclasses import dataclass
 from typing import ClassVar
 from moecc.ir import Builder
-from moecc.pipeline.passes import EXACT, Pass, PassResult
+from moecc.rewrite.passes import EXACT, Pass, PassResult
 
 @dataclass(frozen=True)
 class LiarPass(Pass):

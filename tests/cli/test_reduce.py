@@ -18,8 +18,8 @@ from moecc_passes.upcycle import rewrite as upcycling
 from moecc.formats import writer
 from moecc.ir import Graph, parse
 from moecc.jobs.reduce import Candidate, pass_cuts
-from moecc.pipeline.passes import Context
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline
 from moecc.weights import simplify as simplifier
 from moecc.weights.arithmetic import Scale
 from moecc.weights.expr import Expr, Source, sources
@@ -208,7 +208,7 @@ def test_a_wrong_writer_is_reduced_and_found(
 CRASH = '''
 from dataclasses import dataclass
 from typing import ClassVar
-from moecc.pipeline.passes import EXACT, Pass, PassResult
+from moecc.rewrite.passes import EXACT, Pass, PassResult
 
 @dataclass(frozen=True)
 class FragilePass(Pass):

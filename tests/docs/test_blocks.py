@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from moecc.ir import parse, print_graph, verify
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
 from moecc.plan.machines import find_machine
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.train.recipe_text import parse_recipe
 from moecc.weights.text import format_expr, parse_expr
 

@@ -14,7 +14,7 @@ import pytest
 from moecc.cli.docs import PARTS
 from moecc.cli.main import main
 from moecc.jobs import COMMANDS
-from moecc.pipeline.text import installed
+from moecc.rewrite.pipeline import installed
 from moecc.support.generated_docs import GeneratedPart
 from tests.cli.test_receipt import LIAR
 

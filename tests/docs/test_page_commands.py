@@ -16,7 +16,7 @@ import pytest
 
 from moecc.cli.main import build_app
 from moecc.errors import MoeccError
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.pipeline import Pipeline
 
 from .pages import PAGES, ROOT, blocks_of
 from .sessions import AS

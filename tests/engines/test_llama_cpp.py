@@ -26,7 +26,7 @@ from moecc.formats.gguf.storage import BY_NAME, dequantise, quantise
 from moecc.jobs.convert import plan, write
 from moecc.jobs.generate import Continuing, continue_texts, load_tokenizer
 from moecc.model.open import open_model
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.pipeline import Pipeline
 from moecc.types import F64
 from tests.train.tiny import draw_weights, make_model
 

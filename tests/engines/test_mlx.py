@@ -16,7 +16,7 @@ import pytest
 
 from moecc.jobs.convert import plan, write
 from moecc.model.open import open_model
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.pipeline import Pipeline
 from moecc.testing.oracle import run_reference
 
 from .engine import ask, interpreter, needs

@@ -15,7 +15,7 @@ import pytest
 
 from moecc.jobs.convert import plan, write
 from moecc.model.open import open_model
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.pipeline import Pipeline
 
 from .engine import ask, interpreter, needs
 from .sources import write_source

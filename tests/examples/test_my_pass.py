@@ -10,7 +10,7 @@ from hypothesis import given, settings
 
 from moecc.cli.main import main
 from moecc.ir import Graph, equal, parse
-from moecc.pipeline.text import installed
+from moecc.rewrite.pipeline import installed
 from moecc.testing import graphs, laws
 from moecc.testing.growth import Growth
 from moecc.testing.steps import SIMPLE

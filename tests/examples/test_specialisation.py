@@ -12,7 +12,7 @@ import pytest
 from moecc.errors import InputError, MachineError
 from moecc.jobs.convert import plan, write
 from moecc.model.open import open_model
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.pipeline import Pipeline
 
 from .conftest import WORDS
 from .loading import load

@@ -17,9 +17,9 @@ from moecc.families.mixture import MoeConfig
 from moecc.families.registry import parse_config
 from moecc.ir import parse
 from moecc.model.open import open_model
-from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.testing.configs import random_checkpoint, small_configs
 
 MIXTRAL = {

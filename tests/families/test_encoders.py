@@ -27,8 +27,8 @@ from moecc.families.t5 import T5Config
 from moecc.formats.open import open_checkpoint
 from moecc.ir import Graph, equal, parse, print_graph, verify
 from moecc.jobs.checks import check_pipeline
-from moecc.pipeline.passes import Context
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline
 from moecc.testing.configs import (
     MemoryCheckpoint,
     exported_checkpoint,

@@ -20,7 +20,7 @@ from moecc.families.decoder import DecoderConfig
 from moecc.families.registry import decoders, parse_config
 from moecc.formats.open import open_checkpoint
 from moecc.ir import Builder, Graph, clone, parse, print_graph, verify
-from moecc.pipeline.passes import Context
+from moecc.rewrite.passes import Context
 from moecc.testing.configs import (
     MemoryCheckpoint,
     exported_checkpoint,

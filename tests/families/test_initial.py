@@ -16,7 +16,7 @@ from moecc.ir import Graph, parse
 from moecc.model.initialise import initialise
 from moecc.model.inputs import default_inputs
 from moecc.model.open import OpenedModel, open_model
-from moecc.pipeline.passes import Context
+from moecc.rewrite.passes import Context
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))

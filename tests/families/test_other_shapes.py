@@ -22,8 +22,8 @@ from moecc.ir import equal, parse, print_graph, verify
 from moecc.jobs.checks import check_pipeline
 from moecc.jobs.convert import plan
 from moecc.model.open import OpenedModel
-from moecc.pipeline.passes import Context
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline
 from moecc.testing.configs import MemoryCheckpoint, exported_checkpoint, random_checkpoint
 from moecc.testing.data import inputs_for
 from moecc.translate.export import export_graph

@@ -16,7 +16,7 @@ from moecc.families.experts import expert_layers
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import parse_config
 from moecc.ir import Graph
-from moecc.pipeline.passes import Context
+from moecc.rewrite.passes import Context
 from moecc.testing.configs import small_configs
 from moecc.translate.propose import propose
 

@@ -18,9 +18,9 @@ from moecc.jobs import targets
 from moecc.jobs.convert import plan, write
 from moecc.jobs.targets import choose, fits
 from moecc.model.open import open_model
-from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.translate.engines import CONDITIONS, ENGINES, UNKNOWN, Verdict, summary, verdicts
 from moecc.translate.export import Export, export_graph
 

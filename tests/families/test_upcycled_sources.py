@@ -14,7 +14,7 @@ from moecc.backend import get_backend
 from moecc.families.describe import describe
 from moecc.formats.open import open_checkpoint
 from moecc.ir import verify
-from moecc.pipeline.passes import Context
+from moecc.rewrite.passes import Context
 from moecc.testing.configs import MemoryCheckpoint
 from moecc.translate.export import export_graph
 from moecc.translate.importing import import_checkpoint

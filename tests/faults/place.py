@@ -49,7 +49,7 @@ class Spoilt:
         """Plan a conversion to Mixtral, and write it."""
         from moecc.jobs.convert import check_place, plan, write
         from moecc.model.open import open_model
-        from moecc.pipeline.text import Pipeline
+        from moecc.rewrite.pipeline import Pipeline
 
         target, dtype = more.pop("to", "mixtral"), more.pop("dtype", None)
         out = Path(more.pop("out", self.root / "out"))
@@ -387,7 +387,7 @@ def advised(text: str) -> Act:
     """Say what a pipeline warns of."""
 
     def find(place: Spoilt) -> list[str]:
-        from moecc.pipeline.text import Pipeline
+        from moecc.rewrite.pipeline import Pipeline
 
         return [str(problem) for problem in Pipeline.parse(text).warnings()]
 

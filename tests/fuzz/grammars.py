@@ -90,7 +90,7 @@ def run_graph(data: bytes) -> None:
 
 def run_pipeline(data: bytes) -> None:
     """Parse a pipeline, print it; now and then run it on a tiny model."""
-    from moecc.pipeline.text import Pipeline
+    from moecc.rewrite.pipeline import Pipeline
 
     text = _text(data)
     found = Pipeline.parse(text)
@@ -103,8 +103,8 @@ def run_pipeline(data: bytes) -> None:
 
 def _apply(pipeline: Any) -> None:
     from moecc.ir.structure import clone
-    from moecc.pipeline.passes import Context
-    from moecc.pipeline.runner import run_pipeline
+    from moecc.rewrite.passes import Context
+    from moecc.rewrite.runner import run_pipeline
 
     run_pipeline(clone(_tiny()), pipeline, context=Context(allow_unmatched=True))
 

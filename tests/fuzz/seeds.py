@@ -80,8 +80,8 @@ def graphs() -> tuple[bytes, ...]:
     """Return random graphs, one with a body, one over a mesh, and one of a model."""
     from moecc.families import build
     from moecc.families.registry import parse_config
-    from moecc.pipeline.runner import run_pipeline
-    from moecc.pipeline.text import Pipeline
+    from moecc.rewrite.pipeline import Pipeline
+    from moecc.rewrite.runner import run_pipeline
 
     found = [print_graph(random_graph(seed, max_steps=4)) for seed in range(60)]
     config = json.loads((GOLDEN / "llama_gqa" / "config.json").read_text())
@@ -109,7 +109,7 @@ def _type_of(text: str) -> str:
 @cache
 def pipelines() -> tuple[bytes, ...]:
     """Return each pass with all of its options stated, and some pipelines."""
-    from moecc.pipeline.text import Pipeline, installed
+    from moecc.rewrite.pipeline import Pipeline, installed
 
     needs = {
         "annotate-sharding": "{mesh=data:2 rules=data-parallel}", "expert-parallel": "{via=ring}",

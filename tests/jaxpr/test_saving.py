@@ -15,11 +15,8 @@ import numpy as np  # noqa: E402
 
 from moecc import jax as mx  # noqa: E402
 from moecc.errors import InputError  # noqa: E402
-from moecc.pipeline.runner import run_pipeline  # noqa: E402
-from moecc.pipeline.text import (  # noqa: E402
-    Pipeline,
-    installed,
-)
+from moecc.rewrite.pipeline import Pipeline, installed  # noqa: E402
+from moecc.rewrite.runner import run_pipeline  # noqa: E402
 
 from .mixtures import drawn  # noqa: E402
 

@@ -20,7 +20,7 @@ from moecc.formats.disk import injected
 from moecc.formats.output import clean
 from moecc.jobs.convert import Plan, plan, write
 from moecc.model.open import open_model
-from moecc.pipeline.text import Pipeline, installed
+from moecc.rewrite.pipeline import Pipeline, installed
 from moecc.support.process import Terminated, signals_raised
 
 from .disks import CountingDisk, FullDisk, KillingDisk, SignalDisk

@@ -22,7 +22,7 @@ from moecc.formats.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from moecc.ir import Graph
 from moecc.ir.structure import clone
 from moecc.model.statistics import BlockSums, ExpertSums
-from moecc.pipeline.passes import Context, Pass, Statistics
+from moecc.rewrite.passes import Context, Pass, Statistics
 from moecc.testing.configs import MemoryCheckpoint
 from moecc.types import F64
 from moecc.weights.arithmetic import STATISTICS, name_in

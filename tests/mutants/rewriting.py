@@ -9,7 +9,7 @@ from typing import ClassVar
 from moecc.errors import InputError
 from moecc.ir import Builder, Graph, Node, Value, clone
 from moecc.ir.structure import infer_again, replace_value
-from moecc.pipeline.passes import Context, Pass, PassResult, Preserves
+from moecc.rewrite.passes import Context, Pass, PassResult, Preserves
 
 Rewrite = Callable[[Graph], int]
 """Changes a graph in place and returns at how many places."""

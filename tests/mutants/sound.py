@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from moecc.ir import BF16, F32, F64, Builder, Graph, Node
-from moecc.pipeline.passes import Pass
 from moecc.rewrite import P, Pattern
+from moecc.rewrite.passes import Pass
 from moecc.weights.arithmetic import Cast, Scale
 
 from .rewriting import EXACT, RewritePass, before, each, exchange, maker, named, nodes

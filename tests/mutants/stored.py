@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from moecc.ir import BF16, F16, Graph
-from moecc.pipeline.passes import Pass
+from moecc.rewrite.passes import Pass
 from moecc.types import DType
 from moecc.weights.arithmetic import Cast
 from moecc.weights.expr import Expr, Source, transform

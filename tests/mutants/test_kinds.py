@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from tiers import examples, few
 
 from moecc.ir import OPS, Graph, equal
-from moecc.pipeline.passes import Pass
 from moecc.rewrite import P
+from moecc.rewrite.passes import Pass
 from moecc.testing import graphs, laws
 
 from . import gradients, inner, meshes, stored

@@ -10,7 +10,7 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.errors import InputError
 from moecc.ir import F32, Graph, Node, Value, clone
-from moecc.pipeline.passes import Context, Pass, PassResult, Preserves
+from moecc.rewrite.passes import Context, Pass, PassResult, Preserves
 from moecc.weights.arithmetic import Scale
 from moecc.weights.draws import Normal
 from moecc.weights.expr import Full

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from moecc.backend import get_backend
 from moecc.families.registry import parse_config
-from moecc.pipeline.passes import Context
+from moecc.rewrite.passes import Context
 from moecc.testing.configs import exported_checkpoint, random_checkpoint
 from moecc.translate.export import export_graph
 from moecc.translate.importing import import_checkpoint

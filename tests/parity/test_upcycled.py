@@ -18,7 +18,7 @@ from moecc.families.registry import CONFIGS
 from moecc.jobs.convert import plan, write
 from moecc.jobs.targets import fits as fits_of
 from moecc.model.open import open_model
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.pipeline import Pipeline
 from moecc.testing.oracle import run_reference, with_errors
 from moecc.types import F64
 

@@ -14,7 +14,7 @@ from moecc.ir import Graph
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
 from moecc.ir.structure import clone
-from moecc.pipeline.passes import Context, PassResult
+from moecc.rewrite.passes import Context, PassResult
 from moecc.types import F64, DType, tensor
 from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import Source, sources

@@ -9,7 +9,7 @@ from hypothesis import given
 from moecc_passes.cleanup import CanonicalizePass, order_operands
 
 from moecc.ir import F32, I32, Builder, Graph, Value, clone, equal, parse, print_graph, tensor
-from moecc.pipeline.passes import Context, PassResult
+from moecc.rewrite.passes import Context, PassResult
 from moecc.testing import graphs, laws
 
 X = tensor(F32, batch="B", embed=12)

@@ -7,7 +7,7 @@ from hypothesis import given
 from moecc_passes.cleanup import CanonicalizePass, CsePass, DcePass
 
 from moecc.ir import Graph
-from moecc.pipeline.passes import Pass
+from moecc.rewrite.passes import Pass
 from moecc.testing import graphs, laws
 
 PASSES: list[Pass] = [

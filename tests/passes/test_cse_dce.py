@@ -6,7 +6,7 @@ from hypothesis import given
 from moecc_passes.cleanup import CsePass, DcePass
 
 from moecc.ir import F32, Builder, Graph, Value, clone, equal, print_graph, tensor, verify
-from moecc.pipeline.passes import Context, PassResult
+from moecc.rewrite.passes import Context, PassResult
 from moecc.testing import assert_same, graphs
 
 CONTEXT = Context()

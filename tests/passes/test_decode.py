@@ -19,8 +19,8 @@ from moecc.ir import Graph, parse
 from moecc.ir.structure import clone
 from moecc.jobs.checks import check_pipeline
 from moecc.model.open import open_model
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.testing.configs import small_configs
 from moecc.testing.data import params_for
 from moecc.testing.laws import check_decode, run_in_steps

@@ -14,9 +14,9 @@ from moecc.families import build
 from moecc.families.describe import flops, sequence_flops
 from moecc.ir import Builder, Graph, clone
 from moecc.model.open import open_model
-from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.testing import assert_same, laws
 from moecc.testing.blocks import attention
 from moecc.testing.configs import small_configs

@@ -14,9 +14,9 @@ from moecc.families import build
 from moecc.families.registry import parse_config
 from moecc.ir import Graph, clone, equal, parse, print_graph
 from moecc.jobs.checks import broken_promise
-from moecc.pipeline.passes import EXACT, Context
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import EXACT, Context
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.testing import assert_same, laws
 from moecc.testing.blocks import experts, feed_forward
 from moecc.testing.generate import random_graph

@@ -9,9 +9,9 @@ import pytest
 from moecc.ir import clone, fingerprint
 from moecc.ir.graph import Graph
 from moecc.model.open import open_model
-from moecc.pipeline.passes import Context, Statistics, options
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline, installed
+from moecc.rewrite.passes import Context, Statistics, options
+from moecc.rewrite.pipeline import Pipeline, installed
+from moecc.rewrite.runner import run_pipeline
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

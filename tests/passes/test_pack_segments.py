@@ -13,9 +13,9 @@ from moecc.errors import InputError
 from moecc.ir import Graph, verify
 from moecc.ir.structure import clone, index_bound
 from moecc.model.open import open_model
-from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.testing.data import params_for
 from moecc.train.batches import BatchShape, collate
 from moecc.train.objectives import RowSegment

@@ -13,9 +13,9 @@ from moecc.backend import get_backend
 from moecc.errors import InputError, UsageError
 from moecc.jobs.convert import plan, write
 from moecc.model.open import open_model
-from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.types import F64, Array
 
 GOLDEN = Path(__file__).parents[1] / "golden"

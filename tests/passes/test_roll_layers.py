@@ -32,10 +32,10 @@ from moecc.ir import (
     verify,
 )
 from moecc.ir.ops.collectives import COLLECTIVES
-from moecc.pipeline.passes import Context, PassResult, Remark
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
 from moecc.presets import preset_config
+from moecc.rewrite.passes import Context, PassResult, Remark
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.testing import assert_same, laws
 from moecc.types import KEY, TensorType
 

@@ -18,7 +18,7 @@ from moecc_passes.specialize.specialize import SpecializePass
 from moecc_passes.st_moe import ST_MOE
 
 from moecc.ir import I32, Graph, clone, tensor
-from moecc.pipeline.passes import Context
+from moecc.rewrite.passes import Context
 from moecc.testing import laws
 
 from .dense_blocks import Arrays, Dense, Tensors, relative, run, upcycled

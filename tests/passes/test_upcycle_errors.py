@@ -11,7 +11,7 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.ir.structure import clone
 from moecc.ir.text import print_graph
-from moecc.pipeline.passes import Context
+from moecc.rewrite.passes import Context
 from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import Expr
 

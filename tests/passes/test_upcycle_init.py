@@ -15,7 +15,7 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.ir import Graph
 from moecc.ir.structure import clone
-from moecc.pipeline.passes import Context
+from moecc.rewrite.passes import Context
 from moecc.types import BF16, F64
 from moecc.weights.evaluate import blocks, evaluate
 

@@ -16,7 +16,7 @@ from moecc.errors import InputError
 from moecc.ir import Graph
 from moecc.ir.builder import Builder
 from moecc.ir.structure import clone
-from moecc.pipeline.passes import Context
+from moecc.rewrite.passes import Context
 
 from .dense_blocks import Dense
 

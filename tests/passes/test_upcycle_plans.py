@@ -16,9 +16,9 @@ from moecc.ir import Graph, parse, print_graph
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
 from moecc.ir.structure import clone, equal
-from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.testing import graphs, laws
 from moecc.testing.blocks import feed_forward
 from moecc.types import BF16, F32, F64, I32, tensor

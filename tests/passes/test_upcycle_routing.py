@@ -16,8 +16,8 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 from moecc.errors import InputError, UsageError
 from moecc.ir import F64, I32, Builder, Graph, equal, tensor
 from moecc.model.initialise import updated_bias
-from moecc.pipeline.passes import Context
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline
 from moecc.testing import laws
 
 from .dense_blocks import Arrays, Dense, Tensors, relative, rms_error, run, tokens, upcycled

@@ -19,7 +19,7 @@ from moecc.cli.main import main
 from moecc.errors import InputError, UsageError
 from moecc.jobs.convert import Plan, plan, write
 from moecc.model.open import add_branches, open_model, parse_branches
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.pipeline import Pipeline
 from moecc.types import F64, Array
 from moecc.weights.evaluate import evaluate
 from tests.docs import scenes

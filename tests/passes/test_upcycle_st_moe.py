@@ -16,9 +16,9 @@ from moecc.ir import F64, Builder, Graph, Value, tensor
 from moecc.ir.structure import clone
 from moecc.jobs.checks import broken_promise
 from moecc.model.open import open_model
-from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.testing import laws
 from moecc.weights.expr import Full, Source
 

@@ -9,9 +9,9 @@ from moecc_passes.routed import WeightRowsPass, routed_layers
 
 from moecc.errors import InputError
 from moecc.ir import Graph, clone, equal, parse, print_graph
-from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.testing import laws
 from moecc.testing.blocks import experts, feed_forward
 from moecc.testing.generate import random_graph

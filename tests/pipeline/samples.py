@@ -8,9 +8,9 @@ from typing import Annotated, ClassVar, Literal
 
 from moecc.errors import InputError, Problem
 from moecc.ir import F32, Builder, Graph, Value, tensor
-from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves, Remark
-from moecc.pipeline.text import Registry
 from moecc.rewrite import NearMiss, P, Rule, rewrite
+from moecc.rewrite.passes import EXACT, Context, Pass, PassResult, Preserves, Remark
+from moecc.rewrite.pipeline import Registry
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from moecc.families import build
 from moecc.families.registry import parse_config
 from moecc.ir import F32, I32, Builder, Graph, clone, equal, print_graph, tensor, verify
 from moecc.jobs.checks import check_pipeline, measure, reduce_sizes, reduced
-from moecc.pipeline.passes import EXACT, Context, Pass, PassResult
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import EXACT, Context, Pass, PassResult
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 
 from .samples import REGISTRY, negations
 

@@ -10,10 +10,10 @@ import pytest
 
 from moecc.errors import InputError
 from moecc.ir import equal, parse
-from moecc.pipeline.docs import render
-from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline, installed
+from moecc.rewrite.docs import render
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline, installed
+from moecc.rewrite.runner import run_pipeline
 
 DOCS = Path(__file__).parents[2] / "docs"
 

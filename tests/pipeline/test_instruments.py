@@ -12,8 +12,9 @@ import pytest
 
 from moecc.errors import MachineError, UsageError
 from moecc.ir import equal, parse
-from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import (
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import (
     DiffAfter,
     DumpFolder,
     Instrument,
@@ -23,7 +24,6 @@ from moecc.pipeline.runner import (
     Timing,
     run_pipeline,
 )
-from moecc.pipeline.text import Pipeline
 
 from .samples import REGISTRY, negations
 

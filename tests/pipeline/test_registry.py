@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moecc.errors import UsageError
-from moecc.pipeline.text import Pipeline, Registry, installed
+from moecc.rewrite.pipeline import Pipeline, Registry, installed
 
 from .samples import REGISTRY, TopPass
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moecc.pipeline.passes import EXACT, Context, Pass, PassResult
+from moecc.rewrite.passes import EXACT, Context, Pass, PassResult
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def test_the_passes_of_moecc_come_through_the_entry_point() -> None:
 
 def test_listing_names_imports_no_pass() -> None:
     code = (
-        "import sys; from moecc.pipeline.text import installed; installed().names(); "
+        "import sys; from moecc.rewrite.pipeline import installed; installed().names(); "
         "print([m for m in sys.modules if m.startswith('moecc_passes.')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

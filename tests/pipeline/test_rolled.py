@@ -11,10 +11,10 @@ from moecc.families.registry import parse_config
 from moecc.ir import Graph, clone, equal, verify
 from moecc.ir.unroll import is_rolled, unroll
 from moecc.jobs.checks import check_pipeline
-from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import PipelineReport, run_pass, run_pipeline
-from moecc.pipeline.text import Pipeline, installed
 from moecc.presets import preset_config
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline, installed
+from moecc.rewrite.runner import PipelineReport, run_pass, run_pipeline
 from moecc.testing import assert_same
 
 SMALL = {

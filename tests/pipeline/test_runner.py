@@ -11,9 +11,9 @@ import pytest
 from moecc.errors import CheckError, InputError, MoeccError, UsageError
 from moecc.ir import Graph, equal, parse
 from moecc.ir.verify import VerifyError
-from moecc.pipeline.passes import EXACT, Context, PassCrash, Preserves, Remark, weakest
-from moecc.pipeline.runner import Instrument, PassRun, PipelineReport, run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import EXACT, Context, PassCrash, Preserves, Remark, weakest
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import Instrument, PassRun, PipelineReport, run_pipeline
 
 from .samples import REGISTRY, BadPass, TopPass, negations
 

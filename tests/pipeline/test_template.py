@@ -11,9 +11,9 @@ import pytest
 
 from moecc.errors import InputError, Problem, UsageError
 from moecc.ir import Graph, parse
-from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves, options
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import (
+from moecc.rewrite.passes import EXACT, Context, Pass, PassResult, Preserves, options
+from moecc.rewrite.pattern import NearMiss
+from moecc.rewrite.pipeline import (
     Pipeline,
     PipelineTemplate,
     Registry,
@@ -21,7 +21,7 @@ from moecc.pipeline.text import (
     TemplateStep,
     installed,
 )
-from moecc.rewrite.pattern import NearMiss
+from moecc.rewrite.runner import run_pipeline
 
 from .samples import REGISTRY
 
@@ -224,7 +224,7 @@ def test_a_faulty_declaration_is_refused_with_its_fault(changes: Any, fault: str
 OWN = """
 from moecc_passes.cleanup import DcePass
 from moecc_passes.st_moe import ST_MOE
-from moecc.pipeline.text import PipelineTemplate, TemplateStep
+from moecc.rewrite.pipeline import PipelineTemplate, TemplateStep
 
 ONCE = TemplateStep(DcePass)
 CLEAN = PipelineTemplate("clean", "remove what is dead, twice", (ONCE, ONCE))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moecc.errors import UsageError
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.pipeline import Pipeline
 
 from .samples import REGISTRY, EveryKindPass, TopPass, UnNegPass
 

@@ -16,8 +16,6 @@ from tiers import examples, few
 from moecc.families.describe import describe
 from moecc.ir.traits import Cost
 from moecc.model.open import open_model
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
 from moecc.plan.collectives import LayerRows
 from moecc.plan.machines import parse_machine
 from moecc.plan.memory import GAPS, STACKS_GAPS, Sharding, _zeros
@@ -25,6 +23,8 @@ from moecc.plan.search import layouts, legal_vias, meshes
 from moecc.plan.step import REMATS, StepConfig, Strategy, plan_mesh
 from moecc.plan.time import Estimate, Estimator
 from moecc.plan.workload import Batch, Workload, make_batch, workload
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.sharding.layout import Layout
 
 MODELS = ("mixtral-8x7b", "st-moe-l", "smollm2-135m", "switch-c")

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from moecc.model.open import open_model
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
 from moecc.plan.machines import parse_machine
 from moecc.plan.search import check_devices, check_layout
 from moecc.plan.step import plan_mesh
 from moecc.plan.workload import make_batch, workload
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.sharding.layout import Layout
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "plan_vs_xla.py"

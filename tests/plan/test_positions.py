@@ -12,9 +12,9 @@ from moecc.families.describe import describe
 from moecc.ir.structure import length_bounds
 from moecc.model.inputs import check_inputs, default_inputs
 from moecc.model.open import open_model
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
 from moecc.plan.workload import make_batch
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BOUNDS = {

@@ -16,8 +16,6 @@ from moecc.families.registry import parse_config
 from moecc.ir import Graph
 from moecc.ir.mesh import mesh_of, parse_mesh
 from moecc.ir.structure import clone, local_type
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
 from moecc.plan.machines import parse_machine
 from moecc.plan.memory import Sharding
 from moecc.plan.search import layouts, legal_vias, meshes, problems
@@ -25,6 +23,8 @@ from moecc.plan.step import StepConfig, Strategy, plan_mesh
 from moecc.plan.time import Estimator
 from moecc.plan.workload import Workload, make_batch, workload
 from moecc.presets import preset_config
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.sharding.layout import Layout
 from moecc.sharding.rules import read_layout
 from tests.support.layouts import layout_text

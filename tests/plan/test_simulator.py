@@ -10,14 +10,14 @@ import pytest
 from moecc.families import build
 from moecc.ir import Graph, clone
 from moecc.ir.devices import Run, simulate
-from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
 from moecc.plan.machines import parse_machine
 from moecc.plan.search import check_layout
 from moecc.plan.step import StepConfig, Strategy, plan_mesh
 from moecc.plan.time import Estimate, Estimator
 from moecc.plan.workload import Batch, length_variables, workload
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.sharding.layout import Layout
 from moecc.testing import inputs_for, params_for, sizes_for
 from moecc.testing.configs import read_config

@@ -18,13 +18,13 @@ from moecc.ir.graph import Node
 from moecc.ir.mesh import Mesh, mesh_of, parse_mesh
 from moecc.ir.ops.slots import assigner, capacity
 from moecc.ir.traits import CollectiveKind
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
 from moecc.plan.machines import parse_machine
 from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.time import Estimator
 from moecc.plan.workload import Batch, workload
 from moecc.presets import preset_config
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.sharding.layout import Layout
 from moecc.sharding.vias import LOCAL
 from moecc.types import F32, Axis, Extent, TensorType

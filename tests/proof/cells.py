@@ -32,9 +32,9 @@ from moecc.formats.open import open_checkpoint
 from moecc.formats.source import Checkpoint
 from moecc.ir.graph import Graph
 from moecc.model.statistics import BlockSums
-from moecc.pipeline.passes import Context, Statistics
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import Context, Statistics
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.testing.configs import MemoryCheckpoint, exported_checkpoint
 from moecc.translate.export import export_graph
 from moecc.translate.importing import import_checkpoint

@@ -24,10 +24,10 @@ from moecc.ir.graph import Graph
 from moecc.ir.unroll import unrolled
 from moecc.jobs.train import planned_step
 from moecc.model.open import open_model
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
 from moecc.plan.machines import parse_machine
 from moecc.plan.workload import length_variables
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.train.graphs import step_spec, train_graph, train_passes
 from moecc.train.recipe import Recipe
 from moecc.train.recipe_text import load_recipe

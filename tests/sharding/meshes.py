@@ -6,9 +6,9 @@ from pathlib import Path
 
 from moecc.families import build
 from moecc.ir import Graph
-from moecc.pipeline.passes import Context, Remark
-from moecc.pipeline.runner import PipelineReport, run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import Context, Remark
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import PipelineReport, run_pipeline
 from moecc.testing.configs import read_config
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -12,8 +12,8 @@ from moecc.ir import clone, equal
 from moecc.ir.mesh import mesh_of
 from moecc.jobs.checks import check_pipeline
 from moecc.model.open import open_model
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.testing import laws
 from tests.support.layouts import layout_text
 

@@ -14,7 +14,7 @@ from moecc.backend import get_backend
 from moecc.errors import InputError, UsageError
 from moecc.ir import F32, I32, Builder, Graph, clone, tensor, verify
 from moecc.ir.devices import simulate
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.pipeline import Pipeline
 from moecc.testing import laws, run_reference
 
 from .meshes import run

@@ -13,7 +13,7 @@ from moecc_passes.sharding.legal import layer
 from moecc.backend import get_backend
 from moecc.errors import InputError, UsageError
 from moecc.ir import F32, Builder, Graph, tensor, verify
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.pipeline import Pipeline
 from moecc.testing import run_reference
 
 from .meshes import census, model, run

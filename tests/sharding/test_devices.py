@@ -17,7 +17,7 @@ from moecc.ir import Graph, clone, equal, parse, verify
 from moecc.ir.devices import Run, added, assembled, simulate
 from moecc.ir.interpreter import ReferenceProgram
 from moecc.ir.mesh import parse_mesh
-from moecc.pipeline.passes import Context
+from moecc.rewrite.passes import Context
 from moecc.sharding.rules import LayoutRule
 from moecc.testing import graphs, inputs_for, params_for, run_reference, sizes_for
 

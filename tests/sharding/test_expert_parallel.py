@@ -13,7 +13,7 @@ from moecc.errors import InputError, UsageError
 from moecc.ir import Graph, clone, equal
 from moecc.ir.devices import simulate
 from moecc.ir.mesh import mesh_of
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.pipeline import Pipeline
 from moecc.testing import laws, run_reference
 
 from .meshes import census, model, run

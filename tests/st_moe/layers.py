@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from moecc.ir import F64, I32, PRED, Builder, Graph, Value, tensor
-from moecc.pipeline.passes import Context, Pass, PassResult
+from moecc.rewrite.passes import Context, Pass, PassResult
 from moecc.testing import run_reference
 from moecc.weights.expr import Source
 

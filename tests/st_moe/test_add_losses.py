@@ -11,9 +11,9 @@ from moecc_passes.add_losses import AddLossesPass
 from moecc.errors import InputError, UsageError
 from moecc.ir import F64, Builder, Graph, clone, tensor
 from moecc.ir.moe import emit_expert_choice
-from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.testing import laws, run_reference
 
 from .layers import applied, evaluated, router, softmax, transformer

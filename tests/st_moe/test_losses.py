@@ -13,8 +13,8 @@ from moecc_passes.add_losses import AddLossesPass
 
 from moecc.ir import clone
 from moecc.ir.devices import simulate
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 
 from .layers import Data, applied, evaluated, router, softmax
 

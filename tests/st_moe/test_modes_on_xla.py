@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from moecc.ir import F64, Graph
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.testing import params_for, run_reference
 
 from .layers import transformer

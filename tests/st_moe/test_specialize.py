@@ -19,9 +19,9 @@ from moecc.errors import InputError, UsageError
 from moecc.ir import F64, Builder, Graph, clone, equal, parse, print_graph, tensor
 from moecc.ir.moe import emit_expert_choice, emit_routing
 from moecc.jobs.checks import check_pipeline
-from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.testing import laws, params_for, run_reference
 
 Data = np.ndarray[Any, Any]

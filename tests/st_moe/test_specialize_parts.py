@@ -13,9 +13,9 @@ from moecc.errors import InputError, UsageError
 from moecc.ir import Graph, clone, equal, parse, print_graph
 from moecc.ir.ops.slots import capacity
 from moecc.model.open import open_model
-from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.testing import laws, run_reference
 
 from .layers import MLP, Data, transformer

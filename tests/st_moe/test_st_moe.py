@@ -13,9 +13,9 @@ from moecc_passes.training import FreezePass
 from moecc.analysis import GROUPS, parameter_groups, trainable
 from moecc.errors import InputError, UsageError
 from moecc.ir import Graph, clone, equal, parse, print_graph
-from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.testing import inputs_for, laws, params_for, run_reference
 
 from .layers import transformer

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import Phase, given, settings
 
 from moecc.ir import Graph
-from moecc.pipeline.passes import EXACT, Context, Pass, PassResult
 from moecc.rewrite import P, Rule, rewrite
+from moecc.rewrite.passes import EXACT, Context, Pass, PassResult
 from moecc.testing import graphs, laws, random_graph
 
 _x = P.any("x")

@@ -9,7 +9,7 @@ import pytest
 
 from moecc.ir import BF16, DTYPES, F32, F64, I32, Builder, Graph, TensorType, Value, parse, tensor
 from moecc.ir.structure import replace_value
-from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves
+from moecc.rewrite.passes import EXACT, Context, Pass, PassResult, Preserves
 from moecc.testing import (
     assert_same,
     differences,

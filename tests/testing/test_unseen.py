@@ -10,7 +10,7 @@ from moecc_passes.roll_layers.roll_layers import RollLayersPass
 
 from moecc.ir import BF16, F32, Builder, Graph, clone, parse, tensor, verify
 from moecc.ir.mesh import parse_mesh
-from moecc.pipeline.passes import Context
+from moecc.rewrite.passes import Context
 from moecc.testing import differences, graphs, laws, random_graph
 from moecc.testing.draws import Decisions
 from moecc.testing.shardings import random_sharding

@@ -13,8 +13,8 @@ from moecc.cli.main import main
 from moecc.formats.run import StateReader, saved_steps
 from moecc.jobs.training import over_its_source
 from moecc.model.open import open_model
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.train.recipe import OptimizerSection
 from moecc.train.settings import carried_moments, saved_moments
 from moecc.train.state import canonical

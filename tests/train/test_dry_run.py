@@ -14,9 +14,9 @@ from moecc.ir import Graph
 from moecc.ir.structure import clone
 from moecc.jobs.train import dry_run_facts, dry_run_text
 from moecc.model.open import open_model
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
 from moecc.plan.machines import parse_machine
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.train.batches import open_batches
 from moecc.train.recipe_text import parse_recipe
 from moecc.train.rows import ModelFacts

@@ -9,8 +9,8 @@ import pytest
 
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.train.state import CarriedMoments
 from moecc.types import F32, I32, TensorType, tensor
 from moecc.weights.evaluate import evaluate

@@ -9,9 +9,9 @@ import pytest
 
 from moecc.ir import Graph, clone
 from moecc.model.open import open_model
-from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.train.state import Canonical, canonical, initial, moment, stored
 from moecc.weights.evaluate import evaluate
 

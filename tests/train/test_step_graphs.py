@@ -14,8 +14,8 @@ from moecc.ir import Graph, parse
 from moecc.ir.structure import clone, equal
 from moecc.ir.unroll import unrolled
 from moecc.model.open import open_model
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.testing.data import params_for
 from moecc.train.batches import open_batches
 from moecc.train.graphs import eval_graph, eval_passes, train_graph, train_passes, training_remarks

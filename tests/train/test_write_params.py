@@ -12,8 +12,8 @@ import moecc
 from moecc.errors import InputError
 from moecc.formats.manifest import check_manifest, load
 from moecc.model.open import open_model
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "llama_gqa"
 

@@ -31,10 +31,10 @@ def small_model(remat: str, on_mesh: str = "") -> Any:
     """
     from moecc.families import build
     from moecc.families.registry import parse_config
-    from moecc.pipeline.passes import Context
-    from moecc.pipeline.runner import run_pipeline
-    from moecc.pipeline.text import Pipeline, installed
     from moecc.presets import preset_config
+    from moecc.rewrite.passes import Context
+    from moecc.rewrite.pipeline import Pipeline, installed
+    from moecc.rewrite.runner import run_pipeline
 
     graph = build(parse_config({**preset_config("st-moe-base"), **CONFIG}))
     passes = f"specialize{{mode=train capacity-factor=1.25 groups=8}},add-losses,cse{on_mesh}"

@@ -13,7 +13,7 @@ from moecc.backend import get_backend
 from moecc.families import build
 from moecc.ir import Graph
 from moecc.ir.interpreter import ReferenceProgram
-from moecc.pipeline.passes import Context
+from moecc.rewrite.passes import Context
 from moecc.testing import inputs_for, params_for, run_reference
 from moecc.testing.configs import read_config
 

@@ -11,8 +11,8 @@ from moecc_passes.sharding.legal import Case, cases, layer, outcome
 from tiers import few
 
 from moecc.ir import Graph
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.testing import run_reference
 
 jax = pytest.importorskip("jax")

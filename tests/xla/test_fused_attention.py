@@ -30,7 +30,7 @@ from moecc.errors import InputError, UsageError
 from moecc.ir import Graph, clone
 from moecc.ir import attention as attention_blocks
 from moecc.ir.attention import AttentionFacts, choose_attention
-from moecc.pipeline.passes import Context
+from moecc.rewrite.passes import Context
 from moecc.testing import run_reference
 from moecc.testing.data import inputs_for
 from moecc.types import F64

@@ -16,7 +16,7 @@ from moecc_passes.add_losses import AddLossesPass  # noqa: E402
 
 from moecc.backend import get_backend  # noqa: E402
 from moecc.ir import BF16, F32, F64, PRED, Builder, Graph, tensor  # noqa: E402
-from moecc.pipeline.passes import Context  # noqa: E402
+from moecc.rewrite.passes import Context  # noqa: E402
 from moecc.testing import run_reference  # noqa: E402
 
 TOKENS, EXPERTS = 24, 8

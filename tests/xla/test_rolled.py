@@ -17,9 +17,9 @@ from moecc_backends.xla.backend import function, jax_inputs  # noqa: E402
 from moecc.families import build  # noqa: E402
 from moecc.families.registry import parse_config  # noqa: E402
 from moecc.ir import Graph, clone  # noqa: E402
-from moecc.pipeline.runner import run_pipeline  # noqa: E402
-from moecc.pipeline.text import Pipeline  # noqa: E402
 from moecc.presets import preset_config  # noqa: E402
+from moecc.rewrite.pipeline import Pipeline  # noqa: E402
+from moecc.rewrite.runner import run_pipeline  # noqa: E402
 from moecc.support.ranges import element, lengths  # noqa: E402
 from moecc.testing import inputs_for, params_for, run_reference  # noqa: E402
 

@@ -10,8 +10,8 @@ from moecc_passes.sharding.legal import Bound, Case, layer
 from moecc.ir import Graph
 from moecc.ir.conventions import DISPATCHES
 from moecc.ir.structure import clone
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 
 jax = pytest.importorskip("jax")
 

@@ -17,9 +17,9 @@ from moecc.families.registry import parse_config
 from moecc.ir import Graph
 from moecc.ir.structure import clone
 from moecc.ir.text import print_graph
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline, installed
 from moecc.presets import preset_config
+from moecc.rewrite.pipeline import Pipeline, installed
+from moecc.rewrite.runner import run_pipeline
 
 from .models import Arrays, decoder
 

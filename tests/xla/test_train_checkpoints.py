@@ -16,10 +16,10 @@ from moecc.errors import MachineError
 from moecc.formats.run import LINEAGE_SCHEMA, saved_steps
 from moecc.ir import clone
 from moecc.model.open import open_model
-from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
 from moecc.plan.step import StepConfig
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.train.recipe import OptimizerSection
 from moecc.train.run import Position, create_run
 from moecc.train.settings import StepSpec

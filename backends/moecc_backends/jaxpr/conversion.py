@@ -38,8 +38,8 @@ from moecc.ir.text import print_graph
 from moecc.jobs.checks import Contracts
 from moecc.jobs.receipt import RECEIPT_NAME, Receipt
 from moecc.model.open import CONFIG_NAME, GRAPH_NAME, MODEL_TYPE, read_graph
-from moecc.pipeline.passes import Preserves
-from moecc.pipeline.text import Pipeline, installed
+from moecc.rewrite.passes import Preserves
+from moecc.rewrite.pipeline import Pipeline, installed
 from moecc.support.untyped import Json
 from moecc.types import DTYPES, Axis, TensorType
 from moecc.version import __version__

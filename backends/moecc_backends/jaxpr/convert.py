@@ -11,9 +11,9 @@ from moecc.api.arguments import flag, pipeline_of, whole
 from moecc.errors import InputError, Problem, UsageError
 from moecc.ir.graph import Graph
 from moecc.jobs.checks import Contracts, check_contracts
-from moecc.pipeline.passes import Context, Pass, ReadWeight
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import Context, Pass, ReadWeight
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.types import Array
 from moecc.weights.expr import Expr
 from moecc_backends.jaxpr.blocks import BlockMiss

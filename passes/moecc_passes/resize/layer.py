@@ -15,7 +15,7 @@ from moecc.ir.builder import Builder
 from moecc.ir.conventions import convention
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.ops.routing import RouteOp
-from moecc.pipeline.passes import NO_STATISTICS, Context
+from moecc.rewrite.passes import NO_STATISTICS, Context
 from moecc.types import F32, Axis, Doubles, TensorType, tensor
 from moecc.weights.arithmetic import STATISTICS, Add, Scale, name_in
 from moecc.weights.expr import Expr, Full, Source

@@ -14,8 +14,8 @@ from moecc.errors import InputError, Problem
 from moecc.ir.conventions import convention
 from moecc.ir.graph import Graph, Value
 from moecc.ir.ops.contraction import ProductOp
-from moecc.pipeline.passes import Bounds, Context, Pass, PassResult, Preserves, Remark, weakest
 from moecc.rewrite.driver import may_rewrite
+from moecc.rewrite.passes import Bounds, Context, Pass, PassResult, Preserves, Remark, weakest
 from moecc.weights.arithmetic import Add
 from moecc.weights.draws import derive_key
 from moecc.weights.expr import Expr, Full

@@ -13,8 +13,8 @@ from moecc.ir.mesh import mesh_of
 from moecc.ir.remat_names import DEFAULT, KEPT
 from moecc.ir.structure import attributes
 from moecc.ir.unroll import unroll
-from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Remark
 from moecc.rewrite import P, fits
+from moecc.rewrite.passes import EXACT, Context, Pass, PassResult, Remark
 from moecc.rewrite.pattern import NearMiss
 from moecc.support.ranges import joined
 from moecc.types import Axis, Extent, TensorType

@@ -13,7 +13,7 @@ from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import Mesh, mesh_of, parse_mesh, set_mesh
 from moecc.ir.ops.collectives import format_sharding
 from moecc.ir.sharding_rules import spelled
-from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark
+from moecc.rewrite.passes import Context, Pass, PassResult, Preserves, Remark
 from moecc.sharding.assign import Assigner, sites_of
 from moecc.sharding.propagate import Propagation, Ref, Reshard, propagate
 from moecc.sharding.rules import LayoutRule, read_layouts

@@ -15,7 +15,7 @@ from moecc.ir.ops.collectives import format_sharding
 from moecc.ir.ops.slots import SlotsOp, operands_by_word
 from moecc.ir.structure import infer_again, replace_value
 from moecc.ir.traits import CollectiveKind, RowMove
-from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves, Remark
+from moecc.rewrite.passes import EXACT, Context, Pass, PassResult, Preserves, Remark
 from moecc.sharding.assign import Assigner
 from moecc.sharding.collectives import (
     RowSlice,

@@ -18,8 +18,8 @@ from moecc.errors import InputError
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph
 from moecc.ir.moe import SlotOptions, emit_expert_choice, emit_routing
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.support.generated_docs import GeneratedPart
 from moecc.types import F32, tensor
 

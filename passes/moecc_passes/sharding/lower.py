@@ -10,7 +10,7 @@ from typing import ClassVar
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
 from moecc.ir.traits import CollectiveKind
-from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Remark
+from moecc.rewrite.passes import EXACT, Context, Pass, PassResult, Remark
 from moecc.sharding.collectives import Step, steps
 
 # Collectives as nodes of a graph.

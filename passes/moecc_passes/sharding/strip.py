@@ -8,7 +8,7 @@ from typing import ClassVar
 from moecc.ir.graph import Graph, Node
 from moecc.ir.mesh import mesh_of, set_mesh
 from moecc.ir.structure import replace_value
-from moecc.pipeline.passes import EXACT, Context, Pass, PassResult
+from moecc.rewrite.passes import EXACT, Context, Pass, PassResult
 from moecc_passes.sharding.expert_parallel import REGROUPED, restore_groups, unchunk
 
 REPEATING = "expert-parallel/"

@@ -13,8 +13,8 @@ from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.moe import emit_dropout, emit_jitter, emit_noise, emit_priority, emit_rescaled
 from moecc.ir.ops.routing import RouteOp
 from moecc.ir.structure import replace_value
-from moecc.pipeline.passes import Bounds
 from moecc.rewrite import P, fits
+from moecc.rewrite.passes import Bounds
 from moecc.types import KEY, TensorType
 from moecc_passes.routed import PRODUCT, RoutedLayer, is_decoder, padding_mask, routed_layers
 

@@ -11,16 +11,7 @@ from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph
 from moecc.ir.ops.routing import Policy
 from moecc.ir.structure import fingerprint
-from moecc.pipeline.passes import (
-    EXACT,
-    Bounds,
-    Context,
-    Pass,
-    PassResult,
-    Preserves,
-    Remark,
-    advice,
-)
+from moecc.rewrite.passes import EXACT, Bounds, Context, Pass, PassResult, Preserves, Remark, advice
 from moecc.rewrite.pattern import NearMiss
 from moecc_passes.add_losses import remove_losses
 from moecc_passes.routed import (

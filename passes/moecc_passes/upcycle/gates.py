@@ -18,7 +18,7 @@ import numpy as np
 from moecc.analysis import FFNBlock
 from moecc.ir.conventions import convention
 from moecc.ir.graph import Value
-from moecc.pipeline.passes import Preserves, weakest
+from moecc.rewrite.passes import Preserves, weakest
 from moecc.types import Doubles as Array
 from moecc.weights.arithmetic import BASE
 from moecc_passes.upcycle.options import GateLaw as GateLaw

@@ -14,7 +14,7 @@ from moecc.errors import InputError, Problem
 from moecc.ir.conventions import Gates as GateConvention
 from moecc.ir.conventions import convention
 from moecc.ir.moe import SlotOptions
-from moecc.pipeline.passes import Bounds, advice, too_many_experts, too_much_capacity
+from moecc.rewrite.passes import Bounds, advice, too_many_experts, too_much_capacity
 from moecc.support.text import ranges
 from moecc_passes.routed import is_decoder
 

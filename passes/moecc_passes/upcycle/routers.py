@@ -22,7 +22,7 @@ from moecc.ir.moe import (
     emit_unit,
 )
 from moecc.ir.traits import Role
-from moecc.pipeline.passes import NO_STATISTICS, ReadWeight, Statistics
+from moecc.rewrite.passes import NO_STATISTICS, ReadWeight, Statistics
 from moecc.types import F32, Axis, TensorType, tensor
 from moecc.weights.arithmetic import STATISTICS, Moment, name_in
 from moecc.weights.draws import Normal, TruncatedNormal, Uniform, derive_key

@@ -11,8 +11,8 @@ from moecc.analysis import FFNBlock, find_ffn_blocks
 from moecc.errors import InputError, Problem, nearest
 from moecc.ir.conventions import convention
 from moecc.ir.graph import Graph, Value
-from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, ReadWeight, Remark
 from moecc.rewrite.driver import may_rewrite
+from moecc.rewrite.passes import Context, Pass, PassResult, Preserves, ReadWeight, Remark
 from moecc.rewrite.pattern import NearMiss
 from moecc.support.text import amount
 from moecc.types import F32, Axis, TensorType

@@ -28,7 +28,7 @@ from moecc.formats.open import open_checkpoint
 from moecc.formats.safetensors import Entry
 from moecc.jobs.convert import Plan, plan, write
 from moecc.model.open import open_model
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.pipeline import Pipeline
 from moecc.types import BF16, F32, F64
 
 from .test_gguf_tokenizer import byte_level, sentence_piece

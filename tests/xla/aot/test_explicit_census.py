@@ -25,11 +25,11 @@ from moecc.families import build
 from moecc.families.registry import parse_config
 from moecc.ir.text import print_graph
 from moecc.jobs.compile import compile_in_subprocess
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline, installed
 from moecc.plan.machines import parse_machine
 from moecc.plan.step import StepConfig
 from moecc.presets import preset_config
+from moecc.rewrite.pipeline import Pipeline, installed
+from moecc.rewrite.runner import run_pipeline
 from moecc.sharding.vias import EXPLICIT, PARTITIONS
 
 LAYERS, EXPERTS, EMBED, MLP, DEVICES, SEQ = 3, 8, 128, 400, 8, 64

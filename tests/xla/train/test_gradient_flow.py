@@ -13,10 +13,10 @@ from moecc.ir.graph import Graph, Value
 from moecc.ir.structure import clone
 from moecc.model.inputs import default_inputs
 from moecc.model.open import open_model
-from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline, installed
 from moecc.plan.step import StepConfig
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline, installed
+from moecc.rewrite.runner import run_pipeline
 from moecc.train.graphs import StepPasses, step_graph
 from moecc.train.recipe import OptimizerSection, ParameterGroup
 from moecc.train.settings import StepSpec

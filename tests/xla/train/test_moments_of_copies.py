@@ -10,9 +10,9 @@ import pytest
 
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
 from moecc.plan.step import StepConfig
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.train.recipe import OptimizerSection
 from moecc.train.settings import StepSpec
 from moecc.train.state import CarriedMoments

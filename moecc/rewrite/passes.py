@@ -273,7 +273,7 @@ class Pass(ABC):
         return None
 
     def lints(self) -> list[Problem]:
-        """Return what a design guide advises against, with its source (`moecc.pipeline.passes`)."""
+        """Return what a design guide advises against, with its source (`moecc.rewrite.passes`)."""
         return []
 
 

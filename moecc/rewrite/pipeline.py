@@ -24,7 +24,7 @@ from typing import Annotated, Any, ClassVar
 
 from moecc.errors import Problem, UsageError, nearest, printable
 from moecc.ir.graph import Graph
-from moecc.pipeline.passes import (
+from moecc.rewrite.passes import (
     Context,
     Option,
     Pass,

@@ -1,6 +1,6 @@
 """Generate ``docs/passes.md`` from the registry; a test checks that the file is current.
 
-python -m moecc.pipeline.docs docs/passes.md
+python -m moecc.rewrite.docs docs/passes.md
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from moecc.errors import UsageError
-from moecc.pipeline.passes import Option, Pass, describe, options, write
-from moecc.pipeline.text import Registry, installed
+from moecc.rewrite.passes import Option, Pass, describe, options, write
+from moecc.rewrite.pipeline import Registry, installed
 
 HEAD = """# Passes
 

@@ -1,1 +1,0 @@
-"""Passes, pipeline strings, the registry and the instruments."""
