@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
-import numpy as np
-
 from moecc.analysis import LOGITS
 from moecc.backend import Backend, Program
 from moecc.errors import InputError, Problem, UsageError
@@ -17,6 +15,7 @@ from moecc.ir.structure import clone
 from moecc.rewrite import P, fits
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
+from moecc.support.lazy import np
 from moecc.types import Array, Arrays, Doubles, DType
 
 # The graphs that continue texts, made of a model's by the pass ``decode``.

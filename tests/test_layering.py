@@ -55,6 +55,26 @@ def test_the_core_starts_without_jax(module: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["opt", "{graph}", "-p", "canonicalize"], ["inspect", str(ROOT / "tests/golden/llama_gqa")]],
+)
+def test_commands_on_texts_start_without_arrays(words: list[str], tmp_path: Path) -> None:
+    graph = tmp_path / "model.moe"
+    graph.write_text(
+        "moecc 1\ngraph g {\n  input %x : f32[embed=4]\n"
+        '  param %w : f32[embed=4] = source("w" : f32[embed=4])\n'
+        "  %y = mul %x, %w\n  output y = %y\n}\n"
+    )
+    words = [word.format(graph=graph) for word in words]
+    code = (
+        f"import sys\nfrom moecc.cli.main import main\nassert main({words!r}) == 0\n"
+        "print([m for m in ('jax', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 GENERATED = "Written by ``python -m"
 """What modules say that a program writes: they are as long as the table that they show."""
 

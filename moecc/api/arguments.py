@@ -8,8 +8,6 @@ from dataclasses import fields, replace
 from reprlib import Repr
 from typing import get_type_hints
 
-import numpy as np
-
 from moecc.decoding import Sampling
 from moecc.errors import Problem, UsageError, nearest
 from moecc.jobs.generate import Continuing
@@ -17,6 +15,7 @@ from moecc.model.open import parse_branches
 from moecc.plan.step import COMPILED, StepConfig
 from moecc.rewrite.passes import Pass
 from moecc.rewrite.pipeline import Pipeline, format_pass
+from moecc.support.lazy import np
 from moecc.support.untyped import JsonDict
 from moecc.types import F32, Array, DType, float_type
 

@@ -10,14 +10,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-import numpy as np
-
 from moecc.errors import nearest
 from moecc.formats.files import Identity, identify, read_json_object, require_unchanged
 from moecc.formats.folder import SafetensorsFolder
 from moecc.formats.modelcard import hub_repository, read_card
 from moecc.formats.safetensors import ADAPTER_CONFIG, read_header
 from moecc.formats.source import Checkpoint, DerivedCheckpoint, TensorInfo
+from moecc.support.lazy import np
 from moecc.support.patterns import NamePattern, UnsupportedPattern, parse_pattern
 from moecc.support.problems import Problems, quoted
 from moecc.support.record import RecordReader

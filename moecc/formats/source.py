@@ -10,9 +10,8 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Protocol, Self
 
-import numpy as np
-
 from moecc.errors import InputError, nearest
+from moecc.support.lazy import np
 from moecc.support.problems import quoted
 from moecc.support.process import Closing
 from moecc.support.text import amount

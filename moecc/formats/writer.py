@@ -20,8 +20,6 @@ from math import prod
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-
 from moecc.errors import InputError, Problem, UsageError, printable
 from moecc.formats.disk import CREATE, disk, remove_but, synchronise, write_all, write_durable
 from moecc.formats.files import (
@@ -35,6 +33,7 @@ from moecc.formats.files import (
 from moecc.formats.gguf.storage import Storage, quantise
 from moecc.formats.safetensors import INDEX_NAME, Entry, Shard, index_json, natural, plan_shards
 from moecc.support.documents import parse_json_object
+from moecc.support.lazy import np
 from moecc.support.problems import Problems, quoted
 from moecc.support.record import read_record, stored, to_json
 from moecc.support.untyped import Json, JsonDict

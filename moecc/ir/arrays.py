@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-import numpy as np
-
+from moecc.support.lazy import np
 from moecc.types import Array as NumpyArray
 from moecc.types import DType
 
 Data = NumpyArray
 """The elements of an array, without axis names."""
 
-NOTHING = np.iinfo(np.int64).min
+NOTHING = -(2**63)
 """Stands for an integer beyond a ragged extent, where a float is NaN."""
 
 

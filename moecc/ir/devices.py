@@ -13,8 +13,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
-import numpy as np
-
 from moecc.errors import InputError, Problem
 from moecc.ir.arrays import NOTHING, Array, Data, poison, stored
 from moecc.ir.graph import Graph, Node, Value, setter_of, where
@@ -29,6 +27,7 @@ from moecc.ir.ops.routing import WithinBufferOp
 from moecc.ir.ops.slots import SlotsOp
 from moecc.ir.structure import local_attrs, local_size
 from moecc.ir.traits import CollectiveKind
+from moecc.support.lazy import np
 from moecc.types import Arrays, TensorType
 
 Parts = dict[Coordinates, Array]

@@ -11,11 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from moecc.errors import InputError, Problem, nearest
 from moecc.ir.arrays import Array, Data, SlotAssignment, poisoned, stored
 from moecc.ir.graph import Graph, Node, Value, setter_of, where
+from moecc.support.lazy import np
 from moecc.types import Arrays, Extent
 
 

@@ -10,8 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
-import numpy as np
-
 from moecc.errors import InputError, Problem, UsageError
 from moecc.formats.output import check_output, output_folder
 from moecc.ir.graph import Graph
@@ -33,6 +31,7 @@ from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.support.console import Bar
+from moecc.support.lazy import np
 from moecc.support.text import amount
 from moecc.train.rows import facts_of
 from moecc.train.tokens.encoders import BYTES, BYTES_DIGEST

@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from math import gcd, lcm, prod
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from moecc.backend import Arrays
 from moecc.errors import CheckError, InputError, MoeccError, Problem, described
 from moecc.ir.graph import Graph, Node, Value
@@ -25,6 +23,7 @@ from moecc.ir.traits import Cut, Product
 from moecc.rewrite.passes import Context, Pass, Preserves
 from moecc.rewrite.pipeline import Pipeline, format_pass
 from moecc.rewrite.runner import run_pass
+from moecc.support.lazy import np
 from moecc.support.untyped import JsonDict
 from moecc.types import Axis, TensorType
 

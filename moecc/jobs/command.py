@@ -217,8 +217,8 @@ def artefact(kind: str, text: str, file: str | None, *, force: bool, **facts: ob
 
 def graph_text(graph: Graph, path: str | None) -> str:
     """Return the text of `graph`, which then names its checkpoint from the folder of its file."""
+    from moecc.ir.files import names_for_file
     from moecc.ir.text import print_graph
-    from moecc.model.open import names_for_file
 
     names_for_file(graph, path)
     return print_graph(graph)
@@ -277,10 +277,15 @@ def read_pipeline(text: str, files: Sequence[str] = ()) -> Pipeline:
     Raises:
       UsageError: all problems of the text.
     """
-    from moecc.model.open import registry_with
-    from moecc.rewrite.pipeline import Pipeline
+    from moecc.rewrite.pipeline import Pipeline, installed
 
-    pipeline = Pipeline.parse(text, registry_with(files))
+    registry = installed()
+    if files:
+        # Only files can add families, whose modules a pipeline alone does not need.
+        from moecc.model.open import registry_with
+
+        registry = registry_with(files)
+    pipeline = Pipeline.parse(text, registry)
     for warning in pipeline.warnings():
         warn(str(warning))
     return pipeline
@@ -295,7 +300,7 @@ def read_failing(
       InputError: the file is no graph, or a reproducer that needs passes and `load` is empty.
       UsageError: all problems of the pipeline.
     """
-    from moecc.model.open import read_graph
+    from moecc.ir.files import read_graph
     from moecc.rewrite.runner import check_loaded, is_reproducer, read_reproducer
 
     if not pipeline and is_reproducer(file):

@@ -7,14 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 
-import numpy as np
-
 from moecc.backend import Arrays, Backend, get_backend
 from moecc.errors import CheckError, InputError
 from moecc.ir.graph import Graph
 from moecc.jobs.conversion import Plan
 from moecc.model.inputs import default_inputs, first_layers, layer_count
 from moecc.model.open import OpenedModel, open_model
+from moecc.support.lazy import np
 from moecc.support.text import brief, facts_table
 from moecc.types import F32, F64, Array, DType
 

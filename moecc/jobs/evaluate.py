@@ -8,8 +8,6 @@ from functools import reduce
 from math import exp
 from typing import Annotated, Any
 
-import numpy as np
-
 from moecc.analysis import LOGITS
 from moecc.backend import get_backend
 from moecc.decoding import ReadOnce
@@ -25,6 +23,7 @@ from moecc.jobs.command import (
 )
 from moecc.model.open import OpenedModel, open_model
 from moecc.support.console import Bar
+from moecc.support.lazy import np
 from moecc.support.text import amount
 from moecc.train.batches import HeldOutBatches, collate, label_rows, open_batches
 from moecc.train.graphs import check_objective, eval_graph

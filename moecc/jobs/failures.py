@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-import numpy as np
-
 from moecc.backend import get_backend
 from moecc.errors import CheckError, InputError, UsageError
 from moecc.ir.graph import Graph, Value
@@ -25,6 +23,7 @@ from moecc.jobs.checks import SEEDS, broken_promise
 from moecc.rewrite.passes import KNOWN, Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pass
+from moecc.support.lazy import np
 from moecc.types import F64, Array
 
 # The first value of a graph that is not what it means: of the XLA backend, or of its weights.

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
-
 from moecc.backend import Backend, get_backend
 from moecc.decoding import (
     DECODER_TOKENS,
@@ -34,6 +32,7 @@ from moecc.jobs.command import (
 from moecc.jobs.comparison import vocabulary
 from moecc.model.inputs import longest
 from moecc.model.open import OpenedModel
+from moecc.support.lazy import np
 from moecc.tokenizer.process import Tokenizer
 from moecc.types import F32, Array, Arrays, DType
 

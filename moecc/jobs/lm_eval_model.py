@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from moecc.backend import get_backend
 from moecc.decoding import Sampling
 from moecc.errors import InputError, MachineError
 from moecc.jobs.generate import Continuer, Continuing, end_tokens, load_tokenizer
 from moecc.model.open import OpenedModel
+from moecc.support.lazy import np
 from moecc.support.untyped import Json
 from moecc.tokenizer.process import Tokenizer
 from moecc.train.scoring import RowScores, Scorer, ScoringBackend

@@ -158,9 +158,8 @@ def opt(
     Example:
       moecc import SmolLM2-135M | moecc opt - -p 'upcycle{experts=8}' --diff
     """
+    from moecc.ir.files import read_graph
     from moecc.ir.structure import clone
-    from moecc.jobs.checks import check_pipeline
-    from moecc.model.open import read_graph
     from moecc.rewrite import runner
     from moecc.rewrite.passes import Context
     from moecc.rewrite.runner import temporary_folder
@@ -185,6 +184,8 @@ def opt(
     before = clone(graph) if html is not None else graph
     context = Context(seed, allow_unmatched, remark=lambda remark: said.append(str(remark)))
     if check:
+        from moecc.jobs.checks import check_pipeline
+
         for checked in check_pipeline(graph, passes, context=context):
             say(f"checked: {checked}")
     folder = partial(Path, dump_dir) if dump_dir else temporary_folder

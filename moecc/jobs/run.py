@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
-
 from moecc.errors import UsageError, nearest
 from moecc.ir.graph import Graph, Value
 from moecc.ir.structure import clone
@@ -26,6 +24,7 @@ from moecc.jobs.command import (
     write_whole,
 )
 from moecc.support.console import say
+from moecc.support.lazy import np
 from moecc.types import Array
 
 if TYPE_CHECKING:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from math import log
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
-
 from moecc.analysis import parameter_groups
 from moecc.errors import InputError
 from moecc.ir.graph import Graph, Value
@@ -31,6 +29,7 @@ from moecc.model.open import OpenedModel, open_model
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
+from moecc.support.lazy import np
 from moecc.support.untyped import JsonDict
 from moecc.train.scoring import RoutedTokens
 from moecc.train.tokens.folder import Special, TokenFolder, open_tokens

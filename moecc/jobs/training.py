@@ -13,8 +13,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from moecc.errors import InputError, Problem
 from moecc.families import build
 from moecc.families.registry import parse_config
@@ -37,16 +35,18 @@ from moecc.formats.run import (
     split_reference,
 )
 from moecc.formats.trees.checkpoint import SavedMoments, TreeCheckpoint
+from moecc.ir.files import read_graph
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.ir.text import print_graph
 from moecc.jobs.convert import plan, write
 from moecc.model.initialise import initialise
-from moecc.model.open import OpenedModel, no_tensors, open_model, read_graph, registry_with
+from moecc.model.open import OpenedModel, no_tensors, open_model, registry_with
 from moecc.presets import PREFIX, preset_config
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
+from moecc.support.lazy import np
 from moecc.support.untyped import JsonDict
 from moecc.train.batches import Batches, open_batches, resolved
 from moecc.train.events import Beginning, Event, Exported, Saved, TrainJob

@@ -11,11 +11,10 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import IO
 
-import numpy as np
-
 from moecc.errors import InputError, MachineError, Problem, nearest, printable
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.structure import clone, index_bound, length_bounds
+from moecc.support.lazy import np
 from moecc.types import Array
 
 ANY_INDEX = 2

@@ -24,6 +24,7 @@ from moecc.formats.folder import CONFIG_NAME as CONFIG_NAME
 from moecc.formats.run import GRAPH as _OpenGRAPH
 from moecc.formats.run import split_reference
 from moecc.formats.source import Checkpoint
+from moecc.ir.files import read_graph
 from moecc.ir.graph import Graph
 from moecc.presets import PREFIX, preset_config
 from moecc.rewrite.pipeline import Registry, installed
@@ -32,42 +33,6 @@ from moecc.support.text import brief, count_text, facts_table
 from moecc.types import F32, Array, DType
 from moecc.weights.arithmetic import BASE, STATISTICS
 from moecc.weights.expr import sources
-
-# The checkpoint that a graph names: beside its file on disk, from the working folder in memory.
-#
-# A relative name in a ``.moe`` file is taken from the folder of the file, so that a graph and its
-# checkpoint can be moved together; on standard input and output it is taken from the working
-# folder.
-
-ATTRIBUTE = "checkpoint"
-
-
-def names_from_file(graph: Graph, file: str) -> None:
-    """Change a relative name, as read from `file`, to one from the working folder."""
-    name, folder = _relative_name(graph), os.path.dirname(file)
-    if name and folder:
-        _set(graph, os.path.normpath(os.path.join(folder, name)))
-
-
-def names_for_file(graph: Graph, file: str | None) -> None:
-    """Change a relative name to one from the folder of `file`, which is about to be written."""
-    name = _relative_name(graph)
-    if not name or file is None or file == "-":
-        return
-    # Parents are resolved: a name that goes up leaves the folder that a link leads to.
-    parent, last = os.path.split(os.path.abspath(name))
-    folder = os.path.realpath(os.path.dirname(file) or os.curdir)
-    _set(graph, os.path.relpath(os.path.join(os.path.realpath(parent), last), folder))
-
-
-def _relative_name(graph: Graph) -> str:
-    name = graph.attrs.get(ATTRIBUTE)
-    return name if isinstance(name, str) and not os.path.isabs(name) else ""
-
-
-def _set(graph: Graph, name: str) -> None:
-    graph.attrs = {**graph.attrs, ATTRIBUTE: name}
-
 
 # The folder of a converted function of JAX: its graph reads the arrays beside it.
 
@@ -319,40 +284,6 @@ def _open_run(source: str, weights: str | None) -> OpenedModel:
     if problems:
         raise InputError(problems)
     return OpenedModel(graph, source, checkpoint)
-
-
-def read_graph(path: str) -> Graph:
-    """Return the graph in a ``.moe`` file, or on standard input for ``-``.
-
-    The checkpoint that it names is taken from the folder of the file.
-
-    Raises:
-      ParseError: the text is not a graph.
-      InputError: the file cannot be read as text.
-    """
-    import sys
-
-    from moecc.ir.text import parse
-
-    if path == "-":
-        data, name = sys.stdin.buffer.read(), "<stdin>"
-    else:
-        if os.path.isdir(path):
-            raise InputError(
-                "is a folder, not a graph", where=path, hint="moecc import prints its graph"
-            )
-        if not os.path.isfile(path):
-            raise InputError("no such file", where=path)
-        data, name = Path(path).read_bytes(), path
-    try:
-        graph = parse(data.decode(), name)
-    except UnicodeDecodeError as error:
-        raise InputError(
-            "not text: a .moe file is UTF-8", where=f"{name}: byte {error.start}"
-        ) from None
-    if path != "-":
-        names_from_file(graph, path)
-    return graph
 
 
 def _open_graph(source: str, weights: str | None) -> OpenedModel:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
 
-import numpy as np
 from safetensors.numpy import save
 
 from moecc.errors import InputError
@@ -18,6 +17,7 @@ from moecc.formats.files import read_json_object
 from moecc.formats.folder import SafetensorsFolder, open_folder
 from moecc.formats.manifest import file_digest
 from moecc.formats.source import Checkpoint
+from moecc.support.lazy import np
 from moecc.support.record import read_record, to_json
 from moecc.types import Array, Doubles
 

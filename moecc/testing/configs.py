@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from hypothesis import strategies as st
 
 from moecc.families.bert import BertConfig
@@ -21,6 +20,7 @@ from moecc.families.switch_transformers import SwitchTransformersConfig
 from moecc.families.t5 import T5Config
 from moecc.formats.files import read_json_object
 from moecc.formats.source import TensorInfo
+from moecc.support.lazy import np
 from moecc.support.process import Closing
 from moecc.support.untyped import Json, JsonDict
 from moecc.types import DTYPES, F32, Array, DType

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from math import prod
 
-import numpy as np
-
 from moecc.ir.graph import Graph, Value
 from moecc.ir.ops.repetition import repetitions
 from moecc.ir.ops.slots import SlotsOp
 from moecc.ir.structure import index_sizes
+from moecc.support.lazy import np
 from moecc.support.ranges import element, lengths
 from moecc.testing.draws import generator, moved
 from moecc.types import Array, Size, TensorType

@@ -6,8 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
-import numpy as np
-
+from moecc.support.lazy import np
 from moecc.types import Array
 
 

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from types import CodeType
 from typing import NoReturn
 
-import numpy as np
-
 from moecc.analysis import LOGITS
 from moecc.backend import get_backend
 from moecc.decoding import CAPACITY, NOWHERE, DecodeGraphs, PlainSession
@@ -25,6 +23,7 @@ from moecc.ir.structure import clone, equal, fingerprint
 from moecc.ir.text import parse, print_graph
 from moecc.ir.verify import VerifyError, verify
 from moecc.rewrite.passes import Context, Pass, PassResult
+from moecc.support.lazy import np
 from moecc.testing.oracle import TOLERANCE, assert_same
 from moecc.types import F64, Array, Arrays
 

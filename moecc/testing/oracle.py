@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from functools import cache
 from math import lcm
 
-import numpy as np
-
 from moecc.backend import Arrays, MeshBackend, get_backend
 from moecc.errors import InputError
 from moecc.ir.builder import Builder
@@ -23,6 +21,7 @@ from moecc.ir.sharding_rules import spelled
 from moecc.ir.structure import clone, copied
 from moecc.ir.traits import CollectiveKind
 from moecc.ir.unroll import unrolled
+from moecc.support.lazy import np
 from moecc.support.untyped import Json, JsonDict
 from moecc.testing.data import Sizes, inputs_for, params_for, sizes_for
 from moecc.testing.draws import generator

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from math import prod
 from typing import Any
 
-import numpy as np
-
+from moecc.support.lazy import np
 from moecc.testing.draws import Choices, generator, moved, pick
 from moecc.types import F16, F32, F64, Array, DType, TensorType
 from moecc.weights import draws as random

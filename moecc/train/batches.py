@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import numpy as np
 from numpy.typing import NDArray
 
 from moecc.errors import InputError, Problem
+from moecc.support.lazy import np
 from moecc.support.text import amount
 from moecc.train.objectives import (
     IGNORED,

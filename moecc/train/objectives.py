@@ -6,9 +6,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
+from moecc.support.lazy import np
 from moecc.train.rows import Numbers as _ObjectivesNumbers
 from moecc.train.rows import PackedPlan, PackedRows, RowPlan, StreamPlan, pack
 from moecc.train.tokens.folder import Special, TokenFolder

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-import numpy as np
-
+from moecc.support.lazy import np
 from moecc.support.page import drawing, render_page, require_figures
 from moecc.support.untyped import Json, JsonDict
 from moecc.train.run import CURVES, ROUTER_CURVES, RunSeries, Series

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 from numpy.typing import NDArray
 
 from moecc.ir.graph import Graph
 from moecc.ir.structure import index_bound
 from moecc.model.inputs import longest
 from moecc.model.open import OpenedModel
+from moecc.support.lazy import np
 from moecc.train.tokens.encoders import tokenizer_digest
 from moecc.train.tokens.folder import Ids, TokenFolder
 

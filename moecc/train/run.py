@@ -16,8 +16,6 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from moecc.errors import InputError, MachineError
 from moecc.formats.disk import remove, replace_durable, synchronise_folder, write_durable
 from moecc.formats.files import os_problem, read_whole
@@ -45,6 +43,7 @@ from moecc.formats.run import (
     stages_of,
 )
 from moecc.model.open import OpenedModel
+from moecc.support.lazy import np
 from moecc.support.problems import describe
 from moecc.support.process import Closing
 from moecc.support.record import to_json

@@ -7,9 +7,8 @@ from functools import cached_property
 from math import sqrt
 from typing import Protocol, runtime_checkable
 
-import numpy as np
-
 from moecc.ir.graph import Graph
+from moecc.support.lazy import np
 from moecc.types import Array, Arrays, Doubles, DType
 
 CONFIDENCE = 0.95

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import reduce
+from functools import cache, reduce
 from math import gcd
 from typing import Any, Literal
 
-import numpy as np
-
+from moecc.support.lazy import np
 from moecc.types import BF16, F16, F32, F64, Array, DType, TensorType
 from moecc.weights.expr import Expr, Full, Source, axis_of, check_finite, node, transform
 from moecc.weights.expr import computed_dtype as computed
@@ -184,12 +183,18 @@ def _check_contained(expr: Expr, large: TensorType, small: TensorType) -> None:
 
 # Conversion between float types: exact where possible, else rounded once, ties to even.
 
-_EXPONENT: dict[np.dtype[Any], Any] = {
-    BF16.numpy: np.uint16(0x7F80),
-    F16.numpy: np.uint16(0x7C00),
-    F32.numpy: np.uint32(0x7F80_0000),
-    F64.numpy: np.uint64(0x7FF0 << 48),
-}
+
+@cache
+def _exponent_bits() -> dict[np.dtype[Any], Any]:
+    """Return by float type the bits of its exponent, as an integer of its width."""
+    return {
+        BF16.numpy: np.uint16(0x7F80),
+        F16.numpy: np.uint16(0x7C00),
+        F32.numpy: np.uint32(0x7F80_0000),
+        F64.numpy: np.uint64(0x7FF0 << 48),
+    }
+
+
 _BLOCK = 1 << 16
 
 
@@ -251,7 +256,7 @@ def first_nonfinite(values: Array) -> int | None:
     if values.dtype.kind in "iub" or not values.size:
         return None
     flat = np.ascontiguousarray(values).reshape(-1)
-    exponent = _EXPONENT.get(flat.dtype)
+    exponent = _exponent_bits().get(flat.dtype)
     if exponent is None:
         return _first(~np.isfinite(flat))
     bits = flat.view(exponent.dtype)

@@ -13,12 +13,10 @@ from decimal import Context, Decimal
 from functools import lru_cache
 from itertools import product
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
-
-from moecc.types import F32, TensorType
+from moecc.support.lazy import np
+from moecc.types import F32, Doubles, TensorType
 from moecc.weights.expr import Expr, axis_of, check_finite, check_type, node, size
 
 LARGEST = 3.4e38
@@ -160,8 +158,8 @@ def _check_spread(expr: Expr, std: float) -> None:
 # rounds uniquely, so that every platform draws the same bytes; logarithms and error functions of
 # the C library do not guarantee that.
 
-Words = npt.NDArray[np.uint64]
-Floats = npt.NDArray[np.float64]
+Words: TypeAlias = "np.ndarray[Any, np.dtype[np.uint64]]"
+Singles: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 Box = tuple[tuple[int, int], ...]
 """A range [start, stop) for each axis."""
 
@@ -221,21 +219,21 @@ def _flat(sizes: tuple[int, ...], element: list[int]) -> int:
     return flat
 
 
-def uniform(words: Words, low: float, high: float) -> npt.NDArray[np.float32]:
+def uniform(words: Words, low: float, high: float) -> Singles:
     """Return numbers uniform on [low, high), of the same shape."""
     return _blockwise(words, lambda w: low + (high - low) * ((w >> np.uint64(11)) * 2.0**-53))
 
 
-def normal(words: Words, mean: float, std: float) -> npt.NDArray[np.float32]:
+def normal(words: Words, mean: float, std: float) -> Singles:
     """Return normal numbers, of the same shape, by inversion of the distribution function."""
     return _blockwise(words, lambda w: mean + std * normal_quantile(open_unit(w)))
 
 
-def truncated_normal(words: Words, std: float, bound: float) -> npt.NDArray[np.float32]:
+def truncated_normal(words: Words, std: float, bound: float) -> Singles:
     """Return normal numbers of mean 0 within `bound` standard deviations, of the same shape."""
     low = tail(bound)
 
-    def draw(w: Words) -> Floats:
+    def draw(w: Words) -> Doubles:
         z = normal_quantile(low + (1.0 - 2.0 * low) * open_unit(w))
         z.clip(-bound, bound, out=z)
         z *= std
@@ -244,13 +242,13 @@ def truncated_normal(words: Words, std: float, bound: float) -> npt.NDArray[np.f
     return _blockwise(words, draw)
 
 
-def open_unit(words: Words) -> Floats:
+def open_unit(words: Words) -> Doubles:
     """Return numbers uniform on the open interval (0, 1)."""
     # With 53 bits the largest would round to 1.
     return ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
-def _blockwise(words: Words, draw: Any) -> npt.NDArray[np.float32]:
+def _blockwise(words: Words, draw: Any) -> Singles:
     flat = np.ascontiguousarray(words).reshape(-1)
     numbers = np.empty(flat.shape, np.float32)
     for at in range(0, flat.size, _BLOCK):
@@ -286,10 +284,10 @@ _FAR_TAIL = (
 )  # fmt: skip
 
 
-def normal_quantile(p: Floats) -> Floats:
+def normal_quantile(p: Doubles) -> Doubles:
     """Return the normal quantile of probabilities within (0, 1), ``f64[n]``."""
     q = p - 0.5
-    z: Floats = q * _ratio(_CENTRE, 0.180625 - q * q)
+    z: Doubles = q * _ratio(_CENTRE, 0.180625 - q * q)
     tails = np.flatnonzero(np.abs(q) > 0.425)
     if tails.size:
         r = np.sqrt(-_log(np.minimum(p[tails], 1.0 - p[tails])))
@@ -298,13 +296,13 @@ def normal_quantile(p: Floats) -> Floats:
     return z
 
 
-def _ratio(coefficients: tuple[tuple[float, ...], tuple[float, ...]], x: Floats) -> Floats:
+def _ratio(coefficients: tuple[tuple[float, ...], tuple[float, ...]], x: Doubles) -> Doubles:
     over, under = (_polynomial(c, x) for c in coefficients)
     over /= under
     return over
 
 
-def _polynomial(coefficients: tuple[float, ...], x: Floats) -> Floats:
+def _polynomial(coefficients: tuple[float, ...], x: Doubles) -> Doubles:
     value = x * coefficients[0]
     for c in coefficients[1:-1]:
         value += c
@@ -317,7 +315,7 @@ _LN2 = 0.6931471805599453
 _ATANH = tuple(2.0 / (2 * k + 1) for k in reversed(range(12)))
 
 
-def _log(x: Floats) -> Floats:
+def _log(x: Doubles) -> Doubles:
     """Return natural logarithms, to about 1e-16, using only exactly rounded operations."""
     mantissa, exponent = np.frexp(x)
     low = mantissa < 0.7071067811865476

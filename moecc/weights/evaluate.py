@@ -12,9 +12,8 @@ from contextlib import contextmanager
 from math import prod
 from typing import Any, Protocol
 
-import numpy as np
-
 from moecc.errors import InputError
+from moecc.support.lazy import np
 from moecc.types import Array, DType, TensorType
 from moecc.weights import draws as random
 from moecc.weights import fits as moments
@@ -378,7 +377,7 @@ class Evaluator:
         mask, a, b = (self._operand(x, e.type, box) for x in e.operands)
         if e.a.type.dtype is not e.b.type.dtype:
             a, b = (widen(x, e.type.dtype) for x in (a, b))
-        return np.broadcast_to(np.where(mask, a, b), extents(box))
+        return np.asarray(np.broadcast_to(np.where(mask, a, b), extents(box)))
 
     def _moment(self, e: Moment, box: Box) -> Array:
         return self._moments.moment(self.block, e, box).astype(e.type.dtype.numpy)

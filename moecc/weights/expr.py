@@ -20,9 +20,8 @@ from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, cast, dataclass_transform
 from weakref import WeakValueDictionary
 
-import numpy as np
-
 from moecc.errors import InputError, printable
+from moecc.support.lazy import np
 from moecc.types import F32, F64, Array, Axis, DType, TensorType
 
 MAX_DEPTH = 100

@@ -7,13 +7,11 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite, prod
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary, ref
 
-import ml_dtypes
-import numpy as np
-import numpy.typing as npt
-
-from moecc.types import F32, F64, Array, Doubles, TensorType
+from moecc.support.lazy import np
+from moecc.types import BF16, F32, F64, Array, Doubles, TensorType
 from moecc.weights.arithmetic import Moment, widen
 from moecc.weights.expr import Box, Expr, align, node, project
 from moecc.weights.expr import computed_dtype as computed
@@ -117,7 +115,7 @@ def fitted_rows(
     variance = float(np.einsum("ed,dc,ec->", rows, covariance, rows)) / len(rows)
     # Where the input says nothing of the targets, all rows are zero, or noise of rounding.
     scale = std / variance**0.5 if variance > 0 else 0.0
-    return np.asarray((rows * scale).astype(ml_dtypes.bfloat16), np.float32)
+    return np.asarray((rows * scale).astype(BF16.numpy), np.float32)
 
 
 # Balanced clusters of neurons by how often they are active together.
@@ -215,8 +213,7 @@ def _assigned(distances: Doubles) -> Array:
 
 # Means and standard deviations whose bytes do not depend on the division into blocks.
 
-Floats = npt.NDArray[np.float64]
-Counts = npt.NDArray[np.int64]
+Counts: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 Block = Callable[[Expr, Box], Array]
 Ranges = dict[str, tuple[int, int]]
 
@@ -232,9 +229,9 @@ class MomentCache:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._known: OrderedDict[tuple[Moment, Box], Floats] = OrderedDict()
+        self._known: OrderedDict[tuple[Moment, Box], Doubles] = OrderedDict()
 
-    def moment(self, block: Block, e: Moment, box: Box) -> Floats:
+    def moment(self, block: Block, e: Moment, box: Box) -> Doubles:
         """Return a moment in float64, for the kept positions in `box`.
 
         Args:
@@ -254,7 +251,7 @@ class MomentCache:
                     self._known.popitem(last=False)
         return moments
 
-    def _computed(self, block: Block, e: Moment, box: Box) -> Floats:
+    def _computed(self, block: Block, e: Moment, box: Box) -> Doubles:
         """Return a moment, of a few kept positions at a time, in the order in which x is stored."""
         cut = _cut(e, box)
         if cut is not None:
@@ -288,12 +285,12 @@ def _cut(e: Moment, box: Box) -> tuple[int, int] | None:
     return None
 
 
-def _mean(block: Block, e: Moment, box: Box, centre: Floats | None) -> Floats:
+def _mean(block: Block, e: Moment, box: Box, centre: Doubles | None) -> Doubles:
     """Return the mean over the reduced axes of x, or of its squared distance from `centre`."""
     ranges = dict(zip(e.keep, box, strict=True))
     reduced = tuple(name for name in e.x.type.names if name not in e.keep)
     total, count = _MomentSums(block, e, centre).sums(ranges, reduced)
-    return np.divide(total, count, out=np.zeros_like(total), where=count > 0)
+    return np.asarray(np.divide(total, count, out=np.zeros_like(total), where=count > 0))
 
 
 @dataclass(frozen=True)
@@ -302,9 +299,9 @@ class _MomentSums:
 
     block: Block
     e: Moment
-    centre: Floats | None
+    centre: Doubles | None
 
-    def sums(self, ranges: Ranges, reduced: tuple[str, ...]) -> tuple[Floats, Counts]:
+    def sums(self, ranges: Ranges, reduced: tuple[str, ...]) -> tuple[Doubles, Counts]:
         """Return sums and numbers of elements, with the axes of `ranges` in their order."""
         sizes = [self.e.x.type.shape[self.e.x.type.names.index(name)] for name in reduced]
         elements = prod(stop - start for start, stop in ranges.values()) * prod(sizes)
@@ -318,7 +315,7 @@ class _MomentSums:
         total = np.concatenate([part for part, _ in parts], axis=-1)
         return _fold(total), np.concatenate([n for _, n in parts], axis=-1).sum(axis=-1)
 
-    def direct(self, ranges: Ranges, reduced: tuple[str, ...]) -> tuple[Floats, Counts]:
+    def direct(self, ranges: Ranges, reduced: tuple[str, ...]) -> tuple[Doubles, Counts]:
         x = self.e.x.type
         box = tuple(ranges.get(n, (0, size)) for n, size in zip(x.names, x.shape, strict=True))
         order = (*ranges, *reduced)
@@ -341,7 +338,7 @@ class _MomentSums:
         return values, np.asarray(count)
 
 
-def _fold(values: Floats) -> Floats:
+def _fold(values: Doubles) -> Doubles:
     """Sum the last axis, halving it again and again.
 
     The tree of additions depends on the length alone: `numpy.sum` may add in another order on

@@ -11,8 +11,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from moecc.errors import InputError, Problem, nearest
 from moecc.families.config import ModelConfig
 from moecc.families.mixture import MoeConfig
@@ -27,6 +25,7 @@ from moecc.formats.gguf.families import (
     GgufFamily,
 )
 from moecc.formats.gguf.header import GgufHeader, GgufKeys, StoredTensor, token_id
+from moecc.support.lazy import np
 from moecc.support.problems import Problems, quoted
 from moecc.support.text import with_article
 from moecc.support.untyped import Json

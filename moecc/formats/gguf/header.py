@@ -16,8 +16,6 @@ from math import prod
 from pathlib import Path
 from typing import TypeAlias, TypeVar, overload
 
-import numpy as np
-
 from moecc.errors import InputError, printable
 from moecc.formats.files import (
     MAX_SIZE,
@@ -29,6 +27,7 @@ from moecc.formats.files import (
     read_into,
 )
 from moecc.formats.gguf.storage import STORAGES, Storage, storage_label
+from moecc.support.lazy import np
 from moecc.support.problems import Problems, describe, quoted
 from moecc.types import Array
 

@@ -12,8 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
-import numpy as np
-
 from moecc.errors import InputError, nearest, printable
 from moecc.families.config import ModelConfig
 from moecc.formats.files import DescriptorPool, require_unchanged
@@ -43,6 +41,7 @@ from moecc.formats.gguf.header import (
 from moecc.formats.gguf.storage import BY_NAME, dequantise
 from moecc.formats.gguf.tokenizer import tokenizer_files
 from moecc.formats.source import TensorInfo, quantised_remark, tensor_info
+from moecc.support.lazy import np
 from moecc.support.problems import Problems, quoted
 from moecc.support.process import Closing
 from moecc.support.text import with_article

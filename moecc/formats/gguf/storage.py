@@ -13,10 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from moecc.errors import MachineError
 from moecc.support.extras import install_hint
+from moecc.support.lazy import np
 from moecc.types import BF16, F16, F32, Array, DType
 
 

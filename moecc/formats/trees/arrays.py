@@ -12,11 +12,10 @@ from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from moecc.errors import InputError, MachineError
 from moecc.formats.files import read_json_object
 from moecc.support.extras import install_hint
+from moecc.support.lazy import np
 from moecc.support.problems import Problems, describe, quoted
 from moecc.support.untyped import JsonDict
 from moecc.types import Array

@@ -10,8 +10,6 @@ from math import prod
 from pathlib import Path
 from types import MappingProxyType
 
-import numpy as np
-
 from moecc.errors import InputError
 from moecc.formats.files import Identity, identify, read_json_object, require_unchanged
 from moecc.formats.folder import CONFIG_NAME, MAX_CONFIG_BYTES, find_companions, rows_of
@@ -22,6 +20,7 @@ from moecc.formats.trees.maxtext import MARKS as MAXTEXT_MARKS
 from moecc.formats.trees.maxtext import maxtext_pieces
 from moecc.formats.trees.t5x import MARKS as T5_MARKS
 from moecc.formats.trees.t5x import open_t5x, t5_config, t5_pieces
+from moecc.support.lazy import np
 from moecc.support.problems import Problems, quoted
 from moecc.support.process import Closing
 from moecc.types import DTYPES, Array, DType, TensorType

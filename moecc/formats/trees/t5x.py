@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import ml_dtypes
-import numpy as np
 
 from moecc.errors import InputError, MachineError, described
 from moecc.formats.trees.arrays import FILE, ArrayPiece, Tree, ZarrArrays, files_below
 from moecc.support.extras import install_hint
+from moecc.support.lazy import np
 from moecc.support.problems import Problems, quoted
 from moecc.types import Array
 

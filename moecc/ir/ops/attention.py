@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from math import inf, isfinite
 from typing import Literal, get_args
 
-import numpy as np
-
 from moecc.errors import InputError
 from moecc.ir.arrays import Array, Data
 from moecc.ir.operand import Attrs, Operand
@@ -42,6 +40,7 @@ from moecc.ir.ops.rules import (
     widest,
 )
 from moecc.ir.traits import Residual
+from moecc.support.lazy import np
 from moecc.types import F32, I32, PRED, Axis, TensorType
 
 ROPE_SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")

@@ -6,8 +6,6 @@ from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from moecc.errors import InputError
 from moecc.ir.arrays import NOTHING, Array
 from moecc.ir.operand import Attrs, Definition, Operand
@@ -28,6 +26,7 @@ from moecc.ir.ops.rules import (
     same_size,
 )
 from moecc.ir.traits import Cut, IndexOperand, Product, Residual, Role, powers
+from moecc.support.lazy import np
 from moecc.types import F32, I32, Axis, TensorType
 
 if TYPE_CHECKING:

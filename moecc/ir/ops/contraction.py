@@ -11,8 +11,6 @@ from functools import lru_cache
 from itertools import product as combinations
 from typing import Literal, get_args
 
-import numpy as np
-
 from moecc.errors import InputError
 from moecc.ir.arrays import Array, Data
 from moecc.ir.operand import Attrs, Operand, OperationRow
@@ -29,6 +27,7 @@ from moecc.ir.ops.rules import (
 )
 from moecc.ir.sharding_rules import Space
 from moecc.ir.traits import BOTH, PAIR, RESULT, Role, powers
+from moecc.support.lazy import np
 from moecc.types import Axis, TensorType
 
 Precision = Literal["default", "f32"]

@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from moecc.errors import InputError, nearest
 from moecc.ir.arrays import Array, Data, stored, together
 from moecc.ir.formula import parse_formula
@@ -32,14 +30,24 @@ from moecc.ir.traits import (
     alike,
     powers,
 )
+from moecc.support.lazy import np
 from moecc.types import DTYPES, PRED, DType, TensorType, is_lossless
 from moecc.weights.arithmetic import round_to
 
 Function = Callable[..., Data]
 """Elements of the result from those of the operands."""
 
-_erf = np.vectorize(math.erf, otypes=[np.float64])
-_erfc = np.vectorize(math.erfc, otypes=[np.float64])
+
+def _numpy(name: str) -> Function:
+    # Looked up when called, so that the table does not import NumPy.
+    return lambda *operands: np.asarray(getattr(np, name)(*operands))
+
+
+def _by_element(function: Callable[[float], float]) -> Function:
+    return lambda x: np.vectorize(function, otypes=[np.float64])(x)
+
+
+_erf, _erfc = _by_element(math.erf), _by_element(math.erfc)
 
 
 def logistic(x: Data) -> Data:
@@ -57,62 +65,62 @@ def _gelu_tanh(x: Data) -> Data:
 
 
 FORMULAS: dict[str, Function] = {
-    "neg": np.negative,
-    "abs": np.abs,
-    "sign": np.sign,
-    "exp": np.exp,
-    "exp2": np.exp2,
-    "expm1": np.expm1,
-    "log": np.log,
-    "log1p": np.log1p,
-    "sin": np.sin,
-    "cos": np.cos,
-    "tan": np.tan,
-    "asin": np.arcsin,
-    "acos": np.arccos,
-    "atan": np.arctan,
-    "sinh": np.sinh,
-    "cosh": np.cosh,
-    "tanh": np.tanh,
-    "asinh": np.arcsinh,
-    "acosh": np.arccosh,
-    "atanh": np.arctanh,
+    "neg": _numpy("negative"),
+    "abs": _numpy("abs"),
+    "sign": _numpy("sign"),
+    "exp": _numpy("exp"),
+    "exp2": _numpy("exp2"),
+    "expm1": _numpy("expm1"),
+    "log": _numpy("log"),
+    "log1p": _numpy("log1p"),
+    "sin": _numpy("sin"),
+    "cos": _numpy("cos"),
+    "tan": _numpy("tan"),
+    "asin": _numpy("arcsin"),
+    "acos": _numpy("arccos"),
+    "atan": _numpy("arctan"),
+    "sinh": _numpy("sinh"),
+    "cosh": _numpy("cosh"),
+    "tanh": _numpy("tanh"),
+    "asinh": _numpy("arcsinh"),
+    "acosh": _numpy("arccosh"),
+    "atanh": _numpy("arctanh"),
     "sigmoid": logistic,
-    "sqrt": np.sqrt,
+    "sqrt": _numpy("sqrt"),
     "rsqrt": lambda x: 1 / np.sqrt(x),
-    "cbrt": np.cbrt,
-    "square": np.square,
+    "cbrt": _numpy("cbrt"),
+    "square": _numpy("square"),
     "erf": _erf,
     "erfc": _erfc,
-    "floor": np.floor,
-    "ceil": np.ceil,
-    "round": np.round,
+    "floor": _numpy("floor"),
+    "ceil": _numpy("ceil"),
+    "round": _numpy("round"),
     "relu": lambda x: np.maximum(x, 0),
     "relu6": lambda x: np.clip(x, 0, 6),
     "stop_gradient": lambda x: x,
     "wide": lambda x: x,
     "narrow": lambda x: x,
-    "add": np.add,
-    "sub": np.subtract,
-    "mul": np.multiply,
-    "div": np.divide,
-    "pow": np.power,
-    "maximum": np.maximum,
-    "minimum": np.minimum,
-    "atan2": np.arctan2,
-    "logaddexp": np.logaddexp,
+    "add": _numpy("add"),
+    "sub": _numpy("subtract"),
+    "mul": _numpy("multiply"),
+    "div": _numpy("divide"),
+    "pow": _numpy("power"),
+    "maximum": _numpy("maximum"),
+    "minimum": _numpy("minimum"),
+    "atan2": _numpy("arctan2"),
+    "logaddexp": _numpy("logaddexp"),
     "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),
-    "less": np.less,
-    "less_equal": np.less_equal,
-    "greater": np.greater,
-    "greater_equal": np.greater_equal,
-    "equal": np.equal,
-    "not_equal": np.not_equal,
-    "and": np.logical_and,
-    "or": np.logical_or,
-    "xor": np.logical_xor,
-    "not": np.logical_not,
-    "where": np.where,
+    "less": _numpy("less"),
+    "less_equal": _numpy("less_equal"),
+    "greater": _numpy("greater"),
+    "greater_equal": _numpy("greater_equal"),
+    "equal": _numpy("equal"),
+    "not_equal": _numpy("not_equal"),
+    "and": _numpy("logical_and"),
+    "or": _numpy("logical_or"),
+    "xor": _numpy("logical_xor"),
+    "not": _numpy("logical_not"),
+    "where": _numpy("where"),
 }
 """What the names of formulas mean, on numbers of double precision."""
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 from math import isfinite, prod
 
-import numpy as np
-
 from moecc.errors import InputError
 from moecc.ir.arrays import Array, Data
 from moecc.ir.operand import Operand
 from moecc.ir.operation import Float, Int, Op, operation
 from moecc.ir.ops.rules import by_place, need_kind, no_ragged
+from moecc.support.lazy import np
 from moecc.types import F32, KEY, TensorType
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))

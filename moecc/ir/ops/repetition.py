@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from moecc.errors import InputError, Problem
 from moecc.ir.arrays import Array
 from moecc.ir.graph import Graph, Node, Value
@@ -21,6 +19,7 @@ from moecc.ir.operation import AxisName, AxisSizes, Body, Int, Op, Word, Words, 
 from moecc.ir.ops.contraction import AlongAxisOp
 from moecc.ir.ops.elementwise import dtype_of
 from moecc.ir.ops.rules import axis_of, by_name, no_duplicates, no_ragged
+from moecc.support.lazy import np
 from moecc.types import Axis, TensorType
 
 REMATERIALISATION = ("none", "block", "full", "save")

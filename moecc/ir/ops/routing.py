@@ -12,8 +12,6 @@ from fractions import Fraction
 from math import ceil, inf
 from typing import TYPE_CHECKING, Literal, get_args
 
-import numpy as np
-
 from moecc.errors import InputError
 from moecc.ir.arrays import Array, Data
 from moecc.ir.conventions import CONVENTIONS, GATES, Score, convention
@@ -33,6 +31,7 @@ from moecc.ir.ops.rules import (
 )
 from moecc.ir.ops.slots import operands_by_word
 from moecc.ir.traits import OPERAND
+from moecc.support.lazy import np
 from moecc.types import I32, PRED, Axis, TensorType
 
 if TYPE_CHECKING:

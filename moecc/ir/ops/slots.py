@@ -12,8 +12,6 @@ from fractions import Fraction
 from math import ceil, floor, inf, prod
 from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
-import numpy as np
-
 from moecc.errors import InputError
 from moecc.ir.arrays import Array, Data, SlotAssignment, poison
 from moecc.ir.graph import Node, Value
@@ -44,6 +42,7 @@ from moecc.ir.ops.rules import (
     same_size,
 )
 from moecc.ir.traits import PAIR, IndexOperand, Residual, RowMove
+from moecc.support.lazy import np
 from moecc.types import I32, Axis, Extent, TensorType
 
 V = TypeVar("V")

@@ -11,12 +11,12 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 from numpy.typing import NDArray
 
 from moecc.errors import InputError
 from moecc.formats.files import read_bounded, read_json_object
 from moecc.formats.run import SOURCE, split_reference
+from moecc.support.lazy import np
 from moecc.support.process import Closing
 from moecc.tokenizer.process import Tokenizer
 from moecc.train.tokens.folder import Special

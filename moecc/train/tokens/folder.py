@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 from numpy.typing import NDArray
 
 from moecc.errors import InputError, Problem
 from moecc.formats.files import file_fault, open_regular, os_problem, read_into, read_json_object
+from moecc.support.lazy import np
 from moecc.support.record import Check, Count, read_record
 
 SCHEMA = "moecc.tokens/1"

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 from numpy.typing import NDArray
 
 from moecc.errors import InputError, Problem, UsageError
 from moecc.formats.disk import write_durable
 from moecc.formats.files import os_problem
 from moecc.formats.output import output_folder
+from moecc.support.lazy import np
 from moecc.support.process import Closing
 from moecc.support.record import to_json
 from moecc.support.text import amount

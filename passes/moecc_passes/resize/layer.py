@@ -8,14 +8,13 @@ from functools import reduce
 from math import floor
 from typing import Literal
 
-import numpy as np
-
 from moecc.errors import InputError, Problem
 from moecc.ir.builder import Builder
 from moecc.ir.conventions import convention
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.ops.routing import RouteOp
 from moecc.rewrite.passes import NO_STATISTICS, Context
+from moecc.support.lazy import np
 from moecc.types import F32, Axis, Doubles, TensorType, tensor
 from moecc.weights.arithmetic import STATISTICS, Add, Scale, name_in
 from moecc.weights.expr import Expr, Full, Source

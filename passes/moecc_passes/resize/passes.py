@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Annotated, ClassVar, Literal
 
-import numpy as np
-
 from moecc.errors import InputError, Problem
 from moecc.ir.conventions import convention
 from moecc.ir.graph import Graph, Value
 from moecc.ir.ops.contraction import ProductOp
 from moecc.rewrite.driver import may_rewrite
 from moecc.rewrite.passes import Bounds, Context, Pass, PassResult, Preserves, Remark, weakest
+from moecc.support.lazy import np
 from moecc.weights.arithmetic import Add
 from moecc.weights.draws import derive_key
 from moecc.weights.expr import Expr, Full

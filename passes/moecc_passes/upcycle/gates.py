@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import sqrt
 
-import numpy as np
-
 from moecc.analysis import FFNBlock
 from moecc.ir.conventions import convention
 from moecc.ir.graph import Value
 from moecc.rewrite.passes import Preserves, weakest
+from moecc.support.lazy import np
 from moecc.types import Doubles as Array
 from moecc.weights.arithmetic import BASE
 from moecc_passes.upcycle.options import GateLaw as GateLaw
