@@ -64,7 +64,7 @@ def test_commands_on_texts_start_without_arrays(words: list[str], tmp_path: Path
     graph.write_text(
         "moecc 1\ngraph g {\n  input %x : f32[embed=4]\n"
         '  param %w : f32[embed=4] = source("w" : f32[embed=4])\n'
-        "  %y = mul %x, %w\n  output y = %y\n}\n"
+        "  %y = mul %x, %w : f32[embed=4]\n  output y = %y\n}\n"
     )
     words = [word.format(graph=graph) for word in words]
     code = (
