@@ -37,7 +37,7 @@ HEAD = [
 
 def prepared() -> tuple[Any, Any]:
     """Return the step, as ``moecc compile`` makes it, and the machine."""
-    from moecc_backends.xla.aot.topology import devices
+    from moecc_backends.xla.aot.compiler import devices
     from moecc_backends.xla.train.step import make_train_step
 
     from moecc.ahead.prepare import prepare

@@ -46,8 +46,7 @@ from moecc.types import float_type
 
 if TYPE_CHECKING:
     from moecc.support.process import StopRequest
-    from moecc.train.events import Reason, Trainer, Training
-    from moecc.train.trackers import Tracker
+    from moecc.train.events import Reason, Tracker, Trainer, Training
 
 
 # How a training goes: a line on a terminal that changes, or lines now and then.
@@ -542,9 +541,8 @@ def _watch(
     from signal import SIGINT
 
     from moecc.jobs.training import exported
-    from moecc.train.events import Reason, Stopped
+    from moecc.train.events import Reason, Stopped, tracked
     from moecc.train.run import followed
-    from moecc.train.trackers import tracked
 
     def stop() -> Reason | None:
         if noted.signal is None:
@@ -568,7 +566,7 @@ def _trackers(job: TrainJob, tensorboard: bool, wandb: str | None) -> list[Track
     from dataclasses import asdict
 
     from moecc.formats.run import saved_steps
-    from moecc.train.trackers import TensorBoard, WeightsAndBiases
+    from moecc.train.events import TensorBoard, WeightsAndBiases
 
     steps = saved_steps(job.run)
     trackers: list[Tracker] = []

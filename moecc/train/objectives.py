@@ -9,14 +9,12 @@ from typing import Protocol
 from numpy.typing import NDArray
 
 from moecc.support.lazy import np
-from moecc.train.rows import Numbers as _ObjectivesNumbers
-from moecc.train.rows import PackedPlan, PackedRows, RowPlan, StreamPlan, pack
+from moecc.train.rows import Numbers, PackedPlan, PackedRows, RowPlan, StreamPlan, pack
 from moecc.train.tokens.folder import Special, TokenFolder
 
 # What a model has to restore: spans behind sentinels (T5), single tokens behind a mask (BERT).
 
 Ids = NDArray[np.int32]
-Numbers = NDArray[np.int64]
 
 MASKED, RANDOM = 0.8, 0.1
 """Of the tokens that BERT predicts: the shares that are masked, and replaced by any token."""
@@ -146,12 +144,12 @@ class Examples(Protocol):
     """Prompts with completions: those of a token folder, or made of them."""
 
     @property
-    def starts(self) -> _ObjectivesNumbers:
+    def starts(self) -> Numbers:
         """Where examples begin, and the end of the last one, ``i64[examples + 1]``."""
         ...
 
     @property
-    def completions(self) -> _ObjectivesNumbers:
+    def completions(self) -> Numbers:
         """The tokens of each prompt, after which its completion begins."""
         ...
 

@@ -213,7 +213,7 @@ def test_a_forward_pass_for_people(moecc: Moecc) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("machine", ["cpu:2", "tpu:v5e:2x2", "gpu:h100:2"])
 def test_a_quick_compilation_counts_the_same_work(moecc: Moecc, machine: str) -> None:
-    from moecc_backends.xla.aot.topology import missing
+    from moecc_backends.xla.aot.compiler import missing
 
     kind = parse_machine(machine).kind
     if (why := missing(kind)) is not None:

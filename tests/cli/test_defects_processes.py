@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from moecc_backends.xla.aot import topology
+from moecc_backends.xla.aot import compiler as topology
 
 from moecc.errors import InputError, MachineError
 from moecc.plan.machines import parse_machine
@@ -144,8 +144,7 @@ def test_21_a_libtpu_that_does_not_fit_jax_is_named(
 
 
 def test_25_a_sequence_that_the_mesh_does_not_divide_is_reported() -> None:
-    from moecc_backends.xla.lower.mesh import sharded_function
-    from moecc_backends.xla.mesh.specs import device_mesh
+    from moecc_backends.xla.lower.function import device_mesh, sharded_function
 
     from moecc.families import build
     from moecc.families.registry import parse_config

@@ -126,7 +126,7 @@ def unreceipted(file: str) -> None:
 
 def mesh(file: str) -> None:
     """Lay the devices of this process as the mesh of a graph says."""
-    from moecc_backends.xla.mesh.specs import device_mesh
+    from moecc_backends.xla.lower.function import device_mesh
 
     from moecc.errors import MoeccError
     from moecc.ir import parse

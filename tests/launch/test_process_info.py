@@ -57,6 +57,6 @@ def test_what_is_no_place_is_told(change: dict[str, str], says: str) -> None:
 
 def test_a_program_that_is_alone_joins_nobody() -> None:
     pytest.importorskip("jax")
-    from moecc_backends.xla.run.processes import join
+    from moecc_backends.xla.run.program import join
 
     join(process_info({}))

@@ -159,7 +159,7 @@ def test_a_process_with_another_configuration_is_named() -> None:
 
 
 def test_differences_name_the_process_and_what() -> None:
-    from moecc_backends.xla.run.processes import differences
+    from moecc_backends.xla.run.program import differences
 
     same = [("dtype", "bf16"), ("jax", "0.10.2")]
     assert list(differences([same, same, same])) == []
@@ -172,7 +172,7 @@ def test_differences_name_the_process_and_what() -> None:
 
 
 def test_digests_of_arrays_do_not_depend_on_order() -> None:
-    from moecc_backends.xla.run.processes import arrays_digest
+    from moecc_backends.xla.run.program import arrays_digest
 
     a, b = np.arange(4.0), np.ones((2, 2), np.int32)
     assert arrays_digest({"a": a, "b": b}) == arrays_digest({"b": b, "a": a})

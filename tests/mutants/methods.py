@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from moecc_passes.resize import layer as rebuild
 from moecc_passes.resize import passes as resizing
-from moecc_passes.upcycle import lift, rewrite, upcycle
+from moecc_passes.upcycle import rewrite, upcycle
+from moecc_passes.upcycle import routers as lift
 
 import moecc.weights.evaluate as evaluating
 from moecc.formats import adapter

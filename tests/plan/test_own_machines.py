@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from moecc_backends.xla.aot.topology import require
+from moecc_backends.xla.aot.compiler import require
 
 from moecc.cli.main import main
 from moecc.errors import InputError, UsageError

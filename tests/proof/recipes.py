@@ -109,7 +109,7 @@ def planned(case: Case) -> dict[str, Any]:
 
 def compiled(case: Case) -> dict[str, Any]:
     """Return what the compiler says of a case, and the plan; in a process that has no jax yet."""
-    from moecc_backends.xla.aot import topology
+    from moecc_backends.xla.aot import compiler as topology
 
     machine = parse_machine(case.machine)
     topology.prepare(machine)

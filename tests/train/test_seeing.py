@@ -21,10 +21,12 @@ from moecc.train.events import (
     Reason,
     Stepped,
     Stopped,
+    TensorBoard,
     Watch,
+    scalars,
+    tracked,
 )
 from moecc.train.run import MOST_POINTS, create_run, read_run
-from moecc.train.trackers import TensorBoard, scalars, tracked
 from tests.pages.browser import BROWSER, MISSING, look
 
 LAYER = "metric.layers.1.ffn"

@@ -10,7 +10,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from moecc_backends.xla.aot.topology import devices, prepare
+from moecc_backends.xla.aot.compiler import devices, prepare
 
 from moecc.plan.machines import parse_machine
 

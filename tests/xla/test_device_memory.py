@@ -48,7 +48,7 @@ def test_a_session(backend: Backend) -> None:
 
 def test_other_errors_of_xla_stay_what_they_are() -> None:
     from jax.errors import JaxRuntimeError
-    from moecc_backends.xla.run.memory import within_memory
+    from moecc_backends.xla.run.program import within_memory
 
     with pytest.raises(JaxRuntimeError, match="INTERNAL"), within_memory():
         raise JaxRuntimeError("INTERNAL: something else")

@@ -25,7 +25,7 @@ import jax.numpy as jnp  # noqa: E402
 from moecc_backends.xla.backend import function  # noqa: E402
 from moecc_backends.xla.dispatch.choose import LAYOUTS, choose, why_not  # noqa: E402
 from moecc_backends.xla.trace.context import Options  # noqa: E402
-from moecc_backends.xla.trace.routing import Routing  # noqa: E402
+from moecc_backends.xla.trace.values import Routing  # noqa: E402
 
 BATCH, SEQ, EMBED, MLP, EXPERTS = 2, 6, 4, 5, 3
 ORACLE = "used"

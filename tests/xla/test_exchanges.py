@@ -20,7 +20,10 @@ jax = pytest.importorskip("jax")
 from jax.sharding import PartitionSpec  # noqa: E402
 from moecc_backends.xla.backend import function  # noqa: E402
 from moecc_backends.xla.dispatch import choose as dispatches  # noqa: E402
-from moecc_backends.xla.lower.mesh import sharded_function  # noqa: E402
+from moecc_backends.xla.lower.function import (  # noqa: E402
+    device_mesh,
+    sharded_function,
+)
 from moecc_backends.xla.mesh.all_to_all import (  # noqa: E402
     ExchangeSpec,
     emulated,
@@ -28,7 +31,6 @@ from moecc_backends.xla.mesh.all_to_all import (  # noqa: E402
     send,
     send_back,
 )
-from moecc_backends.xla.mesh.specs import device_mesh  # noqa: E402
 from moecc_backends.xla.trace.context import DEFAULTS, Options  # noqa: E402
 
 from .test_shard_map import census  # noqa: E402

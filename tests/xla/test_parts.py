@@ -16,8 +16,8 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 from moecc_backends.xla.backend import function  # noqa: E402
 from moecc_backends.xla.dispatch import blocks as expert_blocks  # noqa: E402
-from moecc_backends.xla.dispatch import parts  # noqa: E402
-from moecc_backends.xla.dispatch.parts import ExpertParts, parts_of  # noqa: E402
+from moecc_backends.xla.dispatch import blocks as parts  # noqa: E402
+from moecc_backends.xla.dispatch.blocks import ExpertParts, parts_of  # noqa: E402
 from moecc_backends.xla.trace.context import Options  # noqa: E402
 
 TOKENS, EMBED, MLP, EXPERTS = 700, 4, 12, 4

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 
 jax = pytest.importorskip("jax")
 
-from moecc_backends.xla.dispatch import flat as perm  # noqa: E402
+from moecc_backends.xla.dispatch import sorted_rows as perm  # noqa: E402
 
 SHAPES = ((1, 1), (7, 2), (33, 3), (64, 8))
 """Few shapes, so that few programs are compiled: the routing varies, not the program."""

@@ -19,8 +19,10 @@ jax = pytest.importorskip("jax")
 
 from moecc_backends.xla.backend import function  # noqa: E402
 from moecc_backends.xla.dispatch import rounds  # noqa: E402
-from moecc_backends.xla.lower.mesh import sharded_function  # noqa: E402
-from moecc_backends.xla.mesh.specs import device_mesh  # noqa: E402
+from moecc_backends.xla.lower.function import (  # noqa: E402
+    device_mesh,
+    sharded_function,
+)
 from moecc_backends.xla.trace.context import Options  # noqa: E402
 
 from .test_exchanges import assert_near  # noqa: E402

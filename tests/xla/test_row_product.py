@@ -47,7 +47,7 @@ def test_gradient_of_the_matrix_copies_no_rows() -> None:
 FAULTS = """
 import resource, sys
 if len(sys.argv) > 2:
-    from moecc_backends.xla.run.memory import keep_freed_memory
+    from moecc_backends.xla.run.program import keep_freed_memory
     keep_freed_memory()
 import jax, jax.numpy as jnp
 run = jax.jit(lambda x: jnp.outer(x, x))

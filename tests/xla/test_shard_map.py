@@ -26,8 +26,11 @@ from .models import Arrays, decoder
 jax = pytest.importorskip("jax")
 
 from moecc_backends.xla.backend import function, jax_inputs  # noqa: E402
-from moecc_backends.xla.lower.mesh import sharded_function  # noqa: E402
-from moecc_backends.xla.mesh.specs import device_mesh, shardings  # noqa: E402
+from moecc_backends.xla.lower.function import (  # noqa: E402
+    device_mesh,
+    sharded_function,
+    shardings,
+)
 
 DENSE = "llama_biases_head_dim"
 SPARSE: dict[str, Any] = {

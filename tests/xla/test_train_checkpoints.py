@@ -29,10 +29,7 @@ jax = pytest.importorskip("jax")
 pytest.importorskip("orbax.checkpoint")
 
 import jax.numpy as jnp  # noqa: E402
-from moecc_backends.xla.train.saving import (  # noqa: E402
-    RunCheckpoints,
-    Saver,
-)
+from moecc_backends.xla.train.loop import RunCheckpoints, Saver  # noqa: E402
 from moecc_backends.xla.train.step import make_train_step  # noqa: E402
 from moecc_backends.xla.train.tensors import load  # noqa: E402
 
@@ -193,7 +190,7 @@ PEAK = """
 import resource, sys
 from pathlib import Path
 import jax, numpy as np
-from moecc_backends.xla.train.saving import Saver
+from moecc_backends.xla.train.loop import Saver
 
 def peak_bytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

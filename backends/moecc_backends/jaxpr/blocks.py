@@ -20,7 +20,6 @@ from moecc.ir.operation import OPS
 from moecc.types import DType
 from moecc.weights.expr import Expr
 from moecc.weights.movement import Rename
-from moecc_backends.jaxpr.jaxprs import has_inside
 from moecc_backends.jaxpr.scopes import STRUCTURAL, UNKNOWN, Equation, Scope, Variable
 from moecc_backends.jaxpr.symbols import (
     LINEAR,
@@ -40,7 +39,7 @@ from moecc_backends.jaxpr.symbols import (
     function_of,
     is_elementwise,
 )
-from moecc_backends.jaxpr.views import Iteration, LeafView, NotABlock
+from moecc_backends.jaxpr.views import Iteration, LeafView, NotABlock, has_inside
 
 OUTER, INNER = "embed", "mlp"
 """The names of the two axes of a block's parameters."""

@@ -20,14 +20,6 @@ from moecc.sharding.layout import Layout
 from moecc.types import F32, DType
 from moecc_backends.jaxpr.blocks import same_in
 from moecc_backends.jaxpr.graph import BlockPart, BlockParts
-from moecc_backends.jaxpr.jaxprs import (
-    AnyArray,
-    evaluate,
-    function_line,
-    is_literal,
-    scan_sizes,
-    shape_of,
-)
 from moecc_backends.jaxpr.scopes import (
     UNKNOWN,
     Equation,
@@ -50,14 +42,20 @@ from moecc_backends.jaxpr.survey import (
     skipped_equations,
     survey_blocks,
 )
-from moecc_backends.jaxpr.views import TreeLeaf, dtype_named
-from moecc_backends.xla.lower.function import finalize_output, lower_values
-from moecc_backends.xla.lower.mesh import GspmdLowering
-from moecc_backends.xla.mesh.specs import spec
+from moecc_backends.jaxpr.views import (
+    AnyArray,
+    TreeLeaf,
+    dtype_named,
+    evaluate,
+    function_line,
+    is_literal,
+    scan_sizes,
+    shape_of,
+)
+from moecc_backends.xla.lower.function import GspmdLowering, finalize_output, lower_values, spec
 from moecc_backends.xla.trace.context import DEFAULTS, DIRECT, DeviceView, Interceptor, Options
 from moecc_backends.xla.trace.host_arrays import check_keys
-from moecc_backends.xla.trace.typed_jax import Function, PyTree, manual_axes, varies
-from moecc_backends.xla.trace.values import Named
+from moecc_backends.xla.trace.values import Function, Named, PyTree, manual_axes, varies
 
 PartArrays = Mapping[Value, jax.Array]
 PartResult = tuple[jax.Array, tuple[jax.Array, ...]]

@@ -18,14 +18,18 @@ import numpy as np
 
 from moecc.errors import InputError
 from moecc.support.untyped import JsonDict
-from moecc_backends.jaxpr.jaxprs import (
+from moecc_backends.jaxpr.views import (
     AnyArray,
     Atom,
     Aval,
     JaxEquation,
     Jaxpr,
+    LeafView,
+    NotABlock,
+    TreeLeaf,
     callee,
     contains,
+    dtype_named,
     float_bits,
     function_line,
     has_inside,
@@ -34,20 +38,14 @@ from moecc_backends.jaxpr.jaxprs import (
     line_of,
     opened,
     path_name,
+    reshape_groups,
     run_jaxprs,
     scan_sizes,
     trace,
     unique,
     user_line,
 )
-from moecc_backends.jaxpr.views import (
-    LeafView,
-    NotABlock,
-    TreeLeaf,
-    dtype_named,
-    reshape_groups,
-)
-from moecc_backends.xla.trace.typed_jax import Function, PyTree
+from moecc_backends.xla.trace.values import Function, PyTree
 
 UNKNOWN = object()
 """Stands for the value of a variable that is not constant."""

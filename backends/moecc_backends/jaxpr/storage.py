@@ -22,10 +22,9 @@ from moecc.weights.evaluate import Evaluator
 from moecc.weights.expr import Box, Expr, Source, extents, sources
 from moecc.weights.movement import Index, Merge, Rename, Split, Stack, Tile
 from moecc.weights.simplify import simplify
-from moecc_backends.jaxpr.jaxprs import AnyArray, ranged_name, shape_of
 from moecc_backends.jaxpr.survey import BlockInstance
-from moecc_backends.jaxpr.views import TreeLeaf
-from moecc_backends.xla.mesh.specs import sharded_array
+from moecc_backends.jaxpr.views import AnyArray, TreeLeaf, ranged_name, shape_of
+from moecc_backends.xla.lower.function import sharded_array
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,16 @@ from moecc_backends.jaxpr.blocks import (
     find_blocks,
     identity,
 )
-from moecc_backends.jaxpr.jaxprs import block_location, has_inside, indexed_name, unique
 from moecc_backends.jaxpr.scopes import LOOPS, UNKNOWN, Equation, Scope, Variable
-from moecc_backends.jaxpr.views import Iteration, LeafView, NotABlock
+from moecc_backends.jaxpr.views import (
+    Iteration,
+    LeafView,
+    NotABlock,
+    block_location,
+    has_inside,
+    indexed_name,
+    unique,
+)
 
 BlockKey = tuple[str, tuple[Expr, ...]]
 """What identifies a block: its text, and what its parameters are of the leaves."""

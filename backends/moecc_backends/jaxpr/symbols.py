@@ -17,19 +17,6 @@ import numpy as np
 
 from moecc.ir.formula import FUNCTIONS, Formula, FormulaStep
 from moecc.ir.ops.elementwise import FORMULAS
-from moecc_backends.jaxpr.jaxprs import (
-    AnyArray,
-    JaxEquation,
-    Jaxpr,
-    callee,
-    evaluate,
-    float_bits,
-    is_float,
-    is_literal,
-    opened,
-    shape_of,
-    trace,
-)
 from moecc_backends.jaxpr.scopes import (
     IDENTITY,
     REARRANGING,
@@ -41,8 +28,22 @@ from moecc_backends.jaxpr.scopes import (
     fill,
     rearranged,
 )
-from moecc_backends.jaxpr.views import LeafView, NotABlock
-from moecc_backends.xla.trace.typed_jax import Function
+from moecc_backends.jaxpr.views import (
+    AnyArray,
+    JaxEquation,
+    Jaxpr,
+    LeafView,
+    NotABlock,
+    callee,
+    evaluate,
+    float_bits,
+    is_float,
+    is_literal,
+    opened,
+    shape_of,
+    trace,
+)
+from moecc_backends.xla.trace.values import Function
 
 ONE_VALUE = "a block takes one value, so apply the other before it or behind it"
 MATRICES = "reshape its weights to matrices"

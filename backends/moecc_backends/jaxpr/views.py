@@ -1,19 +1,264 @@
-"""A leaf of the parameters as an equation sees it: sliced, reshaped, cut from a stack.
+"""Jaxprs as the versions of jax have them: their parts, their lines in the user's program, names.
 
-A view is a chain of moves on a leaf.  Orders of axes, casts and repetitions along new axes are not
-among them: axes have names here, so these change only which dimension of the array is which axis.
+What jax calls an equation, a variable and a jaxpr has no public type, so they are `Any` here; this
+module alone knows how versions differ, and calls what has no annotations (pyproject.toml).
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import re
+import traceback as tracebacks
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
+from inspect import unwrap
+from itertools import takewhile
 from math import prod
+from pathlib import Path
+from sysconfig import get_paths
+from types import TracebackType
 from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
 
 from moecc.types import DTYPES, Axis, DType, TensorType
 from moecc.weights.expr import Box, Expr, Source
 from moecc.weights.movement import Index, Merge, Permute, Slice, Split
+
+Jaxpr = Any
+JaxEquation = Any
+Atom = Any
+Aval = Any
+AnyArray = Any
+"""An array, of jax or NumPy, or the tracer of one."""
+
+CALLS = frozenset(("jit", "pjit", "closed_call", "core_call"))
+"""Primitives whose jaxpr stands for itself, called."""
+
+
+def trace(function: Callable[..., Any], avals: Sequence[Aval]) -> tuple[Jaxpr, Any]:
+    """Return the jaxpr of `function`, whose arguments are arrays, and the shapes of its result."""
+    return jax.make_jaxpr(function, return_shape=True)(*avals)
+
+
+def opened(jaxpr: Jaxpr) -> tuple[Jaxpr, list[Any]]:
+    """Return a jaxpr with variables for its constants, and these."""
+    return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
+
+
+def shape_of(shape: Sequence[int], dtype: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
+    """Return an array without its elements."""
+    return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
+
+
+def is_literal(atom: Atom) -> bool:
+    """Return whether `atom` is a value written into its equation."""
+    return isinstance(atom, core.Literal)
+
+
+def is_float(dtype: Any) -> bool:
+    """Return whether a type is of floating point."""
+    return bool(jnp.issubdtype(dtype, jnp.floating))
+
+
+def float_bits(dtype: Any) -> tuple[int, int]:
+    """Return the bits of the fraction and of the exponent of a floating-point type."""
+    info = jnp.finfo(dtype)
+    return int(info.nmant), int(info.nexp)
+
+
+def callee(eqn: JaxEquation) -> Jaxpr | None:
+    """Return the jaxpr of a plain call; None for every other equation."""
+    if eqn.primitive.name not in CALLS:
+        return None
+    return eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
+
+
+def inner_jaxprs(eqn: JaxEquation) -> list[Jaxpr]:
+    """Return the jaxprs among the parameters of an equation."""
+    values = (v if isinstance(v, tuple | list) else (v,) for v in eqn.params.values())
+    return [p for parts in values for p in parts if hasattr(p, "eqns") or hasattr(p, "jaxpr")]
+
+
+def run_jaxprs(eqn: JaxEquation) -> list[Jaxpr]:
+    """Return the jaxprs that an equation runs: branches, the condition and the body of a loop."""
+    if "branches" in eqn.params:
+        return list(eqn.params["branches"])
+    names = ("jaxpr", "call_jaxpr", "cond_jaxpr", "body_jaxpr")
+    return [eqn.params[n] for n in names if n in eqn.params]
+
+
+def contains(jaxpr: Jaxpr, primitive: str, memo: dict[int, bool] | None = None) -> bool:
+    """Return whether an equation of `primitive` is in a jaxpr, at any depth."""
+    memo = {} if memo is None else memo
+    inner, _ = opened(jaxpr)
+    if id(inner) not in memo:
+        memo[id(inner)] = any(
+            e.primitive.name == primitive
+            or any(contains(sub, primitive, memo) for sub in inner_jaxprs(e))
+            for e in inner.eqns
+        )
+    return memo[id(inner)]
+
+
+def has_inside(eqn: JaxEquation, primitive: str) -> bool:
+    """Return whether an equation of `primitive` is in the jaxprs of an equation."""
+    return any(contains(jaxpr, primitive) for jaxpr in inner_jaxprs(eqn))
+
+
+def scan_sizes(params: Mapping[str, Any]) -> tuple[int, int]:
+    """Return how many operands of a ``scan`` are constants, and how many are carried."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carried, _ = params["ft_in"].unpack()
+    return len(consts), len(carried)
+
+
+def evaluate(
+    eqns: Sequence[JaxEquation],
+    values: Mapping[Any, AnyArray],
+    results: Sequence[Any],
+    like: Jaxpr,
+) -> list[AnyArray]:
+    """Evaluate equations as they are; return the values of the variables `results`.
+
+    Args:
+      eqns: the equations, in order.
+      values: values of the variables that they use and do not define, by variable.
+      results: variables that they define.
+      like: the jaxpr that they are of.
+    """
+    part = like.replace(
+        constvars=[],
+        invars=list(values),
+        outvars=list(results),
+        eqns=list(eqns),
+        effects=frozenset().union(*(e.effects for e in eqns)),
+        debug_info=like.debug_info.with_unknown_names(),
+    )
+    return list(core.jaxpr_as_fun(core.ClosedJaxpr(part, []))(*values.values()))
+
+
+# Where an equation comes from in the user's program.
+
+
+@cache
+def _is_library(file: str) -> bool:
+    folders = (get_paths()["purelib"], get_paths()["platlib"], get_paths()["stdlib"])
+    return file.startswith((*folders, str(Path(__file__).parent), "<"))
+
+
+def _line(file: str, number: int | None, function: str) -> str:
+    return f"{Path(file).name}:{number} in {function}"
+
+
+def user_line(eqn: JaxEquation) -> str:
+    """Return ``file.py:12 in block`` for the innermost line outside of libraries, or nothing."""
+    traceback = eqn.source_info.traceback
+    for frame in [] if traceback is None else traceback.frames:
+        if not _is_library(frame.file_name):
+            return _line(frame.file_name, frame.line_num, frame.function_name)
+    return ""
+
+
+def function_line(function: Callable[..., object]) -> str:
+    """Return ``file.py:12 in block`` for a function, or its name where it has no file."""
+    inner: object = unwrap(function)
+    while isinstance(inner, partial):
+        inner = inner.func
+    name = str(getattr(inner, "__qualname__", "function"))
+    code = getattr(inner, "__code__", None)
+    return name if code is None else _line(code.co_filename, code.co_firstlineno, name)
+
+
+def line_of(traceback: TracebackType | None) -> str | None:
+    """Return the innermost line of an exception outside of libraries, or None."""
+    frames = [] if traceback is None else tracebacks.extract_tb(traceback)
+    lines = [_line(f.filename, f.lineno, f.name) for f in frames if not _is_library(f.filename)]
+    return lines[-1] if lines else None
+
+
+# Names: of leaves from their paths, of parameters of one layer of a stack, of blocks.
+
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_\-]+")
+_STACK = re.compile(r"(?:layers?|blocks?|stack|h|encoder|decoder|groups?)\Z")
+_NUMBER = re.compile(r"(\d+)")
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """Return ``layers.0.mlp.up`` for a path of jax's; characters beyond names become ``_``."""
+    keys = (
+        next((getattr(entry, a) for a in ("key", "name", "idx") if hasattr(entry, a)), entry)
+        for entry in path
+    )
+    parts = (_NOT_IN_NAMES.sub("_", str(key)).strip("_") for key in keys)
+    return ".".join(part or "_" for part in parts) or "params"
+
+
+def unique(names: Iterable[str]) -> list[str]:
+    """Return `names`, a repeated one with a number."""
+    result: dict[str, None] = {}
+    for name in names:
+        number, candidate = 2, name
+        while candidate in result:
+            candidate, number = f"{name}_{number}", number + 1
+        result[candidate] = None
+    return list(result)
+
+
+def indexed_name(name: str, index: int) -> str:
+    """Return the name of part `index` of a stacked leaf: ``layers.up`` to ``layers.3.up``."""
+    parts = name.split(".")
+    stacks = [i for i, part in enumerate(parts[:-1]) if _STACK.search(part)]
+    # A name that a number follows is of a list, or of a stack that is cut already.
+    uncut = [i for i in stacks if not parts[i + 1].isdigit()]
+    at = (uncut or stacks or [0 if len(parts) > 1 else -1])[-1] + 1
+    while 0 < at < len(parts) and parts[at].isdigit():
+        at += 1
+    return ".".join([*parts[:at], str(index), *parts[at:]])
+
+
+def block_location(names: Sequence[str]) -> str:
+    """Return the location of a block from the names of its parameters: what they share."""
+    shared = _shared([n.split(".")[:-1] for n in names])
+    if shared:
+        return ".".join(shared)
+    prefix = "".join(_shared(names))
+    return prefix.rstrip("._-") if prefix.endswith(("_", "-")) else "ffn"
+
+
+def _shared(names: Sequence[Sequence[str]]) -> list[str]:
+    """Return the first parts that all `names` have."""
+    columns = takewhile(lambda parts: len(set(parts)) == 1, zip(*names, strict=False))
+    return [parts[0] for parts in columns]
+
+
+def ranged_name(names: Sequence[str]) -> str:
+    """Return one name for names that differ in one number: ``layers.{0..5}.mlp.up``.
+
+    Names that differ otherwise have the first one.
+    """
+    pieces = [[int(p) if i % 2 else p for i, p in enumerate(_NUMBER.split(n))] for n in names]
+    columns = list(zip(*pieces, strict=False))
+    differing = [i for i, column in enumerate(columns) if len(set(column)) > 1]
+    if len(set(map(len, pieces))) > 1 or len(differing) != 1 or not differing[0] % 2:
+        return names[0]
+    numbers = [int(n) for n in columns[differing[0]]]
+    if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+        return names[0]
+    texts = [str(column[0]) for column in columns]
+    texts[differing[0]] = f"{{{numbers[0]}..{numbers[-1]}}}"
+    return "".join(texts)
+
+
+# A leaf of the parameters as an equation sees it: sliced, reshaped, cut from a stack.
+#
+# A view is a chain of moves on a leaf.  Orders of axes, casts and repetitions along new axes are
+# not
+# among them: axes have names here, so these change only which dimension of the array is which
+# axis.
 
 Iteration = Mapping[Hashable, int]
 """The number of the iteration of each loop."""

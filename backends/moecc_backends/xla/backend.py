@@ -30,7 +30,7 @@ from moecc_backends.xla.lower.function import function as function
 from moecc_backends.xla.run.program import XlaProgram
 from moecc_backends.xla.trace.context import AUTO, DEFAULTS, Options, is_lowered
 from moecc_backends.xla.trace.host_arrays import jax_inputs as jax_inputs
-from moecc_backends.xla.trace.typed_jax import Function
+from moecc_backends.xla.trace.values import Function
 
 
 class XlaBackend:
@@ -53,7 +53,7 @@ class XlaBackend:
             raise InputError(problems)
         process = process_info()
         if process is not None:
-            from moecc_backends.xla.run.processes import multi_process_program
+            from moecc_backends.xla.run.program import multi_process_program
 
             return multi_process_program(graph, dtype, options, process)
         find_devices()

@@ -14,8 +14,14 @@ from moecc.rewrite import P, fits
 from moecc.types import Axis, tensor
 from moecc.weights.arithmetic import mean_over
 from moecc.weights.expr import Expr, Full, Source
-from moecc_passes.upcycle.lift import branched, lifted, scaled, shared_part
-from moecc_passes.upcycle.routers import UpcycleRecipe, emit_router
+from moecc_passes.upcycle.routers import (
+    UpcycleRecipe,
+    branched,
+    emit_router,
+    lifted,
+    scaled,
+    shared_part,
+)
 
 # An extra dense feed-forward sublayer beside a sparse one (ST-MoE, section 5 and Table 16).
 #

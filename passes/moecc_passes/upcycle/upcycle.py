@@ -21,12 +21,14 @@ from moecc.weights.draws import derive_key
 from moecc.weights.expr import Expr
 from moecc_passes.routed import causal_values, is_decoder, token_ids
 from moecc_passes.upcycle.gates import factors_of, of_blocks, promise, scale_factors
-from moecc_passes.upcycle.lift import Division, Drop, Noise
 from moecc_passes.upcycle.options import UpcycleOptions, check_layers, choose, lints
 from moecc_passes.upcycle.rewrite import average_rest, rewrite_block, surroundings
 from moecc_passes.upcycle.routers import (
     LOOKS_AHEAD,
     NAMES,
+    Division,
+    Drop,
+    Noise,
     Perturb,
     UpcycleRecipe,
     drawn,

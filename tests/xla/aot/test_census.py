@@ -12,8 +12,11 @@ jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
 from jax import lax  # noqa: E402
-from moecc_backends.xla.aot.census import census  # noqa: E402
-from moecc_backends.xla.aot.hlo import HloShape, parse_hlo  # noqa: E402
+from moecc_backends.xla.aot.census import (  # noqa: E402
+    HloShape,
+    census,
+    parse_hlo,
+)
 
 
 def program(body: str, *, more: str = "") -> str:

@@ -16,9 +16,8 @@ import pytest
 pytest.importorskip("jax")
 pytest.importorskip("optax")
 
-from moecc_backends.xla.aot.census import census
-from moecc_backends.xla.aot.hlo import ITEMSIZE_BYTES, parse_hlo
-from moecc_backends.xla.aot.topology import missing
+from moecc_backends.xla.aot.census import ITEMSIZE_BYTES, census, parse_hlo
+from moecc_backends.xla.aot.compiler import missing
 
 from moecc.ahead.request import Request
 from moecc.families import build

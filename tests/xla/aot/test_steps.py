@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("jax")
 pytest.importorskip("optax")
 
-from moecc_backends.xla.aot.topology import missing
+from moecc_backends.xla.aot.compiler import missing
 
 from moecc.ahead.request import Request
 from moecc.jobs.compile import compile_in_subprocess

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
-from moecc_backends.xla.aot import topology
-from moecc_backends.xla.aot.topology import GPUS, description, require
+from moecc_backends.xla.aot import compiler as topology
+from moecc_backends.xla.aot.compiler import GPUS, description, require
 
 from moecc.errors import MachineError
 from moecc.jobs.compile import environment

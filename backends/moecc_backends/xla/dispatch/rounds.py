@@ -29,8 +29,14 @@ from moecc.ir.traits import CollectiveKind, RowMove
 from moecc.sharding.vias import ROUND_ROOM
 from moecc.types import Extent
 from moecc_backends.xla.dispatch.choose import region, why_meets
-from moecc_backends.xla.dispatch.flat import RowPermutation, rows_to_tokens
-from moecc_backends.xla.dispatch.sorted_rows import Deferral, ExchangeRecord, SortedRows, sum_rows
+from moecc_backends.xla.dispatch.sorted_rows import (
+    Deferral,
+    ExchangeRecord,
+    RowPermutation,
+    SortedRows,
+    rows_to_tokens,
+    sum_rows,
+)
 from moecc_backends.xla.mesh.all_to_all import (
     ExchangeMap,
     ExchangeSpec,
@@ -41,15 +47,16 @@ from moecc_backends.xla.mesh.all_to_all import (
     send_back,
 )
 from moecc_backends.xla.trace.context import DeviceView, TraceContext, zeros_like_on_devices
-from moecc_backends.xla.trace.routing import Routing
-from moecc_backends.xla.trace.typed_jax import PyTree, varies
 from moecc_backends.xla.trace.values import (
     DeferredRows,
     Named,
     Operand,
+    PyTree,
+    Routing,
     Rows,
     accumulator,
     rounds_scope,
+    varies,
 )
 
 _TILE = 8

@@ -1,4 +1,4 @@
-"""Rows sorted by expert, multiplied group by group: by a loop over blocks, or `lax.ragged_dot`."""
+"""Layouts of rows: sorted by expert, in the order of the choices, or in slots under a capacity."""
 
 from __future__ import annotations
 
@@ -6,36 +6,203 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from math import prod
-from typing import Self
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 
-from moecc_backends.xla.dispatch.flat import (
-    RowPermutation,
-    gathered_matmul,
-    rows_to_tokens,
-    sort_by_expert,
-    sorted_permutation,
-    tokens_to_rows,
-)
 from moecc_backends.xla.kernels.grouped_matmul import grouped_matmul_of_parts, repeat_by_group
 from moecc_backends.xla.mesh.all_to_all import ExchangeMap, ExchangeSpec
-from moecc_backends.xla.trace.arrays import with_masked_gradient
-from moecc_backends.xla.trace.routing import Routing
 from moecc_backends.xla.trace.values import (
+    SLOT_AXES,
     Deferred,
     DeferredRows,
     ExpertArrays,
     Named,
     Operand,
+    Routing,
+    RowLayout,
     Rows,
     accumulator,
+    einsum,
     load,
+    per_row,
+    poisoned_values,
     store,
+    with_masked_gradient,
+    with_poisoned_gradient,
 )
+
+Move = Callable[[Array], Array]
+
+
+def tokens_to_slots(routing: Routing, x: Named, move: Move) -> Named:
+    """Return slots, which `move` makes ``[expert * group * slot, width]`` of tokens."""
+    tokens, inner, sizes = flat_tokens(routing, x)
+    return Named(move(tokens).reshape(*routing.slot_shape, *sizes), (*SLOT_AXES, *inner))
+
+
+def slots_to_tokens(routing: Routing, slots: Named, move: Move) -> Named:
+    """Return tokens, which `move` makes ``[tokens, width]`` of slots."""
+    inner = tuple(a for a in slots.axes if a not in SLOT_AXES)
+    array = slots.to((*SLOT_AXES, *inner)).array
+    return _tokens(routing, array.reshape(prod(array.shape[:3]), *array.shape[3:]), inner, move)
+
+
+def tokens_to_rows(layout: RowLayout, x: Named, move: Move) -> Rows:
+    """Return rows of `layout`, which `move` makes ``[rows, width]`` of tokens."""
+    tokens, inner, sizes = flat_tokens(layout.routing, x)
+    return Rows(move(tokens).reshape(-1, *sizes), inner, layout)
+
+
+def rows_to_tokens(routing: Routing, rows: Rows, move: Move) -> Named:
+    """Return tokens, which `move` makes ``[tokens, width]`` of rows."""
+    return _tokens(routing, rows.array, rows.axes, move)
+
+
+def _tokens(routing: Routing, rows: Array, inner: tuple[str, ...], move: Move) -> Named:
+    axes, sizes = (*routing.tokens, *inner), rows.shape[1:]
+    shape = (*routing.token_sizes, *sizes)
+    if not routing.num_tokens:
+        # From no rows at all nothing can be gathered.
+        return Named(jnp.zeros(shape, rows.dtype), axes)
+    return Named(move(rows.reshape(rows.shape[0], prod(sizes))).reshape(shape), axes)
+
+
+def gathered_matmul(x: Rows, weight: Named, over: tuple[str, ...]) -> Rows:
+    """Multiply each row with a copy of its expert's weights.
+
+    The copies are large: for few rows, or a product so odd that they are small.
+    """
+    product = einsum(x.inner(), per_row(weight, x.layout), over)
+    inner = tuple(a for a in product.axes if a != "rows")
+    return x.with_array(product.to(("rows", *inner)).array, inner)
+
+
+def flat_tokens(routing: Routing, x: Named) -> tuple[Array, tuple[str, ...], tuple[int, ...]]:
+    """Return tokens ``[tokens, width]``, and the axes and sizes that the width is made of."""
+    inner = tuple(a for a in x.axes if a not in routing.tokens)
+    source = x.to((*routing.tokens, *inner)).array
+    sizes = source.shape[len(routing.tokens) :]
+    return source.reshape(routing.num_tokens, prod(sizes)), inner, sizes
+
+
+# Which choice has which row: sorted by expert, or in slots under a capacity.
+#
+# A *choice* is one (token, k) pair, counted ``token * choices + k``. A *row* is a row of the array
+# that the experts work on. Both ways of routing are the same partial one-to-one map between the
+# two, kept in both directions, so that moving rows forward and backward are gathers.
+
+_INT32_MAX = 2**31 - 1
+
+
+class SortedChoices(NamedTuple):
+    """Choices in the order of their experts.
+
+    Attributes:
+      order: i32 ``[rows]``, the choice in each row; those without a slot come last.
+      inverse: i32 ``[tokens, choice]``, the row of each choice.
+      group_sizes: i32 ``[experts]``, how many rows each expert has.
+    """
+
+    order: Array
+    inverse: Array
+    group_sizes: Array
+
+
+class RowPermutation(NamedTuple):
+    """A partial one-to-one map between choices and rows; -1 stands for "none".
+
+    Attributes:
+      choice_of_row: i32 ``[rows]``.
+      row_of_choice: i32 ``[tokens, choice]``.
+    """
+
+    choice_of_row: Array
+    row_of_choice: Array
+
+    @property
+    def token_of_row(self) -> Array:
+        """The token of each row, i32 ``[rows]``; negative where the row has none."""
+        return self.choice_of_row // self.row_of_choice.shape[1]
+
+
+def sort_by_expert(
+    experts: Array, num_experts: int, assigned: Array | None = None
+) -> SortedChoices:
+    """Sort the choices ``[tokens, choice]`` by expert, ties in the order of the choices.
+
+    Expert and choice make one int32 key, which sorts about four times as fast on a CPU
+    as a stable argsort; where they do not fit into 31 bits, the stable argsort does it.
+    `assigned` (bool ``[tokens, choice]``) leaves choices out.
+    """
+    keys = experts.reshape(-1).astype(jnp.int32)
+    if assigned is not None:
+        keys = jnp.where(assigned.reshape(-1), keys, num_experts)
+    index = jnp.arange(keys.size, dtype=jnp.int32)
+    order = _order(keys, index, num_experts)
+    inverse = jnp.zeros_like(index).at[order].set(index, unique_indices=True)
+    group_sizes = jnp.zeros(num_experts, jnp.int32).at[keys].add(1, mode="drop")
+    return SortedChoices(order, inverse.reshape(experts.shape), group_sizes)
+
+
+def _order(keys: Array, index: Array, num_experts: int) -> Array:
+    count = max(keys.size, 1)
+    if (num_experts + 1) * count > _INT32_MAX:
+        return jnp.argsort(keys, stable=True).astype(jnp.int32)
+    return lax.rem(lax.sort(keys * count + index, is_stable=False), jnp.int32(count))
+
+
+def rank_in_expert(sorted_choices: SortedChoices, experts: Array) -> Array:
+    """Count, for each choice ``[tokens, choice]``, the earlier choices of the same expert."""
+    sizes = sorted_choices.group_sizes
+    starts = jnp.cumsum(sizes) - sizes
+    return sorted_choices.inverse - starts[experts]
+
+
+def sorted_permutation(sorted_choices: SortedChoices) -> RowPermutation:
+    """Give every choice its row of the sorted order; rows ``[tokens * choices]``."""
+    order, inverse, group_sizes = sorted_choices
+    num_assigned = jnp.sum(group_sizes)
+    index = jnp.arange(order.size, dtype=jnp.int32)
+    return RowPermutation(
+        jnp.where(index < num_assigned, order, -1),
+        jnp.where(inverse < num_assigned, inverse, -1),
+    )
+
+
+def capacity_permutation(
+    experts: Array,
+    slots: Array,
+    num_experts: int,
+    capacity: int,
+    groups: int = 1,
+    *,
+    expert_major: bool = False,
+) -> RowPermutation:
+    """Give the choices ``[tokens, choice]`` their rows ``[groups * experts * capacity]``.
+
+    `slots` is the slot of each choice within its group and expert, or -1 where it was dropped;
+    a group is ``tokens / groups`` consecutive tokens.  The order of rows is ``[group, expert,
+    slot]``, or with `expert_major` as ``[expert, group, slot]``, which a batched product over the
+    experts takes without a transpose.
+    """
+    tokens = experts.shape[0]
+    group = (jnp.arange(tokens, dtype=jnp.int32) // (tokens // groups))[:, None]
+    expert = experts.astype(jnp.int32)
+    block = expert * groups + group if expert_major else group * num_experts + expert
+    row = jnp.where(slots >= 0, block * capacity + slots, -1).astype(jnp.int32)
+    num_rows = groups * num_experts * capacity
+    # A negative index would wrap around; one past the end is dropped.
+    target = jnp.where(row >= 0, row, num_rows).reshape(-1)
+    choice = jnp.arange(row.size, dtype=jnp.int32)
+    choice_of_row = jnp.full(num_rows, -1, jnp.int32).at[target].set(choice, mode="drop")
+    return RowPermutation(choice_of_row, row)
+
+
+# Rows sorted by expert, multiplied group by group: by a loop over blocks, or `lax.ragged_dot`.
 
 # Move tokens into the experts' rows and back, with gradients that gather as well.
 #
@@ -380,3 +547,62 @@ class Deferral:
     def of_experts(self, first: Array | int, count: int) -> Self:
         """Return `count` experts from `first` on, for all tokens."""
         return replace(self, routing=self.routing.of_experts(first, count))
+
+
+# Slots under a capacity, reached by index.
+
+
+@dataclass(frozen=True)
+class CapacitySlots:
+    """Slots filled from an index of each, and read by one; gradients gather as well.
+
+    Attributes:
+      routing: the experts and slots of each token.
+      poison: put NaN into empty slots, in values and cotangents, to see that nothing reads them.
+    """
+
+    routing: Routing
+    poison: bool = False
+
+    @cached_property
+    def permutation(self) -> RowPermutation:
+        """The map between choices and slots, experts first, as a batched product takes them."""
+        routing = self.routing
+        experts, groups, limit = routing.slot_shape
+        return capacity_permutation(
+            routing.experts, routing.slots, experts, limit, groups, expert_major=True
+        )
+
+    def permute(self, x: Named) -> Named:
+        """Gather slots from tokens.
+
+        Values of empty slots are zeros, poisoned or not: an operation may sum over slots.
+        """
+        slots = tokens_to_slots(self.routing, x, lambda tokens: permute(tokens, self.permutation))
+        return self._poisoned(slots, with_poisoned_gradient)
+
+    def permute_gates(self, gates: Array) -> Named:
+        """Gather the gates of slots from those of choices."""
+        slots = permute_choices(gates, self.permutation).reshape(self.routing.slot_shape)
+        return self._poisoned(Named(slots, SLOT_AXES), with_poisoned_gradient)
+
+    def unpermute(self, rows: Operand | DeferredRows, gates: Array | None) -> Named:
+        """Gather the slots of each token."""
+        assert isinstance(rows, Named), "slots have axes"
+        return slots_to_tokens(
+            self.routing,
+            self._poisoned(rows, poisoned_values),
+            lambda slots: sum_rows(slots, self.permutation, gates),
+        )
+
+    def of_experts(self, first: Array | int, count: int) -> Self:
+        """Return the slots of `count` experts from `first` on."""
+        return replace(self, routing=self.routing.of_experts(first, count))
+
+    def _poisoned(self, slots: Named, poison: Callable[[Array, Array], Array]) -> Named:
+        if not self.poison:
+            return slots
+        slots = slots.to((*SLOT_AXES, *(a for a in slots.axes if a not in SLOT_AXES)))
+        shape, is_used = slots.array.shape, self.permutation.choice_of_row >= 0
+        flat = poison(slots.array.reshape(prod(shape[:3]), *shape[3:]), is_used)
+        return Named(flat.reshape(shape), slots.axes)

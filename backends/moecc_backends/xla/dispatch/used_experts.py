@@ -18,18 +18,23 @@ from jax.typing import DTypeLike
 
 from moecc.ir.graph import Value
 from moecc.ir.traits import RowMove
-from moecc_backends.xla.dispatch.flat import gathered_matmul, rows_to_tokens, tokens_to_rows
-from moecc_backends.xla.dispatch.sorted_rows import Deferral
-from moecc_backends.xla.trace.arrays import with_masked_gradient, zeroed
+from moecc_backends.xla.dispatch.sorted_rows import (
+    Deferral,
+    gathered_matmul,
+    rows_to_tokens,
+    tokens_to_rows,
+)
 from moecc_backends.xla.trace.context import zeros_like_on_devices
-from moecc_backends.xla.trace.routing import Routing
 from moecc_backends.xla.trace.values import (
     DeferredRows,
     ExpertArrays,
     Named,
     Operand,
+    Routing,
     Rows,
     accumulator,
+    with_masked_gradient,
+    zeroed,
 )
 
 

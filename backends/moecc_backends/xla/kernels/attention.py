@@ -17,8 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from moecc.ir.attention import Span, share_of_tpu_blocks, spans, tpu_block
 from moecc_backends.xla.kernels.grouped_matmul import zeros_after
 from moecc_backends.xla.trace.context import VALUE, DeviceView
-from moecc_backends.xla.trace.typed_jax import PyTree, unchecked, varies
-from moecc_backends.xla.trace.values import accumulator
+from moecc_backends.xla.trace.values import PyTree, accumulator, unchecked, varies
 
 # What an attention is made of, as arrays without names of axes.
 

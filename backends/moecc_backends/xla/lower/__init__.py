@@ -1,1 +1,11 @@
-"""Operations as functions of jax, and graphs as one function."""
+"""Lowerings of operations; importing this package registers all of them."""
+
+from moecc_backends.xla.lower import (  # noqa: F401
+    attention,
+    axes,
+    collectives,
+    contract,
+    elementwise,
+    routing,
+    scan,
+)

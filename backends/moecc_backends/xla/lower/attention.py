@@ -40,9 +40,17 @@ from moecc_backends.xla.kernels.attention import (
     splash_attention,
 )
 from moecc_backends.xla.lower.contract import softmax
-from moecc_backends.xla.trace.arrays import broadcast_like, einsum, lifted, lifted_all
 from moecc_backends.xla.trace.context import AUTO, DIRECT, TraceContext, lowering
-from moecc_backends.xla.trace.values import Named, Operand, Rows, accumulator
+from moecc_backends.xla.trace.values import (
+    Named,
+    Operand,
+    Rows,
+    accumulator,
+    broadcast_like,
+    einsum,
+    lifted,
+    lifted_all,
+)
 
 
 @lowering("rope")

@@ -21,9 +21,7 @@ from moecc.ir.ops.axes import (
     SplitOp,
     UpdateSliceOp,
 )
-from moecc_backends.xla.trace.arrays import lifted, with_masked_rows
 from moecc_backends.xla.trace.context import DeviceView, TraceContext, lowering
-from moecc_backends.xla.trace.typed_jax import varies
 from moecc_backends.xla.trace.values import (
     Deferred,
     DeferredRows,
@@ -31,6 +29,9 @@ from moecc_backends.xla.trace.values import (
     Operand,
     Rows,
     accumulator,
+    lifted,
+    varies,
+    with_masked_rows,
 )
 
 Array = jax.Array
@@ -229,3 +230,15 @@ def _update_slice(ctx: TraceContext, node: Node, x: Named, update: Named, start:
     # JAX counts a negative start from the end; the operation does not.
     first = jnp.maximum(start.array, 0)
     return Named(jax.lax.dynamic_update_slice_in_dim(x.array, part, first, at), x.axes)
+
+
+# Regions of functions of JAX: they run in the function, where blocks are replaced.
+
+
+@lowering("jax")
+def _jax(ctx: TraceContext, node: Node, *operands: Operand) -> Operand:
+    raise InputError(
+        "a region of JAX is computed by its function alone",
+        where=where(node),
+        hint="moe(function) of `moecc.jax` runs the blocks in it",
+    )

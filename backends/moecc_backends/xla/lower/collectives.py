@@ -13,10 +13,8 @@ from moecc.ir.graph import Node, Value
 from moecc.ir.ops.collectives import AllGatherOp, AllReduceOp, AllToAllOp, ReduceScatterOp, ShardOp
 from moecc_backends.xla.dispatch.rounds import local_rows, send_rows, send_rows_back
 from moecc_backends.xla.dispatch.sorted_rows import SortedRows
-from moecc_backends.xla.trace.arrays import lifted
 from moecc_backends.xla.trace.context import DeviceView, TraceContext, lowering
-from moecc_backends.xla.trace.typed_jax import varies
-from moecc_backends.xla.trace.values import Named, Operand, Rows
+from moecc_backends.xla.trace.values import Named, Operand, Rows, lifted, varies
 
 Collective = Callable[[DeviceView, Node, Named], Array]
 OfRows = Callable[[TraceContext, Node, Rows, SortedRows], Rows]

@@ -14,13 +14,6 @@ from jax.typing import DTypeLike
 from moecc.ir.graph import Node, Value
 from moecc.ir.ops.contraction import ContractOp, ConvolveOp, MeanOp, NormOp, ReductionOp, SoftmaxOp
 from moecc_backends.xla.kernels.grouped_matmul import rows_times, slot_matmul
-from moecc_backends.xla.trace.arrays import (
-    broadcast_like,
-    einsum,
-    lifted,
-    with_masked_rows,
-    zeroed_rows,
-)
 from moecc_backends.xla.trace.context import DIRECT, VALUE, TraceContext, lowering
 from moecc_backends.xla.trace.values import (
     SLOT_AXES,
@@ -28,7 +21,12 @@ from moecc_backends.xla.trace.values import (
     Operand,
     Rows,
     accumulator,
+    broadcast_like,
+    einsum,
+    lifted,
     product_type,
+    with_masked_rows,
+    zeroed_rows,
 )
 
 # Selective precision: routers compute in float32 (ST-MoE, §3.3), as their products ask for.

@@ -19,9 +19,8 @@ from moecc.ir.graph import Node
 from moecc.ir.ops.elementwise import CastOp, ConstantOp, MaskOp, PointwiseOp, ScaleOp
 from moecc.ir.ops.random import FoldKeyOp, RandomNormalOp, RandomUniformOp
 from moecc.types import BY_TORCH, DTYPES, is_lossless
-from moecc_backends.xla.trace.arrays import elementwise
 from moecc_backends.xla.trace.context import TraceContext, bits_at, lowering
-from moecc_backends.xla.trace.values import Named, Operand, accumulator
+from moecc_backends.xla.trace.values import Named, Operand, accumulator, elementwise
 
 # What the names of formulas are in JAX (`moecc.ir.formula`).
 

@@ -1,39 +1,63 @@
-"""A graph as one pure function, ``(params, inputs) → outputs``, and the trace that makes it.
-
-The lowerings of all operations are imported here, which registers them.
-"""
+"""A graph as one pure function: on one device, under shard_map, or for XLA's partitioner."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from math import prod
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
-from moecc.errors import InputError
-from moecc.ir.graph import Graph, Node, Value
-from moecc.types import F32, DType
+from moecc.errors import InputError, Problem
+from moecc.ir.graph import Graph, Node, Value, where
+from moecc.ir.mesh import Mesh, mesh_of, nearest_multiple
+from moecc.ir.ops.slots import SlotsOp
+from moecc.ir.traits import CollectiveKind, Role
+from moecc.sharding.layout import Layout, ShardingSpec, group_spec, param_spec, value_spec
+from moecc.types import F32, DType, TensorType
+from moecc.types import Array as HostArray
+from moecc.weights.evaluate import Evaluator
+from moecc.weights.expr import Box, Expr
 from moecc_backends.xla.dispatch.choose import check_dispatch
-from moecc_backends.xla.lower import attention as attention
-from moecc_backends.xla.lower import axes as axes
-from moecc_backends.xla.lower import collectives as collectives
-from moecc_backends.xla.lower import contract as contract
-from moecc_backends.xla.lower import elementwise as elementwise
-from moecc_backends.xla.lower import opaque as opaque
-from moecc_backends.xla.lower import routing as routing
-from moecc_backends.xla.lower import scan as scan
-from moecc_backends.xla.lower.contract import is_precise_param
+from moecc_backends.xla.dispatch.sorted_rows import (
+    RowPermutation,
+    capacity_permutation,
+    flat_tokens,
+    permute,
+    permute_choices,
+    sum_rows,
+)
+from moecc_backends.xla.lower.contract import is_precise, is_precise_param
 from moecc_backends.xla.trace.context import (
     DEFAULTS,
     DIRECT,
+    AnyOperand,
     DeviceView,
+    Function,
     Interceptor,
+    Lowered,
     Options,
     TraceContext,
     lower_nodes,
 )
 from moecc_backends.xla.trace.host_arrays import Master, check_given, check_keys
-from moecc_backends.xla.trace.values import ExpertArrays, Named, Operand, Uncast, accumulator
+from moecc_backends.xla.trace.values import (
+    SLOT_AXES,
+    Deferred,
+    DeferredRows,
+    DispatchLayout,
+    ExpertArrays,
+    Named,
+    Operand,
+    Routing,
+    Uncast,
+    accumulator,
+)
 
 Tree = Mapping[str, Array]
 
@@ -149,3 +173,373 @@ def finalize_output(value: Operand, declared: Value) -> Array:
     if jnp.issubdtype(array.dtype, jnp.floating):
         return array.astype(jnp.promote_types(array.dtype, jnp.float32))
     return array
+
+
+# Devices as the mesh of a graph, and the shardings that types say.
+
+
+def device_mesh(graph: Graph, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """Return the mesh of `graph` made of `devices`, or of those at hand.
+
+    Raises:
+      InputError: the graph is on no mesh, or there are not enough devices.
+    """
+    grid = mesh_of(graph)
+    if grid is None:
+        raise InputError(
+            "the graph is on no mesh", hint="annotate-sharding{mesh=data:8 rules=st-moe}"
+        )
+    devices = jax.devices() if devices is None else devices
+    if len(devices) < grid.devices:
+        raise InputError(
+            "there are not enough devices", expected=f"{grid.devices} ({grid})",
+            found=f"{len(devices)} of {devices[0].platform}",
+            hint=f"XLA_FLAGS=--xla_force_host_platform_device_count={grid.devices} makes a CPU "
+            "many",
+        )  # fmt: skip
+    kinds = (jax.sharding.AxisType.Auto,) * len(grid.axes)
+    return jax.make_mesh(grid.shape, grid.names, kinds, devices=devices[: grid.devices])
+
+
+def shardings(
+    values: dict[str, Value], mesh: jax.sharding.Mesh
+) -> dict[str, jax.sharding.NamedSharding]:
+    """Return the sharding on `mesh` of each of `values`, the parameters of a graph, say."""
+    return {n: NamedSharding(mesh, spec) for n, spec in specs(values).items()}
+
+
+def specs(values: dict[str, Value]) -> dict[str, PartitionSpec]:
+    """Return how each of `values` is sharded, as jax spells it."""
+    return {n: spec(v.type) for n, v in values.items()}
+
+
+def spec(type: TensorType) -> PartitionSpec:
+    """Return how the axes of `type` are sharded, as jax spells it."""
+    return PartitionSpec(*(axis.mesh or None for axis in type.axes))
+
+
+def sharded_array(
+    evaluator: Evaluator, wanted: Expr, shape: tuple[int, ...], where: jax.sharding.Sharding
+) -> jax.Array:
+    """Return the values of a weight expression as an array whose shards are evaluated one by one.
+
+    Args:
+      evaluator: of the expression.
+      wanted: the expression.
+      shape: of the array.
+      where: its devices, each of which evaluates its own part.
+    """
+    blocks: dict[Box, HostArray] = {}
+
+    def part(index: tuple[slice, ...] | None) -> HostArray:
+        assert index is not None, "every device has its part"
+        box = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+        # Devices that are copies of one another ask for the same part.
+        if box not in blocks:
+            blocks[box] = np.array(evaluator.block(wanted, box), order="C")
+        return blocks[box]
+
+    return jax.make_array_from_callback(shape, where, part)
+
+
+# The token groups of a graph that XLA's partitioner spreads over a mesh.
+
+
+def group_counts(graph: Graph) -> set[int]:
+    """Return the numbers of token groups in which slots are counted under a capacity."""
+    nodes = (node for node in graph.every_node() if node.op.assigns_slots and not node.op.chooses)
+    bounded = (attrs for attrs in map(SlotsOp.of_node, nodes) if attrs.slots == "capacity")
+    return {attrs.groups for attrs in bounded}
+
+
+# A graph on a mesh as one program: by shard_map, or by XLA's partitioner.
+
+_TOKEN_AXES = ("batch", "group", "slot")
+"""The axes that a parameter never has."""
+
+_WEIGHTS = frozenset({Role.MATRIX, Role.TABLE})
+"""The roles of parameters that are sharded for storage, in the operations that read them."""
+
+
+@dataclass(frozen=True)
+class GspmdLowering:
+    """Calls lowerings such that values are sharded over `mesh` as a layout of the plan shards them.
+
+    Attributes:
+      mesh: the devices.
+      plan: which of its axes shard what.
+    """
+
+    mesh: jax.sharding.Mesh
+    plan: Layout
+
+    def __call__(
+        self, ctx: TraceContext, node: Node, operands: list[AnyOperand], function: Function
+    ) -> Lowered:
+        """Return the results of a lowering, each held to its sharding."""
+        if not _WEIGHTS.isdisjoint(node.op.roles):
+            pairs = zip(operands, node.operands, strict=True)
+            operands = [self._gathered(x, v, node) for x, v in pairs]
+        lowered = function(ctx, node, *operands)
+        if isinstance(lowered, Deferred):
+            return lowered
+        results = lowered if isinstance(lowered, tuple) else (lowered,)
+        return tuple(map(self._held, results))
+
+    def by_group(
+        self,
+        function: Callable[..., Array],
+        groups: int,
+        arrays: tuple[Array | None, ...],
+    ) -> Array:
+        """Return what `function` makes of each group, on the devices that have its tokens."""
+        if not self._divides(groups):
+            return function(groups, *arrays)
+        each = (None if a is None else self.grouped(a, groups) for a in arrays)
+        grouped = jax.vmap(partial(function, 1))(*each)
+        return grouped.reshape(-1, *grouped.shape[2:])
+
+    def layout(self, routing: Routing) -> DispatchLayout | None:
+        """Return slots that are filled group by group, where groups have slots of their own."""
+        if routing.capacity is None or not self._divides(routing.groups):
+            return None
+        return GroupSlots(routing, self)
+
+    def _divides(self, groups: int) -> bool:
+        return groups > 0 and groups % self.plan.shards["batch"] == 0
+
+    def sharding(self, axes: tuple[str, ...], spec: ShardingSpec) -> NamedSharding:
+        """Return the sharding of an array with `axes`, of which `spec` names the mesh axes."""
+        return NamedSharding(self.mesh, PartitionSpec(*(spec.get(a) for a in axes)))
+
+    def weight_sharding(self, value: Value, *, stored: bool, layers: str = "") -> NamedSharding:
+        """Return the sharding of a parameter, as it is stored or as it is used."""
+        sizes = {a.name: s for a, s in zip(value.type.axes, value.type.shape, strict=True)}
+        spec = param_spec(self.plan, sizes, stored=stored, layers=layers)
+        return self.sharding(value.type.names, {} if is_precise_param(value) else spec)
+
+    def constrained(self, x: Named, spec: ShardingSpec) -> Named:
+        """Return `x` held to `spec`."""
+        return Named(jax.lax.with_sharding_constraint(x.array, self.sharding(x.axes, spec)), x.axes)
+
+    def _held(self, x: Operand) -> Operand:
+        if not isinstance(x, Named) or x.array.ndim < 2 or not set(_TOKEN_AXES) & set(x.axes):
+            return x
+        return self.constrained(x, value_spec(self.plan, x.sizes))
+
+    def _gathered(self, x: AnyOperand, value: Value, node: Node) -> AnyOperand:
+        """Return a parameter as it is used, gathered from where it is stored."""
+        if not isinstance(x, Named) or value.node is not None or set(_TOKEN_AXES) & set(x.axes):
+            return x
+        if x.array.ndim < 2 or not jnp.issubdtype(x.array.dtype, jnp.floating):
+            return x
+        if is_precise(node):
+            return Named(_gathered_param(x.array, self.sharding(x.axes, {}), None), x.axes)
+        used, stored = (
+            self.sharding(x.axes, param_spec(self.plan, x.sizes, stored=s)) for s in (False, True)
+        )
+        return Named(_gathered_param(x.array, used, stored), x.axes)
+
+    # --- the shards of token groups, see `GroupSlots`
+
+    def grouped(self, array: Array, groups: int) -> Array:
+        """Return ``[tokens, …]`` as ``[group, token, …]``, each group where its tokens are."""
+        return self.with_groups(array.reshape(groups, -1, *array.shape[1:]))
+
+    def with_groups(self, array: Array) -> Array:
+        """Return ``[group, …]`` with each group where its tokens are."""
+        spec = group_spec(self.plan, {"group": array.shape[0]})
+        axes = ("group", *("" for _ in array.shape[1:]))
+        return jax.lax.with_sharding_constraint(array, self.sharding(axes, spec))
+
+    def at_groups(self, slots: Named) -> Named:
+        """Return slots where the tokens of their groups are."""
+        return self.constrained(slots, group_spec(self.plan, slots.sizes))
+
+    def at_experts(self, slots: Named) -> Named:
+        """Return slots where their experts are."""
+        return self.constrained(slots, value_spec(self.plan, slots.sizes))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered_param(array: Array, used: NamedSharding, stored: NamedSharding | None) -> Array:
+    return jax.lax.with_sharding_constraint(array, used)
+
+
+_gathered_param.defvjp(
+    lambda array, used, stored: (_gathered_param(array, used, stored), None),
+    lambda used, stored, _, gradient: (
+        gradient if stored is None else jax.lax.with_sharding_constraint(gradient, stored),
+    ),
+)
+
+
+# Slots that are filled group by group, for XLA's partitioner (GSPMD).
+#
+# No device looks at another's tokens, and slots are held first to their groups and then to their
+# experts: from these two constraints the partitioner makes one all-to-all (GShard, §3.2), from one
+# of them all-gathers.
+
+_GROUP_MAJOR = ("group", "expert", "slot")
+
+
+@dataclass(frozen=True)
+class GroupSlots:
+    """Slots of each group apart.
+
+    Attributes:
+      routing: the experts and slots of each token, under a capacity.
+      shards: where groups and experts are sharded.
+    """
+
+    routing: Routing
+    shards: GspmdLowering
+
+    @cached_property
+    def permutations(self) -> RowPermutation:
+        """Choices and rows ``[expert * slot]`` of each group, with the groups as axis in front."""
+        experts, groups, limit = self.routing.slot_shape
+        chosen, slots = (
+            self.shards.grouped(a, groups) for a in (self.routing.experts, self.routing.slots)
+        )
+        return jax.vmap(lambda c, s: capacity_permutation(c, s, experts, limit))(chosen, slots)
+
+    def permute(self, x: Named) -> Named:
+        """Gather the slots of each group from its tokens, and exchange them for the experts'."""
+        tokens, inner, sizes = flat_tokens(self.routing, x)
+        return self._exchanged(permute, tokens, inner, sizes)
+
+    def permute_gates(self, gates: Array) -> Named:
+        """Gather the gates of the slots of each group, and exchange them for the experts'."""
+        return self._exchanged(permute_choices, gates, (), ())
+
+    def _exchanged(
+        self,
+        move: Callable[[Array, RowPermutation], Array],
+        tokens: Array,
+        inner: tuple[str, ...],
+        sizes: tuple[int, ...],
+    ) -> Named:
+        experts, groups, limit = self.routing.slot_shape
+        rows = jax.vmap(move)(self.shards.grouped(tokens, groups), self.permutations)
+        rows = self.shards.with_groups(rows).reshape(groups, experts, limit, *sizes)
+        slots = self.shards.at_groups(Named(rows, (*_GROUP_MAJOR, *inner)))
+        return self.shards.at_experts(slots).to((*SLOT_AXES, *inner))
+
+    def unpermute(self, rows: Operand | DeferredRows, gates: Array | None) -> Named:
+        """Exchange the slots for those of the groups, and gather the slots of each token."""
+        assert isinstance(rows, Named), "slots have axes"
+        routing, groups = self.routing, self.routing.groups
+        inner = tuple(a for a in rows.axes if a not in SLOT_AXES)
+        slots = rows.to((*_GROUP_MAJOR, *inner))
+        back = self.shards.at_groups(self.shards.at_experts(slots)).array
+        sizes = back.shape[3:]
+        flat = back.reshape(groups, prod(back.shape[1:3]), prod(sizes))
+        weights = None if gates is None else self.shards.grouped(gates, groups)
+        tokens = self.shards.with_groups(jax.vmap(sum_rows)(flat, self.permutations, weights))
+        return Named(tokens.reshape(*routing.token_sizes, *sizes), (*routing.tokens, *inner))
+
+    def of_experts(self, first: Array | int, count: int) -> GroupSlots:
+        """Return the slots of `count` experts from `first` on."""
+        return GroupSlots(self.routing.of_experts(first, count), self.shards)
+
+
+# A graph on a mesh as one program: the same for every device, on the shards that each holds.
+#
+# What a device does stands in the graph: shards where types are sharded, and collectives where that
+# changes. So the compiler has nothing to guess, and inserts no collective of its own.
+
+
+def sharded_function(
+    graph: Graph,
+    mesh: jax.sharding.Mesh,
+    *,
+    dtype: DType = F32,
+    options: Options = DEFAULTS,
+) -> Callable[[Tree, Tree], dict[str, Array]]:
+    """Return `graph` as a function of global parameters and inputs, run shard by shard on `mesh`.
+
+    Args:
+      graph: a graph on a mesh, its collectives lowered.
+      mesh: devices, with the axes of the graph's mesh.
+      dtype: what to compute in, as in `moecc_backends.xla.lower.function`.
+      options: what was chosen for the lowering; its platform is that of the devices.
+
+    Raises:
+      InputError: the graph is on no mesh, or on another; an output is an unreduced sum;
+        a dispatch lowering is forced that does not fit.  The function raises it for inputs with
+        an axis that the mesh does not divide.
+    """
+    grid = _checked(graph, mesh)
+    check_dispatch(graph, options)
+    nodes = list(graph)
+    params = {n: v for n, v in graph.params.items() if v.users}
+
+    def one(weights: Tree, inputs: Tree) -> dict[str, Array]:
+        arrays = {v: inputs[n] for n, v in graph.inputs.items()}
+        arrays |= {v: weights[n] for n, v in params.items()}
+        values = lower_values(nodes, arrays, dtype, options, view=DeviceView(grid))
+        return {n: _settled(values[v], v, grid) for n, v in graph.outputs.items()}
+
+    mapped = jax.shard_map(
+        one,
+        mesh=mesh,
+        in_specs=(specs(params), specs(graph.inputs)),
+        out_specs=specs(graph.outputs),
+        check_vma=True,
+    )
+
+    def run(weights: Tree, inputs: Tree) -> dict[str, Array]:
+        _check_divided({v: inputs[n] for n, v in graph.inputs.items()}, grid)
+        return mapped({n: weights[n] for n in params}, {n: inputs[n] for n in graph.inputs})
+
+    return run
+
+
+def _checked(graph: Graph, mesh: jax.sharding.Mesh) -> Mesh:
+    grid = mesh_of(graph)
+    spelling = ",".join(f"{n}:{s}" for n, s in mesh.shape.items())
+    if grid is None or str(grid) != spelling:
+        raise InputError(
+            "the graph is on another mesh than the devices",
+            expected="no mesh" if grid is None else str(grid),
+            found=spelling,
+        )
+    problems = list(_unfinalize_output(graph))
+    if problems:
+        raise InputError(problems)
+    return grid
+
+
+def _check_divided(arrays: Mapping[Value, Array], mesh: Mesh) -> None:
+    """Raise InputError with every axis of an input that the mesh does not divide."""
+    problems = [
+        Problem(
+            f"the mesh does not divide the axis {axis.name}",
+            f"%{value.name}",
+            f"a multiple of {parts} ({' x '.join(axis.mesh)})",
+            str(size),
+            f"{nearest_multiple(size, parts)} would do",
+        )
+        for value, array in arrays.items()
+        for axis, size in zip(value.type.axes, array.shape, strict=False)
+        if size % (parts := mesh.size(axis.mesh))
+    ]
+    if problems:
+        raise InputError(problems)
+
+
+def _unfinalize_output(graph: Graph) -> Iterator[Problem]:
+    hint = "run lower-collectives"
+    for name, value in graph.outputs.items():
+        if value.type.unreduced:
+            message = "an output is an unreduced sum"
+            yield Problem(message, f"output {name}", found=str(value.type), hint=hint)
+    for node in graph:
+        if node.op.collective is CollectiveKind.ANY:
+            yield Problem("the collectives are not lowered", where(node), hint=hint)
+
+
+def _settled(value: Operand, declared: Value, mesh: Mesh) -> Array:
+    array = finalize_output(value, declared)
+    return DeviceView(mesh).settled(array, declared.type)

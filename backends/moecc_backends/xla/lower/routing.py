@@ -16,21 +16,22 @@ from moecc.ir.operation import Attrs
 from moecc.ir.ops.routing import HashExpertsOp, KeepChoicesOp, RouteOp, WithinBufferOp, buffer_rows
 from moecc.ir.ops.slots import SlotsOp, capacity, group_count
 from moecc_backends.xla.dispatch.choose import plan_dispatch
-from moecc_backends.xla.dispatch.flat import rank_in_expert, sort_by_expert
 from moecc_backends.xla.dispatch.rounds import InRounds, RoundSpec, exchanged_once
-from moecc_backends.xla.dispatch.sorted_rows import SortedRows
+from moecc_backends.xla.dispatch.sorted_rows import SortedRows, rank_in_expert, sort_by_expert
 from moecc_backends.xla.lower.contract import is_precise, softmax
-from moecc_backends.xla.trace.arrays import elementwise, lifted, lifted_all
 from moecc_backends.xla.trace.context import TraceContext, lowering
-from moecc_backends.xla.trace.routing import Routing
 from moecc_backends.xla.trace.values import (
     Deferred,
     DeferredRows,
     DispatchLayout,
     Named,
     Operand,
+    Routing,
     Rows,
     accumulator,
+    elementwise,
+    lifted,
+    lifted_all,
 )
 
 

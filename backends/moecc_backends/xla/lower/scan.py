@@ -29,11 +29,9 @@ from moecc.ir.ops.slots import is_slots
 from moecc.ir.remat_names import DEFAULT
 from moecc.types import Axis, Extent
 from moecc_backends.xla.lower.contract import is_precise_param
-from moecc_backends.xla.trace.arrays import lifted
 from moecc_backends.xla.trace.context import DIRECT, TraceContext, lower_nodes, lowering
 from moecc_backends.xla.trace.host_arrays import Master, cast_all
-from moecc_backends.xla.trace.typed_jax import Function
-from moecc_backends.xla.trace.values import Named, Operand, Uncast
+from moecc_backends.xla.trace.values import Function, Named, Operand, Uncast, lifted
 
 # Cutting a graph into segments that repeat, so that equal layers are compiled once.
 #

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from moecc_backends.xla.trace.typed_jax import varies
+from moecc_backends.xla.trace.values import varies
 
 Mesh = tuple[str, ...]
 

@@ -27,10 +27,16 @@ from moecc.ir.operation import Attrs, OpDef
 from moecc.ir.remat_names import remat_name
 from moecc.ir.structure import local_attrs
 from moecc.types import Axis, TensorType
-from moecc_backends.xla.trace.arrays import poisoned_rows
-from moecc_backends.xla.trace.routing import Routing
-from moecc_backends.xla.trace.typed_jax import varies
-from moecc_backends.xla.trace.values import Deferred, DeferredRows, DispatchLayout, Operand, Rows
+from moecc_backends.xla.trace.values import (
+    Deferred,
+    DeferredRows,
+    DispatchLayout,
+    Operand,
+    Routing,
+    Rows,
+    poisoned_rows,
+    varies,
+)
 
 # What a lowering needs to know of the mesh: the shard of an array that one device holds.
 #
@@ -201,7 +207,7 @@ Lowered = Operand | tuple[Operand, ...] | Deferred
 Function = Callable[..., Lowered]
 """``(context, node, *operands)`` → an operand, a tuple of them, or `Deferred`."""
 
-Given = Operand | DeferredRows
+AnyOperand = Operand | DeferredRows
 
 VALUE = "value"
 """The name of what the graph calls a value and no policy calls otherwise; parameters have none."""
@@ -247,7 +253,7 @@ class Interceptor(Protocol):
     """What stands between the framework and lowerings, where something else shards values."""
 
     def __call__(
-        self, ctx: TraceContext, node: Node, operands: list[Given], function: Function
+        self, ctx: TraceContext, node: Node, operands: list[AnyOperand], function: Function
     ) -> Lowered:
         """Return what the lowering `function` of `node` makes of `operands`."""
         ...
@@ -276,7 +282,7 @@ class DirectCalls:
     """Calls lowerings as they are: what arrays need of a mesh, a device knows itself."""
 
     def __call__(
-        self, ctx: TraceContext, node: Node, operands: list[Given], function: Function
+        self, ctx: TraceContext, node: Node, operands: list[AnyOperand], function: Function
     ) -> Lowered:
         """Return what the lowering `function` of `node` makes of `operands`."""
         return function(ctx, node, *_alike(ctx, node, operands))
@@ -332,7 +338,7 @@ class TraceContext:
         view = replace(self.view, varied={})
         return replace(self, values=values, layouts=dict(layouts or {}), deferred={}, view=view)
 
-    def operand(self, value: Value) -> Given:
+    def operand(self, value: Value) -> AnyOperand:
         """Return a value that was lowered, or the rows that were deferred."""
         if value not in self.deferred:
             return self.values[value]
@@ -395,7 +401,7 @@ def _lowered(ctx: TraceContext, node: Node) -> tuple[Operand, ...] | Deferred:
     return (_named(results[0], first or VALUE), *(_named(x, VALUE) for x in results[1:]))
 
 
-def _alike(ctx: TraceContext, node: Node, operands: list[Given]) -> list[Given]:
+def _alike(ctx: TraceContext, node: Node, operands: list[AnyOperand]) -> list[AnyOperand]:
     """Return `operands` so that all of them vary over the mesh as one of them does.
 
     An own gradient, such as that of a grouped product, knows nothing of what only some vary over.

@@ -18,11 +18,11 @@ from moecc.train.batches import TARGETS
 from moecc.train.objectives import IGNORED
 from moecc.train.scoring import RowScores
 from moecc.train.settings import StepSpec, coefficients, counted, finished, rows_together, totals_of
-from moecc.types import Arrays as _ScoringArrays
+from moecc.types import Arrays as HostArrays
 from moecc.types import DType, TensorType
 from moecc_backends.xla.lower.function import function
-from moecc_backends.xla.run.memory import in_precision, within_memory
-from moecc_backends.xla.trace.typed_jax import PyTree
+from moecc_backends.xla.run.program import in_precision, within_memory
+from moecc_backends.xla.trace.values import PyTree
 from moecc_backends.xla.train.gradients import (
     AUXILIARY,
     LOSS_SUM,
@@ -31,10 +31,12 @@ from moecc_backends.xla.train.gradients import (
     Arrays,
     BatchLoss,
     Outputs,
+    StepShardings,
     batch_types,
+    size_of,
+    step_shardings,
     summed_outputs,
 )
-from moecc_backends.xla.train.shardings import StepShardings, size_of, step_shardings
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,7 @@ class XlaScorer:
     dtype: DType
 
     @within_memory()
-    def __call__(self, batch: _ScoringArrays) -> RowScores:
+    def __call__(self, batch: HostArrays) -> RowScores:
         """Return the scores of a batch.
 
         Raises:
@@ -270,7 +272,7 @@ class XlaScorer:
 
 
 @within_memory()
-def scorer(graph: Graph, params: _ScoringArrays, *, dtype: DType) -> XlaScorer:
+def scorer(graph: Graph, params: HostArrays, *, dtype: DType) -> XlaScorer:
     """Return the scorer of `graph`; see `moecc.train.scoring.ScoringBackend`.
 
     Raises:

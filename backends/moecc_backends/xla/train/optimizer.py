@@ -29,7 +29,7 @@ from moecc.train.settings import (
 )
 from moecc.train.state import COLUMN, FIRST, ROW, SECOND
 from moecc.types import TensorType
-from moecc_backends.xla.trace.typed_jax import PyTree
+from moecc_backends.xla.trace.values import PyTree
 
 Arrays = Mapping[str, Array]
 Moments = dict[str, PyTree]

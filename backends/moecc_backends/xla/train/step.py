@@ -31,7 +31,7 @@ from moecc.train.settings import (
     phases_of,
 )
 from moecc.types import KEY, TensorType
-from moecc_backends.xla.trace.typed_jax import PyTree
+from moecc_backends.xla.trace.values import PyTree
 from moecc_backends.xla.train.evaluation import (
     EvaluationStep,
     abstract_arrays,
@@ -41,9 +41,16 @@ from moecc_backends.xla.train.evaluation import (
     told,
     totals_for,
 )
-from moecc_backends.xla.train.gradients import Arrays, BatchLoss, Outputs, batch_types, input_types
+from moecc_backends.xla.train.gradients import (
+    Arrays,
+    BatchLoss,
+    Outputs,
+    StepShardings,
+    batch_types,
+    input_types,
+    step_shardings,
+)
 from moecc_backends.xla.train.optimizer import Optimizer, Settle
-from moecc_backends.xla.train.shardings import StepShardings, step_shardings
 
 # The guard of a step: what is not finite, or a spike of the loss, is not learned from.
 #

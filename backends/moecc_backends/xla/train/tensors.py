@@ -24,7 +24,7 @@ from moecc.weights.evaluate import Evaluator, TensorReader
 from moecc.weights.expr import Box, Expr, Full, Source, transform
 from moecc.weights.movement import Index, Merge, Permute, Rename, Slice, Split
 from moecc.weights.simplify import simplify
-from moecc_backends.xla.trace.typed_jax import PyTree
+from moecc_backends.xla.trace.values import PyTree
 
 _COUNT = "moments.count"
 """The number of updates in a state."""
