@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
@@ -104,24 +105,37 @@ class _Stack:
         return Source(name, type)
 
 
-@st.composite
-def stacks(draw: st.DrawFn) -> Graph:
-    """Draw a graph with a stack of layers, of which some may repeat others every few layers."""
+def stack_graph(weight: str, layers: Sequence[tuple[str, ...]], *, second: bool) -> Graph:
+    """Return a graph with a stack of layers.
+
+    Args:
+      weight: how its parameters are made.
+      layers: what each layer does.
+      second: whether the second stream is returned.
+    """
     graph = Graph("stack")
     stream = tensor(F32, batch="B", embed=EMBED)
     state = [graph.input("x", stream), graph.input("second", stream)]
     memory = graph.input("memory", tensor(F32, embed=EMBED))
     tied = graph.param("tied", tensor(F32, embed=EMBED))
-    stack = _Stack(graph, state, draw(st.sampled_from(WEIGHTS)), memory, tied)
-    for number, steps in enumerate(draw(_layers())):
+    stack = _Stack(graph, state, weight, memory, tied)
+    for number, steps in enumerate(layers):
         stack.layer(number, steps)
     b = Builder(graph, loc="end")
     graph.set_output("y", stack.state[0])
-    if draw(st.booleans()):
+    if second:
         graph.set_output("second", stack.state[1])
     if len(stack.losses) > 1:
         graph.set_output("loss", b.sum(b.stack(*stack.losses, axis="layer"), axes="layer"))
     return graph
+
+
+@st.composite
+def stacks(draw: st.DrawFn) -> Graph:
+    """Draw a graph with a stack of layers, of which some may repeat others every few layers."""
+    weight = draw(st.sampled_from(WEIGHTS))
+    layers = draw(_layers())
+    return stack_graph(weight, layers, second=draw(st.booleans()))
 
 
 @st.composite

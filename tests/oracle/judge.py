@@ -1,0 +1,355 @@
+"""The reference as a judge of two graphs: on many kinds of data, ties and single elements included.
+
+`moecc.testing.oracle` compares two graphs on normal data, where no two logits are equal and every
+size is drawn.  A prover claims more: equality for all data and all sizes.  So graphs are compared
+here on signs, zeros and equal elements, too, and with sizes of one.  Two things keep such data from
+accusing a right verdict: data on which a graph divides by zero or is undefined lie outside the
+prover's assumptions, and errors are drawn only where a float64 rounds, so that a tie between sums
+of whole numbers stays one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import lcm, prod
+from typing import Literal, get_args
+
+import numpy as np
+
+from moecc.errors import InputError
+from moecc.ir import Graph, Value, clone
+from moecc.ir.builder import Builder
+from moecc.ir.interpreter import ReferenceProgram
+from moecc.ir.ops.slots import SlotsOp
+from moecc.testing.data import Sizes, inputs_for, params_for, sizes_for
+from moecc.testing.draws import generator, moved
+from moecc.testing.oracle import (
+    ROUNDING,
+    TOLERANCE,
+    Trial,
+    _signature_changes,
+    amplified,
+    beyond,
+    device_gaps,
+    divisible,
+    gradient_gaps,
+    magnitude,
+    unequal,
+    weight_gaps,
+)
+from moecc.types import F64, KEY, Array, TensorType
+from moecc.weights.arithmetic import Cast
+from moecc.weights.evaluate import evaluate
+from moecc.weights.expr import Expr, Source, sources, transform
+
+Kind = Literal["normal", "signs", "equal", "sparse", "negative", "large"]
+"""What floats are: normal; -1, 0 or 1; one number a tensor; mostly 0; all below 0; up to 30."""
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+TIES = ("signs", "equal")
+"""Kinds of data whose sums are exact in float64, so that equal logits stay equal."""
+
+EXACT_OPS = frozenset(
+    """contract sum max causal same_segment relative_buckets rename split merge broadcast slice
+    positions embedding one_hot chunk join update_slice reshard shard all_gather all_reduce
+    reduce_scatter all_to_all ragged_all_to_all relu square add sub mul maximum minimum less equal
+    neg stop_gradient scale select mask constant fold_key stack index assign_slots dispatch
+    group_sum hash_experts within_buffer keep_choices""".split()
+)
+"""Operations that do not round on whole numbers of moderate size."""
+
+
+def shaped(data: Array, kind: Kind, *words: str) -> Array:
+    """Return normal `data` made into data of a kind."""
+    match kind:
+        case "signs":
+            return np.asarray(np.sign(np.round(data.astype(np.float64))), data.dtype)
+        case "equal":
+            number = generator(0, "equal", *words).choice([-2.0, -1.0, -0.5, 0.5, 1.0, 2.0])
+            return np.full(data.shape, number, data.dtype)
+        case "sparse":
+            zero = generator(0, "sparse", *words).random(data.shape) < 0.6
+            return np.where(zero, np.zeros((), data.dtype), data)
+        case "negative":
+            return np.asarray(-abs(data), data.dtype)
+        case "large":
+            return np.asarray(data * np.asarray(10, data.dtype), data.dtype)
+    return data
+
+
+class _Sources:
+    """Reads source tensors of a kind; each depends on the seed and on its name alone."""
+
+    def __init__(self, weight: Expr, seed: int, kind: Kind, step: float) -> None:
+        self.seed, self.kind, self.step = seed, kind, step
+        self.types = {s.name: s.type for s in sources(weight)}
+
+    def __call__(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        type = self.types[name]
+        rng = generator(self.seed, "source", name)
+        if not type.dtype.is_float:
+            data = rng.integers(0, 2, type.shape).astype(type.dtype.numpy)
+        else:
+            drawn = rng.standard_normal(type.shape).astype(type.dtype.numpy)
+            data = shaped(drawn, self.kind, str(self.seed), name).astype(np.float64)
+            data = moved(data, self.step, self.seed, "source", name)
+        return data[start:stop] if type.axes else data
+
+
+def _in_float64(expr: Expr) -> Expr:
+    if not expr.type.dtype.is_float or expr.type.dtype is F64:
+        return expr
+    if isinstance(expr, Source):
+        return Source(expr.name, expr.type.with_dtype(F64))
+    return expr.x if isinstance(expr, Cast) else Cast(expr, F64)
+
+
+@dataclass(frozen=True)
+class Draw(Trial):
+    """Two graphs and data of a kind."""
+
+    kind: Kind = "normal"
+
+    def data(self, graph: Graph, step: float = 0.0) -> tuple[dict[str, Array], dict[str, Array]]:
+        if self.kind == "normal":
+            return super().data(graph, step)
+        params: dict[str, Array] = {}
+        plain: dict[str, Array] | None = None
+        for name, value in graph.params.items():
+            if value.weight is not None:
+                reader = _Sources(value.weight, self.seed, self.kind, step)
+                params[name] = evaluate(transform(value.weight, _in_float64), reader)
+                continue
+            plain = params_for(graph, self.seed, self.sizes) if plain is None else plain
+            params[name] = self._float(plain[name], step, name)
+        inputs = inputs_for(self.before, self.seed, self.sizes)
+        return params, {n: self._float(a, step, n) for n, a in inputs.items()}
+
+    def _float(self, data: Array, step: float, name: str) -> Array:
+        if data.dtype.kind not in "fV":
+            return data
+        data = shaped(data, self.kind, str(self.seed), name)
+        return moved(data, step, self.seed, "direction", name)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How two graphs differ.
+
+    Attributes:
+      law: ``interface``, ``values``, ``gradients``, ``weights`` or ``devices``.
+      line: the first line about it.
+      seed: of the data.
+      kind: of the data.
+      sizes: of the variables.
+    """
+
+    law: str
+    line: str
+    seed: int = 0
+    kind: str = "normal"
+    sizes: tuple[tuple[str, int], ...] = ()
+
+
+def interface_changes(before: Graph, after: Graph) -> list[str]:
+    """Return what differs between inputs and outputs: names, element types, axes, shardings."""
+    return list(_signature_changes(before, after))
+
+
+def _variables(graph: Graph) -> set[str]:
+    values = [*graph.inputs.values(), *graph.params.values()]
+    return {s for v in values for s in v.type.sizes if isinstance(s, str)}
+
+
+def sizes_of(before: Graph, after: Graph, seed: int, size: int = 0) -> dict[str, int]:
+    """Return sizes that suit both graphs: drawn, or `size` where groups of tokens allow it."""
+    if not size:
+        old, new = sizes_for(before, seed), sizes_for(after, seed)
+        sizes = {n: lcm(old.get(n, 1), new.get(n, 1)) for n in old | new}
+        return divisible(sizes, before, after)
+    sizes = dict.fromkeys(sorted(_variables(before) | _variables(after)), size)
+    for graph in (before, after):
+        for node in graph.every_node():
+            if not node.op.assigns_slots:
+                continue
+            attrs = SlotsOp.of_node(node)
+            groups = attrs.group_size or attrs.groups
+            tokens = [node.operands[0].type[n].size for n in attrs.tokens]
+            total = prod(sizes[s] if isinstance(s, str) else s for s in tokens if s in sizes or isinstance(s, int))  # type: ignore[operator]
+            open_sizes = [s for s in tokens if isinstance(s, str)]
+            if open_sizes and total % groups:
+                sizes[open_sizes[0]] *= groups
+    return divisible(sizes, before, after)
+
+
+def outputs_of(graph: Graph, params: Mapping[str, Array], inputs: Mapping[str, Array]):  # type: ignore[no-untyped-def]
+    """Return the outputs of `graph` in the reference."""
+    return ReferenceProgram(graph).run(params, inputs)
+
+
+def value_gaps(draw: Draw, coarse: bool = False) -> list[str]:
+    """Return a line for each output that differs on data of a kind, rounding excluded.
+
+    Args:
+      draw: the graphs and the data.
+      coarse: whether a large difference counts without a look at where it comes from.
+    """
+    params, inputs = draw.data(draw.before)
+    expected = outputs_of(draw.before, params, inputs)
+    after_params = draw.data(draw.after)[0]
+    actual = outputs_of(draw.after, after_params, inputs)
+    if draw.exact:
+        lines = list(unequal(expected, actual, draw.seed))
+    else:
+        bounds = {n: draw.tolerance * magnitude(a) for n, a in expected.items()}
+        lines = list(beyond(expected, actual, bounds, draw.seed))
+        if lines and not (coarse and draw.kind == "normal"):
+            run = _noisy(draw)
+            rerun = amplified(run, expected, 1e-6)
+            bounds = {n: bounds[n] + rerun[n] for n in expected}
+            lines = list(beyond(expected, actual, bounds, draw.seed))
+    if lines and not all(
+        is_admissible(g, p, inputs)
+        for g, p in ((draw.before, params), (draw.after, after_params))
+    ):
+        return []
+    return lines
+
+
+def _noisy(draw: Draw):  # type: ignore[no-untyped-def]
+    """Return what runs the right graph with errors where it rounds."""
+    if draw.kind not in TIES:
+        from moecc.testing.oracle import rerun_of
+
+        return rerun_of(draw.before, *draw.data(draw.before))
+    noisy, key = with_errors_where_inexact(draw.before)
+    params, inputs = draw.data(draw.before)
+
+    def run(number: int) -> Mapping[str, Array]:
+        return outputs_of(noisy, params, {**inputs, key: np.asarray(number, np.uint64)})
+
+    return run
+
+
+def with_errors_where_inexact(graph: Graph) -> tuple[Graph, str]:
+    """Return `graph` with the float results of operations that round off by a few units.
+
+    Returns:
+      The graph, and its further input: the key that draws the errors.
+    """
+    copy = clone(graph)
+    nodes = list(copy)
+    key = copy.input(copy.fresh("errors"), TensorType(KEY))
+    for number, (node, following) in enumerate(zip(nodes, [*nodes[1:], None], strict=True)):
+        if node.op.name in EXACT_OPS or node.body is not None:
+            continue
+        builder = Builder(copy, before=following)
+        for value in node.results:
+            if not value.type.dtype.is_float:
+                continue
+            users = list(value.users)
+            random = builder.fold_key(key, by=number)
+            is_plain = not value.type.unreduced and value.type.ragged is None
+            like = value if is_plain else builder.constant(value=1.0, dtype="f64")
+            noise = builder.random_uniform(random, like, low=1 - ROUNDING, high=1 + ROUNDING)
+            if noise.type.dtype != value.type.dtype:
+                noise = builder.cast(noise, dtype=value.type.dtype.name)
+            product = builder.mul(value, noise)
+            for user in users:
+                for at, operand in enumerate(user.operands):
+                    if operand is value:
+                        user.set_operand(at, product)
+    return copy, key.name
+
+
+MAKES_INFINITE = ("mask", "constant")
+"""Operations that may well make infinite numbers of finite ones."""
+
+
+def is_admissible(graph: Graph, params: Mapping[str, Array], inputs: Mapping[str, Array]) -> bool:
+    """Return whether no operation makes an infinite number, or none at all, of finite ones.
+
+    What a mask has made infinite may go on to be so: a prover must not calculate with it.
+    """
+    finite: dict[Value, bool] = {}
+    for value, array in ReferenceProgram(graph).trace(params, inputs):
+        data, node = array.data, value.node
+        is_padded = value.type.ragged is not None
+        finite[value] = data.dtype.kind != "f" or bool(
+            np.isfinite(data[~np.isnan(data)] if is_padded else data).all()
+        )
+        if finite[value] or node is None or node.op.name in MAKES_INFINITE:
+            continue
+        if all(finite.get(v, True) for v in node.operands):
+            return False
+    return True
+
+
+def plan(seed: int, thorough: bool) -> Iterator[tuple[int, Kind, int]]:
+    """Yield seeds, kinds of data and sizes (0: drawn) of the comparisons of a pair."""
+    yield seed, "normal", 0
+    yield seed + 1, ("signs", "equal")[seed % 2], (0, 1, 2)[seed % 3]
+    if not thorough:
+        return
+    yield seed + 2, ("equal", "signs")[seed % 2], 0
+    yield seed + 3, "normal", 1
+    yield seed + 4, "sparse", 3
+    yield seed + 5, "negative", 0
+    yield seed + 6, "large", 5
+    yield seed + 7, "signs", 6
+
+
+def difference(
+    before: Graph,
+    after: Graph,
+    seed: int = 0,
+    *,
+    exact: bool = False,
+    thorough: bool = False,
+    more: int = 0,
+    coarse: bool = False,
+) -> Difference | None:
+    """Return how two graphs differ in the reference, or None where they agree on all data.
+
+    Args:
+      before: the graph that is right.
+      after: the graph to compare.
+      seed: chooses the data.
+      exact: whether outputs must be equal bit for bit.
+      thorough: whether all kinds of data are drawn, not two.
+      more: further draws of normal data and signs.
+      coarse: whether a large difference of values counts without a look at where it comes from.
+    """
+    changed = interface_changes(before, after)
+    if changed:
+        return Difference("interface", changed[0])
+    draws = [*plan(seed, thorough)]
+    draws += [(seed + 10 + i, ("normal", "signs")[i % 2], 0) for i in range(more)]
+    for number, kind, size in draws:
+        sizes = sizes_of(before, after, number, size)
+        draw = Draw(before, after, number, sizes, exact, TOLERANCE, kind)
+        line = _first(partial(value_gaps, coarse=coarse), draw)
+        law = "values"
+        if not line and kind == "normal":
+            for law, gaps in LAWS.items():
+                line = _first(gaps, draw)
+                if line:
+                    break
+        if line:
+            return Difference(law, line, number, kind, tuple(sorted(sizes.items())))
+    return None
+
+
+LAWS = {"gradients": gradient_gaps, "weights": weight_gaps, "devices": device_gaps}
+
+
+def _first(gaps, draw: Draw) -> str:  # type: ignore[no-untyped-def]
+    try:
+        lines = gaps(draw)
+    except InputError:
+        # The data do not suit the graph: an index that an edit made is out of range.
+        return ""
+    return lines[0] if lines else ""
