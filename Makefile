@@ -5,7 +5,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-chain proof-engines proof-fuzz proof-jobs proof-kills proof-learning proof-recipes proof-splits proof-table docs site bench wheel clean fuzz
+.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-chain proof-engines proof-equal proof-fuzz proof-jobs proof-kills proof-learning proof-mutants proof-recipes proof-splits proof-table proof-z3 docs site bench wheel clean fuzz fuzz-proof
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ check: lint types test ## what CI runs, without the wheel
 fuzz: $(STAMP) ## hostile inputs for MINUTES minutes (1), every grammar in turn; counts on stdout
 	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),1)
 
+fuzz-proof: $(STAMP) ## compare prover and reference on PAIRS pairs of graphs (1000), with sound and wrong edits
+	$(BIN)/python -m tests.oracle --pairs $(or $(PAIRS),1000)
+
 lint: $(STAMP) ## ruff, over everything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -76,6 +79,17 @@ proof-table: $(STAMP) ## every source as every target by every method, written t
 proof-jobs: $(STAMP) ## the five jobs of docs/jobs.md from a fresh clone; writes docs/proofs/jobs.json (ten minutes)
 	mkdir -p docs/proofs
 	$(BIN)/python -m tests.proof.jobs --out docs/proofs/jobs.json > /dev/null
+
+proof-equal: $(STAMP) ## prove golden checkpoints by 59 pipelines, and the table's equal cells; writes docs/proofs/equal.json
+	$(BIN)/python -m tests.oracle.matrix --out docs/proofs/equal.json > /dev/null
+
+proof-mutants: $(STAMP) ## wrong passes, graphs, tables, weights and exports: none is proved; writes docs/proofs/mutants.json
+	$(BIN)/python -m tests.oracle.mutations --out docs/proofs/mutants.json > /dev/null
+
+proof-z3: $(STAMP) ## lemmas of choices, ties, slots and indices by z3, installed in build/z3; writes docs/proofs/z3.json
+	test -x build/z3/bin/python || $(BIN)/python -m venv build/z3
+	build/z3/bin/python -m pip install --quiet --disable-pip-version-check z3-solver
+	build/z3/bin/python tests/oracle/z3_lemmas.py --out docs/proofs/z3.json > /dev/null
 
 proof-kills: $(STAMP) ## end conversions at every call that changes the disk; writes docs/proofs/kills.json (20 minutes)
 	mkdir -p docs/proofs

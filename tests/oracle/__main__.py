@@ -1,6 +1,6 @@
 """``python -m tests.oracle``: compare the prover with the reference on pairs of graphs.
 
-    python -m tests.oracle [--pairs N] [--seed N] [--jobs N] [--source NAME] [--work DIR] [--out FILE]
+    python -m tests.oracle [--pairs N] [--seed N] [--jobs N] [--source NAME] [--out FILE]
 
 Pairs come in parts of 500 seeds, each with a file of counts in the work folder, so that a run that
 was stopped goes on with those that are missing.  Prints the counts; exit code 1 if prover and
@@ -54,8 +54,14 @@ def main() -> int:
             parts[start] = future.result()
             file.write_text(json.dumps(parts[start], indent=1), "utf-8")
             failures = parts[start]["failures"]
-            print(f"from {start}: {parts[start]['counts'].get('pairs', 0)} pairs,", file=sys.stderr, end=" ")
-            print(f"{len(failures)} failures", *failures[:5], sep="\n  ", file=sys.stderr, flush=True)
+            print(
+                f"from {start}: {parts[start]['counts'].get('pairs', 0)} pairs,",
+                file=sys.stderr,
+                end=" ",
+            )
+            print(
+                f"{len(failures)} failures", *failures[:5], sep="\n  ", file=sys.stderr, flush=True
+            )
     record = summary(parts)
     if asked.out is not None:
         asked.out.write_text(json.dumps(record, indent=1) + "\n", "utf-8")

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ def compare(
     if verdict.status == "unknown" and not ask:
         return outcome
     is_proved = verdict.status == "proved"
-    found = difference(
+    gap = difference(
         before,
         after,
         seed,
@@ -118,17 +118,17 @@ def compare(
         thorough=not (is_sound and is_proved),
         coarse=not (is_proved or exact),
     )
-    if verdict.status == "refuted" and found is None:
-        found = difference(before, after, seed, exact=exact, thorough=True, more=FURTHER_DRAWS)
-    outcome.differs = found is not None
-    if is_proved and found is not None:
+    if verdict.status == "refuted" and gap is None:
+        gap = difference(before, after, seed, exact=exact, thorough=True, more=FURTHER_DRAWS)
+    outcome.differs = gap is not None
+    if is_proved and gap is not None:
         outcome.kind = "unsound"
     if verdict.status == "refuted":
-        if found is None:
+        if gap is None:
             outcome.kind = "unfounded"
         elif nodes:
             outcome.at_node = is_named(verdict, nodes, locs)
-    outcome.detail = described(found) if found else f"{verdict.node} {verdict.terms}"[:500]
+    outcome.detail = described(gap) if gap else f"{verdict.node} {verdict.terms}"[:500]
     return outcome
 
 
@@ -139,9 +139,9 @@ def is_named(verdict: Any, nodes: tuple[str, ...], locs: tuple[str, ...]) -> boo
     return any(n in words for n in nodes) or any(loc and loc in words for loc in locs)
 
 
-def described(found: Difference) -> str:
+def described(gap: Difference) -> str:
     """Return a difference in a line."""
-    return f"{found.law}: {found.line} [{found.kind}, {dict(found.sizes)}]"
+    return f"{gap.law}: {gap.line} [{gap.kind}, {dict(gap.sizes)}]"
 
 
 def compare_pair(pair: Pair, seed: int, *, exact: bool = False) -> Outcome:
@@ -180,7 +180,7 @@ def _kept(
 ) -> tuple[Graph, Graph]:
     small = clone(before), clone(after)
     try:
-        if not all([change(g) for g in small]):
+        if not all(change(g) for g in small):
             return before, after
         for graph in small:
             remove_dead_nodes(graph)
@@ -230,10 +230,8 @@ def save(pair: Pair, outcome: Outcome, source: str, exact: bool, folder: Path = 
             return compare(before, after, pair.seed, exact=exact).kind == outcome.kind
 
     before, after = pair.before, pair.after
-    try:
+    with suppress(TooLongError):
         before, after = minimised(before, after, disagrees)
-    except TooLongError:
-        pass
     path = folder / f"{outcome.kind}-{source}-{pair.seed}{'-exact' if exact else ''}"
     path.mkdir(parents=True, exist_ok=True)
     (path / "before.moe").write_text(print_graph(before), "utf-8")
@@ -295,5 +293,3 @@ def run(seeds: range, only: str = "") -> dict[str, Any]:
         "edits": {n: dict(c) for n, c in sorted(edits.items())},
         "failures": failures,
     }
-
-

@@ -23,7 +23,7 @@ from moecc.ir import Graph, Value, clone
 from moecc.ir.builder import Builder
 from moecc.ir.interpreter import ReferenceProgram
 from moecc.ir.ops.slots import SlotsOp
-from moecc.testing.data import Sizes, inputs_for, params_for, sizes_for
+from moecc.testing.data import inputs_for, params_for, sizes_for
 from moecc.testing.draws import generator, moved
 from moecc.testing.oracle import (
     ROUNDING,
@@ -53,11 +53,15 @@ TIES = ("signs", "equal")
 """Kinds of data whose sums are exact in float64, so that equal logits stay equal."""
 
 EXACT_OPS = frozenset(
-    """contract sum max causal same_segment relative_buckets rename split merge broadcast slice
-    positions embedding one_hot chunk join update_slice reshard shard all_gather all_reduce
-    reduce_scatter all_to_all ragged_all_to_all relu square add sub mul maximum minimum less equal
-    neg stop_gradient scale select mask constant fold_key stack index assign_slots dispatch
-    group_sum hash_experts within_buffer keep_choices""".split()
+    {
+        *("contract", "sum", "max", "add", "sub", "mul", "square", "neg", "scale", "relu"),
+        *("maximum", "minimum", "less", "equal", "select", "mask", "constant", "stop_gradient"),
+        *("rename", "split", "merge", "broadcast", "slice", "stack", "index", "chunk", "join"),
+        *("positions", "embedding", "one_hot", "update_slice", "causal", "same_segment"),
+        *("relative_buckets", "reshard", "shard", "all_gather", "all_reduce", "reduce_scatter"),
+        *("all_to_all", "ragged_all_to_all", "assign_slots", "dispatch", "group_sum"),
+        *("hash_experts", "within_buffer", "keep_choices", "fold_key"),
+    }
 )
 """Operations that do not round on whole numbers of moderate size."""
 
@@ -178,7 +182,11 @@ def sizes_of(before: Graph, after: Graph, seed: int, size: int = 0) -> dict[str,
             attrs = SlotsOp.of_node(node)
             groups = attrs.group_size or attrs.groups
             tokens = [node.operands[0].type[n].size for n in attrs.tokens]
-            total = prod(sizes[s] if isinstance(s, str) else s for s in tokens if s in sizes or isinstance(s, int))  # type: ignore[operator]
+            total = prod(
+                sizes[s] if isinstance(s, str) else s
+                for s in tokens
+                if s in sizes or isinstance(s, int)
+            )  # type: ignore[operator]
             open_sizes = [s for s in tokens if isinstance(s, str)]
             if open_sizes and total % groups:
                 sizes[open_sizes[0]] *= groups
@@ -212,8 +220,7 @@ def value_gaps(draw: Draw, coarse: bool = False) -> list[str]:
             bounds = {n: bounds[n] + rerun[n] for n in expected}
             lines = list(beyond(expected, actual, bounds, draw.seed))
     if lines and not all(
-        is_admissible(g, p, inputs)
-        for g, p in ((draw.before, params), (draw.after, after_params))
+        is_admissible(g, p, inputs) for g, p in ((draw.before, params), (draw.after, after_params))
     ):
         return []
     return lines
@@ -331,15 +338,11 @@ def difference(
     for number, kind, size in draws:
         sizes = sizes_of(before, after, number, size)
         draw = Draw(before, after, number, sizes, exact, TOLERANCE, kind)
-        line = _first(partial(value_gaps, coarse=coarse), draw)
-        law = "values"
-        if not line and kind == "normal":
-            for law, gaps in LAWS.items():
-                line = _first(gaps, draw)
-                if line:
-                    break
-        if line:
-            return Difference(law, line, number, kind, tuple(sorted(sizes.items())))
+        laws = {"values": partial(value_gaps, coarse=coarse)}
+        for law, gaps in (laws | LAWS if kind == "normal" else laws).items():
+            line = _first(gaps, draw)
+            if line:
+                return Difference(law, line, number, kind, tuple(sorted(sizes.items())))
     return None
 
 

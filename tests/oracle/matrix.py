@@ -120,7 +120,8 @@ MIXTURE_PIPELINES = (
     "zero-experts{count=2}",
     "trace-routing",
     "weight-rows",
-    "annotate-sharding{mesh=expert:2 rules=expert-parallel},expert-parallel{via=ring},lower-collectives",
+    "annotate-sharding{mesh=expert:2 rules=expert-parallel},"
+    "expert-parallel{via=ring},lower-collectives",
     "annotate-sharding{mesh=expert:2 rules=expert-replicated},lower-collectives",
 )
 """Pipelines of mixtures of experts."""
@@ -171,8 +172,8 @@ def has_experts(name: str) -> bool:
 def runs() -> Iterator[tuple[str, str]]:
     """Yield checkpoints and the pipelines that are meant for them."""
     for name in golden_names():
-        own = MIXTURE_PIPELINES if has_experts(name) else DENSE_PIPELINES
-        for pipeline in ANY_PIPELINES + own:
+        meant = MIXTURE_PIPELINES if has_experts(name) else DENSE_PIPELINES
+        for pipeline in ANY_PIPELINES + meant:
             yield name, pipeline
 
 
@@ -360,15 +361,15 @@ def summary(rows: dict[tuple[str, ...], list[Any]]) -> dict[str, Any]:
         "checkpoints": len(golden_names()),
     }
     for kind, key in (("run", "runs"), ("cell", "cells")):
-        own = {j: r for j, r in rows.items() if j[0] == kind}
-        promised = {j: r for j, r in own.items() if r[0] not in ("rejected", "approximate")}
+        of_kind = {j: r for j, r in rows.items() if j[0] == kind}
+        promised = {j: r for j, r in of_kind.items() if r[0] not in ("rejected", "approximate")}
         proved = sum(r[0] == "proved" for r in promised.values())
         seconds = sorted(r[2] for r in promised.values())
         record[key] = {
             "promised": len(promised),
             "proved": proved,
             "share": round(proved / len(promised), 4) if promised else None,
-            "verdicts": dict(Counter(r[0] for r in own.values())),
+            "verdicts": dict(Counter(r[0] for r in of_kind.values())),
             "median_seconds": seconds[len(seconds) // 2] if seconds else None,
             "largest_seconds": seconds[-1] if seconds else None,
         }
@@ -378,7 +379,9 @@ def summary(rows: dict[tuple[str, ...], list[Any]]) -> dict[str, Any]:
         if r[0] in ("refuted", "unknown", "crashed")
     ]
     record["not_proved"] = not_proved
-    record["rows"] = {" | ".join(j): [r[0], r[2]] for j, r in sorted(rows.items()) if r[0] == "proved"}
+    record["rows"] = {
+        " | ".join(j): [r[0], r[2]] for j, r in sorted(rows.items()) if r[0] == "proved"
+    }
     return record
 
 

@@ -39,7 +39,16 @@ class Pair:
     seed: int = 0
 
 
-REFUSALS = (MoeccError, VerifyError, KeyError, IndexError, ValueError, TypeError, AssertionError, AttributeError)
+REFUSALS = (
+    MoeccError,
+    VerifyError,
+    KeyError,
+    IndexError,
+    ValueError,
+    TypeError,
+    AssertionError,
+    AttributeError,
+)
 """How the builder, the types and the edits themselves refuse an edit at a place."""
 
 
@@ -74,7 +83,9 @@ def _twin(graph: Graph, copy: Graph, scan: Node | None, node: Node) -> Node:
     source, target = graph, copy
     if scan is not None:
         twin = copy.value(scan.results[0].name).node
-        assert twin is not None and scan.body is not None and twin.body is not None
+        assert twin is not None
+        assert scan.body is not None
+        assert twin.body is not None
         source, target = scan.body, twin.body
     position = next(i for i, n in enumerate(source) if n is node)
     return next(n for i, n in enumerate(target) if i == position)

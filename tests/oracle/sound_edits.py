@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import log
 
 import numpy as np
 
 from moecc.errors import InputError
-from moecc.ir import Builder, Graph, Node, Value
+from moecc.ir import Builder, Node, Value
 from moecc.ir.structure import replace_value
 from moecc.types import F64, Axis, TensorType
 from moecc.weights.arithmetic import Add, Cast, Scale
@@ -110,14 +109,14 @@ def insert(node: Node, build: Callable[[Builder, Value], Value], at: int = 0) ->
     users = list(value.users)
     if not users:
         return False
-    made = build(behind(node), value)
-    if made.type != value.type:
+    replacement = build(behind(node), value)
+    if replacement.type != value.type:
         raise InputError("another type")
     for user in users:
-        if user.alive and user is not made.node:
+        if user.alive and user is not replacement.node:
             for number, operand in enumerate(user.operands):
                 if operand is value:
-                    user.set_operand(number, made)
+                    user.set_operand(number, replacement)
     return True
 
 
@@ -143,8 +142,6 @@ def is_plain(value: Value) -> bool:
     """Return whether a value is a float without rows in slots and without sharding."""
     return is_float(value) and not value.type.extents and not value.type.is_sharded
 
-
-FLOATS_IN, FLOATS_OUT = 0, 0
 
 # Arithmetic of elements.
 
@@ -322,7 +319,7 @@ def write_out_along_an_axis(node: Node, rng: Rng) -> bool:
             axis = node.attrs["axis"]
             if rng.random() < 0.5:
                 return replace(node, b.exp(b.sub(x, b.logsumexp(x, axes=axis))))
-            e = b.exp(b.tanh(x)) if False else b.exp(x)
+            e = b.exp(x)
             return replace(node, b.div(e, b.sum(e, axes=axis)))
         case "logsumexp":
             return replace(node, b.log(b.sum(b.exp(x), axes=node.attrs["axes"])))
@@ -506,8 +503,8 @@ def contract_a_merged_axis(node: Node, rng: Rng) -> bool:
     into = ((names[0], part), (names[1], size // part))
     b = before(node)
     cut = [b.split(v, axis=axis.name, into=into) for v in (x, w)]
-    rest = tuple(n for n in over if n != axis.name)
-    return replace(node, b.contract(*cut, **{**node.attrs, "over": (*rest, *names)}))
+    unsplit = tuple(n for n in over if n != axis.name)
+    return replace(node, b.contract(*cut, **{**node.attrs, "over": (*unsplit, *names)}))
 
 
 @sound("embedding")
@@ -724,7 +721,7 @@ def combine_parts(node: Node, rng: Rng) -> bool:
 
 @sound("combine")
 def combine_each_choice(node: Node, rng: Rng) -> bool:
-    """The gates of all choices become those of the first, and of the others, in two combinations."""
+    """The gates of the first choices, and those of the last, in two combinations."""
     rows, experts, slots, gates = node.operands
     choice = gates.type.axes[-1]
     size = choice.size
@@ -732,13 +729,12 @@ def combine_each_choice(node: Node, rng: Rng) -> bool:
         return False
     b, parts = before(node), []
     cut = int(rng.integers(1, size))
-    for start, stop in ((0, cut), (cut, size)):
+    for is_first in (True, False):
         hot = b.positions(gates, axis=choice.name)
         low = b.less(hot, b.constant(value=float(cut), dtype=hot.type.dtype.name))
         zero = b.scale(gates, by=0.0)
-        part = b.select(low, gates, zero) if start == 0 else b.select(low, zero, gates)
+        part = b.select(low, gates, zero) if is_first else b.select(low, zero, gates)
         parts.append(b.combine(rows, experts, slots, part))
-        del stop
     return replace(node, b.add(*parts))
 
 
@@ -776,7 +772,9 @@ def weights_of(node: Node) -> list[Value]:
 def _same_weight(weight: Expr, rng: Rng) -> Expr:
     type = weight.type
     axes = [a for a in type.axes if isinstance(a.size, int)]
-    way = pick(rng, ("scale", "cast", "permute", "rename", "stack", "slice", "split", "tile", "add"))
+    way = pick(
+        rng, ("scale", "cast", "permute", "rename", "stack", "slice", "split", "tile", "add")
+    )
     if way == "scale":
         return Scale(Scale(weight, 0.5), 2.0)
     if way == "cast":
@@ -850,7 +848,9 @@ def permute_a_weight(node: Node, rng: Rng) -> bool:
     param, graph = pick(rng, params), node.graph
     order = tuple(map(str, rng.permutation(param.type.names)))
     type = param.type.with_axes(param.type[n] for n in order)
-    permuted = graph.param(graph.fresh("permuted"), type, Permute(param.weight, order), loc=param.loc)
+    permuted = graph.param(
+        graph.fresh("permuted"), type, Permute(param.weight, order), loc=param.loc
+    )
     value = before(node).broadcast(permuted, param)
     for number, operand in enumerate(node.operands):
         if operand is param:
@@ -872,11 +872,3 @@ def scale_in_the_weight(node: Node, rng: Rng) -> bool:
             product.set_operand(at, scaled)
             return replace(node, product.result)
     return False
-
-
-LOG2 = log(2)
-
-
-def graph_of(graph: Graph) -> Graph:
-    """Return `graph` itself, for symmetry with bodies."""
-    return graph

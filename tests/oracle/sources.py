@@ -13,6 +13,7 @@ from moecc.ir.mesh import parse_mesh
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
+from moecc.rewrite import P
 from moecc.testing.blocks import BLOCKS
 from moecc.testing.draws import Decisions
 from moecc.testing.generate import random_graph
@@ -65,7 +66,44 @@ AFTER = (
 )  # fmt: skip
 
 ANYWHERE = ("canonicalize", "cse", "dce", "cse,dce", "fuse-attention", "fuse-gate-up")
-ANYWHERE += ("roll-layers", "unroll-layers", "canonicalize,cse,dce", "weight-rows", "canonicalize{exact=true}")
+ANYWHERE += (
+    "roll-layers",
+    "unroll-layers",
+    "canonicalize,cse,dce",
+    "weight-rows",
+    "canonicalize{exact=true}",
+)
+
+PLANTED = (
+    P.mul(P.any(), P.add(P.any(), P.any())),
+    P.add(P.mul(P.any(), P.any()), P.mul(P.any(), P.any())),
+    P.add(P.any(), P.add(P.any(), P.any())),
+    P.scale(P.add(P.any(), P.any())),
+    P.scale(P.contract(P.any(), P.param(where=lambda w: w.weight is not None))),
+    P.contract(P.add(P.any(), P.any()), P.any()),
+    P.contract(P.contract(P.any(), P.any()), P.any()),
+    P.exp(P.add(P.any(), P.any())),
+    P.sum(P.mul(P.any(), P.any())),
+    P.sum(P.any()),
+    P.mean(P.any()),
+    P.stop_gradient(P.mul(P.any(), P.any())),
+    P.stop_gradient(P.scale(P.any())),
+    P.select(P.any(), P.any(), P.any()),
+    P.mask(P.any(), P.any()),
+    P.softmax(P.any()),
+    P.logsumexp(P.any()),
+    P.max(P.any()),
+    P.rms_norm(P.any(), P.any()),
+    P.layer_norm(P.any(), P.any(), P.any()),
+    P.embedding(P.any(), P.any()),
+    P.slice(P.any()),
+    P.merge(P.any()),
+    P.split(P.any()),
+    P.broadcast(P.any(), P.any()),
+    P.sub(P.any(), P.any()),
+    P.div(P.any(), P.any()),
+)
+"""What is planted in random graphs so that rare edits have a place."""
 
 MESHES = ("a:2", "a:2,b:2", "a:3")
 
@@ -99,8 +137,15 @@ def dense_graph(rng: Rng) -> Graph:
     ).graph()
 
 
+def planted_graph(seed: int, rng: Rng) -> Graph:
+    """Return a random graph with a pattern that an edit looks for, or a rare operation."""
+    return random_graph(seed, max_steps=int(rng.integers(1, 4)), like=pick(rng, PLANTED))
+
+
 def from_random(seed: int, rng: Rng) -> Pair | None:
     """Edit a random graph of operations and blocks."""
+    if rng.random() < 0.35:
+        return draw_pair(seed, planted_graph(seed, rng))
     return draw_pair(seed, random_graph(seed, max_steps=int(rng.integers(1, 6))))
 
 
@@ -110,7 +155,7 @@ def from_mixture(seed: int, rng: Rng) -> Pair | None:
 
 
 def from_stack(seed: int, rng: Rng) -> Pair | None:
-    """Edit a stack of equal layers, rolled or not; at times compare it with what it was rolled of."""
+    """Edit a stack of equal layers, rolled or not, or compare it with its rolled form."""
     steps = tuple(pick(rng, STEPS) for _ in range(int(rng.integers(1, 4))))
     layers = [steps] * int(rng.integers(2, 4))
     plain = stack_graph(pick(rng, WEIGHTS), layers, second=bool(rng.random() < 0.5))
@@ -120,7 +165,11 @@ def from_stack(seed: int, rng: Rng) -> Pair | None:
         return draw_pair(seed, plain)
     if way < 0.5:
         return draw_pair(seed, rolled)
-    return edited(plain, rolled, seed, "roll-layers") if way < 0.8 else edited(rolled, plain, seed, "unroll")
+    return (
+        edited(plain, rolled, seed, "roll-layers")
+        if way < 0.8
+        else edited(rolled, plain, seed, "unroll")
+    )
 
 
 def from_upcycle(seed: int, rng: Rng) -> Pair | None:

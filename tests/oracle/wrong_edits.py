@@ -9,25 +9,22 @@ from collections.abc import Callable
 from math import isfinite
 
 from moecc.errors import InputError
-from moecc.ir import OPS, Node, Value
+from moecc.ir import Node, Value
 from moecc.ir.structure import infer_again, replace_value
 from moecc.types import BF16, DType
 from moecc.weights.arithmetic import Add, Cast, Mul, Scale, Select
 from moecc.weights.draws import Draw, Normal, TruncatedNormal, Uniform
 from moecc.weights.expr import Expr, Full, Source, transform, walk
-from moecc.weights.movement import Concat, Index, Permute, Slice, Split, Stack, Tile
+from moecc.weights.movement import Concat, Index, Permute, Rename, Slice, Split, Stack, Tile
 
 from .sound_edits import (
     Edit,
     NodeEdit,
     Rng,
     before,
-    behind,
     fixed,
     insert,
     is_float,
-    is_plain,
-    maker,
     pick,
     replace,
     weights_of,
@@ -53,7 +50,8 @@ def exchange_operands(node: Node, rng: Rng) -> bool:
         (i, j)
         for i in range(len(node.operands))
         for j in range(i)
-        if node.operands[i].type == node.operands[j].type and node.operands[i] is not node.operands[j]
+        if node.operands[i].type == node.operands[j].type
+        and node.operands[i] is not node.operands[j]
     ]
     if not pairs:
         if node.op.name not in ("sub", "div"):
@@ -80,7 +78,9 @@ def mistake_the_operation(node: Node, rng: Rng) -> bool:
     """One operation becomes another of the same kind."""
     others = {op for group in ALIKE if node.op.name in group for op in group} - {node.op.name}
     b = before(node)
-    return replace(node, b.node(pick(rng, sorted(others)), *node.operands, **dict(node.attrs)).result)
+    return replace(
+        node, b.node(pick(rng, sorted(others)), *node.operands, **dict(node.attrs)).result
+    )
 
 
 def _other_value(node: Node, name: str, rng: Rng) -> object:
@@ -206,10 +206,10 @@ def _wrong_movement(b, v: Value, rng: Rng) -> Value:  # type: ignore[no-untyped-
         return b.join(*pieces, axis=axis.name)
     if way == "swap":
         twins = [a for a in v.type.axes if a.size == axis.size and a is not axis]
-        other = pick(rng, twins).name
+        twin = pick(rng, twins).name
         swapped = b.rename(v, axis=axis.name, to="swap_")
-        swapped = b.rename(swapped, axis=other, to=axis.name)
-        swapped = b.rename(swapped, axis="swap_", to=other)
+        swapped = b.rename(swapped, axis=twin, to=axis.name)
+        swapped = b.rename(swapped, axis="swap_", to=twin)
         return b.broadcast(swapped, v)
     part = pick(rng, [d for d in range(1, size + 1) if size % d == 0])
     cut = b.split(v, axis=axis.name, into=(("a_", part), ("b_", size // part)))
@@ -313,7 +313,9 @@ def _slips(part: Expr, rng: Rng) -> Expr:
         case Source():
             return Source(part.name + ".other", part.type)
         case Scale():
-            return Scale(part.x, pick(rng, (part.factor * 2, part.factor * (1 + 1e-6), -part.factor, 1.0)))
+            return Scale(
+                part.x, pick(rng, (part.factor * 2, part.factor * (1 + 1e-6), -part.factor, 1.0))
+            )
         case Full():
             return Full(pick(rng, (1 - part.value, part.value + 1e-6)), part.type)
         case Normal() | TruncatedNormal() | Uniform() if isinstance(part, Draw):
@@ -321,7 +323,7 @@ def _slips(part: Expr, rng: Rng) -> Expr:
         case Slice():
             size = int(part.x.type[part.axis].size)  # type: ignore[arg-type]
             shift = pick(rng, (-1, 1))
-            if 0 <= part.start + shift and part.stop + shift <= size:
+            if part.start + shift >= 0 and part.stop + shift <= size:
                 return Slice(part.x, part.axis, part.start + shift, part.stop + shift)
         case Index():
             size = int(part.x.type[part.axis].size)  # type: ignore[arg-type]
@@ -337,7 +339,9 @@ def _slips(part: Expr, rng: Rng) -> Expr:
             return part.with_operands(c, b, a)
         case Split() if len(part.into) > 1:
             sizes = tuple(s for _, s in part.into)[::-1]
-            return Split(part.x, part.axis, tuple(zip([n for n, _ in part.into], sizes, strict=True)))
+            return Split(
+                part.x, part.axis, tuple(zip([n for n, _ in part.into], sizes, strict=True))
+            )
         case Tile():
             inner = Tile(part.x, part.axis, part.size, part.position)
             return Scale(inner, 1.01)
@@ -359,17 +363,14 @@ def _swapped_axes(weight: Expr, rng: Rng) -> Expr:
     order = list(type.names)
     order[i], order[j] = order[j], order[i]
     swapped = Permute(weight, tuple(order))
-    parts = swapped
-    from moecc.weights.movement import Rename
-
     first, second = type.names[i], type.names[j]
-    parts = Rename(Rename(Rename(parts, first, "swap_"), second, first), "swap_", second)
-    return parts
+    between = Rename(Rename(swapped, first, "swap_"), second, first)
+    return Rename(between, "swap_", second)
 
 
 @wrong()
 def mistake_a_weight(node: Node, rng: Rng) -> bool:
-    """A weight expression is wrong in one place: a name, a factor, a range, an order, a rounding."""
+    """A weight expression is wrong in one place: a name, a factor, a range or an order."""
     params = weights_of(node)
     if not params:
         return False
@@ -387,9 +388,7 @@ def mistake_a_weight(node: Node, rng: Rng) -> bool:
         slip = _slips(part, rng)
         if slip is part or slip.type != part.type:
             return False
-        wrong_weight = transform(
-            weight, lambda x: slip if x is part else x
-        )
+        wrong_weight = transform(weight, lambda x: slip if x is part else x)
     if wrong_weight is weight or wrong_weight.type != weight.type:
         return False
     param.weight = wrong_weight
@@ -410,13 +409,13 @@ def exchange_weights(node: Node, rng: Rng) -> bool:
     others = [p for p in node.graph.params.values() if p is not param and p.type == param.type]
     if not others:
         return False
-    other = pick(rng, others)
-    if rng.random() < 0.5 and param.weight is not None and other.weight is not None:
-        param.weight, other.weight = other.weight, param.weight
-        return param.weight is not other.weight
+    wrong_param = pick(rng, others)
+    if rng.random() < 0.5 and param.weight is not None and wrong_param.weight is not None:
+        param.weight, wrong_param.weight = wrong_param.weight, param.weight
+        return param.weight is not wrong_param.weight
     for number, operand in enumerate(node.operands):
         if operand is param:
-            node.set_operand(number, other)
+            node.set_operand(number, wrong_param)
     return True
 
 
@@ -444,7 +443,9 @@ def share_what_differs(node: Node, rng: Rng) -> bool:
     for earlier in node.graph:
         if earlier is node:
             break
-        if earlier.op is node.op and [v.type for v in earlier.results] == [v.type for v in node.results]:
+        if earlier.op is node.op and [v.type for v in earlier.results] == [
+            v.type for v in node.results
+        ]:
             twins.append(earlier)
     if not twins:
         return False
@@ -467,6 +468,3 @@ def lose_rows(node: Node, rng: Rng) -> bool:
     b = before(node)
     node.set_operand(0, b.relu(x) if rng.random() < 0.5 else b.scale(x, by=0.5))
     return True
-
-
-USED = (OPS, behind, is_plain, maker)

@@ -1,0 +1,385 @@
+"""Wrong passes, graphs, sharding tables, weights and exports: none is proved, most are located.
+
+    python -m tests.oracle.mutations [--share S] [--jobs N] [--out FILE]
+
+Five kinds of wrong pairs: the mutants of ``tests/mutants`` on random graphs, slips in golden models
+after upcycling, graphs laid on a mesh by a wrong row of a sharding table, golden models with a
+wrong weight expression, and exports with exchanged names.  Those on which the reference differs
+count.
+Writes a dated JSON: how many are proved, which must be none, refuted, refuted where the graphs
+part, and open.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moecc.errors import MoeccError
+from moecc.ir import OPS, Graph, clone, print_graph
+from moecc.ir.mesh import parse_mesh
+from moecc.ir.structure import equal
+from moecc.ir.verify import VerifyError, verify
+from moecc.pipeline.passes import Context, Pass
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.rewrite import P
+from moecc.testing.draws import Decisions
+from moecc.testing.generate import random_graph
+from moecc.testing.shardings import random_sharding
+from moecc.translate.export import export_graph
+from moecc.version import __version__
+
+from ..mutants import (  # noqa: TID252
+    axes,
+    experts,
+    feed_forward,
+    gradients,
+    inner,
+    meshes,
+    promises,
+    routing,
+    stored,
+    upcycling,
+)
+from .fuzz import TooLongError, compare, limited
+from .matrix import equal_cells, golden_names, has_experts, read_back, source_graph, with_outputs_of
+from .pairs import apply_edit
+from .sound_edits import pick
+from .wrong_edits import WRONG
+
+RECORD = Path(__file__).parents[2] / "docs" / "proofs" / "mutants.json"
+
+ON_GRAPHS: dict[str, Pass] = {
+    name: item
+    for module in (feed_forward, axes, experts, routing, upcycling, gradients, stored, inner)
+    for name, item in module.MUTANTS.items()
+} | {n: promises.MUTANTS[n] for n in ("negate_twice", "reassociate_and_promise_exact")}
+"""Mutants whose result is a graph; those that only lie about having changed something are none."""
+
+LIKE: dict[str, Any] = {**inner.LIKE, **dict.fromkeys(gradients.MUTANTS, gradients.LIKE)}
+
+GOLDEN = (
+    "llama_gqa", "qwen2_square", "gemma2_square", "gpt2_square", "mixtral_gqa", "qwen3_moe_norm",
+    "glm4_moe_square", "t5_relu_tied", "bert_square", "olmoe_norm", "granitemoe_square_v4",
+)  # fmt: skip
+"""Models that slips are put into."""
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """A pair of graphs, the second wrong.
+
+    Attributes:
+      kind: ``pass``, ``slip``, ``table``, ``weight`` or ``export``.
+      name: the mutant.
+      before: the graph that is right.
+      after: the other.
+      exact: whether bits are promised.
+      right: the graph that `after` would be without the mistake; by default `before`.
+    """
+
+    kind: str
+    name: str
+    before: Graph
+    after: Graph
+    exact: bool = False
+    right: Graph | None = None
+
+
+def wrong_passes(each: int, seed: int) -> Iterator[Wrong]:
+    """Yield what wrong passes make of random graphs, `each` of every pass."""
+    for name, item in sorted(ON_GRAPHS.items()):
+        yield from _on_random_graphs("pass", name, item, each, seed, "")
+    for name, item in sorted(meshes.MUTANTS.items()):
+        yield from _on_random_graphs("pass", name, item, each, seed, "a:2,b:2")
+
+
+def _on_random_graphs(
+    kind: str, name: str, item: Pass, each: int, seed: int, mesh: str
+) -> Iterator[Wrong]:
+    count = 0
+    for number in range(seed, seed + 400):
+        graph = random_graph(number, max_steps=4, like=LIKE.get(name, ()))
+        try:
+            if mesh:
+                graph = random_sharding(graph, Decisions(number), parse_mesh(mesh))
+            after = clone(graph)
+            result = item.apply(after, Context(seed=number, allow_unmatched=True))
+            verify(after)
+        except (MoeccError, VerifyError, AssertionError, ValueError, KeyError):
+            continue
+        if equal(graph, after):
+            continue
+        promise = result.preserves or item.preserves
+        yield Wrong(kind, name, graph, after, promise.kind == "exact")
+        count += 1
+        if count >= 12 * each:
+            return
+
+
+def wrong_tables(each: int, seed: int) -> Iterator[Wrong]:
+    """Yield graphs laid on a mesh while a row of a sharding table is wrong."""
+    for name in meshes.TABLES:
+        like = P.op(name, *(P.any() for _ in OPS[name].operands))
+        for number in range(seed, seed + 12 * each):
+            graph = random_graph(number, max_steps=3, like=like)
+            with meshes.wrong_row(name):
+                try:
+                    after = random_sharding(graph, Decisions(number), parse_mesh("a:2,b:2"))
+                    verify(after)
+                except (MoeccError, VerifyError, AssertionError, ValueError):
+                    continue
+            yield Wrong("table", name, graph, after)
+
+
+@cache
+def upcycled(name: str, number: int) -> Graph | None:
+    """Return a golden model after a pass, its slips' subject."""
+    after = clone(source_graph(name))
+    dense = (
+        "upcycle{experts=4 router-std=1}",
+        "upcycle{experts=4 granularity=2 top-k=4 router-std=1}",
+        "upcycle{experts=3 shared=0.5 router-std=1}",
+    )
+    sparse = ("grow", "weight-rows", "fuse-gate-up")
+    text = (sparse if has_experts(name) else dense)[number % 3]
+    try:
+        run_pipeline(after, Pipeline.parse(text), context=Context(allow_unmatched=True))
+    except MoeccError:
+        return None
+    return after
+
+
+def slips(count: int, seed: int) -> Iterator[Wrong]:
+    """Yield golden models after a pass, with a slip anywhere."""
+    rng = np.random.default_rng([seed, 1])
+    yielded = 0
+    for number in range(20 * count):
+        name = GOLDEN[number % len(GOLDEN)]
+        right = upcycled(name, number // len(GOLDEN))
+        if right is None:
+            continue
+        edit = pick(rng, [e for e in WRONG.values() if e.name != "mistake_a_weight"])
+        edited = apply_edit(right, edit, rng)
+        if edited is None:
+            continue
+        yield Wrong("slip", f"{edit.name} in {name}", source_graph(name), edited[0], right=right)
+        yielded += 1
+        if yielded >= 2 * count:
+            return
+
+
+def wrong_weights(count: int, seed: int) -> Iterator[Wrong]:
+    """Yield golden models after a pass, with a wrong weight expression."""
+    rng = np.random.default_rng([seed, 2])
+    yielded = 0
+    for number in range(20 * count):
+        name = GOLDEN[number % len(GOLDEN)]
+        right = upcycled(name, number // len(GOLDEN))
+        edited = right and apply_edit(right, WRONG["mistake_a_weight"], rng)
+        if right is None or not edited:
+            continue
+        yield Wrong("weight", f"in {name}", source_graph(name), edited[0], right=right)
+        yielded += 1
+        if yielded >= 2 * count:
+            return
+
+
+def wrong_exports(count: int, seed: int) -> Iterator[Wrong]:
+    """Yield sources and what is read back of exports in which two names are exchanged."""
+    chance = random.Random(seed)
+    for cell in chance.sample(equal_cells(), min(count, 60)):
+        graph = clone(source_graph(cell.source))
+        try:
+            run_pipeline(graph, Pipeline.parse(cell.passes))
+            export = export_graph(graph, cell.target)
+        except MoeccError:
+            continue
+        tensors = dict(export.tensors)
+        pairs = [
+            (a, b) for a in tensors for b in tensors
+            if a < b and tensors[a].type.shape == tensors[b].type.shape
+            and tensors[a] is not tensors[b] and tensors[a].type.dtype is tensors[b].type.dtype
+        ]  # fmt: skip
+        for a, b in chance.sample(pairs, min(2, len(pairs))):
+            wrong = {**tensors, a: tensors[b], b: tensors[a]}
+            name = f"{a} for {b}, {cell.source} as {cell.target}"
+            after = read_back(replace(export, tensors=list(wrong.items())))
+            yield Wrong("export", name, source_graph(cell.source), after, right=read_back(export))
+
+
+_LINE = re.compile(r"\s*(?:param )?((?:%[^ ,]+, )*%[^ ,]+) [:=] ")
+
+
+def _definitions(graph: Graph) -> dict[str, str]:
+    """Return each line of a graph's text by the names that it defines."""
+    lines: dict[str, str] = {}
+    for line in print_graph(graph).splitlines():
+        match = _LINE.match(line)
+        if match:
+            lines |= dict.fromkeys(re.findall(r"%([^ ,]+)", match.group(1)), line.strip())
+    return lines
+
+
+def parted(right: Graph, wrong: Graph) -> set[str]:
+    """Return names of values, and locations, at which two graphs may be said to part.
+
+    Those that are defined otherwise, and the users of parameters that are.
+    """
+    old, new = _definitions(right), _definitions(wrong)
+    names = {n for n in old.keys() | new.keys() if old.get(n) != new.get(n)}
+    for graph in (right, wrong):
+        for param in graph.params.values():
+            if param.name in names:
+                names |= {v.name for user in param.users for v in user.results}
+        names |= {n for n, v in graph.outputs.items() if v.name in names}
+        names |= {
+            n for n, v in graph.outputs.items()
+            if n not in right.outputs or n not in wrong.outputs
+            or right.outputs[n].name != wrong.outputs[n].name
+        }  # fmt: skip
+    return names
+
+
+def tried(item: Wrong, seed: int) -> dict[str, Any] | None:
+    """Return what the prover says of a wrong pair, or None where the reference agrees."""
+    if item.kind == "table":
+        # Such a graph is none where the table is right.
+        with meshes.wrong_row(item.name):
+            return _tried(item, seed)
+    return _tried(item, seed)
+
+
+def _tried(item: Wrong, seed: int) -> dict[str, Any] | None:
+    try:
+        after = with_outputs_of(item.before, item.after)
+        names = parted(item.right or item.before, item.after)
+        with limited(120):
+            outcome = compare(
+                item.before,
+                after,
+                seed,
+                exact=item.exact,
+                nodes=tuple(names),
+            )
+    except TooLongError:
+        return {"kind": item.kind, "name": item.name, "status": "slow", "at_node": None}
+    if outcome.kind == "crashed" or outcome.differs:
+        return {
+            "kind": item.kind,
+            "name": item.name,
+            "status": outcome.status or "crashed",
+            "at_node": outcome.at_node,
+            "detail": outcome.detail[-300:],
+        }
+    return None
+
+
+KINDS = {
+    "pass": wrong_passes,
+    "slip": slips,
+    "table": wrong_tables,
+    "weight": wrong_weights,
+    "export": wrong_exports,
+}
+COUNTS = {"pass": 4, "slip": 260, "table": 8, "weight": 80, "export": 60}
+"""How many are wanted: of each pass and table, of all others together."""
+
+
+def run(kind: str, count: int, seed: int, shard: int, shards: int) -> list[dict[str, Any]]:
+    """Return what is said of a shard of the pairs of a kind, up to `count` that differ."""
+    results: list[dict[str, Any]] = []
+    each: Counter[str] = Counter()
+    is_each = kind in ("pass", "table")
+    for number, item in enumerate(KINDS[kind](count, seed)):
+        if number % shards != shard:
+            continue
+        if is_each and each[item.name] * shards >= count:
+            continue
+        if not is_each and len(results) * shards >= count:
+            break
+        result = tried(item, seed + number)
+        if result is not None:
+            results.append(result)
+            each[item.name] += 1
+    return results
+
+
+def main() -> int:
+    """Try all kinds and write the record; exit code 1 if a wrong pair is proved."""
+    parser = argparse.ArgumentParser(prog="python -m tests.oracle.mutations", description=__doc__)
+    parser.add_argument("--share", type=float, default=1.0, help="of the counts wanted")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=list(KINDS))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, default=RECORD)
+    asked = parser.parse_args()
+    started = time.monotonic()
+    results: list[dict[str, Any]] = []
+    shards = 2
+    with ProcessPoolExecutor(asked.jobs) as pool:
+        futures = [
+            pool.submit(run, kind, max(1, round(COUNTS[kind] * asked.share)), asked.seed, s, shards)
+            for kind in ([asked.only] if asked.only else KINDS)
+            for s in range(shards)
+        ]
+        for future in futures:
+            results += future.result()
+            print(len(results), "tried", file=sys.stderr, flush=True)
+    record = summary(results)
+    record["seconds"] = round(time.monotonic() - started)
+    asked.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    print(
+        json.dumps(
+            {k: v for k, v in record.items() if k not in ("open", "proved_wrongly")}, indent=1
+        )
+    )
+    return 1 if record["proved_wrongly"] else 0
+
+
+def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the record of what was tried."""
+    kinds: dict[str, Any] = {}
+    for kind in KINDS:
+        of_kind = [r for r in results if r["kind"] == kind]
+        statuses = Counter(r["status"] for r in of_kind)
+        kinds[kind] = {
+            "differ": len(of_kind),
+            "mutants": len({r["name"] for r in of_kind}),
+            **dict(sorted(statuses.items())),
+            "refuted_where_they_part": sum(r["at_node"] is True for r in of_kind),
+        }
+    at_node = sum(k["refuted_where_they_part"] for k in kinds.values())
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "moecc": __version__,
+        "checkpoints": len(golden_names()),
+        "differ": len(results),
+        "proved": sum(r["status"] == "proved" for r in results),
+        "refuted": sum(r["status"] == "refuted" for r in results),
+        "refuted_where_they_part": at_node,
+        "share_refuted_where_they_part": round(at_node / len(results), 4) if results else None,
+        "kinds": kinds,
+        "proved_wrongly": [r for r in results if r["status"] == "proved"],
+        "open": [r for r in results if r["status"] not in ("proved", "refuted")],
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
