@@ -34,6 +34,8 @@ from moecc.ir.traits import (
     RowMove,
     SizeRule,
 )
+from moecc.terms.tensor import Tensor
+from moecc.terms.term import Algebra
 from moecc.types import Size, TensorType, is_name, is_size, is_whole
 
 T = TypeVar("T")
@@ -218,6 +220,8 @@ Infer = Callable[[Sequence[Operand], Attrs], Types]
 Mixes = Callable[[Sequence[Operand], Attrs], tuple[str, ...]]
 Meaning = Callable[[Sequence[Array], Attrs], Results]
 """The results of an operation for the arrays of its operands: what it means, in float64."""
+TermMeaning = Callable[[Algebra, Sequence[Tensor], Attrs], Tensor | tuple[Tensor, ...]]
+"""The results of an operation for the terms of its operands: what it means, in index notation."""
 
 
 class Op:
@@ -255,6 +259,9 @@ class Op:
     meaning: Any = None
     """The results from the arrays of the operands, in float64."""
 
+    term: Any = None
+    """The results in index notation, from an algebra and the terms of the operands."""
+
 
 def mixes_none(operands: Sequence[Operand], attrs: Attrs) -> tuple[str, ...]:
     """Return no axes: the operation works element by element."""
@@ -271,6 +278,8 @@ class OpDef:
       operands: the names of the operands; with `variadic`, of the mandatory ones.
       infer: result types from operands and attributes; raises InputError.
       meaning: what it computes, in NumPy and float64; None: the reference backend cannot run it.
+      term: what it computes, in index notation, for proofs; None: an uninterpreted function.
+      rearranges: whether it only moves elements, so that its term is exact for any elements.
       declared: the class that declares it, if one does.
       attrs: the attributes by name, in printing order.
       results: hints for the names of the results.
@@ -306,6 +315,8 @@ class OpDef:
     operands: tuple[str, ...]
     infer: Infer
     meaning: Meaning | None = None
+    term: TermMeaning | None = None
+    rearranges: bool = False
     declared: type[Op] | None = None
     attrs: Mapping[str, Attr[Any]] = field(default_factory=dict)
     results: tuple[str, ...] = ("v",)
@@ -546,6 +557,8 @@ def operation(name: str, operands: str = "", **traits: Any) -> Callable[[D], D]:
             columns["mixes"] = lambda values, attrs: declared(attrs).mixes(*values)
         if declared.meaning is not None:
             columns["meaning"] = lambda arrays, attrs: declared(attrs).meaning(*arrays)
+        if declared.term is not None:
+            columns["term"] = lambda algebra, terms, attrs: declared(attrs).term(algebra, *terms)
         register(OpDef(name, operands=tuple(operands.split()), **columns | traits))
         return declared
 

@@ -14,7 +14,10 @@ from math import gcd
 from typing import Any, Literal
 
 from moecc.support.lazy import np
-from moecc.types import BF16, F16, F32, F64, Array, DType, TensorType
+from moecc.terms import tensor as terms
+from moecc.terms.tensor import Tensor
+from moecc.terms.term import Algebra
+from moecc.types import BF16, F16, F32, F64, Array, DType, TensorType, is_lossless
 from moecc.weights.expr import Expr, Full, Source, axis_of, check_finite, node, transform
 from moecc.weights.expr import computed_dtype as computed
 
@@ -36,6 +39,9 @@ class Scale(Expr):
             raise self.error("f32 does not hold the factor", found=str(self.factor))
         return self.x.type.with_dtype(dtype)
 
+    def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
+        return terms.scaled(operands[0], rounded(self.factor, self.type.dtype))
+
 
 @node
 class Cast(Expr):
@@ -52,6 +58,12 @@ class Cast(Expr):
                 raise self.error("floats are cast to floats", found=str(self.dtype))
         return self.x.type.with_dtype(self.dtype)
 
+    def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
+        """Return x where the type holds its elements, and an unknown rounding elsewhere."""
+        if is_lossless(self.x.type.dtype, self.dtype):
+            return operands[0]
+        return terms.pointwise("cast", (str(self.x.type.dtype), str(self.dtype)), operands)
+
 
 @node
 class Add(Expr):
@@ -63,6 +75,9 @@ class Add(Expr):
 
     def _infer(self) -> TensorType:
         return contained(self, self.a, self.b).with_dtype(computed(self, self.a, self.b))
+
+    def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
+        return terms.summed(*operands)
 
 
 @node
@@ -76,6 +91,9 @@ class Mul(Expr):
     def _infer(self) -> TensorType:
         return contained(self, self.a, self.b).with_dtype(computed(self, self.a, self.b))
 
+    def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
+        return terms.multiplied(*operands)
+
 
 @node
 class Minimum(Expr):
@@ -87,6 +105,9 @@ class Minimum(Expr):
 
     def _infer(self) -> TensorType:
         return contained(self, self.a, self.b).with_dtype(computed(self, self.a, self.b))
+
+    def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
+        return terms.symmetric("minimum", *operands)
 
 
 @node
@@ -106,6 +127,9 @@ class Select(Expr):
         type = contained(self, self.a, self.b, self.mask)
         same = self.a.type.dtype is self.b.type.dtype
         return type.with_dtype(self.a.type.dtype if same else computed(self, self.a, self.b))
+
+    def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
+        return terms.chosen(*operands)
 
 
 @node

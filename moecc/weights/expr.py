@@ -22,6 +22,8 @@ from weakref import WeakValueDictionary
 
 from moecc.errors import InputError, printable
 from moecc.support.lazy import np
+from moecc.terms.tensor import Tensor
+from moecc.terms.term import Algebra, Head
 from moecc.types import F32, F64, Array, Axis, DType, TensorType
 
 MAX_DEPTH = 100
@@ -90,6 +92,19 @@ class Expr(metaclass=_Interned):
 
     def _normalise(self) -> None:
         """Normalise the fields so that equal expressions are the same object."""
+
+    def term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
+        """Return the value in index notation, from that of the operands."""
+        return dataclasses.replace(self._term(algebra, *operands), dtype=self.type.dtype)
+
+    def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
+        """Return an uninterpreted function of the operands, unless the class knows better."""
+        fields = tuple(self._key()[1:])
+        attrs = tuple(str(f) for f in fields if not _has_operands(f))
+        head = Head("weight", (self.__class__.__name__, *attrs, *self.type.shape))
+        axes = tuple(algebra.axis(a.name, size(a)) for a in self.type.axes)
+        body = algebra.apply(head, [x.closed() for x in operands], [algebra.index(v) for v in axes])
+        return Tensor(algebra, axes, body)
 
     def _infer(self) -> TensorType:
         """Check the fields and return the type. Raises: InputError."""
@@ -242,6 +257,12 @@ class Source(Expr):
         check_type(self, self.type)
         return self.type
 
+    def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
+        axes = tuple(algebra.axis(a.name, size(a)) for a in self.type.axes)
+        # The names of the axes are the reader's, the sizes and the element type the file's.
+        head = Head("source", (self.name, str(self.type.dtype), self.type.shape))
+        return Tensor(algebra, axes, algebra.apply(head, (), [algebra.index(v) for v in axes]))
+
 
 @node
 class Full(Expr):
@@ -269,6 +290,22 @@ class Full(Expr):
                 found=str(self.value),
             )
         return self.type
+
+    def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
+        axes = tuple(algebra.axis(a.name, size(a)) for a in self.type.axes)
+        stored = float(np.asarray(self.value).astype(self.type.dtype.numpy))
+        if stored != self.value and self.type.dtype not in (F32, F64):
+            # Rounding to a narrow type has one place, `moecc.weights.arithmetic`.
+            head = Head("constant", (self.value, str(self.type.dtype)))
+            return Tensor(algebra, axes, algebra.apply(head))
+        return Tensor(algebra, axes, algebra.number(stored))
+
+
+def _has_operands(field: object) -> bool:
+    """Return whether a field holds expressions."""
+    return isinstance(field, Expr) or (
+        isinstance(field, tuple) and bool(field) and isinstance(field[0], Expr)
+    )
 
 
 def check_type(expr: Expr, type: TensorType) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from math import prod
 
 from moecc.support.ranges import Progression, varying
+from moecc.terms import tensor as terms
+from moecc.terms.tensor import Tensor
+from moecc.terms.term import Algebra, Head
 from moecc.types import DTYPES, Axis, TensorType
 from moecc.weights.draws import Draw
 from moecc.weights.expr import Expr, axis_of, check_name, check_type, node, size
@@ -62,6 +66,11 @@ class Tile(Expr):
             raise self.error("an axis needs at least one copy", found=str(self.size))
         return _with_new_axis(self, self.x.type, Axis(self.axis, self.size), self.position)
 
+    def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
+        (x,) = operands
+        new = algebra.axis(self.axis, self.size)
+        return replace(x, axes=(*x.axes[: self.position], new, *x.axes[self.position :]))
+
 
 @node
 class Stack(Expr):
@@ -88,6 +97,9 @@ class Stack(Expr):
                     "stacked expressions must have one type", expected=str(first), found=str(x.type)
                 )
         return _with_new_axis(self, first, Axis(self.axis, len(self.xs)), self.position)
+
+    def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
+        return terms.stacked(operands, self.axis, self.position)
 
     def __str__(self) -> str:
         short = in_short([str(x) for x in self.xs], self.axis)
@@ -120,6 +132,9 @@ class Concat(Expr):
                 )
         return _resized(first, at, sum(size(x.type.axes[at]) for x in self.xs))
 
+    def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
+        return terms.pieces(operands, self.axis)
+
 
 @node
 class Index(Expr):
@@ -138,6 +153,10 @@ class Index(Expr):
                 expected=f"0 to {size(axis) - 1}",
             )
         return self.x.type.without(self.axis)
+
+    def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
+        (x,) = operands
+        return x.moved(x.without(self.axis), {self.axis: algebra.number(self.at)})
 
 
 @node
@@ -159,6 +178,13 @@ class Slice(Expr):
                 found=f"{self.start}:{self.stop}",
             )
         return _resized(self.x.type, at, self.stop - self.start)
+
+    def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
+        (x,) = operands
+        new = algebra.axis(self.axis, self.stop - self.start)
+        position = algebra.add(algebra.index(new), algebra.number(self.start))
+        axes = (new if v.name == self.axis else v for v in x.axes)
+        return x.moved(axes, {self.axis: position})
 
 
 @node
@@ -184,6 +210,9 @@ class Split(Expr):
         parts = tuple(Axis(n, s) for n, s in self.into)
         return _renamed(self, _spliced(self.x.type, at, at + 1, parts))
 
+    def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
+        return terms.split(operands[0], self.axis, self.into)
+
 
 @node
 class Merge(Expr):
@@ -208,6 +237,9 @@ class Merge(Expr):
         axis = Axis(self.into, prod(size(a) for a in merged))
         return _renamed(self, _spliced(self.x.type, at[0], at[-1] + 1, (axis,)))
 
+    def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
+        return terms.merged(operands[0], self.axes, self.into)
+
 
 @node
 class Rename(Expr):
@@ -222,6 +254,12 @@ class Rename(Expr):
         at = axis_of(self, self.x, self.old)
         axis = Axis(self.new, self.x.type.axes[at].size)
         return _renamed(self, _spliced(self.x.type, at, at + 1, (axis,)))
+
+    def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
+        (x,) = operands
+        new = algebra.axis(self.new, x.axis(self.old).size)
+        axes = (new if v.name == self.old else v for v in x.axes)
+        return x.moved(axes, {self.old: algebra.index(new)})
 
 
 @node
@@ -240,6 +278,10 @@ class Permute(Expr):
                 found=", ".join(self.order),
             )
         return self.x.type.with_axes(self.x.type[name] for name in self.order)
+
+    def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
+        (x,) = operands
+        return replace(x, axes=tuple(x.axis(name) for name in self.order))
 
 
 def _spliced(type: TensorType, start: int, stop: int, axes: tuple[Axis, ...]) -> TensorType:
@@ -305,6 +347,12 @@ class Take(Expr):
         axes[at] = Axis(self.axis, size(order.axes[0]))
         return self.x.type.with_axes(axes)
 
+    def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
+        x, order = operands
+        (new,) = order.axes
+        axes = (new if v.name == self.axis else v for v in x.axes)
+        return x.moved(axes, {self.axis: order.body})
+
 
 @node
 class Permutation(Draw):
@@ -323,6 +371,11 @@ class Permutation(Draw):
             message = "an order is a vector of whole numbers"
             raise self.error(message, expected="i32[axis=n]", found=str(self.type))
         return self._check_key(self.type)
+
+    def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
+        (axis,) = (algebra.axis(a.name, size(a)) for a in self.type.axes)
+        head = Head("permutation", (axis.size, self.key))
+        return Tensor(algebra, (axis,), algebra.apply(head, (), [algebra.index(axis)]))
 
 
 @node

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
+from fractions import Fraction
 from math import inf, isfinite
 from typing import Literal, get_args
 
@@ -41,6 +43,9 @@ from moecc.ir.ops.rules import (
 )
 from moecc.ir.traits import Residual
 from moecc.support.lazy import np
+from moecc.terms import tensor as terms
+from moecc.terms.tensor import Tensor
+from moecc.terms.term import Algebra, Head
 from moecc.types import F32, I32, PRED, Axis, TensorType
 
 ROPE_SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
@@ -111,6 +116,22 @@ class RopeOp(Op):
         angles = np.concatenate([half, half], -1)
         axes, factor = (*positions.axes, self.axis), self.attention_factor
         return Array(np.cos(angles) * factor, axes), Array(np.sin(angles) * factor, axes)
+
+    def term(self, algebra: Algebra, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return uninterpreted functions of the position, and of the greatest where it matters."""
+        new = algebra.axis(self.axis, self.size)
+        attrs = tuple((k, v) for k, v in self.attrs.items() if k != "axis")
+        longest = [positions.closed()] if self.scaling in LENGTH_SCALINGS else []
+        arguments = [positions.body, algebra.index(new)]
+        cos, sin = (
+            Tensor(
+                algebra,
+                (*positions.axes, new),
+                algebra.apply(Head(f"rope_{name}", attrs), longest, arguments),
+            )
+            for name in ("cos", "sin")
+        )
+        return cos, sin
 
     def frequencies(self, length: int) -> Data:
         """Return the angle per position of each pair of entries, ``[size / 2]``.
@@ -184,6 +205,11 @@ class RotateOp(AlongAxisOp):
         turned = np.concatenate([-second, first], at)
         return x.map(lambda d: d * cos.to(x.axes) + turned * sin.to(x.axes))
 
+    def term(self, algebra: Algebra, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        functions = [t.along(self.axis) for t in (x, cos, sin)]
+        index = algebra.index(x.axis(self.axis))
+        return x.with_body(algebra.apply(Head("rotate"), functions, [index]))
+
 
 # Which keys a query sees, and how far they are: axes of one name are matched, others crossed.
 
@@ -211,6 +237,23 @@ def _visible(query: Array, key: Array, window: int) -> Array:
     return Array(np.asarray((behind >= 0) & ((behind < window) | (not window))), axes)
 
 
+def _visible_term(query: Tensor, key: Tensor, window: int) -> Tensor:
+    """Return [query − key ≥ 0], and with a window [window − 1 − (query − key) ≥ 0], too."""
+    algebra = query.algebra
+    behind = algebra.subtract(query.body, key.body)
+    body = algebra.apply(Head("at_least_0"), (), [behind])
+    if window:
+        left = algebra.subtract(algebra.number(window - 1), behind)
+        body = algebra.multiply(body, algebra.apply(Head("at_least_0"), (), [left]))
+    return Tensor(algebra, terms.crossed(query, key), body)
+
+
+def _same_segment_term(query: Tensor, key: Tensor) -> Tensor:
+    algebra, axes = query.algebra, terms.crossed(query, key)
+    arguments = [query.body, key.body]
+    return Tensor(algebra, axes, algebra.apply(Head("holds", ("same_segment",)), (), arguments))
+
+
 def _same_segment(query: Array, key: Array) -> Array:
     """Return which keys a query sees, by their segments."""
     axes, queries, keys = _crossed(query, key)
@@ -233,6 +276,9 @@ class CausalOp(Op):
     def meaning(self, query: Array, key: Array) -> Array:
         return _visible(query, key, self.window)
 
+    def term(self, algebra: Algebra, query: Tensor, key: Tensor) -> Tensor:
+        return _visible_term(query, key, self.window)
+
 
 @operation("same_segment", "query key", sharding=by_name)
 class SameSegmentOp(Op):
@@ -248,6 +294,9 @@ class SameSegmentOp(Op):
 
     def meaning(self, query: Array, key: Array) -> Array:
         return _same_segment(query, key)
+
+    def term(self, algebra: Algebra, query: Tensor, key: Tensor) -> Tensor:
+        return _same_segment_term(query, key)
 
 
 def bucket_starts(attrs: Attrs) -> tuple[int, ...]:
@@ -315,6 +364,13 @@ class RelativeBucketsOp(Op):
         half = self.buckets // 2
         near = self._bucket(np.abs(ahead), half)
         return Array(np.where(ahead > 0, half + near, near), axes)
+
+    def term(self, algebra: Algebra, query: Tensor, key: Tensor) -> Tensor:
+        """Return an uninterpreted function of the distance."""
+        attrs = ("bucket", self.bidirectional, self.buckets, self.max_distance)
+        distance = algebra.subtract(key.body, query.body)
+        body = algebra.apply(Head("integer", attrs), (), [distance])
+        return Tensor(algebra, terms.crossed(query, key), body)
 
     def _bucket(self, distance: Data, count: int) -> Data:
         """Return the bucket of each distance, of `count` buckets, half of them exact."""
@@ -466,6 +522,32 @@ class AttentionOp(Op):
         sink = further["sinks"].to(axes) if "sinks" in further else np.array(-np.inf)
         weights = _softmax_with_sink(scores, axes.index(self.along), sink)
         return product(Array(weights, axes), value, (self.along,))
+
+    def term(
+        self, algebra: Algebra, query: Tensor, key: Tensor, value: Tensor, *tensors: Tensor
+    ) -> Tensor:
+        """Return the values, averaged by the softmax of what each query sees of its scores."""
+        further = dict(zip(self.given, tensors, strict=True))
+        scores = terms.scaled(terms.contracted(query, key, (self.over,)), self.scale)
+        if self.cap:
+            inner = terms.scaled(scores, Fraction(1) / Fraction(self.cap))
+            scores = terms.scaled(terms.pointwise("tanh", (), (inner,)), self.cap)
+        if "bias" in further:
+            scores = replace(terms.summed(scores, further["bias"]), axes=scores.axes)
+        masks = [further["keep"]] if "keep" in further else []
+        for axis in self.causal:
+            queries, keys = (
+                Tensor(algebra, (v,), algebra.index(v))
+                for v in (scores.axis(axis), scores.axis(self.along))
+            )
+            masks.append(_visible_term(queries, keys, self.window))
+        if "query_segments" in further:
+            masks.append(_same_segment_term(*(further[word] for word in _SEGMENTS)))
+        for mask in masks:
+            hidden = terms.pointwise("mask", (-inf,), (scores, mask))
+            scores = replace(hidden, axes=scores.axes, finite=False)
+        weights = terms.softmax(scores, self.along, further.get("sinks"))
+        return terms.contracted(weights, value, (self.along,))
 
 
 def _softmax_with_sink(scores: Data, axis: int, sink: Data) -> Data:

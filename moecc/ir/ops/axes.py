@@ -27,13 +27,16 @@ from moecc.ir.ops.rules import (
 )
 from moecc.ir.traits import Cut, IndexOperand, Product, Residual, Role, powers
 from moecc.support.lazy import np
+from moecc.terms import tensor as terms
+from moecc.terms.tensor import Tensor
+from moecc.terms.term import Algebra, Head
 from moecc.types import F32, I32, Axis, TensorType
 
 if TYPE_CHECKING:
     from moecc.ir.mesh import Mesh
 
 
-@operation("rename", "x", linear=(0,), alias=True, sharding=renamed)
+@operation("rename", "x", linear=(0,), alias=True, sharding=renamed, rearranges=True)
 class RenameOp(Op):
     """x with one axis under another name."""
 
@@ -48,6 +51,11 @@ class RenameOp(Op):
 
     def meaning(self, x: Array) -> Array:
         return Array(x.data, tuple(self.to if a == self.axis else a for a in x.axes))
+
+    def term(self, algebra: Algebra, x: Tensor) -> Tensor:
+        new = algebra.axis(self.to, x.axis(self.axis).size)
+        axes = (new if v.name == self.axis else v for v in x.axes)
+        return x.moved(axes, {self.axis: algebra.index(new)})
 
 
 def _split_sizes(node: Definition) -> Product:
@@ -69,6 +77,7 @@ def _split_locally(node: Definition, mesh: Mesh) -> Attrs:
     sharding=cut,
     local=_split_locally,
     sizes=_split_sizes,
+    rearranges=True,
 )
 class SplitOp(Op):
     """x with one axis cut into several, the first outermost."""
@@ -96,13 +105,24 @@ class SplitOp(Op):
         shape = (*x.data.shape[:at], *sizes, *x.data.shape[at + 1 :])
         return Array(x.data.reshape(shape), (*x.axes[:at], *names, *x.axes[at + 1 :]))
 
+    def term(self, algebra: Algebra, x: Tensor) -> Tensor:
+        return terms.split(x, self.axis, self.into)  # type: ignore[arg-type]
+
 
 def _merge_sizes(node: Definition) -> Product:
     parts = tuple(node.operands[0].type[name].size for name in node.attrs["axes"])
     return Product(node.result.type[node.attrs["into"]].size, parts)
 
 
-@operation("merge", "x", linear=(0,), alias=True, sharding=merged, sizes=_merge_sizes)
+@operation(
+    "merge",
+    "x",
+    linear=(0,),
+    alias=True,
+    sharding=merged,
+    sizes=_merge_sizes,
+    rearranges=True,
+)
 class MergeOp(Op):
     """x with several axes made one, the first outermost."""
 
@@ -132,8 +152,11 @@ class MergeOp(Op):
         order = tuple(self.into if a == first else a for a in x.axes if a not in others)
         return Array(result.to(order), order)
 
+    def term(self, algebra: Algebra, x: Tensor) -> Tensor:
+        return terms.merged(x, self.axes, self.into)
 
-@operation("broadcast", "x like", linear=(0,), alias=True, sharding=by_name)
+
+@operation("broadcast", "x like", linear=(0,), alias=True, sharding=by_name, rearranges=True)
 class BroadcastOp(Op):
     """x repeated along every axis that the second operand has."""
 
@@ -145,13 +168,24 @@ class BroadcastOp(Op):
     def meaning(self, x: Array, like: Array) -> Array:
         return Array(np.broadcast_to(x.to(like.axes), like.data.shape), like.axes)
 
+    def term(self, algebra: Algebra, x: Tensor, like: Tensor) -> Tensor:
+        return replace(x, axes=like.axes, slots=None)
+
 
 def _slice_sizes(node: Definition) -> Cut:
     size = node.operands[0].type[node.attrs["axis"]].size
     return Cut(size, (node.attrs["start"], node.attrs["stop"]))
 
 
-@operation("slice", "x", linear=(0,), alias=True, sharding=by_name, sizes=_slice_sizes)
+@operation(
+    "slice",
+    "x",
+    linear=(0,),
+    alias=True,
+    sharding=by_name,
+    sizes=_slice_sizes,
+    rearranges=True,
+)
 class SliceOp(AlongAxisOp):
     """A range of x along one axis."""
 
@@ -173,6 +207,12 @@ class SliceOp(AlongAxisOp):
     def meaning(self, x: Array) -> Array:
         return x.map(lambda d: d.take(range(self.start, self.stop), x.axes.index(self.axis)))
 
+    def term(self, algebra: Algebra, x: Tensor) -> Tensor:
+        new = algebra.axis(self.axis, self.stop - self.start)
+        position = algebra.add(algebra.index(new), algebra.number(self.start))
+        axes = (new if v.name == self.axis else v for v in x.axes)
+        return x.moved(axes, {self.axis: position})
+
 
 @operation("positions", "like", sharding=along_axis)
 class PositionsOp(AlongAxisOp):
@@ -186,6 +226,10 @@ class PositionsOp(AlongAxisOp):
 
     def meaning(self, like: Array) -> Array:
         return Array(np.arange(like.size(self.axis)), (self.axis,))
+
+    def term(self, algebra: Algebra, like: Tensor) -> Tensor:
+        axis = like.axis(self.axis)
+        return Tensor(algebra, (axis,), algebra.index(axis))
 
 
 @operation(
@@ -221,6 +265,9 @@ class EmbeddingOp(AlongAxisOp):
         rows = table.to((self.axis, *row))[np.where(exists, ids.data, 0)]
         return Array(rows, (*ids.axes, *row))
 
+    def term(self, algebra: Algebra, table: Tensor, ids: Tensor) -> Tensor:
+        return table.moved((*ids.axes, *table.without(self.axis)), {self.axis: ids.body})
+
 
 @operation(
     "one_hot", "ids", sharding=by_name, index=IndexOperand(0, lambda node: node.attrs["into"][0][1])
@@ -244,6 +291,13 @@ class OneHotOp(Op):
         assert isinstance(size, int), "the type is checked"
         hot = ids.data[..., None] == np.arange(size)
         return Array(hot.astype(np.float64), (*ids.axes, name))
+
+    def term(self, algebra: Algebra, ids: Tensor) -> Tensor:
+        ((name, size),) = self.into
+        assert isinstance(size, int), "the type is checked"
+        new = algebra.axis(name, size)
+        gap = algebra.subtract(ids.body, algebra.index(new))
+        return Tensor(algebra, (*ids.axes, new), algebra.apply(Head("equal"), (), [gap]))
 
 
 # Chunks: split a value into chunks of which every device has a shard, and join them again.
@@ -304,6 +358,17 @@ class ChunkOp(AlongAxisOp):
         picked = cells.take(self.at, number + 1)
         return Array(picked.reshape(*before, size // self.of, *after), x.axes)
 
+    def term(self, algebra: Algebra, x: Tensor) -> Tensor:
+        size = x.axis(self.axis).size
+        assert isinstance(size, int), "the type is checked"
+        new, piece = algebra.axis(self.axis, size // self.of), size // (self.parts * self.of)
+        part = terms.quotient(algebra, algebra.index(new), piece)
+        inner = terms.remainder(algebra, algebra.index(new), piece)
+        outer = algebra.add(algebra.scale(part, self.of), algebra.number(self.at))
+        position = algebra.add(algebra.scale(outer, piece), inner)
+        axes = (new if v.name == self.axis else v for v in x.axes)
+        return x.moved(axes, {self.axis: position})
+
 
 @operation("join", "x", results=("joined",), sharding=in_parts, local=_local_parts, variadic=True)
 class JoinOp(AlongAxisOp):
@@ -336,6 +401,24 @@ class JoinOp(AlongAxisOp):
         cells = [c.data.reshape(*before, self.parts, size // self.parts, *after) for c in chunks]
         joined = np.stack(cells, number + 1).reshape(*before, size * len(chunks), *after)
         return Array(joined, axes)
+
+    def term(self, algebra: Algebra, *chunks: Tensor) -> Tensor:
+        if self.parts == 1:
+            return terms.pieces(chunks, self.axis)
+        size = chunks[0].axis(self.axis).size
+        assert isinstance(size, int), "the type is checked"
+        piece, count = size // self.parts, len(chunks)
+        new = algebra.axis(self.axis, size * count)
+        position = terms.quotient(algebra, algebra.index(new), piece)
+        part = terms.quotient(algebra, position, count)
+        inner = terms.remainder(algebra, algebra.index(new), piece)
+        at = algebra.add(algebra.scale(part, piece), inner)
+        bodies = [
+            terms.remainder(algebra, position, count),
+            *(c.at({self.axis: at}) for c in chunks),
+        ]
+        axes = tuple(new if v.name == self.axis else v for v in chunks[0].axes)
+        return Tensor(algebra, axes, algebra.apply(Head("stack", (count,)), (), bodies))
 
 
 @operation(

@@ -17,6 +17,8 @@ from moecc.ir.operation import OPS, AxisName, AxisNames, Op, Word, operation
 from moecc.ir.ops.rules import axis_of
 from moecc.ir.sharding_rules import spelled
 from moecc.ir.traits import CollectiveKind
+from moecc.terms.tensor import Tensor
+from moecc.terms.term import Algebra
 from moecc.types import Axis, Extent, TensorType, is_name
 
 
@@ -102,6 +104,9 @@ _collective = partial(operation, operands="x", linear=(0,), places=True)
 
 class _ShardingOp(Op):
     """An operation that changes only a value's sharding."""
+
+    def term(self, algebra: Algebra, x: Tensor) -> Tensor:
+        return x
 
     def infer(self, x: Operand) -> TensorType:
         return self.changed(x.type)

@@ -28,6 +28,9 @@ from moecc.ir.ops.rules import (
 from moecc.ir.sharding_rules import Space
 from moecc.ir.traits import BOTH, PAIR, RESULT, Role, powers
 from moecc.support.lazy import np
+from moecc.terms import tensor as terms
+from moecc.terms.tensor import Tensor
+from moecc.terms.term import Algebra
 from moecc.types import Axis, TensorType
 
 Precision = Literal["default", "f32"]
@@ -104,6 +107,9 @@ class ContractOp(ProductOp):
     def meaning(self, x: Array, w: Array) -> Array:
         # Float64 is precise enough for every `precision`.
         return product(x, w, self.over)
+
+    def term(self, algebra: Algebra, x: Tensor, w: Tensor) -> Tensor:
+        return terms.contracted(x, w, self.over)
 
 
 def _windows(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
@@ -244,6 +250,9 @@ class SumOp(ReductionOp):
     def reduced(self, data: Data, axes: tuple[int, ...]) -> Data:
         return np.asarray(data.sum(axes))
 
+    def term(self, algebra: Algebra, x: Tensor) -> Tensor:
+        return terms.total(x, self.axes)
+
 
 @operation("mean", "x", linear=(0,), sharding=summing("axes"))
 class MeanOp(ReductionOp):
@@ -252,6 +261,11 @@ class MeanOp(ReductionOp):
     def reduced(self, data: Data, axes: tuple[int, ...]) -> Data:
         return np.asarray(data.mean(axes))
 
+    def term(self, algebra: Algebra, x: Tensor) -> Tensor:
+        inverses = [terms.inverse_size(algebra, x.axis(name)) for name in self.axes]
+        total = terms.total(x, self.axes)
+        return total.with_body(algebra.multiply(total.body, *inverses))
+
 
 @operation("max", "x", residual=BOTH, homogeneous=powers(1), sharding=by_name)
 class MaxOp(ReductionOp):
@@ -259,6 +273,9 @@ class MaxOp(ReductionOp):
 
     def reduced(self, data: Data, axes: tuple[int, ...]) -> Data:
         return np.asarray(data.max(axes))
+
+    def term(self, algebra: Algebra, x: Tensor) -> Tensor:
+        return terms.reduced(x, "max", self.axes)
 
 
 def _finite(top: Data) -> Data:
@@ -274,6 +291,9 @@ class LogsumexpOp(ReductionOp):
         top = _finite(data.max(axes, keepdims=True))
         total = np.log(np.exp(data - top).sum(axes, keepdims=True)) + top
         return np.asarray(total.squeeze(axes))
+
+    def term(self, algebra: Algebra, x: Tensor) -> Tensor:
+        return terms.reduced(x, "logsumexp", self.axes)
 
 
 def normalised(data: Data, axis: int = -1) -> Data:
@@ -304,6 +324,9 @@ class SoftmaxOp(AlongAxisOp):
 
     def meaning(self, x: Array) -> Array:
         return x.map(lambda d: normalised(d, x.axes.index(self.axis)))
+
+    def term(self, algebra: Algebra, x: Tensor) -> Tensor:
+        return terms.softmax(x, self.axis)
 
 
 class NormOp(AlongAxisOp):
@@ -344,6 +367,9 @@ class RmsNormOp(NormOp):
         mean_square = np.square(x.data).mean(x.axes.index(self.axis), keepdims=True)
         return x.map(lambda d: d / np.sqrt(mean_square + self.eps) * scale.to(x.axes))
 
+    def term(self, algebra: Algebra, x: Tensor, scale: Tensor) -> Tensor:
+        return terms.normalised(x, "rms", self.axis, self.eps, scale)
+
 
 @operation(
     "layer_norm",
@@ -362,3 +388,6 @@ class LayerNormOp(NormOp):
         variance = np.square(centred).mean(at, keepdims=True)
         unit = centred / np.sqrt(variance + self.eps)
         return x.map(lambda _: unit * scale.to(x.axes) + bias.to(x.axes))
+
+    def term(self, algebra: Algebra, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        return terms.summed(terms.normalised(x, "layer_norm", self.axis, self.eps, scale), bias)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from moecc.errors import InputError, nearest
 from moecc.ir.arrays import Array, Data, stored, together
 from moecc.ir.formula import parse_formula
 from moecc.ir.operand import Attrs, Operand
-from moecc.ir.operation import Float, Infer, Op, OpDef, Word, operation, register
+from moecc.ir.operation import Float, Infer, Op, OpDef, TermMeaning, Word, operation, register
 from moecc.ir.ops.rules import (
     arithmetic,
     by_name,
@@ -31,6 +32,9 @@ from moecc.ir.traits import (
     powers,
 )
 from moecc.support.lazy import np
+from moecc.terms import tensor as terms
+from moecc.terms.tensor import Tensor
+from moecc.terms.term import Algebra, Head
 from moecc.types import DTYPES, PRED, DType, TensorType, is_lossless
 from moecc.weights.arithmetic import round_to
 
@@ -125,6 +129,45 @@ FORMULAS: dict[str, Function] = {
 """What the names of formulas mean, on numbers of double precision."""
 
 
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    return terms.summed(a, terms.scaled(b, -1))
+
+
+def _less(a: Tensor, b: Tensor) -> Tensor:
+    """[a < b]; of integers, [b − a − 1 ≥ 0]."""
+    if a.dtype is None or b.dtype is None or {a.dtype.kind, b.dtype.kind} != {"int"}:
+        return terms.pointwise("holds", ("less",), (a, b))
+    algebra = a.algebra
+    gap = algebra.add(_difference(b, a).body, algebra.number(-1))
+    return Tensor(algebra, terms.joint_axes((a, b)), algebra.apply(Head("at_least_0"), (), [gap]))
+
+
+def _equal(a: Tensor, b: Tensor) -> Tensor:
+    """[a = b]; of integers, [a − b = 0]."""
+    if a.dtype is None or b.dtype is None or {a.dtype.kind, b.dtype.kind} != {"int"}:
+        return terms.pointwise("holds", ("equal",), (a, b))
+    gap = _difference(a, b)
+    return gap.with_body(a.algebra.apply(Head("equal"), (), [gap.body]))
+
+
+TERMS: dict[str, Callable[..., Tensor]] = {
+    "add": terms.summed,
+    "sub": _difference,
+    "mul": terms.multiplied,
+    "div": terms.divided,
+    "neg": lambda x: terms.scaled(x, -1),
+    "maximum": lambda a, b: terms.symmetric("maximum", a, b),
+    "minimum": lambda a, b: terms.symmetric("minimum", a, b),
+    "less": _less,
+    "equal": _equal,
+}
+"""What names of operations mean in index notation; others are uninterpreted functions."""
+
+
+def _term_of(notation: Callable[..., Tensor]) -> TermMeaning:
+    return lambda _algebra, tensors, _attrs: notation(*tensors)
+
+
 def _elementwise(
     name: str,
     doc: str,
@@ -135,6 +178,8 @@ def _elementwise(
 ) -> OpDef:
     """Register an operation without attributes that works element by element."""
     compute = function or FORMULAS[name]
+    notation = TERMS.get(name)
+    traits = traits if notation is None else traits | {"term": _term_of(notation)}
 
     def meaning(arrays: Sequence[Array], attrs: Attrs) -> Array:
         axes, data = together(*arrays)
@@ -230,6 +275,11 @@ class ScaleOp(Op):
     def meaning(self, x: Array) -> Array:
         return x.map(lambda d: d * self.by)
 
+    def term(self, algebra: Algebra, x: Tensor) -> Tensor:
+        if not math.isfinite(self.by):
+            return terms.pointwise("scale", (self.by,), (replace(x, finite=False),))
+        return terms.scaled(x, self.by)
+
 
 def dtype_of(name: str) -> DType:
     """Return the element type `name`. Raises: InputError where there is none."""
@@ -249,6 +299,13 @@ class CastOp(Op):
 
     def meaning(self, x: Array) -> Array:
         return x.map(lambda d: rounded(d, x.dtype, DTYPES[self.dtype]))
+
+    def term(self, algebra: Algebra, x: Tensor) -> Tensor:
+        """Return x where the type holds its elements, and an unknown rounding elsewhere."""
+        dtype = DTYPES[self.dtype]
+        if x.dtype is not None and is_lossless(x.dtype, dtype):
+            return x
+        return terms.pointwise("cast", (str(x.dtype), self.dtype), (x,))
 
 
 def rounded(data: Data, old: DType | None, new: DType) -> Data:
@@ -286,6 +343,9 @@ class SelectOp(Op):
         axes, (x, y, where) = together(a, b, condition)
         return Array(np.where(where, x, y), axes)
 
+    def term(self, algebra: Algebra, condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return terms.chosen(condition, a, b)
+
 
 def _check_holds(dtype: DType, value: float) -> None:
     """Raise InputError unless `value` is an element of the type `dtype`."""
@@ -317,6 +377,11 @@ class MaskOp(Op):
         filler = x.data.dtype.type(self.fill)
         return x.map(lambda d: np.where(keep.to(x.axes), d, filler))
 
+    def term(self, algebra: Algebra, x: Tensor, keep: Tensor) -> Tensor:
+        if math.isfinite(self.fill) and x.finite:
+            return terms.chosen(keep, x, Tensor(algebra, (), algebra.number(self.fill)))
+        return replace(terms.pointwise("mask", (self.fill,), (x, keep)), axes=x.axes, finite=False)
+
 
 @operation("constant")
 class ConstantOp(Op):
@@ -332,3 +397,9 @@ class ConstantOp(Op):
 
     def meaning(self) -> Array:
         return Array(stored(np.asarray(self.value), DTYPES[self.dtype]), ())
+
+    def term(self, algebra: Algebra) -> Tensor:
+        if not math.isfinite(self.value):
+            head = Head("constant", (self.value,))
+            return Tensor(algebra, (), algebra.apply(head), finite=False)
+        return Tensor(algebra, (), algebra.number(self.value))

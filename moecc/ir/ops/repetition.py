@@ -20,6 +20,9 @@ from moecc.ir.ops.contraction import AlongAxisOp
 from moecc.ir.ops.elementwise import dtype_of
 from moecc.ir.ops.rules import axis_of, by_name, no_duplicates, no_ragged
 from moecc.support.lazy import np
+from moecc.terms import tensor as terms
+from moecc.terms.tensor import Tensor
+from moecc.terms.term import Algebra
 from moecc.types import Axis, TensorType
 
 REMATERIALISATION = ("none", "block", "full", "save")
@@ -47,7 +50,7 @@ def picked(x: Array, axis: str, at: int) -> Array:
     return Array(np.array(x.to((axis, *axes))[at], order="C"), axes, x.dtype)
 
 
-@operation("stack", "x", results=("stacked",), sharding=by_name, variadic=True)
+@operation("stack", "x", results=("stacked",), sharding=by_name, variadic=True, rearranges=True)
 class StackOp(Op):
     """The operands, one after the other along a new axis, which is the first."""
 
@@ -67,8 +70,11 @@ class StackOp(Op):
     def meaning(self, *xs: Array) -> Array:
         return stacked_along(self.axis, *xs)
 
+    def term(self, algebra: Algebra, *xs: Tensor) -> Tensor:
+        return terms.stacked(xs, self.axis)
 
-@operation("index", "x", linear=(0,), sharding=by_name)
+
+@operation("index", "x", linear=(0,), sharding=by_name, rearranges=True)
 class IndexOp(AlongAxisOp):
     """x at one position of an axis, which is gone then."""
 
@@ -87,6 +93,9 @@ class IndexOp(AlongAxisOp):
 
     def meaning(self, x: Array) -> Array:
         return picked(x, self.axis, self.at)
+
+    def term(self, algebra: Algebra, x: Tensor) -> Tensor:
+        return x.moved(x.without(self.axis), {self.axis: algebra.number(self.at)})
 
 
 def stacked_parts(value: Value, axis: str) -> list[Value] | None:

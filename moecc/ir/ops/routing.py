@@ -8,6 +8,7 @@ have room on the device of their expert.  `moecc.ir.ops.slots` assigns slots.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from math import ceil, inf
 from typing import TYPE_CHECKING, Literal, get_args
@@ -32,6 +33,9 @@ from moecc.ir.ops.rules import (
 from moecc.ir.ops.slots import operands_by_word
 from moecc.ir.traits import OPERAND
 from moecc.support.lazy import np
+from moecc.terms import tensor as terms
+from moecc.terms.tensor import Tensor
+from moecc.terms.term import Algebra, Head, Polynomial, Var
 from moecc.types import I32, PRED, Axis, TensorType
 
 if TYPE_CHECKING:
@@ -162,6 +166,42 @@ class RouteOp(Op):
         axes = (*tokens, self.choice)
         return Array(experts, axes), Array(gates, axes)
 
+    def term(self, algebra: Algebra, logits: Tensor, *biases: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the k best by the logits, or by the biased score, and gates of their logits."""
+        expert, choice = logits.axis(self.axis), algebra.axis(self.choice, self.top_k)
+        axes = (*logits.without(self.axis), choice)
+        functions = [logits.along(self.axis)]
+        score = convention(self.gates).score or "softmax" if biases else "logits"
+        functions += [bias.along(self.axis) for bias in biases]
+        head = Head("experts", (expert.size, self.top_k, score))
+        experts = algebra.apply(head, functions, [algebra.index(choice)])
+        gates = self._gate_term(logits, expert, choice, experts)
+        scaled = terms.scaled(Tensor(algebra, axes, gates), self.scale)
+        return Tensor(algebra, axes, experts), replace(scaled, finite=logits.finite)
+
+    def _gate_term(
+        self, logits: Tensor, expert: Var, choice: Var, experts: Polynomial
+    ) -> Polynomial:
+        algebra = logits.algebra
+        chosen = logits.at({self.axis: experts})
+        if self.gates == "ones":
+            return algebra.one
+        if not logits.finite:
+            # Shares of scores of which all may be −∞ do not add up.
+            functions = [logits.along(self.axis), algebra.abstract([choice], experts)]
+            return algebra.apply(Head("gate", (self.gates,)), functions, [algebra.index(choice)])
+        if self.gates == "sigmoid":
+            return algebra.apply(Head("sigmoid"), (), [chosen])
+        if self.gates == "softmax":
+            share = Head("share", ("softmax",))
+            return algebra.apply(share, [logits.along(self.axis)], [experts])
+        if self.gates in ("renormalised", "sigmoid-renormalised"):
+            kind = "softmax" if self.gates == "renormalised" else "sigmoid"
+            of_chosen = algebra.abstract([choice], chosen)
+            return algebra.apply(Head("share", (kind,)), [of_chosen], [algebra.index(choice)])
+        functions = [logits.along(self.axis), algebra.abstract([choice], experts)]
+        return algebra.apply(Head("gate", (self.gates,)), functions, [algebra.index(choice)])
+
 
 LEAST_THRESHOLD = 1e-9
 """Lower bound on the threshold: at 0 every gate that is not tiny is kept (mesh-tensorflow)."""
@@ -221,6 +261,16 @@ class KeepChoicesOp(Op):
         keep[..., 0] = True
         return Array(Array(keep, axes).to(gates.axes), gates.axes)
 
+    def term(self, algebra: Algebra, gates: Tensor, *uniform: Tensor) -> Tensor:
+        first = algebra.apply(Head("equal"), (), [algebra.index(gates.axis(self.choice))])
+        if self.policy == "all":
+            return Tensor(algebra, gates.axes, algebra.one)
+        if self.policy == "none":
+            return Tensor(algebra, gates.axes, first)
+        holds = terms.pointwise("holds", (self.policy, self.threshold), (gates, *uniform))
+        keep = terms.chosen(Tensor(algebra, (), first), Tensor(algebra, (), algebra.one), holds)
+        return Tensor(algebra, gates.axes, keep.body)
+
 
 GOLDEN = 0x9E3779B9
 """2³² over the golden ratio, which spreads neighbouring seeds."""
@@ -264,6 +314,12 @@ class HashExpertsOp(Op):
         first = (number % np.uint32(self.experts)).astype(np.int64)
         chosen = (first[..., None] + np.arange(self.top_k)) % self.experts
         return Array(chosen, (*ids.axes, self.choice))
+
+    def term(self, algebra: Algebra, ids: Tensor) -> Tensor:
+        choice = algebra.axis(self.choice, self.top_k)
+        head = Head("hashed_expert", (self.experts, self.seed, self.hash))
+        body = algebra.apply(head, (), [ids.body, algebra.index(choice)])
+        return Tensor(algebra, (*ids.axes, choice), body)
 
 
 # Bounded receive buffers: which rows fit on a device, where an exchange may drop some.

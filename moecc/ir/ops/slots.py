@@ -8,6 +8,7 @@ tokens; both return the slot of every choice of every token, or −1, so that ``
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from math import ceil, floor, inf, prod
 from typing import TYPE_CHECKING, Literal, TypeVar, get_args
@@ -43,6 +44,8 @@ from moecc.ir.ops.rules import (
 )
 from moecc.ir.traits import PAIR, IndexOperand, Residual, RowMove
 from moecc.support.lazy import np
+from moecc.terms.tensor import SlotTerms, Tensor
+from moecc.terms.term import Algebra, Head, bounds
 from moecc.types import I32, Axis, Extent, TensorType
 
 V = TypeVar("V")
@@ -132,6 +135,39 @@ class SlotsOp(Op):
         size = max(1, tokens // max(groups, 1))
         is_bounded = self.slots == "capacity"
         return groups, size, capacity(self.attrs, size, choices) if is_bounded else None
+
+    def slot_terms(
+        self, experts: Tensor, operands: Sequence[Tensor], choice: str, total: bool
+    ) -> Tensor:
+        """Return the slots of choices in index notation: an uninterpreted function of all tokens.
+
+        Args:
+          experts: the expert of each choice.
+          operands: what determines the assignment, experts apart, each with the token axes.
+          choice: the axis of the choices.
+          total: whether every choice has a slot.
+        """
+        algebra = experts.algebra
+        tokens = tuple(experts.axis(name) for name in self.tokens)
+        axes = (*tokens, experts.axis(choice))
+        inner = [[v for v in t.axes if v not in tokens] for t in operands]
+        closed = [
+            algebra.abstract([*tokens, *more], t.body)
+            for t, more in zip(operands, inner, strict=True)
+        ]
+        functions = (algebra.abstract(axes, experts.body), *closed)
+        numbers = tuple(
+            (k, v) for k, v in self.attrs.items() if k not in ("tokens", "choice", "axis")
+        )
+        key = (type(self).__name__, *numbers, *(v.size for v in axes))
+        slot = algebra.apply(Head("slot_of", key), functions, [algebra.index(v) for v in axes])
+        groups = f"groups {slot.serial}" if self.group_size else self.groups
+        ragged = self.slots == "ragged"
+        sizes = (groups, self.experts, f"slots {slot.serial}")
+        assignment = SlotTerms(
+            key, functions, tokens, axes[-1], experts.body, total and ragged, ragged, sizes
+        )
+        return Tensor(algebra, experts.axes, slot, slots=assignment)
 
 
 def _local_groups(node: Definition, mesh: Mesh) -> Attrs:
@@ -244,6 +280,12 @@ class AssignSlotsOp(SlotsOp):
         assignment = SlotAssignment(tokens, extents, count, limit is None)
         return Array(result.to(choices.axes), choices.axes, assignment=assignment)
 
+    def term(self, algebra: Algebra, experts: Tensor, *further: Tensor) -> Tensor:
+        (choice,) = experts.without(*self.tokens)
+        low, high = bounds(experts.body)
+        total = not further and low >= 0 and high < self.experts
+        return self.slot_terms(experts, further, choice.name, total)
+
 
 @operation(
     "expert_choice",
@@ -321,6 +363,13 @@ class ExpertChoiceOp(SlotsOp):
         )
         assignment = SlotAssignment(tokens, extents, limit, False)
         return Array(first, axes), Array(gates, axes), Array(last, axes, assignment=assignment)
+
+    def term(self, algebra: Algebra, scores: Tensor, *masks: Tensor) -> tuple[Tensor, ...]:
+        choice = algebra.axis(self.choice, self.experts)
+        axes = (*scores.without(self.axis), choice)
+        experts = Tensor(algebra, axes, algebra.index(choice))
+        gates = scores.moved(axes, {self.axis: algebra.index(choice)})
+        return experts, gates, self.slot_terms(experts, (gates, *masks), self.choice, False)
 
 
 _ROUNDINGS: dict[str, Callable[[Fraction], int]] = {"floor": floor, "round": round, "ceil": ceil}
@@ -490,6 +539,12 @@ class DispatchOp(Op):
             rows[group, expert, slot] = source[token]
         return Array(rows, ("group", "expert", "slot", *inner))
 
+    def term(self, algebra: Algebra, x: Tensor, experts: Tensor, slots: Tensor) -> Tensor:
+        """Return the token of each row, times 0 for an empty slot."""
+        assignment = _slot_terms(slots)
+        tokens = {v.name: at for at, v in enumerate(assignment.tokens)}
+        return _dispatched(replace(x, body=x.factor()), assignment, tokens)
+
 
 @operation("group_sum", "x slots", linear=(0,), sharding=dispatched)
 class GroupSumOp(Op):
@@ -509,6 +564,16 @@ class GroupSumOp(Op):
         source = _by_token(x, assignment.tokens, inner)
         parts = source.reshape(len(assignment.extents), -1, *source.shape[1:])
         return Array(parts.sum(1), ("group", *inner))
+
+    def term(self, algebra: Algebra, x: Tensor, slots: Tensor) -> Tensor:
+        """Return an uninterpreted function of the tokens and the number of groups."""
+        assignment = _slot_terms(slots)
+        names = [v.name for v in assignment.tokens]
+        group = algebra.axis("group", assignment.sizes[0])
+        attrs: dict[str, int] = dict(a for a in assignment.head if isinstance(a, tuple))
+        head = Head("group_sum", (attrs["groups"], attrs["group_size"]))
+        body = algebra.apply(head, [x.along(*names)], [algebra.index(group)])
+        return Tensor(algebra, (group, *x.without(*names)), body)
 
 
 # Rows combined by their gates, or gates sent with the rows, which come back weighted:
@@ -554,6 +619,67 @@ class _CombiningOp(Op):
         axes = (*(a for a in slots.axes if a in tokens), *inner)
         return Array(result.to(axes), axes)
 
+    def term(
+        self,
+        algebra: Algebra,
+        rows: Tensor,
+        experts: Tensor,
+        slots: Tensor,
+        gates: Tensor | None = None,
+    ) -> Tensor:
+        """Return Σ over the choices that have a slot of the gate times the row in this slot."""
+        assignment = _slot_terms(slots)
+        choice = algebra.fresh(assignment.choice)
+        index = {assignment.choice: algebra.index(choice)}
+        places = [algebra.index(v) for v in (*assignment.tokens, choice)]
+        key, functions = assignment.head, assignment.operands
+        at = {
+            "group": algebra.apply(Head("group_of", key), functions, places[:-1]),
+            "expert": algebra.substitute(assignment.experts, index),
+            "slot": algebra.apply(Head("own_slot", key), functions, places),
+        }
+        factors = [rows.at(at)]
+        if gates is not None:
+            factors.append(algebra.substitute(gates.factor(), index))
+        if not assignment.total:
+            factors.append(algebra.apply(Head("placed", key), functions, places))
+        axes = (*(v for v in slots.axes if v in assignment.tokens), *rows.without(*_ROW_AXES))
+        return Tensor(algebra, axes, algebra.multiply(*factors, over=(choice,)))
+
+
+_ROW_AXES = ("group", "expert", "slot")
+
+
+def _slot_terms(slots: Tensor) -> SlotTerms:
+    if slots.slots is None:
+        raise TypeError("these slots do not come from assign_slots or expert_choice")
+    return slots.slots
+
+
+def _dispatched(x: Tensor, assignment: SlotTerms, moved: dict[str, int]) -> Tensor:
+    """Return rows, of each of which the token and the choice are functions of its place.
+
+    Args:
+      x: a value by token, and perhaps by choice.
+      assignment: of slots to choices.
+      moved: the axes of `x` that become rows, with their number among tokens and choice.
+    """
+    algebra = x.algebra
+    axes = [
+        algebra.axis(name, size) for name, size in zip(_ROW_AXES, assignment.sizes, strict=True)
+    ]
+    places = [algebra.index(v) for v in axes]
+    key, functions = assignment.head, assignment.operands
+    indices = {
+        name: algebra.apply(Head("token_of", (at, *key)), functions, places)
+        for name, at in moved.items()
+    }
+    rows = x.moved((*axes, *x.without(*moved)), indices)
+    if assignment.ragged:
+        return rows
+    occupied = algebra.apply(Head("occupied", key), functions, places)
+    return rows.with_body(algebra.multiply(occupied, rows.body))
+
 
 @operation(
     "combine",
@@ -597,6 +723,12 @@ class DispatchGatesOp(Op):
             row_gates[group, expert, slot] = source[token, rank]
         return Array(row_gates, ("group", "expert", "slot"))
 
+    def term(self, algebra: Algebra, gates: Tensor, experts: Tensor, slots: Tensor) -> Tensor:
+        assignment = _slot_terms(slots)
+        names = [v.name for v in (*assignment.tokens, assignment.choice)]
+        moved = {name: at for at, name in enumerate(names)}
+        return _dispatched(replace(gates, body=gates.factor()), assignment, moved)
+
 
 @operation(
     "weight_rows",
@@ -621,6 +753,9 @@ class WeightRowsOp(Op):
 
     def meaning(self, rows: Array, gates: Array) -> Array:
         return rows.map(lambda data: gates.to(rows.axes) * data)
+
+    def term(self, algebra: Algebra, rows: Tensor, gates: Tensor) -> Tensor:
+        return rows.with_body(algebra.multiply(rows.body, gates.body))
 
 
 @operation(

@@ -1,0 +1,4 @@
+"""Proofs that two graphs are the same function."""
+
+from moecc.prove.prover import Verdict as Verdict
+from moecc.prove.prover import prove as prove

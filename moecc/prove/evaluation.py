@@ -1,0 +1,126 @@
+"""The values of a graph in index notation."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+
+from moecc.ir.graph import Graph, Node, Value, setter_of
+from moecc.prove.stopped import stopped
+from moecc.terms.tensor import Tensor, pointwise
+from moecc.terms.term import Algebra, Head, Size, Var
+from moecc.types import DType, Extent, TensorType, is_lossless
+from moecc.weights.expr import Expr, walk
+
+Terms = dict[Value, Tensor]
+
+
+class Evaluation:
+    """Evaluates graphs in one algebra, so that equal values are one object.
+
+    Attributes:
+      algebra: builds the terms.
+      exact: whether only operations that rearrange elements mean more than their names.
+      weights: the terms of weight expressions, which graphs share.
+    """
+
+    def __init__(self, algebra: Algebra, *, exact: bool = False) -> None:
+        self.algebra, self.exact = algebra, exact
+        self.weights: dict[Expr, Tensor] = {}
+
+    def evaluate(self, graph: Graph) -> Terms:
+        """Return the term of every input, parameter and result of a graph without repetition."""
+        terms: Terms = {v: self._input(v) for v in graph.inputs.values()}
+        for value in graph.params.values():
+            if value.users:
+                terms[value] = self._parameter(value)
+        for node in graph:
+            for value, tensor in zip(node.results, self._results(node, terms), strict=True):
+                terms[value] = replace(tensor, dtype=value.type.dtype)
+        return terms
+
+    # Leaves.
+
+    def _axes(self, type: TensorType, terms: Terms) -> tuple[Var, ...]:
+        return tuple(self.algebra.axis(a.name, self._size(a.size, terms)) for a in type.axes)
+
+    def _size(self, size: int | str | Extent, terms: Terms) -> Size:
+        if not isinstance(size, Extent):
+            return size
+        slots = terms[setter_of(size)].slots
+        assert slots is not None, "an extent is set by slots"
+        return slots.sizes[0 if size.kind == "groups" else 2]
+
+    def _leaf(self, name: str, type: TensorType) -> Tensor:
+        axes = self._axes(type, {})
+        head = {"int": "integer", "bool": "holds"}.get(type.dtype.kind, "source")
+        attrs = (name, str(type.dtype), tuple(v.size for v in axes))
+        body = self.algebra.apply(Head(head, attrs), (), [self.algebra.index(v) for v in axes])
+        return Tensor(self.algebra, axes, body, dtype=type.dtype)
+
+    def _input(self, value: Value) -> Tensor:
+        return self._leaf(f"input {value.name}", value.type)
+
+    def _parameter(self, value: Value) -> Tensor:
+        if value.weight is None:
+            return self._leaf(f"parameter {value.name}", value.type)
+        tensor = self._weight(value.weight)
+        return replace(self._cast(tensor, value.type.dtype), dtype=value.type.dtype)
+
+    def _cast(self, tensor: Tensor, dtype: DType) -> Tensor:
+        if tensor.dtype is not None and is_lossless(tensor.dtype, dtype):
+            return tensor
+        return pointwise("cast", (str(tensor.dtype), str(dtype)), (tensor,))
+
+    def _weight(self, weight: Expr) -> Tensor:
+        for expr in walk(weight):
+            if expr not in self.weights:
+                operands = [self.weights[x] for x in expr.operands]
+                self.weights[expr] = expr.term(self.algebra, *operands)
+        return self.weights[weight]
+
+    # Nodes.
+
+    def _results(self, node: Node, terms: Terms) -> Sequence[Tensor]:
+        operands = [terms[v] for v in node.operands]
+        if node.op.blocks_gradient and not self.exact:
+            return [stopped(operands[0])]
+        meaning = node.op.term
+        is_defined = meaning is not None and (
+            node.op.rearranges or (not self.exact and all(t.finite for t in operands))
+        )
+        if meaning is not None and (
+            is_defined or (_OF_INFINITE & {node.op.name} and not self.exact)
+        ):
+            results = meaning(self.algebra, operands, node.attrs)
+            return results if isinstance(results, tuple) else (results,)
+        if node.op.elementwise and not self.exact:
+            name = f"{node.op.name} of infinite" if meaning is not None else node.op.name
+            result = pointwise(name, _attributes(node), operands)
+            return [replace(result, axes=self._axes(node.result.type, terms))]
+        return self._uninterpreted(node, operands, terms)
+
+    def _uninterpreted(
+        self, node: Node, operands: Sequence[Tensor], terms: Terms
+    ) -> Sequence[Tensor]:
+        """Return functions of all elements of the operands, of which only the key is known."""
+        functions = [t.closed() for t in operands]
+        finite = all(t.finite for t in operands)
+        layout = tuple((t.names, str(t.dtype)) for t in operands)
+        results = []
+        for value in node.results:
+            axes = self._axes(value.type, terms)
+            key = (value.index, *_attributes(node), layout, str(value.type.dtype), *axes)
+            names = tuple((v.name, v.size) if isinstance(v, Var) else v for v in key)
+            head = Head(node.op.name, names)
+            body = self.algebra.apply(head, functions, [self.algebra.index(v) for v in axes])
+            results.append(Tensor(self.algebra, axes, body, finite))
+        return results
+
+
+_OF_INFINITE = frozenset({"softmax", "max", "logsumexp", "mask", "route"})
+"""Operations whose meaning holds for infinite elements, too."""
+
+
+def _attributes(node: Node) -> tuple[Hashable, ...]:
+    return tuple((k, v) for k, v in sorted(node.attrs.items()))

@@ -1,0 +1,166 @@
+"""Proofs that two graphs are the same function, for all inputs, weights and open sizes."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moecc.ir.graph import Graph, Node, Value, where
+from moecc.ir.unroll import unrolled
+from moecc.prove.counterexample import Counterexample, find_counterexample
+from moecc.prove.evaluation import Evaluation, Terms
+from moecc.prove.lemmas import Lemmas
+from moecc.terms.tensor import Tensor
+from moecc.terms.term import Algebra
+from moecc.types import Extent, TensorType
+
+Status = Literal["proved", "refuted", "unknown"]
+
+ASSUMPTIONS = (
+    "arithmetic is that of real numbers",
+    "every value is finite, but for what a mask hides",
+    "no divisor is 0",
+    "every open size is at least 1",
+    "constants are the rational numbers that their floats are",
+)
+EXACT_ASSUMPTIONS = (
+    "an operation returns the same bits for the same operands",
+    "every open size is at least 1",
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a proof of two graphs came to.
+
+    Attributes:
+      status: ``proved``, ``refuted`` by a counterexample, or ``unknown``.
+      node: where the graphs part, as messages name it; empty if they do not.
+      terms: the terms that differ there, of the first graph and of the second.
+      lemmas: how often each lemma was used.
+      assumptions: what the proof rests on besides.
+      log: the steps of the proof.
+      counterexample: for ``refuted``, the data on which outputs differ.
+    """
+
+    status: Status
+    node: str = ""
+    terms: tuple[str, str] = ("", "")
+    lemmas: dict[str, int] = field(default_factory=dict)
+    assumptions: tuple[str, ...] = ASSUMPTIONS
+    log: tuple[object, ...] = ()
+    counterexample: Counterexample | None = None
+
+    def __bool__(self) -> bool:
+        return self.status == "proved"
+
+
+def prove(before: Graph, after: Graph, *, exact: bool = False) -> Verdict:
+    """Return whether two graphs have the same outputs for all inputs, weights and open sizes.
+
+    Args:
+      before: a graph.
+      after: the graph to compare with it.
+      exact: whether outputs must have the same bits in the reference interpreter.
+    """
+    with _deep_and_uncollected():
+        lemmas = Lemmas(movement_alone=exact)
+        evaluation = Evaluation(Algebra(lemmas), exact=exact)
+        old, new = unrolled(before), unrolled(after)
+        parting = _parting(evaluation, old, new)
+        assumptions = EXACT_ASSUMPTIONS if exact else ASSUMPTIONS
+        counts, log = dict(sorted(lemmas.counts.items())), tuple(lemmas.steps)
+        if parting is None:
+            return Verdict("proved", "", ("", ""), counts, assumptions, log)
+    node, terms = parting
+    counterexample = find_counterexample(before, after, exact=exact)
+    status: Status = "unknown" if counterexample is None else "refuted"
+    return Verdict(status, node, terms, counts, assumptions, log, counterexample)
+
+
+@contextmanager
+def _deep_and_uncollected() -> Iterator[None]:
+    """Let terms nest, and leave the cyclic collector off: terms have no cycles."""
+    limit, collects = sys.getrecursionlimit(), gc.isenabled()
+    sys.setrecursionlimit(max(limit, 20_000))
+    gc.disable()
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(limit)
+        if collects:
+            gc.enable()
+
+
+Parting = tuple[str, tuple[str, str]]
+
+
+def _parting(evaluation: Evaluation, before: Graph, after: Graph) -> Parting | None:
+    """Return where two graphs part, and the terms there; None if they are proved equal."""
+    if (signature := _signature_gap(before, after)) is not None:
+        return signature
+    old, new = evaluation.evaluate(before), evaluation.evaluate(after)
+    for name, value in before.outputs.items():
+        a, b = old[value], new[after.outputs[name]]
+        if not is_same(a, b):
+            return _first_difference(value, after.outputs[name], old, new)
+    return None
+
+
+def is_same(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors have the same element at the same indices of the same axes."""
+    return a.axes == b.axes and a.body is b.body
+
+
+def _signature_gap(before: Graph, after: Graph) -> Parting | None:
+    for kind, old, new in (
+        ("input", before.inputs, after.inputs),
+        ("output", before.outputs, after.outputs),
+    ):
+        if old.keys() != new.keys():
+            return f"{kind}s", (", ".join(old), ", ".join(new))
+        for name, value in old.items():
+            types = (_layout(value.type), _layout(new[name].type))
+            if types[0] != types[1]:
+                return f"{kind} %{name}", types
+    return None
+
+
+def _layout(type: TensorType) -> str:
+    sizes = (a.size.kind if isinstance(a.size, Extent) else a.size for a in type.axes)
+    axes = ", ".join(f"{a.name}={s}" for a, s in zip(type.axes, sizes, strict=True))
+    return f"{type.dtype}[{axes}]"
+
+
+def _first_difference(before: Value, after: Value, old: Terms, new: Terms) -> Parting:
+    """Follow two different values to the operations that make them differ."""
+    while True:
+        pair = _differing_operands(before.node, after.node, old, new)
+        if pair is None:
+            node = after.node
+            place = where(node) if node is not None else f"%{after.name}"
+            return place, (_shown(old[before]), _shown(new[after]))
+        before, after = pair
+
+
+def _differing_operands(
+    before: Node | None, after: Node | None, old: Terms, new: Terms
+) -> tuple[Value, Value] | None:
+    if before is None or after is None or before.op is not after.op:
+        return None
+    if before.attrs != after.attrs or len(before.operands) != len(after.operands):
+        return None
+    pairs = zip(before.operands, after.operands, strict=True)
+    return next(((a, b) for a, b in pairs if not is_same(old[a], new[b])), None)
+
+
+_LONGEST = 400
+
+
+def _shown(tensor: Tensor) -> str:
+    text = repr(tensor.body) if tensor.body.weight < _LONGEST else f"<{tensor.body.weight} factors>"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

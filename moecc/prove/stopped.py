@@ -1,0 +1,69 @@
+"""Stopped twins: what no gradient flows through is a function of other sources.
+
+A gradient sees more than values: a graph is a function f(W, W̄) of its sources W and of their
+stopped twins W̄, which have the same values and no gradient.  Two graphs that are the same function
+of both have the same values and, where they are differentiable, the same gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from moecc.terms.tensor import Tensor
+from moecc.terms.term import (
+    INTEGRAL,
+    Algebra,
+    Application,
+    Factor,
+    Head,
+    Polynomial,
+    Var,
+)
+
+STOPPED = "stopped"
+_LEAVES = frozenset({"source", "family", "weight"})
+
+
+def stopped(x: Tensor) -> Tensor:
+    """Return the tensor as a function of the stopped twins of its sources."""
+    return replace(x, body=stopped_body(x.algebra, x.body, {}), slots=None)
+
+
+def stopped_body(algebra: Algebra, body: Polynomial, memo: dict[object, Polynomial]) -> Polynomial:
+    """Return a polynomial as a function of stopped twins."""
+    if body not in memo:
+        parts = [algebra.zero]
+        for monomial, coefficient in body.terms:
+            bound, factors = algebra.opened(monomial)
+            twins = [_factor(algebra, f, memo) for f in factors]
+            product = algebra.multiply(algebra.one, *twins, over=bound)
+            parts.append(algebra.scale(product, coefficient))
+        memo[body] = algebra.add(*parts)
+    return memo[body]
+
+
+def _factor(algebra: Algebra, factor: Factor, memo: dict[object, Polynomial]) -> Polynomial:
+    if isinstance(factor, Var):
+        return algebra.index(factor)
+    if factor.head.name in INTEGRAL:
+        # Integers have no gradient: they are their own twins.
+        return algebra.apply(factor.head, factor.abstractions, factor.arguments)
+    abstractions = []
+    for abstraction in factor.abstractions:
+        if not abstraction.free:
+            abstractions.append(abstraction)
+            continue
+        fresh = [algebra.fresh(v) for v in abstraction.variables]
+        inner = stopped_body(algebra, algebra.enter(abstraction, fresh), memo)
+        abstractions.append(algebra.abstract(fresh, inner))
+    arguments = [stopped_body(algebra, p, memo) for p in factor.arguments]
+    return algebra.apply(_head(factor), abstractions, arguments)
+
+
+def _head(factor: Application) -> Head:
+    """Return a head whose closed functions, or whose elements, are those of stopped twins."""
+    is_leaf = factor.head.name in _LEAVES
+    has_closed = any(not a.free for a in factor.abstractions)
+    if not (is_leaf or has_closed) or STOPPED in factor.head.attrs:
+        return factor.head
+    return Head(factor.head.name, (*factor.head.attrs, STOPPED))

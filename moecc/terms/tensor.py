@@ -1,0 +1,319 @@
+"""Tensors as terms: named axes, and a polynomial of their index variables.
+
+Operations and weight expressions state their meanings with the methods of this module.  Nothing
+here rewrites by lemmas; the algebra's rules do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from moecc.terms.term import (
+    Abstraction,
+    Algebra,
+    Coefficient,
+    Head,
+    Polynomial,
+    Size,
+    Var,
+)
+from moecc.types import DType
+
+
+@dataclass(frozen=True, eq=False)
+class SlotTerms:
+    """The assignment of slots to choices, as far as terms know it.
+
+    Attributes:
+      head: what identifies the rule of the assignment: attributes and sizes.
+      operands: what is assigned, and by what, each as a closed abstraction.
+      tokens: the token axes, outermost first.
+      choice: the axis of choices.
+      experts: the expert of each choice.
+      total: whether every choice has a slot.
+      ragged: whether slots that no choice has do not exist.
+      sizes: of the axes group, expert and slot.
+    """
+
+    head: tuple[Hashable, ...]
+    operands: tuple[Abstraction, ...]
+    tokens: tuple[Var, ...]
+    choice: Var
+    experts: Polynomial
+    total: bool
+    ragged: bool
+    sizes: tuple[Size, Size, Size]
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """A value at its indices.
+
+    Attributes:
+      algebra: builds its terms.
+      axes: the index variable of each axis, in order.
+      body: the element at these indices.
+      finite: whether every element is a finite number; arithmetic is for finite numbers alone.
+      slots: for slots of choices, their assignment.
+      dtype: the declared element type, which casts and comparisons read.
+    """
+
+    algebra: Algebra
+    axes: tuple[Var, ...]
+    body: Polynomial
+    finite: bool = True
+    slots: SlotTerms | None = None
+    dtype: DType | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the axes, in order."""
+        return tuple(v.name for v in self.axes)
+
+    def axis(self, name: str) -> Var:
+        """Return the variable of an axis."""
+        return next(v for v in self.axes if v.name == name)
+
+    def has(self, name: str) -> bool:
+        """Return whether there is an axis of this name."""
+        return any(v.name == name for v in self.axes)
+
+    def at(self, indices: Mapping[str, Polynomial]) -> Polynomial:
+        """Return the element at indices; axes without one keep their variables."""
+        values = {v: indices[v.name] for v in self.axes if v.name in indices}
+        return self.algebra.substitute(self.body, values) if values else self.body
+
+    def moved(self, axes: Iterable[Var], indices: Mapping[str, Polynomial]) -> Tensor:
+        """Return the tensor with `axes` whose elements are this one's at `indices`."""
+        return replace(self, axes=tuple(axes), body=self.at(indices), slots=None)
+
+    def with_body(self, body: Polynomial) -> Tensor:
+        """Return a tensor with these axes and other elements."""
+        return replace(self, body=body, slots=None)
+
+    def without(self, *names: str) -> tuple[Var, ...]:
+        """Return the axes but for some."""
+        return tuple(v for v in self.axes if v.name not in names)
+
+    def along(self, *names: str) -> Abstraction:
+        """Return the elements as a function of their indices along some axes."""
+        return self.algebra.abstract([self.axis(n) for n in names], self.body)
+
+    def closed(self) -> Abstraction:
+        """Return the elements as a function of all indices, in the order of the axes."""
+        return self.algebra.abstract(self.axes, self.body)
+
+    def factor(self) -> Polynomial:
+        """Return the element as one factor of a product, even where it is a sum."""
+        return grouped(self.algebra, self.body)
+
+    def named(self) -> Polynomial:
+        """Return the element under a name, so that nothing looks inside until it must."""
+        return let(self.algebra, self.body)
+
+
+LARGE = 200
+"""Above this weight a sum is named when it becomes a factor, which bounds the work on terms."""
+
+MANY_TERMS = 12
+"""A sum of more terms is named when something is added to it: residual streams are sums."""
+
+
+def grouped(algebra: Algebra, body: Polynomial) -> Polynomial:
+    """Return a polynomial as one factor: in parentheses if it is a sum, named if it is large."""
+    if len(body.terms) < 2:
+        return body
+    if body.weight > LARGE:
+        return let(algebra, body)
+    return algebra.apply(Head("group"), (), (body,))
+
+
+def let(algebra: Algebra, body: Polynomial) -> Polynomial:
+    """Return a polynomial as a named function of its free variables, applied to them."""
+    if body.factor is not None or not body.terms:
+        return body
+    arguments = [algebra.index(v) for v in body.free]
+    return algebra.apply(Head("let"), (algebra.abstract(body.free, body),), arguments)
+
+
+def joint_axes(tensors: Sequence[Tensor]) -> tuple[Var, ...]:
+    """Return the axes of the tensor that has most."""
+    return max(tensors, key=lambda t: len(t.axes)).axes
+
+
+def pointwise(name: str, attrs: Sequence[Hashable], tensors: Sequence[Tensor]) -> Tensor:
+    """Return an uninterpreted function of one element of each tensor."""
+    algebra = tensors[0].algebra
+    body = algebra.apply(Head(name, tuple(attrs)), (), [t.body for t in tensors])
+    finite = all(t.finite for t in tensors)
+    return Tensor(algebra, joint_axes(tensors), body, finite)
+
+
+def summed(*tensors: Tensor) -> Tensor:
+    """Return the sum, element by element."""
+    algebra = tensors[0].algebra
+    bodies = [let(algebra, t.body) if len(t.body.terms) > MANY_TERMS else t.body for t in tensors]
+    return Tensor(algebra, joint_axes(tensors), algebra.add(*bodies))
+
+
+def multiplied(*tensors: Tensor) -> Tensor:
+    """Return the product, element by element."""
+    algebra = tensors[0].algebra
+    body = algebra.multiply(*(t.factor() for t in tensors))
+    return Tensor(algebra, joint_axes(tensors), body)
+
+
+def scaled(x: Tensor, by: Coefficient | float) -> Tensor:
+    """Return the product with a number, which a float is exactly."""
+    constant = x.algebra.number(by).constant
+    assert constant is not None
+    return x.with_body(x.algebra.scale(x.body, constant))
+
+
+def contracted(x: Tensor, w: Tensor, over: Sequence[str]) -> Tensor:
+    """Return the sum of the product over axes; other axes that both have are matched."""
+    algebra = x.algebra
+    bound = {name: algebra.fresh(x.axis(name)) for name in over}
+    indices = {name: algebra.index(v) for name, v in bound.items()}
+    parts = [replace(t, body=t.factor()).at(indices) for t in (x, w)]
+    axes = [*x.without(*over), *(v for v in w.without(*over) if not x.has(v.name))]
+    return Tensor(algebra, tuple(axes), algebra.multiply(*parts, over=tuple(bound.values())))
+
+
+def total(x: Tensor, axes: Sequence[str]) -> Tensor:
+    """Return the sum over axes."""
+    algebra = x.algebra
+    bound = {name: algebra.fresh(x.axis(name)) for name in axes}
+    body = x.at({name: algebra.index(v) for name, v in bound.items()})
+    summed_body = algebra.multiply(body, over=tuple(bound.values()))
+    return Tensor(algebra, x.without(*axes), summed_body)
+
+
+def pieces(parts: Sequence[Tensor], axis: str) -> Tensor:
+    """Return tensors one after the other along an axis."""
+    algebra, start = parts[0].algebra, 0
+    sizes = [t.axis(axis).size for t in parts]
+    assert all(isinstance(s, int) for s in sizes)
+    whole = algebra.axis(axis, sum(int(s) for s in sizes))
+    position, bodies = algebra.index(whole), []
+    for part, size in zip(parts, sizes, strict=True):
+        stop = start + int(size)
+        inside = algebra.apply(Head("range", (start, stop)), (), [position])
+        shifted = part.at({axis: algebra.subtract(position, algebra.number(start))})
+        bodies.append(algebra.multiply(inside, shifted))
+        start = stop
+    axes = tuple(whole if v.name == axis else v for v in parts[0].axes)
+    return Tensor(algebra, axes, algebra.add(*bodies))
+
+
+def stacked(parts: Sequence[Tensor], axis: str, position: int = 0) -> Tensor:
+    """Return tensors along a new axis."""
+    algebra = parts[0].algebra
+    new = algebra.axis(axis, len(parts))
+    bodies = [algebra.index(new), *(t.body for t in parts)]
+    body = algebra.apply(Head("stack", (len(parts),)), (), bodies)
+    axes = (*parts[0].axes[:position], new, *parts[0].axes[position:])
+    return Tensor(algebra, axes, body)
+
+
+def split(x: Tensor, axis: str, into: Sequence[tuple[str, Size]]) -> Tensor:
+    """Return the tensor with an axis cut into several, the first outermost."""
+    algebra = x.algebra
+    axes = [algebra.axis(n, s) for n, s in into]
+    position = algebra.zero
+    for v in axes:
+        assert isinstance(v.size, int)
+        position = algebra.add(algebra.scale(position, v.size), algebra.index(v))
+    order = (new for v in x.axes for new in (axes if v.name == axis else (v,)))
+    return x.moved(order, {axis: position})
+
+
+def merged(x: Tensor, axes: Sequence[str], into: str) -> Tensor:
+    """Return the tensor with several axes made one, the first outermost."""
+    algebra, size = x.algebra, 1
+    indices: dict[str, tuple[int, int]] = {}
+    for name in reversed(axes):
+        axis_size = x.axis(name).size
+        assert isinstance(axis_size, int)
+        indices[name] = (size, axis_size)
+        size *= axis_size
+    whole = algebra.axis(into, size)
+    position = algebra.index(whole)
+    values = {
+        name: remainder(algebra, quotient(algebra, position, inner), own)
+        for name, (inner, own) in indices.items()
+    }
+    order = (whole if v.name == axes[0] else v for v in x.axes if v.name not in axes[1:])
+    return x.moved(order, values)
+
+
+def quotient(algebra: Algebra, index: Polynomial, by: int) -> Polynomial:
+    """Return an index divided by a number, rounded down."""
+    return index if by == 1 else algebra.apply(Head("div", (by,)), (), [index])
+
+
+def remainder(algebra: Algebra, index: Polynomial, by: int) -> Polynomial:
+    """Return what is left of an index divided by a number."""
+    return algebra.apply(Head("mod", (by,)), (), [index])
+
+
+def divided(a: Tensor, b: Tensor) -> Tensor:
+    """Return the quotient, element by element."""
+    algebra = a.algebra
+    inverse = algebra.apply(Head("inverse"), (), [b.body])
+    body = algebra.multiply(a.factor(), inverse)
+    return Tensor(algebra, joint_axes((a, b)), body)
+
+
+def symmetric(name: str, a: Tensor, b: Tensor) -> Tensor:
+    """Return an uninterpreted function of two elements that may be exchanged."""
+    if a.body.serial > b.body.serial:
+        a, b = b, a
+    return pointwise(name, (), (a, b))
+
+
+def chosen(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return a where the condition is 1, b where it is 0."""
+    algebra = a.algebra
+    opposite = algebra.subtract(algebra.one, condition.body)
+    body = algebra.add(
+        algebra.multiply(condition.body, a.factor()), algebra.multiply(opposite, b.factor())
+    )
+    return Tensor(algebra, joint_axes((a, b, condition)), body)
+
+
+def crossed(a: Tensor, b: Tensor) -> tuple[Var, ...]:
+    """Return the axes of both; those of one name are matched."""
+    return (*a.axes, *(v for v in b.axes if not a.has(v.name)))
+
+
+def softmax(x: Tensor, axis: str, sink: Tensor | None = None) -> Tensor:
+    """Return exp(x) over its sum along an axis, and over exp of a further score if there is one."""
+    algebra, index = x.algebra, x.algebra.index(x.axis(axis))
+    name = "share" if x.finite and sink is None else "masked_share"
+    functions = [x.along(axis)] + ([] if sink is None else [algebra.abstract((), sink.body)])
+    body = algebra.apply(Head(name, ("softmax",)), functions, [index])
+    return Tensor(algebra, x.axes, body)
+
+
+def inverse_size(algebra: Algebra, axis: Var) -> Polynomial:
+    """Return 1 / n for the size n of an axis."""
+    if isinstance(axis.size, int):
+        return algebra.number(Fraction(1, axis.size))
+    return algebra.apply(Head("inverse_size", (axis.size,)))
+
+
+def reduced(x: Tensor, name: str, axes: Sequence[str]) -> Tensor:
+    """Return an uninterpreted function of all elements along axes, which it reduces away."""
+    body = x.algebra.apply(Head(name), [x.along(*sorted(axes))])
+    return replace(x, axes=x.without(*axes), body=body, slots=None)
+
+
+def normalised(x: Tensor, name: str, axis: str, eps: float, scale: Tensor) -> Tensor:
+    """Return a norm of x along an axis, an uninterpreted function, times the scale."""
+    algebra = x.algebra
+    along = replace(x, body=x.named()).along(axis)
+    unit = algebra.apply(Head(name, (eps,)), [along], [algebra.index(x.axis(axis))])
+    return Tensor(algebra, x.axes, algebra.multiply(unit, scale.factor()))
