@@ -68,7 +68,12 @@ def prepare(request: Request) -> PreparedJob:
     first = Pipeline.parse(request.pipeline, registry)
     run_pipeline(graph, first)
     if train:
-        _check_logits(graph)
+        check_trainable(
+            graph,
+            hint="-p tie-head makes logits by the embedding; --step forward needs none"
+            if reads_tokens(graph)
+            else "--step forward compiles the forward pass",
+        )
     parts = config.micro_batches
     batch = make_batch(graph, machine.devices, config.batch_tokens, config.lengths, parts)
     bound, remarks = _bounded(graph, config)
@@ -93,16 +98,6 @@ def prepare(request: Request) -> PreparedJob:
     )  # fmt: skip
     estimate = Estimator(work, machine, config).estimate(strategy)
     return PreparedJob(step, job, asked, estimate, bound, pipeline, tuple(remarks))
-
-
-def _check_logits(graph: Graph) -> None:
-    """Raise InputError if the graph has no logits, of which a training step takes the loss."""
-    check_trainable(
-        graph,
-        hint="-p tie-head makes logits by the embedding; --step forward needs none"
-        if reads_tokens(graph)
-        else "--step forward compiles the forward pass",
-    )
 
 
 def _check_exchange(config: StepConfig) -> None:

@@ -13,14 +13,13 @@ from threading import Event, Thread
 from typing import cast
 
 from moecc.ahead.prepare import PreparedJob, prepare
-from moecc.ahead.request import BoundReport, Compiler, CompileReport, Request, Result
+from moecc.ahead.request import Compiler, CompileReport, Request, Result
 from moecc.backend import get_backend
 from moecc.errors import MoeccError
 from moecc.launch.processes import hold_lifeline
 from moecc.plan.overlap import overlap
 from moecc.plan.report import batch_json
 from moecc.plan.search import way_out
-from moecc.train.graphs import Bound
 
 # Return memory that a compiler has freed to the system while it runs.
 #
@@ -66,23 +65,19 @@ def main(folder: Path) -> None:
     hold_lifeline()
     request = Request.from_json(json.loads((folder / REQUEST).read_text("utf-8")))
     try:
-        answer: object = _answer(request, folder)
+        prepared = prepare(request)
+        compiler = cast(Compiler, get_backend("xla"))
+        with trimmed():
+            result = compiler.compile_ahead(prepared.graph, prepared.job)
+        if result.program:
+            (folder / PROGRAM).write_text(result.program, "utf-8")
+        if result.artefact:
+            (folder / ARTEFACT).write_bytes(result.artefact)
+        answer: object = report(request, prepared, result)
     except MoeccError as error:
         problems = [asdict(problem) for problem in error.problems]
         answer = {"error": type(error).__name__, "exit_code": error.exit_code, "problems": problems}
     (folder / ANSWER).write_text(json.dumps(answer), "utf-8")
-
-
-def _answer(request: Request, folder: Path) -> CompileReport:
-    prepared = prepare(request)
-    compiler = cast(Compiler, get_backend("xla"))
-    with trimmed():
-        result = compiler.compile_ahead(prepared.graph, prepared.job)
-    if result.program:
-        (folder / PROGRAM).write_text(result.program, "utf-8")
-    if result.artefact:
-        (folder / ARTEFACT).write_bytes(result.artefact)
-    return report(request, prepared, result)
 
 
 def report(request: Request, prepared: PreparedJob, result: Result) -> CompileReport:
@@ -113,7 +108,9 @@ def report(request: Request, prepared: PreparedJob, result: Result) -> CompileRe
         "sliced": estimate.strategy.sliced,
         "pipeline": prepared.pipeline,
         "quick": job.quick,
-        "capacity": _bound(prepared.bound),
+        "capacity": None
+        if prepared.bound is None
+        else {"factor": prepared.bound.factor, "convention": prepared.bound.convention},
         "remarks": list(prepared.remarks),
         "seconds": {"lower": result.lower_seconds, "compile": result.compile_seconds},
         "host_peak_bytes": result.host_peak_bytes,
@@ -154,10 +151,6 @@ def would_fit_text(prepared: PreparedJob, usable: int, needed: int) -> str:
     share = usable / prepared.asked.machine.usable_bytes
     planned = prepared.estimate.memory.total
     return way_out(replace(prepared.asked, share=share * min(1.0, planned / needed)))
-
-
-def _bound(bound: Bound | None) -> BoundReport | None:
-    return None if bound is None else {"factor": bound.factor, "convention": bound.convention}
 
 
 if __name__ == "__main__":

@@ -179,17 +179,17 @@ def open(
     seed, padding = whole("seed", seed), flag("padding", padding)
     checkpoint = None if weights is None else source_text(weights)
     name = source_text(source)
-    opened = open_model(_anywhere(name), weights=checkpoint, padding=padding, config_alone=True)
+    opened = open_model(
+        os.path.abspath(name) if os.path.exists(name) else name,
+        weights=checkpoint,
+        padding=padding,
+        config_alone=True,
+    )
     opened = replace(opened, name=name)
     allowed = flag("allow_other_base", allow_other_base)
     add_branches(opened, named_places(experts), allow_other_base=allowed)
     statistics = add_statistics(opened, None if capture is None else source_text(capture))
     return Model(opened, seed=seed, statistics=statistics)
-
-
-def _anywhere(source: str) -> str:
-    """Return a source by a path that holds in every working folder, if it is one."""
-    return os.path.abspath(source) if os.path.exists(source) else source
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -25,7 +25,7 @@ _VALUE = re.compile(r"(@?)([a-z0-9-]+)\{(?:[^{}]*\s)?([a-z0-9-]+)=([^\s{}]*)\Z")
 def pipelines(incomplete: str) -> list[str]:
     """Return pipelines whose last pass, option or value is completed."""
     at = incomplete.rfind(",") + 1 if "{" not in incomplete.rpartition("}")[2] else None
-    start = _last_pass(incomplete) if at is None else at
+    start = (incomplete.rfind(",", 0, incomplete.rfind("{")) + 1) if at is None else at
     done, last = incomplete[:start], incomplete[start:]
     return [f"{done}{text}" for text in _passes(last) if text.startswith(last)]
 
@@ -93,11 +93,6 @@ def float_types(incomplete: str) -> list[str]:
 
 def _beginning(incomplete: str, words: Iterable[str]) -> list[str]:
     return sorted({word for word in words if word.startswith(incomplete)})
-
-
-def _last_pass(text: str) -> int:
-    """Return where the pass begins whose options are open."""
-    return text.rfind(",", 0, text.rfind("{")) + 1
 
 
 def _passes(last: str) -> Iterator[str]:

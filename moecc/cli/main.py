@@ -131,7 +131,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` and return the exit code; only SystemExit escapes."""
     try:
         words = list(sys.argv[1:] if argv is None else argv)
-        _check_words(words)
+        encoding = sys.getfilesystemencoding()
+        hint = "rename the file" if encoding == "utf-8" else f"PYTHONUTF8=1, instead of {encoding}"
+        problems = [
+            Problem("an argument is not UTF-8", found=printable(word), hint=hint)
+            for word in words
+            if any("\ud800" <= c <= "\udfff" for c in word)
+        ]
+        if problems:
+            raise UsageError(problems)
         return _run(words)
     except MoeccError as error:
         show_error(error)
@@ -149,7 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError:
         return _out_of_memory()
     except OSError as error:
-        return _os_error(error)
+        where = f"{error.filename}: " if error.filename else ""
+        say(f"error: {where}{error.strerror or error}")
+        return MachineError.exit_code if error.errno in _MACHINE else 1
     except Exception as error:
         return _out_of_memory() if _is_out_of_memory(error) else _bug(error)
     except BaseException as error:
@@ -157,22 +167,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _of_user(error):
             raise
         return _bug(error)
-
-
-def _check_words(words: Sequence[str]) -> None:
-    """Raise UsageError for arguments that are not UTF-8, which no text of moecc could contain.
-
-    Python decodes each undecodable byte to a lone surrogate.
-    """
-    encoding = sys.getfilesystemencoding()
-    hint = "rename the file" if encoding == "utf-8" else f"PYTHONUTF8=1, instead of {encoding}"
-    problems = [
-        Problem("an argument is not UTF-8", found=printable(word), hint=hint)
-        for word in words
-        if any("\ud800" <= c <= "\udfff" for c in word)
-    ]
-    if problems:
-        raise UsageError(problems)
 
 
 def _run(argv: list[str]) -> int:
@@ -206,12 +200,6 @@ def _in_our_style(error: click.UsageError, argv: Sequence[str]) -> UsageError:
 
 
 _MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
-
-
-def _os_error(error: OSError) -> int:
-    where = f"{error.filename}: " if error.filename else ""
-    say(f"error: {where}{error.strerror or error}")
-    return MachineError.exit_code if error.errno in _MACHINE else 1
 
 
 def _out_of_memory() -> int:

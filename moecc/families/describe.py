@@ -23,7 +23,6 @@ from moecc.ir.structure import length_bounds, uses_of
 from moecc.ir.traits import Cost
 from moecc.ir.unroll import unrolled
 from moecc.support.text import brief, count_text, facts_table
-from moecc.types import TensorType
 
 # FLOPs of one sequence, counted from the graph, and by the convention of papers.
 
@@ -203,7 +202,9 @@ def describe(graph: Graph) -> Description:
     """Count the parameters and FLOPs of `graph`; nothing is read or run."""
     graph = unrolled(graph)
     linear, attention = flops(graph)
-    stacks = count_layers(graph)
+    matches = (_LAYER.match(node.loc) for node in graph)
+    layers = dict.fromkeys((m[1] or "", int(m[2])) for m in matches if m is not None)
+    stacks = dict(Counter(stack.rstrip(".") for stack, _ in layers))
     return Description(
         family=str(graph.attrs.get("family", "")),
         layers=sum(stacks.values()),
@@ -214,13 +215,6 @@ def describe(graph: Graph) -> Description:
         sequence=sequence_flops(graph),
         expert_layers=tuple(expert_layers(graph)),
     )
-
-
-def count_layers(graph: Graph) -> dict[str, int]:
-    """Return the number of layers of each stack, by the prefix of ``layers`` in locations."""
-    matches = (_LAYER.match(node.loc) for node in graph)
-    layers = dict.fromkeys((m[1] or "", int(m[2])) for m in matches if m is not None)
-    return dict(Counter(stack.rstrip(".") for stack, _ in layers))
 
 
 def paper_groups(groups: Mapping[str, int]) -> dict[str, int]:
@@ -245,7 +239,7 @@ def count_parameters(graph: Graph) -> ParameterCounts:
     groups = dict.fromkeys(GROUPS, 0)
     total = active = 0
     for value in graph.params.values():
-        size = _elements(value.type)
+        size = prod(size for size in value.type.sizes if isinstance(size, int))
         total += size
         active += round(size * _active_share(value))
         groups[_group(value)] += size
@@ -298,10 +292,6 @@ def _multiplied(node: Node, tokens: set[str], *, has_tokens: bool) -> float:
         times = rows_per_token(rows) * (1 if has_tokens else dispatched_tokens(rows, {}))
     sizes = (size for name, size in axes.items() if name not in left)
     return times * prod(size for size in sizes if isinstance(size, int))
-
-
-def _elements(type: TensorType) -> int:
-    return prod(size for size in type.sizes if isinstance(size, int))
 
 
 def _active_share(value: Value) -> float:

@@ -53,7 +53,7 @@ def shrink_size(size: int, most: int) -> int:
     for prime in (*distinct, *repeated):
         if small * prime <= most:
             small *= prime
-    return small if small > 1 else _other_prime(most)
+    return small if small > 1 else next(p for p in (13, 7, 3, 1) if p <= most)
 
 
 def _prime_factors(size: int, most: int) -> Iterator[int]:
@@ -61,11 +61,6 @@ def _prime_factors(size: int, most: int) -> Iterator[int]:
         while size % prime == 0:
             yield prime
             size //= prime
-
-
-def _other_prime(most: int) -> int:
-    """Return a stand-in for a large prime: no common number divides it."""
-    return next(p for p in (13, 7, 3, 1) if p <= most)
 
 
 def shrink_config(config: ModelConfig) -> ModelConfig:

@@ -300,7 +300,15 @@ def claimed(
       MachineError: it cannot be made.
     """
     try:
-        _make_private(folder, take_over)
+        try:
+            if take_over and (folder.is_symlink() or folder.is_file()):
+                disk().unlink(folder)
+            disk().mkdir(folder, _PRIVATE)
+        except FileExistsError:
+            if not take_over:
+                raise InputError(BUSY, where=str(folder), hint=WAIT) from None
+        except OSError as error:
+            raise os_problem(error, folder, "make") from None
         with _locked(folder):
             keep = can_resume is not None and can_resume(folder)
             try:
@@ -316,18 +324,6 @@ def claimed(
         with suppress(OSError):
             os.rmdir(folder)
         raise
-
-
-def _make_private(folder: Path, take_over: bool) -> None:
-    try:
-        if take_over and (folder.is_symlink() or folder.is_file()):
-            disk().unlink(folder)
-        disk().mkdir(folder, _PRIVATE)
-    except FileExistsError:
-        if not take_over:
-            raise InputError(BUSY, where=str(folder), hint=WAIT) from None
-    except OSError as error:
-        raise os_problem(error, folder, "make") from None
 
 
 @contextmanager

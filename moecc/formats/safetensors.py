@@ -457,7 +457,9 @@ def choose_weights(
             hint="fetch the index from where the shards came from",
         )
         return None, numbered
-    _no_weights(path, names, problems)
+    expected = f"{SINGLE_NAME}, or shards with {INDEX_NAME}"
+    fault, content, hint = _other_content(names)
+    problems.add(fault, where=str(path), expected=expected, found=content, hint=hint)
     return None, []
 
 
@@ -498,13 +500,6 @@ def _ambiguous(path: Path, files: list[str], problems: Problems) -> None:
         found=_some(files),
         hint="move the set that is not wanted out of the folder",
     )
-
-
-def _no_weights(path: Path, names: set[str], problems: Problems) -> None:
-    """Report what a folder without a usable set of weights holds instead."""
-    expected = f"{SINGLE_NAME}, or shards with {INDEX_NAME}"
-    fault, content, hint = _other_content(names)
-    problems.add(fault, where=str(path), expected=expected, found=content, hint=hint)
 
 
 def _other_content(names: set[str]) -> tuple[str, str | None, str | None]:
@@ -648,14 +643,13 @@ def plan_shards(
         filled += needed
     count = len(groups)
     return [
-        _shard(SINGLE_NAME if count == 1 else shard_name(i, count), group, metadata)
+        _shard(
+            SINGLE_NAME if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors",
+            group,
+            metadata,
+        )
         for i, group in enumerate(groups, 1)
     ]
-
-
-def shard_name(number: int, count: int) -> str:
-    """Return the name of shard `number`, counted from 1, of `count`."""
-    return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
 def index_json(shards: Sequence[Shard], total_bytes: int, parameters: int) -> bytes:

@@ -189,28 +189,23 @@ def find_wrong_step(
     for number, item in enumerate(pipeline, 1):
         failure = PromiseTest(context)(before, Pipeline((item,)))
         if failure is not None:
-            return _within(before, item, number, failure, context)
+            last = _watched(before, item, context, None).done
+            low, high = 0, last  # nothing is wrong after `low` rewrites, and something after `high`
+            if last == 0 or _fails(before, item, 0, failure, context):
+                return Bisection(
+                    failure, PASS, number, item, gap=_first_gap(before, item, None, context)
+                )
+            while high - low > 1:
+                middle = (low + high) // 2
+                if _fails(before, item, middle, failure, context):
+                    high = middle
+                else:
+                    low = middle
+            watch = _watched(before, item, context, high)
+            first = _first_gap(before, item, high, context)
+            return Bisection(failure, PASS, number, item, watch.last, (high, last), first)
         run_pass(before, item, context, number)
     raise InputError("no pass breaks its promise, crashes or leaves an invalid graph here")
-
-
-def _within(
-    before: Graph, item: Pass, number: int, failure: Failure, context: Context
-) -> Bisection:
-    """Return the first wrong rewrite of a pass, by halving their number."""
-    last = _watched(before, item, context, None).done
-    low, high = 0, last  # nothing is wrong after `low` rewrites, and something after `high`
-    if last == 0 or _fails(before, item, 0, failure, context):
-        return Bisection(failure, PASS, number, item, gap=_first_gap(before, item, None, context))
-    while high - low > 1:
-        middle = (low + high) // 2
-        if _fails(before, item, middle, failure, context):
-            high = middle
-        else:
-            low = middle
-    watch = _watched(before, item, context, high)
-    first = _first_gap(before, item, high, context)
-    return Bisection(failure, PASS, number, item, watch.last, (high, last), first)
 
 
 def _watched(before: Graph, item: Pass, context: Context, limit: int | None) -> RewriteWatch:

@@ -99,28 +99,29 @@ class _Sums:
         by_location: dict[str, dict[str, Array]] = {}
         count = 0
         for name, array in outputs.items():
-            loc, quantity = _parted(name)
+            match = re.fullmatch(
+                rf"{re.escape(PREFIX)}(.*)\.(input|hidden|experts|gates|result\.\d+)", name
+            )
+            assert match is not None, "the pass names its outputs so"
+            loc, quantity = match[1], match[2]
             is_real = is_token(self.graph.outputs[name], batch)[1]
             count = max(count, int(is_real.sum()))
             by_location.setdefault(loc, {})[quantity] = array.reshape(-1, array.shape[-1])[is_real]
         for loc, values in by_location.items():
-            self._add(text, loc, values)
+            layer = self.layers.setdefault(loc, _Layer())
+            if "hidden" in values:
+                x, hidden = values["input"], values["hidden"]
+                if layer.block is None:
+                    layer.block = BlockSums(self.texts, x.shape[1], hidden.shape[1], self.active)
+                layer.block.add(text, x, hidden)
+            if "experts" in values:
+                chosen, gates = values["experts"], values["gates"]
+                results = [values[f"result.{c}"] for c in range(chosen.shape[1])]
+                if layer.experts is None:
+                    layer.experts = ExpertSums(_experts(self.graph, loc), results[0].shape[1])
+                for choice, result in enumerate(results):
+                    layer.experts.add(chosen[:, choice], gates[:, choice], result)
         return count
-
-    def _add(self, text: int, loc: str, values: Mapping[str, Array]) -> None:
-        layer = self.layers.setdefault(loc, _Layer())
-        if "hidden" in values:
-            x, hidden = values["input"], values["hidden"]
-            if layer.block is None:
-                layer.block = BlockSums(self.texts, x.shape[1], hidden.shape[1], self.active)
-            layer.block.add(text, x, hidden)
-        if "experts" in values:
-            chosen, gates = values["experts"], values["gates"]
-            results = [values[f"result.{c}"] for c in range(chosen.shape[1])]
-            if layer.experts is None:
-                layer.experts = ExpertSums(_experts(self.graph, loc), results[0].shape[1])
-            for choice, result in enumerate(results):
-                layer.experts.add(chosen[:, choice], gates[:, choice], result)
 
 
 def capture_statistics(
@@ -239,15 +240,6 @@ def _statistics(sums: _Sums) -> Iterator[tuple[str, Array]]:
     for loc, layer in sums.layers.items():
         for name, array in layer.statistics().items():
             yield f"{loc}.{name}", np.ascontiguousarray(array)
-
-
-def _parted(name: str) -> tuple[str, str]:
-    """Return the location of an output, and what it is of it."""
-    match = re.fullmatch(
-        rf"{re.escape(PREFIX)}(.*)\.(input|hidden|experts|gates|result\.\d+)", name
-    )
-    assert match is not None, "the pass names its outputs so"
-    return match[1], match[2]
 
 
 def _experts(graph: Graph, loc: str) -> int:

@@ -266,7 +266,8 @@ def verify_written(planned: Plan, written: Path) -> Verified:
         layers = _budget(result.graph)
         if layers:
             source, rewritten, result = (
-                _cut(model, layers) for model in (source, rewritten, result)
+                replace(model, graph=first_layers(model.graph, layers))
+                for model in (source, rewritten, result)
             )
         exact = planned.preserves.kind != "approximate" and planned.storage is None
         verdict = compare(result, source, compute_dtype=F32)
@@ -319,7 +320,3 @@ def _budget(graph: Graph) -> int:
     if total <= MAX_VERIFIED_PARAMETERS or not layers:
         return 0
     return max(1, layers * MAX_VERIFIED_PARAMETERS // total)
-
-
-def _cut(model: OpenedModel, layers: int) -> OpenedModel:
-    return replace(model, graph=first_layers(model.graph, layers))

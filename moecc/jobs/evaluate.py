@@ -128,32 +128,6 @@ class ModelEvaluation:
         return {"model": self.model, "sets": sets}
 
 
-def evaluate_models(
-    models: Sequence[str],
-    data: Sequence[str],
-    settings: EvaluationSpec,
-    progress: Progress | None = None,
-) -> list[ModelEvaluation]:
-    """Evaluate each of `models` on the same rows of each folder of `data`.
-
-    Raises:
-      InputError: a folder is none, or does not suit a model.
-    """
-    folders = {name: open_tokens(path) for name, path in _named(data)}
-    results: list[ModelEvaluation] = []
-    for number, name in enumerate(models):
-        with open_model(name) as model:
-            sets = {n: _score(model, folder, settings) for n, folder in folders.items()}
-        first = results[0].sets if results else {}
-        against = {
-            n: paired_difference(first[n].scores, s.scores) for n, s in sets.items() if n in first
-        }
-        results.append(ModelEvaluation(name, sets, against))
-        if progress is not None:
-            progress(number + 1, len(models))
-    return results
-
-
 def _named(data: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield the folders by the last parts of their paths that tell them apart."""
     names = [corpus_name(Corpus(path)) for path in data]
@@ -167,7 +141,11 @@ def _score(model: OpenedModel, folder: TokenFolder, settings: EvaluationSpec) ->
     graph = eval_graph(model.graph, recipe)
     facts = facts_of(model, graph)
     batches = open_batches(recipe.data, facts)
-    scorer = _scorer(model, graph, settings.dtype)
+    dtype = settings.dtype
+    backend = get_backend("xla")
+    assert isinstance(backend, ScoringBackend), "the backend xla scores"
+    params = OpenedModel(graph, model.name, model.checkpoint).params(dtype=dtype)
+    scorer = backend.scorer(graph, params, dtype=dtype)
     held_out = next(iter(batches.evaluations.values()))
     rows = _joined(scorer(held_out.batch(number)) for number in range(held_out.batches))
     scored = RowScores(*(part[rows.tokens > 0] for part in (rows.losses, rows.tokens, rows.hits)))
@@ -192,13 +170,6 @@ def evaluation_recipe(graph: Graph, folder: TokenFolder, settings: EvaluationSpe
         seq=settings.seq, packing=kind == DOCUMENTS, evaluate_batches=settings.batches,
     )  # fmt: skip
     return Recipe(ModelSection("model"), data, RunSection(steps=1, dtype=settings.dtype.name))
-
-
-def _scorer(model: OpenedModel, graph: Graph, dtype: DType) -> Scorer:
-    backend = get_backend("xla")
-    assert isinstance(backend, ScoringBackend), "the backend xla scores"
-    params = OpenedModel(graph, model.name, model.checkpoint).params(dtype=dtype)
-    return backend.scorer(graph, params, dtype=dtype)
 
 
 def _joined(parts: Iterator[RowScores]) -> RowScores:
@@ -340,7 +311,20 @@ def evaluate(
     load_families(load)
     spec = EvaluationSpec(sequence, batch, batches, float_type(dtype))
     with Bar("evaluating", unit_bytes=False) as bar:
-        results = evaluate_models(models, data, spec, bar)
+        folders = {name: open_tokens(path) for name, path in _named(data)}
+        results: list[ModelEvaluation] = []
+        for number, name in enumerate(models):
+            with open_model(name) as model:
+                sets = {n: _score(model, folder, spec) for n, folder in folders.items()}
+            first = results[0].sets if results else {}
+            against = {
+                n: paired_difference(first[n].scores, s.scores)
+                for n, s in sets.items()
+                if n in first
+            }
+            results.append(ModelEvaluation(name, sets, against))
+            if bar is not None:
+                bar(number + 1, len(models))
     facts = {
         "sequence": sequence, "batch": batch, "dtype": spec.dtype.name,
         "models": [result.to_json() for result in results],

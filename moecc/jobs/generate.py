@@ -289,7 +289,14 @@ def generate_texts(
         tokens, or a token that the model does not know, or becomes too long.
     """
     how.check()
-    _check_takes_text(model)
+    check_continues(model.graph, model.name)
+    strange = sorted(model.graph.inputs.keys() - {"tokens", "mask", DECODER_TOKENS})
+    if strange:
+        raise InputError(
+            "a text is not all that the model takes", where=model.name,
+            expected=f"the input tokens, of an encoder-decoder also {DECODER_TOKENS}",
+            found=", ".join(model.graph.inputs), hint="moecc run takes the inputs of any model",
+        )  # fmt: skip
     with load_tokenizer(model) as tokenizer:
         ends = end_tokens(model) | how.stop | _stops(tokenizer, stop)
         how = replace(how, stop=ends)
@@ -340,17 +347,6 @@ def _from_encoder(
     if "mask" in model.graph.inputs:
         memory["mask"] = np.arange(tokens.shape[1])[None, :] < lengths
     return _columns(model, by, [first] * len(texts), how, memory)
-
-
-def _check_takes_text(model: OpenedModel) -> None:
-    check_continues(model.graph, model.name)
-    strange = sorted(model.graph.inputs.keys() - {"tokens", "mask", DECODER_TOKENS})
-    if strange:
-        raise InputError(
-            "a text is not all that the model takes", where=model.name,
-            expected=f"the input tokens, of an encoder-decoder also {DECODER_TOKENS}",
-            found=", ".join(model.graph.inputs), hint="moecc run takes the inputs of any model",
-        )  # fmt: skip
 
 
 def _stops(tokenizer: Tokenizer, tokens: Sequence[str]) -> frozenset[int]:

@@ -80,15 +80,11 @@ def graph_lints(graph: Graph, cores: int | None = None) -> Iterator[Problem]:
             yield advice("gates of several experts are not renormalised over those chosen",
                          layer.loc, "appendix G", expected="renormalised",
                          value=layer.gates)  # fmt: skip
-    yield from _capacities(flat)
-    yield from _routers(flat)
-
-
-def _capacities(graph: Graph) -> Iterator[Problem]:
-    for node in graph:
+    for node in flat:
         if node.op.assigns_slots and node.attrs["slots"] == "capacity":
             attrs = SlotsOp.of_node(node)
             yield from too_much_capacity(attrs.capacity_factor, attrs.experts, node.loc)
+    yield from _routers(flat)
 
 
 def _routers(graph: Graph) -> Iterator[Problem]:

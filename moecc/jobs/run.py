@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,11 +65,6 @@ def with_values(graph: Graph, values: list[Value]) -> Graph:
         if not value.type.extents and value.type.dtype.kind != "key":
             copy.set_output(f"{PREFIX}{value.name}", copy.value(value.name))
     return copy
-
-
-def describe_values(values: list[Value], outputs: Mapping[str, Array]) -> list[str]:
-    """Return a line for each value."""
-    return [_line(value, outputs.get(f"{PREFIX}{value.name}")) for value in values]
 
 
 def _line(value: Value, array: Array | None) -> str:
@@ -153,7 +147,7 @@ def run(
         results = program.run(opened.params(dtype=type), arrays)
     if not program.writes:  # another process does
         return None
-    for line in describe_values(values, results):
+    for line in [_line(value, results.get(f"{PREFIX}{value.name}")) for value in values]:
         say(line)
     result, buffer = results[name], io.BytesIO()
     np.save(buffer, result)

@@ -101,7 +101,13 @@ def _shallow(graph: Graph) -> Graph:
     config = source_config(graph)
     if not isinstance(config, DecoderConfig):
         return graph
-    kinds = _kinds_of_layers(graph, config)
+    layers: dict[int, list[Hashable]] = {}
+    for node in graph:
+        number = layer_number(node.loc)
+        if number is not None:
+            layers.setdefault(number, []).append((node.op.name, *node.attrs.items()))
+    lists = [v for v in vars(config).values() if isinstance(v, tuple) and len(v) == len(layers)]
+    kinds = [(*layers[number], *(v[n] for v in lists)) for n, number in enumerate(sorted(layers))]
     most = ALIKE_LAYERS if len(set(kinds)) == 1 else MANY_LAYERS
     if len(kinds) <= most or len(set(kinds)) > len(set(kinds[:most])):
         return graph
@@ -110,17 +116,6 @@ def _shallow(graph: Graph) -> Graph:
         return build_model(replace(config, num_hidden_layers=most, sliding_windows=windows))
     except (InputError, TypeError, ValueError):  # another list with an entry a layer
         return graph
-
-
-def _kinds_of_layers(graph: Graph, config: DecoderConfig) -> list[Hashable]:
-    """Return for each layer what tells it from others: its nodes, and its entries in the config."""
-    layers: dict[int, list[Hashable]] = {}
-    for node in graph:
-        number = layer_number(node.loc)
-        if number is not None:
-            layers.setdefault(number, []).append((node.op.name, *node.attrs.items()))
-    lists = [v for v in vars(config).values() if isinstance(v, tuple) and len(v) == len(layers)]
-    return [(*layers[number], *(v[n] for v in lists)) for n, number in enumerate(sorted(layers))]
 
 
 def mixtures(graph: Graph) -> list[str]:

@@ -111,7 +111,9 @@ class TrainProgress(Closing):
         is_first = not self._tokens
         tokens, self._tokens = event.tokens - self._tokens, event.tokens
         if not is_first:
-            self._keep_pace(tokens, event.seconds)
+            weight = _FORGETTING if self._rate else 0.0
+            self._rate = weight * self._rate + (1 - weight) * tokens / max(event.seconds, 1e-9)
+            self._step_seconds = weight * self._step_seconds + (1 - weight) * event.seconds
         now = time.monotonic()
         wait = _REFRESH_SECONDS if self._is_live else LINE_SECONDS
         if now - self._shown_seconds < wait and event.step != self._steps:
@@ -130,12 +132,6 @@ class TrainProgress(Closing):
             return
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
         self._is_open = True
-
-    def _keep_pace(self, tokens: int, seconds: float) -> None:
-        """Let a step, but for the first, count for the rate."""
-        weight = _FORGETTING if self._rate else 0.0
-        self._rate = weight * self._rate + (1 - weight) * tokens / max(seconds, 1e-9)
-        self._step_seconds = weight * self._step_seconds + (1 - weight) * seconds
 
     def _pace(self, event: Stepped) -> str:
         left = duration_text((self._steps - event.step) * self._step_seconds)

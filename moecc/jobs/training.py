@@ -297,18 +297,6 @@ def exported(job: TrainJob, events: Iterable[Event]) -> Iterator[Event]:
             yield Exported(event.step, export_step(job, event.step))
 
 
-def check_export(graph: Graph, target: str) -> None:
-    """Check the family that is named for exports, if one is.
-
-    Raises:
-      UsageError: there is no such family.
-      InputError: it cannot express `graph`.
-    """
-    if target and target != DEFAULT_TARGET and architecture_of(target) is None:
-        check_target(target)
-        export_graph(graph, target)
-
-
 def export_step(job: TrainJob, step: int) -> Path:
     """Write ``exports/N`` of a run, and compare it with its manifest. Raises as `exported`."""
     out = job.run / EXPORTS / str(step)
@@ -387,7 +375,14 @@ def resumed_run(
         require_run_files(steps[-1])
     graph = read_graph(str(run / GRAPH))
     batches = _checked(current, graph, partial(_facts_of_run, run, graph))
-    _check_data(run, batches)
+    before, now = _last_stage(run).get("data", {}), batches.digests
+    problems = [
+        Problem("the data changed since the run began", name, str(before.get(name)), digest)
+        for name, digest in now.items()
+        if before.get(name) != digest
+    ]
+    if problems:
+        raise InputError(problems)
     return TrainJob(
         run, current, recipe_digest(current), graph, batches, lambda: None,
         lambda: _beginning_again(current, graph, files),
@@ -473,7 +468,10 @@ def _checked(recipe: Recipe, graph: Graph, facts: Callable[[Graph], ModelFacts])
     eval_graph(graph, recipe)
     step_spec(graph, recipe)
     if recipe.run.export_steps:
-        check_export(graph, recipe.run.export_to)
+        target = recipe.run.export_to
+        if target and target != DEFAULT_TARGET and architecture_of(target) is None:
+            check_target(target)
+            export_graph(graph, target)
     return open_batches(recipe.data, facts(step))
 
 
@@ -550,15 +548,3 @@ def _begun_with(run: Path) -> Recipe:
     """Return the recipe that a run was begun with, whatever its file says now."""
     text = _last_stage(run).get("recipe_toml")
     return parse_recipe(str(text), str(run / LINEAGE), folder=run)
-
-
-def _check_data(run: Path, batches: Batches) -> None:
-    """Raise InputError if the data are not those that the run began with."""
-    before, now = _last_stage(run).get("data", {}), batches.digests
-    problems = [
-        Problem("the data changed since the run began", name, str(before.get(name)), digest)
-        for name, digest in now.items()
-        if before.get(name) != digest
-    ]
-    if problems:
-        raise InputError(problems)

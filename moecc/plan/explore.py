@@ -86,11 +86,13 @@ def whole_keys(work: Workload, parts: int) -> Workload:
     """
     if not any(step.attention for part in work.parts for step in part.steps):
         raise InputError("no attention is one operation, and its gathers cannot be told")
-    return replace(work, parts=tuple(_part(part, parts) for part in work.parts))
-
-
-def _part(part: Part, parts: int) -> Part:
-    return replace(part, steps=tuple(_step(step, parts) for step in part.steps))
+    return replace(
+        work,
+        parts=tuple(
+            replace(part, steps=tuple(_step(step, parts) for step in part.steps))
+            for part in work.parts
+        ),
+    )
 
 
 def _step(step: Step, parts: int) -> Step:

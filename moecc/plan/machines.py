@@ -437,7 +437,9 @@ def _tpu(text: str, name: str, topology: str) -> Machine:
     cores: int = entry["devices_per_chip"]
     # The devices of a chip share its links.
     link = entry["link_bytes_per_second"] / cores
-    torus = [Dim(size, _wraps(entry, size), link) for size in dims]
+    torus = [
+        Dim(size, size == 16 if entry["wrap"] == "16" else size % 4 == 0, link) for size in dims
+    ]
     if cores > 1:
         torus.append(Dim(cores, False, entry["core_link_bytes_per_second"]))
     return Machine(
@@ -466,11 +468,6 @@ def _slices(text: str, name: str, topology: str, count: str) -> Machine:
     network = Slices(int(count), slice_.network, outer)
     devices = slice_.devices * int(count)
     return replace(slice_, name=text, devices=devices, network=network, compiled_as="")
-
-
-def _wraps(entry: Json, size: int) -> bool:
-    """Whether the last chip of a row of `size` chips is joined to the first."""
-    return size == 16 if entry["wrap"] == "16" else size % 4 == 0
 
 
 def _topology(text: str, name: str, entry: Json, topology: str) -> tuple[int, ...]:
@@ -572,7 +569,14 @@ def sizes_of_kind(machine: Machine) -> Iterator[Machine]:
         yield from _more_slices(machine.name)
         return
     if machine.name != machine.compiled_as:
-        yield from _own_sizes(machine)
+        yield machine
+        network, devices = machine.network, machine.devices
+        while machine.kind == "gpu" and isinstance(network, Switch) and devices < MOST_GPUS:
+            devices *= 2
+            yield replace(
+                machine, name=f"{machine.name} with devices = {devices}", devices=devices,
+                network=replace(network, devices=devices),
+            )  # fmt: skip
         return
     kind, *words = machine.name.split(":")
     if kind == "tpu":
@@ -590,18 +594,6 @@ def _more_slices(name: str) -> Iterator[Machine]:
     single = name.rpartition(":")[0]
     for power in range(MOST_SLICES.bit_length()):
         yield parse_machine(f"{single}:{2**power}")
-
-
-def _own_sizes(machine: Machine) -> Iterator[Machine]:
-    """Yield a user's own machine, and the same with more nodes where its file can say so."""
-    yield machine
-    network, devices = machine.network, machine.devices
-    while machine.kind == "gpu" and isinstance(network, Switch) and devices < MOST_GPUS:
-        devices *= 2
-        yield replace(
-            machine, name=f"{machine.name} with devices = {devices}", devices=devices,
-            network=replace(network, devices=devices),
-        )  # fmt: skip
 
 
 def short_names() -> Iterator[str]:

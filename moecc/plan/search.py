@@ -49,7 +49,13 @@ def problems(layout: Layout, work: Workload) -> Iterator[Problem]:
                 str(parts),
                 f"{nearest_divisor(size, parts)} would",
             )
-    yield from _attention_problems(layout)
+    if not set(layout.split(layout.sequence_axes)) <= set(layout.tensor_axes):
+        yield Problem(
+            "attention over a sequence in parts is not lowered: each device would do all of it",
+            f"mesh {layout.mesh}",
+            "a mesh axis that shards heads, too: tensor-parallel,sequence-parallel",
+            " x ".join(layout.sequence_axes),
+        )
     for name, size in layout.sizes.items():
         if size > 1 and name not in layout.used:
             dense = name == "expert" and not work.experts
@@ -92,17 +98,6 @@ def batch_problems(layout: Layout, batch: Batch) -> Iterator[Problem]:
                 str(parts),
                 f"{nearest_divisor(size, parts)} would",
             )
-
-
-def _attention_problems(layout: Layout) -> Iterator[Problem]:
-    """Yield why attention cannot be sharded so."""
-    if not set(layout.split(layout.sequence_axes)) <= set(layout.tensor_axes):
-        yield Problem(
-            "attention over a sequence in parts is not lowered: each device would do all of it",
-            f"mesh {layout.mesh}",
-            "a mesh axis that shards heads, too: tensor-parallel,sequence-parallel",
-            " x ".join(layout.sequence_axes),
-        )
 
 
 def check_layout(layout: Layout, work: Workload) -> None:

@@ -308,7 +308,11 @@ def sweep_json(sweep: Sweep, shared: StepReport, points: Sequence[SweepPoint]) -
       shared: the plan of any of its models, for what all have in common.
       points: its models.
     """
-    _mark_frontier(points)
+    planned = [(point, figures) for point in points if (figures := _planned(point)) is not None]
+    for (point, _), best in zip(
+        planned, frontier([figures for _, figures in planned]), strict=True
+    ):
+        point["frontier"] = best
     return {
         "model": shared["model"],
         "machine": shared["machine"],
@@ -320,14 +324,6 @@ def sweep_json(sweep: Sweep, shared: StepReport, points: Sequence[SweepPoint]) -
         "axes": {name: list(values) for name, values in asdict(sweep).items() if values},
         "points": list(points),
     }
-
-
-def _mark_frontier(points: Sequence[SweepPoint]) -> None:
-    planned = [(point, figures) for point in points if (figures := _planned(point)) is not None]
-    for (point, _), best in zip(
-        planned, frontier([figures for _, figures in planned]), strict=True
-    ):
-        point["frontier"] = best
 
 
 def _planned(point: SweepPoint) -> Planned | None:

@@ -387,7 +387,14 @@ def workload(graph: Graph, batch: Batch) -> Workload:
     Raises:
       InputError: its layers are rolled, or it is on a mesh.
     """
-    _check_plain(graph)
+    if any(node.body is not None for node in graph):
+        raise InputError(
+            "rolled layers cannot be planned", where=graph.name, hint="-p unroll-layers undoes it"
+        )
+    if mesh_of(graph) is not None:
+        raise InputError(
+            "the graph is on a mesh already", where=graph.name, hint="-p strip-sharding"
+        )
     slots = _slots(graph)
     reader = _Reader(graph, batch)
     sample, parts = reader.sampled()
@@ -407,17 +414,6 @@ def workload(graph: Graph, batch: Batch) -> Workload:
             reader.shape(v) for v in graph.inputs.values() if v.type.dtype.kind == "float"
         ),
     )
-
-
-def _check_plain(graph: Graph) -> None:
-    if any(node.body is not None for node in graph):
-        raise InputError(
-            "rolled layers cannot be planned", where=graph.name, hint="-p unroll-layers undoes it"
-        )
-    if mesh_of(graph) is not None:
-        raise InputError(
-            "the graph is on a mesh already", where=graph.name, hint="-p strip-sharding"
-        )
 
 
 def _slots(graph: Graph) -> list[SlotsOp]:

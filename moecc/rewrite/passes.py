@@ -245,7 +245,12 @@ class Pass(ABC):
         A problem's ``where`` may name the option concerned, by its name in the text.  An option
         beyond its `Bounds` is one.
         """
-        return out_of_range(self)
+        values = ((o.name, o.bounds, getattr(self, o.field)) for o in options(type(self)).values())
+        return [
+            Problem("an option is out of range", name, str(bounds), str(value), bounds.hint)
+            for name, bounds, value in values
+            if bounds is not None and value is not None and value not in bounds
+        ]
 
     def validate_after(self, earlier: Sequence[Pass]) -> list[Problem]:
         """Return contradictions with the passes before this one, independent of the graph.
@@ -369,16 +374,6 @@ def options(cls: type[Pass]) -> dict[str, Option]:
         default = f.default if f.default_factory is MISSING else f.default_factory()
         declared[name] = Option(name, f.name, hint, doc, default, *bounds)
     return declared
-
-
-def out_of_range(item: Pass) -> list[Problem]:
-    """Return a problem for each option whose value is out of its bounds."""
-    values = ((o.name, o.bounds, getattr(item, o.field)) for o in options(type(item)).values())
-    return [
-        Problem("an option is out of range", name, str(bounds), str(value), bounds.hint)
-        for name, bounds, value in values
-        if bounds is not None and value is not None and value not in bounds
-    ]
 
 
 def unreadable(cls: type[Pass]) -> list[str]:

@@ -122,19 +122,14 @@ def cuts_of(sites: Iterable[Site]) -> dict[str, set[int]]:
         product = None if sizes is None else sizes(site.node)
         if not isinstance(product, Product) or not isinstance(product.parts[0], int):
             continue
-        joined = _whole(site.node)
+        before, after = site.node.operands[0].type, site.node.result.type
+        if len(after) < len(before):
+            before, after = after, before
+        changed = (a.name for a in before if a.name not in after or after[a.name].size != a.size)
+        joined = next(changed, None)
         if joined is not None:
             cuts.setdefault(joined, set()).add(product.parts[0])
     return cuts
-
-
-def _whole(node: Node) -> str | None:
-    """Return the axis that a node cuts, or that it merges others into."""
-    before, after = node.operands[0].type, node.result.type
-    if len(after) < len(before):
-        before, after = after, before
-    changed = (a.name for a in before if a.name not in after or after[a.name].size != a.size)
-    return next(changed, None)
 
 
 Cuts = Mapping[str, Collection[int]]

@@ -168,24 +168,6 @@ AUXILIARY = ("loss.", "metric.", "trace.")
 """The names of outputs for training or monitoring; no family writes them."""
 
 
-def match_parameters(target: Graph, graph: Graph) -> dict[Value, Expr]:
-    """Return for each parameter of `target` the corresponding weight of `graph`.
-
-    Losses, metrics and traces are ignored.  A parameter of `graph` may correspond to several of
-    `target`; the reverse only where the weights are equal.  Axes of parameters may be in another
-    order.
-
-    Raises:
-      InputError: the graphs differ; with the first differences, and both lines at each.
-    """
-    matcher = _Matcher(target, graph, _structure_keys(target, graph))
-    matcher.run()
-    if matcher.problems:
-        problems = capped(matcher.problems, "difference", "differences", MOST_DIFFERENCES)
-        raise InputError(problems)
-    return matcher.weights
-
-
 def _structure_keys(*graphs: Graph) -> dict[Value, int]:
     """Return for each value a number that values share iff they are computed alike.
 
@@ -378,7 +360,12 @@ def export_graph(
         seq=seq,
         decoder_seq=decoder_seq,
     )
-    weights = match_parameters(wanted, graph)
+    matcher = _Matcher(wanted, graph, _structure_keys(wanted, graph))
+    matcher.run()
+    if matcher.problems:
+        problems = capped(matcher.problems, "difference", "differences", MOST_DIFFERENCES)
+        raise InputError(problems)
+    weights = matcher.weights
     pairs = [(v.weight, weights[v]) for v in wanted.params.values() if v.weight is not None]
     tensors = dict(tensors_of(pairs))
     names = config.names

@@ -133,7 +133,8 @@ def export_gguf(graph: Graph, architecture: str) -> GgufExport:
     if family.facts.needs_head:
         stored.setdefault(HEAD, stored[EMBEDDING])
     if (divisors := rotary_divisors(stated)) is not None:
-        stored[ROPE_FACTORS] = _vector(divisors)
+        parts = tuple(Full(value, tensor(F32, pair=1)) for value in divisors)
+        stored[ROPE_FACTORS] = Concat(parts, "pair")
     keys = config_keys(architecture, family, stated)
     return GgufExport(architecture, family, config, keys, list(stored.items()))
 
@@ -184,11 +185,6 @@ def neighbours_from_halves(expr: Expr, heads: int, head_dim: int) -> Expr:
     split = Split(expr, rows, (("head", heads), ("half", 2), ("pair", head_dim // 2)))
     ordered = Permute(split, ("head", "pair", "half", *others))
     return Merge(ordered, ("head", "pair", "half"), rows)
-
-
-def _vector(values: Sequence[float]) -> Expr:
-    parts = tuple(Full(value, tensor(F32, pair=1)) for value in values)
-    return Concat(parts, "pair")
 
 
 def check_type(dtype: DType | Storage | None, architecture: str | None) -> None:

@@ -145,7 +145,12 @@ def cluster_order(rows: Rows, neurons: int, first: int, groups: int) -> Array:
       first: how many come first, by how often they are active.
       groups: the clusters of the others, of equal size.
     """
-    rates = np.concatenate([_diagonal(rows, start, stop) for start, stop in _chunks(neurons)])
+    rates = np.concatenate(
+        [
+            np.diagonal(rows(start, stop), offset=start).astype(np.float64)
+            for start, stop in _chunks(neurons)
+        ]
+    )
     # Equal rates keep the order of their numbers.
     by_rate = np.argsort(-rates, kind="stable")
     leading, others = by_rate[:first], np.sort(by_rate[first:])
@@ -163,10 +168,6 @@ def cluster_order(rows: Rows, neurons: int, first: int, groups: int) -> Array:
 
 def _chunks(neurons: int) -> list[tuple[int, int]]:
     return [(start, min(start + _ROWS, neurons)) for start in range(0, neurons, _ROWS)]
-
-
-def _diagonal(rows: Rows, start: int, stop: int) -> Doubles:
-    return np.diagonal(rows(start, stop), offset=start).astype(np.float64)
 
 
 def _seeded(rows: Rows, rates: Doubles, others: Array, groups: int) -> Array:

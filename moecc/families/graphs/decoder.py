@@ -63,25 +63,18 @@ class Tables:
     def of(cls, builder: Builder, config: DecoderConfig, tokens: Value) -> Tables:
         """Emit the positions, rotary tables and masks of a model."""
         positions = builder.positions(tokens, axis="seq", name="positions")
-        rotations = _rotations(builder, config, positions)
+        ropes = [_rope_of_layer(config, layer) for layer in range(config.num_hidden_layers)]
+        tables: dict[RopeConfig | None, Rotation | None] = {None: None}
+        for rope in ropes:
+            if rope is not None and rope not in tables:
+                tables[rope] = rope_tables(
+                    builder, positions, rope, config.rotated_dim, config.max_position_embeddings
+                )
+        rotations = tuple(tables[rope] for rope in ropes)
         keys = as_keys(builder, positions)
         windows = dict.fromkeys(w or 0 for w in config.sliding_windows)
         masks = {w: builder.causal(positions, keys, window=w, name="causal") for w in windows}
         return cls(rotations, masks)
-
-
-def _rotations(
-    builder: Builder, config: DecoderConfig, positions: Value
-) -> tuple[Rotation | None, ...]:
-    """Emit the distinct rotary tables, and return for each layer which it takes."""
-    ropes = [_rope_of_layer(config, layer) for layer in range(config.num_hidden_layers)]
-    tables: dict[RopeConfig | None, Rotation | None] = {None: None}
-    for rope in ropes:
-        if rope is not None and rope not in tables:
-            tables[rope] = rope_tables(
-                builder, positions, rope, config.rotated_dim, config.max_position_embeddings
-            )
-    return tuple(tables[rope] for rope in ropes)
 
 
 def _rope_of_layer(config: DecoderConfig, layer: int) -> RopeConfig | None:

@@ -37,7 +37,14 @@ class Sublayer:
     ) -> Value:
         """Emit the block on the normalised `x`, ``[batch, seq, embed]``."""
         if self.sparse is None:
-            return _dense(builder, x, prefix, config, params)
+            axes = ffn_axes(config.hidden_size, config.intermediate_size)
+
+            def matrix(name: str) -> Value:
+                word = params.names.matrix(name, config.gated)
+                full = f"{prefix}{params.names.dense}{word}.weight"
+                return params.plain(full, builder.loc, **axes[name])
+
+            return two_or_three(builder, x, config.hidden_act, matrix, config.gated)
         return _sparse(builder, x, prefix, self.sparse, config, params)
 
 
@@ -53,19 +60,6 @@ def ffn_sublayers(config: EncDecConfig, stack: str, layer: int) -> list[Sublayer
     return {"none": sparse, "before": [EXTRA, *sparse], "after": [*sparse, EXTRA]}[
         experts.extra_ffn
     ]
-
-
-def _dense(
-    builder: Builder, x: Value, prefix: str, config: EncDecConfig, params: Parameters
-) -> Value:
-    axes = ffn_axes(config.hidden_size, config.intermediate_size)
-
-    def matrix(name: str) -> Value:
-        word = params.names.matrix(name, config.gated)
-        full = f"{prefix}{params.names.dense}{word}.weight"
-        return params.plain(full, builder.loc, **axes[name])
-
-    return two_or_three(builder, x, config.hidden_act, matrix, config.gated)
 
 
 def _sparse(

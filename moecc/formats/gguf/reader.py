@@ -94,20 +94,16 @@ def _parts(header: GgufHeader, problems: Problems) -> Iterator[GgufHeader]:
             hint = "a split model is read with all of its parts beside each other"
             problems.add("a part of the model is missing", where=str(path), hint=hint)
             continue
-        _check_part(part, number, count, problems)
+        for key, expected in (("split.no", number), ("split.count", count)):
+            value = part.metadata.get(key)
+            if value != expected:
+                problems.add(
+                    "the part is not the one that its name says",
+                    where=f"{part.path}, metadata key {key!r}",
+                    expected=f"{expected}",
+                    found=shown(value),
+                )
         yield part
-
-
-def _check_part(part: GgufHeader, number: int, count: int, problems: Problems) -> None:
-    for key, expected in (("split.no", number), ("split.count", count)):
-        value = part.metadata.get(key)
-        if value != expected:
-            problems.add(
-                "the part is not the one that its name says",
-                where=f"{part.path}, metadata key {key!r}",
-                expected=f"{expected}",
-                found=shown(value),
-            )
 
 
 def _joined(parts: list[GgufHeader], problems: Problems) -> GgufHeader:
@@ -308,7 +304,13 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
         divisors = _rotary_divisors(header, pool, problems)
         config, sizes = make_config(header, family, divisors, problems)
         head_dims = _head_dims(header, names, family, sizes, problems)
-        _check_divisors(header, divisors, sizes, problems)
+        if divisors is not None and 2 * divisors.size != sizes.head_dim:
+            problems.add(
+                "the number of divisors of the rotary frequencies does not match the head",
+                where=f"{header.path}, tensor {ROPE_FACTORS!r}",
+                expected=f"{sizes.head_dim / 2:g} for heads of width {sizes.head_dim}",
+                found=f"{divisors.size}",
+            )
         problems.raise_if_any()
     except BaseException:
         pool.close()
@@ -384,18 +386,6 @@ def _rotary_divisors(header: GgufHeader, pool: DescriptorPool, problems: Problem
     raw = np.empty(stored.nbytes, np.uint8)
     pool.read_into(stored.file, header.identities[stored.file], raw.data, stored.offset)
     return raw.view(np.float32).astype(np.float64)
-
-
-def _check_divisors(
-    header: GgufHeader, divisors: Array | None, sizes: HeadSizes, problems: Problems
-) -> None:
-    if divisors is not None and 2 * divisors.size != sizes.head_dim:
-        problems.add(
-            "the number of divisors of the rotary frequencies does not match the head",
-            where=f"{header.path}, tensor {ROPE_FACTORS!r}",
-            expected=f"{sizes.head_dim / 2:g} for heads of width {sizes.head_dim}",
-            found=f"{divisors.size}",
-        )
 
 
 def _head_dims(

@@ -163,18 +163,10 @@ def _missing_axis(
         return fits[0] if fits else None
     if len(shape) == 2:
         return fits[1] if kind == ROW else fits[0]
-    width = _width(piece)
-    return next(axis for axis in fits if (axis != width) == (kind == ROW))
-
-
-def _width(piece: ArrayPiece) -> int:
-    """Return the axis of the model's width of an array with experts or layers besides.
-
-    T5 writes back into the stream by the matrices that are last in a block.
-    """
     words = piece.key.split(".")
     is_last = any(word in ("wo", "out") for word in words)
-    return piece.rows[0] if is_last else piece.columns[0]
+    width = piece.rows[0] if is_last else piece.columns[0]
+    return next(axis for axis in fits if (axis != width) == (kind == ROW))
 
 
 MAX_CACHED_BYTES = 1 << 30
