@@ -556,6 +556,9 @@ def _misfits(graph: Graph, params: Json) -> Iterator[Problem]:
 def load_step(file: str | os.PathLike[str]) -> LoadedStep:
     """Return the step in a file that ``moecc compile --save`` wrote, to be called.
 
+    A step is a program that a call runs on your devices, and the format has no checks of its own:
+    load only files that you trust.
+
     Raises:
       UsageError: the argument is no path.
       InputError: the file is missing, or is no such artefact.

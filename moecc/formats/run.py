@@ -299,15 +299,16 @@ def check_step(run: Path, step: SavedStep) -> None:
     """Compare the files of a step, and those of its run, with their digests.
 
     Raises:
-      CheckError: a file is missing or differs, or step.json is not what moecc wrote; all problems.
-      InputError: a link leads out of the run.
+      CheckError: a file is missing or differs, step.json too; all problems.
+      InputError: a link leads out of the run, or step.json is not what moecc writes.
       MachineError: a file cannot be read.
     """
     check_inside(run, step)
-    problems = Problems()
+    read_sealed(step.folder / STEP, _MAX_JSON_BYTES, CheckError, _HINT)
+    facts, problems = step.facts, Problems()
     try:
-        problems.extend(_differences(step.state, step.facts.files))
-        problems.extend(_differences(run, step.facts.run_files))
+        problems.extend(_differences(step.state, facts.files))
+        problems.extend(_differences(run, facts.run_files))
     except InputError as error:
         raise CheckError(error.problems) from None
     problems.raise_if_any(CheckError)

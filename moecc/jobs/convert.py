@@ -40,10 +40,6 @@ if TYPE_CHECKING:
 # Write a planned GGUF file: keys, tokenizer, tensors, and what stands beside it.
 
 _LICENCES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY")
-_ONE = {"license": "license", "license_name": "license.name", "license_link": "license.link"}
-_SEVERAL = {"language": "languages", "datasets": "datasets"}
-"""The keys of a model card, one value or several, and the metadata that say the same."""
-
 _FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "q4_k": 14, "bf16": 32}
 """llama.cpp's numbers for what most of a file is stored in."""
 
@@ -59,24 +55,21 @@ def is_file(planned: Plan, out: Path) -> bool:
 def gguf_keys(planned: Plan) -> list[Key]:
     """Return all keys of the file: of the model, its origin and its tokenizer."""
     from moecc.formats.gguf.encode import Key
+    from moecc.formats.gguf.reader import CARD_KEYS
+    from moecc.formats.modelcard import LISTS
     from moecc.translate.gguf import GgufExport
 
     export, checkpoint = planned.export, planned.model.checkpoint
     assert isinstance(export, GgufExport), "a plan of a GGUF file"
     assert checkpoint is not None, "a plan has weights"
-    card_facts = checkpoint.card()
+    card = checkpoint.card()
     return [
         Key("general.architecture", export.architecture),
         Key("general.type", "model"),
         *(
-            Key(f"general.{name}", card_facts[key][0])
-            for key, name in _ONE.items()
-            if key in card_facts
-        ),
-        *(
-            Key(f"general.{name}", card_facts[key])
-            for key, name in _SEVERAL.items()
-            if key in card_facts
+            Key(f"general.{name}", card[key] if key in LISTS else card[key][0])
+            for key, name in CARD_KEYS.items()
+            if key in card
         ),
         Key("general.file_type", _file_type(planned)),
         Key("general.quantization_version", 2),

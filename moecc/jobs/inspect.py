@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from math import lcm
 from textwrap import wrap
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from moecc.jobs.command import LoadFamilies, Report, Spelling, say_weights
 from moecc.support.untyped import JsonDict
 
 if TYPE_CHECKING:
+    from moecc.families.config import ModelConfig
     from moecc.model.open import OpenedModel
+
+MANY_LAYERS = 64
+"""The number of layers from which a model without weights is inspected by its repetitions."""
+
+DEPTHS = ("num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
+"""The fields of a config that count layers."""
 
 _SHOWN = 4
 """The number of refused blocks that are shown."""
@@ -31,10 +41,15 @@ def inspect(
       moecc inspect SmolLM2-135M --format json
     """
     from moecc.families.outside import load_families
-    from moecc.model.open import open_model
+    from moecc.model.open import is_function_folder, open_model, stated_config
     from moecc.support.process import gc_paused
 
     load_families(load)
+    named_otherwise = source.endswith(".moe") or is_function_folder(source)
+    config = None if named_otherwise else stated_config(source)
+    deep = None if config is None else deep_inspection(config, source)
+    if deep is not None:
+        return Report("inspect", deep, lambda: inspection_text(deep))
     # Neither imports nor layers leave garbage: of 10,000 layers, the collector would take half of
     # the time, and of three a tenth.
     with gc_paused(), open_model(source, config_alone=True) as model:
@@ -87,6 +102,76 @@ def inspection(model: OpenedModel) -> JsonDict:
         # A function is no model of a family, with blocks or without.
         "targets": {} if name is not None else {f.target: f.to_json() for f in fits(graph)},
     }
+
+
+def deep_inspection(config: ModelConfig, name: str) -> JsonDict | None:
+    """Return the inspection of a deep model whose layers repeat; None for any other model.
+
+    Each repetition of the layers adds the same to every number of an inspection. The numbers thus
+    follow from two models of few layers, and a third one shows that they do.
+    """
+    from moecc.families import build
+    from moecc.model.open import OpenedModel
+
+    values = vars(config)
+    depths = {key: values[key] for key in DEPTHS if values.get(key, 0) > MANY_LAYERS}
+    lists = [(key, v) for key, v in values.items() if isinstance(v, tuple)]
+    by_layer = [(key, v) for key, v in lists if len(v) in depths.values()]
+    steps = lcm(*(v for key, v in values.items() if key.endswith("sparse_step") and v))
+    periods = range(steps, MANY_LAYERS // 4, steps)
+    period = next((p for p in periods if all(v[p:] == v[:-p] for _, v in by_layer)), None)
+    # Lists of the numbers of layers, for instance of dense ones, name none that repeats.
+    numbers = (v for key, v in lists if key.endswith("_layers") and (key, v) not in by_layer)
+    first = max((int(n) for v in numbers for n in v), default=0) + 2
+    if not depths or period is None or first > MANY_LAYERS // 4:
+        return None
+    base = {key: depth - (depth - first) // period * period for key, depth in depths.items()}
+
+    def at(shallow: Mapping[str, int]) -> JsonDict:
+        sizes: JsonDict = {key: v[: max(shallow.values())] for key, v in by_layer}
+        sizes.update(shallow)
+        return inspection(OpenedModel(build(replace(config, **sizes)), name))
+
+    try:
+        data = start = at(base)
+        for key, depth in depths.items():
+            once = _difference(start, at({**base, key: base[key] + period}))
+            if _repeated(start, once, 2, period) != at({**base, key: base[key] + 2 * period}):
+                return None
+            data = _repeated(data, once, (depth - base[key]) // period, period)
+    except ValueError:
+        return None
+    return data
+
+
+def _difference(start: Any, end: Any) -> Any:
+    """Return what `end` adds to the numbers and lists of `start`.
+
+    Raises ValueError where they differ otherwise.
+    """
+    if isinstance(start, dict) and isinstance(end, dict) and start.keys() == end.keys():
+        return {key: _difference(start[key], end[key]) for key in start}
+    if type(start) is int and type(end) is int:
+        return end - start
+    if isinstance(start, list) and end[: len(start)] == start:
+        return end[len(start) :]
+    if start != end:
+        raise ValueError(f"{start!r} became {end!r}")
+    return None
+
+
+def _repeated(data: Any, once: Any, times: int, period: int) -> Any:
+    """Return `data` with `once` added `times` times, each of `period` layers."""
+    if isinstance(data, dict):
+        return {key: _repeated(data[key], once[key], times, period) for key in data}
+    if not isinstance(data, list):
+        return data if once is None else data + once * times
+
+    def renumbered(entry: JsonDict, by: int) -> JsonDict:
+        where = re.sub(r"(?<=layers\.)\d+", lambda m: str(int(m[0]) + by), entry["where"])
+        return {**entry, "where": where}
+
+    return [*data, *(renumbered(entry, n * period) for n in range(times) for entry in once)]
 
 
 def inspection_text(data: JsonDict) -> str:

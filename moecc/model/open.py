@@ -235,13 +235,11 @@ def open_model(
         raise UsageError("--weights goes with a .moe file", found=source)
     if is_function_folder(source):
         return _open_graph(os.path.join(source, _OpenGRAPH), None)
-    if source.startswith(PREFIX):
+    config = stated_config(source) if config_alone or source.startswith(PREFIX) else None
+    if config is not None:
         from moecc.families import build
-        from moecc.families.registry import parse_config
 
-        return OpenedModel(build(parse_config(preset_config(source)), padding=padding), source)
-    if config_alone and _has_config_alone(Path(source)):
-        return _open_config(source, padding)
+        return OpenedModel(build(config, padding=padding), source)
     from moecc.formats.open import open_checkpoint
     from moecc.translate.importing import import_checkpoint
 
@@ -253,24 +251,20 @@ def open_model(
         raise
 
 
-def _has_config_alone(folder: Path) -> bool:
-    from moecc.formats.folder import CONFIG_NAME
+def stated_config(source: str) -> ModelConfig | None:
+    """Return the config of a preset, or of a folder that has a config and no weights."""
+    if source.startswith(PREFIX):
+        return parse_config(preset_config(source))
+    from moecc.formats.folder import open_folder
     from moecc.formats.safetensors import lacks_weights
 
-    return os.path.isfile(folder / CONFIG_NAME) and lacks_weights(set(os.listdir(folder)))
-
-
-def _open_config(source: str, padding: bool) -> OpenedModel:
-    """Open a folder that has a config alone, as if it were a preset."""
-    from moecc.families import build
-    from moecc.families.registry import parse_config
-    from moecc.formats.folder import CONFIG_NAME, open_folder
-
+    path = Path(source) / CONFIG_NAME
+    if not os.path.isfile(path) or not lacks_weights(set(os.listdir(source))):
+        return None
     with open_folder(Path(source), with_weights=False) as folder:
         # How weights are quantised does not matter where there are none.
         config = {k: v for k, v in folder.config.items() if k != "quantization_config"}
-    parsed = parse_config(config, str(Path(source) / CONFIG_NAME))
-    return OpenedModel(build(parsed, padding=padding), source)
+    return parse_config(config, str(path))
 
 
 def _open_run(source: str, weights: str | None) -> OpenedModel:

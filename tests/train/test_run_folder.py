@@ -123,7 +123,7 @@ def test_a_stranger_s_step_is_a_message(run: Path, key: str, value: object) -> N
     save(run, 1, loss=2.0)
     rewrite(run, **{key: value})
     step = saved_steps(run)[0]
-    with pytest.raises(CheckError, match=rf"step\.json: {key}[.:]"):
+    with pytest.raises(InputError, match=rf"step\.json: {key}[.:]"):
         check_step(run, step)
     with pytest.raises(InputError, match=rf"step\.json: {key}[.:]"):
         choose_step(run, "best")
@@ -141,7 +141,7 @@ def test_no_file_outside_of_the_run_is_hashed(
     )
     rewrite(run, run_files={name: {"size_bytes": 6, "sha256": "0" * 64}}, files={})
     step = choose_step(run, "last")
-    with pytest.raises(CheckError, match="a name of a file in the folder"):
+    with pytest.raises(InputError, match="a name of a file in the folder"):
         check_step(run, step)
     with pytest.raises(InputError, match="a name of a file in the folder"):
         RunCheckpoint(run, step)

@@ -128,14 +128,17 @@ def _joined(parts: list[GgufHeader], problems: Problems) -> GgufHeader:
 
 _GUESSES = 20
 _MOST_VALUES = 1000
-_CARD_KEYS = {
+CARD_KEYS = {
+    "name": "name",
+    "basename": "basename",
+    "organization": "organization",
     "license": "license",
     "license_name": "license.name",
     "license_link": "license.link",
     "language": "languages",
     "datasets": "datasets",
 }
-"""The keys of a model card, and the metadata that say the same."""
+"""The facts of a model that are kept, and the keys of the metadata after ``general.``."""
 
 
 class GgufFile(Closing):
@@ -226,9 +229,9 @@ class GgufFile(Closing):
         return keys
 
     def card(self) -> dict[str, tuple[str, ...]]:
-        """Return licence, language and data sets as the metadata state them."""
+        """Return names, licence, language and data sets as the metadata state them."""
         card: dict[str, tuple[str, ...]] = {}
-        for key, name in _CARD_KEYS.items():
+        for key, name in CARD_KEYS.items():
             value = self.metadata.get(f"general.{name}")
             if isinstance(value, str) and value:
                 card[key] = (value,)

@@ -363,9 +363,13 @@ def assert_same_tokenizer(first: Any, second: Any) -> None:
 
 def test_keys_of_a_gguf_source_are_kept(small_model: Any, tmp_path: Path) -> None:
     builder = byte_level(small_model, "smollm").key("tokenizer.ggml.odd", "i64", -3)
+    origin = {"name": "Small 1B", "basename": "Small", "organization": "Makers", "license": "mit"}
+    for key, value in origin.items():
+        builder.key(f"general.{key}", "string", value)
     builder.write(tmp_path / "x.gguf")
     convert(str(tmp_path / "x.gguf"), "gguf:llama", tmp_path / "m.gguf", "upcycle")
     before, after = (read_gguf_header(tmp_path / f) for f in ("x.gguf", "m.gguf"))
+    assert {key: after.metadata[f"general.{key}"] for key in origin} == origin
     names = [name for name in before.metadata if name.startswith("tokenizer.")]
     assert names == [name for name in after.metadata if name.startswith("tokenizer.")]
     for name in names:

@@ -1,0 +1,39 @@
+"""What `moecc inspect` says of deep models, which it reads of a few of their layers."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moecc.families import build
+from moecc.families.registry import parse_config
+from moecc.jobs.inspect import deep_inspection, inspection
+from moecc.model.open import OpenedModel
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+DEPTH = 67
+
+
+def deep_config(name: str) -> Any:
+    stated = json.loads((GOLDEN / name / "config.json").read_text())
+    layers = {"num_hidden_layers": DEPTH, "num_layers": DEPTH, "num_decoder_layers": DEPTH + 2}
+    stated |= {key: depth for key, depth in layers.items() if key in stated}
+    if "layer_types" in stated:
+        stated["layer_types"] = (stated["layer_types"] * DEPTH)[:DEPTH]
+    return parse_config(stated)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama_gqa", "mixtral_gqa", "gemma3_local", "glm4_moe_dense_first", "t5_gated_untied"]
+)
+def test_a_deep_model_is_inspected_as_if_all_its_layers_were_built(name: str) -> None:
+    config = deep_config(name)
+    assert deep_inspection(config, "deep") == inspection(OpenedModel(build(config), "deep"))
+
+
+@pytest.mark.parametrize("dense", [(0, 1, 40), (66,)])
+def test_a_model_with_another_layer_far_down_is_built(dense: tuple[int, ...]) -> None:
+    config = replace(deep_config("qwen2_moe_plain"), mlp_only_layers=dense)
+    assert deep_inspection(config, "deep") is None
