@@ -32,9 +32,9 @@ import numpy as np
 
 from moecc.errors import MoeccError
 from moecc.ir import Graph, clone
-from moecc.pipeline.passes import Context, Statistics
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import Context, Statistics
+from moecc.rewrite.runner import run_pipeline
+from moecc.rewrite.pipeline import Pipeline
 from moecc.testing.configs import MemoryCheckpoint
 from moecc.translate.export import Export, export_graph
 from moecc.translate.importing import import_checkpoint

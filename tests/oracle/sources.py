@@ -10,9 +10,9 @@ import numpy as np
 from moecc.errors import MoeccError
 from moecc.ir import Graph, clone
 from moecc.ir.mesh import parse_mesh
-from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
+from moecc.rewrite.passes import Context
+from moecc.rewrite.runner import run_pipeline
+from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite import P
 from moecc.testing.blocks import BLOCKS
 from moecc.testing.draws import Decisions
