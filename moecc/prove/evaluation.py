@@ -112,7 +112,8 @@ class Evaluation:
             axes = self._axes(value.type, terms)
             key = (value.index, *_attributes(node), layout, str(value.type.dtype), *axes)
             names = tuple((v.name, v.size) if isinstance(v, Var) else v for v in key)
-            head = Head(node.op.name, names)
+            # Never the head of a lemma: `div` and `equal` are operations, and functions of indices.
+            head = Head(f"operation {node.op.name}", names)
             body = self.algebra.apply(head, functions, [self.algebra.index(v) for v in axes])
             results.append(Tensor(self.algebra, axes, body, finite))
         return results

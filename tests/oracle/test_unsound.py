@@ -1,0 +1,27 @@
+"""Pairs of graphs that a prover took for equal once, and which the reference tells apart."""
+
+from __future__ import annotations
+
+from moecc.ir import Graph, parse
+from moecc.prove import prove
+
+from .judge import difference
+
+
+def graph(*lines: str) -> Graph:
+    """Return the graph of some lines of text."""
+    body = "\n".join(f"  {line}" for line in lines)
+    return parse(f"moecc 1\ngraph model {{\n{body}\n}}\n")
+
+
+def is_told_apart(before: Graph, after: Graph, *, exact: bool = False) -> bool:
+    """Return whether the reference sees a difference, and the prover proves none."""
+    assert difference(before, after, exact=exact, thorough=True) is not None
+    return prove(before, after, exact=exact).status != "proved"
+
+
+def test_an_operation_is_no_function_of_indices_of_its_name() -> None:
+    inputs = "input %x : f32[one=1, embed=4]", "input %y : f32[one=1, embed=4]"
+    before = graph(*inputs, "%a = equal %x, %y : pred[one=1, embed=4]", "output o = %a")
+    after = graph(*inputs, "%a = equal %y, %y : pred[one=1, embed=4]", "output o = %a")
+    assert is_told_apart(before, after, exact=True)
