@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,19 @@ def test_a_tree_of_other_containers_is_given_again(tmp_path: Path) -> None:
     assert same_bits(mx.load(tmp_path / "a", like=params).params, moe.params)
     with pytest.raises(InputError, match="another tree"):
         mx.load(tmp_path / "a", like={"w": X})
+
+
+def test_any_damage_to_the_config_is_an_input_error(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "a")
+    path = tmp_path / "a" / "config.json"
+    stated = json.loads(path.read_text())
+    for key in stated:
+        for value in (None, 3, "text", [], {}, [[]], {"a": [1]}, stated["blocks"], {"dict": 1}):
+            if value == stated[key] or key in ("quantization_config", "moecc"):
+                continue
+            path.write_text(json.dumps({**stated, key: value}))
+            with suppress(InputError):
+                mx.load(tmp_path / "a")
 
 
 def test_the_commands_read_the_folder(folder: Path, capsys: Any) -> None:

@@ -33,8 +33,8 @@ import numpy as np
 from moecc.errors import MoeccError
 from moecc.ir import Graph, clone
 from moecc.rewrite.passes import Context, Statistics
-from moecc.rewrite.runner import run_pipeline
 from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.testing.configs import MemoryCheckpoint
 from moecc.translate.export import Export, export_graph
 from moecc.translate.importing import import_checkpoint

@@ -35,10 +35,10 @@ from moecc.ir import OPS, Graph, clone, print_graph
 from moecc.ir.mesh import parse_mesh
 from moecc.ir.structure import equal
 from moecc.ir.verify import VerifyError, verify
-from moecc.rewrite.passes import Context, Pass
-from moecc.rewrite.runner import run_pipeline
-from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite import P
+from moecc.rewrite.passes import Context, Pass
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.testing.draws import Decisions
 from moecc.testing.generate import random_graph
 from moecc.testing.shardings import random_sharding

@@ -10,10 +10,10 @@ import numpy as np
 from moecc.errors import MoeccError
 from moecc.ir import Graph, clone
 from moecc.ir.mesh import parse_mesh
-from moecc.rewrite.passes import Context
-from moecc.rewrite.runner import run_pipeline
-from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite import P
+from moecc.rewrite.passes import Context
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
 from moecc.testing.blocks import BLOCKS
 from moecc.testing.draws import Decisions
 from moecc.testing.generate import random_graph

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from moecc.api.arguments import flag, folder_text, pipeline_of, whole
-from moecc.errors import InputError, Problem, UsageError
+from moecc.errors import InputError, MachineError, Problem, UsageError, described
 from moecc.formats.disk import write_durable
 from moecc.formats.folder import open_folder
 from moecc.formats.manifest import (
@@ -418,8 +418,25 @@ def load(folder: str | Path, like: PyTree = None) -> FunctionConversion:
                 found=f"{config.get('model_type')} {config.get('schema')}",
                 hint="`save` of a conversion writes one",
             )
-        state = _loaded_state(config, str(path / GRAPH_NAME), like)
         arrays = {name: jnp.asarray(checkpoint.read(name)) for name in checkpoint.tensors}
+    try:
+        return _loaded_conversion(config, str(path / GRAPH_NAME), arrays, like)
+    except (InputError, MachineError):
+        raise
+    # A stranger's config may be wrong in any of its values, which name and count one another.
+    except Exception as error:
+        raise InputError(
+            "the values do not belong to a converted function",
+            where=str(path / CONFIG_NAME),
+            found=described(error),
+            hint="moecc verify tells whether the folder was changed after it was written",
+        ) from error
+
+
+def _loaded_conversion(
+    config: Json, graph: str, arrays: Mapping[str, jax.Array], like: PyTree
+) -> FunctionConversion:
+    state = _loaded_state(config, graph, like)
     leaves = {n: arrays[n] for n in state.tree.array_names if n in arrays}
     names = {s.key: _beside_name(s.key, state.tree.names)
              for s in state.storage.arrays if not s.in_tree}  # fmt: skip
