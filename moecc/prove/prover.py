@@ -68,7 +68,7 @@ def prove(before: Graph, after: Graph, *, exact: bool = False) -> Verdict:
       exact: whether outputs must have the same bits in the reference interpreter.
     """
     with _deep_and_uncollected():
-        lemmas = Lemmas(movement_alone=exact)
+        lemmas = Lemmas(exact)
         evaluation = Evaluation(Algebra(lemmas), exact=exact)
         old, new = unrolled(before), unrolled(after)
         parting = _parting(evaluation, old, new)

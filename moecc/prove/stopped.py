@@ -47,7 +47,7 @@ def _factor(algebra: Algebra, factor: Factor, memo: dict[object, Polynomial]) ->
         return algebra.index(factor)
     if factor.head.name in INTEGRAL:
         # Integers have no gradient: they are their own twins.
-        return algebra.apply(factor.head, factor.abstractions, factor.arguments)
+        return algebra.lone(factor)
     abstractions = []
     for abstraction in factor.abstractions:
         if not abstraction.free:

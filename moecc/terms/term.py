@@ -173,6 +173,9 @@ class Algebra:
 
     Args:
       rules: rewrites applications, monomials and polynomials into equal ones.
+
+    Attributes:
+      memo: facts about terms, for rules that compute them once.
     """
 
     def __init__(self, rules: Rules | None = None) -> None:
@@ -183,9 +186,10 @@ class Algebra:
         self._polynomials: dict[tuple[object, ...], Polynomial] = {}
         self._abstractions: dict[tuple[object, ...], Abstraction] = {}
         self._results: dict[Application, Polynomial] = {}
+        self.memo: dict[object, object] = {}
         self._fresh = 0
         self._serial = 0
-        self.zero = self._polynomial({})
+        self.zero = self.polynomial({})
         self.one = self.number(1)
 
     # Leaves.
@@ -209,7 +213,7 @@ class Algebra:
         """Return a constant; a float is the rational number that it is."""
         exact = Fraction(value)
         small = int(exact) if exact.denominator == 1 else exact
-        return self._polynomial({self._monomial((), ()): small} if small else {})
+        return self.polynomial({self._monomial((), ()): small} if small else {})
 
     def size(self, size: Size) -> Polynomial:
         """Return a size as a number."""
@@ -217,7 +221,7 @@ class Algebra:
 
     def index(self, variable: Var) -> Polynomial:
         """Return a variable as a polynomial."""
-        return self._polynomial({self._monomial((), (variable,)): 1})
+        return self.polynomial({self._monomial((), (variable,)): 1})
 
     # Construction.
 
@@ -231,7 +235,7 @@ class Algebra:
         application = self._application(head, tuple(abstractions), tuple(arguments))
         if application not in self._results:
             rewritten = self.rules.of_application(self, application)
-            lone = self._polynomial({self._monomial((), (application,)): 1})
+            lone = self.polynomial({self._monomial((), (application,)): 1})
             self._results[application] = lone if rewritten is None else rewritten
         return self._results[application]
 
@@ -256,13 +260,13 @@ class Algebra:
         for polynomial in polynomials:
             for monomial, coefficient in polynomial.terms:
                 terms[monomial] = terms.get(monomial, 0) + coefficient
-        total = self._polynomial(terms)
+        total = self.polynomial(terms)
         rewritten = self.rules.of_polynomial(self, total) if len(total.terms) > 1 else None
         return total if rewritten is None else rewritten
 
     def scale(self, polynomial: Polynomial, by: Coefficient) -> Polynomial:
         """Return the product with a number."""
-        return self._polynomial({m: c * by for m, c in polynomial.terms})
+        return self.polynomial({m: c * by for m, c in polynomial.terms})
 
     def subtract(self, a: Polynomial, b: Polynomial) -> Polynomial:
         """Return the difference."""
@@ -298,7 +302,7 @@ class Algebra:
         rewritten = self.rules.of_monomial(self, opened)
         if rewritten is not None:
             return rewritten
-        return self._polynomial({self._closed(opened.bound, opened.factors): opened.coefficient})
+        return self.polynomial({self._closed(opened.bound, opened.factors): opened.coefficient})
 
     def _closed(self, bound: tuple[Var, ...], factors: tuple[Factor, ...]) -> Monomial:
         """Return the monomial with its bound variables named by their scope."""
@@ -334,13 +338,46 @@ class Algebra:
             memo[polynomial] = parts[0] if len(parts) == 1 else self.add(*parts)
         return memo[polynomial]
 
+    def replace(self, factor: Factor, values: Substitution) -> Polynomial:
+        """Return a factor with free variables replaced, in normal form."""
+        return self._replaced(factor, values, {})
+
+    def lone(self, factor: Factor) -> Polynomial:
+        """Return a factor as a polynomial."""
+        return self.polynomial({self._monomial((), (factor,)): 1})
+
+    def exchange(
+        self, polynomial: Polynomial, values: Mapping[Application, Polynomial]
+    ) -> Polynomial:
+        """Return a polynomial with applications replaced wherever they occur, in normal form."""
+        parts = [self.zero]
+        for monomial, coefficient in polynomial.terms:
+            bound, factors = self.opened(monomial)
+            changed = [self._exchanged(f, values) for f in factors]
+            parts.append(self.scale(self.multiply(self.one, *changed, over=bound), coefficient))
+        return self.add(*parts)
+
+    def _exchanged(self, factor: Factor, values: Mapping[Application, Polynomial]) -> Polynomial:
+        if isinstance(factor, Var) or not factor.free:
+            return self.lone(factor)
+        if factor in values:
+            return values[factor]
+        abstractions = []
+        for abstraction in factor.abstractions:
+            fresh = [self.fresh(v) for v in abstraction.variables]
+            body = self.exchange(self.enter(abstraction, fresh), values)
+            abstractions.append(self.abstract(fresh, body))
+        arguments = [self.exchange(p, values) for p in factor.arguments]
+        return self.apply(factor.head, abstractions, arguments)
+
     def _replaced(
         self, factor: Factor, values: Substitution, memo: dict[object, Polynomial]
     ) -> Polynomial:
         if isinstance(factor, Var):
-            return values.get(factor) or self.index(factor)
+            value = values.get(factor)
+            return self.index(factor) if value is None else value
         if not any(v in values for v in factor.free):
-            return self._polynomial({self._monomial((), (factor,)): 1})
+            return self.lone(factor)
         if factor not in memo:
             memo[factor] = self.apply(
                 factor.head,
@@ -395,7 +432,7 @@ class Algebra:
                 factors = tuple(self._renamed(f, names, memo) for f in monomial.factors)
                 renamed = self._monomial(monomial.bound, factors)
                 terms[renamed] = terms.get(renamed, 0) + coefficient
-            memo[polynomial] = self._polynomial(terms)
+            memo[polynomial] = self.polynomial(terms)
         return memo[polynomial]
 
     # Hash-consing.
@@ -420,7 +457,8 @@ class Algebra:
             self._monomials[key] = Monomial(bound, ordered, self._serial)
         return self._monomials[key]
 
-    def _polynomial(self, terms: Mapping[Monomial, Coefficient]) -> Polynomial:
+    def polynomial(self, terms: Mapping[Monomial, Coefficient]) -> Polynomial:
+        """Return a sum of monomials, as it is."""
         ordered = tuple(
             sorted(
                 ((m, _simple(c)) for m, c in terms.items() if c),
