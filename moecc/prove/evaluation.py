@@ -47,9 +47,11 @@ class Evaluation:
     def _size(self, size: int | str | Extent, terms: Terms) -> Size:
         if not isinstance(size, Extent):
             return size
-        slots = terms[setter_of(size)].slots
-        assert slots is not None, "an extent is set by slots"
-        return slots.sizes[0 if size.kind == "groups" else 2]
+        tensor = terms[setter_of(size)]
+        if tensor.slots is None:
+            # Slots without a meaning: equal terms, equal extents.
+            return f"{size.kind} of term {tensor.body.serial}"
+        return tensor.slots.sizes[0 if size.kind == "groups" else 2]
 
     def _leaf(self, name: str, type: TensorType) -> Tensor:
         axes = self._axes(type, {})

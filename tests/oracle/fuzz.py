@@ -252,6 +252,7 @@ def run(seeds: range, only: str = "") -> dict[str, Any]:
     counts: Counter[str] = Counter()
     edits: dict[str, Counter[str]] = {}
     failures: list[str] = []
+    crashes: Counter[str] = Counter()
     started, processor, prover = time.monotonic(), time.process_time(), 0.0
     for seed in seeds:
         source, exact = "", False
@@ -282,6 +283,9 @@ def run(seeds: range, only: str = "") -> dict[str, Any]:
         prover += outcome.prover_seconds
         if outcome.kind != "agreed":
             counts[outcome.kind] += 1
+            crashes[" ".join(outcome.detail.split()[-30:])] += outcome.kind == "crashed"
+            if crashes[" ".join(outcome.detail.split()[-30:])] > 1:
+                continue
             path = save(pair, outcome, source, exact)
             failures.append(f"{outcome.kind}: {path.name}: {outcome.detail[-300:]}")
     return {
