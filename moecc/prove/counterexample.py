@@ -2,9 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import lcm, prod
+from typing import Any
 
-from moecc.ir.graph import Graph
+from moecc.errors import InputError
+from moecc.ir.graph import Graph, Value
+from moecc.ir.interpreter import ReferenceProgram
+from moecc.ir.ops.slots import SlotsOp
+from moecc.ir.structure import index_bound, length_bounds
+from moecc.support.lazy import np
+from moecc.types import F64, Array, TensorType
+from moecc.weights.arithmetic import Cast
+from moecc.weights.evaluate import evaluate
+from moecc.weights.expr import Expr, Source, sources, transform
+
+Sizes = Mapping[str, int]
+
+MOST_ELEMENTS = 2_000_000
+"""Graphs with more elements in their parameters are not run."""
+
+SEEDS = 4
+LARGEST_SIZE = 4
+DIFFERENCE = 1e-6
+"""A smaller difference, relative to the magnitude of an output, may be rounding."""
+NUDGE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -25,5 +49,143 @@ class Counterexample:
 
 
 def find_counterexample(before: Graph, after: Graph, *, exact: bool) -> Counterexample | None:
-    """Return data on which the outputs of two graphs differ, or None if none were drawn."""
+    """Return data on which the outputs of two graphs differ, or None if none were drawn.
+
+    Args:
+      before: a graph without repetition.
+      after: the same, with the same inputs and outputs.
+      exact: whether results differ that are not the same bits.
+    """
+    elements = sum(
+        prod(s for s in v.type.sizes if isinstance(s, int))
+        for graph in (before, after)
+        for v in graph.params.values()
+    )
+    if elements > MOST_ELEMENTS:
+        return None
+    for seed in range(SEEDS):
+        try:
+            found = _differing_output(before, after, seed, exact)
+        except InputError:  # no meaning in NumPy, or none for these data
+            continue
+        if found is not None:
+            return found
     return None
+
+
+def _differing_output(before: Graph, after: Graph, seed: int, exact: bool) -> Counterexample | None:
+    sizes = _sizes((before, after), seed)
+    inputs = {
+        name: _input(value, after.inputs[name], seed, sizes)
+        for name, value in before.inputs.items()
+    }
+    expected, actual = (_run(g, inputs, seed, sizes) for g in (before, after))
+    for name, right in expected.items():
+        wrong = actual[name]
+        if exact and not np.array_equal(right, wrong, equal_nan=True):
+            return Counterexample(name, seed, sizes, _gap(right, wrong))
+        gap = _gap(right, wrong)
+        if (
+            not exact
+            and gap > DIFFERENCE
+            and gap > 100 * _sensitivity(before, inputs, seed, sizes, name, right)
+        ):
+            return Counterexample(name, seed, sizes, gap)
+    return None
+
+
+def _gap(right: Array, wrong: Array) -> float:
+    """Return the greatest difference relative to the magnitude; 0 where something is not finite."""
+    a, b = right.astype(np.float64), wrong.astype(np.float64)
+    if a.shape != b.shape or not np.isfinite(a).all() or not np.isfinite(b).all() or not a.size:
+        return 0.0
+    return float(np.abs(a - b).max() / max(float(np.abs(a).max()), 1e-30))
+
+
+def _sensitivity(
+    graph: Graph, inputs: Mapping[str, Array], seed: int, sizes: Sizes, name: str, right: Array
+) -> float:
+    """Return how far an output moves under rounding: a tie that tips moves it far."""
+    nudged = _run(graph, inputs, seed, sizes, nudge=NUDGE)[name]
+    return _gap(right, nudged)
+
+
+def _run(
+    graph: Graph, inputs: Mapping[str, Array], seed: int, sizes: Sizes, nudge: float = 0.0
+) -> dict[str, Array]:
+    params = {n: _parameter(v, seed, sizes) for n, v in graph.params.items()}
+    if nudge:
+        params = {n: _nudged(a, nudge, seed, n) for n, a in params.items()}
+    return dict(ReferenceProgram(graph).run(params, inputs))
+
+
+def _nudged(data: Array, by: float, seed: int, name: str) -> Array:
+    if data.dtype.kind in "biu":
+        return data
+    noise = _generator(seed, "nudge", name).standard_normal(data.shape)
+    return np.asarray(data.astype(np.float64) * (1 + by * noise))
+
+
+# Data by seed and name.
+
+
+def _generator(seed: int, *words: str) -> Any:
+    digest = hashlib.blake2b("\0".join(words).encode("utf-8", "surrogatepass"), digest_size=8)
+    return np.random.default_rng([seed, int.from_bytes(digest.digest(), "little")])
+
+
+def _sizes(graphs: Sequence[Graph], seed: int) -> dict[str, int]:
+    """Return small sizes for the open axes, such that groups divide the tokens."""
+    values = [v for g in graphs for v in (*g.inputs.values(), *g.params.values())]
+    names = sorted({s for v in values for s in v.type.sizes if isinstance(s, str)})
+    sizes = {n: int(_generator(seed, "size", n).integers(2, LARGEST_SIZE + 1)) for n in names}
+    bounds = [length_bounds(g) for g in graphs]
+    sizes = {n: min([s, *(b[n] for b in bounds if n in b)]) for n, s in sizes.items()}
+    for node in (n for g in graphs for n in g if n.op.assigns_slots):
+        attrs, type = SlotsOp.of_node(node), node.operands[0].type
+        groups = attrs.group_size or attrs.groups
+        open_sizes = [s for a in attrs.tokens if isinstance(s := type[a].size, str)]
+        if open_sizes:
+            sizes[open_sizes[0]] = lcm(sizes[open_sizes[0]], groups)
+    return sizes
+
+
+def _shape(type: TensorType, sizes: Sizes) -> tuple[int, ...]:
+    known = (sizes[s] if isinstance(s, str) else s for s in type.sizes)
+    return tuple(s for s in known if isinstance(s, int))
+
+
+def _input(value: Value, same: Value, seed: int, sizes: Sizes) -> Array:
+    bounds = [b for b in (index_bound(value), index_bound(same)) if b is not None]
+    return _drawn(f"input {value.name}", value.type, seed, sizes, min(bounds, default=8))
+
+
+def _drawn(name: str, type: TensorType, seed: int, sizes: Sizes, below: int = 8) -> Array:
+    generator, shape = _generator(seed, name), _shape(type, sizes)
+    if type.dtype.kind == "float":
+        return np.asarray(generator.standard_normal(shape))
+    if type.dtype.kind == "bool":
+        return np.asarray(generator.random(shape) < 0.5)
+    return np.asarray(generator.integers(0, below, shape)).astype(type.dtype.numpy)
+
+
+def _parameter(value: Value, seed: int, sizes: Sizes) -> Array:
+    if value.weight is None:
+        return _drawn(f"source {value.name}", value.type, seed, sizes)
+    types = {s.name: s.type for s in sources(value.weight)}
+
+    def read(name: str, start: int = 0, stop: int | None = None) -> Array:
+        data = _drawn(f"source {name}", types[name], seed, {}, 2)
+        return data[start:stop] if types[name].axes else data
+
+    weight = transform(value.weight, _in_float64)
+    return evaluate(weight, read)
+
+
+def _in_float64(expr: Expr) -> Expr:
+    """Return an expression that computes in float64, without rounding in between."""
+    if not expr.type.dtype.is_float or expr.type.dtype is F64:
+        return expr
+    if isinstance(expr, Source):
+        return Source(expr.name, expr.type.with_dtype(F64))
+    return expr.x if isinstance(expr, Cast) else Cast(expr, F64)

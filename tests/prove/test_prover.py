@@ -32,7 +32,11 @@ def test_slots_and_shares_prove_an_upcycled_model() -> None:
     assert lemmas["shares add up"] > 0
 
 
-def test_other_experts_are_not_proved() -> None:
+def test_other_experts_are_refuted_at_their_combination() -> None:
     dense = model("llama_gqa")
     noisy = dense.apply("upcycle{experts=8 top-k=2 init=noise noise-std=0.1}")
-    assert prove(dense.graph, noisy.graph).status != "proved"
+    verdict = prove(dense.graph, noisy.graph)
+    assert verdict.status == "refuted"
+    assert "combine @layers.0.ffn" in verdict.node
+    assert verdict.counterexample is not None
+    assert verdict.counterexample.output == "logits"
