@@ -13,6 +13,7 @@ from moecc.ir.graph import Graph, Value
 from moecc.ir.interpreter import ReferenceProgram
 from moecc.ir.ops.slots import SlotsOp
 from moecc.ir.structure import index_bound, length_bounds
+from moecc.ir.unroll import unrolled
 from moecc.support.lazy import np
 from moecc.types import F64, Array, TensorType
 from moecc.weights.arithmetic import Cast
@@ -52,10 +53,11 @@ def find_counterexample(before: Graph, after: Graph, *, exact: bool) -> Countere
     """Return data on which the outputs of two graphs differ, or None if none were drawn.
 
     Args:
-      before: a graph without repetition.
-      after: the same, with the same inputs and outputs.
+      before: a graph.
+      after: one with the same inputs and outputs.
       exact: whether results differ that are not the same bits.
     """
+    before, after = unrolled(before), unrolled(after)
     elements = sum(
         prod(s for s in v.type.sizes if isinstance(s, int))
         for graph in (before, after)

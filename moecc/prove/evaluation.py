@@ -6,8 +6,9 @@ from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 from moecc.ir.graph import Graph, Node, Value, setter_of
+from moecc.ir.ops.repetition import ScanOp, repetitions
 from moecc.prove.stopped import stopped
-from moecc.terms.tensor import Tensor, pointwise
+from moecc.terms.tensor import Tensor, pointwise, stacked
 from moecc.terms.term import Algebra, Head, Size, Var
 from moecc.types import DType, Extent, TensorType, is_lossless
 from moecc.weights.expr import Expr, walk
@@ -29,15 +30,19 @@ class Evaluation:
         self.weights: dict[Expr, Tensor] = {}
 
     def evaluate(self, graph: Graph) -> Terms:
-        """Return the term of every input, parameter and result of a graph without repetition."""
+        """Return the term of every input, used parameter and result of a graph."""
         terms: Terms = {v: self._input(v) for v in graph.inputs.values()}
         for value in graph.params.values():
             if value.users:
                 terms[value] = self._parameter(value)
+        self._run(graph, terms)
+        return terms
+
+    def _run(self, graph: Graph, terms: Terms) -> None:
+        """Add the results of all nodes of a graph to `terms`."""
         for node in graph:
             for value, tensor in zip(node.results, self._results(node, terms), strict=True):
                 terms[value] = replace(tensor, dtype=value.type.dtype)
-        return terms
 
     # Leaves.
 
@@ -85,6 +90,8 @@ class Evaluation:
 
     def _results(self, node: Node, terms: Terms) -> Sequence[Tensor]:
         operands = [terms[v] for v in node.operands]
+        if node.body is not None:
+            return self._repeated(node, node.body, operands)
         if node.op.blocks_gradient and not self.exact:
             return [stopped(operands[0])]
         meaning = node.op.term
@@ -101,6 +108,27 @@ class Evaluation:
             result = pointwise(name, _attributes(node), operands)
             return [replace(result, axes=self._axes(node.result.type, terms))]
         return self._uninterpreted(node, operands, terms)
+
+    def _repeated(self, node: Node, body: Graph, operands: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the results of a scan: its body, once for each position of the axis."""
+        attrs = ScanOp.of_node(node)
+        axis, runs = repetitions(node.attrs)
+        end = attrs.carries + attrs.stacked
+        carried, collected = list(operands[: attrs.carries]), []
+        for at in range(runs):
+            position = {axis: self.algebra.number(at)}
+            slices = [x.moved(x.without(axis), position) for x in operands[attrs.carries : end]]
+            inputs = (*carried, *slices, *operands[end:])
+            terms: Terms = {
+                v: replace(x, dtype=v.type.dtype)
+                for v, x in zip(body.inputs.values(), inputs, strict=True)
+            }
+            self._run(body, terms)
+            results = [terms[v] for v in body.terminator.operands]
+            carried = results[: attrs.carries]
+            collected.append(results[attrs.carries :])
+        stacks = [stacked(parts, axis) for parts in zip(*collected, strict=True)]
+        return [*carried, *stacks]
 
     def _uninterpreted(
         self, node: Node, operands: Sequence[Tensor], terms: Terms

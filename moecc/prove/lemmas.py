@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise, permutations
-from typing import Any
+from typing import Any, Literal
 
 from moecc.prove.occurrences import Occurrences, index_of_all, outline
 from moecc.prove.stopped import stopped_body
@@ -24,6 +24,7 @@ from moecc.terms.term import (
     Algebra,
     Application,
     Coefficient,
+    Cut,
     Factor,
     Head,
     Monomial,
@@ -113,6 +114,13 @@ class Step:
     parameters: tuple[object, ...]
 
 
+LARGE = 200
+"""Above this weight a sum is named when it becomes a factor, which bounds the work on terms."""
+
+MANY_TERMS = 12
+"""A sum of more terms is named when something is added to it: residual streams are sums."""
+
+
 @dataclass
 class Lemmas(Rules):
     """All lemmas, with a record of their uses.
@@ -120,12 +128,28 @@ class Lemmas(Rules):
     Attributes:
       exact: whether only lemmas are used of which both sides are the same bits.
       counts: how often each was used.
-      steps: the uses, each after those that its right side rests on.
+      steps: the uses, each after those that its right side rests on, and cuts among them.
+      cuts: how polynomials were cut, by role.
     """
 
     exact: bool = False
     counts: Counter[str] = field(default_factory=Counter)
     steps: list[Step] = field(default_factory=list)
+    cuts: dict[tuple[Polynomial, str], Cut | None] = field(default_factory=dict)
+
+    def cut(self, body: Polynomial, role: Literal["factor", "summand"]) -> Cut | None:
+        """Return how a polynomial becomes a part of a term, which its size decides."""
+        key = (body, role)
+        if key not in self.cuts:
+            choice: Cut | None = None
+            if role == "summand":
+                choice = "name" if len(body.terms) > MANY_TERMS else None
+            elif len(body.terms) > 1:
+                choice = "name" if body.weight > LARGE else "group"
+            self.cuts[key] = choice
+            if choice is not None:
+                self.steps.append(Step(f"cut {role}", body, (choice,)))
+        return self.cuts[key]
 
     def of_application(self, algebra: Algebra, application: Application) -> Polynomial | None:
         """Return what the first lemma that applies says."""

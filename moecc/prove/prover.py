@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from moecc.ir.graph import Graph, Node, Value, where
-from moecc.ir.unroll import unrolled
 from moecc.prove.counterexample import Counterexample, find_counterexample
 from moecc.prove.evaluation import Evaluation, Terms
 from moecc.prove.lemmas import Lemmas
+from moecc.prove.log import log_of
+from moecc.support.untyped import JsonDict
 from moecc.terms.tensor import Tensor
 from moecc.terms.term import Algebra
 from moecc.types import Extent, TensorType
@@ -43,7 +44,7 @@ class Verdict:
       terms: the terms that differ there, of the first graph and of the second.
       lemmas: how often each lemma was used.
       assumptions: what the proof rests on besides.
-      log: the steps of the proof.
+      log: the steps of the proof, in the format of ``docs/proof-log.md``.
       counterexample: for ``refuted``, the data on which outputs differ.
     """
 
@@ -52,7 +53,7 @@ class Verdict:
     terms: tuple[str, str] = ("", "")
     lemmas: dict[str, int] = field(default_factory=dict)
     assumptions: tuple[str, ...] = ASSUMPTIONS
-    log: tuple[object, ...] = ()
+    log: JsonDict = field(default_factory=dict)
     counterexample: Counterexample | None = None
 
     def __bool__(self) -> bool:
@@ -70,17 +71,17 @@ def prove(before: Graph, after: Graph, *, exact: bool = False) -> Verdict:
     with _deep_and_uncollected():
         lemmas = Lemmas(exact)
         evaluation = Evaluation(Algebra(lemmas), exact=exact)
-        old, new = unrolled(before), unrolled(after)
-        parting = _parting(evaluation, old, new)
+        parting = _parting(evaluation, before, after)
         assumptions = EXACT_ASSUMPTIONS if exact else ASSUMPTIONS
-        counts, log = dict(sorted(lemmas.counts.items())), tuple(lemmas.steps)
+        counts = dict(sorted(lemmas.counts.items()))
         if parting is None:
+            log = log_of(before, after, lemmas.steps, exact=exact)
             return Verdict("proved", "", ("", ""), counts, assumptions, log)
     node, terms = parting
     has_signature = node.split()[0] not in ("inputs", "outputs", "input", "output")
-    counterexample = find_counterexample(old, new, exact=exact) if has_signature else None
+    counterexample = find_counterexample(before, after, exact=exact) if has_signature else None
     status: Status = "unknown" if counterexample is None else "refuted"
-    return Verdict(status, node, terms, counts, assumptions, log, counterexample)
+    return Verdict(status, node, terms, counts, assumptions, counterexample=counterexample)
 
 
 @contextmanager

@@ -114,20 +114,14 @@ class Tensor:
         return let(self.algebra, self.body)
 
 
-LARGE = 200
-"""Above this weight a sum is named when it becomes a factor, which bounds the work on terms."""
-
-MANY_TERMS = 12
-"""A sum of more terms is named when something is added to it: residual streams are sums."""
-
-
 def grouped(algebra: Algebra, body: Polynomial) -> Polynomial:
-    """Return a polynomial as one factor: in parentheses if it is a sum, named if it is large."""
-    if len(body.terms) < 2:
-        return body
-    if body.weight > LARGE:
-        return let(algebra, body)
-    return algebra.apply(Head("group"), (), (body,))
+    """Return a polynomial as one factor: in parentheses, under a name, or as it is."""
+    match algebra.rules.cut(body, "factor"):
+        case "name":
+            return let(algebra, body)
+        case "group":
+            return algebra.apply(Head("group"), (), (body,))
+    return body
 
 
 def let(algebra: Algebra, body: Polynomial) -> Polynomial:
@@ -154,7 +148,9 @@ def pointwise(name: str, attrs: Sequence[Hashable], tensors: Sequence[Tensor]) -
 def summed(*tensors: Tensor) -> Tensor:
     """Return the sum, element by element."""
     algebra = tensors[0].algebra
-    bodies = [let(algebra, t.body) if len(t.body.terms) > MANY_TERMS else t.body for t in tensors]
+    bodies = [
+        let(algebra, t.body) if algebra.rules.cut(t.body, "summand") else t.body for t in tensors
+    ]
     return Tensor(algebra, joint_axes(tensors), algebra.add(*bodies))
 
 
@@ -215,7 +211,7 @@ def stacked(parts: Sequence[Tensor], axis: str, position: int = 0) -> Tensor:
     bodies = [algebra.index(new), *(t.body for t in parts)]
     body = algebra.apply(Head("stack", (len(parts),)), (), bodies)
     axes = (*parts[0].axes[:position], new, *parts[0].axes[position:])
-    return Tensor(algebra, axes, body)
+    return Tensor(algebra, axes, body, all(t.finite for t in parts))
 
 
 def split(x: Tensor, axis: str, into: Sequence[tuple[str, Size]]) -> Tensor:

@@ -17,7 +17,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from itertools import permutations, product
 from math import factorial, inf, prod
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 Coefficient = int | Fraction
 Size = int | str
@@ -471,8 +471,19 @@ class Algebra:
         return self._polynomials[ordered]
 
 
+Cut = Literal["name", "group"]
+"""How a sum becomes one part of a term: under a name, or in parentheses."""
+
+
 class Rules:
     """Equations, each used from left to right; this base has none."""
+
+    def cut(self, body: Polynomial, role: Literal["factor", "summand"]) -> Cut | None:
+        """Return how a polynomial becomes a factor of a product or a part of a sum; None: as it is.
+
+        Both sides of an equation are cut alike, so this decides what is proved, not what is true.
+        """
+        return None
 
     def of_application(self, algebra: Algebra, application: Application) -> Polynomial | None:
         """Return what the application equals, in normal form, or None if it is normal."""

@@ -99,9 +99,7 @@ class Expr(metaclass=_Interned):
 
     def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
         """Return an uninterpreted function of the operands, unless the class knows better."""
-        fields = tuple(self._key()[1:])
-        attrs = tuple(str(f) for f in fields if not _has_operands(f))
-        head = Head("weight", (self.__class__.__name__, *attrs, *self.type.shape))
+        head = Head("weight", (self._spelled("_"),))
         axes = tuple(algebra.axis(a.name, size(a)) for a in self.type.axes)
         body = algebra.apply(head, [x.closed() for x in operands], [algebra.index(v) for v in axes])
         return Tensor(algebra, axes, body)
@@ -147,14 +145,21 @@ class Expr(metaclass=_Interned):
 
     def __str__(self) -> str:
         """Return the text, on one line; `moecc.weights.text` parses it."""
+        return self._spelled(None)
+
+    def _spelled(self, operand: str | None) -> str:
+        """Return the text, with `operand`, if there is one, in place of every operand."""
         pieces: list[str] = []
         for group in self.parsed_syntax:
             if group.defaults and _identity(getattr(self, group.parts[0][1])) in group.defaults:
                 continue
             for literal, name, form in group.parts:
                 pieces.append(literal)
-                if name:
-                    pieces.append(FORMS.get(form, str)(getattr(self, name)))
+                if not name:
+                    continue
+                value = getattr(self, name)
+                hidden = operand is not None and isinstance(value, Expr)
+                pieces.append(str(operand) if hidden else FORMS.get(form, str)(value))
         return "".join(pieces)
 
     def __repr__(self) -> str:
@@ -299,13 +304,6 @@ class Full(Expr):
             head = Head("constant", (self.value, str(self.type.dtype)))
             return Tensor(algebra, axes, algebra.apply(head))
         return Tensor(algebra, axes, algebra.number(stored))
-
-
-def _has_operands(field: object) -> bool:
-    """Return whether a field holds expressions."""
-    return isinstance(field, Expr) or (
-        isinstance(field, tuple) and bool(field) and isinstance(field[0], Expr)
-    )
 
 
 def check_type(expr: Expr, type: TensorType) -> None:
