@@ -11,10 +11,17 @@ from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 from moecc.families.building import GraphRequest
-from moecc.families.config import ModelConfig, Only, activation, config_class, flag, size
+from moecc.families.config import (
+    ModelConfig,
+    Only,
+    TensorNames,
+    activation,
+    config_class,
+    flag,
+    size,
+)
 from moecc.families.graphs.blocks import Blocks
 from moecc.families.graphs.parameters import Parameters
-from moecc.families.names import TensorNames
 from moecc.families.outside import Family
 from moecc.families.reader import COUNT, LAYERS, LENGTH, NEURONS, WIDTH, KeyProblem
 from moecc.ir import I32, Builder, Graph, Value, tensor

@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
-from moecc.families.config import ModelConfig, activation, config_class, number, size
-from moecc.families.names import BlockNames, GgufFacts
+from moecc.families.config import (
+    BlockNames,
+    GgufFacts,
+    ModelConfig,
+    activation,
+    config_class,
+    number,
+    size,
+)
 from moecc.families.reader import (
     COUNT,
     EXTRA_DEFAULTS,

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, ClassVar
 from moecc.families.config import (
     CAUSAL,
     ModelConfig,
+    TensorNames,
     activation,
     config_class,
     flag,
     number,
     size,
 )
-from moecc.families.names import TensorNames
 from moecc.families.reader import (
     COUNT,
     EXTRA_DEFAULTS,

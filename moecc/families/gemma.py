@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
-from moecc.families.config import config_class
+from moecc.families.config import GgufFacts, config_class
 from moecc.families.decoder import ATTENTION_BIASES, DEFAULTS, DecoderConfig
-from moecc.families.names import GgufFacts
 from moecc.families.reader import LAYERS, KeyProblem, Reader, key_problem
 from moecc.families.rope import RopeConfig, read_rope
 from moecc.support.untyped import JsonDict

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from moecc.families.config import config_class
+from moecc.families.config import EngineReading, GgufFacts, TensorNames, config_class
 from moecc.families.mixture import MOE_DEFAULTS, TRANSFORMERS, MoeConfig
-from moecc.families.names import EngineReading, GgufFacts, TensorNames
 from moecc.families.reader import COUNT, Reader
 from moecc.support.untyped import JsonDict
 

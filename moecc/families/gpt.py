@@ -7,6 +7,8 @@ from typing import ClassVar
 
 from moecc.families.config import (
     CAUSAL,
+    BlockNames,
+    GgufFacts,
     ModelConfig,
     Only,
     activation,
@@ -15,7 +17,6 @@ from moecc.families.config import (
     number,
     size,
 )
-from moecc.families.names import BlockNames, GgufFacts
 from moecc.families.reader import (
     COUNT,
     EXTRA_DEFAULTS,

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from moecc.families.config import ModelConfig, config_class, number
+from moecc.families.config import EngineReading, ModelConfig, TensorNames, config_class, number
 from moecc.families.decoder import ATTENTION_BIASES
 from moecc.families.mixture import FIXED_GATES_DEFAULTS, ONE_WIDTH, TRANSFORMERS, MoeConfig
-from moecc.families.names import EngineReading, TensorNames
 from moecc.families.reader import KeyProblem, Reader, key_problem
 from moecc.families.rope import RopeConfig
 from moecc.support.untyped import JsonDict

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from moecc.families.config import config_class
+from moecc.families.config import EngineReading, GgufFacts, TensorNames, config_class
 from moecc.families.decoder import ATTENTION_BIASES, BIASES, DEFAULTS, DecoderConfig
 from moecc.families.mixture import FIXED_GATES_DEFAULTS, ONE_WIDTH, TRANSFORMERS, MoeConfig
-from moecc.families.names import EngineReading, GgufFacts, TensorNames
 from moecc.families.reader import Reader
 from moecc.support.untyped import JsonDict
 

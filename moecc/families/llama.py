@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moecc.families.config import config_class
+from moecc.families.config import EngineReading, GgufFacts, MaxTextFacts, TensorNames, config_class
 from moecc.families.decoder import BIASES, DEFAULTS, DecoderConfig
 from moecc.families.mixture import MOE_DEFAULTS, ONE_WIDTH, TRANSFORMERS, MoeConfig
-from moecc.families.names import EngineReading, GgufFacts, MaxTextFacts, TensorNames
 from moecc.families.reader import KeyProblem, key_problem
 
 

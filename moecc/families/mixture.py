@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, ClassVar
 
-from moecc.families.config import ModelConfig, config_class, flag, number, size
+from moecc.families.config import EngineReading, ModelConfig, config_class, flag, number, size
 from moecc.families.decoder import DEFAULTS, DecoderConfig
-from moecc.families.names import EngineReading
 from moecc.families.reader import COUNT, LAYERS, NEURONS, KeyProblem, Reader, key_problem
 from moecc.support.untyped import JsonDict
 

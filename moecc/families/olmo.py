@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from moecc.families.config import config_class
+from moecc.families.config import EngineReading, GgufFacts, config_class
 from moecc.families.decoder import ATTENTION_BIASES, DEFAULTS, DecoderConfig
 from moecc.families.mixture import MOE_DEFAULTS, ONE_WIDTH, TRANSFORMERS, MoeConfig
-from moecc.families.names import EngineReading, GgufFacts
 from moecc.support.untyped import JsonDict
 
 

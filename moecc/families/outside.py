@@ -13,8 +13,7 @@ from typing import Any
 
 from moecc.errors import Problem, UsageError
 from moecc.families.building import BUILDERS, GraphBuilder
-from moecc.families.config import ModelConfig
-from moecc.families.names import TensorNames
+from moecc.families.config import ModelConfig, TensorNames
 from moecc.families.registry import CONFIGS, ORIGINS
 from moecc.families.shrinking import SHRINKERS
 from moecc.support.user_files import run_file

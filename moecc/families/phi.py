@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from moecc.families.config import config_class, number
+from moecc.families.config import EngineReading, GgufFacts, TensorNames, config_class, number
 from moecc.families.decoder import ATTENTION_BIASES, DEFAULTS, DecoderConfig
 from moecc.families.mixture import FIXED_GATES_DEFAULTS, ONE_WIDTH, TRANSFORMERS, MoeConfig
-from moecc.families.names import EngineReading, GgufFacts, TensorNames
 from moecc.families.reader import KeyProblem, Reader, key_problem
 from moecc.families.rope import ROPE_KEYS, attention_factor
 from moecc.support.untyped import JsonDict

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from moecc.families.config import ModelConfig, config_class
+from moecc.families.config import EngineReading, GgufFacts, MaxTextFacts, ModelConfig, config_class
 from moecc.families.decoder import ATTENTION_BIASES, DEFAULTS, DecoderConfig
 from moecc.families.mixture import MOE_DEFAULTS, TRANSFORMERS, MoeConfig
-from moecc.families.names import EngineReading, GgufFacts, MaxTextFacts
 
 if TYPE_CHECKING:
     from moecc.weights.expr import Expr

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from moecc.families.config import config_class
+from moecc.families.config import GgufFacts, config_class
 from moecc.families.decoder import BIASES, DEFAULTS, DecoderConfig
-from moecc.families.names import GgufFacts
 from moecc.families.reader import LAYERS, Reader
 from moecc.support.untyped import JsonDict
 

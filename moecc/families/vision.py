@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from moecc.families.config import ModelConfig, activation, config_class, flag, number, size
-from moecc.families.names import BlockNames
+from moecc.families.config import (
+    BlockNames,
+    ModelConfig,
+    activation,
+    config_class,
+    flag,
+    number,
+    size,
+)
 from moecc.families.reader import COUNT, LAYERS, NEURONS, WIDTH, KeyProblem, Reader, key_problem
 from moecc.support.untyped import JsonDict
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moecc.families.config import CAUSAL, ModelConfig, activation, config_class, size
-from moecc.families.names import TensorNames
+from moecc.families.config import CAUSAL, ModelConfig, TensorNames, activation, config_class, size
 from moecc.families.reader import (
     COUNT,
     EXTRA_DEFAULTS,

@@ -131,7 +131,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, needs_config: bool = True) 
 
 def _open_folder(source: Path, needs_config: bool) -> Checkpoint:
     if tree := _tree_in(source):
-        from moecc.formats.trees.checkpoint import open_tree
+        from moecc.formats.trees import open_tree
 
         return open_tree(source, tree, needs_config=needs_config)
     folder = open_folder(source, needs_config=needs_config)
@@ -155,7 +155,7 @@ def _tree_in(source: Path) -> Path | None:
         raise os_problem(error, source) from None
     if any(name.endswith((".safetensors", ".gguf")) for name in names):
         return None
-    from moecc.formats.trees.arrays import find_tree
+    from moecc.formats.arrays import find_tree
 
     return find_tree(source)
 

@@ -14,6 +14,7 @@ from typing import Annotated
 
 from moecc.errors import CheckError, InputError, MoeccError, Problem, nearest
 from moecc.formats.adapter import models_of
+from moecc.formats.arrays import ZarrArrays, files_below
 from moecc.formats.files import (
     Identity,
     identify,
@@ -31,7 +32,6 @@ from moecc.formats.manifest import (
     read_sealed,
 )
 from moecc.formats.source import Checkpoint, GivenParams, TensorInfo, tensor_info
-from moecc.formats.trees.arrays import ZarrArrays, files_below
 from moecc.support.problems import Problems, quoted
 from moecc.support.process import Closing
 from moecc.support.record import Check, Count, RecordReader, read_record

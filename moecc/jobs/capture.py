@@ -25,8 +25,8 @@ from moecc.jobs.command import (
     Spelling,
 )
 from moecc.jobs.evaluate import EvaluationSpec, Tracing, is_token
+from moecc.model.initialise import BlockSums, CaptureFacts, ExpertSums, fingerprint, write_capture
 from moecc.model.open import OpenedModel, open_model
-from moecc.model.statistics import BlockSums, CaptureFacts, ExpertSums, fingerprint, write_capture
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline

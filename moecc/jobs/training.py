@@ -34,7 +34,7 @@ from moecc.formats.run import (
     saved_steps,
     split_reference,
 )
-from moecc.formats.trees.checkpoint import SavedMoments, TreeCheckpoint
+from moecc.formats.trees import SavedMoments, TreeCheckpoint
 from moecc.ir.files import read_graph
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone

@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 
 from moecc.errors import InputError, Problem, nearest, printable
 from moecc.families.building import build_model
-from moecc.families.config import ModelConfig
+from moecc.families.config import FUSED_GATE_UP, ModelConfig
 from moecc.families.encdec import STACKS, EncDecConfig
 from moecc.families.mixture import MoeConfig
-from moecc.families.names import FUSED_GATE_UP
 from moecc.families.registry import CONFIGS, parse_config
 from moecc.families.st_moe import StMoeConfig
 from moecc.families.switch_transformers import SwitchTransformersConfig

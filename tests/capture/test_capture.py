@@ -17,8 +17,8 @@ import moecc
 from moecc.backend import get_backend
 from moecc.cli.main import main
 from moecc.jobs.evaluate import EvaluationSpec, Tracing
+from moecc.model.initialise import BlockSums, open_capture
 from moecc.model.open import open_model
-from moecc.model.statistics import BlockSums, open_capture
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.train.tokens.folder import TokenFolder, open_tokens

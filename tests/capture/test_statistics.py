@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecc.model.statistics import BlockSums, ExpertSums
+from moecc.model.initialise import BlockSums, ExpertSums
 
 from .rounding import UNIT, assert_within, bounds_of_block
 

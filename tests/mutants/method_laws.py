@@ -21,7 +21,7 @@ from moecc.formats import adapter
 from moecc.formats.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from moecc.ir import Graph
 from moecc.ir.structure import clone
-from moecc.model.statistics import BlockSums, ExpertSums
+from moecc.model.initialise import BlockSums, ExpertSums
 from moecc.rewrite.passes import Context, Pass, Statistics
 from moecc.testing.configs import MemoryCheckpoint
 from moecc.types import F64

@@ -31,7 +31,7 @@ from moecc.formats.adapter import (
 from moecc.formats.open import open_checkpoint
 from moecc.formats.source import Checkpoint
 from moecc.ir.graph import Graph
-from moecc.model.statistics import BlockSums
+from moecc.model.initialise import BlockSums
 from moecc.rewrite.passes import Context, Statistics
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecc.support.patterns import LONGEST, UnsupportedPattern, parse_pattern
+from moecc.formats.adapter import LONGEST, UnsupportedPattern, parse_pattern
 
 ATOMS = ["a", "b", ".", r"\.", r"\d", "[ab]", "[^a]", "1", "^", "$"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moecc.families.bert import BertConfig
+from moecc.families.config import BlockNames
 from moecc.families.graphs.blocks import Blocks
 from moecc.families.graphs.parameters import GraphRequest, Parameters
-from moecc.families.names import BlockNames
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
 from moecc.types import I32, PRED, tensor

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moecc.families.config import BlockNames
 from moecc.families.gpt import GptConfig
 from moecc.families.graphs.blocks import Blocks
 from moecc.families.graphs.decoder import Rotation, rope_tables, rotated
 from moecc.families.graphs.parameters import GraphRequest, Parameters
-from moecc.families.names import BlockNames
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
 from moecc.types import I32, tensor

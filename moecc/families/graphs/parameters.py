@@ -10,8 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from moecc.errors import InputError
-from moecc.families.config import ModelConfig
-from moecc.families.names import FUSED_DOWN, FUSED_GATE_UP, FUSED_ROUTER, TensorNames
+from moecc.families.config import FUSED_DOWN, FUSED_GATE_UP, FUSED_ROUTER, ModelConfig, TensorNames
 from moecc.ir.graph import Graph, Value
 from moecc.types import F32, DType, Size, tensor
 from moecc.weights.expr import Expr, Source

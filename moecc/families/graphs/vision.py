@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moecc.families.config import BlockNames
 from moecc.families.graphs.blocks import Blocks
 from moecc.families.graphs.parameters import GraphRequest, Parameters
-from moecc.families.names import BlockNames
 from moecc.families.vision import Dinov2Config, VisionConfig
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value

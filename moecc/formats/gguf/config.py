@@ -12,9 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from moecc.errors import InputError, Problem, nearest
-from moecc.families.config import ModelConfig
+from moecc.families.config import BlockNames, GgufFacts, ModelConfig
 from moecc.families.mixture import MoeConfig
-from moecc.families.names import BlockNames, GgufFacts
 from moecc.formats.gguf.encode import Key, Written
 from moecc.formats.gguf.families import (
     BLOCK,

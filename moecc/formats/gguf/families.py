@@ -1,6 +1,6 @@
 """The architectures of GGUF that moecc reads and writes, derived from the families of configs.
 
-`moecc.families.names.GgufFacts` of a family says what llama.cpp computes whatever a file says;
+`moecc.families.config.GgufFacts` of a family says what llama.cpp computes whatever a file says;
 `tests/engines/` holds the facts to the engine.
 """
 
@@ -10,10 +10,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from moecc.families.config import ModelConfig
+from moecc.families.config import GgufFacts, ModelConfig
 from moecc.families.decoder import DecoderConfig
 from moecc.families.mixture import MoeConfig
-from moecc.families.names import GgufFacts
 from moecc.families.registry import CONFIGS
 
 LLAMA3_LOW, LLAMA3_HIGH = 1.0, 4.0

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from moecc.cli.main import main
 from moecc.formats.open import open_checkpoint
 from moecc.formats.run import StateReader, saved_steps
-from moecc.formats.trees.checkpoint import TreeCheckpoint
+from moecc.formats.trees import TreeCheckpoint
 from moecc.types import Array
 from tests.train.tiny import draw_weights, make_corpus, make_model
 

@@ -16,9 +16,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from moecc.errors import InputError, MachineError, MoeccError
+from moecc.formats.arrays import ZarrArrays
 from moecc.formats.open import open_checkpoint
 from moecc.formats.safetensors import natural
-from moecc.formats.trees.arrays import ZarrArrays
 from moecc.ir import print_graph
 from moecc.translate.importing import import_checkpoint
 from moecc.types import Array

@@ -16,7 +16,7 @@ from typing import Any
 import ml_dtypes
 
 from moecc.errors import InputError, MachineError, described
-from moecc.formats.trees.arrays import FILE, ArrayPiece, Tree, ZarrArrays, files_below
+from moecc.formats.arrays import FILE, ArrayPiece, Tree, ZarrArrays, files_below
 from moecc.support.extras import install_hint
 from moecc.support.lazy import np
 from moecc.support.problems import Problems, quoted
