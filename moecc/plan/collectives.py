@@ -16,8 +16,8 @@ from typing import Literal, NamedTuple
 
 from moecc.ir.graph import Node, Value
 from moecc.ir.traits import RowMove
-from moecc.plan.machines import Route
 from moecc.plan.memory import Sharded, Sharding
+from moecc.plan.networks import Route
 from moecc.plan.parts import GlobalShape, Part, Step, Weight, root_of
 from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.workload import Workload

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from moecc.errors import InputError
 from moecc.ir.mesh import Mesh
 from moecc.plan.collectives import seconds
-from moecc.plan.machines import Machine, Slices, Switch, Torus, efficiency, sizes_of_kind
+from moecc.plan.machines import Machine, efficiency, sizes_of_kind
+from moecc.plan.networks import Slices, Switch, Torus
 from moecc.plan.parts import GlobalShape, Part, Step, Weight
 from moecc.plan.report import Idea
 from moecc.plan.search import Ranking, WorkOn, problems, seconds_text, why_slower

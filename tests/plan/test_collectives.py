@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from moecc.ir import OPS
 from moecc.ir.traits import CollectiveKind
 from moecc.plan.collectives import seconds, sent_bytes
-from moecc.plan.machines import HOP_SECONDS, Dim, TorusRoute, efficiency, parse_machine, table
+from moecc.plan.machines import efficiency, parse_machine, table
+from moecc.plan.networks import HOP_SECONDS, Dim, TorusRoute
 
 Array = np.ndarray
 

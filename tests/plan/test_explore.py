@@ -23,7 +23,8 @@ from moecc.plan.explore import (
     staged,
     whole_keys,
 )
-from moecc.plan.machines import HOP_SECONDS, Switch, efficiency, parse_machine
+from moecc.plan.machines import efficiency, parse_machine
+from moecc.plan.networks import HOP_SECONDS, Switch
 from moecc.plan.step import StepConfig, Strategy, plan_mesh
 from moecc.plan.time import PartCost
 from moecc.plan.workload import Batch, Workload, planned_graph, workload

@@ -7,13 +7,7 @@ from math import prod
 import pytest
 
 from moecc.errors import InputError, UsageError
-from moecc.plan.machines import (
-    parse_machine,
-    short_names,
-    sizes_of_kind,
-    table,
-    topologies,
-)
+from moecc.plan.machines import parse_machine, short_names, sizes_of_kind, table, topologies
 from moecc.plan.search import check_devices, meshes
 from moecc.plan.step import plan_mesh
 

@@ -13,7 +13,8 @@ from moecc.cli.main import main
 from moecc.errors import InputError, UsageError
 from moecc.jobs.plan import plan_step
 from moecc.model.open import open_model
-from moecc.plan.machines import Switch, Torus, find_machine, parse_machine, sizes_of_kind
+from moecc.plan.machines import find_machine, parse_machine, sizes_of_kind
+from moecc.plan.networks import Switch, Torus
 from moecc.plan.step import StepConfig
 
 MODEL = str(Path(__file__).parents[1] / "golden" / "llama_gqa")

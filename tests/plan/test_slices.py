@@ -10,7 +10,8 @@ import moecc
 from moecc.cli.main import main
 from moecc.errors import InputError, UsageError
 from moecc.plan.explore import part_of_machine
-from moecc.plan.machines import HOP_SECONDS, Slices, find_machine, parse_machine, sizes_of_kind
+from moecc.plan.machines import find_machine, parse_machine, sizes_of_kind
+from moecc.plan.networks import HOP_SECONDS, Slices
 
 ONE, TWO = parse_machine("tpu:v5p:2x2x4"), parse_machine("tpu:v5p:2x2x4:2")
 OUTER = 6.25e9

@@ -24,7 +24,8 @@ from moecc.ahead.request import Job, Result
 from moecc.errors import InputError, MachineError, Problem, UsageError
 from moecc.ir.graph import Graph
 from moecc.jobs.compile import environment
-from moecc.plan.machines import Machine, Slices
+from moecc.plan.machines import Machine
+from moecc.plan.networks import Slices
 from moecc.sharding.vias import GSPMD
 from moecc.support.extras import install_hint
 from moecc.support.text import amount
