@@ -6,12 +6,14 @@ Backends register under the entry point ``moecc.backends``: a mapping from a nam
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Protocol, runtime_checkable
 
 from moecc.errors import UsageError, nearest
 from moecc.ir.graph import Graph
+from moecc.support.untyped import JsonDict
 from moecc.types import F32, Array, DType
 from moecc.types import Arrays as Arrays
 
@@ -109,6 +111,53 @@ class MeshBackend(Backend, Protocol):
           AssertionError: devices hold different copies of what should be the same.
         """
         ...
+
+
+@dataclass(frozen=True)
+class EmittedProgram:
+    """A model as a program that its owner reads, and what stands beside it in a checkpoint.
+
+    Attributes:
+      files: the text of each file, by its name.
+      params: for each parameter of the unrolled graph its name in the checkpoint.
+      config: what ``config.json`` says besides the graph.
+    """
+
+    files: Mapping[str, str]
+    params: Mapping[str, str]
+    config: JsonDict
+
+
+@runtime_checkable
+class EmittingBackend(Protocol):
+    """A backend that writes graphs as programs in the language of its name."""
+
+    def emit(self, graph: Graph) -> EmittedProgram:
+        """Return `graph` as a program, a function of the graph alone.
+
+        Raises:
+          InputError: the graph has something that cannot be written.
+        """
+        ...
+
+
+EMITTERS = {"torch": "torch_source"}
+"""The backends that write programs, by language."""
+
+
+def emit_program(graph: Graph, language: str) -> EmittedProgram:
+    """Return `graph` as a program in `language`.
+
+    Raises:
+      UsageError: there is no such language.
+      InputError: the graph has something that cannot be written.
+    """
+    if language not in EMITTERS:
+        hint = nearest(language, EMITTERS) or f"languages: {', '.join(EMITTERS)}"
+        raise UsageError(f"no program is written in {language!r}", hint=hint)
+    backend = get_backend(EMITTERS[language])
+    assert isinstance(backend, EmittingBackend), "a backend of EMITTERS"
+    return backend.emit(graph)
 
 
 @cache

@@ -30,4 +30,14 @@ def _xla() -> Backend:
     return XlaBackend()
 
 
-REGISTRY: dict[str, Callable[[], Backend]] = {"reference": _reference, "xla": _xla}
+def _torch_source() -> Backend:
+    from moecc_backends.torch_source import TorchSourceBackend
+
+    return TorchSourceBackend()
+
+
+REGISTRY: dict[str, Callable[[], Backend]] = {
+    "reference": _reference,
+    "xla": _xla,
+    "torch_source": _torch_source,
+}

@@ -103,12 +103,22 @@ LAYOUT = 1
 """The version of the general layout."""
 
 
+PROGRAM_CLASSES = (
+    "StMoeModel",
+    "StMoeForCausalLM",
+    "StMoeForConditionalGeneration",
+)
+"""The classes of the programs that are written beside a graph."""
+
+
 @config_class
 class GraphConfig(ModelConfig):
     """The general layout of st_moe: the lines of a graph whose parameters are the tensors."""
 
     model_type = FAMILY
     architecture = "StMoeGraph"
+    own_code = True  # the file that `emit` writes; the graph is read, and never the file
+    aliases = PROGRAM_CLASSES
     takes_mask = True
     only = {"moecc_layout": (LAYOUT, "written by another version of moecc")}
     always = {"moecc_layout": LAYOUT}

@@ -16,6 +16,7 @@ COMMANDS = {
     "clean": "Remove what killed conversions left beside outputs.",
     "verify": "Check the files, logits or plan of a model.",
     "run": "Run a model and write its logits or hidden states.",
+    "emit": "Write a model as a program, with its weights.",
     "lower": "Print a model as jax or XLA sees it.",
     "generate": "Continue texts with a model.",
     "plan": "Predict memory, time and traffic, and find a mesh.",

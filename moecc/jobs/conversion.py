@@ -9,7 +9,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moecc.errors import InputError
+from moecc.errors import InputError, UsageError
+from moecc.families.st_moe import GraphConfig
 from moecc.formats.adapter import branches_of, other_bases
 from moecc.ir.graph import Graph
 from moecc.ir.unroll import unroll
@@ -179,6 +180,7 @@ def plan(
     loaded: Sequence[str] = (),
     check: bool = True,
     statistics: Statistics | None = None,
+    emit: str | None = None,
 ) -> Plan:
     """Return the plan of a conversion.
 
@@ -194,18 +196,25 @@ def plan(
       loaded: the files that passes of one's own are from, for the command on the card.
       check: whether each pass is held to its promise, on the model at small sizes.
       statistics: what was captured of the model's values; see `moecc.model.initialise`.
+      emit: the language of a program to write beside the tensors, for the target ``st_moe``.
 
     Raises:
-      UsageError: there is no such target, or no such type in it.
+      UsageError: there is no such target, or no such type or program in it.
       InputError: a pass cannot be applied to this model, or the target cannot express the result.
       CheckError: a pass broke its promise.
     """
     from moecc.formats.gguf.storage import Storage
     from moecc.rewrite.runner import run_pipeline, temporary_folder
-    from moecc.translate.export import export_graph
+    from moecc.translate.export import export_emitted, export_graph
     from moecc.translate.gguf import architecture_of, check_type, export_gguf, quantising_remarks
     from moecc.translate.propose import check_target
 
+    if emit is not None and target not in (AUTO, GraphConfig.model_type):
+        raise UsageError(
+            f"a program is written for {GraphConfig.model_type}, not for {target}",
+            hint=f"--to {GraphConfig.model_type} --emit {emit}",
+        )
+    target = target if emit is None else GraphConfig.model_type
     architecture = architecture_of(target)
     check_type(dtype, architecture)
     if architecture is None and target != AUTO:
@@ -229,8 +238,10 @@ def plan(
         choice = choose(model.graph)
         target, remarks = choice.target, [*remarks, choice.reason]
     storage = dtype if isinstance(dtype, Storage) else None
-    if architecture is None:
-        export: Export | GgufExport = export_graph(model.graph, target)
+    if emit is not None:
+        export: Export | GgufExport = export_emitted(model.graph, emit)
+    elif architecture is None:
+        export = export_graph(model.graph, target)
     else:
         export, said = _with_tokenizer(export_gguf(model.graph, architecture), model.checkpoint)
         remarks += [*said, *quantising_remarks(export, storage)]
@@ -242,7 +253,8 @@ def plan(
          *(["--allow-other-base"] if other_bases(model.checkpoint) else []),
          *(["--capture STATISTICS"] if statistics is not None else []),
          *(f"--load {Path(file).name}" for file in loaded),
-         *(["--allow-unmatched"] if allow_unmatched else [])),
+         *(["--allow-unmatched"] if allow_unmatched else []),
+         *([f"--emit {emit}"] if emit is not None else [])),
         contracts,
     )  # fmt: skip
 

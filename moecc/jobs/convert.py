@@ -207,6 +207,7 @@ def _fill(folder: Path, planned: Plan, options: WriteOptions, one_file: bool) ->
     from moecc.formats.modelcard import CARD_NAME
     from moecc.formats.writer import write_checkpoint, write_files
     from moecc.jobs.receipt import RECEIPT_NAME
+    from moecc.translate.export import EmittedExport
     from moecc.translate.gguf import GgufExport
 
     checkpoint, tensors = planned.model.checkpoint, planned.tensors
@@ -239,6 +240,9 @@ def _fill(folder: Path, planned: Plan, options: WriteOptions, one_file: bool) ->
         if planned.dtype is not None:
             config["torch_dtype"] = config["dtype"] = planned.dtype.torch
         write_durable(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    if isinstance(planned.export, EmittedExport):
+        for name, text in planned.export.program.files.items():
+            write_durable(folder / name, text.encode())
     receipt = receipt_of(planned, folder / FILE_NAME if is_gguf else folder, options)
     if not one_file:
         write_durable(folder / RECEIPT_NAME, receipt.content())
@@ -321,6 +325,7 @@ def convert(
     *,
     pipeline: PipelineText = "",
     to: Annotated[str, Spelling("FAMILY", complete="targets")] = "auto",
+    emit: Annotated[str | None, Spelling("LANGUAGE")] = None,
     dtype: Annotated[str | None, Spelling("TYPE")] = None,
     seed: Seed = 0,
     experts: Annotated[Sequence[str], Spelling("NAME=DIR")] = (),
@@ -346,6 +351,7 @@ def convert(
       source: Hugging Face folder, .gguf file, or preset:NAME.
       out: Folder to write, or file that ends in .gguf.
       to: Family to write, gguf:ARCH with llama.cpp's name of an architecture, or auto.
+      emit: Language of a program to write beside the tensors of st_moe: torch.
       dtype: Element type to write: f32, bf16, f16 or f64, in a GGUF file also q8_0 and q4_k
         (default: as stored).
       experts: Model like SOURCE, or LoRA adapter of it, by the name that the option sources of
@@ -380,7 +386,7 @@ def convert(
             warn(text)
         planned = plan(
             model, passes, to, dtype=type, seed=seed, allow_unmatched=allow_unmatched, loaded=load,
-            check=not no_check, statistics=add_statistics(model, capture),
+            check=not no_check, statistics=add_statistics(model, capture), emit=emit,
         )  # fmt: skip
         if planned.unread:
             raise UsageError(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from moecc.backend import EmittedProgram, emit_program
 from moecc.errors import InputError, Problem
 from moecc.families.building import build_model
 from moecc.families.config import ModelConfig
 from moecc.families.graphs.stored import graph_tensors
 from moecc.families.st_moe import GraphConfig
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.structure import clone
 from moecc.ir.text import format_node
 from moecc.ir.unroll import unrolled
 from moecc.support.text import capped, with_article
@@ -329,6 +331,51 @@ class Export:
     def config_json(self) -> dict[str, object]:
         """config.json, with the keys of transformers 4 and 5 side by side."""
         return self.config.to_json()
+
+
+@dataclass(frozen=True)
+class EmittedExport(Export):
+    """A graph in the general layout, with the program that computes it beside its tensors.
+
+    Attributes:
+      program: the program.
+    """
+
+    program: EmittedProgram
+
+    @property
+    def config_json(self) -> dict[str, object]:
+        """config.json: the graph, and what transformers reads of it."""
+        return {**self.config.to_json(), **self.program.config}
+
+
+def export_emitted(graph: Graph, language: str) -> EmittedExport:
+    """Return `graph` as a checkpoint with a program in `language`; no weight is read.
+
+    Raises:
+      UsageError: there is no such language.
+      InputError: the graph cannot be written in it.
+    """
+    flat = unrolled(graph)
+    flat = clone(flat) if flat is graph else flat
+    program = emit_program(flat, language)
+    rename_params(flat, program.params)
+    config = propose(flat, GraphConfig.model_type)
+    if not isinstance(config, GraphConfig):
+        raise InputError(config if isinstance(config, list) else "not in the general layout")
+    return EmittedExport(config, list(graph_tensors(flat).items()), program)
+
+
+def rename_params(graph: Graph, names: Mapping[str, str]) -> None:
+    """Rename the parameters of `graph`, which keep their order."""
+    params = list(graph.params.values())
+    wanted = [names.get(value.name, value.name) for value in params]
+    for value, name in zip(params, wanted, strict=True):
+        if value.name != name:  # the name may still be that of another
+            graph.rename(value, graph.fresh(f"renamed.{name}"))
+    for value, name in zip(params, wanted, strict=True):
+        graph.rename(value, name)
+    graph.order_params(params)
 
 
 def export_graph(

@@ -184,6 +184,7 @@ def test_clean_and_run(report: Any, tmp_path: Path) -> None:
 def test_schemas_are_those_of_the_page(report: Any) -> None:
     assert set(re.findall(r"`(moecc\.[\w-]+/\d+)`", PAGE)) == {
         "moecc.import/1",
+        "moecc.emit/1",
         "moecc.inspect/1",
         "moecc.lower/1",
         "moecc.opt/1",

@@ -1,0 +1,296 @@
+"""Items cut into blocks: what becomes one module each, and in the end one class.
+
+A layer is what has its location.  Within it a router, the experts, an attention or another
+module is a block if its items lie together: no path leads out of them and back.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from moecc_backends.torch_source.names import common, identifier, is_under, layer_of, scope_of
+from moecc_backends.torch_source.program import (
+    ROW,
+    Item,
+    Program,
+    Var,
+    walk_operands,
+)
+
+MOVES = ("dispatch", "dispatch_gates", "combine", "combine_weighted")
+ROUTING = ("route", "hash_experts", "expert_choice", "keep_choices", "assign_slots", "top_k_index")
+NOISE = ("jitter", "add_noise", "dropout")
+CLASS_NAMES = {"ffn": "FeedForward", "extra_ffn": "ExtraFeedForward"}
+
+
+@dataclass(eq=False)
+class Block:
+    """Items and blocks that are one module.
+
+    Attributes:
+      title: the name that its class should have.
+      path: the path of its parameters in the checkpoint; empty: it has none.
+      steps: its items and blocks, in an order in which they can be computed.
+      layer: the stack and number of the layer that it is; None for other blocks.
+      attribute: the name of the module in the block around it, where no path names it.
+    """
+
+    title: str
+    path: str
+    steps: list[Item | Block] = field(default_factory=list)
+    layer: tuple[str, int] | None = None
+    attribute: str = ""
+    inputs: list[Var] = field(default_factory=list)
+    outputs: list[Var] = field(default_factory=list)
+
+    @property
+    def items(self) -> list[Item]:
+        """All its items, those of blocks within included."""
+        return [item for step in self.steps for item in members(step)]
+
+    @property
+    def blocks(self) -> Iterator[Block]:
+        """The blocks directly within."""
+        return (step for step in self.steps if isinstance(step, Block))
+
+    @property
+    def params(self) -> list[Var]:
+        """The parameters that its items read."""
+        return [v for v in walk_operands(self.items) if v.param]
+
+    def close(self, outputs: Iterable[Var]) -> None:
+        """Find what is read from outside, and what is used there; `outputs` are the program's."""
+        items = self.items
+        inside = set(items)
+        used = set(outputs)
+        self.inputs = [v for v in walk_operands(items) if not v.param]
+        self.outputs = [
+            v
+            for item in items
+            for v in item.results
+            if v in used or any(user not in inside for user in v.users)
+        ]
+        self.outputs.sort(key=lambda v: v.kind != "int")  # the index of a choice, then its weight
+
+
+def members(step: Item | Block) -> list[Item]:
+    """Return the items of a step."""
+    return step.items if isinstance(step, Block) else [step]
+
+
+def blocks_of(program: Program, prefixes: dict[tuple[str, int], str]) -> list[Item | Block]:
+    """Return the steps of a program: its layers as blocks, and what is around them."""
+    layers: dict[tuple[str, int], list[Item]] = defaultdict(list)
+    for item in program.items:
+        layer = layer_of(item.loc)
+        if layer is not None:
+            layers[layer].append(item)
+    groups: list[Block] = []
+    for layer, items in layers.items():
+        stack = layer[0].rpartition(".")[0]
+        title = f"{_camel(stack)}Layer"
+        block = Block(title, prefixes.get(layer, f"{layer[0]}.{layer[1]}"), [], layer)
+        block.steps = _inner(items, block.path)
+        groups.append(block)
+    steps = ordered(program.items, groups)
+    for step in steps:
+        _close(step, program)
+    return steps
+
+
+def _close(step: Item | Block, program: Program) -> None:
+    if isinstance(step, Block):
+        step.close(program.outputs.values())
+        for inner in step.blocks:
+            _close(inner, program)
+
+
+def _camel(text: str) -> str:
+    return "".join(part.capitalize() for part in identifier(text).split("_")) if text else ""
+
+
+def ordered(items: list[Item], blocks: list[Block]) -> list[Item | Block]:
+    """Return items and blocks in an order in which they can be computed, items first."""
+    step_of: dict[Item, Item | Block] = {item: item for item in items}
+    for block in blocks:
+        step_of.update(dict.fromkeys(block.items, block))
+    position = {item: i for i, item in enumerate(items)}
+    steps = list(dict.fromkeys(step_of[item] for item in items))
+    waits: dict[Item | Block, set[Item | Block]] = {step: set() for step in steps}
+    users: dict[Item | Block, set[Item | Block]] = {step: set() for step in steps}
+    for item in items:
+        for var in item.operands:
+            if var.item in step_of:
+                before, after = step_of[var.item], step_of[item]
+                if before is not after:
+                    waits[after].add(before)
+                    users[before].add(after)
+
+    def rank(step: Item | Block) -> tuple[bool, int]:
+        return isinstance(step, Block) and step.layer is not None, position[members(step)[0]]
+
+    ready = [(rank(step), step) for step in steps if not waits[step]]
+    heapq.heapify(ready)
+    result: list[Item | Block] = []
+    while ready:
+        _, step = heapq.heappop(ready)
+        result.append(step)
+        for user in users[step]:
+            waits[user].discard(step)
+            if not waits[user]:
+                heapq.heappush(ready, (rank(user), user))
+    if len(result) != len(steps):
+        raise ValueError("blocks depend on one another in a circle")
+    return result
+
+
+# The modules within a layer.
+
+
+def _inner(items: list[Item], path: str) -> list[Item | Block]:
+    """Return the steps of a layer, with a block for each module that lies together."""
+    inside = set(items)
+    groups: list[Block] = []
+    free = set(items)
+    for block in (
+        *_expert_blocks(items, path, inside),
+        *_router_blocks(items, path, inside),
+        *_module_blocks(items, path, inside),
+    ):
+        wanted = set(block.items)
+        if not wanted <= free or len(wanted) < 2:
+            continue
+        if any(block.path == g.path and g.path for g in groups):
+            continue
+        try:
+            ordered(items, [*groups, block])
+        except ValueError:
+            continue
+        free -= wanted
+        groups.append(block)
+    for group in list(groups):
+        strangers = [
+            v
+            for item in items
+            if item not in group.items
+            for v in item.operands
+            if v.param and group.path and is_under(v.name, group.path)
+        ]
+        if strangers:
+            groups.remove(group)
+    return ordered(items, groups)
+
+
+def _between(items: list[Item], seeds: set[Item]) -> set[Item]:
+    """Return the items on the paths between `seeds`, which are themselves included."""
+    after, before = set(seeds), set(seeds)
+    for item in items:
+        if any(v.item in after for v in item.operands):
+            after.add(item)
+    for item in reversed(items):
+        if any(user in before for v in item.results for user in v.users):
+            before.add(item)
+    return after & before
+
+
+def _with_constants(items: list[Item], members: set[Item]) -> set[Item]:
+    """Return `members` with the constants that they alone read."""
+    users = {item: {user for v in item.results for user in v.users} for item in items}
+    return members | {i for i in items if not i.operands and users[i] and users[i] <= members}
+
+
+def _take(title: str, path: str, items: list[Item], members: set[Item]) -> Block:
+    return Block(title, path, [item for item in items if item in members])
+
+
+def _expert_blocks(items: list[Item], path: str, inside: set[Item]) -> Iterator[Block]:
+    """Yield the experts: what is between the rows' dispatch and their combination."""
+    for combine in (i for i in items if i.op in ("combine", "combine_weighted")):
+        index = combine.operands[1]
+        seeds = {i for i in items if i.op in MOVES and index in i.operands}
+        members = _between(items, seeds) | seeds
+        block = _take("Experts", "", items, members)
+        block.path = common(v.name for v in block.params)
+        if block.path == path or not is_under(block.path, path):
+            block.path = ""
+        block.attribute = "experts"
+        if not block.params or block.path:
+            yield block
+
+
+def _router_blocks(items: list[Item], path: str, inside: set[Item]) -> Iterator[Block]:
+    """Yield the router: from its logits to the index and weight of each choice."""
+    routing = {i for i in items if i.op in ROUTING and i.op != "top_k_index"}
+    moves = {i for i in items if i.op in MOVES}
+    if not moves:
+        return
+    wanted = {v.item for i in moves for v in i.operands[1:] if v.item in inside}
+    seeds = {i for i in wanted - moves if i is not None} | routing
+    seeds |= {i for i in items if _reads_router(i)}
+    # Noise on the router's input belongs to the router.
+    noise = {v.item for i in seeds for v in i.operands if v.item and v.item.op in NOISE}
+    members = _between(items, seeds | (noise & inside)) | seeds
+    members = _with_constants(items, members)
+    members = _with_constants(items, members | _beyond(items, members, moves))
+    block = _take("Router", "", items, members)
+    names = [v.name for v in block.params]
+    block.path, block.attribute = common(names) if names else "", "router"
+    if block.path == path or (names and not is_under(block.path, path)):
+        return
+    yield block
+
+
+def _reads_router(item: Item) -> bool:
+    """Whether an item reads a weight of a router: one with experts that meets no rows."""
+    rows = any(ROW in v.axes for v in (*item.operands, *item.results))
+    return not rows and any(v.param and "expert" in v.axes for v in item.operands)
+
+
+def _beyond(items: list[Item], members: set[Item], moves: set[Item]) -> set[Item]:
+    """Return the items that are computed of `members` and reach no row: losses of a router."""
+    mixed: set[Item] = set(moves)
+    for item in items:
+        if any(v.item in mixed for v in item.operands):
+            mixed.add(item)
+    blocked: set[Item] = set(mixed)
+    for item in reversed(items):
+        if any(user in blocked for v in item.results for user in v.users):
+            blocked.add(item)
+    reached: set[Item] = set()
+    for item in items:
+        sources = {v.item for v in item.operands if v.item is not None}
+        if item not in blocked and sources & (members | reached):
+            reached.add(item)
+    return reached
+
+
+def _module_blocks(items: list[Item], path: str, inside: set[Item]) -> Iterator[Block]:
+    """Yield the modules by the paths of their parameters, the outermost first."""
+    paths: dict[str, set[Item]] = defaultdict(set)
+    for item in items:
+        for var in item.operands:
+            if var.param and is_under(var.name, path):
+                parts = var.name.removeprefix(f"{path}.").split(".")[:-1]
+                for size in range(1, len(parts)):
+                    paths[".".join([path, *parts[:size]])].add(item)
+    for module, seeds in sorted(paths.items(), key=lambda entry: entry[0].count(".")):
+        members = _between(items, seeds)
+        members = _with_constants(items, members)
+        block = _take("", module, items, members)
+        strange = [v for v in block.params if not is_under(v.name, module)]
+        results = [
+            v for i in members for v in i.results if any(user not in members for user in v.users)
+        ]
+        if strange or len(results) != 1 or len(members) < 3:
+            continue
+        scope = scope_of(block.items[0].loc)
+        is_attention = any(i.op == "attention" for i in block.items)
+        last = module.rpartition(".")[2]
+        title = scope if is_attention or not scope else last if last in scope else scope
+        block.title = CLASS_NAMES.get(title, _camel(title))
+        if scope == "ffn" and last in ("shared_expert", "extra_ffn"):
+            block.title = _camel(last)
+        yield block

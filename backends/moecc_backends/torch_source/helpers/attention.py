@@ -1,0 +1,204 @@
+"""Attention, masks and positions."""
+
+import inspect
+import math
+
+import torch
+import torch.nn.functional as F
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+def widened(x):
+    """Return `x` in float32, or in float64 if it has that."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def float_type(like):
+    """Return the type of floating-point numbers in which `like` is computed with."""
+    return like.dtype if like.is_floating_point() else torch.get_default_dtype()
+
+
+def one_hot(index, size, like):
+    """Return ones at `index` along a new axis, zeros elsewhere; a negative index has none."""
+    return (index[..., None] == torch.arange(size, device=index.device)).to(float_type(like))
+
+
+def attend(
+    module, query, key, value, mask=None, *, scaling, bias=None, softcap=None, sinks=None,
+    is_causal=True
+):  # fmt: skip
+    """Average values by the softmax of query · key, ``[batch, head, seq, head_dim]``.
+
+    Returns ``[batch, seq, head, head_dim]``.
+    """
+    name = module.config._attn_implementation or "eager"
+    if bias is not None:
+        mask, is_causal = _biased(bias, mask, is_causal, query, key), False
+    if name == "eager" or softcap is not None or sinks is not None:
+        return _attend_eagerly(module, query, key, value, mask, scaling, softcap, sinks, is_causal)
+    attention = ALL_ATTENTION_FUNCTIONS[name]
+    options = {} if is_causal else {"is_causal": False}
+    return attention(module, query, key, value, mask, scaling=scaling, dropout=0.0, **options)[0]
+
+
+def _biased(bias, mask, is_causal, query, key):
+    """Return a bias of the scores with what no query sees at −∞."""
+    if mask is None and is_causal and query.shape[2] > 1:
+        mask = _lower_triangle(query, key)
+    if mask is None:
+        return bias.expand(query.shape[0], -1, -1, -1)
+    lowest = torch.finfo(bias.dtype).min
+    return bias.masked_fill(~mask, lowest) if mask.dtype == torch.bool else bias + mask
+
+
+def _lower_triangle(query, key):
+    rows, columns = query.shape[2], key.shape[2]
+    seen = torch.ones(rows, columns, dtype=torch.bool, device=query.device)
+    return seen.tril(columns - rows)
+
+
+def _attend_eagerly(module, query, key, value, mask, scaling, softcap, sinks, is_causal):
+    """Compute the scores one by one, as softcaps and sinks need it."""
+    groups = module.num_key_value_groups
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None and is_causal and query.shape[2] > 1:
+        mask = _lower_triangle(query, key)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    if sinks is not None:
+        column = sinks[None, :, None, None].expand(*scores.shape[:3], 1).to(scores.dtype)
+        weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    return (weights @ value).transpose(1, 2).contiguous()
+
+
+def causal_mask(config, hidden_states, attention_mask, position_ids, cache, window=0):
+    """Return which keys each query sees: earlier ones, no padding, within the window if any."""
+    names = inspect.signature(create_causal_mask).parameters
+    past = cache.get_seq_length() if cache is not None else 0
+    positions = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past
+    options = {
+        "config": config,
+        "inputs_embeds": hidden_states,
+        "input_embeds": hidden_states,
+        "attention_mask": attention_mask,
+        "cache_position": positions,
+        "past_key_values": cache,
+        "cache": cache,
+        "position_ids": position_ids,
+    }
+    if window:
+        options["and_mask_function"] = lambda batch, head, query, key: query - key < window
+    return create_causal_mask(**{name: x for name, x in options.items() if name in names})
+
+
+def rotate(x, cos, sin):
+    """Rotate pairs of entries, one in each half, by the angles of `cos` and `sin`."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def rotary_tables(positions, like, size, theta, attention_factor=1.0):
+    """Return cosines and sines for rotary positions, ``[batch, seq, size]``."""
+    return _tables(positions, like, _frequencies(like, size, theta), attention_factor)
+
+
+def linear_rotary_tables(positions, like, size, theta, factor, attention_factor=1.0):
+    """Return rotary tables whose positions are divided by `factor`."""
+    return _tables(positions, like, _frequencies(like, size, theta) / factor, attention_factor)
+
+
+def dynamic_rotary_tables(
+    positions, like, size, theta, factor, original_context, attention_factor=1.0
+):
+    """Return rotary tables whose base grows with the length of the text (dynamic NTK)."""
+    length = (positions.max() + 1).clamp(min=original_context).double()
+    grown = factor * length / original_context - (factor - 1)
+    theta = theta * grown ** (size / (size - 2))
+    return _tables(positions, like, _frequencies(like, size, theta), attention_factor)
+
+
+def llama3_rotary_tables(
+    positions, like, size, theta, factor, original_context, low_freq_factor, high_freq_factor,
+    attention_factor=1.0
+):  # fmt: skip
+    """Return rotary tables with slow frequencies divided, fast ones kept, others between."""
+    plain = _frequencies(like, size, theta)
+    turns = original_context * plain / (2 * math.pi)
+    keep = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return _tables(positions, like, plain / factor * (1 - keep) + plain * keep, attention_factor)
+
+
+def yarn_rotary_tables(
+    positions, like, size, theta, factor, original_context, beta_fast, beta_slow, truncate,
+    attention_factor=1.0
+):  # fmt: skip
+    """Return rotary tables as YaRN interpolates them (Peng et al. 2023)."""
+
+    def entry(turns):
+        wavelength = original_context / (turns * 2 * math.pi)
+        return size * math.log(wavelength) / (2 * math.log(theta))
+
+    first, last = entry(beta_fast), entry(beta_slow)
+    if truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, size - 1)
+    entries = torch.arange(size // 2, device=positions.device, dtype=torch.float64)
+    keep = 1 - ((entries - first) / (last - first or 0.001)).clamp(0, 1)
+    plain = _frequencies(like, size, theta)
+    return _tables(positions, like, plain / factor * (1 - keep) + plain * keep, attention_factor)
+
+
+def longrope_rotary_tables(
+    positions, like, size, theta, original_context, short_factors, long_factors,
+    attention_factor=1.0
+):  # fmt: skip
+    """Return rotary tables with a divisor for each frequency, others for long texts."""
+    is_long = positions.max() + 1 > original_context
+    short, long = (
+        torch.tensor(f, device=positions.device, dtype=torch.float64)
+        for f in (short_factors, long_factors)
+    )
+    frequencies = _frequencies(like, size, theta) / torch.where(is_long, long, short)
+    return _tables(positions, like, frequencies, attention_factor)
+
+
+def _frequencies(like, size, theta):
+    """Return the angle per position of each pair of entries, in float64."""
+    exponents = torch.arange(0, size, 2, device=like.device, dtype=torch.float64) / size
+    return theta**-exponents
+
+
+def _tables(positions, like, frequencies, attention_factor):
+    angles = positions[..., None].double() * frequencies
+    angles = torch.cat([angles, angles], dim=-1)
+    return tuple((f(angles) * attention_factor).to(like.dtype) for f in (torch.cos, torch.sin))
+
+
+def relative_buckets(distance, *, bidirectional, buckets, max_distance):
+    """Return the bucket of each distance from query to key: near ones exact, far ones geometric."""
+    half = buckets // 2 if bidirectional else buckets
+    ahead = distance > 0
+    behind = distance.abs() if bidirectional else (-distance).clamp(min=0)
+    exact = half // 2
+    starts = list(range(1, exact + 1))
+    while len(starts) < half - 1:
+        step, start = len(starts) - exact + 1, starts[-1]
+        # Powers of whole numbers: no rounding of logarithms decides.
+        while start ** (half - exact) < max_distance**step * exact ** (half - exact - step):
+            start += 1
+        starts.append(start)
+    bounds = torch.tensor(starts, device=distance.device)
+    bucket = torch.bucketize(behind, bounds, right=True)
+    return bucket + half * ahead if bidirectional else bucket
+
+
+__all__ = ["F"]

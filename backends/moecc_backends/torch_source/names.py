@@ -1,0 +1,248 @@
+"""Names: where parameters are in a tree of modules, and what may stand in a Python text.
+
+A checkpoint keeps the names of its source.  What a pass added lies beside it, in modules of its
+own: ``model.layers.3.router.weight``.  Only names that Python or a module cannot have are changed.
+"""
+
+from __future__ import annotations
+
+import builtins
+import keyword
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+
+from moecc.ir.graph import Graph, Value
+from moecc.types import Extent
+
+_LAYER = re.compile(r"((?:[^.]+\.)*layers)\.(\d+)(?:\.(.*))?\Z")
+
+ADDED = {"extra": "extra_ffn", "shared": "shared_expert"}
+"""The modules of what passes name after the tensor that it was copied from."""
+
+MEMBERS = frozenset(
+    [
+        "add_module",
+        "apply",
+        "bfloat16",
+        "bind",
+        "buffers",
+        "call_super_init",
+        "children",
+        "compile",
+        "config",
+        "cpu",
+        "cuda",
+        "device",
+        "double",
+        "dtype",
+        "dump_patches",
+        "eval",
+        "extra_repr",
+        "float",
+        "forward",
+        "get_buffer",
+        "get_extra_state",
+        "get_parameter",
+        "get_submodule",
+        "half",
+        "ipu",
+        "items",
+        "keys",
+        "load_state_dict",
+        "modules",
+        "mtia",
+        "named_buffers",
+        "named_children",
+        "named_modules",
+        "named_parameters",
+        "parameters",
+        "pop",
+        "register_buffer",
+        "register_forward_hook",
+        "register_module",
+        "register_parameter",
+        "requires_grad_",
+        "set_extra_state",
+        "set_submodule",
+        "share_memory",
+        "state_dict",
+        "to",
+        "to_empty",
+        "train",
+        "training",
+        "type",
+        "update",
+        "values",
+        "xpu",
+        "zero_grad",
+        "generate",
+        "base_model",
+        "framework",
+        "dummy_inputs",
+        "layer_index",
+        "T_destination",
+    ]
+)
+"""Names that members of a module or a model have."""
+
+RESERVED = frozenset({*keyword.kwlist, *keyword.softkwlist, *dir(builtins)}) | {
+    *("rows", "rotate", "attend", "causal_mask", "widened", "jitter", "add_noise", "one_hot"),
+    *("assign_slots", "expert_choice", "hash_experts", "capacity", "relative_buckets"),
+    *("self", "torch", "nn", "F", "functional", "transformers", "math", "config", "layer"),
+}
+"""Names that a local variable must not have."""
+
+
+def identifier(text: str) -> str:
+    """Return a name that Python accepts: letters, digits and underscores of `text`."""
+    name = re.sub(r"[^A-Za-z0-9_]+", "_", text).strip("_") or "value"
+    name = re.sub("__+", "_", name)
+    return f"_{name}" if name[0].isdigit() else name
+
+
+def variable(text: str) -> str:
+    """Return a name for a local variable."""
+    name = identifier(text)
+    return f"{name}_" if name in RESERVED else name
+
+
+def layer_of(loc: str) -> tuple[str, int] | None:
+    """Return the stack and the number of the layer that a location is in, if it is in one."""
+    match = _LAYER.match(loc)
+    return (match[1], int(match[2])) if match is not None else None
+
+
+def scope_of(loc: str) -> str:
+    """Return the part of a location after its layer: ``attention``, ``ffn``."""
+    match = _LAYER.match(loc)
+    return (match[3] or "") if match is not None else loc
+
+
+def common(names: Iterable[str]) -> str:
+    """Return the longest path that all names are under."""
+    paths = [name.split(".") for name in names]
+    if not paths:
+        return ""
+    first, last = min(paths), max(paths)
+    size = min(len(first), len(last), *(len(p) - 1 for p in paths))
+    count = next((i for i in range(size) if first[i] != last[i]), size)
+    return ".".join(first[:count])
+
+
+def is_under(name: str, path: str) -> bool:
+    """Whether `name` is below `path`."""
+    return not path or name.startswith(f"{path}.")
+
+
+def layer_prefixes(graph: Graph) -> dict[tuple[str, int], str]:
+    """Return the path that the parameters of each layer of a graph are under."""
+    layers: dict[tuple[str, int], list[list[str]]] = defaultdict(list)
+    for name, value in graph.params.items():
+        layer = layer_of(value.loc)
+        if layer is not None and not _is_foreign(name, value.loc):
+            layers[layer].append(name.split("."))
+    prefixes: dict[tuple[str, int], str] = {}
+    for (stack, index), paths in layers.items():
+        length = min(map(len, paths)) - 1
+        at = next(
+            (i for i in range(length) if paths[0][i].isdigit() and len({p[i] for p in paths}) == 1),
+            None,
+        )
+        is_shared = at is None or len({tuple(p[: at + 1]) for p in paths}) > 1
+        prefix = f"{stack}.{index}" if is_shared else ".".join(paths[0][: (at or 0) + 1])
+        prefixes[stack, index] = prefix
+    all_prefixes = list(prefixes.values())
+    return {
+        layer: prefix if all_prefixes.count(prefix) == 1 else f"{layer[0]}.{layer[1]}"
+        for layer, prefix in prefixes.items()
+    }
+
+
+def _is_foreign(name: str, loc: str) -> bool:
+    """Whether a parameter is named after its location, as what passes add is."""
+    return bool(loc) and is_under(name, loc)
+
+
+def renamed_params(graph: Graph) -> dict[str, str]:
+    """Return for each parameter of an unrolled graph its name in the emitted checkpoint."""
+    prefixes = layer_prefixes(graph)
+    experts = _expert_prefixes(graph, prefixes)
+    names: dict[str, str] = {}
+    used: set[str] = set()
+    for name, value in graph.params.items():
+        path = ".".join(map(_component, _placed(graph, name, value, prefixes, experts).split(".")))
+        unique, number = path, 2
+        while unique in used or any(is_under(u, unique) for u in used):
+            module, _, last = path.rpartition(".")
+            unique, number = f"{module}_{number}.{last}", number + 1
+        used.add(unique)
+        names[name] = unique
+    return names
+
+
+def _component(text: str) -> str:
+    """Return a part of a path that a module can have: a number, or a name of its own."""
+    if text.isdigit() and text == str(int(text)):
+        return text
+    name = identifier(text)
+    is_member = name in MEMBERS or keyword.iskeyword(name) or name.startswith("_")
+    return f"{name.strip('_')}_" if is_member else name
+
+
+def _placed(
+    graph: Graph,
+    name: str,
+    value: Value,
+    prefixes: dict[tuple[str, int], str],
+    experts: dict[tuple[str, int], tuple[str, str]],
+) -> str:
+    layer = layer_of(value.loc)
+    if layer is None or layer not in prefixes:
+        return name
+    prefix = prefixes[layer]
+    old, new = experts.get(layer, ("", prefix))
+    if _is_foreign(name, value.loc):
+        relative = name.removeprefix(f"{value.loc}.")
+        return f"{new if _is_of_experts(value) else prefix}.{relative}"
+    base, _, word = name.rpartition(".")
+    if base in graph.params and base != name:
+        relative = base.removeprefix(f"{prefix}.")
+        return f"{prefix}.{ADDED.get(word, word)}.{relative}"
+    if not is_under(name, prefix):
+        return f"{prefix}.{name}"
+    if _is_of_experts(value) and old != new:
+        return f"{new}.{name.removeprefix(f'{old}.')}"
+    return name
+
+
+def _is_of_experts(value: Value) -> bool:
+    """Whether a parameter meets the rows of experts."""
+    return "expert" in value.type and any(
+        isinstance(axis.size, Extent) and axis.name == "slot"
+        for user in value.users
+        for operand in (*user.operands, *user.results)
+        for axis in operand.type.axes
+    )
+
+
+def _expert_prefixes(
+    graph: Graph, prefixes: dict[tuple[str, int], str]
+) -> dict[tuple[str, int], tuple[str, str]]:
+    """Return for each sparse layer the path of its experts' weights, and their new path."""
+    groups: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for name, value in graph.params.items():
+        layer = layer_of(value.loc)
+        if layer in prefixes and _is_of_experts(value) and is_under(name, prefixes[layer]):
+            groups[layer].append(name)
+    paths: dict[tuple[str, int], tuple[str, str]] = {}
+    for layer, names in groups.items():
+        prefix, old = prefixes[layer], common(names)
+        others = [
+            name
+            for name, value in graph.params.items()
+            if name not in names and is_under(name, old) and layer_of(value.loc) == layer
+            and name.rpartition(".")[0] not in names
+        ]  # fmt: skip
+        paths[layer] = (old, f"{prefix}.experts" if old == prefix or others else old)
+    return paths

@@ -1,0 +1,1085 @@
+"""The text of each operation: one function an operation, in a table.
+
+A function takes the attributes of its operation as keywords, all of them, so that an attribute
+which it does not know is an error and never ignored.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any
+
+from moecc.errors import InputError
+from moecc.ir.operation import OPS
+from moecc_backends.torch_source.program import ROW, Item, Var
+from moecc_backends.torch_source.text import (
+    ATOM,
+    COMPARISON,
+    PRODUCT,
+    SUM,
+    BlockWriter,
+    Expr,
+    literal,
+    shown,
+)
+
+Emission = Callable[..., Expr | None]
+
+OPERATIONS: dict[str, Emission] = {}
+"""The functions by the names of operations and idioms."""
+
+
+def emission(*names: str) -> Callable[[Emission], Emission]:
+    """Register the function that writes the operations `names`.
+
+    Raises:
+      ValueError: it does not take the attributes of an operation by their names.
+    """
+
+    def declare(function: Emission) -> Emission:
+        parameters = inspect.signature(function).parameters
+        # What has a default is an attribute of an idiom, which an operation never has.
+        required = {
+            n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY and p.default is p.empty
+        }
+        for name in names:
+            if name in OPS and required != set(OPS[name].attrs):
+                raise ValueError(f"{function.__name__} does not take the attributes of {name}")
+            OPERATIONS[name] = function
+        return function
+
+    return declare
+
+
+def _refuse(item: Item, name: str, value: object) -> InputError:
+    return InputError(f"{item.op} with {name}={value} cannot be written", where=item.loc)
+
+
+# Element by element.
+
+
+def _together(w: BlockWriter, operands: Sequence[Var]) -> list[Expr]:
+    """Return the operands, each so that it broadcasts against the widest."""
+    exprs = [w.expr(v) for v in operands]
+    if any(ROW in e.axes for e in exprs):
+        exprs = [_per_row(w, e) for e in exprs]
+    widest = max(exprs, key=lambda e: len([n for a in e.axes for n in a.split("+")]))
+    return [w.aligned(e, widest.axes) for e in exprs]
+
+
+def _per_row(w: BlockWriter, expr: Expr) -> Expr:
+    """Return the vectors of experts as those of their rows."""
+    if ROW in expr.axes or "expert" not in expr.axes:
+        return expr
+    names = ("expert", *(a for a in expr.axes if a != "expert"))
+    return Expr(f"rows.each({w.permuted(expr, names).text})", (ROW, *names[1:]))
+
+
+def _axes_of(exprs: Sequence[Expr]) -> tuple[str, ...]:
+    return max((e.axes for e in exprs), key=len)
+
+
+BINARY = {
+    "add": ("+", SUM),
+    "sub": ("-", SUM),
+    "mul": ("*", PRODUCT),
+    "div": ("/", PRODUCT),
+    "less": ("<", COMPARISON),
+    "equal": ("==", COMPARISON),
+}
+
+
+@emission(*BINARY)
+def _binary(w: BlockWriter, item: Item) -> Expr:
+    a, b = _together(w, item.operands)
+    sign, level = BINARY[item.op]
+    right = level if sign in ("+", "*") else level + 1
+    if sign == "+" and b.text.startswith("-"):
+        right = ATOM
+    return Expr(f"{a.at(max(level, SUM))} {sign} {b.at(max(right, SUM))}", _axes_of([a, b]), level)
+
+
+@emission("maximum", "minimum")
+def _extremum(w: BlockWriter, item: Item) -> Expr:
+    side = "min" if item.op == "maximum" else "max"
+    for x, bound in (item.operands, item.operands[::-1]):
+        if bound.item is not None and bound.item.op == "constant":
+            expr = w.expr(x)
+            return Expr(f"{expr.atom}.clamp({side}={w.expr(bound).text})", expr.axes)
+    a, b = _together(w, item.operands)
+    return Expr(f"torch.{item.op}({a.text}, {b.text})", _axes_of([a, b]))
+
+
+UNARY = {
+    "silu": "F.silu({})",
+    "gelu": "F.gelu({})",
+    "gelu_tanh": 'F.gelu({}, approximate="tanh")',
+    "relu": "F.relu({})",
+    "sigmoid": "torch.sigmoid({})",
+    "tanh": "torch.tanh({})",
+    "exp": "torch.exp({})",
+    "log": "torch.log({})",
+    "square": "torch.square({})",
+    "rsqrt": "torch.rsqrt({})",
+    "normal_cdf": "torch.special.ndtr({})",
+}
+
+
+@emission(*UNARY)
+def _unary(w: BlockWriter, item: Item) -> Expr:
+    x = w.expr(item.operands[0])
+    return Expr(UNARY[item.op].format(x.text), x.axes)
+
+
+@emission("stop_gradient")
+def _stop_gradient(w: BlockWriter, item: Item) -> Expr:
+    x = w.expr(item.operands[0])
+    return Expr(f"{x.atom}.detach()", x.axes)
+
+
+@emission("neg")
+def _neg(w: BlockWriter, item: Item) -> Expr:
+    x = w.expr(item.operands[0])
+    return Expr(f"-{x.atom}", x.axes, PRODUCT)
+
+
+@emission("scale")
+def _scale(w: BlockWriter, item: Item, *, by: float) -> Expr:
+    x = w.expr(item.operands[0])
+    return Expr(f"{x.at(PRODUCT)} * {w.literal(by, 'scale')}", x.axes, PRODUCT)
+
+
+TYPES = {
+    "f32": "torch.float32",
+    "f64": "torch.float64",
+    "bf16": "torch.bfloat16",
+    "f16": "torch.float16",
+    "i32": "torch.long",
+    "i64": "torch.long",
+    "pred": "torch.bool",
+}
+
+
+@emission("cast")
+def _cast(w: BlockWriter, item: Item, *, dtype: str) -> Expr:
+    x = w.expr(item.operands[0])
+    kind = item.operands[0].kind
+    if kind == item.result.kind == "float":
+        return x  # the type of the computation is that of the weights
+    if dtype not in TYPES:
+        raise _refuse(item, "dtype", dtype)
+    if item.result.kind == "float":
+        w.helper("float_type")
+        return Expr(f"{x.atom}.to(float_type({_device_like(w)}))", x.axes)
+    return Expr(f"{x.atom}.to({TYPES[dtype]})", x.axes)
+
+
+def _device_like(w: BlockWriter) -> str:
+    """Return a tensor or parameter whose type is that of the computation."""
+    for var in w.block.inputs:
+        if var.kind == "float" and var in w.values:
+            return w.values[var].text
+    return w.tree.access(w.block.params[0].name)
+
+
+@emission("constant")
+def _constant(w: BlockWriter, item: Item, *, value: float, dtype: str) -> Expr:
+    del dtype  # Python's numbers take the type of what they meet
+    number: float = int(value) if item.result.kind == "int" else value
+    return Expr(w.literal(number, "constant"), (), ATOM if value >= 0 else SUM)
+
+
+@emission("select")
+def _select(w: BlockWriter, item: Item) -> Expr:
+    condition, a, b = _together(w, item.operands)
+    return Expr(f"torch.where({condition.text}, {a.text}, {b.text})", _axes_of([condition, a, b]))
+
+
+@emission("mask")
+def _mask(w: BlockWriter, item: Item, *, fill: float) -> Expr:
+    x, keep = (w.expr(v) for v in item.operands)
+    keep = w.aligned(keep, x.axes)
+    return Expr(f"{x.atom}.masked_fill(~{keep.atom}, {w.literal(fill, 'fill')})", x.axes)
+
+
+@emission("pointwise")
+def _pointwise(w: BlockWriter, item: Item, *, function: str) -> Expr:
+    raise _refuse(item, "function", function)
+
+
+# Axes.
+
+
+@emission("rename")
+def _rename(w: BlockWriter, item: Item, *, axis: str, to: str) -> Expr:
+    x = w.expr(item.operands[0])
+    axes = tuple("+".join(to if name == axis else name for name in a.split("+")) for a in x.axes)
+    return Expr(x.text, axes, x.level)
+
+
+HEADS = ("kv_head", "query_group")
+
+
+@emission("split")
+def _split(w: BlockWriter, item: Item, *, axis: str, into: tuple[tuple[str, int], ...]) -> Expr:
+    x = w.expr(item.operands[0])
+    if axis not in x.axes:
+        x = w.expanded(x)
+    at = x.axes.index(axis)
+    names = [name for name, _ in into]
+    groups = [into]
+    if tuple(names[:2]) == HEADS:
+        # Both are heads of queries, and few operations tell them apart.
+        groups = [((f"{HEADS[0]}+{HEADS[1]}", into[0][1] * into[1][1]), *into[2:])]
+    (pairs,) = groups
+    sizes = ", ".join(w.literal(size, _size_hint(name)) for name, size in pairs)
+    where = at if at < len(x.axes) - 1 else -1
+    axes = (*x.axes[:at], *(name for name, _ in pairs), *x.axes[at + 1 :])
+    return Expr(f"{x.atom}.unflatten({where}, ({sizes}))", axes)
+
+
+def _size_hint(name: str) -> str:
+    return "heads" if "+" in name else {"kv_head": "kv_heads", "head": "heads"}.get(name, name)
+
+
+@emission("merge")
+def _merge(w: BlockWriter, item: Item, *, axes: tuple[str, ...], into: str) -> Expr:
+    x = w.expr(item.operands[0])
+    plain = [name for a in x.axes for name in a.split("+")]
+    if not _consecutive(plain, axes):
+        x = w.expanded(x)
+        others = [a for a in x.axes if a not in axes]
+        first = len([a for a in x.axes[: x.axes.index(axes[0])] if a not in axes])
+        x = w.permuted(x, [*others[:first], *axes, *others[first:]])
+    kept = [i for i, a in enumerate(x.axes) if set(a.split("+")) & set(axes)]
+    start, stop = kept[0], kept[-1]
+    if {n for i in kept for n in x.axes[i].split("+")} != set(axes):
+        x = w.expanded(x)
+        return _merge_plain(x, axes, into)
+    names = (*x.axes[:start], into, *x.axes[stop + 1 :])
+    if start == stop:
+        return Expr(x.text, names, x.level)
+    end = "" if stop == len(x.axes) - 1 else f", {stop}"
+    return Expr(f"{x.atom}.flatten({start}{end})", names)
+
+
+def _merge_plain(x: Expr, axes: tuple[str, ...], into: str) -> Expr:
+    start = x.axes.index(axes[0])
+    stop = start + len(axes) - 1
+    end = "" if stop == len(x.axes) - 1 else f", {stop}"
+    names = (*x.axes[:start], into, *x.axes[stop + 1 :])
+    return Expr(f"{x.atom}.flatten({start}{end})", names)
+
+
+def _consecutive(names: list[str], axes: tuple[str, ...]) -> bool:
+    start = names.index(axes[0])
+    return tuple(names[start : start + len(axes)]) == axes
+
+
+@emission("broadcast")
+def _broadcast(w: BlockWriter, item: Item) -> Expr:
+    x, like = (w.expr(v) for v in item.operands)
+    if not x.axes:
+        typed = item.operands[1].kind == item.operands[0].kind
+        if not typed or not _is_number(item.operands[0]):
+            w.helper("float_type")
+            new = f"torch.full({like.atom}.shape, {x.text}, device={like.atom}.device"
+            return Expr(f"{new}, dtype=float_type({_device_like(w)}))", like.axes)
+        return Expr(f"torch.full_like({like.text}, {x.text})", like.axes)
+    x = w.aligned(x, like.axes)
+    return Expr(f"{x.atom}.expand_as({like.text})", like.axes)
+
+
+def _is_number(var: Var) -> bool:
+    return var.item is not None and var.item.op == "constant"
+
+
+@emission("slice")
+def _slice(w: BlockWriter, item: Item, *, axis: str, start: int, stop: int) -> Expr:
+    x = w.expr(item.operands[0])
+    if axis not in x.axes:
+        x = w.expanded(x)
+    at = x.axes.index(axis)
+    size = item.operands[0].size(axis)
+    begin = w.literal(start, "start") if start else ""
+    end = w.literal(stop, "stop") if stop != size else ""
+    cut = f"{begin}:{end}"
+    if at == len(x.axes) - 1 and at > 0:
+        return Expr(f"{x.atom}[..., {cut}]", x.axes)
+    return Expr(f"{x.atom}[{', '.join([':'] * at + [cut])}]", x.axes)
+
+
+@emission("positions")
+def _positions(w: BlockWriter, item: Item, *, axis: str) -> Expr:
+    x = w.expr(item.operands[0])
+    if axis not in x.axes:
+        x = w.expanded(x)
+    size = f"{x.atom}.shape[{x.axes.index(axis)}]"
+    return Expr(f"torch.arange({size}, device={x.atom}.device)", (axis,))
+
+
+@emission("embedding", "embedding_module")
+def _embedding(w: BlockWriter, item: Item, *, axis: str, module: str = "") -> Expr:
+    table, ids = item.operands
+    index = w.expr(ids)
+    if module and w.tree.is_module(item) and _is_tensor(ids):
+        return Expr(f"{w.tree.access(module)}({index.text})", (*index.axes, *table.axes[1:]))
+    rows = w.expr(table)
+    names = [axis, *(a for a in rows.axes if a != axis)]
+    rows = w.permuted(rows, names)
+    return Expr(f"{rows.atom}[{index.text}]", (*index.axes, *names[1:]))
+
+
+def _is_tensor(var: Var) -> bool:
+    return not (var.item is not None and var.item.op == "constant")
+
+
+@emission("one_hot")
+def _one_hot(w: BlockWriter, item: Item, *, into: tuple[tuple[str, int], ...]) -> Expr:
+    ids = w.expr(item.operands[0])
+    ((name, size),) = into
+    w.helper("one_hot")
+    like = _device_like(w)
+    text = f"one_hot({ids.text}, {w.literal(size, name)}, {like})"
+    return Expr(text, (*ids.axes, name))
+
+
+@emission("stack")
+def _stack(w: BlockWriter, item: Item, *, axis: str) -> Expr:
+    exprs = [w.expr(v) for v in item.operands]
+    first = exprs[0].axes
+    texts = [w.permuted(e, first).text for e in exprs]
+    return Expr(f"torch.stack([{', '.join(texts)}])", (axis, *first))
+
+
+@emission("join")
+def _join(w: BlockWriter, item: Item, *, axis: str, parts: int) -> Expr:
+    if parts != 1:
+        raise _refuse(item, "parts", parts)
+    exprs = [w.expr(v) for v in item.operands]
+    exprs = [e if axis in e.axes else w.expanded(e) for e in exprs]
+    first = exprs[0].axes
+    texts = [w.permuted(e, first).text for e in exprs]
+    at = first.index(axis)
+    where = at if at < len(first) - 1 else -1
+    return Expr(f"torch.cat([{', '.join(texts)}], dim={where})", first)
+
+
+@emission("chunk")
+def _chunk(w: BlockWriter, item: Item, *, axis: str, of: int, at: int, parts: int) -> Expr:
+    x = w.expr(item.operands[0])
+    if axis not in x.axes:
+        x = w.expanded(x)
+    dim = x.axes.index(axis)
+    if parts == 1:
+        return Expr(f"{x.atom}.chunk({of}, dim={dim})[{at}]", x.axes)
+    size = item.operands[0].size(axis) // (parts * of)
+    index = ", ".join([":"] * (dim + 1) + [str(at)])
+    cells = f"{x.atom}.unflatten({dim}, ({parts}, {of}, {size}))[{index}]"
+    return Expr(f"{cells}.flatten({dim}, {dim + 1})", x.axes)
+
+
+# Products, norms and reductions.
+
+
+@emission("linear")
+def _linear(w: BlockWriter, item: Item, *, module: str, bias: bool) -> Expr:
+    x, weight = (w.expr(v) for v in item.operands[:2])
+    over = item.operands[1].axes[1]
+    x = _with_last(w, x, over)
+    axes = (*x.axes[:-1], item.operands[1].axes[0])
+    if w.tree.is_module(item):
+        return Expr(f"{w.tree.access(module)}({x.text})", axes)
+    further = f", {w.expr(item.operands[2]).text}" if bias else ""
+    return Expr(f"F.linear({x.text}, {weight.text}{further})", axes)
+
+
+def _with_last(w: BlockWriter, x: Expr, axis: str) -> Expr:
+    """Return `x` with an axis in the last place."""
+    if x.axes[-1] == axis:
+        return x
+    if axis not in x.axes:
+        x = w.expanded(x)
+    return w.permuted(x, [*(a for a in x.axes if a != axis), axis])
+
+
+@emission("contract")
+def _contract(w: BlockWriter, item: Item, *, over: tuple[str, ...], precision: str) -> Expr:
+    x, weight = (w.expr(v) for v in item.operands)
+    if ROW in x.axes:
+        return _contract_rows(w, item, over)
+    wide = precision == "f32"
+    if wide:
+        w.helper("widened")
+
+    def widened(expr: Expr) -> str:
+        return f"widened({expr.text})" if wide else expr.text
+
+    if (
+        len(over) == 1
+        and set(weight.axes) - set(over)
+        and not set(weight.axes) - set(over) & set(x.axes)
+    ):
+        x = _with_last(w, x, over[0])
+        out = [a for a in weight.axes if a not in over]
+        axes = (*x.axes[:-1], *out)
+        if len(out) == 1 and weight.axes[-1] == over[0]:
+            return Expr(f"F.linear({widened(x)}, {widened(weight)})", axes)
+        if len(out) == 1:
+            return Expr(f"{_operand(widened(x), x)} @ {_operand(widened(weight), weight)}", axes,
+                        PRODUCT)  # fmt: skip
+    if len(over) == 1 and weight.axes == over:
+        x = _with_last(w, x, over[0])
+        text = f"{_operand(widened(x), x)} @ {_operand(widened(weight), weight)}"
+        return Expr(text, x.axes[:-1], PRODUCT)
+    return _einsum(w, x, weight, over, widened)
+
+
+def _operand(text: str, expr: Expr) -> str:
+    return text if text != expr.text else expr.at(PRODUCT + 1)
+
+
+def _einsum(
+    w: BlockWriter, x: Expr, y: Expr, over: tuple[str, ...], widened: Callable[[Expr], str]
+) -> Expr:
+    """Return a product as einsum has it, a letter an axis."""
+    x, y = w.expanded(x), w.expanded(y)
+    letters: dict[str, str] = {}
+    for axis in (*x.axes, *y.axes):
+        if axis not in letters:
+            wanted = [c for c in axis.lower() if c.isascii() and c.isalpha()]
+            every = [*wanted, *"abcdefghijklmnopqrstuvwxyz", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+            letters[axis] = next(c for c in every if c not in letters.values())
+    axes = tuple(a for a in dict.fromkeys((*x.axes, *y.axes)) if a not in over)
+    left, right, result = ("".join(letters[a] for a in names) for names in (x.axes, y.axes, axes))
+    formula = f"{left},{right}->{result}"
+    return Expr(f'torch.einsum("{formula}", {widened(x)}, {widened(y)})', axes)
+
+
+def _contract_rows(w: BlockWriter, item: Item, over: tuple[str, ...]) -> Expr:
+    x, weight = (w.expr(v) for v in item.operands)
+    if len(over) != 1:
+        raise _refuse(item, "over", over)
+    if "expert" not in weight.axes:
+        x = _with_last(w, x, over[0])
+        (out,) = (a for a in weight.axes if a not in over)
+        weight = w.permuted(weight, [out, over[0]])
+        return Expr(f"F.linear({x.text}, {weight.text})", (*x.axes[:-1], out))
+    outer = [a for a in weight.axes if a not in (*over, "expert")]
+    if len(outer) != 1 or len(x.axes) != 2:
+        raise _refuse(item, "axes", weight.axes)
+    weight = w.permuted(weight, ["expert", *outer, *over])
+    return Expr(f"rows.linear({x.text}, {weight.text})", (ROW, *outer))
+
+
+def _reduced(x: Expr, axes: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    dims = [i for i, a in enumerate(x.axes) if a in axes]
+    last = len(x.axes) - 1
+    if len(dims) == len(x.axes):
+        return "", ()
+    text = str(-1 if dims == [last] else dims[0]) if len(dims) == 1 else str(tuple(dims))
+    return text, tuple(a for a in x.axes if a not in axes)
+
+
+@emission("sum", "mean")
+def _sum(w: BlockWriter, item: Item, *, axes: tuple[str, ...]) -> Expr:
+    x = w.expr(item.operands[0])
+    if not set(axes) <= set(x.axes):
+        x = w.expanded(x)
+    if (
+        x.axes == axes
+        and item.op == "sum"
+        and len(axes) == 1
+        and item.operands[0].size(axes[0]) == 1
+    ):
+        return Expr(f"{x.atom}.squeeze(-1)", ())
+    dims, names = _reduced(x, axes)
+    return Expr(f"{x.atom}.{item.op}({dims})", names)
+
+
+@emission("max")
+def _max(w: BlockWriter, item: Item, *, axes: tuple[str, ...]) -> Expr:
+    x = w.expr(item.operands[0])
+    if not set(axes) <= set(x.axes):
+        x = w.expanded(x)
+    dims, names = _reduced(x, axes)
+    return Expr(f"{x.atom}.amax({dims})", names)
+
+
+@emission("logsumexp")
+def _logsumexp(w: BlockWriter, item: Item, *, axes: tuple[str, ...]) -> Expr:
+    x = w.expr(item.operands[0])
+    if not set(axes) <= set(x.axes):
+        x = w.expanded(x)
+    dims, names = _reduced(x, axes)
+    return Expr(f"{x.atom}.logsumexp({dims or tuple(range(len(x.axes)))})", names)
+
+
+@emission("softmax")
+def _softmax(w: BlockWriter, item: Item, *, axis: str) -> Expr:
+    x = w.expr(item.operands[0])
+    if axis not in x.axes:
+        x = w.expanded(x)
+    at = x.axes.index(axis)
+    return Expr(f"{x.atom}.softmax({at if at < len(x.axes) - 1 else -1})", x.axes)
+
+
+@emission("rms_norm", "layer_norm", "rms_norm_module", "layer_norm_module")
+def _norm(w: BlockWriter, item: Item, *, axis: str, eps: float, module: str = "") -> Expr:
+    x = _with_last(w, w.expr(item.operands[0]), axis)
+    if module and w.tree.is_module(item):
+        return Expr(f"{w.tree.access(module)}({x.text})", x.axes)
+    vectors = ", ".join(w.expr(v).text for v in item.operands[1:])
+    name = "rms_norm" if "rms" in item.op else "layer_norm"
+    size = w.literal(item.operands[0].size(axis), axis)
+    return Expr(f"F.{name}({x.text}, ({size},), {vectors}, eps={w.literal(eps, 'eps')})", x.axes)
+
+
+@emission("convolve")
+def _convolve(
+    w: BlockWriter,
+    item: Item,
+    *,
+    over: tuple[str, ...],
+    along: tuple[str, ...],
+    taps: tuple[str, ...],
+    stride: int,
+    padding: int,
+) -> Expr:
+    x, weight = (w.expr(v) for v in item.operands)
+    outer = [a for a in x.axes if a not in (*over, *along)]
+    out = [a for a in weight.axes if a not in (*over, *taps)]
+    if len(over) != 1 or len(outer) != 1 or len(out) != 1 or len(along) > 3:
+        raise _refuse(item, "over", over)
+    x = w.permuted(x, [*outer, *over, *along])
+    weight = w.permuted(weight, [*out, *over, *taps])
+    steps = f", stride={w.literal(stride, 'stride')}" if stride != 1 else ""
+    zeros = f", padding={w.literal(padding, 'padding')}" if padding else ""
+    text = f"F.conv{len(along)}d({x.text}, {weight.text}{steps}{zeros})"
+    return w.permuted(Expr(text, (*outer, *out, *along)), [*outer, *along, *out])
+
+
+# Positions and attention.
+
+ROPE_OPTIONS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor", "original_context"),
+    "llama3": ("factor", "original_context", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "original_context", "beta_fast", "beta_slow", "truncate"),
+    "longrope": ("original_context", "short_factors", "long_factors"),
+}
+
+
+@emission("rope")
+def _rope(
+    w: BlockWriter,
+    item: Item,
+    *,
+    axis: str,
+    size: int,
+    theta: float,
+    scaling: str,
+    factor: float,
+    original_context: int,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    beta_fast: float,
+    beta_slow: float,
+    truncate: bool,
+    attention_factor: float,
+    short_factors: tuple[float, ...],
+    long_factors: tuple[float, ...],
+) -> None:
+    options = {
+        "factor": factor,
+        "original_context": original_context,
+        "low_freq_factor": low_freq_factor,
+        "high_freq_factor": high_freq_factor,
+        "beta_fast": beta_fast,
+        "beta_slow": beta_slow,
+        "truncate": truncate,
+        "short_factors": short_factors,
+        "long_factors": long_factors,
+    }
+    positions = w.expr(item.operands[0])
+    name = "rotary_tables" if scaling == "default" else f"{scaling}_rotary_tables"
+    texts = [f"{n}={literal(options[n])}" for n in ROPE_OPTIONS[scaling]]
+    if attention_factor != 1:
+        texts.append(f"attention_factor={literal(attention_factor)}")
+    like = _device_like(w)
+    arguments = ", ".join([positions.text, like, str(size), literal(theta), *texts])
+    names = []
+    for var in item.results:
+        names.append(w.name(var.name.rstrip("0123456789")))
+        w.values[var] = Expr(names[-1], (*positions.axes, axis))
+    w.helper(name)
+    w.state(f"{', '.join(names)} = {name}({arguments})")
+
+
+@emission("rotate")
+def _rotate(w: BlockWriter, item: Item, *, axis: str) -> Expr:
+    x, cos, sin = (w.expr(v) for v in item.operands)
+    x = _with_last(w, x, axis)
+    cos, sin = (w.aligned(e, x.axes) for e in (cos, sin))
+    w.helper("rotate")
+    return Expr(f"rotate({x.text}, {cos.text}, {sin.text})", x.axes)
+
+
+@emission("relative_buckets")
+def _relative_buckets(
+    w: BlockWriter, item: Item, *, bidirectional: bool, buckets: int, max_distance: int
+) -> Expr:
+    queries, keys = (w.expr(v) for v in item.operands)
+    axes = (*queries.axes, *(a for a in keys.axes if a not in queries.axes))
+    queries, keys = w.aligned(queries, axes), w.aligned(keys, axes)
+    q, k = _full(queries, axes), _full(keys, axes)
+    w.helper("relative_buckets")
+    options = f"bidirectional={bidirectional}, buckets={buckets}, max_distance={max_distance}"
+    return Expr(f"relative_buckets({k} - {q}, {options})", axes)
+
+
+def _full(expr: Expr, axes: tuple[str, ...]) -> str:
+    """Return an aligned value with every axis, those behind its own included."""
+    if expr.axes == axes:
+        return expr.atom
+    missing = len(axes) - len(expr.axes)
+    at = axes.index(expr.axes[-1]) if expr.axes else 0
+    trailing = len(axes) - 1 - at
+    return f"{expr.atom}[{', '.join(['...'] + ['None'] * trailing)}]" if missing else expr.atom
+
+
+@emission("causal")
+def _causal(w: BlockWriter, item: Item, *, window: int) -> Expr:
+    raise _refuse(item, "window", window)
+
+
+@emission("same_segment")
+def _same_segment(w: BlockWriter, item: Item) -> Expr:
+    raise _refuse(item, "segments", "packed")
+
+
+@emission("attention")
+def _attention(
+    w: BlockWriter,
+    item: Item,
+    *,
+    over: str,
+    along: str,
+    scale: float,
+    cap: float,
+    causal: tuple[str, ...],
+    window: int,
+    given: tuple[str, ...],
+) -> Expr:
+    return _attend(w, item, over, along, scale, cap, causal, window, given)
+
+
+@emission("cached_attention")
+def _cached_attention(w: BlockWriter, item: Item, *, layer_index: int, **attrs: Any) -> Expr:
+    return _attend(w, item, layer_index=layer_index, **attrs)
+
+
+def _attend(
+    w: BlockWriter,
+    item: Item,
+    over: str,
+    along: str,
+    scale: float,
+    cap: float,
+    causal: tuple[str, ...],
+    window: int,
+    given: tuple[str, ...],
+    layer_index: int = 0,
+) -> Expr:
+    del window  # it is part of the mask
+    query, key, value = (w.expr(v) for v in item.operands[:3])
+    further = dict(zip(given, item.operands[3:], strict=True))
+    (seq,) = causal or (_query_axis(w, item, over, along),)
+    batch = [a for a in item.operands[0].axes if a in item.operands[1].axes][:1]
+    if not batch or item.operands[1].axes[0] != batch[0]:
+        raise _refuse(item, "axes", query.axes)
+    query, heads = _heads_first(w, query, batch[0], seq, over)
+    key, kv_heads = _heads_first(w, key, batch[0], along, over)
+    inner = [a for a in value.axes if a not in (batch[0], along) and a not in kv_heads]
+    if len(inner) != 1:
+        value = w.expanded(value)
+        inner = [a for a in value.axes if a not in (batch[0], along) and a not in kv_heads]
+    value, _ = _heads_first(w, value, batch[0], along, inner[0])
+    names = [w.name("query"), "key", "value"]
+    for name, expr in zip(names, (query, key, value), strict=True):
+        w.state(f"{name} = {expr.text}  # [{', '.join(shown(expr.axes))}]")
+    if "cache" in further:
+        cache = w.expr(further["cache"]).text
+        number = w.literal(layer_index, "layer_index")
+        w.state(f"if {cache} is not None:")
+        w.state(f"    key, value = {cache}.update(key, value, {number})")
+    arguments = [*names]
+    options = [f"scaling={w.literal(scale, 'scaling')}"]
+    if "mask" in further:
+        arguments.append(w.expr(further["mask"]).text)
+    elif "keep" in further:
+        keep = _scores_axes(w, w.expr(further["keep"]), batch[0], heads, seq, along)
+        arguments.append(keep)
+    if not causal:
+        options.append("is_causal=False")
+    if "bias" in further:
+        bias = _scores_axes(w, w.expr(further["bias"]), batch[0], heads, seq, along)
+        options.append(f"bias={bias}")
+    if cap:
+        options.append(f"softcap={w.literal(cap, 'softcap')}")
+    if "sinks" in further:
+        options.append(f"sinks={w.expr(further['sinks']).atom}.flatten()")
+    if unknown := set(further) - {"mask", "keep", "bias", "sinks", "cache"}:
+        raise _refuse(item, "given", ", ".join(unknown))
+    w.helper("attend")
+    groups = _count(w, heads) // max(_count(w, kv_heads), 1)
+    line = f"self.num_key_value_groups = {w.literal(groups, 'groups')}"
+    if not any(text.startswith("self.num_key_value_groups") for text in w.constructor):
+        w.constructor += ["self.config = config", line]
+    text = f"attend(self, {', '.join([*arguments, *options])})"
+    axes = (batch[0], seq, "+".join(heads), inner[0])
+    return Expr(text, axes)
+
+
+def _query_axis(w: BlockWriter, item: Item, over: str, along: str) -> str:
+    """Return the axis of queries that keys do not share."""
+    query, key = item.operands[0], item.operands[1]
+    (axis,) = (a for a in query.axes if a not in key.axes and a not in (over, *HEADS, "head"))
+    return axis
+
+
+def _heads_first(
+    w: BlockWriter, expr: Expr, batch: str, seq: str, inner: str
+) -> tuple[Expr, list[str]]:
+    """Return a value as ``[batch, head, seq, inner]``, and the names of its axes of heads."""
+    heads = [a for a in expr.axes if a not in (batch, seq, inner)]
+    expr = w.permuted(expr, [batch, seq, *heads, inner])
+    if len(heads) > 1:
+        merged = "+".join(heads)
+        expr = Expr(f"{expr.atom}.flatten(2, {1 + len(heads)})", (batch, seq, merged, inner))
+    if not heads:
+        return Expr(f"{expr.atom}[:, None]", (batch, "head", seq, inner)), []
+    joined = expr.axes[2]
+    moved = Expr(f"{expr.atom}.transpose(1, 2)", (batch, joined, seq, inner))
+    return moved, joined.split("+")
+
+
+def _scores_axes(
+    w: BlockWriter, expr: Expr, batch: str, heads: list[str], seq: str, along: str
+) -> str:
+    """Return a mask or bias so that it broadcasts against ``[batch, head, query, key]``."""
+    names = [batch, *heads, seq, along]
+    expr = w.permuted(expr, [a for a in names if a in expr.axes])
+    index = [":" if a in expr.axes else "None" for a in names]
+    text = f"{expr.atom}[{', '.join(index)}]" if "None" in index else expr.text
+    if len(heads) > 1:
+        text = f"{expr.atom}[{', '.join(index)}].flatten(1, {len(heads)})"
+    return text
+
+
+def _count(w: BlockWriter, axes: Sequence[str]) -> int:
+    count = 1
+    for axis in axes:
+        count *= w.sizes.get(axis, 1)
+    return count
+
+
+@emission("causal_mask")
+def _causal_mask(w: BlockWriter, item: Item, *, window: int) -> Expr:
+    w.helper("causal_mask")
+    hidden, positions = (w.expr(v).text for v in item.operands)
+    arguments = ["self.config", hidden, "attention_mask", positions, "cache"]
+    if window:
+        arguments.append(f"window={w.literal(window, 'window')}")
+    return Expr(f"causal_mask({', '.join(arguments)})")
+
+
+# Routing.
+
+GATES = {
+    "renormalised": "{chosen}.softmax(-1)",
+    "softmax": "{scores}.softmax(-1).gather(-1, {index})",
+    "sigmoid": "{chosen}.sigmoid()",
+}
+
+
+@emission("route")
+def _route(
+    w: BlockWriter,
+    item: Item,
+    *,
+    top_k: int,
+    gates: str,
+    scale: float,
+    axis: str,
+    choice: str,
+    using: tuple[str, ...],
+    precision: str,
+) -> None:
+    del precision  # the logits have been widened where they were computed
+    scores = _with_last(w, w.expr(item.operands[0]), axis)
+    if not scores.text.isidentifier():
+        scores = w.assign(item.operands[0], scores, "router_logits")
+    w.helper("top_k_experts")
+    k = w.literal(top_k, "top_k")
+    ranked = scores.text
+    if using:
+        score = "softmax(-1)" if _score(gates) == "softmax" else "sigmoid()"
+        ranked = f"{scores.text}.{score} + {w.expr(item.operands[1]).text}"
+    experts, weights = item.results
+    index = w.name("top_k_index")
+    w.values[experts] = Expr(index, (*scores.axes[:-1], choice))
+    w.state(f"{index} = top_k_experts({ranked}, {k})  # best first")
+    chosen = f"{scores.text}.gather(-1, {index})"
+    name = w.name("top_k_weights")
+    if gates in GATES:
+        text = GATES[gates].format(chosen=chosen, scores=scores.text, index=index)
+    elif gates == "sigmoid-renormalised":
+        w.state(f"{name} = {chosen}.sigmoid()")
+        text = f"{name} / {name}.sum(-1, keepdim=True)"
+    elif gates == "sparsemixer":
+        w.helper("sparsemixer_weights")
+        text = f"sparsemixer_weights({scores.text}, {index})"
+    elif gates == "ones":
+        text = f"torch.ones_like({chosen})"
+    else:
+        raise _refuse(item, "gates", gates)
+    if scale != 1:
+        text = f"{text} * {w.literal(scale, 'gate_scale')}"
+    w.values[weights] = Expr(name, (*scores.axes[:-1], choice))
+    if w.remaining[weights]:
+        w.state(f"{name} = {text}")
+
+
+def _score(gates: str) -> str:
+    return "sigmoid" if gates.startswith("sigmoid") else "softmax"
+
+
+@emission("hash_experts")
+def _hash_experts(
+    w: BlockWriter, item: Item, *, experts: int, top_k: int, seed: int, hash: str, choice: str
+) -> Expr:
+    ids = w.expr(item.operands[0])
+    w.helper("hash_experts")
+    count, k = w.literal(experts, "experts"), w.literal(top_k, "top_k")
+    further = f", seed={w.literal(seed, 'seed')}" if hash == "murmur" else ", modulo=True"
+    return Expr(f"hash_experts({ids.text}, {count}, {k}{further})", (*ids.axes, choice))
+
+
+@emission("keep_choices")
+def _keep_choices(
+    w: BlockWriter, item: Item, *, policy: str, threshold: float, choice: str
+) -> Expr:
+    gates = _with_last(w, w.expr(item.operands[0]), choice)
+    w.helper(f"keep_{policy}")
+    further = f", {w.literal(threshold, 'threshold')}" if policy in ("random", "threshold") else ""
+    return Expr(f"keep_{policy}({gates.text}{further})", gates.axes)
+
+
+def _capacity(
+    w: BlockWriter,
+    capacity_factor: float,
+    convention: str,
+    rounding: str,
+    minimum: int,
+    multiple: int,
+    cap: bool,
+) -> list[str]:
+    """Return the arguments of a bound on the rows of an expert."""
+    exact = Fraction(repr(capacity_factor))
+    ratio = w.literal((exact.numerator, exact.denominator), "capacity_factor")
+    texts = [f"capacity_factor={ratio}"]
+    if convention != "tokens":
+        texts.append("per_choice=True")
+    if rounding != "floor":
+        texts.append(f"rounding={literal(rounding)}")
+    if minimum != 4:
+        texts.append(f"minimum={w.literal(minimum, 'minimum')}")
+    if multiple != 1:
+        texts.append(f"multiple={w.literal(multiple, 'multiple')}")
+    if not cap:
+        texts.append("cap=False")
+    return texts
+
+
+@emission("assign_slots")
+def _assign_slots(
+    w: BlockWriter,
+    item: Item,
+    *,
+    tokens: tuple[str, ...],
+    experts: int,
+    groups: int,
+    group_size: int,
+    slots: str,
+    capacity_factor: float,
+    convention: str,
+    rounding: str,
+    minimum: int,
+    multiple: int,
+    cap: bool,
+    order: str,
+    using: tuple[str, ...],
+) -> Expr:
+    chosen = w.expr(item.operands[0])
+    (choice,) = (a for a in chosen.axes if a not in tokens)
+    axes = (*tokens, choice)
+    chosen = w.permuted(chosen, axes)
+    options = []
+    if groups != 1:
+        options.append(f"groups={w.literal(groups, 'groups')}")
+    if group_size:
+        options.append(f"group_size={w.literal(group_size, 'group_size')}")
+    if slots == "capacity":
+        options += _capacity(w, capacity_factor, convention, rounding, minimum, multiple, cap)
+    if order != "choice":
+        options.append('order="token"')
+    for word, var in zip(using, item.operands[1:], strict=True):
+        names = axes if word == "keep" else tokens
+        options.append(f"{word}={w.permuted(w.expr(var), names).text}")
+    w.helper("assign_slots")
+    count = w.literal(experts, "experts")
+    return Expr(f"assign_slots({', '.join([chosen.text, count, *options])})", axes)
+
+
+@emission("expert_choice")
+def _expert_choice(
+    w: BlockWriter,
+    item: Item,
+    *,
+    tokens: tuple[str, ...],
+    experts: int,
+    groups: int,
+    group_size: int,
+    slots: str,
+    capacity_factor: float,
+    convention: str,
+    rounding: str,
+    minimum: int,
+    multiple: int,
+    cap: bool,
+    using: tuple[str, ...],
+    axis: str,
+    choice: str,
+) -> None:
+    if slots != "capacity":
+        raise _refuse(item, "slots", slots)
+    scores = w.permuted(w.expr(item.operands[0]), (*tokens, axis))
+    options = _capacity(w, capacity_factor, convention, rounding, minimum, multiple, cap)
+    if groups != 1:
+        options.append(f"groups={w.literal(groups, 'groups')}")
+    if group_size:
+        options.append(f"group_size={w.literal(group_size, 'group_size')}")
+    for word, var in zip(using, item.operands[1:], strict=True):
+        options.append(f"{word}={w.permuted(w.expr(var), tokens).text}")
+    w.helper("expert_choice")
+    names = []
+    for var, hint in zip(item.results, ("top_k_index", "top_k_weights", "slots"), strict=True):
+        names.append(w.name(hint))
+        w.values[var] = Expr(names[-1], (*tokens, choice))
+    count = w.literal(experts, "experts")
+    arguments = ", ".join([scores.text, count, *options])
+    w.state(f"{', '.join(names)} = expert_choice({arguments})")
+
+
+@emission("top_k_index")
+def _top_k_index(w: BlockWriter, item: Item, *, experts: int, drops: bool) -> Expr:
+    chosen = w.expr(item.operands[0])
+    if not drops:
+        return chosen
+    slots = w.permuted(w.expr(item.operands[1]), chosen.axes)
+    count = w.literal(experts, "experts")
+    return Expr(f"{chosen.atom}.masked_fill({slots.atom} < 0, {count})", chosen.axes)
+
+
+@emission("group_sum")
+def _group_sum(w: BlockWriter, item: Item) -> Expr:
+    x, slots = item.operands
+    assign = slots.item
+    assert assign is not None, "slots are assigned"
+    tokens = assign.attrs["tokens"]
+    assert isinstance(tokens, tuple), "names of axes"
+    inner = [a for a in x.axes if a not in tokens]
+    expr = w.permuted(w.expr(x), [*tokens, *inner])
+    size, groups = assign.attrs["group_size"], assign.attrs["groups"]
+    axes = ("group", *inner)
+    flat = f"{expr.atom}.flatten(0, {len(tokens) - 1})"
+    if size:
+        return Expr(f"{flat}.unflatten(0, (-1, {w.literal(size, 'group_size')})).sum(1)", axes)
+    if groups == 1:
+        dims = tuple(range(len(tokens)))
+        return Expr(f"{expr.atom}.sum({dims})[None]", axes)
+    return Expr(f"{flat}.unflatten(0, ({w.literal(groups, 'groups')}, -1)).sum(1)", axes)
+
+
+# The rows of experts.
+
+
+@emission("dispatch")
+def _dispatch(w: BlockWriter, item: Item, *, experts: int = 0) -> Expr:
+    x, index = item.operands
+    expr, chosen = w.expr(x), w.expr(index)
+    tokens = chosen.axes[:-1]
+    inner = tuple(a for a in x.axes if a not in tokens)
+    expr = w.permuted(expr, [*tokens, *inner])
+    _write_rows(w, chosen, experts)
+    return Expr(f"rows.gather({expr.text})", (ROW, *inner))
+
+
+def _write_rows(w: BlockWriter, chosen: Expr, experts: int) -> None:
+    w.helper("ExpertRows")
+    count = w.literal(experts, "experts")
+    line = f"rows = ExpertRows({chosen.text}, {count})"
+    if not any(text.startswith("rows = ") for text in w.lines):
+        w.state(line)
+
+
+@emission("dispatch_gates")
+def _dispatch_gates(w: BlockWriter, item: Item, *, experts: int = 0) -> Expr:
+    gates, index = (w.expr(v) for v in item.operands)
+    _write_rows(w, index, experts)
+    return Expr(f"rows.gather_weights({gates.text})", (ROW,))
+
+
+@emission("weight_rows")
+def _weight_rows(w: BlockWriter, item: Item, *, precision: str) -> Expr:
+    del precision  # of the product before rounding
+    rows, gates = (w.expr(v) for v in item.operands)
+    gates = w.aligned(gates, rows.axes)
+    return Expr(f"{rows.at(PRODUCT)} * {gates.at(PRODUCT)}", rows.axes, PRODUCT)
+
+
+@emission("combine", "combine_weighted")
+def _combine(w: BlockWriter, item: Item, *, experts: int = 0) -> Expr:
+    del experts
+    rows = w.expr(item.operands[0])
+    weights = "".join(f", {w.expr(v).text}" for v in item.operands[2:])
+    index = w.expr(item.operands[1])
+    return Expr(f"rows.combine({rows.text}{weights})", (*index.axes[:-1], *rows.axes[1:]))
+
+
+# Noise: in training alone.
+
+
+@emission("dropout")
+def _dropout(w: BlockWriter, item: Item, *, rate: float) -> Expr:
+    x = w.expr(item.operands[0])
+    return Expr(f"F.dropout({x.text}, {w.literal(rate, 'dropout')}, self.training)", x.axes)
+
+
+@emission("jitter")
+def _jitter(w: BlockWriter, item: Item, *, low: float, high: float) -> Expr:
+    x = w.expr(item.operands[0])
+    w.helper("jitter")
+    bounds = f"{w.literal(low, 'low')}, {w.literal(high, 'high')}"
+    return Expr(f"jitter({x.text}, {bounds}, self.training)", x.axes)
+
+
+@emission("add_noise")
+def _add_noise(w: BlockWriter, item: Item, *, std: float) -> Expr:
+    x = w.expr(item.operands[0])
+    w.helper("add_noise")
+    return Expr(f"add_noise({x.text}, {w.literal(std, 'noise')}, self.training)", x.axes)

@@ -1,0 +1,434 @@
+"""A graph as a list of items: the form in which it is cut into classes and written as text.
+
+Items are few and plain.  Common idioms of a graph are one item each: a linear layer with its
+bias, a norm, a look-up, dropout, noise, the experts of a token with what was dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from moecc.decoding import DECODER_TOKENS, TOKENS, rewritten
+from moecc.errors import InputError, Problem
+from moecc.ir.graph import Graph, Node, Value, where
+from moecc.ir.operand import Attrs
+from moecc.ir.structure import infer_again
+from moecc.types import I32, Axis, Extent, TensorType
+
+ROW = "row"
+"""The axis of the rows of experts: groups, experts and their slots in one."""
+
+UNSUPPORTED = {
+    "scan": "unroll it first",
+    "update_slice": "a graph that decodes already has caches of its own",
+    "within_buffer": "strip-sharding removes bounded buffers",
+}
+
+
+@dataclass(eq=False)
+class Var:
+    """A value: an input, a parameter, or the result of an item.
+
+    Attributes:
+      name: a hint for its name in the text.
+      axes: the names of its axes, in order.
+      sizes: their sizes; None where a size is not a number.
+      kind: ``float``, ``int``, ``bool`` or ``key``.
+      param: whether it is a parameter, whose name is then in the checkpoint.
+      item: what computes it.
+      users: the items that read it, one for each operand.
+    """
+
+    name: str
+    axes: tuple[str, ...] = ()
+    sizes: tuple[int | None, ...] = ()
+    kind: str = "float"
+    param: bool = False
+    item: Item | None = None
+    users: list[Item] = field(default_factory=list)
+
+    def size(self, axis: str) -> int:
+        """Return the size of an axis; raises InputError where it is not a number."""
+        size = self.sizes[self.axes.index(axis)]
+        if size is None:
+            raise InputError(f"the size of the axis {axis!r} is not known", found=f"%{self.name}")
+        return size
+
+
+@dataclass(eq=False)
+class Item:
+    """An operation on values.
+
+    Attributes:
+      op: its name, that of an operation of the graph or of an idiom.
+      operands: what it reads.
+      attrs: its attributes.
+      results: what it computes.
+      loc: its location in the model.
+    """
+
+    op: str
+    operands: list[Var]
+    attrs: dict[str, object]
+    results: tuple[Var, ...]
+    loc: str = ""
+
+    @property
+    def result(self) -> Var:
+        """The only result."""
+        (var,) = self.results
+        return var
+
+    def __repr__(self) -> str:
+        names = ", ".join(v.name for v in self.operands)
+        return f"{', '.join(v.name for v in self.results)} = {self.op}({names}) @{self.loc}"
+
+
+@dataclass
+class Program:
+    """The items of a model.
+
+    Attributes:
+      items: in an order in which they can be computed.
+      inputs: the inputs by name.
+      params: the parameters by name.
+      outputs: the outputs by name.
+      tokens: the input whose tokens are continued, if the model generates text.
+    """
+
+    items: list[Item] = field(default_factory=list)
+    inputs: dict[str, Var] = field(default_factory=dict)
+    params: dict[str, Var] = field(default_factory=dict)
+    outputs: dict[str, Var] = field(default_factory=dict)
+    tokens: str = ""
+
+    def prune(self) -> None:
+        """Drop the items of which no output depends, and count the users of all others."""
+        needed: set[Var] = set(self.outputs.values())
+        items: list[Item] = []
+        for item in reversed(self.items):
+            if needed.intersection(item.results):
+                items.append(item)
+                needed.update(item.operands)
+        self.items = items[::-1]
+        for item in self.items:
+            for var in (*item.operands, *item.results):
+                var.users = []
+        for item in self.items:
+            for var in item.operands:
+                var.users.append(item)
+        self.params = {name: var for name, var in self.params.items() if var in needed}
+        self.inputs = {name: var for name, var in self.inputs.items() if var in needed}
+
+
+def prepared(graph: Graph) -> Graph:
+    """Return a copy of `graph` that is unrolled, on one device, with fused attention."""
+    passes = ["unroll-layers"] if any(node.body for node in graph) else []
+    passes += ["strip-sharding"] if "mesh" in graph.attrs else []
+    copy = rewritten(graph, ",".join([*passes, "fuse-attention"]))
+    for name in [n for n in copy.output_names if n.startswith(("metric.", "trace."))]:
+        copy.drop_output(name)
+    return rewritten(copy, "dce")
+
+
+def program_of(graph: Graph, tokens: Value | None) -> Program:
+    """Return the program of a prepared graph.
+
+    Args:
+      graph: changed: positions of continued tokens become an input.
+      tokens: the input whose tokens are continued.
+
+    Raises:
+      InputError: it has operations that no text is written for.
+    """
+    if tokens is not None:
+        _take_positions(graph, tokens)
+    problems = [
+        Problem(f"{node.op.name} cannot be written as PyTorch", where(node), hint=hint)
+        for node in graph
+        if (hint := UNSUPPORTED.get(node.op.name)) or node.op.opaque or node.op.collective
+    ]
+    if problems:
+        raise InputError(problems)
+    program = Program(tokens=tokens.name if tokens is not None else "")
+    images: dict[Value, Var] = {}
+    for table, values, is_param in (
+        (program.inputs, graph.inputs, False),
+        (program.params, graph.params, True),
+    ):
+        for name, value in values.items():
+            images[value] = table[name] = _var(value, is_param=is_param)
+    for node in graph:
+        _append(program, node, images)
+    program.outputs = {name: images[value] for name, value in graph.outputs.items()}
+    program.prune()
+    for idiom in IDIOMS:
+        for item in program.items:
+            idiom(item)
+        program.prune()
+    _add_top_k_indices(program)
+    program.prune()
+    return program
+
+
+def _var(value: Value, *, is_param: bool = False) -> Var:
+    axes, sizes = _row_axes(value.type)
+    return Var(value.name, axes, sizes, value.type.dtype.kind, is_param)
+
+
+def _row_axes(type: TensorType) -> tuple[tuple[str, ...], tuple[int | None, ...]]:
+    """Return axes and sizes, those of the rows of experts as one."""
+    axes = list(type.axes)
+    if any(isinstance(a.size, Extent) and a.name == "slot" for a in axes):
+        axes = [Axis(ROW, "R"), *(a for a in axes if a.name not in ("group", "expert", "slot"))]
+    sizes = tuple(a.size if isinstance(a.size, int) else None for a in axes)
+    return tuple(a.name for a in axes), sizes
+
+
+def _append(program: Program, node: Node, images: dict[Value, Var]) -> None:
+    operands = [images[v] for v in node.operands]
+    results = tuple(_var(v) for v in node.results)
+    item = Item(node.op.name, operands, dict(node.attrs), results, node.loc)
+    for value, var in zip(node.results, results, strict=True):
+        images[value] = var
+        var.item = item
+    program.items.append(item)
+
+
+POSITION_IDS, KEY_POSITIONS = "position_ids", "key_position_ids"
+
+
+def _take_positions(graph: Graph, tokens: Value) -> None:
+    """Read the positions of tokens from inputs: those of queries, ``[batch, seq]``, and of keys."""
+    batch, seq = tokens.type.axes
+    touched: list[Node] = []
+    key_type = TensorType(I32, (batch, Axis("kv_seq", "C")))
+    for node in list(graph):
+        if node.op.name != "positions" or node.attrs["axis"] != seq.name:
+            continue
+        if seq not in node.operands[0].type.axes:
+            continue
+        if POSITION_IDS not in graph.inputs:
+            graph.input(POSITION_IDS, TensorType(I32, (batch, seq)))
+        for user in list(node.result.users):
+            if user.op.name == "rename":
+                to = user.attrs["to"]
+                name = KEY_POSITIONS if to == "kv_seq" else f"{KEY_POSITIONS}_{to}"
+                if name not in graph.inputs:
+                    axes = (batch, Axis(str(to), key_type.axes[1].size))
+                    graph.input(name, TensorType(I32, axes))
+                touched += user.result.users
+                user.replace_by(graph.inputs[name])
+        touched += node.result.users
+        node.replace_by(graph.inputs[POSITION_IDS])
+    infer_again(graph, touched)
+
+
+# Idioms: each looks at one item and makes it another, if what it reads has the form.
+
+
+def _one_user(var: Var) -> bool:
+    return len(var.users) == 1
+
+
+def _from(var: Var, op: str) -> Item | None:
+    """Return the item that computes `var` for one user alone, if it is an `op`."""
+    item = var.item
+    return item if item is not None and item.op == op and _one_user(var) else None
+
+
+def _number(var: Var) -> float | None:
+    """Return the value of a constant."""
+    item = var.item
+    if item is None or item.op != "constant":
+        return None
+    value = item.attrs["value"]
+    return value if isinstance(value, float) else None
+
+
+def _fuse_dropout(item: Item) -> None:
+    """Make dropout of ``select(uniform < p, 0, x / (1 − p))``."""
+    if item.op != "select" or len(item.operands) != 3:
+        return
+    condition, zero, scaled = item.operands
+    less, scale = _from(condition, "less"), _from(scaled, "scale")
+    if less is None or scale is None or _number(zero) != 0:
+        return
+    uniform, rate = _from(less.operands[0], "random_uniform"), _number(less.operands[1])
+    if uniform is None or rate is None or uniform.attrs != {"low": 0.0, "high": 1.0}:
+        return
+    by = scale.attrs["by"]
+    if isinstance(by, float) and abs(by * (1 - rate) - 1) < 1e-9:
+        item.op, item.operands, item.attrs = "dropout", scale.operands, {"rate": rate}
+
+
+def _fuse_noise(item: Item) -> None:
+    """Make noise of ``x · uniform`` and ``x + normal``."""
+    draws = {"mul": "random_uniform", "add": "random_normal"}
+    if item.op not in draws:
+        return
+    for x, drawn in (item.operands, item.operands[::-1]):
+        draw = _from(drawn, draws[item.op])
+        if draw is not None and set(drawn.axes) == set(x.axes):
+            item.op = "jitter" if item.op == "mul" else "add_noise"
+            item.operands, item.attrs = [x], dict(draw.attrs)
+            return
+
+
+def _fuse_keep(item: Item) -> None:
+    """Let keep_choices draw its own numbers, in training."""
+    if item.op == "keep_choices" and len(item.operands) == 2:
+        if _from(item.operands[1], "random_uniform") is None:
+            raise InputError("keep_choices reads numbers that it cannot draw", where=item.loc)
+        item.operands = item.operands[:1]
+
+
+def _leaf(var: Var, name: str) -> str:
+    """Return the module of a parameter whose last name is `name`; empty if it is not so."""
+    module, _, last = var.name.rpartition(".")
+    return module if var.param and last == name and module else ""
+
+
+def _fuse_linear(item: Item) -> None:
+    """Make a linear layer of a product with a matrix, and of the bias that is added to it."""
+    if item.op == "contract" and item.attrs["precision"] == "default":
+        x, w = item.operands
+        over = item.attrs["over"]
+        is_matrix = isinstance(over, tuple) and len(w.axes) == 2 and over == w.axes[1:]
+        if _leaf(w, "weight") and is_matrix and w.axes[0] not in x.axes and ROW not in x.axes:
+            attrs: dict[str, object] = {"module": _leaf(w, "weight"), "bias": False}
+            item.op, item.attrs = "linear", attrs
+    if item.op == "add":
+        for product, bias in (item.operands, item.operands[::-1]):
+            linear = _from(product, "linear")
+            if linear is None or not bias.param or len(linear.operands) != 2:
+                continue
+            w = linear.operands[1]
+            if _leaf(bias, "bias") == _leaf(w, "weight") and bias.axes == w.axes[:1]:
+                item.op, item.attrs = "linear", {"module": _leaf(w, "weight"), "bias": True}
+                item.operands = [linear.operands[0], w, bias]
+                return
+
+
+def _fuse_module(item: Item) -> None:
+    """Make a module of a norm or look-up whose parameters are those of one name."""
+    if item.op in ("rms_norm", "layer_norm"):
+        names = ("weight", "bias")[: len(item.operands) - 1]
+        modules = {_leaf(v, n) for v, n in zip(item.operands[1:], names, strict=True)}
+        if len(modules) == 1 and (module := modules.pop()):
+            item.attrs = {**item.attrs, "module": module}
+            item.op = "rms_norm_module" if item.op == "rms_norm" else "layer_norm_module"
+    if item.op == "embedding":
+        table, module = item.operands[0], _leaf(item.operands[0], "weight")
+        if module and table.axes[0] == item.attrs["axis"] and len(table.axes) == 2:
+            item.op, item.attrs = "embedding_module", {**item.attrs, "module": module}
+
+
+IDIOMS: tuple[Callable[[Item], None], ...] = (
+    _fuse_dropout,
+    _fuse_noise,
+    _fuse_keep,
+    _fuse_linear,
+    _fuse_module,
+)
+
+
+def _add_top_k_indices(program: Program) -> None:
+    """Let rows be moved by one index a choice: that of its expert, or N where it is dropped."""
+    indices: dict[Var, Var] = {}
+    items: list[Item] = []
+    for item in program.items:
+        if item.op in ("dispatch", "dispatch_gates", "combine", "combine_weighted"):
+            x, experts, slots, *gates = item.operands
+            if item.op == "dispatch_gates":
+                x, experts, slots = item.operands
+            assign = slots.item
+            assert assign is not None, "slots are assigned"
+            if slots not in indices:
+                index = Var("top_k_index", experts.axes, experts.sizes, "int")
+                attrs: dict[str, object] = {
+                    "experts": assign.attrs["experts"],
+                    "drops": drops(assign),
+                }
+                operands = [experts, slots] if attrs["drops"] else [experts]
+                index.item = Item("top_k_index", operands, attrs, (index,), assign.loc)
+                items.append(index.item)
+                indices[slots] = index
+            item.attrs = {**item.attrs, "experts": assign.attrs["experts"]}
+            item.operands = [x, indices[slots], *gates]
+        items.append(item)
+    program.items = items
+
+
+def drops(assign: Item) -> bool:
+    """Whether an item that assigns slots leaves choices without one."""
+    if assign.op == "expert_choice" or assign.attrs["slots"] == "capacity":
+        return True
+    using = assign.attrs["using"]
+    return isinstance(using, tuple) and bool({"keep", "mask"} & set(using))
+
+
+def continued_tokens(graph: Graph) -> Value | None:
+    """Return the input whose tokens are continued by logits of a decoder, if there is one."""
+    name = DECODER_TOKENS if DECODER_TOKENS in graph.inputs else TOKENS
+    tokens = graph.inputs.get(name)
+    if tokens is None or "logits" not in graph.outputs or len(tokens.type) != 2:
+        return None
+    return tokens
+
+
+def walk_operands(items: list[Item]) -> Iterator[Var]:
+    """Yield what the items read from outside, in the order of reading."""
+    computed = {v for item in items for v in item.results}
+    read: set[Var] = set()
+    for item in items:
+        for var in item.operands:
+            if var not in computed and var not in read:
+                read.add(var)
+                yield var
+
+
+def attribute(attrs: Attrs, name: str) -> str:
+    """Return an attribute that is a text."""
+    return str(attrs[name])
+
+
+CACHE, MASK = "cache", "seen"
+
+
+def add_caches(program: Program, hidden: Var) -> None:
+    """Give causal attention a mask and a cache of keys and values.
+
+    Args:
+      program: changed.
+      hidden: a value of the hidden size for each token, of whose shape the masks are.
+    """
+    cache = Var(CACHE, kind="cache")
+    positions = program.inputs.get(POSITION_IDS) or Var(POSITION_IDS, ("batch", "seq"), (), "int")
+    masks: dict[object, Var] = {}
+    mask_items: list[Item] = []
+    number = 0
+    for item in program.items:
+        if item.op != "attention" or item.attrs["causal"] != ("seq",):
+            continue
+        window = item.attrs["window"]
+        if window not in masks:
+            name = "seen_in_window" if window else MASK
+            masks[window] = Var(name, kind="mask")
+            operands = [hidden, positions]
+            mask = Item("causal_mask", operands, {"window": window}, (masks[window],), "masks")
+            masks[window].item = mask
+            mask_items.append(mask)
+        given = item.attrs["given"]
+        assert isinstance(given, tuple), "words"
+        item.op = "cached_attention"
+        item.attrs = {**item.attrs, "given": (*given, "mask", "cache"), "layer_index": number}
+        item.operands = [*item.operands, masks[window], cache]
+        number += 1
+    if mask_items:
+        program.inputs[POSITION_IDS] = positions
+        program.inputs[CACHE] = cache
+    at = program.items.index(hidden.item) + 1 if hidden.item is not None else 0
+    program.items[at:at] = mask_items
+    program.prune()

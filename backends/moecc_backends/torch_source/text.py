@@ -1,0 +1,733 @@
+"""Text of a block: expressions, statements, and the classes that equal blocks share.
+
+A block is written once with markers in place of its numbers.  Blocks with the same text are
+instances of one class; numbers in which they differ are arguments of its constructor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from moecc.errors import InputError
+from moecc_backends.torch_source.blocks import Block
+from moecc_backends.torch_source.names import identifier, is_under, variable
+from moecc_backends.torch_source.program import Item, Var
+
+WIDTH = 100
+ATOM, PRODUCT, SUM, COMPARISON = 3, 2, 1, 0
+"""How tightly the outermost operator of an expression binds."""
+
+_MARKER = re.compile(r"\x01(\d+)\x02")
+_WORD = re.compile(r"(?<![\w.])[A-Za-z_]\w*")
+
+
+@dataclass(frozen=True)
+class Expr:
+    """An expression.
+
+    Attributes:
+      text: its text.
+      axes: the names of the axes of its value, in order; ``a+b`` stands for two as one.
+      level: how tightly it binds.
+    """
+
+    text: str
+    axes: tuple[str, ...] = ()
+    level: int = ATOM
+
+    def at(self, level: int) -> str:
+        """Return its text as an operand of an operator of `level`."""
+        return self.text if self.level >= level else f"({self.text})"
+
+    @property
+    def atom(self) -> str:
+        """Its text, in parentheses if something may not follow it directly."""
+        return self.at(ATOM)
+
+
+@dataclass(eq=False)
+class ClassDef:
+    """A class of the emitted text.
+
+    Attributes:
+      name: its name.
+      arguments: the arguments of its constructor besides ``config``.
+      constructor: the lines of ``__init__``.
+      signature: the parameters of ``forward``.
+      forward: its lines.
+      doc: its docstring.
+    """
+
+    name: str
+    arguments: list[str]
+    constructor: list[str]
+    signature: list[str]
+    forward: list[str]
+    doc: str = ""
+    base: str = "nn.Module"
+
+    def lines(self) -> list[str]:
+        """Return the text of the class."""
+        arguments = ", ".join(["self", "config", *self.arguments])
+        return [
+            f"class {self.name}({self.base}):",
+            *([f'    """{self.doc}"""', ""] if self.doc else []),
+            f"    def __init__({arguments}):",
+            "        super().__init__()",
+            *(f"        {line}" for line in self.constructor),
+            "",
+            *folded(f"    def forward({', '.join(['self', *self.signature])}):"),
+            *(line for text in self.forward for line in folded(f"        {text}")),
+        ]
+
+
+@dataclass
+class Instance:
+    """A block as an instance of a class, with the values of the constructor's arguments."""
+
+    definition: ClassDef
+    values: list[object]
+
+
+@dataclass
+class Classes:
+    """The classes of a text, and the instance that each block is."""
+
+    definitions: list[ClassDef] = field(default_factory=list)
+    instances: dict[Block, Instance] = field(default_factory=dict)
+    helpers: set[str] = field(default_factory=set)
+
+    def unique(self, title: str) -> str:
+        """Return a name that no class has."""
+        names = {d.name for d in self.definitions}
+        number, name = 2, title
+        while name in names:
+            name, number = f"{title}{number}", number + 1
+        return name
+
+    def add(self, blocks: Sequence[Block], write: Callable[[Block], BlockWriter]) -> None:
+        """Write blocks of one depth, and make a class of each different text."""
+        groups: dict[tuple[object, ...], list[tuple[Block, BlockWriter]]] = {}
+        for block in blocks:
+            writer = write(block)
+            self.helpers |= writer.helpers
+            key: tuple[object, ...] = (
+                block.title,
+                tuple(writer.constructor),
+                *map(tuple, writer.signature_lines()),
+            )
+            groups.setdefault(key, []).append((block, writer))
+        for key, group in groups.items():
+            self._define(str(key[0]), group)
+
+    def _define(self, title: str, group: list[tuple[Block, BlockWriter]]) -> None:
+        _, first = group[0]
+        arguments: dict[str, list[object]] = {}
+        inits: dict[str, str] = {}
+        forwards: dict[str, str] = {}
+        for number, (hint, _) in enumerate(first.literals):
+            values = [writer.literals[number][1] for _, writer in group]
+            marker = f"\x01{number}\x02"
+            if all(repr(v) == repr(values[0]) for v in values):
+                inits[marker] = forwards[marker] = literal(values[0])
+                continue
+            same = next((n for n, v in arguments.items() if v == values and n.startswith(hint)), "")
+            name = same or _free(hint, arguments)
+            arguments[name] = values
+            inits[marker], forwards[marker] = name, f"self.{name}"
+        constructor = [_filled(line, inits) for line in first.constructor]
+        used = {n for m, n in forwards.items() if any(m in line for line in first.lines)}
+        stored = [f"self.{n} = {n}" for n in arguments if f"self.{n}" in used]
+        definition = ClassDef(
+            self.unique(title),
+            list(arguments),
+            [*stored, *constructor],
+            first.signature,
+            [_filled(line, forwards) for line in first.lines],
+            base="GradientCheckpointingLayer" if group[0][0].layer else "nn.Module",
+        )
+        self.definitions.append(definition)
+        for at, (block, _) in enumerate(group):
+            self.instances[block] = Instance(definition, [v[at] for v in arguments.values()])
+
+
+def shown(axes: Sequence[str]) -> list[str]:
+    """Return axes as a comment has them, those of heads as one."""
+    return ["head" if "+" in axis or axis == "kv_head" else axis for axis in axes]
+
+
+def _free(hint: str, names: Iterable[str]) -> str:
+    number, name = 2, hint
+    while name in names:
+        name, number = f"{hint}_{number}", number + 1
+    return name
+
+
+def literal(value: object) -> str:
+    """Return a number, a text or a tuple of them as Python has it."""
+    if isinstance(value, float) and (value != value or abs(value) == float("inf")):
+        return f'float("{value}")'
+    if isinstance(value, tuple):
+        inner = ", ".join(map(literal, value))
+        return f"({inner},)" if len(value) == 1 else f"({inner})"
+    if isinstance(value, str | int | float | bool) or value is None:
+        return repr(value)
+    raise InputError(f"{value!r} is not a number or a text")
+
+
+def _filled(line: str, texts: dict[str, str]) -> str:
+    return _MARKER.sub(lambda match: texts[match[0]], line)
+
+
+def folded(line: str) -> list[str]:
+    """Return a line in several if it is too long, broken within its outermost brackets."""
+    code, comment = line, ""
+    if "  # " in line:
+        code, _, comment = line.rpartition("  # ")
+    if len(line) <= WIDTH:
+        return [line]
+    indent = " " * (len(code) - len(code.lstrip()))
+    if comment and len(code) > WIDTH - 20:
+        return [f"{indent}# {comment}", *folded(code)]
+    if len(code) <= WIDTH:
+        return [f"{indent}# {comment}", code]
+    spans = _brackets(code)
+    if not spans:
+        return [code]
+    start, end = max(spans, key=lambda s: (s[1] - s[0], -s[0]))
+    parts = _split(code[start + 1 : end])
+    if len(parts) == 1 and code[start] == "(" and (inner := _brackets(parts[0])):
+        del inner
+    head, tail = code[: start + 1], code[end:]
+    body = [f"{indent}    {part}," for part in parts]
+    if code[start] == "(" and len(parts) == 1 and not code[:start].rstrip().endswith(_CALLS):
+        body = [f"{indent}    {parts[0]}"]
+    joined = f"{indent}    {', '.join(parts)}"
+    if len(joined) <= WIDTH:
+        body = [joined]
+    return [head, *(x for line in body for x in folded(line)), *folded(f"{indent}{tail}")]
+
+
+_CALLS = tuple("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_0123456789")
+
+
+def _brackets(code: str) -> list[tuple[int, int]]:
+    """Return the outermost pairs of brackets."""
+    spans, depth, start, quote = [], 0, 0, ""
+    for i, c in enumerate(code):
+        if quote:
+            quote = "" if c == quote and code[i - 1] != "\\" else quote
+        elif c in "\"'":
+            quote = c
+        elif c in "([{":
+            if depth == 0:
+                start = i
+            depth += 1
+        elif c in ")]}":
+            depth -= 1
+            if depth == 0:
+                spans.append((start, i))
+    return [s for s in spans if s[1] - s[0] > 1]
+
+
+def _split(text: str) -> list[str]:
+    """Return the parts between the outermost commas."""
+    parts, depth, last, quote = [], 0, 0, ""
+    for i, c in enumerate(text):
+        if quote:
+            quote = "" if c == quote and text[i - 1] != "\\" else quote
+        elif c in "\"'":
+            quote = c
+        elif c in "([{":
+            depth += 1
+        elif c in ")]}":
+            depth -= 1
+        elif c == "," and depth == 0:
+            parts.append(text[last:i].strip())
+            last = i + 1
+    parts.append(text[last:].strip())
+    return [p for p in parts if p]
+
+
+STATE = "hidden_states"
+
+
+@dataclass(eq=False)
+class BlockWriter:
+    """Writes the items of a block.
+
+    Attributes:
+      block: the block.
+      classes: of the blocks within.
+      operations: the function that writes each operation.
+    """
+
+    block: Block
+    classes: Classes
+    operations: dict[str, Callable[..., Expr | None]]
+    literals: list[tuple[str, object]] = field(default_factory=list)
+    helpers: set[str] = field(default_factory=set)
+    lines: list[str] = field(default_factory=list)
+    constructor: list[str] = field(default_factory=list)
+    signature: list[str] = field(default_factory=list)
+    values: dict[Var, Expr] = field(default_factory=dict)
+    remaining: Counter[Var] = field(default_factory=Counter)
+    names: set[str] = field(default_factory=set)
+    tree: ModuleTree = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tree = ModuleTree(self)
+        for step in self.block.steps:
+            operands = step.inputs if isinstance(step, Block) else step.operands
+            self.remaining.update(operands)
+        self.remaining.update(self.block.outputs)
+
+    # What operations use.
+
+    def literal(self, value: object, hint: str) -> str:
+        """Return a marker for a number, which may be an argument of the class."""
+        literal(value)
+        self.literals.append((variable(hint), value))
+        return f"\x01{len(self.literals) - 1}\x02"
+
+    def filled(self, line: str) -> str:
+        """Return a line with its numbers."""
+        return _filled(line, {f"\x01{i}\x02": literal(v) for i, (_, v) in enumerate(self.literals)})
+
+    def helper(self, name: str) -> str:
+        """Return the name of a helper, whose text is then part of the file."""
+        self.helpers.add(name)
+        return name
+
+    def expr(self, var: Var) -> Expr:
+        """Return the expression of a value."""
+        if var.param:
+            return Expr(self.tree.access(var.name), var.axes)
+        return self.values[var]
+
+    def aligned(self, expr: Expr, axes: Sequence[str]) -> Expr:
+        """Return `expr` so that it broadcasts against a value with `axes`."""
+        names = [a for a in axes if a in expr.axes]
+        if len(names) != len(expr.axes):
+            expr = self.expanded(expr)
+            axes = [name for axis in axes for name in axis.split("+")]
+            names = [a for a in axes if a in expr.axes]
+        if len(names) != len(expr.axes):
+            raise InputError("axes do not align", expected=", ".join(axes), found=expr.text)
+        expr = self.permuted(expr, names)
+        if not names:
+            return expr
+        index = [":" if a in names else "None" for a in axes[list(axes).index(names[0]) :]]
+        while index and index[-1] == ":":
+            index.pop()
+        if not index:
+            return expr
+        return Expr(f"{expr.atom}[{', '.join(index)}]", tuple(axes))
+
+    def permuted(self, expr: Expr, names: Sequence[str]) -> Expr:
+        """Return `expr` with its axes in another order."""
+        if list(expr.axes) == list(names):
+            return expr
+        if set(expr.axes) != set(names):
+            expr = self.expanded(expr)
+        if list(expr.axes) == list(names):
+            return expr
+        order = [expr.axes.index(a) for a in names]
+        moved = [i for i, at in enumerate(order) if i != at]
+        if len(moved) == 2:
+            first, second = moved
+            return Expr(f"{expr.atom}.transpose({first}, {second})", tuple(names))
+        return Expr(f"{expr.atom}.permute({', '.join(map(str, order))})", tuple(names))
+
+    def expanded(self, expr: Expr) -> Expr:
+        """Return `expr` with each of its axes alone."""
+        for at, axis in enumerate(expr.axes):
+            if "+" in axis:
+                names = axis.split("+")
+                sizes = [self.sizes[name] for name in names]
+                text = ", ".join(self.literal(s, n) for s, n in zip(sizes, names, strict=True))
+                axes = (*expr.axes[:at], *names, *expr.axes[at + 1 :])
+                return self.expanded(Expr(f"{expr.atom}.unflatten({at}, ({text}))", axes))
+        return expr
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of all axes that have one."""
+        return {
+            axis: size
+            for item in self.block.items
+            for var in (*item.results, *item.operands)
+            for axis, size in zip(var.axes, var.sizes, strict=True)
+            if size is not None
+        }
+
+    def canonical(self, var: Var) -> str:
+        """Return a value with its axes in the order that others expect."""
+        expr = self.expr(var)
+        if not var.axes or var.kind in ("cache", "mask"):
+            return expr.text
+        return self.permuted(expr, var.axes).text
+
+    def state(self, text: str) -> None:
+        """Write a statement."""
+        self.lines.append(text)
+
+    def name(self, hint: str) -> str:
+        """Return a name for a value: `hint`, if no value that is still needed has it."""
+        hint = variable(hint)
+        alive = set()
+        for var, expr in self.values.items():
+            if self.remaining[var] > 0:
+                alive |= set(_WORD.findall(expr.text))
+        number, name = 2, hint
+        while name in alive:
+            name, number = f"{hint}_{number}", number + 1
+        self.names.add(name)
+        return name
+
+    def assign(self, var: Var, expr: Expr, hint: str = "") -> Expr:
+        """Write a statement that gives a value a name."""
+        name = self.name(hint or var_hint(var))
+        axes = expr.axes or ()
+        comment = f"  # [{', '.join(shown(axes))}]" if self.says_axes(var, axes) else ""
+        self.state(f"{name} = {expr.text}{comment}")
+        self.values[var] = Expr(name, expr.axes)
+        return self.values[var]
+
+    def says_axes(self, var: Var, axes: Sequence[str]) -> bool:
+        """Whether the axes of a value are worth a comment: no operand has the same."""
+        operands = var.item.operands if var.item is not None else []
+        return len(axes) > 1 and all(set(v.axes) != set(var.axes) for v in operands)
+
+    def settle(self, item: Item) -> None:
+        """Give names to long operands, until what reads them fits a line."""
+        while True:
+            texts = {
+                v: len(_MARKER.sub("00", e.text))
+                for v in item.operands
+                if (e := self.values.get(v)) is not None
+            }
+            longest = max(texts, key=lambda v: texts[v], default=None)
+            if longest is None or sum(texts.values()) <= 66 or texts[longest] < 24:
+                return
+            self.assign(longest, self.values[longest])
+
+    # The block as a whole.
+
+    def write(self) -> BlockWriter:
+        """Write constructor and forward."""
+        self.take_inputs()
+        self.write_steps(self.block.steps)
+        self.finish()
+        return self
+
+    def take_inputs(self) -> None:
+        """Name what is read from outside; the first of the hidden size is the state."""
+        for var in self.block.inputs:
+            hint = var_hint(var)
+            if "embed" in var.axes and not any(e.text == STATE for e in self.values.values()):
+                hint = STATE
+            name = self.name(hint)
+            self.values[var] = Expr(name, var.axes)
+            self.signature.append(name)
+
+    def write_steps(self, steps: Sequence[Item | Block]) -> None:
+        """Write items and calls of the blocks within, in order."""
+        for step in steps:
+            if isinstance(step, Block):
+                self.call(step)
+            else:
+                self.run(step)
+
+    def run(self, item: Item) -> None:
+        """Write one item."""
+        function = self.operations.get(item.op)
+        if function is None:
+            raise InputError(f"{item.op} cannot be written as PyTorch", where=item.loc)
+        self.settle(item)
+        expr = function(self, item, **item.attrs)
+        self.remaining.subtract(item.operands)
+        if expr is None:
+            return
+        var = item.result
+        if self.keeps(var, expr) or expr.text.isidentifier():
+            self.values[var] = expr
+        else:
+            self.assign(var, expr)
+
+    def keeps(self, var: Var, expr: Expr) -> bool:
+        """Whether an expression is short enough to stand where its value is read."""
+        simple = re.fullmatch(r"[\w.\x01\x02\-]+", expr.text) is not None
+        if simple and var not in self.block.outputs:
+            return True
+        return (
+            self.remaining[var] == 1
+            and var not in self.block.outputs
+            and (len(_MARKER.sub("00", expr.text)) <= 64)
+        )
+
+    def call(self, block: Block) -> None:
+        """Write the call of a module within."""
+        arguments = ", ".join(self.canonical(v) for v in block.inputs)
+        target = self.tree.access(block.path) if block.path else f"self.{block.attribute}"
+        self.remaining.subtract(block.inputs)
+        expr = Expr(f"{target}({arguments})", block.outputs[0].axes if block.outputs else ())
+        if len(block.outputs) == 1:
+            (var,) = block.outputs
+            if self.keeps(var, expr):
+                self.values[var] = expr
+            else:
+                hint = STATE if "embed" in var.axes and block.layer else ""
+                self.assign(var, expr, hint)
+            return
+        names = []
+        for var in block.outputs:
+            hint = STATE if "embed" in var.axes and block.layer else ""
+            name = self.name(hint or var_hint(var))
+            self.values[var] = Expr(name, var.axes)
+            names.append(name)
+        self.state(f"{', '.join(names)} = {expr.text}")
+
+    def finish(self) -> None:
+        """Write what is returned, and the constructor."""
+        results = [self.canonical(v) for v in self.block.outputs]
+        returned = ", ".join(results)
+        if self.lines and self.lines[-1].startswith(f"{returned} = "):
+            self.lines[-1] = f"return {self.lines[-1].removeprefix(f'{returned} = ')}"
+        else:
+            self.state(f"return {returned}")
+        self.constructor.extend(self.tree.lines())
+
+    def signature_lines(self) -> tuple[list[str], list[str]]:
+        """Return the parameters and lines of forward."""
+        return self.signature, self.lines
+
+
+NAMES = {
+    "gates": "top_k_weights",
+    "experts": "top_k_index",
+    "router": "router_logits",
+    "rows": "inputs",
+    "mixed": "attended",
+    "jitter": "noisy",
+}
+"""Names of values in a graph, and what they are called in PyTorch."""
+
+HINTS = {
+    "rotate": "rotated",
+    "merge": "merged",
+    "mul": "product",
+    "max": "largest",
+    "split": "parts",
+    "dispatch": "inputs",
+    "linear": "projected",
+    "attention": "attended",
+    "embedding_module": "embeddings",
+    "rms_norm_module": "normed",
+    "layer_norm_module": "normed",
+    "rms_norm": "normed",
+    "layer_norm": "normed",
+    "softmax": "probabilities",
+    "combine": STATE,
+    "linear_rows": "rows",
+}
+
+
+def var_hint(var: Var) -> str:
+    """Return a name for a value: its own without a number, or one by what computes it."""
+    base = var.name.rstrip("0123456789").rstrip("_.")
+    if base == "norm":
+        return "normed"
+    if base == "hidden":
+        return STATE
+    if base in NAMES:
+        return NAMES[base]
+    if base not in ("", "v"):
+        return identifier(base)
+    item = var.item
+    if item is None:
+        return "value"
+    module = item.attrs.get("module")
+    if isinstance(module, str):
+        return identifier(module.rpartition(".")[2])
+    if item.op == "add" and "embed" in var.axes:
+        return STATE
+    return HINTS.get(item.op, item.op)
+
+
+# The modules of a block, as its constructor makes them.
+
+
+@dataclass(eq=False)
+class ModuleTree:
+    """The parameters and modules of a block by their paths."""
+
+    writer: BlockWriter
+    extra: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def block(self) -> Block:
+        """The block."""
+        return self.writer.block
+
+    def access(self, path: str) -> str:
+        """Return the expression of a parameter or module of this block."""
+        relative = path
+        if self.block.path:
+            if not is_under(path, self.block.path):
+                raise InputError(f"{path} is not a parameter of {self.block.path}")
+            relative = path[len(self.block.path) + 1 :]
+        return "self" + "".join(
+            f"[{part}]" if part.isdigit() else f".{part}" for part in relative.split(".")
+        )
+
+    def lines(self) -> list[str]:
+        """Return the statements that make the modules."""
+        tree: dict[str, object] = {}
+        inner = {v.name for block in self.block.blocks for v in block.params}
+        lines: list[str] = []
+        stacks: dict[str, list[Block]] = {}
+        for block in self.block.blocks:
+            if block.layer is not None:
+                stacks.setdefault(block.path.rpartition(".")[0], []).append(block)
+            elif block.path:
+                self._put(tree, block.path, self.construct(block))
+            else:
+                lines.append(f"self.{block.attribute} = {self.construct(block)}")
+        for path, layers in stacks.items():
+            self._put(tree, path, stack_lines(self.writer.classes, layers))
+        own = [v for v in self.block.params if v.name not in inner]
+        late: list[str] = []
+        for module in dict.fromkeys(v.name.rpartition(".")[0] for v in own):
+            members = [v for v in own if v.name.rpartition(".")[0] == module]
+            text = self.leaf(module, own) if module not in ("", self.block.path) else ""
+            parts = {module: text} if text else {v.name: self.parameter(v) for v in members}
+            for path, part in parts.items():
+                # A layer may hold what is read outside of it, as T5's first one does.
+                if any(b.path and is_under(path, b.path) for b in self.block.blocks):
+                    late.append(f"{self.access(path)} = {part}")
+                else:
+                    self._put(tree, path, part)
+        start = len(self.block.path) + 1 if self.block.path else 0
+        order = [v.name[start:].partition(".")[0] for v in self.block.params]
+        names = sorted(tree, key=order.index)
+        lines += [f"self.{name} = {self._text(tree[name])}" for name in names]
+        return [*lines, *late]
+
+    def construct(self, block: Block) -> str:
+        """Return the call that makes the module of a block within."""
+        instance = self.writer.classes.instances[block]
+        names = instance.definition.arguments
+        values = [self.writer.literal(v, n) for n, v in zip(names, instance.values, strict=True)]
+        return f"{instance.definition.name}({', '.join(['config', *values])})"
+
+    def parameter(self, var: Var) -> str:
+        """Return the text of a parameter."""
+        sizes = [self.writer.literal(var.size(a), a) for a in var.axes]
+        return f"nn.Parameter(torch.empty({', '.join(sizes) if sizes else '()'}))"
+
+    def leaf(self, module: str, own: list[Var]) -> str:
+        """Return the text of a module of torch, if all uses of its parameters are its."""
+        items = [i for v in own if v.name.rpartition(".")[0] == module for i in v.users]
+        calls = [i for i in items if i.attrs.get("module") == module]
+        kinds = {i.op for i in calls}
+        at = self.writer.literal
+        if "embedding_module" in kinds:
+            table = next(i for i in calls if i.op == "embedding_module").operands[0]
+            count, width = (at(table.size(a), a) for a in table.axes)
+            return f"nn.Embedding({count}, {width})"
+        if kinds == {"linear"}:
+            w = calls[0].operands[1]
+            biased = {bool(i.attrs["bias"]) for i in calls}
+            if len(biased) == 1:
+                width, size = at(w.size(w.axes[1]), w.axes[1]), at(w.size(w.axes[0]), w.axes[0])
+                bias = "" if biased == {True} else ", bias=False"
+                return f"nn.Linear({width}, {size}{bias})"
+        if len(kinds) == 1 and kinds & {"rms_norm_module", "layer_norm_module"}:
+            call = calls[0]
+            if len({repr(i.attrs["eps"]) for i in calls}) == 1:
+                name = "RMSNorm" if call.op == "rms_norm_module" else "LayerNorm"
+                w = call.operands[1]
+                size, eps = at(w.size(w.axes[0]), w.axes[0]), at(call.attrs["eps"], "eps")
+                return f"nn.{name}({size}, eps={eps})"
+        return ""
+
+    def is_module(self, item: Item) -> bool:
+        """Whether an item is the call of a module, and not the function on its parameters."""
+        module = item.attrs.get("module")
+        var = item.operands[0] if item.op == "embedding_module" else item.operands[1]
+        users = [i for i in var.users if i.attrs.get("module") == module]
+        kinds = {i.op for i in users}
+        if "embedding_module" in kinds:
+            return item.op == "embedding_module"
+        if item.op == "linear":
+            return len({bool(i.attrs["bias"]) for i in users}) == 1 and kinds == {"linear"}
+        return len(kinds) == 1 and len({repr(i.attrs["eps"]) for i in users}) == 1
+
+    def _put(self, tree: dict[str, object], path: str, text: str) -> None:
+        relative = path[len(self.block.path) + 1 :] if self.block.path else path
+        *parts, last = relative.split(".")
+        for part in parts:
+            node = tree.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise InputError(f"{path} lies within another module")
+            tree = node
+        tree[last] = text
+
+    def _text(self, node: object) -> str:
+        if not isinstance(node, dict):
+            return str(node)
+        texts = {name: self._text(inner) for name, inner in node.items()}
+        if all(name.isdigit() for name in texts):
+            if sorted(map(int, texts)) == list(range(len(texts))):
+                inner = ", ".join(texts[str(i)] for i in range(len(texts)))
+                return f"nn.ModuleList([{inner}])"
+            pairs = ", ".join(f'"{name}": {text}' for name, text in texts.items())
+            return f"nn.ModuleDict({{{pairs}}})"
+        self.writer.helper("Scope")
+        return f"Scope({', '.join(f'{name}={text}' for name, text in texts.items())})"
+
+
+def stack_lines(classes: Classes, layers: list[Block]) -> str:
+    """Return the text of a list of layers."""
+    instances = [classes.instances[layer] for layer in layers]
+    definitions = list(dict.fromkeys(i.definition for i in instances))
+    count = len(layers)
+    if len(definitions) == 1:
+        (definition,) = definitions
+        columns = [
+            (n, [i.values[at] for i in instances]) for at, n in enumerate(definition.arguments)
+        ]
+        index = [n for n, values in columns if values == list(range(count))]
+        varying = [(n, v) for n, v in columns if n not in index]
+        arguments = ", ".join(["config", *definition.arguments])
+        if not varying:
+            call = f"{definition.name}({arguments})"
+            return f"nn.ModuleList([{call} for {index[0] if index else '_'} in range({count})])"
+        if not index:
+            lists = [repeated(v) for _, v in varying]
+            loop = ", ".join(n for n, _ in varying)
+            source = lists[0] if len(lists) == 1 else f"zip({', '.join(lists)})"
+            return f"nn.ModuleList([{definition.name}({arguments}) for {loop} in {source}])"
+        lists = [repeated(v) for _, v in varying]
+        inner = ", ".join(n for n, _ in varying)
+        source = lists[0] if len(lists) == 1 else f"zip({', '.join(lists)})"
+        loop = f"{index[0]}, {inner}" if len(varying) == 1 else f"{index[0]}, ({inner})"
+        call = f"{definition.name}({arguments})"
+        return f"nn.ModuleList([{call} for {loop} in enumerate({source})])"
+    calls = [
+        f"{i.definition.name}({', '.join(['config', *map(literal, i.values)])})" for i in instances
+    ]
+    return f"nn.ModuleList([{', '.join(calls)}])"
+
+
+def repeated(values: Sequence[object]) -> str:
+    """Return a list of values; one that repeats itself as a product."""
+    count = len(values)
+    for period in range(1, count // 2 + 1):
+        if count % period == 0 and list(values[:period]) * (count // period) == list(values):
+            return f"[{', '.join(map(literal, values[:period]))}] * {count // period}"
+    return f"[{', '.join(map(literal, values))}]"
