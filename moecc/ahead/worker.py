@@ -13,13 +13,14 @@ from threading import Event, Thread
 from typing import cast
 
 from moecc.ahead.prepare import PreparedJob, prepare
-from moecc.ahead.request import Compiler, CompileReport, Request, Result
+from moecc.ahead.request import Compiler, Request, Result
 from moecc.backend import get_backend
 from moecc.errors import MoeccError
 from moecc.launch.processes import hold_lifeline
 from moecc.plan.overlap import overlap
 from moecc.plan.report import batch_json
 from moecc.plan.search import way_out
+from moecc.support.untyped import JsonDict
 
 # Return memory that a compiler has freed to the system while it runs.
 #
@@ -80,7 +81,7 @@ def main(folder: Path) -> None:
     (folder / ANSWER).write_text(json.dumps(answer), "utf-8")
 
 
-def report(request: Request, prepared: PreparedJob, result: Result) -> CompileReport:
+def report(request: Request, prepared: PreparedJob, result: Result) -> JsonDict:
     """Return the report of `moecc compile` as JSON values."""
     job, estimate, work = prepared.job, prepared.estimate, prepared.asked.work
     config = job.config

@@ -36,16 +36,16 @@ from moecc.ir.structure import clone
 from moecc.jobs.convert import Conversion, plan, write
 from moecc.model.initialise import add_statistics, reads_small
 from moecc.model.open import OpenedModel, Params, add_branches, open_model
-from moecc.plan.report import PlanReport, StepReport, plan_text
+from moecc.plan.report import plan_text
 from moecc.plan.search import seconds_text
-from moecc.plan.sweeps import SweepPoint, SweepReport, sweep_text
+from moecc.plan.sweeps import sweep_text
 from moecc.rewrite.passes import EXACT, Context, Preserves, Statistics, weakest
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.support.page import render
 from moecc.support.process import Closing
 from moecc.support.text import brief, count_text, facts_table, size_text
-from moecc.support.untyped import Json
+from moecc.support.untyped import Json, JsonDict
 from moecc.types import DTYPES, F32, Array, Arrays, TensorType
 from moecc.weights.expr import Source
 
@@ -67,12 +67,13 @@ class StepPlan:
       report: its numbers, the keys as ``docs/cli.md`` has them.
     """
 
-    report: StepReport
+    report: JsonDict
 
     @property
-    def best(self) -> PlanReport:
+    def best(self) -> JsonDict:
         """The fastest strategy that fits and keeps the function."""
-        return self.report["best"]
+        best: JsonDict = self.report["best"]
+        return best
 
     def __str__(self) -> str:
         return plan_text(self.report)
@@ -100,13 +101,14 @@ class PlanSweep:
       pipeline: the passes of the models, as text.
     """
 
-    report: SweepReport
+    report: JsonDict
     pipeline: str = ""
 
     @property
-    def points(self) -> list[SweepPoint]:
+    def points(self) -> list[JsonDict]:
         """The models, each planned, or with the problem that it has."""
-        return self.report["points"]
+        points: list[JsonDict] = self.report["points"]
+        return points
 
     def __str__(self) -> str:
         return sweep_text(self.report)

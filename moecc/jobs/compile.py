@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Annotated, Literal
 
 from moecc import errors
-from moecc.ahead.request import CompileReport, Request, update_of
+from moecc.ahead.request import Request, update_of
 from moecc.ahead.worker import ANSWER, ARTEFACT, PROGRAM, REQUEST
 from moecc.errors import MachineError, MoeccError, Problem, UsageError
 from moecc.jobs.command import (
@@ -110,7 +110,7 @@ class CompileOutcome:
       artefact: the exported artefact, if requested.
     """
 
-    data: CompileReport
+    data: JsonDict
     program: str = ""
     artefact: bytes = b""
 
@@ -198,7 +198,7 @@ def _error(data: JsonDict) -> MoeccError:
 # The human-readable report of a compilation, with the plan's prediction beside each figure.
 
 
-def compile_text(data: CompileReport) -> str:
+def compile_text(data: JsonDict) -> str:
     """Return the human-readable report.
 
     Args:
@@ -207,7 +207,7 @@ def compile_text(data: CompileReport) -> str:
     return "\n".join([*_heading(data), *_memory(data), *_work(data), *_collectives(data)])
 
 
-def _heading(data: CompileReport) -> Iterator[str]:
+def _heading(data: JsonDict) -> Iterator[str]:
     machine = data["machine"]
     step = f"training with {data['optimizer']}" if data["optimizer"] else "forward pass"
     mesh = " x ".join(f"{name} {size}" for name, size in data["mesh"].items())
@@ -232,7 +232,7 @@ def _heading(data: CompileReport) -> Iterator[str]:
     )
 
 
-def _program(data: CompileReport) -> str:
+def _program(data: JsonDict) -> str:
     """Return where the program's collectives come from, and how tokens reach their experts."""
     whose = {
         "explicit": "the graph's own collectives in one shard_map",
@@ -243,7 +243,7 @@ def _program(data: CompileReport) -> str:
     return f"{whose}, experts via {data['via']}{' in slices' if data['sliced'] else ''}"
 
 
-def _memory(data: CompileReport) -> Iterator[str]:
+def _memory(data: JsonDict) -> Iterator[str]:
     usable, needed = data["machine"]["usable_bytes"], data["needed_bytes"]
     predicted = data["predicted"]
     spare = size_text(abs(usable - needed))
@@ -266,7 +266,7 @@ def _memory(data: CompileReport) -> Iterator[str]:
     yield f"    {'peak':<11}{size_text(needed):>12}{size_text(predicted['needed_bytes']):>12}"
 
 
-def _work(data: CompileReport) -> Iterator[str]:
+def _work(data: JsonDict) -> Iterator[str]:
     if data["memory"] is None:
         return
     flops, model = data["flops"], data["model_flops"]
@@ -282,7 +282,7 @@ def _work(data: CompileReport) -> Iterator[str]:
         yield f"    {count} runs of {name} have multiplications that the program does not show"
 
 
-def _collectives(data: CompileReport) -> Iterator[str]:
+def _collectives(data: JsonDict) -> Iterator[str]:
     compiled, predicted = data["collectives"], data["predicted"]["collectives"]
     if not compiled:
         return
@@ -301,7 +301,7 @@ def _collectives(data: CompileReport) -> Iterator[str]:
         yield from _overlap(data)
 
 
-def _overlap(data: CompileReport) -> Iterator[str]:
+def _overlap(data: JsonDict) -> Iterator[str]:
     """Yield how much of the collectives is beside products, and how much is waited for."""
     pairs = (data["overlap"], data["predicted"]["overlap"])
     beside, planned = (sum(k["overlapped_bytes"] for k in kinds.values()) for kinds in pairs)

@@ -40,7 +40,7 @@ from moecc.jobs.command import (
 )
 from moecc.plan.explore import PlannedStep, explore
 from moecc.plan.machines import Machine, find_machine
-from moecc.plan.report import StepReport, SummaryReport, plan_json, searched_json
+from moecc.plan.report import plan_json, searched_json
 from moecc.plan.search import search
 from moecc.plan.step import StepConfig
 from moecc.plan.sweeps import (
@@ -48,8 +48,6 @@ from moecc.plan.sweeps import (
     Factor,
     Point,
     Sweep,
-    SweepPoint,
-    SweepReport,
     failed_point,
     planned_point,
     sweep_json,
@@ -76,7 +74,7 @@ def check_step(machine: str, config: StepConfig) -> None:
 
 def plan_step(
     graph: Graph, name: str, machine: str, config: StepConfig, explored: bool = False
-) -> tuple[StepReport, list[SummaryReport]]:
+) -> tuple[JsonDict, list[JsonDict]]:
     """Return the plan of a step of `graph` as JSON values, and all strategies that fit.
 
     Args:
@@ -131,7 +129,7 @@ class Swept:
     context: Context | None = None
 
 
-def plan_sweep(swept: Swept, sweep: Sweep) -> SweepReport:
+def plan_sweep(swept: Swept, sweep: Sweep) -> JsonDict:
     """Return the plans of all models of a sweep, as JSON values.
 
     A model that cannot be made, or does not fit, is a point with a problem.
@@ -141,8 +139,8 @@ def plan_sweep(swept: Swept, sweep: Sweep) -> SweepReport:
       InputError: no model can be made and fits: the first one's problem.
     """
     check_step(swept.machine, swept.step)
-    shared: StepReport | None = None
-    points: list[SweepPoint] = []
+    shared: JsonDict | None = None
+    points: list[JsonDict] = []
     first: MoeccError | None = None
     graphs: dict[Point, Graph | MoeccError] = {}
     for point in sweep.points():

@@ -408,30 +408,20 @@ def explore(planned: PlannedStep) -> tuple[Idea, ...]:
     if planned.config.train:
         kinds += [_accumulation, _stages]
     ideas = [idea for kind in [*kinds, _contexts] for idea in kind(planned)]
-    return tuple(sorted(ideas, key=lambda idea: (idea["seconds"] is None, idea["seconds"] or 0.0)))
+    return tuple(sorted(ideas, key=lambda idea: (idea.seconds is None, idea.seconds or 0.0)))
 
 
 def _priced(planned: PlannedStep, idea: Idea) -> Idea:
     """Return an idea, without its price where it does not fit."""
-    needed = idea["total_bytes"]
+    needed = idea.total_bytes
     if needed is None or planned.fits(needed):
         return idea
     why = f"needs {size_text(needed)} of {size_text(planned.machine.usable_bytes)}"
-    return {**idea, "seconds": None, "total_bytes": None, "why": why}
-
-
-def _made(
-    name: str, how: str, why: str, seconds: float | None = None, total_bytes: float | None = None,
-    *, options: str = "", lowered: bool = False,
-) -> Idea:  # fmt: skip
-    return {
-        "name": name, "how": how, "options": options, "lowered": lowered,
-        "seconds": seconds, "total_bytes": total_bytes, "why": why,
-    }  # fmt: skip
+    return replace(idea, seconds=None, total_bytes=None, why=why)
 
 
 def _impossible(name: str, how: str, why: str) -> Idea:
-    return _made(name, how, why, lowered=name not in NOT_LOWERED)
+    return Idea(name, how, lowered=name not in NOT_LOWERED, why=why)
 
 
 def _accumulation(planned: PlannedStep) -> Iterator[Idea]:
@@ -457,10 +447,10 @@ def _accumulation(planned: PlannedStep) -> Iterator[Idea]:
 
 
 def _idea(name: str, how: str, options: str, estimate: Estimate, planned: PlannedStep) -> Idea:
-    why = _why(estimate, planned)
-    return _made(
-        name, how, why, estimate.seconds, estimate.memory.total, options=options, lowered=True
-    )
+    why = _memory(estimate, planned.best)
+    if estimate.seconds > planned.best.seconds:
+        why = f"{why}; {why_slower(estimate, planned.best)}"
+    return Idea(name, how, options, True, estimate.seconds, estimate.memory.total, why)
 
 
 def _asking(strategy: Strategy) -> str:
@@ -477,14 +467,6 @@ def _asking(strategy: Strategy) -> str:
     compiled = ["--slice"] if strategy.sliced else []
     compiled += [f"--chunks {strategy.chunks}"] if strategy.chunks > 1 else []
     return " ".join([*(["moecc compile"] if compiled else []), *options, *compiled])
-
-
-def _why(estimate: Estimate, planned: PlannedStep) -> str:
-    """Return what one gains or loses against the best plan."""
-    memory = _memory(estimate, planned.best)
-    if estimate.seconds <= planned.best.seconds:
-        return memory
-    return f"{memory}; {why_slower(estimate, planned.best)}"
 
 
 def _sequences(planned: PlannedStep) -> Iterator[Idea]:
@@ -508,7 +490,7 @@ def _sequences(planned: PlannedStep) -> Iterator[Idea]:
     gain = 1 - estimate.seconds / split[0].seconds
     time = f"{abs(gain):.1%} {'less' if gain >= 0 else 'more'} time"
     same = f"{time} and {_memory(estimate, split[0])} than the same mesh without"
-    yield _priced(planned, {**idea, "why": f"{same}; {idea['why']}"})
+    yield _priced(planned, replace(idea, why=f"{same}; {idea.why}"))
 
 
 def _memory(estimate: Estimate, reference: Estimate) -> str:
@@ -536,7 +518,7 @@ def _chunks(planned: PlannedStep) -> Iterator[Idea]:
         cut = estimator.estimate(replace(unchunked.strategy, chunks=count))
         spared = f"{seconds_text(unchunked.seconds - cut.seconds)} of exchanges beside experts"
         idea = _idea(name, how, _asking(cut.strategy), cut, planned)
-        yield {**idea, "why": f"{spared}; {idea['why']}"}
+        yield replace(idea, why=f"{spared}; {idea.why}")
 
 
 def _replicas(planned: PlannedStep) -> Iterator[Idea]:
@@ -585,7 +567,7 @@ def _stages(planned: PlannedStep) -> Iterator[Idea]:
         idle = best.bubble * best.seconds
         sends = f"{seconds_text(best.send_seconds)} a send"
         why = f"{NOT_LOWERED[name]}; {seconds_text(idle)} idle ({best.bubble:.0%}), {sends}"
-        yield _made(name, how, why, best.seconds, best.total_bytes)
+        yield Idea(name, how, seconds=best.seconds, total_bytes=best.total_bytes, why=why)
 
 
 def _contexts(planned: PlannedStep) -> Iterator[Idea]:
@@ -601,5 +583,5 @@ def _contexts(planned: PlannedStep) -> Iterator[Idea]:
             continue
         gathers = f"{seconds_text(step.gather_seconds)} of gathers of keys and values"
         how, why = f"{how}, {step.estimate.strategy}", f"{NOT_LOWERED[name]}; {gathers}"
-        idea = _made(name, how, why, step.seconds, step.total_bytes)
+        idea = Idea(name, how, seconds=step.seconds, total_bytes=step.total_bytes, why=why)
         yield _priced(planned, idea)

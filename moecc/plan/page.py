@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from moecc.plan.report import PartReport, StepReport, SummaryReport, batch_text, unit_of
+from moecc.plan.report import batch_text, unit_of
 from moecc.plan.search import seconds_text
 from moecc.plan.sweeps import (
     FRONTIER,
     MARK,
     UNSAID,
-    SweepPoint,
-    SweepReport,
     axis_text,
     point_cells,
     sweep_title,
@@ -21,11 +19,10 @@ from moecc.plan.sweeps import (
 )
 from moecc.support.page import drawing, render_page, require_figures
 from moecc.support.text import count_text, size_text
+from moecc.support.untyped import JsonDict
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Bar, Scatter
-
-    from moecc.support.untyped import JsonDict
 
 COLOURS = {
     "parameters": "#4c72b0",
@@ -51,7 +48,7 @@ _GREY = "#888"
 _BELOW = {"orientation": "h", "y": -0.25, "traceorder": "normal"}
 
 
-def plan_page(data: StepReport, searched: Sequence[SummaryReport], pipeline: str = "") -> str:
+def plan_page(data: JsonDict, searched: Sequence[JsonDict], pipeline: str = "") -> str:
     """Return the page of a plan.
 
     Args:
@@ -71,7 +68,7 @@ def plan_page(data: StepReport, searched: Sequence[SummaryReport], pipeline: str
     )  # fmt: skip
 
 
-def _collectives(data: StepReport) -> list[list[str]]:
+def _collectives(data: JsonDict) -> list[list[str]]:
     """Return the heads and rows of the table of collectives, empty without any."""
     collectives = data["best"]["collectives"]
     if not collectives:
@@ -85,7 +82,7 @@ def _collectives(data: StepReport) -> list[list[str]]:
     return [heads, *rows]
 
 
-def _others(data: StepReport) -> list[list[str]]:
+def _others(data: JsonDict) -> list[list[str]]:
     """Return the heads and rows of the table of slower strategies, empty without any."""
     heads = ["the next best", "via", "remat", "a step", "memory", "why it is slower"]
     rows = [
@@ -97,7 +94,7 @@ def _others(data: StepReport) -> list[list[str]]:
     return lines if data["experts"] else [[*line[:1], *line[2:]] for line in lines]
 
 
-def _subtitle(data: StepReport) -> str:
+def _subtitle(data: JsonDict) -> str:
     best = data["best"]
     mesh = ", ".join(f"{n} {s}" for n, s in best["mesh"].items()) or "one device"
     way = f"; experts via {best['via']}" if data["experts"] else ""
@@ -107,7 +104,7 @@ def _subtitle(data: StepReport) -> str:
     )
 
 
-def _facts(data: StepReport, pipeline: str) -> list[tuple[str, str]]:
+def _facts(data: JsonDict, pipeline: str) -> list[tuple[str, str]]:
     machine, best = data["machine"], data["best"]
     rows = [
         ("pipeline", pipeline or "none"),
@@ -125,7 +122,7 @@ def _facts(data: StepReport, pipeline: str) -> list[tuple[str, str]]:
     return rows
 
 
-def _memory(data: StepReport) -> JsonDict:
+def _memory(data: JsonDict) -> JsonDict:
     from plotly import graph_objects
 
     best, limit = data["best"], data["machine"]["usable_bytes"]
@@ -143,7 +140,7 @@ def _memory(data: StepReport) -> JsonDict:
     return drawing(figure, title, 240, "GB")
 
 
-def _times(data: StepReport) -> JsonDict:
+def _times(data: JsonDict) -> JsonDict:
     from plotly import graph_objects
 
     best = data["best"]
@@ -161,14 +158,14 @@ def _times(data: StepReport) -> JsonDict:
     return drawing(figure, title, 200 + 26 * len(parts), "ms")
 
 
-def _kinds(parts: Sequence[PartReport]) -> Iterator[tuple[str, list[float]]]:
+def _kinds(parts: Sequence[JsonDict]) -> Iterator[tuple[str, list[float]]]:
     seconds = [part["seconds"] for part in parts]
     yield "compute and memory", [s["local"] for s in seconds]
     yield "parameters in transit", [max(0.0, s["hidden"] - s["local"]) for s in seconds]
     yield "waiting for data", [s["waiting"] for s in seconds]
 
 
-def _says(part: PartReport, kind: str, seconds: float) -> str:
+def _says(part: JsonDict, kind: str, seconds: float) -> str:
     return f"{part['name']}, {kind}: {seconds_text(seconds)}; bound by {part['bound']}"
 
 
@@ -187,7 +184,7 @@ def _quantity(key: str, value: float) -> str:
     return seconds_text(value) if key.endswith("seconds") else f"{value:g}"
 
 
-def _search(data: StepReport, searched: Sequence[SummaryReport]) -> JsonDict:
+def _search(data: JsonDict, searched: Sequence[JsonDict]) -> JsonDict:
     from plotly import graph_objects
 
     vias = dict.fromkeys(plan["via"] for plan in searched)
@@ -209,7 +206,7 @@ def _search(data: StepReport, searched: Sequence[SummaryReport]) -> JsonDict:
     return drawing(figure, title, 420, "GB of a device")
 
 
-def _cloud(via: str, some: Sequence[SummaryReport], routed: bool) -> Scatter:
+def _cloud(via: str, some: Sequence[JsonDict], routed: bool) -> Scatter:
     from plotly import graph_objects
 
     return graph_objects.Scatter(
@@ -220,7 +217,7 @@ def _cloud(via: str, some: Sequence[SummaryReport], routed: bool) -> Scatter:
     )  # fmt: skip
 
 
-def _strategy(plan: SummaryReport, routed: bool) -> str:
+def _strategy(plan: JsonDict, routed: bool) -> str:
     mesh = ", ".join(f"{name} {size}" for name, size in plan["mesh"].items()) or "one device"
     way = f"; via {plan['via']}" if routed else ""
     return (
@@ -229,7 +226,7 @@ def _strategy(plan: SummaryReport, routed: bool) -> str:
     )
 
 
-def sweep_page(data: SweepReport, pipeline: str = "") -> str:
+def sweep_page(data: JsonDict, pipeline: str = "") -> str:
     """Return the page of a sweep: times of the models, and a table.
 
     Args:
@@ -254,13 +251,13 @@ def sweep_page(data: SweepReport, pipeline: str = "") -> str:
     )  # fmt: skip
 
 
-def _sweep_times(data: SweepReport) -> JsonDict:
+def _sweep_times(data: JsonDict) -> JsonDict:
     """Return the times along the first axis with several values, a line for equal others."""
     from plotly import graph_objects
 
     names = [name for name in SWEPT if len(data["axes"].get(name, ())) > 1]
     axis = SWEPT.index(names[0] if names else next(iter(data["axes"])))
-    lines: dict[str, list[tuple[str, SummaryReport, SweepPoint]]] = {}
+    lines: dict[str, list[tuple[str, JsonDict, JsonDict]]] = {}
     for point in data["points"]:
         if point["best"] is not None:
             texts = list(values_of(point))
@@ -275,7 +272,7 @@ def _sweep_times(data: SweepReport) -> JsonDict:
     return drawing(figure, "Time of a step", 420, axis_text(SWEPT[axis]))
 
 
-def _sweep_line(name: str, points: Sequence[tuple[str, SummaryReport, SweepPoint]]) -> Scatter:
+def _sweep_line(name: str, points: Sequence[tuple[str, JsonDict, JsonDict]]) -> Scatter:
     from plotly import graph_objects
 
     symbols = ["circle" if point["frontier"] else "circle-open" for _, _, point in points]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from textwrap import wrap
-from typing import TypedDict
 
 from moecc.plan.collectives import is_exact, sent_bytes
 from moecc.plan.machines import Machine
@@ -13,115 +13,11 @@ from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.time import Estimate, PartCost
 from moecc.plan.workload import Batch, Workload
 from moecc.support.text import amount
-
-# The JSON of ``moecc plan``, as types: what `moecc.plan.report` writes and renderers read.
-
-
-class MachineReport(TypedDict):
-    """The machine, in numbers of one device."""
-
-    name: str
-    devices: int
-    usable_bytes: int
-    peak_flops: float
-    hbm_bytes_per_second: float
-    sources: list[str]
+from moecc.support.untyped import JsonDict
 
 
-class BatchReport(TypedDict):
-    """What a step computes on, in how many parts; lengths by stack."""
-
-    tokens: int
-    sequences: int
-    lengths: dict[str, int]
-    micro_batches: int
-
-
-class StrategyReport(TypedDict):
-    """What a plan decides."""
-
-    mesh: dict[str, int]
-    rules: list[str]
-    dense_weights: str
-    via: str
-    dispatch: str
-    remat: str
-    sliced: bool
-
-
-class SummaryReport(StrategyReport):
-    """A plan in a few numbers."""
-
-    exact: bool
-    seconds: float
-    mfu: float
-    total_bytes: float
-
-
-class OtherReport(SummaryReport):
-    """A plan that is not the best."""
-
-    why_slower: str
-
-
-class TransferReport(TypedDict):
-    """What a part of a step sends."""
-
-    op: str
-    axes: list[str]
-    why: str
-    times: float
-    tensor_bytes: float
-    sent_bytes: float
-    seconds: float
-
-
-class PartSeconds(TypedDict):
-    """How long a part takes, and why."""
-
-    total: float
-    compute: float
-    hbm: float
-    local: float
-    waiting: float
-    hidden: float
-
-
-class PartReport(TypedDict):
-    """A part of a step."""
-
-    name: str
-    count: int
-    bound: str
-    flops: float
-    hbm_bytes: float
-    seconds: PartSeconds
-    transfers: list[TransferReport]
-
-
-class AttentionReport(TypedDict):
-    """The kernel of the attentions of a part, and why those that are tried first are not."""
-
-    part: str
-    kernel: str
-    why: dict[str, str]
-
-
-class PlanReport(SummaryReport):
-    """A plan with its memory and time by part."""
-
-    flops: float
-    memory_bytes: Mapping[str, float]
-    arguments_bytes: float
-    temporary_bytes: float
-    fits: bool
-    seconds_by_kind: Mapping[str, float]
-    collectives: Mapping[str, Mapping[str, float]]
-    parts: list[PartReport]
-    attention: list[AttentionReport]
-
-
-class Idea(TypedDict):
+@dataclass(frozen=True)
+class Idea:
     """Something that one would try beside the best plan.
 
     Attributes:
@@ -136,33 +32,11 @@ class Idea(TypedDict):
 
     name: str
     how: str
-    options: str
-    lowered: bool
-    seconds: float | None
-    total_bytes: float | None
-    why: str
-
-
-class StepReport(TypedDict):
-    """All that ``moecc plan`` reports."""
-
-    model: str
-    machine: MachineReport
-    step: str
-    optimizer: str | None
-    dtype: str
-    weight_dtype: str
-    reduce_dtype: str | None
-    batch: BatchReport
-    parameters: int
-    experts: int
-    model_flops: float
-    best: PlanReport
-    others: list[OtherReport]
-    lossy: SummaryReport | None
-    tried: int
-    fitting: int
-    explored: list[Idea]
+    options: str = ""
+    lowered: bool = False
+    seconds: float | None = None
+    total_bytes: float | None = None
+    why: str = ""
 
 
 COLUMNS = 100
@@ -176,7 +50,7 @@ def plan_json(
     config: StepConfig,
     ranking: Ranking,
     explored: Iterable[Idea] = (),
-) -> StepReport:
+) -> JsonDict:
     """Return the plan as the JSON values that ``docs/cli.md`` lists."""
     best = ranking.best
     return {
@@ -206,11 +80,11 @@ def plan_json(
         "lossy": _summary(ranking.lossy, work) if ranking.lossy else None,
         "tried": ranking.tried,
         "fitting": ranking.fitting,
-        "explored": list(explored),
+        "explored": [asdict(idea) for idea in explored],
     }
 
 
-def batch_json(part: Batch, config: StepConfig) -> BatchReport:
+def batch_json(part: Batch, config: StepConfig) -> JsonDict:
     """Return the batch of which `part` is a micro-batch."""
     return {
         "tokens": part.tokens * config.micro_batches,
@@ -220,12 +94,12 @@ def batch_json(part: Batch, config: StepConfig) -> BatchReport:
     }
 
 
-def searched_json(ranking: Ranking, work: Workload, most: int = 2000) -> list[SummaryReport]:
+def searched_json(ranking: Ranking, work: Workload, most: int = 2000) -> list[JsonDict]:
     """Return the strategies that fit, fastest first and `most` of them, in a few numbers."""
     return [_summary(estimate, work) for estimate in ranking.searched[:most]]
 
 
-def _strategy(strategy: Strategy) -> StrategyReport:
+def _strategy(strategy: Strategy) -> JsonDict:
     return {
         "mesh": dict(strategy.layout.sizes),
         "rules": list(strategy.layout.names),
@@ -237,7 +111,7 @@ def _strategy(strategy: Strategy) -> StrategyReport:
     }
 
 
-def _summary(estimate: Estimate, work: Workload) -> SummaryReport:
+def _summary(estimate: Estimate, work: Workload) -> JsonDict:
     return {
         **_strategy(estimate.strategy),
         "exact": is_exact(estimate.strategy.via, work.dropless),
@@ -247,7 +121,7 @@ def _summary(estimate: Estimate, work: Workload) -> SummaryReport:
     }
 
 
-def _plan(estimate: Estimate, work: Workload) -> PlanReport:
+def _plan(estimate: Estimate, work: Workload) -> JsonDict:
     memory = estimate.memory
     return {
         **_summary(estimate, work),
@@ -266,7 +140,7 @@ def _plan(estimate: Estimate, work: Workload) -> PlanReport:
     }
 
 
-def _part(part: PartCost, estimate: Estimate) -> PartReport:
+def _part(part: PartCost, estimate: Estimate) -> JsonDict:
     layout = estimate.strategy.layout
     return {
         "name": part.name,
@@ -300,7 +174,7 @@ def _part(part: PartCost, estimate: Estimate) -> PartReport:
 # --- for people ----------------------------------------------------------------------------
 
 
-def plan_text(data: StepReport) -> str:
+def plan_text(data: JsonDict) -> str:
     """Return the plan for people.
 
     Args:
@@ -322,7 +196,7 @@ def _within(row: str) -> list[str]:
     )  # fmt: skip
 
 
-def _heading(data: StepReport) -> list[str]:
+def _heading(data: JsonDict) -> list[str]:
     best, machine, batch = data["best"], data["machine"], data["batch"]
     step = f"training with {data['optimizer']}" if data["step"] == "train" else "forward pass"
     rate = batch["tokens"] / best["seconds"] / machine["devices"]
@@ -337,17 +211,17 @@ def _heading(data: StepReport) -> list[str]:
     ]
 
 
-def _attention(choice: AttentionReport) -> str:
+def _attention(choice: JsonDict) -> str:
     why = "; ".join(f"not {name}: {reason}" for name, reason in choice["why"].items())
     return f"  attention   {choice['part']}: {choice['kernel']}{f' ({why})' if why else ''}"
 
 
-def unit_of(batch: BatchReport) -> str:
+def unit_of(batch: JsonDict) -> str:
     """Return what a batch is counted in: a token, or an input where all sizes are fixed."""
     return "token" if batch["lengths"] else "input"
 
 
-def batch_text(batch: BatchReport) -> str:
+def batch_text(batch: JsonDict) -> str:
     """Return a batch in words: tokens, sequences and their lengths, micro-batches."""
     lengths = " and ".join(f"{n}" for n in batch["lengths"].values())
     sequences = amount(batch["sequences"], "sequence")
@@ -357,7 +231,7 @@ def batch_text(batch: BatchReport) -> str:
     return f"{amount(batch['tokens'], unit_of(batch))}{within}{behind}"
 
 
-def _name(plan: StrategyReport, experts: int) -> str:
+def _name(plan: JsonDict, experts: int) -> str:
     """Return a plan in words; without experts nothing is said of the ways to them."""
     mesh = ",".join(f"{n}={s}" for n, s in plan["mesh"].items()) or "one device"
     words = [mesh]
@@ -371,7 +245,7 @@ def _name(plan: StrategyReport, experts: int) -> str:
     return ", ".join([*words, f"remat {plan['remat']}"])
 
 
-def _memory_rows(data: StepReport) -> list[str]:
+def _memory_rows(data: JsonDict) -> list[str]:
     best, usable = data["best"], data["machine"]["usable_bytes"]
     kinds = ", ".join(f"{n} {b / 1e9:.2f}" for n, b in best["memory_bytes"].items() if b >= 5e6)
     left = (usable - best["total_bytes"]) / 1e9
@@ -382,7 +256,7 @@ def _memory_rows(data: StepReport) -> list[str]:
     ]
 
 
-def _time_rows(data: StepReport) -> list[str]:
+def _time_rows(data: JsonDict) -> list[str]:
     rows = [
         f"  {'part':34} {'count':>5} {'bound':>8} {'total':>9} {'compute':>9} {'hbm':>9} "
         f"{'network':>9} {'TFLOPs':>8}"
@@ -401,7 +275,7 @@ def _time_rows(data: StepReport) -> list[str]:
     return rows
 
 
-def _traffic(data: StepReport) -> list[str]:
+def _traffic(data: JsonDict) -> list[str]:
     rows = []
     for op, row in data["best"]["collectives"].items():
         rows.append(
@@ -416,7 +290,7 @@ def _traffic(data: StepReport) -> list[str]:
     return [title, *rows]
 
 
-def _others(data: StepReport) -> list[str]:
+def _others(data: JsonDict) -> list[str]:
     best = data["best"]
     rows = [f"  {data['fitting']} of {data['tried']} plans fit; the next best"]
     for plan in data["others"]:
@@ -433,7 +307,7 @@ def _others(data: StepReport) -> list[str]:
     return rows
 
 
-def _ideas(data: StepReport) -> list[str]:
+def _ideas(data: JsonDict) -> list[str]:
     """Return what one would try, with what it would take beside the best plan."""
     rows = ["  what one would try"] if data["explored"] else []
     for idea in data["explored"]:

@@ -8,23 +8,16 @@ is not predicted here; what it is known to grow with stands beside the time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import product
 from math import inf, isfinite
-from typing import TypedDict, TypeVar
 
 from moecc.errors import Problem, UsageError, nearest
-from moecc.plan.report import (
-    BatchReport,
-    MachineReport,
-    StepReport,
-    SummaryReport,
-    batch_text,
-    unit_of,
-)
+from moecc.plan.report import batch_text, unit_of
 from moecc.plan.search import seconds_text
 from moecc.support.text import count_text
+from moecc.support.untyped import JsonDict
 
 DROPLESS = "dropless"
 """The value of a capacity factor that stands for no bound at all."""
@@ -98,12 +91,23 @@ def parse_sweep(texts: Iterable[str]) -> Sweep:
             problems.append(Problem(f"{name} stands twice", "--sweep", found=item))
         else:
             texts_by_axis[name] = values
-    experts = _read("experts", texts_by_axis, _whole, problems)
-    top_k = _read("top-k", texts_by_axis, _whole, problems)
-    factors = _read("capacity-factor", texts_by_axis, _factor, problems)
     if problems:
         raise UsageError(problems)
-    return sweep_of(experts, top_k, factors)
+    axes = {
+        name: [_value(piece) for piece in texts_by_axis[name].split(",")]
+        if name in texts_by_axis else [] for name in AXES
+    }  # fmt: skip
+    return sweep_of(*axes.values())
+
+
+def _value(text: str) -> Factor:
+    """Return the number that a text spells, or the text, which may be `DROPLESS`."""
+    if text.isascii() and text.isdecimal() and len(text) < 9:
+        return int(text)
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def sweep_of(
@@ -134,29 +138,6 @@ def sweep_of(
     return sweep
 
 
-V = TypeVar("V")
-
-
-def _read(
-    name: str, texts: Mapping[str, str], read: Callable[[str], V | None], problems: list[Problem]
-) -> tuple[V, ...]:
-    pieces = texts[name].split(",") if name in texts else ()
-    values = [(piece, read(piece)) for piece in pieces]
-    problems += (_not_a_value(name, piece) for piece, value in values if value is None)
-    return tuple(value for _, value in values if value is not None)
-
-
-def _whole(text: str) -> int | None:
-    return int(text) if text.isascii() and text.isdecimal() and len(text) < 9 else None
-
-
-def _factor(text: str) -> Factor | None:
-    try:
-        return text if text == DROPLESS else float(text)
-    except ValueError:
-        return None
-
-
 _EXPECTED = {
     "experts": "whole numbers, 8,16,32",
     "top-k": "whole numbers, 1,2",
@@ -164,15 +145,16 @@ _EXPECTED = {
 }
 
 
-def _not_a_value(name: str, value: object) -> Problem:
-    return Problem("not a value", f"--sweep {name}", _EXPECTED[name], repr(value))
-
-
 def _problems(name: str, values: Sequence[object]) -> list[Problem]:
-    wrong = [_not_a_value(name, value) for value in values if not _is_value(name, value)]
+    where = f"--sweep {name}"
+    wrong = [
+        Problem("not a value", where, _EXPECTED[name], repr(value))
+        for value in values
+        if not _is_value(name, value)
+    ]
     if wrong or len(set(values)) == len(values):
         return wrong
-    return [Problem("a value stands twice", f"--sweep {name}", found=",".join(map(str, values)))]
+    return [Problem("a value stands twice", where, found=",".join(map(str, values)))]
 
 
 def _is_value(name: str, value: object) -> bool:
@@ -222,52 +204,28 @@ def _beats(rival: Planned, point: Planned) -> bool:
 
 # A sweep as JSON values, and as a table for people.
 
+SHARED = ("model", "machine", "step", "optimizer", "dtype", "weight_dtype", "batch")
+"""The facts of a plan that the models of a sweep have in common."""
+
+SUMMARY = (
+    "mesh", "rules", "dense_weights", "via", "dispatch", "remat", "sliced", "exact", "seconds",
+    "mfu", "total_bytes",
+)  # fmt: skip
+"""The figures of a plan that a sweep reports for each model."""
+
 MARK = "*"
 FRONTIER = "no other has as many experts, choices and slots, and takes less time"
 UNSAID = "-"
 """Of a number that a model does not have."""
 
 
-class SweepPoint(TypedDict):
-    """A model of a sweep.
-
-    What could not be planned has a problem, and nothing else besides what it was to differ in.
-    """
-
-    experts: int | None
-    top_k: int | None
-    capacity_factor: Factor | None
-    parameters: int | None
-    active_parameters: int | None
-    model_flops: float | None
-    best: SummaryReport | None
-    frontier: bool
-    problem: str | None
-
-
-class SweepReport(TypedDict):
-    """All that ``moecc plan --sweep`` reports."""
-
-    model: str
-    machine: MachineReport
-    step: str
-    optimizer: str | None
-    dtype: str
-    weight_dtype: str
-    batch: BatchReport
-    axes: dict[str, list[Factor]]
-    points: list[SweepPoint]
-
-
-def failed_point(point: Point, problem: str) -> SweepPoint:
+def failed_point(point: Point, problem: str) -> JsonDict:
     """Return a point that could not be planned, and why."""
-    return {
-        **_values(point), "parameters": None, "active_parameters": None, "model_flops": None,
-        "best": None, "frontier": False, "problem": problem,
-    }  # fmt: skip
+    nothing = dict.fromkeys(("parameters", "active_parameters", "model_flops", "best"))
+    return {**asdict(point), **nothing, "frontier": False, "problem": problem}
 
 
-def planned_point(point: Point, report: StepReport, active: int) -> SweepPoint:
+def planned_point(point: Point, report: JsonDict, active: int) -> JsonDict:
     """Return a point that was planned.
 
     Args:
@@ -275,32 +233,15 @@ def planned_point(point: Point, report: StepReport, active: int) -> SweepPoint:
       report: its plan.
       active: its parameters that one token uses.
     """
-    best = report["best"]
-    summary: SummaryReport = {
-        "mesh": best["mesh"], "rules": best["rules"], "dense_weights": best["dense_weights"],
-        "via": best["via"], "dispatch": best["dispatch"], "remat": best["remat"],
-        "sliced": best["sliced"], "exact": best["exact"], "seconds": best["seconds"],
-        "mfu": best["mfu"], "total_bytes": best["total_bytes"],
-    }  # fmt: skip
     return {
-        **_values(point), "parameters": report["parameters"], "active_parameters": active,
-        "model_flops": report["model_flops"], "best": summary, "frontier": False, "problem": None,
+        **asdict(point), "parameters": report["parameters"], "active_parameters": active,
+        "model_flops": report["model_flops"],
+        "best": {name: report["best"][name] for name in SUMMARY},
+        "frontier": False, "problem": None,
     }  # fmt: skip
 
 
-class _Values(TypedDict):
-    experts: int | None
-    top_k: int | None
-    capacity_factor: Factor | None
-
-
-def _values(point: Point) -> _Values:
-    return {
-        "experts": point.experts, "top_k": point.top_k, "capacity_factor": point.capacity_factor,
-    }  # fmt: skip
-
-
-def sweep_json(sweep: Sweep, shared: StepReport, points: Sequence[SweepPoint]) -> SweepReport:
+def sweep_json(sweep: Sweep, shared: JsonDict, points: Sequence[JsonDict]) -> JsonDict:
     """Return a sweep as the JSON values that ``docs/cli.md`` lists.
 
     Args:
@@ -314,19 +255,13 @@ def sweep_json(sweep: Sweep, shared: StepReport, points: Sequence[SweepPoint]) -
     ):
         point["frontier"] = best
     return {
-        "model": shared["model"],
-        "machine": shared["machine"],
-        "step": shared["step"],
-        "optimizer": shared["optimizer"],
-        "dtype": shared["dtype"],
-        "weight_dtype": shared["weight_dtype"],
-        "batch": shared["batch"],
+        **{name: shared[name] for name in SHARED},
         "axes": {name: list(values) for name, values in asdict(sweep).items() if values},
         "points": list(points),
     }
 
 
-def _planned(point: SweepPoint) -> Planned | None:
+def _planned(point: JsonDict) -> Planned | None:
     best = point["best"]
     if best is None:
         return None
@@ -337,7 +272,7 @@ def _planned(point: SweepPoint) -> Planned | None:
 # --- for people ----------------------------------------------------------------------------
 
 
-def sweep_text(data: SweepReport) -> str:
+def sweep_text(data: JsonDict) -> str:
     """Return a sweep as a table."""
     batch, machine = data["batch"], data["machine"]
     rows = [
@@ -350,13 +285,13 @@ def sweep_text(data: SweepReport) -> str:
     return "\n".join([*rows, *(_row(point, device) for point in data["points"]), *_below(data)])
 
 
-def sweep_title(data: SweepReport) -> str:
+def sweep_title(data: JsonDict) -> str:
     """Return what was swept, in a line."""
     step = f"training with {data['optimizer']}" if data["step"] == "train" else "forward pass"
     return f"{data['model']} on {data['machine']['name']}, {step}, {data['dtype']}"
 
 
-def point_cells(point: SweepPoint, device_batch: float) -> tuple[str, ...]:
+def point_cells(point: JsonDict, device_batch: float) -> tuple[str, ...]:
     """Return a planned point as texts: what it differs in, sizes, time, rate, memory, strategy.
 
     Args:
@@ -374,7 +309,7 @@ def point_cells(point: SweepPoint, device_batch: float) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def values_of(point: SweepPoint) -> tuple[str, str, str]:
+def values_of(point: JsonDict) -> tuple[str, str, str]:
     """Return experts, choices and capacity factor of a point, as texts."""
     names = point["experts"], point["top_k"], point["capacity_factor"]
     experts, top_k, factor = map(value_text, names)
@@ -391,7 +326,7 @@ def value_text(value: Factor | None) -> str:
 _WIDTHS = (7, 5, 8, 8, 8, 9, 9, 7, 6)
 
 
-def _row(point: SweepPoint, device_batch: float) -> str:
+def _row(point: JsonDict, device_batch: float) -> str:
     if point["best"] is None:
         values = (f"{c:>{w}}" for c, w in zip(values_of(point), _WIDTHS[:3], strict=True))
         return f"  {' '.join(values)}   {point['problem']}"
@@ -400,6 +335,6 @@ def _row(point: SweepPoint, device_batch: float) -> str:
     return f"  {shown} {MARK if point['frontier'] else ' '} {plan}"
 
 
-def _below(data: SweepReport) -> Iterator[str]:
+def _below(data: JsonDict) -> Iterator[str]:
     if any(point["frontier"] for point in data["points"]):
         yield f"  {MARK} {FRONTIER}"

@@ -12,8 +12,8 @@ from moecc.analysis import parameter_groups
 from moecc.ir.graph import Graph
 from moecc.jobs.plan import plan_step
 from moecc.model.open import open_model
-from moecc.plan.report import StepReport
 from moecc.plan.step import StepConfig
+from moecc.support.untyped import JsonDict
 from moecc.train.graphs import run_passes
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -26,7 +26,7 @@ def made(name: str, passes: str) -> Graph:
     return graph
 
 
-def plan(name: str, passes: str, machine: str = "cpu:4", **options: Any) -> StepReport:
+def plan(name: str, passes: str, machine: str = "cpu:4", **options: Any) -> JsonDict:
     return plan_step(made(name, passes), name, machine, StepConfig(**options))[0]
 
 
