@@ -59,9 +59,9 @@ def apply_edit(graph: Graph, edit: Edit, rng: Rng, tries: int = 6) -> tuple[Grap
     places = [(s, n) for s, n in places if not edit.ops or n.op.name in edit.ops]
     if not places:
         return None
+    copy = clone(graph)
     for at in rng.permutation(len(places))[:tries]:
         scan, node = places[int(at)]
-        copy = clone(graph)
         target = _twin(graph, copy, scan, node)
         types = [v.type for v in target.graph.outputs.values()]
         try:
@@ -69,10 +69,13 @@ def apply_edit(graph: Graph, edit: Edit, rng: Rng, tries: int = 6) -> tuple[Grap
                 continue
             if scan is not None:
                 if [v.type for v in target.graph.outputs.values()] != types:
+                    copy = clone(graph)
                     continue
                 infer_again(copy, [copy.value(scan.results[0].name).node])  # type: ignore[list-item]
             verify(copy)
         except REFUSALS:
+            # It may have changed something already.
+            copy = clone(graph)
             continue
         return copy, node
     return None

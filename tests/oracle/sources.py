@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 
@@ -142,16 +143,33 @@ def planted_graph(seed: int, rng: Rng) -> Graph:
     return random_graph(seed, max_steps=int(rng.integers(1, 4)), like=pick(rng, PLANTED))
 
 
+@lru_cache(maxsize=8)
+def shared_graph(seed: int) -> Graph:
+    """Return a random graph, at times with something planted; several pairs begin with it."""
+    rng = np.random.default_rng([seed, 7])
+    if rng.random() < 0.35:
+        return planted_graph(seed, rng)
+    return random_graph(seed, max_steps=int(rng.integers(1, 5)))
+
+
+@lru_cache(maxsize=8)
+def shared_mixture(seed: int) -> Graph:
+    """Return a random graph of one block; several pairs begin with it."""
+    return random_graph(seed, steps=BLOCKS, max_steps=1)
+
+
+SHARED = 4
+"""How many seeds begin with the same graph: to grow one takes as long as to prove a pair."""
+
+
 def from_random(seed: int, rng: Rng) -> Pair | None:
     """Edit a random graph of operations and blocks."""
-    if rng.random() < 0.35:
-        return draw_pair(seed, planted_graph(seed, rng))
-    return draw_pair(seed, random_graph(seed, max_steps=int(rng.integers(1, 6))))
+    return draw_pair(seed, shared_graph(seed // SHARED))
 
 
 def from_mixture(seed: int, rng: Rng) -> Pair | None:
     """Edit a random graph that has whole blocks alone."""
-    return draw_pair(seed, random_graph(seed, steps=BLOCKS, max_steps=1))
+    return draw_pair(seed, shared_mixture(seed // SHARED))
 
 
 def from_stack(seed: int, rng: Rng) -> Pair | None:
