@@ -44,8 +44,9 @@ from moecc.weights.arithmetic import Cast
 from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import Expr, Source, sources, transform
 
-Kind = Literal["normal", "signs", "equal", "sparse", "negative", "large"]
-"""What floats are: normal; -1, 0 or 1; one number a tensor; mostly 0; all below 0; up to 30."""
+Kind = Literal["normal", "signs", "equal", "sparse", "negative", "large", "wide", "precise"]
+"""What floats are: normal; −1, 0 or 1; one number a tensor; mostly 0; below 0; to 30; to 10⁸;
+float64 whatever their type, so that sums round."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -81,6 +82,11 @@ def shaped(data: Array, kind: Kind, *words: str) -> Array:
             return np.asarray(-abs(data), data.dtype)
         case "large":
             return np.asarray(data * np.asarray(10, data.dtype), data.dtype)
+        case "wide":
+            powers = generator(0, "wide", *words).integers(-8, 9, data.shape)
+            return np.asarray(data.astype(np.float64) * 10.0**powers, data.dtype)
+        case "precise":
+            return generator(0, "precise", *words).standard_normal(data.shape)
     return data
 
 
@@ -334,7 +340,10 @@ def difference(
     if changed:
         return Difference("interface", changed[0])
     draws = [*plan(seed, thorough)]
-    draws += [(seed + 10 + i, ("normal", "signs")[i % 2], 0) for i in range(more)]
+    if exact:
+        draws += [(seed + 8, "precise", 0), (seed + 9, "wide", 4), (seed + 10, "precise", 4)]
+    kinds: tuple[Kind, ...] = ("precise", "wide") if exact else ("normal", "signs")
+    draws += [(seed + 11 + i, kinds[i % 2], (0, 4)[i % 4 > 1]) for i in range(more)]
     for number, kind, size in draws:
         sizes = sizes_of(before, after, number, size)
         draw = Draw(before, after, number, sizes, exact, TOLERANCE, kind)
