@@ -126,27 +126,6 @@ def test_what_is_no_output_bias_stays_outside(after: Build) -> None:
     assert block.output is block.down.result
 
 
-@pytest.mark.parametrize(
-    ("up", "down"), [(UP, DOWN), ("embed mlp", "mlp embed"), (UP, "mlp embed")]
-)
-@pytest.mark.parametrize(
-    "x", [("batch", "seq", "embed"), ("embed", "batch", "seq"), ("seq", "embed"), ("head", "embed")]
-)
-def test_orders_of_axes_do_not_matter(up: str, down: str, x: tuple[str, ...]) -> None:
-    block = only_block(graph_of(plain, x, up=up, down=down))
-    assert (block.outer, block.inner, block.width) == ("embed", "mlp", 6)
-
-
-def test_names_of_axes_do_not_matter() -> None:
-    """Nothing but the dataflow says which axis is the model's width."""
-
-    def swapped(b: Builder, x: Value, up: Value, down: Value) -> Value:
-        return b.contract(b.relu(b.contract(x, up, over="mlp")), down, over="embed")
-
-    block = only_block(graph_of(swapped, ("batch", "mlp"), up=DOWN, down=UP))
-    assert (block.outer, block.inner, block.embed, block.width) == ("mlp", "embed", 6, 4)
-
-
 def test_parameters_may_be_transformed_and_constants_taken_inside() -> None:
     def built(b: Builder, x: Value, up: Value, m: Value, down: Value) -> Value:
         low, one = b.exp(m), b.constant(value=1.0)
@@ -206,36 +185,9 @@ def test_degrees_with_biases_sums_and_scales() -> None:
 # --- what is none, and why
 
 
-def test_two_blocks_never_share_a_node() -> None:
-    def deep(b: Builder, x: Value, up: Value, down: Value, up2: Value, down2: Value) -> Value:
-        y = b.silu(plain(b, x, up, down))
-        return plain(b, y, up2, down2)
-
-    graph = graph_of(deep, up=UP, down=DOWN, up2=UP, down2=DOWN)
-    search = find_ffn_blocks(graph)
-    assert [b.params[0].name for b in search.blocks] == ["up", "up2"]
-    (refusal,) = search.refusals
-    assert refusal.reason == "it overlaps another block, which comes before it"
-
-
 def two_inputs(b: Builder, x: Value, gate: Value, up: Value, down: Value) -> Value:
     a, u = b.contract(x, gate, over="embed"), b.contract(b.tanh(x), up, over="embed")
     return b.contract(b.mul(b.silu(a), u), down, over="mlp")
-
-
-def softmaxed(b: Builder, x: Value, up: Value, down: Value) -> Value:
-    return b.contract(b.softmax(b.contract(x, up, over="embed"), axis="mlp"), down, over="mlp")
-
-
-def averaged(b: Builder, x: Value, up: Value, down: Value) -> Value:
-    h = b.silu(b.contract(x, up, over="embed"))
-    h = b.mul(h, b.mean(h, axes=("seq",)))
-    return b.contract(h, down, over="mlp")
-
-
-def ends_elsewhere(b: Builder, x: Value, up: Value, down: Value) -> Value:
-    h = b.silu(b.contract(x, up, over="embed"))
-    return b.contract(h, b.graph.param("w", tensor(F32, wide=4, head=2, mlp=6)), over="mlp")
 
 
 def linear(b: Builder, x: Value, up: Value, down: Value) -> Value:
@@ -254,17 +206,6 @@ REFUSED: dict[str, tuple[Build, dict[str, str], str]] = {
 def test_near_misses_say_why(name: str) -> None:
     build_, axes, reason = REFUSED[name]
     assert reason in only_refusal(graph_of(build_, **axes))
-
-
-@pytest.mark.parametrize("build_", [softmaxed, ends_elsewhere])
-def test_what_only_looks_like_a_block_in_part_is_passed_over(build_: Build) -> None:
-    """Looking on behind what mixes an axis would lead back through the whole model."""
-    search = find_ffn_blocks(graph_of(build_, up=UP, down=DOWN))
-    assert (search.blocks, search.refusals) == ([], [])
-
-
-def test_tokens_that_meet_inside_make_a_near_miss() -> None:
-    assert "mean is not elementwise" in only_refusal(graph_of(averaged, up=UP, down=DOWN))
 
 
 def test_a_value_from_outside_makes_a_near_miss() -> None:
@@ -304,11 +245,6 @@ def test_unknown_sizes_make_a_near_miss() -> None:
     assert only_refusal(graph).startswith("the sizes of its parameter %down are not known: ")
 
 
-def test_a_block_without_tokens_makes_a_near_miss() -> None:
-    graph = graph_of(plain, ("embed",), up=UP, down=DOWN)
-    assert only_refusal(graph) == "it reads %x, which has no axis of tokens"
-
-
 @pytest.mark.parametrize("axis", ["choice", "group", "slot"])
 def test_names_that_routing_takes_make_a_near_miss(axis: str) -> None:
     graph = Graph("odd")
@@ -317,18 +253,6 @@ def test_names_that_routing_takes_make_a_near_miss(axis: str) -> None:
     up, down = (graph.param(n, tensor(F32, mlp=6, embed=4)) for n in ("up", "down"))
     graph.set_output("y", plain(b, x, up, down))
     assert only_refusal(graph) == f"its axis {axis!r} has the name of an axis that routing adds"
-
-
-@pytest.mark.parametrize(
-    ("loc", "layer"),
-    [("layers.7.ffn", 7), ("layers.12", 12), ("encoder.layers.3.ffn", 3), ("model.blocks.3", None),
-     ("", None), ("sublayers.3.ffn", None), ("layers.3x.ffn", None), ("layers.0.ffn", 0)],
-)  # fmt: skip
-def test_the_number_of_a_layer_is_read_from_the_location(loc: str, layer: int | None) -> None:
-    graph = graph_of(plain, up=UP, down=DOWN)
-    for node in graph:
-        node.loc = loc
-    assert only_block(graph).layer == layer
 
 
 # --- whole models

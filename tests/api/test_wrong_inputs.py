@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from moecc_passes.upcycle.upcycle import UpcyclePass
 
 import moecc
 from moecc.cli.main import main
@@ -312,11 +311,6 @@ COMMANDS: dict[str, tuple[int, str]] = {
 }
 
 
-def test_the_tables_are_long_enough() -> None:
-    assert len(API) >= 60
-    assert len(COMMANDS) >= 60
-
-
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("case", API)
 def test_a_wrong_argument_is_moeccs_own_error(dense: moecc.Model, case: str) -> None:
@@ -342,19 +336,6 @@ def test_a_wrong_command_has_an_exit_code_and_a_message(
     assert sorted(os.listdir(place)) == before
 
 
-def test_numpy_scalars_and_lengths_are_numbers() -> None:
-    sparse = moecc.open(DENSE).apply(UpcyclePass(experts=np.int64(4)))  # type: ignore[arg-type]
-    assert sparse.verify(against=DENSE, tolerance=np.float32(1e-3)).passed
-    planned = sparse.plan("cpu:2", sequence=16, batch_tokens=64)
-    assert planned.report["batch"]["lengths"] == {"S": 16}
-
-
-@pytest.mark.parametrize("experts", [4.0, "4", None])
-def test_an_option_of_a_pass_of_another_type(experts: Any) -> None:
-    with pytest.raises(UsageError, match="an option of upcycle has another type"):
-        moecc.open(DENSE).apply(UpcyclePass(experts=experts))
-
-
 @pytest.mark.parametrize(
     ("inputs", "words"),
     [
@@ -367,14 +348,6 @@ def test_inputs_of_a_function(inputs: Any, words: str) -> None:
     model = moecc.open(DENSE)
     with pytest.raises(InputError, match=words):
         model.function()(dict(model.params()), inputs)
-
-
-def test_parameters_of_another_model() -> None:
-    dense = moecc.open(DENSE)
-    sparse = dense.upcycle(experts=4)
-    with pytest.raises(InputError, match="no array is given") as error:
-        sparse.function()(dict(dense.params()), {"tokens": np.zeros((1, 4), np.int32)})
-    assert "router.weight" in str(error.value)
 
 
 def test_a_model_is_read_from_another_working_folder(

@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from moecc_passes.resize.layer import alike
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from tiers import few
 
-import moecc
 from moecc.backend import get_backend
 from moecc.cli.main import main
 from moecc.jobs.evaluate import EvaluationSpec, Tracing
@@ -165,16 +164,6 @@ def test_the_same_bytes_again_and_killed(model: Path, tmp_path: Path, statistics
     assert "capture/model.safetensors" in json.dumps(manifest)
 
 
-def test_routers_of_texts(model: Path, tmp_path: Path, statistics: Path) -> None:
-    """Copies with a router that tells the texts apart are the same function."""
-    passes = "upcycle{experts=2 top-k=2 router-init=ridge router-std=1.0}"
-    more = ("--capture", str(statistics), "--verify")
-    assert converted(model, tmp_path / "out", passes, *more) == 0
-    rows = tensors(tmp_path / "out")["layers.1.ffn.router.weight"]
-    assert np.allclose(rows[0], -rows[1], rtol=0.01, atol=1e-6)
-    assert rows.any()
-
-
 @pytest.fixture(scope="module")
 def mixture(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("mixture") / "mixture"
@@ -213,19 +202,6 @@ def test_groups_of_like_results() -> None:
     assert alike(results, 3) == [(0, 2, 4), (1, 3, 5)]
 
 
-def test_in_python(model: Path, tmp_path: Path, statistics: Path) -> None:
-    """The same tensors as the command writes; models beside the source are named, too."""
-    passes = "upcycle{experts=4 top-k=2 split=activation router-init=ridge}"
-    assert converted(model, tmp_path / "one", passes, "--capture", str(statistics)) == 0
-    opened = moecc.open(model, capture=statistics, experts={"a": model})
-    sparse = opened.upcycle(experts=4, top_k=2, split="activation", router_init="ridge")
-    sparse.save(tmp_path / "two", to="st_moe")
-    for name, array in tensors(tmp_path / "one").items():
-        assert np.array_equal(array, tensors(tmp_path / "two")[name])
-    mixed = opened.upcycle(experts=2, top_k=2, sources="base,a")
-    assert mixed.save(tmp_path / "three", to="st_moe").verify(against=model).passed
-
-
 # --- bad input
 
 
@@ -235,35 +211,12 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("passes", WRONG)
-def test_without_statistics(
-    model: Path, tmp_path: Path, passes: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert converted(model, tmp_path / "out", passes) == 1
-    said = capsys.readouterr().err
-    assert WRONG[passes] in said
-    assert "moecc capture" in said
-    assert not (tmp_path / "out").exists()
-
-
 def refused(
     model: Path, tmp_path: Path, passes: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> str:
     assert converted(model, tmp_path / "out", passes, "--capture", str(folder)) == 1
     assert not (tmp_path / "out").exists()
     return capsys.readouterr().err
-
-
-def test_statistics_of_another_model(
-    model: Path, tmp_path: Path, statistics: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(model, other)
-    changed = tensors(other)
-    changed["model.layers.1.mlp.up_proj.weight"] += np.float32(1)
-    save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
-    said = refused(other, tmp_path, "upcycle{split=activation experts=4}", statistics, capsys)
-    assert "of another model" in said
 
 
 def test_changed_and_missing_statistics(
@@ -283,17 +236,6 @@ def test_changed_and_missing_statistics(
     for key in ("texts", "tokens", "active"):
         (own / "capture.json").write_text(json.dumps(facts | {key: "x"}))
         assert f"capture.json: {key}" in refused(model, tmp_path, passes, own, capsys)
-
-
-def test_statistics_of_other_layers_and_texts(
-    model: Path, tmp_path: Path, statistics: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    one = captured(model, tmp_path / "one", "--at", "layers.0.*")
-    said = refused(model, tmp_path, "upcycle{split=activation experts=4}", one, capsys)
-    assert "layers.1.ffn: the statistics have no hidden.pairs of this location" in said
-    said = refused(model, tmp_path, "upcycle{router-init=ridge experts=4}", statistics, capsys)
-    assert "each copy has a text" in said
-    assert "tour, routing" in said
 
 
 @pytest.mark.parametrize(

@@ -93,15 +93,6 @@ def test_matrices_of_gpt2_have_their_inputs_first(tmp_path: Path, turned: bool) 
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("start", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
-def test_initialisations_that_leave_the_model_as_it_is(
-    base: Checkpoint, tmp_path: Path, start: object
-) -> None:
-    AdaptedCheckpoint(
-        base, adapter(tmp_path / "a", pair(GATE, 24, 16), init_lora_weights=start)
-    ).close()
-
-
 def test_tables_and_whole_tensors(base: Checkpoint, tmp_path: Path) -> None:
     made = pair(EMBEDDING, 16, 37, table=True)
     whole = {"model.norm.modules_to_save.weight": np.arange(16.0)}

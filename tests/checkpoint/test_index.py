@@ -5,8 +5,6 @@ import os
 
 import pytest
 
-from moecc.formats.open import open_checkpoint
-
 from .folders import INDEX, ONE, TWO, index_of, problems
 
 
@@ -110,15 +108,6 @@ def test_index_and_shards_are_compared_and_all_is_reported(make_folder):
     assert len(found) == len(kinds)
 
 
-def test_a_faulty_shard_is_reported_beside_the_rest(make_folder):
-    folder = make_folder({ONE: {"a": 3}, TWO: {"b": 2}})
-    os.truncate(folder / ONE, (folder / ONE).stat().st_size - 1)
-    (folder / TWO).write_bytes(b"\x80\x02" + bytes(50))
-    (folder / "config.json").unlink()
-    text = "\n".join(problems(folder))
-    assert all(word in text for word in ("no config.json", "cut short", "a Python pickle"))
-
-
 # Which files are the weights
 
 
@@ -127,35 +116,6 @@ def test_both_a_single_file_and_shards_is_a_question(make_folder):
     [problem] = problems(folder)
     assert "more than one set of weights" in problem
     assert "move the set" in problem
-
-
-def test_a_single_file_beside_shards_without_index_is_a_question(make_folder):
-    folder = make_folder({"model.safetensors": {"a": 3}, ONE: {"b": 3}})
-    (folder / INDEX).unlink()
-    assert "more than one set of weights" in problems(folder)[0]
-
-
-def test_leftover_shards_are_a_question(make_folder):
-    other = "model-00001-of-00003.safetensors"
-    folder = make_folder({ONE: {"a": 3}, other: {"a": 3}}, index=index_of({"a": ONE}))
-    [problem] = problems(folder)
-    assert "shards that the index does not name" in problem
-    assert f"found: '{other}'" in problem
-
-
-def test_shards_without_an_index_are_refused(make_folder):
-    folder = make_folder({ONE: {"a": 3}, TWO: {"b": 3}})
-    (folder / INDEX).unlink()
-    [problem] = problems(folder)
-    assert f"shards but no {INDEX}" in problem
-
-
-def test_other_layouts_and_variants_beside_the_weights_are_left_alone(make_folder):
-    beside = {name: {"x": 1} for name in ("consolidated.safetensors", "model.fp16.safetensors")}
-    folder = make_folder({ONE: {"a": 3}, **beside}, index=index_of({"a": ONE}))
-    (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
-    with open_checkpoint(folder) as checkpoint:
-        assert list(checkpoint.tensors) == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -180,10 +140,3 @@ def test_a_folder_without_usable_weights_says_what_it_holds(make_folder, name, w
     [problem] = problems(folder)
     assert what in problem
     assert hint in problem
-
-
-def test_an_empty_folder_is_refused(tmp_path):
-    assert [p.split(": ", 1)[1].split("\n")[0] for p in problems(tmp_path)] == [
-        "the folder has no config.json",
-        "the folder is empty",
-    ]

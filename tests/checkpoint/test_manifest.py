@@ -2,7 +2,6 @@ import dataclasses
 import hashlib
 import json
 import random
-from concurrent.futures import CancelledError
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +18,13 @@ from moecc.formats.manifest import (
     Manifest,
     TensorRecord,
     WeightFileRecord,
-    check_manifest,
     dump,
     file_digest,
     file_records,
-    hashed_beside,
     load,
     verify_manifest,
     weight_file_record,
 )
-from moecc.formats.safetensors import read_header
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 DIGESTS = st.binary(min_size=32, max_size=32).map(bytes.hex)
@@ -114,50 +110,12 @@ def test_digests_are_those_of_hashlib(tmp_path):
     assert records["b"] == FileRecord(0, hashlib.sha256(b"").hexdigest())
 
 
-def test_hashing_beside_ends_with_what_it_is_beside(tmp_path):
-    with (tmp_path / "hours").open("wb") as file:
-        file.truncate(1 << 43)
-    with pytest.raises(KeyError), hashed_beside([tmp_path / "hours"]) as records:
-        raise KeyError
-    with pytest.raises(CancelledError):
-        records()
-
-
-def test_hashing_beside_waits_and_raises_where_it_is_asked(tmp_path):
-    (tmp_path / "a").write_bytes(b"moecc")
-    with hashed_beside({"one": tmp_path / "a"}) as records:
-        assert records() == {"one": FileRecord(5, hashlib.sha256(b"moecc").hexdigest())}
-    with (
-        hashed_beside([tmp_path / "absent"]) as records,
-        pytest.raises(InputError, match="No such"),
-    ):
-        records()
-
-
-def test_the_digest_of_a_missing_file_is_an_input_error(tmp_path):
-    with pytest.raises(InputError, match="No such file"):
-        file_digest(tmp_path / "a")
-
-
 @given(made=any_manifest())
 def test_a_manifest_is_read_back_as_written(tmp_path_factory, made):
     folder = tmp_path_factory.mktemp("manifest")
     (folder / MANIFEST_NAME).write_bytes(dump(made))
     assert load(folder) == made
     assert dump(load(folder)) == dump(made)
-
-
-def test_a_manifest_has_one_line_a_tensor_and_no_order_of_making(written):
-    made = load(written)
-    turned = dataclasses.replace(made, tensors=dict(reversed(made.tensors.items())))
-    assert dump(turned) == dump(made)
-    lines = dump(made).decode().splitlines()
-    assert sum("layers." in line for line in lines) == len(made.tensors)
-
-
-def test_an_untouched_folder_is_verified(written):
-    assert found(written) == []
-    check_manifest(written)
 
 
 def test_the_card_of_an_earlier_manifest_is_not_compared(written):
@@ -201,67 +159,6 @@ def _flipped(data: bytes, bit: int) -> bytes:
     changed = bytearray(data)
     changed[bit // 8] ^= 1 << (bit % 8)
     return bytes(changed)
-
-
-def test_each_damaged_tensor_is_named_and_no_other(written):
-    for name in SHARDS:
-        header = read_header(written / name)
-        with open(written / name, "r+b") as file:
-            file.seek(header.tensors[f"layers.{SHARDS.index(name)}.down"].offset + 5)
-            file.write(b"\xaa\xbb")
-    problems = found(written)
-    assert len(problems) == 2
-    for number in (0, 1):
-        assert any(f"'layers.{number}.down' differ" in problem for problem in problems)
-
-
-def test_missing_extra_and_changed_tensors_are_named(written):
-    save_file(
-        {
-            "layers.1.up": np.zeros((4, 3), np.float16),
-            "extra": np.zeros(2, np.float16),
-        },
-        written / SHARDS[1],
-        {"format": "pt"},
-    )
-    text = "\n".join(found(written))
-    assert f"{SHARDS[1]}: the header differs" in text
-    assert "the tensor 'layers.1.down' is missing" in text
-    assert "the tensor 'extra' is not in the manifest" in text
-    assert "the tensor 'layers.1.up' has another type or shape" in text
-    assert "expected: f16 [3, 4]\n  found: f16 [4, 3]" in text
-
-
-def test_another_type_of_the_same_size_is_named(written):
-    arrays = {f"layers.1.{part}": np.zeros((3, 4), np.int16) for part in ("up", "down")}
-    save_file(arrays, written / SHARDS[1], {"format": "pt"})
-    assert "expected: f16 [3, 4]\n  found: i16 [3, 4]" in "\n".join(found(written))
-
-
-def test_missing_and_extra_files_are_named(written):
-    (written / SHARDS[0]).unlink()
-    (written / "config.json").unlink()
-    (written / "model.safetensors").write_bytes(b"")
-    text = "\n".join(found(written))
-    assert f"the file '{SHARDS[0]}' is missing" in text
-    assert "the file 'config.json' is missing" in text
-    assert "the weight file 'model.safetensors' is not in the manifest" in text
-    assert text.count("cannot be checked") == 2
-
-
-def test_a_cut_shard_is_named(written):
-    data = (written / SHARDS[0]).read_bytes()
-    (written / SHARDS[0]).write_bytes(data[:-1])
-    assert "cut short" in found(written)[0]
-
-
-def test_all_differences_raise_one_check_error(written):
-    (written / "config.json").write_text("{}")
-    (written / SHARDS[0]).unlink()
-    with pytest.raises(CheckError) as caught:
-        check_manifest(written)
-    assert caught.value.exit_code == 3
-    assert len(caught.value.problems) == 4
 
 
 def test_every_damaged_tensor_of_many_is_named(tmp_path):

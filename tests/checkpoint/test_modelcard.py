@@ -1,11 +1,8 @@
 import dataclasses
-import json
-import re
-from pathlib import Path
 
 import pytest
 
-from moecc.formats.modelcard import CardFacts, front_matter, hub_repository, model_card, read_card
+from moecc.formats.modelcard import CardFacts, front_matter, model_card, read_card
 
 FACTS = CardFacts(
     title="smol-moe",
@@ -32,18 +29,6 @@ def test_a_card_says_what_was_done():
     assert "\n\n\n" not in card
 
 
-@pytest.mark.parametrize("auto_class", ["AutoModelForCausalLM", None])
-@pytest.mark.parametrize("task", ["text-generation", "feature-extraction"])
-def test_the_snippet_is_python_and_names_the_library(task: str, auto_class: str | None):
-    card = model_card(dataclasses.replace(FACTS, task=task, auto_class=auto_class))
-    code = card.split("```python\n")[1].split("```")[0]
-    compile(code, "card", "exec")
-    library = "transformers" if auto_class else "moecc"
-    assert f"library_name: {library}\npipeline_tag: {task}\n" in card
-    assert re.search(rf"(from|import) {library}\b", code)
-    assert ("generate(" in code) == (task == "text-generation")
-
-
 def test_a_licence_is_never_invented():
     assert "license" not in model_card(FACTS)
     licence = {"license": "other", "license_name": "my licence: v1", "license_link": "LICENSE"}
@@ -51,37 +36,6 @@ def test_a_licence_is_never_invented():
     card = model_card(dataclasses.replace(FACTS, source_card=kept, base_model="me/tiny"))
     assert 'license: other\nlicense_name: "my licence: v1"\nlicense_link: LICENSE\n' in card
     assert "base_model:\n- me/tiny\nbase_model_relation: finetune\n" in card
-
-
-def test_language_and_data_sets_are_kept():
-    kept = {"language": ("en", "no"), "datasets": ("me/text",)}
-    card = model_card(dataclasses.replace(FACTS, source_card=kept))
-    assert 'language:\n- en\n- "no"\ndatasets:\n- me/text\n' in card
-
-
-def test_engines_training_and_what_would_serve_it():
-    engines = (("vLLM 0.32.0", True, ""), ("SGLang 0.5.23", False, "tied | heads"))
-    facts = dataclasses.replace(FACTS, engines=engines, serving="No engine.", training="Do so.")
-    card = model_card(facts)
-    assert "| vLLM 0.32.0 | yes |  |\n| SGLang 0.5.23 | no | tied \\| heads |\n" in card
-    assert "\n\nNo engine.\n" in card
-    assert "## Train it on\n\nDo so.\n" in card
-
-
-def test_a_gguf_file_and_a_dense_model():
-    card = model_card(dataclasses.replace(FACTS, file="model.gguf", is_sparse=False))
-    assert "library_name: gguf\n" in card
-    assert "tags:\n- moecc\n---" in card
-    assert "llama-cli -m model.gguf" in card
-    assert "A dense model in the `mixtral` layout" in card
-
-
-def test_digests_and_notes_are_listed():
-    facts = dataclasses.replace(FACTS, digests={"a|b.safetensors": "0" * 64}, notes=("from Q4_1",))
-    card = model_card(facts)
-    assert "| file | sha256 |\n|---|---|\n" in card
-    assert f"| `a\\|b.safetensors` | `{'0' * 64}` |" in card
-    assert "- from Q4\\_1" in card
 
 
 def test_foreign_words_cannot_break_out_of_their_place():
@@ -125,21 +79,6 @@ def test_the_licence_of_a_card_is_found(text, licence):
     assert found.keys() - licence.keys() <= {"language"}
 
 
-@pytest.mark.parametrize(
-    ("text", "kept"),
-    [
-        ("language: en", {"language": ("en",)}),
-        ("language: [en, 'de']", {"language": ("en", "de")}),
-        ('language:\n- en\n  - "de"\nx: y', {"language": ("en", "de")}),
-        ("datasets:\n- a/b # large\n-\n- c/d", {"datasets": ("a/b",)}),
-        ("language:\nlicense: mit", {"license": ("mit",)}),
-        ("tags:\n- en", {}),
-    ],
-)
-def test_lists_of_a_card_are_found(text, kept):
-    assert front_matter(f"---\n{text}\n---\n") == kept
-
-
 def test_the_card_of_a_folder_is_read_and_a_broken_one_stops_nothing(tmp_path):
     card = tmp_path / "README.md"
     assert read_card(tmp_path) == {}
@@ -150,21 +89,3 @@ def test_the_card_of_a_folder_is_read_and_a_broken_one_stops_nothing(tmp_path):
     card.unlink()
     card.symlink_to("/etc/hostname")
     assert read_card(tmp_path) == {}
-
-
-@pytest.mark.parametrize(
-    ("path", "repository"),
-    [
-        ("/cache/hub/models--me--tiny/snapshots/0123", "me/tiny"),
-        ("/cache/hub/models--gpt2/snapshots/0123", "gpt2"),
-        ("/cache/hub/models--a--b--c/snapshots/0123", None),
-        ("/models/tiny", None),
-    ],
-)
-def test_the_hub_name_comes_from_the_cache_layout_only(path, repository):
-    assert hub_repository(Path(path)) == repository
-
-
-def test_a_title_with_quotes_stays_a_string():
-    card = model_card(dataclasses.replace(FACTS, title='a"b'))
-    assert "folder = " + json.dumps('a"b') in card

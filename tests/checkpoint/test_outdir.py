@@ -2,8 +2,6 @@ import errno
 import os
 import shutil
 import stat
-import subprocess
-import sys
 
 import pytest
 
@@ -50,13 +48,6 @@ def test_the_folder_appears_whole_at_the_end(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_an_empty_folder_is_taken(tmp_path):
-    (tmp_path / "out").mkdir()
-    with output_folder(tmp_path / "out") as folder:
-        (folder / "a").write_text("a")
-    assert os.listdir(tmp_path / "out") == ["a"]
-
-
 @pytest.mark.parametrize("force", [False, True])
 def test_a_disk_that_fails_once_the_output_has_its_place(tmp_path, force):
     out = tmp_path / "out"
@@ -80,27 +71,6 @@ def test_nothing_stays_after_a_failure(tmp_path, error):
     with pytest.raises(error):
         fill(tmp_path / "out", "a", error)
     assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("umask", [0o077, 0o022, 0o002, 0o000])
-def test_the_mode_follows_the_umask(tmp_path, umask):
-    code = (
-        "import os, pathlib, sys\n"
-        "from moecc.formats.output import output_folder\n"
-        f"os.umask({umask})\n"
-        "with output_folder(pathlib.Path(sys.argv[1])): pass\n"
-    )
-    subprocess.run([sys.executable, "-c", code, tmp_path / "out"], check=True)
-    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~umask
-
-
-def test_a_folder_with_content_is_refused(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious").write_text("a")
-    [problem] = refused(tmp_path / "out")
-    assert "not empty" in problem
-    assert "'precious'" in problem
-    assert "--force" in problem
 
 
 def test_force_replaces_a_folder_only_when_the_new_one_is_complete(tmp_path):
@@ -182,17 +152,6 @@ def test_a_folder_filled_in_the_meantime_is_not_overwritten(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_a_file_as_output_is_refused(tmp_path):
-    (tmp_path / "out").write_text("")
-    assert "a file, not a folder" in refused(tmp_path / "out", force=True)[0]
-
-
-def test_a_missing_parent_is_refused(tmp_path):
-    [problem] = refused(tmp_path / "no" / "out")
-    assert "parent of the output folder does not exist" in problem
-    assert "mkdir -p" in problem
-
-
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize(
     ("name", "what"),
@@ -211,26 +170,6 @@ def test_output_and_input_stay_apart(tmp_path, source, name, what, force):
     (tmp_path / "link").symlink_to("source")
     text = "\n".join(refused(tmp_path / name, inputs=[source], force=force))
     assert what in text
-
-
-def test_an_input_that_is_a_link_is_followed(tmp_path, source):
-    (tmp_path / "link").symlink_to(source)
-    assert "is the input" in "\n".join(refused(source, inputs=[tmp_path / "link"], force=True))
-
-
-def test_a_file_as_input_inside_the_output_is_refused(tmp_path, source):
-    problems = refused(source, inputs=[source / "model.safetensors"], force=True)
-    assert "the input is inside the output" in problems[0]
-
-
-def test_neighbours_with_a_common_beginning_are_apart(tmp_path, source):
-    with output_folder(tmp_path / "source-moe", inputs=[source]):
-        pass
-
-
-def test_all_problems_are_reported_at_once(tmp_path, source):
-    problems = refused(source, inputs=[source, source / "model.safetensors"])
-    assert len(problems) == 3
 
 
 def test_the_working_folder_is_refused(tmp_path, monkeypatch):
@@ -257,12 +196,3 @@ def test_a_full_disk_is_known_beforehand(tmp_path):
 def test_a_parent_without_the_right_to_write_is_the_machines_fault(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert "no right to write" in refused(tmp_path / "out", MachineError)[0]
-
-
-def test_a_name_that_is_too_long_is_the_machines_or_inputs_fault(tmp_path):
-    assert "File name too long" in refused(tmp_path / ("x" * 250))[0]
-
-
-def test_checking_creates_nothing(tmp_path):
-    assert check_output(tmp_path / "out", needed_bytes=1) == tmp_path / "out"
-    assert os.listdir(tmp_path) == []

@@ -162,16 +162,6 @@ def test_what_does_not_match_is_reported(
         assert text in str(caught.value)
 
 
-def test_a_group_that_does_not_exist(tmp_path: Path) -> None:
-    index = np.full(64, 4, np.int32)
-    parts = {"m.qweight": WORDS, "m.qzeros": WORDS[:4, :2], "m.scales": SCALES, "m.g_idx": index}
-    with (
-        open_checkpoint(_write(tmp_path, parts, GPTQ)) as checkpoint,
-        pytest.raises(InputError, match="group that does not exist"),
-    ):
-        checkpoint.read("m.weight")
-
-
 def test_a_quantised_model_is_converted(tmp_path: Path) -> None:
     golden = Path(__file__).parents[1] / "golden" / "llama_gqa"
     source, out = tmp_path / "int8", tmp_path / "out"

@@ -1,8 +1,6 @@
-import json
 import struct
 import time
 
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,7 +9,7 @@ from safetensors.numpy import save
 
 from moecc.errors import InputError
 from moecc.formats.safetensors import MAX_TENSORS, read_header
-from moecc.types import BY_SAFETENSORS, F32
+from moecc.types import BY_SAFETENSORS
 
 SHARED_PATH = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 NAMES = {"BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
@@ -102,13 +100,6 @@ def test_a_mutated_file_is_refused_or_still_covers_its_bytes(tmp_path, write_raw
         ends = [8 + struct.unpack("<Q", mutated[:8])[0], *(end for _, end in spans)]
         assert [begin for begin, _ in spans] == ends[:-1]
         assert ends[-1] == len(mutated)
-
-
-def test_no_tensors_and_padding_are_fine(tmp_path, write_raw):
-    assert read_header(write_raw(tmp_path / "x", b"{}      ")).tensors == {}
-    header = read_header(write_raw(tmp_path / "y", {"a": entry()}, bytes(8)))
-    assert header.tensors["a"].dtype is F32
-    assert header.data_start_bytes + 8 == header.identity.size_bytes
 
 
 @pytest.mark.parametrize(
@@ -211,32 +202,6 @@ def test_a_hostile_header_is_refused_and_the_place_named(
     assert "\u202e" not in text
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        b'{"a": %s, "a": %s}',
-        b'{"a": %s, "\\u0061": %s}',
-        b'{"b": %s, "__metadata__": {"a": "1", "a": "2"}, "c": %s}',
-    ],
-)
-def test_duplicate_names_are_refused_although_the_offsets_coincide(tmp_path, write_raw, text):
-    one = json.dumps(entry()).encode()
-    other = json.dumps(entry("I32")).encode()
-    [problem] = problems(write_raw(tmp_path / "x", text % (one, other), bytes(8)))
-    assert "the key 'a' appears twice" in problem
-
-
-def test_a_duplicate_field_is_refused(tmp_path, write_raw):
-    text = b'{"a": {"dtype": "F32", "dtype": "I32", "shape": [2], "data_offsets": [0, 8]}}'
-    [problem] = problems(write_raw(tmp_path / "x", text, bytes(8)))
-    assert "'dtype' appears twice" in problem
-
-
-def test_names_that_look_like_paths_are_only_names(tmp_path, write_raw):
-    file = write_raw(tmp_path / "x", {"../../etc/passwd": entry()}, bytes(8))
-    assert list(read_header(file).tensors) == ["../../etc/passwd"]
-
-
 def test_all_problems_of_a_file_are_reported_at_once(tmp_path, write_raw):
     header = {
         "a": entry("F31"),
@@ -250,11 +215,6 @@ def test_all_problems_of_a_file_are_reported_at_once(tmp_path, write_raw):
     kinds = ["unknown", "contradict", "overlap", "hole", "control", "cut short", "not a string"]
     assert [kind for kind in kinds if not any(kind in problem for problem in found)] == []
     assert len(found) == len(kinds)
-
-
-def test_a_faulty_entry_does_not_make_holes(tmp_path, write_raw):
-    header = {"a": {"dtype": "F32"}, "b": entry(offsets=(8, 16))}
-    assert len(problems(write_raw(tmp_path / "x", header, bytes(24)))) == 1
 
 
 def test_a_hundred_thousand_tensors_are_read_in_seconds(tmp_path, write_raw):
@@ -304,9 +264,3 @@ def test_headers_made_to_cost_time_are_refused_quickly(tmp_path, write_raw, make
     assert time.process_time() - started < 2
     assert any(what in problem for problem in found)
     assert len("".join(found)) < 3000
-
-
-def test_every_element_type_has_the_size_that_ml_dtypes_gives_it():
-    for dtype in BY_SAFETENSORS.values():
-        assert dtype.numpy.itemsize == dtype.itemsize_bytes
-    assert BY_SAFETENSORS["F8_E4M3"].numpy == ml_dtypes.float8_e4m3fn

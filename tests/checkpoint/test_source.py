@@ -6,7 +6,6 @@ import sys
 import pytest
 
 from moecc.errors import InputError
-from moecc.formats.files import sniff
 from moecc.formats.open import open_checkpoint
 
 
@@ -42,22 +41,6 @@ def test_a_file_that_is_no_checkpoint_is_named_for_what_it_is(tmp_path, name, co
     assert [part for part in parts if part not in message] == []
 
 
-def test_a_missing_path_is_answered_with_the_nearest_neighbour(tmp_path):
-    (tmp_path / "SmolLM2-135M").mkdir()
-    assert "did you mean 'SmolLM2-135M'?" in refused(tmp_path / "SmoLLM2-135M")
-
-
-def test_a_missing_parent_is_said(tmp_path):
-    assert "does not exist either" in refused(tmp_path / "no" / "model")
-
-
-def test_a_hub_name_is_not_downloaded(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    hint = "hf:HuggingFaceTB/SmolLM2-135M fetches the model"
-    assert hint in refused("HuggingFaceTB/SmolLM2-135M")
-
-
 def test_odd_paths_are_refused(tmp_path):
     (tmp_path / "link").symlink_to("nowhere")
     assert "a symbolic link to nothing" in refused(tmp_path / "link")
@@ -81,21 +64,6 @@ def test_fifos_devices_and_sockets_never_block(tmp_path, monkeypatch):
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("s")
         assert "found: a socket" in refused(tmp_path / "s")
-
-
-def test_names_that_are_awkward_but_legal(tmp_path, write_tensors):
-    folder = tmp_path / "a model\nwith 'quotes' \udcff"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    write_tensors(folder / "model.safetensors", {"a": 3})
-    with open_checkpoint(folder) as checkpoint:
-        assert len(checkpoint.read("a")) == 3
-
-
-def test_kinds_are_told_apart_by_content():
-    assert sniff(b"") is None
-    assert sniff(b"\x80\x01abc") is None
-    assert sniff(b"\xef\xbb\xbf\r\n <!DocType HTML>").name == "html"
 
 
 def test_refusing_pickles_imports_no_torch_and_opening_no_jax(tmp_path):

@@ -30,15 +30,6 @@ def test_a_compiler_gets_the_library_that_the_linker_knows() -> None:
     assert made["MALLOC_CONF"] == "dirty_decay_ms:1000,muzzy_decay_ms:0"
 
 
-@pytest.mark.usefixtures("found")
-def test_settings_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MALLOC_CONF", "narenas:1")
-    assert environment(parse_machine(TPU))["MALLOC_CONF"] == "narenas:1"
-    monkeypatch.setenv("LD_PRELOAD", "")
-    assert allocator.allocator_environment() == {}
-    assert environment(parse_machine(TPU))["LD_PRELOAD"] == ""
-
-
 def test_without_the_library_nothing_is_preloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LD_PRELOAD", raising=False)
     monkeypatch.setattr(allocator, "_jemalloc", lambda: None)

@@ -15,7 +15,6 @@ from moecc.plan.machines import parse_machine
 from moecc.plan.step import StepConfig
 from moecc.sharding.vias import PARTITIONS
 from tests.support.layouts import layout_text
-from tests.support.tiers import few
 
 from .conftest import Done
 
@@ -104,24 +103,6 @@ def test_a_step_sends_what_the_plan_foretold(
     assert arguments == pytest.approx(found["predicted"]["arguments_bytes"], rel=0.05)
 
 
-@pytest.mark.slow
-def test_a_model_that_keeps_every_row_is_compiled_as_it_is(moecc: Moecc) -> None:
-    needs_optax()
-    done = moecc(
-        "compile", MIXTRAL, "--machine", "cpu:4", "--mesh", "expert=4", *SMALL,
-        "--via", "ring", "--optimizer", "adafactor", "--format", "json",
-    )  # fmt: skip
-    assert done.code == 0
-    assert done.err == ""
-    found = done.json()
-    assert found["capacity"] is None
-    assert found["via"] == "ring"
-    assert "all-to-all" not in found["collectives"]
-    # Two layers: tokens gathered forward, and again for the gradient; sums scattered.
-    assert found["collectives"]["all-gather"]["runs"] >= 4
-    assert found["collectives"]["reduce-scatter"]["runs"] >= 4
-
-
 def test_rules_of_a_file_lay_what_is_compiled(tmp_path: Path) -> None:
     from moecc.ahead.prepare import prepare
     from moecc.ahead.request import Request
@@ -139,75 +120,6 @@ def test_rules_of_a_file_lay_what_is_compiled(tmp_path: Path) -> None:
     local = prepare(asked)
     assert "all_to_all" not in local.estimate.collectives
     assert "all_to_all" not in {node.op.name for node in local.graph.every_node()}
-
-
-@pytest.mark.parametrize(("name", "own"), [(MIXTRAL, ""), (LLAMA, "upcycle{experts=4},grow")])
-def test_the_passes_of_the_report_make_the_graph(
-    moecc: Moecc, tmp_path: Path, name: str, own: str
-) -> None:
-    from moecc.ahead.prepare import prepare
-    from moecc.ahead.request import Request
-    from moecc.ir import equal, parse
-
-    request = Request(name, "cpu:4", replace(FORWARD, mesh="expert=2,model=2", sliced=True))
-    prepared = prepare(replace(request, pipeline=own))
-    assert prepared.pipeline.startswith(own)
-    assert "rules=expert-parallel,tensor-parallel" in prepared.pipeline
-    assert "expert-parallel{via=capacity slice=model}" in prepared.pipeline
-    model = tmp_path / "model.moe"
-    model.write_text(moecc("import", name).out)
-    done = moecc("opt", model, "-p", prepared.pipeline)
-    assert done.code == 0
-    # A graph that was read numbers the values that passes make by itself.
-    assert equal(parse(done.out), prepared.graph)
-
-
-@pytest.mark.parametrize("parts", [1, 2])
-def test_losses_that_the_graph_has_are_those_of_the_step(parts: int) -> None:
-    from moecc.ahead.prepare import prepare
-    from moecc.ahead.request import Request
-
-    own = "specialize{mode=train capacity-factor=1.25},add-losses{balance-coef=0.5 z-coef=0}"
-    config = StepConfig("train", 64, "16", mesh="data=2", micro_batches=parts)
-    asked = Request(MIXTRAL, "cpu:2", config, pipeline=own)
-    graph = prepare(asked).graph
-    losses = [name for name in graph.output_names if name.startswith("loss.")]
-    assert losses == ["loss.balance", "loss.auxiliary"]
-    assert graph.attrs["losses"]["balance_coef"] == 0.5
-    assert graph.attrs["losses"]["parts"] == (parts if parts > 1 else 0)
-
-
-def test_a_training_step_without_logits_is_planned_with_a_remark(moecc: Moecc) -> None:
-    ways = {"vit_plain": "neither compile nor train", "bert_gelu": "after -p tie-head"}
-    for name, way in ways.items():
-        options = (str(GOLDEN / name), "--machine", "cpu:2")
-        done = moecc("plan", *options)
-        assert done.code == 0
-        assert way in done.err
-        assert moecc("plan", *options, "--step", "forward").err == ""
-        assert "--step forward" in moecc("compile", *options).err
-    assert (
-        moecc("plan", str(GOLDEN / "bert_gelu"), "--machine", "cpu:2", "-p", "tie-head").err == ""
-    )
-
-
-def test_a_forward_pass_has_no_micro_batches(moecc: Moecc) -> None:
-    rest = (LLAMA, "--machine", "cpu:1", "--step", "forward", "--micro-batches", "2")
-    found = [moecc(command, *rest) for command in ("compile", "plan")]
-    assert [done.code for done in found] == [2, 2]
-    assert "expected: 1, of a forward pass" in found[0].err
-    assert found[0].err == found[1].err
-
-
-@pytest.mark.slow
-def test_a_forward_pass_for_people(moecc: Moecc) -> None:
-    done = moecc("compile", LLAMA, "--machine", "cpu:2", "--step", "forward", *SMALL)
-    assert done.code == 0
-    lines = done.out.splitlines()
-    assert "2 devices, forward pass, bf16" in lines[0]
-    assert any("fits" in line for line in lines)
-    assert "effort" not in done.out
-    assert done.err == ""
 
 
 @pytest.mark.slow
@@ -228,31 +140,6 @@ def test_a_quick_compilation_counts_the_same_work(moecc: Moecc, machine: str) ->
     text = moecc(*command, "--quick").out
     assert "with the least effort" in text
     assert "beside products" not in text
-
-
-def test_the_least_effort_is_asked_of_xla() -> None:
-    from moecc_backends.xla.aot.compiler import options_of
-
-    from moecc.ahead.prepare import prepare
-    from moecc.ahead.request import Request
-
-    effort = "exec_time_optimization_effort"
-    request = Request(LLAMA, "cpu:2", FORWARD, quick=True)
-    quick = prepare(Request.from_json(request.to_json())).job
-    assert options_of(quick) == {effort: -1.0}
-    assert options_of(replace(quick, quick=False)) == {}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("partition", PARTITIONS)
-@pytest.mark.parametrize(("kind", "begins"), [("stablehlo", "module @"), ("hlo", "HloModule")])
-def test_the_program_is_printed_alone(moecc: Moecc, kind: str, begins: str, partition: str) -> None:
-    done = moecc(
-        "compile", LLAMA, "--machine", "cpu:2", "--step", "forward", *SMALL,
-        "--emit", kind, "--partition", partition,
-    )  # fmt: skip
-    assert done.code == 0
-    assert done.out.startswith(begins)
 
 
 @pytest.mark.slow
@@ -363,54 +250,6 @@ def test_what_is_wrong_by_itself_is_told_at_once(
     assert done.code == code
     assert says in done.err
     assert done.out == ""
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    few(
-        [
-            (("--mesh", "data=3"), "different numbers of devices"),
-            (("--mesh", "data=4", "--batch-tokens", "96"), "data does not divide the batch"),
-            (("--mesh", "model=4", "--batch-tokens", "64"), "does not divide"),
-            (("--batch-tokens", "63"), "not whole sequences"),
-            (("--mesh", "data=4", "--via", "ring"), "cannot be reached via ring"),
-            (("--mesh", "data=4", "--slice"), "no experts whose rows"),
-        ],
-        quick=2,
-    ),
-)
-def test_what_does_not_divide_is_told_with_what_would(
-    moecc: Moecc, options: tuple[str, ...], says: str
-) -> None:
-    done = moecc("compile", LLAMA, "--machine", "cpu:4", "--sequence", "16", *options)
-    assert done.code == 1
-    assert says in done.err
-
-
-@pytest.mark.parametrize(
-    ("options", "code", "says"),
-    few(
-        [
-            (("--machine", "cpu", "--via", "ring"), 1, "nothing goes via ring"),
-            (("--mesh", "data=2,expert=2", "--slice"), 1, "the mesh has no axis 'model'"),
-            (("--mesh", "data=4", "--via", "replicated"), 1, "cannot all have the same tokens"),
-            (
-                ("--mesh", "expert=4", "--via", "ragged", "--capacity-factor", "1.5"),
-                1,
-                "ragged is for",
-            ),
-            (("--partition", "gspmd", "--via", "ring"), 2, "--partition explicit has every way"),
-            (("--partition", "gspmd", "--slice"), 2, "--partition explicit has every way"),
-        ],
-        quick=2,
-    ),
-)
-def test_ways_to_the_experts_that_there_are_not(
-    moecc: Moecc, options: tuple[str, ...], code: int, says: str
-) -> None:
-    done = moecc("compile", MIXTRAL, "--machine", "cpu:4", *SMALL, *options)
-    assert done.code == code
-    assert says in done.err
 
 
 def test_a_compilation_ends_when_its_time_is_up(moecc: Moecc) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +12,8 @@ from moecc.ahead.request import Request, update_of
 from moecc.errors import UsageError
 from moecc.plan.step import StepConfig
 
-from .conftest import Done
-
 TINY = StepConfig(batch_tokens=64, sequence="16")
 LLAMA = str(Path(__file__).parent.parent / "golden" / "llama_gqa")
-Moecc = Callable[..., Done]
 
 
 def test_constants_are_those_of_a_recipe() -> None:
@@ -49,16 +45,3 @@ def test_what_is_no_constant_of_a_step_is_rejected(text: str, says: str) -> None
     with pytest.raises(UsageError) as caught:
         update_of("adamw", [text])
     assert says in str(caught.value)
-
-
-@pytest.mark.slow
-def test_they_are_in_the_program(moecc: Moecc) -> None:
-    pytest.importorskip("optax")
-    small = ("--machine", "cpu", "--batch-tokens", "64", "--sequence", "16", "--emit", "stablehlo")
-    texts = []
-    for options in ((), ("--set", "optimizer.decay=0.25"), ("--set", "optimizer.decay=0.1")):
-        done = moecc("compile", LLAMA, *small, *options)
-        assert done.code == 0
-        texts.append(done.out)
-    assert texts[0] == texts[2]  # the default
-    assert texts[0] != texts[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from moecc.cli import complete
-from moecc.errors import InputError
 
 BASH = shutil.which("bash")
 
@@ -44,22 +42,6 @@ def test_pipelines(typed: str, expected: list[str] | None) -> None:
     assert all(text.startswith(typed) for text in found)
 
 
-def test_other_values() -> None:
-    assert complete.models("preset:smo") == ["preset:smollm2-135m"]
-    assert complete.models("") == complete.models("folder") == []
-    assert complete.machines("gpu:h1") == ["gpu:h100:"]
-    assert "tpu:v5e:4x4" in complete.machines("tpu:v5e:4")
-    assert complete.machines("gpu:a100:1") == ["gpu:a100:128", "gpu:a100:16"]
-    assert complete.machines("v5litepod-1") == [f"v5litepod-{n}" for n in (1, 128, 16)]
-    assert complete.machines("a1") == ["a100", *(f"a100x{n}" for n in (128, 16, 32, 64, 8))]
-    assert complete.machines("npu:x:") == complete.machines("my.toml") == []
-    assert complete.targets("gguf:qwen3m") == ["gguf:qwen3moe"]
-    assert "mixtral" in complete.targets("m")
-    assert complete.float_types("bf") == ["bf16"]
-    assert complete.passes("dec") == ["decode"]
-    assert complete.models_or_pipelines("dec") == ["decode"]
-
-
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -87,18 +69,3 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
 """
     done = subprocess.run([BASH, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[:-1] == (expected or [""])
-
-
-def test_the_script_is_installed_once(tmp_path: Path) -> None:
-    env = {**os.environ, "HOME": str(tmp_path), "SHELL": "/bin/zsh"}
-    command = [sys.executable, "-m", "moecc", "--install-completion"]
-    for _ in range(2):
-        subprocess.run(command, check=True, env=env, capture_output=True)
-    line = (tmp_path / ".zshrc").read_text()
-    script = Path(line.removeprefix("source ").rstrip("\n"))
-    assert "_MOECC_COMPLETE=zsh_complete" in script.read_text()
-
-
-def test_an_unknown_shell_is_refused() -> None:
-    with pytest.raises(InputError, match="bash, zsh, fish"):
-        complete.shell_script("cmd")

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from moecc_backends.xla.backend import XlaBackend
-from moecc_passes.st_moe import ST_MOE
 
-from moecc.ir import Graph, parse, print_graph
+from moecc.ir import Graph, parse
 from moecc.rewrite.pipeline import Pipeline, installed
 from moecc.rewrite.runner import run_pipeline
 from moecc.testing import inputs_for, params_for, run_reference
@@ -28,64 +24,7 @@ Moecc = Callable[..., Done]
 # --- 22
 
 
-def test_22_to_inspect_is_to_make_no_text_of_the_graph(
-    moecc: Moecc, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The text of 10,000 layers, made to see whether st_moe fits, took a third of the time."""
-    from moecc.families.graphs import stored as graph_layout
-
-    def forbidden(graph: Graph) -> str:
-        raise AssertionError("the graph is printed")
-
-    monkeypatch.setattr(graph_layout, "print_graph", forbidden)
-    done = moecc("inspect", GOLDEN / "llama_gqa", "--format", "json")
-    assert done.code == 0, done.err
-    assert done.json()["targets"]["st_moe"]["fits"]
-
-
-@pytest.mark.slow
-def test_22_the_time_of_inspect_grows_as_the_layers_do(moecc: Moecc, tmp_path: Path) -> None:
-    config = json.loads((GOLDEN / "llama_gqa" / "config.json").read_text())
-    seconds = {}
-    for layers in (3, 400, 1600):
-        folder = tmp_path / str(layers)
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
-        start = time.process_time()
-        assert moecc("inspect", folder).code == 0
-        seconds[layers] = time.process_time() - start
-    # Four times the layers.
-    assert seconds[1600] - seconds[3] < 6 * (seconds[400] - seconds[3])
-    assert seconds[1600] < 30
-
-
 # --- 26
-
-
-def deep() -> Graph:
-    """Return a model with four layers."""
-    from moecc.families import build
-    from moecc.families.registry import parse_config
-    from moecc.presets import preset_config
-
-    small = {
-        "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "num_hidden_layers": 4, "vocab_size": 32,
-    }  # fmt: skip
-    return build(parse_config({**preset_config("smollm2-135m"), **small}))
-
-
-def converted(graph: Graph, text: str) -> str:
-    run_pipeline(graph, Pipeline.parse(text, installed()))
-    del graph.attrs["routing"]
-    return re.sub(r" by st-moe\S*", "", print_graph(graph))
-
-
-def test_26_the_line_that_is_the_same_as_st_moe_is_the_same() -> None:
-    doc = ST_MOE.doc.partition("the same as::")[2]
-    upcycle, losses = (re.search(rf"{n}{{[^}}]*}}", doc)[0] for n in ("upcycle", "add-losses"))  # type: ignore[index]
-    line = f"{' '.join(upcycle.split())},record-modes,{losses}".replace("experts=32", "experts=4")
-    assert converted(deep(), "st-moe{experts=4}") == converted(deep(), line)
 
 
 # --- 27
@@ -133,18 +72,6 @@ def test_27_the_balance_loss_of_a_bf16_run_does_not_depend_on_the_types_of_the_g
 # --- 28
 
 
-def test_28_one_expert_a_token_is_warned_of(moecc: Moecc, tmp_path: Path) -> None:
-    """The gate of the only choice is 1, whatever the router computes."""
-    source = tmp_path / "dense.moe"
-    assert moecc("import", GOLDEN / "llama_gqa", "-o", source).code == 0
-    done = moecc("opt", source, "-p", "upcycle{experts=4 top-k=1}")
-    assert done.code == 0
-    assert "router gets no gradient" in done.err
-    for gates in ("softmax", "switch"):
-        done = moecc("opt", source, "-p", f"upcycle{{experts=4 top-k=1 gates={gates}}}")
-        assert (done.code, "no gradient" in done.err) == (0, False), done.err
-
-
 # --- 29
 
 
@@ -171,10 +98,3 @@ def test_29_a_router_in_the_type_of_the_run_can_be_had(
     np.testing.assert_allclose(
         logits["bf16"], logits["f32"], atol=0.2 * np.abs(logits["f32"]).max()
     )
-
-
-def test_29_a_router_has_the_type_of_the_run_or_float32(moecc: Moecc, tmp_path: Path) -> None:
-    done = moecc("run", GOLDEN / "mixtral_gqa", "--outputs", tmp_path / "o.npy",
-                 "--router-dtype", "bf16")  # fmt: skip
-    assert done.code == 2
-    assert "--router-dtype" in done.err

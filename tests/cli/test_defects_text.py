@@ -76,20 +76,6 @@ def test_09_a_file_name_brings_no_escape_sequence_to_the_terminal(
             assert done.err.replace("\n", "").isprintable()
 
 
-def test_09_reports_and_usage_errors_show_escape_sequences(
-    moecc: Moecc, dense: Path, tmp_path: Path
-) -> None:
-    folder = dense.rename(tmp_path / f"dense{ESC}\x9b")
-    for format in ("human", "json"):
-        done = moecc("inspect", folder, "--format", format)
-        assert done.code == 0, done.err
-        assert done.out.replace("\n", "").isprintable()
-    assert json.loads(done.out)["source"] == str(folder)
-    done = moecc("inspect", folder, f"--{ESC}")
-    assert done.code == 2
-    assert done.err.replace("\n", "").isprintable()
-
-
 # --- 10
 
 
@@ -152,17 +138,6 @@ def test_10_a_crash_of_a_pass_of_moecc_is_a_bug_with_a_reproducer(
     assert moecc("replay", found[1]).code == 0
 
 
-@pytest.mark.parametrize("method", ["validate", "warnings", "__post_init__"])
-def test_10_an_own_pass_that_crashes_before_it_runs_names_its_line(
-    moecc: Moecc, dense: Path, tmp_path: Path, method: str
-) -> None:
-    file = tmp_path / "odd.py"
-    file.write_text(f"{OWN}\n    def {method}(self):\n        raise ValueError('odd')\n")
-    done = moecc("convert", dense, tmp_path / "out", "-p", "boom", "--load", file, "--to", "llama")
-    assert done.code == 1, done.err
-    assert f"{file}:19: the pass boom crashed" in done.err
-
-
 WRONG = {
     "sys.exit": ("import sys; sys.exit(0)", "crashed: PassExit: SystemExit: 0"),
     "GeneratorExit": ("raise GeneratorExit", "crashed: PassExit: GeneratorExit"),
@@ -208,15 +183,6 @@ def test_10_code_that_only_a_reproducer_names_is_not_run(
     assert ran.exists()
 
 
-def test_10_replay_takes_only_reproducers(moecc: Moecc, tmp_path: Path) -> None:
-    file = tmp_path / "g.moe"
-    file.write_text(GRAPH)
-    done = moecc("replay", file)
-    assert done.code == 1
-    assert "not a reproducer" in done.err
-    assert moecc("replay", tmp_path / "absent.moe").code == 1
-
-
 @pytest.mark.parametrize(
     "stated",
     [
@@ -235,12 +201,3 @@ def test_10_hostile_reproducers_are_messages(moecc: Moecc, tmp_path: Path, state
     done = moecc("replay", file)
     assert done.code in (1, 2), done.err
     assert re.search("not a reproducer|unknown comparison", done.err)
-
-
-def test_10_a_reproducer_is_text(moecc: Moecc, tmp_path: Path) -> None:
-    file = tmp_path / "g.moe"
-    stated = '{"pipeline": "dce", "load": []}'
-    file.write_bytes(f"# moecc reproducer: x\n# replay: {stated}\n".encode() + b"\xed")
-    done = moecc("replay", file)
-    assert done.code == 1, done.err
-    assert "not text: a .moe file is UTF-8" in done.err

@@ -15,7 +15,6 @@ pytest.importorskip("jax")
 tokenizers = pytest.importorskip("tokenizers")
 
 from moecc.errors import InputError  # noqa: E402
-from moecc.tokenizer import worker  # noqa: E402
 from moecc.tokenizer.process import Tokenizer  # noqa: E402
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat"]
@@ -105,29 +104,6 @@ def test_a_tokenizer_too_large_to_be_one_is_refused(
     assert "too large" in done.err
 
 
-def test_what_the_library_says_is_what_comes_back() -> None:
-    data = changed()
-    whole = tokenizers.Tokenizer.from_str(data.decode())
-    texts = ["the cat", "", "a mat on the cat \u00e9 \U0001f600", "cat " * 50_000]
-    with Tokenizer(data, "here") as made:
-        assert made.encode_all(texts) == [whole.encode(text).ids for text in texts]
-        assert made.decode([0, 1, 5]) == whole.decode([0, 1, 5])
-        assert [made.token(i) for i in (1, 99)] == ["cat", None]
-        with pytest.raises(InputError, match="cannot be used"):
-            made.encode("\udcff")
-        assert made.encode("the") == [0]
-        process = made._process
-    assert process.returncode is not None
-
-
-def test_answers_have_a_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "MOST_TOKENS", 5)
-    made = worker.Worker()
-    made.tokenizer = tokenizers.Tokenizer.from_str(changed().decode())
-    with pytest.raises(ValueError, match="more than 5 tokens"):
-        made._encode(["the cat sat", "on a mat"], special=False)
-
-
 def test_a_tokenizer_that_takes_too_long_is_ended() -> None:
     def slow() -> None:
         data = changed(normalizer=replaced_by_more(2))
@@ -158,13 +134,6 @@ def test_draws_that_cannot_be_are_refused(
     done = moecc("generate", dense, "--prompt", "the cat", "--tokens", "1", *more)
     assert done.code == 2
     assert says in done.err
-
-
-def test_a_temperature_next_to_0_is_that_of_the_likeliest(moecc: Callable, dense: Path) -> None:
-    (dense / "tokenizer.json").write_bytes(changed())
-    args = ("generate", dense, "--prompt", "the cat", "--tokens", "4", "--temperature")
-    likeliest, drawn = moecc(*args, "0"), moecc(*args, "1e-320")
-    assert (drawn.code, drawn.out) == (0, likeliest.out)
 
 
 @pytest.mark.parametrize("temperature", ["0", "1"])

@@ -65,14 +65,6 @@ def test_texts_of_a_batch_are_what_each_is_alone(moecc: Callable, model: Callabl
     assert [len(text) for text in both] == [4, 4]
 
 
-def test_the_likeliest_of_one_is_the_likeliest(moecc: Callable, model: Callable) -> None:
-    folder = model("llama_gqa")
-    args = ("generate", folder, "--prompt", "w5 w6", "--tokens", "3", "--format", "json")
-    greedy = made(moecc(*args))
-    assert made(moecc(*args, "--temperature", "3", "--top-k", "1")) == greedy
-    assert made(moecc(*args, "--temperature", "3", "--top-p", "1e-9")) == greedy
-
-
 def test_a_token_that_stops_a_text(moecc: Callable, model: Callable) -> None:
     folder = model("llama_gqa")
     args = ("generate", folder, "--prompt", "w5 w6", "--tokens", "6", "--format", "json")
@@ -95,15 +87,6 @@ def test_an_encoder_decoder_makes_texts_of_texts(moecc: Callable, model: Callabl
     assert text.split() == [f"w{token}" for token in both[0]]
 
 
-def test_the_api_returns_a_text_or_several(model: Callable) -> None:
-    opened = api.open(model("llama_gqa"))
-    one = opened.generate("w5 w6", 3)
-    assert isinstance(one, str)
-    assert len(one.split()) == 3
-    assert opened.generate(["w5 w6", "w5 w6"], 3) == [one, one]
-    assert opened.generate("w5 w6", 2, dtype="f64").split() == one.split()[:2]
-
-
 @pytest.mark.parametrize(
     ("more", "says", "code"),
     [
@@ -123,36 +106,6 @@ def test_what_cannot_be(
     done = moecc("generate", model("llama_gqa"), "--prompt", "w5", *more)
     assert (done.code, done.out) == (code, "")
     assert says in done.err
-
-
-def test_tokens_that_the_model_does_not_know(moecc: Callable, model: Callable) -> None:
-    done = moecc("generate", model("llama_gqa", 50), "--prompt", "w5 w45")
-    assert done.code == 1
-    assert "expected: ids below 37" in done.err
-    assert "found: 45" in done.err
-
-
-@pytest.mark.parametrize(
-    ("case", "key"), [("gpt2_plain", "n_positions"), ("opt_plain", "max_position_embeddings")]
-)
-def test_a_text_longer_than_the_positions_of_the_model(
-    moecc: Callable, model: Callable, case: str, key: str
-) -> None:
-    folder = model(case)
-    args = ("generate", folder, "--prompt", "w5 w6 w7", "--tokens")
-    positions = json.loads((folder / "config.json").read_text())[key]
-    done = moecc(*args, str(positions))
-    assert done.code == 1
-    assert "longer than the model has positions" in done.err
-    assert f"found: {positions + 3}" in done.err
-    assert moecc(*args, str(positions - 2)).code == 0
-
-
-@pytest.mark.parametrize("case", ["bert_gelu", "vit_plain", "whisper_plain"])
-def test_models_that_continue_no_text(moecc: Callable, model: Callable, case: str) -> None:
-    done = moecc("generate", model(case), "--prompt", "w5")
-    assert done.code == 1
-    assert "moecc run takes the inputs of any model" in done.err
 
 
 @pytest.mark.parametrize(

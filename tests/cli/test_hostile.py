@@ -26,26 +26,6 @@ def convert(moecc: Callable, source: Path, out: Path):
 # --- companions in a folder of their own
 
 
-def test_additional_chat_templates_are_copied_and_recorded(
-    moecc: Callable, dense: Path, tmp_path: Path
-) -> None:
-    templates = dense / "additional_chat_templates"
-    templates.mkdir()
-    (templates / "tool_use.jinja").write_text("{{ tools }}")
-    (templates / "notes.txt").write_text("no template")
-    out = tmp_path / "out"
-    assert convert(moecc, dense, out).code == 0
-    name = "additional_chat_templates/tool_use.jinja"
-    assert (out / name).read_text() == "{{ tools }}"
-    assert sorted(p.name for p in (out / name).parent.iterdir()) == ["tool_use.jinja"]
-    assert name in load(out).files
-    assert moecc("verify", out).code == 0
-    (out / name).write_text("{{ other }}")
-    changed = moecc("verify", out)
-    assert changed.code == 3
-    assert name in changed.err
-
-
 @pytest.mark.parametrize("name", ["LICENSE\n", "LICENSE\x1b[31m", "NOTICE\\x", "LICENSE\udcff"])
 def test_what_a_manifest_cannot_name_is_refused(
     moecc: Callable, dense: Path, tmp_path: Path, name: str
@@ -109,17 +89,6 @@ def test_what_is_only_copied_is_copied_whatever_it_is(
 
 
 # --- graphs
-
-
-@pytest.mark.parametrize(
-    "pipeline", ["canonicalize", "roll-layers", "st-moe{experts=4}", "add-losses"]
-)
-def test_locations_of_thousands_of_digits(moecc: Callable, tmp_path: Path, pipeline: str) -> None:
-    graph = tmp_path / "graph.moe"
-    assert moecc("import", GOLDEN / "mixtral_gqa", "-o", graph).code == 0
-    graph.write_text(graph.read_text().replace("layers.1.", f"layers.{LONG}."))
-    assert moecc("inspect", graph).code in (0, 1)
-    assert moecc("opt", graph, "-p", pipeline).code in (0, 1)
 
 
 # --- what is not UTF-8

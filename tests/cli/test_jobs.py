@@ -10,9 +10,8 @@ from typing import Annotated, Any, Literal
 import pytest
 
 import moecc as package
-from moecc.cli.commands import Docstring, command_of, job_function, make_command
+from moecc.cli.commands import make_command
 from moecc.errors import CheckError
-from moecc.jobs import COMMANDS
 from moecc.jobs.command import Report, Spelling
 from moecc.jobs.compile import CompileOutcome
 
@@ -30,10 +29,6 @@ def test_a_checkpoint_is_converted_and_verified_without_a_command_line(
     verdict = package.verify(out, against=str(dense), tolerance=0.0)
     assert isinstance(verdict.error, CheckError)
     assert verdict.data["passed"] is False
-
-
-def test_the_same_graph_by_words_and_by_function(moecc: Callable[..., Done], dense: Path) -> None:
-    assert str(package.import_(str(dense))) == moecc("import", dense).out
 
 
 @pytest.mark.parametrize("fits", [True, False])
@@ -99,25 +94,3 @@ def test_a_signature_becomes_arguments_and_options(capsys: pytest.CaptureFixture
     for wrong in (["x", "-n", "0"], ["x", "--kind", "cows"], []):
         with pytest.raises(Exception, match=r"not in the range|is not one of|Missing parameter"):
             command.main(wrong, standalone_mode=False)
-
-
-def test_help_is_the_docstring(capsys: pytest.CaptureFixture[str]) -> None:
-    make_command("count", count).main(["--help"], standalone_mode=False)
-    lines = " ".join(capsys.readouterr().out.split())
-    assert "Count animals. The long description. Arguments: WHAT|- Animals, or - for all." in lines
-    assert "-n, --least N Least number. [default: 3; x>=1]" in lines
-    assert "--tags TEXT Tag; may be repeated." in lines
-    assert lines.endswith("Example: moecc count sheep")
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_each_command_is_described(name: str) -> None:
-    """By the line of ``moecc --help``, an example, and a phrase for each parameter."""
-    doc = Docstring.of(job_function(name))
-    assert doc.text.partition("\n")[0] == COMMANDS[name]
-    assert f"moecc {name}" in " ".join(doc.example)
-    for parameter in command_of(name).params:
-        text = parameter.help  # type: ignore[attr-defined]
-        assert text, parameter.name
-        assert text[0].isupper(), text
-        assert text.endswith("."), text

@@ -51,19 +51,6 @@ def test_what_the_paper_advises_against(
     assert moecc("lint", pipeline, "--warnings", "error").code == 1
 
 
-@pytest.mark.parametrize(
-    "pipeline",
-    [
-        "st-moe{experts=32}", "st-moe{experts=8 mode=train}", "upcycle{experts=8 top-k=2}",
-        "upcycle{experts=8 gates=switch top-k=1}", "add-losses", "freeze{groups=moe}",
-        "specialize{mode=eval dropless=true}",
-    ],
-)  # fmt: skip
-def test_the_choices_of_the_paper_are_passed_over(moecc: Callable, pipeline: str) -> None:
-    done = moecc("lint", pipeline, "--warnings", "error")
-    assert (done.code, done.out) == (0, "nothing to say against this pipeline\n")
-
-
 def graph_after(case: str, pipeline: str, tmp_path: Path) -> Path:
     with open_model(str(GOLDEN / case)) as model:
         graph = clone(model.graph)
@@ -90,34 +77,3 @@ def test_of_a_model(
     found = moecc("lint", path, "--format", "json").json()["findings"]
     texts = [" ".join(str(v) for v in row.values()) for row in found]
     assert any(says in text and f"ST-MoE, {section}" in text for text in texts), texts
-
-
-def test_a_router_of_another_precision(moecc: Callable, tmp_path: Path) -> None:
-    path = graph_after("llama_gqa", "upcycle{experts=4}", tmp_path)
-    assert moecc("lint", path).out == "nothing to say against this model\n"
-    path.write_text(path.read_text().replace(", precision=f32", ""))
-    assert "not computed in float32" in moecc("lint", path).out
-
-
-def test_more_experts_than_cores(moecc: Callable) -> None:
-    model = GOLDEN / "mixtral_gqa"
-    assert "more than one expert for each core" in moecc("lint", model, "--cores", "2").out
-    assert moecc("lint", model, "--cores", "64").out == "nothing to say against this model\n"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "says"),
-    [
-        (["upcycle{expert=4}"], 2, "no option 'expert'"),
-        (["nosuch"], 2, "unknown pass"),
-        (["nosuch.moe"], 1, "no such file"),
-        (["preset:nosuch"], 2, "preset"),
-        (["dce", "--warnings", "fatal"], 2, "fatal"),
-        (["dce", "--cores", "0"], 2, "0 is not in the range"),
-        ([], 2, "missing argument"),
-    ],
-)
-def test_targets_that_are_none(moecc: Callable, arguments: list[str], code: int, says: str) -> None:
-    done = moecc("lint", *arguments)
-    assert (done.code, done.out) == (code, "")
-    assert says in done.err

@@ -64,23 +64,6 @@ def test_the_platform_and_the_dispatch_show(moecc: Callable, layer: Callable) ->
     assert dense.count("cond[") == 4  # one for each expert
 
 
-def test_sizes_are_those_asked_for(moecc: Callable, layer: Callable) -> None:
-    assert "tensor<48x8xf32>" in moecc("lower", layer(), "--seq", "48").out
-
-
-def test_a_whole_model_from_a_folder_and_into_a_file(
-    moecc: Callable, dense: Path, tmp_path: Path
-) -> None:
-    path = tmp_path / "model.txt"
-    arguments = ("lower", dense, "--emit", "jaxpr", "--dtype", "bf16", "-o", path)
-    done = moecc(*arguments)
-    assert (done.code, done.out) == (0, ""), done.err
-    assert "bf16" in path.read_text()
-    again = moecc(*arguments)
-    assert again.code == 1
-    assert "--force" in again.err
-
-
 @pytest.mark.parametrize(
     ("options", "code", "says"),
     [
@@ -102,18 +85,6 @@ def test_refusals(
     done = moecc("lower", layer(), *options)
     assert (done.code, done.out) == (code, "")
     assert says in done.err
-
-
-def test_a_refused_dispatch_says_where_and_why(moecc: Callable, layer: Callable) -> None:
-    done = moecc("lower", layer(), "--dispatch", "gather")
-    assert "%slots = assign_slots" in done.err
-    assert moecc("lower", layer("capacity"), "--dispatch", "gather", "--seq", "32").code == 0
-
-
-def test_no_such_model(moecc: Callable, tmp_path: Path) -> None:
-    done = moecc("lower", tmp_path / "none.moe")
-    assert (done.code, done.out) == (1, "")
-    assert "none.moe" in done.err
 
 
 def test_without_jax_it_says_what_to_install(

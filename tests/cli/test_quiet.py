@@ -41,16 +41,6 @@ def beat(monkeypatch: pytest.MonkeyPatch, watched: bool) -> str:
     return stream.getvalue()
 
 
-def test_a_terminal_has_a_line_that_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = beat(monkeypatch, watched=True)
-    assert shown.startswith("\r\033[Kcompile: 0 s so far\r")
-    assert shown.endswith("\r\033[K")
-
-
-def test_elsewhere_lines_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert beat(monkeypatch, watched=False) == "compile: 0 s so far\n"
-
-
 def test_quiet_and_commands_that_show_it_themselves_have_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from moecc.formats import writer
@@ -120,27 +119,6 @@ def test_an_error_that_was_announced_is_measured(moecc: Moecc, dense: Path, tmp_
     assert found["verified"]["tolerance"] is None
 
 
-def test_the_files_of_an_output_do_not_depend_on_where_it_is(
-    moecc: Moecc, dense: Path, tmp_path: Path
-) -> None:
-    places = [tmp_path / "one", tmp_path / "deep" / "other"]
-    places[1].parent.mkdir()
-    for place in places:
-        assert moecc("convert", dense, place, *UPCYCLE).code == 0
-    first, second = ({p.name: p.read_bytes() for p in place.iterdir()} for place in places)
-    assert first == second
-
-
-def test_of_a_large_output_the_first_layers_are_compared(
-    moecc: Moecc, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("moecc.jobs.comparison.MAX_VERIFIED_PARAMETERS", 12_000)
-    out = tmp_path / "out"
-    assert moecc("convert", dense, out, *UPCYCLE, "--verify").code == 0
-    assert receipt(out)["verified"]["layers"] == 2
-    assert "the logits of the first 2 layers" in moecc("verify", out).out
-
-
 def test_first_layers_are_those_of_a_shallower_model(tmp_path: Path) -> None:
     from moecc.model.inputs import first_layers
     from moecc.model.open import open_model
@@ -162,18 +140,6 @@ def test_first_layers_are_those_of_a_shallower_model(tmp_path: Path) -> None:
         assert kinds[0] == kinds[1]
 
 
-def test_a_gguf_file_has_its_receipt_in_its_manifest(
-    moecc: Moecc, dense: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "model.gguf"
-    done = moecc("convert", dense, out, "-p", "upcycle{experts=4 top-k=2}", "--to", "gguf:llama",
-                 "--verify")  # fmt: skip
-    assert done.code == 0, done.err
-    found = moecc("verify", out, "--format", "json").json()["receipt"]
-    assert found["verified"]["difference"]["max_relative"] < 1e-5
-    assert np.isfinite(found["checked"][0]["measured_error"])
-
-
 @pytest.mark.parametrize(
     ("target", "dtype"), [("mixtral", "bf16"), ("mixtral", "f16"), ("gguf:llama", "f16")]
 )
@@ -186,33 +152,6 @@ def test_weights_that_are_rounded_with_a_factor_are_the_same_function(
     how = ("-p", f"upcycle{{{options}}}", "--to", target, "--dtype", dtype, "--verify")
     done = moecc("convert", dense, out, *how)
     assert done.code == 0, done.err
-
-
-def test_a_wrong_factor_is_found_beside_rounding(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
-    own = tmp_path / "liar.py"
-    own.write_text(LIAR)
-    passes = ("-p", "liar,upcycle{experts=6 top-k=3 granularity=3}", "--load", own, "--no-check")
-    done = moecc("convert", dense, tmp_path / "out", *passes, "--to", "st_moe", "--dtype", "bf16",
-                 "--verify")  # fmt: skip
-    assert done.code == 3
-    assert "differ from those of the source" in done.err
-
-
-@pytest.mark.parametrize(
-    ("target", "case", "said"),
-    [
-        ("mistral", "llama_gqa", "Runs in: what runs a dense mistral"),
-        ("st_moe", "llama_gqa", "Runs in: moecc"),
-        ("glm4_moe", "glm4_moe_plain_v4", "transformers computes no loss that balances"),
-        ("mixtral", "mixtral_gqa", "transformers leaves the router's balance loss off"),
-    ],
-)
-def test_a_card_claims_what_is_so(
-    moecc: Moecc, tmp_path: Path, target: str, case: str, said: str
-) -> None:
-    done = moecc("convert", GOLDEN / case, tmp_path / "out", "-p", "", "--to", target)
-    assert done.code == 0, done.err
-    assert said in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_heads_of_another_width_are_none_for_transformers_4(moecc: Moecc, tmp_path: Path) -> None:

@@ -8,21 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import moecc_passes.cleanup as canonicalize
 import numpy as np
 import pytest
 from moecc_backends.xla.lower import function as every_lowering
 from moecc_backends.xla.trace.context import LOWERINGS
-from moecc_passes.upcycle import rewrite as upcycling
 
 from moecc.formats import writer
 from moecc.ir import Graph, parse
 from moecc.jobs.reduce import Candidate, pass_cuts
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
-from moecc.weights import simplify as simplifier
-from moecc.weights.arithmetic import Scale
-from moecc.weights.expr import Expr, Source, sources
+from moecc.weights.expr import Source
 
 from .conftest import GOLDEN, Done
 
@@ -57,77 +53,7 @@ def bisected(moecc: Moecc, *args: object) -> Any:
 # --- in a pass that rewrites by rules
 
 
-@pytest.fixture
-def wrong_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Merge two scales by adding their factors."""
-
-    def added(match: Any, b: Any) -> Any:
-        return b.scale(match.value("x"), by=match.attr("a") + match.attr("b"))
-
-    rules = [
-        replace(r, build=added) if r.name == "scale-of-scale" else r for r in canonicalize.RULES
-    ]
-    monkeypatch.setattr(canonicalize, "RULES", tuple(rules))
-
-
-@pytest.fixture
-def scaled(model: Path) -> Path:
-    """The model with chains of scales, of which one pair does not merge to the same number."""
-    text = model.read_text()
-    lines, number = [], 0
-    for line in text.splitlines():
-        found = re.match(r"  (%\S+) = (silu %\S+) : (\S+\[.*?\]) @layers.(\d)", line)
-        if found is None:
-            lines.append(line)
-            continue
-        name, operation, type, layer = found.groups()
-        a, b = (2.0, 2.0) if layer != "1" else (2.0, 0.25)
-        place = f": {type} @layers.{layer}.ffn"
-        lines += [
-            f"  %s{number}a = {operation} {place}",
-            f"  %s{number}b = scale %s{number}a {{by={a}}} {place}",
-            f"  {name} = scale %s{number}b {{by={b}}} {place}",
-        ]
-        number += 1
-    model.write_text("\n".join(lines) + "\n")
-    return model
-
-
-def test_a_wrong_rule_is_reduced_and_found(moecc: Moecc, scaled: Path, wrong_rule: None) -> None:
-    passes = ("-p", "cse,canonicalize,dce")
-    graph = reduced(moecc, scaled, *passes)
-    assert [node.op.name for node in graph] == ["scale", "scale"]
-    found = bisected(moecc, scaled, *passes)
-    assert found["step"] == "pass"
-    assert found["pass"] == {"number": 2, "text": "canonicalize"}
-    assert found["rewrite"]["text"].startswith("canonicalize/scale-of-scale at %")
-    assert "{by=0.25}" in found["rewrite"]["text"]
-    assert "scale" in found["value"]["where"]
-    assert "{by=2.25}" in found["value"]["where"]
-
-
 # --- in a pass that builds by itself
-
-
-@pytest.mark.slow
-def test_wrong_experts_are_reduced_and_found(
-    moecc: Moecc, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The experts of one matrix are a percent too large."""
-    right = upcycling.lifted
-
-    def wrong(weight: Expr, division: Any, *, is_last: bool = False) -> Expr:
-        large = any("layers.1.mlp.up_proj" in source.name for source in sources(weight))
-        return right(Scale(weight, 1.01) if large else weight, division, is_last=is_last)
-
-    monkeypatch.setattr(upcycling, "lifted", wrong)
-    passes = ("-p", "canonicalize,upcycle{experts=4 top-k=2},dce")
-    found = bisected(moecc, model, *passes)
-    assert found["pass"] == {"number": 2, "text": "upcycle{experts=4}"}
-    assert found["rewrite"] == {"text": "upcycle at layers.1.ffn", "number": 2, "of": 3}
-    assert "@layers.1.ffn" in found["value"]["where"]
-    graph = reduced(moecc, model, *passes)
-    assert sum(node.op.is_product for node in graph) == 3
 
 
 # --- in a lowering
@@ -154,28 +80,6 @@ def test_a_wrong_lowering_is_reduced_and_found(
 
 
 # --- in a rule for weights
-
-
-def test_a_wrong_weight_rule_is_reduced_and_found(
-    moecc: Moecc, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A scale by 2 is dropped."""
-
-    def dropped(e: Scale) -> Expr | None:
-        return e.x if e.factor in (1.0, 2.0) else None
-
-    monkeypatch.setitem(simplifier.RULES, Scale, (dropped,))
-    passes = ("-p", "upcycle{experts=4 top-k=4 granularity=2},dce", "--compare", "weights")
-    found = bisected(moecc, model, *passes)
-    assert found["step"] == "simplifier"
-    assert found["pass"] == {"number": 1, "text": "upcycle{experts=4 top-k=4 granularity=2}"}
-    assert re.match(r"dropped at scale\(.*, 2\.0\)$", found["rewrite"]["text"])
-    assert re.match(r"%model.layers.0.mlp.(up|down|gate)_proj.weight", found["value"]["where"])
-    graph = reduced(moecc, model, *passes)
-    assert len(graph) == 0
-    (value,) = graph.params.values()
-    assert isinstance(value.weight, Scale)
-    assert isinstance(value.weight.x, Source)
 
 
 # --- in the writer
@@ -242,21 +146,6 @@ def test_a_crash_of_an_own_pass_is_reduced_and_replayed(
     assert done.code == 0, done.err
 
 
-def test_a_command_says_what_fails(moecc: Moecc, model: Path, tmp_path: Path) -> None:
-    test = tmp_path / "test.sh"
-    test.write_text('grep -q " = silu " "$1" && exit 7 || exit 0\n')
-    done = moecc("reduce", model, "--test", f"sh {test} {{}}")
-    assert done.code == 0, done.err
-    assert [node.op.name for node in parse(done.out)] == ["silu"]
-
-
-@pytest.mark.parametrize("test", ["", "sh -c '", "/nothing/there {}"])
-def test_a_command_that_is_none_is_a_message(moecc: Moecc, model: Path, test: str) -> None:
-    done = moecc("reduce", model, "--test", test)
-    assert done.code == 2, done.err
-    assert "--test: the command cannot be run" in done.err
-
-
 def test_what_does_not_fail_is_not_reduced(moecc: Moecc, model: Path) -> None:
     done = moecc("reduce", model, "-p", "canonicalize")
     assert done.code == 1
@@ -266,27 +155,6 @@ def test_what_does_not_fail_is_not_reduced(moecc: Moecc, model: Path) -> None:
 
 
 # --- looking inside
-
-
-def test_graphs_are_printed_before_passes(moecc: Moecc, model: Path) -> None:
-    done = moecc("opt", model, "-p", "canonicalize,dce", "--print-before", "dce")
-    assert done.err.count("# before pass 2 dce") == 1
-    assert parse(done.err)
-    assert moecc("opt", model, "-p", "dce", "--print-before", "cse").code == 2
-
-
-@pytest.mark.parametrize("backend", ["reference", "xla"])
-def test_values_are_described_while_a_model_runs(
-    moecc: Moecc, model: Path, tmp_path: Path, backend: str
-) -> None:
-    out = tmp_path / "o.npy"
-    done = moecc("run", model, "--outputs", out, "--backend", backend,
-                 "--print-values", "layers.1.ffn")  # fmt: skip
-    assert done.code == 0, done.err
-    assert re.search(r"%up1 : f32\[batch=B, seq=S, mlp=24\] @layers.1.ffn: \[2, 128, 24\] mean",
-                     done.err)  # fmt: skip
-    assert np.load(out).shape == (2, 128, 37)
-    assert moecc("run", model, "--outputs", out, "--force", "--print-values", "nothing").code == 2
 
 
 def test_options_that_are_required_are_not_cut() -> None:

@@ -8,11 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moecc.ir import equal, parse
+from moecc.ir import parse
 from moecc.ir.unroll import is_rolled
-
-DROPPED = ("source", "nodes")
-"""What a description says of the text of the graph, not of the model."""
 
 
 @pytest.fixture
@@ -25,27 +22,6 @@ def rolled(moecc: Callable, dense: Path, tmp_path: Path) -> Path:
     out.write_text(done.out)
     assert is_rolled(parse(done.out))
     return out
-
-
-def test_opt_and_back(moecc: Callable, dense: Path, rolled: Path) -> None:
-    done = moecc("opt", rolled, "-p", "unroll-layers", "--check")
-    assert done.code == 0
-    assert equal(parse(done.out), parse(moecc("import", dense).out))
-
-
-def test_opt_says_what_to_do_first(moecc: Callable, rolled: Path) -> None:
-    done = moecc("opt", rolled, "-p", "upcycle{experts=4}")
-    assert done.code == 1
-    assert "unroll-layers before it" in done.err
-    assert done.out == ""
-
-
-def test_inspect_describes_the_model(moecc: Callable, dense: Path, rolled: Path) -> None:
-    found = moecc("inspect", rolled, "--format", "json").json()
-    expected = moecc("inspect", dense, "--format", "json").json()
-    assert {n: v for n, v in found.items() if n not in DROPPED} == {
-        n: v for n, v in expected.items() if n not in DROPPED
-    }
 
 
 def test_what_is_written_has_layers_of_its_own(
@@ -66,16 +42,6 @@ def test_what_is_written_has_layers_of_its_own(
         np.testing.assert_array_equal(found[name], array)
 
 
-def test_a_rolled_graph_is_converted_and_verified(
-    moecc: Callable, dense: Path, rolled: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    pipeline = "unroll-layers,upcycle{experts=4 top-k=2}"
-    done = moecc("convert", rolled, out, "-p", pipeline, "--to", "mixtral")
-    assert done.code == 0, done.err
-    assert moecc("verify", out, "--against", dense).code == 0
-
-
 def test_it_runs(moecc: Callable, dense: Path, rolled: Path, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.npy"
     np.save(tokens, np.arange(6, dtype=np.int32)[None])
@@ -88,13 +54,3 @@ def test_it_runs(moecc: Callable, dense: Path, rolled: Path, tmp_path: Path) -> 
     out = tmp_path / "xla.npy"
     assert moecc("run", rolled, "--inputs", tokens, "--outputs", out).code == 0
     np.testing.assert_allclose(np.load(out), one, atol=1e-4 * np.abs(one).max())
-
-
-def test_the_checkpoint_of_a_rolled_graph_is_looked_at(moecc: Callable, rolled: Path) -> None:
-    text = rolled.read_text()
-    name = "model.layers.{layer}.self_attn.q_proj"
-    assert name in text
-    rolled.write_text(text.replace(name, "model.layers.{layer}.self_attn.no_proj"))
-    done = moecc("run", rolled, "--outputs", rolled.with_suffix(".npy"))
-    assert done.code == 1
-    assert "the graph reads a tensor that the checkpoint lacks" in done.err

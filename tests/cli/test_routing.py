@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from .conftest import GOLDEN
@@ -71,14 +70,6 @@ def test_what_is_refused(
     assert not (tmp_path / "out.moe").exists()
 
 
-def test_what_is_refused_needs_no_graph(moecc: Callable, tmp_path: Path) -> None:
-    """A pipeline is read before the file is: contradictions are told first."""
-    done = moecc("opt", tmp_path / "none.moe", "-p", "upcycle{top-k=9}")
-    assert done.code == 2
-    assert "top-k" in done.err
-    assert moecc("opt", tmp_path / "none.moe", "-p", "upcycle").code == 1
-
-
 @pytest.mark.parametrize(
     ("pipeline", "part"),
     [
@@ -93,19 +84,6 @@ def test_what_is_warned_of(
     assert done.code == 0
     assert done.err.startswith("warning: upcycle, option ")
     assert part in done.err
-
-
-def test_groups_that_do_not_divide_the_batch(moecc: Callable, tmp_path: Path) -> None:
-    out, ids = tmp_path / "out", tmp_path / "ids.npy"
-    pipeline = "upcycle{experts=4},specialize{mode=eval capacity-factor=2.0 group-size=8}"
-    assert moecc("convert", GOLDEN / "llama_gqa", out, "-p", pipeline, "--to", "st_moe").code == 0
-    np.save(ids, np.arange(12).reshape(2, 6))
-    done = moecc("run", out, "--inputs", ids, "--outputs", tmp_path / "y.npy")
-    assert done.code == 1
-    for part in ("layers.0.ffn", "a multiple of 8 tokens", "12", "choose a group size"):
-        assert part in done.err
-    np.save(ids, np.arange(12).reshape(2, 6).repeat(2, 0))
-    assert moecc("run", out, "--inputs", ids, "--outputs", tmp_path / "y.npy").code == 0
 
 
 @pytest.mark.parametrize(
@@ -126,12 +104,3 @@ def test_placement_in_encoder_and_decoder(
     assert moecc("opt", dense, "-p", pipeline, "-o", out).code == 0
     lines = [x for x in out.read_text().splitlines() if " = dispatch " in x]
     assert [x.split("@")[1].split(".ffn")[0] for x in lines] == expected
-
-
-def test_passes_are_listed_with_their_options(moecc: Callable) -> None:
-    for name in ("st-moe", "specialize", "add-losses", "freeze", "trace-routing"):
-        assert name in moecc("passes").out
-        assert f"{name}: " in moecc("passes", name).out
-    shown = moecc("passes", "specialize", "--format", "json").json()
-    options = {option["name"] for option in shown["options"]}
-    assert {"mode", "capacity-factor", "padding-mask", "dropout", "expert-dropout"} <= options

@@ -131,14 +131,3 @@ def test_two_conversions_do_not_write_one_output(moecc: Moecc, dense: Path, tmp_
         done = moecc("convert", dense, tmp_path / "out", *PASSES, "--force")
     assert done.code == 1
     assert "another conversion is writing this output" in done.err
-
-
-def test_a_hangup_that_the_caller_ignores_stays_ignored() -> None:
-    from moecc.support.process import signals_raised
-
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with signals_raised():
-            os.kill(os.getpid(), signal.SIGHUP)
-    finally:
-        signal.signal(signal.SIGHUP, before)

@@ -18,23 +18,9 @@ from moecc.train.recipe_text import parse_recipe
 from moecc.weights.text import format_expr, parse_expr
 
 from .pages import ROOT, Block, blocks, blocks_of
-from .sessions import AS
 
 _KEY = re.compile(r"key=0x[0-9a-f]+")
 """How keys are derived from seed and place is not what the page is about."""
-
-KNOWN = {
-    "", "bash", "console", "json", "moe", "moe sketch", "moe weights", "python", "python sketch",
-    "text", "toml", "toml machine", "yaml",
-}  # fmt: skip
-
-
-def test_every_fence_says_what_it_holds() -> None:
-    pages = {b.page for b in blocks("moe")}
-    assert pages
-    found = [b for page in pages for b in blocks_of(page)]
-    strange = [str(b) for b in found if b.info.partition(AS)[0] not in KNOWN]
-    assert strange == []
 
 
 @pytest.mark.parametrize("block", blocks("moe"), ids=str)

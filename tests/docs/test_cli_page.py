@@ -13,10 +13,8 @@ import pytest
 
 from moecc.cli.docs import PARTS
 from moecc.cli.main import main
-from moecc.jobs import COMMANDS
 from moecc.rewrite.pipeline import installed
 from moecc.support.generated_docs import GeneratedPart
-from tests.cli.test_receipt import LIAR
 
 from .pages import ROOT
 
@@ -34,10 +32,6 @@ def tables(section: str) -> Iterator[tuple[str, list[str]]]:
     for table in re.findall(r"(?:^\|[^\n]*\n)+", section, re.M):
         first = [re.split(r"(?<!\\)\|", line)[1].strip() for line in table.splitlines()]
         yield first[0], [code for cell in first[2:] for code in _CODE.findall(cell)]
-
-
-def test_each_command_has_its_section() -> None:
-    assert tuple(SECTIONS) == tuple(COMMANDS)
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
@@ -119,14 +113,6 @@ def test_passes(report: Any) -> None:
 
 def without_options(value: dict[str, Any]) -> dict[str, Any]:
     return {name: inner for name, inner in value.items() if name != "options"}
-
-
-def test_tokens(report: Any, tmp_path: Path) -> None:
-    text = tmp_path / "x.jsonl"
-    text.write_text('{"text": "a", "label": "b"}\n')
-    options = ["--tokenizer", "bytes", "--out", str(tmp_path / "out"), "--kind", "labelled"]
-    made = report("tokens", str(text), *options, "--prompt", "{text}", "--completion", "{label}")
-    compare(documented("tokens", "key"), [made])
 
 
 def test_train_dry_run(report: Any, tmp_path: Path) -> None:
@@ -211,21 +197,3 @@ def test_schemas_are_those_of_the_page(report: Any) -> None:
     }
     assert report("passes")["schema"] == "moecc.passes/1"
     assert report("passes", "dce")["schema"] == "moecc.pass/1"
-
-
-def test_what_makes_a_text(report: Any, tmp_path: Path) -> None:
-    """With a file the text is in it; without one it is in the object."""
-    source, file = str(GOLDEN / "llama_gqa"), tmp_path / "dense.moe"
-    made = [report("import", source), report("import", source, "-o", str(file))]
-    compare(documented("import", "key"), made)
-    assert (made[0]["output"], made[1]["text"]) == (None, None)
-    assert file.read_text().splitlines()[3:] == made[0]["text"].splitlines()[3:]
-    opt = report("opt", str(file), "-p", "upcycle{experts=4}")
-    compare(documented("opt", "key"), [opt])
-    assert "route" in opt["text"]
-    compare(documented("lower", "key"), [report("lower", source, "--emit", "jaxpr")])
-    own = tmp_path / "own.py"
-    own.write_text(LIAR)
-    reduced = report("reduce", str(file), "-p", "cse,liar", "--load", str(own))
-    compare(documented("reduce", "key"), [reduced])
-    assert (reduced["pipeline"], reduced["nodes"]) == ("liar", 1)

@@ -89,15 +89,3 @@ def test_extras_install(line: str, clone: Path) -> None:
     session = f"python3 -m venv own && . own/bin/activate\n{line}\nmoecc --version"
     done = shell(session, clone)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-
-
-@pytest.mark.slow
-@pytest.mark.download
-def test_packages_that_hints_name_can_be_had(clone: Path) -> None:
-    from .test_hints import HINTS
-
-    named = {n for _, text in HINTS for n in re.findall(r"pip install ([a-z][\w-]+)", text)}
-    assert named
-    session = f"python3 -m venv other\nother/bin/pip install --dry-run --no-deps {' '.join(named)}"
-    done = shell(session, clone)
-    assert done.returncode == 0, done.stderr[-2000:]

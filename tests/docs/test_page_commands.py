@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from moecc.cli.main import build_app
-from moecc.errors import MoeccError
 from moecc.rewrite.pipeline import Pipeline
 
 from .pages import PAGES, ROOT, blocks_of
@@ -85,14 +84,6 @@ def test_commands_and_pipelines_are_read(page: Path) -> None:
             for option, text in pairwise(command):
                 if option == "-p" and "--load" not in command:
                     Pipeline.parse(text)
-
-
-def test_a_wrong_command_is_found() -> None:
-    assert list(words("moecc import x | moecc opt - -p 'dce'  # why")) == [
-        ["import", "x"], ["opt", "-", "-p", "dce"],
-    ]  # fmt: skip
-    with pytest.raises(MoeccError):
-        Pipeline.parse("upcycle{expert=8}")
 
 
 @pytest.mark.slow

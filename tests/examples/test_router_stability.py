@@ -16,15 +16,6 @@ from .loading import load
 pytest.importorskip("matplotlib", reason="needs moecc[examples]")
 pytest.importorskip("optax", reason="needs moecc[examples]")
 example = load("router_stability")
-figure = load("router_figure")
-
-
-def test_the_text_that_is_held_out_is_no_other() -> None:
-    pieces = [f"piece {number};" for number in range(25)]
-    held_out = bytes(example.as_bytes(pieces, True)).decode()
-    rest = bytes(example.as_bytes(pieces, False)).decode()
-    assert held_out == "piece 0;\n\npiece 10;\n\npiece 20;"
-    assert sorted(held_out.split("\n\n") + rest.split("\n\n")) == sorted(pieces)
 
 
 def test_measures_by_hand() -> None:
@@ -46,21 +37,6 @@ def test_measures_by_hand() -> None:
 def test_what_it_refuses(given: str, tmp_path: Path) -> None:
     assert example.main([given, "--out", str(tmp_path)]) == UsageError.exit_code
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_figure(tmp_path: Path) -> None:
-    measures = [figure.Measure("loss", "loss"), figure.Measure("gap", "gap", 1.0, "one", log=True)]
-    history = {"loss": [3.0, 2.0, 1.5], "gap": [1.0, 10.0, 0.1]}
-    runs = [(f"rate {rate}", kind, history) for rate in (1, 2) for kind in ("off", "on")]
-    figure.draw(tmp_path / "figure.png", measures, runs)
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_running_mean_does_not_lag() -> None:
-    np.testing.assert_allclose(figure.smoothed([4.0, 2.0]), [4.0, 2.0])
-    np.testing.assert_allclose(figure.smoothed([0.0, 3.0, 0.0, 0.0, 0.0]), [0, 1, 0.6, 0, 0])
-    ramp = np.arange(20.0)
-    np.testing.assert_allclose(figure.smoothed(ramp), ramp)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moecc.errors import InputError, MachineError
+from moecc.errors import MachineError
 from moecc.jobs.convert import plan, write
 from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
@@ -62,15 +62,6 @@ def test_a_hash_is_explained_by_the_token_alone(
     for layer in found["layers"]:
         assert layer["explained"] == pytest.approx(1)
         assert {part for e in layer["experts"] for _, part in e["tokens"]} == {1.0}
-
-
-def test_too_little_text(
-    bert: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    given = ["--model", str(bert), "--text", str(text), "--out", str(tmp_path)]
-    assert example.main(given) == InputError.exit_code
-    assert "too short" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -24,8 +24,3 @@ def test_the_chain_with_few_steps(tmp_path: Path, capsys: pytest.CaptureFixture[
     shown = capsys.readouterr().out
     assert "the token alone explains" in shown
     assert f"against {out / 'dense'}" in shown.replace("\n", "")
-
-
-def test_a_failed_command_ends_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert example.main(["--out", str(tmp_path / "out"), "--set", "run.stepz=3"]) == 1
-    assert "did you mean" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moecc.errors import CheckError, InputError, MachineError
+from moecc.errors import MachineError
 from moecc.model.open import open_model
 
 from .loading import load
@@ -39,31 +39,12 @@ def test_the_embeddings_are_those_of_the_dense_model(
         assert [node.op.name for node in sparse.graph].count("dispatch") == 1
 
 
-@pytest.mark.slow
-def test_it_tells_when_they_are_not(
-    bert: Path, lines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A bound that rounding exceeds, since nothing else makes them differ."""
-    bound = ("--sentences", str(lines), "--bound", "1e-12")
-    assert run(bert, tmp_path, *bound) == CheckError.exit_code
-    assert "not those of the dense model" in capsys.readouterr().err
-
-
 def test_padding_changes_no_embedding(bert: Path, tmp_path: Path) -> None:
     sparse = example.convert(bert, tmp_path / "sparse")
     together = example.embed(sparse, ["the cat", "the cat sat on a mat and slept"])
     alone = example.embed(sparse, ["the cat"])
     np.testing.assert_allclose(together[:1], alone, atol=1e-6)
     assert np.abs(together[0] - together[1]).max() > 0.01
-
-
-def test_one_sentence_is_too_few(
-    bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "line.txt"
-    path.write_text("the cat sat\n", "utf-8")
-    assert run(bert, tmp_path, "--sentences", str(path)) == InputError.exit_code
-    assert "no two sentences" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ import pytest
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.backend import get_backend
-from moecc.errors import InputError, UsageError
 from moecc.families import build
 from moecc.families.registry import parse_config
 from moecc.ir import Graph, parse
@@ -84,23 +83,3 @@ def test_every_family_gives_outputs_of_order_one(case: str) -> None:
 def graph_of(*lines: str) -> Graph:
     body = "\n".join(lines)
     return parse(f"moecc 1\ngraph g {{\n input %x : f32[a=4, b=8]\n{body}\n}}\n")
-
-
-def test_a_parameter_of_which_nothing_is_known() -> None:
-    graph = graph_of(
-        "param %w : f32[a=4, b=8]", "%m = maximum %x, %w : f32[a=4, b=8]", "output y = %m"
-    )
-    with pytest.raises(InputError, match="initial scale of this parameter is unknown") as error:
-        initialise(graph)
-    assert "%w" in str(error.value)
-
-
-def test_a_scale_that_is_none() -> None:
-    for scale in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(UsageError, match="must be positive"):
-            drawn(scale=scale)
-
-
-def test_without_draws_a_model_needs_its_checkpoint() -> None:
-    with pytest.raises(InputError, match="has no weights"):
-        OpenedModel(build(parse_config(WIDE)), "dense").params()

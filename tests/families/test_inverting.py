@@ -76,13 +76,6 @@ def test_reading_the_tensors_gives_the_parameter(read: Expr) -> None:
     np.testing.assert_array_equal(again, parameter)
 
 
-@given(readings())
-def test_a_parameter_that_is_read_so_gives_its_own_tensors(read: Expr) -> None:
-    for name, expr in tensors_of([(read, read)]):
-        assert isinstance(expr, Source)
-        assert expr.name == name
-
-
 def test_an_axis_of_one_entry_comes_back() -> None:
     source = Source("gate", tensor(F32, shared=1, embed=3))
     made = Source("vector", tensor(F32, embed=3))

@@ -43,22 +43,6 @@ def reasons(graph: Graph, target: str) -> list[Problem]:
     return found
 
 
-def test_mixtral_has_experts_everywhere() -> None:
-    (reason,) = reasons(graph_of("qwen3", {"layers": "3"}, head_dim=4), "mixtral")[:1]
-    assert reason.what == ("mixtral has an expert layer at every depth; layers 0-2 here are dense")
-    assert reason.hint == "qwen2_moe and qwen3_moe can express that with mlp_only_layers"
-
-
-def test_the_reasons_are_complete() -> None:
-    graph = graph_of("qwen2", {"layers": "0,2", "gates": "softmax", "shared": 0.5})
-    assert [r.what for r in reasons(graph, "mixtral")] == [
-        "mixtral cannot express softmax gates",
-        "mixtral has no shared expert",
-        "mixtral has an expert layer at every depth; layers 1, 3 here are dense",
-        "mixtral has no biases on the query, key and value projections",
-    ]
-
-
 @pytest.mark.parametrize(
     ("family", "options", "target", "what", "hint"),
     [
@@ -85,42 +69,6 @@ def test_what_a_target_cannot_say(
     assert len(matching) == 1
     if hint is not None:
         assert hint in str(matching[0].hint)
-
-
-def test_layers_with_different_experts_cannot_be_said() -> None:
-    graph = graph_of("llama", {"layers": "0,1"})
-    UpcyclePass(experts=8, top_k=1, layers="2,3").apply(graph, Context())
-    (reason,) = reasons(graph, "mixtral")
-    assert reason.what == "mixtral has the same experts in every sparse layer"
-    assert reason.found == (
-        "layer 0: 4 experts of 24, top-2, renormalised; "
-        "layer 2: 8 experts of 24, top-1, renormalised"
-    )
-
-
-def test_windows_that_differ_between_layers_cannot_be_said() -> None:
-    keys = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
-    graph = graph_of("qwen3", {}, **keys)
-    (reason,) = reasons(graph, "qwen3_moe")
-    assert reason.what == "qwen3_moe has the same sliding window in every layer"
-
-
-def test_a_dense_graph_is_no_mixture_and_a_mixture_is_not_dense() -> None:
-    (reason,) = reasons(graph_of("llama"), "mixtral")
-    assert "no layer here is one" in reason.what
-    assert (
-        reason.hint == "make some layers sparse first: upcycle{experts=8 top-k=2} in the pipeline"
-    )
-    (reason,) = reasons(graph_of("llama", {}), "llama")
-    assert reason.what == "llama has no mixture of experts; layers 0-3 here are one"
-
-
-def test_a_location_that_names_no_layer_is_told() -> None:
-    graph = graph_of("llama", {})
-    for node in graph:
-        node.loc = node.loc.replace("layers.1", "somewhere")
-    (reason,) = reasons(graph, "mixtral")
-    assert reason.where == "somewhere.ffn"
 
 
 def test_the_config_follows_from_source_and_expert_layers() -> None:
@@ -157,12 +105,6 @@ def test_which_layers_are_sparse_is_said_in_the_shortest_way(
     assert {f"layers.{i}.ffn" for i, is_sparse in enumerate(made.sparse_layers) if is_sparse} == (
         sparse
     )
-
-
-def test_a_source_keeps_its_own_way_to_say_which_layers_are_sparse() -> None:
-    keys = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
-    graph = graph_of("qwen3_moe", mlp_only_layers=[0, 1, 2], **keys)
-    assert config(graph, "qwen3_moe").mlp_only_layers == (0, 1, 2)
 
 
 @given(small_configs(), st.sampled_from(["mixtral", "qwen2_moe", "qwen3_moe"]))

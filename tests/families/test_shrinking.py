@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moecc.errors import InputError
 from moecc.families import build, rebuild
 from moecc.families.decoder import DecoderConfig
 from moecc.families.mixture import MoeConfig
@@ -42,14 +41,6 @@ def test_a_shrunk_size_is_small_and_made_of_the_same_primes(size: int, most: int
         assert small == size
     elif small not in (1, 3, 7, 13):
         assert size % small == 0
-
-
-def test_powers_of_two_keep_as_many_factors_as_there_is_room() -> None:
-    assert shrink_size(1536, 96) == 96
-    assert shrink_size(11_008, 96) == 86
-    assert shrink_size(4096, 96) == 64
-    assert shrink_size(576, 48) == 48
-    assert shrink_size(10_007, 96) == 13
 
 
 @pytest.mark.parametrize("keys", PUBLISHED, ids=lambda k: k["model_type"])
@@ -101,8 +92,3 @@ def test_a_graph_is_rebuilt_from_its_attributes(config: DecoderConfig) -> None:
     for value in small.params.values():
         assert value.weight is not None
         assert value.weight.type.dtype is F32
-
-
-def test_attributes_without_a_config_are_refused() -> None:
-    with pytest.raises(InputError, match="attr config"):
-        rebuild({"family": "llama"})

@@ -21,7 +21,7 @@ from moecc.model.open import open_model
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
-from moecc.translate.engines import CONDITIONS, ENGINES, UNKNOWN, Verdict, summary, verdicts
+from moecc.translate.engines import CONDITIONS, ENGINES, Verdict, verdicts
 from moecc.translate.export import Export, export_graph
 
 from .test_propose import SIZES, graph_of
@@ -58,13 +58,6 @@ def test_a_sparse_graph_is_taken_as_it_is() -> None:
     assert {"qwen3_moe", "st_moe"} <= fitting(graph)
 
 
-def test_what_a_config_cannot_say_does_not_fit() -> None:
-    """The config of qwen3_moe would do; the experts' bias has no place in it."""
-    graph = graph_of("qwen3", {"expert_bias": "additive"}, head_dim=4)
-    assert fitting(graph) == {"st_moe"}
-    assert "first difference" in reasons(graph, "qwen3_moe")
-
-
 def test_layers_that_are_alike_are_exported_once_or_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     def export(graph: Graph, target: str, source: ModelConfig | None) -> Export:
         exported.append(len({loc for node in graph if (loc := layer_number(node.loc)) is not None}))
@@ -80,12 +73,6 @@ def test_layers_that_are_alike_are_exported_once_or_twice(monkeypatch: pytest.Mo
     found = reasons(graph_of("qwen2", num_hidden_layers=5, **windows), "mixtral")
     assert set(exported) == {5}
     assert "[0, 4]" in found
-
-
-def test_a_graph_without_a_config_fits_no_family() -> None:
-    graph = graph_of("llama")
-    del graph.attrs["config"]
-    assert "the graph does not state what it was imported from" in reasons(graph, "mixtral")
 
 
 @pytest.mark.parametrize("source", some(SOURCES, *OF_EACH_FAMILY.values()))
@@ -113,12 +100,6 @@ def test_auto_explains(tmp_path: Path) -> None:
     graph = graph_of("qwen2", {"layers": "0,2", "expert_bias": "additive"})
     reason = choose(graph).reason
     assert reason.startswith("auto chose st_moe, which only moecc reads; the nearest other is ")
-
-
-def test_of_families_that_fit_engines_decide() -> None:
-    """Both hold a llama; that every second layer is dense leaves one of them to llama.cpp."""
-    graph = graph_of("llama", {"shared": 0.5})
-    assert choose(graph).target == "qwen2_moe"
 
 
 # --- engines
@@ -164,50 +145,6 @@ def test_known_misreadings() -> None:
         "llama.cpp ✗ (dense layers among sparse ones"
     )
     assert verdict(partial, "mlx-lm").runs
-
-
-@pytest.mark.parametrize("source", ["llama_linear", "llama_llama3", "llama_yarn"])
-def test_mlx_rotates_an_ernie_without_scaling(source: str) -> None:
-    with open_model(str(GOLDEN / source)) as model:
-        planned = plan(model, Pipeline.parse("upcycle"), "ernie4_5_moe")
-    (said,) = (v for v in planned.engines if v.engine == "mlx-lm")
-    assert said.reasons == ("scaled rotary positions",)
-    assert said.silent
-
-
-def test_mlx_has_its_own_factor_on_cosine_and_sine() -> None:
-    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-    for family in ("granitemoe", "olmoe"):
-        assert verdict(config(family, head_dim=4, rope_scaling=yarn), "mlx-lm").runs
-        stated = config(family, head_dim=4, rope_scaling={**yarn, "attention_factor": 1.3})
-        assert verdict(stated, "mlx-lm").silent
-    linear = config("qwen2_moe", head_dim=4, rope_scaling={"rope_type": "linear", "factor": 2.0})
-    said = verdict(linear, "mlx-lm")
-    assert (said.runs, said.silent) == (False, False)
-    assert "scaled rotary positions" in said.reasons
-
-
-def test_gates_of_all_experts_are_renormalised_and_not() -> None:
-    every = config("qwen2_moe", norm_topk_prob=True, num_experts_per_tok=4)
-    assert verdict(every, "llama.cpp").runs
-
-
-def test_a_family_that_an_engine_does_not_know() -> None:
-    found = parse_config(json.loads((GOLDEN / "switch_half" / "config.json").read_text()))
-    by_name = {v.engine: v for v in verdicts(found)}
-    assert by_name["vLLM"].reasons == (UNKNOWN,)
-    assert by_name["transformers 5"].runs
-    assert "vLLM ✗ (it does not know this family)" in summary(by_name.values())
-
-
-def test_a_misreading_is_a_remark() -> None:
-    with open_model(str(GOLDEN / "llama_square_tied")) as model:
-        planned = plan(model, Pipeline.parse("upcycle"), "mixtral")
-    assert any(
-        r.startswith("SGLang 0.5.23 would load this and compute something else, because it does "
-                     "not read an output matrix tied to the embedding")
-        for r in planned.remarks
-    )  # fmt: skip
 
 
 def test_the_engines_of_a_gguf_file() -> None:

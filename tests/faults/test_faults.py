@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -25,7 +24,6 @@ from . import (
     rows_surroundings,
     rows_weights,
 )
-from .elsewhere import ELSEWHERE, NOT_OURS, is_a_test
 from .place import Act, Allowed, Spoilt, make_model
 from .rows import Row
 
@@ -65,16 +63,3 @@ def test_faults(
     assert not [c for c in text if not c.isprintable() and c != "\n"]
     left = {p.name for p in tmp_path.iterdir() if "moecc" in p.name or p.name == "out"}
     assert not left or found.code in (0, 3)
-
-
-def test_every_fault_has_a_row() -> None:
-    numbers = {r.number for r in ROWS} | set(ELSEWHERE) | set(NOT_OURS)
-    assert numbers == set(range(1, 84))
-    assert len(NOT_OURS) <= 6
-    counts = Counter([*{r.number for r in ROWS}, *ELSEWHERE, *NOT_OURS])
-    assert max(counts.values()) == 1
-
-
-@pytest.mark.parametrize("name", ELSEWHERE.values())
-def test_what_is_shown_elsewhere_is_there(name: str) -> None:
-    assert is_a_test(name)

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Any
 
 import numpy as np
 import pytest
-from moecc_passes.sharding.expert_parallel import ExpertParallelPass
 from moecc_passes.sharding.legal import layer
-from moecc_passes.upcycle.gates import MEANINGS, GateLaw
+from moecc_passes.upcycle.gates import GateLaw
 from moecc_passes.upcycle.gates import gates_of as promised_gates
-from moecc_passes.upcycle.options import Gates
 
 from moecc.backend import get_backend
 from moecc.ir import Builder, Graph
 from moecc.ir.conventions import (
     CONVENTIONS,
-    DISPATCHES,
-    GATES,
-    SPELLINGS,
     GateConvention,
-    convention,
 )
 from moecc.ir.mesh import parse_mesh
-from moecc.ir.ops import routing as reference
-from moecc.jobs.command import ViaName
 from moecc.sharding.assign import Assigner, sites_of
 from moecc.sharding.collectives import route, sent, sparse_layer
 from moecc.sharding.propagate import propagate
 from moecc.sharding.rules import read_layouts
-from moecc.sharding.vias import VIAS, WAYS, Via
+from moecc.sharding.vias import WAYS, Via
 from moecc.types import F64, tensor
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -62,16 +54,6 @@ ROWS = pytest.mark.parametrize("row", CONVENTIONS, ids=lambda row: str(row.name)
 
 
 @ROWS
-def test_no_convention_lacks_a_meaning(row: GateConvention) -> None:
-    pytest.importorskip("jax")
-    from moecc_backends.xla.lower import routing as route
-
-    for table in (reference.GATE_FUNCTIONS, route.GATES, MEANINGS):
-        assert set(table) == set(GATES)
-    assert row.score is None or row.score in reference.SCORES
-
-
-@ROWS
 def test_equal_logits_have_the_sum_that_the_row_says(row: GateConvention) -> None:
     for top_k in choices(row):
         total = gates_of(row, np.zeros((1, EXPERTS)), top_k).sum()
@@ -89,26 +71,12 @@ def test_the_sum_is_constant_where_the_row_says_so_and_nowhere_else(row: GateCon
 
 
 @ROWS
-def test_renormalised_gates_are_divided_by_their_sum(row: GateConvention) -> None:
-    sums = gates_of(row, drawn(), 2).sum(1)
-    assert bool(np.allclose(sums, 1, rtol=1e-12)) == row.renormalised
-
-
-@ROWS
 def test_a_router_learns_at_top_1_where_the_row_says_so(row: GateConvention) -> None:
     logits = drawn()
     moved = logits.copy()
     moved[:, 0] += 1e-3
     changes = np.abs(gates_of(row, moved, 1) - gates_of(row, logits, 1)).max()
     assert bool(changes > 1e-9) == row.learns_at_top_1
-
-
-@ROWS
-def test_equal_logits_have_equal_gates_where_the_row_says_so(row: GateConvention) -> None:
-    # Two experts ahead of the others, as the members of a virtual group are.
-    logits = np.array([[1.0, 1.0, -0.5, 0.25, -1.0]])
-    first, second = gates_of(row, logits, 2)[0]
-    assert bool(first == second) == row.equal_for_equal_logits
 
 
 @ROWS
@@ -136,23 +104,7 @@ def test_a_bias_needs_a_score(row: GateConvention) -> None:
         assert biased()
 
 
-def test_users_have_every_convention_and_the_spellings() -> None:
-    assert set(get_args(Gates)) == {*GATES, *SPELLINGS}
-    assert {convention(name).name for name in get_args(Gates)} == set(GATES)
-    with pytest.raises(KeyError):
-        convention("unknown")
-
-
 # --- ways to the experts
-
-
-def test_users_are_offered_every_way() -> None:
-    choices = get_args(get_args(ViaName)[0])[0]
-    assert get_args(choices) == VIAS
-    hint = get_type_hints(ExpertParallelPass, include_extras=True)["via"]
-    assert hint.__origin__ is not None
-    assert isinstance(hint, type(Annotated[int, ""]))
-    assert get_args(hint.__origin__) == VIAS
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: str(way.name))
@@ -173,31 +125,4 @@ def test_a_route_has_the_collectives_of_the_row(way: Via) -> None:
         assert ops == {op for op in (way.to_experts[slots], way.back[slots]) if op}
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: str(way.name))
-def test_the_pass_takes_what_the_row_allows(way: Via) -> None:
-    def fits(**options: Any) -> bool:
-        return not ExpertParallelPass(via=way.name, **options).validate()  # type: ignore[arg-type]
-
-    assert fits()
-    assert fits(slice="model") == way.is_sliced
-    assert fits(chunks=2) == way.is_chunked
-    assert fits(buffer_factor=2.0) != way.is_bounded
-
-
 # --- dispatch strategies
-
-
-def test_no_strategy_lacks_a_lowering() -> None:
-    pytest.importorskip("jax")
-    from moecc_backends.xla.dispatch.choose import LAYOUTS
-
-    assert tuple(LAYOUTS) == DISPATCHES
-
-
-def test_the_command_names_every_strategy() -> None:
-    import inspect
-
-    from moecc.jobs import lower as cmd_lower
-
-    source = inspect.getsource(cmd_lower)
-    assert [name for name in DISPATCHES if name not in source] == []

@@ -25,16 +25,6 @@ def test_a_used_node_is_not_erased() -> None:
     verify(graph)
 
 
-def test_a_node_is_erased_once() -> None:
-    graph, b = chain()
-    node = b.tanh(graph.value("r")).node
-    node.erase()
-    with pytest.raises(ValueError, match="erased before"):
-        node.erase()
-    verify(graph)
-    assert len(graph) == 2
-
-
 def test_a_used_parameter_is_not_erased() -> None:
     graph, b = chain()
     w = graph.param("w", tensor(F32, batch="B"))
@@ -67,15 +57,6 @@ def test_a_failed_rename_changes_nothing() -> None:
     verify(graph)
 
 
-def test_a_renamed_parameter_goes_to_the_end() -> None:
-    graph, _ = chain()
-    for name in "abc":
-        graph.param(name, tensor(F32, batch="B"))
-    graph.rename(graph.value("b"), "z")
-    assert list(graph.params) == ["a", "c", "z"]
-    verify(graph)
-
-
 def test_replacing_a_value_reaches_operands_and_outputs() -> None:
     graph, b = chain()
     r = graph.value("r")
@@ -97,11 +78,3 @@ def test_the_only_user_uses_once_and_is_no_output() -> None:
     assert graph.inputs["x"].only_user is r.node
     b.mul(r, r)
     assert r.only_user is None
-
-
-def test_a_node_inserted_before_another_comes_before_it() -> None:
-    graph, b = chain()
-    b.before = graph.value("s").node
-    b.tanh(graph.value("r"))
-    assert [n.op.name for n in graph] == ["relu", "tanh", "silu"]
-    verify(graph)

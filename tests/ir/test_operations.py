@@ -6,19 +6,14 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
-from moecc.ir import OPS, Builder, Graph, Node, tensor
-from moecc.ir.conventions import GATES, Gates
+from moecc.ir import OPS, Builder, Graph, tensor
 from moecc.ir.generate import STUB, render
-from moecc.ir.operation import REQUIRED, OpDef, register
-from moecc.ir.ops.contraction import ContractOp
-from moecc.ir.ops.elementwise import ScaleOp
-from moecc.ir.ops.rules import float_elementwise
+from moecc.ir.operation import REQUIRED, OpDef
 from moecc.ir.ops.slots import SlotsOp
-from moecc.types import F32, I32
+from moecc.types import I32
 
 
 def test_the_stub_is_current() -> None:
@@ -45,25 +40,6 @@ def test_a_method_takes_what_its_row_says(entry: OpDef) -> None:
     assert required == {**expected, "name": False}
 
 
-def _scaled() -> tuple[Graph, Node]:
-    graph = Graph()
-    x = graph.input("x", tensor(F32, seq=4, embed=8))
-    twice = Builder(graph).scale(x, by=2.0, name="twice")
-    assert twice.name == "twice"
-    assert twice.node is not None
-    return graph, twice.node
-
-
-def test_a_class_reads_the_attributes_of_its_operation_alone() -> None:
-    _, node = _scaled()
-    assert ScaleOp.of_node(node).by == 2.0
-    with pytest.raises(TypeError, match="scale has not the attributes of ContractOp"):
-        ContractOp.of_node(node)
-    with pytest.raises(TypeError, match="for reading"):
-        ScaleOp.of_node(node).by = 3.0  # type: ignore[assignment]
-    assert node.attrs == {"by": 2.0}
-
-
 def test_a_common_class_reads_every_operation_with_the_trait() -> None:
     classes = {entry.name: entry.declared for entry in OPS.values()}
     assigning = {n for n, c in classes.items() if c is not None and issubclass(c, SlotsOp)}
@@ -73,20 +49,6 @@ def test_a_common_class_reads_every_operation_with_the_trait() -> None:
     slots = Builder(graph).node("assign_slots", chosen, tokens="seq", experts=4)
     assert SlotsOp.of_node(slots).tokens == ("seq",)
     assert SlotsOp.of_node(slots).groups == 1
-
-
-def test_gates_are_the_conventions() -> None:
-    assert get_args(Gates) == GATES
-
-
-def test_an_operation_from_outside_is_a_method_when_it_runs() -> None:
-    entry = register(OpDef("outsider", "x.", ("x",), float_elementwise, elementwise=True))
-    try:
-        graph, node = _scaled()
-        result = getattr(Builder(graph), "outsider")(node.result, name="mine")  # noqa: B009
-        assert (result.name, result.node.op) == ("mine", entry)
-    finally:
-        del OPS["outsider"]
 
 
 SNIPPET = """

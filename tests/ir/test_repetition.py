@@ -26,7 +26,6 @@ from moecc.ir import (
 from moecc.ir.mesh import set_mesh
 from moecc.support.ranges import element, has_range, joined, lengths
 from moecc.testing import laws
-from moecc.types import parse_type
 
 TEXT = """moecc 1
 graph g {
@@ -87,12 +86,6 @@ def test_what_the_body_says_counts(old: str, new: str) -> None:
     assert fingerprint(one) != fingerprint(other)
 
 
-def test_the_names_in_the_body_do_not_count() -> None:
-    other = parse(TEXT.replace("output m =", "output mean =").replace("%h", "%hidden"))
-    assert equal(parse(TEXT), other)
-    assert fingerprint(parse(TEXT)) == fingerprint(other)
-
-
 ERRORS = {
     "a scan within a scan": (
         "    output h = %o\n",
@@ -124,12 +117,6 @@ def test_a_wrong_text_is_told_with_its_place(message: str) -> None:
     assert str(problem.where).startswith("<text>:")
 
 
-def test_a_body_without_end_is_told_once() -> None:
-    text = TEXT[: TEXT.index("  }\n  %z")]
-    with pytest.raises(ParseError, match="the body has no closing brace"):
-        parse(text)
-
-
 def test_lines_within_a_body_are_all_told() -> None:
     text = TEXT.replace("rms_norm %h", "rms_nom %h").replace("mean %o", "mean %oo")
     with pytest.raises(ParseError) as caught:
@@ -146,13 +133,6 @@ def test_the_verifier_looks_into_bodies() -> None:
         verify(graph)
     assert "scan" in str(caught.value.problems[0].where)
     assert second.op.name in str(caught.value.problems[0].where)
-
-
-def test_the_verifier_counts_the_ranges_of_locations() -> None:
-    last = "%m = mean %o {axes=embed} : f32[batch=B] @layers."
-    graph = parse(TEXT.replace(last + "{0..2}", last + "{0..3}"))
-    with pytest.raises(VerifyError, match=r"the location 'layers.{0..3}.ffn' is not one per"):
-        verify(graph)
 
 
 def test_a_body_is_made_by_hand() -> None:
@@ -244,14 +224,6 @@ def test_texts_that_join(texts: list[str], whole: str | None) -> None:
     assert joined(texts) == whole
 
 
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [("a", set()), ("{0..2}{5..7}", {3}), ("{3..11..4}", {3}), ("{2..1}", {0}), ("{0..3..2}", {0})],
-)
-def test_how_many_a_range_stands_for(text: str, found: set[int]) -> None:
-    assert lengths(text) == found
-
-
 def test_a_body_lies_on_the_mesh_of_its_graph() -> None:
     text = TEXT.replace("graph g {\n", 'graph g {\n  attr mesh = {"data": 2}\n')
     text = text.replace("batch=B", "batch@data=B")
@@ -264,19 +236,3 @@ def test_a_body_lies_on_the_mesh_of_its_graph() -> None:
     set_mesh(graph, None)
     with pytest.raises(VerifyError, match="data"):
         verify(graph)
-
-
-def test_stack_and_index_keep_placements() -> None:
-    graph = parse("""moecc 1
-graph g {
-  attr mesh = {"data": 2}
-  input %x : f32[batch@data=B, embed=2]
-  %s = stack %x, %x {axis=layer} : f32[layer=2, batch@data=B, embed=2]
-  %y = index %s {axis=layer, at=1} : f32[batch@data=B, embed=2]
-  output y = %y
-}
-""")
-    laws.check_graph(graph)
-    z = graph.input("z", parse_type("f32[batch@data=4]", graph.value))
-    with pytest.raises(InputError, match="index does not accept a sharded axis 'batch' of %z"):
-        Builder(graph).index(z, axis="batch", at=0)

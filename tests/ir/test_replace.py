@@ -43,15 +43,6 @@ def test_types_that_refer_to_a_value_follow_it() -> None:
     assert str(rows["slot"]) == "slot=ragged(%p)"
 
 
-def test_rewiring_alone_leaves_types_behind() -> None:
-    graph, _, first, second = routed()
-    second.replace_by(first)
-    with pytest.raises(InputError, match="not the one inferred from the operands"):
-        verify(graph)
-    infer_again(graph, list(first.users))
-    verify(graph)
-
-
 def test_types_follow_operands_and_attributes() -> None:
     graph = Graph()
     b = Builder(graph)
@@ -81,9 +72,3 @@ def test_what_does_not_follow_is_refused() -> None:
     graph.set_output("y", b.add(graph.outputs["y"], graph.outputs["y"]))
     with pytest.raises(InputError, match="no operand has all axes"):
         replace_value(x.only_user.operands[0] if x.only_user else next(iter(graph)).result, other)
-
-
-def test_a_value_replaces_itself() -> None:
-    graph, _, first, _ = routed()
-    replace_value(first, first)
-    verify(graph)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import string
 from typing import Any
@@ -15,12 +14,10 @@ from moecc.errors import InputError
 from moecc.ir import (
     DTYPES,
     F32,
-    OPS,
     Axis,
     Builder,
     Graph,
     TensorType,
-    clone,
     equal,
     parse,
     print_graph,
@@ -132,14 +129,6 @@ def test_every_float_attribute_round_trips(value: float) -> None:
     assert found == value
 
 
-def test_not_a_number_is_no_attribute() -> None:
-    # It equals nothing, not even itself, so a graph that has it would not equal its own copy.
-    graph = Graph()
-    x = graph.input("x", tensor(F32, batch="B"))
-    with pytest.raises(InputError, match="'by' of scale is wrong"):
-        Builder(graph).scale(x, by=math.nan)
-
-
 @given(st.integers(1 - 10**18, 10**18 - 1))
 def test_every_whole_number_attribute_round_trips(value: int) -> None:
     graph = Graph()
@@ -148,14 +137,6 @@ def test_every_whole_number_attribute_round_trips(value: int) -> None:
     keys = b.positions(graph.inputs["x"], axis="kv_seq")
     graph.set_output("y", b.causal(at, keys, window=value))
     laws.check_round_trip(graph)
-
-
-def test_a_whole_number_that_does_not_fit_is_refused() -> None:
-    graph = Graph()
-    at = graph.input("x", tensor(DTYPES["i32"], seq="S"))
-    keys = graph.input("y", tensor(DTYPES["i32"], kv_seq="S"))
-    with pytest.raises(InputError, match="'window' of causal is wrong"):
-        Builder(graph).causal(at, keys, window=10**18)
 
 
 @given(IDENTIFIERS)
@@ -208,60 +189,9 @@ def test_a_type_that_the_text_cannot_say_is_refused(type: TensorType) -> None:
         Graph().param("x", type)
 
 
-@pytest.mark.parametrize("name", ["é", "a b", "", "-a", ".a", "a\n", "%a", "a{"])
-def test_a_value_name_that_the_text_cannot_say_is_refused(name: str) -> None:
-    with pytest.raises(InputError):
-        Graph().input(name, tensor(F32, batch="B"))
-
-
 def test_attributes_equal_to_their_defaults_are_not_printed() -> None:
     graph = Graph()
     x = graph.input("x", tensor(F32, batch="B", expert=4))
     graph.set_output("y", Builder(graph).route(x, top_k=2, gates="renormalised")[1])
     line = next(s for s in print_graph(graph).splitlines() if "route" in s)
     assert "{top_k=2}" in line
-
-
-def test_the_text_of_a_whole_graph() -> None:
-    graph = Graph("toy", {"family": "llama", "layers": 1})
-    b = Builder(graph, loc="layers.0.ffn", origin="test/make")
-    x = graph.input("x", tensor(F32, batch="B", embed=4))
-    w = graph.param("w_up", tensor(F32, mlp=6, embed=4), loc="layers.0.ffn")
-    graph.set_output("out", b.contract(x, w, over="embed", name="h"))
-    assert print_graph(graph) == (
-        "moecc 1\n"
-        "graph toy {\n"
-        '  attr family = "llama"\n'
-        "  attr layers = 1\n"
-        "  input %x : f32[batch=B, embed=4]\n"
-        "  param %w_up : f32[mlp=6, embed=4] @layers.0.ffn\n"
-        "  %h = contract %x, %w_up {over=embed} : f32[batch=B, mlp=6] @layers.0.ffn by test/make\n"
-        "  output out = %h\n"
-        "}\n"
-    )
-
-
-def test_an_extent_refers_to_its_place_by_name() -> None:
-    text = (
-        "moecc 1\ngraph g {\n"
-        "  input %x : f32[batch=B, embed=4]\n"
-        "  input %e : i32[batch=B, choice=2]\n"
-        "  %p.1 = assign_slots %e {tokens=batch, experts=3} : i32[batch=B, choice=2]\n"
-        "  %r = dispatch %x, %e, %p.1 : f32[group=1, expert=3, slot=ragged(%p.1), embed=4]\n"
-        "  output y = %r\n}\n"
-    )
-    graph = parse(text)
-    assert print_graph(graph) == text
-    (extent,) = graph.outputs["y"].type.extents
-    assert extent.value is graph.value("p.1")
-    assert clone(graph).outputs["y"].type.extents[0].value is not extent.value
-
-
-def test_attribute_text_survives_json() -> None:
-    graph = Graph("g", {"config": {"a": [1, 2.5, None, '\u2028 \n "}']}})
-    graph.set_output("x", graph.input("x", tensor(F32, batch="B")))
-    assert json.dumps(parse(print_graph(graph)).attrs) == json.dumps(graph.attrs)
-
-
-def test_the_table_prints_each_operation_under_its_own_name() -> None:
-    assert all(name == entry.name for name, entry in OPS.items())

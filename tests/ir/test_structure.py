@@ -130,15 +130,6 @@ def test_names_of_inputs_parameters_and_outputs_count(change: dict[str, Any]) ->
     assert fingerprint(small()) != fingerprint(small(**change))
 
 
-def test_the_order_of_outputs_counts() -> None:
-    graph, other = Graph(), Graph()
-    for g, names in ((graph, "ab"), (other, "ba")):
-        x = g.input("x", tensor(F32, batch="B"))
-        for name in names:
-            g.set_output(name, x)
-    assert not equal(graph, other)
-
-
 def test_extents_are_compared_up_to_renaming() -> None:
     text = (
         "moecc 1\ngraph g {\n"

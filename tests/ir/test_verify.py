@@ -230,10 +230,6 @@ CORRUPTIONS: list[tuple[Callable[[Graph], None], str]] = [
 ]
 
 
-def test_the_example_is_valid() -> None:
-    verify(parse(TEXT))
-
-
 @pytest.mark.parametrize(
     ("corrupt", "message"), CORRUPTIONS, ids=lambda c: getattr(c, "__name__", "")
 )
@@ -243,18 +239,6 @@ def test_each_corruption_is_named(corrupt: Callable[[Graph], None], message: str
     with pytest.raises(VerifyError) as caught:
         verify(graph)
     assert any(message in str(p) for p in caught.value.problems), str(caught.value)
-
-
-def test_a_problem_says_which_node_and_where() -> None:
-    graph = parse(TEXT)
-    made_by(graph, "a").set_operand(0, graph.value("x"))
-    with pytest.raises(VerifyError) as caught:
-        verify(graph)
-    (problem,) = (p for p in caught.value.problems if "type" in p.what)
-    assert problem.where == "%a = silu @layers.0.ffn by test/rule"
-    assert problem.expected == "f32[batch=B, embed=4]"
-    assert problem.found == "f32[batch=B, mlp=6]"
-    assert problem.hint is not None
 
 
 def test_all_problems_are_reported_up_to_a_limit() -> None:
@@ -268,11 +252,6 @@ def test_all_problems_are_reported_up_to_a_limit() -> None:
     assert len(caught.value.problems) == MAX_PROBLEMS
 
 
-def test_an_empty_graph_needs_an_output() -> None:
-    with pytest.raises(VerifyError, match="no output"):
-        verify(Graph())
-
-
 @given(graphs(), st.data())
 def test_a_random_graph_with_a_lost_use_is_caught(graph: Graph, data: st.DataObject) -> None:
     used = [v for n in graph for v in n.operands] + list(graph.outputs.values())
@@ -280,15 +259,4 @@ def test_a_random_graph_with_a_lost_use_is_caught(graph: Graph, data: st.DataObj
     user = data.draw(st.sampled_from(list(value.users)), label="user")
     del value.users[user]
     with pytest.raises(VerifyError, match="the use list of"):
-        verify(graph)
-
-
-@given(graphs(), st.data())
-def test_a_random_graph_out_of_order_is_caught(graph: Graph, data: st.DataObject) -> None:
-    pairs = [(n, v.node) for n in graph for v in n.operands if v.node is not None]
-    if not pairs:
-        return
-    user, maker = data.draw(st.sampled_from(pairs), label="pair")
-    user.move_before(maker)
-    with pytest.raises(VerifyError, match="is used before it is defined"):
         verify(graph)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +60,6 @@ def test_a_function_of_other_parameters() -> None:
     assert "constants" in str(error.value)
 
 
-def test_parameters_that_are_not_used_are_reported(moe: Any) -> None:
-    assert moe.report.unused == ("idle",)
-    assert re.search(r"not used by test_bad_input.py:\d+ in ffn: idle", str(moe.report))
-
-
 def test_a_tree_that_changed(moe: Any) -> None:
     fewer = {"params": {"w1": PARAMS["w1"]}, "moe": moe.params["moe"]}
     with pytest.raises(InputError, match="another tree than the one that was converted") as error:
@@ -116,10 +110,6 @@ def test_what_is_no_function_and_what_returns_no_arrays() -> None:
         mx.convert(lambda p, x: {"y": ffn(p, x), "kind": "text"}, PARAMS, X, PIPELINE)
     assert "str at kind" in str(error.value)
     assert "test_bad_input.py:" in str(error.value)
-
-
-def test_no_tokens_at_all(moe: Any) -> None:
-    assert moe(ffn)(moe.params, X[:0]).shape == (0, 8)
 
 
 def test_a_function_that_uses_experts_in_another_way(moe: Any) -> None:
@@ -188,29 +178,6 @@ def test_tokens_of_another_kind(tokens: Any, error: type[Exception], words: str)
         mx.convert(ffn, PARAMS, X, PIPELINE, tokens=tokens)
 
 
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        ({"seed": "a"}, "the seed is no whole number"),
-        ({"check": "yes"}, "the option check cannot be used"),
-        ({"causal": None}, "the option causal cannot be used"),
-        ({"allow_unmatched": 1}, "the option allow_unmatched cannot be used"),
-    ],
-)
-def test_an_option_of_another_type(given: Any, words: str) -> None:
-    with pytest.raises(UsageError, match=words):
-        mx.convert(ffn, PARAMS, X, PIPELINE, **given)
-
-
-def test_a_folder_and_a_function_of_another_type(moe: Any) -> None:
-    with pytest.raises(UsageError, match="the folder cannot be used"):
-        moe.save(3)
-    with pytest.raises(UsageError, match="the folder cannot be used"):
-        mx.load(3)
-    with pytest.raises(UsageError, match="not a function"):
-        moe(3)
-
-
 def test_a_mesh_as_jax_makes_it_by_default(moe: Any) -> None:
     """Its axes are explicit, and XLA's partitioner is to place what is between."""
     mesh = jax.make_mesh((2, 2), ("data", "expert"), devices=jax.devices()[:4])
@@ -220,23 +187,12 @@ def test_a_mesh_as_jax_makes_it_by_default(moe: Any) -> None:
         moe(ffn, mesh="data:2")
 
 
-def test_several_pieces_of_a_pipeline() -> None:
-    made = mx.convert(ffn, PARAMS, X, [PIPELINE, "add-losses"])
-    assert str(made.pipeline) == f"{PIPELINE},add-losses"
-
-
 def test_keys_of_another_kind() -> None:
     passes = "st-moe{experts=4 layers=all extra-ffn=none},specialize{mode=train}"
     made = mx.convert(ffn, PARAMS, X, passes)
     for key in (jax.random.PRNGKey(0), 0, jax.random.split(jax.random.key(0), 2)):
         with pytest.raises(InputError, match="this is no key of jax's"):
             made(ffn)(made.params, X, moe_inputs={"key": key})
-
-
-def test_no_rows_at_all(moe: Any) -> None:
-    three = jnp.ones((2, 3, 8))
-    made = mx.convert(ffn, PARAMS, three, PIPELINE)
-    assert made(ffn)(made.params, three[:0]).shape == (0, 3, 8)
 
 
 def test_numbers_among_the_parameters_are_saved(tmp_path: Path) -> None:

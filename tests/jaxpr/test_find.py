@@ -312,12 +312,6 @@ def test_what_is_no_block_has_a_reason_and_a_line(name: str) -> None:
     assert ": " in reasons[0].what.removeprefix("not a block: "), "there is a way out"
 
 
-def test_a_linear_pair_of_products_is_no_candidate() -> None:
-    with pytest.raises(InputError) as error:
-        found(lambda p, x: (x @ p["w1"] + 1.0) @ p["w2"], PLAIN)
-    assert len(error.value.problems) == 1
-
-
 def mixer(p: Any, x: Any) -> Any:
     y = x + jnp.swapaxes(jax.nn.gelu(jnp.swapaxes(x, 1, 2) @ p["t1"]) @ p["t2"], 1, 2)
     return y + jax.nn.gelu(y @ p["w1"]) @ p["w2"]
@@ -351,14 +345,6 @@ def test_tokens_that_do_not_fit(tokens: Any, problem: str) -> None:
     assert re.search(r"test_find.py:\d+ in biased, tokens\[", str(error.value))
 
 
-def test_a_capacity_is_approximate_and_says_why() -> None:
-    """Which tokens are dropped depends on the router; the graph of a family says the same."""
-    moe = found(biased, BIASED, pipeline="upcycle{experts=4 slots=capacity}")
-    assert moe.preserves.kind == "approximate"
-    assert "capacity" in moe.preserves.reason
-    assert "approximate" in str(moe.report)
-
-
 def test_a_deep_model_is_surveyed_in_one_pass() -> None:
     """What grows faster than the program would not end for 64 layers."""
     names = ("gate", "up", "down")
@@ -382,8 +368,3 @@ def test_a_causal_function_takes_no_routing_that_looks_ahead() -> None:
     with pytest.raises(InputError, match="by later ones"):
         found(biased, BIASED, pipeline=pipeline)
     assert found(biased, BIASED, pipeline=pipeline, causal=False).report.blocks[0].is_converted
-
-
-def test_shapes_give_shapes() -> None:
-    moe = found(biased, BIASED)
-    assert moe.params["params"]["w1"] == jax.ShapeDtypeStruct((4, E, F), jnp.float32)

@@ -6,8 +6,6 @@ trees of parameters, loops and calls as frameworks write them.
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,17 +131,3 @@ def test_haiku() -> None:
 
     transformed = hk.without_apply_rng(hk.transform(forward))
     check(transformed.apply, transformed.init(jax.random.key(0), TOKENS), ["mlp_linear"])
-
-
-PAGE = Path(__file__).parents[2] / "docs" / "any-jax-model.md"
-
-
-@pytest.mark.parametrize("name", ["flax", "equinox"])
-def test_the_model_of_the_page_trains(name: str) -> None:
-    pytest.importorskip(name)
-    section = PAGE.read_text("utf-8").split(f"## {name}\n")[1].split("\n## ")[0]
-    (program,) = re.findall(r"```python sketch\n(.*?)```", section, re.DOTALL)
-    variables: dict[str, Any] = {"__name__": name}
-    exec(compile(program, PAGE.name, "exec"), variables)
-    assert all(b.is_converted for b in variables["moe"].report.blocks)
-    assert len(variables["losses"]) == 5

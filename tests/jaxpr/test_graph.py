@@ -10,12 +10,9 @@ import pytest
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
 
 from moecc import jax as mx  # noqa: E402
-from moecc.backend import get_backend  # noqa: E402
 from moecc.cli.main import main  # noqa: E402
-from moecc.errors import InputError  # noqa: E402
 from moecc.ir import Graph, parse, print_graph  # noqa: E402
 from moecc.ir.verify import verify  # noqa: E402
 
@@ -108,11 +105,3 @@ def test_the_commands_read_it(graph: Graph, tmp_path: Path, capsys: Any) -> None
     assert "layers.mlp" in capsys.readouterr().out
     assert main(["opt", str(dense), "-p", "upcycle{experts=4 routing=expert-choice}"]) == 1
     assert "by later ones" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["reference", "xla"])
-def test_no_backend_runs_it(graph: Graph, name: str) -> None:
-    params = {n: np.zeros(v.type.shape, np.float32) for n, v in graph.params.items()}
-    program = get_backend(name).compile(graph)
-    with pytest.raises(InputError, match="computed by its function alone"):
-        program.run(params, {"tokens": np.zeros((2, 7), np.int32)})

@@ -12,7 +12,6 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 
 from moecc import jax as mx  # noqa: E402
-from moecc.errors import InputError  # noqa: E402
 
 from . import decoder  # noqa: E402
 from .mixtures import apart, drawn, mixture  # noqa: E402
@@ -108,12 +107,6 @@ def test_one_layer_after_the_other_is_the_same_with_the_same_parameters(moe: Any
     assert apart(*found) < 1e-5
     names = {n for n in found[0][1] if n.startswith("metric.layers.1")}
     assert len(names) > 4
-
-
-def test_layers_of_one_scan_become_alike_or_nothing_does() -> None:
-    with pytest.raises(InputError, match="blocks of one scan would differ") as error:
-        mx.convert(scanned, stacked(), TOKENS, "upcycle{experts=4 layers=every:2}")
-    assert "split the scan" in str(error.value)
 
 
 def halves(params: Any, tokens: Any) -> Any:

@@ -17,8 +17,6 @@ import numpy as np  # noqa: E402
 
 from moecc import jax as mx  # noqa: E402
 from moecc.errors import InputError  # noqa: E402
-from moecc.rewrite.pipeline import Pipeline, installed  # noqa: E402
-from moecc.rewrite.runner import run_pipeline  # noqa: E402
 
 from .mixtures import drawn  # noqa: E402
 
@@ -70,16 +68,6 @@ def test_what_is_loaded_is_what_was_saved(moe: Any, folder: Path) -> None:
     assert back.preserves == moe.preserves
     before, after = (jax.make_jaxpr(m(function))(moe.params, X) for m in (moe, back))
     assert str(before) == str(after)
-
-
-def test_trained_parameters_are_saved_and_those_of_shapes_are_not(moe: Any, tmp_path: Path) -> None:
-    trained = drawn(moe.params)
-    moe.save(tmp_path / "trained", trained)
-    assert same_bits(mx.load(tmp_path / "trained").params, trained)
-    shapes = jax.eval_shape(lambda: moe.params)
-    with pytest.raises(InputError, match="an array cannot be stored"):
-        moe.save(tmp_path / "shapes", shapes)
-    assert not (tmp_path / "shapes").exists()
 
 
 def test_a_tree_of_other_containers_is_given_again(tmp_path: Path) -> None:
@@ -153,14 +141,3 @@ def test_orbax_keeps_every_bit(moe: Any, tmp_path: Path) -> None:
         checkpointer.wait_until_finished()
         back = checkpointer.restore(tmp_path / "state", jax.eval_shape(lambda: moe.params))
     assert same_bits(back, moe.params)
-
-
-def test_the_saved_graph_reads_the_arrays(folder: Path, moe: Any) -> None:
-    """The graph goes on through passes, as any other: here its weights are those in the folder."""
-    from moecc.model.open import open_model
-
-    with open_model(str(folder)) as model:
-        run_pipeline(model.graph, Pipeline.parse("canonicalize", installed()))
-        found = dict(model.params())
-    routers = moe.params["moe"]["layers.{0..1}.router.weight"]
-    assert np.array_equal(found["layers.1.router.weight"], np.asarray(routers[1], np.float32))

@@ -20,22 +20,6 @@ def test_a_place_is_read_as_it_is_written() -> None:
     assert process.environment() == WHOLE
 
 
-def test_nothing_says_that_a_process_is_alone() -> None:
-    assert process_info({}) is None
-    assert process_info({"MOECC_DISTRIBUTED": "off"}) is None
-    # A shell inside a Slurm job is no task of it.
-    assert process_info({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2"}) is None
-
-
-def test_a_cluster_is_left_to_jax() -> None:
-    found = process_info({"MOECC_DISTRIBUTED": "cluster", "SLURM_JOB_ID": "1"})
-    assert found is not None
-    assert found.is_found_by_jax
-    assert process_info({"MOECC_DISTRIBUTED": "cluster", **WHOLE}) == ProcessInfo(
-        "127.0.0.1:8476", 4, 3
-    )
-
-
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -53,10 +37,3 @@ def test_what_is_no_place_is_told(change: dict[str, str], says: str) -> None:
     with pytest.raises(UsageError) as error:
         process_info({**WHOLE, **change})
     assert says in str(error.value)
-
-
-def test_a_program_that_is_alone_joins_nobody() -> None:
-    pytest.importorskip("jax")
-    from moecc_backends.xla.run.program import join
-
-    join(process_info({}))

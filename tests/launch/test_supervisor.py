@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from moecc.jobs.launch import Ended, Supervisor, free_port
+from moecc.jobs.launch import Ended, Supervisor
 
 BOUND_SECONDS = 5
 
@@ -61,12 +61,6 @@ def test_one_that_is_killed_ends_the_others() -> None:
     assert ended.exit_code == 4
     assert "process 2 of 3 was ended by SIGKILL" in said[-1]
     assert all_gone(supervisor)
-
-
-def test_a_signal_without_a_name_is_told_by_its_number() -> None:
-    ended, said, _ = run("os.kill(os.getpid(), 40)", processes=1)
-    assert ended.exit_code == 4
-    assert "process 0 of 1 was ended by signal 40" in said[-1]
 
 
 def test_one_that_refuses_to_end_is_killed(tmp_path: Path) -> None:
@@ -124,17 +118,6 @@ def test_the_watchdog_of_a_process_ends_it_with_its_stack() -> None:
     text = "\n".join(said)
     assert "no step for 0.3 s, the last one was: the first step" in text
     assert "in hangs" in text
-
-
-def test_a_watchdog_that_hears_steps_does_not_bite() -> None:
-    code = """
-        from moecc.launch.processes import Watchdog
-        with Watchdog(5.0) as watchdog:
-            for step in range(5):
-                watchdog.beat(str(step))
-        time.sleep(0.2)
-    """
-    assert run(code, processes=1)[0] == Ended(0)
 
 
 def test_processes_end_when_their_supervisor_is_killed(tmp_path: Path) -> None:
@@ -212,17 +195,6 @@ def test_an_interrupt_during_the_start_leaves_no_process(monkeypatch: pytest.Mon
     finally:
         for process in started:
             process.kill()
-
-
-def test_what_cannot_be_started_is_told() -> None:
-    from moecc.errors import MachineError
-
-    with pytest.raises(MachineError, match="process 0 cannot be started"):
-        Supervisor(["/nowhere/python"], 2, say=lambda line: None).run()
-
-
-def test_ports_are_free() -> None:
-    assert 1024 < free_port() < 65536
 
 
 def test_a_reader_that_has_exited_is_no_traceback() -> None:

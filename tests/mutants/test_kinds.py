@@ -40,10 +40,6 @@ KINDS = [
 ]
 
 
-def test_there_are_enough_of_these_kinds() -> None:
-    assert len(KINDS) + len(meshes.TABLES) >= 12
-
-
 @pytest.mark.parametrize("start", few(SEEDS))
 @pytest.mark.parametrize(
     ("item", "strategy"), [(i, s) for i, _, s in KINDS], ids=[n for _, n, _ in KINDS]

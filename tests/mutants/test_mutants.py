@@ -38,10 +38,6 @@ EXAMPLES = settings(
 )
 
 
-def test_there_are_enough_mutants() -> None:
-    assert len(MUTANTS) >= 10
-
-
 # The fault of this one shows in few graphs, so that it takes seconds to be found.
 QUICK = [name for name in MUTANTS if name != "capacity_off_by_one"]
 

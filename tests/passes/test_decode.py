@@ -12,12 +12,10 @@ from hypothesis import strategies as st
 from tiers import examples, some
 
 from moecc.analysis import LOGITS
-from moecc.decoding import DecodeGraphs
 from moecc.errors import InputError
 from moecc.families import build
 from moecc.ir import Graph, parse
 from moecc.ir.structure import clone
-from moecc.jobs.checks import check_pipeline
 from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
@@ -109,28 +107,6 @@ def test_a_cache_that_is_too_long_changes_nothing() -> None:
     np.testing.assert_allclose(whole, parts, atol=1e-13)
 
 
-def test_inputs_and_outputs_are_those_of_a_step() -> None:
-    with open_model(str(GOLDEN / "t5_square")) as model:
-        graphs = DecodeGraphs.of(model.graph)
-    layer = "decoder.layers.0"
-    assert str(graphs.step.inputs[f"cache.{layer}.attention.keys"].type).endswith(
-        "[batch=B, head=4, kv_seq=C, head_dim=4]"
-    )
-    assert f"memory.{layer}.cross_attention.values" in graphs.step.inputs
-    assert "tokens" not in graphs.step.inputs
-    assert graphs.encode is not None
-    assert list(graphs.encode.inputs) == ["tokens"]
-    assert set(graphs.encode.outputs) == {n for n in graphs.step.inputs if n.startswith("memory.")}
-    assert set(graphs.fill.outputs) == set(graphs.caches)
-
-
-def test_a_check_measures_the_steps() -> None:
-    """Outputs for the same inputs say nothing of a graph that is called otherwise."""
-    with open_model(str(GOLDEN / "llama_gqa")) as model:
-        (checked,) = check_pipeline(model.graph, Pipeline.parse("decode"))
-    assert checked.measured < 1e-12
-
-
 # --- what cannot be continued
 
 
@@ -175,11 +151,6 @@ def attention(**parts: str) -> Graph:
     return parse(ATTENTION.format(**{**PARTS, **parts}))
 
 
-def test_the_example_is_accepted() -> None:
-    graph = attention()
-    check_decode(graph, params_for(graph, 0), inputs_of(graph, 2, 5), (2, 1, 2))
-
-
 MEAN = "%c = mean %a {axes=seq} : f32[batch=B, embed=4]\n"
 
 
@@ -206,17 +177,3 @@ def test_noise_and_a_second_decode_are_rejected() -> None:
     assert "random numbers" in rejected(noisy)
     run_pipeline(graph, Pipeline.parse("decode"))
     assert "C is a size of the graph" in rejected(graph)
-
-
-def test_a_model_without_attention_matches_nothing() -> None:
-    graph = parse("""
-moecc 1
-graph example {
-  input %tokens : i32[batch=B, seq=S]
-  param %table : f32[vocab=5, embed=4] = source("table" : f32[vocab=5, embed=4])
-  %x = embedding %table, %tokens {axis=vocab} : f32[batch=B, seq=S, embed=4]
-  %y = contract %x, %table {over=embed} : f32[batch=B, seq=S, vocab=5]
-  output logits = %y
-}
-""")
-    assert "no tokens attend to others" in rejected(graph)

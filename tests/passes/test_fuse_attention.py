@@ -10,8 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moecc_passes.fuse_attention import FuseAttentionPass
 
-from moecc.families import build
-from moecc.families.describe import flops, sequence_flops
 from moecc.ir import Builder, Graph, clone
 from moecc.model.open import open_model
 from moecc.rewrite.passes import Context
@@ -19,7 +17,6 @@ from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.testing import assert_same, laws
 from moecc.testing.blocks import attention
-from moecc.testing.configs import small_configs
 from moecc.testing.generate import random_graph
 from tests.support.attention_graphs import FORMS, Form
 from tests.support.tiers import examples, some
@@ -49,17 +46,6 @@ def test_every_form_is_one_operation_and_means_the_same(name: str) -> None:
     assert_same(before, after)
 
 
-def test_attributes_are_those_of_the_parts() -> None:
-    (node,) = fused(FORMS["all"].graph())[0]
-    found = {name: node.attrs[name] for name in ("over", "along", "scale", "cap", "causal")}
-    assert found == {
-        "over": "head_dim", "along": "kv_seq", "scale": 0.5, "cap": 2.0, "causal": ("seq",)
-    }  # fmt: skip
-    assert node.attrs["window"] == 5
-    assert set(node.attrs["given"]) == {"bias", "sinks", "keep", "query_segments", "key_segments"}
-    assert node.loc == "layers.0.attention"
-
-
 @pytest.mark.parametrize("case", some(CASES, "gemma2_caps", "t5_gated_v4", "gpt_oss_limits"))
 def test_golden_models_mean_the_same(case: str) -> None:
     with open_model(str(GOLDEN / case)) as model:
@@ -72,30 +58,11 @@ def test_golden_models_mean_the_same(case: str) -> None:
     assert_same(before, after)
 
 
-@settings(max_examples=examples(10, 200))
-@given(small_configs())
-def test_every_config_has_attentions_that_fuse(config: object) -> None:
-    before = build(config)
-    after, remarks = fused(before)
-    assert remarks == []
-    assert len(attentions(after)) == config.num_hidden_layers
-    laws.check_pass(ITEM, before)
-
-
 @settings(max_examples=examples(15, 300))
 @given(st.integers(0, 10**6))
 def test_random_graphs_with_attention_obey_the_laws(seed: int) -> None:
     graph = random_graph(seed, steps=[attention])
     laws.check_pass(ITEM, graph)
-
-
-@pytest.mark.parametrize("case", ["gemma2_caps", "t5_gated_v4", "vit_plain", "bert_gelu"])
-def test_it_costs_what_its_parts_do(case: str) -> None:
-    with open_model(str(GOLDEN / case)) as model:
-        before = clone(model.graph)
-    after, _ = fused(before)
-    assert flops(after) == flops(before)
-    assert sequence_flops(after) == sequence_flops(before)
 
 
 def left(graph: Graph) -> str:
@@ -118,15 +85,6 @@ def test_what_is_used_elsewhere_is_left() -> None:
     assert "weights" in left(graph)
 
 
-def test_what_stands_between_weights_and_values_is_left() -> None:
-    graph = Form().graph()
-    weights = graph.value("weights")
-    (product,) = weights.users
-    b = Builder(graph, before=product)
-    product.set_operand(0, b.scale(weights, by=2.0))
-    assert left(graph) == "something stands between its weights and the values"
-
-
 def test_two_masks_of_ones_own_are_left() -> None:
     graph = Form(keep="seq kv_seq").graph()
     (softmax,) = (n for n in graph if n.op.is_distribution)
@@ -146,15 +104,6 @@ def test_positions_that_are_inputs_hide_by_a_mask() -> None:
     assert {n.attrs["causal"] for n in attentions(after)} == {()}
     assert {n.attrs["given"] for n in attentions(after)} == {("keep",)}
     assert_same(graph, after)
-
-
-def test_a_router_and_soft_slots_are_no_attention() -> None:
-    with open_model(str(GOLDEN / "bert_gelu")) as model:
-        graph = clone(model.graph)
-    run_pipeline(graph, Pipeline.parse("upcycle{experts=4 routing=soft}"))
-    after, remarks = fused(graph)
-    assert remarks == []
-    assert len(attentions(after)) == 2
 
 
 def test_documents_that_share_a_row_are_segments() -> None:

@@ -111,22 +111,6 @@ def test_packed_documents_have_the_results_that_they_have_alone(name: str, passe
     assert compare(imported(name, passes)) < 1e-12
 
 
-def test_padding_of_an_encoder_may_be_an_input_besides() -> None:
-    assert compare(imported("bert_gelu", padding=True)) < 1e-12
-    assert compare(imported("t5_relu_tied", padding=True)) < 1e-12
-
-
-def test_without_the_pass_documents_see_each_other() -> None:
-    graph = imported("llama_gqa")
-    rows = documents(graph)
-    batch = collate(rows, BatchShape(3, 10, 0, ("tokens",), 0))
-    params, backend = params_for(graph, 1), ReferenceBackend()
-    program = backend.compile(graph)
-    whole = program.run(params, {"tokens": batch["tokens"]})["logits"][0, 5:8]
-    alone = program.run(params, {"tokens": rows[0][1].tokens[None]})["logits"][0]
-    assert np.abs(whole - alone).max() > 1e-3
-
-
 def test_padding_takes_no_slot() -> None:
     graph = packed(imported("llama_gqa", "upcycle{experts=4 top-k=2},trace-routing"))
     rows = documents(graph)
@@ -137,22 +121,6 @@ def test_padding_takes_no_slot() -> None:
     assert slots
     for array in slots:
         assert ((array >= 0).all(-1) == (batch["segments"] > 0)).all()
-
-
-def test_each_attention_has_its_mask_and_no_more_are_made() -> None:
-    graph = imported("t5_relu_tied")
-    after = clone(graph)
-    result = PackSegmentsPass().apply(after, Context())
-    # Two encoder layers, and decoder layers with two attentions each.
-    names = [node.op.name for node in after]
-    assert result.stats["attentions"] == names.count("softmax") == result.matched
-    assert names.count("same_segment") == 3
-    assert list(after.inputs) == ["tokens", "decoder_tokens", "segments", "decoder_segments"]
-
-
-def test_positions_are_inputs_where_they_count() -> None:
-    for name, counted in (("llama_gqa", True), ("bert_gelu", True), ("t5_relu_tied", False)):
-        assert ("positions" in packed(imported(name)).inputs) == counted
 
 
 def test_what_mixes_documents_otherwise_is_rejected() -> None:
@@ -182,14 +150,6 @@ def test_one_document_needs_no_positions() -> None:
     (found,) = backend.compile(after).run(params, given).values()
     (alone,) = backend.compile(graph).run(params, {"tokens": tokens[:, :3]}).values()
     assert np.abs(found[:, :3] - alone).max() < 1e-12 * np.abs(alone).max()
-
-
-def test_a_packed_graph_rolls_and_specialises() -> None:
-    graph = imported("llama_gqa", "upcycle{experts=4 top-k=2}")
-    passes = "pack-segments,specialize{mode=train},add-losses,cse,roll-layers"
-    run_pipeline(graph, Pipeline.parse(passes), context=Context(allow_unmatched=True))
-    verify(graph)
-    assert {"segments", "positions"} <= set(graph.inputs)
 
 
 def test_xla_computes_the_same() -> None:

@@ -188,27 +188,6 @@ def test_layers_that_cannot_be_changed(source: str, passes: str, message: str) -
         run_pipeline(model.graph, Pipeline.parse(passes), context=Context())
 
 
-@pytest.mark.parametrize("text", ["zero-experts{count=2}", "prune{keep=2}"])
-def test_places_in_a_sequence_are_counted_for_every_expert(text: str) -> None:
-    """A Switch bounds an expert's tokens by a one-hot of the choice, as wide as the experts."""
-    with open_model(str(GOLDEN / "switch_drops")) as model:
-        run_pipeline(model.graph, Pipeline.parse(text))
-        wide = {n.attrs["into"] for n in model.graph if n.op.name == "one_hot"}
-        slots = {n.attrs["experts"] for n in model.graph if n.op.name == "assign_slots"}
-    assert len(slots) == 1
-    assert wide == {(("expert", count),) for count in slots}
-
-
-@pytest.mark.parametrize(
-    ("case", "text"), [("switch_square_v4", "prune{keep=2}"), ("switch_half", "merge{size=2}")]
-)
-def test_a_switch_with_fewer_experts_is_one(case: str, text: str, tmp_path: Path) -> None:
-    with open_model(str(GOLDEN / case)) as model:
-        write(plan(model, Pipeline.parse(text), "switch_transformers"), tmp_path / "out")
-    with open_model(str(tmp_path / "out")) as written:
-        assert written.graph.attrs["config"]["num_experts"] == 2
-
-
 @pytest.mark.parametrize(
     ("case", "target"),
     [

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 from hypothesis import given, settings
 from moecc_passes.roll_layers.roll_layers import (
@@ -23,10 +21,8 @@ from moecc.ir import (
     Builder,
     Graph,
     Node,
-    Value,
     clone,
     equal,
-    parse,
     print_graph,
     tensor,
     verify,
@@ -79,29 +75,6 @@ def test_unrolling_is_the_inverse(graph: Graph) -> None:
     assert [p.loc for p in again.params.values()] == [p.loc for p in graph.params.values()]
 
 
-PRESETS = {
-    "mixtral-8x7b": [32],
-    "llama-3.1-8b": [32],
-    "t5-xxl": [24, 24],
-    "st-moe-l": [6, 6],
-    "st-moe-32b": [6, 6],
-}
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets(name: str) -> None:
-    graph = build(parse_config(preset_config(name)))
-    before = clone(graph)
-    result, told = roll(graph)
-    assert [node.attrs["over"][0][1] for node in scans(graph)] == PRESETS[name]
-    assert result.stats["layers-left"] == 0
-    assert all("rolled" in remark for remark in told)
-    assert len(graph) < len(before) / 5
-    laws.check_round_trip(graph)
-    UnrollLayersPass().apply(graph, Context())
-    assert equal(graph, before)
-
-
 def chain(*kinds: str, weights: bool = False) -> Graph:
     """Return a graph with a layer for each of `kinds`, an operation on the stream of the last."""
     graph = Graph()
@@ -145,32 +118,6 @@ def test_what_is_left_is_told_with_the_reason() -> None:
     ]
 
 
-def test_an_attribute_that_differs_is_named() -> None:
-    graph = Graph()
-    h = graph.input("x", tensor(F32, batch="B", embed=4))
-    for number, factor in enumerate((2.0, 3.0)):
-        h = Builder(graph, loc=f"layers.{number}.ffn").scale(h, by=factor)
-    graph.set_output("y", h)
-    result, told = roll(graph)
-    assert not result.changed
-    assert told[0].endswith("its scale @layers.0.ffn has by=2.0, and layers.1.ffn by=3.0")
-
-
-def test_layers_of_other_sizes_are_left() -> None:
-    graph = Graph()
-    h = graph.input("x", tensor(F32, batch="B", embed=4))
-    for number, mlp in enumerate((3, 5)):
-        b = Builder(graph, loc=f"layers.{number}.ffn")
-        up = graph.param(f"layers.{number}.up", tensor(F32, mlp=mlp, embed=4))
-        down = graph.param(f"layers.{number}.down", tensor(F32, embed=4, mlp=mlp))
-        h = b.add(h, b.contract(b.contract(h, up, over="embed"), down, over="mlp"))
-    graph.set_output("y", h)
-    result, told = roll(graph)
-    assert not result.changed
-    assert "%layers.0.up : f32[mlp=3, embed=4]" in told[0]
-    assert "%layers.1.up : f32[mlp=5, embed=4]" in told[0]
-
-
 def test_what_skips_a_layer_is_not_rolled() -> None:
     graph = Graph()
     values = [graph.input(n, tensor(F32, batch="B")) for n in "xy"]
@@ -182,15 +129,6 @@ def test_what_skips_a_layer_is_not_rolled() -> None:
     assert not result.changed
     assert equal(graph, before)
     assert "is used farther away than in the layer after its own" in told[0]
-
-
-def test_numbers_that_do_not_rise_by_equal_steps() -> None:
-    graph = chain("silu", "silu", "silu")
-    for node, number in zip(graph, (0, 1, 3), strict=True):
-        node.loc = f"layers.{number}.ffn"
-    result, told = roll(graph)
-    assert not result.changed
-    assert "do not rise in equal steps" in told[0]
 
 
 def test_losses_of_layers_are_summed_as_they_were_stacked() -> None:
@@ -245,88 +183,6 @@ def test_what_layers_share_is_computed_once() -> None:
     assert_same(before, graph, exact=True)
 
 
-def test_what_all_later_layers_read_of_the_first_is_not_rolled() -> None:
-    graph = Graph()
-    h = graph.input("x", tensor(F32, batch="B", embed=4))
-    first: Value | None = None
-    for number in range(4):
-        b = Builder(graph, loc=f"layers.{number}.attention")
-        value = b.silu(h)
-        first = value if first is None else first
-        h = b.add(b.tanh(h), first)
-    graph.set_output("y", h)
-    _, told = roll(graph)
-    (scan,) = scans(graph)
-    assert scan.attrs["over"] == (("layer", 3),)
-    assert told[1].startswith(
-        "layers.0: not rolled with layers.1: its add @layers.0.attention uses"
-    )
-
-
-def test_names_that_no_range_says_are_stacked_as_values() -> None:
-    graph = Graph()
-    h = graph.input("x", tensor(F32, batch="B", embed=4))
-    for number, name in enumerate(("red", "green", "blue")):
-        h = Builder(graph, loc=f"layers.{number}.ffn").mul(
-            h, graph.param(name, tensor(F32, embed=4))
-        )
-    graph.set_output("y", h)
-    before = clone(graph)
-    roll(graph)
-    assert list(graph.params) == ["red", "green", "blue"]
-    assert [node.op.name for node in graph] == ["stack", "scan"]
-    UnrollLayersPass().apply(graph, Context())
-    assert equal(graph, before)
-
-
-def test_an_axis_called_layer_gets_another_name() -> None:
-    graph = Graph()
-    h = graph.input("x", tensor(F32, layer="B"))
-    for number in range(3):
-        w = graph.param(f"layers.{number}.w", tensor(F32, layer="B"))
-        h = Builder(graph, loc=f"layers.{number}.ffn").mul(h, w)
-    graph.set_output("y", h)
-    before = clone(graph)
-    roll(graph)
-    assert scans(graph)[0].attrs["over"] == (("layer2", 3),)
-    assert_same(before, graph, exact=True)
-
-
-def test_a_rolled_graph_that_was_written_by_hand_comes_apart() -> None:
-    """Parameters without ranges in their names, and axes that do not come first, are picked."""
-    graph = parse("""moecc 1
-graph g {
-  input %x : f32[batch=B]
-  param %w : f32[batch=B, layer=3]
-  %y, %s = scan %x, %w {over=(layer=3), carries=1, stacked=1} : f32[batch=B], f32[layer=3, batch=B] {
-    input %x : f32[batch=B]
-    input %w : f32[batch=B]
-    %m = mul %x, %w : f32[batch=B]
-    output m = %m
-    output s = %m
-  }
-  %t = sum %s {axes=layer} : f32[batch=B]
-  %z = index %s {axis=layer, at=1} : f32[batch=B]
-  output y = %y
-  output t = %t
-  output z = %z
-  output s = %s
-}
-""")  # noqa: E501
-    laws.check_pass(UnrollLayersPass(), graph)
-    after, _ = laws.applied(UnrollLayersPass(), graph)
-    names = [node.op.name for node in after]
-    assert names == ["index", "index", "index", "mul", "mul", "mul", "stack", "sum"]
-
-
-def test_what_is_kept_for_the_gradient() -> None:
-    graph = chain("silu", "silu")
-    roll(graph, remat="save", save=("combine", "rows"))
-    (scan,) = scans(graph)
-    assert scan.attrs["remat"] == "save"
-    assert scan.attrs["save"] == ("combine", "rows")
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -338,28 +194,6 @@ def test_what_is_kept_for_the_gradient() -> None:
 def test_options_that_make_no_sense(options: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Pipeline.parse(f"roll-layers{{{options}}}")
-
-
-def test_every_repetition_is_of_one_length() -> None:
-    """A depth of any number of layers makes as many nodes."""
-    lengths = []
-    for depth in (4, 16, 64):
-        graph = chain(*["silu"] * depth)
-        roll(graph)
-        lengths.append(len(graph) + len(scans(graph)[0].attrs["body"]))
-    assert all(a == b for a, b in pairwise(lengths))
-
-
-def test_a_graph_without_layers_says_so() -> None:
-    graph = Graph()
-    graph.set_output("y", Builder(graph).silu(graph.input("x", tensor(F32, batch="B"))))
-    result, _ = roll(graph)
-    assert [m.where for m in result.near_misses] == ["the graph"]
-
-
-def test_what_came_nearest_is_told_where_nothing_matches() -> None:
-    result, told = roll(chain("silu", "tanh"))
-    assert [f"{m.where}: {m.reason}" for m in result.near_misses] == told
 
 
 def test_operands_that_were_exchanged_are_alike() -> None:

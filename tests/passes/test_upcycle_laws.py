@@ -132,34 +132,11 @@ def test_biases_are_counted_once(gates: str, biases: tuple[bool, bool]) -> None:
         check(dense, {**options, "router_std": 0.5})
 
 
-@pytest.mark.parametrize("init", ["normal", "truncated-normal", "uniform", "zero", "logit-std"])
-def test_every_router_is_exact_under_renormalised_gates(init: str) -> None:
-    options = {"router_init": init, "router_std": 0.3, "granularity": 2}
-    assert error(Dense(layers=2, residual=True), options) <= EXACT
-
-
-@pytest.mark.parametrize("gates", ["softmax", "sigmoid", "switch"])
-def test_a_zero_router_is_exact_whatever_its_std(gates: str) -> None:
-    options = {"gates": gates, "top_k": 1, "router_init": "zero", "router_std": 5.0}
-    assert error(Dense(), options) <= EXACT
-
-
 @pytest.mark.parametrize("gates", ANY_ROUTER)
 @pytest.mark.parametrize("factor", [0.5, 2.5])
 def test_a_scaling_factor_of_the_gates_is_taken_back(gates: str, factor: float) -> None:
     options = {"gates": gates, "gate_scale": factor, "experts": 4, "granularity": 2}
     check(Dense(bias_out=True), {**options, "top_k": 2, "router_std": 1.0})
-
-
-def test_a_bound_on_the_slots_that_is_never_reached_is_exact() -> None:
-    options = {"slots": "capacity", "capacity_factor": 8.0, "experts": 8, "groups": 2}
-    assert error(Dense(), options) <= EXACT
-
-
-def test_a_scale_of_one_leaves_the_matrices_alone() -> None:
-    """Copies with renormalised gates are copies: no factor stands in their expressions."""
-    after, _ = upcycled(Dense().graph())
-    assert "scale(" not in " ".join(str(p.weight) for p in after.params.values())
 
 
 @st.composite

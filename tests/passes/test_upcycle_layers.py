@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from fnmatch import fnmatchcase
 from functools import cache
 
 import pytest
@@ -58,33 +57,6 @@ def test_counted_forms(total: int, data: st.DataObject) -> None:
     spec = data.draw(st.sampled_from(sorted(expected)))
     assert check_layers(spec) is None
     assert converted(graph, spec) == expected[spec]
-
-
-@given(st.integers(1, MOST), st.lists(st.integers(0, MOST), min_size=1, max_size=5))
-def test_lists(total: int, listed: list[int]) -> None:
-    spec = ",".join(map(str, listed))
-    assert check_layers(spec) is None
-    if max(listed) < total:
-        assert converted(model(total), spec) == sorted(set(listed))
-        return
-    with pytest.raises(InputError) as error:
-        converted(model(total), spec)
-    (problem,) = error.value.problems
-    assert problem.found == f"layers={spec}"
-    assert problem.expected == f"layers with a dense block: {f'0-{total - 1}' if total > 1 else 0}"
-    for n in set(listed):
-        assert n < total or str(n) in problem.what or "-" in problem.what
-
-
-GLOBS = ["layers.*.ffn", "layers.1*.ffn", "layers.?.ffn", "*", "*.ffn", "layers.[0-2].ffn",
-         "layers.[!1]*", "layers.3.ffn", "layers.1.*", "*.attention"]  # fmt: skip
-
-
-@given(st.integers(1, MOST), st.sampled_from(GLOBS))
-def test_globs_over_locations(total: int, spec: str) -> None:
-    assert check_layers(spec) is None
-    expected = [i for i in range(total) if fnmatchcase(f"layers.{i}.ffn", spec)]
-    assert converted(model(total), spec) == expected
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from moecc.ir import equal
 
 from .dense_blocks import Dense, Tensors, relative, run, tokens, upcycled
 
@@ -51,21 +46,6 @@ def test_the_function_stays(
     assert relative(run(after, params, inputs)["y"], expected) <= EXACT
 
 
-@pytest.mark.parametrize("split", ["index", "random"])
-def test_all_parts_of_a_split_are_the_block(split: str) -> None:
-    """Gates of one: each neuron counts once, wherever the added ones are."""
-    for width, experts, pad in product((7, 12), (2, 5), (1, 2)):
-        dense = Dense(mlp=width, bias_in=True)
-        graph = dense.graph()
-        tensors = Tensors(graph)
-        after, _ = upcycled(
-            graph, experts=experts, top_k=experts, gates="ones", split=split, pad=pad, shared=0.0
-        )
-        inputs = tokens(dense)
-        expected = run(graph, tensors.params(graph), inputs)["y"]
-        assert relative(run(after, tensors.params(after), inputs)["y"], expected) <= EXACT
-
-
 def test_each_neuron_is_stored_once() -> None:
     graph = Dense(mlp=11).graph()
     tensors = Tensors(graph)
@@ -75,10 +55,3 @@ def test_each_neuron_is_stored_once() -> None:
     dense = tensors.arrays["layers.0.down"].T
     for column in dense:
         assert (np.abs(columns - column).max(1) == 0).sum() == 1
-
-
-def test_widths_that_divide_are_left() -> None:
-    graph = Dense().graph()
-    plain, _ = upcycled(graph, granularity=2)
-    other, _ = upcycled(graph, granularity=2, pad=2)
-    assert equal(plain, other)

@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moecc_passes.upcycle.gates import GateLaw, gates_of
-from moecc_passes.upcycle.routers import left_of_std
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.errors import InputError, UsageError
-from moecc.ir import F64, I32, Builder, Graph, equal, tensor
+from moecc.ir import F64, I32, Builder, Graph, tensor
 from moecc.model.initialise import updated_bias
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
@@ -91,14 +89,6 @@ def test_prototypes_of_m6_t_do_not_add_up_and_say_so() -> None:
     assert 0.8 < found / result.preserves.predicted_error < 1.2
 
 
-def test_the_law_of_prototypes_is_that_of_the_operations() -> None:
-    law = GateLaw("softmax", 6, 3, has_prototypes=True)
-    logits = np.random.default_rng(0).normal(size=(5, 6))
-    pairs = np.exp(logits.reshape(5, 3, 2))
-    np.testing.assert_allclose(gates_of(law, logits), pairs.max(2) / pairs.sum(2), rtol=1e-12)
-    assert gates_of(law, np.zeros((1, 6))).sum() == law.total == 1.5
-
-
 # --- hashes
 
 
@@ -135,11 +125,6 @@ def test_a_hash_takes_the_ids_of_its_own_stack() -> None:
     }  # fmt: skip
 
 
-def test_a_hash_without_ids_is_refused() -> None:
-    with pytest.raises(InputError, match="a hash needs the ids of the tokens"):
-        UpcyclePass(routing="hash").apply(Dense().graph(), Context())
-
-
 # --- soft mixtures
 
 
@@ -168,15 +153,6 @@ def test_a_soft_mixture_by_its_formula() -> None:
     gate = rows @ w["gate"].T
     results = (gate / (1 + np.exp(-gate)) * (rows @ w["up"].T)) @ w["down"].T
     assert relative(found, np.einsum("bsn,bnd->bsd", over_slots, results)) <= 1e-11
-
-
-def test_a_soft_mixture_takes_all_that_a_block_may_have() -> None:
-    dense = Dense(residual=True, bias_in=True, bias_out=True)
-    after, _ = upcycled(
-        dense.graph(), routing="soft", shared=0.25, expert_bias="multiplicative", extra_ffn="before"
-    )
-    laws.check_graph(after)
-    assert run(after, Tensors(dense.graph()).params(after), tokens(dense))["y"].shape == (2, 6, 8)
 
 
 # --- the bias of loss-free balancing
@@ -220,30 +196,6 @@ def test_the_update_of_the_bias_evens_out_the_loads() -> None:
 # --- one thing under two names
 
 
-def test_the_softmax_of_the_chosen_is_what_renormalised_means() -> None:
-    one, two = (upcycled(Dense().graph(), gates=g)[0] for g in ("renormalised", "top-k-softmax"))
-    assert equal(one, two)
-    dense = Dense()
-    found = run(shown(one, "route"), Tensors(dense.graph()).params(one), tokens(dense))
-    router = Tensors(dense.graph()).params(one)["layers.0.ffn.router.weight"]
-    logits = np.sort(tokens(dense)["x"] @ router.T, -1)[..., ::-1]
-    all_of_them = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    renormalised = all_of_them[..., :2] / all_of_them[..., :2].sum(-1, keepdims=True)
-    np.testing.assert_allclose(found["route.1"], renormalised, rtol=1e-12)
-
-
-def test_the_router_of_switch_is_cut_at_two_standard_deviations() -> None:
-    dense = Dense(embed=400, mlp=4)
-    graph = dense.graph()
-    after, _ = upcycled(graph, experts=64, router_init="switch", router_std=0.1**0.5)
-    router = Tensors(graph).params(after)["layers.0.ffn.router.weight"]
-    std = (0.1 / 400) ** 0.5
-    assert 1.95 * std < np.abs(router).max() <= 2 * std
-    # The variance of a normal distribution between two standard deviations, 0.7737 of it.
-    assert router.var() / std**2 == pytest.approx(0.7737, rel=0.03)
-    assert left_of_std("switch") ** 2 == pytest.approx(0.7737, rel=1e-4)
-
-
 # --- what contradicts itself
 
 
@@ -277,21 +229,6 @@ def test_what_contradicts_itself_is_refused_when_it_is_read(
     assert option is not None
     assert problem.where is not None
     assert problem.where.endswith(f":{option.start() + 1}")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("top-k=1", "gates=switch is the paper's top-1"),
-        ("top-k=1 gates=sigmoid-renormalised", "always 1"),
-        ("routing=prototypes top-k=1", "always 1"),
-        ("capacity-factor=2.0", "slots=capacity"),
-        ("groups=4", "slots=capacity"),
-    ],
-)
-def test_what_is_warned_of_when_it_is_read(options: str, message: str) -> None:
-    (warning,) = Pipeline.parse(f"upcycle{{{options}}}").warnings()
-    assert message in str(warning)
 
 
 @pytest.mark.parametrize("routing", ["soft", "expert-choice"])

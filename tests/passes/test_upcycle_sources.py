@@ -18,7 +18,7 @@ from moecc.backend import get_backend
 from moecc.cli.main import main
 from moecc.errors import InputError, UsageError
 from moecc.jobs.convert import Plan, plan, write
-from moecc.model.open import add_branches, open_model, parse_branches
+from moecc.model.open import add_branches, open_model
 from moecc.rewrite.pipeline import Pipeline
 from moecc.types import F64, Array
 from moecc.weights.evaluate import evaluate
@@ -106,15 +106,6 @@ def test_where_the_experts_of_one_model_are_chosen_it_is_computed(tmp_path: Path
     assert {"model.safetensors", "a/model.safetensors"} <= files.keys()
 
 
-def test_one_model_under_several_names_keeps_its_promise(models: dict[str, Path]) -> None:
-    assert planned(models, "experts=2 sources=base,base").preserves.kind == "reassociation"
-
-
-def test_tensors_of_a_further_model_are_not_told_as_left_out(models: dict[str, Path]) -> None:
-    remarks = planned(models, "experts=2 sources=base,a").remarks
-    assert not any("no part of the graph" in remark for remark in remarks)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -128,18 +119,6 @@ def test_options_that_contradict_each_other(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         planned(models, options)
-
-
-def test_a_model_that_was_not_named(models: dict[str, Path]) -> None:
-    with pytest.raises(InputError, match="there is no model of this name"):
-        planned(models, "experts=2 sources=base,c")
-
-
-def test_names_of_models() -> None:
-    assert parse_branches(["a=x/y", "b=z=z"]) == {"a": "x/y", "b": "z=z"}
-    with pytest.raises(UsageError) as raised:
-        parse_branches(["a", "base=x", "b=x", "b=y"])
-    assert len(raised.value.problems) == 3
 
 
 def test_models_that_do_not_suit(tmp_path: Path) -> None:
@@ -175,13 +154,3 @@ def test_an_adapter_of_another_base_writes_nothing(
         moecc.open(SOURCE, experts={"a": adapter})
     opened = moecc.open(SOURCE, experts={"a": adapter}, allow_other_base=True)
     assert opened.upcycle(experts=2, top_k=1, sources="base,a").facts.expert_layers
-
-
-def test_tokenizers_that_differ(tmp_path: Path) -> None:
-    for name, words in (("base", ["x", "y"]), ("a", ["y", "x"])):
-        folder = model_like(tmp_path / name, 3)
-        vocab = {word: number for number, word in enumerate(words)}
-        (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}}))
-    with open_model(str(tmp_path / "base")) as model, pytest.raises(InputError) as raised:
-        add_branches(model, {"a": str(tmp_path / "a")})
-    assert "the tokenizers differ, in 2 tokens" in str(raised.value)

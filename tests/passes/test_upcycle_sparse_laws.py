@@ -66,20 +66,6 @@ def test_with_all_experts_chosen_the_block_is_their_weighted_sum(gates: str) -> 
     assert relative(run(graph, params, {"x": x})["y"], expected) <= EXACT
 
 
-@pytest.mark.parametrize("gates", GATES)
-def test_a_token_meets_its_k_best_experts_and_no_other(gates: str) -> None:
-    graph, params = sparse(BIASED, experts=5, top_k=2, gates=gates)
-    inputs = tokens(BIASED)
-    before = run(graph, params, inputs)["y"]
-    logits = np.einsum("bsd,ed->bse", inputs["x"], params[ROUTER])
-    chosen = np.argsort(-logits, axis=-1)[..., :2]
-    for expert in range(5):
-        changed = {n: a.copy() for n, a in params.items()}
-        changed[f"{PREFIX}.down"][expert] += 1
-        differs = (run(graph, changed, inputs)["y"] != before).any(-1)
-        np.testing.assert_array_equal(differs, (chosen == expert).any(-1))
-
-
 @given(st.permutations(range(6)), st.sampled_from(GATES), st.integers(1, 6), st.booleans())
 def test_permuting_experts_with_the_rows_of_the_router_changes_nothing(
     order: list[int], gates: str, top_k: int, bounded: bool
@@ -90,13 +76,6 @@ def test_permuting_experts_with_the_rows_of_the_router_changes_nothing(
     inputs = tokens(BIASED)
     expected = run(graph, params, inputs)["y"]
     assert relative(run(graph, permuted, inputs)["y"], expected) <= EXACT
-
-
-def test_permuting_experts_without_the_router_changes_something() -> None:
-    graph, params = sparse(BIASED, experts=6, top_k=2)
-    permuted = {n: a if n == ROUTER else a[::-1] for n, a in params.items()}
-    inputs = tokens(BIASED)
-    assert relative(run(graph, permuted, inputs)["y"], run(graph, params, inputs)["y"]) > 0.1
 
 
 @given(st.permutations(range(12)), st.integers(0, 3))

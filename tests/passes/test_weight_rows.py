@@ -10,8 +10,6 @@ from moecc_passes.routed import WeightRowsPass, routed_layers
 from moecc.errors import InputError
 from moecc.ir import Graph, clone, equal, parse, print_graph
 from moecc.rewrite.passes import Context
-from moecc.rewrite.pipeline import Pipeline
-from moecc.rewrite.runner import run_pipeline
 from moecc.testing import laws
 from moecc.testing.blocks import experts, feed_forward
 from moecc.testing.generate import random_graph
@@ -63,18 +61,6 @@ def test_a_layer_is_weighted_once_and_keeps_its_gates() -> None:
     assert not ITEM.apply(again, Context()).changed
     assert equal(made, again)
     assert equal(parse(print_graph(made)), made)
-
-
-def test_what_experts_make_is_left_to_others_who_read_it() -> None:
-    sparse, _ = upcycled(Dense().graph(), experts=4)
-    made = routed_layers(sparse)[0].combine.operands[0]
-    sparse.set_output("rows", made)
-    assert operations(weighted(sparse)) == ["dispatch_gates", "weight_rows", "combine_weighted"]
-
-
-def test_without_experts_nothing_matches() -> None:
-    with pytest.raises(InputError, match="weight-rows: matched nothing"):
-        run_pipeline(Dense().graph(), Pipeline.parse("weight-rows"))
 
 
 def test_passes_on_routing_need_gates() -> None:

@@ -90,12 +90,6 @@ def test_unknown_names() -> None:
         REGISTRY.get("qqqqqq")
 
 
-def test_a_name_that_is_not_the_pass_s_own() -> None:
-    registry = Registry({}, {}).extended({"tip": lambda: TopPass}, "a package")
-    with pytest.raises(UsageError, match="registered as 'tip' has the name 'top'"):
-        registry.get("tip")
-
-
 def refused(path: Path, expected: str) -> None:
     with pytest.raises(UsageError, match=expected):
         REGISTRY.with_file(path)

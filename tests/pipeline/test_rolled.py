@@ -67,14 +67,6 @@ def test_other_passes_work(text: str) -> None:
     assert_same(before, graph, exact=True)
 
 
-def test_the_way_out_is_one() -> None:
-    graph = rolled("")
-    then(graph, "unroll-layers,upcycle{experts=4},roll-layers")
-    direct = dense()
-    then(direct, "upcycle{experts=4},roll-layers")
-    assert equal(graph, direct)
-
-
 def test_frozen_groups_are_those_of_the_layers_written_out() -> None:
     from moecc.analysis import parameter_groups
     from moecc.support.ranges import element, lengths
@@ -88,15 +80,6 @@ def test_frozen_groups_are_those_of_the_layers_written_out() -> None:
         assert {expected[element(name, i)] for i in range(count)} == {groups}
 
 
-def test_canonical_order_does_not_hide_what_is_alike() -> None:
-    text = "upcycle{experts=4 layers=every:2},add-losses{metrics=false},canonicalize,cse"
-    graph = rolled(text)
-    assert [n.attrs["over"] for n in graph if n.body is not None] == [(("layer", 2),)]
-    apart = dense()
-    then(apart, text)
-    assert_same(apart, graph, exact=True)
-
-
 @pytest.mark.parametrize("text", ["roll-layers", "roll-layers,unroll-layers"])
 def test_promises_are_checked(text: str) -> None:
     graph = dense()
@@ -104,13 +87,6 @@ def test_promises_are_checked(text: str) -> None:
     assert [c.measured for c in check_pipeline(graph, Pipeline.parse(text))] == [0.0] * (
         text.count(",") + 1
     )
-
-
-def test_a_rolled_graph_is_reduced_for_a_check() -> None:
-    graph = build(parse_config({**preset_config("smollm2-135m"), "num_hidden_layers": 4}))
-    then(graph, "roll-layers")
-    (found,) = check_pipeline(graph, Pipeline.parse("unroll-layers"))
-    assert found.measured == 0.0
 
 
 def test_what_a_pass_sees_of_another_depth() -> None:

@@ -128,18 +128,6 @@ def test_it_runs_its_passes_in_order() -> None:
     assert one.result.stats == {"words": 2, "a": 1, "end": 1}
 
 
-def test_a_step_is_left_out_by_its_option() -> None:
-    made, report = run("note-twice{word=a second=false kind=approximate}")
-    assert made.attrs["notes"] == ["a", "a"]
-    assert report.preserves == EXACT
-
-
-def test_the_promise_is_the_weakest() -> None:
-    _, report = run("note-twice{word=a kind=approximate}")
-    assert report.preserves == Preserves("approximate", "end")
-    assert TWICE(word="a", kind="approximate").preserves == report.preserves
-
-
 def test_both_spellings_are_one_and_print_as_one() -> None:
     texts = (
         "@note-twice{word=a times=3}",
@@ -149,26 +137,6 @@ def test_both_spellings_are_one_and_print_as_one() -> None:
     made = [Pipeline.parse(text, registry(TWICE)) for text in texts]
     assert made[0] == made[1] == made[2]
     assert str(made[0]) == "note-twice{times=3 word=a}"
-
-
-def test_the_mark_is_for_templates() -> None:
-    with pytest.raises(UsageError, match="top is a pass, not a pipeline template") as caught:
-        Pipeline.parse("@note-twice{word=a},@top", registry(TWICE))
-    assert "1:21" in str(caught.value)
-    assert "top, without @" in str(caught.value)
-    with pytest.raises(UsageError, match="did you mean 'note-twice'"):
-        Pipeline.parse("@note-twic", registry(TWICE))
-    with pytest.raises(UsageError, match=r"expected the name of a pass, found '\{'"):
-        Pipeline.parse("@{word=a}", registry(TWICE))
-
-
-def test_problems_of_the_passes_are_shown_at_the_options_of_the_template() -> None:
-    with pytest.raises(UsageError) as caught:
-        Pipeline.parse("note-twice{word=both times=0}", registry(TWICE))
-    assert [p.what.partition("\n")[0] for p in caught.value.problems] == ["too few", "not both"]
-    assert "pipeline:1:22" in str(caught.value.problems[0].where)
-    warned = Pipeline.parse("note-twice{word=a times=6}", registry(TWICE)).warnings()
-    assert [p.where for p in warned] == ["note-twice, option times"]
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -240,12 +208,6 @@ def test_a_file_of_ones_own_may_hold_templates(tmp_path: Path) -> None:
     (item,) = Pipeline.parse("@clean", found)
     assert item.preserves == EXACT
     assert found.get("clean").__doc__ == "Remove what is dead, twice."
-
-
-def test_st_moe_is_a_template_and_upcycle_is_none() -> None:
-    assert Pipeline.parse("@st-moe{experts=4}") == Pipeline.parse("st-moe{experts=4}")
-    with pytest.raises(UsageError, match="upcycle is a pass, not a pipeline template"):
-        Pipeline.parse("@upcycle")
 
 
 def test_options_reach_the_passes_that_they_name() -> None:

@@ -116,11 +116,6 @@ def problems(source: str) -> list[str]:
     return [str(p) for p in caught.value.problems]
 
 
-def test_whitespace_and_nothing() -> None:
-    assert parse(" \n") == parse("") == Pipeline(())
-    assert parse(" un-neg ,\n top{ experts=4 } ") == Pipeline((UnNegPass(), TopPass(experts=4)))
-
-
 def test_every_problem_at_once_with_its_place() -> None:
     found = problems(
         "un-nog,top{top_k=2 experts=many},every-kind{flag=maybe},top{experts=3 top-k=4}"
@@ -172,16 +167,5 @@ def test_faulty(source: str, expected: str) -> None:
     assert any(expected in p for p in problems(source))
 
 
-def test_a_syntax_error_does_not_hide_what_follows() -> None:
-    found = problems("top{experts=,3}, tap, top{exports=3")
-    assert len(found) == 3
-    assert "unknown pass 'tap'" in found[1] + found[2]
-
-
 def test_control_characters_are_shown_escaped() -> None:
     assert not any("\x1b" in found for found in problems("un-neg{\x1b}"))
-
-
-def test_an_option_of_another_type_does_not_print() -> None:
-    with pytest.raises(ValueError, match="is not a whole number"):
-        str(Pipeline((TopPass(experts="many"),)))  # type: ignore[arg-type]

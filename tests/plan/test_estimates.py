@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -14,17 +13,13 @@ from hypothesis import strategies as st
 from tiers import examples, few
 
 from moecc.families.describe import describe
-from moecc.ir.traits import Cost
 from moecc.model.open import open_model
-from moecc.plan.collectives import LayerRows
 from moecc.plan.machines import parse_machine
 from moecc.plan.memory import GAPS, STACKS_GAPS, Sharding, _zeros
 from moecc.plan.search import layouts, legal_vias, meshes
 from moecc.plan.step import REMATS, StepConfig, Strategy, plan_mesh
 from moecc.plan.time import Estimate, Estimator
 from moecc.plan.workload import Batch, Workload, make_batch, workload
-from moecc.rewrite.pipeline import Pipeline
-from moecc.rewrite.runner import run_pipeline
 from moecc.sharding.layout import Layout
 
 MODELS = ("mixtral-8x7b", "st-moe-l", "smollm2-135m", "switch-c")
@@ -172,32 +167,6 @@ def test_adafactor_keeps_less_than_adamw_and_both_less_than_all_copies(
     assert narrow.activations == pytest.approx(2 * adamw.activations)
 
 
-@pytest.mark.parametrize("model", MODELS)
-@settings(max_examples=examples(6, 15), deadline=None)
-@given(data=st.data(), machine=st.sampled_from(MACHINES))
-def test_no_plan_beats_the_peak(model: str, data: st.DataObject, machine: str) -> None:
-    work = work_of(model)
-    found = estimate(work, data.draw(strategies(model)), machine)
-    assert 0 < found.mfu < 1
-    assert found.seconds == pytest.approx(sum(found.by_kind.values()))
-    assert all(seconds >= -1e-12 for seconds in found.by_kind.values())
-
-
-@given(
-    top_k=st.integers(1, 8),
-    experts=st.sampled_from([8, 16, 64]),
-    devices=st.sampled_from([1, 4, 8]),
-)
-def test_the_worst_case_has_room_for_every_choice(top_k: int, experts: int, devices: int) -> None:
-    """By trying to send as many choices to one device as there can be."""
-    tokens, mine = 4, experts // devices
-    rows = LayerRows(tokens, tokens * top_k, devices, top_k, experts, True)
-    # Each token of each device chooses as many experts of the first device as it can.
-    landed = sum(min(top_k, mine) for _ in range(tokens * devices))
-    assert rows.buffer_rows("ragged") == rows.buffer_rows("ring") == landed
-    assert rows.buffer_rows("capacity") == 1.25 * rows.rows
-
-
 def census(model: str, mesh: str, via: str, remat: str, step: str) -> dict[str, float]:
     work = work_of(model)
     layout = Layout(plan_mesh(mesh), work.experts, "whole", via == "replicated")
@@ -232,14 +201,6 @@ def test_the_collectives_of_a_sparse_layer(
     assert census("mixtral-8x7b", "data=2,expert=8", via, remat, step) == expected
 
 
-def test_a_tied_table_has_one_gradient() -> None:
-    """It is looked up and multiplied; both gradients are added before they are sent."""
-    work = work_of("smollm2-135m")
-    layout = Layout(plan_mesh("data=16"), 0)
-    found = estimate(work, Strategy(layout), "tpu:v5p:2x2x4").collectives["all_reduce"]
-    assert found["tensor_bytes"] == 2 * work.parameters
-
-
 @pytest.mark.parametrize("remat", REMATS)
 def test_parameters_of_layers_are_gathered_for_either_pass(remat: str) -> None:
     """Whatever is kept of the activations: gathered parameters would be the whole model."""
@@ -268,65 +229,6 @@ def test_a_tpu_adds_up_shards_with_odd_numbers_of_rows(devices: int, is_odd: boo
     table = max(local.used(w) for w, _ in work.weights)
     assert _zeros(work, local, "tpu") == is_odd * table
     assert _zeros(work, local, "gpu") == 0
-
-
-def test_layers_that_are_a_loop_in_their_unit_are_computed_again_for_it() -> None:
-    """A unit of ST-MoE is four layers; three are a loop, run again for it and for themselves."""
-    work = work_of("st-moe-l")
-    parts = [p for p in work.parts if p.name == "encoder.layers.attention"]
-    assert sum(p.count for p in parts if p.onward) == 18
-    assert sum(p.count for p in parts if not p.onward) == 6
-    for part in parts:
-        last = [s for s in part.steps if s.cost is Cost.PRODUCT][-1]
-        assert [last.again, last.saved_again] == [1 + part.onward, 0], "its result is saved"
-        assert last.block_again == 1
-    # What the encoder returns is one operand of all layers of a unit.
-    cross = next(p for p in work.parts if p.name == "decoder.layers.cross_attention")
-    assert {s.source_share for s in cross.steps} == {0.25, 1.0}
-
-
-def test_a_tpu_fuses_what_is_computed_entry_by_entry() -> None:
-    """Of a gated block there are the products alone: gate and up, not what is made of them."""
-    (layer,) = work_of("smollm2-135m").layers
-    plain, fused = (
-        Counter(s.names for s in backward.alive)
-        for backward in (layer.residuals.plain, layer.residuals.fused)
-    )
-    mlp = ("batch", "seq", "mlp")
-    assert [plain[mlp], fused[mlp]] == [4, 2]
-    assert sum(fused.values()) < sum(plain.values())
-    assert layer.residuals.saved == layer.residuals.plain.alive
-
-
-def test_a_unit_of_two_layers_has_no_loop() -> None:
-    """Both are computed once more together, the first up to its end, for the second needs that."""
-    graph = open_model("preset:smollm2-135m").graph
-    run_pipeline(graph, Pipeline.parse("upcycle{experts=8 top-k=2 layers=every:2}"))
-    work = workload(graph, make_batch(graph, 16, 16 * 64, (64,)))
-    dense, sparse = (p for p in work.parts if p.name == "layers.ffn")
-    again = [[s.again for s in p.steps if s.cost is Cost.PRODUCT] for p in (dense, sparse)]
-    assert again == [[1, 1, 1], [1, 1, 1, 1]]
-    assert not dense.onward
-    first, second = work.layers
-    assert [first.is_first, second.is_first] == [True, False]
-    assert first.beside == ((), ())
-    assert second.beside[0] == first.residuals.plain.alive
-
-
-def test_queries_and_keys_are_made_of_one_operand() -> None:
-    work = work_of("smollm2-135m")
-    attention = next(p for p in work.parts if p.name == "layers.attention")
-    makers = [s for s in attention.steps if s.cost is Cost.PRODUCT and "embed" in s.over]
-    assert len(makers) == 3
-    assert len({s.source for s in makers}) == 1
-
-
-def test_full_rematerialisation_does_not_repeat_the_last_product_of_a_layer() -> None:
-    """Nothing asks for what the last dense block adds, so XLA drops it from the second pass."""
-    work = work_of("smollm2-135m")
-    ffn = next(p for p in work.parts if p.name == "layers.ffn")
-    products = [s for s in ffn.steps if s.cost is Cost.PRODUCT]
-    assert [s.again for s in products] == [True, True, False]
 
 
 @pytest.mark.parametrize(

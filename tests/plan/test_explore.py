@@ -86,17 +86,6 @@ def test_a_step_in_stages_is_its_turns_its_sends_and_one_update(parts: int) -> N
     assert one.seconds == pytest.approx((parts + 1) * (turn + 2 * sent / link) + update)
 
 
-def test_the_first_stage_keeps_what_is_on_its_way() -> None:
-    """Of two micro-batches in two stages, however many there are."""
-    work, like = mixtral(MIXTRAL), strategy(mixtral(MIXTRAL), "fsdp=8")
-    one, two, many = (staged(work, CPU, StepConfig(micro_batches=n), like, 2) for n in (1, 2, 8))
-    # With a second one there is a sum of gradients, as large as they.
-    kept = two.total_bytes - one.total_bytes
-    assert kept > two.slowest.memory.activations
-    more = many.total_bytes - two.total_bytes
-    assert more == pytest.approx(many.slowest.memory.inputs - two.slowest.memory.inputs)
-
-
 def test_what_has_no_stages_says_why() -> None:
     work = mixtral(MIXTRAL)
     with pytest.raises(InputError, match="2 equal layers are not 4 equal stages"):
@@ -134,14 +123,6 @@ def test_parts_of_sequences_do_the_same_products_and_gather_keys(parts: int) -> 
     # Two layers; keys and values; forward and backward.
     assert one.gather_seconds == pytest.approx(2 * 2 * 2 * each)
     assert one.seconds == one.estimate.seconds + one.gather_seconds
-
-
-def test_sequences_that_have_no_parts_say_why() -> None:
-    with pytest.raises(InputError, match=r"sequences of 64 tokens \(S\) are not 3 equal parts"):
-        split_batch(MIXTRAL, 3)
-    work = mixtral(split_batch(MIXTRAL, 2))
-    with pytest.raises(InputError, match="no mesh axis of the batch has 2 devices"):
-        in_context(work, CPU, StepConfig(), strategy(work, "model=2"), 2)
 
 
 # --- chunks --------------------------------------------------------------------------------
@@ -207,16 +188,6 @@ def test_ideas_are_ranked_and_the_lowered_ones_are_plans() -> None:
     assert not model.plan("cpu:8", **STEP).report["explored"]
 
 
-def test_what_asks_for_an_idea_says_all_that_was_priced() -> None:
-    model = moecc.open(str(GOLDEN / "mixtral_gqa")).apply("specialize{capacity-factor=1.25}")
-    given: dict[str, Any] = {"mesh": "data=2,expert=4", "via": "capacity", "remat": "save"}
-    plan = model.plan("cpu:8", explore=True, dense_weights="split", **STEP, **given)
-    found = {f"{i['name']} {i['how'][:8]}": i["options"] for i in plan.report["explored"]}
-    same = "--mesh data=2,expert=4 --dense-weights split --via capacity --remat save"
-    assert found["chunked exchanges 4 chunks"] == f"moecc compile {same} --chunks 4"
-    assert found["expert replication 2 device"] == same
-
-
 def test_the_options_of_a_chunked_exchange_compile_what_was_priced() -> None:
     from moecc.ahead.prepare import prepare
     from moecc.ahead.request import Request
@@ -234,11 +205,3 @@ def test_the_options_of_a_chunked_exchange_compile_what_was_priced() -> None:
     assert str(job.estimate.strategy) == idea["how"].partition(", ")[2].replace(
         ", via capacity,", f", via capacity in {asked['chunks']} chunks,"
     )
-
-
-def test_what_is_impossible_says_why() -> None:
-    model = moecc.open(str(GOLDEN / "mixtral_gqa"))
-    plan = model.plan("cpu:8", explore=True, batch_tokens=8 * 31, sequence="31", dtype="f32")
-    why = {f"{i['name']} {i['how']}": i["why"] for i in plan.report["explored"]}
-    assert "sequences of 31 tokens (S) are not 2 equal parts" in why.values()
-    assert any(k.startswith("pipeline stages 4") and "equal stages" in v for k, v in why.items())

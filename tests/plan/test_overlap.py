@@ -65,28 +65,6 @@ def moved(transfers: Iterable[Collective], layers: int = 1) -> float:
     return layers * sum(t.tensor_bytes * t.times for t in transfers)
 
 
-def test_on_a_tpu_the_smallest_gather_of_a_layer_has_no_product_before_it() -> None:
-    estimate = planned("tpu:v5p:2x2x2")
-    of = gathers(estimate)
-    first = min(of["layers.attention"], key=lambda t: t.tensor_bytes)
-    outside = moved([*of["embed"], *of["head"]])
-    expected = outside + moved([first], LAYERS)
-    assert exposed(estimate, "all_gather") == pytest.approx(expected)
-    assert first.times == 2, "in the forward pass and in the backward"
-
-
-def test_on_a_tpu_dropless_experts_leave_their_gathers_the_products_of_attention() -> None:
-    estimate = planned("tpu:v5p:2x2x2", via="ragged")
-    of = gathers(estimate)
-    first = of["layers.attention"][:3]
-    assert [t.weight.split(".")[-2] for t in first] == ["q_proj", "k_proj", "v_proj"]
-    expected = moved([*of["embed"], *of["head"]]) + moved(first, LAYERS)
-    assert exposed(estimate, "all_gather") == pytest.approx(expected)
-    assert exposed(estimate, "reduce_scatter") > exposed(planned("tpu:v5p:2x2x2"), "reduce_scatter")
-    gpu, capacity = planned("gpu:h100:8", via="ragged"), planned("gpu:h100:8")
-    assert exposed(gpu, "reduce_scatter") == exposed(capacity, "reduce_scatter")
-
-
 def of_ring(estimate: Estimate, op: str) -> list[Collective]:
     """Return what a ring does with tokens."""
     (part,) = (p for p in estimate.parts if p.name == "layers.ffn")
@@ -108,33 +86,8 @@ def test_on_a_tpu_a_ring_waits_for_tokens_and_not_for_gradients_of_its_sums() ->
     assert exposed(estimate, "all_gather") == pytest.approx(whole + either)
 
 
-def test_on_a_tpu_sums_of_a_ring_are_beside_the_routing_that_losses_read() -> None:
-    estimate = planned("tpu:v5p:2x2x2", via="ring")
-    (sums,) = of_ring(estimate, "reduce_scatter")
-    assert sums.leaves_work
-    assert exposed(estimate, "reduce_scatter") < moved([sums])
-    forward = planned("tpu:v5p:2x2x2", via="ring", train=False)
-    (sums,) = of_ring(forward, "reduce_scatter")
-    assert exposed(forward, "reduce_scatter") == moved([sums], LAYERS), "there is no loss"
-
-
-def test_on_a_gpu_no_gather_is_beside_an_exchange_or_the_beginning_of_a_layer() -> None:
-    estimate = planned("gpu:h100:8")
-    of = gathers(estimate)
-    last = [of["layers.attention"][-1], of["layers.ffn"][-1]]
-    inside = [*of["layers.attention"], *of["layers.ffn"]]
-    whole = moved([*of["embed"], *of["head"]]) + moved(inside, LAYERS)
-    assert exposed(estimate, "all_gather") == pytest.approx(whole - moved(last, LAYERS))
-
-
 def test_on_a_gpu_chunks_are_exchanged_beside_the_products_of_others() -> None:
     one, three = planned("gpu:h100:8"), planned("gpu:h100:8", chunks=3)
     assert exposed(three, "all_to_all") == pytest.approx(exposed(one, "all_to_all") / 3)
     one, three = planned("tpu:v5p:2x2x2"), planned("tpu:v5p:2x2x2", chunks=3)
     assert exposed(three, "all_to_all") == pytest.approx(exposed(one, "all_to_all"))
-
-
-@pytest.mark.parametrize("machine", ["tpu:v5p:2x2x2", "gpu:h100:8"])
-def test_gradients_of_parameters_stored_whole_are_behind_the_loop(machine: str) -> None:
-    estimate = planned(machine)
-    assert exposed(estimate, "all_reduce") == estimate.collectives["all_reduce"]["tensor_bytes"] > 0

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
-from moecc_backends.xla.aot.compiler import require
 
 from moecc.cli.main import main
-from moecc.errors import InputError, UsageError
-from moecc.jobs.plan import plan_step
-from moecc.model.open import open_model
-from moecc.plan.machines import find_machine, parse_machine, sizes_of_kind
+from moecc.errors import InputError
+from moecc.plan.machines import find_machine, parse_machine
 from moecc.plan.networks import Switch, Torus
-from moecc.plan.step import StepConfig
 
 MODEL = str(Path(__file__).parents[1] / "golden" / "llama_gqa")
 
@@ -50,35 +45,6 @@ def test_a_machine_like_one_of_the_table(tmp_path: Path) -> None:
     assert found.sources[0] == path
 
 
-def test_a_machine_of_which_all_is_said(tmp_path: Path) -> None:
-    found = find_machine(written(tmp_path, WHOLE))
-    assert found.peak("bf16") == 300e12
-    assert found.peak("i8") == 20e12
-    assert found.network == Switch(4, 32, 200e9, 25e9)
-    assert found.sources == ("a data sheet",)
-    with pytest.raises(UsageError, match="nothing is known of this machine's chip"):
-        require(found)
-
-
-def test_all_devices_are_one_node_where_none_are_said(tmp_path: Path) -> None:
-    said = ("devices_per_node = 4\n", "node_bytes_per_second = 25e9\n")
-    text = WHOLE.replace(said[0], "").replace(said[1], "").replace("= 32", "= 4")
-    found = find_machine(written(tmp_path, text))
-    assert found.network == Switch(4, 4, 200e9, 800e9)
-    with open_model(MODEL) as model:
-        assert plan_step(model.graph, MODEL, found.name, StepConfig())[0]["best"]["fits"]
-
-
-def test_little_memory_is_told_in_its_unit(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = written(tmp_path, 'like = "cpu:1"\nmemory = "1 MB"\n')
-    assert main(["plan", MODEL, "--machine", path, "--batch-tokens", "4096"]) == 1
-    err = capsys.readouterr().err
-    assert "expected: at most 1.00 MB a device" in err
-    assert re.search(r"found: \d+\.\d\d MB with ", err)
-
-
 def test_links_of_a_torus(tmp_path: Path) -> None:
     found = find_machine(written(tmp_path, 'like = "v4-32"\nlink_bytes_per_second = 1e9\n'))
     base = parse_machine("v4-32").network
@@ -86,13 +52,6 @@ def test_links_of_a_torus(tmp_path: Path) -> None:
     assert isinstance(base, Torus)
     assert [dim.link_bytes_per_second for dim in found.network.dims[:3]] == [1e9] * 3
     assert found.network.dims[3] == base.dims[3]
-
-
-def test_larger_ones_have_more_nodes(tmp_path: Path) -> None:
-    own, larger, *_ = sizes_of_kind(find_machine(written(tmp_path, WHOLE)))
-    assert (own.devices, larger.devices) == (32, 64)
-    assert larger.name.endswith("ours.toml with devices = 64")
-    assert larger.network == Switch(4, 64, 200e9, 25e9)
 
 
 def test_commands_take_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,17 +63,6 @@ def test_commands_take_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (machine["name"], machine["devices"]) == (path, 8)
     assert machine["usable_bytes"] == 1_000_000_000
     assert main(["plan", MODEL, "--machine", written(tmp_path, WHOLE), "--sequence", "64"]) == 0
-
-
-@pytest.mark.slow
-def test_a_plan_for_the_file_is_compiled(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path, plan = written(tmp_path, 'like = "cpu:8"\nmemory = "1 GB"\n'), str(tmp_path / "plan.json")
-    assert main(["plan", MODEL, "--machine", path, "--sequence", "64", "--save", plan]) == 0
-    capsys.readouterr()
-    assert main(["compile", MODEL, "--plan", plan, "--format", "json"]) == 0
-    assert json.loads(capsys.readouterr().out)["machine"]["name"] == path
 
 
 WRONG = {

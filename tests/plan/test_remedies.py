@@ -11,7 +11,6 @@ from moecc.ahead.prepare import prepare
 from moecc.ahead.request import Request
 from moecc.ahead.worker import would_fit_text
 from moecc.cli.main import main
-from moecc.jobs.train import as_setting
 from moecc.plan.step import StepConfig
 from tests.support.tiers import few
 
@@ -73,9 +72,3 @@ def test_a_program_that_needs_more_than_planned_is_told_by_its_plan() -> None:
         assert "--optimizer" not in options  # it saves a fifth, and a third is too much
     less = prepare(replace(asked, config=replace(asked.config, remat="full"))).estimate.memory.total
     assert less <= planned / 1.5
-
-
-def test_a_recipe_is_told_by_its_keys() -> None:
-    assert as_setting("micro_batches", "4") == "--set run.micro_batches=4"
-    assert as_setting("optimizer", "adafactor") == "--set optimizer.name=adafactor"
-    assert as_setting("mesh", "fsdp=8") == "--set mesh.mesh=fsdp=8"

@@ -19,7 +19,7 @@ from moecc.ir.structure import clone, local_type
 from moecc.plan.machines import parse_machine
 from moecc.plan.memory import Sharding
 from moecc.plan.search import layouts, legal_vias, meshes, problems
-from moecc.plan.step import StepConfig, Strategy, plan_mesh
+from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.time import Estimator
 from moecc.plan.workload import Workload, make_batch, workload
 from moecc.presets import preset_config
@@ -74,24 +74,6 @@ def test_a_device_holds_what_the_plan_says(model: str) -> None:
             wrong.append((str(layout.mesh), layout.dense_weights, layout.names, found,
                           (matrices, vectors)))  # fmt: skip
     assert wrong == []
-
-
-@pytest.mark.parametrize(
-    ("mesh", "experts", "dense", "replicated", "rules"),
-    [
-        ("data=64,model=16", 64, "split", False, "st-moe,zero"),
-        ("fsdp=8,expert=8", 8, "split", False, "fsdp,expert-parallel,zero-expert"),
-        ("data=8,expert=8", 8, "whole", False, "expert-parallel"),
-        ("data=8,expert=8,model=2", 8, "whole", True, "expert-replicated,tensor-parallel"),
-        ("data=16", 8, "split", False, "data-parallel,zero"),
-        ("fsdp=4,model=4", 0, "whole", False, "fsdp,tensor-parallel"),
-        ("model=4", 0, "whole", False, "tensor-parallel"),
-    ],
-)
-def test_the_names_of_a_layout(
-    mesh: str, experts: int, dense: str, replicated: bool, rules: str
-) -> None:
-    assert ",".join(Layout(plan_mesh(mesh), experts, dense, replicated).names) == rules
 
 
 @pytest.mark.parametrize("model", FEW)
@@ -169,9 +151,3 @@ def test_files_of_rules_are_bounded(tmp_path: Path) -> None:
     file.write_bytes(b"batch = \xff")
     with pytest.raises(InputError, match="cannot be read"):
         read_layout(str(file))
-
-
-def test_rows_of_data_have_tokens_of_their_own() -> None:
-    layout = Layout(plan_mesh("data=8"), 8, "whole", replicated=True)
-    with pytest.raises(InputError, match="cannot all have the same tokens"):
-        print(layout.names)

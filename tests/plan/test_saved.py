@@ -15,7 +15,7 @@ import pytest
 
 from moecc.ahead.request import Request
 from moecc.cli.main import main
-from moecc.errors import InputError, UsageError
+from moecc.errors import InputError
 from moecc.jobs.compile import CompileOutcome, compile
 from moecc.plan.step import read_plan
 from tests.support.rotary_tables import table_flops
@@ -87,16 +87,6 @@ def test_compile_takes_all_of_it(tmp_path: Path, requested: Requested) -> None:
     )  # fmt: skip
 
 
-def test_what_the_plan_says_is_said_once(tmp_path: Path, requested: Requested) -> None:
-    path = str(saved(tmp_path))
-    twice = {"machine": "cpu", "mesh": "data=8", "pipeline": "cse", "micro_batches": 2}
-    for name, value in twice.items():
-        with pytest.raises(UsageError, match="the plan says it"):
-            requested(plan=path, **{name: value})
-    with pytest.raises(UsageError, match="no machine is named"):
-        requested()
-
-
 def test_a_recipe_gets_mesh_and_remat(tmp_path: Path) -> None:
     more = ("--mesh", "fsdp=2,expert=4", "--via", "ring", "--remat", "full",
             "--micro-batches", "2", "--reduce-dtype", "f32")  # fmt: skip
@@ -148,20 +138,6 @@ def test_a_run_rejects_the_plan_of_another_model(
     assert all(word in said for word in words), said
     assert str(path) in said
     assert not run.exists()
-
-
-def test_a_plan_with_the_passes_of_a_converted_model_fits_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    recipe = written_recipe(tmp_path, pipeline="")
-    model, sparse = str(tmp_path / "model"), str(tmp_path / "sparse")
-    assert main(["convert", model, sparse, "-p", PIPELINE, "--to", "auto"]) == 0
-    path = saved(tmp_path, "--mesh", "data=8", "--batch-tokens", "2048", model=model)
-    capsys.readouterr()
-    command = ["train", str(recipe), "--set", f"model.source={sparse}", "--plan", str(path)]
-    assert main([*command, "--out", str(tmp_path / "run"), "--dry-run"]) == 0
-    said = " ".join(capsys.readouterr().err.split())
-    assert "other settings: dtype bf16, here f32; tokens of a batch 2048, here 256" in said
 
 
 def written_recipe(folder: Path, batch: int = 8, pipeline: str = PIPELINE) -> Path:
@@ -261,19 +237,3 @@ def test_what_is_no_plan_is_reported(tmp_path: Path, case: str) -> None:
     with pytest.raises(InputError) as caught:
         read_plan(path)
     assert words in str(caught.value)
-
-
-@pytest.mark.parametrize("command", ["compile", "train"])
-def test_a_plan_that_is_missing(
-    tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    plan = ["--plan", str(tmp_path / "none.json")]
-    more = {"compile": [MODEL], "train": ["recipe:upcycle", "--out", str(tmp_path / "run")]}
-    assert main([command, *more[command], *plan]) == 1
-    assert "none.json" in capsys.readouterr().err
-
-
-def test_words_that_no_option_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = spoilt(saved(tmp_path), lambda d: d["best"].update(via="pigeons", remat="none"))
-    assert main(["compile", MODEL, "--plan", path]) == 1
-    assert "pigeons" in capsys.readouterr().err

@@ -79,19 +79,3 @@ def test_chunks_send_what_is_sent_at_once(capsys: pytest.CaptureFixture[str]) ->
     assert cut["bytes"] == whole["bytes"] == planned["collectives"]["all-to-all"]["bytes"]
     assert found["2"]["flops"] == planned["flops"] + table_flops(16, 4)
     assert planned["seconds"] < found["1"]["predicted"]["seconds"]
-
-
-@pytest.mark.parametrize(
-    ("args", "says"),
-    [
-        (("--chunks", "3", "--batch-tokens", "256"), "a divisor of 4, the sequences of a device"),
-        (("--chunks", "2", "--via", "ring"), "slots that the graph's own collectives exchange"),
-        (("--chunks", "2", "--partition", "gspmd"), "slots that the graph's own collectives"),
-    ],
-)
-def test_what_cannot_be_chunked_says_why(
-    capsys: pytest.CaptureFixture[str], args: tuple[str, ...], says: str
-) -> None:
-    pytest.importorskip("optax")
-    assert main(["compile", MIXTRAL, *CHUNKED, *args]) == 1
-    assert says in capsys.readouterr().err

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 import moecc
-from moecc.cli.main import main
 from moecc.errors import InputError, UsageError
 from moecc.plan.explore import part_of_machine
 from moecc.plan.machines import find_machine, parse_machine, sizes_of_kind
@@ -87,9 +86,3 @@ def test_a_file_says_how_slices_are_joined(tmp_path: Path) -> None:
     file.write_text('like = "tpu:v5p:2x2x4"\nslice_bytes_per_second = 1e9\n')
     with pytest.raises(InputError, match="the machine has one slice"):
         find_machine(str(file))
-
-
-def test_several_slices_are_not_compiled(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("jax")
-    assert main(["compile", "preset:smollm2-135m", "--machine", "tpu:v5e:2x4:2"]) == 2
-    assert "planned, and not compiled" in capsys.readouterr().err

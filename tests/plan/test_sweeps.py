@@ -12,10 +12,7 @@ from hypothesis import strategies as st
 
 import moecc
 from moecc.cli.main import main
-from moecc.errors import UsageError
-from moecc.plan.page import sweep_page
-from moecc.plan.sweeps import DROPLESS, FRONTIER, Planned, frontier, parse_sweep, sweep_text
-from tests.support.pages import Parsed
+from moecc.plan.sweeps import DROPLESS, Planned, frontier
 from tests.support.tiers import examples
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -90,46 +87,6 @@ def test_nothing_on_the_frontier_is_beaten_and_the_rest_is(rows: list[tuple[Any,
         assert mark or any(beats(other, point) for other in kept)
 
 
-def test_the_table_and_the_page(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    pytest.importorskip("plotly")
-    page = tmp_path / "sweep.html"
-    up = "upcycle{experts=2 top-k=2}"
-    code, out, err = run(
-        capsys, "plan", DENSE, *WHERE, *MESH, "-p", up, "--sweep", "experts=2,4 top-k=2,3",
-        "--html", page,
-    )  # fmt: skip
-    assert code == 0
-    assert err == f"the sweep is in {page}\n"
-    assert FRONTIER in out
-    # Three choices of two experts: said, and the others are planned.
-    assert "top-k does not suit the experts" in out
-    html = page.read_text("utf-8")
-    (figure,) = Parsed(html).figures
-    assert figure["layout"]["xaxis"]["title"]["text"] == "experts"
-    lines = {line["name"]: line for line in figure["data"]}
-    assert lines.keys() == {
-        "top-k 2, capacity-factor dropless",
-        "top-k 3, capacity-factor dropless",
-    }
-    assert sorted(x for line in lines.values() for x in line["x"]) == ["2", "4", "4"]
-    assert all(y > 0 for line in lines.values() for y in line["y"])
-    assert "Not planned" in html
-    assert run(capsys, "plan", DENSE, *WHERE, "--sweep", "experts=2", "--html", page)[0] == 1
-
-
-def test_a_picture_of_a_capacity_alone_runs_along_it() -> None:
-    pytest.importorskip("plotly")
-    model = moecc.open(MIXTURE)
-    factors = [1, 2.0, DROPLESS]
-    found = model.sweep("cpu:2", capacity_factor=factors, **SMALL)
-    (figure,) = Parsed(sweep_page(found.report)).figures
-    assert figure["layout"]["xaxis"]["title"]["text"] == "capacity-factor"
-    assert figure["layout"]["xaxis"]["categoryarray"] == ["1", "2", "dropless"]
-    assert str(found) == sweep_text(found.report)
-    times = [p["best"]["seconds"] for p in found.points if p["best"]]
-    assert times[0] < times[1]
-
-
 BAD = {
     "an axis misspelt": ("experts=4 topk=1", 2, "did you mean 'top-k'"),
     "an axis of another name": ("layers=4", 2, "axes: experts, top-k, capacity-factor"),
@@ -169,19 +126,3 @@ def test_what_cannot_be_swept(
     found, out, err = run(capsys, "plan", model, *WHERE, "--sweep", *args)
     assert (found, out) == (code, "")
     assert says in err
-
-
-def test_values_of_python_are_checked_too() -> None:
-    model = moecc.open(DENSE)
-    with pytest.raises(UsageError, match="found: '8'"):
-        model.sweep("cpu:2", experts="8")
-    with pytest.raises(UsageError, match="found: True"):
-        model.sweep("cpu:2", top_k=[True])
-    with pytest.raises(UsageError, match="nothing is swept"):
-        model.sweep("cpu:2")
-
-
-def test_every_text_of_a_sweep_is_read_back() -> None:
-    found = parse_sweep(["experts=8,16", "top-k=1 capacity-factor=1.25,dropless"])
-    assert (found.experts, found.top_k, found.capacity_factor) == ((8, 16), (1,), (1.25, DROPLESS))
-    assert len(list(found.points())) == 4

@@ -28,21 +28,6 @@ def test_of_all_orders_the_one_that_pads_least(sizes: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "expected"),
-    [
-        ((192, 576), 192 * 640),
-        ((49152, 576), 49152 * 576),
-        ((576,), 576),
-        ((1, 100), 100),
-        ((4, 14336), 8 * 14336),
-    ],
-)
-def test_the_room_of_some_parameters(sizes: tuple[int, ...], expected: int) -> None:
-    assert padded(sizes, "tpu") == expected
-    assert padded(sizes, "gpu") == padded(sizes, "cpu") <= expected
-
-
-@pytest.mark.parametrize(
     ("sizes", "count", "expected"),
     [
         # As XLA lays out what 30 layers of SmolLM2 store of a parameter on one of 64 devices.

@@ -174,26 +174,3 @@ def test_a_plan_prices_what_passes_write_into_a_model(
     found = planned(graph, parse_mesh(mesh), names, via, bool(options))
     assert found == through(graph, passes)
     assert found
-
-
-def test_a_plan_keeps_to_the_model_that_it_read() -> None:
-    """Passes lay the graph on a mesh before the estimate is asked for."""
-    graph, mesh = clone(model("mixtral-8x7b")), parse_mesh("fsdp:2,expert:4")
-    rules = ("fsdp", "expert-parallel")
-    work = workload(graph, Batch(SIZES["B"], (("S", SIZES["S"]),)))
-    run_pipeline(
-        graph,
-        Pipeline.parse(
-            "annotate-sharding{mesh=fsdp:2,expert:4 rules=fsdp,expert-parallel},"
-            "lower-collectives,roll-layers"
-        ),
-    )
-    found = Estimator(work, parse_machine("cpu:8"), StepConfig("forward", dtype="f32")).estimate(
-        Strategy(Layout.ruled(mesh, work.experts, rules), "ragged", "grouped", "none")
-    )
-    expected = planned(model("mixtral-8x7b"), mesh, rules, "ragged", False)
-    sends: Sends = Counter()
-    for part in found.parts:
-        for one in part.collectives:
-            sends[one.op, one.axes, round(one.tensor_bytes)] += int(part.count * one.times)
-    assert sends == expected

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from .chain import ROOT, TOLERANCE, failures, interpreter, prove, smollm2
+from .chain import ROOT, failures, interpreter, prove, smollm2
 
 PROOF = ROOT / "docs" / "proofs" / "chain.json"
 
@@ -29,19 +29,6 @@ def line(found: dict[str, Any]) -> str:
         f"{high}), and is {held_out['transformers']:.4f} in transformers {judge['version']} "
         f"(`{judge['class']}`), {held_out['apart']:.0e} apart."
     )
-
-
-def test_the_page_has_the_numbers_of_the_proof() -> None:
-    found = json.loads(PROOF.read_text("utf-8"))
-    assert failures(found) == found["failures"] == []
-    assert 0 <= found["held_out"]["apart"] <= TOLERANCE
-    page = " ".join((ROOT / "docs" / "training.md").read_text("utf-8").split())
-    assert line(found) in page
-    assert [c["command"].split()[:2] for c in found["commands"]] == [
-        *(["moecc", name] for name in ("tokens", "train", "evaluate", "convert", "verify",
-                                       "generate")),
-        ["transformers"],
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

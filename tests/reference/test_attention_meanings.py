@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import cmath
-import math
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from moecc.errors import InputError
-from moecc.ir.arrays import Array
-from moecc.ir.ops.attention import RelativeBucketsOp, bucket_starts
 
 ROPE = {"axis": "head_dim", "size": 8, "theta": 100.0}
 
@@ -102,14 +97,6 @@ def test_rope_gives_the_numbers_of_transformers(case: str, evaluate: Any) -> Non
     np.testing.assert_allclose(sin[0, 3, :4], sines, atol=5e-6)
 
 
-@pytest.mark.parametrize("kind", ["linear", "dynamic", "llama3", "yarn"])
-def test_a_factor_of_one_scales_nothing(kind: str, evaluate: Any) -> None:
-    positions = (np.arange(50), "seq")
-    plain = evaluate("rope", positions, **ROPE)
-    scaled = evaluate("rope", positions, **ROPE, scaling=kind, factor=1.0, original_context=64)
-    np.testing.assert_allclose(scaled, plain, rtol=1e-12, atol=1e-12)
-
-
 def test_longrope_divides_by_other_numbers_beyond_the_original_context(evaluate: Any) -> None:
     attrs = {"scaling": "longrope", "original_context": 32, "attention_factor": 1.5}
     lists = {"short_factors": (1.0, 1.0, 1.0, 1.0), "long_factors": (1.0, 2.0, 4.0, 8.0)}
@@ -141,24 +128,6 @@ def test_rotate_turns_pairs_as_complex_numbers(evaluate: Any) -> None:
         expected = (x[:, s, :, i] + 1j * x[:, s, :, i + 4]) * turn
         np.testing.assert_allclose(found[:, s, :, i], expected.real, rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(found[:, s, :, i + 4], expected.imag, rtol=1e-12, atol=1e-12)
-
-
-def test_scores_depend_on_the_distance_alone(evaluate: Any) -> None:
-    rng = np.random.default_rng(2)
-    q, k = rng.normal(size=8), rng.normal(size=8)
-
-    def score(at_q: int, at_k: int) -> float:
-        turned = []
-        for vector, position in ((q, at_q), (k, at_k)):
-            tables = evaluate("rope", (np.array([position]), "seq"), **ROPE)
-            pair = [(t, "seq head_dim") for t in tables]
-            turned.append(
-                evaluate("rotate", (vector[None], "seq head_dim"), *pair, axis="head_dim")
-            )
-        return float((turned[0] * turned[1]).sum())
-
-    assert score(9, 4) == pytest.approx(score(25, 20), rel=1e-12)
-    assert not math.isclose(score(9, 4), score(9, 5))
 
 
 @pytest.mark.parametrize("window", [0, 1, 3])
@@ -211,31 +180,6 @@ def test_buckets_are_those_of_transformers(case: tuple[bool, int, int], evaluate
     found = evaluate("relative_buckets", (np.array([1000]), "seq"), (keys, "kv_seq"), **attrs)
     assert found.tolist() == [BUCKETS[case]]
     assert found.dtype == np.int32
-
-
-@given(
-    exact=st.integers(1, 9), extra=st.integers(0, 9), reach=st.integers(1, 300), both=st.booleans()
-)
-def test_buckets_grow_with_distance_and_start_where_the_table_says(
-    exact: int, extra: int, reach: int, both: bool
-) -> None:
-    count = 2 * exact + extra % 2
-    attrs = {
-        "bidirectional": both,
-        "buckets": count * (2 if both else 1),
-        "max_distance": exact + reach,
-    }
-    distances = np.arange(exact + reach + 5)
-    zero = Array(np.array([0]), ("seq",))
-    behind = RelativeBucketsOp(attrs).meaning(zero, Array(-distances, ("kv_seq",))).data[0]
-    assert behind[: exact + 1].tolist() == list(range(exact + 1))
-    assert (np.diff(behind) >= 0).all()
-    assert behind[-1] == count - 1 == len(bucket_starts(attrs))
-    starts = np.searchsorted(bucket_starts(attrs), distances, side="right")
-    np.testing.assert_array_equal(behind, starts)
-    ahead = RelativeBucketsOp(attrs).meaning(zero, Array(distances[1:], ("kv_seq",))).data[0]
-    expected = count + behind[1:] if both else np.zeros(len(distances) - 1)
-    np.testing.assert_array_equal(ahead, expected)
 
 
 @pytest.mark.parametrize(

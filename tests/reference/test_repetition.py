@@ -62,18 +62,6 @@ def test_stacking_follows_names() -> None:
     np.testing.assert_array_equal(found["column"], data[..., 2])
 
 
-def test_a_scan_without_carries_maps() -> None:
-    body = Graph("body")
-    body.set_output("y", Builder(body).silu(body.input("x", tensor(F32, batch=2))))
-    graph = Graph()
-    x = graph.input("x", tensor(F32, batch=2, step=5))
-    graph.set_output("y", Builder(graph).scan(x, over=(("step", 5),), stacked=1, body=body)[0])
-    graph.set_output("z", Builder(graph).silu(x))
-    data = np.random.default_rng(0).normal(size=(2, 5))
-    found = get_backend("reference").compile(graph).run({}, {"x": data})
-    np.testing.assert_array_equal(found["y"].T, found["z"])
-
-
 def test_a_wrong_index_in_a_body_is_told_with_its_node() -> None:
     body = Graph("body")
     table = body.input("table", tensor(F32, vocab=4, embed=2))

@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moecc.errors import InputError
-from moecc.ir import F64, I32, PRED, Builder, Graph, Value, equal, parse, print_graph, tensor
+from moecc.ir import F64, I32, PRED, Builder, Graph, equal, parse, print_graph, tensor
 from moecc.testing import run_reference
-from moecc.types import KEY, TensorType
 
 Data = np.ndarray[Any, Any]
 SEEDS = st.integers(0, 2**32 - 1)
@@ -80,17 +79,6 @@ def test_priority_sorts_places_and_puts_back(seed: int, order: str, groups: int)
     np.testing.assert_array_equal(found, expected)
 
 
-@given(SEEDS)
-def test_under_priority_the_dropped_are_the_least_urgent(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    choices, priority = choices_of(rng, 16, 4, 1), rng.permutation(16) / 16
-    found = placed(choices, 4, {"priority": priority}, **BOUND)[:, 0]
-    for expert in range(4):
-        mine = choices[:, 0] == expert
-        kept, lost = priority[mine & (found >= 0)], priority[mine & (found < 0)]
-        assert not lost.size or kept.min() > lost.max()
-
-
 @given(SEEDS, st.sampled_from([1, 2, 3, 4, 6, 12]))
 def test_groups_by_size_are_groups_by_number(seed: int, size: int) -> None:
     choices = choices_of(np.random.default_rng(seed), 12, 4, 2)
@@ -150,33 +138,6 @@ def test_policies() -> None:
     assert kept([[0.0, 0.5]], [[0.9, 0.9]], threshold=0.0).all()
 
 
-@pytest.mark.parametrize(
-    ("gate", "probability"), [(0.5, 1.0), (0.3, 1.0), (0.2, 1.0), (0.1, 0.5), (0.05, 0.25)]
-)
-def test_how_often_random_keeps_the_second_expert(gate: float, probability: float) -> None:
-    """g / 0.2, at most 1 (ST-MoE, Appendix G)."""
-    graph = Graph()
-    b = Builder(graph)
-    g = graph.input("g", tensor(F64, token="T", choice=2))
-    graph.set_output(
-        "k", b.keep_choices(g, b.random_uniform(graph.input("key", TensorType(KEY)), g))
-    )
-    gates = np.repeat([[1 - gate, gate]], 10000, 0)
-    found = run_reference(graph, inputs={"g": gates, "key": np.uint64(3)})["k"]
-    assert found[:, 0].all()
-    assert found[:, 1].mean() == pytest.approx(probability, abs=4 * 0.5 / 100)
-
-
-@given(SEEDS, st.sampled_from(["all", "none", "threshold"]))
-def test_what_first_choices_get_does_not_depend_on_the_policy(seed: int, policy: str) -> None:
-    rng = np.random.default_rng(seed)
-    choices = choices_of(rng, 16, 4, 2)
-    share = rng.random(16) / 2
-    keep = kept(np.stack([1 - share, share], 1), policy=policy)
-    with_policy = placed(choices, 4, {"keep": keep}, **BOUND)
-    np.testing.assert_array_equal(with_policy[:, 0], placed(choices, 4, **BOUND)[:, 0])
-
-
 # --- experts choose
 
 
@@ -220,27 +181,6 @@ def test_experts_take_no_padding_even_where_slots_are_left() -> None:
     found = chosen(scores, 1.0, mask)
     assert (found["assign_slots"][~mask] == -1).all()
     assert np.sort(found["assign_slots"][mask], axis=0).tolist() == [[0, 0], [1, 1]]
-
-
-def test_equal_scores_go_to_the_earlier_token() -> None:
-    assert chosen(np.zeros((4, 2)), 1.0)["assign_slots"].tolist() == [
-        [0, 0],
-        [1, 1],
-        [-1, -1],
-        [-1, -1],
-    ]
-
-
-def test_expert_choice_is_not_causal() -> None:
-    """What later tokens score takes slots away from earlier ones."""
-    rng = np.random.default_rng(1)
-    moved = 0
-    for _ in range(20):
-        scores = rng.normal(size=(16, 4))
-        other = np.concatenate([scores[:8], rng.normal(size=(8, 4))])
-        before, after = (chosen(s, 1.0)["assign_slots"][:8] >= 0 for s in (scores, other))
-        moved += bool((before != after).any())
-    assert moved > 15
 
 
 def test_rows_of_chosen_tokens_come_back_weighted() -> None:
@@ -385,27 +325,3 @@ def test_what_does_not_fit_is_refused(case: str) -> None:
     make, message = REFUSED[case]
     with pytest.raises(InputError, match=message):
         build(make)
-
-
-def test_slots_are_the_last_result_of_expert_choice() -> None:
-    def make(b: Builder, s: Value, **_: Value) -> None:
-        experts, _gates, _slots = b.expert_choice(s, tokens="token", experts=4, capacity_factor=1.0)
-        x = b.graph.input("x", tensor(F64, token="T", embed=2))
-        b.dispatch(x, experts, experts)
-
-    with pytest.raises(InputError, match="slots come from assign_slots or expert_choice"):
-        build(make)
-
-
-def test_capacity_factor_of_expert_choice_is_required() -> None:
-    with pytest.raises(InputError, match="needs the attribute 'capacity_factor'"):
-        build(lambda b, s, **_: b.node("expert_choice", s, tokens="token", experts=4))
-
-
-def test_tokens_must_be_there() -> None:
-    with pytest.raises(InputError, match="token axes"):
-        build(
-            lambda b, s, **_: b.expert_choice(
-                b.rename(s, axis="token", to="seq"), tokens="token", experts=4, capacity_factor=1.0
-            )
-        )

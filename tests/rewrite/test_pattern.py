@@ -64,13 +64,6 @@ def test_captures_across_commutative_operands() -> None:
     assert found.nodes[0] is ffn.m.node
 
 
-def test_one_name_is_one_value() -> None:
-    ffn = Ffn()
-    other = ffn.graph.input("other", ffn.x.type)
-    ffn.u.node.set_operand(0, other)
-    assert "same value" in reason(GLU, ffn.m)
-
-
 def test_a_name_of_two_attributes_is_one_attribute() -> None:
     graph = Graph()
     b = Builder(graph)
@@ -136,14 +129,6 @@ def test_leaves() -> None:
     assert reason(flat, ffn.s) == "%s has too many axes"
 
 
-def test_operands() -> None:
-    ffn = Ffn()
-    assert matched(P.contract(P.any(), ...), ffn.a)
-    assert matched(P.contract(...), ffn.a)
-    found = reason(P.silu(P.neg(...)), ffn.s)
-    assert "%a is defined by contract @layers.3.ffn, expected neg" in found
-
-
 def test_results_of_a_node() -> None:
     graph = Graph()
     b = Builder(graph)
@@ -167,19 +152,6 @@ def test_mistakes_in_a_pattern_are_told() -> None:
         P.add(P.any(), 3)
     with pytest.raises(UsageError, match="begins with an operation"):
         roots(P.any() | P.neg(P.any()))
-
-
-def test_near_miss_keeps_the_best_attempt() -> None:
-    ffn = Ffn()
-    worse = ffn.builder.mul(ffn.x, ffn.x)
-    misses = Misses()
-    pattern = P.mul(P.silu(P.contract(X, P.any(), over="mlp")), ...)
-    for root in (worse, ffn.m, worse):
-        assert match(pattern, root.node, misses, "glu") is None
-    best = misses.best["glu"]
-    assert best.score == 2
-    assert best.where == "%m = mul @layers.3.ffn"
-    assert str(best).startswith("glu: not at %m = mul @layers.3.ffn: attribute 'over' of %a is")
 
 
 @given(graph=graphs(), data=st.data())

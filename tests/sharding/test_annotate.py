@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from moecc.errors import InputError, UsageError
 from moecc.ir import clone, equal
-from moecc.ir.mesh import mesh_of
 from moecc.jobs.checks import check_pipeline
 from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
@@ -64,18 +62,6 @@ def test_parameters_of_one_axis_are_not_stored_in_parts() -> None:
     assert len(gathered) == sum(len(p.type.axes) > 1 for p in graph.params.values())
 
 
-def test_the_text_of_a_sequence_parallel_layer() -> None:
-    """Norms lie on model by their sequence, products by their neurons (Korthikanti 2022)."""
-    graph = model("llama_gqa")
-    told: list[Any] = []
-    layouts = "tensor-parallel,sequence-parallel"
-    run(graph, f"annotate-sharding{{mesh=data:2,model:2 rules={layouts}}},lower-collectives", told)
-    down = next(n for n in graph if n.op.name == "reduce_scatter" and n.loc == "layers.0.ffn")
-    assert str(down.result.type) == "f32[batch@data=B, seq@model=S, embed=16]"
-    assert down.origin == "lower-collectives/mlp"
-    assert any("mlp = model (tensor-parallel:10)" in r.text for r in told)
-
-
 def test_a_layout_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.rules"
     path.write_text(layout_text("batch = rows", "mlp = columns ?", "param q = rows"))
@@ -90,15 +76,6 @@ def test_a_layout_of_ones_own(tmp_path: Path) -> None:
         Pipeline.parse(f"annotate-sharding{{mesh=rows:2 rules={path}}}")
     assert "a key is missing" in str(caught.value)
     assert "letters, digits and _" in str(caught.value)
-
-
-def test_a_layout_in_the_earlier_format_is_told_how_it_is_spelled(tmp_path: Path) -> None:
-    path = tmp_path / "mine.rules"
-    path.write_text("# own\nparam embed = data*fsdp ?  # stored\n")
-    with pytest.raises(UsageError) as caught:
-        Pipeline.parse(f"annotate-sharding{{mesh=data:2 rules={path}}}")
-    spelled = '{ axis = "embed", mesh = ["data", "fsdp"], stored = true, optional = true }'
-    assert spelled in str(caught.value)
 
 
 REFUSED = {
@@ -128,32 +105,6 @@ def test_a_mesh_that_does_not_suit(case: str, mesh: str, rules: str) -> None:
     assert problem.where
 
 
-def test_a_capacity_counts_in_groups_that_the_mesh_must_divide() -> None:
-    graph = model("llama_gqa")
-    run(graph, "upcycle{experts=4 capacity-factor=2.0 groups=2},specialize{mode=train "
-        "capacity-factor=2.0 groups=2}")  # fmt: skip
-    with pytest.raises(InputError, match="groups of tokens do not divide over the mesh") as caught:
-        run(graph, "annotate-sharding{mesh=data:4 rules=st-moe}")
-    (problem,) = caught.value.problems
-    assert problem.expected == "a multiple of 4 (data:4)"
-    assert "specialize{groups=4} first" in (problem.hint or "")
-    assert "assign_slots" in (problem.where or "")
-
-
-@pytest.mark.parametrize("rules", ["expert-parallel,data-parallel", "fsdp,expert-parallel"])
-def test_the_groups_that_a_hint_names_divide_over_all_axes_of_the_rule(rules: str) -> None:
-    graph, shard = model("mixtral_gqa"), f"annotate-sharding{{mesh=data:2,expert:2 rules={rules}}}"
-    shard = shard.replace("data:2", "fsdp:2") if "fsdp" in rules else shard
-    with pytest.raises(InputError, match="groups of tokens do not divide over the mesh") as caught:
-        run(graph, f"add-losses,{shard}")
-    (problem,) = caught.value.problems
-    hint = problem.hint or ""
-    assert hint.startswith("1 part would, or specialize{groups=")
-    again = model("mixtral_gqa")
-    run(again, f"{hint.partition('or ')[2].partition(' first')[0]},add-losses,{shard}")
-    assert mesh_of(again) is not None
-
-
 @pytest.mark.parametrize(
     ("options", "what"),
     [
@@ -165,13 +116,6 @@ def test_the_groups_that_a_hint_names_divide_over_all_axes_of_the_rule(rules: st
 def test_options_that_are_wrong_by_themselves(options: str, what: str) -> None:
     with pytest.raises(UsageError, match=what):
         Pipeline.parse(f"annotate-sharding{{{options}}}")
-
-
-def test_a_graph_is_laid_once() -> None:
-    graph = model("llama_gqa")
-    run(graph, "annotate-sharding{mesh=data:2 rules=data-parallel}")
-    with pytest.raises(InputError, match="is on a mesh already"):
-        run(graph, "annotate-sharding{mesh=data:2 rules=data-parallel}")
 
 
 KEPT = {

@@ -11,10 +11,9 @@ import pytest
 from moecc_passes.sharding.legal import layer
 
 from moecc.backend import get_backend
-from moecc.errors import InputError, UsageError
+from moecc.errors import InputError
 from moecc.ir import F32, I32, Builder, Graph, clone, tensor, verify
 from moecc.ir.devices import simulate
-from moecc.rewrite.pipeline import Pipeline
 from moecc.testing import laws, run_reference
 
 from .meshes import run
@@ -90,24 +89,6 @@ def test_xla_drops_the_same() -> None:
     found = get_backend("xla").compile(graph, dtype=F32).run(params, inputs)
     assert found["dropped.layers.0.ffn"] == expected["dropped.layers.0.ffn"] > 0
     assert largest_difference(expected, found) <= 1e-5
-
-
-def test_a_bound_is_a_promise_less() -> None:
-    graph = layer("ragged")
-    report = run(graph, "annotate-sharding{mesh=data:8 rules=st-moe},"
-                 "expert-parallel{via=ring buffer-factor=1.5}")  # fmt: skip
-    assert report.preserves.kind == "approximate"
-    assert "1.5 times a device's share" in report.preserves.reason
-    for options, what in (
-        ("via=capacity buffer-factor=2.0", "bounds every buffer already"),
-        ("via=ring buffer-factor=0", "room for something"),
-    ):
-        with pytest.raises(UsageError, match=what):
-            Pipeline.parse(f"expert-parallel{{{options}}}")
-    bounded = layer("capacity")
-    with pytest.raises(InputError, match="every buffer is bounded already"):
-        run(bounded, "annotate-sharding{mesh=data:8 rules=st-moe},"
-            "expert-parallel{via=ring buffer-factor=2.0}")  # fmt: skip
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

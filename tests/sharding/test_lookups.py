@@ -10,11 +10,10 @@ from moecc.ir import Graph, clone
 from moecc.ir.builder import Builder
 from moecc.ir.devices import simulate
 from moecc.ir.mesh import parse_mesh
-from moecc.ir.structure import index_bound
 from moecc.sharding.assign import Assigner, sites_of
 from moecc.sharding.collectives import dependence, gradients, steps
 from moecc.sharding.propagate import Propagation, propagate
-from moecc.sharding.rules import parse_layout, read_layouts
+from moecc.sharding.rules import parse_layout
 from moecc.testing import run_reference
 from moecc.types import F32, I32, tensor
 from tests.support.layouts import layout_text
@@ -92,32 +91,6 @@ def test_tokens_come_to_the_columns_of_a_table_and_rows_go_back(case: str) -> No
     assert made.params[table] == set(batch) - set(crossed), "of the others each has all tokens"
 
 
-GATHERED = {
-    "tokens are everywhere": ("fsdp:4", "param embed=fsdp", VOCAB),
-    "rows are stored apart": ("fsdp:4", "batch=fsdp; param vocab=fsdp", VOCAB),
-    "tokens have another axis within": (
-        "fsdp:2,data:2",
-        "batch=fsdp*data; param embed=fsdp",
-        VOCAB,
-    ),
-    "there are fewer rows than columns": ("fsdp:4", "batch=fsdp; param embed=fsdp", 4),
-}
-
-
-@pytest.mark.parametrize("case", GATHERED)
-def test_other_tables_are_gathered(case: str) -> None:
-    mesh, lines, vocab = GATHERED[case]
-    graph = looking_up(vocab)
-    assert done(graph, found_in(graph, mesh, lines)) == {"table": [("all_gather", ("fsdp",))]}
-
-
-def test_a_table_with_sharded_rows_is_summed_first() -> None:
-    graph = looking_up()
-    found = found_in(graph, "fsdp:2,model:2", "batch=fsdp; vocab=model; param embed=fsdp")
-    assert done(graph, found)["x"] == [("all_reduce", ("model",)), ("all_to_all", ("fsdp",))]
-    assert found.visible[graph.value("x")].is_sum  # type: ignore[union-attr]
-
-
 def test_a_tied_table_is_gathered_for_the_head_alone() -> None:
     graph = looking_up(tied=True)
     found = found_in(graph, "fsdp:4", "batch=fsdp; param embed=fsdp")
@@ -126,13 +99,6 @@ def test_a_tied_table_is_gathered_for_the_head_alone() -> None:
     assert found.wanted[graph.value("table")] == gathered.target, "for a plan, that it is gathered"
     made = gradients(sites_of(graph), found, dependence(sites_of(graph), graph.inputs.values()))
     assert made.params[graph.value("table")] == {"fsdp"}, "what the head adds is scattered"
-
-
-def test_ids_that_are_gathered_are_bounded_by_the_table() -> None:
-    graph = looking_up()
-    lay(graph, parse_mesh("fsdp:4"), read_layouts(["fsdp"]))
-    run(graph, "lower-collectives")
-    assert index_bound(graph.inputs["ids"]) == VOCAB
 
 
 @pytest.mark.parametrize("case", COLUMNS)

@@ -60,11 +60,6 @@ def test_load_balancing_loss_of_mixtral(top_k: int) -> None:
     assert abs(np.mean(found) - whole) > 0.05
 
 
-def test_qwen2_moe_has_mixtrals() -> None:
-    golden = VALUES["logits"]
-    assert golden["qwen2_moe.top-2.joint"] == golden["mixtral.top-2.joint"]
-
-
 def test_losses_of_switch_transformers() -> None:
     golden = VALUES["logits"]
     found = [losses(x, **SWITCH) for x in LOGITS]
@@ -139,11 +134,3 @@ def test_losses_of_encoder_decoders(name: str) -> None:
                 whole = losses(joint(its, 1), **SWITCH)[ours]
                 assert whole == pytest.approx(golden["model"][f"{stack}.{kind}"], rel=1e-12)
     assert bool(golden["model"]) == (name == "switch_half")
-
-
-def test_two_major_versions_agree() -> None:
-    versions = {v.split()[1].split(".")[0] for v in VALUES["differences"]}
-    assert versions == {"4", "5"}
-    for found in VALUES["differences"].values():
-        assert float(found["values"]) < 1e-14
-        assert float(found["gradients"]) < 1e-15

@@ -5,25 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecc.errors import InputError
 from moecc.ir import F64, I32, Builder, Graph, tensor
 from moecc.ir.moe import (
-    emit_dropout,
     emit_expert_choice,
     emit_hash_routing,
-    emit_jitter,
-    emit_priority,
     emit_prototypes,
     emit_rescaled,
     emit_soft_slots,
 )
 from moecc.model.initialise import updated_bias
 from moecc.testing import run_reference
-from moecc.types import KEY
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -72,13 +66,6 @@ def test_prototypes_are_top_1_in_each_group(seed: int, prototypes: int) -> None:
     np.testing.assert_allclose(found["g"], softmax(parts, -1).max(-1), rtol=1e-12)
 
 
-def test_prototypes_that_do_not_divide_the_experts() -> None:
-    graph = Graph()
-    logits = graph.input("l", tensor(F64, token="T", expert=6))
-    with pytest.raises(InputError, match="do not divide the experts"):
-        emit_prototypes(Builder(graph), logits, 4)
-
-
 def test_a_soft_mixture_is_two_products() -> None:
     """Y = C · f(Dᵀ X), D over tokens and C over slots (Puigcerver et al. 2023, eq. 1 to 3)."""
     graph = Graph()
@@ -121,36 +108,6 @@ def test_hash_gates_are_equal_and_add_up_to_one() -> None:
     found = run_reference(graph, inputs={"ids": np.arange(5), "x": np.zeros((5, 2))})
     assert (found["g"] == 0.25).all()
     assert all(len(set(row)) == 4 for row in found["e"].tolist())
-
-
-def randomised(make: Any) -> Any:
-    graph = Graph()
-    x = graph.input("x", tensor(F64, token="T", embed=50))
-    graph.set_output("y", make(Builder(graph), x, graph.input("key", tensor(KEY))))
-    data = np.full((200, 50), 2.0)
-    return run_reference(graph, inputs={"x": data, "key": np.uint64(5)})["y"]
-
-
-def test_jitter_stays_within_its_width() -> None:
-    found = randomised(lambda b, x, key: emit_jitter(b, x, key, 0.01)) / 2
-    assert found.min() >= 0.99
-    assert found.max() < 1.01
-    assert found.std() == pytest.approx(0.01 / 3**0.5, rel=0.05)
-
-
-def test_dropout_keeps_the_mean() -> None:
-    found = randomised(lambda b, x, key: emit_dropout(b, x, key, 0.25))
-    assert set(np.round(np.unique(found), 12)) == {0.0, round(2 / 0.75, 12)}
-    assert (found == 0).mean() == pytest.approx(0.25, abs=0.02)
-
-
-def test_the_priority_is_the_largest_probability() -> None:
-    graph = Graph()
-    logits = graph.input("l", tensor(F64, token="T", expert=4))
-    graph.set_output("p", emit_priority(Builder(graph), logits))
-    data = np.random.default_rng(0).normal(size=(7, 4))
-    found = run_reference(graph, inputs={"l": data})["p"]
-    np.testing.assert_allclose(found, softmax(data, 1).max(1), rtol=1e-12)
 
 
 # --- rules beside the graph

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,34 +23,6 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 PAPER: dict[str, Any] = {"convention": "tokens", "rounding": "floor", "multiple": 1, "minimum": 4,
                          "cap": True}  # fmt: skip
-CODE_BASES: dict[str, dict[str, Any]] = {
-    "mesh-tensorflow": PAPER,
-    "flaxformer": {**PAPER, "rounding": "round", "cap": False},
-    "vmoe": {"convention": "assignments", "rounding": "ceil", "multiple": 4, "minimum": 1,
-             "cap": False},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("tokens", "factor", "experts", "expected"),
-    [
-        (4096, 1.25, 64, (80, 80, 80)),
-        (4096, 2.0, 64, (128, 128, 128)),
-        (2048, 1.25, 32, (80, 80, 80)),
-        (456, 1.25, 32, (17, 18, 20)),
-        (456, 2.0, 32, (28, 28, 32)),
-        (128, 1.25, 64, (4, 4, 4)),
-        (64, 64.0, 8, (64, 512, 512)),
-    ],
-)
-def test_capacities_of_three_conventions(
-    tokens: int, factor: float, experts: int, expected: tuple[int, int, int]
-) -> None:
-    found = [
-        capacity({**rule, "capacity_factor": factor, "experts": experts}, tokens, 1)
-        for rule in CODE_BASES.values()
-    ]
-    assert tuple(found) == expected
 
 
 # --- what is dropped
@@ -97,18 +68,3 @@ def test_combine_weights(seed: int, factor: float) -> None:
 
 
 # --- a constant of another code base's own tests
-
-
-def test_the_z_loss_of_flaxformers_unit_test() -> None:
-    """Its logits are uniform on [−5, 5), `[2, 6, 4]`, from jax's key 0; the loss is 13.786719."""
-    jax = pytest.importorskip("jax")
-    from moecc_passes.add_losses import AddLossesPass
-
-    from .layers import applied, evaluated, router
-
-    with jax.threefry_partitionable(False):
-        logits = jax.random.uniform(jax.random.PRNGKey(0), (2, 6, 4), minval=-5, maxval=5)
-    graph = router(4)
-    applied(AddLossesPass(balance="none", metrics=False), graph)
-    found = evaluated(graph, logits=np.asarray(logits, np.float64))
-    assert found["loss.router_z"] == pytest.approx(13.786719, rel=1e-6)

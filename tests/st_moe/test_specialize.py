@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from tiers import examples
 from moecc.errors import InputError, UsageError
 from moecc.ir import F64, Builder, Graph, clone, equal, parse, print_graph, tensor
 from moecc.ir.moe import emit_expert_choice, emit_routing
-from moecc.jobs.checks import check_pipeline
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
@@ -135,21 +133,6 @@ def test_policies_see_renormalised_gates(policy: str, threshold: float, gates: s
         assert keep[..., 1][second >= threshold].all()
 
 
-def test_gates_are_rescaled_after_a_drop_if_asked() -> None:
-    graph = model(layers=1)
-    kept, rescaled = (
-        specialised(graph, policy="none", after_drop=how) for how in ("keep", "rescale")
-    )
-    inputs = tokens()
-    whole = traced(graph, given_inputs(graph, inputs))
-    first, second = (traced(g, given_inputs(g, inputs)) for g in (kept, rescaled))
-    share = whole["gates"][..., :1]
-    np.testing.assert_allclose(
-        (first["y"] - inputs["x"]), share * (second["y"] - inputs["x"]), rtol=1e-12, atol=1e-14
-    )
-    assert ((share >= 0.5) & (share <= 1)).all()
-
-
 @pytest.mark.parametrize(
     ("options", "changes_choice"),
     [
@@ -184,12 +167,6 @@ def noisy_without_outputs(graph: Graph) -> Graph:
     for name in [n for n in graph.output_names if n != "y"]:
         graph.drop_output(name)
     return graph
-
-
-def test_the_router_alone_sees_the_jitter() -> None:
-    graph = specialised(model(layers=1, top_k=4), jitter=0.3)
-    (dispatch,) = (n for n in graph if n.op.name == "dispatch")
-    assert dispatch.operands[0] is graph.inputs["x"]
 
 
 def test_priority_is_the_probability_of_the_first_choice() -> None:
@@ -262,15 +239,6 @@ def test_specialised_graphs_obey_the_laws_of_passes(options: dict[str, Any]) -> 
     laws.check_idempotent(item, model())
 
 
-@settings(max_examples=examples(25, 100))
-@given(OPTIONS)
-def test_specialised_graphs_survive_their_text(options: dict[str, Any]) -> None:
-    graph = parse(print_graph(specialised(model(), **options)))
-    back = specialised(graph, mode="eval", dropless=True, groups=1, order="choice")
-    plain = specialised(model(), mode="eval", dropless=True, groups=1, order="choice")
-    assert equal(back, plain)
-
-
 def test_settings_of_a_graph_are_used_and_options_win() -> None:
     graph = model()
     graph.attrs["routing"] = {
@@ -295,43 +263,7 @@ def test_settings_of_a_graph_are_used_and_options_win() -> None:
     assert [n.attrs["capacity_factor"] for n in other if n.op.name == "assign_slots"] == [3.0] * 2
 
 
-def test_check_measures_what_a_mode_changes() -> None:
-    (done,) = check_pipeline(model(), Pipeline.parse("specialize{policy=random}"))
-    assert done.promise.kind == "approximate"
-    assert 0 < done.measured < 1
-
-
 # --- raising the capacity, and causality
-
-
-@settings(max_examples=examples(25, 100))
-@given(st.integers(0, 2**32 - 1))
-def test_a_larger_factor_at_evaluation_never_drops_more(seed: int) -> None:
-    """ST-MoE, §6.15 of the notes: outputs are equal once nothing is dropped."""
-    graph = model(layers=1)
-    inputs = tokens(seed=seed)
-    kept, outputs = [], []
-    for factor in (0.5, 1.0, 2.0, 4.0, 8.0):
-        bounded = specialised(graph, mode="eval", capacity_factor=factor, minimum=1)
-        found = traced(bounded, given_inputs(bounded, inputs))
-        kept.append(found["slots"] >= 0)
-        outputs.append(found["y"])
-    assert all((a <= b).all() for a, b in pairwise(kept))
-    # With a factor of E every expert has a slot for every token.
-    assert kept[3].all()
-    np.testing.assert_array_equal(outputs[3], outputs[4])
-
-
-def test_decoders_are_told_of_the_leak_and_of_the_way_out() -> None:
-    told: list[str] = []
-    context = Context(remark=lambda r: told.append(str(r)))
-    SpecializePass(capacity_factor=1.25).apply(model(causal=True), context)
-    assert any("order=token is strictly causal" in t for t in told)
-    assert any("at most 62.5% of the choices find a slot" in t for t in told)
-    for graph, options in ((model(causal=True), {"order": "token"}), (model(), {})):
-        told.clear()
-        SpecializePass(capacity_factor=1.25, **options).apply(graph, context)
-        assert not any("strictly causal" in t for t in told)
 
 
 @pytest.mark.parametrize("order", ["token", "choice"])
@@ -390,21 +322,3 @@ def test_options_that_contradict_themselves(options: str, message: str) -> None:
     with pytest.raises(UsageError) as caught:
         run_pipeline(model(), Pipeline.parse(f"specialize{{{options}}}"))
     assert re.search(message, str(caught.value), re.DOTALL), str(caught.value)
-
-
-@pytest.mark.parametrize("policy", ["threshold", "random"])
-def test_a_policy_for_second_experts_where_there_are_none(policy: str) -> None:
-    with pytest.raises(InputError, match="there are none"):
-        SpecializePass(policy=policy).apply(model(top_k=1), Context())
-
-
-def test_dropout_in_experts_needs_a_capacity() -> None:
-    with pytest.raises(InputError, match="slots that can be numbered"):
-        SpecializePass(expert_dropout=0.1).apply(model(), Context())
-
-
-def test_a_dense_graph_has_nothing_to_specialise() -> None:
-    graph = Graph()
-    graph.set_output("y", Builder(graph).relu(graph.input("x", tensor(F64, a=2))))
-    with pytest.raises(InputError, match="matched nothing"):
-        run_pipeline(graph, Pipeline.parse("specialize"))

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from moecc.errors import InputError, UsageError
-from moecc.ir import Graph, clone, equal, parse, print_graph
+from moecc.ir import Graph, clone, equal
 from moecc.ir.ops.slots import capacity
 from moecc.model.open import open_model
-from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.testing import laws, run_reference
@@ -89,13 +88,6 @@ def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
         np.testing.assert_allclose(one["after"][kept], one["before"][kept] / 0.75, rtol=1e-12)
 
 
-def test_dropout_is_taken_back_by_an_evaluation() -> None:
-    before = made(ST_MOE, causal=True)
-    train = then(before, "specialize{dropout=0.1 expert-dropout=0.4}")
-    text = "specialize{mode=eval}"
-    assert equal(then(parse(print_graph(train)), text), then(before, text))
-
-
 # --- padding
 
 
@@ -116,24 +108,6 @@ def test_padding_gets_no_slot_and_counts_in_no_loss() -> None:
     assert found["metric.layers.0.ffn.dropped"] == pytest.approx(1 - (slots[mask] >= 0).mean())
     only = then(made("upcycle{experts=4 layers=0},add-losses"), "specialize{padding-mask=true}")
     assert outputs(only, mask=mask)["loss.router_z"] == pytest.approx(z, rel=1e-12)
-
-
-def test_padding_can_be_routed_again() -> None:
-    graph = made("upcycle{experts=4}")
-    masked = then(graph, "specialize{padding-mask=true}")
-    assert str(masked.inputs["mask"].type) == "pred[batch=B, seq=S]"
-    assert equal(then(masked, "specialize{capacity-factor=2.0}"),
-                 then(graph, "specialize{capacity-factor=2.0 padding-mask=true}"))  # fmt: skip
-    again = then(masked, "specialize{padding-mask=false}")
-    graph.attrs["mode"] = "train"
-    assert equal(again, graph)
-
-
-def test_an_input_of_that_name_may_be_something_else() -> None:
-    graph = made("upcycle{experts=4}")
-    graph.input("mask", graph.inputs["ids"].type)
-    with pytest.raises(InputError, match="mask is not a padding mask"):
-        then(graph, "specialize{padding-mask=true}")
 
 
 # --- how capacity is counted
@@ -164,16 +138,6 @@ def test_how_many_slots_there_are(options: str, slots: int) -> None:
     assert outputs(graph)["rows"].shape == (16 // size, 4, slots, 4)
 
 
-def test_one_checkpoint_serves_any_capacity() -> None:
-    graph = made(ST_MOE, causal=True)
-    weights = dict(graph.params)
-    for text in ("mode=train", "mode=eval", "mode=eval capacity-factor=4.0", "mode=eval dropless"):
-        other = then(graph, f"specialize{{{text}}}")
-        assert {n: (v.type, v.weight) for n, v in other.params.items()} == {
-            n: (v.type, v.weight) for n, v in weights.items()
-        }
-
-
 # --- other kinds of routing
 
 
@@ -190,22 +154,6 @@ def test_every_router_can_be_perturbed(routing: str, noise: str) -> None:
     assert (one != plain).any()
     graph.attrs["mode"] = "eval"
     assert equal(then(noisy, "specialize{mode=eval}"), graph)
-
-
-@pytest.mark.parametrize("routing", ["prototypes", "hash", "expert-choice"])
-@pytest.mark.parametrize("policy", ["none", "threshold", "random"])
-def test_a_policy_is_about_further_choices(routing: str, policy: str) -> None:
-    graph = made(f"upcycle{{experts=4 routing={routing}}}")
-    with pytest.raises(InputError, match="decides about second experts"):
-        then(graph, f"specialize{{policy={policy}}}")
-
-
-@pytest.mark.parametrize(
-    "option", ["priority", "jitter=0.1", "router-noise=0.1", "input-dropout=0.1"]
-)
-def test_a_hash_has_no_router(option: str) -> None:
-    with pytest.raises(InputError, match="experts by a hash"):
-        then(made("upcycle{experts=4 routing=hash}"), f"specialize{{{option}}}")
 
 
 # --- what contradicts the conversion before, told when the text is read
@@ -225,19 +173,6 @@ def test_a_hash_has_no_router(option: str) -> None:
 def test_contradictions(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         Pipeline.parse(text)
-
-
-def test_unrouted_padding_is_remarked() -> None:
-    told: list[Any] = []
-    graph = then(made("upcycle{experts=4}"), "specialize{padding-mask=true}")
-    for node in list(graph):
-        if node.op.name == "assign_slots":
-            assert "mask" in node.attrs["using"]
-    plain = made("upcycle{experts=4}")
-    plain.input("mask", graph.inputs["mask"].type)
-    (item,) = Pipeline.parse("specialize")
-    item.apply(plain, Context(remark=told.append))
-    assert "padding-mask=true goes by %mask" in str(told[0])
 
 
 # --- some layers alone
@@ -275,24 +210,3 @@ def test_stacks_are_specialised_apart() -> None:
     jittered = [n.loc for n in back if n.op.name == "random_uniform"]
     assert jittered
     assert all(loc.startswith("decoder") for loc in jittered)
-
-
-def test_dropout_of_one_stack() -> None:
-    graph = then(encoder_decoder("upcycle{experts=4}"), "specialize{layers=encoder.* dropout=0.1}")
-    assert len(drawn(graph)) == 4
-    assert all(d.startswith("encoder.layers.") for d in drawn(graph))
-
-
-def test_layers_that_there_are_none_of() -> None:
-    with pytest.raises(InputError, match=r"names none of layers\.0\.ffn … layers\.1\.ffn"):
-        made("upcycle{experts=4},specialize{layers=encoder.*}")
-
-
-def test_decoders_may_have_groups_of_their_own() -> None:
-    """ST-MoE-L: 2048 tokens in the encoder, 456 in the decoder, 4 sequences in both (§7.2)."""
-    text = "st-moe{experts=4 layers=all group-size=2048 decoder-group-size=456 mode=train}"
-    sizes = {n: p.attrs["group_size"] for n, p in placed(encoder_decoder(text)).items()}
-    assert sizes == {
-        **{f"encoder.layers.{i}.ffn": 2048 for i in range(2)},
-        **{f"decoder.layers.{i}.ffn": 456 for i in range(3)},
-    }

@@ -7,13 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from moecc_passes.specialize.specialize import SpecializePass
-from moecc_passes.training import FreezePass
 
 from moecc.analysis import GROUPS, parameter_groups, trainable
 from moecc.errors import InputError, UsageError
 from moecc.ir import Graph, clone, equal, parse, print_graph
-from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.testing import inputs_for, laws, params_for, run_reference
@@ -82,41 +79,6 @@ def test_modes_come_from_what_the_pass_recorded() -> None:
     assert ("key" in train.inputs, "key" in evaluated.inputs) == (True, False)
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_specialised_at_once_or_later_is_the_same(mode: str) -> None:
-    _, later, _ = converted()
-    run_pipeline(later, Pipeline.parse(f"specialize{{mode={mode}}}"))
-    _, at_once, report = converted(f"st-moe{{experts=4 mode={mode}}}")
-    assert report.preserves.kind == "approximate"
-    assert equal(later, at_once)
-    used = [n for n in later.output_names if n.endswith("utilisation")]
-    assert used == ["metric.layers.3.ffn.utilisation", "metric.layers.7.ffn.utilisation"]
-
-
-def test_dropped_counts_what_the_policy_kept() -> None:
-    """What the policy leaves out asks for no slot, so it is not dropped."""
-    _, graph, _ = converted()
-    SpecializePass(mode="train", policy="none", capacity_factor=16.0).apply(graph, Context())
-    found = run_reference(graph)
-    assert found["metric.layers.3.ffn.dropped"] == 0
-    assert found["metric.layers.3.ffn.utilisation"] > 0
-
-
-def test_evaluation_without_drops_is_the_dense_model() -> None:
-    before, after, _ = converted("st-moe{experts=4 eval-capacity-factor=4.0 mode=eval}")
-    assert same_logits(before, after) < 1e-12
-
-
-@pytest.mark.parametrize(
-    "options",
-    ["extra-ffn=before", "expert-bias=additive layers=every:2", "extra-ffn=none expert-bias=none"],
-)
-def test_options_reach_the_parts(options: str) -> None:
-    before, after, _ = converted(f"st-moe{{experts=4 losses=false {options}}}")
-    assert same_logits(before, after) < 1e-12
-    assert after.output_names == ["logits"]
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -140,11 +102,6 @@ def test_what_contradicts_itself_is_refused_before_anything_runs(
     with pytest.raises(UsageError, match=re.escape(message)):
         run_pipeline(graph, Pipeline.parse(f"st-moe{{{options}}}"))
     assert print_graph(graph) == text
-
-
-def test_a_model_with_too_few_layers_matches_nothing() -> None:
-    with pytest.raises(InputError, match="matched nothing"):
-        converted(layers=3)
 
 
 # --- groups of parameters
@@ -184,20 +141,6 @@ def test_masks(text: str, trained: Any) -> None:
     graph = parse(print_graph(graph))
     groups = parameter_groups(graph)
     assert trainable(graph) == {n: trained(of) for n, of in groups.items()}
-
-
-@pytest.mark.parametrize("options", ["", "groups=moe only=ffn"])
-def test_freeze_needs_one_of_its_options(options: str) -> None:
-    with pytest.raises(UsageError, match="state either the frozen groups or the only trained"):
-        run_pipeline(transformer(1), Pipeline.parse(f"freeze{{{options}}}"))
-
-
-def test_freezing_twice_keeps_the_last() -> None:
-    graph = transformer(1)
-    FreezePass(groups=("ffn",)).apply(graph, Context())
-    laws.check_idempotent(FreezePass(only=("norm",)), graph)
-    FreezePass(only=("norm",)).apply(graph, Context())
-    assert {n for n, t in trainable(graph).items() if t} == {"0.n1", "0.n2", "n"}
 
 
 # --- the trace

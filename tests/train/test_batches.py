@@ -15,9 +15,8 @@ import pytest
 
 from moecc.errors import InputError
 from moecc.train.batches import Batches, open_batches
-from moecc.train.objectives import CausalRows, Room
 from moecc.train.recipe import Corpus, DataSection, Objective
-from moecc.train.rows import ModelFacts, facts_of
+from moecc.train.rows import ModelFacts
 from moecc.train.tokens.documents import DocumentFormat
 from moecc.train.tokens.encoders import ByteEncoder
 from moecc.train.tokens.make import Making, make_tokens
@@ -99,18 +98,6 @@ def test_a_stream_has_every_token_once_and_predicts_the_next(texts: str) -> None
     # The last batch of an epoch has the first rows of the next.
     assert counted >= folder.facts.tokens + 60
     assert predicted >= folder.facts.tokens
-
-
-def test_documents_of_a_stream_are_those_of_the_folder(texts: str) -> None:
-    batches = opened(texts, batch=1)
-    folder = batches.folders["t"]
-    rows = CausalRows(folder, folder.facts.special, Room(64))
-    rng = np.random.default_rng(0)
-    stream = [t for row in range(rows.rows) for s in rows.segments(row, rng) for t in s.tokens]
-    expected = []
-    for start, stop in zip(folder.starts[:-1], folder.starts[1:], strict=True):
-        expected += [*folder.ids(int(start), int(stop)).tolist(), EOS]
-    assert stream == expected
 
 
 def test_without_packing_a_row_is_a_document_or_a_part(texts: str) -> None:
@@ -231,16 +218,6 @@ def test_hosts_together_have_the_batch_of_one(texts: str) -> None:
             assert (whole[name].shape, whole[name].dtype.name) == (shape, kind)
 
 
-def test_batches_differ_by_number_and_seed(texts: str) -> None:
-    def digest(number: int, **options: Any) -> str:
-        batch = opened(texts, BOTH, objective=Objective.SPANS, **options).batch(number)
-        return hashlib.sha256(b"".join(a.tobytes() for a in batch.values())).hexdigest()
-
-    found = [digest(0), digest(1), digest(0, seed=1), digest(400), digest(0, noise_density=0.3)]
-    assert len(set(found)) == len(found)
-    assert digest(7) == digest(7)
-
-
 def test_another_process_has_the_same_batches(texts: str) -> None:
     code = (
         "import sys, hashlib\nsys.path[:0] = [sys.argv[2]]\n"
@@ -280,25 +257,6 @@ def test_an_evaluation_is_fixed_and_has_each_row_once(texts: str) -> None:
     assert opened(texts, evaluate_batches=2).evaluations["t"].batches == 2
 
 
-def test_only_inputs_of_the_graph_are_made(texts: str) -> None:
-    assert list(opened(texts, ModelFacts("m", 384)).batch(0)) == ["tokens", "targets"]
-
-
-def test_facts_of_a_model_are_read_from_its_graph(tmp_path: Path) -> None:
-    from moecc.model.open import open_model
-
-    golden = Path(__file__).parent.parent / "golden"
-    with open_model(str(golden / "t5_relu_tied")) as model:
-        facts = facts_of(model)
-    assert facts.has_decoder
-    assert (facts.vocab, facts.pad) == (37, 0)
-    with open_model(str(golden / "bert_gelu"), padding=True) as model:
-        facts = facts_of(model)
-    assert set(facts.inputs) >= {"tokens", "mask"}
-    assert facts.longest is not None
-    assert facts.tokenizer_digest is None
-
-
 def test_all_misfits_come_at_once(texts: str, examples: str, tmp_path: Path) -> None:
     data = DataSection((Corpus(texts), Corpus(examples)), objective=Objective.COMPLETION)
     small = replace(DECODER, vocab=100, longest=64)
@@ -331,22 +289,3 @@ def test_what_does_not_suit_the_model_is_rejected(
 ) -> None:
     with pytest.raises(InputError, match=what):
         opened(texts, model, **options)
-
-
-def test_special_tokens_that_are_missing_are_named(
-    tmp_path: Path, texts: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    special = replace(ByteEncoder.special, mask=None, sentinels=())
-    monkeypatch.setattr(ByteEncoder, "special", special)
-    place = write(tmp_path / "t", {"text": "abc abc"})
-    with pytest.raises(InputError, match="no mask"):
-        opened(place, objective=Objective.MASKED)
-    with pytest.raises(InputError, match="no sentinels"):
-        opened(place, BOTH, objective=Objective.SPANS)
-
-
-def test_digests_name_data_and_order(texts: str) -> None:
-    one, other = opened(texts).digests, opened(texts, seed=1).digests
-    assert one["t"] == other["t"]
-    assert one["order"] != other["order"]
-    assert set(one) == {"t", "evaluate/t", "order"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from moecc.train.settings import carried_moments, saved_moments
 from moecc.train.state import canonical
 from moecc.weights.expr import sources
 
-from .tiny import draw_weights, make_recipe
+from .tiny import make_recipe
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
@@ -85,24 +84,3 @@ def test_a_run_goes_on_with_the_moments_of_another(dense: Path) -> None:
         for run in (dense / "carry", dense / "reset")
     ]
     assert all(norm > 0 for norm in norms)
-
-
-@pytest.mark.slow
-def test_moments_of_another_optimiser_are_rejected(dense: Path, capsys: Any) -> None:
-    pytest.importorskip("orbax.checkpoint")
-    words = trained_on(dense, "carry", "optimizer.name=adafactor")
-    assert main([w.replace("/carry", "/other") for w in words]) == 1
-    assert "the source has no moments of adafactor" in capsys.readouterr().err
-    assert not (dense / "other").exists()
-
-
-def test_a_folder_has_no_moments(tmp_path: Path, capsys: Any) -> None:
-    recipe = make_recipe(tmp_path, "steps = 3")
-    draw_weights(tmp_path / "model")
-    given = ["--set", "model.start=source", "--set", "model.moments=carry"]
-    words = ["train", str(recipe), "--out", str(tmp_path / "run"), *given]
-    assert main(words) == 1
-    assert (
-        "only a run, or a checkpoint of Orbax or T5X with its optimiser, has moments"
-        in capsys.readouterr().err
-    )

@@ -79,25 +79,6 @@ def test_counts_are_those_of_the_model(tokens: Path) -> None:
     assert "cpu:1: data:1, grouped, remat none" in text
 
 
-def test_one_of_a_thing_is_no_several(tokens: Path) -> None:
-    text = dry_run_text(told(tokens, "llama_gqa", "cse", "run.steps=1"))
-    assert "1 step of 8 x 32 tokens" in text
-
-
-def test_what_is_frozen_has_no_moments(tokens: Path) -> None:
-    groups = 'optimizer.groups=[{match="moe", freeze=true}]'
-    facts = told(tokens, "llama_gqa", "upcycle{experts=4}", groups)
-    found = facts["parameters"]
-    assert 0 < found["trained"] < found["total"] / 2
-    assert found["moment_bytes"] == 8 * found["trained"]
-
-
-def test_lengths_of_an_encoder_decoder_are_those_of_its_batches(tokens: Path) -> None:
-    facts = told(tokens, "t5_gated_untied", "upcycle{experts=4}", "data.objective=spans")
-    assert facts["data"]["decoder_seq"] > 0
-    assert facts["data"]["tokens"] == 100 * 8 * (32 + facts["data"]["decoder_seq"])
-
-
 def test_micro_batches_and_machines_change_the_plan(tokens: Path) -> None:
     plain = told(tokens, "llama_gqa", "upcycle{experts=4}")["plan"]
     parts = told(tokens, "llama_gqa", "upcycle{experts=4}", "run.micro_batches=4")["plan"]

@@ -7,17 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from moecc.errors import InputError
 from moecc.jobs.train import TrainProgress
 from moecc.train.events import (
     Evaluated,
     Event,
     Metric,
-    Reason,
-    Saved,
     Skipped,
     Stepped,
-    Stopped,
     guard_faults,
 )
 from moecc.train.run import Journal, Position, batch_of, cut_back, read_journal
@@ -31,15 +27,6 @@ def record(path: Path, events: list[Event]) -> None:
     with Journal(path) as journal:
         for event in events:
             journal.record(event)
-
-
-def test_lines_say_what_a_recipe_decides_and_no_times(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    saved = Saved(1, tmp_path, True, 3.0)
-    record(path, [stepped(1), Evaluated(1, {"a": 2.0}), saved, Stopped(1, Reason.DONE)])
-    assert path.read_text() == (
-        '{"step":1,"tokens":10,"loss":1.0,"load":[0.5,0.5]}\n{"step":1,"held_out":{"a":2.0}}\n'
-    )
 
 
 @pytest.mark.parametrize("rest", [b"", b'{"step":3,"lo', b"\xff", b'{"step":2}'])
@@ -69,12 +56,6 @@ def test_a_return_is_told_once_whether_or_not_it_was_interrupted(tmp_path: Path)
     record(twice, [*streak, back, stepped(4)])
     assert once.read_bytes() == twice.read_bytes()
     assert {"step": 4, "left_out": [3, 4]} in read_journal(once)
-
-
-def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    record(path, [Skipped(1, {"loss": float("nan"), "load": [1.0, float("inf")]}, 0)])
-    assert path.read_text() == '{"step":1,"skipped":0,"faults":[],"loss":null,"load":[1.0,null]}\n'
 
 
 @pytest.mark.parametrize(
@@ -109,14 +90,6 @@ def test_a_skipped_step_has_the_quantity_at_fault(
     with TrainProgress(2) as show:
         show(skipped)
     assert f"step 1 skipped: {text}" in capsys.readouterr().err
-
-
-def test_a_line_that_is_not_json_is_reported(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    for line in ("no", "[1]", "[" * 100_000, "1" * 5000):
-        path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
-        with pytest.raises(InputError, match=r"metrics.jsonl:2"):
-            list(read_journal(path))
 
 
 def test_batches_that_are_left_out_are_passed_over() -> None:

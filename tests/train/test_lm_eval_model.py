@@ -75,19 +75,6 @@ def test_greedy_is_what_generation_finds(harness: HarnessModel) -> None:
     assert cut == text[: text.index(text[1])]
 
 
-@pytest.mark.slow
-def test_a_long_text_is_scored_in_windows(harness: HarnessModel) -> None:
-    text = "0123456789" * 15
-    ids = list(text.encode())
-    whole = [harness._start, *ids]
-    expected = sum(
-        float(log_p(harness, whole[at : at + 65]).sum()) for at in range(0, len(ids), 64)
-    )
-    assert harness.loglikelihood_rolling([Instance((text,))])[0] == pytest.approx(
-        expected, rel=1e-4
-    )
-
-
 def test_a_local_task_of_the_harness(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,11 +16,9 @@ from moecc.errors import InputError, MoeccError, UsageError
 from moecc.support.documents import toml_lines
 from moecc.train.recipe import (
     Corpus,
-    DataSection,
     MeshSection,
     ModelSection,
     Recipe,
-    RunSection,
 )
 from moecc.train.recipe_text import (
     load_recipe,
@@ -114,34 +112,6 @@ def test_all_problems_come_at_once_with_their_lines() -> None:
     assert found == []
 
 
-def test_missing_sections_name_their_keys() -> None:
-    assert [p.split("\n")[0] for p in problems("")] == [
-        "r.toml: model.source: a key is missing",
-        "r.toml: data.train: a key is missing",
-        "r.toml: run.steps: a key is missing",
-    ]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [f"run.steps={'1' * 4400}", f"data.train.{'1' * 4400}=1", f"run.steps={'[' * 3000}",
-     f"optimizer.rate={'1' * 401}", f"run.steps={'1' * 401}"],
-    ids=["value", "place", "deep", "float", "integer"],
-)  # fmt: skip
-def test_an_option_of_any_length_is_read_or_told(text: str) -> None:
-    with pytest.raises(UsageError):
-        parse_recipe(SMALL, "r.toml", sets=[text])
-
-
-@pytest.mark.parametrize("schedule", ["constant", "cosine", "rsqrt"])
-def test_an_option_replaces_a_schedule_with_its_decay(schedule: str) -> None:
-    text = f'{SMALL}[optimizer]\nschedule = "wsd"\ndecay_steps = 3\n'
-    recipe = parse_recipe(text, "r.toml", sets=[f"optimizer.schedule={schedule}"])
-    assert (recipe.optimizer.schedule.value, recipe.optimizer.decay_steps) == (schedule, 0)
-    kept = parse_recipe(text, "r.toml", sets=["optimizer.schedule=wsd"])
-    assert kept.optimizer.decay_steps == 3
-
-
 @pytest.mark.parametrize(
     ("sets", "what"),
     [
@@ -196,15 +166,6 @@ def test_options_replace_values_and_words_are_texts() -> None:
     assert recipe.data.evaluate[0].tokens == "hf:a/b"
 
 
-def test_malformed_options_come_at_once() -> None:
-    found = problems(SMALL, "run.steps", "run.steps.x=3", "data.train.4.weight=1", error=UsageError)
-    assert [p.split("\n")[0] for p in found] == [
-        "--set run.steps: not a value of a recipe",
-        "--set run.steps.x=3: the recipe has no such table",
-        "--set data.train.4.weight=1: the recipe has no such table",
-    ]
-
-
 def test_paths_are_relative_to_the_file_and_of_options_to_the_working_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,12 +209,6 @@ def test_the_digest_is_of_the_function_and_not_of_where_it_runs() -> None:
         'model.source: none → "preset:mixtral-8x7b"',
         "run.steps: 10 → 12",
     ]
-
-
-def test_the_digest_is_the_same_everywhere() -> None:
-    recipe = Recipe(ModelSection("m"), DataSection((Corpus("t"),)), RunSection(1))
-    assert recipe_digest(recipe) == recipe_digest(replace(recipe, mesh=MeshSection("data:2")))
-    assert recipe_digest(recipe).startswith("sha256:")
 
 
 TOML = '''# a comment = [1]

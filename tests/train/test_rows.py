@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moecc.train.rows import PackedPlan, StreamPlan, pack
@@ -53,18 +53,3 @@ def test_every_budget_is_kept(pairs: list[tuple[int, int]], second: int) -> None
     assert sorted(packed.order.tolist()) == list(range(len(pairs)))
     for row in range(packed.rows):
         assert (costs[:, packed.pieces(row)].sum(1) <= budgets).all()
-
-
-@settings(max_examples=20)
-@given(st.integers(0, 999))
-def test_rows_of_short_documents_are_nearly_full(seed: int) -> None:
-    sizes = np.random.default_rng(seed).integers(1, 400, 3000)
-    packed = pack(sizes[None], np.array([512]))
-    assert sizes.sum() / (packed.rows * 512) > 0.97
-    # Two that are each longer than half of a row never fit together.
-    assert packed.rows >= (sizes > 256).sum()
-
-
-def test_short_ends_of_documents_may_be_left_out() -> None:
-    plan = PackedPlan(np.array([10, 1, 5]), 3, least=2)
-    assert plan.sizes.tolist() == [3, 3, 3, 3, 2]

@@ -13,17 +13,11 @@ import pytest
 from moecc.cli.main import main
 from moecc.errors import InputError
 from moecc.formats.run import LINEAGE_SCHEMA
-from moecc.jobs.train import TrainProgress
 from moecc.train.events import (
     DEAD_STEPS,
-    SATURATED_STEPS,
-    Evaluated,
-    Reason,
     Stepped,
-    Stopped,
     TensorBoard,
     Watch,
-    scalars,
     tracked,
 )
 from moecc.train.run import MOST_POINTS, create_run, read_run
@@ -45,13 +39,6 @@ def test_a_dead_expert_is_seen_once_and_again_after_it_lived() -> None:
     assert first == [DEAD_STEPS, 3 * DEAD_STEPS - 5]
     assert [a.step for a in found if "expert 3 " in a.fault] == [DEAD_STEPS]
     assert {a.layer for a in found} == {"layers.1.ffn"}
-
-
-def test_a_saturated_router_is_seen() -> None:
-    watch, found = Watch(), []
-    for step in range(1, 40):
-        found += watch(step, metrics(step, [0.25] * 4, entropy=0.01))
-    assert [(a.step, "saturated" in a.fault) for a in found] == [(SATURATED_STEPS, True)]
 
 
 @pytest.fixture
@@ -87,14 +74,6 @@ def test_series_of_a_journal(run: Path) -> None:
     assert found.spread("layers.1.ffn").values.tolist() == [[1.0, 2.0]]  # type: ignore[union-attr]
     assert found.scalar("nothing") is None
     assert [a.step for a in found.alarms()] == [900 + DEAD_STEPS]
-
-
-def test_a_run_is_a_line_at_a_prompt_and_a_table_in_a_notebook(run: Path) -> None:
-    found = read_run(run)
-    assert repr(found).startswith("<moecc.Run run")
-    assert "\n" not in repr(found)
-    assert "<th>alarm</th>" in found._repr_html_()
-    assert found.facts["tokens"] == "9,600"
 
 
 def test_what_is_no_run_or_made_no_step_is_refused(run: Path, tmp_path: Path) -> None:
@@ -163,13 +142,6 @@ def test_a_stranger_s_lineage_is_a_message(
     assert "lineage.json: stages" in capfd.readouterr().err
 
 
-def test_layers_have_an_order_whatever_their_names(run: Path) -> None:
-    names = ["layers.10", "layers.2", "layers.x", "layers.²", f"layers.{'1' * 5000}"]
-    line = {"step": 1, "loss": 1.0, **{f"metric.{name}.entropy": 1.0 for name in names}}
-    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    assert read_run(run).layers[:2] == ["layers.2", "layers.10"]
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason=MISSING)
 @pytest.mark.parametrize(("width", "dark"), [(1100, False), (480, True)])
@@ -183,21 +155,6 @@ def test_the_page_in_a_browser(run: Path, tmp_path: Path, width: int, dark: bool
     assert (seen.probe["ground"] == "rgb(255, 255, 255)") == (not dark)
 
 
-def test_scalars_of_events() -> None:
-    found = scalars(Stepped(3, {"loss": 2.0, f"{LAYER}.loads": [0.25, 0.75]}, 30, 0.5))
-    assert found == {
-        "train/tokens": 30.0, "train/seconds": 0.5, "train/loss": 2.0,
-        "layers.1.ffn/loads/0": 0.25, "layers.1.ffn/loads/1": 0.75,
-    }  # fmt: skip
-    many = scalars(Evaluated(3, {"a": 1.0}, {"layers.1.ffn": [0.1 * n for n in range(64)]}))
-    assert many.keys() == {
-        "held_out/a",
-        "layers.1.ffn/spread/largest",
-        "layers.1.ffn/spread/smallest",
-    }
-    assert scalars(Stopped(3, Reason.DONE)) == {}
-
-
 def test_event_files_have_what_passed_by(tmp_path: Path) -> None:
     pytest.importorskip("tensorboardX")
     events = [Stepped(s, {"loss": 1.0 / s}, s, 0.1) for s in range(1, 5)]
@@ -206,19 +163,3 @@ def test_event_files_have_what_passed_by(tmp_path: Path) -> None:
     data = file.read_bytes()
     assert data.count(b"train/loss") == 2
     assert np.frombuffer(data[:8], np.uint64)[0] > 0
-
-
-def test_progress_says_which_share_of_a_plan_is_reached(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    # A run that goes on after 999 steps of 512 tokens.
-    for predicted, share in ((2048.0, " (50% of the plan)"), (None, "")):
-        with TrainProgress(1001, predicted=predicted) as progress:
-            # The first step of a process is compiled first, and says nothing of the rest.
-            progress(Stepped(1000, {"loss": 1.7}, 1000 * 512, 90.0))
-            progress(Stepped(1001, {"loss": 1.5}, 1001 * 512, 0.5))
-        said = capsys.readouterr().err
-        assert said == (
-            "step 1,000 of 1,001  loss 1.7000  1 min 30 s with its compilation\n"
-            f"step 1,001 of 1,001  loss 1.5000  1.0 K tokens/s{share}  0 s left\n"
-        )

@@ -29,13 +29,6 @@ def test_a_choice_that_follows_from_the_token_is_explained() -> None:
     np.testing.assert_allclose(layer.shares, 0.25)
 
 
-def test_a_choice_without_regard_to_the_token_is_not() -> None:
-    layer = routed([0, 0, 1, 1] * 50, [0, 1, 0, 1] * 50)
-    assert layer.explained == pytest.approx(0, abs=1e-12)
-    assert layer.typical(0) == []
-    assert layer.typical(2) == [], "nothing went to this one"
-
-
 def test_information_by_hand() -> None:
     """Half of the first token's go elsewhere: H(expert) - H(expert | token), in nats."""
     layer = routed([0, 0, 1, 1], [0, 1, 1, 1])
@@ -43,12 +36,6 @@ def test_information_by_hand() -> None:
     assert information(layer.counts) == pytest.approx(expected)
     assert layer.typical(0) == [(0, 0.5)]
     assert layer.typical(1) == [(1, 1.0)]
-
-
-def test_the_entropy_of_sentinels_is_apart_from_that_of_others() -> None:
-    layer = routed([9, 9, 9, 9, 1, 1, 2, 2], [0, 1, 2, 3, 0, 0, 0, 0])
-    assert layer.entropies(frozenset({9})) == pytest.approx((math.log(4), 0.0))
-    assert layer.entropies(frozenset({7})) == (None, pytest.approx(layer.entropies(frozenset())[1]))
 
 
 def specialise(model: Path, data: Path, *more: str, capsys: pytest.CaptureFixture[str]) -> list:
@@ -91,11 +78,3 @@ def test_an_encoder_decoder_has_sentinels_in_both_stacks(
         assert sum(e["share"] for e in layer["experts"]) == pytest.approx(1)
         # Routers that are drawn with another scale choose as untrained ones do.
         assert layer["explained"] > layer["by_chance"]
-
-
-def test_a_dense_model_has_nothing_to_show(
-    tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = draw_weights(make_model(tmp_path / "model"))
-    assert main(["specialise", str(model), "--data", str(tokens)]) == 1
-    assert "-p 'upcycle{experts=8}'" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.testing.data import params_for
 from moecc.train.batches import open_batches
-from moecc.train.graphs import eval_graph, eval_passes, train_graph, train_passes, training_remarks
+from moecc.train.graphs import eval_graph, eval_passes, train_graph, train_passes
 from moecc.train.recipe import (
     Corpus,
     DataSection,
@@ -72,22 +72,6 @@ def test_steps_take_what_batches_give(
             assert value.type.dtype.kind == "key" or batch[value.name].ndim == value.type.rank
 
 
-@pytest.mark.parametrize(
-    ("passes", "told"),
-    [
-        ("upcycle{experts=4 top-k=2}", False),
-        ("upcycle{experts=4 top-k=1 gates=switch}", False),
-        ("upcycle{experts=4 top-k=1}", True),
-        ("upcycle{experts=4 top-k=2 gates=ones}", True),
-    ],
-)
-def test_routers_without_a_gradient_are_remarked(passes: str, told: bool) -> None:
-    found = list(training_remarks(imported("llama_gqa", passes)))
-    assert bool(found) == told
-    if told:
-        assert found[0].startswith("layers.0.ffn, layers.1.ffn, layers.2.ffn: the gates")
-
-
 def test_a_tied_head_is_the_embedding() -> None:
     graph = imported("bert_gelu", "dce")
     made = clone(graph)
@@ -106,15 +90,6 @@ def test_a_tied_head_is_the_embedding() -> None:
                      Pipeline.parse("tie-head"))  # fmt: skip
 
 
-@pytest.mark.parametrize("objective", [o for o in Objective if o is not Objective.MASKED])
-def test_an_encoder_has_one_objective(objective: Objective) -> None:
-    data = DataSection((Corpus("x"),), objective=objective, batch=4, seq=32)
-    recipe = Recipe(ModelSection("m"), data, RunSection(1))
-    told = f"an encoder alone has no objective {objective.value}"
-    with pytest.raises(InputError, match=told):
-        train_graph(imported("bert_gelu", "cse"), recipe)
-
-
 def noisy(**routing: float) -> Recipe:
     data = DataSection((Corpus("x"),), batch=4, seq=32)
     bounded = RoutingSection(capacity_factor=1.25, **routing)
@@ -128,11 +103,6 @@ def test_training_alone_is_perturbed(key: str, layers: int) -> None:
     assert "key" not in plain.inputs
     assert sum(node.op.name.startswith("random") for node in unrolled(made)) == layers
     assert equal(eval_graph(graph, noisy(**{key: 0.1})), eval_graph(graph, noisy()))
-
-
-def test_a_model_without_experts_is_not_perturbed() -> None:
-    with pytest.raises(InputError, match=r"routing\.dropout, routing\.expert_dropout"):
-        train_graph(imported("llama_gqa", "cse"), noisy(dropout=0.1, expert_dropout=0.3))
 
 
 def test_routers_compute_in_the_type_of_the_run_where_that_is_asked_for() -> None:
@@ -188,10 +158,3 @@ def test_a_mesh_with_collectives_of_its_own_divides_the_batch(
     with pytest.raises(InputError, match=f"{told}(?s:.*)a divisor of (4|32) .*\n.*\n.* would"):
         train_graph(graph, plain)
     train_graph(graph, replace(plain, mesh=replace(section, partition="gspmd")))
-
-
-def test_a_mesh_that_shards_nothing_is_rejected() -> None:
-    recipe = replace(noisy(), routing=RoutingSection())
-    asked = replace(recipe, mesh=replace(recipe.mesh, mesh="expert=4"))
-    with pytest.raises(InputError, match="nothing is sharded over the mesh axis 'expert'"):
-        train_passes(imported("llama_gqa", "cse"), asked)

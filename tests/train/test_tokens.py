@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moecc.cli.main import main
-from moecc.errors import InputError, MachineError, UsageError
+from moecc.errors import InputError, UsageError
 from moecc.train.tokens import documents, encoders
 from moecc.train.tokens.documents import DocumentFormat
 from moecc.train.tokens.folder import TokenFacts, TokenFolder, open_tokens
@@ -79,21 +79,6 @@ def test_every_text_is_kept_once(texts: list[str]) -> None:
         assert facts.duplicates == len(filled) - len(kept)
 
 
-@pytest.mark.parametrize(
-    ("split", "expected"),
-    [
-        ("file", ["a\nb\n\n\f c\nd\f"]),
-        ("line", ["a\n", "b\n", "\f c\n", "d\f"]),
-        ("paragraph", ["a\nb\n", "\f c\nd\f"]),
-        ("form-feed", ["a\nb\n\n", " c\nd"]),
-    ],
-)
-def test_text_files_are_split(tmp_path: Path, split: str, expected: list[str]) -> None:
-    (tmp_path / "x.txt").write_text("a\nb\n\n\f c\nd\f")
-    make(tmp_path / "out", tmp_path / "x.txt", format=DocumentFormat(split=split))
-    assert texts_of(open_tokens(tmp_path / "out")) == expected
-
-
 def test_held_out_documents_are_in_one_part_whatever_their_order(tmp_path: Path) -> None:
     records = [{"text": f"document {n // 2}"} for n in range(400)]
     lines(tmp_path / "x.jsonl", *records)
@@ -127,16 +112,6 @@ def test_examples_have_prompts_and_labels(tmp_path: Path) -> None:
     assert bytes(facts.labels[0].tokens) == b" yes"
 
 
-def test_equal_prompts_are_held_out_together(tmp_path: Path) -> None:
-    records = [{"prompt": f"q{n}", "completion": f"{m}"} for n in range(60) for m in range(3)]
-    source = lines(tmp_path / "x.jsonl", *records)
-    make(tmp_path / "out", source, format=DocumentFormat("examples"), hold_out=0.3)
-    held = open_tokens(tmp_path / "out" / "heldout")
-    prompts = [text[:-1] for text in texts_of(held)]
-    assert all(prompts.count(p) == 3 for p in prompts)
-    assert 0 < held.facts.documents < 180
-
-
 def test_parquet_is_read_where_pyarrow_is(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     pq = pytest.importorskip("pyarrow.parquet")
@@ -151,16 +126,6 @@ def test_parquet_is_read_where_pyarrow_is(tmp_path: Path) -> None:
     (tmp_path / "y.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(InputError, match="not Parquet"):
         make(tmp_path / "no", tmp_path / "y.parquet")
-
-
-def test_parquet_without_pyarrow_names_the_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    (tmp_path / "x.parquet").write_bytes(b"")
-    with pytest.raises(MachineError, match=r"pyarrow>=17"):
-        make(tmp_path / "out", tmp_path / "x.parquet")
-    assert not (tmp_path / "out").exists()
 
 
 def test_all_problems_of_the_texts_come_at_once(tmp_path: Path) -> None:
@@ -182,22 +147,6 @@ def test_all_problems_of_the_texts_come_at_once(tmp_path: Path) -> None:
         "w.jsonl:1: 'text' has half a surrogate pair",
     ]
     assert list(tmp_path.glob("*out*")) == []
-
-
-@pytest.mark.parametrize(
-    ("format", "hint"),
-    [
-        (DocumentFormat(), "--field names"),
-        (DocumentFormat("examples"), "--prompt '{KEY}' names"),
-        (DocumentFormat("labelled", prompt="{q}"), "--completion '{KEY}' names"),
-    ],
-)
-def test_the_option_that_names_a_missing_key_is_told(
-    tmp_path: Path, format: DocumentFormat, hint: str
-) -> None:
-    (tmp_path / "x.jsonl").write_text('{"q": "a", "label": "b"}\n')
-    with pytest.raises(InputError, match=hint):
-        make(tmp_path / "out", tmp_path / "x.jsonl", format=format)
 
 
 def test_an_empty_corpus_and_an_empty_part_are_rejected(tmp_path: Path) -> None:
@@ -271,13 +220,6 @@ def test_a_tokenizer_has_its_special_tokens(
     assert facts.tokenizer_digest.startswith("sha256:")
 
 
-def test_large_vocabularies_have_wide_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoders.ByteEncoder, "vocab_size", 1 << 17)
-    (tmp_path / "x.txt").write_text("abc")
-    assert make(tmp_path / "out", tmp_path / "x.txt")[""].dtype == "uint32"
-    assert open_tokens(tmp_path / "out").ids(1, 3).tolist() == [98, 99]
-
-
 def test_damaged_folders_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("abc" * 10)
     out = tmp_path / "out"
@@ -301,18 +243,6 @@ def test_damaged_folders_are_rejected(tmp_path: Path) -> None:
     (out / "tokens.json").unlink()
     with pytest.raises(InputError, match="not a token folder"):
         open_tokens(out)
-
-
-def test_wrong_contents_are_rejected(tmp_path: Path) -> None:
-    (tmp_path / "x.txt").write_text("abc")
-    out = tmp_path / "out"
-    make(out, tmp_path / "x.txt")
-    np.array([1, 3], "<i8").tofile(out / "starts.bin")
-    with pytest.raises(InputError, match="do not follow each other"):
-        _ = open_tokens(out).starts
-    np.array([97, 300, 97], "<u2").tofile(out / "tokens.bin")
-    with pytest.raises(InputError, match="other ids than when it was written"):
-        open_tokens(out).ids(0, 3)
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
@@ -346,15 +276,3 @@ def test_a_killed_writer_leaves_no_folder(tmp_path: Path, end: signal.Signals) -
         assert main(command) == 1
     assert main([*command, "--force"]) == 0
     assert open_tokens(out).facts.documents == 200
-
-
-def test_the_command_reports_what_it_wrote(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = lines(tmp_path / "x.jsonl", {"q": "a", "a": "yes"}, {"q": "b", "a": "no"})
-    command = ["tokens", str(source), "--tokenizer", "bytes", "--out", str(tmp_path / "out"),
-               "--kind", "labelled", "--prompt", "{q}: ", "--completion", "{a}"]  # fmt: skip
-    assert main(command) == 0
-    assert "2 labelled examples, 11 tokens (uint16, bytes)" in capsys.readouterr().out
-    assert main(command) == 1
-    assert "--force" in capsys.readouterr().err

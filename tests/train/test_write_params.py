@@ -53,8 +53,3 @@ def test_all_that_does_not_fit_is_reported(model: Any, tmp_path: Path) -> None:
         moecc.write_params(model, given, tmp_path / "out", to="mixtral")
     assert len(error.value.problems) == 3
     assert not (tmp_path / "out").exists()
-
-
-def test_the_front_door_has_no_other_names() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = moecc.nothing

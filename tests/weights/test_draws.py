@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moecc.types import F32, PRED, tensor
-from moecc.weights import draws as random
 from moecc.weights.draws import (
     Normal,
     Subset,
@@ -22,7 +21,6 @@ from moecc.weights.draws import (
     box_words,
     normal_quantile,
     stream,
-    tail,
 )
 from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import Expr
@@ -62,27 +60,12 @@ def test_truncated_normal_numbers_stay_within_their_bound() -> None:
         assert abs(skew) < 4 * (6 / COUNT) ** 0.5
 
 
-def test_extreme_words_make_finite_numbers() -> None:
-    words = np.array([0, 1, 2**63 - 1, 2**63, 2**64 - 1], np.uint64)
-    z = random.normal(words, 0.0, 1.0)
-    assert np.isfinite(z).all()
-    assert z[0] == -z[-1]
-    assert -8.3 < z[0] < -8.0
-    assert np.abs(random.truncated_normal(words, 1.0, 3.0)).max() <= 3.0
-    assert random.uniform(words, 0.0, 1.0)[0] == 0.0
-
-
 def test_the_quantile_agrees_with_the_standard_library() -> None:
     rng = np.random.default_rng(0)
     p = np.concatenate([rng.random(2000), 10.0 ** -rng.uniform(1, 16, 2000), [2.0**-53, 0.5]])
     exact = statistics.NormalDist()
     expected = np.array([exact.inv_cdf(float(q)) for q in p])
     np.testing.assert_allclose(normal_quantile(p), expected, rtol=3e-15, atol=1e-16)
-
-
-@pytest.mark.parametrize("bound", [0.5, 1.0, 3.0, 5.0])
-def test_tail_probabilities(bound: float) -> None:
-    assert tail(bound) == pytest.approx(math.erfc(bound / 2**0.5) / 2, rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import gc
-import pickle
 import threading
 import weakref
 
@@ -14,8 +12,7 @@ from moecc.errors import InputError
 from moecc.types import BF16, F16, F32, F64, KEY, PRED, Axis, TensorType, tensor
 from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select
 from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform, derive_key
-from moecc.weights.evaluate import is_pure_copy
-from moecc.weights.expr import MAX_DEPTH, MAX_NODES, Expr, Full, Source, sources, transform, walk
+from moecc.weights.expr import MAX_DEPTH, MAX_NODES, Expr, Full, Source
 from moecc.weights.movement import (
     Concat,
     Index,
@@ -134,13 +131,6 @@ def test_equal_expressions_are_one_object() -> None:
     assert Source("w", tensor(F16, mlp=6, embed=4)) is not W
 
 
-def test_copies_are_the_same_object() -> None:
-    e = Tile(Add(W, N), "expert", 2)
-    assert copy.copy(e) is e
-    assert copy.deepcopy([e])[0] is e
-    assert pickle.loads(pickle.dumps(e)) is e
-
-
 def test_expressions_do_not_stay_in_memory() -> None:
     from moecc.weights import expr
 
@@ -185,29 +175,6 @@ def test_shared_parts_cannot_grow_without_limit() -> None:
     assert e.depth < 25
     with pytest.raises(InputError, match="more than 1,000,000 nodes"):
         Add(e, e)
-
-
-def test_sources_are_listed_once_in_order() -> None:
-    e = Stack((V, W, V), "expert")
-    assert sources(e) == (V, W)
-    assert list(walk(e)) == [V, W, e]
-
-
-def test_transform_changes_leaves() -> None:
-    e = Add(Tile(W, "expert", 2), N)
-    other = transform(e, lambda x: V if x is W else x)
-    assert other is Add(Tile(V, "expert", 2), N)
-    assert transform(e, lambda x: x) is e
-
-
-def test_pure_copies() -> None:
-    assert is_pure_copy(Index(Tile(W, "expert", 8), "expert", 3))
-    assert is_pure_copy(Scale(W, 1.0), BF16)
-    assert is_pure_copy(Split(W, "mlp", (("group", 2), ("mlp", 3))))
-    assert not is_pure_copy(W, F32)
-    assert not is_pure_copy(Permute(W, ("embed", "mlp")))
-    assert not is_pure_copy(Slice(W, "mlp", 0, 3))
-    assert not is_pure_copy(Tile(W, "expert", 8))
 
 
 def test_keys_depend_on_seed_and_location() -> None:

@@ -47,18 +47,6 @@ def test_an_expert_of_virtual_groups_is_a_slice(expert: int) -> None:
         assert one is simplify(Slice(w, "mlp", 3 * part, 3 * part + 3))
 
 
-def test_an_expert_of_copies_is_the_source() -> None:
-    assert simplify(Index(Tile(W, "expert", 8), "expert", 3)) is W
-    assert simplify(Index(Scale(Tile(W, "expert", 8), 2.0), "expert", 3)) is Scale(W, 2.0)
-    assert simplify(Index(Cast(Tile(W, "expert", 8, 1), F16), "expert", 3)) is Cast(W, F16)
-
-
-def test_every_expert_has_the_same_expression() -> None:
-    grouped = virtual_groups(W, 3, 2)
-    found = {simplify(Cast(Index(grouped, "expert", e), BF16)) for e in range(6)}
-    assert len(found) == 2
-
-
 def test_stacked_experts_come_apart() -> None:
     assert simplify(Index(Stack((W, V), "expert"), "expert", 1)) is V
     assert simplify(Slice(Concat((W, V), "mlp"), "mlp", 6, 12)) is V
@@ -83,19 +71,6 @@ def test_a_draw_is_drawn_in_part() -> None:
     chosen = Subset(tensor(PRED, expert=4, mlp=6), "mlp", 3, 7)
     drop = Select(chosen, Tile(V, "expert", 4), Tile(W, "expert", 4))
     assert simplify(Index(drop, "expert", 1)) is Select(Index(chosen, "expert", 1), V, W)
-
-
-def test_moments_are_taken_of_one_expert() -> None:
-    e = Moment("std", Tile(W, "expert", 4), None, ("expert",))
-    assert simplify(Index(e, "expert", 1)) is Moment("std", W)
-
-
-def test_an_index_keeps_the_order_of_the_axes() -> None:
-    """Below the index both operands have the same axes, and the first one has another order."""
-    large = Tile(Permute(W, ("embed", "mlp")), "expert", 2)
-    e = Index(Add(V, large), "expert", 1)
-    assert e.type.names == ("embed", "mlp")
-    assert simplify(e).type == e.type
 
 
 def test_views_have_one_order() -> None:
@@ -221,8 +196,3 @@ def test_products_and_sums_of_constants_are_exact() -> None:
         Scale(Scale(third, 0.1), 0.3),
     ):
         assert same_bytes(e)
-
-
-def test_an_overflow_is_not_folded_away() -> None:
-    huge = Scale(Full(3e38, tensor(F32, a=2)), 4.0)
-    assert simplify(huge) is huge

@@ -143,33 +143,11 @@ def test_wrong_text_is_pointed_at(text: str, message: str, at: int) -> None:
     assert caught.value.offset == at
 
 
-def test_what_parses_may_still_not_fit() -> None:
-    with pytest.raises(InputError, match="no position 9"):
-        parse_expr(f"index({TEXT}, mlp=9)")
-
-
-def test_reading_starts_and_ends_where_it_should() -> None:
-    text = f"param %w = {TEXT} @layers.3"
-    assert parse_expr(text, 10) == (W, 11 + len(TEXT))
-
-
 @pytest.mark.parametrize("count", [MAX_DEPTH, 100_000])
 def test_deep_text_is_refused(count: int) -> None:
     text = "scale(" * count + TEXT + ", 3.0)" * count
     with pytest.raises(ParseError, match="nests deeper"):
         parse_expr(text)
-
-
-def test_text_as_deep_as_an_expression_may_be_comes_back() -> None:
-    e: Expr = W
-    for i in range(MAX_DEPTH - 1):
-        e = Scale(e, 3.0) if i % 2 else Add(W, e)
-    assert parse_expr(format_expr(e))[0] is e
-
-
-def test_a_wide_expression_comes_back() -> None:
-    e = Stack(tuple(Source(f"layers.{i}", tensor(F32, a=2)) for i in range(3000)), "layer")
-    assert parse_expr(format_expr(e))[0] is e
 
 
 _PIECES = st.sampled_from(

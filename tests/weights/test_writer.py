@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from moecc.errors import InputError, MachineError, UsageError
+from moecc.errors import InputError, MachineError
 from moecc.formats import writer
 from moecc.formats.disk import Disk, injected
 from moecc.formats.safetensors import Entry, natural, plan_shards, read_header
@@ -152,15 +152,6 @@ def test_shards_have_an_index_and_keep_to_the_limit(tmp_path: Path) -> None:
     assert sum(t.file == fused.file for t in report.tensors) == 1
 
 
-def test_headers_and_data_are_aligned(tmp_path: Path) -> None:
-    written(tmp_path / "out", everything())
-    header = read_header(tmp_path / "out" / "model.safetensors")
-    raw = (tmp_path / "out" / "model.safetensors").read_bytes()
-    assert int.from_bytes(raw[:8], "little") % 8 == 0
-    for info in header.tensors.values():
-        assert info.offset % info.dtype.itemsize_bytes == 0
-
-
 @pytest.mark.parametrize("limit", [7_000, 10**9])
 def test_threads_blocks_and_order_change_no_byte(
     tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch
@@ -232,13 +223,6 @@ def test_the_system_may_forget_what_is_written_all_along(
     assert isinstance(disk, Releasing)
     assert disk.released > 3
     assert disk.most < plain.total_bytes / 2
-
-
-def test_progress_ends_with_everything(tmp_path: Path) -> None:
-    steps: list[tuple[int, int]] = []
-    report = written(tmp_path / "out", everything(), progress=lambda *step: steps.append(step))
-    assert steps == sorted(steps)
-    assert steps[-1] == (report.total_bytes, report.total_bytes)
 
 
 def broken() -> Reader:
@@ -319,13 +303,6 @@ def test_what_cannot_be_written_is_refused_before_reading(
     assert not contents(tmp_path / "out")
 
 
-def test_limits_are_positive(tmp_path: Path) -> None:
-    with pytest.raises(UsageError):
-        written(tmp_path / "a", experts(W), max_shard_bytes=0)
-    with pytest.raises(UsageError):
-        written(tmp_path / "b", experts(W), threads=0)
-
-
 def test_a_reader_that_fails_ends_the_writing(tmp_path: Path) -> None:
     class Failing(Reader):
         def __call__(self, name: str, start: int = 0, stop: int | None = None) -> Any:
@@ -366,13 +343,6 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert contents(tmp_path / "short") == contents(tmp_path / "whole")
 
 
-def test_nothing_is_a_checkpoint_too(tmp_path: Path) -> None:
-    report = written(tmp_path / "out", [])
-    assert report.total_bytes == 0
-    with safe_open(tmp_path / "out" / "model.safetensors", "np") as file:
-        assert list(file.keys()) == []
-
-
 _DTYPES = st.sampled_from([d for d in DTYPES.values() if d.safetensors])
 
 
@@ -400,13 +370,6 @@ def test_plans_of_shards(tensors: dict[str, tuple[DType, list[int]]], limit: int
             assert offset % by_name[name].dtype.itemsize_bytes == 0
             at += by_name[name].nbytes
         assert at == shard.size_bytes
-
-
-def test_numbers_in_names_count_as_numbers() -> None:
-    names = ["a.10.b", "a.2.b", "a.2", "b", "a.02.b", "a", "2", "10", "a.2.c"]
-    assert sorted(names, key=natural) == [
-        "2", "10", "a", "a.2", "a.02.b", "a.2.b", "a.2.c", "a.10.b", "b",
-    ]  # fmt: skip
 
 
 def test_a_tensor_larger_than_a_block_is_streamed(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiers import examples
 
-from moecc.errors import InputError, UsageError
+from moecc.errors import InputError
 from moecc.ir import BF16, F32, F64, I32, PRED, Builder, Graph, Value, tensor
 from moecc.testing import run_reference
 
@@ -205,54 +205,6 @@ def test_every_lowering_is_the_dense_one(name: str, dtype: Any, seed: int, skew:
             assert_near(found[parameter], gradient, dtype, f"{dispatch}: {parameter}")
 
 
-@pytest.mark.parametrize("name", ["dropless", *QUICK])
-def test_the_gradient_of_the_oracle_is_a_central_difference(name: str) -> None:
-    graph = ROUTINGS[name]()
-    params, inputs = data = draw(graph, 3, 1.0)
-    _, gradients = results(name, ORACLE, F64, data, poison=True)
-    weights = np.random.default_rng(1).normal(size=(BATCH, SEQ, EMBED))
-    for parameter in ("gate", "down", "norm", "shared"):
-        direction = np.random.default_rng(2).normal(size=params[parameter].shape)
-        values = []
-        for size in (1e-6, -1e-6):
-            moved = params | {parameter: params[parameter] + size * direction}
-            y = run_reference(graph, params=moved, inputs=inputs)["y"]
-            values.append(float((y * weights).sum()))
-        slope = (values[0] - values[1]) / 2e-6
-        assert abs(float((gradients[parameter] * direction).sum()) - slope) <= 1e-6 * max(
-            1.0, abs(slope)
-        )
-
-
-def test_something_is_dropped_and_something_is_not() -> None:
-    """Of the routings above: the laws would be empty otherwise."""
-    for name in ("capacity, top-2, groups", "capacity, top-3, token-major", "hash"):
-        graph = ROUTINGS[name]()
-        (place,) = _places(graph)
-        graph.set_output("assign_slots", place)
-        params, inputs = draw(graph, 0, 1.0)
-        slots = run_reference(graph, params=params, inputs=inputs)["assign_slots"]
-        assert (slots < 0).any()
-        assert (slots >= 0).any()
-
-
-def test_poison_is_where_nothing_was_placed() -> None:
-    """Rows that a lowering returns show it: the test mode does something."""
-    layer = Layer()
-    experts, gates = layer.b.route(layer.logits(), top_k=1)
-    place = layer.b.assign_slots(
-        experts, tokens=("batch", "seq"), experts=EXPERTS, slots="capacity", capacity_factor=3.0
-    )
-    graph = layer.finish(experts, place, gates)
-    params, inputs = draw(graph, 0, 1.0)
-    for dispatch in ("grouped", "gathered"):
-        run = function(graph, options=Options(dispatch, poison=True))
-        text = str(jax.make_jaxpr(run)(params, inputs))
-        plain = str(jax.make_jaxpr(function(graph, options=Options(dispatch)))(params, inputs))
-        assert "nan" in text
-        assert "nan" not in plain
-
-
 # --- what is chosen, and refused
 
 
@@ -329,16 +281,3 @@ def test_where_rows_meet_they_lie_in_slots() -> None:
         found = program.run(params, inputs)
         for name in ("sums", "y"):
             np.testing.assert_allclose(found[name], expected[name], rtol=1e-12, atol=1e-12)
-
-
-def test_slots_need_a_capacity() -> None:
-    with pytest.raises(InputError, match="sets no capacity"):
-        function(ROUTINGS["dropless"](), options=Options("gather"))
-
-
-def test_unknown_names_are_told_together() -> None:
-    with pytest.raises(UsageError) as error:
-        Options("ragged", platform="gpus")
-    first, second = error.value.problems
-    assert first.expected == "auto, gather, grouped, blocks, ragged_dot, gathered, used"
-    assert second.hint == "did you mean 'gpu'?"

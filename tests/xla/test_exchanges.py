@@ -26,14 +26,11 @@ from moecc_backends.xla.lower.function import (  # noqa: E402
 )
 from moecc_backends.xla.mesh.all_to_all import (  # noqa: E402
     ExchangeSpec,
-    emulated,
     exchange_map,
     send,
     send_back,
 )
 from moecc_backends.xla.trace.context import DEFAULTS, Options  # noqa: E402
-
-from .test_shard_map import census  # noqa: E402
 
 QUICK = {
     Case("capacity", "data:4,model:2", "st-moe", "via=capacity slice=model"),
@@ -134,51 +131,6 @@ def test_a_bounded_buffer_drops_what_the_reference_drops(
     assert (factor > 1) or outputs["dropped.layers.0.ffn"] > 0
     (_, whole), one = compiled(function(graph), "ragged")(params, inputs)
     assert_near((whole, one), (outputs, slopes))
-
-
-@pytest.mark.parametrize(
-    ("way", "wanted"),
-    [
-        ("via=capacity", {"all-to-all": 4}),
-        ("via=ring", {"all-gather": 2, "reduce-scatter": 2}),
-    ],
-)
-def test_the_program_has_the_collectives_of_the_graph_and_no_others(
-    way: str, wanted: dict[str, int]
-) -> None:
-    """One way there and one back, and the same for gradients; those of the router are summed."""
-    graph = laid("capacity", "annotate-sharding{mesh=data:8 rules=st-moe},"
-                 f"expert-parallel{{{way}}},lower-collectives")  # fmt: skip
-    _, _, program = on_mesh(graph, "capacity")
-    found = census(program)
-    del found["all-reduce"]
-    assert found == wanted
-
-
-def _runs(rng: np.random.Generator, devices: int, rows: int) -> Any:
-    """Return how many rows each device sends to each, at most `rows` in all from one."""
-    cuts = np.sort(rng.integers(0, rows + 1, (devices, devices)), axis=1)
-    return np.diff(cuts, prepend=0, axis=1).astype(np.int32)
-
-
-@pytest.mark.parametrize("seed", few(range(3)))
-def test_the_emulation_is_an_exchange_row_by_row(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    sizes = _runs(rng, 8, 6)
-    rows = rng.normal(size=(8, 6, 3)).astype("f")
-    starts, places = (np.cumsum(sizes, axis) - sizes for axis in (1, 0))
-    wanted = np.full((8, 48, 3), -1, "f")
-    for a in range(8):
-        for b in range(8):
-            run = rows[a, starts[a, b] : starts[a, b] + sizes[a, b]]
-            wanted[b, places[a, b] : places[a, b] + sizes[a, b]] = run
-
-    def one(rows: Any, *runs: Any) -> Any:
-        room = jax.numpy.full((48, 3), -1.0)
-        return emulated(rows[0], room, *(r[0] for r in runs), axis_name=("d",))[None]
-
-    found = _on_all(one)(rows, starts, sizes, places, sizes.T.copy())
-    np.testing.assert_array_equal(found, wanted)
 
 
 def _on_all(one: Any) -> Any:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from tiers import examples
 
-from moecc.ir import BF16, F64, Graph, parse, print_graph
+from moecc.ir import F64, Graph, parse, print_graph
 from moecc.testing import run_reference
 from moecc.types import DType
 
@@ -65,28 +65,6 @@ def test_every_row_is_written_last_by_its_expert_in_few_blocks(data: st.DataObje
     sizes = cover_sizes(num_rows, num_experts)
     whole = sizes[-2] if len(sizes) > 1 else sizes[-1]
     assert blocks <= sum(-(-int(n) // whole) for n in group_sizes)
-
-
-@pytest.mark.parametrize(("num_rows", "num_experts"), [*SHAPES, (0, 4), (4096, 8), (40, 1)])
-def test_sizes_rise_and_one_holds_all_rows_or_there_are_many(
-    num_rows: int, num_experts: int
-) -> None:
-    sizes = cover_sizes(num_rows, num_experts)
-    assert list(sizes) == sorted(set(sizes))
-    assert sizes[-1] >= num_rows or 8 <= len(sizes) <= 11
-    assert len(sizes) == 1 or sizes[-2] < num_rows
-
-
-@pytest.mark.parametrize(("mean", "most"), [(256, 0.04), (512, 0.04), (4000, 0.04), (100, 0.1)])
-def test_few_rows_are_multiplied_for_nothing(mean: int, most: float) -> None:
-    """Of experts that get about what they would of equal shares."""
-    counts = np.random.default_rng(0).multinomial(32 * mean, np.full(32, 1 / 32))
-    sizes = cover_sizes(32 * mean, 32)
-    whole = sizes[-2]
-    before = np.maximum(counts - sizes[-1] + whole - 1, 0) // whole
-    last = np.searchsorted(sizes, counts - before * whole)
-    multiplied = before * whole + np.array((*sizes, 0))[last] * (counts > before * whole)
-    assert multiplied.sum() <= (1 + most) * counts.sum()
 
 
 def skewed(tokens: int) -> Graph:
@@ -154,26 +132,6 @@ def test_gradients_of_many_rows_are_those_of_all_rows_at_once(remat: bool) -> No
         expected, found = slopes("grouped", F64), slopes("blocks", F64, remat)
     for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         np.testing.assert_allclose(other, one, rtol=1e-9, atol=1e-9)
-
-
-def test_narrow_weights_have_gradients_whose_sums_are_wide() -> None:
-    """Blocks would add them up in the type of the weights, so all rows are taken at once."""
-    expected, found = slopes("grouped", BF16), slopes("blocks", BF16)
-    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
-        np.testing.assert_allclose(other, one, rtol=1e-6, atol=1e-6 * np.abs(one).max())
-
-
-def test_fewer_slots_than_a_block_has_rows() -> None:
-    """Most choices are dropped: rows are no more than the slots, blocks no larger than rows."""
-    bound = "slots=capacity, convention=assignments, capacity_factor=0.05, using=mask"
-    text = print_graph(skewed(700)).replace("using=mask", bound)
-    graph = parse(text.replace("slot=ragged(%slots)", "slot=capacity(%slots)"))
-    params, inputs = draw(graph, 700)
-    expected = run_reference(graph, params=params, inputs=inputs)["y"]
-    with jax.enable_x64(True):
-        run = function(graph, dtype=F64, options=Options("blocks", platform="cpu"))
-        found = jax.jit(run)(params, inputs)["y"]
-    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_no_array_of_all_rows_is_made_but_their_results() -> None:

@@ -30,20 +30,6 @@ def test_a_command_says_what_it_has_to_say_and_no_more(tmp_path: Path) -> None:
         assert done.stderr.splitlines() == ["logits [1, 3, 37] written to logits.npy"]
 
 
-def test_only_lines_of_noise_are_held_back(capfd: pytest.CaptureFixture[str]) -> None:
-    def loud() -> None:
-        with quiet._without((b"cudart_stub.cc",)):
-            os.write(2, b"I0000 cudart_stub.cc:31] Could not find cuda drivers\n")
-            print("a warning that counts", file=sys.stderr)
-            os.write(2, b"an error, half a line")
-            raise ImportError("a library is missing")
-
-    with pytest.raises(ImportError, match="a library"):
-        loud()
-    os.write(2, b", and the rest\n")
-    assert capfd.readouterr().err == "a warning that counts\nan error, half a line, and the rest\n"
-
-
 def test_what_may_be_an_accelerator_is_left_to_jax(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -63,12 +49,3 @@ def test_what_may_be_an_accelerator_is_left_to_jax(
     (tmp_path / "nvidia0").unlink()
     monkeypatch.setenv("TPU_WORKER_ID", "0")
     assert quiet.has_accelerator()
-
-
-@pytest.mark.parametrize("other", [[], ["jax_plugins.xla_cuda12"], ["jax_plugins.metal"]])
-def test_plug_ins_for_other_accelerators_are_asked(
-    monkeypatch: pytest.MonkeyPatch, other: list[str]
-) -> None:
-    monkeypatch.setattr(quiet, "has_accelerator", lambda: False)
-    monkeypatch.setattr(quiet, "_plugins", lambda: other)
-    assert quiet.is_cpu_alone.__wrapped__() == ("jax_plugins.metal" not in other)

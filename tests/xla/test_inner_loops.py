@@ -11,7 +11,6 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from moecc_backends.xla.backend import function
 from moecc_backends.xla.lower.scan import LayerLoop, pieces_of
-from moecc_backends.xla.trace.context import Options
 
 from moecc.ir import F32, Builder, Graph, Value, tensor
 
@@ -123,40 +122,6 @@ def value_and_slopes(graph: Graph) -> tuple[Any, Any, list[int]]:
 
     found = jax.jit(jax.value_and_grad(loss), compiler_options=OPTIMISED)(params)
     return *found, scans(jax.make_jaxpr(loss)(params).jaxpr)
-
-
-def gradient_program(graph: Graph, platform: str) -> tuple[int, int, Any]:
-    """Return how many barriers are in it, how many elements loops return, and its result."""
-    run = function(graph, options=Options(platform=platform))
-    rng = np.random.default_rng(0)
-    params = {n: rng.normal(size=v.type.shape).astype("f4") for n, v in graph.params.items()}
-    inputs = {"h": rng.normal(size=(3, SIZE)).astype("f4"), "shared": np.ones(SIZE, "f4")}
-
-    def walk(jaxpr: Any) -> tuple[int, int]:
-        barriers = returned = 0
-        for equation in jaxpr.eqns:
-            barriers += equation.primitive.name == "optimization_barrier"
-            if equation.primitive.name == "scan":
-                returned += sum(v.aval.size for v in equation.outvars)
-            for inner in jaxprs_in_params(equation.params):
-                more = walk(inner)
-                barriers, returned = barriers + more[0], returned + more[1]
-        return barriers, returned
-
-    slopes = jax.grad(lambda params: jnp.sum(run(params, inputs)["y"]))
-    return *walk(jax.make_jaxpr(slopes)(params).jaxpr), slopes(params)
-
-
-@pytest.mark.parametrize("remat", ["full", "block"])
-def test_on_a_tpu_weights_of_a_turn_are_arrays_of_their_own(remat: str) -> None:
-    """So libtpu finds products equal within the loop and outside; nothing more is kept for it."""
-    graph = repeated("dddr", remat)
-    without, kept, expected = gradient_program(graph, "cpu")
-    barriers, found, slopes = gradient_program(graph, "tpu")
-    assert without < barriers
-    assert found == kept
-    for name, slope in slopes.items():
-        np.testing.assert_allclose(slope, expected[name], rtol=1e-6, err_msg=name)
 
 
 CASES = [

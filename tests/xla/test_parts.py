@@ -101,16 +101,6 @@ def results(graph: Graph, options: Options, dtype: DType) -> tuple[Any, Any]:
     return y, (slopes[0], slopes[1][inputs["wanted"]])
 
 
-def test_parts_give_what_all_rows_at_once_give(chosen: list[ExpertParts]) -> None:
-    with jax.enable_x64(True):
-        found = results(layer(), BLOCKS, F64)
-        assert chosen[0] == ExpertParts("mlp", 3)
-        expected = results(layer(), Options("grouped", platform="cpu"), F64)
-    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
-        assert np.isfinite(other).all()
-        np.testing.assert_allclose(other, one, rtol=1e-9, atol=1e-9)
-
-
 def test_parts_give_what_the_reference_gives(chosen: list[ExpertParts]) -> None:
     params, inputs = draw(layer())
     inputs["x"][::5] = 0
@@ -146,15 +136,6 @@ def test_what_cannot_be_cut_is_done_whole(
     if dtype is not BF16:
         expected = run_reference(graph, params=params, inputs=inputs)["y"]
         np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("mlp", "embed", "count"), [(2816, 1024, 4), (1536, 576, 1), (14336, 4096, 64), (1409, 4096, 1)]
-)
-def test_parts_are_as_few_as_fit_a_cache(mlp: int, embed: int, count: int) -> None:
-    """Widths that no number divides are not cut."""
-    found = parts._count(4 * mlp * embed, mlp)
-    assert found == count
 
 
 def test_a_compiled_program_copies_no_large_matrix_whole() -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from functools import partial
-
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -56,24 +53,3 @@ def test_choices_that_are_not_placed_come_last(case: tuple[np.ndarray, np.ndarra
     np.testing.assert_array_equal(sizes, np.bincount(experts[placed], minlength=NUM_EXPERTS))
     permutation = perm.sorted_permutation(perm.SortedChoices(order, inverse, sizes))
     np.testing.assert_array_equal(np.asarray(permutation.row_of_choice) >= 0, placed)
-
-
-def test_keys_too_large_to_pack_are_sorted_by_a_stable_argsort(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    experts = np.random.default_rng(0).integers(0, 5, (40, 2), dtype=np.int32)
-    packed = perm.sort_by_expert(experts, 5)
-    monkeypatch.setattr(perm, "_INT32_MAX", 6 * experts.size - 1)
-    assert _sort_operands(experts, 5) == 2
-    fallen_back = perm.sort_by_expert(experts, 5)
-    for a, b in zip(packed, fallen_back, strict=True):
-        np.testing.assert_array_equal(a, b)
-    monkeypatch.setattr(perm, "_INT32_MAX", 6 * experts.size)
-    assert _sort_operands(experts, 5) == 1
-
-
-def _sort_operands(experts: np.ndarray, num_experts: int) -> int:
-    """Return how many arrays the sort moves: one packed key, or a key and an index."""
-    program = jax.jit(partial(perm.sort_by_expert, num_experts=num_experts)).lower(experts)
-    (operands,) = re.findall(r'"stablehlo.sort"\(([^)]*)\)', program.as_text())
-    return len(operands.split(","))

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from tiers import few
 
-from moecc.errors import InputError
 from moecc.ir import Graph
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
@@ -275,17 +274,6 @@ def check_gradients(
 
 # --- placement
 
-PLACEMENTS: list[dict[str, Any]] = [
-    {"slots": "ragged"},
-    {"slots": "ragged", "groups": 2, "order": "token"},
-    {"slots": "capacity", "capacity_factor": 1.0, "minimum": 1},
-    {"slots": "capacity", "capacity_factor": 1.0, "minimum": 1, "order": "token"},
-    {"slots": "capacity", "capacity_factor": 1.0, "minimum": 1, "groups": 2},
-    {"slots": "capacity", "capacity_factor": 1.0, "minimum": 1, "groups": 4, "order": "token"},
-    {"slots": "capacity", "capacity_factor": 0.8, "convention": "assignments", "rounding": "ceil"},
-    {"slots": "capacity", "capacity_factor": 0.5, "minimum": 1, "rounding": "round", "groups": 3},
-]
-
 
 @pytest.mark.parametrize("gates", ["renormalised", "softmax", "sigmoid", "sparsemixer", "ones",
                                    "sigmoid-renormalised"])  # fmt: skip
@@ -306,15 +294,3 @@ def test_routes_with_ties_and_dead_experts(gates: str, top_k: int) -> None:
     found = compiled(graph, F64).run({}, inputs)
     np.testing.assert_array_equal(found["experts"], expected["experts"])
     np.testing.assert_allclose(found["gates"], expected["gates"], rtol=1e-12)
-
-
-def test_groups_that_do_not_divide_the_tokens_are_refused() -> None:
-    graph = Graph("odd")
-    b = Builder(graph, loc="layers.2.ffn")
-    chosen = graph.input("chosen", tensor(I32, batch="B", choice=1))
-    graph.set_output("y", b.assign_slots(chosen, tokens=("batch",), experts=2, groups=2))
-    with pytest.raises(InputError, match="do not divide the tokens") as error:
-        compiled(graph, F32).run({}, {"chosen": np.zeros((3, 1), np.int32)})
-    where = error.value.problems[0].where
-    assert where is not None
-    assert where.endswith("= assign_slots @layers.2.ffn")

@@ -63,15 +63,6 @@ def test_on_a_mesh_it_is_the_layer_on_one_device(case: Case) -> None:
     assert_near(expected(case.slots), ({"y": outputs["y"]}, slopes))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_stripping_leaves_what_was_laid_on_the_mesh(case: Case) -> None:
-    graph = laid(case)
-    if "buffer-factor" in case.way:
-        return
-    run_pipeline(graph, Pipeline.parse("strip-sharding"))
-    assert str(graph) == str(weighted(case.slots))
-
-
 @pytest.mark.parametrize(
     ("slots", "dispatch"),
     [

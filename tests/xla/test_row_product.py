@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from moecc_backends.xla.kernels.grouped_matmul import rows_times
@@ -31,17 +30,6 @@ def test_product_and_gradients_are_those_of_jax(widths: tuple[int, int], at: int
         np.testing.assert_allclose(made, expected, rtol=1e-13)
         for found, right in zip(back(slope), plain_back(slope), strict=True):
             np.testing.assert_allclose(found, right, rtol=1e-12, atol=1e-14)
-
-
-def test_gradient_of_the_matrix_copies_no_rows() -> None:
-    def loss(rows: jax.Array, matrix: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.sin(rows_times(jnp.cos(rows).reshape(-1, 8), matrix, 1)))
-
-    shapes = jax.ShapeDtypeStruct((4, 16, 8), jnp.float32), jax.ShapeDtypeStruct((32, 8), "f4")
-    program = jax.jit(jax.grad(loss, argnums=1)).lower(*shapes).compile().as_text()
-    assert "f32[8,64]" not in program, "rows are transposed"
-    assert "f32[32,64]" not in program, "gradients of rows are transposed"
-    assert "f32[8,32]" in program, "the wider of the two is the second"
 
 
 FAULTS = """

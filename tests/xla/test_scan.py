@@ -10,12 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from moecc_backends.xla.backend import function, jax_inputs
-from moecc_backends.xla.lower import scan
 from moecc_backends.xla.lower.contract import softmax
 
 from moecc.backend import get_backend
-from moecc.ir import BF16, F32, Builder, Graph, Value, parse, tensor
-from moecc.ir.remat_names import KEPT
+from moecc.ir import BF16, F32, Builder, Graph, Value, tensor
 from moecc.types import KEY, TensorType
 
 RUNS = 3
@@ -123,17 +121,6 @@ def unrolled(graph: Graph) -> int:
     return int(loop.params["unroll"])
 
 
-def test_runs_with_large_weights_are_compiled_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    graph, expected = scanned(), gradients("none", ())
-    assert unrolled(graph) == 1, "small weights are copied"
-    monkeypatch.setattr(scan, "UNROLLED_BYTES", 0)
-    assert unrolled(graph) == RUNS
-    assert unrolled(scanned("full")) == 1, "what is computed again is a loop"
-    for name, array in gradients.__wrapped__("none", ()).items():
-        scale = float(jnp.abs(expected[name]).max())
-        np.testing.assert_allclose(array, expected[name], atol=1e-5 * scale)
-
-
 def saved(remat: str, save: tuple[str, ...] = ()) -> int:
     """Return how many numbers a scan keeps of all its runs for the gradient."""
     graph = scanned(remat, save)
@@ -142,11 +129,6 @@ def saved(remat: str, save: tuple[str, ...] = ()) -> int:
     jaxpr = jax.make_jaxpr(jax.grad(lambda p: run(p, inputs)["y"].sum()))(params)
     forward = next(e for e in jaxpr.eqns if e.primitive.name == "scan")
     return sum(v.aval.size for v in forward.outvars)
-
-
-def test_less_is_kept_the_more_is_computed_again() -> None:
-    some = saved("save", ("attention",))
-    assert saved("full") < some < saved("save", KEPT) < saved("none")
 
 
 def test_of_the_values_of_a_body_only_those_of_the_graph_are_kept() -> None:
@@ -174,31 +156,6 @@ def test_the_derivative_of_a_softmax() -> None:
     assert not np.asarray(found[2]).any(), "where nothing may be chosen"
 
 
-def test_a_carry_may_widen() -> None:
-    """The first run takes what was embedded in bfloat16, the others what a float32 loss made."""
-    text = """moecc 1
-graph g {
-  input %x : f32[batch=B]
-  param %w : f32[layer=3, expert=2]
-  %y = scan %x, %w {over=(layer=3), carries=1, stacked=1} : f32[batch=B] {
-    input %x : f32[batch=B]
-    input %w : f32[expert=2]
-    %s = broadcast %x, %t : f32[batch=B]
-    output y = %s
-  }
-  output y = %y
-}
-"""
-    text = text.replace(
-        "    %s = broadcast %x, %t : f32[batch=B]\n",
-        "    %t = logsumexp %w {axes=expert} : f32[]\n    %s = add %x, %t : f32[batch=B]\n",
-    )
-    graph = parse(text)
-    x, w = np.ones(2, "f4"), np.zeros((3, 2), "f4")
-    found = get_backend("xla").compile(graph, dtype=BF16).run({"w": w}, {"x": x})
-    np.testing.assert_allclose(found["y"], 1 + 3 * np.log(2), rtol=1e-2)
-
-
 def test_keys_are_stacked_and_captured() -> None:
     body = Graph("body")
     h, own, shared = (body.input("h", tensor(F32, batch=4)), body.input("own", TensorType(KEY)),
@@ -219,17 +176,6 @@ def test_keys_are_stacked_and_captured() -> None:
     np.testing.assert_allclose(traced, expected, rtol=1e-5)
 
 
-def test_a_router_stays_in_float32() -> None:
-    """What only makes logits of routers is not rounded on its way into the body."""
-    graph = scanned()
-    params, inputs = data(graph)
-    run = function(graph, dtype=BF16)
-    jaxpr = str(jax.make_jaxpr(run)(params, inputs))
-    assert "f32[3,4,6]" in jaxpr, "the routers, by layer"
-    assert "bf16[3,4,8,6]" in jaxpr, "the experts, by layer"
-    assert "bf16[3,4,6]" not in jaxpr
-
-
 def test_picking_from_a_stack() -> None:
     graph = Graph()
     b = Builder(graph)
@@ -241,23 +187,3 @@ def test_picking_from_a_stack() -> None:
     found = get_backend("xla").compile(graph).run({}, {"x": arrays[0], "y": arrays[1]})
     np.testing.assert_array_equal(found["layer"], arrays[1])
     np.testing.assert_array_equal(found["embed"], arrays[..., 2])
-
-
-def test_the_body_is_compiled_once() -> None:
-    """The program of sixty runs is no longer than that of six."""
-    lengths = []
-    for runs in (6, 60):
-        graph = parse(f"""moecc 1
-graph g {{
-  input %x : f32[batch=B]
-  %y = scan %x {{over=(layer={runs}), carries=1}} : f32[batch=B] {{
-    input %x : f32[batch=B]
-    %s = silu %x : f32[batch=B]
-    output y = %s
-  }}
-  output y = %y
-}}
-""")
-        lowered = jax.jit(function(graph)).lower({}, {"x": np.zeros(3, "f4")})
-        lengths.append(len(lowered.as_text().splitlines()))
-    assert lengths[0] == lengths[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,30 +11,9 @@ from moecc.model.open import open_model
 from moecc.testing import run_reference
 from moecc.types import F32, F64
 
-from .models import GOLDEN, Array, Arrays, compiled, decoder, relative
+from .models import GOLDEN, compiled, decoder, relative
 
 jax = pytest.importorskip("jax")
-
-
-class Counting(Mapping[str, Array]):
-    """Parameters that remember when they were asked for."""
-
-    def __init__(self, arrays: Arrays) -> None:
-        self.arrays = arrays
-        self.asked: list[str] = []
-
-    def __getitem__(self, name: str) -> Array:
-        self.asked.append(name)
-        return self.arrays[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.arrays
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.arrays)
-
-    def __len__(self) -> int:
-        return len(self.arrays)
 
 
 @pytest.mark.parametrize(
@@ -57,17 +35,6 @@ def test_equal_layers_are_compiled_once(case: str, options: dict[str, Any], dist
     program.run(params, inputs)
     assert len(program._compiled) == distinct
     assert all(f._cache_size() == 1 for f in program._compiled.values())
-
-
-def test_parameters_are_fetched_layer_by_layer_and_once() -> None:
-    graph, arrays, inputs = decoder("llama_gqa", experts=4)
-    params = Counting(arrays)
-    compiled(graph, F32).run(params, inputs)
-    assert sorted(params.asked) == sorted(arrays)
-    layers = [n.split(".")[2] for n in params.asked if n.startswith("model.layers.")]
-    assert layers == sorted(layers)
-    assert params.asked[0] == "model.embed_tokens.weight"
-    assert params.asked[-1] == "lm_head.weight"
 
 
 def test_the_parameters_of_a_model_are_made_one_at_a_time() -> None:

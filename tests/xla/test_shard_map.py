@@ -29,7 +29,6 @@ from moecc_backends.xla.backend import function, jax_inputs  # noqa: E402
 from moecc_backends.xla.lower.function import (  # noqa: E402
     device_mesh,
     sharded_function,
-    shardings,
 )
 
 DENSE = "llama_biases_head_dim"
@@ -132,11 +131,6 @@ def census(program: str) -> Counter[str]:
     return Counter(re.findall(kinds, program))
 
 
-@pytest.mark.parametrize("name", some(LAYOUTS, "fsdp"))
-def test_a_dense_model_is_the_same_on_a_mesh(name: str) -> None:
-    assert_same(*decoder(DENSE, seq=8), LAYOUTS[name])
-
-
 @pytest.mark.parametrize("name", some(EXPERTS, "rows, columns"))
 def test_experts_are_the_same_on_a_mesh_with_what_they_drop(name: str) -> None:
     graph, params, inputs = decoder(DENSE, seq=8, **SPARSE)
@@ -145,35 +139,11 @@ def test_experts_are_the_same_on_a_mesh_with_what_they_drop(name: str) -> None:
     assert_same(graph, params, inputs, EXPERTS[name])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["rows, columns", "replicated tokens"])
-def test_noise_is_the_same_on_a_mesh(name: str) -> None:
-    graph, params, inputs = decoder(DENSE, seq=8, **SPARSE)
-    text = "specialize{mode=train capacity-factor=0.75 groups=8 jitter=0.3 router-noise=0.5}"
-    run_pipeline(graph, Pipeline.parse(text, installed()))
-    assert "key" in graph.inputs
-    assert_same(graph, params, inputs, EXPERTS[name])
-
-
 def test_experts_on_rows_take_two_exchanges_each_way_and_gather_no_weights() -> None:
     program = assert_same(*decoder(DENSE, seq=8, **SPARSE), EXPERTS["rows"])
     found = census(program)
     assert found["all-to-all"] == 4
     assert not found["all-gather"] + found["reduce-scatter"]
-
-
-def test_stored_parts_are_gathered_and_their_gradients_scattered() -> None:
-    graph, params, inputs = decoder(DENSE, seq=8)
-    found = census(assert_same(graph, params, inputs, LAYOUTS["fsdp"]))
-    # But the table: ids are gathered, and what is looked up and its gradient are exchanged.
-    assert found["all-gather"] - 1 == found["reduce-scatter"] > 0
-    assert found["all-to-all"] == 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in LAYOUTS if n.startswith("fsdp")])
-def test_a_tied_table_has_the_gradients_of_look_up_and_head(name: str) -> None:
-    assert_same(*decoder("llama_square_tied", seq=8), LAYOUTS[name])
 
 
 @pytest.mark.parametrize("kind", ["f32", "bf16"])
@@ -194,15 +164,6 @@ def test_a_row_that_many_tokens_look_up_has_all_of_their_gradients(kind: str) ->
     expected = np.zeros((16, 8))
     expected[3] = 8 * 64
     assert (np.asarray(slopes["table"], float) == expected).all()
-
-
-def test_parameters_lie_in_parts() -> None:
-    graph, params, _ = decoder(DENSE, seq=8, **SPARSE)
-    on_mesh = laid(graph, EXPERTS["rows"])
-    where = shardings(on_mesh.params, device_mesh(on_mesh))
-    name = "model.layers.0.mlp.up_proj.weight"
-    part = where[name].shard_shape(params[name].shape)
-    assert np.prod(part) * 8 == params[name].size
 
 
 def test_what_is_not_ready_for_a_mesh_is_refused() -> None:
@@ -243,22 +204,6 @@ def test_blocks_of_layers_are_the_same_on_a_mesh_when_computed_again(remat: str)
     found, found_slopes, _ = of(sharded_function(on_mesh, device_mesh(on_mesh)), params, given)
     for name, value in (*expected.items(), *slopes.items()):
         assert_near(value, {**found, **found_slopes}[name], name)
-
-
-def test_a_loop_keeps_no_parameter_that_was_gathered() -> None:
-    """Parameters are gathered again for the gradient whatever is kept, and tokens are not."""
-    kept, again = (collectives("all_gather", "fsdp", remat) for remat in ("none", "full"))
-    assert kept == again > 0
-    kept, again = (collectives("all_gather", "sequence", remat) for remat in ("none", "full"))
-    assert 0 < kept < again
-
-
-def test_a_sum_that_is_kept_is_not_sent_again() -> None:
-    """Of the two sums of a layer, after attention and after the neurons, the last is never."""
-    none, save, full = (
-        collectives("psum_invariant", "tensor", remat) for remat in ("none", "save", "full")
-    )
-    assert 0 < none == save < full
 
 
 def collectives(name: str, layout: str, remat: str) -> int:

@@ -30,35 +30,6 @@ def typed(checkpoint: GgufFile) -> DecoderConfig:
     return parse_config(checkpoint.config, "x.gguf")
 
 
-def test_llama(small_model: Any, tmp_path: Path) -> None:
-    builder = small_model().key("llama.vocab_size", "u32", 48)
-    for name, number in (("bos", 1), ("eos", 2), ("padding", 3)):
-        builder.key(f"tokenizer.ggml.{name}_token_id", "u32", number)
-    assert opened(builder, tmp_path).config == {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": 48,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "hidden_act": "silu",
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True,
-        "rope_theta": 100_000.0,
-        "rope_scaling": None,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 3,
-        "torch_dtype": "float32",
-    }
-
-
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_families_read_it(
@@ -78,42 +49,6 @@ def test_the_families_read_it(
     assert len(graph.params) == len(checkpoint.tensors)
 
 
-def test_names(small_model: Any, tmp_path: Path) -> None:
-    checkpoint = opened(small_model("qwen3", layers=1, tied=False), tmp_path)
-    layer = "model.layers.0."
-    assert set(checkpoint.tensors) == {
-        "model.embed_tokens.weight",
-        "model.norm.weight",
-        "lm_head.weight",
-        f"{layer}input_layernorm.weight",
-        f"{layer}post_attention_layernorm.weight",
-        *(f"{layer}self_attn.{part}_proj.weight" for part in "qkvo"),
-        *(f"{layer}self_attn.{part}_norm.weight" for part in "qk"),
-        *(f"{layer}mlp.{part}_proj.weight" for part in ("gate", "up", "down")),
-    }
-
-
-def test_biases_of_a_llama(small_model: Any, tmp_path: Path) -> None:
-    attention = ["attn_q", "attn_k", "attn_v", "attn_output"]
-    config = typed(opened(small_model(biases=attention), tmp_path))
-    assert (config.qkv_bias, config.output_bias, config.mlp_bias) == (True, True, False)
-    config = typed(opened(small_model(biases=["ffn_gate", "ffn_up", "ffn_down"]), tmp_path))
-    assert (config.qkv_bias, config.mlp_bias) == (False, True)
-
-
-@pytest.mark.parametrize(
-    ("kind", "expected"), [("F32", "float32"), ("BF16", "bfloat16"), ("F16", "float16")]
-)
-def test_the_type_that_most_weights_have(
-    kind: str, expected: str, small_model: Any, tmp_path: Path
-) -> None:
-    assert typed(opened(small_model(kind=kind), tmp_path)).dtype == expected
-
-
-def test_what_is_quantised_counts_as_float32(small_model: Any, tmp_path: Path) -> None:
-    assert typed(opened(small_model(kind="Q8_0"), tmp_path)).dtype == "float32"
-
-
 def test_sizes_that_are_stated_per_layer(small_model: Any, tmp_path: Path) -> None:
     builder = small_model().drop("llama.attention.head_count_kv")
     same = builder.array("llama.attention.head_count_kv", "i32", [2, 2])
@@ -121,23 +56,6 @@ def test_sizes_that_are_stated_per_layer(small_model: Any, tmp_path: Path) -> No
     builder.drop("llama.feed_forward_length")
     builder.array("llama.feed_forward_length", "u32", [64, 32])
     assert "the layers differ" in refusal(builder, tmp_path)
-
-
-def test_defaults_of_keys_that_are_absent(small_model: Any, tmp_path: Path) -> None:
-    builder = small_model(heads=4, groups=4, head_dim=8)
-    for name in ("head_count_kv", "key_length", "value_length"):
-        builder.drop(f"llama.attention.{name}")
-    builder.drop("llama.rope.dimension_count").drop("llama.rope.freq_base")
-    config = typed(opened(builder, tmp_path))
-    assert (config.num_key_value_heads, config.head_dim) == (4, 8)
-    assert config.rope.theta == 10_000
-
-
-def test_keys_that_are_known_to_do_nothing(small_model: Any, tmp_path: Path) -> None:
-    builder = small_model().key("llama.rope.scaling.finetuned", "bool", 1)
-    builder.key("llama.expert_count", "u32", 0).key("llama.expert_used_count", "u32", 0)
-    builder.key("llama.attention.causal", "bool", 1).key("llama.use_parallel_residual", "bool", 0)
-    assert typed(opened(builder, tmp_path)).model_type == "llama"
 
 
 @pytest.mark.parametrize(
@@ -186,19 +104,6 @@ def test_refuses_a_missing_key(name: str, small_model: Any, tmp_path: Path) -> N
     assert "does not state" in text
 
 
-def test_all_problems_at_once(small_model: Any, tmp_path: Path) -> None:
-    builder = small_model().drop("llama.block_count").key("llama.odd", "u32", 1)
-    builder.tensor("blk.0.attn_qkv.weight", (4, 4)).key("tokenizer.ggml.eos_token_id", "u32", 48)
-    text = refusal(builder, tmp_path)
-    for part in ("block_count", "llama.odd", "attn_qkv", "eos_token_id", "below 48"):
-        assert part in text
-
-
-def test_a_token_that_is_not_there(small_model: Any, tmp_path: Path) -> None:
-    builder = small_model().key("tokenizer.ggml.bos_token_id", "u32", (1 << 32) - 1)
-    assert opened(builder, tmp_path).config["bos_token_id"] is None
-
-
 @pytest.mark.parametrize("tensor", ["blk.0.ffn_gate.weight", "blk.0.ffn_up.3.weight"])
 def test_a_mixture_of_experts_has_its_own_tensors(
     tensor: str, small_model: Any, tmp_path: Path
@@ -211,12 +116,6 @@ def test_a_mixture_of_experts_has_its_own_tensors(
     assert "llama.expert_used_count" in text
 
 
-def test_a_mixture_of_an_architecture_without_one(small_model: Any, tmp_path: Path) -> None:
-    text = refusal(small_model("qwen3").key("qwen3.expert_count", "u32", 128), tmp_path)
-    assert "does not support mixtures of this architecture" in text
-    assert "'qwen3moe'" in text
-
-
 @pytest.mark.parametrize(("found", "hint"), [("qwen3x", "qwen3"), ("lama", "llama")])
 def test_an_architecture_that_is_not_read(
     found: str, hint: str, small_model: Any, tmp_path: Path
@@ -224,12 +123,6 @@ def test_an_architecture_that_is_not_read(
     text = refusal(small_model(found), tmp_path)
     assert "one of llama, qwen2, qwen3" in text
     assert f"did you mean '{hint}'?" in text
-
-
-def test_no_architecture(builder: Any, tmp_path: Path) -> None:
-    assert "does not state its architecture" in refusal(builder.tensor("t", (1,)), tmp_path)
-    builder.key("general.architecture", "u32", 3)
-    assert "does not state its architecture" in refusal(builder, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -248,17 +141,6 @@ def test_a_tensor_that_a_llama_has_not(
     text = refusal(small_model().tensor(name, (4, 4)), tmp_path)
     assert f"has no tensor '{name}'" in text
     assert hint in text
-
-
-def test_no_embedding(builder: Any, tmp_path: Path) -> None:
-    builder.key("general.architecture", "string", "llama").tensor("output_norm.weight", (4,))
-    assert "no token embedding" in refusal(builder, tmp_path)
-
-
-def test_rows_that_are_not_heads(small_model: Any, tmp_path: Path) -> None:
-    builder = small_model().drop("llama.attention.head_count")
-    builder.key("llama.attention.head_count", "u32", 8)
-    assert "8 heads of width 8" in refusal(builder, tmp_path)
 
 
 def scaling(name: str, kind: str, value: Any) -> tuple[str, str, Any]:
@@ -325,12 +207,6 @@ def test_the_divisors_of_llama_3(
     assert not any("rope" in name for name in checkpoint.tensors)
 
 
-def test_divisors_of_one(small_model: Any, tmp_path: Path) -> None:
-    ones = np.ones(4, "<f4").tobytes()
-    builder = small_model().tensor("rope_freqs.weight", (4,), "F32", ones)
-    assert typed(opened(builder, tmp_path)).rope.type == "default"
-
-
 @pytest.mark.parametrize(
     "values", [[1, 2, 3, 4], [0, 1, 1, 1], [1, 1, 1, np.nan], [1, 1, 1, np.inf], [1, 1, 1, -2]]
 )
@@ -340,18 +216,3 @@ def test_divisors_that_nothing_explains(
     data = np.array(values, "<f4").tobytes()
     builder = small_model().tensor("rope_freqs.weight", (4,), "F32", data)
     assert "config.json cannot express" in refusal(builder, tmp_path)
-
-
-def test_divisors_that_do_not_fit(small_model: Any, tmp_path: Path) -> None:
-    assert "4 for heads of width 8" in refusal(
-        small_model().tensor("rope_freqs.weight", (5,)), tmp_path
-    )
-    builder = small_model().tensor("rope_freqs.weight", (2, 2))
-    assert "not a vector of divisors" in refusal(builder, tmp_path)
-
-
-def test_divisors_beside_a_scaling(small_model: Any, tmp_path: Path) -> None:
-    data = np.array([1, 1, 2, 8], "<f4").tobytes()
-    builder = small_model().key("llama.rope.scaling.factor", "f32", 2.0)
-    text = refusal(builder.tensor("rope_freqs.weight", (4,), "F32", data), tmp_path)
-    assert "also has the divisors" in text

@@ -54,14 +54,6 @@ def test_parts_are_read_as_the_whole(parts: list[Path], tmp_path: Path) -> None:
             joined.require_unchanged()
 
 
-def test_the_first_part_may_hold_metadata_alone(
-    small_model: Callable[..., Any], tmp_path: Path
-) -> None:
-    whole = small_model().write(tmp_path / "one.gguf")
-    with open_gguf(split(whole, tmp_path / "m.gguf", small_first=True)[0]) as joined:
-        assert joined.tensors.keys() == open_gguf(whole).tensors.keys()
-
-
 def test_what_is_missing_is_named(parts: list[Path]) -> None:
     parts[-1].rename(parts[-1].with_name("away"))
     parts[1].unlink()

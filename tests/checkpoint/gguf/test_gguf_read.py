@@ -5,21 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moecc.errors import InputError, MachineError
+from moecc.errors import InputError
 from moecc.formats.gguf.reader import GgufFile, halves_from_neighbours, open_gguf
 from moecc.formats.gguf.storage import STORAGES, Storage
-from moecc.formats.open import open_checkpoint
 
 QUANTISED = [storage for storage in STORAGES.values() if storage.is_quantised]
 PLAIN = [storage for storage in STORAGES.values() if not storage.is_quantised]
@@ -76,16 +73,6 @@ def model(small_model: Any, path: Path, storage: Storage, **options: Any) -> tup
 
 @needs_package
 @pytest.mark.parametrize("storage", QUANTISED, ids=lambda storage: storage.name)
-def test_sizes_of_blocks_are_those_of_the_package(storage: Storage) -> None:
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    kind = GGMLQuantizationType(storage.code)
-    assert kind.name == storage.name
-    assert GGML_QUANT_SIZES[kind] == (storage.block, storage.block_bytes)
-
-
-@needs_package
-@pytest.mark.parametrize("storage", QUANTISED, ids=lambda storage: storage.name)
 def test_quantised_rows(storage: Storage, small_model: Any, tmp_path: Path) -> None:
     from gguf import GGMLQuantizationType, quants
 
@@ -123,19 +110,6 @@ def test_values_survive_quantisation(name: str, small_model: Any, tmp_path: Path
     steps = {"Q8_0": 256, "Q5_0": 32, "Q5_1": 31, "Q4_0": 16, "Q4_1": 15}[name]
     span = 2 * np.abs(written["blk.1.ffn_up.weight"]).max()
     assert error.max() <= span / steps
-
-
-@needs_package
-def test_a_block_worked_by_hand(small_model: Any, tmp_path: Path) -> None:
-    # Q4_1: scale, offset, then 16 bytes with elements 0-15 in the low and 16-31 in the high half.
-    nibbles = bytes(low | (15 - low) << 4 for low in range(16))
-    block = np.array([0.5, -2.0], "<f2").tobytes() + nibbles
-    builder = small_model(
-        kind="Q4_1", make=lambda _, shape: block * (int(np.prod(shape)) // 32) if shape[1:] else b""
-    )
-    row = open_gguf(builder.write(tmp_path / "x.gguf")).read(UP_PROJ, 7, 8)[0]
-    expected = [0.5 * n - 2 for n in [*range(16), *range(15, -1, -1)]]
-    assert row.tolist() == expected
 
 
 @needs_package
@@ -225,23 +199,6 @@ def test_attention_scores_are_those_of_the_file(
         assert untouched != pytest.approx(in_file, rel=1e-3)
 
 
-def test_what_the_converter_does_is_undone() -> None:
-    rows = np.arange(3 * 8 * 5).reshape(24, 5)
-    # The converter's order: the halves of each head become the fast index.
-    stored = rows.reshape(3, 2, 4, 5).swapaxes(1, 2).reshape(24, 5)
-    np.testing.assert_array_equal(halves_from_neighbours(stored, 8), rows)
-    np.testing.assert_array_equal(halves_from_neighbours(stored[:, 0], 8), rows[:, 0])
-
-
-@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
-def test_qwen_rows_are_left_alone(architecture: str, small_model: Any, tmp_path: Path) -> None:
-    builder = small_model(architecture, make=random_bytes(STORAGES[0]))
-    checkpoint = open_gguf(builder.write(tmp_path / "x.gguf"))
-    info = checkpoint.tensors[Q_PROJ]
-    raw = np.fromfile(checkpoint.path, np.uint8, info.nbytes, offset=info.offset)
-    assert checkpoint.read(Q_PROJ).tobytes() == raw.tobytes()
-
-
 def test_biases_are_reordered_with_their_rows(small_model: Any, tmp_path: Path) -> None:
     builder = small_model(biases=["attn_q"], make=random_bytes(STORAGES[0]))
     checkpoint = open_gguf(builder.write(tmp_path / "x.gguf"))
@@ -289,44 +246,11 @@ def test_reads_only_the_heads_it_needs(opened: GgufFile, monkeypatch: pytest.Mon
     assert lengths == [8 * row_bytes, 16 * row_bytes, 2 * row_bytes]
 
 
-@needs_package
-def test_threads_get_the_same_values(opened: GgufFile) -> None:
-    expected = {name: opened.read(name) for name in opened.tensors}
-    with ThreadPoolExecutor(8) as threads:
-        for name, values in threads.map(lambda name: (name, opened.read(name)), [*expected] * 4):
-            np.testing.assert_array_equal(values, expected[name])
-
-
-@pytest.mark.parametrize(("start", "stop"), [(-1, 3), (4, 3), (0, 65), (65, None)])
-def test_rows_beyond_the_tensor(start: int, stop: int | None, opened: GgufFile) -> None:
-    with pytest.raises(ValueError, match="which has 64"):
-        opened.read(UP_PROJ, start, stop)
-
-
-def test_a_name_that_is_not_there(opened: GgufFile) -> None:
-    with pytest.raises(InputError, match=r"did you mean 'model\.layers\.1\.mlp\.up_proj\.weight'"):
-        opened.read("model.layers.1.mlp.upp_proj.weight")
-
-
 def test_a_file_that_changed(opened: GgufFile) -> None:
     with opened.path.open("ab") as file:
         file.write(b"x")
     with pytest.raises(InputError, match="changed while it was being read"):
         opened.read(UP_PROJ)
-
-
-def test_a_closed_file(opened: GgufFile) -> None:
-    with opened:
-        pass
-    with pytest.raises(InputError, match="closed"):
-        opened.read(UP_PROJ)
-
-
-def test_without_the_package(opened: GgufFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(MachineError, match="pip install 'gguf>="):
-        opened.read(UP_PROJ)
-    assert opened.read("model.norm.weight").dtype == np.float32
 
 
 def test_opening_and_plain_reads_leave_the_package_alone(small_model: Any, tmp_path: Path) -> None:
@@ -339,21 +263,3 @@ def test_opening_and_plain_reads_leave_the_package_alone(small_model: Any, tmp_p
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-
-
-def test_the_protocol(small_model: Any, tmp_path: Path) -> None:
-    path = small_model(kind="Q8_0").write(tmp_path / "x.gguf")
-    with open_checkpoint(path) as checkpoint:
-        assert isinstance(checkpoint, GgufFile)
-        assert (checkpoint.path, checkpoint.format) == (path, "gguf")
-        assert checkpoint.files() == [path]
-        assert len(checkpoint.tensors) == 1 + 2 * 9 + 1
-        info = checkpoint.tensors[UP_PROJ]
-        assert (info.name, info.shape, info.file) == (UP_PROJ, (64, 32), path)
-        assert info.nbytes == 64 * 34
-        assert checkpoint.remarks()[0].endswith("15 tensors in Q8_0")
-
-
-def test_bfloat16_is_the_type_of_ml_dtypes(small_model: Any, tmp_path: Path) -> None:
-    path = small_model(kind="BF16").write(tmp_path / "x.gguf")
-    assert open_gguf(path).read(UP_PROJ).dtype == ml_dtypes.bfloat16

@@ -101,20 +101,6 @@ def words(tokenizer: Any, text: str) -> list[str]:
     return [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
 
 
-@pytest.mark.parametrize(
-    ("pre", "text", "expected"),
-    [
-        ("smollm", "it's 123\n\n  x", ["it", "'s", "Ġ", "1", "2", "3", "ĊĊĠ", "Ġx"]),
-        ("gpt-2", "it's 123\n\n  x", ["it", "'s", "Ġ123", "ĊĊĠ", "Ġx"]),
-        ("llama-bpe", "IT'S 12345\n\n  x", ["IT", "'S", "Ġ", "123", "45", "ĊĊ", "Ġ", "Ġx"]),
-        ("qwen2", "IT'S 123\n\n  x", ["IT", "'S", "Ġ", "1", "2", "3", "ĊĊ", "Ġ", "Ġx"]),
-        ("tekken", "aBc 12/\n x", ["a", "Bc", "Ġ", "1", "2", "/Ċ", "Ġx"]),
-    ],
-)
-def test_words(pre: str, text: str, expected: list[str], small_model: Any, tmp_path: Path) -> None:
-    assert words(turned(byte_level(small_model, pre), tmp_path), text) == expected
-
-
 def test_merges_and_added_tokens(small_model: Any, tmp_path: Path) -> None:
     tokenizer = turned(byte_level(small_model), tmp_path)
     assert tokenizer.get_vocab_size() == 256 + len(MERGES) + 2
@@ -138,21 +124,6 @@ def smollm(small_model: Any, tmp_path: Path) -> Any:
     return turned(byte_level(small_model), tmp_path)
 
 
-def test_only_qwen_composes_characters(small_model: Any, tmp_path: Path) -> None:
-    decomposed, composed = "e\u0301", ["Ã©"]
-    assert turned(byte_level(small_model, "qwen2"), tmp_path).encode(decomposed).tokens == composed
-    tokens = turned(byte_level(small_model, "smollm"), tmp_path).encode(decomposed).tokens
-    assert tokens == ["e", "Ì", "ģ"]
-
-
-def test_whole_words_come_before_merges(small_model: Any, tmp_path: Path) -> None:
-    extra = [("word", NORMAL)]
-    whole = turned(byte_level(small_model, "llama-bpe", extra=extra), tmp_path)
-    assert whole.encode("word").tokens == ["word"]
-    merged = turned(byte_level(small_model, "qwen2", extra=extra), tmp_path)
-    assert merged.encode("word").tokens == list("word")
-
-
 def special(builder: Any, **ids: int) -> Any:
     for name, number in ids.items():
         builder.key(f"tokenizer.ggml.{name}_token_id", "u32", number)
@@ -172,14 +143,6 @@ def test_first_and_last_token(small_model: Any, tmp_path: Path) -> None:
     assert pair.tokens == ["<|end|>", "a", "<think>", "<|end|>", "b", "<think>"]
     assert pair.type_ids == [0, 0, 0, 1, 1, 1]
     assert tokenizer.encode("a", add_special_tokens=False).tokens == ["a"]
-
-
-def test_llama_3_begins_a_text_without_being_told(small_model: Any, tmp_path: Path) -> None:
-    end = 256 + len(MERGES)
-    builder = special(byte_level(small_model, "llama-bpe"), bos=end)
-    assert turned(builder, tmp_path).encode("a").tokens == ["<|end|>", "a"]
-    builder.key("tokenizer.ggml.add_bos_token", "bool", 0)
-    assert turned(builder, tmp_path).encode("a").tokens == ["a"]
 
 
 def test_configs_beside_the_tokenizer(small_model: Any, tmp_path: Path) -> None:
@@ -228,14 +191,6 @@ def test_fillers_of_the_embedding_are_left_out(small_model: Any, tmp_path: Path)
     assert tokenizer.token_to_id("kept") == number + 2
 
 
-@pytest.mark.parametrize("pre", ["default", "no-such-rule"])
-def test_a_rule_that_is_not_known(pre: str, small_model: Any, tmp_path: Path) -> None:
-    text = reason(byte_level(small_model, pre), tmp_path)
-    assert "does not know how this tokenizer cuts text" in text
-    assert pre in text
-    assert "smollm" in text
-
-
 def test_files_without_a_usable_vocabulary(small_model: Any, tmp_path: Path) -> None:
     assert "tokenizer.ggml.model: the file does not state" in reason(small_model(), tmp_path)
     unknown = small_model().key("tokenizer.ggml.model", "string", "t5")
@@ -279,26 +234,6 @@ def test_sentence_piece(small_model: Any, tmp_path: Path) -> None:
     ]
     assert tokenizer.decode(encoding.ids) == text
     assert tokenizer.encode("hell</s>he").tokens == ["<s>", SPACE, "hell", "</s>", SPACE, "he"]
-
-
-def test_sentence_piece_without_the_space_in_front(small_model: Any, tmp_path: Path) -> None:
-    builder = sentence_piece(small_model, PIECES)
-    builder.key("tokenizer.ggml.add_space_prefix", "bool", 0)
-    tokenizer = turned(builder, tmp_path)
-    encoding = tokenizer.encode(" hello")
-    assert encoding.tokens == ["<s>", f"{SPACE}hello"]
-    assert tokenizer.encode("hello").tokens == ["<s>", "hello"]
-    assert tokenizer.decode(encoding.ids) == " hello"
-
-
-def test_sentence_piece_without_bytes(small_model: Any, tmp_path: Path) -> None:
-    tokenizer = turned(sentence_piece(small_model, PIECES, bytes_too=False), tmp_path)
-    assert tokenizer.encode("héé").tokens == ["<s>", SPACE, "h", "<unk>"]
-
-
-def test_a_piece_without_end(small_model: Any, tmp_path: Path) -> None:
-    builder = sentence_piece(small_model, [("a" * 257, -1.0)])
-    assert "too long" in reason(builder, tmp_path)
 
 
 def test_control_tokens_are_never_merged_from_text(small_model: Any, tmp_path: Path) -> None:

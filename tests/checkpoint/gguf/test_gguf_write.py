@@ -16,12 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from moecc.errors import InputError, MachineError, MoeccError, UsageError
+from moecc.errors import InputError, MoeccError
 from moecc.formats.gguf.encode import Key, plan_file
-from moecc.formats.gguf.families import GGUF_FAMILIES, GGUF_MIXTURES, gguf_name, hugging_face_name
 from moecc.formats.gguf.header import read_gguf_header
 from moecc.formats.gguf.reader import open_gguf
-from moecc.formats.gguf.storage import BY_NAME, dequantise, quantise, quantize_chunk
+from moecc.formats.gguf.storage import BY_NAME, dequantise, quantise
 from moecc.formats.gguf.tokenizer_keys import tokenizer_keys
 from moecc.formats.manifest import verify_manifest
 from moecc.formats.open import open_checkpoint
@@ -29,9 +28,8 @@ from moecc.formats.safetensors import Entry
 from moecc.jobs.convert import Plan, plan, write
 from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
-from moecc.types import BF16, F32, F64
 
-from .test_gguf_tokenizer import byte_level, sentence_piece
+from .test_gguf_tokenizer import byte_level
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 Q8_0 = BY_NAME["Q8_0"]
@@ -104,26 +102,6 @@ def _untied(name: str, params: Any) -> str:
     return name if name in params else "model.embed_tokens.weight"
 
 
-@needs_package
-@pytest.mark.parametrize("architecture", [*GGUF_FAMILIES, *GGUF_MIXTURES])
-def test_names_are_those_of_the_package(architecture: str) -> None:
-    import gguf
-
-    for table in (GGUF_FAMILIES, GGUF_MIXTURES):
-        family = table.get(architecture)
-        if family is None:
-            continue
-        arch = {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[architecture]
-        names = gguf.get_tensor_name_map(arch, 3)
-        for old, new in family.stems().items():
-            full = f"model.layers.2.{new}"
-            if not (architecture == "granitemoe" and "_exps" in old):
-                # Their converter cuts the experts' matrices before it names them.
-                assert names.get_name(full) == f"blk.2.{old}", full
-            assert gguf_name(f"{full}.weight", family) == f"blk.2.{old}.weight"
-            assert hugging_face_name(f"blk.2.{old}.weight", family) == f"{full}.weight"
-
-
 def test_a_mixture_of_a_dense_model(tmp_path: Path) -> None:
     passes = "upcycle{experts=6 top-k=2 granularity=2 router-std=1}"
     planned = convert("llama_gqa", "gguf:llama", tmp_path / "m.gguf", passes)
@@ -178,23 +156,6 @@ def test_q8_0(small_model: Any, tmp_path: Path) -> None:
     assert (made == made[0]).all()
 
 
-def test_blocks_of_an_engine_that_is_missing(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("moecc.formats.gguf.storage.ENGINE_PACKAGE", "no_such_package")
-    quantize_chunk.cache_clear()
-    with pytest.raises(MachineError, match=r"by the library of llama.cpp(.|\n)*--dtype q8_0"):
-        convert("llama_gqa", "gguf:llama", tmp_path / "m.gguf", dtype=BY_NAME["Q4_K"])
-    assert not (tmp_path / "m.gguf").exists()
-
-
-def test_bfloat16(tmp_path: Path) -> None:
-    convert("llama_bfloat16", "gguf:llama", tmp_path / "kept.gguf", "upcycle{experts=2 top-k=1}")
-    convert("llama_gqa", "gguf:llama", tmp_path / "asked.gguf", dtype=BF16)
-    for file, matrix in (("kept", "blk.0.ffn_up_exps.weight"), ("asked", "blk.0.ffn_up.weight")):
-        tensors = read_gguf_header(tmp_path / f"{file}.gguf").tensors
-        assert tensors[matrix].storage.name == "BF16"
-        assert tensors["blk.1.attn_norm.weight"].storage.name == "F32"
-
-
 def test_the_gate_of_a_shared_expert_is_never_zero(tmp_path: Path) -> None:
     """llama.cpp computes silu(x) / x, which is NaN for zero."""
     passes = "upcycle{experts=2 top-k=2 shared=0.5}"
@@ -222,15 +183,6 @@ def test_the_file_has_its_manifest_beside_it(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(data)
     (problem,) = verify_manifest(tmp_path / "a.gguf")
     assert "the data of the tensor 'output.weight' differ" in problem.what
-
-
-def test_a_folder_with_a_file(tmp_path: Path) -> None:
-    convert("qwen3_square", "gguf:qwen3moe", tmp_path / "out", "upcycle{experts=2 top-k=2}")
-    names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert names == {"model.gguf", "README.md", "moecc_manifest.json", "moecc_receipt.json"}
-    assert verify_manifest(tmp_path / "out") == []
-    with open_model(str(tmp_path / "out")) as back:
-        assert back.graph.attrs["family"] == "qwen3_moe"
 
 
 def test_an_existing_file_is_kept(tmp_path: Path) -> None:
@@ -281,21 +233,7 @@ def test_what_llama_cpp_would_not_compute(
     assert reason in refusal(source, target, passes)
 
 
-def test_types_that_a_file_cannot_have() -> None:
-    with open_model(str(GOLDEN / "llama_gqa")) as model:
-        with pytest.raises(UsageError, match="no such element type"):
-            plan(model, Pipeline.parse(""), "gguf:llama", dtype=F64)
-        with pytest.raises(UsageError, match="only a GGUF file can hold q8_0"):
-            plan(model, Pipeline.parse(""), "llama", dtype=Q8_0)
-
-
 # --- the tokenizer
-
-
-def keys_of(checkpoint: Any, rows: int) -> dict[str, Any]:
-    keys, reason = tokenizer_keys(checkpoint, rows)
-    assert reason is None, reason
-    return {key.name.removeprefix("tokenizer.ggml."): key.value for key in keys}
 
 
 def folder_of(file: Path, folder: Path) -> Path:
@@ -342,12 +280,6 @@ def test_byte_level_bpe(pre: str, small_model: Any, tmp_path: Path) -> None:
     builder.key("tokenizer.ggml.add_bos_token", "bool", True)
     builder.key("tokenizer.chat_template", "string", "{{ messages }}")
     assert_same_tokenizer(*written_again(builder, tmp_path, 512))
-
-
-def test_sentence_piece_bpe(small_model: Any, tmp_path: Path) -> None:
-    pieces = [("\u2581", -1.0), ("a", -2.0), ("b", -3.0), ("ab", -1.5), ("\u2581ab", -0.5)]
-    builder = sentence_piece(small_model, pieces)
-    assert_same_tokenizer(*written_again(builder, tmp_path, 264))
 
 
 def assert_same_tokenizer(first: Any, second: Any) -> None:
@@ -403,15 +335,3 @@ def test_a_tokenizer_without_a_form(
     assert [key.value for key in keys] == ["none"]
     assert found is not None
     assert re.search(reason, found)
-
-
-def test_a_folder_without_a_tokenizer_is_remarked(tmp_path: Path) -> None:
-    planned = convert("llama_gqa", "gguf:llama", tmp_path / "m.gguf")
-    assert planned.remarks == ("the file has no tokenizer: there is no tokenizer.json",)
-    metadata = read_gguf_header(tmp_path / "m.gguf").metadata
-    assert metadata["tokenizer.ggml.model"] == "none"
-
-
-def test_more_axes_than_the_format_has() -> None:
-    with pytest.raises(InputError, match="cannot store"):
-        plan_file("m.gguf", [Entry("w", F32, (1, 1, 1, 1, 1))], [])

@@ -181,18 +181,6 @@ def test_experts_and_scanned_layers(case: str, scan: dict[str, int], tmp_path: P
             np.testing.assert_array_equal(checkpoint.read(name, 1, 3), expected[1:3])
 
 
-def test_the_config_of_a_mixture(tmp_path: Path) -> None:
-    write("switch_half", tmp_path / "checkpoint_300")
-    golden = json.loads((GOLDEN / "switch_half" / "config.json").read_text())
-    with open_checkpoint(tmp_path) as checkpoint:
-        found = dict(checkpoint.config)
-        graph = import_checkpoint(checkpoint)
-    assert sum(node.op.routes for node in graph) == 3
-    for key in ("relative_attention_max_distance", "expert_capacity", "router_jitter_noise"):
-        found.pop(key)
-    assert golden | found == golden | {"decoder_start_token_id": 0}
-
-
 @pytest.mark.parametrize(
     ("path", "shape", "words"),
     [
@@ -254,17 +242,6 @@ def test_the_file_is_read_as_flax_writes_it(tmp_path: Path) -> None:
         np.testing.assert_array_equal(large, expected["large"])
         # Where the file says that it is, /etc, does not matter.
         np.testing.assert_array_equal(checkpoint.read("target.stored"), [1, 2])
-
-
-def test_a_missing_chunk_is_told(tmp_path: Path) -> None:
-    write("t5_relu_tied", tmp_path / "step")
-    name = "target.token_embedder.embedding"
-    (tmp_path / "step" / name / "1.0").unlink()
-    with (
-        open_checkpoint(tmp_path / "step") as checkpoint,
-        pytest.raises(InputError, match=f"the chunk 1,0 of the array '{name}' is missing"),
-    ):
-        checkpoint.read("shared.weight")
 
 
 @pytest.mark.parametrize(

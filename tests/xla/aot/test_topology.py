@@ -6,11 +6,10 @@ import importlib.util
 
 import pytest
 from moecc_backends.xla.aot import compiler as topology
-from moecc_backends.xla.aot.compiler import GPUS, description, require
+from moecc_backends.xla.aot.compiler import require
 
 from moecc.errors import MachineError
-from moecc.jobs.compile import environment
-from moecc.plan.machines import parse_machine, table
+from moecc.plan.machines import parse_machine
 
 
 @pytest.mark.parametrize(
@@ -26,23 +25,6 @@ def test_a_missing_extra_is_named_in_one_line(
     with pytest.raises(MachineError, match=r"pip install 'jax\[") as caught:
         require(parse_machine(machine))
     assert "\n" not in str(caught.value)
-
-
-def test_the_environment_asks_for_as_many_cpu_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
-    made = environment(parse_machine("cpu:4"))
-    assert made["JAX_PLATFORMS"] == "cpu"
-    assert made["XLA_FLAGS"].split() == [
-        "--xla_dump_to=x", "--xla_force_host_platform_device_count=4",
-    ]  # fmt: skip
-    assert "force_host" not in environment(parse_machine("tpu:v5p:2x2x1")).get("XLA_FLAGS", "")
-
-
-def test_every_gpu_of_the_table_is_described() -> None:
-    assert GPUS.keys() == table()["gpu"].keys()
-    for kind, gpu in GPUS.items():
-        assert f"device_memory_size: {gpu.memory_bytes}\n" in description(kind)
-        assert gpu.memory_bytes == pytest.approx(table()["gpu"][kind]["hbm_bytes"], rel=0.08)
 
 
 @pytest.mark.parametrize(

@@ -58,16 +58,6 @@ def test_the_bias_moves_by_what_the_whole_batch_chose() -> None:
     assert chosen.sum() == 2 * batch_of(dense, 1, padding=0.2)["mask"].sum()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", [None, MeshPasses("data:2", ("data-parallel",))])
-def test_parts_a_mesh_and_rematerialisation_count_once(mesh: MeshPasses | None) -> None:
-    bias, chosen, _ = state_after(1)
-    for options in ({}, {"rolled": True, "remat": "full"}):
-        other, counted, _ = state_after(4, mesh, **{k: v for k, v in options.items() if not mesh})
-        assert (counted == chosen).all()
-        assert (other == bias).all()
-
-
 def test_experts_in_turn_have_equal_loads() -> None:
     graph = step_graph(sparse(), StepPasses(groups=1, losses={"parts": 1}, balanced=True))
     spec = StepSpec(SIZES, StepConfig(dtype="f32"), OptimizerSection("sgd"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,14 +47,6 @@ def step_of(
     return make_train_step(graph, made, jax.devices()[: 1 if passes.mesh is None else 8])
 
 
-def stacked_casts(step: TrainStep) -> list[str]:
-    """Return the casts of parameters of all layers at once."""
-    text = step.function.lower(*step.arguments).as_text()
-    return re.findall(
-        rf"stablehlo.convert %arg\d+ : \(tensor<{LAYERS}x[\dx]+xf32>\) -> \S+bf16>", text
-    )
-
-
 def run(step: TrainStep) -> tuple[dict[str, Any], dict[str, Any]]:
     rng = np.random.default_rng(0)
     drawn = params_for(step.graph, 0)
@@ -64,29 +55,6 @@ def run(step: TrainStep) -> tuple[dict[str, Any], dict[str, Any]]:
     batch = {n: np.int32(rng.integers(0, 16, shape)) for n, shape in kinds.items()}
     slopes, sums = jax.jit(partial(step.gradients, key=jax.random.key(0)))(params, {}, batch)
     return jax.tree.map(np.asarray, slopes), jax.tree.map(np.asarray, sums)
-
-
-def test_no_copy_of_all_layers_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert stacked_casts(step_of()) == []
-    monkeypatch.setattr(gradients, "is_cast_by_layer", lambda value: False)
-    assert len(stacked_casts(step_of())) > 3
-
-
-@pytest.mark.parametrize("mesh", ["one device", "dropless"])
-def test_on_a_mesh_loops_take_parameters_as_they_are_stored(mesh: str) -> None:
-    """Else the TPU compiler copies those of all layers before the loop, in another layout."""
-    step = step_of(mesh)
-    text = step.function.lower(*step.arguments).as_text()
-    fixed = re.findall(r"@LayoutConstraint\(.*?result_layouts = \[(.*?)\].*?-> tensor<(\w+)>", text)
-    matrices = [
-        v for v in step.graph.params.values() if gradients.is_cast_by_layer(v) and v.type.rank > 2
-    ]
-    of_matrices = [(layout, kind) for layout, kind in fixed if kind.count("x") > 1]
-    assert (len(of_matrices) >= len(matrices) > 3) is (mesh != "one device")
-    assert all(kind.endswith("xf32") for _, kind in fixed)
-    for layout, kind in fixed:
-        order = [int(n) for n in re.findall(r"\d+", layout.split(":")[0])]
-        assert order == list(reversed(range(kind.count("x"))))
 
 
 @pytest.mark.parametrize(
@@ -126,13 +94,6 @@ def test_no_run_of_a_loop_keeps_a_cast_parameter() -> None:
     forward = [str(v.aval) for v in loops[0].outvars]
     assert "bfloat16[5,4,8]" in forward
     assert "bfloat16[5,8,8]" not in forward
-
-
-def test_without_a_loop_or_a_narrower_type_nothing_is_kept_as_stored() -> None:
-    for step in (step_of(dtype="f32"), step_of(weight_dtype="bf16")):
-        kind = step.spec.config.weight_type.numpy
-        params = {n: jax.numpy.zeros(v.type.shape, kind) for n, v in step.graph.params.items()}
-        assert step.loss._stored(params) == {}
 
 
 @pytest.mark.parametrize(
