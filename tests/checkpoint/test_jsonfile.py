@@ -34,6 +34,20 @@ def test_random_bytes_give_a_value_or_an_input_error(data):
     assert json.loads(data) == value
 
 
+LONG = "1" * 5000
+PIECES = ["{", "}", "[", "]", "]]]", ",", ":", '"a"', '"\\ud800"', LONG, f"-{LONG}", "NaN", "1e999"]
+PIECES += ["0", "-", "tru", "null", '"', "\\", " ", "\n", "\0", "\ufeff", "[" * 70, '{"a":' * 70]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
+def test_hostile_pieces_give_a_value_or_an_input_error(text):
+    try:
+        value = parse_json(text.encode(), "x")
+    except InputError:
+        return
+    assert json.loads(text) == value
+
+
 @given(st.integers(4290, 4310), st.sampled_from(["", "-"]))
 def test_numbers_have_as_many_digits_as_python_reads(digits, sign):
     text = f'{{"b": {sign}{"1" * digits}}}'

@@ -161,6 +161,12 @@ def _flipped(data: bytes, bit: int) -> bytes:
     return bytes(changed)
 
 
+def test_another_type_of_the_same_size_is_named(written):
+    arrays = {f"layers.1.{part}": np.zeros((3, 4), np.int16) for part in ("up", "down")}
+    save_file(arrays, written / SHARDS[1], {"format": "pt"})
+    assert "expected: f16 [3, 4]\n  found: i16 [3, 4]" in "\n".join(found(written))
+
+
 def test_every_damaged_tensor_of_many_is_named(tmp_path):
     arrays = {f"t{i}": np.zeros(2, np.float32) for i in range(300)}
     file = tmp_path / "model.safetensors"

@@ -202,6 +202,12 @@ def test_a_hostile_header_is_refused_and_the_place_named(
     assert "\u202e" not in text
 
 
+def test_a_duplicate_field_is_refused(tmp_path, write_raw):
+    text = b'{"a": {"dtype": "F32", "dtype": "I32", "shape": [2], "data_offsets": [0, 8]}}'
+    [problem] = problems(write_raw(tmp_path / "x", text, bytes(8)))
+    assert "'dtype' appears twice" in problem
+
+
 def test_all_problems_of_a_file_are_reported_at_once(tmp_path, write_raw):
     header = {
         "a": entry("F31"),

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from moecc.ir.text import parse
+
 UPCYCLE = "upcycle{experts=4 top-k=2}"
 
 
@@ -37,6 +39,14 @@ def test_inspect_counts_and_judges_targets(moecc: Callable, dense: Path) -> None
     human = moecc("inspect", dense)
     assert "can be upcycled" in human.out
     assert human.err == ""
+
+
+def test_stdout_carries_the_graph_alone(moecc: Callable, dense: Path, tmp_path: Path) -> None:
+    graph = tmp_path / "a.moe"
+    moecc("import", dense, "-o", graph)
+    done = moecc("opt", graph, "-p", UPCYCLE, "--remarks", "--timing")
+    parse(done.out)
+    assert "remark: upcycle" in done.err
 
 
 def test_convert_verify_run_and_read_again(moecc: Callable, dense: Path, tmp_path: Path) -> None:

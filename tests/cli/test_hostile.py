@@ -91,6 +91,17 @@ def test_what_is_only_copied_is_copied_whatever_it_is(
 # --- graphs
 
 
+@pytest.mark.parametrize(
+    "pipeline", ["canonicalize", "roll-layers", "st-moe{experts=4}", "add-losses"]
+)
+def test_locations_of_thousands_of_digits(moecc: Callable, tmp_path: Path, pipeline: str) -> None:
+    graph = tmp_path / "graph.moe"
+    assert moecc("import", GOLDEN / "mixtral_gqa", "-o", graph).code == 0
+    graph.write_text(graph.read_text().replace("layers.1.", f"layers.{LONG}."))
+    assert moecc("inspect", graph).code in (0, 1)
+    assert moecc("opt", graph, "-p", pipeline).code in (0, 1)
+
+
 # --- what is not UTF-8
 
 ODD = os.fsdecode(b"caf\xe9")

@@ -51,6 +51,19 @@ def test_what_the_paper_advises_against(
     assert moecc("lint", pipeline, "--warnings", "error").code == 1
 
 
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        "st-moe{experts=32}", "st-moe{experts=8 mode=train}", "upcycle{experts=8 top-k=2}",
+        "upcycle{experts=8 gates=switch top-k=1}", "add-losses", "freeze{groups=moe}",
+        "specialize{mode=eval dropless=true}",
+    ],
+)  # fmt: skip
+def test_the_choices_of_the_paper_are_passed_over(moecc: Callable, pipeline: str) -> None:
+    done = moecc("lint", pipeline, "--warnings", "error")
+    assert (done.code, done.out) == (0, "nothing to say against this pipeline\n")
+
+
 def graph_after(case: str, pipeline: str, tmp_path: Path) -> Path:
     with open_model(str(GOLDEN / case)) as model:
         graph = clone(model.graph)

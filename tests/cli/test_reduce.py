@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import moecc_passes.cleanup as canonicalize
 import numpy as np
 import pytest
 from moecc_backends.xla.lower import function as every_lowering
@@ -51,6 +52,55 @@ def bisected(moecc: Moecc, *args: object) -> Any:
 
 
 # --- in a pass that rewrites by rules
+
+
+@pytest.fixture
+def wrong_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merge two scales by adding their factors."""
+
+    def added(match: Any, b: Any) -> Any:
+        return b.scale(match.value("x"), by=match.attr("a") + match.attr("b"))
+
+    rules = [
+        replace(r, build=added) if r.name == "scale-of-scale" else r for r in canonicalize.RULES
+    ]
+    monkeypatch.setattr(canonicalize, "RULES", tuple(rules))
+
+
+@pytest.fixture
+def scaled(model: Path) -> Path:
+    """The model with chains of scales, of which one pair does not merge to the same number."""
+    text = model.read_text()
+    lines, number = [], 0
+    for line in text.splitlines():
+        found = re.match(r"  (%\S+) = (silu %\S+) : (\S+\[.*?\]) @layers.(\d)", line)
+        if found is None:
+            lines.append(line)
+            continue
+        name, operation, type, layer = found.groups()
+        a, b = (2.0, 2.0) if layer != "1" else (2.0, 0.25)
+        place = f": {type} @layers.{layer}.ffn"
+        lines += [
+            f"  %s{number}a = {operation} {place}",
+            f"  %s{number}b = scale %s{number}a {{by={a}}} {place}",
+            f"  {name} = scale %s{number}b {{by={b}}} {place}",
+        ]
+        number += 1
+    model.write_text("\n".join(lines) + "\n")
+    return model
+
+
+def test_a_wrong_rule_is_reduced_and_found(moecc: Moecc, scaled: Path, wrong_rule: None) -> None:
+    passes = ("-p", "cse,canonicalize,dce")
+    graph = reduced(moecc, scaled, *passes)
+    assert [node.op.name for node in graph] == ["scale", "scale"]
+    found = bisected(moecc, scaled, *passes)
+    assert found["step"] == "pass"
+    assert found["pass"] == {"number": 2, "text": "canonicalize"}
+    assert found["rewrite"]["text"].startswith("canonicalize/scale-of-scale at %")
+    assert "{by=0.25}" in found["rewrite"]["text"]
+    assert "scale" in found["value"]["where"]
+    assert "{by=2.25}" in found["value"]["where"]
 
 
 # --- in a pass that builds by itself

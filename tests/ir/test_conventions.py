@@ -7,16 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 from moecc_passes.sharding.legal import layer
-from moecc_passes.upcycle.gates import GateLaw
+from moecc_passes.upcycle.gates import MEANINGS, GateLaw
 from moecc_passes.upcycle.gates import gates_of as promised_gates
 
 from moecc.backend import get_backend
 from moecc.ir import Builder, Graph
 from moecc.ir.conventions import (
     CONVENTIONS,
+    DISPATCHES,
+    GATES,
     GateConvention,
 )
 from moecc.ir.mesh import parse_mesh
+from moecc.ir.ops import routing as reference
 from moecc.sharding.assign import Assigner, sites_of
 from moecc.sharding.collectives import route, sent, sparse_layer
 from moecc.sharding.propagate import propagate
@@ -51,6 +54,16 @@ def drawn(tokens: int = 64) -> Array:
 
 
 ROWS = pytest.mark.parametrize("row", CONVENTIONS, ids=lambda row: str(row.name))
+
+
+@ROWS
+def test_no_convention_lacks_a_meaning(row: GateConvention) -> None:
+    pytest.importorskip("jax")
+    from moecc_backends.xla.lower import routing as route
+
+    for table in (reference.GATE_FUNCTIONS, route.GATES, MEANINGS):
+        assert set(table) == set(GATES)
+    assert row.score is None or row.score in reference.SCORES
 
 
 @ROWS
@@ -126,3 +139,10 @@ def test_a_route_has_the_collectives_of_the_row(way: Via) -> None:
 
 
 # --- dispatch strategies
+
+
+def test_no_strategy_lacks_a_lowering() -> None:
+    pytest.importorskip("jax")
+    from moecc_backends.xla.dispatch.choose import LAYOUTS
+
+    assert tuple(LAYOUTS) == DISPATCHES

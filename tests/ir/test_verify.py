@@ -252,6 +252,11 @@ def test_all_problems_are_reported_up_to_a_limit() -> None:
     assert len(caught.value.problems) == MAX_PROBLEMS
 
 
+def test_an_empty_graph_needs_an_output() -> None:
+    with pytest.raises(VerifyError, match="no output"):
+        verify(Graph())
+
+
 @given(graphs(), st.data())
 def test_a_random_graph_with_a_lost_use_is_caught(graph: Graph, data: st.DataObject) -> None:
     used = [v for n in graph for v in n.operands] + list(graph.outputs.values())

@@ -102,3 +102,15 @@ def test_a_model_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert found == expected
     assert sum(name == "erf_inv" for name, *_ in found) == 1
+
+
+def test_a_scan_of_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = decoder.init(LAYERS)
+    params["layers"] = jax.tree.map(lambda *each: jnp.stack(each), *params["layers"])
+    found, expected = converted_and_by_hand(
+        scanned, params, "upcycle{experts=4}", [marker] * LAYERS, monkeypatch
+    )
+    assert found == expected
+    (scan,) = [one for one in found if one[0] == "scan"]
+    assert "erf_inv" in str(scan)
+    assert "remat" in str(scan) or "checkpoint" in str(scan)

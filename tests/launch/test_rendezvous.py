@@ -59,6 +59,14 @@ def test_one_that_never_comes_is_named_to_all_that_came() -> None:
     assert time.monotonic() - start < 10
 
 
+def test_without_the_first_the_others_end() -> None:
+    address = f"127.0.0.1:{free_port()}"
+    (one,) = started([ProcessInfo(address, 2, 1)], 0.5)
+    problem = problem_of(one)
+    assert "process 0 was not met within 0.5 s" in problem
+    assert "refused" in problem
+
+
 def test_one_that_came_and_went_is_waited_for() -> None:
     port = free_port()
     (first,) = started([ProcessInfo(f"127.0.0.1:{port}", 2, 0)], 30)

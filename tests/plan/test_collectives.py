@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from moecc.plan.collectives import sent_bytes
 from moecc.plan.machines import parse_machine
-from moecc.plan.networks import TorusRoute
+from moecc.plan.networks import Dim, TorusRoute
 
 Array = np.ndarray
 
@@ -81,6 +83,41 @@ def test_what_a_device_sends_is_what_is_counted(n: int, each: int, seed: int) ->
         exchanged = exchange(devices, values)
         assert set(devices.sent) == {sent_bytes(op, n, total)}
         assert sorted(np.concatenate(exchanged)) == sorted(np.concatenate(values))
+
+
+def busiest_link(n: int, wrap: bool, local_bytes: float) -> float:
+    """Return the bytes over the busiest link of a row in an all-to-all by shortest ways."""
+    load: dict[tuple[int, int], float] = {}
+    for source in range(n):
+        for target in range(n):
+            for way, share in ways(source, target, n, wrap):
+                for a, b in pairwise(way):
+                    load[a, b] = load.get((a, b), 0.0) + share * local_bytes / n
+    return max(load.values(), default=0.0)
+
+
+def ways(source: int, target: int, n: int, wrap: bool) -> list[tuple[list[int], float]]:
+    step = 1 if target > source else -1
+    straight = list(range(source, target + step, step))
+    if not wrap or source == target:
+        return [(straight, 1.0)]
+    forward, back = (target - source) % n, (source - target) % n
+    right = [(source + i) % n for i in range(forward + 1)]
+    left = [(source - i) % n for i in range(back + 1)]
+    if forward == back:
+        return [(right, 0.5), (left, 0.5)]
+    return [(right if forward < back else left, 1.0)]
+
+
+@pytest.mark.parametrize("n", [2, 4, 6, 8, 16])
+@pytest.mark.parametrize("wrap", [False, True])
+def test_an_exchange_takes_what_its_busiest_link_carries(n: int, wrap: bool) -> None:
+    dim = Dim(n, wrap, 1.0)
+    if n == 2 and wrap:
+        # Two links between two devices: both ways round are one hop.
+        assert dim.exchange_seconds(1.0) == 0.25
+        return
+    assert dim.exchange_seconds(1.0) == pytest.approx(busiest_link(n, wrap, 1.0))
 
 
 @pytest.mark.parametrize(

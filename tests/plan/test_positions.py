@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moecc.errors import InputError
 from moecc.families.describe import describe
 from moecc.ir.structure import length_bounds
-from moecc.model.inputs import default_inputs
+from moecc.model.inputs import check_inputs, default_inputs
 from moecc.model.open import open_model
 from moecc.plan.workload import make_batch
 from moecc.rewrite.pipeline import Pipeline
@@ -38,6 +39,14 @@ def test_a_longer_sequence_is_rejected(name: str) -> None:
         assert make_batch(model.graph, 1, lengths=(most,)).tokens % most == 0
         with pytest.raises(InputError, match="longer than the model has positions"):
             make_batch(model.graph, 1, lengths=(most + 1,))
+
+
+def test_inputs_that_are_too_long_are_rejected_before_they_are_run() -> None:
+    with open_model(str(GOLDEN / "gpt2_plain")) as model:
+        check_inputs(model.graph, {"tokens": np.zeros((2, 24), np.int32)}, "a.npy")
+        with pytest.raises(InputError, match="longer than the model has positions") as error:
+            check_inputs(model.graph, {"tokens": np.zeros(25, np.int32)}, "a.npy")
+    assert error.value.problems[0].expected == "at most 24 tokens"
 
 
 def test_a_step_of_decoding_has_caches_as_long_as_what_they_hold() -> None:

@@ -45,6 +45,16 @@ def test_unary(name: str, evaluate: Any) -> None:
     np.testing.assert_allclose(evaluate(name, (x, "a")), expected, rtol=1e-13, atol=1e-15)
 
 
+def test_activations_do_not_lose_the_tails(evaluate: Any) -> None:
+    far = (np.array([-30.0, -800.0, 800.0]), "a")
+    # x · Φ(x) at −30: Φ(−30) = 4.906713927148187e-198.
+    np.testing.assert_allclose(
+        evaluate("gelu", far), [-30 * 4.906713927148187e-198, 0, 800], rtol=1e-12
+    )
+    np.testing.assert_array_equal(evaluate("sigmoid", far)[1:], [0, 1])
+    np.testing.assert_array_equal(evaluate("silu", far)[1:], [0, 800])
+
+
 BINARY = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,
@@ -97,6 +107,18 @@ def test_select_and_mask(evaluate: Any) -> None:
     )
 
 
+def test_scale_and_constant(evaluate: Any) -> None:
+    np.testing.assert_array_equal(
+        evaluate("scale", (np.array([1.0, -2.0]), "a"), by=0.1), [0.1, -0.2]
+    )
+    assert evaluate("constant", value=0.1, dtype="bf16") == 0.1
+    assert evaluate("constant", value=7.0, dtype="i32") == 7
+    graph = Graph()
+    for value, dtype in ((0.5, "i32"), (math.inf, "i32"), (1.0, "pred"), (1.0, "f31")):
+        with pytest.raises(InputError):
+            Builder(graph).constant(value=value, dtype=dtype)
+
+
 def cast_graph(old: Any, new: Any) -> Graph:
     graph = Graph()
     x = graph.input("x", tensor(old, a="A"))
@@ -141,6 +163,14 @@ def test_contract_sums_named_axes_and_keeps_shared_ones(evaluate: Any) -> None:
     for b, e, s, m in itertools.product(range(2), range(3), range(5), range(6)):
         expected = math.fsum(x[b, e, d, s] * w[m, d, e, s] for d in range(4))
         assert found[b, e, s, m] == pytest.approx(expected, rel=1e-13)
+
+
+def test_contract_over_two_axes_and_to_a_scalar(evaluate: Any) -> None:
+    x, w = RNG.normal(size=(3, 4)), RNG.normal(size=(4, 3))
+    found = evaluate("contract", (x, "i j"), (w, "j i"), over=("i", "j"))
+    expected = math.fsum(x[i, j] * w[j, i] for i in range(3) for j in range(4))
+    assert found.shape == ()
+    assert float(found) == pytest.approx(expected, rel=1e-13)
 
 
 @given(st.permutations(["batch", "seq", "embed"]), st.permutations(["embed", "mlp"]))

@@ -142,6 +142,11 @@ def slots(choices: Any, evaluate: Any, experts: int, **attrs: Any) -> Any:
 BOUND = {"slots": "capacity", "minimum": 1}
 
 
+def test_ragged_slots_count_up_and_drop_nothing(evaluate: Any) -> None:
+    choices = [[0, 1], [0, 2], [1, 0]]
+    assert slots(choices, evaluate, 3).tolist() == [[0, 1], [1, 0], [0, 2]]
+
+
 def test_first_choices_beat_second_ones(evaluate: Any) -> None:
     # Capacity 1: token 0 wants expert 1 second, token 1 wants it first.
     choices = [[0, 1], [1, 0]]
@@ -157,6 +162,10 @@ def test_groups_are_counted_apart(evaluate: Any) -> None:
     # Two tokens a group: one slot each.
     found = slots(choices, evaluate, 2, groups=2, **BOUND, capacity_factor=1.0)
     assert found.tolist() == [[0], [-1], [0], [-1]]
+
+
+def test_a_choice_of_no_expert_takes_no_slot(evaluate: Any) -> None:
+    assert slots([[-1], [0], [2], [0]], evaluate, 2).tolist() == [[-1], [0], [-1], [1]]
 
 
 def test_tokens_are_numbered_in_the_order_of_the_token_axes(evaluate: Any) -> None:
@@ -285,3 +294,18 @@ def test_where_the_rows_lie() -> None:
     nan = np.nan
     expected = [[[1, nan], [1, 2], [2, nan]], [[4, nan], [3, 4], [3, nan]]]
     np.testing.assert_array_equal(found["rows"][..., 0], expected)
+
+
+def test_an_empty_slot_under_a_capacity_holds_zeros() -> None:
+    found = exchange(
+        np.array([[0], [0], [0]]),
+        2,
+        np.ones((3, 1)),
+        np.ones((3, 1)),
+        slots="capacity",
+        capacity_factor=1.4,
+        minimum=1,
+    )
+    assert found["rows"].shape == (1, 2, 2, 1)
+    np.testing.assert_array_equal(found["rows"][0, :, :, 0], [[1, 1], [0, 0]])
+    np.testing.assert_array_equal(found["y"][:, 0], [1, 1, 0])

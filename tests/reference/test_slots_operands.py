@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from moecc.errors import InputError
 from moecc.ir import F64, I32, PRED, Builder, Graph, equal, parse, print_graph, tensor
 from moecc.testing import run_reference
+from moecc.types import KEY, TensorType
 
 Data = np.ndarray[Any, Any]
 SEEDS = st.integers(0, 2**32 - 1)
@@ -136,6 +137,23 @@ def test_policies() -> None:
     assert kept(gates, uniform)[:, 1].tolist() == [True, True, True]
     assert kept(gates, [[0, 0.0], [0, 0.0], [0, 0.26]])[:, 1].tolist() == [True, True, False]
     assert kept([[0.0, 0.5]], [[0.9, 0.9]], threshold=0.0).all()
+
+
+@pytest.mark.parametrize(
+    ("gate", "probability"), [(0.5, 1.0), (0.3, 1.0), (0.2, 1.0), (0.1, 0.5), (0.05, 0.25)]
+)
+def test_how_often_random_keeps_the_second_expert(gate: float, probability: float) -> None:
+    """g / 0.2, at most 1 (ST-MoE, Appendix G)."""
+    graph = Graph()
+    b = Builder(graph)
+    g = graph.input("g", tensor(F64, token="T", choice=2))
+    graph.set_output(
+        "k", b.keep_choices(g, b.random_uniform(graph.input("key", TensorType(KEY)), g))
+    )
+    gates = np.repeat([[1 - gate, gate]], 10000, 0)
+    found = run_reference(graph, inputs={"g": gates, "key": np.uint64(3)})["k"]
+    assert found[:, 0].all()
+    assert found[:, 1].mean() == pytest.approx(probability, abs=4 * 0.5 / 100)
 
 
 # --- experts choose

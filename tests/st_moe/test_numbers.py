@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,6 +24,34 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 PAPER: dict[str, Any] = {"convention": "tokens", "rounding": "floor", "multiple": 1, "minimum": 4,
                          "cap": True}  # fmt: skip
+CODE_BASES: dict[str, dict[str, Any]] = {
+    "mesh-tensorflow": PAPER,
+    "flaxformer": {**PAPER, "rounding": "round", "cap": False},
+    "vmoe": {"convention": "assignments", "rounding": "ceil", "multiple": 4, "minimum": 1,
+             "cap": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tokens", "factor", "experts", "expected"),
+    [
+        (4096, 1.25, 64, (80, 80, 80)),
+        (4096, 2.0, 64, (128, 128, 128)),
+        (2048, 1.25, 32, (80, 80, 80)),
+        (456, 1.25, 32, (17, 18, 20)),
+        (456, 2.0, 32, (28, 28, 32)),
+        (128, 1.25, 64, (4, 4, 4)),
+        (64, 64.0, 8, (64, 512, 512)),
+    ],
+)
+def test_capacities_of_three_conventions(
+    tokens: int, factor: float, experts: int, expected: tuple[int, int, int]
+) -> None:
+    found = [
+        capacity({**rule, "capacity_factor": factor, "experts": experts}, tokens, 1)
+        for rule in CODE_BASES.values()
+    ]
+    assert tuple(found) == expected
 
 
 # --- what is dropped

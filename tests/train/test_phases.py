@@ -64,6 +64,25 @@ def tensor(run: Path, step: int, name: str) -> np.ndarray:
     return StateReader(saved.state).read(name)
 
 
+def test_what_begins_later_has_no_moments_before(run: Path) -> None:
+    assert {n.split(".")[-2] for n in names(run, 2, "moments.m")} == {"router"}
+    # A state is that of the step which follows.
+    assert EMBEDDING in names(run, 3, "moments.m")
+    assert not tensor(run, 3, f"moments.m.{EMBEDDING}").any()
+    assert tensor(run, 4, f"moments.m.{EMBEDDING}").any()
+    assert not any("norm" in n for n in names(run, 5, "moments.m"))
+    assert int(tensor(run, 5, "moments.count")) == 5
+    assert int(tensor(run, 5, "moments.count.3")) == 2
+
+
+def test_what_begins_later_stays_as_it_was_before(run: Path) -> None:
+    first, third, fourth = (tensor(run, step, f"params.{EMBEDDING}") for step in (1, 3, 4))
+    np.testing.assert_array_equal(first, third)
+    assert (third != fourth).any()
+    router = next(n for n in names(run, 1, "params") if "router" in n)
+    assert (tensor(run, 1, f"params.{router}") != tensor(run, 2, f"params.{router}")).any()
+
+
 @pytest.mark.slow
 def test_a_fork_needs_the_moments_that_there_are(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -86,6 +86,16 @@ def test_a_step_without_its_facts_is_none_and_is_removed(run: Path) -> None:
     assert [p.name for p in (run / "steps").iterdir()] == ["1"]
 
 
+@pytest.mark.parametrize("file", ["steps/1/state/data", "graph.moe", "source/config.json"])
+def test_a_changed_file_is_found(run: Path, file: str) -> None:
+    save(run, 1)
+    step = saved_steps(run)[0]
+    check_step(run, step)
+    (run / file).write_bytes(b"other")
+    with pytest.raises(CheckError, match=f"{Path(file).name}: the file differs"):
+        check_step(run, step)
+
+
 def test_a_changed_digest_and_a_missing_file_are_found(run: Path) -> None:
     save(run, 1)
     step = saved_steps(run)[0]

@@ -30,6 +30,17 @@ def test_a_difference_by_hand() -> None:
     assert found.is_clear
 
 
+def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(400):
+        tokens = rng.integers(20, 60, 25)
+        noise = rng.normal(0.1, 0.3, 25) * tokens
+        first = rows(rng.normal(3, 1, 25) * tokens, tokens)
+        found = paired_difference(first, rows(first.losses + noise, tokens))
+        hits += found.low <= 0.1 <= found.high
+    assert 0.92 <= hits / 400 <= 0.98
+
+
 def test_f1_by_hand() -> None:
     answers, guesses = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 0, 2])
     assert macro_f1(answers, guesses, 4) == pytest.approx((4 / 6 + 2 / 4 + 1) / 3)

@@ -36,6 +36,17 @@ def made(model: Any) -> Canonical:
     return canonical(model.graph)
 
 
+def test_the_canonical_graph_reads_its_parameters_by_their_own_names(made: Canonical) -> None:
+    for name, param in made.graph.params.items():
+        assert str(param.weight).startswith(f'source("{name}" : f32[')
+
+
+def test_a_rolled_model_has_the_same_canonical_graph(model: Any, made: Canonical) -> None:
+    rolled = run(clone(model.graph), "roll-layers")
+    assert any("{" in name for name in rolled.params)
+    assert canonical(rolled).graph.params.keys() == made.graph.params.keys()
+
+
 def test_what_is_stored_of_a_rolled_program_restores_it(model: Any, made: Canonical) -> None:
     program, tensors = run(clone(made.graph), ROLLED), {}
     arrays = {}

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from moecc.cli.main import main
 from moecc.formats.run import saved_steps
@@ -16,7 +18,7 @@ from moecc.formats.run import saved_steps
 pytest.importorskip("jax")
 pytest.importorskip("orbax.checkpoint")
 
-from .tiny import make_model, make_recipe
+from .tiny import draw_weights, make_model, make_recipe
 
 RUN = "steps = 6\nsave_steps = 2\nevaluate_steps = 3\nkeep = 9"
 
@@ -165,6 +167,27 @@ def test_models_are_evaluated_on_held_out_text(folder: Path, call: Any) -> None:
 
 
 @pytest.mark.slow
+def test_losses_that_are_not_finite_from_the_first_step_end_the_run(
+    folder: Path, call: Any, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(folder / "model", model)
+    draw_weights(model)
+    arrays = load_file(model / "model.safetensors")
+    arrays["model.norm.weight"][3] = np.nan
+    save_file(arrays, model / "model.safetensors", metadata={"format": "pt"})
+    run = tmp_path / "run"
+    code, _, err = call("train", folder / "recipe.toml", "--out", run, "--set",
+                        f"model.source={model}", "--set", "model.start=source")  # fmt: skip
+    assert code == 3
+    assert err.count("error:") == 1
+    assert "training gave up: loss nan, where a finite number is needed" in err
+    assert "skipped: loss nan, where a finite number is needed" in err
+    assert "4 skipped steps in a row, twice" in err
+    assert saved_steps(run) == []
+
+
+@pytest.mark.slow
 def test_a_fork_goes_on_under_another_recipe(folder: Path, call: Any) -> None:
     run, fork = folder / "run", folder / "fork"
     code, _, err = call(
@@ -181,6 +204,21 @@ def test_a_fork_goes_on_under_another_recipe(folder: Path, call: Any) -> None:
     stages = json.loads((fork / "lineage.json").read_text())["stages"]
     assert [stage.get("from_step") for stage in stages] == [None, 4]
     assert stages[0]["steps"] == 4
+
+
+def test_another_recipe_is_refused_with_the_keys_that_differ(folder: Path, call: Any) -> None:
+    run = killed(folder, 4, "edited")
+    text = (run / "recipe.toml").read_text()
+    (run / "recipe.toml").write_text(text.replace("rate = 0.003", "rate = 0.3"))
+    code, _, err = call("train", "--resume", run)
+    assert code == 1
+    assert "optimizer.rate: 0.003 → 0.3" in err
+    assert "--fork" in err
+    code, _, err = call("train", "--resume", run, "--set", "optimizer.rate=0.003", "--set",
+                        "run.steps=9")  # fmt: skip
+    assert code == 1
+    assert "run.steps: 6 → 9" in err
+    assert "optimizer.rate" not in err
 
 
 def test_data_that_changed_are_refused(folder: Path, call: Any, tmp_path: Path) -> None:

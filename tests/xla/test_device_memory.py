@@ -8,6 +8,7 @@ import pytest
 from moecc.backend import Backend, get_backend
 from moecc.errors import MachineError
 from moecc.ir.text import parse
+from moecc.types import F32
 
 pytest.importorskip("jax")
 
@@ -38,6 +39,11 @@ def test_a_program(backend: Backend) -> None:
     with pytest.raises(MachineError, match="memory of a device is too small") as error:
         backend.compile(GRAPH).run(PARAMS, INPUTS)
     assert error.value.problems[0].found == f"Out of memory allocating {4 * SIZE**2} bytes."
+
+
+def test_a_session(backend: Backend) -> None:
+    with pytest.raises(MachineError, match="memory of a device is too small"):
+        backend.session(PARAMS, dtype=F32).run(GRAPH, INPUTS)
 
 
 def test_other_errors_of_xla_stay_what_they_are() -> None:

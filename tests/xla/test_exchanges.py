@@ -32,6 +32,8 @@ from moecc_backends.xla.mesh.all_to_all import (  # noqa: E402
 )
 from moecc_backends.xla.trace.context import DEFAULTS, Options  # noqa: E402
 
+from .test_shard_map import census  # noqa: E402
+
 QUICK = {
     Case("capacity", "data:4,model:2", "st-moe", "via=capacity slice=model"),
     Case("ragged", "data:4,model:2", "st-moe", "via=ring"),
@@ -131,6 +133,25 @@ def test_a_bounded_buffer_drops_what_the_reference_drops(
     assert (factor > 1) or outputs["dropped.layers.0.ffn"] > 0
     (_, whole), one = compiled(function(graph), "ragged")(params, inputs)
     assert_near((whole, one), (outputs, slopes))
+
+
+@pytest.mark.parametrize(
+    ("way", "wanted"),
+    [
+        ("via=capacity", {"all-to-all": 4}),
+        ("via=ring", {"all-gather": 2, "reduce-scatter": 2}),
+    ],
+)
+def test_the_program_has_the_collectives_of_the_graph_and_no_others(
+    way: str, wanted: dict[str, int]
+) -> None:
+    """One way there and one back, and the same for gradients; those of the router are summed."""
+    graph = laid("capacity", "annotate-sharding{mesh=data:8 rules=st-moe},"
+                 f"expert-parallel{{{way}}},lower-collectives")  # fmt: skip
+    _, _, program = on_mesh(graph, "capacity")
+    found = census(program)
+    del found["all-reduce"]
+    assert found == wanted
 
 
 def _on_all(one: Any) -> Any:

@@ -21,7 +21,7 @@ from moecc.presets import preset_config  # noqa: E402
 from moecc.rewrite.pipeline import Pipeline  # noqa: E402
 from moecc.rewrite.runner import run_pipeline  # noqa: E402
 from moecc.support.ranges import element, lengths  # noqa: E402
-from moecc.testing import inputs_for, params_for  # noqa: E402
+from moecc.testing import inputs_for, params_for, run_reference  # noqa: E402
 
 SMALL = {
     "smollm2-135m": {
@@ -80,6 +80,18 @@ def stacked(graph: Graph, params: Mapping[str, Any]) -> dict[str, Any]:
         parts = [params[element(name, i)] for i in range(count)]
         found[name] = np.stack(parts) if parts else params[name]
     return found
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_reference_computes_the_same_bits(model: str) -> None:
+    params, inputs = data(model)
+    before = run_reference(written_out(model, "true"), params=params, inputs=inputs)
+    graph = rolled(model, metrics="true")
+    after = run_reference(graph, params=stacked(graph, params), inputs=inputs)
+    names = [n for n in before if n.startswith(("loss.", "metric."))]
+    assert len(names) > 8
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name], array, err_msg=name)
 
 
 def outcome(graph: Graph, params: Any, inputs: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -65,6 +65,19 @@ def test_a_text_ends_before_a_token_that_stops_it() -> None:
         assert part == (whole[: whole.index(stop)] if stop in whole else whole)
 
 
+def test_caches_grow() -> None:
+    """Longer than the smallest cache, a text has the logits that it has at once."""
+    with open_model(str(GOLDEN / "llama_square_mlp")) as model:
+        text = [int(t) for t in np.random.default_rng(0).integers(0, 16, 70)]
+        batch = Batch(
+            DecodeGraphs.of(model.graph), model.params(), backend=get_backend("xla"), dtype=F32
+        )
+        found = [batch.begin([text[:60]])[0], *(batch.step([t])[0] for t in text[60:])]
+        tokens = {"tokens": np.array([text], np.int32)}
+        whole = get_backend("xla").compile(model.graph).run(dict(model.params()), tokens)["logits"]
+    np.testing.assert_allclose(np.stack(found), whole[0, 59:], rtol=2e-4, atol=2e-5)
+
+
 def test_caches_are_updated_in_place() -> None:
     """What goes in is given up: memory does not grow by a cache a layer and a step."""
     with open_model(str(GOLDEN / "llama_gqa")) as model:
@@ -76,3 +89,16 @@ def test_caches_are_updated_in_place() -> None:
         batch.step([3])
     assert before
     assert all(array.is_deleted() for array in before.values())
+
+
+@pytest.mark.slow
+def test_positions_that_depend_on_the_length_are_read_again() -> None:
+    """Beyond its original context a model with dynamic positions has the tokens of the graph."""
+    with open_model(str(GOLDEN / "llama_dynamic")) as model:
+        (found,) = continued(model, [[5, 3, 11]], Continuing(4))
+        program, params = get_backend("xla").compile(model.graph), dict(model.params())
+        line = [5, 3, 11]
+        for _ in range(4):
+            tokens = {"tokens": np.array([line], np.int32)}
+            line.append(int(program.run(params, tokens)["logits"][0, -1].argmax()))
+    assert found == line[3:]

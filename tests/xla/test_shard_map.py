@@ -131,6 +131,11 @@ def census(program: str) -> Counter[str]:
     return Counter(re.findall(kinds, program))
 
 
+@pytest.mark.parametrize("name", some(LAYOUTS, "fsdp"))
+def test_a_dense_model_is_the_same_on_a_mesh(name: str) -> None:
+    assert_same(*decoder(DENSE, seq=8), LAYOUTS[name])
+
+
 @pytest.mark.parametrize("name", some(EXPERTS, "rows, columns"))
 def test_experts_are_the_same_on_a_mesh_with_what_they_drop(name: str) -> None:
     graph, params, inputs = decoder(DENSE, seq=8, **SPARSE)
@@ -139,11 +144,27 @@ def test_experts_are_the_same_on_a_mesh_with_what_they_drop(name: str) -> None:
     assert_same(graph, params, inputs, EXPERTS[name])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rows, columns", "replicated tokens"])
+def test_noise_is_the_same_on_a_mesh(name: str) -> None:
+    graph, params, inputs = decoder(DENSE, seq=8, **SPARSE)
+    text = "specialize{mode=train capacity-factor=0.75 groups=8 jitter=0.3 router-noise=0.5}"
+    run_pipeline(graph, Pipeline.parse(text, installed()))
+    assert "key" in graph.inputs
+    assert_same(graph, params, inputs, EXPERTS[name])
+
+
 def test_experts_on_rows_take_two_exchanges_each_way_and_gather_no_weights() -> None:
     program = assert_same(*decoder(DENSE, seq=8, **SPARSE), EXPERTS["rows"])
     found = census(program)
     assert found["all-to-all"] == 4
     assert not found["all-gather"] + found["reduce-scatter"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in LAYOUTS if n.startswith("fsdp")])
+def test_a_tied_table_has_the_gradients_of_look_up_and_head(name: str) -> None:
+    assert_same(*decoder("llama_square_tied", seq=8), LAYOUTS[name])
 
 
 @pytest.mark.parametrize("kind", ["f32", "bf16"])

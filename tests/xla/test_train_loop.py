@@ -131,6 +131,15 @@ def test_it_is_evaluated_by_steps_and_at_the_end_and_the_best_is_saved() -> None
     assert [e.step for e in again if isinstance(e, Evaluated)] == [6, 8]
 
 
+def test_a_resumed_run_goes_on_with_the_next_batch() -> None:
+    _, store = loop(RunSection(steps=3))
+    events, _ = loop(RunSection(steps=5), checkpoints=store)
+    assert [e.step for e in events] == [4, 5, 5]
+    assert store.kept[-1] == ((0, 1, 2, 3, 4), Position(5, 50), None)
+    assert kinds(loop(RunSection(steps=5), checkpoints=store)[0]) == "St"
+    assert store.steps == [3, 5]
+
+
 def test_a_skipped_step_counts_and_trains_on_nothing() -> None:
     run = RunSection(steps=4, guard=GuardSection(skips=2))
     events, store = loop(run, Counting(frozenset({1})))
@@ -150,6 +159,13 @@ def test_too_many_skips_return_to_the_checkpoint_and_leave_their_batches_out() -
     assert store.kept[-1][1] == Position(6, 60, (3, 4))
     # No checkpoint lies between skipped steps.
     assert store.steps == [2, 4, 6]
+
+
+def test_a_second_streak_after_the_same_checkpoint_stops_the_run() -> None:
+    run = RunSection(steps=9, save_steps=2, guard=GuardSection(skips=2))
+    events, store = loop(run, Counting(frozenset({3, 4, 5, 6})))
+    assert events[-1] == Stopped(2, Reason.GUARD, (GuardFault("gradient_norm", inf),))
+    assert store.steps == [2]
 
 
 def test_what_is_not_finite_from_the_first_step_stops_the_run() -> None:

@@ -197,6 +197,14 @@ def test_many_tensors_that_all_overlap(builder: Any, tmp_path: Path) -> None:
     assert "2,799 more" in str(error.problems[-1])
 
 
+def test_many_tensors_of_unknown_names(small_model: Any, tmp_path: Path) -> None:
+    builder = small_model()
+    for index in range(3_000):
+        builder.tensor(f"blk.0.ttn_q{index}.weight", (1,))
+    error = refused(builder.write(tmp_path / "x.gguf"), open_checkpoint)
+    assert "did you mean 'blk.0.attn_q.weight'?" in str(error.problems[0])
+
+
 @pytest.mark.parametrize(
     ("shape", "kind", "message"),
     [

@@ -29,7 +29,7 @@ from moecc.jobs.convert import Plan, plan, write
 from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
 
-from .test_gguf_tokenizer import byte_level
+from .test_gguf_tokenizer import byte_level, sentence_piece
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 Q8_0 = BY_NAME["Q8_0"]
@@ -280,6 +280,12 @@ def test_byte_level_bpe(pre: str, small_model: Any, tmp_path: Path) -> None:
     builder.key("tokenizer.ggml.add_bos_token", "bool", True)
     builder.key("tokenizer.chat_template", "string", "{{ messages }}")
     assert_same_tokenizer(*written_again(builder, tmp_path, 512))
+
+
+def test_sentence_piece_bpe(small_model: Any, tmp_path: Path) -> None:
+    pieces = [("\u2581", -1.0), ("a", -2.0), ("b", -3.0), ("ab", -1.5), ("\u2581ab", -0.5)]
+    builder = sentence_piece(small_model, pieces)
+    assert_same_tokenizer(*written_again(builder, tmp_path, 264))
 
 
 def assert_same_tokenizer(first: Any, second: Any) -> None:

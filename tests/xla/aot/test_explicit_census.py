@@ -29,7 +29,7 @@ from moecc.plan.step import StepConfig
 from moecc.presets import preset_config
 from moecc.rewrite.pipeline import Pipeline, installed
 from moecc.rewrite.runner import run_pipeline
-from moecc.sharding.vias import EXPLICIT
+from moecc.sharding.vias import EXPLICIT, PARTITIONS
 
 LAYERS, EXPERTS, EMBED, MLP, DEVICES, SEQ = 3, 8, 128, 400, 8, 64
 CONFIG = {
@@ -151,6 +151,17 @@ def test_tokens_go_round_a_ring_and_experts_stay(machine: str, step: str, remat:
     assert {kind for kind, _ in found.runs} <= {"all-gather", "reduce-scatter", "all-reduce"}
     assert all(size % TOKENS == 0 for size in found.sizes("all-gather")), "tokens, nothing else"
     assert not any(MLP in sizes for sizes in found.gathered)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("partition", PARTITIONS)
+@pytest.mark.parametrize("machine", MACHINES)
+def test_no_partition_gathers_the_weights_of_experts(machine: str, partition: str) -> None:
+    found = compiled(machine, "train", "full", "capacity", partition)
+    assert found.per_layer("all-to-all", ROWS) == 5
+    assert not any(MLP in sizes for sizes in found.gathered)
+    weights = EXPERTS * EMBED * MLP
+    assert max(found.sizes("all-gather"), default=0) < weights // DEVICES
 
 
 @pytest.mark.slow
