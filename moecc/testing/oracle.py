@@ -206,7 +206,7 @@ def with_errors(graph: Graph, relative: float = ROUNDING) -> tuple[Graph, str]:
     copy = clone(graph)
     nodes = list(copy)
     key = copy.input(copy.fresh(_ERRORS), TensorType(KEY))
-    for number, (node, following) in enumerate(zip(nodes, [*nodes[1:], None], strict=True)):
+    for number, (node, following) in enumerate(zip(nodes, [*nodes[1:], None], strict=False)):
         builder = Builder(copy, before=following)
         for value in node.results:
             if value.type.dtype.is_float:

@@ -22,7 +22,7 @@ from moecc.ir import Graph, Node, clone, parse, print_graph
 from moecc.ir.verify import VerifyError, verify
 
 from .judge import Difference, difference
-from .pairs import Pair, remove_dead_nodes
+from .pairs import Pair, parted, remove_dead_nodes
 from .sources import pair_of
 
 FOUND = Path(__file__).parent / "found"
@@ -81,8 +81,7 @@ def compare(
     exact: bool = False,
     is_sound: bool = False,
     ask: bool = True,
-    nodes: tuple[str, ...] = (),
-    locs: tuple[str, ...] = (),
+    right: Graph | None = None,
 ) -> Outcome:
     """Ask the prover and the reference about two graphs.
 
@@ -93,8 +92,7 @@ def compare(
       exact: whether equality is that of bits.
       is_sound: whether the edits are right, so that little data will do.
       ask: whether the reference is asked about what the prover left open.
-      nodes: names of results that a refutation at the right node has.
-      locs: their locations.
+      right: what `after` was before a mistake, which a refutation is to name.
     """
     from moecc.prove import prove
 
@@ -126,17 +124,16 @@ def compare(
     if verdict.status == "refuted":
         if gap is None:
             outcome.kind = "unfounded"
-        elif nodes:
-            outcome.at_node = is_named(verdict, nodes, locs)
+        elif right is not None:
+            outcome.at_node = is_named(verdict, parted(right, after))
     outcome.detail = described(gap) if gap else f"{verdict.node} {verdict.terms}"[:500]
     return outcome
 
 
-def is_named(verdict: Any, nodes: tuple[str, ...], locs: tuple[str, ...]) -> bool:
-    """Return whether a refutation names an edited node, or its location."""
-    text = str(verdict.node or "")
-    words = text.replace("%", " ").replace("@", " ").replace(",", " ").split()
-    return any(n in words for n in nodes) or any(loc and loc in words for loc in locs)
+def is_named(verdict: Any, names: set[str]) -> bool:
+    """Return whether a refutation names one of the values at which graphs part."""
+    words = str(verdict.node or "").replace("%", " ").replace(",", " ").split()
+    return any(word in names for word in words)
 
 
 def described(gap: Difference) -> str:
@@ -153,8 +150,7 @@ def compare_pair(pair: Pair, seed: int, *, exact: bool = False) -> Outcome:
         exact=exact,
         is_sound=pair.is_sound,
         ask=seed % 4 == 0,
-        nodes=tuple(pair.nodes),
-        locs=tuple(pair.locs),
+        right=pair.right,
     )
 
 

@@ -256,7 +256,7 @@ def with_errors_where_inexact(graph: Graph) -> tuple[Graph, str]:
     copy = clone(graph)
     nodes = list(copy)
     key = copy.input(copy.fresh("errors"), TensorType(KEY))
-    for number, (node, following) in enumerate(zip(nodes, [*nodes[1:], None], strict=True)):
+    for number, (node, following) in enumerate(zip(nodes, [*nodes[1:], None], strict=False)):
         if node.op.name in EXACT_OPS or node.body is not None:
             continue
         builder = Builder(copy, before=following)

@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import random
-import re
 import sys
 import time
 from collections import Counter
@@ -31,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from moecc.errors import MoeccError
-from moecc.ir import OPS, Graph, clone, print_graph
+from moecc.ir import OPS, Graph, clone
 from moecc.ir.mesh import parse_mesh
 from moecc.ir.structure import equal
 from moecc.ir.verify import VerifyError, verify
@@ -224,39 +223,6 @@ def wrong_exports(count: int, seed: int) -> Iterator[Wrong]:
             yield Wrong("export", name, source_graph(cell.source), after, right=read_back(export))
 
 
-_LINE = re.compile(r"\s*(?:param )?((?:%[^ ,]+, )*%[^ ,]+) [:=] ")
-
-
-def _definitions(graph: Graph) -> dict[str, str]:
-    """Return each line of a graph's text by the names that it defines."""
-    lines: dict[str, str] = {}
-    for line in print_graph(graph).splitlines():
-        match = _LINE.match(line)
-        if match:
-            lines |= dict.fromkeys(re.findall(r"%([^ ,]+)", match.group(1)), line.strip())
-    return lines
-
-
-def parted(right: Graph, wrong: Graph) -> set[str]:
-    """Return names of values, and locations, at which two graphs may be said to part.
-
-    Those that are defined otherwise, and the users of parameters that are.
-    """
-    old, new = _definitions(right), _definitions(wrong)
-    names = {n for n in old.keys() | new.keys() if old.get(n) != new.get(n)}
-    for graph in (right, wrong):
-        for param in graph.params.values():
-            if param.name in names:
-                names |= {v.name for user in param.users for v in user.results}
-        names |= {n for n, v in graph.outputs.items() if v.name in names}
-        names |= {
-            n for n, v in graph.outputs.items()
-            if n not in right.outputs or n not in wrong.outputs
-            or right.outputs[n].name != wrong.outputs[n].name
-        }  # fmt: skip
-    return names
-
-
 def tried(item: Wrong, seed: int) -> dict[str, Any] | None:
     """Return what the prover says of a wrong pair, or None where the reference agrees."""
     if item.kind == "table":
@@ -269,14 +235,13 @@ def tried(item: Wrong, seed: int) -> dict[str, Any] | None:
 def _tried(item: Wrong, seed: int) -> dict[str, Any] | None:
     try:
         after = with_outputs_of(item.before, item.after)
-        names = parted(item.right or item.before, item.after)
         with limited(120):
             outcome = compare(
                 item.before,
                 after,
                 seed,
                 exact=item.exact,
-                nodes=tuple(names),
+                right=item.right or item.before,
             )
     except TooLongError:
         return {"kind": item.kind, "name": item.name, "status": "slow", "at_node": None}

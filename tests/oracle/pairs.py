@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from moecc.errors import MoeccError
-from moecc.ir import Graph, Node, clone
+from moecc.ir import Graph, Node, clone, print_graph
 from moecc.ir.structure import equal, infer_again
 from moecc.ir.verify import VerifyError, verify
 from moecc.testing.generate import remove_dead
@@ -25,8 +26,7 @@ class Pair:
       after: the edited one.
       edits: the names of the edits.
       is_sound: whether all edits keep the function.
-      nodes: names of results, in `before`, of the nodes that were edited.
-      locs: their locations.
+      right: what `after` was before the wrong edit, if there is one.
       seed: of the pair.
     """
 
@@ -34,8 +34,7 @@ class Pair:
     after: Graph
     edits: list[str] = field(default_factory=list)
     is_sound: bool = True
-    nodes: list[str] = field(default_factory=list)
-    locs: list[str] = field(default_factory=list)
+    right: Graph | None = None
     seed: int = 0
 
 
@@ -140,11 +139,10 @@ def _edit(pair: Pair, edits: dict[str, Edit], rng: Rng) -> bool:
         edited = apply_edit(pair.after, edit, rng)
         if edited is None:
             continue
-        pair.after, node = edited
-        pair.edits.append(edit.name)
         if not edit.is_sound:
-            pair.nodes.append(node.results[0].name)
-            pair.locs.append(node.loc)
+            pair.right = pair.after
+        pair.after = edited[0]
+        pair.edits.append(edit.name)
         return True
     return False
 
@@ -158,3 +156,36 @@ def remove_dead_nodes(graph: Graph) -> None:
         if name not in graph.inputs:
             graph.input(name, type)
     graph.inputs.update({n: graph.inputs.pop(n) for n in order})
+
+
+_LINE = re.compile(r"\s*(?:param )?((?:%[^ ,]+, )*%[^ ,]+) [:=] ")
+
+
+def _definitions(graph: Graph) -> dict[str, str]:
+    """Return each line of a graph's text by the names that it defines."""
+    lines: dict[str, str] = {}
+    for line in print_graph(graph).splitlines():
+        match = _LINE.match(line)
+        if match:
+            lines |= dict.fromkeys(re.findall(r"%([^ ,]+)", match.group(1)), line.strip())
+    return lines
+
+
+def parted(right: Graph, wrong: Graph) -> set[str]:
+    """Return names of values, and locations, at which two graphs may be said to part.
+
+    Those that are defined otherwise, and the users of parameters that are.
+    """
+    old, new = _definitions(right), _definitions(wrong)
+    names = {n for n in old.keys() | new.keys() if old.get(n) != new.get(n)}
+    for graph in (right, wrong):
+        for param in graph.params.values():
+            if param.name in names:
+                names |= {v.name for user in param.users for v in user.results}
+        names |= {n for n, v in graph.outputs.items() if v.name in names}
+        names |= {
+            n for n, v in graph.outputs.items()
+            if n not in right.outputs or n not in wrong.outputs
+            or right.outputs[n].name != wrong.outputs[n].name
+        }  # fmt: skip
+    return names
