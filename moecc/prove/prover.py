@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -139,25 +139,35 @@ def _layout(type: TensorType) -> str:
 
 
 def _first_difference(before: Value, after: Value, old: Terms, new: Terms) -> Parting:
-    """Follow two different values to the operations that make them differ."""
-    while True:
-        pair = _differing_operands(before.node, after.node, old, new)
-        if pair is None:
-            node = after.node
-            place = where(node) if node is not None else f"%{after.name}"
-            return place, (_shown(old[before]), _shown(new[after]))
-        before, after = pair
+    """Return the first node of the second graph that stands for another value of the first.
+
+    Both graphs are walked side by side from an output, as far as their operations agree and their
+    values do not.  What the second graph computes and the first does not, as rows and their
+    experts, has no value to be compared with, and the walk ends behind it.
+    """
+    values = {(frozenset(t.axes), t.body) for t in old.values()}
+    twins: dict[Value, Value] = {after: before}
+    stack = [(before, after)]
+    while stack:
+        a, b = stack.pop()
+        for x, y in _operands_in_step(a.node, b.node):
+            is_lost = (frozenset(new[y].axes), new[y].body) not in values
+            if is_lost and y.node is not None and y not in twins:
+                twins[y] = x
+                stack.append((x, y))
+    results = (v for node in after.graph for v in node.results)
+    first = next((v for v in results if v in twins), after)
+    place = where(first.node) if first.node is not None else f"%{first.name}"
+    return place, (_shown(old[twins[first]]), _shown(new[first]))
 
 
-def _differing_operands(
-    before: Node | None, after: Node | None, old: Terms, new: Terms
-) -> tuple[Value, Value] | None:
+def _operands_in_step(before: Node | None, after: Node | None) -> Iterable[tuple[Value, Value]]:
+    """Return the operands of two nodes in pairs, none where they are not of one operation."""
     if before is None or after is None or before.op is not after.op:
-        return None
+        return ()
     if before.attrs != after.attrs or len(before.operands) != len(after.operands):
-        return None
-    pairs = zip(before.operands, after.operands, strict=True)
-    return next(((a, b) for a, b in pairs if not is_same(old[a], new[b])), None)
+        return ()
+    return zip(before.operands, after.operands, strict=True)
 
 
 _LONGEST = 400

@@ -87,6 +87,9 @@ def summary(parts: dict[int, dict[str, Any]]) -> dict[str, Any]:
         "pairs_a_processor_second": round(counts["pairs"] / processor, 1) if processor else None,
         "prover_seconds": round(sum(p["prover_seconds"] for p in parts.values()), 1),
         "refuted_at_the_node": round(named[0] / sum(named), 3) if sum(named) else None,
+        "refuted_in_the_layer": (
+            round(counts["refuted in the layer"] / sum(named), 3) if sum(named) else None
+        ),
         "counts": dict(sorted(counts.items())),
         "edits": {n: dict(c) for n, c in sorted(edits.items())},
         "failures": [f for p in parts.values() for f in p["failures"]],

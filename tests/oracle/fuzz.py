@@ -61,6 +61,7 @@ class Outcome:
       status: the prover's verdict.
       differs: whether the reference differs; None where nobody asked.
       at_node: whether a refutation named an edited node; None where none was to name.
+      at_place: whether it named one, or the layer of one.
       detail: the difference, or the trace.
       prover_seconds: the processor time of the prover.
     """
@@ -69,6 +70,7 @@ class Outcome:
     status: str = ""
     differs: bool | None = None
     at_node: bool | None = None
+    at_place: bool | None = None
     detail: str = ""
     prover_seconds: float = 0.0
 
@@ -126,6 +128,7 @@ def compare(
             outcome.kind = "unfounded"
         elif right is not None:
             outcome.at_node = is_named(verdict, parted(right, after))
+            outcome.at_place = outcome.at_node or is_located(verdict, right, after)
     outcome.detail = described(gap) if gap else f"{verdict.node} {verdict.terms}"[:500]
     return outcome
 
@@ -134,6 +137,19 @@ def is_named(verdict: Any, names: set[str]) -> bool:
     """Return whether a refutation names one of the values at which graphs part."""
     words = str(verdict.node or "").replace("%", " ").replace(",", " ").split()
     return any(word in names for word in words)
+
+
+def is_located(verdict: Any, right: Graph, wrong: Graph) -> bool:
+    """Return whether a refutation names the location of a value at which graphs part."""
+    names = parted(right, wrong)
+    places = {
+        node.loc
+        for graph in (right, wrong)
+        for node in graph
+        if node.loc and any(v.name in names for v in node.results)
+    }
+    words = str(verdict.node or "").replace("@", " ").split()
+    return any(word in places for word in words)
 
 
 def described(gap: Difference) -> str:
@@ -274,6 +290,7 @@ def run(seeds: range, only: str = "") -> dict[str, Any]:
             counts[f"{outcome.status}, reference {says}"] += 1
         if outcome.at_node is not None:
             counts["refuted at the node" if outcome.at_node else "refuted elsewhere"] += 1
+            counts["refuted in the layer"] += bool(outcome.at_place)
         for name in set(pair.edits[-1:] if not pair.is_sound else pair.edits):
             edits.setdefault(name, Counter())[outcome.status or outcome.kind] += 1
         prover += outcome.prover_seconds

@@ -251,6 +251,7 @@ def _tried(item: Wrong, seed: int) -> dict[str, Any] | None:
             "name": item.name,
             "status": outcome.status or "crashed",
             "at_node": outcome.at_node,
+            "at_place": outcome.at_place,
             "detail": outcome.detail[-300:],
         }
     return None
@@ -329,8 +330,10 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
             "mutants": len({r["name"] for r in of_kind}),
             **dict(sorted(statuses.items())),
             "refuted_where_they_part": sum(r["at_node"] is True for r in of_kind),
+            "refuted_in_the_layer": sum(r.get("at_place") is True for r in of_kind),
         }
     at_node = sum(k["refuted_where_they_part"] for k in kinds.values())
+    in_layer = sum(k["refuted_in_the_layer"] for k in kinds.values())
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "moecc": __version__,
@@ -340,6 +343,7 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
         "refuted": sum(r["status"] == "refuted" for r in results),
         "refuted_where_they_part": at_node,
         "share_refuted_where_they_part": round(at_node / len(results), 4) if results else None,
+        "share_refuted_in_the_layer": round(in_layer / len(results), 4) if results else None,
         "kinds": kinds,
         "proved_wrongly": [r for r in results if r["status"] == "proved"],
         "open": [r for r in results if r["status"] not in ("proved", "refuted")],
