@@ -106,7 +106,8 @@ class Evaluation:
         if node.op.elementwise and not self.exact:
             name = f"{node.op.name} of infinite" if meaning is not None else node.op.name
             result = pointwise(name, _attributes(node), operands)
-            return [replace(result, axes=self._axes(node.result.type, terms))]
+            finite = result.finite or node.op.name in _BOUNDED
+            return [replace(result, axes=self._axes(node.result.type, terms), finite=finite)]
         return self._uninterpreted(node, operands, terms)
 
     def _repeated(self, node: Node, body: Graph, operands: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -151,6 +152,10 @@ class Evaluation:
 
 _OF_INFINITE = frozenset({"softmax", "max", "logsumexp", "mask", "route"})
 """Operations whose meaning holds for infinite elements, too."""
+
+
+_BOUNDED = frozenset({"sigmoid", "tanh", "normal_cdf"})
+"""Functions whose results are finite even of infinite elements."""
 
 
 def _attributes(node: Node) -> tuple[Hashable, ...]:

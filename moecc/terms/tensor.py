@@ -286,12 +286,26 @@ def crossed(a: Tensor, b: Tensor) -> tuple[Var, ...]:
 
 
 def softmax(x: Tensor, axis: str, sink: Tensor | None = None) -> Tensor:
-    """Return exp(x) over its sum along an axis, and over exp of a further score if there is one."""
+    """Return exp(x) over its sum along an axis, to which exp of a further score may belong.
+
+    With a sink s it is softmax(x) · sigmoid(logsumexp(x) − s), which is the same.
+    """
     algebra, index = x.algebra, x.algebra.index(x.axis(axis))
-    name = "share" if x.finite and sink is None else "masked_share"
-    functions = [x.along(axis)] + ([] if sink is None else [algebra.abstract((), sink.body)])
-    body = algebra.apply(Head(name, ("softmax",)), functions, [index])
-    return Tensor(algebra, x.axes, body)
+    head = Head("share" if x.finite else "masked_share", ("softmax",))
+    weights = Tensor(algebra, x.axes, algebra.apply(head, [x.along(axis)], [index]))
+    if sink is None:
+        return weights
+    return multiplied(weights, sink_gate(reduced(x, "logsumexp", (axis,)), sink))
+
+
+def sink_gate(total: Tensor, sink: Tensor) -> Tensor:
+    """Return sigmoid(total − sink), where the total may be −∞."""
+    apart = (
+        summed(total, scaled(sink, -1))
+        if total.finite
+        else pointwise("sub of infinite", (), (total, sink))
+    )
+    return replace(pointwise("sigmoid", (), (apart,)), finite=True)
 
 
 def inverse_size(algebra: Algebra, axis: Var) -> Polynomial:

@@ -31,7 +31,7 @@ class Head(NamedTuple):
     attrs: tuple[Hashable, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.name}{{{', '.join(map(str, self.attrs))}}}" if self.attrs else self.name
+        return " ".join([self.name, *map(str, self.attrs[:1])])
 
 
 class Var:
@@ -52,7 +52,7 @@ class Var:
         self.weight: int = 1
 
     def __repr__(self) -> str:
-        return f"{self.name}{self.level or ''}"
+        return f"{self.name}.{self.level}" if self.level else self.name
 
 
 class Abstraction:
@@ -68,6 +68,9 @@ class Abstraction:
         self.weight: int = 1 + (body.weight if self.free else 0)
 
     def __repr__(self) -> str:
+        # What is closed has been seen before, and may be a whole model.
+        if not self.free and self.body.free:
+            return f"f{self.body.serial}"
         names = " ".join(f"{v!r}<{v.size}" for v in self.variables)
         return f"(λ{names}. {self.body!r})"
 
@@ -93,7 +96,8 @@ class Application:
         self.weight: int = 1 + sum(p.weight for p in parts)
 
     def __repr__(self) -> str:
-        return f"{self.head}({', '.join(map(repr, (*self.abstractions, *self.arguments)))})"
+        parts = ", ".join(map(repr, (*self.abstractions, *self.arguments)))
+        return f"{self.head}({parts})"
 
 
 Factor = Var | Application
