@@ -15,6 +15,7 @@ from fractions import Fraction
 from itertools import pairwise, permutations
 from typing import Any, Literal
 
+from moecc.prove.generalise import generalise
 from moecc.prove.occurrences import Occurrences, index_of_all, outline
 from moecc.prove.stopped import stopped_body
 from moecc.terms.tensor import inverse_size, let
@@ -397,6 +398,18 @@ def place_in_stack(algebra: Algebra, application: Application) -> Polynomial | N
     return parts[int(at)] if at is not None else None
 
 
+@of_application("places within a stack", "stack", rearranges=True)
+def places_in_stack(algebra: Algebra, application: Application) -> Polynomial | None:
+    """The stack of a₀ … aₙ at place i is that of aₘ … aₖ at place i − m, if m ≤ i ≤ k."""
+    place, *parts = application.arguments
+    low, high = bounds(place)
+    if low < 0 or high >= len(parts) or high + 1 - low == len(parts):
+        return None
+    reachable = parts[int(low) : int(high) + 1]
+    at = algebra.subtract(place, algebra.number(low))
+    return algebra.apply(Head("stack", (len(reachable),)), (), [at, *reachable])
+
+
 @of_application("stack of sources", "stack", rearranges=True)
 def stack_of_sources(algebra: Algebra, application: Application) -> Polynomial | None:
     """The stack of sources at the same indices is a family of sources at one more index."""
@@ -406,8 +419,32 @@ def stack_of_sources(algebra: Algebra, application: Application) -> Polynomial |
     if len(sources) != len(parts) or len({(f.arguments, f.head.attrs[1:]) for f in sources}) > 1:
         return None
     names = tuple(f.head.attrs[0] for f in sources)
+    if len(set(names)) < len(names):
+        return None
     head = Head("family", (names, *sources[0].head.attrs[1:]))
     return algebra.apply(head, (), [place, *sources[0].arguments])
+
+
+def _generalised(algebra: Algebra, application: Application) -> Iterator[tuple[object, ...]]:
+    place = algebra.fresh(number_at(application))
+    body = generalise(algebra, algebra.index(place), application.arguments[1:])
+    if body is not None:
+        yield (algebra.abstract([place], body),)
+
+
+@of_application("stack by its members", "stack", candidates=_generalised, rearranges=True)
+def stack_by_members(
+    algebra: Algebra, application: Application, function: Abstraction
+) -> Polynomial | None:
+    """The stack of a₀ … aₙ at place i is f(i) if f(j) = aⱼ for every j."""
+    place, *parts = application.arguments
+    low, high = bounds(place)
+    if low < 0 or high >= len(parts):
+        return None
+    for at, part in enumerate(parts):
+        if algebra.instantiate(function, [algebra.number(at)]) is not part:
+            return None
+    return algebra.instantiate(function, [place])
 
 
 @of_application("member of a family", "family", rearranges=True)
@@ -489,7 +526,106 @@ def best_of_repeated(algebra: Algebra, application: Application, by: int) -> Pol
     return algebra.add(algebra.scale(expert, by), copy)
 
 
+@of_application("a bias of all scores", "experts")
+def constant_bias(algebra: Algebra, application: Application) -> Polynomial | None:
+    """The k best by σ(aᵢ) + b are the k best by aᵢ, for an increasing score σ."""
+    if len(application.abstractions) != 2:
+        return None
+    logits, bias = application.abstractions
+    if bias.variables[0] in bias.body.free:
+        return None
+    size, top_k, _ = application.head.attrs
+    return algebra.apply(Head("experts", (size, top_k, "logits")), [logits], application.arguments)
+
+
+def _undominated(algebra: Algebra, application: Application) -> Iterator[tuple[object, ...]]:
+    """Yield the step a and the count n of the places 0, a … (n − 1)·a of the largest biases."""
+    if len(application.abstractions) != 2:
+        return
+    biases = _constants(algebra, application.abstractions[1])
+    if biases and min(biases) < max(biases):
+        places = [i for i, b in enumerate(biases) if b > max(biases) - 1]
+        step = places[1] - places[0] if len(places) > 1 else 1
+        if places == [i * step for i in range(len(places))]:
+            yield (step, len(places))
+
+
+def _constants(algebra: Algebra, function: Abstraction) -> list[Fraction]:
+    """Return the values of a function of an index if all are numbers, else nothing."""
+    (variable,) = function.variables
+    if not isinstance(variable.size, int):
+        return []
+    values = [algebra.instantiate(function, [algebra.number(i)]) for i in range(variable.size)]
+    numbers = [v.constant for v in values]
+    return [Fraction(n) for n in numbers if n is not None] if None not in numbers else []
+
+
+@of_application("best of undominated scores", "experts", candidates=_undominated)
+def best_of_undominated(
+    algebra: Algebra, application: Application, step: int, count: int
+) -> Polynomial | None:
+    """The k best of scores in (0, 1) with biases are among those with the largest biases.
+
+    That is so if there are n ≥ k of them and their biases are greater than every other's by at
+    least 1.  At places 0, a, 2·a … the k best of all are a times the k best of these.
+    """
+    _, top_k, score = application.head.attrs
+    biases = _constants(algebra, application.abstractions[1])
+    places = range(0, step * count, step)
+    if not biases or not isinstance(top_k, int) or count < top_k or places[-1] >= len(biases):
+        return None
+    least = min(biases[i] for i in places)
+    if any(b > least - 1 for i, b in enumerate(biases) if i not in places):
+        return None
+    place = algebra.fresh(count)
+    at = algebra.scale(algebra.index(place), step)
+    functions = [
+        algebra.abstract([place], algebra.instantiate(a, [at])) for a in application.abstractions
+    ]
+    if score == "softmax":
+        # The score of a place reads all logits, and its order is that of the logits alone.
+        bias = functions[1]
+        if bias.variables[0] in bias.body.free:
+            return None
+    head = Head("experts", (count, top_k, score))
+    return algebra.scale(algebra.apply(head, functions, application.arguments), step)
+
+
 # Functions.
+
+AT_ZERO = {
+    **dict.fromkeys(("silu", "gelu", "gelu_tanh", "relu", "tanh", "square"), Fraction(0)),
+    "sigmoid": Fraction(1, 2),
+    "exp": Fraction(1),
+}
+
+
+@of_application("function at 0", *AT_ZERO)
+def function_at_zero(algebra: Algebra, application: Application) -> Polynomial | None:
+    """σ(0) = ½, exp(0) = 1, and 0 for functions through the origin."""
+    if application.arguments[0] is not algebra.zero:
+        return None
+    return algebra.number(AT_ZERO[application.head.name])
+
+
+@of_application("sparsemixer of equal scores", "gate")
+def sparsemixer_of_equal(algebra: Algebra, application: Application) -> Polynomial | None:
+    """Choice c among N equal scores has the gate 1/(N − c), for c of 0 and 1."""
+    logits = application.abstractions[0]
+    (variable,) = logits.variables
+    (choice,) = application.arguments
+    size = variable.size
+    if application.head.attrs != ("sparsemixer",) or variable in logits.body.free:
+        return None
+    low, high = bounds(choice)
+    if not isinstance(size, int) or low < 0 or high > min(1, size - 1):
+        return None
+    gates = []
+    for at in range(int(high) + 1):
+        chosen = algebra.subtract(choice, algebra.number(at))
+        holds = algebra.apply(Head("equal"), (), [chosen])
+        gates.append(algebra.scale(holds, Fraction(1, size - at)))
+    return algebra.add(*gates)
 
 
 @of_application("masks compose", "mask")
@@ -592,6 +728,44 @@ def shares_add_up(
         return None
     bound = tuple(v for v in opened.bound if v is not variable)
     return algebra.monomial(remaining._replace(bound=bound))
+
+
+POSITIVE = frozenset({"share", "sigmoid", "exp", "size", "inverse_size"})
+"""Heads of which every value is positive."""
+
+
+def _inverses(_: Algebra, opened: OpenMonomial) -> Iterator[tuple[object, ...]]:
+    for inverse in applications(opened, "inverse"):
+        body = inverse.arguments[0]
+        count = len(body.terms[0][0].bound) if len(body.terms) == 1 else -1
+        yield from ((inverse, *chosen) for chosen in permutations(opened.bound, max(count, 0)))
+
+
+@of_monomial("a positive sum over itself", _inverses)
+def cancelled_sum(
+    algebra: Algebra, opened: OpenMonomial, inverse: Application, *bound: Var
+) -> Polynomial | None:
+    """Σᵢ a(i) · 1/Σᵢ a(i) = 1 for positive a."""
+    (body,) = inverse.arguments
+    if len(body.terms) != 1 or body.terms[0][1] != 1:
+        return None
+    monomial = body.terms[0][0]
+    positive = all(isinstance(f, Application) and f.head.name in POSITIVE for f in monomial.factors)
+    if not positive or len(bound) != len(monomial.bound):
+        return None
+    names = dict(zip(monomial.bound, bound, strict=True))
+    if any(v.size != w.size for v, w in names.items()):
+        return None
+    gone = [algebra.rename(algebra.lone(f), names).factor for f in monomial.factors]
+    remaining = list(without(opened, inverse).factors)
+    for factor in gone:
+        if factor is None or factor not in remaining:
+            return None
+        remaining.remove(factor)
+    if any(v in f.free for v in bound for f in remaining):
+        return None
+    left = tuple(v for v in opened.bound if v not in bound)
+    return algebra.monomial(OpenMonomial(opened.coefficient, left, tuple(remaining)))
 
 
 def _points(_: Algebra, opened: OpenMonomial) -> Iterator[tuple[object, ...]]:

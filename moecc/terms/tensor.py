@@ -32,7 +32,7 @@ class SlotTerms:
       tokens: the token axes, outermost first.
       choice: the axis of choices.
       experts: the expert of each choice.
-      total: whether every choice has a slot.
+      placed: 1 for a choice that has a slot, else 0.
       ragged: whether slots that no choice has do not exist.
       sizes: of the axes group, expert and slot.
     """
@@ -42,7 +42,7 @@ class SlotTerms:
     tokens: tuple[Var, ...]
     choice: Var
     experts: Polynomial
-    total: bool
+    placed: Polynomial
     ragged: bool
     sizes: tuple[Size, Size, Size]
 

@@ -353,7 +353,7 @@ class Algebra:
     def exchange(
         self, polynomial: Polynomial, values: Mapping[Application, Polynomial]
     ) -> Polynomial:
-        """Return a polynomial with applications replaced wherever they occur, in normal form."""
+        """Return a polynomial with applications, which have free variables, replaced in it."""
         parts = [self.zero]
         for monomial, coefficient in polynomial.terms:
             bound, factors = self.opened(monomial)
@@ -362,12 +362,15 @@ class Algebra:
         return self.add(*parts)
 
     def _exchanged(self, factor: Factor, values: Mapping[Application, Polynomial]) -> Polynomial:
-        if isinstance(factor, Var) or not factor.free:
+        if isinstance(factor, Var) or not any(set(k.free) <= {*factor.free} for k in values):
             return self.lone(factor)
         if factor in values:
             return values[factor]
         abstractions = []
         for abstraction in factor.abstractions:
+            if not abstraction.free:
+                abstractions.append(abstraction)
+                continue
             fresh = [self.fresh(v) for v in abstraction.variables]
             body = self.exchange(self.enter(abstraction, fresh), values)
             abstractions.append(self.abstract(fresh, body))

@@ -45,7 +45,7 @@ from moecc.ir.ops.rules import (
 from moecc.ir.traits import PAIR, IndexOperand, Residual, RowMove
 from moecc.support.lazy import np
 from moecc.terms.tensor import SlotTerms, Tensor
-from moecc.terms.term import Algebra, Head, bounds
+from moecc.terms.term import Algebra, Head, Polynomial
 from moecc.types import I32, Axis, Extent, TensorType
 
 V = TypeVar("V")
@@ -137,7 +137,7 @@ class SlotsOp(Op):
         return groups, size, capacity(self.attrs, size, choices) if is_bounded else None
 
     def slot_terms(
-        self, experts: Tensor, operands: Sequence[Tensor], choice: str, total: bool
+        self, experts: Tensor, operands: Sequence[Tensor], choice: str, requested: Polynomial
     ) -> Tensor:
         """Return the slots of choices in index notation: an uninterpreted function of all tokens.
 
@@ -145,7 +145,7 @@ class SlotsOp(Op):
           experts: the expert of each choice.
           operands: what determines the assignment, experts apart, each with the token axes.
           choice: the axis of the choices.
-          total: whether every choice has a slot.
+          requested: 1 for a choice that gets a slot if there is one, else 0.
         """
         algebra = experts.algebra
         tokens = tuple(experts.axis(name) for name in self.tokens)
@@ -164,8 +164,10 @@ class SlotsOp(Op):
         groups = f"groups {slot.serial}" if self.group_size else self.groups
         ragged = self.slots == "ragged"
         sizes = (groups, self.experts, f"slots {slot.serial}")
+        places = [algebra.index(v) for v in axes]
+        placed = requested if ragged else algebra.apply(Head("placed", key), functions, places)
         assignment = SlotTerms(
-            key, functions, tokens, axes[-1], experts.body, total and ragged, ragged, sizes
+            key, functions, tokens, axes[-1], experts.body, placed, ragged, sizes
         )
         return Tensor(algebra, experts.axes, slot, slots=assignment)
 
@@ -282,9 +284,11 @@ class AssignSlotsOp(SlotsOp):
 
     def term(self, algebra: Algebra, experts: Tensor, *further: Tensor) -> Tensor:
         (choice,) = experts.without(*self.tokens)
-        low, high = bounds(experts.body)
-        total = not further and low >= 0 and high < self.experts
-        return self.slot_terms(experts, further, choice.name, total)
+        exists = algebra.apply(Head("range", (0, self.experts)), (), [experts.body])
+        words = operands_by_word((experts, *further), self.attrs)
+        wanted = [words[word].body for word in ("keep", "mask") if word in words]
+        requested = algebra.multiply(exists, *wanted)
+        return self.slot_terms(experts, further, choice.name, requested)
 
 
 @operation(
@@ -369,7 +373,7 @@ class ExpertChoiceOp(SlotsOp):
         axes = (*scores.without(self.axis), choice)
         experts = Tensor(algebra, axes, algebra.index(choice))
         gates = scores.moved(axes, {self.axis: algebra.index(choice)})
-        return experts, gates, self.slot_terms(experts, (gates, *masks), self.choice, False)
+        return experts, gates, self.slot_terms(experts, (gates, *masks), self.choice, algebra.one)
 
 
 _ROUNDINGS: dict[str, Callable[[Fraction], int]] = {"floor": floor, "round": round, "ceil": ceil}
@@ -641,8 +645,7 @@ class _CombiningOp(Op):
         factors = [rows.at(at)]
         if gates is not None:
             factors.append(algebra.substitute(gates.factor(), index))
-        if not assignment.total:
-            factors.append(algebra.apply(Head("placed", key), functions, places))
+        factors.append(algebra.substitute(assignment.placed, index))
         axes = (*(v for v in slots.axes if v in assignment.tokens), *rows.without(*_ROW_AXES))
         return Tensor(algebra, axes, algebra.multiply(*factors, over=(choice,)))
 
