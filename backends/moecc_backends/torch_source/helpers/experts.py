@@ -25,6 +25,7 @@ class ExpertRows:
         self.token = self.order // top_k_index.shape[-1]
         every = torch.arange(experts, device=chosen.device)
         self.ends = torch.searchsorted(self.expert, every, right=True)
+        self.bounds = None  # the ends as numbers of Python, once something reads them
 
     def gather(self, hidden_states):
         """Return the token of each choice, ``[row, …]``."""
@@ -40,11 +41,19 @@ class ExpertRows:
 
     def linear(self, rows, weight):
         """Return each row times the matrix of its expert, ``[expert, out, in]``."""
-        sizes = self.ends.diff(prepend=self.ends.new_zeros(1)).tolist()
-        dropped = len(rows) - sum(sizes)
-        parts = rows.split([*sizes, dropped])
-        products = [F.linear(part, matrix) for part, matrix in zip(parts, weight, strict=False)]
-        return torch.cat([*products, rows.new_zeros(dropped, weight.shape[1])])
+        matrices = weight.transpose(1, 2)
+        if torch.compiler.is_compiling():
+            return _linear_compiled(rows, matrices, self.expert, self.ends)
+        if self.bounds is None:
+            self.bounds = self.ends.tolist()
+        parts, start = [], 0
+        for end, matrix in zip(self.bounds, matrices, strict=True):
+            if end > start:
+                parts.append(rows[start:end] @ matrix)
+            start = end
+        if start < len(rows):
+            parts.append(rows.new_zeros(len(rows) - start, weight.shape[1]))
+        return torch.cat(parts)
 
     def combine(self, rows, top_k_weights=None):
         """Return for each token the weighted sum of the rows of its choices."""
@@ -54,6 +63,16 @@ class ExpertRows:
         tokens = self.shape[:-1]
         total = rows.new_zeros(tokens.numel(), rows.shape[-1])
         return total.index_add(0, self.token, rows).unflatten(0, tokens)
+
+
+def _linear_compiled(rows, matrices, expert, ends):
+    """Return each row times the matrix of its expert, without reading a number of rows."""
+    if hasattr(torch.ops.transformers, "grouped_mm_fallback"):  # transformers 5
+        return torch.ops.transformers.grouped_mm_fallback(rows, matrices, ends)
+    products = rows.new_zeros(rows.shape[0], matrices.shape[2])
+    for number, matrix in enumerate(matrices):
+        products = torch.where((expert == number)[:, None], rows @ matrix, products)
+    return products
 
 
 def top_k_experts(scores, k):
