@@ -25,13 +25,6 @@ class TorchSourceBackend:
         Raises:
           InputError: the graph has something that cannot be written as PyTorch.
         """
-        from moecc_backends.torch_source.source import FILE_NAME, emit_torch
+        from moecc_backends.torch_source.source import emit_torch
 
-        source = emit_torch(graph)
-        config = {
-            "architectures": [source.architecture],
-            "auto_map": source.auto_map,
-            "tie_word_embeddings": False,
-            **source.numbers,
-        }
-        return EmittedProgram({FILE_NAME: source.text}, source.names, config)
+        return emit_torch(graph)

@@ -6,12 +6,34 @@ encoder that generation runs once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from moecc.errors import InputError
+from moecc.support.untyped import JsonDict
 from moecc_backends.torch_source.blocks import Block, members
-from moecc_backends.torch_source.program import KEY_POSITIONS, POSITION_IDS, Item, Program, Var
-from moecc_backends.torch_source.text import STATE, BlockWriter, Expr, folded, var_hint
+from moecc_backends.torch_source.names import common, is_under
+from moecc_backends.torch_source.operations import OPERATIONS
+from moecc_backends.torch_source.program import (
+    CACHE,
+    KEY_POSITIONS,
+    POSITION_IDS,
+    Item,
+    Program,
+    Var,
+    walk_operands,
+)
+from moecc_backends.torch_source.text import (
+    STATE,
+    BlockWriter,
+    Classes,
+    Expr,
+    folded,
+    literal,
+    repeated_texts,
+    unify_signatures,
+    var_hint,
+)
 
 INPUTS = {
     "tokens": "input_ids",
@@ -63,6 +85,7 @@ class ModelWriter(BlockWriter):
 
     def loop(self, layers: list[Block]) -> None:
         """Write the calls of consecutive layers as a loop."""
+        unify_signatures(self.classes, layers)
         names = self._roles(layers)
         carried = next((n for n, role in names.items() if role is None), STATE)
         first = layers[0]
@@ -82,7 +105,7 @@ class ModelWriter(BlockWriter):
                 arguments.append(self.canonical(role))
             else:
                 texts = [self.canonical(v) if v is not None else "None" for v in role]
-                zipped.append((name, f"[{', '.join(texts)}]"))
+                zipped.append((name, repeated_texts(texts)))
                 arguments.append(name)
         outputs = self._outputs(layers)
         results = [STATE if kind == "carry" else name for name, kind in outputs]
@@ -104,8 +127,7 @@ class ModelWriter(BlockWriter):
         self._bind(layers, outputs)
 
     def _input_name(self, layer: Block, var: Var) -> str:
-        signature = self.classes.instances[layer].definition.signature
-        return signature[layer.inputs.index(var)]
+        return self.classes.instances[layer].inputs[layer.inputs.index(var)]
 
     def _roles(self, layers: list[Block]) -> dict[str, Role]:
         """Return for each argument of the layers whether it is carried, the same, or varies."""
@@ -150,14 +172,527 @@ class ModelWriter(BlockWriter):
                 self.values[var] = Expr(f"{name}s[{index}]", var.axes)
 
 
-def inner_lines(lines: Sequence[str], depth: int) -> list[str]:
-    """Return lines with an indent, broken where they are too long."""
-    return [x for line in lines for x in folded(" " * depth + line)]
+# The classes that transformers calls, around the layers.
+
+BASE = '''
+class StMoeConfig(PretrainedConfig):
+    """The configuration of this model; the sizes of its layers are in the text below."""
+
+    model_type = "st_moe"
 
 
-def is_head(step: Item | Block) -> bool:
-    """Whether a step belongs to the head of a language model."""
-    return all(item.loc in ("head", "loss") for item in members(step))
+class StMoePreTrainedModel(PreTrainedModel):
+    """What all models of this file share."""
+
+    config_class = StMoeConfig
+    base_model_prefix = <prefix>
+    main_input_name = <main_input>
+    supports_gradient_checkpointing = True
+    _no_split_modules = [<layers>]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+'''
+
+MODULES = """
+    def __init__(self, config):
+        super().__init__(config)
+        <constructor>
+        self.post_init()
+"""
+
+ACCESSORS = '''
+    def get_input_embeddings(self):
+        """Return the table of tokens."""
+        return <embedding>
+
+    def set_input_embeddings(self, value):
+        """Replace the table of tokens."""
+        <embedding> = value
+'''
+
+DECODER_ARGUMENTS = """
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        cache=None,
+        inputs_embeds=None,
+        use_cache=None,
+"""
+
+USE_CACHE = """
+        cache = past_key_values if cache is None else cache
+        if use_cache is None:
+            use_cache = getattr(self.config, "use_cache", True) and not self.training
+"""
+
+POSITIONS = """
+        past = cache.get_seq_length() if cache is not None else 0
+        if position_ids is None:
+            length = inputs_embeds.shape[1]
+            position_ids = torch.arange(length, device=inputs_embeds.device)[None] + past
+"""
+
+KEYS = """
+        key_position_ids = torch.arange(
+            past + inputs_embeds.shape[1], device=inputs_embeds.device
+        )[None]
+"""
+
+DECODER = f'''
+class StMoeModel(StMoePreTrainedModel):
+    """The decoder without its head."""
+{MODULES}{ACCESSORS}
+    def forward(
+        self,{DECODER_ARGUMENTS}        **kwargs,
+    ):{USE_CACHE}        if use_cache and cache is None:
+            cache = DynamicCache()
+        if inputs_embeds is None:
+            inputs_embeds = <embedding>(input_ids)<positions>
+        <body>
+        return with_cache(<output>, cache, <results>)
+'''
+
+HEAD = f'''
+class StMoeForCausalLM(StMoePreTrainedModel, GenerationMixin):
+    """The decoder with its head."""
+{MODULES}{ACCESSORS}
+    def forward(
+        self,{DECODER_ARGUMENTS}        labels=None,
+        logits_to_keep=0,
+        **kwargs,
+    ):
+        outputs = <base>(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=past_key_values if cache is None else cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden_states = outputs.last_hidden_state[:, kept]
+        <body>
+        loss = None
+        if labels is not None:
+            vocabulary = self.config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary)
+        <losses>
+        return with_cache(<output>, cache_of(outputs), loss=loss, logits=logits<aux>)
+'''
+
+ENCODER = f'''
+class StMoeModel(StMoePreTrainedModel):
+    """The encoder."""
+{MODULES}
+    def forward(self, <arguments>, **kwargs):
+        <body>
+        return <output>(<results>)
+'''
+
+SEQ2SEQ = f'''
+class EncoderOf:
+    """The encoder of a model, as generation calls it."""
+
+    def __init__(self, model):
+        self.model, self.main_input_name = model, model.main_input_name
+
+    def forward(self, <arguments>, **kwargs):
+        """Return what the decoder reads."""
+        return self.model.encode(<passed>)
+
+    __call__ = forward
 
 
-__all__ = ["KEY_POSITIONS", "POSITION_IDS", "ModelWriter"]
+class <name>(StMoePreTrainedModel, GenerationMixin):
+    """The encoder, the decoder and its head."""
+{MODULES}
+    def get_encoder(self, *args, **kwargs):
+        """Return the encoder, which generation runs once."""
+        return EncoderOf(self)
+
+    def encode(self, <arguments>):
+        """Return the last hidden states of the encoder."""
+        <encoder>
+        return <encoder_output>(<encoder_results>)
+
+    def forward(
+        self,
+        <argument_lines>
+        decoder_input_ids=None,
+        decoder_attention_mask=None,
+        encoder_outputs=None,
+        past_key_values=None,
+        cache=None,
+        labels=None,
+        use_cache=None,
+        **kwargs,
+    ):{USE_CACHE}        if use_cache and cache is None:
+            cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        both, cache = cache, cache.self_attention_cache if cache is not None else None
+        if encoder_outputs is None:
+            encoder_outputs = self.encode(<passed>)
+        if decoder_input_ids is None and labels is not None:
+            start = labels.new_full(labels[:, :1].shape, self.config.decoder_start_token_id)
+            decoder_input_ids = torch.cat([start, labels[:, :-1]], dim=1)
+            decoder_input_ids = decoder_input_ids.masked_fill(
+                decoder_input_ids == -100, self.config.pad_token_id or 0
+            )
+        inputs_embeds = <embedding>(decoder_input_ids)
+        position_ids = None<positions>
+        memory = encoder_outputs[0]
+        <body>
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        <losses>
+        return with_cache(<output>, both, loss=loss, logits=logits<aux>)
+'''
+
+
+def filled(template: str, parts: dict[str, str | list[str]]) -> list[str]:
+    """Return the lines of a template; a part that is a list stands on a line of its own."""
+    lines: list[str] = []
+    for line in template.strip("\n").splitlines():
+        name = line.strip().removeprefix("<").removesuffix(">")
+        part = parts.get(name)
+        if line.strip() == f"<{name}>" and isinstance(part, list):
+            indent = " " * (len(line) - len(line.lstrip()))
+            lines += [x for text in part for x in folded(indent + text)]
+            continue
+        texts = [line]
+        for key, value in parts.items():
+            if isinstance(value, str):
+                texts = [x for t in texts for x in t.replace(f"<{key}>", value).split("\n")]
+        lines += [x for text in texts for x in folded(text)]
+    return lines
+
+
+ENCODER_ARGUMENTS = {
+    "tokens": "input_ids",
+    "mask": "attention_mask",
+    "pixels": "pixel_values",
+    "features": "input_features",
+}
+HEAD_LOCATIONS = ("head", "loss")
+LOSS = "loss.auxiliary"
+
+
+class Models:
+    """The models of a file.
+
+    Attributes:
+      texts: their lines.
+      classes: the classes of the layers, and the helpers that are used.
+      auto_map: the classes that transformers' own are mapped onto.
+      architecture: the class of the checkpoint.
+      base: the attribute of the base model; empty: there is none.
+    """
+
+    def __init__(self, program: Program, steps: list[Item | Block], classes: Classes) -> None:
+        self.program, self.steps, self.classes = program, steps, classes
+        self.texts: list[list[str]] = []
+        self.auto_map: dict[str, str] = {"AutoConfig": "modeling_st_moe.StMoeConfig"}
+        self.architecture = ""
+        self.base = ""
+        self.main_input = ENCODER_ARGUMENTS.get(next(iter(program.inputs), ""), "input_ids")
+
+    def write(self) -> None:
+        """Write the models."""
+        if self.program.tokens == "tokens":
+            self._write_decoder()
+        elif self.program.tokens:
+            self._write_seq2seq()
+        else:
+            self._write_encoder()
+
+    def _writer(
+        self, title: str, path: str, steps: Sequence[Item | Block], outputs: Iterable[Var] = ()
+    ) -> ModelWriter:
+        block = Block(title, path, list(steps))
+        block.close([*self.program.outputs.values(), *outputs])
+        writer = ModelWriter(block, self.classes, OPERATIONS, program=self.program)
+        names = {
+            **ENCODER_ARGUMENTS,
+            "decoder_tokens": "decoder_input_ids",
+            POSITION_IDS: POSITION_IDS,
+            KEY_POSITIONS: KEY_POSITIONS,
+            CACHE: CACHE,
+        }
+        for name, var in self.program.inputs.items():
+            if var.kind != "key":
+                writer.values[var] = Expr(names.get(name, name), var.axes)
+        # The names of arguments stay taken to the end.
+        writer.remaining.update(self.program.inputs.values())
+        return writer
+
+    def _map(self, auto: str, name: str) -> None:
+        self.auto_map[auto] = f"modeling_st_moe.{name}"
+
+    def _losses(self) -> dict[str, Var]:
+        return {n: v for n, v in self.program.outputs.items() if n.startswith("loss.")}
+
+    def _embedding_item(self) -> Item:
+        tokens = self.program.inputs[self.program.tokens]
+        for item in self.program.items:
+            if item.op == "embedding_module" and tokens in item.operands:
+                return item
+        raise InputError("no table of embeddings reads the tokens")
+
+    def _positions(self) -> str:
+        names = self.program.inputs
+        if not {POSITION_IDS, KEY_POSITIONS, CACHE} & names.keys():
+            return ""
+        text = POSITIONS.rstrip("\n")
+        return text + (KEYS.rstrip("\n") if KEY_POSITIONS in names else "")
+
+    def _write_decoder(self) -> None:
+        head = [s for s in self.steps if all(i.loc in HEAD_LOCATIONS for i in members(s))]
+        body = [s for s in self.steps if s not in head]
+        inside = {v for s in body for i in members(s) for v in i.operands if v.param}
+        paths = [v.name for v in inside]
+        first = {path.partition(".")[0] for path in paths}
+        # Without a path that all share, the base model is the only module of the whole.
+        self.base = first.pop() if len(first) == 1 and common(paths) else ""
+        for step in list(head):  # a last projection may be part of the base model
+            own = [v for i in members(step) for v in i.operands if v.param and v not in inside]
+            if self.base and any(is_under(v.name, self.base) for v in own):
+                head.remove(step)
+                body.append(step)
+        item = self._embedding_item()
+        writer = self._writer("StMoeModel", self.base, body)
+        writer.values[item.result] = Expr("inputs_embeds", item.result.axes)
+        writer.write_steps([s for s in body if s is not item])
+        embedding = writer.tree.access(str(item.attrs["module"]))
+        hidden, *others = writer.block.outputs
+        results = {"last_hidden_state": writer.canonical(hidden)}
+        parts: dict[str, str | list[str]] = {
+            "constructor": writer.filled_lines(writer.tree.lines()),
+            "embedding": embedding,
+            "positions": self._positions(),
+            "body": writer.filled_lines(writer.lines),
+        }
+        root = self._writer("StMoeForCausalLM", "", head)
+        root.values[hidden] = Expr(STATE, hidden.axes)
+        for var in others:
+            name = f"extra_{len(results)}"
+            results[name] = writer.canonical(var)
+            root.values[var] = Expr(f"outputs.{name}", var.axes)
+        root.write_steps(head)
+        output = "StMoeOutput" if others else "BaseModelOutputWithPast"
+        parts |= {
+            "output": output,
+            "results": writer.filled(", ".join(f"{n}={t}" for n, t in results.items())),
+        }
+        if others:
+            self.texts.append(_output_class(list(results)[1:]))
+        self.texts.append(filled(DECODER, parts))
+        base = f"self.{self.base or 'model'}"
+        own = [line for line in root.tree.lines() if not line.startswith(f"{base} =")]
+        logits = root.canonical(self.program.outputs["logits"])
+        lines = [*root.lines, *([] if logits == "logits" else [f"logits = {logits}"])]
+        self.texts.append(
+            filled(
+                HEAD,
+                {
+                    "constructor": [f"{base} = StMoeModel(config)", *root.filled_lines(own)],
+                    "embedding": f"{base}.{embedding.removeprefix('self.')}",
+                    "base": base,
+                    "body": root.filled_lines(lines),
+                    **self._loss_parts(root, "MoeCausalLMOutputWithPast"),
+                },
+            )
+        )
+        self.architecture = "StMoeForCausalLM"
+        self._map("AutoModel", "StMoeModel")
+        self._map("AutoModelForCausalLM", "StMoeForCausalLM")
+        self.classes.helpers |= writer.helpers | root.helpers | {"with_cache", "cache_of"}
+
+    def _loss_parts(self, root: BlockWriter, output: str) -> dict[str, str | list[str]]:
+        """Return the parts of a template that say what is done with auxiliary losses."""
+        loss = self._losses().get(LOSS)
+        if loss is None:
+            return {"losses": [], "aux": "", "output": output}
+        text = root.filled(root.canonical(loss))
+        lines = [f"aux_loss = {text}"] if text != "aux_loss" else []
+        lines += ["if loss is not None:", "    loss = loss + aux_loss"]
+        return {"losses": lines, "aux": ", aux_loss=aux_loss", "output": output}
+
+    def _arguments(self) -> list[str]:
+        names = [n for n in ENCODER_ARGUMENTS if n in self.program.inputs]
+        arguments = [ENCODER_ARGUMENTS[n] for n in names]
+        if self.main_input == "input_ids" and "attention_mask" not in arguments:
+            arguments.append("attention_mask")
+        return arguments
+
+    def _mask_lines(self) -> list[str]:
+        if "mask" not in self.program.inputs:
+            return []
+        main = self.main_input
+        return [
+            "if attention_mask is None:",
+            f"    attention_mask = torch.ones_like({main})",
+            "attention_mask = attention_mask.bool()",
+        ]
+
+    def _write_encoder(self) -> None:
+        writer = self._writer("StMoeModel", "", self.steps)
+        writer.write_steps(self.steps)
+        output = "hidden" if "hidden" in self.program.outputs else "logits"
+        results = [f"last_hidden_state={writer.canonical(self.program.outputs[output])}"]
+        self.texts.append(
+            filled(
+                ENCODER,
+                {
+                    "constructor": writer.filled_lines(writer.tree.lines()),
+                    "arguments": ", ".join(f"{a}=None" for a in self._arguments()),
+                    "body": [*self._mask_lines(), *writer.filled_lines(writer.lines)],
+                    "output": "BaseModelOutput",
+                    "results": writer.filled(", ".join(results)),
+                },
+            )
+        )
+        self.classes.helpers |= writer.helpers
+        self.architecture = "StMoeModel"
+        self._map("AutoModel", "StMoeModel")
+
+    def _write_seq2seq(self) -> None:
+        decoded = {self.program.inputs[self.program.tokens]}
+        for item in self.program.items:
+            if decoded & set(item.operands) or POSITION_IDS in {v.name for v in item.operands}:
+                decoded.update(item.results)
+        after = [
+            s
+            for s in self.steps
+            if any(v in decoded or i.loc == "decoder.masks" for i in members(s) for v in i.results)
+            or not all(i.loc.startswith("encoder.") for i in members(s))
+        ]
+        masks = [s for s in self.steps if isinstance(s, Item) and s.result.kind == "bool"
+                 and s not in after]  # fmt: skip
+        before = [s for s in self.steps if s not in after]
+        read = [v for v in walk_operands([i for s in after for i in members(s)]) if not v.param]
+        computed = {v for s in before if s not in masks for i in members(s) for v in i.results}
+        memories = [v for v in read if v in computed and v.item is not None]
+        encoder = self._writer("Encoder", "", before, memories)
+        encoder.write_steps(before)
+        states = [v for v in memories if "embed" in v.axes]
+        if len(states) != 1:
+            raise InputError("the decoder reads more than one value of the encoder")
+        (memory,) = states
+        results = [f"last_hidden_state={encoder.canonical(memory)}"]
+        item = self._embedding_item()
+        decoder = self._writer("Decoder", "", [*masks, *after])
+        decoder.values[memory] = Expr("memory", memory.axes)
+        decoder.remaining[memory] += 1
+        decoder.values[item.result] = Expr("inputs_embeds", item.result.axes)
+        decoder.write_steps([s for s in [*masks, *after] if s is not item])
+        whole = self._writer("whole", "", self.steps)
+        logits = decoder.canonical(self.program.outputs["logits"])
+        lines = [*decoder.lines, *([] if logits == "logits" else [f"logits = {logits}"])]
+        arguments = self._arguments()
+        is_speech = self.main_input == "input_features"
+        name = "StMoeForConditionalGeneration"
+        self.texts.append(
+            filled(
+                SEQ2SEQ,
+                {
+                    "name": name,
+                    "constructor": _encoder_named(whole.filled_lines(whole.tree.lines())),
+                    "arguments": ", ".join(f"{a}=None" for a in arguments),
+                    "argument_lines": [f"{a}=None," for a in arguments],
+                    "passed": ", ".join(arguments),
+                    "encoder": [*self._mask_lines(), *encoder.filled_lines(encoder.lines)],
+                    "encoder_output": "BaseModelOutput",
+                    "encoder_results": encoder.filled(", ".join(results)),
+                    "embedding": whole.tree.access(str(item.attrs["module"])),
+                    "positions": self._positions(),
+                    "body": [*self._decoder_mask(), *decoder.filled_lines(lines)],
+                    **self._loss_parts(decoder, "Seq2SeqMoEOutput"
+                                       if self._losses() else "Seq2SeqLMOutput"),
+                },
+            )
+        )  # fmt: skip
+        self.architecture = name
+        auto = "AutoModelForSpeechSeq2Seq" if is_speech else "AutoModelForSeq2SeqLM"
+        self._map(auto, name)
+        self._map("AutoModel", name)
+        self.classes.helpers |= encoder.helpers | decoder.helpers | whole.helpers | {"with_cache"}
+
+    def _decoder_mask(self) -> list[str]:
+        """Return the lines that read the encoder's mask."""
+        if "mask" not in self.program.inputs:
+            return []
+        return [
+            "if attention_mask is None:",
+            "    attention_mask = memory.new_ones(memory.shape[:2])",
+            "attention_mask = attention_mask.bool()",
+        ]
+
+    def config(self) -> JsonDict:
+        """Return what programs read from a configuration."""
+        layers = [s for s in self.steps if isinstance(s, Block)]
+        config: JsonDict = {
+            "architectures": [self.architecture],
+            "auto_map": self.auto_map,
+            "tie_word_embeddings": False,
+            "num_hidden_layers": len(layers),
+        }
+        if "decoder_tokens" in self.program.inputs:
+            config["is_encoder_decoder"] = True
+            config["num_hidden_layers"] = sum(b.title == "DecoderLayer" for b in layers)
+        for item in self.program.items:
+            if item.op in ("attention", "cached_attention"):
+                config |= _attention_sizes(item)
+                break
+        sizes = {
+            size
+            for item in self.program.items
+            for var in item.results
+            for axis, size in zip(var.axes, var.sizes, strict=True)
+            if axis == "embed" and size is not None
+        }
+        if len(sizes) == 1:
+            config["hidden_size"] = sizes.pop()
+        return config
+
+    def base_text(self) -> list[str]:
+        """Return the configuration and the class that the models share."""
+        layers = [d.name for d in self.classes.definitions if d.base != "nn.Module"]
+        parts: dict[str, str | list[str]] = {
+            "prefix": literal(self.base or ("model" if len(self.texts) > 1 else "")),
+            "main_input": literal(self.main_input),
+            "layers": ", ".join(f'"{name}"' for name in layers),
+        }
+        return filled(BASE, parts)
+
+
+def _encoder_named(lines: list[str]) -> list[str]:
+    """Return lines that also tell a module `encoder` what generation asks of it."""
+    if any(line.startswith("self.encoder = ") for line in lines):
+        return [*lines, "self.encoder.main_input_name = self.main_input_name"]
+    return lines
+
+
+def _attention_sizes(item: Item) -> JsonDict:
+    query, key = item.operands[:2]
+    count = 1
+    for name in ("kv_head", "query_group", "head"):
+        count *= query.size(name) if name in query.axes else 1
+    heads = next((n for n in ("kv_head", "head") if n in key.axes), None)
+    return {
+        "num_attention_heads": count,
+        "num_key_value_heads": key.size(heads) if heads else 1,
+        "head_dim": query.size(str(item.attrs["over"])),
+    }
+
+
+def _output_class(names: Sequence[str]) -> list[str]:
+    return [
+        "@dataclass",
+        "class StMoeOutput(BaseModelOutputWithPast):",
+        '    """The last hidden states, and what the losses of the routers read."""',
+        "",
+        *(f"    {name}: torch.Tensor | None = None" for name in names),
+    ]

@@ -234,6 +234,8 @@ def _split(w: BlockWriter, item: Item, *, axis: str, into: tuple[tuple[str, int]
         # Both are heads of queries, and few operations tell them apart.
         groups = [((f"{HEADS[0]}+{HEADS[1]}", into[0][1] * into[1][1]), *into[2:])]
     (pairs,) = groups
+    if len(pairs) == 1:
+        return Expr(x.text, (*x.axes[:at], pairs[0][0], *x.axes[at + 1 :]), x.level)
     sizes = ", ".join(w.literal(size, _size_hint(name)) for name, size in pairs)
     where = at if at < len(x.axes) - 1 else -1
     axes = (*x.axes[:at], *(name for name, _ in pairs), *x.axes[at + 1 :])
@@ -632,28 +634,29 @@ def _rotate(w: BlockWriter, item: Item, *, axis: str) -> Expr:
 def _relative_buckets(
     w: BlockWriter, item: Item, *, bidirectional: bool, buckets: int, max_distance: int
 ) -> Expr:
-    queries, keys = (w.expr(v) for v in item.operands)
-    axes = (*queries.axes, *(a for a in keys.axes if a not in queries.axes))
-    queries, keys = w.aligned(queries, axes), w.aligned(keys, axes)
-    q, k = _full(queries, axes), _full(keys, axes)
+    q, k, axes = _crossed(w, item)
     w.helper("relative_buckets")
     options = f"bidirectional={bidirectional}, buckets={buckets}, max_distance={max_distance}"
     return Expr(f"relative_buckets({k} - {q}, {options})", axes)
 
 
-def _full(expr: Expr, axes: tuple[str, ...]) -> str:
-    """Return an aligned value with every axis, those behind its own included."""
-    if expr.axes == axes:
-        return expr.atom
-    missing = len(axes) - len(expr.axes)
-    at = axes.index(expr.axes[-1]) if expr.axes else 0
-    trailing = len(axes) - 1 - at
-    return f"{expr.atom}[{', '.join(['...'] + ['None'] * trailing)}]" if missing else expr.atom
-
-
 @emission("causal")
 def _causal(w: BlockWriter, item: Item, *, window: int) -> Expr:
-    raise _refuse(item, "window", window)
+    queries, keys, axes = _crossed(w, item)
+    if not window:
+        return Expr(f"{queries} >= {keys}", axes, COMPARISON)
+    width = w.literal(window, "window")
+    text = f"({queries} >= {keys}) & ({queries} - {keys} < {width})"
+    return Expr(text, axes, COMPARISON)
+
+
+def _crossed(w: BlockWriter, item: Item) -> tuple[str, str, tuple[str, ...]]:
+    """Return the numbers of queries and of keys, and the axes of every pair of them."""
+    queries, keys = (w.expr(v) for v in item.operands)
+    axes = (*queries.axes, *(a for a in keys.axes if a not in queries.axes))
+    trailing = len(axes) - len(queries.axes)
+    first = f"{queries.atom}[{', '.join(['...'] + ['None'] * trailing)}]"
+    return first, w.aligned(keys, axes).atom, axes
 
 
 @emission("same_segment")
@@ -791,7 +794,8 @@ def _count(w: BlockWriter, axes: Sequence[str]) -> int:
 def _causal_mask(w: BlockWriter, item: Item, *, window: int) -> Expr:
     w.helper("causal_mask")
     hidden, positions = (w.expr(v).text for v in item.operands)
-    arguments = ["self.config", hidden, "attention_mask", positions, "cache"]
+    padding = "attention_mask" if item.loc == "masks" else "decoder_attention_mask"
+    arguments = ["self.config", hidden, padding, positions, "cache"]
     if window:
         arguments.append(f"window={w.literal(window, 'window')}")
     return Expr(f"causal_mask({', '.join(arguments)})")

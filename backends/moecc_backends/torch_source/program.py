@@ -203,7 +203,6 @@ def _take_positions(graph: Graph, tokens: Value) -> None:
     """Read the positions of tokens from inputs: those of queries, ``[batch, seq]``, and of keys."""
     batch, seq = tokens.type.axes
     touched: list[Node] = []
-    key_type = TensorType(I32, (batch, Axis("kv_seq", "C")))
     for node in list(graph):
         if node.op.name != "positions" or node.attrs["axis"] != seq.name:
             continue
@@ -216,7 +215,7 @@ def _take_positions(graph: Graph, tokens: Value) -> None:
                 to = user.attrs["to"]
                 name = KEY_POSITIONS if to == "kv_seq" else f"{KEY_POSITIONS}_{to}"
                 if name not in graph.inputs:
-                    axes = (batch, Axis(str(to), key_type.axes[1].size))
+                    axes = (batch, Axis(str(to), seq.size))
                     graph.input(name, TensorType(I32, axes))
                 touched += user.result.users
                 user.replace_by(graph.inputs[name])
@@ -397,15 +396,15 @@ def attribute(attrs: Attrs, name: str) -> str:
 CACHE, MASK = "cache", "seen"
 
 
-def add_caches(program: Program, hidden: Var) -> None:
-    """Give causal attention a mask and a cache of keys and values.
-
-    Args:
-      program: changed.
-      hidden: a value of the hidden size for each token, of whose shape the masks are.
-    """
+def add_caches(program: Program) -> None:
+    """Give causal attention a mask, and a cache of keys and values."""
+    tokens = program.inputs[program.tokens]
+    hidden = next(
+        i.result for i in program.items if tokens in i.operands and i.result.kind == "float"
+    )
     cache = Var(CACHE, kind="cache")
     positions = program.inputs.get(POSITION_IDS) or Var(POSITION_IDS, ("batch", "seq"), (), "int")
+    place = "masks" if program.tokens == TOKENS else "decoder.masks"
     masks: dict[object, Var] = {}
     mask_items: list[Item] = []
     number = 0
@@ -414,10 +413,9 @@ def add_caches(program: Program, hidden: Var) -> None:
             continue
         window = item.attrs["window"]
         if window not in masks:
-            name = "seen_in_window" if window else MASK
-            masks[window] = Var(name, kind="mask")
+            masks[window] = Var("seen_in_window" if window else MASK, kind="mask")
             operands = [hidden, positions]
-            mask = Item("causal_mask", operands, {"window": window}, (masks[window],), "masks")
+            mask = Item("causal_mask", operands, {"window": window}, (masks[window],), place)
             masks[window].item = mask
             mask_items.append(mask)
         given = item.attrs["given"]

@@ -90,6 +90,7 @@ class Instance:
 
     definition: ClassDef
     values: list[object]
+    inputs: list[str]
 
 
 @dataclass
@@ -138,25 +139,35 @@ class Classes:
             name = same or _free(hint, arguments)
             arguments[name] = values
             inits[marker], forwards[marker] = name, f"self.{name}"
-        constructor = [_filled(line, inits) for line in first.constructor]
+        constructor = [with_texts(line, inits) for line in first.constructor]
         used = {n for m, n in forwards.items() if any(m in line for line in first.lines)}
         stored = [f"self.{n} = {n}" for n in arguments if f"self.{n}" in used]
         definition = ClassDef(
             self.unique(title),
             list(arguments),
             [*stored, *constructor],
-            first.signature,
-            [_filled(line, forwards) for line in first.lines],
+            list(first.signature),
+            [with_texts(line, forwards) for line in first.lines],
             base="GradientCheckpointingLayer" if group[0][0].layer else "nn.Module",
         )
         self.definitions.append(definition)
-        for at, (block, _) in enumerate(group):
-            self.instances[block] = Instance(definition, [v[at] for v in arguments.values()])
+        for at, (block, writer) in enumerate(group):
+            values = [v[at] for v in arguments.values()]
+            self.instances[block] = Instance(definition, values, writer.signature)
 
 
 def shown(axes: Sequence[str]) -> list[str]:
     """Return axes as a comment has them, those of heads as one."""
     return ["head" if "+" in axis or axis == "kv_head" else axis for axis in axes]
+
+
+def unify_signatures(classes: Classes, layers: Sequence[Block]) -> None:
+    """Let all layers of a stack take the same arguments, which some of them do not read."""
+    instances = [classes.instances[layer] for layer in layers]
+    longest = max(instances, key=lambda i: len(i.inputs)).inputs
+    names = list(dict.fromkeys([*longest, *(n for i in instances for n in i.inputs)]))
+    for instance in instances:
+        instance.definition.signature = names
 
 
 def _free(hint: str, names: Iterable[str]) -> str:
@@ -178,7 +189,8 @@ def literal(value: object) -> str:
     raise InputError(f"{value!r} is not a number or a text")
 
 
-def _filled(line: str, texts: dict[str, str]) -> str:
+def with_texts(line: str, texts: dict[str, str]) -> str:
+    """Return a line with texts in place of its markers."""
     return _MARKER.sub(lambda match: texts[match[0]], line)
 
 
@@ -295,7 +307,13 @@ class BlockWriter:
 
     def filled(self, line: str) -> str:
         """Return a line with its numbers."""
-        return _filled(line, {f"\x01{i}\x02": literal(v) for i, (_, v) in enumerate(self.literals)})
+        return with_texts(
+            line, {f"\x01{i}\x02": literal(v) for i, (_, v) in enumerate(self.literals)}
+        )
+
+    def filled_lines(self, lines: Iterable[str]) -> list[str]:
+        """Return lines with their numbers."""
+        return [self.filled(line) for line in lines]
 
     def helper(self, name: str) -> str:
         """Return the name of a helper, whose text is then part of the file."""
@@ -427,7 +445,7 @@ class BlockWriter:
     def take_inputs(self) -> None:
         """Name what is read from outside; the first of the hidden size is the state."""
         for var in self.block.inputs:
-            hint = var_hint(var)
+            hint = "seen" if var.kind == "mask" else var_hint(var)
             if "embed" in var.axes and not any(e.text == STATE for e in self.values.values()):
                 hint = STATE
             name = self.name(hint)
@@ -726,8 +744,15 @@ def stack_lines(classes: Classes, layers: list[Block]) -> str:
 
 def repeated(values: Sequence[object]) -> str:
     """Return a list of values; one that repeats itself as a product."""
-    count = len(values)
+    return repeated_texts(list(map(literal, values)))
+
+
+def repeated_texts(texts: Sequence[str]) -> str:
+    """Return a list of expressions; one that repeats itself as a product."""
+    count, head = len(texts), list(texts)
     for period in range(1, count // 2 + 1):
-        if count % period == 0 and list(values[:period]) * (count // period) == list(values):
-            return f"[{', '.join(map(literal, values[:period]))}] * {count // period}"
-    return f"[{', '.join(map(literal, values))}]"
+        times, remaining = divmod(count, period)
+        if head[:period] * times + head[:remaining] == head:
+            tail = f" + [{', '.join(head[:remaining])}]" if remaining else ""
+            return f"[{', '.join(head[:period])}] * {times}{tail}"
+    return f"[{', '.join(head)}]"

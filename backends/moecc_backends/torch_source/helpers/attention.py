@@ -4,7 +4,6 @@ import inspect
 import math
 
 import torch
-import torch.nn.functional as F
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -49,7 +48,7 @@ def _biased(bias, mask, is_causal, query, key):
     if mask is None:
         return bias.expand(query.shape[0], -1, -1, -1)
     lowest = torch.finfo(bias.dtype).min
-    return bias.masked_fill(~mask, lowest) if mask.dtype == torch.bool else bias + mask
+    return torch.where(mask, bias, lowest) if mask.dtype == torch.bool else bias + mask
 
 
 def _lower_triangle(query, key):
@@ -199,6 +198,3 @@ def relative_buckets(distance, *, bidirectional, buckets, max_distance):
     bounds = torch.tensor(starts, device=distance.device)
     bucket = torch.bucketize(behind, bounds, right=True)
     return bucket + half * ahead if bidirectional else bucket
-
-
-__all__ = ["F"]
