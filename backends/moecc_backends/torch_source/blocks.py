@@ -73,7 +73,8 @@ class Block:
             for v in item.results
             if v in used or any(user not in inside for user in v.users)
         ]
-        self.outputs.sort(key=lambda v: v.kind != "int")  # the index of a choice, then its weight
+        # The index of a choice before its weight, and losses last.
+        self.outputs.sort(key=lambda v: 0 if v.kind == "int" else 1 if v.axes else 2)
 
 
 def members(step: Item | Block) -> list[Item]:
@@ -95,6 +96,11 @@ def blocks_of(program: Program, prefixes: dict[tuple[str, int], str]) -> list[It
         block = Block(title, prefixes.get(layer, f"{layer[0]}.{layer[1]}"), [], layer)
         block.steps = _inner(items, block.path)
         groups.append(block)
+    sparse = [any(b.title == "Experts" for b in group.blocks) for group in groups]
+    if any(sparse) and not all(sparse):
+        for group, is_sparse in zip(groups, sparse, strict=True):
+            kind = "SparseLayer" if is_sparse else "DenseLayer"
+            group.title = group.title.removesuffix("Layer") + kind
     steps = ordered(program.items, groups)
     for step in steps:
         _close(step, program)
@@ -129,8 +135,11 @@ def ordered(items: list[Item], blocks: list[Block]) -> list[Item | Block]:
                     waits[after].add(before)
                     users[before].add(after)
 
-    def rank(step: Item | Block) -> tuple[bool, int]:
-        return isinstance(step, Block) and step.layer is not None, position[members(step)[0]]
+    def rank(step: Item | Block) -> tuple[int, int]:
+        # What all layers read comes before them, and losses after them, so that they are a loop.
+        is_layer = isinstance(step, Block) and step.layer is not None
+        is_loss = isinstance(step, Item) and step.loc == "loss"
+        return 2 if is_loss else 1 if is_layer else 0, position[members(step)[0]]
 
     ready = [(rank(step), step) for step in steps if not waits[step]]
     heapq.heapify(ready)

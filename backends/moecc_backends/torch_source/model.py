@@ -16,11 +16,13 @@ from moecc_backends.torch_source.names import common, is_under
 from moecc_backends.torch_source.operations import OPERATIONS
 from moecc_backends.torch_source.program import (
     CACHE,
+    CONTINUES,
     KEY_POSITIONS,
     POSITION_IDS,
     Item,
     Program,
     Var,
+    loss_name,
     walk_operands,
 )
 from moecc_backends.torch_source.text import (
@@ -85,7 +87,9 @@ class ModelWriter(BlockWriter):
 
     def loop(self, layers: list[Block]) -> None:
         """Write the calls of consecutive layers as a loop."""
-        unify_signatures(self.classes, layers)
+        stack_name = layers[0].layer[0] if layers[0].layer is not None else ""
+        every = [b for b in self.block.blocks if b.layer is not None and b.layer[0] == stack_name]
+        unify_signatures(self.classes, every)
         names = self._roles(layers)
         carried = next((n for n, role in names.items() if role is None), STATE)
         first = layers[0]
@@ -108,10 +112,11 @@ class ModelWriter(BlockWriter):
                 zipped.append((name, repeated_texts(texts)))
                 arguments.append(name)
         outputs = self._outputs(layers)
+        prefix = "encoder_" if layers[0].title.startswith("Encoder") else ""
         results = [STATE if kind == "carry" else name for name, kind in outputs]
         collected = [name for name, kind in outputs if kind == "collect"]
         for name in collected:
-            self.state(f"{name}s = []")
+            self.state(f"{prefix}{name}es = []")
         target = self.tree.access(stack)
         head = f"for layer in {target}:"
         if zipped:
@@ -121,10 +126,10 @@ class ModelWriter(BlockWriter):
         call = f"layer({', '.join(arguments)})"
         self.state(f"    {', '.join(results)} = {call}")
         for name in collected:
-            self.state(f"    {name}s.append({name})")
+            self.state(f"    {prefix}{name}es.append({name})")
         for layer in layers:
             self.remaining.subtract(layer.inputs)
-        self._bind(layers, outputs)
+        self._bind(layers, [(prefix + n, kind) for n, kind in outputs])
 
     def _input_name(self, layer: Block, var: Var) -> str:
         return self.classes.instances[layer].inputs[layer.inputs.index(var)]
@@ -145,7 +150,7 @@ class ModelWriter(BlockWriter):
             )
             if is_carried or (name == STATE and len(layers) == 1):
                 roles[name] = None
-            elif all(v is present[0] for v in present):
+            elif present and all(v is present[0] for v in present):
                 roles[name] = present[0]
             else:
                 roles[name] = values
@@ -169,7 +174,7 @@ class ModelWriter(BlockWriter):
             others = [v for v in layer.outputs if "embed" not in v.axes]
             names = [n for n, role in outputs if role == "collect"]
             for name, var in zip(names, others, strict=False):
-                self.values[var] = Expr(f"{name}s[{index}]", var.axes)
+                self.values[var] = Expr(f"{name}es[{index}]", var.axes)
 
 
 # The classes that transformers calls, around the layers.
@@ -235,6 +240,12 @@ POSITIONS = """
             position_ids = torch.arange(length, device=inputs_embeds.device)[None] + past
 """
 
+DECODER_POSITIONS = """
+        past = cache.get_seq_length() if cache is not None else 0
+        length = inputs_embeds.shape[1]
+        position_ids = torch.arange(length, device=inputs_embeds.device)[None] + past
+"""
+
 KEYS = """
         key_position_ids = torch.arange(
             past + inputs_embeds.shape[1], device=inputs_embeds.device
@@ -247,7 +258,8 @@ class StMoeModel(StMoePreTrainedModel):
 {MODULES}{ACCESSORS}
     def forward(
         self,{DECODER_ARGUMENTS}        **kwargs,
-    ):{USE_CACHE}        if use_cache and cache is None:
+    ):{USE_CACHE}        <continues>
+        if use_cache and cache is None:
             cache = DynamicCache()
         if inputs_embeds is None:
             inputs_embeds = <embedding>(input_ids)<positions>
@@ -329,7 +341,8 @@ class <name>(StMoePreTrainedModel, GenerationMixin):
         labels=None,
         use_cache=None,
         **kwargs,
-    ):{USE_CACHE}        if use_cache and cache is None:
+    ):{USE_CACHE}        <continues>
+        if use_cache and cache is None:
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         both, cache = cache, cache.self_attention_cache if cache is not None else None
         if encoder_outputs is None:
@@ -340,8 +353,7 @@ class <name>(StMoePreTrainedModel, GenerationMixin):
             decoder_input_ids = decoder_input_ids.masked_fill(
                 decoder_input_ids == -100, self.config.pad_token_id or 0
             )
-        inputs_embeds = <embedding>(decoder_input_ids)
-        position_ids = None<positions>
+        inputs_embeds = <embedding>(decoder_input_ids)<positions>
         memory = encoder_outputs[0]
         <body>
         loss = None
@@ -420,6 +432,7 @@ class Models:
             POSITION_IDS: POSITION_IDS,
             KEY_POSITIONS: KEY_POSITIONS,
             CACHE: CACHE,
+            CONTINUES: CONTINUES,
         }
         for name, var in self.program.inputs.items():
             if var.kind != "key":
@@ -445,11 +458,21 @@ class Models:
         names = self.program.inputs
         if not {POSITION_IDS, KEY_POSITIONS, CACHE} & names.keys():
             return ""
-        text = POSITIONS.rstrip("\n")
+        text = (POSITIONS if self.program.tokens == "tokens" else DECODER_POSITIONS).rstrip("\n")
         return text + (KEYS.rstrip("\n") if KEY_POSITIONS in names else "")
+
+    def _continues(self) -> list[str]:
+        if CONTINUES not in self.program.inputs:
+            return []
+        return ["continues = cache is not None  # no capacity then drops a token"]
 
     def _write_decoder(self) -> None:
         head = [s for s in self.steps if all(i.loc in HEAD_LOCATIONS for i in members(s))]
+        last = {v for s in head for i in members(s) if i.loc == "head" for v in i.results}
+        for step in list(head):  # losses of routers belong to the base model
+            operands = {v for i in members(step) for v in i.operands}
+            if all(i.loc == "loss" for i in members(step)) and not operands & last:
+                head.remove(step)
         body = [s for s in self.steps if s not in head]
         inside = {v for s in body for i in members(s) for v in i.operands if v.param}
         paths = [v.name for v in inside]
@@ -457,8 +480,8 @@ class Models:
         # Without a path that all share, the base model is the only module of the whole.
         self.base = first.pop() if len(first) == 1 and common(paths) else ""
         for step in list(head):  # a last projection may be part of the base model
-            own = [v for i in members(step) for v in i.operands if v.param and v not in inside]
-            if self.base and any(is_under(v.name, self.base) for v in own):
+            added = [v for i in members(step) for v in i.operands if v.param and v not in inside]
+            if self.base and any(is_under(v.name, self.base) for v in added):
                 head.remove(step)
                 body.append(step)
         item = self._embedding_item()
@@ -466,28 +489,30 @@ class Models:
         writer.values[item.result] = Expr("inputs_embeds", item.result.axes)
         writer.write_steps([s for s in body if s is not item])
         embedding = writer.tree.access(str(item.attrs["module"]))
-        hidden, *others = writer.block.outputs
+        losses = {v: n for n, v in self._losses().items()}
+        (hidden,) = (v for v in writer.block.outputs if v not in losses)
         results = {"last_hidden_state": writer.canonical(hidden)}
+        results |= {loss_name(losses[v]): writer.canonical(v) for v in writer.block.outputs
+                    if v in losses}  # fmt: skip
         parts: dict[str, str | list[str]] = {
             "constructor": writer.filled_lines(writer.tree.lines()),
             "embedding": embedding,
             "positions": self._positions(),
+            "continues": self._continues(),
             "body": writer.filled_lines(writer.lines),
         }
         root = self._writer("StMoeForCausalLM", "", head)
         root.values[hidden] = Expr(STATE, hidden.axes)
-        for var in others:
-            name = f"extra_{len(results)}"
-            results[name] = writer.canonical(var)
-            root.values[var] = Expr(f"outputs.{name}", var.axes)
+        for var, name in losses.items():
+            root.values[var] = Expr(f"outputs.{loss_name(name)}", var.axes)
         root.write_steps(head)
-        output = "StMoeOutput" if others else "BaseModelOutputWithPast"
+        output = "StMoeOutput" if losses else "BaseModelOutputWithPast"
         parts |= {
             "output": output,
             "results": writer.filled(", ".join(f"{n}={t}" for n, t in results.items())),
         }
-        if others:
-            self.texts.append(_output_class(list(results)[1:]))
+        if losses:
+            self.texts.append(_output_class(list(results)[1:], "BaseModelOutputWithPast"))
         self.texts.append(filled(DECODER, parts))
         base = f"self.{self.base or 'model'}"
         own = [line for line in root.tree.lines() if not line.startswith(f"{base} =")]
@@ -542,6 +567,10 @@ class Models:
         writer.write_steps(self.steps)
         output = "hidden" if "hidden" in self.program.outputs else "logits"
         results = [f"last_hidden_state={writer.canonical(self.program.outputs[output])}"]
+        losses = self._losses()
+        results += [f"{loss_name(n)}={writer.canonical(v)}" for n, v in losses.items()]
+        if losses:
+            self.texts.append(_output_class(list(map(loss_name, losses)), "BaseModelOutput"))
         self.texts.append(
             filled(
                 ENCODER,
@@ -549,7 +578,7 @@ class Models:
                     "constructor": writer.filled_lines(writer.tree.lines()),
                     "arguments": ", ".join(f"{a}=None" for a in self._arguments()),
                     "body": [*self._mask_lines(), *writer.filled_lines(writer.lines)],
-                    "output": "BaseModelOutput",
+                    "output": "StMoeOutput" if losses else "BaseModelOutput",
                     "results": writer.filled(", ".join(results)),
                 },
             )
@@ -569,8 +598,10 @@ class Models:
             if any(v in decoded or i.loc == "decoder.masks" for i in members(s) for v in i.results)
             or not all(i.loc.startswith("encoder.") for i in members(s))
         ]
-        masks = [s for s in self.steps if isinstance(s, Item) and s.result.kind == "bool"
-                 and s not in after]  # fmt: skip
+        masks: list[Item | Block] = [
+            s for s in self.steps if isinstance(s, Item) and s.results[0].kind == "bool"
+            and s not in after
+        ]  # fmt: skip
         before = [s for s in self.steps if s not in after]
         read = [v for v in walk_operands([i for s in after for i in members(s)]) if not v.param]
         computed = {v for s in before if s not in masks for i in members(s) for v in i.results}
@@ -582,9 +613,20 @@ class Models:
             raise InputError("the decoder reads more than one value of the encoder")
         (memory,) = states
         results = [f"last_hidden_state={encoder.canonical(memory)}"]
+        parts = {v: encoder.expr(v).text for v in memories if v is not memory}
+        lists = list(dict.fromkeys(text.partition("[")[0] for text in parts.values()))
+        if any(not name.endswith("_losses") for name in lists):
+            raise InputError("the decoder reads more than one value of the encoder")
+        results += [f"{name}={name}" for name in lists]
+        if lists:
+            self.texts.append(_output_class(lists, "BaseModelOutput", "StMoeEncoderOutput"))
+        if self._losses():
+            self.texts.append(_output_class(["aux_loss"], "Seq2SeqLMOutput", "StMoeSeq2SeqOutput"))
         item = self._embedding_item()
         decoder = self._writer("Decoder", "", [*masks, *after])
         decoder.values[memory] = Expr("memory", memory.axes)
+        for var, text in parts.items():
+            decoder.values[var] = Expr(f"encoder_outputs.{text}", var.axes)
         decoder.remaining[memory] += 1
         decoder.values[item.result] = Expr("inputs_embeds", item.result.axes)
         decoder.write_steps([s for s in [*masks, *after] if s is not item])
@@ -604,12 +646,13 @@ class Models:
                     "argument_lines": [f"{a}=None," for a in arguments],
                     "passed": ", ".join(arguments),
                     "encoder": [*self._mask_lines(), *encoder.filled_lines(encoder.lines)],
-                    "encoder_output": "BaseModelOutput",
+                    "encoder_output": "StMoeEncoderOutput" if lists else "BaseModelOutput",
                     "encoder_results": encoder.filled(", ".join(results)),
                     "embedding": whole.tree.access(str(item.attrs["module"])),
                     "positions": self._positions(),
+                    "continues": self._continues(),
                     "body": [*self._decoder_mask(), *decoder.filled_lines(lines)],
-                    **self._loss_parts(decoder, "Seq2SeqMoEOutput"
+                    **self._loss_parts(decoder, "StMoeSeq2SeqOutput"
                                        if self._losses() else "Seq2SeqLMOutput"),
                 },
             )
@@ -641,7 +684,7 @@ class Models:
         }
         if "decoder_tokens" in self.program.inputs:
             config["is_encoder_decoder"] = True
-            config["num_hidden_layers"] = sum(b.title == "DecoderLayer" for b in layers)
+            config["num_hidden_layers"] = sum(b.title.startswith("Decoder") for b in layers)
         for item in self.program.items:
             if item.op in ("attention", "cached_attention"):
                 config |= _attention_sizes(item)
@@ -688,11 +731,11 @@ def _attention_sizes(item: Item) -> JsonDict:
     }
 
 
-def _output_class(names: Sequence[str]) -> list[str]:
+def _output_class(names: Sequence[str], base: str, name: str = "StMoeOutput") -> list[str]:
     return [
         "@dataclass",
-        "class StMoeOutput(BaseModelOutputWithPast):",
-        '    """The last hidden states, and what the losses of the routers read."""',
+        f"class {name}({base}):",
+        '    """The last hidden states, and the losses of the routers."""',
         "",
-        *(f"    {name}: torch.Tensor | None = None" for name in names),
+        *(f"    {field}: torch.Tensor | None = None" for field in names),
     ]

@@ -207,7 +207,8 @@ def _placed(
         return f"{new if _is_of_experts(value) else prefix}.{relative}"
     base, _, word = name.rpartition(".")
     if base in graph.params and base != name:
-        relative = base.removeprefix(f"{prefix}.")
+        parts = base.removeprefix(f"{prefix}.").split(".")
+        relative = ".".join(part for part in parts if not part.isdigit())
         return f"{prefix}.{ADDED.get(word, word)}.{relative}"
     if not is_under(name, prefix):
         return f"{prefix}.{name}"

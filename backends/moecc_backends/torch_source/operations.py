@@ -181,7 +181,7 @@ def _device_like(w: BlockWriter) -> str:
     for var in w.block.inputs:
         if var.kind == "float" and var in w.values:
             return w.values[var].text
-    return w.tree.access(w.block.params[0].name)
+    return w.tree.access(w.block.params[0].name) if w.block.params else ""
 
 
 @emission("constant")
@@ -286,9 +286,11 @@ def _broadcast(w: BlockWriter, item: Item) -> Expr:
     if not x.axes:
         typed = item.operands[1].kind == item.operands[0].kind
         if not typed or not _is_number(item.operands[0]):
-            w.helper("float_type")
             new = f"torch.full({like.atom}.shape, {x.text}, device={like.atom}.device"
-            return Expr(f"{new}, dtype=float_type({_device_like(w)}))", like.axes)
+            if not (like_text := _device_like(w)):
+                return Expr(f"{new}, dtype=torch.float64)", like.axes)
+            w.helper("float_type")
+            return Expr(f"{new}, dtype=float_type({like_text}))", like.axes)
         return Expr(f"torch.full_like({like.text}, {x.text})", like.axes)
     x = w.aligned(x, like.axes)
     return Expr(f"{x.atom}.expand_as({like.text})", like.axes)
@@ -353,6 +355,10 @@ def _stack(w: BlockWriter, item: Item, *, axis: str) -> Expr:
     exprs = [w.expr(v) for v in item.operands]
     first = exprs[0].axes
     texts = [w.permuted(e, first).text for e in exprs]
+    lists = [text.rpartition("[")[0] for text in texts if text.endswith("]")]
+    if len(lists) == len(texts) and all(name.endswith("_losses") for name in lists):
+        every = " + ".join(dict.fromkeys(lists))
+        return Expr(f"torch.stack([x for x in {every} if x is not None])", (axis, *first))
     return Expr(f"torch.stack([{', '.join(texts)}])", (axis, *first))
 
 
@@ -927,26 +933,78 @@ def _assign_slots(
     cap: bool,
     order: str,
     using: tuple[str, ...],
+    evaluation: dict[str, Any] | None = None,
+    unbounded: bool = False,
 ) -> Expr:
+    attrs = {"slots": slots, "groups": groups, "group_size": group_size, "order": order}
+    attrs |= {"capacity_factor": capacity_factor, "convention": convention, "cap": cap}
+    attrs |= {"rounding": rounding, "minimum": minimum, "multiple": multiple}
     chosen = w.expr(item.operands[0])
     (choice,) = (a for a in chosen.axes if a not in tokens)
     axes = (*tokens, choice)
     chosen = w.permuted(chosen, axes)
-    options = []
-    if groups != 1:
-        options.append(f"groups={w.literal(groups, 'groups')}")
-    if group_size:
-        options.append(f"group_size={w.literal(group_size, 'group_size')}")
-    if slots == "capacity":
-        options += _capacity(w, capacity_factor, convention, rounding, minimum, multiple, cap)
-    if order != "choice":
-        options.append('order="token"')
-    for word, var in zip(using, item.operands[1:], strict=True):
+    options = _slot_options(w, attrs)
+    operands = item.operands[1:]
+    for word, var in zip(using, operands, strict=False):
         names = axes if word == "keep" else tokens
-        options.append(f"{word}={w.permuted(w.expr(var), names).text}")
+        options[word] = w.permuted(w.expr(var), names).text
+    if evaluation is not None:
+        others = _slot_options(w, evaluation)
+        if "keep" in options:
+            others["keep"] = _evaluated_keep(w, evaluation, options["keep"])
+        options |= {word: text for word, text in others.items() if word not in options}
+        for word, text in options.items():
+            if (other := others.get(word, SLOT_DEFAULTS.get(word, text))) != text:
+                options[word] = f"{text} if self.training else {other}"
+    if unbounded and "capacity_factor" in options:
+        flag = w.expr(operands[-1]).text
+        text = options["capacity_factor"]
+        options["capacity_factor"] = f"None if {flag} else {text}"
     w.helper("assign_slots")
     count = w.literal(experts, "experts")
-    return Expr(f"assign_slots({', '.join([chosen.text, count, *options])})", axes)
+    texts = [f"{word}={text}" for word, text in options.items()]
+    return Expr(f"assign_slots({', '.join([chosen.text, count, *texts])})", axes)
+
+
+SLOT_DEFAULTS = {
+    "capacity_factor": "None",
+    "groups": "1",
+    "group_size": "0",
+    "order": '"choice"',
+    "per_choice": "False",
+    "rounding": '"floor"',
+    "minimum": "4",
+    "multiple": "1",
+    "cap": "True",
+    "keep": "None",
+}
+"""The options of assign_slots where an operation does not state them."""
+
+
+def _slot_options(w: BlockWriter, attrs: dict[str, Any]) -> dict[str, str]:
+    options = {}
+    if attrs["groups"] != 1:
+        options["groups"] = w.literal(attrs["groups"], "groups")
+    if attrs["group_size"]:
+        options["group_size"] = w.literal(attrs["group_size"], "group_size")
+    if attrs["slots"] == "capacity":
+        names = ("capacity_factor", "convention", "rounding", "minimum", "multiple", "cap")
+        bounds = _capacity(w, *(attrs[name] for name in names))
+        options |= {word: text for word, _, text in (b.partition("=") for b in bounds)}
+    if attrs["order"] != "choice":
+        options["order"] = '"token"'
+    return options
+
+
+def _evaluated_keep(w: BlockWriter, evaluation: dict[str, Any], text: str) -> str:
+    """Return which choices are kept in evaluation: all, or those of a policy of its own."""
+    policy, threshold = evaluation.get("keep_policy"), evaluation.get("keep_threshold")
+    if policy is None:
+        return "None"
+    weights = text[text.index("(") + 1 :].partition(",")[0].rstrip(")")
+    w.helper(f"keep_{policy}")
+    further = f", {literal(threshold)}" if policy in ("random", "threshold") else ""
+    return f"keep_{policy}({weights}{further})"
 
 
 @emission("expert_choice")

@@ -6,6 +6,7 @@ bias, a norm, a look-up, dropout, noise, the experts of a token with what was dr
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -126,7 +127,15 @@ def prepared(graph: Graph) -> Graph:
     """Return a copy of `graph` that is unrolled, on one device, with fused attention."""
     passes = ["unroll-layers"] if any(node.body for node in graph) else []
     passes += ["strip-sharding"] if "mesh" in graph.attrs else []
-    copy = rewritten(graph, ",".join([*passes, "fuse-attention"]))
+    return _without_metrics(rewritten(graph, ",".join([*passes, "fuse-attention"])))
+
+
+def in_mode(graph: Graph, mode: str) -> Graph:
+    """Return a prepared graph specialised for training or evaluation."""
+    return _without_metrics(rewritten(graph, f"specialize{{mode={mode}}}"))
+
+
+def _without_metrics(copy: Graph) -> Graph:
     for name in [n for n in copy.output_names if n.startswith(("metric.", "trace."))]:
         copy.drop_output(name)
     return rewritten(copy, "dce")
@@ -169,7 +178,60 @@ def program_of(graph: Graph, tokens: Value | None) -> Program:
         program.prune()
     _add_top_k_indices(program)
     program.prune()
+    _name_losses(program)
     return program
+
+
+def _name_losses(program: Program) -> None:
+    """Name losses after outputs, those of layers after the output that they are summed to."""
+    outputs = {var: loss_name(name) for name, var in program.outputs.items() if "loss." in name}
+    for item in reversed(program.items):
+        for var in item.results:
+            name = outputs.get(var, "")
+            names = [u.result.name for u in var.users if u.loc == "loss"]
+            names = [n for n in names if n.endswith("_loss") and n != "aux_loss"]
+            if name or (names and not var.axes):
+                var.name = name or names[0]
+            elif item.loc == "loss" and names:
+                var.name = names[0]
+
+
+def loss_name(output: str) -> str:
+    """Return the name of an output, ``loss.router_z``, as transformers has losses."""
+    name = output.removeprefix("loss.").replace(".", "_")
+    return "aux_loss" if name == "auxiliary" else f"{name}_loss"
+
+
+def add_evaluation(program: Program, evaluation: Program) -> None:
+    """Let slots be assigned in training as `program` has it, in evaluation as the other has it.
+
+    Raises:
+      InputError: the two differ in more than noise, capacities and what is kept.
+    """
+    if _census(program) != _census(evaluation):
+        raise InputError(
+            "training and evaluation differ in more than capacity, policy and noise",
+            hint="specialize{mode=eval} writes the graph of evaluation alone",
+        )
+    others = [item for item in evaluation.items if item.op == "assign_slots"]
+    by_loc: dict[str, list[Item]] = {}
+    for item in others:
+        by_loc.setdefault(item.loc, []).append(item)
+    for item in program.items:
+        if item.op != "assign_slots":
+            continue
+        other = by_loc[item.loc].pop(0)
+        attrs = dict(other.attrs)
+        keep = next((v.item for v in other.operands[1:] if v.item is not None), None)
+        if keep is not None and keep.op == "keep_choices":
+            attrs["keep_policy"] = keep.attrs["policy"]
+            attrs["keep_threshold"] = keep.attrs["threshold"]
+        item.attrs = {**item.attrs, "evaluation": attrs}
+
+
+def _census(program: Program) -> Counter[tuple[str, str]]:
+    ignored = ("dropout", "jitter", "add_noise", "keep_choices", "assign_slots", "top_k_index")
+    return Counter((i.loc, i.op) for i in program.items if i.op not in ignored)
 
 
 def _var(value: Value, *, is_param: bool = False) -> Var:
@@ -393,6 +455,9 @@ def attribute(attrs: Attrs, name: str) -> str:
     return str(attrs[name])
 
 
+CONTINUES = "continues"
+"""Whether a text is continued: no capacity then drops a token, as in moecc generate."""
+
 CACHE, MASK = "cache", "seen"
 
 
@@ -402,13 +467,23 @@ def add_caches(program: Program) -> None:
     hidden = next(
         i.result for i in program.items if tokens in i.operands and i.result.kind == "float"
     )
-    cache = Var(CACHE, kind="cache")
+    cache, continues = Var(CACHE, kind="cache"), Var(CONTINUES, kind="cache")
+    decoded = {tokens}
     positions = program.inputs.get(POSITION_IDS) or Var(POSITION_IDS, ("batch", "seq"), (), "int")
     place = "masks" if program.tokens == TOKENS else "decoder.masks"
     masks: dict[object, Var] = {}
     mask_items: list[Item] = []
     number = 0
     for item in program.items:
+        if decoded & set(item.operands):
+            decoded.update(item.results)
+        if item.op == "assign_slots" and decoded & set(item.results):
+            evaluation = item.attrs.get("evaluation")
+            modes = [item.attrs, evaluation if isinstance(evaluation, dict) else {}]
+            if any(mode.get("slots") == "capacity" for mode in modes):
+                item.attrs = {**item.attrs, "unbounded": True}
+                item.operands = [*item.operands, continues]
+                program.inputs[CONTINUES] = continues
         if item.op != "attention" or item.attrs["causal"] != ("seq",):
             continue
         window = item.attrs["window"]

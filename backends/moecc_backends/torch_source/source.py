@@ -9,6 +9,7 @@ from importlib.resources import files
 
 from moecc.backend import EmittedProgram
 from moecc.ir.graph import Graph
+from moecc.ir.structure import clone
 from moecc.translate.export import rename_params
 from moecc_backends.torch_source.blocks import Block, blocks_of
 from moecc_backends.torch_source.model import Models
@@ -16,7 +17,9 @@ from moecc_backends.torch_source.names import layer_prefixes, renamed_params
 from moecc_backends.torch_source.operations import OPERATIONS
 from moecc_backends.torch_source.program import (
     add_caches,
+    add_evaluation,
     continued_tokens,
+    in_mode,
     prepared,
     program_of,
 )
@@ -31,10 +34,16 @@ def emit_torch(graph: Graph) -> EmittedProgram:
     Raises:
       InputError: the graph has something that cannot be written as PyTorch.
     """
+    has_modes = "routing" in graph.attrs or graph.attrs.get("mode") == "train"
+    is_train = graph.attrs.get("mode") == "train"
     ready = prepared(graph)
     names = renamed_params(ready)
     rename_params(ready, names)
-    program = program_of(ready, continued_tokens(ready))
+    training = in_mode(ready, "train") if has_modes and not is_train else ready
+    program = program_of(training, continued_tokens(training))
+    if has_modes:
+        other = in_mode(ready, "eval") if is_train else clone(ready)
+        add_evaluation(program, program_of(other, continued_tokens(other)))
     if program.tokens:
         add_caches(program)
     steps = blocks_of(program, layer_prefixes(ready))
@@ -82,7 +91,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
-from transformers.modeling_outputs import Seq2SeqLMOutput, Seq2SeqMoEOutput
+from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 '''
 

@@ -77,7 +77,7 @@ class ClassDef:
             *([f'    """{self.doc}"""', ""] if self.doc else []),
             f"    def __init__({arguments}):",
             "        super().__init__()",
-            *(f"        {line}" for line in self.constructor),
+            *(line for text in self.constructor for line in folded(f"        {text}")),
             "",
             *folded(f"    def forward({', '.join(['self', *self.signature])}):"),
             *(line for text in self.forward for line in folded(f"        {text}")),
@@ -164,6 +164,11 @@ def shown(axes: Sequence[str]) -> list[str]:
 def unify_signatures(classes: Classes, layers: Sequence[Block]) -> None:
     """Let all layers of a stack take the same arguments, which some of them do not read."""
     instances = [classes.instances[layer] for layer in layers]
+    count = max(len(layer.outputs) for layer in layers)
+    for layer, instance in zip(layers, instances, strict=True):
+        lines = instance.definition.forward
+        missing = count - len(layer.outputs) - lines[-1].count(", None")
+        lines[-1] += ", None" * missing  # a dense layer has no losses
     longest = max(instances, key=lambda i: len(i.inputs)).inputs
     names = list(dict.fromkeys([*longest, *(n for i in instances for n in i.inputs)]))
     for instance in instances:
@@ -535,6 +540,12 @@ NAMES = {
 """Names of values in a graph, and what they are called in PyTorch."""
 
 HINTS = {
+    "sum": "total",
+    "mean": "average",
+    "group_sum": "totals",
+    "div": "share",
+    "add": "sum_of_both",
+    "relative_buckets": "buckets",
     "rotate": "rotated",
     "merge": "merged",
     "mul": "product",
@@ -598,9 +609,21 @@ class ModuleTree:
             if not is_under(path, self.block.path):
                 raise InputError(f"{path} is not a parameter of {self.block.path}")
             relative = path[len(self.block.path) + 1 :]
-        return "self" + "".join(
-            f"[{part}]" if part.isdigit() else f".{part}" for part in relative.split(".")
-        )
+        text, at = "self", self.block.path
+        for part in relative.split("."):
+            if not part.isdigit():
+                text += f".{part}"
+            else:
+                text += f"[{part}]" if self.is_list(at) else f'["{part}"]'
+            at = f"{at}.{part}" if at else part
+        return text
+
+    def is_list(self, path: str) -> bool:
+        """Whether the modules under a path are numbered from 0 on."""
+        start = len(path) + 1
+        names = [v.name for v in self.block.params if is_under(v.name, path)]
+        numbers = {name[start:].partition(".")[0] for name in names}
+        return numbers == {str(i) for i in range(len(numbers))}
 
     def lines(self) -> list[str]:
         """Return the statements that make the modules."""
