@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 
+from moecc.errors import InputError
 from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.ops.repetition import ScanOp, repetitions
 from moecc.prove.stopped import stopped
 from moecc.terms.tensor import Tensor, pointwise, stacked
 from moecc.terms.term import Algebra, Head, Size, Var
 from moecc.types import DType, Extent, TensorType, is_lossless
-from moecc.weights.expr import Expr, walk
+from moecc.weights.draws import Draw
+from moecc.weights.expr import Expr, Source
+from moecc.weights.movement import Stack
 
 Terms = dict[Value, Tensor]
 
@@ -22,11 +25,12 @@ class Evaluation:
     Attributes:
       algebra: builds the terms.
       exact: whether only operations that rearrange elements mean more than their names.
+      rolled: whether repetition is a function of its body, and not run after run.
       weights: the terms of weight expressions, which graphs share.
     """
 
-    def __init__(self, algebra: Algebra, *, exact: bool = False) -> None:
-        self.algebra, self.exact = algebra, exact
+    def __init__(self, algebra: Algebra, *, exact: bool = False, rolled: bool = False) -> None:
+        self.algebra, self.exact, self.rolled = algebra, exact, rolled
         self.weights: dict[Expr, Tensor] = {}
 
     def evaluate(self, graph: Graph) -> Terms:
@@ -80,11 +84,69 @@ class Evaluation:
         return pointwise("cast", (str(tensor.dtype), str(dtype)), (tensor,))
 
     def _weight(self, weight: Expr) -> Tensor:
-        for expr in walk(weight):
-            if expr not in self.weights:
+        """Return the term of an expression, computed once for every part that graphs share."""
+        stack = [weight]
+        while stack:
+            expr = stack[-1]
+            if expr in self.weights:
+                stack.pop()
+                continue
+            if isinstance(expr, Stack) and (tensor := self._alike(expr)) is not None:
+                self.weights[expr] = tensor
+                continue
+            missing = [x for x in expr.operands if x not in self.weights]
+            stack += missing
+            if not missing:
                 operands = [self.weights[x] for x in expr.operands]
-                self.weights[expr] = expr.term(self.algebra, *operands)
+                self.weights[expr] = self._expression(expr, operands)
         return self.weights[weight]
+
+    def _alike(self, stack: Stack) -> Tensor | None:
+        """Return a stack of expressions that differ in their leaves alone, without stacking terms.
+
+        It is one of them, over families of leaves at one more index.
+        """
+        columns = [_leaves(x) for x in stack.xs]
+        if len({shape for shape, _ in columns}) > 1 or len(columns) < 2:
+            return None
+        place = self.algebra.fresh(len(columns))
+        leaves: list[Tensor] = []
+        for row in zip(*(leaves for _, leaves in columns), strict=True):
+            family = self._family(row, place)
+            if family is None:
+                return None
+            leaves.append(family)
+        body = self._over(stack.xs[0], iter(leaves))
+        new = self.algebra.axis(stack.axis, place.size)
+        moved = self.algebra.substitute(body.body, {place: self.algebra.index(new)})
+        axes = (*body.axes[: stack.position], new, *body.axes[stack.position :])
+        return replace(body, axes=axes, body=moved, dtype=stack.type.dtype)
+
+    def _family(self, leaves: Sequence[Expr], place: Var) -> Tensor | None:
+        """Return leaves, all different or all the same, as a function of their number."""
+        first, algebra = leaves[0], self.algebra
+        if all(x is first for x in leaves):
+            return self._weight(first)
+        names = tuple(x.name if isinstance(x, Source) else str(x) for x in leaves)
+        if not isinstance(first, Source | Draw) or len(set(names)) < len(names):
+            return None
+        axes = self._axes(first.type, {})
+        indices = [algebra.index(v) for v in (place, *axes)]
+        head = Head("weights", (names,))
+        if isinstance(first, Source):
+            head = Head("family", (names, str(first.type.dtype), first.type.shape))
+        return Tensor(algebra, axes, algebra.apply(head, (), indices), dtype=first.type.dtype)
+
+    def _over(self, expr: Expr, leaves: Iterator[Tensor]) -> Tensor:
+        """Return the term of an expression over other leaves, in their order."""
+        if not expr.operands:
+            return next(leaves)
+        return self._expression(expr, [self._over(x, leaves) for x in expr.operands])
+
+    def _expression(self, expr: Expr, operands: Sequence[Tensor]) -> Tensor:
+        if self.exact and not expr.rearranges:
+            return expr.uninterpreted(self.algebra, *operands)
+        return expr.term(self.algebra, *operands)
 
     # Nodes.
 
@@ -115,21 +177,61 @@ class Evaluation:
         attrs = ScanOp.of_node(node)
         axis, runs = repetitions(node.attrs)
         end = attrs.carries + attrs.stacked
+        if self.rolled:
+            return self._folded(node, body, operands)
         carried, collected = list(operands[: attrs.carries]), []
         for at in range(runs):
             position = {axis: self.algebra.number(at)}
             slices = [x.moved(x.without(axis), position) for x in operands[attrs.carries : end]]
-            inputs = (*carried, *slices, *operands[end:])
-            terms: Terms = {
-                v: replace(x, dtype=v.type.dtype)
-                for v, x in zip(body.inputs.values(), inputs, strict=True)
-            }
-            self._run(body, terms)
-            results = [terms[v] for v in body.terminator.operands]
-            carried = results[: attrs.carries]
+            results = self._body(body, (*carried, *slices, *operands[end:]))
+            carried = list(results[: attrs.carries])
             collected.append(results[attrs.carries :])
         stacks = [stacked(parts, axis) for parts in zip(*collected, strict=True)]
         return [*carried, *stacks]
+
+    def _body(self, body: Graph, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return the results of a body for its inputs."""
+        pairs = zip(body.inputs.values(), inputs, strict=True)
+        terms: Terms = {v: replace(x, dtype=v.type.dtype) for v, x in pairs}
+        self._run(body, terms)
+        return [terms[v] for v in body.terminator.operands]
+
+    def _folded(self, node: Node, body: Graph, operands: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the results of a scan as functions of what it starts with, and of its body.
+
+        The body is evaluated once, with a variable for the number of the run and with unknown
+        carries, so two scans are equal if they start alike and do alike in every run.
+        """
+        attrs, algebra = ScanOp.of_node(node), self.algebra
+        axis, runs = repetitions(node.attrs)
+        count, end = attrs.carries, attrs.carries + attrs.stacked
+        run = algebra.fresh(runs)
+        starts_finite = all(o.finite for o in operands)
+        carried = [_carry(x, i, starts_finite) for i, x in enumerate(operands[:count])]
+        position = {axis: algebra.index(run)}
+        slices = [x.moved(x.without(axis), position) for x in operands[count:end]]
+        results = self._body(body, (*carried, *slices, *operands[end:]))
+        starts = [x.closed() for x in operands[:count]]
+        steps = [
+            algebra.abstract([run, *start.axes], x.body)
+            for start, x in zip(carried, results, strict=False)
+        ]
+        finite = all(x.finite for x in (*operands, *results))
+        if starts_finite and not finite:
+            raise InputError("a scan makes infinite values of finite ones")
+        finals = []
+        for i, start in enumerate(carried):
+            indices = [algebra.index(v) for v in start.axes]
+            final = algebra.apply(Head("repeat", (runs, "carry", i)), [*starts, *steps], indices)
+            finals.append(Tensor(algebra, start.axes, final, finite))
+        new = algebra.axis(axis, runs)
+        for x in results[count:]:
+            function = algebra.abstract([run, *x.axes], x.body)
+            indices = [algebra.index(v) for v in (new, *x.axes)]
+            head = Head("repeat", (runs, "each"))
+            element = algebra.apply(head, [*starts, *steps, function], indices)
+            finals.append(Tensor(algebra, (new, *x.axes), element, finite))
+        return finals
 
     def _uninterpreted(
         self, node: Node, operands: Sequence[Tensor], terms: Terms
@@ -156,6 +258,23 @@ _OF_INFINITE = frozenset({"softmax", "max", "logsumexp", "mask", "route"})
 
 _BOUNDED = frozenset({"sigmoid", "tanh", "normal_cdf"})
 """Functions whose results are finite even of infinite elements."""
+
+
+def _carry(start: Tensor, number: int, finite: bool) -> Tensor:
+    """Return what a carry may be at the beginning of any run: an unknown tensor."""
+    algebra, indices = start.algebra, [start.algebra.index(v) for v in start.axes]
+    sizes = tuple(v.size for v in start.axes)
+    body = algebra.apply(Head("carry", (number, sizes)), (), indices)
+    return Tensor(algebra, start.axes, body, finite, dtype=start.dtype)
+
+
+def _leaves(expr: Expr) -> tuple[object, list[Expr]]:
+    """Return all of an expression but its leaves, whose types it has, and its leaves in order."""
+    if not expr.operands:
+        return (type(expr), expr.type), [expr]
+    parts = [_leaves(x) for x in expr.operands]
+    outer = expr.outline
+    return (type(expr), outer, *(p[0] for p in parts)), [x for p in parts for x in p[1]]
 
 
 def _attributes(node: Node) -> tuple[Hashable, ...]:

@@ -447,16 +447,17 @@ def stack_by_members(
     return algebra.instantiate(function, [place])
 
 
-@of_application("member of a family", "family", rearranges=True)
+@of_application("member of a family", "family", "weights", rearranges=True)
 def member_of_family(algebra: Algebra, application: Application) -> Polynomial | None:
-    """A family of sources at a number is the source."""
+    """A family of sources, or of other leaves, at a number is the source, or the leaf."""
     place, *indices = application.arguments
     at = place.constant
     if at is None:
         return None
     names = application.head.attrs[0]
     assert isinstance(names, tuple)
-    return algebra.apply(Head("source", (names[int(at)], *application.head.attrs[1:])), (), indices)
+    name = "source" if application.head.name == "family" else "weight"
+    return algebra.apply(Head(name, (names[int(at)], *application.head.attrs[1:])), (), indices)
 
 
 # Shares of a whole, and choices.

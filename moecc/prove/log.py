@@ -23,7 +23,9 @@ from moecc.terms.term import (
 SCHEMA = "moecc.proof/1"
 
 
-def log_of(before: Graph, after: Graph, steps: Iterable[Step], *, exact: bool) -> JsonDict:
+def log_of(
+    before: Graph, after: Graph, steps: Iterable[Step], *, exact: bool, rolled: bool
+) -> JsonDict:
     """Return the log of a proof as a JSON object.
 
     Args:
@@ -31,12 +33,14 @@ def log_of(before: Graph, after: Graph, steps: Iterable[Step], *, exact: bool) -
       after: the second graph.
       steps: of the proof, in their order.
       exact: whether it is a proof of equal bits.
+      rolled: whether repetition is read as a function of its body.
     """
     table = _Table()
     rows = [[s.lemma, table.row(s.term), [table.parameter(p) for p in s.parameters]] for s in steps]
     return {
         "schema": SCHEMA,
         "exact": exact,
+        "rolled": rolled,
         "before": digest(before),
         "after": digest(after),
         "terms": table.rows,

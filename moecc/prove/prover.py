@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Literal
 
 from moecc.ir.graph import Graph, Node, Value, where
+from moecc.ir.ops.repetition import repetitions
 from moecc.prove.counterexample import Counterexample, find_counterexample
 from moecc.prove.evaluation import Evaluation, Terms
 from moecc.prove.lemmas import Lemmas
@@ -44,8 +46,8 @@ class Verdict:
       terms: the terms that differ there, of the first graph and of the second.
       lemmas: how often each lemma was used.
       assumptions: what the proof rests on besides.
-      log: the steps of the proof, in the format of ``docs/proof-log.md``.
       counterexample: for ``refuted``, the data on which outputs differ.
+      make_log: makes the log.
     """
 
     status: Status
@@ -53,8 +55,16 @@ class Verdict:
     terms: tuple[str, str] = ("", "")
     lemmas: dict[str, int] = field(default_factory=dict)
     assumptions: tuple[str, ...] = ASSUMPTIONS
-    log: JsonDict = field(default_factory=dict)
     counterexample: Counterexample | None = None
+    make_log: Callable[[], JsonDict] = field(default=dict, repr=False, compare=False)
+
+    @cached_property
+    def log(self) -> JsonDict:
+        """The steps of the proof, as ``docs/proof-log.md`` defines them; empty without a proof.
+
+        It is made when it is first read, from the graphs as they are then.
+        """
+        return self.make_log()
 
     def __bool__(self) -> bool:
         return self.status == "proved"
@@ -68,20 +78,36 @@ def prove(before: Graph, after: Graph, *, exact: bool = False) -> Verdict:
       after: the graph to compare with it.
       exact: whether outputs must have the same bits in the reference interpreter.
     """
+    assumptions = EXACT_ASSUMPTIONS if exact else ASSUMPTIONS
     with _deep_and_uncollected():
-        lemmas = Lemmas(exact)
-        evaluation = Evaluation(Algebra(lemmas), exact=exact)
-        parting = _parting(evaluation, before, after)
-        assumptions = EXACT_ASSUMPTIONS if exact else ASSUMPTIONS
-        counts = dict(sorted(lemmas.counts.items()))
-        if parting is None:
-            log = log_of(before, after, lemmas.steps, exact=exact)
-            return Verdict("proved", "", ("", ""), counts, assumptions, log)
+        for rolled in _readings(before, after):
+            lemmas = Lemmas(exact)
+            evaluation = Evaluation(Algebra(lemmas), exact=exact, rolled=rolled)
+            parting = _parting(evaluation, before, after)
+            counts = dict(sorted(lemmas.counts.items()))
+            if parting is None:
+                make_log = partial(log_of, before, after, lemmas.steps, exact=exact, rolled=rolled)
+                return Verdict("proved", lemmas=counts, assumptions=assumptions, make_log=make_log)
+    assert parting is not None
     node, terms = parting
     has_signature = node.split()[0] not in ("inputs", "outputs", "input", "output")
     counterexample = find_counterexample(before, after, exact=exact) if has_signature else None
     status: Status = "unknown" if counterexample is None else "refuted"
     return Verdict(status, node, terms, counts, assumptions, counterexample=counterexample)
+
+
+MOST_NODES = 100_000
+"""Graphs that have more nodes unrolled are compared rolled alone."""
+
+
+def _readings(before: Graph, after: Graph) -> Iterator[bool]:
+    """Yield whether repetition is read as a function of its body: first so, then run after run."""
+    scans = [n for g in (before, after) for n in g if n.body is not None]
+    if scans:
+        yield True
+    nodes = sum(repetitions(n.attrs)[1] * len(n.body) for n in scans if n.body is not None)
+    if nodes <= MOST_NODES:
+        yield False
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from moecc.terms.term import (
 )
 
 STOPPED = "stopped"
-_LEAVES = frozenset({"source", "family", "weight"})
+_LEAVES = frozenset({"source", "family", "weight", "weights", "carry"})
 
 
 def stopped(x: Tensor) -> Tensor:

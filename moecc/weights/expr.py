@@ -64,6 +64,9 @@ class Expr(metaclass=_Interned):
     syntax: ClassVar[str]
     """The text: ``{field}`` stands for a field, and brackets enclose one that may be omitted."""
 
+    rearranges: ClassVar[bool] = False
+    """Whether its term only moves elements, so that it is exact."""
+
     parsed_syntax: ClassVar[tuple[SyntaxGroup, ...]]
     """The syntax, parsed."""
 
@@ -98,11 +101,16 @@ class Expr(metaclass=_Interned):
         return dataclasses.replace(self._term(algebra, *operands), dtype=self.type.dtype)
 
     def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
-        """Return an uninterpreted function of the operands, unless the class knows better."""
-        head = Head("weight", (self._spelled("_"),))
+        """Return the value in index notation; a class that knows nothing better leaves it."""
+        return self.uninterpreted(algebra, *operands)
+
+    def uninterpreted(self, algebra: Algebra, *operands: Tensor) -> Tensor:
+        """Return an unknown function of the operands, which the text of this node identifies."""
         axes = tuple(algebra.axis(a.name, size(a)) for a in self.type.axes)
-        body = algebra.apply(head, [x.closed() for x in operands], [algebra.index(v) for v in axes])
-        return Tensor(algebra, axes, body)
+        indices = [algebra.index(v) for v in axes]
+        functions = [x.closed() for x in operands]
+        body = algebra.apply(Head("weight", (self.outline,)), functions, indices)
+        return Tensor(algebra, axes, body, dtype=self.type.dtype)
 
     def _infer(self) -> TensorType:
         """Check the fields and return the type. Raises: InputError."""
@@ -147,6 +155,11 @@ class Expr(metaclass=_Interned):
         """Return the text, on one line; `moecc.weights.text` parses it."""
         return self._spelled(None)
 
+    @property
+    def outline(self) -> str:
+        """The text with ``_`` in place of every operand."""
+        return self._spelled("_")
+
     def _spelled(self, operand: str | None) -> str:
         """Return the text, with `operand`, if there is one, in place of every operand."""
         pieces: list[str] = []
@@ -158,8 +171,11 @@ class Expr(metaclass=_Interned):
                 if not name:
                     continue
                 value = getattr(self, name)
-                hidden = operand is not None and isinstance(value, Expr)
-                pieces.append(str(operand) if hidden else FORMS.get(form, str)(value))
+                if operand is not None and isinstance(value, Expr):
+                    value, form = operand, ""
+                elif operand is not None and form == "tuple[Expr, ...]":
+                    value = (operand,) * len(value)
+                pieces.append(FORMS.get(form, str)(value))
         return "".join(pieces)
 
     def __repr__(self) -> str:
@@ -253,6 +269,7 @@ class Source(Expr):
     """
 
     syntax = "source({name:string} : {type})"
+    rearranges = True
     name: str
     type: TensorType
 
@@ -279,6 +296,7 @@ class Full(Expr):
     """
 
     syntax = "full({value} : {type})"
+    rearranges = True
     value: float
     type: TensorType
 

@@ -56,6 +56,7 @@ class Tile(Expr):
     """
 
     syntax = "tile({x}, {axis}={size}[, position={position}])"
+    rearranges = True
     x: Expr
     axis: str
     size: int
@@ -83,6 +84,7 @@ class Stack(Expr):
     """
 
     syntax = "stack({xs}axis={axis}[, position={position}])"
+    rearranges = True
     xs: tuple[Expr, ...]
     axis: str
     position: int = 0
@@ -114,6 +116,7 @@ class Concat(Expr):
     """Expressions concatenated along an existing axis: ``concat(x, y, axis=mlp)``."""
 
     syntax = "concat({xs}axis={axis})"
+    rearranges = True
     xs: tuple[Expr, ...]
     axis: str
 
@@ -141,6 +144,7 @@ class Index(Expr):
     """One position of an axis, which is removed: ``index(x, expert=3)``."""
 
     syntax = "index({x}, {axis}={at})"
+    rearranges = True
     x: Expr
     axis: str
     at: int
@@ -164,6 +168,7 @@ class Slice(Expr):
     """Positions [start, stop) of an axis: ``slice(x, mlp=0:768)``."""
 
     syntax = "slice({x}, {axis}={start}:{stop})"
+    rearranges = True
     x: Expr
     axis: str
     start: int
@@ -192,6 +197,7 @@ class Split(Expr):
     """An axis split into several, outermost first: ``split(x, mlp=(group=2, mlp=768))``."""
 
     syntax = "split({x}, {axis}={into})"
+    rearranges = True
     x: Expr
     axis: str
     into: Sizes
@@ -219,6 +225,7 @@ class Merge(Expr):
     """Neighbouring axes merged into one, the inverse of `Split`: ``merge(x, (group, mlp)=mlp)``."""
 
     syntax = "merge({x}, {axes}={into})"
+    rearranges = True
     x: Expr
     axes: tuple[str, ...]
     into: str
@@ -246,6 +253,7 @@ class Rename(Expr):
     """Another name for an axis: ``rename(x, mlp=inner)``."""
 
     syntax = "rename({x}, {old}={new})"
+    rearranges = True
     x: Expr
     old: str
     new: str
@@ -267,6 +275,7 @@ class Permute(Expr):
     """The axes in another order: ``permute(x, (embed, mlp))``."""
 
     syntax = "permute({x}, {order})"
+    rearranges = True
     x: Expr
     order: tuple[str, ...]
 
@@ -330,6 +339,7 @@ class Take(Expr):
     """
 
     syntax = "take({x}, {axis}={order})"
+    rearranges = True
     x: Expr
     axis: str
     order: Expr
@@ -362,6 +372,7 @@ class Permutation(Draw):
     """
 
     syntax = "permutation({type}, key={key:key})"
+    rearranges = True
     type: TensorType
     key: int
 
