@@ -1,0 +1,147 @@
+"""The proof of a conversion: the graph of the source against that of what will be written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from moecc.formats.source import TensorInfo
+from moecc.ir.graph import Graph
+from moecc.ir.structure import clone
+from moecc.ir.text import print_graph
+from moecc.prove.prover import Verdict, prove
+from moecc.support.lazy import np
+from moecc.support.process import Closing
+from moecc.translate.export import Export
+from moecc.translate.importing import import_checkpoint
+from moecc.types import Array
+from moecc.version import __version__
+from moecc.weights.arithmetic import Cast
+from moecc.weights.expr import Expr, Source, transform
+from moecc.weights.movement import Rename
+
+
+@dataclass(frozen=True)
+class ConversionProof:
+    """What was proved of a conversion, as its receipt states it.
+
+    Attributes:
+      verdict: of the source against the result.
+      source: the SHA-256 of the text of the source's graph.
+      result: that of the graph of the result, its tensors replaced by what is written to them.
+    """
+
+    verdict: Verdict
+    source: str
+    result: str
+
+    def to_json(self) -> dict[str, object]:
+        """Return the entry ``proof`` of a receipt."""
+        return {
+            "verdict": self.verdict.status,
+            "version": __version__,
+            "source": self.source,
+            "result": self.result,
+            "lemmas": dict(self.verdict.lemmas),
+            "assumptions": list(self.verdict.assumptions),
+        }
+
+
+def prove_conversion(source: Graph, export: Export) -> ConversionProof:
+    """Prove that a checkpoint, read back, is the function of the graph it was made from.
+
+    Args:
+      source: the graph before the passes.
+      export: the checkpoint to write, its tensors as expressions over those of the source.
+    """
+    result = written_graph(export)
+    before = _with_outputs(source, result.output_names)
+    after = _with_outputs(result, before.output_names)
+    return ConversionProof(prove(before, after), graph_digest(before), graph_digest(after))
+
+
+def graph_digest(graph: Graph) -> str:
+    """Return the SHA-256 of the text of a graph, whatever checkpoint it names."""
+    plain = clone(graph)
+    plain.attrs = {n: v for n, v in plain.attrs.items() if n != "checkpoint"}
+    return sha256(print_graph(plain).encode()).hexdigest()
+
+
+def written_graph(export: Export) -> Graph:
+    """Return the graph that a checkpoint is read back as, over the tensors of its source.
+
+    The config is parsed from its JSON and the names are those on disk, as for any checkpoint; each
+    tensor that the graph reads is replaced by the expression of what is written to it.
+    """
+    tensors = dict(export.tensors)
+    graph = import_checkpoint(_UnwrittenCheckpoint(export.config_json, tensors))
+
+    def over_the_source(part: Expr) -> Expr:
+        return _as(tensors[part.name], part) if isinstance(part, Source) else part
+
+    for parameter in graph.params.values():
+        if parameter.weight is not None:
+            parameter.weight = transform(parameter.weight, over_the_source)
+    return graph
+
+
+def _as(written: Expr, source: Source) -> Expr:
+    """Return what is written to a tensor, with the axis names and the type that `source` reads."""
+    # Two steps: a new name may be an old name of another axis.
+    between = [f"axis{number}_" for number in range(len(source.type.names))]
+    for names in (between, source.type.names):
+        for old, new in zip(written.type.names, names, strict=True):
+            written = Rename(written, old, new)
+    return written if written.type == source.type else Cast(written, source.type.dtype)
+
+
+def _with_outputs(graph: Graph, names: Iterable[str]) -> Graph:
+    """Return `graph` without outputs that the other graph lacks: losses, metrics."""
+    kept_names = set(names)
+    graph = clone(graph)
+    for name in [n for n in graph.output_names if n not in kept_names]:
+        graph.drop_output(name)
+    return graph
+
+
+class _UnwrittenCheckpoint(Closing):
+    """A checkpoint of which only names, types and shapes are known."""
+
+    format = "safetensors"
+
+    def __init__(self, config: Mapping[str, object], tensors: Mapping[str, Expr]) -> None:
+        self.path, self.config = Path("the result"), dict(config)
+        self.expressions = tensors
+        self.tensors = {
+            name: TensorInfo(name, expr.type.dtype, expr.type.shape, 0, self.path, 0)
+            for name, expr in tensors.items()
+        }
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """Return rows that are equal where the expressions are.
+
+        A reader compares tensors that must be copies of one another, and nothing else.
+        """
+        info = self.tensors[name]
+        rows = len(range(info.shape[0])[start:stop])
+        return np.full((rows,), hash(self.expressions[name]) % (1 << 31))
+
+    def companions(self) -> dict[str, Path | bytes]:
+        return {}
+
+    def remarks(self) -> list[str]:
+        return []
+
+    def card(self) -> dict[str, tuple[str, ...]]:
+        return {}
+
+    def files(self) -> list[Path]:
+        return []
+
+    def require_unchanged(self) -> None:
+        """Do nothing: there are no files."""
+
+    def close(self) -> None:
+        """Do nothing: there are no files."""
