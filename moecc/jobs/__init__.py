@@ -14,6 +14,7 @@ COMMANDS = {
     "replay": "Repeat a failure from its reproducer.",
     "convert": "Convert a model and write it to a folder or .gguf.",
     "clean": "Remove what killed conversions left beside outputs.",
+    "prove": "Prove that two models are the same function.",
     "verify": "Check the files, logits or plan of a model.",
     "run": "Run a model and write its logits or hidden states.",
     "emit": "Write a model as a program, with its weights.",

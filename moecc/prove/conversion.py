@@ -56,10 +56,15 @@ def prove_conversion(source: Graph, export: Export) -> ConversionProof:
       source: the graph before the passes.
       export: the checkpoint to write, its tensors as expressions over those of the source.
     """
-    result = written_graph(export)
+    return compared(source, written_graph(export))
+
+
+def compared(source: Graph, result: Graph, *, exact: bool = False) -> ConversionProof:
+    """Prove that two graphs are the same function in the outputs that both have."""
     before = _with_outputs(source, result.output_names)
     after = _with_outputs(result, before.output_names)
-    return ConversionProof(prove(before, after), graph_digest(before), graph_digest(after))
+    verdict = prove(before, after, exact=exact)
+    return ConversionProof(verdict, graph_digest(before), graph_digest(after))
 
 
 def graph_digest(graph: Graph) -> str:
@@ -72,18 +77,24 @@ def graph_digest(graph: Graph) -> str:
 def written_graph(export: Export) -> Graph:
     """Return the graph that a checkpoint is read back as, over the tensors of its source.
 
-    The config is parsed from its JSON and the names are those on disk, as for any checkpoint; each
-    tensor that the graph reads is replaced by the expression of what is written to it.
+    The config is parsed from its JSON and the names are those on disk, as for any checkpoint.
     """
     tensors = dict(export.tensors)
-    graph = import_checkpoint(_UnwrittenCheckpoint(export.config_json, tensors))
+    return over_source(
+        import_checkpoint(_UnwrittenCheckpoint(export.config_json, tensors)), tensors
+    )
 
-    def over_the_source(part: Expr) -> Expr:
+
+def over_source(graph: Graph, tensors: Mapping[str, Expr]) -> Graph:
+    """Return `graph` with each tensor that it reads replaced by what is written to it."""
+    graph = clone(graph)
+
+    def written_to(part: Expr) -> Expr:
         return _as(tensors[part.name], part) if isinstance(part, Source) else part
 
     for parameter in graph.params.values():
         if parameter.weight is not None:
-            parameter.weight = transform(parameter.weight, over_the_source)
+            parameter.weight = transform(parameter.weight, written_to)
     return graph
 
 
@@ -114,7 +125,7 @@ class _UnwrittenCheckpoint(Closing):
     def __init__(self, config: Mapping[str, object], tensors: Mapping[str, Expr]) -> None:
         self.path, self.config = Path("the result"), dict(config)
         self.expressions = tensors
-        self.tensors = {
+        self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(name, expr.type.dtype, expr.type.shape, 0, self.path, 0)
             for name, expr in tensors.items()
         }

@@ -1,0 +1,130 @@
+"""``moecc prove``: prove that two graphs, models or folders are the same function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
+from moecc.errors import CheckError, InputError, MoeccError, Problem
+from moecc.ir.structure import clone
+from moecc.jobs.command import Load, Report, Spelling, read_pipeline
+from moecc.model.open import CONFIG_NAME, OpenedModel, open_model
+from moecc.prove.conversion import ConversionProof, compared, over_source
+from moecc.translate.export import Export
+
+if TYPE_CHECKING:
+    from moecc.formats.manifest import Manifest
+    from moecc.prove import Verdict
+
+
+def prove(
+    a: Annotated[str, Spelling("A", complete="models")],
+    b: Annotated[str, Spelling("B", complete="models")],
+    *,
+    exact: bool = False,
+    load: Load = (),
+) -> Report:
+    """Prove that two models are the same function.
+
+    The proof holds for all inputs, all weights, and all batch and sequence sizes, in real
+    arithmetic. Parameters are compared by their weight expressions; no weight is read. Where B is
+    a folder that moecc converted from A, its tensors stand for what the conversion wrote to them.
+
+    The exit code is 0 for a proof, 3 where data were drawn on which the models differ, and 1 where
+    neither was found.
+
+    Args:
+      a: Hugging Face folder, .gguf file, .moe graph, or preset:NAME.
+      b: Model to compare with A.
+      exact: Prove that the reference computes the same bits, not the same real numbers.
+
+    Example:
+      moecc prove smollm2 smollm2-8x
+    """
+    with open_model(a, config_alone=True) as source, open_model(b, config_alone=True) as result:
+        manifest = _conversion_of(source, result)
+        graph = result.graph
+        if manifest is not None:
+            graph = over_source(graph, dict(replay(source, manifest, load).tensors))
+        proof = compared(source.graph, graph, exact=exact)
+    data = {"a": a, "b": b, "proof": proof.to_json(), "node": proof.verdict.node}
+    data["terms"] = list(proof.verdict.terms)
+    problem = verdict_problem(proof.verdict)
+    error = None if problem is None else _error(proof.verdict, problem)
+    return Report("prove", data, lambda: proof_text(proof, a, b), error=error)
+
+
+def _error(verdict: Verdict, problem: Problem) -> MoeccError:
+    return CheckError([problem]) if verdict.status == "refuted" else InputError([problem])
+
+
+def verdict_problem(verdict: Verdict) -> Problem | None:
+    """Return what keeps two graphs from being proved equal; None if they are."""
+    if verdict.status == "proved":
+        return None
+    before, after = verdict.terms
+    example = verdict.counterexample
+    if example is None:
+        return Problem("not proved", verdict.node, before, after,
+                       "sampling may decide: moecc verify B --against A")  # fmt: skip
+    sizes = ", ".join(f"{name} = {size}" for name, size in example.sizes.items())
+    where = f"seed {example.seed}" + (f" at {sizes}" if sizes else "")
+    what = f"not the same function: {example.output} differs by {example.difference:.2g}, {where}"
+    return Problem(what, verdict.node, before, after)
+
+
+def proof_text(proof: ConversionProof, a: str, b: str) -> str:
+    """Return a proof as people read it."""
+    verdict = proof.verdict
+    rows = [f"{a} and {b}: {verdict.status}"]
+    rows += [f"  lemma       {name}, used {count} times" for name, count in verdict.lemmas.items()]
+    if verdict.status == "proved":
+        rows += [f"  assuming    {assumption}" for assumption in verdict.assumptions]
+    return "\n".join(rows)
+
+
+def _conversion_of(source: OpenedModel, result: OpenedModel) -> Manifest | None:
+    """Return the manifest of a result that was converted from the files of `source`."""
+    from moecc.formats.manifest import MANIFEST_NAME, file_digest, load
+
+    if source.checkpoint is None or result.checkpoint is None:
+        return None
+    path = result.checkpoint.path
+    if not (path / MANIFEST_NAME).is_file():
+        return None
+    manifest = load(path)
+    config = manifest.source_files.get(CONFIG_NAME)
+    own = source.checkpoint.path / CONFIG_NAME
+    is_source = config is not None and own.is_file() and file_digest(own) == config.sha256
+    return manifest if is_source else None
+
+
+def replay(source: OpenedModel, manifest: Manifest, load: Load = ()) -> Export:
+    """Plan again the conversion that a manifest states, from its source.
+
+    Raises:
+      InputError: the conversion read further models or statistics, or its plan differs now.
+    """
+    from moecc.jobs.conversion import plan
+
+    passes = read_pipeline(manifest.pipeline, load)
+    copied = replace(source, graph=clone(source.graph))
+    export = plan(copied, passes, manifest.family_to, seed=manifest.seed, check=False).export
+    assert isinstance(export, Export), "a folder is of a family"
+    problems = list(_differences(export, manifest))
+    if problems:
+        raise InputError(problems)
+    return export
+
+
+def _differences(export: Export, manifest: Manifest) -> Iterator[Problem]:
+    shapes = {name: tuple(record.shape) for name, record in manifest.tensors.items()}
+    for name, expr in export.tensors:
+        shape = shapes.pop(name, None)
+        if shape != expr.type.shape:
+            yield Problem("the conversion would write another tensor today", name,
+                          "none" if shape is None else str(list(shape)),
+                          str(list(expr.type.shape)))  # fmt: skip
+    for name in shapes:
+        yield Problem("the conversion would not write this tensor today", name)
