@@ -9,7 +9,7 @@ and the devices of small meshes, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import gcd, lcm, prod
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from moecc.ir.structure import clone, without_opaque
 from moecc.ir.traits import Cut, Product
 from moecc.rewrite.passes import Context, Pass, Preserves
 from moecc.rewrite.pipeline import Pipeline, format_pass
-from moecc.rewrite.runner import run_pass
+from moecc.rewrite.runner import Instrument, PassRun, run_pass
 from moecc.support.lazy import np
 from moecc.support.untyped import JsonDict
 from moecc.types import Axis, TensorType
@@ -268,21 +268,22 @@ class Checked:
       number: its position, from 1.
       item: the pass.
       promise: its promise for the reduced graph.
-      measured: the root mean square of the change of outputs, relative to the outputs.
+      measured: the root mean square of the change of outputs, relative to the outputs; None where
+        the promise is proved.
       problems: the violations of its promise.
     """
 
     number: int
     item: Pass
     promise: Preserves
-    measured: float
+    measured: float | None
     problems: tuple[Problem, ...] = ()
 
     def __str__(self) -> str:
-        return (
-            f"{self.number} {format_pass(self.item)}: promised {self.promise}; "
-            f"measured relative error {self.measured:.2g}"
+        evidence = (
+            "proved" if self.measured is None else f"measured relative error {self.measured:.2g}"
         )
+        return f"{self.number} {format_pass(self.item)}: promised {self.promise}; {evidence}"
 
 
 def check_pipeline(
@@ -291,8 +292,16 @@ def check_pipeline(
     *,
     context: Context | None = None,
     seeds: Sequence[int] = SEEDS,
+    proved: Container[int] = (),
 ) -> list[Checked]:
     """Check each pass of `pipeline` on `graph` at reduced sizes; `graph` is not changed.
+
+    Args:
+      graph: before the first pass.
+      pipeline: the passes.
+      context: of the passes.
+      seeds: of the random data.
+      proved: the numbers of the passes whose promise is proved, which are not sampled.
 
     Raises:
       CheckError: a pass broke its promise; all such passes are named.
@@ -307,7 +316,10 @@ def check_pipeline(
             run = run_pass(small, item, context, number)
         except InputError as error:
             raise InputError(_on_reduced(p, number, item) for p in error.problems) from None
-        done.append(_checked(number, item, run.preserves, before, small, seeds))
+        if number in proved:
+            done.append(Checked(number, item, run.preserves, None))
+        else:
+            done.append(_checked(number, item, run.preserves, before, small, seeds))
     problems = [p for result in done for p in result.problems]
     if problems:
         raise CheckError(problems)
@@ -410,11 +422,15 @@ CONTRACT_SEEDS = (0,)
 
 @dataclass(frozen=True)
 class PassReceipt:
-    """One pass: its text, its promise, and the relative error measured on the small model."""
+    """One pass: its text, its promise, and the evidence for it.
+
+    Attributes:
+      measured: the relative error on the model at small sizes; None where the promise is proved.
+    """
 
     text: str
     promised: Preserves
-    measured: float
+    measured: float | None
 
 
 @dataclass(frozen=True)
@@ -430,8 +446,35 @@ class Contracts:
     unchecked: str = ""
 
 
-def check_contracts(graph: Graph, pipeline: Pipeline, context: Context) -> Contracts:
-    """Hold each pass of a conversion to its promise, on `graph` at reduced sizes.
+class PassProofs(Instrument):
+    """Proves of each pass that it keeps its promise, on the graph at its own sizes.
+
+    Attributes:
+      proved: the numbers of the passes whose promise is proved.
+    """
+
+    def __init__(self) -> None:
+        self.proved: set[int] = set()
+        self._before = Graph("")
+
+    def before(self, number: int, item: Pass, graph: Graph) -> None:
+        """Copy the graph, which a pass changes in place."""
+        self._before = clone(graph)
+
+    def after(self, run: PassRun, graph: Graph) -> None:
+        """Try to prove that the pass kept its promise."""
+        from moecc.prove import prove
+
+        if run.preserves.kind != "approximate":
+            same = _with_outputs_of(self._before, graph)
+            if prove(self._before, same, exact=run.preserves.kind == "exact", refute=False):
+                self.proved.add(run.number)
+
+
+def check_contracts(
+    graph: Graph, pipeline: Pipeline, context: Context, proved: Container[int] = ()
+) -> Contracts:
+    """Hold each pass that is not `proved` to its promise, on `graph` at reduced sizes.
 
     Raises:
       CheckError: a pass broke its promise, or left an invalid graph.
@@ -442,7 +485,8 @@ def check_contracts(graph: Graph, pipeline: Pipeline, context: Context) -> Contr
     plain = Context(seed=seed, allow_unmatched=context.allow_unmatched, models=models,
                     statistics=statistics)  # fmt: skip
     try:
-        checked = check_pipeline(graph, pipeline, context=plain, seeds=CONTRACT_SEEDS)
+        checked = check_pipeline(graph, pipeline, context=plain, seeds=CONTRACT_SEEDS,
+                                 proved=proved)  # fmt: skip
     except CheckError:
         raise
     except MoeccError as error:
@@ -454,8 +498,10 @@ def check_contracts(graph: Graph, pipeline: Pipeline, context: Context) -> Contr
     )
 
 
-def _rounded(error: float) -> float:
+def _rounded(error: float | None) -> float | None:
     """Return an error of two digits; 0 for one that rounding explains, which machines differ in."""
+    if error is None:
+        return None
     return float(f"{error:.1e}") if error > CONTRACT_TOLERANCE else 0.0
 
 

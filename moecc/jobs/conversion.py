@@ -13,8 +13,9 @@ from moecc.errors import InputError, UsageError
 from moecc.families.st_moe import GraphConfig
 from moecc.formats.adapter import branches_of, other_bases
 from moecc.ir.graph import Graph
+from moecc.ir.structure import clone
 from moecc.ir.unroll import unroll
-from moecc.jobs.checks import NOT_CHECKED, Contracts, check_contracts
+from moecc.jobs.checks import NOT_CHECKED, Contracts, PassProofs, check_contracts
 from moecc.jobs.targets import AUTO, choose
 from moecc.model.initialise import reads_small
 from moecc.model.open import OpenedModel
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from moecc.formats.gguf.storage import Storage
     from moecc.formats.source import Checkpoint
     from moecc.formats.writer import OutputTensor
+    from moecc.prove.conversion import ConversionProof
     from moecc.rewrite.passes import Statistics
     from moecc.translate.engines import Verdict
     from moecc.translate.export import Export
@@ -52,7 +54,9 @@ class Plan:
       options: further options of the command that decide the result.
       seed: of the random numbers.
       remarks: the remarks of the passes.
-      contracts: what the passes were found to keep, on the model at small sizes.
+      contracts: the evidence that each pass keeps its promise.
+      proof: the proof that the result is the function of the source; None where the passes promise
+        less, the target is a GGUF file, or nothing was checked.
     """
 
     model: OpenedModel
@@ -67,6 +71,7 @@ class Plan:
     storage: Storage | None = None
     options: tuple[str, ...] = ()
     contracts: Contracts = NOT_CHECKED
+    proof: ConversionProof | None = None
 
     @cached_property
     def unread(self) -> tuple[str, ...]:
@@ -206,7 +211,13 @@ def plan(
     from moecc.formats.gguf.storage import Storage
     from moecc.rewrite.runner import run_pipeline, temporary_folder
     from moecc.translate.export import export_emitted, export_graph
-    from moecc.translate.gguf import architecture_of, check_type, export_gguf, quantising_remarks
+    from moecc.translate.gguf import (
+        GgufExport,
+        architecture_of,
+        check_type,
+        export_gguf,
+        quantising_remarks,
+    )
     from moecc.translate.propose import check_target
 
     if emit is not None and target not in (AUTO, GraphConfig.model_type):
@@ -228,8 +239,11 @@ def plan(
         read=reads_small(model.checkpoint), models=branches_of(model.checkpoint),
         statistics=statistics,
     )  # fmt: skip
-    contracts = check_contracts(model.graph, pipeline, context) if check else NOT_CHECKED
-    done = run_pipeline(model.graph, pipeline, context=context, crash_folder=temporary_folder)
+    source, proofs = clone(model.graph), PassProofs()
+    done = run_pipeline(model.graph, pipeline, context=context,
+                        instruments=[proofs] if check else [],
+                        crash_folder=temporary_folder)  # fmt: skip
+    contracts = check_contracts(source, pipeline, context, proofs.proved) if check else NOT_CHECKED
     unread = unread_models(model.graph, context.models)
     remarks += [f"{name}: no pass reads this model" for name in unread]
     if unroll(model.graph):
@@ -246,6 +260,11 @@ def plan(
         export, said = _with_tokenizer(export_gguf(model.graph, architecture), model.checkpoint)
         remarks += [*said, *quantising_remarks(export, storage)]
     remarks += _misreadings(export)
+    proof = None
+    if check and done.preserves.kind != "approximate" and not isinstance(export, GgufExport):
+        from moecc.prove.conversion import prove_conversion
+
+        proof = prove_conversion(source, export)
     return Plan(
         model, model.graph, pipeline, done.preserves, target, export,
         None if isinstance(dtype, Storage) else dtype, seed, tuple(remarks), storage,
@@ -255,7 +274,7 @@ def plan(
          *(f"--load {Path(file).name}" for file in loaded),
          *(["--allow-unmatched"] if allow_unmatched else []),
          *([f"--emit {emit}"] if emit is not None else [])),
-        contracts,
+        contracts, proof,
     )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from moecc.formats.manifest import FileRecord
     from moecc.formats.writer import OutputJournal, WriteReport
     from moecc.jobs.comparison import Verified
+    from moecc.prove.conversion import ConversionProof
     from moecc.translate.engines import Verdict
 
 
@@ -50,7 +51,8 @@ class Receipt:
     Attributes:
       target: the family of the result.
       promised: the combined promise of the passes.
-      contracts: what was found on the small model.
+      contracts: the evidence that each pass keeps its promise.
+      proof: the proof that the result is the function of the source, if one was tried.
       verified: what was found at the logits; None if nobody looked.
       engines: whether each engine runs the result.
       versions: of what decides the bytes.
@@ -59,6 +61,7 @@ class Receipt:
     target: str
     promised: Preserves
     contracts: Contracts
+    proof: ConversionProof | None
     verified: Verified | None
     engines: Sequence[Verdict]
     versions: Mapping[str, str]
@@ -70,8 +73,14 @@ class Receipt:
             "versions": dict(self.versions),
             "target": self.target,
             "promised": _promise(self.promised),
+            "proof": None if self.proof is None else self.proof.to_json(),
             "checked": [
-                {"pass": p.text, "promised": _promise(p.promised), "measured_error": p.measured}
+                {
+                    "pass": p.text,
+                    "promised": _promise(p.promised),
+                    "proved": p.measured is None,
+                    "measured_error": p.measured,
+                }
                 for p in self.contracts.passes
             ],
             "unchecked": self.contracts.unchecked or None,
@@ -93,7 +102,7 @@ def _promise(promise: Preserves) -> dict[str, object]:
 
 
 def receipt_lines(stated: Mapping[str, object]) -> list[str]:
-    """Return a receipt in three lines: what was promised, what was measured, what runs it."""
+    """Return a receipt in four lines: what was promised, proved and measured, and what runs it."""
     promised = object_of(stated.get("promised"))
     reason, error = promised.get("reason"), promised.get("predicted_error")
     text = f"{promised.get('kind')}" + (f": {reason}" if reason else "")
@@ -101,9 +110,19 @@ def receipt_lines(stated: Mapping[str, object]) -> list[str]:
         text += f" (predicted relative error {number_text(error, '.2g')})"
     return [
         f"Promised: {text}",
+        f"Proved: {_proved(stated)}",
         f"Measured: {_measured(stated)}; {_at_the_logits(stated)}",
         f"Runs in: {_engines(stated)}",
     ]
+
+
+def _proved(stated: Mapping[str, object]) -> str:
+    verdict = object_of(stated.get("proof")).get("verdict")
+    checked = objects_of(stated.get("checked"))
+    if verdict == "proved":
+        return "the result is the same function as the source, for all inputs, weights and lengths"
+    proved = sum(bool(check.get("proved")) for check in checked)
+    return f"{proved} of {len(checked)} passes" if proved else "nothing"
 
 
 def _measured(stated: Mapping[str, object]) -> str:
@@ -112,7 +131,7 @@ def _measured(stated: Mapping[str, object]) -> str:
     if stated.get("unchecked"):
         return f"passes not checked ({stated['unchecked']})"
     if not numbers:
-        return "no pass to check"
+        return "no pass that is not proved" if errors else "no pass to check"
     count = f"each of {len(numbers)} passes" if len(numbers) > 1 else "the pass"
     largest = max(numbers)
     error = f"relative error {number_text(largest, '.2g')}" if largest else "no more than rounding"
@@ -205,7 +224,7 @@ def receipt_page(name: str, stated: Mapping[str, object]) -> str:
         facts=[(title, text) for title, text in lines],
         passes=[
             (str(check.get("pass")), _receipt_page_promise(check.get("promised")),
-             number_text(check.get("measured_error"), ".2g"))
+             "proved" if check.get("proved") else number_text(check.get("measured_error"), ".2g"))
             for check in objects_of(stated.get("checked"))
         ],
         unchecked=stated.get("unchecked") or "there is none",
@@ -337,8 +356,8 @@ def receipt_of(planned: Plan, written: Path, options: WriteOptions) -> Receipt:
 
     verified = verify_written(planned, written) if options.verify else None
     return Receipt(
-        planned.target, planned.preserves, planned.contracts, verified, planned.engines,
-        library_versions(),
+        planned.target, planned.preserves, planned.contracts, planned.proof, verified,
+        planned.engines, library_versions(),
     )  # fmt: skip
 
 

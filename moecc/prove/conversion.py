@@ -56,14 +56,23 @@ def prove_conversion(source: Graph, export: Export) -> ConversionProof:
       source: the graph before the passes.
       export: the checkpoint to write, its tensors as expressions over those of the source.
     """
-    return compared(source, written_graph(export))
+    return compared(source, written_graph(export), refute=False)
 
 
-def compared(source: Graph, result: Graph, *, exact: bool = False) -> ConversionProof:
-    """Prove that two graphs are the same function in the outputs that both have."""
+def compared(
+    source: Graph, result: Graph, *, exact: bool = False, refute: bool = True
+) -> ConversionProof:
+    """Prove that two graphs are the same function in the outputs that both have.
+
+    Args:
+      source: a graph.
+      result: the graph to compare with it.
+      exact: whether the reference must compute the same bits.
+      refute: whether a counterexample is searched where there is no proof.
+    """
     before = _with_outputs(source, result.output_names)
     after = _with_outputs(result, before.output_names)
-    verdict = prove(before, after, exact=exact)
+    verdict = prove(before, after, exact=exact, refute=refute)
     return ConversionProof(verdict, graph_digest(before), graph_digest(after))
 
 

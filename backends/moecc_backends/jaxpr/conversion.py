@@ -283,7 +283,7 @@ class FunctionConversion:
             graph = print_graph(_saved_graph(self, leaves))
             config = json.dumps(_config(self), indent=2) + "\n"
             receipt = Receipt(
-                MODEL_TYPE, self.preserves, self.contracts, None, (), library_versions()
+                MODEL_TYPE, self.preserves, self.contracts, None, None, (), library_versions()
             )
             write_durable(temporary / GRAPH_NAME, graph.encode())
             write_durable(temporary / CONFIG_NAME, config.encode())
