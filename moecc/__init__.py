@@ -1,7 +1,7 @@
 """moecc: a compiler that turns dense Transformers into sparse mixtures of experts.
 
-Besides `open` and the names below, each command is a function: ``moecc.convert("a", "b")``.  `plan`
-and `train`, whose names packages have, are ``moecc.jobs.plan.plan`` and ``moecc.jobs.train.train``.
+Besides `open` and the names below, each command is a function: ``moecc.convert("a", "b")``.
+Packages have the names of `plan`, `prove` and `train`: ``moecc.jobs.plan.plan`` is the function.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from moecc.ir.structure import clone
 from moecc.jobs.command import Load, Report, Spelling, read_pipeline
 from moecc.model.open import CONFIG_NAME, OpenedModel, open_model
 from moecc.prove.conversion import ConversionProof, compared, over_source
+from moecc.support.text import amount
 from moecc.translate.export import Export
 
 if TYPE_CHECKING:
@@ -78,7 +79,9 @@ def proof_text(proof: ConversionProof, a: str, b: str) -> str:
     """Return a proof as people read it."""
     verdict = proof.verdict
     rows = [f"{a} and {b}: {verdict.status}"]
-    rows += [f"  lemma       {name}, used {count} times" for name, count in verdict.lemmas.items()]
+    rows += [
+        f"  lemma       {name}: {amount(count, 'use')}" for name, count in verdict.lemmas.items()
+    ]
     if verdict.status == "proved":
         rows += [f"  assuming    {assumption}" for assumption in verdict.assumptions]
     return "\n".join(rows)

@@ -1,0 +1,59 @@
+"""`moecc prove`: a folder against its source, a graph against a wrong one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ..cli.conftest import GOLDEN, moecc  # noqa: F401, TID252
+
+DENSE = GOLDEN / "llama_gqa"
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from moecc.cli.main import main
+
+    folder = tmp_path_factory.mktemp("prove") / "sparse"
+    words = ["-p", "cse,upcycle{experts=4}", "--to", "mixtral", "--quiet"]
+    assert main(["convert", str(DENSE), str(folder), *words]) == 0
+    return folder
+
+
+def graph_of(moecc: Callable[..., Any], tmp_path: Path, name: str, *words: str) -> Path:  # noqa: F811
+    path = tmp_path / f"{name}.moe"
+    assert moecc("import", DENSE, "-o", path).code == 0
+    if words:
+        assert moecc("opt", path, "-p", *words, "-o", path, "--force").code == 0
+    return path
+
+
+def test_a_converted_folder_is_proved(moecc: Callable[..., Any], sparse: Path) -> None:  # noqa: F811
+    done = moecc("prove", DENSE, sparse, "--format", "json")
+    assert done.code == 0, done.err
+    proof = done.json()["proof"]
+    assert proof["verdict"] == "proved"
+    assert proof["lemmas"]["shares add up"] == 3
+    assert done.json()["node"] == ""
+
+
+def test_exact_is_more_than_equal(moecc: Callable[..., Any], sparse: Path) -> None:  # noqa: F811
+    assert moecc("prove", DENSE, DENSE, "--exact").code == 0
+    assert moecc("prove", DENSE, sparse, "--exact").code != 0
+
+
+def test_a_wrong_constant_is_refuted(moecc: Callable[..., Any], tmp_path: Path) -> None:  # noqa: F811
+    right, wrong = (graph_of(moecc, tmp_path, name) for name in ("right", "wrong"))
+    wrong.write_text(wrong.read_text().replace("eps=1e-05", "eps=0.1", 1))
+    done = moecc("prove", right, wrong)
+    assert done.code == 3
+    assert "rms_norm @layers.0" in done.err
+    assert "logits differs by" in done.err
+
+
+def test_a_pass_that_is_exact_is_proved_so(moecc: Callable[..., Any], tmp_path: Path) -> None:  # noqa: F811
+    before, after = graph_of(moecc, tmp_path, "before"), graph_of(moecc, tmp_path, "after", "cse")
+    assert moecc("prove", before, after, "--exact").code == 0
