@@ -89,6 +89,15 @@ class Plan:
             return verdicts_on_gguf(self.export.architecture)
         return verdicts(self.export.config)
 
+    @property
+    def proved(self) -> str:
+        """What is proved of the conversion, in words; empty for nothing."""
+        if self.proof is not None and self.proof.verdict:
+            return "the same function as the source"
+        passes = self.contracts.passes
+        count = sum(receipt.measured is None for receipt in passes)
+        return f"{count} of {len(passes)} passes" if count else ""
+
     @cached_property
     def tensors(self) -> list[OutputTensor]:
         """The tensors to write, by their names on disk."""
@@ -163,6 +172,7 @@ class Plan:
                 "reason": self.preserves.reason,
                 "predicted_error": self.preserves.predicted_error,
             },
+            "proof": None if self.proof is None else self.proof.to_json(),
             "seed": self.seed,
             "dtype": self.dtype_name,
             "tensors": len(self.tensors),

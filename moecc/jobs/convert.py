@@ -291,6 +291,7 @@ def plan_text(planned: Plan, out: str, dry_run: bool) -> str:
         f"{planned.model.name} ({family}) -> {out} ({planned.target})",
         f"  pipeline    {planned.pipeline}",
         f"  preserves   {planned.preserves}",
+        *([f"  proved      {planned.proved}"] if planned.proved else []),
         f"  parameters  {count_text(planned.parameters)}, "
         f"{count_text(facts.parameters.active)} active per token",
         f"  FLOPs       {count_text(facts.flops_per_token)} per {facts.unit}",

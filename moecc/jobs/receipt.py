@@ -131,7 +131,7 @@ def _measured(stated: Mapping[str, object]) -> str:
     if stated.get("unchecked"):
         return f"passes not checked ({stated['unchecked']})"
     if not numbers:
-        return "no pass that is not proved" if errors else "no pass to check"
+        return "nothing, since each pass is proved" if errors else "no pass to check"
     count = f"each of {len(numbers)} passes" if len(numbers) > 1 else "the pass"
     largest = max(numbers)
     error = f"relative error {number_text(largest, '.2g')}" if largest else "no more than rounding"

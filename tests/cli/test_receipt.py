@@ -86,20 +86,24 @@ def test_a_receipt_says_what_was_promised_and_measured(
     found = receipt(out)
     assert found["promised"]["kind"] == "reassociation"
     (checked,) = found["checked"]
-    assert (checked["pass"], checked["measured_error"]) == ("upcycle{experts=4}", 0.0)
+    assert (checked["pass"], checked["measured_error"]) == ("upcycle{experts=4}", None)
+    assert checked["proved"] is True
+    assert found["proof"]["verdict"] == "proved"
+    assert found["proof"]["lemmas"]["shares add up"] == 3
     assert found["verified"]["difference"]["max_relative"] < 1e-5
     assert found["verified"]["inputs"] == {"tokens": [2, 128]}
     assert {e["engine"] for e in found["engines"] if e["runs"]} >= {"transformers 5", "vLLM"}
     lines = [
         line.removeprefix("- ")
         for line in (out / "README.md").read_text().splitlines()
-        if line.startswith(("- Promised: ", "- Measured: ", "- Runs in: "))
+        if line.startswith(("- Promised: ", "- Proved: ", "- Measured: ", "- Runs in: "))
     ]
-    assert len(lines) == 3
+    assert len(lines) == 4
     verified = moecc("verify", out)
     assert verified.code == 0
     assert "Promised: reassociation" in verified.out
-    assert "no more than rounding; the logits in f32" in verified.out
+    assert "the result is the same function as the source" in verified.out
+    assert "the logits in f32" in verified.out
     assert moecc("verify", out, "--format", "json").json()["receipt"] == found
     # A receipt is a file like any other.
     text = (out / "moecc_receipt.json").read_text()
@@ -115,6 +119,7 @@ def test_an_error_that_was_announced_is_measured(moecc: Moecc, dense: Path, tmp_
     found = receipt(out)
     assert found["promised"]["kind"] == "approximate"
     assert found["checked"][0]["measured_error"] > 0
+    assert found["proof"] is None
     assert found["verified"]["difference"]["max_relative"] > 1e-4
     assert found["verified"]["tolerance"] is None
 

@@ -100,6 +100,11 @@ def test_convert_and_verify(report: Any, tmp_path: Path) -> None:
     assert not Path(out).exists()
 
 
+def test_prove(report: Any) -> None:
+    source = str(GOLDEN / "llama_gqa")
+    compare(documented("prove", "key"), [report("prove", source, source)])
+
+
 def test_passes(report: Any) -> None:
     listed = documented("passes", "key, with NAME")
     for name in installed().names():
@@ -179,6 +184,7 @@ def test_schemas_are_those_of_the_page(report: Any) -> None:
         "moecc.sweep/1",
         "moecc.compile/1",
         "moecc.convert/1",
+        "moecc.prove/1",
         "moecc.verify/1",
         "moecc.verify-manifest/1",
         "moecc.bisect/1",
