@@ -46,7 +46,7 @@ def statistics(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return captured(model, tmp_path_factory.mktemp("statistics") / "captured")
 
 
-@pytest.mark.parametrize("reference", ["", "@last"])
+@pytest.mark.parametrize("reference", few(["", "@last"]))
 def test_a_run_over_bytes_encodes_texts_as_bytes(tmp_path: Path, reference: str) -> None:
     recipe, run, ids = make_recipe(tmp_path, "steps = 1"), tmp_path / "run", tmp_path / "ids"
     assert main(["train", str(recipe), "--out", str(run)]) == 0

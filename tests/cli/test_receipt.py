@@ -146,9 +146,9 @@ def test_first_layers_are_those_of_a_shallower_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "dtype"), [("mixtral", "bf16"), ("mixtral", "f16"), ("gguf:llama", "f16")]
+    ("target", "dtype", "options"),
+    [("mixtral", "bf16", "experts=4"), ("gguf:llama", "f16", "experts=6 top-k=3 granularity=3")],
 )
-@pytest.mark.parametrize("options", ["experts=4", "experts=6 top-k=3 granularity=3"])
 def test_weights_that_are_rounded_with_a_factor_are_the_same_function(
     moecc: Moecc, dense: Path, tmp_path: Path, target: str, dtype: str, options: str
 ) -> None:

@@ -137,6 +137,7 @@ def test_train_dry_run(report: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_plan(report: Any) -> None:
     small = ["--batch-tokens", "16384", "--sequence", "256"]
     plans = [

@@ -104,18 +104,15 @@ def test_a_checkpoint_is_exported_as_it_is(case: str) -> None:
         assert made.config_json == graph.attrs["config"]
 
 
-@pytest.mark.parametrize(("source", "target", "keys"), PAIRS)
+VARIANTS: list[dict[str, Any]] = [
+    {}, {"router_std": 1.0}, {"granularity": 2}, {"layers": "every:2"}, {"layers": "0,3"},
+    {"gates": "softmax", "router_init": "zero"}, {"init": "drop"},
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"router_std": 1.0},
-        {"granularity": 2},
-        {"layers": "every:2"},
-        {"layers": "0,3"},
-        {"gates": "softmax", "router_init": "zero"},
-        {"init": "drop"},
-    ],
+    ("source", "target", "keys", "options"),
+    [*((*pair, {}) for pair in PAIRS), *((*PAIRS[n], o) for n, o in enumerate(VARIANTS) if o)],
     ids=str,
 )
 def test_an_upcycled_model_reads_back_as_the_same_model(
