@@ -71,9 +71,3 @@ def test_experts(seed: int, batches: int) -> None:
         }
         for name, value in expected.items():
             assert_within(found[name][expert], value, UNIT * np.abs(value))
-
-
-def test_a_neuron_that_is_never_at_work_is_not_active() -> None:
-    sums = BlockSums(1, 2, 4, 0.5)
-    sums.add(0, np.ones((3, 2), np.float32), np.array([[1, 0, 0, 0]] * 3, np.float32))
-    np.testing.assert_array_equal(np.diag(sums.statistics()["hidden.pairs"]), [3, 0, 0, 0])

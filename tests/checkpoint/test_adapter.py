@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -178,18 +177,3 @@ def test_an_adapter_that_names_another_model(
         return
     with pytest.raises(InputError, match=f"another model(.|\n)*{other}(.|\n)*--allow-other-base"):
         AdaptedCheckpoint(base, folder)
-
-
-def test_the_names_of_a_model(tmp_path: Path) -> None:
-    """A link has the name of its target, a file none of its quantisation, a config its origin."""
-    folder = adapter(tmp_path / "a", pair(GATE, 24, 16), base_model_name_or_path="me/llama_gqa")
-    (tmp_path / "current").symlink_to(SOURCE)
-    copied = tmp_path / "llama_gqa-hf.bf16"
-    shutil.copytree(SOURCE, copied)
-    renamed = tmp_path / "renamed"
-    shutil.copytree(SOURCE, renamed)
-    config = json.loads((renamed / "config.json").read_text())
-    (renamed / "config.json").write_text(json.dumps({**config, "_name_or_path": "x/LLama_GQA"}))
-    for place in (tmp_path / "current", copied, renamed):
-        with open_checkpoint(str(place)) as base:
-            AdaptedCheckpoint(base, folder).close()

@@ -4,7 +4,6 @@ import json
 import os
 import threading
 
-import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -14,22 +13,6 @@ from moecc.formats.open import open_checkpoint
 from moecc.types import BY_SAFETENSORS
 
 from .folders import INDEX, ONE, TWO, index_of, problems
-
-
-def test_a_single_file_is_read_by_rows(make_folder):
-    folder = make_folder({"model.safetensors": {"a": 6, "b": 0}}, config={"model_type": "qwen2"})
-    with open_checkpoint(folder) as checkpoint:
-        assert checkpoint.format == "safetensors"
-        assert checkpoint.path == folder
-        assert checkpoint.config == {"model_type": "qwen2"}
-        assert list(checkpoint.tensors) == ["a", "b"]
-        np.testing.assert_array_equal(checkpoint.read("a"), np.arange(6, dtype=np.float32))
-        np.testing.assert_array_equal(checkpoint.read("a", 2, 5), [2, 3, 4])
-        np.testing.assert_array_equal(checkpoint.read("a", 4), [4, 5])
-        assert checkpoint.read("a", 3, 3).shape == (0,)
-        assert checkpoint.read("b").shape == (0,)
-        assert checkpoint.read("a").flags.writeable
-        assert checkpoint.files() == [folder / "model.safetensors", folder / "config.json"]
 
 
 @pytest.mark.parametrize("dtype", BY_SAFETENSORS.values(), ids=str)
@@ -49,31 +32,6 @@ def test_every_element_type_is_read_bit_by_bit(tmp_path, dtype):
         assert checkpoint.read("scalar").tobytes() == scalar.tobytes()
         with pytest.raises(ValueError, match="no axes"):
             checkpoint.read("scalar", 0, 1)
-
-
-def test_bfloat16_and_float8_have_their_values(tmp_path):
-    values = np.array([1.0, -2.5, 0.15625, 448.0])
-    arrays = {
-        name: values.astype(getattr(ml_dtypes, name))
-        for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2")
-    }
-    save_file(arrays, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text("{}")
-    with open_checkpoint(tmp_path) as checkpoint:
-        for name in ("bfloat16", "float8_e4m3fn"):
-            np.testing.assert_array_equal(checkpoint.read(name).astype(np.float64), values)
-        np.testing.assert_array_equal(
-            checkpoint.read("float8_e5m2").astype(np.float64), [1.0, -2.5, 0.15625, 448.0]
-        )
-
-
-def test_shards_are_read_together(make_folder):
-    folder = make_folder({ONE: {"a": 3, "b": 2}, TWO: {"c": 4}})
-    with open_checkpoint(folder) as checkpoint:
-        assert set(checkpoint.tensors) == {"a", "b", "c"}
-        assert checkpoint.tensors["c"].file == folder / TWO
-        np.testing.assert_array_equal(checkpoint.read("c"), [0, 1, 2, 3])
-        assert [file.name for file in checkpoint.files()] == [ONE, TWO, INDEX, "config.json"]
 
 
 def test_more_shards_than_descriptors(make_folder):

@@ -48,16 +48,6 @@ def test_hostile_pieces_give_a_value_or_an_input_error(text):
     assert json.loads(text) == value
 
 
-@given(st.integers(4290, 4310), st.sampled_from(["", "-"]))
-def test_numbers_have_as_many_digits_as_python_reads(digits, sign):
-    text = f'{{"b": {sign}{"1" * digits}}}'
-    if digits <= 4300:
-        assert parse_json(text.encode(), "x") == json.loads(text)
-    else:
-        with pytest.raises(InputError, match=f"x:1:7: a number of {digits:,} digits"):
-            parse_json(text.encode(), "x")
-
-
 @pytest.mark.parametrize(
     ("text", "place"),
     [

@@ -58,14 +58,6 @@ def test_a_link_to_nothing_and_a_cycle_are_refused(make_folder):
     assert len(problems(folder)) == 2
 
 
-def test_a_link_inside_the_folder_is_fine(make_folder):
-    folder = make_folder({"model.safetensors": {"a": 3}})
-    os.rename(folder / "model.safetensors", folder / "weights.data")
-    (folder / "model.safetensors").symlink_to("weights.data")
-    with open_checkpoint(folder) as checkpoint:
-        assert len(checkpoint.read("a")) == 3
-
-
 def in_cache(make_folder, tmp_path, target):
     """A snapshot whose weights are a link to `target`, which is moved there."""
     made = make_folder({"model.safetensors": {"a": 3}})

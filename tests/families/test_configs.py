@@ -27,60 +27,6 @@ def refusal(data: Any) -> InputError:
 # ---------- configs of published models
 
 
-def test_qwen3_30b_a3b() -> None:
-    config = parse_config(
-        {
-            "architectures": ["Qwen3MoeForCausalLM"],
-            "attention_bias": False,
-            "decoder_sparse_step": 1,
-            "head_dim": 128,
-            "hidden_size": 2048,
-            "intermediate_size": 6144,
-            "max_position_embeddings": 40960,
-            "max_window_layers": 48,
-            "mlp_only_layers": [],
-            "model_type": "qwen3_moe",
-            "moe_intermediate_size": 768,
-            "norm_topk_prob": True,
-            "num_attention_heads": 32,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "num_hidden_layers": 48,
-            "num_key_value_heads": 4,
-            "rope_scaling": None,
-            "rope_theta": 1000000.0,
-            "sliding_window": None,
-            "use_sliding_window": False,
-            "vocab_size": 151936,
-        }
-    )
-    assert isinstance(config, Qwen3MoeConfig)
-    assert (config.num_experts, config.experts_per_token, config.head_dim) == (128, 8, 128)
-    assert config.norm_topk_prob
-    assert all(config.sparse_layers)
-    assert config.qk_norm
-    assert not config.qkv_bias
-
-
-def test_qwen_1_5_moe_keeps_its_shared_expert() -> None:
-    config = parse_config(
-        {
-            "model_type": "qwen2_moe",
-            "max_window_layers": 21,
-            "sliding_window": 32768,
-            "use_sliding_window": False,
-            "num_experts": 60,
-            "shared_expert_intermediate_size": 5632,
-            "norm_topk_prob": False,
-        }
-    )
-    assert isinstance(config, Qwen2MoeConfig)
-    assert config.shared_expert_intermediate_size == 5632
-    assert config.sliding_windows == (None,) * 24
-    assert config.qkv_bias
-    assert not config.output_bias
-
-
 # ---------- two spellings, one meaning
 
 
@@ -99,11 +45,6 @@ def test_either_spelling_and_both_mean_the_same(family: str, scaling: Any) -> No
     assert read[0] == read[1] == read[2]
     assert read[0].rope.theta == 5e5
     assert read[0].rope.type == (scaling or {}).get("rope_type", "default")
-
-
-def test_aliases_of_activations_become_one_name() -> None:
-    assert parse_config(small("llama", hidden_act="swish")).hidden_act == "silu"
-    assert parse_config(small("llama", hidden_act="gelu_new")).hidden_act == "gelu_pytorch_tanh"
 
 
 def test_configs_are_values() -> None:
@@ -169,21 +110,6 @@ def test_number_of_experts(family: str, keys: dict[str, int], experts: int) -> N
 
 
 # ---------- configs made by an exporter
-
-
-def test_another_family_is_made_from_the_common_fields() -> None:
-    dense = parse_config(small("mistral", sliding_window=8, bos_token_id=7, remark="kept"))
-    sparse = MixtralConfig(
-        **dense.common(),
-        num_experts=8,
-        experts_per_token=2,
-        expert_intermediate_size=dense.intermediate_size,
-    )
-    written = sparse.to_json()
-    assert written["sliding_window"] == 8
-    assert written["bos_token_id"] == 7
-    assert written["remark"] == "kept"
-    assert parse_config(written) == sparse
 
 
 @pytest.mark.parametrize(

@@ -157,16 +157,6 @@ def test_copies_compute_what_the_dense_model_does(
     assert np.abs(after - before).max() <= 1e-6 * np.abs(before).max()
 
 
-def test_llama_becomes_a_qwen2_moe_with_biases_of_zeros() -> None:
-    """vLLM and mlx-lm have these biases whatever the config says."""
-    graph = upcycled(build(config_of("llama")), "qwen2_moe")
-    made = export_graph(graph, "qwen2_moe")
-    assert made.config_json["qkv_bias"] is True
-    biases = {name: expr for name, expr in made.tensors if name.endswith("proj.bias")}
-    assert len(biases) == 3 * SIZES["num_hidden_layers"]
-    assert all(isinstance(expr, Full) and expr.value == 0 for expr in biases.values())
-
-
 def test_a_bias_that_chooses_experts_is_written_as_zeros() -> None:
     for target, name, shape in (
         ("glm4_moe", "model.layers.1.mlp.gate.e_score_correction_bias", (4,)),

@@ -163,17 +163,6 @@ def test_an_expert_parallel_layer(kind: str) -> None:
     laws.check_round_trip(graph)
 
 
-def test_experts_of_a_device_are_summed_after_combine() -> None:
-    """Without an exchange, tokens are the same everywhere and each device adds its experts."""
-    text = routed("slots=ragged", "ragged").replace("@data=8", "=8").replace("group@data", "group")
-    exchange = "A2A %r {mesh=data, split=expert, gather=group}"
-    text = text.split("  %c =")[0].replace(exchange, "shard %r {axis=expert, mesh=data}")
-    graph = parse(f"{HEAD}{text}  output d = %d1\n}}")
-    operands = [graph.value(n) for n in ("d1", "e", "p", "g")]
-    node = graph.append("combine", operands)
-    assert str(node.result.type) == "f32[b=8, s=4, d=6] unreduced(data)"
-
-
 def test_an_operation_without_a_rule_takes_whole_operands(monkeypatch: Any) -> None:
     monkeypatch.setitem(OPS, "silu", replace(OPS["silu"], sharding=None))
     with pytest.raises(InputError, match="silu does not accept a sharded axis 'batch' of %x"):

@@ -67,13 +67,6 @@ def test_drawn_experts_and_routers_are_the_mixture_by_hand(moe: Any, value: Any)
     assert apart((loss, gradients), expected) < 1e-5
 
 
-def test_experts_are_in_place_and_routers_beside(moe: Any, dense: Any) -> None:
-    layer = moe.params["params"]["layers"][1]
-    assert layer["mlp"]["up"].shape == (4, decoder.EMBED, decoder.MLP)
-    assert layer["attention"]["q"] is dense["layers"][1]["attention"]["q"]
-    assert moe.params["moe"]["layers.1.mlp.router.weight"].shape == (4, decoder.EMBED)
-
-
 def test_a_few_steps_train(moe: Any, value: Any) -> None:
     optimizer = optax.adam(1e-2)
 

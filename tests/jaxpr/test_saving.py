@@ -70,25 +70,6 @@ def test_what_is_loaded_is_what_was_saved(moe: Any, folder: Path) -> None:
     assert str(before) == str(after)
 
 
-def test_a_tree_of_other_containers_is_given_again(tmp_path: Path) -> None:
-    class Layer(dict):  # type: ignore[type-arg]
-        """A container that no file holds."""
-
-    jax.tree_util.register_pytree_node(
-        Layer,
-        lambda p: (tuple(p.values()), tuple(p)),
-        lambda names, v: Layer(zip(names, v, strict=True)),
-    )
-    params = Layer(dense())
-    moe = mx.convert(function, params, X, PIPELINE)
-    moe.save(tmp_path / "a")
-    with pytest.raises(InputError, match="containers that a file cannot hold"):
-        mx.load(tmp_path / "a")
-    assert same_bits(mx.load(tmp_path / "a", like=params).params, moe.params)
-    with pytest.raises(InputError, match="another tree"):
-        mx.load(tmp_path / "a", like={"w": X})
-
-
 def test_any_damage_to_the_config_is_an_input_error(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "a")
     path = tmp_path / "a" / "config.json"

@@ -38,22 +38,6 @@ def test_attributes_and_operands_count() -> None:
     assert ops(graph).count("scale") == 2
 
 
-def test_operands_that_settle_the_order_of_axes_are_not_exchanged() -> None:
-    graph, b, x = start()
-    turned = graph.input("turned", tensor(F32, embed=4, batch="B"))
-    graph.set_output("one", b.add(x, turned))
-    graph.set_output("other", b.add(turned, x))
-    assert not cse(graph).changed
-
-
-def test_outputs_are_merged_too() -> None:
-    graph, b, x = start()
-    graph.set_output("one", b.silu(x))
-    graph.set_output("other", b.silu(x))
-    cse(graph)
-    assert graph.outputs["one"] is graph.outputs["other"]
-
-
 def mixture(graph: Graph, b: Builder, x: Value) -> Value:
     router = graph.params.get("router")
     if router is None:
@@ -63,17 +47,6 @@ def mixture(graph: Graph, b: Builder, x: Value) -> Value:
     rows = b.silu(b.dispatch(x, experts, slots))
     value: Value = b.combine(rows, experts, slots, gates)
     return value
-
-
-def test_equal_routings_become_one_and_types_follow() -> None:
-    graph, b, x = start()
-    graph.set_output("y", b.add(mixture(graph, b, x), mixture(graph, b, x)))
-    before = clone(graph)
-    result = cse(graph)
-    assert result.matched == 6
-    assert ops(graph).count("assign_slots") == 1
-    assert len(graph) == 7
-    assert_same(before, graph, exact=True)
 
 
 def test_a_placement_is_merged_while_rows_stay_apart() -> None:

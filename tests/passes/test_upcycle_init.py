@@ -68,25 +68,6 @@ def test_drop_draws_the_same_neurons_of_all_matrices(
     np.testing.assert_array_equal(params[f"{PREFIX}.down.bias"], copies[f"{PREFIX}.down.bias"])
 
 
-def test_what_is_drawn_has_the_moments_of_what_it_replaces() -> None:
-    dense = Dense(embed=64, mlp=512)
-    graph = dense.graph()
-    tensors = Tensors(graph)
-    for name in ("gate", "up", "down"):
-        tensors.arrays[f"{PREFIX}.{name}"] = 3 + 0.5 * tensors.arrays[f"{PREFIX}.{name}"]
-    after, _ = upcycled(graph, experts=4, init="drop", drop_ratio=0.5)
-    params = tensors.params(after)
-    for name, axis in MATRICES.items():
-        dense_weight = tensors.arrays[f"{PREFIX}.{name}"]
-        for expert in params[f"{PREFIX}.{name}"]:
-            new = expert != dense_weight
-            assert new.mean() == 0.5
-            old, drawn = dense_weight[new], expert[new]
-            assert abs(drawn.mean() - old.mean()) < 4 * old.std() / new.sum() ** 0.5
-            assert abs(drawn.std() / old.std() - 1) < 4 / new.sum() ** 0.5
-            assert axis in (1, 2)
-
-
 @pytest.mark.parametrize("relative_std", [True, False])
 @pytest.mark.parametrize("slices", [1, 2])
 def test_noise_has_its_mean_and_std_and_is_each_expert_s_own(

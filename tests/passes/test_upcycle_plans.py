@@ -200,22 +200,6 @@ def test_a_multiplicative_bias_and_constants_go_along() -> None:
         assert same(graph, **options)
 
 
-def test_a_block_may_be_narrower_at_its_end() -> None:
-    def built(b: Builder, x: Value, up: Value, down: Value) -> Value:
-        y = b.contract(b.silu(b.contract(x, up, over="embed")), down, over="mlp")
-        return b.rename(y, axis="embed", to="wide")
-
-    graph = Graph("narrow")
-    builder = Builder(graph, loc="layers.0.ffn")
-    x = graph.input("x", tensor(F64, batch="B", seq="S", embed=4))
-    up, down = (tensor(F64, mlp=6, embed=n) for n in (4, 3))
-    graph.set_output("y", built(builder, x, *(
-        graph.param(n, t, Source(n, t)) for n, t in (("up", up), ("down", down))
-    )))  # fmt: skip
-    assert same(graph)
-    assert same(graph, granularity=2, top_k=4)
-
-
 def test_a_weight_that_another_part_of_the_model_uses_stays() -> None:
     def built(b: Builder, x: Value, up: Value, down: Value) -> Value:
         y = b.contract(b.silu(b.contract(x, up, over="embed")), down, over="mlp")

@@ -107,24 +107,6 @@ def test_a_hash_keeps_the_function_and_sends_a_token_where_its_id_says(top_k: in
     assert not any(n.op.name == "route" for n in after)
 
 
-def test_a_hash_takes_the_ids_of_its_own_stack() -> None:
-    graph = Graph("two")
-    dense = Dense(embed=2, mlp=2)
-    b = Builder(graph)
-    graph.input("tokens", tensor(I32, batch="B", seq="S"))
-    graph.input("decoder_tokens", tensor(I32, batch="B", seq="S"))
-    x = graph.input("x", tensor(F64, batch="B", seq="S", embed=2))
-    for stack in ("encoder", "decoder"):
-        with b.at(f"{stack}.layers.0.ffn"):
-            x = dense.block(b, x, f"layers.{stack}")
-    graph.set_output("y", x)
-    after, _ = upcycled(graph, routing="hash")
-    read = {n.loc: n.operands[0].name for n in after if n.op.name == "hash_experts"}
-    assert read == {
-        "encoder.layers.0.ffn": "tokens", "decoder.layers.0.ffn": "decoder_tokens",
-    }  # fmt: skip
-
-
 # --- soft mixtures
 
 

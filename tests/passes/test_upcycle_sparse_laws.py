@@ -135,17 +135,3 @@ def test_the_error_under_a_capacity_is_what_was_dropped(gates: str, groups: int)
     untouched = ~dropped.any(-1)
     assert untouched.any()
     assert relative(found["y"][untouched], full[untouched]) <= EXACT
-
-
-def test_the_shared_expert_is_met_by_every_token() -> None:
-    """Without the routed experts, what is left is the dense block of the shared neurons."""
-    dense = Dense()
-    graph = dense.graph()
-    tensors = Tensors(graph)
-    after, _ = upcycled(graph, shared=0.25)
-    params = tensors.params(after)
-    params[f"{PREFIX}.down"] = np.zeros_like(params[f"{PREFIX}.down"])
-    x = tokens(dense)["x"]
-    gate, up, down = (tensors.arrays[f"{PREFIX}.{n}"] for n in ("gate", "up", "down"))
-    hidden = silu(x @ gate[:3].T) * (x @ up[:3].T)
-    assert relative(run(after, params, {"x": x})["y"], hidden @ down[:, :3].T) <= EXACT

@@ -64,29 +64,6 @@ def dense_names(dense: Dense) -> list[str]:
     return [n for n in dense.graph().params if n.startswith("layers.0.")]
 
 
-@pytest.mark.parametrize("where", ["before", "after"])
-def test_a_trained_extra_sublayer_stands_on_its_side(where: str) -> None:
-    """With weights in its last matrix it adds a dense block to the stream, before or after."""
-    dense = Dense(residual=True)
-    graph = dense.graph()
-    after, params, tensors = same_function(graph, extra_ffn=where)
-    rng = np.random.default_rng(0)
-    params["layers.0.down.extra"] = rng.normal(size=params["layers.0.down.extra"].shape)
-    params["layers.0.norm.extra"] = rng.normal(size=8)
-    x = tokens(dense)["x"]
-    plain = tensors.params(graph)
-    other = {
-        **plain,
-        "layers.0.down": params["layers.0.down.extra"],
-        "layers.0.norm": params["layers.0.norm.extra"],
-    }
-    order = [other, plain] if where == "before" else [plain, other]
-    expected = x
-    for weights in order:
-        expected = run(graph, weights, {"x": expected})["y"]
-    assert relative(run(after, params, {"x": x})["y"], expected) <= EXACT
-
-
 @pytest.mark.parametrize("bias", ["multiplicative", "additive"])
 def test_a_trained_bias_acts_on_the_hidden_value_of_its_expert(bias: str) -> None:
     dense = Dense()

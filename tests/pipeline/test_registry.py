@@ -66,15 +66,6 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     assert "mine" not in REGISTRY
 
 
-def test_two_files_of_one_name(tmp_path: Path) -> None:
-    for folder, name in (("a", "first"), ("b", "second")):
-        (tmp_path / folder).mkdir()
-        own(tmp_path / folder, name).rename(tmp_path / folder / "own.py")
-    registry = REGISTRY.with_file(tmp_path / "a" / "own.py").with_file(tmp_path / "b" / "own.py")
-    assert registry.get("first") is not registry.get("second")
-    assert str(Pipeline.parse("first{times=1},second{times=2}", registry)).startswith("first")
-
-
 def test_a_name_that_is_taken(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="'top' is defined twice") as caught:
         REGISTRY.with_file(own(tmp_path, "top"))

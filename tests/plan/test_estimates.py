@@ -15,7 +15,7 @@ from tiers import examples, few
 from moecc.families.describe import describe
 from moecc.model.open import open_model
 from moecc.plan.machines import parse_machine
-from moecc.plan.memory import GAPS, STACKS_GAPS, Sharding, _zeros
+from moecc.plan.memory import Sharding
 from moecc.plan.search import layouts, legal_vias, meshes
 from moecc.plan.step import REMATS, StepConfig, Strategy, plan_mesh
 from moecc.plan.time import Estimate, Estimator
@@ -199,52 +199,3 @@ def test_the_collectives_of_a_sparse_layer(
     via: str, remat: str, step: str, expected: dict[str, float]
 ) -> None:
     assert census("mixtral-8x7b", "data=2,expert=8", via, remat, step) == expected
-
-
-@pytest.mark.parametrize("remat", REMATS)
-def test_parameters_of_layers_are_gathered_for_either_pass(remat: str) -> None:
-    """Whatever is kept of the activations: gathered parameters would be the whole model."""
-    work = work_of("smollm2-135m")
-    layout = Layout(plan_mesh("fsdp=16"), 0)
-    found = estimate(work, Strategy(layout, remat=remat), "tpu:v5p:2x2x4")
-    table = next(w for part in work.parts if part.name == "embed" for w in part.weights)
-    vectors = sum(n * w.elements for w, n in work.weights if len(w.shape.axes) == 1)
-    layers = work.parameters - table.elements - vectors
-    # The table is gathered for the head alone; for the look-up, ids of four bytes are.
-    expected = 2 * (table.elements + 2 * layers) + 4 * work.batch.tokens
-    assert found.collectives["all_gather"]["tensor_bytes"] == expected
-
-
-@pytest.mark.parametrize(("devices", "is_odd"), [(32, False), (64, True)])
-def test_a_tpu_adds_up_shards_with_odd_numbers_of_rows(devices: int, is_odd: bool) -> None:
-    """Of 576 columns a shard has 18 or 9; found by compiling both."""
-    work = work_of("smollm2-135m")
-    strategy = Strategy(Layout(plan_mesh(f"fsdp={devices}"), 0))
-    tpu, gpu = (estimate(work, strategy, kind) for kind in ("tpu:v5p:2x2x4", "gpu:h100:16"))
-    gathered = gpu.collectives["all_gather"]["tensor_bytes"] - (ids := 4 * work.batch.tokens)
-    assert tpu.collectives["all_gather"]["tensor_bytes"] == ids + (not is_odd) * gathered
-    sums = gpu.collectives["all_reduce"]["tensor_bytes"] + is_odd * gathered
-    assert tpu.collectives["all_reduce"]["tensor_bytes"] == sums
-    local = Sharding.of(strategy.layout, work)
-    table = max(local.used(w) for w, _ in work.weights)
-    assert _zeros(work, local, "tpu") == is_odd * table
-    assert _zeros(work, local, "gpu") == 0
-
-
-@pytest.mark.parametrize(
-    ("model", "machine", "remat", "expected"),
-    [
-        ("st-moe-l", "tpu:v4:2x2x2", "full", STACKS_GAPS["tpu"]),
-        ("st-moe-l", "tpu:v4:2x2x2", "none", GAPS["tpu"]),
-        ("st-moe-l", "gpu:h100:16", "full", 0),
-        ("mixtral-8x7b", "tpu:v5p:2x2x4", "full", GAPS["tpu"]),
-    ],
-)
-def test_more_is_lost_between_arrays_where_two_stacks_are_computed_again(
-    model: str, machine: str, remat: str, expected: float
-) -> None:
-    strategy = next(s for s in legal_strategies(model) if s.remat == remat)
-    memory = estimate(work_of(model), strategy, machine).memory
-    assert memory.heap == pytest.approx(memory.temporaries * (1 + expected))
-    forward = estimate(work_of(model), strategy, machine, step="forward").memory
-    assert forward.gaps <= GAPS["tpu"]

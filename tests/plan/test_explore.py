@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import moecc
-from moecc.errors import InputError
 from moecc.model.open import open_model
-from moecc.plan.collectives import Collective
 from moecc.plan.explore import (
     in_context,
-    part_of_machine,
     split_batch,
     stage_work,
     staged,
@@ -26,7 +20,6 @@ from moecc.plan.explore import (
 from moecc.plan.machines import efficiency, parse_machine
 from moecc.plan.networks import HOP_SECONDS, Switch
 from moecc.plan.step import StepConfig, Strategy, plan_mesh
-from moecc.plan.time import PartCost
 from moecc.plan.workload import Batch, Workload, planned_graph, workload
 from moecc.sharding.layout import Layout
 
@@ -86,23 +79,6 @@ def test_a_step_in_stages_is_its_turns_its_sends_and_one_update(parts: int) -> N
     assert one.seconds == pytest.approx((parts + 1) * (turn + 2 * sent / link) + update)
 
 
-def test_what_has_no_stages_says_why() -> None:
-    work = mixtral(MIXTRAL)
-    with pytest.raises(InputError, match="2 equal layers are not 4 equal stages"):
-        stage_work(work, 4, last=False)
-    with pytest.raises(InputError, match="8 devices are not 3 machines"):
-        part_of_machine(CPU, 3)
-    with pytest.raises(InputError, match="1 device is not 2 machines"):
-        part_of_machine(parse_machine("cpu:1"), 2)
-    assert part_of_machine(parse_machine("tpu:v5p:4x4x4"), 2).devices == 32
-    assert part_of_machine(parse_machine("h100x16"), 4).name == "gpu:h100:4"
-    both = work_of("t5_square", Batch(8, (("S", 16), ("T", 16))))
-    with pytest.raises(InputError, match="one stack of layers, not 2"):
-        stage_work(both, 2, last=False)
-    with pytest.raises(InputError, match="no mesh of a stage divides a micro-batch"):
-        staged(mixtral(Batch(1, MIXTRAL.lengths)), CPU, StepConfig(), strategy(work, "fsdp=8"), 2)
-
-
 # --- context parallelism -------------------------------------------------------------------
 
 
@@ -126,25 +102,6 @@ def test_parts_of_sequences_do_the_same_products_and_gather_keys(parts: int) -> 
 
 
 # --- chunks --------------------------------------------------------------------------------
-
-
-def finished(exchange: float, products: float, chunks: int) -> float:
-    """Return when the last of equal chunks has gone through a link and then through products."""
-    link = device = 0.0
-    for _ in range(chunks):
-        link += exchange / chunks
-        device = max(link, device) + products / chunks
-    return device
-
-
-@given(st.floats(1e-6, 1.0), st.floats(1e-6, 1.0), st.integers(1, 16))
-def test_chunks_take_what_two_machines_in_a_row_take(rows: float, local: float, n: int) -> None:
-    move = Collective("all_to_all", ("expert",), 1.0, "rows", seconds=rows)
-    other = Collective("all_reduce", ("model",), 1.0, "sums", seconds=0.5)
-    part = PartCost("ffn", 1, 0.0, 0.0, 0.0, 0.0, local, (move, other), n)
-    assert part.seconds == pytest.approx(finished(rows, local, n) + 0.5)
-    alone = replace(part, collectives=(other,))
-    assert alone.seconds == pytest.approx(local + 0.5)
 
 
 # --- the report ----------------------------------------------------------------------------

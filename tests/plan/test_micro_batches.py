@@ -57,13 +57,3 @@ def test_parts_of_a_batch_do_its_work_and_keep_less(mesh: str) -> None:
         times = 4 if kind.startswith(("all_gather parameters", "reduce_scatter gradients")) else 1
         times = 1 if kind == "all_gather parameters of tables" else times
         assert after[kind] == pytest.approx(times * before[kind], rel=1e-3), kind
-
-
-def test_moments_have_the_type_of_the_parameters() -> None:
-    wide = planned("data=8", StepConfig()).memory
-    narrow = planned("data=8", StepConfig(weight_dtype="bf16")).memory
-    assert narrow.optimizer == wide.optimizer / 2 == 2 * narrow.parameters
-    # A training step casts a layer at a time, a forward pass all at once.
-    assert narrow.copies == wide.copies == 0
-    forward = StepConfig("forward", weight_dtype="f32")
-    assert planned("data=8", forward).memory.copies > 0

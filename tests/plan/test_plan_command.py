@@ -29,23 +29,6 @@ def plan(capsys: pytest.CaptureFixture[str], *args: str | Path) -> dict[str, Any
     return found
 
 
-def test_the_kernel_of_attention_is_said_and_priced(capsys: pytest.CaptureFixture[str]) -> None:
-    best = plan(capsys, *MIXTRAL[1:])["best"]
-    assert best["attention"] == [{"part": "layers.attention", "kernel": "splash", "why": {}}]
-    kernel = next(p for p in best["parts"] if p["name"] == "layers.attention")
-    assert kernel["bound"] == "compute"
-    # Relative bias is in no kernel of TPUs: scores go through memory, and that takes longest.
-    t5 = ("preset:st-moe-base", "--machine", "tpu:v5p:2x2x1", "--sequence", "2048,2048")
-    found = plan(capsys, *t5)["best"]
-    kernels = {a["part"]: (a["kernel"], a["why"]) for a in found["attention"]}
-    assert kernels["encoder.layers.attention"] == ("blocks", {"splash": "it takes no bias"})
-    assert kernels["decoder.layers.cross_attention"] == ("splash", {})
-    bound = next(p for p in found["parts"] if p["name"] == "encoder.layers.attention")
-    assert bound["seconds"]["hbm"] > bound["seconds"]["compute"]
-    _, out, _ = run(capsys, "plan", *t5)
-    assert "attention   encoder.layers.attention: blocks (not splash: it takes no bias)" in out
-
-
 def test_the_paper_s_model_fits_with_its_dense_weights_split_and_not_whole_with_moments(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -155,46 +138,3 @@ def test_rules_take_the_place_of_names(capsys: pytest.CaptureFixture[str]) -> No
     code, _, err = run(capsys, "plan", *given, "--rules", "fsdp", "--mesh", "data=16")
     assert code == 2
     assert "unknown mesh axis 'data'" in err
-
-
-def test_a_hierarchical_exchange_needs_two_axes_for_the_experts(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    given = ("preset:st-moe-l", "--machine", "tpu:v4:2x2x4", "--via", "hierarchical")
-    code, _, err = run(capsys, "plan", *given)
-    assert code == 1
-    assert "--rules expert-hierarchical" in err
-    mesh = ("--rules", "expert-hierarchical", "--mesh", "far=4,near=8")
-    best = plan(capsys, *given, *mesh)["best"]
-    # Tables that are stored over data would be looked up by an exchange, too.
-    whole = ("--dense-weights", "whole")
-    fixed = (*given[:3], "--via", "capacity", "--remat", best["remat"])
-    flat, same = (plan(capsys, *fixed, *m)["best"] for m in (("--mesh", "data=32", *whole), mesh))
-    there, direct, other = (b["collectives"]["all_to_all"] for b in (best, flat, same))
-    assert there["count"] == 2 * direct["count"]
-    assert there["tensor_bytes"] == 2 * direct["tensor_bytes"]
-    assert other == there, "the order of the mesh axes differs, so rows cross them one by one"
-
-
-def test_passes_run_first(capsys: pytest.CaptureFixture[str]) -> None:
-    given = ("preset:smollm2-135m", "--machine", "tpu:v5e:4x4", "-p", "upcycle{experts=8}")
-    found = plan(capsys, *given)
-    dense = plan(capsys, *given[:3])
-    assert found["parameters"] > 3 * dense["parameters"]
-
-
-@pytest.mark.parametrize(
-    ("passes", "says"),
-    [
-        ("roll-layers", "-p unroll-layers undoes it"),
-        ("annotate-sharding{mesh=data:2 rules=data-parallel}", "is on a mesh already"),
-        ("upcycle{experts=2 top-k=4}", "top-k"),
-    ],
-)
-def test_what_passes_leave_unplannable_is_told(
-    capsys: pytest.CaptureFixture[str], passes: str, says: str
-) -> None:
-    code, out, err = run(capsys, "plan", "preset:smollm2-135m", "--machine", "cpu", "-p", passes)
-    assert code in (1, 2)
-    assert out == ""
-    assert says in err

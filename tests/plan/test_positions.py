@@ -10,11 +10,9 @@ import pytest
 from moecc.errors import InputError
 from moecc.families.describe import describe
 from moecc.ir.structure import length_bounds
-from moecc.model.inputs import check_inputs, default_inputs
+from moecc.model.inputs import check_inputs
 from moecc.model.open import open_model
 from moecc.plan.workload import make_batch
-from moecc.rewrite.pipeline import Pipeline
-from moecc.rewrite.runner import run_pipeline
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BOUNDS = {
@@ -47,15 +45,3 @@ def test_inputs_that_are_too_long_are_rejected_before_they_are_run() -> None:
         with pytest.raises(InputError, match="longer than the model has positions") as error:
             check_inputs(model.graph, {"tokens": np.zeros(25, np.int32)}, "a.npy")
     assert error.value.problems[0].expected == "at most 24 tokens"
-
-
-def test_a_step_of_decoding_has_caches_as_long_as_what_they_hold() -> None:
-    with open_model(str(GOLDEN / "llama_gqa")) as model:
-        run_pipeline(model.graph, Pipeline.parse("decode"))
-        batch = make_batch(model.graph, 2)
-        assert (batch.lengths, batch.tokens) == ((("S", 1), ("C", 4096)), 2)
-        assert make_batch(model.graph, 1, lengths=(8, 64)).tokens % 8 == 0
-        with pytest.raises(InputError, match="caches are shorter"):
-            make_batch(model.graph, 1, lengths=(8, 4))
-        with pytest.raises(InputError, match="caches, which nothing has filled"):
-            default_inputs(model.graph)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tiers import some
 
-from moecc.errors import InputError, UsageError
+from moecc.errors import InputError
 from moecc.families import build
 from moecc.families.registry import parse_config
 from moecc.ir import Graph
@@ -18,7 +18,7 @@ from moecc.ir.mesh import mesh_of, parse_mesh
 from moecc.ir.structure import clone, local_type
 from moecc.plan.machines import parse_machine
 from moecc.plan.memory import Sharding
-from moecc.plan.search import layouts, legal_vias, meshes, problems
+from moecc.plan.search import layouts, legal_vias, meshes
 from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.time import Estimator
 from moecc.plan.workload import Workload, make_batch, workload
@@ -116,24 +116,6 @@ def test_rules_of_a_file_are_planned_and_laid_alike(
     )
     assert at_rest - in_use == set(stored)
     assert layout.expert_axes == (("rows",) if not stored else ())
-
-
-def test_what_a_plan_cannot_read_of_rules_is_refused(tmp_path: Path) -> None:
-    mesh = parse_mesh("data=8,model=2")
-    wide = tmp_path / "wide.rules"
-    wide.write_text(layout_text("embed = model"))
-    with pytest.raises(InputError, match="what it costs to split the axis 'embed'"):
-        Layout.ruled(mesh, 0, (str(wide),))
-    threes = Layout.ruled(parse_mesh("model=3"), 0, ("sequence-parallel",))
-    found = [str(p) for p in problems(threes, known("llama-3.1-8b")[1])]
-    assert found[0].startswith("mesh model:3: model does not divide the sequences")
-    assert "a divisor of 64 tokens (S)" in found[0]
-    assert "attention over a sequence in parts is not lowered" in found[1]
-    with pytest.raises(UsageError, match="unknown layout 'tensor'"):
-        Layout.ruled(mesh, 0, ("tensor",))
-    unused = Layout.ruled(mesh, 0, ("data-parallel",))
-    found = [str(p) for p in problems(unused, known("llama-3.1-8b")[1])]
-    assert any("nothing is sharded over the mesh axis 'model'" in p for p in found)
 
 
 def test_files_of_rules_are_bounded(tmp_path: Path) -> None:

@@ -100,16 +100,6 @@ def test_a_recipe_gets_mesh_and_remat(tmp_path: Path) -> None:
     assert "run.remat=full" not in found.recipe_values(is_new=False)
 
 
-def test_a_run_that_begins_by_a_plan(tmp_path: Path) -> None:
-    from moecc.train.recipe_text import load_recipe
-
-    recipe = written_recipe(tmp_path)
-    path = saved(tmp_path, "--mesh", "data=2,expert=4", model=str(tmp_path / "model"))
-    made = load_recipe(str(recipe), read_plan(str(path)).recipe_values())
-    assert made.mesh.mesh == "data=2,expert=4"
-    assert made.mesh.rules == read_plan(str(path)).config.layout_names
-
-
 OTHERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "more experts": (
         ("-p", "upcycle{experts=8 top-k=2}"),

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 import moecc
-from moecc.errors import InputError, UsageError
+from moecc.errors import UsageError
 from moecc.plan.explore import part_of_machine
-from moecc.plan.machines import find_machine, parse_machine, sizes_of_kind
+from moecc.plan.machines import parse_machine, sizes_of_kind
 from moecc.plan.networks import HOP_SECONDS, Slices
 
 ONE, TWO = parse_machine("tpu:v5p:2x2x4"), parse_machine("tpu:v5p:2x2x4:2")
@@ -34,13 +32,6 @@ def test_an_axis_within_a_slice_takes_the_time_of_one_slice() -> None:
     inner = both["fsdp",]
     assert inner.all_gather(BYTES) == alone["fsdp",].all_gather(BYTES)
     assert inner.all_to_all(BYTES) == alone["fsdp",].all_to_all(BYTES)
-
-
-def test_an_axis_across_slices_takes_the_time_of_their_links() -> None:
-    route = TWO.network.routes({"data": 2, "fsdp": 16})["data",]
-    # Of two halves each device sends one.
-    assert route.all_gather(BYTES) == pytest.approx(BYTES / 2 / OUTER + HOP_SECONDS)
-    assert route.all_to_all(BYTES) == pytest.approx(BYTES / 2 / OUTER + HOP_SECONDS)
 
 
 def test_a_group_across_slices_takes_the_time_of_the_slower_level() -> None:
@@ -75,14 +66,3 @@ def test_a_plan_keeps_exchanges_within_slices() -> None:
 def test_what_are_no_slices(name: str, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         parse_machine(name)
-
-
-def test_a_file_says_how_slices_are_joined(tmp_path: Path) -> None:
-    file = tmp_path / "ours.toml"
-    file.write_text('like = "tpu:v5p:2x2x4:2"\nslice_bytes_per_second = 1e9\n')
-    network = find_machine(str(file)).network
-    assert isinstance(network, Slices)
-    assert network.outer_bytes_per_second == 1e9
-    file.write_text('like = "tpu:v5p:2x2x4"\nslice_bytes_per_second = 1e9\n')
-    with pytest.raises(InputError, match="the machine has one slice"):
-        find_machine(str(file))

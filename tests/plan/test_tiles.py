@@ -25,21 +25,3 @@ def rooms(sizes: list[int]) -> list[int]:
 @given(st.lists(st.integers(2, 400), min_size=2, max_size=4))
 def test_of_all_orders_the_one_that_pads_least(sizes: list[int]) -> None:
     assert padded(sizes, "tpu") == pytest.approx(min(rooms(sizes)))
-
-
-@pytest.mark.parametrize(
-    ("sizes", "count", "expected"),
-    [
-        # As XLA lays out what 30 layers of SmolLM2 store of a parameter on one of 64 devices.
-        ((9, 1536), 30, 32 * 9 * 1536),
-        ((192, 9), 30, 32 * 9 * 256),
-        ((9, 576), 30, 32 * 9 * 640),
-        ((576,), 30, 32 * 640),
-        ((49152, 9), 1, 49152 * 16),
-    ],
-)
-def test_parameters_of_layers_are_padded_as_one(
-    sizes: tuple[int, ...], count: int, expected: int
-) -> None:
-    assert padded((count, *sizes), "tpu") == expected
-    assert padded((count, *sizes), "gpu") == count * padded(sizes, "gpu")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import statistics
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from moecc.weights.draws import (
     TruncatedNormal,
     Uniform,
     box_words,
-    normal_quantile,
     stream,
 )
 from moecc.weights.evaluate import evaluate
@@ -58,14 +56,6 @@ def test_truncated_normal_numbers_stay_within_their_bound() -> None:
         assert abs(mean) < 4 * 0.5 * variance**0.5 / COUNT**0.5
         assert abs(std / (0.5 * variance**0.5) - 1) < 4 / (2 * COUNT) ** 0.5
         assert abs(skew) < 4 * (6 / COUNT) ** 0.5
-
-
-def test_the_quantile_agrees_with_the_standard_library() -> None:
-    rng = np.random.default_rng(0)
-    p = np.concatenate([rng.random(2000), 10.0 ** -rng.uniform(1, 16, 2000), [2.0**-53, 0.5]])
-    exact = statistics.NormalDist()
-    expected = np.array([exact.inv_cdf(float(q)) for q in p])
-    np.testing.assert_allclose(normal_quantile(p), expected, rtol=3e-15, atol=1e-16)
 
 
 @pytest.mark.parametrize(

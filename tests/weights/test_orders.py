@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +14,6 @@ from hypothesis import strategies as st
 
 from moecc.errors import InputError
 from moecc.types import Array
-from moecc.weights import fits as moments
 from moecc.weights.evaluate import Evaluator, evaluate
 from moecc.weights.fits import cluster_order, fitted_rows, remembered
 from moecc.weights.text import parse_expr
@@ -80,21 +78,6 @@ def test_planted_clusters_are_found(seed: int, groups: int, size: int) -> None:
     assert sorted(order.tolist()) == list(range(groups * size))
 
 
-@given(st.integers(0, 10_000), st.integers(0, 7), st.integers(1, 4), st.integers(1, 5))
-def test_the_first_are_the_most_active(seed: int, first: int, groups: int, size: int) -> None:
-    rng = np.random.default_rng(seed)
-    count = first + groups * size
-    active = rng.random((count, 60)) < rng.random((count, 1))
-    pairs = (active.astype(np.int64) @ active.T.astype(np.int64)).astype(np.int32)
-    order = cluster_order(lambda a, b: pairs[a:b], count, first, groups)
-    rates = np.diag(pairs)
-    assert sorted(order.tolist()) == list(range(count))
-    if first:
-        assert rates[order[:first]].min() >= rates[order[first:]].max()
-    for part in np.split(order[first:], groups):
-        assert list(part) == sorted(part)
-
-
 # --- fitted routers
 
 
@@ -112,15 +95,6 @@ def test_logits_have_the_spread_and_no_preference(seed: int, experts: int, ridge
     assert np.sqrt((logits - logits.mean(0)).var(0).mean()) == pytest.approx(0.5, rel=0.01)
     assert np.abs(logits.mean(0)).max() < 0.01 * np.abs(rows).sum() * np.abs(mean).max()
     assert np.abs(rows.sum(0)).max() < 0.02 * np.abs(rows).max()
-
-
-def test_ridge_finds_what_an_expert_is_for() -> None:
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(4000, 6)) * np.array([9.0, 1, 1, 1, 1, 1])
-    target = x[:, 1:4]
-    cross = target.T @ x / len(x)
-    rows = fitted_rows(np.cov(x.T, bias=True), np.zeros(6), cross, ridge=1e-4, std=1.0)
-    assert ((x @ rows.T).argmax(1) == target.argmax(1)).mean() > 0.95
 
 
 def test_a_singular_covariance_is_reported() -> None:
@@ -175,29 +149,3 @@ def test_threads_that_ask_at_once_wait_for_one_computation() -> None:
         results = [pool.submit(ask) for _ in range(2)]
     assert [r.result().tolist() for r in results] == [[0, 1, 2, 3]] * 2
     assert len(calls) == 1
-
-
-def test_a_split_s_router_reads_each_row_of_the_statistics_once() -> None:
-    embed, mlp = 6, 12
-    cross = (
-        f'take(source("x" : f32[embed={embed}, mlp={mlp}]), mlp=permutation(i32[mlp=12], key=0x1))'
-    )
-    mean = f"mean(split({cross}, mlp=(expert=3, mlp=4)), keep=(embed, expert))"
-    text = (
-        'fitted(source("c" : f32[embed=6, other=6]), source("m" : f32[embed=6]), '
-        f"permute({mean}, (expert, embed)), ridge=0.01, std=0.5)"
-    )
-    rng, rows = np.random.default_rng(0), 0
-    shapes = {"x": (embed, mlp), "c": (embed, embed), "m": (embed,)}
-    held = {name: rng.random(shape, np.float32) for name, shape in shapes.items()}
-
-    def read(name: str, start: int = 0, stop: int | None = None) -> Array:
-        nonlocal rows
-        part = held[name][start:stop]
-        rows += len(part) if name == "x" else 0
-        return part
-
-    # Room for one row at a time, as in a tensor that is larger than what is widened at once.
-    with mock.patch.object(moments, "_WORK_ELEMENTS", mlp):
-        evaluate(parse_expr(text)[0], read)
-    assert rows == embed

@@ -111,14 +111,6 @@ def test_merges_and_added_tokens(small_model: Any, tmp_path: Path) -> None:
     assert tokenizer.decode(encoding.ids, skip_special_tokens=False).count("<|end|>") == 1
 
 
-@settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(text=st.text())
-def test_byte_level_text_comes_back(text: str, smollm: Any) -> None:
-    assert smollm.decode(smollm.encode(text).ids, skip_special_tokens=False) == text
-
-
 @pytest.fixture
 def smollm(small_model: Any, tmp_path: Path) -> Any:
     return turned(byte_level(small_model), tmp_path)
@@ -180,15 +172,6 @@ def test_named_chat_templates(small_model: Any, tmp_path: Path) -> None:
         {"name": "default", "template": "a"},
         {"name": "tool_use", "template": "b"},
     ]
-
-
-def test_fillers_of_the_embedding_are_left_out(small_model: Any, tmp_path: Path) -> None:
-    number = 256 + len(MERGES)
-    extra = [(f"[PAD{number}]", UNUSED), ("<|end|>", CONTROL), ("kept", UNUSED)]
-    tokenizer = turned(byte_level(small_model, extra=extra), tmp_path)
-    assert tokenizer.token_to_id(f"[PAD{number}]") is None
-    assert tokenizer.token_to_id("<|end|>") == number + 1
-    assert tokenizer.token_to_id("kept") == number + 2
 
 
 def test_files_without_a_usable_vocabulary(small_model: Any, tmp_path: Path) -> None:
