@@ -436,20 +436,35 @@ def chain_of_renames(e: Rename) -> Expr | None:
 
 
 def rename_all(x: Expr, names: tuple[str, ...]) -> Expr:
-    """Return `x` with its axes named `names`, with as few renames as possible."""
-    pending = [(old, new) for old, new in zip(x.type.names, names, strict=True) if old != new]
+    """Return `x` with its axes named `names`, with as few renames as possible.
+
+    Cycles of names come first, so that what every inner rename of the result does is written as
+    this function would write it; otherwise to simplify might never end.
+    """
+    pending = {old: new for old, new in zip(x.type.names, names, strict=True) if old != new}
+    for start in tuple(pending):
+        cycle = [start]
+        while start in pending and (following := pending[cycle[-1]]) in pending:
+            if following == start:
+                x = _rename_cycle(x, cycle, pending)
+                break
+            if following in cycle:
+                break
+            cycle.append(following)
     while pending:
-        free = next((pair for pair in pending if pair[1] not in x.type), None)
-        if free is not None:
-            x = Rename(x, *free)
-            pending.remove(free)
-            continue
-        # The names form a cycle: one of them gets a temporary name.
-        old, new = pending.pop(0)
-        aside = next(name for i in count() if (name := f"aside{i}") not in {*x.type.names, *names})
-        x = Rename(x, old, aside)
-        pending.append((aside, new))
+        old = next(old for old, new in pending.items() if new not in x.type)
+        x = Rename(x, old, pending.pop(old))
     return x
+
+
+def _rename_cycle(x: Expr, cycle: list[str], pending: dict[str, str]) -> Expr:
+    """Rename axes each of which gets the name of the next; the first gets a temporary name."""
+    first, *others = cycle
+    aside = next(name for i in count() if (name := f"aside{i}") not in x.type)
+    x = Rename(x, first, aside)
+    for old in reversed(others):
+        x = Rename(x, old, pending.pop(old))
+    return Rename(x, aside, pending.pop(first))
 
 
 def drop_permute(e: Permute) -> Expr | None:

@@ -769,7 +769,7 @@ def weights_of(node: Node) -> list[Value]:
     return [v for v in node.operands if v.is_param and v.weight is not None]
 
 
-def _same_weight(weight: Expr, rng: Rng) -> Expr:
+def same_weight(weight: Expr, rng: Rng) -> Expr:
     type = weight.type
     axes = [a for a in type.axes if isinstance(a.size, int)]
     way = pick(
@@ -815,7 +815,7 @@ def write_a_weight_otherwise(node: Node, rng: Rng) -> bool:
         return False
     param = pick(rng, params)
     assert param.weight is not None
-    param.weight = _same_weight(param.weight, rng)
+    param.weight = same_weight(param.weight, rng)
     return True
 
 

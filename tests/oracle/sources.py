@@ -25,6 +25,7 @@ from ..passes.dense_blocks import Dense  # noqa: TID252
 from ..passes.stacks import STEPS, WEIGHTS, stack_graph  # noqa: TID252
 from .pairs import Pair, draw_pair, edited
 from .sound_edits import Rng, pick
+from .weights import from_weight
 
 UPCYCLES = (
     "upcycle{experts=2 top-k=1 router-std=1}",
@@ -228,7 +229,8 @@ def from_mesh(seed: int, rng: Rng) -> Pair | None:
 
 
 SOURCES: dict[str, tuple[Callable[[int, Rng], Pair | None], int]] = {
-    "random": (from_random, 50),
+    "random": (from_random, 42),
+    "weight": (from_weight, 8),
     "mixture": (from_mixture, 14),
     "upcycle": (from_upcycle, 16),
     "stack": (from_stack, 6),

@@ -5,6 +5,7 @@ Many are harmless in some graphs.  Whether one is, the reference decides.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from math import isfinite
 
@@ -305,7 +306,7 @@ def leave_out_an_element(node: Node, rng: Rng) -> bool:
 # Weights.
 
 
-def _slips(part: Expr, rng: Rng) -> Expr:
+def with_slip(part: Expr, rng: Rng) -> Expr:
     """Return another expression of the type of `part`."""
     match part:
         case Source() if part.type.dtype.is_float and rng.random() < 0.3:
@@ -319,7 +320,7 @@ def _slips(part: Expr, rng: Rng) -> Expr:
         case Full():
             return Full(pick(rng, (1 - part.value, part.value + 1e-6)), part.type)
         case Normal() | TruncatedNormal() | Uniform() if isinstance(part, Draw):
-            return part.with_key(part.key + 1) if hasattr(part, "with_key") else Scale(part, 1.5)
+            return dataclasses.replace(part, key=part.key + 1)
         case Slice():
             size = int(part.x.type[part.axis].size)  # type: ignore[arg-type]
             shift = pick(rng, (-1, 1))
@@ -350,7 +351,7 @@ def _slips(part: Expr, rng: Rng) -> Expr:
     return part
 
 
-def _swapped_axes(weight: Expr, rng: Rng) -> Expr:
+def swapped_axes(weight: Expr, rng: Rng) -> Expr:
     """Two axes of one size are taken for one another."""
     type = weight.type
     pairs = [
@@ -379,13 +380,13 @@ def mistake_a_weight(node: Node, rng: Rng) -> bool:
     assert weight is not None
     way = rng.random()
     if way < 0.2:
-        wrong_weight = _swapped_axes(weight, rng)
+        wrong_weight = swapped_axes(weight, rng)
     elif way < 0.3 and weight.type.dtype.is_float:
         wrong_weight = _rounded(weight, BF16)
     else:
         parts = list(walk(weight))
         part = pick(rng, parts)
-        slip = _slips(part, rng)
+        slip = with_slip(part, rng)
         if slip is part or slip.type != part.type:
             return False
         wrong_weight = transform(weight, lambda x: slip if x is part else x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, permutations
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from moecc.weights.movement import (
     Stack,
     Tile,
 )
-from moecc.weights.simplify import simplify
+from moecc.weights.simplify import rename_all, simplify
 
 W = Source("w", tensor(BF16, mlp=6, embed=4))
 V = Source("v", tensor(BF16, mlp=6, embed=4))
@@ -62,6 +62,18 @@ def test_a_draw_is_drawn_in_part() -> None:
     chosen = Subset(tensor(PRED, expert=4, mlp=6), "mlp", 3, 7)
     drop = Select(chosen, Tile(V, "expert", 4), Tile(W, "expert", 4))
     assert simplify(Index(drop, "expert", 1)) is Select(Index(chosen, "expert", 1), V, W)
+
+
+def test_renames_to_whatever_names_are_written_in_one_way() -> None:
+    x = Source("w", tensor(BF16, a=2, b=2, c=2, d=2))
+    for names in permutations((*x.type.names, "e", "f"), 4):
+        renamed = rename_all(x, names)
+        assert renamed.type.names == names
+        assert simplify(renamed) is renamed
+        for name in ("e", "g"):
+            if name not in names:
+                last = Rename(renamed, names[-1], name)
+                assert simplify(last).type.names == (*names[:-1], name)
 
 
 def test_inverse_movements_cancel() -> None:
