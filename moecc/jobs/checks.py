@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import gcd, lcm, prod
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from moecc.backend import Arrays
@@ -450,35 +451,47 @@ class PassProofs(Instrument):
     """Proves of each pass that it keeps its promise, on the graph at its own sizes.
 
     Attributes:
-      proved: the numbers of the passes whose promise is proved.
+      source: the graph before the first pass.
+      real: the prover of real arithmetic, for promises of reassociation.
+      runs: the passes whose promise is proved, by their numbers.
     """
 
     def __init__(self) -> None:
-        self.proved: set[int] = set()
-        self._before = Graph("")
+        from moecc.prove import Prover
 
-    def before(self, number: int, item: Pass, graph: Graph) -> None:
-        """Copy the graph, which a pass changes in place."""
-        self._before = clone(graph)
+        self.real, self._bits = Prover(), Prover(exact=True)
+        self.runs: dict[int, PassRun] = {}
+        self.source = self._last = Graph("")
+
+    def start(self, graph: Graph, pipeline: Pipeline) -> None:
+        """Copy the graph, which passes change in place."""
+        self.source = self._last = clone(graph)
 
     def after(self, run: PassRun, graph: Graph) -> None:
         """Try to prove that the pass kept its promise."""
-        from moecc.prove import prove
-
+        before, self._last = self._last, clone(graph)
         if run.preserves.kind != "approximate":
-            same = _with_outputs_of(self._before, graph)
-            if prove(self._before, same, exact=run.preserves.kind == "exact", refute=False):
-                self.proved.add(run.number)
+            prover = self._bits if run.preserves.kind == "exact" else self.real
+            if prover.prove(before, self._last, outputs=before.outputs.keys(), refute=False):
+                self.runs[run.number] = run
 
 
 def check_contracts(
-    graph: Graph, pipeline: Pipeline, context: Context, proved: Container[int] = ()
+    graph: Graph,
+    pipeline: Pipeline,
+    context: Context,
+    proved: Mapping[int, PassRun] = MappingProxyType({}),
 ) -> Contracts:
-    """Hold each pass that is not `proved` to its promise, on `graph` at reduced sizes.
+    """Hold each pass of a conversion that is not `proved` to its promise, at reduced sizes.
 
     Raises:
       CheckError: a pass broke its promise, or left an invalid graph.
     """
+    if len(proved) == len(pipeline):
+        runs = (proved[number] for number in sorted(proved))
+        return Contracts(
+            tuple(PassReceipt(format_pass(run.item), run.preserves, None) for run in runs)
+        )
     # Neither weights nor statistics are read: they have the sizes of the real model.
     seed, models = context.seed, context.models
     statistics = None if context.statistics is None else replace(context.statistics, shapes=None)

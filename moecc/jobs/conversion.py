@@ -13,7 +13,6 @@ from moecc.errors import InputError, UsageError
 from moecc.families.st_moe import GraphConfig
 from moecc.formats.adapter import branches_of, other_bases
 from moecc.ir.graph import Graph
-from moecc.ir.structure import clone
 from moecc.ir.unroll import unroll
 from moecc.jobs.checks import NOT_CHECKED, Contracts, PassProofs, check_contracts
 from moecc.jobs.targets import AUTO, choose
@@ -249,11 +248,13 @@ def plan(
         read=reads_small(model.checkpoint), models=branches_of(model.checkpoint),
         statistics=statistics,
     )  # fmt: skip
-    source, proofs = clone(model.graph), PassProofs()
+    proofs = PassProofs() if check else None
     done = run_pipeline(model.graph, pipeline, context=context,
-                        instruments=[proofs] if check else [],
+                        instruments=[] if proofs is None else [proofs],
                         crash_folder=temporary_folder)  # fmt: skip
-    contracts = check_contracts(source, pipeline, context, proofs.proved) if check else NOT_CHECKED
+    contracts = NOT_CHECKED
+    if proofs is not None:
+        contracts = check_contracts(proofs.source, pipeline, context, proofs.runs)
     unread = unread_models(model.graph, context.models)
     remarks += [f"{name}: no pass reads this model" for name in unread]
     if unroll(model.graph):
@@ -271,10 +272,11 @@ def plan(
         remarks += [*said, *quantising_remarks(export, storage)]
     remarks += _misreadings(export)
     proof = None
-    if check and done.preserves.kind != "approximate" and not isinstance(export, GgufExport):
+    is_equal = done.preserves.kind != "approximate"
+    if proofs is not None and is_equal and not isinstance(export, GgufExport):
         from moecc.prove.conversion import prove_conversion
 
-        proof = prove_conversion(source, export)
+        proof = prove_conversion(proofs.source, export, proofs.real)
     return Plan(
         model, model.graph, pipeline, done.preserves, target, export,
         None if isinstance(dtype, Storage) else dtype, seed, tuple(remarks), storage,

@@ -10,6 +10,7 @@ from moecc.errors import CheckError, InputError, MoeccError, Problem
 from moecc.ir.structure import clone
 from moecc.jobs.command import Load, Report, Spelling, read_pipeline
 from moecc.model.open import CONFIG_NAME, OpenedModel, open_model
+from moecc.prove import Prover
 from moecc.prove.conversion import ConversionProof, compared, over_source
 from moecc.support.text import amount
 from moecc.translate.export import Export
@@ -48,7 +49,7 @@ def prove(
         graph = result.graph
         if manifest is not None:
             graph = over_source(graph, dict(replay(source, manifest, load).tensors))
-        proof = compared(source.graph, graph, exact=exact)
+        proof = compared(source.graph, graph, Prover(exact=exact))
     data = {"a": a, "b": b, "proof": proof.to_json(), "node": proof.verdict.node}
     data["terms"] = list(proof.verdict.terms)
     problem = verdict_problem(proof.verdict)

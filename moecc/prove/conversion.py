@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -11,7 +11,7 @@ from moecc.formats.source import TensorInfo
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.ir.text import print_graph
-from moecc.prove.prover import Verdict, prove
+from moecc.prove.prover import Prover, Verdict
 from moecc.support.lazy import np
 from moecc.support.process import Closing
 from moecc.translate.export import Export
@@ -49,31 +49,31 @@ class ConversionProof:
         }
 
 
-def prove_conversion(source: Graph, export: Export) -> ConversionProof:
+def prove_conversion(source: Graph, export: Export, prover: Prover) -> ConversionProof:
     """Prove that a checkpoint, read back, is the function of the graph it was made from.
 
     Args:
       source: the graph before the passes.
       export: the checkpoint to write, its tensors as expressions over those of the source.
+      prover: of real arithmetic, which may have evaluated the source.
     """
-    return compared(source, written_graph(export), refute=False)
+    return compared(source, written_graph(export), prover, refute=False)
 
 
 def compared(
-    source: Graph, result: Graph, *, exact: bool = False, refute: bool = True
+    source: Graph, result: Graph, prover: Prover, *, refute: bool = True
 ) -> ConversionProof:
     """Prove that two graphs are the same function in the outputs that both have.
 
     Args:
       source: a graph.
       result: the graph to compare with it.
-      exact: whether the reference must compute the same bits.
+      prover: of real arithmetic, or of equal bits.
       refute: whether a counterexample is searched where there is no proof.
     """
-    before = _with_outputs(source, result.output_names)
-    after = _with_outputs(result, before.output_names)
-    verdict = prove(before, after, exact=exact, refute=refute)
-    return ConversionProof(verdict, graph_digest(before), graph_digest(after))
+    outputs = source.outputs.keys() & result.outputs.keys()
+    verdict = prover.prove(source, result, outputs=outputs, refute=refute)
+    return ConversionProof(verdict, graph_digest(source), graph_digest(result))
 
 
 def graph_digest(graph: Graph) -> str:
@@ -115,15 +115,6 @@ def _as(written: Expr, source: Source) -> Expr:
         for old, new in zip(written.type.names, names, strict=True):
             written = Rename(written, old, new)
     return written if written.type == source.type else Cast(written, source.type.dtype)
-
-
-def _with_outputs(graph: Graph, names: Iterable[str]) -> Graph:
-    """Return `graph` without outputs that the other graph lacks: losses, metrics."""
-    kept_names = set(names)
-    graph = clone(graph)
-    for name in [n for n in graph.output_names if n not in kept_names]:
-        graph.drop_output(name)
-    return graph
 
 
 class _UnwrittenCheckpoint(Closing):

@@ -32,14 +32,19 @@ class Evaluation:
     def __init__(self, algebra: Algebra, *, exact: bool = False, rolled: bool = False) -> None:
         self.algebra, self.exact, self.rolled = algebra, exact, rolled
         self.weights: dict[Expr, Tensor] = {}
+        self._evaluated: list[tuple[Graph, Terms]] = []
 
     def evaluate(self, graph: Graph) -> Terms:
-        """Return the term of every input, used parameter and result of a graph."""
+        """Return the term of every input, used parameter and result of a graph, once evaluated."""
+        for evaluated, values in self._evaluated:
+            if evaluated is graph:
+                return values
         terms: Terms = {v: self._input(v) for v in graph.inputs.values()}
         for value in graph.params.values():
             if value.users:
                 terms[value] = self._parameter(value)
         self._run(graph, terms)
+        self._evaluated.append((graph, terms))
         return terms
 
     def _run(self, graph: Graph, terms: Terms) -> None:

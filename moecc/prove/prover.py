@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -44,7 +44,7 @@ class Verdict:
       status: ``proved``, ``refuted`` by a counterexample, or ``unknown``.
       node: where the graphs part, as messages name it; empty if they do not.
       terms: the terms that differ there, of the first graph and of the second.
-      lemmas: how often each lemma was used.
+      lemmas: how often each lemma was used, for all graphs that were evaluated by then.
       assumptions: what the proof rests on besides.
       counterexample: for ``refuted``, the data on which outputs differ.
       make_log: makes the log.
@@ -79,24 +79,66 @@ def prove(before: Graph, after: Graph, *, exact: bool = False, refute: bool = Tr
       exact: whether outputs must have the same bits in the reference interpreter.
       refute: whether a counterexample is searched where there is no proof.
     """
-    assumptions = EXACT_ASSUMPTIONS if exact else ASSUMPTIONS
-    with _deep_and_uncollected():
-        for rolled in _readings(before, after):
-            lemmas = Lemmas(exact)
-            evaluation = Evaluation(Algebra(lemmas), exact=exact, rolled=rolled)
-            parting = _parting(evaluation, before, after)
-            counts = dict(sorted(lemmas.counts.items()))
-            if parting is None:
-                make_log = partial(log_of, before, after, lemmas.steps, exact=exact, rolled=rolled)
-                return Verdict("proved", lemmas=counts, assumptions=assumptions, make_log=make_log)
-    assert parting is not None
-    node, terms = parting
-    has_signature = node.split()[0] not in ("inputs", "outputs", "input", "output")
-    counterexample = (
-        find_counterexample(before, after, exact=exact) if refute and has_signature else None
-    )
-    status: Status = "unknown" if counterexample is None else "refuted"
-    return Verdict(status, node, terms, counts, assumptions, counterexample=counterexample)
+    return Prover(exact=exact).prove(before, after, refute=refute)
+
+
+class Prover:
+    """Proves pairs of graphs, each of which is evaluated once; none may change in between.
+
+    Attributes:
+      exact: whether outputs must have the same bits in the reference interpreter.
+    """
+
+    def __init__(self, *, exact: bool = False) -> None:
+        self.exact = exact
+        self._readings: dict[bool, tuple[Lemmas, Evaluation]] = {}
+
+    def prove(
+        self,
+        before: Graph,
+        after: Graph,
+        *,
+        outputs: Collection[str] | None = None,
+        refute: bool = True,
+    ) -> Verdict:
+        """Return whether two graphs have the same outputs.
+
+        Args:
+          before: a graph.
+          after: the graph to compare with it.
+          outputs: those to compare; None for all, which both must have.
+          refute: whether a counterexample is searched where there is no proof.
+        """
+        assumptions = EXACT_ASSUMPTIONS if self.exact else ASSUMPTIONS
+        with _deep_and_uncollected():
+            for rolled in _readings(before, after):
+                lemmas, evaluation = self._reading(rolled)
+                parting = _parting(evaluation, before, after, outputs)
+                counts = dict(sorted(lemmas.counts.items()))
+                if parting is None:
+                    make_log = partial(
+                        log_of, before, after, lemmas.steps, exact=self.exact, rolled=rolled
+                    )
+                    return Verdict(
+                        "proved", lemmas=counts, assumptions=assumptions, make_log=make_log
+                    )
+        assert parting is not None
+        node, terms = parting
+        has_signature = node.split()[0] not in ("inputs", "outputs", "input", "output")
+        counterexample = (
+            find_counterexample(before, after, exact=self.exact)
+            if refute and has_signature
+            else None
+        )
+        status: Status = "unknown" if counterexample is None else "refuted"
+        return Verdict(status, node, terms, counts, assumptions, counterexample=counterexample)
+
+    def _reading(self, rolled: bool) -> tuple[Lemmas, Evaluation]:
+        if rolled not in self._readings:
+            lemmas = Lemmas(self.exact)
+            evaluation = Evaluation(Algebra(lemmas), exact=self.exact, rolled=rolled)
+            self._readings[rolled] = lemmas, evaluation
+        return self._readings[rolled]
 
 
 MOST_NODES = 100_000
@@ -130,15 +172,25 @@ def _deep_and_uncollected() -> Iterator[None]:
 Parting = tuple[str, tuple[str, str]]
 
 
-def _parting(evaluation: Evaluation, before: Graph, after: Graph) -> Parting | None:
+def _parting(
+    evaluation: Evaluation, before: Graph, after: Graph, outputs: Collection[str] | None
+) -> Parting | None:
     """Return where two graphs part, and the terms there; None if they are proved equal."""
-    if (signature := _signature_gap(before, after)) is not None:
-        return signature
+    old_outputs, new_outputs = before.outputs, after.outputs
+    if outputs is not None:
+        old_outputs, new_outputs = (
+            {name: value for name, value in graph.outputs.items() if name in outputs}
+            for graph in (before, after)
+        )
+    gap = _signature_gap("input", before.inputs, after.inputs)
+    gap = gap or _signature_gap("output", old_outputs, new_outputs)
+    if gap is not None:
+        return gap
     old, new = evaluation.evaluate(before), evaluation.evaluate(after)
-    for name, value in before.outputs.items():
-        a, b = old[value], new[after.outputs[name]]
+    for name, value in old_outputs.items():
+        a, b = old[value], new[new_outputs[name]]
         if not is_same(a, b):
-            return _first_difference(value, after.outputs[name], old, new)
+            return _first_difference(value, new_outputs[name], old, new)
     return None
 
 
@@ -147,17 +199,13 @@ def is_same(a: Tensor, b: Tensor) -> bool:
     return a.axes == b.axes and a.body is b.body
 
 
-def _signature_gap(before: Graph, after: Graph) -> Parting | None:
-    for kind, old, new in (
-        ("input", before.inputs, after.inputs),
-        ("output", before.outputs, after.outputs),
-    ):
-        if old.keys() != new.keys():
-            return f"{kind}s", (", ".join(old), ", ".join(new))
-        for name, value in old.items():
-            types = (_layout(value.type), _layout(new[name].type))
-            if types[0] != types[1]:
-                return f"{kind} %{name}", types
+def _signature_gap(kind: str, old: Mapping[str, Value], new: Mapping[str, Value]) -> Parting | None:
+    if old.keys() != new.keys():
+        return f"{kind}s", (", ".join(old), ", ".join(new))
+    for name, value in old.items():
+        types = (_layout(value.type), _layout(new[name].type))
+        if types[0] != types[1]:
+            return f"{kind} %{name}", types
     return None
 
 

@@ -89,7 +89,7 @@ def test_a_receipt_says_what_was_promised_and_measured(
     assert (checked["pass"], checked["measured_error"]) == ("upcycle{experts=4}", None)
     assert checked["proved"] is True
     assert found["proof"]["verdict"] == "proved"
-    assert found["proof"]["lemmas"]["shares add up"] == 3
+    assert found["proof"]["lemmas"]["shares add up"] >= 3
     assert found["verified"]["difference"]["max_relative"] < 1e-5
     assert found["verified"]["inputs"] == {"tokens": [2, 128]}
     assert {e["engine"] for e in found["engines"] if e["runs"]} >= {"transformers 5", "vLLM"}
