@@ -724,7 +724,8 @@ def _attend(
         cache = w.expr(further["cache"]).text
         number = w.literal(layer_index, "layer_index")
         w.state(f"if {cache} is not None:")
-        w.state(f"    key, value = {cache}.update(key, value, {number})")
+        w.helper("extend_cache")
+        w.state(f"    key, value = extend_cache({cache}, key, value, {number})")
     arguments = [*names]
     options = [f"scaling={w.literal(scale, 'scaling')}"]
     if "mask" in further:

@@ -99,6 +99,16 @@ def causal_mask(config, hidden_states, attention_mask, position_ids, cache, wind
     return create_causal_mask(**{name: x for name, x in options.items() if name in names})
 
 
+def extend_cache(cache, key, value, layer_index):
+    """Append keys and values to those of a layer, and return all, ``[batch, head, seq, …]``."""
+    if not cache.is_compileable:
+        return cache.update(key, value, layer_index)
+    # transformers 4 does not know by itself how far a static cache is written.
+    past = cache.get_seq_length(layer_index)
+    positions = torch.arange(key.shape[2], device=key.device) + past
+    return cache.update(key, value, layer_index, {"cache_position": positions})
+
+
 def rotate(x, cos, sin):
     """Rotate pairs of entries, one in each half, by the angles of `cos` and `sin`."""
     first, second = x.chunk(2, dim=-1)
