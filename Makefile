@@ -115,7 +115,7 @@ docs: $(STAMP) ## write the pages and modules that are generated
 	$(BIN)/python -m moecc.ir.docs docs/ir.md
 	$(BIN)/python -m moecc.cli.docs docs/cli.md
 	$(BIN)/python -m moecc.rewrite.docs docs/passes.md
-	$(BIN)/python -m moecc_passes.sharding.legal docs/sharding.md
+	PYTHONPATH=tests/support $(BIN)/python -m sharding_cases docs/sharding.md
 	$(BIN)/python experiments/run.py --page
 
 bench: $(STAMP) ## the benchmarks, one after the other

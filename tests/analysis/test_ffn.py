@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from family_configs import read_config
 from hypothesis import given
 
 from moecc.analysis import FFNBlock, find_ffn_blocks
@@ -21,7 +22,6 @@ from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
 from moecc.testing import graphs
 from moecc.testing.blocks import attention, experts, feed_forward
-from moecc.testing.configs import read_config
 from moecc.testing.steps import binary, contract, unary
 from moecc.types import F32, tensor
 

@@ -7,6 +7,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from family_configs import (
+    activations,
+    choices,
+    feature_values,
+    fills_width,
+    gate_values,
+    shared_widths,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiers import examples
@@ -17,14 +25,6 @@ from moecc.families.llama import MixtralConfig
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import decoders, parse_config
 from moecc.families.rope import RopeConfig, attention_factor, rotary_frequencies
-from moecc.testing.configs import (
-    activations,
-    choices,
-    feature_values,
-    fills_width,
-    gate_values,
-    shared_widths,
-)
 
 from .small_config import small
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from family_configs import read_config
 
 from moecc.errors import InputError
 from moecc.families.registry import parse_config
-from moecc.testing.configs import read_config
 
 from .small_config import LLAMA3, MOE, SMALL, YARN, small
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from family_configs import random_checkpoint, small_configs
 from hypothesis import given, settings
 
 from moecc.families import build
@@ -17,7 +18,6 @@ from moecc.model.open import open_model
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
-from moecc.testing.configs import random_checkpoint, small_configs
 
 MIXTRAL = {
     "model_type": "mixtral",

@@ -9,6 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from family_configs import (
+    MemoryCheckpoint,
+    exported_checkpoint,
+    random_checkpoint,
+    small_bert_configs,
+    small_encdec_configs,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moecc_passes.add_losses import AddLossesPass
@@ -25,13 +32,6 @@ from moecc.families.t5 import T5Config
 from moecc.formats.open import open_checkpoint
 from moecc.ir import Graph, equal, parse, print_graph, verify
 from moecc.rewrite.passes import Context
-from moecc.testing.configs import (
-    MemoryCheckpoint,
-    exported_checkpoint,
-    random_checkpoint,
-    small_bert_configs,
-    small_encdec_configs,
-)
 from moecc.testing.data import inputs_for
 from moecc.translate.export import export_graph
 from moecc.translate.importing import import_checkpoint, unread_tensors

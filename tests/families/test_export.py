@@ -8,6 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from family_configs import (
+    MemoryCheckpoint,
+    exported_checkpoint,
+    random_checkpoint,
+    small_configs,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moecc_passes.upcycle.upcycle import UpcyclePass
@@ -20,12 +26,6 @@ from moecc.families.registry import decoders, parse_config
 from moecc.formats.open import open_checkpoint
 from moecc.ir import Builder, Graph, clone, print_graph, verify
 from moecc.rewrite.passes import Context
-from moecc.testing.configs import (
-    MemoryCheckpoint,
-    exported_checkpoint,
-    random_checkpoint,
-    small_configs,
-)
 from moecc.translate.export import Export, export_graph
 from moecc.translate.importing import import_checkpoint
 from moecc.translate.propose import propose

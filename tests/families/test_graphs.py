@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from family_configs import MemoryCheckpoint, random_checkpoint, small_configs
 from hypothesis import given, settings
 
 from moecc.backend import get_backend
@@ -14,7 +15,6 @@ from moecc.families.decoder import DecoderConfig
 from moecc.families.registry import parse_config
 from moecc.formats.open import open_checkpoint
 from moecc.ir import Graph, equal, parse, print_graph, verify
-from moecc.testing.configs import MemoryCheckpoint, random_checkpoint, small_configs
 from moecc.translate.importing import import_checkpoint
 from moecc.weights.evaluate import evaluate
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from family_configs import MemoryCheckpoint, random_checkpoint, small_configs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moecc.errors import InputError
 from moecc.families.registry import parse_config
 from moecc.ir import verify
-from moecc.testing.configs import MemoryCheckpoint, random_checkpoint, small_configs
 from moecc.translate.importing import import_checkpoint
 
 SIZES = {

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from family_configs import MemoryCheckpoint, exported_checkpoint, random_checkpoint
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.analysis import find_ffn_blocks
@@ -23,7 +24,6 @@ from moecc.jobs.convert import plan
 from moecc.model.open import OpenedModel
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
-from moecc.testing.configs import MemoryCheckpoint, exported_checkpoint, random_checkpoint
 from moecc.testing.data import inputs_for
 from moecc.translate.export import export_graph
 from moecc.translate.importing import import_checkpoint, unread_tensors

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from family_configs import small_configs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moecc_passes.upcycle.upcycle import UpcyclePass
@@ -17,7 +18,6 @@ from moecc.families.mixture import MoeConfig
 from moecc.families.registry import parse_config
 from moecc.ir import Graph
 from moecc.rewrite.passes import Context
-from moecc.testing.configs import small_configs
 from moecc.translate.propose import propose
 
 from .small_config import SMALL as SIZES

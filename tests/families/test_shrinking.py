@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import prod
 
 import pytest
+from family_configs import small_configs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +15,6 @@ from moecc.families.mixture import MoeConfig
 from moecc.families.registry import parse_config
 from moecc.families.shrinking import shrink_config, shrink_size
 from moecc.ir import F32, equal, verify
-from moecc.testing.configs import small_configs
 
 PUBLISHED = [
     {"model_type": "llama"},

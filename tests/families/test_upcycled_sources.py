@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from family_configs import MemoryCheckpoint
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.analysis import find_ffn_blocks
@@ -15,7 +16,6 @@ from moecc.families.describe import describe
 from moecc.formats.open import open_checkpoint
 from moecc.ir import verify
 from moecc.rewrite.passes import Context
-from moecc.testing.configs import MemoryCheckpoint
 from moecc.translate.export import export_graph
 from moecc.translate.importing import import_checkpoint
 from moecc.weights.evaluate import evaluate

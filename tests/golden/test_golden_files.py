@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from family_configs import read_config
 from safetensors.numpy import load_file
 
 from moecc.families.decoder import DecoderConfig
 from moecc.families.registry import CONFIGS, decoders
-from moecc.testing.configs import read_config
 
 from .plain_decoder import Array, Tensors
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from moecc_passes.sharding.legal import layer
 from moecc_passes.upcycle.gates import MEANINGS, GateLaw
 from moecc_passes.upcycle.gates import gates_of as promised_gates
+from sharding_cases import layer
 
 from moecc.backend import get_backend
 from moecc.ir import Builder, Graph

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from family_configs import MemoryCheckpoint
 from moecc_passes.resize import passes as resizing
 from moecc_passes.upcycle import upcycle
 from safetensors.numpy import save_file
@@ -23,7 +24,6 @@ from moecc.ir import Graph
 from moecc.ir.structure import clone
 from moecc.model.initialise import BlockSums, ExpertSums
 from moecc.rewrite.passes import Context, Pass, Statistics
-from moecc.testing.configs import MemoryCheckpoint
 from moecc.types import F64
 from moecc.weights.arithmetic import STATISTICS, name_in
 from moecc.weights.evaluate import evaluate

@@ -29,13 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from family_configs import MemoryCheckpoint
 
 from moecc.errors import MoeccError
 from moecc.ir import Graph, clone
 from moecc.rewrite.passes import Context, Statistics
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
-from moecc.testing.configs import MemoryCheckpoint
 from moecc.translate.export import Export, export_graph
 from moecc.translate.importing import import_checkpoint
 from moecc.version import __version__

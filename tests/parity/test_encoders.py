@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from family_configs import exported_checkpoint, random_checkpoint
 from moecc_passes.upcycle.upcycle import UpcyclePass
 from safetensors.numpy import save_file
 
 from moecc.backend import get_backend
 from moecc.families.registry import parse_config
 from moecc.rewrite.passes import Context
-from moecc.testing.configs import exported_checkpoint, random_checkpoint
 from moecc.translate.export import export_graph
 from moecc.translate.importing import import_checkpoint
 from moecc.weights.evaluate import evaluate

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from family_configs import small_configs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiers import examples, some
@@ -19,7 +20,6 @@ from moecc.ir.structure import clone
 from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
-from moecc.testing.configs import small_configs
 from moecc.testing.data import params_for
 from moecc.testing.laws import check_decode, run_in_steps
 from moecc.types import F64

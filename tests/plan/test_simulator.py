@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from family_configs import read_config
 
 from moecc.families import build
 from moecc.ir import Graph, clone
@@ -20,7 +21,6 @@ from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.sharding.layout import Layout
 from moecc.testing import inputs_for, params_for, sizes_for
-from moecc.testing.configs import read_config
 
 
 def rows_sent(counts: list[list[float]], row_bytes: float) -> list[float]:

@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 import pytest
-from moecc_passes.sharding.legal import MESHES, cases, layer
+from sharding_cases import MESHES, cases, layer
 
 from moecc.errors import InputError
 from moecc.families import build

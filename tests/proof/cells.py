@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from family_configs import MemoryCheckpoint, exported_checkpoint
 from safetensors.numpy import save_file
 
 from moecc.analysis import find_ffn_blocks
@@ -35,7 +36,6 @@ from moecc.model.initialise import BlockSums
 from moecc.rewrite.passes import Context, Statistics
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
-from moecc.testing.configs import MemoryCheckpoint, exported_checkpoint
 from moecc.translate.export import export_graph
 from moecc.translate.importing import import_checkpoint
 from moecc.types import F64, Array

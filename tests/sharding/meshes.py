@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from family_configs import read_config
+
 from moecc.families import build
 from moecc.ir import Graph
 from moecc.rewrite.passes import Context, Remark
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import PipelineReport, run_pipeline
-from moecc.testing.configs import read_config
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from moecc_passes.sharding.legal import layer
+from sharding_cases import layer
 
 from moecc.backend import get_backend
 from moecc.errors import InputError

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moecc_passes.sharding.legal import layer
+from sharding_cases import layer
 
 from moecc.backend import get_backend
 from moecc.errors import InputError, UsageError

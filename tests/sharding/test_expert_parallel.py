@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from moecc_passes.sharding.legal import Case, cases, layer, outcome
+from sharding_cases import Case, cases, layer, outcome
 
 from moecc.errors import InputError, UsageError
 from moecc.ir import Graph, clone, equal

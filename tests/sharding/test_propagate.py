@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from moecc_passes.sharding.annotate import lay
-from moecc_passes.sharding.legal import layer
+from sharding_cases import layer
 
 from moecc.families import build
 from moecc.families.registry import parse_config

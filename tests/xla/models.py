@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from family_configs import read_config
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.backend import get_backend
@@ -15,7 +16,6 @@ from moecc.ir import Graph
 from moecc.ir.interpreter import ReferenceProgram
 from moecc.rewrite.passes import Context
 from moecc.testing import inputs_for, params_for, run_reference
-from moecc.testing.configs import read_config
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 Array = np.ndarray[Any, np.dtype[Any]]

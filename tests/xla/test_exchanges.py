@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from moecc_passes.sharding.legal import Case, cases, layer, outcome
+from sharding_cases import Case, cases, layer, outcome
 from tiers import few
 
 from moecc.ir import Graph

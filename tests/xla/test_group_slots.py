@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from moecc_passes.sharding.legal import layer
+from sharding_cases import layer
 from tiers import few
 
 jax = pytest.importorskip("jax")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
-from moecc_passes.sharding.legal import Bound, Case, layer
+from sharding_cases import Bound, Case, layer
 
 from moecc.ir import Graph
 from moecc.ir.conventions import DISPATCHES

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from family_configs import read_config
 
 from moecc.families import build
 from moecc.plan.step import StepConfig
 from moecc.testing import params_for
-from moecc.testing.configs import read_config
 from moecc.train.graphs import Bound, MeshPasses, StepPasses, step_graph
 from moecc.train.recipe import OptimizerSection
 from moecc.train.settings import StepSpec

@@ -1,6 +1,6 @@
 """Which slots, meshes and ways of ``expert-parallel`` go together: tried, not listed by hand.
 
-    python -m moecc_passes.sharding.legal docs/sharding.md
+    PYTHONPATH=tests/support python -m sharding_cases docs/sharding.md
 
 writes the table between two markers of the page; the tests run every case of it.
 """
@@ -166,7 +166,7 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-TABLE = GeneratedPart("legal", "moecc_passes.sharding.legal", render)
+TABLE = GeneratedPart("legal", "sharding_cases", render)
 
 if __name__ == "__main__":
     sys.exit(TABLE.main())
