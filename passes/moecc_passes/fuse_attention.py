@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from moecc.errors import InputError
 from moecc.ir.builder import Builder
@@ -13,6 +12,7 @@ from moecc.ir.ops.attention import Given
 from moecc.ir.structure import replace_value
 from moecc.rewrite import P, fits
 from moecc.rewrite.passes import Context, Pass, PassResult, Preserves, Remark
+from moecc_passes.routed import weighted_values
 
 # Find attention by its dataflow, from the averaged values back to queries and keys.
 #
@@ -96,9 +96,12 @@ def attentions(graph: Graph) -> Iterator[Attention | NotFused]:
         if softmax is None or _is_of_params(node.operands[0], params):
             continue
         weights = _weights(node)
-        root = _root(weights, softmax.attr("axis"))
+        axis = softmax.attr("axis")
+        user = weights.only_user
+        product = None if user is None else fits(PRODUCT, user)
+        root = user if product is not None and product.attr("over") == (axis,) else None
         if root is None:
-            if _reaches_product(node.result, softmax.attr("axis")):
+            if weighted_values(node) is not None:
                 yield NotFused(node, "something stands between its weights and the values")
             continue
         try:
@@ -124,33 +127,6 @@ def _weights(softmax: Node) -> Value:
         if sunk is not None and sunk.node("softmax") is softmax:
             return user.result
     return softmax.result
-
-
-def _root(weights: Value, axis: str) -> Node | None:
-    """Return the product of values with `weights` over `axis`, if nothing else uses them."""
-    user = weights.only_user
-    product = None if user is None else fits(PRODUCT, user)
-    return user if product is not None and product.attr("over") == (axis,) else None
-
-
-_STEPS_TO_PRODUCT = 4
-"""How many nodes, those of dropout, may be between attention weights and their product."""
-
-
-def _reaches_product(weights: Value, axis: str) -> bool:
-    """Whether something that is made of `weights` element by element weighs values."""
-    values = [weights]
-    for _ in range(_STEPS_TO_PRODUCT):
-        users = [user for value in values for user in value.users]
-        if any(_is_over(user, axis) and not _has_param(user) for user in users):
-            return True
-        values = [v for user in users if user.op.elementwise for v in user.results]
-    return False
-
-
-def _is_over(node: Node, axis: str) -> bool:
-    product = fits(PRODUCT, node)
-    return product is not None and axis in product.attr("over")
 
 
 def _has_param(node: Node) -> bool:
@@ -281,8 +257,8 @@ class FuseAttentionPass(Pass):
     ``pack-segments``, ``decode``; and before ``roll-layers``.
     """
 
-    name: ClassVar[str] = "fuse-attention"
-    summary: ClassVar[str] = "make scores, softmax and averaged values one operation"
+    name = "fuse-attention"
+    summary = "make scores, softmax and averaged values one operation"
     preserves = Preserves("reassociation", "sums of weights are divided after values are added")
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
@@ -337,7 +313,14 @@ def _fused(graph: Graph, attention: Attention) -> str | None:
         fused.node.erase()
         return f"its axes would be in another order: {fused.type}"
     replace_value(root.result, fused)
-    _erase_dead(root)
+    # Erase `root`, and what nothing uses without it.
+    work = [root]
+    while work:
+        node = work.pop()
+        if node.alive and node.is_dead:
+            makers = [v.node for v in node.operands]
+            node.erase()
+            work += dict.fromkeys(n for n in makers if n is not None)
     return None
 
 
@@ -379,14 +362,3 @@ def _in_order(positions: Value) -> str | None:
     renamed = fits(RENAMED, positions.node)
     plain = positions if renamed is None else renamed.value("x")
     return axis if fits(POSITIONS, plain.node) is not None else None
-
-
-def _erase_dead(root: Node) -> None:
-    """Erase `root`, and what nothing uses without it."""
-    work = [root]
-    while work:
-        node = work.pop()
-        if node.alive and node.is_dead:
-            makers = [v.node for v in node.operands]
-            node.erase()
-            work += dict.fromkeys(n for n in makers if n is not None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from moecc.analysis import find_ffn_blocks
 from moecc.errors import InputError, Problem
@@ -28,10 +28,11 @@ SCORER = P.route(P.any(), ...) | P.softmax(P.any())
 AFTER_SCORER = P.merge(P.any()) | P.add(P.any(), P.any())
 AFTER_PRODUCT = P.add(P.any(), P.any()) | P.scale(P.any())
 NOISY = P.add(P.any("clean"), P.random_normal(P.any(), P.any(), std=P.attr("std")))
-ATTENTION = P.softmax(P.any(), axis=P.attr("axis"))
-SUMMED = P.contract(P.any(), P.any(), over=P.attr("over"))
 MASKED = P.mask(P.any(), P.any("seen"))
 CAUSAL = P.causal(P.any(), ...)
+
+_STEPS_TO_PRODUCT = 4
+"""How many nodes, those of dropout, may be between attention weights and their product."""
 
 CAUSAL_INPUTS = "causal_inputs"
 """The attribute of a graph that is a part of a decoder: its inputs that depend on attention."""
@@ -236,11 +237,26 @@ def attention_scores(graph: Graph) -> list[Node]:
 
 
 def _is_attention(node: Node) -> bool:
-    softmax = fits(ATTENTION, node)
-    if softmax is None or "attention" not in node.loc.rpartition(".")[2]:
-        return False
-    uses = (fits(SUMMED, user) for user in node.result.users)
-    return any(use is not None and softmax.attr("axis") in use.attr("over") for use in uses)
+    return "attention" in node.loc.rpartition(".")[2] and weighted_values(node) is not None
+
+
+def weighted_values(softmax: Node) -> Value | None:
+    """Return the values that a softmax weighs, of an attention; None for any other node.
+
+    They vary over the batch as the weights do, which matrices of experts do not.
+    """
+    if not softmax.op.is_distribution:
+        return None
+    axis, weights = str(softmax.attrs["axis"]), [softmax.result]
+    for _ in range(_STEPS_TO_PRODUCT):
+        uses = [(value, node) for value in weights for node in value.users]
+        for value, node in uses:
+            if node.op.is_product and axis not in node.result.type:
+                values = next((v for v in node.operands if v is not value), value)
+                varies = {axis, softmax.result.type.names[0]} <= set(values.type.names)
+                return values if varies else None
+        weights = [v for _, n in uses if n.op.elementwise for v in n.results if axis in v.type]
+    return None
 
 
 def causal_values(graph: Graph) -> set[Value]:
@@ -359,9 +375,9 @@ class WeightRowsPass(Pass):
         %c = combine_weighted %y, %e, %s : f32[batch=B, seq=S, embed=16]
     """
 
-    name: ClassVar[str] = NAME
-    summary: ClassVar[str] = "weight rows at their experts, before the last product"
-    must_match: ClassVar[bool] = True
+    name = NAME
+    summary = "weight rows at their experts, before the last product"
+    must_match = True
     preserves = Preserves("reassociation", "rows are weighted before their last product")
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
@@ -433,9 +449,9 @@ class TraceRoutingPass(Pass):
     With the ids of the tokens this is the specialisation of ST-MoE, section 7.
     """
 
-    name: ClassVar[str] = "trace-routing"
-    summary: ClassVar[str] = "return which tokens went to which experts"
-    must_match: ClassVar[bool] = True
+    name = "trace-routing"
+    summary = "return which tokens went to which experts"
+    must_match = True
     preserves = EXACT
 
     def validate_after(self, earlier: Sequence[Pass]) -> list[Problem]:
@@ -490,9 +506,9 @@ class TraceValuesPass(Pass):
     ``moecc capture`` takes statistics of them.
     """
 
-    name: ClassVar[str] = "trace-values"
-    summary: ClassVar[str] = "return what goes into blocks and experts, and comes out"
-    must_match: ClassVar[bool] = True
+    name = "trace-values"
+    summary = "return what goes into blocks and experts, and comes out"
+    must_match = True
     preserves = EXACT
 
     at: Annotated[str, "the locations, as a pattern of the shell: layers.3.*"] = "*"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from moecc.analysis import ATTRIBUTE, parameter_groups, trainable
 from moecc.errors import InputError, Problem
@@ -17,7 +17,7 @@ from moecc.ir.traits import Cost
 from moecc.rewrite.passes import EXACT, Context, Pass, PassResult, Preserves, Remark, advice
 from moecc.rewrite.pattern import NearMiss, P, fits
 from moecc.types import TensorType
-from moecc_passes.routed import NOTHING_ROUTED, RoutedLayer, routed_layers
+from moecc_passes.routed import NOTHING_ROUTED, RoutedLayer, routed_layers, weighted_values
 from moecc_passes.specialize.layer import reassign_slots
 
 Group = Literal["all", "moe", "non-moe", "router", "attention", "ffn", "norm", "embedding"]
@@ -40,10 +40,10 @@ class FreezePass(Pass):
     the experts is as good as training everything, and training the experts alone much worse.
     """
 
-    name: ClassVar[str] = "freeze"
-    summary: ClassVar[str] = "mark groups of parameters as not trained"
-    must_match: ClassVar[bool] = True
-    takes_rolled: ClassVar[bool] = True
+    name = "freeze"
+    summary = "mark groups of parameters as not trained"
+    must_match = True
+    takes_rolled = True
     preserves = EXACT
 
     groups: Annotated[tuple[Group, ...], "the frozen groups"] = ()
@@ -133,8 +133,8 @@ class TieHeadPass(Pass):
     the head adds no parameter and is not exported.
     """
 
-    name: ClassVar[str] = "tie-head"
-    summary: ClassVar[str] = "make logits of hidden states by the embedding"
+    name = "tie-head"
+    summary = "make logits of hidden states by the embedding"
 
     only: Annotated[bool, "the hidden states are no output any more"] = False
 
@@ -152,7 +152,13 @@ class TieHeadPass(Pass):
         if LOGITS in graph.output_names:
             return PassResult(changed=False)
         hidden = graph.outputs.get(HIDDEN)
-        table = _table(graph)
+        # The parameter that looks tokens up.
+        tokens = graph.inputs.get(TOKENS)
+        users = [] if tokens is None else list(tokens.users)
+        tables = (
+            u.operands[0] for u in users if u.op.cost is Cost.LOOK_UP and u.operands[0].is_param
+        )
+        table = next(tables, None)
         if hidden is None or table is None:
             raise InputError(
                 "the graph has no hidden states and embedding to make logits of",
@@ -165,14 +171,6 @@ class TieHeadPass(Pass):
         if self.only:
             graph.drop_output(HIDDEN)
         return PassResult(changed=True, matched=1)
-
-
-def _table(graph: Graph) -> Value | None:
-    """Return the parameter that looks tokens up."""
-    tokens = graph.inputs.get(TOKENS)
-    users = [] if tokens is None else list(tokens.users)
-    tables = (u.operands[0] for u in users if u.op.cost is Cost.LOOK_UP and u.operands[0].is_param)
-    return next(tables, None)
 
 
 # The pass ``force-balance``: experts in turn, whatever the router says, for timing alone.
@@ -198,9 +196,9 @@ class ForceBalancePass(Pass):
     work is done.
     """
 
-    name: ClassVar[str] = "force-balance"
-    summary: ClassVar[str] = "let tokens take experts in turn, to time a step"
-    must_match: ClassVar[bool] = True
+    name = "force-balance"
+    summary = "let tokens take experts in turn, to time a step"
+    must_match = True
 
     @property
     def preserves(self) -> Preserves:
@@ -245,9 +243,6 @@ TOKENS, DECODER_TOKENS = "tokens", "decoder_tokens"
 POSITIONS = P.positions(P.any())
 ROPE = P.rope(P.any(), scaling=P.attr("scaling"))
 
-_STEPS_TO_PRODUCT = 4
-"""How many nodes, those of dropout, may be between attention weights and their product."""
-
 NOTHING = NearMiss("attention", "the graph", "no tokens attend to others")
 
 
@@ -281,9 +276,9 @@ class PackSegmentsPass(Pass):
     under one they compete for slots.
     """
 
-    name: ClassVar[str] = "pack-segments"
-    summary: ClassVar[str] = "keep documents apart that share a sequence"
-    must_match: ClassVar[bool] = True
+    name = "pack-segments"
+    summary = "keep documents apart that share a sequence"
+    must_match = True
     preserves = Preserves("approximate", "tokens see those of their own segment alone")
 
     documents: Annotated[Literal["several", "one"], "how many documents a row has"] = "several"
@@ -332,7 +327,13 @@ class _Packing:
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
-        self._decoder = _dependents(graph, graph.inputs.get(DECODER_TOKENS))
+        # The values that depend on `start`.
+        start = graph.inputs.get(DECODER_TOKENS)
+        values: set[Value] = set() if start is None else {start}
+        for node in graph:
+            if any(value in values for value in node.operands):
+                values.update(node.results)
+        self._decoder = values
         self._masks: dict[tuple[str, str, str], Value] = {}
         self._valid: dict[str, Value] = {}
 
@@ -373,14 +374,13 @@ class _Packing:
 
     def attentions(self) -> list[_Attention]:
         """Return the attentions of the graph."""
-        problems = []
+        attentions = []
         for node in self._graph:
-            if node.op.is_distribution:
-                values = _weighted(node.result, _axis(node))
-                if values is not None and set(self._token_axes) <= set(node.result.type.names):
-                    query, key = self._sequence(node.result), self._sequence(values)
-                    problems.append(_Attention(node, _axis(node), query, key))
-        return problems
+            values = weighted_values(node)
+            if values is not None and set(self._token_axes) <= set(node.result.type.names):
+                query, key = self._sequence(node.result), self._sequence(values)
+                attentions.append(_Attention(node, _axis(node), query, key))
+        return attentions
 
     def positioned(self) -> list[Node]:
         """Return what reads absolute positions, rotary tables and learned ones."""
@@ -464,30 +464,3 @@ class _Packing:
 
 def _axis(node: Node) -> str:
     return str(node.attrs["axis"])
-
-
-def _dependents(graph: Graph, start: Value | None) -> set[Value]:
-    """Return the values that depend on `start`."""
-    values: set[Value] = set() if start is None else {start}
-    for node in graph:
-        if any(value in values for value in node.operands):
-            values.update(node.results)
-    return values
-
-
-def _weighted(weights: Value, axis: str) -> Value | None:
-    """Return what attention weights are the weights of: values that vary over the batch, too."""
-    values = [weights]
-    for _ in range(_STEPS_TO_PRODUCT):
-        uses = [(value, node) for value in values for node in value.users]
-        for value, node in uses:
-            if node.op.is_product and axis not in node.result.type:
-                (operand,) = (v for v in node.operands if v is not value)
-                return operand if _varies(operand, weights, axis) else None
-        values = [v for _, n in uses if n.op.elementwise for v in n.results if axis in v.type]
-    return None
-
-
-def _varies(values: Value, weights: Value, axis: str) -> bool:
-    """Whether `values` have the axis, and the batch, which matrices of experts do not."""
-    return axis in values.type and weights.type.names[0] in values.type
