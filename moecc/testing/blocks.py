@@ -35,7 +35,9 @@ def emit_mixture(g: Growth, x: Value, axis: Axis, emit_block: EmitBlock) -> Valu
     if g.chance(15):
         gates = emit_rescaled(g.builder, gates, slots)
     rows = g.builder.dispatch(x, experts, slots)
-    _note(g, since)
+    for index, node in enumerate(g.graph):
+        if index >= since:
+            g.values += node.results
     y = g.builder.combine(emit_block(g, rows, axis, (expert,)), experts, slots, gates)
     g.values.append(y)
     if g.chance(30):
@@ -157,13 +159,6 @@ def _tokens(x: Value) -> tuple[str, ...]:
 
 def _size(axis: Axis) -> int:
     return int(str(axis.size))
-
-
-def _note(g: Growth, since: int) -> None:
-    """Let later steps use the results of the nodes after the first `since`."""
-    for index, node in enumerate(g.graph):
-        if index >= since:
-            g.values += node.results
 
 
 ROUTING_AXES = {"group", "expert", "slot", "choice"}

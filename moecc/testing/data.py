@@ -37,17 +37,12 @@ def sizes_for(graph: Graph, seed: int) -> dict[str, int]:
         if node.op.assigns_slots:
             attrs = SlotsOp.of_node(node)
             groups = attrs.group_size or attrs.groups
-            _make_divisible(sizes, node.operands[0].type, attrs.tokens, groups)
+            type = node.operands[0].type
+            each = TensorType(type.dtype, tuple(type[n] for n in attrs.tokens))
+            open_sizes = [s for s in each.sizes if isinstance(s, str)]
+            if open_sizes and prod(shape_of(each, sizes)) % groups:
+                sizes[open_sizes[0]] *= groups
     return sizes
-
-
-def _make_divisible(
-    sizes: dict[str, int], type: TensorType, tokens: tuple[str, ...], groups: int
-) -> None:
-    each = TensorType(type.dtype, tuple(type[n] for n in tokens))
-    open_sizes = [s for s in each.sizes if isinstance(s, str)]
-    if open_sizes and prod(shape_of(each, sizes)) % groups:
-        sizes[open_sizes[0]] *= groups
 
 
 def shape_of(type: TensorType, sizes: Sizes) -> tuple[int, ...]:

@@ -212,7 +212,10 @@ def with_errors(graph: Graph, relative: float = ROUNDING) -> tuple[Graph, str]:
             if value.type.dtype.is_float:
                 users = list(value.users)
                 off = _off(builder, value, builder.fold_key(key, by=number), relative)
-                _use_instead(value, off, users)
+                for user in users:
+                    for at, operand in enumerate(user.operands):
+                        if operand is value:
+                            user.set_operand(at, off)
     return copy, key.name
 
 
@@ -226,13 +229,6 @@ def _off(b: Builder, value: Value, key: Value, relative: float) -> Value:
         )
         return b.mul(value, factor)
     return b.mul(value, b.random_uniform(key, value, low=low, high=high))
-
-
-def _use_instead(old: Value, new: Value, users: Sequence[Node]) -> None:
-    for user in users:
-        for at, operand in enumerate(user.operands):
-            if operand is old:
-                user.set_operand(at, new)
 
 
 def _nudged(data: Array, relative: float, draw: int, *words: str) -> Array:

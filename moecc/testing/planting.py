@@ -385,18 +385,14 @@ def plant(g: Growth, example: Example) -> bool:
         except Misfit:
             mark.restore()
             continue
-        if _matches(rule, pattern, root):
+        assert root.node is not None
+        matches = [m for p in roots(pattern) if (m := match(p, root.node)) is not None]
+        if bool(matches) and (rule.check if rule else accept)(matches[0]) is None:
             planted = mark.without_waste(root)
             _expose(g, [v for n in planted for v in n.results if v is not root] + [root])
             return True
         mark.restore()
     return False
-
-
-def _matches(rule: Rule | None, pattern: Pattern, root: Value) -> bool:
-    assert root.node is not None
-    matches = [m for p in roots(pattern) if (m := match(p, root.node)) is not None]
-    return bool(matches) and (rule.check if rule else accept)(matches[0]) is None
 
 
 def _expose(g: Growth, values: Sequence[Value]) -> None:

@@ -107,7 +107,17 @@ class _Sharder:
         copy = self._first_that_fits(builder, node, operands, free)
         self.kept.add(copy)
         for old, new in zip(node.results, copy.results, strict=True):
-            self.values[old] = self._summed(builder, new)
+            # `value` with every sum carried out: everywhere, or scattered along an
+            # axis.
+            value = new
+            for name in value.type.unreduced:
+                along = [a for a in value.type.axes if self._divides(a, (name,))]
+                if along and self._chance(50):
+                    axis = along[self.choices.below(len(along))].name
+                    value = builder.node("reduce_scatter", value, axis=axis, mesh=name).result
+                else:
+                    value = builder.node("all_reduce", value, mesh=name).result
+            self.values[old] = value
 
     def _first_that_fits(
         self, builder: Builder, node: Node, operands: list[Value], free: list[int]
@@ -164,17 +174,6 @@ class _Sharder:
 
     def _divides(self, axis: Axis, mesh: tuple[str, ...]) -> bool:
         return isinstance(axis.size, int) and axis.size % self.mesh.size((*axis.mesh, *mesh)) == 0
-
-    def _summed(self, builder: Builder, value: Value) -> Value:
-        """Return `value` with every sum carried out: everywhere, or scattered along an axis."""
-        for name in value.type.unreduced:
-            along = [a for a in value.type.axes if self._divides(a, (name,))]
-            if along and self._chance(50):
-                axis = along[self.choices.below(len(along))].name
-                value = builder.node("reduce_scatter", value, axis=axis, mesh=name).result
-            else:
-                value = builder.node("all_reduce", value, mesh=name).result
-        return value
 
 
 def _gathered(builder: Builder, value: Value, first: Value | None = None) -> Value:

@@ -309,7 +309,7 @@ def batch_sizes(graph: Graph, recipe: Recipe) -> dict[str, int]:
 def _passes(
     graph: Graph, recipe: Recipe, mode: str, factor: float, losses: Mapping[str, object]
 ) -> StepPasses:
-    routed = is_routed(graph)
+    routed = any(node.op.assigns_slots for node in graph.every_node())
     bound = Bound(factor) if factor and routed else None
     groups = _groups(graph, recipe, mode) if routed else None
     run = recipe.run
@@ -347,11 +347,6 @@ def _noise(recipe: Recipe, *, routed: bool) -> dict[str, float]:
             hint="upcycle in model.pipeline makes experts",
         )  # fmt: skip
     return {n.replace("_", "-"): value for n, value in options.items()}
-
-
-def is_routed(graph: Graph) -> bool:
-    """Return whether layers of `graph` have experts."""
-    return any(node.op.assigns_slots for node in graph.every_node())
 
 
 def _groups(graph: Graph, recipe: Recipe, mode: str) -> int | None:

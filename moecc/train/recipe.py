@@ -360,7 +360,11 @@ def faults(recipe: Recipe) -> Iterator[Fault]:
         )  # fmt: skip
     yield from _data(recipe.data)
     yield from _groups(recipe.data, recipe.routing, recipe.run)
-    yield from _router_dtype(recipe.routing, recipe.run)
+    keys: tuple[KeyPath, ...] = (("routing", "router_dtype"), ("run", "dtype"))
+    if recipe.routing.router_dtype not in ("f32", recipe.run.dtype):
+        allowed = " | ".join(dict.fromkeys(("f32", recipe.run.dtype)))
+        yield Fault(keys, "routers compute in float32 or in the type of the run", allowed,
+                    recipe.routing.router_dtype)  # fmt: skip
     yield from _schedule(recipe.optimizer, recipe.run)
     yield from _parameter_groups(recipe.optimizer.groups, recipe.run.steps)
     yield from _run(recipe.run, recipe.data)
@@ -428,14 +432,6 @@ def _groups(data: DataSection, routing: RoutingSection, run: RunSection) -> Iter
             "the token groups do not divide the sequences",
             f"parts of a sequence that divide seq = {data.seq}", str(groups),
         )  # fmt: skip
-
-
-def _router_dtype(routing: RoutingSection, run: RunSection) -> Iterator[Fault]:
-    keys: tuple[KeyPath, ...] = (("routing", "router_dtype"), ("run", "dtype"))
-    if routing.router_dtype not in ("f32", run.dtype):
-        allowed = " | ".join(dict.fromkeys(("f32", run.dtype)))
-        yield Fault(keys, "routers compute in float32 or in the type of the run", allowed,
-                    routing.router_dtype)  # fmt: skip
 
 
 def update_faults(optimizer: OptimizerSection) -> Iterator[Fault]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import reduce
 from itertools import chain
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from moecc.errors import InputError, Problem
 from moecc.ir.builder import Builder
@@ -140,9 +140,9 @@ class AddLossesPass(Pass):
     are inputs ``total.…`` (the attribute ``totals`` says of what).  Its metrics are sums, too.
     """
 
-    name: ClassVar[str] = "add-losses"
-    summary: ClassVar[str] = "add balancing losses and routing metrics as outputs"
-    must_match: ClassVar[bool] = True
+    name = "add-losses"
+    summary = "add balancing losses and routing metrics as outputs"
+    must_match = True
     preserves = EXACT
 
     balance: Annotated[

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from math import copysign, isfinite
-from typing import Annotated, ClassVar
+from typing import Annotated
 from zlib import crc32
 
 from moecc.ir.builder import Builder
@@ -329,9 +329,9 @@ class CanonicalizePass(Pass):
         %e = silu %x : f32[batch=B, embed=4]
     """
 
-    name: ClassVar[str] = "canonicalize"
-    summary: ClassVar[str] = "bring a graph into the canonical form that other passes expect"
-    takes_rolled: ClassVar[bool] = True
+    name = "canonicalize"
+    summary = "bring a graph into the canonical form that other passes expect"
+    takes_rolled = True
 
     exact: Annotated[bool, "leave out what is equal only in real arithmetic"] = False
 
@@ -383,9 +383,9 @@ class CsePass(Pass):
         %c = mul %a, %a : f32[batch=B, embed=4]
     """
 
-    name: ClassVar[str] = "cse"
-    summary: ClassVar[str] = "keep the first of nodes that compute the same"
-    takes_rolled: ClassVar[bool] = True
+    name = "cse"
+    summary = "keep the first of nodes that compute the same"
+    takes_rolled = True
     preserves = EXACT
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
@@ -438,9 +438,9 @@ class DcePass(Pass):
         output y = %a
     """
 
-    name: ClassVar[str] = "dce"
-    summary: ClassVar[str] = "erase nodes and parameters that no output depends on"
-    takes_rolled: ClassVar[bool] = True
+    name = "dce"
+    summary = "erase nodes and parameters that no output depends on"
+    takes_rolled = True
     preserves = EXACT
 
     keep_params: Annotated[bool, "keep unused parameters"] = False

@@ -6,7 +6,7 @@ from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from functools import cached_property
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from moecc.analysis import LOGITS
 from moecc.errors import InputError, Problem
@@ -346,7 +346,20 @@ class Rewriter:
                         cached[value] = self._extended(node, value)
                     self._replace(node, number, cached[value])
                 else:
-                    self._replace(node, number, self._key_positions(value))
+                    # The positions of the tokens in the caches, ``[batch,
+                    # kv_seq]``.
+                    (axis,) = self.sides.keys[value]
+                    names = {
+                        v.type.names[-1]: n
+                        for n, v in self.graph.inputs.items()
+                        if KEY_POSITIONS in n
+                    }
+                    name = names.get(axis) or (
+                        KEY_POSITIONS if not names else f"{KEY_POSITIONS}.{axis}"
+                    )
+                    self._replace(
+                        node, number, self._input(name, self._of_tokens(Axis(axis, CAPACITY)))
+                    )
         self._take_positions()
         infer_again(self.graph, self.touched)
         for updated in cached.values():
@@ -383,13 +396,6 @@ class Rewriter:
     def _memory(self, value: Value, name: str) -> Value:
         self.memories[value] = self._input(name, TensorType(value.type.dtype, value.type.axes))
         return self.memories[value]
-
-    def _key_positions(self, value: Value) -> Value:
-        """Return the positions of the tokens in the caches, ``[batch, kv_seq]``."""
-        (axis,) = self.sides.keys[value]
-        names = {v.type.names[-1]: n for n, v in self.graph.inputs.items() if KEY_POSITIONS in n}
-        name = names.get(axis) or (KEY_POSITIONS if not names else f"{KEY_POSITIONS}.{axis}")
-        return self._input(name, self._of_tokens(Axis(axis, CAPACITY)))
 
     def _take_positions(self) -> None:
         """Read the positions of tokens from an input, in place of counting from 0."""
@@ -428,13 +434,6 @@ def _cached(type: TensorType, axis: str, size: str) -> TensorType:
     """Return the type of a cache: tokens next to the innermost axis, as products read them."""
     axes = [a for a in type.axes if a.name != axis]
     return TensorType(type.dtype, (*axes[:-1], Axis(axis, size), *axes[-1:]))
-
-
-def check_sizes(graph: Graph) -> None:
-    """Raise InputError if a size of `graph` has the name that caches have."""
-    values = [*graph.inputs.values(), *(v for node in graph for v in node.results)]
-    if any(axis.size == CAPACITY for v in values for axis in v.type.axes):
-        raise InputError(f"{CAPACITY} is a size of the graph", hint="caches have the size C")
 
 
 # The pass ``decode``: continue texts token by token.
@@ -486,9 +485,9 @@ class DecodePass(Pass):
     that the whole text has at once.  A graph in which a token depends on later ones is rejected.
     """
 
-    name: ClassVar[str] = "decode"
-    summary: ClassVar[str] = "continue texts token by token, with caches of keys and values"
-    must_match: ClassVar[bool] = True
+    name = "decode"
+    summary = "continue texts token by token, with caches of keys and values"
+    must_match = True
     preserves = Preserves("approximate", STEPS)
 
     part: Annotated[
@@ -508,7 +507,9 @@ class DecodePass(Pass):
                 expected=f"the input tokens, i32[batch, seq], and the output {LOGITS}",
                 found=f"{', '.join(graph.inputs)}; {', '.join(graph.outputs)}",
             )
-        check_sizes(graph)
+        values = [*graph.inputs.values(), *(v for node in graph for v in node.results)]
+        if any(axis.size == CAPACITY for v in values for axis in v.type.axes):
+            raise InputError(f"{CAPACITY} is a size of the graph", hint="caches have the size C")
         dropped = [name for name in graph.outputs if name != LOGITS]
         # What only other outputs need is left out before the graph is judged.
         Rewriter(Sides.of(graph, tokens), self.name).keep({LOGITS: graph.outputs[LOGITS]})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
@@ -110,12 +109,21 @@ def fuse_siblings(graph: Graph, *, origin: str, need_weights: bool = True) -> li
     fused: dict[str, Value] = {}
     fusions = []
     for siblings in find_siblings(graph, need_weights=need_weights):
-        fused_param = _fused_param(graph, siblings)
+        first = siblings.params[0]
+        axis, width = siblings.axis, sum(siblings.sizes)
+        type = first.type.with_axes(Axis(axis, width) if a.name == axis else a for a in first.type)
+        weights = tuple(p.weight for p in siblings.params if p.weight is not None)
+        weight = Concat(weights, axis) if weights else None
+        fused_param = graph.param(graph.fresh(f"{first.name}.fused"), type, weight, loc=first.loc)
         parts = tuple(param.name for param in siblings.params)
         _replace(graph, siblings, fused_param, origin)
         fused |= dict.fromkeys(parts, fused_param)
         fusions.append(Fusion(fused_param.name, parts, siblings.axis))
-    _take_places(graph, fused)
+    # Put each new parameter at the position of the first that it replaces, and erase those.
+    order = dict.fromkeys(fused.get(name, value) for name, value in graph.params.items())
+    for name in fused:
+        graph.erase_param(name)
+    graph.order_params(order)
     return fusions
 
 
@@ -176,15 +184,6 @@ def _weights_agree(params: list[Value], need_weights: bool) -> bool:
     return len({w.type.dtype for w in weights if w is not None}) == 1
 
 
-def _fused_param(graph: Graph, siblings: Siblings) -> Value:
-    first = siblings.params[0]
-    axis, width = siblings.axis, sum(siblings.sizes)
-    type = first.type.with_axes(Axis(axis, width) if a.name == axis else a for a in first.type)
-    weights = tuple(p.weight for p in siblings.params if p.weight is not None)
-    weight = Concat(weights, axis) if weights else None
-    return graph.param(graph.fresh(f"{first.name}.fused"), type, weight, loc=first.loc)
-
-
 def _replace(graph: Graph, siblings: Siblings, param: Value, origin: str) -> None:
     """Replace the siblings by one contraction and its slices."""
     first, axis = siblings.nodes[0], siblings.axis
@@ -205,14 +204,6 @@ def _replace(graph: Graph, siblings: Siblings, param: Value, origin: str) -> Non
         node.erase()
         # A replacement takes over the name of the value, so that the text differs less.
         graph.rename(part, name)
-
-
-def _take_places(graph: Graph, fused: dict[str, Value]) -> None:
-    """Put each new parameter at the position of the first that it replaces, and erase those."""
-    order = dict.fromkeys(fused.get(name, value) for name, value in graph.params.items())
-    for name in fused:
-        graph.erase_param(name)
-    graph.order_params(order)
 
 
 @dataclass(frozen=True)
@@ -246,8 +237,8 @@ class FuseGateUpPass(Pass):
     It is not bit-exact: a product of another shape adds in another order.
     """
 
-    name: ClassVar[str] = "fuse-gate-up"
-    summary: ClassVar[str] = "contract a value with gate and up at once"
+    name = "fuse-gate-up"
+    summary = "contract a value with gate and up at once"
     preserves = Preserves("reassociation", "a product of another shape adds in another order")
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:

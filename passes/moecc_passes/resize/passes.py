@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from moecc.errors import InputError, Problem
 from moecc.ir.conventions import convention
@@ -46,7 +46,7 @@ from moecc_passes.routed import NOTHING_ROUTED
 class ResizePass(Pass):
     """Base of the passes that build every routed layer anew."""
 
-    must_match: ClassVar[bool] = True
+    must_match = True
 
     @abstractmethod
     def problems(self, layer: Anatomy, ctx: Context) -> Iterator[Problem]:
@@ -115,8 +115,8 @@ class GrowPass(ResizePass):
         %e, %g = route %l, %b {top_k=2 using=(bias)} : i32[…, choice=2], f32[…, choice=2]
     """
 
-    name: ClassVar[str] = "grow"
-    summary: ClassVar[str] = "store every expert several times, and choose as many more"
+    name = "grow"
+    summary = "store every expert several times, and choose as many more"
 
     times: Annotated[int, "how often every expert is stored", Bounds(2)] = 2
     chosen: Annotated[
@@ -197,8 +197,8 @@ class ZeroExpertsPass(ResizePass):
         %e, %g = route %l, %b {top_k=2 using=(bias)} : …    # of 12 experts, %b is -2 of the last 4
     """
 
-    name: ClassVar[str] = "zero-experts"
-    summary: ClassVar[str] = "add experts that add nothing, kept from being chosen by a bias"
+    name = "zero-experts"
+    summary = "add experts that add nothing, kept from being chosen by a bias"
 
     count: Annotated[int, "how many are added to each layer", Bounds(1)] = 1
     bias: Annotated[BiasChoice, BIAS_DOC] = "auto"
@@ -252,8 +252,8 @@ class MergePass(ResizePass):
         %e, %g = route %l {top_k=2} : i32[…, choice=2], f32[…, choice=2]    # of 8 experts
     """
 
-    name: ClassVar[str] = "merge"
-    summary: ClassVar[str] = "replace every few experts by their mean"
+    name = "merge"
+    summary = "replace every few experts by their mean"
 
     size: Annotated[int, "how many experts become one", Bounds(2)] = 2
     by: Annotated[
@@ -328,8 +328,8 @@ class PrunePass(ResizePass):
     A token that chose none of the others has the result that it had, under renormalised gates.
     """
 
-    name: ClassVar[str] = "prune"
-    summary: ClassVar[str] = "remove some of the experts"
+    name = "prune"
+    summary = "remove some of the experts"
 
     keep: Annotated[int, "how many experts of a layer stay", Bounds(2, hint="to-dense")] = 4
     experts: Annotated[
@@ -402,8 +402,8 @@ class ToDensePass(ResizePass):
     group are the dense block that they were cut from.
     """
 
-    name: ClassVar[str] = "to-dense"
-    summary: ClassVar[str] = "make one dense block of the experts of a layer"
+    name = "to-dense"
+    summary = "make one dense block of the experts of a layer"
 
     how: Annotated[
         Literal["first", "mean", "concat"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from moecc.errors import InputError, Problem, nearest
 from moecc.ir.graph import Graph, Node, Value, setter_of
@@ -248,10 +248,10 @@ class RollLayersPass(Pass):
     what is used of each layer, such as a loss.  ``unroll-layers`` is the inverse.
     """  # noqa: E501
 
-    name: ClassVar[str] = "roll-layers"
-    summary: ClassVar[str] = "fold equal layers into one layer that is repeated"
-    must_match: ClassVar[bool] = True
-    takes_rolled: ClassVar[bool] = True
+    name = "roll-layers"
+    summary = "fold equal layers into one layer that is repeated"
+    must_match = True
+    takes_rolled = True
     preserves = EXACT
 
     remat: Annotated[
@@ -372,9 +372,9 @@ class UnrollLayersPass(Pass):
     The ranges in names and locations say which layer is which.
     """  # noqa: E501
 
-    name: ClassVar[str] = "unroll-layers"
-    summary: ClassVar[str] = "unroll every repeated layer"
-    takes_rolled: ClassVar[bool] = True
+    name = "unroll-layers"
+    summary = "unroll every repeated layer"
+    takes_rolled = True
     preserves = EXACT
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from moecc.errors import InputError, MoeccError, Problem
 from moecc.ir.builder import Builder
@@ -47,9 +47,9 @@ class AnnotateShardingPass(Pass):
         %y1 = reshard %y {to="batch@data"} : f32[batch@data=B, seq=S, embed=16]
     """
 
-    name: ClassVar[str] = NAME
-    summary: ClassVar[str] = "shard the graph over a mesh by the rules of a layout"
-    must_match: ClassVar[bool] = True
+    name = NAME
+    summary = "shard the graph over a mesh by the rules of a layout"
+    must_match = True
 
     mesh: Annotated[str, "the axes of the mesh and their sizes, data:8,model:4"]
     rules: Annotated[tuple[str, ...], "layouts by name, or files of rules; the first counts most"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from moecc.errors import InputError, Problem
 from moecc.ir.builder import Builder
@@ -73,7 +73,10 @@ def laid_layers(graph: Graph) -> list[LaidLayer]:
         rows = routed.dispatch.results[0]
         gates = () if routed.gate_dispatch is None else (routed.gate_dispatch.result,)
         entries, gate_entries = map(_collectives, ((rows,), gates))
-        outputs = _before_collectives(routed.combine.operands[0])
+        value = routed.combine.operands[0]
+        while value.node is not None and value.node.op.collective is not None:
+            value = value.node.operands[0]
+        outputs = value
         mesh = outputs.type["expert"].mesh
         if mesh:
             layers.append(LaidLayer(routed, entries, gate_entries, outputs, mesh))
@@ -82,12 +85,6 @@ def laid_layers(graph: Graph) -> list[LaidLayer]:
 
 def _collectives(values: Iterable[Value]) -> tuple[Node, ...]:
     return tuple(n for v in values for n in v.users if n.op.collective is not None)
-
-
-def _before_collectives(value: Value) -> Value:
-    while value.node is not None and value.node.op.collective is not None:
-        value = value.node.operands[0]
-    return value
 
 
 def need(holds: bool, layer: LaidLayer, reason: str, expected: str, hint: str) -> None:
@@ -146,7 +143,12 @@ def bound_rows(graph: Graph, layer: LaidLayer, builder: Builder, mesh: Mesh, fac
     movers = [n for n in (routed.dispatch, routed.gate_dispatch, routed.combine) if n is not None]
     for node in movers:
         node.set_operand(2, bounded)
-    dropped = _dropped(builder, slots, bounded)
+    # How many choices had a slot and have none any more.
+    axes = slots.type.names
+    lost = builder.sub(_placed(builder, slots), _placed(builder, bounded))
+    dropped = builder.sum(lost, axes=axes, name="dropped")
+    if dropped.type.unreduced:
+        dropped = builder.all_reduce(dropped, mesh=dropped.type.unreduced, name="dropped")
     infer_again(graph, movers, start=routed.assigner)
     graph.set_output(f"{PREFIX}{routed.name}", dropped)
 
@@ -175,16 +177,6 @@ def _placed_again(layer: LaidLayer, builder: Builder, keep: Value) -> Value:
     attrs = {**node.attrs, "using": tuple(operands_by_name)}
     operands, names = (node.operands[0], *operands_by_name.values()), (layer.routed.slots.name,)
     return builder.node(node.op.name, *operands, names=names, **attrs).result
-
-
-def _dropped(builder: Builder, before: Value, after: Value) -> Value:
-    """Return how many choices had a slot and have none any more."""
-    axes = before.type.names
-    lost = builder.sub(_placed(builder, before), _placed(builder, after))
-    total = builder.sum(lost, axes=axes, name="dropped")
-    if total.type.unreduced:
-        total = builder.all_reduce(total, mesh=total.type.unreduced, name="dropped")
-    return total
 
 
 # All-to-all: rows go to the devices of their experts, and results come back.
@@ -640,9 +632,9 @@ class ExpertParallelPass(Pass):
         %r2 = all_gather %r1 {axis=embed, mesh=model} : f32[group=8, expert@data=8, …, embed=16]
     """
 
-    name: ClassVar[str] = NAME
-    summary: ClassVar[str] = "choose how rows come to the devices of their experts"
-    must_match: ClassVar[bool] = True
+    name = NAME
+    summary = "choose how rows come to the devices of their experts"
+    must_match = True
 
     via: Annotated[
         Literal["capacity", "ragged", "hierarchical", "ring", "replicated"],

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
 
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
@@ -46,9 +45,9 @@ class LowerCollectivesPass(Pass):
         %r1 = all_to_all %r {mesh=data, split=expert, gather=group} : f32[group=8, expert@data=8, …]
     """
 
-    name: ClassVar[str] = NAME
-    summary: ClassVar[str] = "make collectives of what is brought elsewhere"
-    takes_rolled: ClassVar[bool] = True
+    name = NAME
+    summary = "make collectives of what is brought elsewhere"
+    takes_rolled = True
     preserves = EXACT
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
@@ -59,7 +58,7 @@ class LowerCollectivesPass(Pass):
             if node.op.collective is not CollectiveKind.ANY:
                 continue
             reshards += 1
-            cause = _cause(node.origin)
+            cause = node.origin.rpartition("/")[2] or "reshard"
             builder = Builder(node.graph, loc=node.loc, origin=f"{NAME}/{cause}", before=node)
             value, target = node.operands[0], node.result.type
             chosen = list(steps(value.type, target))
@@ -68,7 +67,3 @@ class LowerCollectivesPass(Pass):
         for op, count in sorted(counts.items()):
             ctx.remark(Remark("", f"{count} × {op}"))
         return PassResult(reshards > 0, reshards, dict(sorted(counts.items())))
-
-
-def _cause(origin: str) -> str:
-    return origin.rpartition("/")[2] or "reshard"

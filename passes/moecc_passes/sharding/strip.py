@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from moecc.ir.graph import Graph, Node
 from moecc.ir.mesh import mesh_of, set_mesh
@@ -30,9 +29,9 @@ class StripShardingPass(Pass):
         %h = contract %x, %w {over=embed} : f32[batch=B, seq=S, mlp=64]
     """
 
-    name: ClassVar[str] = "strip-sharding"
-    summary: ClassVar[str] = "take the mesh and its collectives away"
-    takes_rolled: ClassVar[bool] = True
+    name = "strip-sharding"
+    summary = "take the mesh and its collectives away"
+    takes_rolled = True
     preserves = REGROUPED
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:

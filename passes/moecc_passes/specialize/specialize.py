@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph
@@ -250,9 +250,9 @@ class SpecializePass(ModeConfig, Pass):
         %p = assign_slots %e, %s {…, slots=capacity, capacity_factor=1.25, using=keep} : i32[…]
     """
 
-    name: ClassVar[str] = "specialize"
-    summary: ClassVar[str] = "set capacity, policy and noise for training or evaluation"
-    must_match: ClassVar[bool] = True
+    name = "specialize"
+    summary = "set capacity, policy and noise for training or evaluation"
+    must_match = True
 
     @property
     def preserves(self) -> Preserves:
@@ -336,8 +336,8 @@ class RecordModesPass(Pass):
         attr routing = {"train": {"capacity_factor": 1.25, "policy": "random", …}, "eval": {…}}
     """
 
-    name: ClassVar[str] = "record-modes"
-    summary: ClassVar[str] = "record the settings of training and evaluation in the graph"
+    name = "record-modes"
+    summary = "record the settings of training and evaluation in the graph"
     preserves = EXACT
 
     train_capacity_factor: Annotated[float, "the capacity factor of training", FACTOR] = 1.25

@@ -68,12 +68,6 @@ def surroundings(block: FFNBlock) -> ResidualStream | str:
     return ResidualStream(block.x, after, None, total)
 
 
-def extra_location(loc: str) -> str:
-    """Return the location of the extra sublayer beside the block at `loc`."""
-    head, _, last = loc.rpartition(".")
-    return f"{head}.extra_{last}" if head else f"extra_{last or 'ffn'}"
-
-
 def _add_sublayer(graph: Graph, block: FFNBlock, where: str) -> None:
     """Emit a copy of a dense block ``before`` or ``after`` it; call it before erasing the block."""
     around = surroundings(block)
@@ -86,7 +80,8 @@ def _add_sublayer(graph: Graph, block: FFNBlock, where: str) -> None:
     # The first node that must read the new stream; None if only outputs do.
     readers = {n for n, _ in users}
     following = next((n for n in graph.walk(stream.node) if n in readers), None)
-    loc = extra_location(block.loc)
+    head, _, last = block.loc.rpartition(".")
+    loc = f"{head}.extra_{last}" if head else f"extra_{last or 'ffn'}"
     builder = Builder(graph, loc=loc, origin="upcycle/extra-ffn", before=following)
 
     def copy(param: Value, weight: Expr | None = None) -> Value:

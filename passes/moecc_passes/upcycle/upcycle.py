@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from typing import ClassVar
 
 from moecc.analysis import FFNBlock, find_ffn_blocks
 from moecc.errors import InputError, Problem, nearest
@@ -502,9 +501,9 @@ class UpcyclePass(UpcycleOptions, Pass):
     The lemmas behind its promise are in ``docs/exactness.md``.
     """
 
-    name: ClassVar[str] = "upcycle"
-    summary: ClassVar[str] = "turn dense feed-forward blocks into mixtures of experts"
-    must_match: ClassVar[bool] = True
+    name = "upcycle"
+    summary = "turn dense feed-forward blocks into mixtures of experts"
+    must_match = True
 
     @property
     def preserves(self) -> Preserves:
