@@ -1,18 +1,21 @@
-"""Parts of an expert: slices along the axis that its first products make and its last sums over.
+"""Blocks of an expert's rows, each from its tokens to its results: for programs of a CPU.
+
+Rows are sorted by expert, but expert activations are never an array of all rows: a block is
+gathered, goes through all operations up to the combine, and only its results are written.  What is
+in between stays in the caches, and nothing is masked.  For a gradient the products with weights are
+written as well.
 
 XLA copies the matrices of an expert out of a stack before it multiplies with them.  Copies beyond a
 core's cache are written to memory and read again: an eighth of a layer of 32 experts with matrices
-of 12 MB.  Slices of them stay in the cache, and so do the rows between two products.
-
-Which axis that is follows from the rules of sharding: an axis along which all experts could be
-sharded, with nothing sent before their last product, whose results are then unreduced sums.
+of 12 MB.  So a large expert is done in parts, slices along the axis that its first products make
+and its last one sums over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -25,11 +28,9 @@ from moecc.errors import InputError
 from moecc.ir.graph import Node, Value
 from moecc.ir.sharding_rules import NamedType, sharded_results, space_of
 from moecc.ir.traits import RowMove
-from moecc.types import TensorType
 from moecc_backends.xla.dispatch.sorted_rows import (
     Deferral,
     Matrices,
-    RowPermutation,
     SortedRows,
     flat_matmul,
     tokens_to_rows,
@@ -70,6 +71,10 @@ MOST_BYTES = 4_000_000
 _LEAST_WIDTH = 128
 """Narrower products do not run at their best rate."""
 
+_MANY_ROWS = 128
+"""From this many rows on it is quicker to sum over the first axis of both than to transpose one
+(``benchmarks/moe_layer.py``)."""
+
 _PARTS = ("parts",)
 
 Carry = TypeVar("Carry")
@@ -94,39 +99,10 @@ class ExpertParts:
         result: Carry = jax.lax.fori_loop(0, self.count, step, carry)
         return result
 
-    def of(self, stack: Named, expert: Array, part: Array | int) -> Array:
-        """Return what an expert, or a part of it, has of a stack with the experts in front."""
-        at, sizes = self._place(stack, expert, part)
-        slices = jax.lax.dynamic_slice(store(stack.array), at, sizes)
-        return load(slices[0], stack.array.dtype)
-
-    def with_own(
-        self,
-        total: Array,
-        gradient: Array,
-        like: Named,
-        expert: Array,
-        part: Array | int,
-    ) -> Array:
-        """Add what `of` would return of a stack that is `like` another to that stack, `total`."""
-        at, sizes = self._place(like, expert, part)
-        more = jax.lax.dynamic_slice(total, at, sizes) + gradient
-        updated: Array = jax.lax.dynamic_update_slice(total, more, at)
-        return updated
-
-    def added(self, before: Array, block: Array, part: Array | int) -> Array:
-        """Return the sum over the parts so far, where `before` is that without this one.
-
-        Before the first part there may be anything.
-        """
-        if self.count == 1:
-            return block
-        return jnp.where(part == 0, block, load(before, block.dtype) + block)
-
-    def _place(
+    def bounds(
         self, stack: Named, expert: Array, part: Array | int
     ) -> tuple[list[Array], tuple[int, ...]]:
-        """Return where the part is in a stack, and its shape there."""
+        """Return where a part is in a stack with the experts in front, and its shape there."""
         sizes = dict(zip(stack.axes, (1, *stack.array.shape[1:]), strict=True))
         at: dict[str, Array | int] = {**dict.fromkeys(stack.axes, 0), "expert": expert}
         if self.axis in sizes:
@@ -141,19 +117,32 @@ def parts_of(rows: DeferredRows, operands: Mapping[Value, Named]) -> ExpertParts
     Sums of narrow types are not cut, since each part would be rounded.
     """
     stacks = sliced_by_expert(rows, operands)
-    arrays = [x.array for x in operands.values() if jnp.issubdtype(x.array.dtype, jnp.floating)]
-    if any(a.dtype.itemsize < 4 for a in arrays):
+    if not _are_wide(x.array for x in operands.values()):
         return ExpertParts()
-    widths = {
-        n: size for x in stacks.values() for n, size in zip(x.axes, x.array.shape, strict=True)
-    }
+    widths = {n: size for x in stacks.values() for n, size in x.sizes.items()}
     for axis, width in widths.items():
         if axis != "expert" and _can_cut(rows, stacks, axis):
-            return ExpertParts(axis, _count(_largest(stacks, axis), width))
+            matrices = (x for x in stacks.values() if axis in x.axes)
+            largest = max(x.array.nbytes // x.size("expert") for x in matrices)
+            return ExpertParts(axis, _count(largest, width))
     return ExpertParts()
 
 
-def ends_in_product(rows: DeferredRows, stacks: Mapping[Value, Named]) -> bool:
+def _count(size: int, width: int) -> int:
+    counts = [n for n in range(1, width // _LEAST_WIDTH + 1) if width % n == 0]
+    return next((n for n in counts if size // n <= MOST_BYTES), 1)
+
+
+def _is_float(array: Array) -> bool:
+    return bool(jnp.issubdtype(array.dtype, jnp.floating))
+
+
+def _are_wide(arrays: Iterable[Array | None]) -> bool:
+    """Whether sums in the types of all floating-point arrays lose nothing."""
+    return all(a.dtype.itemsize >= 4 for a in arrays if a is not None and _is_float(a))
+
+
+def _ends_in_product(rows: DeferredRows, stacks: Mapping[Value, Named]) -> bool:
     """Whether the rows are products with weights of experts, and nothing is done with them."""
     last = rows.nodes[-1]
     return last.results == (rows.value,) and _is_product(last, stacks)
@@ -164,58 +153,29 @@ def _is_product(node: Node, stacks: Mapping[Value, Named]) -> bool:
 
 
 def _can_cut(rows: DeferredRows, stacks: Mapping[Value, Named], axis: str) -> bool:
-    """Whether all that is done with an expert is done along an axis that its last product sums."""
-    if not ends_in_product(rows, stacks):
+    """Whether experts could be sharded along an axis with nothing sent before their last product.
+
+    The rules of sharding say so: the results of that product are then unreduced sums.
+    """
+    if not _ends_in_product(rows, stacks):
         return False
-    types = {v: _sharded(v.type, axis) for v in stacks}
+    types = {
+        v: v.type.sharded(tuple(_PARTS if n == axis else () for n in v.type.names)) for v in stacks
+    }
     try:
         for node in rows.nodes:
-            types |= _results(node, types)
+            space = space_of(node.op, node.operands, node.attrs)
+            operands = [NamedType(v.name, types.get(v, v.type.bare)) for v in node.operands]
+            results = [v.type for v in node.results]
+            sharded = sharded_results(node.op, space, operands, results, None)
+            types |= dict(zip(node.results, sharded, strict=True))
     except InputError:
         return False
     products = [v for n in rows.nodes[:-1] if _is_product(n, stacks) for v in n.results]
-    return types[rows.value].unreduced == _PARTS and all(_is_cut(types[v]) for v in products)
-
-
-def _results(node: Node, types: Mapping[Value, TensorType]) -> dict[Value, TensorType]:
-    space = space_of(node.op, node.operands, node.attrs)
-    operands = [NamedType(v.name, types.get(v, v.type.bare)) for v in node.operands]
-    types_of_results = sharded_results(
-        node.op, space, operands, [v.type for v in node.results], None
-    )
-    return dict(zip(node.results, types_of_results, strict=True))
-
-
-def _sharded(type: TensorType, axis: str) -> TensorType:
-    return type.sharded(tuple(_PARTS if name == axis else () for name in type.names))
-
-
-def _is_cut(type: TensorType) -> bool:
-    return any(type.meshes) and not type.unreduced
-
-
-def _largest(stacks: Mapping[Value, Named], axis: str) -> int:
-    """Return the bytes of the largest matrix of an expert along an axis."""
-    return max(
-        x.array.nbytes // x.array.shape[x.axes.index("expert")]
-        for x in stacks.values()
-        if axis in x.axes
+    return types[rows.value].unreduced == _PARTS and all(
+        any(types[v].meshes) and not types[v].unreduced for v in products
     )
 
-
-def _count(size: int, width: int) -> int:
-    counts = [n for n in range(1, width // _LEAST_WIDTH + 1) if width % n == 0]
-    return next((n for n in counts if size // n <= MOST_BYTES), 1)
-
-
-# Blocks of an expert's rows, each from its tokens to its results: for programs of a CPU.
-#
-# Rows are sorted by expert, but none of what experts make of them is an array of all rows: a
-# block is
-# gathered, goes through all operations up to the combine, and only its results are written.  What
-# is
-# made in between stays in the caches, and nothing is masked.  For a gradient the products with
-# weights are written as well.
 
 # Some rows of one expert as a layout, for operations between dispatch and combine.
 
@@ -234,18 +194,18 @@ class BlockOfExpert:
       choice_of_row: i32 ``[rows]``, the choice in each row; of another expert, or negative, in
         rows that are not used.
       is_used: whether each row is one of the expert: bool ``[rows]``.
+      part: which part of the expert.
+      first: the number of the first row among those of all experts.
       product: multiplies rows with the matrix of the expert, see `matrix_product`.
     """
 
     routing: Routing
     choice_of_row: Array
     is_used: Array
+    part: Array | int
+    first: Array
     product: Callable[[Array, Array, int], Array] = matrix_product
-
-    @property
-    def is_full(self) -> bool:
-        """False: a block may end beyond the rows of its expert."""
-        return False
+    is_full = False
 
     @property
     def row_experts(self) -> Array:
@@ -264,19 +224,16 @@ class BlockOfExpert:
     def by_expert(self, values: Array) -> Array:
         """Repeat what the expert has for each row; a gradient comes from rows that are used."""
         rows = jnp.broadcast_to(values, (self.choice_of_row.size, *values.shape[1:]))
-        is_float = jnp.issubdtype(rows.dtype, jnp.floating)
-        return with_masked_gradient(rows, self.is_used) if is_float else rows
+        return with_masked_gradient(rows, self.is_used) if _is_float(rows) else rows
 
     def permute(self, x: Named) -> Rows:
         """Gather rows from tokens."""
-        rows = tokens_to_rows(
-            self,
-            x,
-            lambda tokens: load(
-                jnp.take(store(tokens), self._tokens, axis=0, mode="clip"), tokens.dtype
-            ),
-        )
-        return replace(rows, are_tokens=True)
+
+        def gathered(tokens: Array) -> Array:
+            rows = jnp.take(store(tokens), self._tokens, axis=0, mode="clip")
+            return load(rows, tokens.dtype)
+
+        return replace(tokens_to_rows(self, x, gathered), are_tokens=True)
 
     def permute_gates(self, gates: Array) -> Rows:
         """Gather the gates of rows from those of choices; a gradient comes from used rows."""
@@ -300,7 +257,12 @@ class BlockOfExpert:
         return flat_matmul(x, weight, over, product)
 
 
-# A walk over blocks of rows sorted by expert, which adds up or writes what is made of each.
+# The experts of a routing as a function of arrays, which walks over blocks of an expert's rows.
+
+
+def start_in_products(part: Array | int, first: Array, rank: int) -> list[Array]:
+    """Return where row `first` is in an array ``[parts, rows, …]`` of `rank` axes."""
+    return [jnp.asarray(i, first.dtype) for i in (part, first, *[0] * (rank - 2))]
 
 
 class BlockResult(NamedTuple):
@@ -308,8 +270,8 @@ class BlockResult(NamedTuple):
 
     Attributes:
       rows: arrays ``[rows, …]``, added up over the parts of an expert.
-      kept: arrays ``[rows, …]`` of one part, or ``[parts, rows, …]``.
-      own: what is added up for each expert: of its part, or ``[experts, …]`` of all.
+      products: arrays ``[rows, …]`` of one part, or ``[parts, rows, …]``.
+      weights: what is added up for each expert: of its part, or ``[experts, …]`` of all.
       shared: what is added up over all blocks.
     """
 
@@ -319,157 +281,26 @@ class BlockResult(NamedTuple):
     shared: Sequence[Array] = ()
 
 
-class BlockAt(NamedTuple):
-    """Where a block is: its expert, the part of the expert, and its first row."""
-
-    expert: Array
-    part: Array | int
-    first: Array
-
-    def of_kept(self, times: int, rank: int) -> list[Array]:
-        """Return where the block is in an array ``[parts, times * rows, …]`` of `rank` axes."""
-        at = (self.part, self.first * times, *[0] * (rank - 2))
-        return [jnp.asarray(i, self.first.dtype) for i in at]
-
-
-Work = Callable[["BlockOfExpert", "Mapping[Value, Array]", BlockAt], BlockResult]
+Work = Callable[[BlockOfExpert, "Mapping[Value, Array]"], BlockResult]
 """Makes something of a block and what its expert has of stacks, or a part of that."""
-
-
-@dataclass(frozen=True)
-class BlockWalk:
-    """What `work` makes of all blocks.
-
-    Attributes:
-      layout: the rows, and some without a token where the last block may end.
-      stacks: what has a part for each expert, with the experts in front.
-      parts: of an expert, done one after the other.
-      sizes: of blocks.
-      work: makes something of a block.
-      owners: the stacks that what is made for each expert is like.
-    """
-
-    layout: SortedRows
-    stacks: Mapping[Value, Named]
-    parts: ExpertParts
-    sizes: tuple[int, ...]
-    work: Work
-    owners: Sequence[Value]
-
-    def run(self, tokens: Array) -> BlockResult:
-        """Return it, made once there are `tokens`."""
-        counts, ends = self.layout.group_sizes, jnp.cumsum(self.layout.group_sizes)
-
-        def of_expert(expert: Array, sums: BlockResult) -> BlockResult:
-            end, count = ends[expert], counts[expert]
-            return self.parts.each(lambda part, s: self._walk(expert, part, end, count, s), sums)
-
-        def first_block() -> BlockResult:
-            return self._block_of(ends[0], 0, ends[0])(ends[0], self.sizes[0])
-
-        shapes = jax.eval_shape(first_block)
-        sums = walk_experts(counts, of_expert, self._zeros(tokens, shapes))
-        rows = [load(x, s.dtype) for x, s in zip(sums.rows, shapes.rows, strict=True)]
-        products = [load(x, s.dtype) for x, s in zip(sums.products, shapes.products, strict=True)]
-        return sums._replace(rows=rows, products=products)
-
-    def _walk(
-        self,
-        expert: Array,
-        part: Array | int,
-        end: Array,
-        count: Array,
-        sums: BlockResult,
-    ) -> BlockResult:
-        """Return `sums` and what is made of the blocks of an expert, or of a part of it."""
-        block = self._block_of(expert, part, end)
-
-        def step(first: Array, size: int, sums: BlockResult) -> BlockResult:
-            return self._with_block(sums, block(first, size), BlockAt(expert, part, first), size)
-
-        return cover_blocks(end - count, count, self.sizes, step, sums)
-
-    def _block_of(
-        self, expert: Array, part: Array | int, end: Array
-    ) -> Callable[[Array, int], BlockResult]:
-        weights = {v: self.parts.of(x, expert, part) for v, x in self.stacks.items()}
-
-        def block(first: Array, size: int) -> BlockResult:
-            choices = self.layout.permutation.choice_of_row
-            choice = jax.lax.dynamic_slice_in_dim(choices, first, size)
-            is_used = first + jnp.arange(size, dtype=first.dtype) < end
-            rows = BlockOfExpert(self.layout.routing, choice, is_used)
-            return self.work(rows, weights, BlockAt(expert, part, first))
-
-        return block
-
-    def _with_block(
-        self, sums: BlockResult, result: BlockResult, position: BlockAt, size: int
-    ) -> BlockResult:
-        """Return what there is of all blocks so far, with one more."""
-
-        def written(rows: Array, block: Array) -> Array:
-            at = position.first * (block.shape[0] // size)  # Each row may stand for several.
-            before = jax.lax.dynamic_slice_in_dim(rows, at, block.shape[0])
-            total = self.parts.added(before, block, position.part)
-            return jax.lax.dynamic_update_slice_in_dim(rows, store(total), at, 0)
-
-        def kept(rows: Array, block: Array) -> Array:
-            at = position.of_kept(block.shape[0] // size, rows.ndim)
-            return jax.lax.dynamic_update_slice(rows, store(block)[None], at)
-
-        like = [self.stacks[v] for v in self.owners]
-        owns = zip(sums.weights, result.weights, like, strict=True)
-        return BlockResult(
-            [written(*pair) for pair in zip(sums.rows, result.rows, strict=True)],
-            [kept(*pair) for pair in zip(sums.products, result.products, strict=True)],
-            [self.parts.with_own(*pair, position.expert, position.part) for pair in owns],
-            [a + b for a, b in zip(sums.shared, result.shared, strict=True)],
-        )
-
-    def _zeros(self, tokens: Array, block: BlockResult) -> BlockResult:
-        """Return zeros of what is made of blocks like `block`, made once there are tokens."""
-        rows = self.layout.permutation.choice_of_row.size
-        salts = iter(range(1, 1 + sum(map(len, block))))
-
-        def zeros(like: Array, shape: tuple[int, ...], kind: DTypeLike) -> Array:
-            array = zeros_after(tokens, shape, kind, next(salts))
-            return DeviceView().varying(array, varies(like))
-
-        def of_rows(x: Array, *parts: int) -> Array:
-            shape = (*parts, rows * (x.shape[0] // self.sizes[0]), *x.shape[1:])
-            return zeros(x, shape, stored_as(x.dtype))
-
-        owns = zip(block.weights, self.owners, strict=True)
-        return BlockResult(
-            [of_rows(x) for x in block.rows],
-            [of_rows(x, self.parts.count) for x in block.products],
-            [zeros(x, self.stacks[v].array.shape, x.dtype) for x, v in owns],
-            [zeros(x, x.shape, x.dtype) for x in block.shared],
-        )
-
-
-# The experts of a routing as a function of arrays, which walks over blocks of an expert's rows.
-#
-# Rows are sorted by expert. A block is gathered from its tokens, and all operations between
-# dispatch and combine are lowered for it; what is made of it is written where its rows are, or
-# added up. Where matrices are large, an expert is done part by part
-# (`moecc_backends.xla.dispatch.blocks`).
 
 
 class LayerArrays(NamedTuple):
     """All arrays that a layer is made of: a function with a gradient of its own closes over none.
 
     Attributes:
-      routed: experts, slots and wanted choices of the routing, the permutation of its rows, sorted
-        by expert, and the number of rows of each expert.
+      layout: the sorted rows, and rows without a token where the last block may end.
       arrays: the operands of the rows.
       gates: ``[tokens, choice]``; None where rows have weights.
     """
 
-    routed: tuple[Array, Array, Array | None, RowPermutation, Array] | None
+    layout: SortedRows | None
     arrays: list[Array | None]
     gates: Array | None
+
+
+Residuals = tuple[LayerArrays, Array, Sequence[Array]]
+"""The arrays of a layer, its rows in their order, and the products that they are made of."""
 
 
 @dataclass(frozen=True)
@@ -478,87 +309,56 @@ class BlockwiseLayer:
 
     Attributes:
       rows: the rows that are combined.
-      operands: the operands of the rows.
-      like: the sorted rows, whose arrays stand in `LayerArrays`.
+      operands: what they are made of.
       parts: of an expert, done one after the other.
+      sizes: of blocks.
     """
 
     rows: DeferredRows
     operands: Mapping[Value, Named]
-    like: SortedRows
     parts: ExpertParts
+    sizes: tuple[int, ...]
 
-    @property
+    @cached_property
     def row_axes(self) -> tuple[str, ...]:
         """The axes of a row."""
         return tuple(a for a in self.rows.value.type.names if a not in SLOT_AXES)
 
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """The axes of the result."""
-        return (*self.like.routing.tokens, *self.row_axes)
-
-    @property
+    @cached_property
     def moves(self) -> list[Node]:
         """The operations that gather rows from tokens."""
         return [n for n in self.rows.nodes if n.op.moves is RowMove.TO_SLOTS]
-
-    @property
-    def ends_in_product(self) -> bool:
-        """Whether the rows are products, which nothing reads for a gradient but their sums."""
-        return ends_in_product(self.rows, sliced_by_expert(self.rows, self.operands))
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """The sizes of blocks."""
-        rows = self.like.permutation.choice_of_row.size
-        return cover_sizes(rows, self.like.group_sizes.size)
-
-    def layout(self, inputs: LayerArrays) -> SortedRows:
-        """Return the sorted rows, and rows without a token where the last block may end."""
-        assert inputs.routed is not None, "cotangents have no rows"
-        experts, slots, wanted, permutation, group_sizes = inputs.routed
-        routing = replace(self.like.routing, experts=experts, slots=slots, wanted=wanted)
-        choices = permutation.choice_of_row
-        choices = jnp.pad(choices, (0, overhang(self.sizes)), constant_values=-1)
-        permutation = permutation._replace(choice_of_row=choices)
-        return replace(self.like, routing=routing, permutation=permutation, group_sizes=group_sizes)
 
     def outside(self, inputs: LayerArrays) -> dict[Value, Named]:
         """Return what the rows are made of."""
         arrays = zip(self.operands.items(), inputs.arrays, strict=True)
         return {v: Named(array, x.axes) for (v, x), array in arrays if array is not None}
 
-    def stacks(self, inputs: LayerArrays) -> dict[Value, Named]:
-        """Return what has a part for each expert, with the experts in front."""
-        stacks = sliced_by_expert(self.rows, self.outside(inputs))
-        return {v: x.to(("expert", *axes_of_expert(x))) for v, x in stacks.items()}
-
-    def made(self, values: Mapping[Value, Operand], layout: DispatchLayout) -> Array:
+    def evaluate(self, values: Mapping[Value, Operand], layout: DispatchLayout) -> Array:
         """Return the rows ``[rows, *row_axes]``, made of `values` in a layout."""
         result = self.rows.make(values, layout)
         assert isinstance(result, Rows), "`permute` made rows"
         return result.inner().to(("rows", *self.row_axes)).array
 
+    def dispatched(
+        self, outside: Mapping[Value, Named], layout: DispatchLayout
+    ) -> dict[Value, Rows]:
+        """Return the rows that are gathered from tokens, in a layout."""
+        results = (n.result for n in self.moves)
+        moved = {v: replace(self.rows, value=v).make(outside, layout) for v in results}
+        return {v: x for v, x in moved.items() if isinstance(x, Rows)}
+
     def combined(self, inputs: LayerArrays, rows: Array) -> Array:
         """Return what each token gets of the rows of all experts."""
-        layout = self.layout(inputs)
-        return layout.unpermute(Rows(rows, self.row_axes, layout), inputs.gates).to(self.axes).array
+        layout = inputs.layout
+        assert layout is not None, "cotangents have no rows"
+        axes = (*layout.routing.tokens, *self.row_axes)
+        return layout.unpermute(Rows(rows, self.row_axes, layout), inputs.gates).to(axes).array
 
     def at_once(self, inputs: LayerArrays) -> Array:
         """Return what each token gets, by one operation on all rows after the other."""
-        return self.combined(inputs, self.made(self.outside(inputs), self.layout(inputs)))
-
-    def by_block(self, inputs: LayerArrays) -> Array:
-        """Return what each token gets, by one block after the other."""
-        outside = self.outside(inputs)
-
-        def work(
-            block: BlockOfExpert, weights: Mapping[Value, Array], position: BlockAt
-        ) -> BlockResult:
-            return BlockResult([self.made({**outside, **self.named(weights)}, block)])
-
-        return self.combined(inputs, self.walk(inputs, work).rows[0])
+        assert inputs.layout is not None, "cotangents have no rows"
+        return self.combined(inputs, self.evaluate(self.outside(inputs), inputs.layout))
 
     def named(self, weights: Mapping[Value, Array]) -> dict[Value, Named]:
         """Return what one expert has, with an axis of one expert.
@@ -572,41 +372,118 @@ class BlockwiseLayer:
         }
 
     def walk(self, inputs: LayerArrays, work: Work, owners: Sequence[Value] = ()) -> BlockResult:
-        """Return what `work` makes of all blocks; `own` are of the stacks `owners`."""
-        tokens = self.outside(inputs)[self.moves[0].operands[0]].array
-        stacks = self.stacks(inputs)
-        return BlockWalk(self.layout(inputs), stacks, self.parts, self.sizes, work, owners).run(
-            tokens
+        """Return what `work` makes of all blocks; its `weights` are of the stacks `owners`."""
+        layout, outside, parts = inputs.layout, self.outside(inputs), self.parts
+        assert layout is not None, "cotangents have no rows"
+        choices, counts = layout.permutation.choice_of_row, layout.group_sizes
+        ends = jnp.cumsum(counts)
+        stacks = {
+            v: x.to(("expert", *axes_of_expert(x)))
+            for v, x in sliced_by_expert(self.rows, outside).items()
+        }
+
+        def blocks(expert: Array, part: Array | int) -> Callable[[Array, int], BlockResult]:
+            # Slices of weights are made here, once for all blocks of a part.
+            weights = {}
+            for value, stack in stacks.items():
+                at, sizes = parts.bounds(stack, expert, part)
+                sliced = jax.lax.dynamic_slice(store(stack.array), at, sizes)
+                weights[value] = load(sliced[0], stack.array.dtype)
+
+            def block(first: Array, size: int) -> BlockResult:
+                choice = jax.lax.dynamic_slice_in_dim(choices, first, size)
+                is_used = first + jnp.arange(size, dtype=first.dtype) < ends[expert]
+                rows = BlockOfExpert(layout.routing, choice, is_used, part, first)
+                return work(rows, weights)
+
+            return block
+
+        def of_part(expert: Array, part: Array | int, sums: BlockResult) -> BlockResult:
+            block = blocks(expert, part)
+
+            def added_rows(rows: Array, new: Array, first: Array, size: int) -> Array:
+                at = first * (new.shape[0] // size)  # Each row may stand for several.
+                total = new
+                if parts.count > 1:
+                    # Before the first part there may be anything.
+                    before = jax.lax.dynamic_slice_in_dim(rows, at, new.shape[0])
+                    total = jnp.where(part == 0, new, load(before, new.dtype) + new)
+                return jax.lax.dynamic_update_slice_in_dim(rows, store(total), at, 0)
+
+            def added_products(saved: Array, new: Array, first: Array, size: int) -> Array:
+                at = start_in_products(part, first * (new.shape[0] // size), saved.ndim)
+                return jax.lax.dynamic_update_slice(saved, store(new)[None], at)
+
+            def added_weights(total: Array, gradient: Array, like: Named) -> Array:
+                at, sizes = parts.bounds(like, expert, part)
+                more = jax.lax.dynamic_slice(total, at, sizes) + gradient
+                return jax.lax.dynamic_update_slice(total, more, at)
+
+            def step(first: Array, size: int, sums: BlockResult) -> BlockResult:
+                new = block(first, size)
+                owned = zip(sums.weights, new.weights, owners, strict=True)
+                return BlockResult(
+                    [
+                        added_rows(*pair, first, size)
+                        for pair in zip(sums.rows, new.rows, strict=True)
+                    ],
+                    [
+                        added_products(*pair, first, size)
+                        for pair in zip(sums.products, new.products, strict=True)
+                    ],
+                    [added_weights(a, b, stacks[v]) for a, b, v in owned],
+                    [a + b for a, b in zip(sums.shared, new.shared, strict=True)],
+                )
+
+            start = ends[expert] - counts[expert]
+            return cover_blocks(start, counts[expert], self.sizes, step, sums)
+
+        shapes = jax.eval_shape(lambda: blocks(ends[0], 0)(ends[0], self.sizes[0]))
+        tokens = outside[self.moves[0].operands[0]].array
+        salts = iter(range(1, 1 + sum(map(len, shapes))))
+
+        def zeros(like: Array, shape: tuple[int, ...], kind: DTypeLike) -> Array:
+            return DeviceView().varying(zeros_after(tokens, shape, kind, next(salts)), varies(like))
+
+        def zero_rows(x: Array, *leading: int) -> Array:
+            shape = (*leading, choices.size * (x.shape[0] // self.sizes[0]), *x.shape[1:])
+            return zeros(x, shape, stored_as(x.dtype))
+
+        owned = zip(shapes.weights, owners, strict=True)
+        initial = BlockResult(
+            [zero_rows(x) for x in shapes.rows],
+            [zero_rows(x, parts.count) for x in shapes.products],
+            [zeros(x, stacks[v].array.shape, x.dtype) for x, v in owned],
+            [zeros(x, x.shape, x.dtype) for x in shapes.shared],
         )
+        sums = walk_experts(
+            counts,
+            lambda expert, sums: parts.each(lambda part, s: of_part(expert, part, s), sums),
+            initial,
+        )
+        rows, products = (
+            [load(x, s.dtype) for x, s in zip(arrays, kinds, strict=True)]
+            for arrays, kinds in ((sums.rows, shapes.rows), (sums.products, shapes.products))
+        )
+        return sums._replace(rows=rows, products=products)
 
 
-# The gradient of a layer, block by block.
+# A layer and its gradient, block by block.
 #
 # Forward the products with weights of experts are kept, for all rows. Backward a block is gathered
 # again and everything but its products is computed again; the gradients of an expert's weights are
 # added to their place in those of all experts.
 
-_MANY_ROWS = 128
-"""From this many rows on it is quicker to sum over the first axis of both than to transpose one
-(``benchmarks/moe_layer.py``)."""
 
-Residuals = tuple[LayerArrays, Array, Sequence[Array]]
-"""What a layer is given, its rows in their order, and the products that they are made of."""
-
-
-def has_gradient_by_block(inputs: LayerArrays) -> bool:
-    """Whether sums in the types of the weights are wide enough, and no mesh has parts of them."""
-    floats = [a for a in inputs.arrays if a is not None and _is_float(a)]
-    return all(a.dtype.itemsize >= 4 and not varies(a) for a in floats)
-
-
-def forward(layer: BlockwiseLayer, inputs: LayerArrays) -> tuple[Array, Residuals]:
-    """Return what each token gets, and what the gradient needs."""
+def forward(
+    layer: BlockwiseLayer, inputs: LayerArrays, *, saves: bool = True
+) -> tuple[Array, Residuals]:
+    """Return what each token gets, and with `saves` what the gradient needs."""
     outside = layer.outside(inputs)
+    # Nothing reads the last product for a gradient where experts end in it.
+    ends_in_product = _ends_in_product(layer.rows, sliced_by_expert(layer.rows, outside))
 
-    def work(
-        block: BlockOfExpert, weights: Mapping[Value, Array], position: BlockAt
-    ) -> BlockResult:
+    def work(block: BlockOfExpert, weights: Mapping[Value, Array]) -> BlockResult:
         products: list[Array] = []
 
         def product(rows: Array, matrix: Array, axis: int) -> Array:
@@ -614,112 +491,87 @@ def forward(layer: BlockwiseLayer, inputs: LayerArrays) -> tuple[Array, Residual
             return products[-1]
 
         values = {**outside, **layer.named(weights)}
-        result = layer.made(values, replace(block, product=product))
-        return BlockResult([result], products[:-1] if layer.ends_in_product else products)
+        result = layer.evaluate(values, replace(block, product=product))
+        saved = products[:-1] if ends_in_product else products
+        return BlockResult([result], saved if saves else ())
 
-    every = layer.walk(inputs, work)
-    rows = checkpoint_name(every.rows[0], "experts")
-    return layer.combined(inputs, rows), (inputs, rows, every.products)
+    sums = layer.walk(inputs, work)
+    rows = checkpoint_name(sums.rows[0], "experts")
+    return layer.combined(inputs, rows), (inputs, rows, sums.products)
 
 
 def backward(layer: BlockwiseLayer, residuals: Residuals, d_total: Array) -> tuple[LayerArrays]:
-    """Return the cotangents of what a layer is given."""
-    inputs, rows, products = residuals
+    """Return the cotangents of the arrays of a layer."""
+    inputs, rows, saved = residuals
     _, pull = jax.vjp(lambda r, g: layer.combined(inputs._replace(gates=g), r), rows, inputs.gates)
     d_rows, d_gates = pull(d_total)
-    outside, stacks = layer.outside(inputs), layer.stacks(inputs)
+    outside = layer.outside(inputs)
+    stacks = sliced_by_expert(layer.rows, outside)
     read = {v for n in layer.rows.nodes if n not in layer.moves for v in n.operands}
     smooth = [v for v, x in outside.items() if v in read and _is_float(x.array)]
     of_expert = [v for v in smooth if v in stacks]
     shared = [v for v in smooth if v not in stacks]
 
-    def work(
-        block: BlockOfExpert, weights: Mapping[Value, Array], position: BlockAt
-    ) -> BlockResult:
+    def work(block: BlockOfExpert, weights: Mapping[Value, Array]) -> BlockResult:
         size = block.choice_of_row.size
-        moved = dispatched(layer, outside, block)
-        mine = [_of_block(p, d_rows.shape[0], position, size) for p in products]
+        moved = layer.dispatched(outside, block)
+        products = []
+        for arrays in saved:
+            times = arrays.shape[1] // d_rows.shape[0]  # Each row may stand for several.
+            shape = (1, size * times, *arrays.shape[2:])
+            at = start_in_products(block.part, block.first * times, arrays.ndim)
+            products.append(jax.lax.dynamic_slice(arrays, at, shape)[0])
 
-        def made(rows: list[Array], each: list[Array], all_read: list[Array]) -> Array:
-            again = replace(block, product=_SavedProducts(iter(mine), block.is_used))
+        def again(rows: list[Array], experts: list[Array], common: list[Array]) -> Array:
+            layout = replace(block, product=_saved_products(products, block.is_used))
             values: dict[Value, Operand] = {**outside, **layer.named(weights)}
-            values |= layer.named(dict(zip(of_expert, each, strict=True)))
-            values |= {v: Named(a, outside[v].axes) for v, a in zip(shared, all_read, strict=True)}
-            values |= {
-                v: replace(x, array=a, layout=again)
-                for (v, x), a in zip(moved.items(), rows, strict=True)
-            }
-            return layer.made(values, again)
+            values |= layer.named(dict(zip(of_expert, experts, strict=True)))
+            values |= {v: Named(a, outside[v].axes) for v, a in zip(shared, common, strict=True)}
+            pairs = zip(moved.items(), rows, strict=True)
+            values |= {v: replace(x, array=a, layout=layout) for (v, x), a in pairs}
+            return layer.evaluate(values, layout)
 
-        given_rows = [x.array for x in moved.values()]
-        _, pull = jax.vjp(
-            made, given_rows, [weights[v] for v in of_expert], [outside[v].array for v in shared]
-        )
-        d_block = jax.lax.dynamic_slice_in_dim(d_rows, position.first, size)
-        d_moved, d_own, d_shared = pull(zeroed(d_block, block.is_used))
-        return BlockResult(d_moved, (), d_own, d_shared)
+        operands = [weights[v] for v in of_expert], [outside[v].array for v in shared]
+        _, pull = jax.vjp(again, [x.array for x in moved.values()], *operands)
+        d_block = jax.lax.dynamic_slice_in_dim(d_rows, block.first, size)
+        d_moved, d_experts, d_shared = pull(zeroed(d_block, block.is_used))
+        return BlockResult(d_moved, (), d_experts, d_shared)
 
     sums = layer.walk(inputs, work, of_expert)
     cotangents = dict(zip(shared, sums.shared, strict=True))
     for v, array in zip(of_expert, sums.weights, strict=True):
-        cotangents[v] = Named(array, stacks[v].axes).to(outside[v].axes).array
-    for v, array in _of_tokens(layer, inputs, sums.rows).items():
-        cotangents[v] = cotangents[v] + array if v in cotangents else array
-    arrays = [cotangents.get(v) for v in outside]
-    return (LayerArrays(None, arrays, d_gates),)
-
-
-def dispatched(
-    layer: BlockwiseLayer, outside: Mapping[Value, Named], layout: DispatchLayout
-) -> dict[Value, Rows]:
-    """Return the rows that are gathered from tokens, in a layout."""
-    moved = {
-        n.result: replace(layer.rows, value=n.result).make(outside, layout) for n in layer.moves
-    }
-    return {v: x for v, x in moved.items() if isinstance(x, Rows)}
-
-
-def _of_tokens(
-    layer: BlockwiseLayer, inputs: LayerArrays, d_moved: Sequence[Array]
-) -> dict[Value, Array]:
-    """Return the cotangents of tokens, of those of the rows that were gathered from them."""
-    outside, layout = layer.outside(inputs), layer.layout(inputs)
+        stacked = Named(array, ("expert", *axes_of_expert(outside[v])))
+        cotangents[v] = stacked.to(outside[v].axes).array
+    # Tokens have the cotangents of the rows that were gathered from them.
     sources = list(dict.fromkeys(n.operands[0] for n in layer.moves))
 
     def move(arrays: list[Array]) -> list[Array]:
         tokens = {v: Named(a, outside[v].axes) for v, a in zip(sources, arrays, strict=True)}
-        return [x.array for x in dispatched(layer, {**outside, **tokens}, layout).values()]
+        assert inputs.layout is not None, "residuals have rows"
+        moved = layer.dispatched({**outside, **tokens}, inputs.layout)
+        return [x.array for x in moved.values()]
 
     _, pull = jax.vjp(move, [outside[v].array for v in sources])
-    return dict(zip(sources, pull(list(d_moved))[0], strict=True))
+    for v, array in zip(sources, pull(list(sums.rows))[0], strict=True):
+        cotangents[v] = cotangents[v] + array if v in cotangents else array
+    return (LayerArrays(None, [cotangents.get(v) for v in outside], d_gates),)
 
 
-def _of_block(products: Array, rows: int, position: BlockAt, size: int) -> Array:
-    """Return a block of products ``[parts, rows, …]``, each of which may be several a row."""
-    times = products.shape[1] // rows
-    at = position.of_kept(times, products.ndim)
-    return jax.lax.dynamic_slice(products, at, (1, size * times, *products.shape[2:]))[0]
+def _saved_products(
+    products: Sequence[Array], is_used: Array
+) -> Callable[[Array, Array, int], Array]:
+    """Return what multiplies rows with a matrix, where the products were saved, in their order."""
+    remaining = iter(products)
 
+    def product(rows: Array, matrix: Array, axis: int) -> Array:
+        used = jnp.repeat(is_used, rows.shape[0] // is_used.size)
+        saved = next(remaining, None)
+        if saved is None:
+            # Nothing reads the last product of an expert that ends in it, and it was not saved.
+            saved = jnp.zeros((rows.shape[0], matrix.shape[1 - axis]), rows.dtype)
+        return _saved_product(rows, matrix, saved, used, axis)
 
-def _is_float(array: Array) -> bool:
-    return bool(jnp.issubdtype(array.dtype, jnp.floating))
-
-
-class _SavedProducts:
-    """Products in the order in which they were kept, as functions of what made them."""
-
-    def __init__(self, products: Iterator[Array], is_used: Array) -> None:
-        self.products = products
-        self.is_used = is_used
-
-    def __call__(self, rows: Array, matrix: Array, axis: int) -> Array:
-        """Return the next one, which multiplied `rows` with `matrix`."""
-        used = jnp.repeat(self.is_used, rows.shape[0] // self.is_used.size)
-        # Nothing reads the last product of an expert that ends in it, and it was not kept.
-        product = next(self.products, None)
-        if product is None:
-            product = jnp.zeros((rows.shape[0], matrix.shape[1 - axis]), rows.dtype)
-        return _saved_product(rows, matrix, product, used, axis)
+    return product
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -734,15 +586,14 @@ def _saved_product_backward(
     d_rows = block_product(d_product, matrix, 1 - axis).astype(rows.dtype)
     # Rows of other experts may hold anything, and zero times infinity is no zero.
     used, d_used = (jnp.where(is_used[:, None], x, 0) for x in (rows, d_product))
-    outer = outer_product if rows.shape[0] < _MANY_ROWS else _outer_product_of_many
-    return d_rows, outer(used, d_used, axis + 1).astype(matrix.dtype), None, None
-
-
-def _outer_product_of_many(rows: Array, d_rows: Array, axis: int) -> Array:
-    left, right = (rows, d_rows) if axis == 1 else (d_rows, rows)
-    kind = accumulator(left.dtype)
-    dimensions = (((0,), (0,)), ((), ()))
-    return jax.lax.dot_general(left, right, dimensions, preferred_element_type=kind)
+    if rows.shape[0] < _MANY_ROWS:
+        outer = outer_product(used, d_used, axis + 1)
+    else:
+        pair = (used, d_used) if axis == 0 else (d_used, used)
+        kind = accumulator(rows.dtype)
+        over_rows = (((0,), (0,)), ((), ()))
+        outer = jax.lax.dot_general(*pair, over_rows, preferred_element_type=kind)
+    return d_rows, outer.astype(matrix.dtype), None, None
 
 
 _saved_product.defvjp(
@@ -758,36 +609,22 @@ class ExpertBlocks(Deferral):
     def unpermute(self, rows: Operand | DeferredRows, gates: Array | None) -> Named:
         """Return the sum of each token's rows, which are made here."""
         assert isinstance(rows, DeferredRows), "`permute` makes no rows"
-        sorted_rows = SortedRows.of(self.routing, grouped_matmul)
-        outside = rows.outside()
-        layer = BlockwiseLayer(rows, outside, sorted_rows, parts_of(rows, outside))
-        routing = self.routing
-        inputs = LayerArrays(
-            (
-                routing.experts,
-                routing.slots,
-                routing.wanted,
-                sorted_rows.permutation,
-                sorted_rows.group_sizes,
-            ),
-            [x.array for x in layer.operands.values()],
-            gates,
-        )
-        return Named(_with_gradient(layer, inputs), layer.axes)
-
-    def of_experts(self, first: Array | int, count: int) -> ExpertBlocks:
-        """Return the blocks of `count` experts from `first` on."""
-        return ExpertBlocks(self.routing.of_experts(first, count))
-
-
-def _with_gradient(layer: BlockwiseLayer, inputs: LayerArrays) -> Array:
-    if not layer.like.routing.num_choices:
-        return layer.at_once(inputs)
-    differentiable = jax.custom_vjp(layer.by_block)
-    if has_gradient_by_block(inputs):
-        differentiable.defvjp(partial(forward, layer), partial(backward, layer))
-    else:
-        differentiable.defvjp(
-            lambda inputs: jax.vjp(layer.at_once, inputs), lambda pull, cotangent: pull(cotangent)
-        )
-    return differentiable(inputs)
+        layout, outside = SortedRows.of(self.routing, grouped_matmul), rows.outside()
+        choices = layout.permutation.choice_of_row
+        sizes = cover_sizes(choices.size, layout.group_sizes.size)
+        padded = jnp.pad(choices, (0, overhang(sizes)), constant_values=-1)
+        layout = replace(layout, permutation=layout.permutation._replace(choice_of_row=padded))
+        layer = BlockwiseLayer(rows, outside, parts_of(rows, outside), sizes)
+        inputs = LayerArrays(layout, [x.array for x in outside.values()], gates)
+        axes = (*self.routing.tokens, *layer.row_axes)
+        if not self.routing.num_choices:
+            return Named(layer.at_once(inputs), axes)
+        differentiable = jax.custom_vjp(lambda inputs: forward(layer, inputs, saves=False)[0])
+        on_mesh = any(varies(a) for a in inputs.arrays if a is not None and _is_float(a))
+        if _are_wide(inputs.arrays) and not on_mesh:
+            differentiable.defvjp(partial(forward, layer), partial(backward, layer))
+        else:
+            differentiable.defvjp(
+                lambda inputs: jax.vjp(layer.at_once, inputs), lambda pull, slope: pull(slope)
+            )
+        return Named(differentiable(inputs), axes)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 from typing import NamedTuple
 
@@ -112,11 +113,6 @@ class _Routed(NamedTuple):
 
 
 Floats = list[Array]
-Round = Callable[[Array, Floats, _Routed, DTypeLike | None], Array]
-"""What a round adds to tokens, in a type; None for that of the rows."""
-
-Add = Callable[[Array, PyTree], PyTree]
-"""Adds what a round makes."""
 
 
 @dataclass(frozen=True)
@@ -141,14 +137,44 @@ class InRounds(Deferral):
         others = [v for v in operands if v not in learned]
         axes: tuple[str, ...] = ()
 
-        def one(turn: Array, floats: Floats, routed: _Routed, kind: DTypeLike | None) -> Array:
+        def in_round(
+            turn: Array, floats: Floats, routed: _Routed, kind: DTypeLike | None = None
+        ) -> Array:
+            """Return what a round adds to tokens, in the type `kind`; None: in that of the rows."""
             nonlocal axes
             arrays = [*zip(learned, floats, strict=False), *zip(others, routed.others, strict=True)]
             values = {v: replace(operands[v], array=array) for v, array in arrays}
+            layout = self._turn(turn, routed)
+            sums = rows.make(values, layout)
+            assert isinstance(sums, Rows), "`permute` made rows"
             weights = floats[-1] if gates is not None else None
-            result = self._round(rows, values, self._turn(turn, routed), weights, kind)
+
+            def summed(flat: Array) -> Array:
+                return sum_rows(flat.astype(kind or flat.dtype), layout.permutation, weights)
+
+            result = rows_to_tokens(layout.routing, sums, summed)
             axes = result.axes
             return result.array
+
+        def forward(floats: Floats, routed: _Routed) -> Array:
+            shape = jax.eval_shape(partial(in_round, jnp.int32(0)), floats, routed)
+            kind = accumulator(shape.dtype)
+            total: Array = self._repeated(
+                routed,
+                lambda turn, total: total + in_round(turn, floats, routed, kind),
+                zeros_like_on_devices(shape).astype(kind),
+            )
+            return total.astype(shape.dtype)
+
+        def backward(residuals: tuple[Floats, _Routed], slope: Array) -> tuple[Floats, None]:
+            floats, routed = residuals
+
+            def add(turn: Array, totals: Floats) -> Floats:
+                _, pull = jax.vjp(lambda arrays: in_round(turn, arrays, routed), floats)
+                return [total + part for total, part in zip(totals, pull(slope)[0], strict=True)]
+
+            zeros = [zeros_like_on_devices(jax.eval_shape(jnp.array, array)) for array in floats]
+            return self._repeated(routed, add, zeros), None
 
         floats = [operands[v].array for v in learned] + ([] if gates is None else [gates])
         mesh = frozenset[str]().union(*map(varies, floats), self.spec.mesh)
@@ -160,7 +186,9 @@ class InRounds(Deferral):
             jax.lax.all_gather(self.rows.group_sizes, self.spec.mesh),
             [operands[v].array for v in others],
         )
-        return Named(_Rounds(self.spec, one)(floats, routed), axes)
+        differentiable = jax.custom_vjp(forward)
+        differentiable.defvjp(lambda *arrays: (forward(*arrays), arrays), backward)
+        return Named(differentiable(floats, routed), axes)
 
     def of_experts(self, first: Array | int, count: int) -> InRounds:
         """Return the rows of `count` experts from `first` on."""
@@ -169,83 +197,30 @@ class InRounds(Deferral):
 
     def _turn(self, turn: Array, routed: _Routed) -> SortedRows:
         """Return the layout of the rows of a round, device by device as they are sent."""
-        spec = self.spec
-        map = round_map(routed.sizes, spec.mesh, turn, spec.rows)
-        routing = replace(
-            self.routing, experts=routed.experts, slots=routed.experts, wanted=routed.experts >= 0
-        )
+        mesh, count, sizes = self.spec.mesh, self.spec.rows, routed.sizes
+        experts, rows = routed.experts, routed.permutation
+        devices = sizes.shape[0]
+        sent = sizes[jax.lax.axis_index(mesh)].reshape(devices, -1).sum(1)
+        starts, first = jnp.cumsum(sent) - sent, turn * count
+        index = first + jnp.arange(count, dtype=jnp.int32)
+        choice = jnp.take(rows.choice_of_row, starts[:, None] + index, mode="clip")
+        device = jnp.clip(experts // (sizes.shape[1] // devices), 0, devices - 1)
+        at = rows.row_of_choice - starts[device] - first
+        is_now = (rows.row_of_choice >= 0) & (at >= 0) & (at < count)
         return replace(
             self.rows,
-            routing=routing,
-            permutation=rows_in_round(
-                routed.permutation, routed.experts, routed.sizes, spec.mesh, turn, spec.rows
+            routing=replace(self.routing, experts=experts, slots=experts, wanted=experts >= 0),
+            permutation=RowPermutation(
+                jnp.where(index < sent[:, None], choice, -1).reshape(-1),
+                jnp.where(is_now, device * count + at, -1).astype(jnp.int32),
             ),
             group_sizes=jnp.zeros(self.routing.num_experts, jnp.int32),
-            sends=(map, spec.exchange),
+            sends=(round_map(sizes, mesh, turn, count), self.spec.exchange),
         )
 
-    def _round(
-        self,
-        rows: DeferredRows,
-        outside: dict[Value, Named],
-        layout: SortedRows,
-        gates: Array | None,
-        kind: DTypeLike | None,
-    ) -> Named:
-        """Return what a round adds to each token, in the type `kind`; None: in that of the rows."""
-        sums = rows.make(outside, layout)
-        assert isinstance(sums, Rows), "`permute` made rows"
-        return rows_to_tokens(
-            layout.routing,
-            sums,
-            lambda flat: sum_rows(flat.astype(kind or flat.dtype), layout.permutation, gates),
-        )
-
-
-@dataclass(frozen=True)
-class _Rounds:
-    """The sum over rounds.
-
-    Attributes:
-      spec: what is the same in all rounds.
-      one: makes what a round adds.
-    """
-
-    spec: RoundSpec
-    round: Round
-
-    def __call__(self, floats: Floats, routed: _Routed) -> Array:
-        """Return the sum ``[tokens, …]``."""
-        total = jax.custom_vjp(self._forward)
-        total.defvjp(
-            lambda floats, routed: (self._forward(floats, routed), (floats, routed)), self._backward
-        )
-        return total(floats, routed)
-
-    def _forward(self, floats: Floats, routed: _Routed) -> Array:
-        shape = jax.eval_shape(lambda f, r: self.round(jnp.int32(0), f, r, None), floats, routed)
-        kind = accumulator(shape.dtype)
-
-        def add(turn: Array, total: Array) -> Array:
-            return total + self.round(turn, floats, routed, kind)
-
-        zeros = zeros_like_on_devices(shape).astype(kind)
-        total: Array = self._repeated(routed, add, zeros)
-        return total.astype(shape.dtype)
-
-    def _backward(self, residuals: tuple[Floats, _Routed], slope: Array) -> tuple[Floats, None]:
-        floats, routed = residuals
-
-        def add(turn: Array, totals: Floats) -> Floats:
-            _, pull = jax.vjp(lambda arrays: self.round(turn, arrays, routed, None), floats)
-            (parts,) = pull(slope)
-            return [total + part for total, part in zip(totals, parts, strict=True)]
-
-        zeros = [zeros_like_on_devices(jax.eval_shape(jnp.array, array)) for array in floats]
-        slopes: Floats = self._repeated(routed, add, zeros)
-        return slopes, None
-
-    def _repeated(self, routed: _Routed, add: Add, total: PyTree) -> PyTree:
+    def _repeated(
+        self, routed: _Routed, add: Callable[[Array, PyTree], PyTree], total: PyTree
+    ) -> PyTree:
         """Return what `add` makes of `total`, turn by turn, as often as any device needs."""
         if self.spec.most == 1:
             return add(jnp.int32(0), total)
@@ -259,39 +234,6 @@ class _Rounds:
                 (jnp.int32(0), total),
             )
         return sums
-
-
-def rows_in_round(
-    permutation: RowPermutation,
-    experts: Array,
-    sizes: Array,
-    mesh: Mesh,
-    turn: Array,
-    rows: int,
-) -> RowPermutation:
-    """Return the choices whose rows are sent in a round, ``[devices * rows]``, by device.
-
-    Args:
-      permutation: the map between choices and rows sorted by expert.
-      experts: i32 ``[tokens, choice]``.
-      sizes: i32 ``[devices, experts]``, the rows that each device has for each expert.
-      mesh: the mesh axes along which devices exchange rows.
-      turn: the number of the round.
-      rows: how many rows go to each device.
-    """
-    devices = sizes.shape[0]
-    sent = sizes[jax.lax.axis_index(mesh)].reshape(devices, -1).sum(1)
-    starts, first = jnp.cumsum(sent) - sent, turn * rows
-    index = first + jnp.arange(rows, dtype=jnp.int32)
-    row = starts[:, None] + index
-    choice = jnp.take(permutation.choice_of_row, row, mode="clip")
-    device = jnp.clip(experts // (sizes.shape[1] // devices), 0, devices - 1)
-    at = permutation.row_of_choice - starts[device] - first
-    is_now = (permutation.row_of_choice >= 0) & (at >= 0) & (at < rows)
-    return RowPermutation(
-        jnp.where(index < sent[:, None], choice, -1).reshape(-1),
-        jnp.where(is_now, device * rows + at, -1).astype(jnp.int32),
-    )
 
 
 # Sorted rows on a mesh: sent to the devices of their experts, and back.

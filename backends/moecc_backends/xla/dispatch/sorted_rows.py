@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
 from math import prod
 from typing import NamedTuple, Self
 
@@ -211,6 +211,51 @@ def capacity_permutation(
 
 
 @jax.custom_vjp
+def sum_rows(rows: Array, permutation: RowPermutation, gates: Array | None) -> Array:
+    """Sum the rows ``[rows, embed]`` of each token, weighted with `gates` ``[tokens, choice]``.
+
+    Without gates they are summed as they are.  A choice without a row contributes nothing.  The sum
+    runs in float32 at least.
+    """
+    kind = accumulator(rows.dtype)
+    terms = (
+        term.astype(kind)
+        if gates is None
+        else term.astype(kind) * gates[:, choice, None].astype(kind)
+        for choice, term in enumerate(_terms(rows, permutation))
+    )
+    return reduce(jnp.add, terms).astype(rows.dtype)
+
+
+def _sum_rows_backward(
+    residuals: tuple[Array | None, RowPermutation, Array | None], d_tokens: Array
+) -> tuple[Array, None, Array | None]:
+    rows, permutation, gates = residuals
+    has_row = permutation.choice_of_row >= 0
+    d_rows = _take(d_tokens, permutation.token_of_row, has_row)
+    if rows is None or gates is None:
+        return d_rows, None, None
+    kind = accumulator(rows.dtype)
+    gate_of_row = jnp.where(has_row, gates.reshape(-1)[permutation.choice_of_row], 0)
+    d_gates = [
+        jnp.sum(term.astype(kind) * d_tokens.astype(kind), axis=-1)
+        for term in _terms(rows, permutation)
+    ]
+    d_rows = (gate_of_row[:, None] * d_rows).astype(rows.dtype)
+    return d_rows, None, jnp.stack(d_gates, axis=-1).astype(gates.dtype)
+
+
+# Without gates nothing of the rows is kept for the gradient.
+sum_rows.defvjp(
+    lambda rows, permutation, gates: (
+        sum_rows(rows, permutation, gates),
+        (None if gates is None else rows, permutation, gates),
+    ),
+    _sum_rows_backward,
+)
+
+
+@jax.custom_vjp
 def permute(tokens: Array, permutation: RowPermutation) -> Array:
     """Copy ``[tokens, embed]`` into ``[rows, embed]``; rows without a token are zero."""
     return _take(tokens, permutation.token_of_row, permutation.choice_of_row >= 0)
@@ -218,7 +263,7 @@ def permute(tokens: Array, permutation: RowPermutation) -> Array:
 
 permute.defvjp(
     lambda tokens, permutation: (permute(tokens, permutation), permutation),
-    lambda permutation, d_rows: (_sum_choices(d_rows, permutation, None), None),
+    lambda permutation, d_rows: (sum_rows(d_rows, permutation, None), None),
 )
 
 
@@ -240,61 +285,6 @@ permute_choices.defvjp(
 )
 
 
-def sum_rows(rows: Array, permutation: RowPermutation, gates: Array | None) -> Array:
-    """Sum the rows ``[rows, embed]`` of each token, as they are or weighted with `gates`."""
-    if gates is None:
-        return unpermute_weighted(rows, permutation)
-    return unpermute(rows, permutation, gates)
-
-
-@jax.custom_vjp
-def unpermute_weighted(rows: Array, permutation: RowPermutation) -> Array:
-    """Sum the rows ``[rows, embed]`` of each token, of which nothing is kept for the gradient."""
-    return _sum_choices(rows, permutation, None)
-
-
-unpermute_weighted.defvjp(
-    lambda rows, permutation: (unpermute_weighted(rows, permutation), permutation),
-    lambda permutation, d_tokens: (
-        _take(d_tokens, permutation.token_of_row, permutation.choice_of_row >= 0),
-        None,
-    ),
-)
-
-
-@jax.custom_vjp
-def unpermute(rows: Array, permutation: RowPermutation, gates: Array) -> Array:
-    """Sum the rows ``[rows, embed]`` of each token, weighted with `gates` ``[tokens, choice]``.
-
-    A choice without a row contributes nothing. The sum runs in float32 at least.
-    """
-    return _sum_choices(rows, permutation, gates)
-
-
-def _unpermute_backward(
-    residuals: tuple[Array, RowPermutation, Array], d_tokens: Array
-) -> tuple[Array, None, Array]:
-    rows, permutation, gates = residuals
-    kind, has_row = accumulator(rows.dtype), permutation.choice_of_row >= 0
-    gate_of_row = jnp.where(has_row, gates.reshape(-1)[permutation.choice_of_row], 0)
-    d_rows = _take(d_tokens, permutation.token_of_row, has_row)
-    d_rows = (gate_of_row[:, None] * d_rows).astype(rows.dtype)
-    d_gates = [
-        jnp.sum(term.astype(kind) * d_tokens.astype(kind), axis=-1)
-        for term in _terms(rows, permutation)
-    ]
-    return d_rows, None, jnp.stack(d_gates, axis=-1).astype(gates.dtype)
-
-
-unpermute.defvjp(
-    lambda rows, permutation, gates: (
-        unpermute(rows, permutation, gates),
-        (rows, permutation, gates),
-    ),
-    _unpermute_backward,
-)
-
-
 def _take(values: Array, index: Array, is_valid: Array) -> Array:
     # Clipping costs nothing; the mask, not the clipped index, decides what is read.
     rows = jnp.take(store(values), index, axis=0, mode="clip")
@@ -307,17 +297,6 @@ def _terms(rows: Array, permutation: RowPermutation) -> Iterator[Array]:
     for choice in range(permutation.row_of_choice.shape[1]):
         row = permutation.row_of_choice[:, choice]
         yield _take(rows, row, row >= 0)
-
-
-def _sum_choices(rows: Array, permutation: RowPermutation, gates: Array | None) -> Array:
-    kind = accumulator(rows.dtype)
-    terms = (
-        term.astype(kind)
-        if gates is None
-        else term.astype(kind) * gates[:, choice, None].astype(kind)
-        for choice, term in enumerate(_terms(rows, permutation))
-    )
-    return reduce(jnp.add, terms).astype(rows.dtype)
 
 
 Kernel = Callable[[Array, Array, Array, int, DTypeLike], Array]
@@ -398,6 +377,11 @@ class PermutedRows:
         return gathered_matmul(x, weight, over)
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("routing", "permutation", "group_sizes", "exchange", "sends"),
+    meta_fields=("kernel",),
+)
 @dataclass(frozen=True)
 class SortedRows(PermutedRows):
     """The rows of each expert one after the other; choices without a slot have no row.

@@ -121,15 +121,13 @@ class _SumOperands(NamedTuple):
     """All arrays that the sum depends on: a function with its own gradient closes over none.
 
     Attributes:
-      experts: i32 ``[tokens, choice]``.
-      assigned: which choices have a slot; None if all do.
+      routing: the experts of each token.
       stacks: operands with a part for each expert.
       shared: operands of all experts.
       gates: ``[tokens, choice]``; None where rows have weights.
     """
 
-    experts: Array
-    assigned: Array | None
+    routing: Routing
     stacks: list[Stack]
     shared: list[Array]
     gates: Array | None
@@ -152,17 +150,6 @@ class UsedExperts(Deferral):
         shared = [v for v in outside if v not in stacks]
         axes: tuple[str, ...] = ()
 
-        def layout_of(operands: _SumOperands, number: int) -> OneExpert:
-            # Which slot it is makes no difference here, and costs a count over all tokens.
-            routing = replace(
-                self.routing,
-                experts=operands.experts,
-                slots=jnp.zeros_like(operands.experts),
-                wanted=operands.assigned,
-                capacity=None,
-            )
-            return OneExpert(routing, jnp.asarray(number, jnp.int32))
-
         def weighted(number: int, weights: list[Array], operands: _SumOperands) -> Array:
             nonlocal axes
             pairs = zip(shared, operands.shared, strict=True)
@@ -171,7 +158,7 @@ class UsedExperts(Deferral):
                 v: Named(a, axes_of_expert(x))
                 for (v, x), a in zip(stacks.items(), weights, strict=True)
             }
-            layout = layout_of(operands, number)
+            layout = OneExpert(operands.routing, jnp.asarray(number, jnp.int32))
             result = layout.unpermute(rows.make(values, layout), operands.gates)
             axes = result.axes
             return result.array
@@ -183,19 +170,26 @@ class UsedExperts(Deferral):
             shape = jax.eval_shape(lambda: weighted(0, weights(0), operands))
             sums = zeros_like_on_devices(shape)
             for number in range(self.routing.num_experts):
-                is_used = jnp.any(layout_of(operands, number).is_used)
+                layout = OneExpert(operands.routing, jnp.asarray(number, jnp.int32))
 
                 def add(sums: Array, *sliced: list[Array], number: int = number) -> Array:
                     expert_weights = sliced[0] if sliced else weights(number)
                     return sums + weighted(number, expert_weights, operands)
 
                 sliced = () if in_place else (weights(number),)
-                sums = jax.lax.cond(is_used, add, lambda sums, *_: sums, sums, *sliced)
+                sums = jax.lax.cond(
+                    jnp.any(layout.is_used), add, lambda sums, *_: sums, sums, *sliced
+                )
             return sums
 
         operands = _SumOperands(
-            self.routing.experts,
-            self.routing.assigned,
+            # Which slot it is makes no difference here, and costs a count over all tokens.
+            replace(
+                self.routing,
+                slots=jnp.zeros_like(self.routing.experts),
+                wanted=self.routing.assigned,
+                capacity=None,
+            ),
             [
                 x.parts
                 if isinstance(x, ExpertArrays)

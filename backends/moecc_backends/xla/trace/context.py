@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +30,11 @@ from moecc_backends.xla.trace.values import (
     Deferred,
     DeferredRows,
     DispatchLayout,
+    Named,
     Operand,
     Routing,
     Rows,
+    lifted,
     poisoned_rows,
     varies,
 )
@@ -244,19 +245,36 @@ def lowering(
     return register
 
 
+def lowering_along(
+    *names: str, names_result: bool = False
+) -> Callable[[Callable[[TraceContext, Node, Named], Named]], Function]:
+    """Register what an operation does along axes of its operand; rows of experts keep theirs."""
+
+    def register(function: Callable[[TraceContext, Node, Named], Named]) -> Function:
+        def lower(ctx: TraceContext, node: Node, x: Operand) -> Operand:
+            return lifted(x, lambda full: function(ctx, node, full))
+
+        return lowering(*names, names_result=names_result)(lower)
+
+    return register
+
+
 def is_lowered(op: OpDef) -> bool:
     """Return whether the operation `op` has a lowering."""
     return LOWERINGS.get(op.name) is not None
 
 
-class Interceptor(Protocol):
-    """What stands between the framework and lowerings, where something else shards values."""
+class Interceptor:
+    """Stands between the framework and lowerings, for what shards values.
+
+    This one calls lowerings as they are: what arrays need of a mesh, a device knows itself.
+    """
 
     def __call__(
         self, ctx: TraceContext, node: Node, operands: list[AnyOperand], function: Function
     ) -> Lowered:
         """Return what the lowering `function` of `node` makes of `operands`."""
-        ...
+        return function(ctx, node, *_alike(ctx, node, operands))
 
     def by_group(
         self,
@@ -271,37 +289,14 @@ class Interceptor(Protocol):
           groups: how many there are.
           arrays: ``[tokens, …]``, or None.
         """
-        ...
-
-    def layout(self, routing: Routing) -> DispatchLayout | None:
-        """Return the layout that the rows of `routing` must have; None leaves the choice."""
-        ...
-
-
-class DirectCalls:
-    """Calls lowerings as they are: what arrays need of a mesh, a device knows itself."""
-
-    def __call__(
-        self, ctx: TraceContext, node: Node, operands: list[AnyOperand], function: Function
-    ) -> Lowered:
-        """Return what the lowering `function` of `node` makes of `operands`."""
-        return function(ctx, node, *_alike(ctx, node, operands))
-
-    def by_group(
-        self,
-        function: Callable[..., Array],
-        groups: int,
-        arrays: tuple[Array | None, ...],
-    ) -> Array:
-        """Return ``function(groups, *arrays)``: all groups at once."""
         return function(groups, *arrays)
 
     def layout(self, routing: Routing) -> DispatchLayout | None:
-        """Return None: any layout will do."""
+        """Return the layout that the rows of `routing` must have; None leaves the choice."""
         return None
 
 
-DIRECT = DirectCalls()
+DIRECT = Interceptor()
 
 
 @dataclass

@@ -6,6 +6,7 @@ import re
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from typing import Any, Protocol
 
@@ -54,6 +55,11 @@ def unchecked(run: Function, *arrays: jax.Array) -> PyTree:
 # Which experts the tokens go to: what the lowering of a routing gives to a dispatch strategy.
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("experts", "slots", "wanted"),
+    meta_fields=("num_experts", "groups", "capacity", "tokens", "token_sizes"),
+)
 @dataclass(frozen=True)
 class Routing:
     """Which experts the tokens go to, before a strategy lays out rows.
