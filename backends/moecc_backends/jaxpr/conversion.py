@@ -40,7 +40,7 @@ from moecc.ir.text import print_graph
 from moecc.jobs.checks import Contracts, check_contracts
 from moecc.jobs.receipt import RECEIPT_NAME, Receipt
 from moecc.model.open import CONFIG_NAME, GRAPH_NAME, MODEL_TYPE
-from moecc.rewrite.passes import Context, Pass, Preserves, ReadWeight
+from moecc.rewrite.passes import Context, Pass, Preserves
 from moecc.rewrite.pipeline import Pipeline, installed
 from moecc.rewrite.runner import run_pipeline
 from moecc.support.untyped import Json
@@ -581,7 +581,15 @@ def convert(
     graph = graph_of_blocks(survey, name=_name(function), is_causal=causal, labels=labels)
     locations = [i.loc for i in survey.instances().values()]
     keys = {loc: part.key() for loc, part in cut_graph(graph, locations).blocks.items()}
-    context = Context(seed=seed, allow_unmatched=allow_unmatched, read=_reader(arrays))
+    # What reads small parameters on which promises depend.
+    are_shapes = any(isinstance(a, jax.ShapeDtypeStruct) for a in arrays.values())
+
+    def read(weight: Expr) -> Array | None:
+        if are_shapes or prod(weight.type.shape) > MAX_READ_ELEMENTS:
+            return None
+        return LeafEvaluator(arrays).evaluate(weight)
+
+    context = Context(seed=seed, allow_unmatched=allow_unmatched, read=read)
     contracts = Contracts(unchecked="convert(…, check=True) does")
     if check:
         contracts = check_contracts(graph, passes, context)
@@ -694,18 +702,6 @@ def _parsed(pipeline: object) -> Pipeline:
         expected='convert(function, params, batch, "upcycle{experts=8}")',
         found=type(pipeline).__name__,
     )
-
-
-def _reader(arrays: Mapping[str, AnyArray]) -> ReadWeight:
-    """Return what reads small parameters on which promises depend."""
-    are_shapes = any(isinstance(a, jax.ShapeDtypeStruct) for a in arrays.values())
-
-    def read(weight: Expr) -> Array | None:
-        if are_shapes or prod(weight.type.shape) > MAX_READ_ELEMENTS:
-            return None
-        return LeafEvaluator(arrays).evaluate(weight)
-
-    return read
 
 
 def _new_state(

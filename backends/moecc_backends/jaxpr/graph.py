@@ -17,7 +17,7 @@ from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.structure import attributes
 from moecc.model.open import GRAPH
-from moecc.types import F32, Axis, DType, Extent, TensorType, is_name
+from moecc.types import F32, Axis, DType, TensorType, is_name
 from moecc_backends.jaxpr.blocks import INNER, OUTER
 from moecc_backends.jaxpr.scopes import (
     CHECKPOINTS,
@@ -31,6 +31,7 @@ from moecc_backends.jaxpr.survey import BlockSite, Survey, equations_of
 from moecc_backends.jaxpr.symbols import function_of
 from moecc_backends.jaxpr.views import NotABlock, callee, dtype_named, path_name, unique
 from moecc_backends.xla.lower.function import finalize_output, lower_values
+from moecc_backends.xla.lower.scan import axis_key
 
 Label = tuple[tuple[str, int], ...]
 """Names and sizes of the axes of tokens that a dimension runs over, outermost first."""
@@ -447,24 +448,19 @@ class _RegionWalk:
             if equation in self._ends:
                 site = self._ends[equation]
                 takes = sources.get(site.slice.x, frozenset())
-                sources[site.slice.output] = self._block(site, takes, iteration)
+                number = 0
+                for loop, length in zip(site.loops, site.lengths, strict=True):
+                    number = number * length + iteration[loop]
+                loc = self._instances[site.keys[number]].loc
+                # A block that runs again takes more than what its first run shows.
+                if loc not in self.regions:
+                    self.regions[loc] = self._region(takes)
+                sources[site.slice.output] = frozenset((loc,))
             elif equation not in self._inside:
                 operands = [sources.get(v, frozenset()) for v in equation.inputs]
                 results = self._equation(equation, operands, iteration)
                 sources.update(zip(equation.outputs, results, strict=True))
         return [sources.get(v, frozenset()) for v in scope.outputs]
-
-    def _block(
-        self, site: BlockSite, takes: frozenset[str], iteration: Mapping[Hashable, int]
-    ) -> frozenset[str]:
-        number = 0
-        for loop, length in zip(site.loops, site.lengths, strict=True):
-            number = number * length + iteration[loop]
-        loc = self._instances[site.keys[number]].loc
-        # A block that runs again takes more than what its first run shows.
-        if loc not in self.regions:
-            self.regions[loc] = self._region(takes)
-        return frozenset((loc,))
 
     def _equation(
         self, equation: Equation, operands: list[frozenset[str]], iteration: Mapping[Hashable, int]
@@ -540,12 +536,8 @@ class BlockPart:
 
         def described(value: Value) -> object:
             numbers[value] = len(numbers)
-            return (value.type.dtype.name, tuple(map(axis_key, value.type.axes)))
-
-        def axis_key(axis: Axis) -> object:
-            if isinstance(axis.size, Extent):
-                return (axis.name, axis.size.kind, numbers.get(setter_of(axis.size), -1))
-            return (axis.name, axis.size)
+            axes = tuple(axis_key(a, numbers) for a in value.type.axes)
+            return (value.type.dtype.name, axes)
 
         lines: list[object] = [described(self.x)]
         for node in self.side_nodes:

@@ -606,7 +606,16 @@ def call_converted(
     leaves |= {n: leaf for n, leaf in state.leaves.items() if leaf.shape == avals[n].shape}
     traced = trace_function(function, state.tree, avals, leaves, arguments)
     replacements = _replacements(state, traced)
-    _check_extra(extra, replacements)
+    # Raise InputError where further inputs of the graph are missing or unknown.
+    needed = {v.name: v for r in replacements for v in r.parts[0].extra}
+    if set(needed) != set(extra):
+        raise InputError(
+            "the graph of the blocks takes other inputs than were given",
+            expected=f"moe_inputs={{{', '.join(f'{n!r}: …' for n in needed)}}}",
+            found=", ".join(extra) or "none",
+            hint="; ".join(f"{n}: {v.type}" for n, v in needed.items()) or None,
+        )
+    check_keys({name: extra[name] for name, v in needed.items() if v.type.dtype.kind == "key"})
     rewritten = RewrittenFunction(
         traced.scope,
         replacements,
@@ -626,19 +635,6 @@ def call_converted(
     if not losses:
         return result
     return with_losses(result, joined_losses(state.parts, replacements, side))
-
-
-def _check_extra(extra: Mapping[str, AnyArray], replacements: Sequence[Replacement]) -> None:
-    """Raise InputError where further inputs of the graph are missing or unknown."""
-    needed = {v.name: v for r in replacements for v in r.parts[0].extra}
-    if set(needed) != set(extra):
-        raise InputError(
-            "the graph of the blocks takes other inputs than were given",
-            expected=f"moe_inputs={{{', '.join(f'{n!r}: …' for n in needed)}}}",
-            found=", ".join(extra) or "none",
-            hint="; ".join(f"{n}: {v.type}" for n, v in needed.items()) or None,
-        )
-    check_keys({name: extra[name] for name, v in needed.items() if v.type.dtype.kind == "key"})
 
 
 def _replacements(state: ConversionState, traced: TracedFunction) -> list[Replacement]:

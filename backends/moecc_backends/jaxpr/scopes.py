@@ -585,7 +585,16 @@ def trace_function(
         leaves = [traced.get(i, leaf) for i, (_, leaf) in enumerate(pairs)]
         args, kwargs = jax.tree_util.tree_unflatten(treedef, leaves)
         result = function(params, *args, **kwargs)
-        _check_arrays(result, function)
+        # Raise InputError where a result has a leaf that is no array.
+        for path, leaf in jax.tree_util.tree_flatten_with_path(result)[0]:
+            if not is_array(leaf) and not isinstance(leaf, int | float | complex):
+                raise InputError(
+                    "the function returns what is no array",
+                    where=function_line(function),
+                    expected="a tree of arrays",
+                    found=f"{type(leaf).__name__} at {path_name(path) if path else 'the top'}",
+                    hint="return it from another function; jax.jit takes no such function either",
+                )
         return result
 
     try:
@@ -609,19 +618,6 @@ def trace_function(
         dict(zip(labels, scope.inputs[len(names) :], strict=True)),
         list(passed.values()),
     )
-
-
-def _check_arrays(result: PyTree, function: Function) -> None:
-    """Raise InputError where a result has a leaf that is no array."""
-    for path, leaf in jax.tree_util.tree_flatten_with_path(result)[0]:
-        if not is_array(leaf) and not isinstance(leaf, int | float | complex):
-            raise InputError(
-                "the function returns what is no array",
-                where=function_line(function),
-                expected="a tree of arrays",
-                found=f"{type(leaf).__name__} at {path_name(path) if path else 'the top'}",
-                hint="return it from another function; jax.jit takes no such function either",
-            )
 
 
 def _positions(function: Function) -> list[str]:

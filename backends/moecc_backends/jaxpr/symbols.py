@@ -43,6 +43,7 @@ from moecc_backends.jaxpr.views import (
     shape_of,
     trace,
 )
+from moecc_backends.xla.lower.elementwise import ELEMENTWISE
 from moecc_backends.xla.trace.values import Function
 
 ONE_VALUE = "a block takes one value, so apply the other before it or behind it"
@@ -244,7 +245,12 @@ class Symbols:
         if variable.view is not None:
             symbol = self._weight(variable.view)
         elif variable.const is not UNKNOWN:
-            symbol = _number(variable)
+            data = np.asarray(variable.const)
+            if data.size != 1:
+                raise NotABlock("it takes an array of constants: make it a parameter")
+            if not (jnp.issubdtype(data.dtype, jnp.number) or data.dtype == bool):
+                raise NotABlock("it takes a constant that is no number")
+            symbol = Symbol(float(data.reshape(()).astype(np.float64)))
         elif variable.equation is None or not all(map(_is_constant, variable.equation.inputs)):
             raise NotABlock(f"it takes another value from outside: {ONE_VALUE}")
         else:
@@ -454,15 +460,6 @@ class Symbols:
         return result
 
 
-def _number(variable: Variable) -> Symbol:
-    data = np.asarray(variable.const)
-    if data.size != 1:
-        raise NotABlock("it takes an array of constants: make it a parameter")
-    if not (jnp.issubdtype(data.dtype, jnp.number) or data.dtype == bool):
-        raise NotABlock("it takes a constant that is no number")
-    return Symbol(float(data.reshape(()).astype(np.float64)))
-
-
 def _is_constant(variable: Variable) -> bool:
     if variable.const is not UNKNOWN:
         return True
@@ -482,19 +479,10 @@ CUSTOM: dict[str, Function] = {
 }
 """Functions of jax with a derivative of their own, which formulas name."""
 
-ACTIVATIONS: dict[str, Callable[[AnyArray], AnyArray]] = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-    "sigmoid": jax.nn.sigmoid,
-    "tanh": jnp.tanh,
-    "exp": jnp.exp,
-    "log": jnp.log,
-    "square": jnp.square,
-    "rsqrt": jax.lax.rsqrt,
-}
-"""Activations that are operations, as jax has them."""
+ACTIVATIONS = (
+    "silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh", "exp", "log", "square", "rsqrt",
+)  # fmt: skip
+"""Activations that are operations."""
 
 
 def formula_of(term: Term, base: Term) -> Formula:
@@ -520,8 +508,8 @@ def formula_of(term: Term, base: Term) -> Formula:
 def activations(dtype: str) -> Mapping[str, str]:
     """Return operations by the formulas that jax's functions have in an element type."""
     operations: dict[str, str] = {}
-    for name, function in ACTIVATIONS.items():
-        jaxpr, _ = trace(function, [shape_of((3,), dtype)])
+    for name in ACTIVATIONS:
+        jaxpr, _ = trace(ELEMENTWISE[name], [shape_of((3,), dtype)])
         inputs, (result,) = _run(jaxpr, custom_function)
         assert isinstance(result.term, Term), "an activation is no number"
         operations[str(formula_of(result.term, inputs[0]))] = name

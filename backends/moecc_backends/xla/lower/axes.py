@@ -21,7 +21,7 @@ from moecc.ir.ops.axes import (
     SplitOp,
     UpdateSliceOp,
 )
-from moecc_backends.xla.trace.context import DeviceView, TraceContext, lowering
+from moecc_backends.xla.trace.context import DeviceView, TraceContext, lowering, lowering_along
 from moecc_backends.xla.trace.values import (
     Deferred,
     DeferredRows,
@@ -45,47 +45,33 @@ def _rename(ctx: TraceContext, node: Node, x: Operand) -> Operand:
     return x.with_array(x.array, axes) if isinstance(x, Rows) else Named(x.array, axes)
 
 
-@lowering("split")
-def _split(ctx: TraceContext, node: Node, x: Operand) -> Operand:
-    names = tuple(n for n, _ in SplitOp.of_node(node).into)
-    sizes = tuple(s for _, s in ctx.view.attrs(node)["into"])
-
-    def cut(full: Named) -> Named:
-        at, shape = full.axes.index(SplitOp.of_node(node).axis), full.array.shape
-        array = full.array.reshape(*shape[:at], *sizes, *shape[at + 1 :])
-        return Named(array, (*full.axes[:at], *names, *full.axes[at + 1 :]))
-
-    return lifted(x, cut)
+@lowering_along("split")
+def _split(ctx: TraceContext, node: Node, x: Named) -> Named:
+    attrs = SplitOp.of_node(node)
+    at, shape = x.axes.index(attrs.axis), x.array.shape
+    sizes = (size for _, size in ctx.view.attrs(node)["into"])
+    array = x.array.reshape(*shape[:at], *sizes, *shape[at + 1 :])
+    return Named(array, (*x.axes[:at], *(n for n, _ in attrs.into), *x.axes[at + 1 :]))
 
 
-@lowering("merge")
-def _merge(ctx: TraceContext, node: Node, x: Operand) -> Operand:
+@lowering_along("merge")
+def _merge(ctx: TraceContext, node: Node, x: Named) -> Named:
     attrs = MergeOp.of_node(node)
-    parts: tuple[str, ...] = attrs.axes
-
-    def join(full: Named) -> Named:
-        at = full.axes.index(parts[0])
-        before = tuple(a for a in full.axes[:at] if a not in parts)
-        after = tuple(a for a in full.axes[at:] if a not in parts)
-        moved = full.to((*before, *parts, *after))
-        sizes = [full.size(a) for a in parts]
-        outer, inner = ([full.size(a) for a in axes] for axes in (before, after))
-        array = moved.array.reshape(*outer, prod(sizes), *inner)
-        return Named(array, (*before, attrs.into, *after))
-
-    return lifted(x, join)
+    at = x.axes.index(attrs.axes[0])
+    before, after = (
+        tuple(a for a in axes if a not in attrs.axes) for axes in (x.axes[:at], x.axes[at:])
+    )
+    moved, sizes = x.to((*before, *attrs.axes, *after)), x.sizes
+    merged = prod(sizes[a] for a in attrs.axes)
+    shape = (*(sizes[a] for a in before), merged, *(sizes[a] for a in after))
+    return Named(moved.array.reshape(shape), (*before, attrs.into, *after))
 
 
-@lowering("slice")
-def _slice(ctx: TraceContext, node: Node, x: Operand) -> Operand:
+@lowering_along("slice")
+def _slice(ctx: TraceContext, node: Node, x: Named) -> Named:
     attrs = SliceOp.of_node(node)
-
-    def cut(full: Named) -> Named:
-        at = full.axes.index(attrs.axis)
-        start, stop = attrs.start, attrs.stop
-        return Named(jax.lax.slice_in_dim(full.array, start, stop, axis=at), full.axes)
-
-    return lifted(x, cut)
+    at = x.axes.index(attrs.axis)
+    return Named(jax.lax.slice_in_dim(x.array, attrs.start, attrs.stop, axis=at), x.axes)
 
 
 @lowering("positions", takes_deferred=True)
@@ -172,13 +158,13 @@ _take_of_columns.defvjp(
 )
 
 
-@lowering("one_hot")
-def _one_hot(ctx: TraceContext, node: Node, ids: Operand) -> Operand:
+@lowering_along("one_hot")
+def _one_hot(ctx: TraceContext, node: Node, ids: Named) -> Named:
     ((name, size),) = OneHotOp.of_node(node).into
     assert isinstance(size, int), "the type is checked"
     # Counts are made of these, which a narrow type would round.
     kind = accumulator(ctx.dtype)
-    return lifted(ids, lambda i: Named(jax.nn.one_hot(i.array, size, dtype=kind), (*i.axes, name)))
+    return Named(jax.nn.one_hot(ids.array, size, dtype=kind), (*ids.axes, name))
 
 
 # Lowering of chunks: of arrays, slots under a capacity among them.

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from moecc.ir.graph import Node, Value
 from moecc.ir.ops.contraction import ContractOp, ConvolveOp, MeanOp, NormOp, ReductionOp, SoftmaxOp
 from moecc_backends.xla.kernels.grouped_matmul import rows_times, slot_matmul
-from moecc_backends.xla.trace.context import DIRECT, VALUE, TraceContext, lowering
+from moecc_backends.xla.trace.context import DIRECT, VALUE, TraceContext, lowering, lowering_along
 from moecc_backends.xla.trace.values import (
     SLOT_AXES,
     Named,
@@ -62,7 +62,9 @@ def _contract(ctx: TraceContext, node: Node, x: Operand, w: Operand) -> Operand:
         if is_precise(node):
             wide = accumulator(ctx.dtype)
             x, w = (Named(v.array.astype(wide), v.axes) for v in (x, w))
-        if _fits_slots(x, w, over):
+        is_slots = len(over) == 1 and x.axes == (*SLOT_AXES, *over)
+        is_matrix = len(w.axes) == 3 and w.axes[0] == "expert"
+        if is_slots and is_matrix and set(w.axes) & set(x.axes) == {"expert", *over}:
             return _slots_times(ctx, x, w, over)
         kind = product_type(x.array.dtype, ctx.options.target)
         if (
@@ -79,13 +81,6 @@ def _contract(ctx: TraceContext, node: Node, x: Operand, w: Operand) -> Operand:
         return _rows_times(ctx, x, w, over)
     assert isinstance(w, Rows), "one of the two is"
     return _rows_times(ctx, w, x, over)
-
-
-def _fits_slots(x: Named, w: Named, over: tuple[str, ...]) -> bool:
-    """Whether `w` has a matrix for each expert, which takes all that a slot holds."""
-    is_slots = len(over) == 1 and x.axes == (*SLOT_AXES, *over)
-    is_matrix = len(w.axes) == 3 and w.axes[0] == "expert"
-    return is_slots and is_matrix and set(w.axes) & set(x.axes) == {"expert", *over}
 
 
 def _is_matrix(x: Named, w: Named, over: tuple[str, ...]) -> bool:
@@ -110,15 +105,10 @@ def _rows_times(ctx: TraceContext, x: Rows, w: Operand, over: tuple[str, ...]) -
         named = w.inner()
         return lifted(x, lambda rows: einsum(rows, named, over))
     if not {"expert", "group"} & set(w.axes):
-        return _shared_product(x, w, over)
+        product = lifted(zeroed_rows(x), lambda rows: einsum(rows, w, over))
+        assert isinstance(product, Rows), "rows stay rows"
+        return with_masked_rows(product)
     return x.layout.matmul(x, w, over, product_type(x.array.dtype, ctx.options.target))
-
-
-def _shared_product(x: Rows, w: Named, over: tuple[str, ...]) -> Operand:
-    """Multiply rows with what all of them share, whose gradient is a sum over rows."""
-    product = lifted(zeroed_rows(x), lambda rows: einsum(rows, w, over))
-    assert isinstance(product, Rows), "rows stay rows"
-    return with_masked_rows(product)
 
 
 # Lowering of convolutions to XLA's, after the batch axes have been made one.
@@ -168,39 +158,27 @@ def _wide(array: Array) -> DTypeLike:
     return jnp.promote_types(array.dtype, jnp.float32)
 
 
-_REDUCTIONS: dict[str, Callable[..., Array]] = {
-    "sum": jnp.sum,
-    "max": jnp.max,
-    "logsumexp": jax.nn.logsumexp,
-}
-
-
 def _reduce(
-    function: Callable[..., Array], ctx: TraceContext, node: Node, x: Operand, *, parts: int = 1
-) -> Operand:
+    function: Callable[..., Array], ctx: TraceContext, node: Node, x: Named, parts: int = 1
+) -> Named:
     axes = ReductionOp.of_node(node).axes
-
-    def along(full: Named) -> Named:
-        at = tuple(full.axes.index(a) for a in axes)
-        result = function(full.array.astype(_wide(full.array)), axis=at)
-        if parts != 1:
-            result = result / parts
-        left = tuple(a for a in full.axes if a not in axes)
-        return Named(result.astype(full.array.dtype), left)
-
-    return lifted(x, along)
+    at = tuple(x.axes.index(a) for a in axes)
+    result = function(x.array.astype(_wide(x.array)), axis=at)
+    if parts != 1:
+        result = result / parts
+    return Named(result.astype(x.array.dtype), tuple(a for a in x.axes if a not in axes))
 
 
-for _name, _function in _REDUCTIONS.items():
-    lowering(_name)(partial(_reduce, _function))
+for _name, _function in (("sum", jnp.sum), ("max", jnp.max), ("logsumexp", jax.nn.logsumexp)):
+    lowering_along(_name)(partial(_reduce, _function))
 
 
-@lowering("mean")
-def _mean(ctx: TraceContext, node: Node, x: Operand) -> Operand:
+@lowering_along("mean")
+def _mean(ctx: TraceContext, node: Node, x: Named) -> Named:
     # The means of the shards add up to that of the whole; they are of one size.
     type = node.operands[0].type
     parts = prod(ctx.view.shard_count(type[a]) for a in MeanOp.of_node(node).axes)
-    return _reduce(jnp.mean, ctx, node, x, parts=parts)
+    return _reduce(jnp.mean, ctx, node, x, parts)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -226,14 +204,9 @@ def _softmax_jvp(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> tu
     return result, change.astype(result.dtype)
 
 
-@lowering("softmax", names_result=True)
-def _softmax(ctx: TraceContext, node: Node, x: Operand) -> Operand:
-    axis = SoftmaxOp.of_node(node).axis
-
-    def along(full: Named) -> Named:
-        return Named(softmax(full.array, full.axes.index(axis)), full.axes)
-
-    return lifted(x, along)
+@lowering_along("softmax", names_result=True)
+def _softmax(ctx: TraceContext, node: Node, x: Named) -> Named:
+    return Named(softmax(x.array, x.axes.index(SoftmaxOp.of_node(node).axis)), x.axes)
 
 
 def _unit(full: Named, node: Node, *, centre: bool) -> Array:

@@ -120,7 +120,7 @@ def _normal_cdf(x: Array) -> Array:
     return wide.astype(x.dtype)
 
 
-_ELEMENTWISE: dict[str, Callable[..., Array]] = {
+ELEMENTWISE: dict[str, Callable[..., Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -143,6 +143,7 @@ _ELEMENTWISE: dict[str, Callable[..., Array]] = {
     "less": jnp.less,
     "equal": jnp.equal,
 }
+"""Operations that are one function of jax."""
 
 
 def _apply(
@@ -151,7 +152,7 @@ def _apply(
     return elementwise(function, *operands)
 
 
-for _name, _function in _ELEMENTWISE.items():
+for _name, _function in ELEMENTWISE.items():
     lowering(_name)(partial(_apply, _function))
 
 

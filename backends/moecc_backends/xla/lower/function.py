@@ -262,7 +262,7 @@ _WEIGHTS = frozenset({Role.MATRIX, Role.TABLE})
 
 
 @dataclass(frozen=True)
-class GspmdLowering:
+class GspmdLowering(Interceptor):
     """Calls lowerings such that values are sharded over `mesh` as a layout of the plan shards them.
 
     Attributes:

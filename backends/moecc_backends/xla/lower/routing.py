@@ -19,7 +19,7 @@ from moecc_backends.xla.dispatch.choose import plan_dispatch
 from moecc_backends.xla.dispatch.rounds import InRounds, RoundSpec, exchanged_once
 from moecc_backends.xla.dispatch.sorted_rows import SortedRows, rank_in_expert, sort_by_expert
 from moecc_backends.xla.lower.contract import is_precise, softmax
-from moecc_backends.xla.trace.context import TraceContext, lowering
+from moecc_backends.xla.trace.context import TraceContext, lowering, lowering_along
 from moecc_backends.xla.trace.values import (
     Deferred,
     DeferredRows,
@@ -122,18 +122,15 @@ def _hashed(ids: Array, seed: int) -> Array:
     return h ^ (h >> 16)
 
 
-@lowering("hash_experts")
-def _hash_experts(ctx: TraceContext, node: Node, ids: Operand) -> Operand:
+@lowering_along("hash_experts")
+def _hash_experts(ctx: TraceContext, node: Node, ids: Named) -> Named:
     attrs = HashExpertsOp.of_node(node)
-
-    def choose(full: Named) -> Named:
-        ids = full.array.astype(jnp.uint32)
-        number = ids if attrs.hash == "modulo" else _hashed(ids, attrs.seed)
-        first = (number % jnp.uint32(attrs.experts)).astype(jnp.int32)
-        chosen = (first[..., None] + jnp.arange(attrs.top_k, dtype=jnp.int32)) % attrs.experts
-        return Named(chosen, (*full.axes, attrs.choice))
-
-    return lifted(ids, choose)
+    number = ids.array.astype(jnp.uint32)
+    if attrs.hash != "modulo":
+        number = _hashed(number, attrs.seed)
+    first = (number % jnp.uint32(attrs.experts)).astype(jnp.int32)
+    chosen = (first[..., None] + jnp.arange(attrs.top_k, dtype=jnp.int32)) % attrs.experts
+    return Named(chosen, (*ids.axes, attrs.choice))
 
 
 # Lowering of slots: who gets one at which expert; there a strategy lays out rows.

@@ -13,7 +13,7 @@ dear of that which lowerings have between them.  Parameters are gathered again a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
@@ -29,9 +29,15 @@ from moecc.ir.ops.slots import is_slots
 from moecc.ir.remat_names import DEFAULT
 from moecc.types import Axis, Extent
 from moecc_backends.xla.lower.contract import is_precise_param
-from moecc_backends.xla.trace.context import DIRECT, TraceContext, lower_nodes, lowering
+from moecc_backends.xla.trace.context import (
+    DIRECT,
+    TraceContext,
+    lower_nodes,
+    lowering,
+    lowering_along,
+)
 from moecc_backends.xla.trace.host_arrays import Master, cast_all
-from moecc_backends.xla.trace.values import Function, Named, Operand, Uncast, lifted
+from moecc_backends.xla.trace.values import Function, Named, Operand, Uncast
 
 # Cutting a graph into segments that repeat, so that equal layers are compiled once.
 #
@@ -120,7 +126,7 @@ def _key(segment: GraphSegment) -> tuple[object, ...]:
         for value in node.results:
             numbers[value] = len(numbers)
         types = tuple(
-            (v.type.dtype.name, tuple(_axis_key(a, numbers) for a in v.type.axes))
+            (v.type.dtype.name, tuple(axis_key(a, numbers) for a in v.type.axes))
             for v in node.results
         )
         lines.append((node.op.name, uses, tuple(node.attrs.items()), types))
@@ -128,7 +134,8 @@ def _key(segment: GraphSegment) -> tuple[object, ...]:
     return tuple(lines)
 
 
-def _axis_key(axis: Axis, numbers: dict[Value, int]) -> object:
+def axis_key(axis: Axis, numbers: Mapping[Value, int]) -> object:
+    """Return what is equal for axes that correspond, where values are numbered."""
     if isinstance(axis.size, Extent):
         return (axis.name, axis.size.kind, numbers.get(setter_of(axis.size), -1))
     return (axis.name, axis.size)
@@ -265,16 +272,11 @@ def _stack(ctx: TraceContext, node: Node, *xs: Named) -> Operand:
     return Named(jnp.stack([x.to(axes).array for x in xs]), (StackOp.of_node(node).axis, *axes))
 
 
-@lowering("index")
-def _index(ctx: TraceContext, node: Node, x: Operand) -> Operand:
+@lowering_along("index")
+def _index(ctx: TraceContext, node: Node, x: Named) -> Named:
     attrs = IndexOp.of_node(node)
-    axis, at = attrs.axis, attrs.at
-
-    def pick(full: Named) -> Named:
-        axes = tuple(a for a in full.axes if a != axis)
-        return Named(jnp.take(full.array, at, axis=full.axes.index(axis)), axes)
-
-    return lifted(x, pick)
+    picked = jnp.take(x.array, attrs.at, axis=x.axes.index(attrs.axis))
+    return Named(picked, tuple(a for a in x.axes if a != attrs.axis))
 
 
 @lowering("scan")

@@ -9,7 +9,7 @@ know them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod, sqrt
 
@@ -106,9 +106,10 @@ class Optimizer:
                 k: {n: a for n, a in arrays.items() if n in names} for k, arrays in all_moments
             }
             part: Moments = {kind: arrays for kind, arrays in parts.items() if arrays}
-            updates, moved = DIRECTIONS[self.section.name](
+            update = Update(
                 self, _some(gradients, names), {**part, COUNT: moments[count]}, params, settle
             )
+            updates, moved = DIRECTIONS[self.section.name](update)
             directions |= updates
             after[count] = settle(moved.pop(COUNT), moments[count])
             for kind, arrays in moved.items():
@@ -125,28 +126,47 @@ class Optimizer:
         }
 
 
-Directions = Callable[
-    [Optimizer, Arrays, Moments, Arrays, Settle], tuple[dict[str, Array], Moments]
-]
-"""Counts of updates are the caller's to settle."""
+@dataclass(frozen=True)
+class Update:
+    """What an update is made of.
+
+    Attributes:
+      optimizer: the optimiser.
+      gradients: of the parameters.
+      moments: before the update.
+      params: the parameters.
+      settle: says which moments stay.
+    """
+
+    optimizer: Optimizer
+    gradients: Arrays
+    moments: Moments
+    params: Arrays
+    settle: Settle
+
+    def of(self, names: Iterable[str], **moments: PyTree) -> Update:
+        """Return the update of some parameters, with other moments."""
+        gradients = _some(self.gradients, names)
+        return replace(self, gradients=gradients, moments={**self.moments, **moments})
 
 
-def _sgd(
-    optimizer: Optimizer, gradients: Arrays, moments: Moments, params: Arrays, settle: Settle
-) -> tuple[dict[str, Array], Moments]:
-    return dict(gradients), {COUNT: moments[COUNT] + 1}
+Direction = tuple[dict[str, Array], Moments]
+"""Directions by parameter, and the moments after; their count is the caller's to settle."""
 
 
-def _adamw(
-    optimizer: Optimizer, gradients: Arrays, moments: Moments, params: Arrays, settle: Settle
-) -> tuple[dict[str, Array], Moments]:
+def _sgd(update: Update) -> Direction:
+    return dict(update.gradients), {COUNT: update.moments[COUNT] + 1}
+
+
+def _adamw(update: Update) -> Direction:
     import optax
 
-    section = optimizer.section
+    section, moments = update.optimizer.section, update.moments
     state = optax.ScaleByAdamState(moments[COUNT], moments[FIRST], moments[SECOND])
-    _, after = optax.scale_by_adam(section.b1, section.b2, section.eps).update(gradients, state)
+    adam = optax.scale_by_adam(section.b1, section.b2, section.eps)
+    _, after = adam.update(update.gradients, state)
     moved = {FIRST: after.mu, SECOND: after.nu}
-    moved = settle(moved, {kind: moments[kind] for kind in moved})
+    moved = update.settle(moved, {kind: moments[kind] for kind in moved})
     first = optax.tree.bias_correction(moved[FIRST], section.b1, after.count)
     second = optax.tree.bias_correction(moved[SECOND], section.b2, after.count)
     # As optax has it, of the moments that stay.
@@ -154,40 +174,37 @@ def _adamw(
     return directions, {**moved, COUNT: after.count}
 
 
-def _muon(
-    optimizer: Optimizer, gradients: Arrays, moments: Moments, params: Arrays, settle: Settle
-) -> tuple[dict[str, Array], Moments]:
+def _muon(update: Update) -> Direction:
     """Muon for matrices (Jordan et al. 2024), AdamW's direction for all else, tables and the head.
 
     The count and the momentum of both are one.
     """
     from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-    section, settings = optimizer.section, optimizer.settings
+    section, settings = update.optimizer.section, update.optimizer.settings
+    gradients, moments = update.gradients, update.moments
     mine = [n for n in gradients if uses_muon(settings[n])]
-    plain_names = [n for n in gradients if n not in mine]
-    sides = {n: MuonDimensionNumbers(*_sides(settings[n], params[n].ndim)) for n in mine}
-    muon = scale_by_muon(beta=section.b1, eps=section.eps, weight_dimension_numbers=sides)
+    plain = [n for n in gradients if n not in mine]
+    sides = {n: _sides(settings[n], update.params[n].ndim) for n in mine}
+    numbers = {n: MuonDimensionNumbers(*pair) for n, pair in sides.items()}
+    muon = scale_by_muon(beta=section.b1, eps=section.eps, weight_dimension_numbers=numbers)
     start = muon.init({})
     before = start._replace(count=moments[COUNT], mu=_some(moments[FIRST], mine))
     directions, after = muon.update(_some(gradients, mine), before)
-    directions = {
-        n: d * _muon_scale(optimizer.types[n], settings[n]) for n, d in directions.items()
-    }
-    plain = {**moments, FIRST: _some(moments[FIRST], plain_names), SECOND: moments.get(SECOND, {})}
-    others, moved = _adamw(optimizer, _some(gradients, plain_names), plain, params, settle)
-    first = {**settle(after.mu, before.mu), **moved[FIRST]}
+    for name, direction in directions.items():
+        # An orthogonal matrix becomes as large as an update of AdamW's.
+        shape = update.optimizer.types[name].shape
+        largest = max(prod(shape[d] for d in side) for side in sides[name])
+        directions[name] = direction * (MUON_RMS * sqrt(largest))
+    others, moved = _adamw(
+        update.of(plain, **{FIRST: _some(moments[FIRST], plain), SECOND: moments.get(SECOND, {})})
+    )
+    first = {**update.settle(after.mu, before.mu), **moved[FIRST]}
     return {**directions, **others}, {
         **({FIRST: first} if first else {}),
-        **({SECOND: moved[SECOND]} if plain_names else {}),
+        **({SECOND: moved[SECOND]} if plain else {}),
         COUNT: moved[COUNT],
     }
-
-
-def _muon_scale(type: TensorType, settings: ParamSettings) -> float:
-    """Return what makes an orthogonal matrix as large as an update of AdamW's."""
-    sides = (prod(type.shape[d] for d in side) for side in _sides(settings, type.rank))
-    return MUON_RMS * sqrt(max(sides))
 
 
 def _some(arrays: Arrays, names: Iterable[str]) -> dict[str, Array]:
@@ -200,26 +217,30 @@ def _sides(settings: ParamSettings, rank: int) -> tuple[tuple[int, ...], tuple[i
     return settings.over, tuple(columns)
 
 
-def _adafactor(
-    optimizer: Optimizer, gradients: Arrays, moments: Moments, params: Arrays, settle: Settle
-) -> tuple[dict[str, Array], Moments]:
+def _adafactor(update: Update) -> Direction:
     """Adafactor, factored and without momentum (Shazeer and Stern 2018).
 
     A block is clipped and scaled by itself: a layer of a rolled parameter, an expert.
     """
-    section, types_of_moments = optimizer.section, optimizer.moment_types
+    optimizer, moments = update.optimizer, update.moments
+    types_of_moments = optimizer.moment_types
     directions: dict[str, Array] = {}
     after: Moments = {kind: {} for kind in moments if kind != COUNT}
-    for name, gradient in gradients.items():
+    for name, gradient in update.gradients.items():
         kinds = tuple(kind for kind in after if name in moments[kind])
         types = (optimizer.types[name], *(types_of_moments[kind][name] for kind in kinds))
-        like = _Factored(types, kinds, optimizer.settings[name].blocks, section.update_clip)
+        blocks, clip = optimizer.settings[name].blocks, optimizer.section.update_clip
         moment_arrays = (moments[kind][name] for kind in kinds)
-        updated = _by_block(like, moments[COUNT], gradient, params[name], *moment_arrays)
-        directions[name] = updated[0]
-        for kind, array in zip(kinds, updated[1:], strict=True):
+        directions[name], *updated = _by_block(
+            _Factored(types, kinds, blocks, clip),
+            moments[COUNT],
+            gradient,
+            update.params[name],
+            *moment_arrays,
+        )
+        for kind, array in zip(kinds, updated, strict=True):
             after[kind][name] = array
-    stay = {kind: settle(arrays, moments[kind]) for kind, arrays in after.items()}
+    stay = {kind: update.settle(arrays, moments[kind]) for kind, arrays in after.items()}
     return directions, {**stay, COUNT: moments[COUNT] + 1}
 
 
@@ -273,7 +294,7 @@ def _by_block(
     return updated
 
 
-DIRECTIONS: dict[str, Directions] = {
+DIRECTIONS: dict[str, Callable[[Update], Direction]] = {
     "adamw": _adamw,
     "adafactor": _adafactor,
     "muon": _muon,
