@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moecc.families.bert import BertConfig
-from moecc.families.config import BlockNames
 from moecc.families.graphs.blocks import Blocks
 from moecc.families.graphs.parameters import GraphRequest, Parameters
-from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
 from moecc.types import I32, PRED, tensor
 
@@ -24,17 +22,14 @@ def build(config: BertConfig, request: GraphRequest) -> Graph:
     padding there is an input ``mask : pred[batch, seq]``, true where a token is one; padding is
     behind the text.  A sequence is no longer than the number of positions.
     """
-    params, names = Parameters.of(config, request), config.names
-    assert isinstance(names, BlockNames), "the names of a model with layer norms"
-    graph, batch, seq = params.graph, request.batch, request.seq
+    encoder = _BertEncoder(Parameters.of(config, request), config)
+    graph, batch, seq = encoder.params.graph, request.batch, request.seq
     tokens = graph.input("tokens", tensor(I32, batch=batch, seq=seq))
     mask = graph.input("mask", tensor(PRED, batch=batch, seq=seq)) if request.padding else None
-    blocks = Blocks(Builder(graph), params, config.layer_norm_eps)
-    encoder = _BertEncoder(blocks, config, names)
     keep = None
     with encoder.builder.at("embed"):
         if mask is not None:
-            keep = blocks.as_keys(mask)
+            keep = encoder.as_keys(mask)
         hidden = encoder.embed(tokens)
         bias = encoder.bias(tokens)
     for layer in range(config.num_hidden_layers):
@@ -43,17 +38,11 @@ def build(config: BertConfig, request: GraphRequest) -> Graph:
     return graph
 
 
-@dataclass
-class _BertEncoder:
+@dataclass(frozen=True)
+class _BertEncoder(Blocks):
     """The parts of the encoder."""
 
-    blocks: Blocks
     config: BertConfig
-    names: BlockNames
-
-    @property
-    def builder(self) -> Builder:
-        return self.blocks.builder
 
     def embed(self, tokens: Value) -> Value:
         """Emit words + positions + the type 0, normalised, ``[batch, seq, embed]``."""
@@ -67,7 +56,7 @@ class _BertEncoder:
         table = self._positions()
         positions = builder.positions(tokens, axis="seq", name="positions")
         hidden = builder.add(hidden, builder.embedding(table, positions, axis="position"))
-        return self.blocks.norm(hidden, "embeddings.LayerNorm")
+        return self.norm(hidden, "embeddings.LayerNorm")
 
     def _positions(self) -> Value:
         """Emit the table of positions from that of the first token on."""
@@ -83,40 +72,32 @@ class _BertEncoder:
         if not count:
             return None
         query = builder.positions(tokens, axis="seq", name="positions")
-        key = self.blocks.as_keys(query)
+        key = self.as_keys(query)
         buckets = builder.relative_buckets(
             query, key, bidirectional=True, buckets=count, max_distance=FURTHEST
         )
         axes = {"bucket": count, "head": self.config.num_attention_heads}
-        table = self.blocks.params.plain(BIAS_TABLE, builder.loc, **axes)
+        table = self.params.plain(BIAS_TABLE, builder.loc, **axes)
         return builder.embedding(table, buckets, axis="bucket", name="bias")
 
     def _table(self, word: str, axis: str, size: int) -> Value:
         name = f"embeddings.{word}_embeddings.weight"
         axes = {axis: size, "embed": self.config.hidden_size}
-        return self.blocks.params.plain(name, self.builder.loc, **axes)
+        return self.params.plain(name, self.builder.loc, **axes)
 
     def layer(self, hidden: Value, layer: int, bias: Value | None, keep: Value | None) -> Value:
         """Emit one layer: each sublayer's result is added, and then the sum normalised."""
         names, config = self.names, self.config
         prefix = names.layer.format(layer=layer)
         with self.builder.at(f"layers.{layer}.attention"):
-            mixed = self._attention(hidden, prefix, bias, keep)
+            words = (names.query, names.key, names.value, names.output)
+            mixed = self.attention(
+                hidden, None, [f"{prefix}{word}" for word in words],
+                (config.num_attention_heads, config.head_dim),
+                bias=bias, masks=() if keep is None else (keep,),
+            )  # fmt: skip
             hidden = self.builder.add(mixed, hidden)
-            hidden = self.blocks.norm(hidden, f"{prefix}{names.norms[0]}")
+            hidden = self.norm(hidden, f"{prefix}{names.norms[0]}")
         with self.builder.at(f"layers.{layer}.ffn"):
-            up, down = f"{prefix}{names.fc_in}", f"{prefix}{names.fc_out}"
-            width = config.intermediate_size
-            mixed = self.blocks.two_layers(hidden, up, down, config.hidden_act, width)
-            return self.blocks.norm(self.builder.add(mixed, hidden), f"{prefix}{names.norms[1]}")
-
-    def _attention(self, x: Value, prefix: str, bias: Value | None, keep: Value | None) -> Value:
-        blocks, config, names = self.blocks, self.config, self.names
-        heads = (config.num_attention_heads, config.head_dim)
-        query = blocks.heads(x, f"{prefix}{names.query}", heads, "q")
-        keys = blocks.as_keys(x)
-        key = blocks.heads(keys, f"{prefix}{names.key}", heads, "kv")
-        value = blocks.heads(keys, f"{prefix}{names.value}", heads, "kv")
-        masks = () if keep is None else (keep,)
-        mixed = blocks.attend(query, key, value, config.head_dim**-0.5, bias=bias, masks=masks)
-        return blocks.linear(mixed, f"{prefix}{names.output}", ("embed", config.hidden_size), "q")
+            mixed = self.feed_forward(hidden, prefix)
+            return self.norm(self.builder.add(mixed, hidden), f"{prefix}{names.norms[1]}")

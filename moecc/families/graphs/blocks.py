@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
+from moecc.families.config import BlockNames
 from moecc.families.graphs.decoder import ACTIVATION_OPS
 from moecc.families.graphs.parameters import Parameters
 from moecc.ir.builder import Builder
@@ -19,16 +22,24 @@ class Blocks:
     """Emits linear layers, norms, attention and feed-forward blocks.
 
     Attributes:
-      builder: where operations are appended.
-      params: the parameters of the model.
-      eps: what the norms add under the root.
-      inputs_first: whether matrices are stored with their inputs first.
+      params: the parameters of the model, whose graph the operations are appended to.
+      config: the config of the model.
     """
 
-    builder: Builder
     params: Parameters
-    eps: float
-    inputs_first: bool = False
+    config: Any
+
+    @cached_property
+    def builder(self) -> Builder:
+        """Appends to the graph of the parameters."""
+        return Builder(self.params.graph)
+
+    @property
+    def names(self) -> BlockNames:
+        """The names of a model with layer norms."""
+        names = self.params.names
+        assert isinstance(names, BlockNames), "the names of a model with layer norms"
+        return names
 
     def linear(
         self, x: Value, name: str, to: tuple[str, int], over: str, *, has_bias: bool = True
@@ -51,7 +62,7 @@ class Blocks:
 
     def stored(self, axes: dict[str, int]) -> dict[str, int]:
         """Return the axes of a matrix in their order on disk."""
-        return dict(reversed(axes.items())) if self.inputs_first else axes
+        return dict(reversed(axes.items())) if self.params.names.inputs_first else axes
 
     def norm(self, x: Value, name: str) -> Value:
         """Emit the norm over ``embed`` with the parameters of `name`."""
@@ -59,7 +70,8 @@ class Blocks:
         assert isinstance(embed, int), "the width of a model is known"
         scale = self.params.plain(f"{name}.weight", loc, embed=embed)
         bias = self.params.plain(f"{name}.bias", loc, embed=embed)
-        return self.builder.layer_norm(x, scale, bias, axis="embed", eps=self.eps, name="norm")
+        eps = self.config.layer_norm_eps
+        return self.builder.layer_norm(x, scale, bias, axis="embed", eps=eps, name="norm")
 
     def as_keys(self, x: Value) -> Value:
         """Return `x` with its sequence axis renamed for keys and values."""
@@ -117,6 +129,43 @@ class Blocks:
         weights = builder.softmax(scores, axis=KV_SEQ, name="weights")
         mixed = builder.contract(weights, value, over=KV_SEQ, name="mixed")
         return builder.merge(mixed, axes=("head", "head_dim"), into="q")
+
+    def attention(
+        self,
+        x: Value,
+        memory: Value | None,
+        names: Sequence[str],
+        heads: tuple[int, int],
+        *,
+        bias: Value | None = None,
+        masks: Sequence[Value] = (),
+        unbiased: str = "",
+    ) -> Value:
+        """Emit attention with its projections, ``[batch, seq, embed]``.
+
+        Args:
+          x: what attends.
+          memory: what it attends to, along ``kv_seq``; None: `x` itself.
+          names: the prefixes of the projections to queries, keys and values, and of the last one.
+          heads: the number of heads and their width.
+          bias: what is added to the scores.
+          masks: which of them count.
+          unbiased: the letters of the projections without a bias, of ``qkv``.
+        """
+        embed = x.type["embed"].size
+        assert isinstance(embed, int), "the width of a model is known"
+        query = self.heads(x, names[0], heads, "q", has_bias="q" not in unbiased)
+        memory = self.as_keys(x) if memory is None else memory
+        key = self.heads(memory, names[1], heads, "kv", has_bias="k" not in unbiased)
+        value = self.heads(memory, names[2], heads, "kv", has_bias="v" not in unbiased)
+        mixed = self.attend(query, key, value, heads[1] ** -0.5, bias=bias, masks=masks)
+        return self.linear(mixed, names[3], ("embed", embed), "q")
+
+    def feed_forward(self, x: Value, prefix: str) -> Value:
+        """Emit the block of two layers that the family's names have behind `prefix`."""
+        up, down = f"{prefix}{self.names.fc_in}", f"{prefix}{self.names.fc_out}"
+        config = self.config
+        return self.two_layers(x, up, down, config.hidden_act, config.intermediate_size)
 
     def two_layers(self, x: Value, up: str, down: str, act: str, width: int) -> Value:
         """Emit ``down(act(up(x)))`` with biases; `width` is that of the inner axis."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from moecc.families.encdec import EncDecConfig, Experts
 from moecc.families.experts import emit_sequence_capacity
-from moecc.families.graphs.blocks import Blocks
+from moecc.families.graphs.blocks import KV_SEQ, Blocks
 from moecc.families.graphs.decoder import ffn_axes, two_or_three
 from moecc.families.graphs.parameters import GraphRequest, Parameters
 from moecc.ir.builder import Builder
@@ -112,13 +112,12 @@ def build(config: EncDecConfig, request: GraphRequest) -> Graph:
     )
     mask = graph.input("mask", tensor(PRED, batch=batch, seq=seq)) if request.padding else None
     builder = Builder(graph)
-    blocks = Blocks(builder, params, config.rms_norm_eps)
     keep = None
     if mask is not None:
         with builder.at("encoder.embed"):
-            keep = blocks.as_keys(mask)
-    memory = _T5Stack(blocks, config, "encoder", tokens, keep).emit(None)
-    hidden = _T5Stack(blocks, config, "decoder", decoder_tokens, keep).emit(memory)
+            keep = builder.rename(mask, axis="seq", to=KV_SEQ)
+    memory = _T5Stack(params, config, "encoder", tokens, keep).emit(None)
+    hidden = _T5Stack(params, config, "decoder", decoder_tokens, keep).emit(memory)
     with builder.at("head"):
         if config.scale_outputs:
             hidden = builder.scale(hidden, by=config.hidden_size**-0.5, name="scaled")
@@ -138,8 +137,8 @@ def embedding_of(config: EncDecConfig, params: Parameters) -> Value:
     return params.plain(params.names.embedding, "embed", **axes)
 
 
-@dataclass
-class _T5Stack:
+@dataclass(frozen=True)
+class _T5Stack(Blocks):
     """The encoder or the decoder.
 
     Attributes:
@@ -147,19 +146,10 @@ class _T5Stack:
       keep: which tokens of the encoder may be attended to, ``[batch, kv_seq]``, or None.
     """
 
-    blocks: Blocks
     config: EncDecConfig
     stack: str
     tokens: Value
     keep: Value | None
-
-    @property
-    def builder(self) -> Builder:
-        return self.blocks.builder
-
-    @property
-    def params(self) -> Parameters:
-        return self.blocks.params
 
     @property
     def is_encoder(self) -> bool:
@@ -175,16 +165,17 @@ class _T5Stack:
             buckets, causal = self._positions()
             bias = self._bias(buckets, 0)
         masks = [m for m in (causal, self.keep if self.is_encoder else None) if m is not None]
+        kept = [] if self.keep is None else [self.keep]
         if memory is not None:
             with builder.at("encoder.memory"):
-                memory = self.blocks.as_keys(memory)
+                memory = self.as_keys(memory)
         for layer in range(self.config.layers(self.stack)):
             if layer and self.config.biases_of_layers:
                 with builder.at(f"{self.stack}.layers.{layer}.attention"):
                     bias = self._bias(buckets, layer)
-            hidden = self._attention(hidden, layer, bias, masks)
+            hidden = self._attention(hidden, layer, None, bias, masks)
             if memory is not None:
-                hidden = self._cross_attention(hidden, layer, memory)
+                hidden = self._attention(hidden, layer, memory, None, kept)
             for sublayer in ffn_sublayers(self.config, self.stack, layer):
                 hidden = self._ffn(hidden, layer, sublayer)
         with builder.at(f"{self.stack}.norm"):
@@ -203,10 +194,10 @@ class _T5Stack:
             axes = {axis: width, "embed": embed}
             weight = params.plain(f"{prefix}{letter}.weight", loc, **axes)
             y = builder.contract(x, weight, over="embed", name=letter)
-            return self.blocks.split(y, axis, heads)
+            return self.split(y, axis, heads)
 
         query, key, value = project(x, "q"), project(memory, "k"), project(memory, "v")
-        mixed = self.blocks.attend(query, key, value, None, bias=bias, masks=masks)
+        mixed = self.attend(query, key, value, None, bias=bias, masks=masks)
         weight = params.plain(f"{prefix}o.weight", loc, embed=embed, q=width)
         return builder.contract(mixed, weight, over="q")
 
@@ -214,7 +205,7 @@ class _T5Stack:
         """Emit the buckets of distances ``[seq, kv_seq]`` and the decoder's causal mask."""
         builder, config = self.builder, self.config
         query = builder.positions(self.tokens, axis="seq", name="positions")
-        key = self.blocks.as_keys(query)
+        key = self.as_keys(query)
         buckets = builder.relative_buckets(
             query,
             key,
@@ -235,19 +226,25 @@ class _T5Stack:
     def _prefix(self, layer: int) -> str:
         return f"{self.stack}.block.{layer}."
 
-    def _attention(self, hidden: Value, layer: int, bias: Value, masks: list[Value]) -> Value:
-        with self.builder.at(f"{self.stack}.layers.{layer}.attention"):
-            x = self._norm(hidden, f"{self._prefix(layer)}layer.0.layer_norm.weight")
-            prefix = f"{self._prefix(layer)}layer.0.SelfAttention."
-            mixed = self._attend(x, self.blocks.as_keys(x), prefix, bias, masks)
-            return self.builder.add(hidden, mixed, name="hidden")
-
-    def _cross_attention(self, hidden: Value, layer: int, memory: Value) -> Value:
-        with self.builder.at(f"{self.stack}.layers.{layer}.cross_attention"):
-            x = self._norm(hidden, f"{self._prefix(layer)}layer.1.layer_norm.weight")
-            prefix = f"{self._prefix(layer)}layer.1.EncDecAttention."
-            masks = [] if self.keep is None else [self.keep]
-            mixed = self._attend(x, memory, prefix, None, masks)
+    def _attention(
+        self,
+        hidden: Value,
+        layer: int,
+        memory: Value | None,
+        bias: Value | None,
+        masks: list[Value],
+    ) -> Value:
+        """Emit attention to `memory`, or of a stack to itself, added to what it reads."""
+        number, word, part = (
+            (0, "SelfAttention", "attention")
+            if memory is None
+            else (1, "EncDecAttention", "cross_attention")
+        )
+        prefix = f"{self._prefix(layer)}layer.{number}."
+        with self.builder.at(f"{self.stack}.layers.{layer}.{part}"):
+            x = self._norm(hidden, f"{prefix}layer_norm.weight")
+            memory = self.as_keys(x) if memory is None else memory
+            mixed = self._attend(x, memory, f"{prefix}{word}.", bias, masks)
             return self.builder.add(hidden, mixed, name="hidden")
 
     def _ffn(self, hidden: Value, layer: int, sublayer: Sublayer) -> Value:

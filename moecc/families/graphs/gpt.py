@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moecc.families.config import BlockNames
 from moecc.families.gpt import GptConfig
 from moecc.families.graphs.blocks import Blocks
 from moecc.families.graphs.decoder import Rotation, rope_tables, rotated
 from moecc.families.graphs.parameters import GraphRequest, Parameters
-from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
 from moecc.types import I32, tensor
 
@@ -21,42 +19,29 @@ def build(config: GptConfig, request: GraphRequest) -> Graph:
 
     With learned positions a sequence is no longer than their number.
     """
-    params, names = Parameters.of(config, request), config.names
-    assert isinstance(names, BlockNames), "the names of a model with layer norms"
-    graph = params.graph
-    blocks = Blocks(Builder(graph), params, config.layer_norm_eps, inputs_first=names.inputs_first)
-    decoder = _Gpt(blocks, config, names)
+    decoder = _Gpt(Parameters.of(config, request), config)
+    graph = decoder.params.graph
     tokens = graph.input("tokens", tensor(I32, batch=request.batch, seq=request.seq))
     with decoder.builder.at("embed"):
         positions = decoder.builder.positions(tokens, axis="seq", name="positions")
         hidden = decoder.embed(tokens, positions)
         rotation = decoder.rotation(positions)
-        causal = blocks.builder.causal(positions, blocks.as_keys(positions), name="causal")
+        causal = decoder.builder.causal(positions, decoder.as_keys(positions), name="causal")
     for layer in range(config.num_hidden_layers):
         hidden = decoder.layer(hidden, layer, rotation, causal)
     if config.norms_first:
         with decoder.builder.at("norm"):
-            hidden = blocks.norm(hidden, names.final_norm)
+            hidden = decoder.norm(hidden, decoder.names.final_norm)
     with decoder.builder.at("head"):
         graph.set_output("logits", decoder.logits(hidden))
     return graph
 
 
-@dataclass
-class _Gpt:
+@dataclass(frozen=True)
+class _Gpt(Blocks):
     """The parts of the decoder."""
 
-    blocks: Blocks
     config: GptConfig
-    names: BlockNames
-
-    @property
-    def builder(self) -> Builder:
-        return self.blocks.builder
-
-    @property
-    def params(self) -> Parameters:
-        return self.blocks.params
 
     def embed(self, tokens: Value, positions: Value) -> Value:
         """Emit the embedded tokens, ``[batch, seq, embed]``, with learned positions added."""
@@ -64,7 +49,7 @@ class _Gpt:
         hidden = builder.embedding(self._embedding(), tokens, axis="vocab", name="hidden")
         if self._is_narrow:
             to, name = ("embed", config.hidden_size), self.names.narrow[0]
-            hidden = self.blocks.linear(hidden, name, to, "word", has_bias=False)
+            hidden = self.linear(hidden, name, to, "word", has_bias=False)
         if not self.names.positions:
             return hidden
         first = config.position_offset
@@ -85,28 +70,27 @@ class _Gpt:
 
     def layer(self, hidden: Value, layer: int, rotation: Rotation | None, causal: Value) -> Value:
         """Emit one layer; attention and feed-forward block may read the same value."""
-        builder, blocks, names = self.builder, self.blocks, self.names
+        builder, names = self.builder, self.names
         prefix, config = names.layer.format(layer=layer), self.config
         first, second = (f"{prefix}{name}" for name in names.norms)
-        before, width = config.norms_first, config.intermediate_size
+        before = config.norms_first
         with builder.at(f"layers.{layer}.attention"):
-            x = blocks.norm(hidden, first) if before else hidden
+            x = self.norm(hidden, first) if before else hidden
             mixed = self._attention(x, prefix, layer, rotation, causal)
             after = builder.add(hidden, mixed, name="hidden")
-            after = after if before else blocks.norm(after, first)
+            after = after if before else self.norm(after, first)
         with builder.at(f"layers.{layer}.ffn"):
             x = hidden if config.parallel_residual else after
-            x = blocks.norm(x, second) if before else x
-            up, down = f"{prefix}{names.fc_in}", f"{prefix}{names.fc_out}"
-            block = blocks.two_layers(x, up, down, config.hidden_act, width)
+            x = self.norm(x, second) if before else x
+            block = self.feed_forward(x, prefix)
             hidden = builder.add(after, block, name="hidden")
-            return hidden if before else blocks.norm(hidden, second)
+            return hidden if before else self.norm(hidden, second)
 
     def logits(self, hidden: Value) -> Value:
         """Emit the logits of the normalised `hidden`."""
         if self._is_narrow:
             to, name = (self._word, self.config.embedding_width), self.names.narrow[1]
-            hidden = self.blocks.linear(hidden, name, to, "embed", has_bias=False)
+            hidden = self.linear(hidden, name, to, "embed", has_bias=False)
         return self.builder.contract(hidden, self._head(), over=self._word, name="logits")
 
     @property
@@ -131,14 +115,14 @@ class _Gpt:
     def _attention(
         self, x: Value, prefix: str, layer: int, rotation: Rotation | None, causal: Value
     ) -> Value:
-        builder, blocks, config = self.builder, self.blocks, self.config
+        builder, config = self.builder, self.config
         query, key, value = (self._heads(x, prefix, n) for n in range(3))
         query = rotated(builder, query, rotation, config.head_dim)
-        key = blocks.as_keys(rotated(builder, key, rotation, config.head_dim))
-        scale, value = config.score_scale(layer), blocks.as_keys(value)
-        mixed = blocks.attend(query, key, value, scale, masks=(causal,))
+        key = self.as_keys(rotated(builder, key, rotation, config.head_dim))
+        scale, value = config.score_scale(layer), self.as_keys(value)
+        mixed = self.attend(query, key, value, scale, masks=(causal,))
         name, to = f"{prefix}{self.names.output}", ("embed", config.hidden_size)
-        return blocks.linear(mixed, name, to, "q", has_bias=config.attention_bias)
+        return self.linear(mixed, name, to, "q", has_bias=config.attention_bias)
 
     def _heads(self, x: Value, prefix: str, part: int) -> Value:
         """Emit queries, keys or values by head, from their matrix or part of the fused one."""
@@ -147,13 +131,13 @@ class _Gpt:
         if not names.qkv:
             heads = (config.num_attention_heads, config.head_dim)
             name = (names.query, names.key, names.value)[part]
-            return self.blocks.heads(x, f"{prefix}{name}", heads, axis)
+            return self.heads(x, f"{prefix}{name}", heads, axis)
         name = f"{prefix}{names.qkv}"
-        axes = self.blocks.stored({axis: width, "embed": width})
+        axes = self.stored({axis: width, "embed": width})
         y = builder.contract(x, self._part(name, "weight", part, axes), over="embed")
         if config.attention_bias:
             y = builder.add(y, self._part(name, "bias", part, {axis: width}))
-        return self.blocks.split(y, axis, (config.num_attention_heads, config.head_dim))
+        return self.split(y, axis, (config.num_attention_heads, config.head_dim))
 
     def _part(self, name: str, kind: str, part: int, axes: dict[str, int]) -> Value:
         part_name = f"{name}.{_PARTS[part]}.{kind}"

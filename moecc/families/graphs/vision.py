@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moecc.families.config import BlockNames
 from moecc.families.graphs.blocks import Blocks
 from moecc.families.graphs.parameters import GraphRequest, Parameters
 from moecc.families.vision import Dinov2Config, VisionConfig
-from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
 from moecc.types import F32, tensor
 
@@ -19,38 +17,29 @@ def build(config: VisionConfig, request: GraphRequest) -> Graph:
     The input is ``pixels : f32[batch, channel, height, width]``, of the size that the config says;
     the sequence is a token for the whole image, and then the patches, row by row.
     """
-    params, names = Parameters.of(config, request), config.names
-    assert isinstance(names, BlockNames), "the names of a model with layer norms"
-    graph = params.graph
-    blocks = Blocks(Builder(graph), params, config.layer_norm_eps)
-    encoder = _ImageEncoder(blocks, config, names)
+    encoder = _ImageEncoder(Parameters.of(config, request), config)
+    graph = encoder.params.graph
     height, width = config.image_size
     sizes = {"channel": config.num_channels, "height": height, "width": width}
     pixels = graph.input("pixels", tensor(F32, batch=request.batch, **sizes))
-    with blocks.builder.at("embed"):
+    with encoder.builder.at("embed"):
         hidden = encoder.embed(pixels)
     for layer in range(config.num_hidden_layers):
         hidden = encoder.layer(hidden, layer)
-    with blocks.builder.at("norm"):
-        graph.set_output("hidden", blocks.norm(hidden, "layernorm"))
+    with encoder.builder.at("norm"):
+        graph.set_output("hidden", encoder.norm(hidden, "layernorm"))
     return graph
 
 
-@dataclass
-class _ImageEncoder:
+@dataclass(frozen=True)
+class _ImageEncoder(Blocks):
     """The parts of the encoder."""
 
-    blocks: Blocks
     config: VisionConfig
-    names: BlockNames
-
-    @property
-    def builder(self) -> Builder:
-        return self.blocks.builder
 
     def embed(self, pixels: Value) -> Value:
         """Emit the token of the image and the patches, with their positions added."""
-        builder, config, params = self.builder, self.config, self.blocks.params
+        builder, config, params = self.builder, self.config, self.params
         loc, embed, side = builder.loc, config.hidden_size, config.patch_size
         name = "embeddings.patch_embeddings.projection"
         axes = {"embed": embed, "channel": config.num_channels, "down": side, "across": side}
@@ -80,50 +69,39 @@ class _ImageEncoder:
 
     def layer(self, hidden: Value, layer: int) -> Value:
         """Emit one layer: attention and feed-forward block, each added to what it reads."""
+        config, output = self.config, self.names.output
         prefix = self.names.layer.format(layer=layer)
         first, second = (f"{prefix}{name}" for name in self.names.norms)
         with self.builder.at(f"layers.{layer}.attention"):
-            block = self._attention(self.blocks.norm(hidden, first), prefix)
+            x, name = self.norm(hidden, first), f"{prefix}attention.attention"
+            names = (*(f"{name}.{n}" for n in ("query", "key", "value")), prefix + output)
+            heads = (config.num_attention_heads, config.head_dim)
+            unbiased = "" if config.qkv_bias else "qkv"
+            block = self.attention(x, self.as_keys(x), names, heads, unbiased=unbiased)
             hidden = self._added(hidden, block, prefix, 0)
         with self.builder.at(f"layers.{layer}.ffn"):
-            block = self._ffn(self.blocks.norm(hidden, second), prefix)
+            x = self.norm(hidden, second)
+            is_gated = isinstance(config, Dinov2Config) and config.gated
+            block = self._gated(x, prefix) if is_gated else self.feed_forward(x, prefix)
             return self._added(hidden, block, prefix, 1)
 
     def _added(self, hidden: Value, block: Value, prefix: str, number: int) -> Value:
         if self.names.scales:
             name = f"{prefix}{self.names.scales[number]}"
-            scale = self.blocks.params.plain(name, self.builder.loc, embed=self.config.hidden_size)
+            scale = self.params.plain(name, self.builder.loc, embed=self.config.hidden_size)
             block = self.builder.mul(block, scale)
         return self.builder.add(hidden, block, name="hidden")
-
-    def _attention(self, x: Value, prefix: str) -> Value:
-        blocks, config, bias = self.blocks, self.config, self.config.qkv_bias
-        heads, keys = (config.num_attention_heads, config.head_dim), blocks.as_keys(x)
-        name = f"{prefix}attention.attention"
-        query = blocks.heads(x, f"{name}.query", heads, "q", has_bias=bias)
-        key = blocks.heads(keys, f"{name}.key", heads, "kv", has_bias=bias)
-        value = blocks.heads(keys, f"{name}.value", heads, "kv", has_bias=bias)
-        mixed = blocks.attend(query, key, value, config.head_dim**-0.5)
-        to = ("embed", config.hidden_size)
-        return blocks.linear(mixed, f"{prefix}{self.names.output}", to, "q")
-
-    def _ffn(self, x: Value, prefix: str) -> Value:
-        config, names, width = self.config, self.names, self.config.intermediate_size
-        if isinstance(config, Dinov2Config) and config.gated:
-            return self._gated(x, prefix)
-        up, down = f"{prefix}{names.fc_in}", f"{prefix}{names.fc_out}"
-        return self.blocks.two_layers(x, up, down, config.hidden_act, width)
 
     def _gated(self, x: Value, prefix: str) -> Value:
         builder, embed = self.builder, self.config.hidden_size
         gate, up = (self._half(x, f"{prefix}{self.names.gate_up}", n) for n in range(2))
         hidden = builder.mul(builder.silu(gate), up)
         down = f"{prefix}{self.names.gated_out}"
-        return self.blocks.linear(hidden, down, ("embed", embed), "mlp")
+        return self.linear(hidden, down, ("embed", embed), "mlp")
 
     def _half(self, x: Value, name: str, half: int) -> Value:
         """Emit gate or up, from its half of the fused projection."""
-        params, loc, width = self.blocks.params, self.builder.loc, self.config.intermediate_size
+        params, loc, width = self.params, self.builder.loc, self.config.intermediate_size
         word, at, fused = ("gate", "up")[half], half * width, ("mlp", 2 * width)
         axes = {"mlp": width, "embed": self.config.hidden_size}
         weight = params.part(f"{name}.{word}.weight", f"{name}.weight", loc, at, fused, axes)

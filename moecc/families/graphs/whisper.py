@@ -8,7 +8,6 @@ from moecc.families.graphs.blocks import Blocks
 from moecc.families.graphs.decoder import ACTIVATION_OPS
 from moecc.families.graphs.parameters import GraphRequest, Parameters
 from moecc.families.whisper import WhisperConfig
-from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
 from moecc.types import F32, I32, tensor
 
@@ -22,27 +21,21 @@ def build(config: WhisperConfig, request: GraphRequest) -> Graph:
     """
     params = Parameters.of(config, request)
     graph, batch = params.graph, request.batch
-    blocks = Blocks(Builder(graph), params, config.layer_norm_eps)
     frames = 2 * config.max_source_positions
     sizes = {"mel": config.num_mel_bins, "frame": frames}
     features = graph.input("features", tensor(F32, batch=batch, **sizes))
     tokens = graph.input("decoder_tokens", tensor(I32, batch=batch, seq=request.decoder_seq))
-    memory = _WhisperStack(blocks, config, "encoder").encode(features)
-    graph.set_output("logits", _WhisperStack(blocks, config, "decoder").decode(tokens, memory))
+    memory = _WhisperStack(params, config, "encoder").encode(features)
+    graph.set_output("logits", _WhisperStack(params, config, "decoder").decode(tokens, memory))
     return graph
 
 
-@dataclass
-class _WhisperStack:
+@dataclass(frozen=True)
+class _WhisperStack(Blocks):
     """The encoder or the decoder."""
 
-    blocks: Blocks
     config: WhisperConfig
     stack: str
-
-    @property
-    def builder(self) -> Builder:
-        return self.blocks.builder
 
     @property
     def prefix(self) -> str:
@@ -60,10 +53,10 @@ class _WhisperStack:
             table = self._plain("embed_positions.weight", **positions)
             hidden = builder.add(hidden, table, name="hidden")
         for layer in range(config.encoder_layers):
-            hidden = self._attention(hidden, layer, None)
+            hidden = self._attend(hidden, layer, None)
             hidden = self._ffn(hidden, layer)
         with builder.at("encoder.norm"):
-            return self.blocks.norm(hidden, f"{self.prefix}layer_norm")
+            return self.norm(hidden, f"{self.prefix}layer_norm")
 
     def decode(self, tokens: Value, memory: Value) -> Value:
         """Emit the decoder: ``[batch, seq]`` to ``[batch, seq, vocab]``."""
@@ -78,15 +71,15 @@ class _WhisperStack:
             positions = builder.positions(tokens, axis="seq", name="positions")
             learned = builder.embedding(table, positions, axis="position")
             hidden = builder.add(hidden, learned, name="hidden")
-            causal = builder.causal(positions, self.blocks.as_keys(positions), name="causal")
+            causal = builder.causal(positions, self.as_keys(positions), name="causal")
         with builder.at("encoder.memory"):
-            memory = self.blocks.as_keys(memory)
+            memory = self.as_keys(memory)
         for layer in range(config.decoder_layers):
-            hidden = self._attention(hidden, layer, causal)
-            hidden = self._cross_attention(hidden, layer, memory)
+            hidden = self._attend(hidden, layer, None, causal)
+            hidden = self._attend(hidden, layer, memory)
             hidden = self._ffn(hidden, layer)
         with builder.at("decoder.norm"):
-            hidden = self.blocks.norm(hidden, f"{self.prefix}layer_norm")
+            hidden = self.norm(hidden, f"{self.prefix}layer_norm")
         with builder.at("head"):
             return builder.contract(hidden, words, over="embed", name="logits")
 
@@ -101,36 +94,31 @@ class _WhisperStack:
         # Whatever the activation of the blocks is, that of the convolutions is GELU.
         return self.builder.node(ACTIVATION_OPS["gelu"], self.builder.add(y, bias)).result
 
-    def _attention(self, hidden: Value, layer: int, causal: Value | None) -> Value:
-        prefix = f"{self.prefix}layers.{layer}.self_attn"
-        with self.builder.at(f"{self.stack}.layers.{layer}.attention"):
-            x = self.blocks.norm(hidden, f"{prefix}_layer_norm")
-            mixed = self._attend(x, self.blocks.as_keys(x), prefix, causal)
+    def _attend(
+        self, hidden: Value, layer: int, memory: Value | None, causal: Value | None = None
+    ) -> Value:
+        """Emit attention to `memory`, or of a stack to itself, added to what it reads."""
+        word, part = ("self_attn", "attention") if memory is None else (
+            "encoder_attn", "cross_attention"
+        )  # fmt: skip
+        prefix = f"{self.prefix}layers.{layer}.{word}"
+        with self.builder.at(f"{self.stack}.layers.{layer}.{part}"):
+            x = self.norm(hidden, f"{prefix}_layer_norm")
+            names = [f"{prefix}.{n}_proj" for n in ("q", "k", "v", "out")]
+            mixed = self.attention(
+                x, self.as_keys(x) if memory is None else memory, names,
+                self.config.heads(self.stack),
+                masks=() if causal is None else (causal,), unbiased="k",
+            )  # fmt: skip
             return self.builder.add(hidden, mixed, name="hidden")
-
-    def _cross_attention(self, hidden: Value, layer: int, memory: Value) -> Value:
-        prefix = f"{self.prefix}layers.{layer}.encoder_attn"
-        with self.builder.at(f"{self.stack}.layers.{layer}.cross_attention"):
-            x = self.blocks.norm(hidden, f"{prefix}_layer_norm")
-            mixed = self._attend(x, memory, prefix, None)
-            return self.builder.add(hidden, mixed, name="hidden")
-
-    def _attend(self, x: Value, memory: Value, prefix: str, causal: Value | None) -> Value:
-        blocks, heads = self.blocks, self.config.heads(self.stack)
-        query = blocks.heads(x, f"{prefix}.q_proj", heads, "q")
-        key = blocks.heads(memory, f"{prefix}.k_proj", heads, "kv", has_bias=False)
-        value = blocks.heads(memory, f"{prefix}.v_proj", heads, "kv")
-        masks = () if causal is None else (causal,)
-        mixed = blocks.attend(query, key, value, heads[1] ** -0.5, masks=masks)
-        return blocks.linear(mixed, f"{prefix}.out_proj", ("embed", self.config.d_model), "q")
 
     def _ffn(self, hidden: Value, layer: int) -> Value:
         prefix, config = f"{self.prefix}layers.{layer}.", self.config
         with self.builder.at(f"{self.stack}.layers.{layer}.ffn"):
-            x = self.blocks.norm(hidden, f"{prefix}final_layer_norm")
+            x = self.norm(hidden, f"{prefix}final_layer_norm")
             up, down, width = f"{prefix}fc1", f"{prefix}fc2", config.width(self.stack)
-            mixed = self.blocks.two_layers(x, up, down, config.hidden_act, width)
+            mixed = self.two_layers(x, up, down, config.hidden_act, width)
             return self.builder.add(hidden, mixed, name="hidden")
 
     def _plain(self, name: str, **axes: int) -> Value:
-        return self.blocks.params.plain(f"{self.prefix}{name}", self.builder.loc, **axes)
+        return self.params.plain(f"{self.prefix}{name}", self.builder.loc, **axes)
