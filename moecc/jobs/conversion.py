@@ -22,7 +22,7 @@ from moecc.rewrite.passes import Context, Preserves
 from moecc.rewrite.pipeline import Pipeline
 from moecc.support.text import amount, brief, count_text, facts_table, size_text
 from moecc.types import DType
-from moecc.weights.arithmetic import branch_and_name
+from moecc.weights.arithmetic import branch_and_name, is_statistic
 from moecc.weights.expr import sources
 
 if TYPE_CHECKING:
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from moecc.translate.engines import Verdict
     from moecc.translate.export import Export
     from moecc.translate.gguf import GgufExport
+
+
+GGUF = "gguf:"
+"""The prefix of the targets that are GGUF files."""
 
 
 @dataclass(frozen=True)
@@ -72,20 +76,29 @@ class Plan:
     contracts: Contracts = NOT_CHECKED
     proof: ConversionProof | None = None
 
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The weights of the source."""
+        assert self.model.checkpoint is not None, "a plan has weights"
+        return self.model.checkpoint
+
+    @property
+    def architecture(self) -> str:
+        """The architecture of a GGUF file; empty for a folder."""
+        return self.target.removeprefix(GGUF) if self.target.startswith(GGUF) else ""
+
     @cached_property
     def unread(self) -> tuple[str, ...]:
         """The models beside the source that no weight is read from."""
-        assert self.model.checkpoint is not None, "a plan has weights"
-        return unread_models(self.graph, branches_of(self.model.checkpoint))
+        return unread_models(self.graph, branches_of(self.checkpoint))
 
     @cached_property
     def engines(self) -> tuple[Verdict, ...]:
         """Whether each engine runs the model that will be written."""
         from moecc.translate.engines import verdicts, verdicts_on_gguf
-        from moecc.translate.gguf import GgufExport
 
-        if isinstance(self.export, GgufExport):
-            return verdicts_on_gguf(self.export.architecture)
+        if self.architecture:
+            return verdicts_on_gguf(self.architecture)
         return verdicts(self.export.config)
 
     @property
@@ -101,16 +114,14 @@ class Plan:
     def tensors(self) -> list[OutputTensor]:
         """The tensors to write, by their names on disk."""
         from moecc.formats.writer import OutputTensor
-        from moecc.translate.gguf import GgufExport, stored_as
-        from moecc.weights.arithmetic import is_statistic
-        from moecc.weights.expr import sources
+        from moecc.translate.gguf import stored_as
 
         outputs = []
         for name, weight in self.export.tensors:
             read = [source for source in sources(weight) if not is_statistic(source.name)]
             # Drawn tensors have no type on disk and take that of most of the model.
             element_type = self.dtype or (read[0].type.dtype if read else self.model.dtype)
-            if isinstance(self.export, GgufExport):
+            if self.architecture:
                 outputs.append(stored_as(name, weight, element_type, self.storage))
             else:
                 outputs.append(OutputTensor(name, weight, element_type))
@@ -270,10 +281,11 @@ def plan(
     else:
         export, said = _with_tokenizer(export_gguf(model.graph, architecture), model.checkpoint)
         remarks += [*said, *quantising_remarks(export, storage)]
-    remarks += _misreadings(export)
+    if architecture is None:
+        remarks += _misreadings(export)
     proof = None
     is_equal = done.preserves.kind != "approximate"
-    if proofs is not None and is_equal and not isinstance(export, GgufExport):
+    if proofs is not None and is_equal and isinstance(export, Export):
         from moecc.prove.conversion import prove_conversion
 
         proof = prove_conversion(proofs.source, export, proofs.real)
@@ -304,10 +316,7 @@ def unread_models(graph: Graph, models: Iterable[str]) -> tuple[str, ...]:
 def _misreadings(export: Export | GgufExport) -> list[str]:
     """Return a remark for each engine that computes another function without an error."""
     from moecc.translate.engines import verdicts
-    from moecc.translate.gguf import GgufExport
 
-    if isinstance(export, GgufExport):
-        return []
     return [
         f"{v.release} would load this and compute something else, because it does not "
         f"read {' and '.join(v.reasons)}"

@@ -47,9 +47,8 @@ _FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "q4_k": 14, "bf16": 32}
 def is_file(planned: Plan, out: Path) -> bool:
     """Whether the output is the GGUF file itself, and not a folder with one."""
     from moecc.formats.gguf.storage import SUFFIX
-    from moecc.translate.gguf import GgufExport
 
-    return isinstance(planned.export, GgufExport) and out.suffix == SUFFIX
+    return bool(planned.architecture) and out.suffix == SUFFIX
 
 
 def gguf_keys(planned: Plan) -> list[Key]:
@@ -59,10 +58,8 @@ def gguf_keys(planned: Plan) -> list[Key]:
     from moecc.formats.modelcard import LISTS
     from moecc.translate.gguf import GgufExport
 
-    export, checkpoint = planned.export, planned.model.checkpoint
+    export, card = planned.export, planned.checkpoint.card()
     assert isinstance(export, GgufExport), "a plan of a GGUF file"
-    assert checkpoint is not None, "a plan has weights"
-    card = checkpoint.card()
     return [
         Key("general.architecture", export.architecture),
         Key("general.type", "model"),
@@ -146,8 +143,7 @@ def write(
     from moecc.formats.output import output_folder
     from moecc.formats.run import inputs_of
 
-    checkpoint = planned.model.checkpoint
-    assert checkpoint is not None, "a plan has weights"
+    checkpoint = planned.checkpoint
     path = Path(out)
     one_file = is_file(planned, path)
     options = WriteOptions(max_shard_bytes, allow_nonfinite, verify, progress)
@@ -208,11 +204,9 @@ def _fill(folder: Path, planned: Plan, options: WriteOptions, one_file: bool) ->
     from moecc.formats.writer import write_checkpoint, write_files
     from moecc.jobs.receipt import RECEIPT_NAME
     from moecc.translate.export import EmittedExport
-    from moecc.translate.gguf import GgufExport
 
-    checkpoint, tensors = planned.model.checkpoint, planned.tensors
-    assert checkpoint is not None, "a plan has weights"
-    is_gguf, words = isinstance(planned.export, GgufExport), options.words
+    checkpoint, tensors = planned.checkpoint, planned.tensors
+    is_gguf, words = bool(planned.architecture), options.words
     if is_gguf:
         words = ["--allow-nonfinite"] if options.allow_nonfinite else []  # there are no shards
         file = plan_file(FILE_NAME, [t.entry for t in tensors], gguf_keys(planned))
@@ -273,7 +267,7 @@ def check_place(
             hint="or a folder, whose name does not end in .gguf",
         )  # fmt: skip
     check_output(
-        Path(out), inputs=inputs_of(planned.model.checkpoint), force=force,
+        Path(out), inputs=inputs_of(planned.checkpoint), force=force,
         needed_bytes=planned.size_bytes, resume=resume, is_file=one_file,
     )  # fmt: skip
 

@@ -306,8 +306,7 @@ def conversion_facts(planned: Plan, options: WriteOptions) -> dict[str, object]:
     """
     from moecc.formats.manifest import file_digest, library_versions
 
-    checkpoint = planned.model.checkpoint
-    assert checkpoint is not None, "a plan has weights"
+    checkpoint = planned.checkpoint
     return {
         "versions": library_versions(),
         "source": _states(checkpoint),
@@ -372,10 +371,8 @@ def card(planned: Plan, receipt: Receipt, options: Sequence[str] = ()) -> str:
     from moecc.formats.gguf.storage import FILE_NAME
     from moecc.formats.modelcard import CardFacts, hub_repository, model_card
     from moecc.formats.run import is_trained, stages_of, story
-    from moecc.translate.gguf import GgufExport
 
-    checkpoint = planned.model.checkpoint
-    assert checkpoint is not None, "a plan has weights"
+    checkpoint = planned.checkpoint
     stages = stages_of(checkpoint)
     path, facts = checkpoint.path, planned.facts
     kinds = Counter(str(layer) for layer in facts.expert_layers)
@@ -405,7 +402,7 @@ def card(planned: Plan, receipt: Receipt, options: Sequence[str] = ()) -> str:
             engines=tuple((f"{v.engine} ({v.version})", v.runs, _why(v)) for v in planned.engines),
             serving=_serving(planned),
             training=_training(planned) if kinds else "",
-            file=FILE_NAME if isinstance(planned.export, GgufExport) else "",
+            file=FILE_NAME if planned.architecture else "",
             notes=(*layers, *_notes(planned)),
         )
     )
@@ -413,7 +410,7 @@ def card(planned: Plan, receipt: Receipt, options: Sequence[str] = ()) -> str:
 
 def _relation(planned: Plan) -> str:
     """Return the relation to the source, in the words of the Hub."""
-    if planned.model.checkpoint is not None and branches_of(planned.model.checkpoint):
+    if branches_of(planned.checkpoint):
         return "merge"
     return "finetune" if planned.storage is None else "quantized"
 
@@ -461,11 +458,10 @@ def _serving(planned: Plan) -> str:
 def _training(planned: Plan) -> str:
     """Return how to train the model on: transformers leaves the router's losses off."""
     from moecc.families.graphs.stored import FAMILY
-    from moecc.translate.gguf import GgufExport
 
     config = planned.export.config_json
     advice = "`moecc train` adds the losses that its recipe names."
-    if isinstance(planned.export, GgufExport):
+    if planned.architecture:
         return f"A GGUF file is not trained: train the source or a folder. {advice}"
     if planned.target == FAMILY:
         return f"Only moecc trains this layout. {advice}"
@@ -514,8 +510,7 @@ def manifest(
     from moecc.formats.run import is_trained, stages_of
     from moecc.formats.writer import JOURNAL_NAME
 
-    checkpoint = planned.model.checkpoint
-    assert checkpoint is not None, "a plan has weights"
+    checkpoint = planned.checkpoint
     tensors: Mapping[str, TensorRecord] = {
         t.name: TensorRecord(t.sha256, t.dtype, t.shape, t.file) for t in written.tensors
     }
