@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from moecc.errors import nearest
-from moecc.formats.files import Identity, identify, read_json_object, require_unchanged
+from moecc.formats.files import identify, read_json_object, require_unchanged
 from moecc.formats.folder import SafetensorsFolder
 from moecc.formats.modelcard import hub_repository, read_card
 from moecc.formats.safetensors import ADAPTER_CONFIG, read_header
@@ -300,13 +300,11 @@ class AdaptedCheckpoint(DerivedCheckpoint):
         """
         file = path / ADAPTER_WEIGHTS
         # Identified before they are read, so that no change in between goes unnoticed.
-        self._identities: dict[Path, Identity] = {
-            p: identify(p) for p in (path / ADAPTER_CONFIG, file)
-        }
+        self._identities = {p: identify(p) for p in (path / ADAPTER_CONFIG, file)}
         config = read_json_object(path / ADAPTER_CONFIG, limit_bytes=_MAX_CONFIG_BYTES)
         super().__init__(base)
         self.path = path
-        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(base.tensors))
+        self.tensors = MappingProxyType(dict(base.tensors))
         self._stored = SafetensorsFolder(path, {}, {file: read_header(file)}, {})
         reading = _AdapterReading(base, config, self._stored.tensors, path)
         stated = reading.settings.base_model_name_or_path
@@ -584,7 +582,7 @@ class SeveralCheckpoints(DerivedCheckpoint):
         self.branches = dict(branches)
         self.tables = dict(tables or {})
         self.format = base.format
-        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
+        self.tensors = MappingProxyType(
             dict(base.tensors)
             | {
                 name_in(branch, name): replace(info, dtype=base.tensors[name].dtype)

@@ -25,7 +25,6 @@ from moecc.formats.files import (
     require_unchanged,
     sniff_file,
 )
-from moecc.formats.modelcard import read_card
 from moecc.formats.safetensors import (
     INDEX_NAME,
     Header,
@@ -36,7 +35,6 @@ from moecc.formats.safetensors import (
 from moecc.formats.source import Checkpoint, TensorInfo, tensor_info
 from moecc.support.documents import parse_json
 from moecc.support.problems import Problems, quoted
-from moecc.support.process import Closing
 from moecc.support.untyped import Json
 from moecc.types import Array
 
@@ -124,7 +122,7 @@ CONFIG_NAME = "config.json"
 MAX_CONFIG_BYTES = 16 << 20
 
 
-class SafetensorsFolder(Closing):
+class SafetensorsFolder(Checkpoint):
     """A checkpoint in a Hugging Face folder; see `moecc.formats.source.Checkpoint`."""
 
     format = "safetensors"
@@ -139,7 +137,7 @@ class SafetensorsFolder(Closing):
     ) -> None:
         self.path = path
         self.config = config
-        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
+        self.tensors = MappingProxyType(
             {name: info for header in headers.values() for name, info in header.tensors.items()}
         )
         self._identities: dict[Path, Identity] = {
@@ -174,18 +172,6 @@ class SafetensorsFolder(Closing):
                 found=f"0x{int(raw.max()):02x}",
             )
         return values
-
-    def companions(self) -> dict[str, Path | bytes]:
-        """Return the files that an export copies byte for byte, by their name in the folder."""
-        return dict(self._companions)
-
-    def remarks(self) -> list[str]:
-        """Return nothing: the folder is read without loss."""
-        return []
-
-    def card(self) -> dict[str, tuple[str, ...]]:
-        """Return what is kept of the card in the folder."""
-        return read_card(self.path)
 
     def files(self) -> list[Path]:
         """Return the weight files, the index if there is one, and the config."""

@@ -582,7 +582,7 @@ class QuantisedFolder(DerivedCheckpoint):
                 nbytes=sum(folder.tensors[part].nbytes for part in tensor.parts),
                 storage=tensor.storage,
             )
-        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(infos)
+        self.tensors = MappingProxyType(infos)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows [start, stop) of the first axis of a tensor; see `Checkpoint.read`."""

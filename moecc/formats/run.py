@@ -20,7 +20,6 @@ from moecc.formats.files import (
     identify,
     link_fault,
     read_json_object,
-    require_unchanged,
 )
 from moecc.formats.folder import find_companions
 from moecc.formats.manifest import (
@@ -33,7 +32,6 @@ from moecc.formats.manifest import (
 )
 from moecc.formats.source import Checkpoint, GivenParams, TensorInfo, tensor_info
 from moecc.support.problems import Problems, quoted
-from moecc.support.process import Closing
 from moecc.support.record import Check, Count, RecordReader, read_record
 from moecc.support.text import amount
 from moecc.support.untyped import Json
@@ -407,7 +405,7 @@ CONFIG = "config.json"
 _MAX_CONFIG_BYTES = 16 << 20
 
 
-class RunCheckpoint(Closing):
+class RunCheckpoint(Checkpoint):
     """The parameters of a step of a run; see `moecc.formats.source.Checkpoint`.
 
     Attributes:
@@ -426,12 +424,12 @@ class RunCheckpoint(Closing):
         require_run_files(step)
         self.lineage = read_lineage(run)
         self.config = read_json_object(run / SOURCE / CONFIG, limit_bytes=_MAX_CONFIG_BYTES)
-        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(_tensors(step))
+        self.tensors = MappingProxyType(_tensors(step))
         problems = Problems()
         self._companions = find_companions(run / SOURCE, problems)
         problems.raise_if_any()
         files = [*files_below(step.state), *self.files(), *self._companions.values()]
-        self._identities: dict[Path, Identity] = {path: identify(path) for path in files}
+        self._identities = {path: identify(path) for path in files}
 
     @cached_property
     def state(self) -> StateReader:
@@ -454,10 +452,6 @@ class RunCheckpoint(Closing):
         tensor_info(self.tensors, name, self.step.folder)
         return self.state.read(array_key(PARAMS, name), start, stop)
 
-    def companions(self) -> dict[str, Path | bytes]:
-        """Return the files of the source that an export copies, by name."""
-        return dict(self._companions)
-
     def remarks(self) -> list[str]:
         """Return how far the model was trained."""
         steps = amount(self.step.number, "step")
@@ -471,13 +465,6 @@ class RunCheckpoint(Closing):
         """Return graph, recipe, lineage, config and step.json, which has digests of the state."""
         named = [self.run / name for name in (GRAPH, RECIPE, LINEAGE)]
         return [self.step.folder / STEP, *named, self.run / SOURCE / CONFIG]
-
-    def require_unchanged(self) -> None:
-        """Raise InputError if a file, companions included, changed since it was opened."""
-        require_unchanged(self._identities)
-
-    def close(self) -> None:
-        """Close the files."""
 
 
 def inputs_of(checkpoint: Checkpoint | None) -> list[Path]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Protocol, Self
+from types import MappingProxyType
 
 from moecc.errors import InputError, nearest
+from moecc.formats.files import Identity, require_unchanged
+from moecc.formats.modelcard import read_card
 from moecc.support.lazy import np
 from moecc.support.problems import quoted
 from moecc.support.process import Closing
@@ -57,7 +59,7 @@ def tensor_info(tensors: Mapping[str, TensorInfo], name: str, path: Path) -> Ten
     return info
 
 
-class Checkpoint(Protocol):
+class Checkpoint(Closing):
     """An opened checkpoint: metadata from headers, weights read on demand.
 
     Attributes:
@@ -71,7 +73,10 @@ class Checkpoint(Protocol):
     format: str
     config: dict[str, object]
     tensors: Mapping[str, TensorInfo]
+    _companions: Mapping[str, Path] = MappingProxyType({})
+    _identities: Mapping[Path, Identity] = MappingProxyType({})
 
+    @abstractmethod
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows [start, stop) of the first axis of a tensor; thread-safe.
 
@@ -80,43 +85,32 @@ class Checkpoint(Protocol):
           MachineError: the system cannot read it.
           ValueError: rows beyond the tensor.
         """
-        ...
 
     def companions(self) -> dict[str, Path | bytes]:
         """Return the files that an export copies: tokenizer, generation config, licences."""
-        ...
+        return dict(self._companions)
 
     def remarks(self) -> list[str]:
         """Return notes for readers of the result, such as that weights were quantised."""
-        ...
+        return []
 
     def card(self) -> dict[str, tuple[str, ...]]:
         """Return what is kept of the model's card: licence, language, data sets."""
-        ...
+        return read_card(self.path)
 
+    @abstractmethod
     def files(self) -> list[Path]:
         """Return the weight files, the index and the config, for digests."""
-        ...
 
     def require_unchanged(self) -> None:
         """Raise InputError if a file, companions included, changed since it was opened."""
-        ...
+        require_unchanged(self._identities)
 
     def close(self) -> None:
         """Close the files."""
-        ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
 
 
-class DerivedCheckpoint(Closing):
+class DerivedCheckpoint(Checkpoint):
     """A checkpoint that reads its tensors from another one and has its files.
 
     Attributes:
@@ -125,7 +119,7 @@ class DerivedCheckpoint(Closing):
 
     def __init__(self, base: Checkpoint) -> None:
         self.base = base
-        self.path: Path = base.path
+        self.path = base.path
         self.config = base.config
 
     def companions(self) -> dict[str, Path | bytes]:
@@ -163,7 +157,7 @@ class GivenParams(DerivedCheckpoint):
         super().__init__(base)
         self._arrays = {name: np.asarray(array) for name, array in arrays.items()}
         by_numpy = {d.numpy: d for d in reversed(DTYPES.values()) if d.kind != "key"}
-        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
+        self.tensors = MappingProxyType(
             {
                 name: TensorInfo(
                     name, by_numpy[array.dtype], array.shape, array.nbytes, base.path, 0

@@ -15,15 +15,13 @@ from moecc.errors import InputError
 from moecc.families.config import MaxTextFacts, ModelConfig
 from moecc.families.registry import CONFIGS
 from moecc.formats.arrays import METADATA, ArrayPiece, Tree, open_orbax
-from moecc.formats.files import Identity, identify, read_json_object, require_unchanged
+from moecc.formats.files import identify, read_json_object
 from moecc.formats.folder import CONFIG_NAME, MAX_CONFIG_BYTES, find_companions, rows_of
-from moecc.formats.modelcard import read_card
-from moecc.formats.source import TensorInfo, tensor_info
+from moecc.formats.source import Checkpoint, TensorInfo, tensor_info
 from moecc.formats.t5x import MARKS as T5_MARKS
 from moecc.formats.t5x import open_t5x, t5_config, t5_pieces
 from moecc.support.lazy import np
 from moecc.support.problems import Problems, quoted
-from moecc.support.process import Closing
 from moecc.support.text import with_article
 from moecc.types import DTYPES, Array, DType, TensorType
 
@@ -312,7 +310,7 @@ MAX_CACHED_BYTES = 1 << 30
 """The size of the largest matrix that is read as a whole."""
 
 
-class TreeCheckpoint(Closing):
+class TreeCheckpoint(Checkpoint):
     """Tensors that are pieces of a tree's arrays; see `moecc.formats.source.Checkpoint`."""
 
     def __init__(
@@ -326,13 +324,13 @@ class TreeCheckpoint(Closing):
         self._tree, self._pieces = tree, pieces
         self._cache, self._reading = threading.local(), threading.Lock()
         infos = {name: _info(name, piece, tree) for name, piece in pieces.items()}
-        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(infos)
+        self.tensors = MappingProxyType(infos)
         problems = Problems()
         self._companions = find_companions(path, problems)
         problems.raise_if_any()
         self._config = path / CONFIG_NAME
         files = [*self.files(), *self._companions.values()]
-        self._identities: dict[Path, Identity] = {file: identify(file) for file in files}
+        self._identities = {file: identify(file) for file in files}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows [start, stop) of the first axis of a tensor; thread-safe.
@@ -392,10 +390,6 @@ class TreeCheckpoint(Closing):
         rows = piece.shape(self._tree.arrays.shape(piece.key))[0]
         return piece.read(self._tree.arrays, start, rows if stop is None else stop)
 
-    def companions(self) -> dict[str, Path | bytes]:
-        """Return the files beside the config that an export copies."""
-        return dict(self._companions)
-
     def remarks(self) -> list[str]:
         """Return which arrays are read, and whether the config was found or inferred."""
         words = [f"read from the {self.format} checkpoint in {self._tree.folder}"]
@@ -410,20 +404,9 @@ class TreeCheckpoint(Closing):
         sizes = self._tree.arrays.shape(piece.key)
         return prod(sizes[axis] for axis in piece.rows) > (piece.limit or 0)
 
-    def card(self) -> dict[str, tuple[str, ...]]:
-        """Return what is kept of a card in the folder."""
-        return read_card(self.path)
-
     def files(self) -> list[Path]:
         """Return all files of the tree, and the config."""
         return [*self._tree.files, *([self._config] if self._config.exists() else [])]
-
-    def require_unchanged(self) -> None:
-        """Raise InputError if a file, companions included, changed since it was opened."""
-        require_unchanged(self._identities)
-
-    def close(self) -> None:
-        """Close the files."""
 
 
 def open_tree(path: Path, folder: Path, *, needs_config: bool) -> TreeCheckpoint:

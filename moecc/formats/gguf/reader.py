@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 from moecc.errors import InputError, nearest, printable
 from moecc.families.config import ModelConfig
-from moecc.formats.files import DescriptorPool, require_unchanged
+from moecc.formats.files import DescriptorPool
 from moecc.formats.folder import rows_of
 from moecc.formats.gguf.config import HeadSizes, Order, make_config, read_shape
 from moecc.formats.gguf.encode import Key, StoredValue
@@ -40,10 +40,9 @@ from moecc.formats.gguf.header import (
 )
 from moecc.formats.gguf.storage import BY_NAME, dequantise
 from moecc.formats.gguf.tokenizer import tokenizer_files
-from moecc.formats.source import TensorInfo, quantised_remark, tensor_info
+from moecc.formats.source import Checkpoint, TensorInfo, quantised_remark, tensor_info
 from moecc.support.lazy import np
 from moecc.support.problems import Problems, quoted
-from moecc.support.process import Closing
 from moecc.support.text import with_article
 from moecc.types import Array
 
@@ -141,7 +140,7 @@ CARD_KEYS = {
 """The facts of a model that are kept, and the keys of the metadata after ``general.``."""
 
 
-class GgufFile(Closing):
+class GgufFile(Checkpoint):
     """A checkpoint in a GGUF file; see `moecc.formats.source.Checkpoint`.
 
     Attributes:
@@ -163,7 +162,7 @@ class GgufFile(Closing):
     ) -> None:
         self.path = header.path
         self.config = config
-        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
+        self.tensors = MappingProxyType(tensors)
         self.metadata = MappingProxyType(header.metadata)
         self._identities = header.identities
         self._spans = header.spans
@@ -242,10 +241,6 @@ class GgufFile(Closing):
     def files(self) -> list[Path]:
         """Return the file itself, or all files of a model in several."""
         return list(self._identities)
-
-    def require_unchanged(self) -> None:
-        """Raise InputError if the file changed since it was opened."""
-        require_unchanged(self._identities)
 
     def close(self) -> None:
         """Close the file."""
