@@ -5,7 +5,6 @@ from __future__ import annotations
 from moecc.backend import Arrays
 from moecc.errors import InputError, Problem
 from moecc.ir.arrays import Data
-from moecc.ir.devices import simulate
 from moecc.ir.graph import Graph, where
 from moecc.ir.interpreter import ReferenceProgram
 from moecc.types import F64, DType
@@ -38,4 +37,6 @@ class ReferenceBackend:
           InputError: as `moecc.ir.devices.simulate`.
           AssertionError: devices hold different copies of a replicated value.
         """
+        from moecc.ir.devices import simulate  # only meshes need it
+
         return simulate(graph, params, inputs).outputs

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from moecc.families.config import EngineReading, GgufFacts, MaxTextFacts, TensorNames, config_class
 from moecc.families.decoder import BIASES, DEFAULTS, DecoderConfig
 from moecc.families.mixture import MOE_DEFAULTS, ONE_WIDTH, TRANSFORMERS, MoeConfig
-from moecc.families.reader import KeyProblem, key_problem
+from moecc.families.reader import LAYERS, KeyProblem, Reader, key_problem
+from moecc.support.untyped import JsonDict
 
 
 @config_class
@@ -103,3 +104,80 @@ class MixtralConfig(MoeConfig):
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
+
+
+# smollm3: a llama some of whose layers have no rotary positions.
+
+
+@config_class
+class SmolLM3Config(DecoderConfig):
+    """A smollm3; every fourth layer has no rotary positions unless `no_rope_layers` says other."""
+
+    model_type = "smollm3"
+    architecture = "SmolLM3ForCausalLM"
+    options = BIASES | {"rope_layers"}
+    window_style = "typed"
+    gguf = GgufFacts("smollm3", pairs_neighbours=True, no_rope_step=4)
+    defaults = {
+        **DEFAULTS,
+        "vocab_size": 128_256,
+        "hidden_size": 2048,
+        "intermediate_size": 11_008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32_768,
+        "rope_theta": 2e6,
+        "tie_word_embeddings": True,
+        "sliding_window": None,
+        "no_rope_layer_interval": 4,
+        "bos_token_id": 128_000,
+        "eos_token_id": 128_001,
+        "pad_token_id": 128_004,
+    }
+
+    @classmethod
+    def _read(cls, reader: Reader) -> JsonDict:
+        if reader.flag("use_sliding_window"):
+            return super()._read(reader)
+        if "sliding_attention" in reader.items("layer_types"):
+            fault = "transformers gives these layers a window in spite of use_sliding_window"
+            hint = "set use_sliding_window to true, or make every layer full_attention"
+            reader.refuse("layer_types", fault, expected="full_attention", hint=hint)
+        reader.used.update(("sliding_window", "layer_types"))
+        hidden = {
+            k: v for k, v in reader.data.items() if k not in ("sliding_window", "layer_types")
+        }
+        return super()._read(reader.with_data(hidden))
+
+    @classmethod
+    def _read_rope(cls, reader: Reader, values: JsonDict) -> JsonDict:
+        layers = cls._rope_layers(reader, values["num_hidden_layers"])
+        rope = super()._read_rope(reader, values)
+        return {**rope, "rope_layers": None if all(layers) else layers}
+
+    @classmethod
+    def _usual_windows(cls, reader: Reader, layers: int) -> tuple[bool, ...]:
+        return tuple(not rope for rope in cls._rope_layers(reader, layers))
+
+    @classmethod
+    def _rope_layers(cls, reader: Reader, layers: int) -> tuple[bool, ...]:
+        """Return for each layer whether it has rotary positions, as ``no_rope_layers`` says it."""
+        interval = reader.size("no_rope_layer_interval", LAYERS)
+        usual = tuple((layer + 1) % interval != 0 for layer in range(layers))
+        if reader.value("no_rope_layers") is None:
+            return usual
+        flags = reader.items("no_rope_layers")
+        if len(flags) < layers or not all(flag in (0, 1) for flag in flags):
+            expected = f"{layers} of them"
+            reader.refuse("no_rope_layers", "not 0 or 1 for each layer", expected=expected)
+            return usual
+        return tuple(bool(flag) for flag in flags[:layers])
+
+    def _write(self) -> JsonDict:
+        layers = self.rope_layers or (True,) * self.num_hidden_layers
+        return {
+            **super()._write(),
+            "no_rope_layers": [int(rope) for rope in layers],
+            "use_sliding_window": any(self.sliding_windows),
+        }

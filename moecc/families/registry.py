@@ -23,16 +23,14 @@ from moecc.families.glm4_moe import Glm4MoeConfig
 from moecc.families.gpt import Gpt2Config, GptNeoXConfig, OptConfig
 from moecc.families.gpt_oss import GptOssConfig
 from moecc.families.granite import GraniteConfig, GraniteMoeConfig
-from moecc.families.llama import LlamaConfig, MistralConfig, MixtralConfig
+from moecc.families.llama import LlamaConfig, MistralConfig, MixtralConfig, SmolLM3Config
 from moecc.families.mixture import MoeConfig
 from moecc.families.olmo import FlexOlmoConfig, Olmo2Config, OlmoeConfig
 from moecc.families.phi import Phi3Config, PhimoeConfig
 from moecc.families.qwen import Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
 from moecc.families.reader import one_of, shown
-from moecc.families.smollm3 import SmolLM3Config
 from moecc.families.st_moe import FAMILY, GraphConfig, StMoeConfig
-from moecc.families.switch_transformers import SwitchTransformersConfig
-from moecc.families.t5 import MT5Config, T5Config, UMT5Config
+from moecc.families.t5 import MT5Config, SwitchTransformersConfig, T5Config, UMT5Config
 from moecc.families.vision import Dinov2Config, ViTConfig
 from moecc.families.whisper import WhisperConfig
 

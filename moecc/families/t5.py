@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import ClassVar
 
-from moecc.families.config import ACTIVATIONS, config_class, flag
-from moecc.families.encdec import ENCDEC_DEFAULTS, T5_ACTIVATIONS, EncDecConfig
-from moecc.families.reader import KeyProblem, Reader, key_problem, one_of
+from moecc.families.config import ACTIVATIONS, config_class, flag, number, size
+from moecc.families.encdec import ENCDEC_DEFAULTS, STACKS, T5_ACTIVATIONS, EncDecConfig, Experts
+from moecc.families.mixture import TRANSFORMERS
+from moecc.families.reader import COUNT, LAYERS, LENGTH, KeyProblem, Reader, key_problem, one_of
 from moecc.support.untyped import JsonDict
 
 GATED = "gated-"
@@ -117,3 +119,107 @@ class UMT5Config(T5Config):
     idle = ("is_decoder", "scalable_attention")
     defaults = _MANY_LANGUAGES
     biases_of_layers = True
+
+
+# switch_transformers: a T5 with sparse layers in which each token goes to one expert.
+
+UNBOUNDED = 1 << 30
+"""A capacity that no sequence reaches: nothing is dropped."""
+
+
+@config_class
+class SwitchTransformersConfig(EncDecConfig):
+    """A switch_transformers: ungated blocks, top-1 routing, the probability multiplies.
+
+    An expert takes `expert_capacity` tokens of a sequence and drops the rest; from `UNBOUNDED`
+    upwards it drops none.
+    """
+
+    # The options of `upcycle`, besides the number of experts, that lead from a dense model here.
+    upcycle_options: ClassVar[str] = "top-k=1 gates=switch router-init=zero"
+    model_type = "switch_transformers"
+    architecture = "SwitchTransformersForConditionalGeneration"
+    keys = {"gated": "", "scale_outputs": ""}
+    only = {"router_bias": (False, "a router with a bias is not supported")}
+    idle = ("add_cross_attention", "is_decoder")
+    always = {"router_bias": False, "router_dtype": "float32"}
+    names = replace(EncDecConfig.names, dense="mlp.")
+    engines = TRANSFORMERS
+    defaults = {
+        **ENCDEC_DEFAULTS,
+        "d_model": 768,
+        "num_layers": 12,
+        "num_decoder_layers": 12,
+        "num_heads": 12,
+        "num_experts": 8,
+        "expert_capacity": 64,
+        "num_sparse_encoder_layers": 3,
+        "num_sparse_decoder_layers": 3,
+        "router_bias": False,
+        "router_dtype": "float32",
+        "router_jitter_noise": 0.01,
+        "router_aux_loss_coef": 0.001,
+        "dense_act_fn": "relu",
+    }
+
+    num_experts: int = size(COUNT)
+    expert_capacity: int = size(LENGTH, default=UNBOUNDED)
+    num_sparse_encoder_layers: int = size(LAYERS, least=0, default=3)
+    num_sparse_decoder_layers: int = size(LAYERS, least=0, default=3)
+    router_jitter_noise: float = number(least=0, default=0.0)
+    router_aux_loss_coef: float = number(least=0, default=0.001)
+
+    @property
+    def experts(self) -> Experts:
+        """The experts of the sparse layers."""
+        bound = self.expert_capacity if self.expert_capacity < UNBOUNDED else 0
+        return Experts(count=self.num_experts, sequence_capacity=bound)
+
+    def sparse_layers(self, stack: str) -> tuple[bool, ...]:
+        """Return for each layer of a stack whether it has experts, see `spread_layers`."""
+        return spread_layers(self.layers(stack), getattr(self, f"num_sparse_{stack}_layers"))
+
+    def checks(self) -> Iterator[KeyProblem]:
+        """Yield inconsistent values, and those that this family cannot express."""
+        yield from super().checks()
+        if self.gated:
+            yield key_problem("switch_transformers has no gated blocks", "false", "true", "gated")
+        if self.scale_outputs != self.tie_word_embeddings:
+            fault = (
+                "switch_transformers scales its outputs if the embeddings are tied, and only then"
+            )
+            shown = [f"{v}".lower() for v in (self.tie_word_embeddings, self.scale_outputs)]
+            yield key_problem(fault, *shown, "tie_word_embeddings")
+        for stack in STACKS:
+            key, layers = f"num_sparse_{stack}_layers", self.layers(stack)
+            sparse = getattr(self, key)
+            if sparse > layers:
+                yield key_problem("not a number of layers", f"0 to {layers}", f"{sparse}", key)
+
+    @classmethod
+    def _read(cls, reader: Reader) -> JsonDict:
+        values = super()._read(reader)
+        for stack, depth in zip(STACKS, ("num_hidden_layers", "num_decoder_layers"), strict=True):
+            key, step = f"num_sparse_{stack}_layers", f"{stack}_sparse_step"
+            expected = _step(values[depth], values[key])
+            if reader.value(step) not in (None, expected) and key not in reader.bad:
+                reader.refuse(step, f"contradicts {key}", expected=f"{expected}, or nothing")
+        return {**values, "scale_outputs": values["tie_word_embeddings"]}
+
+    def _write(self) -> JsonDict:
+        return {**super()._write(), "dense_act_fn": T5_ACTIVATIONS[self.hidden_act]}
+
+
+def spread_layers(layers: int, sparse: int) -> tuple[bool, ...]:
+    """Return for each of so many layers whether transformers makes it sparse.
+
+    With n layers of which s are to be sparse, layer i is, counted from 0, if i is 1 modulo
+    n // s; all are if that quotient is 1.  With s = 0 the quotient counts as n, so that the
+    second layer is sparse after all.
+    """
+    step = _step(layers, sparse)
+    return tuple(step == 1 or layer % step == 1 for layer in range(layers))
+
+
+def _step(layers: int, sparse: int) -> int:
+    return layers // sparse if sparse else layers

@@ -21,8 +21,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moecc.errors import CheckError, InputError, MachineError, MoeccError
-from moecc.formats.disk import disk, remove, remove_but, require_removed, synchronise_folder
-from moecc.formats.files import os_errors, os_problem
+from moecc.formats.files import (
+    disk,
+    os_errors,
+    os_problem,
+    remove,
+    remove_but,
+    require_removed,
+    synchronise_folder,
+)
 from moecc.formats.gguf.storage import FILE_NAME
 from moecc.formats.manifest import MANIFEST_NAME, manifest_beside, read_manifest, weight_file_record
 from moecc.formats.writer import COMMIT_NAME, JOURNAL_NAME, has_journal

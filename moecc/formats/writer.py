@@ -21,14 +21,19 @@ from pathlib import Path
 from typing import TypeVar
 
 from moecc.errors import InputError, Problem, UsageError, printable
-from moecc.formats.disk import CREATE, disk, remove_but, synchronise, write_all, write_durable
 from moecc.formats.files import (
+    CREATE,
     OPEN_DESCRIPTORS,
     DescriptorPool,
+    disk,
     has_digest,
     name_fault,
     os_errors,
     read_bounded,
+    remove_but,
+    synchronise,
+    write_all,
+    write_durable,
 )
 from moecc.formats.gguf.storage import Storage, quantise
 from moecc.formats.safetensors import INDEX_NAME, Entry, Shard, index_json, natural, plan_shards

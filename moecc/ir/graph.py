@@ -1,26 +1,79 @@
-"""Graphs: values, nodes in topological order, named inputs, parameters and outputs.
-
-A graph is in SSA form: each value is defined once, by an input, a parameter or a node, and knows
-its users.  Nodes form a linked list, so that a rewrite inserts and erases in constant time and a
-pass over 50,000 nodes stays linear.  Outputs are the operands of one terminator node, so that
-"used as an output" is a use like any other.
-"""
+"""A graph at a prompt and in a notebook: its size and its ends, never its whole text."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from moecc.errors import InputError
-from moecc.ir.operand import Region
+from moecc.ir.operand import Definition, Operand, Region
 from moecc.ir.operation import Attrs, OpDef, op
-from moecc.ir.shown import ShownGraph
+from moecc.support.text import brief, facts_table
 from moecc.support.untyped import Json, JsonDict
 from moecc.types import Extent, TensorType, check_printable
 
 if TYPE_CHECKING:
     from moecc.weights.expr import Expr
+
+
+SHOWN_OPERATIONS = 12
+
+
+class _Graph(Protocol):
+    """What of a graph is shown; `moecc.ir.graph.Graph`."""
+
+    name: str
+
+    @property
+    def inputs(self) -> Mapping[str, Operand]: ...
+
+    @property
+    def outputs(self) -> Mapping[str, Operand]: ...
+
+    @property
+    def params(self) -> Mapping[str, Operand]: ...
+
+    def every_node(self) -> Iterator[Definition]: ...
+
+
+class ShownGraph:
+    """The line and the table of a graph."""
+
+    def __repr__(self: _Graph) -> str:
+        nodes = sum(1 for _ in self.every_node())
+        rows = [
+            ("", self.name), ("nodes", f"{nodes:,}"), ("parameters", f"{len(self.params):,}"),
+            ("inputs", " ".join(self.inputs)), ("outputs", " ".join(self.outputs)),
+        ]  # fmt: skip
+        return brief("moecc.Graph", rows)
+
+    def _repr_html_(self: _Graph) -> str:
+        return facts_table(_rows(self))
+
+
+def _rows(graph: _Graph) -> Iterator[tuple[str, str]]:
+    """Yield what the table says: ends with their types, and which operations there are."""
+    counts = Counter(node.op.name for node in graph.every_node())
+    yield "graph", graph.name
+    yield from ((f"input {name}", str(value.type)) for name, value in graph.inputs.items())
+    yield from ((f"output {name}", str(value.type)) for name, value in graph.outputs.items())
+    yield "parameters", f"{len(graph.params):,}"
+    yield "nodes", f"{counts.total():,}"
+    most = [f"{name} × {count}" for name, count in counts.most_common(SHOWN_OPERATIONS)]
+    more = len(counts) - len(most)
+    yield "operations", ", ".join([*most, *([f"and {more} more"] if more > 0 else [])])
+
+
+# Graphs: values, nodes in topological order, named inputs, parameters and outputs.
+#
+# A graph is in SSA form: each value is defined once, by an input, a parameter or a node, and
+# knows
+# its users.  Nodes form a linked list, so that a rewrite inserts and erases in constant time and
+# a
+# pass over 50,000 nodes stays linear.  Outputs are the operands of one terminator node, so that
+# "used as an output" is a use like any other.
 
 # A name may hold ranges: %layers.{0..29}.weight stands for thirty parameters.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(?:\{[0-9.]+\}[A-Za-z0-9_.\-]*)*\Z")

@@ -195,8 +195,7 @@ def _fill(folder: Path, planned: Plan, options: WriteOptions, one_file: bool) ->
 
     A GGUF file that stands alone has its receipt in the manifest, and nothing else beside it.
     """
-    from moecc.formats.disk import make_folder, write_durable
-    from moecc.formats.files import read_whole
+    from moecc.formats.files import make_folder, read_whole, write_durable
     from moecc.formats.gguf.encode import plan_file
     from moecc.formats.gguf.storage import FILE_NAME
     from moecc.formats.manifest import MANIFEST_NAME

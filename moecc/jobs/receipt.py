@@ -25,7 +25,6 @@ from moecc.jobs.conversion import Plan
 from moecc.model.open import MODEL_TYPE
 from moecc.rewrite.passes import Preserves
 from moecc.rewrite.runner import loaded_files
-from moecc.support.page import render_page
 from moecc.translate.engines import release_of
 from moecc.version import __version__
 
@@ -218,6 +217,8 @@ def receipt_page(name: str, stated: Mapping[str, object]) -> str:
       name: of the checkpoint.
       stated: what `load_receipt` returned.
     """
+    from moecc.support.page import render_page
+
     lines = (line.replace("`", "").split(": ", 1) for line in receipt_lines(stated))
     return render_page(
         "receipt.html", f"receipt of {name}",
@@ -351,9 +352,12 @@ def receipt_of(planned: Plan, written: Path, options: WriteOptions) -> Receipt:
       CheckError: the result is not the function that was promised.
     """
     from moecc.formats.manifest import library_versions
-    from moecc.jobs.comparison import verify_written
 
-    verified = verify_written(planned, written) if options.verify else None
+    verified = None
+    if options.verify:
+        from moecc.jobs.comparison import verify_written
+
+        verified = verify_written(planned, written)
     return Receipt(
         planned.target, planned.preserves, planned.contracts, planned.proof, verified,
         planned.engines, library_versions(),

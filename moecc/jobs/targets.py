@@ -17,7 +17,7 @@ from moecc.families.experts import expert_layers, layer_number
 from moecc.families.graphs.stored import FAMILY, storing_problems
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import CONFIGS
-from moecc.families.switch_transformers import SwitchTransformersConfig
+from moecc.families.t5 import SwitchTransformersConfig
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.rewrite.passes import Context

@@ -14,8 +14,7 @@ from safetensors.numpy import save
 
 from moecc.errors import InputError, UsageError
 from moecc.formats.adapter import SeveralCheckpoints
-from moecc.formats.disk import write_durable
-from moecc.formats.files import read_json_object
+from moecc.formats.files import read_json_object, write_durable
 from moecc.formats.folder import SafetensorsFolder, open_folder
 from moecc.formats.manifest import file_digest
 from moecc.formats.source import Checkpoint

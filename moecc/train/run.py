@@ -17,8 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from moecc.errors import InputError, MachineError
-from moecc.formats.disk import remove, replace_durable, synchronise_folder, write_durable
-from moecc.formats.files import os_problem, read_whole
+from moecc.formats.files import (
+    os_problem,
+    read_whole,
+    remove,
+    replace_durable,
+    synchronise_folder,
+    write_durable,
+)
 from moecc.formats.manifest import MANIFEST_NAME, FileRecord, file_records, seal
 from moecc.formats.modelcard import hub_repository
 from moecc.formats.output import output_folder

@@ -13,8 +13,7 @@ from moecc.families.encdec import STACKS, EncDecConfig
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import CONFIGS, parse_config
 from moecc.families.st_moe import StMoeConfig
-from moecc.families.switch_transformers import SwitchTransformersConfig
-from moecc.families.t5 import T5Config
+from moecc.families.t5 import SwitchTransformersConfig, T5Config
 from moecc.families.whisper import WhisperConfig
 from moecc.formats.source import Checkpoint, TensorInfo
 from moecc.ir.graph import Graph

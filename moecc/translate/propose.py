@@ -17,7 +17,7 @@ from moecc.families.experts import ExpertLayer, expert_layers, layer_number
 from moecc.families.graphs.stored import FAMILY, graph_config
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import CONFIGS, decoders, mixtures, parse_config
-from moecc.families.switch_transformers import UNBOUNDED, SwitchTransformersConfig, spread_layers
+from moecc.families.t5 import UNBOUNDED, SwitchTransformersConfig, spread_layers
 from moecc.ir.graph import Graph
 from moecc.support.text import both, either, ranges, with_article
 from moecc.support.untyped import JsonDict

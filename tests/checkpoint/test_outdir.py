@@ -6,7 +6,7 @@ import stat
 import pytest
 
 from moecc.errors import InputError, MachineError
-from moecc.formats.disk import Disk, injected
+from moecc.formats.files import Disk, injected
 from moecc.formats.output import check_output, output_folder
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moecc.formats.disk import Disk, injected
+from moecc.formats.files import Disk, injected
 from moecc.formats.output import output_folder
 
 from .conftest import Done

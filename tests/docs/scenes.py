@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 def killed(*arguments: str) -> None:
     """Run a command of moecc that dies once it has recorded a few tensors."""
     from moecc.cli.main import main
-    from moecc.formats.disk import Disk, injected
+    from moecc.formats.files import Disk, injected
 
     class Dying(Disk):
         left = 4

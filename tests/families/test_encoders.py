@@ -27,8 +27,7 @@ from moecc.families import build
 from moecc.families.config import ModelConfig
 from moecc.families.registry import parse_config
 from moecc.families.st_moe import GraphConfig
-from moecc.families.switch_transformers import SwitchTransformersConfig
-from moecc.families.t5 import T5Config
+from moecc.families.t5 import SwitchTransformersConfig, T5Config
 from moecc.formats.open import open_checkpoint
 from moecc.ir import Graph, equal, parse, print_graph, verify
 from moecc.rewrite.passes import Context

@@ -12,7 +12,7 @@ from moecc.families.config import ModelConfig
 from moecc.families.experts import layer_number
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import CONFIGS, mixtures, parse_config
-from moecc.families.switch_transformers import SwitchTransformersConfig
+from moecc.families.t5 import SwitchTransformersConfig
 from moecc.ir import Graph
 from moecc.jobs import targets
 from moecc.jobs.convert import plan, write

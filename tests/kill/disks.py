@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moecc.formats.disk import Disk
+from moecc.formats.files import Disk
 
 
 class CountingDisk(Disk):

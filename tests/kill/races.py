@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from moecc.formats.disk import injected
+from moecc.formats.files import injected
 
 from .disks import CountingDisk
 from .rig import FOLDER, GGUF, Kind, Result, Rig, exit_code

@@ -1,7 +1,7 @@
 """Ends a conversion at each call that changes the disk, continues it, and compares bytes.
 
 A conversion runs in a child that is forked from this process, in which everything is imported.  Its
-disk is injected (`moecc.formats.disk`): it counts the calls, and something happens at one.
+disk is injected (`moecc.formats.files`): it counts the calls, and something happens at one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moecc.errors import MoeccError
-from moecc.formats.disk import injected
+from moecc.formats.files import injected
 from moecc.formats.output import clean
 from moecc.jobs.convert import Plan, plan, write
 from moecc.model.open import open_model

@@ -16,8 +16,7 @@ from moecc.families.mixture import MoeConfig
 from moecc.families.registry import decoders, parse_config
 from moecc.families.rope import RopeConfig
 from moecc.families.st_moe import StMoeConfig
-from moecc.families.switch_transformers import SwitchTransformersConfig
-from moecc.families.t5 import T5Config
+from moecc.families.t5 import SwitchTransformersConfig, T5Config
 from moecc.formats.files import read_json_object
 from moecc.formats.source import TensorInfo
 from moecc.support.lazy import np

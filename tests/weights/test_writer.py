@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from moecc.errors import InputError, MachineError
 from moecc.formats import writer
-from moecc.formats.disk import Disk, injected
+from moecc.formats.files import Disk, injected
 from moecc.formats.safetensors import Entry, natural, plan_shards, read_header
 from moecc.formats.writer import OutputTensor, WriteReport, write_checkpoint
 from moecc.types import BF16, DTYPES, F16, F32, I64, PRED, DType, tensor

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from moecc.api.arguments import flag, folder_text, pipeline_of, whole
 from moecc.errors import InputError, MachineError, Problem, UsageError, described
-from moecc.formats.disk import write_durable
+from moecc.formats.files import write_durable
 from moecc.formats.folder import open_folder
 from moecc.formats.manifest import (
     MANIFEST_NAME,

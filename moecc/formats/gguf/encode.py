@@ -7,36 +7,15 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
 
 from moecc.errors import InputError
-from moecc.formats.gguf.header import DEFAULT_ALIGNMENT, MAGIC
+from moecc.formats.gguf.header import DEFAULT_ALIGNMENT, MAGIC, Key, StoredValue, Written
 from moecc.formats.gguf.storage import BY_NAME, Storage
 from moecc.formats.safetensors import Entry, Shard
 from moecc.types import DType
 
 VERSION = 3
 _U32, _I32, _F32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
-
-
-@dataclass(frozen=True, slots=True)
-class StoredValue:
-    """A value as another file stores it: its type and its bytes."""
-
-    data: bytes
-
-
-Written: TypeAlias = "bool | int | float | str | Sequence[str] | Sequence[int] | Sequence[float]"
-"""What a key may have; whole numbers become 32 bits, and arrays have elements of one type."""
-
-
-@dataclass(frozen=True, slots=True)
-class Key:
-    """A key of the metadata with its value."""
-
-    name: str
-    value: Written | StoredValue
 
 
 def plan_file(name: str, entries: Sequence[Entry], keys: Sequence[Key]) -> Shard:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -30,6 +30,25 @@ from moecc.formats.gguf.storage import STORAGES, Storage, storage_label
 from moecc.support.lazy import np
 from moecc.support.problems import Problems, describe, quoted
 from moecc.types import Array
+
+@dataclass(frozen=True, slots=True)
+class StoredValue:
+    """A value as another file stores it: its type and its bytes."""
+
+    data: bytes
+
+
+Written: TypeAlias = "bool | int | float | str | Sequence[str] | Sequence[int] | Sequence[float]"
+"""What a key may have; whole numbers become 32 bits, and arrays have elements of one type."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key of the metadata with its value."""
+
+    name: str
+    value: Written | StoredValue
+
 
 # Scan the header of a GGUF file, whose length is not stated anywhere.
 #

@@ -14,8 +14,7 @@ from typing import Any, BinaryIO
 from numpy.typing import NDArray
 
 from moecc.errors import InputError, Problem, UsageError
-from moecc.formats.disk import write_durable
-from moecc.formats.files import os_problem
+from moecc.formats.files import os_problem, write_durable
 from moecc.formats.output import output_folder
 from moecc.support.lazy import np
 from moecc.support.process import Closing
