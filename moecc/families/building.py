@@ -1,24 +1,119 @@
-"""Build the graph of any typed config, whatever the shape of the model."""
+"""Build the graph of any typed config, the general layout of st_moe included."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
-from moecc.errors import InputError
+from moecc.errors import InputError, Problem
 from moecc.families.bert import BertConfig
 from moecc.families.config import ModelConfig
 from moecc.families.decoder import DecoderConfig
 from moecc.families.encdec import EncDecConfig
 from moecc.families.gpt import GptConfig
-from moecc.families.graphs.parameters import DtypeOf, GraphRequest
+from moecc.families.graphs.parameters import DtypeOf, GraphRequest, float32_of
+from moecc.families.reader import TOKEN_KEYS
 from moecc.families.st_moe import GraphConfig, StMoeConfig
 from moecc.families.vision import VisionConfig
 from moecc.families.whisper import WhisperConfig
 from moecc.ir.graph import Graph
+from moecc.ir.structure import clone
+from moecc.ir.text import parse, print_graph
+from moecc.ir.verify import verify
 from moecc.support.process import gc_paused
-from moecc.types import Size
+from moecc.types import Size, TensorType
+from moecc.weights.expr import Expr, Source
+
+# The general layout of st_moe: any graph as a checkpoint, its lines in config.json.
+#
+# The tensors are the graph's parameters, by name, with their axes in the order of the graph.
+
+FAMILY = GraphConfig.model_type
+
+
+def read_graph_config(config: GraphConfig, request: GraphRequest) -> Graph:
+    """Return the graph stored in a config, its parameters read from the tensors of their names.
+
+    Raises:
+      InputError: the lines are not a valid graph.
+    """
+    dtype_of = request.dtype_of or float32_of
+    graph = parse(config.text, "config.json: graph")
+    verify(graph)
+    stated = [name for name, value in graph.params.items() if value.weight is not None]
+    if stated:
+        fault = "a stored graph reads each parameter from the tensor of its name"
+        hint = "remove the weight expression, or convert the model that has it"
+        raise InputError(Problem(fault, f"graph: %{name}", hint=hint) for name in stated)
+    for name, value in graph.params.items():
+        if not value.type.is_static:
+            parameter = f"%{name} : {value.type}"
+            raise InputError("a stored parameter has known sizes", where="graph", found=parameter)
+        value.weight = Source(name, TensorType(dtype_of(name), value.type.axes))
+    graph.attrs = {**graph.attrs, "family": FAMILY, "checkpoint": request.checkpoint}
+    graph.attrs.setdefault("config", config.to_json())
+    return graph
+
+
+def storing_problems(graph: Graph) -> list[Problem]:
+    """Return the reasons why `graph` cannot be stored; its text is not made."""
+    if "logits" in graph.outputs or "hidden" in graph.outputs:
+        return []
+    outputs = ", ".join(graph.outputs)
+    return [Problem("a model has an output logits or hidden", found=outputs)]
+
+
+def graph_config(graph: Graph) -> GraphConfig | list[Problem]:
+    """Return the config that stores `graph`, or the reasons why it cannot be stored."""
+    if problems := storing_problems(graph):
+        return problems
+    bare = clone(graph)
+    for value in bare.params.values():
+        value.weight = None
+    bare.attrs = {key: value for key, value in graph.attrs.items() if key != "checkpoint"}
+    bare.attrs["family"] = FAMILY
+    source = graph.attrs.get("config")
+    source = source if isinstance(source, Mapping) else {}
+    dtype = source.get("dtype")
+    return GraphConfig(
+        vocab_size=vocabulary_of(graph),
+        dtype=dtype if isinstance(dtype, str) else None,
+        extra={key: source[key] for key in TOKEN_KEYS if key in source},
+        lines=tuple(print_graph(bare).splitlines()),
+    )
+
+
+def graph_tensors(graph: Graph) -> dict[str, Expr]:
+    """Return an expression for each parameter of `graph`, by name.
+
+    Raises:
+      InputError: one has no weight.
+    """
+    missing = [name for name, v in graph.params.items() if v.weight is None]
+    if missing:
+        fault = "the parameter has no weight, so it cannot be written"
+        raise InputError(Problem(fault, f"%{name}") for name in missing)
+    return {name: v.weight for name, v in graph.params.items() if v.weight is not None}
+
+
+def vocabulary_of(graph: Graph) -> int:
+    """Return the number of token ids: the size of the axis ``vocab`` of some parameter.
+
+    It is 0 of a graph that takes no integers.
+
+    Raises:
+      InputError: no parameter has one, and the graph takes integers.
+    """
+    for value in graph.params.values():
+        if "vocab" in value.type and isinstance(value.type["vocab"].size, int):
+            return int(value.type["vocab"].size)
+    if not any(value.type.dtype.kind == "int" for value in graph.inputs.values()):
+        return 0
+    raise InputError("the graph has no parameter with an axis vocab, so it knows no tokens")
+
+
+# Build the graph of any typed config, whatever the shape of the model.
 
 GraphBuilder = Callable[[Any, GraphRequest], Graph]
 """Builds the graph of a config of one class."""
@@ -42,7 +137,7 @@ BUILDERS: dict[type[ModelConfig], GraphBuilder] = {
     BertConfig: _of_shape("bert"),
     VisionConfig: _of_shape("vision"),
     WhisperConfig: _of_shape("whisper"),
-    GraphConfig: _of_shape("stored"),
+    GraphConfig: read_graph_config,
 }
 """What builds the graph of each class of config, and of those derived from it."""
 

@@ -114,7 +114,6 @@ class Plan:
     def tensors(self) -> list[OutputTensor]:
         """The tensors to write, by their names on disk."""
         from moecc.formats.writer import OutputTensor
-        from moecc.translate.gguf import stored_as
 
         outputs = []
         for name, weight in self.export.tensors:
@@ -122,6 +121,8 @@ class Plan:
             # Drawn tensors have no type on disk and take that of most of the model.
             element_type = self.dtype or (read[0].type.dtype if read else self.model.dtype)
             if self.architecture:
+                from moecc.translate.gguf import stored_as
+
                 outputs.append(stored_as(name, weight, element_type, self.storage))
             else:
                 outputs.append(OutputTensor(name, weight, element_type))
@@ -231,13 +232,6 @@ def plan(
     from moecc.formats.gguf.storage import Storage
     from moecc.rewrite.runner import run_pipeline, temporary_folder
     from moecc.translate.export import export_emitted, export_graph
-    from moecc.translate.gguf import (
-        GgufExport,
-        architecture_of,
-        check_type,
-        export_gguf,
-        quantising_remarks,
-    )
     from moecc.translate.propose import check_target
 
     if emit is not None and target not in (AUTO, GraphConfig.model_type):
@@ -246,8 +240,12 @@ def plan(
             hint=f"--to {GraphConfig.model_type} --emit {emit}",
         )
     target = target if emit is None else GraphConfig.model_type
-    architecture = architecture_of(target)
-    check_type(dtype, architecture)
+    architecture = None
+    if target.startswith(GGUF) or isinstance(dtype, Storage):
+        from moecc.translate.gguf import architecture_of, check_type
+
+        architecture = architecture_of(target)
+        check_type(dtype, architecture)
     if architecture is None and target != AUTO:
         check_target(target)
     if model.checkpoint is None:
@@ -279,6 +277,8 @@ def plan(
     elif architecture is None:
         export = export_graph(model.graph, target)
     else:
+        from moecc.translate.gguf import export_gguf, quantising_remarks
+
         export, said = _with_tokenizer(export_gguf(model.graph, architecture), model.checkpoint)
         remarks += [*said, *quantising_remarks(export, storage)]
     if architecture is None:

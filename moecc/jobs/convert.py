@@ -33,8 +33,10 @@ from moecc.support.text import with_article
 from moecc.version import __version__
 
 if TYPE_CHECKING:
-    from moecc.formats.gguf.encode import Key
+    from moecc.formats.gguf.header import Key
+    from moecc.formats.gguf.storage import Storage
     from moecc.formats.writer import Done, Facts, OutputJournal, WriteReport
+    from moecc.types import DType
 
 
 # Write a planned GGUF file: keys, tokenizer, tensors, and what stands beside it.
@@ -53,7 +55,7 @@ def is_file(planned: Plan, out: Path) -> bool:
 
 def gguf_keys(planned: Plan) -> list[Key]:
     """Return all keys of the file: of the model, its origin and its tokenizer."""
-    from moecc.formats.gguf.encode import Key
+    from moecc.formats.gguf.header import Key
     from moecc.formats.gguf.reader import CARD_KEYS
     from moecc.formats.modelcard import LISTS
     from moecc.translate.gguf import GgufExport
@@ -313,6 +315,14 @@ def _shortened(remarks: Iterable[str]) -> list[str]:
     ]  # fmt: skip
 
 
+def _output_type(name: str) -> DType | Storage:
+    """Return the element type or the blocks that ``--dtype`` names. Raises UsageError."""
+    from moecc.translate.gguf import QUANTISED
+    from moecc.types import float_type
+
+    return QUANTISED.get(name.lower()) or float_type(name)
+
+
 def convert(
     source: SourceName,
     out: str,
@@ -367,10 +377,9 @@ def convert(
     from moecc.model.initialise import add_statistics
     from moecc.model.open import add_branches, open_model, parse_branches
     from moecc.support.process import signals_raised
-    from moecc.translate.gguf import QUANTISED
-    from moecc.types import count_bytes, float_type
+    from moecc.types import count_bytes
 
-    type = None if dtype is None else QUANTISED.get(dtype.lower()) or float_type(dtype)
+    type = None if dtype is None else _output_type(dtype)
     limit, branches = count_bytes(max_shard_bytes), parse_branches(experts)
     passes = read_pipeline(pipeline, load)
     with signals_raised(), open_model(source, padding=padding_mask) as model:

@@ -444,7 +444,7 @@ def _why(verdict: Verdict) -> str:
 
 def _serving(planned: Plan) -> str:
     """Return that no engine serves st_moe, and which change would let one."""
-    from moecc.families.graphs.stored import FAMILY
+    from moecc.families.building import FAMILY
     from moecc.jobs.targets import nearest_family
 
     if planned.target != FAMILY:
@@ -461,7 +461,7 @@ def _serving(planned: Plan) -> str:
 
 def _training(planned: Plan) -> str:
     """Return how to train the model on: transformers leaves the router's losses off."""
-    from moecc.families.graphs.stored import FAMILY
+    from moecc.families.building import FAMILY
 
     config = planned.export.config_json
     advice = "`moecc train` adds the losses that its recipe names."
@@ -481,7 +481,7 @@ def _training(planned: Plan) -> str:
 
 def _loaded_as(planned: Plan) -> tuple[str, str | None]:
     """Return the Hub task of the output, and the transformers class that loads it."""
-    from moecc.families.graphs.stored import FAMILY
+    from moecc.families.building import FAMILY
 
     if "logits" not in planned.graph.outputs:
         task, auto_class = "feature-extraction", "AutoModel"

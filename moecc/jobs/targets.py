@@ -10,11 +10,10 @@ from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 from moecc.errors import InputError, Problem
-from moecc.families.building import build_model
+from moecc.families.building import FAMILY, build_model, storing_problems
 from moecc.families.config import ModelConfig
 from moecc.families.decoder import DecoderConfig
 from moecc.families.experts import expert_layers, layer_number
-from moecc.families.graphs.stored import FAMILY, storing_problems
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import CONFIGS
 from moecc.families.t5 import SwitchTransformersConfig

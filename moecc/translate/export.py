@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 
 from moecc.backend import EmittedProgram, emit_program
 from moecc.errors import InputError, Problem
-from moecc.families.building import build_model
+from moecc.families.building import build_model, graph_tensors
 from moecc.families.config import ModelConfig
-from moecc.families.graphs.stored import graph_tensors
 from moecc.families.st_moe import GraphConfig
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.structure import clone

@@ -10,11 +10,11 @@ from typing import TypeVar
 
 from moecc.analysis import find_ffn_blocks
 from moecc.errors import InputError, Problem, UsageError, nearest
+from moecc.families.building import FAMILY, graph_config
 from moecc.families.config import ModelConfig
 from moecc.families.decoder import DecoderConfig
 from moecc.families.encdec import STACKS, EncDecConfig
 from moecc.families.experts import ExpertLayer, expert_layers, layer_number
-from moecc.families.graphs.stored import FAMILY, graph_config
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import CONFIGS, decoders, mixtures, parse_config
 from moecc.families.t5 import UNBOUNDED, SwitchTransformersConfig, spread_layers

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from moecc.errors import InputError, Problem, nearest
 from moecc.families.config import BlockNames, GgufFacts, ModelConfig
 from moecc.families.mixture import MoeConfig
-from moecc.formats.gguf.encode import Key, Written
 from moecc.formats.gguf.families import (
     BLOCK,
     EMBEDDING,
@@ -23,7 +22,7 @@ from moecc.formats.gguf.families import (
     LLAMA3_LOW,
     GgufFamily,
 )
-from moecc.formats.gguf.header import GgufHeader, GgufKeys, StoredTensor, token_id
+from moecc.formats.gguf.header import GgufHeader, GgufKeys, Key, StoredTensor, Written, token_id
 from moecc.support.lazy import np
 from moecc.support.problems import Problems, quoted
 from moecc.support.text import with_article

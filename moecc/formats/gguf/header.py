@@ -31,6 +31,7 @@ from moecc.support.lazy import np
 from moecc.support.problems import Problems, describe, quoted
 from moecc.types import Array
 
+
 @dataclass(frozen=True, slots=True)
 class StoredValue:
     """A value as another file stores it: its type and its bytes."""

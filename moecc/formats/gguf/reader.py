@@ -17,7 +17,6 @@ from moecc.families.config import ModelConfig
 from moecc.formats.files import DescriptorPool
 from moecc.formats.folder import rows_of
 from moecc.formats.gguf.config import HeadSizes, Order, make_config, read_shape
-from moecc.formats.gguf.encode import Key, StoredValue
 from moecc.formats.gguf.families import (
     GGUF_FAMILIES,
     GGUF_MIXTURES,
@@ -33,7 +32,9 @@ from moecc.formats.gguf.families import (
 from moecc.formats.gguf.header import (
     GgufArray,
     GgufHeader,
+    Key,
     StoredTensor,
+    StoredValue,
     part_count,
     read_gguf_header,
     shown,

@@ -11,7 +11,7 @@ from typing import Any
 
 from moecc.errors import InputError
 from moecc.formats.files import read_bounded
-from moecc.formats.gguf.encode import Key
+from moecc.formats.gguf.header import Key
 from moecc.formats.gguf.reader import GgufFile
 from moecc.formats.gguf.tokenizer import (
     BYTE,

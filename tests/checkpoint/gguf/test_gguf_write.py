@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from moecc.errors import InputError, MoeccError
-from moecc.formats.gguf.encode import Key, plan_file
-from moecc.formats.gguf.header import read_gguf_header
+from moecc.formats.gguf.encode import plan_file
+from moecc.formats.gguf.header import Key, read_gguf_header
 from moecc.formats.gguf.reader import open_gguf
 from moecc.formats.gguf.storage import BY_NAME, dequantise, quantise
 from moecc.formats.gguf.tokenizer_keys import tokenizer_keys
