@@ -217,8 +217,7 @@ def artefact(kind: str, text: str, file: str | None, *, force: bool, **facts: ob
 
 def graph_text(graph: Graph, path: str | None) -> str:
     """Return the text of `graph`, which then names its checkpoint from the folder of its file."""
-    from moecc.ir.files import names_for_file
-    from moecc.ir.text import print_graph
+    from moecc.ir.text import names_for_file, print_graph
 
     names_for_file(graph, path)
     return print_graph(graph)
@@ -300,7 +299,7 @@ def read_failing(
       InputError: the file is no graph, or a reproducer that needs passes and `load` is empty.
       UsageError: all problems of the pipeline.
     """
-    from moecc.ir.files import read_graph
+    from moecc.ir.text import read_graph
     from moecc.rewrite.runner import check_loaded, is_reproducer, read_reproducer
 
     if not pipeline and is_reproducer(file):

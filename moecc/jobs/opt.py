@@ -158,8 +158,8 @@ def opt(
     Example:
       moecc import SmolLM2-135M | moecc opt - -p 'upcycle{experts=8}' --diff
     """
-    from moecc.ir.files import read_graph
     from moecc.ir.structure import clone
+    from moecc.ir.text import read_graph
     from moecc.rewrite import runner
     from moecc.rewrite.passes import Context
     from moecc.rewrite.runner import temporary_folder

@@ -35,10 +35,9 @@ from moecc.formats.run import (
     split_reference,
 )
 from moecc.formats.trees import SavedMoments, TreeCheckpoint
-from moecc.ir.files import read_graph
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
-from moecc.ir.text import print_graph
+from moecc.ir.text import print_graph, read_graph
 from moecc.jobs.convert import plan, write
 from moecc.model.initialise import initialise
 from moecc.model.open import OpenedModel, no_tensors, open_model, registry_with

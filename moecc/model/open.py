@@ -24,8 +24,8 @@ from moecc.formats.folder import CONFIG_NAME as CONFIG_NAME
 from moecc.formats.run import GRAPH as _OpenGRAPH
 from moecc.formats.run import split_reference
 from moecc.formats.source import Checkpoint
-from moecc.ir.files import read_graph
 from moecc.ir.graph import Graph
+from moecc.ir.text import read_graph
 from moecc.presets import PREFIX, preset_config
 from moecc.rewrite.pipeline import Registry, installed
 from moecc.support.process import Closing

@@ -33,10 +33,9 @@ from moecc.formats.manifest import (
 )
 from moecc.formats.output import output_folder
 from moecc.formats.writer import OutputTensor, WriteReport, write_checkpoint
-from moecc.ir.files import read_graph
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
-from moecc.ir.text import print_graph
+from moecc.ir.text import print_graph, read_graph
 from moecc.jobs.checks import Contracts, check_contracts
 from moecc.jobs.receipt import RECEIPT_NAME, Receipt
 from moecc.model.open import CONFIG_NAME, GRAPH_NAME, MODEL_TYPE
