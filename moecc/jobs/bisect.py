@@ -88,7 +88,7 @@ class Bisection:
             if self.rewrite
             else None,
             "value": {
-                "where": gap.place,
+                "where": gap.location,
                 "expected": str(gap.expected),
                 "found": str(gap.found),
             }
@@ -148,7 +148,7 @@ def _gap(graph: Graph, compare: str) -> Gap | None:
 
 def _wrong_rule(graph: Graph, mismatch: Gap) -> tuple[str, tuple[int, int]]:
     """Return the first rule that changes the value of the parameter, and which step it is."""
-    weight = graph.value(mismatch.place.partition(", element")[0].removeprefix("%")).weight
+    weight = graph.value(mismatch.location.partition(", element")[0].removeprefix("%")).weight
     assert weight is not None, "a weight that is written is one"
     rules = list(steps(weight))
     for number, (rule, before, after) in enumerate(rules, 1):

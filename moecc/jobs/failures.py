@@ -37,17 +37,17 @@ class Gap:
     """A value that differs.
 
     Attributes:
-      place: the line of its node, or the name of the parameter.
+      location: the line of its node, or the name of the parameter.
       expected: one element.
       found: the same element.
     """
 
-    place: str
+    location: str
     expected: object
     found: object
 
     def __str__(self) -> str:
-        return f"{self.place}: expected {self.expected}, found {self.found}"
+        return f"{self.location}: expected {self.expected}, found {self.found}"
 
 
 def line_of(value: Value) -> str:
@@ -237,17 +237,17 @@ class ComparisonTest:
     """Values of the XLA backend against the reference, or written weights against the oracle.
 
     Attributes:
-      what: one of `COMPARED`.
+      comparison: one of `COMPARED`.
       context: of the passes.
     """
 
-    what: str
+    comparison: str
     context: Context = field(default_factory=Context)
 
     def __post_init__(self) -> None:
-        if self.what not in COMPARED:
+        if self.comparison not in COMPARED:
             expected = " or ".join(COMPARED)
-            raise UsageError("unknown comparison", expected=expected, found=self.what)
+            raise UsageError("unknown comparison", expected=expected, found=self.comparison)
 
     def __call__(self, graph: Graph, pipeline: Pipeline) -> Failure | None:
         """Return what differs once the pipeline has run, if anything does."""
@@ -255,13 +255,13 @@ class ComparisonTest:
         try:
             for number, item in enumerate(pipeline, 1):
                 run_pass(after, item, self.context, number)
-            mismatch = xla_gap(after) if self.what == RUN else weight_gap(after)
+            mismatch = xla_gap(after) if self.comparison == RUN else weight_gap(after)
         except KNOWN:
             return None
         except Exception as error:
             kind = type(error).__name__
             return Failure("crash", kind, f"{kind}: {error}")
-        return Failure(self.what, "", str(mismatch)) if mismatch else None
+        return Failure(self.comparison, "", str(mismatch)) if mismatch else None
 
 
 @dataclass(frozen=True)

@@ -238,14 +238,14 @@ class Generated:
       text: what follows.
       tokens: its ids.
       is_ended: whether a token that stops a text would follow.
-      whole: the prompt with what follows; of an encoder-decoder what follows alone.
+      full_text: the prompt with what follows; of an encoder-decoder what follows alone.
     """
 
     prompt: str
     text: str
     tokens: tuple[int, ...]
     is_ended: bool
-    whole: str
+    full_text: str
 
 
 def load_tokenizer(model: OpenedModel) -> Tokenizer:
@@ -429,5 +429,5 @@ def generate(
     ]
     return Report(
         "generate", {"model": model, "texts": rows},
-        lambda: "\n\n".join(t.whole for t in texts) + "\n", is_raw=True,
+        lambda: "\n\n".join(t.full_text for t in texts) + "\n", is_raw=True,
     )  # fmt: skip

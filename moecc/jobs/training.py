@@ -92,14 +92,14 @@ class RecipeSource:
 
     Attributes:
       model: opened.
-      made: its canonical graph, and how its parameters are made.
+      canonical: its canonical graph, and how its parameters are made.
       preserves: what the pipeline does to the function.
       pipeline: in full.
       remarks: of its passes.
     """
 
     model: OpenedModel
-    made: Canonical
+    canonical: Canonical
     preserves: str
     pipeline: str
     remarks: tuple[str, ...]
@@ -130,9 +130,11 @@ def open_source(recipe: Recipe, files: Sequence[str] = ()) -> Iterator[RecipeSou
                 "the source has no weights", where=section.source,
                 hint='model.start = "random" draws them',
             )  # fmt: skip
-        made = canonical(model.graph, float_type(recipe.run.weight_dtype))
-        made.graph.attrs.pop("checkpoint", None)
-        yield RecipeSource(model, made, str(done.preserves), pipeline.in_full(), tuple(remarks))
+        model_graph = canonical(model.graph, float_type(recipe.run.weight_dtype))
+        model_graph.graph.attrs.pop("checkpoint", None)
+        yield RecipeSource(
+            model, model_graph, str(done.preserves), pipeline.in_full(), tuple(remarks)
+        )
 
 
 def _opened(section: ModelSection) -> OpenedModel:
@@ -198,7 +200,7 @@ def carried_from(source: RecipeSource, section: OptimizerSection) -> CarriedStat
     Raises:
       InputError: the source has none, or was trained by another optimiser.
     """
-    checkpoint, graph = source.model.checkpoint, over_its_source(source.made)
+    checkpoint, graph = source.model.checkpoint, over_its_source(source.canonical)
     factors: Mapping[str, float] = {}
     if isinstance(checkpoint, RunCheckpoint):
         saved, count, factors = _of_run(checkpoint, section)
@@ -321,7 +323,7 @@ def new_run(recipe: Recipe, source: RecipeSource, out: Path) -> TrainJob:
     """
     inputs = tuple(inputs_of(source.model.checkpoint))
     check_output(out, inputs=inputs, hint=_FULL)
-    graph = source.made.graph
+    graph = source.canonical.graph
     batches = _checked(recipe, graph, partial(facts_of, source.model))
     recipe = resolved(recipe, batches)
     if recipe.model.moments is Moments.CARRY:
@@ -478,7 +480,7 @@ def _stage(recipe: Recipe, digest: str, source: RecipeSource, batches: Batches) 
     section = recipe.model
     return {
         "kind": TRAINED,
-        "family": str(source.made.graph.attrs.get("family", "")),
+        "family": str(source.canonical.graph.attrs.get("family", "")),
         "pipeline": section.pipeline,
         "pipeline_in_full": source.pipeline,
         "seed": section.seed,
@@ -506,9 +508,9 @@ def _beginning(recipe: Recipe, source: RecipeSource) -> Iterator[Beginning]:
     read = no_tensors if checkpoint is None else checkpoint.read
     if recipe.model.moments is Moments.CARRY:
         carried = carried_from(source, recipe.optimizer)
-        yield Beginning(source.made.weights, carried.read, carried.moments)
+        yield Beginning(source.canonical.weights, carried.read, carried.moments)
     else:
-        yield Beginning(source.made.weights, read, {})
+        yield Beginning(source.canonical.weights, read, {})
 
 
 @contextmanager
@@ -517,7 +519,7 @@ def _beginning_again(
 ) -> Iterator[Beginning]:
     """Open the source of a run that has no checkpoint yet. Raises InputError if it changed."""
     with open_source(recipe, files) as source:
-        before, now = _types(graph), _types(source.made.graph)
+        before, now = _types(graph), _types(source.canonical.graph)
         if before != now:
             odd = sorted(before.items() ^ now.items())[:4]
             raise InputError(

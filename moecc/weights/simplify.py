@@ -218,9 +218,9 @@ def push_view(e: View) -> Expr | None:
             if prod(size for _, size in before) > 1:
                 return None  # a strided range, which slice cannot express
             run = prod(size for _, size in after)
-            kept = () if is_index else ((axis, stop - start),)
+            remaining = () if is_index else ((axis, stop - start),)
             part = Slice(x.x, x.axis, start * run, stop * run)
-            return Split(part, x.axis, (*before, *kept, *after))
+            return Split(part, x.axis, (*before, *remaining, *after))
         case Merge() if axis == x.into:
             return _merged_index(x, start) if is_index else _merged_slice(x, start, stop)
         case Split() | Merge():

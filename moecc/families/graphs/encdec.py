@@ -165,7 +165,7 @@ class _T5Stack(Blocks):
             buckets, causal = self._positions()
             bias = self._bias(buckets, 0)
         masks = [m for m in (causal, self.keep if self.is_encoder else None) if m is not None]
-        kept = [] if self.keep is None else [self.keep]
+        cross_masks = [] if self.keep is None else [self.keep]
         if memory is not None:
             with builder.at("encoder.memory"):
                 memory = self.as_keys(memory)
@@ -175,7 +175,7 @@ class _T5Stack(Blocks):
                     bias = self._bias(buckets, layer)
             hidden = self._attention(hidden, layer, None, bias, masks)
             if memory is not None:
-                hidden = self._attention(hidden, layer, memory, None, kept)
+                hidden = self._attention(hidden, layer, memory, None, cross_masks)
             for sublayer in ffn_sublayers(self.config, self.stack, layer):
                 hidden = self._ffn(hidden, layer, sublayer)
         with builder.at(f"{self.stack}.norm"):
