@@ -1,4 +1,4 @@
-"""The names of a family's tensors, and what other formats and engines make of the family.
+"""The base of every config, the names of a family's tensors, and its facts in other formats.
 
 Every record here stands in the class of a family's config.  Names of experts are those of one
 expert each, the layout that every runtime reads; transformers 5 can also write the experts of a
@@ -202,7 +202,7 @@ class EngineReading:
     never: str = ""
 
 
-# The base of every config: its fields, from which reading, writing and checks follow.
+# The base of every config: from its fields follow reading, writing and checks.
 
 ACTIVATIONS: Mapping[str, str] = {
     "silu": "silu",

@@ -1,4 +1,4 @@
-"""llama, mistral and mixtral: the plain decoder, with a sliding window, with experts."""
+"""llama, mistral, mixtral and smollm3: the plain decoder, with a window, experts or few ropes."""
 
 from __future__ import annotations
 

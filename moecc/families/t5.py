@@ -1,4 +1,4 @@
-"""t5: version 1.0 (ReLU, tied) and 1.1 (gated GELU, an output matrix of its own), mt5 and umt5."""
+"""t5: version 1.0 (ReLU, tied) and 1.1 (gated GELU, an output matrix), mt5, umt5 and switch."""
 
 from __future__ import annotations
 

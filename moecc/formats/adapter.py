@@ -1,9 +1,4 @@
-"""Regular expressions of strangers, matched in time that is linear in the text.
-
-Python's own matcher backtracks, and a pattern such as ``(a+)+b`` takes longer than anyone waits.
-Here a part of a pattern maps the set of positions where it may begin to those where it may end, so
-that no position is tried twice.  What cannot be matched in this way is no `Pattern`.
-"""
+"""LoRA adapters of PEFT: a folder of small matrices, read as the model they are merged into."""
 
 from __future__ import annotations
 
@@ -28,6 +23,12 @@ from moecc.support.text import amount
 from moecc.support.untyped import Json
 from moecc.types import Array
 from moecc.weights.arithmetic import BASE, branch_and_name, name_in
+
+# Regular expressions of strangers, matched in time that is linear in the text.
+#
+# Python's own matcher backtracks, and a pattern such as ``(a+)+b`` takes longer than anyone waits.
+# Here a part of a pattern maps the set of positions where it may begin to those where it may end,
+# so that no position is tried twice.  What cannot be matched in this way is no `NamePattern`.
 
 LONGEST = 1024
 """The most characters of a pattern."""
@@ -186,7 +187,7 @@ def _repetition(inner: _Step, mark: str) -> _Step:
     return step
 
 
-# LoRA adapters of PEFT: a folder of small matrices, read as the model they are merged into.
+# The adapter itself.
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _MAX_CONFIG_BYTES = 1 << 20

@@ -1,14 +1,20 @@
-"""A graph at a prompt and in a notebook: its size and its ends, never its whole text."""
+"""Graphs: values, nodes in topological order, named inputs, parameters and outputs.
+
+A graph is in SSA form: each value is defined once, by an input, a parameter or a node, and knows
+its users.  Nodes form a linked list, so that a rewrite inserts and erases in constant time and a
+pass over 50,000 nodes stays linear.  Outputs are the operands of one terminator node, so that
+"used as an output" is a use like any other.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
-from moecc.ir.operand import Definition, Operand, Region
+from moecc.ir.operand import Region
 from moecc.ir.operation import Attrs, OpDef, op
 from moecc.support.text import brief, facts_table
 from moecc.support.untyped import Json, JsonDict
@@ -19,61 +25,7 @@ if TYPE_CHECKING:
 
 
 SHOWN_OPERATIONS = 12
-
-
-class _Graph(Protocol):
-    """What of a graph is shown; `moecc.ir.graph.Graph`."""
-
-    name: str
-
-    @property
-    def inputs(self) -> Mapping[str, Operand]: ...
-
-    @property
-    def outputs(self) -> Mapping[str, Operand]: ...
-
-    @property
-    def params(self) -> Mapping[str, Operand]: ...
-
-    def every_node(self) -> Iterator[Definition]: ...
-
-
-class ShownGraph:
-    """The line and the table of a graph."""
-
-    def __repr__(self: _Graph) -> str:
-        nodes = sum(1 for _ in self.every_node())
-        rows = [
-            ("", self.name), ("nodes", f"{nodes:,}"), ("parameters", f"{len(self.params):,}"),
-            ("inputs", " ".join(self.inputs)), ("outputs", " ".join(self.outputs)),
-        ]  # fmt: skip
-        return brief("moecc.Graph", rows)
-
-    def _repr_html_(self: _Graph) -> str:
-        return facts_table(_rows(self))
-
-
-def _rows(graph: _Graph) -> Iterator[tuple[str, str]]:
-    """Yield what the table says: ends with their types, and which operations there are."""
-    counts = Counter(node.op.name for node in graph.every_node())
-    yield "graph", graph.name
-    yield from ((f"input {name}", str(value.type)) for name, value in graph.inputs.items())
-    yield from ((f"output {name}", str(value.type)) for name, value in graph.outputs.items())
-    yield "parameters", f"{len(graph.params):,}"
-    yield "nodes", f"{counts.total():,}"
-    most = [f"{name} × {count}" for name, count in counts.most_common(SHOWN_OPERATIONS)]
-    more = len(counts) - len(most)
-    yield "operations", ", ".join([*most, *([f"and {more} more"] if more > 0 else [])])
-
-
-# Graphs: values, nodes in topological order, named inputs, parameters and outputs.
-#
-# A graph is in SSA form: each value is defined once, by an input, a parameter or a node, and
-# knows
-# its users.  Nodes form a linked list, so that a rewrite inserts and erases in constant time and
-# a
-# pass over 50,000 nodes stays linear.  Outputs are the operands of one terminator node, so that
-# "used as an output" is a use like any other.
+"""How many kinds of operations a notebook's table names."""
 
 # A name may hold ranges: %layers.{0..29}.weight stands for thirty parameters.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(?:\{[0-9.]+\}[A-Za-z0-9_.\-]*)*\Z")
@@ -271,7 +223,7 @@ def _link(node: Node, before: Node) -> None:
     before._prev = node
 
 
-class Graph(ShownGraph, Region):
+class Graph(Region):
     """A model: inputs, parameters, nodes in topological order, named outputs, attributes.
 
     Attributes:
@@ -294,6 +246,29 @@ class Graph(ShownGraph, Region):
         self._hints: dict[str, int] = {}
         # The terminator is also the sentinel of the circular list of nodes.
         self.terminator = Node(self, RETURN, (), {})
+
+    def __repr__(self) -> str:
+        nodes = sum(1 for _ in self.every_node())
+        rows = [
+            ("", self.name), ("nodes", f"{nodes:,}"), ("parameters", f"{len(self.params):,}"),
+            ("inputs", " ".join(self.inputs)), ("outputs", " ".join(self.outputs)),
+        ]  # fmt: skip
+        return brief("moecc.Graph", rows)
+
+    def _repr_html_(self) -> str:
+        counts = Counter(node.op.name for node in self.every_node())
+        most = [f"{name} × {count}" for name, count in counts.most_common(SHOWN_OPERATIONS)]
+        more = len(counts) - len(most)
+        return facts_table(
+            [
+                ("graph", self.name),
+                *((f"input {name}", str(value.type)) for name, value in self.inputs.items()),
+                *((f"output {name}", str(value.type)) for name, value in self.outputs.items()),
+                ("parameters", f"{len(self.params):,}"),
+                ("nodes", f"{counts.total():,}"),
+                ("operations", ", ".join([*most, *([f"and {more} more"] if more > 0 else [])])),
+            ]
+        )
 
     def __len__(self) -> int:
         return self.node_count

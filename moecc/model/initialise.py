@@ -1,4 +1,4 @@
-"""Statistics of the values of a model over texts, which methods read."""
+"""Statistics of a model's values over texts, and initial weights of a model without any."""
 
 from __future__ import annotations
 
