@@ -231,7 +231,7 @@ def plan(
     """
     from moecc.formats.gguf.storage import Storage
     from moecc.rewrite.runner import run_pipeline, temporary_folder
-    from moecc.translate.export import export_emitted, export_graph
+    from moecc.translate.export import Export, export_emitted, export_graph
     from moecc.translate.propose import check_target
 
     if emit is not None and target not in (AUTO, GraphConfig.model_type):

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from moecc.formats.source import TensorInfo
+from moecc.formats.source import Checkpoint, TensorInfo
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.ir.text import print_graph
 from moecc.prove.prover import Prover, Verdict
 from moecc.support.lazy import np
-from moecc.support.process import Closing
 from moecc.translate.export import Export
 from moecc.translate.importing import import_checkpoint
 from moecc.types import Array
@@ -117,7 +116,7 @@ def _as(written: Expr, source: Source) -> Expr:
     return written if written.type == source.type else Cast(written, source.type.dtype)
 
 
-class _UnwrittenCheckpoint(Closing):
+class _UnwrittenCheckpoint(Checkpoint):
     """A checkpoint of which only names, types and shapes are known."""
 
     format = "safetensors"
@@ -125,7 +124,7 @@ class _UnwrittenCheckpoint(Closing):
     def __init__(self, config: Mapping[str, object], tensors: Mapping[str, Expr]) -> None:
         self.path, self.config = Path("the result"), dict(config)
         self.expressions = tensors
-        self.tensors: Mapping[str, TensorInfo] = {
+        self.tensors = {
             name: TensorInfo(name, expr.type.dtype, expr.type.shape, 0, self.path, 0)
             for name, expr in tensors.items()
         }
@@ -139,20 +138,5 @@ class _UnwrittenCheckpoint(Closing):
         rows = len(range(info.shape[0])[start:stop])
         return np.full((rows,), hash(self.expressions[name]) % (1 << 31))
 
-    def companions(self) -> dict[str, Path | bytes]:
-        return {}
-
-    def remarks(self) -> list[str]:
-        return []
-
-    def card(self) -> dict[str, tuple[str, ...]]:
-        return {}
-
     def files(self) -> list[Path]:
         return []
-
-    def require_unchanged(self) -> None:
-        """Do nothing: there are no files."""
-
-    def close(self) -> None:
-        """Do nothing: there are no files."""
