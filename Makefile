@@ -5,7 +5,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-chain proof-engines proof-equal proof-fuzz proof-jobs proof-kills proof-learning proof-mutants proof-recipes proof-splits proof-table proof-z3 docs site bench wheel clean fuzz fuzz-proof
+.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-chain proof-emit proof-engines proof-equal proof-fuzz proof-jobs proof-kills proof-learning proof-mutants proof-recipes proof-splits proof-table proof-z3 docs site bench wheel clean fuzz fuzz-proof
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,10 @@ types: $(STAMP) ## mypy --strict over the three packages
 proof-chain: $(STAMP) ## SmolLM2 upcycled, trained on, exported, judged by transformers, which MOECC_PARITY_PYTHON has; writes docs/proofs/chain.json
 	mkdir -p docs/proofs
 	$(BIN)/python -m tests.proof.chain --out docs/proofs/chain.json > /dev/null
+
+proof-emit: $(STAMP) ## every source by every method as PyTorch, judged by torch in the interpreters of MOECC_PARITY_PYTHON; writes docs/proofs/emit.json
+	mkdir -p docs/proofs
+	$(BIN)/python -m tests.emit.prove --out docs/proofs/emit.json
 
 proof-engines: $(STAMP) ## engines compute what the sources do; MOECC_LLAMA_CPP_PYTHON, MOECC_MLX_PYTHON and MOECC_VLLM_PYTHON name interpreters
 	$(BIN)/python -m pytest -q -rs tests/engines

@@ -401,13 +401,16 @@ class Model(Closing):
         swept = Swept(self.opened.graph, passes, self.name, name, step, context)
         return PlanSweep(plan_sweep(swept, axes), str(passes))
 
-    def prepare(self, to: str = "auto", *, dtype: object = None, check: bool = True) -> Plan:
+    def prepare(
+        self, to: str = "auto", *, dtype: object = None, check: bool = True, emit: str | None = None
+    ) -> Plan:
         """Plan a conversion to another family; only headers are read.
 
         Args:
           to: the family, ``gguf:ARCH``, or ``auto``.
           dtype: the element type to write; None keeps that of the source.
           check: whether each pass is held to its promise, on the model at small sizes.
+          emit: the language of a program to write beside the tensors of ``st_moe``.
 
         Raises:
           UsageError: there is no such family or type.
@@ -421,6 +424,7 @@ class Model(Closing):
         return plan(
             fresh, self.pipeline, to, dtype=dtype_of(dtype), seed=self.seed,
             allow_unmatched=self.allow_unmatched, check=check, statistics=self.statistics,
+            emit=emit,
         )  # fmt: skip
 
     def save(
@@ -445,6 +449,30 @@ class Model(Closing):
 
         path, force = folder_text(folder), flag("force", force)
         write(self.prepare(family_text(to), dtype=dtype), path, force=force)
+        return open(path, seed=self.seed)
+
+    def emit(
+        self,
+        language: str,
+        folder: str | os.PathLike[str],
+        dtype: object = None,
+        *,
+        force: bool = False,
+    ) -> Model:
+        """Write the model as a program, with its weights, and return it opened from there.
+
+        Args:
+          language: ``"torch"``: one readable file that transformers loads.
+          folder: where to.
+          dtype: the element type to write; None keeps that of the source.
+          force: whether an existing output is replaced.
+
+        Raises: as `prepare`; InputError or MachineError if the output cannot be written.
+        """
+        from moecc.jobs.convert import write
+
+        path, force = folder_text(folder), flag("force", force)
+        write(self.prepare("st_moe", dtype=dtype, emit=language), path, force=force)
         return open(path, seed=self.seed)
 
     def verify(

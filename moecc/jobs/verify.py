@@ -127,7 +127,7 @@ def verify(
 def _verify_files(model: str, allow_edited_card: bool, html: str | None, force: bool) -> Report:
     """Compare the files of a model with its manifest."""
     from moecc.formats.gguf.storage import SUFFIX
-    from moecc.formats.manifest import check_manifest
+    from moecc.formats.manifest import MANIFEST_NAME, check_manifest
     from moecc.formats.manifest import load as load_manifest
     from moecc.formats.open import PREFIX as HUB
     from moecc.formats.open import missing_place
@@ -142,6 +142,11 @@ def _verify_files(model: str, allow_edited_card: bool, html: str | None, force: 
             "only a folder or a GGUF file has a manifest", where=model,
             hint="or give --against SOURCE",
         )  # fmt: skip
+    programs = check_programs(path) if path.is_dir() else []
+    if programs and not (path / MANIFEST_NAME).exists() and html is None:
+        # As transformers saves what was trained: there are no digests to compare with.
+        data = {"model": model, "programs": programs, "passed": True}
+        return Report("verify-manifest", data, lambda: f"{programs[0]} is that of the graph")
     check_manifest(path, allow_edited_card=allow_edited_card)
     count, receipt = len(load_manifest(path).tensors), load_receipt(path)
     rows = [f"{amount(count, 'tensor')} {'matches' if count == 1 else 'match'} the manifest"]
@@ -154,6 +159,31 @@ def _verify_files(model: str, allow_edited_card: bool, html: str | None, force: 
         say(f"the receipt is in {html}")
     data = {"model": model, "tensors": count, "passed": True, "receipt": receipt}
     return Report("verify-manifest", data, lambda: "\n".join(rows))
+
+
+def check_programs(folder: Path) -> list[str]:
+    """Write the program of a folder's graph again, and return the names of its files.
+
+    There are none beside a graph without a program.
+
+    Raises:
+      CheckError: the file is another program than the graph's.
+    """
+    from moecc.backend import emit_program
+    from moecc.model.open import open_model
+
+    name = "modeling_st_moe.py"
+    if not (folder / name).is_file():
+        return []
+    with open_model(str(folder), config_alone=True) as opened:
+        (text,) = emit_program(opened.graph, "torch").files.values()
+    if (folder / name).read_text(encoding="utf-8") != text:
+        raise CheckError(
+            "the program is not that of the graph in config.json",
+            where=str(folder / name),
+            hint="moecc emit torch writes it again; moecc itself reads the graph alone",
+        )
+    return [name]
 
 
 def _verify_logits(

@@ -270,7 +270,7 @@ class StMoeModel(StMoePreTrainedModel):
 HEAD = f'''
 class StMoeForCausalLM(StMoePreTrainedModel, GenerationMixin):
     """The decoder with its head."""
-{MODULES}{ACCESSORS}
+{MODULES}
     def forward(
         self,{DECODER_ARGUMENTS}        labels=None,
         logits_to_keep=0,
@@ -523,7 +523,6 @@ class Models:
                 HEAD,
                 {
                     "constructor": [f"{base} = StMoeModel(config)", *root.filled_lines(own)],
-                    "embedding": f"{base}.{embedding.removeprefix('self.')}",
                     "base": base,
                     "body": root.filled_lines(lines),
                     **self._loss_parts(root, "MoeCausalLMOutputWithPast"),

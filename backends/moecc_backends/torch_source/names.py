@@ -185,9 +185,9 @@ def _component(text: str) -> str:
     """Return a part of a path that a module can have: a number, or a name of its own."""
     if text.isdigit() and text == str(int(text)):
         return text
-    name = identifier(text)
-    is_member = name in MEMBERS or keyword.iskeyword(name) or name.startswith("_")
-    return f"{name.strip('_')}_" if is_member else name
+    name = identifier(text).strip("_") or "value"
+    name = f"n{name}" if name[0].isdigit() else name
+    return f"{name}_" if name in MEMBERS or keyword.iskeyword(name) else name
 
 
 def _placed(

@@ -728,28 +728,32 @@ def _attend(
         w.state(f"    key, value = extend_cache({cache}, key, value, {number})")
     arguments = [*names]
     options = [f"scaling={w.literal(scale, 'scaling')}"]
+    mask = "None"
     if "mask" in further:
-        arguments.append(w.expr(further["mask"]).text)
+        mask = w.expr(further["mask"]).text
     elif "keep" in further:
-        keep = _scores_axes(w, w.expr(further["keep"]), batch[0], heads, seq, along)
-        arguments.append(keep)
-    if not causal:
-        options.append("is_causal=False")
+        mask = _scores_axes(w, w.expr(further["keep"]), batch[0], heads, seq, along)
     if "bias" in further:
+        w.helper("biased")
         bias = _scores_axes(w, w.expr(further["bias"]), batch[0], heads, seq, along)
-        options.append(f"bias={bias}")
+        mask = f"biased({bias}, {mask}{'' if causal else ', is_causal=False'})"
+    if mask != "None":
+        arguments.append(mask)
+    if not causal or "bias" in further:
+        options.append("is_causal=False")
+    function = "attend_by_scores" if cap or "sinks" in further else "attend"
     if cap:
         options.append(f"softcap={w.literal(cap, 'softcap')}")
     if "sinks" in further:
         options.append(f"sinks={w.expr(further['sinks']).atom}.flatten()")
     if unknown := set(further) - {"mask", "keep", "bias", "sinks", "cache"}:
         raise _refuse(item, "given", ", ".join(unknown))
-    w.helper("attend")
+    w.helper(function)
     groups = _count(w, heads) // max(_count(w, kv_heads), 1)
     line = f"self.num_key_value_groups = {w.literal(groups, 'groups')}"
     if not any(text.startswith("self.num_key_value_groups") for text in w.constructor):
         w.constructor += ["self.config = config", line]
-    text = f"attend(self, {', '.join([*arguments, *options])})"
+    text = f"{function}(self, {', '.join([*arguments, *options])})"
     axes = (batch[0], seq, "+".join(heads), inner[0])
     return Expr(text, axes)
 

@@ -14,6 +14,7 @@ from moecc.decoding import DECODER_TOKENS, TOKENS, rewritten
 from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph, Node, Value, where
 from moecc.ir.operand import Attrs
+from moecc.ir.operation import OPS
 from moecc.ir.structure import infer_again
 from moecc.types import I32, Axis, Extent, TensorType
 
@@ -220,7 +221,12 @@ def add_evaluation(program: Program, evaluation: Program) -> None:
     for item in program.items:
         if item.op != "assign_slots":
             continue
-        other = by_loc[item.loc].pop(0)
+        places = by_loc.get(item.loc)
+        if not places:  # nothing drops a choice, so slots are not counted
+            defaults = {name: spec.default for name, spec in OPS["assign_slots"].attrs.items()}
+            item.attrs = {**item.attrs, "evaluation": defaults}
+            continue
+        other = places.pop(0)
         attrs = dict(other.attrs)
         keep = next((v.item for v in other.operands[1:] if v.item is not None), None)
         if keep is not None and keep.op == "keep_choices":

@@ -23,80 +23,58 @@ def one_hot(index, size, like):
     return (index[..., None] == torch.arange(size, device=index.device)).to(float_type(like))
 
 
-def attend(
-    module, query, key, value, mask=None, *, scaling, bias=None, softcap=None, sinks=None,
-    is_causal=True
-):  # fmt: skip
+def attend(module, query, key, value, mask=None, *, scaling, is_causal=True):
     """Average values by the softmax of query · key, ``[batch, head, seq, head_dim]``.
 
     Returns ``[batch, seq, head, head_dim]``.
     """
     name = module.config._attn_implementation or "eager"
-    if bias is not None:
-        mask, is_causal = _biased(bias, mask, is_causal, query, key), False
-    if name == "eager" or softcap is not None or sinks is not None:
-        return _attend_eagerly(module, query, key, value, mask, scaling, softcap, sinks, is_causal)
-    attention = ALL_ATTENTION_FUNCTIONS[name]
+    attention = ALL_ATTENTION_FUNCTIONS["sdpa" if name == "eager" else name]
     options = {} if is_causal else {"is_causal": False}
-    return attention(module, query, key, value, mask, scaling=scaling, dropout=0.0, **options)[0]
+    return attention(module, query, key, value, mask, scaling=scaling, **options)[0]
 
 
-def _biased(bias, mask, is_causal, query, key):
-    """Return a bias of the scores with what no query sees at −∞."""
-    if mask is None and is_causal and query.shape[2] > 1:
-        mask = _lower_triangle(query, key)
+def biased(bias, mask, is_causal=True):
+    """Return a bias of the scores with the lowest number where a query sees nothing."""
+    rows, columns = bias.shape[-2:]
+    if mask is None and is_causal and rows > 1:
+        seen = torch.ones(rows, columns, dtype=torch.bool, device=bias.device)
+        mask = seen.tril(columns - rows)
     if mask is None:
-        return bias.expand(query.shape[0], -1, -1, -1)
+        return bias
     lowest = torch.finfo(bias.dtype).min
     return torch.where(mask, bias, lowest) if mask.dtype == torch.bool else bias + mask
 
 
-def _lower_triangle(query, key):
-    rows, columns = query.shape[2], key.shape[2]
-    seen = torch.ones(rows, columns, dtype=torch.bool, device=query.device)
-    return seen.tril(columns - rows)
-
-
-def _attend_eagerly(module, query, key, value, mask, scaling, softcap, sinks, is_causal):
-    """Compute the scores one by one, as softcaps and sinks need it."""
-    groups = module.num_key_value_groups
-    if groups > 1:
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+def attend_by_scores(
+    module, query, key, value, mask=None, *, scaling, softcap=None, sinks=None, is_causal=True
+):
+    """Average values as `attend`, with a soft cap of the scores, or scores of no value."""
+    key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if mask is None and is_causal and query.shape[2] > 1:
-        mask = _lower_triangle(query, key)
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    elif mask is not None:
-        scores = scores + mask
+    mask = biased(torch.zeros_like(scores[:1, :1]), mask, is_causal)
+    scores = scores + mask
     if sinks is not None:
         column = sinks[None, :, None, None].expand(*scores.shape[:3], 1).to(scores.dtype)
-        weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
-    else:
-        weights = scores.softmax(-1)
-    return (weights @ value).transpose(1, 2).contiguous()
+        scores = torch.cat([scores, column], dim=-1)
+    weights = scores.softmax(-1)[..., : key.shape[2]]
+    return (weights @ value).transpose(1, 2)
 
 
 def causal_mask(config, hidden_states, attention_mask, position_ids, cache, window=0):
     """Return which keys each query sees: earlier ones, no padding, within the window if any."""
-    names = inspect.signature(create_causal_mask).parameters
     past = cache.get_seq_length() if cache is not None else 0
-    positions = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past
-    options = {
-        "config": config,
-        "inputs_embeds": hidden_states,
-        "input_embeds": hidden_states,
-        "attention_mask": attention_mask,
-        "cache_position": positions,
-        "past_key_values": cache,
-        "cache": cache,
-        "position_ids": position_ids,
-    }
+    places = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past
+    # Releases of transformers name these otherwise.
+    options = {"input_embeds": hidden_states, "past_key_values": cache, "cache_position": places}
+    options |= {"inputs_embeds": hidden_states, "cache": cache, "position_ids": position_ids}
+    names = inspect.signature(create_causal_mask).parameters
+    options = {name: x for name, x in options.items() if name in names}
     if window:
         options["and_mask_function"] = lambda batch, head, query, key: query - key < window
-    return create_causal_mask(**{name: x for name, x in options.items() if name in names})
+    return create_causal_mask(config=config, attention_mask=attention_mask, **options)
 
 
 def extend_cache(cache, key, value, layer_index):

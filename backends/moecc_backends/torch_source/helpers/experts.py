@@ -158,6 +158,8 @@ def assign_slots(
     ``order="token"`` token by token.
     """
     choices = top_k_index.shape[-1]
+    if capacity_factor is None:  # nothing is counted
+        groups, group_size = 1, 0
     size = group_size or top_k_index[..., 0].numel() // groups
     chosen = top_k_index.reshape(-1, size, choices)
     wanted = chosen >= 0

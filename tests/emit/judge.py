@@ -1,0 +1,135 @@
+"""Judge emitted folders with torch and transformers alone: a folder a line in, JSON a line out."""
+
+import json
+import os
+import sys
+import traceback
+import warnings
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+warnings.simplefilter("ignore")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(1)
+
+NAMES = {
+    "tokens": "input_ids",
+    "decoder_tokens": "decoder_input_ids",
+    "mask": "attention_mask",
+    "pixels": "pixel_values",
+    "features": "input_features",
+}
+
+
+def judge(folder):
+    """Return the relative errors of outputs, losses and gradients, and whether caches agree."""
+    reference = np.load(os.path.join(folder, "reference.npz"))
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    autos = [name for name in config.auto_map if name not in ("AutoConfig", "AutoModel")]
+    loader = getattr(transformers, autos[0] if autos else "AutoModel")
+    graph = " ".join(line for line in config.graph[:12])
+    is_train = 'attr mode = "train"' in graph
+    verdict = {}
+    for dtype in (torch.float32, torch.float64):
+        model, info = loader.from_pretrained(
+            folder, trust_remote_code=True, dtype=dtype, output_loading_info=True
+        )
+        assert not info["missing_keys"], info
+        assert not info["unexpected_keys"], info
+        model.train(is_train)
+        inputs = {
+            NAMES[n.removeprefix("in.")]: tensor_of(reference[n], dtype)
+            for n in reference
+            if n.startswith("in.")
+        }
+        output = model(**inputs)
+        main = "out.logits" if "out.logits" in reference else "out.hidden"
+        values = output["logits" if main == "out.logits" else "last_hidden_state"]
+        scores, expected = values.detach().double().numpy(), reference[main]
+        if main == "out.hidden" and "in.mask" in reference:
+            scores, expected = (x * reference["in.mask"][..., None] for x in (scores, expected))
+        kind = str(dtype).removeprefix("torch.")
+        verdict[f"{kind}.output"] = relative(scores, expected)
+        loss = (values * tensor_of(reference["cotangent"], dtype)).sum()
+        if "out.loss.auxiliary" in reference:
+            aux = output["aux_loss"]
+            wanted = reference["out.loss.auxiliary"]
+            verdict[f"{kind}.aux_loss"] = relative(aux.detach().double().numpy(), wanted)
+            loss = loss + aux
+        if any(n.startswith("grad.") for n in reference):
+            loss.backward()
+            verdict[f"{kind}.gradient"] = max(
+                gradient_error(p, reference[f"grad.{n}"]) for n, p in model.named_parameters()
+            )
+            model.zero_grad()
+    # What a capacity drops depends on all tokens, and a continued text has none.
+    is_bounded = any("slots=capacity" in line for line in config.graph)
+    verdict |= generation(model.eval(), inputs, without_cache=not is_bounded)
+    return verdict
+
+
+def tensor_of(array, dtype):
+    """Return an array as a tensor: integers as indices, numbers in the type of the model."""
+    tensor = torch.tensor(array)
+    if tensor.is_floating_point():
+        return tensor.to(dtype)
+    return tensor if tensor.dtype == torch.bool else tensor.long()
+
+
+def relative(x, expected):
+    """Return the largest difference over the largest magnitude."""
+    return float(np.abs(x - expected).max() / max(np.abs(expected).max(), 1e-30))
+
+
+def gradient_error(parameter, expected):
+    """Return the relative error of a gradient; one that is zero everywhere is compared to 1."""
+    slope = parameter.grad
+    slope = np.zeros(expected.shape) if slope is None else slope.double().numpy()
+    scale = np.abs(expected).max()
+    return float(np.abs(slope - expected).max() / (scale if scale > 1e-12 else 1.0))
+
+
+def generation(model, inputs, *, without_cache):
+    """Return whether cached generation is uncached generation, padded texts included."""
+    if not model.can_generate():
+        return {}
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    if "decoder_input_ids" in inputs:
+        prompt = {n: x for n, x in inputs.items() if n != "decoder_input_ids"}
+        options["decoder_start_token_id"] = 0
+        cached, plain = (
+            model.generate(**prompt, use_cache=c, **options) for c in (True, not without_cache)
+        )
+        return {"cached": bool((cached == plain).all())}
+    ids = inputs["input_ids"][:, :6]
+    cached, plain = (model.generate(ids, use_cache=c, **options) for c in (True, not without_cache))
+    padding = torch.zeros(len(ids), 3, dtype=torch.long)
+    mask = torch.cat([padding, torch.ones_like(ids)], dim=1)
+    padded = model.generate(torch.cat([padding, ids], dim=1), attention_mask=mask, **options)
+    return {
+        "cached": bool((cached == plain).all()),
+        "padded": bool((padded[:, 3:] == cached).all()),
+        "tokens": cached[:, 6:].tolist(),
+    }
+
+
+def main():
+    """Judge the folders on standard input."""
+    print(json.dumps({"torch": torch.__version__, "transformers": transformers.__version__}))
+    for line in sys.stdin:
+        try:
+            verdict = judge(line.strip())
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{os.path.basename(last.filename)}:{last.lineno}"
+            verdict = {"error": f"{type(error).__name__} at {where}: {error}"[:400]}
+        print(json.dumps(verdict), flush=True)
+
+
+if __name__ == "__main__":
+    main()

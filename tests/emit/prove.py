@@ -1,0 +1,108 @@
+"""``make proof-emit``: every source by every method, emitted and judged by torch; dated JSON."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moecc.errors import MoeccError
+from tests.emit.cells import EmittedCell, cells, write_reference
+from tests.parity.interpreters import interpreters
+
+BOUNDS = {"float32": 1e-5, "float64": 1e-10}
+GRADIENT_BOUNDS = {"float32": 1e-3, "float64": 1e-10}
+
+
+def is_right(verdict: dict[str, Any]) -> bool:
+    """Whether all numbers of a verdict are within their bounds."""
+    if "error" in verdict:
+        return False
+    for name, value in verdict.items():
+        kind, _, what = name.partition(".")
+        if value is False:
+            return False
+        bounds = GRADIENT_BOUNDS if what == "gradient" else BOUNDS
+        if what and not value <= bounds[kind]:
+            return False
+    return True
+
+
+def ask(python: str, folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return what an interpreter without moecc says: its versions, then a verdict a folder."""
+    done = subprocess.run(
+        [python, "-W", "ignore", str(Path(__file__).parent / "judge.py")],
+        input="".join(f"{folder}\n" for folder in folders),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": ""},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def prove(wanted: Sequence[EmittedCell], *, gradients: bool = True) -> dict[str, Any]:
+    """Write all cells, let every interpreter judge them, and return the report."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = []
+        for cell in wanted:
+            folder = Path(temporary) / cell.name
+            row: dict[str, Any] = {"source": cell.source, "method": cell.method}
+            rows.append(row)
+            try:
+                cell.write(folder)
+                write_reference(folder, gradients=gradients)
+            except MoeccError as error:
+                row["refused"] = " ".join(str(error).split())[:300]
+                continue
+            row["lines"] = len((folder / "modeling_st_moe.py").read_text().splitlines())
+            folders.append((row, folder))
+        versions = []
+        for python in interpreters():
+            version, *verdicts = ask(python, [folder for _, folder in folders])
+            versions.append(version)
+            for (row, _), verdict in zip(folders, verdicts, strict=True):
+                verdict["right"] = is_right(verdict)
+                row[f"transformers {version['transformers']}"] = verdict
+    judged = [r for r in rows if "refused" not in r]
+    right = [r for r in judged if all(v["right"] for k, v in r.items() if k[:5] == "trans")]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "versions": versions,
+        "bounds": {"outputs": BOUNDS, "gradients": GRADIENT_BOUNDS},
+        "right": len(right),
+        "judged": len(judged),
+        "refused": len(rows) - len(judged),
+        "cells": rows,
+    }
+
+
+def main() -> None:
+    """Write the report."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sources", nargs="*", default=[])
+    parser.add_argument("--methods", nargs="*", default=[])
+    options = parser.parse_args()
+    wanted = [
+        cell
+        for cell in cells()
+        if cell.source in (options.sources or [cell.source])
+        and cell.method in (options.methods or [cell.method])
+    ]
+    report = prove(wanted)
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    print({k: report[k] for k in ("right", "judged", "refused")}, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
