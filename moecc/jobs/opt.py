@@ -147,8 +147,8 @@ def opt(
         those named.
       diff: Print the changes of each pass as a unified diff.
       dump_dir: Folder to write the graph to after each pass: 000_input.moe, 001_canonicalize.moe.
-      check: Hold each pass to its promise: the reference interpreter compares before and after,
-        on the graph at reduced sizes and random data.
+      check: Hold each pass to its promise: prove it, or let the reference interpreter compare
+        before and after, on the graph at reduced sizes and random data.
       timing: Print the time that each pass and the verifier took.
       stats: Print the counts of each pass, and of its rules the hits, attempts and time.
       remarks: Print remarks of passes, and near misses with the reason.
@@ -184,14 +184,18 @@ def opt(
     before = clone(graph) if html is not None else graph
     context = Context(seed, allow_unmatched, remark=lambda remark: said.append(str(remark)))
     if check:
-        from moecc.jobs.checks import check_pipeline
+        from moecc.jobs.checks import PassProofs, check_pipeline
 
-        for checked in check_pipeline(graph, passes, context=context):
-            say(f"checked: {checked}")
+        proofs = PassProofs()
+        instruments.append(proofs)
     folder = partial(Path, dump_dir) if dump_dir else temporary_folder
     runner.run_pipeline(
         graph, passes, context=context, instruments=instruments, crash_folder=folder
     )
+    if check:
+        plain = Context(seed, allow_unmatched)
+        for checked in check_pipeline(proofs.source, passes, context=plain, proved=proofs.runs):
+            say(f"checked: {checked}")
     if html is not None:
         page = graph_page(before, graph if len(passes) else None, str(passes), said)
         write_whole(html, page.encode(), force=force)
