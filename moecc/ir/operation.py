@@ -11,9 +11,11 @@ operation by name.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
+from math import isfinite, isinf
 from typing import Any, ClassVar, Generic, NoReturn, Self, TypeVar, overload
 
 from moecc.errors import InputError, Problem, nearest
@@ -224,6 +226,39 @@ TermMeaning = Callable[[Algebra, Sequence[Tensor], Attrs], Tensor | tuple[Tensor
 """The results of an operation for the terms of its operands: what it means, in index notation."""
 
 
+_BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_\-]*\Z")
+_WORDS = ("true", "false", "inf", "nan")
+
+
+def format_word(text: str) -> str:
+    """Return `text` bare where it reads back as a word, and quoted otherwise."""
+    if _BARE.match(text) and text not in _WORDS:
+        return text
+    return json.dumps(text)
+
+
+def format_number(value: float) -> str:
+    """Return the shortest text that reads back as `value`."""
+    if isinf(value):
+        return "-inf" if value < 0 else "inf"
+    return repr(value)
+
+
+def format_attr(spec: Attr[Any], value: Any) -> str:
+    """Return the text of an attribute's value."""
+    if spec.kind == "bool":
+        return "true" if value else "false"
+    if spec.kind == "float":
+        return format_number(value)
+    if spec.kind in ("str", "axis"):
+        return format_word(value)
+    if spec.kind in ("axes", "words"):
+        return str(value[0]) if len(value) == 1 else f"({', '.join(value)})"
+    if spec.kind == "sizes":
+        return f"({', '.join(f'{n}={s}' for n, s in value)})"
+    return str(value)
+
+
 class Op:
     """The class of an operation: its attributes, its typing and its meaning; a base class.
 
@@ -248,6 +283,15 @@ class Op:
         if declared is None or not issubclass(declared, cls):
             raise TypeError(f"{node.op.name} has not the attributes of {cls.__name__}")
         return cls(node.attrs)
+
+    def written(self, *but: str) -> tuple[str, ...]:
+        """Return the attributes but for some as texts of graphs have them: without defaults."""
+        table = {name: getattr(type(self), name) for name in self.attrs if name not in but}
+        return tuple(
+            f"{name}={format_attr(spec, self.attrs[name])}"
+            for name, spec in table.items()
+            if self.attrs[name] != spec.default
+        )
 
     infer: Any
     """Types of the results from the operands; raises InputError."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import sys
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from moecc.errors import InputError, Problem, nearest
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import ATTRIBUTE as MESH
-from moecc.ir.operation import OPS, Attr, OpDef, op
+from moecc.ir.operation import OPS, Attr, OpDef, format_attr, op
 from moecc.ir.verify import check_param
 from moecc.support.process import gc_paused
 from moecc.support.scan import ParseError as ParseError
@@ -28,38 +27,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """The version of the text format, in its first line."""
-
-_BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_\-]*\Z")
-_WORDS = ("true", "false", "inf", "nan")
-
-
-def format_word(text: str) -> str:
-    """Return `text` bare where it reads back as a word, and quoted otherwise."""
-    if _BARE.match(text) and text not in _WORDS:
-        return text
-    return json.dumps(text)
-
-
-def format_number(value: float) -> str:
-    """Return the shortest text that reads back as `value`."""
-    if math.isinf(value):
-        return "-inf" if value < 0 else "inf"
-    return repr(value)
-
-
-def format_attr(spec: Attr[Any], value: Any) -> str:
-    """Return the text of an attribute's value."""
-    if spec.kind == "bool":
-        return "true" if value else "false"
-    if spec.kind == "float":
-        return format_number(value)
-    if spec.kind in ("str", "axis"):
-        return format_word(value)
-    if spec.kind in ("axes", "words"):
-        return str(value[0]) if len(value) == 1 else f"({', '.join(value)})"
-    if spec.kind == "sizes":
-        return f"({', '.join(f'{n}={s}' for n, s in value)})"
-    return str(value)
 
 
 def format_attrs(entry: OpDef, attrs: Mapping[str, object]) -> str:

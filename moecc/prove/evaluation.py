@@ -8,6 +8,7 @@ from dataclasses import replace
 from moecc.errors import InputError
 from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.ops.repetition import ScanOp, repetitions
+from moecc.ir.text import format_attrs
 from moecc.prove.stopped import stopped
 from moecc.terms.tensor import Tensor, pointwise, stacked
 from moecc.terms.term import Algebra, Head, Size, Var
@@ -283,4 +284,4 @@ def _leaves(expr: Expr) -> tuple[object, list[Expr]]:
 
 
 def _attributes(node: Node) -> tuple[Hashable, ...]:
-    return tuple((k, v) for k, v in sorted(node.attrs.items()))
+    return (format_attrs(node.op, node.attrs).strip(),)

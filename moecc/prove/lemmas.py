@@ -513,9 +513,12 @@ def best_of_repeated(algebra: Algebra, application: Application, by: int) -> Pol
     """The k·n best of scores that come n times each are the k best, each with its n copies.
 
     Copies are neighbours, and a tie takes the lowest index: choice c is n·e(⌊c/n⌋) + c mod n, for
-    the k best e of the scores once.
+    the k best e of the scores once.  Not for a softmax with a bias.
     """
     size, top_k = number_at(application), number_at(application, 1)
+    if application.head.attrs[2] == "softmax" and len(application.abstractions) > 1:
+        # The share of each of n copies is 1/n of the share, but a bias stays as it is.
+        return None
     scores = [_once_each(algebra, a, by) for a in application.abstractions]
     if top_k % by or any(s is None for s in scores):
         return None

@@ -420,6 +420,10 @@ class Algebra:
             return factor
         abstractions = []
         for a in factor.abstractions:
+            # A closed function may bind a variable that has the name of one around it.
+            if not any(v in names for v in a.free):
+                abstractions.append(a)
+                continue
             body = self._renamed_polynomial(a.body, names, memo)
             key = (a.variables, body)
             if key not in self._abstractions:

@@ -109,7 +109,9 @@ class Expr(metaclass=_Interned):
         axes = tuple(algebra.axis(a.name, size(a)) for a in self.type.axes)
         indices = [algebra.index(v) for v in axes]
         functions = [x.closed() for x in operands]
-        body = algebra.apply(Head("weight", (self.outline,)), functions, indices)
+        # The text may name axes of operands, so which function it is depends on their layout.
+        layout = tuple((x.names, str(x.dtype)) for x in operands)
+        body = algebra.apply(Head("weight", (self.outline, layout)), functions, indices)
         return Tensor(algebra, axes, body, dtype=self.type.dtype)
 
     def _infer(self) -> TensorType:

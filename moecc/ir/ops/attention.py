@@ -120,7 +120,7 @@ class RopeOp(Op):
     def term(self, algebra: Algebra, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return uninterpreted functions of the position, and of the greatest where it matters."""
         new = algebra.axis(self.axis, self.size)
-        attrs = tuple((k, v) for k, v in self.attrs.items() if k != "axis")
+        attrs = self.written("axis")
         longest = [positions.closed()] if self.scaling in LENGTH_SCALINGS else []
         arguments = [positions.body, algebra.index(new)]
         cos, sin = (

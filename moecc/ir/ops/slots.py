@@ -156,9 +156,7 @@ class SlotsOp(Op):
             for t, more in zip(operands, inner, strict=True)
         ]
         functions = (algebra.abstract(axes, experts.body), *closed)
-        numbers = tuple(
-            (k, v) for k, v in self.attrs.items() if k not in ("tokens", "choice", "axis")
-        )
+        numbers = self.written("tokens", "choice", "axis")
         key = (type(self).__name__, *numbers, *(v.size for v in axes))
         slot = algebra.apply(Head("slot_of", key), functions, [algebra.index(v) for v in axes])
         groups = f"groups {slot.serial}" if self.group_size else self.groups
@@ -574,8 +572,8 @@ class GroupSumOp(Op):
         assignment = _slot_terms(slots)
         names = [v.name for v in assignment.tokens]
         group = algebra.axis("group", assignment.sizes[0])
-        attrs: dict[str, int] = dict(a for a in assignment.head if isinstance(a, tuple))
-        head = Head("group_sum", (attrs["groups"], attrs["group_size"]))
+        sizes = (a for a in assignment.head if str(a).startswith(("groups=", "group_size=")))
+        head = Head("group_sum", tuple(sizes))
         body = algebra.apply(head, [x.along(*names)], [algebra.index(group)])
         return Tensor(algebra, (group, *x.without(*names)), body)
 
