@@ -12,8 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import moecc.ir.ops as _filled
-from moecc.ir.operation import OPS, REQUIRED, Attr, OpDef, mixes_none
-from moecc.ir.text import format_attr
+from moecc.ir.operation import OPS, REQUIRED, Attr, OpDef, format_attr, mixes_none
 from moecc.support.generated_docs import GeneratedPart
 
 GROUPS = (
