@@ -136,9 +136,13 @@ def open_rows(
     empty = [folders[key] for key, each in rows.items() if not each.rows]
     if empty:
         raise InputError(
-            Problem("no row of the corpus fits a sequence", str(folder.path),
-                    "a longer seq, or longer documents") for folder in empty
-        )  # fmt: skip
+            Problem(
+                "no row of the corpus fits a sequence",
+                str(folder.path),
+                "a longer seq, or longer documents",
+            )
+            for folder in empty
+        )
     return maker.shape, rows
 
 
@@ -236,19 +240,25 @@ class _RowMaker:
         model, data = self.model, self.data
         if data.objective is Objective.SPANS and not model.has_decoder:
             yield Problem(
-                "hidden spans are for an encoder-decoder", model.name, "the input decoder_tokens",
-                ", ".join(model.inputs), "data.objective = \"causal\", for a decoder alone",
-            )  # fmt: skip
+                "hidden spans are for an encoder-decoder",
+                model.name,
+                "the input decoder_tokens",
+                ", ".join(model.inputs),
+                'data.objective = "causal", for a decoder alone',
+            )
         if data.objective in (Objective.CAUSAL, Objective.MASKED) and model.has_decoder:
             yield Problem(
                 f"the objective {data.objective.value} has one sequence, the model two",
-                model.name, hint="data.objective = \"spans\"",
-            )  # fmt: skip
+                model.name,
+                hint='data.objective = "spans"',
+            )
         if model.longest is not None and max(data.seq, data.decoder_seq) > model.longest:
             yield Problem(
-                "the sequences are longer than the model has positions for", model.name,
-                f"data.seq at most {model.longest}", str(max(data.seq, data.decoder_seq)),
-            )  # fmt: skip
+                "the sequences are longer than the model has positions for",
+                model.name,
+                f"data.seq at most {model.longest}",
+                str(max(data.seq, data.decoder_seq)),
+            )
 
     def _of_tokenizer(self, folder: TokenFolder) -> Iterator[Problem]:
         facts, model, where = folder.facts, self.model, str(folder.path)
@@ -257,15 +267,19 @@ class _RowMaker:
         if facts.tokenizer_digest != expected:
             of = "the model" if model.tokenizer_digest else f"{first.path}"
             yield Problem(
-                f"the tokens are of another tokenizer than {of}", where, expected,
+                f"the tokens are of another tokenizer than {of}",
+                where,
+                expected,
                 f"{facts.tokenizer_digest} ({facts.tokenizer})",
                 f"moecc tokens … --tokenizer {model.name if model.tokenizer_digest else 'FOLDER'}",
-            )  # fmt: skip
+            )
         elif facts.largest_id >= model.vocab:
             yield Problem(
-                "there are ids beyond the vocabulary of the model", where,
-                f"ids below {model.vocab}", str(facts.largest_id),
-            )  # fmt: skip
+                "there are ids beyond the vocabulary of the model",
+                where,
+                f"ids below {model.vocab}",
+                str(facts.largest_id),
+            )
         if facts.documents == 0 or facts.tokens == 0:
             yield Problem("the corpus is empty", where)
 
@@ -275,9 +289,12 @@ class _RowMaker:
         is_other = kind == DOCUMENTS or (needed == LABELLED and kind != LABELLED)
         if needed is not None and is_other:
             yield Problem(
-                f"the objective {objective.value} needs {needed}", str(folder.path), needed, kind,
+                f"the objective {objective.value} needs {needed}",
+                str(folder.path),
+                needed,
+                kind,
                 f"moecc tokens … --kind {needed}",
-            )  # fmt: skip
+            )
 
     def _of_special(self) -> Iterator[Problem]:
         special, name = self.special, self.data.objective.value
@@ -286,15 +303,19 @@ class _RowMaker:
             yield Problem("the tokenizer has no mask", where, "the special token mask")
         if self.data.objective is Objective.SPANS and not special.sentinels:
             yield Problem(
-                "the tokenizer has no sentinels", where, "the tokens <extra_id_0>, <extra_id_1>, …",
+                "the tokenizer has no sentinels",
+                where,
+                "the tokens <extra_id_0>, <extra_id_1>, …",
                 hint="the tokenizer of a T5, or bytes",
-            )  # fmt: skip
+            )
         beyond = [id for id in self._used() if id >= self.model.vocab]
         if beyond:
             yield Problem(
                 f"special tokens of the objective {name} are beyond the vocabulary of the model",
-                where, f"ids below {self.model.vocab}", ", ".join(map(str, beyond[:8])),
-            )  # fmt: skip
+                where,
+                f"ids below {self.model.vocab}",
+                ", ".join(map(str, beyond[:8])),
+            )
 
     def _used(self) -> Sequence[int]:
         """Return the special tokens that the objective puts into sequences."""

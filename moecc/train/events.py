@@ -430,9 +430,13 @@ class WeightsAndBiases:
         identity = path.read_text("utf-8") if path.is_file() else wandb.util.generate_id()
         path.write_text(identity, "utf-8")
         self._run: Any = wandb.init(
-            project=project, name=run.name, dir=str(run), id=identity, resume="allow",
+            project=project,
+            name=run.name,
+            dir=str(run),
+            id=identity,
+            resume="allow",
             config=dict(recipe),
-        )  # fmt: skip
+        )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Log values at a step."""

@@ -342,10 +342,11 @@ def _noise(recipe: Recipe, *, routed: bool) -> dict[str, float]:
     if options and not routed:
         raise InputError(
             "a model without experts is trained as it is",
-            where=", ".join(f"routing.{n}" for n in options), expected="0",
+            where=", ".join(f"routing.{n}" for n in options),
+            expected="0",
             found=", ".join(map(str, options.values())),
             hint="upcycle in model.pipeline makes experts",
-        )  # fmt: skip
+        )
     return {n.replace("_", "-"): value for n, value in options.items()}
 
 

@@ -356,15 +356,20 @@ def faults(recipe: Recipe) -> Iterator[Fault]:
     if recipe.model.start is Start.RANDOM and recipe.model.moments is Moments.CARRY:
         yield Fault(
             (("model", "moments"), ("model", "start")),
-            "random parameters have no moments to carry", "moments = \"reset\"",
-        )  # fmt: skip
+            "random parameters have no moments to carry",
+            'moments = "reset"',
+        )
     yield from _data(recipe.data)
     yield from _groups(recipe.data, recipe.routing, recipe.run)
     keys: tuple[KeyPath, ...] = (("routing", "router_dtype"), ("run", "dtype"))
     if recipe.routing.router_dtype not in ("f32", recipe.run.dtype):
         allowed = " | ".join(dict.fromkeys(("f32", recipe.run.dtype)))
-        yield Fault(keys, "routers compute in float32 or in the type of the run", allowed,
-                    recipe.routing.router_dtype)  # fmt: skip
+        yield Fault(
+            keys,
+            "routers compute in float32 or in the type of the run",
+            allowed,
+            recipe.routing.router_dtype,
+        )
     yield from _schedule(recipe.optimizer, recipe.run)
     yield from _parameter_groups(recipe.optimizer.groups, recipe.run.steps)
     yield from _run(recipe.run, recipe.data)
@@ -386,8 +391,9 @@ def _data(data: DataSection) -> Iterator[Fault]:
         yield Fault(
             (("data", "decoder_seq"), ("data", "objective")),
             f"the objective {data.objective.value} has one sequence",
-            "decoder_seq = 0", str(data.decoder_seq),
-        )  # fmt: skip
+            "decoder_seq = 0",
+            str(data.decoder_seq),
+        )
 
 
 def _corpora(corpora: tuple[Corpus, ...], key: str) -> Iterator[Fault]:
@@ -396,9 +402,10 @@ def _corpora(corpora: tuple[Corpus, ...], key: str) -> Iterator[Fault]:
         if counts[name := corpus_name(corpus)] > 1:
             counts[name] = 0
             yield Fault(
-                (("data", key, number, "name"),), f"more than one corpus is called {name!r}",
+                (("data", key, number, "name"),),
+                f"more than one corpus is called {name!r}",
                 hint="give each another name",
-            )  # fmt: skip
+            )
 
 
 def corpus_name(corpus: Corpus) -> str:
@@ -409,29 +416,38 @@ def corpus_name(corpus: Corpus) -> str:
 def _groups(data: DataSection, routing: RoutingSection, run: RunSection) -> Iterator[Fault]:
     batch, micro, groups = data.batch, run.micro_batches, routing.groups
     micro_key, batch_key, groups_key = (
-        ("run", "micro_batches"), ("data", "batch"), ("routing", "groups"),
-    )  # fmt: skip
+        ("run", "micro_batches"),
+        ("data", "batch"),
+        ("routing", "groups"),
+    )
     if batch % micro:
         yield Fault(
-            (micro_key, batch_key), "the micro-batches do not divide the batch",
-            f"a divisor of batch = {batch}", str(micro),
-        )  # fmt: skip
+            (micro_key, batch_key),
+            "the micro-batches do not divide the batch",
+            f"a divisor of batch = {batch}",
+            str(micro),
+        )
     if groups and groups % micro:
         yield Fault(
-            (groups_key, micro_key), "a micro-batch would have parts of token groups",
-            f"a multiple of micro_batches = {micro}", str(groups),
-        )  # fmt: skip
+            (groups_key, micro_key),
+            "a micro-batch would have parts of token groups",
+            f"a multiple of micro_batches = {micro}",
+            str(groups),
+        )
     if groups and batch % groups and groups % batch:
         yield Fault(
-            (groups_key, batch_key), "the token groups do not divide the batch",
-            f"a divisor or a multiple of batch = {batch}", str(groups),
-        )  # fmt: skip
+            (groups_key, batch_key),
+            "the token groups do not divide the batch",
+            f"a divisor or a multiple of batch = {batch}",
+            str(groups),
+        )
     elif groups > batch and data.seq % (groups // batch):
         yield Fault(
             (groups_key, batch_key, ("data", "seq")),
             "the token groups do not divide the sequences",
-            f"parts of a sequence that divide seq = {data.seq}", str(groups),
-        )  # fmt: skip
+            f"parts of a sequence that divide seq = {data.seq}",
+            str(groups),
+        )
 
 
 def update_faults(optimizer: OptimizerSection) -> Iterator[Fault]:
@@ -439,33 +455,49 @@ def update_faults(optimizer: OptimizerSection) -> Iterator[Fault]:
     name: KeyPath = ("optimizer", "name")
     if optimizer.name not in OPTIMIZERS:
         hint = nearest(optimizer.name, OPTIMIZERS)
-        yield Fault((name,), "no such optimiser", " | ".join(OPTIMIZERS),
-                    optimizer.name, hint)  # fmt: skip
+        yield Fault((name,), "no such optimiser", " | ".join(OPTIMIZERS), optimizer.name, hint)
     if optimizer.update_clip != 1.0 and optimizer.name != "adafactor":
         clip: KeyPath = ("optimizer", "update_clip")
-        yield Fault((clip, name), "only adafactor clips the update of a matrix", "1.0",
-                    str(optimizer.update_clip), "clip bounds the gradients of all")  # fmt: skip
+        yield Fault(
+            (clip, name),
+            "only adafactor clips the update of a matrix",
+            "1.0",
+            str(optimizer.update_clip),
+            "clip bounds the gradients of all",
+        )
 
 
 def _schedule(optimizer: OptimizerSection, run: RunSection) -> Iterator[Fault]:
     keys: dict[str, KeyPath] = {k: ("optimizer", k) for k in ("warmup", "decay_steps")}
     steps: KeyPath = ("run", "steps")
     if optimizer.warmup > run.steps:
-        yield Fault((keys["warmup"], steps), "the warm-up is longer than the run",
-                    f"at most steps = {run.steps}", str(optimizer.warmup))  # fmt: skip
+        yield Fault(
+            (keys["warmup"], steps),
+            "the warm-up is longer than the run",
+            f"at most steps = {run.steps}",
+            str(optimizer.warmup),
+        )
     is_wsd = optimizer.schedule is Schedule.WSD
     schedule: KeyPath = ("optimizer", "schedule")
     if is_wsd and optimizer.decay_steps == 0:
-        yield Fault((keys["decay_steps"], schedule), "wsd decays over its last steps",
-                    "1 or more", "0")  # fmt: skip
+        yield Fault(
+            (keys["decay_steps"], schedule), "wsd decays over its last steps", "1 or more", "0"
+        )
     if not is_wsd and optimizer.decay_steps > 0:
-        yield Fault((keys["decay_steps"], schedule), "only the schedule wsd has decay_steps",
-                    "0", str(optimizer.decay_steps))  # fmt: skip
+        yield Fault(
+            (keys["decay_steps"], schedule),
+            "only the schedule wsd has decay_steps",
+            "0",
+            str(optimizer.decay_steps),
+        )
     together = optimizer.warmup + optimizer.decay_steps
     if is_wsd and optimizer.warmup <= run.steps < together:
-        yield Fault((keys["decay_steps"], keys["warmup"], steps),
-                    "warm-up and decay together are longer than the run",
-                    f"at most steps = {run.steps}", str(together))  # fmt: skip
+        yield Fault(
+            (keys["decay_steps"], keys["warmup"], steps),
+            "warm-up and decay together are longer than the run",
+            f"at most steps = {run.steps}",
+            str(together),
+        )
 
 
 def _parameter_groups(groups: tuple[ParameterGroup, ...], steps: int) -> Iterator[Fault]:
@@ -473,17 +505,27 @@ def _parameter_groups(groups: tuple[ParameterGroup, ...], steps: int) -> Iterato
     for number, group in enumerate(groups):
         path: KeyPath = ("optimizer", "groups", number)
         if group.match in seen:
-            yield Fault(((*path, "match"),), "an earlier group matches the same parameters",
-                        value=group.match)  # fmt: skip
+            yield Fault(
+                ((*path, "match"),),
+                "an earlier group matches the same parameters",
+                value=group.match,
+            )
         seen.add(group.match)
         if group.from_step >= max(steps, 1):
-            yield Fault(((*path, "from_step"),), "out of bounds", f"0 to {steps - 1}",
-                        str(group.from_step), "freeze = true never trains them")  # fmt: skip
+            yield Fault(
+                ((*path, "from_step"),),
+                "out of bounds",
+                f"0 to {steps - 1}",
+                str(group.from_step),
+                "freeze = true never trains them",
+            )
         if group.freeze and (group.rate != 1.0 or group.decay >= 0 or group.from_step):
             keys = ("freeze", "rate", "decay", "from_step")
-            yield Fault(tuple((*path, key) for key in keys),
-                        "frozen parameters have neither rate nor decay nor a first step",
-                        "freeze alone")  # fmt: skip
+            yield Fault(
+                tuple((*path, key) for key in keys),
+                "frozen parameters have neither rate nor decay nor a first step",
+                "freeze alone",
+            )
 
 
 def _run(run: RunSection, data: DataSection) -> Iterator[Fault]:
@@ -493,20 +535,27 @@ def _run(run: RunSection, data: DataSection) -> Iterator[Fault]:
             yield from _raised(("run", key), partial(float_type, name))
     yield from _choices("run", {"remat": run.remat})
     if run.evaluate_steps > 0 and not data.evaluate:
-        yield Fault((("run", "evaluate_steps"), ("data", "evaluate")),
-                    "there is nothing to evaluate on", "token folders in data.evaluate",
-                    hint="evaluate_steps = 0 does without")  # fmt: skip
+        yield Fault(
+            (("run", "evaluate_steps"), ("data", "evaluate")),
+            "there is nothing to evaluate on",
+            "token folders in data.evaluate",
+            hint="evaluate_steps = 0 does without",
+        )
     if run.export_steps > 0 and not run.export_to:
-        yield Fault((("run", "export_to"), ("run", "export_steps")),
-                    "exports need a family", "auto, or what moecc convert --to takes")  # fmt: skip
+        yield Fault(
+            (("run", "export_to"), ("run", "export_steps")),
+            "exports need a family",
+            "auto, or what moecc convert --to takes",
+        )
 
 
 def _choices(section: str, values: Mapping[str, object]) -> Iterator[Fault]:
     """Yield the settings of a step in a section that are not one of their choices."""
     for name, value in values.items():
         for problem in choice_problems({name: value}):
-            yield Fault(((section, name),), problem.what, problem.expected, problem.found,
-                        problem.hint)  # fmt: skip
+            yield Fault(
+                ((section, name),), problem.what, problem.expected, problem.found, problem.hint
+            )
 
 
 def _raised(path: KeyPath, read: Callable[[], object]) -> Iterator[Fault]:

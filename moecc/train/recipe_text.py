@@ -219,8 +219,11 @@ def _option(text: str) -> _Option:
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not _KEY.match(key):
-        raise UsageError("not a value of a recipe", where=f"--set {printable(text)}",
-                         expected="section.key=value")  # fmt: skip
+        raise UsageError(
+            "not a value of a recipe",
+            where=f"--set {printable(text)}",
+            expected="section.key=value",
+        )
     # A place in a list has few digits; Python reads no integer of more than 4,300.
     path = tuple(
         int(part) if part.isdecimal() and len(part) < _INDEX_DIGITS else part
@@ -255,9 +258,10 @@ def _put(table: JsonDict, option: _Option) -> None:
             at[part] = option.value
         else:
             raise UsageError(
-                "the recipe has no such table", where=f"--set {printable(option.text)}",
+                "the recipe has no such table",
+                where=f"--set {printable(option.text)}",
                 found=dotted(option.path[: number + 1]),
-            )  # fmt: skip
+            )
 
 
 def _set_by(path: KeyPath, options: Sequence[_Option]) -> _Option | None:

@@ -28,7 +28,9 @@ def report_page(runs: Sequence[RunSeries], specialised: Mapping[str, Layers]) ->
     sections += [(f"Experts of {r.name}", list(_router(r))) for r in runs if r.layers]
     names = runs[0].facts
     return render_page(
-        "runs.html", " · ".join(run.name for run in runs), figures=True,
+        "runs.html",
+        " · ".join(run.name for run in runs),
+        figures=True,
         fact_heads=["", *(run.name for run in runs)],
         facts=[[name, *(run.facts.get(name, "") for run in runs)] for name in names],
         alarms=[f"{run.name}: {alarm}" for run in runs for alarm in run.alarms()],
@@ -37,7 +39,7 @@ def report_page(runs: Sequence[RunSeries], specialised: Mapping[str, Layers]) ->
             {"name": name, "explained": _explained(layers), "layers": layers}
             for name, layers in specialised.items()
         ],
-    )  # fmt: skip
+    )
 
 
 def _curves(runs: Sequence[RunSeries]) -> Iterator[JsonDict]:
@@ -82,9 +84,14 @@ def _loads(run: RunSeries) -> JsonDict:
         rows += [*(loads.values * loads.values.shape[1]).T]
         names += [f"{layer} · {expert}" for expert in range(loads.values.shape[1])]
     heat = graph_objects.Heatmap(
-        x=steps, y=names, z=np.array(rows), colorscale="Viridis", zmin=0, zmax=2,
+        x=steps,
+        y=names,
+        z=np.array(rows),
+        colorscale="Viridis",
+        zmin=0,
+        zmax=2,
         colorbar={"title": "× even"},
-    )  # fmt: skip
+    )
     figure = graph_objects.Figure(heat)
     figure.update_yaxes(autorange="reversed")
     title = "Load of each expert over an even load"

@@ -178,10 +178,11 @@ def finish_step(run: Path, number: int, facts: Json) -> SavedStep:
         raise MachineError("the arrays of a checkpoint were removed", where=str(folder))
     described = [run / name for name in (RECIPE, LINEAGE, GRAPH)]
     content = StepRecord(
-        step=number, **facts,
+        step=number,
+        **facts,
         files=digests(folder / STATE, _files_in(folder / STATE)),
         run_files=digests(run, [*described, *_files_in(run / SOURCE)]),
-    )  # fmt: skip
+    )
     replace_durable(folder / STEP, seal(_json(to_json(content)).removesuffix(b"\n}\n")))
     synchronise_folder(folder.parent)
     return SavedStep(number, folder)
@@ -340,8 +341,9 @@ def read_journal(path: Path) -> Iterator[JsonDict]:
             except (ValueError, RecursionError):
                 line = None
             if not isinstance(line, dict):
-                raise InputError("not a line of JSON", where=f"{path}:{number}",
-                                 expected="an object in braces")  # fmt: skip
+                raise InputError(
+                    "not a line of JSON", where=f"{path}:{number}", expected="an object in braces"
+                )
             yield line
 
 
@@ -498,9 +500,11 @@ def _check_lines(lines: Sequence[JsonDict], path: Path) -> None:
     for number, line in enumerate(lines, 1):
         for key, expected in _line_faults(line, lengths):
             raise InputError(
-                "not a line of a journal", where=f"{path}:{number}: {key}", expected=expected,
+                "not a line of a journal",
+                where=f"{path}:{number}: {key}",
+                expected=expected,
                 found=describe(line.get(key)),
-            )  # fmt: skip
+            )
 
 
 def _is_scalar(key: str) -> bool:

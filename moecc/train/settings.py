@@ -153,10 +153,14 @@ class _Chosen:
         if len(set(groups)) > 1:
             odd = next(m for m, i in zip(members, groups, strict=True) if i != groups[0])
             return None, [
-                Problem("equal layers that are rolled belong to different groups", name,
-                        f"the group of {members[0]}", f"{odd} is in another",
-                        "run.rolled = false keeps layers apart")
-            ]  # fmt: skip
+                Problem(
+                    "equal layers that are rolled belong to different groups",
+                    name,
+                    f"the group of {members[0]}",
+                    f"{odd} is in another",
+                    "run.rolled = false keeps layers apart",
+                )
+            ]
         return (None if groups[0] is None else self.groups[groups[0]]), []
 
     def _first(self, name: str, kinds: frozenset[str]) -> int | None:
@@ -174,10 +178,12 @@ class _Chosen:
             if number not in self._matched and not hidden:
                 is_known = group.match in GROUPS
                 yield Problem(
-                    "a group of parameters matches none", f"optimizer.groups[{number}].match",
-                    f"a glob over names, or one of {', '.join(GROUPS)}", group.match,
+                    "a group of parameters matches none",
+                    f"optimizer.groups[{number}].match",
+                    f"a glob over names, or one of {', '.join(GROUPS)}",
+                    group.match,
                     "the model has none of them" if is_known else nearest(group.match, GROUPS),
-                )  # fmt: skip
+                )
 
 
 # Phases of a run: from one step on, groups of parameters are trained that were not before.

@@ -43,9 +43,11 @@ def _learns(item: TemplatePass) -> Iterator[Problem]:
     if getattr(item, "top_k", 0) == 1:
         yield Problem(
             "renormalised gates of one expert are always 1, so the router would not learn",
-            "top-k", "top-k=2, as the paper has it", "top-k=1",
+            "top-k",
+            "top-k=2, as the paper has it",
+            "top-k=1",
             "upcycle{gates=switch top-k=1} is Switch routing",
-        )  # fmt: skip
+        )
 
 
 def _advise(item: TemplatePass) -> Iterator[Problem]:
@@ -54,14 +56,29 @@ def _advise(item: TemplatePass) -> Iterator[Problem]:
         option = name.replace("_", "-")
         yield from too_much_capacity(getattr(item, name, None), experts, option)
     if getattr(item, "extra_ffn", "") == "none":
-        yield advice("no dense sublayer stands beside the sparse ones", "extra-ffn", "appendix C",
-                     expected="after or before", value="none")  # fmt: skip
+        yield advice(
+            "no dense sublayer stands beside the sparse ones",
+            "extra-ffn",
+            "appendix C",
+            expected="after or before",
+            value="none",
+        )
     if getattr(item, "expert_bias", "") == "none":
-        yield advice("experts have no multiplicative bias", "expert-bias", "appendix C",
-                     expected="multiplicative", value="none")  # fmt: skip
+        yield advice(
+            "experts have no multiplicative bias",
+            "expert-bias",
+            "appendix C",
+            expected="multiplicative",
+            value="none",
+        )
     if not getattr(item, "losses", True):
-        yield advice("no losses are added", "losses", "section 3.3 and appendix A",
-                     expected="true", value="false")  # fmt: skip
+        yield advice(
+            "no losses are added",
+            "losses",
+            "section 3.3 and appendix A",
+            expected="true",
+            value="false",
+        )
 
 
 ST_MOE = PipelineTemplate(

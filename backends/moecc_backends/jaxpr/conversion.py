@@ -437,8 +437,9 @@ def _loaded_conversion(
 ) -> FunctionConversion:
     state = _loaded_state(config, graph, like)
     leaves = {n: arrays[n] for n in state.tree.array_names if n in arrays}
-    names = {s.key: _beside_name(s.key, state.tree.names)
-             for s in state.storage.arrays if not s.in_tree}  # fmt: skip
+    names = {
+        s.key: _beside_name(s.key, state.tree.names) for s in state.storage.arrays if not s.in_tree
+    }
     beside = {key: arrays[name] for key, name in names.items()}
     return FunctionConversion(
         params={TREE: state.tree.unflatten(leaves), BESIDE: beside},

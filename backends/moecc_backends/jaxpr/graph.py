@@ -65,8 +65,9 @@ def token_labels(
     if not isinstance(tokens, Mapping):
         raise UsageError(
             "`tokens` is no mapping of arguments to names of axes",
-            expected='{"batch.tokens": ("batch", "seq")}', found=repr(tokens),
-        )  # fmt: skip
+            expected='{"batch.tokens": ("batch", "seq")}',
+            found=repr(tokens),
+        )
     problems = [_misfit(name, axes, traced.arguments) for name, axes in tokens.items()]
     if any(problems):
         raise InputError(replace(p, where=f"{where}, {p.where}") for p in problems if p)

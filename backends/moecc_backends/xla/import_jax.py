@@ -62,9 +62,11 @@ def find_devices() -> None:
     except RuntimeError as error:
         stated = os.environ.get("JAX_PLATFORMS")
         raise MachineError(
-            "jax finds no device", where="JAX_PLATFORMS" if stated else None,
-            found=str(error), hint="JAX_PLATFORMS=cpu computes on the processor",
-        ) from error  # fmt: skip
+            "jax finds no device",
+            where="JAX_PLATFORMS" if stated else None,
+            found=str(error),
+            hint="JAX_PLATFORMS=cpu computes on the processor",
+        ) from error
 
 
 @cache

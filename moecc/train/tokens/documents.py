@@ -157,9 +157,10 @@ class DocumentReader:
                 yield from self._json(stream, path)
             elif self.format.kind != DOCUMENTS:
                 raise InputError(
-                    "examples are read from JSON lines and Parquet", where=str(path),
+                    "examples are read from JSON lines and Parquet",
+                    where=str(path),
                     expected=".jsonl, .ndjson or .parquet, and .gz of the first two",
-                )  # fmt: skip
+                )
             else:
                 yield from map(Document, _texts(stream, self.format.split, path))
             digest.rest()
@@ -214,10 +215,12 @@ class DocumentReader:
                 missing = [key for key in keys if key not in file.schema_arrow.names]
                 if missing:
                     raise InputError(
-                        "the table lacks columns", where=str(path), expected=", ".join(keys),
+                        "the table lacks columns",
+                        where=str(path),
+                        expected=", ".join(keys),
                         found=", ".join(file.schema_arrow.names),
                         hint=_other_key(missing[0], self.format),
-                    )  # fmt: skip
+                    )
                 number = 0
                 for batch in file.iter_batches(batch_size=256, columns=keys):
                     for record in batch.to_pylist():
@@ -314,10 +317,11 @@ def _texts(stream: IO[bytes], split: str, path: Path) -> Iterator[str]:
         except UnicodeDecodeError as error:
             before = part[max(0, error.start - 20) : error.start]
             raise InputError(
-                "the text is not UTF-8", where=str(path),
+                "the text is not UTF-8",
+                where=str(path),
                 found=f"the byte 0x{part[error.start]:02x} after {before!r}",
                 hint="convert it first: iconv -f latin1 -t utf-8",
-            ) from None  # fmt: skip
+            ) from None
         if text.strip():
             yield text
 
@@ -346,10 +350,11 @@ def _lines(stream: IO[bytes], path: Path) -> Iterator[bytes]:
 
 def _too_long(path: Path) -> InputError:
     return InputError(
-        "the document is too long", where=str(path),
+        "the document is too long",
+        where=str(path),
         expected=f"at most {LARGEST_DOCUMENT_BYTES:,} bytes",
         hint="--split paragraph, line or form-feed makes documents of the parts of a file",
-    )  # fmt: skip
+    )
 
 
 class _Part:

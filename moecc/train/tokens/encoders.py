@@ -166,9 +166,10 @@ class TokenizerEncoder(Encoder):
         file = path if path.is_file() else folder / "tokenizer.json"
         if not file.is_file():
             raise InputError(
-                "no tokenizer.json", where=str(path),
+                "no tokenizer.json",
+                where=str(path),
                 hint="--tokenizer takes the folder of a checkpoint, or the word bytes",
-            )  # fmt: skip
+            )
         self._data = read_bounded(file, _LARGEST_TOKENIZER_BYTES)
         self._where = str(file)
         self._used = 0
@@ -277,12 +278,16 @@ def _of_model(file: Path) -> TokenizerEncoder:
 
     with TemporaryDirectory() as folder, open_checkpoint(file) as checkpoint:
         for part, content in checkpoint.companions().items():
-            data = content if isinstance(content, bytes) else read_bounded(
-                content, _LARGEST_TOKENIZER_BYTES)  # fmt: skip
+            data = (
+                content
+                if isinstance(content, bytes)
+                else read_bounded(content, _LARGEST_TOKENIZER_BYTES)
+            )
             Path(folder, part).write_bytes(data)
         if not Path(folder, "tokenizer.json").is_file():
-            raise InputError("the file has no tokenizer", where=str(file),
-                             found="; ".join(checkpoint.remarks()))  # fmt: skip
+            raise InputError(
+                "the file has no tokenizer", where=str(file), found="; ".join(checkpoint.remarks())
+            )
         encoder = TokenizerEncoder(Path(folder))
     encoder.name = file.stem
     return encoder

@@ -235,11 +235,18 @@ def make_tokens(
 def _check(making: Making) -> None:
     problems = []
     if not 0 <= making.hold_out < 1:
-        problems.append(Problem("not a share of documents", "--hold-out", "at least 0, below 1",
-                                str(making.hold_out)))  # fmt: skip
+        problems.append(
+            Problem(
+                "not a share of documents",
+                "--hold-out",
+                "at least 0, below 1",
+                str(making.hold_out),
+            )
+        )
     if making.format.split not in SPLITS:
-        problems.append(Problem("no such split", "--split", " | ".join(SPLITS),
-                                making.format.split))  # fmt: skip
+        problems.append(
+            Problem("no such split", "--split", " | ".join(SPLITS), making.format.split)
+        )
     if making.format.kind not in KINDS:
         problems.append(Problem("no such kind", "--kind", " | ".join(KINDS), making.format.kind))
     if problems:
@@ -329,9 +336,11 @@ class _TokenMaker:
             writer.add_example(ids[number], ids[len(batch) + number], document.completion)
             if writer.labels > MOST_LABELS:
                 raise InputError(
-                    "too many labels", where="--completion", expected=f"at most {MOST_LABELS}",
+                    "too many labels",
+                    where="--completion",
+                    expected=f"at most {MOST_LABELS}",
                     hint="--kind examples has completions that differ",
-                )  # fmt: skip
+                )
 
     def _require_documents(self, files: Sequence[Path]) -> None:
         empty = [name for name, writer in self._writers.items() if not writer.tokens]
@@ -340,14 +349,17 @@ class _TokenMaker:
         count = sum(writer.documents for writer in self._writers.values())
         if count:
             raise InputError(
-                f"no document is left for {' and '.join(empty)}", where="--hold-out",
-                expected="documents in both parts", found=f"{amount(count, 'document')} in all",
+                f"no document is left for {' and '.join(empty)}",
+                where="--hold-out",
+                expected="documents in both parts",
+                found=f"{amount(count, 'document')} in all",
                 hint="another share, or --split paragraph for more documents",
-            )  # fmt: skip
+            )
         raise InputError(
-            "the corpus is empty", where=", ".join(map(str, files[:4])),
+            "the corpus is empty",
+            where=", ".join(map(str, files[:4])),
             expected="a text that is not white space",
-        )  # fmt: skip
+        )
 
 
 def _hash(text: str) -> int:

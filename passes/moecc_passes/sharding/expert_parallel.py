@@ -120,8 +120,13 @@ def bound_rows(graph: Graph, layer: LaidLayer, builder: Builder, mesh: Mesh, fac
       factor: the room of a device, in shares of the choices.
     """
     routed = layer.routed
-    need(layer.is_ragged, layer, "under a capacity every buffer is bounded already",
-         "slots=ragged", "leave buffer-factor out")  # fmt: skip
+    need(
+        layer.is_ragged,
+        layer,
+        "under a capacity every buffer is bounded already",
+        "slots=ragged",
+        "leave buffer-factor out",
+    )
     builder.before = routed.dispatch
     slots, experts = routed.slots, routed.experts
     counts = _counts(layer, builder)
@@ -171,8 +176,13 @@ def _counts(layer: LaidLayer, builder: Builder) -> Value:
 
 def _placed_again(layer: LaidLayer, builder: Builder, keep: Value) -> Value:
     node = layer.routed.assigner
-    need(node.op.name == "assign_slots", layer, "experts that choose have a bound already",
-         "slots that assign_slots gives", "leave buffer-factor out")  # fmt: skip
+    need(
+        node.op.name == "assign_slots",
+        layer,
+        "experts that choose have a bound already",
+        "slots that assign_slots gives",
+        "leave buffer-factor out",
+    )
     operands_by_name = {**operands_by_word(node.operands, node.attrs), "keep": keep}
     attrs = {**node.attrs, "using": tuple(operands_by_name)}
     operands, names = (node.operands[0], *operands_by_name.values()), (layer.routed.slots.name,)
@@ -195,13 +205,22 @@ def exchange(graph: Graph, layer: LaidLayer, builder: Builder, slice_over: str |
     target = layer.entries[0].result.type
     if slice_over is not None:
         width = [n for n in layer.outputs.type.names if n not in ("group", "expert", "slot")]
-        need(len(width) == 1, layer, "rows have one axis besides group, expert and slot",
-             "one axis, embed say", "leave the slice out")  # fmt: skip
+        need(
+            len(width) == 1,
+            layer,
+            "rows have one axis besides group, expert and slot",
+            "one axis, embed say",
+            "leave the slice out",
+        )
         part, x = RowSlice(width[0], slice_over), dispatch.operands[0]
         used = {m for t in (x.type, target) for a in t.axes for m in a.mesh}
-        need(slice_over not in used, layer, f"rows are sharded over {slice_over!r} already",
-             "a mesh axis that shards neither tokens nor experts",
-             "leave the slice out")  # fmt: skip
+        need(
+            slice_over not in used,
+            layer,
+            f"rows are sharded over {slice_over!r} already",
+            "a mesh axis that shards neither tokens nor experts",
+            "leave the slice out",
+        )
         builder.before = dispatch
         dispatch.set_operand(0, emit(builder, x, [part.shard]))
         infer_again(graph, [dispatch], start=dispatch)
@@ -258,12 +277,20 @@ def chunk_rows(graph: Graph, layer: LaidLayer, builder: Builder, mesh: Mesh, cou
     combine, sent = routed.combine, _dispatched(layer)
     group = sent[0].type["group"]
     parts = mesh.size(group.mesh)
-    need(not layer.is_ragged, layer, "ragged rows have no equal chunks", "slots=capacity",
-         "leave chunks out")  # fmt: skip
-    need(isinstance(group.size, int) and group.size % (parts * count) == 0, layer,
-         "the token groups of a device have no such chunks",
-         f"a multiple of {parts * count} groups, not {group.size}",
-         f"specialize{{groups={parts * count}}} first")  # fmt: skip
+    need(
+        not layer.is_ragged,
+        layer,
+        "ragged rows have no equal chunks",
+        "slots=capacity",
+        "leave chunks out",
+    )
+    need(
+        isinstance(group.size, int) and group.size % (parts * count) == 0,
+        layer,
+        "the token groups of a device have no such chunks",
+        f"a multiple of {parts * count} groups, not {group.size}",
+        f"specialize{{groups={parts * count}}} first",
+    )
     region = _region(layer)
     outputs = combine.operands[0]
     away = graph.input(graph.fresh("away"), outputs.type)
@@ -317,8 +344,13 @@ def _region(layer: LaidLayer) -> list[Node]:
             region.append(node)
     inside = {*region, combine}
     outside = [u for n in region for v in n.results for u in v.users if u not in inside]
-    need(not outside, layer, "something else looks at what the experts make",
-         "nothing between dispatch and combine is used elsewhere", "leave chunks out")  # fmt: skip
+    need(
+        not outside,
+        layer,
+        "something else looks at what the experts make",
+        "nothing between dispatch and combine is used elsewhere",
+        "leave chunks out",
+    )
     return region
 
 
@@ -704,8 +736,12 @@ class ExpertParallelPass(Pass):
             chunk_rows(graph, layer, builder, mesh, self.chunks)
         if layers:
             where = layers[0].routed.name
-            ctx.remark(Remark(where, f"{len(layers)} layers: {self.via} over "
-                              f"{'*'.join(layers[0].expert_mesh)}"))  # fmt: skip
+            ctx.remark(
+                Remark(
+                    where,
+                    f"{len(layers)} layers: {self.via} over {'*'.join(layers[0].expert_mesh)}",
+                )
+            )
         return PassResult(bool(layers), len(layers), {"layers": len(layers)})
 
     def _apply(self, graph: Graph, layer: LaidLayer) -> None:

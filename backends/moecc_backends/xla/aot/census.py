@@ -655,12 +655,12 @@ def _scheduled(where: Computation, counted: dict[str, list[Census]]) -> list[Cen
     multiplying = {n for n, parts in counted.items() if any(p.flops or p.opaque for p in parts)}
     beside = overlapped(where, chains, multiplying)
     return [
-        replace(
-            part, collectives=tuple(replace(c, is_overlapped=True) for c in part.collectives)
-        ) if name in beside else part
+        replace(part, collectives=tuple(replace(c, is_overlapped=True) for c in part.collectives))
+        if name in beside
+        else part
         for name, parts in counted.items()
         for part in parts
-    ]  # fmt: skip
+    ]
 
 
 def _once(collectives: Iterable[HloCollective]) -> Iterator[HloCollective]:

@@ -171,13 +171,15 @@ def require(machine: Machine) -> None:
     if isinstance(machine.network, Slices):
         raise UsageError(
             "steps on several slices are planned, and not compiled",
-            where=machine.name, expected=f"one slice, {machine.name.rpartition(':')[0]}",
-        )  # fmt: skip
+            where=machine.name,
+            expected=f"one slice, {machine.name.rpartition(':')[0]}",
+        )
     if not machine.compiled_as:
         raise UsageError(
             "nothing is known of this machine's chip that a program could be compiled for",
-            where=machine.name, hint='in its file, like = "gpu:h100:8" names one of the table',
-        )  # fmt: skip
+            where=machine.name,
+            hint='in its file, like = "gpu:h100:8" names one of the table',
+        )
     reason = missing(machine.kind)
     if reason is not None:
         raise MachineError(reason)
@@ -481,9 +483,15 @@ def _compiled(graph: Graph, job: Job) -> Result:
     except DoesNotFit as error:
         took = time.perf_counter() - start - seconds
         return Result(
-            seconds, took, host_peak_bytes(), None, error.needed_bytes, error.available_bytes,
-            program=program, artefact=artefact,
-        )  # fmt: skip
+            seconds,
+            took,
+            host_peak_bytes(),
+            None,
+            error.needed_bytes,
+            error.available_bytes,
+            program=program,
+            artefact=artefact,
+        )
     return _result(compiled, program if job.emit != "hlo" else compiled.hlo, artefact)
 
 
@@ -596,10 +604,12 @@ def _differences(types: Mapping[str, str], expected: Mapping[str, str]) -> Itera
     names = [n for n in {**expected, **types} if types.get(n) != expected.get(n)]
     for name in names[:_FEW]:
         yield Problem(
-            f"the program takes other arguments ({len(names)} differ)", f"argument {name}",
-            expected=expected.get(name, "no such array"), found=types.get(name, "none"),
+            f"the program takes other arguments ({len(names)} differ)",
+            f"argument {name}",
+            expected=expected.get(name, "no such array"),
+            found=types.get(name, "none"),
             hint="step.arguments has them; parameters are those after the passes of the report",
-        )  # fmt: skip
+        )
 
 
 def load_step(data: bytes, where: str) -> ExportedStep:
@@ -618,6 +628,7 @@ def load_step(data: bytes, where: str) -> ExportedStep:
     # Flatbuffers have no checks of their own: what is no artefact fails in any way.
     except Exception as error:
         raise InputError(
-            "not an artefact of moecc compile --save", where=where,
+            "not an artefact of moecc compile --save",
+            where=where,
             found=f"{type(error).__name__}: {error}"[:200],
-        ) from None  # fmt: skip
+        ) from None

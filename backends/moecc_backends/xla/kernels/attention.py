@@ -455,9 +455,15 @@ def splash_kernel(
         mask = splash_attention_mask.CausalMask(shape)
     q, kv = map(tpu_block, shape)
     sizes = splash_attention_kernel.BlockSizes(
-        block_q=q, block_kv=kv, block_kv_compute=kv,
-        block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=kv, block_q_dq=q, block_kv_dq=kv,
-    )  # fmt: skip
+        block_q=q,
+        block_kv=kv,
+        block_kv_compute=kv,
+        block_q_dkv=q,
+        block_kv_dkv=kv,
+        block_kv_dkv_compute=kv,
+        block_q_dq=q,
+        block_kv_dq=kv,
+    )
     # What is traced while a kernel is made must not stay in the cache.
     with jax.ensure_compile_time_eval():
         return splash_attention_kernel.make_splash_mha(
@@ -522,9 +528,14 @@ def _splash_backward(
     more = () if sinks is None else (sinks,)
 
     def one(
-        query: Array, key: Array, value: Array, mixed: Array,
-        denominators: Array, d_mixed: Array, *sinks: Array,
-    ) -> SplashArrays:  # fmt: skip
+        query: Array,
+        key: Array,
+        value: Array,
+        mixed: Array,
+        denominators: Array,
+        d_mixed: Array,
+        *sinks: Array,
+    ) -> SplashArrays:
         residuals = (query, key, value, None, *(sinks or (None,)), mixed, denominators)
         return _gradient(kernel, residuals, d_mixed)
 

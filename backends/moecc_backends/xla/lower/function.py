@@ -192,11 +192,12 @@ def device_mesh(graph: Graph, devices: list[jax.Device] | None = None) -> jax.sh
     devices = jax.devices() if devices is None else devices
     if len(devices) < grid.devices:
         raise InputError(
-            "there are not enough devices", expected=f"{grid.devices} ({grid})",
+            "there are not enough devices",
+            expected=f"{grid.devices} ({grid})",
             found=f"{len(devices)} of {devices[0].platform}",
             hint=f"XLA_FLAGS=--xla_force_host_platform_device_count={grid.devices} makes a CPU "
             "many",
-        )  # fmt: skip
+        )
     kinds = (jax.sharding.AxisType.Auto,) * len(grid.axes)
     return jax.make_mesh(grid.shape, grid.names, kinds, devices=devices[: grid.devices])
 

@@ -589,9 +589,11 @@ def einsum(x: Named, w: Named, over: tuple[str, ...], kind: DTypeLike | None = N
 def _is_one_row(x: Named, w: Named, over: tuple[str, ...]) -> bool:
     """Whether all that is not summed over of `x` is one element, and a matrix multiplies it."""
     shared = set(x.axes) & set(w.axes)
-    return shared == set(over) and len(w.axes) > len(over) and x.array.size == prod(
-        x.size(a) for a in over
-    )  # fmt: skip
+    return (
+        shared == set(over)
+        and len(w.axes) > len(over)
+        and x.array.size == prod(x.size(a) for a in over)
+    )
 
 
 def _vector_product(x: Named, w: Named, over: tuple[str, ...], kind: DTypeLike) -> Named:
@@ -603,9 +605,7 @@ def _vector_product(x: Named, w: Named, over: tuple[str, ...], kind: DTypeLike) 
     outer = tuple(a for a in x.axes if a not in over)
     vector = x.to((*outer, *over)).array.reshape([x.size(a) for a in over])
     at = tuple(w.axes.index(a) for a in over), tuple(range(len(over)))
-    product = jax.lax.dot_general(
-        w.array, vector, (at, ((), ())), preferred_element_type=kind
-    )  # fmt: skip
+    product = jax.lax.dot_general(w.array, vector, (at, ((), ())), preferred_element_type=kind)
     shape = [1] * len(outer) + [w.size(a) for a in columns]
     return Named(product.astype(x.array.dtype).reshape(shape), (*outer, *columns))
 

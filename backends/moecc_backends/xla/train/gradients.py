@@ -329,8 +329,14 @@ class BatchLoss:
         differentiated = {n: self._slope(stored[n]) if n in stored else a for n, a in apart.items()}
 
         def of_part(part: Arrays, number: Array | int) -> tuple[PyTree, Outputs]:
-            loss = partial(self._loss, stored=stored, fixed=fixed, inputs=part, total=total,
-                           key=jax.random.fold_in(key, number))  # fmt: skip
+            loss = partial(
+                self._loss,
+                stored=stored,
+                fixed=fixed,
+                inputs=part,
+                total=total,
+                key=jax.random.fold_in(key, number),
+            )
             slopes, sums = jax.grad(loss, has_aux=True)(differentiated)
             return self._narrow(slopes), sums
 
@@ -369,9 +375,15 @@ class BatchLoss:
         return jax.lax.scan(add, zeros, (parts, numbers))[0]
 
     def _loss(
-        self, trained: Arrays, *, stored: Arrays, fixed: Arrays, inputs: Arrays, total: Array,
+        self,
+        trained: Arrays,
+        *,
+        stored: Arrays,
+        fixed: Arrays,
+        inputs: Arrays,
+        total: Array,
         key: Array,
-    ) -> tuple[Array, Outputs]:  # fmt: skip
+    ) -> tuple[Array, Outputs]:
         """Return what a micro-batch adds to the loss, and its sums.
 
         Args:

@@ -223,8 +223,9 @@ def _checkpointer(largest_bytes: int) -> PyTree:
 
     handler = orbax.BasePyTreeCheckpointHandler(
         save_concurrent_bytes=2 * max(largest_bytes, _PIECE_BYTES) + 1,
-        use_ocdbt=True, use_zarr3=True,
-    )  # fmt: skip
+        use_ocdbt=True,
+        use_zarr3=True,
+    )
     return orbax.AsyncCheckpointer(
         orbax.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, handler_impl=handler)
     )
@@ -236,10 +237,11 @@ def _failed(error: BaseException, folder: Path) -> MoeccError:
     text = " ".join(str(error).split())
     match = _SYSTEM.search(text)
     return MachineError(
-        "a checkpoint cannot be written", where=str(folder),
+        "a checkpoint cannot be written",
+        where=str(folder),
         found=match[1] if match else text[:200],
         hint="free some space; moecc train --resume goes on from the last complete checkpoint",
-    )  # fmt: skip
+    )
 
 
 # The checkpoints of a run: saved under the names of the model, begun from whatever is there.
@@ -654,9 +656,13 @@ class XlaTraining:
         """Run to the end, and yield what happens; see `moecc.train.events.Training.events`."""
         job, run = self.job, self.job.recipe.run
         checkpoints = RunCheckpoints(
-            job.run, self.first.graph, lambda step: self.program.at(step).abstract_state,
-            self._start, self.saver, job.digest,
-        )  # fmt: skip
+            job.run,
+            self.first.graph,
+            lambda step: self.program.at(step).abstract_state,
+            self._start,
+            self.saver,
+            job.digest,
+        )
         loop = Loop(
             self.program,
             DeviceFeed(job.batches, self.first.abstract_batch),
@@ -751,18 +757,22 @@ def _devices(section: MeshSection) -> list[jax.Device]:
     of_all = f'mesh.mesh = "data={len(available)}"'
     if wanted > len(available):
         raise InputError(
-            "the mesh has more devices than there are", where="mesh.mesh",
-            expected=f"at most {amount(len(available), 'device')}", found=str(wanted),
+            "the mesh has more devices than there are",
+            where="mesh.mesh",
+            expected=f"at most {amount(len(available), 'device')}",
+            found=str(wanted),
             hint=f"XLA_FLAGS=--xla_force_host_platform_device_count={wanted} makes a CPU many"
-            if available[0].platform == "cpu" and processes == 1 else f"{of_all} takes them",
-        )  # fmt: skip
+            if available[0].platform == "cpu" and processes == 1
+            else f"{of_all} takes them",
+        )
     if processes > 1 and wanted != len(available):
         raise InputError(
-            "the mesh leaves devices out, and several processes use all of them", where="mesh.mesh",
+            "the mesh leaves devices out, and several processes use all of them",
+            where="mesh.mesh",
             expected=f"{amount(len(available), 'device')}, of {processes} processes",
             found=str(wanted),
             hint=f"{of_all} takes them",
-        )  # fmt: skip
+        )
     return available[:wanted]
 
 

@@ -102,9 +102,11 @@ class Guard:
             "in_a_row": jnp.where(ok, 0, state["in_a_row"] + 1),
         }
         told = {
-            "guard.skipped": ~ok, "guard.spike": is_spike, "guard.limit": limit,
+            "guard.skipped": ~ok,
+            "guard.spike": is_spike,
+            "guard.limit": limit,
             "guard.in_a_row": after["in_a_row"],
-        }  # fmt: skip
+        }
         return ok, after, told
 
     def _limit(self, state: GuardState) -> Array:
