@@ -27,6 +27,20 @@ def test_an_operation_is_no_function_of_indices_of_its_name() -> None:
     assert is_told_apart(before, after, exact=True)
 
 
+def test_a_moment_is_over_the_axis_that_it_names() -> None:
+    def mean_of(source: str) -> Graph:
+        return graph(
+            "input %x : f32[b=3]",
+            f"param %w : f32[b=3] = mean({source}, keep=(b))",
+            "%y = mul %x, %w : f32[b=3]",
+            "output y = %y",
+        )
+
+    rows = 'source("w" : f32[a=3, b=3])'
+    columns = f"rename(rename(rename({rows}, a=t), b=a), t=b)"
+    assert is_told_apart(mean_of(rows), mean_of(columns))
+
+
 def test_a_tie_that_rounding_makes_refutes_nothing() -> None:
     types = "f32[batch=B, embed=4]"
     choice = "i32[batch=B, choice=2], f32[batch=B, choice=2]"
