@@ -342,6 +342,28 @@ def parentheses(algebra: Algebra, application: Application) -> Polynomial | None
     return body if len(body.terms) < 2 else None
 
 
+@of_application("common factor", "group")
+def common_factor(algebra: Algebra, application: Application) -> Polynomial | None:
+    """(c·a + c·b) = c·(a + b) for a number c or a root."""
+    body = application.arguments[0]
+    coefficients = {c for _, c in body.terms}
+    if len(coefficients) == 1 and coefficients != {1}:
+        (by,) = coefficients
+        inner = algebra.scale(body, 1 / Fraction(by))
+        return algebra.scale(algebra.apply(application.head, (), [inner]), by)
+    roots = set.intersection(*({*m.factors} for m, _ in body.terms)) if body.terms else set()
+    for root in roots:
+        if isinstance(root, Application) and root.head.name == "root":
+            parts = []
+            for monomial, coefficient in body.terms:
+                bound, factors = algebra.opened(monomial)
+                opened = OpenMonomial(coefficient, bound, factors)
+                parts.append(algebra.monomial(without(opened, root)))
+            inner = algebra.apply(application.head, (), [algebra.add(*parts)])
+            return algebra.multiply(algebra.lone(root), inner)
+    return None
+
+
 def _rows(algebra: Algebra, application: Application) -> Iterator[tuple[object, ...]]:
     """Yield once if a row's place is replaced by another that is no variable."""
     (named,) = application.abstractions
@@ -673,6 +695,20 @@ def idempotent(algebra: Algebra, opened: OpenMonomial, indicator: Application) -
     if opened.factors.count(indicator) < 2 or indicator.head.name not in INDICATORS:
         return None
     return algebra.monomial(without(opened, indicator))
+
+
+def _roots(_: Algebra, opened: OpenMonomial) -> Iterator[tuple[object, ...]]:
+    if len(set(opened.factors)) < len(opened.factors):
+        yield from ((f,) for f in applications(opened, "root") if opened.factors.count(f) > 1)
+
+
+@of_monomial("square of a root", _roots)
+def square_of_root(algebra: Algebra, opened: OpenMonomial, root: Application) -> Polynomial | None:
+    """√r · √r = r."""
+    if opened.factors.count(root) < 2 or root.head.name != "root":
+        return None
+    square = Fraction(number_at(root), number_at(root, 1))
+    return algebra.scale(algebra.monomial(without(opened, root, root)), square)
 
 
 def _inverse_sizes(_: Algebra, opened: OpenMonomial) -> Iterator[tuple[object, ...]]:

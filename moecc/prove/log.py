@@ -24,7 +24,13 @@ SCHEMA = "moecc.proof/1"
 
 
 def log_of(
-    before: Graph, after: Graph, steps: Iterable[Step], *, exact: bool, rolled: bool
+    before: Graph,
+    after: Graph,
+    steps: Iterable[Step],
+    *,
+    exact: bool,
+    rolled: bool,
+    fractions: bool,
 ) -> JsonDict:
     """Return the log of a proof as a JSON object.
 
@@ -34,6 +40,7 @@ def log_of(
       steps: of the proof, in their order.
       exact: whether it is a proof of equal bits.
       rolled: whether repetition is read as a function of its body.
+      fractions: whether constants are the simplest numbers that round to their floats.
     """
     table = _Table()
     rows = [[s.lemma, table.row(s.term), [table.parameter(p) for p in s.parameters]] for s in steps]
@@ -41,6 +48,7 @@ def log_of(
         "schema": SCHEMA,
         "exact": exact,
         "rolled": rolled,
+        "fractions": fractions,
         "before": digest(before),
         "after": digest(after),
         "terms": table.rows,

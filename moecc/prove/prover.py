@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from moecc.ir.graph import Graph, Node, Value, where
 from moecc.ir.ops.repetition import repetitions
@@ -29,6 +29,9 @@ ASSUMPTIONS = (
     "no divisor is 0",
     "every open size is at least 1",
     "constants are the rational numbers that their floats are",
+)
+FRACTIONS = (
+    "constants are the simplest fractions, or roots of fractions, that round to their floats"
 )
 EXACT_ASSUMPTIONS = (
     "an operation returns the same bits for the same operands",
@@ -91,7 +94,7 @@ class Prover:
 
     def __init__(self, *, exact: bool = False) -> None:
         self.exact = exact
-        self._readings: dict[bool, tuple[Lemmas, Evaluation]] = {}
+        self._made: dict[Reading, tuple[Lemmas, Evaluation]] = {}
 
     def prove(
         self,
@@ -109,50 +112,86 @@ class Prover:
           outputs: those to compare; None for all, which both must have.
           refute: whether a counterexample is searched where there is no proof.
         """
-        assumptions = EXACT_ASSUMPTIONS if self.exact else ASSUMPTIONS
-        with _deep_and_uncollected():
-            for rolled in _readings(before, after):
-                lemmas, evaluation = self._reading(rolled)
-                parting = _parting(evaluation, before, after, outputs)
-                counts = dict(sorted(lemmas.counts.items()))
-                if parting is None:
-                    make_log = partial(
-                        log_of, before, after, lemmas.steps, exact=self.exact, rolled=rolled
-                    )
-                    return Verdict(
-                        "proved", lemmas=counts, assumptions=assumptions, make_log=make_log
-                    )
+        parting: Parting | None = None
+        counterexample: Counterexample | None = None
+        counts: dict[str, int] = {}
+        for reading in _readings(before, after, exact=self.exact):
+            if parting is not None and reading.fractions and refute:
+                counterexample = self._counterexample(before, after, parting)
+                refute = False
+            if counterexample is not None:
+                break
+            with _deep_and_uncollected():
+                lemmas, evaluation = self._reading(reading)
+                gap = _parting(evaluation, before, after, outputs)
+            if gap is None:
+                return self._proved(before, after, lemmas, reading)
+            if not reading.fractions:
+                parting, counts = gap, dict(sorted(lemmas.counts.items()))
         assert parting is not None
-        node, terms = parting
-        has_signature = node.split()[0] not in ("inputs", "outputs", "input", "output")
-        counterexample = (
-            find_counterexample(before, after, exact=self.exact)
-            if refute and has_signature
-            else None
-        )
+        if self.exact and refute:
+            counterexample = self._counterexample(before, after, parting)
         status: Status = "unknown" if counterexample is None else "refuted"
-        return Verdict(status, node, terms, counts, assumptions, counterexample=counterexample)
+        node, terms = parting
+        return Verdict(status, node, terms, counts, counterexample=counterexample)
 
-    def _reading(self, rolled: bool) -> tuple[Lemmas, Evaluation]:
-        if rolled not in self._readings:
+    def _proved(self, before: Graph, after: Graph, lemmas: Lemmas, reading: Reading) -> Verdict:
+        assumptions = EXACT_ASSUMPTIONS if self.exact else ASSUMPTIONS
+        if reading.fractions:
+            assumptions = (*assumptions[:-1], FRACTIONS)
+        make_log = partial(
+            log_of,
+            before,
+            after,
+            lemmas.steps,
+            exact=self.exact,
+            rolled=reading.rolled,
+            fractions=reading.fractions,
+        )
+        counts = dict(sorted(lemmas.counts.items()))
+        return Verdict("proved", lemmas=counts, assumptions=assumptions, make_log=make_log)
+
+    def _counterexample(
+        self, before: Graph, after: Graph, parting: Parting
+    ) -> Counterexample | None:
+        if parting[0].split()[0] in ("inputs", "outputs", "input", "output"):
+            return None
+        return find_counterexample(before, after, exact=self.exact)
+
+    def _reading(self, reading: Reading) -> tuple[Lemmas, Evaluation]:
+        if reading not in self._made:
             lemmas = Lemmas(self.exact)
-            evaluation = Evaluation(Algebra(lemmas), exact=self.exact, rolled=rolled)
-            self._readings[rolled] = lemmas, evaluation
-        return self._readings[rolled]
+            algebra = Algebra(lemmas, fractions=reading.fractions)
+            evaluation = Evaluation(algebra, exact=self.exact, rolled=reading.rolled)
+            self._made[reading] = lemmas, evaluation
+        return self._made[reading]
+
+
+class Reading(NamedTuple):
+    """How graphs are read.
+
+    Attributes:
+      rolled: whether repetition is a function of its body, and not run after run.
+      fractions: whether constants are the simplest numbers that round to their floats.
+    """
+
+    rolled: bool
+    fractions: bool
 
 
 MOST_NODES = 100_000
 """Graphs that have more nodes unrolled are compared rolled alone."""
 
 
-def _readings(before: Graph, after: Graph) -> Iterator[bool]:
-    """Yield whether repetition is read as a function of its body: first so, then run after run."""
+def _readings(before: Graph, after: Graph, *, exact: bool) -> Iterator[Reading]:
+    """Yield the readings to try: constants as they are before fractions, bodies before runs."""
     scans = [n for g in (before, after) for n in g if n.body is not None]
-    if scans:
-        yield True
     nodes = sum(repetitions(n.attrs)[1] * len(n.body) for n in scans if n.body is not None)
-    if nodes <= MOST_NODES:
-        yield False
+    for fractions in (False,) if exact else (False, True):
+        if scans:
+            yield Reading(True, fractions)
+        if nodes <= MOST_NODES:
+            yield Reading(False, fractions)
 
 
 @contextmanager

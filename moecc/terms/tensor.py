@@ -163,9 +163,12 @@ def multiplied(*tensors: Tensor) -> Tensor:
 
 def scaled(x: Tensor, by: Coefficient | float) -> Tensor:
     """Return the product with a number, which a float is exactly."""
-    constant = x.algebra.number(by).constant
-    assert constant is not None
-    return x.with_body(x.algebra.scale(x.body, constant))
+    algebra = x.algebra
+    number = algebra.number(by)
+    constant = number.constant
+    if constant is None:
+        return x.with_body(algebra.multiply(number, x.body))
+    return x.with_body(algebra.scale(x.body, constant))
 
 
 def contracted(x: Tensor, w: Tensor, over: Sequence[str]) -> Tensor:

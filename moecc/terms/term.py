@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from itertools import permutations, product
-from math import factorial, inf, prod
+from math import factorial, inf, prod, sqrt
 from typing import Literal, NamedTuple
 
 Coefficient = int | Fraction
@@ -179,11 +179,13 @@ class Algebra:
       rules: rewrites applications, monomials and polynomials into equal ones.
 
     Attributes:
+      fractions: whether floats are read as the simplest numbers that round to them: 0.4 is 2/5.
       memo: facts about terms, for rules that compute them once.
     """
 
-    def __init__(self, rules: Rules | None = None) -> None:
+    def __init__(self, rules: Rules | None = None, *, fractions: bool = False) -> None:
         self.rules = rules or Rules()
+        self.fractions = fractions
         self._variables: dict[tuple[str, Size, int], Var] = {}
         self._applications: dict[tuple[object, ...], Application] = {}
         self._monomials: dict[tuple[object, ...], Monomial] = {}
@@ -214,10 +216,24 @@ class Algebra:
         return self._variables[key]
 
     def number(self, value: Coefficient | float) -> Polynomial:
-        """Return a constant; a float is the rational number that it is."""
+        """Return a constant; a float is the rational number that it is, or the simplest near it."""
+        if self.fractions and isinstance(value, float):
+            return self._simplest(value)
+        exact = _simple(Fraction(value))
+        return self.polynomial({self._monomial((), ()): exact} if exact else {})
+
+    def _simplest(self, value: float) -> Polynomial:
+        """Return the simplest fraction, or root of one, that rounds to a float, or the float."""
         exact = Fraction(value)
-        small = int(exact) if exact.denominator == 1 else exact
-        return self.polynomial({self._monomial((), ()): small} if small else {})
+        for denominator in (1, 10, 100, 1000, 10_000):
+            near = exact.limit_denominator(denominator)
+            if float(near) == value:
+                return self.number(near)
+        square = (exact * exact).limit_denominator(1000)
+        if value and sqrt(square) == abs(value):
+            root = self.apply(Head("root", (square.numerator, square.denominator)))
+            return self.scale(root, 1 if value > 0 else -1)
+        return self.number(exact)
 
     def size(self, size: Size) -> Polynomial:
         """Return a size as a number."""

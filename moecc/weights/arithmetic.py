@@ -40,7 +40,8 @@ class Scale(Expr):
         return self.x.type.with_dtype(dtype)
 
     def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
-        return terms.scaled(operands[0], rounded(self.factor, self.type.dtype))
+        factor = self.factor if algebra.fractions else rounded(self.factor, self.type.dtype)
+        return terms.scaled(operands[0], factor)
 
 
 @node

@@ -318,6 +318,8 @@ class Full(Expr):
 
     def _term(self, algebra: Algebra, *operands: Tensor) -> Tensor:
         axes = tuple(algebra.axis(a.name, size(a)) for a in self.type.axes)
+        if algebra.fractions:
+            return Tensor(algebra, axes, algebra.number(self.value))
         stored = float(np.asarray(self.value).astype(self.type.dtype.numpy))
         if stored != self.value and self.type.dtype not in (F32, F64):
             # Rounding to a narrow type has one place, `moecc.weights.arithmetic`.

@@ -642,7 +642,7 @@ class _CombiningOp(Op):
         }
         factors = [rows.at(at)]
         if gates is not None:
-            factors.append(algebra.substitute(gates.factor(), index))
+            factors.append(algebra.substitute(gates.body, index))
         factors.append(algebra.substitute(assignment.placed, index))
         axes = (*(v for v in slots.axes if v in assignment.tokens), *rows.without(*_ROW_AXES))
         return Tensor(algebra, axes, algebra.multiply(*factors, over=(choice,)))
@@ -728,7 +728,7 @@ class DispatchGatesOp(Op):
         assignment = _slot_terms(slots)
         names = [v.name for v in (*assignment.tokens, assignment.choice)]
         moved = {name: at for at, name in enumerate(names)}
-        return _dispatched(replace(gates, body=gates.factor()), assignment, moved)
+        return _dispatched(gates, assignment, moved)
 
 
 @operation(

@@ -1,0 +1,216 @@
+"""Numbers for terms: what heads mean, in the plainest way, and unknown functions for the others.
+
+An unknown function is drawn by its head and by the numbers that it is applied to, so that equal
+arguments have equal values and nothing else is assumed.  Both sides of a lemma must then agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from itertools import product
+
+import numpy as np
+
+from moecc.terms.term import (
+    Abstraction,
+    Algebra,
+    Application,
+    Factor,
+    Monomial,
+    OpenMonomial,
+    Polynomial,
+    Var,
+)
+
+Env = Mapping[Var, int]
+OPEN_SIZE = 3
+"""What every open size is here."""
+
+
+def size_of(size: int | str) -> int:
+    """Return a size as a number."""
+    return size if isinstance(size, int) else OPEN_SIZE
+
+
+class Model:
+    """An interpretation of all heads.
+
+    Args:
+      seed: chooses the unknown functions.
+      unfold: whether named functions are what they name, and not unknown.
+    """
+
+    def __init__(self, seed: int = 0, *, unfold: bool = False) -> None:
+        self.seed, self.unfold = seed, unfold
+
+    def value(self, term: object, env: Env) -> float:
+        """Return the number that a term is where its free variables are as in `env`."""
+        match term:
+            case Var():
+                return env[term]
+            case Polynomial():
+                return math.fsum(float(c) * self.value(m, env) for m, c in term.terms)
+            case Monomial() | OpenMonomial():
+                ranges = (range(size_of(v.size)) for v in term.bound)
+                return math.fsum(
+                    math.prod(self.value(f, inner) for f in term.factors)
+                    for values in product(*ranges)
+                    for inner in ({**env, **dict(zip(term.bound, values, strict=True))},)
+                )
+            case Application():
+                return float(self._applied(term, env))
+        raise TypeError(f"{term!r} is no term")
+
+    def table(self, function: Abstraction, env: Env) -> np.ndarray:
+        """Return all values of a function."""
+        shape = [size_of(v.size) for v in function.variables]
+        values = [
+            self.value(function.body, {**env, **dict(zip(function.variables, at, strict=True))})
+            for at in product(*map(range, shape))
+        ]
+        return np.array(values, float).reshape(shape)
+
+    def _applied(self, term: Application, env: Env) -> float:
+        name, attrs = term.head
+        if name == "let" and self.unfold:
+            (function,) = term.abstractions
+            at = [round(self.value(p, env)) for p in term.arguments]
+            return self.value(function.body, dict(zip(function.variables, at, strict=True)))
+        if name == "stack":
+            return self.value(term.arguments[1 + round(self.value(term.arguments[0], env))], env)
+        arguments = [self.value(p, env) for p in term.arguments]
+        if name in ("family", "weights"):
+            at = round(arguments[0])
+            leaf = ("source" if name == "family" else "weight", attrs[0][at], *attrs[1:])
+            return self._unknown(leaf, arguments[1:], ())
+        if name in ("source", "weight"):
+            return self._unknown((name, *attrs), arguments, ())
+        if name in SLOTS:
+            return self._slot(name, attrs, arguments)
+        tables = [self.table(a, env) for a in term.abstractions]
+        meaning = MEANINGS.get(name)
+        if meaning is not None:
+            return meaning(attrs, tables, arguments)
+        return self._unknown((name, *attrs), arguments, tables)
+
+    def _slot(self, name: str, attrs: Sequence[object], arguments: Sequence[float]) -> float:
+        """Return what an assignment in which every choice has a slot of its own says."""
+        numbers = [round(a) for a in arguments]
+        if name == "own_slot":
+            return float(sum(n * 1000**i for i, n in enumerate(numbers)))
+        if name == "group_of":
+            return 0.0
+        if name == "occupied":
+            return 1.0
+        return float(numbers[2] // 1000 ** int(str(attrs[0])) % 1000)
+
+    def _unknown(
+        self, head: Sequence[object], arguments: Sequence[float], tables: Sequence[np.ndarray]
+    ) -> float:
+        numbers = [round(a, 6) + 0.0 for a in (*arguments, *(x for t in tables for x in t.flat))]
+        text = repr((self.seed, head, numbers)).encode()
+        digest = int.from_bytes(hashlib.blake2b(text, digest_size=6).digest(), "big")
+        # Positive and near 1, so that products of many stay numbers.
+        return 0.5 + digest / 2**48
+
+
+SLOTS = ("own_slot", "group_of", "occupied", "token_of")
+
+
+def _share(attrs: Sequence[object], tables: Sequence[np.ndarray], at: Sequence[float]) -> float:
+    scores = np.exp(tables[0]) if attrs[0] == "softmax" else 1 / (1 + np.exp(-tables[0]))
+    return float((scores / scores.sum())[round(at[0])])
+
+
+def _experts(attrs: Sequence[object], tables: Sequence[np.ndarray], at: Sequence[float]) -> float:
+    scores = np.round(tables[0], 9)
+    if len(tables) > 1:
+        parts = np.exp(scores)
+        score = parts / parts.sum() if attrs[2] == "softmax" else 1 / (1 + np.exp(-scores))
+        scores = np.round(score + tables[1], 9)
+    return float(np.argsort(-scores, kind="stable")[round(at[0])])
+
+
+def _permutation(attrs: Sequence[object], _: object, at: Sequence[float]) -> float:
+    return float(np.random.default_rng(7).permutation(int(str(attrs[0])))[round(at[0])])
+
+
+def _gate(attrs: Sequence[object], tables: Sequence[np.ndarray], at: Sequence[float]) -> float:
+    from moecc.ir.ops.routing import GATE_FUNCTIONS
+
+    gates = GATE_FUNCTIONS[str(attrs[0])](tables[0], tables[1].astype(int))
+    return float(gates[round(at[0])])
+
+
+MEANINGS = {
+    "group": lambda a, t, x: x[0],
+    "div": lambda a, t, x: round(x[0]) // a[0],
+    "mod": lambda a, t, x: round(x[0]) % a[0],
+    "range": lambda a, t, x: float(a[0] <= round(x[0]) < a[1]),
+    "equal": lambda a, t, x: float(round(x[0]) == 0),
+    "at_least_0": lambda a, t, x: float(round(x[0]) >= 0),
+    "size": lambda a, t, x: float(size_of(a[0])),
+    "inverse_size": lambda a, t, x: 1 / size_of(a[0]),
+    "inverse": lambda a, t, x: 1 / x[0],
+    "share": _share,
+    "experts": _experts,
+    "permutation": _permutation,
+    "gate": _gate,
+    "mask": lambda a, t, x: x[0] if round(x[1]) else -9.0,
+    "sigmoid": lambda a, t, x: 1 / (1 + math.exp(-x[0])),
+    "exp": lambda a, t, x: math.exp(x[0]),
+    "silu": lambda a, t, x: x[0] / (1 + math.exp(-x[0])),
+    "relu": lambda a, t, x: max(x[0], 0.0),
+    "tanh": lambda a, t, x: math.tanh(x[0]),
+    "square": lambda a, t, x: x[0] ** 2,
+    "gelu": lambda a, t, x: x[0] * math.erfc(-x[0] / math.sqrt(2)) / 2,
+    "gelu_tanh": lambda a, t, x: (
+        x[0] / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (x[0] + 0.044715 * x[0] ** 3)))
+    ),
+    "holds": lambda a, t, x: float(hash((str(a), *(round(v, 6) for v in x))) % 2),
+    "integer": lambda a, t, x: float(hash((str(a), *(round(v, 6) for v in x))) % 5),
+}
+
+
+def free_of(term: object) -> tuple[Var, ...]:
+    """Return the free variables of a term."""
+    if isinstance(term, OpenMonomial):
+        free = dict.fromkeys(v for f in term.factors for v in f.free)
+        return tuple(v for v in free if v not in term.bound)
+    assert isinstance(term, Var | Application | Monomial | Polynomial)
+    return term.free
+
+
+def assert_equal(left: object, right: Polynomial, *, unfold: bool = False, draws: int = 2) -> None:
+    """Check that both sides of an equation are the same number under several interpretations."""
+    scale = float(left.coefficient) if isinstance(left, OpenMonomial) else 1.0
+    free = tuple(dict.fromkeys((*free_of(left), *right.free)))
+    for seed in range(draws):
+        rng = np.random.default_rng(seed)
+        env = {v: int(rng.integers(size_of(v.size))) for v in free}
+        model = Model(seed, unfold=unfold)
+        a, b = scale * model.value(left, env), model.value(right, env)
+        assert math.isclose(a, b, rel_tol=1e-7, abs_tol=1e-9), (left, right, env, a, b)
+
+
+def size(term: object) -> int:
+    """Return how many numbers an evaluation of a term computes, roughly."""
+    match term:
+        case Polynomial():
+            return sum(size(m) for m, _ in term.terms)
+        case Monomial() | OpenMonomial():
+            inner = sum(map(size, term.factors))
+            return math.prod(size_of(v.size) for v in term.bound) * max(inner, 1)
+        case Application():
+            tables = sum(
+                math.prod(size_of(v.size) for v in a.variables) * size(a.body)
+                for a in term.abstractions
+                if term.head.name not in ("let", *SLOTS)
+            )
+            return 1 + tables + sum(map(size, term.arguments))
+    return 1
+
+
