@@ -11,7 +11,7 @@ from moecc.ir.structure import clone
 from moecc.jobs.command import Load, Report, Spelling, read_pipeline
 from moecc.model.open import CONFIG_NAME, OpenedModel, open_model
 from moecc.prove import Prover
-from moecc.prove.conversion import ConversionProof, compared, over_source
+from moecc.prove.conversion import ConversionProof, compared, prove_conversion
 from moecc.support.text import amount
 from moecc.translate.export import Export
 
@@ -45,11 +45,12 @@ def prove(
       moecc prove smollm2 smollm2-8x
     """
     with open_model(a, config_alone=True) as source, open_model(b, config_alone=True) as result:
+        prover = Prover(exact=exact)
         manifest = _conversion_of(source, result)
-        graph = result.graph
-        if manifest is not None:
-            graph = over_source(graph, dict(replay(source, manifest, load).tensors))
-        proof = compared(source.graph, graph, Prover(exact=exact))
+        if manifest is None:
+            proof = compared(source.graph, result.graph, prover)
+        else:
+            proof = replay(source, result, manifest, prover, load)
     data = {"a": a, "b": b, "proof": proof.to_json(), "node": proof.verdict.node}
     data["terms"] = list(proof.verdict.terms)
     problem = verdict_problem(proof.verdict)
@@ -88,6 +89,31 @@ def proof_text(proof: ConversionProof, a: str, b: str) -> str:
     return "\n".join(rows)
 
 
+def replayed(source: OpenedModel, result: OpenedModel) -> ConversionProof | None:
+    """Prove again what the receipt of a converted folder says is proved; None if it says nothing.
+
+    Raises:
+      InputError: the conversion cannot be planned again.
+      CheckError: it is not proved, or is the proof of other graphs.
+    """
+    from moecc.jobs.receipt import load_receipt, object_of
+
+    manifest = _conversion_of(source, result)
+    if manifest is None or result.checkpoint is None:
+        return None
+    stated = object_of(object_of(load_receipt(result.checkpoint.path)).get("proof"))
+    if stated.get("verdict") != "proved":
+        return None
+    proof = replay(source, result, manifest, Prover())
+    graphs = {"source": proof.source, "result": proof.result}
+    if (problem := verdict_problem(proof.verdict)) is not None:
+        raise CheckError([problem])
+    if graphs != {name: stated.get(name) for name in graphs}:
+        raise CheckError("the receipt has the proof of other graphs", where=result.name,
+                         expected=str(graphs), found=str(stated))  # fmt: skip
+    return proof
+
+
 def _conversion_of(source: OpenedModel, result: OpenedModel) -> Manifest | None:
     """Return the manifest of a result that was converted from the files of `source`."""
     from moecc.formats.manifest import MANIFEST_NAME, file_digest, load
@@ -104,8 +130,12 @@ def _conversion_of(source: OpenedModel, result: OpenedModel) -> Manifest | None:
     return manifest if is_source else None
 
 
-def replay(source: OpenedModel, manifest: Manifest, load: Load = ()) -> Export:
-    """Plan again the conversion that a manifest states, from its source.
+def replay(
+    source: OpenedModel, result: OpenedModel, manifest: Manifest, prover: Prover, load: Load = ()
+) -> ConversionProof:
+    """Plan again the conversion that a manifest states, and prove it.
+
+    The rounding of weights to the element type that was asked for is no part of the function.
 
     Raises:
       InputError: the conversion read further models or statistics, or its plan differs now.
@@ -116,13 +146,24 @@ def replay(source: OpenedModel, manifest: Manifest, load: Load = ()) -> Export:
     copied = replace(source, graph=clone(source.graph))
     export = plan(copied, passes, manifest.family_to, seed=manifest.seed, check=False).export
     assert isinstance(export, Export), "a folder is of a family"
-    problems = list(_differences(export, manifest))
+    problems = list(_differences(export, result, manifest))
     if problems:
         raise InputError(problems)
-    return export
+    return prove_conversion(source.graph, export, prover)
 
 
-def _differences(export: Export, manifest: Manifest) -> Iterator[Problem]:
+_TYPES = ("dtype", "torch_dtype")
+
+
+def _differences(export: Export, result: OpenedModel, manifest: Manifest) -> Iterator[Problem]:
+    """Yield what the conversion would write otherwise today."""
+    assert result.checkpoint is not None, "a converted folder has weights"
+    keys = {**export.config_json, **result.checkpoint.config}.keys() - set(_TYPES)
+    for key in sorted(keys):
+        old, new = result.checkpoint.config.get(key), export.config_json.get(key)
+        if old != new:
+            yield Problem("the conversion would write another value today", f"config.json: {key}",
+                          str(old), str(new))  # fmt: skip
     shapes = {name: tuple(record.shape) for name, record in manifest.tensors.items()}
     for name, expr in export.tensors:
         shape = shapes.pop(name, None)

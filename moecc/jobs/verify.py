@@ -88,7 +88,8 @@ def verify(
     """Check the files, logits or plan of a model.
 
     Every file is compared with the manifest, or with --against the logits with those of another
-    model. A run of a training is checked against the digests of its step.
+    model; where MODEL was converted from it with a proof, it is proved again. A run of a training
+    is checked against the digests of its step.
 
     Both models run in float32, or the type of --dtype; the weights of SOURCE are first rounded to
     the type of MODEL's. Without --inputs, 2 x 128 seeded random tokens are used. The exit code is 3
@@ -191,6 +192,7 @@ def _verify_logits(
 ) -> Report:
     """Compare the logits of two models."""
     from moecc.jobs.comparison import compare
+    from moecc.jobs.prove import replayed
     from moecc.model.inputs import read_inputs
     from moecc.model.open import open_model
     from moecc.types import float_type
@@ -207,6 +209,7 @@ def _verify_logits(
         say_weights(source, against)
         arrays = None if inputs is None else read_inputs(inputs, source.graph)
         verdict = compare(checked, source, inputs=arrays, tolerance=tolerance, compute_dtype=type)
+        proof = replayed(source, checked) if verdict.passed else None
     error = None
     if not verdict.passed:
         error = CheckError(
@@ -214,4 +217,6 @@ def _verify_logits(
             expected=f"at most {tolerance:g}",
             found=f"{verdict.difference.max_relative:.2e}", hint=_way_out(verdict),
         )  # fmt: skip
-    return Report("verify", verdict.to_json(), lambda: verdict_text(verdict), error=error)
+    text = verdict_text(verdict) + ("" if proof is None else "\n  the same function: proved again")
+    data = verdict.to_json() | {"proof": None if proof is None else proof.to_json()}
+    return Report("verify", data, lambda: text, error=error)

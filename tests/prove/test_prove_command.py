@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,3 +59,22 @@ def test_a_wrong_constant_is_refuted(moecc: Callable[..., Any], tmp_path: Path) 
 def test_a_pass_that_is_exact_is_proved_so(moecc: Callable[..., Any], tmp_path: Path) -> None:  # noqa: F811
     before, after = graph_of(moecc, tmp_path, "before"), graph_of(moecc, tmp_path, "after", "cse")
     assert moecc("prove", before, after, "--exact").code == 0
+
+
+def test_verifying_against_the_source_proves_again(
+    moecc: Callable[..., Any],  # noqa: F811
+    sparse: Path,
+    tmp_path: Path,
+) -> None:
+    done = moecc("verify", sparse, "--against", DENSE)
+    assert done.code == 0, done.err
+    assert "proved again" in done.out
+    folder = tmp_path / "edited"
+    shutil.copytree(sparse, folder)
+    receipt = folder / "moecc_receipt.json"
+    stated = json.loads(receipt.read_text())
+    stated["proof"]["result"] = stated["proof"]["source"]
+    receipt.write_text(json.dumps(stated))
+    done = moecc("verify", folder, "--against", DENSE)
+    assert done.code == 3
+    assert "the proof of other graphs" in done.err
