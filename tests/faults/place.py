@@ -278,18 +278,6 @@ def gguf(make: Callable[[GgufBuilder], object], **counts: int) -> Act:
     return act
 
 
-def gguf_bytes(edit: Callable[[bytes], bytes]) -> Act:
-    """Edit the bytes of a GGUF file."""
-
-    def act(place: Spoilt) -> None:
-        made = add_model(GgufBuilder(), layers=1, heads=2, groups=1, hidden=16, mlp=32, vocab=6)
-        path = place.root / "model.gguf"
-        path.write_bytes(edit(made.build()))
-        place.open(path)
-
-    return act
-
-
 def mixture(edit: Callable[[dict[str, np.ndarray], dict[str, Any]], object]) -> Act:
     """Take a mixture of experts as the model, and edit its tensors and its config."""
 

@@ -13,16 +13,12 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 from moecc.backend import get_backend
 from moecc.families import build
 from moecc.ir import Graph
-from moecc.ir.interpreter import ReferenceProgram
 from moecc.rewrite.passes import Context
 from moecc.testing import inputs_for, params_for, run_reference
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 Array = np.ndarray[Any, np.dtype[Any]]
 Arrays = dict[str, Array]
-
-TIE = 1e-13
-"""How near to one another scores are equal but for rounding, as a share of the largest."""
 
 
 def decoder(case: str, seq: int = 6, **upcycle: Any) -> tuple[Graph, Arrays, Arrays]:
@@ -66,22 +62,6 @@ def assert_close(
     for name, a in expected.items():
         assert np.shape(found[name]) == a.shape
         assert (_apart(a, found[name]) <= allowed[name]).all(), name
-
-
-def is_decided(graph: Graph, params: Arrays, inputs: Arrays) -> bool:
-    """Whether every router's scores are numbers, far enough apart that rounding orders none."""
-    program = ReferenceProgram(graph)
-    for value, array in program.trace(params, inputs):
-        for node in value.users:
-            if node.op.name in ("route", "expert_choice") and node.operands[0] is value:
-                at = array.axes.index("expert")
-                if np.isnan(array.data).any():
-                    # What is not a number has no place in an order.
-                    return False
-                gaps = np.diff(np.sort(array.data, axis=at), axis=at)
-                if (gaps < TIE * max(1.0, _largest(array.data))).any():
-                    return False
-    return True
 
 
 def _largest(a: Array) -> float:
