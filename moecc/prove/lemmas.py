@@ -342,26 +342,33 @@ def parentheses(algebra: Algebra, application: Application) -> Polynomial | None
     return body if len(body.terms) < 2 else None
 
 
-@of_application("common factor", "group")
-def common_factor(algebra: Algebra, application: Application) -> Polynomial | None:
-    """(c·a + c·b) = c·(a + b) for a number c or a root."""
-    body = application.arguments[0]
-    coefficients = {c for _, c in body.terms}
+def _content(algebra: Algebra, body: Polynomial) -> tuple[Polynomial, Polynomial] | None:
+    """Return c and a with body = c · a, for a positive number or a root c other than 1."""
+    coefficients = {abs(c) for _, c in body.terms}
     if len(coefficients) == 1 and coefficients != {1}:
-        (by,) = coefficients
-        inner = algebra.scale(body, 1 / Fraction(by))
-        return algebra.scale(algebra.apply(application.head, (), [inner]), by)
-    roots = set.intersection(*({*m.factors} for m, _ in body.terms)) if body.terms else set()
-    for root in roots:
+        by = Fraction(coefficients.pop())
+        return algebra.number(by), algebra.scale(body, 1 / by)
+    common = set.intersection(*({*m.factors} for m, _ in body.terms)) if body.terms else set()
+    for root in common:
         if isinstance(root, Application) and root.head.name == "root":
             parts = []
             for monomial, coefficient in body.terms:
                 bound, factors = algebra.opened(monomial)
                 opened = OpenMonomial(coefficient, bound, factors)
                 parts.append(algebra.monomial(without(opened, root)))
-            inner = algebra.apply(application.head, (), [algebra.add(*parts)])
-            return algebra.multiply(algebra.lone(root), inner)
+            return algebra.lone(root), algebra.add(*parts)
     return None
+
+
+@of_application("common factor", "group", "relu", "square")
+def common_factor(algebra: Algebra, application: Application) -> Polynomial | None:
+    """f(c·a) = c·f(a) for a positive number or root c, of parentheses and relu; c² of a square."""
+    content = _content(algebra, application.arguments[0])
+    if content is None:
+        return None
+    by, inner = content
+    times = (by, by) if application.head.name == "square" else (by,)
+    return algebra.multiply(*times, algebra.apply(application.head, (), [inner]))
 
 
 def _rows(algebra: Algebra, application: Application) -> Iterator[tuple[object, ...]]:
@@ -425,7 +432,7 @@ def places_in_stack(algebra: Algebra, application: Application) -> Polynomial | 
     """The stack of a₀ … aₙ at place i is that of aₘ … aₖ at place i − m, if m ≤ i ≤ k."""
     place, *parts = application.arguments
     low, high = bounds(place)
-    if low < 0 or high >= len(parts) or high + 1 - low == len(parts):
+    if not is_integral(place) or low < 0 or high >= len(parts) or high + 1 - low == len(parts):
         return None
     reachable = parts[int(low) : int(high) + 1]
     at = algebra.subtract(place, algebra.number(low))
@@ -461,7 +468,7 @@ def stack_by_members(
     """The stack of a₀ … aₙ at place i is f(i) if f(j) = aⱼ for every j."""
     place, *parts = application.arguments
     low, high = bounds(place)
-    if low < 0 or high >= len(parts):
+    if not is_integral(place) or low < 0 or high >= len(parts):
         return None
     for at, part in enumerate(parts):
         if algebra.instantiate(function, [algebra.number(at)]) is not part:
@@ -535,15 +542,16 @@ def best_of_repeated(algebra: Algebra, application: Application, by: int) -> Pol
     """The k·n best of scores that come n times each are the k best, each with its n copies.
 
     Copies are neighbours, and a tie takes the lowest index: choice c is n·e(⌊c/n⌋) + c mod n, for
-    the k best e of the scores once.  Not for a softmax with a bias.
+    the k best e of the scores once.  A softmax gives each copy 1/n of the share, so a bias that is
+    added to it counts n times.
     """
     size, top_k = number_at(application), number_at(application, 1)
-    if application.head.attrs[2] == "softmax" and len(application.abstractions) > 1:
-        # The share of each of n copies is 1/n of the share, but a bias stays as it is.
-        return None
     scores = [_once_each(algebra, a, by) for a in application.abstractions]
     if top_k % by or any(s is None for s in scores):
         return None
+    if application.head.attrs[2] == "softmax" and len(scores) > 1 and scores[1] is not None:
+        place = algebra.fresh(size // by)
+        scores[1] = algebra.abstract([place], algebra.scale(algebra.enter(scores[1], [place]), by))
     (choice,) = application.arguments
     head = Head("experts", (size // by, top_k // by, *application.head.attrs[2:]))
     group = algebra.apply(Head("div", (by,)), (), [choice])

@@ -40,7 +40,7 @@ def log_of(
       steps: of the proof, in their order.
       exact: whether it is a proof of equal bits.
       rolled: whether repetition is read as a function of its body.
-      fractions: whether constants are the simplest numbers that round to their floats.
+      fractions: whether constants are the simplest numbers that their floats are to 15 digits.
     """
     table = _Table()
     rows = [[s.lemma, table.row(s.term), [table.parameter(p) for p in s.parameters]] for s in steps]

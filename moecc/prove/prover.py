@@ -172,7 +172,7 @@ class Reading(NamedTuple):
 
     Attributes:
       rolled: whether repetition is a function of its body, and not run after run.
-      fractions: whether constants are the simplest numbers that round to their floats.
+      fractions: whether constants are the simplest numbers that their floats are to 15 digits.
     """
 
     rolled: bool

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from itertools import permutations, product
-from math import factorial, inf, prod, sqrt
+from math import factorial, inf, prod
 from typing import Literal, NamedTuple
 
 Coefficient = int | Fraction
@@ -179,7 +179,7 @@ class Algebra:
       rules: rewrites applications, monomials and polynomials into equal ones.
 
     Attributes:
-      fractions: whether floats are read as the simplest numbers that round to them: 0.4 is 2/5.
+      fractions: whether floats are read as the simplest numbers that they are near: 0.4 is 2/5.
       memo: facts about terms, for rules that compute them once.
     """
 
@@ -223,14 +223,14 @@ class Algebra:
         return self.polynomial({self._monomial((), ()): exact} if exact else {})
 
     def _simplest(self, value: float) -> Polynomial:
-        """Return the simplest fraction, or root of one, that rounds to a float, or the float."""
+        """Return the simplest fraction, or root of one, that is a float up to its last two bits."""
         exact = Fraction(value)
         for denominator in (1, 10, 100, 1000, 10_000):
             near = exact.limit_denominator(denominator)
-            if float(near) == value:
+            if near and abs(near - exact) <= abs(exact) / 2**51:
                 return self.number(near)
         square = (exact * exact).limit_denominator(1000)
-        if value and sqrt(square) == abs(value):
+        if square and abs(square - exact * exact) <= exact * exact / 2**50:
             root = self.apply(Head("root", (square.numerator, square.denominator)))
             return self.scale(root, 1 if value > 0 else -1)
         return self.number(exact)
