@@ -148,7 +148,7 @@ def build_model(
     checkpoint: str = "",
     *,
     layout: str = "experts",
-    padding: bool = False,
+    padding: bool | None = False,
     batch: Size = "B",
     seq: Size = "S",
     decoder_seq: Size = "T",
@@ -158,6 +158,7 @@ def build_model(
     Raises:
       InputError: `padding` is requested of a model without a mask, or a config's graph is invalid.
     """
+    padding = config.takes_mask if padding is None else padding
     if padding and not config.takes_mask:
         raise InputError(
             f"{config.kind} takes no mask", where=config.model_type, hint=config.mask_hint

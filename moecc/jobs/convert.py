@@ -382,7 +382,10 @@ def convert(
     type = None if dtype is None else _output_type(dtype)
     limit, branches = count_bytes(max_shard_bytes), parse_branches(experts)
     passes = read_pipeline(pipeline, load)
-    with signals_raised(), open_model(source, padding=padding_mask) as model:
+    with (
+        signals_raised(),
+        open_model(source, padding=padding_mask or (None if emit is not None else False)) as model,
+    ):
         add_branches(model, branches, allow_other_base=allow_other_base)
         say_weights(model, source)
         for text in model.warnings():

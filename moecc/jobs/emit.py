@@ -8,7 +8,6 @@ from moecc.jobs.command import (
     Force,
     LoadFamilies,
     ModelName,
-    PaddingMask,
     Report,
     Spelling,
     Weights,
@@ -22,7 +21,6 @@ def emit(
     output: Annotated[str, Spelling("DIR", short="o")],
     dtype: Annotated[str | None, Spelling("TYPE")] = None,
     max_shard_bytes: Annotated[str, Spelling("SIZE")] = "5000000000",
-    padding_mask: PaddingMask = False,
     weights: Weights = None,
     load: LoadFamilies = (),
     force: Force = False,
@@ -53,7 +51,7 @@ def emit(
 
     load_families(load)
     type, limit = None if dtype is None else float_type(dtype), count_bytes(max_shard_bytes)
-    with signals_raised(), open_model(model, weights=weights, padding=padding_mask) as opened:
+    with signals_raised(), open_model(model, weights=weights, padding=None) as opened:
         target = GraphConfig.model_type
         planned = plan(opened, Pipeline(()), target, dtype=type, check=False, emit=language)
         check_place(planned, output, force=force)

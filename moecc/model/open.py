@@ -212,7 +212,11 @@ def no_tensors(name: str, start: int = 0, stop: int | None = None) -> Array:
 
 
 def open_model(
-    source: str, *, weights: str | None = None, padding: bool = False, config_alone: bool = False
+    source: str,
+    *,
+    weights: str | None = None,
+    padding: bool | None = False,
+    config_alone: bool = False,
 ) -> OpenedModel:
     """Open a model.
 
@@ -220,7 +224,8 @@ def open_model(
       source: a Hugging Face folder, a ``.gguf`` file, a ``.moe`` file, ``preset:NAME``, or the
         run of a training: ``RUN``, ``RUN@best``, ``RUN@1200``.
       weights: for a ``.moe`` file, the checkpoint to read instead of the one that it names.
-      padding: whether the graph of an encoder that is imported has an input ``mask``.
+      padding: whether the graph of an encoder that is imported has an input ``mask``; None where
+        its family has one.
       config_alone: whether a folder with a config and without weights is a model, too.
 
     Raises:
@@ -239,7 +244,7 @@ def open_model(
     if config is not None:
         from moecc.families import build
 
-        return OpenedModel(build(config, padding=padding), source)
+        return OpenedModel(build(config, padding=bool(padding)), source)
     from moecc.formats.open import open_checkpoint
     from moecc.translate.importing import import_checkpoint
 

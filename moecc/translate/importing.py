@@ -146,10 +146,10 @@ _BIAS_KEYS = {"self_attn": "attention_bias (qkv_bias in qwen2_moe)", "mlp": "mlp
 _BLOCK_ROWS = 4096
 
 
-def import_checkpoint(checkpoint: Checkpoint, *, padding: bool = False) -> Graph:
+def import_checkpoint(checkpoint: Checkpoint, *, padding: bool | None = False) -> Graph:
     """Return the graph of `checkpoint`, whose parameters read its tensors.
 
-    With `padding` the graph of an encoder has an input ``mask``.
+    With `padding` the graph of an encoder has an input ``mask``; with None where it can.
 
     Names, shapes and element types are all checked against the config before any weight is read;
     the only weights ever read here are those of an output matrix beside tied embeddings, to see

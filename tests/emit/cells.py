@@ -26,7 +26,7 @@ SOURCES = (
 )  # fmt: skip
 
 ROUTER = "router-std=1"
-TRAIN = "specialize{mode=train capacity-factor=1.0 policy=threshold threshold=0.4 group-size=4}"
+TRAIN = "specialize{mode=train capacity-factor=1.0 policy=threshold threshold=0.4 groups=2}"
 METHODS = {
     "dense": "",
     "upcycled": f"upcycle{{experts=4 {ROUTER}}}",
@@ -58,20 +58,24 @@ class EmittedCell:
         """The name of its folder."""
         return f"{self.source}-{self.method.replace(' ', '-')}"
 
+    @property
+    def pipeline(self) -> str:
+        """The passes; a decoder beside an encoder stays dense where routing is not causal."""
+        passes, outputs = METHODS[self.method], moecc.open(GOLDEN / self.source).graph.inputs
+        if self.method in ("expert choice", "soft") and "decoder_tokens" in outputs:
+            return passes.replace("}", " decoder-layers=nowhere}")
+        return passes
+
     def write(self, folder: Path) -> None:
         """Write the emitted folder, its weights moved so that no two experts are equal.
 
         Raises:
           InputError: the method does not apply to the source.
         """
-        has_mask = "tokens" in moecc.open(GOLDEN / self.source).graph.inputs
-        family = moecc.open(GOLDEN / self.source).graph.attrs.get("family")
-        is_encoder = has_mask and "logits" not in moecc.open(GOLDEN / self.source).graph.outputs
         experts = (f"a={GOLDEN / self.source}",) if self.method == "BTX" else ()
         convert(
-            str(GOLDEN / self.source), str(folder), pipeline=METHODS[self.method], to="st_moe",
-            emit="torch", padding_mask=is_encoder or family in ("t5", "mt5", "umt5"),
-            no_check=True, experts=experts,
+            str(GOLDEN / self.source), str(folder), pipeline=self.pipeline, to="st_moe",
+            emit="torch", no_check=True, experts=experts,
         )  # fmt: skip
         move_weights(folder)
 
@@ -103,12 +107,14 @@ def write_reference(folder: Path, *, gradients: bool) -> None:
     """
     model = moecc.open(folder)
     graph, rng = model.graph, np.random.default_rng(0)
+    tables = [v.type["vocab"].size for v in graph.params.values() if "vocab" in v.type]
+    vocabulary = min([size for size in tables if isinstance(size, int)], default=0)
     inputs = {}
     for name, value in graph.inputs.items():
         sizes = [a.size if isinstance(a.size, int) else SIZES[str(a.size)] for a in value.type.axes]
         kind = value.type.dtype.kind
         if kind == "int":
-            inputs[name] = rng.integers(3, 30, sizes).astype(np.int32)
+            inputs[name] = rng.integers(3, vocabulary, sizes).astype(np.int32)
         elif kind == "bool":
             inputs[name] = np.ones(sizes, bool)
             inputs[name][0, -3:] = False

@@ -179,7 +179,7 @@ CELLS = [
 @pytest.mark.parity
 @pytest.mark.skipif(not interpreters(), reason="MOECC_PARITY_PYTHON names no transformers")
 def test_cells_are_right():
-    report = prove([EmittedCell(*cell) for cell in CELLS], gradients=False)
+    report = prove([EmittedCell(*cell) for cell in CELLS])
     assert report["judged"] == len(CELLS)
     wrong = [row for row in report["cells"] if not all(
         v["right"] for k, v in row.items() if k.startswith("transformers"))]  # fmt: skip

@@ -36,6 +36,7 @@ class Block:
       steps: its items and blocks, in an order in which they can be computed.
       layer: the stack and number of the layer that it is; None for other blocks.
       attribute: the name of the module in the block around it, where no path names it.
+      stack: the name of the stack that it is in: Encoder, Decoder, or empty.
     """
 
     title: str
@@ -43,6 +44,7 @@ class Block:
     steps: list[Item | Block] = field(default_factory=list)
     layer: tuple[str, int] | None = None
     attribute: str = ""
+    stack: str = ""
     inputs: list[Var] = field(default_factory=list)
     outputs: list[Var] = field(default_factory=list)
 
@@ -95,6 +97,8 @@ def blocks_of(program: Program, prefixes: dict[tuple[str, int], str]) -> list[It
         title = f"{_camel(stack)}Layer"
         block = Block(title, prefixes.get(layer, f"{layer[0]}.{layer[1]}"), [], layer)
         block.steps = _inner(items, block.path)
+        for part in (block, *block.blocks):
+            part.stack = _camel(stack)
         groups.append(block)
     sparse = [any(b.title == "Experts" for b in group.blocks) for group in groups]
     if any(sparse) and not all(sparse):

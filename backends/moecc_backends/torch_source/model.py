@@ -552,8 +552,14 @@ class Models:
         return arguments
 
     def _mask_lines(self) -> list[str]:
-        if "mask" not in self.program.inputs:
+        if self.main_input != "input_ids":
             return []
+        if "mask" not in self.program.inputs:
+            fault = "the graph of this model has no padding mask: convert it with --padding-mask"
+            return [
+                "if attention_mask is not None and not attention_mask.all():",
+                f'    raise ValueError("{fault}")',
+            ]
         main = self.main_input
         return [
             "if attention_mask is None:",

@@ -88,7 +88,15 @@ MEMBERS = frozenset(
 
 RESERVED = frozenset({*keyword.kwlist, *keyword.softkwlist, *dir(builtins)}) | {
     *("rows", "rotate", "attend", "causal_mask", "widened", "jitter", "add_noise", "one_hot"),
-    *("assign_slots", "expert_choice", "hash_experts", "capacity", "relative_buckets"),
+    *(
+        "assign_slots",
+        "expert_choice",
+        "hash_experts",
+        "capacity",
+        "relative_buckets",
+        "by_group",
+        "biased",
+    ),
     *("self", "torch", "nn", "F", "functional", "transformers", "math", "config", "layer"),
 }
 """Names that a local variable must not have."""

@@ -788,6 +788,8 @@ def _scores_axes(
     names = [batch, *heads, seq, along]
     expr = w.permuted(expr, [a for a in names if a in expr.axes])
     index = [":" if a in expr.axes else "None" for a in names]
+    while index and index[-1] == ":":
+        index.pop()
     text = f"{expr.atom}[{', '.join(index)}]" if "None" in index else expr.text
     if len(heads) > 1:
         text = f"{expr.atom}[{', '.join(index)}].flatten(1, {len(heads)})"
@@ -1075,7 +1077,8 @@ def _group_sum(w: BlockWriter, item: Item) -> Expr:
     axes = ("group", *inner)
     flat = f"{expr.atom}.flatten(0, {len(tokens) - 1})"
     if size:
-        return Expr(f"{flat}.unflatten(0, (-1, {w.literal(size, 'group_size')})).sum(1)", axes)
+        w.helper("by_group")
+        return Expr(f"by_group({flat}, {w.literal(size, 'group_size')}).sum(1)", axes)
     if groups == 1:
         dims = tuple(range(len(tokens)))
         return Expr(f"{expr.atom}.sum({dims})[None]", axes)

@@ -178,9 +178,27 @@ def program_of(graph: Graph, tokens: Value | None) -> Program:
             idiom(item)
         program.prune()
     _add_top_k_indices(program)
+    _merge_equal(program)
     program.prune()
     _name_losses(program)
     return program
+
+
+def _merge_equal(program: Program) -> None:
+    """Let items of one location that compute the same be one; constants stay where they are."""
+    images: dict[Var, Var] = {}
+    known: dict[tuple[object, ...], Item] = {}
+    for item in program.items:
+        item.operands = [images.get(v, v) for v in item.operands]
+        if item.loc == "encoder.memory":
+            item.result.name = "memory"
+        is_drawn = item.op in ("dropout", "jitter", "add_noise", "keep_choices")
+        if not item.operands or is_drawn:
+            continue
+        key = (item.loc, item.op, repr(item.attrs), *map(id, item.operands))
+        first = known.setdefault(key, item)
+        images.update(zip(item.results, first.results, strict=True))
+    program.outputs = {name: images.get(v, v) for name, v in program.outputs.items()}
 
 
 def _name_losses(program: Program) -> None:

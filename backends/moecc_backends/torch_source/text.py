@@ -101,9 +101,11 @@ class Classes:
     instances: dict[Block, Instance] = field(default_factory=dict)
     helpers: set[str] = field(default_factory=set)
 
-    def unique(self, title: str) -> str:
-        """Return a name that no class has."""
+    def unique(self, title: str, stack: str) -> str:
+        """Return a name that no class has, with that of its stack if that makes it so."""
         names = {d.name for d in self.definitions}
+        if title in names and stack and f"{stack}{title}" not in names:
+            return f"{stack}{title}"
         number, name = 2, title
         while name in names:
             name, number = f"{title}{number}", number + 1
@@ -143,7 +145,7 @@ class Classes:
         used = {n for m, n in forwards.items() if any(m in line for line in first.lines)}
         stored = [f"self.{n} = {n}" for n in arguments if f"self.{n}" in used]
         definition = ClassDef(
-            self.unique(title),
+            self.unique(title, group[0][0].stack),
             list(arguments),
             [*stored, *constructor],
             list(first.signature),
@@ -189,6 +191,8 @@ def literal(value: object) -> str:
     if isinstance(value, tuple):
         inner = ", ".join(map(literal, value))
         return f"({inner},)" if len(value) == 1 else f"({inner})"
+    if isinstance(value, str) and value.isprintable() and not set(value) & set('"\\'):
+        return f'"{value}"'
     if isinstance(value, str | int | float | bool) or value is None:
         return repr(value)
     raise InputError(f"{value!r} is not a number or a text")
@@ -486,10 +490,13 @@ class BlockWriter:
         simple = re.fullmatch(r"[\w.\x01\x02\-]+", expr.text) is not None
         if simple and var not in self.block.outputs:
             return True
+        # Queries, keys and values have a line each, where they are brought into order.
+        is_attended = [u.op for u in var.users] in (["attention"], ["cached_attention"])
+        longest = 84 if is_attended else 64
         return (
             self.remaining[var] == 1
             and var not in self.block.outputs
-            and (len(_MARKER.sub("00", expr.text)) <= 64)
+            and (len(_MARKER.sub("00", expr.text)) <= longest)
         )
 
     def call(self, block: Block) -> None:
@@ -540,6 +547,7 @@ NAMES = {
 """Names of values in a graph, and what they are called in PyTorch."""
 
 HINTS = {
+    **dict.fromkeys(("silu", "gelu", "gelu_tanh", "relu", "tanh", "sigmoid"), "activated"),
     "sum": "total",
     "mean": "average",
     "group_sum": "totals",
@@ -579,6 +587,8 @@ def var_hint(var: Var) -> str:
     item = var.item
     if item is None:
         return "value"
+    if item.op in ("rename", "split", "slice", "cast", "stop_gradient"):
+        return var_hint(item.operands[0])
     module = item.attrs.get("module")
     if isinstance(module, str):
         return identifier(module.rpartition(".")[2])

@@ -189,6 +189,11 @@ def assign_slots(
     return slots.masked_fill(~wanted, -1).view(top_k_index.shape)
 
 
+def by_group(x, size):
+    """Return values of tokens in groups of `size`; what no group divides is one group."""
+    return x.unflatten(0, (-1, size)) if x.shape[0] % size == 0 else x[None]
+
+
 def expert_choice(
     scores, experts, *, capacity_factor, groups=1, group_size=0, rounding="floor", minimum=4,
     multiple=1, cap=True, mask=None
