@@ -29,27 +29,32 @@ class ExpertRows:
 
     def gather(self, hidden_states):
         """Return the token of each choice, ``[row, …]``."""
-        return hidden_states.flatten(0, len(self.shape) - 2)[self.token]
+        return hidden_states.flatten(0, len(self.shape) - 2).index_select(0, self.token)
 
     def gather_weights(self, top_k_weights):
         """Return the weight of each choice, ``[row]``."""
-        return top_k_weights.flatten()[self.order]
+        return top_k_weights.flatten().index_select(0, self.order)
 
     def each(self, vectors):
         """Return the vector of the expert of each row, of ``[expert, …]``."""
-        return vectors[self.expert.clamp(max=self.experts - 1)]
+        return vectors.index_select(0, self.expert.clamp(max=self.experts - 1))
 
     def linear(self, rows, weight):
         """Return each row times the matrix of its expert, ``[expert, out, in]``."""
-        matrices = weight.transpose(1, 2)
-        if torch.compiler.is_compiling():
-            return _linear_compiled(rows, matrices, self.expert, self.ends)
+        is_compiling = torch.compiler.is_compiling()
+        # transformers 5 has one operation, whose gradient is written in place.
+        is_grouped = hasattr(torch.ops.transformers, "grouped_mm_fallback")
+        if is_grouped and (is_compiling or torch.is_grad_enabled()):
+            matrices = weight.transpose(1, 2)
+            return torch.ops.transformers.grouped_mm_fallback(rows, matrices, self.ends)
+        if is_compiling:
+            return _masked_linear(rows, weight, self.expert)
         if self.bounds is None:
             self.bounds = self.ends.tolist()
         parts, start = [], 0
-        for end, matrix in zip(self.bounds, matrices, strict=True):
+        for end, matrix in zip(self.bounds, weight, strict=True):
             if end > start:
-                parts.append(rows[start:end] @ matrix)
+                parts.append(F.linear(rows[start:end], matrix))
             start = end
         if start < len(rows):
             parts.append(rows.new_zeros(len(rows) - start, weight.shape[1]))
@@ -65,13 +70,11 @@ class ExpertRows:
         return total.index_add(0, self.token, rows).unflatten(0, tokens)
 
 
-def _linear_compiled(rows, matrices, expert, ends):
-    """Return each row times the matrix of its expert, without reading a number of rows."""
-    if hasattr(torch.ops.transformers, "grouped_mm_fallback"):  # transformers 5
-        return torch.ops.transformers.grouped_mm_fallback(rows, matrices, ends)
-    products = rows.new_zeros(rows.shape[0], matrices.shape[2])
-    for number, matrix in enumerate(matrices):
-        products = torch.where((expert == number)[:, None], rows @ matrix, products)
+def _masked_linear(rows, weight, expert):
+    """Return each row times the matrix of its expert, whatever the numbers of rows."""
+    products = rows.new_zeros(rows.shape[0], weight.shape[1])
+    for number, matrix in enumerate(weight):
+        products = torch.where((expert == number)[:, None], F.linear(rows, matrix), products)
     return products
 
 
