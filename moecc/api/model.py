@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from moecc.ahead.request import LoadedStep, StepLoader
 from moecc.api.arguments import (
     arrays_of,
+    continuing,
     dtype_of,
     family_text,
     flag,
@@ -24,9 +25,10 @@ from moecc.api.arguments import (
     source_text,
     step_request,
     swept_values,
+    texts_of,
     whole,
 )
-from moecc.backend import get_backend
+from moecc.backend import TracingBackend, get_backend
 from moecc.errors import InputError, Problem, UsageError, nearest
 from moecc.formats.adapter import branches_of
 from moecc.formats.files import read_whole
@@ -34,11 +36,13 @@ from moecc.formats.source import GivenParams
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.jobs.convert import Conversion, plan, write
+from moecc.jobs.generate import Continuer, generate_texts
 from moecc.model.initialise import add_statistics, reads_small
+from moecc.model.inputs import check_inputs, default_inputs
 from moecc.model.open import OpenedModel, Params, add_branches, open_model
 from moecc.plan.report import plan_text
 from moecc.plan.search import seconds_text
-from moecc.plan.sweeps import sweep_text
+from moecc.plan.sweeps import sweep_of, sweep_text
 from moecc.rewrite.passes import EXACT, Context, Preserves, Statistics, weakest
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
@@ -53,7 +57,6 @@ if TYPE_CHECKING:
     from moecc.families.describe import Description
     from moecc.jobs.comparison import ComparisonVerdict as Verdict
     from moecc.jobs.conversion import Plan
-    from moecc.jobs.generate import Continuer
 
 
 # Models and plans as a notebook shows them: a line, or a table of HTML.
@@ -291,8 +294,6 @@ class Model(Closing):
         Raises:
           MachineError: jax is not installed.
         """
-        from moecc.backend import TracingBackend, get_backend
-
         backend = get_backend("xla")
         assert isinstance(backend, TracingBackend), "the xla backend is traced"
         return backend.function(self.graph, dtype=dtype_of(dtype) or F32)
@@ -305,9 +306,6 @@ class Model(Closing):
         Raises:
           InputError: an input does not fit, or there are no weights.
         """
-        from moecc.backend import get_backend
-        from moecc.model.inputs import check_inputs, default_inputs
-
         arrays = default_inputs(self.graph) if inputs is None else arrays_of(inputs)
         program = get_backend(backend).compile(self.graph, dtype=dtype_of(dtype) or F32)
         return program.run(self.params(), check_inputs(self.graph, arrays, "inputs"))
@@ -342,9 +340,6 @@ class Model(Closing):
           UsageError: an argument cannot be used.
           InputError: the model cannot continue texts, or there is no tokenizer beside its weights.
         """
-        from moecc.api.arguments import continuing, texts_of
-        from moecc.jobs.generate import generate_texts
-
         how = continuing(tokens, temperature, top_k, top_p, seed, dtype)
         prompts, ends = texts_of("prompt", prompt), texts_of("stop", stop)
         generated = generate_texts(self.model, prompts, how, stop=ends, continuer=self._continuer)
@@ -393,7 +388,6 @@ class Model(Closing):
           InputError: no model of these can be made and fits.
         """
         from moecc.jobs.plan import Swept, plan_sweep
-        from moecc.plan.sweeps import sweep_of
 
         axes = sweep_of(*map(swept_values, (experts, top_k, capacity_factor)))
         step, passes = step_request(options), self.pipeline
@@ -505,7 +499,6 @@ class Model(Closing):
 
     @cached_property
     def _continuer(self) -> Continuer:
-        from moecc.jobs.generate import Continuer
 
         return Continuer(self.model)
 

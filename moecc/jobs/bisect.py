@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from moecc.errors import InputError
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
+from moecc.jobs.checks import small_if_possible
 from moecc.jobs.command import (
     AllowUnmatched,
     Compare,
@@ -259,8 +260,6 @@ def _first_gap(before: Graph, item: Pass, limit: int | None, context: Context) -
 
 def bisection_text(bisection: Bisection) -> str:
     """Return a human-readable bisection."""
-    from moecc.rewrite.pipeline import format_pass
-
     rows = [f"failure  {bisection.failure}", f"step     {bisection.step}"]
     if bisection.item is not None:
         seen = "" if bisection.step == PASS else "first seen after "
@@ -290,8 +289,6 @@ def bisect(
     Example:
       moecc bisect model.moe -p 'canonicalize,mine' --load mine.py
     """
-    from moecc.jobs.checks import small_if_possible
-
     graph, passes, seed = read_failing(file, pipeline, load, seed)
     context = Context(seed=seed, allow_unmatched=allow_unmatched)
     # Weights are compared as they are written, so their expressions have to stay.

@@ -32,6 +32,7 @@ from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.support.console import Bar
 from moecc.support.lazy import np
+from moecc.support.process import signals_raised
 from moecc.support.text import amount
 from moecc.train.rows import facts_of
 from moecc.train.tokens.encoders import BYTES, BYTES_DIGEST
@@ -278,7 +279,6 @@ def capture(
       moecc capture SmolLM2-135M --text README.md --out captured
     """
     from moecc.families.outside import load_families
-    from moecc.support.process import signals_raised
 
     load_families(load)
     spec = CaptureSpec(at, batches, sequence, batch, active)

@@ -28,6 +28,7 @@ from moecc.rewrite.runner import Instrument, PassRun, run_pass
 from moecc.support.lazy import np
 from moecc.support.untyped import JsonDict
 from moecc.types import Axis, TensorType
+from moecc.weights.expr import Source
 
 if TYPE_CHECKING:
     from moecc.weights.expr import Expr
@@ -120,7 +121,6 @@ def _skeleton(graph: Graph) -> list[tuple[str, str, int]]:
 
 
 def _source(value: Value) -> Expr | None:
-    from moecc.weights.expr import Source
 
     if not value.type.is_static or not value.type.dtype.is_float:
         return None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from moecc.errors import InputError, UsageError
 from moecc.families.st_moe import GraphConfig
 from moecc.formats.adapter import branches_of, other_bases
+from moecc.formats.gguf.storage import Storage
 from moecc.ir.graph import Graph
 from moecc.ir.unroll import unroll
 from moecc.jobs.checks import NOT_CHECKED, Contracts, PassProofs, check_contracts
@@ -20,14 +21,16 @@ from moecc.model.initialise import reads_small
 from moecc.model.open import OpenedModel
 from moecc.rewrite.passes import Context, Preserves
 from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline, temporary_folder
 from moecc.support.text import amount, brief, count_text, facts_table, size_text
+from moecc.translate.engines import verdicts, verdicts_on_gguf
+from moecc.translate.propose import check_target
 from moecc.types import DType
 from moecc.weights.arithmetic import branch_and_name, is_statistic
 from moecc.weights.expr import sources
 
 if TYPE_CHECKING:
     from moecc.families.describe import Description
-    from moecc.formats.gguf.storage import Storage
     from moecc.formats.source import Checkpoint
     from moecc.formats.writer import OutputTensor
     from moecc.prove.conversion import ConversionProof
@@ -95,8 +98,6 @@ class Plan:
     @cached_property
     def engines(self) -> tuple[Verdict, ...]:
         """Whether each engine runs the model that will be written."""
-        from moecc.translate.engines import verdicts, verdicts_on_gguf
-
         if self.architecture:
             return verdicts_on_gguf(self.architecture)
         return verdicts(self.export.config)
@@ -229,10 +230,7 @@ def plan(
       InputError: a pass cannot be applied to this model, or the target cannot express the result.
       CheckError: a pass broke its promise.
     """
-    from moecc.formats.gguf.storage import Storage
-    from moecc.rewrite.runner import run_pipeline, temporary_folder
     from moecc.translate.export import Export, export_emitted, export_graph
-    from moecc.translate.propose import check_target
 
     if emit is not None and target not in (AUTO, GraphConfig.model_type):
         raise UsageError(
@@ -315,8 +313,6 @@ def unread_models(graph: Graph, models: Iterable[str]) -> tuple[str, ...]:
 
 def _misreadings(export: Export | GgufExport) -> list[str]:
     """Return a remark for each engine that computes another function without an error."""
-    from moecc.translate.engines import verdicts
-
     return [
         f"{v.release} would load this and compute something else, because it does not "
         f"read {' and '.join(v.reasons)}"

@@ -11,6 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from moecc.errors import Problem, UsageError
+from moecc.formats.adapter import files_of
+from moecc.formats.gguf.header import Key
+from moecc.formats.gguf.storage import FILE_NAME, SUFFIX
+from moecc.formats.manifest import MANIFEST_NAME, hashed_beside
+from moecc.formats.modelcard import CARD_NAME, LISTS
+from moecc.formats.run import inputs_of
 from moecc.jobs.command import (
     AllowUnmatched,
     Force,
@@ -26,14 +32,25 @@ from moecc.jobs.command import (
 )
 from moecc.jobs.conversion import Plan
 from moecc.jobs.conversion import plan as plan
-from moecc.jobs.receipt import MAX_SHARD_BYTES, Progress, WriteOptions, card, manifest, receipt_of
+from moecc.jobs.receipt import (
+    MAX_SHARD_BYTES,
+    RECEIPT_NAME,
+    Progress,
+    WriteOptions,
+    card,
+    manifest,
+    receipt_of,
+)
 from moecc.jobs.receipt import conversion_facts as conversion_facts
+from moecc.model.initialise import add_statistics
 from moecc.support.console import Bar, say, warn
-from moecc.support.text import with_article
+from moecc.support.process import signals_raised
+from moecc.support.text import amount, count_text, size_text, with_article
+from moecc.translate.export import EmittedExport
+from moecc.types import count_bytes, float_type
 from moecc.version import __version__
 
 if TYPE_CHECKING:
-    from moecc.formats.gguf.header import Key
     from moecc.formats.gguf.storage import Storage
     from moecc.formats.writer import Done, Facts, OutputJournal, WriteReport
     from moecc.types import DType
@@ -48,16 +65,12 @@ _FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "q4_k": 14, "bf16": 32}
 
 def is_file(planned: Plan, out: Path) -> bool:
     """Whether the output is the GGUF file itself, and not a folder with one."""
-    from moecc.formats.gguf.storage import SUFFIX
-
     return bool(planned.architecture) and out.suffix == SUFFIX
 
 
 def gguf_keys(planned: Plan) -> list[Key]:
     """Return all keys of the file: of the model, its origin and its tokenizer."""
-    from moecc.formats.gguf.header import Key
     from moecc.formats.gguf.reader import CARD_KEYS
-    from moecc.formats.modelcard import LISTS
     from moecc.translate.gguf import GgufExport
 
     export, card = planned.export, planned.checkpoint.card()
@@ -140,10 +153,7 @@ def write(
       InputError: the output cannot be used; a weight is not finite; the source changed meanwhile.
       MachineError: the disk is too small, or a write failed.
     """
-    from moecc.formats.adapter import files_of
-    from moecc.formats.manifest import hashed_beside
     from moecc.formats.output import output_folder
-    from moecc.formats.run import inputs_of
 
     checkpoint = planned.checkpoint
     path = Path(out)
@@ -199,12 +209,7 @@ def _fill(folder: Path, planned: Plan, options: WriteOptions, one_file: bool) ->
     """
     from moecc.formats.files import make_folder, read_whole, write_durable
     from moecc.formats.gguf.encode import plan_file
-    from moecc.formats.gguf.storage import FILE_NAME
-    from moecc.formats.manifest import MANIFEST_NAME
-    from moecc.formats.modelcard import CARD_NAME
     from moecc.formats.writer import write_checkpoint, write_files
-    from moecc.jobs.receipt import RECEIPT_NAME
-    from moecc.translate.export import EmittedExport
 
     checkpoint, tensors = planned.checkpoint, planned.tensors
     is_gguf, words = bool(planned.architecture), options.words
@@ -255,9 +260,7 @@ def check_place(
 
     Raises: as `write`.
     """
-    from moecc.formats.gguf.storage import SUFFIX
     from moecc.formats.output import check_output
-    from moecc.formats.run import inputs_of
 
     one_file = is_file(planned, Path(out))
     if Path(out).suffix == SUFFIX and not one_file:
@@ -278,7 +281,6 @@ _SHOWN = 10
 
 def plan_text(planned: Plan, out: str, dry_run: bool) -> str:
     """Return the human-readable plan, written unless `dry_run`."""
-    from moecc.support.text import amount, count_text, size_text
     from moecc.translate.engines import summary
 
     facts, family = planned.facts, planned.graph.attrs.get("family") or "no family"
@@ -318,7 +320,6 @@ def _shortened(remarks: Iterable[str]) -> list[str]:
 def _output_type(name: str) -> DType | Storage:
     """Return the element type or the blocks that ``--dtype`` names. Raises UsageError."""
     from moecc.translate.gguf import QUANTISED
-    from moecc.types import float_type
 
     return QUANTISED.get(name.lower()) or float_type(name)
 
@@ -374,10 +375,7 @@ def convert(
     Example:
       moecc convert SmolLM2-135M smollm2-8x -p 'upcycle{experts=8 top-k=2}' --to mixtral
     """
-    from moecc.model.initialise import add_statistics
     from moecc.model.open import add_branches, open_model, parse_branches
-    from moecc.support.process import signals_raised
-    from moecc.types import count_bytes
 
     type = None if dtype is None else _output_type(dtype)
     limit, branches = count_bytes(max_shard_bytes), parse_branches(experts)

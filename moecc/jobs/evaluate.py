@@ -46,7 +46,7 @@ from moecc.train.scoring import (
     paired_difference,
 )
 from moecc.train.tokens.folder import DOCUMENTS, LABELLED, TokenFolder, open_tokens
-from moecc.types import F32, Array, DType
+from moecc.types import F32, Array, DType, float_type
 
 # Evaluate models on held-out token folders: losses, paired differences, accuracies of tasks.
 
@@ -306,7 +306,6 @@ def evaluate(
       moecc evaluate SmolLM2-135M run@best --data tokens/heldout
     """
     from moecc.families.outside import load_families
-    from moecc.types import float_type
 
     load_families(load)
     spec = EvaluationSpec(sequence, batch, batches, float_type(dtype))

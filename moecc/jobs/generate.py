@@ -32,9 +32,10 @@ from moecc.jobs.command import (
 from moecc.jobs.comparison import vocabulary
 from moecc.model.inputs import longest
 from moecc.model.open import OpenedModel
+from moecc.support.extras import require
 from moecc.support.lazy import np
 from moecc.tokenizer.process import Tokenizer
-from moecc.types import F32, Array, Arrays, DType
+from moecc.types import F32, Array, Arrays, DType, float_type
 
 if TYPE_CHECKING:
     from moecc.ir.graph import Graph
@@ -412,8 +413,6 @@ def generate(
     """
     from moecc.families.outside import load_families
     from moecc.model.open import open_model
-    from moecc.support.extras import require
-    from moecc.types import float_type
 
     require("generating", ("xla", "tokenizers"))
     load_families(load)

@@ -10,6 +10,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated, Any
 
 from moecc.jobs.command import LoadFamilies, Report, Spelling, say_weights
+from moecc.support.process import gc_paused
 from moecc.support.untyped import JsonDict
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ def inspect(
     """
     from moecc.families.outside import load_families
     from moecc.model.open import is_function_folder, open_model, stated_config
-    from moecc.support.process import gc_paused
 
     load_families(load)
     named_otherwise = source.endswith(".moe") or is_function_folder(source)

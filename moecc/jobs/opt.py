@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from moecc.ir.graph import Graph, Node
-from moecc.ir.text import format_attrs
+from moecc.ir.text import format_attrs, read_graph
 from moecc.jobs.command import (
     AllowUnmatched,
     Force,
@@ -159,7 +159,6 @@ def opt(
       moecc import SmolLM2-135M | moecc opt - -p 'upcycle{experts=8}' --diff
     """
     from moecc.ir.structure import clone
-    from moecc.ir.text import read_graph
     from moecc.rewrite import runner
     from moecc.rewrite.passes import Context
     from moecc.rewrite.runner import temporary_folder

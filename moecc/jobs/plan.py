@@ -7,7 +7,9 @@ from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Annotated
 
+from moecc.analysis import is_trainable, reads_tokens
 from moecc.errors import InputError, MoeccError, Problem, UsageError
+from moecc.families import build
 from moecc.families.describe import describe
 from moecc.ir.graph import Graph
 from moecc.ir.ops.slots import SlotsOp, assigner
@@ -40,17 +42,19 @@ from moecc.jobs.command import (
 )
 from moecc.plan.explore import PlannedStep, explore
 from moecc.plan.machines import Machine, find_machine
-from moecc.plan.report import plan_json, searched_json
+from moecc.plan.report import plan_json, plan_text, searched_json
 from moecc.plan.search import search
-from moecc.plan.step import StepConfig
+from moecc.plan.step import StepConfig, saved_text
 from moecc.plan.sweeps import (
     DROPLESS,
     Factor,
     Point,
     Sweep,
     failed_point,
+    parse_sweep,
     planned_point,
     sweep_json,
+    sweep_text,
 )
 from moecc.plan.workload import Workload, make_batch, planned_graph, workload
 from moecc.rewrite.passes import Context
@@ -235,7 +239,6 @@ def _of_config(graph: Graph, changes: Mapping[str, int]) -> Graph:
     Raises:
       InputError: the config has no such numbers, or the graph is not what a config makes.
     """
-    from moecc.families import build
     from moecc.families.registry import parse_config
 
     stated = graph.attrs.get("config")
@@ -315,13 +318,8 @@ def plan(
     Example:
       moecc plan preset:mixtral-8x7b --machine tpu:v5p:4x4x4
     """
-    from moecc.ir.structure import without_opaque
     from moecc.model.open import open_model
     from moecc.plan.page import plan_page, sweep_page
-    from moecc.plan.report import plan_text
-    from moecc.plan.step import StepConfig, saved_text
-    from moecc.plan.sweeps import parse_sweep, sweep_text
-    from moecc.rewrite.runner import run_pipeline
 
     for file in (html, save):
         check_writable(file, force=force)
@@ -366,8 +364,6 @@ def _write(noun: str, file: str, text: str, force: bool) -> None:
 
 def _remark_on_logits(graph: Graph) -> None:
     """Say whether the training step of a graph without logits can only be planned."""
-    from moecc.analysis import is_trainable, reads_tokens
-
     if is_trainable(graph):
         return
     if reads_tokens(graph):

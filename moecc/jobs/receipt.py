@@ -16,15 +16,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
+from moecc.families.building import FAMILY
 from moecc.families.st_moe import GraphConfig
 from moecc.formats.adapter import branches_of, files_of
-from moecc.formats.files import identify
+from moecc.formats.files import identify, read_bounded
+from moecc.formats.gguf.storage import FILE_NAME
+from moecc.formats.manifest import file_digest, library_versions
+from moecc.formats.modelcard import CardFacts, hub_repository, model_card
+from moecc.formats.run import is_trained, stages_of, story
 from moecc.formats.source import Checkpoint, GivenParams
 from moecc.jobs.checks import Contracts
 from moecc.jobs.conversion import Plan
+from moecc.jobs.targets import nearest_family
 from moecc.model.open import MODEL_TYPE
 from moecc.rewrite.passes import Preserves
 from moecc.rewrite.runner import loaded_files
+from moecc.support.documents import parse_json
 from moecc.translate.engines import release_of
 from moecc.version import __version__
 
@@ -188,9 +195,7 @@ def load_receipt(output: Path) -> dict[str, object] | None:
     Raises:
       InputError: it is no receipt.
     """
-    from moecc.formats.files import read_bounded
     from moecc.formats.manifest import load
-    from moecc.support.documents import parse_json
 
     if not output.is_dir():
         embedded = load(output).receipt
@@ -305,8 +310,6 @@ def conversion_facts(planned: Plan, options: WriteOptions) -> dict[str, object]:
 
     Whether source and result are run and compared is not among it: nothing is kept of that.
     """
-    from moecc.formats.manifest import file_digest, library_versions
-
     checkpoint = planned.checkpoint
     return {
         "versions": library_versions(),
@@ -351,8 +354,6 @@ def receipt_of(planned: Plan, written: Path, options: WriteOptions) -> Receipt:
     Raises:
       CheckError: the result is not the function that was promised.
     """
-    from moecc.formats.manifest import library_versions
-
     verified = None
     if options.verify:
         from moecc.jobs.comparison import verify_written
@@ -372,10 +373,6 @@ def card(planned: Plan, receipt: Receipt, options: Sequence[str] = ()) -> str:
       receipt: its receipt.
       options: further options of the command that decide what is written.
     """
-    from moecc.formats.gguf.storage import FILE_NAME
-    from moecc.formats.modelcard import CardFacts, hub_repository, model_card
-    from moecc.formats.run import is_trained, stages_of, story
-
     checkpoint = planned.checkpoint
     stages = stages_of(checkpoint)
     path, facts = checkpoint.path, planned.facts
@@ -444,9 +441,6 @@ def _why(verdict: Verdict) -> str:
 
 def _serving(planned: Plan) -> str:
     """Return that no engine serves st_moe, and which change would let one."""
-    from moecc.families.building import FAMILY
-    from moecc.jobs.targets import nearest_family
-
     if planned.target != FAMILY:
         return ""
     near = nearest_family(planned.graph)
@@ -461,8 +455,6 @@ def _serving(planned: Plan) -> str:
 
 def _training(planned: Plan) -> str:
     """Return how to train the model on: transformers leaves the router's losses off."""
-    from moecc.families.building import FAMILY
-
     config = planned.export.config_json
     advice = "`moecc train` adds the losses that its recipe names."
     if planned.architecture:
@@ -481,8 +473,6 @@ def _training(planned: Plan) -> str:
 
 def _loaded_as(planned: Plan) -> tuple[str, str | None]:
     """Return the Hub task of the output, and the transformers class that loads it."""
-    from moecc.families.building import FAMILY
-
     if "logits" not in planned.graph.outputs:
         task, auto_class = "feature-extraction", "AutoModel"
     elif "decoder_tokens" in planned.graph.inputs:
@@ -511,7 +501,6 @@ def manifest(
         file_records,
         weight_file_record,
     )
-    from moecc.formats.run import is_trained, stages_of
     from moecc.formats.writer import JOURNAL_NAME
 
     checkpoint = planned.checkpoint

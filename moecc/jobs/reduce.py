@@ -34,9 +34,10 @@ from moecc.jobs.command import (
     check_writable,
     read_failing,
 )
-from moecc.jobs.failures import Failure, FailureTest
+from moecc.jobs.failures import CommandTest, ComparisonTest, Failure, FailureTest, PromiseTest
 from moecc.rewrite.passes import Context, Pass, apply_pass
 from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import Replay, loaded_files, reproducer_text
 from moecc.support.console import say
 from moecc.testing.generate import keep_only, remove_dead
 from moecc.weights.expr import Expr, Source, transform, walk
@@ -415,8 +416,6 @@ def reduce(
       moecc reduce model.moe -p 'canonicalize,mine' --load mine.py -o small.moe
     """
     from moecc.errors import UsageError
-    from moecc.jobs.failures import CommandTest, ComparisonTest, PromiseTest
-    from moecc.rewrite.runner import Replay, loaded_files, reproducer_text
 
     check_writable(output, force=force)
     graph, passes, seed = read_failing(file, pipeline, load, seed)

@@ -24,7 +24,7 @@ from moecc.jobs.command import (
 )
 from moecc.support.console import say
 from moecc.support.lazy import np
-from moecc.types import Array
+from moecc.types import Array, float_type
 
 if TYPE_CHECKING:
     pass
@@ -126,7 +126,6 @@ def run(
     from moecc.model.initialise import set_router_dtype
     from moecc.model.inputs import default_inputs, read_inputs
     from moecc.model.open import open_model
-    from moecc.types import float_type
 
     check_writable(outputs, force=force)
     load_families(load)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from moecc.jobs.command import Force, Report, Spelling
 from moecc.support.console import Bar
+from moecc.support.process import signals_raised
 from moecc.support.text import amount
 
 if TYPE_CHECKING:
@@ -68,7 +69,6 @@ def tokens(
     """
     from pathlib import Path
 
-    from moecc.support.process import signals_raised
     from moecc.support.record import to_json
     from moecc.train.tokens import documents
     from moecc.train.tokens.make import Making, make_tokens

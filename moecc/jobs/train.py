@@ -11,20 +11,23 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from moecc.backend import get_backend
 from moecc.errors import CheckError, InputError, MoeccError, Problem, UsageError
 from moecc.families.describe import count_parameters, sequence_flops
 from moecc.ir.graph import Graph
 from moecc.ir.unroll import unrolled
 from moecc.jobs.command import Load, OptionalMachine, Report, SavedPlanFile, Spelling
-from moecc.plan.machines import Machine, parse_machine
+from moecc.model.open import registry_with
+from moecc.plan.machines import Machine, find_machine, parse_machine
 from moecc.plan.search import search
-from moecc.plan.step import OPTIMIZERS, SavedPlan
+from moecc.plan.step import OPTIMIZERS, SavedPlan, read_plan
 from moecc.plan.time import Estimate
 from moecc.plan.workload import Batch, Workload, length_variables, workload
 from moecc.rewrite.pipeline import Pipeline
 from moecc.sharding.vias import LOCAL
 from moecc.support.console import PROGRESS, is_quiet, say, use_colour
-from moecc.support.process import Closing
+from moecc.support.extras import require
+from moecc.support.process import Closing, signals_noted
 from moecc.support.text import amount, count_text, duration_text, size_text
 from moecc.support.untyped import JsonDict
 from moecc.train.batches import Batches
@@ -32,21 +35,26 @@ from moecc.train.events import (
     Evaluated,
     Event,
     Exported,
+    Reason,
     Saved,
     Skipped,
     Stepped,
     Stopped,
+    TensorBoard,
+    Trainer,
     TrainJob,
     Watch,
+    WeightsAndBiases,
+    tracked,
 )
-from moecc.train.graphs import StepPasses, eval_passes, step_graph, train_passes
+from moecc.train.graphs import StepPasses, eval_passes, step_graph, train_passes, training_remarks
 from moecc.train.recipe import Recipe
 from moecc.train.settings import moment_types, parameter_settings
 from moecc.types import float_type
 
 if TYPE_CHECKING:
     from moecc.support.process import StopRequest
-    from moecc.train.events import Reason, Tracker, Trainer, Training
+    from moecc.train.events import Tracker, Training
 
 
 # How a training goes: a line on a terminal that changes, or lines now and then.
@@ -449,12 +457,6 @@ def train(
     Example:
       moecc train recipe:upcycle --out run --set model.source=SmolLM2-135M
     """
-    from moecc.plan.machines import find_machine
-    from moecc.plan.step import read_plan
-    from moecc.support.extras import require
-    from moecc.support.process import signals_noted
-    from moecc.train.graphs import training_remarks
-
     if not dry_run:
         require("training", ("train",))
     with ExitStack() as opened:
@@ -490,7 +492,6 @@ def _job(
 ) -> TrainJob:
     """Return the job of one of the three forms. Raises UsageError for anything else."""
     from moecc.jobs.training import forked_run, new_run, open_source, resumed_run
-    from moecc.model.open import registry_with
     from moecc.train.recipe_text import load_recipe
 
     if resume is not None or fork is not None:
@@ -518,8 +519,6 @@ def _job(
 
 
 def _trainer() -> Trainer:
-    from moecc.backend import get_backend
-    from moecc.train.events import Trainer
 
     backend = get_backend("xla")
     assert isinstance(backend, Trainer), "the backend xla trains"
@@ -537,7 +536,6 @@ def _watch(
     from signal import SIGINT
 
     from moecc.jobs.training import exported
-    from moecc.train.events import Reason, Stopped, tracked
     from moecc.train.run import followed
 
     def stop() -> Reason | None:
@@ -562,7 +560,6 @@ def _trackers(job: TrainJob, tensorboard: bool, wandb: str | None) -> list[Track
     from dataclasses import asdict
 
     from moecc.formats.run import saved_steps
-    from moecc.train.events import TensorBoard, WeightsAndBiases
 
     steps = saved_steps(job.run)
     trackers: list[Tracker] = []
@@ -575,8 +572,6 @@ def _trackers(job: TrainJob, tensorboard: bool, wandb: str | None) -> list[Track
 
 def _outcome(stopped: Stopped, job: TrainJob, writes: bool) -> Report:
     """Return the report of a training; processes that do not write print none."""
-    from moecc.train.events import Reason
-
     error = None
     if stopped.reason is Reason.GUARD:
         skips = job.recipe.run.guard.skips

@@ -16,13 +16,16 @@ from math import prod
 from pathlib import Path
 
 from moecc.errors import InputError, MoeccError, Problem, UnknownName, UsageError, nearest
+from moecc.families import build
 from moecc.families.config import ModelConfig
 from moecc.families.registry import parse_config
 from moecc.formats.adapter import AdaptedCheckpoint, SeveralCheckpoints, is_adapter
 from moecc.formats.files import read_json_object
 from moecc.formats.folder import CONFIG_NAME as CONFIG_NAME
+from moecc.formats.folder import findings, open_folder
 from moecc.formats.run import GRAPH as _OpenGRAPH
-from moecc.formats.run import split_reference
+from moecc.formats.run import open_run, split_reference
+from moecc.formats.safetensors import lacks_weights
 from moecc.formats.source import Checkpoint
 from moecc.ir.graph import Graph
 from moecc.ir.text import read_graph
@@ -30,8 +33,8 @@ from moecc.presets import PREFIX, preset_config
 from moecc.rewrite.pipeline import Registry, installed
 from moecc.support.process import Closing
 from moecc.support.text import brief, count_text, facts_table
-from moecc.types import F32, Array, DType
-from moecc.weights.arithmetic import BASE, STATISTICS
+from moecc.types import DTYPES, F32, Array, DType
+from moecc.weights.arithmetic import BASE, STATISTICS, is_statistic
 from moecc.weights.expr import sources
 
 # The folder of a converted function of JAX: its graph reads the arrays beside it.
@@ -111,7 +114,6 @@ class OpenedModel(Closing):
         """Return what is wrong with the files of the model and stops no conversion."""
         if self.checkpoint is None:
             return []
-        from moecc.formats.folder import findings
 
         sizes = [v.type["vocab"].size for v in self.graph.params.values() if "vocab" in v.type]
         rows = next((size for size in sizes if isinstance(size, int)), None)
@@ -141,8 +143,6 @@ class OpenedModel(Closing):
         """The type that most elements of the checkpoint are stored in; float32 without one."""
         if self.checkpoint is None:
             return F32
-        from moecc.types import DTYPES
-        from moecc.weights.arithmetic import is_statistic
 
         counts: dict[str, int] = {}
         for name, info in self.checkpoint.tensors.items():
@@ -200,8 +200,6 @@ class Params(Mapping[str, Array]):
 
 def _reads(graph: Graph) -> bool:
     """Whether a parameter of `graph` is made from a checkpoint, or from nothing at all."""
-    from moecc.weights.expr import sources
-
     weights = [value.weight for value in graph.params.values()]
     return any(weight is None or sources(weight) for weight in weights)
 
@@ -242,8 +240,6 @@ def open_model(
         return _open_graph(os.path.join(source, _OpenGRAPH), None)
     config = stated_config(source) if config_alone or source.startswith(PREFIX) else None
     if config is not None:
-        from moecc.families import build
-
         return OpenedModel(build(config, padding=bool(padding)), source)
     from moecc.formats.open import open_checkpoint
     from moecc.translate.importing import import_checkpoint
@@ -260,8 +256,6 @@ def stated_config(source: str) -> ModelConfig | None:
     """Return the config of a preset, or of a folder that has a config and no weights."""
     if source.startswith(PREFIX):
         return parse_config(preset_config(source))
-    from moecc.formats.folder import open_folder
-    from moecc.formats.safetensors import lacks_weights
 
     path = Path(source) / CONFIG_NAME
     if not os.path.isfile(path) or not lacks_weights(set(os.listdir(source))):
@@ -273,7 +267,6 @@ def stated_config(source: str) -> ModelConfig | None:
 
 
 def _open_run(source: str, weights: str | None) -> OpenedModel:
-    from moecc.formats.run import open_run
 
     if weights is not None:
         raise UsageError("--weights goes with a .moe file", found=source)
@@ -306,8 +299,6 @@ def _open_graph(source: str, weights: str | None) -> OpenedModel:
 
 def _missing(graph: Graph, checkpoint: Checkpoint) -> Iterator[Problem]:
     """Yield a problem for each source of `graph` that `checkpoint` lacks or has otherwise."""
-    from moecc.weights.expr import sources
-
     seen: set[str] = set()
     for param in graph.params.values():
         for source in sources(param.weight) if param.weight is not None else ():
