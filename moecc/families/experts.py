@@ -19,12 +19,9 @@ from moecc.rewrite import P, match
 
 # A bound on the tokens of one sequence per expert, as in switch_transformers.
 #
-# The capacity of ``assign_slots`` counts in groups of a fixed number of tokens, but the length of
-# a
-# sequence is unknown when a graph is built.  So it is built of other operations: a token's
-# position
-# at its expert is the number of tokens up to it that chose the same one, and ``assign_slots``
-# keeps
+# The capacity of ``assign_slots`` counts in groups of a fixed number of tokens, but the length of a
+# sequence is unknown when a graph is built.  So it is built of other operations: a token's position
+# at its expert is the number of tokens up to it that chose the same one, and ``assign_slots`` keeps
 # positions up to the bound.
 
 NEXT = "kv_seq"

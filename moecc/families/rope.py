@@ -360,8 +360,7 @@ def _refuse_partial_rotary(reader: Reader) -> None:
 #
 # An angle is `position * frequency[i]`; the two halves of a head are rotated against one another
 # (element i with element i + head_dim / 2), and cosine and sine are both multiplied by the
-# attention
-# factor.  transformers computes the same in float32.
+# attention factor.  transformers computes the same in float32.
 
 
 def rotary_frequencies(

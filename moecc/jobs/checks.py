@@ -36,14 +36,11 @@ if TYPE_CHECKING:
 
 # A graph at reduced sizes, on which the reference interpreter can check promises of passes.
 #
-# A graph as imported is built again from a smaller config.  Any other graph is
-# shrunk by its size constraints: equal numbers stay equal, the parts of a split or merge still
-# make
-# up the whole, slices still cut at the same fractions, and experts and top-k stay.  Its
-# parameters
-# become source tensors, which are drawn at random; parameters themselves cannot be drawn, since
-# those
-# that a pass copies from each other would then differ.
+# A graph as imported is built again from a smaller config.  Any other graph is shrunk by its size
+# constraints: equal numbers stay equal, the parts of a split or merge still make up the whole,
+# slices still cut at the same fractions, and experts and top-k stay.  Its parameters become source
+# tensors, which are drawn at random; parameters themselves cannot be drawn, since those that a pass
+# copies from each other would then differ.
 
 KEPT = 8
 """Sizes up to this are not reduced."""

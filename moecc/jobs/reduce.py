@@ -243,10 +243,8 @@ def sizes_of(graph: Graph) -> set[int]:
 
 # Make an input that fails small: fewer passes, nodes and outputs, plain attributes, small sizes.
 #
-# Delta debugging (Zeller and Hildebrandt 2002): parts are taken away, halves first, as long as
-# the
-# same failure remains.  Nodes are cut out of the middle of a graph, too: what they took becomes
-# an
+# Delta debugging (Zeller and Hildebrandt 2002): parts are taken away, halves first, as long as the
+# same failure remains.  Nodes are cut out of the middle of a graph, too: what they took becomes an
 # output, what they gave an input (`moecc.testing.strategies.keep_only`).
 
 TIME_LIMIT_SECONDS = 60.0

@@ -26,13 +26,10 @@ from moecc.support.text import amount, size_text
 
 # Context parallelism: what a step would take if devices had parts of a sequence, keys gathered.
 #
-# Each of c devices has an equal part of the queries, cut so that causal masks leave all of them
-# the
+# Each of c devices has an equal part of the queries, cut so that causal masks leave all of them the
 # same work, and gathers the keys and values of the whole sequence for each attention; their
-# gradients
-# are scattered.  All else is that of c times as many sequences of a c-th of the length.  moecc
-# prices
-# it and does not lower it: `annotate-sharding` gathers the queries, too.
+# gradients are scattered.  All else is that of c times as many sequences of a c-th of the length.
+# moecc prices it and does not lower it: `annotate-sharding` gathers the queries, too.
 
 KEYS = "kv_seq"
 
@@ -160,14 +157,10 @@ def _split_mesh(strategy: Strategy, parts: int) -> tuple[Mesh, str]:
 
 # Pipeline stages: what a step would take if devices had a part of the layers each.
 #
-# Every stage has the same number of layers and of devices; micro-batches go through the stages
-# one
-# after the other, one forward and one backward at a time (PipeDream-flush, Narayanan et al.
-# 2021).
-# With p stages and m micro-batches, p − 1 of m + p − 1 turns are idle in each stage, and the
-# first
-# stage keeps what the backward pass needs of min(m, p) micro-batches.  moecc prices stages and
-# does
+# Every stage has the same number of layers and of devices; micro-batches go through the stages one
+# after the other, one forward and one backward at a time (PipeDream-flush, Narayanan et al. 2021).
+# With p stages and m micro-batches, p − 1 of m + p − 1 turns are idle in each stage, and the first
+# stage keeps what the backward pass needs of min(m, p) micro-batches.  moecc prices stages and does
 # not lower them.
 
 OPTIMIZER = "optimizer"

@@ -139,8 +139,7 @@ def _scores_again(kernel: AttentionKernel, facts: AttentionFacts, passes: float)
 
 # What a backward pass keeps of a layer, and what it computes again under rematerialisation.
 #
-# Reverse-mode differentiation of an operation needs some of its operands or results.  These are
-# the
+# Reverse-mode differentiation of an operation needs some of its operands or results.  These are the
 # residuals.  Values that are another one in other clothes (renamed, split, cast, scaled) are kept
 # once.
 
@@ -521,11 +520,9 @@ def _params(value: Value) -> Iterator[Value]:
 
 # Units of rematerialisation: what ``roll-layers`` makes one body of, and what is a loop in it.
 #
-# A unit is the shortest run of layers that a stack repeats: one layer, or four of which the last
-# is
-# sparse.  Layers of a unit that are alike and follow one another are a loop within it.  Where
-# each of
-# them is a checkpoint of its own, they run once more than the others of the unit.
+# A unit is the shortest run of layers that a stack repeats: one layer, or four of which the last is
+# sparse.  Layers of a unit that are alike and follow one another are a loop within it.  Where each
+# of them is a checkpoint of its own, they run once more than the others of the unit.
 
 LAYER = re.compile(r"^(.*?\.?layers\.)(\d+)(?:\.(.*))?$")
 """A location in a layer: the stack, the number of the layer, the sublayer."""

@@ -38,8 +38,7 @@ from moecc.version import __version__
 
 # Reproducers: all that `moecc replay` needs to let a pipeline fail once more, in a folder.
 #
-# The input is a ``.moe`` file whose first comments hold the pipeline and its options; files of
-# own
+# The input is a ``.moe`` file whose first comments hold the pipeline and its options; files of own
 # passes are copied beside it.  A reproducer may come from a stranger: it names the files of its
 # passes, and only the user's ``--load`` runs them.
 

@@ -161,10 +161,8 @@ def _same_axis(a: JsonDict, b: JsonDict) -> bool:
 
 # What the backward pass sums over the mesh: gradients of which each device has a part.
 #
-# A gradient with respect to an operand is a sum over the dimensions along which the operand has
-# no
-# axis.  Where such a dimension is sharded, each device has the sum over its shard: a parameter
-# that
+# A gradient with respect to an operand is a sum over the dimensions along which the operand has no
+# axis.  Where such a dimension is sharded, each device has the sum over its shard: a parameter that
 # is the same along an axis of data, or what a product over sharded neurons was made of.
 
 

@@ -22,11 +22,9 @@ from moecc.types import Axis, TensorType
 # Tables whose columns stay where they are stored: all tokens come to them, and rows go back.
 #
 # A device that has some columns of a table looks them up for the tokens of all devices that have
-# the
-# others, and an exchange gives each device the whole rows of its own tokens.  So ids are
-# gathered,
-# which are small, instead of the table; and the gradient of the table is complete where it is
-# stored.
+# the others, and an exchange gives each device the whole rows of its own tokens.  So ids are
+# gathered, which are small, instead of the table; and the gradient of the table is complete where
+# it is stored.
 
 MeshAxes = tuple[str, ...]
 
@@ -316,8 +314,7 @@ class _Walk:
 
 # What is worked out once for all meshes on which it is the same.
 #
-# The sizes of a mesh decide nothing but whether they divide a number.  So what an assigner found
-# is
+# The sizes of a mesh decide nothing but whether they divide a number.  So what an assigner found is
 # found again on every mesh with the same axes and rules whose sizes answer alike all that was
 # asked.
 

@@ -26,11 +26,9 @@ from moecc.weights.simplify import simplify
 
 # Invert a family's weight expressions: from a parameter to the tensors it is read from.
 #
-# A family reads a parameter by moving data only: it stacks, cuts, renames or permutes tensors.
-# Each
+# A family reads a parameter by moving data only: it stacks, cuts, renames or permutes tensors. Each
 # of these can be inverted, so an expression for the parameter yields one for every tensor.  A
-# tensor
-# of which several parameters read a part each is put together when all parts are there.
+# tensor of which several parameters read a part each is put together when all parts are there.
 
 Pair = tuple[Expr, Expr]
 

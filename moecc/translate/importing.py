@@ -71,8 +71,7 @@ def is_tied(config: ModelConfig) -> bool:
 #
 # A model of transformers saved with a head has its tensors under a prefix (``bert.``), and a base
 # model saved alone lacks that of its class (``transformer.`` in a gpt2).  The rest of moecc knows
-# one
-# name for each tensor; here it becomes that of the file.
+# one name for each tensor; here it becomes that of the file.
 
 _OLDER = ((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))
 
