@@ -7,8 +7,7 @@ its parsed value.  ``plan``, ``compile`` and ``train`` all read a `StepConfig`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from enum import Enum
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast, get_type_hints
@@ -130,12 +129,6 @@ class StepConfig:
     def reduce_type(self) -> DType:
         """The element type in which gradients are added and reduced. Raises UsageError."""
         return float_type(self.reduce_dtype or self.dtype)
-
-    @classmethod
-    def of_options(cls, options: object) -> StepConfig:
-        """Return the settings that the attributes of `options` of the same names state."""
-        stated = {f.name: getattr(options, f.name) for f in fields(cls) if hasattr(options, f.name)}
-        return cls(**{n: v.value if isinstance(v, Enum) else v for n, v in stated.items()})
 
     def check(self) -> None:
         """Check all texts.

@@ -120,11 +120,6 @@ def blocks(
         yield evaluator.block(wanted, box)
 
 
-def is_pure_copy(expr: Expr, dtype: DType | None = None) -> bool:
-    """Whether the bytes of `expr` are those of one checkpoint tensor, unchanged."""
-    return isinstance(same_bytes(simplify(expr if dtype is None else Cast(expr, dtype))), Source)
-
-
 def same_bytes(expr: Expr) -> Expr:
     """Return the operand of `expr` that has the same bytes under other axes, or `expr` itself."""
     while isinstance(expr, Rename | Split | Merge):

@@ -13,7 +13,8 @@ from moecc.families.llama import MixtralConfig
 from moecc.families.mixture import MoeConfig
 from moecc.families.qwen import Qwen2MoeConfig, Qwen3MoeConfig
 from moecc.families.registry import decoders, parse_config
-from moecc.families.rope import RopeConfig, rotary_frequencies
+from moecc.families.rope import RopeConfig
+from tests.support.rotary_tables import rotary_frequencies
 
 from .small_config import LLAMA3, MOE, SMALL, YARN, small
 

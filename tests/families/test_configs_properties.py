@@ -24,7 +24,8 @@ from moecc.families.decoder import DecoderConfig
 from moecc.families.llama import MixtralConfig
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import decoders, parse_config
-from moecc.families.rope import RopeConfig, attention_factor, rotary_frequencies
+from moecc.families.rope import RopeConfig, attention_factor
+from tests.support.rotary_tables import rotary_frequencies
 
 from .small_config import small
 

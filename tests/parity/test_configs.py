@@ -9,7 +9,8 @@ import pytest
 from moecc.families.decoder import DecoderConfig
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import decoders, parse_config
-from moecc.families.rope import attention_factor, rotary_frequencies
+from moecc.families.rope import attention_factor
+from tests.support.rotary_tables import rotary_frequencies
 
 from .interpreters import ask, in_each_interpreter
 

@@ -11,9 +11,10 @@ import pytest
 from moecc.errors import InputError
 from moecc.families.decoder import DecoderConfig
 from moecc.families.registry import parse_config
-from moecc.families.rope import RopeConfig, rotary_frequencies
+from moecc.families.rope import RopeConfig
 from moecc.formats.gguf.reader import GgufFile, open_gguf
 from moecc.translate.importing import import_checkpoint
+from tests.support.rotary_tables import rotary_frequencies
 
 
 def opened(builder: Any, path: Path) -> GgufFile:
