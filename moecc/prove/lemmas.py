@@ -344,9 +344,9 @@ def parentheses(algebra: Algebra, application: Application) -> Polynomial | None
 
 def _content(algebra: Algebra, body: Polynomial) -> tuple[Polynomial, Polynomial] | None:
     """Return c and a with body = c · a, for a positive number or a root c other than 1."""
-    coefficients = {abs(c) for _, c in body.terms}
+    coefficients = {abs(Fraction(c)) for _, c in body.terms}
     if len(coefficients) == 1 and coefficients != {1}:
-        by = Fraction(coefficients.pop())
+        by = coefficients.pop()
         return algebra.number(by), algebra.scale(body, 1 / by)
     common = set.intersection(*({*m.factors} for m, _ in body.terms)) if body.terms else set()
     for root in common:

@@ -9,16 +9,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from itertools import product
 
 import numpy as np
 
 from moecc.terms.term import (
     Abstraction,
-    Algebra,
     Application,
-    Factor,
     Monomial,
     OpenMonomial,
     Polynomial,
@@ -90,8 +87,13 @@ class Model:
             return self._unknown((name, *attrs), arguments, ())
         if name in SLOTS:
             return self._slot(name, attrs, arguments)
-        tables = [self.table(a, env) for a in term.abstractions]
         meaning = MEANINGS.get(name)
+        if meaning is None and any(not a.free for a in term.abstractions):
+            # A closed function may be a whole model: what it is does not matter here.
+            closed = tuple(a.body.serial for a in term.abstractions if not a.free)
+            tables = [self.table(a, env) for a in term.abstractions if a.free]
+            return self._unknown((name, *attrs, closed), arguments, tables)
+        tables = [self.table(a, env) for a in term.abstractions]
         if meaning is not None:
             return meaning(attrs, tables, arguments)
         return self._unknown((name, *attrs), arguments, tables)
@@ -152,6 +154,7 @@ MEANINGS = {
     "range": lambda a, t, x: float(a[0] <= round(x[0]) < a[1]),
     "equal": lambda a, t, x: float(round(x[0]) == 0),
     "at_least_0": lambda a, t, x: float(round(x[0]) >= 0),
+    "root": lambda a, t, x: math.sqrt(a[0] / a[1]),
     "size": lambda a, t, x: float(size_of(a[0])),
     "inverse_size": lambda a, t, x: 1 / size_of(a[0]),
     "inverse": lambda a, t, x: 1 / x[0],
@@ -208,9 +211,7 @@ def size(term: object) -> int:
             tables = sum(
                 math.prod(size_of(v.size) for v in a.variables) * size(a.body)
                 for a in term.abstractions
-                if term.head.name not in ("let", *SLOTS)
+                if a.free or term.head.name in MEANINGS
             )
             return 1 + tables + sum(map(size, term.arguments))
     return 1
-
-
