@@ -25,12 +25,14 @@ from moecc.ir.traits import Cut, Product
 from moecc.rewrite.passes import Context, Pass, Preserves
 from moecc.rewrite.pipeline import Pipeline, format_pass
 from moecc.rewrite.runner import Instrument, PassRun, run_pass
+from moecc.support.console import warn
 from moecc.support.lazy import np
 from moecc.support.untyped import JsonDict
 from moecc.types import Axis, TensorType
 from moecc.weights.expr import Source
 
 if TYPE_CHECKING:
+    from moecc.prove import Prover, Verdict
     from moecc.weights.expr import Expr
 
 
@@ -371,12 +373,32 @@ def broken_promise(
 
     An ``approximate`` pass promises nothing that random data could refute.
     """
+    from moecc.prove import Prover
     from moecc.testing.oracle import differences
 
     if promise.kind == "approximate":
         return []
-    same = _with_outputs_of(before, after)
-    return [d for s in seeds for d in differences(before, same, s, promise.kind == "exact")]
+    same, is_exact = _with_outputs_of(before, after), promise.kind == "exact"
+    problems = [d for s in seeds for d in differences(before, same, s, is_exact)]
+    verdict = promise_verdict(Prover(exact=is_exact), before, same) if problems else None
+    if verdict is not None and verdict.node:
+        problems = [f"{text}; the graphs part at {verdict.node}" for text in problems]
+    return problems
+
+
+def promise_verdict(prover: Prover, before: Graph, after: Graph) -> Verdict | None:
+    """Return what the prover finds of two graphs, in the outputs of the first.
+
+    None stands for graphs on a mesh, whose devices and collectives are sampled since a proof is of
+    the values of whole tensors, and for a fault of the prover, which is reported.
+    """
+    if mesh_of(before) is not None or mesh_of(after) is not None:
+        return None
+    try:
+        return prover.prove(before, after, outputs=before.outputs.keys(), refute=False)
+    except Exception as error:  # Sampling decides then, as where no proof is found.
+        warn(f"the prover failed, which is a bug in moecc: {described(error)}")
+        return None
 
 
 def measure(before: Graph, after: Graph, seed: int = 0) -> float:
@@ -470,10 +492,10 @@ class PassProofs(Instrument):
     def after(self, run: PassRun, graph: Graph) -> None:
         """Try to prove that the pass kept its promise."""
         before, self._last = self._last, clone(graph)
-        # Devices and their collectives are sampled: a proof is of the values of whole tensors.
-        if run.preserves.kind != "approximate" and mesh_of(graph) is None:
+        if run.preserves.kind != "approximate":
             prover = self._bits if run.preserves.kind == "exact" else self.real
-            if prover.prove(before, self._last, outputs=before.outputs.keys(), refute=False):
+            verdict = promise_verdict(prover, before, self._last)
+            if verdict is not None and verdict.status == "proved":
                 self.runs[run.number] = run
 
 

@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moecc.errors import InputError, UsageError
+from moecc.errors import InputError, UsageError, described
 from moecc.families.st_moe import GraphConfig
 from moecc.formats.adapter import branches_of, other_bases
 from moecc.formats.gguf.storage import Storage
@@ -286,7 +286,10 @@ def plan(
     if proofs is not None and is_equal and isinstance(export, Export):
         from moecc.prove.conversion import prove_conversion
 
-        proof = prove_conversion(proofs.source, export, proofs.real)
+        try:
+            proof = prove_conversion(proofs.source, export, proofs.real)
+        except Exception as error:  # The passes have been checked; the result is not proved.
+            remarks.append(f"the prover failed, which is a bug in moecc: {described(error)}")
     return Plan(
         model, model.graph, pipeline, done.preserves, target, export,
         None if isinstance(dtype, Storage) else dtype, seed, tuple(remarks), storage,

@@ -60,6 +60,7 @@ def test_a_promise_that_is_broken(promise: str) -> None:
     assert e.value.exit_code == 3
     assert f"expected: {promise}: times 1" in str(e.value)
     assert "output y[" in str(e.value)
+    assert "the graphs part at %" in str(e.value)
 
 
 @dataclass(frozen=True)
