@@ -11,7 +11,7 @@ from tests.support.tiers import few
 from .pages import ROOT, blocks_of
 from .sessions import environment, fits, run_block
 
-SESSIONS = [ROOT / "README.md", ROOT / "docs" / "tour.md"]
+SESSIONS = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("tour", "proving"))]
 JOBS = ROOT / "docs" / "jobs.md"
 
 
