@@ -26,9 +26,12 @@ def generalise(
     """
     if all(p is parts[0] for p in parts):
         return parts[0]
-    numbers = [p.constant for p in parts]
-    if all(isinstance(n, int) for n in numbers):
-        return _progression(algebra, place, [int(n) for n in numbers if n is not None])
+    unit = algebra.one.terms[0][0]
+    numbers = [dict(p.terms).get(unit, 0) for p in parts]
+    others = [algebra.subtract(p, algebra.number(n)) for p, n in zip(parts, numbers, strict=True)]
+    if all(p is others[0] for p in others) and all(isinstance(n, int) for n in numbers):
+        at = _progression(algebra, place, [int(n) for n in numbers])
+        return None if at is None else algebra.add(others[0], at)
     if len({len(p.terms) for p in parts}) > 1:
         return None
     columns = [

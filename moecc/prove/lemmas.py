@@ -439,6 +439,26 @@ def places_in_stack(algebra: Algebra, application: Application) -> Polynomial | 
     return algebra.apply(Head("stack", (len(reachable),)), (), [at, *reachable])
 
 
+def _periods(_: Algebra, application: Application) -> Iterator[tuple[object, ...]]:
+    parts = application.arguments[1:]
+    for period in range(2, len(parts) // 2 + 1):
+        if len(parts) % period == 0 and parts[0] is parts[period]:
+            yield (period,)
+
+
+@of_application("stack with a period", "stack", candidates=_periods, rearranges=True)
+def periodic_stack(algebra: Algebra, application: Application, period: int) -> Polynomial | None:
+    """The stack of a₀ … aₙ at place i is that of a₀ … aₚ₋₁ at i mod p, if it repeats so."""
+    place, *parts = application.arguments
+    low, high = bounds(place)
+    if not is_integral(place) or low < 0 or high >= len(parts):
+        return None
+    if any(part is not parts[at % period] for at, part in enumerate(parts)):
+        return None
+    at = algebra.apply(Head("mod", (period,)), (), [place])
+    return algebra.apply(Head("stack", (period,)), (), [at, *parts[:period]])
+
+
 @of_application("stack of sources", "stack", rearranges=True)
 def stack_of_sources(algebra: Algebra, application: Application) -> Polynomial | None:
     """The stack of sources at the same indices is a family of sources at one more index."""
@@ -886,6 +906,25 @@ def sum_over_bijection(
         return None
     bound = (*(v for v in opened.bound if v is not variable), fresh)
     return algebra.scale(algebra.multiply(*parts, over=bound), opened.coefficient)
+
+
+MOST_PLACES = 64
+
+
+def _stacked(algebra: Algebra, opened: OpenMonomial) -> Iterator[tuple[object, ...]]:
+    for choice in Occurrences.of(algebra, opened.factors).choices:
+        variable = choice.arguments[0].variable
+        if choice.head.name == "stack" and variable in opened.bound:
+            yield (variable,)
+
+
+@of_monomial("sum over places of a stack", _stacked)
+def sum_over_places(algebra: Algebra, opened: OpenMonomial, variable: Var) -> Polynomial | None:
+    """Σᵢ f(i) = f(0) + … + f(n − 1) for i below a number n."""
+    if not isinstance(variable.size, int) or variable.size > MOST_PLACES:
+        return None
+    places = [algebra.number(at) for at in range(variable.size)]
+    return algebra.add(*(replaced(algebra, opened, {variable: at}) for at in places))
 
 
 def _divided_variables(algebra: Algebra, opened: OpenMonomial) -> Iterator[tuple[object, ...]]:

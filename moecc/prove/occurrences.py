@@ -29,7 +29,7 @@ class Occurrences:
       linear: for each index, the coefficients of the variables that are terms of it.
       other: the variables that occur as anything but a term of an index.
       divided: variables with the numbers by which indices divide them.
-      choices: the applications that choose by a variable alone.
+      choices: the applications that choose by a variable alone, stacks included.
       rows: the places of rows: variables for group, expert and slot.
     """
 
@@ -47,7 +47,7 @@ class Occurrences:
 
 
 _NONE = Occurrences()
-_CHOOSING = frozenset({"experts", "permutation"})
+_CHOOSING = frozenset({"experts", "permutation", "stack"})
 _ROWS = frozenset({"token_of", "occupied"})
 
 

@@ -165,6 +165,22 @@ CASES: dict[str, tuple[Build, list[Build]]] = {
         lambda a: a.apply(head("stack", 3), (), [i(a, size=2), at(a, "x"), i(a, "j"), a.one]),
         [lambda a: a.apply(head("stack", 3), (), [i(a, size=3), at(a, "x"), i(a, "j"), a.one])],
     ),
+    "stack with a period": (
+        lambda a: a.apply(
+            head("stack", 4), (), [i(a, size=4), *[at(a, "x", a.number(3)), i(a, "j")] * 2]
+        ),
+        [
+            lambda a: a.apply(
+                head("stack", 4),
+                (),
+                [i(a, size=4), at(a, "x"), i(a, "j"), at(a, "x"), i(a, "k")],
+            )
+        ],
+    ),
+    "sum over places of a stack": (
+        lambda a: total(a, 2, lambda x: a.apply(head("stack", 2), (), [x, at(a, "x"), i(a, "j")])),
+        [lambda a: a.apply(head("stack", 2), (), [i(a, size=2), at(a, "x"), i(a, "j")])],
+    ),
     "stack of sources": (
         lambda a: a.apply(head("stack", 2), (), [i(a, size=2), at(a, "x"), at(a, "y")]),
         [
