@@ -197,6 +197,7 @@ class StMoePreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    _can_set_attn_implementation_cached_value = True
     _can_compile_fullgraph = True
 '''
 

@@ -25,7 +25,6 @@ class ExpertRows:
         self.token = self.order // top_k_index.shape[-1]
         every = torch.arange(experts, device=chosen.device)
         self.ends = torch.searchsorted(self.expert, every, right=True)
-        self.bounds = None  # the ends as numbers of Python, once something reads them
 
     def gather(self, hidden_states):
         """Return the token of each choice, ``[row, …]``."""
@@ -42,23 +41,19 @@ class ExpertRows:
     def linear(self, rows, weight):
         """Return each row times the matrix of its expert, ``[expert, out, in]``."""
         is_compiling = torch.compiler.is_compiling()
-        # transformers 5 has one operation, whose gradient is written in place.
-        is_grouped = hasattr(torch.ops.transformers, "grouped_mm_fallback")
-        if is_grouped and (is_compiling or torch.is_grad_enabled()):
-            matrices = weight.transpose(1, 2)
-            return torch.ops.transformers.grouped_mm_fallback(rows, matrices, self.ends)
-        if is_compiling:
-            return _masked_linear(rows, weight, self.expert)
-        if self.bounds is None:
-            self.bounds = self.ends.tolist()
-        parts, start = [], 0
-        for end, matrix in zip(self.bounds, weight, strict=True):
-            if end > start:
-                parts.append(F.linear(rows[start:end], matrix))
-            start = end
-        if start < len(rows):
-            parts.append(rows.new_zeros(len(rows) - start, weight.shape[1]))
-        return torch.cat(parts)
+        # An operation of transformers 5, whose gradient is written in place.
+        grouped = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
+        if grouped is not None and (is_compiling or torch.is_grad_enabled()):
+            return grouped(rows, weight.transpose(1, 2), self.ends)
+        if is_compiling:  # numbers of rows are not known
+            masks = ((self.expert != number)[:, None] for number in range(self.experts))
+            parts = [rows.masked_fill(mask, 0) for mask in masks]
+            return sum(F.linear(part, matrix) for part, matrix in zip(parts, weight, strict=True))
+        sizes = self.ends.diff(prepend=self.ends.new_zeros(1)).tolist()
+        dropped = len(rows) - sum(sizes)
+        parts = zip(rows.split([*sizes, dropped]), weight, strict=False)
+        products = [F.linear(part, matrix) for part, matrix in parts if len(part)]
+        return torch.cat([*products, rows.new_zeros(dropped, weight.shape[1])])
 
     def combine(self, rows, top_k_weights=None):
         """Return for each token the weighted sum of the rows of its choices."""
@@ -68,14 +63,6 @@ class ExpertRows:
         tokens = self.shape[:-1]
         total = rows.new_zeros(tokens.numel(), rows.shape[-1])
         return total.index_add(0, self.token, rows).unflatten(0, tokens)
-
-
-def _masked_linear(rows, weight, expert):
-    """Return each row times the matrix of its expert, whatever the numbers of rows."""
-    products = rows.new_zeros(rows.shape[0], weight.shape[1])
-    for number, matrix in enumerate(weight):
-        products = torch.where((expert == number)[:, None], F.linear(rows, matrix), products)
-    return products
 
 
 def top_k_experts(scores, k):
