@@ -21,6 +21,7 @@ from moecc.formats.manifest import (
     dump,
     file_digest,
     file_records,
+    hashed_beside,
     load,
     verify_manifest,
     weight_file_record,
@@ -240,3 +241,25 @@ def test_a_link_out_of_the_folder_is_not_followed(written, tmp_path_factory):
     (written / "config.json").symlink_to(outside)
     [problem] = found(written)
     assert "leaves its folder" in problem
+
+
+def test_hashing_beside_waits_and_raises_where_it_is_asked(tmp_path):
+    (tmp_path / "a").write_bytes(b"moecc")
+    with hashed_beside({"one": tmp_path / "a"}) as records:
+        assert records() == {"one": FileRecord(5, hashlib.sha256(b"moecc").hexdigest())}
+    with (
+        hashed_beside([tmp_path / "absent"]) as records,
+        pytest.raises(InputError, match="No such"),
+    ):
+        records()
+
+
+def test_missing_and_extra_files_are_named(written):
+    (written / SHARDS[0]).unlink()
+    (written / "config.json").unlink()
+    (written / "model.safetensors").write_bytes(b"")
+    text = "\n".join(found(written))
+    assert f"the file '{SHARDS[0]}' is missing" in text
+    assert "the file 'config.json' is missing" in text
+    assert "the weight file 'model.safetensors' is not in the manifest" in text
+    assert text.count("cannot be checked") == 2

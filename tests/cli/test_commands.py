@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from moecc.ir.text import parse
+from moecc.jobs import COMMANDS
 
 UPCYCLE = "upcycle{experts=4 top-k=2}"
 
@@ -133,3 +134,12 @@ def test_nothing_heavy_is_imported_at_the_start(
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("\nclean\n")
+
+
+def test_help_has_a_whole_line_for_each_command_and_the_exit_codes(moecc: Callable) -> None:
+    done = moecc("--help")
+    assert done.code == 0
+    listed = done.out[done.out.index("Commands:\n") : done.out.index("  Exit codes")]
+    lines = [f"  {name:10}  {summary}" for name, summary in COMMANDS.items()]
+    assert listed.splitlines() == ["Commands:", *lines, ""]
+    assert "130 interrupted" in done.out

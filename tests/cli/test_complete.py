@@ -69,3 +69,19 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
 """
     done = subprocess.run([BASH, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[:-1] == (expected or [""])
+
+
+def test_other_values() -> None:
+    assert complete.models("preset:smo") == ["preset:smollm2-135m"]
+    assert complete.models("") == complete.models("folder") == []
+    assert complete.machines("gpu:h1") == ["gpu:h100:"]
+    assert "tpu:v5e:4x4" in complete.machines("tpu:v5e:4")
+    assert complete.machines("gpu:a100:1") == ["gpu:a100:128", "gpu:a100:16"]
+    assert complete.machines("v5litepod-1") == [f"v5litepod-{n}" for n in (1, 128, 16)]
+    assert complete.machines("a1") == ["a100", *(f"a100x{n}" for n in (128, 16, 32, 64, 8))]
+    assert complete.machines("npu:x:") == complete.machines("my.toml") == []
+    assert complete.targets("gguf:qwen3m") == ["gguf:qwen3moe"]
+    assert "mixtral" in complete.targets("m")
+    assert complete.float_types("bf") == ["bf16"]
+    assert complete.passes("dec") == ["decode"]
+    assert complete.models_or_pipelines("dec") == ["decode"]

@@ -162,3 +162,13 @@ def test_the_export_that_a_fit_promises() -> None:
             made = graph_of(family, **more)
             run_pipeline(made, Pipeline.parse(fit.passes), context=Context())
             assert export_graph(made, fit.target).config.model_type == fit.target
+
+
+def test_a_misreading_is_a_remark() -> None:
+    with open_model(str(GOLDEN / "llama_square_tied")) as model:
+        planned = plan(model, Pipeline.parse("upcycle"), "mixtral")
+    assert any(
+        r.startswith("SGLang 0.5.23 would load this and compute something else, because it does "
+                     "not read an output matrix tied to the embedding")
+        for r in planned.remarks
+    )  # fmt: skip

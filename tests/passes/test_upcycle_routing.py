@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from moecc_passes.upcycle.routers import left_of_std
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.errors import InputError, UsageError
@@ -227,3 +228,15 @@ def test_what_looks_ahead_is_refused_behind_a_causal_mask(routing: Any) -> None:
         graph.set_output("y", Dense(embed=2, mlp=2).block(b, x, "layers.0"))
     with pytest.raises(InputError, match="decides about a token by later ones"):
         UpcyclePass(routing=routing).apply(graph, Context())
+
+
+def test_the_router_of_switch_is_cut_at_two_standard_deviations() -> None:
+    dense = Dense(embed=400, mlp=4)
+    graph = dense.graph()
+    after, _ = upcycled(graph, experts=64, router_init="switch", router_std=0.1**0.5)
+    router = Tensors(graph).params(after)["layers.0.ffn.router.weight"]
+    std = (0.1 / 400) ** 0.5
+    assert 1.95 * std < np.abs(router).max() <= 2 * std
+    # The variance of a normal distribution between two standard deviations, 0.7737 of it.
+    assert router.var() / std**2 == pytest.approx(0.7737, rel=0.03)
+    assert left_of_std("switch") ** 2 == pytest.approx(0.7737, rel=1e-4)

@@ -15,9 +15,12 @@ from moecc.ir import equal, parse
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import (
+    DiffAfter,
     DumpFolder,
     Instrument,
     PrintAfter,
+    Remarks,
+    StatisticsTable,
     Timing,
     run_pipeline,
 )
@@ -86,3 +89,26 @@ def test_timing() -> None:
     assert [line.split()[0] for line in lines[1:]] == ["1", "2", "3", "total"]
     shares = [int(line.split()[-1].rstrip("%")) for line in lines[1:-1]]
     assert 98 <= sum(shares) <= 102
+
+
+def test_diff() -> None:
+    text = shown(DiffAfter, PIPELINE)
+    assert text.startswith("--- input\n+++ 1 un-neg\n")
+    assert "-  %v2 = neg %v1" in text
+    assert "2 top" not in text.replace("--- 2 top", "")
+    assert "--- 2 top\n+++ 3 scale-output{by=2.0}\n" in text
+    assert "+  %v5 = scale %v {by=2.0}" in text
+
+
+def test_statistics() -> None:
+    text = shown(StatisticsTable, PIPELINE)
+    assert "pass 1 un-neg: changed, 2 matched\n" in text
+    assert re.search(r"pair +2 hits +\d+ attempts +[\d.]+ ms", text)
+    assert "pass 2 top: unchanged, 0 matched\n" in text
+
+
+def test_remarks_and_near_misses() -> None:
+    text = shown(Remarks, "un-neg,bad{way=miss}", negated=1)
+    assert text.startswith("remark: un-neg: here: looked around\n")
+    assert "missed: un-neg: pair: not at %v1 = neg @layers.0: %v is defined by silu" in text
+    assert text.count("missed: bad: ffn") == 7

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import pytest
 
-from moecc.errors import UsageError
-from moecc.plan.machines import parse_machine
+from moecc.errors import InputError, UsageError
+from moecc.plan.machines import parse_machine, sizes_of_kind, topologies
+from moecc.plan.search import check_devices
 from moecc.plan.step import plan_mesh
 
 
@@ -84,3 +87,18 @@ def test_what_is_no_mesh_is_told(text: str, says: str) -> None:
 )
 def test_names_that_clouds_and_people_use(short: str, name: str) -> None:
     assert parse_machine(short) == parse_machine(name)
+
+
+@pytest.mark.parametrize("name", ["v4", "v5e", "v5p", "v6e", "tpu7x"])
+def test_topologies_ascend_and_parse(name: str) -> None:
+    chips = [prod(t) for t in topologies(name)]
+    assert chips == sorted(chips)
+    first = "x".join(map(str, topologies(name)[0]))
+    machines = list(sizes_of_kind(parse_machine(f"tpu:{name}:{first}")))
+    assert [m.devices for m in machines] == sorted(m.devices for m in machines)
+
+
+def test_a_mesh_of_another_size_says_which_would_fit() -> None:
+    with pytest.raises(InputError) as error:
+        check_devices(plan_mesh("data=8,expert=4"), 64, "tpu:v5p:4x4x4")
+    assert "expert:8 would" in str(error.value)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moecc.cli.main import main
-from moecc.plan.sweeps import DROPLESS, Planned, frontier
+from moecc.plan.sweeps import DROPLESS, Planned, frontier, parse_sweep
 from tests.support.tiers import examples
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -93,3 +93,9 @@ def test_bad_values(capsys: pytest.CaptureFixture[str], sweep: str, code: int, s
     found, out, err = run(capsys, "plan", DENSE, *WHERE, *up, "--sweep", sweep)
     assert (found, out) == (code, "")
     assert says in err
+
+
+def test_every_text_of_a_sweep_is_read_back() -> None:
+    found = parse_sweep(["experts=8,16", "top-k=1 capacity-factor=1.25,dropless"])
+    assert (found.experts, found.top_k, found.capacity_factor) == ((8, 16), (1,), (1.25, DROPLESS))
+    assert len(list(found.points())) == 4

@@ -146,3 +146,8 @@ def test_options_and_graphs_that_do_not_suit() -> None:
     run(dense, "annotate-sharding{mesh=data:2 rules=data-parallel}")
     with pytest.raises(InputError, match="matched nothing"):
         run(dense, "expert-parallel{via=ring}")
+
+
+def test_most_ways_are_legal_somewhere() -> None:
+    assert {case.way for case in LEGAL} == {case.way for case in cases()}
+    assert len(LEGAL) >= 130

@@ -18,7 +18,7 @@ from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.testing.data import params_for
 from moecc.train.batches import open_batches
-from moecc.train.graphs import eval_graph, eval_passes, train_graph, train_passes
+from moecc.train.graphs import eval_graph, eval_passes, train_graph, train_passes, training_remarks
 from moecc.train.recipe import (
     Corpus,
     DataSection,
@@ -158,3 +158,19 @@ def test_a_mesh_with_collectives_of_its_own_divides_the_batch(
     with pytest.raises(InputError, match=f"{told}(?s:.*)a divisor of (4|32) .*\n.*\n.* would"):
         train_graph(graph, plain)
     train_graph(graph, replace(plain, mesh=replace(section, partition="gspmd")))
+
+
+@pytest.mark.parametrize(
+    ("passes", "told"),
+    [
+        ("upcycle{experts=4 top-k=2}", False),
+        ("upcycle{experts=4 top-k=1 gates=switch}", False),
+        ("upcycle{experts=4 top-k=1}", True),
+        ("upcycle{experts=4 top-k=2 gates=ones}", True),
+    ],
+)
+def test_routers_without_a_gradient_are_remarked(passes: str, told: bool) -> None:
+    found = list(training_remarks(imported("llama_gqa", passes)))
+    assert bool(found) == told
+    if told:
+        assert found[0].startswith("layers.0.ffn, layers.1.ffn, layers.2.ffn: the gates")

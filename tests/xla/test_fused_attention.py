@@ -249,3 +249,13 @@ def test_the_kernel_by_platform_and_form(
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
+
+
+def test_the_share_of_scores_is_that_of_the_blocks() -> None:
+    share = attention_blocks.share_of_scores
+    assert share(64, 64, causal=True) == 1
+    assert share(256, 256, causal=True) == 3 / 4
+    assert share(1024, 1024, causal=True) == 36 / 64
+    assert share(1024, 1024, causal=False) == 1
+    # Each block sees its own keys and the 127 before them; the first has none before.
+    assert share(512, 512, causal=True, window=128) == (128 + 3 * 255) / (4 * 512)

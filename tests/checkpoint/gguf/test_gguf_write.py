@@ -18,6 +18,7 @@ from hypothesis.extra import numpy as arrays
 
 from moecc.errors import InputError, MoeccError
 from moecc.formats.gguf.encode import plan_file
+from moecc.formats.gguf.families import GGUF_FAMILIES, GGUF_MIXTURES, gguf_name, hugging_face_name
 from moecc.formats.gguf.header import Key, read_gguf_header
 from moecc.formats.gguf.reader import open_gguf
 from moecc.formats.gguf.storage import BY_NAME, dequantise, quantise
@@ -341,3 +342,23 @@ def test_a_tokenizer_without_a_form(
     assert [key.value for key in keys] == ["none"]
     assert found is not None
     assert re.search(reason, found)
+
+
+@needs_package
+@pytest.mark.parametrize("architecture", [*GGUF_FAMILIES, *GGUF_MIXTURES])
+def test_names_are_those_of_the_package(architecture: str) -> None:
+    import gguf
+
+    for table in (GGUF_FAMILIES, GGUF_MIXTURES):
+        family = table.get(architecture)
+        if family is None:
+            continue
+        arch = {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[architecture]
+        names = gguf.get_tensor_name_map(arch, 3)
+        for old, new in family.stems().items():
+            full = f"model.layers.2.{new}"
+            if not (architecture == "granitemoe" and "_exps" in old):
+                # Their converter cuts the experts' matrices before it names them.
+                assert names.get_name(full) == f"blk.2.{old}", full
+            assert gguf_name(f"{full}.weight", family) == f"blk.2.{old}.weight"
+            assert hugging_face_name(f"blk.2.{old}.weight", family) == f"{full}.weight"
