@@ -2,7 +2,7 @@
 
     python -m tests.oracle [--pairs N] [--seed N] [--jobs N] [--source NAME] [--out FILE]
 
-Pairs come in parts of 500 seeds, each with a file of counts in the work folder, so that a run that
+Pairs come in parts of 200 seeds, each with a file of counts in the work folder, so that a run that
 was stopped goes on with those that are missing.  Prints the counts; exit code 1 if prover and
 reference disagree anywhere, with the graphs in ``found/`` beside this file.
 """
@@ -24,7 +24,7 @@ from moecc.version import __version__
 from .fuzz import run
 from .sources import SOURCES
 
-PART = 500
+PART = 200
 
 
 def main() -> int:

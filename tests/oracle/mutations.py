@@ -16,8 +16,6 @@ import argparse
 import json
 import os
 import random
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -62,7 +60,8 @@ from .pairs import apply_edit
 from .sound_edits import pick
 from .wrong_edits import WRONG
 
-RECORD = Path(__file__).parents[2] / "docs" / "proofs" / "mutants.json"
+ROOT = Path(__file__).parents[2]
+RECORD = ROOT / "docs" / "proofs" / "mutants.json"
 
 ON_GRAPHS: dict[str, Pass] = {
     name: item
@@ -258,33 +257,30 @@ def _tried(item: Wrong, seed: int) -> dict[str, Any] | None:
 
 
 KINDS = {
-    "pass": wrong_passes,
-    "slip": slips,
-    "table": wrong_tables,
     "weight": wrong_weights,
     "export": wrong_exports,
+    "table": wrong_tables,
+    "slip": slips,
+    "pass": wrong_passes,
 }
 COUNTS = {"pass": 4, "slip": 260, "table": 8, "weight": 80, "export": 60}
 """How many are wanted: of each pass and table, of all others together."""
 
 
-def run(kind: str, count: int, seed: int, shard: int, shards: int) -> list[dict[str, Any]]:
-    """Return what is said of a shard of the pairs of a kind, up to `count` that differ."""
-    results: list[dict[str, Any]] = []
+def run(kind: str, count: int, seed: int, log: Path) -> None:
+    """Try pairs of a kind until so many differ, and add a line to `log` about each of these."""
     each: Counter[str] = Counter()
     is_each = kind in ("pass", "table")
+    completed = 0
     for number, item in enumerate(KINDS[kind](count, seed)):
-        if number % shards != shard:
+        if each[item.name] >= count if is_each else completed >= count:
             continue
-        if is_each and each[item.name] * shards >= count:
-            continue
-        if not is_each and len(results) * shards >= count:
-            break
         result = tried(item, seed + number)
         if result is not None:
-            results.append(result)
             each[item.name] += 1
-    return results
+            completed += 1
+            with log.open("a", encoding="utf-8") as lines:
+                print(json.dumps(result), file=lines)
 
 
 def main() -> int:
@@ -294,28 +290,21 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=list(KINDS))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--log", type=Path, default=ROOT / "build" / "mutants.jsonl")
     parser.add_argument("--out", type=Path, default=RECORD)
     asked = parser.parse_args()
-    started = time.monotonic()
-    results: list[dict[str, Any]] = []
-    shards = 2
+    asked.log.parent.mkdir(parents=True, exist_ok=True)
+    asked.log.write_text("", "utf-8")
     with ProcessPoolExecutor(asked.jobs) as pool:
-        futures = [
-            pool.submit(run, kind, max(1, round(COUNTS[kind] * asked.share)), asked.seed, s, shards)
-            for kind in ([asked.only] if asked.only else KINDS)
-            for s in range(shards)
-        ]
+        kinds = [asked.only] if asked.only else list(KINDS)
+        counts = {kind: max(1, round(COUNTS[kind] * asked.share)) for kind in kinds}
+        futures = [pool.submit(run, k, n, asked.seed, asked.log) for k, n in counts.items()]
         for future in futures:
-            results += future.result()
-            print(len(results), "tried", file=sys.stderr, flush=True)
-    record = summary(results)
-    record["seconds"] = round(time.monotonic() - started)
+            future.result()
+    record = summary([json.loads(x) for x in asked.log.read_text("utf-8").splitlines()])
     asked.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    print(
-        json.dumps(
-            {k: v for k, v in record.items() if k not in ("open", "proved_wrongly")}, indent=1
-        )
-    )
+    shown = {k: v for k, v in record.items() if k not in ("open", "proved_wrongly")}
+    print(json.dumps(shown, indent=1))
     return 1 if record["proved_wrongly"] else 0
 
 

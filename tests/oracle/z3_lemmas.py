@@ -122,13 +122,24 @@ def some_best_are_no_bijection() -> Iterator[Claim]:
     yield [], z3.And([rank(scores, i) < 2 for i in range(3)])
 
 
+def best_of_repeated_shares_with_a_bias() -> Iterator[Claim]:
+    """Variant: shares among all copies, to which a bias is added."""
+    shares, biases = reals("s", 2), reals("b", 2)
+    once = [s + b for s, b in zip(shares, biases, strict=True)]
+    repeated = [shares[i // 2] / 2 + biases[i // 2] for i in range(4)]
+    inside = [z3.And(s > 0, s < 1) for s in shares]
+    yield inside, z3.And([rank(repeated, i) == 2 * rank(once, i // 2) + i % 2 for i in range(4)])
+
+
 def order_is_kept() -> Iterator[Claim]:
-    """An increasing function of the scores has the same best ones, ties included."""
+    """The k best by σ(aᵢ) + b are the k best by aᵢ, for an increasing score σ."""
     for count in range(1, 5):
         scores, images = reals("s", count), reals("f", count)
         pairs = list(product(range(count), repeat=2))
+        bias = z3.Real("b")
         increasing = [(scores[i] < scores[j]) == (images[i] < images[j]) for i, j in pairs]
-        yield increasing, z3.And([rank(scores, i) == rank(images, i) for i in range(count)])
+        biased = [f + bias for f in images]
+        yield increasing, z3.And([rank(scores, i) == rank(biased, i) for i in range(count)])
 
 
 def order_is_nearly_kept() -> Iterator[Claim]:
@@ -141,17 +152,20 @@ def order_is_nearly_kept() -> Iterator[Claim]:
 
 
 def bias_dominates() -> Iterator[Claim]:
-    """Scores in (0, 1) with a bias of at least 1 come before those without one."""
+    """The k best of scores in (0, 1) with biases are those of the largest biases.
+
+    That is so where these, at least k, are greater than every other by at least 1.
+    """
     for count, favoured in ((2, 1), (3, 1), (3, 2), (4, 2), (5, 3)):
-        scores, bias = reals("s", count), z3.Real("b")
+        scores, biases = reals("s", count), reals("b", count)
         inside = [z3.And(s > 0, s < 1) for s in scores]
+        sums = [s + b for s, b in zip(scores, biases, strict=True)]
         for chosen in {tuple(range(favoured)), tuple(range(count - favoured, count))}:
-            sums = [s + bias if i in chosen else s for i, s in enumerate(scores)]
-            among = [scores[i] for i in chosen]
-            yield (
-                [*inside, bias >= 1],
-                z3.And([rank(sums, i) == rank(among, n) for n, i in enumerate(chosen)]),
-            )
+            others = [i for i in range(count) if i not in chosen]
+            greater = [biases[i] >= biases[j] + 1 for i in chosen for j in others]
+            among = [sums[i] for i in chosen]
+            ranks = [rank(sums, i) == rank(among, n) for n, i in enumerate(chosen)]
+            yield [*inside, *greater], z3.And(ranks)
 
 
 def small_bias_dominates() -> Iterator[Claim]:
@@ -355,15 +369,15 @@ STATEMENTS: dict[str, Callable[[], Iterator[Claim]]] = {
     "best of repeated scores": best_of_repeated,
     "best of equal scores": best_of_equal,
     "sum over a bijection": all_best_are_a_bijection,
-    "order is kept": order_is_kept,
-    "dominant bias": bias_dominates,
+    "a bias of all scores": order_is_kept,
+    "best of undominated scores": bias_dominates,
     "equal shares": equal_shares,
     "shares of repeated scores": repeated_shares,
     "shares add up": shares_add_up,
     "slot of a choice": slots_are_used_once,
     "quotient": quotient_of_sum,
     "remainder": quotient_of_sum,
-    "nested quotient": nested_quotient,
+    "quotient of a quotient": nested_quotient,
     "quotient and remainder": quotient_and_remainder,
     "merged axes": digits_are_unique,
     "sum at a point": sum_at_point,
@@ -381,6 +395,7 @@ VARIANTS = (
     best_of_repeated_ties_last,
     best_of_unequal_copies,
     best_of_equal_ties_last,
+    best_of_repeated_shares_with_a_bias,
     some_best_are_no_bijection,
     order_is_nearly_kept,
     small_bias_dominates,
