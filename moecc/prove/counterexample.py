@@ -15,7 +15,7 @@ from moecc.ir.ops.slots import SlotsOp
 from moecc.ir.structure import index_bound, length_bounds
 from moecc.ir.unroll import unrolled
 from moecc.support.lazy import np
-from moecc.types import F64, Array, TensorType
+from moecc.types import F32, F64, Array, TensorType
 from moecc.weights.arithmetic import Cast
 from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import Expr, Source, sources, transform
@@ -192,6 +192,8 @@ def _parameter(value: Value, seed: int, sizes: Sizes) -> Array:
 
     def read(name: str, start: int = 0, stop: int | None = None) -> Array:
         data = _drawn(f"source {name}", types[name], seed, {}, 2)
+        if types[name].dtype.is_float:
+            data = data.astype(types[name].dtype.numpy).astype(np.float64)
         return data[start:stop] if types[name].axes else data
 
     weight = transform(value.weight, _in_float64)
@@ -199,9 +201,13 @@ def _parameter(value: Value, seed: int, sizes: Sizes) -> Array:
 
 
 def _in_float64(expr: Expr) -> Expr:
-    """Return an expression that computes in float64, without rounding in between."""
-    if not expr.type.dtype.is_float or expr.type.dtype is F64:
+    """Return an expression that computes in float64, and rounds where it casts to a narrow type."""
+    dtype = expr.type.dtype
+    if not dtype.is_float or dtype is F64:
         return expr
     if isinstance(expr, Source):
         return Source(expr.name, expr.type.with_dtype(F64))
-    return expr.x if isinstance(expr, Cast) else Cast(expr, F64)
+    if isinstance(expr, Cast):
+        # float32 rounds less than what counts as a difference.
+        return expr.x if dtype is F32 else Cast(Cast(expr.x, dtype), F64)
+    return Cast(expr, F64)

@@ -59,3 +59,21 @@ def test_a_tie_that_rounding_makes_refutes_nothing() -> None:
     )
     assert prove(first, second).status != "refuted"
     assert prove(second, first).status != "refuted"
+
+
+def test_a_weight_that_is_rounded_is_refuted() -> None:
+    def scaled(weight: str) -> Graph:
+        return graph(
+            "input %x : f32[b=3]",
+            f"param %w : f32[b=3] = {weight}",
+            "%y = mul %x, %w : f32[b=3]",
+            "output y = %y",
+        )
+
+    before = scaled('source("w" : f32[b=3])')
+    rounded = scaled('cast(cast(source("w" : f32[b=3]), bf16), f32)')
+    narrow = scaled('cast(source("w" : bf16[b=3]), f32)')
+    wide = scaled('cast(cast(source("w" : f32[b=3]), f64), f32)')
+    assert prove(before, rounded).status == "refuted"
+    assert prove(before, narrow).status == "refuted"
+    assert prove(before, wide).status != "refuted"
