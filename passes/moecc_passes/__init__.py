@@ -35,7 +35,7 @@ _PASSES = {
     "roll-layers": "roll_layers.roll_layers:RollLayersPass",
     "specialize": "specialize.specialize:SpecializePass",
     "st-moe": "st_moe:ST_MOE",
-    "strip-sharding": "sharding.strip:StripShardingPass",
+    "strip-sharding": "sharding.annotate:StripShardingPass",
     "tie-head": "training:TieHeadPass",
     "to-dense": "resize.passes:ToDensePass",
     "trace-routing": "routed:TraceRoutingPass",

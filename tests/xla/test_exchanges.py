@@ -20,15 +20,10 @@ jax = pytest.importorskip("jax")
 from jax.sharding import PartitionSpec  # noqa: E402
 from moecc_backends.xla.backend import function  # noqa: E402
 from moecc_backends.xla.dispatch import choose as dispatches  # noqa: E402
+from moecc_backends.xla.dispatch.exchange import ExchangeSpec, exchange_map, send, send_back  # noqa: E402
 from moecc_backends.xla.lower.function import (  # noqa: E402
     device_mesh,
     sharded_function,
-)
-from moecc_backends.xla.mesh.all_to_all import (  # noqa: E402
-    ExchangeSpec,
-    exchange_map,
-    send,
-    send_back,
 )
 from moecc_backends.xla.trace.context import DEFAULTS, Options  # noqa: E402
 

@@ -4,8 +4,9 @@
 do the rest.  Where things are:
 
 - `trace`: values, the context of a trace and the table of lowerings, options;
-- `kernels`, `mesh`: products, and exchanges between devices, on plain arrays;
-- `dispatch`: the strategies that bring tokens to experts and back; `dispatch.choose` decides;
+- `kernels`: products and attention, on plain arrays;
+- `dispatch`: the strategies that bring tokens to experts and back, and their exchanges between
+  devices; `dispatch.choose` decides;
 - `lower`: operations by name; graphs as a function, under `shard_map`, for GSPMD;
 - `run`, `train`, `aot`: programs, training steps, compilation for other machines.
 """

@@ -30,15 +30,7 @@ from moecc.ir.traits import CollectiveKind, RowMove
 from moecc.sharding.vias import ROUND_ROOM
 from moecc.types import Extent
 from moecc_backends.xla.dispatch.choose import region, why_meets
-from moecc_backends.xla.dispatch.sorted_rows import (
-    Deferral,
-    ExchangeRecord,
-    RowPermutation,
-    SortedRows,
-    rows_to_tokens,
-    sum_rows,
-)
-from moecc_backends.xla.mesh.all_to_all import (
+from moecc_backends.xla.dispatch.exchange import (
     ExchangeMap,
     ExchangeSpec,
     Mesh,
@@ -46,6 +38,14 @@ from moecc_backends.xla.mesh.all_to_all import (
     round_map,
     send,
     send_back,
+)
+from moecc_backends.xla.dispatch.sorted_rows import (
+    Deferral,
+    ExchangeRecord,
+    RowPermutation,
+    SortedRows,
+    rows_to_tokens,
+    sum_rows,
 )
 from moecc_backends.xla.trace.context import DeviceView, TraceContext, zeros_like_on_devices
 from moecc_backends.xla.trace.values import (

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from moecc_backends.xla.dispatch.exchange import ExchangeMap, ExchangeSpec
 from moecc_backends.xla.kernels.grouped_matmul import grouped_matmul_of_parts, repeat_by_group
-from moecc_backends.xla.mesh.all_to_all import ExchangeMap, ExchangeSpec
 from moecc_backends.xla.trace.values import (
     SLOT_AXES,
     Deferred,

@@ -65,7 +65,7 @@ from moecc.train.run import (
     locked_run,
     remove_incomplete,
 )
-from moecc.train.schedule import rate_at
+from moecc.train.settings import rate_at
 from moecc.types import DTYPES, Array, float_type
 from moecc_backends.xla.import_jax import find_devices
 from moecc_backends.xla.run.program import (

@@ -1,1 +1,0 @@
-"""Devices: specs of arrays, exchanges between devices, loading sharded parameters."""
