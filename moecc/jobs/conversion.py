@@ -23,7 +23,7 @@ from moecc.rewrite.passes import Context, Preserves
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline, temporary_folder
 from moecc.support.text import amount, brief, count_text, facts_table, size_text
-from moecc.translate.engines import verdicts, verdicts_on_gguf
+from moecc.translate.engines import verdicts, verdicts_on_gguf, verdicts_on_program
 from moecc.translate.propose import check_target
 from moecc.types import DType
 from moecc.weights.arithmetic import branch_and_name, is_statistic
@@ -98,8 +98,12 @@ class Plan:
     @cached_property
     def engines(self) -> tuple[Verdict, ...]:
         """Whether each engine runs the model that will be written."""
+        from moecc.translate.export import EmittedExport
+
         if self.architecture:
             return verdicts_on_gguf(self.architecture)
+        if isinstance(self.export, EmittedExport):
+            return verdicts_on_program()
         return verdicts(self.export.config)
 
     @property

@@ -211,6 +211,19 @@ def verdicts_on_gguf(architecture: str) -> tuple[Verdict, ...]:
     return tuple(Verdict(e.name, e.version, runs=True) for e in ENGINES if e.name == LLAMA_CPP)
 
 
+RUNS_PROGRAMS = "transformers"
+
+
+def verdicts_on_program() -> tuple[Verdict, ...]:
+    """Return the verdicts on a program in PyTorch beside its weights, where one was looked for."""
+    runs = [e for e in ENGINES if e.name.startswith(RUNS_PROGRAMS)]
+    never = [e for e in ENGINES if e.name in (LLAMA_CPP, "mlx-lm")]
+    return (
+        *(Verdict(e.name, e.version, runs=True, note="trust_remote_code") for e in runs),
+        *(Verdict(e.name, e.version, False, ("it runs no code of a checkpoint",)) for e in never),
+    )
+
+
 def _verdict(engine: Engine, config: ModelConfig) -> Verdict:
     reading = config.engines.get(engine.name)
     if engine.name == LLAMA_CPP and config.gguf is not None:
