@@ -148,30 +148,34 @@ class AddLossesPass(Pass):
     balance: Annotated[
         Literal["top-1", "k-hot", "none"], "whether f counts first choices or all of them"
     ] = "top-1"
-    balance_coef: Annotated[float, "the coefficient of the balance loss", Bounds(0)] = 0.01
-    z_coef: Annotated[float, "that of the router z-loss; 0: no such loss", Bounds(0)] = 0.001
-    importance_coef: Annotated[float, "that of V-MoE's importance loss", Bounds(0)] = 0.0
-    load_coef: Annotated[float, "that of V-MoE's load loss", Bounds(0)] = 0.0
+    balance_coef: Annotated[float, "coefficient of the balance loss", Bounds(0)] = 0.01
+    z_coef: Annotated[float, "coefficient of the router z-loss; 0 leaves it out", Bounds(0)] = 0.001
+    importance_coef: Annotated[float, "coefficient of V-MoE's importance loss", Bounds(0)] = 0.0
+    load_coef: Annotated[float, "coefficient of V-MoE's load loss", Bounds(0)] = 0.0
     load_noise: Annotated[
         float | None,
-        "the noise of the load loss; none: what is added to the logits, or 1/experts",
+        "standard deviation of the noise in the load loss; none: that of the "
+        "logits' noise, or 1/experts",
         Bounds(0, is_open=True),
     ] = None
     attention_z_coef: Annotated[
-        float, "that of the z-loss of attention, of every layer", Bounds(0)
+        float, "coefficient of the attention z-loss of every layer", Bounds(0)
     ] = 0.0
-    output_z_coef: Annotated[float, "that of the z-loss of the output softmax", Bounds(0)] = 0.0
+    output_z_coef: Annotated[
+        float, "coefficient of the z-loss of the output softmax", Bounds(0)
+    ] = 0.0
     over: Annotated[
-        Literal["group", "sequence", "global"], "what f and P are means over, before averaging"
+        Literal["group", "sequence", "global"], "tokens over which f and P are averaged first"
     ] = "group"
-    layers: Annotated[Literal["sum", "mean"], "how the losses of layers are joined"] = "sum"
-    metrics: Annotated[bool, "whether metrics of each layer are added"] = True
+    layers: Annotated[Literal["sum", "mean"], "reduction of the losses over layers"] = "sum"
+    metrics: Annotated[bool, "whether to add the metrics of each layer"] = True
     parts: Annotated[
         int,
-        "losses and metrics of one of so many parts of a batch, which add up; 0: of all of it",
+        "number of micro-batches whose losses and metrics add up to those of the "
+        "batch; 0: the whole batch",
         Bounds(0),
     ] = 0
-    replace: Annotated[bool, "whether losses and metrics that are there are replaced"] = False
+    replace: Annotated[bool, "whether to replace existing losses and metrics"] = False
 
     def validate(self) -> list[Problem]:
         """Return which options are out of range, or leave nothing to add."""

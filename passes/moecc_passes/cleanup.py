@@ -333,7 +333,7 @@ class CanonicalizePass(Pass):
     summary = "bring a graph into the canonical form that other passes expect"
     takes_rolled = True
 
-    exact: Annotated[bool, "leave out what is equal only in real arithmetic"] = False
+    exact: Annotated[bool, "leave out rewrites that are equal only in real arithmetic"] = False
 
     @property
     def preserves(self) -> Preserves:
@@ -384,7 +384,7 @@ class CsePass(Pass):
     """
 
     name = "cse"
-    summary = "keep the first of nodes that compute the same"
+    summary = "merge nodes that compute the same value"
     takes_rolled = True
     preserves = EXACT
 

@@ -491,7 +491,7 @@ class DecodePass(Pass):
     preserves = Preserves("approximate", STEPS)
 
     part: Annotated[
-        Literal["decode", "encode"], "the decoder's tokens, or what an encoder makes for them"
+        Literal["decode", "encode"], "graph to make: of the decoder's tokens, or of the encoder"
     ] = "decode"
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:

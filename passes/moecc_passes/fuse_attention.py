@@ -258,7 +258,7 @@ class FuseAttentionPass(Pass):
     """
 
     name = "fuse-attention"
-    summary = "make scores, softmax and averaged values one operation"
+    summary = "fuse scores, softmax and weighted values into one operation"
     preserves = Preserves("reassociation", "sums of weights are divided after values are added")
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:

@@ -238,7 +238,7 @@ class FuseGateUpPass(Pass):
     """
 
     name = "fuse-gate-up"
-    summary = "contract a value with gate and up at once"
+    summary = "fuse the gate and up products of a block"
     preserves = Preserves("reassociation", "a product of another shape adds in another order")
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:

@@ -450,7 +450,7 @@ class TraceRoutingPass(Pass):
     """
 
     name = "trace-routing"
-    summary = "return which tokens went to which experts"
+    summary = "add the routing of each layer as outputs"
     must_match = True
     preserves = EXACT
 
@@ -507,11 +507,11 @@ class TraceValuesPass(Pass):
     """
 
     name = "trace-values"
-    summary = "return what goes into blocks and experts, and comes out"
+    summary = "add the inputs and outputs of blocks and experts as outputs"
     must_match = True
     preserves = EXACT
 
-    at: Annotated[str, "the locations, as a pattern of the shell: layers.3.*"] = "*"
+    at: Annotated[str, "locations as a shell pattern: layers.3.*"] = "*"
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
         """Add the outputs.

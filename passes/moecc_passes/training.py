@@ -41,7 +41,7 @@ class FreezePass(Pass):
     """
 
     name = "freeze"
-    summary = "mark groups of parameters as not trained"
+    summary = "freeze groups of parameters"
     must_match = True
     takes_rolled = True
     preserves = EXACT
@@ -134,9 +134,9 @@ class TieHeadPass(Pass):
     """
 
     name = "tie-head"
-    summary = "make logits of hidden states by the embedding"
+    summary = "add logits computed by the tied embedding"
 
-    only: Annotated[bool, "the hidden states are no output any more"] = False
+    only: Annotated[bool, "remove the hidden states from the outputs"] = False
 
     @property
     def preserves(self) -> Preserves:
@@ -197,7 +197,7 @@ class ForceBalancePass(Pass):
     """
 
     name = "force-balance"
-    summary = "let tokens take experts in turn, to time a step"
+    summary = "assign experts to tokens in turn, to time a step"
     must_match = True
 
     @property
@@ -277,11 +277,11 @@ class PackSegmentsPass(Pass):
     """
 
     name = "pack-segments"
-    summary = "keep documents apart that share a sequence"
+    summary = "mask attention between documents that share a sequence"
     must_match = True
     preserves = Preserves("approximate", "tokens see those of their own segment alone")
 
-    documents: Annotated[Literal["several", "one"], "how many documents a row has"] = "several"
+    documents: Annotated[Literal["several", "one"], "documents per row"] = "several"
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
         """Add the inputs and masks.

@@ -116,9 +116,9 @@ class GrowPass(ResizePass):
     """
 
     name = "grow"
-    summary = "store every expert several times, and choose as many more"
+    summary = "copy every expert, and choose as many more"
 
-    times: Annotated[int, "how often every expert is stored", Bounds(2)] = 2
+    times: Annotated[int, "number of copies of every expert", Bounds(2)] = 2
     chosen: Annotated[
         Literal["all", "same"],
         "how many a token goes to: as many more; or the same, and a bias keeps the copies from "
@@ -198,9 +198,9 @@ class ZeroExpertsPass(ResizePass):
     """
 
     name = "zero-experts"
-    summary = "add experts that add nothing, kept from being chosen by a bias"
+    summary = "add zero experts, which a bias keeps from being chosen"
 
-    count: Annotated[int, "how many are added to each layer", Bounds(1)] = 1
+    count: Annotated[int, "experts added to each layer", Bounds(1)] = 1
     bias: Annotated[BiasChoice, BIAS_DOC] = "auto"
 
     @property
@@ -253,12 +253,13 @@ class MergePass(ResizePass):
     """
 
     name = "merge"
-    summary = "replace every few experts by their mean"
+    summary = "merge groups of experts into their mean"
 
-    size: Annotated[int, "how many experts become one", Bounds(2)] = 2
+    size: Annotated[int, "number of experts merged into one", Bounds(2)] = 2
     by: Annotated[
         Literal["number", "result"],
-        "which: neighbours; or, from convert --capture, those whose mean results are alike",
+        "grouping: neighbouring experts; or, from convert --capture, experts with "
+        "similar mean outputs",
     ] = "number"
 
     @property
@@ -331,9 +332,11 @@ class PrunePass(ResizePass):
     name = "prune"
     summary = "remove some of the experts"
 
-    keep: Annotated[int, "how many experts of a layer stay", Bounds(2, hint="to-dense")] = 4
+    keep: Annotated[int, "experts kept in each layer", Bounds(2, hint="to-dense")] = 4
     experts: Annotated[
-        str, "which: numbers 0,2,5 for all layers; empty: as by says, for each layer"
+        str,
+        "numbers of the kept experts, 0,2,5, in all layers; empty: chosen for each "
+        "layer as `by` says",
     ] = ""
     by: Annotated[
         Literal["draw", "saliency", "share"],
@@ -403,13 +406,15 @@ class ToDensePass(ResizePass):
     """
 
     name = "to-dense"
-    summary = "make one dense block of the experts of a layer"
+    summary = "replace the experts of a layer by one dense block"
 
     how: Annotated[
         Literal["first", "mean", "concat"],
         "first: one expert; mean: of the weights; concat: a block with the neurons of all",
     ] = "first"
-    experts: Annotated[str, "which experts: 0,2,5; empty: all, or with first number 0"] = ""
+    experts: Annotated[
+        str, "numbers of the experts, 0,2,5; empty: all, or with how=first number 0"
+    ] = ""
 
     @property
     def preserves(self) -> Preserves:

@@ -256,7 +256,8 @@ class RollLayersPass(Pass):
 
     remat: Annotated[
         Literal["none", "block", "full", "save"],
-        "what is kept for the gradient: all, the operands of each block or layer, or named values",
+        "values kept for the backward pass: all, the inputs of each block or layer, "
+        "or named values",
     ] = "none"
     save: Annotated[
         tuple[str, ...], f"remat=save: names of {', '.join(KEPT)}; none: {', '.join(DEFAULT)}"
@@ -264,7 +265,7 @@ class RollLayersPass(Pass):
 
     split: Annotated[
         str | None,
-        "the mesh axis along which values carried from layer to layer are sharded",
+        "mesh axis that shards the values carried from layer to layer",
     ] = None
 
     def validate(self) -> list[Problem]:

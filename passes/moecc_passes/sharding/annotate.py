@@ -59,7 +59,9 @@ class AnnotateShardingPass(Pass):
     must_match = True
 
     mesh: Annotated[str, "the axes of the mesh and their sizes, data:8,model:4"]
-    rules: Annotated[tuple[str, ...], "layouts by name, or files of rules; the first counts most"]
+    rules: Annotated[
+        tuple[str, ...], "layouts by name, or files of rules; the first takes precedence"
+    ]
 
     @property
     def preserves(self) -> Preserves:
@@ -208,7 +210,7 @@ class StripShardingPass(Pass):
     """
 
     name = "strip-sharding"
-    summary = "take the mesh and its collectives away"
+    summary = "remove the mesh and its collectives"
     takes_rolled = True
     preserves = REGROUPED
 

@@ -665,7 +665,7 @@ class ExpertParallelPass(Pass):
     """
 
     name = NAME
-    summary = "choose how rows come to the devices of their experts"
+    summary = "choose the collectives that bring rows to their experts"
     must_match = True
 
     via: Annotated[
@@ -673,16 +673,17 @@ class ExpertParallelPass(Pass):
         "the collectives between tokens and experts",
     ]
     slice: Annotated[
-        str | None, "the mesh axis along which copies send a part of each row (capacity, ragged)"
+        str | None,
+        "mesh axis along which replicated devices each send a part of every row (capacity, ragged)",
     ] = None
 
     buffer_factor: Annotated[
         float | None,
-        "the rows that a device has room for, in shares of the choices (ragged, ring, replicated)",
+        "size of a device's row buffer, as a multiple of its mean load (ragged, ring, replicated)",
     ] = None
 
     chunks: Annotated[
-        int, "the chunks of rows that experts work on in turn (capacity, hierarchical)"
+        int, "number of chunks of rows that experts process in turn (capacity, hierarchical)"
     ] = 1
 
     @property

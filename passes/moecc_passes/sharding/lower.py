@@ -46,7 +46,7 @@ class LowerCollectivesPass(Pass):
     """
 
     name = NAME
-    summary = "make collectives of what is brought elsewhere"
+    summary = "replace reshards by collectives"
     takes_rolled = True
     preserves = EXACT
 

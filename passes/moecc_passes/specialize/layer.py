@@ -41,62 +41,73 @@ GROUP = Bounds(1, hint="ST-MoE has 2 to 8 sequences in a group")
 class ModeConfig:
     """The options of ``specialize``, and the settings of a mode; None leaves a layer unchanged."""
 
-    mode: Annotated[Literal["train", "eval"], "what the graph is for"] = "train"
+    mode: Annotated[Literal["train", "eval"], "purpose of the graph"] = "train"
     layers: Annotated[str, "all, or a glob over locations: encoder.*, layers.3.ffn"] = "all"
-    capacity_factor: Annotated[float | None, "bounds the rows of an expert", FACTOR] = None
-    dropless: Annotated[bool | None, "no bound at all"] = None
+    capacity_factor: Annotated[
+        float | None, "bound on the rows of an expert, as a multiple of its mean load", FACTOR
+    ] = None
+    dropless: Annotated[bool | None, "whether to remove every bound"] = None
     convention: Annotated[
         Literal["tokens", "assignments"] | None,
-        "what the factor multiplies: tokens (ST-MoE), or tokens times top-k (V-MoE)",
+        "quantity that the factor multiplies: tokens (ST-MoE), or tokens times top-k (V-MoE)",
     ] = None
-    rounding: Annotated[Literal["floor", "round", "ceil"] | None, "of the capacity"] = None
-    multiple: Annotated[int | None, "the capacity is a multiple of this", Bounds(1)] = None
-    minimum: Annotated[int | None, "the least capacity", Bounds(1)] = None
-    cap: Annotated[bool | None, "whether it is at most the tokens of a group"] = None
+    rounding: Annotated[Literal["floor", "round", "ceil"] | None, "rounding of the capacity"] = None
+    multiple: Annotated[int | None, "number of which the capacity is a multiple", Bounds(1)] = None
+    minimum: Annotated[int | None, "minimum capacity", Bounds(1)] = None
+    cap: Annotated[bool | None, "whether the capacity is at most the tokens of a group"] = None
     groups: Annotated[int | None, "the number of token groups", Bounds(1)] = None
-    group_size: Annotated[int | None, "the tokens of a group, in place of their number", GROUP] = (
-        None
-    )
+    group_size: Annotated[
+        int | None, "tokens per group, in place of the number of groups", GROUP
+    ] = None
     decoder_group_size: Annotated[
-        int | None, "that of the decoder of an encoder-decoder, if it differs", Bounds(1)
+        int | None,
+        "tokens per group in the decoder of an encoder-decoder, if it differs",
+        Bounds(1),
     ] = None
     order: Annotated[
         Literal["choice", "token"] | None,
-        "first choices before second ones, or token by token, which is strictly causal",
+        "order in which slots are assigned: first choices before second choices, or "
+        "token by token, which is strictly causal",
     ] = None
     policy: Annotated[
-        Literal["as-is", "all", "none", "threshold", "random"], "which further choices are kept"
+        Literal["as-is", "all", "none", "threshold", "random"],
+        "policy that keeps choices after the first",
     ] = "as-is"
-    threshold: Annotated[
-        float | None, "what the policy compares renormalised gates with; none: 0.2", Bounds(0)
-    ] = None
-    padding_mask: Annotated[
-        bool | None, "padding, by an input mask, gets no slot and counts in no loss"
-    ] = None
-    priority: Annotated[
-        bool | None, "tokens take turns by probability (batch-prioritised routing); not causal"
-    ] = None
-    after_drop: Annotated[
-        Literal["keep", "rescale"] | None, "what becomes of the gates that are left after a drop"
-    ] = None
-    jitter: Annotated[
-        float | None, "train: the router's input times 1 ± this (Switch: 0.01)", Bounds(0, 1)
-    ] = None
-    input_dropout: Annotated[float | None, "train: dropout on the router's input", Bounds(0, 1)] = (
+    threshold: Annotated[float | None, "threshold for renormalised gates; none: 0.2", Bounds(0)] = (
         None
     )
+    padding_mask: Annotated[
+        bool | None, "whether an input mask excludes padding from slots and losses"
+    ] = None
+    priority: Annotated[
+        bool | None,
+        "whether tokens are served in the order of their probability "
+        "(batch-prioritised routing); not causal",
+    ] = None
+    after_drop: Annotated[
+        Literal["keep", "rescale"] | None, "treatment of the remaining gates after a drop"
+    ] = None
+    jitter: Annotated[
+        float | None,
+        "train: half-width of the uniform noise around 1 that multiplies the "
+        "router's input (Switch: 0.01)",
+        Bounds(0, 1),
+    ] = None
+    input_dropout: Annotated[
+        float | None, "train: dropout rate of the router's input", Bounds(0, 1)
+    ] = None
     router_noise: Annotated[
-        float | None, "train: the std of normal noise on the logits", Bounds(0)
+        float | None, "train: standard deviation of normal noise on the logits", Bounds(0)
     ] = None
     dropout: Annotated[
         float | None,
-        "train: dropout on what sublayers add, and on the hidden values of dense ones",
+        "train: dropout rate of the outputs of sublayers and of the hidden values of dense blocks",
         Bounds(0, 1),
     ] = None
     expert_dropout: Annotated[
-        float | None, "train: dropout on the experts' hidden values", Bounds(0, 1)
+        float | None, "train: dropout rate of the experts' hidden values", Bounds(0, 1)
     ] = None
-    force: Annotated[bool, "allow in a decoder what looks at later tokens"] = False
+    force: Annotated[bool, "allow routing in a decoder that depends on later tokens"] = False
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that change a layer, by name."""

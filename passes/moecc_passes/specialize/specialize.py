@@ -340,16 +340,18 @@ class RecordModesPass(Pass):
     summary = "record the settings of training and evaluation in the graph"
     preserves = EXACT
 
-    train_capacity_factor: Annotated[float, "the capacity factor of training", FACTOR] = 1.25
-    eval_capacity_factor: Annotated[float, "that of evaluation", FACTOR] = 2.0
-    train_policy: Annotated[Policy, "which second choices training keeps"] = "random"
-    eval_policy: Annotated[Policy, "which ones evaluation keeps"] = "all"
-    threshold: Annotated[float, "what the policies compare gates with", Bounds(0)] = 0.2
+    train_capacity_factor: Annotated[float, "capacity factor in training", FACTOR] = 1.25
+    eval_capacity_factor: Annotated[float, "capacity factor in evaluation", FACTOR] = 2.0
+    train_policy: Annotated[Policy, "policy that keeps second choices in training"] = "random"
+    eval_policy: Annotated[Policy, "policy that keeps second choices in evaluation"] = "all"
+    threshold: Annotated[float, "gate threshold of the policies", Bounds(0)] = 0.2
     group_size: Annotated[
-        int | None, "the tokens of a group; none: the whole batch is one", GROUP
+        int | None, "tokens per group; none: the whole batch is one group", GROUP
     ] = None
     decoder_group_size: Annotated[
-        int | None, "that of the decoder of an encoder-decoder, if it differs", Bounds(1)
+        int | None,
+        "tokens per group in the decoder of an encoder-decoder, if it differs",
+        Bounds(1),
     ] = None
 
     def settings(self, mode: str) -> ModeConfig:

@@ -84,13 +84,13 @@ class GateLaw:
 class UpcycleOptions:
     """The options of ``upcycle``."""
 
-    experts: Annotated[int, "N, the experts stored"] = 8
-    top_k: Annotated[int, "k, the experts that a token goes to"] = 2
+    experts: Annotated[int, "number of experts N"] = 8
+    top_k: Annotated[int, "experts per token k"] = 2
     layers: Annotated[
         str,
         "all, nowhere, every:N, first:N|half, last:N|half, middle:N, a list 3,7,11, or a glob",
     ] = "all"
-    granularity: Annotated[int, "G, the slices of a block that make up one virtual group"] = 1
+    granularity: Annotated[int, "number G of slices of a block that make up one virtual group"] = 1
     split: Annotated[
         Literal["none", "index", "random", "activation"],
         "the neurons are divided among the experts, a part each, of which a token gets top-k: by "
@@ -103,36 +103,36 @@ class UpcycleOptions:
         # Kernels ask for multiples of 8 to 256.
         Bounds(0, 1 << 12, is_closed=True),
     ] = 0
-    shared: Annotated[
-        float, "the share of the neurons that a shared expert keeps", Bounds(0, 1)
-    ] = 0.0
+    shared: Annotated[float, "share of the neurons in a shared expert", Bounds(0, 1)] = 0.0
     shared_gate: Annotated[
         Literal["sigmoid", "none"],
         "what the shared expert is multiplied by: the sigmoid of a vector's product with the "
         "token, ½ at first and made up for, or nothing",
     ] = "sigmoid"
-    gates: Annotated[
-        Gates, "the gate convention; top-k-softmax, of the chosen, is renormalised by another name"
-    ] = "renormalised"
-    gate_scale: Annotated[
-        float, "what the gates are multiplied by (routed scaling factor)", POSITIVE
-    ] = 1.0
+    gates: Annotated[Gates, "gate convention; top-k-softmax is another name of renormalised"] = (
+        "renormalised"
+    )
+    gate_scale: Annotated[float, "factor on the gates (routed scaling factor)", POSITIVE] = 1.0
     scale_placement: Annotated[
-        Literal["down", "up-down", "cube-root"], "where the factor that gates ask for is put"
+        Literal["down", "up-down", "cube-root"],
+        "matrices that take the factor which the gates require",
     ] = "down"
-    init: Annotated[Literal["copy", "noise", "drop"], "how copies are made to differ"] = "copy"
+    init: Annotated[Literal["copy", "noise", "drop"], "method that makes the copies differ"] = (
+        "copy"
+    )
     sources: Annotated[
-        str, "models of convert --experts, one a copy: base,a,b; empty: all are of the source"
+        str, "models of convert --experts, one per copy: base,a,b; empty: the source alone"
     ] = ""
     rest: Annotated[
-        Literal["base", "mean"], "sources: where all else comes from, or the mean of them"
+        Literal["base", "mean"], "sources: model of all other weights, or their mean"
     ] = "base"
-    noise_std: Annotated[float, "init=noise: the standard deviation", Bounds(0)] = 0.01
+    noise_std: Annotated[float, "init=noise: standard deviation", Bounds(0)] = 0.01
     noise: Annotated[
-        Literal["relative", "absolute"], "init=noise: whether std is in units of the tensor's own"
+        Literal["relative", "absolute"],
+        "init=noise: whether noise-std is relative to the tensor's own standard deviation",
     ] = "relative"
     drop_ratio: Annotated[
-        float, "init=drop: the share of neurons drawn anew", Bounds(0, 1, is_closed=True)
+        float, "init=drop: share of the neurons that are redrawn", Bounds(0, 1, is_closed=True)
     ] = 0.5
     router_init: Annotated[
         Literal[
@@ -150,19 +150,17 @@ class UpcycleOptions:
         "the same, cut at 2 std; centroids, ridge: from statistics, with logits of router-std: of "
         "the texts, one an expert, or of the neurons of a split",
     ] = "normal"
-    router_std: Annotated[float, "their standard deviation", Bounds(0)] = 0.02
+    router_std: Annotated[float, "standard deviation of the router's weights", Bounds(0)] = 0.02
     router_ridge: Annotated[
         float,
-        "router-init=ridge: the strength, in units of the mean variance of the input",
+        "router-init=ridge: regularisation, relative to the mean variance of the input",
         POSITIVE,
     ] = 0.01
-    slots: Annotated[Literal["ragged", "capacity"], "dropless, or a bound on rows an expert"] = (
-        "ragged"
-    )
-    capacity_factor: Annotated[float, "slots=capacity: the capacity factor", FACTOR] = 1.25
-    groups: Annotated[
-        int, "slots=capacity: the token groups that capacity counts in", Bounds(1)
-    ] = 1
+    slots: Annotated[
+        Literal["ragged", "capacity"], "dropless, or a capacity that bounds the rows of an expert"
+    ] = "ragged"
+    capacity_factor: Annotated[float, "slots=capacity: capacity factor", FACTOR] = 1.25
+    groups: Annotated[int, "slots=capacity: number of token groups", Bounds(1)] = 1
     routing: Annotated[
         Routing,
         "token-choice; prototypes: one expert from each of top-k groups (M6-T); hash: the token's "
@@ -170,19 +168,19 @@ class UpcycleOptions:
         "where they get averages of tokens",
     ] = "token-choice"
     balance_bias: Annotated[
-        bool, "a bias [expert] that takes part in the choice alone, for loss-free balancing"
+        bool, "add a bias [expert] to the choice alone, for loss-free balancing"
     ] = False
-    soft_slots: Annotated[int, "routing=soft: the slots of an expert", Bounds(1)] = 1
+    soft_slots: Annotated[int, "routing=soft: slots per expert", Bounds(1)] = 1
     decoder_layers: Annotated[
-        str | None, "layers for the decoder of an encoder-decoder; none: as layers says"
+        str | None, "layers of the decoder of an encoder-decoder; none: as `layers`"
     ] = None
     extra_ffn: Annotated[
         Literal["none", "before", "after"],
-        "a dense sublayer beside each sparse one; adds 0 at first",
+        "dense sublayer beside each sparse one, which adds 0 at first",
     ] = "none"
     expert_bias: Annotated[
         Literal["none", "multiplicative", "additive"],
-        "a vector for each expert before its last matrix; ones or zeros at first",
+        "vector of each expert before its last matrix, ones or zeros at first",
     ] = "none"
 
     @cached_property
