@@ -172,7 +172,7 @@ def mixture(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("by", ["saliency", "share"])
+@pytest.mark.parametrize("by", few(["saliency", "share"]))
 def test_the_most_important_experts_stay(mixture: Path, tmp_path: Path, by: str) -> None:
     seen = captured(mixture, tmp_path / "seen")
     assert converted(mixture, tmp_path / "out", f"prune{{keep=2 by={by}}}",

@@ -1,4 +1,4 @@
-"""Defects 12 to 20 of files: manifests, values, names and what a folder holds."""
+"""Files: manifests, values, names and what a folder holds."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def written(moecc: Moecc, dense: Path, tmp_path: Path) -> Path:
 # --- 14
 
 
-def test_14_every_added_file_is_found(moecc: Moecc, written: Path) -> None:
+def test_every_added_file_is_found(moecc: Moecc, written: Path) -> None:
     (written / ".gitattributes").write_text("")
     (written / ".git").mkdir()
     (written / ".git" / "HEAD").write_text("")
@@ -57,7 +57,7 @@ def test_14_every_added_file_is_found(moecc: Moecc, written: Path) -> None:
     assert "the file 'link' is not in the manifest" in done.err
 
 
-def test_14_an_edited_card_is_found_unless_it_is_allowed(moecc: Moecc, written: Path) -> None:
+def test_an_edited_card_is_found_unless_it_is_allowed(moecc: Moecc, written: Path) -> None:
     with (written / "README.md").open("a") as card:
         card.write("mine\n")
     assert moecc("verify", written).code == 3
@@ -67,7 +67,7 @@ def test_14_an_edited_card_is_found_unless_it_is_allowed(moecc: Moecc, written: 
 # --- 16
 
 
-def test_16_noise_that_one_infinity_turns_to_nan_is_recorded(
+def test_noise_that_one_infinity_turns_to_nan_is_recorded(
     moecc: Moecc, dense: Path, tmp_path: Path
 ) -> None:
     tensors = load_file(dense / "model.safetensors")
@@ -90,7 +90,7 @@ def test_16_noise_that_one_infinity_turns_to_nan_is_recorded(
 # --- 17
 
 
-def test_17_logits_that_are_all_zero_are_no_agreement(
+def test_logits_that_are_all_zero_are_no_agreement(
     moecc: Moecc, dense: Path, edit_tensors: Callable[..., None]
 ) -> None:
     edit_tensors(lambda t: t.update({"lm_head.weight": np.zeros_like(t["lm_head.weight"])}))
@@ -102,7 +102,7 @@ def test_17_logits_that_are_all_zero_are_no_agreement(
 # --- 18
 
 
-def test_18_a_stored_graph_with_weight_expressions_is_not_read_without_them(
+def test_a_stored_graph_with_weight_expressions_is_not_read_without_them(
     moecc: Moecc, dense: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -123,7 +123,7 @@ def test_18_a_stored_graph_with_weight_expressions_is_not_read_without_them(
 # --- 19
 
 
-def test_19_token_ids_out_of_range_are_reported(
+def test_token_ids_out_of_range_are_reported(
     moecc: Moecc, dense: Path, tmp_path: Path, edit_config: Callable[..., None]
 ) -> None:
     edit_config(bos_token_id=37)
@@ -142,7 +142,7 @@ def test_19_token_ids_out_of_range_are_reported(
     assert any("bos_token_id" in note for note in load(tmp_path / "out").notes)
 
 
-def test_19_eight_bit_weights_without_scales_are_reported(
+def test_eight_bit_weights_without_scales_are_reported(
     moecc: Moecc, dense: Path, edit_tensors: Callable[..., None]
 ) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
@@ -189,7 +189,7 @@ def _write(path: Path, header: dict, data: dict[str, bytes], types: dict[str, st
         (["mp_rank_00/model_optim_rng.pt"], "a checkpoint of Megatron"),
     ],
 )
-def test_19_checkpoints_of_other_frameworks_are_named(
+def test_checkpoints_of_other_frameworks_are_named(
     moecc: Moecc, tmp_path: Path, names: list[str], words: str
 ) -> None:
     for name in names:
@@ -204,7 +204,7 @@ def test_19_checkpoints_of_other_frameworks_are_named(
 # --- 20
 
 
-def test_20_relative_names_are_taken_from_the_folder_of_the_file(
+def test_relative_names_are_taken_from_the_folder_of_the_file(
     moecc: Moecc, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Defects 13, 21 and 25: processes, the compilers beside them, and meshes that do not divide."""
+"""Processes, the compilers beside them, and meshes that do not divide."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def wait_until(condition: object, seconds: float = 60) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [("SIGKILL", -9), ("SIGTERM", 143), ("SIGHUP", 129)])
-def test_13_a_launched_program_ends_with_its_supervisor(
+def test_a_launched_program_ends_with_its_supervisor(
     tmp_path: Path, number: str, code: int
 ) -> None:
     program, pids = tmp_path / "sleeper.py", tmp_path / "pids"
@@ -59,7 +59,7 @@ def test_13_a_launched_program_ends_with_its_supervisor(
     wait_until(lambda: not any(is_running(int(pid)) for pid in os.listdir(pids)))
 
 
-def test_13_copies_that_never_join_are_reported(tmp_path: Path) -> None:
+def test_copies_that_never_join_are_reported(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text("import sys\nprint(sys.argv, __name__)\n")
     done = subprocess.run(
@@ -71,7 +71,7 @@ def test_13_copies_that_never_join_are_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGKILL"])
-def test_13_the_compiling_process_ends_with_its_parent(tmp_path: Path, number: str) -> None:
+def test_the_compiling_process_ends_with_its_parent(tmp_path: Path, number: str) -> None:
     (tmp_path / "jax.py").write_text(  # which only the compiling process imports
         "import os, time\n"
         f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
@@ -106,7 +106,7 @@ def test_13_the_compiling_process_ends_with_its_parent(tmp_path: Path, number: s
     ],
     ids=["no cluster", "a peer that never comes"],
 )
-def test_13_outside_a_cluster_nothing_aborts_in_jax(
+def test_outside_a_cluster_nothing_aborts_in_jax(
     tmp_path: Path, variables: dict[str, str], code: int, words: str
 ) -> None:
     command = [sys.executable, "-m", "moecc", "run", str(GOLDEN / "llama_gqa")]
@@ -123,7 +123,7 @@ def test_13_outside_a_cluster_nothing_aborts_in_jax(
 
 
 @pytest.mark.parametrize(("found", "fits"), [("0.0.42.1", True), ("0.0.52", False)])
-def test_21_a_libtpu_that_does_not_fit_jax_is_named(
+def test_a_libtpu_that_does_not_fit_jax_is_named(
     monkeypatch: pytest.MonkeyPatch, found: str, fits: bool
 ) -> None:
     versions = {"libtpu": found, "jax": "0.10.2"}
@@ -143,7 +143,7 @@ def test_21_a_libtpu_that_does_not_fit_jax_is_named(
 # --- 25
 
 
-def test_25_a_sequence_that_the_mesh_does_not_divide_is_reported() -> None:
+def test_a_sequence_that_the_mesh_does_not_divide_is_reported() -> None:
     from moecc_backends.xla.lower.function import device_mesh, sharded_function
 
     from moecc.families import build

@@ -1,4 +1,4 @@
-"""Defects 9 and 10: what reaches a terminal, and what a crash leaves."""
+"""What reaches a terminal, and what a crash leaves."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class BoomPass(Pass):
 # --- 9
 
 
-def test_09_a_graph_brings_no_escape_sequence_to_the_terminal(moecc: Moecc, tmp_path: Path) -> None:
+def test_a_graph_brings_no_escape_sequence_to_the_terminal(moecc: Moecc, tmp_path: Path) -> None:
     file = tmp_path / "g.moe"
     file.write_text(GRAPH.replace("LOC", ESC).replace("MARK", "plain"))
     done = moecc("opt", file)
@@ -63,7 +63,7 @@ def test_09_a_graph_brings_no_escape_sequence_to_the_terminal(moecc: Moecc, tmp_
 
 
 @pytest.mark.parametrize("command", ["inspect", "opt", "verify", "run"])
-def test_09_a_file_name_brings_no_escape_sequence_to_the_terminal(
+def test_a_file_name_brings_no_escape_sequence_to_the_terminal(
     moecc: Moecc, tmp_path: Path, command: str
 ) -> None:
     extra = ["--outputs", tmp_path / "o.npy"] if command == "run" else []
@@ -87,7 +87,7 @@ def boom(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("command", ["opt", "convert"])
-def test_10_a_crash_of_an_own_pass_names_its_line_and_can_be_replayed(
+def test_a_crash_of_an_own_pass_names_its_line_and_can_be_replayed(
     moecc: Moecc, dense: Path, boom: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, command: str,
 ) -> None:  # fmt: skip
@@ -119,7 +119,7 @@ def test_10_a_crash_of_an_own_pass_names_its_line_and_can_be_replayed(
     assert {"pipeline", "failed_in"} < set(done)
 
 
-def test_10_a_crash_of_a_pass_of_moecc_is_a_bug_with_a_reproducer(
+def test_a_crash_of_a_pass_of_moecc_is_a_bug_with_a_reproducer(
     moecc: Moecc, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from moecc_passes.cleanup import DcePass
@@ -151,7 +151,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("body", "words"), WRONG.values(), ids=WRONG)
-def test_10_what_an_own_pass_raises_or_returns_is_its_own(
+def test_what_an_own_pass_raises_or_returns_is_its_own(
     moecc: Moecc, dense: Path, tmp_path: Path, body: str, words: str
 ) -> None:
     file, out = tmp_path / "odd.py", tmp_path / "out"
@@ -164,7 +164,7 @@ def test_10_what_an_own_pass_raises_or_returns_is_its_own(
 
 @pytest.mark.parametrize("command", ["replay", "reduce", "bisect"])
 @pytest.mark.parametrize("is_absolute", [True, False], ids=["absolute", "beside"])
-def test_10_code_that_only_a_reproducer_names_is_not_run(
+def test_code_that_only_a_reproducer_names_is_not_run(
     moecc: Moecc, boom: Path, tmp_path: Path, command: str, is_absolute: bool
 ) -> None:
     ran = tmp_path / "ran"
@@ -195,7 +195,7 @@ def test_10_code_that_only_a_reproducer_names_is_not_run(
     ],
     ids=["pipeline", "load", "seed", "infinite", "compare", "deep"],
 )
-def test_10_hostile_reproducers_are_messages(moecc: Moecc, tmp_path: Path, stated: str) -> None:
+def test_hostile_reproducers_are_messages(moecc: Moecc, tmp_path: Path, stated: str) -> None:
     file = tmp_path / "g.moe"
     file.write_text(f"# moecc reproducer: x\n# replay: {stated}\n{GRAPH}")
     done = moecc("replay", file)

@@ -37,7 +37,7 @@ def events_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     return events
 
 
-def test_07_every_file_is_synchronised_before_the_rename_and_the_folder_after(
+def test_every_file_is_synchronised_before_the_rename_and_the_folder_after(
     moecc: Moecc, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (dense / "tokenizer.json").write_text("{}")
@@ -53,7 +53,7 @@ def test_07_every_file_is_synchronised_before_the_rename_and_the_folder_after(
     assert ("fsync", str(tmp_path)) in events[renamed:]
 
 
-def test_08_many_shards_need_few_open_files(dense: Path, tmp_path: Path) -> None:
+def test_many_shards_need_few_open_files(dense: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "moecc", "convert", str(dense), str(tmp_path / "out"), *PASSES]
     limited = ["sh", "-c", 'ulimit -n 48; exec "$@"', "sh", *command, "--max-shard-bytes", "1"]
     done = subprocess.run(limited, capture_output=True, text=True, timeout=120)
@@ -88,14 +88,14 @@ def stopped_midway(dense: Path, out: Path, number: int) -> subprocess.Popen[str]
     [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)],
     ids=["SIGTERM", "SIGHUP", "SIGINT"],
 )
-def test_06_a_signal_leaves_nothing(dense: Path, tmp_path: Path, number: int, code: int) -> None:
+def test_a_signal_leaves_nothing(dense: Path, tmp_path: Path, number: int, code: int) -> None:
     _, err = (process := stopped_midway(dense, tmp_path / "out", number)).communicate(timeout=60)
     assert process.returncode == code, err
     assert "Traceback" not in err
     assert os.listdir(tmp_path) == ["dense"]
 
 
-def test_06_what_a_kill_leaves_is_named_and_removed_by_force(
+def test_what_a_kill_leaves_is_named_and_removed_by_force(
     moecc: Moecc, dense: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -110,7 +110,7 @@ def test_06_what_a_kill_leaves_is_named_and_removed_by_force(
     assert sorted(os.listdir(tmp_path)) == ["dense", "out"]
 
 
-def test_06_an_old_output_between_two_renames_is_named_and_kept_until_the_end(
+def test_an_old_output_between_two_renames_is_named_and_kept_until_the_end(
     moecc: Moecc, dense: Path, tmp_path: Path
 ) -> None:
     old = tmp_path / ".out.moecc-old"

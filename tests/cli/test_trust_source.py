@@ -51,7 +51,7 @@ def remove_the_licence(dense: Path) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_05_a_change_after_the_last_weight_was_read_is_noticed(
+def test_a_change_after_the_last_weight_was_read_is_noticed(
     moecc: Moecc,
     dense: Path,
     tmp_path: Path,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from tiers import few
 
 from moecc.cli.main import main
 from moecc.formats.open import open_checkpoint
@@ -44,7 +45,7 @@ def trained(arrays: dict[str, Array], optimizer: Any, steps: int = 2) -> dict[st
     return {"params": params, "opt_state": state, "step": jnp.int32(steps)}
 
 
-@pytest.mark.parametrize("case", ["qwen3_square", "mixtral_bfloat16"])
+@pytest.mark.parametrize("case", few(["qwen3_square", "mixtral_bfloat16"]))
 def test_adam_of_maxtext(case: str, tmp_path: Path) -> None:
     """What the moments are of a tensor is what its gradient is of: turned, and scaled."""
     arrays = load_file(HERE / f"{case}.safetensors")
