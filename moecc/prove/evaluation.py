@@ -243,6 +243,8 @@ class Evaluation:
         self, node: Node, operands: Sequence[Tensor], terms: Terms
     ) -> Sequence[Tensor]:
         """Return functions of all elements of the operands, of which only the key is known."""
+        if node.op.commutative:
+            operands = sorted(operands, key=lambda t: (t.closed().body.serial, t.names))
         functions = [t.closed() for t in operands]
         finite = all(t.finite for t in operands)
         layout = tuple((t.names, str(t.dtype)) for t in operands)

@@ -99,7 +99,7 @@ def collective_type(name: str, type: TensorType, attrs: Attrs) -> TensorType:
     return declared(attrs).changed(type)
 
 
-_collective = partial(operation, operands="x", linear=(0,), places=True)
+_collective = partial(operation, operands="x", linear=(0,), places=True, rearranges=True)
 
 
 class _ShardingOp(Op):
