@@ -72,35 +72,6 @@ class Continuing:
         self.sampling.check()
 
 
-def continue_texts(
-    model: OpenedModel,
-    prompts: Sequence[Sequence[int]],
-    how: Continuing,
-    *,
-    memory: Arrays | None = None,
-    backend: Backend | None = None,
-) -> Iterator[list[int | None]]:
-    """Yield the next token of each text, None for those that have ended, until all have.
-
-    Prompts may have different lengths.  Keys and values of earlier tokens are kept, so that a
-    token costs what it adds; of a model whose rotary positions depend on the length of the text,
-    longer texts than its original context are read again for each token.
-
-    Args:
-      model: the model.
-      prompts: the tokens of each text, or of an encoder-decoder those that its decoder begins with.
-      how: how they are continued.
-      memory: for an encoder-decoder, the inputs of its encoder.
-      backend: the backend; xla by default.
-
-    Raises:
-      UsageError: a number of the sampling is none of its kind.
-      InputError: the model cannot continue texts, a prompt is empty, a text becomes longer than
-        the model has positions, no logit is finite, or one is NaN or +∞.
-    """
-    return Continuer(model, backend).texts(prompts, how, memory)
-
-
 class Continuer:
     """Continues texts of a model, one batch after the other.
 
@@ -115,7 +86,23 @@ class Continuer:
     def texts(
         self, prompts: Sequence[Sequence[int]], how: Continuing, memory: Arrays | None = None
     ) -> Iterator[list[int | None]]:
-        """Yield the next token of each text; arguments and errors are those of `continue_texts`."""
+        """Yield the next token of each text, None for those that have ended, until all have.
+
+        Prompts may have different lengths.  Keys and values of earlier tokens are kept, so that a
+        token costs what it adds; of a model whose rotary positions depend on the length of the
+        text, longer texts than its original context are read again for each token.
+
+        Args:
+          prompts: the tokens of each text, or of an encoder-decoder those that its decoder begins
+            with.
+          how: how they are continued.
+          memory: for an encoder-decoder, the inputs of its encoder.
+
+        Raises:
+          UsageError: a number of the sampling is none of its kind.
+          InputError: the model cannot continue texts, a prompt is empty, a text becomes longer
+            than the model has positions, no logit is finite, or one is NaN or +∞.
+        """
         model, longest = self._model, max(map(len, prompts), default=0) + how.count
         how.check()
         check_continues(model.graph, model.name)

@@ -24,7 +24,7 @@ from moecc.formats.gguf.families import GGUF_MIXTURES, GgufFamily
 from moecc.formats.gguf.header import read_gguf_header
 from moecc.formats.gguf.storage import BY_NAME, dequantise, quantise
 from moecc.jobs.convert import plan, write
-from moecc.jobs.generate import Continuing, continue_texts, load_tokenizer
+from moecc.jobs.generate import Continuer, Continuing, load_tokenizer
 from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
 from moecc.types import F64
@@ -243,5 +243,5 @@ def test_smollm2_continues_a_sentence_with_the_same_tokens(tmp_path: Path) -> No
         with load_tokenizer(model) as tokenizer:
             assert report["prompt"] == tokenizer.encode(prompt)
         assert report["added"] == [
-            token for (token,) in continue_texts(model, [report["prompt"]], Continuing(16))
+            token for (token,) in Continuer(model).texts([report["prompt"]], Continuing(16))
         ]

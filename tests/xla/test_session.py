@@ -15,7 +15,7 @@ from tiers import few, some
 from moecc.backend import get_backend
 from moecc.decoding import DecodeGraphs, Sampling
 from moecc.decoding import DecodingBatch as Batch
-from moecc.jobs.generate import Continuing, continue_texts
+from moecc.jobs.generate import Continuer, Continuing
 from moecc.model.open import OpenedModel, open_model
 from moecc.types import F32
 
@@ -39,7 +39,7 @@ def expected(model: OpenedModel, how: Continuing) -> list[list[int]]:
 def continued(
     model: OpenedModel, prompts: Sequence[Sequence[int]], how: Continuing
 ) -> list[list[int]]:
-    steps = list(continue_texts(model, prompts, how))
+    steps = list(Continuer(model).texts(prompts, how))
     return [[t for t in row if t is not None] for row in zip(*steps, strict=True)]
 
 
