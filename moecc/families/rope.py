@@ -78,6 +78,9 @@ class RopeConfig:
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
 
+    def __str__(self) -> str:
+        return f"rope type {self.type}, theta {self.theta:g}"
+
     def scaling(self) -> dict[str, object]:
         """Return the parameters of the scaling, `rope_type` first, as both versions name them."""
         named: dict[str, object] = {"rope_type": self.type}
