@@ -153,7 +153,7 @@ class GptOssConfig(MoeConfig):
 
     @classmethod
     def _read_rope(cls, reader: Reader, values: JsonDict) -> JsonDict:
-        reader.optional_number("hidden_act_alpha", above=0)  # SGLang's name of swiglu_alpha
+        reader.optional_number("hidden_act_alpha")  # SGLang's name of swiglu_alpha
         if any(key in reader.data for key in ("rope_scaling", "rope_parameters")):
             return super()._read_rope(reader, values)
         return {"rope": USUAL_ROPE}

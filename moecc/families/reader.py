@@ -120,9 +120,9 @@ class Reader:
         default = self.defaults.get(key)
         return float(default) if isinstance(default, int | float) else 1.0
 
-    def optional_number(self, key: str, *, above: float | None = None) -> float | None:
-        """Return a number, or None for null or a missing key."""
-        return None if self.value(key) is None else self.number(key, above=above)
+    def optional_number(self, key: str) -> float | None:
+        """Return a number above 0, or None for null or a missing key."""
+        return None if self.value(key) is None else self.number(key, above=0)
 
     def numbers(self, key: str) -> tuple[float, ...]:
         """Return a list of finite numbers."""

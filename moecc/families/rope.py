@@ -337,7 +337,7 @@ def _optional(part: Reader, name: str) -> float | None:
     # transformers tests `mscale` for truth: zero means the same as a missing key.
     if name.startswith("mscale") and part.value(name) == 0:
         return None
-    return part.optional_number(name, above=0)
+    return part.optional_number(name)
 
 
 def _refuse_contradiction(reader: Reader, read: Mapping[str, RopeConfig]) -> None:
