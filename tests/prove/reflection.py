@@ -14,8 +14,10 @@ from itertools import product
 import numpy as np
 
 from moecc.terms.term import (
+    INDICATORS,
     Abstraction,
     Application,
+    Factor,
     Monomial,
     OpenMonomial,
     Polynomial,
@@ -53,13 +55,21 @@ class Model:
             case Monomial() | OpenMonomial():
                 ranges = (range(size_of(v.size)) for v in term.bound)
                 return math.fsum(
-                    math.prod(self.value(f, inner) for f in term.factors)
+                    self._product(term.factors, inner)
                     for values in product(*ranges)
                     for inner in ({**env, **dict(zip(term.bound, values, strict=True))},)
                 )
             case Application():
                 return float(self._applied(term, env))
         raise TypeError(f"{term!r} is no term")
+
+    def _product(self, factors: Sequence[Factor], env: Env) -> float:
+        # Where an indicator is 0, other factors may have no value.
+        first = [f for f in factors if isinstance(f, Application) and f.head.name in INDICATORS]
+        result = math.prod(self.value(f, env) for f in first)
+        if result:
+            result *= math.prod(self.value(f, env) for f in factors if f not in first)
+        return result
 
     def table(self, function: Abstraction, env: Env) -> np.ndarray:
         """Return all values of a function."""
