@@ -191,7 +191,7 @@ class StMoePreTrainedModel(PreTrainedModel):
 
     config_class = StMoeConfig
     base_model_prefix = <prefix>
-    main_input_name = <main_input>
+    <main_input>
     supports_gradient_checkpointing = True
     _no_split_modules = [<layers>]
     _supports_sdpa = True
@@ -207,6 +207,9 @@ MODULES = """
         <constructor>
         self.post_init()
 """
+
+DEFAULT_EMBEDDING = "self.embed_tokens"
+"""Where transformers looks for the table of tokens if nothing says otherwise."""
 
 ACCESSORS = '''
     def get_input_embeddings(self):
@@ -256,7 +259,7 @@ KEYS = """
 DECODER = f'''
 class StMoeModel(StMoePreTrainedModel):
     """The decoder without its head."""
-{MODULES}{ACCESSORS}
+{MODULES}<accessors>
     def forward(
         self,{DECODER_ARGUMENTS}        **kwargs,
     ):{USE_CACHE}        <continues>
@@ -463,6 +466,13 @@ class Models:
         return text + (KEYS.rstrip("\n") if KEY_POSITIONS in names else "")
 
     def _continues(self) -> list[str]:
+        if CACHE not in self.program.inputs:
+            fault = "this model keeps no keys and values: generate with use_cache=False"
+            return [
+                "if cache is not None:",
+                f'    raise ValueError("{fault}")',
+                "use_cache = False",
+            ]
         if CONTINUES not in self.program.inputs:
             return []
         return ["continues = cache is not None  # no capacity then drops a token"]
@@ -497,6 +507,7 @@ class Models:
                     if v in losses}  # fmt: skip
         parts: dict[str, str | list[str]] = {
             "constructor": writer.filled_lines(writer.tree.lines()),
+            "accessors": "" if embedding == DEFAULT_EMBEDDING else ACCESSORS,
             "embedding": embedding,
             "positions": self._positions(),
             "continues": self._continues(),
@@ -711,7 +722,9 @@ class Models:
         layers = [d.name for d in self.classes.definitions if d.base != "nn.Module"]
         parts: dict[str, str | list[str]] = {
             "prefix": literal(self.base or ("model" if len(self.texts) > 1 else "")),
-            "main_input": literal(self.main_input),
+            "main_input": []
+            if self.main_input == "input_ids"
+            else [f"main_input_name = {literal(self.main_input)}"],
             "layers": ", ".join(f'"{name}"' for name in layers),
         }
         return filled(BASE, parts)

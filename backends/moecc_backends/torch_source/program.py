@@ -463,6 +463,19 @@ def continued_tokens(graph: Graph) -> Value | None:
     return tokens
 
 
+def can_continue(graph: Graph) -> bool:
+    """Whether a token depends on itself and those before it alone, as the pass `decode` finds."""
+    if graph.attrs.get("mode") == "train":
+        graph = rewritten(graph, "specialize{mode=eval}")
+    if any(node.body for node in graph):
+        graph = rewritten(graph, "unroll-layers")
+    try:
+        rewritten(graph, "decode")
+    except InputError:
+        return False
+    return True
+
+
 def walk_operands(items: list[Item]) -> Iterator[Var]:
     """Yield what the items read from outside, in the order of reading."""
     computed = {v for item in items for v in item.results}
@@ -485,12 +498,19 @@ CONTINUES = "continues"
 CACHE, MASK = "cache", "seen"
 
 
-def add_caches(program: Program) -> None:
-    """Give causal attention a mask, and a cache of keys and values."""
+def add_caches(program: Program, *, cached: bool = True) -> None:
+    """Give causal attention a mask, and a cache of keys and values.
+
+    Args:
+      program: changed.
+      cached: whether a token depends on those before it alone, so that keys and values are kept.
+    """
     tokens = program.inputs[program.tokens]
     hidden = next(
         i.result for i in program.items if tokens in i.operands and i.result.kind == "float"
     )
+    # What else than attention meets earlier tokens, as turns at an expert do, has no cache.
+    cached = cached and not any(item.op == "causal" for item in program.items)
     cache, continues = Var(CACHE, kind="cache"), Var(CONTINUES, kind="cache")
     decoded = {tokens}
     positions = program.inputs.get(POSITION_IDS) or Var(POSITION_IDS, ("batch", "seq"), (), "int")
@@ -501,7 +521,7 @@ def add_caches(program: Program) -> None:
     for item in program.items:
         if decoded & set(item.operands):
             decoded.update(item.results)
-        if item.op == "assign_slots" and decoded & set(item.results):
+        if cached and item.op == "assign_slots" and decoded & set(item.results):
             evaluation = item.attrs.get("evaluation")
             modes = [item.attrs, evaluation if isinstance(evaluation, dict) else {}]
             if any(mode.get("slots") == "capacity" for mode in modes):
@@ -519,13 +539,18 @@ def add_caches(program: Program) -> None:
             mask_items.append(mask)
         given = item.attrs["given"]
         assert isinstance(given, tuple), "words"
+        if not cached:
+            item.attrs = {**item.attrs, "given": (*given, "mask")}
+            item.operands = [*item.operands, masks[window]]
+            continue
         item.op = "cached_attention"
         item.attrs = {**item.attrs, "given": (*given, "mask", "cache"), "layer_index": number}
         item.operands = [*item.operands, masks[window], cache]
         number += 1
     if mask_items:
         program.inputs[POSITION_IDS] = positions
-        program.inputs[CACHE] = cache
+        if cached:
+            program.inputs[CACHE] = cache
     at = program.items.index(hidden.item) + 1 if hidden.item is not None else 0
     program.items[at:at] = mask_items
     program.prune()

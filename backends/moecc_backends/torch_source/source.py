@@ -18,6 +18,7 @@ from moecc_backends.torch_source.operations import OPERATIONS
 from moecc_backends.torch_source.program import (
     add_caches,
     add_evaluation,
+    can_continue,
     continued_tokens,
     in_mode,
     prepared,
@@ -45,7 +46,7 @@ def emit_torch(graph: Graph) -> EmittedProgram:
         other = in_mode(ready, "eval") if is_train else clone(ready)
         add_evaluation(program, program_of(other, continued_tokens(other)))
     if program.tokens:
-        add_caches(program)
+        add_caches(program, cached=can_continue(graph))
     steps = blocks_of(program, layer_prefixes(ready))
     classes = Classes()
     layers = [s for s in steps if isinstance(s, Block)]
@@ -74,7 +75,7 @@ def _text(models: Models) -> str:
 
 PREAMBLE = '''"""A model that moecc has written: its graph as PyTorch, to be read and edited.
 
-Comments name the axes of values.  A dropped choice is that of expert number N, of N experts.
+Comments name the axes of values.
 """
 
 import inspect
@@ -104,7 +105,11 @@ def _imports(preamble: str, body: str) -> str:
         if line.startswith("from ") and " import " in line:
             source, _, names = line.partition(" import ")
             kept = [n for n in names.split(", ") if n in words]
-            if kept:
+            before = lines[-1] if lines[-1].startswith(f"{source} import ") else ""
+            joined = f"{before}, {', '.join(kept)}"
+            if before and kept and len(joined) <= 100:
+                lines[-1] = joined
+            elif kept:
                 lines.append(f"{source} import {', '.join(kept)}")
         elif line.startswith("import ") and line.split()[-1].rpartition(".")[2] not in words:
             continue

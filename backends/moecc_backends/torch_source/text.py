@@ -211,10 +211,12 @@ def folded(line: str) -> list[str]:
     if len(line) <= WIDTH:
         return [line]
     indent = " " * (len(code) - len(code.lstrip()))
-    if comment and len(code) > WIDTH - 20:
+    # Tokens of the hidden size are what most values are: that needs no line of its own.
+    is_told = bool(comment) and not comment.endswith("embed]")
+    if is_told and len(code) > WIDTH - 20:
         return [f"{indent}# {comment}", *folded(code)]
     if len(code) <= WIDTH:
-        return [f"{indent}# {comment}", code]
+        return [f"{indent}# {comment}", code] if is_told else [code]
     spans = _brackets(code)
     if not spans:
         return [code]
