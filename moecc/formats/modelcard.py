@@ -91,6 +91,7 @@ class CardFacts:
       active_parameters: the number of parameters used per token.
       moecc_version: the version that wrote it.
       task: the Hub's pipeline tag, if there is one.
+      code: the file with the classes of the model, which transformers runs; empty if its own do.
       auto_class: the transformers class that loads it; None if only moecc does.
       is_sparse: whether the output has experts.
       base_model: the source on the Hub, if known.
@@ -115,6 +116,7 @@ class CardFacts:
     active_parameters: int
     moecc_version: str
     task: str | None = GENERATION
+    code: str = ""
     auto_class: str | None = "AutoModelForCausalLM"
     is_sparse: bool = True
     base_model: str | None = None
@@ -138,6 +140,7 @@ def model_card(facts: CardFacts) -> str:
         "\n".join(f"- {_escape(note)}" for note in facts.notes),
         "## Load it",
         _snippet(facts),
+        _code_remark(facts),
         *_engines(facts),
         *(["## Train it on", facts.training] if facts.training else []),
         "## How it was made",
@@ -224,12 +227,13 @@ def _snippet(facts: CardFacts) -> str:
     folder = f"folder = {json.dumps(facts.title)}  # where these files are"
     is_generator = facts.task == GENERATION
     if facts.auto_class is not None:
+        trust = ", trust_remote_code=True" if facts.code else ""
         lines = [
             f"from transformers import {facts.auto_class}, AutoTokenizer",
             "",
             folder,
             "tokenizer = AutoTokenizer.from_pretrained(folder)",
-            f'model = {facts.auto_class}.from_pretrained(folder, dtype="auto")',
+            f'model = {facts.auto_class}.from_pretrained(folder, dtype="auto"{trust})',
         ]
         if is_generator:
             lines += [
@@ -258,6 +262,19 @@ def _snippet(facts: CardFacts) -> str:
             "print({name: array.shape for name, array in outputs.items()})",
         ]
     return "\n".join(["```python", *lines, "```"])
+
+
+def _code_remark(facts: CardFacts) -> str:
+    """Return the remark on the code that loading the model runs."""
+    if not facts.code:
+        return ""
+    return (
+        f"`trust_remote_code=True` runs `{_code(facts.code)}`, the classes of this model, which "
+        "imports torch and transformers alone and opens neither a file nor a connection. It is "
+        "yours to read and to edit. As written it is a function of the graph in `config.json`: "
+        "`moecc verify` writes it again and compares. moecc itself reads the graph, and never "
+        "runs the file."
+    )
 
 
 def _digests(facts: CardFacts) -> str:

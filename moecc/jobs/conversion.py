@@ -30,6 +30,7 @@ from moecc.weights.arithmetic import branch_and_name, is_statistic
 from moecc.weights.expr import sources
 
 if TYPE_CHECKING:
+    from moecc.backend import EmittedProgram
     from moecc.families.describe import Description
     from moecc.formats.source import Checkpoint
     from moecc.formats.writer import OutputTensor
@@ -95,14 +96,19 @@ class Plan:
         """The models beside the source that no weight is read from."""
         return unread_models(self.graph, branches_of(self.checkpoint))
 
+    @property
+    def program(self) -> EmittedProgram | None:
+        """The program that is written beside the tensors, if there is one."""
+        from moecc.translate.export import EmittedExport
+
+        return self.export.program if isinstance(self.export, EmittedExport) else None
+
     @cached_property
     def engines(self) -> tuple[Verdict, ...]:
         """Whether each engine runs the model that will be written."""
-        from moecc.translate.export import EmittedExport
-
         if self.architecture:
             return verdicts_on_gguf(self.architecture)
-        if isinstance(self.export, EmittedExport):
+        if self.program is not None:
             return verdicts_on_program()
         return verdicts(self.export.config)
 

@@ -394,6 +394,7 @@ def card(planned: Plan, receipt: Receipt, options: Sequence[str] = ()) -> str:
             active_parameters=facts.parameters.active,
             moecc_version=__version__,
             task=task,
+            code=next(iter(planned.program.files)) if planned.program else "",
             auto_class=auto_class,
             is_sparse=bool(kinds),
             base_model=hub_repository(path) or _base_model(stages),
@@ -440,8 +441,8 @@ def _why(verdict: Verdict) -> str:
 
 
 def _serving(planned: Plan) -> str:
-    """Return that no engine serves st_moe, and which change would let one."""
-    if planned.target != FAMILY:
+    """Return that no engine serves st_moe by itself, and which change would let one."""
+    if planned.target != FAMILY or planned.program is not None:
         return ""
     near = nearest_family(planned.graph)
     change = (
@@ -459,6 +460,10 @@ def _training(planned: Plan) -> str:
     advice = "`moecc train` adds the losses that its recipe names."
     if planned.architecture:
         return f"A GGUF file is not trained: train the source or a folder. {advice}"
+    if planned.program is not None:
+        has_losses = any(name.startswith("loss.") for name in planned.graph.output_names)
+        aux = "`aux_loss`, of the routers, is part of it. " if has_losses else ""
+        return f"With `labels` the model returns `loss`, as Trainer expects it. {aux}{advice}"
     if planned.target == FAMILY:
         return f"Only moecc trains this layout. {advice}"
     if "output_router_logits" not in config or config.get("router_aux_loss_coef") is None:
@@ -473,6 +478,17 @@ def _training(planned: Plan) -> str:
 
 def _loaded_as(planned: Plan) -> tuple[str, str | None]:
     """Return the Hub task of the output, and the transformers class that loads it."""
+    from moecc.formats.modelcard import GENERATION
+
+    if planned.program is not None:
+        mapped = planned.program.config["auto_map"]
+        assert isinstance(mapped, dict), "classes by name"
+        auto_class = next((n for n in mapped if n.startswith("AutoModelFor")), "AutoModel")
+        tasks = {
+            "AutoModelForCausalLM": GENERATION,
+            "AutoModelForSeq2SeqLM": "text2text-generation",
+        }
+        return tasks.get(auto_class, "feature-extraction"), auto_class
     if "logits" not in planned.graph.outputs:
         task, auto_class = "feature-extraction", "AutoModel"
     elif "decoder_tokens" in planned.graph.inputs:

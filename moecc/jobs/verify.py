@@ -171,18 +171,30 @@ def check_programs(folder: Path) -> list[str]:
       CheckError: the file is another program than the graph's.
     """
     from moecc.backend import emit_program
+    from moecc.formats.files import read_json_object
+    from moecc.formats.folder import CONFIG_NAME, MAX_CONFIG_BYTES
     from moecc.model.open import open_model
 
     name = "modeling_st_moe.py"
     if not (folder / name).is_file():
         return []
     with open_model(str(folder), config_alone=True) as opened:
-        (text,) = emit_program(opened.graph, "torch").files.values()
+        program = emit_program(opened.graph, "torch")
+    (text,) = program.files.values()
     if (folder / name).read_text(encoding="utf-8") != text:
         raise CheckError(
             "the program is not that of the graph in config.json",
             where=str(folder / name),
             hint="moecc emit torch writes it again; moecc itself reads the graph alone",
+        )
+    config = read_json_object(folder / CONFIG_NAME, limit_bytes=MAX_CONFIG_BYTES)
+    mapped = config.get("auto_map")
+    if mapped != program.config["auto_map"]:
+        raise CheckError(
+            "auto_map names other classes than those of the program",
+            where=str(folder / CONFIG_NAME),
+            expected=str(program.config["auto_map"]),
+            found=str(mapped),
         )
     return [name]
 

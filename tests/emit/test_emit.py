@@ -111,6 +111,27 @@ def test_emitted_folder_is_a_source(tmp_path):
         verify(str(folder))
 
 
+def test_verify_compares_the_classes_that_are_mapped(tmp_path):
+    emit("torch", str(GOLDEN / "llama_gqa"), output=str(tmp_path / "a"))
+    (tmp_path / "a" / "moecc_manifest.json").unlink()
+    path = tmp_path / "a" / "config.json"
+    path.write_text(
+        path.read_text().replace(
+            '"modeling_st_moe.StMoeModel"', '"configuration_st_moe.StMoeModel"'
+        )
+    )
+    with pytest.raises(CheckError, match="auto_map"):
+        verify(str(tmp_path / "a"))
+
+
+def test_card_says_what_loading_runs(tmp_path):
+    emit("torch", str(GOLDEN / "t5_gated_untied"), output=str(tmp_path / "a"))
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert 'AutoModelForSeq2SeqLM.from_pretrained(folder, dtype="auto", trust_remote_code' in card
+    assert "`trust_remote_code=True` runs `modeling_st_moe.py`" in card
+    assert "No engine" not in card
+
+
 def test_other_targets_have_no_program(tmp_path):
     with pytest.raises(MoeccError, match="a program is written for st_moe"):
         convert(str(GOLDEN / "llama_gqa"), str(tmp_path / "a"), to="llama", emit="torch")
