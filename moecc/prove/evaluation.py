@@ -138,7 +138,7 @@ class Evaluation:
             return None
         axes = self._axes(first.type, {})
         indices = [algebra.index(v) for v in (place, *axes)]
-        head = Head("weights", (names,))
+        head = Head("weights", (names, ()))
         if isinstance(first, Source):
             head = Head("family", (names, str(first.type.dtype), first.type.shape))
         return Tensor(algebra, axes, algebra.apply(head, (), indices), dtype=first.type.dtype)
