@@ -845,18 +845,25 @@ def join_ranges(a, total, first, at, second, then):
 # Logs.
 
 
-def frozen(value):
-    return tuple(map(frozen, value)) if isinstance(value, list) else value
+def tag(total):
+    """Return the name of an assignment of slots."""
+    return f"{total.node.number} {[v.serial for v in total.vars]}"
 
 
 def read_log(a, log):
     """Take the advice of a log: the lemma for a node, with its parameters as places."""
     rows = []  # a term or variable, with the orders of a product's bound variables and factors
-    variables = {}
+
+    def frozen(value):
+        match = re.fullmatch(r"(slots|groups) (\d+)", value) if isinstance(value, str) else None
+        if match:
+            return f"{match[1]} {tag(rows[int(match[2])][0])}"
+        return tuple(map(frozen, value)) if isinstance(value, list) else value
+
     for kind, *fields in log["terms"]:
         inner = [[], []]
         if kind == "variable":
-            term = variables.setdefault(tuple(fields), Var(next(a.serial), *fields))
+            term = a.axis(*map(frozen, fields))
         elif kind == "sum":
             term = a.sum({rows[m][0]: Fraction(c) for c, m in fields[0]})
         elif kind == "product":
@@ -1391,11 +1398,10 @@ class Evaluation:
         notes = [f"{k}={v}" for k, v in n.attrs.items() if k not in ("tokens", "choice", "axis")]
         key = (kind[0], *notes, *(v.size for v in axes))
         slot = self.a.apply("slot_of", key, functions, self.indices(axes))
-        tag = f"{slot.node.number} {[v.serial for v in slot.vars]}"
-        groups = f"groups {tag}" if n.int("group_size", 0) else n.int("groups", 1)
+        groups = f"groups {tag(slot)}" if n.int("group_size", 0) else n.int("groups", 1)
         if slots != "ragged":
             wanted = self.a.apply("placed", key, functions, self.indices(axes))
-        extents = (groups, n.int("experts"), f"slots {tag}")
+        extents = (groups, n.int("experts"), f"slots {tag(slot)}")
         ragged = slots == "ragged"
         slots = Slots(key, functions, tokens, choice, experts.body, wanted, ragged, extents)
         return Tensor(experts.axes, slot, slots=slots)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Iterable
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterable
 from fractions import Fraction
 from math import isinf
+from typing import Any
 
 from moecc.ir.graph import Graph
 from moecc.ir.text import print_graph
@@ -13,6 +16,7 @@ from moecc.prove.lemmas import Step
 from moecc.support.untyped import JsonDict
 from moecc.terms.term import (
     Abstraction,
+    Algebra,
     Application,
     Monomial,
     OpenMonomial,
@@ -22,15 +26,20 @@ from moecc.terms.term import (
 
 SCHEMA = "moecc.proof/1"
 
+_TAGGED = re.compile(r"(slots|groups) (\d+)")
+"""A size that an assignment of slots sets: in terms its serial number, in logs its row."""
+
 
 def log_of(
     before: Graph,
     after: Graph,
     steps: Iterable[Step],
+    algebra: Algebra,
     *,
     exact: bool,
     rolled: bool,
     fractions: bool,
+    outputs: Collection[str],
 ) -> JsonDict:
     """Return the log of a proof as a JSON object.
 
@@ -38,22 +47,73 @@ def log_of(
       before: the first graph.
       after: the second graph.
       steps: of the proof, in their order.
+      algebra: that built its terms.
       exact: whether it is a proof of equal bits.
       rolled: whether repetition is read as a function of its body.
       fractions: whether constants are the simplest numbers that their floats are to 15 digits.
+      outputs: the names of those that are equal.
     """
-    table = _Table()
+    table = _Table(algebra)
     rows = [[s.lemma, table.row(s.term), [table.parameter(p) for p in s.parameters]] for s in steps]
     return {
         "schema": SCHEMA,
         "exact": exact,
         "rolled": rolled,
+        "outputs": sorted(outputs),
         "fractions": fractions,
         "before": digest(before),
         "after": digest(after),
         "terms": table.rows,
         "steps": rows,
+        "lemmas": _counts(rows),
     }
+
+
+def pruned(log: JsonDict, needed: Collection[int]) -> JsonDict:
+    """Return a log with some of its steps alone, and the terms that they refer to."""
+    steps = [log["steps"][i] for i in sorted(needed)]
+    numbers: dict[int, int] = {}
+    rows: list[object] = []
+
+    def moved(number: int) -> int:
+        if number not in numbers:
+            row = _renumbered(log["terms"][number], moved)
+            numbers[number] = len(rows)
+            rows.append(row)
+        return numbers[number]
+
+    def parameter(value: Any) -> object:
+        return {"term": moved(value["term"])} if isinstance(value, dict) else value
+
+    rows_of_steps = [[name, moved(row), [parameter(p) for p in more]] for name, row, more in steps]
+    return {**log, "terms": rows, "steps": rows_of_steps, "lemmas": _counts(rows_of_steps)}
+
+
+def _counts(steps: Iterable[Any]) -> dict[str, int]:
+    return dict(sorted(Counter(name for name, _, _ in steps).items()))
+
+
+def _renumbered(row: Any, moved: Callable[[int], int]) -> list[object]:
+    """Return a row that refers to other numbers."""
+
+    def attribute(value: Any) -> Any:
+        if isinstance(value, list):
+            return [attribute(v) for v in value]
+        match = _TAGGED.fullmatch(value) if isinstance(value, str) else None
+        return f"{match[1]} {moved(int(match[2]))}" if match else value
+
+    match row:
+        case ["variable", name, size]:
+            return ["variable", name, attribute(size)]
+        case ["sum", pairs]:
+            return ["sum", [[c, moved(m)] for c, m in pairs]]
+        case ["apply", head, attrs, *parts]:
+            return ["apply", head, attribute(attrs), *([moved(i) for i in p] for p in parts)]
+        case ["product", *parts]:
+            return ["product", *([moved(i) for i in p] for p in parts)]
+        case ["function", variables, body]:
+            return ["function", [moved(i) for i in variables], moved(body)]
+    raise TypeError(f"{row!r} is no row")
 
 
 def digest(graph: Graph) -> str:
@@ -64,8 +124,9 @@ def digest(graph: Graph) -> str:
 class _Table:
     """Terms as rows of JSON, each after those that it refers to by their numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, algebra: Algebra) -> None:
         self.rows: list[object] = []
+        self._assignments = algebra.sums_by_serial()
         self._numbers: dict[object, int] = {}
 
     def row(self, term: object) -> int:
@@ -84,9 +145,9 @@ class _Table:
         match term:
             case Var():
                 name = f"{term.name}.{term.level}" if term.level else term.name
-                return ["variable", name, term.size]
+                return ["variable", name, self._attribute(term.size)]
             case Application():
-                attrs = [attribute(a) for a in term.head.attrs]
+                attrs = [self._attribute(a) for a in term.head.attrs]
                 functions = [self.row(a) for a in term.abstractions]
                 arguments = [self.row(p) for p in term.arguments]
                 return ["apply", term.head.name, attrs, functions, arguments]
@@ -100,11 +161,13 @@ class _Table:
                 return ["sum", [[str(c), m] for c, m in pairs]]
         raise TypeError(f"{term!r} is no term")
 
-
-def attribute(value: Hashable) -> object:
-    """Return an attribute of a head in JSON: tuples as lists, infinities as words."""
-    if isinstance(value, tuple):
-        return [attribute(v) for v in value]
-    if isinstance(value, float) and isinf(value):
-        return "inf" if value > 0 else "-inf"
-    return value if isinstance(value, int | float | str | None) else str(value)
+    def _attribute(self, value: Hashable) -> object:
+        """Return an attribute of a head in JSON: tuples as lists, infinities as words."""
+        if isinstance(value, tuple):
+            return [self._attribute(v) for v in value]
+        if isinstance(value, float) and isinf(value):
+            return "inf" if value > 0 else "-inf"
+        match = _TAGGED.fullmatch(value) if isinstance(value, str) else None
+        if match and (slots := self._assignments.get(int(match[2]))) is not None:
+            return f"{match[1]} {self.row(slots)}"
+        return value if isinstance(value, int | float | str | None) else str(value)

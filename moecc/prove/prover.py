@@ -125,7 +125,8 @@ class Prover:
                 lemmas, evaluation = self._reading(reading)
                 gap = _parting(evaluation, before, after, outputs)
             if gap is None:
-                return self._proved(before, after, lemmas, reading)
+                names = before.outputs if outputs is None else outputs
+                return self._proved(before, after, names, reading)
             if not reading.fractions:
                 parting, counts = gap, dict(sorted(lemmas.counts.items()))
         assert parting is not None
@@ -135,7 +136,10 @@ class Prover:
         node, terms = parting
         return Verdict(status, node, terms, counts, counterexample=counterexample)
 
-    def _proved(self, before: Graph, after: Graph, lemmas: Lemmas, reading: Reading) -> Verdict:
+    def _proved(
+        self, before: Graph, after: Graph, outputs: Collection[str], reading: Reading
+    ) -> Verdict:
+        lemmas, evaluation = self._reading(reading)
         assumptions = EXACT_ASSUMPTIONS if self.exact else ASSUMPTIONS
         if reading.fractions:
             assumptions = (*assumptions[:-1], FRACTIONS)
@@ -144,9 +148,11 @@ class Prover:
             before,
             after,
             lemmas.steps,
+            evaluation.algebra,
             exact=self.exact,
             rolled=reading.rolled,
             fractions=reading.fractions,
+            outputs=tuple(outputs),
         )
         counts = dict(sorted(lemmas.counts.items()))
         return Verdict("proved", lemmas=counts, assumptions=assumptions, make_log=make_log)

@@ -464,6 +464,10 @@ class Algebra:
 
     # Hash-consing.
 
+    def sums_by_serial(self) -> dict[int, Polynomial]:
+        """Return every polynomial by its serial number."""
+        return {p.serial: p for p in self._polynomials.values()}
+
     def _application(
         self,
         head: Head,
