@@ -124,7 +124,7 @@ class Algebra:
     def __init__(self):
         self.nodes, self.axes, self.results = {}, {}, {}
         self.advice, self.used, self.open = {}, set(), set()
-        self.serial, self.exact = count(), False
+        self.serial, self.exact, self.fractions = count(), False, False
         self.place = Node("place", None, (), (), -1)
         self.zero, self.one = self.sum({}), self.number(1)
 
@@ -223,8 +223,18 @@ class Algebra:
     # Values, for which advice is taken.
 
     def number(self, value):
-        """Return a number; a float is the rational number that it is."""
-        return self.sum({self.product((), ())[0]: Fraction(value)})
+        """Return a number; a float is what it is, or with `fractions` what it is near."""
+        v = Fraction(value)
+        if self.fractions and isinstance(value, float):
+            for most in (1, 10, 100, 1_000, 10_000):
+                near = v.limit_denominator(most)
+                if near and abs(near - v) <= abs(v) / 2**51:
+                    return self.number(near)
+            square = (v * v).limit_denominator(1_000)
+            if square and abs(square - v * v) <= v * v / 2**50:
+                root = self.apply("root", (square.numerator, square.denominator))
+                return self.scale(root, 1 if v > 0 else -1)
+        return self.sum({self.product((), ())[0]: v})
 
     def lone(self, factor):
         return self.sum({self.product((), (factor,))[0]: Fraction(1)})
@@ -281,7 +291,9 @@ class Algebra:
                  f"step {step} ({lemma}) is on another term")  # fmt: skip
             self.open.add(node)
             view = {"apply": self.applied, "sum": lambda t: (t,), "product": self.entered}
-            result = apply(self, *view[node.kind](inner), *(p(inner) if callable(p) else p for p in parameters))
+            result = apply(
+                self, *view[node.kind](inner), *(p(inner) if callable(p) else p for p in parameters)
+            )
             need(result is not None, f"step {step} ({lemma}): its conditions do not hold")
             self.results[node] = names, result
             self.used.add(step)
@@ -331,7 +343,9 @@ class Algebra:
         for function in functions:
             bound, body = self.entered(function)
             is_closed = not function.vars  # so it has no variable to replace
-            inner.append(function if is_closed else self.function(bound, change(body), head == "let"))
+            inner.append(
+                function if is_closed else self.function(bound, change(body), head == "let")
+            )
         return self.apply(head, attrs + mark, inner, list(map(change, arguments)))
 
     def at(self, function, arguments):
@@ -364,7 +378,13 @@ class Algebra:
         step, _, (word,) = self.advice.get((total.node, role), (-1, "", ("",)))
         self.used.add(step)
         group = word == "group" and role == "factor"
-        return self.let(total) if word == "name" else self.apply("group", (), (), [total]) if group else total
+        return (
+            self.let(total)
+            if word == "name"
+            else self.apply("group", (), (), [total])
+            if group
+            else total
+        )
 
     # Integers.
 
@@ -408,7 +428,7 @@ LEMMAS = {}
 
 def lemma(names, on, moves=False):
     def register(apply):
-        LEMMAS.update({name: (on, moves, apply) for name in names.split(" | ")})
+        LEMMAS.update(dict.fromkeys(names.split(" | "), (on, moves, apply)))
         return apply
 
     return register
@@ -436,7 +456,9 @@ def depends(v, *terms):
 
 
 def inverse_size(a, size):
-    return a.number(Fraction(1, size)) if isinstance(size, int) else a.apply("inverse_size", (size,))
+    return (
+        a.number(Fraction(1, size)) if isinstance(size, int) else a.apply("inverse_size", (size,))
+    )
 
 
 @lemma("quotient | remainder", "div mod", True)
@@ -511,7 +533,7 @@ def slot_of_a_choice(a, head, attrs, functions, arguments):
 @lemma("place in a stack", "stack", True)
 def place_in_a_stack(a, _, attrs, functions, arguments):
     """The stack of x₀ … at place i is xᵢ, and x if all are x."""
-    (place, *parts), at = arguments, a.constant(arguments[0])
+    parts, at = arguments[1:], a.constant(arguments[0])
     if all(p == parts[0] for p in parts):
         return parts[0]
     return parts[int(at)] if at in range(len(parts)) else None
@@ -532,7 +554,7 @@ def stack_by_its_members(a, _, attrs, functions, arguments, function):
     """The stack of x₀ … at place i is f(i) if f(j) = xⱼ for every j."""
     (place, *parts), (low, high), f = arguments, a.bounds(arguments[0]), function(())
     is_same = (a.at(f, [a.number(j)]) == x for j, x in enumerate(parts))
-    is_within = 0 <= low and high < len(parts) and a.is_integral(place)
+    is_within = low >= 0 and high < len(parts) and a.is_integral(place)
     return a.at(f, [place]) if is_within and all(is_same) else None
 
 
@@ -593,12 +615,14 @@ def best_of_equal(a, _, attrs, functions, arguments):
 def best_of_repeated(a, _, attrs, functions, arguments, n):
     """The k·n best of scores that come n times each are the k best, each with its n copies.
 
-    Not of shares with a bias: the share of a copy is 1/n of the share, its bias is the bias.
+    A softmax gives a copy 1/n of the share, so that a bias added to it counts n times.
     """
     once = [once_each(a, f, n) for f in functions]
-    is_biased = attrs[2] == "softmax" and len(functions) > 1
-    if None in once or attrs[0] % n or attrs[1] % n or is_biased:
+    if None in once or attrs[0] % n or attrs[1] % n:
         return None
+    if attrs[2] == "softmax":
+        opened = map(a.entered, once[1:])
+        once[1:] = [a.function(i, a.scale(body, n)) for i, body in opened]
     head = (attrs[0] // n, attrs[1] // n, *attrs[2:])
     expert = a.apply("experts", head, once, [a.apply("div", (n,), (), arguments)])
     return a.add(a.scale(expert, n), a.apply("mod", (n,), (), arguments))
@@ -619,7 +643,7 @@ def best_of_undominated(a, _, attrs, functions, arguments, step, n):
     size, k, score = attrs
     biases = [a.constant(a.at(functions[1], [a.number(i)])) for i in range(size)]
     places = range(0, step * n, step)
-    if len(functions) != 2 or None in biases or not (k <= n and 0 < step and places[-1] < size):
+    if len(functions) != 2 or None in biases or not (k <= n and step > 0 and places[-1] < size):
         return None
     least = min(biases[i] for i in places)
     if any(b > least - 1 for i, b in enumerate(biases) if i not in places):
@@ -632,7 +656,7 @@ def best_of_undominated(a, _, attrs, functions, arguments, step, n):
     return a.scale(a.apply("experts", (n, k, score), chosen, arguments), step)
 
 
-AT_ZERO = {**dict.fromkeys("silu gelu gelu_tanh relu tanh square".split(), 0),
+AT_ZERO = {**dict.fromkeys(["silu", "gelu", "gelu_tanh", "relu", "tanh", "square"], 0),
            "sigmoid": Fraction(1, 2), "exp": 1}  # fmt: skip
 
 
@@ -652,6 +676,35 @@ def sparsemixer_of_equal(a, _, attrs, functions, arguments):
     at = [a.apply("equal", (), (), [a.add(arguments[0], a.number(-j))]) for j in (0, 1)]
     gates = [a.scale(at[j], Fraction(1, v.size - j)) for j in range(int(high) + 1)]
     return a.add(*gates)
+
+
+@lemma("common factor", "group relu square")
+def common_factor(a, head, attrs, _, arguments):
+    """f(c·x) = c·f(x) for parentheses and relu, c² of a square, a positive number or root c."""
+    (body,), terms = arguments, a.terms(arguments[0])
+    by, opened = {abs(c) for c, _ in terms}, [a.entered(m) for _, m in terms]
+    roots = [f for f in opened[0][1] if a.applied(f)[0] == "root"] if opened else []
+    roots = [r for r in roots if all(r in factors for _, factors in opened)]
+    if len(by) == 1 and by != {1}:
+        factor, inner = a.number(*by), a.scale(body, 1 / min(by))
+    elif roots:
+        left = [(bound, drop(row, row.index(roots[0]))[0]) for bound, row in opened]
+        factor = a.lone(roots[0])
+        inner = a.add(*(a.monomial(*p, c) for p, (c, _) in zip(left, terms, strict=True)))
+    else:
+        return None
+    times = 2 if head == "square" else 1
+    return a.multiply(*[factor] * times, a.apply(head, attrs, (), [inner]))
+
+
+@lemma("square of a root", "product")
+def square_of_a_root(a, bound, factors, at):
+    """√r · √r = r."""
+    left, root = drop(factors, at)
+    head, attrs, _, _ = a.applied(root)
+    if head != "root" or root not in left:
+        return None
+    return a.monomial(bound, drop(left, left.index(root))[0], Fraction(*attrs))
 
 
 @lemma("masks compose", "mask")
@@ -685,7 +738,7 @@ def idempotent(a, bound, factors, at):
 
 @lemma("a size over itself", "product")
 def size_over_itself(a, bound, factors, at):
-    """n · 1/n = 1 for a size n, which is at least 1."""
+    """A size n, which is at least 1, times 1/n is 1."""
     left, factor = drop(factors, at)
     head, attrs, _, _ = a.applied(factor)
     sizes = [i for i, f in enumerate(left) if a.applied(f)[:2] == ("size", attrs)]
@@ -739,7 +792,7 @@ def sum_at_a_point(a, bound, factors, at, of):
     """Σᵢ [i = t]·f(i) = [0 ≤ t < n]·f(t) for i below n, and an integer t without i."""
     (left, equal), v = drop(factors, at), bound[of]
     head, attrs, _, (index,) = a.applied(equal)
-    sign = dict((m, c) for c, m in a.terms(index)).get(a.terms(a.index(v))[0][1])
+    sign = {m: c for c, m in a.terms(index)}.get(a.terms(a.index(v))[0][1])
     point = a.add(a.index(v), a.scale(index, -(sign or 0)))
     if (head, attrs) != ("equal", ()) or sign not in (1, -1) or not isinstance(v.size, int):
         return None
@@ -768,7 +821,10 @@ def sum_over_a_bijection(a, bound, factors, choice, of):
     """Σᵢ f(π(i)) = Σᵢ f(i) for a permutation π, as the n best of n are."""
     (others, v), choice = drop(bound, of), choice(bound)
     head, attrs, functions, arguments = a.applied(choice)
-    is_onto = {"permutation": attrs[:1], "experts": attrs[:2]}[head] in ((v.size,), (v.size, v.size))
+    is_onto = {"permutation": attrs[:1], "experts": attrs[:2]}[head] in (
+        (v.size,),
+        (v.size, v.size),
+    )
     if not is_onto or a.variable(arguments[0]) != v or depends(v, *functions):
         return None
     new = a.fresh(v.size)
@@ -836,7 +892,11 @@ def join_ranges(a, total, first, at, second, then):
     left, inside = drop(factors, at)
     (low, (s, t), _, index), (high, (t2, u), _, _) = map(a.applied, (inside, next_factors[then]))
     neighbour = a.product(bound, [*left, a.application("range", (t, u), (), index)])[0]
-    if (low, high, t, c) != ("range", "range", t2, equal) or neighbour != following or not s <= t <= u:
+    if (
+        (low, high, t, c) != ("range", "range", t2, equal)
+        or neighbour != following
+        or not s <= t <= u
+    ):
         return None
     joined = a.multiply(*map(a.lone, left), a.apply("range", (s, u), (), index), over=bound)
     return a.add(without(a, total, monomial, following), a.scale(joined, c))
@@ -883,8 +943,10 @@ def read_log(a, log):
         """Return a term of the log as one of the variables of what is built."""
         places = {**{v: i for i, v in enumerate(subject.vars)}, **{v: -1 - i for v, i in bound}}
         where = [places[v] for v in term.vars]
-        return lambda built: lambda inner: Term(
-            term.node, tuple(built.vars[i] if i >= 0 else inner[-1 - i] for i in where)
+        return lambda built: (
+            lambda inner: Term(
+                term.node, tuple(built.vars[i] if i >= 0 else inner[-1 - i] for i in where)
+            )
         )
 
     for number, (name, row, given) in enumerate(log["steps"]):
@@ -1149,7 +1211,10 @@ class Evaluation:
         return Tensor(widest(*xs), body, all(x.finite for x in xs))
 
     def scaled(self, x, by):
-        return x.new(body=self.a.scale(x.body, by))
+        number = self.a.number(by)
+        by = self.a.constant(number)
+        product = self.a.multiply(number, x.body) if by is None else self.a.scale(x.body, by)
+        return x.new(body=product)
 
     def times(self, *xs):
         return Tensor(widest(*xs), self.a.multiply(*(self.a.cut(x.body) for x in xs)))
@@ -1183,7 +1248,9 @@ class Evaluation:
 
     def slice(self, x, axis, start, stop):
         need(0 <= start < stop <= x.axis(axis).size, "a slice beyond an axis")
-        return self.moved(x, axis, stop - start, index=lambda i: self.a.add(i, self.a.number(start)))
+        return self.moved(
+            x, axis, stop - start, index=lambda i: self.a.add(i, self.a.number(start))
+        )
 
     def index(self, x, axis, at):
         need(0 <= at < x.axis(axis).size, "an index beyond an axis")
@@ -1250,7 +1317,9 @@ class Evaluation:
             total = self.reduced("logsumexp", x, [axis])
             apart = self.sums(total, self.scaled(sink, -1)) if total.finite else None
             apart = apart or self.pointwise("sub of infinite", (), total, sink)
-            weights = self.times(weights, self.pointwise("sigmoid", (), apart)._replace(finite=True))
+            weights = self.times(
+                weights, self.pointwise("sigmoid", (), apart)._replace(finite=True)
+            )
         return weights
 
     def seen(self, query, key, window=0):
@@ -1334,7 +1403,9 @@ class Evaluation:
         scores = self.contracted(query, key, [n.word("over")])
         scores, cap = self.scaled(scores, n.real("scale", "1.0")), Fraction(n.real("cap", "0.0"))
         if cap:
-            scores = self.scaled(self.pointwise("tanh", (), self.scaled(scores, 1 / cap)), cap)
+            scores = self.scaled(
+                self.pointwise("tanh", (), self.scaled(scores, 1 / cap)), float(cap)
+            )
         if "bias" in given:
             scores = self.sums(scores, given["bias"])._replace(axes=scores.axes)
         masks = [given["keep"]] if "keep" in given else []
@@ -1347,7 +1418,9 @@ class Evaluation:
         for mask in masks:
             scores = self.masked(scores, mask, "-inf")
         sinks = [given["sinks"]] if "sinks" in given else []
-        return self.contracted(self.shares(scores, n.word("along"), *sinks), value, [n.word("along")])
+        return self.contracted(
+            self.shares(scores, n.word("along"), *sinks), value, [n.word("along")]
+        )
 
     def route(self, n, logits, *biases):
         """Return the k best experts by logits, or by score plus bias, and their gates."""
@@ -1370,8 +1443,9 @@ class Evaluation:
         else:
             need(gates in ("renormalised", "sigmoid-renormalised"), f"unknown gates {gates}")
             body = a.apply("share", (score,), [a.function([choice], of_chosen)], index)
-        axes, body = (*logits.but(axis), choice), a.scale(body, n.real("scale", "1.0"))
-        return [Tensor(axes, experts), Tensor(axes, body, logits.finite)]
+        axes = (*logits.but(axis), choice)
+        scaled = self.scaled(Tensor(axes, body), n.real("scale", "1.0"))
+        return [Tensor(axes, experts), scaled._replace(finite=logits.finite)]
 
     def keep_choices(self, n, gates, *uniform):
         policy, axis = n.word("policy", "random"), gates.axis(n.word("choice", "choice"))
@@ -1428,10 +1502,12 @@ class Evaluation:
         need(s.experts == experts.body, "slots of other experts")
         rows = [self.a.axis(*v) for v in zip(("group", "expert", "slot"), s.sizes, strict=True)]
         places = self.indices(rows)
-        names = [v.name for v in (*s.tokens, *([s.choice] if n.op == "dispatch_gates" else []))]
+        of_gates = n.op == "dispatch_gates"
+        names = [v.name for v in (*s.tokens, *([s.choice] if of_gates else []))]
         values = {t: self.a.apply("token_of", (j, *s.key), s.functions, places)
                   for j, t in enumerate(names)}  # fmt: skip
-        x = self.at(x.new(body=self.a.cut(x.body)), values, (*rows, *x.but(*names)))
+        body = x.body if of_gates else self.a.cut(x.body)
+        x = self.at(x.new(body=body), values, (*rows, *x.but(*names)))
         occupied = () if s.ragged else (self.a.apply("occupied", s.key, s.functions, places),)
         return x.new(body=self.a.multiply(*occupied, x.body))
 
@@ -1448,7 +1524,7 @@ class Evaluation:
         }
         axes = [v for v in slots.axes if v in s.tokens]
         factors = [self.at(rows, where, ()).body]
-        factors += [a.substitute(a.cut(g.body), to_c) for g in gates]
+        factors += [a.substitute(g.body, to_c) for g in gates]
         factors.append(a.substitute(s.placed, to_c))
         body = a.multiply(*factors, over=[c])
         return Tensor((*axes, *rows.but("group", "expert", "slot")), body)
@@ -1505,7 +1581,9 @@ class Evaluation:
         axis, at = next(iter(key.items()), ("", ""))
         axes = tuple(a.axis(*v) for v in e.type.axes) if e.type else ()
         wide = "f64" if any(t.dtype == "f64" for t in xs) else "f32"
-        kinds = {"cast": e.words[-1:], "clusters": ["i32"]}.get(name) or [e.type.dtype if e.type else x.dtype]
+        kinds = {"cast": e.words[-1:], "clusters": ["i32"]}.get(name) or [
+            e.type.dtype if e.type else x.dtype
+        ]
         if name in ("scale", "add", "mul", "minimum", "mean", "std", "fitted"):
             kinds = [wide]
         if name == "select":
@@ -1542,11 +1620,12 @@ class Evaluation:
             result = Tensor(axes, a.apply("permutation", attrs, (), self.indices(axes)))
         elif name == "full" and not self.exact:
             value = float(e.words[0])
-            stored = rounded(value, dtype)
+            stored = value if a.fractions else rounded(value, dtype)
             unknown = a.apply("constant", (value, dtype)) if stored is None else None
             result = Tensor(axes, unknown or a.number(stored))
         elif name == "scale" and not self.exact:
-            result = self.scaled(x, rounded(float(e.words[0]), dtype))
+            value = float(e.words[0])
+            result = self.scaled(x, value if a.fractions else rounded(value, dtype))
         elif name == "cast" and not self.exact:
             result = self.cast_to(x, dtype)
         elif name in ARITHMETIC and not self.exact:
@@ -1600,7 +1679,9 @@ class Evaluation:
                     need(x.slots is None or x.dtype in ("", type_.dtype), "slots as another type")
                     values[name] = x._replace(dtype=type_.dtype)
             except (Rejected, *MALFORMED) as error:
-                raise Rejected(f"{', '.join(n.results)} = {n.op}: {error or repr(error)}") from error
+                raise Rejected(
+                    f"{', '.join(n.results)} = {n.op}: {error or repr(error)}"
+                ) from error
         return values
 
     def results(self, n, xs, values):
@@ -1611,7 +1692,7 @@ class Evaluation:
         finite = all(x.finite for x in xs)
         if n.op == "stop_gradient" and not self.exact:
             return [xs[0].new(body=self.a.stopped(xs[0].body))]
-        if define and (n.op in MOVES or not self.exact and (finite or n.op in OF_INFINITE)):
+        if define and (n.op in MOVES or (not self.exact and (finite or n.op in OF_INFINITE))):
             results = define(self, n, *xs)
             return results if isinstance(results, list) else [results]
         if n.op in ELEMENTWISE and not self.exact:
@@ -1665,7 +1746,9 @@ class Evaluation:
         results = self.body(n, [*carried, *slices, *others])
         finite = all(x.finite for x in (*xs, *results))
         need(finite or not all_finite, "infinite values of finite ones in a rolled scan")
-        need([r.axes for r in results[:count_]] == [x.axes for x in starts], "carries of other axes")
+        need(
+            [r.axes for r in results[:count_]] == [x.axes for x in starts], "carries of other axes"
+        )
         functions = list(map(self.closed, starts))
         functions += [a.function((run, *x.axes), x.body) for x in results[:count_]]
         finals = []
@@ -1772,15 +1855,17 @@ OPERATIONS = {
     "weight_rows": lambda e, n, x, y: x.new(body=e.a.multiply(x.body, y.body)),
     "group_sum": Evaluation.group_sum,
     # Collectives change where global values lie, not the values.
-    **dict.fromkeys("reshard shard all_gather all_reduce reduce_scatter all_to_all "
-                    "ragged_all_to_all".split(), lambda e, n, x: x),
+    **dict.fromkeys(("reshard", "shard", "all_gather", "all_reduce", "reduce_scatter", "all_to_all",
+                     "ragged_all_to_all"), lambda e, n, x: x),
 }
-MOVES = set("rename broadcast split merge slice index stack".split())
-OF_INFINITE = set("softmax max logsumexp mask route".split())
-BOUNDED = set("sigmoid tanh normal_cdf".split())
-ELEMENTWISE = set("silu gelu gelu_tanh relu sigmoid tanh exp log square rsqrt normal_cdf pointwise "
-                  "add sub mul div maximum minimum less equal neg scale cast select mask "
-                  "weight_rows".split())
+MOVES = {"rename", "broadcast", "split", "merge", "slice", "index", "stack"}
+OF_INFINITE = {"softmax", "max", "logsumexp", "mask", "route"}
+BOUNDED = {"sigmoid", "tanh", "normal_cdf"}
+ELEMENTWISE = BOUNDED | {
+    "silu", "gelu", "gelu_tanh", "relu", "exp", "log", "square", "rsqrt", "pointwise", "add", "sub",
+    "mul", "div", "maximum", "minimum", "less", "equal", "neg", "scale", "cast", "select", "mask",
+    "weight_rows",
+}
 # fmt: on
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, StopIteration)
 
@@ -1805,38 +1890,58 @@ def check(log, before, after):
     names = Counter(name for name, _, _ in log["steps"])
     need(log.get("lemmas", names) == names, "counts of lemmas that are not those of the steps")
     a = Algebra()
-    a.exact = bool(log["exact"])
+    a.exact, a.fractions = bool(log["exact"]), bool(log.get("fractions"))
     read_log(a, log)
     graphs = [graph_of(before), graph_of(after)]
     evaluation = Evaluation(a, a.exact, bool(log.get("rolled")))
-    (old, old_outputs), (new, new_outputs) = ((evaluation.evaluate(g, {}), g.outputs) for g in graphs)
+    (old, old_outputs), (new, new_outputs) = (
+        (evaluation.evaluate(g, {}), g.outputs) for g in graphs
+    )
     need(graphs[0].inputs == graphs[1].inputs, "graphs of other inputs")
-    need(set(old_outputs) == set(new_outputs), "graphs of other outputs")
-    types = [{v: t for n in g.lines for v, t in zip(n.results, n.types, strict=True)} for g in graphs]
-    for name, value in old_outputs.items():
+    outputs = log.get("outputs", list(old_outputs))
+    need(outputs and {*outputs} <= {*old_outputs} & {*new_outputs}, "outputs that a graph lacks")
+    types = [
+        {v: t for n in g.lines for v, t in zip(n.results, n.types, strict=True)} for g in graphs
+    ]
+    for name in outputs:
+        value = old_outputs[name]
         x, y = old[value], new[new_outputs[name]]
-        partial = [t[v].unreduced for t, v in zip(types, (value, new_outputs[name]), strict=True) if v in t]
+        partial = [
+            t[v].unreduced for t, v in zip(types, (value, new_outputs[name]), strict=True) if v in t
+        ]
         need((x.axes, x.dtype) == (y.axes, y.dtype), f"output {name}: of two types")
         need(len(set(partial)) < 2 and x.body == y.body, f"output {name}: two different terms")
     return sorted(a.used - {-1})
 
 
+def accepted(log, before, after):
+    """Return the numbers of the steps that a proof needs. Raises: Rejected, whatever is wrong."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(limit, 20_000))
+    try:
+        return check(log, before, after)
+    except (RecursionError, *MALFORMED) as error:
+        raise Rejected(f"not a log, or not a graph: {error!r}") from error
+    finally:
+        sys.setrecursionlimit(limit)
+
+
 def main():
     """Check the proof that the command line names."""
     if len(sys.argv) != 4:
-        print(__doc__.split("\n\n")[1].strip(), file=sys.stderr)
+        print("usage: moecc-check PROOF BEFORE.moe AFTER.moe", file=sys.stderr)
         return 2
-    sys.setrecursionlimit(20_000)
     try:
-        texts = [Path(name).read_text("utf-8") for name in sys.argv[1:]]
-        log = json.loads(texts[0])
-        used = check(log, *texts[1:])
+        text, *graphs = (Path(name).read_text("utf-8") for name in sys.argv[1:])
+        log = json.loads(text)
+        used = accepted(log, *graphs)
         unused = sorted(set(range(len(log["steps"]))) - set(used))
         need(not unused, f"step {(unused or [0])[0]} is of no use")
-    except (Rejected, OSError, RecursionError, *MALFORMED) as error:
-        print(f"rejected: {error or repr(error)}")
+    except (Rejected, OSError, ValueError) as error:
+        print(f"rejected: {error}")
         return 1
-    print(f"accepted: {len(used)} steps")
+    constants = ", for constants as fractions" if log["fractions"] else ""
+    print(f"accepted: {len(used)} steps, {len(log['outputs'])} outputs{constants}")
     return 0
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from moecc.errors import Problem, UsageError
+from moecc.errors import CheckError, Problem, UsageError
 from moecc.formats.adapter import files_of
 from moecc.formats.gguf.header import Key
 from moecc.formats.gguf.storage import FILE_NAME, SUFFIX
@@ -343,6 +343,7 @@ def convert(
     allow_unmatched: AllowUnmatched = False,
     allow_other_base: bool = False,
     no_check: bool = False,
+    proof: Annotated[str | None, Spelling("FILE")] = None,
     verify: bool = False,
     resume: bool = False,
     force: Force = False,
@@ -367,6 +368,8 @@ def convert(
       allow_nonfinite: Write NaN and infinity, and note them in the manifest.
       allow_other_base: Accept an adapter that names another model than SOURCE as its base.
       no_check: Do not hold passes to their promises.
+      proof: File for the log of the proof that the result is the function of SOURCE, which
+        moecc-check accepts; the graphs are written beside it.
       verify: Run source and result on the same tokens before the result is put in place, and
         compare their logits.
       resume: Continue the same conversion after it was killed.
@@ -398,6 +401,12 @@ def convert(
                         hint=f"upcycle{{sources=base,{name}}}")
                 for name in planned.unread
             )  # fmt: skip
+        if proof is not None:
+            if planned.proof is None:
+                raise CheckError(
+                    [Problem("no proof to write: the conversion promises no equality")]
+                )
+            planned.proof.write(Path(proof))
         check_place(planned, out, force=force, resume=resume)
         if not dry_run:
             with Bar("writing") as bar:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from moecc.errors import CheckError, InputError, MoeccError, Problem
@@ -25,6 +26,7 @@ def prove(
     b: Annotated[str, Spelling("B", complete="models")],
     *,
     exact: bool = False,
+    proof: Annotated[str | None, Spelling("FILE")] = None,
     load: Load = (),
 ) -> Report:
     """Prove that two models are the same function.
@@ -40,6 +42,8 @@ def prove(
       a: Hugging Face folder, .gguf file, .moe graph, or preset:NAME.
       b: Model to compare with A.
       exact: Prove that the reference computes the same bits, not the same real numbers.
+      proof: File for the log of the proof, which moecc-check accepts; the graphs are written
+        beside it.
 
     Example:
       moecc prove smollm2 smollm2-8x
@@ -48,14 +52,16 @@ def prove(
         prover = Prover(exact=exact)
         manifest = _conversion_of(source, result)
         if manifest is None:
-            proof = compared(source.graph, result.graph, prover)
+            comparison = compared(source.graph, result.graph, prover)
         else:
-            proof = replay(source, result, manifest, prover, load)
-    data = {"a": a, "b": b, "proof": proof.to_json(), "node": proof.verdict.node}
-    data["terms"] = list(proof.verdict.terms)
-    problem = verdict_problem(proof.verdict)
-    error = None if problem is None else _error(proof.verdict, problem)
-    return Report("prove", data, lambda: proof_text(proof, a, b), error=error)
+            comparison = replay(source, result, manifest, prover, load)
+        if proof is not None and comparison.verdict:
+            comparison.write(Path(proof))
+    data = {"a": a, "b": b, "proof": comparison.to_json(), "node": comparison.verdict.node}
+    data["terms"] = list(comparison.verdict.terms)
+    problem = verdict_problem(comparison.verdict)
+    error = None if problem is None else _error(comparison.verdict, problem)
+    return Report("prove", data, lambda: proof_text(comparison, a, b), error=error)
 
 
 def _error(verdict: Verdict, problem: Problem) -> MoeccError:

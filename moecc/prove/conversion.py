@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from moecc.errors import CheckError, Problem
 from moecc.formats.source import Checkpoint, TensorInfo
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.ir.text import print_graph
+from moecc.prove.log import write_proof
 from moecc.prove.prover import Prover, Verdict
 from moecc.support.lazy import np
 from moecc.translate.export import Export
@@ -30,11 +32,23 @@ class ConversionProof:
       verdict: of the source against the result.
       source: the SHA-256 of the text of the source's graph.
       result: that of the graph of the result, its tensors replaced by what is written to them.
+      graphs: both graphs.
     """
 
     verdict: Verdict
     source: str
     result: str
+    graphs: tuple[Graph, Graph]
+
+    def write(self, file: Path) -> tuple[Path, ...]:
+        """Write the log of the proof and the texts of both graphs, and return their paths.
+
+        Raises:
+          CheckError: there is no proof, or ``moecc-check`` does not accept it.
+        """
+        if self.verdict.status != "proved":
+            raise CheckError([Problem("no proof to write", self.verdict.node)])
+        return write_proof(self.verdict.log, *self.graphs, file)
 
     def to_json(self) -> dict[str, object]:
         """Return the entry ``proof`` of a receipt."""
@@ -72,7 +86,8 @@ def compared(
     """
     outputs = source.outputs.keys() & result.outputs.keys()
     verdict = prover.prove(source, result, outputs=outputs, refute=refute)
-    return ConversionProof(verdict, graph_digest(source), graph_digest(result))
+    digests = graph_digest(source), graph_digest(result)
+    return ConversionProof(verdict, *digests, (source, result))
 
 
 def graph_digest(graph: Graph) -> str:

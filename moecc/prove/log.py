@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable
 from fractions import Fraction
 from math import isinf
+from pathlib import Path
 from typing import Any
 
+from moecc.errors import CheckError, Problem
 from moecc.ir.graph import Graph
 from moecc.ir.text import print_graph
 from moecc.prove.lemmas import Step
@@ -114,6 +117,34 @@ def _renumbered(row: Any, moved: Callable[[int], int]) -> list[object]:
         case ["function", variables, body]:
             return ["function", [moved(i) for i in variables], moved(body)]
     raise TypeError(f"{row!r} is no row")
+
+
+def write_proof(verdict_log: JsonDict, before: Graph, after: Graph, file: Path) -> tuple[Path, ...]:
+    """Write a log with the steps that ``moecc-check`` needs, and the texts of both graphs.
+
+    Args:
+      verdict_log: of a proof.
+      before: the first graph.
+      after: the second graph.
+      file: of the log; the texts are beside it, ``.before.moe`` and ``.after.moe``.
+
+    Raises:
+      CheckError: the checker does not accept the proof.
+    """
+    # Only here: the checker stands alone, and nothing else in the package may need it.
+    import moecc_check
+
+    texts = (print_graph(before), print_graph(after))
+    log = json.loads(json.dumps(verdict_log))
+    try:
+        needed = moecc_check.accepted(log, *texts)
+    except moecc_check.Rejected as error:
+        problem = Problem("moecc-check does not accept the proof", found=str(error))
+        raise CheckError([problem]) from None
+    paths = (file, file.with_suffix(".before.moe"), file.with_suffix(".after.moe"))
+    for path, text in zip(paths, (json.dumps(pruned(log, needed)), *texts), strict=True):
+        path.write_text(text, "utf-8")
+    return paths
 
 
 def digest(graph: Graph) -> str:
