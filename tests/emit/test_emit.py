@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from moecc_backends.torch_source.docs import PROGRAMS
 from moecc_backends.torch_source.names import identifier
 from moecc_backends.torch_source.operations import OPERATIONS
 from moecc_backends.torch_source.text import literal
@@ -130,6 +131,11 @@ def test_card_says_what_loading_runs(tmp_path):
     assert 'AutoModelForSeq2SeqLM.from_pretrained(folder, dtype="auto", trust_remote_code' in card
     assert "`trust_remote_code=True` runs `modeling_st_moe.py`" in card
     assert "No engine" not in card
+
+
+def test_the_page_prints_the_programs_as_they_are():
+    page = Path("docs/emit.md").read_text("utf-8")
+    assert PROGRAMS.replace(page) == page, "run: make docs"
 
 
 def test_other_targets_have_no_program(tmp_path):
