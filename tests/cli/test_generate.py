@@ -147,3 +147,18 @@ def test_logits_that_are_nan_are_refused(moecc: Callable, dense: Path, temperatu
     )
     assert done.code == 1, done.err
     assert "NaN or infinity" in done.err
+
+
+def test_what_the_library_says_is_what_comes_back() -> None:
+    data = changed()
+    whole = tokenizers.Tokenizer.from_str(data.decode())
+    texts = ["the cat", "", "a mat on the cat \u00e9 \U0001f600", "cat " * 50_000]
+    with Tokenizer(data, "here") as made:
+        assert made.encode_all(texts) == [whole.encode(text).ids for text in texts]
+        assert made.decode([0, 1, 5]) == whole.decode([0, 1, 5])
+        assert [made.token(i) for i in (1, 99)] == ["cat", None]
+        with pytest.raises(InputError, match="cannot be used"):
+            made.encode("\udcff")
+        assert made.encode("the") == [0]
+        process = made._process
+    assert process.returncode is not None

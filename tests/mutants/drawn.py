@@ -17,6 +17,7 @@ import copy
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -31,6 +32,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
+PHASE = re.compile(r" \((setup|call|teardown)\)$")
+"""What the variable PYTEST_CURRENT_TEST has behind the name of a test."""
 PACKAGES = ("moecc", "passes/moecc_passes", "backends/moecc_backends")
 SECONDS_OF_TESTS = 25.0
 """Tests of this many seconds, as recorded, are tried before a mutant counts as surviving."""
@@ -219,7 +222,7 @@ class Coverage:
         for data in folder.glob("data.*"):
             connection = sqlite3.connect(data)
             for path, context, bits in connection.execute(query):
-                test = context.split(" (")[0]
+                test = PHASE.sub("", context)
                 if test not in self.seconds or not Path(path).is_relative_to(root):
                     continue
                 name = sys.intern(str(Path(path).relative_to(root)))
@@ -272,11 +275,24 @@ def run_tests(copied: Path, tests: list[str], limit: float) -> tuple[bool, str]:
         os.waitpid(process, 0)
         return True, "time"
     text = output.read_text(errors="replace")
-    failures = [line.split()[1] for line in text.splitlines() if line[:6] in ("FAILED", "ERROR ")]
+    failures = [
+        line.partition(" ")[2].split(" - ")[0]
+        for line in text.splitlines()
+        if line.startswith(("FAILED ", "ERROR "))
+    ]
     code = os.waitstatus_to_exitcode(status[1])
+    if unknown := re.findall(r"^ERROR: not found: \S*/(tests/\S+)$", text, re.MULTILINE):
+        # Its parameters are called otherwise by now.
+        raise LookupError(unknown[0])
     if code > 0 and not failures:
         raise RuntimeError(f"pytest ends with {code}: {text[-800:]}")
     return code != 0, (failures or ["time"])[0]
+
+
+def _is_there(copied: Path, test: str) -> bool:
+    file, _, name = test.partition("[")[0].partition("::")
+    path = copied / file
+    return path.exists() and f"def {name.split('::')[-1]}(" in path.read_text()
 
 
 def judge(mutants: list[dict[str, Any]], folder: Path, copied: Path,
@@ -311,7 +327,7 @@ def judge(mutants: list[dict[str, Any]], folder: Path, copied: Path,
             continue
         in_function = mutant["function"].split(".")[-1].lstrip("_")[:1].islower()
         tests = coverage.choose(mutant["file"], original[1], in_function)
-        tests = [test for test in tests if (copied / test.split("::")[0]).exists()]
+        tests = [test for test in tests if _is_there(copied, test)]
         key = json.dumps({k: mutant[k] for k in sorted(mutant)})
         if earlier.get(key) in tests:
             tests.insert(0, tests.pop(tests.index(earlier[key])))
@@ -324,13 +340,16 @@ def judge(mutants: list[dict[str, Any]], folder: Path, copied: Path,
             seconds = sum(coverage.seconds[test] for test in candidates)
             try:
                 failed, killer = run_tests(copied, candidates, 60 + 4 * seconds)
+            except LookupError as error:
+                unfit.update(test for test in tests if test.split("[")[0] == error.args[0])
+                continue
             finally:
                 path.write_text(text)
                 os.utime(path, (stamp + 50, stamp + 50))
             if not failed:
                 killer = None
             # A test that fails in the copy without any change judges nothing.
-            if killer not in coverage.seconds or killer in fit:
+            if killer is None or killer == "time" or killer in fit:
                 break
             if run_tests(copied, [killer], 120)[0]:
                 unfit.add(killer)

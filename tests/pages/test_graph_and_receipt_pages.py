@@ -72,3 +72,9 @@ def test_in_a_browser(graph_page: Path, receipt_page: Path, width: int, dark: bo
     assert found
     assert all("route" in str(text).lower() for text in found)
     assert receipt.probe["tables"] == 5
+
+
+def test_a_receipt_says_what_was_found(receipt_page: Path) -> None:
+    text = receipt_page.read_text("utf-8")
+    for words in ("reassociation", "upcycle{experts=4}", "max relative", "llama.cpp", "numpy"):
+        assert words in text

@@ -14,6 +14,7 @@ from tiers import examples, few
 
 from moecc.families.describe import describe
 from moecc.model.open import open_model
+from moecc.plan.collectives import LayerRows
 from moecc.plan.machines import parse_machine
 from moecc.plan.memory import Sharding
 from moecc.plan.search import layouts, legal_vias, meshes
@@ -199,3 +200,18 @@ def test_the_collectives_of_a_sparse_layer(
     via: str, remat: str, step: str, expected: dict[str, float]
 ) -> None:
     assert census("mixtral-8x7b", "data=2,expert=8", via, remat, step) == expected
+
+
+@given(
+    top_k=st.integers(1, 8),
+    experts=st.sampled_from([8, 16, 64]),
+    devices=st.sampled_from([1, 4, 8]),
+)
+def test_the_worst_case_has_room_for_every_choice(top_k: int, experts: int, devices: int) -> None:
+    """By trying to send as many choices to one device as there can be."""
+    tokens, mine = 4, experts // devices
+    rows = LayerRows(tokens, tokens * top_k, devices, top_k, experts, True)
+    # Each token of each device chooses as many experts of the first device as it can.
+    landed = sum(min(top_k, mine) for _ in range(tokens * devices))
+    assert rows.buffer_rows("ragged") == rows.buffer_rows("ring") == landed
+    assert rows.buffer_rows("capacity") == 1.25 * rows.rows

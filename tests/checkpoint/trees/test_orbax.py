@@ -5,6 +5,7 @@ The arrays are made by ``make_maxtext.py`` from golden models, which must come o
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -122,3 +123,20 @@ def test_metadata_lead_nowhere_else(tmp_path: Path) -> None:
     file.write_text("{}")
     with pytest.raises(InputError, match="not the metadata of a tree"):
         open_checkpoint(tmp_path, needs_config=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "gemma2"}, "other families of MaxText"),
+        ({"model_type": "mistral"}, "does not know this array of a mistral"),
+    ],
+)
+def test_what_is_not_known_is_reported(
+    change: dict[str, object], words: str, tmp_path: Path
+) -> None:
+    write("qwen2_square", tmp_path / "items")
+    config = json.loads((GOLDEN / "qwen2_square" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InputError, match=words):
+        open_checkpoint(tmp_path)
