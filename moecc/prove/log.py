@@ -15,7 +15,7 @@ from typing import Any
 from moecc.errors import CheckError, Problem
 from moecc.ir.graph import Graph
 from moecc.ir.text import print_graph
-from moecc.prove.lemmas import Step
+from moecc.prove.rules import Step
 from moecc.support.untyped import JsonDict
 from moecc.terms.term import (
     Abstraction,

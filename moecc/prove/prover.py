@@ -14,8 +14,8 @@ from moecc.ir.graph import Graph, Node, Value, where
 from moecc.ir.ops.repetition import repetitions
 from moecc.prove.counterexample import Counterexample, find_counterexample
 from moecc.prove.evaluation import Evaluation, Terms
-from moecc.prove.lemmas import Lemmas
 from moecc.prove.log import log_of
+from moecc.prove.rules import Lemmas
 from moecc.support.untyped import JsonDict
 from moecc.terms.tensor import Tensor
 from moecc.terms.term import Algebra

@@ -13,7 +13,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from moecc.prove.lemmas import APPLICATIONS, MONOMIALS, SUMS, Lemmas
+from moecc.prove.rules import APPLICATIONS, MONOMIALS, SUMS, Lemmas
 from moecc.terms.tensor import let
 from moecc.terms.term import Abstraction, Algebra, Head, Polynomial
 

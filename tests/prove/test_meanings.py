@@ -17,7 +17,7 @@ from moecc.ir.ops.attention import RelativeBucketsOp, RopeOp
 from moecc.ir.ops.elementwise import FORMULAS, PointwiseOp
 from moecc.ir.ops.routing import HashExpertsOp
 from moecc.prove.evaluation import Evaluation
-from moecc.prove.lemmas import Lemmas
+from moecc.prove.rules import Lemmas
 from moecc.terms.term import Algebra, Application
 
 from ..ir.operations import Function, sample  # noqa: TID252

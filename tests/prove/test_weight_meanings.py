@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moecc.prove.evaluation import Evaluation
-from moecc.prove.lemmas import Lemmas
+from moecc.prove.rules import Lemmas
 from moecc.terms.term import Algebra, Application
 from moecc.weights.evaluate import evaluate
 from moecc.weights.text import parse_expr
