@@ -164,6 +164,14 @@ class Polynomial:
 Substitution = Mapping[Var, Polynomial]
 
 
+MOST_TERMS = 3_000_000
+"""An algebra builds no more terms: a model of 32 layers takes 60,000."""
+
+
+class TooManyTerms(Exception):
+    """The terms of two graphs are too large to be compared."""
+
+
 class OpenMonomial(NamedTuple):
     """A monomial whose bound variables are fresh: what rules of monomials read and return."""
 
@@ -477,6 +485,8 @@ class Algebra:
         key = (head, abstractions, arguments)
         if key not in self._applications:
             self._serial += 1
+            if self._serial > MOST_TERMS:
+                raise TooManyTerms(f"more than {MOST_TERMS:,} terms")
             self._applications[key] = Application(head, abstractions, arguments, self._serial)
         return self._applications[key]
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 import moecc
+from moecc.ir.text import parse
 from moecc.prove import prove
+from moecc.terms import term
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -40,3 +42,47 @@ def test_other_experts_are_refuted_at_their_combination() -> None:
     assert "combine @layers.0.ffn" in verdict.node
     assert verdict.counterexample is not None
     assert verdict.counterexample.output == "logits"
+
+
+def test_graphs_too_large_to_compare_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(term, "MOST_TERMS", 100)
+    dense = model("llama_gqa")
+    verdict = prove(dense.graph, dense.apply("cse").graph)
+    assert (verdict.status, verdict.node) == ("unknown", "the graphs")
+
+
+def test_rolled_layers_are_compared_by_their_bodies() -> None:
+    dense = model("llama_gqa")
+    rolled = dense.apply("roll-layers")
+    sparse = dense.apply("upcycle{experts=4 top-k=2},roll-layers")
+    assert prove(rolled.graph, sparse.graph).log["rolled"] is True
+    assert prove(dense.graph, sparse.graph).log["rolled"] is False
+
+
+def test_a_constant_as_a_fraction_is_an_assumption() -> None:
+    dense = model("llama_gqa")
+    scaled = dense.apply("upcycle{experts=4 gate-scale=2.5}")
+    assert any("fractions" in a for a in prove(dense.graph, scaled.graph).assumptions)
+    plain = dense.apply("upcycle{experts=4}")
+    assert not any("fractions" in a for a in prove(dense.graph, plain.graph).assumptions)
+
+
+def test_a_stopped_gradient_is_another_function() -> None:
+    lines = (
+        "%y = mul %x, %x : f32[embed=4]",
+        "%s = stop_gradient %x : f32[embed=4]\n  %y = mul %s, %x : f32[embed=4]",
+    )
+    plain, stopped = (
+        parse(f"moecc 1\ngraph g {{\n  input %x : f32[embed=4]\n  {t}\n  output y = %y\n}}\n")
+        for t in lines
+    )
+    assert prove(plain, plain).status == "proved"
+    assert prove(plain, stopped).status == "unknown"
+
+
+def test_exact_is_equality_of_bits() -> None:
+    dense = model("llama_gqa")
+    for pipeline in ("cse,dce", "roll-layers", "canonicalize{exact=true}"):
+        assert prove(dense.graph, dense.apply(pipeline).graph, exact=True).status == "proved"
+    sparse = dense.apply("upcycle{experts=4 top-k=2}")
+    assert prove(dense.graph, sparse.graph, exact=True).status != "proved"
