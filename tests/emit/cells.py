@@ -25,6 +25,13 @@ SOURCES = (
     "whisper_square",
 )  # fmt: skip
 
+MIXTURES = (
+    "mixtral_gqa", "qwen2_moe_plain", "qwen3_moe_plain", "olmoe_norm", "flex_olmo_norm",
+    "granitemoe_square_v4", "glm4_moe_square", "ernie4_5_moe_range", "gpt_oss_square_v4",
+    "phimoe_window", "switch_drops",
+)  # fmt: skip
+"""Sources with experts of their own, which are emitted as they are."""
+
 ROUTER = "router-std=1"
 TRAIN = "specialize{mode=train capacity-factor=1.0 policy=threshold threshold=0.4 groups=2}"
 METHODS = {
@@ -81,8 +88,10 @@ class EmittedCell:
 
 
 def cells() -> Iterator[EmittedCell]:
-    """Yield every source by every method."""
-    return (EmittedCell(source, method) for method in METHODS for source in SOURCES)
+    """Yield every dense source by every method, and mixtures as they are."""
+    for method in METHODS:
+        for source in (*SOURCES, *(MIXTURES if method == "dense" else ())):
+            yield EmittedCell(source, method)
 
 
 def move_weights(folder: Path) -> None:
