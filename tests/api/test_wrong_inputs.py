@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from moecc_passes.upcycle.upcycle import UpcyclePass
 
 import moecc
 from moecc.cli.main import main
@@ -360,3 +361,9 @@ def test_a_model_is_read_from_another_working_folder(
     assert set(sparse.run()) == {"logits"}
     sparse.save("out", to="mixtral")
     assert (tmp_path / "out" / "README.md").is_file()
+
+
+@pytest.mark.parametrize("experts", [4.0, "4", None])
+def test_an_option_of_a_pass_of_another_type(experts: Any) -> None:
+    with pytest.raises(UsageError, match="an option of upcycle has another type"):
+        moecc.open(DENSE).apply(UpcyclePass(experts=experts))

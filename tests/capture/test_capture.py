@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from moecc_passes.resize.layer import alike
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tiers import few
 
 from moecc.backend import get_backend
@@ -257,3 +257,26 @@ def test_bad_input(
     assert main([*command, *SMALL, *more]) == code
     assert words in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_statistics_of_other_layers_and_texts(
+    model: Path, tmp_path: Path, statistics: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = captured(model, tmp_path / "one", "--at", "layers.0.*")
+    said = refused(model, tmp_path, "upcycle{split=activation experts=4}", one, capsys)
+    assert "layers.1.ffn: the statistics have no hidden.pairs of this location" in said
+    said = refused(model, tmp_path, "upcycle{router-init=ridge experts=4}", statistics, capsys)
+    assert "each copy has a text" in said
+    assert "tour, routing" in said
+
+
+def test_statistics_of_another_model(
+    model: Path, tmp_path: Path, statistics: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    changed = tensors(other)
+    changed["model.layers.1.mlp.up_proj.weight"] += np.float32(1)
+    save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
+    said = refused(other, tmp_path, "upcycle{split=activation experts=4}", statistics, capsys)
+    assert "of another model" in said

@@ -146,3 +146,13 @@ def test_an_adapter_beside_the_weights_is_not_left_out_silently(make_folder, sha
     (problem,) = problems(folder)
     assert "a model and an adapter" in problem
     assert "move adapter_config.json out" in problem
+
+
+def test_a_boolean_is_nought_or_one(tmp_path, write_raw):
+    header = {"a": {"dtype": "BOOL", "shape": [3], "data_offsets": [0, 3]}}
+    write_raw(tmp_path / "model.safetensors", header, b"\0\1\2")
+    (tmp_path / "config.json").write_text("{}")
+    with open_checkpoint(tmp_path) as checkpoint:
+        np.testing.assert_array_equal(checkpoint.read("a", 0, 2), [False, True])
+        with pytest.raises(InputError, match=r"tensor 'a': .*other than 0 and 1\n  found: 0x02"):
+            checkpoint.read("a")

@@ -180,3 +180,13 @@ def test_a_quantised_model_is_converted(tmp_path: Path) -> None:
     expected = parts[name].astype(np.float32) * scale[:, None] * np.float32(1 / 127)
     np.testing.assert_array_equal(written[name], expected)
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
+
+
+def test_a_group_that_does_not_exist(tmp_path: Path) -> None:
+    index = np.full(64, 4, np.int32)
+    parts = {"m.qweight": WORDS, "m.qzeros": WORDS[:4, :2], "m.scales": SCALES, "m.g_idx": index}
+    with (
+        open_checkpoint(_write(tmp_path, parts, GPTQ)) as checkpoint,
+        pytest.raises(InputError, match="group that does not exist"),
+    ):
+        checkpoint.read("m.weight")

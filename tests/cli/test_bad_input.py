@@ -186,3 +186,43 @@ def test_a_bug_says_where_its_reproducer_is(
     path = Path(done.err.rpartition(" ")[2].strip())
     assert "not meant to happen" in path.read_text()
     path.unlink()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"\x00\xff\xfe random \x80 bytes",
+        b"moecc 2\n",
+        b"moecc 1\ngraph g {\n  %a = silu %b : f32[x=1]\n  output y = %a\n}\n",
+        b"moecc 1\ngraph g {\n  input %a : f32[x=1]\n  %b = silu %a : f32[x=2]\n"
+        b"  output y = %b\n}\n",
+        b"moecc 1\ngraph g {\n  input %a : f32[x=1]\n}\n",
+    ],
+)
+def test_graphs_that_are_none(moecc: Callable, tmp_path: Path, text: bytes) -> None:
+    path = tmp_path / "bad.moe"
+    path.write_bytes(text)
+    done = moecc("opt", path, "-p", "canonicalize")
+    assert done.code == 1
+    assert "bad.moe" in done.err or "no output" in done.err
+    assert done.out == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"rope_theta": 12345.0, "rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}},
+         "rope_theta"),
+        ({"model_type": "lama"}, "llama"),
+        ({"hidden_size": -4}, "hidden_size"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"num_attention_heads": "four"}, "num_attention_heads"),
+    ],
+)  # fmt: skip
+def test_faulty_configs(
+    moecc: Callable, dense: Path, tmp_path: Path, edit_config: Callable, changes: dict, part: str
+) -> None:
+    edit_config(**changes)
+    assert part in refused(moecc, dense, tmp_path)

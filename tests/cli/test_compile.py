@@ -15,6 +15,7 @@ from moecc.plan.machines import parse_machine
 from moecc.plan.step import StepConfig
 from moecc.sharding.vias import PARTITIONS
 from tests.support.layouts import layout_text
+from tests.support.tiers import few
 
 from .conftest import Done
 
@@ -277,3 +278,79 @@ def test_doubles_are_compiled_as_doubles(moecc: Moecc) -> None:
     found = done.json()
     planned = found["predicted"]["arguments_bytes"]
     assert found["memory"]["arguments_bytes"] == pytest.approx(planned, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    few(
+        [
+            (("--machine", "cpu", "--via", "ring"), 1, "nothing goes via ring"),
+            (("--mesh", "data=2,expert=2", "--slice"), 1, "the mesh has no axis 'model'"),
+            (("--mesh", "data=4", "--via", "replicated"), 1, "cannot all have the same tokens"),
+            (
+                ("--mesh", "expert=4", "--via", "ragged", "--capacity-factor", "1.5"),
+                1,
+                "ragged is for",
+            ),
+            (("--partition", "gspmd", "--via", "ring"), 2, "--partition explicit has every way"),
+            (("--partition", "gspmd", "--slice"), 2, "--partition explicit has every way"),
+        ],
+        quick=2,
+    ),
+)
+def test_ways_to_the_experts_that_there_are_not(
+    moecc: Moecc, options: tuple[str, ...], code: int, says: str
+) -> None:
+    done = moecc("compile", MIXTRAL, "--machine", "cpu:4", *SMALL, *options)
+    assert done.code == code
+    assert says in done.err
+
+
+def test_a_training_step_without_logits_is_planned_with_a_remark(moecc: Moecc) -> None:
+    ways = {"vit_plain": "neither compile nor train", "bert_gelu": "after -p tie-head"}
+    for name, way in ways.items():
+        options = (str(GOLDEN / name), "--machine", "cpu:2")
+        done = moecc("plan", *options)
+        assert done.code == 0
+        assert way in done.err
+        assert moecc("plan", *options, "--step", "forward").err == ""
+        assert "--step forward" in moecc("compile", *options).err
+    assert (
+        moecc("plan", str(GOLDEN / "bert_gelu"), "--machine", "cpu:2", "-p", "tie-head").err == ""
+    )
+
+
+@pytest.mark.parametrize(("name", "own"), [(MIXTRAL, ""), (LLAMA, "upcycle{experts=4},grow")])
+def test_the_passes_of_the_report_make_the_graph(
+    moecc: Moecc, tmp_path: Path, name: str, own: str
+) -> None:
+    from moecc.ahead.prepare import prepare
+    from moecc.ahead.request import Request
+    from moecc.ir import equal, parse
+
+    request = Request(name, "cpu:4", replace(FORWARD, mesh="expert=2,model=2", sliced=True))
+    prepared = prepare(replace(request, pipeline=own))
+    assert prepared.pipeline.startswith(own)
+    assert "rules=expert-parallel,tensor-parallel" in prepared.pipeline
+    assert "expert-parallel{via=capacity slice=model}" in prepared.pipeline
+    model = tmp_path / "model.moe"
+    model.write_text(moecc("import", name).out)
+    done = moecc("opt", model, "-p", prepared.pipeline)
+    assert done.code == 0
+    # A graph that was read numbers the values that passes make by itself.
+    assert equal(parse(done.out), prepared.graph)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_losses_that_the_graph_has_are_those_of_the_step(parts: int) -> None:
+    from moecc.ahead.prepare import prepare
+    from moecc.ahead.request import Request
+
+    own = "specialize{mode=train capacity-factor=1.25},add-losses{balance-coef=0.5 z-coef=0}"
+    config = StepConfig("train", 64, "16", mesh="data=2", micro_batches=parts)
+    asked = Request(MIXTRAL, "cpu:2", config, pipeline=own)
+    graph = prepare(asked).graph
+    losses = [name for name in graph.output_names if name.startswith("loss.")]
+    assert losses == ["loss.balance", "loss.auxiliary"]
+    assert graph.attrs["losses"]["balance_coef"] == 0.5
+    assert graph.attrs["losses"]["parts"] == (parts if parts > 1 else 0)

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from moecc.tokenizer import worker
+
 pytest.importorskip("jax")
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -162,3 +164,11 @@ def test_what_the_library_says_is_what_comes_back() -> None:
         assert made.encode("the") == [0]
         process = made._process
     assert process.returncode is not None
+
+
+def test_answers_have_a_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "MOST_TOKENS", 5)
+    made = worker.Worker()
+    made.tokenizer = tokenizers.Tokenizer.from_str(changed().decode())
+    with pytest.raises(ValueError, match="more than 5 tokens"):
+        made._encode(["the cat sat", "on a mat"], special=False)

@@ -126,3 +126,27 @@ def test_what_cannot_be(
 def test_arguments_that_cannot_be(model: Callable, arguments: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         api.open(model("llama_gqa")).generate(**arguments)
+
+
+def test_the_likeliest_of_one_is_the_likeliest(moecc: Callable, model: Callable) -> None:
+    folder = model("llama_gqa")
+    args = ("generate", folder, "--prompt", "w5 w6", "--tokens", "3", "--format", "json")
+    greedy = made(moecc(*args))
+    assert made(moecc(*args, "--temperature", "3", "--top-k", "1")) == greedy
+    assert made(moecc(*args, "--temperature", "3", "--top-p", "1e-9")) == greedy
+
+
+@pytest.mark.parametrize(
+    ("case", "key"), [("gpt2_plain", "n_positions"), ("opt_plain", "max_position_embeddings")]
+)
+def test_a_text_longer_than_the_positions_of_the_model(
+    moecc: Callable, model: Callable, case: str, key: str
+) -> None:
+    folder = model(case)
+    args = ("generate", folder, "--prompt", "w5 w6 w7", "--tokens")
+    positions = json.loads((folder / "config.json").read_text())[key]
+    done = moecc(*args, str(positions))
+    assert done.code == 1
+    assert "longer than the model has positions" in done.err
+    assert f"found: {positions + 3}" in done.err
+    assert moecc(*args, str(positions - 2)).code == 0

@@ -75,3 +75,9 @@ def test_quiet_leaves_warnings_and_errors(
     assert main([*warned, "--to", "mixtral", "--dry-run", "--quiet"]) == 0
     found = capsys.readouterr().err
     assert found.startswith("warning: ")
+
+
+def test_a_terminal_has_a_line_that_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = beat(monkeypatch, watched=True)
+    assert shown.startswith("\r\033[Kcompile: 0 s so far\r")
+    assert shown.endswith("\r\033[K")

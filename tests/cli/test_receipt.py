@@ -164,3 +164,30 @@ def test_heads_of_another_width_are_none_for_transformers_4(moecc: Moecc, tmp_pa
     data = moecc("convert", GOLDEN / "llama_llama3", tmp_path / "out", *how).json()
     runs = {engine["engine"]: engine["runs"] for engine in data["engines"]}
     assert (runs["transformers 5"], runs["transformers 4"]) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("target", "case", "said"),
+    [
+        ("mistral", "llama_gqa", "Runs in: what runs a dense mistral"),
+        ("st_moe", "llama_gqa", "Runs in: moecc"),
+        ("glm4_moe", "glm4_moe_plain_v4", "transformers computes no loss that balances"),
+        ("mixtral", "mixtral_gqa", "transformers leaves the router's balance loss off"),
+    ],
+)
+def test_a_card_claims_what_is_so(
+    moecc: Moecc, tmp_path: Path, target: str, case: str, said: str
+) -> None:
+    done = moecc("convert", GOLDEN / case, tmp_path / "out", "-p", "", "--to", target)
+    assert done.code == 0, done.err
+    assert said in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_of_a_large_output_the_first_layers_are_compared(
+    moecc: Moecc, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moecc.jobs.comparison.MAX_VERIFIED_PARAMETERS", 12_000)
+    out = tmp_path / "out"
+    assert moecc("convert", dense, out, *UPCYCLE, "--verify").code == 0
+    assert receipt(out)["verified"]["layers"] == 2
+    assert "the logits of the first 2 layers" in moecc("verify", out).out

@@ -19,7 +19,9 @@ from moecc.ir import Graph, parse
 from moecc.jobs.reduce import Candidate, pass_cuts
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
-from moecc.weights.expr import Source
+from moecc.weights import simplify as simplifier
+from moecc.weights.arithmetic import Scale
+from moecc.weights.expr import Expr, Source
 
 from .conftest import GOLDEN, Done
 
@@ -216,3 +218,61 @@ def test_options_that_are_required_are_not_cut() -> None:
     assert all(
         text in shard or text.endswith(shard) or text == "upcycle{experts=4}" for text in texts
     )
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla"])
+def test_values_are_described_while_a_model_runs(
+    moecc: Moecc, model: Path, tmp_path: Path, backend: str
+) -> None:
+    out = tmp_path / "o.npy"
+    done = moecc("run", model, "--outputs", out, "--backend", backend,
+                 "--print-values", "layers.1.ffn")  # fmt: skip
+    assert done.code == 0, done.err
+    assert re.search(r"%up1 : f32\[batch=B, seq=S, mlp=24\] @layers.1.ffn: \[2, 128, 24\] mean",
+                     done.err)  # fmt: skip
+    assert np.load(out).shape == (2, 128, 37)
+    assert moecc("run", model, "--outputs", out, "--force", "--print-values", "nothing").code == 2
+
+
+def test_a_wrong_weight_rule_is_reduced_and_found(
+    moecc: Moecc, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scale by 2 is dropped."""
+
+    def dropped(e: Scale) -> Expr | None:
+        return e.x if e.factor in (1.0, 2.0) else None
+
+    monkeypatch.setitem(simplifier.RULES, Scale, (dropped,))
+    passes = ("-p", "upcycle{experts=4 top-k=4 granularity=2},dce", "--compare", "weights")
+    found = bisected(moecc, model, *passes)
+    assert found["step"] == "simplifier"
+    assert found["pass"] == {"number": 1, "text": "upcycle{experts=4 top-k=4 granularity=2}"}
+    assert re.match(r"dropped at scale\(.*, 2\.0\)$", found["rewrite"]["text"])
+    assert re.match(r"%model.layers.0.mlp.(up|down|gate)_proj.weight", found["value"]["where"])
+    graph = reduced(moecc, model, *passes)
+    assert len(graph) == 0
+    (value,) = graph.params.values()
+    assert isinstance(value.weight, Scale)
+    assert isinstance(value.weight.x, Source)
+
+
+@pytest.mark.parametrize("test", ["", "sh -c '", "/nothing/there {}"])
+def test_a_command_that_is_none_is_a_message(moecc: Moecc, model: Path, test: str) -> None:
+    done = moecc("reduce", model, "--test", test)
+    assert done.code == 2, done.err
+    assert "--test: the command cannot be run" in done.err
+
+
+def test_graphs_are_printed_before_passes(moecc: Moecc, model: Path) -> None:
+    done = moecc("opt", model, "-p", "canonicalize,dce", "--print-before", "dce")
+    assert done.err.count("# before pass 2 dce") == 1
+    assert parse(done.err)
+    assert moecc("opt", model, "-p", "dce", "--print-before", "cse").code == 2
+
+
+def test_a_command_says_what_fails(moecc: Moecc, model: Path, tmp_path: Path) -> None:
+    test = tmp_path / "test.sh"
+    test.write_text('grep -q " = silu " "$1" && exit 7 || exit 0\n')
+    done = moecc("reduce", model, "--test", f"sh {test} {{}}")
+    assert done.code == 0, done.err
+    assert [node.op.name for node in parse(done.out)] == ["silu"]

@@ -54,3 +54,13 @@ def test_it_runs(moecc: Callable, dense: Path, rolled: Path, tmp_path: Path) -> 
     out = tmp_path / "xla.npy"
     assert moecc("run", rolled, "--inputs", tokens, "--outputs", out).code == 0
     np.testing.assert_allclose(np.load(out), one, atol=1e-4 * np.abs(one).max())
+
+
+def test_the_checkpoint_of_a_rolled_graph_is_looked_at(moecc: Callable, rolled: Path) -> None:
+    text = rolled.read_text()
+    name = "model.layers.{layer}.self_attn.q_proj"
+    assert name in text
+    rolled.write_text(text.replace(name, "model.layers.{layer}.self_attn.no_proj"))
+    done = moecc("run", rolled, "--outputs", rolled.with_suffix(".npy"))
+    assert done.code == 1
+    assert "the graph reads a tensor that the checkpoint lacks" in done.err

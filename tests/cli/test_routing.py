@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from .conftest import GOLDEN
@@ -104,3 +105,16 @@ def test_placement_in_encoder_and_decoder(
     assert moecc("opt", dense, "-p", pipeline, "-o", out).code == 0
     lines = [x for x in out.read_text().splitlines() if " = dispatch " in x]
     assert [x.split("@")[1].split(".ffn")[0] for x in lines] == expected
+
+
+def test_groups_that_do_not_divide_the_batch(moecc: Callable, tmp_path: Path) -> None:
+    out, ids = tmp_path / "out", tmp_path / "ids.npy"
+    pipeline = "upcycle{experts=4},specialize{mode=eval capacity-factor=2.0 group-size=8}"
+    assert moecc("convert", GOLDEN / "llama_gqa", out, "-p", pipeline, "--to", "st_moe").code == 0
+    np.save(ids, np.arange(12).reshape(2, 6))
+    done = moecc("run", out, "--inputs", ids, "--outputs", tmp_path / "y.npy")
+    assert done.code == 1
+    for part in ("layers.0.ffn", "a multiple of 8 tokens", "12", "choose a group size"):
+        assert part in done.err
+    np.save(ids, np.arange(12).reshape(2, 6).repeat(2, 0))
+    assert moecc("run", out, "--inputs", ids, "--outputs", tmp_path / "y.npy").code == 0

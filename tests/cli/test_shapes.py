@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -110,3 +111,18 @@ def test_wrong_inputs_are_told(moecc: Callable, t5: Path, tmp_path: Path) -> Non
     done = moecc("generate", t5, "--prompt", "x")
     assert done.code == 1
     assert "no tokenizer.json beside the weights" in done.err
+
+
+def test_damage_to_a_stored_graph_is_told(moecc: Callable, t5: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sparse"
+    assert moecc("convert", t5, out, "-p", MIXTURE, "--to", "st_moe").code == 0
+    config = json.loads((out / "config.json").read_text())
+    for change, words in (
+        ({"graph": config["graph"][:-3]}, "graph"),
+        ({"graph": [1, 2]}, "lines of a graph"),
+        ({"moecc_layout": 9}, "another version"),
+    ):
+        (out / "config.json").write_text(json.dumps({**config, **change}))
+        done = moecc("inspect", out)
+        assert done.code == 1
+        assert words in done.err

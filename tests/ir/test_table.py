@@ -200,3 +200,11 @@ def test_pred_has_no_arithmetic_but_selects() -> None:
     with pytest.raises(InputError, match="arithmetic needs numbers"):
         b.add(keep, keep)
     assert b.select(keep, keep, keep).type.dtype == PRED
+
+
+def test_a_policy_takes_uniform_numbers_or_none() -> None:
+    graph = Graph()
+    x = graph.input("x", tensor(F32, a=4, choice=2))
+    for operands, policy in (([x], "random"), ([x, x], "all"), ([x, x, x], "random")):
+        with pytest.raises(InputError, match="takes uniform numbers exactly with policy=random"):
+            graph.append("keep_choices", operands, {"policy": policy})

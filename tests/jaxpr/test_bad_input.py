@@ -166,3 +166,21 @@ def test_a_mesh_as_jax_makes_it_by_default(moe: Any) -> None:
     assert jnp.allclose(found, ffn(PARAMS, jnp.ones((4, 8))), rtol=1e-5)
     with pytest.raises(UsageError, match="not a mesh of devices"):
         moe(ffn, mesh="data:2")
+
+
+def test_keys_of_another_kind() -> None:
+    passes = "st-moe{experts=4 layers=all extra-ffn=none},specialize{mode=train}"
+    made = mx.convert(ffn, PARAMS, X, passes)
+    for key in (jax.random.PRNGKey(0), 0, jax.random.split(jax.random.key(0), 2)):
+        with pytest.raises(InputError, match="this is no key of jax's"):
+            made(ffn)(made.params, X, moe_inputs={"key": key})
+
+
+def test_inputs_of_the_graph_that_are_missing() -> None:
+    pipeline = "upcycle{experts=4 top-k=2},specialize{mode=train jitter=0.01}"
+    moe = mx.convert(ffn, PARAMS, X, pipeline)
+    with pytest.raises(InputError, match="takes other inputs than were given") as error:
+        moe(ffn)(moe.params, X)
+    assert "moe_inputs=" in str(error.value)
+    with pytest.raises(InputError, match="takes other inputs"):
+        moe(ffn)(moe.params, X, moe_inputs={"ghost": 1})

@@ -341,3 +341,23 @@ def test_a_deep_model_is_surveyed_in_one_pass() -> None:
     report = mx.convert(deep, {"layers": layers}, X, "upcycle{experts=4}").report
     assert len(report.blocks) == 64
     assert report.misses == ()
+
+
+def test_names_of_tokens_reach_the_graph() -> None:
+    moe = found(flat, PLAIN, tokens={"x": ("batch", "patch")})
+    assert moe.graph.inputs["x.ffn"].type.names == ("batch_patch", "embed")
+    moe = found(biased, BIASED, tokens={"x": ("batch", "patch")})
+    assert moe.graph.inputs["x.ffn"].type.names == ("batch", "patch", "embed")
+
+
+def mixer(p: Any, x: Any) -> Any:
+    y = x + jnp.swapaxes(jax.nn.gelu(jnp.swapaxes(x, 1, 2) @ p["t1"]) @ p["t2"], 1, 2)
+    return y + jax.nn.gelu(y @ p["w1"]) @ p["w2"]
+
+
+def test_a_product_over_tokens_is_no_block_where_tokens_are_named() -> None:
+    params = {"t1": (S, 5), "t2": (5, S), **PLAIN}
+    assert len(found(mixer, params).report.blocks) == 2
+    named = found(mixer, params, tokens={"x": ("batch", "patch")}).report
+    assert [b.loc for b in named.blocks] == ["ffn"]
+    assert "its products sum over patch, an axis of tokens" in named.misses[0]

@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from moecc.backend import get_backend
+from moecc.errors import InputError
 
 jax = pytest.importorskip("jax")
 
@@ -105,3 +109,11 @@ def test_the_commands_read_it(graph: Graph, tmp_path: Path, capsys: Any) -> None
     assert "layers.mlp" in capsys.readouterr().out
     assert main(["opt", str(dense), "-p", "upcycle{experts=4 routing=expert-choice}"]) == 1
     assert "by later ones" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["reference", "xla"])
+def test_no_backend_runs_it(graph: Graph, name: str) -> None:
+    params = {n: np.zeros(v.type.shape, np.float32) for n, v in graph.params.items()}
+    program = get_backend(name).compile(graph)
+    with pytest.raises(InputError, match="computed by its function alone"):
+        program.run(params, {"tokens": np.zeros((2, 7), np.int32)})

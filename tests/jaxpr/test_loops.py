@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from moecc.errors import InputError
+
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
@@ -165,3 +167,9 @@ def often_with(params: Any, tokens: Any, ffn: Any) -> Any:
     for _ in range(2):
         x = jnp.sort(one(x), -1)
     return one(x)
+
+
+def test_layers_of_one_scan_become_alike_or_nothing_does() -> None:
+    with pytest.raises(InputError, match="blocks of one scan would differ") as error:
+        mx.convert(scanned, stacked(), TOKENS, "upcycle{experts=4 layers=every:2}")
+    assert "split the scan" in str(error.value)

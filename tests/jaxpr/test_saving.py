@@ -122,3 +122,32 @@ def test_orbax_keeps_every_bit(moe: Any, tmp_path: Path) -> None:
         checkpointer.wait_until_finished()
         back = checkpointer.restore(tmp_path / "state", jax.eval_shape(lambda: moe.params))
     assert same_bits(back, moe.params)
+
+
+def test_a_tree_of_other_containers_is_given_again(tmp_path: Path) -> None:
+    class Layer(dict):  # type: ignore[type-arg]
+        """A container that no file holds."""
+
+    jax.tree_util.register_pytree_node(
+        Layer,
+        lambda p: (tuple(p.values()), tuple(p)),
+        lambda names, v: Layer(zip(names, v, strict=True)),
+    )
+    params = Layer(dense())
+    moe = mx.convert(function, params, X, PIPELINE)
+    moe.save(tmp_path / "a")
+    with pytest.raises(InputError, match="containers that a file cannot hold"):
+        mx.load(tmp_path / "a")
+    assert same_bits(mx.load(tmp_path / "a", like=params).params, moe.params)
+    with pytest.raises(InputError, match="another tree"):
+        mx.load(tmp_path / "a", like={"w": X})
+
+
+def test_trained_parameters_are_saved_and_those_of_shapes_are_not(moe: Any, tmp_path: Path) -> None:
+    trained = drawn(moe.params)
+    moe.save(tmp_path / "trained", trained)
+    assert same_bits(mx.load(tmp_path / "trained").params, trained)
+    shapes = jax.eval_shape(lambda: moe.params)
+    with pytest.raises(InputError, match="an array cannot be stored"):
+        moe.save(tmp_path / "shapes", shapes)
+    assert not (tmp_path / "shapes").exists()

@@ -203,3 +203,14 @@ def test_a_reader_that_has_exited_is_no_traceback() -> None:
     done = subprocess.run(["/bin/sh", "-c", words], capture_output=True, text=True, timeout=120)
     assert done.stdout == "moecc 1\n"
     assert "Traceback" not in done.stderr
+
+
+def test_a_watchdog_that_hears_steps_does_not_bite() -> None:
+    code = """
+        from moecc.launch.processes import Watchdog
+        with Watchdog(5.0) as watchdog:
+            for step in range(5):
+                watchdog.beat(str(step))
+        time.sleep(0.2)
+    """
+    assert run(code, processes=1)[0] == Ended(0)

@@ -17,6 +17,7 @@ from moecc.errors import InputError
 from moecc.families import build
 from moecc.ir import Graph, parse
 from moecc.ir.structure import clone
+from moecc.jobs.checks import check_pipeline
 from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
@@ -177,3 +178,10 @@ def test_noise_and_a_second_decode_are_rejected() -> None:
     assert "random numbers" in rejected(noisy)
     run_pipeline(graph, Pipeline.parse("decode"))
     assert "C is a size of the graph" in rejected(graph)
+
+
+def test_a_check_measures_the_steps() -> None:
+    """Outputs for the same inputs say nothing of a graph that is called otherwise."""
+    with open_model(str(GOLDEN / "llama_gqa")) as model:
+        (checked,) = check_pipeline(model.graph, Pipeline.parse("decode"))
+    assert checked.measured < 1e-12

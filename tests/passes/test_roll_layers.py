@@ -23,6 +23,7 @@ from moecc.ir import (
     Node,
     clone,
     equal,
+    parse,
     print_graph,
     tensor,
     verify,
@@ -237,3 +238,30 @@ def test_layers_on_a_mesh_are_rolled_with_their_collectives(layout: str) -> None
     assert_same(before, graph, exact=True)
     UnrollLayersPass().apply(graph, Context())
     assert equal(graph, before)
+
+
+def test_a_rolled_graph_that_was_written_by_hand_comes_apart() -> None:
+    """Parameters without ranges in their names, and axes that do not come first, are picked."""
+    graph = parse("""moecc 1
+graph g {
+  input %x : f32[batch=B]
+  param %w : f32[batch=B, layer=3]
+  %y, %s = scan %x, %w {over=(layer=3), carries=1, stacked=1} : f32[batch=B], f32[layer=3, batch=B] {
+    input %x : f32[batch=B]
+    input %w : f32[batch=B]
+    %m = mul %x, %w : f32[batch=B]
+    output m = %m
+    output s = %m
+  }
+  %t = sum %s {axes=layer} : f32[batch=B]
+  %z = index %s {axis=layer, at=1} : f32[batch=B]
+  output y = %y
+  output t = %t
+  output z = %z
+  output s = %s
+}
+""")  # noqa: E501
+    laws.check_pass(UnrollLayersPass(), graph)
+    after, _ = laws.applied(UnrollLayersPass(), graph)
+    names = [node.op.name for node in after]
+    assert names == ["index", "index", "index", "mul", "mul", "mul", "stack", "sum"]

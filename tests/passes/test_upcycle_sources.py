@@ -154,3 +154,13 @@ def test_an_adapter_of_another_base_writes_nothing(
         moecc.open(SOURCE, experts={"a": adapter})
     opened = moecc.open(SOURCE, experts={"a": adapter}, allow_other_base=True)
     assert opened.upcycle(experts=2, top_k=1, sources="base,a").facts.expert_layers
+
+
+def test_tokenizers_that_differ(tmp_path: Path) -> None:
+    for name, words in (("base", ["x", "y"]), ("a", ["y", "x"])):
+        folder = model_like(tmp_path / name, 3)
+        vocab = {word: number for number, word in enumerate(words)}
+        (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}}))
+    with open_model(str(tmp_path / "base")) as model, pytest.raises(InputError) as raised:
+        add_branches(model, {"a": str(tmp_path / "a")})
+    assert "the tokenizers differ, in 2 tokens" in str(raised.value)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from moecc.errors import CheckError
+from moecc.errors import CheckError, InputError
 from moecc.families import build
 from moecc.families.registry import parse_config
 from moecc.ir import F32, Builder, Graph, print_graph, tensor, verify
@@ -205,3 +205,9 @@ def test_sizes_that_two_products_settle_differently_stay() -> None:
     small = reduced(graph)
     verify(small)
     assert small.inputs["x"].type.sizes == ("B", 1024, 16)
+
+
+def test_what_stays_large_is_not_reducible() -> None:
+    # Odd cuts leave a unit of one: the axis keeps its size.
+    with pytest.raises(InputError, match="elements are left, and the size 300001 cannot shrink"):
+        reduced(fused(((0, 1), (1, 300_001)), 300_001))

@@ -95,3 +95,10 @@ def test_what_a_pass_sees_of_another_depth() -> None:
     then(graph, "upcycle{experts=4 layers=0},roll-layers,canonicalize,cse,dce")
     verify(graph)
     assert [n.attrs["over"] for n in graph if n.body is not None] == [(("layer", 3),)]
+
+
+def test_a_rolled_graph_is_reduced_for_a_check() -> None:
+    graph = build(parse_config({**preset_config("smollm2-135m"), "num_hidden_layers": 4}))
+    then(graph, "roll-layers")
+    (found,) = check_pipeline(graph, Pipeline.parse("unroll-layers"))
+    assert found.measured == 0.0

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 import moecc
+from moecc.errors import InputError
 from moecc.model.open import open_model
 from moecc.plan.explore import (
     in_context,
+    part_of_machine,
     split_batch,
     stage_work,
     staged,
@@ -162,3 +164,28 @@ def test_the_options_of_a_chunked_exchange_compile_what_was_priced() -> None:
     assert str(job.estimate.strategy) == idea["how"].partition(", ")[2].replace(
         ", via capacity,", f", via capacity in {asked['chunks']} chunks,"
     )
+
+
+def test_what_is_impossible_says_why() -> None:
+    model = moecc.open(str(GOLDEN / "mixtral_gqa"))
+    plan = model.plan("cpu:8", explore=True, batch_tokens=8 * 31, sequence="31", dtype="f32")
+    why = {f"{i['name']} {i['how']}": i["why"] for i in plan.report["explored"]}
+    assert "sequences of 31 tokens (S) are not 2 equal parts" in why.values()
+    assert any(k.startswith("pipeline stages 4") and "equal stages" in v for k, v in why.items())
+
+
+def test_what_has_no_stages_says_why() -> None:
+    work = mixtral(MIXTRAL)
+    with pytest.raises(InputError, match="2 equal layers are not 4 equal stages"):
+        stage_work(work, 4, last=False)
+    with pytest.raises(InputError, match="8 devices are not 3 machines"):
+        part_of_machine(CPU, 3)
+    with pytest.raises(InputError, match="1 device is not 2 machines"):
+        part_of_machine(parse_machine("cpu:1"), 2)
+    assert part_of_machine(parse_machine("tpu:v5p:4x4x4"), 2).devices == 32
+    assert part_of_machine(parse_machine("h100x16"), 4).name == "gpu:h100:4"
+    both = work_of("t5_square", Batch(8, (("S", 16), ("T", 16))))
+    with pytest.raises(InputError, match="one stack of layers, not 2"):
+        stage_work(both, 2, last=False)
+    with pytest.raises(InputError, match="no mesh of a stage divides a micro-batch"):
+        staged(mixtral(Batch(1, MIXTRAL.lengths)), CPU, StepConfig(), strategy(work, "fsdp=8"), 2)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from moecc.errors import InputError
 from moecc.model.open import open_model
 from moecc.plan.machines import parse_machine
 from moecc.plan.step import StepConfig, Strategy, plan_mesh
@@ -57,3 +58,9 @@ def test_parts_of_a_batch_do_its_work_and_keep_less(mesh: str) -> None:
         times = 4 if kind.startswith(("all_gather parameters", "reduce_scatter gradients")) else 1
         times = 1 if kind == "all_gather parameters of tables" else times
         assert after[kind] == pytest.approx(times * before[kind], rel=1e-3), kind
+
+
+def test_parts_hold_whole_sequences() -> None:
+    with pytest.raises(InputError, match="not whole micro-batches") as caught:
+        work_of(3)
+    assert "4032 would be" in str(caught.value)

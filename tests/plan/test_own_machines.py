@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from moecc.cli.main import main
 from moecc.errors import InputError
-from moecc.plan.machines import find_machine, parse_machine
+from moecc.plan.machines import find_machine, parse_machine, sizes_of_kind
 from moecc.plan.networks import Switch, Torus
 
 MODEL = str(Path(__file__).parents[1] / "golden" / "llama_gqa")
@@ -98,3 +99,20 @@ def test_all_problems_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err.count("error: ") == 2
     assert main(["plan", MODEL, "--machine", str(tmp_path / "none.toml")]) == 1
     assert "none.toml" in capsys.readouterr().err
+
+
+def test_little_memory_is_told_in_its_unit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, 'like = "cpu:1"\nmemory = "1 MB"\n')
+    assert main(["plan", MODEL, "--machine", path, "--batch-tokens", "4096"]) == 1
+    err = capsys.readouterr().err
+    assert "expected: at most 1.00 MB a device" in err
+    assert re.search(r"found: \d+\.\d\d MB with ", err)
+
+
+def test_larger_ones_have_more_nodes(tmp_path: Path) -> None:
+    own, larger, *_ = sizes_of_kind(find_machine(written(tmp_path, WHOLE)))
+    assert (own.devices, larger.devices) == (32, 64)
+    assert larger.name.endswith("ours.toml with devices = 64")
+    assert larger.network == Switch(4, 64, 200e9, 25e9)

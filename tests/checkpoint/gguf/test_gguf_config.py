@@ -217,3 +217,25 @@ def test_divisors_that_nothing_explains(
     data = np.array(values, "<f4").tobytes()
     builder = small_model().tensor("rope_freqs.weight", (4,), "F32", data)
     assert "config.json cannot express" in refusal(builder, tmp_path)
+
+
+def test_divisors_that_do_not_fit(small_model: Any, tmp_path: Path) -> None:
+    assert "4 for heads of width 8" in refusal(
+        small_model().tensor("rope_freqs.weight", (5,)), tmp_path
+    )
+    builder = small_model().tensor("rope_freqs.weight", (2, 2))
+    assert "not a vector of divisors" in refusal(builder, tmp_path)
+
+
+def test_all_problems_at_once(small_model: Any, tmp_path: Path) -> None:
+    builder = small_model().drop("llama.block_count").key("llama.odd", "u32", 1)
+    builder.tensor("blk.0.attn_qkv.weight", (4, 4)).key("tokenizer.ggml.eos_token_id", "u32", 48)
+    text = refusal(builder, tmp_path)
+    for part in ("block_count", "llama.odd", "attn_qkv", "eos_token_id", "below 48"):
+        assert part in text
+
+
+def test_no_architecture(builder: Any, tmp_path: Path) -> None:
+    assert "does not state its architecture" in refusal(builder.tensor("t", (1,)), tmp_path)
+    builder.key("general.architecture", "u32", 3)
+    assert "does not state its architecture" in refusal(builder, tmp_path)

@@ -296,3 +296,27 @@ def read_or_refused(path: Path) -> None:
     with suppress(InputError), open_checkpoint(path) as checkpoint:
         checkpoint.companions()
     assert time.process_time() - begin < SECONDS
+
+
+def test_text_beyond_what_is_kept(builder: Any, tmp_path: Path) -> None:
+    builder.key("a", "string", "x" * (17 << 20))
+    assert "too long" in str(refused(builder.write(tmp_path / "x.gguf")))
+
+
+def test_tells_all_problems_at_once(builder: Any, tmp_path: Path) -> None:
+    builder.key("twice", "u32", 1).key("twice", "u32", 2).key("flag", "bool", 7)
+    builder.key("general.alignment", "u32", 3)
+    builder.tensor("a", (2, 33), "Q4_0", b"").tensor("a", (4,)).tensor("\x1b[31m", (4,))
+    builder.tensor("b", (4,), 99)
+    text = str(refused(builder.write(tmp_path / "x.gguf")))
+    for part in (
+        "appears twice",
+        "neither true nor false",
+        "alignment",
+        "whole blocks",
+        "two tensors have this name",
+        "invisible characters",
+        "unknown type 99",
+    ):
+        assert part in text
+    assert "\x1b" not in text

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moecc.errors import InputError
+from moecc.errors import InputError, MachineError
 from moecc.formats.gguf.reader import GgufFile, open_gguf
 from moecc.formats.gguf.storage import STORAGES, Storage
 
@@ -202,3 +202,10 @@ def test_opening_and_plain_reads_leave_the_package_alone(small_model: Any, tmp_p
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_without_the_package(opened: GgufFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(MachineError, match="pip install 'gguf>="):
+        opened.read(UP_PROJ)
+    assert opened.read("model.norm.weight").dtype == np.float32

@@ -267,3 +267,16 @@ def test_ranked_merges_are_sentence_piece(
     text = data.draw(st.text("abc ", max_size=24))
     marked = SPACE + text.replace(" ", SPACE) if text else ""
     assert tokenizer.encode(text).tokens[1:] == sentence_piece_oracle(marked, scores)
+
+
+def test_a_piece_without_end(small_model: Any, tmp_path: Path) -> None:
+    builder = sentence_piece(small_model, [("a" * 257, -1.0)])
+    assert "too long" in reason(builder, tmp_path)
+
+
+@pytest.mark.parametrize("pre", ["default", "no-such-rule"])
+def test_a_rule_that_is_not_known(pre: str, small_model: Any, tmp_path: Path) -> None:
+    text = reason(byte_level(small_model, pre), tmp_path)
+    assert "does not know how this tokenizer cuts text" in text
+    assert pre in text
+    assert "smollm" in text

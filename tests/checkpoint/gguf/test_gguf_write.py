@@ -16,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from moecc.errors import InputError, MoeccError
+from moecc.errors import InputError, MachineError, MoeccError, UsageError
 from moecc.formats.gguf.encode import plan_file
 from moecc.formats.gguf.families import GGUF_FAMILIES, GGUF_MIXTURES, gguf_name, hugging_face_name
 from moecc.formats.gguf.header import Key, read_gguf_header
 from moecc.formats.gguf.reader import open_gguf
-from moecc.formats.gguf.storage import BY_NAME, dequantise, quantise
+from moecc.formats.gguf.storage import BY_NAME, dequantise, quantise, quantize_chunk
 from moecc.formats.gguf.tokenizer_keys import tokenizer_keys
 from moecc.formats.manifest import verify_manifest
 from moecc.formats.open import open_checkpoint
@@ -29,6 +29,7 @@ from moecc.formats.safetensors import Entry
 from moecc.jobs.convert import Plan, plan, write
 from moecc.model.open import open_model
 from moecc.rewrite.pipeline import Pipeline
+from moecc.types import F32, F64
 
 from .test_gguf_tokenizer import byte_level, sentence_piece
 
@@ -362,3 +363,33 @@ def test_names_are_those_of_the_package(architecture: str) -> None:
                 assert names.get_name(full) == f"blk.2.{old}", full
             assert gguf_name(f"{full}.weight", family) == f"blk.2.{old}.weight"
             assert hugging_face_name(f"blk.2.{old}.weight", family) == f"{full}.weight"
+
+
+def test_blocks_of_an_engine_that_is_missing(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("moecc.formats.gguf.storage.ENGINE_PACKAGE", "no_such_package")
+    quantize_chunk.cache_clear()
+    with pytest.raises(MachineError, match=r"by the library of llama.cpp(.|\n)*--dtype q8_0"):
+        convert("llama_gqa", "gguf:llama", tmp_path / "m.gguf", dtype=BY_NAME["Q4_K"])
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_more_axes_than_the_format_has() -> None:
+    with pytest.raises(InputError, match="cannot store"):
+        plan_file("m.gguf", [Entry("w", F32, (1, 1, 1, 1, 1))], [])
+
+
+def test_types_that_a_file_cannot_have() -> None:
+    with open_model(str(GOLDEN / "llama_gqa")) as model:
+        with pytest.raises(UsageError, match="no such element type"):
+            plan(model, Pipeline.parse(""), "gguf:llama", dtype=F64)
+        with pytest.raises(UsageError, match="only a GGUF file can hold q8_0"):
+            plan(model, Pipeline.parse(""), "llama", dtype=Q8_0)
+
+
+def test_a_folder_with_a_file(tmp_path: Path) -> None:
+    convert("qwen3_square", "gguf:qwen3moe", tmp_path / "out", "upcycle{experts=2 top-k=2}")
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names == {"model.gguf", "README.md", "moecc_manifest.json", "moecc_receipt.json"}
+    assert verify_manifest(tmp_path / "out") == []
+    with open_model(str(tmp_path / "out")) as back:
+        assert back.graph.attrs["family"] == "qwen3_moe"

@@ -140,3 +140,15 @@ def test_what_is_not_known_is_reported(
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(InputError, match=words):
         open_checkpoint(tmp_path)
+
+
+def test_without_a_config_it_has_the_names_of_its_arrays(tmp_path: Path) -> None:
+    write("qwen3_square", tmp_path / "items")
+    with pytest.raises(InputError, match=r"says no architecture(.|\n)*\.moe graph"):
+        open_checkpoint(tmp_path)
+    with open_checkpoint(tmp_path, needs_config=False) as checkpoint:
+        name = "params.params.decoder.layers_0.mlp.wi_0.kernel"
+        stored = load_file(HERE / "qwen3_square.safetensors")
+        expected = stored["params-decoder-layers_0-mlp-wi_0-kernel"]
+        np.testing.assert_array_equal(checkpoint.read(name, 1, 3), expected[1:3])
+        assert checkpoint.read("step") == 9
