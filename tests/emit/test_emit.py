@@ -23,6 +23,7 @@ from moecc.ir.text import parse, print_graph
 from moecc.jobs.convert import convert
 from moecc.jobs.emit import emit
 from moecc.jobs.verify import verify
+from tests.emit import fuzz
 from tests.emit.cells import METHODS, EmittedCell
 from tests.emit.prove import prove
 from tests.parity.interpreters import interpreters
@@ -211,6 +212,20 @@ def test_names_of_a_graph_add_no_calls_and_no_constants(seed):
     assert imported_packages(text) == imported_packages(expected)
     words = {n.attr for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Attribute)}
     assert not any(keyword.iskeyword(word) for word in words)
+
+
+def test_hostile_graphs_add_no_code():
+    written, faults = fuzz.run(10)
+    assert written >= 5
+    assert faults == []
+
+
+def test_fuzzing_sees_what_is_added():
+    expected = program_text("")
+    assert fuzz.strangers(expected + "eval('1')\nimport os\n", expected) == [
+        "calls eval", "imports import os",
+    ]  # fmt: skip
+    assert fuzz.strangers(expected + "x = 'rm'\n", expected) == ["quotes 'rm'"]
 
 
 CELLS = [
