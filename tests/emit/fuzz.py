@@ -81,7 +81,7 @@ def strangers(text: str, expected: str) -> list[str]:
            if c.partition(".")[0] not in local_names(text)]  # fmt: skip
     new += [f"imports {line}" for line in ours["imports"] - theirs["imports"]]
     texts = ours["texts"] - theirs["texts"]
-    harmless = {t for t in texts if t in TEMPLATES or LAYERS.fullmatch(t) or t.isdecimal()}
+    harmless = {t for t in texts if f'"{t}"' in TEMPLATES or LAYERS.fullmatch(t) or t.isdecimal()}
     return new + [f"quotes {t!r}" for t in texts - harmless]
 
 
