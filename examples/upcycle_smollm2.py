@@ -23,8 +23,7 @@ from script import OUT, console, exit_code, step
 from moecc.errors import CheckError
 from moecc.formats.manifest import MANIFEST_NAME, check_manifest
 from moecc.ir.text import print_graph
-from moecc.jobs.comparison import ComparisonVerdict as Verdict
-from moecc.jobs.comparison import compare
+from moecc.jobs.comparison import ComparisonVerdict, compare
 from moecc.jobs.convert import Conversion, Plan, plan, write
 from moecc.jobs.generate import Continuing, generate_texts
 from moecc.model.open import open_model
@@ -83,7 +82,7 @@ def run(out: Path, prompt: str, tokens: int) -> None:
     console.print(f"\nAll of it took {perf_counter() - started:.0f} s.")
 
 
-def verify(folder: Path, source: Path) -> Verdict:
+def verify(folder: Path, source: Path) -> ComparisonVerdict:
     """Compare logits in float32 on 2 × 128 tokens; raise CheckError above the tolerance."""
     with open_model(str(folder)) as sparse, open_model(str(source)) as dense:
         verdict = compare(sparse, dense)
@@ -127,7 +126,7 @@ def show_plan(planned: Plan) -> None:
     console.print(rows)
 
 
-def show_verdict(verdict: Verdict) -> None:
+def show_verdict(verdict: ComparisonVerdict) -> None:
     """Print how far the two models are apart, and what rounding alone does."""
     found, rounding = verdict.difference, verdict.rounding
     table = Table(box=None, padding=(0, 2))

@@ -373,7 +373,7 @@ CHUNK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class Head:
+class OutputHead:
     """A graph, split where its values get the axis of the vocabulary.
 
     Attributes:
@@ -435,7 +435,7 @@ def check_trainable(graph: Graph, hint: str | None = None) -> None:
         )
 
 
-def split_head(graph: Graph) -> Head:
+def split_head(graph: Graph) -> OutputHead:
     """Return the head of `graph`, of the last values that have the axis of the vocabulary.
 
     Raises:
@@ -453,7 +453,7 @@ def split_head(graph: Graph) -> Head:
     hidden = tuple(v for v in read if v in of_tokens) if nodes else (logits,)
     weights = tuple(v for v in read if v not in of_tokens)
     trunk = tuple(node for node in graph if node not in inside)
-    return Head(trunk, nodes, hidden, weights, logits)
+    return OutputHead(trunk, nodes, hidden, weights, logits)
 
 
 def _head_nodes(logits: Value, of_tokens: set[Value]) -> set[Node]:

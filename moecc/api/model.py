@@ -55,7 +55,7 @@ from moecc.weights.expr import Source
 
 if TYPE_CHECKING:
     from moecc.families.describe import Description
-    from moecc.jobs.comparison import ComparisonVerdict as Verdict
+    from moecc.jobs.comparison import ComparisonVerdict
     from moecc.jobs.conversion import Plan
 
 
@@ -471,7 +471,7 @@ class Model(Closing):
 
     def verify(
         self, against: str | os.PathLike[str] | Model, *, tolerance: float = 1e-5
-    ) -> Verdict:
+    ) -> ComparisonVerdict:
         """Run this model and another on the same tokens, and compare their logits.
 
         Raises:

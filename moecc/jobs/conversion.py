@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from moecc.formats.writer import OutputTensor
     from moecc.prove.conversion import ConversionProof
     from moecc.rewrite.passes import Statistics
-    from moecc.translate.engines import Verdict
+    from moecc.translate.engines import EngineVerdict
     from moecc.translate.export import Export
     from moecc.translate.gguf import GgufExport
 
@@ -104,7 +104,7 @@ class Plan:
         return self.export.program if isinstance(self.export, EmittedExport) else None
 
     @cached_property
-    def engines(self) -> tuple[Verdict, ...]:
+    def engines(self) -> tuple[EngineVerdict, ...]:
         """Whether each engine runs the model that will be written."""
         if self.architecture:
             return verdicts_on_gguf(self.architecture)

@@ -235,10 +235,10 @@ def _target_rows(targets: JsonDict) -> Iterator[str]:
 
 
 def _fit_text(target: JsonDict) -> str:
-    from moecc.translate.engines import Verdict, summary
+    from moecc.translate.engines import EngineVerdict, summary
 
     if not target["fits"]:
         return "does not fit"
     after = f" after {target['after']}" if target["after"] else ""
-    engines = [Verdict(**verdict) for verdict in target["engines"]]
+    engines = [EngineVerdict(**verdict) for verdict in target["engines"]]
     return f"fits{after}" + (f"; runs in: {summary(engines)}" if engines else "")

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from moecc.formats.writer import OutputJournal, WriteReport
     from moecc.jobs.comparison import Verified
     from moecc.prove.conversion import ConversionProof
-    from moecc.translate.engines import Verdict
+    from moecc.translate.engines import EngineVerdict
 
 
 RECEIPT_NAME = "moecc_receipt.json"
@@ -69,7 +69,7 @@ class Receipt:
     contracts: Contracts
     proof: ConversionProof | None
     verified: Verified | None
-    engines: Sequence[Verdict]
+    engines: Sequence[EngineVerdict]
     versions: Mapping[str, str]
 
     def to_json(self) -> dict[str, object]:
@@ -434,7 +434,7 @@ def command(planned: Plan, options: Sequence[str] = ()) -> str:
     return " ".join([*words, *planned.options, *options])
 
 
-def _why(verdict: Verdict) -> str:
+def _why(verdict: EngineVerdict) -> str:
     if verdict.silent:
         return f"silently computes something else: {'; '.join(verdict.reasons)}"
     return "; ".join(verdict.reasons) or verdict.note

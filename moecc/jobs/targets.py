@@ -22,7 +22,7 @@ from moecc.ir.structure import clone
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pass
-from moecc.translate.engines import Verdict, verdicts
+from moecc.translate.engines import EngineVerdict, verdicts
 from moecc.translate.export import export_graph
 from moecc.translate.propose import source_config
 
@@ -52,7 +52,7 @@ class Fit:
     target: str
     passes: str
     reasons: tuple[Problem, ...] = ()
-    engines: tuple[Verdict, ...] = ()
+    engines: tuple[EngineVerdict, ...] = ()
 
     @property
     def fits(self) -> bool:

@@ -26,10 +26,10 @@ from moecc.support.text import amount
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from moecc.jobs.comparison import ComparisonVerdict as Verdict
+    from moecc.jobs.comparison import ComparisonVerdict
 
 
-def _way_out(verdict: Verdict) -> str | None:
+def _way_out(verdict: ComparisonVerdict) -> str | None:
     """Return how to tell a change from rounding, of the computation or of weights with factors."""
     if verdict.compute_dtype != "f64":
         return "--dtype f64 tells a change from rounding"
@@ -42,7 +42,7 @@ def _way_out(verdict: Verdict) -> str | None:
 _KINDS = {"decoder_tokens": "tokens of the decoder"}
 
 
-def verdict_text(verdict: Verdict) -> str:
+def verdict_text(verdict: ComparisonVerdict) -> str:
     """Return a human-readable verdict."""
     difference = verdict.difference
     shapes = " and ".join(

@@ -157,7 +157,7 @@ LLAMA_CPP = "llama.cpp"
 
 
 @dataclass(frozen=True)
-class Verdict:
+class EngineVerdict:
     """Whether an engine runs a model.
 
     Attributes:
@@ -197,34 +197,39 @@ def release_of(engine: str, version: str) -> str:
     return f"{name} {version}" if name and version.startswith(major) else f"{engine} {version}"
 
 
-def verdicts(config: ModelConfig) -> tuple[Verdict, ...]:
+def verdicts(config: ModelConfig) -> tuple[EngineVerdict, ...]:
     """Return the verdict of each engine on a model of `config`; none for dense families."""
     if not config.engines:
         return ()
     return tuple(_verdict(engine, config) for engine in ENGINES)
 
 
-def verdicts_on_gguf(architecture: str) -> tuple[Verdict, ...]:
+def verdicts_on_gguf(architecture: str) -> tuple[EngineVerdict, ...]:
     """Return the verdict on a GGUF file that moecc writes: only llama.cpp was looked at."""
     if architecture not in GGUF_MIXTURES:
         return ()
-    return tuple(Verdict(e.name, e.version, runs=True) for e in ENGINES if e.name == LLAMA_CPP)
+    return tuple(
+        EngineVerdict(e.name, e.version, runs=True) for e in ENGINES if e.name == LLAMA_CPP
+    )
 
 
 RUNS_PROGRAMS = "transformers"
 
 
-def verdicts_on_program() -> tuple[Verdict, ...]:
+def verdicts_on_program() -> tuple[EngineVerdict, ...]:
     """Return the verdicts on a program in PyTorch beside its weights, where one was looked for."""
     runs = [e for e in ENGINES if e.name.startswith(RUNS_PROGRAMS)]
     never = [e for e in ENGINES if e.name in (LLAMA_CPP, "mlx-lm")]
     return (
-        *(Verdict(e.name, e.version, runs=True, note="trust_remote_code") for e in runs),
-        *(Verdict(e.name, e.version, False, ("it runs no code of a checkpoint",)) for e in never),
+        *(EngineVerdict(e.name, e.version, runs=True, note="trust_remote_code") for e in runs),
+        *(
+            EngineVerdict(e.name, e.version, False, ("it runs no code of a checkpoint",))
+            for e in never
+        ),
     )
 
 
-def _verdict(engine: Engine, config: ModelConfig) -> Verdict:
+def _verdict(engine: Engine, config: ModelConfig) -> EngineVerdict:
     reading = config.engines.get(engine.name)
     if engine.name == LLAMA_CPP and config.gguf is not None:
         architecture = config.gguf.architecture
@@ -232,16 +237,16 @@ def _verdict(engine: Engine, config: ModelConfig) -> Verdict:
         problems = misfits(architecture, GGUF_MIXTURES[architecture], config.to_json(), sparse)
         reasons = tuple(problem.found or problem.what for problem in problems)
         note = "" if reasons else f"as gguf:{architecture}"
-        return Verdict(engine.name, engine.version, not reasons, reasons, note=note)
+        return EngineVerdict(engine.name, engine.version, not reasons, reasons, note=note)
     if reading is None or reading.never:
         why = UNKNOWN if reading is None else reading.never
-        return Verdict(engine.name, engine.version, False, (why,))
+        return EngineVerdict(engine.name, engine.version, False, (why,))
     needs, silent = (unfulfilled(words, config) for words in (reading.needs, reading.silent))
     is_silent = bool(silent) and not needs
     reasons = needs + silent
-    return Verdict(engine.name, engine.version, not reasons, reasons, silent=is_silent)
+    return EngineVerdict(engine.name, engine.version, not reasons, reasons, silent=is_silent)
 
 
-def summary(verdicts: Iterable[Verdict]) -> str:
+def summary(verdicts: Iterable[EngineVerdict]) -> str:
     """Return the verdicts in one line: ``transformers 5 ✓, SGLang ✗ (…)``."""
     return ", ".join(map(str, verdicts))

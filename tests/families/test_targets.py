@@ -21,7 +21,7 @@ from moecc.model.open import open_model
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
-from moecc.translate.engines import CONDITIONS, ENGINES, Verdict, verdicts
+from moecc.translate.engines import CONDITIONS, ENGINES, EngineVerdict, verdicts
 from moecc.translate.export import Export, export_graph
 
 from .test_propose import SIZES, graph_of
@@ -112,7 +112,7 @@ def config(family: str, **keys: object) -> MoeConfig:
     return found
 
 
-def verdict(found: MoeConfig, engine: str) -> Verdict:
+def verdict(found: MoeConfig, engine: str) -> EngineVerdict:
     (one,) = (v for v in verdicts(found) if v.engine == engine)
     return one
 

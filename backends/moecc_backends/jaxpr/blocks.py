@@ -20,7 +20,7 @@ from moecc.ir.operation import OPS
 from moecc.types import DType
 from moecc.weights.expr import Expr
 from moecc.weights.movement import Rename
-from moecc_backends.jaxpr.scopes import STRUCTURAL, UNKNOWN, Equation, Scope, Variable
+from moecc_backends.jaxpr.scopes import STRUCTURAL, UNKNOWN, Equation, JaxprScope, Variable
 from moecc_backends.jaxpr.symbols import (
     LINEAR,
     MATRICES,
@@ -103,7 +103,7 @@ class BlockSlice:
       outer: the dimension of the input that its products sum over.
     """
 
-    scope: Scope
+    scope: JaxprScope
     x: Variable
     output: Variable
     equations: tuple[Equation, ...]
@@ -127,7 +127,7 @@ class BlockSlice:
         return tuple(sorted({v.leaf.name for v in views if v is not None}))
 
 
-def find_blocks(scope: Scope) -> tuple[list[BlockSlice], list[BlockMiss]]:
+def find_blocks(scope: JaxprScope) -> tuple[list[BlockSlice], list[BlockMiss]]:
     """Return the blocks of a scope and of the bodies in it, in order, and near misses.
 
     No two blocks share an equation.
@@ -136,7 +136,7 @@ def find_blocks(scope: Scope) -> tuple[list[BlockSlice], list[BlockMiss]]:
     misses: dict[Equation, BlockMiss] = {}
     used: set[Equation] = set()
 
-    def search(scope: Scope) -> None:
+    def search(scope: JaxprScope) -> None:
         order = {equation: i for i, equation in enumerate(scope.equations)}
         for equation in scope.equations:
             for body in equation.bodies:
@@ -422,7 +422,7 @@ class Operation:
 
 
 @dataclass
-class Block:
+class JaxprBlock:
     """A block: operations, the last of which is the result.
 
     Attributes:
@@ -444,7 +444,7 @@ class Block:
         return " ".join(o.name for o in self.operations)
 
 
-def block_of(block: BlockSlice) -> Block:
+def block_of(block: BlockSlice) -> JaxprBlock:
     """Return the operations of a block.
 
     Raises:
@@ -457,7 +457,7 @@ def block_of(block: BlockSlice) -> Block:
 
 class _Emitter:
     def __init__(self, block: BlockSlice) -> None:
-        self.block = Block()
+        self.block = JaxprBlock()
         self._axes = block.axes
         outer = block.source.dims[block.outer]
         assert outer is not None, "an axis of the input"

@@ -22,7 +22,7 @@ from moecc_backends.jaxpr.blocks import INNER, OUTER
 from moecc_backends.jaxpr.scopes import (
     CHECKPOINTS,
     Equation,
-    Scope,
+    JaxprScope,
     TracedFunction,
     Variable,
     rearranged,
@@ -116,7 +116,9 @@ def _label(variable: Variable, labels: Mapping[Variable, Labels]) -> Labels:
     return labels.get(variable, ((),) * len(variable.shape))
 
 
-def _run(scope: Scope, inputs: Sequence[Labels], labels: dict[Variable, Labels]) -> list[Labels]:
+def _run(
+    scope: JaxprScope, inputs: Sequence[Labels], labels: dict[Variable, Labels]
+) -> list[Labels]:
     """Label all values of a scope from those of its inputs; return those of its results."""
     labels.update(zip(scope.inputs, inputs, strict=True))
     for equation in scope.equations:
@@ -426,7 +428,7 @@ class _RegionWalk:
         self._picking = {loop for site in survey.sites for loop in site.loops}
         self._passed: list[Equation] = []
 
-    def run(self, scope: Scope, arguments: Mapping[Variable, str]) -> list[JaxRegion]:
+    def run(self, scope: JaxprScope, arguments: Mapping[Variable, str]) -> list[JaxRegion]:
         """Find the regions before blocks, in `regions`; return those before the results."""
         inputs = [frozenset((arguments[v],) if v in arguments else ()) for v in scope.inputs]
         takes = self._scope(scope, inputs, {})
@@ -442,7 +444,7 @@ class _RegionWalk:
         return region
 
     def _scope(
-        self, scope: Scope, inputs: Sequence[frozenset[str]], iteration: Mapping[Hashable, int]
+        self, scope: JaxprScope, inputs: Sequence[frozenset[str]], iteration: Mapping[Hashable, int]
     ) -> list[frozenset[str]]:
         sources = dict(zip(scope.inputs, inputs, strict=True))
         for equation in scope.equations:

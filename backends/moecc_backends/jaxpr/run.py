@@ -23,8 +23,8 @@ from moecc_backends.jaxpr.graph import BlockPart, BlockParts
 from moecc_backends.jaxpr.scopes import (
     UNKNOWN,
     Equation,
+    JaxprScope,
     ParamTree,
-    Scope,
     TracedFunction,
     Variable,
     is_array,
@@ -205,7 +205,7 @@ class RewrittenFunction:
       side: whether parts return their other values.
     """
 
-    scope: Scope
+    scope: JaxprScope
     replacements: Sequence[Replacement]
     gone: set[Equation]
     execution: Execution
@@ -230,7 +230,7 @@ class RewrittenFunction:
         return self._scope(self.scope, inputs, params)
 
     def _scope(
-        self, scope: Scope, inputs: Sequence[AnyArray], params: ParamArrays
+        self, scope: JaxprScope, inputs: Sequence[AnyArray], params: ParamArrays
     ) -> tuple[Arrays, SideArrays]:
         values: dict[Variable, AnyArray] = dict(zip(scope.inputs, inputs, strict=True))
         side: SideArrays = {}
@@ -315,7 +315,7 @@ class RewrittenFunction:
         """Branch: what a branch without a block does not return is zero."""
         index, *arguments = operands
 
-        def plain(body: Scope) -> AnyArray:
+        def plain(body: JaxprScope) -> AnyArray:
             return lambda arrays, inner: self._scope(body, arrays, inner)
 
         bodies = [plain(body) for body in equation.bodies]

@@ -120,9 +120,9 @@ class Equation:
     frame: Frame
     inputs: list[Variable]
     outputs: list[Variable]
-    scope: Scope
-    bodies: tuple[Scope, ...] = ()
-    _inner: dict[int, Scope] = field(default_factory=dict)
+    scope: JaxprScope
+    bodies: tuple[JaxprScope, ...] = ()
+    _inner: dict[int, JaxprScope] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -175,7 +175,7 @@ class Equation:
                 inner[i].append(variable)
         return inner
 
-    def inner(self, index: int = 0) -> Scope:
+    def inner(self, index: int = 0) -> JaxprScope:
         """Return the scope of one of its jaxprs, a body or one that is only for looking at.
 
         The equations of the latter are no users of the operands.
@@ -188,12 +188,12 @@ class Equation:
             if self.name not in LOOPS:
                 for variable, operand in zip(inputs, self.inputs, strict=False):
                     variable.const, variable.view = operand.const, operand.view
-            self._inner[index] = fill(Scope(self.scope, None), jaxpr, inputs)
+            self._inner[index] = fill(JaxprScope(self.scope, None), jaxpr, inputs)
         return self._inner[index]
 
 
 @dataclass(eq=False, repr=False)
-class Scope:
+class JaxprScope:
     """A jaxpr at one level.
 
     Attributes:
@@ -204,7 +204,7 @@ class Scope:
       outputs: the variables that it returns.
     """
 
-    outer: Scope | None = None
+    outer: JaxprScope | None = None
     owner: Equation | None = None
     inputs: list[Variable] = field(default_factory=list)
     equations: list[Equation] = field(default_factory=list)
@@ -225,7 +225,7 @@ class Scope:
         return (*self.outer.owners, self.owner)
 
 
-def fill(scope: Scope, jaxpr: Jaxpr, inputs: list[Variable]) -> Scope:
+def fill(scope: JaxprScope, jaxpr: Jaxpr, inputs: list[Variable]) -> JaxprScope:
     """Put the equations of `jaxpr` into an empty scope; return it."""
     scope.inputs = inputs
     scope.outputs = _inline(scope, jaxpr, inputs, {})
@@ -235,7 +235,7 @@ def fill(scope: Scope, jaxpr: Jaxpr, inputs: list[Variable]) -> Scope:
 
 
 def _inline(
-    scope: Scope, jaxpr: Jaxpr, inputs: Sequence[Variable], numbered: dict[object, Variable]
+    scope: JaxprScope, jaxpr: Jaxpr, inputs: Sequence[Variable], numbered: dict[object, Variable]
 ) -> list[Variable]:
     """Append the equations of `jaxpr` to a scope; return its results.
 
@@ -289,7 +289,7 @@ def _connect(equation: Equation, numbered: dict[object, Variable]) -> None:
         equation.bodies = tuple(_body(equation, jaxpr, operands) for jaxpr, operands in pairs)
 
 
-def _body(equation: Equation, jaxpr: Jaxpr, operands: list[tuple[int, str]]) -> Scope:
+def _body(equation: Equation, jaxpr: Jaxpr, operands: list[tuple[int, str]]) -> JaxprScope:
     """Return the scope of a body; what a loop slices or carries is no constant there."""
     inputs = [Variable(v.aval) for v in opened(jaxpr)[0].invars]
     for variable, (i, role) in zip(inputs, operands, strict=True):
@@ -298,7 +298,7 @@ def _body(equation: Equation, jaxpr: Jaxpr, operands: list[tuple[int, str]]) -> 
             variable.const, variable.view = operand.const, operand.view
         elif role == "stacked" and operand.view is not None:
             variable.view = operand.view.each(equation)
-    return fill(Scope(equation.scope, equation), jaxpr, inputs)
+    return fill(JaxprScope(equation.scope, equation), jaxpr, inputs)
 
 
 # Equations that only rearrange an array.
@@ -546,7 +546,7 @@ class TracedFunction:
       arrays: what was passed for them.
     """
 
-    scope: Scope
+    scope: JaxprScope
     treedef: PyTree
     arguments: Mapping[str, Variable]
     arrays: Sequence[AnyArray]
@@ -609,7 +609,7 @@ def trace_function(
     inputs = [Variable(v.aval) for v in opened(jaxpr)[0].invars]
     for variable, name in zip(inputs, names, strict=False):
         variable.view = LeafView.of(weights[name]) if name in weights else None
-    scope = fill(Scope(), jaxpr, inputs)
+    scope = fill(JaxprScope(), jaxpr, inputs)
     positions = _positions(function)
     labels = [_argument_name(pairs[i][0], positions) for i in passed]
     return TracedFunction(

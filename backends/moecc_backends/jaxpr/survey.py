@@ -17,14 +17,14 @@ from moecc.weights.movement import Index, Slice
 from moecc.weights.simplify import simplify
 from moecc_backends.jaxpr.blocks import (
     OPAQUE,
-    Block,
     BlockMiss,
     BlockSlice,
+    JaxprBlock,
     block_of,
     find_blocks,
     identity,
 )
-from moecc_backends.jaxpr.scopes import LOOPS, UNKNOWN, Equation, Scope, Variable
+from moecc_backends.jaxpr.scopes import LOOPS, UNKNOWN, Equation, JaxprScope, Variable
 from moecc_backends.jaxpr.views import (
     Iteration,
     LeafView,
@@ -49,7 +49,7 @@ class BlockSite:
     """
 
     slice: BlockSlice
-    block: Block
+    block: JaxprBlock
 
     @cached_property
     def loops(self) -> tuple[Equation, ...]:
@@ -113,7 +113,7 @@ class Survey:
       misses: what is nearly a block.
     """
 
-    scope: Scope
+    scope: JaxprScope
     sites: list[BlockSite] = field(default_factory=list)
     misses: list[BlockMiss] = field(default_factory=list)
 
@@ -168,7 +168,7 @@ def _weight_name(weight: Expr) -> str:
     return f"{name}.{weight.start}_{weight.stop}" if isinstance(weight, Slice) else name
 
 
-def survey_blocks(scope: Scope) -> Survey:
+def survey_blocks(scope: JaxprScope) -> Survey:
     """Return the blocks of a traced function."""
     slices, misses = find_blocks(scope)
     survey = Survey(scope, misses=misses)
@@ -195,7 +195,7 @@ _NO_PRODUCTS = ("pallas_call", "pure_callback", "io_callback", "ffi_call", "cust
 """Work whose products no jaxpr shows."""
 
 
-def _unseen(scope: Scope) -> Iterator[BlockMiss]:
+def _unseen(scope: JaxprScope) -> Iterator[BlockMiss]:
     """Yield what products with weights there are besides those that blocks are made of."""
     computed: dict[Variable, Reason] = {}
     for equation in scope.every_equation():
@@ -280,7 +280,7 @@ class LeafUse:
         return f"`{self.equation.name}`" + (f" at {line}" if line else "")
 
 
-def leaf_uses(scope: Scope, besides: Collection[Equation]) -> Iterator[LeafUse]:
+def leaf_uses(scope: JaxprScope, besides: Collection[Equation]) -> Iterator[LeafUse]:
     """Yield the uses of leaves in a scope and its bodies by other equations than `besides`."""
     for equation in scope.equations:
         if equation in besides:
@@ -303,7 +303,7 @@ def _are_views(variables: list[Variable]) -> bool:
     return bool(variables) and all(v.view is not None for v in variables)
 
 
-def skipped_equations(scope: Scope, inside: Collection[Equation]) -> set[Equation]:
+def skipped_equations(scope: JaxprScope, inside: Collection[Equation]) -> set[Equation]:
     """Return the equations of a scope and its bodies that nothing needs if `inside` are replaced.
 
     These are the equations of `inside`, and views of weights for them alone.
@@ -325,7 +325,7 @@ def skipped_equations(scope: Scope, inside: Collection[Equation]) -> set[Equatio
                 return True
         return False
 
-    def skip(scope: Scope) -> None:
+    def skip(scope: JaxprScope) -> None:
         for equation in reversed(scope.equations):
             if equation in holders:
                 for body in equation.bodies:

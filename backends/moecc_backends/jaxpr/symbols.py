@@ -23,7 +23,7 @@ from moecc_backends.jaxpr.scopes import (
     STRUCTURAL,
     UNKNOWN,
     Equation,
-    Scope,
+    JaxprScope,
     Variable,
     fill,
     rearranged,
@@ -584,7 +584,7 @@ def _run(jaxpr: Jaxpr, name_custom: NameCustom | None) -> tuple[list[InputTerm],
     """
     axes = Axes()
     variables = [Variable(v.aval) for v in opened(jaxpr)[0].invars]
-    scope = fill(Scope(), jaxpr, variables)
+    scope = fill(JaxprScope(), jaxpr, variables)
     symbols = Symbols(axes, variables[0].aval.dtype, name_custom)
     # Axes are told apart by their places, counted from the last: two may have one size.
     numbers: dict[tuple[int, int], int] = {}

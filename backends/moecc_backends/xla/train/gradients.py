@@ -15,7 +15,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
-from moecc.analysis import LOGITS, VOCAB, Head, chunk_count, split_head
+from moecc.analysis import LOGITS, VOCAB, OutputHead, chunk_count, split_head
 from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import Mesh, mesh_of
@@ -99,7 +99,7 @@ class HeadLoss:
       chunk_bytes: of logits in float32, about.
     """
 
-    head: Head
+    head: OutputHead
     lowering: LoweringConfig
     output_z: float = 0.0
     chunk_bytes: int = 1 << 62
@@ -440,7 +440,7 @@ class BatchLoss:
     # --- what lies where
 
     @property
-    def _head(self) -> Head:
+    def _head(self) -> OutputHead:
         return split_head(self.graph)
 
     @property
