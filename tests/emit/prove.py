@@ -81,17 +81,40 @@ def prove(wanted: Sequence[EmittedCell], *, gradients: Sequence[str] = ()) -> di
             for (row, _), verdict in zip(folders, verdicts, strict=True):
                 verdict["right"] = is_right(verdict)
                 row[f"transformers {version['transformers']}"] = verdict
-    judged = [r for r in rows if "refused" not in r]
-    right = [r for r in judged if all(v["right"] for k, v in r.items() if k[:5] == "trans")]
+    return summarised(versions, rows)
+
+
+def summarised(versions: list[Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the report of cells, and how many of them are right."""
+    judged = [row for row in rows if "refused" not in row]
+    wrong = [
+        row
+        for row in judged
+        if not all(v["right"] for k, v in row.items() if k.startswith("transformers"))
+    ]
     return {
         "date": datetime.date.today().isoformat(),
         "versions": versions,
         "bounds": {"outputs": BOUNDS, "gradients": GRADIENT_BOUNDS},
-        "right": len(right),
+        "right": len(judged) - len(wrong),
         "judged": len(judged),
         "refused": len(rows) - len(judged),
         "cells": rows,
     }
+
+
+def joined(path: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """Return a report with the cells of an earlier one that it has not."""
+    if not path.is_file():
+        return report
+    earlier = json.loads(path.read_text())
+    rows = {(row["source"], row["method"]): row for row in earlier["cells"]}
+    for row in report["cells"]:
+        key = row["source"], row["method"]
+        rows[key] = {**rows.get(key, {}), **row}
+    versions = [*earlier["versions"], *report["versions"]]
+    unique = [v for i, v in enumerate(versions) if v not in versions[:i]]
+    return summarised(unique, list(rows.values()))
 
 
 def main() -> None:
@@ -109,6 +132,8 @@ def main() -> None:
         and cell.method in (options.methods or [cell.method])
     ]
     report = prove(wanted, gradients=options.gradients)
+    if options.sources or options.methods:  # a part: the other cells stay as they were
+        report = joined(options.out, report)
     options.out.write_text(json.dumps(report, indent=1) + "\n")
     print({k: report[k] for k in ("right", "judged", "refused")}, file=sys.stderr)
 
