@@ -5,7 +5,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-chain proof-emit proof-engines proof-equal proof-fuzz proof-jobs proof-kills proof-learning proof-mutants proof-recipes proof-splits proof-table proof-z3 docs site bench wheel clean fuzz fuzz-proof
+.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-chain proof-checker proof-emit proof-engines proof-equal proof-fuzz proof-jobs proof-kills proof-learning proof-mutants proof-recipes proof-splits proof-table proof-z3 docs site bench wheel clean fuzz fuzz-proof
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -94,6 +94,10 @@ proof-z3: $(STAMP) ## lemmas of choices, ties, slots and indices by z3, installe
 	test -x build/z3/bin/python || $(BIN)/python -m venv build/z3
 	build/z3/bin/python -m pip install --quiet --disable-pip-version-check z3-solver
 	build/z3/bin/python tests/oracle/z3_lemmas.py --out docs/proofs/z3.json > /dev/null
+
+proof-checker: $(STAMP) ## accept proofs by the independent checker, and reject faults and its mutants; writes docs/proofs/checker.json
+	mkdir -p docs/proofs
+	PYTHONPATH=tests/support $(BIN)/python -m tests.checker.record > /dev/null
 
 proof-kills: $(STAMP) ## end conversions at every call that changes the disk; writes docs/proofs/kills.json (20 minutes)
 	mkdir -p docs/proofs

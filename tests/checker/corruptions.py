@@ -1,0 +1,189 @@
+"""Logs and graphs with one fault each, which a checker must not accept."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import re
+from collections import Counter
+from fractions import Fraction
+from hashlib import sha256
+from typing import Any
+
+Proof = tuple[dict[str, Any], str, str]
+"""A log, and the texts of two graphs."""
+
+
+def proof_of(kind: str, *words: str) -> Proof | None:
+    """Return the proof of a run or a cell of the matrix as it is written; None if there is none."""
+    import moecc_check
+
+    from moecc.ir.text import print_graph
+    from moecc.prove import prove
+    from moecc.prove.log import pruned
+
+    from ..oracle import matrix  # noqa: TID252
+
+    graphs = matrix.transformed(*words) if kind == "run" else matrix.composed(matrix._cell(*words))
+    if isinstance(graphs, matrix.Row):
+        return None
+    before, after, _ = graphs
+    verdict = prove(before, after)
+    if verdict.status != "proved":
+        return None
+    log, texts = json.loads(json.dumps(verdict.log)), (print_graph(before), print_graph(after))
+    return pruned(log, moecc_check.accepted(log, *texts)), *texts
+
+
+def is_accepted(checker: Any, proof: Proof) -> bool:
+    """Return whether a checker accepts a proof, as its command does."""
+    try:
+        used = checker.accepted(*proof)
+    except checker.Rejected:
+        return False
+    return len(used) == len(proof[0]["steps"])
+
+
+def corrupted(proof: Proof, chance: random.Random) -> tuple[str, Proof]:
+    """Return a kind of fault and the proof with it."""
+    while True:
+        kind = chance.choice(sorted(FAULTS))
+        log, before, after = copy.deepcopy(proof)
+        changed = FAULTS[kind](log, before, after, chance)
+        if changed is not None and changed != proof:
+            return kind, changed
+
+
+def _recounted(log: dict[str, Any]) -> dict[str, Any]:
+    log["lemmas"] = dict(sorted(Counter(name for name, _, _ in log["steps"]).items()))
+    return log
+
+
+def _other_term(log: dict[str, Any], before: str, after: str, chance: random.Random) -> Any:
+    """Exchange the term of a step with that of another step of the same lemma, or any."""
+    step = chance.choice(log["steps"])
+    rows = {s[1] for s in log["steps"]} - {step[1]}
+    if not rows:
+        return None
+    step[1] = chance.choice(sorted(rows))
+    return log, before, after
+
+
+def _other_lemma(log: dict[str, Any], before: str, after: str, chance: random.Random) -> Any:
+    """Name another lemma of the log in a step."""
+    step = chance.choice(log["steps"])
+    names = {s[0] for s in log["steps"]} - {step[0]}
+    if not names:
+        return None
+    step[0] = chance.choice(sorted(names))
+    return _recounted(log), before, after
+
+
+def _other_count(log: dict[str, Any], before: str, after: str, chance: random.Random) -> Any:
+    """Change how often a lemma was used."""
+    if not log["lemmas"]:
+        return None
+    name = chance.choice(sorted(log["lemmas"]))
+    log["lemmas"][name] += chance.choice((-1, 1))
+    return log, before, after
+
+
+def _other_number(log: dict[str, Any], before: str, after: str, chance: random.Random) -> Any:
+    """Change a number among the parameters of a step."""
+    places = [(s, i) for s in log["steps"] for i, p in enumerate(s[2]) if isinstance(p, int)]
+    if not places:
+        return None
+    step, at = chance.choice(places)
+    step[2][at] += chance.choice((-2, -1, 1, 2))
+    return log, before, after
+
+
+def _other_operand(log: dict[str, Any], before: str, after: str, chance: random.Random) -> Any:
+    """Replace a term among the parameters of a step by another row of its kind."""
+    places = [(s, i) for s in log["steps"] for i, p in enumerate(s[2]) if isinstance(p, dict)]
+    if not places:
+        return None
+    step, at = chance.choice(places)
+    number = step[2][at]["term"]
+    kind, row = log["terms"][number][0], log["terms"]
+    rows = [i for i, r in enumerate(row) if r[0] == kind and r != row[number]]
+    if not rows:
+        return None
+    step[2][at] = {"term": chance.choice(rows)}
+    return log, before, after
+
+
+def _dropped(log: dict[str, Any], before: str, after: str, chance: random.Random) -> Any:
+    """Drop a step."""
+    if not log["steps"]:
+        return None
+    del log["steps"][chance.randrange(len(log["steps"]))]
+    return log, before, after
+
+
+def _other_coefficient(log: dict[str, Any], before: str, after: str, chance: random.Random) -> Any:
+    """Change a coefficient of a term."""
+    rows = [r for r in log["terms"] if r[0] == "sum" and r[1]]
+    if not rows:
+        return None
+    pair = chance.choice(chance.choice(rows)[1])
+    pair[0] = str(Fraction(pair[0]) + chance.choice((1, 2, Fraction(1, 2))))
+    return log, before, after
+
+
+def _other_attribute(log: dict[str, Any], before: str, after: str, chance: random.Random) -> Any:
+    """Change a number among the attributes of an application."""
+    rows = [
+        (r[2], i)
+        for r in log["terms"]
+        if r[0] == "apply"
+        for i, v in enumerate(r[2])
+        if isinstance(v, int | float) and not isinstance(v, bool)
+    ]
+    if not rows:
+        return None
+    attrs, at = chance.choice(rows)
+    attrs[at] += chance.choice((1, 2))
+    return log, before, after
+
+
+def _other_text(log: dict[str, Any], before: str, after: str, chance: random.Random) -> Any:
+    """Change the graph under the proof, and its digest in the log."""
+    edits = [
+        (r"eps=[0-9.e-]+", "eps=0.125"),
+        (r"\{by=[0-9.]+\}", "{by=0.375}"),
+        (r"= add (%\S+), (%\S+) :", r"= mul \1, \2 :"),
+        (r"= silu ", "= gelu "),
+        (r"top_k=2", "top_k=1"),
+        (r'source\("(?=[^"]*(?:norm|proj|embed|dense|weight))', 'source("x'),
+        (r"theta=[0-9.]+", "theta=123.0"),
+    ]
+    pattern, text = chance.choice(edits)
+    matches = list(re.finditer(pattern, after))
+    if not matches:
+        return None
+    match = chance.choice(matches)
+    after = after[: match.start()] + match.expand(text) + after[match.end() :]
+    log["after"] = sha256(after.encode()).hexdigest()
+    return log, before, after
+
+
+def _other_digest(log: dict[str, Any], before: str, after: str, chance: random.Random) -> Any:
+    """Change a graph alone."""
+    return log, before.replace("%", "%a", 1), after
+
+
+FAULTS = {
+    "another term": _other_term,
+    "another lemma": _other_lemma,
+    "another count": _other_count,
+    "another number": _other_number,
+    "another operand": _other_operand,
+    "a step dropped": _dropped,
+    "another coefficient": _other_coefficient,
+    "another attribute": _other_attribute,
+    "another graph": _other_text,
+    "another text": _other_digest,
+}
+"""Functions of a log, two texts and a random generator."""

@@ -1,0 +1,81 @@
+"""The independent checker accepts proofs of the matrix, and no log or graph with a fault."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from functools import cache
+
+import moecc_check
+import pytest
+
+from moecc.ir.text import parse, print_graph
+from moecc.prove import prove
+
+from .cases import failures
+from .corruptions import FAULTS, Proof, corrupted, is_accepted, proof_of
+
+UPCYCLED = ("run", "llama_gqa", "upcycle{experts=4}")
+
+
+@cache
+def _upcycled() -> Proof:
+    proof = proof_of(*UPCYCLED)
+    assert proof is not None
+    return proof
+
+
+def test_every_lemma_has_its_conditions() -> None:
+    assert not failures(moecc_check)
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        UPCYCLED,
+        ("run", "llama_gqa", "roll-layers"),
+        ("run", "bert_square", "upcycle{experts=4 granularity=4 top-k=4 router-std=1}"),
+        ("cell", "bert_square", "st_moe", "grow"),
+    ],
+)
+def test_a_proof_of_the_matrix_is_accepted(job: tuple[str, ...]) -> None:
+    proof = proof_of(*job)
+    assert proof is not None
+    assert is_accepted(moecc_check, proof)
+
+
+def test_no_fault_is_accepted() -> None:
+    chance, kinds = random.Random(7), Counter[str]()
+    while len(kinds) < len(FAULTS) - 1 or kinds.total() < 20:
+        kind, proof = corrupted(_upcycled(), chance)
+        kinds[kind] += 1
+        assert not is_accepted(moecc_check, proof), kind
+
+
+def test_what_a_prover_without_a_condition_proves_is_rejected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from moecc.prove import lemmas
+
+    text = """moecc 1
+graph g {{
+  input %x : f32[batch=B, embed=8]
+  %y = {} : f32[batch=B, embed=8]
+  %z = softmax %y {{axis=embed}} : f32[batch=B, embed=8]
+  output z = %z
+}}
+"""
+    before, after = (parse(text.format(f"scale %x {{by={n}}}")) for n in ("2.0", "3.0"))
+    lemma = next(e for e in lemmas.APPLICATIONS["share"] if e.name == "equal shares")
+
+    def without_condition(algebra, application):  # type: ignore[no-untyped-def]
+        return lemmas.inverse_size(algebra, application.abstractions[0].variables[0])
+
+    object.__setattr__(lemma, "apply", without_condition)
+    try:
+        verdict = prove(before, after)
+    finally:
+        object.__setattr__(lemma, "apply", lemmas.equal_shares)
+    assert verdict.status == "proved"
+    with pytest.raises(moecc_check.Rejected, match="equal shares"):
+        moecc_check.accepted(verdict.log, print_graph(before), print_graph(after))
