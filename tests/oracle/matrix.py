@@ -297,7 +297,7 @@ def _with_names(written: Expr, source: Source) -> Expr:
 
 def _work(job: tuple[str, ...]) -> tuple[tuple[str, ...], list[Any]]:
     kind, *words = job
-    row = run_pair(*words) if kind == "run" else run_cell(_cell(*words))
+    row = run_pair(*words) if kind == "run" else run_cell(cell_named(*words))
     return job, [row.verdict, row.promise, round(row.seconds, 3), row.reason]
 
 
@@ -306,7 +306,8 @@ def _cells() -> dict[tuple[str, str, str], Cell]:
     return {(c.source, c.target, c.method): c for c in equal_cells()}
 
 
-def _cell(source: str, target: str, method: str) -> Cell:
+def cell_named(source: str, target: str, method: str) -> Cell:
+    """Return the equal cell of a source, a target and a method."""
     return _cells()[source, target, method]
 
 
@@ -324,7 +325,9 @@ def main() -> int:
     """Run the matrix and write its record."""
     parser = argparse.ArgumentParser(prog="python -m tests.oracle.matrix", description=__doc__)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--sample", type=int, help="so many runs and cells, not all")
+    parser.add_argument(
+        "--sample", type=int, help="number of runs and of cells to draw (default: all)"
+    )
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "equal")
     parser.add_argument("--out", type=Path, default=RECORD)
     asked = parser.parse_args()
@@ -359,6 +362,8 @@ def summary(rows: dict[tuple[str, ...], list[Any]]) -> dict[str, Any]:
         "python": platform.python_version(),
         "pipelines": len(PIPELINES),
         "checkpoints": len(golden_names()),
+        "drawn": len(rows),
+        "of": len(jobs_of(None)),
     }
     for kind, key in (("run", "runs"), ("cell", "cells")):
         of_kind = {j: r for j, r in rows.items() if j[0] == kind}
