@@ -11,6 +11,7 @@ from typing import Any
 from moecc.errors import InputError
 from moecc.ir.graph import Graph, Value
 from moecc.ir.interpreter import ReferenceProgram
+from moecc.ir.mesh import mesh_of
 from moecc.ir.ops.slots import SlotsOp
 from moecc.ir.structure import index_bound, length_bounds
 from moecc.ir.unroll import unrolled
@@ -26,6 +27,7 @@ MOST_ELEMENTS = 2_000_000
 """Graphs with more elements in their parameters are not run."""
 
 SEEDS = 4
+DEVICE_SEEDS = 2
 LARGEST_SIZE = 4
 DIFFERENCE = 1e-6
 """A smaller difference, relative to the magnitude of an output, may be rounding."""
@@ -60,12 +62,7 @@ def find_counterexample(before: Graph, after: Graph, *, exact: bool) -> Countere
       exact: whether results differ that are not the same bits.
     """
     before, after = unrolled(before), unrolled(after)
-    elements = sum(
-        prod(s for s in v.type.sizes if isinstance(s, int))
-        for graph in (before, after)
-        for v in graph.params.values()
-    )
-    if elements > MOST_ELEMENTS:
+    if _elements((before, after)) > MOST_ELEMENTS:
         return None
     for seed in range(SEEDS):
         try:
@@ -75,6 +72,45 @@ def find_counterexample(before: Graph, after: Graph, *, exact: bool) -> Countere
         if found is not None:
             return found
     return None
+
+
+def find_device_gap(before: Graph, after: Graph) -> tuple[str, Counterexample] | None:
+    """Return what devices compute otherwise than the graph means, on drawn data, or None.
+
+    A proof is about global values, for which collectives are the identity and a sharding changes
+    nothing.  That devices together have these values is not proved but compared.
+
+    Args:
+      before: a graph.
+      after: a graph of the same global values; only its mesh counts.
+    """
+    from moecc.testing.oracle import Trial, device_gaps, divisible, moved_values
+
+    if not is_compared_on_devices(after) or not before.outputs.keys() <= after.outputs.keys():
+        return None
+    for seed in range(DEVICE_SEEDS):
+        sizes = divisible(_sizes((before, after), seed), before, after)
+        try:
+            lines = [*moved_values(before, after)]
+            lines = lines or device_gaps(Trial(before, after, seed, sizes))
+        except InputError:  # no meaning in NumPy, or none for these data
+            continue
+        if lines:
+            return lines[0], Counterexample("devices", seed, sizes, 1.0)
+    return None
+
+
+def is_compared_on_devices(graph: Graph) -> bool:
+    """Return whether a graph lies on a mesh, and is small enough to be run device by device."""
+    return mesh_of(graph) is not None and _elements((graph,)) <= MOST_ELEMENTS
+
+
+def _elements(graphs: Sequence[Graph]) -> int:
+    return sum(
+        prod(s for s in v.type.sizes if isinstance(s, int))
+        for graph in graphs
+        for v in graph.params.values()
+    )
 
 
 def _differing_output(before: Graph, after: Graph, seed: int, exact: bool) -> Counterexample | None:

@@ -11,8 +11,14 @@ from functools import cached_property, partial
 from typing import Literal, NamedTuple
 
 from moecc.ir.graph import Graph, Node, Value, where
+from moecc.ir.mesh import mesh_of
 from moecc.ir.ops.repetition import repetitions
-from moecc.prove.counterexample import Counterexample, find_counterexample
+from moecc.prove.counterexample import (
+    Counterexample,
+    find_counterexample,
+    find_device_gap,
+    is_compared_on_devices,
+)
 from moecc.prove.evaluation import Evaluation, Terms
 from moecc.prove.log import log_of
 from moecc.prove.rules import Lemmas
@@ -33,6 +39,9 @@ ASSUMPTIONS = (
 FRACTIONS = (
     "constants are the simplest fractions, or roots of fractions, that round to their floats"
 )
+COMPARED = "devices together have the global values, as they had on drawn data"
+NOT_COMPARED = "devices together have the global values"
+
 EXACT_ASSUMPTIONS = (
     "an operation returns the same bits for the same operands",
     "every open size is at least 1",
@@ -130,6 +139,9 @@ class Prover:
                     del self._made[reading]
                     gap = "the graphs", (f"too large to compare: {error}", "")
             if gap is None:
+                refutation = self._on_devices(before, after)
+                if refutation is not None:
+                    return refutation
                 names = before.outputs if outputs is None else outputs
                 return self._proved(before, after, names, reading)
             if not reading.fractions:
@@ -141,6 +153,15 @@ class Prover:
         node, terms = parting
         return Verdict(status, node, terms, counts, counterexample=counterexample)
 
+    def _on_devices(self, before: Graph, after: Graph) -> Verdict | None:
+        """Return the refutation of two equal graphs of which devices compute something else."""
+        gap = find_device_gap(before, after)
+        if gap is None:
+            return None
+        line, counterexample = gap
+        terms = ("what the graph means", line)
+        return Verdict("refuted", "devices", terms, counterexample=counterexample)
+
     def _proved(
         self, before: Graph, after: Graph, outputs: Collection[str], reading: Reading
     ) -> Verdict:
@@ -148,6 +169,9 @@ class Prover:
         assumptions = EXACT_ASSUMPTIONS if self.exact else ASSUMPTIONS
         if reading.fractions:
             assumptions = (*assumptions[:-1], FRACTIONS)
+        if mesh_of(after) is not None:
+            compared = is_compared_on_devices(after)
+            assumptions = (*assumptions, COMPARED if compared else NOT_COMPARED)
         make_log = partial(
             log_of,
             before,

@@ -131,9 +131,9 @@ def _on_random_graphs(
             return
 
 
-def wrong_tables(each: int, seed: int) -> Iterator[Wrong]:
-    """Yield graphs laid on a mesh while a row of a sharding table is wrong."""
-    for name in meshes.TABLES:
+def wrong_tables(each: int, seed: int, only: str = "") -> Iterator[Wrong]:
+    """Yield graphs laid on a mesh while a row of a sharding table, of `only` or any, is wrong."""
+    for name in [only] if only else meshes.TABLES:
         like = P.op(name, *(P.any() for _ in OPS[name].operands))
         for number in range(seed, seed + 12 * each):
             graph = random_graph(number, max_steps=3, like=like)

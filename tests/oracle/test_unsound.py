@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from moecc.ir import Graph, parse
 from moecc.prove import prove
 
+from ..mutants import meshes  # noqa: TID252
 from .judge import difference
+from .mutations import wrong_tables
 
 
 def graph(*lines: str) -> Graph:
@@ -77,3 +81,13 @@ def test_a_weight_that_is_rounded_is_refuted() -> None:
     assert prove(before, rounded).status == "refuted"
     assert prove(before, narrow).status == "refuted"
     assert prove(before, wide).status != "refuted"
+
+
+@pytest.mark.parametrize("name", meshes.TABLES)
+def test_a_wrong_row_of_a_sharding_table_is_refuted(name: str) -> None:
+    for item in wrong_tables(4, 0, only=name):
+        with meshes.wrong_row(name):
+            if difference(item.before, item.after, 0) is not None:
+                assert prove(item.before, item.after).status != "proved"
+                return
+    raise AssertionError("no graph shows it")
