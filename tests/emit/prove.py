@@ -18,7 +18,6 @@ from tests.emit.cells import EmittedCell, cells, write_reference
 from tests.parity.interpreters import interpreters
 
 BOUNDS = {"float32": 1e-5, "float64": 1e-10}
-GRADIENT_BOUNDS = {"float32": 1e-3, "float64": 1e-10}
 
 GRADIENTS = ("llama_gqa", "gpt2_square", "t5_gated_untied", "bert_square", "vit_square")
 """The sources whose gradients are compared by default: a decoder with gates, and one of each."""
@@ -32,8 +31,7 @@ def is_right(verdict: dict[str, Any]) -> bool:
         kind, _, what = name.partition(".")
         if value is False:
             return False
-        bounds = GRADIENT_BOUNDS if what == "gradient" else BOUNDS
-        if what and not value <= bounds[kind]:
+        if what and not value <= BOUNDS[kind]:
             return False
     return True
 
@@ -95,7 +93,7 @@ def summarised(versions: list[Any], rows: list[dict[str, Any]]) -> dict[str, Any
     return {
         "date": datetime.date.today().isoformat(),
         "versions": versions,
-        "bounds": {"outputs": BOUNDS, "gradients": GRADIENT_BOUNDS},
+        "bounds": BOUNDS,
         "right": len(judged) - len(wrong),
         "judged": len(judged),
         "refused": len(rows) - len(judged),
