@@ -25,6 +25,9 @@ class ExpertRows:
         self.token = self.order // top_k_index.shape[-1]
         every = torch.arange(experts, device=chosen.device)
         self.ends = torch.searchsorted(self.expert, every, right=True)
+        sizes = self.ends.diff(prepend=self.ends.new_zeros(1))
+        # Under torch.compile numbers of rows are not known.
+        self.sizes = None if torch.compiler.is_compiling() else sizes.tolist()
 
     def gather(self, hidden_states):
         """Return the token of each choice, ``[row, …]``."""
@@ -40,18 +43,16 @@ class ExpertRows:
 
     def linear(self, rows, weight):
         """Return each row times the matrix of its expert, ``[expert, out, in]``."""
-        is_compiling = torch.compiler.is_compiling()
         # An operation of transformers 5, whose gradient is written in place.
         grouped = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
-        if grouped is not None and (is_compiling or torch.is_grad_enabled()):
+        if grouped is not None and (self.sizes is None or torch.is_grad_enabled()):
             return grouped(rows, weight.transpose(1, 2), self.ends)
-        if is_compiling:  # numbers of rows are not known
+        if self.sizes is None:
             masks = ((self.expert != number)[:, None] for number in range(self.experts))
             parts = [rows.masked_fill(mask, 0) for mask in masks]
             return sum(F.linear(part, matrix) for part, matrix in zip(parts, weight, strict=True))
-        sizes = self.ends.diff(prepend=self.ends.new_zeros(1)).tolist()
-        dropped = len(rows) - sum(sizes)
-        parts = zip(rows.split([*sizes, dropped]), weight, strict=False)
+        dropped = len(rows) - sum(self.sizes)
+        parts = zip(rows.split([*self.sizes, dropped]), weight, strict=False)
         products = [F.linear(part, matrix) for part, matrix in parts if len(part)]
         return torch.cat([*products, rows.new_zeros(dropped, weight.shape[1])])
 
