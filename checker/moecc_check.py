@@ -1696,7 +1696,8 @@ class Evaluation:
             results = define(self, n, *xs)
             return results if isinstance(results, list) else [results]
         if n.op in ELEMENTWISE and not self.exact:
-            x = self.pointwise(f"{n.op} of infinite" if define else n.op, (n.text,), *xs)
+            name = f"{n.op} of infinite" if define else n.op
+            x = self.pointwise(name, (n.text,) if n.text else (), *xs)
             axes, bounded = self.typed_axes(n.types[0], values), n.op in BOUNDED
             return [x._replace(axes=axes, finite=x.finite or bounded)]
         functions, results = list(map(self.closed, xs)), []

@@ -173,7 +173,7 @@ class Evaluation:
             return results if isinstance(results, tuple) else (results,)
         if node.op.elementwise and not self.exact:
             name = f"{node.op.name} of infinite" if meaning is not None else node.op.name
-            result = pointwise(name, _attributes(node), operands)
+            result = pointwise(name, tuple(filter(None, _attributes(node))), operands)
             finite = result.finite or node.op.name in _BOUNDED
             return [replace(result, axes=self._axes(node.result.type, terms), finite=finite)]
         return self._uninterpreted(node, operands, terms)

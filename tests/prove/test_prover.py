@@ -86,3 +86,9 @@ def test_exact_is_equality_of_bits() -> None:
         assert prove(dense.graph, dense.apply(pipeline).graph, exact=True).status == "proved"
     sparse = dense.apply("upcycle{experts=4 top-k=2}")
     assert prove(dense.graph, sparse.graph, exact=True).status != "proved"
+
+
+@pytest.mark.parametrize("name", ["gpt_oss_limits", "gemma2_caps"])
+def test_fused_attention_has_the_terms_of_its_parts(name: str) -> None:
+    source = model(name)
+    assert prove(source.graph, source.apply("fuse-attention").graph).status == "proved"
