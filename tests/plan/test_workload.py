@@ -1,0 +1,42 @@
+"""Layers as a plan reads them, of every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moecc.model.open import open_model
+from moecc.plan.workload import Workload, make_batch, workload
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+FAMILIES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
+
+
+def work_of(name: str) -> Workload:
+    with open_model(str(GOLDEN / name)) as model:
+        return workload(model.graph, make_batch(model.graph, 1))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_layer_takes_one_hidden_state(name: str) -> None:
+    """The first one, too, whatever an embedding does to what it looks up."""
+    for layer in work_of(name).layers:
+        assert [shape.names for shape in layer.inputs] == [("batch", "seq", "embed")]
+
+
+@pytest.mark.parametrize(
+    ("name", "stacks"),
+    [
+        ("bert_gelu", {"layers": 2}),
+        ("gemma2_caps", {"layers": 4}),
+        ("gpt2_plain", {"layers": 3}),
+        ("opt_plain", {"layers": 3}),
+        ("vit_plain", {"layers": 2}),
+        ("whisper_plain", {"encoder.layers": 2, "decoder.layers": 3}),
+    ],
+)
+def test_a_scaled_or_normed_embedding_makes_no_layer_another(
+    name: str, stacks: dict[str, int]
+) -> None:
+    assert [(layer.name, layer.count) for layer in work_of(name).layers] == list(stacks.items())
