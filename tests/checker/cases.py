@@ -86,12 +86,21 @@ def cases(s: Notation) -> Iterator[Case]:
         total = s.plus(a.scale(div, by), mod)
         at = [m for _, m in a.terms(total)].index(a.terms(mod)[0][1])
         yield "quotient and remainder", is_true, total, (at,)
-    for ends, is_true in (((0, 8), True), ((0, 7), False), ((1, 8), False), ((8, 9), True)):
+    ranges = {
+        (0, 8): True,
+        (0, 7): False,
+        (1, 8): False,
+        (8, 9): True,
+        (-3, 0): True,
+        (7, 9): False,
+    }
+    for ends, is_true in ranges.items():
         yield "range", is_true, s.f("range", ends, [i("i")]), ()
     for shift, is_true in ((0, True), (-1, False), (-8, True), (-7, False)):
         yield "comparison", is_true, s.f("at_least_0", (), [s.plus(i("i"), n(shift))]), ()
     for shift, is_true in ((-8, True), (-7, False), (1, True), (0, False)):
         yield "equality", is_true, s.f("equal", (), [s.plus(i("i"), n(shift))]), ()
+    yield "equality", True, s.f("equal", (), [n(0)]), ()
     yield from _slots(s)
     yield from _stacks(s)
     yield from _choices(s)
@@ -129,6 +138,10 @@ def _stacks(s: Notation) -> Iterator[Case]:
     place = s.plus(i("i", 2), s.n(1))
     yield "places within a stack", True, s.f("stack", (4,), [place, *parts, *parts]), ()
     yield "places within a stack", False, s.f("stack", (2,), [place, *parts]), ()
+    before = s.plus(i("i", 2), s.n(-1))
+    yield "places within a stack", False, s.f("stack", (4,), [before, *parts, *parts]), ()
+    unknown = [s.lone("tanh", ("u",), [i("j")])] * 2
+    yield "stack of sources", False, s.f("stack", (2,), [i("i", 2), *unknown]), ()
     yield "stack of sources", True, s.f("stack", (2,), [i("i", 2), *parts]), ()
     for part in (s.source(i("k"), name="v"), s.lone("source", ("v", "bf16"), [i("j")]), i("j")):
         yield "stack of sources", False, s.f("stack", (2,), [i("i", 2), parts[0], part]), ()
@@ -136,6 +149,13 @@ def _stacks(s: Notation) -> Iterator[Case]:
     function = s.fun(s.v("i", 2), s.source(i("i", 2)))
     stack = s.f("stack", (2,), [i("i", 2), *members])
     yield "stack by its members", True, stack, (s.of(function),)
+    for place in (before, i("i", 2, Fraction(1, 2))):
+        yield (
+            "stack by its members",
+            False,
+            s.f("stack", (2,), [place, *members]),
+            (s.of(function),),
+        )
     yield (
         "stack by its members",
         False,
@@ -186,12 +206,14 @@ def _choices(s: Notation) -> Iterator[Case]:
 
     # A stack of numbers is a number at each place only by advice.
     for j in range(8):
-        for high in (2, Fraction(1, 2)):
+        for high in (1, 2, Fraction(1, 2)):
             values = [n(high) if p in EVEN else n(0) for p in range(8)]
             a.advice[s.f("stack", (8,), [n(j), *values]).node] = (j, "place in a stack", ())
     undominated = "best of undominated scores"
     good = s.f("experts", (8, 2, "sigmoid"), [c], [plain, constants(2)])
     yield undominated, True, good, (2, 4)
+    yield undominated, True, s.f("experts", (8, 4, "sigmoid"), [c], [plain, constants(1)]), (2, 4)
+    yield undominated, False, good, (0, 4)
     yield undominated, False, good, (2, 1)
     yield undominated, False, good, (1, 4)
     yield undominated, False, good, (2, 5)
@@ -239,6 +261,8 @@ def _sums(s: Notation) -> Iterator[Case]:
     for size, is_true in (("S", True), ("T", False)):
         term, _, (at, _) = s.sigma([], factor("inverse_size", ("S",)), factor("size", (size,)))
         yield "a size over itself", is_true, term, (at,)
+    term, _, (at, _) = s.sigma([], factor("size", ("S",)), factor("size", ("S",)))
+    yield "a size over itself", False, term, (at,)
     for root, is_true in (((2, 1), True), ((3, 1), False)):
         term, _, (at, _) = s.sigma([], factor("root", (2, 1)), factor("root", root))
         yield "square of a root", is_true, term, (at,)
@@ -248,6 +272,9 @@ def _sums(s: Notation) -> Iterator[Case]:
         inverse = factor("inverse", (), [total])
         term, (of,), (at, _) = s.sigma([x], inverse, z)
         yield "a positive sum over itself", is_true, term, (at, of)
+        double = factor("inverse", (), [a.scale(total, 2)])
+        term, (of,), (at, _) = s.sigma([x], double, z)
+        yield "a positive sum over itself", False, term, (at, of)
         term, (of,), (at, *_) = s.sigma([x], inverse, z, w(i("x")))
         yield "a positive sum over itself", False, term, (at, of)
     term, (of,), _ = s.sigma([x], w(i("t")))
@@ -297,7 +324,10 @@ def _sums(s: Notation) -> Iterator[Case]:
                 return s.c.Term(choice.node, tuple(bound))
 
             yield "sum over a bijection", is_true and is_bound, term, (renamed, of)
-    for by, is_true in ((2, True), (3, False), (8, True)):
+    inner = factor("experts", (8, 8, "x"), [i("x")], [s.fun(v("y"), s.source(i("y"), i("x")))])
+    term, (of,), _ = s.sigma([x], w(a.lone(inner)))
+    yield "sum over a bijection", False, term, (lambda bound: s.c.Term(inner.node, (*bound,)), of)
+    for by, is_true in ((1, True), (2, True), (3, False), (8, True)):
         term, (of,), _ = s.sigma([x], w(i("x")))
         yield "split a sum", is_true, term, (of, by)
     q, r = v("q", 2), v("r", 4)
@@ -306,6 +336,7 @@ def _sums(s: Notation) -> Iterator[Case]:
         term, (outer, inner_place), _ = s.sigma([q, r], w(index, *more))
         yield "merge sums", is_true, term, (outer, inner_place)
         yield "merge sums", False, term, (inner_place, outer)
+        yield "merge sums", False, term, (outer, outer)
     yield from _joins(s, w)
 
 
@@ -340,6 +371,9 @@ def _joins(s: Notation, w: Any) -> Iterator[Case]:
         high, other = inside(start, 6, name)
         result, (m, then) = total((1, low), (c, high))
         yield "join ranges", is_true, result, (m, at, then, other)
+    high, other = inside(3, 2)
+    result, (m, then) = total((1, low), (1, high))
+    yield "join ranges", False, result, (m, at, then, other)
 
 
 def failures(checker: Any) -> list[str]:

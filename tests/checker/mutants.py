@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import copy
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 
 SOURCE = Path(__file__).parents[2] / "checker" / "moecc_check.py"
 
@@ -16,21 +17,18 @@ TURNED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, as
 
 
 def mutants() -> Iterator[tuple[str, str]]:
-    """Yield mutants with what was changed: a line, and how it reads now."""
-    tree = ast.parse(SOURCE.read_text("utf-8"))
-    for number, function in enumerate(tree.body):
+    """Yield what was changed, a line and how it reads now, and the lemma with the change."""
+    for function in ast.parse(SOURCE.read_text("utf-8")).body:
         if not isinstance(function, ast.FunctionDef) or not _is_lemma(function):
             continue
         for at in range(len(list(ast.walk(function)))):
-            changed = copy.deepcopy(tree)
-            node = list(ast.walk(changed.body[number]))[at]
+            changed = copy.deepcopy(function)
+            node = list(ast.walk(changed))[at]
             line = getattr(node, "lineno", 0)
             if _mutate(node):
-                ast.fix_missing_locations(changed)
-                yield (
-                    f"{function.name}, line {line}: {ast.unparse(node)[:120]}",
-                    ast.unparse(changed),
-                )
+                place = f"{function.name}, line {line}"
+                source = ast.unparse(ast.fix_missing_locations(changed))
+                yield f"{place}: {ast.unparse(node)[:120]}", source
 
 
 def _is_lemma(function: ast.FunctionDef) -> bool:
@@ -54,8 +52,14 @@ def _mutate(node: ast.AST) -> bool:
     return False
 
 
-def loaded(source: str) -> ModuleType:
-    """Return the module of a source text."""
+@cache
+def _checker() -> CodeType:
+    return compile(SOURCE.read_text("utf-8"), "checker", "exec")
+
+
+def loaded(lemma: str) -> ModuleType:
+    """Return the checker with another definition of a lemma."""
     module = ModuleType("mutant")
-    exec(compile(source, "mutant", "exec"), module.__dict__)
+    exec(_checker(), module.__dict__)
+    exec(compile(lemma, "mutant", "exec"), module.__dict__)
     return module
