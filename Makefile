@@ -45,7 +45,7 @@ fuzz: $(STAMP) ## hostile inputs for MINUTES minutes (1), every grammar in turn;
 	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),1)
 
 fuzz-proof: $(STAMP) ## compare prover and reference on PAIRS pairs of graphs (1000), with sound and wrong edits
-	$(BIN)/python -m tests.oracle --pairs $(or $(PAIRS),1000)
+	PYTHONPATH=tests/support $(BIN)/python -m tests.oracle --pairs $(or $(PAIRS),1000)
 
 lint: $(STAMP) ## ruff, over everything
 	$(BIN)/ruff check .
@@ -85,10 +85,10 @@ proof-jobs: $(STAMP) ## the five jobs of docs/jobs.md from a fresh clone; writes
 	$(BIN)/python -m tests.proof.jobs --out docs/proofs/jobs.json > /dev/null
 
 proof-equal: $(STAMP) ## prove golden checkpoints by 59 pipelines, and the table's equal cells; writes docs/proofs/equal.json
-	$(BIN)/python -m tests.oracle.matrix --out docs/proofs/equal.json > /dev/null
+	PYTHONPATH=tests/support $(BIN)/python -m tests.oracle.matrix --out docs/proofs/equal.json > /dev/null
 
 proof-mutants: $(STAMP) ## wrong passes, graphs, tables, weights and exports: none is proved; writes docs/proofs/mutants.json
-	$(BIN)/python -m tests.oracle.mutations --out docs/proofs/mutants.json > /dev/null
+	PYTHONPATH=tests/support $(BIN)/python -m tests.oracle.mutations --out docs/proofs/mutants.json > /dev/null
 
 proof-z3: $(STAMP) ## lemmas of choices, ties, slots and indices by z3, installed in build/z3; writes docs/proofs/z3.json
 	test -x build/z3/bin/python || $(BIN)/python -m venv build/z3
