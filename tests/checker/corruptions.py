@@ -25,7 +25,9 @@ def proof_of(kind: str, *words: str) -> Proof | None:
 
     from ..oracle import matrix  # noqa: TID252
 
-    graphs = matrix.transformed(*words) if kind == "run" else matrix.composed(matrix._cell(*words))
+    graphs = (
+        matrix.transformed(*words) if kind == "run" else matrix.composed(matrix.cell_named(*words))
+    )
     if isinstance(graphs, matrix.Row):
         return None
     before, after, _ = graphs

@@ -55,7 +55,7 @@ def test_no_fault_is_accepted() -> None:
 def test_what_a_prover_without_a_condition_proves_is_rejected(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from moecc.prove import lemmas
+    from moecc.prove import lemmas, rules
 
     text = """moecc 1
 graph g {{
@@ -66,7 +66,7 @@ graph g {{
 }}
 """
     before, after = (parse(text.format(f"scale %x {{by={n}}}")) for n in ("2.0", "3.0"))
-    lemma = next(e for e in lemmas.APPLICATIONS["share"] if e.name == "equal shares")
+    lemma = next(e for e in rules.APPLICATIONS["share"] if e.name == "equal shares")
 
     def without_condition(algebra, application):  # type: ignore[no-untyped-def]
         return lemmas.inverse_size(algebra, application.abstractions[0].variables[0])
