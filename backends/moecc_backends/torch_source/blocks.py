@@ -7,6 +7,7 @@ module is a block if its items lie together: no path leads out of them and back.
 from __future__ import annotations
 
 import heapq
+import keyword
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -119,7 +120,8 @@ def _close(step: Item | Block, program: Program) -> None:
 
 
 def _camel(text: str) -> str:
-    return "".join(part.capitalize() for part in identifier(text).split("_")) if text else ""
+    name = "".join(part.capitalize() for part in identifier(text).split("_")) if text else ""
+    return f"Module{name}" if name[:1].isdigit() or keyword.iskeyword(name) else name
 
 
 def ordered(items: list[Item], blocks: list[Block]) -> list[Item | Block]:
