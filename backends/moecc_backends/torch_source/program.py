@@ -15,6 +15,7 @@ from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph, Node, Value, where
 from moecc.ir.operand import Attrs
 from moecc.ir.operation import OPS
+from moecc.ir.ops.attention import LENGTH_SCALINGS
 from moecc.ir.structure import infer_again
 from moecc.types import I32, Axis, Extent, TensorType
 
@@ -464,11 +465,18 @@ def continued_tokens(graph: Graph) -> Value | None:
 
 
 def can_continue(graph: Graph) -> bool:
-    """Whether a token depends on itself and those before it alone, as the pass `decode` finds."""
+    """Whether a token depends on itself and those before it alone, as the pass `decode` finds.
+
+    Rotary positions that scale with the length of the text change the keys of earlier tokens.
+    `decode` allows them because its sessions end where the scaling begins; a cache of transformers
+    has no such bound.
+    """
     if graph.attrs.get("mode") == "train":
         graph = rewritten(graph, "specialize{mode=eval}")
     if any(node.body for node in graph):
         graph = rewritten(graph, "unroll-layers")
+    if any(n.op.name == "rope" and n.attrs["scaling"] in LENGTH_SCALINGS for n in graph):
+        return False
     try:
         rewritten(graph, "decode")
     except InputError:
