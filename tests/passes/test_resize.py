@@ -172,6 +172,7 @@ def test_options_that_make_no_sense(passes: str, message: str) -> None:
         ("mixtral_gqa", "to-dense{experts=9}", "there are no such experts"),
         ("phimoe_square_v4", "grow", "do not divide among copies"),
         ("llama_gqa", "upcycle{slots=capacity},grow", "copies drop other choices"),
+        ("switch_drops", "grow", "copies drop other choices"),
         ("llama_gqa", "upcycle{routing=prototypes},grow", "by a router can be changed"),
         ("llama_gqa", "upcycle{slots=capacity},grow{chosen=same}", "a capacity shrinks"),
         ("llama_gqa", "upcycle{slots=capacity},zero-experts", "a capacity shrinks"),

@@ -54,6 +54,11 @@ class Anatomy:
         return self.layer.assignment.experts
 
     @property
+    def drops(self) -> bool:
+        """Whether some choices get no slot: beyond a capacity, or by a mask of kept choices."""
+        return self.layer.assignment.slots != "ragged" or "keep" in self.layer.given()
+
+    @property
     def name(self) -> str:
         """Its location."""
         return self.layer.name

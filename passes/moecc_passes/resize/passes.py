@@ -147,12 +147,12 @@ class GrowPass(ResizePass):
         row, slots = convention(layer.attrs.gates), layer.layer.assignment.slots
         if row.max_top_k is not None or not row.equal_for_equal_logits:
             yield Problem(f"{row.name} gates do not divide among copies", layer.name)
-        if slots != "ragged":
+        if layer.drops:
             yield Problem(
                 "copies drop other choices than one expert did",
                 layer.name,
-                "slots=ragged",
-                f"slots={slots}",
+                "slots=ragged, and every choice kept",
+                f"slots={slots}" if slots != "ragged" else "a mask of kept choices",
                 "specialize{dropless=true} removes the capacity",
             )
 
@@ -294,7 +294,7 @@ class MergePass(ResizePass):
             for weights in map(members, layer.params)
             for group in self.groups(layer, ctx)
         )
-        divides = layer.attrs.top_k % self.size == 0 and layer.layer.assignment.slots == "ragged"
+        divides = layer.attrs.top_k % self.size == 0 and not layer.drops
         if are_equal and divides and row.equal_for_equal_logits and row.max_top_k is None:
             return Preserves("reassociation")
         return self.preserves
@@ -446,7 +446,7 @@ class ToDensePass(ResizePass):
         rows = members(layer.router)
         is_zero = all(isinstance(row, Full) and row.value == 0 for row in rows)
         is_constant = row.sum_is_constant(layer.experts, attrs.top_k) or is_zero
-        if not is_constant or layer.layer.assignment.slots != "ragged" or layer.experts % size:
+        if not is_constant or layer.drops or layer.experts % size:
             return self.preserves
 
         def repeats(count: int) -> bool:
