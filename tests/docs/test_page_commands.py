@@ -21,7 +21,7 @@ from .pages import PAGES, ROOT, blocks_of
 from .sessions import AS
 from .stands import FEW, SMALL, run
 
-ELSEWHERE = ("tour.md", "jobs.md")
+ELSEWHERE = ("tour.md", "jobs.md", "proving.md")
 """Their sessions are run, and compared with what they print: test_tour.py."""
 
 IN_A_CLONE = re.compile(r"make |pip |python examples/|\. \.venv")
