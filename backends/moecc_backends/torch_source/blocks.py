@@ -13,13 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from moecc_backends.torch_source.names import common, identifier, is_under, layer_of, scope_of
-from moecc_backends.torch_source.program import (
-    ROW,
-    Item,
-    Program,
-    Var,
-    walk_operands,
-)
+from moecc_backends.torch_source.program import ROW, Item, ProgramValue, TorchProgram, walk_operands
 
 MOVES = ("dispatch", "dispatch_gates", "combine", "combine_weighted")
 ROUTING = ("route", "hash_experts", "expert_choice", "keep_choices", "assign_slots", "top_k_index")
@@ -28,7 +22,7 @@ CLASS_NAMES = {"ffn": "FeedForward", "extra_ffn": "ExtraFeedForward"}
 
 
 @dataclass(eq=False)
-class Block:
+class ModuleBlock:
     """Items and blocks that are one module.
 
     Attributes:
@@ -42,12 +36,12 @@ class Block:
 
     title: str
     path: str
-    steps: list[Item | Block] = field(default_factory=list)
+    steps: list[Item | ModuleBlock] = field(default_factory=list)
     layer: tuple[str, int] | None = None
     attribute: str = ""
     stack: str = ""
-    inputs: list[Var] = field(default_factory=list)
-    outputs: list[Var] = field(default_factory=list)
+    inputs: list[ProgramValue] = field(default_factory=list)
+    outputs: list[ProgramValue] = field(default_factory=list)
 
     @property
     def items(self) -> list[Item]:
@@ -55,16 +49,16 @@ class Block:
         return [item for step in self.steps for item in members(step)]
 
     @property
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[ModuleBlock]:
         """The blocks directly within."""
-        return (step for step in self.steps if isinstance(step, Block))
+        return (step for step in self.steps if isinstance(step, ModuleBlock))
 
     @property
-    def params(self) -> list[Var]:
+    def params(self) -> list[ProgramValue]:
         """The parameters that its items read."""
         return [v for v in walk_operands(self.items) if v.param]
 
-    def close(self, outputs: Iterable[Var]) -> None:
+    def close(self, outputs: Iterable[ProgramValue]) -> None:
         """Find what is read from outside, and what is used there; `outputs` are the program's."""
         items = self.items
         inside = set(items)
@@ -80,23 +74,25 @@ class Block:
         self.outputs.sort(key=lambda v: 0 if v.kind == "int" else 1 if v.axes else 2)
 
 
-def members(step: Item | Block) -> list[Item]:
+def members(step: Item | ModuleBlock) -> list[Item]:
     """Return the items of a step."""
-    return step.items if isinstance(step, Block) else [step]
+    return step.items if isinstance(step, ModuleBlock) else [step]
 
 
-def blocks_of(program: Program, prefixes: dict[tuple[str, int], str]) -> list[Item | Block]:
+def blocks_of(
+    program: TorchProgram, prefixes: dict[tuple[str, int], str]
+) -> list[Item | ModuleBlock]:
     """Return the steps of a program: its layers as blocks, and what is around them."""
     layers: dict[tuple[str, int], list[Item]] = defaultdict(list)
     for item in program.items:
         layer = layer_of(item.loc)
         if layer is not None:
             layers[layer].append(item)
-    groups: list[Block] = []
+    groups: list[ModuleBlock] = []
     for layer, items in layers.items():
         stack = layer[0].rpartition(".")[0]
         title = f"{_camel(stack)}Layer"
-        block = Block(title, prefixes.get(layer, f"{layer[0]}.{layer[1]}"), [], layer)
+        block = ModuleBlock(title, prefixes.get(layer, f"{layer[0]}.{layer[1]}"), [], layer)
         block.steps = _inner(items, block.path)
         for part in (block, *block.blocks):
             part.stack = _camel(stack)
@@ -112,8 +108,8 @@ def blocks_of(program: Program, prefixes: dict[tuple[str, int], str]) -> list[It
     return steps
 
 
-def _close(step: Item | Block, program: Program) -> None:
-    if isinstance(step, Block):
+def _close(step: Item | ModuleBlock, program: TorchProgram) -> None:
+    if isinstance(step, ModuleBlock):
         step.close(program.outputs.values())
         for inner in step.blocks:
             _close(inner, program)
@@ -124,15 +120,15 @@ def _camel(text: str) -> str:
     return f"Module{name}" if name[:1].isdigit() or keyword.iskeyword(name) else name
 
 
-def ordered(items: list[Item], blocks: list[Block]) -> list[Item | Block]:
+def ordered(items: list[Item], blocks: list[ModuleBlock]) -> list[Item | ModuleBlock]:
     """Return items and blocks in an order in which they can be computed, items first."""
-    step_of: dict[Item, Item | Block] = {item: item for item in items}
+    step_of: dict[Item, Item | ModuleBlock] = {item: item for item in items}
     for block in blocks:
         step_of.update(dict.fromkeys(block.items, block))
     position = {item: i for i, item in enumerate(items)}
     steps = list(dict.fromkeys(step_of[item] for item in items))
-    waits: dict[Item | Block, set[Item | Block]] = {step: set() for step in steps}
-    users: dict[Item | Block, set[Item | Block]] = {step: set() for step in steps}
+    waits: dict[Item | ModuleBlock, set[Item | ModuleBlock]] = {step: set() for step in steps}
+    users: dict[Item | ModuleBlock, set[Item | ModuleBlock]] = {step: set() for step in steps}
     for item in items:
         for var in item.operands:
             if var.item in step_of:
@@ -141,15 +137,15 @@ def ordered(items: list[Item], blocks: list[Block]) -> list[Item | Block]:
                     waits[after].add(before)
                     users[before].add(after)
 
-    def rank(step: Item | Block) -> tuple[int, int]:
+    def rank(step: Item | ModuleBlock) -> tuple[int, int]:
         # What all layers read comes before them, and losses after them, so that they are a loop.
-        is_layer = isinstance(step, Block) and step.layer is not None
+        is_layer = isinstance(step, ModuleBlock) and step.layer is not None
         is_loss = isinstance(step, Item) and step.loc == "loss"
         return 2 if is_loss else 1 if is_layer else 0, position[members(step)[0]]
 
     ready = [(rank(step), step) for step in steps if not waits[step]]
     heapq.heapify(ready)
-    result: list[Item | Block] = []
+    result: list[Item | ModuleBlock] = []
     while ready:
         _, step = heapq.heappop(ready)
         result.append(step)
@@ -165,10 +161,10 @@ def ordered(items: list[Item], blocks: list[Block]) -> list[Item | Block]:
 # The modules within a layer.
 
 
-def _inner(items: list[Item], path: str) -> list[Item | Block]:
+def _inner(items: list[Item], path: str) -> list[Item | ModuleBlock]:
     """Return the steps of a layer, with a block for each module that lies together."""
     inside = set(items)
-    groups: list[Block] = []
+    groups: list[ModuleBlock] = []
     free = set(items)
     for block in (
         *_expert_blocks(items, path, inside),
@@ -217,11 +213,11 @@ def _with_constants(items: list[Item], members: set[Item]) -> set[Item]:
     return members | {i for i in items if not i.operands and users[i] and users[i] <= members}
 
 
-def _take(title: str, path: str, items: list[Item], members: set[Item]) -> Block:
-    return Block(title, path, [item for item in items if item in members])
+def _take(title: str, path: str, items: list[Item], members: set[Item]) -> ModuleBlock:
+    return ModuleBlock(title, path, [item for item in items if item in members])
 
 
-def _expert_blocks(items: list[Item], path: str, inside: set[Item]) -> Iterator[Block]:
+def _expert_blocks(items: list[Item], path: str, inside: set[Item]) -> Iterator[ModuleBlock]:
     """Yield the experts: what is between the rows' dispatch and their combination."""
     for combine in (i for i in items if i.op in ("combine", "combine_weighted")):
         index = combine.operands[1]
@@ -236,7 +232,7 @@ def _expert_blocks(items: list[Item], path: str, inside: set[Item]) -> Iterator[
             yield block
 
 
-def _router_blocks(items: list[Item], path: str, inside: set[Item]) -> Iterator[Block]:
+def _router_blocks(items: list[Item], path: str, inside: set[Item]) -> Iterator[ModuleBlock]:
     """Yield the router: from its logits to the index and weight of each choice."""
     routing = {i for i in items if i.op in ROUTING and i.op != "top_k_index"}
     moves = {i for i in items if i.op in MOVES}
@@ -282,7 +278,7 @@ def _beyond(items: list[Item], members: set[Item], moves: set[Item]) -> set[Item
     return reached
 
 
-def _module_blocks(items: list[Item], path: str, inside: set[Item]) -> Iterator[Block]:
+def _module_blocks(items: list[Item], path: str, inside: set[Item]) -> Iterator[ModuleBlock]:
     """Yield the modules by the paths of their parameters, the outermost first."""
     paths: dict[str, set[Item]] = defaultdict(set)
     for item in items:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from moecc.errors import InputError
 from moecc.support.untyped import JsonDict
-from moecc_backends.torch_source.blocks import Block, members
+from moecc_backends.torch_source.blocks import ModuleBlock, members
 from moecc_backends.torch_source.names import common, is_under
 from moecc_backends.torch_source.operations import OPERATIONS
 from moecc_backends.torch_source.program import (
@@ -20,8 +20,8 @@ from moecc_backends.torch_source.program import (
     KEY_POSITIONS,
     POSITION_IDS,
     Item,
-    Program,
-    Var,
+    ProgramValue,
+    TorchProgram,
     loss_name,
     walk_operands,
 )
@@ -29,7 +29,7 @@ from moecc_backends.torch_source.text import (
     STATE,
     BlockWriter,
     Classes,
-    Expr,
+    PythonExpr,
     folded,
     literal,
     repeated_texts,
@@ -46,7 +46,7 @@ INPUTS = {
 }
 
 
-Role = Var | list[Var | None] | None
+Role = ProgramValue | list[ProgramValue | None] | None
 """An argument of the layers of a loop: the same for all, one for each, or carried (None)."""
 
 
@@ -59,33 +59,33 @@ class ModelWriter(BlockWriter):
       loops: the number of loops so far.
     """
 
-    program: Program = field(default_factory=Program)
-    results: list[tuple[Var, str]] = field(default_factory=list)
+    program: TorchProgram = field(default_factory=TorchProgram)
+    results: list[tuple[ProgramValue, str]] = field(default_factory=list)
 
-    def write_steps(self, steps: Sequence[Item | Block]) -> None:
+    def write_steps(self, steps: Sequence[Item | ModuleBlock]) -> None:
         """Write items, calls and loops over layers."""
         at = 0
         while at < len(steps):
             step = steps[at]
             run = [step]
-            if isinstance(step, Block) and step.layer is not None:
+            if isinstance(step, ModuleBlock) and step.layer is not None:
                 while at + len(run) < len(steps):
                     following = steps[at + len(run)]
-                    if not isinstance(following, Block) or following.layer is None:
+                    if not isinstance(following, ModuleBlock) or following.layer is None:
                         break
                     if following.layer != (step.layer[0], step.layer[1] + len(run)):
                         break
                     run.append(following)
-            layers = [s for s in run if isinstance(s, Block)]
-            if isinstance(step, Block) and step.layer is not None:
+            layers = [s for s in run if isinstance(s, ModuleBlock)]
+            if isinstance(step, ModuleBlock) and step.layer is not None:
                 self.loop(layers)
-            elif isinstance(step, Block):
+            elif isinstance(step, ModuleBlock):
                 self.call(step)
             else:
                 self.run(step)
             at += len(run)
 
-    def loop(self, layers: list[Block]) -> None:
+    def loop(self, layers: list[ModuleBlock]) -> None:
         """Write the calls of consecutive layers as a loop."""
         stack_name = layers[0].layer[0] if layers[0].layer is not None else ""
         every = [b for b in self.block.blocks if b.layer is not None and b.layer[0] == stack_name]
@@ -105,7 +105,7 @@ class ModelWriter(BlockWriter):
         for name, role in names.items():
             if role is None:
                 arguments.append(STATE)
-            elif isinstance(role, Var):
+            elif isinstance(role, ProgramValue):
                 arguments.append(self.canonical(role))
             else:
                 texts = [self.canonical(v) if v is not None else "None" for v in role]
@@ -131,10 +131,10 @@ class ModelWriter(BlockWriter):
             self.remaining.subtract(layer.inputs)
         self._bind(layers, [(prefix + n, kind) for n, kind in outputs])
 
-    def _input_name(self, layer: Block, var: Var) -> str:
+    def _input_name(self, layer: ModuleBlock, var: ProgramValue) -> str:
         return self.classes.instances[layer].inputs[layer.inputs.index(var)]
 
-    def _roles(self, layers: list[Block]) -> dict[str, Role]:
+    def _roles(self, layers: list[ModuleBlock]) -> dict[str, Role]:
         """Return for each argument of the layers whether it is carried, the same, or varies."""
         names = list(dict.fromkeys(n for layer in layers for n in self._signature(layer)))
         roles: dict[str, Role] = {}
@@ -156,25 +156,25 @@ class ModelWriter(BlockWriter):
                 roles[name] = values
         return roles
 
-    def _signature(self, layer: Block) -> list[str]:
+    def _signature(self, layer: ModuleBlock) -> list[str]:
         return self.classes.instances[layer].definition.signature
 
-    def _outputs(self, layers: list[Block]) -> list[tuple[str, str]]:
+    def _outputs(self, layers: list[ModuleBlock]) -> list[tuple[str, str]]:
         """Return a name for each output of the layers, and whether it is carried or collected."""
         first = max(layers, key=lambda layer: len(layer.outputs))
         return [
             (var_hint(var), "carry" if "embed" in var.axes else "collect") for var in first.outputs
         ]
 
-    def _bind(self, layers: list[Block], outputs: list[tuple[str, str]]) -> None:
+    def _bind(self, layers: list[ModuleBlock], outputs: list[tuple[str, str]]) -> None:
         for index, layer in enumerate(layers):
             for var in layer.outputs:
                 if "embed" in var.axes:
-                    self.values[var] = Expr(STATE, var.axes)
+                    self.values[var] = PythonExpr(STATE, var.axes)
             others = [v for v in layer.outputs if "embed" not in v.axes]
             names = [n for n, role in outputs if role == "collect"]
             for name, var in zip(names, others, strict=False):
-                self.values[var] = Expr(f"{name}es[{index}]", var.axes)
+                self.values[var] = PythonExpr(f"{name}es[{index}]", var.axes)
 
 
 # The classes that transformers calls, around the layers.
@@ -407,7 +407,9 @@ class Models:
       base: the attribute of the base model; empty: there is none.
     """
 
-    def __init__(self, program: Program, steps: list[Item | Block], classes: Classes) -> None:
+    def __init__(
+        self, program: TorchProgram, steps: list[Item | ModuleBlock], classes: Classes
+    ) -> None:
         self.program, self.steps, self.classes = program, steps, classes
         self.texts: list[list[str]] = []
         self.auto_map: dict[str, str] = {"AutoConfig": "modeling_st_moe.StMoeConfig"}
@@ -425,9 +427,13 @@ class Models:
             self._write_encoder()
 
     def _writer(
-        self, title: str, path: str, steps: Sequence[Item | Block], outputs: Iterable[Var] = ()
+        self,
+        title: str,
+        path: str,
+        steps: Sequence[Item | ModuleBlock],
+        outputs: Iterable[ProgramValue] = (),
     ) -> ModelWriter:
-        block = Block(title, path, list(steps))
+        block = ModuleBlock(title, path, list(steps))
         block.close([*self.program.outputs.values(), *outputs])
         writer = ModelWriter(block, self.classes, OPERATIONS, program=self.program)
         names = {
@@ -440,7 +446,7 @@ class Models:
         }
         for name, var in self.program.inputs.items():
             if var.kind != "key":
-                writer.values[var] = Expr(names.get(name, name), var.axes)
+                writer.values[var] = PythonExpr(names.get(name, name), var.axes)
         # The names of arguments stay taken to the end.
         writer.remaining.update(self.program.inputs.values())
         return writer
@@ -448,7 +454,7 @@ class Models:
     def _map(self, auto: str, name: str) -> None:
         self.auto_map[auto] = f"modeling_st_moe.{name}"
 
-    def _losses(self) -> dict[str, Var]:
+    def _losses(self) -> dict[str, ProgramValue]:
         return {n: v for n, v in self.program.outputs.items() if n.startswith("loss.")}
 
     def _embedding_item(self) -> Item:
@@ -497,7 +503,7 @@ class Models:
                 body.append(step)
         item = self._embedding_item()
         writer = self._writer("StMoeModel", self.base, body)
-        writer.values[item.result] = Expr("inputs_embeds", item.result.axes)
+        writer.values[item.result] = PythonExpr("inputs_embeds", item.result.axes)
         writer.write_steps([s for s in body if s is not item])
         embedding = writer.tree.access(str(item.attrs["module"]))
         losses = {v: n for n, v in self._losses().items()}
@@ -514,9 +520,9 @@ class Models:
             "body": writer.filled_lines(writer.lines),
         }
         root = self._writer("StMoeForCausalLM", "", head)
-        root.values[hidden] = Expr(STATE, hidden.axes)
+        root.values[hidden] = PythonExpr(STATE, hidden.axes)
         for var, name in losses.items():
-            root.values[var] = Expr(f"outputs.{loss_name(name)}", var.axes)
+            root.values[var] = PythonExpr(f"outputs.{loss_name(name)}", var.axes)
         root.write_steps(head)
         output = "StMoeOutput" if losses else "BaseModelOutputWithPast"
         parts |= {
@@ -615,7 +621,7 @@ class Models:
             if any(v in decoded or i.loc == "decoder.masks" for i in members(s) for v in i.results)
             or not all(i.loc.startswith("encoder.") for i in members(s))
         ]
-        masks: list[Item | Block] = [
+        masks: list[Item | ModuleBlock] = [
             s for s in self.steps if isinstance(s, Item) and s.results[0].kind == "bool"
             and s not in after
         ]  # fmt: skip
@@ -641,11 +647,11 @@ class Models:
             self.texts.append(_output_class(["aux_loss"], "Seq2SeqLMOutput", "StMoeSeq2SeqOutput"))
         item = self._embedding_item()
         decoder = self._writer("Decoder", "", [*masks, *after])
-        decoder.values[memory] = Expr("memory", memory.axes)
+        decoder.values[memory] = PythonExpr("memory", memory.axes)
         for var, text in parts.items():
-            decoder.values[var] = Expr(f"encoder_outputs.{text}", var.axes)
+            decoder.values[var] = PythonExpr(f"encoder_outputs.{text}", var.axes)
         decoder.remaining[memory] += 1
-        decoder.values[item.result] = Expr("inputs_embeds", item.result.axes)
+        decoder.values[item.result] = PythonExpr("inputs_embeds", item.result.axes)
         decoder.write_steps([s for s in [*masks, *after] if s is not item])
         whole = self._writer("whole", "", self.steps)
         logits = decoder.canonical(self.program.outputs["logits"])
@@ -692,7 +698,7 @@ class Models:
 
     def config(self) -> JsonDict:
         """Return what programs read from a configuration."""
-        layers = [s for s in self.steps if isinstance(s, Block)]
+        layers = [s for s in self.steps if isinstance(s, ModuleBlock)]
         config: JsonDict = {
             "architectures": [self.architecture],
             "auto_map": self.auto_map,

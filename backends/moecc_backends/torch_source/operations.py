@@ -13,19 +13,19 @@ from typing import Any
 
 from moecc.errors import InputError
 from moecc.ir.operation import OPS
-from moecc_backends.torch_source.program import ROW, Item, Var
+from moecc_backends.torch_source.program import ROW, Item, ProgramValue
 from moecc_backends.torch_source.text import (
     ATOM,
     COMPARISON,
     PRODUCT,
     SUM,
     BlockWriter,
-    Expr,
+    PythonExpr,
     literal,
     shown,
 )
 
-Emission = Callable[..., Expr | None]
+Emission = Callable[..., PythonExpr | None]
 
 OPERATIONS: dict[str, Emission] = {}
 """The functions by the names of operations and idioms."""
@@ -60,7 +60,7 @@ def _refuse(item: Item, name: str, value: object) -> InputError:
 # Element by element.
 
 
-def _together(w: BlockWriter, operands: Sequence[Var]) -> list[Expr]:
+def _together(w: BlockWriter, operands: Sequence[ProgramValue]) -> list[PythonExpr]:
     """Return the operands, each so that it broadcasts against the widest."""
     exprs = [w.expr(v) for v in operands]
     if any(ROW in e.axes for e in exprs):
@@ -69,15 +69,15 @@ def _together(w: BlockWriter, operands: Sequence[Var]) -> list[Expr]:
     return [w.aligned(e, widest.axes) for e in exprs]
 
 
-def _per_row(w: BlockWriter, expr: Expr) -> Expr:
+def _per_row(w: BlockWriter, expr: PythonExpr) -> PythonExpr:
     """Return the vectors of experts as those of their rows."""
     if ROW in expr.axes or "expert" not in expr.axes:
         return expr
     names = ("expert", *(a for a in expr.axes if a != "expert"))
-    return Expr(f"rows.each({w.permuted(expr, names).text})", (ROW, *names[1:]))
+    return PythonExpr(f"rows.each({w.permuted(expr, names).text})", (ROW, *names[1:]))
 
 
-def _axes_of(exprs: Sequence[Expr]) -> tuple[str, ...]:
+def _axes_of(exprs: Sequence[PythonExpr]) -> tuple[str, ...]:
     return max((e.axes for e in exprs), key=len)
 
 
@@ -92,24 +92,26 @@ BINARY = {
 
 
 @emission(*BINARY)
-def _binary(w: BlockWriter, item: Item) -> Expr:
+def _binary(w: BlockWriter, item: Item) -> PythonExpr:
     a, b = _together(w, item.operands)
     sign, level = BINARY[item.op]
     right = level if sign in ("+", "*") else level + 1
     if sign == "+" and b.text.startswith("-"):
         right = ATOM
-    return Expr(f"{a.at(max(level, SUM))} {sign} {b.at(max(right, SUM))}", _axes_of([a, b]), level)
+    return PythonExpr(
+        f"{a.at(max(level, SUM))} {sign} {b.at(max(right, SUM))}", _axes_of([a, b]), level
+    )
 
 
 @emission("maximum", "minimum")
-def _extremum(w: BlockWriter, item: Item) -> Expr:
+def _extremum(w: BlockWriter, item: Item) -> PythonExpr:
     side = "min" if item.op == "maximum" else "max"
     for x, bound in (item.operands, item.operands[::-1]):
         if bound.item is not None and bound.item.op == "constant":
             expr = w.expr(x)
-            return Expr(f"{expr.atom}.clamp({side}={w.expr(bound).text})", expr.axes)
+            return PythonExpr(f"{expr.atom}.clamp({side}={w.expr(bound).text})", expr.axes)
     a, b = _together(w, item.operands)
-    return Expr(f"torch.{item.op}({a.text}, {b.text})", _axes_of([a, b]))
+    return PythonExpr(f"torch.{item.op}({a.text}, {b.text})", _axes_of([a, b]))
 
 
 UNARY = {
@@ -128,27 +130,27 @@ UNARY = {
 
 
 @emission(*UNARY)
-def _unary(w: BlockWriter, item: Item) -> Expr:
+def _unary(w: BlockWriter, item: Item) -> PythonExpr:
     x = w.expr(item.operands[0])
-    return Expr(UNARY[item.op].format(x.text), x.axes)
+    return PythonExpr(UNARY[item.op].format(x.text), x.axes)
 
 
 @emission("stop_gradient")
-def _stop_gradient(w: BlockWriter, item: Item) -> Expr:
+def _stop_gradient(w: BlockWriter, item: Item) -> PythonExpr:
     x = w.expr(item.operands[0])
-    return Expr(f"{x.atom}.detach()", x.axes)
+    return PythonExpr(f"{x.atom}.detach()", x.axes)
 
 
 @emission("neg")
-def _neg(w: BlockWriter, item: Item) -> Expr:
+def _neg(w: BlockWriter, item: Item) -> PythonExpr:
     x = w.expr(item.operands[0])
-    return Expr(f"-{x.atom}", x.axes, PRODUCT)
+    return PythonExpr(f"-{x.atom}", x.axes, PRODUCT)
 
 
 @emission("scale")
-def _scale(w: BlockWriter, item: Item, *, by: float) -> Expr:
+def _scale(w: BlockWriter, item: Item, *, by: float) -> PythonExpr:
     x = w.expr(item.operands[0])
-    return Expr(f"{x.at(PRODUCT)} * {w.literal(by, 'scale')}", x.axes, PRODUCT)
+    return PythonExpr(f"{x.at(PRODUCT)} * {w.literal(by, 'scale')}", x.axes, PRODUCT)
 
 
 TYPES = {
@@ -163,7 +165,7 @@ TYPES = {
 
 
 @emission("cast")
-def _cast(w: BlockWriter, item: Item, *, dtype: str) -> Expr:
+def _cast(w: BlockWriter, item: Item, *, dtype: str) -> PythonExpr:
     x = w.expr(item.operands[0])
     kind = item.operands[0].kind
     if kind == item.result.kind == "float":
@@ -172,8 +174,8 @@ def _cast(w: BlockWriter, item: Item, *, dtype: str) -> Expr:
         raise _refuse(item, "dtype", dtype)
     if item.result.kind == "float":
         w.helper("float_type")
-        return Expr(f"{x.atom}.to(float_type({_device_like(w)}))", x.axes)
-    return Expr(f"{x.atom}.to({TYPES[dtype]})", x.axes)
+        return PythonExpr(f"{x.atom}.to(float_type({_device_like(w)}))", x.axes)
+    return PythonExpr(f"{x.atom}.to({TYPES[dtype]})", x.axes)
 
 
 def _device_like(w: BlockWriter) -> str:
@@ -185,27 +187,29 @@ def _device_like(w: BlockWriter) -> str:
 
 
 @emission("constant")
-def _constant(w: BlockWriter, item: Item, *, value: float, dtype: str) -> Expr:
+def _constant(w: BlockWriter, item: Item, *, value: float, dtype: str) -> PythonExpr:
     del dtype  # Python's numbers take the type of what they meet
     number: float = int(value) if item.result.kind == "int" else value
-    return Expr(w.literal(number, "constant"), (), ATOM if value >= 0 else SUM)
+    return PythonExpr(w.literal(number, "constant"), (), ATOM if value >= 0 else SUM)
 
 
 @emission("select")
-def _select(w: BlockWriter, item: Item) -> Expr:
+def _select(w: BlockWriter, item: Item) -> PythonExpr:
     condition, a, b = _together(w, item.operands)
-    return Expr(f"torch.where({condition.text}, {a.text}, {b.text})", _axes_of([condition, a, b]))
+    return PythonExpr(
+        f"torch.where({condition.text}, {a.text}, {b.text})", _axes_of([condition, a, b])
+    )
 
 
 @emission("mask")
-def _mask(w: BlockWriter, item: Item, *, fill: float) -> Expr:
+def _mask(w: BlockWriter, item: Item, *, fill: float) -> PythonExpr:
     x, keep = (w.expr(v) for v in item.operands)
     keep = w.aligned(keep, x.axes)
-    return Expr(f"{x.atom}.masked_fill(~{keep.atom}, {w.literal(fill, 'fill')})", x.axes)
+    return PythonExpr(f"{x.atom}.masked_fill(~{keep.atom}, {w.literal(fill, 'fill')})", x.axes)
 
 
 @emission("pointwise")
-def _pointwise(w: BlockWriter, item: Item, *, function: str) -> Expr:
+def _pointwise(w: BlockWriter, item: Item, *, function: str) -> PythonExpr:
     raise _refuse(item, "function", function)
 
 
@@ -213,17 +217,19 @@ def _pointwise(w: BlockWriter, item: Item, *, function: str) -> Expr:
 
 
 @emission("rename")
-def _rename(w: BlockWriter, item: Item, *, axis: str, to: str) -> Expr:
+def _rename(w: BlockWriter, item: Item, *, axis: str, to: str) -> PythonExpr:
     x = w.expr(item.operands[0])
     axes = tuple("+".join(to if name == axis else name for name in a.split("+")) for a in x.axes)
-    return Expr(x.text, axes, x.level)
+    return PythonExpr(x.text, axes, x.level)
 
 
 HEADS = ("kv_head", "query_group")
 
 
 @emission("split")
-def _split(w: BlockWriter, item: Item, *, axis: str, into: tuple[tuple[str, int], ...]) -> Expr:
+def _split(
+    w: BlockWriter, item: Item, *, axis: str, into: tuple[tuple[str, int], ...]
+) -> PythonExpr:
     x = w.expr(item.operands[0])
     if axis not in x.axes:
         x = w.expanded(x)
@@ -235,11 +241,11 @@ def _split(w: BlockWriter, item: Item, *, axis: str, into: tuple[tuple[str, int]
         groups = [((f"{HEADS[0]}+{HEADS[1]}", into[0][1] * into[1][1]), *into[2:])]
     (pairs,) = groups
     if len(pairs) == 1:
-        return Expr(x.text, (*x.axes[:at], pairs[0][0], *x.axes[at + 1 :]), x.level)
+        return PythonExpr(x.text, (*x.axes[:at], pairs[0][0], *x.axes[at + 1 :]), x.level)
     sizes = ", ".join(w.literal(size, _size_hint(name)) for name, size in pairs)
     where = at if at < len(x.axes) - 1 else -1
     axes = (*x.axes[:at], *(name for name, _ in pairs), *x.axes[at + 1 :])
-    return Expr(f"{x.atom}.unflatten({where}, ({sizes}))", axes)
+    return PythonExpr(f"{x.atom}.unflatten({where}, ({sizes}))", axes)
 
 
 def _size_hint(name: str) -> str:
@@ -247,7 +253,7 @@ def _size_hint(name: str) -> str:
 
 
 @emission("merge")
-def _merge(w: BlockWriter, item: Item, *, axes: tuple[str, ...], into: str) -> Expr:
+def _merge(w: BlockWriter, item: Item, *, axes: tuple[str, ...], into: str) -> PythonExpr:
     x = w.expr(item.operands[0])
     plain = [name for a in x.axes for name in a.split("+")]
     if not _consecutive(plain, axes):
@@ -262,17 +268,17 @@ def _merge(w: BlockWriter, item: Item, *, axes: tuple[str, ...], into: str) -> E
         return _merge_plain(x, axes, into)
     names = (*x.axes[:start], into, *x.axes[stop + 1 :])
     if start == stop:
-        return Expr(x.text, names, x.level)
+        return PythonExpr(x.text, names, x.level)
     end = "" if stop == len(x.axes) - 1 else f", {stop}"
-    return Expr(f"{x.atom}.flatten({start}{end})", names)
+    return PythonExpr(f"{x.atom}.flatten({start}{end})", names)
 
 
-def _merge_plain(x: Expr, axes: tuple[str, ...], into: str) -> Expr:
+def _merge_plain(x: PythonExpr, axes: tuple[str, ...], into: str) -> PythonExpr:
     start = x.axes.index(axes[0])
     stop = start + len(axes) - 1
     end = "" if stop == len(x.axes) - 1 else f", {stop}"
     names = (*x.axes[:start], into, *x.axes[stop + 1 :])
-    return Expr(f"{x.atom}.flatten({start}{end})", names)
+    return PythonExpr(f"{x.atom}.flatten({start}{end})", names)
 
 
 def _consecutive(names: list[str], axes: tuple[str, ...]) -> bool:
@@ -281,27 +287,27 @@ def _consecutive(names: list[str], axes: tuple[str, ...]) -> bool:
 
 
 @emission("broadcast")
-def _broadcast(w: BlockWriter, item: Item) -> Expr:
+def _broadcast(w: BlockWriter, item: Item) -> PythonExpr:
     x, like = (w.expr(v) for v in item.operands)
     if not x.axes:
         typed = item.operands[1].kind == item.operands[0].kind
         if not typed or not _is_number(item.operands[0]):
             new = f"torch.full({like.atom}.shape, {x.text}, device={like.atom}.device"
             if not (like_text := _device_like(w)):
-                return Expr(f"{new}, dtype=torch.float64)", like.axes)
+                return PythonExpr(f"{new}, dtype=torch.float64)", like.axes)
             w.helper("float_type")
-            return Expr(f"{new}, dtype=float_type({like_text}))", like.axes)
-        return Expr(f"torch.full_like({like.text}, {x.text})", like.axes)
+            return PythonExpr(f"{new}, dtype=float_type({like_text}))", like.axes)
+        return PythonExpr(f"torch.full_like({like.text}, {x.text})", like.axes)
     x = w.aligned(x, like.axes)
-    return Expr(f"{x.atom}.expand_as({like.text})", like.axes)
+    return PythonExpr(f"{x.atom}.expand_as({like.text})", like.axes)
 
 
-def _is_number(var: Var) -> bool:
+def _is_number(var: ProgramValue) -> bool:
     return var.item is not None and var.item.op == "constant"
 
 
 @emission("slice")
-def _slice(w: BlockWriter, item: Item, *, axis: str, start: int, stop: int) -> Expr:
+def _slice(w: BlockWriter, item: Item, *, axis: str, start: int, stop: int) -> PythonExpr:
     x = w.expr(item.operands[0])
     if axis not in x.axes:
         x = w.expanded(x)
@@ -311,59 +317,59 @@ def _slice(w: BlockWriter, item: Item, *, axis: str, start: int, stop: int) -> E
     end = w.literal(stop, "stop") if stop != size else ""
     cut = f"{begin}:{end}"
     if at == len(x.axes) - 1 and at > 0:
-        return Expr(f"{x.atom}[..., {cut}]", x.axes)
-    return Expr(f"{x.atom}[{', '.join([':'] * at + [cut])}]", x.axes)
+        return PythonExpr(f"{x.atom}[..., {cut}]", x.axes)
+    return PythonExpr(f"{x.atom}[{', '.join([':'] * at + [cut])}]", x.axes)
 
 
 @emission("positions")
-def _positions(w: BlockWriter, item: Item, *, axis: str) -> Expr:
+def _positions(w: BlockWriter, item: Item, *, axis: str) -> PythonExpr:
     x = w.expr(item.operands[0])
     if axis not in x.axes:
         x = w.expanded(x)
     size = f"{x.atom}.shape[{x.axes.index(axis)}]"
-    return Expr(f"torch.arange({size}, device={x.atom}.device)", (axis,))
+    return PythonExpr(f"torch.arange({size}, device={x.atom}.device)", (axis,))
 
 
 @emission("embedding", "embedding_module")
-def _embedding(w: BlockWriter, item: Item, *, axis: str, module: str = "") -> Expr:
+def _embedding(w: BlockWriter, item: Item, *, axis: str, module: str = "") -> PythonExpr:
     table, ids = item.operands
     index = w.expr(ids)
     if module and w.tree.is_module(item) and _is_tensor(ids):
-        return Expr(f"{w.tree.access(module)}({index.text})", (*index.axes, *table.axes[1:]))
+        return PythonExpr(f"{w.tree.access(module)}({index.text})", (*index.axes, *table.axes[1:]))
     rows = w.expr(table)
     names = [axis, *(a for a in rows.axes if a != axis)]
     rows = w.permuted(rows, names)
-    return Expr(f"{rows.atom}[{index.text}]", (*index.axes, *names[1:]))
+    return PythonExpr(f"{rows.atom}[{index.text}]", (*index.axes, *names[1:]))
 
 
-def _is_tensor(var: Var) -> bool:
+def _is_tensor(var: ProgramValue) -> bool:
     return not (var.item is not None and var.item.op == "constant")
 
 
 @emission("one_hot")
-def _one_hot(w: BlockWriter, item: Item, *, into: tuple[tuple[str, int], ...]) -> Expr:
+def _one_hot(w: BlockWriter, item: Item, *, into: tuple[tuple[str, int], ...]) -> PythonExpr:
     ids = w.expr(item.operands[0])
     ((name, size),) = into
     w.helper("one_hot")
     like = _device_like(w)
     text = f"one_hot({ids.text}, {w.literal(size, name)}, {like})"
-    return Expr(text, (*ids.axes, name))
+    return PythonExpr(text, (*ids.axes, name))
 
 
 @emission("stack")
-def _stack(w: BlockWriter, item: Item, *, axis: str) -> Expr:
+def _stack(w: BlockWriter, item: Item, *, axis: str) -> PythonExpr:
     exprs = [w.expr(v) for v in item.operands]
     first = exprs[0].axes
     texts = [w.permuted(e, first).text for e in exprs]
     lists = [text.rpartition("[")[0] for text in texts if text.endswith("]")]
     if len(lists) == len(texts) and all(name.endswith("_losses") for name in lists):
         every = " + ".join(dict.fromkeys(lists))
-        return Expr(f"torch.stack([x for x in {every} if x is not None])", (axis, *first))
-    return Expr(f"torch.stack([{', '.join(texts)}])", (axis, *first))
+        return PythonExpr(f"torch.stack([x for x in {every} if x is not None])", (axis, *first))
+    return PythonExpr(f"torch.stack([{', '.join(texts)}])", (axis, *first))
 
 
 @emission("join")
-def _join(w: BlockWriter, item: Item, *, axis: str, parts: int) -> Expr:
+def _join(w: BlockWriter, item: Item, *, axis: str, parts: int) -> PythonExpr:
     if parts != 1:
         raise _refuse(item, "parts", parts)
     exprs = [w.expr(v) for v in item.operands]
@@ -372,39 +378,39 @@ def _join(w: BlockWriter, item: Item, *, axis: str, parts: int) -> Expr:
     texts = [w.permuted(e, first).text for e in exprs]
     at = first.index(axis)
     where = at if at < len(first) - 1 else -1
-    return Expr(f"torch.cat([{', '.join(texts)}], dim={where})", first)
+    return PythonExpr(f"torch.cat([{', '.join(texts)}], dim={where})", first)
 
 
 @emission("chunk")
-def _chunk(w: BlockWriter, item: Item, *, axis: str, of: int, at: int, parts: int) -> Expr:
+def _chunk(w: BlockWriter, item: Item, *, axis: str, of: int, at: int, parts: int) -> PythonExpr:
     x = w.expr(item.operands[0])
     if axis not in x.axes:
         x = w.expanded(x)
     dim = x.axes.index(axis)
     if parts == 1:
-        return Expr(f"{x.atom}.chunk({of}, dim={dim})[{at}]", x.axes)
+        return PythonExpr(f"{x.atom}.chunk({of}, dim={dim})[{at}]", x.axes)
     size = item.operands[0].size(axis) // (parts * of)
     index = ", ".join([":"] * (dim + 1) + [str(at)])
     cells = f"{x.atom}.unflatten({dim}, ({parts}, {of}, {size}))[{index}]"
-    return Expr(f"{cells}.flatten({dim}, {dim + 1})", x.axes)
+    return PythonExpr(f"{cells}.flatten({dim}, {dim + 1})", x.axes)
 
 
 # Products, norms and reductions.
 
 
 @emission("linear")
-def _linear(w: BlockWriter, item: Item, *, module: str, bias: bool) -> Expr:
+def _linear(w: BlockWriter, item: Item, *, module: str, bias: bool) -> PythonExpr:
     x, weight = (w.expr(v) for v in item.operands[:2])
     over = item.operands[1].axes[1]
     x = _with_last(w, x, over)
     axes = (*x.axes[:-1], item.operands[1].axes[0])
     if w.tree.is_module(item):
-        return Expr(f"{w.tree.access(module)}({x.text})", axes)
+        return PythonExpr(f"{w.tree.access(module)}({x.text})", axes)
     further = f", {w.expr(item.operands[2]).text}" if bias else ""
-    return Expr(f"F.linear({x.text}, {weight.text}{further})", axes)
+    return PythonExpr(f"F.linear({x.text}, {weight.text}{further})", axes)
 
 
-def _with_last(w: BlockWriter, x: Expr, axis: str) -> Expr:
+def _with_last(w: BlockWriter, x: PythonExpr, axis: str) -> PythonExpr:
     """Return `x` with an axis in the last place."""
     if x.axes[-1] == axis:
         return x
@@ -414,7 +420,7 @@ def _with_last(w: BlockWriter, x: Expr, axis: str) -> Expr:
 
 
 @emission("contract")
-def _contract(w: BlockWriter, item: Item, *, over: tuple[str, ...], precision: str) -> Expr:
+def _contract(w: BlockWriter, item: Item, *, over: tuple[str, ...], precision: str) -> PythonExpr:
     x, weight = (w.expr(v) for v in item.operands)
     if ROW in x.axes:
         return _contract_rows(w, item, over)
@@ -422,7 +428,7 @@ def _contract(w: BlockWriter, item: Item, *, over: tuple[str, ...], precision: s
     if wide:
         w.helper("widened")
 
-    def widened(expr: Expr) -> str:
+    def widened(expr: PythonExpr) -> str:
         return f"widened({expr.text})" if wide else expr.text
 
     if (
@@ -434,24 +440,28 @@ def _contract(w: BlockWriter, item: Item, *, over: tuple[str, ...], precision: s
         out = [a for a in weight.axes if a not in over]
         axes = (*x.axes[:-1], *out)
         if len(out) == 1 and weight.axes[-1] == over[0]:
-            return Expr(f"F.linear({widened(x)}, {widened(weight)})", axes)
+            return PythonExpr(f"F.linear({widened(x)}, {widened(weight)})", axes)
         if len(out) == 1:
-            return Expr(f"{_operand(widened(x), x)} @ {_operand(widened(weight), weight)}", axes,
+            return PythonExpr(f"{_operand(widened(x), x)} @ {_operand(widened(weight), weight)}", axes,
                         PRODUCT)  # fmt: skip
     if len(over) == 1 and weight.axes == over:
         x = _with_last(w, x, over[0])
         text = f"{_operand(widened(x), x)} @ {_operand(widened(weight), weight)}"
-        return Expr(text, x.axes[:-1], PRODUCT)
+        return PythonExpr(text, x.axes[:-1], PRODUCT)
     return _einsum(w, x, weight, over, widened)
 
 
-def _operand(text: str, expr: Expr) -> str:
+def _operand(text: str, expr: PythonExpr) -> str:
     return text if text != expr.text else expr.at(PRODUCT + 1)
 
 
 def _einsum(
-    w: BlockWriter, x: Expr, y: Expr, over: tuple[str, ...], widened: Callable[[Expr], str]
-) -> Expr:
+    w: BlockWriter,
+    x: PythonExpr,
+    y: PythonExpr,
+    over: tuple[str, ...],
+    widened: Callable[[PythonExpr], str],
+) -> PythonExpr:
     """Return a product as einsum has it, a letter an axis."""
     x, y = w.expanded(x), w.expanded(y)
     letters: dict[str, str] = {}
@@ -463,10 +473,10 @@ def _einsum(
     axes = tuple(a for a in dict.fromkeys((*x.axes, *y.axes)) if a not in over)
     left, right, result = ("".join(letters[a] for a in names) for names in (x.axes, y.axes, axes))
     formula = f"{left},{right}->{result}"
-    return Expr(f'torch.einsum("{formula}", {widened(x)}, {widened(y)})', axes)
+    return PythonExpr(f'torch.einsum("{formula}", {widened(x)}, {widened(y)})', axes)
 
 
-def _contract_rows(w: BlockWriter, item: Item, over: tuple[str, ...]) -> Expr:
+def _contract_rows(w: BlockWriter, item: Item, over: tuple[str, ...]) -> PythonExpr:
     x, weight = (w.expr(v) for v in item.operands)
     if len(over) != 1:
         raise _refuse(item, "over", over)
@@ -474,15 +484,15 @@ def _contract_rows(w: BlockWriter, item: Item, over: tuple[str, ...]) -> Expr:
         x = _with_last(w, x, over[0])
         (out,) = (a for a in weight.axes if a not in over)
         weight = w.permuted(weight, [out, over[0]])
-        return Expr(f"F.linear({x.text}, {weight.text})", (*x.axes[:-1], out))
+        return PythonExpr(f"F.linear({x.text}, {weight.text})", (*x.axes[:-1], out))
     outer = [a for a in weight.axes if a not in (*over, "expert")]
     if len(outer) != 1 or len(x.axes) != 2:
         raise _refuse(item, "axes", weight.axes)
     weight = w.permuted(weight, ["expert", *outer, *over])
-    return Expr(f"rows.linear({x.text}, {weight.text})", (ROW, *outer))
+    return PythonExpr(f"rows.linear({x.text}, {weight.text})", (ROW, *outer))
 
 
-def _reduced(x: Expr, axes: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+def _reduced(x: PythonExpr, axes: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
     dims = [i for i, a in enumerate(x.axes) if a in axes]
     last = len(x.axes) - 1
     if len(dims) == len(x.axes):
@@ -492,7 +502,7 @@ def _reduced(x: Expr, axes: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
 
 
 @emission("sum", "mean")
-def _sum(w: BlockWriter, item: Item, *, axes: tuple[str, ...]) -> Expr:
+def _sum(w: BlockWriter, item: Item, *, axes: tuple[str, ...]) -> PythonExpr:
     x = w.expr(item.operands[0])
     if not set(axes) <= set(x.axes):
         x = w.expanded(x)
@@ -502,47 +512,49 @@ def _sum(w: BlockWriter, item: Item, *, axes: tuple[str, ...]) -> Expr:
         and len(axes) == 1
         and item.operands[0].size(axes[0]) == 1
     ):
-        return Expr(f"{x.atom}.squeeze(-1)", ())
+        return PythonExpr(f"{x.atom}.squeeze(-1)", ())
     dims, names = _reduced(x, axes)
-    return Expr(f"{x.atom}.{item.op}({dims})", names)
+    return PythonExpr(f"{x.atom}.{item.op}({dims})", names)
 
 
 @emission("max")
-def _max(w: BlockWriter, item: Item, *, axes: tuple[str, ...]) -> Expr:
+def _max(w: BlockWriter, item: Item, *, axes: tuple[str, ...]) -> PythonExpr:
     x = w.expr(item.operands[0])
     if not set(axes) <= set(x.axes):
         x = w.expanded(x)
     dims, names = _reduced(x, axes)
-    return Expr(f"{x.atom}.amax({dims})", names)
+    return PythonExpr(f"{x.atom}.amax({dims})", names)
 
 
 @emission("logsumexp")
-def _logsumexp(w: BlockWriter, item: Item, *, axes: tuple[str, ...]) -> Expr:
+def _logsumexp(w: BlockWriter, item: Item, *, axes: tuple[str, ...]) -> PythonExpr:
     x = w.expr(item.operands[0])
     if not set(axes) <= set(x.axes):
         x = w.expanded(x)
     dims, names = _reduced(x, axes)
-    return Expr(f"{x.atom}.logsumexp({dims or tuple(range(len(x.axes)))})", names)
+    return PythonExpr(f"{x.atom}.logsumexp({dims or tuple(range(len(x.axes)))})", names)
 
 
 @emission("softmax")
-def _softmax(w: BlockWriter, item: Item, *, axis: str) -> Expr:
+def _softmax(w: BlockWriter, item: Item, *, axis: str) -> PythonExpr:
     x = w.expr(item.operands[0])
     if axis not in x.axes:
         x = w.expanded(x)
     at = x.axes.index(axis)
-    return Expr(f"{x.atom}.softmax({at if at < len(x.axes) - 1 else -1})", x.axes)
+    return PythonExpr(f"{x.atom}.softmax({at if at < len(x.axes) - 1 else -1})", x.axes)
 
 
 @emission("rms_norm", "layer_norm", "rms_norm_module", "layer_norm_module")
-def _norm(w: BlockWriter, item: Item, *, axis: str, eps: float, module: str = "") -> Expr:
+def _norm(w: BlockWriter, item: Item, *, axis: str, eps: float, module: str = "") -> PythonExpr:
     x = _with_last(w, w.expr(item.operands[0]), axis)
     if module and w.tree.is_module(item):
-        return Expr(f"{w.tree.access(module)}({x.text})", x.axes)
+        return PythonExpr(f"{w.tree.access(module)}({x.text})", x.axes)
     vectors = ", ".join(w.expr(v).text for v in item.operands[1:])
     name = "rms_norm" if "rms" in item.op else "layer_norm"
     size = w.literal(item.operands[0].size(axis), axis)
-    return Expr(f"F.{name}({x.text}, ({size},), {vectors}, eps={w.literal(eps, 'eps')})", x.axes)
+    return PythonExpr(
+        f"F.{name}({x.text}, ({size},), {vectors}, eps={w.literal(eps, 'eps')})", x.axes
+    )
 
 
 @emission("convolve")
@@ -555,7 +567,7 @@ def _convolve(
     taps: tuple[str, ...],
     stride: int,
     padding: int,
-) -> Expr:
+) -> PythonExpr:
     x, weight = (w.expr(v) for v in item.operands)
     outer = [a for a in x.axes if a not in (*over, *along)]
     out = [a for a in weight.axes if a not in (*over, *taps)]
@@ -566,7 +578,7 @@ def _convolve(
     steps = f", stride={w.literal(stride, 'stride')}" if stride != 1 else ""
     zeros = f", padding={w.literal(padding, 'padding')}" if padding else ""
     text = f"F.conv{len(along)}d({x.text}, {weight.text}{steps}{zeros})"
-    return w.permuted(Expr(text, (*outer, *out, *along)), [*outer, *along, *out])
+    return w.permuted(PythonExpr(text, (*outer, *out, *along)), [*outer, *along, *out])
 
 
 # Positions and attention.
@@ -622,38 +634,38 @@ def _rope(
     names = []
     for var in item.results:
         names.append(w.name(var.name.rstrip("0123456789")))
-        w.values[var] = Expr(names[-1], (*positions.axes, axis))
+        w.values[var] = PythonExpr(names[-1], (*positions.axes, axis))
     w.helper(name)
     w.state(f"{', '.join(names)} = {name}({arguments})")
 
 
 @emission("rotate")
-def _rotate(w: BlockWriter, item: Item, *, axis: str) -> Expr:
+def _rotate(w: BlockWriter, item: Item, *, axis: str) -> PythonExpr:
     x, cos, sin = (w.expr(v) for v in item.operands)
     x = _with_last(w, x, axis)
     cos, sin = (w.aligned(e, x.axes) for e in (cos, sin))
     w.helper("rotate")
-    return Expr(f"rotate({x.text}, {cos.text}, {sin.text})", x.axes)
+    return PythonExpr(f"rotate({x.text}, {cos.text}, {sin.text})", x.axes)
 
 
 @emission("relative_buckets")
 def _relative_buckets(
     w: BlockWriter, item: Item, *, bidirectional: bool, buckets: int, max_distance: int
-) -> Expr:
+) -> PythonExpr:
     q, k, axes = _crossed(w, item)
     w.helper("relative_buckets")
     options = f"bidirectional={bidirectional}, buckets={buckets}, max_distance={max_distance}"
-    return Expr(f"relative_buckets({k} - {q}, {options})", axes)
+    return PythonExpr(f"relative_buckets({k} - {q}, {options})", axes)
 
 
 @emission("causal")
-def _causal(w: BlockWriter, item: Item, *, window: int) -> Expr:
+def _causal(w: BlockWriter, item: Item, *, window: int) -> PythonExpr:
     queries, keys, axes = _crossed(w, item)
     if not window:
-        return Expr(f"{queries} >= {keys}", axes, COMPARISON)
+        return PythonExpr(f"{queries} >= {keys}", axes, COMPARISON)
     width = w.literal(window, "window")
     text = f"({queries} >= {keys}) & ({queries} - {keys} < {width})"
-    return Expr(text, axes, COMPARISON)
+    return PythonExpr(text, axes, COMPARISON)
 
 
 def _crossed(w: BlockWriter, item: Item) -> tuple[str, str, tuple[str, ...]]:
@@ -666,7 +678,7 @@ def _crossed(w: BlockWriter, item: Item) -> tuple[str, str, tuple[str, ...]]:
 
 
 @emission("same_segment")
-def _same_segment(w: BlockWriter, item: Item) -> Expr:
+def _same_segment(w: BlockWriter, item: Item) -> PythonExpr:
     raise _refuse(item, "segments", "packed")
 
 
@@ -682,12 +694,12 @@ def _attention(
     causal: tuple[str, ...],
     window: int,
     given: tuple[str, ...],
-) -> Expr:
+) -> PythonExpr:
     return _attend(w, item, over, along, scale, cap, causal, window, given)
 
 
 @emission("cached_attention")
-def _cached_attention(w: BlockWriter, item: Item, *, layer_index: int, **attrs: Any) -> Expr:
+def _cached_attention(w: BlockWriter, item: Item, *, layer_index: int, **attrs: Any) -> PythonExpr:
     return _attend(w, item, layer_index=layer_index, **attrs)
 
 
@@ -702,7 +714,7 @@ def _attend(
     window: int,
     given: tuple[str, ...],
     layer_index: int = 0,
-) -> Expr:
+) -> PythonExpr:
     del window  # it is part of the mask
     query, key, value = (w.expr(v) for v in item.operands[:3])
     further = dict(zip(given, item.operands[3:], strict=True))
@@ -755,7 +767,7 @@ def _attend(
         w.constructor += ["self.config = config", line]
     text = f"{function}(self, {', '.join([*arguments, *options])})"
     axes = (batch[0], seq, "+".join(heads), inner[0])
-    return Expr(text, axes)
+    return PythonExpr(text, axes)
 
 
 def _query_axis(w: BlockWriter, item: Item, over: str, along: str) -> str:
@@ -766,23 +778,23 @@ def _query_axis(w: BlockWriter, item: Item, over: str, along: str) -> str:
 
 
 def _heads_first(
-    w: BlockWriter, expr: Expr, batch: str, seq: str, inner: str
-) -> tuple[Expr, list[str]]:
+    w: BlockWriter, expr: PythonExpr, batch: str, seq: str, inner: str
+) -> tuple[PythonExpr, list[str]]:
     """Return a value as ``[batch, head, seq, inner]``, and the names of its axes of heads."""
     heads = [a for a in expr.axes if a not in (batch, seq, inner)]
     expr = w.permuted(expr, [batch, seq, *heads, inner])
     if len(heads) > 1:
         merged = "+".join(heads)
-        expr = Expr(f"{expr.atom}.flatten(2, {1 + len(heads)})", (batch, seq, merged, inner))
+        expr = PythonExpr(f"{expr.atom}.flatten(2, {1 + len(heads)})", (batch, seq, merged, inner))
     if not heads:
-        return Expr(f"{expr.atom}[:, None]", (batch, "head", seq, inner)), []
+        return PythonExpr(f"{expr.atom}[:, None]", (batch, "head", seq, inner)), []
     joined = expr.axes[2]
-    moved = Expr(f"{expr.atom}.transpose(1, 2)", (batch, joined, seq, inner))
+    moved = PythonExpr(f"{expr.atom}.transpose(1, 2)", (batch, joined, seq, inner))
     return moved, joined.split("+")
 
 
 def _scores_axes(
-    w: BlockWriter, expr: Expr, batch: str, heads: list[str], seq: str, along: str
+    w: BlockWriter, expr: PythonExpr, batch: str, heads: list[str], seq: str, along: str
 ) -> str:
     """Return a mask or bias so that it broadcasts against ``[batch, head, query, key]``."""
     names = [batch, *heads, seq, along]
@@ -804,14 +816,14 @@ def _count(w: BlockWriter, axes: Sequence[str]) -> int:
 
 
 @emission("causal_mask")
-def _causal_mask(w: BlockWriter, item: Item, *, window: int) -> Expr:
+def _causal_mask(w: BlockWriter, item: Item, *, window: int) -> PythonExpr:
     w.helper("causal_mask")
     hidden, positions = (w.expr(v).text for v in item.operands)
     padding = "attention_mask" if item.loc == "masks" else "decoder_attention_mask"
     arguments = ["self.config", hidden, padding, positions, "cache"]
     if window:
         arguments.append(f"window={w.literal(window, 'window')}")
-    return Expr(f"causal_mask({', '.join(arguments)})")
+    return PythonExpr(f"causal_mask({', '.join(arguments)})")
 
 
 # Routing.
@@ -848,7 +860,7 @@ def _route(
         ranked = f"{scores.text}.{score} + {w.expr(item.operands[1]).text}"
     experts, weights = item.results
     index = w.name("top_k_index")
-    w.values[experts] = Expr(index, (*scores.axes[:-1], choice))
+    w.values[experts] = PythonExpr(index, (*scores.axes[:-1], choice))
     w.state(f"{index} = top_k_experts({ranked}, {k})  # best first")
     chosen = f"{scores.text}.gather(-1, {index})"
     name = w.name("top_k_weights")
@@ -866,7 +878,7 @@ def _route(
         raise _refuse(item, "gates", gates)
     if scale != 1:
         text = f"{text} * {w.literal(scale, 'gate_scale')}"
-    w.values[weights] = Expr(name, (*scores.axes[:-1], choice))
+    w.values[weights] = PythonExpr(name, (*scores.axes[:-1], choice))
     if w.remaining[weights]:
         w.state(f"{name} = {text}")
 
@@ -878,22 +890,22 @@ def _score(gates: str) -> str:
 @emission("hash_experts")
 def _hash_experts(
     w: BlockWriter, item: Item, *, experts: int, top_k: int, seed: int, hash: str, choice: str
-) -> Expr:
+) -> PythonExpr:
     ids = w.expr(item.operands[0])
     w.helper("hash_experts")
     count, k = w.literal(experts, "experts"), w.literal(top_k, "top_k")
     further = f", seed={w.literal(seed, 'seed')}" if hash == "murmur" else ", modulo=True"
-    return Expr(f"hash_experts({ids.text}, {count}, {k}{further})", (*ids.axes, choice))
+    return PythonExpr(f"hash_experts({ids.text}, {count}, {k}{further})", (*ids.axes, choice))
 
 
 @emission("keep_choices")
 def _keep_choices(
     w: BlockWriter, item: Item, *, policy: str, threshold: float, choice: str
-) -> Expr:
+) -> PythonExpr:
     gates = _with_last(w, w.expr(item.operands[0]), choice)
     w.helper(f"keep_{policy}")
     further = f", {w.literal(threshold, 'threshold')}" if policy in ("random", "threshold") else ""
-    return Expr(f"keep_{policy}({gates.text}{further})", gates.axes)
+    return PythonExpr(f"keep_{policy}({gates.text}{further})", gates.axes)
 
 
 def _capacity(
@@ -942,7 +954,7 @@ def _assign_slots(
     using: tuple[str, ...],
     evaluation: dict[str, Any] | None = None,
     unbounded: bool = False,
-) -> Expr:
+) -> PythonExpr:
     attrs = {"slots": slots, "groups": groups, "group_size": group_size, "order": order}
     attrs |= {"capacity_factor": capacity_factor, "convention": convention, "cap": cap}
     attrs |= {"rounding": rounding, "minimum": minimum, "multiple": multiple}
@@ -970,7 +982,7 @@ def _assign_slots(
     w.helper("assign_slots")
     count = w.literal(experts, "experts")
     texts = [f"{word}={text}" for word, text in options.items()]
-    return Expr(f"assign_slots({', '.join([chosen.text, count, *texts])})", axes)
+    return PythonExpr(f"assign_slots({', '.join([chosen.text, count, *texts])})", axes)
 
 
 SLOT_DEFAULTS = {
@@ -1048,24 +1060,24 @@ def _expert_choice(
     names = []
     for var, hint in zip(item.results, ("top_k_index", "top_k_weights", "slots"), strict=True):
         names.append(w.name(hint))
-        w.values[var] = Expr(names[-1], (*tokens, choice))
+        w.values[var] = PythonExpr(names[-1], (*tokens, choice))
     count = w.literal(experts, "experts")
     arguments = ", ".join([scores.text, count, *options])
     w.state(f"{', '.join(names)} = expert_choice({arguments})")
 
 
 @emission("top_k_index")
-def _top_k_index(w: BlockWriter, item: Item, *, experts: int, drops: bool) -> Expr:
+def _top_k_index(w: BlockWriter, item: Item, *, experts: int, drops: bool) -> PythonExpr:
     chosen = w.expr(item.operands[0])
     if not drops:
         return chosen
     slots = w.permuted(w.expr(item.operands[1]), chosen.axes)
     count = w.literal(experts, "experts")
-    return Expr(f"{chosen.atom}.masked_fill({slots.atom} < 0, {count})", chosen.axes)
+    return PythonExpr(f"{chosen.atom}.masked_fill({slots.atom} < 0, {count})", chosen.axes)
 
 
 @emission("group_sum")
-def _group_sum(w: BlockWriter, item: Item) -> Expr:
+def _group_sum(w: BlockWriter, item: Item) -> PythonExpr:
     x, slots = item.operands
     assign = slots.item
     assert assign is not None, "slots are assigned"
@@ -1078,28 +1090,28 @@ def _group_sum(w: BlockWriter, item: Item) -> Expr:
     flat = f"{expr.atom}.flatten(0, {len(tokens) - 1})"
     if size:
         w.helper("by_group")
-        return Expr(f"by_group({flat}, {w.literal(size, 'group_size')}).sum(1)", axes)
+        return PythonExpr(f"by_group({flat}, {w.literal(size, 'group_size')}).sum(1)", axes)
     if groups == 1:
         dims = tuple(range(len(tokens)))
-        return Expr(f"{expr.atom}.sum({dims})[None]", axes)
-    return Expr(f"{flat}.unflatten(0, ({w.literal(groups, 'groups')}, -1)).sum(1)", axes)
+        return PythonExpr(f"{expr.atom}.sum({dims})[None]", axes)
+    return PythonExpr(f"{flat}.unflatten(0, ({w.literal(groups, 'groups')}, -1)).sum(1)", axes)
 
 
 # The rows of experts.
 
 
 @emission("dispatch")
-def _dispatch(w: BlockWriter, item: Item, *, experts: int = 0) -> Expr:
+def _dispatch(w: BlockWriter, item: Item, *, experts: int = 0) -> PythonExpr:
     x, index = item.operands
     expr, chosen = w.expr(x), w.expr(index)
     tokens = chosen.axes[:-1]
     inner = tuple(a for a in x.axes if a not in tokens)
     expr = w.permuted(expr, [*tokens, *inner])
     _write_rows(w, chosen, experts)
-    return Expr(f"rows.gather({expr.text})", (ROW, *inner))
+    return PythonExpr(f"rows.gather({expr.text})", (ROW, *inner))
 
 
-def _write_rows(w: BlockWriter, chosen: Expr, experts: int) -> None:
+def _write_rows(w: BlockWriter, chosen: PythonExpr, experts: int) -> None:
     w.helper("ExpertRows")
     count = w.literal(experts, "experts")
     line = f"rows = ExpertRows({chosen.text}, {count})"
@@ -1108,48 +1120,48 @@ def _write_rows(w: BlockWriter, chosen: Expr, experts: int) -> None:
 
 
 @emission("dispatch_gates")
-def _dispatch_gates(w: BlockWriter, item: Item, *, experts: int = 0) -> Expr:
+def _dispatch_gates(w: BlockWriter, item: Item, *, experts: int = 0) -> PythonExpr:
     gates, index = (w.expr(v) for v in item.operands)
     _write_rows(w, index, experts)
-    return Expr(f"rows.gather_weights({gates.text})", (ROW,))
+    return PythonExpr(f"rows.gather_weights({gates.text})", (ROW,))
 
 
 @emission("weight_rows")
-def _weight_rows(w: BlockWriter, item: Item, *, precision: str) -> Expr:
+def _weight_rows(w: BlockWriter, item: Item, *, precision: str) -> PythonExpr:
     del precision  # of the product before rounding
     rows, gates = (w.expr(v) for v in item.operands)
     gates = w.aligned(gates, rows.axes)
-    return Expr(f"{rows.at(PRODUCT)} * {gates.at(PRODUCT)}", rows.axes, PRODUCT)
+    return PythonExpr(f"{rows.at(PRODUCT)} * {gates.at(PRODUCT)}", rows.axes, PRODUCT)
 
 
 @emission("combine", "combine_weighted")
-def _combine(w: BlockWriter, item: Item, *, experts: int = 0) -> Expr:
+def _combine(w: BlockWriter, item: Item, *, experts: int = 0) -> PythonExpr:
     del experts
     rows = w.expr(item.operands[0])
     weights = "".join(f", {w.expr(v).text}" for v in item.operands[2:])
     index = w.expr(item.operands[1])
-    return Expr(f"rows.combine({rows.text}{weights})", (*index.axes[:-1], *rows.axes[1:]))
+    return PythonExpr(f"rows.combine({rows.text}{weights})", (*index.axes[:-1], *rows.axes[1:]))
 
 
 # Noise: in training alone.
 
 
 @emission("dropout")
-def _dropout(w: BlockWriter, item: Item, *, rate: float) -> Expr:
+def _dropout(w: BlockWriter, item: Item, *, rate: float) -> PythonExpr:
     x = w.expr(item.operands[0])
-    return Expr(f"F.dropout({x.text}, {w.literal(rate, 'dropout')}, self.training)", x.axes)
+    return PythonExpr(f"F.dropout({x.text}, {w.literal(rate, 'dropout')}, self.training)", x.axes)
 
 
 @emission("jitter")
-def _jitter(w: BlockWriter, item: Item, *, low: float, high: float) -> Expr:
+def _jitter(w: BlockWriter, item: Item, *, low: float, high: float) -> PythonExpr:
     x = w.expr(item.operands[0])
     w.helper("jitter")
     bounds = f"{w.literal(low, 'low')}, {w.literal(high, 'high')}"
-    return Expr(f"jitter({x.text}, {bounds}, self.training)", x.axes)
+    return PythonExpr(f"jitter({x.text}, {bounds}, self.training)", x.axes)
 
 
 @emission("add_noise")
-def _add_noise(w: BlockWriter, item: Item, *, std: float) -> Expr:
+def _add_noise(w: BlockWriter, item: Item, *, std: float) -> PythonExpr:
     x = w.expr(item.operands[0])
     w.helper("add_noise")
-    return Expr(f"add_noise({x.text}, {w.literal(std, 'noise')}, self.training)", x.axes)
+    return PythonExpr(f"add_noise({x.text}, {w.literal(std, 'noise')}, self.training)", x.axes)

@@ -30,7 +30,7 @@ UNSUPPORTED = {
 
 
 @dataclass(eq=False)
-class Var:
+class ProgramValue:
     """A value: an input, a parameter, or the result of an item.
 
     Attributes:
@@ -72,13 +72,13 @@ class Item:
     """
 
     op: str
-    operands: list[Var]
+    operands: list[ProgramValue]
     attrs: dict[str, object]
-    results: tuple[Var, ...]
+    results: tuple[ProgramValue, ...]
     loc: str = ""
 
     @property
-    def result(self) -> Var:
+    def result(self) -> ProgramValue:
         """The only result."""
         (var,) = self.results
         return var
@@ -89,7 +89,7 @@ class Item:
 
 
 @dataclass
-class Program:
+class TorchProgram:
     """The items of a model.
 
     Attributes:
@@ -101,14 +101,14 @@ class Program:
     """
 
     items: list[Item] = field(default_factory=list)
-    inputs: dict[str, Var] = field(default_factory=dict)
-    params: dict[str, Var] = field(default_factory=dict)
-    outputs: dict[str, Var] = field(default_factory=dict)
+    inputs: dict[str, ProgramValue] = field(default_factory=dict)
+    params: dict[str, ProgramValue] = field(default_factory=dict)
+    outputs: dict[str, ProgramValue] = field(default_factory=dict)
     tokens: str = ""
 
     def prune(self) -> None:
         """Drop the items of which no output depends, and count the users of all others."""
-        needed: set[Var] = set(self.outputs.values())
+        needed: set[ProgramValue] = set(self.outputs.values())
         items: list[Item] = []
         for item in reversed(self.items):
             if needed.intersection(item.results):
@@ -143,7 +143,7 @@ def _without_metrics(copy: Graph) -> Graph:
     return rewritten(copy, "dce")
 
 
-def program_of(graph: Graph, tokens: Value | None) -> Program:
+def program_of(graph: Graph, tokens: Value | None) -> TorchProgram:
     """Return the program of a prepared graph.
 
     Args:
@@ -162,8 +162,8 @@ def program_of(graph: Graph, tokens: Value | None) -> Program:
     ]
     if problems:
         raise InputError(problems)
-    program = Program(tokens=tokens.name if tokens is not None else "")
-    images: dict[Value, Var] = {}
+    program = TorchProgram(tokens=tokens.name if tokens is not None else "")
+    images: dict[Value, ProgramValue] = {}
     for table, values, is_param in (
         (program.inputs, graph.inputs, False),
         (program.params, graph.params, True),
@@ -185,9 +185,9 @@ def program_of(graph: Graph, tokens: Value | None) -> Program:
     return program
 
 
-def _merge_equal(program: Program) -> None:
+def _merge_equal(program: TorchProgram) -> None:
     """Let items of one location that compute the same be one; constants stay where they are."""
-    images: dict[Var, Var] = {}
+    images: dict[ProgramValue, ProgramValue] = {}
     known: dict[tuple[object, ...], Item] = {}
     for item in program.items:
         item.operands = [images.get(v, v) for v in item.operands]
@@ -202,7 +202,7 @@ def _merge_equal(program: Program) -> None:
     program.outputs = {name: images.get(v, v) for name, v in program.outputs.items()}
 
 
-def _name_losses(program: Program) -> None:
+def _name_losses(program: TorchProgram) -> None:
     """Name losses after outputs, those of layers after the output that they are summed to."""
     outputs = {var: loss_name(name) for name, var in program.outputs.items() if "loss." in name}
     for item in reversed(program.items):
@@ -222,7 +222,7 @@ def loss_name(output: str) -> str:
     return "aux_loss" if name == "auxiliary" else f"{name}_loss"
 
 
-def add_evaluation(program: Program, evaluation: Program) -> None:
+def add_evaluation(program: TorchProgram, evaluation: TorchProgram) -> None:
     """Let slots be assigned in training as `program` has it, in evaluation as the other has it.
 
     Raises:
@@ -254,14 +254,14 @@ def add_evaluation(program: Program, evaluation: Program) -> None:
         item.attrs = {**item.attrs, "evaluation": attrs}
 
 
-def _census(program: Program) -> Counter[tuple[str, str]]:
+def _census(program: TorchProgram) -> Counter[tuple[str, str]]:
     ignored = ("dropout", "jitter", "add_noise", "keep_choices", "assign_slots", "top_k_index")
     return Counter((i.loc, i.op) for i in program.items if i.op not in ignored)
 
 
-def _var(value: Value, *, is_param: bool = False) -> Var:
+def _var(value: Value, *, is_param: bool = False) -> ProgramValue:
     axes, sizes = _row_axes(value.type)
-    return Var(value.name, axes, sizes, value.type.dtype.kind, is_param)
+    return ProgramValue(value.name, axes, sizes, value.type.dtype.kind, is_param)
 
 
 def _row_axes(type: TensorType) -> tuple[tuple[str, ...], tuple[int | None, ...]]:
@@ -273,7 +273,7 @@ def _row_axes(type: TensorType) -> tuple[tuple[str, ...], tuple[int | None, ...]
     return tuple(a.name for a in axes), sizes
 
 
-def _append(program: Program, node: Node, images: dict[Value, Var]) -> None:
+def _append(program: TorchProgram, node: Node, images: dict[Value, ProgramValue]) -> None:
     operands = [images[v] for v in node.operands]
     results = tuple(_var(v) for v in node.results)
     item = Item(node.op.name, operands, dict(node.attrs), results, node.loc)
@@ -314,17 +314,17 @@ def _take_positions(graph: Graph, tokens: Value) -> None:
 # Idioms: each looks at one item and makes it another, if what it reads has the form.
 
 
-def _one_user(var: Var) -> bool:
+def _one_user(var: ProgramValue) -> bool:
     return len(var.users) == 1
 
 
-def _from(var: Var, op: str) -> Item | None:
+def _from(var: ProgramValue, op: str) -> Item | None:
     """Return the item that computes `var` for one user alone, if it is an `op`."""
     item = var.item
     return item if item is not None and item.op == op and _one_user(var) else None
 
 
-def _number(var: Var) -> float | None:
+def _number(var: ProgramValue) -> float | None:
     """Return the value of a constant."""
     item = var.item
     if item is None or item.op != "constant":
@@ -370,7 +370,7 @@ def _fuse_keep(item: Item) -> None:
         item.operands = item.operands[:1]
 
 
-def _leaf(var: Var, name: str) -> str:
+def _leaf(var: ProgramValue, name: str) -> str:
     """Return the module of a parameter whose last name is `name`; empty if it is not so."""
     module, _, last = var.name.rpartition(".")
     return module if var.param and last == name and module else ""
@@ -420,9 +420,9 @@ IDIOMS: tuple[Callable[[Item], None], ...] = (
 )
 
 
-def _add_top_k_indices(program: Program) -> None:
+def _add_top_k_indices(program: TorchProgram) -> None:
     """Let rows be moved by one index a choice: that of its expert, or N where it is dropped."""
-    indices: dict[Var, Var] = {}
+    indices: dict[ProgramValue, ProgramValue] = {}
     items: list[Item] = []
     for item in program.items:
         if item.op in ("dispatch", "dispatch_gates", "combine", "combine_weighted"):
@@ -432,7 +432,7 @@ def _add_top_k_indices(program: Program) -> None:
             assign = slots.item
             assert assign is not None, "slots are assigned"
             if slots not in indices:
-                index = Var("top_k_index", experts.axes, experts.sizes, "int")
+                index = ProgramValue("top_k_index", experts.axes, experts.sizes, "int")
                 attrs: dict[str, object] = {
                     "experts": assign.attrs["experts"],
                     "drops": drops(assign),
@@ -484,10 +484,10 @@ def can_continue(graph: Graph) -> bool:
     return True
 
 
-def walk_operands(items: list[Item]) -> Iterator[Var]:
+def walk_operands(items: list[Item]) -> Iterator[ProgramValue]:
     """Yield what the items read from outside, in the order of reading."""
     computed = {v for item in items for v in item.results}
-    read: set[Var] = set()
+    read: set[ProgramValue] = set()
     for item in items:
         for var in item.operands:
             if var not in computed and var not in read:
@@ -506,7 +506,7 @@ CONTINUES = "continues"
 CACHE, MASK = "cache", "seen"
 
 
-def add_caches(program: Program, *, cached: bool = True) -> None:
+def add_caches(program: TorchProgram, *, cached: bool = True) -> None:
     """Give causal attention a mask, and a cache of keys and values.
 
     Args:
@@ -519,11 +519,13 @@ def add_caches(program: Program, *, cached: bool = True) -> None:
     )
     # What else than attention meets earlier tokens, as turns at an expert do, has no cache.
     cached = cached and not any(item.op == "causal" for item in program.items)
-    cache, continues = Var(CACHE, kind="cache"), Var(CONTINUES, kind="cache")
+    cache, continues = ProgramValue(CACHE, kind="cache"), ProgramValue(CONTINUES, kind="cache")
     decoded = {tokens}
-    positions = program.inputs.get(POSITION_IDS) or Var(POSITION_IDS, ("batch", "seq"), (), "int")
+    positions = program.inputs.get(POSITION_IDS) or ProgramValue(
+        POSITION_IDS, ("batch", "seq"), (), "int"
+    )
     place = "masks" if program.tokens == TOKENS else "decoder.masks"
-    masks: dict[object, Var] = {}
+    masks: dict[object, ProgramValue] = {}
     mask_items: list[Item] = []
     number = 0
     for item in program.items:
@@ -540,7 +542,7 @@ def add_caches(program: Program, *, cached: bool = True) -> None:
             continue
         window = item.attrs["window"]
         if window not in masks:
-            masks[window] = Var("seen_in_window" if window else MASK, kind="mask")
+            masks[window] = ProgramValue("seen_in_window" if window else MASK, kind="mask")
             operands = [hidden, positions]
             mask = Item("causal_mask", operands, {"window": window}, (masks[window],), place)
             masks[window].item = mask

@@ -11,7 +11,7 @@ from moecc.backend import EmittedProgram
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.translate.export import rename_params
-from moecc_backends.torch_source.blocks import Block, blocks_of
+from moecc_backends.torch_source.blocks import ModuleBlock, blocks_of
 from moecc_backends.torch_source.model import Models
 from moecc_backends.torch_source.names import layer_prefixes, renamed_params
 from moecc_backends.torch_source.operations import OPERATIONS
@@ -49,9 +49,9 @@ def emit_torch(graph: Graph) -> EmittedProgram:
         add_caches(program, cached=can_continue(graph))
     steps = blocks_of(program, layer_prefixes(ready))
     classes = Classes()
-    layers = [s for s in steps if isinstance(s, Block)]
+    layers = [s for s in steps if isinstance(s, ModuleBlock)]
 
-    def write(block: Block) -> BlockWriter:
+    def write(block: ModuleBlock) -> BlockWriter:
         return BlockWriter(block, classes, OPERATIONS).write()
 
     classes.add([block for layer in layers for block in layer.blocks], write)

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from moecc.errors import InputError
-from moecc_backends.torch_source.blocks import Block
+from moecc_backends.torch_source.blocks import ModuleBlock
 from moecc_backends.torch_source.names import identifier, is_under, variable
-from moecc_backends.torch_source.program import Item, Var
+from moecc_backends.torch_source.program import Item, ProgramValue
 
 WIDTH = 100
 ATOM, PRODUCT, SUM, COMPARISON = 3, 2, 1, 0
@@ -25,7 +25,7 @@ _WORD = re.compile(r"(?<![\w.])[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True)
-class Expr:
+class PythonExpr:
     """An expression.
 
     Attributes:
@@ -98,7 +98,7 @@ class Classes:
     """The classes of a text, and the instance that each block is."""
 
     definitions: list[ClassDef] = field(default_factory=list)
-    instances: dict[Block, Instance] = field(default_factory=dict)
+    instances: dict[ModuleBlock, Instance] = field(default_factory=dict)
     helpers: set[str] = field(default_factory=set)
 
     def unique(self, title: str, stack: str) -> str:
@@ -111,9 +111,11 @@ class Classes:
             name, number = f"{title}{number}", number + 1
         return name
 
-    def add(self, blocks: Sequence[Block], write: Callable[[Block], BlockWriter]) -> None:
+    def add(
+        self, blocks: Sequence[ModuleBlock], write: Callable[[ModuleBlock], BlockWriter]
+    ) -> None:
         """Write blocks of one depth, and make a class of each different text."""
-        groups: dict[tuple[object, ...], list[tuple[Block, BlockWriter]]] = {}
+        groups: dict[tuple[object, ...], list[tuple[ModuleBlock, BlockWriter]]] = {}
         for block in blocks:
             writer = write(block)
             self.helpers |= writer.helpers
@@ -126,7 +128,7 @@ class Classes:
         for key, group in groups.items():
             self._define(str(key[0]), group)
 
-    def _define(self, title: str, group: list[tuple[Block, BlockWriter]]) -> None:
+    def _define(self, title: str, group: list[tuple[ModuleBlock, BlockWriter]]) -> None:
         _, first = group[0]
         arguments: dict[str, list[object]] = {}
         inits: dict[str, str] = {}
@@ -163,7 +165,7 @@ def shown(axes: Sequence[str]) -> list[str]:
     return ["head" if "+" in axis or axis == "kv_head" else axis for axis in axes]
 
 
-def unify_signatures(classes: Classes, layers: Sequence[Block]) -> None:
+def unify_signatures(classes: Classes, layers: Sequence[ModuleBlock]) -> None:
     """Let all layers of a stack take the same arguments, which some of them do not read."""
     instances = [classes.instances[layer] for layer in layers]
     count = max(len(layer.outputs) for layer in layers)
@@ -288,23 +290,23 @@ class BlockWriter:
       operations: the function that writes each operation.
     """
 
-    block: Block
+    block: ModuleBlock
     classes: Classes
-    operations: dict[str, Callable[..., Expr | None]]
+    operations: dict[str, Callable[..., PythonExpr | None]]
     literals: list[tuple[str, object]] = field(default_factory=list)
     helpers: set[str] = field(default_factory=set)
     lines: list[str] = field(default_factory=list)
     constructor: list[str] = field(default_factory=list)
     signature: list[str] = field(default_factory=list)
-    values: dict[Var, Expr] = field(default_factory=dict)
-    remaining: Counter[Var] = field(default_factory=Counter)
+    values: dict[ProgramValue, PythonExpr] = field(default_factory=dict)
+    remaining: Counter[ProgramValue] = field(default_factory=Counter)
     names: set[str] = field(default_factory=set)
     tree: ModuleTree = field(init=False)
 
     def __post_init__(self) -> None:
         self.tree = ModuleTree(self)
         for step in self.block.steps:
-            operands = step.inputs if isinstance(step, Block) else step.operands
+            operands = step.inputs if isinstance(step, ModuleBlock) else step.operands
             self.remaining.update(operands)
         self.remaining.update(self.block.outputs)
 
@@ -331,13 +333,13 @@ class BlockWriter:
         self.helpers.add(name)
         return name
 
-    def expr(self, var: Var) -> Expr:
+    def expr(self, var: ProgramValue) -> PythonExpr:
         """Return the expression of a value."""
         if var.param:
-            return Expr(self.tree.access(var.name), var.axes)
+            return PythonExpr(self.tree.access(var.name), var.axes)
         return self.values[var]
 
-    def aligned(self, expr: Expr, axes: Sequence[str]) -> Expr:
+    def aligned(self, expr: PythonExpr, axes: Sequence[str]) -> PythonExpr:
         """Return `expr` so that it broadcasts against a value with `axes`."""
         names = [a for a in axes if a in expr.axes]
         if len(names) != len(expr.axes):
@@ -354,9 +356,9 @@ class BlockWriter:
             index.pop()
         if not index:
             return expr
-        return Expr(f"{expr.atom}[{', '.join(index)}]", tuple(axes))
+        return PythonExpr(f"{expr.atom}[{', '.join(index)}]", tuple(axes))
 
-    def permuted(self, expr: Expr, names: Sequence[str]) -> Expr:
+    def permuted(self, expr: PythonExpr, names: Sequence[str]) -> PythonExpr:
         """Return `expr` with its axes in another order."""
         if list(expr.axes) == list(names):
             return expr
@@ -368,10 +370,10 @@ class BlockWriter:
         moved = [i for i, at in enumerate(order) if i != at]
         if len(moved) == 2:
             first, second = moved
-            return Expr(f"{expr.atom}.transpose({first}, {second})", tuple(names))
-        return Expr(f"{expr.atom}.permute({', '.join(map(str, order))})", tuple(names))
+            return PythonExpr(f"{expr.atom}.transpose({first}, {second})", tuple(names))
+        return PythonExpr(f"{expr.atom}.permute({', '.join(map(str, order))})", tuple(names))
 
-    def expanded(self, expr: Expr) -> Expr:
+    def expanded(self, expr: PythonExpr) -> PythonExpr:
         """Return `expr` with each of its axes alone."""
         for at, axis in enumerate(expr.axes):
             if "+" in axis:
@@ -379,7 +381,7 @@ class BlockWriter:
                 sizes = [self.sizes[name] for name in names]
                 text = ", ".join(self.literal(s, n) for s, n in zip(sizes, names, strict=True))
                 axes = (*expr.axes[:at], *names, *expr.axes[at + 1 :])
-                return self.expanded(Expr(f"{expr.atom}.unflatten({at}, ({text}))", axes))
+                return self.expanded(PythonExpr(f"{expr.atom}.unflatten({at}, ({text}))", axes))
         return expr
 
     @property
@@ -393,7 +395,7 @@ class BlockWriter:
             if size is not None
         }
 
-    def canonical(self, var: Var) -> str:
+    def canonical(self, var: ProgramValue) -> str:
         """Return a value with its axes in the order that others expect."""
         expr = self.expr(var)
         if not var.axes or var.kind in ("cache", "mask"):
@@ -417,16 +419,16 @@ class BlockWriter:
         self.names.add(name)
         return name
 
-    def assign(self, var: Var, expr: Expr, hint: str = "") -> Expr:
+    def assign(self, var: ProgramValue, expr: PythonExpr, hint: str = "") -> PythonExpr:
         """Write a statement that gives a value a name."""
         name = self.name(hint or var_hint(var))
         axes = expr.axes or ()
         comment = f"  # [{', '.join(shown(axes))}]" if self.says_axes(var, axes) else ""
         self.state(f"{name} = {expr.text}{comment}")
-        self.values[var] = Expr(name, expr.axes)
+        self.values[var] = PythonExpr(name, expr.axes)
         return self.values[var]
 
-    def says_axes(self, var: Var, axes: Sequence[str]) -> bool:
+    def says_axes(self, var: ProgramValue, axes: Sequence[str]) -> bool:
         """Whether the axes of a value are worth a comment: no operand has the same."""
         operands = var.item.operands if var.item is not None else []
         return len(axes) > 1 and all(set(v.axes) != set(var.axes) for v in operands)
@@ -460,13 +462,13 @@ class BlockWriter:
             if "embed" in var.axes and not any(e.text == STATE for e in self.values.values()):
                 hint = STATE
             name = self.name(hint)
-            self.values[var] = Expr(name, var.axes)
+            self.values[var] = PythonExpr(name, var.axes)
             self.signature.append(name)
 
-    def write_steps(self, steps: Sequence[Item | Block]) -> None:
+    def write_steps(self, steps: Sequence[Item | ModuleBlock]) -> None:
         """Write items and calls of the blocks within, in order."""
         for step in steps:
-            if isinstance(step, Block):
+            if isinstance(step, ModuleBlock):
                 self.call(step)
             else:
                 self.run(step)
@@ -487,7 +489,7 @@ class BlockWriter:
         else:
             self.assign(var, expr)
 
-    def keeps(self, var: Var, expr: Expr) -> bool:
+    def keeps(self, var: ProgramValue, expr: PythonExpr) -> bool:
         """Whether an expression is short enough to stand where its value is read."""
         simple = re.fullmatch(r"[\w.\x01\x02\-]+", expr.text) is not None
         if simple and var not in self.block.outputs:
@@ -501,12 +503,12 @@ class BlockWriter:
             and (len(_MARKER.sub("00", expr.text)) <= longest)
         )
 
-    def call(self, block: Block) -> None:
+    def call(self, block: ModuleBlock) -> None:
         """Write the call of a module within."""
         arguments = ", ".join(self.canonical(v) for v in block.inputs)
         target = self.tree.access(block.path) if block.path else f"self.{block.attribute}"
         self.remaining.subtract(block.inputs)
-        expr = Expr(f"{target}({arguments})", block.outputs[0].axes if block.outputs else ())
+        expr = PythonExpr(f"{target}({arguments})", block.outputs[0].axes if block.outputs else ())
         if len(block.outputs) == 1:
             (var,) = block.outputs
             if self.keeps(var, expr):
@@ -519,7 +521,7 @@ class BlockWriter:
         for var in block.outputs:
             hint = STATE if "embed" in var.axes and block.layer else ""
             name = self.name(hint or var_hint(var))
-            self.values[var] = Expr(name, var.axes)
+            self.values[var] = PythonExpr(name, var.axes)
             names.append(name)
         self.state(f"{', '.join(names)} = {expr.text}")
 
@@ -575,7 +577,7 @@ HINTS = {
 }
 
 
-def var_hint(var: Var) -> str:
+def var_hint(var: ProgramValue) -> str:
     """Return a name for a value: its own without a number, or one by what computes it."""
     base = var.name.rstrip("0123456789").rstrip("_.")
     if base == "norm":
@@ -610,7 +612,7 @@ class ModuleTree:
     extra: dict[str, str] = field(default_factory=dict)
 
     @property
-    def block(self) -> Block:
+    def block(self) -> ModuleBlock:
         """The block."""
         return self.writer.block
 
@@ -642,7 +644,7 @@ class ModuleTree:
         tree: dict[str, object] = {}
         inner = {v.name for block in self.block.blocks for v in block.params}
         lines: list[str] = []
-        stacks: dict[str, list[Block]] = {}
+        stacks: dict[str, list[ModuleBlock]] = {}
         for block in self.block.blocks:
             if block.layer is not None:
                 stacks.setdefault(block.path.rpartition(".")[0], []).append(block)
@@ -670,19 +672,19 @@ class ModuleTree:
         lines += [f"self.{name} = {self._text(tree[name])}" for name in names]
         return [*lines, *late]
 
-    def construct(self, block: Block) -> str:
+    def construct(self, block: ModuleBlock) -> str:
         """Return the call that makes the module of a block within."""
         instance = self.writer.classes.instances[block]
         names = instance.definition.arguments
         values = [self.writer.literal(v, n) for n, v in zip(names, instance.values, strict=True)]
         return f"{instance.definition.name}({', '.join(['config', *values])})"
 
-    def parameter(self, var: Var) -> str:
+    def parameter(self, var: ProgramValue) -> str:
         """Return the text of a parameter."""
         sizes = [self.writer.literal(var.size(a), a) for a in var.axes]
         return f"nn.Parameter(torch.empty({', '.join(sizes) if sizes else '()'}))"
 
-    def leaf(self, module: str, own: list[Var]) -> str:
+    def leaf(self, module: str, own: list[ProgramValue]) -> str:
         """Return the text of a module of torch, if all uses of its parameters are its."""
         items = [i for v in own if v.name.rpartition(".")[0] == module for i in v.users]
         calls = [i for i in items if i.attrs.get("module") == module]
@@ -744,7 +746,7 @@ class ModuleTree:
         return f"Scope({', '.join(f'{name}={text}' for name, text in texts.items())})"
 
 
-def stack_lines(classes: Classes, layers: list[Block]) -> str:
+def stack_lines(classes: Classes, layers: list[ModuleBlock]) -> str:
     """Return the text of a list of layers."""
     instances = [classes.instances[layer] for layer in layers]
     definitions = list(dict.fromkeys(i.definition for i in instances))
