@@ -18,7 +18,7 @@ from moecc.ir.graph import Node, Value
 from moecc.ir.traits import RowMove
 from moecc.plan.memory import Sharded, Sharding
 from moecc.plan.networks import Route
-from moecc.plan.parts import GlobalShape, Part, Step, Weight, root_of
+from moecc.plan.parts import GlobalShape, Part, StepParts, Weight, root_of
 from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.workload import Workload
 from moecc.sharding.collectives import (
@@ -94,7 +94,7 @@ class Collective(NamedTuple):
     why: str
     phase: Phase = "forward"
     weight: str = ""
-    step: Step | None = None
+    step: StepParts | None = None
     share: float = 1.0
     stream: tuple[str, ...] = ()
     in_route: bool = False
@@ -132,7 +132,7 @@ class PartTraffic:
 
     collectives: tuple[Collective, ...]
     layer: SparseLayer | None
-    steps: Mapping[Node, Step]
+    steps: Mapping[Node, StepParts]
 
 
 def part_collectives(
@@ -257,13 +257,13 @@ def _summed(weight: Weight, gathers: list[Collective], sharded: Sharded) -> Iter
 
 
 def _forward(
-    part: Part, steps: Mapping[Node, Step], layer: SparseLayer | None, sharded: Sharded
+    part: Part, steps: Mapping[Node, StepParts], layer: SparseLayer | None, sharded: Sharded
 ) -> Iterator[Collective]:
     """Yield the collectives that carry out the sums of a part, and bring other values elsewhere."""
     propagation, routed = sharded.propagation, _reshards_of_route(layer, sharded)
 
     def brought(
-        reshard: Reshard, step: Step, shape: GlobalShape, why: str, share: float = 1.0
+        reshard: Reshard, step: StepParts, shape: GlobalShape, why: str, share: float = 1.0
     ) -> Iterator[Collective]:
         in_route = reshard in routed or reshard.operand in routed
         for each in sharded.work.sample.resharded(reshard.source, reshard.target):
@@ -299,7 +299,7 @@ def _reshards_of_route(layer: SparseLayer | None, sharded: Sharded) -> set[Ref]:
     return ends
 
 
-def _backward(steps: Mapping[Node, Step], sharded: Sharded) -> Iterator[Collective]:
+def _backward(steps: Mapping[Node, StepParts], sharded: Sharded) -> Iterator[Collective]:
     """Yield the sums of gradients of values that several operations may take.
 
     Those of one value are added first, and summed once.
@@ -336,7 +336,7 @@ def _routed(
     layer: SparseLayer,
     way: Via,
     part: RowSlice | None,
-    steps: Mapping[Node, Step],
+    steps: Mapping[Node, StepParts],
     sharded: Sharded,
 ) -> Iterator[Collective]:
     """Yield the collectives on tokens and rows of a layer on a way to the experts and back.
@@ -370,7 +370,7 @@ def _routed(
 
 
 def _stages_leaving_work(
-    layer: SparseLayer, way: Via, steps: Mapping[Node, Step]
+    layer: SparseLayer, way: Via, steps: Mapping[Node, StepParts]
 ) -> Collection[tuple[str, str]]:
     """Return the stages, and their collectives, beside which a layer has products.
 
@@ -393,7 +393,7 @@ def _stages_leaving_work(
 
 
 def _gradients_of_rows(
-    layer: SparseLayer, steps: Mapping[Node, Step], sharded: Sharded
+    layer: SparseLayer, steps: Mapping[Node, StepParts], sharded: Sharded
 ) -> Iterator[Collective]:
     """Yield the collectives on gradients of rows, of which a device has its experts' own.
 
@@ -413,8 +413,8 @@ def _gradients_of_rows(
 
 
 def _subject(
-    stage: Stage, layer: SparseLayer, steps: Mapping[Node, Step]
-) -> tuple[Step, GlobalShape]:
+    stage: Stage, layer: SparseLayer, steps: Mapping[Node, StepParts]
+) -> tuple[StepParts, GlobalShape]:
     """Return the step that makes the value of a stage, and its shape."""
     dispatch, combine = steps[layer.dispatch.node], steps[layer.combine.node]
     if stage.value == "tokens":

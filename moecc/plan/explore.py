@@ -14,7 +14,7 @@ from moecc.ir.mesh import Mesh
 from moecc.plan.collectives import seconds
 from moecc.plan.machines import Machine, efficiency, sizes_of_kind
 from moecc.plan.networks import Slices, Switch, Torus
-from moecc.plan.parts import GlobalShape, Part, Step, Weight
+from moecc.plan.parts import GlobalShape, Part, StepParts, Weight
 from moecc.plan.report import Idea
 from moecc.plan.search import Ranking, WorkOn, problems, seconds_text, why_slower
 from moecc.plan.step import StepConfig, Strategy
@@ -93,7 +93,7 @@ def whole_keys(work: Workload, parts: int) -> Workload:
     )
 
 
-def _step(step: Step, parts: int) -> Step:
+def _step(step: StepParts, parts: int) -> StepParts:
     if step.attention is None:
         return step
     return replace(

@@ -350,7 +350,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepParts:
     """An operation that moves or multiplies something.
 
     Attributes:
@@ -435,7 +435,7 @@ class Part:
 
     name: str
     count: int
-    steps: tuple[Step, ...]
+    steps: tuple[StepParts, ...]
     weights: tuple[Weight, ...]
     top_k: int = 0
     in_layer: bool = True

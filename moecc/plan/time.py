@@ -22,7 +22,7 @@ from moecc.plan.collectives import (
 )
 from moecc.plan.machines import Machine, efficiency
 from moecc.plan.memory import Sharded, Sharding, StepMemory, Values, memory, optimizer_bytes
-from moecc.plan.parts import Part, PlannedAttention, Step, passes_of_products
+from moecc.plan.parts import Part, PlannedAttention, StepParts, passes_of_products
 from moecc.plan.step import StepConfig, Strategy
 from moecc.plan.workload import Workload
 from moecc.sharding.layout import Layout
@@ -347,7 +347,7 @@ class Estimator:
             if is_behind:
                 behind.update(node.results)
 
-    def kernel(self, step: Step) -> KernelChoice | None:
+    def kernel(self, step: StepParts) -> KernelChoice | None:
         """Return the kernel of a step that is an attention; None for any other step."""
         return None if step.attention is None else choose_attention(self._facts(step.attention))
 
@@ -415,12 +415,12 @@ def _repeated(part: PartCost, times: int, gathers: int) -> PartCost:
     )
 
 
-def _flops(step: Step, values: Values) -> float:
+def _flops(step: StepParts, values: Values) -> float:
     """Return the FLOPs of a step on one device, forward."""
     return 2.0 * step.cost.products * values.elements(step.axes) if step.cost.products else 0.0
 
 
-def _elements(step: Step, values: Values) -> float:
+def _elements(step: StepParts, values: Values) -> float:
     """Return the elements that a step reads and writes, forward."""
     if step.cost is Cost.FUSED:
         return 0.0

@@ -28,7 +28,7 @@ from moecc.plan.parts import (
     PlannedHead,
     PlannedLayer,
     Shapes,
-    Step,
+    StepParts,
     Unit,
     Weight,
     attention_of,
@@ -609,7 +609,7 @@ class _Reader:
                 self.seen.add(value)
                 yield self.weight(value)
 
-    def _step(self, node: Node, roots: dict[Value, int], number: int, unit: Unit) -> Step:
+    def _step(self, node: Node, roots: dict[Value, int], number: int, unit: Unit) -> StepParts:
         saved = self.residuals[layer_of(node.loc)]
         root = root_of(node.operands[0]) if node.operands else None
         outside = root is not None and stack_of(root) != stack_of(node)
@@ -623,7 +623,7 @@ class _Reader:
         # Along an axis that windows run along, the places of the result count.
         axes = {name: size for s in (*operands, *results) for name, size in s}
         of_own = node in saved.again, node in saved.onward
-        return Step(
+        return StepParts(
             cost=node.op.cost,
             moves=node.op.moves,
             operands=operands,

@@ -442,8 +442,8 @@ def _contract(w: BlockWriter, item: Item, *, over: tuple[str, ...], precision: s
         if len(out) == 1 and weight.axes[-1] == over[0]:
             return PythonExpr(f"F.linear({widened(x)}, {widened(weight)})", axes)
         if len(out) == 1:
-            return PythonExpr(f"{_operand(widened(x), x)} @ {_operand(widened(weight), weight)}", axes,
-                        PRODUCT)  # fmt: skip
+            left, right = _operand(widened(x), x), _operand(widened(weight), weight)
+            return PythonExpr(f"{left} @ {right}", axes, PRODUCT)
     if len(over) == 1 and weight.axes == over:
         x = _with_last(w, x, over[0])
         text = f"{_operand(widened(x), x)} @ {_operand(widened(weight), weight)}"
