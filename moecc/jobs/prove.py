@@ -79,8 +79,8 @@ def verdict_problem(verdict: Verdict) -> Problem | None:
                        "sampling may decide: moecc verify B --against A")  # fmt: skip
     sizes = ", ".join(f"{name} = {size}" for name, size in example.sizes.items())
     where = f"seed {example.seed}" + (f" at {sizes}" if sizes else "")
-    what = f"not the same function: {example.output} differs by {example.difference:.2g}, {where}"
-    return Problem(what, verdict.node, before, after)
+    text = f"not the same function: {example.output} differs by {example.difference:.2g}, {where}"
+    return Problem(text, verdict.node, before, after)
 
 
 def proof_text(proof: ConversionProof, a: str, b: str) -> str:
@@ -131,9 +131,10 @@ def _conversion_of(source: OpenedModel, result: OpenedModel) -> Manifest | None:
         return None
     manifest = load(path)
     config = manifest.source_files.get(CONFIG_NAME)
-    own = source.checkpoint.path / CONFIG_NAME
-    is_source = config is not None and own.is_file() and file_digest(own) == config.sha256
-    return manifest if is_source else None
+    source_config = source.checkpoint.path / CONFIG_NAME
+    if config is None or not source_config.is_file():
+        return None
+    return manifest if file_digest(source_config) == config.sha256 else None
 
 
 def replay(

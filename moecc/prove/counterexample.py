@@ -66,11 +66,11 @@ def find_counterexample(before: Graph, after: Graph, *, exact: bool) -> Countere
         return None
     for seed in range(SEEDS):
         try:
-            found = _differing_output(before, after, seed, exact)
+            example = _differing_output(before, after, seed, exact)
         except InputError:  # no meaning in NumPy, or none for these data
             continue
-        if found is not None:
-            return found
+        if example is not None:
+            return example
     return None
 
 
@@ -203,8 +203,8 @@ def _sizes(graphs: Sequence[Graph], seed: int) -> dict[str, int]:
 
 
 def _shape(type: TensorType, sizes: Sizes) -> tuple[int, ...]:
-    known = (sizes[s] if isinstance(s, str) else s for s in type.sizes)
-    return tuple(s for s in known if isinstance(s, int))
+    extents = (sizes[s] if isinstance(s, str) else s for s in type.sizes)
+    return tuple(s for s in extents if isinstance(s, int))
 
 
 def _input(value: Value, same: Value, seed: int, sizes: Sizes) -> Array:

@@ -115,20 +115,20 @@ class Evaluation:
         columns = [_leaves(x) for x in stack.xs]
         if len({shape for shape, _ in columns}) > 1 or len(columns) < 2:
             return None
-        place = self.algebra.fresh(len(columns))
+        number = self.algebra.fresh(len(columns))
         leaves: list[Tensor] = []
         for row in zip(*(leaves for _, leaves in columns), strict=True):
-            family = self._family(row, place)
+            family = self._family(row, number)
             if family is None:
                 return None
             leaves.append(family)
         body = self._over(stack.xs[0], iter(leaves))
-        new = self.algebra.axis(stack.axis, place.size)
-        moved = self.algebra.substitute(body.body, {place: self.algebra.index(new)})
+        new = self.algebra.axis(stack.axis, number.size)
+        moved = self.algebra.substitute(body.body, {number: self.algebra.index(new)})
         axes = (*body.axes[: stack.position], new, *body.axes[stack.position :])
         return replace(body, axes=axes, body=moved, dtype=stack.type.dtype)
 
-    def _family(self, leaves: Sequence[Expr], place: Var) -> Tensor | None:
+    def _family(self, leaves: Sequence[Expr], number: Var) -> Tensor | None:
         """Return leaves, all different or all the same, as a function of their number."""
         first, algebra = leaves[0], self.algebra
         if all(x is first for x in leaves):
@@ -137,7 +137,7 @@ class Evaluation:
         if not isinstance(first, Source | Draw) or len(set(names)) < len(names):
             return None
         axes = self._axes(first.type, {})
-        indices = [algebra.index(v) for v in (place, *axes)]
+        indices = [algebra.index(v) for v in (number, *axes)]
         head = Head("weights", (names, ()))
         if isinstance(first, Source):
             head = Head("family", (names, str(first.type.dtype), first.type.shape))

@@ -18,9 +18,9 @@ from moecc.terms.term import (
 
 
 def generalise(
-    algebra: Algebra, place: Polynomial, parts: Sequence[Polynomial]
+    algebra: Algebra, number: Polynomial, parts: Sequence[Polynomial]
 ) -> Polynomial | None:
-    """Return a term of `place` that may be each of `parts` at its number, or None.
+    """Return a term of `number` that may be each of `parts` at its number, or None.
 
     The parts must differ in constants of indices and in names of sources alone.
     """
@@ -30,7 +30,7 @@ def generalise(
     numbers = [dict(p.terms).get(unit, 0) for p in parts]
     others = [algebra.subtract(p, algebra.number(n)) for p, n in zip(parts, numbers, strict=True)]
     if all(p is others[0] for p in others) and all(isinstance(n, int) for n in numbers):
-        at = _progression(algebra, place, [int(n) for n in numbers])
+        at = _progression(algebra, number, [int(n) for n in numbers])
         return None if at is None else algebra.add(others[0], at)
     if len({len(p.terms) for p in parts}) > 1:
         return None
@@ -40,7 +40,7 @@ def generalise(
     sums = []
     for row in zip(*columns, strict=True):
         coefficients = {c for _, c in row}
-        product = _product(algebra, place, [m for m, _ in row])
+        product = _product(algebra, number, [m for m, _ in row])
         if len(coefficients) > 1 or product is None:
             return None
         sums.append(algebra.scale(product, coefficients.pop()))
@@ -52,7 +52,7 @@ def _names_apart(algebra: Algebra, monomial: Monomial) -> str:
     return " ".join([str(len(monomial.bound)), *heads])
 
 
-def _progression(algebra: Algebra, place: Polynomial, numbers: Sequence[int]) -> Polynomial | None:
+def _progression(algebra: Algebra, number: Polynomial, numbers: Sequence[int]) -> Polynomial | None:
     """Return a · ⌊(place mod p) / r⌋ + b with these values, or None."""
     count = len(numbers)
     for period in range(1, count + 1):
@@ -63,14 +63,14 @@ def _progression(algebra: Algebra, place: Polynomial, numbers: Sequence[int]) ->
         step = numbers[run] - numbers[0] if run < period else 0
         if any(numbers[i] != numbers[0] + step * (i // run) for i in range(period)):
             return None
-        inner = place if period == count else remainder(algebra, place, period)
+        inner = number if period == count else remainder(algebra, number, period)
         at = algebra.scale(quotient(algebra, inner, run), step)
         return algebra.add(at, algebra.number(numbers[0]))
     return None
 
 
 def _product(
-    algebra: Algebra, place: Polynomial, monomials: Sequence[Monomial]
+    algebra: Algebra, number: Polynomial, monomials: Sequence[Monomial]
 ) -> Polynomial | None:
     first = monomials[0]
     sizes = {(tuple(v.size for v in m.bound), len(m.factors)) for m in monomials}
@@ -83,18 +83,18 @@ def _product(
         renamed = [algebra.rename(algebra.lone(f), names).factor for f in monomial.factors]
         factors = [f for f in renamed if f is not None]
         columns.append(sorted(factors, key=_head_of))
-    parts = [_factor(algebra, place, row) for row in zip(*columns, strict=True)]
-    known = [p for p in parts if p is not None]
-    if len(known) < len(parts):
+    parts = [_factor(algebra, number, row) for row in zip(*columns, strict=True)]
+    generalised = [p for p in parts if p is not None]
+    if len(generalised) < len(parts):
         return None
-    return algebra.multiply(algebra.one, *known, over=shared)
+    return algebra.multiply(algebra.one, *generalised, over=shared)
 
 
 def _head_of(factor: Factor) -> str:
     return factor.head.name if isinstance(factor, Application) else factor.name
 
 
-def _factor(algebra: Algebra, place: Polynomial, factors: Sequence[Factor]) -> Polynomial | None:
+def _factor(algebra: Algebra, number: Polynomial, factors: Sequence[Factor]) -> Polynomial | None:
     if all(f is factors[0] for f in factors):
         return algebra.lone(factors[0])
     applications = [f for f in factors if isinstance(f, Application)]
@@ -103,14 +103,14 @@ def _factor(algebra: Algebra, place: Polynomial, factors: Sequence[Factor]) -> P
     first = applications[0]
     arguments = []
     for row in zip(*(f.arguments for f in applications), strict=False):
-        argument = generalise(algebra, place, row)
+        argument = generalise(algebra, number, row)
         if argument is None:
             return None
         arguments.append(argument)
     if {f.head for f in applications} == {first.head}:
         functions = []
         for column in zip(*(f.abstractions for f in applications), strict=True):
-            function = _function(algebra, place, column)
+            function = _function(algebra, number, column)
             if function is None:
                 return None
             functions.append(function)
@@ -120,19 +120,19 @@ def _factor(algebra: Algebra, place: Polynomial, factors: Sequence[Factor]) -> P
         return None
     names = [f.head.attrs[0] for f in applications]
     distinct = tuple(dict.fromkeys(names))
-    at = _progression(algebra, place, [distinct.index(n) for n in names])
+    at = _progression(algebra, number, [distinct.index(n) for n in names])
     if at is None:
-        distinct, at = tuple(names), place
+        distinct, at = tuple(names), number
     return algebra.apply(Head("family", (distinct, *first.head.attrs[1:])), (), [at, *arguments])
 
 
 def _function(
-    algebra: Algebra, place: Polynomial, functions: Sequence[Abstraction]
+    algebra: Algebra, number: Polynomial, functions: Sequence[Abstraction]
 ) -> Abstraction | None:
     if all(f is functions[0] for f in functions):
         return functions[0]
     if len({tuple(v.size for v in f.variables) for f in functions}) > 1:
         return None
     shared: list[Var] = [algebra.fresh(v) for v in functions[0].variables]
-    body = generalise(algebra, place, [algebra.enter(f, shared) for f in functions])
+    body = generalise(algebra, number, [algebra.enter(f, shared) for f in functions])
     return None if body is None else algebra.abstract(shared, body)

@@ -41,11 +41,11 @@ def _divided(
     if not is_integral(index):
         return None
     quotient = algebra.polynomial({m: int(c) // by for m, c in index.terms if int(c) % by == 0})
-    rest = algebra.polynomial({m: c for m, c in index.terms if int(c) % by})
-    low, high = bounds(rest)
+    remaining = algebra.polynomial({m: c for m, c in index.terms if int(c) % by})
+    low, high = bounds(remaining)
     if low == float("-inf") or high == float("inf") or low // by != high // by:
         return None
-    return quotient, rest, int(low // by)
+    return quotient, remaining, int(low // by)
 
 
 @of_application("quotient", "div", rearranges=True)
@@ -95,8 +95,8 @@ def quotient_and_remainder(
     coefficient = coefficients[part.terms[0][0]]
     if quotient.factor is None or coefficients.get(quotient.terms[0][0]) != coefficient * by:
         return None
-    rest = apart(algebra, polynomial, part.terms[0][0], quotient.terms[0][0])
-    return algebra.add(rest, algebra.scale(remainder.arguments[0], coefficient))
+    remaining = apart(algebra, polynomial, part.terms[0][0], quotient.terms[0][0])
+    return algebra.add(remaining, algebra.scale(remainder.arguments[0], coefficient))
 
 
 @of_application("range", "range", rearranges=True)
@@ -203,8 +203,8 @@ def own_slot(algebra: Algebra, application: Application) -> Polynomial | None:
     An assignment gives choice c of token t, where it gives it a slot, the slot p(t, c) of expert
     e(t, c) in group g(t), and no slot twice: token(g(t), e(t, c), p(t, c)) = t.
     """
-    group, expert, place = application.arguments
-    slot = place.factor
+    group, expert, position = application.arguments
+    slot = position.factor
     if not isinstance(slot, Application) or slot.head.name != "own_slot":
         return None
     is_token = application.head.name == "token_of"
@@ -225,22 +225,22 @@ def own_slot(algebra: Algebra, application: Application) -> Polynomial | None:
 @of_application("place in a stack", "stack", rearranges=True)
 def place_in_stack(algebra: Algebra, application: Application) -> Polynomial | None:
     """The stack of a₀ … aₙ at place i is aᵢ, and a if all are a."""
-    place, *parts = application.arguments
+    position, *parts = application.arguments
     if all(p is parts[0] for p in parts):
         return parts[0]
-    at = place.constant
+    at = position.constant
     return parts[int(at)] if at is not None else None
 
 
 @of_application("places within a stack", "stack", rearranges=True)
 def places_in_stack(algebra: Algebra, application: Application) -> Polynomial | None:
     """The stack of a₀ … aₙ at place i is that of aₘ … aₖ at place i − m, if m ≤ i ≤ k."""
-    place, *parts = application.arguments
-    low, high = bounds(place)
-    if not is_integral(place) or low < 0 or high >= len(parts) or high + 1 - low == len(parts):
+    position, *parts = application.arguments
+    low, high = bounds(position)
+    if not is_integral(position) or low < 0 or high >= len(parts) or high + 1 - low == len(parts):
         return None
     reachable = parts[int(low) : int(high) + 1]
-    at = algebra.subtract(place, algebra.number(low))
+    at = algebra.subtract(position, algebra.number(low))
     return algebra.apply(Head("stack", (len(reachable),)), (), [at, *reachable])
 
 
@@ -254,20 +254,20 @@ def _periods(_: Algebra, application: Application) -> Iterator[tuple[object, ...
 @of_application("stack with a period", "stack", candidates=_periods, rearranges=True)
 def periodic_stack(algebra: Algebra, application: Application, period: int) -> Polynomial | None:
     """The stack of a₀ … aₙ at place i is that of a₀ … aₚ₋₁ at i mod p, if it repeats so."""
-    place, *parts = application.arguments
-    low, high = bounds(place)
-    if not is_integral(place) or low < 0 or high >= len(parts):
+    position, *parts = application.arguments
+    low, high = bounds(position)
+    if not is_integral(position) or low < 0 or high >= len(parts):
         return None
     if any(part is not parts[at % period] for at, part in enumerate(parts)):
         return None
-    at = algebra.apply(Head("mod", (period,)), (), [place])
+    at = algebra.apply(Head("mod", (period,)), (), [position])
     return algebra.apply(Head("stack", (period,)), (), [at, *parts[:period]])
 
 
 @of_application("stack of sources", "stack", rearranges=True)
 def stack_of_sources(algebra: Algebra, application: Application) -> Polynomial | None:
     """The stack of sources at the same indices is a family of sources at one more index."""
-    place, *parts = application.arguments
+    position, *parts = application.arguments
     factors = [p.factor for p in parts]
     sources = [f for f in factors if isinstance(f, Application) and f.head.name == "source"]
     if len(sources) != len(parts) or len({(f.arguments, f.head.attrs[1:]) for f in sources}) > 1:
@@ -276,14 +276,14 @@ def stack_of_sources(algebra: Algebra, application: Application) -> Polynomial |
     if len(set(names)) < len(names):
         return None
     head = Head("family", (names, *sources[0].head.attrs[1:]))
-    return algebra.apply(head, (), [place, *sources[0].arguments])
+    return algebra.apply(head, (), [position, *sources[0].arguments])
 
 
 def _generalised(algebra: Algebra, application: Application) -> Iterator[tuple[object, ...]]:
-    place = algebra.fresh(number_at(application))
-    body = generalise(algebra, algebra.index(place), application.arguments[1:])
+    position = algebra.fresh(number_at(application))
+    body = generalise(algebra, algebra.index(position), application.arguments[1:])
     if body is not None:
-        yield (algebra.abstract([place], body),)
+        yield (algebra.abstract([position], body),)
 
 
 @of_application("stack by its members", "stack", candidates=_generalised, rearranges=True)
@@ -291,21 +291,21 @@ def stack_by_members(
     algebra: Algebra, application: Application, function: Abstraction
 ) -> Polynomial | None:
     """The stack of a₀ … aₙ at place i is f(i) if f(j) = aⱼ for every j."""
-    place, *parts = application.arguments
-    low, high = bounds(place)
-    if not is_integral(place) or low < 0 or high >= len(parts):
+    position, *parts = application.arguments
+    low, high = bounds(position)
+    if not is_integral(position) or low < 0 or high >= len(parts):
         return None
     for at, part in enumerate(parts):
         if algebra.instantiate(function, [algebra.number(at)]) is not part:
             return None
-    return algebra.instantiate(function, [place])
+    return algebra.instantiate(function, [position])
 
 
 @of_application("member of a family", "family", "weights", rearranges=True)
 def member_of_family(algebra: Algebra, application: Application) -> Polynomial | None:
     """A family of sources, or of other leaves, at a number is the source, or the leaf."""
-    place, *indices = application.arguments
-    at = place.constant
+    position, *indices = application.arguments
+    at = position.constant
     if at is None:
         return None
     names = application.head.attrs[0]
@@ -375,8 +375,10 @@ def best_of_repeated(algebra: Algebra, application: Application, by: int) -> Pol
     if top_k % by or any(s is None for s in scores):
         return None
     if application.head.attrs[2] == "softmax" and len(scores) > 1 and scores[1] is not None:
-        place = algebra.fresh(size // by)
-        scores[1] = algebra.abstract([place], algebra.scale(algebra.enter(scores[1], [place]), by))
+        position = algebra.fresh(size // by)
+        scores[1] = algebra.abstract(
+            [position], algebra.scale(algebra.enter(scores[1], [position]), by)
+        )
     (choice,) = application.arguments
     head = Head("experts", (size // by, top_k // by, *application.head.attrs[2:]))
     group = algebra.apply(Head("div", (by,)), (), [choice])
@@ -436,10 +438,10 @@ def best_of_undominated(
     least = min(biases[i] for i in places)
     if any(b > least - 1 for i, b in enumerate(biases) if i not in places):
         return None
-    place = algebra.fresh(count)
-    at = algebra.scale(algebra.index(place), step)
+    position = algebra.fresh(count)
+    at = algebra.scale(algebra.index(position), step)
     functions = [
-        algebra.abstract([place], algebra.instantiate(a, [at])) for a in application.abstractions
+        algebra.abstract([position], algebra.instantiate(a, [at])) for a in application.abstractions
     ]
     if score == "softmax":
         # The score of a place reads all logits, and its order is that of the logits alone.

@@ -83,19 +83,19 @@ def _of_factor(algebra: Algebra, factor: Factor) -> Occurrences:
     if factor not in memo:
         parts = [index_of_all(algebra, p) for p in factor.arguments]
         parts += [_of_abstraction(algebra, a) for a in factor.abstractions if a.free]
-        name, own = factor.head.name, _NONE
+        name, of_head = factor.head.name, _NONE
         variables = [p.variable for p in factor.arguments]
         if name in ("div", "mod") and variables[0] is not None:
             by = factor.head.attrs[0]
             assert isinstance(by, int)
-            own = Occurrences(divided=frozenset([(variables[0], by)]))
+            of_head = Occurrences(divided=frozenset([(variables[0], by)]))
         elif name in _CHOOSING and variables[0] is not None:
-            own = Occurrences(choices=frozenset([factor]))
+            of_head = Occurrences(choices=frozenset([factor]))
         elif name in _ROWS:
             places = frozenset(v for v in variables if v is not None)
             if len(places) == len(variables):
-                own = Occurrences(rows=frozenset([places]))
-        memo[factor] = _union([*parts, own])
+                of_head = Occurrences(rows=frozenset([places]))
+        memo[factor] = _union([*parts, of_head])
     result = memo[factor]
     assert isinstance(result, Occurrences)
     return result

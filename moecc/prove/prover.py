@@ -308,8 +308,8 @@ def _first_difference(before: Value, after: Value, old: Terms, new: Terms) -> Pa
                 stack.append((x, y))
     results = (v for node in after.graph for v in node.results)
     first = next((v for v in results if v in twins), after)
-    place = where(first.node) if first.node is not None else f"%{first.name}"
-    return place, (_shown(old[twins[first]]), _shown(new[first]))
+    node_text = where(first.node) if first.node is not None else f"%{first.name}"
+    return node_text, (_shown(old[twins[first]]), _shown(new[first]))
 
 
 def _operands_in_step(before: Node | None, after: Node | None) -> Iterable[tuple[Value, Value]]:

@@ -341,8 +341,8 @@ def join_sums(
     coefficient = dict(polynomial.terms)[first]
     if dict(polynomial.terms)[second] != coefficient:
         return None
-    rest = apart(algebra, polynomial, first, second)
-    return algebra.add(rest, algebra.scale(joined, coefficient))
+    others = apart(algebra, polynomial, first, second)
+    return algebra.add(others, algebra.scale(joined, coefficient))
 
 
 def _neighbouring_ranges(algebra: Algebra, polynomial: Polynomial) -> Iterator[tuple[object, ...]]:
@@ -380,8 +380,8 @@ def join_ranges(
     assert isinstance(inner, Application)
     wide = algebra.apply(Head("range", (number_at(low), number_at(high, 1))), (), inner.arguments)
     joined = algebra.multiply(*map(algebra.lone, _but(factors, at)), wide, over=bound)
-    rest = apart(algebra, polynomial, first, second)
-    return algebra.add(rest, algebra.scale(joined, coefficient))
+    others = apart(algebra, polynomial, first, second)
+    return algebra.add(others, algebra.scale(joined, coefficient))
 
 
 def _but(factors: tuple[Factor, ...], at: int) -> tuple[Factor, ...]:

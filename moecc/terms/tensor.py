@@ -195,15 +195,15 @@ def pieces(parts: Sequence[Tensor], axis: str) -> Tensor:
     algebra, start = parts[0].algebra, 0
     sizes = [t.axis(axis).size for t in parts]
     assert all(isinstance(s, int) for s in sizes)
-    whole = algebra.axis(axis, sum(int(s) for s in sizes))
-    position, bodies = algebra.index(whole), []
+    joined_axis = algebra.axis(axis, sum(int(s) for s in sizes))
+    position, bodies = algebra.index(joined_axis), []
     for part, size in zip(parts, sizes, strict=True):
         stop = start + int(size)
         inside = algebra.apply(Head("range", (start, stop)), (), [position])
         shifted = part.at({axis: algebra.subtract(position, algebra.number(start))})
         bodies.append(algebra.multiply(inside, shifted))
         start = stop
-    axes = tuple(whole if v.name == axis else v for v in parts[0].axes)
+    axes = tuple(joined_axis if v.name == axis else v for v in parts[0].axes)
     return Tensor(algebra, axes, algebra.add(*bodies))
 
 
@@ -238,13 +238,13 @@ def merged(x: Tensor, axes: Sequence[str], into: str) -> Tensor:
         assert isinstance(axis_size, int)
         indices[name] = (size, axis_size)
         size *= axis_size
-    whole = algebra.axis(into, size)
-    position = algebra.index(whole)
+    joined_axis = algebra.axis(into, size)
+    position = algebra.index(joined_axis)
     values = {
-        name: remainder(algebra, quotient(algebra, position, inner), own)
-        for name, (inner, own) in indices.items()
+        name: remainder(algebra, quotient(algebra, position, inner), size_of_axis)
+        for name, (inner, size_of_axis) in indices.items()
     }
-    order = (whole if v.name == axes[0] else v for v in x.axes if v.name not in axes[1:])
+    order = (joined_axis if v.name == axes[0] else v for v in x.axes if v.name not in axes[1:])
     return x.moved(order, values)
 
 
