@@ -24,12 +24,10 @@ from moecc.families.graphs.blocks import Blocks
 from moecc.families.graphs.parameters import Parameters
 from moecc.families.outside import Family
 from moecc.families.reader import COUNT, LAYERS, LENGTH, NEURONS, WIDTH, KeyProblem
-from moecc.ir import I32, Builder, Graph, Value, tensor
+from moecc.ir import I32, Graph, Value, tensor
 
 FIRST_POSITION = 2
 """The row of the table of positions that the first token has."""
-EPS = 1e-5
-"""The epsilon of the norms; transformers has a key for it, and does not read it."""
 
 
 @config_class
@@ -58,7 +56,7 @@ class BioGptConfig(ModelConfig):
         "tie_word_embeddings": (True, "an output matrix of its own is not supported")
     }
     always: ClassVar[Mapping[str, object]] = {"tie_word_embeddings": True}
-    idle: ClassVar[tuple[str, ...]] = ("layer_norm_eps",)  # see EPS
+    idle: ClassVar[tuple[str, ...]] = ("layer_norm_eps",)  # read by the property
 
     hidden_size: int = size(WIDTH)
     intermediate_size: int = size(NEURONS)
@@ -68,6 +66,11 @@ class BioGptConfig(ModelConfig):
     hidden_act: str = activation(default="gelu")
     scale_embedding: bool = flag(default=True)
     tie_word_embeddings: ClassVar[bool] = True
+
+    @property
+    def layer_norm_eps(self) -> float:
+        """The epsilon of the norms; transformers has a key for it, and does not read it."""
+        return 1e-5
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -84,7 +87,7 @@ def build_biogpt(config: BioGptConfig, request: GraphRequest) -> Graph:
     """Return the graph from ``tokens : i32[batch, seq]`` to ``logits : f32[batch, seq, vocab]``."""
     params = Parameters.of(config, request)
     graph, width = params.graph, config.hidden_size
-    blocks = Blocks(Builder(graph), params, EPS)
+    blocks = Blocks(params, config)
     builder = blocks.builder
     tokens = graph.input("tokens", tensor(I32, batch=request.batch, seq=request.seq))
     with builder.at("embed"):

@@ -43,7 +43,7 @@ def test_outputs_change_the_disk_through_one_module() -> None:
     found = {
         (file.name, match[0])
         for file in files
-        if file.name != "disk.py"
+        if file.name != "files.py"
         for match in changing.finditer(re.sub(r"disk\(\)\.\w+\(", "", file.read_text()))
     }
     # An empty folder that was made a moment before; it is in no state that anyone waits for.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from moecc.train.scoring import RoutedTokens, information
 from moecc.train.tokens.documents import DocumentFormat
 from moecc.train.tokens.make import Making, make_tokens
 
-from .tiny import DOCS, draw_weights, make_model
+from .tiny import draw_weights, make_model
 
 
 def routed(tokens: list[int], experts: list[int], size: int = 4) -> RoutedTokens:
@@ -49,7 +50,13 @@ def specialise(model: Path, data: Path, *more: str, capsys: pytest.CaptureFixtur
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tokens") / "tokens"
-    texts = (str(DOCS / "tour.md"),)
+    words, chance = (
+        ["a", "token", "goes", "to", "the", "expert", "of", "its", "row"],
+        random.Random(0),
+    )
+    paragraphs = [" ".join(chance.choices(words, k=20)) for _ in range(40)]
+    (out.parent / "text.txt").write_text("\n\n".join(paragraphs))
+    texts = (str(out.parent / "text.txt"),)
     make_tokens(Making(texts, "bytes", DocumentFormat("documents", "text", "paragraph")), out)
     return out
 

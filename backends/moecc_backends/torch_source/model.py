@@ -267,7 +267,7 @@ class StMoeModel(StMoePreTrainedModel):
             cache = DynamicCache()
         if inputs_embeds is None:
             inputs_embeds = <embedding>(input_ids)<positions>
-        <body>
+        <statements>
         return with_cache(<output>, cache, <results>)
 '''
 
@@ -290,7 +290,7 @@ class StMoeForCausalLM(StMoePreTrainedModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_states = outputs.last_hidden_state[:, kept]
-        <body>
+        <statements>
         loss = None
         if labels is not None:
             vocabulary = self.config.vocab_size
@@ -304,7 +304,7 @@ class StMoeModel(StMoePreTrainedModel):
     """The encoder."""
 {MODULES}
     def forward(self, <arguments>, **kwargs):
-        <body>
+        <statements>
         return <output>(<results>)
 '''
 
@@ -359,7 +359,7 @@ class <name>(StMoePreTrainedModel, GenerationMixin):
             )
         inputs_embeds = <embedding>(decoder_input_ids)<positions>
         memory = encoder_outputs[0]
-        <body>
+        <statements>
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
@@ -517,7 +517,7 @@ class Models:
             "embedding": embedding,
             "positions": self._positions(),
             "continues": self._continues(),
-            "body": writer.filled_lines(writer.lines),
+            "statements": writer.filled_lines(writer.lines),
         }
         root = self._writer("StMoeForCausalLM", "", head)
         root.values[hidden] = PythonExpr(STATE, hidden.axes)
@@ -542,7 +542,7 @@ class Models:
                 {
                     "constructor": [f"{base} = StMoeModel(config)", *root.filled_lines(own)],
                     "base": base,
-                    "body": root.filled_lines(lines),
+                    "statements": root.filled_lines(lines),
                     **self._loss_parts(root, "MoeCausalLMOutputWithPast"),
                 },
             )
@@ -600,7 +600,7 @@ class Models:
                 {
                     "constructor": writer.filled_lines(writer.tree.lines()),
                     "arguments": ", ".join(f"{a}=None" for a in self._arguments()),
-                    "body": [*self._mask_lines(), *writer.filled_lines(writer.lines)],
+                    "statements": [*self._mask_lines(), *writer.filled_lines(writer.lines)],
                     "output": "StMoeOutput" if losses else "BaseModelOutput",
                     "results": writer.filled(", ".join(results)),
                 },
@@ -674,7 +674,7 @@ class Models:
                     "embedding": whole.tree.access(str(item.attrs["module"])),
                     "positions": self._positions(),
                     "continues": self._continues(),
-                    "body": [*self._decoder_mask(), *decoder.filled_lines(lines)],
+                    "statements": [*self._decoder_mask(), *decoder.filled_lines(lines)],
                     **self._loss_parts(decoder, "StMoeSeq2SeqOutput"
                                        if self._losses() else "Seq2SeqLMOutput"),
                 },
