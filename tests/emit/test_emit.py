@@ -247,3 +247,12 @@ def test_cells_are_right():
     wrong = [row for row in report["cells"] if not all(
         v["right"] for k, v in row.items() if k.startswith("transformers"))]  # fmt: skip
     assert wrong == []
+
+
+@pytest.mark.parametrize("word", ["scope", "st_moe_model", "expert_rows"])
+def test_no_class_has_the_name_of_another(word):
+    graph = moecc.open(str(GOLDEN / "llama_gqa")).upcycle(experts=4, top_k=2).graph
+    text = print_graph(graph).replace(".attention", f".{word}")
+    (program,) = emit_program(parse(text), "torch").files.values()
+    names = re.findall(r"^class (\w+)", program, re.MULTILINE)
+    assert len(names) == len(set(names))

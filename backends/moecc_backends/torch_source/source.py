@@ -48,7 +48,7 @@ def emit_torch(graph: Graph) -> EmittedProgram:
     if program.tokens:
         add_caches(program, cached=can_continue(graph))
     steps = blocks_of(program, layer_prefixes(ready))
-    classes = Classes()
+    classes = Classes(_reserved_names())
     layers = [s for s in steps if isinstance(s, ModuleBlock)]
 
     def write(block: ModuleBlock) -> BlockWriter:
@@ -95,6 +95,14 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 '''
+
+
+@cache
+def _reserved_names() -> frozenset[str]:
+    """Return what a text may import, and the helpers that it may define."""
+    imports = [n for n in ast.parse(PREAMBLE).body if isinstance(n, ast.Import | ast.ImportFrom)]
+    imported = {alias.asname or alias.name for node in imports for alias in node.names}
+    return frozenset({*imported, *_helpers(), "EncoderOf"})
 
 
 def _imports(preamble: str, body: str) -> str:

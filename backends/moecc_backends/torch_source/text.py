@@ -93,17 +93,28 @@ class Instance:
     inputs: list[str]
 
 
+MODEL_PREFIX = "StMoe"
+"""With what the names of the models' classes begin."""
+
+
 @dataclass
 class Classes:
-    """The classes of a text, and the instance that each block is."""
+    """The classes of a text, and the instance that each block is.
 
+    Attributes:
+      reserved: names that the text defines or imports besides.
+    """
+
+    reserved: frozenset[str] = frozenset()
     definitions: list[ClassDef] = field(default_factory=list)
     instances: dict[ModuleBlock, Instance] = field(default_factory=dict)
     helpers: set[str] = field(default_factory=set)
 
     def unique(self, title: str, stack: str) -> str:
-        """Return a name that no class has, with that of its stack if that makes it so."""
-        names = {d.name for d in self.definitions}
+        """Return a name that nothing has, with that of its stack if that makes it so."""
+        names = self.reserved | {d.name for d in self.definitions}
+        if title.startswith(MODEL_PREFIX):
+            title = f"Layer{title}"
         if title in names and stack and f"{stack}{title}" not in names:
             return f"{stack}{title}"
         number, name = 2, title
