@@ -305,11 +305,11 @@ def stack_by_members(
 def member_of_family(algebra: Algebra, application: Application) -> Polynomial | None:
     """A family of sources, or of other leaves, at a number is the source, or the leaf."""
     position, *indices = application.arguments
-    at = position.constant
-    if at is None:
-        return None
-    names = application.head.attrs[0]
+    at, names = position.constant, application.head.attrs[0]
     assert isinstance(names, tuple)
+    # A number out of range stands under an indicator that is 0.
+    if at is None or at not in range(len(names)):
+        return None
     name = "source" if application.head.name == "family" else "weight"
     return algebra.apply(Head(name, (names[int(at)], *application.head.attrs[1:])), (), indices)
 

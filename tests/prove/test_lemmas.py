@@ -203,7 +203,11 @@ CASES: dict[str, tuple[Build, list[Build]]] = {
     ),
     "member of a family": (
         lambda a: a.apply(head("family", ("x", "y"), "f32", (99,)), (), [a.number(1), i(a)]),
-        [lambda a: a.apply(head("family", ("x", "y"), "f32", (99,)), (), [i(a, size=2), i(a)])],
+        [
+            lambda a: a.apply(head("family", ("x", "y"), "f32", (99,)), (), [i(a, size=2), i(a)]),
+            lambda a: a.apply(head("family", ("x", "y"), "f32", (99,)), (), [a.number(2), i(a)]),
+            lambda a: a.apply(head("family", ("x", "y"), "f32", (99,)), (), [a.number(-1), i(a)]),
+        ],
     ),
     "equal shares": (
         lambda a: a.apply(
