@@ -396,6 +396,8 @@ def promise_verdict(prover: Prover, before: Graph, after: Graph) -> Verdict | No
         return None
     try:
         return prover.prove(before, after, outputs=before.outputs.keys(), refute=False)
+    except MemoryError:
+        raise
     except Exception as error:  # Sampling decides then, as where no proof is found.
         warn(f"the prover failed, which is a bug in moecc: {described(error)}")
         return None

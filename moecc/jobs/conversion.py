@@ -298,6 +298,8 @@ def plan(
 
         try:
             proof = prove_conversion(proofs.source, export, proofs.real)
+        except MemoryError:
+            raise
         except Exception as error:  # The passes have been checked; the result is not proved.
             remarks.append(f"the prover failed, which is a bug in moecc: {described(error)}")
     return Plan(

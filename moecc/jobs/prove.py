@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from moecc.errors import CheckError, InputError, MoeccError, Problem
+from moecc.errors import CheckError, InputError, MoeccError, Problem, UsageError
 from moecc.ir.structure import clone
 from moecc.jobs.command import Load, Report, Spelling, read_pipeline
 from moecc.model.open import CONFIG_NAME, OpenedModel, open_model
 from moecc.prove import Prover
 from moecc.prove.conversion import ConversionProof, compared, prove_conversion
+from moecc.support.console import warn
 from moecc.support.text import amount
 from moecc.translate.export import Export
 
@@ -96,10 +97,13 @@ def proof_text(proof: ConversionProof, a: str, b: str) -> str:
 
 
 def replayed(source: OpenedModel, result: OpenedModel) -> ConversionProof | None:
-    """Prove again what the receipt of a converted folder says is proved; None if it says nothing.
+    """Prove again what the receipt of a converted folder says is proved.
+
+    None stands for a receipt that says nothing, and for a conversion that cannot be planned again
+    from its source alone, which is reported: one with further models, statistics, passes of its
+    own, or a program.
 
     Raises:
-      InputError: the conversion cannot be planned again.
       CheckError: it is not proved, or is the proof of other graphs.
     """
     from moecc.jobs.receipt import load_receipt, object_of
@@ -110,7 +114,11 @@ def replayed(source: OpenedModel, result: OpenedModel) -> ConversionProof | None
     stated = object_of(object_of(load_receipt(result.checkpoint.path)).get("proof"))
     if stated.get("verdict") != "proved":
         return None
-    proof = replay(source, result, manifest, Prover())
+    try:
+        proof = replay(source, result, manifest, Prover())
+    except (InputError, UsageError) as error:
+        warn(f"the proof of the receipt was not repeated: {error.problems[0].what}")
+        return None
     graphs = {"source": proof.source, "result": proof.result}
     if (problem := verdict_problem(proof.verdict)) is not None:
         raise CheckError([problem])
@@ -152,7 +160,8 @@ def replay(
     passes = read_pipeline(manifest.pipeline, load)
     copied = replace(source, graph=clone(source.graph))
     export = plan(copied, passes, manifest.family_to, seed=manifest.seed, check=False).export
-    assert isinstance(export, Export), "a folder is of a family"
+    if not isinstance(export, Export):
+        raise InputError("a folder is of a family", where=result.name, found=manifest.family_to)
     problems = list(_differences(export, result, manifest))
     if problems:
         raise InputError(problems)

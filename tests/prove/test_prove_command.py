@@ -78,3 +78,15 @@ def test_verifying_against_the_source_proves_again(
     done = moecc("verify", folder, "--against", DENSE)
     assert done.code == 3
     assert "the proof of other graphs" in done.err
+
+
+def test_a_conversion_that_cannot_be_planned_again_is_verified_all_the_same(
+    moecc: Callable[..., Any],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "program"
+    words = ["-p", "upcycle{experts=4}", "--to", "st_moe", "--emit", "torch"]
+    assert moecc("convert", DENSE, folder, *words).code == 0
+    done = moecc("verify", folder, "--against", DENSE)
+    assert done.code == 0, done.err
+    assert "the proof of the receipt was not repeated" in done.err
