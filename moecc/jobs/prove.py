@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from moecc.errors import CheckError, InputError, MoeccError, Problem, UsageError
 from moecc.ir.structure import clone
-from moecc.jobs.command import Load, Report, Spelling, read_pipeline
+from moecc.jobs.command import Force, Load, Report, Spelling, check_writable, read_pipeline
 from moecc.model.open import CONFIG_NAME, OpenedModel, open_model
 from moecc.prove import Prover
 from moecc.prove.conversion import ConversionProof, compared, prove_conversion
+from moecc.prove.log import proof_paths
 from moecc.support.console import warn
 from moecc.support.text import amount
 from moecc.translate.export import Export
@@ -29,6 +30,7 @@ def prove(
     exact: bool = False,
     proof: Annotated[str | None, Spelling("FILE")] = None,
     load: Load = (),
+    force: Force = False,
 ) -> Report:
     """Prove that two models are the same function.
 
@@ -49,6 +51,7 @@ def prove(
     Example:
       moecc prove smollm2 smollm2-8x
     """
+    check_proof_files(proof, force=force)
     with open_model(a, config_alone=True) as source, open_model(b, config_alone=True) as result:
         prover = Prover(exact=exact)
         manifest = _conversion_of(source, result)
@@ -63,6 +66,12 @@ def prove(
     problem = verdict_problem(comparison.verdict)
     error = None if problem is None else _error(comparison.verdict, problem)
     return Report("prove", data, lambda: proof_text(comparison, a, b), error=error)
+
+
+def check_proof_files(file: str | None, *, force: bool) -> None:
+    """Raise InputError if a file of a proof cannot be written, or is there and not replaced."""
+    for path in () if file is None else proof_paths(Path(file)):
+        check_writable(str(path), force=force)
 
 
 def _error(verdict: Verdict, problem: Problem) -> MoeccError:

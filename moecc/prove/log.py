@@ -119,6 +119,11 @@ def _renumbered(row: Any, moved: Callable[[int], int]) -> list[object]:
     raise TypeError(f"{row!r} is no row")
 
 
+def proof_paths(file: Path) -> tuple[Path, Path, Path]:
+    """Return the files of a proof: its log, and the texts of both graphs beside it."""
+    return file, file.with_suffix(".before.moe"), file.with_suffix(".after.moe")
+
+
 def write_proof(verdict_log: JsonDict, before: Graph, after: Graph, file: Path) -> tuple[Path, ...]:
     """Write a log with the steps that ``moecc-check`` needs, and the texts of both graphs.
 
@@ -141,7 +146,7 @@ def write_proof(verdict_log: JsonDict, before: Graph, after: Graph, file: Path) 
     except moecc_check.Rejected as error:
         problem = Problem("moecc-check does not accept the proof", found=str(error))
         raise CheckError([problem]) from None
-    paths = (file, file.with_suffix(".before.moe"), file.with_suffix(".after.moe"))
+    paths = proof_paths(file)
     for path, text in zip(paths, (json.dumps(pruned(log, needed)), *texts), strict=True):
         path.write_text(text, "utf-8")
     return paths

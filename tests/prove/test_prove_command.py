@@ -90,3 +90,12 @@ def test_a_conversion_that_cannot_be_planned_again_is_verified_all_the_same(
     done = moecc("verify", folder, "--against", DENSE)
     assert done.code == 0, done.err
     assert "the proof of the receipt was not repeated" in done.err
+
+
+def test_a_proof_replaces_no_file_unasked(moecc: Callable[..., Any], tmp_path: Path) -> None:  # noqa: F811
+    file = tmp_path / "proof.json"
+    assert moecc("prove", DENSE, DENSE, "--proof", file).code == 0
+    done = moecc("prove", DENSE, DENSE, "--proof", file)
+    assert done.code == 1
+    assert "the file exists" in done.err
+    assert moecc("prove", DENSE, DENSE, "--proof", file, "--force").code == 0
