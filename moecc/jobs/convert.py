@@ -32,6 +32,7 @@ from moecc.jobs.command import (
 )
 from moecc.jobs.conversion import Plan
 from moecc.jobs.conversion import plan as plan
+from moecc.jobs.prove import check_proof_files
 from moecc.jobs.receipt import (
     MAX_SHARD_BYTES,
     RECEIPT_NAME,
@@ -382,6 +383,7 @@ def convert(
 
     type = None if dtype is None else _output_type(dtype)
     limit, branches = count_bytes(max_shard_bytes), parse_branches(experts)
+    check_proof_files(proof, force=force)
     passes = read_pipeline(pipeline, load)
     with (
         signals_raised(),
