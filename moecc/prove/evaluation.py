@@ -28,11 +28,13 @@ class Evaluation:
       exact: whether only operations that rearrange elements mean more than their names.
       rolled: whether repetition is a function of its body, and not run after run.
       weights: the terms of weight expressions, which graphs share.
+      results: those of operations on equal operands, which layers and graphs share.
     """
 
     def __init__(self, algebra: Algebra, *, exact: bool = False, rolled: bool = False) -> None:
         self.algebra, self.exact, self.rolled = algebra, exact, rolled
         self.weights: dict[Expr, Tensor] = {}
+        self.results: dict[tuple[Hashable, ...], Sequence[Tensor]] = {}
         self._evaluated: list[tuple[Graph, Terms]] = []
 
     def evaluate(self, graph: Graph) -> Terms:
@@ -160,6 +162,14 @@ class Evaluation:
         operands = [terms[v] for v in node.operands]
         if node.body is not None:
             return self._repeated(node, node.body, operands)
+        values = ((t.axes, t.body, t.finite, t.slots, t.dtype) for t in operands)
+        key = (node.op.name, *_attributes(node), *values)
+        if key not in self.results:
+            self.results[key] = self._computed(node, operands, terms)
+        return self.results[key]
+
+    def _computed(self, node: Node, operands: list[Tensor], terms: Terms) -> Sequence[Tensor]:
+        """Return the results of a node by the meaning of its operation, or without one."""
         if node.op.blocks_gradient and not self.exact:
             return [stopped(operands[0])]
         meaning = node.op.term

@@ -153,9 +153,9 @@ def _content(algebra: Algebra, body: Polynomial) -> tuple[Polynomial, Polynomial
     if len(coefficients) == 1 and coefficients != {1}:
         by = coefficients.pop()
         return algebra.number(by), algebra.scale(body, 1 / by)
-    common = set.intersection(*({*m.factors} for m, _ in body.terms)) if body.terms else set()
-    for root in common:
-        if isinstance(root, Application) and root.head.name == "root":
+    for root in body.terms[0][0].factors if body.terms else ():
+        is_root = isinstance(root, Application) and root.head.name == "root"
+        if is_root and all(root in m.factors for m, _ in body.terms):
             parts = []
             for monomial, coefficient in body.terms:
                 bound, factors = algebra.opened(monomial)

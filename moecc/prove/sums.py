@@ -209,8 +209,12 @@ def sum_over_range(
     return replaced(algebra, without(opened, range_), {variable: value}, (fresh,))
 
 
+def _choices(algebra: Algebra, opened: OpenMonomial) -> list[Application]:
+    return sorted(Occurrences.of(algebra, opened.factors).choices, key=lambda c: c.serial)
+
+
 def _bijections(algebra: Algebra, opened: OpenMonomial) -> Iterator[tuple[object, ...]]:
-    for choice in Occurrences.of(algebra, opened.factors).choices:
+    for choice in _choices(algebra, opened):
         if choice.arguments[0].variable in opened.bound:
             yield (choice, choice.arguments[0].variable)
 
@@ -240,7 +244,7 @@ MOST_PLACES = 64
 
 
 def _stacked(algebra: Algebra, opened: OpenMonomial) -> Iterator[tuple[object, ...]]:
-    for choice in Occurrences.of(algebra, opened.factors).choices:
+    for choice in _choices(algebra, opened):
         variable = choice.arguments[0].variable
         if choice.head.name == "stack" and variable in opened.bound:
             yield (variable,)
@@ -257,7 +261,8 @@ def sum_over_places(algebra: Algebra, opened: OpenMonomial, variable: Var) -> Po
 
 def _divided_variables(algebra: Algebra, opened: OpenMonomial) -> Iterator[tuple[object, ...]]:
     divided = Occurrences.of(algebra, opened.factors).divided
-    yield from sorted(((v, n) for v, n in divided if v in opened.bound), key=lambda d: d[1])
+    inside = [(v, n) for v, n in divided if v in opened.bound]
+    yield from sorted(inside, key=lambda d: (d[1], opened.bound.index(d[0])))
 
 
 @of_monomial("split a sum", _divided_variables)

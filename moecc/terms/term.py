@@ -15,9 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from fractions import Fraction
+from functools import lru_cache
 from itertools import permutations, product
 from math import factorial, inf, prod
 from typing import Literal, NamedTuple
+from zlib import crc32
 
 Coefficient = int | Fraction
 Size = int | str
@@ -34,6 +36,12 @@ class Head(NamedTuple):
         return " ".join([self.name, *map(str, self.attrs[:1])])
 
 
+@lru_cache(maxsize=10_000)
+def _stable_hash(value: object) -> int:
+    """Return a hash of names and numbers that is the same in every process: terms are ordered."""
+    return crc32(repr(value).encode("utf-8", "surrogatepass"))
+
+
 class Var:
     """An index variable, which runs from 0 to below its size.
 
@@ -48,7 +56,7 @@ class Var:
     def __init__(self, name: str, size: Size, level: int) -> None:
         self.name, self.size, self.level = name, size, level
         self.free: tuple[Var, ...] = (self,)
-        self.shape: int = hash(("index", size))
+        self.shape: int = _stable_hash(("index", size))
         self.weight: int = 1
 
     def __repr__(self) -> str:
@@ -64,7 +72,7 @@ class Abstraction:
         self.variables, self.body = variables, body
         self.free: tuple[Var, ...] = tuple(v for v in body.free if v not in variables)
         self.level: int = max((v.level for v in variables), default=body.level) if self.free else 0
-        self.shape: int = hash((tuple(v.size for v in variables), body.shape))
+        self.shape: int = hash((tuple(v.shape for v in variables), body.shape))
         self.weight: int = 1 + (body.weight if self.free else 0)
 
     def __repr__(self) -> str:
@@ -92,7 +100,7 @@ class Application:
         parts: tuple[Abstraction | Polynomial, ...] = (*abstractions, *arguments)
         self.free: tuple[Var, ...] = tuple(dict.fromkeys(v for p in parts for v in p.free))
         self.level: int = max((p.level for p in parts), default=0)
-        self.shape: int = hash((head, tuple(p.shape for p in parts)))
+        self.shape: int = hash((_stable_hash(head), tuple(p.shape for p in parts)))
         self.weight: int = 1 + sum(p.weight for p in parts)
 
     def __repr__(self) -> str:
@@ -113,7 +121,7 @@ class Monomial:
         free = dict.fromkeys(v for f in factors for v in f.free)
         self.free: tuple[Var, ...] = tuple(v for v in free if v not in bound)
         self.level: int = max([*(f.level for f in factors), *(v.level for v in bound)], default=0)
-        self.shape: int = hash((tuple(v.size for v in bound), tuple(f.shape for f in factors)))
+        self.shape: int = hash((len(bound), *(v.shape for v in bound), *(f.shape for f in factors)))
         self.weight: int = 1 + sum(f.weight for f in factors)
 
     def __repr__(self) -> str:
@@ -350,6 +358,11 @@ class Algebra:
 
     def substitute(self, polynomial: Polynomial, values: Substitution) -> Polynomial:
         """Return the polynomial with free variables replaced, in normal form."""
+        pairs = ((v, p.variable) for v, p in values.items())
+        names = {v: w for v, w in pairs if w is not None and w.size == v.size}
+        new = {*names.values()}
+        if len(new) == len(values) and not new.intersection(polynomial.free):
+            return self.rename(polynomial, names)
         return self._substituted(polynomial, values, {})
 
     def _substituted(

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import moecc
+from moecc.ir.graph import Node
 from moecc.ir.text import parse
 from moecc.prove import prove
+from moecc.prove.evaluation import Evaluation
 from moecc.terms import term
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -92,3 +98,36 @@ def test_exact_is_equality_of_bits() -> None:
 def test_fused_attention_has_the_terms_of_its_parts(name: str) -> None:
     source = model(name)
     assert prove(source.graph, source.apply("fuse-attention").graph).status == "proved"
+
+
+def test_a_log_does_not_depend_on_the_seed_of_hashes() -> None:
+    program = (
+        "import json, moecc; from moecc.prove import prove; "
+        f"dense = moecc.open({str(GOLDEN / 'llama_gqa')!r}); "
+        "sparse = dense.apply('upcycle{experts=8 granularity=2 top-k=4}'); "
+        "print(json.dumps(prove(dense.graph, sparse.graph).log))"
+    )
+    logs = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in (1, 2)
+    }
+    assert len(logs) == 1
+
+
+def test_operations_on_equal_operands_are_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    evaluate = Evaluation._computed
+
+    def counted(self: Evaluation, node: Node, *operands: Any) -> Any:
+        names.append(node.op.name)
+        return evaluate(self, node, *operands)
+
+    monkeypatch.setattr(Evaluation, "_computed", counted)
+    dense = model("llama_gqa")
+    assert prove(dense.graph, dense.apply("upcycle{experts=4 top-k=2}").graph)
+    assert names.count("attention") == sum(n.op.name == "attention" for n in dense.graph)
