@@ -22,6 +22,7 @@ from moecc.model.open import OpenedModel
 from moecc.rewrite.passes import Context, Preserves
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline, temporary_folder
+from moecc.support.process import gc_paused
 from moecc.support.text import amount, brief, count_text, facts_table, size_text
 from moecc.translate.engines import verdicts, verdicts_on_gguf, verdicts_on_program
 from moecc.translate.propose import check_target
@@ -111,6 +112,13 @@ class Plan:
         if self.program is not None:
             return verdicts_on_program()
         return verdicts(self.export.config)
+
+    def without_log(self) -> Plan:
+        """Return the plan without the log of its proof, which holds all terms."""
+        if self.proof is None:
+            return self
+        verdict = replace(self.proof.verdict, make_log=dict)
+        return replace(self, proof=replace(self.proof, verdict=verdict))
 
     @property
     def proved(self) -> str:
@@ -206,6 +214,7 @@ class Plan:
         }
 
 
+@gc_paused()
 def plan(
     model: OpenedModel,
     pipeline: Pipeline,

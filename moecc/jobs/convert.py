@@ -409,6 +409,8 @@ def convert(
                     [Problem("no proof to write: the conversion promises no equality")]
                 )
             planned.proof.write(Path(proof))
+        # Its terms would stay in memory, and the collector walk them, while weights are written.
+        planned = planned.without_log()
         check_place(planned, out, force=force, resume=resume)
         if not dry_run:
             with Bar("writing") as bar:

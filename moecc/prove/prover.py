@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from moecc.prove.counterexample import (
 from moecc.prove.evaluation import Evaluation, Terms
 from moecc.prove.log import log_of
 from moecc.prove.rules import Lemmas
+from moecc.support.process import gc_paused
 from moecc.support.untyped import JsonDict
 from moecc.terms.tensor import Tensor
 from moecc.terms.term import Algebra, TooManyTerms
@@ -232,15 +232,13 @@ def _readings(before: Graph, after: Graph, *, exact: bool) -> Iterator[Reading]:
 @contextmanager
 def _deep_and_uncollected() -> Iterator[None]:
     """Let terms nest, and leave the cyclic collector off: terms have no cycles."""
-    limit, collects = sys.getrecursionlimit(), gc.isenabled()
+    limit = sys.getrecursionlimit()
     sys.setrecursionlimit(max(limit, 20_000))
-    gc.disable()
     try:
-        yield
+        with gc_paused():
+            yield
     finally:
         sys.setrecursionlimit(limit)
-        if collects:
-            gc.enable()
 
 
 Parting = tuple[str, tuple[str, str]]
