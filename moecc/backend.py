@@ -127,6 +127,13 @@ class EmittedProgram:
     params: Mapping[str, str]
     config: JsonDict
 
+    @property
+    def auto_map(self) -> Mapping[str, object]:
+        """The classes by which transformers loads it; empty for a program of JAX."""
+        mapped = self.config.get("auto_map", {})
+        assert isinstance(mapped, dict), "classes by name"
+        return mapped
+
 
 @runtime_checkable
 class EmittingBackend(Protocol):
@@ -141,7 +148,7 @@ class EmittingBackend(Protocol):
         ...
 
 
-EMITTERS = {"torch": "torch_source"}
+EMITTERS = {"torch": "torch_source", "jax": "jax_source"}
 """The backends that write programs, by language."""
 
 

@@ -36,8 +36,15 @@ def _torch_source() -> Backend:
     return TorchSourceBackend()
 
 
+def _jax_source() -> Backend:
+    from moecc_backends.jax_source import JaxSourceBackend
+
+    return JaxSourceBackend()
+
+
 REGISTRY: dict[str, Callable[[], Backend]] = {
     "reference": _reference,
     "xla": _xla,
     "torch_source": _torch_source,
+    "jax_source": _jax_source,
 }

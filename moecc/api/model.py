@@ -456,7 +456,8 @@ class Model(Closing):
         """Write the model as a program, with its weights, and return it opened from there.
 
         Args:
-          language: ``"torch"``: one readable file that transformers loads.
+          language: ``"torch"``: one readable file that transformers loads; ``"jax"``: functions of
+            a dictionary of parameters.
           folder: where to.
           dtype: the element type to write; None keeps that of the source.
           force: whether an existing output is replaced.

@@ -91,7 +91,7 @@ class CardFacts:
       active_parameters: the number of parameters used per token.
       moecc_version: the version that wrote it.
       task: the Hub's pipeline tag, if there is one.
-      code: the file with the classes of the model, which transformers runs; empty if its own do.
+      code: the file with the program of the model; empty if a library has it.
       auto_class: the transformers class that loads it; None if only moecc does.
       is_sparse: whether the output has experts.
       base_model: the source on the Hub, if known.
@@ -240,6 +240,14 @@ def _snippet(facts: CardFacts) -> str:
                 'inputs = tokenizer("Once upon a time", return_tensors="pt")',
                 "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",
             ]
+    elif facts.code:
+        module = facts.code.removesuffix(".py")
+        lines = [
+            f"import {module}  # the file beside this card",
+            "",
+            f"params = {module}.load({json.dumps(facts.title)})  # where these files are",
+            f"outputs = {module}.apply(params, inputs)",
+        ]
     elif is_generator:
         lines = [
             "import moecc",
@@ -268,9 +276,15 @@ def _code_remark(facts: CardFacts) -> str:
     """Return the remark on the code that loading the model runs."""
     if not facts.code:
         return ""
+    code = f"`{_code(facts.code)}`"
+    program = (
+        f"`trust_remote_code=True` runs {code}, the classes of this model, which "
+        "imports torch and transformers alone and opens neither a file nor a connection."
+        if facts.auto_class is not None
+        else f"{code} imports jax and numpy alone, and opens no file but the tensors."
+    )
     return (
-        f"`trust_remote_code=True` runs `{_code(facts.code)}`, the classes of this model, which "
-        "imports torch and transformers alone and opens neither a file nor a connection. It is "
+        f"{program} It is "
         "yours to read and to edit. As written it is a function of the graph in `config.json`: "
         "`moecc verify` writes it again and compares. moecc itself reads the graph, and never "
         "runs the file."

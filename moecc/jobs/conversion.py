@@ -110,7 +110,7 @@ class Plan:
         if self.architecture:
             return verdicts_on_gguf(self.architecture)
         if self.program is not None:
-            return verdicts_on_program()
+            return verdicts_on_program() if self.program.auto_map else ()
         return verdicts(self.export.config)
 
     def without_log(self) -> Plan:

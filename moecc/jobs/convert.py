@@ -358,7 +358,7 @@ def convert(
       source: Hugging Face folder, .gguf file, or preset:NAME.
       out: Folder to write, or file that ends in .gguf.
       to: Family to write, gguf:ARCH with llama.cpp's name of an architecture, or auto.
-      emit: Language of a program to write beside the tensors of st_moe: torch.
+      emit: Language of a program to write beside the tensors of st_moe: torch or jax.
       dtype: Element type to write: f32, bf16, f16 or f64, in a GGUF file also q8_0 and q4_k
         (default: as stored).
       experts: Model like SOURCE, or LoRA adapter of it, by the name that the option sources of

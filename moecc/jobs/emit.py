@@ -27,12 +27,12 @@ def emit(
 ) -> Report:
     """Write a model as a program, with its weights.
 
-    The folder has one readable file, modeling_st_moe.py, that transformers loads with
-    trust_remote_code=True; its only imports are torch and transformers.  moecc reads the
-    folder, too, by the graph in its config, and never runs the file.
+    The folder has one readable file.  In PyTorch it is modeling_st_moe.py, which transformers
+    loads with trust_remote_code=True; in JAX it is jax_st_moe.py, with the functions init, load
+    and apply.  moecc reads the folder, too, by the graph in its config, and never runs the file.
 
     Args:
-      language: Language of the program: torch.
+      language: Language of the program: torch or jax.
       output: Folder to write.
       dtype: Element type to write: f32, bf16, f16 or f64 (default: as stored).
       max_shard_bytes: Maximal size of a shard: 5000000000, 5GB, 500 MB.

@@ -460,6 +460,8 @@ def _training(planned: Plan) -> str:
     advice = "`moecc train` adds the losses that its recipe names."
     if planned.architecture:
         return f"A GGUF file is not trained: train the source or a folder. {advice}"
+    if planned.program is not None and not planned.program.auto_map:
+        return f"`jax.grad` of a loss of the outputs trains it. {advice}"
     if planned.program is not None:
         has_losses = any(name.startswith("loss.") for name in planned.graph.output_names)
         aux = "`aux_loss`, of the routers, is part of it. " if has_losses else ""
@@ -480,9 +482,7 @@ def _loaded_as(planned: Plan) -> tuple[str, str | None]:
     """Return the Hub task of the output, and the transformers class that loads it."""
     from moecc.formats.modelcard import GENERATION
 
-    if planned.program is not None:
-        mapped = planned.program.config["auto_map"]
-        assert isinstance(mapped, dict), "classes by name"
+    if planned.program is not None and (mapped := planned.program.auto_map):
         auto_class = next((n for n in mapped if n.startswith("AutoModelFor")), "AutoModel")
         tasks = {
             "AutoModelForCausalLM": GENERATION,

@@ -175,25 +175,26 @@ def check_programs(folder: Path) -> list[str]:
     from moecc.formats.folder import CONFIG_NAME, MAX_CONFIG_BYTES
     from moecc.model.open import open_model
 
-    name = "modeling_st_moe.py"
-    if not (folder / name).is_file():
+    languages = {"modeling_st_moe.py": "torch", "jax_st_moe.py": "jax"}
+    name = next((name for name in languages if (folder / name).is_file()), "")
+    if not name:
         return []
     with open_model(str(folder), config_alone=True) as opened:
-        program = emit_program(opened.graph, "torch")
+        program = emit_program(opened.graph, languages[name])
     (text,) = program.files.values()
     if (folder / name).read_text(encoding="utf-8") != text:
         raise CheckError(
             "the program is not that of the graph in config.json",
             where=str(folder / name),
-            hint="moecc emit torch writes it again; moecc itself reads the graph alone",
+            hint=f"moecc emit {languages[name]} writes it again; moecc reads the graph alone",
         )
     config = read_json_object(folder / CONFIG_NAME, limit_bytes=MAX_CONFIG_BYTES)
-    mapped = config.get("auto_map")
-    if mapped != program.config["auto_map"]:
+    mapped = config.get("auto_map", {})
+    if mapped != program.auto_map:
         raise CheckError(
             "auto_map names other classes than those of the program",
             where=str(folder / CONFIG_NAME),
-            expected=str(program.config["auto_map"]),
+            expected=str(program.auto_map),
             found=str(mapped),
         )
     return [name]

@@ -117,19 +117,35 @@ class ModelWriter(BlockWriter):
         collected = [name for name, kind in outputs if kind == "collect"]
         for name in collected:
             self.state(f"{prefix}{name}es = []")
-        target = self.tree.access(stack)
-        head = f"for layer in {target}:"
-        if zipped:
-            loops = ", ".join(["layer", *(n for n, _ in zipped)])
-            head = f"for {loops} in zip({', '.join([target, *(t for _, t in zipped)])}):"
+        head, call = self.layer_call(layers, self.tree.access(stack), arguments, zipped)
         self.state(head)
-        call = f"layer({', '.join(arguments)})"
         self.state(f"    {', '.join(results)} = {call}")
         for name in collected:
             self.state(f"    {prefix}{name}es.append({name})")
         for layer in layers:
             self.remaining.subtract(layer.inputs)
         self._bind(layers, [(prefix + n, kind) for n, kind in outputs])
+
+    def layer_call(
+        self,
+        layers: list[ModuleBlock],
+        stack: str,
+        arguments: list[str],
+        zipped: list[tuple[str, str]],
+    ) -> tuple[str, str]:
+        """Return the head of a loop over a stack of layers, and the call of one of them.
+
+        Args:
+          layers: the layers.
+          stack: the expression of their modules.
+          arguments: those of a call.
+          zipped: those that vary by their names, with the list of their values.
+        """
+        head = f"for layer in {stack}:"
+        if zipped:
+            loops = ", ".join(["layer", *(n for n, _ in zipped)])
+            head = f"for {loops} in zip({', '.join([stack, *(t for _, t in zipped)])}):"
+        return head, f"layer({', '.join(arguments)})"
 
     def _input_name(self, layer: ModuleBlock, var: ProgramValue) -> str:
         return self.classes.instances[layer].inputs[layer.inputs.index(var)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
@@ -16,6 +17,8 @@ from moecc_backends.torch_source.model import Models
 from moecc_backends.torch_source.names import layer_prefixes, renamed_params
 from moecc_backends.torch_source.operations import OPERATIONS
 from moecc_backends.torch_source.program import (
+    Item,
+    TorchProgram,
     add_caches,
     add_evaluation,
     can_continue,
@@ -29,11 +32,38 @@ from moecc_backends.torch_source.text import BlockWriter, Classes
 FILE_NAME = "modeling_st_moe.py"
 
 
-def emit_torch(graph: Graph) -> EmittedProgram:
-    """Return `graph` as a readable PyTorch model, a function of the graph alone.
+@dataclass(frozen=True)
+class Segments:
+    """A graph cut into layers and what is around them.
+
+    Attributes:
+      program: its items, under the names of the checkpoint.
+      steps: its layers as blocks, and the items around them.
+      layers: the path of the parameters of each layer.
+      names: for each parameter of the unrolled graph its name in the checkpoint.
+    """
+
+    program: TorchProgram
+    steps: list[Item | ModuleBlock]
+    layers: dict[tuple[str, int], str]
+    names: dict[str, str]
+
+    def write(self, classes: Classes, write: Callable[[ModuleBlock], BlockWriter]) -> None:
+        """Write all blocks, those within others first."""
+        layers = [s for s in self.steps if isinstance(s, ModuleBlock)]
+        classes.add([block for layer in layers for block in layer.blocks], write)
+        classes.add(layers, write)
+
+
+def segments_of(graph: Graph, *, continues: bool) -> Segments:
+    """Return the layers of a graph, in training and evaluation.
+
+    Args:
+      graph: the graph.
+      continues: whether a model that generates text has a cache, and positions as an input.
 
     Raises:
-      InputError: the graph has something that cannot be written as PyTorch.
+      InputError: the graph has something that cannot be written.
     """
     has_modes = "routing" in graph.attrs or graph.attrs.get("mode") == "train"
     is_train = graph.attrs.get("mode") == "train"
@@ -41,36 +71,43 @@ def emit_torch(graph: Graph) -> EmittedProgram:
     names = renamed_params(ready)
     rename_params(ready, names)
     training = in_mode(ready, "train") if has_modes and not is_train else ready
-    program = program_of(training, continued_tokens(training))
+
+    def program_in(mode: Graph) -> TorchProgram:
+        return program_of(mode, continued_tokens(mode) if continues else None)
+
+    program = program_in(training)
     if has_modes:
-        other = in_mode(ready, "eval") if is_train else clone(ready)
-        add_evaluation(program, program_of(other, continued_tokens(other)))
+        add_evaluation(program, program_in(in_mode(ready, "eval") if is_train else clone(ready)))
     if program.tokens:
         add_caches(program, cached=can_continue(graph))
-    steps = blocks_of(program, layer_prefixes(ready))
+    layers = layer_prefixes(ready)
+    return Segments(program, blocks_of(program, layers), layers, names)
+
+
+def emit_torch(graph: Graph) -> EmittedProgram:
+    """Return `graph` as a readable PyTorch model, a function of the graph alone.
+
+    Raises:
+      InputError: the graph has something that cannot be written as PyTorch.
+    """
+    segments = segments_of(graph, continues=True)
     classes = Classes(_reserved_names())
-    layers = [s for s in steps if isinstance(s, ModuleBlock)]
-
-    def write(block: ModuleBlock) -> BlockWriter:
-        return BlockWriter(block, classes, OPERATIONS).write()
-
-    classes.add([block for layer in layers for block in layer.blocks], write)
-    classes.add(layers, write)
-    models = Models(program, steps, classes)
+    segments.write(classes, lambda block: BlockWriter(block, classes, OPERATIONS).write())
+    models = Models(segments.program, segments.steps, classes)
     models.write()
-    return EmittedProgram({FILE_NAME: _text(models)}, names, models.config())
+    return EmittedProgram({FILE_NAME: _text(models)}, segments.names, models.config())
 
 
 def _text(models: Models) -> str:
     """Return the file."""
     parts = [
-        *helper_texts(models.classes.helpers),
+        *helper_texts(models.classes.helpers, helpers()),
         *("\n".join(d.lines()) for d in models.classes.definitions),
         "\n".join(models.base_text()),
         *("\n".join(lines) for lines in models.texts),
     ]
     body = "\n\n\n".join(parts) + "\n"
-    return f"{_imports(PREAMBLE, body)}\n\n{body}"
+    return f"{imports(PREAMBLE, body)}\n\n{body}"
 
 
 PREAMBLE = '''"""A model that moecc has written: its graph as PyTorch, to be read and edited.
@@ -102,10 +139,10 @@ def _reserved_names() -> frozenset[str]:
     """Return what a text may import, and the helpers that it may define."""
     imports = [n for n in ast.parse(PREAMBLE).body if isinstance(n, ast.Import | ast.ImportFrom)]
     imported = {alias.asname or alias.name for node in imports for alias in node.names}
-    return frozenset({*imported, *_helpers(), "EncoderOf"})
+    return frozenset({*imported, *helpers(), "EncoderOf"})
 
 
-def _imports(preamble: str, body: str) -> str:
+def imports(preamble: str, body: str) -> str:
     """Return the preamble with the imports that the body needs."""
     words = {n.id for n in ast.walk(ast.parse(body)) if isinstance(n, ast.Name)}
     lines: list[str] = []
@@ -132,23 +169,30 @@ HELPER_FILES = ("attention.py", "experts.py", "models.py")
 
 
 @cache
-def _helpers() -> dict[str, str]:
+def helpers() -> dict[str, str]:
     """Return the text of every function and class of the helper files, in order."""
-    texts: dict[str, str] = {}
     folder = files("moecc_backends.torch_source") / "helpers"
-    for name in HELPER_FILES:
-        source = (folder / name).read_text(encoding="utf-8")
-        lines = source.splitlines()
-        for node in ast.parse(source).body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-                texts[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
+    sources = [(folder / name).read_text(encoding="utf-8") for name in HELPER_FILES]
+    return {name: text for source in sources for name, text in definitions(source).items()}
+
+
+def definitions(source: str) -> dict[str, str]:
+    """Return the text of every function, class and constant of a file, in order."""
+    texts: dict[str, str] = {}
+    lines = source.splitlines()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            texts[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
+        elif isinstance(node, ast.Assign):
+            texts[ast.unparse(node.targets[0])] = "\n".join(
+                lines[node.lineno - 1 : node.end_lineno]
+            )
     return texts
 
 
-def helper_texts(names: Iterable[str]) -> list[str]:
-    """Return the text of helpers, and of those that they use, in the order of their files."""
-    texts = _helpers()
+def helper_texts(names: Iterable[str], texts: dict[str, str]) -> list[str]:
+    """Return the text of helpers, and of those that they use, in the order of `texts`."""
     needed: set[str] = set()
     pending = list(names)
     while pending:

@@ -151,7 +151,7 @@ class Classes:
                 inits[marker] = forwards[marker] = literal(values[0])
                 continue
             same = next((n for n, v in arguments.items() if v == values and n.startswith(hint)), "")
-            name = same or _free(hint, arguments)
+            name = same or _free(hint, {*arguments, *first.argument_names()})
             arguments[name] = values
             inits[marker], forwards[marker] = name, f"self.{name}"
         constructor = [with_texts(line, inits) for line in first.constructor]
@@ -328,6 +328,10 @@ class BlockWriter:
         literal(value)
         self.literals.append((variable(hint), value))
         return f"\x01{len(self.literals) - 1}\x02"
+
+    def argument_names(self) -> set[str]:
+        """Return the names that an argument of the constructor must not have."""
+        return set()
 
     def filled(self, line: str) -> str:
         """Return a line with its numbers."""
@@ -516,10 +520,9 @@ class BlockWriter:
 
     def call(self, block: ModuleBlock) -> None:
         """Write the call of a module within."""
-        arguments = ", ".join(self.canonical(v) for v in block.inputs)
-        target = self.tree.access(block.path) if block.path else f"self.{block.attribute}"
+        text = self.call_text(block, [self.canonical(v) for v in block.inputs])
         self.remaining.subtract(block.inputs)
-        expr = PythonExpr(f"{target}({arguments})", block.outputs[0].axes if block.outputs else ())
+        expr = PythonExpr(text, block.outputs[0].axes if block.outputs else ())
         if len(block.outputs) == 1:
             (var,) = block.outputs
             if self.keeps(var, expr):
@@ -535,6 +538,11 @@ class BlockWriter:
             self.values[var] = PythonExpr(name, var.axes)
             names.append(name)
         self.state(f"{', '.join(names)} = {expr.text}")
+
+    def call_text(self, block: ModuleBlock, arguments: list[str]) -> str:
+        """Return the call of a module within."""
+        target = self.tree.access(block.path) if block.path else f"self.{block.attribute}"
+        return f"{target}({', '.join(arguments)})"
 
     def finish(self) -> None:
         """Write what is returned, and the constructor."""

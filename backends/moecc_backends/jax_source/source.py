@@ -1,0 +1,314 @@
+"""A graph as functions of a dictionary of parameters: the classes of PyTorch without objects."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from moecc.backend import EmittedProgram
+from moecc.ir.graph import Graph
+from moecc_backends.jax_source.dialect import translated, translated_helper, translated_line
+from moecc_backends.torch_source import source as torch_source
+from moecc_backends.torch_source.blocks import ModuleBlock
+from moecc_backends.torch_source.model import ModelWriter
+from moecc_backends.torch_source.names import identifier, is_under, variable
+from moecc_backends.torch_source.operations import OPERATIONS
+from moecc_backends.torch_source.program import Item, TorchProgram, loss_name
+from moecc_backends.torch_source.source import Segments, definitions, helper_texts, imports
+from moecc_backends.torch_source.text import (
+    ClassDef,
+    Classes,
+    ModuleTree,
+    PythonExpr,
+    folded,
+    literal,
+    repeated_texts,
+)
+
+FILE_NAME = "jax_st_moe.py"
+
+PREAMBLE = '''"""A model that moecc has written: its graph as functions in JAX.
+
+Comments name the axes of values.
+"""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+'''
+
+HELD = ("Training", "load", "init")
+"""The helpers that every file has."""
+
+
+def emit_jax(graph: Graph) -> EmittedProgram:
+    """Return `graph` as functions in JAX, a function of the graph alone.
+
+    Raises:
+      InputError: the graph has something that cannot be written.
+    """
+    segments = torch_source.segments_of(graph, continues=False)
+    program, classes = segments.program, Classes()
+    paths = frozenset(program.params)
+
+    def writer(block: ModuleBlock) -> JaxWriter:
+        return JaxWriter(block, classes, JAX_OPERATIONS, program=program, paths=paths)
+
+    segments.write(classes, lambda block: writer(block).write())
+    whole = ModuleBlock("", "", list(segments.steps))
+    whole.close(program.outputs.values())
+    model = writer(whole)
+    lines = _apply_lines(model, program)
+    functions = ["\n".join(_function_lines(d)) for d in classes.definitions]
+    functions.append("\n".join(lines))
+    used = {n.id for n in ast.walk(ast.parse("\n".join(functions))) if isinstance(n, ast.Name)}
+    helpers = {**_helpers(), "PARAMETERS": "\n".join(_parameter_lines(segments))}
+    held = helper_texts(HELD, helpers)
+    read = helper_texts(used & helpers.keys(), helpers)
+    parts = [
+        *(text for text in read if text not in held),
+        *functions,
+        *held,
+    ]
+    body = "\n".join(x for line in "\n\n\n".join(parts).splitlines() for x in folded(line)) + "\n"
+    return EmittedProgram({FILE_NAME: f"{imports(PREAMBLE, body)}\n\n{body}"}, segments.names, {})
+
+
+@cache
+def _helpers() -> dict[str, str]:
+    """Return the helpers: those that are written for JAX, and those of PyTorch in its words."""
+    path = files("moecc_backends.jax_source") / "helpers" / "model.py"
+    texts = definitions(path.read_text(encoding="utf-8"))
+    for name, text in torch_source.helpers().items():
+        if name not in texts and name not in TORCH_ALONE:
+            texts[name] = translated_helper(text)
+    return texts
+
+
+TORCH_ALONE = (
+    "attend_by_scores", "causal_mask", "extend_cache", "with_cache", "cache_of", "_cache_name",
+    "Scope",
+)  # fmt: skip
+"""The helpers of PyTorch that serve its modules and the caches of transformers."""
+
+
+def _attention(w: Any, item: Item, *, window: int, **attrs: Any) -> PythonExpr:
+    """Write attention, whose window is no part of a mask here."""
+    expr = OPERATIONS["attention"](w, item, window=0, **attrs)
+    assert expr is not None, "attention has a value"
+    w.helpers.discard("attend_by_scores")
+    w.helper("attend")
+    text = expr.text.replace("attend_by_scores(", "attend(", 1)
+    if window:
+        text = f"{text[:-1]}, window={w.literal(window, 'window')})"
+    return PythonExpr(text, expr.axes)
+
+
+JAX_OPERATIONS = {**OPERATIONS, "attention": _attention}
+
+
+@dataclass(eq=False)
+class ParameterTree(ModuleTree):
+    """The parameters of a block, as entries of the dictionary ``params``.
+
+    Attributes:
+      paths: the names of all parameters.
+    """
+
+    paths: frozenset[str] = frozenset()
+
+    def access(self, path: str) -> str:
+        """Return the expression of a parameter or dictionary of this block."""
+        words = re.match(r"self((?:\.\w+|\[[^\]]+\])*)\Z", super().access(path))
+        assert words is not None, "a path of names and numbers"
+        return "params" + re.sub(r"\.(\w+)", r'["\1"]', words[1])
+
+    def is_list(self, path: str) -> bool:
+        """Whether the entries under a path are numbered from 0 on."""
+        names = [name for name in self.paths if is_under(name, path)]
+        numbers = {name[len(path) + 1 :].partition(".")[0] for name in names}
+        return numbers == {str(i) for i in range(len(numbers))}
+
+    def lines(self) -> list[str]:
+        """Return nothing: there are no modules to make."""
+        return []
+
+    def is_module(self, item: Item) -> bool:
+        """Return false: functions read parameters, and there are no modules to call."""
+        return False
+
+
+@dataclass(eq=False)
+class JaxWriter(ModelWriter):
+    """Writes blocks as functions.
+
+    Attributes:
+      paths: the names of all parameters.
+    """
+
+    paths: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.tree = ParameterTree(self, paths=self.paths)
+
+    def name(self, hint: str) -> str:
+        """Return a name that no helper has."""
+        hint = variable(hint)
+        return super().name(f"{hint}_value" if hint in _helpers() or hint in RESERVED else hint)
+
+    def argument_names(self) -> set[str]:
+        """Return the words of the function: its variables are no attributes of an object."""
+        return set(re.findall(r"\w+", " ".join([*self.signature, *self.lines])))
+
+    def call_text(self, block: ModuleBlock, arguments: list[str]) -> str:
+        """Return the call of a function."""
+        definition, values = self._arguments(block)
+        params = [self.tree.access(block.path)] if block.path else []
+        options = [f"{name}={self.literal(v, name)}" for name, v in values.items()]
+        return _call(definition, [*params, *arguments], options)
+
+    def _arguments(self, block: ModuleBlock) -> tuple[ClassDef, dict[str, object]]:
+        """Return the function of a block, and the numbers that it takes."""
+        instance = self.classes.instances[block]
+        definition = instance.definition
+        text = "\n".join(definition.forward)
+        names = zip(definition.arguments, instance.values, strict=True)
+        return definition, {n: v for n, v in names if re.search(rf"self\.{n}\b", text)}
+
+    def layer_call(
+        self,
+        layers: list[ModuleBlock],
+        stack: str,
+        arguments: list[str],
+        zipped: list[tuple[str, str]],
+    ) -> tuple[str, str]:
+        """Return the head of a loop over the parameters of layers, and a call."""
+        parts = [self._arguments(layer) for layer in layers]
+        definitions = list(dict.fromkeys(definition for definition, _ in parts))
+        names = list(parts[0][1]) if len(definitions) == 1 else []
+        zipped += [(n, repeated_texts([literal(v[n]) for _, v in parts])) for n in names]
+        call = _call(definitions[0], ["layer", *arguments], [f"{n}={n}" for n in names])
+        if len(definitions) > 1:
+            if any(map(_is_noisy, definitions)):
+                for definition in definitions:
+                    definition.signature = list(dict.fromkeys([*definition.signature, "training"]))
+            zipped += [("function", repeated_texts([_partial(d, v) for d, v in parts]))]
+            call = _call(definitions[0], ["layer", *arguments], [])
+            call = f"function{call[call.index('(') :]}"
+        return super().layer_call(layers, stack, arguments, zipped)[0], call
+
+
+RESERVED = frozenset(("params", "training", "jax", "jnp", "np", "function", "partial", "apply"))
+"""Names that a variable must not have in JAX."""
+
+
+def _function_name(definition: ClassDef) -> str:
+    return "apply" + re.sub(r"([A-Z])", r"_\1", definition.name).lower()
+
+
+def _is_noisy(definition: ClassDef) -> bool:
+    """Whether a function reads the mode, or draws in it."""
+    words = " ".join(definition.forward)
+    return (
+        "training" in definition.signature
+        or re.search(r"self\.training|keep_random\(", words) is not None
+    )
+
+
+def _call(definition: ClassDef, arguments: Sequence[str], options: Sequence[str]) -> str:
+    training = ["self.training"] if _is_noisy(definition) else []
+    return f"{_function_name(definition)}({', '.join([*arguments, *training, *options])})"
+
+
+def _partial(definition: ClassDef, values: dict[str, object]) -> str:
+    """Return a function with the numbers of a layer."""
+    options = "".join(f", {name}={literal(value)}" for name, value in values.items())
+    name = _function_name(definition)
+    return f"partial({name}{options})" if options else name
+
+
+def _function_lines(definition: ClassDef) -> list[str]:
+    """Return the function of a class."""
+    body = [translated_line(line) for line in definition.forward]
+    text = "\n".join(body)
+    signature = list(definition.signature)
+    if definition.base != "nn.Module" or "params" in re.findall(r"\w+", text):
+        signature = ["params", *signature]
+    if _is_noisy(definition) and "training" not in signature:
+        signature.append("training")
+    numbers = [n for n in definition.arguments if re.search(rf"\b{n}\b", text)]
+    head = f"def {_function_name(definition)}({', '.join([*signature, *numbers])}):"
+    return [head, *(f"    {line}" for line in body)]
+
+
+def _parameter_lines(segments: Segments) -> list[str]:
+    """Return the table of parameters: those of equal layers in one line."""
+    program = segments.program
+    norms = {v for i in program.items if "_norm" in i.op for v in i.operands[1:2]}
+    tables: dict[tuple[str, str, str], list[int]] = {}
+    for name, var in program.params.items():
+        pattern, number = name, 0
+        for (_, index), path in segments.layers.items():
+            if is_under(name, path):
+                pattern = f"{path[: -len(str(index))]}{{}}{name[len(path) :]}"
+                number = index
+        shape = literal(tuple(var.size(axis) for axis in var.axes))
+        kind = "ones" if var in norms else "normal" if len(var.axes) > 1 else "zeros"
+        tables.setdefault((pattern, shape, kind), []).append(number)
+    lines = [
+        "# The name of each parameter, its layers, its shape, and what it is at first.",
+        "PARAMETERS = [",
+    ]
+    for (name, shape, kind), layers in tables.items():
+        lines.append(f'    ("{name}", {_numbers(layers)}, {shape}, "{kind}"),')
+    return [*lines, "]"]
+
+
+def _numbers(numbers: list[int]) -> str:
+    """Return numbers as a range, if they are one."""
+    step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
+    if numbers != list(range(numbers[0], numbers[-1] + 1, step)):
+        return str(numbers)
+    words = [*([numbers[0]] if numbers[0] or step != 1 else []), numbers[-1] + 1]
+    return f"range({', '.join(map(str, [*words, *([step] if step != 1 else [])]))})"
+
+
+def _apply_lines(model: JaxWriter, program: TorchProgram) -> list[str]:
+    """Return the function that computes the outputs."""
+    names = {var: variable(name) for name, var in program.inputs.items() if var.kind != "key"}
+    model.values.update({var: PythonExpr(name, var.axes) for var, name in names.items()})
+    # The names of arguments stay taken to the end.
+    model.remaining.update(list(names))
+    model.write_steps(model.block.steps)
+    results = {
+        loss_name(name) if name.startswith("loss.") else identifier(name): model.canonical(var)
+        for name, var in program.outputs.items()
+    }
+    main = next(iter(names.values()))
+    optional = [name for name in names.values() if name == "mask" and name != main]
+    required = [name for name in names.values() if name not in optional]
+    signature = ["params", *required, *(f"{name}=None" for name in optional), "training=None"]
+    body = [
+        line
+        for name in optional
+        for line in (f"if {name} is None:", f"    {name} = jnp.ones({main}.shape, bool)")
+    ]
+    body += [translated_line(line) for line in model.filled_lines(model.lines)]
+    outputs = ", ".join(f'"{n}": {translated(text)}' for n, text in results.items())
+    return [
+        f"def apply({', '.join(signature)}):",
+        '    """Return the outputs by name; `training` is a `Training`, or None in evaluation."""',
+        *(f"    {line}" for line in body),
+        f"    return {{{outputs}}}",
+    ]

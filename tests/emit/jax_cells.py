@@ -1,0 +1,152 @@
+"""Cells as programs in JAX: ``python -m tests.emit.jax_cells --out FILE`` judges them."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import numpy as np
+
+from moecc.errors import MoeccError
+from moecc.jobs.convert import convert
+from tests.emit.cells import GOLDEN, METHODS, SOURCES, EmittedCell, move_weights, write_reference
+
+METHODS_IN_JAX = ("dense", "upcycled", "st-moe", "st-moe in training")
+BOUNDS = {"float32": 1e-5, "float64": 1e-10}
+FILE = "jax_st_moe.py"
+
+
+def program_of(folder: Path) -> ModuleType:
+    """Return the emitted file as a module."""
+    spec = importlib.util.spec_from_file_location("jax_st_moe", folder / FILE)
+    assert spec is not None, "the path of a file"
+    assert spec.loader is not None, "the path of a file"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_cell(cell: EmittedCell, folder: Path, *, gradients: bool) -> None:
+    """Write an emitted folder and its reference.
+
+    Raises:
+      InputError: the method does not apply to the source.
+    """
+    experts = (f"a={GOLDEN / cell.source}",) if cell.method == "BTX" else ()
+    convert(
+        str(GOLDEN / cell.source), str(folder), pipeline=cell.pipeline, to="st_moe", emit="jax",
+        no_check=True, experts=experts,
+    )  # fmt: skip
+    move_weights(folder)
+    write_reference(folder, gradients=gradients)
+
+
+def judge(folder: Path) -> dict[str, float]:
+    """Return the relative errors of outputs, losses and gradients."""
+    program, reference = program_of(folder), np.load(folder / "reference.npz")
+    is_train = 'attr mode = "train"' in "\n".join(
+        json.loads((folder / "config.json").read_text())["graph"]
+    )
+    main = "logits" if "out.logits" in reference else "hidden"
+    expected = {n.partition(".")[2]: reference[n] for n in reference if n.startswith("grad.")}
+    errors: dict[str, float] = {}
+    for kind in BOUNDS:
+        with jax.enable_x64(kind == "float64"):
+            # The types of JAX in this mode: of whole numbers, and of all others.
+            types = {"i": np.int32, "b": bool, "f": np.dtype(kind)}
+            params = jax.tree.map(lambda x, t=types: x.astype(t["f"]), program.load(folder))
+            inputs = {
+                n.removeprefix("in."): reference[n].astype(types[reference[n].dtype.kind])
+                for n in reference
+                if n.startswith("in.")
+            }
+            cotangent = reference["cotangent"].astype(types["f"])
+
+            def loss(params, inputs=inputs, cotangent=cotangent):  # type: ignore[no-untyped-def]
+                training = program.Training() if is_train else None
+                outputs = program.apply(params, **inputs, training=training)
+                value = (outputs[main] * cotangent).sum() + outputs.get("aux_loss", 0.0)
+                return value, outputs
+
+            slopes: dict[str, object] = {}
+            if expected:
+                (_, outputs), tree = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+                slopes = flat(tree)
+                assert slopes.keys() == expected.keys()
+            else:
+                _, outputs = jax.jit(loss)(params)
+        wanted, output = reference[f"out.{main}"], np.asarray(outputs[main], np.float64)
+        if main == "hidden" and "in.mask" in reference:
+            wanted, output = (x * reference["in.mask"][..., None] for x in (wanted, output))
+        errors[f"{kind}.output"] = relative(output, wanted)
+        if "out.loss.auxiliary" in reference:
+            aux = np.asarray(outputs["aux_loss"], np.float64)
+            errors[f"{kind}.aux_loss"] = relative(aux, reference["out.loss.auxiliary"])
+        if expected:
+            errors[f"{kind}.gradient"] = max(relative(slopes[n], x) for n, x in expected.items())
+    return errors
+
+
+def flat(tree: object) -> dict[str, object]:
+    """Return parameters by their names in the checkpoint."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        ".".join(str(getattr(k, "key", getattr(k, "idx", ""))) for k in path): x
+        for path, x in leaves
+    }
+
+
+def relative(x: object, expected: np.ndarray) -> float:
+    """Return the largest difference over the largest magnitude; zeros are compared to 1."""
+    scale = float(np.abs(expected).max())
+    difference = np.abs(np.asarray(x, np.float64) - expected).max()
+    return float(difference / (scale if scale > 1e-12 else 1.0))
+
+
+def is_right(errors: dict[str, float]) -> bool:
+    """Whether all errors are within their bounds."""
+    return all(error <= BOUNDS[name.partition(".")[0]] for name, error in errors.items())
+
+
+def main() -> None:
+    """Judge all sources by the methods, or those that are asked for; cells in FILE stay."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sources", nargs="*", default=SOURCES)
+    parser.add_argument("--methods", nargs="*", default=METHODS_IN_JAX, choices=METHODS)
+    parser.add_argument("--gradients", nargs="*", default=("llama_gqa", "bert_square"))
+    options = parser.parse_args()
+    rows = json.loads(options.out.read_text())["cells"] if options.out.exists() else []
+    for source in options.sources:
+        for method in options.methods:
+            if any(row["source"] == source and row["method"] == method for row in rows):
+                continue
+            row: dict[str, object] = {"source": source, "method": method}
+            with tempfile.TemporaryDirectory() as temporary:
+                folder = Path(temporary) / "cell"
+                try:
+                    write_cell(
+                        EmittedCell(source, method), folder, gradients=source in options.gradients
+                    )
+                    errors = judge(folder)
+                    row |= {**errors, "right": is_right(errors)}
+                except MoeccError as error:
+                    row["refused"] = " ".join(str(error).split())[:300]
+            rows.append(row)
+            print(row, flush=True)
+            report = {
+                "date": datetime.date.today().isoformat(), "jax": jax.__version__,
+                "bounds": BOUNDS, "right": sum(r.get("right") is True for r in rows),
+                "judged": sum("refused" not in r for r in rows), "cells": rows,
+            }  # fmt: skip
+            options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

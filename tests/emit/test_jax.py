@@ -1,0 +1,90 @@
+"""Models emitted as JAX: their text, and what it computes."""
+
+import ast
+import sys
+
+import jax
+import numpy as np
+import pytest
+from moecc_backends.jax_source.dialect import translated, translated_helper
+
+import moecc
+from moecc.backend import emit_program
+from moecc.errors import CheckError, InputError
+from moecc.jobs.verify import verify
+from tests.emit.cells import GOLDEN, METHODS, EmittedCell
+from tests.emit.jax_cells import FILE, flat, is_right, judge, program_of, write_cell
+
+
+def program_text(source: str, pipeline: str = "") -> str:
+    graph = moecc.open(GOLDEN / source).apply(pipeline).graph
+    (text,) = emit_program(graph, "jax").files.values()
+    return text
+
+
+@pytest.mark.parametrize(
+    ("source", "method"), [("llama_gqa", "st-moe in training"), ("whisper_square", "upcycled")]
+)
+def test_program_computes_the_graph(tmp_path, source, method):
+    folder = tmp_path / "model"
+    write_cell(EmittedCell(source, method), folder, gradients=source == "llama_gqa")
+    errors = judge(folder)
+    assert is_right(errors), errors
+    program = program_of(folder)
+    drawn, held = (flat(p) for p in (program.init(jax.random.key(0)), program.load(folder)))
+    assert {n: x.shape for n, x in drawn.items()} == {n: x.shape for n, x in held.items()}
+    assert set(np.unique(drawn.get("model.norm.weight", 1))) == {1}
+
+
+def test_text_has_no_torch_and_few_lines():
+    text = program_text("llama_gqa", METHODS["upcycled"])
+    imports = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Import | ast.ImportFrom)]
+    names = {ast.unparse(n).split()[1].partition(".")[0] for n in imports}
+    assert names - set(sys.stdlib_module_names) == {"jax", "numpy"}
+    assert "torch" not in text
+    assert len(text.splitlines()) <= 280
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_noise_is_drawn_in_training_alone():
+    pipeline = (
+        f"{METHODS['upcycled']},specialize{{mode=train jitter=0.1 dropout=0.1 policy=random}}"
+    )
+    text = program_text("llama_gqa", pipeline)
+    namespace: dict = {}
+    exec(compile(text, "program", "exec"), namespace)
+    params = namespace["init"](jax.random.key(0), std=0.5)
+    tokens = np.arange(12).reshape(2, 6)
+    draw = [
+        namespace["apply"](params, tokens, training=namespace["Training"](jax.random.key(seed)))
+        for seed in (0, 0, 1)
+    ]
+    first, again, third = (np.asarray(outputs["logits"]) for outputs in draw)
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, third)
+
+
+def test_folder_is_a_source_and_verified(tmp_path):
+    model = moecc.open(GOLDEN / "llama_gqa").apply(METHODS["upcycled"])
+    written = model.emit("jax", tmp_path / "a")
+    assert np.array_equal(written.run()["logits"], model.run()["logits"])
+    assert "jax_st_moe.load(" in (tmp_path / "a" / "README.md").read_text()
+    (tmp_path / "a" / "moecc_manifest.json").unlink()
+    assert verify(str(tmp_path / "a")).data["passed"]
+    with (tmp_path / "a" / FILE).open("a") as file:
+        file.write("# edited\n")
+    with pytest.raises(CheckError, match="not that of the graph"):
+        verify(str(tmp_path / "a"))
+
+
+def test_words_without_a_translation_are_rejected():
+    with pytest.raises(InputError, match=r"torch\.fft\.fft cannot be written in JAX"):
+        translated("y = torch.fft.fft(x)")
+    with pytest.raises(InputError, match="unfold cannot be written in JAX"):
+        translated("y = x.unfold(0, 2, 1)")
+
+
+def test_statements_without_torch_keep_their_text():
+    lines = ["def f(x):", "    # Twice.", "    y = 2 * x  # doubled", "    return y.detach()"]
+    text = "\n".join(lines)
+    assert translated_helper(text) == text.replace("y.detach()", "jax.lax.stop_gradient(y)")
