@@ -89,6 +89,14 @@ NO_STATISTICS = Problem(
 _ORDER: tuple[PreservesKind, ...] = ("exact", "reassociation", "approximate")
 
 
+ERROR_MARGIN = 10.0
+"""A measured relative error above so many times the predicted one breaks the promise.
+
+395 conversions of golden checkpoints by seven lossy pipelines stayed below 4.9 times: predictions
+are of a block, and random weights amplify the error on the way to the outputs.
+"""
+
+
 @dataclass(frozen=True)
 class Preserves:
     """How a pass changes the function that the graph computes.
@@ -109,6 +117,16 @@ class Preserves:
         if self.predicted_error is None:
             return text
         return f"{text} (predicted relative error {self.predicted_error:.2g})"
+
+    def allows_error(self, measured: float, rounding: float) -> bool:
+        """Return whether a measured relative error is no more than what is predicted allows.
+
+        Args:
+          measured: the relative error of the outputs.
+          rounding: the relative error that rounding alone explains.
+        """
+        predicted = self.predicted_error
+        return predicted is None or measured <= ERROR_MARGIN * predicted + rounding
 
 
 EXACT = Preserves("exact")

@@ -24,7 +24,7 @@ from moecc.ir.text import parse, print_graph
 from moecc.ir.verify import VerifyError, verify
 from moecc.rewrite.passes import Context, Pass, PassResult
 from moecc.support.lazy import np
-from moecc.testing.oracle import TOLERANCE, assert_same
+from moecc.testing.oracle import TOLERANCE, assert_same, measure
 from moecc.types import F64, Array, Arrays
 
 # Counting on how many drawn graphs a pass found something to do, so that no law is empty.
@@ -175,11 +175,15 @@ def check_preserves(item: Pass, graph: Graph, seeds: Sequence[int] = (0,)) -> No
     """Check that the pass preserves the function as far as it promises.
 
     After ``exact`` the outputs are equal bit for bit, after ``reassociation`` within the tolerance
-    of `assert_same`.  An ``approximate`` pass promises nothing that random data could refute.
+    of `assert_same`.  An ``approximate`` pass is held to the error that it predicts, if any.
     """
     after, result = applied(item, graph)
     promise = result.preserves or item.preserves
     if promise.kind == "approximate":
+        if promise.predicted_error is not None:
+            error = max(measure(graph, after, seed) for seed in seeds)
+            if not promise.allows_error(error, TOLERANCE):
+                _fail(f"the pass promises {promise}; measured {error:.2g}", graph, after)
         return
     try:
         assert_same(graph, after, seeds=seeds, exact=promise.kind == "exact")

@@ -602,3 +602,33 @@ def _common_sizes(before: Graph, after: Graph, seed: int) -> dict[str, int]:
     old, new = sizes_for(before, seed), sizes_for(after, seed)
     sizes = {n: lcm(old.get(n, 1), new.get(n, 1)) for n in old | new}
     return divisible(sizes, before, after)
+
+
+def measure(before: Graph, after: Graph, seed: int = 0) -> float:
+    """Return the difference of the outputs of `after` from those of `before` on random data.
+
+    This is the root mean square of the difference over that of the output; the maximum over
+    floating-point outputs.
+    """
+    old, new = sizes_for(before, seed), sizes_for(after, seed)
+    sizes = {n: lcm(old.get(n, 1), new.get(n, 1)) for n in old | new}
+    # A pass may add an input, such as a random key.
+    inputs = inputs_for(after, seed, sizes) | inputs_for(before, seed, sizes)
+    arrays = {n: inputs[n] for n in before.inputs}
+    expected = run_reference(before, params=params_for(before, seed, sizes), inputs=arrays)
+    actual = run_reference(
+        after, params=params_for(after, seed, sizes), inputs={n: inputs[n] for n in after.inputs}
+    )
+    return max(_relative_errors(expected, actual), default=0.0)
+
+
+def _relative_errors(expected: Arrays, actual: Arrays) -> Iterator[float]:
+    for name, a in expected.items():
+        b = actual.get(name)
+        if b is None or a.dtype.kind != "f" or a.shape != b.shape or not a.size:
+            continue
+        finite = np.isfinite(a) & np.isfinite(b)
+        apart, size = np.where(finite, a - b, 0.0), np.where(finite, a, 0.0)
+        scale = float(np.sqrt(np.mean(size**2)))
+        error = float(np.sqrt(np.mean(apart**2)))
+        yield error / scale if scale else error

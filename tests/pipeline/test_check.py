@@ -11,9 +11,10 @@ from moecc.errors import CheckError, InputError
 from moecc.families import build
 from moecc.families.registry import parse_config
 from moecc.ir import F32, Builder, Graph, print_graph, tensor, verify
-from moecc.jobs.checks import check_pipeline, measure, reduced
+from moecc.jobs.checks import check_pipeline, reduced
 from moecc.rewrite.passes import EXACT, Context, Pass, PassResult
 from moecc.rewrite.pipeline import Pipeline
+from moecc.testing.oracle import measure
 
 from .samples import REGISTRY, negations
 
@@ -211,3 +212,17 @@ def test_what_stays_large_is_not_reducible() -> None:
     # Odd cuts leave a unit of one: the axis keeps its size.
     with pytest.raises(InputError, match="elements are left, and the size 300001 cannot shrink"):
         reduced(fused(((0, 1), (1, 300_001)), 300_001))
+
+
+@pytest.mark.parametrize(("by", "kept"), [(1.009, True), (1.017, False)])
+def test_a_predicted_error_is_a_promise(by: float, kept: bool) -> None:
+    pipeline = f"scale-output{{by={by} predicted=0.001}}"
+    if kept:
+        (done,) = check(pipeline)
+        assert done.measured == pytest.approx(by - 1)
+        return
+    with pytest.raises(CheckError) as error:
+        check(pipeline)
+    (problem,) = error.value.problems
+    assert problem.expected == "a relative error of at most 10 times 0.001"
+    assert problem.found == "a measured relative error of 0.017 on random data"
