@@ -319,3 +319,29 @@ def length_bounds(graph: Graph) -> dict[str, int]:
                 if isinstance(axis.size, str):
                     bounds[axis.size] = min(bound, bounds.get(axis.size, bound))
     return bounds
+
+
+def lost_precision(before: Graph, after: Graph) -> list[str]:
+    """Return the places where products lost the attribute ``precision=f32``, a line each.
+
+    Float64 does not show it: both graphs compute the same there, and in real arithmetic.  A place
+    is a location with precise products before, and with products none of which is precise after.
+    """
+    precise, remaining = _precisions(before), _precisions(after)
+    return [
+        f"the products at @{loc} lost precision={_PRECISE}"
+        for loc, precisions in precise.items()
+        if _PRECISE in precisions and _PRECISE not in remaining.get(loc, {_PRECISE})
+    ]
+
+
+_PRECISE = "f32"
+
+
+def _precisions(graph: Graph) -> dict[str, set[object]]:
+    """Return by location the values of ``precision`` of all products there."""
+    precisions: dict[str, set[object]] = {}
+    for node in graph.every_node():
+        if "precision" in node.attrs:
+            precisions.setdefault(node.loc, set()).add(node.attrs["precision"])
+    return precisions

@@ -19,7 +19,7 @@ from moecc.errors import CheckError, InputError, MoeccError, Problem, described
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import mesh_of
 from moecc.ir.operand import Attrs
-from moecc.ir.structure import clone, without_opaque
+from moecc.ir.structure import clone, lost_precision, without_opaque
 from moecc.ir.traits import Cut, Product
 from moecc.rewrite.passes import ERROR_MARGIN, Context, Pass, Preserves
 from moecc.rewrite.pipeline import Pipeline, format_pass
@@ -395,7 +395,7 @@ def broken_promise(
     verdict = promise_verdict(Prover(exact=is_exact), before, same) if problems else None
     if verdict is not None and verdict.node:
         problems = [f"{text}; the graphs part at {verdict.node}" for text in problems]
-    return problems
+    return problems + lost_precision(before, after)
 
 
 def promise_verdict(prover: Prover, before: Graph, after: Graph) -> Verdict | None:
@@ -473,7 +473,8 @@ class PassProofs(Instrument):
         if run.preserves.kind != "approximate":
             prover = self._bits if run.preserves.kind == "exact" else self.real
             verdict = promise_verdict(prover, before, self._last)
-            if verdict is not None and verdict.status == "proved":
+            is_proved = verdict is not None and verdict.status == "proved"
+            if is_proved and not lost_precision(before, self._last):
                 self.runs[run.number] = run
 
 

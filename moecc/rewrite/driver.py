@@ -263,7 +263,7 @@ class _Driver:
                 return
 
     def apply(self, rule: Rule, matched: Match) -> None:
-        self.count(rule)
+        self.count(rule, matched)
         root = matched.root
         origin = f"{self.origin}/{rule.name}"
         if self.watch is not None:
@@ -287,7 +287,7 @@ class _Driver:
         for node in reversed(builder.made):
             self.enqueue(node)
 
-    def count(self, rule: Rule) -> None:
+    def count(self, rule: Rule, matched: Match) -> None:
         self.result.rewrites += 1
         if self.result.rewrites > self.limit * 3 // 4:
             self.recent[rule.name] += 1
@@ -296,6 +296,7 @@ class _Driver:
         keep = ", ".join(f"{self.origin}/{n} ({c} times)" for n, c in self.recent.most_common(4))
         raise RewriteLimitError(
             f"{self.origin}: rewriting does not terminate",
+            where=str(matched.root),
             expected=f"at most {self.limit} rewrites of {len(self.graph)} nodes",
             found=f"rules that keep firing: {keep}",
             hint="a rule undoes another, or matches what it builds itself",

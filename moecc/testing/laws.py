@@ -19,7 +19,7 @@ from moecc.analysis import LOGITS
 from moecc.backend import get_backend
 from moecc.decoding import CAPACITY, NOWHERE, DecodeGraphs, PlainSession
 from moecc.ir.graph import Graph
-from moecc.ir.structure import clone, equal, fingerprint
+from moecc.ir.structure import clone, equal, fingerprint, lost_precision
 from moecc.ir.text import parse, print_graph
 from moecc.ir.verify import VerifyError, verify
 from moecc.rewrite.passes import Context, Pass, PassResult
@@ -186,6 +186,8 @@ def check_preserves(item: Pass, graph: Graph, seeds: Sequence[int] = (0,)) -> No
                 _fail(f"the pass promises {promise}; measured {error:.2g}", graph, after)
         return
     try:
+        for problem in lost_precision(graph, after):
+            raise AssertionError(problem)
         assert_same(graph, after, seeds=seeds, exact=promise.kind == "exact")
     except AssertionError as error:
         _fail(f"the pass promises {promise}: {error}", graph, after)

@@ -10,8 +10,8 @@ import pytest
 from moecc.errors import CheckError, InputError
 from moecc.families import build
 from moecc.families.registry import parse_config
-from moecc.ir import F32, Builder, Graph, print_graph, tensor, verify
-from moecc.jobs.checks import check_pipeline, reduced
+from moecc.ir import F32, Builder, Graph, clone, print_graph, tensor, verify
+from moecc.jobs.checks import broken_promise, check_pipeline, reduced
 from moecc.rewrite.passes import EXACT, Context, Pass, PassResult
 from moecc.rewrite.pipeline import Pipeline
 from moecc.testing.oracle import measure
@@ -226,3 +226,18 @@ def test_a_predicted_error_is_a_promise(by: float, kept: bool) -> None:
     (problem,) = error.value.problems
     assert problem.expected == "a relative error of at most 10 times 0.001"
     assert problem.found == "a measured relative error of 0.017 on random data"
+
+
+def test_products_that_lose_their_precision() -> None:
+    router = Builder(Graph("router"))
+    x = router.graph.input("x", tensor(F32, tokens="T", embed=4))
+    w = router.graph.param("w", tensor(F32, expert=3, embed=4))
+    with router.at("layers.0.ffn"):
+        router.graph.set_output("y", router.contract(x, w, over=("embed",), precision="f32"))
+    before = router.graph
+    after = clone(before)
+    next(iter(after)).attrs["precision"] = "default"
+    assert broken_promise(EXACT, before, after) == [
+        "the products at @layers.0.ffn lost precision=f32"
+    ]
+    assert broken_promise(EXACT, before, before) == []
