@@ -16,7 +16,9 @@ def bounds_of_block(x: Array, hidden: Array, roundings: int = 0) -> dict[str, Ar
     With δ the error of a value, a mean is off by δ, and a covariance of x and y by
     2 (δx · mean |y| + δy · mean |x|): once by its products, and once by its means.  Sums are kept
     in float64, but for x · |h|, whose n products are added up in float32: n · u · mean |x||h|
-    (Higham, Accuracy and Stability of Numerical Algorithms, §3.1).  All are stored as float32.
+    (Higham, Accuracy and Stability of Numerical Algorithms, §3.1).  All are stored as float32: a
+    covariance is off by u times the sum of the mean product and the product of the means, which is
+    not the smaller of the two where x and y are large in turn.
 
     Args:
       x: the inputs, ``[tokens, embed]``.
@@ -29,10 +31,13 @@ def bounds_of_block(x: Array, hidden: Array, roundings: int = 0) -> dict[str, Ar
     squares, cross = size.T @ size / len(x), size.T @ height / len(x)
     return {
         "input.mean": of_x + UNIT * wide,
-        "input.covariance": 2 * of_x * np.add.outer(wide, wide) + 2 * UNIT * squares,
+        "input.covariance": (
+            2 * of_x * np.add.outer(wide, wide) + UNIT * (squares + np.outer(wide, wide))
+        ),
         "hidden.mean": of_hidden + UNIT * tall,
         "hidden.cross": (
-            2 * (of_x * tall + of_hidden * wide[:, None]) + (len(x) + 2) * UNIT * cross
+            2 * (of_x * tall + of_hidden * wide[:, None])
+            + UNIT * ((len(x) + 2) * cross + np.outer(wide, tall))
         ),
         "texts.cross": 2 * (of_x + UNIT * wide),
     }

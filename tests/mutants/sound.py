@@ -79,8 +79,7 @@ def reassociate(node: Node) -> int:
             made = b.node(op, left.result, inner.operands[1])
             if exchange(node, made.result):
                 return 1
-            # The axes are in another order.
-            made.erase()
+            # The axes are in another order; `exchange` has erased the node.
             left.erase()
     return 0
 
