@@ -62,9 +62,8 @@ proof-chain: $(STAMP) ## SmolLM2 upcycled, trained on, exported, judged by trans
 	mkdir -p docs/proofs
 	$(BIN)/python -m tests.proof.chain --out docs/proofs/chain.json > /dev/null
 
-proof-emit: $(STAMP) ## every source by every method as PyTorch, judged by torch in the interpreters of MOECC_PARITY_PYTHON; writes docs/proofs/emit.json
-	mkdir -p docs/proofs
-	$(BIN)/python -m tests.emit.prove --out docs/proofs/emit.json
+proof-emit: $(STAMP) ## every source by every method as PyTorch, judged by torch in the interpreters of MOECC_PARITY_PYTHON; continues docs/proofs/emit.jsonl
+	PYTHONPATH=tests/support $(BIN)/python -m tests.emit.prove --gradients --out docs/proofs/emit.jsonl
 
 proof-engines: $(STAMP) ## engines compute what the sources do; MOECC_LLAMA_CPP_PYTHON, MOECC_MLX_PYTHON and MOECC_VLLM_PYTHON name interpreters
 	$(BIN)/python -m pytest -q -rs tests/engines

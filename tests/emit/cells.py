@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 import moecc
 from moecc.backend import get_backend
 from moecc.errors import InputError
-from moecc.jobs.convert import convert
-
-GOLDEN = Path(__file__).parents[1] / "golden"
+from moecc.formats.adapter import branches_of
+from moecc.ir.graph import Graph
+from moecc.jobs.generate import Continuer, Continuing
+from moecc.model.open import OpenedModel
+from moecc.rewrite.passes import Context, Statistics
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
+from moecc.translate.export import export_emitted
+from moecc.translate.importing import import_checkpoint
+from moecc.types import F64, Array
+from moecc.weights.evaluate import evaluate
+from tests.proof import cells as proof
 
 SOURCES = (
     "llama_gqa", "mistral_window", "qwen2_square", "qwen3_square", "olmo2_gqa",
@@ -55,62 +65,80 @@ METHODS = {
 
 @dataclass(frozen=True)
 class EmittedCell:
-    """A source and a method."""
+    """A source and a method.
+
+    Attributes:
+      source: a golden checkpoint.
+      method: a key of METHODS, or of the methods of the proof table.
+      passes: the pipeline of the proof table; None for one of METHODS.
+    """
 
     source: str
     method: str
-
-    @property
-    def name(self) -> str:
-        """The name of its folder."""
-        return f"{self.source}-{self.method.replace(' ', '-')}"
+    passes: str | None = None
 
     @property
     def pipeline(self) -> str:
         """The passes; a decoder beside an encoder stays dense where routing is not causal."""
-        passes, outputs = METHODS[self.method], moecc.open(GOLDEN / self.source).graph.inputs
-        if self.method in ("expert choice", "soft") and "decoder_tokens" in outputs:
+        if self.passes is not None:
+            return self.passes
+        passes, inputs = METHODS[self.method], graph_of(self.source).inputs
+        if self.method in ("expert choice", "soft") and "decoder_tokens" in inputs:
             return passes.replace("}", " decoder-layers=nowhere}")
         return passes
 
-    def write(self, folder: Path) -> None:
-        """Write the emitted folder, its weights moved so that no two experts are equal.
+    def write(self, folder: Path, language: str = "torch") -> None:
+        """Write the emitted folder; but for the proof table, no two experts have equal weights.
 
         Raises:
           InputError: the method does not apply to the source.
         """
-        experts = (f"a={GOLDEN / self.source}",) if self.method == "BTX" else ()
-        convert(
-            str(GOLDEN / self.source), str(folder), pipeline=self.pipeline, to="st_moe",
-            emit="torch", no_check=True, experts=experts,
-        )  # fmt: skip
-        move_weights(folder)
+        checkpoint = proof.with_branch(self.source, self.method)
+        graph = graph_of(self.source)
+        shapes = {n.partition(":")[2]: info.shape for n, info in checkpoint.tensors.items()}
+        statistics = Statistics(("text",), shapes) if "activation" in self.pipeline else None
+        context = Context(models=branches_of(checkpoint), statistics=statistics)
+        run_pipeline(graph, Pipeline.parse(self.pipeline), context=context)
+        export = export_emitted(graph, language)
+        folder.mkdir()
+        rng = np.random.default_rng(1)
+        tensors = {}
+        for name, expression in export.tensors:
+            tensor = np.asarray(evaluate(expression, checkpoint.read, F64))
+            if self.passes is None:  # between equal experts the gradient of a router is zero
+                scale = 0.5 if "router" in name else 0.1
+                tensor = tensor + rng.standard_normal(tensor.shape) * scale
+            tensors[name] = np.asarray(tensor, np.float32)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(export.config_json))
+        for name, text in export.program.files.items():
+            (folder / name).write_text(text)
+
+
+def graph_of(source: str) -> Graph:
+    """Return the graph of a golden checkpoint, with an input for the padding mask of an encoder."""
+    return import_checkpoint(proof.opened(source), padding=None)
 
 
 def cells() -> Iterator[EmittedCell]:
     """Yield every dense source by every method, and mixtures as they are."""
-    for method in METHODS:
-        for source in (*SOURCES, *(MIXTURES if method == "dense" else ())):
-            yield EmittedCell(source, method)
+    for source in SOURCES:
+        yield from (EmittedCell(source, method) for method in METHODS)
+    yield from (EmittedCell(source, "dense") for source in MIXTURES)
 
 
-def move_weights(folder: Path) -> None:
-    """Add noise to all weights: between equal experts the gradient of a router is zero."""
-    rng = np.random.default_rng(1)
-    for file in folder.glob("*.safetensors"):
-        tensors = load_file(file)
-        for name, tensor in tensors.items():
-            scale = 0.5 if "router" in name else 0.1
-            moved = tensor.astype(np.float64) + rng.standard_normal(tensor.shape) * scale
-            tensors[name] = np.asarray(moved, np.float32)
-        save_file(tensors, file, metadata={"format": "pt"})
+def pairs() -> Iterator[EmittedCell]:
+    """Yield every source by every method of the proof table, with their widest options."""
+    for cell in proof.cells():
+        if cell.target == "st_moe" or cell.source in proof.MIXTURES:
+            yield EmittedCell(cell.source, cell.method, cell.passes)
 
 
 SIZES = {"B": 2, "S": 12, "T": 8}
 
 
-def write_reference(folder: Path, *, gradients: bool) -> None:
-    """Write ``reference.npz``: inputs, outputs in float64, and gradients of all parameters.
+def write_reference(folder: Path, file: Path, *, gradients: bool) -> None:
+    """Write an npz file: inputs, outputs in float64, and gradients of all parameters.
 
     The gradients are those of Σ cotangent · output, and of the auxiliary loss, by XLA.
     """
@@ -133,28 +161,50 @@ def write_reference(folder: Path, *, gradients: bool) -> None:
             raise InputError("the graph draws random numbers, which PyTorch draws otherwise")
     params = {name: np.asarray(array, np.float64) for name, array in model.params().items()}
     outputs = get_backend("reference").compile(graph).run(params, inputs)
-    kept = {n: np.asarray(x) for n, x in outputs.items() if not n.startswith("metric.")}
-    main = "logits" if "logits" in kept else "hidden"
-    cotangent = rng.standard_normal(kept[main].shape)
+    arrays = {n: np.asarray(x) for n, x in outputs.items() if not n.startswith("metric.")}
+    main = "logits" if "logits" in arrays else "hidden"
+    cotangent = rng.standard_normal(arrays[main].shape)
     if "mask" in inputs and main == "hidden":
         cotangent *= inputs["mask"][..., None]
-    arrays = {f"in.{n}": x for n, x in inputs.items()} | {f"out.{n}": x for n, x in kept.items()}
+    arrays = {f"out.{n}": x for n, x in arrays.items()} | {f"in.{n}": x for n, x in inputs.items()}
     if gradients:
         slopes = _gradients(graph, params, inputs, main, cotangent)
         arrays |= {f"grad.{n}": x for n, x in slopes.items()}
-    np.savez(folder / "reference.npz", cotangent=cotangent, **arrays)
+    if main == "logits" and "tokens" in inputs and graph.attrs.get("mode") != "train":
+        arrays["generated"] = _generated(model.model, inputs)
+    np.savez(file, cotangent=cotangent, **arrays)
+
+
+TOKENS, LENGTHS = 6, (6, 4)
+"""How many tokens are generated, and of how many each prompt of a decoder has."""
+
+
+def _generated(model: OpenedModel, inputs: dict[str, Array]) -> Array:
+    """Return the tokens that ``moecc generate`` continues prompts with, ``[batch, token]``."""
+    memory = {n: x for n, x in inputs.items() if n != "decoder_tokens"}
+    prompts = [[0]] * len(next(iter(inputs.values())))
+    if "decoder_tokens" not in inputs:
+        prompts = [
+            list(map(int, r[:n])) for r, n in zip(memory.pop("tokens"), LENGTHS, strict=True)
+        ]
+    continuer = Continuer(model, get_backend("reference"))
+    columns = continuer.texts(prompts, Continuing(TOKENS, dtype=F64), memory or None)
+    return np.array(list(columns)).T
 
 
 def _gradients(graph, params, inputs, main, cotangent):  # type: ignore[no-untyped-def]
     import jax
+    from moecc_backends.xla.lower.function import function
+    from moecc_backends.xla.trace.context import Options
 
-    from moecc.types import F64
-
+    # Not jitted, and rows gathered: compiling a loop over experts takes most of a minute.
+    is_bounded = any("capacity" in node.attrs.values() for node in graph)
+    options = Options(dispatch="gather" if is_bounded else "gathered")
     with jax.enable_x64(True):
-        function = get_backend("xla").function(graph, dtype=F64)  # type: ignore[attr-defined]
+        program = function(graph, dtype=F64, options=options)
 
         def loss(weights):  # type: ignore[no-untyped-def]
-            outputs = function(weights, inputs)
+            outputs = program(weights, inputs)
             return (outputs[main] * cotangent).sum() + outputs.get("loss.auxiliary", 0.0)
 
-        return {n: np.asarray(x) for n, x in jax.jit(jax.grad(loss))(params).items()}
+        return {n: np.asarray(x) for n, x in jax.grad(loss)(params).items()}

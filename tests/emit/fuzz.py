@@ -1,114 +1,192 @@
 """Hostile graphs: ``python -m tests.emit.fuzz COUNT`` emits graphs whose names and texts are code.
 
-Whatever they are called, the emitted text calls, imports and quotes what that of the plain graph
-does: a name of a graph is an identifier there, a location is a name or nothing.
+Whatever the values, parameters, axes, scopes and texts of a graph are called, the emitted text has
+one syntax tree, but for names of its own: those become placeholders, and everything that Python,
+torch or a helper defines is compared as it stands.
 """
 
 from __future__ import annotations
 
 import ast
-import inspect
+import builtins
+import keyword
 import re
 import sys
 import time
+from functools import cache
 
 import numpy as np
-from moecc_backends.torch_source import model as templates
+from moecc_backends.torch_source.writer import BlockWriter
 
-import moecc
 from moecc.backend import emit_program
 from moecc.errors import MoeccError
-from moecc.ir.text import parse, print_graph
+from moecc.ir.text import parse
+
+PLAIN = """moecc 1
+graph plain {
+  attr family = "plain"
+  attr config = {"title": "quoted"}
+  input %tokens : i32[batch=B, seq=S]
+  param %first.embed.weight : f32[vocab=7, embed=4] @embed
+  param %first.layers.0.before.weight : f32[embed=4] @layers.0.ffn
+  param %first.layers.0.turn.left.weight : f32[wide=4, embed=4] @layers.0.mixer
+  param %first.layers.0.turn.right.weight : f32[embed=4, wide=4] @layers.0.mixer
+  param %layers.0.ffn.router.weight : f32[expert=2, embed=4] @layers.0.ffn
+  param %first.layers.0.mlp.raise.weight : f32[expert=2, mlp=8, embed=4] @layers.0.ffn
+  param %first.layers.0.mlp.lower.weight : f32[expert=2, embed=4, mlp=8] @layers.0.ffn
+  param %first.layers.0.gain : f32[embed=4] @layers.0.ffn
+  %h = embedding %first.embed.weight, %tokens {axis=vocab} : f32[batch=B, seq=S, embed=4] @embed
+  %l = contract %h, %first.layers.0.turn.left.weight {over=embed} : f32[batch=B, seq=S, wide=4] @layers.0.mixer
+  %t = tanh %l : f32[batch=B, seq=S, wide=4] @layers.0.mixer
+  %r = contract %t, %first.layers.0.turn.right.weight {over=wide} : f32[batch=B, seq=S, embed=4] @layers.0.mixer
+  %u = add %h, %r : f32[batch=B, seq=S, embed=4] @layers.0.mixer
+  %n = rms_norm %u, %first.layers.0.before.weight {axis=embed, eps=1e-05} : f32[batch=B, seq=S, embed=4] @layers.0.ffn
+  %router = contract %n, %layers.0.ffn.router.weight {over=embed, precision=f32} : f32[batch=B, seq=S, expert=2] @layers.0.ffn
+  %experts, %gates = route %router {top_k=1} : i32[batch=B, seq=S, choice=1], f32[batch=B, seq=S, choice=1] @layers.0.ffn
+  %slots = assign_slots %experts {tokens=(batch, seq), experts=2} : i32[batch=B, seq=S, choice=1] @layers.0.ffn
+  %rows = dispatch %n, %experts, %slots : f32[group=1, expert=2, slot=ragged(%slots), embed=4] @layers.0.ffn
+  %wide = contract %rows, %first.layers.0.mlp.raise.weight {over=embed} : f32[group=1, expert=2, slot=ragged(%slots), mlp=8] @layers.0.ffn
+  %act = gelu %wide : f32[group=1, expert=2, slot=ragged(%slots), mlp=8] @layers.0.ffn
+  %down = contract %act, %first.layers.0.mlp.lower.weight {over=mlp} : f32[group=1, expert=2, slot=ragged(%slots), embed=4] @layers.0.ffn
+  %sum = combine %down, %experts, %slots, %gates : f32[batch=B, seq=S, embed=4] @layers.0.ffn
+  %m = mul %sum, %first.layers.0.gain : f32[batch=B, seq=S, embed=4] @layers.0.ffn
+  %out = add %u, %m : f32[batch=B, seq=S, embed=4] @layers.0.ffn
+  output hidden = %out
+}
+"""  # noqa: E501
+"""The graph whose names and texts are changed."""
 
 CODE = (
-    '"', "'", '"""', "'''", "\\", "#", ";", "(", ")", ":", "=", "{", "}", "%s", "{0}", "\x00",
-    "__import__('os')", "eval", "exec", "self", "import", "os", "system", "class", "lambda",
-    ".", "..", "-", "0", "é", "\u202e", "\u2028", "a" * 90, "layers.0", "print(1)", "ﬁ", "𝐚",
+    '"', "'", '"""', "'''", "\\", "\n", "\r", "\t", "#", ";", "(", ")", ":", "=", "{", "}",
+    "%s", "{0}", "\x00", "\x01", "\x02", "\x010\x02", "__import__('os')", "eval", "exec", "self",
+    "import", "os", "system", "class", "lambda", ".", "..", "-", "0", "é", "\u202e", "\u2028",
+    "a" * 90,    "layers.0", "print(1)", "ﬁ", "𝐚", " ", "\x0c",
 )  # fmt: skip
-NAME_PARTS = ("a", "_", "-", "9", "class", "self", "forward", "eval", "__import__", ".", "0", "os")
-WORDS = ("q_proj", "lm_head", "up_proj", "input_layernorm", "norm", "mlp", "embed_tokens")
+PARTS = (
+    "a", "_", "-", "9", "class", "self", "forward", "eval", "exec", "__import__", "0", "os",
+    "torch", "nn", "F", "config", "layer", "rows", "None", "hidden_states", "Router", "weight",
+    "train", "B", "Scope", "training", "StMoeModel", "ExpertRows", "super", "print", "match",
+)  # fmt: skip
+VALUES = ("h", "l", "t", "r", "u", "n", "wide", "act", "down", "sum", "m", "out")
+MODULES = ("first", "embed", "before", "turn", "left", "right", "mlp", "raise", "lower", "gain")
+AXES = ("wide", "mlp", "vocab")
+SCOPES = ("mixer",)
 
 
-def plain_text() -> str:
-    """Return the graph that is changed: a small Llama with experts."""
-    model = moecc.open("tests/golden/llama_gqa").apply("upcycle{experts=4 top-k=2}")
-    return print_graph(model.graph)
-
-
-def hostile_text(plain: str, rng: np.random.Generator) -> str:
-    """Return the text of a graph with other names, locations and attributes."""
-    text = plain
-    for word in rng.choice(WORDS, 3, replace=False):
-        name = "x" + "".join(rng.choice(NAME_PARTS, 4)).strip("-.")
-        text = re.sub(rf"(?<=[%.]){word}\b(?=[.\s,])", name, text)
-    for scope in ("ffn", "attention", "norm1", "head"):
-        if rng.random() < 0.5:
-            code = re.sub(r"\s", "", "".join(rng.choice(CODE, 3)))
-            at = rng.choice([f".{code}", f".{scope}{code}", f".{scope}.{code}"])
-            text = re.sub(rf"(@\S*)\.{scope}(?=\s)", lambda m, a=at: m[1] + a, text)
+def hostile_text(rng: np.random.Generator) -> str:
+    """Return the plain graph with other names, scopes and texts, no two of which are equal."""
+    words = {f"%{v}": f"%{_name(rng, '-')}v{i}" for i, v in enumerate(VALUES)}
+    words |= {f"{m}.": f"{_name(rng, '-')}m{i}." for i, m in enumerate(MODULES[:-1])}
+    words[".gain"] = f".{_name(rng, '-')}g"
+    words |= {f"{a}=": f"{_name(rng, '')}x{i}=" for i, a in enumerate(AXES)}
+    text = re.sub(r"(?<=over=)(wide|mlp)|(?<=axis=)vocab", lambda m: f"{m[0]}=", PLAIN)
+    pattern = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
+    before, after = r"(?<![A-Za-z0-9_])", r"(?![A-Za-z0-9_])"
+    pattern = rf"{before}(?:{pattern})(?:(?<=[.=])|{after})|\.gain{after}"
+    text = re.sub(pattern, lambda m: words[m[0]], text)
+    text = re.sub(r"(over|axis)=(\w+)=", r"\1=\2", text)
+    scope = re.sub(r"\s", "", "".join(rng.choice(CODE, 3)))
+    text = text.replace("@layers.0.mixer", f"@layers.0.{scope}s")
     quoted = "".join(rng.choice(CODE, 3)).replace("\\", "\\\\").replace('"', '\\"')
-    return re.sub(r'attr family = "\w+"', lambda m: f'attr family = "{quoted}"', text)
+    quoted = "".join(c if c >= " " else f"\\u{ord(c):04x}" for c in quoted)
+    return text.replace('"plain"', f'"{quoted}"').replace("quoted", quoted)
 
 
-def surface(text: str) -> dict[str, set[str]]:
-    """Return what a text calls by name, imports and quotes."""
-    nodes = list(ast.walk(ast.parse(text)))
-    defined = {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
-    calls = {ast.unparse(n.func) for n in nodes if isinstance(n, ast.Call)}
-    imports = {ast.unparse(n) for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)}
-    texts = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-    return {
-        "calls": {c for c in calls if "self." not in c and c not in defined and "(" not in c},
-        "imports": imports,
-        "texts": texts,
-    }
+def _name(rng: np.random.Generator, further: str) -> str:
+    """Return a name of the grammar, with letters of `further`."""
+    text = "".join(rng.choice(PARTS, 2))
+    return re.sub(rf"[^A-Za-z0-9_{further}]", "", text if text[0].isalpha() else f"x{text}")
 
 
-LAYERS = re.compile(r"Layer\d*")
-HARMLESS = {"range", "enumerate", "zip", "Scope", "nn.ModuleList", "nn.ModuleDict", "nn.Linear",
-            "nn.Parameter", "torch.empty", "F.linear", "nn.RMSNorm", "F.rms_norm",
-            "nn.Embedding", "super", "ValueError"}  # fmt: skip
-"""What other names may add: modules where a path is another, or none where it is no path."""
-
-TEMPLATES = inspect.getsource(templates)
-"""Texts of models that are written otherwise, such as one without layers, are from here."""
-
-
-def strangers(text: str, expected: str) -> list[str]:
-    """Return what `text` has and `expected` has not, but for the names of modules."""
-    ours, theirs = surface(text), surface(expected)
-    new = [f"calls {c}" for c in ours["calls"] - theirs["calls"] - HARMLESS
-           if c.partition(".")[0] not in local_names(text)]  # fmt: skip
-    new += [f"imports {line}" for line in ours["imports"] - theirs["imports"]]
-    texts = ours["texts"] - theirs["texts"]
-    harmless = {t for t in texts if f'"{t}"' in TEMPLATES or LAYERS.fullmatch(t) or t.isdecimal()}
-    return new + [f"quotes {t!r}" for t in texts - harmless]
+@cache
+def vocabulary() -> frozenset[str]:
+    """Return all names that mean something: of Python, of the helpers and models, of torch."""
+    nodes = list(ast.walk(ast.parse(emitted(PLAIN))))
+    names = {n.attr for n in nodes if isinstance(n, ast.Attribute)}
+    names |= {alias.asname or alias.name for n in nodes
+              if isinstance(n, ast.Import | ast.ImportFrom) for alias in n.names}  # fmt: skip
+    names |= {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    own = {"Mixer", "turn", "left", "right", "raise_", "lower", "embed", "before", "gain", "first"}
+    return frozenset(names | set(dir(builtins)) | {"self"}) - own
 
 
-def local_names(text: str) -> set[str]:
-    """Return the variables and arguments of a text."""
-    nodes = list(ast.walk(ast.parse(text)))
-    names = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    return names | {n.arg for n in nodes if isinstance(n, ast.arg)}
+class Shape(ast.NodeTransformer):
+    """Replaces names of the graph by placeholders."""
+
+    def name(self, text: str) -> str:
+        """Return a name that means something as it is, and others as a placeholder."""
+        if not (text.isidentifier() and text.isascii()) or keyword.iskeyword(text):
+            raise ValueError(f"{text!r} is no name")
+        return text if text in vocabulary() else "_"
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        """Replace a variable."""
+        node.id = self.name(node.id)
+        return node
+
+    def visit_arg(self, node: ast.arg) -> ast.AST:
+        """Replace an argument."""
+        node.arg = self.name(node.arg)
+        return node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        """Replace a member, of what lies below `self` always."""
+        self.generic_visit(node)
+        is_module = isinstance(node.value, ast.Name) and node.value.id == "self"
+        is_module |= isinstance(node.value, ast.Attribute) and node.value.attr == "_"
+        node.attr = "_" if is_module and node.attr != "training" else self.name(node.attr)
+        return node
+
+    def visit_keyword(self, node: ast.keyword) -> ast.AST:
+        """Replace the name of an argument."""
+        node.arg = node.arg and self.name(node.arg)
+        self.generic_visit(node)
+        return node
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        """Replace the name of a class."""
+        node.name = self.name(node.name)
+        self.generic_visit(node)
+        return node
+
+
+def emitted(text: str) -> str:
+    """Return the program of a graph, its expressions in lines that no length of a name changes."""
+    (program,) = emit_program(parse(text), "torch").files.values()
+    return program
+
+
+def shape(program: str, head: str = "") -> list[str]:
+    """Return the statements of a program after `head`, names of its own apart."""
+    return [ast.dump(Shape().visit(node)) for node in ast.parse(program.removeprefix(head)).body]
 
 
 def run(count: int, seed: int = 0) -> tuple[int, list[str]]:
     """Return how many graphs were written, and the faults of their texts."""
-    plain = plain_text()
-    (expected,) = emit_program(parse(plain), "torch").files.values()
-    written, faults = 0, []
-    for number in range(count):
-        text = hostile_text(plain, np.random.default_rng((seed, number)))
-        try:
-            (emitted,) = emit_program(parse(text), "torch").files.values()
-        except MoeccError:
-            continue
-        written += 1
-        try:
-            faults += [f"{number}: {fault}" for fault in strangers(emitted, expected)]
-        except SyntaxError as error:
-            faults.append(f"{number}: {error}")
-    return written, faults
+    lengths = BlockWriter.longest_operands, BlockWriter.longest_value
+    # Where a value has a line of its own depends on no name's length.
+    BlockWriter.longest_operands, BlockWriter.longest_value = sys.maxsize, 0
+    try:
+        plain = emitted(PLAIN)
+        head = plain[: plain.index("\nclass Mixer(")]  # imports and helpers, which are as they are
+        expected, written, faults = shape(plain, head), 0, []
+        for number in range(count):
+            text = hostile_text(np.random.default_rng((seed, number)))
+            try:
+                statements = shape(emitted(text), head)
+            except MoeccError:
+                continue
+            except (SyntaxError, ValueError) as error:
+                faults.append(f"{number}: {error}")
+                continue
+            written += 1
+            if len(statements) != len(expected):
+                faults.append(f"{number}: {len(statements)} statements")
+            pairs = zip(statements, expected, strict=False)
+            faults += [f"{number}: {a} is not {b}" for a, b in pairs if a != b]
+        return written, faults
+    finally:
+        BlockWriter.longest_operands, BlockWriter.longest_value = lengths
 
 
 if __name__ == "__main__":

@@ -14,8 +14,7 @@ import jax
 import numpy as np
 
 from moecc.errors import MoeccError
-from moecc.jobs.convert import convert
-from tests.emit.cells import GOLDEN, METHODS, SOURCES, EmittedCell, move_weights, write_reference
+from tests.emit.cells import METHODS, SOURCES, EmittedCell, write_reference
 
 METHODS_IN_JAX = ("dense", "upcycled", "st-moe", "st-moe in training")
 BOUNDS = {"float32": 1e-5, "float64": 1e-10}
@@ -38,13 +37,8 @@ def write_cell(cell: EmittedCell, folder: Path, *, gradients: bool) -> None:
     Raises:
       InputError: the method does not apply to the source.
     """
-    experts = (f"a={GOLDEN / cell.source}",) if cell.method == "BTX" else ()
-    convert(
-        str(GOLDEN / cell.source), str(folder), pipeline=cell.pipeline, to="st_moe", emit="jax",
-        no_check=True, experts=experts,
-    )  # fmt: skip
-    move_weights(folder)
-    write_reference(folder, gradients=gradients)
+    cell.write(folder, "jax")
+    write_reference(folder, folder / "reference.npz", gradients=gradients)
 
 
 def judge(folder: Path) -> dict[str, float]:

@@ -1,4 +1,7 @@
-"""Judge emitted folders with torch and transformers alone: a folder a line in, JSON a line out."""
+"""Judge emitted folders with torch and transformers alone.
+
+A line in has a folder and the file of its reference; a line out is JSON.
+"""
 
 import json
 import os
@@ -26,9 +29,9 @@ NAMES = {
 }
 
 
-def judge(folder):
+def judge(folder, reference):
     """Return the relative errors of outputs, losses and gradients, and whether caches agree."""
-    reference = np.load(os.path.join(folder, "reference.npz"))
+    reference = dict(np.load(reference))
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
     autos = [name for name in config.auto_map if name not in ("AutoConfig", "AutoModel")]
     loader = getattr(transformers, autos[0] if autos else "AutoModel")
@@ -70,8 +73,11 @@ def judge(folder):
     # What a capacity drops depends on all tokens, and a continued text has none.
     is_bounded = any("slots=capacity" in line for line in config.graph)
     # Turns at an expert (switch) are counted over all tokens: there is no cache.
-    if not any("= causal" in line and ".ffn" in line for line in config.graph):
-        verdict |= generation(model.eval(), inputs, without_cache=not is_bounded)
+    has_cache = not any("= causal" in line and ".ffn" in line for line in config.graph)
+    expected = reference.get("generated")
+    if model.can_generate():
+        modes = [True] * has_cache + [False] * (not is_bounded)
+        verdict |= generation(model.eval(), inputs, expected, modes)
     return verdict
 
 
@@ -96,27 +102,50 @@ def gradient_error(parameter, expected):
     return float(np.abs(slope - expected).max() / (scale if scale > 1e-12 else 1.0))
 
 
-def generation(model, inputs, *, without_cache):
-    """Return whether cached generation is uncached generation, padded texts included."""
-    if not model.can_generate():
-        return {}
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+def generation(model, inputs, expected, modes):
+    """Return whether generation with and without a cache, and left padding, gives equal tokens.
+
+    Args:
+      model: of float64, in evaluation.
+      inputs: those of the model.
+      expected: the tokens of moecc generate, ``[batch, token]``; None: there are none.
+      modes: whether keys and values are cached, for each way of generating that there is.
+    """
+    count = 6
+    options = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    prompts, names = [inputs], ["plain"]
     if "decoder_input_ids" in inputs:
-        prompt = {n: x for n, x in inputs.items() if n != "decoder_input_ids"}
+        prompts = [{n: x for n, x in inputs.items() if n != "decoder_input_ids"}]
         options["decoder_start_token_id"] = 0
-        cached, plain = (
-            model.generate(**prompt, use_cache=c, **options) for c in (True, not without_cache)
-        )
-        return {"cached": bool((cached == plain).all())}
-    ids = inputs["input_ids"][:, :6]
-    cached, plain = (model.generate(ids, use_cache=c, **options) for c in (True, not without_cache))
-    padding = torch.zeros(len(ids), 3, dtype=torch.long)
-    mask = torch.cat([padding, torch.ones_like(ids)], dim=1)
-    padded = model.generate(torch.cat([padding, ids], dim=1), attention_mask=mask, **options)
-    return {
-        "cached": bool((cached == plain).all()),
-        "padded": bool((padded[:, 3:] == cached).all()),
+    else:
+        ids = inputs["input_ids"][:, :6]
+        prompts = [{"input_ids": ids}, *map(left_padded, (ids, ragged(ids)))]
+        names += ["padded", "ragged"]
+    tokens = {
+        (name, cached): model.generate(**prompt, use_cache=cached, **options)[:, -count:].numpy()
+        for name, prompt in zip(names, prompts, strict=True)
+        for cached in modes
     }
+    first = tokens["plain", modes[0]]
+    verdict = {}
+    for cached in modes:
+        equal = (tokens[name, cached] == first for name in names if name != "ragged")
+        verdict["cached" if cached else "uncached"] = all(bool(x.all()) for x in equal)
+    if expected is not None:
+        results = [tokens[names[-1], cached] for cached in modes]
+        verdict["moecc"] = all(bool((x == expected).all()) for x in results)
+    return verdict
+
+
+def ragged(ids):
+    """Return prompts of 6 and 4 tokens, 0 before the shorter one."""
+    return torch.stack([ids[0], torch.cat([torch.zeros_like(ids[1, :2]), ids[1, :4]])])
+
+
+def left_padded(ids):
+    """Return prompts with three more zeros before them, and the mask of what they are."""
+    ids = torch.cat([torch.zeros(len(ids), 3, dtype=torch.long), ids], dim=1)
+    return {"input_ids": ids, "attention_mask": (ids > 0).long()}
 
 
 def main():
@@ -124,7 +153,7 @@ def main():
     print(json.dumps({"torch": torch.__version__, "transformers": transformers.__version__}))
     for line in sys.stdin:
         try:
-            verdict = judge(line.strip())
+            verdict = judge(*line.rstrip("\n").split("\t"))
         except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{os.path.basename(last.filename)}:{last.lineno}"

@@ -1,26 +1,33 @@
-"""``make proof-emit``: every source by every method, emitted and judged by torch; dated JSON."""
+"""``make proof-emit``: every source by every method, emitted and judged by torch.
+
+    python -m tests.emit.prove --out FILE [--work DIR] [--gradients] [--pairs]
+        [--sources …] [--methods …]
+
+FILE has a line of JSON for each cell; a cell whose text is as it was, and was right, is not judged
+again.  DIR keeps what the reference and XLA compute.  With ``--gradients`` the gradients of all
+parameters are compared, too, which takes XLA ten times as long as all the rest.  With ``--pairs``
+the cells are those of the proof table.
+"""
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from moecc.errors import MoeccError
-from tests.emit.cells import EmittedCell, cells, write_reference
+from tests.emit.cells import EmittedCell, cells, pairs, write_reference
 from tests.parity.interpreters import interpreters
 
 BOUNDS = {"float32": 1e-5, "float64": 1e-10}
-
-GRADIENTS = ("llama_gqa", "gpt2_square", "t5_gated_untied", "bert_square", "vit_square")
-"""The sources whose gradients are compared by default: a decoder with gates, and one of each."""
 
 
 def is_right(verdict: dict[str, Any]) -> bool:
@@ -36,104 +43,133 @@ def is_right(verdict: dict[str, Any]) -> bool:
     return True
 
 
-def ask(python: str, folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """Return what an interpreter without moecc says: its versions, then a verdict a folder."""
-    done = subprocess.run(
-        [python, "-W", "ignore", str(Path(__file__).parent / "judge.py")],
-        input="".join(f"{folder}\n" for folder in folders),
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": ""},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+class Judge:
+    """A process of an interpreter without moecc, which judges one folder after the other."""
+
+    def __init__(self, python: str) -> None:
+        self._process = subprocess.Popen(
+            [python, "-W", "ignore", str(Path(__file__).parent / "judge.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": ""},
+        )
+        self.name = f"transformers {self._answer()['transformers']}"
+
+    def ask(self, folder: Path, reference: Path) -> None:
+        """Begin to judge a folder."""
+        assert self._process.stdin is not None, "a pipe"
+        self._process.stdin.write(f"{folder}\t{reference}\n")
+        self._process.stdin.flush()
+
+    def verdict(self) -> dict[str, Any]:
+        """Return the verdict about the folder that was asked for."""
+        verdict = self._answer()
+        return {n: float(f"{x:.2g}") if isinstance(x, float) else x for n, x in verdict.items()} | {
+            "right": is_right(verdict)
+        }
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None, "a pipe"
+        line = next(line for line in self._process.stdout if line.startswith("{"))
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None, "a pipe"
+        self._process.stdin.close()
+        self._process.wait()
 
 
-def prove(wanted: Sequence[EmittedCell], *, gradients: Sequence[str] = ()) -> dict[str, Any]:
-    """Write all cells, let every interpreter judge them, and return the report.
+Rows = dict[tuple[str, str], dict[str, Any]]
+"""What is known of each source and method."""
+
+
+def prove(
+    wanted: Iterable[EmittedCell], work: Path, rows: Rows, *, gradients: bool
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each cell: why it is refused, or the verdict of every interpreter.
 
     Args:
       wanted: the cells.
-      gradients: the sources whose gradients are compared, which XLA compiles.
+      work: a folder of references, by the digest of what they are computed of.
+      rows: the rows of earlier runs.
+      gradients: whether gradients are compared.
     """
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as temporary:
-        folders = []
+    judges = [Judge(python) for python in interpreters()]
+    try:
         for cell in wanted:
-            folder = Path(temporary) / cell.name
             row: dict[str, Any] = {"source": cell.source, "method": cell.method}
-            rows.append(row)
-            try:
-                cell.write(folder)
-                write_reference(folder, gradients=cell.source in gradients)
-            except MoeccError as error:
-                row["refused"] = " ".join(str(error).split())[:300]
-                continue
-            row["lines"] = len((folder / "modeling_st_moe.py").read_text().splitlines())
-            folders.append((row, folder))
-        versions = []
-        for python in interpreters():
-            version, *verdicts = ask(python, [folder for _, folder in folders])
-            versions.append(version)
-            for (row, _), verdict in zip(folders, verdicts, strict=True):
-                verdict["right"] = is_right(verdict)
-                row[f"transformers {version['transformers']}"] = verdict
-    return summarised(versions, rows)
+            with tempfile.TemporaryDirectory() as temporary:
+                folder = Path(temporary) / "model"
+                try:
+                    cell.write(folder)
+                except MoeccError as error:
+                    yield row | {"refused": " ".join(error.problems[0].what.split())}
+                    continue
+                text = (folder / "modeling_st_moe.py").read_bytes()
+                row |= {"text": digest(text), "lines": text.count(b"\n")}
+                row["date"] = datetime.date.today().isoformat()
+                earlier = rows.get((cell.source, cell.method), {})
+                is_same = earlier.get("text") == row["text"] and earlier["gradients"] >= gradients
+                if is_same and is_proved(earlier, judges):
+                    yield earlier
+                    continue
+                row["gradients"] = gradients
+                files = ("config.json", "model.safetensors")
+                name = digest(b"".join((folder / file).read_bytes() for file in files))
+                reference = work / f"{name}{'-gradients' * gradients}.npz"
+                if not reference.is_file():
+                    write_reference(folder, reference, gradients=gradients)
+                for judge in judges:
+                    judge.ask(folder, reference)
+                yield row | {j.name: j.verdict() for j in judges}
+    finally:
+        for judge in judges:
+            judge.close()
 
 
-def summarised(versions: list[Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the report of cells, and how many of them are right."""
-    judged = [row for row in rows if "refused" not in row]
-    wrong = [
-        row
-        for row in judged
-        if not all(v["right"] for k, v in row.items() if k.startswith("transformers"))
-    ]
-    return {
-        "date": datetime.date.today().isoformat(),
-        "versions": versions,
-        "bounds": BOUNDS,
-        "right": len(judged) - len(wrong),
-        "judged": len(judged),
-        "refused": len(rows) - len(judged),
-        "cells": rows,
-    }
+def digest(data: bytes) -> str:
+    """Return a short name of some bytes."""
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
-def joined(path: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """Return a report with the cells of an earlier one that it has not."""
-    if not path.is_file():
-        return report
-    earlier = json.loads(path.read_text())
-    rows = {(row["source"], row["method"]): row for row in earlier["cells"]}
-    for row in report["cells"]:
-        key = row["source"], row["method"]
-        rows[key] = {**rows.get(key, {}), **row}
-    versions = [*earlier["versions"], *report["versions"]]
-    unique = [v for i, v in enumerate(versions) if v not in versions[:i]]
-    return summarised(unique, list(rows.values()))
+def is_proved(row: dict[str, Any], judges: Iterable[Judge] = ()) -> bool:
+    """Whether every interpreter finds a row right, those of `judges` among them."""
+    verdicts = {k: v["right"] for k, v in row.items() if k.startswith("transformers")}
+    return all(verdicts.values()) and {j.name for j in judges} <= verdicts.keys()
 
 
 def main() -> None:
-    """Write the report."""
+    """Judge the cells that the file has not."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--gradients", action="store_true")
+    parser.add_argument("--pairs", action="store_true")
     parser.add_argument("--sources", nargs="*", default=[])
     parser.add_argument("--methods", nargs="*", default=[])
-    parser.add_argument("--gradients", nargs="*", default=GRADIENTS)
     options = parser.parse_args()
+    lines = options.out.read_text().splitlines() if options.out.is_file() else []
+    rows: Rows = {(row["source"], row["method"]): row for row in map(json.loads, lines)}
     wanted = [
         cell
-        for cell in cells()
+        for cell in (pairs() if options.pairs else cells())
         if cell.source in (options.sources or [cell.source])
         and cell.method in (options.methods or [cell.method])
     ]
-    report = prove(wanted, gradients=options.gradients)
-    if options.sources or options.methods:  # a part: the other cells stay as they were
-        report = joined(options.out, report)
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
-    print({k: report[k] for k in ("right", "judged", "refused")}, file=sys.stderr)
+    with tempfile.TemporaryDirectory() as temporary:
+        for row in prove(
+            wanted, options.work or Path(temporary), rows, gradients=options.gradients
+        ):
+            rows[row["source"], row["method"]] = row
+            options.out.write_text("".join(json.dumps(r) + "\n" for r in rows.values()))
+            if not is_proved(row):
+                print(json.dumps(row), file=sys.stderr, flush=True)
+    judged = [row for row in rows.values() if "refused" not in row]
+    right = sum(map(is_proved, judged))
+    print(f"{right} of {len(judged)} right, {len(rows) - len(judged)} refused", file=sys.stderr)
 
 
 if __name__ == "__main__":

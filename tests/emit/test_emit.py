@@ -2,7 +2,6 @@
 
 import ast
 import hashlib
-import keyword
 import re
 import string
 import sys
@@ -25,7 +24,7 @@ from moecc.jobs.emit import emit
 from moecc.jobs.verify import verify
 from tests.emit import fuzz
 from tests.emit.cells import METHODS, EmittedCell
-from tests.emit.prove import prove
+from tests.emit.prove import is_proved, prove
 from tests.parity.interpreters import interpreters
 
 GOLDEN = Path("tests/golden")
@@ -185,47 +184,30 @@ def test_literals_are_what_they_say():
         literal([1])
 
 
-def vocabulary(text: str) -> tuple[set[str], set[str]]:
-    """Return what a text calls and does not define, and its texts but for numbers."""
-    nodes = list(ast.walk(ast.parse(text)))
-    calls = {n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
-    defined = {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
-    texts = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-    return calls - defined, {t for t in texts if not t.isdigit()}
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_names_of_a_graph_add_no_calls_and_no_constants(seed):
-    rng = np.random.default_rng(seed)
-    plain = print_graph(moecc.open(GOLDEN / "llama_gqa").apply(UPCYCLE).graph)
-    parts = ["a", "_", "-", "9", "class", "self", "weight", "__", "train", "import", "eval", "."]
-    renamed = plain
-    for word in ("q_proj", "lm_head", "up_proj", "input_layernorm", "norm1", "hidden", "gate"):
-        name = "x" + "".join(rng.choice(parts, 5)).strip("-.")
-        renamed = re.sub(rf"(?<=[%.]){word}\b(?=[.\s,])", name, renamed)
-    (text,) = emit_program(parse(renamed), "torch").files.values()
-    (expected,) = emit_program(parse(plain), "torch").files.values()
-    calls, texts = vocabulary(text)
-    expected_calls, expected_texts = vocabulary(expected)
-    assert calls <= expected_calls | {"range", "enumerate", "zip"}
-    assert texts - expected_texts <= {"Layer", "Layer2", "Layer3"}
-    assert imported_packages(text) == imported_packages(expected)
-    words = {n.attr for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Attribute)}
-    assert not any(keyword.iskeyword(word) for word in words)
-
-
-def test_hostile_graphs_add_no_code():
-    written, faults = fuzz.run(10)
-    assert written >= 5
+def test_hostile_graphs_have_the_tree_of_the_plain_one():
+    written, faults = fuzz.run(40)
+    assert written >= 30
     assert faults == []
 
 
-def test_fuzzing_sees_what_is_added():
-    expected = program_text("")
-    assert fuzz.strangers(expected + "eval('1')\nimport os\n", expected) == [
-        "calls eval", "imports import os",
-    ]  # fmt: skip
-    assert fuzz.strangers(expected + "x = 'rm'\n", expected) == ["quotes 'rm'"]
+@pytest.mark.parametrize(
+    "line", ["eval('1')", "import os", "x = print", "torch.load('x')", "def eval(x): pass", "y: 0"]
+)
+def test_fuzzing_sees_what_is_added(line):
+    plain = fuzz.emitted(fuzz.PLAIN)
+    assert fuzz.shape(f"{plain}{line}\n") != fuzz.shape(plain)
+    inside = plain.replace("        n = ", f"        {line}\n        n = ")
+    assert fuzz.shape(inside) != fuzz.shape(plain)
+
+
+@pytest.mark.parametrize("code", ["eval", "a.b", "torch", "é"])
+def test_fuzzing_sees_what_is_no_variable(code):
+    plain = fuzz.emitted(fuzz.PLAIN)
+    hostile = re.sub(r"\bu\b", code, plain)
+    try:
+        assert fuzz.shape(hostile) != fuzz.shape(plain)
+    except ValueError as error:
+        assert "no name" in str(error)  # noqa: PT017
 
 
 CELLS = [
@@ -241,12 +223,10 @@ CELLS = [
 
 @pytest.mark.parity
 @pytest.mark.skipif(not interpreters(), reason="MOECC_PARITY_PYTHON names no transformers")
-def test_cells_are_right():
-    report = prove([EmittedCell(*cell) for cell in CELLS])
-    assert report["judged"] == len(CELLS)
-    wrong = [row for row in report["cells"] if not all(
-        v["right"] for k, v in row.items() if k.startswith("transformers"))]  # fmt: skip
-    assert wrong == []
+def test_cells_are_right(tmp_path):
+    cells = [EmittedCell(*cell) for cell in CELLS]
+    rows = list(prove(cells, tmp_path, {}, gradients=False))
+    assert [row for row in rows if "refused" in row or not is_proved(row)] == []
 
 
 @pytest.mark.parametrize("word", ["scope", "st_moe_model", "expert_rows"])

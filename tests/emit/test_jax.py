@@ -12,8 +12,9 @@ import moecc
 from moecc.backend import emit_program
 from moecc.errors import CheckError, InputError
 from moecc.jobs.verify import verify
-from tests.emit.cells import GOLDEN, METHODS, EmittedCell
+from tests.emit.cells import METHODS, EmittedCell
 from tests.emit.jax_cells import FILE, flat, is_right, judge, program_of, write_cell
+from tests.proof.cells import GOLDEN
 
 
 def program_text(source: str, pipeline: str = "") -> str:

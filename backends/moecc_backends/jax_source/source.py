@@ -23,12 +23,12 @@ from moecc_backends.torch_source.source import Segments, definitions, helper_tex
 from moecc_backends.torch_source.text import (
     ClassDef,
     Classes,
-    ModuleTree,
     PythonExpr,
     folded,
     literal,
     repeated_texts,
 )
+from moecc_backends.torch_source.writer import ModuleTree
 
 FILE_NAME = "jax_st_moe.py"
 

@@ -26,16 +26,14 @@ from moecc_backends.torch_source.program import (
     walk_operands,
 )
 from moecc_backends.torch_source.text import (
-    STATE,
-    BlockWriter,
     Classes,
     PythonExpr,
     folded,
     literal,
     repeated_texts,
     unify_signatures,
-    var_hint,
 )
+from moecc_backends.torch_source.writer import STATE, BlockWriter, var_hint
 
 INPUTS = {
     "tokens": "input_ids",

@@ -27,7 +27,8 @@ from moecc_backends.torch_source.program import (
     prepared,
     program_of,
 )
-from moecc_backends.torch_source.text import BlockWriter, Classes
+from moecc_backends.torch_source.text import Classes
+from moecc_backends.torch_source.writer import BlockWriter
 
 FILE_NAME = "modeling_st_moe.py"
 
