@@ -50,6 +50,21 @@ class SequenceFlops:
     attention: int
     lengths: dict[str, int]
 
+    @property
+    def executed(self) -> int:
+        """The FLOPs of all products: what plans, training and experiments count."""
+        return self.weights + self.attention
+
+    @property
+    def per_token(self) -> int:
+        """The executed FLOPs over the tokens of the sequence, or of one input of fixed size."""
+        return round(self.executed / max(sum(self.lengths.values()), 1))
+
+    def __str__(self) -> str:
+        lengths = " and ".join(map(str, self.lengths.values()))
+        unit = f"token of a sequence of {lengths}" if lengths else "input"
+        return f"{count_text(self.per_token)} per {unit}"
+
 
 def sequence_flops(graph: Graph, lengths: Mapping[str, int] | None = None) -> SequenceFlops:
     """Count the FLOPs of one sequence whose lengths are `lengths`, by variable.
@@ -154,9 +169,6 @@ class Description:
       layers: the number of layers.
       stacks: the number of layers of encoder and decoder, if there are both.
       parameters: the parameter counts.
-      flops_per_token: of all products with parameters, a multiplication and an addition each; in
-        an encoder-decoder, for one token of either; of fixed sizes, for one input.
-      attention_flops_per_token: FLOPs of attention per position attended to.
       sequence: the FLOPs of one sequence, at the lengths of ST-MoE's pre-training.
       expert_layers: the mixtures of experts.
     """
@@ -165,15 +177,8 @@ class Description:
     layers: int
     stacks: dict[str, int]
     parameters: ParameterCounts
-    flops_per_token: int
-    attention_flops_per_token: int
     sequence: SequenceFlops
     expert_layers: tuple[ExpertLayer, ...]
-
-    @property
-    def unit(self) -> str:
-        """What FLOPs are counted for: a token, or an input where all sizes are fixed."""
-        return "token" if self.sequence.lengths else "input"
 
     def __repr__(self) -> str:
         return brief("moecc.Description", self._rows())
@@ -189,7 +194,7 @@ class Description:
             ("family", self.family), ("layers", str(self.layers)),
             ("parameters", f"{count_text(self.parameters.total)} ({groups})"),
             ("active", f"{count_text(self.parameters.active)} per token"),
-            ("FLOPs", f"{count_text(self.flops_per_token)} per {self.unit}"),
+            ("FLOPs", str(self.sequence)),
             ("expert layers", str(len(self.expert_layers) or "")),
         ]  # fmt: skip
 
@@ -201,7 +206,6 @@ class Description:
 def describe(graph: Graph) -> Description:
     """Count the parameters and FLOPs of `graph`; nothing is read or run."""
     graph = unrolled(graph)
-    linear, attention = flops(graph)
     matches = (_LAYER.match(node.loc) for node in graph)
     layers = dict.fromkeys((m[1] or "", int(m[2])) for m in matches if m is not None)
     stacks = dict(Counter(stack.rstrip(".") for stack, _ in layers))
@@ -210,8 +214,6 @@ def describe(graph: Graph) -> Description:
         layers=sum(stacks.values()),
         stacks=stacks if len(stacks) > 1 else {},
         parameters=count_parameters(graph),
-        flops_per_token=linear,
-        attention_flops_per_token=attention,
         sequence=sequence_flops(graph),
         expert_layers=tuple(expert_layers(graph)),
     )
@@ -244,54 +246,6 @@ def count_parameters(graph: Graph) -> ParameterCounts:
         active += round(size * _active_share(value))
         groups[_group(value)] += size
     return ParameterCounts(total, active, {name: count for name, count in groups.items() if count})
-
-
-def flops(graph: Graph) -> tuple[int, int]:
-    """Return FLOPs per token: of products with parameters, and of others per position attended to.
-
-    Two for each multiplication.  Experts count once per row that they compute.  Where all sizes
-    are fixed, as of images, both are those of one input.
-    """
-    has_tokens = any(v.type.dtype.kind == "int" for v in graph.inputs.values())
-    tokens = _token_axes(graph)
-    fixed = attended = 0.0
-    for node in graph:
-        if not node.op.products:
-            continue
-        work = 2 * node.op.products * _multiplied(node, tokens, has_tokens=has_tokens)
-        if any(v.is_param for v in node.operands):
-            fixed += work
-        else:
-            attended += work
-    return round(fixed), round(attended)
-
-
-def _token_axes(graph: Graph) -> set[str]:
-    """Return the axes that number sequences and tokens, those of keys and values included."""
-    inputs = (v for v in graph.inputs.values() if v.type.dtype.kind == "int")
-    axes = {"batch", *(axis.name for value in inputs for axis in value.type)}
-    for node in graph:
-        # A view may have an axis under another name.
-        if node.op.alias and node.operands[0].type.rank == node.result.type.rank:
-            names = zip(node.operands[0].type.names, node.result.type.names, strict=True)
-            axes |= {new for old, new in names if old in axes}
-    return axes
-
-
-def _multiplied(node: Node, tokens: set[str], *, has_tokens: bool) -> float:
-    """Return the elements that a product multiplies for a token, or for an input of fixed size.
-
-    Windows that a graph with tokens attends along are no axes of a token's product.
-    """
-    axes = {a.name: a.size for v in (*node.operands, node.result) for a in v.type}
-    along = () if node.op.attends or not has_tokens else node.mixes
-    left = {*tokens, *(n for n in along if n in node.result.type)}
-    rows, times = rows_of(node.operands), 1.0
-    if rows is not None:
-        left |= {"group", "expert", "slot"}
-        times = rows_per_token(rows) * (1 if has_tokens else dispatched_tokens(rows, {}))
-    sizes = (size for name, size in axes.items() if name not in left)
-    return times * prod(size for size in sizes if isinstance(size, int))
 
 
 def _active_share(value: Value) -> float:

@@ -207,7 +207,7 @@ class Plan:
             "dtype": self.dtype_name,
             "tensors": len(self.tensors),
             "parameters": {"total": self.parameters, "active": facts.parameters.active},
-            "flops_per_token": facts.flops_per_token,
+            "flops_per_token": facts.sequence.per_token,
             "size_bytes": self.size_bytes,
             "engines": [verdict.to_json() for verdict in self.engines],
             "remarks": list(self.remarks),

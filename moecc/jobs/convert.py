@@ -292,7 +292,7 @@ def plan_text(planned: Plan, out: str, dry_run: bool) -> str:
         *([f"  proved      {planned.proved}"] if planned.proved else []),
         f"  parameters  {count_text(planned.parameters)}, "
         f"{count_text(facts.parameters.active)} active per token",
-        f"  FLOPs       {count_text(facts.flops_per_token)} per {facts.unit}",
+        f"  FLOPs       {facts.sequence}",
         f"  on disk     {size_text(planned.size_bytes)} in "
         f"{amount(len(planned.tensors), 'tensor')}, {planned.dtype_name}",
         *([f"  runs in     {summary(planned.engines)}"] if planned.engines else []),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from math import exp
 from typing import Annotated, Any
 
@@ -39,9 +38,10 @@ from moecc.train.recipe import (
 from moecc.train.rows import LabelChoices, ModelFacts, facts_of
 from moecc.train.scoring import (
     LossDifference,
-    RowScores,
     Scorer,
     ScoringBackend,
+    UnitScores,
+    by_document,
     macro_f1,
     paired_difference,
 )
@@ -76,13 +76,13 @@ class SetScore:
 
     Attributes:
       kind: of `moecc.train.tokens.folder.KINDS`.
-      scores: of its rows.
+      scores: of its documents or examples that have a target.
       accuracy: of labelled examples: the share whose likeliest label is theirs.
       f1: likewise, the macro F1.
     """
 
     kind: str
-    scores: RowScores
+    scores: UnitScores
     accuracy: float | None = None
     f1: float | None = None
 
@@ -91,8 +91,7 @@ class SetScore:
         """Of examples: the share that greedy decoding finds: every token is the likeliest."""
         if self.kind == DOCUMENTS:
             return None
-        rows = self.scores.tokens > 0
-        return float((self.scores.hits == self.scores.tokens)[rows].mean())
+        return float((self.scores.hits == self.scores.tokens).mean())
 
     def to_json(self) -> dict[str, object]:
         """Return the score as JSON values."""
@@ -102,7 +101,7 @@ class SetScore:
             "loss": self.scores.loss,
             "perplexity": exp(min(self.scores.loss, 700.0)),
             "tokens": tokens,
-            "rows": len(self.scores.tokens),
+            "documents": len(self.scores.tokens),
             "token_accuracy": int(self.scores.hits.sum()) / max(tokens, 1),
             "exact_match": self.exact,
             "accuracy": self.accuracy,
@@ -135,7 +134,12 @@ def _named(data: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield (name if names.count(name) == 1 else path), path
 
 
-def _score(model: OpenedModel, folder: TokenFolder, settings: EvaluationSpec) -> SetScore:
+def score_of(model: OpenedModel, folder: TokenFolder, settings: EvaluationSpec) -> SetScore:
+    """Return what a model makes of a folder.
+
+    Raises:
+      InputError: the folder does not suit the model.
+    """
     recipe = evaluation_recipe(model.graph, folder, settings)
     check_objective(model.graph, recipe.data.objective)
     graph = eval_graph(model.graph, recipe)
@@ -147,8 +151,13 @@ def _score(model: OpenedModel, folder: TokenFolder, settings: EvaluationSpec) ->
     params = OpenedModel(graph, model.name, model.checkpoint).params(dtype=dtype)
     scorer = backend.scorer(graph, params, dtype=dtype)
     held_out = next(iter(batches.evaluations.values()))
-    rows = _joined(scorer(held_out.batch(number)) for number in range(held_out.batches))
-    scored = RowScores(*(part[rows.tokens > 0] for part in (rows.losses, rows.tokens, rows.hits)))
+    parts = (
+        (scorer(held_out.batch(number)), held_out.documents(number))
+        for number in range(held_out.batches)
+    )
+    every = by_document(parts, folder.facts.documents)
+    is_read = every.tokens > 0
+    scored = UnitScores(every.losses[is_read], every.tokens[is_read], every.hits[is_read])
     score = SetScore(folder.facts.kind, scored)
     return score if score.kind != LABELLED else _labels(score, folder, recipe.data, facts, scorer)
 
@@ -172,10 +181,6 @@ def evaluation_recipe(graph: Graph, folder: TokenFolder, settings: EvaluationSpe
     return Recipe(ModelSection("model"), data, RunSection(steps=1, dtype=settings.dtype.name))
 
 
-def _joined(parts: Iterator[RowScores]) -> RowScores:
-    return reduce(RowScores.joined, parts)
-
-
 def _labels(
     score: SetScore, folder: TokenFolder, data: DataSection, facts: ModelFacts, scorer: Scorer
 ) -> SetScore:
@@ -189,8 +194,8 @@ def _labels(
         numbers = range(start, min(start + data.batch, rows.rows))
         rows_of_examples: list[Any] = [rows.segments(row, rng) for row in numbers]
         rows_of_examples += [[]] * (data.batch - len(rows_of_examples))
-        labels.append(scorer(collate(rows_of_examples, shape)))
-    losses = _joined(iter(labels)).losses[: rows.rows].reshape(examples, choices.labels)
+        labels.append(scorer(collate(rows_of_examples, shape)).by_row().losses)
+    losses = np.concatenate(labels)[: rows.rows].reshape(examples, choices.labels)
     guesses = losses.argmin(axis=1)
     accuracy = float((guesses == choices.answers).mean())
     return replace(score, accuracy=accuracy, f1=macro_f1(choices.answers, guesses, choices.labels))
@@ -314,7 +319,7 @@ def evaluate(
         results: list[ModelEvaluation] = []
         for number, name in enumerate(models):
             with open_model(name) as model:
-                sets = {n: _score(model, folder, spec) for n, folder in folders.items()}
+                sets = {n: score_of(model, folder, spec) for n, folder in folders.items()}
             first = results[0].sets if results else {}
             against = {
                 n: paired_difference(first[n].scores, s.scores)

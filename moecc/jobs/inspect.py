@@ -86,7 +86,7 @@ def inspection(model: OpenedModel) -> JsonDict:
             "active": facts.parameters.active,
             "groups": {**paper_groups(groups), **groups},
         },
-        "flops_per_token": facts.flops_per_token,
+        "flops_per_token": facts.sequence.per_token,
         "flops_per_sequence": facts.sequence.paper,
         "flops_convention": CONVENTION,
         "flops_per_sequence_counted": {
@@ -111,6 +111,7 @@ def deep_inspection(config: ModelConfig, name: str) -> JsonDict | None:
     follow from two models of few layers, and a third one shows that they do.
     """
     from moecc.families import build
+    from moecc.families.describe import SequenceFlops
     from moecc.model.open import OpenedModel
 
     values = vars(config)
@@ -130,7 +131,9 @@ def deep_inspection(config: ModelConfig, name: str) -> JsonDict | None:
     def at(shallow: Mapping[str, int]) -> JsonDict:
         sizes: JsonDict = {key: v[: max(shallow.values())] for key, v in by_layer}
         sizes.update(shallow)
-        return inspection(OpenedModel(build(replace(config, **sizes)), name))
+        facts = inspection(OpenedModel(build(replace(config, **sizes)), name))
+        # What is rounded for each model is made of sums again.
+        return {**facts, "flops_per_token": None}
 
     try:
         data = start = at(base)
@@ -141,7 +144,9 @@ def deep_inspection(config: ModelConfig, name: str) -> JsonDict | None:
             data = _repeated(data, once, (depth - base[key]) // period, period)
     except ValueError:
         return None
-    return data
+    counted, lengths = data["flops_per_sequence_counted"], data["sequence_lengths"]
+    per_token = SequenceFlops(0, counted["weights"], counted["attention"], lengths).per_token
+    return {**data, "flops_per_token": per_token}
 
 
 def _difference(start: Any, end: Any) -> Any:
@@ -186,7 +191,9 @@ def inspection_text(data: JsonDict) -> str:
     stacks = " (" + ", ".join(f"{n} {k}" for k, n in data["stacks"].items()) + ")"
     lengths = " and ".join(map(str, data["sequence_lengths"].values()))
     # A model of images takes no tokens, and all of its sizes are fixed.
-    unit, length = ("token", f"of {lengths} tokens") if lengths else ("input", "of fixed length")
+    unit, length = "input", "of fixed length"
+    if lengths:
+        unit, length = f"token of a sequence of {lengths}", f"of {lengths} tokens"
     counted = data["flops_per_sequence_counted"]
     family = data["family"] or "no family"
     shown = blocks["refused"]

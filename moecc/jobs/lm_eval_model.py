@@ -25,7 +25,7 @@ from moecc.model.open import OpenedModel
 from moecc.support.lazy import np
 from moecc.support.untyped import Json
 from moecc.tokenizer.process import Tokenizer
-from moecc.train.scoring import RowScores, Scorer, ScoringBackend
+from moecc.train.scoring import Scorer, ScoringBackend, UnitScores
 from moecc.types import F32, DType
 
 IGNORED = -1
@@ -119,18 +119,18 @@ class HarnessModel:
         targets = [IGNORED] * (len(seen) - 1 - len(scored)) + scored[-(len(seen) - 1) :]
         return seen[:-1], targets
 
-    def _scores(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> RowScores:
+    def _scores(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> UnitScores:
         """Return the scores of rows, in their order; rows of like lengths go together."""
         order = sorted(range(len(rows)), key=lambda n: -len(rows[n][0]))
         losses = np.zeros(len(rows), np.float64)
         tokens, hits = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
         for start in range(0, len(order), self.batch):
             chosen = order[start : start + self.batch]
-            scores = self._scorer(_padded([rows[n] for n in chosen], self.batch))
+            scores = self._scorer(_padded([rows[n] for n in chosen], self.batch)).by_row()
             real = slice(len(chosen))
             losses[chosen], tokens[chosen] = scores.losses[real], scores.tokens[real]
             hits[chosen] = scores.hits[real]
-        return RowScores(losses, tokens, hits)
+        return UnitScores(losses, tokens, hits)
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer.encode_all([text], special=False)[0]

@@ -245,10 +245,9 @@ def _flops(recipe: Recipe, graph: Graph, batches: Batches) -> Facts:
     """Return the model's FLOPs: of a token, forward, and of the run, forward and backward."""
     lengths = dict(_lengths(graph, batches))
     counted = sequence_flops(graph, lengths)
-    sequence = counted.weights + counted.attention
     return {
-        "forward_per_token": sequence / max(sum(lengths.values()), 1),
-        "run": float(TRAIN_PASSES * sequence * recipe.data.batch * recipe.run.steps),
+        "forward_per_token": counted.per_token,
+        "run": float(TRAIN_PASSES * counted.executed * recipe.data.batch * recipe.run.steps),
     }
 
 
@@ -336,7 +335,7 @@ def _lines(facts: Facts) -> Iterator[str]:
     for name, epochs in data["epochs"].items():
         yield f"             {epochs:.2f} epochs of {name}"
     yield (
-        f"FLOPs        {facts['flops']['forward_per_token']:.3g} a token forward, "
+        f"FLOPs        {count_text(facts['flops']['forward_per_token'])} a token forward, "
         f"{facts['flops']['run']:.3g} in all"
     )
     yield f"training     {facts['passes']['train']}"

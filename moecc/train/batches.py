@@ -470,6 +470,21 @@ class HeldOutBatches:
 
     def batch(self, number: int, rows: slice | None = None) -> dict[str, Array]:
         """Return a batch, as `Batches.batch`; rows after the last one are padding."""
+        return collate(self._segments(number, rows), self._shape)
+
+    def documents(self, number: int) -> Array:
+        """Return the number of the document of each target of a batch, −1 for padding."""
+        rows = self._segments(number)
+        documents = np.full((len(rows), self._shape.decoder_seq or self._shape.seq), -1, np.int64)
+        for row, segments in enumerate(rows):
+            at = 0
+            for segment in segments:
+                end = at + len(segment.targets)
+                documents[row, at:end] = segment.document
+                at = end
+        return documents
+
+    def _segments(self, number: int, rows: slice | None = None) -> list[list[RowSegment]]:
         numbers = _numbers(number, self._shape.batch, rows)
         present = numbers[numbers < self._rows.rows]
         places = permuted(present, self._rows.rows, mixed(_EVALUATION))
@@ -477,7 +492,7 @@ class HeldOutBatches:
             self._rows.segments(int(row), _rng(_EVALUATION, int(n)))
             for n, row in zip(present, places, strict=True)
         ]
-        return collate(rows_of_batch + [[]] * (len(numbers) - len(present)), self._shape)
+        return rows_of_batch + [[]] * (len(numbers) - len(present))
 
 
 @dataclass(frozen=True)
@@ -553,7 +568,7 @@ def open_batches(data: DataSection, model: ModelFacts) -> Batches:
         shape=shape,
         seed=data.seed,
         folders={_label(*key): folder for key, folder in folders.items()},
-        remarks=tuple(_remarks(rows)),
+        remarks=tuple(_remarks(rows, data)),
         _rows=trained,
         _mixture=mixture,
         evaluations={
@@ -585,12 +600,22 @@ def _opened(data: DataSection) -> Iterator[tuple[tuple[str, str], TokenFolder]]:
         raise InputError(problems)
 
 
+ROUNDED_BY = 0.05
+"""Hidden shares and spans that differ by more from the recipe's are a remark."""
+
+
 def _label(use: str, name: str) -> str:
     return name if use == "train" else f"{use}/{name}"
 
 
-def _remarks(rows: Mapping[tuple[str, str], CorpusRows]) -> Iterator[str]:
+def _remarks(rows: Mapping[tuple[str, str], CorpusRows], data: DataSection) -> Iterator[str]:
     for (_, name), each in rows.items():
+        if isinstance(each, SpanRows):
+            pairs = (("noise_density", each.hidden), ("mean_span", each.mean))
+            for key, drawn in pairs:
+                asked = getattr(data, key)
+                if abs(drawn / asked - 1) > ROUNDED_BY:
+                    yield f"{name}: {key} is {drawn:.3g} in whole tokens and spans, not {asked:g}"
         if isinstance(each, ExampleRows) and each.cut:
             are = "is cut, as it is" if each.cut == 1 else "are cut, as they are"
             yield f"{name}: {amount(each.cut, 'example')} {are} longer than a sequence"

@@ -41,12 +41,16 @@ class Stepped:
       metrics: what was measured, by name; the same on any machine of one kind.
       tokens: trained on so far, padding left out.
       seconds: this step took.
+      processor_seconds: of all threads of this process, in that time.
+      compiles: whether it is the first step of a program in this run, which compiles it.
     """
 
     step: int
     metrics: Mapping[str, Metric]
     tokens: int
     seconds: float
+    processor_seconds: float = 0.0
+    compiles: bool = False
 
 
 @dataclass(frozen=True)

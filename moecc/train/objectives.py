@@ -47,6 +47,11 @@ class Spans:
         most = np.minimum(np.minimum(hidden, lengths - hidden), len(self.sentinels))
         return hidden, np.minimum(spans, most)
 
+    def drawn(self, lengths: Numbers) -> tuple[float, float]:
+        """Return the share of tokens that is hidden, and the mean span, of all sequences."""
+        hidden, spans = self.counts(lengths)
+        return hidden.sum() / max(lengths.sum(), 1), hidden.sum() / max(spans.sum(), 1)
+
     def sizes(self, lengths: Numbers) -> tuple[Numbers, Numbers]:
         """Return the tokens of encoder and decoder for sequences of `lengths`, each at least 2."""
         hidden, spans = self.counts(lengths)
@@ -118,11 +123,13 @@ class RowSegment:
       tokens: of the only sequence, or of the encoder's.
       targets: what is predicted at each token of the last sequence, `IGNORED` for nothing.
       decoder_tokens: of the decoder's sequence, where there is one.
+      document: the number of the document.
     """
 
     tokens: Ids
     targets: Ids
     decoder_tokens: Ids | None = None
+    document: int = 0
 
 
 @dataclass(frozen=True)
@@ -213,7 +220,7 @@ class CausalRows(CorpusRows):
             ids = _joined(self._before[piece.start : stop], self._folder.ids(*inner), tail)
             targets = np.full(size, IGNORED, np.int32)
             targets[: len(ids) - 1] = ids[1:]
-            segments.append(RowSegment(ids[:size], targets))
+            segments.append(RowSegment(ids[:size], targets, document=piece.document))
         return segments
 
 
@@ -225,6 +232,10 @@ class SpanRows(CorpusRows):
       spans: how they are hidden.
       start: what the decoder begins with.
       room: of a row.
+
+    Attributes:
+      hidden, mean: the share of the tokens that is hidden, and the mean length of a span: whole
+        numbers of tokens and spans in each piece, and no more spans than sentinels.
     """
 
     def __init__(self, folder: TokenFolder, spans: Spans, start: int, room: Room) -> None:
@@ -233,6 +244,7 @@ class SpanRows(CorpusRows):
         self._start = start
         most = _longest(spans, room.seq, room.decoder_seq)
         self._plan = PackedPlan(np.diff(folder.starts), max(most, 2), least=2)
+        self.hidden, self.mean = spans.drawn(self._plan.sizes)
         if room.packing:
             sizes = np.stack(spans.sizes(self._plan.sizes))
             self._plan.pack(sizes, np.asarray([room.seq, room.decoder_seq]))
@@ -251,7 +263,8 @@ class SpanRows(CorpusRows):
             first = int(self._folder.starts[piece.document])
             ids = self._folder.ids(first + piece.start, first + piece.stop)
             encoder, decoder = self._spans.apply(ids, rng)
-            segments.append(RowSegment(encoder, decoder, shifted(decoder, self._start)))
+            shown = shifted(decoder, self._start)
+            segments.append(RowSegment(encoder, decoder, shown, piece.document))
         return segments
 
 
@@ -286,7 +299,8 @@ class MaskedRows(CorpusRows):
             aims = np.where(chosen, ids, IGNORED).astype(np.int32)
             ignored = ((IGNORED,) * len(before), (IGNORED,) * len(after))
             targets = _joined(ignored[0], aims, ignored[1])
-            segments.append(RowSegment(_joined(before, seen, after), targets))
+            tokens = _joined(before, seen, after)
+            segments.append(RowSegment(tokens, targets, document=piece.document))
         return segments
 
 
@@ -348,11 +362,11 @@ class ExampleRows(CorpusRows):
         completion = answer[: int(self._completions[number])]
         if self._start is not None:
             tokens = _joined(self._before, prompt, self._tail)
-            return RowSegment(tokens, completion, shifted(completion, self._start))
+            return RowSegment(tokens, completion, shifted(completion, self._start), number)
         tokens = _joined(self._before, np.concatenate([prompt, completion]), ())
         targets = tokens[1:].copy()
         targets[: len(tokens) - len(completion) - 1] = IGNORED
-        return RowSegment(tokens[:-1], targets)
+        return RowSegment(tokens[:-1], targets, document=number)
 
 
 def shifted(targets: Ids, start: int) -> Ids:

@@ -226,8 +226,8 @@ class GuardSection:
       sigma: a loss this many standard deviations above the mean of the last `window` is skipped; 0
         skips only what is not finite.
       window: steps.
-      skips: this many skipped steps in a row return to the last checkpoint, leaving their batches
-        out; the second time, training stops.
+      skips: this many skipped steps in a row return to the last checkpoint, leaving out their
+        batches and that of the last step before them; the second time, training stops.
     """
 
     sigma: NonNegative = 6.0

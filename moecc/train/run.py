@@ -695,7 +695,12 @@ class _Journals:
         self._metrics.record(event)
         match event:
             case Stepped():
-                self._speed.write({"step": event.step, "seconds": round(event.seconds, 6)})
+                line = {
+                    "step": event.step,
+                    "seconds": round(event.seconds, 6),
+                    "processor_seconds": round(event.processor_seconds, 6),
+                }
+                self._speed.write({**line, "compiles": True} if event.compiles else line)
             case Saved():
                 self._metrics.synchronise()
                 line = {"step": event.step, "saved_seconds": round(event.seconds, 3)}

@@ -1,7 +1,8 @@
-"""Losses of texts, row by row, and how sure a difference of two models is."""
+"""Losses of texts, document by document, and how sure a difference of two models is."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from math import sqrt
@@ -17,26 +18,37 @@ _QUANTILE = 1.959963984540054
 
 
 @dataclass(frozen=True)
-class RowScores:
-    """What a model makes of the rows of a batch.
+class TokenScores:
+    """What a model makes of the targets of a batch.
 
     Attributes:
-      losses: −log p of the targets, summed, in nats, ``f64[row]``.
-      tokens: how many targets, ``i64[row]``.
-      hits: targets that are the likeliest token, ``i64[row]``; of equally likely tokens the first.
+      losses: −log p of each target, in nats, 0 where there is none, ``f64[row, seq]``.
+      counted: where there is a target.
+      hits: targets that are the likeliest token; of equally likely tokens the first.
+    """
+
+    losses: Doubles
+    counted: Array
+    hits: Array
+
+    def by_row(self) -> UnitScores:
+        """Return the sums over each row."""
+        return UnitScores(self.losses.sum(1), self.counted.sum(1), self.hits.sum(1))
+
+
+@dataclass(frozen=True)
+class UnitScores:
+    """What a model makes of documents, examples or rows: the units of an evaluation.
+
+    Attributes:
+      losses: −log p of the targets, summed, in nats, ``f64[unit]``.
+      tokens: how many targets, ``i64[unit]``.
+      hits: targets that are the likeliest token, ``i64[unit]``.
     """
 
     losses: Doubles
     tokens: Array
     hits: Array
-
-    def joined(self, more: RowScores) -> RowScores:
-        """Return the rows of both."""
-        return RowScores(
-            np.concatenate([self.losses, more.losses]),
-            np.concatenate([self.tokens, more.tokens]),
-            np.concatenate([self.hits, more.hits]),
-        )
 
     @property
     def loss(self) -> float:
@@ -44,10 +56,28 @@ class RowScores:
         return float(self.losses.sum() / max(int(self.tokens.sum()), 1))
 
 
+def by_document(parts: Iterable[tuple[TokenScores, Array]], count: int) -> UnitScores:
+    """Return the sums over each of `count` documents, wherever their targets are.
+
+    Args:
+      parts: the scores of batches, and the document of each target, −1 for padding.
+      count: how many documents there are.
+    """
+    losses = np.zeros(count, np.float64)
+    tokens, hits = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    for scores, documents in parts:
+        where = scores.counted & (documents >= 0)
+        numbers = documents[where]
+        losses += np.bincount(numbers, scores.losses[where], count)
+        tokens += np.bincount(numbers, minlength=count)
+        hits += np.bincount(numbers, scores.hits[where], count).astype(np.int64)
+    return UnitScores(losses, tokens, hits)
+
+
 class Scorer(Protocol):
     """A graph ready to score rows."""
 
-    def __call__(self, batch: Arrays) -> RowScores:
+    def __call__(self, batch: Arrays) -> TokenScores:
         """Return the scores of a batch: inputs by name, and ``targets`` ``[row, seq]``."""
         ...
 
@@ -76,7 +106,7 @@ class LossDifference:
 
     Attributes:
       mean: the other model's loss less the first one's.
-      low, high: a confidence interval of 95 %, of rows as the unit that is drawn.
+      low, high: a confidence interval of 95 %, of documents as the unit that is drawn.
     """
 
     mean: float
@@ -89,23 +119,23 @@ class LossDifference:
         return self.low > 0 or self.high < 0
 
 
-def paired_difference(first: RowScores, second: RowScores) -> LossDifference:
-    """Return how `second` differs from `first` on the same rows.
+def paired_difference(first: UnitScores, second: UnitScores) -> LossDifference:
+    """Return how `second` differs from `first` on the same documents.
 
     A ratio estimator, with its variance by linearisation (Cochran 1977, §6.4) and the quantile of
-    Student's t by Cornish and Fisher's expansion: rows differ in length, and losses within a row
-    belong together.
+    Student's t by Cornish and Fisher's expansion: documents differ in length, and losses within one
+    belong together, in however many rows it is.
     """
     tokens = first.tokens.astype(np.float64)
     total = max(float(tokens.sum()), 1.0)
     differences = second.losses - first.losses
     mean = float(differences.sum() / total)
-    rows = len(tokens)
-    if rows < 2:
+    units = len(tokens)
+    if units < 2:
         return LossDifference(mean, -np.inf, np.inf)
     residuals = differences - mean * tokens
-    error = sqrt(float((residuals**2).sum()) * rows / (rows - 1)) / total
-    reach = student_quantile(rows - 1) * error
+    error = sqrt(float((residuals**2).sum()) * units / (units - 1)) / total
+    reach = student_quantile(units - 1) * error
     return LossDifference(mean, mean - reach, mean + reach)
 
 

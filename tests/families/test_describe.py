@@ -15,6 +15,7 @@ from moecc.families.describe import describe, sequence_flops
 from moecc.families.mixture import MoeConfig
 from moecc.families.registry import parse_config
 from moecc.model.open import open_model
+from moecc.plan.workload import Batch, workload
 from moecc.rewrite.passes import Context
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
@@ -107,8 +108,9 @@ def test_flops_are_two_for_each_weight_of_a_matrix(config: DecoderConfig) -> Non
     heads = config.num_attention_heads + config.num_key_value_heads
     projections = 2 * config.hidden_size * heads * config.head_dim * config.num_hidden_layers
     head = config.vocab_size * config.hidden_size
-    assert facts.flops_per_token == 2 * (ffn + projections + head)
-    assert facts.attention_flops_per_token == 2 * attention * config.num_hidden_layers
+    assert facts.sequence.weights == 2 * (ffn + projections + head) * 512
+    assert facts.sequence.attention == 2 * attention * config.num_hidden_layers * 512**2
+    assert facts.sequence.per_token * 512 == facts.sequence.executed
 
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -123,15 +125,12 @@ OF_TOKENS = [p.parent.name for p in sorted(GOLDEN.glob("*/config.json")) if "whi
         *((name, "fuse-attention") for name in OF_TOKENS[1::8]),
     ],
 )
-def test_flops_of_a_token_are_those_of_a_sequence(name: str, pipeline: str) -> None:
-    """Where attention sees every token, as in an encoder, too: keys and values are products."""
+def test_a_plan_counts_the_flops_of_a_sequence(name: str, pipeline: str) -> None:
     with open_model(str(GOLDEN / name)) as model:
         graph = model.graph
         context = Context(allow_unmatched=True)
         if pipeline != "upcycle{experts=4}" or not describe(graph).expert_layers:
             run_pipeline(graph, Pipeline.parse(pipeline), context=context)
-    found, whole = describe(graph), sequence_flops(graph, {"S": 12, "T": 12})
-    # Of an image, which has one size, both are of one input.
-    tokens = 12 if whole.lengths else 1
-    assert found.flops_per_token * tokens == whole.weights
-    assert found.attention_flops_per_token * tokens**2 == whole.attention
+    counted = sequence_flops(graph, {"S": 12, "T": 12})
+    work = workload(graph, Batch(1, tuple((name, 12) for name in counted.lengths)))
+    assert sum(p.count * s.flops for p in work.parts for s in p.steps) == counted.executed

@@ -196,6 +196,17 @@ def test_long_examples_are_cut_and_reported(tmp_path: Path) -> None:
     assert batches.remarks == ("e: 2 examples are cut, as they are longer than a sequence",)
 
 
+def test_spans_that_are_rounded_are_reported(tmp_path: Path) -> None:
+    """Five letters hide 1 token, not 0.75; 400 need 20 spans of 3, and 101 sentinels are enough."""
+    short, long = (write(tmp_path / n, {"text": n * size}) for n, size in (("s", 5), ("l", 400)))
+    options: dict[str, Any] = {"objective": Objective.SPANS, "seq": 512, "evaluate": ()}
+    assert opened(long, BOTH, **options).remarks == ()
+    assert opened(short, BOTH, **options).remarks == (
+        "s: noise_density is 0.2 in whole tokens and spans, not 0.15",
+        "s: mean_span is 1 in whole tokens and spans, not 3",
+    )
+
+
 def test_a_mixture_has_its_shares(texts: str, examples: str) -> None:
     data = DataSection((Corpus(texts, 3.0), Corpus(examples, 1.0)), batch=8, seq=32)
     batches = open_batches(data, DECODER)
@@ -252,6 +263,9 @@ def test_an_evaluation_is_fixed_and_has_each_row_once(texts: str) -> None:
             assert (batch[name] == array).all()
     folder = opened(texts).folders["t"]
     assert tokens == folder.facts.tokens + 60
+    documents = np.concatenate([one.documents(number) for number in range(one.batches)])
+    lengths = np.bincount(documents[documents >= 0])
+    assert (lengths == np.diff(folder.starts) + 1).all()
     last = one.batch(one.batches - 1)
     assert last["tokens"].shape == (4, 64)
     assert opened(texts, evaluate_batches=2).evaluations["t"].batches == 2

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from moecc.errors import InputError
-from moecc.families.describe import describe
+from moecc.families.describe import describe, sequence_flops
 from moecc.ir import Graph
 from moecc.ir.structure import clone
 from moecc.jobs.train import dry_run_facts, dry_run_text
@@ -70,9 +70,9 @@ def test_counts_are_those_of_the_model(tokens: Path) -> None:
     assert facts["data"]["tokens"] == 100 * 8 * 32
     # 640 bytes and an end are 21 rows of 32.
     assert facts["data"]["epochs"] == {"x": 200 / 21, "again": 600 / 21}
-    per_token = expected.flops_per_token + 32 * expected.attention_flops_per_token
-    assert facts["flops"]["forward_per_token"] == pytest.approx(per_token)
-    assert facts["flops"]["run"] == pytest.approx(3 * per_token * 100 * 8 * 32)
+    counted = sequence_flops(graph, {"S": 32})
+    assert facts["flops"]["forward_per_token"] == counted.per_token
+    assert facts["flops"]["run"] == 3 * counted.executed * 100 * 8
     text = dry_run_text(facts)
     assert "28.57 epochs of again" in text
     assert "pack-segments{documents=several},specialize{mode=train" in text

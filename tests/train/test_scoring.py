@@ -7,15 +7,17 @@ import pytest
 
 from moecc.train.rows import LabelChoices
 from moecc.train.scoring import (
-    RowScores,
+    TokenScores,
+    UnitScores,
+    by_document,
     macro_f1,
     paired_difference,
     student_quantile,
 )
 
 
-def rows(losses: np.ndarray, tokens: np.ndarray) -> RowScores:
-    return RowScores(losses, tokens, np.zeros_like(tokens))
+def rows(losses: np.ndarray, tokens: np.ndarray) -> UnitScores:
+    return UnitScores(losses, tokens, np.zeros_like(tokens))
 
 
 def test_a_difference_by_hand() -> None:
@@ -39,6 +41,17 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
         found = paired_difference(first, rows(first.losses + noise, tokens))
         hits += found.low <= 0.1 <= found.high
     assert 0.92 <= hits / 400 <= 0.98
+
+
+def test_a_document_is_one_unit_in_however_many_rows_it_is() -> None:
+    losses = np.array([[1.0, 2.0, 4.0], [8.0, 16.0, 0.0]])
+    counted = losses > 0
+    scores = TokenScores(losses, counted, counted & (losses > 3))
+    documents = np.array([[0, 2, 2], [2, 1, -1]])
+    units = by_document([(scores, documents), (scores, documents)], 3)
+    assert units.losses.tolist() == [2, 32, 28]
+    assert units.tokens.tolist() == [2, 2, 6]
+    assert units.hits.tolist() == [0, 2, 4]
 
 
 def test_f1_by_hand() -> None:

@@ -154,9 +154,10 @@ def test_too_many_skips_return_to_the_checkpoint_and_leave_their_batches_out() -
     run = RunSection(steps=6, save_steps=2, guard=GuardSection(skips=2))
     events, store = loop(run, Counting(frozenset({3, 4})))
     back = next(e for e in events if isinstance(e, Skipped) and e.back_to is not None)
-    assert (back.back_to, back.left_out) == (2, (3, 4))
-    assert store.kept[-1][0] == (0, 1, 2, 5, 6, 7)
-    assert store.kept[-1][1] == Position(6, 60, (3, 4))
+    # Batch 2 made the parameters that batches 3 and 4 are skipped with.
+    assert (back.back_to, back.left_out) == (2, (2, 3, 4))
+    assert store.kept[-1][0] == (0, 1, 5, 6, 7, 8)
+    assert store.kept[-1][1] == Position(6, 60, (2, 3, 4))
     # No checkpoint lies between skipped steps.
     assert store.steps == [2, 4, 6]
 

@@ -15,7 +15,7 @@ from moecc.ir.mesh import Mesh
 from moecc.plan.step import StepConfig
 from moecc.train.batches import TARGETS
 from moecc.train.objectives import IGNORED
-from moecc.train.recipe import GuardSection, OptimizerSection
+from moecc.train.recipe import GuardSection, OptimizerSection, Schedule
 from moecc.train.settings import COLUMN, ROW, StepSpec
 from moecc.types import F32, I32, tensor
 
@@ -26,7 +26,7 @@ import jax.numpy as jnp  # noqa: E402
 from moecc_backends.xla.trace.context import DeviceView  # noqa: E402
 from moecc_backends.xla.train.gradients import token_losses  # noqa: E402
 from moecc_backends.xla.train.optimizer import OPTIMIZERS  # noqa: E402
-from moecc_backends.xla.train.step import TrainStep, make_train_step  # noqa: E402
+from moecc_backends.xla.train.step import TrainStep, make_train_step, shared_step  # noqa: E402
 
 
 def cross_entropy(logits: Any, targets: Any) -> Any:
@@ -180,3 +180,14 @@ def test_what_makes_no_logits_cannot_be_trained() -> None:
     graph.drop_output("logits")
     with pytest.raises(InputError, match="needs logits"):
         check_trainable(graph)
+
+
+def test_a_sweep_of_rates_is_traced_once() -> None:
+    graph = bigram()
+
+    def step(**section: Any) -> Any:
+        spec = StepSpec({"B": 4, "S": 16}, StepConfig(dtype="f32"), OptimizerSection(**section))
+        return shared_step(graph, spec, jax.devices()[:1], graph)
+
+    assert step(rate=1e-3) is step(rate=2e-3, schedule=Schedule.WSD, warmup=3, decay_steps=2)
+    assert step(rate=1e-3, clip=0.5) is not step(rate=1e-3)

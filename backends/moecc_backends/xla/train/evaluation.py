@@ -16,7 +16,7 @@ from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.routing_losses import MASK
 from moecc.train.batches import TARGETS
 from moecc.train.objectives import IGNORED
-from moecc.train.scoring import RowScores
+from moecc.train.scoring import TokenScores
 from moecc.train.settings import StepSpec, coefficients, counted, finished, rows_together, totals_of
 from moecc.types import Arrays as HostArrays
 from moecc.types import DType, TensorType
@@ -232,7 +232,7 @@ class XlaScorer:
     dtype: DType
 
     @within_memory()
-    def __call__(self, batch: HostArrays) -> RowScores:
+    def __call__(self, batch: HostArrays) -> TokenScores:
         """Return the scores of a batch.
 
         Raises:
@@ -245,14 +245,13 @@ class XlaScorer:
             scores = jax.device_get(
                 self._function(self.params, arguments, jnp.asarray(batch[TARGETS]))
             )
-        losses, tokens, hits = (np.asarray(part) for part in scores)
-        return RowScores(losses.astype(np.float64), tokens, hits)
+        losses, counted, hits = (np.asarray(part) for part in scores)
+        return TokenScores(losses.astype(np.float64), counted, hits)
 
     @cached_property
     def _function(self) -> PyTree:
         model = function(self.graph, dtype=self.dtype)
         names = self.graph.outputs[LOGITS].type.names
-        order = [n for n in names if n != VOCAB]
 
         def scores(params: PyTree, inputs: PyTree, targets: Array) -> tuple[Array, ...]:
             logits = jnp.moveaxis(model(params, inputs)[LOGITS], names.index(VOCAB), -1)
@@ -261,12 +260,7 @@ class XlaScorer:
             picked = jnp.take_along_axis(wide, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
             losses = jax.nn.logsumexp(wide, axis=-1) - picked
             hits = jnp.argmax(wide, axis=-1) == targets
-            along = tuple(range(1, len(order)))
-            return (
-                jnp.sum(jnp.where(counted, losses, 0), axis=along),
-                jnp.sum(counted, axis=along),
-                jnp.sum(counted & hits, axis=along),
-            )
+            return jnp.where(counted, losses, 0), counted, counted & hits
 
         return jax.jit(scores)
 

@@ -80,7 +80,7 @@ from moecc_backends.xla.run.program import (
 )
 from moecc_backends.xla.trace.values import PyTree
 from moecc_backends.xla.train.gradients import LOSS_SUM, TOKENS
-from moecc_backends.xla.train.step import PhasedStep, TrainStep, make_phased_step
+from moecc_backends.xla.train.step import PhasedStep, TrainStep, shared_step
 from moecc_backends.xla.train.tensors import (
     StateLeaf,
     Tensors,
@@ -331,9 +331,8 @@ def _listed(tensors: Tensors) -> dict[str, dict[str, object]]:
 
 # The training loop, as a stream of events.
 #
-# Nothing here prints, and nothing but checkpoints is written: whoever reads the events does that.
-# An
-# event is handled before the loop goes on, so a checkpoint is never ahead of the journal.
+# Nothing here prints or writes but checkpoints: whoever reads the events does that. An event is
+# handled before the loop goes on, so a checkpoint is never ahead of the journal.
 
 State = PyTree
 Placed = Mapping[str, jax.Array]
@@ -374,6 +373,7 @@ class Loop:
     _saved: Position = field(init=False, default=Position())
     _faults: tuple[GuardFault, ...] = field(init=False, default=())
     _saved_seconds: float = field(init=False, default=0.0)
+    _structures: set[PyTree] = field(init=False, default_factory=set)
 
     def events(self) -> Iterator[Event]:
         """Run, and yield what happens.
@@ -404,11 +404,18 @@ class Loop:
         self._saved, self._saved_seconds = self._at, self.clock()
 
     def _until_streak(self) -> Generator[Event, None, tuple[int, ...] | None]:
-        """Run to the end, or until too many steps in a row were skipped: then their batches."""
+        """Run to the end, or until too many steps in a row were skipped: then what to leave out.
+
+        They begin with that of the last step that was taken, whose update led there.
+        """
         streak: list[int] = []
+        taken: list[int] = []
         batch = self.feed.train(self._at.batch) if self._at.step < self.run.steps else {}
         while self._at.step < self.run.steps:
-            number, started = self._at.batch, time.monotonic()
+            number, started, worked = self._at.batch, time.monotonic(), time.process_time()
+            structure = jax.tree.structure(self._state)  # as each program has its own
+            compiles = structure not in self._structures
+            self._structures.add(structure)
             key = jax.random.fold_in(jax.random.key(self.run.seed), number)
             self._state, metrics = self.program.step(
                 self._state, batch, key, self.rate(self._at.step)
@@ -426,11 +433,12 @@ class Loop:
                 self._faults = guard_faults(measured, limit)
                 yield Skipped(self._at.step, measured, number, faults=self._faults)
                 if len(streak) >= self.run.guard.skips > 0:
-                    return tuple(streak)
+                    return (*taken, *streak)
             else:
                 streak.clear()
-                seconds = time.monotonic() - started
-                yield Stepped(self._at.step, measured, self._at.tokens, seconds)
+                taken = [number]
+                seconds = time.monotonic() - started, time.process_time() - worked
+                yield Stepped(self._at.step, measured, self._at.tokens, *seconds, compiles)
             if (yield from self._between(bool(streak))):
                 return None
         yield from self.checkpoints.wait()
@@ -714,7 +722,7 @@ def training(job: TrainJob) -> Iterator[XlaTraining]:
         devices = _devices(job.recipe.mesh)
         spec = step_spec(job.graph, job.recipe, devices[0].platform)
         judge = eval_graph(job.graph, job.recipe)
-        program = make_phased_step(train_graph(job.graph, job.recipe), spec, devices, judge)
+        program = shared_step(train_graph(job.graph, job.recipe), spec, devices, judge)
         preflight(
             configuration(
                 graph=fingerprint(job.graph)[:16],

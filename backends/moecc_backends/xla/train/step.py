@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from moecc.analysis import check_trainable
 from moecc.errors import InputError
 from moecc.ir.graph import Graph
+from moecc.ir.text import print_graph
 from moecc.train.recipe import GuardSection, OptimizerSection
 from moecc.train.settings import (
     ParamSettings,
@@ -494,6 +495,31 @@ def make_phased_step(
     first = make_train_step(graph, replace(spec, optimizer=phases[0].section), devices, evaluation)
     later = (replace(first, spec=replace(spec, optimizer=p.section)) for p in phases[1:])
     return PhasedStep(phases, (first, *later))
+
+
+_SHARED: dict[str, PhasedStep] = {}
+"""The last step: runs of a sweep that differ in rates, schedules or seeds share it."""
+
+
+def shared_step(
+    graph: Graph, spec: StepSpec, devices: list[jax.Device], evaluation: Graph
+) -> PhasedStep:
+    """Return `make_phased_step`, or the last one that was made if it is the same program.
+
+    The rate is an argument of a program, so that what decides it is no part of the comparison.
+    """
+    assert spec.optimizer is not None, "a step of training has an optimiser"
+    unset = OptimizerSection()
+    section = replace(
+        spec.optimizer, rate=unset.rate, schedule=unset.schedule, warmup=unset.warmup,
+        decay_steps=unset.decay_steps, end_factor=unset.end_factor,
+    )  # fmt: skip
+    spec = replace(spec, optimizer=section)
+    key = "\n".join((print_graph(graph), print_graph(evaluation), repr(spec), repr(devices)))
+    if key not in _SHARED:
+        _SHARED.clear()
+        _SHARED[key] = make_phased_step(graph, spec, devices, evaluation)
+    return _SHARED[key]
 
 
 # The training step or the forward pass of a graph on a mesh, ready to be compiled or run.
