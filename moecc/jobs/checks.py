@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 from moecc.errors import CheckError, InputError, MoeccError, Problem, described
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.mesh import mesh_of
 from moecc.ir.operand import Attrs
 from moecc.ir.structure import clone, lost_precision, without_opaque
 from moecc.ir.traits import Cut, Product
@@ -401,11 +400,8 @@ def broken_promise(
 def promise_verdict(prover: Prover, before: Graph, after: Graph) -> Verdict | None:
     """Return what the prover finds of two graphs, in the outputs of the first.
 
-    None stands for graphs on a mesh, whose devices and collectives are sampled since a proof is of
-    the values of whole tensors, and for a fault of the prover, which is reported.
+    None stands for a fault of the prover, which is reported.
     """
-    if mesh_of(before) is not None or mesh_of(after) is not None:
-        return None
     try:
         return prover.prove(before, after, outputs=before.outputs.keys(), refute=False)
     except MemoryError:

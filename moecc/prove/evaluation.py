@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from moecc.errors import InputError
 from moecc.ir.graph import Graph, Node, Value, setter_of
+from moecc.ir.operand import Attrs
 from moecc.ir.ops.repetition import ScanOp, repetitions
 from moecc.ir.text import format_attrs
 from moecc.prove.stopped import stopped
@@ -163,13 +164,23 @@ class Evaluation:
         if node.body is not None:
             return self._repeated(node, node.body, operands)
         values = ((t.axes, t.body, t.finite, t.slots, t.dtype) for t in operands)
-        key = (node.op.name, *_attributes(node), *values)
+        key = (node.op.name, format_attrs(node.op, node.attrs), *values)
         if key not in self.results:
-            self.results[key] = self._computed(node, operands, terms)
+            axes = [self._axes(v.type, terms) for v in node.results]
+            self.results[key] = self.computed(node, operands, node.attrs, axes)
         return self.results[key]
 
-    def _computed(self, node: Node, operands: list[Tensor], terms: Terms) -> Sequence[Tensor]:
-        """Return the results of a node by the meaning of its operation, or without one."""
+    def computed(
+        self, node: Node, operands: Sequence[Tensor], attrs: Attrs, axes: Sequence[tuple[Var, ...]]
+    ) -> Sequence[Tensor]:
+        """Return the results of a node by the meaning of its operation, or without one.
+
+        Args:
+          node: the node, without a body.
+          operands: maybe shards of its operands.
+          attrs: its attributes, maybe those with which a device runs it.
+          axes: those of its results.
+        """
         if node.op.blocks_gradient and not self.exact:
             return [stopped(operands[0])]
         meaning = node.op.term
@@ -179,14 +190,15 @@ class Evaluation:
         if meaning is not None and (
             is_defined or (_OF_INFINITE & {node.op.name} and not self.exact)
         ):
-            results = meaning(self.algebra, operands, node.attrs)
+            results = meaning(self.algebra, operands, attrs)
             return results if isinstance(results, tuple) else (results,)
+        text = format_attrs(node.op, attrs).strip()
         if node.op.elementwise and not self.exact:
             name = f"{node.op.name} of infinite" if meaning is not None else node.op.name
-            result = pointwise(name, tuple(filter(None, _attributes(node))), operands)
+            result = pointwise(name, tuple(filter(None, (text,))), operands)
             finite = result.finite or node.op.name in _BOUNDED
-            return [replace(result, axes=self._axes(node.result.type, terms), finite=finite)]
-        return self._uninterpreted(node, operands, terms)
+            return [replace(result, axes=axes[0], finite=finite)]
+        return self._uninterpreted(node, operands, text, axes)
 
     def _repeated(self, node: Node, body: Graph, operands: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return the results of a scan: its body, once for each position of the axis."""
@@ -250,7 +262,7 @@ class Evaluation:
         return finals
 
     def _uninterpreted(
-        self, node: Node, operands: Sequence[Tensor], terms: Terms
+        self, node: Node, operands: Sequence[Tensor], text: str, layouts: Sequence[tuple[Var, ...]]
     ) -> Sequence[Tensor]:
         """Return functions of all elements of the operands, of which only the key is known."""
         if node.op.commutative:
@@ -259,9 +271,8 @@ class Evaluation:
         finite = all(t.finite for t in operands)
         layout = tuple((t.names, str(t.dtype)) for t in operands)
         results = []
-        for value in node.results:
-            axes = self._axes(value.type, terms)
-            key = (value.index, *_attributes(node), layout, str(value.type.dtype), *axes)
+        for value, axes in zip(node.results, layouts, strict=True):
+            key = (value.index, text, layout, str(value.type.dtype), *axes)
             names = tuple((v.name, v.size) if isinstance(v, Var) else v for v in key)
             # Never the head of a lemma: `div` and `equal` are operations, and functions of indices.
             head = Head(f"operation {node.op.name}", names)
@@ -295,5 +306,10 @@ def _leaves(expr: Expr) -> tuple[object, list[Expr]]:
     return (type(expr), outer, *(p[0] for p in parts)), [x for p in parts for x in p[1]]
 
 
-def _attributes(node: Node) -> tuple[Hashable, ...]:
-    return (format_attrs(node.op, node.attrs).strip(),)
+_LONGEST = 400
+
+
+def shown(tensor: Tensor) -> str:
+    """Return the element of a tensor as text, shortened."""
+    text = repr(tensor.body) if tensor.body.weight < _LONGEST else f"<{tensor.body.weight} factors>"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 from moecc.ir.graph import Graph
-from moecc.ir.mesh import mesh_of
 from moecc.prove.prover import Prover
 from moecc.rewrite.passes import Pass
 
@@ -23,8 +22,8 @@ def evidence(item: Pass, graph: Graph, seeds: Sequence[int] = (0,)) -> Evidence:
       seeds: of the drawn data.
 
     Returns:
-      ``proved`` for all inputs, weights and open sizes; ``sampled`` where no proof was found, or
-      the graph is on a mesh, and the outputs agree on drawn data; ``none`` for an ``approximate``
+      ``proved`` for all inputs, weights and open sizes; ``sampled`` where no proof was found and
+      the outputs agree on drawn data; ``none`` for an ``approximate``
       pass, which promises nothing of that kind.
 
     Raises:
@@ -36,10 +35,9 @@ def evidence(item: Pass, graph: Graph, seeds: Sequence[int] = (0,)) -> Evidence:
     promise = result.preserves or item.preserves
     if promise.kind == "approximate":
         return "none"
-    is_flat = mesh_of(graph) is None and mesh_of(after) is None
     outputs = graph.outputs.keys()
     prover = Prover(exact=promise.kind == "exact")
-    if is_flat and prover.prove(graph, after, outputs=outputs, refute=False):
+    if prover.prove(graph, after, outputs=outputs, refute=False):
         return "proved"
     check_preserves(item, graph, seeds)
     return "sampled"

@@ -91,7 +91,8 @@ def _product(
 
 
 def _head_of(factor: Factor) -> str:
-    return factor.head.name if isinstance(factor, Application) else factor.name
+    # With the name of a source: what follows in a part's order depends on hashes of its indices.
+    return str(factor.head) if isinstance(factor, Application) else factor.name
 
 
 def _factor(algebra: Algebra, number: Polynomial, factors: Sequence[Factor]) -> Polynomial | None:

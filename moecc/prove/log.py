@@ -15,6 +15,7 @@ from typing import Any
 from moecc.errors import CheckError, Problem
 from moecc.ir.graph import Graph
 from moecc.ir.text import print_graph
+from moecc.prove.mesh import Devices
 from moecc.prove.rules import Step
 from moecc.support.untyped import JsonDict
 from moecc.terms.term import (
@@ -43,6 +44,7 @@ def log_of(
     rolled: bool,
     fractions: bool,
     outputs: Collection[str],
+    devices: Devices | None = None,
 ) -> JsonDict:
     """Return the log of a proof as a JSON object.
 
@@ -55,9 +57,9 @@ def log_of(
       rolled: whether repetition is read as a function of its body.
       fractions: whether constants are the simplest numbers that their floats are to 15 digits.
       outputs: the names of those that are equal.
+      devices: the proof that devices compute them, of graphs on a mesh.
     """
-    table = _Table(algebra)
-    rows = [[s.lemma, table.row(s.term), [table.parameter(p) for p in s.parameters]] for s in steps]
+    of_devices = {} if devices is None else _replay(devices.lemmas.steps, devices.algebra)
     return {
         "schema": SCHEMA,
         "exact": exact,
@@ -66,10 +68,16 @@ def log_of(
         "fractions": fractions,
         "before": digest(before),
         "after": digest(after),
-        "terms": table.rows,
-        "steps": rows,
-        "lemmas": _counts(rows),
+        **_replay(steps, algebra),
+        **({"devices": of_devices} if of_devices else {}),
     }
+
+
+def _replay(steps: Iterable[Step], algebra: Algebra) -> JsonDict:
+    """Return steps, the table of their terms, and how many there are of each lemma."""
+    table = _Table(algebra)
+    rows = [[s.lemma, table.row(s.term), [table.parameter(p) for p in s.parameters]] for s in steps]
+    return {"terms": table.rows, "steps": rows, "lemmas": _counts(rows)}
 
 
 def pruned(log: JsonDict, needed: Collection[int]) -> JsonDict:

@@ -41,12 +41,14 @@ class Lemma:
       apply: the equation; its docstring is the statement.
       candidates: the parameters to try.
       rearranges: whether both sides are the same number, bit for bit.
+      of_shards: whether it is used in proofs about devices alone.
     """
 
     name: str
     apply: Apply
     candidates: Candidates
     rearranges: bool
+    of_shards: bool = False
 
 
 APPLICATIONS: dict[str, list[Lemma]] = {}
@@ -62,33 +64,43 @@ def _once(_algebra: Algebra, _term: object) -> Iterable[tuple[object, ...]]:
 
 
 def of_application(
-    name: str, *heads: str, candidates: Candidates = _once, rearranges: bool = False
+    name: str,
+    *heads: str,
+    candidates: Candidates = _once,
+    rearranges: bool = False,
+    of_shards: bool = False,
 ) -> Callable[[Apply], Apply]:
     """Register a lemma on applications of some heads."""
 
     def register(apply: Apply) -> Apply:
+        lemma = Lemma(name, apply, candidates, rearranges, of_shards)
         for head in heads:
-            APPLICATIONS.setdefault(head, []).append(Lemma(name, apply, candidates, rearranges))
+            APPLICATIONS.setdefault(head, []).append(lemma)
         return apply
 
     return register
 
 
-def of_monomial(name: str, candidates: Candidates = _once) -> Callable[[Apply], Apply]:
+def of_monomial(
+    name: str, candidates: Candidates = _once, *, of_shards: bool = False
+) -> Callable[[Apply], Apply]:
     """Register a lemma on monomials."""
 
     def register(apply: Apply) -> Apply:
-        MONOMIALS.append(Lemma(name, apply, candidates, False))
+        MONOMIALS.append(Lemma(name, apply, candidates, False, of_shards))
         return apply
 
     return register
 
 
-def of_sum(name: str, candidates: Candidates = _once) -> Callable[[Apply], Apply]:
+def of_sum(
+    name: str, candidates: Candidates = _once, *, of_shards: bool = False
+) -> Callable[[Apply], Apply]:
     """Register a lemma on polynomials."""
 
     def register(apply: Apply) -> Apply:
-        SUMS.append(Lemma(name, apply, candidates, name == "quotient and remainder"))
+        rearranges = name == "quotient and remainder"
+        SUMS.append(Lemma(name, apply, candidates, rearranges, of_shards))
         return apply
 
     return register
@@ -116,12 +128,14 @@ class Lemmas(Rules):
 
     Attributes:
       exact: whether only lemmas are used of which both sides are the same bits.
+      of_shards: whether lemmas are used that proofs about devices need.
       counts: how often each was used.
       steps: the uses, each after those that its right side rests on, and cuts among them.
       cuts: how polynomials were cut, by role.
     """
 
     exact: bool = False
+    of_shards: bool = False
     counts: Counter[str] = field(default_factory=Counter)
     steps: list[Step] = field(default_factory=list)
     cuts: dict[tuple[Polynomial, str], Cut | None] = field(default_factory=dict)
@@ -161,7 +175,8 @@ class Lemmas(Rules):
         term: Application | OpenMonomial | Polynomial,
     ) -> Polynomial | None:
         for lemma in lemmas:
-            if self.exact and not lemma.rearranges:
+            is_left_out = lemma.of_shards and not self.of_shards
+            if is_left_out or (self.exact and not lemma.rearranges):
                 continue
             for parameters in lemma.candidates(algebra, term):
                 equal = lemma.apply(algebra, term, *parameters)

@@ -633,7 +633,7 @@ def factor_bounds(factor: Factor) -> tuple[float, float]:
 INDICATORS = frozenset({"range", "equal", "at_least_0", "placed", "occupied", "holds"})
 """Heads whose values are 0 and 1."""
 
-CHOICES = frozenset({"experts", "permutation", "hashed_expert"})
+CHOICES = frozenset({"experts", "permutation", "hashed_expert", "row"})
 """Heads whose values are integers from 0 to below their first attribute."""
 
 
@@ -645,5 +645,9 @@ def is_integral(polynomial: Polynomial) -> bool:
     )
 
 
-INTEGRAL = INDICATORS | CHOICES | {"mod", "div", "integer", "token_of", "group_of", "slot_of"}
+INTEGRAL = (
+    INDICATORS
+    | CHOICES
+    | {"mod", "div", "shard", "within", "integer", "token_of", "group_of", "slot_of"}
+)
 """Heads whose values are integers."""

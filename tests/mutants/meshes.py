@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from moecc.errors import InputError
 from moecc.ir import OPS, Builder, Graph, Value
 from moecc.ir.mesh import Mesh, mesh_of, set_mesh
 from moecc.ir.operand import Attrs, Operand, OperationRow
+from moecc.ir.ops import collectives
 from moecc.ir.sharding_rules import Rule, Space
 from moecc.ir.structure import infer_again
-from moecc.types import Axis
+from moecc.ir.traits import LocalRule
+from moecc.types import Axis, TensorType
 
 from .rewriting import maker, named
 
@@ -143,25 +146,123 @@ def unsummed(rule: Rule) -> Rule:
     return wrong
 
 
-TABLES: dict[str, Callable[[Rule], Rule]] = {
-    "softmax": free,
-    "rms_norm": free,
-    "max": free,
-    "logsumexp": free,
-    "contract": unsummed,
-    "sum": unsummed,
+def exchanged(rule: Rule) -> Rule:
+    """Return a rule by which two axes of the result lie as the other one does."""
+
+    def wrong(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
+        space = rule(entry, operands, attrs)
+        names = [*space.result]
+        turned = dict(zip(names[:2], reversed(names[:2]), strict=True))
+        return replace(space, result={n: space.result[turned.get(n, n)] for n in names})
+
+    return wrong
+
+
+def outermost(rule: Rule) -> Rule:
+    """Return a rule of ``merge`` by which the last part may be sharded, and not the first."""
+
+    def wrong(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
+        space = rule(entry, operands, attrs)
+        *others, last = attrs["axes"]
+        result = {**space.result, attrs["into"]: last}
+        return replace(space, result=result, unsharded=frozenset(others))
+
+    return wrong
+
+
+def innermost(rule: Rule) -> Rule:
+    """Return a rule of ``split`` by which the last of the new axes is sharded."""
+
+    def wrong(entry: OperationRow, operands: Sequence[Operand], attrs: Attrs) -> Space:
+        space, names = rule(entry, operands, attrs), [name for name, _ in attrs["into"]]
+        result = {n: d for n, d in space.result.items() if n != names[0]}
+        return replace(space, result={**result, names[-1]: attrs["axis"]})
+
+    return wrong
+
+
+def as_on_one_device(_rule: LocalRule) -> LocalRule:
+    """Return a rule by which a device runs an operation with the attributes of all."""
+    return lambda node, _mesh: node.attrs
+
+
+@dataclass(frozen=True)
+class WrongRow:
+    """A row of a table, and what makes it wrong."""
+
+    op: str
+    wrong: Callable[[Any], Any]
+    column: str = "sharding"
+
+
+_FREE = ("softmax", "rms_norm", "layer_norm", "max", "logsumexp", "route")
+_SUMS = ("contract", "sum", "mean", "embedding", "combine")
+
+TABLES: dict[str, WrongRow] = {
+    **{name: WrongRow(name, free) for name in _FREE},
+    **{name: WrongRow(name, unsummed) for name in _SUMS},
+    **{f"{name} exchanged": WrongRow(name, exchanged) for name in ("contract", "mul", "dispatch")},
+    "merge": WrongRow("merge", outermost),
+    "split": WrongRow("split", innermost),
+    "local assign_slots": WrongRow("assign_slots", as_on_one_device, "local"),
+    "local split": WrongRow("split", as_on_one_device, "local"),
 }
-"""Operations whose row is wrong about sharding, so that an axis may be split that must not be."""
+"""Rows that are wrong: what may be sharded, what is a sum, which axis is which, local counts."""
+
+
+def gathered_outermost(type: TensorType, name: str, mesh: tuple[str, ...]) -> TensorType:
+    """Return a type without mesh axes, taken away where they are not innermost."""
+    axes = (replace(a, mesh=a.mesh[len(mesh) :] if a.name == name else a.mesh) for a in type.axes)
+    return type.with_axes(axes)
+
+
+def scattered_outermost(type: TensorType, name: str, mesh: tuple[str, ...]) -> TensorType:
+    """Return a type with more mesh axes, the new ones outermost."""
+    axes = (replace(a, mesh=(*mesh, *a.mesh)) if a.name == name else a for a in type.axes)
+    return type.with_axes(axes)
+
+
+def scattered_elsewhere(type: TensorType, name: str, mesh: tuple[str, ...]) -> TensorType:
+    """Return a type with more mesh axes at another axis of the same size."""
+    axis = type[name]
+    others = [a.name for a in type.axes if a.size == axis.size and a.name != name and not a.mesh]
+    other = others[0] if others else name
+    axes = (replace(a, mesh=(*a.mesh, *mesh)) if a.name == other else a for a in type.axes)
+    return type.with_axes(axes)
+
+
+def reduced_everywhere(type: TensorType, mesh: tuple[str, ...]) -> TensorType:
+    """Return a type as a sum that is carried out, whatever the mesh axes."""
+    return TensorType(type.dtype, type.axes)
+
+
+COLLECTIVES: dict[str, tuple[str, Callable[..., TensorType]]] = {
+    "gather outermost": ("_gathered", gathered_outermost),
+    "scatter outermost": ("_scattered", scattered_outermost),
+    "scatter elsewhere": ("_scattered", scattered_elsewhere),
+    "reduce everywhere": ("_reduced", reduced_everywhere),
+}
+"""Types of collectives that are wrong: the order of mesh axes, the axis, the group that adds."""
 
 
 @contextmanager
 def wrong_row(name: str) -> Iterator[None]:
-    """Make the row of an operation wrong about sharding for a while."""
-    entry, rule = OPS[name], OPS[name].sharding
+    """Make a row of a table wrong for a while."""
+    if name in COLLECTIVES:
+        attribute, wrong_type = COLLECTIVES[name]
+        right = getattr(collectives, attribute)
+        setattr(collectives, attribute, wrong_type)
+        try:
+            yield
+        finally:
+            setattr(collectives, attribute, right)
+        return
+    row = TABLES[name]
+    entry, rule = OPS[row.op], getattr(OPS[row.op], row.column)
     assert rule is not None
     # Rows are frozen, and compared by identity: a copy would be another operation.
-    object.__setattr__(entry, "sharding", TABLES[name](rule))
+    object.__setattr__(entry, row.column, row.wrong(rule))
     try:
         yield
     finally:
-        object.__setattr__(entry, "sharding", rule)
+        object.__setattr__(entry, row.column, rule)

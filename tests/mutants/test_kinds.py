@@ -56,7 +56,7 @@ def test_each_mutant_is_caught(item: Pass, strategy: Any, start: int) -> None:
 
 
 @pytest.mark.parametrize("start", few(SEEDS))
-@pytest.mark.parametrize("name", meshes.TABLES)
+@pytest.mark.parametrize("name", ["softmax", "rms_norm", "max", "logsumexp", "contract", "sum"])
 def test_a_row_that_splits_what_must_be_whole_is_caught(name: str, start: int) -> None:
     operation = P.op(name, *(P.any() for _ in OPS[name].operands))
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sharding_cases import SLOTS, WAYS, layer
 
 from moecc.errors import MoeccError
 from moecc.ir import OPS, Graph, clone
@@ -131,19 +132,52 @@ def _on_random_graphs(
             return
 
 
+LAID = {
+    "data:2": "data-parallel",
+    "data:4,model:2": "st-moe",
+    "far:2,near:2": "expert-hierarchical",
+    "data:2,expert:4": "expert-replicated",
+}
+"""Layouts on which a mixture is laid while a row is wrong."""
+
+
 def wrong_tables(each: int, seed: int, only: str = "") -> Iterator[Wrong]:
     """Yield graphs laid on a mesh while a row of a sharding table, of `only` or any, is wrong."""
-    for name in [only] if only else meshes.TABLES:
-        like = P.op(name, *(P.any() for _ in OPS[name].operands))
+    for name in [only] if only else [*meshes.TABLES, *meshes.COLLECTIVES]:
+        op = meshes.TABLES[name].op if name in meshes.TABLES else "contract"
         for number in range(seed, seed + 12 * each):
-            graph = random_graph(number, max_steps=3, like=like)
             with meshes.wrong_row(name):
                 try:
-                    after = random_sharding(graph, Decisions(number), parse_mesh("a:2,b:2"))
+                    before, after = (
+                        _laid_mixture(number)
+                        if OPS[op].moves or OPS[op].assigns_slots or number % 3 == 0
+                        else _laid(op, number)
+                    )
                     verify(after)
-                except (MoeccError, VerifyError, AssertionError, ValueError):
+                except (MoeccError, VerifyError, AssertionError, ValueError, KeyError):
                     continue
-            yield Wrong("table", name, graph, after)
+            yield Wrong("table", name, before, after)
+
+
+def _laid(op: str, number: int) -> tuple[Graph, Graph]:
+    """Return a random graph with an operation, and the graph laid on a mesh."""
+    graph = random_graph(number, max_steps=3, like=P.op(op, *(P.any() for _ in OPS[op].operands)))
+    return graph, random_sharding(graph, Decisions(number), parse_mesh("a:2,b:2"))
+
+
+def _laid_mixture(number: int) -> tuple[Graph, Graph]:
+    """Return a mixture of experts, and the graph laid on a mesh."""
+    layouts = [*LAID.items()]
+    mesh, rules = layouts[number % len(layouts)]
+    before = layer(SLOTS[number // len(layouts) % len(SLOTS)])
+    after, way = clone(before), WAYS[number % len(WAYS)]
+    laid = f"annotate-sharding{{mesh={mesh} rules={rules}}}"
+    try:
+        run_pipeline(after, Pipeline.parse(f"{laid},expert-parallel{{{way}}},lower-collectives"))
+    except MoeccError:
+        after = clone(before)
+        run_pipeline(after, Pipeline.parse(f"{laid},lower-collectives"))
+    return before, after
 
 
 @cache

@@ -13,6 +13,10 @@ from itertools import product
 
 import numpy as np
 
+from moecc.ir.arrays import Array
+from moecc.ir.operation import OPS
+from moecc.ir.ops.slots import AssignSlotsOp
+from moecc.prove.shards import open_shard
 from moecc.terms.term import (
     INDICATORS,
     Abstraction,
@@ -25,13 +29,13 @@ from moecc.terms.term import (
 )
 
 Env = Mapping[Var, int]
-OPEN_SIZE = 3
-"""What every open size is here."""
+OPEN_SIZE = 4
+"""What every open size is here; shards of it are halves and quarters."""
 
 
 def size_of(size: int | str) -> int:
     """Return a size as a number."""
-    return size if isinstance(size, int) else OPEN_SIZE
+    return size if isinstance(size, int) else OPEN_SIZE // open_shard(size)[1]
 
 
 class Model:
@@ -95,6 +99,9 @@ class Model:
             return self._unknown(leaf, arguments[1:], ())
         if name in ("source", "weight"):
             return self._unknown((name, *attrs), arguments, ())
+        if "AssignSlotsOp" in attrs[:2]:
+            tables = [self.table(a, env) for a in term.abstractions]
+            return _assigned(name, attrs, tables[0], [round(a) for a in arguments])
         if name in SLOTS:
             return self._slot(name, attrs, arguments)
         meaning = MEANINGS.get(name)
@@ -129,6 +136,29 @@ class Model:
         return 0.5 + digest / 2**48
 
 
+def _assigned(name: str, attrs: Sequence[object], experts: np.ndarray, at: Sequence[int]) -> float:
+    """Return what the reference says of slots for one axis of tokens and one of choices."""
+    key = attrs[1:] if name == "token_of" else attrs
+    texts = dict(str(a).split("=") for a in key if "=" in str(a))
+    numbers = {k: int(v) if v.isdigit() else v for k, v in texts.items()}
+    defaults = {k: spec.default for k, spec in OPS["assign_slots"].attrs.items()}
+    op = AssignSlotsOp({**defaults, "tokens": ("t",), "using": (), **numbers})
+    slots = op.meaning(Array(experts.astype(int), ("t", "c")))
+    size = op.bounds(*experts.shape)[1]
+    if name in ("slot_of", "own_slot"):
+        return float(slots.data[at[0], at[1]])
+    if name == "placed":
+        return float(slots.data[at[0], at[1]] >= 0)
+    if name == "group_of":
+        return float(at[0] // size)
+    group, expert, slot = at
+    tokens = [
+        t for t in range(group * size, (group + 1) * size)
+        for c in range(experts.shape[1]) if (experts[t, c], slots.data[t, c]) == (expert, slot)
+    ]  # fmt: skip
+    return float(bool(tokens) if name == "occupied" else (tokens or [group * size])[0])
+
+
 SLOTS = ("own_slot", "group_of", "occupied", "token_of")
 
 
@@ -161,6 +191,8 @@ MEANINGS = {
     "group": lambda a, t, x: x[0],
     "div": lambda a, t, x: round(x[0]) // a[0],
     "mod": lambda a, t, x: round(x[0]) % a[0],
+    "shard": lambda a, t, x: round(x[0]) // size_of(f"{a[0]}/{a[1]}"),
+    "within": lambda a, t, x: round(x[0]) % size_of(f"{a[0]}/{a[1]}"),
     "range": lambda a, t, x: float(a[0] <= round(x[0]) < a[1]),
     "equal": lambda a, t, x: float(round(x[0]) == 0),
     "at_least_0": lambda a, t, x: float(round(x[0]) >= 0),
@@ -183,6 +215,7 @@ MEANINGS = {
     "gelu_tanh": lambda a, t, x: (
         x[0] / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (x[0] + 0.044715 * x[0] ** 3)))
     ),
+    "group_sum": lambda a, t, x: float(np.split(t[0], int(a[0][7:]))[round(x[0])].sum()),
     "holds": lambda a, t, x: float(hash((str(a), *(round(v, 6) for v in x))) % 2),
     "integer": lambda a, t, x: float(hash((str(a), *(round(v, 6) for v in x))) % 5),
 }

@@ -14,6 +14,12 @@ import numpy as np
 import pytest
 
 from moecc.prove.rules import APPLICATIONS, MONOMIALS, SUMS, Lemmas
+from moecc.prove.shards import (
+    note_shards,
+    number_of_shard,
+    place_in_shard,
+    times_size,
+)
 from moecc.terms.tensor import let
 from moecc.terms.term import Abstraction, Algebra, Head, Polynomial
 
@@ -572,7 +578,155 @@ CASES: dict[str, tuple[Build, list[Build]]] = {
         lambda a: _named(a, "token_of"),
         [lambda a: _named(a, "elsewhere")],
     ),
+    "size of a shard": (
+        lambda a: a.add(a.size("B/2"), a.apply(head("inverse_size", "B/4"))),
+        [lambda a: a.add(a.size("B"), a.apply(head("inverse_size", "C")))],
+    ),
+    "multiples apart": (
+        lambda a: a.multiply(
+            div(a, a.add(a.scale(i(a), 4), i(a, "j", 9)), 2),
+            mod(a, a.add(a.scale(i(a), 4), i(a, "j", 9)), 2),
+        ),
+        [
+            lambda a: div(a, a.add(a.scale(i(a), 3), i(a, "j", 9)), 2),
+            lambda a: div(a, a.add(a.scale(i(a), 4), at(a, "x")), 2),
+        ],
+    ),
+    "quotient and remainder of a size": (
+        lambda a: _divided(a, 4, 4),
+        [lambda a: _divided(a, 4, 3), lambda a: _divided(a, 2, 4)],
+    ),
+    "place in a shard": (
+        lambda a: _in_shard(a, a.add(_start(a, "B/2"), i(a, "i", "B/2"))),
+        [
+            lambda a: _in_shard(a, a.add(_start(a, "B/2"), i(a, "i", "B"))),
+            lambda a: _in_shard(a, a.add(_start(a, "B/4"), i(a, "i", "B/2"))),
+            lambda a: _in_shard(a, a.add(_start(a, "B/2"), a.number(1))),
+        ],
+    ),
+    "shard and place": (
+        lambda a: a.add(
+            times_size(a, number_of_shard(a, i(a, "i", "B"), "B/2"), "B/2"),
+            place_in_shard(a, i(a, "i", "B"), "B/2"),
+        ),
+        [
+            lambda a: a.add(
+                times_size(a, number_of_shard(a, i(a, "i", "B"), "B/2"), "B"),
+                place_in_shard(a, i(a, "i", "B"), "B/2"),
+            ),
+            lambda a: a.add(
+                times_size(a, number_of_shard(a, i(a, "i", "B"), "B/2"), "B/2"),
+                place_in_shard(a, i(a, "j", "B"), "B/2"),
+            ),
+        ],
+    ),
+    "merge shards": (
+        lambda a: _sharded(a, 2, "B/4", "B/4"),
+        [
+            lambda a: _sharded(a, 2, "B/4", "B/2"),
+            lambda a: _sharded(a, 3, "B/4", "B/4"),
+        ],
+    ),
+    "range in shards": (
+        lambda a: _ranges(a, lambda e, v: a.subtract(e, a.scale(v, 3))),
+        [
+            lambda a: _ranges(a, lambda e, v: a.subtract(e, a.scale(v, 2))),
+            lambda a: _ranges(a, lambda e, v: a.add(e, a.scale(v, 3))),
+            lambda a: _ranges(a, lambda e, v: a.subtract(e, a.scale(v, 3)), at_shard=True),
+        ],
+    ),
+    "a placed choice has an expert": (
+        lambda a: _placed(a, 0, 3),
+        [lambda a: _placed(a, 0, 2), lambda a: _placed(a, 1, 3)],
+    ),
+    "slots of a shard": (
+        lambda a: _slots(a),
+        [
+            lambda a: _slots(a, shards=3),
+            lambda a: _slots(a, further="group_size=1"),
+            lambda a: _slots(a, start=1),
+        ],
+    ),
 }
+
+
+def _divided(a: Algebra, by: int, times: int) -> Polynomial:
+    """Return an open size times a remainder of a division by 4, and times a quotient."""
+    parts = (a.scale(div(a, i(a, size=24), by), times), mod(a, i(a, size=24), 4))
+    return a.add(*(a.multiply(a.size("B"), part) for part in parts))
+
+
+def _start(a: Algebra, size: str) -> Polynomial:
+    return times_size(a, i(a, "q", 2), size)
+
+
+def _in_shard(a: Algebra, index: Polynomial) -> Polynomial:
+    """Return the number of the shard of an index, and its place there, of halves."""
+    return a.multiply(
+        at(a, "x", number_of_shard(a, index, "B/2")), at(a, "y", place_in_shard(a, index, "B/2"))
+    )
+
+
+def _sharded(a: Algebra, m: int, size: str, step: str) -> Polynomial:
+    """Return a sum over shards and over the places in one."""
+    q, r = a.fresh(m), a.fresh(size)
+    index = a.add(times_size(a, a.index(q), step), a.index(r))
+    return a.multiply(at(a, "x", index), over=[q, r])
+
+
+def _ranges(
+    a: Algebra, index: Callable[[Polynomial, Polynomial], Polynomial], *, at_shard: bool = False
+) -> Polynomial:
+    """Return a sum over shards of what is there of the one that has a row."""
+    expert = a.apply(head("integer", "e"), (), [i(a)])
+    return total(
+        a,
+        2,
+        lambda v: a.apply(head("range", 0, 3), (), [index(expert, v)]),
+        lambda v: at(a, "x", v if at_shard else i(a)),
+    )
+
+
+def _chosen(a: Algebra, t: Polynomial, c: Polynomial) -> Polynomial:
+    return a.apply(head("integer", "e"), (), [t, c])
+
+
+def _placed(a: Algebra, low: int, high: int) -> Polynomial:
+    """Return whether a choice has a slot, times whether its expert is in a range."""
+    t, c = a.axis("t", 4), a.axis("c", 2)
+    function = a.abstract([t, c], _chosen(a, a.index(t), a.index(c)))
+    key = ("AssignSlotsOp", "experts=3", 4, 2)
+    places = [a.index(t), a.index(c)]
+    return a.multiply(
+        a.apply(head("placed", *key), [function], places),
+        a.apply(head("range", low, high), (), [_chosen(a, *places)]),
+    )
+
+
+def _slots(a: Algebra, *, shards: int = 2, start: int = 2, further: str = "") -> Polynomial:
+    """Return all that an assignment of slots says, on the tokens of one of two shards."""
+    s, t, c = i(a, "s", shards), a.axis("t", 2), a.axis("c", 2)
+    first, choice = a.index(t), a.index(c)
+    shard = a.abstract([t, c], _chosen(a, a.add(a.scale(s, start), first), choice))
+    wide = a.axis("t", 4)
+    whole = a.abstract([wide, c], _chosen(a, a.index(wide), choice))
+    note_shards(a, [shard], s, [whole])
+    key = ("AssignSlotsOp", "experts=3", *filter(None, [further]), 2, 2)
+    place = [a.number(0), i(a, "x", 3), i(a, "p", 2)]
+    of_choice = [
+        a.apply(head(n, *key), [shard], [first, choice]) for n in ("slot_of", "own_slot", "placed")
+    ]
+    of_rows = [
+        a.apply(head("token_of", 0, *key), [shard], place),
+        a.apply(head("token_of", 1, *key), [shard], place) if further else a.zero,
+        a.apply(head("occupied", *key), [shard], place),
+        a.apply(head("group_of", *key), [shard], [first]),
+    ]
+    shift = a.abstract([t], at(a, "x", a.add(a.scale(s, start), first)))
+    note_shards(a, [shift], s, [a.abstract([wide], at(a, "x", a.index(wide)))])
+    sums = a.apply(head("group_sum", further or "groups=1"), [shift], [a.number(0)])
+    terms = [*of_choice, *of_rows, *([] if further else [sums])]
+    return a.add(*(a.scale(term, 7**n) for n, term in enumerate(terms)))
 
 
 def _named(a: Algebra, row_head: str) -> Polynomial:
@@ -592,7 +746,7 @@ def value(term: Polynomial, seed: int) -> float:
 
 
 def check(lemma: str, build: Build, *, is_used: bool) -> None:
-    lemmas = Lemmas()
+    lemmas = Lemmas(of_shards=True)
     plain, rewritten = build(Algebra()), build(Algebra(lemmas))
     assert (lemmas.counts[lemma] > 0) == is_used, lemmas.counts
     for seed in range(8):

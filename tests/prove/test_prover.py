@@ -121,13 +121,13 @@ def test_a_log_does_not_depend_on_the_seed_of_hashes() -> None:
 
 def test_operations_on_equal_operands_are_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
-    evaluate = Evaluation._computed
+    evaluate = Evaluation.computed
 
     def counted(self: Evaluation, node: Node, *operands: Any) -> Any:
         names.append(node.op.name)
         return evaluate(self, node, *operands)
 
-    monkeypatch.setattr(Evaluation, "_computed", counted)
+    monkeypatch.setattr(Evaluation, "computed", counted)
     dense = model("llama_gqa")
     assert prove(dense.graph, dense.apply("upcycle{experts=4 top-k=2}").graph)
     assert names.count("attention") == sum(n.op.name == "attention" for n in dense.graph)

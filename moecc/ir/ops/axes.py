@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING
@@ -405,6 +406,10 @@ class JoinOp(AlongAxisOp):
     def term(self, algebra: Algebra, *chunks: Tensor) -> Tensor:
         if self.parts == 1:
             return terms.pieces(chunks, self.axis)
+        return self.in_turns(algebra, chunks)
+
+    def in_turns(self, algebra: Algebra, chunks: Sequence[Tensor]) -> Tensor:
+        """Return chunks of one size, of which a piece each is in every part."""
         size = chunks[0].axis(self.axis).size
         assert isinstance(size, int), "the type is checked"
         piece, count = size // self.parts, len(chunks)
