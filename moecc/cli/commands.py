@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from math import isfinite
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -155,13 +156,23 @@ def _parameter(parameter: inspect.Parameter, hint: Any, help: str) -> click.Para
 def _type(hint: Any, spelling: Spelling) -> click.ParamType[Any]:
     if get_origin(hint) is Literal:
         return click.Choice(get_args(hint))
+    if hint is float:
+        return _FiniteRange(spelling.low)
     if spelling.low is None:
         types: dict[object, click.ParamType[Any]]
-        types = {int: click.INT, float: click.FLOAT, str: click.STRING, bool: click.BOOL}
+        types = {int: click.INT, str: click.STRING, bool: click.BOOL}
         return types[hint]
-    if hint is float:
-        return click.FloatRange(spelling.low)
     return click.IntRange(int(spelling.low), spelling.high)
+
+
+class _FiniteRange(click.FloatRange):
+    """A range without infinity and NaN, of which the first is above and the second beside all."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not isfinite(number):
+            self.fail(f"{number} is not a finite number", param, ctx)
+        return number
 
 
 def _completion(function: str) -> Callable[..., list[CompletionItem]]:

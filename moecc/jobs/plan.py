@@ -42,7 +42,7 @@ from moecc.jobs.command import (
 )
 from moecc.plan.explore import PlannedStep, explore
 from moecc.plan.machines import Machine, find_machine
-from moecc.plan.report import plan_json, plan_text, searched_json
+from moecc.plan.report import plan_json, plan_text, run_json, searched_json
 from moecc.plan.search import search
 from moecc.plan.step import StepConfig, saved_text
 from moecc.plan.sweeps import (
@@ -297,6 +297,8 @@ def plan(
     weight_dtype: WeightType = None,
     micro_batches: MicroBatches = 1,
     reduce_dtype: ReduceType = None,
+    tokens: Annotated[float | None, Spelling("N", low=1)] = None,
+    price: Annotated[float | None, Spelling("P", low=0)] = None,
     explore: bool = False,
     sweep: Annotated[Sequence[str], Spelling("AXIS=N,…")] = (),
     html: Annotated[str | None, Spelling("FILE")] = None,
@@ -309,6 +311,8 @@ def plan(
     a step that are counted.
 
     Args:
+      tokens: Number of tokens of a whole run, 100e9 for instance: print its days and device hours.
+      price: Price of a device hour, in any currency: print the cost of the run, too.
       explore: Price other settings, meshes and machines that one would try, with reasons.
       sweep: Values to plan with, each of them: experts=8,16 top-k=1,2
         capacity-factor=1.25,dropless; may be repeated.
@@ -327,8 +331,14 @@ def plan(
         step, batch_tokens, sequence, mesh, via, remat, dense_weights, rules, optimizer, dtype,
         weight_dtype, micro_batches, reduce_dtype,
     )  # fmt: skip
+    if price is not None and tokens is None:
+        raise UsageError("--price has no run to price", hint="state the tokens: --tokens N")
     if sweep:
-        singles = {"--save writes": save is not None, "--explore is about": explore}
+        singles = {
+            "--save writes": save is not None,
+            "--explore is about": explore,
+            "--tokens is about": tokens is not None,
+        }
         if stated := [option for option, is_set in singles.items() if is_set]:
             raise UsageError(
                 Problem(f"{option} one plan, and a sweep has several",
@@ -347,6 +357,8 @@ def plan(
         run_pipeline(opened.graph, passes)
         graph = without_opaque(opened.graph)
     data, strategies = plan_step(graph, model, machine, config, explore)
+    if tokens is not None:
+        data["run"] = run_json(data, tokens, price)
     if config.train:
         _remark_on_logits(graph)
     if html is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from math import ceil
 from textwrap import wrap
 
 from moecc.plan.collectives import is_exact, sent_bytes
@@ -81,6 +82,28 @@ def plan_json(
         "tried": ranking.tried,
         "fitting": ranking.fitting,
         "explored": [asdict(idea) for idea in explored],
+        "run": None,
+    }
+
+
+def run_json(data: JsonDict, tokens: float, price: float | None = None) -> JsonDict:
+    """Return the time and the cost of a run of planned steps, and of nothing but steps.
+
+    Args:
+      data: what `plan_json` returned.
+      tokens: of the whole run, or inputs where all sizes are fixed.
+      price: of an hour of a device, in any currency.
+    """
+    steps = ceil(tokens / data["batch"]["tokens"])
+    hours = steps * data["best"]["seconds"] / 3600
+    device_hours = hours * data["machine"]["devices"]
+    return {
+        "tokens": tokens,
+        "steps": steps,
+        "days": hours / 24,
+        "device_hours": device_hours,
+        "price": price,
+        "cost": None if price is None else device_hours * price,
     }
 
 
@@ -208,7 +231,19 @@ def _heading(data: JsonDict) -> list[str]:
         f"  step        {seconds_text(best['seconds'])}, "
         f"{rate:,.0f} {unit_of(batch)}s/s a device, {best['mfu']:.1%} of the peak (model FLOPs)",
         *map(_attention, best["attention"]),
+        *_run_rows(data),
     ]
+
+
+def _run_rows(data: JsonDict) -> list[str]:
+    run = data["run"]
+    if run is None:
+        return []
+    text = f"{amount(run['steps'], 'step')}, {run['days']:,.1f} days, "
+    text += f"{run['device_hours']:,.0f} device hours"
+    if run["cost"] is not None:
+        text += f", {run['cost']:,.0f} at {run['price']:g} an hour"
+    return [f"  run         {run['tokens']:.3g} {unit_of(data['batch'])}s: {text}, steps alone"]
 
 
 def _attention(choice: JsonDict) -> str:

@@ -143,6 +143,17 @@ def test_plan(report: Any) -> None:
     plans = [
         report("plan", "preset:mixtral-8x7b", "--machine", "tpu:v5p:4x4x4", *small),
         report("plan", "preset:mixtral-8x7b", "--machine", "tpu:v5p:2x2x4", "--explore", *small),
+        report(
+            "plan",
+            "preset:mixtral-8x7b",
+            "--machine",
+            "gpu:h100:64",
+            "--tokens",
+            "1e9",
+            "--price",
+            "2.5",
+            *small,
+        ),
         report("plan", "preset:smollm2-135m", "--machine", "gpu:h100:8", "--step", "forward"),
     ]
     compare(documented("plan", "key"), plans)

@@ -138,3 +138,32 @@ def test_rules_take_the_place_of_names(capsys: pytest.CaptureFixture[str]) -> No
     code, _, err = run(capsys, "plan", *given, "--rules", "fsdp", "--mesh", "data=16")
     assert code == 2
     assert "unknown mesh axis 'data'" in err
+
+
+def test_a_run_has_days_and_a_price(capsys: pytest.CaptureFixture[str]) -> None:
+    small = (str(GOLDEN / "mixtral_gqa"), "--machine", "cpu:2", "--batch-tokens", "64",
+             "--sequence", "16")  # fmt: skip
+    report = plan(capsys, *small, "--tokens", "1000", "--price", "2")
+    seconds = report["best"]["seconds"]
+    hours = 2 * 16 * seconds / 3600
+    assert report["run"] == {
+        "tokens": 1000, "steps": 16, "days": pytest.approx(16 * seconds / 86400),
+        "device_hours": pytest.approx(hours), "price": 2, "cost": pytest.approx(2 * hours),
+    }  # fmt: skip
+    assert "16 steps" in run(capsys, "plan", *small, "--tokens", "1000")[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--price", "2"), "--price has no run to price"),
+        (("--tokens", "nan"), "nan is not a finite number"),
+        (("--tokens", "inf"), "inf is not a finite number"),
+        (("--tokens", "10", "--sweep", "experts=1"), "--tokens is about one plan"),
+    ],
+)
+def test_runs_that_cannot_be_priced(
+    options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(capsys, "plan", str(GOLDEN / "mixtral_gqa"), "--machine", "cpu:2", *options)
+    assert (code, message in err) == (2, True), err
