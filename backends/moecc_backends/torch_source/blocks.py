@@ -13,7 +13,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from moecc_backends.torch_source.names import common, identifier, is_under, layer_of, scope_of
-from moecc_backends.torch_source.program import ROW, Item, ProgramValue, TorchProgram, walk_operands
+from moecc_backends.torch_source.program import (
+    KWARGS,
+    ROW,
+    Item,
+    ProgramValue,
+    TorchProgram,
+    walk_operands,
+)
 
 MOVES = ("dispatch", "dispatch_gates", "combine", "combine_weighted")
 ROUTING = ("route", "hash_experts", "expert_choice", "keep_choices", "assign_slots", "top_k_index")
@@ -64,6 +71,7 @@ class ModuleBlock:
         inside = set(items)
         used = set(outputs)
         self.inputs = [v for v in walk_operands(items) if not v.param]
+        self.inputs.sort(key=lambda v: v.kind == KWARGS)
         self.outputs = [
             v
             for item in items

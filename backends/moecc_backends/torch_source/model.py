@@ -14,10 +14,12 @@ from moecc.support.untyped import JsonDict
 from moecc_backends.torch_source.blocks import ModuleBlock, members
 from moecc_backends.torch_source.names import common, is_under
 from moecc_backends.torch_source.operations import OPERATIONS
+from moecc_backends.torch_source.parallel import tensor_parallel_plan
 from moecc_backends.torch_source.program import (
     CACHE,
     CONTINUES,
     KEY_POSITIONS,
+    KWARGS,
     POSITION_IDS,
     Item,
     ProgramValue,
@@ -198,6 +200,7 @@ class StMoeConfig(PretrainedConfig):
     """The configuration of this model; the sizes of its layers are in the text below."""
 
     model_type = "st_moe"
+    <plan>
 
 
 class StMoePreTrainedModel(PreTrainedModel):
@@ -209,8 +212,8 @@ class StMoePreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = [<layers>]
     _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_attention_backend = True
+    _supports_flash_attn = <plain>
+    _supports_attention_backend = <plain>
     _can_set_attn_implementation_cached_value = True
     _can_compile_fullgraph = True
 '''
@@ -295,20 +298,15 @@ class StMoeForCausalLM(StMoePreTrainedModel, GenerationMixin):
         **kwargs,
     ):
         outputs = <base>(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=past_key_values if cache is None else cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
+            input_ids, attention_mask, position_ids, past_key_values, cache, inputs_embeds,
+            use_cache, **kwargs
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_states = outputs.last_hidden_state[:, kept]
         <statements>
         loss = None
         if labels is not None:
-            vocabulary = self.config.vocab_size
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary)
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         <losses>
         return with_cache(<output>, cache_of(outputs), loss=loss, logits=logits<aux>)
 '''
@@ -338,6 +336,8 @@ class EncoderOf:
 
 class <name>(StMoePreTrainedModel, GenerationMixin):
     """The encoder, the decoder and its head."""
+
+    accepts_loss_kwargs = False
 {MODULES}
     def get_encoder(self, *args, **kwargs):
         """Return the encoder, which generation runs once."""
@@ -456,6 +456,7 @@ class Models:
             POSITION_IDS: POSITION_IDS,
             KEY_POSITIONS: KEY_POSITIONS,
             CACHE: CACHE,
+            KWARGS: f"**{KWARGS}",
             CONTINUES: CONTINUES,
         }
         for name, var in self.program.inputs.items():
@@ -740,12 +741,15 @@ class Models:
     def base_text(self) -> list[str]:
         """Return the configuration and the class that the models share."""
         layers = [d.name for d in self.classes.definitions if d.base != "nn.Module"]
+        plan = tensor_parallel_plan(self.program, self.steps, self.base)
         parts: dict[str, str | list[str]] = {
+            "plan": ["base_model_tp_plan = {", *plan, "}"] if plan else [],
             "prefix": literal(self.base or ("model" if len(self.texts) > 1 else "")),
             "main_input": []
             if self.main_input == "input_ids"
             else [f"main_input_name = {literal(self.main_input)}"],
             "layers": ", ".join(f'"{name}"' for name in layers),
+            "plain": str(all(map(_is_plain, self.program.items))),
         }
         return filled(BASE, parts)
 
@@ -755,6 +759,16 @@ def _encoder_named(lines: list[str]) -> list[str]:
     if any(line.startswith("self.encoder = ") for line in lines):
         return [*lines, "self.encoder.main_input_name = self.main_input_name"]
     return lines
+
+
+def _is_plain(item: Item) -> bool:
+    """Whether attention has no bias, window or mask that a kernel is not told of."""
+    if item.op not in ("attention", "cached_attention"):
+        return True
+    given = item.attrs["given"]
+    assert isinstance(given, tuple), "words"
+    further = set(given) - {"mask", "cache", KWARGS}
+    return not further and not item.attrs["window"] and not item.attrs["cap"]
 
 
 def _attention_sizes(item: Item) -> JsonDict:

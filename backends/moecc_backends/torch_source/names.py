@@ -80,7 +80,7 @@ MEMBERS = frozenset(
         "base_model",
         "framework",
         "dummy_inputs",
-        "layer_index",
+        "layer_idx",
         "T_destination",
     ]
 )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from moecc_backends.torch_source.program import ROW, Item
+from moecc_backends.torch_source.program import KWARGS, ROW, Item
 from moecc_backends.torch_source.tensors import (
     HEADS,
     OPERATIONS,
@@ -141,8 +141,8 @@ def _attention(
 
 
 @emission("cached_attention")
-def _cached_attention(w: BlockWriter, item: Item, *, layer_index: int, **attrs: Any) -> PythonExpr:
-    return _attend(w, item, layer_index=layer_index, **attrs)
+def _cached_attention(w: BlockWriter, item: Item, *, layer_idx: int, **attrs: Any) -> PythonExpr:
+    return _attend(w, item, layer_idx=layer_idx, **attrs)
 
 
 def _attend(
@@ -155,7 +155,7 @@ def _attend(
     causal: tuple[str, ...],
     window: int,
     given: tuple[str, ...],
-    layer_index: int = 0,
+    layer_idx: int = 0,
 ) -> PythonExpr:
     del window  # it is part of the mask
     query, key, value = (w.expr(v) for v in item.operands[:3])
@@ -176,7 +176,7 @@ def _attend(
         w.state(f"{name} = {expr.text}  # [{', '.join(shown(expr.axes))}]")
     if "cache" in further:
         cache = w.expr(further["cache"]).text
-        number = w.literal(layer_index, "layer_index")
+        number = w.literal(layer_idx, "layer_idx")
         w.state(f"if {cache} is not None:")
         w.helper("extend_cache")
         w.state(f"    key, value = extend_cache({cache}, key, value, {number})")
@@ -200,7 +200,9 @@ def _attend(
         options.append(f"softcap={w.literal(cap, 'softcap')}")
     if "sinks" in further:
         options.append(f"sinks={w.expr(further['sinks']).atom}.flatten()")
-    if unknown := set(further) - {"mask", "keep", "bias", "sinks", "cache"}:
+    if KWARGS in further:
+        options.append(f"**{KWARGS}")
+    if unknown := set(further) - {"mask", "keep", "bias", "sinks", "cache", KWARGS}:
         raise refuse(item, "given", ", ".join(unknown))
     w.helper(function)
     groups = _count(w, heads) // max(_count(w, kv_heads), 1)

@@ -503,7 +503,7 @@ def attribute(attrs: Attrs, name: str) -> str:
 CONTINUES = "continues"
 """Whether a text is continued: no capacity then drops a token, as in moecc generate."""
 
-CACHE, MASK = "cache", "seen"
+CACHE, MASK, KWARGS = "cache", "seen", "kwargs"
 
 
 def add_caches(program: TorchProgram, *, cached: bool = True) -> None:
@@ -520,6 +520,7 @@ def add_caches(program: TorchProgram, *, cached: bool = True) -> None:
     # What else than attention meets earlier tokens, as turns at an expert do, has no cache.
     cached = cached and not any(item.op == "causal" for item in program.items)
     cache, continues = ProgramValue(CACHE, kind="cache"), ProgramValue(CONTINUES, kind="cache")
+    kwargs = ProgramValue(KWARGS, kind=KWARGS)
     decoded = {tokens}
     positions = program.inputs.get(POSITION_IDS) or ProgramValue(
         POSITION_IDS, ("batch", "seq"), (), "int"
@@ -554,13 +555,14 @@ def add_caches(program: TorchProgram, *, cached: bool = True) -> None:
             item.operands = [*item.operands, masks[window]]
             continue
         item.op = "cached_attention"
-        item.attrs = {**item.attrs, "given": (*given, "mask", "cache"), "layer_index": number}
-        item.operands = [*item.operands, masks[window], cache]
+        words = (*given, "mask", "cache", KWARGS)
+        item.attrs = {**item.attrs, "given": words, "layer_idx": number}
+        item.operands = [*item.operands, masks[window], cache, kwargs]
         number += 1
     if mask_items:
         program.inputs[POSITION_IDS] = positions
         if cached:
-            program.inputs[CACHE] = cache
+            program.inputs |= {CACHE: cache, KWARGS: kwargs}
     at = program.items.index(hidden.item) + 1 if hidden.item is not None else 0
     program.items[at:at] = mask_items
     program.prune()

@@ -111,10 +111,7 @@ def _text(models: Models) -> str:
     return f"{imports(PREAMBLE, body)}\n\n{body}"
 
 
-PREAMBLE = '''"""A model that moecc has written: its graph as PyTorch, to be read and edited.
-
-Comments name the axes of values.
-"""
+PREAMBLE = '''"""A model that moecc has written, to be edited; comments name axes of values."""
 
 import inspect
 import math

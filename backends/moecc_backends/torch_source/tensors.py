@@ -233,7 +233,10 @@ def _split(
     (pairs,) = groups
     if len(pairs) == 1:
         return PythonExpr(x.text, (*x.axes[:at], pairs[0][0], *x.axes[at + 1 :]), x.level)
-    sizes = ", ".join(w.literal(size, _size_hint(name)) for name, size in pairs)
+    texts = [w.literal(size, _size_hint(name)) for name, size in pairs]
+    if _size_hint(pairs[0][0]).endswith("heads"):
+        texts[0] = "-1"  # a device may have a part of the heads
+    sizes = ", ".join(texts)
     where = at if at < len(x.axes) - 1 else -1
     axes = (*x.axes[:at], *(name for name, _ in pairs), *x.axes[at + 1 :])
     return PythonExpr(f"{x.atom}.unflatten({where}, ({sizes}))", axes)

@@ -186,6 +186,7 @@ def unify_signatures(classes: Classes, layers: Sequence[ModuleBlock]) -> None:
         lines[-1] += ", None" * missing  # a dense layer has no losses
     longest = max(instances, key=lambda i: len(i.inputs)).inputs
     names = list(dict.fromkeys([*longest, *(n for i in instances for n in i.inputs)]))
+    names.sort(key=lambda name: name.startswith("**"))
     for instance in instances:
         instance.definition.signature = names
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 from moecc.errors import InputError
 from moecc_backends.torch_source.blocks import ModuleBlock
 from moecc_backends.torch_source.names import identifier, is_under, variable
-from moecc_backends.torch_source.program import Item, ProgramValue
+from moecc_backends.torch_source.program import KWARGS, Item, ProgramValue
 from moecc_backends.torch_source.text import (
     MARKER,
     Classes,
@@ -153,7 +153,7 @@ class BlockWriter:
     def canonical(self, var: ProgramValue) -> str:
         """Return a value with its axes in the order that others expect."""
         expr = self.expr(var)
-        if not var.axes or var.kind in ("cache", "mask"):
+        if not var.axes or var.kind in ("cache", "mask", KWARGS):
             return expr.text
         return self.permuted(expr, var.axes).text
 
@@ -217,6 +217,10 @@ class BlockWriter:
     def take_inputs(self) -> None:
         """Name what is read from outside; the first of the hidden size is the state."""
         for var in self.block.inputs:
+            if var.kind == KWARGS:
+                self.values[var] = PythonExpr(f"**{KWARGS}")
+                self.signature.append(f"**{KWARGS}")
+                continue
             hint = "seen" if var.kind == "mask" else var_hint(var)
             if "embed" in var.axes and not any(e.text == STATE for e in self.values.values()):
                 hint = STATE

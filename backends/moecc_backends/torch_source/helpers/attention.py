@@ -23,14 +23,14 @@ def one_hot(index, size, like):
     return (index[..., None] == torch.arange(size, device=index.device)).to(float_type(like))
 
 
-def attend(module, query, key, value, mask=None, *, scaling, is_causal=True):
+def attend(module, query, key, value, mask=None, *, scaling, is_causal=True, **kwargs):
     """Average values by the softmax of query · key, ``[batch, head, seq, head_dim]``.
 
     Returns ``[batch, seq, head, head_dim]``.
     """
     name = module.config._attn_implementation or "eager"
     attention = ALL_ATTENTION_FUNCTIONS["sdpa" if name == "eager" else name]
-    options = {} if is_causal else {"is_causal": False}
+    options = kwargs if is_causal else {**kwargs, "is_causal": False}
     return attention(module, query, key, value, mask, scaling=scaling, **options)[0]
 
 
@@ -47,8 +47,9 @@ def biased(bias, mask, is_causal=True):
 
 
 def attend_by_scores(
-    module, query, key, value, mask=None, *, scaling, softcap=None, sinks=None, is_causal=True
-):
+    module, query, key, value, mask=None, *, scaling, softcap=None, sinks=None, is_causal=True,
+    **kwargs
+):  # fmt: skip
     """Average values as `attend`, with a soft cap of the scores, or scores of no value."""
     key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * scaling
@@ -77,14 +78,14 @@ def causal_mask(config, hidden_states, attention_mask, position_ids, cache, wind
     return create_causal_mask(config=config, attention_mask=attention_mask, **options)
 
 
-def extend_cache(cache, key, value, layer_index):
+def extend_cache(cache, key, value, layer_idx):
     """Append keys and values to those of a layer, and return all, ``[batch, head, seq, …]``."""
     if not cache.is_compileable:
-        return cache.update(key, value, layer_index)
+        return cache.update(key, value, layer_idx)
     # transformers 4 does not know by itself how far a static cache is written.
-    past = cache.get_seq_length(layer_index)
+    past = cache.get_seq_length(layer_idx)
     positions = torch.arange(key.shape[2], device=key.device) + past
-    return cache.update(key, value, layer_index, {"cache_position": positions})
+    return cache.update(key, value, layer_idx, {"cache_position": positions})
 
 
 def rotate(x, cos, sin):

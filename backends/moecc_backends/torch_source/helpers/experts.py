@@ -43,6 +43,8 @@ class ExpertRows:
 
     def linear(self, rows, weight):
         """Return each row times the matrix of its expert, ``[expert, out, in]``."""
+        if hasattr(weight, "to_local"):  # the part of this device, in tensor parallelism
+            weight = weight.to_local()
         # An operation of transformers 5, whose gradient is written in place.
         grouped = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
         if grouped is not None and (self.sizes is None or torch.is_grad_enabled()):

@@ -1,0 +1,62 @@
+"""Run with transformers: what servers and trainers ask of a folder's model; JSON comes out."""
+
+import json
+import os
+import sys
+import warnings
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+warnings.simplefilter("ignore")
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
+
+transformers.logging.set_verbosity_error()
+
+
+def main():
+    """Print what holds of the model."""
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(sys.argv[1], trust_remote_code=True, dtype=torch.float64)
+    tokens = torch.arange(24).reshape(2, 12) % 16
+    verdict = {}
+
+    # A server runs its own attention, by the number of the layer, on packed positions.
+    seen = []
+
+    def probe(module, query, key, value, attention_mask, attention_instances, **kwargs):
+        seen.append(attention_instances[module.layer_idx])
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS.register("probe", probe)
+    model.set_attn_implementation("probe")
+    count = model.config.num_hidden_layers
+    positions = torch.arange(12)[None]
+    hidden = model.model(
+        inputs_embeds=model.get_input_embeddings()(tokens), position_ids=positions,
+        use_cache=False, return_dict=False, attention_instances=list(range(count)),
+    )[0]  # fmt: skip
+    verdict["layers"] = seen == list(range(count))
+    model.set_attn_implementation("sdpa")
+    plain = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+    verdict["attention"] = bool(torch.allclose(hidden, plain, rtol=1e-12, atol=1e-12))
+
+    # Trainer divides by the labels of all accumulated batches, and saves activations or not.
+    counts = {"num_items_in_batch": torch.tensor(44)}
+    model.train()
+    losses = [model(tokens, labels=tokens, **options).loss for options in ({}, counts)]
+    verdict["loss"] = bool(torch.allclose(losses[0] * 22, losses[1] * 44))
+    losses[0].backward()
+    slopes = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    model(tokens, labels=tokens).loss.backward()
+    again = [p.grad for p in model.parameters()]
+    verdict["checkpointing"] = all(map(torch.allclose, slopes, again))
+    print(json.dumps(verdict))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""What servers, trainers and several devices ask of an emitted model."""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import moecc
+from moecc.backend import emit_program
+from tests.emit.cells import GOLDEN, METHODS, EmittedCell
+from tests.parity.interpreters import in_each_interpreter, interpreters
+
+
+def program_text(source: str, method: str = "dense") -> str:
+    graph = moecc.open(GOLDEN / source).apply(METHODS[method]).graph
+    (text,) = emit_program(graph, "torch").files.values()
+    return text
+
+
+def asked(command: list[str]) -> dict:
+    """Return what a script prints as JSON, in an environment without moecc."""
+    environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("source", "is_plain"),
+    [("llama_gqa", True), ("gemma2_caps", False), ("mistral_window", False),
+     ("t5_gated_untied", False)],
+)  # fmt: skip
+def test_kernels_are_offered_where_they_see_all_of_attention(source, is_plain):
+    text = program_text(source)
+    assert f"_supports_flash_attn = {is_plain}\n" in text
+    assert f"_supports_attention_backend = {is_plain}\n" in text
+
+
+def plan_of(text: str) -> dict[str, str]:
+    return dict(re.findall(r'"(layers\.\*[\w.]+|embed_tokens)": "(\w+)"', text))
+
+
+def test_plans_follow_the_axes():
+    plan = plan_of(program_text("qwen3_square", "upcycled"))
+    assert plan["layers.*.self_attn.q_proj"] == "colwise"
+    assert plan["layers.*.self_attn.q_norm"] == "replicated_with_grad_allreduce"
+    assert plan["layers.*.mlp.down_proj.weight"] == "rowwise"
+    assert plan["layers.*.mlp"] == "moe_tp_experts"
+    assert plan_of(program_text("granite_square_tied"))["embed_tokens"] == "replicate"
+
+
+@pytest.mark.parametrize("source", ["olmo2_gqa", "t5_gated_untied"])
+def test_there_is_no_plan_where_a_part_of_the_heads_does_not_do(source):
+    assert "base_model_tp_plan" not in program_text(source)
+
+
+@pytest.mark.parity
+@in_each_interpreter
+def test_attention_loss_and_checkpointing_are_as_transformers_has_them(tmp_path, python):
+    EmittedCell("qwen3_square", "upcycled").write(tmp_path / "model")
+    script = Path(__file__).parent / "interface.py"
+    verdict = asked([python, str(script), str(tmp_path / "model")])
+    assert set(verdict.values()) == {True}, verdict
+
+
+@pytest.mark.parity
+@pytest.mark.skipif(not interpreters(), reason="MOECC_PARITY_PYTHON names no transformers")
+@pytest.mark.parametrize(
+    ("source", "method"), [("qwen3_square", "upcycled"), ("granite_square_tied", "dense")]
+)
+def test_two_processes_compute_the_same(tmp_path, source, method):
+    EmittedCell(source, method).write(tmp_path / "model")
+    python = next(p for p in interpreters() if asked([p, "-c", VERSION])["major"] >= 5)
+    script = Path(__file__).parent / "parallel.py"
+    launch = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    verdict = asked([*launch, str(script), str(tmp_path / "model")])
+    assert verdict["sharded"] > 10
+    assert max(verdict["logits"], verdict["gradient"]) < 1e-12
+
+
+VERSION = (
+    "import json, transformers; print(json.dumps({'major': int(transformers.__version__[0])}))"
+)
