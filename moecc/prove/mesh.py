@@ -431,6 +431,8 @@ class _NodeProof:
     def _joined(self, x: Tensor, name: str, over: Sequence[str]) -> Tensor:
         """Return the blocks of the devices along mesh axes, one after the other."""
         size = x.axis(name).size
+        if self.mesh.size(over) == 1:
+            return x
         whole_size = joined_size(size, self.mesh.size(over))
         if whole_size is None:
             raise MisplacedError(f"{name}={size} is no shard of {'*'.join(over)}")
@@ -442,13 +444,13 @@ class _NodeProof:
             part = number_of_shard(self.algebra, index, size)
             place = place_in_shard(self.algebra, index, size)
         values, inner = {x.axis(name): place}, self.mesh.size(over)
-        for number, mesh_axis in enumerate(over):
+        split = [m for m in over if m in self._coordinates]
+        for mesh_axis in split:
             inner //= self.mesh.sizes[mesh_axis]
             digit = quotient(self.algebra, part, inner)
-            if number:
+            if mesh_axis != split[0]:
                 digit = remainder(self.algebra, digit, self.mesh.sizes[mesh_axis])
-            if mesh_axis in self._coordinates:
-                values[self._coordinates[mesh_axis]] = digit
+            values[self._coordinates[mesh_axis]] = digit
         axes = tuple(axis if v.name == name else v for v in x.axes)
         return replace(x, axes=axes, body=self.algebra.substitute(x.body, values), slots=None)
 

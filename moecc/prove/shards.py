@@ -191,6 +191,18 @@ def shard_and_place(
     return algebra.add(others, algebra.scale(place.arguments[0], coefficient))
 
 
+# Functions.
+
+
+@of_application("either order", "maximum", "minimum", of_shards=True)
+def either_order(algebra: Algebra, application: Application) -> Polynomial | None:
+    """max(a, b) = max(b, a), and so for the least."""
+    first, second = application.arguments
+    if first.serial <= second.serial:
+        return None
+    return algebra.apply(application.head, (), [second, first])
+
+
 # Sums.
 
 

@@ -70,6 +70,9 @@ ANY_PIPELINES = (
     "annotate-sharding{mesh=fsdp:2 rules=fsdp},lower-collectives,cse",
     "annotate-sharding{mesh=data:2,model:2 rules=st-moe,zero},lower-collectives",
     "annotate-sharding{mesh=data:2,model:2 rules=tensor-parallel},lower-collectives,strip-sharding",
+    "annotate-sharding{mesh=data:2,fsdp:2 rules=data-parallel,fsdp},lower-collectives,roll-layers",
+    "annotate-sharding{mesh=data:2,model:2 rules=tensor-parallel,sequence-parallel,zero},"
+    "lower-collectives,roll-layers",
 )
 """Pipelines of every model."""
 
@@ -110,6 +113,11 @@ DENSE_PIPELINES = (
     "expert-parallel{via=ragged},lower-collectives",
     "upcycle{experts=4 slots=capacity capacity-factor=1 router-std=1},add-losses ; "
     "trace-routing,roll-layers",
+    "upcycle{experts=4 slots=capacity groups=8 router-std=1},add-losses ; "
+    "annotate-sharding{mesh=data:2,model:2 rules=st-moe},expert-parallel{via=capacity chunks=2},"
+    "lower-collectives",
+    "upcycle{experts=4 routing=expert-choice capacity-factor=2 groups=4},add-losses ; "
+    "annotate-sharding{mesh=data:2,expert:2 rules=expert-parallel},lower-collectives,roll-layers",
 )
 """Pipelines of dense models; what stands before a semicolon makes the graph that is compared."""
 
@@ -123,6 +131,10 @@ MIXTURE_PIPELINES = (
     "annotate-sharding{mesh=expert:2 rules=expert-parallel},"
     "expert-parallel{via=ring},lower-collectives",
     "annotate-sharding{mesh=expert:2 rules=expert-replicated},lower-collectives",
+    "specialize{groups=4},add-losses ; annotate-sharding{mesh=far:2,near:2 "
+    "rules=expert-hierarchical},expert-parallel{via=hierarchical},lower-collectives",
+    "annotate-sharding{mesh=data:2,model:2 rules=st-moe},expert-parallel{via=ragged slice=model},"
+    "lower-collectives,roll-layers",
 )
 """Pipelines of mixtures of experts."""
 

@@ -204,6 +204,7 @@ MEANINGS = {
     "experts": _experts,
     "permutation": _permutation,
     "gate": _gate,
+    "maximum": lambda a, t, x: max(x),
     "mask": lambda a, t, x: x[0] if round(x[1]) else -9.0,
     "sigmoid": lambda a, t, x: 1 / (1 + math.exp(-x[0])),
     "exp": lambda a, t, x: math.exp(x[0]),

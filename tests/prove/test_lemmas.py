@@ -620,6 +620,13 @@ CASES: dict[str, tuple[Build, list[Build]]] = {
             ),
         ],
     ),
+    "either order": (
+        lambda a: a.add(
+            a.apply(head("maximum"), (), [i(a), i(a, "j")]),
+            a.apply(head("maximum"), (), [i(a, "j"), i(a)]),
+        ),
+        [],
+    ),
     "merge shards": (
         lambda a: _sharded(a, 2, "B/4", "B/4"),
         [

@@ -8,10 +8,14 @@ import pytest
 from sharding_cases import Case, cases, layer, outcome
 
 from moecc.ir import Graph, clone, parse
+from moecc.ir.mesh import parse_mesh
 from moecc.prove import prove
 from moecc.prove.mesh import Devices
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
+from moecc.testing.draws import Decisions
+from moecc.testing.generate import random_graph
+from moecc.testing.shardings import random_sharding
 from moecc.translate.importing import import_checkpoint
 from tests.support.tiers import few
 
@@ -78,6 +82,20 @@ def test_a_missing_all_reduce_is_refuted_where_it_is(rolled: str) -> None:
     assert verdict.status == "refuted"
     assert "= contract @layers." in verdict.node
     assert ".attention" in verdict.node
+
+
+MESHES = ("a:2,b:2", "a:3,b:2", "a:4,b:1")
+
+
+@pytest.mark.parametrize("start", few(range(0, 1500, 75)))
+def test_devices_of_random_shardings_are_proved(start: int) -> None:
+    devices = Devices()
+    for number in range(start, start + 75):
+        graph, mesh = random_graph(number, max_steps=5), MESHES[number % len(MESHES)]
+        laid = random_sharding(graph, Decisions(number), parse_mesh(mesh))
+        # Unknown: groups of a size, and windows over a sharded axis that is summed.
+        is_open = any(n.attrs.get("group_size") or n.op.name == "convolve" for n in laid)
+        assert is_open or devices.parting(laid) is None, number
 
 
 def on_a_mesh(*lines: str) -> Graph:
