@@ -9,13 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from moecc.errors import InputError
 from moecc_backends.torch_source.blocks import ModuleBlock
-
-if TYPE_CHECKING:
-    from moecc_backends.torch_source.writer import BlockWriter
 
 WIDTH = 100
 ATOM, PRODUCT, SUM, COMPARISON = 3, 2, 1, 0
@@ -84,6 +81,22 @@ class ClassDef:
         ]
 
 
+class WrittenBlock(Protocol):
+    """The text of a block, as its writer has it."""
+
+    literals: list[tuple[str, object]]
+    helpers: set[str]
+    lines: list[str]
+    constructor: list[str]
+    signature: list[str]
+
+    def argument_names(self) -> set[str]:
+        """Return the names that an argument of the constructor must not have."""
+
+    def signature_lines(self) -> tuple[list[str], list[str]]:
+        """Return the parameters and lines of forward."""
+
+
 @dataclass
 class Instance:
     """A block as an instance of a class, with the values of the constructor's arguments."""
@@ -123,10 +136,10 @@ class Classes:
         return name
 
     def add(
-        self, blocks: Sequence[ModuleBlock], write: Callable[[ModuleBlock], BlockWriter]
+        self, blocks: Sequence[ModuleBlock], write: Callable[[ModuleBlock], WrittenBlock]
     ) -> None:
         """Write blocks of one depth, and make a class of each different text."""
-        groups: dict[tuple[object, ...], list[tuple[ModuleBlock, BlockWriter]]] = {}
+        groups: dict[tuple[object, ...], list[tuple[ModuleBlock, WrittenBlock]]] = {}
         for block in blocks:
             writer = write(block)
             self.helpers |= writer.helpers
@@ -139,7 +152,7 @@ class Classes:
         for key, group in groups.items():
             self._define(str(key[0]), group)
 
-    def _define(self, title: str, group: list[tuple[ModuleBlock, BlockWriter]]) -> None:
+    def _define(self, title: str, group: list[tuple[ModuleBlock, WrittenBlock]]) -> None:
         _, first = group[0]
         arguments: dict[str, list[object]] = {}
         inits: dict[str, str] = {}
