@@ -505,6 +505,9 @@ class ModelConfig:
         """Return the fields that every config of this shape has, to build another family's from."""
         return {f.name: getattr(self, f.name) for f in fields(self.shape())}
 
+    others_up_to: ClassVar[str] = ""
+    """How far a model of another family is from itself in this one, as of a promise."""
+
     def completed(self) -> tuple[ModelConfig, dict[str, Expr]]:
         """Return the config that engines read, and tensors that they want and a model lacks.
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from moecc.families.config import EngineReading, ModelConfig, TensorNames, config_class, number
 from moecc.families.decoder import ATTENTION_BIASES
 from moecc.families.mixture import FIXED_GATES_DEFAULTS, ONE_WIDTH, TRANSFORMERS, MoeConfig
 from moecc.families.reader import KeyProblem, Reader, key_problem
 from moecc.families.rope import RopeConfig
+from moecc.support.text import exponential_text
 from moecc.support.untyped import JsonDict
 
 if TYPE_CHECKING:
@@ -31,7 +32,10 @@ NO_LIMIT = 1e6
 """A bound on the activations that none reaches."""
 
 NO_SINK = -1e4
-"""A score beside which every other is infinitely larger, and that fits half precision."""
+"""A score beside which every other is far larger, and that fits half precision."""
+
+SCORES = 1e3
+"""A size that scores of attention do not reach."""
 
 
 @config_class
@@ -111,6 +115,11 @@ class GptOssConfig(MoeConfig):
         if self.hidden_act != "silu":
             fault = "gpt_oss has SwiGLU, by its own formula"
             yield key_problem(fault, "silu", self.hidden_act, "hidden_act")
+
+    others_up_to: ClassVar[str] = (
+        f"{exponential_text(NO_SINK + SCORES)} of each result of attention where the largest "
+        f"score of a token is above {-SCORES:,.0f}, and gates and ups are below {NO_LIMIT:g}"
+    )
 
     @classmethod
     def from_others(cls) -> dict[str, object]:

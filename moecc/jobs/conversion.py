@@ -19,7 +19,7 @@ from moecc.jobs.checks import NOT_CHECKED, Contracts, PassProofs, check_contract
 from moecc.jobs.targets import AUTO, choose
 from moecc.model.initialise import reads_small
 from moecc.model.open import OpenedModel
-from moecc.rewrite.passes import Context, Preserves
+from moecc.rewrite.passes import Context, Preserves, weakest
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline, temporary_folder
 from moecc.support.process import gc_paused
@@ -201,6 +201,7 @@ class Plan:
                 "kind": self.preserves.kind,
                 "reason": self.preserves.reason,
                 "predicted_error": self.preserves.predicted_error,
+                "up_to": self.preserves.up_to,
             },
             "proof": None if self.proof is None else self.proof.to_json(),
             "seed": self.seed,
@@ -301,8 +302,10 @@ def plan(
     if architecture is None:
         remarks += _misreadings(export)
     proof = None
-    is_equal = done.preserves.kind != "approximate"
-    if proofs is not None and is_equal and isinstance(export, Export):
+    preserves = done.preserves
+    if isinstance(export, Export) and export.up_to:
+        preserves = weakest((preserves, Preserves("reassociation", up_to=export.up_to)))
+    if proofs is not None and preserves.is_equality and isinstance(export, Export):
         from moecc.prove.conversion import prove_conversion
 
         try:
@@ -312,7 +315,7 @@ def plan(
         except Exception as error:  # The passes have been checked; the result is not proved.
             remarks.append(f"the prover failed, which is a bug in moecc: {described(error)}")
     return Plan(
-        model, model.graph, pipeline, done.preserves, target, export,
+        model, model.graph, pipeline, preserves, target, export,
         None if isinstance(dtype, Storage) else dtype, seed, tuple(remarks), storage,
         (*(f"--experts {name}={name.upper()}" for name in context.models if name not in unread),
          *(["--allow-other-base"] if other_bases(model.checkpoint) else []),

@@ -104,6 +104,7 @@ def _promise(promise: Preserves) -> dict[str, object]:
         "kind": promise.kind,
         "reason": promise.reason,
         "predicted_error": promise.predicted_error,
+        "up_to": promise.up_to,
     }
 
 
@@ -112,6 +113,8 @@ def receipt_lines(stated: Mapping[str, object]) -> list[str]:
     promised = object_of(stated.get("promised"))
     reason, error = promised.get("reason"), promised.get("predicted_error")
     text = f"{promised.get('kind')}" + (f": {reason}" if reason else "")
+    if up_to := promised.get("up_to"):
+        text += f", up to {up_to}"
     if error is not None:
         text += f" (predicted relative error {number_text(error, '.2g')})"
     return [

@@ -338,10 +338,11 @@ def _divisors(algebra: Algebra, application: Application) -> Iterator[tuple[obje
 
 @of_application("equal shares", "share")
 def equal_shares(algebra: Algebra, application: Application) -> Polynomial | None:
-    """The share of each of n equal scores is 1/n."""
+    """The share of each of n equal scores is 1/n, and that of one score is 1."""
     (scores,) = application.abstractions
     (variable,) = scores.variables
-    return inverse_size(algebra, variable) if variable not in scores.body.free else None
+    is_equal = variable not in scores.body.free or variable.size == 1
+    return inverse_size(algebra, variable) if is_equal else None
 
 
 @of_application("shares of repeated scores", "share", candidates=_divisors)

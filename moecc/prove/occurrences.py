@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
@@ -29,6 +29,7 @@ class Occurrences:
       linear: for each index, the coefficients of the variables that are terms of it.
       other: the variables that occur as anything but a term of an index.
       divided: variables with the numbers by which indices divide them.
+      ends: variables with the numbers at which ranges of them begin and end.
       choices: the applications that choose by a variable alone, stacks included.
       rows: the places of rows: variables for group, expert and slot.
     """
@@ -36,6 +37,7 @@ class Occurrences:
     linear: frozenset[Linear] = frozenset()
     other: frozenset[Var] = frozenset()
     divided: frozenset[tuple[Var, int]] = frozenset()
+    ends: frozenset[tuple[Var, int]] = frozenset()
     choices: frozenset[Application] = frozenset()
     rows: frozenset[frozenset[Var]] = frozenset()
 
@@ -89,6 +91,8 @@ def _of_factor(algebra: Algebra, factor: Factor) -> Occurrences:
             by = factor.head.attrs[0]
             assert isinstance(by, int)
             of_head = Occurrences(divided=frozenset([(variables[0], by)]))
+        elif name == "range" and len(factor.free) == 1:
+            of_head = Occurrences(ends=frozenset(_ends(algebra, factor)))
         elif name in _CHOOSING and variables[0] is not None:
             of_head = Occurrences(choices=frozenset([factor]))
         elif name in _ROWS:
@@ -99,6 +103,16 @@ def _of_factor(algebra: Algebra, factor: Factor) -> Occurrences:
     result = memo[factor]
     assert isinstance(result, Occurrences)
     return result
+
+
+def _ends(algebra: Algebra, range_: Application) -> Iterator[tuple[Var, int]]:
+    """Yield the variable of a range of v + s with the numbers from which it is 1, and 0 again."""
+    (variable,) = range_.free
+    shift = algebra.subtract(range_.arguments[0], algebra.index(variable)).constant
+    if isinstance(shift, int):
+        for end in range_.head.attrs:
+            assert isinstance(end, int)
+            yield variable, end - shift
 
 
 def _of_abstraction(algebra: Algebra, abstraction: Abstraction) -> Occurrences:
@@ -113,6 +127,7 @@ def _union(parts: list[Occurrences]) -> Occurrences:
         frozenset(chain.from_iterable(p.linear for p in parts)),
         frozenset(chain.from_iterable(p.other for p in parts)),
         frozenset(chain.from_iterable(p.divided for p in parts)),
+        frozenset(chain.from_iterable(p.ends for p in parts)),
         frozenset(chain.from_iterable(p.choices for p in parts)),
         frozenset(chain.from_iterable(p.rows for p in parts)),
     )
@@ -127,6 +142,7 @@ def _outside(inner: Occurrences, bound: tuple[Var, ...]) -> Occurrences:
         frozenset(part for part in linear if part),
         inner.other.difference(bound),
         frozenset(d for d in inner.divided if d[0] not in bound),
+        frozenset(e for e in inner.ends if e[0] not in bound),
         frozenset(c for c in inner.choices if not any(v in bound for v in c.free)),
         frozenset(r for r in inner.rows if not r.intersection(bound)),
     )

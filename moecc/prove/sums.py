@@ -303,6 +303,34 @@ def merge_sums(algebra: Algebra, opened: OpenMonomial, outer: Var, inner: Var) -
     return replaced(algebra, opened, values, (fresh,))
 
 
+def _ends(algebra: Algebra, opened: OpenMonomial) -> Iterator[tuple[object, ...]]:
+    """Yield variables with the numbers at which ranges within functions cut them into equal parts.
+
+    Unequal parts come of padding, and go where a matrix is 0.
+    """
+    pairs = Occurrences.of(algebra, opened.factors).ends
+    for variable in opened.bound:
+        ends = sorted(end for v, end in pairs if v is variable and end > 0)
+        size = variable.size
+        if not ends or not isinstance(size, int) or size % ends[0]:
+            continue
+        if {*range(ends[0], size, ends[0])} <= {*ends}:
+            yield variable, ends[0]
+
+
+@of_monomial("cut a sum", _ends)
+def cut_sum(algebra: Algebra, opened: OpenMonomial, variable: Var, at: int) -> Polynomial | None:
+    """Σ_{i<m} f(i) = Σ_{i<n} f(i) + Σ_{i<m−n} f(n + i) for n between 0 and m."""
+    if not isinstance(variable.size, int) or not 0 < at < variable.size:
+        return None
+    first, second = algebra.fresh(at), algebra.fresh(variable.size - at)
+    beyond = algebra.add(algebra.index(second), algebra.number(at))
+    return algebra.add(
+        replaced(algebra, opened, {variable: algebra.index(first)}, (first,)),
+        replaced(algebra, opened, {variable: beyond}, (second,)),
+    )
+
+
 # Sums of sums.
 
 _Part = tuple[Monomial, int]

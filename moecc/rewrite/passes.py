@@ -106,14 +106,23 @@ class Preserves:
         arithmetic) or ``approximate``.
       reason: why it is not exact.
       predicted_error: the relative error to expect, where a formula gives it.
+      up_to: what keeps it from being an equality for all weights: a bound on the difference, and
+        the values that it holds for; empty for an equality.
     """
 
     kind: PreservesKind
     reason: str = ""
     predicted_error: float | None = None
+    up_to: str = ""
+
+    @property
+    def is_equality(self) -> bool:
+        """Whether both functions are equal in real arithmetic, for all weights."""
+        return self.kind != "approximate" and not self.up_to
 
     def __str__(self) -> str:
         text = f"{self.kind}: {self.reason}" if self.reason else self.kind
+        text = f"{text}, up to {self.up_to}" if self.up_to else text
         if self.predicted_error is None:
             return text
         return f"{text} (predicted relative error {self.predicted_error:.2g})"
@@ -144,7 +153,8 @@ def weakest(promises: Iterable[Preserves]) -> Preserves:
     errors = [p.predicted_error for p in some if p.kind == "approximate"]
     predicted = [e for e in errors if e is not None]
     total = sum(predicted) if predicted and len(predicted) == len(errors) else None
-    return Preserves(kind, "; ".join(reasons), total)
+    bounds = dict.fromkeys(p.up_to for p in some if p.up_to)
+    return Preserves(kind, "; ".join(reasons), total, "; ".join(bounds))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from math import ceil, log
 
 from moecc.errors import Problem, is_shown
 
@@ -24,6 +25,11 @@ def count_text(count: float) -> str:
             return f"{count:.0f}" if not unit else f"{count:.1f}{unit}"
         count /= 1000
     return f"{count:.1f} T"
+
+
+def exponential_text(exponent: float, times: float = 1.0) -> str:
+    """Return the power of ten above `times` · exp(`exponent`), beyond floats, too: ``1e-3908``."""
+    return f"1e{ceil((exponent + log(times)) / log(10))}"
 
 
 def amount(count: int, noun: str) -> str:

@@ -319,10 +319,12 @@ class Export:
       config: the typed config.
       tensors: the tensors by their names on disk, in the order of the model, with the expressions
         of their values; each name once.
+      up_to: how far the family is from holding the graph, as of a promise; empty if it holds it.
     """
 
     config: ModelConfig
     tensors: list[tuple[str, Expr]]
+    up_to: str = field(default="", kw_only=True)
 
     @property
     def config_json(self) -> dict[str, object]:
@@ -419,7 +421,7 @@ def export_graph(
     if graph.attrs.get("family") == target:
         return Export(config, list(tensors.items()))
     config, added = config.completed()
-    return Export(config, [*tensors.items(), *added.items()])
+    return Export(config, [*tensors.items(), *added.items()], up_to=config.others_up_to)
 
 
 def _token_sizes(graph: Graph) -> tuple[Size, Size, Size]:

@@ -33,7 +33,7 @@ from family_configs import MemoryCheckpoint
 
 from moecc.errors import MoeccError
 from moecc.ir import Graph, clone
-from moecc.rewrite.passes import Context, Statistics
+from moecc.rewrite.passes import Context, Preserves, Statistics
 from moecc.rewrite.pipeline import Pipeline
 from moecc.rewrite.runner import run_pipeline
 from moecc.translate.export import Export, export_graph
@@ -141,13 +141,17 @@ MIXTURE_PIPELINES = (
 PIPELINES = ANY_PIPELINES + DENSE_PIPELINES + MIXTURE_PIPELINES
 
 
+UNPROMISED = ("rejected", "approximate", "up to")
+
+
 @dataclass(frozen=True)
 class Row:
     """What came of a run or of a cell.
 
     Attributes:
       verdict: ``proved``, ``refuted``, ``unknown``, ``crashed``; ``rejected`` where a pass or an
-        export refuses, ``approximate`` where nothing is promised.
+        export refuses, ``approximate`` where nothing is promised, ``up to`` where an equality is
+        promised up to a bound.
       promise: of the pipeline.
       seconds: of the prover.
       reason: why it is not proved: where the graphs part, and by what.
@@ -161,7 +165,7 @@ class Row:
     @property
     def is_promised(self) -> bool:
         """Whether equality was promised."""
-        return self.verdict not in ("rejected", "approximate")
+        return self.verdict not in UNPROMISED
 
 
 @cache
@@ -215,9 +219,15 @@ def transformed(name: str, pipeline: str) -> tuple[Graph, Graph, str] | Row:
         promise = run_pipeline(after, Pipeline.parse(last), context=context).preserves
     except MoeccError as error:
         return Row("rejected", reason=error.problems[0].what.splitlines()[0])
+    return _unpromised(promise) or (before, with_outputs_of(before, after), promise.kind)
+
+
+def _unpromised(promise: Preserves, up_to: str = "") -> Row | None:
+    """Return the row of a promise that is no equality."""
     if promise.kind == "approximate":
-        return Row("approximate", str(promise.kind), reason=promise.reason)
-    return before, with_outputs_of(before, after), promise.kind
+        return Row("approximate", promise.kind, reason=promise.reason)
+    bound = promise.up_to or up_to
+    return Row("up to", promise.kind, reason=bound) if bound else None
 
 
 def _read(name: str, expr: Expr) -> Any:
@@ -270,9 +280,7 @@ def composed(cell: Cell) -> tuple[Graph, Graph, str] | Row:
         export = export_graph(graph, cell.target)
     except MoeccError as error:
         return Row("rejected", reason=error.problems[0].what.splitlines()[0])
-    if promise.kind == "approximate":
-        return Row("approximate", str(promise.kind), reason=promise.reason)
-    return before, read_back(export), promise.kind
+    return _unpromised(promise, export.up_to) or (before, read_back(export), promise.kind)
 
 
 def read_back(export: Export) -> Graph:
@@ -379,7 +387,7 @@ def summary(rows: dict[tuple[str, ...], list[Any]]) -> dict[str, Any]:
     }
     for kind, key in (("run", "runs"), ("cell", "cells")):
         of_kind = {j: r for j, r in rows.items() if j[0] == kind}
-        promised = {j: r for j, r in of_kind.items() if r[0] not in ("rejected", "approximate")}
+        promised = {j: r for j, r in of_kind.items() if r[0] not in UNPROMISED}
         proved = sum(r[0] == "proved" for r in promised.values())
         seconds = sorted(r[2] for r in promised.values())
         record[key] = {
@@ -396,6 +404,7 @@ def summary(rows: dict[tuple[str, ...], list[Any]]) -> dict[str, Any]:
         if r[0] in ("refuted", "unknown", "crashed")
     ]
     record["not_proved"] = not_proved
+    record["up_to"] = {" | ".join(j): r[3] for j, r in sorted(rows.items()) if r[0] == "up to"}
     record["rows"] = {
         " | ".join(j): [r[0], r[2]] for j, r in sorted(rows.items()) if r[0] == "proved"
     }

@@ -55,6 +55,7 @@ SAME = [
         "llama_biases_head_dim",
         "upcycle{experts=4 granularity=2 router-std=1},to-dense{how=concat experts=0,1}",
     ),
+    ("llama_gqa", "upcycle{experts=4 granularity=2 router-std=1},to-dense{how=concat}"),
     ("llama_gqa", "upcycle{experts=4 gates=softmax router-init=zero},to-dense{experts=2}"),
     (
         "llama_gqa",
@@ -71,7 +72,6 @@ OTHER = [
     ("mixtral_gqa", "merge{size=2}", 0.01),
     ("ernie4_5_moe_range", "zero-experts{count=1}", 0.0),
     ("llama_gqa", "upcycle{experts=4 granularity=2 router-std=1},to-dense{how=mean}", 0.01),
-    ("llama_gqa", "upcycle{experts=4 granularity=2 router-std=1},to-dense{how=concat}", 0.0),
 ]
 """Models, what changes their function, and by how much at least."""
 
@@ -208,3 +208,31 @@ def test_what_was_made_sparse_and_dense_again_is_of_a_dense_family(
         write(plan(model, Pipeline.parse(text), target), tmp_path / "out")
     with open_model(str(tmp_path / "out")) as written:
         assert {b.width for b in find_ffn_blocks(written.graph).blocks} == {times * width}
+
+
+@pytest.mark.parametrize(
+    ("source", "passes", "bound"),
+    [
+        # exp(−10⁴) of what experts have that are there, whatever their logits.
+        ("qwen2_moe_plain", "grow{chosen=same}", "1e-4342 of each gate"),
+        ("qwen2_moe_plain", "zero-experts{count=2}", "1e-4342 of each gate"),
+        # Gates of the chosen alone.
+        ("gpt_oss_square_v4", "zero-experts", "0 where products of the router are below 2,500"),
+        ("glm4_moe_plain_v4", "zero-experts", "0 where biases of the choice are"),
+        ("llama_gqa", "upcycle{gates=sigmoid-renormalised},zero-experts", ""),
+        ("qwen2_moe_plain", "grow", ""),
+    ],
+)
+def test_a_promise_says_up_to_what_it_holds(source: str, passes: str, bound: str) -> None:
+    with open_model(str(GOLDEN / source)) as model:
+        promise = run_pipeline(model.graph, Pipeline.parse(passes), context=Context()).preserves
+    assert promise.kind == "reassociation"
+    assert promise.up_to.startswith(bound)
+    assert promise.is_equality == (not bound)
+
+
+def test_a_model_of_another_family_is_a_gpt_oss_up_to_its_sinks() -> None:
+    with open_model(str(GOLDEN / "llama_gqa")) as model:
+        planned = plan(model, Pipeline.parse("upcycle{experts=4}"), "gpt_oss")
+    assert planned.preserves.up_to.startswith("1e-3908 of each result of attention")
+    assert planned.proof is None

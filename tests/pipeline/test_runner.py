@@ -94,7 +94,12 @@ def test_what_a_pipeline_preserves() -> None:
 def test_the_report_as_json() -> None:
     data = json.loads(json.dumps(run(negations(5), "un-neg,top").as_dict()))
     assert data["changed"] is True
-    assert data["preserves"] == {"kind": "exact", "reason": "", "predicted_error": None}
+    assert data["preserves"] == {
+        "kind": "exact",
+        "reason": "",
+        "predicted_error": None,
+        "up_to": "",
+    }
     first, second = data["passes"]
     assert (first["pass"], first["matched"], first["statistics"]) == ("un-neg", 2, {"pair": 2})
     assert first["remarks"] == [{"where": "here", "text": "looked around"}]

@@ -57,6 +57,15 @@ def total(a: Algebra, size: int | str, *factors: Callable[[Polynomial], Polynomi
     return a.multiply(*(f(a.index(variable)) for f in factors), over=[variable])
 
 
+def halves(a: Algebra, x: Polynomial, end: int) -> Polynomial:
+    """Return elements of two sources, one after the other."""
+    first, second = (
+        a.multiply(a.apply(head("range", *ends), (), [x]), at(a, name, x))
+        for name, ends in (("x", (0, end)), ("y", (end, 6)))
+    )
+    return a.add(first, second)
+
+
 def totals(
     a: Algebra, m: int, n: int, summand: Callable[[Polynomial, Polynomial], Polynomial]
 ) -> Polynomial:
@@ -528,6 +537,13 @@ CASES: dict[str, tuple[Build, list[Build]]] = {
     "split a sum": (
         lambda a: total(a, 6, lambda x: at(a, "x", div(a, x, 3), mod(a, x, 3))),
         [lambda a: total(a, 5, lambda x: at(a, "x", div(a, x, 3), mod(a, x, 3)))],
+    ),
+    "cut a sum": (
+        lambda a: total(a, 6, lambda x: a.apply(head("silu"), (), [halves(a, x, 3)])),
+        [
+            # The parts differ, as where neurons are padded.
+            lambda a: total(a, 6, lambda x: a.apply(head("silu"), (), [halves(a, x, 4)])),
+        ],
     ),
     "merge sums": (
         lambda a: totals(a, 2, 3, lambda q, r: at(a, "x", a.add(a.scale(q, 3), r))),

@@ -26,10 +26,17 @@ def model(name: str) -> moecc.Model:
     return moecc.open(str(GOLDEN / name))
 
 
-@pytest.mark.parametrize("pipeline", ["upcycle{experts=8 top-k=2}", "cse", "canonicalize", "dce"])
-def test_the_same_function_is_proved(pipeline: str) -> None:
-    dense = model("llama_gqa")
-    verdict = prove(dense.graph, dense.apply(pipeline).graph)
+@pytest.mark.parametrize(
+    ("name", "pipeline"),
+    [
+        *(("llama_gqa", p) for p in ("upcycle{experts=8 top-k=2}", "cse", "canonicalize", "dce")),
+        ("phi3_square", "upcycle{experts=4 granularity=2},to-dense{how=concat}"),
+        ("mixtral_top1_head_dim", "grow{times=2}"),
+    ],
+)
+def test_the_same_function_is_proved(name: str, pipeline: str) -> None:
+    before = model(name)
+    verdict = prove(before.graph, before.apply(pipeline).graph)
     assert verdict.status == "proved", (verdict.node, verdict.terms)
 
 

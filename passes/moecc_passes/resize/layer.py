@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from math import floor
+from math import ceil, floor
 from typing import Literal
 
 from moecc.errors import InputError, Problem
@@ -15,6 +15,7 @@ from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.ops.routing import RouteOp
 from moecc.rewrite.passes import NO_STATISTICS, Context
 from moecc.support.lazy import np
+from moecc.support.text import exponential_text
 from moecc.types import F32, Axis, Doubles, TensorType, tensor
 from moecc.weights.arithmetic import STATISTICS, Add, Scale, name_in
 from moecc.weights.expr import Expr, Full, Source
@@ -252,6 +253,37 @@ def not_dormant(layer: Anatomy, wanted: BiasChoice) -> Iterator[Problem]:
         )
 
 
+def dormant_up_to(layer: Anatomy, ctx: Context, wanted: BiasChoice, count: int) -> str:
+    """Return up to what, and for which scores, `count` more experts of a low bias change nothing.
+
+    It is a bound of a promise; empty where the scores are between 0 and 1, and biases are numbers.
+    """
+    row, bias = convention(layer.attrs.gates), layer.bias_of_choice
+    if bias_kind(layer, wanted) == "choice":
+        if bias is None or all(isinstance(weight, Full) for weight in members(bias)):
+            return ""
+        least = least_bias(bias, ctx)
+        if least is None:
+            return f"0 where biases of the choice are above {NO_LOGIT + MARGIN:,.0f}"
+        return f"0 where biases of the choice are at least {least:g}, as they are"
+    where = (
+        f"where products of the router are below {-NO_LOGIT / 4:,.0f} in size, as its biases are"
+    )
+    if row.renormalised or row.score == "sigmoid" or not row.equal_for_equal_logits:
+        return f"0 {where}"
+    # Copies of experts have their logits, but for a bias that these have.
+    nearer = 0.0 if layer.bias_of_logits is None else -NO_LOGIT / 2
+    return (
+        f"{exponential_text(NO_LOGIT + nearer, ceil(count / layer.experts))} of each gate {where}"
+    )
+
+
+def least_bias(bias: Value, ctx: Context) -> int | None:
+    """Return a whole number that no element of a bias is below, or None if it is not read."""
+    values = ctx.read(bias.weight or Source(bias.name, bias.type))
+    return None if values is None else floor(min(0.0, float(values.min())))
+
+
 def with_bias(
     graph: Graph, layer: Anatomy, ctx: Context, wanted: BiasChoice
 ) -> tuple[Anatomy, Value, float]:
@@ -269,8 +301,8 @@ def with_bias(
     if bias is not None:
         if not is_logit:
             # Below all elements of the bias, which are added to scores, where they can be read.
-            values = ctx.read(bias.weight or Source(bias.name, bias.type))
-            value = NO_LOGIT if values is None else floor(min(0.0, float(values.min()))) - MARGIN
+            least = least_bias(bias, ctx)
+            value = NO_LOGIT if least is None else least - MARGIN
         return layer, bias, value
     axis, route = layer.router.type[EXPERT], layer.route
     bias = graph.param(

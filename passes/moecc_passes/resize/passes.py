@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Annotated, Literal
 
@@ -27,6 +28,7 @@ from moecc_passes.resize.layer import (
     alike,
     anatomies,
     bias_kind,
+    dormant_up_to,
     expert_numbers,
     largest,
     make_dense,
@@ -156,6 +158,13 @@ class GrowPass(ResizePass):
                 "specialize{dropless=true} removes the capacity",
             )
 
+    def promise(self, layer: Anatomy, ctx: Context) -> Preserves:
+        """A bias keeps copies from being chosen for most scores, not for all."""
+        if self.chosen == "all":
+            return self.preserves
+        count = layer.experts * (self.times - 1)
+        return replace(self.preserves, up_to=dormant_up_to(layer, ctx, self.bias, count))
+
     def build(self, graph: Graph, layer: Anatomy, ctx: Context) -> str:
         """Store every expert several times."""
         top_k, factor, dormant = layer.attrs.top_k, 1.0, None
@@ -218,7 +227,7 @@ class ZeroExpertsPass(ResizePass):
         is_softmax = convention(layer.attrs.gates).score == "softmax"
         if weighs and is_softmax and self.count % layer.experts:
             return Preserves("approximate", "probabilities that a bias is added to shrink")
-        return self.preserves
+        return replace(self.preserves, up_to=dormant_up_to(layer, ctx, self.bias, self.count))
 
     def build(self, graph: Graph, layer: Anatomy, ctx: Context) -> str:
         """Add the experts."""
@@ -442,28 +451,32 @@ class ToDensePass(ResizePass):
     def promise(self, layer: Anatomy, ctx: Context) -> Preserves:
         """Return ``reassociation`` where the block is what every choice adds up to."""
         row, attrs, chosen = convention(layer.attrs.gates), layer.attrs, self.chosen(layer)
-        size = len(chosen) if self.how == "concat" else 1
         rows = members(layer.router)
         is_zero = all(isinstance(row, Full) and row.value == 0 for row in rows)
         is_constant = row.sum_is_constant(layer.experts, attrs.top_k) or is_zero
-        if not is_constant or layer.drops or layer.experts % size:
+        if not is_constant or layer.drops:
             return self.preserves
+        params = [p for p in layer.params if not p.users.keys().isdisjoint(layer.body)]
+        weights = [members(param) for param in params]
 
-        def repeats(count: int) -> bool:
-            """Return whether experts are copies of the first `count`, in their order."""
-            params = (p for p in layer.params if not p.users.keys().isdisjoint(layer.body))
-            weights = map(members, params)
-            return all(
-                part is parts[n % count] for parts in weights for n, part in enumerate(parts)
-            )
+        def is_group(size: int) -> bool:
+            """Return whether all experts are copies of the first `size`, chosen together."""
+            if any(
+                part is not parts[n % size] for parts in weights for n, part in enumerate(parts)
+            ):
+                return False
+            if size == 1:
+                return True
+            groups = [rows[at : at + size] for at in range(0, len(rows), size)]
+            are_alike = attrs.top_k % size == 0 and all(len(set(group)) == 1 for group in groups)
+            every = attrs.top_k == layer.experts and is_zero
+            # The block has each member as often as every other.
+            numbers = Counter(number % size for number in chosen)
+            is_whole = len(numbers) == size and len(set(numbers.values())) == 1
+            return row.equal_for_equal_logits and is_whole and (are_alike or every)
 
-        # Tokens choose whole groups of neighbours: every expert, or groups with equal rows.
-        groups = [rows[at : at + size] for at in range(0, len(rows), size)]
-        are_alike = attrs.top_k % size == 0 and all(len(set(group)) == 1 for group in groups)
-        every = attrs.top_k == layer.experts and is_zero
-        is_first = chosen == tuple(range(size)) and row.equal_for_equal_logits
-        by_groups = size == 1 or (is_first and (are_alike or every))
-        if (by_groups and repeats(size)) or repeats(1):
+        sizes = range(1, len(chosen) + 1) if self.how == "concat" else (1,)
+        if any(layer.experts % size == 0 and is_group(size) for size in sizes):
             return Preserves("reassociation")
         return self.preserves
 
