@@ -159,6 +159,7 @@ def main() -> None:
         if cell.source in (options.sources or [cell.source])
         and cell.method in (options.methods or [cell.method])
     ]
+    wanted.sort(key=lambda cell: (cell.source, cell.method) in rows)  # new ones first
     with tempfile.TemporaryDirectory() as temporary:
         for row in prove(
             wanted, options.work or Path(temporary), rows, gradients=options.gradients

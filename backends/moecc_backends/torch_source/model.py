@@ -256,8 +256,8 @@ USE_CACHE = """
 
 POSITIONS = """
         past = cache.get_seq_length() if cache is not None else 0
+        length = inputs_embeds.shape[1]
         if position_ids is None:
-            length = inputs_embeds.shape[1]
             position_ids = torch.arange(length, device=inputs_embeds.device)[None] + past
 """
 
@@ -268,9 +268,7 @@ DECODER_POSITIONS = """
 """
 
 KEYS = """
-        key_position_ids = torch.arange(
-            past + inputs_embeds.shape[1], device=inputs_embeds.device
-        )[None]
+        key_position_ids = torch.arange(past + length, device=inputs_embeds.device)[None]
 """
 
 DECODER = f'''
@@ -304,10 +302,10 @@ class StMoeForCausalLM(StMoePreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_states = outputs.last_hidden_state[:, kept]
         <statements>
+        <losses>
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-        <losses>
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)<plus>
         return with_cache(<output>, cache_of(outputs), loss=loss, logits=logits<aux>)
 '''
 
@@ -374,10 +372,10 @@ class <name>(StMoePreTrainedModel, GenerationMixin):
         inputs_embeds = <embedding>(decoder_input_ids)<positions>
         memory = encoder_outputs[0]
         <statements>
+        <losses>
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        <losses>
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())<plus>
         return with_cache(<output>, both, loss=loss, logits=logits<aux>)
 '''
 
@@ -571,11 +569,15 @@ class Models:
         """Return the parts of a template that say what is done with auxiliary losses."""
         loss = self._losses().get(LOSS)
         if loss is None:
-            return {"losses": [], "aux": "", "output": output}
+            return {"losses": [], "plus": "", "aux": "", "output": output}
         text = root.filled(root.canonical(loss))
         lines = [f"aux_loss = {text}"] if text != "aux_loss" else []
-        lines += ["if loss is not None:", "    loss = loss + aux_loss"]
-        return {"losses": lines, "aux": ", aux_loss=aux_loss", "output": output}
+        return {
+            "losses": lines,
+            "plus": " + aux_loss",
+            "aux": ", aux_loss=aux_loss",
+            "output": output,
+        }
 
     def _arguments(self) -> list[str]:
         names = [n for n in ENCODER_ARGUMENTS if n in self.program.inputs]

@@ -85,6 +85,8 @@ def _rope(
 def _rotate(w: BlockWriter, item: Item, *, axis: str) -> PythonExpr:
     x, cos, sin = (w.expr(v) for v in item.operands)
     x = with_last(w, x, axis)
+    if len(x.text) > 24:
+        x = w.assign(item.operands[0], x)
     cos, sin = (w.aligned(e, x.axes) for e in (cos, sin))
     w.helper("rotate")
     return PythonExpr(f"rotate({x.text}, {cos.text}, {sin.text})", x.axes)
@@ -172,8 +174,9 @@ def _attend(
         inner = [a for a in value.axes if a not in (batch[0], along) and a not in kv_heads]
     value, _ = _heads_first(w, value, batch[0], along, inner[0])
     names = [w.name("query"), "key", "value"]
-    for name, expr in zip(names, (query, key, value), strict=True):
-        w.state(f"{name} = {expr.text}  # [{', '.join(shown(expr.axes))}]")
+    w.state(f"{names[0]} = {query.text}  # [{', '.join(shown(query.axes))}]")
+    w.state(f"key = {key.text}")
+    w.state(f"value = {value.text}")
     if "cache" in further:
         cache = w.expr(further["cache"]).text
         number = w.literal(layer_idx, "layer_idx")
@@ -190,7 +193,9 @@ def _attend(
     if "bias" in further:
         w.helper("biased")
         bias = _scores_axes(w, w.expr(further["bias"]), batch[0], heads, seq, along)
-        mask = f"biased({bias}, {mask}{'' if causal else ', is_causal=False'})"
+        scores = f"biased({bias}, {mask}{'' if causal else ', is_causal=False'})"
+        mask = w.name("mask")
+        w.state(f"{mask} = {scores}")
     if mask != "None":
         arguments.append(mask)
     if not causal or "bias" in further:

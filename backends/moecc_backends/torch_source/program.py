@@ -533,9 +533,8 @@ def add_caches(program: TorchProgram, *, cached: bool = True) -> None:
         if decoded & set(item.operands):
             decoded.update(item.results)
         if cached and item.op == "assign_slots" and decoded & set(item.results):
-            evaluation = item.attrs.get("evaluation")
-            modes = [item.attrs, evaluation if isinstance(evaluation, dict) else {}]
-            if any(mode.get("slots") == "capacity" for mode in modes):
+            evaluation = item.attrs.get("evaluation")  # a text is continued in evaluation alone
+            if (evaluation if isinstance(evaluation, dict) else item.attrs)["slots"] == "capacity":
                 item.attrs = {**item.attrs, "unbounded": True}
                 item.operands = [*item.operands, continues]
                 program.inputs[CONTINUES] = continues

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 
 from moecc.backend import EmittedProgram
@@ -140,9 +140,15 @@ def _reserved_names() -> frozenset[str]:
     return frozenset({*imported, *helpers(), "EncoderOf"})
 
 
+@lru_cache(maxsize=256)
+def _names(text: str) -> frozenset[str]:
+    """Return the names that a text reads; most texts are those of helpers."""
+    return frozenset(n.id for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Name))
+
+
 def imports(preamble: str, body: str) -> str:
     """Return the preamble with the imports that the body needs."""
-    words = {n.id for n in ast.walk(ast.parse(body)) if isinstance(n, ast.Name)}
+    words = frozenset[str]().union(*map(_names, body.split("\n\n\n")))
     lines: list[str] = []
     for line in preamble.rstrip().splitlines():
         if line.startswith("from ") and " import " in line:
@@ -198,6 +204,5 @@ def helper_texts(names: Iterable[str], texts: dict[str, str]) -> list[str]:
         if name in needed:
             continue
         needed.add(name)
-        used = {n.id for n in ast.walk(ast.parse(texts[name])) if isinstance(n, ast.Name)}
-        pending += used & texts.keys()
+        pending += _names(texts[name]) & texts.keys()
     return [text.replace("  # fmt: skip", "") for name, text in texts.items() if name in needed]

@@ -357,8 +357,8 @@ def _stack(w: BlockWriter, item: Item, *, axis: str) -> PythonExpr:
     texts = [w.permuted(e, first).text for e in exprs]
     lists = [text.rpartition("[")[0] for text in texts if text.endswith("]")]
     if len(lists) == len(texts) and all(name.endswith("_losses") for name in lists):
-        every = " + ".join(dict.fromkeys(lists))
-        return PythonExpr(f"torch.stack([x for x in {every} if x is not None])", (axis, *first))
+        w.helper("stacked")
+        return PythonExpr(f"stacked({' + '.join(dict.fromkeys(lists))})", (axis, *first))
     return PythonExpr(f"torch.stack([{', '.join(texts)}])", (axis, *first))
 
 

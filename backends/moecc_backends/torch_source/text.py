@@ -249,11 +249,10 @@ def folded(line: str) -> list[str]:
         return [code]
     start, end = max(spans, key=lambda s: (s[1] - s[0], -s[0]))
     parts = _split(code[start + 1 : end])
-    if len(parts) == 1 and code[start] == "(" and (inner := _brackets(parts[0])):
-        del inner
     head, tail = code[: start + 1], code[end:]
     body = [f"{indent}    {part}," for part in parts]
-    if code[start] == "(" and len(parts) == 1 and not code[:start].rstrip().endswith(_CALLS):
+    is_group = code[start] == "(" and not code[:start].rstrip().endswith(_CALLS)
+    if len(parts) == 1 and (is_group or code[start] == "["):
         body = [f"{indent}    {parts[0]}"]
     joined = f"{indent}    {', '.join(parts)}"
     if len(joined) <= WIDTH:
@@ -284,7 +283,7 @@ def _brackets(code: str) -> list[tuple[int, int]]:
 
 
 def _split(text: str) -> list[str]:
-    """Return the parts between the outermost commas."""
+    """Return the parts between the outermost commas; a comprehension is one part."""
     parts, depth, last, quote = [], 0, 0, ""
     for i, c in enumerate(text):
         if quote:
@@ -295,6 +294,8 @@ def _split(text: str) -> list[str]:
             depth += 1
         elif c in ")]}":
             depth -= 1
+        elif depth == 0 and text.startswith(" for ", i):
+            return [text]
         elif c == "," and depth == 0:
             parts.append(text[last:i].strip())
             last = i + 1

@@ -18,6 +18,7 @@ from moecc_backends.torch_source.text import (
     PythonExpr,
     literal,
     repeated,
+    repeated_texts,
     shown,
     with_texts,
 )
@@ -241,7 +242,8 @@ class BlockWriter:
         function = self.operations.get(item.op)
         if function is None:
             raise InputError(f"{item.op} cannot be written as PyTorch", where=item.loc)
-        self.settle(item)
+        if item.op not in LISTED:
+            self.settle(item)
         expr = function(self, item, **item.attrs)
         self.remaining.subtract(item.operands)
         if expr is None:
@@ -258,8 +260,9 @@ class BlockWriter:
         if simple and var not in self.block.outputs:
             return True
         # Queries, keys and values have a line each, where they are brought into order.
-        is_attended = [u.op for u in var.users] in (["attention"], ["cached_attention"])
-        longest = self.longest_value + (20 if is_attended else 0)
+        is_attended = any(user.op in ATTENTION for user in var.users)
+        is_stack = var.item is not None and var.item.op == "stack"
+        longest = self.longest_value + (20 if is_stack else 4 if is_attended else 0)
         return (
             self.remaining[var] == 1
             and var not in self.block.outputs
@@ -306,6 +309,10 @@ class BlockWriter:
         """Return the parameters and lines of forward."""
         return self.signature, self.lines
 
+
+ATTENTION = ("attention", "cached_attention")
+LISTED = (*ATTENTION, "stack")
+"""The operations whose operands have lines of their own, or are in lists."""
 
 NAMES = {
     "gates": "top_k_weights",
@@ -540,6 +547,12 @@ def stack_lines(classes: Classes, layers: list[ModuleBlock]) -> str:
         loop = f"{index[0]}, {inner}" if len(varying) == 1 else f"{index[0]}, ({inner})"
         call = f"{definition.name}({arguments})"
         return f"nn.ModuleList([{call} for {loop} in enumerate({source})])"
+    rows = [i.values for i in instances]
+    is_index = rows == [[at] for at in range(count)]
+    if is_index or not any(rows):
+        names = repeated_texts([i.definition.name for i in instances])
+        source = f"layer_idx, layer in enumerate({names})" if is_index else f"layer in {names}"
+        return f"nn.ModuleList([layer(config{', layer_idx' * is_index}) for {source}])"
     calls = [
         f"{i.definition.name}({', '.join(['config', *map(literal, i.values)])})" for i in instances
     ]

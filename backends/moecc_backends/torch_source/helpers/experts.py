@@ -205,6 +205,11 @@ def expert_choice(
     return index, scores, slots
 
 
+def stacked(losses):
+    """Return the losses of those layers that have one, ``[layer]``."""
+    return torch.stack([loss for loss in losses if loss is not None])
+
+
 def jitter(x, low, high, training):
     """Return `x` times numbers between `low` and `high`, in training."""
     return x * torch.empty_like(x).uniform_(low, high) if training else x

@@ -1,0 +1,120 @@
+"""A model that moecc has written, to be edited; comments name axes of values."""
+
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+def attend(module, query, key, value, mask=None, *, scaling, is_causal=True, **kwargs):
+    """Average values by the softmax of query · key, ``[batch, head, seq, head_dim]``.
+
+    Returns ``[batch, seq, head, head_dim]``.
+    """
+    name = module.config._attn_implementation or "eager"
+    attention = ALL_ATTENTION_FUNCTIONS["sdpa" if name == "eager" else name]
+    options = kwargs if is_causal else {**kwargs, "is_causal": False}
+    return attention(module, query, key, value, mask, scaling=scaling, **options)[0]
+
+
+class Scope(nn.Module):
+    """Modules and parameters under one name of the checkpoint."""
+
+    def __init__(self, **members):
+        super().__init__()
+        for name, member in members.items():
+            setattr(self, name, member)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.num_key_value_groups = 1
+        self.attention = Scope(
+            query=nn.Linear(768, 768), key=nn.Linear(768, 768), value=nn.Linear(768, 768)
+        )
+        self.output = Scope(dense=nn.Linear(768, 768))
+
+    def forward(self, hidden_states, normed):
+        # [batch, head, seq, head_dim]
+        query = self.attention.query(hidden_states).unflatten(-1, (-1, 64)).transpose(1, 2)
+        key = self.attention.key(normed).unflatten(-1, (-1, 64)).transpose(1, 2)
+        value = self.attention.value(normed).unflatten(-1, (-1, 64)).transpose(1, 2)
+        # [batch, seq, q]
+        merged = attend(self, query, key, value, scaling=0.125, is_causal=False).flatten(2)
+        return self.output.dense(merged)  # [batch, seq, embed]
+
+
+class Layer(GradientCheckpointingLayer):
+    def __init__(self, config):
+        super().__init__()
+        self.layernorm_before = nn.LayerNorm(768, eps=1e-12)
+        self.attention = Attention(config)
+        self.layernorm_after = nn.LayerNorm(768, eps=1e-12)
+        self.intermediate = Scope(dense=nn.Linear(768, 3072))
+        self.output = Scope(dense=nn.Linear(3072, 768))
+
+    def forward(self, hidden_states):
+        normed = self.layernorm_before(hidden_states)
+        hidden_states = hidden_states + self.attention(normed, normed)
+        activated = F.gelu(self.intermediate.dense(self.layernorm_after(hidden_states)))
+        return hidden_states + self.output.dense(activated)
+
+
+class StMoeConfig(PretrainedConfig):
+    """The configuration of this model; the sizes of its layers are in the text below."""
+
+    model_type = "st_moe"
+
+
+class StMoePreTrainedModel(PreTrainedModel):
+    """What all models of this file share."""
+
+    config_class = StMoeConfig
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Layer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_set_attn_implementation_cached_value = True
+    _can_compile_fullgraph = True
+
+
+class StMoeModel(StMoePreTrainedModel):
+    """The encoder."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embeddings = Scope(
+            patch_embeddings=Scope(
+                projection=Scope(
+                    weight=nn.Parameter(torch.empty(768, 3, 16, 16)),
+                    bias=nn.Parameter(torch.empty(768)),
+                ),
+            ),
+            position_embeddings=nn.Parameter(torch.empty(197, 768)),
+            cls_token=nn.Parameter(torch.empty(1, 768)),
+        )
+        self.encoder = Scope(layer=nn.ModuleList([Layer(config) for _ in range(12)]))
+        self.layernorm = nn.LayerNorm(768, eps=1e-12)
+        self.post_init()
+
+    def forward(self, pixel_values=None, **kwargs):
+        patches = F.conv2d(
+            pixel_values, self.embeddings.patch_embeddings.projection.weight, stride=16
+        ).permute(0, 2, 3, 1)
+        merged = (patches + self.embeddings.patch_embeddings.projection.bias).flatten(1, 2)
+        hidden_states = self.embeddings.cls_token + self.embeddings.position_embeddings[:1]
+        hidden_states_2 = merged + self.embeddings.position_embeddings[1:]
+        hidden_states = torch.cat([hidden_states.expand_as(merged[:, :1]), hidden_states_2], dim=1)
+        for layer in self.encoder.layer:
+            hidden_states = layer(hidden_states)
+        normed = self.layernorm(hidden_states)
+        return BaseModelOutput(last_hidden_state=normed)
