@@ -147,7 +147,7 @@ def parentheses(algebra: Algebra, application: Application) -> Polynomial | None
     return body if len(body.terms) < 2 else None
 
 
-def _content(algebra: Algebra, body: Polynomial) -> tuple[Polynomial, Polynomial] | None:
+def content_of(algebra: Algebra, body: Polynomial) -> tuple[Polynomial, Polynomial] | None:
     """Return c and a with body = c · a, for a positive number or a root c other than 1."""
     coefficients = {abs(Fraction(c)) for _, c in body.terms}
     if len(coefficients) == 1 and coefficients != {1}:
@@ -168,7 +168,7 @@ def _content(algebra: Algebra, body: Polynomial) -> tuple[Polynomial, Polynomial
 @of_application("common factor", "group", "relu", "square")
 def common_factor(algebra: Algebra, application: Application) -> Polynomial | None:
     """f(c·a) = c·f(a) for a positive number or root c, of parentheses and relu; c² of a square."""
-    content = _content(algebra, application.arguments[0])
+    content = content_of(algebra, application.arguments[0])
     if content is None:
         return None
     by, inner = content

@@ -15,6 +15,7 @@ from typing import Any
 from moecc.errors import CheckError, Problem
 from moecc.ir.graph import Graph
 from moecc.ir.text import print_graph
+from moecc.prove import lemmas
 from moecc.prove.mesh import Devices
 from moecc.prove.rules import Step
 from moecc.support.untyped import JsonDict
@@ -76,7 +77,7 @@ def log_of(
 def _replay(steps: Iterable[Step], algebra: Algebra) -> JsonDict:
     """Return steps, the table of their terms, and how many there are of each lemma."""
     table = _Table(algebra)
-    rows = [[s.lemma, table.row(s.term), [table.parameter(p) for p in s.parameters]] for s in steps]
+    rows = [[s.lemma, table.row(s.term), table.parameters(s)] for s in steps]
     return {"terms": table.rows, "steps": rows, "lemmas": _counts(rows)}
 
 
@@ -170,20 +171,58 @@ class _Table:
 
     def __init__(self, algebra: Algebra) -> None:
         self.rows: list[object] = []
+        self._algebra = algebra
         self._assignments = algebra.sums_by_serial()
         self._numbers: dict[object, int] = {}
 
     def row(self, term: object) -> int:
         """Return the number of the row of a term, which is added if there is none."""
         if term not in self._numbers:
-            row = self._row(term)
-            self._numbers[term] = len(self.rows)
-            self.rows.append(row)
+            self._numbers[term] = self._append(self._row(term))
         return self._numbers[term]
 
-    def parameter(self, value: object) -> object:
-        """Return a parameter of a lemma: a number, a word, or the row of a term."""
+    def _append(self, row: list[object]) -> int:
+        self.rows.append(row)
+        return len(self.rows) - 1
+
+    def parameters(self, step: Step) -> list[object]:
+        """Return the parameters of a step: numbers, words, and rows of terms."""
+        match step.lemma, step.term:
+            case "common factor", Application() as application:
+                content = lemmas.content_of(self._algebra, application.arguments[0])
+                return [self._reference(value) for value in content or ()]
+            case "join sums", Polynomial() as total:
+                return self._joined_sums(total, *step.parameters)
+            case "join ranges", Polynomial() as total:
+                return self._joined_ranges(total, *step.parameters)
+        return [self._reference(value) for value in step.parameters]
+
+    def _reference(self, value: object) -> object:
         return value if isinstance(value, int | str) else {"term": self.row(value)}
+
+    def _function(self, bound: Iterable[Var], body: int) -> dict[str, int]:
+        return {"term": self._append(["function", [self.row(v) for v in bound], body])}
+
+    def _summand(self, coefficient: object, product: OpenMonomial) -> int:
+        return self._append(["sum", [[str(coefficient), self.row(product)]]])
+
+    def _joined_sums(self, total: Polynomial, *parameters: Any) -> list[object]:
+        """Return the summand as a function of the variable of its sum, and the length that joins."""
+        first, at, second, then = parameters
+        bound, factors = self._algebra.opened(first)
+        inner = OpenMonomial(1, (*bound[:at], *bound[at + 1 :]), factors)
+        summand = self._summand(dict(total.terms)[first], inner)
+        length = 0 if then < 0 else second.bound[then].size
+        return [self._function([bound[at]], summand), length]
+
+    def _joined_ranges(self, total: Polynomial, *parameters: Any) -> list[object]:
+        """Return what stands beside the range, and its index, as functions; and the three ends."""
+        first, at, second, then = parameters
+        bound, factors = self._algebra.opened(first)
+        beside = OpenMonomial(1, (), (*factors[:at], *factors[at + 1 :]))
+        summand = self._function(bound, self._summand(dict(total.terms)[first], beside))
+        index = self._function(bound, self.row(factors[at].arguments[0]))
+        return [summand, index, *factors[at].head.attrs, second.factors[then].head.attrs[1]]
 
     def _row(self, term: object) -> list[object]:
         match term:

@@ -74,12 +74,8 @@ def _other_term(log: dict[str, Any], before: str, after: str, chance: random.Ran
 
 def _other_lemma(log: dict[str, Any], before: str, after: str, chance: random.Random) -> Any:
     """Name another lemma of the log in a step."""
-    import moecc_check
-
     step = chance.choice(log["steps"])
-    rule = moecc_check.LEMMAS[step[0]]
-    # One rule has two names where it is used on two heads.
-    names = {s[0] for s in log["steps"] if moecc_check.LEMMAS[s[0]] != rule}
+    names = {s[0] for s in log["steps"]} - {step[0]}
     if not names:
         return None
     step[0] = chance.choice(sorted(names))

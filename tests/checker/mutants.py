@@ -1,65 +1,123 @@
-"""Mutants of the checker: each lemma without one of its conditions, or with a comparison turned."""
+"""Mutants of the checker: its equations, and the code that applies them, with one thing changed."""
 
 from __future__ import annotations
 
 import ast
 import copy
+import re
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import ModuleType
+from typing import Any, NamedTuple
 
-SOURCE = Path(__file__).parents[2] / "checker" / "moecc_check.py"
+from .cases import failures
+
+FOLDER = Path(__file__).parents[2] / "checker"
+SOURCE = FOLDER / "moecc_check.py"
+TABLE = FOLDER / "moecc_check_definitions.txt"
 
 TURNED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
-          ast.NotEq: ast.Eq, ast.In: ast.NotIn, ast.NotIn: ast.In}  # fmt: skip
-"""Comparisons, and what they become."""
+          ast.NotEq: ast.Eq, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Add: ast.Sub,
+          ast.Sub: ast.Add}  # fmt: skip
+"""Comparisons and signs, and what they become."""
+
+TRUSTED = ("application", "is_integral", "bounds", "_bounds", "matches", "match_all", "rewritten",
+           "substitute", "_replaced", "apart", "put", "positive", "read_log", "check")  # fmt: skip
+"""Functions of the checker whose mutants are judged."""
+
+EQUIVALENT: dict[str, str] = {}
+"""Mutants that no log can tell from the checker, with the reason."""
 
 
-def mutants() -> Iterator[tuple[str, str]]:
-    """Yield what was changed, a line and how it reads now, and the lemma with the change."""
-    for function in ast.parse(SOURCE.read_text("utf-8")).body:
-        if not isinstance(function, ast.FunctionDef) or not _is_lemma(function):
+class Mutant(NamedTuple):
+    """What was changed, the lemmas that it concerns (none: all), and the text that is changed."""
+
+    change: str
+    lemmas: frozenset[str] | None
+    path: Path
+    text: str
+
+
+def _changes(tree: ast.AST, is_signed: bool) -> Iterator[tuple[str, ast.AST]]:
+    """Yield copies of a tree with one comparison, sign, part of a condition or check changed."""
+    for at, node in enumerate(ast.walk(tree)):
+        changed = copy.deepcopy(tree)
+        target = list(ast.walk(changed))[at]
+        if isinstance(target, ast.BoolOp):
+            for i in range(len(target.values)):
+                part = copy.deepcopy(changed)
+                values = list(ast.walk(part))[at].values  # type: ignore[attr-defined]
+                gone = ast.unparse(values.pop(i))
+                if len(values) == 1:
+                    values *= 2
+                yield f"without {gone}", part
+        elif isinstance(target, ast.Compare):
+            for i, operator in enumerate(target.ops):
+                if type(operator) in TURNED:
+                    part = copy.deepcopy(changed)
+                    list(ast.walk(part))[at].ops[i] = TURNED[type(operator)]()  # type: ignore[attr-defined]
+                    yield f"{ast.unparse(node)} with a turned operator {i}", part
+        elif isinstance(target, ast.BinOp) and is_signed and type(target.op) in TURNED:
+            target.op = TURNED[type(target.op)]()
+            yield f"{ast.unparse(node)} with another sign", changed
+        elif isinstance(target, ast.Expr) and isinstance(target.value, ast.Call):
+            if getattr(target.value.func, "id", "") == "need":
+                target.value = ast.Constant(value=None)
+                yield f"without {ast.unparse(node)}", changed
+
+
+def of_table() -> Iterator[Mutant]:
+    """Yield the mutants of lemmas, of bounds, and of the definitions that lemmas use."""
+    rows = TABLE.read_text("utf-8").splitlines()
+    entry, lemmas = "", None
+    for at, row in enumerate(rows):
+        if row and not row.startswith((" ", "#")):
+            entry = row
+            match = re.match(r"lemma [†∞ ]*([^:]+):", row)
+            lemmas = frozenset([match[1]]) if match else None
+        is_judged = entry.startswith(("lemma", "bounds", "define once", "define positive"))
+        match = re.match(r"( +(?:let .*? = |if |= )|bounds .*? = |define .*? = )(.*)", row)
+        if not is_judged or not match or row.startswith("        "):
             continue
-        for at in range(len(list(ast.walk(function)))):
-            changed = copy.deepcopy(function)
-            node = list(ast.walk(changed))[at]
-            line = getattr(node, "lineno", 0)
-            if _mutate(node):
-                place = f"{function.name}, line {line}"
-                source = ast.unparse(ast.fix_missing_locations(changed))
-                yield f"{place}: {ast.unparse(node)[:120]}", source
+        end = at + 1
+        while end < len(rows) and rows[end].startswith("        "):
+            end += 1
+        text = " ".join([match[2], *(r.strip() for r in rows[at + 1 : end])])
+        if match[1].strip() == "if":
+            changed = "\n".join([*rows[:at], *rows[end:], ""])
+            yield Mutant(f"{entry}: without if {text}", lemmas, TABLE, changed)
+        for change, tree in _changes(ast.parse(text, mode="eval"), True):
+            line = match[1] + ast.unparse(tree)
+            changed = "\n".join([*rows[:at], line, *rows[end:], ""])
+            yield Mutant(f"{entry}: {change}", lemmas, TABLE, changed)
 
 
-def _is_lemma(function: ast.FunctionDef) -> bool:
-    calls = (d for d in function.decorator_list if isinstance(d, ast.Call))
-    return any(isinstance(c.func, ast.Name) and c.func.id == "lemma" for c in calls)
+def of_code() -> Iterator[Mutant]:
+    """Yield the mutants of the functions by which equations are applied and logs are read."""
+    module = ast.parse(SOURCE.read_text("utf-8"))
+    for at, node in enumerate(ast.walk(module)):
+        if isinstance(node, ast.FunctionDef) and node.name in TRUSTED:
+            for change, tree in _changes(node, False):
+                whole = copy.deepcopy(module)
+                function = list(ast.walk(whole))[at]
+                assert isinstance(function, ast.FunctionDef) and isinstance(tree, ast.FunctionDef)
+                function.body = tree.body
+                yield Mutant(f"{node.name}: {change}", None, SOURCE, ast.unparse(whole))
 
 
-def _mutate(node: ast.AST) -> bool:
-    """Change a node in place, if there is a change of its kind."""
-    if isinstance(node, ast.If) and isinstance(node.body[0], ast.Return):
-        guarded = node.body[0].value
-        if isinstance(guarded, ast.Constant) and guarded.value is None:
-            node.test = ast.Constant(value=False)
-            return True
-    if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.Or | ast.And):
-        node.values = node.values[:-1] if len(node.values) > 2 else [node.values[0]] * 2
-        return True
-    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in TURNED:
-        node.ops[0] = TURNED[type(node.ops[0])]()
-        return True
-    return False
-
-
-@cache
-def _checker() -> CodeType:
-    return compile(SOURCE.read_text("utf-8"), "checker", "exec")
-
-
-def loaded(lemma: str) -> ModuleType:
-    """Return the checker with another definition of a lemma."""
+def checker_of(mutant: Mutant) -> tuple[ModuleType, Any]:
+    """Return the checker that a mutant is, and its table."""
     module = ModuleType("mutant")
-    exec(_checker(), module.__dict__)
-    exec(compile(lemma, "mutant", "exec"), module.__dict__)
-    return module
+    module.__dict__["__file__"] = str(SOURCE)
+    text = mutant.text if mutant.path == SOURCE else SOURCE.read_text("utf-8")
+    exec(compile(text, "mutant", "exec"), module.__dict__)
+    table = mutant.text if mutant.path == TABLE else TABLE.read_text("utf-8")
+    return module, module.read_table(table)
+
+
+def is_alive(mutant: Mutant) -> bool:
+    """Return whether no use of a lemma tells a mutant from the checker."""
+    try:
+        return not failures(*checker_of(mutant), mutant.lemmas)
+    except Exception:  # a mutant that breaks is dead
+        return False

@@ -12,8 +12,9 @@ import pytest
 from moecc.ir.text import parse, print_graph
 from moecc.prove import prove
 
-from .cases import failures
+from .cases import cases, failures
 from .corruptions import FAULTS, Proof, corrupted, is_accepted, proof_of
+from .mutants import Mutant, is_alive, of_table
 
 UPCYCLED = ("run", "llama_gqa", "upcycle{experts=4}")
 
@@ -25,8 +26,38 @@ def _upcycled() -> Proof:
     return proof
 
 
-def test_every_lemma_has_its_conditions() -> None:
-    assert not failures(moecc_check)
+TABLE = moecc_check.read_table(moecc_check.TABLE.read_text("utf-8"))
+
+
+def test_every_lemma_is_true_where_its_conditions_hold_and_else_refused() -> None:
+    assert not failures(moecc_check, TABLE)
+
+
+def test_every_lemma_of_the_table_has_uses_of_both_kinds() -> None:
+    lemmas = {name for kind, name in TABLE[0] if kind == "lemma"}
+    assert {c.lemma for c in cases() if c.holds} == lemmas
+    without_conditions = {"parentheses", "name"}
+    assert {c.lemma for c in cases() if not c.holds} == lemmas - without_conditions
+
+
+def test_a_log_cannot_bring_terms_that_are_none() -> None:
+    algebra = moecc_check.Algebra(*TABLE)
+    for row in (
+        ["variable", "i", 0],
+        ["apply", "mod", [-3], [], []],
+        ["apply", "experts", [4, 2, "logits"], [1], []],
+        ["sum", [["1", 0]]],
+    ):
+        rows = [["sum", []], ["function", [], 0], row]
+        with pytest.raises(moecc_check.Rejected):
+            moecc_check.read_log(algebra, {"terms": rows, "steps": []})
+
+
+@pytest.mark.parametrize(
+    "mutant", random.Random(5).sample([*of_table()], 20), ids=lambda m: m.change
+)
+def test_mutants_of_lemmas_are_told_apart(mutant: Mutant) -> None:
+    assert not is_alive(mutant)
 
 
 @pytest.mark.parametrize(
