@@ -207,7 +207,7 @@ class _Table:
         return self._append(["sum", [[str(coefficient), self.row(product)]]])
 
     def _joined_sums(self, total: Polynomial, *parameters: Any) -> list[object]:
-        """Return the summand as a function of the variable of its sum, and the length that joins."""
+        """Return the summand as a function of the variable of its sum, and the further length."""
         first, at, second, then = parameters
         bound, factors = self._algebra.opened(first)
         inner = OpenMonomial(1, (*bound[:at], *bound[at + 1 :]), factors)

@@ -162,7 +162,9 @@ class Lemmas(Rules):
         """Return what the first lemma that applies says."""
         if not opened.bound and len(opened.factors) < 2:
             return None
-        return self._first(MONOMIALS, algebra, opened)
+        # A lemma is of the product alone: what it adds up is the same with any coefficient.
+        equal = self._first(MONOMIALS, algebra, opened._replace(coefficient=1))
+        return None if equal is None else algebra.scale(equal, opened.coefficient)
 
     def of_polynomial(self, algebra: Algebra, polynomial: Polynomial) -> Polynomial | None:
         """Return what the first lemma that applies says."""

@@ -256,9 +256,7 @@ def sum_over_places(algebra: Algebra, opened: OpenMonomial, variable: Var) -> Po
     if not isinstance(variable.size, int) or variable.size > MOST_PLACES:
         return None
     places = [algebra.number(at) for at in range(variable.size)]
-    product = opened._replace(coefficient=1)
-    total = algebra.add(*(replaced(algebra, product, {variable: at}) for at in places))
-    return algebra.scale(total, opened.coefficient)
+    return algebra.add(*(replaced(algebra, opened, {variable: at}) for at in places))
 
 
 def _divided_variables(algebra: Algebra, opened: OpenMonomial) -> Iterator[tuple[object, ...]]:

@@ -123,7 +123,8 @@ class Bench:
             if isinstance(x, self.checker.Head):
                 x = self.a.factor(self.a.value(x))
             elif isinstance(x, self.checker.Term) and self.a.kind(x) == "sum":
-                x = self.a.factor(x) if "common factor" != case.lemma and self.a.factor(x) else x
+                is_whole = case.lemma == "common factor"
+                x = x if is_whole else self.a.factor(x) or x
             is_number = isinstance(x, int) and not isinstance(x, self.checker.Values)
             results.append(x if is_number else self.checker.placed(x, places))
         return results

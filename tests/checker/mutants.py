@@ -60,10 +60,9 @@ def _changes(tree: ast.AST, is_signed: bool) -> Iterator[tuple[str, ast.AST]]:
         elif isinstance(target, ast.BinOp) and is_signed and type(target.op) in TURNED:
             target.op = TURNED[type(target.op)]()
             yield f"{ast.unparse(node)} with another sign", changed
-        elif isinstance(target, ast.Expr) and isinstance(target.value, ast.Call):
-            if getattr(target.value.func, "id", "") == "need":
-                target.value = ast.Constant(value=None)
-                yield f"without {ast.unparse(node)}", changed
+        elif isinstance(target, ast.Expr) and ast.unparse(target).startswith("need("):
+            target.value = ast.Constant(value=None)
+            yield f"without {ast.unparse(node)}", changed
 
 
 def of_table() -> Iterator[Mutant]:
@@ -100,7 +99,8 @@ def of_code() -> Iterator[Mutant]:
             for change, tree in _changes(node, False):
                 whole = copy.deepcopy(module)
                 function = list(ast.walk(whole))[at]
-                assert isinstance(function, ast.FunctionDef) and isinstance(tree, ast.FunctionDef)
+                assert isinstance(function, ast.FunctionDef)
+                assert isinstance(tree, ast.FunctionDef)
                 function.body = tree.body
                 yield Mutant(f"{node.name}: {change}", None, SOURCE, ast.unparse(whole))
 
