@@ -5,7 +5,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-chain proof-checker proof-emit proof-engines proof-equal proof-fuzz proof-jobs proof-kills proof-learning proof-mutants proof-recipes proof-splits proof-table proof-z3 docs site bench wheel clean fuzz fuzz-proof
+.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-chain proof-checker proof-emit proof-engines proof-equal proof-fuzz proof-jobs proof-kills proof-learning proof-mutants proof-recipes proof-splits proof-table proof-worth proof-z3 docs site bench wheel clean fuzz fuzz-proof
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -108,6 +108,9 @@ proof-fuzz: $(STAMP) ## a million hostile inputs and 5,000 commands; writes docs
 
 proof-learning: $(STAMP) ## dropping tokens in training costs: one experiment again, from nothing, on three seeds
 	$(BIN)/python experiments/run.py --proof
+
+proof-worth: $(STAMP) ## upcycling is worth it: both arms at equal compute, two texts, three seeds
+	$(BIN)/python experiments/worth.py --proof
 
 site: $(STAMP) ## the documentation as a site in build/site, which loads nothing; links are checked
 ifneq ($(UV),)

@@ -43,9 +43,17 @@ stack, divided by that of an even spread. In the decoder sentinels are apart fro
 (0.34 of an even spread, other tokens 0.9), in the encoder they are nearly as spread as those: of
 models of this size after 400 steps the opposite of the claim holds.
 
+"As much compute" in (a) and (l) is that of active parameters, 1.67 times; executed FLOPs say 1.52.
+Both begin from 2.8 tokens a parameter at most, and end after 150 steps. [worth.md](worth.md)
+has the comparison at equal executed FLOPs and at equal processor time, from a dense model that was
+trained for longer, with the recipe that `recipe:upcycle` has now, and there experts are worth it.
+
 (l) is (a) once more, on one seed, with a dense model of 4.8 million parameters
 (`experiments/decoder_5m`); 0.6 million tokens before the switch are few for it, which the losses
 show.
+
+Processor time of the runs on this page includes the compilation of their programs; `run.py` leaves
+it out of what it measures now.
 """
 
 TAIL = """

@@ -29,7 +29,7 @@ from tasks import write_task
 from verdicts import Verdict, effect_of
 
 from moecc.cli.main import main as moecc
-from moecc.formats.run import is_run, saved_steps
+from moecc.formats.run import SPEED, is_run, saved_steps
 from moecc.version import __version__
 
 ROOT = HERE.parent
@@ -120,7 +120,7 @@ class Lab:
         if arm == LIKELIER:
             return self.likelier(experiment, seed)
         source, tokens = self.source(experiment, seed)
-        began, worked = time.monotonic(), time.process_time()
+        began = time.monotonic()
         recipe = "finetune.toml" if experiment.task else "continue.toml"
         run = self.trained(
             f"{experiment.key}-{slug(arm)}-{seed}", recipe, f"model.source={source}",
@@ -133,10 +133,10 @@ class Lab:
             held["loss"] = 1 - held["accuracy"]
         return {
             "experiment": experiment.key, "arm": arm, "seed": seed, "loss": held["loss"],
-            "held_out_tokens": held["tokens"], "steps": facts["step"], "tokens": facts["tokens"],
-            "processor_seconds": round(time.process_time() - worked, 1),
+            "held_out_tokens": held["tokens"], "steps": facts.step, "tokens": facts.tokens,
+            "processor_seconds": round(facts.step * step_seconds(run), 1),
             "seconds": round(time.monotonic() - began, 1), "data": data_digest(run),
-            "recipe": facts["recipe"], "moecc": __version__,
+            "recipe": facts.recipe, "moecc": __version__,
             **({"curve": curve(run, experiment.curves)} if experiment.curves else {}),
         }  # fmt: skip
 
@@ -154,7 +154,7 @@ class Lab:
 
     def stack(self, experiment: Experiment, name: str, seed: int) -> dict[str, Any]:
         """Return where the routers of a stack send sentinels, the mean over its layers."""
-        began, worked = time.monotonic(), time.process_time()
+        began = time.monotonic()
         run, tokens = self.spans(seed), self.tokens()
         text = said("specialise", run, "--data", tokens / "heldout", "--sequence", "128",
                     "--batch", "16", "--format", "json")  # fmt: skip
@@ -165,11 +165,11 @@ class Lab:
             "loss": mean(x["sentinel_entropy"] / x["even_entropy"] for x in layers),
             "other": mean(x["other_entropy"] / x["even_entropy"] for x in layers),
             **{key: mean(x[key] for x in layers) for key in EXPLAINED},
-            "held_out_tokens": layers[0]["tokens"], "steps": facts["step"],
-            "tokens": facts["tokens"],
-            "processor_seconds": round(time.process_time() - worked, 1),
+            "held_out_tokens": layers[0]["tokens"], "steps": facts.step,
+            "tokens": facts.tokens,
+            "processor_seconds": round(facts.step * step_seconds(run), 1),
             "seconds": round(time.monotonic() - began, 1), "data": data_digest(run),
-            "recipe": facts["recipe"], "moecc": __version__,
+            "recipe": facts.recipe, "moecc": __version__,
         }  # fmt: skip
 
     def spans(self, seed: int) -> Path:
@@ -200,6 +200,12 @@ def data_digest(run: Path) -> str:
     """Return the digest of the training data of a run."""
     stages = json.loads((run / "lineage.json").read_text("utf-8"))["stages"]
     return str(stages[-1]["data"]["train"])
+
+
+def step_seconds(run: Path) -> float:
+    """Return the mean processor time of the steps of a run in which nothing is compiled."""
+    lines = map(json.loads, (run / SPEED).read_text("utf-8").splitlines())
+    return mean(x["processor_seconds"] for x in lines if "seconds" in x and "compiles" not in x)
 
 
 def slug(text: str) -> str:

@@ -29,6 +29,7 @@ COMMANDS = {
     "specialise": "Show which tokens tell each expert from others.",
     "capture": "Take statistics of a model's values over texts.",
     "launch": "Run a command in several processes.",
+    "forecast": "Forecast whether upcycling a dense model is worth it.",
     "lint": "Show what the design guide advises against.",
     "passes": "List the passes, or show one.",
 }

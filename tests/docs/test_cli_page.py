@@ -105,6 +105,13 @@ def test_prove(report: Any) -> None:
     compare(documented("prove", "key"), [report("prove", source, source)])
 
 
+def test_forecast(report: Any) -> None:
+    none = report("forecast", str(GOLDEN / "llama_gqa"), "--tokens", "1e6")
+    listed = documented("forecast", "key")
+    of_pilot = ("pilot.", "crossing.")
+    compare([name for name in listed if not name.startswith(of_pilot)], [none])
+
+
 def test_passes(report: Any) -> None:
     listed = documented("passes", "key, with NAME")
     for name in installed().names():

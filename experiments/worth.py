@@ -1,0 +1,252 @@
+"""Whether the sparse model is worth it: `recipe:upcycle` beside the dense model, at equal compute.
+
+    python experiments/worth.py [--arms a,b] [--texts python,debian] [--seeds 0,1,2]
+    make proof-worth
+
+Every model is trained by `moecc train`.  An arm is one run at a constant rate, its trunk, of which
+forks go on to each number of steps while the rate falls.  What has a line in the results is not
+done again.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+)
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from declared import HERE
+from worth_texts import TEXTS, write_text
+
+from moecc.cli.main import main as moecc
+from moecc.families.describe import sequence_flops
+from moecc.formats.run import GRAPH, SPEED, is_run, saved_steps
+from moecc.ir.text import read_graph
+from moecc.ir.unroll import unrolled
+from moecc.jobs.evaluate import EvaluationSpec, score_of
+from moecc.model.open import open_model
+from moecc.plan.workload import length_variables
+from moecc.train.tokens.folder import open_tokens
+from moecc.version import __version__
+
+WORK = HERE.parent / "demo-output" / "worth"
+RESULTS = HERE / "worth.jsonl"
+STEPS = (150, 450, 1000)
+BASE_STEPS = 400
+DECAY_STEPS = 50
+SEQ, BATCH = 128, 8
+SEEDS = (0, 1, 2)
+LONGER = 1.75
+"""The processor time of a sparse step over that of a dense one: of the 5 % of steps that were the
+quickest, 1.70 to 1.77 on two cores that others used, too."""
+DENSE, SPARSE = "dense", "sparse"
+_UPCYCLE = "model.pipeline='upcycle{{experts={} top-k=2 granularity={} router-init={}}}'"
+ARMS = {
+    SPARSE: (_UPCYCLE.format(16, 2, "logit-std router-std=1"),),
+    "logits of 0.11": (_UPCYCLE.format(16, 2, "normal router-std=0.02"),),
+    "logits of 2.4": (_UPCYCLE.format(16, 2, "logit-std router-std=2.4"),),
+    "moments carried": (_UPCYCLE.format(16, 2, "logit-std router-std=1"), "model.moments=carry"),
+    "no balance loss": (_UPCYCLE.format(16, 2, "logit-std router-std=1"), "routing.balance=0.0"),
+    "whole experts": (_UPCYCLE.format(8, 1, "logit-std router-std=1"),),
+}
+"""What each sparse arm changes of `continue.toml`; the shipped recipe, and one part changed."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where arms begin.
+
+    Attributes:
+      text: of `TEXTS`.
+      seed: of parameters and batches.
+      decoder: the folder of the dense model's config, beside this file.
+      base_steps: of the dense model before the switch.
+    """
+
+    text: str
+    seed: int
+    decoder: str = "decoder_worth"
+    base_steps: int = BASE_STEPS
+
+    @property
+    def name(self) -> str:
+        """The folder of its runs."""
+        return f"{self.decoder}-{self.base_steps}-{self.text}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Where settings are run.
+
+    Attributes:
+      work: texts, tokens and runs.
+      results: the lines.
+    """
+
+    work: Path = WORK
+    results: Path = RESULTS
+
+    def tokens(self, text: str) -> Path:
+        """Return the token folders of a text, which are made once."""
+        out = self.work / "texts" / text
+        if not (out / "heldout" / "tokens.json").is_file():
+            for path in write_text(text, out):
+                call("tokens", path, "--tokenizer", "bytes", "--out", out / path.stem, "--force")
+        return out
+
+    def train(self, setting: Setting, name: str, *words: object) -> Path:
+        """Return a run that is at its end, having begun it or gone on with it."""
+        out, tokens = self.work / setting.name / name, self.tokens(setting.text)
+        if is_run(out) and saved_steps(out):
+            call("train", "--resume", out)
+            return out
+        shutil.rmtree(out, ignore_errors=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        sets = (
+            f"data.train.0.tokens={tokens / 'train'}", "data.evaluate=[]", f"data.batch={BATCH}",
+            f"data.seq={SEQ}", "run.evaluate_steps=0", "run.save_steps=100",
+            "run.save_minutes=0", "run.keep=1",
+        )  # fmt: skip
+        call("train", *words, "--out", out, *(w for one in sets for w in ("--set", one)))
+        return out
+
+    def base(self, setting: Setting) -> Path:
+        """Return the dense model before the switch; its rate is not decayed."""
+        seeds = (f"model.seed={setting.seed}", f"data.seed={setting.seed}")
+        sets = (f"model.source={HERE / setting.decoder}", f"run.steps={setting.base_steps}", *seeds)
+        words = [w for one in sets for w in ("--set", one)]
+        return self.train(setting, "base", HERE / "base.toml", *words)
+
+    def measure(
+        self, setting: Setting, arm: str, sets: Sequence[str], steps: Sequence[int]
+    ) -> None:
+        """Add the lines of an arm that are missing."""
+        done = {(r["arm"], r["steps"]) for r in self.lines(setting)}
+        base = self.base(setting)
+        trunk: Path | None = None
+        words = ["--set", f"model.source={base}", "--set", f"model.seed={setting.seed}",
+                 "--set", f"data.seed={100 + setting.seed}"]  # fmt: skip
+        words += [w for one in sets for w in ("--set", one)]
+        for count in steps:
+            last = count - DECAY_STEPS
+            more = [*words, "--set", "optimizer.schedule=constant", "--set", f"run.steps={last}"]
+            fork = [] if trunk is None else ["--fork", trunk]
+            trunk = self.train(setting, f"{arm}-{last}", HERE / "continue.toml", *fork, *more)
+            if (arm, count) in done:
+                continue
+            more = [*words, "--set", f"optimizer.decay_steps={DECAY_STEPS}",
+                    "--set", f"run.steps={count}"]  # fmt: skip
+            run = self.train(
+                setting, f"{arm}-{count}", HERE / "continue.toml", "--fork", trunk, *more
+            )
+            self.add(setting, arm, run)
+
+    def add(self, setting: Setting, arm: str, run: Path) -> None:
+        """Add the line of a run."""
+        facts, folder = (
+            saved_steps(run)[-1].facts,
+            open_tokens(str(self.tokens(setting.text) / "heldout")),
+        )
+        with open_model(str(run)) as model:
+            scores = score_of(model, folder, EvaluationSpec(SEQ, BATCH, 10_000)).scores
+        line = {
+            **vars(setting), "arm": arm, "steps": facts.step, "tokens": facts.tokens,
+            "flops_per_token": flops_per_token(run), "step_seconds": step_seconds(run),
+            "loss": round(scores.loss, 6), "document_tokens": scores.tokens.tolist(),
+            "document_losses": [round(float(x), 2) for x in scores.losses],
+            "moecc": __version__, "recipe": facts.recipe, "date": date.today().isoformat(),
+        }  # fmt: skip
+        self.results.parent.mkdir(parents=True, exist_ok=True)
+        with self.results.open("a", encoding="utf-8") as file:
+            print(json.dumps(line), file=file)
+
+    def lines(self, setting: Setting) -> list[dict[str, Any]]:
+        """Return the lines of a setting."""
+        if not self.results.is_file():
+            return []
+        lines = map(json.loads, self.results.read_text("utf-8").splitlines())
+        return [x for x in lines if all(x[key] == value for key, value in vars(setting).items())]
+
+
+def call(*words: object) -> None:
+    """Run a command. Raises SystemExit if it fails."""
+    command = [str(word) for word in words]
+    if code := moecc(command):
+        raise SystemExit(f"{' '.join(command)}: {code}")
+
+
+def flops_per_token(run: Path) -> float:
+    """Return the executed FLOPs of a token, forward."""
+    graph = unrolled(read_graph(str(run / GRAPH)))
+    flops = sequence_flops(graph, dict.fromkeys(length_variables(graph), SEQ))
+    return (flops.weights + flops.attention) / SEQ
+
+
+def step_seconds(run: Path) -> float:
+    """Return the processor time that 5 % of the steps stay below; none of them compiles."""
+    lines = map(json.loads, (run / SPEED).read_text("utf-8").splitlines())
+    steps = (x for x in lines if "processor_seconds" in x and "compiles" not in x)
+    seconds = sorted(step["processor_seconds"] for step in steps)
+    return seconds[len(seconds) // 20]
+
+
+def run_setting(lab: Lab, setting: Setting, arms: Sequence[str]) -> None:
+    """Measure the arms of a setting that are missing, the dense ones last: they need the others."""
+    for arm in arms:
+        lab.measure(setting, arm, ARMS[arm], STEPS if arm == SPARSE else STEPS[:2])
+    sparse = {x["steps"]: x for x in lab.lines(setting) if x["arm"] == SPARSE}
+    if not sparse:
+        return
+    more = sparse[STEPS[-1]]["flops_per_token"] / flops_per_token(lab.base(setting))
+    steps = {*(ceil(n * more) for n in STEPS), *(round(n * LONGER) for n in STEPS)}
+    lab.measure(setting, DENSE, ("model.pipeline=''",), sorted(steps))
+
+
+def prove(lab: Lab) -> int:
+    """Run every setting from nothing; return 3 if the sparse model is not below at equal FLOPs."""
+    from worth_page import claims, read_lines
+
+    shutil.rmtree(lab.work, ignore_errors=True)
+    for seed in SEEDS:
+        for text in TEXTS:
+            run_setting(lab, Setting(text, seed), (SPARSE,))
+    rows = claims(read_lines(lab.results))
+    for name, found in rows:
+        print(f"{name}: {found.mean:+.4f} ± {found.reach(len(rows)):.4f} nats a byte")
+    is_below = [found.mean + found.reach(len(rows)) < 0 for _, found in rows]
+    return 0 if is_below[len(STEPS) - 1] else 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is asked for and return the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--arms", default=SPARSE)
+    parser.add_argument("--texts", default=",".join(TEXTS))
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
+    parser.add_argument("--decoder", default="decoder_worth")
+    parser.add_argument("--base-steps", type=int, default=BASE_STEPS)
+    parser.add_argument("--proof", action="store_true", help="all from nothing, and a verdict")
+    asked = parser.parse_args(argv)
+    if asked.proof:
+        return prove(Lab(WORK / "proof", WORK / "proof" / "worth.jsonl"))
+    for seed in map(int, asked.seeds.split(",")):
+        for text in asked.texts.split(","):
+            setting = Setting(text, seed, asked.decoder, asked.base_steps)
+            run_setting(Lab(), setting, asked.arms.split(","))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

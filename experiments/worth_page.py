@@ -1,0 +1,171 @@
+"""Write the tables of docs/worth.md from the lines of `worth.py`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil, sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import t as student
+from worth import BASE_STEPS, DENSE, LONGER, RESULTS, SPARSE, STEPS
+
+PAGE = Path(__file__).parents[1] / "docs" / "worth.md"
+BEGIN, END = "<!-- begin tables: written by experiments/worth_page.py -->", "<!-- end tables -->"
+
+Line = dict[str, Any]
+Lines = dict[tuple[str, int], dict[tuple[str, int], Line]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The loss of one arm less that of another, over texts, seeds and documents.
+
+    Attributes:
+      mean: in nats a byte, of every text the same part.
+      error: its standard error: seeds and documents are both drawn.
+      degrees: of freedom (Satterthwaite).
+      settings: how many seeds of texts it is of.
+    """
+
+    mean: float
+    error: float
+    degrees: float
+    settings: int
+
+    @property
+    def p(self) -> float:
+        """The probability of as large a difference where there is none."""
+        return float(2 * student.sf(abs(self.mean) / self.error, self.degrees))
+
+    def reach(self, claims: int) -> float:
+        """Return half of the interval of 95 %, for all of so many claims at once (Bonferroni)."""
+        return float(student.ppf(1 - 0.025 / claims, self.degrees)) * self.error
+
+
+def read_lines(path: Path = RESULTS) -> Lines:
+    """Return the lines of the main size, by text and seed, then by arm and steps."""
+    lines: Lines = {}
+    for text in path.read_text("utf-8").splitlines():
+        line = json.loads(text)
+        if (line["decoder"], line["base_steps"]) == ("decoder_worth", BASE_STEPS):
+            arm = lines.setdefault((line["text"], line["seed"]), {})
+            arm[line["arm"], line["steps"]] = line
+    return lines
+
+
+def difference(lines: Lines, one: tuple[str, int], other: tuple[str, int]) -> Difference | None:
+    """Return arm `one` less arm `other`, each an arm and its steps; None below two seeds of a text."""
+    by_text: dict[str, list[np.ndarray]] = {}
+    tokens: dict[str, np.ndarray] = {}
+    for (text, _), arms in sorted(lines.items()):
+        if one in arms and other in arms:
+            losses = [np.asarray(arms[arm]["document_losses"]) for arm in (one, other)]
+            by_text.setdefault(text, []).append(losses[0] - losses[1])
+            tokens[text] = np.asarray(arms[one]["document_tokens"], float)
+    parts: list[tuple[float, float, int]] = []
+    means = []
+    for text, rows in by_text.items():
+        if len(rows) < 2:
+            return None
+        total = tokens[text].sum()
+        seeds = np.array([row.sum() / total for row in rows])
+        mean = float(seeds.mean())
+        residuals = np.mean(rows, axis=0) - mean * tokens[text]
+        count = len(residuals)
+        parts.append((float(seeds.var(ddof=1)) / len(seeds), len(seeds) - 1, 0))
+        parts.append((float((residuals**2).sum()) * count / (count - 1) / total**2, count - 1, 0))
+        means.append(mean)
+    if not means:
+        return None
+    variances = [variance / len(means) ** 2 for variance, _, _ in parts]
+    degrees = sum(variances) ** 2 / sum(
+        v**2 / d for v, (_, d, _) in zip(variances, parts, strict=True)
+    )
+    settings = sum(map(len, by_text.values()))
+    return Difference(float(np.mean(means)), sqrt(sum(variances)), degrees, settings)
+
+
+def holm(values: list[float]) -> list[float]:
+    """Return the probabilities corrected by Holm's method, in their order."""
+    order = sorted(range(len(values)), key=lambda n: values[n])
+    corrected, most = [0.0] * len(values), 0.0
+    for rank, number in enumerate(order):
+        most = max(most, min(1.0, (len(values) - rank) * values[number]))
+        corrected[number] = most
+    return corrected
+
+
+def claims(lines: Lines) -> list[tuple[str, Difference]]:
+    """Return what the page claims: at equal executed FLOPs, and at equal processor time."""
+    some = next(arms for arms in lines.values() if (SPARSE, STEPS[0]) in arms)
+    flops = {arm: line["flops_per_token"] for (arm, _), line in some.items()}
+    more = flops[SPARSE] / flops[DENSE]
+    rows = []
+    for kind, ratio in (("executed FLOPs", more), ("processor time", LONGER)):
+        for steps in STEPS:
+            other = ceil(steps * ratio) if ratio is more else round(steps * ratio)
+            found = difference(lines, (SPARSE, steps), (DENSE, other))
+            if found is not None:
+                name = f"{steps:,} sparse steps, {other:,} dense ones: as much {kind}"
+                rows.append((name, found))
+    return rows
+
+
+def parts(lines: Lines) -> list[tuple[str, Difference]]:
+    """Return what each part of the recipe does, after as many steps."""
+    arms = dict.fromkeys(arm for table in lines.values() for arm, _ in table)
+    return [
+        (f"{arm}, {steps} steps", found)
+        for arm in arms
+        if arm not in (SPARSE, DENSE)
+        for steps in STEPS[:2]
+        if (found := difference(lines, (arm, steps), (SPARSE, steps))) is not None
+    ]
+
+
+def table(title: str, rows: list[tuple[str, Difference]]) -> Iterator[str]:
+    """Yield a table of differences, if there are some."""
+    if not rows:
+        return
+    yield f"| {title} | nats a byte | p, Holm | runs of each |"
+    yield "|---|---|---|---|"
+    corrected = holm([found.p for _, found in rows])
+    for (name, found), p in zip(rows, corrected, strict=True):
+        reach = found.reach(len(rows))
+        shown = "< 0.001" if p < 0.001 else f"{p:.3f}"
+        mean = f"{found.mean:+.4f} ± {reach:.4f}".replace("-", "−")
+        yield f"| {name} | {mean} | {shown} | {found.settings} |"
+
+
+def losses(lines: Lines) -> Iterator[str]:
+    """Yield a table of the mean losses of both arms."""
+    arms = dict.fromkeys(key for table in lines.values() for key in table)
+    texts = sorted({text for text, _ in lines})
+    yield f"| arm | steps | {' | '.join(texts)} |"
+    yield "|---|---|" + "---|" * len(texts)
+    for arm, steps in sorted(arms, key=lambda key: (key[0] not in (DENSE, SPARSE), key)):
+        cells = []
+        for text in texts:
+            values = [t[arm, steps]["loss"] for (name, _), t in lines.items()
+                      if name == text and (arm, steps) in t]  # fmt: skip
+            cells.append(f"{np.mean(values):.4f} ({len(values)})" if values else "")
+        yield f"| {arm} | {steps:,} | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Write the tables."""
+    lines = read_lines()
+    text = PAGE.read_text("utf-8")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    blocks = [*table("sparse less dense", claims(lines)), "", *table("less the recipe", parts(lines)),
+              "", *losses(lines)]  # fmt: skip
+    PAGE.write_text("\n".join([before.rstrip("\n"), "", BEGIN, "", *blocks, "", END]) + after)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,420 @@
+"""``moecc forecast``: whether and when an upcycled model passes the dense one at equal compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from math import ceil, inf, isfinite
+from pathlib import Path
+from typing import Annotated
+
+from moecc.errors import InputError, UsageError
+from moecc.families.describe import count_parameters, sequence_flops
+from moecc.formats.run import GRAPH, RECIPE
+from moecc.ir.graph import Graph
+from moecc.ir.text import read_graph
+from moecc.ir.unroll import unrolled
+from moecc.jobs.command import (
+    AnyModelName,
+    Force,
+    OptionalMachine,
+    Report,
+    Spelling,
+    check_writable,
+    write_whole,
+)
+from moecc.jobs.plan import plan_step
+from moecc.model.open import open_model
+from moecc.plan.step import StepConfig
+from moecc.plan.workload import length_variables
+from moecc.rewrite.pipeline import Pipeline
+from moecc.rewrite.runner import run_pipeline
+from moecc.support.lazy import np
+from moecc.support.page import drawing, render_page
+from moecc.support.text import count_text, size_text
+from moecc.support.untyped import JsonDict
+from moecc.train.forecast import FARTHEST, Crossing, Pilot, crossing_of
+from moecc.train.recipe import Recipe, Schedule
+from moecc.train.recipe_text import load_recipe, parse_recipe, recipe_file
+from moecc.train.run import read_run
+from moecc.train.tokens.folder import open_tokens
+from moecc.types import Doubles
+
+TRAIN_PASSES = 3
+"""FLOPs of a training step over those of its forward pass: backward, there are twice as many."""
+
+SAFETY = 2
+"""From this many times the crossing on a budget is enough: before, there is little to be won."""
+
+MOST_EPOCHS = 4
+"""Epochs up to which repeated text is about as good as new text (Muennighoff et al. 2023, §1)."""
+
+PILOT_STEPS = 300
+FEWEST_SEEDS = 2
+_SERVED_BYTES = 2
+"""Bytes of a parameter in bf16, as models are served."""
+
+
+@dataclass(frozen=True)
+class PilotRuns:
+    """The runs of a pilot, read.
+
+    Attributes:
+      pilots: both arms of each seed.
+      recipe: of the first run.
+      text_tokens: of the corpora that they train on.
+    """
+
+    pilots: tuple[Pilot, ...]
+    recipe: Recipe
+    text_tokens: int
+
+
+@dataclass(frozen=True)
+class ArmCost:
+    """What a step of an arm costs.
+
+    Attributes:
+      parameters: stored.
+      flops_per_token: executed, forward.
+      device_hours: of a step, on all devices of the machine, as planned; None without a machine.
+    """
+
+    parameters: int
+    flops_per_token: int
+    device_hours: float | None
+
+
+def read_pilots(runs: Sequence[str], parameters: int) -> PilotRuns:
+    """Return the losses of both arms by seed.
+
+    Args:
+      runs: folders; a recipe without a pipeline is the dense arm's.
+      parameters: of the dense model that is asked about.
+
+    Raises:
+      InputError: an arm is missing, or the arms do not train on the same batches, or are of
+        another model, or at a rate that falls.
+    """
+    arms: dict[int, dict[bool, Path]] = {}
+    recipes: list[Recipe] = []
+    for run in runs:
+        path = Path(run)
+        recipe = parse_recipe(recipe_file(path / RECIPE), str(path / RECIPE), folder=path)
+        is_dense = not recipe.model.pipeline
+        count = count_parameters(read_graph(str(path / GRAPH))).total
+        if is_dense and count != parameters:
+            raise InputError(
+                "the pilot is of another model", where=run,
+                expected=f"{parameters:,} parameters", found=f"{count:,}",
+            )  # fmt: skip
+        if is_dense in arms.setdefault(recipe.data.seed, {}):
+            raise InputError(
+                f"two runs are the same arm of data.seed = {recipe.data.seed}", where=run,
+                hint="the arms of a seed are one run without model.pipeline and one with it",
+            )  # fmt: skip
+        arms[recipe.data.seed][is_dense] = path
+        recipes.append(recipe)
+    alone = [str(path) for pair in arms.values() if len(pair) < 2 for path in pair.values()]
+    if alone:
+        raise InputError(
+            "an arm of the pilot is alone", where=alone[0],
+            expected="a dense and a sparse run with the same data.seed",
+        )  # fmt: skip
+    shapes = {(r.data.batch, r.data.seq, r.optimizer.warmup) for r in recipes}
+    if len(shapes) > 1:
+        raise InputError(
+            "the runs of the pilot differ in data.batch, data.seq or optimizer.warmup",
+            found="; ".join(map(str, sorted(shapes))),
+        )
+    steps = min(_constant_steps(recipe) for recipe in recipes)
+    pilots = tuple(Pilot(_losses(pair[True], steps), _losses(pair[False], steps))
+                   for pair in arms.values())  # fmt: skip
+    shortest = min(len(x) for pilot in pilots for x in (pilot.dense, pilot.sparse))
+    pilots = tuple(Pilot(p.dense[:shortest], p.sparse[:shortest]) for p in pilots)
+    folders = [open_tokens(corpus.tokens) for corpus in recipes[0].data.train]
+    return PilotRuns(pilots, recipes[0], sum(folder.facts.tokens for folder in folders))
+
+
+def _constant_steps(recipe: Recipe) -> int:
+    """Return the steps of a run before its rate falls. Raises InputError if it falls at once."""
+    section = recipe.optimizer
+    if section.schedule not in (Schedule.CONSTANT, Schedule.WSD):
+        raise InputError(
+            "a pilot needs a constant rate", where="optimizer.schedule",
+            expected="constant or wsd", found=section.schedule.value,
+        )  # fmt: skip
+    return recipe.run.steps - section.decay_steps
+
+
+def _losses(run: Path, steps: int) -> Doubles:
+    """Return the cross entropy of the first steps of a run; one that was skipped is as the last."""
+    series = read_run(run).scalar("loss.cross_entropy")
+    assert series is not None, "every step measures it"
+    inside = series.steps <= steps
+    every = np.arange(1, int(series.steps[inside].max(initial=0)) + 1)
+    losses: Doubles = np.interp(every, series.steps[inside], series.values[inside])
+    return losses
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The answer, and what it is made of.
+
+    Attributes:
+      facts: the report, as JSON values.
+      crossing: of the pilot, if there is one.
+      runs: the pilot.
+      behind_steps: the dense model's tokens before the switch, in steps of the pilot.
+    """
+
+    facts: JsonDict
+    crossing: Crossing | None = None
+    runs: PilotRuns | None = None
+    behind_steps: float = 0.0
+
+
+def _refusals(
+    crossing: Crossing, steps: int, pilots: int, budget_steps: float, text_steps: float
+) -> Iterator[tuple[str, str]]:
+    """Yield why the crossing is no reason to upcycle, and what would change that."""
+    if pilots < FEWEST_SEEDS:
+        yield "the pilot has one seed", "both arms of another data.seed"
+        return
+    if crossing.slope_low <= 0:
+        yield (
+            "the pilot's gain does not grow: its interval holds 0",
+            f"more seeds, or a pilot of {2 * steps:,} steps",
+        )
+        return
+    if not isfinite(crossing.steps):
+        yield (
+            "the dense model falls faster for each unit of compute",
+            "a sparse step that costs less: half-experts (granularity=2), or faster kernels",
+        )
+        return
+    if crossing.high > FARTHEST * steps:
+        yield (
+            f"the crossing may be beyond {FARTHEST} times the pilot, where its line is unknown",
+            f"a pilot of {ceil(min(crossing.high, 1e7) / FARTHEST):,} steps",
+        )
+    if budget_steps < SAFETY * crossing.steps:
+        yield (
+            f"the budget is {budget_steps / crossing.steps:.2f} times the crossing",
+            f"a budget of {SAFETY} times the crossing, {ceil(SAFETY * crossing.steps):,} steps",
+        )
+    if SAFETY * crossing.steps > MOST_EPOCHS * text_steps:
+        yield (
+            f"the text would be repeated {SAFETY * crossing.steps / text_steps:.1f} times",
+            f"text for {ceil(SAFETY * crossing.steps / MOST_EPOCHS):,} steps",
+        )
+
+
+def forecast(
+    model: AnyModelName,
+    *,
+    tokens: Annotated[float, Spelling("N", low=1)],
+    pipeline: Annotated[str, Spelling("PIPELINE", "p", complete="pipelines")] = "",
+    pilot: Annotated[Sequence[str], Spelling("RUN")] = (),
+    budget: Annotated[str | None, Spelling("FLOPS|HOURSh")] = None,
+    machine: OptionalMachine = None,
+    price: Annotated[float | None, Spelling("X", low=0)] = None,
+    html: Annotated[str | None, Spelling("FILE")] = None,
+    force: Force = False,
+) -> Report:
+    """Forecast whether upcycling a dense model is worth it.
+
+    A pilot is both arms of two seeds or more, trained on the same batches at a constant rate: the
+    dense model, and the model that the pipeline makes of it. From it follow the step from which on
+    the sparse model is below the dense one at equal compute, its interval, and a yes, or a no with
+    its reasons. Without a pilot the answer is no, with what a pilot would cost.
+
+    Args:
+      tokens: Number of tokens that the dense model was trained on.
+      pipeline: Passes that make the sparse model (default: those of recipe:upcycle).
+      pilot: Run of a pilot; may be repeated.
+      budget: Compute that is there to train with: FLOPs, or device-hours of --machine as 500h.
+      price: Price of a device-hour.
+      html: File to write a page with both curves to.
+
+    Example:
+      moecc forecast preset:smollm2-135m --tokens 2e12 --machine gpu:h100:8
+    """
+    if html is not None:
+        check_writable(html, force=force)
+    passes = Pipeline.parse(pipeline or load_recipe("recipe:upcycle").model.pipeline)
+    with open_model(model, config_alone=True) as opened:
+        dense = opened.graph
+    with open_model(model, config_alone=True) as opened:
+        run_pipeline(opened.graph, passes)
+        sparse = opened.graph
+    dense, sparse = unrolled(dense), unrolled(sparse)
+    runs = read_pilots(pilot, count_parameters(dense).total) if pilot else None
+    result = _forecast(model, dense, sparse, runs, tokens, budget, machine)
+    facts = {**result.facts, "pipeline": str(passes)}
+    if price is not None and facts["device_hours"] is not None:
+        facts["price"] = price * facts["device_hours"]
+    if html is not None:
+        write_whole(html, _page(result, facts).encode(), force=force)
+    return Report("forecast", facts, lambda: "\n".join(_lines(facts)))
+
+
+def _forecast(
+    model: str,
+    dense: Graph,
+    sparse: Graph,
+    runs: PilotRuns | None,
+    tokens: float,
+    budget: str | None,
+    machine: str | None,
+) -> Forecast:
+    seq = 4096 if runs is None else runs.recipe.data.seq
+    batch = None if runs is None else seq * runs.recipe.data.batch
+    costs = [_cost(model, graph, seq, batch, machine) for graph in (dense, sparse)]
+    before, after = costs
+    ratio = after.flops_per_token / before.flops_per_token
+    if before.device_hours and after.device_hours:
+        ratio = after.device_hours / before.device_hours
+    facts: JsonDict = {
+        "model": model, "machine": machine, "tokens_behind": tokens, "sequence": seq,
+        "dense": asdict(before), "sparse": asdict(after), "compute_ratio": ratio,
+        "served_bytes": after.parameters * _SERVED_BYTES, "crossing": None, "flops": None,
+        "device_hours": None, "price": None, "pilot": None,
+    }  # fmt: skip
+    if runs is None:
+        needed = (
+            f"{FEWEST_SEEDS} seeds of both arms, {PILOT_STEPS} steps each: moecc train "
+            "recipe:continue-dense and recipe:upcycle with --set optimizer.schedule=constant"
+        )
+        if before.device_hours is not None and after.device_hours is not None:
+            each = before.device_hours + after.device_hours
+            needed += f"; {FEWEST_SEEDS * PILOT_STEPS * each:.3g} device-hours of {machine}"
+        none = [("there is no pilot", needed)]
+        return Forecast({**facts, **_answer(none)})
+    assert batch is not None, "a pilot has batches"
+    behind = tokens / batch
+    crossing = crossing_of(runs.pilots, behind, ratio, runs.recipe.optimizer.warmup)
+    steps = len(runs.pilots[0].dense)
+    step_flops = TRAIN_PASSES * after.flops_per_token * batch
+    budget_steps = _budget_steps(budget, step_flops, after.device_hours)
+    reasons = tuple(_refusals(crossing, steps, len(runs.pilots), budget_steps,
+                              runs.text_tokens / batch))  # fmt: skip
+    known = crossing.steps if isfinite(crossing.steps) else None
+    facts |= {
+        "pilot": {
+            "seeds": len(runs.pilots), "steps": steps, "tokens_per_step": batch,
+            "gain_at_start": crossing.start, "gain_per_step": crossing.slope,
+            "dense_fall": crossing.fall, "text_tokens": runs.text_tokens,
+        },
+        "crossing": {
+            name: value * batch if isfinite(value) else None
+            for name, value in (("tokens", crossing.steps), ("low", crossing.low),
+                                ("high", crossing.high))
+        },
+        "flops": None if known is None else known * step_flops,
+        "device_hours": None if known is None or after.device_hours is None
+        else known * after.device_hours,
+    }  # fmt: skip
+    return Forecast({**facts, **_answer(reasons)}, crossing, runs, behind)
+
+
+def _answer(reasons: Sequence[tuple[str, str]]) -> JsonDict:
+    return {
+        "worth_it": not reasons,
+        "reasons": [{"reason": why, "changes_it": change} for why, change in reasons],
+    }
+
+
+def _cost(model: str, graph: Graph, seq: int, batch: int | None, machine: str | None) -> ArmCost:
+    flops = sequence_flops(graph, dict.fromkeys(length_variables(graph), seq)).per_token
+    hours = None
+    if machine is not None:
+        config = StepConfig(batch_tokens=batch, sequence=str(seq))
+        plan = plan_step(graph, model, machine, config)[0]
+        hours = plan["best"]["seconds"] * plan["machine"]["devices"] / 3600
+    return ArmCost(count_parameters(graph).total, flops, hours)
+
+
+def _budget_steps(budget: str | None, step_flops: float, hours: float | None) -> float:
+    """Return the sparse steps that a budget is enough for. Raises UsageError."""
+    if budget is None:
+        return inf
+    is_hours = budget.endswith("h")
+    try:
+        amount = float(budget.removesuffix("h"))
+    except ValueError:
+        raise UsageError("--budget is no number", expected="1e20, or 500h", found=budget) from None
+    if not is_hours:
+        return amount / step_flops
+    if hours is None:
+        raise UsageError("--budget in device-hours needs --machine", found=budget)
+    return amount / hours
+
+
+def _lines(facts: JsonDict) -> Iterator[str]:
+    dense, sparse, crossing = facts["dense"], facts["sparse"], facts["crossing"]
+    yield f"{facts['model']}: {'worth it' if facts['worth_it'] else 'no'}"
+    yield (
+        f"  sparse      {count_text(dense['parameters'])} to {count_text(sparse['parameters'])} "
+        f"parameters, {size_text(facts['served_bytes'])} to serve; {facts['compute_ratio']:.3f} "
+        "times the compute of a dense step"
+    )
+    if crossing is not None:
+        texts = ("never" if crossing[n] is None else count_text(round(crossing[n]))
+                 for n in ("tokens", "low", "high"))  # fmt: skip
+        yield "  crossing    {} tokens after the switch ({} to {})".format(*texts)
+    if facts["flops"] is not None:
+        hours = facts["device_hours"]
+        yield f"  to there    {facts['flops']:.3g} FLOPs" + (
+            "" if hours is None else f", {hours:,.3g} device-hours of {facts['machine']}"
+        ) + ("" if facts["price"] is None else f", {facts['price']:,.2f}")  # fmt: skip
+    if facts["worth_it"]:
+        pilot = facts["pilot"]
+        steps = ceil(SAFETY * crossing["tokens"] / pilot["tokens_per_step"])
+        yield (
+            "  recipe      moecc train recipe:upcycle --set "
+            f"\"model.pipeline='{facts['pipeline']}'\" --set run.steps={steps} at least, in "
+            f"batches of {pilot['tokens_per_step']:,} tokens"
+        )
+    for reason in facts["reasons"]:
+        yield f"  no          {reason['reason']}"
+        yield f"  instead     {reason['changes_it']}"
+
+
+def _page(result: Forecast, facts: JsonDict) -> str:
+    """Return a page with the lines of the report and the curves. Raises MachineError."""
+    rows = [line.strip().split(None, 1) for line in list(_lines(facts))[1:]]
+    title = f"{facts['model']}: {'worth it' if facts['worth_it'] else 'not worth it'}"
+    sections = []
+    if result.crossing is not None and result.runs is not None:
+        sections = [("Both arms at equal compute", [_drawing(result, facts["compute_ratio"])])]
+    return render_page(
+        "runs.html", title, figures=True, fact_heads=["", "forecast"],
+        facts=[row for row in rows if row[0] not in ("no", "instead")],
+        alarms=[f"{x['reason']}; {x['changes_it']} would change that" for x in facts["reasons"]],
+        sections=sections, specialised=[],
+    )  # fmt: skip
+
+
+def _drawing(result: Forecast, ratio: float) -> JsonDict:
+    from plotly import graph_objects
+
+    line, runs = result.crossing, result.runs
+    assert line is not None, "there is a pilot"
+    assert runs is not None, "there is a pilot"
+    steps = len(runs.pilots[0].dense)
+    end = min(max(2 * line.steps, 2 * steps), FARTHEST * steps)
+    at = np.linspace(1, end, 200)
+    arms = {
+        "dense, at as much compute": line.dense(result.behind_steps + ratio * at),
+        "sparse": line.dense(result.behind_steps + at) - line.gain(at),
+    }
+    figure = graph_objects.Figure(
+        [graph_objects.Scatter(x=at, y=y, name=name, mode="lines") for name, y in arms.items()]
+    )
+    measured = np.mean([p.sparse for p in runs.pilots], axis=0)
+    figure.add_scatter(x=np.arange(1, steps + 1), y=measured, name="sparse, measured",
+                       mode="lines", opacity=0.3)  # fmt: skip
+    if isfinite(line.steps) and line.steps <= end:
+        figure.add_vline(x=line.steps, line_dash="dot", annotation_text="crossing")
+    return drawing(figure, "Loss in nats a token", 420, "steps of the sparse model")

@@ -1,0 +1,53 @@
+"""Differences of arms, their intervals, and the correction for many claims."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
+
+worth_page, worth_texts = (importlib.import_module(n) for n in ("worth_page", "worth_texts"))
+
+
+def lines(rng: np.random.Generator, effect: float, spread: float = 0.004) -> Any:
+    """Return lines of two arms, on two texts and three seeds, whose documents differ."""
+    table: Any = {}
+    for text in ("a", "b"):
+        tokens = rng.integers(500, 2000, 40)
+        level = rng.normal(2, 0.3, 40)
+        gain = effect + rng.normal(0, 0.05, 40)
+        for seed in range(3):
+            of_seed = rng.normal(0, spread)
+            losses = {"dense": level * tokens, "sparse": (level + gain + of_seed) * tokens}
+            table[text, seed] = {
+                (arm, 150): {"document_losses": x, "document_tokens": tokens}
+                for arm, x in losses.items()
+            }
+    return table
+
+
+def test_the_interval_holds_the_effect_as_often_as_it_says() -> None:
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(300):
+        found = worth_page.difference(lines(rng, -0.02), ("sparse", 150), ("dense", 150))
+        hits += abs(found.mean + 0.02) <= found.reach(1)
+    assert 0.92 <= hits / 300 <= 0.99
+    assert found.settings == 6
+    assert found.reach(6) > found.reach(1)
+
+
+def test_holm_by_hand() -> None:
+    assert worth_page.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert worth_page.holm([0.9, 0.2]) == pytest.approx([0.9, 0.4])
+
+
+def test_a_paragraph_counts_once() -> None:
+    seen: set[bytes] = set()
+    assert worth_texts._unseen("a  licence\n\nmine", seen) == "a  licence\n\nmine"
+    assert worth_texts._unseen("a licence\n\nyours\n\nyours", seen) == "yours"

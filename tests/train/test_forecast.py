@@ -1,0 +1,122 @@
+"""Forecasts: crossings of curves that are known, and the answers of the command."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moecc.cli.main import main
+from moecc.train.forecast import Pilot, crossing_of
+
+from .tiny import RECIPE, draw_weights, make_corpus, make_model
+
+BEHIND, STEPS, WARMUP = 400, 300, 10
+
+
+def pilots(start: float, slope: float, fall: float = 0.25, seeds: int = 3) -> list[Pilot]:
+    """Return curves whose gain is a line; the noise of batches is in both arms."""
+    made = []
+    for seed in range(seeds):
+        rng = np.random.default_rng(seed)
+        at = np.arange(1.0, STEPS + 1)
+        dense = 3 - fall * np.log(BEHIND + at) + rng.normal(0, 0.03, STEPS)
+        made.append(Pilot(dense, dense - start - slope * at + rng.normal(0, 0.01, STEPS)))
+    return made
+
+
+def test_at_equal_tokens_the_arms_cross_where_the_gain_is_zero() -> None:
+    crossing = crossing_of(pilots(-0.03, 1e-4), BEHIND, 1.0, WARMUP)
+    assert crossing.steps == pytest.approx(300, rel=0.1)
+    assert crossing.low < 300 < crossing.high
+    assert crossing.slope == pytest.approx(1e-4, rel=0.15)
+
+
+def test_at_equal_compute_the_dense_arm_is_allowed_more_steps() -> None:
+    crossing = crossing_of(pilots(-0.03, 2e-4), BEHIND, 1.5, WARMUP)
+    steps = crossing.steps
+    worth = 0.25 * np.log((BEHIND + 1.5 * steps) / (BEHIND + steps))
+    assert -0.03 + 2e-4 * steps == pytest.approx(worth, abs=8e-3)
+    assert steps > crossing_of(pilots(-0.03, 2e-4), BEHIND, 1.0, WARMUP).steps
+
+
+def test_a_gain_that_does_not_grow_never_crosses() -> None:
+    crossing = crossing_of(pilots(-0.03, -1e-5), BEHIND, 1.2, WARMUP)
+    assert (crossing.steps, crossing.high) == (inf, inf)
+    assert crossing.slope_low < 0
+
+
+@pytest.fixture(scope="module")
+def arms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make both arms of two seeds; the second seed is the first one with other losses."""
+    pytest.importorskip("orbax.checkpoint")
+    folder = tmp_path_factory.mktemp("arms")
+    draw_weights(make_model(folder / "model"))
+    make_corpus(folder / "tokens")
+    (folder / "r.toml").write_text(RECIPE.format(run="steps = 60").replace('start = "random"', ""))
+    for name, sets in (("dense-0", ["--set", "model.pipeline=''"]), ("sparse-0", [])):
+        assert main(["train", str(folder / "r.toml"), "--out", str(folder / name), *sets]) == 0
+    for seed, arm in ((n, arm) for n in (0, 1) for arm in ("dense", "sparse")):
+        run = folder / f"{arm}-{seed}"
+        if seed:
+            shutil.copytree(folder / f"{arm}-0", run)
+            recipe = (run / "recipe.toml").read_text()
+            data = recipe.index("[data]")
+            recipe = recipe[:data] + recipe[data:].replace("seed = 0", "seed = 1", 1)
+            (run / "recipe.toml").write_text(recipe)
+    return folder
+
+
+def write_losses(folder: Path, start: float, slope: float) -> list[str]:
+    """Write the losses of `pilots` into the journals, and return the runs as options."""
+    options: list[str] = []
+    for seed, pilot in enumerate(pilots(start, slope, seeds=2)):
+        for arm, losses in (("dense", pilot.dense), ("sparse", pilot.sparse)):
+            run = folder / f"{arm}-{seed}"
+            lines = [
+                {"step": n, "tokens": 128 * n, "loss": x, "loss.cross_entropy": x}
+                for n, x in enumerate(losses.tolist()[:60], 1)
+            ]
+            (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+            options += ["--pilot", str(run)]
+    return options
+
+
+def answer(
+    folder: Path, capsys: pytest.CaptureFixture[str], *options: str
+) -> tuple[bool, dict[str, Any], str]:
+    words = ["forecast", str(folder / "model"), "--tokens", str(400 * 128),
+             "-p", "upcycle{experts=2 top-k=2 layers=every:2}", *options]  # fmt: skip
+    capsys.readouterr()
+    assert main([*words, "--format", "json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    return facts["worth_it"], facts, " ".join(x["reason"] for x in facts["reasons"])
+
+
+@pytest.mark.slow
+def test_the_command_says_yes_or_why_not(arms: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    no, facts, why = answer(arms, capsys)
+    assert (no, facts["crossing"], why) == (False, None, "there is no pilot")
+    runs = write_losses(arms, -0.06, 2e-3)
+    is_worth, facts, why = answer(arms, capsys, *runs, "--budget", "1e18")
+    assert (is_worth, why) == (True, "")
+    assert facts["crossing"]["tokens"] == pytest.approx(33 * 128, rel=0.2)
+    text = facts["pilot"]["text_tokens"]
+    later = write_losses(arms, -2e-3 * text / 128 * 3, 2e-3)
+    assert "the text would be repeated" in answer(arms, capsys, *later)[2]
+    runs = write_losses(arms, -0.06, 2e-3)
+    assert "the budget is" in answer(arms, capsys, *runs, "--budget", "1e6")[2]
+    assert "one seed" in answer(arms, capsys, *runs[:4])[2]
+    assert "interval holds 0" in answer(arms, capsys, *write_losses(arms, -0.01, 0.0))[2]
+    assert main(["forecast", str(arms / "model"), "--tokens", "1", *runs[:2]]) == 1
+    assert "an arm of the pilot is alone" in capsys.readouterr().err
+    pytest.importorskip("plotly")
+    page = arms / "page.html"
+    answer(arms, capsys, *runs, "--html", str(page))
+    assert re.search(r"Both arms at equal compute", page.read_text())
