@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from moecc.errors import CheckError, Problem
+from moecc.errors import CheckError, InputError, Problem
 from moecc.formats.source import Checkpoint, TensorInfo
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
@@ -45,9 +45,12 @@ class ConversionProof:
 
         Raises:
           CheckError: there is no proof, or ``moecc-check`` does not accept it.
+          InputError: the proof, by induction over steps, has no log.
         """
         if self.verdict.status != "proved":
             raise CheckError([Problem("no proof to write", self.verdict.node)])
+        if not self.verdict.log:
+            raise InputError("a proof by induction over steps has no log", hint="leave out --proof")
         return write_proof(self.verdict.log, *self.graphs, file)
 
     def to_json(self) -> dict[str, object]:

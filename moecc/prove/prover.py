@@ -18,6 +18,8 @@ from moecc.prove.counterexample import (
     find_counterexample,
     find_device_gap,
 )
+from moecc.prove.decoding import ASSUMPTIONS as STEP_ASSUMPTIONS
+from moecc.prove.decoding import is_step, step_gap
 from moecc.prove.evaluation import Evaluation, Terms, shown
 from moecc.prove.log import log_of
 from moecc.prove.mesh import Devices, Parting
@@ -127,6 +129,11 @@ class Prover:
           outputs: those to compare; None for all, which both must have.
           refute: whether a counterexample is searched where there is no proof.
         """
+        if is_step(before, after) and not self.exact and {*(outputs or ())} <= {*after.outputs}:
+            gap_of_step = step_gap(before, after)
+            if gap_of_step is None:
+                return Verdict("proved", assumptions=STEP_ASSUMPTIONS)
+            return Verdict("unknown", *gap_of_step)
         parting: Parting | None = None
         counterexample: Counterexample | None = None
         counts: dict[str, int] = {}
