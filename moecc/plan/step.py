@@ -297,7 +297,7 @@ class SavedPlan:
             return values
         if config.micro_batches != 1:
             values.append(f"run.micro_batches={config.micro_batches}")
-        for name in ("weight_dtype", "reduce_dtype"):
+        for name in ("dtype", "weight_dtype", "reduce_dtype"):
             if (dtype := getattr(config, name)) is not None:
                 values.append(f"run.{name}={dtype}")
         return [*values, f"run.remat={config.remat}"]

@@ -92,7 +92,7 @@ def test_a_recipe_gets_mesh_and_remat(tmp_path: Path) -> None:
             "--micro-batches", "2", "--reduce-dtype", "f32")  # fmt: skip
     found = read_plan(str(saved(tmp_path, *more)))
     values = found.recipe_values()
-    assert {"run.micro_batches=2", "run.reduce_dtype=f32"} < set(values)
+    assert {"run.micro_batches=2", "run.dtype=bf16", "run.reduce_dtype=f32"} < set(values)
     assert not any(value.startswith("run.weight_dtype") for value in values)
     assert "mesh.mesh=fsdp=2,expert=4" in values
     assert "mesh.via=ring" in values
