@@ -245,7 +245,7 @@ def round_to(values: Array, dtype: DType) -> Array:
     if dtype is BF16:
         return _to_bf16(values)
     with np.errstate(over="ignore", invalid="ignore"):
-        return values.astype(dtype.numpy)
+        return values.astype(dtype.numpy, copy=False)
 
 
 def _to_bf16(values: Array) -> Array:

@@ -103,7 +103,10 @@ def evaluate(
         box = (rows, *box[1:])
         if not wanted.type.axes or not 0 <= rows[0] <= rows[1] <= wanted.type.shape[0]:
             raise ValueError(f"rows {rows} of {wanted.type}")
-    return np.array(Evaluator(reader).block(wanted, box), order="C")
+    value = Evaluator(reader).block(wanted, box)
+    # A cast to another type is memory of its own; anything else may be the reader's.
+    is_fresh = isinstance(wanted, Cast) and wanted.dtype != wanted.x.type.dtype
+    return np.array(value, order="C", copy=None if is_fresh else True)
 
 
 def blocks(
@@ -336,7 +339,9 @@ class Evaluator:
     def _cast(self, e: Cast, box: Box) -> Array:
         x = self.block(e.x, box)
         rounded = round_to(x, e.dtype)
-        if first_nonfinite(rounded) is None:
+        # float32 and float64 hold every narrower float, so only narrowing overflows.
+        is_wider = rounded.dtype.itemsize > max(x.dtype.itemsize, 2)
+        if is_wider or first_nonfinite(rounded) is None:
             return rounded
         with np.errstate(invalid="ignore"):  # a signalling NaN
             over = np.isfinite(x) & ~np.isfinite(rounded)

@@ -26,7 +26,7 @@ from moecc.train.events import Training, TrainJob
 from moecc.train.scoring import Scorer
 from moecc.types import F32, DType
 from moecc_backends.xla.dispatch.choose import dispatch_problems
-from moecc_backends.xla.import_jax import find_devices
+from moecc_backends.xla.import_jax import find_devices, keep_compiled_programs
 from moecc_backends.xla.lower.function import function as function
 from moecc_backends.xla.run.program import XlaProgram
 from moecc_backends.xla.trace.context import AUTO, DEFAULTS, Options, is_lowered
@@ -106,6 +106,7 @@ class XlaBackend:
         if process_info() is not None:
             return PlainSession(self, ReadOnce(params), dtype)
         find_devices()
+        keep_compiled_programs()
         return XlaSession(params, dtype)
 
     def lower(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import threading
 import time
@@ -67,7 +66,7 @@ from moecc.train.run import (
 )
 from moecc.train.settings import rate_at
 from moecc.types import DTYPES, Array, float_type
-from moecc_backends.xla.import_jax import find_devices
+from moecc_backends.xla.import_jax import find_devices, keep_compiled_programs
 from moecc_backends.xla.run.program import (
     configuration,
     in_precision,
@@ -498,26 +497,6 @@ def scalar(metric: Metric) -> float:
     """Return a metric that is one number."""
     assert not isinstance(metric, list), "it is one number"
     return metric
-
-
-# Keep compiled programs on disk: a run that is resumed, or a sweep, compiles nothing again.
-
-LARGEST_BYTES = 2 << 30
-_LEAST_SECONDS = 0.5
-
-
-def keep_compiled_programs() -> None:
-    """Let jax keep programs in ``~/.cache/moecc/xla``, unless it was told where, or not to.
-
-    ``JAX_COMPILATION_CACHE_DIR`` names another folder, and ``JAX_ENABLE_COMPILATION_CACHE=false``
-    keeps nothing.
-    """
-    if jax.config.values["jax_compilation_cache_dir"]:
-        return
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    jax.config.update("jax_compilation_cache_dir", str(Path(home, "moecc", "xla")))
-    jax.config.update("jax_compilation_cache_max_size", LARGEST_BYTES)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
 
 
 # How far the experts of a layer are apart: nothing at first, where they are copies.
