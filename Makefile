@@ -44,8 +44,9 @@ check: lint types test ## what CI runs, without the wheel
 fuzz: $(STAMP) ## hostile inputs for MINUTES minutes (1), every grammar in turn; counts on stdout
 	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),1)
 
-fuzz-proof: $(STAMP) ## compare prover and reference on PAIRS pairs of graphs (1000), with sound and wrong edits
-	PYTHONPATH=tests/support $(BIN)/python -m tests.oracle --pairs $(or $(PAIRS),1000)
+fuzz-proof: $(STAMP) ## compare prover and reference on PAIRS pairs of graphs (100000), with sound and wrong edits; goes on after a stop, and ends after SECONDS; writes docs/proofs/fuzz-proof.json
+	mkdir -p docs/proofs
+	PYTHONPATH=tests/support $(BIN)/python -m tests.oracle --pairs $(or $(PAIRS),100000) --seconds $(or $(SECONDS),inf) --out docs/proofs/fuzz-proof.json
 
 lint: $(STAMP) ## ruff, over everything
 	$(BIN)/ruff check .
@@ -87,16 +88,16 @@ proof-equal: $(STAMP) ## prove golden checkpoints by 65 pipelines, and the table
 	PYTHONPATH=tests/support $(BIN)/python -m tests.oracle.matrix --out docs/proofs/equal.json > /dev/null
 
 proof-mutants: $(STAMP) ## wrong passes, graphs, tables, weights and exports: none is proved; writes docs/proofs/mutants.json
-	PYTHONPATH=tests/support $(BIN)/python -m tests.oracle.mutations --out docs/proofs/mutants.json > /dev/null
+	PYTHONPATH=tests/support $(BIN)/python -m tests.oracle.mutations --seconds $(or $(SECONDS),inf) --out docs/proofs/mutants.json > /dev/null
 
 proof-z3: $(STAMP) ## lemmas of choices, ties, slots and indices by z3, installed in build/z3; writes docs/proofs/z3.json
 	test -x build/z3/bin/python || $(BIN)/python -m venv build/z3
 	build/z3/bin/python -m pip install --quiet --disable-pip-version-check z3-solver
 	build/z3/bin/python tests/oracle/z3_lemmas.py --out docs/proofs/z3.json > /dev/null
 
-proof-checker: $(STAMP) ## accept proofs by the independent checker, and reject faults and its mutants; writes docs/proofs/checker.json
+proof-checker: $(STAMP) ## accept the proofs of the matrix by the independent checker, and reject faults and its mutants; goes on after a stop, and ends after SECONDS; writes docs/proofs/checker.json
 	mkdir -p docs/proofs
-	PYTHONPATH=tests/support $(BIN)/python -m tests.checker.record > /dev/null
+	PYTHONPATH=tests/support $(BIN)/python -m tests.checker.record --seconds $(or $(SECONDS),inf)
 
 proof-kills: $(STAMP) ## end conversions at every call that changes the disk; writes docs/proofs/kills.json (20 minutes)
 	mkdir -p docs/proofs

@@ -7,6 +7,7 @@ is accepted is evaluated, too: both sides are the same number.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -153,17 +154,15 @@ class Bench:
         return True
 
 
-def failures(checker: Any, table: Any, lemmas: set[str] | None = None) -> list[str]:
-    """Return the cases that the checker judges in another way, or wrongly."""
-    wrong, bench = [], Bench(checker, table)
+def failures(checker: Any, table: Any, lemmas: frozenset[str] | None = None) -> Iterator[str]:
+    """Yield the cases of lemmas, or of some, that the checker judges in another way, or wrongly."""
+    bench = Bench(checker, table)
     for case in cases():
         if lemmas is None or case.lemma in lemmas:
             try:
                 judged = bench.judge(case)
             except AssertionError as error:
-                wrong.append(f"{case.lemma}: {error}")
+                yield f"{case.lemma}: {error}"
                 continue
             if judged is not case.holds:
-                said = "refuses" if case.holds else "accepts"
-                wrong.append(f"{case.lemma}: {said} {case.term}")
-    return wrong
+                yield f"{case.lemma}: {'refuses' if case.holds else 'accepts'} {case.term}"

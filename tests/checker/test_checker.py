@@ -8,12 +8,15 @@ from functools import cache
 
 import moecc_check
 import pytest
+from tiers import few
 
 from moecc.ir.text import parse, print_graph
 from moecc.prove import prove
 
+from ..oracle.test_matrix import proved  # noqa: TID252
 from .cases import cases, failures
 from .corruptions import FAULTS, Proof, corrupted, is_accepted, proof_of
+from .logs import misjudged
 from .mutants import Mutant, is_alive, of_table
 
 UPCYCLED = ("run", "llama_gqa", "upcycle{experts=4}")
@@ -30,7 +33,7 @@ TABLE = moecc_check.read_table(moecc_check.TABLE.read_text("utf-8"))
 
 
 def test_every_lemma_is_true_where_its_conditions_hold_and_else_refused() -> None:
-    assert not failures(moecc_check, TABLE)
+    assert not [*failures(moecc_check, TABLE)]
 
 
 def test_every_lemma_of_the_table_has_uses_of_both_kinds() -> None:
@@ -40,17 +43,8 @@ def test_every_lemma_of_the_table_has_uses_of_both_kinds() -> None:
     assert {c.lemma for c in cases() if not c.holds} == lemmas - without_conditions
 
 
-def test_a_log_cannot_bring_terms_that_are_none() -> None:
-    algebra = moecc_check.Algebra(*TABLE)
-    for row in (
-        ["variable", "i", 0],
-        ["apply", "mod", [-3], [], []],
-        ["apply", "experts", [4, 2, "logits"], [1], []],
-        ["sum", [["1", 0]]],
-    ):
-        rows = [["sum", []], ["function", [], 0], row]
-        with pytest.raises(moecc_check.Rejected):
-            moecc_check.read_log(algebra, {"terms": rows, "steps": []})
+def test_logs_by_hand_are_told_apart() -> None:
+    assert not [*misjudged(moecc_check)]
 
 
 @pytest.mark.parametrize(
@@ -73,6 +67,11 @@ def test_a_proof_of_the_matrix_is_accepted(job: tuple[str, ...]) -> None:
     proof = proof_of(*job)
     assert proof is not None
     assert is_accepted(moecc_check, proof)
+
+
+@pytest.mark.parametrize("cell", few(proved("cell"), 60), ids=" ".join)
+def test_the_proof_of_a_cell_is_accepted(cell: tuple[str, ...]) -> None:
+    assert proof_of("cell", *cell) is not None
 
 
 def test_no_fault_is_accepted() -> None:

@@ -1,10 +1,12 @@
 """``python -m tests.oracle``: compare the prover with the reference on pairs of graphs.
 
-    python -m tests.oracle [--pairs N] [--seed N] [--jobs N] [--source NAME] [--out FILE]
+    python -m tests.oracle [--pairs N] [--seed N] [--jobs N] [--seconds S] [--source NAME]
+                           [--out FILE]
 
 Pairs come in parts of 200 seeds, each with a file of counts in the work folder, so that a run that
-was stopped goes on with those that are missing.  Prints the counts; exit code 1 if prover and
-reference disagree anywhere, with the graphs in ``found/`` beside this file.
+was stopped, or given a number of seconds, goes on with those that are missing.  Prints the counts;
+exit code 1 if prover and reference disagree anywhere, with the graphs in ``found/`` beside this
+file.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import UTC, datetime
@@ -21,7 +24,7 @@ from typing import Any
 
 from moecc.version import __version__
 
-from .fuzz import run
+from .fuzz import run_until
 from .sources import SOURCES
 
 PART = 200
@@ -33,11 +36,13 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=1000, help="number of seeds")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="when to stop")
     parser.add_argument("--source", default="", choices=["", *SOURCES], help="only this source")
     parser.add_argument("--work", type=Path, default=Path("build/oracle"), help="folder of parts")
     parser.add_argument("--out", type=Path, help="where the counts go, too")
     asked = parser.parse_args()
     asked.work.mkdir(parents=True, exist_ok=True)
+    until = time.time() + asked.seconds
     starts = range(asked.seed, asked.seed + asked.pairs, PART)
     parts: dict[int, dict[str, Any]] = {}
     with ProcessPoolExecutor(asked.jobs, max_tasks_per_child=4) as pool:
@@ -48,10 +53,13 @@ def main() -> int:
                 parts[start] = json.loads(file.read_text("utf-8"))
                 continue
             stop = min(start + PART, asked.seed + asked.pairs)
-            futures[pool.submit(run, range(start, stop), asked.source)] = start, file
+            futures[pool.submit(run_until, until, range(start, stop), asked.source)] = start, file
         for future in as_completed(futures):
             start, file = futures[future]
-            parts[start] = future.result()
+            counts = future.result()
+            if counts is None:
+                continue
+            parts[start] = counts
             file.write_text(json.dumps(parts[start], indent=1), "utf-8")
             failures = parts[start]["failures"]
             print(

@@ -259,6 +259,11 @@ def load(folder: Path) -> tuple[Graph, Graph]:
     return parse(before), parse(after)
 
 
+def run_until(until: float, seeds: range, source: str) -> dict[str, Any] | None:
+    """Return the counts of a range of seeds, or None after a time."""
+    return run(seeds, source) if time.time() < until else None
+
+
 def run(seeds: range, only: str = "") -> dict[str, Any]:
     """Compare the pairs of `seeds` and return counts."""
     counts: Counter[str] = Counter()

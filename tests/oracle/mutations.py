@@ -1,13 +1,13 @@
 """Wrong passes, graphs, sharding tables, weights and exports: none is proved, most are located.
 
-    python -m tests.oracle.mutations [--share S] [--jobs N] [--out FILE]
+    python -m tests.oracle.mutations [--share S] [--jobs N] [--seconds S] [--out FILE]
 
 Five kinds of wrong pairs: the mutants of ``tests/mutants`` on random graphs, slips in golden models
 after upcycling, graphs laid on a mesh by a wrong row of a sharding table, golden models with a
 wrong weight expression, and exports with exchanged names.  Those on which the reference differs
 count.
 Writes a dated JSON: how many are proved, which must be none, refuted, refuted where the graphs
-part, and open.
+part, and open.  A run that was stopped, or given a number of seconds, goes on where it ended.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -301,20 +302,35 @@ COUNTS = {"pass": 4, "slip": 260, "table": 8, "weight": 80, "export": 60}
 """How many are wanted: of each pass and table, of all others together."""
 
 
-def run(kind: str, count: int, seed: int, log: Path) -> None:
-    """Try pairs of a kind until so many differ, and add a line to `log` about each of these."""
+def run(kind: str, count: int, seed: int, log: Path, until: float) -> None:
+    """Try pairs of a kind until so many differ, and add a line to `log` about each.
+
+    Args:
+      kind: of `KINDS`.
+      count: how many are wanted that differ.
+      seed: of all draws.
+      log: has a line of every pair that was tried, too, by an earlier run.
+      until: the time at which to stop.
+    """
+    lines = log.read_text("utf-8").splitlines() if log.exists() else []
+    earlier = {r["number"]: r for r in map(json.loads, lines) if r["kind"] == kind}
     each: Counter[str] = Counter()
     is_each = kind in ("pass", "table")
     completed = 0
     for number, item in enumerate(KINDS[kind](count, seed)):
         if each[item.name] >= count if is_each else completed >= count:
             continue
-        result = tried(item, seed + number)
-        if result is not None:
+        row = earlier.get(number)
+        if row is None:
+            if time.time() > until:
+                return
+            result = tried(item, seed + number)
+            row = result or {"kind": kind, "name": item.name, "status": "agreed"}
+            with log.open("a", encoding="utf-8") as file:
+                print(json.dumps({**row, "number": number}), file=file)
+        if row["status"] != "agreed":
             each[item.name] += 1
             completed += 1
-            with log.open("a", encoding="utf-8") as lines:
-                print(json.dumps(result), file=lines)
 
 
 def main() -> int:
@@ -324,22 +340,33 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=list(KINDS))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="when to stop")
     parser.add_argument("--log", type=Path, default=ROOT / "build" / "mutants.jsonl")
     parser.add_argument("--out", type=Path, default=RECORD)
     asked = parser.parse_args()
     asked.log.parent.mkdir(parents=True, exist_ok=True)
-    asked.log.write_text("", "utf-8")
+    until = time.time() + asked.seconds
     with ProcessPoolExecutor(asked.jobs) as pool:
         kinds = [asked.only] if asked.only else list(KINDS)
         counts = {kind: max(1, round(COUNTS[kind] * asked.share)) for kind in kinds}
-        futures = [pool.submit(run, k, n, asked.seed, asked.log) for k, n in counts.items()]
+        futures = [pool.submit(run, k, n, asked.seed, asked.log, until) for k, n in counts.items()]
         for future in futures:
             future.result()
-    record = summary([json.loads(x) for x in asked.log.read_text("utf-8").splitlines()])
+    rows = [json.loads(x) for x in asked.log.read_text("utf-8").splitlines()]
+    record = summary([r for r in rows if r["status"] != "agreed"])
     asked.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
     shown = {k: v for k, v in record.items() if k not in ("open", "proved_wrongly")}
     print(json.dumps(shown, indent=1))
     return 1 if record["proved_wrongly"] else 0
+
+
+def by_slip(results: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """Return what came of each slip, by its name."""
+    slips: dict[str, Counter[str]] = {}
+    for row in results:
+        if row["kind"] == "slip":
+            slips.setdefault(row["name"].split(" in ")[0], Counter())[row["status"]] += 1
+    return {name: dict(sorted(c.items())) for name, c in sorted(slips.items())}
 
 
 def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -368,6 +395,7 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
         "share_refuted_where_they_part": round(at_node / len(results), 4) if results else None,
         "share_refuted_in_the_layer": round(in_layer / len(results), 4) if results else None,
         "kinds": kinds,
+        "slips": by_slip(results),
         "proved_wrongly": [r for r in results if r["status"] == "proved"],
         "open": [r for r in results if r["status"] not in ("proved", "refuted")],
     }

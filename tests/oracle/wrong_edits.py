@@ -248,6 +248,16 @@ def break_ties_the_other_way(node: Node, rng: Rng) -> bool:
     return insert(node, mirrored) if node.results[0].users else True
 
 
+@wrong("causal", "mask", "attention")
+def mistake_a_mask(node: Node, rng: Rng) -> bool:
+    """A mask keeps other positions: those of another window, or it fills in another number."""
+    if node.op.name == "attention" and not node.attrs["causal"]:
+        return False
+    name, values = ("fill", [-1.0, 0.0]) if node.op.name == "mask" else ("window", [1, 2])
+    node.attrs[name] = pick(rng, [v for v in values if v != node.attrs[name]])
+    return True
+
+
 @wrong("route")
 def exchange_experts(node: Node, rng: Rng) -> bool:
     """The numbers of the chosen experts are mirrored, and the experts are not."""

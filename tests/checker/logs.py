@@ -1,0 +1,111 @@
+"""Small logs by hand: one that is a proof, and others that are none."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from hashlib import sha256
+from typing import Any
+
+Log = tuple[dict[str, Any], str, str]
+"""A log, and the texts of two graphs."""
+
+TEXT = """moecc 1
+graph g {{
+  input %x : f32[a=2, b=3]
+{}
+  output y = %y
+}}
+"""
+BEFORE = TEXT.format("  %y = scale %x {by=2.0} : f32[a=2, b=3]")
+AFTER = TEXT.format("  %y = add %x, %x : f32[a=2, b=3]")
+
+
+def log_of(before: str, after: str, fields: dict[str, Any] | None = None) -> Log:
+    """Return a log without steps of two texts, and with some fields."""
+    log = {
+        "schema": "moecc.proof/1",
+        "exact": False,
+        "rolled": False,
+        "fractions": False,
+        "before": sha256(before.encode()).hexdigest(),
+        "after": sha256(after.encode()).hexdigest(),
+        "terms": [],
+        "outputs": ["y"],
+        "lemmas": {},
+        "steps": [],
+    }
+    return {**log, **(fields or {})}, before, after
+
+
+PROOF = log_of(BEFORE, AFTER)
+
+ROWS: dict[str, list[Any]] = {
+    "of no kind": [["sort"]],
+    "a variable of no size": [["variable", "i", 0]],
+    "a variable of a fraction": [["variable", "i", 1.5]],
+    "a sum of a sum": [["sum", []], ["sum", [["1", 0]]]],
+    "a product over a sum": [["sum", []], ["product", [0], []]],
+    "a product of a sum": [["sum", []], ["product", [], [0]]],
+    "a function of a sum": [["sum", []], ["function", [0], 0]],
+    "a function to a product": [["product", [], []], ["function", [], 0]],
+    "a remainder by no number": [["sum", []], ["apply", "mod", [-3], [], [0]]],
+    "a quotient by 0": [["sum", []], ["apply", "div", [0], [], [0]]],
+    "a permutation of nothing": [["sum", []], ["apply", "permutation", ["S"], [], [0]]],
+    "choices of other sizes": [
+        ["sum", []],
+        ["variable", "i", 8],
+        ["function", [1], 0],
+        ["apply", "experts", [4, 2, "logits"], [2], [0]],
+    ],
+    "a function as an argument": [
+        ["sum", []],
+        ["function", [], 0],
+        ["apply", "silu", [], [], [1]],
+    ],
+    "an argument as a function": [["sum", []], ["apply", "max", [], [0], []]],
+}
+"""Rows that are no terms."""
+
+
+def wrong_logs() -> Iterator[tuple[str, Log]]:
+    """Yield what is wrong and a log that is no proof."""
+    for name, rows in ROWS.items():
+        yield name, log_of(BEFORE, AFTER, {"terms": rows})
+    for key in ("before", "after"):
+        yield f"another {key}", log_of(BEFORE, AFTER, {key: "0" * 64})
+    yield "another schema", log_of(BEFORE, AFTER, {"schema": "moecc.proof/0"})
+    yield "another count", log_of(BEFORE, AFTER, {"lemmas": {"range": 1}})
+    yield "no output", log_of(BEFORE, AFTER, {"outputs": []})
+    yield "another output", log_of(BEFORE, AFTER, {"outputs": ["y", "z"]})
+    steps = {"terms": [["product", [], []]], "steps": [["sort", 0, []]], "lemmas": {"sort": 1}}
+    yield "no lemma", log_of(BEFORE, AFTER, steps)
+    for name, line in {
+        "another function": "  %y = scale %x {by=3.0} : f32[a=2, b=3]",
+        "another order of axes": "  %y = add %x, %x : f32[b=3, a=2]",
+        "another type": "  %y = add %x, %x : f64[a=2, b=3]",
+        "a summand": "  %y = add %x, %x : f32[a=2, b=3] unreduced(m)",
+        "another input": "  input %z : f32[a=2]\n  %y = add %x, %x : f32[a=2, b=3]",
+        "axes that are none": "  %y = add %x, %x : f32[a=2, b=4]",
+        "a statement that is none": "  sort\n  %y = add %x, %x : f32[a=2, b=3]",
+    }.items():
+        yield name, log_of(BEFORE, TEXT.format(line))
+    yield "text after the graph", log_of(BEFORE, AFTER + "}\n")
+    yield "a graph without an end", log_of(BEFORE, AFTER[:-2])
+
+
+def misjudged(checker: Any) -> Iterator[str]:
+    """Yield the logs that a checker judges in another way than it should."""
+    if not _is_accepted(checker, PROOF):
+        yield "refuses a proof"
+    for name, log in wrong_logs():
+        if _is_accepted(checker, log):
+            yield f"accepts {name}"
+
+
+def _is_accepted(checker: Any, log: Log) -> bool:
+    try:
+        checker.accepted(*copy.deepcopy(log))
+    except checker.Rejected:
+        return False
+    return True
