@@ -43,10 +43,14 @@ GRAPH_NAME = "graph.moe"
 MODEL_TYPE = "jax_function"
 """What its ``config.json`` calls it."""
 
+MODULE_TYPE, MODULE_SCHEMA = "torch_module", "moecc.module/1"
+"""What the ``config.json`` of a module of PyTorch calls it, where transformers knows no type of
+its own, and the schema of what it says of its mixtures."""
+
 GRAPH = "jax"
 """The name of the graph of its blocks."""
 
-_MAX_CONFIG_BYTES = 16 << 20
+MAX_CONFIG_BYTES = 16 << 20
 
 
 def function_name(graph: Graph) -> str | None:
@@ -56,15 +60,17 @@ def function_name(graph: Graph) -> str | None:
 
 
 def is_function_folder(path: str | os.PathLike[str]) -> bool:
-    """Return whether a folder holds a converted function."""
+    """Return whether a folder holds a converted function of JAX, or a converted module."""
     folder = Path(path)
     if not os.path.isfile(folder / GRAPH_NAME) or not os.path.isfile(folder / CONFIG_NAME):
         return False
     try:
-        config = read_json_object(folder / CONFIG_NAME, limit_bytes=_MAX_CONFIG_BYTES)
+        config = read_json_object(folder / CONFIG_NAME, limit_bytes=MAX_CONFIG_BYTES)
     except MoeccError:
         return False
-    return config.get("model_type") == MODEL_TYPE
+    mixtures = config.get("moecc")
+    is_module = isinstance(mixtures, dict) and mixtures.get("schema") == MODULE_SCHEMA
+    return is_module or config.get("model_type") == MODEL_TYPE
 
 
 SHOWN_PARAMS = 50

@@ -356,6 +356,8 @@ def _why_outside(variable: Variable) -> str:
 
 
 def _is_reduction(equation: Equation) -> bool:
+    if "reduces" in equation.params:  # an operation of another program says so itself
+        return bool(equation.params["reduces"])
     return equation.name.startswith("reduce_") and equation.name != "reduce_precision"
 
 

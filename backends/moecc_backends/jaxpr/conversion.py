@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
-from functools import wraps
+from functools import cached_property, wraps
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from moecc.jobs.receipt import RECEIPT_NAME, Receipt
 from moecc.model.open import CONFIG_NAME, GRAPH_NAME, MODEL_TYPE
 from moecc.rewrite.passes import Context, Pass, Preserves
 from moecc.rewrite.pipeline import Pipeline, installed
-from moecc.rewrite.runner import run_pipeline
+from moecc.rewrite.runner import PipelineReport, run_pipeline
 from moecc.support.untyped import Json
 from moecc.types import DTYPES, Array, Axis, TensorType
 from moecc.version import __version__
@@ -126,7 +126,7 @@ class FunctionReport:
       misses: what is nearly a block, and why it is none.
       unused: the parameters that the function does not use.
       remarks: the notes of the passes.
-      equations: how many equations the function has, those of blocks apart.
+      stayed: what stayed as it was.
       elements_before: the elements of the parameters before.
       elements_after: and afterwards.
       line: where the function is in the user's program.
@@ -139,7 +139,7 @@ class FunctionReport:
     misses: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
-    equations: int = 0
+    stayed: str = ""
     elements_before: int = 0
     elements_after: int = 0
     line: str = ""
@@ -161,7 +161,7 @@ class FunctionReport:
             f"{self.function}: {count} of {len(self.blocks)} blocks converted by {self.pipeline}",
             f"preserves {self.preserves}",
             f"parameters: {self.elements_before:,} → {self.elements_after:,}",
-            f"stayed JAX: {self.equations:,} equations",
+            self.stayed,
             *(f"  {block}" for block in self.blocks),
         ]
         if self.misses:
@@ -573,14 +573,11 @@ def convert(
     if pipeline is None:
         *args_before, pipeline = args or (None,)
         args = tuple(args_before)
-    passes, seed = _parsed(pipeline), whole("seed", seed)
+    passes, seed = parsed_pipeline(pipeline), whole("seed", seed)
     for name, value in (("causal", causal), ("allow_unmatched", allow_unmatched), ("check", check)):
         flag(name, value)
     tree, arrays = ParamTree.of(params)
     _, survey, labels = _survey_function(function, tree, arrays, (args, kwargs), tokens or {})
-    graph = graph_of_blocks(survey, name=_name(function), is_causal=causal, labels=labels)
-    locations = [i.loc for i in survey.instances().values()]
-    keys = {loc: part.key() for loc, part in cut_graph(graph, locations).blocks.items()}
     # What reads small parameters on which promises depend.
     are_shapes = any(isinstance(a, jax.ShapeDtypeStruct) for a in arrays.values())
 
@@ -590,15 +587,10 @@ def convert(
         return LeafEvaluator(arrays).evaluate(weight)
 
     context = Context(seed=seed, allow_unmatched=allow_unmatched, read=read)
-    contracts = Contracts(unchecked="convert(…, check=True) does")
-    if check:
-        contracts = check_contracts(graph, passes, context)
-    try:
-        run = run_pipeline(graph, passes, context=context)
-    except InputError as error:
-        # Where a pass matches nothing, the near misses say why.
-        raise InputError([*error.problems, *_problems(survey.misses)]) from None
-    state = _new_state(tree, arrays, survey, graph, keys)
+    rewritten = rewrite_blocks(
+        survey, labels, passes, context, name=_name(function), causal=causal, check=check
+    )
+    state = _new_state(tree, arrays, survey, rewritten)
     new = {(s.key, s.in_tree): new_array(s, state.leaves, arrays) for s in state.storage.arrays}
     in_place = {n: a for n, a in arrays.items() if n not in state.storage.gone}
     in_place |= {key: array for (key, in_tree), array in new.items() if in_tree}
@@ -606,25 +598,122 @@ def convert(
         TREE: tree.unflatten(in_place),
         BESIDE: {key: array for (key, in_tree), array in new.items() if not in_tree},
     }
-    report = FunctionReport(
-        function=_name(function),
-        line=function_line(function),
-        pipeline=str(passes),
-        preserves=str(run.preserves),
-        blocks=tuple(
-            BlockReport(i.loc, i.line, i.summary, i.loc in state.converted)
-            for i in state.instances.values()
-        ),
-        misses=tuple(map(str, survey.misses)),
-        unused=survey.unused,
-        remarks=tuple(dict.fromkeys(str(r) for each in run.runs for r in each.remarks)),
-        equations=len([*survey.scope.every_equation()]) - len(equations_of(survey.sites)),
-        elements_before=_count_elements(arrays),
-        elements_after=_count_elements(new_params),
+    report = rewritten.report(
+        survey,
+        function_line(function),
+        _count_elements(arrays),
+        _count_elements(new_params),
     )
+    preserves, contracts = rewritten.run.preserves, rewritten.contracts
     return FunctionConversion(
-        new_params, graph, report, run.preserves, passes, seed, contracts, state
+        new_params, rewritten.graph, report, preserves, passes, seed, contracts, state
     )
+
+
+@dataclass(frozen=True)
+class RewrittenBlocks:
+    """The blocks of a program, rewritten.
+
+    Attributes:
+      name: the name of the program.
+      graph: the blocks as one graph.
+      pipeline: the passes.
+      run: what they did.
+      contracts: what they were found to keep, at reduced sizes.
+      keys: the computation of each block before, by location.
+    """
+
+    name: str
+    graph: Graph
+    pipeline: Pipeline
+    run: PipelineReport
+    contracts: Contracts
+    keys: Mapping[str, object]
+
+    @cached_property
+    def parts(self) -> BlockParts:
+        """The graph in parts."""
+        return cut_graph(self.graph, self.keys)
+
+    @property
+    def converted(self) -> frozenset[str]:
+        """The locations of the blocks that the pipeline changed."""
+        parts = self.parts.blocks
+        return frozenset(loc for loc, part in parts.items() if part.key() != self.keys[loc])
+
+    def report(
+        self,
+        survey: Survey,
+        line: str,
+        before: int,
+        after: int,
+        stayed: str = "",
+    ) -> FunctionReport:
+        """Return what was done.
+
+        Args:
+          survey: the blocks.
+          line: where the program is.
+          before: the elements of its parameters before.
+          after: and afterwards.
+          stayed: what stayed as it was; by default equations of JAX.
+        """
+        equations = len([*survey.scope.every_equation()]) - len(equations_of(survey.sites))
+        return FunctionReport(
+            function=self.name,
+            line=line,
+            pipeline=str(self.pipeline),
+            preserves=str(self.run.preserves),
+            blocks=tuple(
+                BlockReport(i.loc, i.line, i.summary, i.loc in self.converted)
+                for i in survey.instances().values()
+            ),
+            misses=tuple(map(str, survey.misses)),
+            unused=survey.unused,
+            remarks=tuple(dict.fromkeys(str(r) for each in self.run.runs for r in each.remarks)),
+            stayed=stayed or f"stayed JAX: {equations:,} equations",
+            elements_before=before,
+            elements_after=after,
+        )
+
+
+def rewrite_blocks(
+    survey: Survey,
+    labels: VariableLabels,
+    passes: Pipeline,
+    context: Context,
+    *,
+    name: str,
+    causal: bool,
+    check: bool,
+) -> RewrittenBlocks:
+    """Run passes on the blocks of a program.
+
+    Args:
+      survey: the blocks.
+      labels: the axes of tokens.
+      passes: the passes.
+      context: what they may use.
+      name: the name of the program.
+      causal: whether no token may depend on later ones.
+      check: whether each pass is held to its promise, on the graph at reduced sizes.
+
+    Raises:
+      InputError: a pass does not fit.
+      CheckError: a pass broke its promise.
+    """
+    graph = graph_of_blocks(survey, name=name, is_causal=causal, labels=labels)
+    locations = [i.loc for i in survey.instances().values()]
+    keys = {loc: part.key() for loc, part in cut_graph(graph, locations).blocks.items()}
+    contracts = Contracts(unchecked="convert(…, check=True) does")
+    if check:
+        contracts = check_contracts(graph, passes, context)
+    try:
+        run = run_pipeline(graph, passes, context=context)
+    except InputError as error:
+        # Where a pass matches nothing, the near misses say why.
+        raise InputError([*error.problems, *problems_of(survey.misses)]) from None
+    return RewrittenBlocks(name, graph, passes, run, contracts, keys)
 
 
 def graph(
@@ -683,17 +772,19 @@ def _survey_function(
         expected="a product with a weight, functions of elements, a product with a weight",
         hint="the parameters are the first argument; weights that are closed over are constants",
     )
-    raise InputError([problem, *_problems(survey.misses)])
+    raise InputError([problem, *problems_of(survey.misses)])
 
 
-def _problems(misses: Iterable[BlockMiss]) -> list[Problem]:
+def problems_of(misses: Iterable[BlockMiss]) -> list[Problem]:
+    """Return near misses as problems."""
     return [
         Problem(f"not a block: {miss.reason}", where=miss.line or ", ".join(miss.weights))
         for miss in misses
     ]
 
 
-def _parsed(pipeline: object) -> Pipeline:
+def parsed_pipeline(pipeline: object) -> Pipeline:
+    """Return a pipeline. Raises UsageError where it is none."""
     parts = pipeline if isinstance(pipeline, (list, tuple)) and pipeline else (pipeline,)
     if all(isinstance(part, (str, Pass, Pipeline)) for part in parts):
         return pipeline_of(pipeline)
@@ -708,8 +799,7 @@ def _new_state(
     tree: ParamTree,
     arrays: Mapping[str, AnyArray],
     survey: Survey,
-    graph: Graph,
-    keys: Mapping[str, object],
+    rewritten: RewrittenBlocks,
 ) -> ConversionState:
     """Return which blocks a pipeline converted, and where their parameters lie.
 
@@ -717,21 +807,19 @@ def _new_state(
       tree: the dense parameters.
       arrays: their arrays.
       survey: the blocks.
-      graph: the converted graph.
-      keys: the computation of each block before, by location.
+      rewritten: the converted blocks.
 
     Raises:
       InputError: the blocks of a loop differ now.
     """
-    parts, instances = cut_graph(graph, keys), survey.instances()
-    converted = frozenset(loc for loc, part in parts.blocks.items() if part.key() != keys[loc])
+    parts, instances, converted = rewritten.parts, survey.instances(), rewritten.converted
     groups = [(site, [instances[key] for key in site.keys]) for site in survey.sites]
     _check_loops((blocks for _, blocks in groups), parts, converted)
     replaced = [(site, blocks) for site, blocks in groups if blocks[0].loc in converted]
     uses = leaf_uses(survey.scope, equations_of(site for site, _ in replaced))
     leaves = leaves_of(arrays)
     storage = plan_storage(
-        graph,
+        rewritten.graph,
         leaves,
         [(bool(site.loops), blocks) for site, blocks in replaced],
         {use.view.leaf.name for use in uses},

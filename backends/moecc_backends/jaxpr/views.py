@@ -154,8 +154,20 @@ def _line(file: str, number: int | None, function: str) -> str:
     return f"{Path(file).name}:{number} in {function}"
 
 
+LINE_MARK = "\x1f"
+"""Between a name and a line in the scope of an equation that stands for another program's."""
+
+
+def scope_of(eqn: JaxEquation) -> tuple[str, str]:
+    """Return the name and the line of the operation of another program that an equation is of."""
+    name, _, line = str(eqn.source_info.name_stack).partition(LINE_MARK)
+    return name, line
+
+
 def user_line(eqn: JaxEquation) -> str:
     """Return ``file.py:12 in block`` for the innermost line outside of libraries, or nothing."""
+    if LINE_MARK in str(eqn.source_info.name_stack):
+        return scope_of(eqn)[1]
     traceback = eqn.source_info.traceback
     for frame in [] if traceback is None else traceback.frames:
         if not _is_library(frame.file_name):

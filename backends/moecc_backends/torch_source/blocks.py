@@ -39,6 +39,7 @@ class ModuleBlock:
       layer: the stack and number of the layer that it is; None for other blocks.
       attribute: the name of the module in the block around it, where no path names it.
       stack: the name of the stack that it is in: Encoder, Decoder, or empty.
+      base: the class that its own extends; by default that of layers, or of modules.
     """
 
     title: str
@@ -47,6 +48,7 @@ class ModuleBlock:
     layer: tuple[str, int] | None = None
     attribute: str = ""
     stack: str = ""
+    base: str = ""
     inputs: list[ProgramValue] = field(default_factory=list)
     outputs: list[ProgramValue] = field(default_factory=list)
 
@@ -101,7 +103,7 @@ def blocks_of(
         stack = layer[0].rpartition(".")[0]
         title = f"{_camel(stack)}Layer"
         block = ModuleBlock(title, prefixes.get(layer, f"{layer[0]}.{layer[1]}"), [], layer)
-        block.steps = _inner(items, block.path)
+        block.steps = inner_steps(items, block.path)
         for part in (block, *block.blocks):
             part.stack = _camel(stack)
         groups.append(block)
@@ -112,15 +114,16 @@ def blocks_of(
             group.title = group.title.removesuffix("Layer") + kind
     steps = ordered(program.items, groups)
     for step in steps:
-        _close(step, program)
+        close(step, program)
     return steps
 
 
-def _close(step: Item | ModuleBlock, program: TorchProgram) -> None:
+def close(step: Item | ModuleBlock, program: TorchProgram) -> None:
+    """Find what a block and those within read, and what is used of them."""
     if isinstance(step, ModuleBlock):
         step.close(program.outputs.values())
         for inner in step.blocks:
-            _close(inner, program)
+            close(inner, program)
 
 
 def _camel(text: str) -> str:
@@ -169,7 +172,7 @@ def ordered(items: list[Item], blocks: list[ModuleBlock]) -> list[Item | ModuleB
 # The modules within a layer.
 
 
-def _inner(items: list[Item], path: str) -> list[Item | ModuleBlock]:
+def inner_steps(items: list[Item], path: str) -> list[Item | ModuleBlock]:
     """Return the steps of a layer, with a block for each module that lies together."""
     inside = set(items)
     groups: list[ModuleBlock] = []

@@ -179,7 +179,7 @@ def renamed_params(graph: Graph) -> dict[str, str]:
     names: dict[str, str] = {}
     used: set[str] = set()
     for name, value in graph.params.items():
-        path = ".".join(map(_component, _placed(graph, name, value, prefixes, experts).split(".")))
+        path = module_path(_placed(graph, name, value, prefixes, experts))
         unique, number = path, 2
         while unique in used or any(is_under(u, unique) for u in used):
             module, _, last = path.rpartition(".")
@@ -189,7 +189,12 @@ def renamed_params(graph: Graph) -> dict[str, str]:
     return names
 
 
-def _component(text: str) -> str:
+def module_path(path: str) -> str:
+    """Return a path whose parts modules and parameters can be called."""
+    return ".".join(map(module_component, path.split(".")))
+
+
+def module_component(text: str) -> str:
     """Return a part of a path that a module can have: a number, or a name of its own."""
     if text.isdigit() and text == str(int(text)):
         return text
@@ -212,7 +217,7 @@ def _placed(
     old, new = experts.get(layer, ("", prefix))
     if _is_foreign(name, value.loc):
         relative = name.removeprefix(f"{value.loc}.")
-        return f"{new if _is_of_experts(value) else prefix}.{relative}"
+        return f"{new if is_of_experts(value) else prefix}.{relative}"
     base, _, word = name.rpartition(".")
     if base in graph.params and base != name:
         parts = base.removeprefix(f"{prefix}.").split(".")
@@ -220,12 +225,12 @@ def _placed(
         return f"{prefix}.{ADDED.get(word, word)}.{relative}"
     if not is_under(name, prefix):
         return f"{prefix}.{name}"
-    if _is_of_experts(value) and old != new:
+    if is_of_experts(value) and old != new:
         return f"{new}.{name.removeprefix(f'{old}.')}"
     return name
 
 
-def _is_of_experts(value: Value) -> bool:
+def is_of_experts(value: Value) -> bool:
     """Whether a parameter meets the rows of experts."""
     return "expert" in value.type and any(
         isinstance(axis.size, Extent) and axis.name == "slot"
@@ -242,7 +247,7 @@ def _expert_prefixes(
     groups: dict[tuple[str, int], list[str]] = defaultdict(list)
     for name, value in graph.params.items():
         layer = layer_of(value.loc)
-        if layer in prefixes and _is_of_experts(value) and is_under(name, prefixes[layer]):
+        if layer in prefixes and is_of_experts(value) and is_under(name, prefixes[layer]):
             groups[layer].append(name)
     paths: dict[tuple[str, int], tuple[str, str]] = {}
     for layer, names in groups.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.resources import files
@@ -66,11 +66,20 @@ def segments_of(graph: Graph, *, continues: bool) -> Segments:
     Raises:
       InputError: the graph has something that cannot be written.
     """
-    has_modes = "routing" in graph.attrs or graph.attrs.get("mode") == "train"
-    is_train = graph.attrs.get("mode") == "train"
     ready = prepared(graph)
     names = renamed_params(ready)
     rename_params(ready, names)
+    program = programmed(ready, continues=continues)
+    if program.tokens:
+        add_caches(program, cached=can_continue(graph))
+    layers = layer_prefixes(ready)
+    return Segments(program, blocks_of(program, layers), layers, names)
+
+
+def programmed(ready: Graph, *, continues: bool) -> TorchProgram:
+    """Return the program of a prepared graph, in training and evaluation where they differ."""
+    is_train = ready.attrs.get("mode") == "train"
+    has_modes = "routing" in ready.attrs or is_train
     training = in_mode(ready, "train") if has_modes and not is_train else ready
 
     def program_in(mode: Graph) -> TorchProgram:
@@ -79,10 +88,7 @@ def segments_of(graph: Graph, *, continues: bool) -> Segments:
     program = program_in(training)
     if has_modes:
         add_evaluation(program, program_in(in_mode(ready, "eval") if is_train else clone(ready)))
-    if program.tokens:
-        add_caches(program, cached=can_continue(graph))
-    layers = layer_prefixes(ready)
-    return Segments(program, blocks_of(program, layers), layers, names)
+    return program
 
 
 def emit_torch(graph: Graph) -> EmittedProgram:
@@ -92,27 +98,40 @@ def emit_torch(graph: Graph) -> EmittedProgram:
       InputError: the graph has something that cannot be written as PyTorch.
     """
     segments = segments_of(graph, continues=True)
-    classes = Classes(_reserved_names())
+    classes = Classes(reserved_names())
     segments.write(classes, lambda block: BlockWriter(block, classes, OPERATIONS).write())
     models = Models(segments.program, segments.steps, classes)
     models.write()
-    return EmittedProgram({FILE_NAME: _text(models)}, segments.names, models.config())
+    text = file_text(classes, [models.base_text(), *models.texts])
+    return EmittedProgram({FILE_NAME: text}, segments.names, models.config())
 
 
-def _text(models: Models) -> str:
-    """Return the file."""
+def file_text(
+    classes: Classes, texts: Iterable[Sequence[str]], title: str = "", more_imports: str = ""
+) -> str:
+    """Return a file: the helpers and classes that are used, and the lines of further parts.
+
+    Args:
+      classes: the classes.
+      texts: the further parts.
+      title: the docstring of the file; by default that of a model.
+      more_imports: further imports.
+    """
     parts = [
-        *helper_texts(models.classes.helpers, helpers()),
-        *("\n".join(d.lines()) for d in models.classes.definitions),
-        "\n".join(models.base_text()),
-        *("\n".join(lines) for lines in models.texts),
+        *helper_texts(classes.helpers, helpers()),
+        *("\n".join(d.lines()) for d in classes.definitions),
+        *("\n".join(lines) for lines in texts),
     ]
     body = "\n\n\n".join(parts) + "\n"
-    return f"{imports(PREAMBLE, body)}\n\n{body}"
+    preamble = PREAMBLE.replace(TITLE, title or TITLE)
+    return f"{imports(preamble, body)}{more_imports}\n\n{body}"
 
 
-PREAMBLE = '''"""A model that moecc has written, to be edited; comments name axes of values."""
+TITLE = "A model that moecc has written, to be edited; comments name axes of values."
 
+PREAMBLE = f'''"""{TITLE}"""
+
+import functools
 import inspect
 import math
 from dataclasses import dataclass
@@ -133,7 +152,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 @cache
-def _reserved_names() -> frozenset[str]:
+def reserved_names() -> frozenset[str]:
     """Return what a text may import, and the helpers that it may define."""
     imports = [n for n in ast.parse(PREAMBLE).body if isinstance(n, ast.Import | ast.ImportFrom)]
     imported = {alias.asname or alias.name for node in imports for alias in node.names}
@@ -169,7 +188,7 @@ def imports(preamble: str, body: str) -> str:
 
 # The helpers: real functions, whose text is copied.
 
-HELPER_FILES = ("attention.py", "experts.py", "models.py")
+HELPER_FILES = ("attention.py", "experts.py", "models.py", "placing.py")
 
 
 @cache

@@ -10,9 +10,10 @@ import inspect
 from collections.abc import Callable, Sequence
 
 from moecc.errors import InputError
+from moecc.ir.formula import FormulaStep, parse_formula
 from moecc.ir.operation import OPS
 from moecc_backends.torch_source.program import ROW, Item, ProgramValue
-from moecc_backends.torch_source.text import ATOM, COMPARISON, PRODUCT, SUM, PythonExpr
+from moecc_backends.torch_source.text import ATOM, COMPARISON, PRODUCT, SUM, PythonExpr, literal
 from moecc_backends.torch_source.writer import BlockWriter
 
 Emission = Callable[..., PythonExpr | None]
@@ -199,9 +200,67 @@ def _mask(w: BlockWriter, item: Item, *, fill: float) -> PythonExpr:
     return PythonExpr(f"{x.atom}.masked_fill(~{keep.atom}, {w.literal(fill, 'fill')})", x.axes)
 
 
+FUNCTIONS = {
+    "add": "({} + {})",
+    "sub": "({} - {})",
+    "mul": "({} * {})",
+    "div": "({} / {})",
+    "neg": "(-{})",
+    "pow": "({} ** {})",
+    "less": "({} < {})",
+    "less_equal": "({} <= {})",
+    "greater": "({} > {})",
+    "greater_equal": "({} >= {})",
+    "equal": "({} == {})",
+    "not_equal": "({} != {})",
+    "and": "({} & {})",
+    "or": "({} | {})",
+    "xor": "({} ^ {})",
+    "not": "(~{})",
+    "relu": "F.relu({})",
+    "relu6": "F.relu6({})",
+    "clamp": "torch.clamp({1}, {0}, {2})",
+    "cbrt": "({0}.sign() * {0}.abs() ** (1 / 3))",
+    "stop_gradient": "{}.detach()",
+    "wide": "widened({})",
+}
+"""Functions of formulas in PyTorch, where torch has them not by the same name."""
+
+
 @emission("pointwise")
 def _pointwise(w: BlockWriter, item: Item, *, function: str) -> PythonExpr:
-    raise refuse(item, "function", function)
+    formula = parse_formula(function)
+    x = w.expr(item.operands[0])
+    if not x.text.isidentifier():
+        x = w.assign(item.operands[0], x)
+    numbers = [n for step in formula.steps for n in step.arguments if isinstance(n, int)]
+    texts, parts = [x.text], list[ProgramValue]()
+    for number, step in enumerate(formula.steps, 1):
+        arguments = [texts[n] if isinstance(n, int) else literal(n) for n in step.arguments]
+        text = _function(w, step, arguments, x.text)
+        if numbers.count(number) > 1:
+            parts.append(ProgramValue("part", x.axes))
+            w.remaining[parts[-1]] = 1
+            text = w.assign(parts[-1], PythonExpr(text, x.axes)).text
+        texts.append(text)
+    for part in parts:
+        w.remaining[part] = 0
+    return PythonExpr(texts[formula.result], x.axes)
+
+
+def _function(w: BlockWriter, step: FormulaStep, arguments: list[str], operand: str) -> str:
+    """Return a step of a formula; numbers in it are literals."""
+    name, count = step.function, sum(isinstance(n, int) for n in step.arguments)
+    if name in ("maximum", "minimum") and count == 1:
+        tensor, bound = arguments if isinstance(step.arguments[0], int) else arguments[::-1]
+        return f"{tensor}.clamp({name[:3]}={bound})"
+    if name == "wide":
+        w.helper("widened")
+    if name == "narrow":
+        return f"{arguments[0]}.to({operand}.dtype)"
+    return FUNCTIONS.get(name, f"torch.{name}({', '.join(['{}'] * len(arguments))})").format(
+        *arguments
+    )
 
 
 # Axes.

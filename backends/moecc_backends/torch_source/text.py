@@ -176,7 +176,8 @@ class Classes:
             [*stored, *constructor],
             list(first.signature),
             [with_texts(line, forwards) for line in first.lines],
-            base="GradientCheckpointingLayer" if group[0][0].layer else "nn.Module",
+            base=group[0][0].base
+            or ("GradientCheckpointingLayer" if group[0][0].layer else "nn.Module"),
         )
         self.definitions.append(definition)
         for at, (block, writer) in enumerate(group):
@@ -248,7 +249,7 @@ def folded(line: str) -> list[str]:
     if not spans:
         return [code]
     start, end = max(spans, key=lambda s: (s[1] - s[0], -s[0]))
-    parts = _split(code[start + 1 : end])
+    parts = split_outside(code[start + 1 : end])
     head, tail = code[: start + 1], code[end:]
     body = [f"{indent}    {part}," for part in parts]
     is_group = code[start] == "(" and not code[:start].rstrip().endswith(_CALLS)
@@ -282,7 +283,7 @@ def _brackets(code: str) -> list[tuple[int, int]]:
     return [s for s in spans if s[1] - s[0] > 1]
 
 
-def _split(text: str) -> list[str]:
+def split_outside(text: str) -> list[str]:
     """Return the parts between the outermost commas; a comprehension is one part."""
     parts, depth, last, quote = [], 0, 0, ""
     for i, c in enumerate(text):

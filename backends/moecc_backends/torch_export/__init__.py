@@ -1,0 +1,13 @@
+"""Feed-forward blocks of any module of PyTorch, found by dataflow, rewritten, and put in place.
+
+`convert` is the door.  `lowering` makes a function of JAX of what `torch.export` shows, which the
+chapters of `moecc_backends.jaxpr` then read like any other; `placing` finds where blocks stand in
+the module; `conversion` puts the rewritten ones there, as the modules that ``emit torch`` writes.
+"""
+
+from __future__ import annotations
+
+from moecc_backends.torch_export.conversion import convert as convert
+from moecc_backends.torch_export.conversion import load as load
+
+__all__ = ["convert", "load"]

@@ -1,0 +1,522 @@
+"""A conversion: the user's model with mixtures in place of blocks, and its folder.
+
+The model is a copy, of a class that extends the user's; what was not converted is shared with the
+dense model.  `save_pretrained` writes beside the weights what `load` and the commands need: the
+graph, whose parameters are read from them, a manifest, a receipt, and the mixtures as a file that
+transformers loads where moecc is not installed.
+"""
+
+from __future__ import annotations
+
+import json
+import linecache
+import sys
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from functools import wraps
+from hashlib import sha256
+from math import prod
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from moecc.api.arguments import flag, folder_text, whole
+from moecc.errors import InputError, Problem, UsageError
+from moecc.formats.files import read_json_object, write_durable
+from moecc.formats.folder import open_folder
+from moecc.formats.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    TensorRecord,
+    dump,
+    file_records,
+    library_versions,
+    weight_file_record,
+)
+from moecc.ir.graph import Graph
+from moecc.ir.structure import clone
+from moecc.ir.text import print_graph, read_graph
+from moecc.jobs.checks import Contracts
+from moecc.jobs.receipt import RECEIPT_NAME, Receipt
+from moecc.model.open import CONFIG_NAME, GRAPH_NAME, MAX_CONFIG_BYTES, MODULE_SCHEMA, MODULE_TYPE
+from moecc.rewrite.passes import Context, Pass, Preserves
+from moecc.rewrite.pipeline import Pipeline
+from moecc.types import Array, Axis, TensorType
+from moecc.weights.arithmetic import Cast
+from moecc.weights.expr import Expr, Source, sources
+from moecc.weights.simplify import simplify
+from moecc_backends.jaxpr.conversion import (
+    MAX_READ_ELEMENTS,
+    FunctionReport,
+    RewrittenBlocks,
+    parsed_pipeline,
+    problems_of,
+    rewrite_blocks,
+)
+from moecc_backends.jaxpr.scopes import ParamTree, leaves_of, trace_function
+from moecc_backends.jaxpr.storage import LeafEvaluator
+from moecc_backends.jaxpr.survey import Survey, refuse_shared_weights, survey_blocks
+from moecc_backends.jaxpr.views import shape_of
+from moecc_backends.torch_export.lowering import ExportedModule, exported_module
+from moecc_backends.torch_export.placing import Placer
+from moecc_backends.torch_source.modules import BlockPlace, EmittedModules, emit_modules
+
+FILE_NAME = "modeling_moecc.py"
+
+
+@dataclass(frozen=True)
+class ModuleConversion:
+    """What a model with mixtures was made by.
+
+    Attributes:
+      graph: all converted blocks as one graph.
+      report: what was done.
+      pipeline: the passes.
+      seed: of the random numbers.
+      preserves: what the passes promise.
+      contracts: what they were found to keep, at reduced sizes.
+      places: where the mixtures stand.
+      emitted: the mixtures as text.
+      dense: the module and the name of the dense model's class.
+    """
+
+    graph: Graph
+    report: FunctionReport
+    pipeline: Pipeline
+    seed: int
+    preserves: Preserves
+    contracts: Contracts
+    places: tuple[BlockPlace, ...]
+    emitted: EmittedModules
+    dense: tuple[str, str]
+
+    def __deepcopy__(self, memo: object) -> ModuleConversion:
+        return self
+
+
+def convert(
+    model: Any,
+    inputs: Any,
+    pipeline: str | Pass | Pipeline | Sequence[str | Pass],
+    *,
+    causal: bool = True,
+    seed: int = 0,
+    allow_unmatched: bool = False,
+    check: bool = False,
+) -> Any:
+    """Upcycle a module of PyTorch: ``convert(model, {"input_ids": ids}, "upcycle{experts=8}")``.
+
+    Args:
+      model: the dense model, which stays as it is; parameters that are not converted are shared.
+      inputs: what it is called with: a tensor, a tuple, or a dictionary of arguments by name.
+      pipeline: the passes, as text, a pass, several of either, or parsed.
+      causal: whether no token may depend on later ones; routings that look ahead are rejected.
+      seed: of the random numbers.
+      allow_unmatched: whether a pass that must match may match nothing.
+      check: whether each pass is held to its promise, on the graph at reduced sizes.
+
+    Returns:
+      A model of a class that extends that of `model`, with methods `losses` and `save_pretrained`
+      and the `conversion`.
+
+    Raises:
+      UsageError: the pipeline is none, or an option has another type.
+      InputError: torch cannot export the model, it has no such block, or a pass does not fit it.
+      CheckError: a pass broke its promise.
+    """
+    if not isinstance(model, torch.nn.Module):
+        found = type(model).__name__
+        raise UsageError("not a module of PyTorch", expected="a torch.nn.Module", found=found)
+    for name, value in (("causal", causal), ("allow_unmatched", allow_unmatched), ("check", check)):
+        flag(name, value)
+    seed = whole("seed", seed)
+    parsed_pipeline(pipeline)
+    args, kwargs = _call_of(inputs)
+    surveyed = survey_model(model, exported_module(model, args, kwargs))
+    return convert_surveyed(
+        surveyed, pipeline, causal=causal, seed=seed, allow_unmatched=allow_unmatched, check=check
+    )
+
+
+@dataclass(frozen=True)
+class SurveyedModel:
+    """A model and its blocks.
+
+    Attributes:
+      model: the dense model.
+      exported: what it computes.
+      survey: its blocks.
+      places: where they stand, by location.
+    """
+
+    model: Any
+    exported: ExportedModule
+    survey: Survey
+    places: Mapping[str, BlockPlace]
+
+
+def _call_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
+
+
+def survey_model(model: Any, exported: ExportedModule) -> SurveyedModel:
+    """Return the blocks of a model that have a place in it.
+
+    Raises:
+      InputError: there is none.
+    """
+    dtypes = {n: shape_of(t.shape, numpy_dtype(t)) for n, t in exported.parameters.items()}
+    with jax.enable_x64(True):
+        tree, shapes = ParamTree.of(exported.params)
+        arguments = ((), exported.arguments)
+        traced = trace_function(exported, tree, shapes, leaves_of(dtypes), arguments)
+        survey = survey_blocks(traced.scope)
+        refuse_shared_weights(survey)
+        places = Placer(model, exported).places(survey)
+        refuse_shared_weights(survey)
+    if survey.sites:
+        return SurveyedModel(model, exported, survey, places)
+    problem = Problem(
+        "the model has no feed-forward block of its parameters",
+        where=type(model).__name__,
+        expected="a product with a weight, functions of elements, a product with a weight",
+    )
+    raise InputError([problem, *problems_of(survey.misses)])
+
+
+def convert_surveyed(
+    surveyed: SurveyedModel,
+    pipeline: str | Pass | Pipeline | Sequence[str | Pass],
+    *,
+    causal: bool = True,
+    seed: int = 0,
+    allow_unmatched: bool = False,
+    check: bool = False,
+) -> Any:
+    """Return a model whose blocks are known, converted: `convert` without its survey."""
+    model, passes = surveyed.model, parsed_pipeline(pipeline)
+    arrays = {name: _shape_or_array(t) for name, t in surveyed.exported.parameters.items()}
+
+    def read(weight: Expr) -> Array | None:
+        names = {source.name for source in sources(weight)}
+        if any(surveyed.exported.parameters[n].is_meta for n in names):
+            return None
+        small = prod(weight.type.shape) <= MAX_READ_ELEMENTS
+        return LeafEvaluator(arrays).evaluate(weight) if small else None
+
+    context = Context(seed=seed, allow_unmatched=allow_unmatched, read=read)
+    rewritten = rewrite_blocks(
+        surveyed.survey, {}, passes, context, name=type(model).__name__, causal=causal, check=check
+    )
+    return _converted_model(model, _conversion(surveyed, rewritten, seed), arrays)
+
+
+def _with_downs(place: BlockPlace, rewritten: RewrittenBlocks) -> BlockPlace:
+    """Return a place with the names of what became of its last weight."""
+    params = rewritten.parts.blocks[place.loc].params
+    downs = (
+        p.name
+        for p in params
+        if p.weight is not None and place.downs[0] in {s.name for s in sources(p.weight)}
+    )
+    return replace(place, downs=tuple(downs))
+
+
+def _conversion(surveyed: SurveyedModel, rewritten: RewrittenBlocks, seed: int) -> ModuleConversion:
+    model, exported = surveyed.model, surveyed.exported
+    locations = [loc for loc in rewritten.keys if loc in rewritten.converted]
+    places = tuple(_with_downs(surveyed.places[loc], rewritten) for loc in locations)
+    dense = (type(model).__module__, type(model).__name__)
+    emitted = emit_modules(rewritten.graph, places, dense)
+    params = {n: rewritten.graph.params[n].type.shape for n in emitted.names}
+    used = {s.name for n in params for s in sources(_weight(rewritten.graph, n))}
+    before = {n: prod(t.shape) for n, t in exported.parameters.items()}
+    after = sum(before.values()) - sum(before[n] for n in used) + sum(map(prod, params.values()))
+    operations = sum(node.op == "call_function" for node in exported.graph.nodes)
+    stayed = f"of {operations:,} operations, all but the blocks stayed PyTorch"
+    report = rewritten.report(surveyed.survey, dense[1], sum(before.values()), after, stayed)
+    return ModuleConversion(
+        rewritten.graph,
+        report,
+        rewritten.pipeline,
+        seed,
+        rewritten.run.preserves,
+        rewritten.contracts,
+        places,
+        emitted,
+        dense,
+    )
+
+
+def _weight(graph: Graph, name: str) -> Expr:
+    weight = graph.params[name].weight
+    assert weight is not None, "every parameter has one"
+    return weight
+
+
+# Tensors as arrays.
+
+
+def numpy_dtype(tensor: Any) -> Any:
+    """Return the element type of a tensor as NumPy has it."""
+    return jnp.dtype(str(tensor.dtype).removeprefix("torch."))
+
+
+def array_of(tensor: Any) -> Array:
+    """Return the elements of a tensor, without a copy where it lies in the memory of the host."""
+    flat = tensor.detach().cpu().contiguous()
+    if str(flat.dtype) == "torch.bfloat16":
+        array: Array = flat.view(torch.int16).numpy().view(numpy_dtype(tensor))
+        return array
+    return np.asarray(flat.numpy())
+
+
+def tensor_of(array: Array) -> Any:
+    """Return an array as a tensor."""
+    array = np.array(array, order="C")
+    if array.dtype == numpy_dtype(torch.empty(0, dtype=torch.bfloat16)):
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _shape_or_array(tensor: Any) -> Any:
+    return shape_of(tensor.shape, numpy_dtype(tensor)) if tensor.is_meta else array_of(tensor)
+
+
+# The model.
+
+
+def _loaded_module(emitted: EmittedModules, dense: type) -> ModuleType:
+    """Return the emitted text as a module of Python."""
+    name = f"moecc_modules_{sha256(emitted.text.encode()).hexdigest()[:16]}_{id(dense)}"
+    if name not in sys.modules:
+        module, file = ModuleType(name), f"<{name}>"
+        text = emitted.text.replace(emitted.imports, "\n")
+        linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
+        module.__dict__[dense.__name__] = dense
+        sys.modules[name] = module
+        exec(compile(text, file, "exec"), module.__dict__)
+    return sys.modules[name]
+
+
+def _sparse_class(emitted: EmittedModules, dense: type) -> Any:
+    """Return the class of a converted model, which writes what `load` needs."""
+    sparse = vars(_loaded_module(emitted, dense))[emitted.model_class]
+    inherited = getattr(dense, "save_pretrained", None)
+
+    def save_pretrained(self: Any, folder: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Write the model to a folder, with its graph, manifest and receipt."""
+        path = Path(folder_text(folder))
+        if inherited is not None:
+            self.config.moecc = _config(self.conversion)
+            # Tensors have the names of their modules, and not those of the dense checkpoint.
+            inherited(self, path, *args, **{"save_original_format": False, **kwargs})
+        else:
+            from safetensors.torch import save_model
+
+            path.mkdir(parents=True, exist_ok=True)
+            save_model(self, str(path / "model.safetensors"))
+            document = {"model_type": MODULE_TYPE, "moecc": _config(self.conversion)}
+            _write(path / CONFIG_NAME, (json.dumps(document, indent=2) + "\n").encode())
+        _write_beside(path, self.conversion)
+
+    sparse.save_pretrained = wraps(inherited)(save_pretrained) if inherited else save_pretrained
+    return sparse
+
+
+def _converted_model(model: Any, conversion: ModuleConversion, arrays: Mapping[str, Any]) -> Any:
+    """Return a copy of a model with its mixtures, which shares what was not converted."""
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    sparse = deepcopy(model, shared)
+    sparse.__class__ = _sparse_class(conversion.emitted, type(model))
+    module = sys.modules[type(sparse).__module__]
+    with torch.device("meta"):
+        module.place_mixtures(sparse)
+    dense = dict(model.named_parameters())
+    likes = {
+        place.loc: dense[place_source]
+        for place in conversion.places
+        if (place_source := _first_source(conversion.graph, place.loc))
+    }
+    for name, stored in conversion.emitted.names.items():
+        param = conversion.graph.params[name]
+        weight = _weight(conversion.graph, name)
+        like = (
+            dense[next((s.name for s in sources(weight)), "")]
+            if sources(weight)
+            else (likes[param.loc])
+        )
+        _set_parameter(sparse, stored, _new_tensor(weight, like, arrays), like.requires_grad)
+    sparse.conversion = conversion
+    return sparse
+
+
+def _set_parameter(model: Any, name: str, tensor: Any, requires_grad: bool = True) -> None:
+    path, _, last = name.rpartition(".")
+    setattr(model.get_submodule(path), last, torch.nn.Parameter(tensor, requires_grad))
+
+
+def _first_source(graph: Graph, loc: str) -> str:
+    return next(
+        s.name
+        for p in graph.params.values()
+        if p.loc == loc and p.weight is not None
+        for s in sources(p.weight)
+    )
+
+
+def _new_tensor(weight: Expr, like: Any, arrays: Mapping[str, Any]) -> Any:
+    if like.is_meta:
+        return torch.empty(weight.type.shape, dtype=like.dtype, device="meta")
+    dtype = next(iter(leaves_of({"": shape_of((), numpy_dtype(like))}).values())).dtype
+    cast = simplify(Cast(weight, dtype))
+    array = LeafEvaluator(arrays).evaluate(cast)
+    return tensor_of(array).to(like.device)
+
+
+# The folder.
+
+
+def _config(conversion: ModuleConversion) -> dict[str, object]:
+    """Return what `load` needs besides the graph, as JSON values."""
+    return {
+        "schema": MODULE_SCHEMA,
+        "dense": list(conversion.dense),
+        "pipeline": conversion.pipeline.in_full(),
+        "seed": conversion.seed,
+        "preserves": asdict(conversion.preserves),
+        "report": conversion.report.to_json(),
+        "places": [asdict(place) for place in conversion.places],
+    }
+
+
+def _write_beside(path: Path, conversion: ModuleConversion) -> None:
+    """Write the graph, the mixtures as text, receipt and manifest beside the weights."""
+    with open_folder(path) as checkpoint:
+        infos = checkpoint.tensors
+        graph = clone(conversion.graph)
+        for name, stored in conversion.emitted.names.items():
+            param, info = graph.params[name], infos[stored]
+            axes = zip(param.type.names, info.shape, strict=True)
+            type = TensorType(info.dtype, tuple(Axis(n, size) for n, size in axes))
+            param.weight = Source(stored, type)
+        tensors = {
+            name: TensorRecord(
+                sha256(np.ascontiguousarray(checkpoint.read(name)).tobytes()).hexdigest(),
+                info.dtype.name,
+                tuple(info.shape),
+                Path(info.file).name,
+            )
+            for name, info in infos.items()
+        }
+    graph.attrs["checkpoint"] = "."
+    receipt = Receipt(
+        MODULE_TYPE, conversion.preserves, conversion.contracts, None, None, (), library_versions()
+    )
+    _write(path / GRAPH_NAME, print_graph(graph).encode())
+    _write(path / FILE_NAME, conversion.emitted.text.encode())
+    _write(path / RECEIPT_NAME, receipt.content())
+    weights = sorted({record.file for record in tensors.values()})
+    files = sorted(f.name for f in path.iterdir() if f.is_file() and f.name != MANIFEST_NAME)
+    manifest = Manifest(
+        pipeline=conversion.pipeline.in_full(),
+        seed=conversion.seed,
+        source=".".join(conversion.dense),
+        source_files={},
+        family_from=MODULE_TYPE,
+        family_to=MODULE_TYPE,
+        dtype="as stored",
+        preserves=str(conversion.preserves),
+        weights={name: weight_file_record(path / name) for name in weights},
+        files=file_records({name: path / name for name in files if name not in weights}),
+        tensors=tensors,
+    )
+    _write(path / MANIFEST_NAME, dump(manifest))
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file, in place of an earlier one: a trainer saves to one folder again."""
+    path.unlink(missing_ok=True)
+    write_durable(path, content)
+
+
+def load(folder: str | Path, model: Any = None) -> Any:
+    """Return the model that `save_pretrained` wrote to a folder.
+
+    No code of the folder runs: its graph is written as modules anew.
+
+    Args:
+      folder: the folder.
+      model: the dense model, of any weights; needed unless its class is of transformers.
+
+    Raises:
+      UsageError: `folder` is no path.
+      InputError: the folder has no such model, or `model` is another one.
+    """
+    path = Path(folder_text(folder))
+    document = read_json_object(path / CONFIG_NAME, limit_bytes=MAX_CONFIG_BYTES)
+    config = document.get("moecc")
+    if not isinstance(config, dict) or config.get("schema") != MODULE_SCHEMA:
+        raise InputError(
+            "the folder does not hold a converted module",
+            where=str(path),
+            expected=MODULE_SCHEMA,
+            hint="`save_pretrained` of a converted model writes one",
+        )
+    conversion = _loaded_conversion(path, config)
+    if model is None:
+        dense = _class_of_transformers(conversion.dense, path)
+        sparse = _sparse_class(conversion.emitted, dense).from_pretrained(path)
+    else:
+        sparse = deepcopy(model)
+        sparse.__class__ = _sparse_class(conversion.emitted, type(model))
+        sys.modules[type(sparse).__module__].place_mixtures(sparse)
+        from safetensors.torch import load_file, load_model
+
+        file = str(path / "model.safetensors")
+        tensors = load_file(file)
+        for name in conversion.emitted.names.values():
+            _set_parameter(sparse, name, tensors[name])
+        load_model(sparse, file)
+    sparse.conversion = conversion
+    return sparse
+
+
+def _class_of_transformers(dense: tuple[str, str], path: Path) -> Any:
+    import transformers
+
+    dense_class = getattr(transformers, dense[1], None)
+    if not dense[0].startswith("transformers.") or dense_class is None:
+        raise InputError(
+            f"the class {dense[1]} is not one of transformers",
+            where=str(path),
+            hint=f"load(folder, model), with a {dense[1]}",
+        )
+    return dense_class
+
+
+def _loaded_conversion(path: Path, config: Mapping[str, Any]) -> ModuleConversion:
+    graph = read_graph(str(path / GRAPH_NAME))
+    places = tuple(
+        BlockPlace(**{**place, "downs": tuple(place["downs"])}) for place in config["places"]
+    )
+    dense = (str(config["dense"][0]), str(config["dense"][1]))
+    return ModuleConversion(
+        graph,
+        FunctionReport.from_json(config["report"]),
+        Pipeline.parse(config["pipeline"]),
+        int(config["seed"]),
+        Preserves(**config["preserves"]),
+        Contracts(unchecked="read from a folder"),
+        places,
+        emit_modules(graph, places, dense),
+        dense,
+    )

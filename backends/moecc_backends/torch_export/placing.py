@@ -1,0 +1,242 @@
+"""Where the blocks of a module stand: as a module, or between the first and the last product."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from inspect import Parameter, signature
+from typing import Any
+
+from moecc_backends.jaxpr.blocks import BlockSlice
+from moecc_backends.jaxpr.survey import Survey
+from moecc_backends.jaxpr.views import NotABlock, scope_of
+from moecc_backends.torch_export.lowering import (
+    ExportedModule,
+    FxNode,
+    ModuleCall,
+    TracedTensor,
+    module_calls,
+    operation_name,
+)
+from moecc_backends.torch_source.modules import BlockPlace
+
+_TRIVIAL = frozenset(
+    f"aten.{name}"
+    for name in ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "contiguous", "alias",
+                 "clone", "to", "_to_copy", "type_as", "_assert_tensor_metadata")
+)  # fmt: skip
+"""Operations that change no element, apart from the number of its bits."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """The nodes of a block.
+
+    Attributes:
+      ups: its first products.
+      down: its last product.
+      nodes: all its nodes.
+    """
+
+    ups: tuple[FxNode, ...]
+    down: FxNode
+    nodes: frozenset[FxNode]
+
+    @classmethod
+    def of(cls, block: BlockSlice, nodes: Mapping[str, FxNode]) -> Region:
+        """Return the nodes of a block of equations."""
+        products = [nodes[scope_of(e.eqn)[0]] for e in block.equations if e.weight is not None]
+        *ups, down = products
+        named = {nodes[name] for e in block.equations if (name := scope_of(e.eqn)[0]) in nodes}
+        after = _reached(ups, lambda node: node.users)
+        before = _reached([down], lambda node: node.all_input_nodes)
+        return cls(tuple(ups), down, frozenset((after & before) | named))
+
+
+def _reached(starts: Iterable[FxNode], step: Any) -> set[FxNode]:
+    nodes, stack = set(starts), list(starts)
+    while stack:
+        new = [n for n in step(stack.pop()) if n not in nodes]
+        nodes.update(new)
+        stack += new
+    return nodes
+
+
+class Placer:
+    """Finds where blocks stand in a module.
+
+    Args:
+      model: the module.
+      exported: its graph.
+    """
+
+    def __init__(self, model: Any, exported: ExportedModule) -> None:
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        paths: dict[int, list[str]] = defaultdict(list)
+        for path, module in self._modules.items():
+            paths[id(module)].append(path)
+        self._paths = paths
+        self._exported = exported
+        self._nodes = exported.nodes
+        self._members: dict[ModuleCall, set[FxNode]] = defaultdict(set)
+        for node in exported.graph.nodes:
+            if node.op == "call_function":
+                for call in module_calls(node):
+                    self._members[call].add(node)
+
+    def places(self, survey: Survey) -> dict[str, BlockPlace]:
+        """Return where the blocks stand, by location; those that have no place are near misses."""
+        keyed = {}
+        for site in list(survey.sites):
+            try:
+                keyed[site.keys[0]] = self._place(site.slice)
+            except NotABlock as reason:
+                survey.refuse(site, str(reason))
+        instances = survey.instances()
+        return {
+            instances[key].loc: BlockPlace(instances[key].loc, *place)
+            for key, place in keyed.items()
+            if key in instances
+        }
+
+    def _place(self, block: BlockSlice) -> tuple[str, str, dict[str, int], float, tuple[str, ...]]:
+        region = Region.of(block, self._nodes)
+        self._check_rows(block, region)
+        rate, down = self._dropout(region), (self._weight_name(region.down),)
+        path = self._whole_module(region)
+        if path is not None:
+            return path, "", {}, rate, down
+        ups = [self._product_module(node, region) for node in region.ups]
+        last, _ = self._product_module(region.down, region)
+        order = list(self._exported.graph.nodes).index
+        first = min(region.ups, key=order)
+        widths = {
+            "" if node is first else name: width
+            for node, (name, width) in zip(region.ups, ups, strict=True)
+        }
+        return ups[region.ups.index(first)][0], last, widths, rate, down
+
+    def _check_rows(self, block: BlockSlice, region: Region) -> None:
+        """Raise NotABlock unless products sum over the last axis, that of a token's features."""
+        rank = len(block.x.shape)
+        if block.outer != rank - 1 or block.order != tuple(range(rank)):
+            raise NotABlock("its products do not sum over the last axis of its input")
+        x = self._traced(self._input(region.ups[0]))
+        if x is not None and x.feature is not None and x.feature != len(x.shape) - 1:
+            raise NotABlock(
+                "its products sum over an axis of tokens: it mixes them, and routes none"
+            )
+
+    def _traced(self, node: FxNode) -> TracedTensor | None:
+        value = self._exported.traced.get(node)
+        return value if isinstance(value, TracedTensor) else None
+
+    def _is_weight(self, node: FxNode) -> bool:
+        value = self._traced(node)
+        return value is not None and value.is_weight
+
+    def _input(self, product: FxNode) -> FxNode:
+        """Return the operand of a product that is no weight."""
+        data = [n for n in product.all_input_nodes if not self._is_weight(n)]
+        if len(data) != 1:
+            raise NotABlock("a product inside it takes several values")
+        return data[0]
+
+    def _weight_name(self, product: FxNode) -> str:
+        stack = list(product.all_input_nodes)
+        names = []
+        while stack:
+            node = stack.pop()
+            kind, name = self._exported.sources.get(node, ("", ""))
+            if kind == "parameter" and len(node.meta["val"].shape) > 1:
+                names.append(name)
+            elif self._is_weight(node):
+                stack += node.all_input_nodes
+        return names[0]
+
+    def _dropout(self, region: Region) -> float:
+        """Return the rate of the dropout before the last product."""
+        drops = {
+            node: float(node.args[1])
+            for node in region.nodes
+            if operation_name(node) == "aten.dropout" and node.args[1] > 0
+        }
+        node = self._input(region.down)
+        keep = 1.0
+        while operation_name(node) in _TRIVIAL or operation_name(node) == "aten.dropout":
+            keep *= 1 - drops.pop(node, 0.0)
+            node = node.all_input_nodes[0]
+        if drops:
+            raise NotABlock("dropout inside it is not before its last product: move it there")
+        return 1 - keep
+
+    # Modules.
+
+    def _whole_module(self, region: Region) -> str | None:
+        """Return the module that computes just the block, where there is one."""
+        calls = [module_calls(node) for node in region.nodes]
+        shared = [c for c, *more in zip(*calls, strict=False) if all(c == other for other in more)]
+        if not shared or not shared[-1].path:
+            return None
+        call = shared[-1]
+        members = self._members[call]
+        strange = [n for n in members - region.nodes if not self._is_idle(n)]
+        ends = self._ends(members)
+        if strange or ends is None:
+            return None
+        before, after = (node.meta["val"].shape for node in ends)
+        parameters = signature(type(self._modules[call.path]).forward).parameters.values()
+        named = [p for p in parameters if p.kind not in (Parameter.VAR_KEYWORD,)]
+        if len(named) != 2 or not tuple(before) == tuple(after) == self._rows(region):
+            return None
+        return self._sole_path(call.path)
+
+    def _is_idle(self, node: FxNode) -> bool:
+        """Whether a node only prepares a weight, or changes no element."""
+        is_off = operation_name(node) == "aten.dropout" and not node.args[1]
+        return is_off or self._is_weight(node) or operation_name(node) in _TRIVIAL
+
+    def _rows(self, region: Region) -> tuple[int, ...]:
+        value = self._traced(self._input(region.ups[0]))
+        return () if value is None else tuple(value.array.shape)
+
+    def _sole_path(self, path: str) -> str:
+        paths = self._paths[id(self._modules[path])]
+        if len(paths) > 1:
+            raise NotABlock(f"its module has several names, {' and '.join(paths)}: give it one")
+        return path
+
+    def _ends(self, members: set[FxNode]) -> tuple[FxNode, FxNode] | None:
+        """Return what nodes read from outside, and what is used there, where it is one each."""
+        inputs = {
+            n for node in members for n in node.all_input_nodes
+            if n not in members and not self._is_weight(n) and n not in self._exported.constants
+        }  # fmt: skip
+        outputs = {node for node in members if any(u not in members for u in node.users)}
+        return (inputs.pop(), outputs.pop()) if len(inputs) == len(outputs) == 1 else None
+
+    def _product_module(self, product: FxNode, region: Region) -> tuple[str, int]:
+        """Return the module that computes just a product, and the width of its result.
+
+        Raises:
+          NotABlock: there is none.
+        """
+        call = module_calls(product)[-1]
+        members = self._members[call]
+        products = {n for n in members if n in region.ups or n is region.down}
+        strange = [
+            n for n in members
+            if n not in region.nodes and not self._is_idle(n)
+        ]  # fmt: skip
+        ends = self._ends(members)
+        is_input = ends is not None and (
+            product is region.down or tuple(ends[0].meta["val"].shape) == self._rows(region)
+        )
+        if not call.path or strange or len(products) > 1 or ends is None or not is_input:
+            name = self._weight_name(product)
+            raise NotABlock(
+                f"the product of {name} is no module of its own, and no module is just the block: "
+                "write it as nn.Linear, or the block as a module"
+            )
+        return self._sole_path(call.path), int(ends[1].meta["val"].shape[-1])

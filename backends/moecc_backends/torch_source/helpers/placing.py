@@ -1,0 +1,141 @@
+"""Mixtures where the blocks of a model were."""
+
+import functools
+
+from torch import nn
+
+
+class Records(list):
+    """The losses of the runs of a mixture; a copy of a model has none."""
+
+    def __deepcopy__(self, memo):
+        return Records()
+
+    def __reduce__(self):
+        return Records, ()
+
+
+class Mixture(nn.Module):
+    """What stands where a block was; its losses stay with it until the model collects them."""
+
+    def __init__(self):
+        super().__init__()
+        self.records = None
+
+    def record(self, hidden_states, *losses):
+        """Note the losses of a run, if the model that runs asks for them; return the result."""
+        if self.records is not None:
+            self.records.append(losses)
+        return hidden_states
+
+
+class FirstProduct(nn.Module):
+    """Stands for the first product of a block: runs its mixture, whose result `last` returns."""
+
+    def __init__(self, mixture, last, width):
+        super().__init__()
+        self.mixture, self.last, self.width = mixture, [last], width
+
+    def forward(self, hidden_states):
+        """Return zeros, which the functions between the products have no use for."""
+        self.last[0].results.append(self.mixture(hidden_states))
+        return hidden_states.new_zeros(()).expand(*hidden_states.shape[:-1], self.width)
+
+
+class OtherProduct(nn.Module):
+    """Stands for a further product of the input of a block."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.width = width
+
+    def forward(self, hidden_states):
+        """Return zeros."""
+        return hidden_states.new_zeros(()).expand(*hidden_states.shape[:-1], self.width)
+
+
+class LastProduct(nn.Module):
+    """Stands for the last product of a block: returns the result of its mixture."""
+
+    def __init__(self):
+        super().__init__()
+        self.results = Records()
+
+    def forward(self, _):
+        """Return what the mixture computed."""
+        return self.results.pop()
+
+
+def place(model, mixture, path, last="", widths=None):
+    """Put a mixture where a block of a model was.
+
+    Args:
+      model: the dense model.
+      mixture: the mixture.
+      path: the module that the block is; where no module is just the block, its first product.
+      last: then, its last product.
+      widths: then, the widths of the products of its input: of the first by nothing, of others by
+        their modules.
+    """
+    mixture.train(model.get_submodule(path).training)
+    mixture.path = path
+    if not last:
+        model.set_submodule(path, mixture)
+        return
+    end = LastProduct()
+    model.set_submodule(path, FirstProduct(mixture, end, widths[""]))
+    for name, width in widths.items():
+        if name:
+            model.set_submodule(name, OtherProduct(width))
+    model.set_submodule(last, end)
+
+
+def mixtures_of(model):
+    """Return the mixtures of a model."""
+    return [m for m in model.modules() if isinstance(m, Mixture)]
+
+
+def with_losses(forward, summed):
+    """Return the forward of a model, which then also computes the losses of its mixtures.
+
+    Args:
+      forward: of the model.
+      summed: takes the losses of all mixtures, and returns those of the model by name.
+    """
+
+    @functools.wraps(forward)
+    def sparse_forward(self, *args, **kwargs):
+        mixtures = mixtures_of(self)
+        for mixture in mixtures:
+            mixture.records = Records()
+        outputs = forward(self, *args, **kwargs)
+        # A mixture that ran several times has the mean of its losses, one that did not run none.
+        means = {
+            mixture.path: [
+                sum(values) / len(values) for values in zip(*mixture.records, strict=True)
+            ]
+            for mixture in mixtures
+        }
+        for mixture in mixtures:
+            mixture.records = None
+        if all(means.values()):
+            self.loss_records[:] = [summed(means)]
+            loss = getattr(outputs, "loss", None)
+            if loss is not None:
+                outputs.loss = loss + self.losses()["loss.auxiliary"]
+        return outputs
+
+    return sparse_forward
+
+
+class SparseModel:
+    """What a model with mixtures has besides."""
+
+    def losses(self):
+        """Return the losses of the mixtures in the last run, by name."""
+        return self.loss_records[0] if self.loss_records else {}
+
+    @functools.cached_property
+    def loss_records(self):
+        """The losses of the last run, where it had some."""
+        return Records()

@@ -1,0 +1,365 @@
+"""Every architecture of transformers that can be built small, converted and judged.
+
+Each is judged in a process of its own; an interrupted sweep goes on from the lines beside its
+result.  Mixtures written by hand are the operations that torch.export shows of a dense block, run
+node by node with the weights of each expert: they know nothing of graphs or emitted modules.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from moecc_backends.jaxpr.storage import LeafEvaluator
+from moecc_backends.torch_export import conversion as conversions
+from moecc_backends.torch_export.lowering import exported_module
+from moecc_backends.torch_export.placing import Region
+
+from moecc.errors import MoeccError
+from moecc.weights.expr import sources
+
+from . import tiny
+
+PIPELINE = "upcycle{experts=4 top-k=2},add-losses{metrics=false}"
+SECONDS = 150
+
+
+class Wrong(Exception):
+    """A converted model computes something else than it should."""
+
+
+def outputs(model: Any, inputs: Mapping[str, Any]) -> list[Any]:
+    """Return the tensors of floating point that a model returns."""
+    result = model(**inputs)
+    values = result.values() if hasattr(result, "values") else result
+    flat: list[Any] = []
+    stack = list(values)
+    while stack:
+        value = stack.pop(0)
+        if isinstance(value, tuple | list):
+            stack = [*value, *stack]
+        elif isinstance(value, torch.Tensor) and value.is_floating_point():
+            flat.append(value)
+    return flat
+
+
+def compare(
+    a: list[Any], b: list[Any], tolerance: float, what: str, *, together: bool = False
+) -> float:
+    """Return the largest difference beside the largest value. Raises Wrong above a tolerance.
+
+    Gradients are held to the largest of all: some are zero but for rounding.
+    """
+    largest = max((x.abs().max().item() for x in a), default=1.0) if together else 0.0
+    if [x.shape for x in a] != [x.shape for x in b] or not a:
+        raise Wrong(f"{what}: other shapes")
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        if not torch.equal(torch.isfinite(x), torch.isfinite(y)):
+            raise Wrong(f"{what}: other elements are finite")
+        mask = torch.isfinite(x)
+        if mask.any():
+            scale = largest or x[mask].abs().max().item() or 1.0
+            worst = max(worst, (x[mask] - y[mask]).abs().max().item() / scale)
+    if worst > tolerance:
+        raise Wrong(f"{what}: differ by {worst:.1e}")
+    return worst
+
+
+def judge(kind: str, name: str) -> dict[str, object]:
+    """Return what was found of an architecture."""
+    row: dict[str, object] = {"type": kind, "class": name}
+    started = time.time()
+    errors = []
+    found = None
+    try:
+        for model in tiny.builds(kind, name):
+            for inputs in tiny.inputs(model):
+                try:
+                    with torch.no_grad():
+                        found = model, inputs, outputs(model, inputs)
+                    break
+                except Exception as error:
+                    errors.append(said(error))
+            if found is not None:
+                break
+    except Exception as error:
+        return {**row, "stage": "build", "reason": said(error)}
+    if found is None:
+        return {**row, "stage": "inputs", "reason": errors[0] if errors else "none is known"}
+    model, inputs, before = found
+    row["inputs"] = sorted(inputs)
+    try:
+        exported = exported_module(model, (), inputs)
+        surveyed = conversions.survey_model(model, exported)
+        moe = conversions.convert_surveyed(surveyed, PIPELINE, causal=False)
+    except MoeccError as error:
+        problems = [str(p) for p in error.problems]
+        stage = "export" if "torch.export" in problems[0] else "no block"
+        return {
+            **row,
+            "stage": stage,
+            "reason": problems[0].replace("\n", " "),
+            "misses": problems[1:],
+        }
+    report = moe.conversion.report
+    row |= {
+        "blocks": len(report.blocks),
+        "converted": sum(b.is_converted for b in report.blocks),
+        "operations": sorted({b.operations for b in report.blocks}),
+        "places": [p.path for p in moe.conversion.places],
+        "misses": list(report.misses),
+    }
+    try:
+        row |= checks(surveyed, moe, inputs, before)
+        row["stage"] = "right"
+    except Wrong as error:
+        row |= {"stage": "wrong", "reason": str(error)}
+    row["seconds"] = round(time.time() - started, 1)
+    return row
+
+
+def checks(surveyed: Any, moe: Any, inputs: dict[str, Any], before: list[Any]) -> dict[str, object]:
+    """Hold a converted model to the dense one, and to mixtures written by hand."""
+    with torch.no_grad():
+        row: dict[str, object] = {"logits": compare(before, outputs(moe, inputs), 1e-12, "logits")}
+    row |= against_hand(surveyed, moe, inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        moe.save_pretrained(folder)
+        loaded = conversions.load(folder)
+        # Tables of positions and the like are computed again, in another type.
+        buffers = dict(moe.named_buffers())
+        for name, buffer in loaded.named_buffers():
+            buffer.copy_(buffers[name])
+        with torch.no_grad():
+            compare(outputs(moe, inputs), outputs(loaded.eval(), inputs), 1e-14, "loaded")
+        stored = dict(loaded.named_parameters())
+        if not all(torch.equal(p, stored[n]) for n, p in moe.named_parameters()):
+            raise Wrong("loaded: other parameters")
+    row["losses"] = sorted(trained(deepcopy(moe), inputs))
+    return row
+
+
+def against_hand(surveyed: Any, moe: Any, inputs: dict[str, Any]) -> dict[str, object]:
+    """Perturb the experts, and compare results and gradients with a mixture written by hand."""
+    exported, survey = surveyed.exported, surveyed.survey
+    instances = survey.instances()
+    regions = {}
+    for site in survey.sites:
+        loc = instances[site.keys[0]].loc
+        regions.setdefault(loc, (Region.of(site.slice, exported.nodes), site.slice))
+    changed, by_hand = deepcopy(moe), deepcopy(moe)
+    graph, names = moe.conversion.graph, moe.conversion.emitted.names
+    generator = np.random.default_rng(0)
+    every: list[tuple[Any, Any, Any]] = []
+    for mixture in mixtures(by_hand):
+        loc = next(p.loc for p in moe.conversion.places if p.path == mixture.path)
+        params = [p for p in graph.params.values() if p.loc == loc]
+        leaves = {s.name for p in params for s in sources(p.weight)}
+        experts = [
+            {n: exported.parameters[n].detach().numpy()
+             + 0.1 * generator.standard_normal(exported.parameters[n].shape) for n in leaves}
+            for _ in range(4)
+        ]  # fmt: skip
+        router = None
+        for param in params:
+            target = changed.get_parameter(names[param.name])
+            if sources(param.weight):
+                rows = [LeafEvaluator(e).evaluate(param.weight)[i] for i, e in enumerate(experts)]
+                target.data = torch.from_numpy(np.stack(rows))
+            else:
+                target.data *= 20
+                router = by_hand.get_parameter(names[param.name])
+                router.data *= 20
+                every.append((f"{loc} router", target, router))
+        region, block = regions[loc]
+        mixture.forward = _by_hand(exported, region, block, experts, router)
+    a, b = outputs(changed, inputs), outputs(by_hand, inputs)
+    row: dict[str, object] = {"experts": compare(a, b, 1e-9, "experts")}
+    draws = torch.Generator().manual_seed(3)
+    weights = [torch.randn(x.shape, generator=draws, dtype=x.dtype) for x in a]
+    for results in (a, b):
+        total = sum((x * w)[torch.isfinite(x)].sum() for x, w in zip(results, weights, strict=True))
+        total.backward()
+    grads = [(x.grad, y.grad) for _, x, y in every if x.grad is not None]
+    shared = dict(by_hand.named_parameters())
+    for name, param in changed.named_parameters():
+        if name not in names.values() and param.grad is not None:
+            grads.append((param.grad, shared[name].grad))
+    row["gradients"] = compare(
+        [x for x, _ in grads], [y for _, y in grads], 1e-8, "gradients", together=True
+    )
+    return row
+
+
+def mixtures(model: Any) -> list[Any]:
+    """Return the mixtures of a model."""
+    return [m for m in model.modules() if type(m).__mro__[1].__name__ == "Mixture"]
+
+
+def _by_hand(exported: Any, region: Region, block: Any, experts: Any, router: Any) -> Any:
+    nodes = list(exported.graph.nodes)
+    named = exported.nodes
+    last = named[str(block.equations[-1].eqn.source_info.name_stack).partition("\x1f")[0]]
+    inside = [n for n in nodes if n in region.nodes or exported_weight(exported, n)]
+    holders = {n: name for n, (kind, name) in exported.sources.items() if kind == "parameter"}
+    constants = {
+        n: exported.constants[name] for n, (kind, name) in exported.sources.items()
+        if kind == "constant"
+    }  # fmt: skip
+    tensors = [
+        {**constants,
+         **{n: torch.from_numpy(e[name]) for n, name in holders.items() if name in e}}
+        for e in experts
+    ]  # fmt: skip
+    inputs = {n for up in region.ups for n in up.all_input_nodes if n not in region.nodes}
+    same = [n for n in inputs if not exported.traced[n].is_weight]
+
+    def forward(x: Any) -> Any:
+        logits = x @ router.T
+        best, index = logits.topk(2, dim=-1)
+        gates = best.softmax(-1)
+        results = []
+        for tensor in tensors:
+            values = {**tensor, **{n: x.reshape(n.meta["val"].shape) for n in same}}
+            order = [
+                n
+                for n in inside
+                if n in region.nodes or set(n.all_input_nodes) <= values.keys() | set(inside)
+            ]
+            results.append(run_nodes(_runnable(order, values), values, last).reshape(x.shape))
+        stacked = torch.stack(results, -2)
+        chosen = stacked.gather(-2, index[..., None].expand(*index.shape, x.shape[-1]))
+        return (chosen * gates[..., None]).sum(-2)
+
+    return forward
+
+
+def _runnable(nodes: list[Any], values: Mapping[Any, Any]) -> list[Any]:
+    """Return the nodes that can be computed from values, in order."""
+    known, order = set(values), []
+    for node in nodes:
+        if node.op == "call_function" and set(node.all_input_nodes) <= known:
+            known.add(node)
+            order.append(node)
+    return order
+
+
+def run_nodes(nodes: Sequence[Any], values: dict[Any, Any], result: Any) -> Any:
+    """Run nodes of torch.fx on values of the nodes that they read."""
+    for node in nodes:
+        if node not in values:
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = node.target(*args, **kwargs)
+    return values[result]
+
+
+def exported_weight(exported: Any, node: Any) -> bool:
+    """Whether a node is a view of a parameter."""
+    value = exported.traced.get(node)
+    return bool(getattr(value, "is_weight", False)) and node.op == "call_function"
+
+
+def trained(moe: Any, inputs: dict[str, Any]) -> dict[str, float]:
+    """Train five steps. Raises Wrong where the loss does not fall."""
+    torch.manual_seed(0)
+    targets = [torch.zeros_like(x) for x in outputs(moe, inputs)[:1]]
+    optimizer = torch.optim.SGD(moe.parameters(), lr=1e-3)
+    values = []
+    for _ in range(6):
+        result = outputs(moe, inputs)[0]
+        loss = ((result - targets[0])[torch.isfinite(result)] ** 2).mean()
+        auxiliary = moe.losses().get("loss.auxiliary")
+        values.append(loss.item())
+        optimizer.zero_grad()
+        (loss if auxiliary is None else loss + 0 * auxiliary).backward()
+        optimizer.step()
+    if not values[-1] < values[0]:
+        raise Wrong(f"training: the loss went from {values[0]:.3g} to {values[-1]:.3g}")
+    return {name: float(x) for name, x in moe.losses().items()}
+
+
+def said(error: BaseException) -> str:
+    """Return an exception in one line."""
+    return f"{type(error).__name__}: {str(error)[:160]}".replace("\n", " ")
+
+
+def in_child(kind: str, name: str) -> dict[str, object]:
+    """Return the row of an architecture, judged in a process of its own."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        signal.alarm(SECONDS)
+        try:
+            row = judge(kind, name)
+        except BaseException as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            at = f"{Path(frame.filename).name}:{frame.lineno}"
+            row = {"type": kind, "class": name, "stage": "error", "reason": f"{said(error)} ({at})"}
+        with os.fdopen(write, "w") as stream:
+            json.dump(row, stream)
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as stream:
+        text = stream.read()
+    _, status = os.waitpid(child, 0)
+    if text:
+        result: dict[str, object] = json.loads(text)
+        return result
+    reason = f"not done in {SECONDS} s" if status else "the process ended"
+    return {"type": kind, "class": name, "stage": "error", "reason": reason}
+
+
+def main() -> int:
+    """Judge all architectures, or those that are named."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--part", default="0/1")
+    parser.add_argument("types", nargs="*")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    lines = options.out.with_suffix(".jsonl")
+    rows = {}
+    if lines.exists():
+        rows = {r["type"]: r for r in map(json.loads, lines.read_text().splitlines())}
+    chosen = tiny.architectures()
+    # What all of them import is imported once, before processes part.
+    exported_module(next(tiny.builds("llama", "LlamaForCausalLM")), (torch.zeros(1, 2).long(),), {})
+    at, parts = map(int, options.part.split("/"))
+    for number, (kind, name) in enumerate(chosen.items()):
+        if options.types and kind not in options.types:
+            continue
+        if (kind in rows and not options.types) or number % parts != at:
+            continue
+        rows[kind] = in_child(kind, name)
+        with lines.open("a") as stream:
+            stream.write(json.dumps(rows[kind]) + "\n")
+        if options.types:
+            print(json.dumps(rows[kind])[:1500], flush=True)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    document = {
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": versions,
+        "rows": [rows[k] for k in sorted(rows)],
+    }
+    options.out.write_text(json.dumps(document, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,319 @@
+"""Modules of PyTorch with mixtures in place of their blocks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+pytest.importorskip("jax", reason="jax is not installed")
+
+from torch import nn  # noqa: E402
+
+from moecc import torch as mt  # noqa: E402
+from moecc.errors import InputError, UsageError  # noqa: E402
+
+from .models import HIDDEN, WIDTH, Block, Language, Whole, tokens  # noqa: E402
+
+F = nn.functional
+PIPELINE = "upcycle{experts=4 top-k=2},add-losses{metrics=false}"
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+def converted(*layers: Any, pipeline: str = PIPELINE) -> tuple[Any, Any]:
+    """Return a dense model in float64 and what became of it."""
+    torch.manual_seed(0)
+    model = Language(*layers).double().eval()
+    return model, mt.convert(model, tokens(), pipeline)
+
+
+def rejection(*layers: Any) -> str:
+    """Return why nothing is converted."""
+    torch.manual_seed(0)
+    with pytest.raises(InputError) as error:
+        mt.convert(Language(*layers).double().eval(), tokens(), PIPELINE)
+    return str(error.value)
+
+
+def close(a: Any, b: Any) -> bool:
+    return bool(torch.allclose(a, b, rtol=0, atol=1e-12))
+
+
+def test_a_module_that_is_the_block_is_replaced() -> None:
+    model, moe = converted(Whole(), Whole())
+    assert [place.path for place in moe.conversion.places] == ["layers.0.mlp", "layers.1.mlp"]
+    assert close(moe(tokens()), model(tokens()))
+    assert isinstance(moe, Language)
+    assert type(model) is Language
+    assert moe.embed.weight is model.embed.weight
+    assert moe.layers[0].mlp.experts.gate.weight.shape == (4, HIDDEN, WIDTH)
+
+
+def test_a_block_between_two_products_has_a_pair_of_modules() -> None:
+    model, moe = converted(Block(), Block())
+    assert moe.conversion.places[0].path == "layers.0.up"
+    assert moe.conversion.places[0].last == "layers.0.down"
+    assert close(moe(tokens()), model(tokens()))
+
+
+@pytest.mark.parametrize("layer", [Whole, Block])
+def test_experts_and_router_have_gradients_of_a_mixture_by_hand(layer: Any) -> None:
+    _, moe = converted(layer(), pipeline="upcycle{experts=4 top-k=2}")
+    (mixture,) = [m for m in moe.modules() if type(m).__name__ == "SparseFeedForward"]
+    for param in mixture.parameters():
+        param.data += torch.randn_like(param)
+    x = torch.randn(2, 5, WIDTH, dtype=torch.float64, requires_grad=True)
+    scores, index = (x @ mixture.router.weight.T).topk(2)
+    experts = mixture.experts
+    every = []
+    for e in range(4):
+        if layer is Whole:
+            hidden = F.silu(x @ experts.gate.weight[e].T) * (x @ experts.up.weight[e].T)
+            every.append(hidden @ experts.down.weight[e].T)
+        else:
+            hidden = F.gelu(x @ experts.up.weight[e].T + experts.up.bias[e])
+            every.append(hidden @ experts.down.weight[e].T + experts.down.bias[e])
+    chosen = torch.stack(every, -2).gather(-2, index[..., None].expand(2, 5, 2, WIDTH))
+    expected = (chosen * scores.softmax(-1)[..., None]).sum(-2)
+    inputs = [x, *mixture.parameters()]
+    wanted = torch.autograd.grad(expected.square().sum(), inputs)
+    result = mixture(x)
+    assert close(result, expected)
+    for a, b in zip(torch.autograd.grad(result.square().sum(), inputs), wanted, strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_losses_of_the_last_run_have_gradients() -> None:
+    _, moe = converted(Whole(), Block())
+    assert moe.losses() == {}
+    moe(tokens())
+    losses = moe.losses()
+    assert set(losses) == {"loss.balance", "loss.router_z", "loss.auxiliary"}
+    losses["loss.auxiliary"].backward()
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0
+        for name, p in moe.named_parameters()
+        if "router" in name
+    )
+
+
+def test_a_layer_that_runs_twice_is_one_mixture() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Whole()
+
+        def forward(self, x: Any) -> Any:
+            return self.layer(self.layer(x))
+
+    model, moe = converted(Twice())
+    assert len(moe.conversion.places) == 1
+    assert close(moe(tokens()), model(tokens()))
+    layer = Whole()
+    assert "several names" in rejection(nn.Sequential(layer, layer))
+
+
+def test_dropout_before_the_last_product_stays() -> None:
+    _, moe = converted(Whole(dropout=0.5))
+    assert close(moe(tokens()), moe(tokens()))
+    moe.train()
+    torch.manual_seed(1)
+    first = moe(tokens())
+    assert not close(first, moe(tokens()))
+    torch.manual_seed(1)
+    assert close(first, moe(tokens()))
+
+
+def test_the_dense_model_keeps_its_mode() -> None:
+    model = Language(Whole(), Block()).train()
+    model.layers[1].eval()
+    modes = [m.training for m in model.modules()]
+    moe = mt.convert(model, tokens(), PIPELINE)
+    assert [m.training for m in model.modules()] == modes
+    assert moe.layers[0].mlp.training
+    assert not moe.layers[1].up.mixture.training
+
+
+def test_a_copy_is_independent() -> None:
+    _, moe = converted(Block())
+    moe(tokens())
+    copy = deepcopy(moe)
+    before = moe(tokens())
+    with torch.no_grad():
+        copy.layers[0].up.mixture.experts.up.weight.zero_()
+    assert not close(copy(tokens()), before)
+    assert close(moe(tokens()), before)
+
+
+def test_half_precision_and_meta() -> None:
+    torch.manual_seed(0)
+    model = Language(Whole()).bfloat16().eval()
+    moe = mt.convert(model, tokens(), PIPELINE)
+    assert {p.dtype for p in moe.parameters()} == {torch.bfloat16}
+    assert torch.allclose(moe(tokens()), model(tokens()), atol=0.05)
+    moe = mt.convert(deepcopy(model).to("meta"), tokens().to("meta"), PIPELINE)
+    assert all(p.is_meta for p in moe.parameters())
+
+
+def test_five_steps_of_training() -> None:
+    _, moe = converted(Whole(), Block())
+    optimizer = torch.optim.Adam(moe.parameters(), lr=1e-2)
+    values = []
+    for _ in range(5):
+        logits = moe(tokens())[:, :-1].flatten(0, 1)
+        loss = F.cross_entropy(logits, tokens()[:, 1:].flatten())
+        values.append(loss.item())
+        optimizer.zero_grad()
+        (loss + moe.losses()["loss.auxiliary"]).backward()
+        optimizer.step()
+    assert values[-1] < values[0]
+
+
+def test_a_folder_is_loaded_bit_for_bit_and_known_to_the_commands(tmp_path: Path) -> None:
+    model, moe = converted(Whole(), Block())
+    moe.save_pretrained(tmp_path)
+    loaded = mt.load(tmp_path, deepcopy(model))
+    stored = dict(loaded.named_parameters())
+    assert all(torch.equal(p, stored[n]) for n, p in moe.named_parameters())
+    assert close(loaded.eval()(tokens()), moe(tokens()))
+    moe.save_pretrained(tmp_path)  # as a trainer does, again
+    for command in ("inspect", "verify"):
+        words = [sys.executable, "-m", "moecc", command, str(tmp_path)]
+        done = subprocess.run(words, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+# What is no block, and why.
+
+
+class UsedElsewhere(Block):
+    def forward(self, x: Any) -> Any:
+        hidden = self.hidden(self.norm(x))
+        return x + self.down(hidden) + hidden.mean(-1, keepdim=True)
+
+
+class Functional(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: Any) -> Any:
+        x = self.norm(x)
+        hidden = F.gelu(F.linear(x, self.up.weight, self.up.bias))
+        return x * self.scale + F.linear(hidden, self.down.weight, self.down.bias)
+
+
+class Mixing(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(5, HIDDEN), nn.Linear(HIDDEN, 5)
+
+    def forward(self, x: Any) -> Any:
+        return x + self.down(self.hidden(self.norm(x).mT)).mT
+
+
+class Sparsified(Block):
+    """Hidden values below a bound of their own statistics are zero, as in Gemma 3n."""
+
+    def hidden(self, x: Any) -> Any:
+        hidden = self.up(x)
+        bound = hidden.mean(-1, keepdim=True) + hidden.std(-1, keepdim=True)
+        return F.gelu(F.relu(hidden - bound))
+
+
+class Adapted(Block):
+    """An adapter beside the first product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(WIDTH, 2, bias=False), nn.Linear(2, HIDDEN, bias=False)
+
+    def hidden(self, x: Any) -> Any:
+        return F.gelu(self.up(x) + self.b(self.a(x)))
+
+
+class EarlyDropout(Block):
+    def hidden(self, x: Any) -> Any:
+        return F.gelu(F.dropout(self.up(x), 0.5, self.training))
+
+
+def normed() -> Any:
+    layer = Block()
+    layer.up = nn.utils.parametrizations.weight_norm(layer.up)
+    return layer
+
+
+def shared() -> tuple[Any, Any]:
+    first, second = Block(), Block()
+    second.up.weight = first.up.weight
+    return first, second
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ((UsedElsewhere(),), "a hidden value is also used"),
+        ((Functional(),), "no module of its own"),
+        ((Mixing(),), "it mixes them"),
+        ((Sparsified(),), "mixes its hidden values"),
+        ((Adapted(),), "different values"),
+        ((EarlyDropout(),), "dropout inside it is not before its last product"),
+        ((normed(),), "computed"),
+        (shared(), "another"),
+    ],
+    ids=lambda x: type(x[0]).__name__ if isinstance(x, tuple) else "",
+)
+def test_what_is_no_block_is_said_with_its_reason(layers: Any, words: str) -> None:
+    assert words in rejection(*layers)
+
+
+def test_names_in_another_order_do_not_swap_weights() -> None:
+    # A ParameterDict of a dict sorts its keys: bias comes before weight.
+    class Dictionary(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            weights = {"w": self.up.weight.data, "b": self.up.bias.data}
+            self.inner = nn.ParameterDict({n: nn.Parameter(t) for n, t in weights.items()})
+            self.up = Product(self.inner)
+
+    class Product(nn.Module):
+        def __init__(self, weights: Any) -> None:
+            super().__init__()
+            self.weights = weights
+
+        def forward(self, x: Any) -> Any:
+            return F.linear(x, self.weights["w"], self.weights["b"])
+
+    model, moe = converted(Dictionary())
+    assert close(moe(tokens()), model(tokens()))
+
+
+def test_a_type_taken_from_another_value_is_none_from_outside() -> None:
+    class Typed(Block):
+        def hidden(self, x: Any) -> Any:
+            return F.gelu(self.up(x)).type_as(x)
+
+    model, moe = converted(Typed())
+    assert close(moe(tokens()), model(tokens()))
+
+
+def test_bad_input() -> None:
+    model = Language(Block())
+    with pytest.raises(UsageError, match="not a module"):
+        mt.convert(lambda x: x, tokens(), PIPELINE)
+    with pytest.raises(InputError, match=r"torch\.export cannot read"):
+        mt.convert(model, {"wrong": tokens()}, PIPELINE)
+
+    class Branching(Block):
+        def forward(self, x: Any) -> Any:
+            return super().forward(x) if x.sum() > 0 else x
+
+    with pytest.raises(InputError, match=r"torch\.export cannot read"):
+        mt.convert(Language(Branching()), tokens(), PIPELINE)
+    with pytest.raises(InputError, match="no feed-forward block"):
+        mt.convert(Language(nn.Linear(WIDTH, WIDTH)), tokens(), PIPELINE)

@@ -1,0 +1,193 @@
+"""Small models of the architectures of transformers, and inputs for them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto import modeling_auto
+
+SIZES = {
+    **dict.fromkeys(
+        ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "embedding_size", "width",
+         "projection_dim", "text_hidden_size", "word_embed_proj_dim", "d_embed", "emb_dim",
+         "encoder_hidden_size", "decoder_hidden_size", "hidden_dim", "model_dim", "mm_hidden_size",
+         "output_dim", "out_hidden_size", "attention_hidden_size", "mask_feature_size",
+         "feature_size", "fpn_hidden_size", "rnn_hidden_size", "n_embed",
+         "qformer_hidden_size"), 32),
+    **dict.fromkeys(
+        ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "d_inner",
+         "ffn_hidden_size", "dim_feedforward", "encoder_feedforward_dim", "moe_intermediate_size",
+         "shared_expert_intermediate_size", "decoder_feedforward_dim", "expert_dim", "mlp_dim",
+         "encoder_intermediate_dim", "expert_ffn_hidden_size", "intermediate_dim"), 48),
+    **dict.fromkeys(
+        ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "depth",
+         "decoder_layers", "num_encoder_layers", "num_decoder_layers", "encoder_num_layers",
+         "decoder_num_layers", "num_hidden_groups", "l_layers", "x_layers",
+         "r_layers"), 2),
+    **dict.fromkeys(
+        ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads",
+         "decoder_attention_heads", "attention_heads", "encoder_num_attention_heads",
+         "decoder_num_attention_heads", "num_encoder_attention_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "n_head_kv"), 2),
+    **dict.fromkeys(("head_dim", "d_kv", "d_head", "attention_head_dim", "kv_channels"), 8),
+    **dict.fromkeys(("vocab_size", "n_vocab"), 99),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_sequence_length"), 64),
+    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts"), 4),
+    "vocab_size_per_layer_input": 99, "hidden_size_per_layer_input": 8,
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+    "v_head_dim": 8, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+    "image_size": 32, "patch_size": 8, "max_source_positions": 20,
+    "max_target_positions": 40,
+    "num_mel_bins": 16, "state_size": 8, "mamba_d_state": 8, "ssm_state_size": 8,
+    "codebook_size": 32, "num_queries": 5, "num_query_tokens": 4, "num_frames": 4,
+    "rotary_dim": 4,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "first_k_dense_replace": 1, "n_shared_experts": 1,
+}  # fmt: skip
+"""What attributes of configs are set to, where a config has them as numbers."""
+
+LISTS = {"depths": 1, "num_heads": 2, "num_attention_heads": 2}
+BY_STAGE = ("hidden_sizes", "dims", "embed_dims", "encoder_hidden_sizes")
+
+
+def shrink(config: Any, *, lists: bool, sizes: bool) -> Any:
+    """Make the sizes of a config small; those that its own class has lists for, too, if asked."""
+    for name, value in list(vars(config).items()):
+        if isinstance(value, transformers.PretrainedConfig):
+            shrink(value, lists=lists, sizes=sizes)
+        elif isinstance(value, bool) or name.startswith("_"):
+            continue
+        elif isinstance(value, int):
+            if name in SIZES and (sizes or SIZES[name] == 2):
+                _set(config, name, SIZES[name])
+            elif name.endswith("token_id") and value > 90:
+                _set(config, name, 1 + len(name) % 60)
+        elif isinstance(value, list) and value and lists:
+            if name in BY_STAGE:
+                _set(config, name, [16 * 2**i for i in range(len(value))])
+            elif name in LISTS and all(isinstance(n, int) for n in value):
+                _set(config, name, [LISTS[name]] * len(value))
+        if isinstance(value, list) and name.endswith(("layer_types", "layers_block_type")):
+            _set(config, name, _short(value, int(getattr(config, "num_hidden_layers", 2))))
+    if hasattr(config, "kv_lora_rank"):  # latent attention has as many keys as queries
+        _set(config, "num_key_value_heads", 4)
+    if not hasattr(config, "pad_token_id"):
+        _set(config, "pad_token_id", 0)
+    if hasattr(config, "attention_layers") and hasattr(config, "attention_types"):
+        config.attention_types = [[["global", "local"], 1]]
+        config.attention_layers = ["global", "local"]
+    return config
+
+
+def _short(kinds: list[Any], count: int) -> list[Any]:
+    """Return `count` kinds of layers, the different ones first."""
+    different = list(dict.fromkeys(kinds))
+    return [*different, *kinds][:count] if len(kinds) >= count else kinds
+
+
+def _set(config: Any, name: str, value: object) -> None:
+    with suppress(TypeError, ValueError, NotImplementedError, AttributeError):
+        setattr(config, name, value)
+
+
+FAMILIES = (
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_MASKED_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_MAPPING_NAMES",
+)  # fmt: skip
+
+
+def architectures() -> dict[str, str]:
+    """Return the class of a model for each model type, those that write text first."""
+    classes: dict[str, str] = {}
+    for family in FAMILIES:
+        for kind, name in getattr(modeling_auto, family).items():
+            classes.setdefault(kind, name if isinstance(name, str) else name[0])
+    return classes
+
+
+MAX_ELEMENTS = 20_000_000
+
+
+def builds(kind: str, name: str) -> Iterator[Any]:
+    """Yield small models in float64, in evaluation, the smallest first.
+
+    Raises: as the last way to build one, where none succeeds.
+    """
+    error: Exception = ValueError("too large")
+    is_built = False
+    for lists, sizes in ((True, True), (False, True), (False, False)):
+        try:
+            config = transformers.CONFIG_MAPPING[kind]()
+            shrink(config, lists=lists, sizes=sizes)
+            config.use_cache = False
+            for part in (config, *vars(config).values()):
+                if isinstance(part, transformers.PretrainedConfig):
+                    part._experts_implementation = "batched_mm"
+            with torch.device("meta"):
+                model = getattr(transformers, name)._from_config(config)
+            if sum(p.numel() for p in model.parameters()) > MAX_ELEMENTS:
+                continue
+            torch.manual_seed(0)
+            model = getattr(transformers, name)._from_config(config, dtype=torch.float64)
+            is_built = True
+            yield model.double().eval()
+        except Exception as problem:  # a size does not fit another: the next way
+            error = problem
+    if not is_built:
+        raise error
+
+
+def inputs(model: Any) -> Iterator[dict[str, Any]]:
+    """Yield inputs that the model may take."""
+    config, generator = model.config, torch.Generator().manual_seed(1)
+    names = inspect.signature(model.forward).parameters
+    text = getattr(config, "text_config", None) or config
+    vision = getattr(config, "vision_config", None) or config
+    vocab = getattr(text, "vocab_size", None) or 90
+    ids = torch.randint(3, max(min(vocab, 90), 4), (2, 7), generator=generator)
+
+    def draw(*shape: int) -> Any:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    size = getattr(vision, "image_size", 32)
+    height, width = size if isinstance(size, list | tuple) else (size or 32,) * 2
+    channels = getattr(vision, "num_channels", 3)
+    mel = getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", 16)
+    frames = 2 * (getattr(config, "max_source_positions", None) or 20)
+    every = {
+        "input_ids": ids,
+        "pixel_values": draw(2, channels if isinstance(channels, int) else 3, height, width),
+        "input_features": draw(2, mel, min(frames, 80)),
+        "input_values": draw(2, 800),
+        "decoder_input_ids": ids,
+        "bbox": torch.zeros(2, 7, 4, dtype=torch.long),
+        "inputs": ids,
+    }
+    main = model.main_input_name
+    main = main if isinstance(main, str) else main[0]
+    extra = {"use_cache": False} if "use_cache" in names else {}
+    decoder = {"decoder_input_ids": ids} if "decoder_input_ids" in names else {}
+    some = {main: every[main]} if main in every else {}
+    if some:
+        yield {**some, **decoder, **extra}
+        yield {**some, **extra}
+    if "bbox" in names:
+        yield {"input_ids": ids, "bbox": every["bbox"], **extra}
+    if {"input_ids", "pixel_values"} <= names.keys():
+        yield {"input_ids": ids, "pixel_values": every["pixel_values"], **extra}
+    if "pixel_values" in names:
+        yield {"pixel_values": draw(2, 3, 64, 64), **extra}
+        yield {"pixel_values": draw(2, 3, 224, 224), **extra}
+        yield {"pixel_values": draw(2, 4, 3, height, width), **extra}
+    if "input_features" in names:
+        yield {"input_features": draw(2, 80, mel), **decoder, **extra}
+        yield {"input_features": draw(2, 40, 80), **decoder, **extra}
+    for name in ("input_ids", "input_values", "inputs"):
+        if name in names:
+            yield {name: every[name], **decoder, **extra}
