@@ -23,6 +23,8 @@ from moecc.prove.decoding import is_step, step_gap
 from moecc.prove.evaluation import Evaluation, Terms, shown
 from moecc.prove.log import log_of
 from moecc.prove.mesh import Devices, Parting
+from moecc.prove.parts import ASSUMPTIONS as PART_ASSUMPTIONS
+from moecc.prove.parts import part_count, part_gap
 from moecc.prove.rules import Lemmas
 from moecc.support.process import gc_paused
 from moecc.support.untyped import JsonDict
@@ -129,11 +131,10 @@ class Prover:
           outputs: those to compare; None for all, which both must have.
           refute: whether a counterexample is searched where there is no proof.
         """
-        if is_step(before, after) and not self.exact and {*(outputs or ())} <= {*after.outputs}:
-            gap_of_step = step_gap(before, after)
-            if gap_of_step is None:
-                return Verdict("proved", assumptions=STEP_ASSUMPTIONS)
-            return Verdict("unknown", *gap_of_step)
+        if not self.exact and {*(outputs or ())} <= {*after.outputs}:
+            verdict = _verdict_on_part(before, after)
+            if verdict is not None:
+                return verdict
         parting: Parting | None = None
         counterexample: Counterexample | None = None
         counts: dict[str, int] = {}
@@ -236,6 +237,23 @@ class Prover:
             evaluation = Evaluation(algebra, exact=self.exact, rolled=reading.rolled)
             self._made[reading] = lemmas, evaluation
         return self._made[reading]
+
+
+def _verdict_on_part(before: Graph, after: Graph) -> Verdict | None:
+    """Return the verdict on a graph that computes a part of another; None where it is none."""
+    parts = part_count(before, after)
+    assumptions: tuple[str, ...] = STEP_ASSUMPTIONS
+    if is_step(before, after):
+        gap = step_gap(before, after)
+    elif parts > 1:
+        with _deep_and_uncollected():
+            gap = part_gap(before, after, parts)
+        assumptions = (*ASSUMPTIONS[:-1], *ON_DEVICES, *PART_ASSUMPTIONS)
+    else:
+        return None
+    if gap is None:
+        return Verdict("proved", assumptions=assumptions)
+    return Verdict("unknown", *gap)
 
 
 class Reading(NamedTuple):
