@@ -339,7 +339,7 @@ def _locked(folder: Path) -> Iterator[None]:
     with os_errors(folder, "open"):
         descriptor = _open_folder(folder)
     try:
-        if not _lock(descriptor) or not _is_at(descriptor, folder):
+        if not lock_folder(descriptor) or not _is_at(descriptor, folder):
             raise InputError(BUSY, where=str(folder), hint=WAIT)
         yield
     finally:
@@ -353,13 +353,16 @@ def _is_locked(folder: Path) -> bool:
     except OSError:
         return False
     try:
-        return not _lock(descriptor)
+        return not lock_folder(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int) -> bool:
-    """Take the lock unless another process has it; True where the file system has no locks."""
+def lock_folder(descriptor: int) -> bool:
+    """Take the lock of an open folder; return whether no other process has it.
+
+    Where the file system has no locks there is none to take, and none that another process has.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -22,7 +22,7 @@ from typing import IO, Annotated, Literal
 from moecc.errors import MachineError, UsageError, nearest
 from moecc.jobs import COMMANDS
 from moecc.jobs.command import Spelling
-from moecc.launch.processes import BEATS, LIFELINE, ProcessInfo
+from moecc.launch.processes import BEATS, LIFELINE, LIMIT, ProcessInfo
 from moecc.support.console import PROGRESS
 from moecc.support.process import signals_noted, signals_raised
 
@@ -46,7 +46,8 @@ class Process:
     Attributes:
       number: its number, from 0.
       popen: the process.
-      beats: the read end of a pipe into which it writes a byte at each step.
+      beats: the read end of a pipe into which it writes a byte at each step, and while it is alive
+        within the limits of its watchdog.
       last_beat: the time of its last step, or of its start, on the monotonic clock.
       steps: whether it has made a step.
     """
@@ -350,7 +351,8 @@ def launch(
       processes: Number of processes on this machine.
       nodes: Number of machines in a template, or of slices of TPUs.
       name: Name of the job in a template.
-      step_seconds: Time without a step after which a process counts as stuck.
+      step_seconds: Time without a step after which a process counts as stuck; loading, compiling,
+        evaluating and saving have limits of their own.
 
     Example:
       moecc launch local -n 2 -- run smollm2-8x --outputs logits.npy
@@ -366,8 +368,11 @@ def launch(
         program = [sys.executable, "-m", "moecc", *_checked(command)]
     PROGRESS.set()
     # Processes of one machine cannot share its accelerators, but can share its cores.
-    platforms = {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
-    supervisor = Supervisor(program, processes, stuck_seconds=step_seconds, environment=platforms)
+    environment = {
+        "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"),
+        LIMIT: f"{step_seconds}",
+    }
+    supervisor = Supervisor(program, processes, stuck_seconds=step_seconds, environment=environment)
     with signals_raised():  # the processes must not outlive this one
         return supervisor.run().exit_code
 

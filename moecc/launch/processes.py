@@ -6,10 +6,11 @@ import faulthandler
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from moecc.errors import MachineError, Problem, UsageError
 
@@ -128,50 +129,67 @@ def _problems(variables: Mapping[str, str]) -> list[Problem]:
 # So each process reports its steps: to the supervisor, over a pipe, if there is one; and to a
 # watchdog thread, which ends the process with a stack trace if no step comes in time.
 
-BEATS, LIFELINE, LIMIT = "MOECC_BEATS_FD", "MOECC_LIFELINE_FD", "MOECC_STEP_SECONDS"
-JOIN = "MOECC_JOIN_SECONDS"
+BEATS, LIFELINE, JOIN = "MOECC_BEATS_FD", "MOECC_LIFELINE_FD", "MOECC_JOIN_SECONDS"
+
+Phase = Literal["start", "step", "evaluation", "save"]
+"""A process loads and compiles, then makes steps, evaluates, and saves."""
+
+LIMITS: Mapping[Phase, str] = {
+    "start": "MOECC_START_SECONDS",
+    "step": "MOECC_STEP_SECONDS",
+    "evaluation": "MOECC_EVALUATION_SECONDS",
+    "save": "MOECC_SAVE_SECONDS",
+}
+"""The variables with the seconds that a phase may take without a sign of progress."""
+
+LIMIT = LIMITS["step"]
+
+LONG_PHASE_SECONDS, LONG_PHASE_STEPS = 3600.0, 10.0
+"""The limit of phases but steps where none is stated: an hour, or ten steps if that is longer."""
+
+_PULSE_SECONDS = 1.0
 
 EXIT_CODE = MachineError.exit_code
 
 
 class Watchdog:
-    """Ends this process if no step is reported in time.
+    """Ends this process if a phase shows no progress in time.
 
     The thread needs the interpreter lock now and then; a library that holds it forever is left to
-    the supervisor.
+    the supervisor, which the thread tells that the process is alive.
 
     Args:
-      limit_seconds: the longest time between two steps; None for no limit.
+      limits: the seconds that a phase may take between two signs of progress; none for no limit.
       end: ends the process; by default ``os._exit``.
     """
 
     def __init__(
-        self, limit_seconds: float | None, end: Callable[[int], object] = os._exit
+        self, limits: Mapping[Phase, float], end: Callable[[int], object] = os._exit
     ) -> None:
-        self._limit = limit_seconds
+        self._limits = dict(limits)
         self._end = end
-        self._step = threading.Event()
-        self._done = False
-        self._what = "start"
+        self._stopped = threading.Event()
+        self._phase: Phase = "start"
+        self._activity = "start"
+        self._progress_seconds = time.monotonic()
         self._beats = _descriptor(BEATS)
-        if limit_seconds is not None:
+        if limits:
             threading.Thread(target=self._watch, daemon=True, name="moecc-watchdog").start()
+
+    def enter(self, phase: Phase) -> None:
+        """Report that a phase begins, whose limit holds from now on."""
+        self._phase = phase
+        self.beat(self._activity)
 
     def beat(self, activity: str) -> None:
         """Report that this process reached the step `activity`."""
-        self._what = activity
-        self._step.set()
-        if self._beats is not None:
-            try:
-                os.write(self._beats, b".")
-            except OSError:
-                # The supervisor has exited; the lifeline ends this process.
-                self._beats = None
+        self._activity = activity
+        self._progress_seconds = time.monotonic()
+        self._pulse()
 
     def stop(self) -> None:
         """Stop watching."""
-        self._done = True
-        self._step.set()
+        self._stopped.set()
 
     def __enter__(self) -> Watchdog:
         return self
@@ -179,26 +197,46 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _watch(self) -> None:
-        while not self._done:
-            if not self._step.wait(self._limit):
-                self._bite()
-                return
-            self._step.clear()
+    def _pulse(self) -> None:
+        if self._beats is not None:
+            try:
+                os.write(self._beats, b".")
+            except OSError:
+                # The supervisor has exited; the lifeline ends this process.
+                self._beats = None
 
-    def _bite(self) -> None:
-        _say(f"no step for {self._limit:g} s, the last one was: {self._what}; the stacks:")
+    def _watch(self) -> None:
+        pulse_seconds = min(_PULSE_SECONDS, *(limit / 4 for limit in self._limits.values()))
+        while not self._stopped.wait(pulse_seconds):
+            limit = self._limits.get(self._phase)
+            if limit is not None and time.monotonic() - self._progress_seconds > limit:
+                self._bite(limit)
+                return
+            self._pulse()
+
+    def _bite(self, limit: float) -> None:
+        phase = self._phase
+        _say(
+            f"no progress for {limit:g} s in the phase {phase} ({LIMITS[phase]}), "
+            f"the last one was: {self._activity}; the stacks:"
+        )
         faulthandler.dump_traceback(file=2, all_threads=True)
         self._end(EXIT_CODE)
 
 
 def watchdog_of_environment() -> Watchdog:
-    """Return a watchdog with the limit in ``MOECC_STEP_SECONDS``, or without one.
+    """Return a watchdog with the limits in the variables of `LIMITS`.
+
+    With a limit of steps the other phases have one, too, stated or not.
 
     Raises:
-      UsageError: the limit is not a number of seconds.
+      UsageError: a limit is not a number of seconds.
     """
-    return Watchdog(seconds_of_environment(LIMIT))
+    stated = {phase: seconds_of_environment(name) for phase, name in LIMITS.items()}
+    step = stated["step"]
+    default = None if step is None else max(LONG_PHASE_SECONDS, LONG_PHASE_STEPS * step)
+    limits = {phase: default if seconds is None else seconds for phase, seconds in stated.items()}
+    return Watchdog({phase: seconds for phase, seconds in limits.items() if seconds is not None})
 
 
 def seconds_of_environment(name: str) -> float | None:

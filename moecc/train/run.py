@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -27,7 +26,7 @@ from moecc.formats.files import (
 )
 from moecc.formats.manifest import MANIFEST_NAME, FileRecord, file_records, seal
 from moecc.formats.modelcard import hub_repository
-from moecc.formats.output import output_folder
+from moecc.formats.output import lock_folder, output_folder
 from moecc.formats.run import (
     GRAPH,
     LINEAGE,
@@ -141,12 +140,11 @@ def locked_run(run: Path) -> Iterator[None]:
     except OSError as error:
         raise os_problem(error, run, "open") from None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not lock_folder(descriptor):
+            raise InputError(
+                "another process trains this run", where=str(run), hint="wait until it has finished"
+            )
         yield
-    except BlockingIOError:
-        raise InputError(
-            "another process trains this run", where=str(run), hint="wait until it has finished"
-        ) from None
     finally:
         os.close(descriptor)
 

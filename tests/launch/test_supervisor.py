@@ -89,7 +89,7 @@ def test_one_that_makes_no_step_ends_all() -> None:
     ended, said, supervisor = run(
         """
         from moecc.launch.processes import Watchdog
-        watchdog = Watchdog(None)
+        watchdog = Watchdog({})
         for step in range(600):
             watchdog.beat(str(step))
             if me == 1 and step == 3:
@@ -104,20 +104,36 @@ def test_one_that_makes_no_step_ends_all() -> None:
     assert all_gone(supervisor)
 
 
-def test_the_watchdog_of_a_process_ends_it_with_its_stack() -> None:
-    code = """
-        from moecc.launch.processes import watchdog_of_environment
-        os.environ["MOECC_STEP_SECONDS"] = "0.3"
+@pytest.mark.parametrize("phase", ["start", "step", "evaluation", "save"])
+def test_the_watchdog_ends_a_process_that_hangs_in_a_phase(phase: str) -> None:
+    code = f"""
+        from moecc.launch.processes import LIMITS, watchdog_of_environment
+        os.environ |= dict.fromkeys(LIMITS.values(), "60") | {{LIMITS[{phase!r}]: "0.3"}}
         watchdog = watchdog_of_environment()
         watchdog.beat("the first step")
+        watchdog.enter({phase!r})
         def hangs(): time.sleep(60)
         hangs()
     """
     ended, said, _ = run(code, processes=1)
     assert ended.exit_code == 4
     text = "\n".join(said)
-    assert "no step for 0.3 s, the last one was: the first step" in text
+    assert f"no progress for 0.3 s in the phase {phase} (MOECC_{phase.upper()}_SECONDS)" in text
+    assert "the last one was: the first step" in text
     assert "in hangs" in text
+
+
+def test_long_phases_have_limits_of_their_own() -> None:
+    code = """
+        os.environ["MOECC_STEP_SECONDS"] = "0.3"
+        from moecc.launch.processes import watchdog_of_environment
+        watchdog = watchdog_of_environment()
+        for phase in ("start", "evaluation", "save"):
+            watchdog.enter("step")
+            watchdog.enter(phase)
+            time.sleep(1.5)
+    """
+    assert run(code, processes=1, stuck_seconds=0.5)[0] == Ended(0)
 
 
 def test_processes_end_when_their_supervisor_is_killed(tmp_path: Path) -> None:
@@ -208,7 +224,7 @@ def test_a_reader_that_has_exited_is_no_traceback() -> None:
 def test_a_watchdog_that_hears_steps_does_not_bite() -> None:
     code = """
         from moecc.launch.processes import Watchdog
-        with Watchdog(5.0) as watchdog:
+        with Watchdog({"step": 5.0}) as watchdog:
             for step in range(5):
                 watchdog.beat(str(step))
         time.sleep(0.2)

@@ -420,7 +420,7 @@ def _none_found(reason: str | None) -> UsageError:
     )
 
 
-JOIN_SECONDS = 60
+JOIN_SECONDS = 300
 """How long processes wait for one another at the start."""
 
 _WIDTH = 256
@@ -637,6 +637,7 @@ class MultiProcessProgram(XlaProgram):
         )
         preflight(mine)
         self.watchdog.beat("configurations agree")
+        self.watchdog.enter("step")
         self._read = 0
         outputs = super().run(params, inputs)
         preflight({"parameters": f"{self._read:08x}"})

@@ -35,7 +35,13 @@ from moecc.formats.run import (
 from moecc.ir.graph import Graph
 from moecc.ir.mesh import parse_mesh
 from moecc.ir.structure import fingerprint
-from moecc.launch.processes import Watchdog, hold_lifeline, process_info, watchdog_of_environment
+from moecc.launch.processes import (
+    Phase,
+    Watchdog,
+    hold_lifeline,
+    process_info,
+    watchdog_of_environment,
+)
 from moecc.support.extras import install_hint
 from moecc.support.ranges import element, has_range
 from moecc.support.text import amount
@@ -355,6 +361,7 @@ class Loop:
       stop: returns why to stop after this step, or None; equal in all processes.
       clock: returns seconds, equal in all processes.
       spread: returns how far experts are apart, from the parameters; None without experts.
+      enter: is told which phase begins, for the limits of the watchdog.
     """
 
     program: PhasedStep
@@ -365,6 +372,7 @@ class Loop:
     stop: Callable[[], Reason | None]
     clock: Callable[[], float] = time.monotonic
     spread: Callable[[Mapping[str, jax.Array]], dict[str, list[float]]] | None = None
+    enter: Callable[[Phase], None] = lambda phase: None
 
     _state: State = field(init=False, default=None)
     _at: Position = field(init=False, default=Position())
@@ -398,6 +406,7 @@ class Loop:
             yield Skipped(self._at.step, {}, streak[-1], returned_to, streak)
 
     def _begin(self) -> None:
+        self.enter("start")
         self._state = None  # before another one is made
         self._state, self._at, self._best = self.checkpoints.begin()
         self._saved, self._saved_seconds = self._at, self.clock()
@@ -415,6 +424,7 @@ class Loop:
             structure = jax.tree.structure(self._state)  # as each program has its own
             compiles = structure not in self._structures
             self._structures.add(structure)
+            self.enter("start" if compiles else "step")
             key = jax.random.fold_in(jax.random.key(self.run.seed), number)
             self._state, metrics = self.program.step(
                 self._state, batch, key, self.rate(self._at.step)
@@ -440,6 +450,7 @@ class Loop:
                 yield Stepped(self._at.step, measured, self._at.tokens, *seconds, compiles)
             if (yield from self._between(bool(streak))):
                 return None
+        self.enter("save")
         yield from self.checkpoints.wait()
         yield Stopped(self._at.step, Reason.DONE)
         return None
@@ -452,6 +463,7 @@ class Loop:
         if self.feed.held_out and (is_last or is_due(step, self.run.evaluate_steps)):
             losses, params = {}, self.program.model_params(self._state)
             for name, batches in self.feed.held_out.items():
+                self.enter("evaluation")
                 sums = [
                     self.program.evaluate(params, self.feed.evaluate(name, number))
                     for number in range(batches)
@@ -469,11 +481,13 @@ class Loop:
         if is_last or why is not None or (not is_skipped and (is_best or is_time)):
             self._best = loss if is_best else self._best
             if self._saved != self._at or loss is not None:
+                self.enter("save")
                 yield from self.checkpoints.save(self._state, self._at, loss)
                 self._saved, self._saved_seconds = self._at, self.clock()
         yield from self.checkpoints.finished()
         if why is None or is_last:
             return False
+        self.enter("save")
         yield from self.checkpoints.wait()
         yield Stopped(step, why)
         return True
@@ -659,6 +673,7 @@ class XlaTraining:
             lambda: agreed_reason(stop()),
             agreed_seconds,
             spread_of(self.first.graph, self.first.where.whole),
+            self.watchdog.enter,
         )
         for event in loop.events():
             self.watchdog.beat(type(event).__name__)
