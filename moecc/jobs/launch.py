@@ -324,6 +324,8 @@ def fill_template(kind: str, job: TemplateJob) -> str:
         name=job.name,
         nodes=job.nodes,
         seconds=job.stuck_seconds,
+        # A training that begins again goes on where it was saved.
+        restarts=10 if job.command[0] == "train" else 0,
         command=command,
         quoted=shlex.quote(
             f"MOECC_DISTRIBUTED=cluster MOECC_STEP_SECONDS={job.stuck_seconds} {command}"

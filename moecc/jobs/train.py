@@ -439,12 +439,12 @@ def train(
     """Train the model of a recipe, or resume a run.
 
     Everything is checked before the folder is made.  SIGTERM and Ctrl-C finish the step and save;
-    then --resume goes on as if nothing had been.  The exit code is 3 where too many steps in a row
-    had to be skipped.
+    then the same command, or --resume, goes on as if nothing had been.  The exit code is 3 where
+    too many steps in a row had to be skipped.
 
     Args:
       recipe: File of a recipe, or recipe:NAME.
-      out: Folder of the run to write.
+      out: Folder of the run to write; one with a run of the same recipe is continued.
       resume: Run to continue where it was saved.
       fork: Run to continue from a step, under another recipe and in another folder.
       set: Value of the recipe to replace, for example run.steps=500; may be repeated.
@@ -490,6 +490,7 @@ def _job(
     load: Sequence[str],
 ) -> TrainJob:
     """Return the job of one of the three forms. Raises UsageError for anything else."""
+    from moecc.formats.run import is_run
     from moecc.jobs.training import forked_run, new_run, open_source, resumed_run
     from moecc.train.recipe_text import load_recipe
 
@@ -511,6 +512,11 @@ def _job(
     loaded = load_recipe(recipe, sets)
     if fork is not None:
         return forked_run(loaded, fork, Path(out))
+    if is_run(Path(out)):
+        # Schedulers start a job again with the command that began it.
+        say(f"remark: {out} is a run already, which goes on from its last checkpoint")
+        registry_with(load)
+        return resumed_run(Path(out), sets, loaded, load)
     source = opened.enter_context(open_source(loaded, load))
     for remark in source.remarks:
         say(f"remark: {remark}")

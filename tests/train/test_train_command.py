@@ -78,10 +78,22 @@ def test_a_run_has_what_its_layout_says(folder: Path) -> None:
     assert (run / "source" / "tokenizer.json").is_file()
 
 
-@pytest.mark.parametrize("step", [pytest.param(0, marks=pytest.mark.slow), 4])
-def test_a_resumed_run_is_the_run_that_was_not_killed(folder: Path, call: Any, step: int) -> None:
-    whole, run = folder / "run", killed(folder, step, f"killed{step}")
-    assert call("train", "--resume", run)[0] == 0
+@pytest.mark.parametrize(
+    ("step", "option"),
+    [
+        pytest.param(0, "--resume", marks=pytest.mark.slow),
+        pytest.param(4, "--resume", marks=pytest.mark.slow),
+        (4, "--out"),
+    ],
+)
+def test_a_resumed_run_is_the_run_that_was_not_killed(
+    folder: Path, call: Any, step: int, option: str
+) -> None:
+    whole, run = folder / "run", killed(folder, step, f"killed{step}{option}")
+    recipe = [folder / "recipe.toml"] if option == "--out" else []
+    code, _, err = call("train", *recipe, option, run)
+    assert code == 0
+    assert ("is a run already" in err) == (option == "--out")
     assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     for ours, theirs in zip(saved_steps(run), saved_steps(whole), strict=True):
         assert ours.facts.tensors == theirs.facts.tensors
@@ -219,6 +231,10 @@ def test_another_recipe_is_refused_with_the_keys_that_differ(folder: Path, call:
     assert code == 1
     assert "run.steps: 6 → 9" in err
     assert "optimizer.rate" not in err
+    code, _, err = call("train", folder / "recipe.toml", "--out", folder / "run", "--set",
+                        "run.steps=9")  # fmt: skip
+    assert code == 1
+    assert "run.steps: 6 → 9" in err
 
 
 def test_data_that_changed_are_refused(folder: Path, call: Any, tmp_path: Path) -> None:

@@ -8,9 +8,16 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --time=01:00:00
 #SBATCH --output=$name-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue                     # after the loss of a node
+#SBATCH --signal=TERM@300             # to the tasks, five minutes before the time is up
 
 set -euo pipefail
 export MOECC_DISTRIBUTED=cluster      # JAX finds the other processes
 export MOECC_STEP_SECONDS=$seconds         # a process that makes no step in that time ends
 # All tasks end when one does.
-srun --kill-on-bad-exit=1 --label $command
+status=0
+srun --kill-on-bad-exit=1 --label $command || status=$$?
+# A training that is told to stop saves and ends with 143; the same command goes on with it.
+if [ "$$status" -eq 143 ]; then scontrol requeue "$$SLURM_JOB_ID"; fi
+exit "$$status"

@@ -7,5 +7,5 @@ xpk workload create \
   --workload=$name \
   --tpu-type=TPU_TYPE --num-slices=$nodes \
   --docker-image=IMAGE_WITH_MOECC \
-  --max-restarts=0 \
+  --max-restarts=$restarts \
   --command=$quoted
